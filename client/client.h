@@ -1,0 +1,78 @@
+/*
+ * Inside libtinyserve: the connection, the call, and what pools and steps share. Tools of this
+ * project use ts_call for the operator's requests, which are not part of the public header.
+ */
+#ifndef TS_CLIENT_H
+#define TS_CLIENT_H
+
+#include "handle_wire.h"
+#include "tinyserve.h"
+#include "tinyserve.pb-c.h"
+
+#include <nng/nng.h>
+#include <stdatomic.h>
+
+#define TS_URL_DEFAULT "ipc:///run/tinyserve/tinyserve.sock"
+#define TS_EXCHANGE_ALIGN 64u
+
+/* A piece of the exchange in use by a step; in order of offset. */
+typedef struct ts_region {
+    struct ts_region *next;
+    size_t offset, bytes;
+} ts_region;
+
+struct ts_client {
+    nng_socket socket;
+    nng_aio *aio;
+    bool open;          /* socket and aio are there */
+    atomic_bool broken; /* the connection ended; set on NNG's threads */
+    char url[128];
+    uint32_t timeout_ms, retries;
+    uint64_t next_id;
+    uint64_t session;
+    uint8_t token[TS_TOKEN_BYTES];
+    char version[32];
+    char handle_path[128];
+    int handle_fd; /* -1: not connected */
+    unsigned char *exchange;
+    size_t exchange_bytes, exchange_bytes_max;
+    ts_region *regions;
+    char error[256];
+};
+
+struct ts_pool {
+    ts_client *client;
+    uint32_t index;
+    ts_geometry geometry;
+    uint32_t num_blocks, slab_blocks, num_slabs, sequence_tokens_max;
+    bool writable;
+    unsigned char *base; /* of block 0; reserved at the first need */
+    uint32_t *mapped;    /* per slab: generation that is mapped; 0: none */
+    uint32_t *wanted;    /* per slab: generation that the daemon named last */
+};
+
+/* Sets the error sentence and returns status. */
+ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/*
+ * Sends the request and waits for its reply. TS_OK: *reply is there, to be freed with
+ * tspb__reply__free_unpacked. Else the error sentence is set and there is none.
+ */
+ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply);
+
+/* The same where the reply has nothing but its status. */
+ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
+
+/* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. */
+ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
+                        bool writable, ts_handle_reply *reply, int *fd);
+
+/* Takes `region->bytes` of the exchange, growing it if need be, and links the region. */
+ts_status ts_exchange_take(ts_client *client, ts_region *region);
+void ts_exchange_give(ts_client *client, ts_region *region);
+
+/* Notes which generation of its slabs an answer speaks of. */
+ts_status ts_pool_note_slabs(ts_pool *pool, Tspb__Slab **slabs, size_t count);
+
+#endif

@@ -1,0 +1,183 @@
+/*
+ * libtinyserve: a worker's side of TinyServe, the node-local KV-cache service.
+ *
+ * A worker connects (its *session*), opens a *pool* by name, and keeps *sequences* in it. Tokens
+ * are added in *steps*: begin one for a batch of sequences, run it once per layer (the daemon
+ * writes the new K and V into the paged cache and attends), commit it. Keys, values, queries and
+ * outputs lie in memory shared with the daemon; they never go through a socket.
+ *
+ * Errors: functions return ts_status, TS_OK (0) or what went wrong; ts_error() has the sentence. A
+ * call that fails has changed nothing, except TS_ETIMEOUT and TS_ECONN, after which that is
+ * unknown. After TS_ECONN the session is over: disconnect and connect again. Sequences that were
+ * kept by name are still there if the daemon is.
+ *
+ * Threads: a ts_client and all that was opened from it is used by one thread at a time. Open one
+ * per thread; each is a session of its own.
+ *
+ * fork(): connect after it, in the child.
+ *
+ * Environment: TINYSERVE_URL is the daemon's address where ts_options has none; without either it
+ * is ipc:///run/tinyserve/tinyserve.sock.
+ */
+#ifndef TINYSERVE_H
+#define TINYSERVE_H
+
+#include "tinyserve_types.h"
+
+#include <stdbool.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct ts_client ts_client;
+typedef struct ts_pool ts_pool;
+typedef struct ts_step ts_step;
+typedef uint64_t ts_seq; /* a sequence of one pool; never 0; never used again once freed */
+
+typedef struct ts_options {
+    const char *url;     /* "ipc:///path" or "/path"; NULL: see above */
+    const char *program; /* shown to the operator; NULL: the process's name */
+    uint32_t timeout_ms; /* of one call; 0: 30000 */
+    uint32_t retries;    /* times that a call is sent again after its timeout; it is applied once */
+    uint32_t wait_ms;    /* how long ts_connect waits for a daemon to appear; 0: not at all */
+    size_t exchange_bytes; /* of shared memory for q, k, v and out to start with; it grows as steps
+                              need it, while none is open. 0: what the first step needs */
+} ts_options;
+
+/*
+ * Connects and opens a session. options may be NULL.
+ * *out is set in any case, unless TS_ENOMEM made it NULL: after a failure it serves ts_error and
+ * ts_disconnect alone. TS_ECONN: no daemon there. TS_EPROTO: it speaks another version.
+ */
+ts_status ts_connect(const ts_options *options, ts_client **out);
+
+/* Ends the session: its sequences, except kept ones, are freed, its pools and steps are gone. */
+void ts_disconnect(ts_client *client);
+
+/* What was wrong with the last call that failed; valid until the next one does. Never NULL. */
+const char *ts_error(const ts_client *client);
+
+/* This session's id as the operator sees it, and the daemon's version. */
+uint64_t ts_session_id(const ts_client *client);
+const char *ts_daemon_version(const ts_client *client);
+
+/* ---- pools ---- */
+
+enum { TS_POOL_WRITABLE = 1 }; /* map slabs writable, to write K and V here: where it is allowed */
+
+/* TS_ENOENT: no pool of this name. TS_EPERM: flags ask for more than the configuration allows. */
+ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags, ts_pool **out);
+
+/* Unmaps the pool. Its steps must have ended; sequences stay. */
+void ts_pool_close(ts_pool *pool);
+
+const ts_geometry *ts_pool_geometry(const ts_pool *pool);
+uint32_t ts_pool_blocks(const ts_pool *pool);       /* that the pool has */
+uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens that a sequence may have */
+
+/* ---- sequences ---- */
+
+/* Makes `count` empty sequences. TS_EQUOTA: too many. */
+ts_status ts_seq_create(ts_pool *pool, uint32_t count, ts_seq *out);
+
+/* Makes `count` sequences that share all of the parent's blocks; nothing is copied until one of
+ * them writes into a shared tail. */
+ts_status ts_seq_fork(ts_pool *pool, ts_seq parent, uint32_t count, ts_seq *out);
+
+/* The same, sharing only the first `length` tokens. TS_EINVAL: the parent has fewer. */
+ts_status ts_seq_fork_at(ts_pool *pool, ts_seq parent, uint32_t length, uint32_t count,
+                         ts_seq *out);
+
+/* Cuts sequence i down to lengths[i] tokens; all or none. TS_EBUSY: one is in an open step. */
+ts_status ts_seq_truncate(ts_pool *pool, const ts_seq *seqs, const uint32_t *lengths,
+                          uint32_t count);
+
+/* Frees the sequences; all or none. TS_EBUSY: one is in an open step. */
+ts_status ts_seq_free(ts_pool *pool, const ts_seq *seqs, uint32_t count);
+
+/* Keeps a sequence under a name (1..127 bytes): it outlives this session and any session of the
+ * same tenant may attach to it. NULL forgets the name: the sequence becomes this session's own
+ * again. TS_EEXIST: the tenant keeps another one under this name. */
+ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name);
+
+/* Finds a kept sequence; *length (may be NULL) is its tokens. TS_ENOENT: there is none. */
+ts_status ts_seq_attach(ts_pool *pool, const char *name, ts_seq *out, uint32_t *length);
+
+/* Tokens of each sequence. */
+ts_status ts_seq_lengths(ts_pool *pool, const ts_seq *seqs, uint32_t count, uint32_t *lengths);
+
+/* ---- slots: where a token's K and V lie ---- */
+
+/* A slot is block_id * block_tokens + offset. Finds those of tokens first..first+count-1. */
+ts_status ts_seq_slots(ts_pool *pool, ts_seq seq, uint32_t first, uint32_t count, uint64_t *slots);
+
+typedef struct ts_kv {
+    void *k, *v;        /* KV head 0; head h lies head_stride * h bytes further */
+    size_t head_stride; /* bytes */
+} ts_kv;
+
+/*
+ * The address in this process of one token's K and V at one layer, mapping its slab if need be. The
+ * slot must come from this session's last answer about its sequence. Writing through it needs
+ * TS_POOL_WRITABLE; without, the memory is read-only and a write is a fault of this process.
+ */
+ts_status ts_slot_kv(ts_pool *pool, uint64_t slot, uint32_t layer, ts_kv *out);
+
+/*
+ * A plain append in one message, for a worker that writes K and V itself (TS_POOL_WRITABLE): the
+ * tokens are part of the sequences at once, so write them before anybody else is told. slots (may
+ * be NULL) gets those of all new tokens, in order. TS_ENOSPC, TS_EQUOTA: nothing was appended.
+ */
+ts_status ts_seq_append(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_tokens,
+                        uint32_t count, uint64_t *slots);
+
+/* ---- steps ---- */
+
+typedef struct ts_step_options {
+    uint32_t heads;    /* query heads: a multiple of kv_heads; 0: kv_heads */
+    ts_dtype io_dtype; /* of q, k, v and out: fp32 (0), or the pool's own type */
+    float scale;       /* of q·k; 0: 1/sqrt(head_dim) */
+    bool no_run;       /* no layer will be run: a plain append in two messages */
+} ts_step_options;
+
+/*
+ * Begins a step that adds new_tokens[i] (at least 1) tokens to sequence i. Takes all slots that
+ * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
+ * as they were, and not be changed. options may be NULL.
+ */
+ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_tokens,
+                        uint32_t count, const ts_step_options *options, ts_step **out);
+
+/* All new tokens of the step, in the order of its sequences. */
+uint32_t ts_step_tokens(const ts_step *step);
+
+/* Tokens that sequence i had: the position of its first new token. */
+uint32_t ts_step_start(const ts_step *step, uint32_t i);
+
+/* Buffers in the exchange, good until the step ends: q and out [tokens][heads][head_dim], k and v
+ * [tokens][kv_heads][head_dim], of io_dtype. */
+void *ts_step_q(const ts_step *step);
+void *ts_step_k(const ts_step *step);
+void *ts_step_v(const ts_step *step);
+const void *ts_step_out(const ts_step *step);
+
+/* Slots of all new tokens, in order. */
+void ts_step_slots(const ts_step *step, uint64_t *slots);
+
+/* Writes k and v into the step's slots of this layer and attends: token t of a sequence sees all of
+ * its tokens up to and including itself. out is ready when this returns. */
+ts_status ts_step_run(ts_step *step, uint32_t layer);
+
+/* Makes the first accepted[i] new tokens part of sequence i (NULL: all of them) and drops the rest.
+ * The step ends, and is freed, if this returns TS_OK. TS_EINVAL: some layers were run and others
+ * not. */
+ts_status ts_step_commit(ts_step *step, const uint32_t *accepted);
+
+/* Drops the step: every sequence is as it was. The step is freed, whatever this returns. */
+ts_status ts_step_abort(ts_step *step);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,166 @@
+#define _GNU_SOURCE
+#include "client.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool **out)
+{
+    Tspb__PoolOpen open = TSPB__POOL_OPEN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    *out = NULL;
+    if (flags & ~(unsigned)TS_POOL_WRITABLE)
+        return ts_fail(c, TS_EINVAL, "flags %#x; known is TS_POOL_WRITABLE (%#x)", flags,
+                       TS_POOL_WRITABLE);
+    open.name = (char *)name;
+    open.writable = flags & TS_POOL_WRITABLE;
+    request.body_case = TSPB__REQUEST__BODY_POOL_OPEN;
+    request.pool_open = &open;
+    ts_status status = ts_call(c, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    ts_pool *p = calloc(1, sizeof *p);
+    const Tspb__PoolOpened *o = reply->pool_opened;
+    if (p == NULL) {
+        status = ts_fail(c, TS_ENOMEM, "no memory for a pool");
+        goto out;
+    }
+    if (reply->body_case != TSPB__REPLY__BODY_POOL_OPENED || o->num_blocks == 0 ||
+        o->slab_blocks == 0) {
+        status = ts_fail(c, TS_EPROTO, "the daemon's answer describes no pool");
+        goto out;
+    }
+    *p = (ts_pool){
+        .client = c,
+        .index = o->pool,
+        .geometry = {.layers = o->layers,
+                     .kv_heads = o->kv_heads,
+                     .head_dim = o->head_dim,
+                     .block_tokens = o->block_tokens,
+                     .dtype = (ts_dtype)o->dtype,
+                     .layout = (ts_layout)o->layout},
+        .num_blocks = o->num_blocks,
+        .slab_blocks = o->slab_blocks,
+        .num_slabs = (o->num_blocks - 1) / o->slab_blocks + 1,
+        .sequence_tokens_max = o->sequence_tokens_max,
+        .writable = open.writable,
+    };
+    status = ts_geometry_check(&p->geometry, c->error, sizeof c->error);
+    if (status == TS_OK) {
+        p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
+        p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
+        if (p->mapped == NULL || p->wanted == NULL)
+            status = ts_fail(c, TS_ENOMEM, "no memory for a pool of %u slabs", p->num_slabs);
+    }
+out:
+    tspb__reply__free_unpacked(reply, NULL);
+    if (status == TS_OK)
+        *out = p;
+    else
+        ts_pool_close(p);
+    return status;
+}
+
+static size_t slab_bytes(const ts_pool *p)
+{
+    return ts_geometry_block_bytes(&p->geometry) * p->slab_blocks;
+}
+
+void ts_pool_close(ts_pool *p)
+{
+    if (p == NULL)
+        return;
+    if (p->base != NULL)
+        munmap(p->base, slab_bytes(p) * p->num_slabs);
+    free(p->mapped);
+    free(p->wanted);
+    free(p);
+}
+
+const ts_geometry *ts_pool_geometry(const ts_pool *p)
+{
+    return &p->geometry;
+}
+
+uint32_t ts_pool_blocks(const ts_pool *p)
+{
+    return p->num_blocks;
+}
+
+uint32_t ts_pool_sequence_max(const ts_pool *p)
+{
+    return p->sequence_tokens_max;
+}
+
+ts_status ts_pool_note_slabs(ts_pool *p, Tspb__Slab **slabs, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (slabs[i]->slab >= p->num_slabs)
+            return ts_fail(p->client, TS_EPROTO, "the daemon speaks of slab %u of %u",
+                           slabs[i]->slab, p->num_slabs);
+        p->wanted[slabs[i]->slab] = slabs[i]->generation;
+    }
+    return TS_OK;
+}
+
+/* Maps the slab where it belongs, in place of what was there. */
+static ts_status map_slab(ts_pool *p, uint32_t slab)
+{
+    ts_client *c = p->client;
+    ts_handle_reply reply;
+    int fd;
+    if (p->base == NULL) {
+        void *base = mmap(NULL, slab_bytes(p) * p->num_slabs, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (base == MAP_FAILED)
+            return ts_fail(c, TS_ENOMEM, "reserving %zu bytes of addresses: %s",
+                           slab_bytes(p) * p->num_slabs, strerror(errno));
+        p->base = base;
+    }
+    ts_status status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, p->writable, &reply, &fd);
+    if (status != TS_OK)
+        return status;
+    if (reply.bytes != slab_bytes(p)) {
+        close(fd);
+        return ts_fail(c, TS_EPROTO, "slab %u has %llu bytes, not %zu", slab,
+                       (unsigned long long)reply.bytes, slab_bytes(p));
+    }
+    void *address =
+        mmap(p->base + slab * slab_bytes(p), slab_bytes(p),
+             p->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+    int saved = errno;
+    close(fd);
+    if (address == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, slab_bytes(p),
+                       strerror(saved));
+    p->mapped[slab] = reply.generation;
+    p->wanted[slab] = reply.generation;
+    return TS_OK;
+}
+
+ts_status ts_slot_kv(ts_pool *p, uint64_t slot, uint32_t layer, ts_kv *out)
+{
+    const ts_geometry *g = &p->geometry;
+    uint64_t block = slot / g->block_tokens;
+    if (block >= p->num_blocks)
+        return ts_fail(p->client, TS_EINVAL, "slot %llu; the pool has %llu",
+                       (unsigned long long)slot,
+                       (unsigned long long)p->num_blocks * g->block_tokens);
+    if (layer >= g->layers)
+        return ts_fail(p->client, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
+    uint32_t slab = (uint32_t)(block / p->slab_blocks);
+    if (p->mapped[slab] == 0 || p->mapped[slab] != p->wanted[slab]) {
+        ts_status status = map_slab(p, slab);
+        if (status != TS_OK)
+            return status;
+    }
+    size_t plane = ts_geometry_plane_bytes(g);
+    unsigned char *k = p->base + block * ts_geometry_block_bytes(g) + layer * 2 * plane +
+                       slot % g->block_tokens * ts_geometry_token_stride(g);
+    *out = (ts_kv){.k = k, .v = k + plane, .head_stride = ts_geometry_head_stride(g)};
+    return TS_OK;
+}

@@ -1,0 +1,159 @@
+#include "client.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define REQUEST(kind, CASE)                                                                        \
+    Tspb__Request request = TSPB__REQUEST__INIT;                                                   \
+    request.body_case = TSPB__REQUEST__BODY_##CASE;                                                \
+    request.kind = &body
+
+/* Calls for an answer of exactly `count` sequences. */
+static ts_status call_for_seqs(ts_client *c, Tspb__Request *request, uint32_t count, ts_seq *out,
+                               uint32_t *length)
+{
+    Tspb__Reply *reply;
+    ts_status status = ts_call(c, request, &reply);
+    if (status != TS_OK)
+        return status;
+    if (reply->body_case == TSPB__REPLY__BODY_SEQS && reply->seqs->n_seqs == count) {
+        memcpy(out, reply->seqs->seqs, count * sizeof *out);
+        if (length != NULL)
+            *length = reply->seqs->length;
+    } else {
+        status = ts_fail(c, TS_EPROTO, "the daemon's answer has not %u sequences", count);
+    }
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}
+
+ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
+{
+    Tspb__SeqCreate body = TSPB__SEQ_CREATE__INIT;
+    REQUEST(seq_create, SEQ_CREATE);
+    body.pool = p->index;
+    body.count = count;
+    return call_for_seqs(p->client, &request, count, out, NULL);
+}
+
+static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t length,
+                          uint32_t count, ts_seq *out)
+{
+    Tspb__SeqFork body = TSPB__SEQ_FORK__INIT;
+    REQUEST(seq_fork, SEQ_FORK);
+    body.pool = p->index;
+    body.parent = parent;
+    body.count = count;
+    body.length = length;
+    body.has_length = has_length;
+    return call_for_seqs(p->client, &request, count, out, NULL);
+}
+
+ts_status ts_seq_fork(ts_pool *p, ts_seq parent, uint32_t count, ts_seq *out)
+{
+    return fork_seq(p, parent, false, 0, count, out);
+}
+
+ts_status ts_seq_fork_at(ts_pool *p, ts_seq parent, uint32_t length, uint32_t count, ts_seq *out)
+{
+    return fork_seq(p, parent, true, length, count, out);
+}
+
+ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *lengths, uint32_t count)
+{
+    Tspb__SeqTruncate body = TSPB__SEQ_TRUNCATE__INIT;
+    REQUEST(seq_truncate, SEQ_TRUNCATE);
+    body.pool = p->index;
+    body.seqs = (uint64_t *)seqs;
+    body.lengths = (uint32_t *)lengths;
+    body.n_seqs = body.n_lengths = count;
+    return ts_call_plain(p->client, &request);
+}
+
+ts_status ts_seq_free(ts_pool *p, const ts_seq *seqs, uint32_t count)
+{
+    Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
+    REQUEST(seq_free, SEQ_FREE);
+    body.pool = p->index;
+    body.seqs = (uint64_t *)seqs;
+    body.n_seqs = count;
+    return ts_call_plain(p->client, &request);
+}
+
+ts_status ts_seq_keep(ts_pool *p, ts_seq seq, const char *name)
+{
+    Tspb__SeqKeep body = TSPB__SEQ_KEEP__INIT;
+    REQUEST(seq_keep, SEQ_KEEP);
+    if (name != NULL && name[0] == '\0')
+        return ts_fail(p->client, TS_EINVAL, "a name has at least 1 byte");
+    body.pool = p->index;
+    body.seq = seq;
+    body.name = (char *)(name != NULL ? name : "");
+    return ts_call_plain(p->client, &request);
+}
+
+ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *length)
+{
+    Tspb__SeqAttach body = TSPB__SEQ_ATTACH__INIT;
+    REQUEST(seq_attach, SEQ_ATTACH);
+    body.pool = p->index;
+    body.name = (char *)name;
+    return call_for_seqs(p->client, &request, 1, out, length);
+}
+
+ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_t *lengths)
+{
+    Tspb__SeqLengths body = TSPB__SEQ_LENGTHS__INIT;
+    Tspb__Reply *reply;
+    REQUEST(seq_lengths, SEQ_LENGTHS);
+    body.pool = p->index;
+    body.seqs = (uint64_t *)seqs;
+    body.n_seqs = count;
+    ts_status status = ts_call(p->client, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    if (reply->body_case == TSPB__REPLY__BODY_LENGTHS && reply->lengths->n_lengths == count)
+        memcpy(lengths, reply->lengths->lengths, count * sizeof *lengths);
+    else
+        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u lengths", count);
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}
+
+ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t first, uint32_t count, uint64_t *slots)
+{
+    Tspb__SeqBlocks body = TSPB__SEQ_BLOCKS__INIT;
+    Tspb__Reply *reply;
+    REQUEST(seq_blocks, SEQ_BLOCKS);
+    uint32_t block_tokens = p->geometry.block_tokens;
+    if (count == 0)
+        return ts_fail(p->client, TS_EINVAL, "0 tokens; at least 1 is needed");
+    uint32_t first_block = first / block_tokens;
+    uint64_t end_block = ((uint64_t)first + count - 1) / block_tokens + 1;
+    if (end_block > UINT32_MAX)
+        return ts_fail(p->client, TS_EINVAL, "tokens %u to %llu", first,
+                       (unsigned long long)first + count);
+    body.pool = p->index;
+    body.seq = seq;
+    body.first = first_block;
+    body.count = (uint32_t)end_block - first_block;
+    ts_status status = ts_call(p->client, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    const Tspb__Blocks *b = reply->blocks;
+    if (reply->body_case != TSPB__REPLY__BODY_BLOCKS || b->n_blocks != body.count)
+        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u blocks", body.count);
+    else if ((uint64_t)first + count > b->length)
+        status =
+            ts_fail(p->client, TS_EINVAL, "tokens %u to %llu of sequence %llx, which has %u", first,
+                    (unsigned long long)first + count, (unsigned long long)seq, b->length);
+    else
+        status = ts_pool_note_slabs(p, b->slabs, b->n_slabs);
+    for (uint32_t i = 0; status == TS_OK && i < count; i++) {
+        uint32_t token = first + i;
+        slots[i] = (uint64_t)b->blocks[token / block_tokens - first_block] * block_tokens +
+                   token % block_tokens;
+    }
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}

@@ -1,0 +1,261 @@
+#include "client.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct ts_step {
+    ts_pool *pool;
+    uint64_t id;
+    uint32_t count, tokens;
+    uint32_t *starts, *new_tokens; /* per sequence */
+    uint64_t *slots;               /* per new token */
+    ts_region region;              /* of the exchange: q, k, v, out */
+    size_t q, k, v, out;           /* offsets into the exchange */
+};
+
+static void step_free(ts_step *s)
+{
+    if (s == NULL)
+        return;
+    free(s->starts);
+    free(s->new_tokens);
+    free(s->slots);
+    free(s);
+}
+
+static ts_step *step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uint32_t tokens)
+{
+    ts_step *s = calloc(1, sizeof *s);
+    if (s == NULL)
+        return NULL;
+    s->pool = p;
+    s->count = count;
+    s->tokens = tokens;
+    s->starts = malloc(count * sizeof *s->starts);
+    s->new_tokens = malloc(count * sizeof *s->new_tokens);
+    s->slots = malloc(tokens * sizeof *s->slots);
+    if (s->starts == NULL || s->new_tokens == NULL || s->slots == NULL) {
+        step_free(s);
+        return NULL;
+    }
+    memcpy(s->new_tokens, new_tokens, count * sizeof *new_tokens);
+    return s;
+}
+
+/* Notes what the daemon's answer says of starts and slots, after checking that it adds up. */
+static ts_status fill_step(ts_step *s, const Tspb__StepBegun *b)
+{
+    ts_pool *p = s->pool;
+    uint32_t block_tokens = p->geometry.block_tokens, token = 0;
+    size_t block = 0;
+    bool ok = b->n_starts == s->count && b->n_counts == s->count;
+    for (uint32_t i = 0; ok && i < s->count; i++) {
+        uint64_t end = (uint64_t)b->starts[i] + s->new_tokens[i];
+        uint32_t first = b->starts[i] / block_tokens;
+        ok = b->counts[i] == (end - 1) / block_tokens + 1 - first &&
+             b->n_blocks - block >= b->counts[i];
+        s->starts[i] = b->starts[i];
+        for (uint64_t t = b->starts[i]; ok && t < end; t++)
+            s->slots[token++] =
+                (uint64_t)b->blocks[block + t / block_tokens - first] * block_tokens +
+                t % block_tokens;
+        block += b->counts[i];
+    }
+    if (!ok)
+        return ts_fail(p->client, TS_EPROTO, "the daemon's answer doesn't fit the step");
+    return ts_pool_note_slabs(p, b->slabs, b->n_slabs);
+}
+
+/* Begins a step, or appends, in one message. The step's region is taken already. */
+static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
+{
+    Tspb__StepBegin body = TSPB__STEP_BEGIN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    body.pool = s->pool->index;
+    body.seqs = (uint64_t *)seqs;
+    body.new_tokens = s->new_tokens;
+    body.n_seqs = body.n_new_tokens = s->count;
+    body.heads = append || o->no_run ? 0 : o->heads;
+    body.io_dtype = o->io_dtype;
+    body.scale = o->scale;
+    body.append = append;
+    request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
+    request.step_begin = &body;
+    ts_status status = ts_call(s->pool->client, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    if (reply->body_case != TSPB__REPLY__BODY_STEP_BEGUN) {
+        status = ts_fail(s->pool->client, TS_EPROTO, "the daemon's answer begins no step");
+    } else {
+        s->id = reply->step_begun->step;
+        status = fill_step(s, reply->step_begun);
+    }
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}
+
+/* The sum of new_tokens, or refuses. */
+static ts_status add_tokens(ts_pool *p, const uint32_t *new_tokens, uint32_t count,
+                            uint32_t *tokens)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < count; i++)
+        sum += new_tokens[i];
+    if (count == 0 || sum == 0 || sum > UINT32_MAX)
+        return ts_fail(p->client, TS_EINVAL,
+                       "%llu new tokens for %u sequences; each gets at least 1",
+                       (unsigned long long)sum, count);
+    *tokens = (uint32_t)sum;
+    return TS_OK;
+}
+
+static size_t align(size_t bytes)
+{
+    return (bytes + TS_EXCHANGE_ALIGN - 1) / TS_EXCHANGE_ALIGN * TS_EXCHANGE_ALIGN;
+}
+
+ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
+                        const ts_step_options *options, ts_step **out)
+{
+    ts_step_options o = options != NULL ? *options : (ts_step_options){0};
+    const ts_geometry *g = &p->geometry;
+    uint32_t tokens;
+    *out = NULL;
+    if (o.heads == 0)
+        o.heads = g->kv_heads;
+    if (o.heads > TS_HEADS_MAX)
+        return ts_fail(p->client, TS_EINVAL, "%u query heads; the limit is %u", o.heads,
+                       TS_HEADS_MAX);
+    ts_status status = add_tokens(p, new_tokens, count, &tokens);
+    if (status != TS_OK)
+        return status;
+    ts_step *s = step_new(p, new_tokens, count, tokens);
+    if (s == NULL)
+        return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
+    size_t row = (size_t)tokens * g->head_dim * ts_dtype_bytes(o.io_dtype);
+    size_t q = align(row * o.heads), kv = align(row * g->kv_heads);
+    if (!o.no_run) {
+        s->region.bytes = 2 * q + 2 * kv;
+        status = ts_exchange_take(p->client, &s->region);
+    }
+    if (status != TS_OK) {
+        step_free(s);
+        return status;
+    }
+    s->q = s->region.offset;
+    s->k = s->q + q;
+    s->v = s->k + kv;
+    s->out = s->v + kv;
+    status = call_begin(s, seqs, &o, false);
+    if (status != TS_OK) {
+        ts_exchange_give(p->client, &s->region);
+        step_free(s);
+        return status;
+    }
+    *out = s;
+    return TS_OK;
+}
+
+ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
+                        uint64_t *slots)
+{
+    static const ts_step_options none;
+    uint32_t tokens;
+    ts_status status = add_tokens(p, new_tokens, count, &tokens);
+    if (status != TS_OK)
+        return status;
+    ts_step *s = step_new(p, new_tokens, count, tokens);
+    if (s == NULL)
+        return ts_fail(p->client, TS_ENOMEM, "no memory for an append of %u tokens", tokens);
+    status = call_begin(s, seqs, &none, true);
+    if (status == TS_OK && slots != NULL)
+        memcpy(slots, s->slots, tokens * sizeof *slots);
+    step_free(s);
+    return status;
+}
+
+uint32_t ts_step_tokens(const ts_step *s)
+{
+    return s->tokens;
+}
+
+uint32_t ts_step_start(const ts_step *s, uint32_t i)
+{
+    return i < s->count ? s->starts[i] : 0;
+}
+
+void *ts_step_q(const ts_step *s)
+{
+    return s->pool->client->exchange + s->q;
+}
+
+void *ts_step_k(const ts_step *s)
+{
+    return s->pool->client->exchange + s->k;
+}
+
+void *ts_step_v(const ts_step *s)
+{
+    return s->pool->client->exchange + s->v;
+}
+
+const void *ts_step_out(const ts_step *s)
+{
+    return s->pool->client->exchange + s->out;
+}
+
+void ts_step_slots(const ts_step *s, uint64_t *slots)
+{
+    memcpy(slots, s->slots, s->tokens * sizeof *slots);
+}
+
+ts_status ts_step_run(ts_step *s, uint32_t layer)
+{
+    Tspb__StepRun body = TSPB__STEP_RUN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.step = s->id;
+    body.layer = layer;
+    body.q = s->q;
+    body.k = s->k;
+    body.v = s->v;
+    body.out = s->out;
+    request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
+    request.step_run = &body;
+    return ts_call_plain(s->pool->client, &request);
+}
+
+static void step_end(ts_step *s)
+{
+    ts_exchange_give(s->pool->client, &s->region);
+    step_free(s);
+}
+
+ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
+{
+    Tspb__StepCommit body = TSPB__STEP_COMMIT__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.step = s->id;
+    body.accepted = (uint32_t *)accepted;
+    body.n_accepted = accepted != NULL ? s->count : 0;
+    request.body_case = TSPB__REQUEST__BODY_STEP_COMMIT;
+    request.step_commit = &body;
+    ts_status status = ts_call_plain(s->pool->client, &request);
+    if (status == TS_OK)
+        step_end(s);
+    return status;
+}
+
+ts_status ts_step_abort(ts_step *s)
+{
+    Tspb__StepAbort body = TSPB__STEP_ABORT__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    if (s == NULL)
+        return TS_OK;
+    body.step = s->id;
+    request.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
+    request.step_abort = &body;
+    ts_status status = ts_call_plain(s->pool->client, &request);
+    step_end(s);
+    return status;
+}

@@ -1,0 +1,46 @@
+/*
+ * The way to the kernels: jobs (block copies, and attends of one step at one layer) that are ready
+ * wait here, and one thread launches all attends of like shape, whoever sent them, as one kernel
+ * call.
+ *
+ * Thread: the engine's submits; `done` is called on the batch's own.
+ */
+#ifndef TS_BATCH_H
+#define TS_BATCH_H
+
+#include "attention.h"
+
+#include <stdatomic.h>
+
+typedef struct ts_job {
+    struct ts_job *next;
+    ts_geometry geometry;
+    unsigned char *base;
+    /* copies: num_copies > 0 */
+    ts_block_copy *copies;
+    uint32_t num_copies;
+    /* or one attend */
+    ts_attention_seq *seqs;
+    uint32_t num_seqs, heads;
+    ts_dtype io_dtype;
+    float scale;
+    ts_status status; /* what came of it */
+    void (*done)(struct ts_job *job);
+} ts_job;
+
+typedef struct ts_batch ts_batch;
+
+/* The batch uses `attention` from now on; the caller frees it after the batch. NULL if out of
+ * memory or threads. */
+ts_batch *ts_batch_new(ts_attention *attention);
+
+/* Finishes what was submitted, then ends. */
+void ts_batch_free(ts_batch *batch);
+
+/* The job is the batch's until it calls done. */
+void ts_batch_submit(ts_batch *batch, ts_job *job);
+
+/* Attends done so far, and the kernel calls that took. Any thread. */
+void ts_batch_counts(const ts_batch *batch, uint64_t *runs, uint64_t *launches);
+
+#endif

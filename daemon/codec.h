@@ -1,0 +1,31 @@
+/*
+ * Between protobuf messages and the engine's commands and answers. What a message claims of itself
+ * (counts that must agree, values that must fit) is checked here; what it means, in the engine.
+ *
+ * Thread: the engine's. Decoded commands point into the message, encoded replies into the answer.
+ */
+#ifndef TS_CODEC_H
+#define TS_CODEC_H
+
+#include "engine.h"
+#include "tinyserve.pb-c.h"
+
+/* What the bodies of a reply are built in. */
+typedef union ts_reply_body {
+    Tspb__PoolOpened pool_opened;
+    Tspb__Seqs seqs;
+    Tspb__Lengths lengths;
+    Tspb__Blocks blocks;
+    Tspb__StepBegun step_begun;
+} ts_reply_body;
+
+/* Whether `request` becomes a command of the engine. False with `answer` refusing, or with TS_OK
+ * for a request that is answered otherwise (a report, or opening a session). */
+bool ts_decode(const Tspb__Request *request, uint64_t session, ts_command *command,
+               ts_answer *answer);
+
+/* Fills in the reply to a command that was applied; slabs of an answer are the caller's to add. */
+void ts_encode(const ts_engine *engine, const ts_command *command, const ts_answer *answer,
+               Tspb__Reply *reply, ts_reply_body *body);
+
+#endif

@@ -1,0 +1,49 @@
+/*
+ * The daemon's configuration: an INI file (read with inih), and the same keys from the command
+ * line. Every value is checked where it is read; the first error names file, line, key, value and
+ * limit.
+ */
+#ifndef TS_CONFIG_H
+#define TS_CONFIG_H
+
+#include "engine.h"
+#include "log.h"
+
+#define TS_SOCKET_DEFAULT "/run/tinyserve/tinyserve.sock"
+#define TS_CONFIG_DEFAULT "/etc/tinyserve/tinyserved.conf"
+
+typedef struct ts_config_pool {
+    ts_pool_config pool;
+    uint64_t memory, slab, tenant_memory; /* bytes; 0: not given */
+    uint64_t blocks;
+} ts_config_pool;
+
+typedef struct ts_config {
+    char socket[100];
+    uint32_t socket_mode;
+    uint32_t threads; /* 0: all processors */
+    ts_isa kernel;
+    ts_log_level log_level;
+    uint32_t contexts;
+    uint64_t message_bytes;
+    ts_engine_limits limits;
+    ts_config_pool pools[TS_POOLS_MAX];
+    uint32_t num_pools;
+    char error[256]; /* the first error */
+} ts_config;
+
+void ts_config_init(ts_config *config);
+
+/* TS_EINVAL with config->error if a line is wrong, TS_ENOENT if the file can't be read. */
+ts_status ts_config_read(ts_config *config, const char *path);
+
+/* "NAME:key=value,key=value": a pool as on the command line. */
+ts_status ts_config_add_pool(ts_config *config, const char *text);
+
+/* Sets one key of the [daemon] section. */
+ts_status ts_config_set(ts_config *config, const char *key, const char *value);
+
+/* Works out blocks and slabs; checks what only all keys together can show. */
+ts_status ts_config_finish(ts_config *config);
+
+#endif

@@ -1,0 +1,239 @@
+/*
+ * The engine: all state of the daemon, changed by commands one at a time.
+ *
+ * ts_engine_apply is a pure function of the state and the command: no clock, no I/O, no randomness,
+ * so the same commands always give the same state and the same answers. What a command needs from
+ * outside (memory for a slab, a kernel to run) is in its answer, for the caller to do:
+ *
+ * - TS_NEED_SLABS: nothing was changed; renew the memory of ts_engine_next_slab's slab, apply
+ *   TS_OP_SLAB_GRANT for it, and apply the command again.
+ * - a step that was begun with copies, or a run: hand it to the kernels, and apply TS_OP_STEP_DONE
+ *   when they are done.
+ *
+ * Thread: the one that owns the engine.
+ */
+#ifndef TS_ENGINE_H
+#define TS_ENGINE_H
+
+#include "session.h"
+#include "step.h"
+
+#include "attention.h"
+
+#define TS_POOLS_MAX 64u
+#define TS_TENANTS_MAX 4096u
+#define TS_MESSAGE_BYTES 232
+#define TS_EXCHANGE_ALIGN 64u
+#define TS_NEED_SLABS ((ts_status)100) /* never leaves the daemon */
+
+typedef enum ts_op {
+    TS_OP_SESSION_OPEN = 1,
+    TS_OP_SESSION_CLOSE,
+    TS_OP_EXCHANGE_OPEN,
+    TS_OP_POOL_OPEN,
+    TS_OP_SEQ_CREATE,
+    TS_OP_SEQ_FORK,
+    TS_OP_SEQ_FREE,
+    TS_OP_SEQ_TRUNCATE,
+    TS_OP_SEQ_KEEP,
+    TS_OP_SEQ_ATTACH,
+    TS_OP_SEQ_LENGTHS,
+    TS_OP_SEQ_BLOCKS,
+    TS_OP_STEP_BEGIN,
+    TS_OP_STEP_RUN,
+    TS_OP_STEP_COMMIT,
+    TS_OP_STEP_ABORT,
+    TS_OP_STEP_DONE,
+    TS_OP_SLAB_GRANT,
+} ts_op;
+
+/* Pointers are the caller's and are read only while the command is applied. */
+typedef struct ts_command {
+    ts_op op;
+    uint64_t session; /* who asks; not for SESSION_OPEN, STEP_DONE, SLAB_GRANT */
+    uint32_t pool;    /* where the command has one */
+    union {
+        struct {
+            uint32_t uid, pid;
+            const char *program;
+        } session_open;
+        struct {
+            uint64_t bytes;
+        } exchange_open;
+        struct {
+            const char *name;
+            bool writable;
+        } pool_open;
+        struct {
+            uint32_t count;
+        } seq_create;
+        struct {
+            uint64_t parent;
+            uint32_t count, length;
+            bool has_length;
+        } seq_fork;
+        struct {
+            const uint64_t *seqs;
+            const uint32_t *lengths; /* SEQ_TRUNCATE */
+            uint32_t count;
+        } seq_batch; /* SEQ_FREE, SEQ_TRUNCATE, SEQ_LENGTHS */
+        struct {
+            uint64_t seq;
+            const char *name;
+        } seq_keep; /* SEQ_ATTACH uses the name */
+        struct {
+            uint64_t seq;
+            uint32_t first, count;
+        } seq_blocks;
+        struct {
+            const uint64_t *seqs;
+            const uint32_t *new_tokens;
+            uint32_t count, heads, io_dtype;
+            float scale;
+            bool append;
+        } step_begin;
+        struct {
+            uint64_t step;
+            uint32_t layer;
+            uint64_t q, k, v, out; /* bytes into the exchange */
+        } step_run;
+        struct {
+            uint64_t step;
+            const uint32_t *accepted; /* NULL: all */
+            uint32_t count;
+        } step_end; /* STEP_COMMIT, STEP_ABORT */
+        struct {
+            uint64_t step;
+            uint32_t layer; /* that was run; TS_NONE: the copies were made */
+            bool failed;    /* the run wrote nothing */
+        } step_done;
+        struct {
+            uint32_t slab, tenant;
+        } slab_grant;
+    };
+} ts_command;
+
+/* Pointers are the engine's and good until the next command is applied. */
+typedef struct ts_answer {
+    ts_status status;
+    char message[TS_MESSAGE_BYTES]; /* empty if status is TS_OK */
+    union {
+        uint64_t session; /* SESSION_OPEN */
+        uint32_t pool;    /* POOL_OPEN */
+        struct {
+            const uint64_t *seqs;
+            uint32_t count, length;
+        } seqs; /* SEQ_CREATE, SEQ_FORK, SEQ_ATTACH */
+        struct {
+            const uint32_t *lengths;
+            uint32_t count;
+        } lengths;
+        struct {
+            const uint32_t *blocks;
+            uint32_t count, length;
+        } blocks; /* SEQ_BLOCKS */
+        struct {
+            const ts_step *step; /* NULL when an append was committed at once */
+            const uint32_t *starts, *counts, *blocks;
+            uint32_t num_seqs, num_blocks;
+            const ts_block_copy *copies; /* to be made before the step's first run */
+            uint32_t num_copies;
+        } begun;
+        const ts_step *step; /* STEP_RUN: in flight until STEP_DONE */
+        struct {
+            uint32_t pool, tenant;
+        } need; /* TS_NEED_SLABS */
+    };
+} ts_answer;
+
+typedef struct ts_engine_limits {
+    uint32_t sessions;          /* live at once */
+    uint32_t session_sequences; /* that one session may own */
+    uint32_t session_steps;     /* that one session may have open */
+    uint32_t step_runs;         /* that one step may have in flight */
+    uint64_t session_blocks;    /* block table entries of a session's sequences and steps */
+    uint32_t batch;             /* sequences in one command */
+    uint32_t step_tokens;       /* new tokens in one step */
+    uint64_t exchange_bytes;
+} ts_engine_limits;
+
+/* Whether clients may map a pool's slabs writable. */
+typedef enum ts_client_write { TS_CLIENT_WRITE_NONE, TS_CLIENT_WRITE_ALL } ts_client_write;
+
+typedef struct ts_pool_config {
+    char name[64];
+    ts_geometry geometry;
+    uint32_t num_blocks, slab_blocks;
+    uint32_t sequences_max;
+    uint32_t sequence_tokens_max;
+    uint64_t tenant_blocks_max; /* blocks one tenant may use */
+    ts_client_write client_write;
+    char device[32], memory[16]; /* for people: where the pool is and what provides it */
+} ts_pool_config;
+
+typedef struct ts_engine_pool {
+    ts_pool_config config;
+    ts_pool_books books;
+    ts_sequences seqs;
+    uint32_t open_steps;
+} ts_engine_pool;
+
+typedef struct ts_engine {
+    ts_engine_limits limits;
+    ts_engine_pool *pools;
+    uint32_t num_pools;
+    uint32_t *tenants; /* uid of each */
+    uint32_t num_tenants;
+    ts_session *sessions;
+    uint32_t num_sessions, live_sessions, free_session;
+    ts_step *steps; /* an array of entries; a step is told by id */
+    uint32_t num_steps, free_step, live_steps;
+    uint64_t tokens_committed;
+    /* what answers point to */
+    uint64_t *out_ids;
+    uint32_t *out_words;
+    ts_block_copy *out_copies;
+    size_t out_ids_capacity, out_words_capacity, out_copies_capacity;
+} ts_engine;
+
+/* Fills in limits that are far from any use's needs but bound the daemon's memory. */
+void ts_engine_default_limits(ts_engine_limits *limits);
+
+ts_engine *ts_engine_new(const ts_engine_limits *limits);
+void ts_engine_free(ts_engine *engine);
+
+/* Adds a pool before the first command. TS_EINVAL or TS_ENOMEM with a sentence in `why`. */
+ts_status ts_engine_add_pool(ts_engine *engine, const ts_pool_config *config, char *why,
+                             size_t why_bytes);
+
+void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *answer);
+
+/* The slab whose memory to renew for TS_NEED_SLABS. */
+uint32_t ts_engine_next_slab(const ts_engine *engine, uint32_t pool, uint32_t tenant);
+
+/* The live session, or NULL. */
+ts_session *ts_engine_session(const ts_engine *engine, uint64_t id);
+uint64_t ts_engine_session_id(const ts_engine *engine, uint32_t index);
+
+/* Fills in `answer` as a refusal. */
+void ts_refuse(ts_answer *answer, ts_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Used by the files of the engine. */
+bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);
+ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_session *session,
+                                uint64_t id, bool to_change, ts_answer *answer);
+void ts_engine_step_begin(ts_engine *engine, ts_session *session, const ts_command *command,
+                          ts_answer *answer);
+void ts_engine_step_run(ts_engine *engine, ts_session *session, const ts_command *command,
+                        ts_answer *answer);
+void ts_engine_step_end(ts_engine *engine, ts_session *session, const ts_command *command,
+                        ts_answer *answer);
+void ts_engine_step_done(ts_engine *engine, const ts_command *command, ts_answer *answer);
+void ts_engine_step_abort(ts_engine *engine, ts_step *step);
+ts_step *ts_engine_find_step(const ts_engine *engine, uint64_t id);
+
+/* Frees what a closing session still has, as far as no kernel works on it; TRUE when it is gone. */
+bool ts_engine_reclaim(ts_engine *engine, ts_session *session);
+
+#endif

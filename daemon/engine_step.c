@@ -1,0 +1,388 @@
+/* The engine's commands for steps. */
+#include "engine.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+ts_step *ts_engine_find_step(const ts_engine *e, uint64_t id)
+{
+    uint32_t index = (uint32_t)id;
+    if (index >= e->num_steps || !e->steps[index].live || e->steps[index].id != id)
+        return NULL;
+    return &e->steps[index];
+}
+
+/* An entry for a new step, linked into the session's list; TS_NONE if out of memory. */
+static uint32_t step_new(ts_engine *e, ts_session *s, uint32_t num_seqs)
+{
+    ts_step_seq *seqs = malloc(num_seqs * sizeof *seqs);
+    if (seqs == NULL)
+        return TS_NONE;
+    uint32_t index = e->free_step;
+    uint64_t generation = 0;
+    if (index != TS_NONE) {
+        e->free_step = e->steps[index].next;
+        generation = e->steps[index].id >> 32;
+    } else {
+        /* Doubling; in-flight steps are told by id, so the array may move. */
+        if ((e->num_steps & (e->num_steps - 1)) == 0) {
+            size_t capacity = e->num_steps == 0 ? 1 : (size_t)e->num_steps * 2;
+            ts_step *grown = realloc(e->steps, capacity * sizeof *grown);
+            if (grown == NULL) {
+                free(seqs);
+                return TS_NONE;
+            }
+            e->steps = grown;
+        }
+        index = e->num_steps++;
+    }
+    generation = generation == UINT32_MAX ? 1 : generation + 1;
+    e->steps[index] = (ts_step){
+        .id = generation << 32 | index,
+        .session = (uint32_t)(s - e->sessions),
+        .prev = TS_NONE,
+        .next = s->step_list,
+        .live = true,
+        .num_seqs = num_seqs,
+        .seqs = seqs,
+    };
+    if (s->step_list != TS_NONE)
+        e->steps[s->step_list].prev = index;
+    s->step_list = index;
+    s->steps++;
+    e->live_steps++;
+    return index;
+}
+
+static void step_free(ts_engine *e, ts_step *step)
+{
+    ts_session *s = &e->sessions[step->session];
+    uint32_t index = (uint32_t)step->id;
+    if (step->prev != TS_NONE)
+        e->steps[step->prev].next = step->next;
+    else
+        s->step_list = step->next;
+    if (step->next != TS_NONE)
+        e->steps[step->next].prev = step->prev;
+    s->steps--;
+    e->live_steps--;
+    free(step->seqs);
+    step->seqs = NULL;
+    step->live = false;
+    step->next = e->free_step;
+    e->free_step = index;
+}
+
+/* Ends the step: sequence i keeps accepted[i] of its new tokens; NULL keeps `all` or none. */
+static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool all)
+{
+    ts_engine_pool *pool = &e->pools[step->pool];
+    ts_session *s = &e->sessions[step->session];
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        const ts_step_seq *part = &step->seqs[i];
+        ts_sequence *seq = &pool->seqs.all[part->seq];
+        uint32_t before = seq->num_blocks;
+        uint32_t n = accepted != NULL ? accepted[i] : all ? part->new_tokens : 0;
+        s->blocks -= part->reserved + (part->original != TS_NONE);
+        ts_step_settle(&pool->seqs, &pool->books, part, n);
+        if (seq->owner == step->session)
+            s->blocks += seq->num_blocks - before;
+        e->tokens_committed += n;
+    }
+    pool->open_steps--;
+    step_free(e, step);
+}
+
+void ts_engine_step_abort(ts_engine *e, ts_step *step)
+{
+    settle(e, step, NULL, false);
+}
+
+/* Checks everything about the batch but the space, marks its sequences and adds up the tokens and
+ * blocks. Returns how many were marked; the answer refuses if that is not all. */
+static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, uint64_t *tokens,
+                           uint64_t *blocks, ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    uint32_t i = 0;
+    for (; i < c->step_begin.count; i++) {
+        uint64_t id = c->step_begin.seqs[i];
+        uint32_t new_tokens = c->step_begin.new_tokens[i];
+        ts_sequence *seq = ts_engine_sequence(e, c->pool, s, id, true, a);
+        if (seq == NULL)
+            return i;
+        if (new_tokens == 0 || new_tokens > pool->config.sequence_tokens_max - seq->length) {
+            ts_refuse(
+                a, TS_EINVAL,
+                "%u new tokens for sequence %llx of %u; a step adds at least 1, and the pool's "
+                "limit is %u tokens a sequence",
+                new_tokens, (unsigned long long)id, seq->length, pool->config.sequence_tokens_max);
+            return i;
+        }
+        uint32_t more = ts_step_blocks(&pool->seqs, &pool->books, seq, new_tokens);
+        if (ts_sequence_reserve(seq, seq->num_blocks + more) != TS_OK) {
+            ts_refuse(a, TS_ENOMEM, "no memory for a block table of %u entries",
+                      seq->num_blocks + more);
+            return i;
+        }
+        *blocks += more;
+        *tokens += new_tokens;
+        seq->step = TS_SEQUENCE_MARKED;
+    }
+    return i;
+}
+
+/* Whether the blocks can be had: quotas first, then the pool. */
+static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, uint64_t tokens,
+                        uint64_t blocks, ts_answer *a)
+{
+    const ts_engine_pool *pool = &e->pools[c->pool];
+    const ts_pool_tenant *tenant = &pool->books.tenants[s->tenant];
+    if (tokens > e->limits.step_tokens)
+        return ts_refuse(a, TS_EINVAL, "a step of %llu new tokens; the limit is %u",
+                         (unsigned long long)tokens, e->limits.step_tokens);
+    if (s->blocks > e->limits.session_blocks || blocks > e->limits.session_blocks - s->blocks)
+        return ts_refuse(
+            a, TS_EQUOTA,
+            "the session refers to %llu blocks; %llu more would pass its limit of %llu",
+            (unsigned long long)s->blocks, (unsigned long long)blocks,
+            (unsigned long long)e->limits.session_blocks);
+    if (tenant->used + blocks > pool->config.tenant_blocks_max)
+        return ts_refuse(a, TS_EQUOTA,
+                         "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of "
+                         "%llu",
+                         e->tenants[s->tenant], tenant->used, pool->config.name,
+                         (unsigned long long)blocks,
+                         (unsigned long long)pool->config.tenant_blocks_max);
+    if (tenant->free >= blocks)
+        return;
+    if (ts_pool_slabs_needed(&pool->books, s->tenant, blocks) == TS_NONE)
+        return ts_refuse(a, TS_ENOSPC,
+                         "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
+                         (unsigned long long)blocks, pool->config.name,
+                         (unsigned long long)ts_pool_available(&pool->books, s->tenant),
+                         e->tenants[s->tenant], pool->books.num_blocks);
+    a->status = TS_NEED_SLABS;
+    a->need.pool = c->pool;
+    a->need.tenant = s->tenant;
+}
+
+static bool check_form(const ts_engine *e, const ts_session *s, const ts_command *c, ts_answer *a)
+{
+    const ts_geometry *g = &e->pools[c->pool].config.geometry;
+    uint32_t heads = c->step_begin.heads;
+    if (c->step_begin.count == 0 || c->step_begin.count > e->limits.batch)
+        ts_refuse(a, TS_EINVAL, "a step of %u sequences; the limits are 1..%u", c->step_begin.count,
+                  e->limits.batch);
+    else if (heads % g->kv_heads != 0 || heads > TS_HEADS_MAX)
+        ts_refuse(a, TS_EINVAL,
+                  "%u query heads; they must be a multiple of the pool's %u KV heads, "
+                  "at most %u",
+                  heads, g->kv_heads, TS_HEADS_MAX);
+    else if (c->step_begin.io_dtype != TS_DTYPE_FP32 && c->step_begin.io_dtype != g->dtype)
+        ts_refuse(a, TS_EINVAL, "io_dtype %u; it must be fp32 (0) or the pool's own, %s (%d)",
+                  c->step_begin.io_dtype, ts_dtype_name(g->dtype), (int)g->dtype);
+    else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
+        ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
+                  (double)c->step_begin.scale);
+    else if (c->step_begin.append && !(s->writable_pools >> c->pool & 1))
+        ts_refuse(a, TS_EPERM,
+                  "an append leaves K and V to the session, which didn't open pool '%s' to write",
+                  e->pools[c->pool].config.name);
+    else if (s->steps >= e->limits.session_steps)
+        ts_refuse(a, TS_EQUOTA, "the session has %u open steps; the limit is %u", s->steps,
+                  e->limits.session_steps);
+    return a->status == TS_OK;
+}
+
+/* Room for what the answer will point to: three arrays of words and the copies. */
+static bool reserve_answer(ts_engine *e, uint32_t count, uint64_t blocks)
+{
+    /* A sequence's touched blocks are those it takes, and its tail. */
+    return ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, 3ull * count + blocks,
+                          sizeof *e->out_words) &&
+           ts_engine_grow((void **)&e->out_copies, &e->out_copies_capacity, count,
+                          sizeof *e->out_copies);
+}
+
+static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
+{
+    const ts_engine_pool *pool = &e->pools[step->pool];
+    uint32_t block_tokens = pool->seqs.block_tokens;
+    uint32_t *starts = e->out_words, *counts = starts + step->num_seqs;
+    uint32_t *blocks = counts + step->num_seqs;
+    a->begun.step = step;
+    a->begun.starts = starts;
+    a->begun.counts = counts;
+    a->begun.blocks = blocks;
+    a->begun.num_seqs = step->num_seqs;
+    a->begun.copies = e->out_copies;
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        const ts_step_seq *part = &step->seqs[i];
+        uint32_t first = part->start / block_tokens;
+        uint32_t end = ts_blocks_for((uint64_t)part->start + part->new_tokens, block_tokens);
+        starts[i] = part->start;
+        counts[i] = end - first;
+        for (uint32_t b = first; b < end; b++)
+            blocks[a->begun.num_blocks++] = part->table[b];
+        if (part->original != TS_NONE)
+            e->out_copies[a->begun.num_copies++] =
+                (ts_block_copy){.src = part->original, .dst = part->table[first]};
+    }
+}
+
+void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    const uint32_t count = c->step_begin.count;
+    if (!check_form(e, s, c, a))
+        return;
+    uint64_t tokens = 0, blocks = 0;
+    uint32_t marked = mark_batch(e, s, c, &tokens, &blocks, a);
+    if (a->status == TS_OK)
+        check_space(e, s, c, tokens, blocks, a);
+    uint32_t index = TS_NONE;
+    if (a->status == TS_OK) {
+        if (reserve_answer(e, count, blocks))
+            index = step_new(e, s, count);
+        if (index == TS_NONE)
+            ts_refuse(a, TS_ENOMEM, "no memory for a step of %u sequences", count);
+    }
+    for (uint32_t i = 0; i < marked; i++)
+        ts_sequence_find(&pool->seqs, c->step_begin.seqs[i])->step = TS_NONE;
+    if (a->status != TS_OK)
+        return;
+
+    ts_step *step = &e->steps[index];
+    step->pool = c->pool;
+    step->append = c->step_begin.append;
+    step->heads = c->step_begin.heads;
+    step->io_dtype = (ts_dtype)c->step_begin.io_dtype;
+    step->scale = c->step_begin.scale > 0 ? c->step_begin.scale
+                                          : 1.0f / sqrtf((float)pool->config.geometry.head_dim);
+    step->tokens = (uint32_t)tokens;
+    for (uint32_t i = 0; i < count; i++) {
+        ts_step_seq *part = &step->seqs[i];
+        part->seq = (uint32_t)c->step_begin.seqs[i];
+        part->new_tokens = c->step_begin.new_tokens[i];
+        ts_step_take(&pool->seqs, &pool->books, part, index);
+    }
+    s->blocks += blocks;
+    pool->open_steps++;
+    fill_answer(e, step, a);
+    if (a->begun.num_copies > 0) {
+        step->in_flight = 1;
+    } else if (step->append) {
+        settle(e, step, NULL, true);
+        a->begun.step = NULL;
+    }
+}
+
+/* The session's own open step, or NULL and the answer refuses. */
+static ts_step *own_step(ts_engine *e, const ts_session *s, uint64_t id, ts_answer *a)
+{
+    ts_step *step = ts_engine_find_step(e, id);
+    if (step == NULL || &e->sessions[step->session] != s || step->append) {
+        ts_refuse(a, TS_ENOENT, "the session has no open step %llx", (unsigned long long)id);
+        return NULL;
+    }
+    return step;
+}
+
+static bool check_range(const ts_session *s, const char *what, uint64_t offset, uint64_t bytes,
+                        ts_answer *a)
+{
+    if (offset % TS_EXCHANGE_ALIGN == 0 && offset <= s->exchange_bytes &&
+        bytes <= s->exchange_bytes - offset)
+        return true;
+    ts_refuse(a, TS_EINVAL,
+              "%s takes %llu bytes at offset %llu; the exchange has %llu, and offsets must be "
+              "multiples of %u",
+              what, (unsigned long long)bytes, (unsigned long long)offset,
+              (unsigned long long)s->exchange_bytes, TS_EXCHANGE_ALIGN);
+    return false;
+}
+
+void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_step *step = own_step(e, s, c->step_run.step, a);
+    if (step == NULL)
+        return;
+    const ts_geometry *g = &e->pools[step->pool].config.geometry;
+    uint32_t layer = c->step_run.layer;
+    if (step->heads == 0)
+        return ts_refuse(a, TS_EINVAL, "step %llx was begun with 0 query heads: it can't be run",
+                         (unsigned long long)step->id);
+    if (layer >= g->layers)
+        return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
+    if (step->in_flight >= e->limits.step_runs)
+        return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
+                         (unsigned long long)step->id, step->in_flight, e->limits.step_runs);
+    uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
+    if (!check_range(s, "q", c->step_run.q, row * step->heads, a) ||
+        !check_range(s, "k", c->step_run.k, row * g->kv_heads, a) ||
+        !check_range(s, "v", c->step_run.v, row * g->kv_heads, a) ||
+        !check_range(s, "out", c->step_run.out, row * step->heads, a))
+        return;
+    step->in_flight++;
+    a->step = step;
+}
+
+void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_step *step = own_step(e, s, c->step_end.step, a);
+    if (step == NULL)
+        return;
+    const ts_engine_pool *pool = &e->pools[step->pool];
+    uint32_t layers = pool->config.geometry.layers;
+    if (step->in_flight > 0)
+        return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight",
+                         (unsigned long long)step->id, step->in_flight);
+    if (c->op == TS_OP_STEP_ABORT)
+        return ts_engine_step_abort(e, step);
+
+    const uint32_t *accepted = c->step_end.accepted;
+    uint64_t kept = 0;
+    if (accepted != NULL && c->step_end.count != step->num_seqs)
+        return ts_refuse(a, TS_EINVAL, "%u accepted counts for a step of %u sequences",
+                         c->step_end.count, step->num_seqs);
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        uint32_t n = accepted != NULL ? accepted[i] : step->seqs[i].new_tokens;
+        if (n > step->seqs[i].new_tokens)
+            return ts_refuse(a, TS_EINVAL,
+                             "%u tokens accepted of the %u that sequence %u of the "
+                             "step has",
+                             n, step->seqs[i].new_tokens, i);
+        kept += n;
+    }
+    /* Nobody may see a token whose K and V were not written in every layer. */
+    if (kept > 0 && step->layers_run > 0 && step->layers_run < layers)
+        return ts_refuse(a, TS_EINVAL, "only %u of %u layers of step %llx were run",
+                         step->layers_run, layers, (unsigned long long)step->id);
+    if (kept > 0 && step->layers_run == 0 && !(s->writable_pools >> step->pool & 1))
+        return ts_refuse(a, TS_EPERM,
+                         "no layer of step %llx was run, and the session didn't open pool '%s' to "
+                         "write: its tokens have no K and V",
+                         (unsigned long long)step->id, pool->config.name);
+    settle(e, step, accepted, true);
+}
+
+void ts_engine_step_done(ts_engine *e, const ts_command *c, ts_answer *a)
+{
+    ts_step *step = ts_engine_find_step(e, c->step_done.step);
+    uint32_t layer = c->step_done.layer;
+    if (step == NULL || step->in_flight == 0)
+        return ts_refuse(a, TS_ENOENT, "no step %llx is in flight",
+                         (unsigned long long)c->step_done.step);
+    step->in_flight--;
+    if (layer != TS_NONE && !c->step_done.failed) {
+        uint64_t bit = (uint64_t)1 << layer % 64;
+        step->layers_run += !(step->layer_bits[layer / 64] & bit);
+        step->layer_bits[layer / 64] |= bit;
+    }
+    ts_session *s = &e->sessions[step->session];
+    if (s->closing)
+        ts_engine_reclaim(e, s);
+    else if (step->append)
+        settle(e, step, NULL, true);
+}

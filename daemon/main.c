@@ -1,0 +1,274 @@
+/* tinyserved: reads its configuration, starts everything, waits for a signal, stops everything. */
+#define _GNU_SOURCE
+#include "config.h"
+#include "handles.h"
+#include "service.h"
+#include "transport.h"
+#include "version.h"
+
+#include <argp.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef TS_HAVE_SYSTEMD
+#include <systemd/sd-daemon.h>
+#endif
+
+const char *argp_program_version = "tinyserved " TS_VERSION;
+
+enum { OPT_POOL = 256, OPT_CHECK };
+
+typedef struct options {
+    const char *config_path;
+    bool config_given, check;
+    const char *pools[TS_POOLS_MAX];
+    uint32_t num_pools;
+    const char *keys[32], *values[32];
+    uint32_t num_keys;
+} options;
+
+static const struct argp_option argp_options[] = {
+    {"config", 'c', "FILE", 0, "Configuration (default " TS_CONFIG_DEFAULT ")", 0},
+    {"socket", 's', "PATH", 0, "Listen at this Unix socket (default " TS_SOCKET_DEFAULT ")", 0},
+    {"set", 'S', "KEY=VALUE", 0, "Override a key of the [daemon] section", 0},
+    {"pool", OPT_POOL, "NAME:KEY=VALUE,...", 0, "Add a pool, with the keys of a [pool] section", 0},
+    {"check-config", OPT_CHECK, NULL, 0, "Check the configuration, print its pools and exit", 0},
+    {0},
+};
+
+static void add_key(struct argp_state *state, options *o, const char *key, const char *value)
+{
+    if (o->num_keys == sizeof o->keys / sizeof *o->keys)
+        argp_error(state, "more than %zu keys are set", sizeof o->keys / sizeof *o->keys);
+    o->keys[o->num_keys] = key;
+    o->values[o->num_keys++] = value;
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    options *o = state->input;
+    switch (key) {
+    case 'c':
+        o->config_path = arg;
+        o->config_given = true;
+        return 0;
+    case 's':
+        add_key(state, o, "socket", arg);
+        return 0;
+    case 'S': {
+        char *equals = strchr(arg, '=');
+        if (equals == NULL)
+            argp_error(state, "--set %s: KEY=VALUE is needed", arg);
+        else
+            *equals = '\0';
+        add_key(state, o, arg, equals + 1);
+        return 0;
+    }
+    case OPT_POOL:
+        if (o->num_pools == TS_POOLS_MAX)
+            argp_error(state, "more than %u pools", TS_POOLS_MAX);
+        o->pools[o->num_pools++] = arg;
+        return 0;
+    case OPT_CHECK:
+        o->check = true;
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "'%s' is not an option", arg);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp argp = {argp_options,
+                                 parse,
+                                 NULL,
+                                 "Owns the paged KV cache pools of this machine and runs attention "
+                                 "for the worker processes that "
+                                 "share them.",
+                                 NULL,
+                                 NULL,
+                                 NULL};
+
+static ts_status read_config(const options *o, ts_config *c)
+{
+    ts_config_init(c);
+    /* Pools on the command line stand on their own: the default file is not needed then. */
+    if (o->config_given || o->num_pools == 0) {
+        ts_status status = ts_config_read(c, o->config_path);
+        if (status != TS_OK)
+            return status;
+    }
+    for (uint32_t i = 0; i < o->num_keys; i++)
+        if (ts_config_set(c, o->keys[i], o->values[i]) != TS_OK)
+            return TS_EINVAL;
+    for (uint32_t i = 0; i < o->num_pools; i++)
+        if (ts_config_add_pool(c, o->pools[i]) != TS_OK)
+            return TS_EINVAL;
+    return ts_config_finish(c);
+}
+
+static void describe_pool(const ts_pool_config *p, char *text, size_t bytes)
+{
+    const ts_geometry *g = &p->geometry;
+    snprintf(text, bytes,
+             "pool '%s' on %s: %s, %u layers, %u KV heads of %u, %u tokens a block, %u blocks of "
+             "%.1f KiB (%.1f GiB) in slabs of %.1f MiB",
+             p->name, p->device, ts_dtype_name(g->dtype), g->layers, g->kv_heads, g->head_dim,
+             g->block_tokens, p->num_blocks, (double)ts_geometry_block_bytes(g) / 1024,
+             (double)ts_geometry_block_bytes(g) * p->num_blocks / (1 << 30),
+             (double)ts_geometry_block_bytes(g) * p->slab_blocks / (1 << 20));
+}
+
+static ts_status start_pools(ts_service *s, const ts_config *c)
+{
+    for (uint32_t i = 0; i < c->num_pools; i++) {
+        char why[256];
+        const ts_pool_config *p = &c->pools[i].pool;
+        ts_status status = ts_engine_add_pool(s->engine, p, why, sizeof why);
+        if (status == TS_OK)
+            status = ts_memory_host_new(s->engine->pools[i].books.num_slabs,
+                                        ts_geometry_block_bytes(&p->geometry) * p->slab_blocks,
+                                        &s->memory[i], why, sizeof why);
+        if (status != TS_OK) {
+            ts_log(TS_LOG_ERROR, "pool '%s': %s", p->name, why);
+            return status;
+        }
+        describe_pool(p, why, sizeof why);
+        ts_log(TS_LOG_INFO, "%s", why);
+    }
+    return TS_OK;
+}
+
+static void *engine_main(void *arg)
+{
+    ts_service_run(arg);
+    return NULL;
+}
+
+static void raise_file_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+static void notify(const char *state)
+{
+#ifdef TS_HAVE_SYSTEMD
+    sd_notify(0, state);
+#else
+    (void)state;
+#endif
+}
+
+/* Everything from here to the signal; returns the exit status. */
+static int serve(const ts_config *c, const sigset_t *signals)
+{
+    ts_service *s = calloc(1, sizeof *s);
+    ts_transport *transport = NULL;
+    ts_handles *handles = NULL;
+    pthread_t engine;
+    bool engine_runs = false;
+    char why[256] = "out of memory", url[128];
+    int code = EXIT_FAILURE;
+    if (s == NULL)
+        return EXIT_FAILURE;
+
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    s->started_ms = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+    s->message_bytes_max = (uint32_t)c->message_bytes;
+    s->admin_uid = getuid();
+    snprintf(s->handle_path, sizeof s->handle_path, "%s.handles", c->socket);
+    snprintf(url, sizeof url, "ipc://%s", c->socket);
+    ts_queue_init(&s->queue);
+    s->engine = ts_engine_new(&c->limits);
+    s->by_session = calloc(c->limits.sessions, sizeof(ts_connection *));
+    s->attention = ts_attention_new(c->threads, c->kernel);
+    if (s->attention != NULL)
+        s->batch = ts_batch_new(s->attention);
+    if (s->engine == NULL || s->by_session == NULL || s->batch == NULL) {
+        ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
+               c->limits.sessions, c->threads);
+        goto out;
+    }
+    if (start_pools(s, c) != TS_OK)
+        goto out;
+    engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
+    if (!engine_runs ||
+        ts_transport_start(s, url, c->socket_mode, c->contexts, c->message_bytes, &transport, why,
+                           sizeof why) != TS_OK ||
+        ts_handles_start(s, c->socket_mode, &handles, why, sizeof why) != TS_OK) {
+        ts_log(TS_LOG_ERROR, "%s", why);
+        goto out;
+    }
+    ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", url,
+           ts_isa_name(ts_attention_isa(s->attention)), ts_attention_threads(s->attention));
+    notify("READY=1");
+    int number = 0;
+    while (sigwait(signals, &number) != 0)
+        ;
+    ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
+    notify("STOPPING=1");
+    code = EXIT_SUCCESS;
+out:
+    ts_transport_stop(transport); /* clients see the connection end now */
+    ts_handles_stop(handles);
+    if (s->attention != NULL)
+        ts_attention_cancel(s->attention);
+    ts_batch_free(s->batch);
+    ts_queue_close(&s->queue);
+    if (engine_runs)
+        pthread_join(engine, NULL);
+    ts_transport_free(transport);
+    if (s->engine != NULL)
+        ts_service_fini(s);
+    ts_queue_fini(&s->queue);
+    free(s);
+    return code;
+}
+
+int main(int argc, char **argv)
+{
+    options o = {.config_path = TS_CONFIG_DEFAULT};
+    argp_parse(&argp, argc, argv, 0, NULL, &o);
+    ts_config *c = malloc(sizeof *c);
+    if (c == NULL)
+        return EXIT_FAILURE;
+    ts_status status = read_config(&o, c);
+    ts_log_init(c->log_level);
+    if (status != TS_OK) {
+        ts_log(TS_LOG_ERROR, "%s", c->error);
+        free(c);
+        return 2;
+    }
+    if (o.check) {
+        for (uint32_t i = 0; i < c->num_pools; i++) {
+            char text[256];
+            describe_pool(&c->pools[i].pool, text, sizeof text);
+            puts(text);
+        }
+        free(c);
+        return EXIT_SUCCESS;
+    }
+    /* Every thread leaves these to main's sigwait. */
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    raise_file_limit();
+    int code = serve(c, &signals);
+    free(c);
+    return code;
+}

@@ -1,0 +1,187 @@
+#include "sequence.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+_Static_assert(sizeof(ts_sequence) <= 64, "README states 64 bytes a sequence");
+
+void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens)
+{
+    *s = (ts_sequences){.max = max, .block_tokens = block_tokens, .free_head = TS_NONE};
+}
+
+void ts_sequences_fini(ts_sequences *s)
+{
+    for (uint32_t i = 0; i < s->count; i++)
+        free(s->all[i].blocks);
+    free(s->all);
+    ts_names_fini(&s->names);
+    *s = (ts_sequences){0};
+}
+
+ts_status ts_sequences_reserve(ts_sequences *s, uint32_t count)
+{
+    if (count > s->max - s->live)
+        return TS_EQUOTA;
+    uint64_t needed = (uint64_t)s->live + count; /* free entries lie among the first s->count */
+    if (needed <= s->capacity)
+        return TS_OK;
+    uint64_t capacity = s->capacity == 0 ? 64 : s->capacity;
+    while (capacity < needed)
+        capacity *= 2;
+    ts_sequence *grown = realloc(s->all, capacity * sizeof *grown);
+    if (grown == NULL)
+        return TS_ENOMEM;
+    s->all = grown;
+    s->capacity = (uint32_t)capacity;
+    return TS_OK;
+}
+
+static void owner_add(ts_sequences *s, uint32_t index, uint32_t *owned)
+{
+    ts_sequence *seq = &s->all[index];
+    seq->prev = TS_NONE;
+    seq->next = *owned;
+    if (*owned != TS_NONE)
+        s->all[*owned].prev = index;
+    *owned = index;
+}
+
+static void owner_remove(ts_sequences *s, uint32_t index, uint32_t *owned)
+{
+    ts_sequence *seq = &s->all[index];
+    if (seq->prev != TS_NONE)
+        s->all[seq->prev].next = seq->next;
+    else
+        *owned = seq->next;
+    if (seq->next != TS_NONE)
+        s->all[seq->next].prev = seq->prev;
+}
+
+uint32_t ts_sequence_new(ts_sequences *s, uint32_t tenant, uint32_t owner, uint32_t *owned)
+{
+    uint32_t index = s->free_head, generation = 0;
+    if (index != TS_NONE) {
+        s->free_head = s->all[index].next;
+        generation = s->all[index].generation;
+    } else {
+        assert(s->count < s->capacity);
+        index = s->count++;
+    }
+    s->all[index] = (ts_sequence){
+        .generation = generation + 1, .tenant = tenant, .owner = owner, .step = TS_NONE};
+    owner_add(s, index, owned);
+    s->live++;
+    return index;
+}
+
+ts_sequence *ts_sequence_find(const ts_sequences *s, uint64_t id)
+{
+    uint32_t index = (uint32_t)id;
+    if (index >= s->count || s->all[index].tenant == TS_NONE ||
+        s->all[index].generation != (uint32_t)(id >> 32))
+        return NULL;
+    return &s->all[index];
+}
+
+uint64_t ts_sequence_id(const ts_sequences *s, uint32_t index)
+{
+    return (uint64_t)s->all[index].generation << 32 | index;
+}
+
+uint32_t ts_sequence_index(const ts_sequences *s, const ts_sequence *seq)
+{
+    return (uint32_t)(seq - s->all);
+}
+
+ts_status ts_sequence_reserve(ts_sequence *seq, uint32_t blocks)
+{
+    if (blocks <= seq->capacity)
+        return TS_OK;
+    uint64_t capacity = seq->capacity == 0 ? 4 : seq->capacity;
+    while (capacity < blocks)
+        capacity *= 2;
+    uint32_t *grown = realloc(seq->blocks, capacity * sizeof *grown);
+    if (grown == NULL)
+        return TS_ENOMEM;
+    seq->blocks = grown;
+    seq->capacity = (uint32_t)capacity;
+    return TS_OK;
+}
+
+void ts_sequence_share(const ts_sequences *s, ts_pool_books *pool, const ts_sequence *parent,
+                       uint32_t length, uint32_t tail, ts_sequence *child)
+{
+    assert(child->length == 0 && length <= parent->length);
+    child->num_blocks = ts_blocks_for(length, s->block_tokens);
+    child->length = length;
+    assert(child->num_blocks <= child->capacity);
+    if (child->num_blocks > 0)
+        memcpy(child->blocks, parent->blocks, child->num_blocks * sizeof *child->blocks);
+    if (tail != TS_NONE && child->num_blocks == parent->num_blocks)
+        child->blocks[child->num_blocks - 1] = tail;
+    for (uint32_t i = 0; i < child->num_blocks; i++)
+        ts_pool_ref(pool, child->blocks[i]);
+}
+
+void ts_sequence_truncate(const ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
+                          uint32_t length)
+{
+    assert(length <= seq->length && seq->step == TS_NONE);
+    uint32_t blocks = ts_blocks_for(length, s->block_tokens);
+    while (seq->num_blocks > blocks)
+        ts_pool_unref(pool, seq->blocks[--seq->num_blocks]);
+    seq->length = length;
+}
+
+static void forget_name(ts_sequences *s, ts_sequence *seq)
+{
+    ts_names_remove(&s->names, seq->tenant, seq->name);
+    seq->name = NULL;
+    s->kept--;
+}
+
+void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned)
+{
+    uint32_t index = ts_sequence_index(s, seq);
+    seq->step = TS_NONE;
+    ts_sequence_truncate(s, pool, seq, 0);
+    if (seq->name != NULL)
+        forget_name(s, seq);
+    else
+        owner_remove(s, index, owned);
+    free(seq->blocks);
+    seq->blocks = NULL;
+    seq->capacity = 0;
+    seq->tenant = TS_NONE;
+    s->live--;
+    if (seq->generation < UINT32_MAX) { /* an entry whose generations are used up is retired */
+        seq->next = s->free_head;
+        s->free_head = index;
+    }
+}
+
+ts_status ts_sequence_keep(ts_sequences *s, ts_sequence *seq, const char *name, uint32_t *owned)
+{
+    const char *kept;
+    uint32_t index = ts_sequence_index(s, seq);
+    if (ts_names_add(&s->names, seq->tenant, name, index, &kept) != TS_OK)
+        return TS_ENOMEM;
+    if (seq->name != NULL)
+        forget_name(s, seq);
+    else
+        owner_remove(s, index, owned);
+    seq->name = kept;
+    seq->owner = TS_NONE;
+    s->kept++;
+    return TS_OK;
+}
+
+void ts_sequence_own(ts_sequences *s, ts_sequence *seq, uint32_t owner, uint32_t *owned)
+{
+    assert(seq->name != NULL);
+    forget_name(s, seq);
+    seq->owner = owner;
+    owner_add(s, ts_sequence_index(s, seq), owned);
+}

@@ -1,0 +1,111 @@
+/*
+ * What the engine's thread does around the engine: it looks up who asks, answers repeated requests
+ * from memory, finds memory for slabs and exchanges, hands jobs to the kernels and packs replies.
+ * Everything in a ts_service belongs to that thread; others put ts_work into its queue.
+ */
+#ifndef TS_SERVICE_H
+#define TS_SERVICE_H
+
+#include "batch.h"
+#include "engine.h"
+#include "handle_wire.h"
+#include "memory.h"
+#include "queue.h"
+#include "tinyserve.pb-c.h"
+
+#define TS_REPLIES_KEPT 64u
+#define TS_REPLY_BYTES_KEPT (1u << 20)
+
+/* A request on its way. The transport owns it; `send` is called exactly once, on the engine's
+ * thread. */
+typedef struct ts_request {
+    ts_work work;
+    uint32_t pipe;
+    Tspb__Request *message; /* NULL: could not be unpacked */
+    void (*send)(struct ts_request *request, const void *reply, size_t bytes);
+    struct ts_request *next_waiter;
+} ts_request;
+
+/* A connection came or went (both kinds are freed by the service). */
+typedef struct ts_pipe_event {
+    ts_work work;
+    uint32_t pipe, uid, pid;
+} ts_pipe_event;
+
+/* Asks for a descriptor; `done` is called on the engine's thread, and *fd is then the asker's. */
+typedef struct ts_handle_ask {
+    ts_work work;
+    ts_handle_request request;
+    uint32_t uid; /* of the peer on the handle socket */
+    ts_handle_reply reply;
+    int fd; /* -1: refused */
+    void (*done)(struct ts_handle_ask *ask);
+} ts_handle_ask;
+
+/* Memory that a session and the daemon share; lives until the last run that uses it is done. */
+typedef struct ts_exchange {
+    int fd;
+    unsigned char *base;
+    uint64_t bytes;
+    uint32_t users; /* the connection, and each run in flight */
+} ts_exchange;
+
+typedef struct ts_kept_reply {
+    uint64_t id; /* 0: none */
+    bool pending;
+    ts_request *waiters;  /* repeats that came while the first was in progress */
+    unsigned char *bytes; /* NULL and not pending: no longer kept */
+    size_t size;
+} ts_kept_reply;
+
+typedef struct ts_connection {
+    struct ts_connection *next; /* in its bucket */
+    uint32_t pipe, uid, pid;
+    uint64_t session; /* 0: none opened */
+    uint8_t token[TS_TOKEN_BYTES];
+    ts_exchange *exchange;
+    uint64_t requests;
+    ts_kept_reply replies[TS_REPLIES_KEPT]; /* id % TS_REPLIES_KEPT */
+    size_t reply_bytes;
+} ts_connection;
+
+#define TS_CONNECTION_BUCKETS 4096u
+
+typedef struct ts_service {
+    ts_queue queue;
+    ts_engine *engine;
+    ts_memory *memory[TS_POOLS_MAX];
+    ts_attention *attention;
+    ts_batch *batch;
+    ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
+    ts_connection **by_session;                        /* by a session's index */
+    char handle_path[128];
+    uint32_t message_bytes_max;
+    uint32_t admin_uid; /* beside root */
+    uint64_t started_ms, requests, refused;
+    uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
+    uint32_t slab_stamp;
+    Tspb__Slab *slabs;
+    Tspb__Slab **slab_pointers;
+    size_t slab_seen_capacity, slabs_capacity, slab_pointers_capacity;
+    unsigned char *packed;
+    size_t packed_capacity;
+} ts_service;
+
+/* Runs what is put into the queue until it is closed and empty. */
+void ts_service_run(ts_service *service);
+
+/* The `run` of the three kinds of work. */
+void ts_service_request(ts_work *work, void *service);
+void ts_service_pipe_added(ts_work *work, void *service);
+void ts_service_pipe_removed(ts_work *work, void *service);
+void ts_service_handle(ts_work *work, void *service);
+
+/* Closes every session and gives back all that `service` holds but the queue. Batch must be free.
+ */
+void ts_service_fini(ts_service *service);
+
+ts_connection *ts_service_connection(const ts_service *service, uint32_t pipe);
+ts_connection *ts_service_connection_of(const ts_service *service, uint64_t session);
+
+#endif

@@ -1,0 +1,57 @@
+#include "step.h"
+
+#include <assert.h>
+
+static bool tail_is_shared(const ts_sequences *seqs, const ts_pool_books *pool,
+                           const ts_sequence *seq)
+{
+    return seq->length % seqs->block_tokens != 0 &&
+           ts_pool_refs(pool, seq->blocks[seq->num_blocks - 1]) > 1;
+}
+
+uint32_t ts_step_blocks(const ts_sequences *seqs, const ts_pool_books *pool, const ts_sequence *seq,
+                        uint32_t new_tokens)
+{
+    return ts_blocks_for((uint64_t)seq->length + new_tokens, seqs->block_tokens) - seq->num_blocks +
+           tail_is_shared(seqs, pool, seq);
+}
+
+void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step)
+{
+    ts_sequence *seq = &seqs->all[part->seq];
+    part->start = seq->length;
+    part->original = TS_NONE;
+    part->reserved = ts_blocks_for((uint64_t)seq->length + part->new_tokens, seqs->block_tokens) -
+                     seq->num_blocks;
+    assert(seq->num_blocks + part->reserved <= seq->capacity);
+    if (tail_is_shared(seqs, pool, seq)) {
+        uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
+        part->original = *tail;
+        *tail = ts_pool_take(pool, seq->tenant);
+    }
+    for (uint32_t i = 0; i < part->reserved; i++)
+        seq->blocks[seq->num_blocks + i] = ts_pool_take(pool, seq->tenant);
+    part->table = seq->blocks;
+    seq->step = step;
+}
+
+void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *part,
+                    uint32_t accepted)
+{
+    ts_sequence *seq = &seqs->all[part->seq];
+    assert(accepted <= part->new_tokens && seq->length == part->start);
+    uint32_t all = seq->num_blocks + part->reserved;
+    uint32_t kept = ts_blocks_for((uint64_t)seq->length + accepted, seqs->block_tokens);
+    for (uint32_t i = kept; i < all; i++)
+        ts_pool_unref(pool, seq->blocks[i]);
+    if (part->original != TS_NONE) {
+        uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
+        uint32_t dropped = accepted > 0 ? part->original : *tail;
+        if (accepted == 0)
+            *tail = part->original;
+        ts_pool_unref(pool, dropped);
+    }
+    seq->num_blocks = kept;
+    seq->length += accepted;
+    seq->step = TS_NONE;
+}

@@ -1,0 +1,213 @@
+#include "survey.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint32_t bin_of(uint32_t n)
+{
+    return n < 2 ? 0 : 31u - (uint32_t)__builtin_clz(n);
+}
+
+static void fill_block(ts_survey *s, uint32_t block, uint32_t tokens)
+{
+    if (s->fill[block] < tokens)
+        s->fill[block] = (uint16_t)tokens;
+}
+
+ts_status ts_survey_pool(const ts_engine *e, uint32_t index, ts_survey *s)
+{
+    const ts_engine_pool *pool = &e->pools[index];
+    const ts_pool_books *books = &pool->books;
+    const uint32_t block_tokens = pool->seqs.block_tokens;
+    *s = (ts_survey){.fill = calloc(books->num_blocks, sizeof *s->fill)};
+    if (s->fill == NULL)
+        return TS_ENOMEM;
+
+    for (uint32_t i = 0; i < pool->seqs.count; i++) {
+        const ts_sequence *seq = &pool->seqs.all[i];
+        if (seq->tenant == TS_NONE)
+            continue;
+        s->seen_tokens += seq->length;
+        s->table_blocks += seq->num_blocks;
+        s->lengths[bin_of(seq->length)]++;
+        if (seq->length > s->longest)
+            s->longest = seq->length;
+        if (seq->num_blocks == 0)
+            continue;
+        for (uint32_t b = 0; b + 1 < seq->num_blocks; b++)
+            fill_block(s, seq->blocks[b], block_tokens);
+        if (seq->step == TS_NONE)
+            fill_block(s, seq->blocks[seq->num_blocks - 1],
+                       seq->length - (seq->num_blocks - 1) * block_tokens);
+    }
+    for (uint32_t i = 0; i < e->num_steps; i++) {
+        const ts_step *step = &e->steps[i];
+        if (!step->live || step->pool != index)
+            continue;
+        for (uint32_t j = 0; j < step->num_seqs; j++) { /* their tails may be replaced by copies */
+            const ts_step_seq *part = &step->seqs[j];
+            uint32_t blocks = ts_blocks_for(part->start, block_tokens);
+            if (blocks > 0)
+                fill_block(s, part->original != TS_NONE ? part->original : part->table[blocks - 1],
+                           part->start - (blocks - 1) * block_tokens);
+        }
+    }
+    uint32_t run = 0;
+    for (uint32_t b = 0; b <= books->num_blocks; b++) {
+        if (b < books->num_blocks && ts_pool_refs(books, b) == 0) {
+            run++;
+            continue;
+        }
+        if (run > 0)
+            s->free_runs[bin_of(run)]++;
+        run = 0;
+        if (b == books->num_blocks)
+            break;
+        s->stored_tokens += s->fill[b];
+        s->used_slots += block_tokens;
+        if (s->fill[b] == 0)
+            s->reserved_slots += block_tokens;
+    }
+    return TS_OK;
+}
+
+/* ---- check ---- */
+
+typedef struct checker {
+    const ts_engine *e;
+    void (*problem)(void *arg, const char *sentence);
+    void *arg;
+    uint64_t checked;
+} checker;
+
+static void __attribute__((format(printf, 2, 3))) wrong(checker *c, const char *format, ...)
+{
+    char sentence[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    va_end(args);
+    c->problem(c->arg, sentence);
+}
+
+static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, uint32_t *expected)
+{
+    const ts_sequence *seq = &pool->seqs.all[i];
+    const char *name = pool->config.name;
+    if (seq->num_blocks != ts_blocks_for(seq->length, pool->seqs.block_tokens))
+        wrong(c, "%s: sequence %u of %u tokens has %u blocks", name, i, seq->length,
+              seq->num_blocks);
+    for (uint32_t b = 0; b < seq->num_blocks; b++) {
+        uint32_t block = seq->blocks[b];
+        if (block >= pool->books.num_blocks) {
+            wrong(c, "%s: sequence %u refers to block %u of %u", name, i, block,
+                  pool->books.num_blocks);
+            continue;
+        }
+        expected[block]++;
+        if (pool->books.slabs[block / pool->books.slab_blocks].tenant != seq->tenant)
+            wrong(c, "%s: sequence %u refers to block %u of another tenant", name, i, block);
+    }
+    if ((seq->name == NULL) != (seq->owner != TS_NONE))
+        wrong(c, "%s: sequence %u must be either owned or kept", name, i);
+    if (seq->name != NULL && ts_names_find(&pool->seqs.names, seq->tenant, seq->name) != i)
+        wrong(c, "%s: the name of sequence %u leads elsewhere", name, i);
+    if (seq->owner != TS_NONE &&
+        (seq->owner >= c->e->num_sessions || !c->e->sessions[seq->owner].live))
+        wrong(c, "%s: sequence %u belongs to session %u, which is gone", name, i, seq->owner);
+    if (seq->step != TS_NONE && (seq->step >= c->e->num_steps || !c->e->steps[seq->step].live))
+        wrong(c, "%s: sequence %u is in step %u, which is gone", name, i, seq->step);
+    c->checked += 1 + seq->num_blocks;
+}
+
+static void check_pool(checker *c, uint32_t index)
+{
+    const ts_engine_pool *pool = &c->e->pools[index];
+    uint32_t *expected = calloc(pool->books.num_blocks, sizeof *expected);
+    if (expected == NULL) {
+        wrong(c, "%s: no memory to check %u blocks", pool->config.name, pool->books.num_blocks);
+        return;
+    }
+    uint32_t live = 0, kept = 0;
+    for (uint32_t i = 0; i < pool->seqs.count; i++) {
+        if (pool->seqs.all[i].tenant == TS_NONE)
+            continue;
+        live++;
+        kept += pool->seqs.all[i].name != NULL;
+        check_sequence(c, pool, i, expected);
+    }
+    for (uint32_t i = 0; i < c->e->num_steps; i++) {
+        const ts_step *step = &c->e->steps[i];
+        if (!step->live || step->pool != index)
+            continue;
+        c->checked++;
+        for (uint32_t j = 0; j < step->num_seqs; j++) {
+            const ts_step_seq *part = &step->seqs[j];
+            const ts_sequence *seq = &pool->seqs.all[part->seq];
+            if (seq->tenant == TS_NONE || seq->step != i || seq->length != part->start)
+                wrong(c, "%s: step %u holds sequence %u, which isn't in it", pool->config.name, i,
+                      part->seq);
+            for (uint32_t b = 0; b < part->reserved; b++)
+                expected[seq->blocks[seq->num_blocks + b]]++;
+            if (part->original != TS_NONE)
+                expected[part->original]++;
+        }
+    }
+    if (live != pool->seqs.live || kept != pool->seqs.kept || kept != pool->seqs.names.count)
+        wrong(c, "%s: %u live and %u kept sequences; the counts say %u, %u and %u names",
+              pool->config.name, live, kept, pool->seqs.live, pool->seqs.kept,
+              pool->seqs.names.count);
+    char why[256];
+    if (ts_pool_check(&pool->books, expected, why, sizeof why) != TS_OK)
+        wrong(c, "%s: %s", pool->config.name, why);
+    c->checked += pool->books.num_blocks;
+    free(expected);
+}
+
+static void check_session(checker *c, uint32_t index)
+{
+    const ts_session *s = &c->e->sessions[index];
+    uint64_t sequences = 0, blocks = 0;
+    uint32_t steps = 0;
+    for (uint32_t p = 0; p < c->e->num_pools; p++) {
+        const ts_sequences *seqs = &c->e->pools[p].seqs;
+        for (uint32_t i = s->owned[p]; i != TS_NONE; i = seqs->all[i].next) {
+            if (seqs->all[i].owner != index || seqs->all[i].tenant != s->tenant) {
+                wrong(c, "session %u lists sequence %u, which isn't its own", index, i);
+                break;
+            }
+            sequences++;
+            blocks += seqs->all[i].num_blocks;
+        }
+    }
+    for (uint32_t i = s->step_list; i != TS_NONE; i = c->e->steps[i].next, steps++)
+        for (uint32_t j = 0; j < c->e->steps[i].num_seqs; j++)
+            blocks +=
+                c->e->steps[i].seqs[j].reserved + (c->e->steps[i].seqs[j].original != TS_NONE);
+    /* A closing session's sequences are freed without keeping its books. */
+    if (sequences != s->sequences || steps != s->steps || (blocks != s->blocks && !s->closing))
+        wrong(c,
+              "session %u has %llu sequences, %u steps, %llu blocks; the counts say %u, %u, %llu",
+              index, (unsigned long long)sequences, steps, (unsigned long long)blocks, s->sequences,
+              s->steps, (unsigned long long)s->blocks);
+    c->checked++;
+}
+
+uint64_t ts_survey_check(const ts_engine *e, void (*problem)(void *arg, const char *sentence),
+                         void *arg)
+{
+    checker c = {.e = e, .problem = problem, .arg = arg};
+    uint32_t live = 0;
+    for (uint32_t i = 0; i < e->num_pools; i++)
+        check_pool(&c, i);
+    for (uint32_t i = 0; i < e->num_sessions; i++)
+        if (e->sessions[i].live) {
+            live++;
+            check_session(&c, i);
+        }
+    if (live != e->live_sessions)
+        wrong(&c, "%u live sessions; the count says %u", live, e->live_sessions);
+    return c.checked;
+}

@@ -1,0 +1,34 @@
+/*
+ * What the operator asks about the engine's state: occupancy, sharing, fragmentation, and whether
+ * the books agree. Reads, changes nothing; costs time in proportion to the pool's sequences and
+ * blocks.
+ *
+ * Thread: the engine's.
+ */
+#ifndef TS_SURVEY_H
+#define TS_SURVEY_H
+
+#include "engine.h"
+
+#define TS_HISTOGRAM_BINS 32
+
+typedef struct ts_survey {
+    uint64_t stored_tokens;  /* each token in memory once */
+    uint64_t seen_tokens;    /* sum of the lengths */
+    uint64_t used_slots;     /* slots in used blocks */
+    uint64_t reserved_slots; /* slots in blocks that only open steps hold */
+    uint64_t table_blocks;   /* sum of the block tables */
+    uint32_t longest;
+    uint64_t lengths[TS_HISTOGRAM_BINS];   /* bin i: [2^i, 2^(i+1)); bin 0 has length 0 too */
+    uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free blocks, by length */
+    uint16_t *fill;                        /* tokens stored in each block; the caller frees it */
+} ts_survey;
+
+ts_status ts_survey_pool(const ts_engine *engine, uint32_t pool, ts_survey *out);
+
+/* Calls `problem` with a sentence for each contradiction found; returns how many objects were
+ * looked at, 0 if there was no memory to look. */
+uint64_t ts_survey_check(const ts_engine *engine, void (*problem)(void *arg, const char *sentence),
+                         void *arg);
+
+#endif

@@ -1,0 +1,173 @@
+#include "transport.h"
+
+#include "log.h"
+
+#include <nng/nng.h>
+#include <nng/protocol/reqrep0/rep.h>
+#include <nng/supplemental/util/platform.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef enum phase { RECEIVING, ANSWERING, SENDING } phase;
+
+/* One of the requests that may be in progress at a time. */
+typedef struct slot {
+    ts_request request; /* first: the service hands it back */
+    ts_transport *transport;
+    nng_ctx ctx;
+    nng_aio *aio;
+    phase phase;
+} slot;
+
+struct ts_transport {
+    ts_service *service;
+    nng_socket socket;
+    nng_listener listener;
+    slot *slots;
+    uint32_t num_slots;
+};
+
+static void receive(slot *s)
+{
+    s->phase = RECEIVING;
+    nng_ctx_recv(s->ctx, s->aio);
+}
+
+static void send_reply(ts_request *request, const void *reply, size_t bytes)
+{
+    slot *s = (slot *)request;
+    nng_msg *message = NULL;
+    if (request->message != NULL)
+        tspb__request__free_unpacked(request->message, NULL);
+    request->message = NULL;
+    /* Nothing to say (the peer is gone, or there is no memory): receive the next; NNG forgets this.
+     */
+    if (bytes == 0 || nng_msg_alloc(&message, bytes) != 0)
+        return receive(s);
+    memcpy(nng_msg_body(message), reply, bytes);
+    s->phase = SENDING;
+    nng_aio_set_msg(s->aio, message);
+    nng_ctx_send(s->ctx, s->aio);
+}
+
+static void slot_event(void *arg)
+{
+    slot *s = arg;
+    int error = nng_aio_result(s->aio);
+    if (s->phase == SENDING) {
+        if (error != 0)
+            nng_msg_free(nng_aio_get_msg(s->aio));
+        if (error == NNG_ECLOSED || error == NNG_ECANCELED)
+            return;
+        return receive(s);
+    }
+    if (error != 0) {
+        if (error == NNG_ECLOSED || error == NNG_ECANCELED)
+            return; /* stopping */
+        ts_log(TS_LOG_WARNING, "receiving failed: %s", nng_strerror(error));
+        return receive(s);
+    }
+    nng_msg *message = nng_aio_get_msg(s->aio);
+    s->request.pipe = (uint32_t)nng_pipe_id(nng_msg_get_pipe(message));
+    s->request.message = tspb__request__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
+    nng_msg_free(message);
+    s->phase = ANSWERING;
+    ts_queue_put(&s->transport->service->queue, &s->request.work);
+}
+
+static void pipe_event(nng_pipe pipe, nng_pipe_ev kind, void *arg)
+{
+    ts_transport *t = arg;
+    ts_pipe_event *event = calloc(1, sizeof *event);
+    if (event == NULL) {
+        /* Without memory to tell of it, a new pipe is turned away. One that goes was told of; its
+         * session would stay, so try for it until there is memory. */
+        if (kind == NNG_PIPE_EV_ADD_PRE) {
+            nng_pipe_close(pipe);
+            return;
+        }
+        while ((event = calloc(1, sizeof *event)) == NULL)
+            nng_msleep(1);
+    }
+    event->pipe = (uint32_t)nng_pipe_id(pipe);
+    event->work.run = ts_service_pipe_removed;
+    if (kind == NNG_PIPE_EV_ADD_PRE) {
+        uint64_t uid = UINT32_MAX, pid = 0;
+        if (nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_UID, &uid) != 0) {
+            ts_log(TS_LOG_WARNING, "a connection whose peer has no uid was turned away");
+            free(event);
+            nng_pipe_close(pipe);
+            return;
+        }
+        (void)nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_PID, &pid);
+        event->uid = (uint32_t)uid;
+        event->pid = (uint32_t)pid;
+        event->work.run = ts_service_pipe_added;
+    }
+    ts_queue_put(&t->service->queue, &event->work);
+}
+
+ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode, uint32_t contexts,
+                             size_t message_bytes, ts_transport **out, char *why, size_t why_bytes)
+{
+    ts_transport *t = calloc(1, sizeof *t);
+    *out = t;
+    if (t != NULL)
+        t->slots = calloc(contexts, sizeof *t->slots);
+    if (t == NULL || t->slots == NULL) {
+        free(t);
+        *out = NULL;
+        snprintf(why, why_bytes, "no memory for %u contexts", contexts);
+        return TS_ENOMEM;
+    }
+    t->service = service;
+    int error = nng_rep0_open(&t->socket);
+    if (error == 0)
+        error = nng_socket_set_size(t->socket, NNG_OPT_RECVMAXSZ, message_bytes);
+    if (error == 0)
+        error = nng_pipe_notify(t->socket, NNG_PIPE_EV_ADD_PRE, pipe_event, t);
+    if (error == 0)
+        error = nng_pipe_notify(t->socket, NNG_PIPE_EV_REM_POST, pipe_event, t);
+    if (error == 0)
+        error = nng_listener_create(&t->listener, t->socket, url);
+    if (error == 0)
+        error = nng_listener_set_int(t->listener, NNG_OPT_IPC_PERMISSIONS, (int)mode);
+    for (uint32_t i = 0; i < contexts && error == 0; i++) {
+        slot *s = &t->slots[i];
+        s->transport = t;
+        s->request.work.run = ts_service_request;
+        s->request.send = send_reply;
+        error = nng_ctx_open(&s->ctx, t->socket);
+        if (error == 0)
+            error = nng_aio_alloc(&s->aio, slot_event, s);
+        t->num_slots += error == 0;
+    }
+    if (error == 0)
+        error = nng_listener_start(t->listener, 0);
+    if (error != 0) {
+        snprintf(why, why_bytes, "listening at %s failed: %s", url, nng_strerror(error));
+        return TS_ECONN;
+    }
+    for (uint32_t i = 0; i < contexts; i++)
+        receive(&t->slots[i]);
+    return TS_OK;
+}
+
+void ts_transport_stop(ts_transport *t)
+{
+    if (t != NULL)
+        nng_close(t->socket);
+}
+
+void ts_transport_free(ts_transport *t)
+{
+    if (t == NULL)
+        return;
+    for (uint32_t i = 0; i < t->num_slots; i++) {
+        nng_aio_stop(t->slots[i].aio);
+        nng_aio_free(t->slots[i].aio);
+    }
+    free(t->slots);
+    free(t);
+}

@@ -1,0 +1,27 @@
+/*
+ * The control plane's socket: NNG REP over ipc://, many contexts. Takes requests apart into
+ * ts_request and puts them into the service's queue; sends what the service answers.
+ *
+ * Thread: started and stopped by main; works on NNG's own threads.
+ */
+#ifndef TS_TRANSPORT_H
+#define TS_TRANSPORT_H
+
+#include "service.h"
+
+typedef struct ts_transport ts_transport;
+
+/*
+ * Listens at `url` ("ipc:///path"), with the socket's file mode set to `mode`. A message of more
+ * than message_bytes ends its connection. A sentence in `why` if that can't be done.
+ */
+ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode, uint32_t contexts,
+                             size_t message_bytes, ts_transport **out, char *why, size_t why_bytes);
+
+/* Stops listening and receiving. What was received is still answered (the answers go nowhere). */
+void ts_transport_stop(ts_transport *transport);
+
+/* After the service has answered everything. */
+void ts_transport_free(ts_transport *transport);
+
+#endif

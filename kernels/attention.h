@@ -1,0 +1,91 @@
+/*
+ * Paged attention on host memory: writing new K and V into their slots, copying blocks, and causal
+ * attention of any number of query tokens over any cached length, for many sequences in one call.
+ * Knows no sequence object and no socket: it is given block tables.
+ *
+ * Numbers: fp32 arithmetic whatever the cache holds, online softmax over tiles of 16 tokens and
+ * parts of 1024 tokens whose borders depend on the token's position alone. One (query token, head)
+ * therefore comes out with the same bits whatever else is in the call and however many threads work
+ * on it; different instruction sets (`ts_attention_isa`) differ in the last bits.
+ */
+#ifndef TS_ATTENTION_H
+#define TS_ATTENTION_H
+
+#include "threads.h"
+#include "tinyserve_types.h"
+
+#include <stdbool.h>
+
+/* One sequence's part of a call. q, k, v and out have rows of [heads or kv_heads][head_dim]. */
+typedef struct ts_attention_seq {
+    const uint32_t *blocks; /* block table; covers kv_tokens */
+    uint32_t kv_tokens;     /* cached tokens, the new ones included */
+    uint32_t q_tokens;      /* 1..kv_tokens: query i stands at position kv_tokens - q_tokens + i */
+    uint32_t layer;
+    const void *q;
+    const void *k; /* rows of the new tokens, to be written first; NULL: they are in the cache */
+    const void *v;
+    void *out;
+} ts_attention_seq;
+
+/* All the sequences of a call share the cache's shape and these. */
+typedef struct ts_attention_call {
+    ts_geometry geometry;
+    unsigned char *base; /* of block 0 */
+    uint32_t heads;      /* query heads: a multiple of kv_heads, at most 1024 */
+    ts_dtype io_dtype;   /* of q, k, v and out: fp32, or the cache's own type */
+    float scale;         /* of q·k */
+    const ts_attention_seq *seqs;
+    uint32_t num_seqs;
+} ts_attention_call;
+
+/* Which instructions to use. */
+typedef enum ts_isa { TS_ISA_AUTO = 0, TS_ISA_PORTABLE, TS_ISA_AVX2, TS_ISA_AVX512 } ts_isa;
+
+const char *ts_isa_name(ts_isa isa);
+
+/* The best that this processor has (AUTO), or `isa` itself if the processor has it, else AUTO. */
+ts_isa ts_isa_resolve(ts_isa isa);
+
+/* Owns threads and scratch memory. Thread: one call at a time. */
+typedef struct ts_attention ts_attention;
+
+/* threads 0: all processors. NULL if out of memory. */
+ts_attention *ts_attention_new(uint32_t threads, ts_isa isa);
+void ts_attention_free(ts_attention *attention);
+uint32_t ts_attention_threads(const ts_attention *attention);
+ts_isa ts_attention_isa(const ts_attention *attention);
+
+/*
+ * Writes every sequence's new K and V (where given), then attends. TS_ENOMEM: no scratch memory,
+ * nothing attended. The block tables and sizes are trusted: check before.
+ */
+ts_status ts_attention_run(ts_attention *attention, const ts_attention_call *call);
+
+/* Makes calls under way and later ones return TS_ECONN soon, their outputs unfinished. Any thread.
+ */
+void ts_attention_cancel(ts_attention *attention);
+
+typedef struct ts_block_copy {
+    uint32_t src, dst;
+} ts_block_copy;
+
+/* Copies whole blocks of block_bytes. No dst may be another copy's src or dst. */
+void ts_attention_copy_blocks(ts_attention *attention, unsigned char *base, size_t block_bytes,
+                              const ts_block_copy *copies, uint32_t num_copies);
+
+/*
+ * The judge: the same attention (k and v of the sequences are ignored: nothing is written) in
+ * float64 and plain loops, on the stored values. out is [q_tokens][heads][head_dim] of one
+ * sequence. Returns TS_ENOMEM without scratch memory.
+ */
+ts_status ts_attention_reference(const ts_attention_call *call, const ts_attention_seq *seq,
+                                 double *out);
+
+/* Conversions with round-to-nearest-even, as IEEE 754 and bfloat16 have it; NaN stays NaN. */
+uint16_t ts_fp32_to_fp16(float value);
+uint16_t ts_fp32_to_bf16(float value);
+float ts_fp16_to_fp32(uint16_t bits);
+float ts_bf16_to_fp32(uint16_t bits);
+
+#endif

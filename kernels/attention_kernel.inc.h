@@ -1,0 +1,595 @@
+/*
+ * The host attention kernels, written once in vectors of VL floats (GCC's and Clang's vector
+ * extensions) and compiled once for each instruction set. The including file defines VL,
+ * FMA(a,b,c), TS_ATTENTION_OPS and, where the hardware converts fp16, LOAD_FP16(p).
+ *
+ * An item goes over its tokens in tiles of 16. For each KV head of a tile: scores = q·K for up to 4
+ * rows that share each read of K, one online-softmax update per row, then acc += p·V, again 4 rows
+ * to a read of V. Every sum has one fixed order per (row, token), so how rows are grouped does not
+ * show in the bits: see attention.h.
+ */
+#include "attention_item.h"
+
+#include <math.h>
+#include <string.h>
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOG2E 1.4426950408889634f
+
+/* Index lists for the reduction: lane l of the result takes from x, or from y (+VL), the lane
+ * itself (KEEP) or its partner across bit s (SWAP). */
+#define KEEP(l, s) ((l) & (s) ? VL + (l) : (l))
+#define SWAP(l, s) ((l) & (s) ? VL + ((l) ^ (s)) : ((l) ^ (s)))
+#define PARTNER(l, s) ((l) ^ (s))
+#define LIST4(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#define LIST8(f, s) LIST4(f, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#define LIST16(f, s)                                                                               \
+    LIST8(f, s), f(8, s), f(9, s), f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#if VL == 16
+#define LIST(f, s) LIST16(f, s)
+#elif VL == 8
+#define LIST(f, s) LIST8(f, s)
+#else
+#define LIST(f, s) LIST4(f, s)
+#endif
+
+INLINE vf load(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE vf broadcast(float x)
+{
+    return x - (vf){0}; /* exact, so it is a plain broadcast */
+}
+
+INLINE vf choose(vi mask, vf yes, vf no)
+{
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+INLINE vf maximum(vf a, vf b)
+{
+    return choose(a > b, a, b);
+}
+
+#ifndef LOAD_UINT16
+INLINE vu load_uint16(const void *p)
+{
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, vu);
+}
+#define LOAD_UINT16(p) load_uint16(p)
+#endif
+
+#ifndef LOAD_FP16
+INLINE vf load_fp16(const void *p)
+{
+    vu bits = LOAD_UINT16(p);
+    vu sign = (bits & 0x8000u) << 16, u = (bits & 0x7fffu) << 13;
+    vf subnormal = (vf)(u + 0x38800000u) - 6.103515625e-05f;
+    vu finite = (vu)choose((vi)(u < 0x00800000u), subnormal, (vf)(u + 0x38000000u));
+    return (vf)(sign | (vu)choose((vi)(u >= 0x0f800000u), (vf)(u + 0x70000000u), (vf)finite));
+}
+#define LOAD_FP16(p) load_fp16(p)
+#endif
+
+/* VL elements from index d of a cache row, as floats. */
+INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
+{
+    if (dtype == TS_DTYPE_FP32)
+        return load((const float *)(const void *)row + d);
+    if (dtype == TS_DTYPE_FP16)
+        return LOAD_FP16(row + 2 * (size_t)d);
+    return (vf)(LOAD_UINT16(row + 2 * (size_t)d) << 16);
+}
+
+/* The same for the last n < VL elements of a row, then zeros: nothing behind the row is read. */
+INLINE vf load_cache_tail(ts_dtype dtype, const unsigned char *row, uint32_t d, uint32_t n)
+{
+    size_t bytes = ts_dtype_bytes(dtype);
+    unsigned char buffer[VL * 4] = {0};
+    memcpy(buffer, row + d * bytes, n * bytes);
+    return load_cache(dtype, buffer, 0);
+}
+
+/* Lane l of the result is the sum of sums[l]'s lanes. Each sum is the same tree of additions. */
+INLINE vf reduce(vf *sums)
+{
+#define STAGE(s)                                                                                   \
+    _Pragma("GCC unroll 16") for (int i = 0; i < (s); i++)                                         \
+    {                                                                                              \
+        vf x = sums[i], y = sums[i + (s)];                                                         \
+        sums[i] = __builtin_shufflevector(x, y, LIST(KEEP, s)) +                                   \
+                  __builtin_shufflevector(x, y, LIST(SWAP, s));                                    \
+    }
+#if VL >= 16
+    STAGE(8)
+#endif
+#if VL >= 8
+    STAGE(4)
+#endif
+    STAGE(2)
+    STAGE(1)
+#undef STAGE
+    return sums[0];
+}
+
+INLINE float reduce_max(vf v)
+{
+#if VL >= 16
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 8)));
+#endif
+#if VL >= 8
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 4)));
+#endif
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 2)));
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 1)));
+    return v[0];
+}
+
+INLINE float reduce_sum(vf v)
+{
+#if VL >= 16
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 8));
+#endif
+#if VL >= 8
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 4));
+#endif
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 2));
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 1));
+    return v[0];
+}
+
+/* 2^x for x <= 0, within 2 ulp; 0 below -126. */
+INLINE vf exp2_negative(vf x)
+{
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    vi zero = x < -126.0f;
+    x = choose(zero, (vf){0}, x);
+    vf shifted = x + magic;
+    vf f = x - (shifted - magic);
+    vf p = broadcast(1.5252733804059838e-05f);
+    p = FMA(p, f, broadcast(1.5403530393381608e-04f));
+    p = FMA(p, f, broadcast(1.3333558146428443e-03f));
+    p = FMA(p, f, broadcast(9.6181291076284770e-03f));
+    p = FMA(p, f, broadcast(5.5504108664821580e-02f));
+    p = FMA(p, f, broadcast(2.4022650695910070e-01f));
+    p = FMA(p, f, broadcast(6.9314718055994530e-01f));
+    p = FMA(p, f, broadcast(1.0f));
+    vf scaled = (vf)((vu)p + ((vu)shifted << 23));
+    return (vf)(~zero & (vi)scaled);
+}
+
+static float exp2_scalar(float x)
+{
+    return exp2_negative(broadcast(x))[0];
+}
+
+/* Scores of NR rows of q (padded rows) with VL / NR tokens; s has rows of TS_TILE. */
+INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *q, uint32_t padded,
+                        const unsigned char *const *k, size_t k_offset, float *s)
+{
+    const int NK = VL / NR;
+    vf sums[VL] = {0};
+    uint32_t d = 0;
+    for (; d + VL <= head_dim; d += VL) {
+        vf rows[4];
+        _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) rows[r] = load(q + r * padded + d);
+        _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
+        {
+            vf kv = load_cache(dtype, k[t] + k_offset, d);
+            _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) sums[r * NK + t] =
+                FMA(rows[r], kv, sums[r * NK + t]);
+        }
+    }
+    if (d < head_dim) {
+        _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
+        {
+            vf kv = load_cache_tail(dtype, k[t] + k_offset, d, head_dim - d);
+            _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) sums[r * NK + t] =
+                FMA(load(q + r * padded + d), kv, sums[r * NK + t]);
+        }
+    }
+    vf result = reduce(sums);
+    _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
+        memcpy(s + r * TS_TILE, (const float *)&result + r * NK, (size_t)NK * sizeof(float));
+}
+
+/* What the next KV head will read: fetched into the cache while this one is worked on, which
+ * hides the memory's latency where rows are shorter than the hardware's prefetcher needs. */
+typedef struct fetch {
+    const unsigned char *const *rows;
+    size_t k_offset, v_offset, bytes;
+} fetch;
+
+INLINE void fetch_rows(const fetch *next, uint32_t first, uint32_t count)
+{
+    for (uint32_t t = first; t < first + count; t++)
+        for (size_t b = 0; b < next->bytes; b += 64) {
+            __builtin_prefetch(next->rows[t] + next->k_offset + b, 0, 3);
+            __builtin_prefetch(next->rows[t] + next->v_offset + b, 0, 3);
+        }
+}
+
+INLINE void score_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *q, uint32_t padded,
+                       const unsigned char *const *k, size_t k_offset, uint32_t tokens, float *s,
+                       const fetch *next)
+{
+    const uint32_t NK = VL / (uint32_t)NR;
+    for (uint32_t t = 0; t < tokens; t += NK) {
+        if (next != NULL)
+            fetch_rows(next, t, NK);
+        score_block(dtype, NR, head_dim, q, padded, k + t, k_offset, s + t);
+    }
+}
+
+/* acc[r] += p[r][t] * V[t] for NR rows, ND vectors of the row from element d. */
+INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tail, const float *p,
+                        const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
+                        uint32_t padded)
+{
+    vf sums[16];
+    _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
+        _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) sums[r * ND + i] =
+            load(acc + r * padded + d + i * VL);
+    for (uint32_t t = 0; t < tokens; t++) {
+        vf row[8];
+        _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) row[i] =
+            tail ? load_cache_tail(dtype, v[t] + v_offset, d, tail)
+                 : load_cache(dtype, v[t] + v_offset, d + (uint32_t)i * VL);
+        _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
+        {
+            vf weight = broadcast(p[r * TS_TILE + t]);
+            _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) sums[r * ND + i] =
+                FMA(weight, row[i], sums[r * ND + i]);
+        }
+    }
+    _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
+        _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++)
+            store(acc + r * padded + d + i * VL, sums[r * ND + i]);
+}
+
+INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p,
+                       const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
+                       uint32_t padded)
+{
+    const int ND = VL == 16 ? (NR == 4 ? 4 : 8) : (NR == 4 ? 2 : 4);
+    uint32_t d = 0;
+    for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL)
+        weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded);
+    for (; d + VL <= head_dim; d += VL)
+        weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded);
+    if (d < head_dim)
+        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded);
+}
+
+INLINE bool any(vi mask)
+{
+#if VL == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif VL == 8
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+/*
+ * One row's softmax update: turns `tokens` scores into weights. The running maximum moves, and what
+ * was summed so far shrinks, only when a score passes it, which soon becomes rare. row_sums has one
+ * sum for each lane.
+ */
+INLINE void soften_row(float *s, uint32_t tokens, uint32_t head_dim, float *row_max,
+                       float *row_sums, float *acc)
+{
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    uint32_t used = (tokens + VL - 1) / VL * VL;
+    if (tokens < used) {
+        vi lane;
+        memcpy(&lane, lanes, sizeof lane);
+        vi in = lane < (vi){0} + (int32_t)(tokens + VL - used);
+        store(s + used - VL, choose(in, load(s + used - VL), broadcast(-INFINITY)));
+    }
+    vf base = broadcast(*row_max), best = base;
+    for (uint32_t t = 0; t < used; t += VL)
+        best = maximum(best, load(s + t));
+    vf sums = load(row_sums);
+    if (any(best > base)) {
+        float max = reduce_max(best);
+        float shrink = exp2_scalar(*row_max - max);
+        sums *= shrink;
+        for (uint32_t d = 0; d < head_dim; d += VL)
+            store(acc + d, load(acc + d) * shrink);
+        *row_max = max;
+        base = broadcast(max);
+    }
+    for (uint32_t t = 0; t < used; t += VL) {
+        vf weight = exp2_negative(load(s + t) - base);
+        store(s + t, weight);
+        sums += weight;
+    }
+    store(row_sums, sums);
+}
+
+/* One KV head of one tile, for all its rows. */
+INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
+                        const unsigned char *const *rows, size_t k_offset, size_t v_offset,
+                        uint32_t tile, const float *q, float *scores, float *max, float *sums,
+                        float *acc, const fetch *next)
+{
+    const uint32_t head_dim = item->call->geometry.head_dim;
+    const uint32_t padded = ts_attention_padded(head_dim);
+    const uint32_t group = item->call->heads / item->call->geometry.kv_heads;
+    const uint32_t num_rows = item->q_count * group;
+    const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
+
+    for (uint32_t r = 0; r < num_rows;) {
+        /* Tokens of this tile that the first and the last row of the next four may see. */
+        uint32_t n = num_rows - r >= 4 ? 4 : num_rows - r >= 2 ? 2 : 1;
+        uint32_t low = first + r / group + 1, high = first + (r + n - 1) / group + 1;
+        if (high <= tile) {
+            r += n;
+            continue;
+        }
+        low = low <= tile ? 0 : low - tile < TS_TILE ? low - tile : TS_TILE;
+        high = high - tile < TS_TILE ? high - tile : TS_TILE;
+        float *s = scores + (size_t)r * TS_TILE;
+        if (n == 4)
+            score_rows(dtype, 4, head_dim, q + r * padded, padded, rows, k_offset, high, s,
+                       r == 0 ? next : NULL);
+        else if (n == 2)
+            score_rows(dtype, 2, head_dim, q + r * padded, padded, rows, k_offset, high, s,
+                       r == 0 ? next : NULL);
+        else
+            score_rows(dtype, 1, head_dim, q + r * padded, padded, rows, k_offset, high, s,
+                       r == 0 ? next : NULL);
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t seen = first + (r + i) / group + 1;
+            if (seen <= tile)
+                continue;
+            seen = seen - tile < TS_TILE ? seen - tile : TS_TILE;
+            soften_row(s + i * TS_TILE, seen, head_dim, &max[r + i], sums + (size_t)(r + i) * VL,
+                       acc + (size_t)(r + i) * padded);
+            if (low != high) /* the rows end at different tokens: none may touch a later V */
+                weigh_rows(dtype, 1, head_dim, s + i * TS_TILE, rows, v_offset, seen,
+                           acc + (size_t)(r + i) * padded, padded);
+        }
+        float *block = acc + (size_t)r * padded;
+        if (low == high && n == 4)
+            weigh_rows(dtype, 4, head_dim, s, rows, v_offset, high, block, padded);
+        else if (low == high && n == 2)
+            weigh_rows(dtype, 2, head_dim, s, rows, v_offset, high, block, padded);
+        else if (low == high)
+            weigh_rows(dtype, 1, head_dim, s, rows, v_offset, high, block, padded);
+        r += n;
+    }
+}
+
+static void reset(const ts_attention_state *state, uint32_t rows, uint32_t padded)
+{
+    for (uint32_t r = 0; r < rows; r++)
+        state->max[r] = -INFINITY;
+    memset(state->sum, 0, rows * sizeof(float));
+    memset(state->acc, 0, (size_t)rows * padded * sizeof(float));
+}
+
+/* all = all merged with part; a row of `part` that saw no token changes nothing. */
+static void merge_state(const ts_attention_state *all, const ts_attention_state *part,
+                        uint32_t rows, uint32_t padded)
+{
+    for (uint32_t r = 0; r < rows; r++) {
+        if (part->sum[r] == 0.0f)
+            continue;
+        float *a = all->acc + (size_t)r * padded;
+        const float *b = part->acc + (size_t)r * padded;
+        if (all->sum[r] == 0.0f) {
+            all->max[r] = part->max[r];
+            all->sum[r] = part->sum[r];
+            memcpy(a, b, padded * sizeof(float));
+            continue;
+        }
+        float max = all->max[r] > part->max[r] ? all->max[r] : part->max[r];
+        float x = exp2_scalar(all->max[r] - max), y = exp2_scalar(part->max[r] - max);
+        all->max[r] = max;
+        all->sum[r] = all->sum[r] * x + part->sum[r] * y;
+        for (uint32_t d = 0; d < padded; d += VL)
+            store(a + d, load(a + d) * x + load(b + d) * y);
+    }
+}
+
+static float element(const void *row, ts_dtype dtype, size_t i)
+{
+    if (dtype == TS_DTYPE_FP32)
+        return ((const float *)row)[i];
+    uint16_t bits = ((const uint16_t *)row)[i];
+    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
+}
+
+/* q of the item's rows, times scale * log2(e), padded with zeros. */
+static void load_queries(const ts_attention_item *item, float *q)
+{
+    const ts_attention_call *call = item->call;
+    const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
+    const uint32_t group = call->heads / call->geometry.kv_heads;
+    const float scale = call->scale * LOG2E;
+    for (uint32_t h = 0; h < item->head_count; h++)
+        for (uint32_t i = 0; i < item->q_count; i++)
+            for (uint32_t j = 0; j < group; j++, q += padded) {
+                size_t from = ((size_t)(item->q_first + i) * call->heads +
+                               (size_t)(item->head_first + h) * group + j) *
+                              head_dim;
+                for (uint32_t d = 0; d < head_dim; d++)
+                    q[d] = element(item->seq->q, call->io_dtype, from + d) * scale;
+                memset(q + head_dim, 0, (padded - head_dim) * sizeof(float));
+            }
+}
+
+static void write_out(const ts_attention_item *item, const ts_attention_state *state)
+{
+    const ts_attention_call *call = item->call;
+    const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
+    const uint32_t group = call->heads / call->geometry.kv_heads;
+    uint32_t r = 0;
+    for (uint32_t h = 0; h < item->head_count; h++)
+        for (uint32_t i = 0; i < item->q_count; i++)
+            for (uint32_t j = 0; j < group; j++, r++) {
+                size_t to = ((size_t)(item->q_first + i) * call->heads +
+                             (size_t)(item->head_first + h) * group + j) *
+                            head_dim;
+                const float *acc = state->acc + (size_t)r * padded;
+                float inverse = 1.0f / state->sum[r];
+                for (uint32_t d = 0; d < head_dim; d++) {
+                    float x = acc[d] * inverse;
+                    if (call->io_dtype == TS_DTYPE_FP32)
+                        ((float *)item->seq->out)[to + d] = x;
+                    else
+                        ((uint16_t *)item->seq->out)[to + d] = call->io_dtype == TS_DTYPE_FP16
+                                                                   ? ts_fp32_to_fp16(x)
+                                                                   : ts_fp32_to_bf16(x);
+                }
+            }
+}
+
+static ts_attention_state partial_at(float *partials, uint32_t part, uint32_t rows,
+                                     uint32_t head_dim)
+{
+    float *p = partials + part * ts_attention_partial_floats(rows, head_dim);
+    return (ts_attention_state){.max = p, .sum = p + rows, .acc = p + 2 * (size_t)rows};
+}
+
+INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t part,
+                        const ts_attention_scratch *scratch, const ts_attention_state *state)
+{
+    const ts_attention_call *call = item->call;
+    const ts_geometry *g = &call->geometry;
+    const uint32_t padded = ts_attention_padded(g->head_dim);
+    const uint32_t group = call->heads / g->kv_heads, head_rows = item->q_count * group;
+    const size_t plane = ts_geometry_plane_bytes(g), block_bytes = ts_geometry_block_bytes(g);
+    const size_t token_stride = ts_geometry_token_stride(g);
+    const size_t head_stride = ts_geometry_head_stride(g);
+    const unsigned char *base = call->base + (size_t)item->seq->layer * 2 * plane;
+
+    uint32_t end = item->seq->kv_tokens - item->seq->q_tokens + item->q_first + item->q_count;
+    if (end > (part + 1) * TS_PART)
+        end = (part + 1) * TS_PART;
+    reset(state, item->head_count * head_rows, padded);
+    memset(scratch->sums, 0, (size_t)item->head_count * head_rows * VL * sizeof(float));
+
+    const unsigned char *rows[2][TS_TILE];
+    uint32_t block = part * TS_PART / g->block_tokens, offset = part * TS_PART % g->block_tokens;
+    uint32_t filled = 0;
+    for (uint32_t tile = part * TS_PART, turn = 0; tile < end; tile += TS_TILE, turn ^= 1) {
+        /* Row addresses of this tile (only the first time) and of the next, which is prefetched.
+         * Past the end they repeat the last row, which is safe to read and masked. */
+        for (uint32_t ahead = tile == part * TS_PART ? 0 : 1; ahead < 2; ahead++) {
+            const unsigned char **next = rows[turn ^ ahead];
+            uint32_t start = tile + ahead * TS_TILE;
+            filled = start >= end ? 0 : end - start < TS_TILE ? end - start : TS_TILE;
+            for (uint32_t t = 0; t < filled; t++) {
+                next[t] = base + item->seq->blocks[block] * block_bytes + offset * token_stride;
+                if (++offset == g->block_tokens) {
+                    offset = 0;
+                    block++;
+                }
+            }
+            for (uint32_t t = filled; t < TS_TILE && filled > 0; t++)
+                next[t] = next[filled - 1];
+        }
+        for (uint32_t h = 0; h < item->head_count; h++) {
+            size_t head_offset = (item->head_first + h) * head_stride;
+            bool last = h + 1 == item->head_count;
+            size_t next_offset = (item->head_first + (last ? 0 : h + 1)) * head_stride;
+            fetch next = {.rows = rows[turn ^ last],
+                          .k_offset = next_offset,
+                          .v_offset = plane + next_offset,
+                          .bytes = g->head_dim * ts_dtype_bytes(dtype)};
+            uint32_t r = h * head_rows;
+            attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
+                        scratch->q + (size_t)r * padded, scratch->scores, state->max + r,
+                        scratch->sums + (size_t)r * VL, state->acc + (size_t)r * padded,
+                        last && filled == 0 ? NULL : &next);
+        }
+    }
+    for (uint32_t r = 0; r < item->head_count * head_rows; r++)
+        state->sum[r] = reduce_sum(load(scratch->sums + (size_t)r * VL));
+}
+
+INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,
+                        const ts_attention_scratch *scratch)
+{
+    const uint32_t head_dim = item->call->geometry.head_dim;
+    const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
+    load_queries(item, scratch->q);
+    if (item->partials != NULL) {
+        for (uint32_t part = item->part_first; part < item->part_end; part++) {
+            ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
+            attend_part(dtype, item, part, scratch, &state);
+        }
+        return;
+    }
+    reset(&scratch->all, rows, padded);
+    for (uint32_t part = item->part_first; part < item->part_end; part++) {
+        attend_part(dtype, item, part, scratch, &scratch->part);
+        merge_state(&scratch->all, &scratch->part, rows, padded);
+    }
+    write_out(item, &scratch->all);
+}
+
+/* The one place where the cache's type becomes a constant. */
+static void item_fp32(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    attend_item(TS_DTYPE_FP32, item, scratch);
+}
+
+static void item_fp16(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    attend_item(TS_DTYPE_FP16, item, scratch);
+}
+
+static void item_bf16(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    attend_item(TS_DTYPE_BF16, item, scratch);
+}
+
+static void run_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    switch (item->call->geometry.dtype) {
+    case TS_DTYPE_FP32:
+        item_fp32(item, scratch);
+        break;
+    case TS_DTYPE_FP16:
+        item_fp16(item, scratch);
+        break;
+    case TS_DTYPE_BF16:
+        item_bf16(item, scratch);
+        break;
+    }
+}
+
+static void merge_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    const uint32_t head_dim = item->call->geometry.head_dim;
+    const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
+    reset(&scratch->all, rows, padded);
+    for (uint32_t part = item->part_first; part < item->part_end; part++) {
+        ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
+        merge_state(&scratch->all, &state, rows, padded);
+    }
+    write_out(item, &scratch->all);
+}
+
+const ts_attention_isa_ops TS_ATTENTION_OPS = {.item = run_item, .merge = merge_item};

@@ -1,0 +1,74 @@
+/*
+ * A memory provider: slabs of one pool, mapped one after another into an address range that is
+ * reserved once, so that `base + slab * slab_bytes` holds for as long as the pool lives. Slabs can
+ * be exported to other processes as file descriptors.
+ *
+ * A slab that goes to another tenant is *renewed*: it gets new, zeroed memory, so that whoever
+ * still maps the old one sees none of what comes after. Other providers (CUDA) fill the same table
+ * of functions.
+ *
+ * Thread: one at a time (the engine's); the memory itself may be used by any.
+ */
+#ifndef TS_MEMORY_H
+#define TS_MEMORY_H
+
+#include "tinyserve_types.h"
+
+#include <stdbool.h>
+
+typedef struct ts_memory ts_memory;
+
+typedef struct ts_memory_ops {
+    const char *name;
+    ts_status (*renew)(ts_memory *, uint32_t slab, bool clients_write, char *why, size_t why_bytes);
+    ts_status (*export_fd)(ts_memory *, uint32_t slab, bool writable, int *fd, char *why,
+                           size_t why_bytes);
+    void (*free)(ts_memory *);
+} ts_memory_ops;
+
+struct ts_memory {
+    const ts_memory_ops *ops;
+    unsigned char *base;
+    size_t slab_bytes;
+    uint32_t num_slabs;
+};
+
+/*
+ * Reserves address space for num_slabs slabs of slab_bytes (a multiple of 4096) of host memory,
+ * none of them backed yet. TS_ENOMEM with a sentence in `why` if that can't be had.
+ */
+ts_status ts_memory_host_new(uint32_t num_slabs, size_t slab_bytes, ts_memory **out, char *why,
+                             size_t why_bytes);
+
+/*
+ * Gives the slab new memory, all zero; the old memory is given back to the system at once, even if
+ * another process still maps it. With clients_write false the memory can never be mapped writable
+ * by another process. TS_ENOMEM leaves the slab as it was.
+ */
+static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
+                                        size_t why_bytes)
+{
+    return m->ops->renew(m, slab, clients_write, why, why_bytes);
+}
+
+/* A new descriptor of the slab's memory, read-only unless `writable`; the caller closes it. */
+static inline ts_status ts_memory_export(ts_memory *m, uint32_t slab, bool writable, int *fd,
+                                         char *why, size_t why_bytes)
+{
+    return m->ops->export_fd(m, slab, writable, fd, why, why_bytes);
+}
+
+static inline void ts_memory_free(ts_memory *m)
+{
+    if (m != NULL)
+        m->ops->free(m);
+}
+
+/*
+ * A memfd of `bytes` whose size is sealed, mapped here read-write: a session's exchange. The caller
+ * unmaps and closes.
+ */
+ts_status ts_memory_shared_new(const char *name, size_t bytes, int *fd, void **address, char *why,
+                               size_t why_bytes);
+
+#endif

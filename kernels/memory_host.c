@@ -1,0 +1,171 @@
+/*
+ * Slabs as memfds. The size is sealed, so no holder of a descriptor can shrink the file under the
+ * daemon. The file's mode is 0400: a receiver that is neither the daemon's user nor root can't open
+ * its read-only descriptor again for writing through /proc; where clients may not write at all,
+ * F_SEAL_FUTURE_WRITE forbids it to everybody.
+ */
+#define _GNU_SOURCE
+#include "memory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
+
+typedef struct memory_host {
+    ts_memory memory;
+    int fds[]; /* -1: not backed */
+} memory_host;
+
+static ts_status fail(ts_status status, char *why, size_t why_bytes, const char *what, size_t bytes)
+{
+    snprintf(why, why_bytes, "%s of %zu bytes failed: %s", what, bytes, strerror(errno));
+    return status;
+}
+
+/* A memfd of `bytes` that nobody else may open for writing, its size not sealed yet. */
+static int memfd_new(const char *name, size_t bytes)
+{
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -1;
+    if (fchmod(fd, 0400) != 0 || ftruncate(fd, (off_t)bytes) != 0) {
+        int saved = errno;
+        close(fd);
+        errno = saved;
+        return -1;
+    }
+    return fd;
+}
+
+static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
+                            size_t why_bytes)
+{
+    memory_host *host = (memory_host *)m;
+    int fd = memfd_new("tinyserve-slab", m->slab_bytes);
+    if (fd < 0)
+        return fail(TS_ENOMEM, why, why_bytes, "memfd for a slab", m->slab_bytes);
+
+    /* Take the pages now: a full /dev/shm or cgroup is an error here and a SIGBUS later. */
+    if (fallocate(fd, 0, 0, (off_t)m->slab_bytes) != 0) {
+        ts_status status = fail(TS_ENOMEM, why, why_bytes, "taking a slab", m->slab_bytes);
+        close(fd);
+        return status;
+    }
+    void *address = m->base + (size_t)slab * m->slab_bytes;
+    if (mmap(address, m->slab_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
+        MAP_FAILED) {
+        ts_status status = fail(TS_ENOMEM, why, why_bytes, "mapping a slab", m->slab_bytes);
+        close(fd);
+        return status;
+    }
+    /* Our own writable mapping comes before the seal, so it stays. */
+    int seals =
+        F_SEAL_SHRINK | F_SEAL_GROW | (clients_write ? 0 : F_SEAL_FUTURE_WRITE) | F_SEAL_SEAL;
+    int sealed = fcntl(fd, F_ADD_SEALS, seals);
+    if (sealed != 0 && !clients_write) /* before Linux 5.1 there is no FUTURE_WRITE */
+        sealed = fcntl(fd, F_ADD_SEALS, seals & ~F_SEAL_FUTURE_WRITE);
+    if (sealed != 0) {
+        ts_status status = fail(TS_ENOMEM, why, why_bytes, "sealing a slab", m->slab_bytes);
+        /* The old mapping is gone already: map the old file back, or leave the range reserved. */
+        if (host->fds[slab] >= 0)
+            (void)mmap(address, m->slab_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                       host->fds[slab], 0);
+        close(fd);
+        return status;
+    }
+    if (host->fds[slab] >= 0) {
+        (void)fallocate(host->fds[slab], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                        (off_t)m->slab_bytes);
+        close(host->fds[slab]);
+    }
+    host->fds[slab] = fd;
+    return TS_OK;
+}
+
+static ts_status host_export(ts_memory *m, uint32_t slab, bool writable, int *fd, char *why,
+                             size_t why_bytes)
+{
+    memory_host *host = (memory_host *)m;
+    if (slab >= m->num_slabs || host->fds[slab] < 0) {
+        snprintf(why, why_bytes, "slab %u has no memory; the pool has %u slabs", slab,
+                 m->num_slabs);
+        return TS_ENOENT;
+    }
+    if (writable) {
+        *fd = fcntl(host->fds[slab], F_DUPFD_CLOEXEC, 0);
+    } else {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", host->fds[slab]);
+        *fd = open(path, O_RDONLY | O_CLOEXEC);
+    }
+    if (*fd < 0)
+        return fail(TS_ENOMEM, why, why_bytes, "a descriptor for a slab", m->slab_bytes);
+    return TS_OK;
+}
+
+static void host_free(ts_memory *m)
+{
+    memory_host *host = (memory_host *)m;
+    munmap(m->base, m->slab_bytes * m->num_slabs);
+    for (uint32_t i = 0; i < m->num_slabs; i++)
+        if (host->fds[i] >= 0)
+            close(host->fds[i]);
+    free(host);
+}
+
+static const ts_memory_ops host_ops = {
+    .name = "host",
+    .renew = host_renew,
+    .export_fd = host_export,
+    .free = host_free,
+};
+
+ts_status ts_memory_host_new(uint32_t num_slabs, size_t slab_bytes, ts_memory **out, char *why,
+                             size_t why_bytes)
+{
+    *out = NULL;
+    memory_host *host = malloc(sizeof *host + num_slabs * sizeof host->fds[0]);
+    if (host == NULL)
+        return fail(TS_ENOMEM, why, why_bytes, "the slab table", num_slabs * sizeof(int));
+    void *base = mmap(NULL, slab_bytes * num_slabs, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) {
+        ts_status status =
+            fail(TS_ENOMEM, why, why_bytes, "reserving addresses", slab_bytes * num_slabs);
+        free(host);
+        return status;
+    }
+    host->memory = (ts_memory){
+        .ops = &host_ops, .base = base, .slab_bytes = slab_bytes, .num_slabs = num_slabs};
+    for (uint32_t i = 0; i < num_slabs; i++)
+        host->fds[i] = -1;
+    *out = &host->memory;
+    return TS_OK;
+}
+
+ts_status ts_memory_shared_new(const char *name, size_t bytes, int *fd, void **address, char *why,
+                               size_t why_bytes)
+{
+    *fd = memfd_new(name, bytes);
+    if (*fd < 0)
+        return fail(TS_ENOMEM, why, why_bytes, "memfd", bytes);
+    *address = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+    if (*address == MAP_FAILED ||
+        fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+        ts_status status = fail(TS_ENOMEM, why, why_bytes, "mapping shared memory", bytes);
+        if (*address != MAP_FAILED)
+            munmap(*address, bytes);
+        close(*fd);
+        return status;
+    }
+    return TS_OK;
+}

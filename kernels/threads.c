@@ -1,0 +1,139 @@
+#define _GNU_SOURCE
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+struct ts_threads {
+    uint32_t count;
+    pthread_t *others; /* count - 1 */
+    pthread_mutex_t lock;
+    pthread_cond_t work, idle;
+    /* under the lock */
+    uint64_t round;
+    uint32_t busy; /* others that have not finished this round */
+    bool stop;
+    ts_threads_fn fn;
+    void *arg;
+    uint32_t items;
+    uint32_t started; /* gives each thread its number */
+    /* not under the lock */
+    atomic_uint next;
+};
+
+static void work_on(ts_threads *t, ts_threads_fn fn, void *arg, uint32_t items, uint32_t thread)
+{
+    for (;;) {
+        uint32_t item = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
+        if (item >= items)
+            return;
+        fn(arg, item, thread);
+    }
+}
+
+static void *thread_main(void *arg)
+{
+    ts_threads *t = arg;
+    pthread_mutex_lock(&t->lock);
+    uint32_t self = ++t->started;
+    uint64_t seen = 0;
+    for (;;) {
+        while (t->round == seen && !t->stop)
+            pthread_cond_wait(&t->work, &t->lock);
+        if (t->stop)
+            break;
+        seen = t->round;
+        ts_threads_fn fn = t->fn;
+        void *fn_arg = t->arg;
+        uint32_t items = t->items;
+        pthread_mutex_unlock(&t->lock);
+        work_on(t, fn, fn_arg, items, self);
+        pthread_mutex_lock(&t->lock);
+        if (--t->busy == 0)
+            pthread_cond_signal(&t->idle);
+    }
+    pthread_mutex_unlock(&t->lock);
+    return NULL;
+}
+
+ts_threads *ts_threads_new(uint32_t count)
+{
+    if (count == 0) {
+        cpu_set_t set;
+        count = sched_getaffinity(0, sizeof set, &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
+    }
+    ts_threads *t = calloc(1, sizeof *t);
+    if (t == NULL)
+        return NULL;
+    t->others = calloc(count, sizeof *t->others);
+    if (t->others == NULL) {
+        free(t);
+        return NULL;
+    }
+    pthread_mutex_init(&t->lock, NULL);
+    pthread_cond_init(&t->work, NULL);
+    pthread_cond_init(&t->idle, NULL);
+    t->count = 1;
+    /* Signals are for the program's own threads. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (t->count < count && pthread_create(&t->others[t->count - 1], NULL, thread_main, t) == 0)
+        t->count++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (t->count < count) {
+        ts_threads_free(t);
+        return NULL;
+    }
+    return t;
+}
+
+void ts_threads_free(ts_threads *t)
+{
+    if (t == NULL)
+        return;
+    pthread_mutex_lock(&t->lock);
+    t->stop = true;
+    pthread_cond_broadcast(&t->work);
+    pthread_mutex_unlock(&t->lock);
+    for (uint32_t i = 0; i + 1 < t->count; i++)
+        pthread_join(t->others[i], NULL);
+    pthread_cond_destroy(&t->idle);
+    pthread_cond_destroy(&t->work);
+    pthread_mutex_destroy(&t->lock);
+    free(t->others);
+    free(t);
+}
+
+uint32_t ts_threads_count(const ts_threads *t)
+{
+    return t->count;
+}
+
+void ts_threads_run(ts_threads *t, uint32_t items, ts_threads_fn fn, void *arg)
+{
+    if (items == 0)
+        return;
+    atomic_store_explicit(&t->next, 0, memory_order_relaxed);
+    if (items == 1 || t->count == 1) {
+        work_on(t, fn, arg, items, 0);
+        return;
+    }
+    pthread_mutex_lock(&t->lock);
+    t->fn = fn;
+    t->arg = arg;
+    t->items = items;
+    t->busy = t->count - 1;
+    t->round++;
+    pthread_cond_broadcast(&t->work);
+    pthread_mutex_unlock(&t->lock);
+    work_on(t, fn, arg, items, 0);
+    pthread_mutex_lock(&t->lock);
+    while (t->busy != 0)
+        pthread_cond_wait(&t->idle, &t->lock);
+    pthread_mutex_unlock(&t->lock);
+}

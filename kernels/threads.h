@@ -1,0 +1,24 @@
+/*
+ * A team of threads that is kept between calls. ts_threads_run hands out items 0..n-1 one after
+ * another to whoever is free (the caller works too) and returns when all are done.
+ *
+ * Thread: one caller at a time. Items must be independent: nothing says which thread runs which.
+ */
+#ifndef TS_THREADS_H
+#define TS_THREADS_H
+
+#include <stdint.h>
+
+typedef struct ts_threads ts_threads;
+
+/* thread: 0..count-1, for scratch memory that is each thread's own. */
+typedef void (*ts_threads_fn)(void *arg, uint32_t item, uint32_t thread);
+
+/* count threads, the caller among them; 0: one for each processor this process may use. NULL if out
+ * of memory or threads. */
+ts_threads *ts_threads_new(uint32_t count);
+void ts_threads_free(ts_threads *threads);
+uint32_t ts_threads_count(const ts_threads *threads);
+void ts_threads_run(ts_threads *threads, uint32_t items, ts_threads_fn fn, void *arg);
+
+#endif

@@ -1,0 +1,421 @@
+/* The host attention kernels against the float64 reference, and against themselves bit for bit. */
+#include "test_util.h"
+
+#include "attention.h"
+
+#include <math.h>
+
+typedef struct problem {
+    ts_attention_call call;
+    ts_attention_seq *seqs;
+    uint32_t num_seqs;
+    unsigned char *cache;
+    size_t cache_bytes;
+    uint32_t **tables;
+    unsigned char *q, *k, *v, *out;
+    size_t q_elements, kv_elements;
+} problem;
+
+typedef struct shape {
+    ts_dtype dtype, io;
+    ts_layout layout;
+    uint32_t heads, kv_heads, head_dim, block_tokens, layers;
+} shape;
+
+static void put(unsigned char *to, ts_dtype dtype, size_t i, float x)
+{
+    if (dtype == TS_DTYPE_FP32)
+        ((float *)(void *)to)[i] = x;
+    else
+        ((uint16_t *)(void *)to)[i] =
+            dtype == TS_DTYPE_FP16 ? ts_fp32_to_fp16(x) : ts_fp32_to_bf16(x);
+}
+
+static float get(const unsigned char *from, ts_dtype dtype, size_t i)
+{
+    if (dtype == TS_DTYPE_FP32)
+        return ((const float *)(const void *)from)[i];
+    uint16_t bits = ((const uint16_t *)(const void *)from)[i];
+    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
+}
+
+/* Random q, and sequences over blocks in random order; the cached tokens are random numbers, all
+ * that no sequence may read (tails, other layers' spare blocks) is NaN. */
+static void problem_new(problem *p, shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                        rng *r)
+{
+    memset(p, 0, sizeof *p);
+    ts_geometry g = {.layers = s.layers,
+                     .kv_heads = s.kv_heads,
+                     .head_dim = s.head_dim,
+                     .block_tokens = s.block_tokens,
+                     .dtype = s.dtype,
+                     .layout = s.layout};
+    uint32_t blocks = 1, tokens = 0;
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        blocks += (lengths[i][0] + s.block_tokens - 1) / s.block_tokens;
+        tokens += lengths[i][1];
+    }
+    p->num_seqs = num_seqs;
+    p->seqs = calloc(num_seqs, sizeof *p->seqs);
+    p->tables = calloc(num_seqs, sizeof *p->tables);
+    p->cache_bytes = blocks * ts_geometry_block_bytes(&g);
+    p->cache = malloc(p->cache_bytes);
+    for (size_t i = 0; i < p->cache_bytes / ts_dtype_bytes(s.dtype); i++)
+        put(p->cache, s.dtype, i, NAN);
+    uint32_t *order = malloc(blocks * sizeof *order);
+    for (uint32_t i = 0; i < blocks; i++)
+        order[i] = i;
+    for (uint32_t i = blocks - 1; i > 0; i--) {
+        uint32_t j = rng_below(r, i + 1), x = order[i];
+        order[i] = order[j];
+        order[j] = x;
+    }
+    p->q_elements = (size_t)tokens * s.heads * s.head_dim;
+    p->kv_elements = (size_t)tokens * s.kv_heads * s.head_dim;
+    size_t e = ts_dtype_bytes(s.io);
+    p->q = malloc(p->q_elements * e);
+    p->out = malloc(p->q_elements * e);
+    p->k = malloc(p->kv_elements * e);
+    p->v = malloc(p->kv_elements * e);
+    for (size_t i = 0; i < p->q_elements; i++)
+        put(p->q, s.io, i, rng_normal(r));
+    for (size_t i = 0; i < p->kv_elements; i++) {
+        put(p->k, s.io, i, rng_normal(r));
+        put(p->v, s.io, i, rng_normal(r));
+    }
+    uint32_t next = 0, row = 0;
+    size_t plane = ts_geometry_plane_bytes(&g);
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        uint32_t count = (lengths[i][0] + s.block_tokens - 1) / s.block_tokens;
+        p->tables[i] = malloc(count * sizeof(uint32_t));
+        memcpy(p->tables[i], order + next, count * sizeof(uint32_t));
+        next += count;
+        uint32_t layer = rng_below(r, s.layers);
+        p->seqs[i] = (ts_attention_seq){
+            .blocks = p->tables[i],
+            .kv_tokens = lengths[i][0],
+            .q_tokens = lengths[i][1],
+            .layer = layer,
+            .q = p->q + (size_t)row * s.heads * s.head_dim * e,
+            .k = p->k + (size_t)row * s.kv_heads * s.head_dim * e,
+            .v = p->v + (size_t)row * s.kv_heads * s.head_dim * e,
+            .out = p->out + (size_t)row * s.heads * s.head_dim * e,
+        };
+        row += lengths[i][1];
+        for (uint32_t t = 0; t < lengths[i][0] - lengths[i][1]; t++)
+            for (uint32_t h = 0; h < s.kv_heads; h++)
+                for (uint32_t d = 0; d < s.head_dim; d++) {
+                    unsigned char *at =
+                        p->cache + p->tables[i][t / s.block_tokens] * ts_geometry_block_bytes(&g) +
+                        layer * 2 * plane + t % s.block_tokens * ts_geometry_token_stride(&g) +
+                        h * ts_geometry_head_stride(&g);
+                    put(at, s.dtype, d, rng_normal(r));
+                    put(at + plane, s.dtype, d, rng_normal(r));
+                }
+    }
+    free(order);
+    p->call = (ts_attention_call){
+        .geometry = g,
+        .base = p->cache,
+        .heads = s.heads,
+        .io_dtype = s.io,
+        .scale = 1.0f / sqrtf((float)s.head_dim),
+        .seqs = p->seqs,
+        .num_seqs = num_seqs,
+    };
+}
+
+static void problem_free(problem *p)
+{
+    for (uint32_t i = 0; i < p->num_seqs; i++)
+        free(p->tables[i]);
+    free(p->tables);
+    free(p->seqs);
+    free(p->cache);
+    free(p->q);
+    free(p->k);
+    free(p->v);
+    free(p->out);
+}
+
+static void poison(problem *p)
+{
+    memset(p->out, 0xff, p->q_elements * ts_dtype_bytes(p->call.io_dtype)); /* NaN in every type */
+}
+
+/* ||out - reference|| / ||reference|| over one sequence. */
+static double relative_error(const problem *p, const ts_attention_seq *seq)
+{
+    size_t n = (size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim;
+    double *ref = malloc(n * sizeof *ref), diff = 0, norm = 0;
+    assert_int_equal(ts_attention_reference(&p->call, seq, ref), TS_OK);
+    for (size_t i = 0; i < n; i++) {
+        double x = get(seq->out, p->call.io_dtype, i);
+        diff += (x - ref[i]) * (x - ref[i]);
+        norm += ref[i] * ref[i];
+    }
+    free(ref);
+    return sqrt(diff / norm);
+}
+
+static const ts_isa isas[] = {TS_ISA_PORTABLE, TS_ISA_AVX2, TS_ISA_AVX512};
+
+static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                                    double limit)
+{
+    rng r = {s.head_dim * 1000003u + s.heads};
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        problem p;
+        problem_new(&p, s, lengths, num_seqs, &r);
+        poison(&p);
+        ts_attention *a = ts_attention_new(3, isas[i]);
+        assert_non_null(a);
+        assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+        for (uint32_t j = 0; j < num_seqs; j++) {
+            double error = relative_error(&p, &p.seqs[j]);
+            if (!(error <= limit)) /* NaN fails too */
+                fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new): "
+                         "relative error %g > %g",
+                         ts_isa_name(isas[i]), ts_dtype_name(s.dtype), s.heads, s.kv_heads,
+                         s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1], error, limit);
+        }
+        ts_attention_free(a);
+        problem_free(&p);
+    }
+}
+
+/* Lengths (cached + new, new) around every border: block, tile (16), part (1024). */
+static const uint32_t mixed[][2] = {{1, 1},    {2, 1},    {15, 1},   {16, 16},   {17, 3},
+                                    {63, 1},   {64, 64},  {65, 2},   {129, 100}, {1023, 1},
+                                    {1024, 1}, {1025, 1}, {1030, 9}, {2100, 40}};
+#define MIXED (sizeof mixed / sizeof *mixed)
+
+static void every_dtype_and_head_sharing_matches_the_float64_reference(void **state)
+{
+    (void)state;
+    static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {8, 1}, {5, 5}};
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_BF16; dtype++)
+        for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
+            for (int layout = TS_LAYOUT_NHD; layout <= TS_LAYOUT_HND; layout++)
+                check_against_reference((shape){.dtype = (ts_dtype)dtype,
+                                                .io = TS_DTYPE_FP32,
+                                                .layout = (ts_layout)layout,
+                                                .heads = heads[h][0],
+                                                .kv_heads = heads[h][1],
+                                                .head_dim = 64,
+                                                .block_tokens = 16,
+                                                .layers = 2},
+                                        mixed, MIXED, 1e-5);
+}
+
+static void every_head_dim_and_block_size_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t dims[] = {32, 33, 40, 72, 80, 96, 100, 112, 127, 128, 160, 192, 255, 256};
+    static const uint32_t blocks[] = {1, 2, 3, 7, 8, 32, 48, 64, 100, 128, 255, 256};
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+        check_against_reference((shape){.dtype = (ts_dtype)(i % 3),
+                                        .io = TS_DTYPE_FP32,
+                                        .layout = (ts_layout)(i % 2),
+                                        .heads = 4,
+                                        .kv_heads = 2,
+                                        .head_dim = dims[i],
+                                        .block_tokens = blocks[i % 12],
+                                        .layers = 1},
+                                mixed, MIXED, 1e-5);
+}
+
+static void an_exchange_of_the_caches_own_type_is_read_and_rounded_once(void **state)
+{
+    (void)state;
+    /* The output is rounded to the type: half a unit in the last place. */
+    shape s = {.dtype = TS_DTYPE_FP16,
+               .io = TS_DTYPE_FP16,
+               .layout = TS_LAYOUT_NHD,
+               .heads = 8,
+               .kv_heads = 2,
+               .head_dim = 64,
+               .block_tokens = 16,
+               .layers = 1};
+    check_against_reference(s, mixed, MIXED, 5e-4);
+    s.dtype = s.io = TS_DTYPE_BF16;
+    check_against_reference(s, mixed, MIXED, 4e-3);
+}
+
+static void a_context_of_131072_tokens_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t length[][2] = {{131072, 2}};
+    check_against_reference((shape){.dtype = TS_DTYPE_BF16,
+                                    .io = TS_DTYPE_FP32,
+                                    .layout = TS_LAYOUT_NHD,
+                                    .heads = 2,
+                                    .kv_heads = 1,
+                                    .head_dim = 64,
+                                    .block_tokens = 16,
+                                    .layers = 1},
+                            length, 1, 1e-5);
+}
+
+static void the_prototypes_scenario_of_two_sequences_and_32_heads_matches(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{37, 1}, {120, 1}};
+    check_against_reference((shape){.dtype = TS_DTYPE_FP32,
+                                    .io = TS_DTYPE_FP32,
+                                    .layout = TS_LAYOUT_NHD,
+                                    .heads = 32,
+                                    .kv_heads = 32,
+                                    .head_dim = 64,
+                                    .block_tokens = 16,
+                                    .layers = 1},
+                            lengths, 2, 1e-5);
+}
+
+/* The same batch together, one by one, and prefilled token by token, on 1, 2 and 5 threads. */
+static void splitting_a_batch_changes_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{1, 1},    {700, 300}, {64, 1},   {1025, 7},
+                                          {5000, 1}, {90, 90},   {2048, 8}, {3000, 33}};
+    const uint32_t n = sizeof lengths / sizeof *lengths;
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        for (int kv_heads = 1; kv_heads <= 4; kv_heads += 3) {
+            rng r = {7};
+            problem p;
+            problem_new(&p,
+                        (shape){.dtype = TS_DTYPE_BF16,
+                                .io = TS_DTYPE_FP32,
+                                .layout = (ts_layout)(kv_heads == 4),
+                                .heads = 4,
+                                .kv_heads = (uint32_t)kv_heads,
+                                .head_dim = 72,
+                                .block_tokens = 24,
+                                .layers = 1},
+                        lengths, n, &r);
+            size_t bytes = p.q_elements * sizeof(float);
+            unsigned char *first = malloc(bytes);
+            ts_attention *a = ts_attention_new(1, isas[i]);
+            poison(&p);
+            assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+            memcpy(first, p.out, bytes);
+            ts_attention_free(a);
+            for (uint32_t threads = 1; threads <= 5; threads += threads == 2 ? 3 : 1) {
+                a = ts_attention_new(threads, isas[i]);
+                poison(&p);
+                assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+                assert_memory_equal(p.out, first, bytes);
+                poison(&p);
+                for (uint32_t j = 0; j < n; j++) {
+                    ts_attention_call one = p.call;
+                    one.seqs = &p.seqs[j];
+                    one.num_seqs = 1;
+                    assert_int_equal(ts_attention_run(a, &one), TS_OK);
+                }
+                assert_memory_equal(p.out, first, bytes);
+                poison(&p);
+                for (uint32_t j = 0; j < n; j++)
+                    for (uint32_t t = 0; t < p.seqs[j].q_tokens; t++) {
+                        size_t row = 4 * 72 * sizeof(float) * t;
+                        ts_attention_seq token = p.seqs[j];
+                        token.kv_tokens -= token.q_tokens - 1 - t;
+                        token.q_tokens = 1;
+                        token.k = token.v = NULL;
+                        token.q = (const unsigned char *)token.q + row;
+                        token.out = (unsigned char *)token.out + row;
+                        ts_attention_call one = p.call;
+                        one.seqs = &token;
+                        one.num_seqs = 1;
+                        assert_int_equal(ts_attention_run(a, &one), TS_OK);
+                    }
+                assert_memory_equal(p.out, first, bytes);
+                ts_attention_free(a);
+            }
+            free(first);
+            problem_free(&p);
+        }
+    }
+}
+
+static void later_tokens_never_leak_into_earlier_ones(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{100, 100}};
+    rng r = {11};
+    problem p;
+    problem_new(&p,
+                (shape){.dtype = TS_DTYPE_FP32,
+                        .io = TS_DTYPE_FP32,
+                        .layout = TS_LAYOUT_NHD,
+                        .heads = 2,
+                        .kv_heads = 2,
+                        .head_dim = 32,
+                        .block_tokens = 16,
+                        .layers = 1},
+                lengths, 1, &r);
+    ts_attention *a = ts_attention_new(1, TS_ISA_AUTO);
+    /* The last token's K and V are NaN: only the last row may show it. */
+    for (uint32_t d = 0; d < 2 * 32; d++)
+        ((float *)(void *)p.k)[99 * 64 + d] = ((float *)(void *)p.v)[99 * 64 + d] = NAN;
+    poison(&p);
+    assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+    for (uint32_t i = 0; i < 99 * 64; i++)
+        assert_false(isnan(((float *)(void *)p.out)[i]));
+    assert_true(isnan(((float *)(void *)p.out)[99 * 64]));
+    ts_attention_free(a);
+    problem_free(&p);
+}
+
+static void every_half_and_bfloat_survives_a_round_trip(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 65536; i++) {
+        float half = ts_fp16_to_fp32((uint16_t)i), brain = ts_bf16_to_fp32((uint16_t)i);
+        if (!isnan(half))
+            assert_int_equal(ts_fp32_to_fp16(half), i);
+        if (!isnan(brain))
+            assert_int_equal(ts_fp32_to_bf16(brain), i);
+        assert_int_equal(isnan(half) != 0, (i & 0x7fff) > 0x7c00);
+    }
+    assert_int_equal(ts_fp32_to_fp16(65519.0f), 0x7bff);
+    assert_int_equal(ts_fp32_to_fp16(65520.0f), 0x7c00);
+    assert_int_equal(ts_fp32_to_fp16(0x1p-25f), 0); /* a tie goes to even */
+    assert_int_equal(ts_fp32_to_fp16(0x1.8p-24f), 2);
+    assert_int_equal(ts_fp32_to_bf16(1.00390625f), 0x3f80);
+}
+
+static void copying_blocks_moves_every_byte_and_no_other(void **state)
+{
+    (void)state;
+    unsigned char memory[6 * 40], before[6 * 40];
+    for (size_t i = 0; i < sizeof memory; i++)
+        memory[i] = before[i] = (unsigned char)(i * 7);
+    ts_attention *a = ts_attention_new(2, TS_ISA_AUTO);
+    ts_block_copy copies[] = {{.src = 4, .dst = 1}, {.src = 0, .dst = 5}};
+    ts_attention_copy_blocks(a, memory, 40, copies, 2);
+    memcpy(before + 40, before + 160, 40);
+    memcpy(before + 200, before, 40);
+    assert_memory_equal(memory, before, sizeof memory);
+    ts_attention_free(a);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_dtype_and_head_sharing_matches_the_float64_reference),
+        cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
+        cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
+        cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
+        cmocka_unit_test(the_prototypes_scenario_of_two_sequences_and_32_heads_matches),
+        cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
+        cmocka_unit_test(every_half_and_bfloat_survives_a_round_trip),
+        cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,344 @@
+/*
+ * ts-generate: a worker. Loads a byte-level Llama model, keeps its keys and values in TinyServe and
+ * has the daemon attend; writes what it generates to stdout as it comes.
+ */
+#define _GNU_SOURCE
+#include "model.h"
+#include "version.h"
+
+#include <argp.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+const char *argp_program_version = "ts-generate " TS_VERSION;
+
+#define LOGITS_TOLERANCE 1e-3f
+
+enum { OPT_PREFIX_OF = 256, OPT_KEEP, OPT_VERIFY, OPT_PROMPT_FILE };
+
+typedef struct options {
+    const char *socket, *pool, *folder, *prefix_of, *keep, *verify, *prompt_file;
+    char *prompt;
+    uint32_t tokens;
+} options;
+
+static const struct argp_option argp_options[] = {
+    {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, or the system's)", 0},
+    {"pool", 'P', "NAME", 0, "The pool to use (default: tiny)", 0},
+    {"model", 'm', "FOLDER", 0, "config.json and model.safetensors (default: tools/model)", 0},
+    {"prompt", 'p', "TEXT", 0, "Text to go on from", 0},
+    {"prompt-file", OPT_PROMPT_FILE, "FILE", 0, "The prompt is this file's contents", 0},
+    {"tokens", 'n', "N", 0, "How many bytes to generate (default: 192)", 0},
+    {"prefix-of", OPT_PREFIX_OF, "NAME", 0,
+     "Share the keys and values of the sequence kept under NAME, which holds the prompt's "
+     "beginning",
+     0},
+    {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
+    {"verify", OPT_VERIFY, "FILE:INDEX", 0,
+     "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
+    {0},
+};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    options *o = state->input;
+    char *end;
+    switch (key) {
+    case 's':
+        o->socket = arg;
+        return 0;
+    case 'P':
+        o->pool = arg;
+        return 0;
+    case 'm':
+        o->folder = arg;
+        return 0;
+    case 'p':
+        o->prompt = arg;
+        return 0;
+    case 'n': {
+        unsigned long n = strtoul(arg, &end, 10);
+        if (*end != '\0' || arg[0] == '-' || n > 1u << 20)
+            argp_error(state, "--tokens %s: a number up to 1048576 is needed", arg);
+        o->tokens = (uint32_t)n;
+        return 0;
+    }
+    case OPT_PROMPT_FILE:
+        o->prompt_file = arg;
+        return 0;
+    case OPT_PREFIX_OF:
+        o->prefix_of = arg;
+        return 0;
+    case OPT_KEEP:
+        o->keep = arg;
+        return 0;
+    case OPT_VERIFY:
+        o->verify = arg;
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "'%s' is not an option; the prompt goes behind --prompt", arg);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp argp = {
+    argp_options,
+    parse,
+    NULL,
+    "Generates text with a tiny language model whose KV cache lives in "
+    "tinyserved.",
+    NULL,
+    NULL,
+    NULL};
+
+/* What is generated, and what it is compared with. */
+typedef struct job {
+    uint8_t *tokens; /* bos and prompt, then what was generated */
+    uint32_t prompt, total;
+    json_t *reference; /* NULL: nothing to compare with */
+    uint32_t shared;   /* tokens that were there already */
+    float worst_logit;
+    uint32_t wrong;
+} job;
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static int fail(const char *what, const char *why)
+{
+    fprintf(stderr, "ts-generate: %s: %s\n", what, why);
+    return EXIT_FAILURE;
+}
+
+/* The entry FILE:INDEX of a reference, or NULL with a message on stderr. */
+static json_t *load_reference(const char *where)
+{
+    char path[1024];
+    json_error_t error;
+    snprintf(path, sizeof path, "%s", where);
+    char *colon = strrchr(path, ':');
+    if (colon == NULL) {
+        fail(where, "FILE:INDEX is needed");
+        return NULL;
+    }
+    *colon = '\0';
+    json_t *all = json_load_file(path, 0, &error);
+    if (all == NULL) {
+        fail(path, error.text);
+        return NULL;
+    }
+    json_t *entry = json_array_get(json_object_get(all, "prompts"), strtoul(colon + 1, NULL, 10));
+    json_incref(entry);
+    json_decref(all);
+    if (entry == NULL)
+        fail(where, "the file has no such prompt");
+    return entry;
+}
+
+static char *read_file(const char *path, size_t *bytes)
+{
+    FILE *f = fopen(path, "rb");
+    char *text = malloc(1 << 20);
+    *bytes = f != NULL && text != NULL ? fread(text, 1, 1 << 20, f) : 0;
+    if (f == NULL || text == NULL) {
+        perror(path);
+        free(text);
+        text = NULL;
+    }
+    if (f != NULL)
+        fclose(f);
+    return text;
+}
+
+static bool prepare(const options *o, const model *m, job *j)
+{
+    const char *prompt = o->prompt;
+    size_t bytes = prompt == NULL ? 0 : strlen(prompt);
+    uint32_t tokens = o->tokens;
+    char *read = NULL;
+    if (o->verify != NULL) {
+        j->reference = load_reference(o->verify);
+        if (j->reference == NULL)
+            return false;
+        prompt = json_string_value(json_object_get(j->reference, "prompt"));
+        bytes = prompt == NULL ? 0 : strlen(prompt);
+        tokens = (uint32_t)json_array_size(json_object_get(j->reference, "output_ids"));
+    } else if (o->prompt_file != NULL) {
+        prompt = read = read_file(o->prompt_file, &bytes);
+        if (read == NULL)
+            return false;
+    }
+    bool ok = bytes + 1 + tokens <= m->positions;
+    if (!ok)
+        fprintf(stderr,
+                "ts-generate: %zu bytes of prompt and %u to generate; the model has %u positions\n",
+                bytes, tokens, m->positions);
+    j->prompt = (uint32_t)bytes + 1;
+    j->total = j->prompt + tokens;
+    j->tokens = calloc(ok ? j->total : 1, 1);
+    if (ok && j->tokens != NULL) {
+        j->tokens[0] = (uint8_t)m->bos;
+        if (bytes > 0)
+            memcpy(j->tokens + 1, prompt, bytes);
+    }
+    free(read);
+    return ok && j->tokens != NULL;
+}
+
+static void compare_logits(job *j, const float *logits, uint32_t vocab)
+{
+    json_t *expected = json_object_get(j->reference, "last_prompt_logits");
+    for (uint32_t i = 0; i < vocab; i++) {
+        float d = fabsf(logits[i] - (float)json_number_value(json_array_get(expected, i)));
+        if (!(d <= j->worst_logit))
+            j->worst_logit = d;
+    }
+}
+
+static void compare_byte(job *j, uint32_t at)
+{
+    json_t *ids = json_object_get(j->reference, "output_ids");
+    j->wrong += json_integer_value(json_array_get(ids, at - j->prompt)) != j->tokens[at];
+}
+
+static ts_status start_sequence(const options *o, ts_pool *pool, job *j, ts_seq *seq)
+{
+    if (o->prefix_of == NULL)
+        return ts_seq_create(pool, 1, seq);
+    ts_seq parent;
+    ts_status status = ts_seq_attach(pool, o->prefix_of, &parent, &j->shared);
+    if (status != TS_OK)
+        return status;
+    if (j->shared > j->prompt - 1) /* the last token of the prompt is computed: its logits count */
+        j->shared = j->prompt - 1;
+    return ts_seq_fork_at(pool, parent, j->shared, 1, seq);
+}
+
+static ts_status forward(const model *m, ts_pool *pool, ts_seq seq, const uint8_t *tokens,
+                         uint32_t count, float *logits)
+{
+    ts_step *step;
+    ts_step_options options = {.heads = m->heads};
+    ts_status status = ts_step_begin(pool, &seq, &count, 1, &options, &step);
+    if (status != TS_OK)
+        return status;
+    status = model_forward(m, tokens, step, logits);
+    if (status == TS_OK)
+        status = ts_step_commit(step, NULL);
+    if (status != TS_OK)
+        (void)ts_step_abort(step);
+    return status;
+}
+
+static ts_status generate(const options *o, const model *m, ts_pool *pool, job *j)
+{
+    float *logits = malloc(m->vocab * sizeof *logits);
+    if (logits == NULL)
+        return TS_ENOMEM;
+    ts_seq seq;
+    double start = now(), prefilled = start;
+    ts_status status = start_sequence(o, pool, j, &seq);
+    for (uint32_t at = j->shared; status == TS_OK && at < j->total;) {
+        uint32_t count = at < j->prompt ? j->prompt - at : 1;
+        if (at + count >= j->total && j->total > j->prompt)
+            break; /* the last byte need not be computed further */
+        status = forward(m, pool, seq, j->tokens + at, count, logits);
+        if (status != TS_OK)
+            break;
+        at += count;
+        if (at == j->prompt) {
+            prefilled = now();
+            if (j->reference != NULL)
+                compare_logits(j, logits, m->vocab);
+        }
+        if (at == j->total)
+            break;
+        uint32_t best = 0;
+        for (uint32_t i = 1; i < m->vocab; i++)
+            if (logits[i] > logits[best])
+                best = i;
+        j->tokens[at] = (uint8_t)best;
+        if (j->reference != NULL)
+            compare_byte(j, at);
+        putchar((int)best);
+        fflush(stdout);
+    }
+    double end = now();
+    if (status == TS_OK && o->keep != NULL)
+        status = ts_seq_keep(pool, seq, o->keep);
+    if (status == TS_OK) {
+        uint32_t generated = j->total - j->prompt;
+        if (generated > 0)
+            putchar('\n');
+        fflush(stdout);
+        fprintf(stderr, "prompt: %u tokens, %u of them shared, %u computed in %.0f ms", j->prompt,
+                j->shared, j->prompt - j->shared, (prefilled - start) * 1e3);
+        if (generated > 0)
+            fprintf(stderr, "; generated: %u tokens, %.1f tokens/s", generated,
+                    (double)generated / (end - prefilled));
+        fputc('\n', stderr);
+    }
+    free(logits);
+    return status;
+}
+
+static bool fits(const model *m, const ts_geometry *g)
+{
+    if (g->layers == m->layers && g->kv_heads == m->kv_heads && g->head_dim == m->head_dim)
+        return true;
+    fprintf(stderr,
+            "ts-generate: the model has %u layers, %u KV heads of %u; the pool has %u, %u of %u\n",
+            m->layers, m->kv_heads, m->head_dim, g->layers, g->kv_heads, g->head_dim);
+    return false;
+}
+
+int main(int argc, char **argv)
+{
+    options o = {.pool = "tiny", .folder = "tools/model", .tokens = 192};
+    argp_parse(&argp, argc, argv, 0, NULL, &o);
+    char why[512];
+    job j = {0};
+    ts_client *client = NULL;
+    ts_pool *pool = NULL;
+    int code = EXIT_FAILURE;
+    model *m = model_load(o.folder, why, sizeof why);
+    if (m == NULL)
+        return fail(o.folder, why);
+    if (!prepare(&o, m, &j))
+        goto out;
+    ts_status status = ts_connect(&(ts_options){.url = o.socket}, &client);
+    if (status == TS_OK)
+        status = ts_pool_open(client, o.pool, 0, &pool);
+    if (status == TS_OK && !fits(m, ts_pool_geometry(pool)))
+        goto out;
+    if (status == TS_OK)
+        status = generate(&o, m, pool, &j);
+    if (status != TS_OK) {
+        fail(ts_status_name(status), ts_error(client));
+        goto out;
+    }
+    code = EXIT_SUCCESS;
+    if (j.reference != NULL) {
+        bool same = j.wrong == 0 && j.worst_logit <= LOGITS_TOLERANCE;
+        fprintf(stderr, "%s: %u of %u bytes differ from the reference, logits by %.1e at most\n",
+                same ? "verified" : "WRONG", j.wrong, j.total - j.prompt, (double)j.worst_logit);
+        code = same ? EXIT_SUCCESS : EXIT_FAILURE;
+    }
+out:
+    ts_pool_close(pool);
+    ts_disconnect(client);
+    json_decref(j.reference);
+    free(j.tokens);
+    model_free(m);
+    return code;
+}
