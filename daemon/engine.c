@@ -458,10 +458,12 @@ static void seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const char *name = c->seq_keep.name;
-    ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, false, a);
+    /* A step is its session's; a sequence in it may not become another's. */
+    bool forget = name[0] == '\0';
+    ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forget, a);
     if (seq == NULL)
         return;
-    if (name[0] == '\0') {
+    if (forget) {
         if (seq->name == NULL)
             return ts_refuse(a, TS_ENOENT, "sequence %llx has no name to forget",
                              (unsigned long long)c->seq_keep.seq);

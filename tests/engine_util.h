@@ -1,0 +1,147 @@
+/* Driving an engine without a daemon: sessions, and commands that find slabs when they need them.
+ */
+#ifndef TS_ENGINE_UTIL_H
+#define TS_ENGINE_UTIL_H
+
+#include "test_util.h"
+
+#include "engine.h"
+#include "survey.h"
+
+static inline void fail_on_problem(void *arg, const char *sentence)
+{
+    (void)arg;
+    fail_msg("%s", sentence);
+}
+
+static inline void check_engine(const ts_engine *e)
+{
+    assert_true(ts_survey_check(e, fail_on_problem, NULL) > 0);
+}
+
+/* Called for every slab that gets new memory; may be NULL. */
+typedef void (*on_grant)(void *arg, uint32_t pool, uint32_t slab);
+
+/* Applies as the daemon does: slabs are granted until the command has enough. */
+static inline ts_status apply_with(ts_engine *e, const ts_command *c, ts_answer *a, on_grant grant,
+                                   void *arg)
+{
+    for (;;) {
+        ts_engine_apply(e, c, a);
+        if (a->status != TS_NEED_SLABS)
+            return a->status;
+        uint32_t pool = a->need.pool, tenant = a->need.tenant;
+        uint32_t slab = ts_engine_next_slab(e, pool, tenant);
+        assert_int_not_equal(slab, TS_NONE);
+        if (grant != NULL)
+            grant(arg, pool, slab);
+        ts_answer granted;
+        ts_engine_apply(e,
+                        &(ts_command){.op = TS_OP_SLAB_GRANT,
+                                      .pool = pool,
+                                      .slab_grant = {.slab = slab, .tenant = tenant}},
+                        &granted);
+        assert_int_equal(granted.status, TS_OK);
+    }
+}
+
+static inline ts_status apply(ts_engine *e, ts_command c, ts_answer *a)
+{
+    return apply_with(e, &c, a, NULL, NULL);
+}
+
+static inline ts_engine *engine_new(uint32_t num_blocks, uint32_t slab_blocks,
+                                    uint32_t block_tokens, ts_client_write write)
+{
+    char why[256];
+    ts_engine_limits limits;
+    ts_engine_default_limits(&limits);
+    ts_engine *e = ts_engine_new(&limits);
+    assert_non_null(e);
+    ts_pool_config config = {
+        .name = "test",
+        .geometry = {.layers = 2, .kv_heads = 1, .head_dim = 32, .block_tokens = block_tokens},
+        .num_blocks = num_blocks,
+        .slab_blocks = slab_blocks,
+        .sequences_max = 1u << 24,
+        .sequence_tokens_max = 1u << 20,
+        .tenant_blocks_max = UINT64_MAX,
+        .client_write = write,
+    };
+    assert_int_equal(ts_engine_add_pool(e, &config, why, sizeof why), TS_OK);
+    return e;
+}
+
+/* A session of this uid that has opened pool 0, to write if the pool lets it. */
+static inline uint64_t session_new(ts_engine *e, uint32_t uid)
+{
+    ts_answer a;
+    apply(e,
+          (ts_command){.op = TS_OP_SESSION_OPEN,
+                       .session_open = {.uid = uid, .pid = 1, .program = "test"}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    uint64_t session = a.session;
+    bool write = e->pools[0].config.client_write == TS_CLIENT_WRITE_ALL;
+    apply(e,
+          (ts_command){.op = TS_OP_POOL_OPEN,
+                       .session = session,
+                       .pool_open = {.name = "test", .writable = write}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    return session;
+}
+
+static inline uint64_t seq_new(ts_engine *e, uint64_t session)
+{
+    ts_answer a;
+    apply(e, (ts_command){.op = TS_OP_SEQ_CREATE, .session = session, .seq_create = {.count = 1}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    return a.seqs.seqs[0];
+}
+
+static inline ts_status begin(ts_engine *e, uint64_t session, const uint64_t *seqs,
+                              const uint32_t *new_tokens, uint32_t count, bool append, ts_answer *a)
+{
+    return apply(e,
+                 (ts_command){.op = TS_OP_STEP_BEGIN,
+                              .session = session,
+                              .step_begin = {.seqs = seqs,
+                                             .new_tokens = new_tokens,
+                                             .count = count,
+                                             .heads = 1,
+                                             .append = append}},
+                 a);
+}
+
+static inline ts_status step_end(ts_engine *e, uint64_t session, ts_op op, uint64_t step,
+                                 const uint32_t *accepted, uint32_t count)
+{
+    ts_answer a;
+    return apply(e,
+                 (ts_command){.op = op,
+                              .session = session,
+                              .step_end = {.step = step, .accepted = accepted, .count = count}},
+                 &a);
+}
+
+static inline ts_status step_done(ts_engine *e, uint64_t step, uint32_t layer)
+{
+    ts_answer a;
+    return apply(
+        e, (ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step, .layer = layer}}, &a);
+}
+
+static inline uint32_t length_of(ts_engine *e, uint64_t session, uint64_t seq)
+{
+    ts_answer a;
+    apply(e,
+          (ts_command){
+              .op = TS_OP_SEQ_LENGTHS, .session = session, .seq_batch = {.seqs = &seq, .count = 1}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    return a.lengths.lengths[0];
+}
+
+#endif

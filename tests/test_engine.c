@@ -1,0 +1,607 @@
+/* The engine's rules one by one: pools, sequences, steps, sessions, tenants, limits. */
+#include "engine_util.h"
+
+#define BLOCKS(e) ((e)->pools[0].books)
+
+static void the_prototypes_scenario_gives_its_exact_blocks_and_slots(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+    ts_answer a;
+    uint32_t n = 5;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
+    assert_int_equal(a.begun.num_blocks, 2);
+    assert_int_equal(a.begun.blocks[0], 0);
+    assert_int_equal(a.begun.blocks[1], 1);
+    assert_int_equal(BLOCKS(e).used, 2);
+    assert_int_equal(a.begun.blocks[3 / 4] * 4 + 3 % 4, 3); /* the 4th token's slot */
+    n = 3;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
+    assert_int_equal(BLOCKS(e).used, 2);
+    assert_int_equal(a.begun.starts[0], 5);
+    n = 1;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
+    assert_int_equal(a.begun.num_blocks, 1);
+    assert_int_equal(a.begun.blocks[0], 2);
+    assert_int_equal(BLOCKS(e).used, 3);
+    assert_int_equal(length_of(e, s, seq), 9);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+/* Appends without anybody writing: what most tests here need. */
+static void append(ts_engine *e, uint64_t s, uint64_t seq, uint32_t n)
+{
+    ts_answer a;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
+    if (a.begun.num_copies > 0)
+        assert_int_equal(step_done(e, a.begun.step->id, TS_NONE), TS_OK);
+}
+
+static uint64_t fork_seq(ts_engine *e, uint64_t s, uint64_t parent)
+{
+    ts_answer a;
+    apply(e,
+          (ts_command){
+              .op = TS_OP_SEQ_FORK, .session = s, .seq_fork = {.parent = parent, .count = 1}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    return a.seqs.seqs[0];
+}
+
+static ts_status free_seq(ts_engine *e, uint64_t s, uint64_t seq)
+{
+    ts_answer a;
+    return apply(
+        e,
+        (ts_command){.op = TS_OP_SEQ_FREE, .session = s, .seq_batch = {.seqs = &seq, .count = 1}},
+        &a);
+}
+
+static ts_status keep_seq(ts_engine *e, uint64_t s, uint64_t seq, const char *name)
+{
+    ts_answer a;
+    return apply(
+        e, (ts_command){.op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = seq, .name = name}},
+        &a);
+}
+
+static uint64_t attach(ts_engine *e, uint64_t s, const char *name)
+{
+    ts_answer a;
+    apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}}, &a);
+    return a.status == TS_OK ? a.seqs.seqs[0] : 0;
+}
+
+static void close_session(ts_engine *e, uint64_t s)
+{
+    ts_answer a;
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = s}, &a), TS_OK);
+}
+
+static void fork_then_append_copies_only_the_tail_block(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), parent = seq_new(e, s);
+    append(e, s, parent, 10); /* blocks 0 1 2, the last half full */
+    uint64_t child = fork_seq(e, s, parent);
+    assert_int_equal(BLOCKS(e).used, 3);
+    assert_int_equal(BLOCKS(e).shared, 3);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(begin(e, s, &child, &n, 1, true, &a), TS_OK);
+    assert_int_equal(a.begun.num_copies, 1);
+    assert_int_equal(a.begun.copies[0].src, 2);
+    assert_int_equal(a.begun.copies[0].dst, 3);
+    assert_int_equal(length_of(e, s, child), 10); /* until the copy is made */
+    assert_int_equal(step_done(e, a.begun.step->id, TS_NONE), TS_OK);
+    assert_int_equal(length_of(e, s, child), 11);
+    assert_int_equal(BLOCKS(e).used, 4);
+    assert_int_equal(BLOCKS(e).shared, 2);
+    append(e, s, parent, 1); /* its tail is its own again: no copy */
+    assert_int_equal(BLOCKS(e).used, 4);
+    check_engine(e);
+    assert_int_equal(free_seq(e, s, parent), TS_OK);
+    assert_int_equal(free_seq(e, s, child), TS_OK);
+    assert_int_equal(BLOCKS(e).used, 0);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void an_aborted_step_leaves_every_sequence_as_it_was(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), seqs[2] = {seq_new(e, s), seq_new(e, s)};
+    append(e, s, seqs[0], 6);
+    uint64_t child = fork_seq(e, s, seqs[0]);
+    ts_answer a;
+    uint32_t n[2] = {9, 4};
+    assert_int_equal(begin(e, s, seqs, n, 2, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(a.begun.num_copies, 1);
+    assert_int_equal(BLOCKS(e).used, 2 + 1 + 2 + 1);
+    check_engine(e);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_EBUSY);
+    assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
+    assert_int_equal(BLOCKS(e).used, 2);
+    assert_int_equal(BLOCKS(e).shared, 2);
+    assert_int_equal(length_of(e, s, seqs[0]), 6);
+    assert_int_equal(length_of(e, s, seqs[1]), 0);
+    assert_int_equal(length_of(e, s, child), 6);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_ENOENT);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void committing_fewer_tokens_gives_the_other_blocks_back(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), seqs[3] = {seq_new(e, s), seq_new(e, s), seq_new(e, s)};
+    ts_answer a;
+    uint32_t n[3] = {9, 9, 9}, accepted[3] = {9, 5, 0}, too_many[3] = {9, 10, 0};
+    assert_int_equal(begin(e, s, seqs, n, 3, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(BLOCKS(e).used, 9);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, too_many, 3), TS_EINVAL);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, accepted, 2), TS_EINVAL);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, accepted, 3), TS_OK);
+    assert_int_equal(BLOCKS(e).used, 3 + 2);
+    assert_int_equal(length_of(e, s, seqs[0]), 9);
+    assert_int_equal(length_of(e, s, seqs[1]), 5);
+    assert_int_equal(length_of(e, s, seqs[2]), 0);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void a_step_that_does_not_fit_takes_nothing(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(7, 3, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), seqs[2] = {seq_new(e, s), seq_new(e, s)};
+    append(e, s, seqs[0], 8);
+    ts_answer a;
+    uint32_t n[2] = {4, 20};
+    assert_int_equal(begin(e, s, seqs, n, 2, false, &a), TS_ENOSPC);
+    assert_string_equal(a.message,
+                        "6 blocks are needed, but pool 'test' has 5 free for uid 1000 (of 7)");
+    assert_int_equal(BLOCKS(e).used, 2);
+    assert_int_equal(length_of(e, s, seqs[0]), 8);
+    n[1] = 16;
+    assert_int_equal(begin(e, s, seqs, n, 2, false, &a), TS_OK);
+    assert_int_equal(BLOCKS(e).used, 7);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void bad_batches_are_refused_whole_with_a_reason(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), x = seq_new(e, s), y = seq_new(e, s);
+    ts_answer a;
+    uint64_t twice[2] = {x, x}, unknown[2] = {x, 12345};
+    uint32_t n[2] = {1, 1}, zero[2] = {1, 0}, huge[2] = {UINT32_MAX, UINT32_MAX};
+    assert_int_equal(begin(e, s, twice, n, 2, false, &a), TS_EINVAL);
+    assert_int_equal(begin(e, s, unknown, n, 2, false, &a), TS_ENOENT);
+    assert_string_equal(a.message, "there is no sequence 3039 in pool 'test'");
+    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, zero, 2, false, &a), TS_EINVAL);
+    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, huge, 2, false, &a), TS_EINVAL);
+    assert_string_equal(
+        a.message, "4294967295 new tokens for sequence 100000000 of 0; a step adds at least 1, "
+                   "and the pool's limit is 1048576 tokens a sequence");
+    assert_int_equal(begin(e, s, &x, n, 0, false, &a), TS_EINVAL);
+    assert_int_equal(begin(e, s, &x, n, 65537, false, &a), TS_EINVAL);
+    assert_int_equal(apply(e,
+                           (ts_command){.op = TS_OP_SEQ_FREE,
+                                        .session = s,
+                                        .seq_batch = {.seqs = twice, .count = 2}},
+                           &a),
+                     TS_EINVAL);
+    uint32_t lengths[2] = {0, 1};
+    assert_int_equal(
+        apply(
+            e,
+            (ts_command){.op = TS_OP_SEQ_TRUNCATE,
+                         .session = s,
+                         .seq_batch = {.seqs = (uint64_t[]){x, y}, .lengths = lengths, .count = 2}},
+            &a),
+        TS_EINVAL);
+    /* Nothing of all that left a mark. */
+    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, n, 2, false, &a), TS_OK);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void sequences_of_an_open_step_cannot_be_changed_but_forked_as_they_were(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+    append(e, s, seq, 6);
+    uint64_t first = fork_seq(e, s, seq); /* so the step will copy the tail */
+    ts_answer a;
+    uint32_t n = 1, length = 2;
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(free_seq(e, s, seq), TS_EBUSY);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_EBUSY);
+    assert_int_equal(
+        apply(e,
+              (ts_command){.op = TS_OP_SEQ_TRUNCATE,
+                           .session = s,
+                           .seq_batch = {.seqs = &seq, .lengths = &length, .count = 1}},
+              &a),
+        TS_EBUSY);
+    uint64_t second = fork_seq(e, s, seq); /* shares the original tail, not the copy */
+    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = second}}, &a);
+    assert_int_equal(a.blocks.blocks[1], 1);
+    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = seq}}, &a);
+    assert_int_equal(a.blocks.blocks[1], 1);
+    check_engine(e);
+    assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
+    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = seq}}, &a);
+    assert_int_equal(a.blocks.blocks[1], 2);
+    assert_int_equal(length_of(e, s, first), 6);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), kept = seq_new(e, s), own = seq_new(e, s);
+    append(e, s, kept, 6);
+    assert_int_equal(keep_seq(e, s, kept, "prompt"), TS_OK);
+    ts_answer a;
+    uint32_t n[2] = {7, 3};
+    assert_int_equal(begin(e, s, (uint64_t[]){kept, own}, n, 2, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(apply(e,
+                           (ts_command){.op = TS_OP_EXCHANGE_OPEN,
+                                        .session = s,
+                                        .exchange_open = {.bytes = 1 << 16}},
+                           &a),
+                     TS_OK);
+    ts_command run = {.op = TS_OP_STEP_RUN,
+                      .session = s,
+                      .step_run = {.step = step, .q = 0, .k = 4096, .v = 8192, .out = 12288}};
+    assert_int_equal(apply(e, run, &a), TS_OK);
+    close_session(e, s); /* while the kernel works */
+    assert_int_equal(e->live_sessions, 1);
+    assert_int_not_equal(BLOCKS(e).used, 2);
+    check_engine(e);
+    assert_int_equal(step_done(e, step, 0), TS_OK); /* now all is free */
+    assert_int_equal(e->live_sessions, 0);
+    assert_int_equal(BLOCKS(e).used, 2);
+    uint64_t other = session_new(e, 1000);
+    assert_int_equal(attach(e, other, "prompt"), kept);
+    assert_int_equal(length_of(e, other, kept), 6);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void names_belong_to_a_tenant_and_lead_to_one_sequence(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), foreign = session_new(e, 1001);
+    uint64_t x = seq_new(e, s), y = seq_new(e, s);
+    assert_int_equal(keep_seq(e, s, x, "a"), TS_OK);
+    assert_int_equal(keep_seq(e, s, x, "a"), TS_OK); /* again changes nothing */
+    assert_int_equal(keep_seq(e, s, y, "a"), TS_EEXIST);
+    assert_int_equal(keep_seq(e, s, x, "b"), TS_OK); /* a new name instead */
+    assert_int_equal(attach(e, s, "a"), 0);
+    assert_int_equal(attach(e, s, "b"), x);
+    assert_int_equal(attach(e, foreign, "b"), 0);
+    char longest[129];
+    memset(longest, 'n', 128);
+    longest[128] = '\0';
+    assert_int_equal(keep_seq(e, s, y, longest), TS_EINVAL);
+    longest[127] = '\0';
+    assert_int_equal(keep_seq(e, s, y, longest), TS_OK);
+    assert_int_equal(attach(e, s, longest), y);
+    assert_int_equal(keep_seq(e, s, x, ""), TS_OK); /* its own again */
+    assert_int_equal(keep_seq(e, s, x, ""), TS_ENOENT);
+    check_engine(e);
+    close_session(e, s);
+    assert_int_equal(e->pools[0].seqs.live, 1); /* y is kept */
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void foreign_sequences_are_out_of_reach(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), same_uid = session_new(e, 1000);
+    uint64_t foreign = session_new(e, 1001), seq = seq_new(e, s);
+    append(e, s, seq, 3);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(begin(e, foreign, &seq, &n, 1, false, &a), TS_ENOENT);
+    assert_int_equal(free_seq(e, foreign, seq), TS_ENOENT);
+    assert_int_equal(free_seq(e, same_uid, seq), TS_EPERM);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(step_end(e, same_uid, TS_OP_STEP_ABORT, step, NULL, 0), TS_ENOENT);
+    assert_int_equal(step_end(e, foreign, TS_OP_STEP_COMMIT, step, NULL, 0), TS_ENOENT);
+    ts_command query = {
+        .op = TS_OP_SEQ_LENGTHS, .session = 77, .seq_batch = {.seqs = &seq, .count = 1}};
+    assert_int_equal(apply(e, query, &a), TS_ENOENT); /* no such session */
+    query.session = s;
+    query.pool = 1;
+    assert_int_equal(apply(e, query, &a), TS_ENOENT); /* no such pool */
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void ids_of_the_dead_never_come_back(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), old = seq_new(e, s);
+    assert_int_equal(free_seq(e, s, old), TS_OK);
+    uint64_t new = seq_new(e, s); /* takes the same place */
+    assert_int_equal((uint32_t) new, (uint32_t)old);
+    assert_int_not_equal(new, old);
+    assert_int_equal(free_seq(e, s, old), TS_ENOENT);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(begin(e, s, &new, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
+    assert_int_equal(begin(e, s, &new, &n, 1, false, &a), TS_OK);
+    assert_int_not_equal(a.begun.step->id, step);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_ENOENT);
+    close_session(e, s);
+    uint64_t next = session_new(e, 1000);
+    assert_int_not_equal(next, s);
+    assert_int_equal(free_seq(e, s, new), TS_ENOENT);
+    assert_int_equal(free_seq(e, next, new), TS_ENOENT);
+    ts_engine_free(e);
+}
+
+static void count_grants(void *arg, uint32_t pool, uint32_t slab)
+{
+    (void)pool;
+    uint32_t *grants = arg;
+    grants[slab]++;
+}
+
+static void a_slab_serves_one_tenant_and_is_renewed_for_the_next(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), t = session_new(e, 1001);
+    uint64_t x = seq_new(e, s), y = seq_new(e, t);
+    uint32_t grants[2] = {0}, n = 4;
+    ts_answer a;
+    ts_command c = {.op = TS_OP_STEP_BEGIN,
+                    .session = s,
+                    .step_begin = {.seqs = &x, .new_tokens = &n, .count = 1, .append = true}};
+    assert_int_equal(apply_with(e, &c, &a, count_grants, grants), TS_OK);
+    c.session = t;
+    c.step_begin.seqs = &y;
+    assert_int_equal(apply_with(e, &c, &a, count_grants, grants), TS_OK);
+    assert_int_equal(a.begun.blocks[0], 4); /* not behind the other's block */
+    n = 16;
+    assert_int_equal(apply_with(e, &c, &a, count_grants, grants), TS_ENOSPC);
+    assert_int_equal(free_seq(e, s, x), TS_OK);
+    uint32_t generation = BLOCKS(e).slabs[0].generation;
+    assert_int_equal(apply_with(e, &c, &a, count_grants, grants), TS_OK);
+    assert_int_equal(BLOCKS(e).slabs[0].generation, generation + 1);
+    assert_int_equal(grants[0], 2); /* new memory: what was there is not to be seen */
+    assert_int_equal(grants[1], 1);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void tokens_nobody_wrote_cannot_be_committed(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
+    uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+    ts_answer a;
+    uint32_t n = 2, none = 0;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_EPERM);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EPERM);
+    apply(
+        e,
+        (ts_command){.op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 16}},
+        &a);
+    ts_command run = {.op = TS_OP_STEP_RUN,
+                      .session = s,
+                      .step_run = {.step = step, .q = 0, .k = 4096, .v = 8192, .out = 12288}};
+    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(step_done(e, step, 0), TS_OK);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0),
+                     TS_EINVAL); /* 1 of 2 layers */
+    run.step_run.layer = 1;
+    assert_int_equal(apply(e, run, &a), TS_OK);
+    /* A run that failed wrote nothing: the layer still counts as not run. */
+    apply(e,
+          (ts_command){.op = TS_OP_STEP_DONE,
+                       .step_done = {.step = step, .layer = 1, .failed = true}},
+          &a);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EINVAL);
+    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(step_done(e, step, 1), TS_OK);
+    run.step_run.layer = 2;
+    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
+    assert_int_equal(length_of(e, s, seq), 2);
+    /* Committing none of a step is always possible. */
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, a.begun.step->id, &none, 1), TS_OK);
+    ts_engine_free(e);
+}
+
+static void a_run_outside_the_exchange_is_refused(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
+    uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+    ts_answer a;
+    uint32_t n = 2;
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    ts_command run = {.op = TS_OP_STEP_RUN, .session = s, .step_run = {.step = step}};
+    assert_int_equal(apply(e, run, &a), TS_EINVAL); /* no exchange yet */
+    ts_command open = {.op = TS_OP_EXCHANGE_OPEN, .session = s};
+    static const uint64_t bad[] = {0, 100, UINT64_MAX, ((uint64_t)1 << 30) + 4096};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        open.exchange_open.bytes = bad[i];
+        assert_int_equal(apply(e, open, &a), TS_EINVAL);
+    }
+    open.exchange_open.bytes = 4096;
+    assert_int_equal(apply(e, open, &a), TS_OK);
+    const uint64_t bytes = 2 * 32 * 4; /* tokens * head_dim * fp32, of each of q, k, v and out */
+    const uint64_t offsets[] = {4096 - bytes + 64, 4096, UINT64_MAX, UINT64_MAX - 63, 8, 1};
+    for (size_t i = 0; i < sizeof offsets / sizeof *offsets; i++)
+        for (int which = 0; which < 4; which++) {
+            run.step_run.q = which == 0 ? offsets[i] : 0;
+            run.step_run.k = which == 1 ? offsets[i] : 0;
+            run.step_run.v = which == 2 ? offsets[i] : 0;
+            run.step_run.out = which == 3 ? offsets[i] : 0;
+            assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        }
+    run.step_run.q = 4096 - bytes;
+    run.step_run.out = 0;
+    assert_int_equal(apply(e, run, &a), TS_OK);
+    for (int i = 1; i < 4; i++)
+        assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &a), TS_EBUSY); /* four are in flight */
+    ts_engine_free(e);
+}
+
+static void quotas_stop_a_session_and_a_tenant_but_no_other(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
+    e->limits.session_sequences = 3;
+    e->limits.session_blocks = 5;
+    e->limits.session_steps = 1;
+    e->pools[0].config.tenant_blocks_max = 8;
+    uint64_t s = session_new(e, 1000), same_uid = session_new(e, 1000),
+             other = session_new(e, 1001);
+    uint64_t x = seq_new(e, s);
+    ts_answer a;
+    ts_command create = {.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 3}};
+    assert_int_equal(apply(e, create, &a), TS_EQUOTA);
+    assert_string_equal(a.message,
+                        "the session owns 1 sequences; 3 more would pass its limit of 3");
+    create.seq_create.count = 2;
+    assert_int_equal(apply(e, create, &a), TS_OK);
+    uint64_t y = a.seqs.seqs[0];
+    uint32_t n = 24;
+    assert_int_equal(begin(e, s, &x, &n, 1, true, &a), TS_EQUOTA);
+    assert_string_equal(a.message,
+                        "the session refers to 0 blocks; 6 more would pass its limit of 5");
+    append(e, s, x, 20);
+    n = 1;
+    assert_int_equal(begin(e, s, &y, &n, 1, true, &a), TS_EQUOTA);
+    uint64_t z = seq_new(e, same_uid);
+    n = 16;
+    assert_int_equal(begin(e, same_uid, &z, &n, 1, true, &a), TS_EQUOTA);
+    assert_string_equal(a.message,
+                        "uid 1000 uses 5 blocks of pool 'test'; 4 more would pass its limit of 8");
+    append(e, same_uid, z, 12);
+    append(e, other, seq_new(e, other), 20);
+    assert_int_equal(free_seq(e, s, x), TS_OK); /* what is given back may be taken again */
+    n = 4;
+    assert_int_equal(begin(e, s, &y, &n, 1, false, &a), TS_OK);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void a_million_sequences_cost_what_the_readme_says(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(1u << 24, 1u << 16, 16, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000);
+    ts_answer a;
+    ts_command create = {.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 65536}};
+    uint64_t *ids = malloc(65536 * sizeof *ids);
+    uint32_t *n = malloc(65536 * sizeof *n);
+    for (uint32_t i = 0; i < 65536; i++)
+        n[i] = 16;
+    for (int i = 0; i < 16; i++) {
+        assert_int_equal(apply(e, create, &a), TS_OK);
+        memcpy(ids, a.seqs.seqs, 65536 * sizeof *ids);
+        for (int j = 0; j < 16; j++) /* 16 blocks each: all 16 million */
+            assert_int_equal(begin(e, s, ids, n, 65536, true, &a), TS_OK);
+    }
+    assert_int_equal(e->pools[0].seqs.live, 1u << 20);
+    assert_int_equal(BLOCKS(e).used, 1u << 24);
+    uint32_t one = 1;
+    assert_int_equal(begin(e, s, ids, &one, 1, true, &a), TS_ENOSPC);
+    check_engine(e);
+    close_session(e, s);
+    assert_int_equal(BLOCKS(e).used, 0);
+    assert_int_equal(e->pools[0].seqs.live, 0);
+    check_engine(e);
+    free(ids);
+    free(n);
+    ts_engine_free(e);
+}
+
+static void a_survey_counts_stored_tokens_once(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), parent = seq_new(e, s);
+    append(e, s, parent, 10);
+    uint64_t child = fork_seq(e, s, parent);
+    append(e, s, child, 3); /* its own tail: 2 copied + 3 new, over 2 blocks */
+    ts_answer a;
+    uint64_t lone = seq_new(e, s);
+    uint32_t n = 6;
+    assert_int_equal(begin(e, s, &lone, &n, 1, false, &a), TS_OK); /* reserves 2 blocks */
+    ts_survey v;
+    assert_int_equal(ts_survey_pool(e, 0, &v), TS_OK);
+    assert_int_equal(v.seen_tokens, 10 + 13);
+    assert_int_equal(v.stored_tokens, 10 + 2 + 3);
+    assert_int_equal(v.used_slots, (3 + 2 + 2) * 4);
+    assert_int_equal(v.reserved_slots, 2 * 4);
+    assert_int_equal(v.table_blocks, 3 + 4);
+    assert_int_equal(v.longest, 13);
+    assert_int_equal(v.lengths[0], 1);
+    assert_int_equal(v.lengths[3], 2);
+    assert_int_equal(v.free_runs[3], 1); /* 9 blocks in one run */
+    assert_int_equal(v.fill[2], 2);
+    free(v.fill);
+    ts_engine_free(e);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_prototypes_scenario_gives_its_exact_blocks_and_slots),
+        cmocka_unit_test(fork_then_append_copies_only_the_tail_block),
+        cmocka_unit_test(an_aborted_step_leaves_every_sequence_as_it_was),
+        cmocka_unit_test(committing_fewer_tokens_gives_the_other_blocks_back),
+        cmocka_unit_test(a_step_that_does_not_fit_takes_nothing),
+        cmocka_unit_test(bad_batches_are_refused_whole_with_a_reason),
+        cmocka_unit_test(sequences_of_an_open_step_cannot_be_changed_but_forked_as_they_were),
+        cmocka_unit_test(a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were),
+        cmocka_unit_test(names_belong_to_a_tenant_and_lead_to_one_sequence),
+        cmocka_unit_test(foreign_sequences_are_out_of_reach),
+        cmocka_unit_test(ids_of_the_dead_never_come_back),
+        cmocka_unit_test(a_slab_serves_one_tenant_and_is_renewed_for_the_next),
+        cmocka_unit_test(tokens_nobody_wrote_cannot_be_committed),
+        cmocka_unit_test(a_run_outside_the_exchange_is_refused),
+        cmocka_unit_test(quotas_stop_a_session_and_a_tenant_but_no_other),
+        cmocka_unit_test(a_million_sequences_cost_what_the_readme_says),
+        cmocka_unit_test(a_survey_counts_stored_tokens_once),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
