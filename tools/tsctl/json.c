@@ -1,0 +1,137 @@
+#include "tsctl.h"
+
+frag_figures frag_work_out(const Tspb__PoolStatsReply *r)
+{
+    const Tspb__PoolSummary *p = r->pool;
+    uint64_t held = r->used_slots - r->reserved_slots;
+    uint64_t token_bytes = p->block_bytes / p->block_tokens;
+    return (frag_figures){
+        .efficiency = held == 0 ? 1.0 : (double)r->stored_tokens / (double)held,
+        .tail_bytes = (held - r->stored_tokens) * token_bytes,
+        .stored_bytes = p->used_blocks * p->block_bytes,
+        .seen_bytes = r->table_blocks * p->block_bytes,
+        .sharing = p->used_blocks == 0 ? 1.0 : (double)r->table_blocks / (double)p->used_blocks,
+        .contiguous_bytes = p->sequences * r->longest_tokens * token_bytes,
+    };
+}
+
+static json_int_t integer(uint64_t n)
+{
+    return (json_int_t)n;
+}
+
+static json_t *summary(const Tspb__PoolSummary *p)
+{
+    return json_pack(
+        "{s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
+        "s:I, s:I, s:i, s:i, s:i}",
+        "name", p->name, "device", p->device, "memory", p->memory, "dtype",
+        ts_dtype_name((ts_dtype)p->dtype), "layout", p->layout == TS_LAYOUT_NHD ? "nhd" : "hnd",
+        "layers", p->layers, "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens",
+        p->block_tokens, "block_bytes", integer(p->block_bytes), "blocks", integer(p->blocks),
+        "used_blocks", integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks),
+        "free_blocks", integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences),
+        "kept_sequences", integer(p->kept_sequences), "open_steps", integer(p->open_steps),
+        "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs);
+}
+
+json_t *json_pools(const Tspb__StatusReply *r)
+{
+    json_t *pools = json_array();
+    for (size_t i = 0; i < r->n_pools; i++)
+        json_array_append_new(pools, summary(r->pools[i]));
+    return pools;
+}
+
+json_t *json_status(const Tspb__StatusReply *r)
+{
+    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:o}", "version",
+                     r->version, "pid", integer(r->pid), "uptime_ms", integer(r->uptime_ms),
+                     "sessions", integer(r->sessions), "requests", integer(r->requests), "refused",
+                     integer(r->refused), "runs", integer(r->runs), "launches",
+                     integer(r->launches), "tokens", integer(r->tokens), "kernel", r->kernel,
+                     "threads", r->threads, "pools", json_pools(r));
+}
+
+void json_sessions(json_t *list, const Tspb__SessionList *r)
+{
+    for (size_t i = 0; i < r->n_sessions; i++) {
+        const Tspb__SessionInfo *s = r->sessions[i];
+        json_array_append_new(
+            list, json_pack("{s:I, s:i, s:i, s:s, s:I, s:I, s:i, s:I, s:I}", "session",
+                            integer(s->session), "uid", s->uid, "pid", s->pid, "program",
+                            s->program, "sequences", integer(s->sequences), "blocks",
+                            integer(s->blocks), "open_steps", s->steps, "exchange_bytes",
+                            integer(s->exchange_bytes), "requests", integer(s->requests)));
+    }
+}
+
+void json_seqs(json_t *list, const Tspb__SeqList *r)
+{
+    for (size_t i = 0; i < r->n_seqs; i++) {
+        const Tspb__SeqInfo *s = r->seqs[i];
+        json_array_append_new(list, json_pack("{s:I, s:i, s:i, s:i, s:i, s:I, s:s, s:b}", "seq",
+                                              integer(s->seq), "tokens", s->length, "blocks",
+                                              s->blocks, "shared_blocks", s->shared_blocks, "uid",
+                                              s->uid, "session", integer(s->session), "name",
+                                              s->name, "in_step", s->in_step));
+    }
+}
+
+/* Bin i of the daemon's histograms begins at 2^i (bin 0 at 0). */
+static json_t *histogram(const uint64_t *bins, size_t count)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < count; i++)
+        if (bins[i] > 0)
+            json_array_append_new(list, json_pack("{s:I, s:I}", "from",
+                                                  integer(i == 0 ? 0 : (uint64_t)1 << i), "count",
+                                                  integer(bins[i])));
+    return list;
+}
+
+json_t *json_frag(const Tspb__PoolStatsReply *r)
+{
+    frag_figures f = frag_work_out(r);
+    json_t *tenants = json_array();
+    for (size_t i = 0; i < r->n_tenants; i++)
+        json_array_append_new(
+            tenants, json_pack("{s:i, s:I, s:I, s:I, s:i}", "uid", r->tenants[i]->uid, "sequences",
+                               integer(r->tenants[i]->sequences), "used_blocks",
+                               integer(r->tenants[i]->used_blocks), "used_bytes",
+                               integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "slabs",
+                               r->tenants[i]->slabs));
+    return json_pack("{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o}",
+                     "pool", summary(r->pool), "stored_tokens", integer(r->stored_tokens),
+                     "seen_tokens", integer(r->seen_tokens), "used_slots", integer(r->used_slots),
+                     "reserved_slots", integer(r->reserved_slots), "efficiency", f.efficiency,
+                     "tail_waste_bytes", integer(f.tail_bytes), "stored_bytes",
+                     integer(f.stored_bytes), "seen_bytes", integer(f.seen_bytes), "sharing",
+                     f.sharing, "contiguous_bytes", integer(f.contiguous_bytes), "longest_tokens",
+                     integer(r->longest_tokens), "lengths",
+                     histogram(r->length_histogram, r->n_length_histogram), "free_runs",
+                     histogram(r->free_run_histogram, r->n_free_run_histogram), "tenants", tenants);
+}
+
+static json_t *numbers(const uint32_t *values, size_t count)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < count; i++)
+        json_array_append_new(list, json_integer(values[i]));
+    return list;
+}
+
+json_t *json_map(const Tspb__PoolMapReply *r)
+{
+    return json_pack("{s:o, s:i, s:o, s:o, s:o}", "pool", summary(r->pool), "blocks_per_cell",
+                     r->blocks_per_cell, "used", numbers(r->used, r->n_used), "shared",
+                     numbers(r->shared, r->n_shared), "tokens", numbers(r->tokens, r->n_tokens));
+}
+
+json_t *json_check(const Tspb__CheckReply *r)
+{
+    json_t *problems = json_array();
+    for (size_t i = 0; i < r->n_problems; i++)
+        json_array_append_new(problems, json_string(r->problems[i]));
+    return json_pack("{s:I, s:o}", "checked", integer(r->checked), "problems", problems);
+}

@@ -1,0 +1,322 @@
+/* tsctl: what the operator asks a running tinyserved. */
+#define _GNU_SOURCE
+#include "tsctl.h"
+#include "version.h"
+
+#include <argp.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+const char *argp_program_version = "tsctl " TS_VERSION;
+
+enum { EXIT_REFUSED = 1, EXIT_USAGE = 2, EXIT_UNREACHABLE = 3 };
+enum { OPT_COLOR = 256 };
+
+#define MAP_CELLS_DEFAULT (64u * 16)
+
+typedef struct options {
+    const char *url, *pool, *command;
+    bool json, watch;
+    double interval;
+    uint32_t cells;
+    style style;
+} options;
+
+static const struct argp_option argp_options[] = {
+    {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, or the system's)", 0},
+    {"pool", 'P', "NAME", 0, "Which pool (needed where there are several)", 0},
+    {"json", 'j', NULL, 0, "Write JSON", 0},
+    {"watch", 'w', "SECONDS", OPTION_ARG_OPTIONAL, "Again and again, every second or so many", 0},
+    {"cells", 'c', "N", 0, "Cells of the map (default 1024)", 0},
+    {"color", OPT_COLOR, "WHEN", 0, "auto (default), always or never", 0},
+    {0},
+};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    options *o = state->input;
+    char *end;
+    switch (key) {
+    case 's':
+        o->url = arg;
+        return 0;
+    case 'P':
+        o->pool = arg;
+        return 0;
+    case 'j':
+        o->json = true;
+        return 0;
+    case 'w':
+        o->watch = true;
+        o->interval = arg == NULL ? 1.0 : strtod(arg, &end);
+        if (arg != NULL && (*end != '\0' || !(o->interval >= 0.1 && o->interval <= 3600)))
+            argp_error(state, "--watch=%s: 0.1 to 3600 seconds are possible", arg);
+        return 0;
+    case 'c': {
+        unsigned long n = strtoul(arg, &end, 10);
+        if (*end != '\0' || n < 1 || n > 65536)
+            argp_error(state, "--cells %s: 1 to 65536 are possible", arg);
+        o->cells = (uint32_t)n;
+        return 0;
+    }
+    case OPT_COLOR:
+        if (strcmp(arg, "always") == 0)
+            o->style.color = true;
+        else if (strcmp(arg, "never") == 0)
+            o->style.color = false;
+        else if (strcmp(arg, "auto") != 0)
+            argp_error(state, "--color %s: auto, always or never", arg);
+        return 0;
+    case ARGP_KEY_ARG:
+        if (state->arg_num > 0)
+            argp_error(state, "one command at a time: '%s' is too many", arg);
+        o->command = arg;
+        return 0;
+    case ARGP_KEY_NO_ARGS:
+        argp_error(state, "which command?");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp argp = {
+    argp_options,
+    parse,
+    "COMMAND",
+    "Shows what a running tinyserved does.\v"
+    "Commands:\n"
+    "  status     the daemon and its pools\n"
+    "  pools      the pools alone\n"
+    "  sessions   connected workers\n"
+    "  seqs       sequences of a pool (* in an open step)\n"
+    "  frag       fragmentation: efficiency, sharing, histograms, tenants\n"
+    "  map        a picture of a pool's blocks\n"
+    "  check      hold the daemon's books against each other\n"
+    "\n"
+    "Exit status: 0 fine, 1 refused or check found problems, 2 usage, 3 no daemon.",
+    NULL,
+    NULL,
+    NULL};
+
+/* A command: fetches, and shows what came. Returns an exit status; *ts says if a call failed. */
+typedef int (*command_fn)(ts_client *client, const options *o, ts_status *ts);
+
+static void print_json(const options *o, json_t *value)
+{
+    json_dumpf(value, stdout, o->watch ? JSON_COMPACT : JSON_INDENT(2));
+    putchar('\n');
+    json_decref(value);
+}
+
+static ts_status ask(ts_client *c, Tspb__Request *request, Tspb__Reply__BodyCase expected,
+                     Tspb__Reply **reply)
+{
+    ts_status status = ts_call(c, request, reply);
+    if (status == TS_OK && (*reply)->body_case != expected) {
+        tspb__reply__free_unpacked(*reply, NULL);
+        return ts_fail(c, TS_EPROTO, "the daemon answered something else");
+    }
+    return status;
+}
+
+static int do_status(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    *ts = ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
+    if (*ts != TS_OK)
+        return EXIT_REFUSED;
+    bool pools = strcmp(o->command, "pools") == 0;
+    if (o->json)
+        print_json(o, pools ? json_pools(reply->status_reply) : json_status(reply->status_reply));
+    else if (pools)
+        text_pools(reply->status_reply, &o->style);
+    else
+        text_status(reply->status_reply, &o->style);
+    tspb__reply__free_unpacked(reply, NULL);
+    return EXIT_SUCCESS;
+}
+
+static int do_sessions(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__ListSessions body = TSPB__LIST_SESSIONS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    json_t *list = json_array();
+    if (!o->json)
+        text_sessions_head();
+    request.body_case = TSPB__REQUEST__BODY_LIST_SESSIONS;
+    request.list_sessions = &body;
+    for (bool more = true; more;) {
+        *ts = ask(c, &request, TSPB__REPLY__BODY_SESSION_LIST, &reply);
+        if (*ts != TS_OK) {
+            json_decref(list);
+            return EXIT_REFUSED;
+        }
+        const Tspb__SessionList *l = reply->session_list;
+        if (o->json)
+            json_sessions(list, l);
+        else
+            text_sessions(l);
+        more = l->more && l->n_sessions > 0;
+        if (more)
+            body.after = l->sessions[l->n_sessions - 1]->session;
+        tspb__reply__free_unpacked(reply, NULL);
+    }
+    if (o->json)
+        print_json(o, list);
+    else
+        json_decref(list);
+    return EXIT_SUCCESS;
+}
+
+static int do_seqs(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__ListSeqs body = TSPB__LIST_SEQS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    json_t *list = json_array();
+    bool first = true;
+    body.pool = (char *)o->pool;
+    request.body_case = TSPB__REQUEST__BODY_LIST_SEQS;
+    request.list_seqs = &body;
+    do {
+        *ts = ask(c, &request, TSPB__REPLY__BODY_SEQ_LIST, &reply);
+        if (*ts != TS_OK) {
+            json_decref(list);
+            return EXIT_REFUSED;
+        }
+        if (first && !o->json)
+            text_seqs_head();
+        first = false;
+        if (o->json)
+            json_seqs(list, reply->seq_list);
+        else
+            text_seqs(reply->seq_list);
+        body.after = reply->seq_list->next;
+        tspb__reply__free_unpacked(reply, NULL);
+    } while (body.after != 0);
+    if (o->json)
+        print_json(o, list);
+    else
+        json_decref(list);
+    return EXIT_SUCCESS;
+}
+
+static int do_frag(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__PoolStats body = TSPB__POOL_STATS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    body.pool = (char *)o->pool;
+    request.body_case = TSPB__REQUEST__BODY_POOL_STATS;
+    request.pool_stats = &body;
+    *ts = ask(c, &request, TSPB__REPLY__BODY_POOL_STATS_REPLY, &reply);
+    if (*ts != TS_OK)
+        return EXIT_REFUSED;
+    if (o->json)
+        print_json(o, json_frag(reply->pool_stats_reply));
+    else
+        text_frag(reply->pool_stats_reply, &o->style);
+    tspb__reply__free_unpacked(reply, NULL);
+    return EXIT_SUCCESS;
+}
+
+static int do_map(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__PoolMap body = TSPB__POOL_MAP__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    body.pool = (char *)o->pool;
+    body.cells = o->cells;
+    request.body_case = TSPB__REQUEST__BODY_POOL_MAP;
+    request.pool_map = &body;
+    *ts = ask(c, &request, TSPB__REPLY__BODY_POOL_MAP_REPLY, &reply);
+    if (*ts != TS_OK)
+        return EXIT_REFUSED;
+    if (o->json)
+        print_json(o, json_map(reply->pool_map_reply));
+    else
+        text_map(reply->pool_map_reply, &o->style);
+    tspb__reply__free_unpacked(reply, NULL);
+    return EXIT_SUCCESS;
+}
+
+static int do_check(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__Check body = TSPB__CHECK__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_CHECK;
+    request.check = &body;
+    *ts = ask(c, &request, TSPB__REPLY__BODY_CHECK_REPLY, &reply);
+    if (*ts != TS_OK)
+        return EXIT_REFUSED;
+    if (o->json)
+        print_json(o, json_check(reply->check_reply));
+    else
+        text_check(reply->check_reply);
+    int code = reply->check_reply->n_problems == 0 ? EXIT_SUCCESS : EXIT_REFUSED;
+    tspb__reply__free_unpacked(reply, NULL);
+    return code;
+}
+
+static command_fn find_command(const char *name)
+{
+    static const struct {
+        const char *name;
+        command_fn fn;
+    } commands[] = {{"status", do_status}, {"pools", do_status}, {"sessions", do_sessions},
+                    {"seqs", do_seqs},     {"frag", do_frag},    {"map", do_map},
+                    {"check", do_check}};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (strcmp(commands[i].name, name) == 0)
+            return commands[i].fn;
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    options o = {.pool = "", .cells = MAP_CELLS_DEFAULT, .style = {.color = isatty(1)}};
+    argp_err_exit_status = EXIT_USAGE;
+    if (getenv("NO_COLOR") != NULL)
+        o.style.color = false;
+    argp_parse(&argp, argc, argv, 0, NULL, &o);
+    command_fn command = find_command(o.command);
+    if (command == NULL) {
+        fprintf(stderr,
+                "tsctl: there is no command '%s'; there are status, pools, sessions, seqs, frag, "
+                "map and check\n",
+                o.command);
+        return EXIT_USAGE;
+    }
+    ts_client *client;
+    int code = EXIT_UNREACHABLE;
+    ts_status status = ts_connect(&(ts_options){.url = o.url, .program = "tsctl"}, &client);
+    while (status == TS_OK) {
+        if (o.watch && !o.json && isatty(1))
+            fputs("\033[H\033[2J", stdout);
+        code = command(client, &o, &status);
+        fflush(stdout);
+        if (!o.watch || status != TS_OK)
+            break;
+        struct timespec pause = {.tv_sec = (time_t)o.interval,
+                                 .tv_nsec = (long)((o.interval - (time_t)o.interval) * 1e9)};
+        nanosleep(&pause, NULL);
+    }
+    if (status != TS_OK)
+        fprintf(stderr, "tsctl: %s\n", ts_error(client));
+    if (status == TS_ECONN)
+        code = EXIT_UNREACHABLE;
+    ts_disconnect(client);
+    return code;
+}

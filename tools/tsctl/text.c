@@ -1,0 +1,230 @@
+#include "tsctl.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define MAP_COLUMNS 64u
+
+/* "3.1 MiB" in a buffer of the caller's. */
+static const char *bytes(uint64_t n, char *buffer, size_t size)
+{
+    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
+    double x = (double)n;
+    size_t u = 0;
+    while (x >= 1024 && u + 1 < sizeof units / sizeof *units) {
+        x /= 1024;
+        u++;
+    }
+    snprintf(buffer, size, u == 0 ? "%.0f %s" : "%.1f %s", x, units[u]);
+    return buffer;
+}
+
+static const char *duration(uint64_t ms, char *buffer, size_t size)
+{
+    uint64_t s = ms / 1000;
+    if (s < 120)
+        snprintf(buffer, size, "%llu s", (unsigned long long)s);
+    else if (s < 7200)
+        snprintf(buffer, size, "%llu min", (unsigned long long)s / 60);
+    else if (s < 172800)
+        snprintf(buffer, size, "%llu h", (unsigned long long)s / 3600);
+    else
+        snprintf(buffer, size, "%llu days", (unsigned long long)s / 86400);
+    return buffer;
+}
+
+static double percent(uint64_t part, uint64_t whole)
+{
+    return whole == 0 ? 0 : 100.0 * (double)part / (double)whole;
+}
+
+static const char *on(const style *s, const char *code)
+{
+    return s->color ? code : "";
+}
+
+#define BOLD "\033[1m"
+#define SHARED "\033[35m"
+#define PLAIN "\033[0m"
+
+/* "fp32, 6 layers, 2 KV heads of 64, 16 tokens a block" */
+static void print_geometry(const Tspb__PoolSummary *p)
+{
+    printf("%s, %u layers, %u KV heads of %u, %u tokens a block\n",
+           ts_dtype_name((ts_dtype)p->dtype), p->layers, p->kv_heads, p->head_dim, p->block_tokens);
+}
+
+void text_status(const Tspb__StatusReply *r, const style *s)
+{
+    char up[32];
+    printf("%stinyserved %s%s, pid %llu, up %s\n", on(s, BOLD), r->version, on(s, PLAIN),
+           (unsigned long long)r->pid, duration(r->uptime_ms, up, sizeof up));
+    printf("  sessions %8llu        kernels  %s, %u threads\n", (unsigned long long)r->sessions,
+           r->kernel, r->threads);
+    printf("  requests %8llu        refused  %llu\n", (unsigned long long)r->requests,
+           (unsigned long long)r->refused);
+    printf("  tokens   %8llu        attends  %llu in %llu launches\n",
+           (unsigned long long)r->tokens, (unsigned long long)r->runs,
+           (unsigned long long)r->launches);
+    text_pools(r, s);
+}
+
+void text_pools(const Tspb__StatusReply *r, const style *s)
+{
+    char a[32], b[32];
+    printf("%s%-20s %-8s %10s %10s %5s %7s %7s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED", "OF",
+           "FULL", "SEQS", "SHARED", on(s, PLAIN));
+    for (size_t i = 0; i < r->n_pools; i++) {
+        const Tspb__PoolSummary *p = r->pools[i];
+        printf("%-20.20s %-8.8s %10s %10s %4.0f%% %7llu %6.0f%%\n", p->name, p->device,
+               bytes(p->used_blocks * p->block_bytes, a, sizeof a),
+               bytes(p->blocks * p->block_bytes, b, sizeof b), percent(p->used_blocks, p->blocks),
+               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks));
+    }
+}
+
+void text_sessions_head(void)
+{
+    printf("%-12s %8s %8s %-16s %7s %8s %5s %9s\n", "SESSION", "UID", "PID", "PROGRAM", "SEQS",
+           "BLOCKS", "STEPS", "EXCHANGE");
+}
+
+void text_sessions(const Tspb__SessionList *r)
+{
+    char a[32];
+    for (size_t i = 0; i < r->n_sessions; i++) {
+        const Tspb__SessionInfo *s = r->sessions[i];
+        printf("%-12llx %8u %8u %-16.16s %7llu %8llu %5u %9s\n", (unsigned long long)s->session,
+               s->uid, s->pid, s->program, (unsigned long long)s->sequences,
+               (unsigned long long)s->blocks, s->steps, bytes(s->exchange_bytes, a, sizeof a));
+    }
+}
+
+void text_seqs_head(void)
+{
+    printf("%-14s %9s %7s %7s %8s %-12s %s\n", "SEQUENCE", "TOKENS", "BLOCKS", "SHARED", "UID",
+           "SESSION", "KEPT AS");
+}
+
+void text_seqs(const Tspb__SeqList *r)
+{
+    for (size_t i = 0; i < r->n_seqs; i++) {
+        const Tspb__SeqInfo *s = r->seqs[i];
+        char session[32] = "-";
+        if (s->session != 0)
+            snprintf(session, sizeof session, "%llx", (unsigned long long)s->session);
+        printf("%-14llx %9u %7u %7u %8u %-12s %.18s%s\n", (unsigned long long)s->seq, s->length,
+               s->blocks, s->shared_blocks, s->uid, session, s->name[0] != '\0' ? s->name : "-",
+               s->in_step ? " *" : "");
+    }
+}
+
+/* Each bin with its lower bound and a bar as high as its share of the fullest. */
+static void print_histogram(const uint64_t *bins, size_t count)
+{
+    static const char *const bars[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+    uint64_t most = 0;
+    size_t first = count;
+    for (size_t i = count; i-- > 0;)
+        if (bins[i] > 0) {
+            first = i;
+            if (bins[i] > most)
+                most = bins[i];
+        }
+    if (first == count) {
+        printf("none\n");
+        return;
+    }
+    size_t column = 14;
+    for (size_t i = first; i < count; i++) {
+        char label[32];
+        int width = snprintf(label, sizeof label, "%llu",
+                             (unsigned long long)(i == 0 ? 0 : (uint64_t)1 << i));
+        if (column + (size_t)width + 3 > 79) {
+            printf("\n%14s", "");
+            column = 14;
+        }
+        printf("%s %s ", label, bins[i] == 0 ? "·" : bars[(bins[i] * 8 - 1) / most]);
+        column += (size_t)width + 3;
+    }
+    printf("\n");
+}
+
+void text_frag(const Tspb__PoolStatsReply *r, const style *s)
+{
+    const Tspb__PoolSummary *p = r->pool;
+    frag_figures f = frag_work_out(r);
+    char a[32], b[32];
+    printf("%s%s on %s%s: ", on(s, BOLD), p->name, p->device, on(s, PLAIN));
+    print_geometry(p);
+    printf("  blocks      %llu total   %llu used (%.0f %%)   %llu shared   %llu free\n",
+           (unsigned long long)p->blocks, (unsigned long long)p->used_blocks,
+           percent(p->used_blocks, p->blocks), (unsigned long long)p->shared_blocks,
+           (unsigned long long)(p->blocks - p->used_blocks));
+    printf("  tokens      %llu stored in %llu slots: %.1f %% efficient, %s of tails unused\n",
+           (unsigned long long)r->stored_tokens,
+           (unsigned long long)(r->used_slots - r->reserved_slots), 100 * f.efficiency,
+           bytes(f.tail_bytes, a, sizeof a));
+    if (r->reserved_slots > 0)
+        printf("  reserved    %llu slots by %llu open steps\n",
+               (unsigned long long)r->reserved_slots, (unsigned long long)p->open_steps);
+    printf("  sharing     %s stored, %s seen by %llu sequences: %.1f x\n",
+           bytes(f.stored_bytes, a, sizeof a), bytes(f.seen_bytes, b, sizeof b),
+           (unsigned long long)p->sequences, f.sharing);
+    printf("  otherwise   %s if each sequence had a buffer of the longest length (%u)\n",
+           bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
+    printf("  lengths     ");
+    print_histogram(r->length_histogram, r->n_length_histogram);
+    printf("  free runs   ");
+    print_histogram(r->free_run_histogram, r->n_free_run_histogram);
+    for (size_t i = 0; i < r->n_tenants; i++)
+        printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
+               r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,
+               bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
+               r->tenants[i]->slabs);
+    if (r->tenants_hidden)
+        printf("  %-11s others are shown to root and the daemon's user only\n", "");
+}
+
+void text_map(const Tspb__PoolMapReply *r, const style *s)
+{
+    static const char *const fills[] = {"░", "▒", "▓", "█"};
+    static const char *const shared_fills[] = {"a", "b", "c", "S"}; /* where there is no colour */
+    const Tspb__PoolSummary *p = r->pool;
+    printf("%s%s on %s%s: %llu blocks, %llu used, %llu shared; %u block%s a cell\n", on(s, BOLD),
+           p->name, p->device, on(s, PLAIN), (unsigned long long)p->blocks,
+           (unsigned long long)p->used_blocks, (unsigned long long)p->shared_blocks,
+           r->blocks_per_cell, r->blocks_per_cell == 1 ? "" : "s");
+    for (size_t i = 0; i < r->n_used; i++) {
+        if (i % MAP_COLUMNS == 0)
+            printf("%12llu ", (unsigned long long)i * r->blocks_per_cell);
+        uint64_t last = p->blocks - (uint64_t)i * r->blocks_per_cell;
+        uint64_t blocks = last < r->blocks_per_cell ? last : r->blocks_per_cell;
+        uint64_t slots = blocks * p->block_tokens;
+        uint32_t fill = r->tokens[i] == 0 ? 0 : (uint32_t)((r->tokens[i] * 4ull - 1) / slots);
+        bool shared = r->shared[i] > 0;
+        if (r->used[i] == 0)
+            fputs("·", stdout);
+        else if (shared && s->color)
+            printf(SHARED "%s" PLAIN, fills[fill]);
+        else
+            fputs(shared ? shared_fills[fill] : fills[fill], stdout);
+        if (i % MAP_COLUMNS == MAP_COLUMNS - 1 || i + 1 == r->n_used)
+            fputs("\n", stdout);
+    }
+    if (s->color)
+        printf("%12s · free  ░ ▒ ▓ █ filled to a quarter, half, three quarters, full  " SHARED
+               "█" PLAIN " shared\n",
+               "");
+    else
+        printf("%12s · free   ░ ▒ ▓ █ full by quarters   a b c S the same, shared\n", "");
+}
+
+void text_check(const Tspb__CheckReply *r)
+{
+    for (size_t i = 0; i < r->n_problems; i++)
+        printf("WRONG: %s\n", r->problems[i]);
+    printf("%s: %llu blocks, sequences, steps and sessions checked, %zu problem%s\n",
+           r->n_problems == 0 ? "ok" : "NOT OK", (unsigned long long)r->checked, r->n_problems,
+           r->n_problems == 1 ? "" : "s");
+}
