@@ -11,6 +11,7 @@
 
 #include <nng/nng.h>
 #include <stdatomic.h>
+#include <sys/types.h>
 
 #define TS_URL_DEFAULT "ipc:///run/tinyserve/tinyserve.sock"
 #define TS_EXCHANGE_ALIGN 64u
@@ -24,6 +25,7 @@ typedef struct ts_region {
 struct ts_client {
     nng_socket socket;
     nng_aio *aio;
+    pid_t pid;          /* of the process that connected */
     bool open;          /* socket and aio are there */
     atomic_bool broken; /* the connection ended; set on NNG's threads */
     char url[128];

@@ -18,6 +18,13 @@
 #define TIMEOUT_DEFAULT_MS 30000u
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define POLL_MS 20                  /* between attempts to reach a daemon that is awaited */
+#define GREETING_MS 500u            /* a daemon that hasn't answered by then may need a nudge */
+
+/*
+ * The process that uses NNG: NNG ends a process that uses it after a fork from one that did, so
+ * this must be known before NNG is asked. 0: none yet. Inherited by fork, which is the point.
+ */
+static _Atomic pid_t nng_user;
 
 ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
 {
@@ -71,13 +78,15 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
     nng_aio_set_timeout(c->aio, (nng_duration)c->timeout_ms);
     nng_aio_set_msg(c->aio, message);
     nng_send_aio(c->socket, c->aio);
+    if (atomic_load(&c->broken)) /* it may have ended before there was anything to abort */
+        nng_aio_abort(c->aio, NNG_ECONNRESET);
     nng_aio_wait(c->aio);
     int error = nng_aio_result(c->aio);
     if (error != 0)
         nng_msg_free(nng_aio_get_msg(c->aio));
     if (error == 0) {
         nng_recv_aio(c->socket, c->aio);
-        if (atomic_load(&c->broken)) /* it may have ended before there was anything to abort */
+        if (atomic_load(&c->broken))
             nng_aio_abort(c->aio, NNG_ECONNRESET);
         nng_aio_wait(c->aio);
         error = nng_aio_result(c->aio);
@@ -96,6 +105,9 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
 ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
 {
     *reply = NULL;
+    if (c->pid != getpid())
+        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                       (int)c->pid);
     if (atomic_load(&c->broken) || !c->open)
         return gone(c);
     request->request_id = c->next_id++;
@@ -198,6 +210,65 @@ static ts_status open_session(ts_client *c, const char *program)
 
 static ts_status open_exchange(ts_client *c, size_t bytes);
 
+/* Opens the socket and dials; the first answer comes later. */
+static ts_status dial_up(ts_client *c, uint32_t wait_ms)
+{
+    int error = nng_req0_open(&c->socket);
+    if (error == 0 && (error = nng_aio_alloc(&c->aio, NULL, NULL)) != 0)
+        nng_close(c->socket);
+    if (error != 0)
+        return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
+    c->open = true;
+    atomic_store(&c->broken, false);
+    nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
+    nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
+    nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_removed, c);
+    return reach(c, wait_ms);
+}
+
+static void hang_up(ts_client *c)
+{
+    if (!c->open)
+        return;
+    nng_close(c->socket);
+    nng_aio_free(c->aio);
+    c->open = false;
+}
+
+static ts_status handle_call(ts_client *c, const ts_handle_request *request, ts_handle_reply *reply,
+                             int *fd);
+
+/*
+ * Opens the session. If no answer comes for a while, the daemon is asked to see whether its NNG
+ * listener is alive; if it had to make a new one, this connection is made anew.
+ */
+static ts_status greet(ts_client *c, const char *program)
+{
+    uint32_t timeout_ms = c->timeout_ms, retries = c->retries;
+    if (timeout_ms > 2 * GREETING_MS) {
+        c->timeout_ms = GREETING_MS;
+        c->retries = 0;
+        ts_status status = open_session(c, program);
+        c->timeout_ms = timeout_ms;
+        c->retries = retries;
+        if (status != TS_ETIMEOUT)
+            return status;
+        ts_handle_request nudge = {
+            .magic = TS_HANDLE_MAGIC, .protocol = TS_PROTOCOL, .kind = TS_HANDLE_NUDGE};
+        ts_handle_reply reply;
+        int fd;
+        snprintf(c->handle_path, sizeof c->handle_path, "%s.handles", c->url + strlen("ipc://"));
+        if (handle_call(c, &nudge, &reply, &fd) == TS_OK && reply.bytes == 1) {
+            hang_up(c);
+            status = dial_up(c, 0);
+            if (status != TS_OK)
+                return status;
+        }
+        c->next_id = 1; /* the same request: a daemon that was only slow applies it once */
+    }
+    return open_session(c, program);
+}
+
 ts_status ts_connect(const ts_options *options, ts_client **out)
 {
     static const ts_options defaults;
@@ -208,6 +279,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
         return TS_ENOMEM;
     c->handle_fd = -1;
     c->next_id = 1;
+    c->pid = getpid();
     c->timeout_ms = o->timeout_ms != 0 ? o->timeout_ms : TIMEOUT_DEFAULT_MS;
     c->retries = o->retries;
     const char *url = o->url != NULL ? o->url : getenv("TINYSERVE_URL");
@@ -218,18 +290,15 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        sizeof c->url - 7);
     snprintf(c->url, sizeof c->url, "%s%s", url[0] == '/' ? "ipc://" : "", url);
 
-    int error = nng_req0_open(&c->socket);
-    if (error == 0 && (error = nng_aio_alloc(&c->aio, NULL, NULL)) != 0)
-        nng_close(c->socket);
-    if (error != 0)
-        return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
-    c->open = true;
-    nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
-    nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
-    nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_removed, c);
-    ts_status status = reach(c, o->wait_ms);
+    pid_t user = 0;
+    if (!atomic_compare_exchange_strong(&nng_user, &user, c->pid) && user != c->pid)
+        return ts_fail(c, TS_EPERM,
+                       "process %d was forked from %d after that had connected: connect in the "
+                       "child alone, or exec",
+                       (int)c->pid, (int)user);
+    ts_status status = dial_up(c, o->wait_ms);
     if (status == TS_OK)
-        status = open_session(c, o->program != NULL ? o->program : program_invocation_short_name);
+        status = greet(c, o->program != NULL ? o->program : program_invocation_short_name);
     if (status == TS_OK && o->exchange_bytes > 0)
         status = open_exchange(c, o->exchange_bytes);
     return status;
@@ -239,10 +308,8 @@ void ts_disconnect(ts_client *c)
 {
     if (c == NULL)
         return;
-    if (c->open) {
-        nng_close(c->socket);
-        nng_aio_free(c->aio);
-    }
+    if (c->pid == getpid()) /* a forked child must not touch its parent's */
+        hang_up(c);
     if (c->exchange != NULL)
         munmap(c->exchange, c->exchange_bytes);
     if (c->handle_fd >= 0)
@@ -304,6 +371,21 @@ static ts_status handle_receive(ts_client *c, ts_handle_reply *reply, int *fd)
                 : ts_fail(c, TS_ECONN, "%s ended the connection", c->handle_path);
 }
 
+/* One request and its reply, over a connection that is made when it is first needed. */
+static ts_status handle_call(ts_client *c, const ts_handle_request *request, ts_handle_reply *reply,
+                             int *fd)
+{
+    ts_status status = c->handle_fd < 0 ? handle_connect(c) : TS_OK;
+    if (status != TS_OK)
+        return status;
+    if (send(c->handle_fd, request, sizeof *request, MSG_NOSIGNAL) != (ssize_t)sizeof *request) {
+        close(c->handle_fd);
+        c->handle_fd = -1;
+        return ts_fail(c, TS_ECONN, "%s: %s", c->handle_path, strerror(errno));
+    }
+    return handle_receive(c, reply, fd);
+}
+
 ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd)
 {
@@ -315,15 +397,7 @@ ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, u
                                  .slab = slab,
                                  .writable = writable};
     memcpy(request.token, c->token, sizeof request.token);
-    ts_status status = c->handle_fd < 0 ? handle_connect(c) : TS_OK;
-    if (status != TS_OK)
-        return status;
-    if (send(c->handle_fd, &request, sizeof request, MSG_NOSIGNAL) != (ssize_t)sizeof request) {
-        close(c->handle_fd);
-        c->handle_fd = -1;
-        return ts_fail(c, TS_ECONN, "%s: %s", c->handle_path, strerror(errno));
-    }
-    status = handle_receive(c, reply, fd);
+    ts_status status = handle_call(c, &request, reply, fd);
     if (status != TS_OK)
         return status;
     if (reply->status == TS_OK && *fd >= 0)

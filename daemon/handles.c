@@ -21,6 +21,7 @@
 
 struct ts_handles {
     ts_service *service;
+    ts_transport *transport;
     pthread_t thread;
     int stop; /* eventfd */
     struct pollfd *fds;
@@ -78,6 +79,12 @@ static bool serve(ts_handles *h, uint32_t i)
         return errno == EAGAIN || errno == EINTR;
     if (got != (ssize_t)sizeof ask->request)
         return false;
+    if (ask->request.magic == TS_HANDLE_MAGIC && ask->request.kind == TS_HANDLE_NUDGE) {
+        ask->reply =
+            (ts_handle_reply){.magic = TS_HANDLE_MAGIC, .bytes = ts_transport_revive(h->transport)};
+        send_reply(h->fds[i].fd, ask);
+        return true;
+    }
     ask->work.run = ts_service_handle;
     ts_queue_put(&h->service->queue, &ask->work);
     while (sem_wait(&h->answered) != 0)
@@ -134,7 +141,7 @@ static int listen_at(const char *path, uint32_t mode)
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -1;
-    (void)unlink(path); /* of a daemon that was killed: the NNG socket shows whether one lives */
+    (void)unlink(path); /* of a daemon that was killed */
     if (bind(fd, (struct sockaddr *)&address, sizeof address) != 0 || chmod(path, mode) != 0 ||
         listen(fd, 1024) != 0) {
         int saved = errno;
@@ -145,8 +152,8 @@ static int listen_at(const char *path, uint32_t mode)
     return fd;
 }
 
-ts_status ts_handles_start(ts_service *service, uint32_t mode, ts_handles **out, char *why,
-                           size_t why_bytes)
+ts_status ts_handles_start(ts_service *service, ts_transport *transport, uint32_t mode,
+                           ts_handles **out, char *why, size_t why_bytes)
 {
     ts_handles *h = calloc(1, sizeof *h);
     *out = NULL;
@@ -159,6 +166,7 @@ ts_status ts_handles_start(ts_service *service, uint32_t mode, ts_handles **out,
         goto fail;
     }
     h->service = service;
+    h->transport = transport;
     h->count = FIXED;
     h->fds[0] = (struct pollfd){.fd = listen_at(service->handle_path, mode), .events = POLLIN};
     h->stop = eventfd(0, EFD_CLOEXEC);

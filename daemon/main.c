@@ -8,10 +8,12 @@
 
 #include <argp.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -152,6 +154,34 @@ static void *engine_main(void *arg)
     return NULL;
 }
 
+/*
+ * Makes sure that no other daemon serves this socket, without touching the socket (see
+ * ts_transport_revive for what that could do to the other). Returns the lock's descriptor, or -1
+ * with a message logged. The lock ends with the process; the file is removed at a regular end.
+ */
+static int lock_socket(const char *socket, char *path, size_t path_bytes)
+{
+    snprintf(path, path_bytes, "%s.lock", socket);
+    for (;;) {
+        struct stat ours, there;
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        if (fd < 0) {
+            ts_log(TS_LOG_ERROR, "%s: %s", path, strerror(errno));
+            return -1;
+        }
+        if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+            ts_log(TS_LOG_ERROR, "%s: another tinyserved serves this socket (%s is locked)", socket,
+                   path);
+            close(fd);
+            return -1;
+        }
+        /* Its last holder may have removed it between our two calls: then it locks nothing. */
+        if (fstat(fd, &ours) == 0 && stat(path, &there) == 0 && ours.st_ino == there.st_ino)
+            return fd;
+        close(fd);
+    }
+}
+
 static void raise_file_limit(void)
 {
     struct rlimit limit;
@@ -207,7 +237,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
     if (!engine_runs ||
         ts_transport_start(s, url, c->socket_mode, c->contexts, c->message_bytes, &transport, why,
                            sizeof why) != TS_OK ||
-        ts_handles_start(s, c->socket_mode, &handles, why, sizeof why) != TS_OK) {
+        ts_handles_start(s, transport, c->socket_mode, &handles, why, sizeof why) != TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
         goto out;
     }
@@ -268,7 +298,13 @@ int main(int argc, char **argv)
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();
-    int code = serve(c, &signals);
+    char lock_path[128];
+    int lock = lock_socket(c->socket, lock_path, sizeof lock_path);
+    int code = lock < 0 ? EXIT_FAILURE : serve(c, &signals);
+    if (lock >= 0) {
+        (void)unlink(lock_path);
+        close(lock);
+    }
     free(c);
     return code;
 }

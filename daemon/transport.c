@@ -4,10 +4,16 @@
 
 #include <nng/nng.h>
 #include <nng/protocol/reqrep0/rep.h>
+#include <nng/protocol/reqrep0/req.h>
 #include <nng/supplemental/util/platform.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SELF_TEST_SECONDS 1
 
 typedef enum phase { RECEIVING, ANSWERING, SENDING } phase;
 
@@ -22,8 +28,10 @@ typedef struct slot {
 
 struct ts_transport {
     ts_service *service;
+    char url[128];
+    uint32_t mode;
     nng_socket socket;
-    nng_listener listener;
+    sem_t self_seen; /* a connection from this process came through */
     slot *slots;
     uint32_t num_slots;
 };
@@ -101,11 +109,55 @@ static void pipe_event(nng_pipe pipe, nng_pipe_ev kind, void *arg)
             return;
         }
         (void)nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_PID, &pid);
+        if (pid == (uint64_t)getpid()) { /* ts_transport_revive has seen enough */
+            sem_post(&t->self_seen);
+            free(event);
+            nng_pipe_close(pipe);
+            return;
+        }
         event->uid = (uint32_t)uid;
         event->pid = (uint32_t)pid;
         event->work.run = ts_service_pipe_added;
     }
     ts_queue_put(&t->service->queue, &event->work);
+}
+
+/* A listener more; those that were there keep their connections. */
+static int listen_more(ts_transport *t)
+{
+    nng_listener listener;
+    int error = nng_listener_create(&listener, t->socket, t->url);
+    if (error == 0)
+        error = nng_listener_set_int(listener, NNG_OPT_IPC_PERMISSIONS, (int)t->mode);
+    if (error == 0)
+        error = nng_listener_start(listener, 0);
+    return error;
+}
+
+bool ts_transport_revive(ts_transport *t)
+{
+    nng_socket self;
+    struct timespec until;
+    while (sem_trywait(&t->self_seen) == 0) /* of earlier tests that came late */
+        ;
+    if (nng_req0_open(&self) != 0)
+        return false;
+    bool seen = nng_dial(self, t->url, NULL, 0) == 0;
+    if (seen) {
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_sec += SELF_TEST_SECONDS;
+        seen = sem_timedwait(&t->self_seen, &until) == 0;
+    }
+    nng_close(self);
+    if (seen)
+        return false;
+    /* The deaf listener must stay, for closing it would end its connections; its name is taken
+     * over. */
+    (void)unlink(t->url + strlen("ipc://"));
+    int error = listen_more(t);
+    ts_log(TS_LOG_WARNING, "NNG's listener had stopped accepting; listening anew: %s",
+           nng_strerror(error));
+    return error == 0;
 }
 
 ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode, uint32_t contexts,
@@ -122,6 +174,9 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
         return TS_ENOMEM;
     }
     t->service = service;
+    t->mode = mode;
+    snprintf(t->url, sizeof t->url, "%s", url);
+    sem_init(&t->self_seen, 0, 0);
     int error = nng_rep0_open(&t->socket);
     if (error == 0)
         error = nng_socket_set_size(t->socket, NNG_OPT_RECVMAXSZ, message_bytes);
@@ -129,10 +184,6 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
         error = nng_pipe_notify(t->socket, NNG_PIPE_EV_ADD_PRE, pipe_event, t);
     if (error == 0)
         error = nng_pipe_notify(t->socket, NNG_PIPE_EV_REM_POST, pipe_event, t);
-    if (error == 0)
-        error = nng_listener_create(&t->listener, t->socket, url);
-    if (error == 0)
-        error = nng_listener_set_int(t->listener, NNG_OPT_IPC_PERMISSIONS, (int)mode);
     for (uint32_t i = 0; i < contexts && error == 0; i++) {
         slot *s = &t->slots[i];
         s->transport = t;
@@ -144,7 +195,7 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
         t->num_slots += error == 0;
     }
     if (error == 0)
-        error = nng_listener_start(t->listener, 0);
+        error = listen_more(t);
     if (error != 0) {
         snprintf(why, why_bytes, "listening at %s failed: %s", url, nng_strerror(error));
         return TS_ECONN;
@@ -168,6 +219,7 @@ void ts_transport_free(ts_transport *t)
         nng_aio_stop(t->slots[i].aio);
         nng_aio_free(t->slots[i].aio);
     }
+    sem_destroy(&t->self_seen);
     free(t->slots);
     free(t);
 }

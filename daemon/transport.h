@@ -18,6 +18,13 @@ typedef struct ts_transport ts_transport;
 ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode, uint32_t contexts,
                              size_t message_bytes, ts_transport **out, char *why, size_t why_bytes);
 
+/*
+ * Connects to itself, and listens anew if that goes unanswered (true). NNG before 1.6 stops
+ * accepting for good when a peer disconnects while it is being greeted (nanomsg/nng issue 1518): a
+ * worker that is killed at that moment would lock everybody else out. Any one thread.
+ */
+bool ts_transport_revive(ts_transport *transport);
+
 /* Stops listening and receiving. What was received is still answered (the answers go nowhere). */
 void ts_transport_stop(ts_transport *transport);
 

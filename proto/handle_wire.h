@@ -1,8 +1,8 @@
 /*
  * What goes over the handle socket: the small AF_UNIX SOCK_SEQPACKET socket beside NNG's that
  * passes file descriptors, which NNG can't. One ts_handle_request, one ts_handle_reply; a reply
- * with status TS_OK carries exactly one descriptor (SCM_RIGHTS). Both sides are on one machine, so
- * fields are in host byte order. The descriptor becomes the receiver's.
+ * with status TS_OK carries exactly one descriptor (SCM_RIGHTS), but for a nudge. Both sides are on
+ * one machine, so fields are in host byte order. The descriptor becomes the receiver's.
  */
 #ifndef TS_HANDLE_WIRE_H
 #define TS_HANDLE_WIRE_H
@@ -14,7 +14,13 @@
 #define TS_HANDLE_MAGIC 0x48535354u
 #define TS_TOKEN_BYTES 16
 
-enum ts_handle_kind { TS_HANDLE_EXCHANGE = 1, TS_HANDLE_SLAB = 2 };
+enum ts_handle_kind {
+    TS_HANDLE_EXCHANGE = 1,
+    TS_HANDLE_SLAB = 2,
+    /* No descriptor and no session: "your NNG socket doesn't answer". The reply says, in `bytes`,
+     * whether the daemon made a new one (1), so that connecting again helps. */
+    TS_HANDLE_NUDGE = 3,
+};
 
 typedef struct ts_handle_request {
     uint32_t magic;

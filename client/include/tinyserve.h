@@ -14,7 +14,8 @@
  * Threads: a ts_client and all that was opened from it is used by one thread at a time. Open one
  * per thread; each is a session of its own.
  *
- * fork(): connect after it, in the child.
+ * fork(): connect after it, in the child, and not in the parent before: NNG can't be used on both
+ * sides. A call that would break this is refused (TS_EPERM, TS_ECONN). fork() and exec is fine.
  *
  * Environment: TINYSERVE_URL is the daemon's address where ts_options has none; without either it
  * is ipc:///run/tinyserve/tinyserve.sock.

@@ -15,7 +15,7 @@
 const char *argp_program_version = "tsctl " TS_VERSION;
 
 enum { EXIT_REFUSED = 1, EXIT_USAGE = 2, EXIT_UNREACHABLE = 3 };
-enum { OPT_COLOR = 256 };
+enum { OPT_COLOR = 256, OPT_WAIT };
 
 #define MAP_CELLS_DEFAULT (64u * 16)
 
@@ -23,6 +23,7 @@ typedef struct options {
     const char *url, *pool, *command;
     bool json, watch;
     double interval;
+    uint32_t wait_ms;
     uint32_t cells;
     style style;
 } options;
@@ -32,6 +33,7 @@ static const struct argp_option argp_options[] = {
     {"pool", 'P', "NAME", 0, "Which pool (needed where there are several)", 0},
     {"json", 'j', NULL, 0, "Write JSON", 0},
     {"watch", 'w', "SECONDS", OPTION_ARG_OPTIONAL, "Again and again, every second or so many", 0},
+    {"wait", OPT_WAIT, "SECONDS", 0, "Wait so long for a daemon to appear (default 0)", 0},
     {"cells", 'c', "N", 0, "Cells of the map (default 1024)", 0},
     {"color", OPT_COLOR, "WHEN", 0, "auto (default), always or never", 0},
     {0},
@@ -57,6 +59,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (arg != NULL && (*end != '\0' || !(o->interval >= 0.1 && o->interval <= 3600)))
             argp_error(state, "--watch=%s: 0.1 to 3600 seconds are possible", arg);
         return 0;
+    case OPT_WAIT: {
+        double seconds = strtod(arg, &end);
+        if (*end != '\0' || !(seconds >= 0 && seconds <= 3600))
+            argp_error(state, "--wait %s: 0 to 3600 seconds are possible", arg);
+        o->wait_ms = (uint32_t)(seconds * 1000);
+        return 0;
+    }
     case 'c': {
         unsigned long n = strtoul(arg, &end, 10);
         if (*end != '\0' || n < 1 || n > 65536)
@@ -301,7 +310,8 @@ int main(int argc, char **argv)
     }
     ts_client *client;
     int code = EXIT_UNREACHABLE;
-    ts_status status = ts_connect(&(ts_options){.url = o.url, .program = "tsctl"}, &client);
+    ts_options connection = {.url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};
+    ts_status status = ts_connect(&connection, &client);
     while (status == TS_OK) {
         if (o.watch && !o.json && isatty(1))
             fputs("\033[H\033[2J", stdout);

@@ -1,0 +1,436 @@
+/* libtinyserve against a real daemon: what a worker does, and what it meets. */
+#define _GNU_SOURCE
+#include "daemon_util.h"
+
+#include "attention.h"
+
+#include <math.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+/* One layer, one KV head of 32 floats, blocks of 4: the prototype's memory-manager test. */
+#define POOL_SMALL                                                                                 \
+    "small:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=4,client_write=all"
+
+/* Worker: reads back the rows of the prototype's test through its own read-only mapping. */
+static void reader(const char *url)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "small", 0);
+    uint64_t slots[9];
+    uint32_t length;
+    ts_seq found;
+    ts_kv kv;
+    OK(ts_seq_attach(p, "rows", &found, &length));
+    assert_int_equal(length, 9);
+    OK(ts_seq_slots(p, found, 0, 9, slots));
+    for (uint32_t t = 0; t < 9; t++) {
+        OK(ts_slot_kv(p, slots[t], 0, &kv));
+        for (int i = 0; i < 32; i++) {
+            assert_true(((float *)kv.k)[i] == (t == 3 ? 100.0f + (float)i : 0.0f));
+            assert_true(((float *)kv.v)[i] == (t == 3 ? -100.0f - (float)i : 0.0f));
+        }
+    }
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zero(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_SMALL ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "small", TS_POOL_WRITABLE);
+    ts_seq seq;
+    uint64_t slots[5];
+    uint32_t n = 5;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    for (uint64_t i = 0; i < 5; i++)
+        assert_int_equal(slots[i], i); /* blocks 0 and 1 */
+    assert_int_equal(used_blocks(c), 2);
+    ts_kv kv;
+    OK(ts_slot_kv(p, slots[3], 0, &kv));
+    for (int i = 0; i < 32; i++) {
+        ((float *)kv.k)[i] = 100.0f + (float)i;
+        ((float *)kv.v)[i] = -100.0f - (float)i;
+    }
+    n = 3;
+    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    assert_int_equal(slots[0], 5);
+    assert_int_equal(used_blocks(c), 2);
+    n = 1;
+    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    assert_int_equal(slots[0], 8);
+    assert_int_equal(used_blocks(c), 3);
+
+    /* Read back through another process's read-only mapping of the kept sequence. */
+    OK(ts_seq_keep(p, seq, "rows"));
+    pid_t reader = spawn("reader", d.url, "");
+    join_child(reader);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void random_floats(rng *r, float *to, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        to[i] = rng_normal(r);
+}
+
+/* Sequences of different lengths in one step of several tokens each, prefill then decode, held
+ * against the float64 reference over the pool's memory as the worker itself maps it. */
+static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **state)
+{
+    (void)state;
+    enum { LAYERS = 2, KV = 2, HEADS = 6, DIM = 64, SEQS = 3 };
+    static const uint32_t rounds[3][SEQS] = {{37, 1, 20}, {1, 1, 1}, {5, 70, 2}};
+    daemon_process d;
+    daemon_start(&d, "p:layers=2,kv_heads=2,head_dim=64,dtype=bf16,block_tokens=16,blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "p", 0);
+    ts_seq seqs[SEQS];
+    uint32_t lengths[SEQS] = {0};
+    rng r = {5};
+    OK(ts_seq_create(p, SEQS, seqs));
+    for (int round = 0; round < 3; round++) {
+        ts_step *step;
+        ts_step_options options = {.heads = HEADS};
+        OK(ts_step_begin(p, seqs, rounds[round], SEQS, &options, &step));
+        size_t tokens = ts_step_tokens(step);
+        float *q = malloc(LAYERS * tokens * HEADS * DIM * sizeof *q),
+              *out = malloc(LAYERS * tokens * HEADS * DIM * sizeof *out);
+        for (uint32_t layer = 0; layer < LAYERS; layer++) {
+            size_t at = layer * tokens * HEADS * DIM;
+            random_floats(&r, ts_step_q(step), tokens * HEADS * DIM);
+            random_floats(&r, ts_step_k(step), tokens * KV * DIM);
+            random_floats(&r, ts_step_v(step), tokens * KV * DIM);
+            memset((void *)ts_step_out(step), 0xff, tokens * HEADS * DIM * sizeof *out);
+            OK(ts_step_run(step, layer));
+            memcpy(q + at, ts_step_q(step), tokens * HEADS * DIM * sizeof *q);
+            memcpy(out + at, ts_step_out(step), tokens * HEADS * DIM * sizeof *out);
+        }
+        OK(ts_step_commit(step, NULL));
+        size_t first = 0;
+        for (int i = 0; i < SEQS; i++) {
+            lengths[i] += rounds[round][i];
+            uint64_t *slots = malloc(lengths[i] * sizeof *slots);
+            uint32_t *blocks = malloc(lengths[i] * sizeof *blocks);
+            ts_kv kv;
+            OK(ts_seq_slots(p, seqs[i], 0, lengths[i], slots));
+            for (uint32_t t = 0; t < lengths[i]; t++) {
+                blocks[t / 16] = (uint32_t)(slots[t] / 16);
+                OK(ts_slot_kv(p, slots[t], 0, &kv)); /* maps the slab */
+            }
+            for (uint32_t layer = 0; layer < LAYERS; layer++) {
+                size_t at = (layer * tokens + first) * HEADS * DIM,
+                       n = (size_t)rounds[round][i] * HEADS * DIM;
+                double *reference = malloc(n * sizeof *reference), diff = 0, norm = 0;
+                ts_attention_call call = {.geometry = *ts_pool_geometry(p),
+                                          .base = p->base,
+                                          .heads = HEADS,
+                                          .scale = 0.125f};
+                ts_attention_seq one = {.blocks = blocks,
+                                        .kv_tokens = lengths[i],
+                                        .q_tokens = rounds[round][i],
+                                        .layer = layer,
+                                        .q = q + at};
+                OK(ts_attention_reference(&call, &one, reference));
+                for (size_t j = 0; j < n; j++) {
+                    diff += (out[at + j] - reference[j]) * (out[at + j] - reference[j]);
+                    norm += reference[j] * reference[j];
+                }
+                assert_true(sqrt(diff / norm) <= 1e-5);
+                free(reference);
+            }
+            first += rounds[round][i];
+            free(slots);
+            free(blocks);
+        }
+        free(q);
+        free(out);
+    }
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_SMALL ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "small", TS_POOL_WRITABLE);
+    ts_seq parent, child;
+    uint64_t slots[6], child_slots[7];
+    uint32_t n = 6;
+    ts_kv kv;
+    OK(ts_seq_create(p, 1, &parent));
+    OK(ts_seq_append(p, &parent, &n, 1, slots));
+    for (int t = 0; t < 6; t++) {
+        OK(ts_slot_kv(p, slots[t], 0, &kv));
+        ((float *)kv.k)[0] = (float)(t + 1);
+    }
+    OK(ts_seq_fork(p, parent, 1, &child));
+    ts_step *step;
+    n = 1;
+    OK(ts_step_begin(p, &child, &n, 1, &(ts_step_options){.no_run = true}, &step));
+    uint64_t slot;
+    ts_step_slots(step, &slot);
+    OK(ts_slot_kv(p, slot, 0, &kv));
+    ((float *)kv.k)[0] = 77;
+    OK(ts_step_commit(step, NULL));
+    OK(ts_seq_slots(p, child, 0, 7, child_slots));
+    for (int t = 0; t < 4; t++)
+        assert_int_equal(child_slots[t], slots[t]);
+    for (int t = 4; t < 6; t++)
+        assert_int_not_equal(child_slots[t], slots[t]);
+    for (int t = 0; t < 7; t++) {
+        OK(ts_slot_kv(p, child_slots[t], 0, &kv));
+        assert_true(((float *)kv.k)[0] == (t == 6 ? 77.0f : (float)(t + 1)));
+    }
+    OK(ts_slot_kv(p, slots[5] + 1, 0, &kv)); /* the slot behind the parent's tail is untouched */
+    assert_true(((float *)kv.k)[0] == 0.0f);
+    ts_seq both[2] = {parent, child};
+    OK(ts_seq_free(p, both, 2));
+    assert_int_equal(used_blocks(c), 0);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void refusals_name_the_value_and_the_limit(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    ts_client *c = connect_to(&d);
+    ts_pool *p;
+    assert_int_equal(ts_pool_open(c, "big", 0, &p), TS_ENOENT);
+    assert_string_equal(ts_error(c), "there is no pool 'big'; there is 'tiny'");
+    assert_null(p);
+    assert_int_equal(ts_pool_open(c, "tiny", TS_POOL_WRITABLE, &p), TS_EPERM);
+    assert_int_equal(ts_pool_open(c, "tiny", 2, &p), TS_EINVAL);
+    p = open_pool(c, "tiny", 0);
+    ts_seq seq, none = 99;
+    ts_step *step;
+    uint32_t n = 65, zero = 0, length;
+    uint64_t slot;
+    OK(ts_seq_create(p, 1, &seq));
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ENOSPC);
+    assert_null(step);
+    char expected[128];
+    snprintf(expected, sizeof expected,
+             "5 blocks are needed, but pool 'tiny' has 4 free for uid %u (of 4)", getuid());
+    assert_string_equal(ts_error(c), expected);
+    assert_int_equal(ts_step_begin(p, &seq, &zero, 1, NULL, &step), TS_EINVAL);
+    assert_int_equal(ts_step_begin(p, &none, &n, 1, NULL, &step), TS_ENOENT);
+    n = 1;
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 3}, &step),
+                     TS_EINVAL);
+    assert_string_equal(ts_error(c), "3 query heads; they must be a multiple of the pool's 2 KV "
+                                     "heads, at most 1024");
+    assert_int_equal(
+        ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.io_dtype = TS_DTYPE_BF16}, &step),
+        TS_EINVAL);
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.scale = NAN}, &step),
+                     TS_EINVAL);
+    assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EPERM);
+    assert_int_equal(ts_seq_attach(p, "nobody", &none, &length), TS_ENOENT);
+    assert_int_equal(ts_seq_keep(p, seq, ""), TS_EINVAL);
+    assert_int_equal(ts_seq_slots(p, seq, 0, 1, &slot), TS_EINVAL);
+    assert_int_equal(ts_seq_create(p, 0, &seq), TS_EINVAL);
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    assert_int_equal(ts_step_run(step, 6), TS_EINVAL);
+    assert_string_equal(ts_error(c), "layer 6; the pool has 6");
+    OK(ts_step_run(step, 0));
+    assert_int_equal(ts_step_commit(step, NULL), TS_EINVAL); /* 1 layer of 6 */
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+
+    assert_int_equal(ts_connect(&(ts_options){.url = "/nowhere/s"}, &c), TS_ECONN);
+    assert_string_equal(ts_error(c), "cannot reach ipc:///nowhere/s: is tinyserved running? "
+                                     "(systemctl status tinyserved)");
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void the_exchange_grows_with_what_steps_need(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=256");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq[2];
+    ts_step *steps[2], *third;
+    uint32_t n = 10;
+    OK(ts_seq_create(p, 2, seq));
+    for (int i = 0; i < 2; i++) { /* two at once, in different places */
+        OK(ts_step_begin(p, &seq[i], &n, 1, NULL, &steps[i]));
+        if (i == 0) {
+            OK(ts_step_abort(steps[0])); /* grown while none was open */
+            n = 1;
+            OK(ts_step_begin(p, &seq[0], &n, 1, NULL, &steps[0]));
+        }
+    }
+    assert_ptr_not_equal(ts_step_q(steps[0]), ts_step_q(steps[1]));
+    n = 4000;
+    ts_seq more;
+    OK(ts_seq_create(p, 1, &more));
+    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_ENOMEM);
+    OK(ts_step_abort(steps[0]));
+    OK(ts_step_abort(steps[1]));
+    OK(ts_step_begin(p, &more, &n, 1, NULL, &third));
+    memset(ts_step_q(third), 0, 4000 * 2 * 64 * 4);
+    for (uint32_t layer = 0; layer < 6; layer++)
+        OK(ts_step_run(third, layer));
+    OK(ts_step_commit(third, NULL));
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* Worker: connects, says so through the pipe, and goes on until the daemon is gone. */
+static void lasting(const char *url, int ready)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    uint32_t length;
+    OK(ts_seq_create(p, 1, &seq));
+    assert_int_equal(write(ready, "r", 1), 1);
+    ts_status status;
+    do
+        status = ts_seq_lengths(p, &seq, 1, &length);
+    while (status == TS_OK);
+    assert_int_equal(status, TS_ECONN);
+    assert_int_equal(ts_seq_lengths(p, &seq, 1, &length), TS_ECONN);
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void a_worker_gets_TS_ECONN_when_the_daemon_goes(void **state)
+{
+    (void)state;
+    for (int how = SIGKILL; how <= SIGTERM; how += SIGTERM - SIGKILL) {
+        daemon_process d;
+        daemon_start(&d, POOL_TINY ",blocks=256");
+        int ready[2];
+        char byte;
+        assert_int_equal(pipe(ready), 0);
+        char number[16];
+        snprintf(number, sizeof number, "%d", ready[1]);
+        pid_t worker = spawn("lasting", d.url, number);
+        assert_int_equal(read(ready[0], &byte, 1), 1);
+        close(ready[0]);
+        close(ready[1]);
+        if (how == SIGTERM) {
+            daemon_stop(&d);
+        } else {
+            kill(d.pid, SIGKILL);
+            waitpid(d.pid, NULL, 0);
+            daemon_clean(&d);
+        }
+        join_child(worker);
+    }
+}
+
+static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
+{
+    (void)state;
+    daemon_process d, again;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    kill(d.pid, SIGKILL);
+    waitpid(d.pid, NULL, 0);
+    again = d;
+    pid_t pid = fork();
+    if (pid == 0) {
+        execl(TS_DAEMON, TS_DAEMON, "--set", "log_level=warning", "--pool", POOL_TINY ",blocks=4",
+              "--socket", d.url, NULL);
+        _exit(127);
+    }
+    again.pid = pid;
+    ts_client *c;
+    OK(ts_connect(&(ts_options){.url = d.url, .wait_ms = 60000}, &c));
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    uint32_t n = 1;
+    ts_step *step;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the handle socket works too */
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+
+    /* A third one must leave the running one alone. */
+    int status;
+    pid = fork();
+    if (pid == 0) {
+        freopen("/dev/null", "w", stderr);
+        execl(TS_DAEMON, TS_DAEMON, "--pool", POOL_TINY ",blocks=4", "--socket", d.url, NULL);
+        _exit(127);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 1);
+    OK(ts_connect(&(ts_options){.url = d.url}, &c));
+    p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&again);
+}
+
+static void a_forked_child_is_refused_and_not_ended(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    pid_t child = fork();
+    if (child == 0) {
+        ts_client *own;
+        if (ts_seq_create(p, 1, &seq) != TS_ECONN ||
+            ts_connect(&(ts_options){.url = d.url}, &own) != TS_EPERM)
+            _exit(1);
+        ts_disconnect(own);
+        ts_disconnect(c);
+        _exit(0);
+    }
+    join_child(child);
+    OK(ts_seq_create(p, 1, &seq)); /* the parent's session lives on */
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4) {
+        if (strcmp(argv[1], "reader") == 0)
+            reader(argv[2]);
+        if (strcmp(argv[1], "lasting") == 0)
+            lasting(argv[2], atoi(argv[3]));
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zero),
+        cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),
+        cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
+        cmocka_unit_test(refusals_name_the_value_and_the_limit),
+        cmocka_unit_test(the_exchange_grows_with_what_steps_need),
+        cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
+        cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
+        cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
