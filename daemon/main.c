@@ -251,7 +251,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
     notify("STOPPING=1");
     code = EXIT_SUCCESS;
 out:
-    ts_transport_stop(transport); /* clients see the connection end now */
+    ts_transport_stop(transport);
     ts_handles_stop(handles);
     if (s->attention != NULL)
         ts_attention_cancel(s->attention);
@@ -259,7 +259,8 @@ out:
     ts_queue_close(&s->queue);
     if (engine_runs)
         pthread_join(engine, NULL);
-    ts_transport_free(transport);
+    ts_transport_free(transport); /* clients see the connection end */
+    ts_queue_drop(&s->queue);     /* news of connections that nobody needs any more */
     if (s->engine != NULL)
         ts_service_fini(s);
     ts_queue_fini(&s->queue);

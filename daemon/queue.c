@@ -1,6 +1,6 @@
 #include "queue.h"
 
-#include <stddef.h>
+#include <stdlib.h>
 
 void ts_queue_init(ts_queue *q)
 {
@@ -50,4 +50,14 @@ void ts_queue_close(ts_queue *q)
     q->closed = true;
     pthread_cond_broadcast(&q->filled);
     pthread_mutex_unlock(&q->lock);
+}
+
+void ts_queue_drop(ts_queue *q)
+{
+    for (ts_work *work = q->head, *next; work != NULL; work = next) {
+        next = work->next;
+        free(work);
+    }
+    q->head = NULL;
+    q->tail = &q->head;
 }

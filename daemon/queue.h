@@ -29,4 +29,7 @@ void ts_queue_put(ts_queue *queue, ts_work *work);
 ts_work *ts_queue_take(ts_queue *queue);
 void ts_queue_close(ts_queue *queue);
 
+/* After the taker has ended: frees work that came too late. Only for work that was malloc'ed. */
+void ts_queue_drop(ts_queue *queue);
+
 #endif

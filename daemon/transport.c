@@ -7,6 +7,7 @@
 #include <nng/protocol/reqrep0/req.h>
 #include <nng/supplemental/util/platform.h>
 #include <semaphore.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +32,7 @@ struct ts_transport {
     char url[128];
     uint32_t mode;
     nng_socket socket;
+    atomic_bool stopping;
     sem_t self_seen; /* a connection from this process came through */
     slot *slots;
     uint32_t num_slots;
@@ -38,6 +40,8 @@ struct ts_transport {
 
 static void receive(slot *s)
 {
+    if (atomic_load(&s->transport->stopping))
+        return;
     s->phase = RECEIVING;
     nng_ctx_recv(s->ctx, s->aio);
 }
@@ -51,7 +55,7 @@ static void send_reply(ts_request *request, const void *reply, size_t bytes)
     request->message = NULL;
     /* Nothing to say (the peer is gone, or there is no memory): receive the next; NNG forgets this.
      */
-    if (bytes == 0 || nng_msg_alloc(&message, bytes) != 0)
+    if (bytes == 0 || atomic_load(&s->transport->stopping) || nng_msg_alloc(&message, bytes) != 0)
         return receive(s);
     memcpy(nng_msg_body(message), reply, bytes);
     s->phase = SENDING;
@@ -207,16 +211,23 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
 
 void ts_transport_stop(ts_transport *t)
 {
-    if (t != NULL)
-        nng_close(t->socket);
+    if (t == NULL)
+        return;
+    atomic_store(&t->stopping, true);
+    for (uint32_t i = 0; i < t->num_slots; i++)
+        nng_aio_stop(t->slots[i].aio);
 }
 
 void ts_transport_free(ts_transport *t)
 {
     if (t == NULL)
         return;
+    nng_pipe_notify(t->socket, NNG_PIPE_EV_ADD_PRE, NULL, NULL);
+    nng_pipe_notify(t->socket, NNG_PIPE_EV_REM_POST, NULL, NULL);
+    nng_close(t->socket);
     for (uint32_t i = 0; i < t->num_slots; i++) {
-        nng_aio_stop(t->slots[i].aio);
+        if (t->slots[i].request.message != NULL)
+            tspb__request__free_unpacked(t->slots[i].request.message, NULL);
         nng_aio_free(t->slots[i].aio);
     }
     sem_destroy(&t->self_seen);

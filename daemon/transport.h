@@ -25,10 +25,12 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
  */
 bool ts_transport_revive(ts_transport *transport);
 
-/* Stops listening and receiving. What was received is still answered (the answers go nowhere). */
+/* Receives and sends nothing more; connections stay. While the service still runs, which may answer
+ * what was received before: such answers go nowhere. */
 void ts_transport_stop(ts_transport *transport);
 
-/* After the service has answered everything. */
+/* Ends the connections. After the service has ended: NNG 1.5 can hang in nng_close while other
+ * threads use the socket's contexts. */
 void ts_transport_free(ts_transport *transport);
 
 #endif
