@@ -1,0 +1,54 @@
+# What tools/demo and tools/test share: installing what is missing, building, and cleaning up.
+# Sourced by bash with the repository's root as working directory.
+
+say() { printf '\n== %s\n' "$*"; }
+
+# Installs the named packages that are not there yet, through apt, as root or with sudo.
+install_packages() {
+    local missing=() package
+    for package in "$@"; do
+        dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q '^install ok installed' ||
+            missing+=("$package")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    say "installing ${missing[*]}"
+    local sudo=()
+    [ "$(id -u)" -eq 0 ] || sudo=(sudo)
+    "${sudo[@]}" apt-get update -qq
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+build_packages() {
+    install_packages gcc libc6-dev cmake ninja-build pkg-config libnng-dev libprotobuf-c-dev \
+        protobuf-c-compiler libinih-dev libjansson-dev libxxhash-dev libsystemd-dev
+}
+
+# configure_and_build FOLDER [CMake options]: quiet unless it fails.
+configure_and_build() {
+    local folder=$1 log
+    shift
+    log=$(mktemp)
+    if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder"; } >"$log" 2>&1; then
+        cat "$log"
+        rm -f "$log"
+        return 1
+    fi
+    rm -f "$log"
+}
+
+# A folder that goes when the script ends, however it does; what runs in the background goes too.
+make_scratch() {
+    scratch=$(mktemp -d /tmp/tinyserve.XXXXXX)
+    trap clean_up EXIT
+    trap 'exit 130' INT TERM HUP
+}
+
+clean_up() {
+    local pids
+    trap - EXIT INT TERM HUP
+    pids=$(jobs -p)
+    [ -z "$pids" ] || kill $pids 2>/dev/null || true
+    wait 2>/dev/null || true
+    rm -rf "$scratch"
+}
