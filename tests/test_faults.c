@@ -1,0 +1,560 @@
+/* What comes from outside and must not matter: garbage, repeats, floods, and workers that die. */
+#define _GNU_SOURCE
+#include "daemon_util.h"
+
+#include "attention.h"
+
+#include <fcntl.h>
+#include <nng/protocol/reqrep0/req.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+
+/* ---- messages by hand ---- */
+
+static nng_socket raw_open(const daemon_process *d)
+{
+    nng_socket s;
+    char url[128];
+    snprintf(url, sizeof url, "ipc://%s", d->url);
+    assert_int_equal(nng_req0_open(&s), 0);
+    nng_socket_set_ms(s, NNG_OPT_REQ_RESENDTIME, -1);
+    nng_socket_set_ms(s, NNG_OPT_RECVTIMEO, 120000);
+    assert_int_equal(nng_dial(s, url, NULL, 0), 0);
+    return s;
+}
+
+static Tspb__Reply *raw_receive(nng_socket s)
+{
+    nng_msg *m;
+    assert_int_equal(nng_recvmsg(s, &m, 0), 0);
+    Tspb__Reply *reply = tspb__reply__unpack(NULL, nng_msg_len(m), nng_msg_body(m));
+    assert_non_null(reply);
+    nng_msg_free(m);
+    return reply;
+}
+
+static void raw_send(nng_socket s, const void *bytes, size_t size)
+{
+    nng_msg *m;
+    assert_int_equal(nng_msg_alloc(&m, size), 0);
+    if (size > 0)
+        memcpy(nng_msg_body(m), bytes, size);
+    assert_int_equal(nng_sendmsg(s, m, 0), 0);
+}
+
+static size_t pack(const Tspb__Request *request, unsigned char *buffer, size_t size)
+{
+    assert_true(tspb__request__get_packed_size(request) <= size);
+    return tspb__request__pack(request, buffer);
+}
+
+static Tspb__Reply *raw_call(nng_socket s, const Tspb__Request *request)
+{
+    unsigned char buffer[4096];
+    raw_send(s, buffer, pack(request, buffer, sizeof buffer));
+    return raw_receive(s);
+}
+
+/* The packed requests that open a session and a pool, as ids 1 and 2. */
+static void raw_session(nng_socket s)
+{
+    Tspb__SessionOpen open = TSPB__SESSION_OPEN__INIT;
+    Tspb__PoolOpen pool = TSPB__POOL_OPEN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    open.protocol = TS_PROTOCOL;
+    open.program = (char *)"raw";
+    request.request_id = 1;
+    request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
+    request.session_open = &open;
+    Tspb__Reply *reply = raw_call(s, &request);
+    assert_int_equal(reply->status, TS_OK);
+    tspb__reply__free_unpacked(reply, NULL);
+    pool.name = (char *)"tiny";
+    request.request_id = 2;
+    request.body_case = TSPB__REQUEST__BODY_POOL_OPEN;
+    request.pool_open = &pool;
+    reply = raw_call(s, &request);
+    assert_int_equal(reply->status, TS_OK);
+    tspb__reply__free_unpacked(reply, NULL);
+}
+
+static Tspb__Request create_request(Tspb__SeqCreate *create, uint64_t id)
+{
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    tspb__seq_create__init(create);
+    create->count = 1;
+    request.request_id = id;
+    request.body_case = TSPB__REQUEST__BODY_SEQ_CREATE;
+    request.seq_create = create;
+    return request;
+}
+
+static uint64_t sequences(ts_client *c)
+{
+    Tspb__Reply *reply = pool_stats(c);
+    uint64_t n = reply->pool_stats_reply->pool->sequences;
+    tspb__reply__free_unpacked(reply, NULL);
+    return n;
+}
+
+static void a_repeated_request_gets_the_first_answer_and_is_applied_once(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c = connect_to(&d);
+    nng_socket s = raw_open(&d);
+    Tspb__SeqCreate create;
+    raw_session(s);
+    Tspb__Request request = create_request(&create, 3);
+    Tspb__Reply *first = raw_call(s, &request), *again = raw_call(s, &request);
+    assert_int_equal(first->status, TS_OK);
+    assert_int_equal(again->status, TS_OK);
+    assert_true(first->seqs->seqs[0] == again->seqs->seqs[0]);
+    assert_int_equal(sequences(c), 1);
+    tspb__reply__free_unpacked(first, NULL);
+    tspb__reply__free_unpacked(again, NULL);
+
+    /* The first answer is lost: a new request on the socket makes NNG drop what comes for the old.
+     */
+    unsigned char buffer[256];
+    request = create_request(&create, 4);
+    size_t size = pack(&request, buffer, sizeof buffer);
+    raw_send(s, buffer, size);
+    raw_send(s, buffer, size);
+    again = raw_receive(s);
+    assert_int_equal(again->status, TS_OK);
+    assert_int_equal(sequences(c), 2);
+    tspb__reply__free_unpacked(again, NULL);
+
+    /* A refusal is repeated too, though it would succeed by now. */
+    Tspb__SeqAttach attach = TSPB__SEQ_ATTACH__INIT;
+    Tspb__Request find = TSPB__REQUEST__INIT;
+    attach.name = (char *)"later";
+    find.request_id = 5;
+    find.body_case = TSPB__REQUEST__BODY_SEQ_ATTACH;
+    find.seq_attach = &attach;
+    again = raw_call(s, &find);
+    assert_int_equal(again->status, TS_ENOENT);
+    tspb__reply__free_unpacked(again, NULL);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_keep(p, seq, "later"));
+    again = raw_call(s, &find);
+    assert_int_equal(again->status, TS_ENOENT);
+    tspb__reply__free_unpacked(again, NULL);
+
+    /* Long after, the answer is gone: it must not be applied again. */
+    for (uint64_t id = 6; id < 6 + 64; id++) {
+        request = create_request(&create, id);
+        again = raw_call(s, &request);
+        assert_int_equal(again->status, TS_OK);
+        tspb__reply__free_unpacked(again, NULL);
+    }
+    uint64_t before = sequences(c);
+    request = create_request(&create, 4);
+    again = raw_call(s, &request);
+    assert_int_equal(again->status, TS_ESTALE);
+    assert_int_equal(sequences(c), before);
+    tspb__reply__free_unpacked(again, NULL);
+    nng_close(s);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void garbage_is_answered_with_a_refusal(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c = connect_to(&d);
+    nng_socket s = raw_open(&d);
+    rng r = {99};
+    unsigned char bytes[512], whole[256];
+    Tspb__SeqCreate create;
+    Tspb__Request request = create_request(&create, 1);
+    Tspb__Reply *reply = raw_call(s, &request); /* no session yet */
+    assert_int_equal(reply->status, TS_ENOENT);
+    tspb__reply__free_unpacked(reply, NULL);
+    request.request_id = 0;
+    reply = raw_call(s, &request);
+    assert_int_equal(reply->status, TS_EPROTO);
+    assert_string_equal(reply->message, "request_id is 0; ids count from 1");
+    tspb__reply__free_unpacked(reply, NULL);
+    raw_send(s, "", 0);
+    reply = raw_receive(s);
+    assert_int_equal(reply->status, TS_EPROTO);
+    tspb__reply__free_unpacked(reply, NULL);
+    Tspb__SessionOpen open = TSPB__SESSION_OPEN__INIT;
+    Tspb__Request old = TSPB__REQUEST__INIT;
+    open.protocol = 77;
+    old.request_id = 9;
+    old.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
+    old.session_open = &open;
+    reply = raw_call(s, &old);
+    assert_int_equal(reply->status, TS_EPROTO);
+    assert_string_equal(reply->message, "protocol version 77; this daemon speaks 1");
+    tspb__reply__free_unpacked(reply, NULL);
+    nng_close(s);
+
+    s = raw_open(&d);
+    raw_session(s);
+    uint64_t live = sequences(c);
+    for (int i = 0; i < 3000; i++) {
+        size_t size = rng_below(&r, sizeof bytes);
+        for (size_t j = 0; j < size; j++)
+            bytes[j] = (unsigned char)rng_next(&r);
+        raw_send(s, bytes, size);
+        reply = raw_receive(s); /* whatever it says, it is an answer */
+        tspb__reply__free_unpacked(reply, NULL);
+    }
+    request = create_request(&create, 1u << 20);
+    size_t size = pack(&request, whole, sizeof whole);
+    for (size_t cut = 0; cut < size; cut++) { /* every truncation of a good request */
+        raw_send(s, whole, cut);
+        reply = raw_receive(s);
+        assert_true(cut == 0 || reply->status != TS_OK || sequences(c) == live);
+        tspb__reply__free_unpacked(reply, NULL);
+    }
+    check_daemon(c);
+    nng_close(s);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* ---- connections by hand ---- */
+
+static int stream_open(const daemon_process *d)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    strcpy(address.sun_path, d->url);
+    assert_true(fd >= 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
+/* Greets as NNG's REQ does: SP, version 0, protocol 0x30. */
+static void stream_greet(int fd)
+{
+    static const unsigned char hello[8] = {0, 'S', 'P', 0, 0, 0x30, 0, 0};
+    unsigned char theirs[8];
+    assert_int_equal(write(fd, hello, 8), 8);
+    assert_int_equal(recv(fd, theirs, 8, MSG_WAITALL), 8);
+    assert_memory_equal(theirs, "\0SP\0\0\x31\0\0", 8);
+}
+
+static void a_worker_works(const daemon_process *d)
+{
+    ts_client *c = connect_to(d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *step;
+    uint32_t n = 3;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    memset(ts_step_q(step), 0, 3 * 2 * 64 * 4);
+    for (uint32_t layer = 0; layer < 6; layer++)
+        OK(ts_step_run(step, layer));
+    OK(ts_step_commit(step, NULL));
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void a_message_of_a_gibibyte_ends_its_connection_and_nothing_else(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    int fd = stream_open(&d);
+    stream_greet(fd);
+    /* type 1 (message), then the length, big-endian */
+    static const unsigned char head[9] = {1, 0, 0, 0, 0, 0x40, 0, 0, 0};
+    assert_int_equal(write(fd, head, 9), 9);
+    static unsigned char zeros[1 << 16];
+    signal(SIGPIPE, SIG_IGN);
+    size_t sent = 0;
+    while (sent < (size_t)1 << 30) {
+        ssize_t n = write(fd, zeros, sizeof zeros);
+        if (n <= 0)
+            break;
+        sent += (size_t)n;
+    }
+    assert_true(sent < (size_t)1 << 30); /* the daemon hung up instead of reading it */
+    close(fd);
+    a_worker_works(&d);
+    daemon_stop(&d);
+}
+
+static void a_thousand_silent_connections_disturb_nobody(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    static int fds[1000];
+    for (int i = 0; i < 1000; i++) {
+        fds[i] = stream_open(&d);
+        if (i % 2)
+            stream_greet(fds[i]);
+    }
+    a_worker_works(&d);
+    /* Half of them leave in the middle of being greeted, which makes NNG 1.5's listener deaf. */
+    for (int i = 0; i < 1000; i++)
+        close(fds[i]);
+    a_worker_works(&d);
+    a_worker_works(&d);
+    daemon_stop(&d);
+}
+
+static void the_handle_socket_gives_nothing_to_who_has_no_token(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c = connect_to(&d);
+    ts_handle_reply reply;
+    int fd;
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_EXCHANGE, 0, 0, true, &reply, &fd), TS_ENOENT);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_ENOENT);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_EPERM);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 4000000000u, false, &reply, &fd),
+                     TS_EPERM);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 9, 0, false, &reply, &fd), TS_ENOENT);
+    assert_int_equal(ts_handle_get(c, (enum ts_handle_kind)55, 0, 0, false, &reply, &fd),
+                     TS_ENOENT);
+    ts_seq seq;
+    ts_step *step;
+    uint32_t n = 1;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    OK(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd));
+    assert_int_equal(close(fd), 0);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, true, &reply, &fd), TS_EPERM);
+    c->token[0] ^= 1;
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_EPERM);
+    c->token[0] ^= 1;
+    c->session ^= 1ull << 32;
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_EPERM);
+    c->session ^= 1ull << 32;
+    /* Requests of a wrong size end their connection. */
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int raw = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+    strcpy(address.sun_path, d.handles);
+    assert_int_equal(connect(raw, (struct sockaddr *)&address, sizeof address), 0);
+    assert_int_equal(send(raw, "hello", 5, 0), 5);
+    char end;
+    assert_int_equal(recv(raw, &end, 1, 0), 0);
+    close(raw);
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* ---- workers that die ---- */
+
+enum { KV = 2, HEADS = 4, DIM = 64, LAYERS = 6, ROUND = 90 };
+
+static void fill(rng *r, float *to, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        to[i] = rng_normal(r);
+}
+
+/* Worker: decodes with a cache of its own beside the daemon's, until `stop` is at its end; every
+ * output must equal what the same kernels make of the private cache, bit for bit. */
+static void steady(const char *url, int stop)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_geometry g = *ts_pool_geometry(p);
+    ts_attention *own = ts_attention_new(1, TS_ISA_AUTO);
+    unsigned char *cache = malloc(ts_geometry_block_bytes(&g) * ((ROUND + 15) / 16));
+    float *out = malloc(HEADS * DIM * sizeof *out);
+    uint32_t blocks[(ROUND + 15) / 16];
+    for (uint32_t i = 0; i < (ROUND + 15) / 16; i++)
+        blocks[i] = i;
+    rng r = {(uint64_t)getpid()};
+    struct pollfd end = {.fd = stop, .events = POLLIN};
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    for (uint32_t token = 0; poll(&end, 1, 0) == 0; token = (token + 1) % ROUND) {
+        ts_step *step;
+        uint32_t n = 1, zero = 0;
+        if (token == 0)
+            OK(ts_seq_truncate(p, &seq, &zero, 1));
+        OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = HEADS}, &step));
+        for (uint32_t layer = 0; layer < LAYERS; layer++) {
+            fill(&r, ts_step_q(step), HEADS * DIM);
+            fill(&r, ts_step_k(step), KV * DIM);
+            fill(&r, ts_step_v(step), KV * DIM);
+            OK(ts_step_run(step, layer));
+            ts_attention_seq one = {.blocks = blocks,
+                                    .kv_tokens = token + 1,
+                                    .q_tokens = 1,
+                                    .layer = layer,
+                                    .q = ts_step_q(step),
+                                    .k = ts_step_k(step),
+                                    .v = ts_step_v(step),
+                                    .out = out};
+            ts_attention_call call = {.geometry = g,
+                                      .base = cache,
+                                      .heads = HEADS,
+                                      .scale = 0.125f,
+                                      .seqs = &one,
+                                      .num_seqs = 1};
+            OK(ts_attention_run(own, &call));
+            assert_memory_equal(out, ts_step_out(step), HEADS * DIM * sizeof *out);
+        }
+        OK(ts_step_commit(step, NULL));
+    }
+    ts_attention_free(own);
+    free(cache);
+    free(out);
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+/* Worker: does all that can be done, until it is killed. */
+static void victim(const char *url, int ready)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    rng r = {(uint64_t)getpid()};
+    ts_seq kept, forks[3];
+    uint64_t slot;
+    ts_kv kv;
+    bool told = false;
+    OK(ts_seq_attach(p, "shared", &kept, NULL));
+    for (;;) {
+        ts_step *step;
+        OK(ts_seq_fork(p, kept, 3, forks));
+        uint32_t n[4] = {1 + rng_below(&r, 40), 1 + rng_below(&r, 9), 1, 5};
+        bool with_kept = rng_below(&r, 2); /* a step on what must stay as it is */
+        ts_seq batch[4] = {forks[0], forks[1], forks[2], kept};
+        if (!told && write(ready, "r", 1) != 1)
+            _exit(1);
+        told = true;
+        ts_status status = ts_step_begin(p, batch, n, with_kept ? 4 : 3,
+                                         &(ts_step_options){.heads = HEADS}, &step);
+        if (status != TS_OK) { /* another victim has the kept one in a step */
+            assert_int_equal(status, TS_EBUSY);
+            OK(ts_seq_free(p, forks, 3));
+            continue;
+        }
+        for (uint32_t layer = 0; layer < LAYERS; layer++)
+            OK(ts_step_run(step, layer));
+        OK(with_kept ? ts_step_abort(step) : ts_step_commit(step, NULL));
+        OK(ts_seq_slots(p, forks[0], 0, 1, &slot));
+        OK(ts_slot_kv(p, slot, 0, &kv));
+        OK(ts_seq_free(p, forks, 3));
+    }
+}
+
+static void workers_killed_at_random_points_take_nothing_with_them(void **state)
+{
+    (void)state;
+    const int kills = 200;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=128");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    rng r = {4242};
+    int stop[2], ready[2];
+    assert_int_equal(pipe(stop), 0);
+    assert_int_equal(pipe(ready), 0);
+    fcntl(stop[1], F_SETFD,
+          FD_CLOEXEC); /* its only holder's close is the end that workers wait for */
+    fcntl(ready[0], F_SETFD, FD_CLOEXEC);
+    ts_seq kept;
+    ts_step *step;
+    uint32_t n = 25, length;
+    OK(ts_seq_create(p, 1, &kept));
+    OK(ts_step_begin(p, &kept, &n, 1, &(ts_step_options){.heads = HEADS}, &step));
+    memset(ts_step_k(step), 0, 25 * KV * DIM * 4);
+    for (uint32_t layer = 0; layer < LAYERS; layer++)
+        OK(ts_step_run(step, layer));
+    OK(ts_step_commit(step, NULL));
+    OK(ts_seq_keep(p, kept, "shared"));
+
+    char number[16], byte;
+    snprintf(number, sizeof number, "%d", stop[0]);
+    pid_t load[2];
+    for (int i = 0; i < 2; i++)
+        load[i] = spawn("steady", d.url, number);
+    close(stop[0]);
+    snprintf(number, sizeof number, "%d", ready[1]);
+    double worst = 0;
+    for (int i = 0; i < kills; i += 2) {
+        pid_t victims[2];
+        for (int v = 0; v < 2; v++)
+            victims[v] = spawn("victim", d.url, number);
+        for (int v = 0; v < 2; v++)
+            assert_int_equal(read(ready[0], &byte, 1), 1);
+        for (uint32_t j = rng_below(&r, 25); j > 0; j--) /* some round trips later */
+            (void)used_blocks(c);
+        struct timespec from, to;
+        clock_gettime(CLOCK_MONOTONIC, &from);
+        for (int v = 0; v < 2; v++) {
+            kill(victims[v], SIGKILL);
+            assert_int_equal(waitpid(victims[v], NULL, 0), victims[v]);
+        }
+        /* Only this test's session, the load's and what they own may be left. */
+        for (uint64_t left = 4; left > 3;) {
+            Tspb__Status body = TSPB__STATUS__INIT;
+            Tspb__Request request = TSPB__REQUEST__INIT;
+            Tspb__Reply *reply;
+            request.body_case = TSPB__REQUEST__BODY_STATUS;
+            request.status = &body;
+            OK(ts_call(c, &request, &reply));
+            left = reply->status_reply->sessions;
+            tspb__reply__free_unpacked(reply, NULL);
+        }
+        clock_gettime(CLOCK_MONOTONIC, &to);
+        double took =
+            (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) * 1e-9;
+        if (took > worst)
+            worst = took;
+        check_daemon(c);
+    }
+    print_message("%d workers killed; the slowest was reclaimed after %.1f ms\n", kills,
+                  worst * 1e3);
+    close(stop[1]);
+    for (int i = 0; i < 2; i++)
+        join_child(load[i]);
+    await_used_blocks(c, 2); /* the kept sequence's */
+    OK(ts_seq_lengths(p, &kept, 1, &length));
+    assert_int_equal(length, 25);
+    assert_int_equal(sequences(c), 1);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    close(ready[0]);
+    close(ready[1]);
+    daemon_stop(&d);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4) {
+        if (strcmp(argv[1], "steady") == 0)
+            steady(argv[2], atoi(argv[3]));
+        if (strcmp(argv[1], "victim") == 0)
+            victim(argv[2], atoi(argv[3]));
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
+        cmocka_unit_test(garbage_is_answered_with_a_refusal),
+        cmocka_unit_test(a_message_of_a_gibibyte_ends_its_connection_and_nothing_else),
+        cmocka_unit_test(a_thousand_silent_connections_disturb_nobody),
+        cmocka_unit_test(the_handle_socket_gives_nothing_to_who_has_no_token),
+        cmocka_unit_test(workers_killed_at_random_points_take_nothing_with_them),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
