@@ -144,18 +144,24 @@ static void poison(problem *p)
     memset(p->out, 0xff, p->q_elements * ts_dtype_bytes(p->call.io_dtype)); /* NaN in every type */
 }
 
+static double *reference_of(const problem *p, const ts_attention_seq *seq)
+{
+    double *ref =
+        malloc((size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim * sizeof *ref);
+    assert_int_equal(ts_attention_reference(&p->call, seq, ref), TS_OK);
+    return ref;
+}
+
 /* ||out - reference|| / ||reference|| over one sequence. */
-static double relative_error(const problem *p, const ts_attention_seq *seq)
+static double relative_error(const problem *p, const ts_attention_seq *seq, const double *ref)
 {
     size_t n = (size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim;
-    double *ref = malloc(n * sizeof *ref), diff = 0, norm = 0;
-    assert_int_equal(ts_attention_reference(&p->call, seq, ref), TS_OK);
+    double diff = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
         double x = get(seq->out, p->call.io_dtype, i);
         diff += (x - ref[i]) * (x - ref[i]);
         norm += ref[i] * ref[i];
     }
-    free(ref);
     return sqrt(diff / norm);
 }
 
@@ -165,17 +171,20 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
                                     double limit)
 {
     rng r = {s.head_dim * 1000003u + s.heads};
+    problem p;
+    problem_new(&p, s, lengths, num_seqs, &r);
+    double **refs = calloc(num_seqs, sizeof *refs);
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         if (ts_isa_resolve(isas[i]) != isas[i])
             continue;
-        problem p;
-        problem_new(&p, s, lengths, num_seqs, &r);
         poison(&p);
         ts_attention *a = ts_attention_new(3, isas[i]);
         assert_non_null(a);
         assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
         for (uint32_t j = 0; j < num_seqs; j++) {
-            double error = relative_error(&p, &p.seqs[j]);
+            if (refs[j] == NULL) /* the first run has written the new K and V */
+                refs[j] = reference_of(&p, &p.seqs[j]);
+            double error = relative_error(&p, &p.seqs[j], refs[j]);
             if (!(error <= limit)) /* NaN fails too */
                 fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new): "
                          "relative error %g > %g",
@@ -183,14 +192,17 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
                          s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1], error, limit);
         }
         ts_attention_free(a);
-        problem_free(&p);
     }
+    for (uint32_t j = 0; j < num_seqs; j++)
+        free(refs[j]);
+    free(refs);
+    problem_free(&p);
 }
 
 /* Lengths (cached + new, new) around every border: block, tile (16), part (1024). */
 static const uint32_t mixed[][2] = {{1, 1},    {2, 1},    {15, 1},   {16, 16},   {17, 3},
                                     {63, 1},   {64, 64},  {65, 2},   {129, 100}, {1023, 1},
-                                    {1024, 1}, {1025, 1}, {1030, 9}, {2100, 40}};
+                                    {1024, 1}, {1025, 1}, {1030, 9}, {2100, 10}};
 #define MIXED (sizeof mixed / sizeof *mixed)
 
 static void every_dtype_and_head_sharing_matches_the_float64_reference(void **state)

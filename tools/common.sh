@@ -24,12 +24,12 @@ build_packages() {
         protobuf-c-compiler libinih-dev libjansson-dev libxxhash-dev libsystemd-dev
 }
 
-# configure_and_build FOLDER [CMake options]: quiet unless it fails.
+# configure_and_build FOLDER [CMake options]: quiet unless it fails. Builds $build_target, or all.
 configure_and_build() {
     local folder=$1 log
     shift
     log=$(mktemp)
-    if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder"; } >"$log" 2>&1; then
+    if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder" --target "${build_target:-all}"; } >"$log" 2>&1; then
         cat "$log"
         rm -f "$log"
         return 1

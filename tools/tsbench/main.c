@@ -1,0 +1,147 @@
+/* tsbench: measures the service's parts beside the machine's own limits. */
+#include "tsbench.h"
+#include "version.h"
+
+#include <argp.h>
+#include <libgen.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+const char *argp_program_version = "tsbench " TS_VERSION;
+
+typedef struct arguments {
+    bench_options options;
+    const char *what;
+} arguments;
+
+static const struct argp_option argp_options[] = {
+    {"json", 'j', NULL, 0, "Write JSON", 0},
+    {"daemon", 'd', "PATH", 0, "tinyserved to measure (default: beside tsbench, or in PATH)", 0},
+    {"threads", 't', "N", 0, "Kernel threads of attend (default: all processors)", 0},
+    {"size", 'g', "GIB", 0, "Cache that attend reads, beyond the last-level cache (default 1)", 0},
+    {0},
+};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    arguments *a = state->input;
+    char *end;
+    switch (key) {
+    case 'j':
+        a->options.json = true;
+        return 0;
+    case 'd':
+        a->options.daemon = arg;
+        return 0;
+    case 't': {
+        unsigned long n = strtoul(arg, &end, 10);
+        if (*end != '\0' || n > 1024)
+            argp_error(state, "--threads %s: 0 to 1024 are possible", arg);
+        a->options.threads = (uint32_t)n;
+        return 0;
+    }
+    case 'g':
+        a->options.gib = strtod(arg, &end);
+        if (*end != '\0' || !(a->options.gib >= 0.01 && a->options.gib <= 1024))
+            argp_error(state, "--size %s: 0.01 to 1024 GiB are possible", arg);
+        return 0;
+    case ARGP_KEY_ARG:
+        if (state->arg_num > 0)
+            argp_error(state, "one benchmark at a time: '%s' is too many", arg);
+        a->what = arg;
+        return 0;
+    case ARGP_KEY_NO_ARGS:
+        argp_error(state, "which benchmark?");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp argp = {
+    argp_options,
+    parse,
+    "BENCHMARK",
+    "Measures TinyServe on this machine.\v"
+    "Benchmarks:\n"
+    "  rpc      round trips through a daemon, and through a bare NNG echo\n"
+    "  alloc    appends, forks and frees inside the engine\n"
+    "  attend   the host kernels, and the plain memory read rate",
+    NULL,
+    NULL,
+    NULL};
+
+double bench_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+double bench_percentile(double *values, size_t n, double p)
+{
+    qsort(values, n, sizeof *values, compare);
+    size_t i = (size_t)((double)n * p / 100.0);
+    return values[i < n ? i : n - 1];
+}
+
+/* tinyserved in the build tree or where both are installed, else whatever PATH has. */
+static const char *find_daemon(char *buffer, size_t bytes)
+{
+    static const char *const places[] = {"../daemon/tinyserved", "../sbin/tinyserved",
+                                         "tinyserved"};
+    char self[512];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (n <= 0)
+        return "tinyserved";
+    self[n] = '\0';
+    const char *folder = dirname(self);
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        snprintf(buffer, bytes, "%s/%s", folder, places[i]);
+        if (access(buffer, X_OK) == 0)
+            return buffer;
+    }
+    return "tinyserved";
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4 && strcmp(argv[1], "rpc-echo") == 0)
+        return rpc_echo_server(argv[2], strtoul(argv[3], NULL, 10));
+    if (argc > 2 && strcmp(argv[1], "rpc-client") == 0)
+        return rpc_client(argc, argv);
+    char path[1024];
+    arguments a = {.options = {.gib = 1.0}};
+    argp_err_exit_status = 2;
+    argp_parse(&argp, argc, argv, 0, NULL, &a);
+    if (a.options.daemon == NULL)
+        a.options.daemon = find_daemon(path, sizeof path);
+    json_t *rows = json_array();
+    int code;
+    if (strcmp(a.what, "rpc") == 0) {
+        code = bench_rpc(&a.options, rows);
+    } else if (strcmp(a.what, "alloc") == 0) {
+        code = bench_alloc(&a.options, rows);
+    } else if (strcmp(a.what, "attend") == 0) {
+        code = bench_attend(&a.options, rows);
+    } else {
+        fprintf(stderr, "tsbench: there is no benchmark '%s'; there are rpc, alloc and attend\n",
+                a.what);
+        code = 2;
+    }
+    if (a.options.json && code == 0) {
+        json_dumpf(rows, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(5));
+        putchar('\n');
+    }
+    json_decref(rows);
+    return code;
+}
