@@ -51,8 +51,8 @@ const char *ts_isa_name(ts_isa isa)
 ts_isa ts_isa_resolve(ts_isa isa)
 {
 #if defined(__x86_64__)
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("f16c");
+    /* Every processor with AVX2 converts fp16 too (F16C is older). */
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && (isa == TS_ISA_AUTO || isa == TS_ISA_AVX512))

@@ -78,15 +78,15 @@ void json_seqs(json_t *list, const Tspb__SeqList *r)
     }
 }
 
-/* Bin i of the daemon's histograms begins at 2^i (bin 0 at 0). */
-static json_t *histogram(const uint64_t *bins, size_t count)
+/* Bin i of the daemon's histograms begins at 2^i; the first at `lowest`. */
+static json_t *histogram(const uint64_t *bins, size_t count, uint64_t lowest)
 {
     json_t *list = json_array();
     for (size_t i = 0; i < count; i++)
         if (bins[i] > 0)
             json_array_append_new(list, json_pack("{s:I, s:I}", "from",
-                                                  integer(i == 0 ? 0 : (uint64_t)1 << i), "count",
-                                                  integer(bins[i])));
+                                                  integer(i == 0 ? lowest : (uint64_t)1 << i),
+                                                  "count", integer(bins[i])));
     return list;
 }
 
@@ -101,16 +101,16 @@ json_t *json_frag(const Tspb__PoolStatsReply *r)
                                integer(r->tenants[i]->used_blocks), "used_bytes",
                                integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "slabs",
                                r->tenants[i]->slabs));
-    return json_pack("{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o}",
-                     "pool", summary(r->pool), "stored_tokens", integer(r->stored_tokens),
-                     "seen_tokens", integer(r->seen_tokens), "used_slots", integer(r->used_slots),
-                     "reserved_slots", integer(r->reserved_slots), "efficiency", f.efficiency,
-                     "tail_waste_bytes", integer(f.tail_bytes), "stored_bytes",
-                     integer(f.stored_bytes), "seen_bytes", integer(f.seen_bytes), "sharing",
-                     f.sharing, "contiguous_bytes", integer(f.contiguous_bytes), "longest_tokens",
-                     integer(r->longest_tokens), "lengths",
-                     histogram(r->length_histogram, r->n_length_histogram), "free_runs",
-                     histogram(r->free_run_histogram, r->n_free_run_histogram), "tenants", tenants);
+    return json_pack(
+        "{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o}", "pool",
+        summary(r->pool), "stored_tokens", integer(r->stored_tokens), "seen_tokens",
+        integer(r->seen_tokens), "used_slots", integer(r->used_slots), "reserved_slots",
+        integer(r->reserved_slots), "efficiency", f.efficiency, "tail_waste_bytes",
+        integer(f.tail_bytes), "stored_bytes", integer(f.stored_bytes), "seen_bytes",
+        integer(f.seen_bytes), "sharing", f.sharing, "contiguous_bytes",
+        integer(f.contiguous_bytes), "longest_tokens", integer(r->longest_tokens), "lengths",
+        histogram(r->length_histogram, r->n_length_histogram, 0), "free_runs",
+        histogram(r->free_run_histogram, r->n_free_run_histogram, 1), "tenants", tenants);
 }
 
 static json_t *numbers(const uint32_t *values, size_t count)

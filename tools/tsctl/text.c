@@ -119,8 +119,9 @@ void text_seqs(const Tspb__SeqList *r)
     }
 }
 
-/* Each bin with its lower bound and a bar as high as its share of the fullest. */
-static void print_histogram(const uint64_t *bins, size_t count)
+/* Each bin with its lower bound (`lowest` for the first) and a bar as high as its share of the
+ * fullest. */
+static void print_histogram(const uint64_t *bins, size_t count, unsigned lowest)
 {
     static const char *const bars[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
     uint64_t most = 0;
@@ -139,7 +140,7 @@ static void print_histogram(const uint64_t *bins, size_t count)
     for (size_t i = first; i < count; i++) {
         char label[32];
         int width = snprintf(label, sizeof label, "%llu",
-                             (unsigned long long)(i == 0 ? 0 : (uint64_t)1 << i));
+                             (unsigned long long)(i == 0 ? lowest : (uint64_t)1 << i));
         if (column + (size_t)width + 3 > 79) {
             printf("\n%14s", "");
             column = 14;
@@ -174,9 +175,9 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     printf("  otherwise   %s if each sequence had a buffer of the longest length (%u)\n",
            bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
     printf("  lengths     ");
-    print_histogram(r->length_histogram, r->n_length_histogram);
+    print_histogram(r->length_histogram, r->n_length_histogram, 0);
     printf("  free runs   ");
-    print_histogram(r->free_run_histogram, r->n_free_run_histogram);
+    print_histogram(r->free_run_histogram, r->n_free_run_histogram, 1);
     for (size_t i = 0; i < r->n_tenants; i++)
         printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
                r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,

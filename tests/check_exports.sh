@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# check_exports.sh LIBRARY SOURCE: the functions that the library exports are those that its public
+# headers declare.
+set -euo pipefail
+declared=$(sed 's:/\*.*\*/::' "$2/client/include/tinyserve.h" "$2/kernels/tinyserve_types.h" |
+    grep -v 'static inline' | grep -oE '\bts_[a-z0-9_]+\(' | tr -d '(' | sort -u)
+inline=$(grep -hoE 'static inline .*\bts_[a-z0-9_]+\(' "$2/kernels/tinyserve_types.h" |
+    grep -oE 'ts_[a-z0-9_]+\($' | tr -d '(' | sort -u)
+exported=$(nm -D --defined-only "$1" | awk '$2 == "T" {print $3}' | sed 's/@.*//' | sort -u)
+diff <(comm -23 <(echo "$declared") <(echo "$inline")) <(echo "$exported") &&
+    ! nm -D --defined-only "$1" | awk '$2 != "T" && $2 != "A" {print; found = 1} END {exit !found}'

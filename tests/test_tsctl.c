@@ -1,0 +1,207 @@
+/* tsctl and tinyserved as programs: what they print, in which width, and with which exit status. */
+#define _GNU_SOURCE
+#include "daemon_util.h"
+
+#include <jansson.h>
+
+/* Runs a shell command; its output (stdout and stderr) and exit status. */
+static int run(char *output, size_t bytes, const char *format, ...)
+{
+    char command[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(command, sizeof command, format, args);
+    va_end(args);
+    strncat(command, " 2>&1", sizeof command - strlen(command) - 1);
+    FILE *f = popen(command, "r");
+    assert_non_null(f);
+    size_t n = fread(output, 1, bytes - 1, f);
+    output[n] = '\0';
+    int status = pclose(f);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+/* Characters of the longest line; UTF-8 continuation bytes don't count. */
+static size_t widest(const char *text)
+{
+    size_t width = 0, most = 0;
+    for (; *text != '\0'; text++) {
+        if (*text == '\n')
+            width = 0;
+        else if (((unsigned char)*text & 0xc0) != 0x80)
+            width++;
+        if (width > most)
+            most = width;
+    }
+    return most;
+}
+
+static void assert_has(const char *text, const char *part)
+{
+    if (strstr(text, part) == NULL)
+        fail_msg("'%s' is missing in:\n%s", part, text);
+}
+
+/* 3 sequences: 20 tokens, a fork of them with 3 more, and 1 token; blocks of 16. */
+static void populate(ts_client *c)
+{
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq, child, lone;
+    uint32_t n = 20;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_append(p, &seq, &n, 1, NULL));
+    OK(ts_seq_fork(p, seq, 1, &child));
+    n = 3;
+    OK(ts_seq_append(p, &child, &n, 1, NULL));
+    OK(ts_seq_create(p, 1, &lone));
+    n = 1;
+    OK(ts_seq_append(p, &lone, &n, 1, NULL));
+    OK(ts_seq_keep(p, seq, "system-prompt"));
+    ts_pool_close(p);
+}
+
+static json_int_t number(json_t *object, const char *key)
+{
+    json_t *value = json_object_get(object, key);
+    if (!json_is_integer(value))
+        fail_msg("no integer '%s'", key);
+    return json_integer_value(value);
+}
+
+static void every_command_shows_the_exact_figures_within_80_columns(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char text[65536], url[128];
+    daemon_start(&d, POOL_TINY ",blocks=64,client_write=all");
+    ts_client *c = connect_to(&d);
+    populate(c);
+    snprintf(url, sizeof url, "--socket=%s", d.url);
+    static const char *const commands[] = {"status", "pools", "sessions", "seqs",
+                                           "frag",   "map",   "check"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        assert_int_equal(run(text, sizeof text, TS_CTL " %s %s", commands[i], url), 0);
+        if (widest(text) > 80)
+            fail_msg("%s is %zu columns wide:\n%s", commands[i], widest(text), text);
+        assert_null(strchr(text, '\033')); /* no colours into a pipe */
+        assert_int_equal(run(text, sizeof text, TS_CTL " %s %s --json", commands[i], url), 0);
+        json_error_t error;
+        json_t *value = json_loads(text, 0, &error);
+        if (value == NULL)
+            fail_msg("%s: %s", commands[i], error.text);
+        json_decref(value);
+    }
+    /* 20 tokens: blocks 0 and 1; the fork shares block 0 and has its own tail; the last has one. */
+    run(text, sizeof text, TS_CTL " frag %s", url);
+    assert_has(text, "blocks      64 total   4 used (6 %)   1 shared   60 free");
+    assert_has(text,
+               "tokens      28 stored in 64 slots: 43.8 % efficient, 216.0 KiB of tails unused");
+    assert_has(text, "sharing     384.0 KiB stored, 480.0 KiB seen by 3 sequences: 1.2 x");
+    assert_has(text,
+               "otherwise   414.0 KiB if each sequence had a buffer of the longest length (23)");
+    assert_has(text, "free runs   32 █");
+    run(text, sizeof text, TS_CTL " frag %s --json", url);
+    json_t *frag = json_loads(text, 0, NULL);
+    assert_int_equal(number(frag, "stored_tokens"), 28);
+    assert_int_equal(number(frag, "seen_tokens"), 44);
+    assert_int_equal(number(frag, "tail_waste_bytes"), 36 * 6144);
+    assert_int_equal(number(frag, "contiguous_bytes"), 3 * 23 * 6144);
+    assert_int_equal(number(json_object_get(frag, "pool"), "shared_blocks"), 1);
+    json_decref(frag);
+    run(text, sizeof text, TS_CTL " map %s", url);
+    assert_has(text, "           0 S░▒░····"); /* shared and full; 4, 7 and 1 of 16 */
+    run(text, sizeof text, TS_CTL " map %s --color=always", url);
+    assert_has(text, "\033[35m█\033[0m░▒░·");
+    run(text, sizeof text, TS_CTL " seqs %s", url);
+    assert_has(text, "20       2       1");
+    assert_has(text, "system-prompt");
+    run(text, sizeof text, TS_CTL " check %s", url);
+    assert_has(text, "0 problems");
+    assert_int_equal(run(text, sizeof text,
+                         "timeout 20 " TS_CTL " pools %s --watch=0.1 --json | head -n 2", url),
+                     0);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
+{
+    (void)state;
+    char text[4096];
+    assert_int_equal(run(text, sizeof text, TS_CTL " status --socket=/nowhere/s"), 3);
+    assert_string_equal(text, "tsctl: cannot reach ipc:///nowhere/s: is tinyserved running? "
+                              "(systemctl status tinyserved)\n");
+    assert_int_equal(run(text, sizeof text, TS_CTL " explode"), 2);
+    assert_has(text, "there is no command 'explode'; there are status,");
+    assert_int_equal(run(text, sizeof text, TS_CTL " map --cells=0"), 2);
+    assert_has(text, "--cells 0: 1 to 65536 are possible");
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    assert_int_equal(run(text, sizeof text, TS_CTL " frag --pool=x --socket=%s", d.url), 1);
+    assert_string_equal(text, "tsctl: there is no pool 'x'\n");
+    daemon_stop(&d);
+}
+
+/* Writes a configuration and expects tinyserved --check-config to say this (status 2), or to
+ * accept. */
+static void expect_config(const char *config, const char *complaint)
+{
+    char path[] = "/tmp/tinyserve-config.XXXXXX", text[4096];
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, config, strlen(config)), (ssize_t)strlen(config));
+    close(fd);
+    int status = run(text, sizeof text, TS_DAEMON " --check-config --config %s", path);
+    unlink(path);
+    assert_int_equal(status, complaint == NULL ? 0 : 2);
+    if (complaint != NULL) {
+        char expected[512];
+        snprintf(expected, sizeof expected, "%s%s", path, complaint);
+        assert_has(text, complaint[0] == ':' ? expected : complaint);
+    }
+}
+
+static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **state)
+{
+    (void)state;
+#define POOL "[pool p]\nlayers = 2\nkv_heads = 1\nhead_dim = 64\n"
+    expect_config(POOL "memory = 1M\n", NULL);
+    expect_config(POOL "memory = 1M\nlayout = hnd\ndtype = fp16\nclient_write = all\n", NULL);
+    expect_config(POOL "memory = 1Q\n",
+                  ":5: memory = 1Q: not a size such as 512M, 4G or a number of bytes");
+    expect_config(POOL "memory = -1\n", ":5: memory = -1: not a size");
+    expect_config("[daemon]\nthreds = 2\n" POOL, ":2: there is no key 'threds' in [daemon]");
+    expect_config("[deamon]\nthreads = 2\n", ":2: there is no section [deamon]; known are [daemon] "
+                                             "and [pool NAME]");
+    expect_config("[daemon]\nthreads = 2000\n", ":2: threads = 2000: the limits are 0..1024");
+    expect_config("[daemon]\nsocket = here\n", ":2: socket = here: an absolute path");
+    expect_config("[daemon]\nlog_level = loud\n",
+                  ":2: log_level = loud: known are error, warning, info, debug");
+    expect_config("[pool p]\nlayers = 300\n", ":2: layers = 300: the limits are 1..256");
+    expect_config("[pool p]\nhead_dim = 16\n", ":2: head_dim = 16: the limits are 32..256");
+    expect_config("[pool p]\ndtype = int4\n", ":2: dtype = int4: known are fp32, fp16, bf16");
+    expect_config("nonsense\n", ":1: neither a [section] nor key = value");
+    expect_config(POOL, "pool 'p': give either memory or blocks");
+    expect_config(POOL "memory = 1M\nblocks = 3\n", "pool 'p': give either memory or blocks");
+    expect_config(POOL "memory = 1K\n", "pool 'p': 0 blocks of 8192 bytes");
+    expect_config("[pool p]\nmemory = 1M\n", "pool 'p': layers is 0; the limits are 1..256");
+    expect_config("[daemon]\n", "no pool is configured");
+    char text[4096];
+    assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --config /nowhere"), 2);
+    assert_has(text, "/nowhere: No such file or directory");
+    assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --pool p:layers=1,x=2"), 2);
+    assert_has(text, "there is no key 'x' in a [pool]");
+    assert_int_equal(
+        run(text, sizeof text, TS_DAEMON " --check-config --config " TS_EXAMPLE_CONFIG), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_command_shows_the_exact_figures_within_80_columns),
+        cmocka_unit_test(errors_say_what_to_do_and_have_their_own_exit_status),
+        cmocka_unit_test(a_wrong_configuration_is_refused_with_file_line_and_reason),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
