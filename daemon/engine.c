@@ -541,11 +541,13 @@ static void seq_blocks(ts_engine *e, ts_session *s, const ts_command *c, ts_answ
                          seq->num_blocks);
     if (count == 0)
         count = seq->num_blocks - first;
+    a->blocks.length = seq->length;
+    if (count == 0)
+        return;
     a->blocks.blocks = seq->blocks + first;
     a->blocks.count = count;
-    a->blocks.length = seq->length;
     uint32_t tail = replaced_tail(e, c->pool, seq);
-    if (tail == TS_NONE || first + count < seq->num_blocks || count == 0)
+    if (tail == TS_NONE || first + count < seq->num_blocks)
         return;
     if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, count,
                         sizeof *e->out_words))

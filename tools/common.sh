@@ -29,7 +29,7 @@ configure_and_build() {
     local folder=$1 log
     shift
     log=$(mktemp)
-    if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder" --target "${build_target:-all}"; } >"$log" 2>&1; then
+    if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder" --target ${build_target:-all}; } >"$log" 2>&1; then
         cat "$log"
         rm -f "$log"
         return 1
