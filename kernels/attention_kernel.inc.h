@@ -87,9 +87,26 @@ INLINE vf load_fp16(const void *p)
 #define LOAD_FP16(p) load_fp16(p)
 #endif
 
-/* VL elements from index d of a cache row, as floats. */
+/*
+ * bf16 rows that are whole pairs of vectors are not widened lane by lane: of 2 * VL elements the
+ * even ones make the first vector (a shift) and the odd ones the second (a mask), one instruction
+ * each. q and acc rows are kept in that order too (place_of), so no sum ever notices.
+ */
+#define BF16_PAIRS ((ts_dtype)100)
+
+static uint32_t place_of(ts_dtype dtype, uint32_t d)
+{
+    return dtype == BF16_PAIRS ? d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2 : d;
+}
+
+/* VL elements from place d of a cache row, as floats. */
 INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
 {
+    if (dtype == BF16_PAIRS) {
+        vu pairs;
+        memcpy(&pairs, row + 2 * (size_t)(d / (2 * VL) * (2 * VL)), sizeof pairs);
+        return (vf)(d % (2 * VL) == 0 ? pairs << 16 : pairs & 0xffff0000u);
+    }
     if (dtype == TS_DTYPE_FP32)
         return load((const float *)(const void *)row + d);
     if (dtype == TS_DTYPE_FP16)
@@ -420,7 +437,7 @@ static float element(const void *row, ts_dtype dtype, size_t i)
 }
 
 /* q of the item's rows, times scale * log2(e), padded with zeros. */
-static void load_queries(const ts_attention_item *item, float *q)
+static void load_queries(ts_dtype dtype, const ts_attention_item *item, float *q)
 {
     const ts_attention_call *call = item->call;
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
@@ -433,12 +450,13 @@ static void load_queries(const ts_attention_item *item, float *q)
                                (size_t)(item->head_first + h) * group + j) *
                               head_dim;
                 for (uint32_t d = 0; d < head_dim; d++)
-                    q[d] = element(item->seq->q, call->io_dtype, from + d) * scale;
+                    q[place_of(dtype, d)] = element(item->seq->q, call->io_dtype, from + d) * scale;
                 memset(q + head_dim, 0, (padded - head_dim) * sizeof(float));
             }
 }
 
-static void write_out(const ts_attention_item *item, const ts_attention_state *state)
+static void write_out(ts_dtype dtype, const ts_attention_item *item,
+                      const ts_attention_state *state)
 {
     const ts_attention_call *call = item->call;
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
@@ -453,7 +471,7 @@ static void write_out(const ts_attention_item *item, const ts_attention_state *s
                 const float *acc = state->acc + (size_t)r * padded;
                 float inverse = 1.0f / state->sum[r];
                 for (uint32_t d = 0; d < head_dim; d++) {
-                    float x = acc[d] * inverse;
+                    float x = acc[place_of(dtype, d)] * inverse;
                     if (call->io_dtype == TS_DTYPE_FP32)
                         ((float *)item->seq->out)[to + d] = x;
                     else
@@ -516,7 +534,7 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
             fetch next = {.rows = rows[turn ^ last],
                           .k_offset = next_offset,
                           .v_offset = plane + next_offset,
-                          .bytes = g->head_dim * ts_dtype_bytes(dtype)};
+                          .bytes = g->head_dim * ts_dtype_bytes(g->dtype)};
             uint32_t r = h * head_rows;
             attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
                         scratch->q + (size_t)r * padded, scratch->scores, state->max + r,
@@ -533,7 +551,7 @@ INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,
 {
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
-    load_queries(item, scratch->q);
+    load_queries(dtype, item, scratch->q);
     if (item->partials != NULL) {
         for (uint32_t part = item->part_first; part < item->part_end; part++) {
             ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
@@ -546,7 +564,7 @@ INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,
         attend_part(dtype, item, part, scratch, &scratch->part);
         merge_state(&scratch->all, &scratch->part, rows, padded);
     }
-    write_out(item, &scratch->all);
+    write_out(dtype, item, &scratch->all);
 }
 
 /* The one place where the cache's type becomes a constant. */
@@ -565,8 +583,20 @@ static void item_bf16(const ts_attention_item *item, const ts_attention_scratch 
     attend_item(TS_DTYPE_BF16, item, scratch);
 }
 
+static void item_bf16_pairs(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    attend_item(BF16_PAIRS, item, scratch);
+}
+
+static bool in_pairs(const ts_geometry *g)
+{
+    return g->dtype == TS_DTYPE_BF16 && g->head_dim % (2 * VL) == 0;
+}
+
 static void run_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
+    if (in_pairs(&item->call->geometry))
+        return item_bf16_pairs(item, scratch);
     switch (item->call->geometry.dtype) {
     case TS_DTYPE_FP32:
         item_fp32(item, scratch);
@@ -589,7 +619,8 @@ static void merge_item(const ts_attention_item *item, const ts_attention_scratch
         ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
         merge_state(&scratch->all, &state, rows, padded);
     }
-    write_out(item, &scratch->all);
+    const ts_geometry *g = &item->call->geometry;
+    write_out(in_pairs(g) ? BF16_PAIRS : g->dtype, item, &scratch->all);
 }
 
 const ts_attention_isa_ops TS_ATTENTION_OPS = {.item = run_item, .merge = merge_item};
