@@ -1,6 +1,7 @@
 #include "transport.h"
 
 #include "log.h"
+#include "watch.h"
 
 #include <nng/nng.h>
 #include <nng/protocol/reqrep0/rep.h>
@@ -32,6 +33,7 @@ struct ts_transport {
     char url[128];
     uint32_t mode;
     nng_socket socket;
+    ts_watch *watch; /* of the processes at the other ends */
     atomic_bool stopping;
     sem_t self_seen; /* a connection from this process came through */
     slot *slots;
@@ -88,42 +90,57 @@ static void slot_event(void *arg)
     ts_queue_put(&s->transport->service->queue, &s->request.work);
 }
 
+/* Memory to tell of a connection's end, however long it takes: without it its session would stay.
+ */
+static ts_pipe_event *end_event(uint32_t pipe)
+{
+    ts_pipe_event *event;
+    while ((event = calloc(1, sizeof *event)) == NULL)
+        nng_msleep(1);
+    event->pipe = pipe;
+    event->work.run = ts_service_pipe_removed;
+    return event;
+}
+
+/*
+ * A process died: for the service its connection has ended, even if a child of it holds the socket.
+ * NNG finds out by itself; closing its pipe from here can stall NNG 1.5's reaper for good.
+ */
+static void process_ended(void *arg, uint32_t pipe)
+{
+    ts_transport *t = arg;
+    ts_queue_put(&t->service->queue, &end_event(pipe)->work);
+}
+
 static void pipe_event(nng_pipe pipe, nng_pipe_ev kind, void *arg)
 {
     ts_transport *t = arg;
-    ts_pipe_event *event = calloc(1, sizeof *event);
-    if (event == NULL) {
-        /* Without memory to tell of it, a new pipe is turned away. One that goes was told of; its
-         * session would stay, so try for it until there is memory. */
-        if (kind == NNG_PIPE_EV_ADD_PRE) {
-            nng_pipe_close(pipe);
-            return;
-        }
-        while ((event = calloc(1, sizeof *event)) == NULL)
-            nng_msleep(1);
+    uint32_t id = (uint32_t)nng_pipe_id(pipe);
+    if (kind == NNG_PIPE_EV_REM_POST) {
+        ts_watch_remove(t->watch, id);
+        ts_queue_put(&t->service->queue, &end_event(id)->work);
+        return;
     }
-    event->pipe = (uint32_t)nng_pipe_id(pipe);
-    event->work.run = ts_service_pipe_removed;
-    if (kind == NNG_PIPE_EV_ADD_PRE) {
-        uint64_t uid = UINT32_MAX, pid = 0;
-        if (nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_UID, &uid) != 0) {
-            ts_log(TS_LOG_WARNING, "a connection whose peer has no uid was turned away");
-            free(event);
-            nng_pipe_close(pipe);
-            return;
-        }
-        (void)nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_PID, &pid);
-        if (pid == (uint64_t)getpid()) { /* ts_transport_revive has seen enough */
-            sem_post(&t->self_seen);
-            free(event);
-            nng_pipe_close(pipe);
-            return;
-        }
-        event->uid = (uint32_t)uid;
-        event->pid = (uint32_t)pid;
-        event->work.run = ts_service_pipe_added;
+    uint64_t uid, pid = 0;
+    ts_pipe_event *event = NULL;
+    (void)nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_PID, &pid);
+    if (pid == (uint64_t)getpid()) { /* ts_transport_revive has seen enough */
+        sem_post(&t->self_seen);
+        nng_pipe_close(pipe);
+        return;
     }
+    if (nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_UID, &uid) != 0 ||
+        (event = calloc(1, sizeof *event)) == NULL) {
+        ts_log(TS_LOG_WARNING, "a connection was turned away: no memory, or its peer has no uid");
+        nng_pipe_close(pipe);
+        return;
+    }
+    event->work.run = ts_service_pipe_added;
+    event->pipe = id;
+    event->uid = (uint32_t)uid;
+    event->pid = (uint32_t)pid;
     ts_queue_put(&t->service->queue, &event->work);
+    ts_watch_add(t->watch, id, (uint32_t)pid);
 }
 
 /* A listener more; those that were there keep their connections. */
@@ -181,7 +198,8 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
     t->mode = mode;
     snprintf(t->url, sizeof t->url, "%s", url);
     sem_init(&t->self_seen, 0, 0);
-    int error = nng_rep0_open(&t->socket);
+    t->watch = ts_watch_new(process_ended, t);
+    int error = t->watch == NULL ? NNG_ENOMEM : nng_rep0_open(&t->socket);
     if (error == 0)
         error = nng_socket_set_size(t->socket, NNG_OPT_RECVMAXSZ, message_bytes);
     if (error == 0)
@@ -224,6 +242,7 @@ void ts_transport_free(ts_transport *t)
         return;
     nng_pipe_notify(t->socket, NNG_PIPE_EV_ADD_PRE, NULL, NULL);
     nng_pipe_notify(t->socket, NNG_PIPE_EV_REM_POST, NULL, NULL);
+    ts_watch_free(t->watch);
     nng_close(t->socket);
     for (uint32_t i = 0; i < t->num_slots; i++) {
         if (t->slots[i].request.message != NULL)

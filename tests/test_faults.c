@@ -539,6 +539,51 @@ static void workers_killed_at_random_points_take_nothing_with_them(void **state)
     daemon_stop(&d);
 }
 
+/* Worker: forks a child that holds on to all that was open here, tells the child's pid, and waits.
+ */
+static void parent_of_a_holder(const char *url, int ready)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *step;
+    uint32_t n = 40;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    pid_t child = fork();
+    if (child == 0)
+        for (;;)
+            pause();
+    assert_int_equal(write(ready, &child, sizeof child), sizeof child);
+    for (;;)
+        pause();
+}
+
+static void a_dead_workers_blocks_are_free_though_its_child_holds_the_socket(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c = connect_to(&d);
+    int ready[2];
+    char number[16];
+    pid_t child;
+    assert_int_equal(pipe(ready), 0);
+    fcntl(ready[0], F_SETFD, FD_CLOEXEC);
+    snprintf(number, sizeof number, "%d", ready[1]);
+    pid_t worker = spawn("parent", d.url, number);
+    assert_int_equal(read(ready[0], &child, sizeof child), sizeof child);
+    assert_int_equal(used_blocks(c), 3);
+    kill(worker, SIGKILL);
+    assert_int_equal(waitpid(worker, NULL, 0), worker);
+    await_used_blocks(c, 0); /* while the child lives */
+    assert_int_equal(kill(child, SIGKILL), 0);
+    close(ready[0]);
+    close(ready[1]);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 4) {
@@ -546,6 +591,8 @@ int main(int argc, char **argv)
             steady(argv[2], atoi(argv[3]));
         if (strcmp(argv[1], "victim") == 0)
             victim(argv[2], atoi(argv[3]));
+        if (strcmp(argv[1], "parent") == 0)
+            parent_of_a_holder(argv[2], atoi(argv[3]));
         return 0;
     }
     const struct CMUnitTest tests[] = {
@@ -554,6 +601,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_message_of_a_gibibyte_ends_its_connection_and_nothing_else),
         cmocka_unit_test(a_thousand_silent_connections_disturb_nobody),
         cmocka_unit_test(the_handle_socket_gives_nothing_to_who_has_no_token),
+        cmocka_unit_test(a_dead_workers_blocks_are_free_though_its_child_holds_the_socket),
         cmocka_unit_test(workers_killed_at_random_points_take_nothing_with_them),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
