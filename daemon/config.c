@@ -24,7 +24,7 @@ void ts_config_init(ts_config *c)
         .socket_mode = 0660,
         .log_level = TS_LOG_INFO,
         .contexts = 256,
-        .message_bytes = 4u << 20,
+        .message_bytes = 1u << 20,
     };
     ts_engine_default_limits(&c->limits);
 }

@@ -555,7 +555,8 @@ void ts_service_request(ts_work *work, void *service)
     if (message == NULL || message->request_id == 0 ||
         message->body_case == TSPB__REQUEST__BODY__NOT_SET) {
         ts_refuse(&a, TS_EPROTO, "%s",
-                  message == NULL            ? "the message is not a tspb.Request"
+                  message == NULL ? "the message is not a tspb.Request, or is made to take far "
+                                    "more memory than its size"
                   : message->request_id == 0 ? "request_id is 0; ids count from 1"
                                              : "the request has no body that this daemon knows");
         return send_refusal(s, request, message == NULL ? 0 : message->request_id, &a);

@@ -65,6 +65,42 @@ static void send_reply(ts_request *request, const void *reply, size_t bytes)
     nng_ctx_send(s->ctx, s->aio);
 }
 
+/*
+ * What unpacking one message may take: some times its size. Messages of this protocol need less
+ * than half of it; one made of unknown fields or of the smallest unpacked elements would need far
+ * more.
+ */
+typedef struct budget {
+    size_t left;
+} budget;
+
+#define BUDGET_FACTOR 8u
+#define BUDGET_BASE 65536u
+
+static void *budget_alloc(void *data, size_t bytes)
+{
+    budget *b = data;
+    if (bytes > b->left)
+        return NULL;
+    b->left -= bytes;
+    return malloc(bytes);
+}
+
+static void budget_free(void *data, void *memory)
+{
+    (void)data;
+    free(memory);
+}
+
+static Tspb__Request *unpack(nng_msg *message)
+{
+    size_t bytes = nng_msg_len(message);
+    budget b = {.left = BUDGET_BASE + bytes * BUDGET_FACTOR};
+    ProtobufCAllocator allocator = {
+        .alloc = budget_alloc, .free = budget_free, .allocator_data = &b};
+    return tspb__request__unpack(&allocator, bytes, nng_msg_body(message));
+}
+
 static void slot_event(void *arg)
 {
     slot *s = arg;
@@ -84,7 +120,8 @@ static void slot_event(void *arg)
     }
     nng_msg *message = nng_aio_get_msg(s->aio);
     s->request.pipe = (uint32_t)nng_pipe_id(nng_msg_get_pipe(message));
-    s->request.message = tspb__request__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
+    s->request.message =
+        unpack(message); /* freed by free_unpacked(..., NULL): it is all malloc'ed */
     nng_msg_free(message);
     s->phase = ANSWERING;
     ts_queue_put(&s->transport->service->queue, &s->request.work);

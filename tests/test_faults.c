@@ -220,6 +220,26 @@ static void garbage_is_answered_with_a_refusal(void **state)
         assert_true(cut == 0 || reply->status != TS_OK || sequences(c) == live);
         tspb__reply__free_unpacked(reply, NULL);
     }
+    /* Half a million unknown fields of two bytes: 56 times as much memory, were they kept. */
+    static unsigned char swollen[1000000];
+    for (size_t i = 0; i < sizeof swollen; i += 2) {
+        swollen[i] = 0x78; /* field 15 */
+        swollen[i + 1] = 1;
+    }
+    raw_send(s, swollen, sizeof swollen);
+    reply = raw_receive(s);
+    assert_int_equal(reply->status, TS_EPROTO);
+    tspb__reply__free_unpacked(reply, NULL);
+    /* The largest good batch goes through. */
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq *batch = malloc(65536 * sizeof *batch);
+    uint32_t *zeros = calloc(65536, sizeof *zeros);
+    OK(ts_seq_create(p, 65536, batch));
+    OK(ts_seq_truncate(p, batch, zeros, 65536));
+    OK(ts_seq_free(p, batch, 65536));
+    free(batch);
+    free(zeros);
+    ts_pool_close(p);
     check_daemon(c);
     nng_close(s);
     ts_disconnect(c);
