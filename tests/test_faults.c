@@ -322,11 +322,25 @@ static void a_thousand_silent_connections_disturb_nobody(void **state)
             stream_greet(fds[i]);
     }
     a_worker_works(&d);
-    /* Half of them leave in the middle of being greeted, which makes NNG 1.5's listener deaf. */
     for (int i = 0; i < 1000; i++)
         close(fds[i]);
     a_worker_works(&d);
-    a_worker_works(&d);
+    daemon_stop(&d);
+}
+
+static void who_leaves_while_being_greeted_locks_nobody_out(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *before = connect_to(&d);
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 20; i++) /* makes NNG 1.5's listener deaf */
+            close(stream_open(&d));
+        a_worker_works(&d);
+        check_daemon(before); /* who was connected stays so */
+    }
+    ts_disconnect(before);
     daemon_stop(&d);
 }
 
@@ -620,6 +634,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(a_message_of_a_gibibyte_ends_its_connection_and_nothing_else),
         cmocka_unit_test(a_thousand_silent_connections_disturb_nobody),
+        cmocka_unit_test(who_leaves_while_being_greeted_locks_nobody_out),
         cmocka_unit_test(the_handle_socket_gives_nothing_to_who_has_no_token),
         cmocka_unit_test(a_dead_workers_blocks_are_free_though_its_child_holds_the_socket),
         cmocka_unit_test(workers_killed_at_random_points_take_nothing_with_them),

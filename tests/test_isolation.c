@@ -219,6 +219,34 @@ static void a_slab_is_wiped_before_the_next_tenant_gets_it(void **state)
     daemon_stop(&d);
 }
 
+static void a_pool_that_clients_may_not_write_is_sealed_even_against_root(void **state)
+{
+    (void)state;
+    if (getuid() != 0)
+        skip();
+    daemon_process d;
+    ts_handle_reply reply;
+    ts_seq seq;
+    int fd;
+    char path[64];
+    daemon_start(&d, POOL_RO);
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "ro", 0);
+    write_token(p, &seq);
+    OK(ts_handle_get(c, TS_HANDLE_SLAB, p->index, 0, false, &reply, &fd));
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int again = open(path, O_RDWR); /* file modes don't stop root */
+    assert_true(again >= 0);
+    assert_ptr_equal(mmap(NULL, reply.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, again, 0),
+                     MAP_FAILED);
+    assert_int_equal(write(again, "x", 1), -1);
+    close(again);
+    close(fd);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void who_may_not_connect_is_told_why(void **state)
 {
     (void)state;
@@ -262,6 +290,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(neither_of_two_uids_reaches_the_others_slabs),
         cmocka_unit_test(a_slab_is_wiped_before_the_next_tenant_gets_it),
+        cmocka_unit_test(a_pool_that_clients_may_not_write_is_sealed_even_against_root),
         cmocka_unit_test(who_may_not_connect_is_told_why),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
