@@ -73,14 +73,13 @@ static void connection_free(ts_service *s, ts_connection *c)
                c->uid, c->pid);
     }
     exchange_release(c->exchange);
-    for (uint32_t i = 0; i < TS_REPLIES_KEPT; i++) {
+    for (uint32_t i = 0; i < TS_REPLIES_KEPT; i++)
         /* Nobody is there to read it, but each request is answered once. */
-        for (ts_request *w = c->replies[i].waiters, *next; w != NULL; w = next) {
+        for (ts_request *w = c->replies.slots[i].waiters, *next; w != NULL; w = next) {
             next = w->next_waiter;
             w->send(w, NULL, 0);
         }
-        free(c->replies[i].bytes);
-    }
+    ts_replies_fini(&c->replies);
     free(c);
 }
 
@@ -110,22 +109,6 @@ static bool pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
     return true;
 }
 
-/* Drops the oldest bodies until what is kept fits; their ids stay known. */
-static void trim_replies(ts_connection *c)
-{
-    while (c->reply_bytes > TS_REPLY_BYTES_KEPT) {
-        ts_kept_reply *oldest = NULL;
-        for (uint32_t i = 0; i < TS_REPLIES_KEPT; i++)
-            if (c->replies[i].bytes != NULL && (oldest == NULL || c->replies[i].id < oldest->id))
-                oldest = &c->replies[i];
-        if (oldest == NULL)
-            return;
-        c->reply_bytes -= oldest->size;
-        free(oldest->bytes);
-        oldest->bytes = NULL;
-    }
-}
-
 /* Packs the reply and keeps it for repeats if `kept` says so. Returns its size in s->packed. */
 static size_t finish(ts_service *s, ts_connection *c, ts_kept_reply *kept, Tspb__Reply *reply)
 {
@@ -135,15 +118,8 @@ static size_t finish(ts_service *s, ts_connection *c, ts_kept_reply *kept, Tspb_
         reply->body_case = TSPB__REPLY__BODY__NOT_SET;
     if (!pack(s, reply, &size))
         return 0;
-    if (kept != NULL) {
-        kept->bytes = malloc(size);
-        if (kept->bytes != NULL) {
-            memcpy(kept->bytes, s->packed, size);
-            kept->size = size;
-            c->reply_bytes += size;
-            trim_replies(c);
-        }
-    }
+    if (kept != NULL)
+        ts_replies_keep(&c->replies, kept, s->packed, size);
     return size;
 }
 
@@ -168,7 +144,7 @@ static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const 
 static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *request)
 {
     uint64_t id = request->message->request_id;
-    ts_kept_reply *kept = &c->replies[id % TS_REPLIES_KEPT];
+    ts_kept_reply *kept = ts_replies_at(&c->replies, id);
     ts_answer answer = {0};
     if (kept->id == id && kept->pending) {
         request->next_waiter = kept->waiters;
@@ -193,11 +169,7 @@ static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *re
         send_refusal(s, request, id, &answer);
         return NULL;
     }
-    if (kept->bytes != NULL) {
-        c->reply_bytes -= kept->size;
-        free(kept->bytes);
-    }
-    *kept = (ts_kept_reply){.id = id};
+    ts_replies_start(&c->replies, kept, id);
     return kept;
 }
 
@@ -236,9 +208,9 @@ static void finish_job(ts_work *work, void *service)
     exchange_release(j->exchange);
 
     ts_connection *c = ts_service_connection(s, j->pipe);
-    ts_kept_reply *kept = NULL;
-    if (c != NULL && c->replies[j->request_id % TS_REPLIES_KEPT].id == j->request_id)
-        kept = &c->replies[j->request_id % TS_REPLIES_KEPT];
+    ts_kept_reply *kept = c == NULL ? NULL : ts_replies_at(&c->replies, j->request_id);
+    if (kept != NULL && kept->id != j->request_id)
+        kept = NULL; /* another connection by now */
     const unsigned char *bytes = j->reply;
     size_t size = j->reply_size;
     if (bytes == NULL) {
@@ -253,22 +225,14 @@ static void finish_job(ts_work *work, void *service)
         bytes = s->packed;
     }
     if (kept != NULL) {
-        kept->pending = false;
-        kept->bytes = malloc(size > 0 ? size : 1);
-        if (kept->bytes != NULL) {
-            memcpy(kept->bytes, bytes, size);
-            kept->size = size;
-            c->reply_bytes += size;
-        }
         for (ts_request *w = kept->waiters, *next; w != NULL; w = next) {
             next = w->next_waiter;
             w->send(w, bytes, size);
         }
         kept->waiters = NULL;
+        ts_replies_keep(&c->replies, kept, bytes, size);
     }
     j->request->send(j->request, bytes, size);
-    if (kept != NULL)
-        trim_replies(c);
     free(j->job.copies);
     free(j->job.seqs);
     free(j->reply);

@@ -11,10 +11,8 @@
 #include "handle_wire.h"
 #include "memory.h"
 #include "queue.h"
+#include "replies.h"
 #include "tinyserve.pb-c.h"
-
-#define TS_REPLIES_KEPT 64u
-#define TS_REPLY_BYTES_KEPT (1u << 20)
 
 /* A request on its way. The transport owns it; `send` is called exactly once, on the engine's
  * thread. */
@@ -50,14 +48,6 @@ typedef struct ts_exchange {
     uint32_t users; /* the connection, and each run in flight */
 } ts_exchange;
 
-typedef struct ts_kept_reply {
-    uint64_t id; /* 0: none */
-    bool pending;
-    ts_request *waiters;  /* repeats that came while the first was in progress */
-    unsigned char *bytes; /* NULL and not pending: no longer kept */
-    size_t size;
-} ts_kept_reply;
-
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
     uint32_t pipe, uid, pid;
@@ -65,8 +55,7 @@ typedef struct ts_connection {
     uint8_t token[TS_TOKEN_BYTES];
     ts_exchange *exchange;
     uint64_t requests;
-    ts_kept_reply replies[TS_REPLIES_KEPT]; /* id % TS_REPLIES_KEPT */
-    size_t reply_bytes;
+    ts_replies replies;
 } ts_connection;
 
 #define TS_CONNECTION_BUCKETS 4096u
