@@ -3,7 +3,7 @@
  * wait here, and one thread launches all attends of like shape, whoever sent them, as one kernel
  * call.
  *
- * Thread: the engine's submits; `done` is called on the batch's own.
+ * Thread: the engine's owner submits; `done` is called on the batch's own.
  */
 #ifndef TS_BATCH_H
 #define TS_BATCH_H

@@ -30,7 +30,7 @@ struct ts_handles {
     sem_t answered;
 };
 
-/* A request on its way through the engine's thread, while this one waits. */
+/* A request on its way through the engine, while this one waits. */
 typedef struct pending_ask {
     ts_handle_ask ask; /* first: the service hands it back */
     sem_t *answered;

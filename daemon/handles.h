@@ -1,6 +1,6 @@
 /*
  * The handle socket: a Unix socket beside NNG's that passes file descriptors. One thread takes the
- * requests, one after another a connection, and has the engine's thread decide them.
+ * requests, one after another a connection, and has the engine decide them.
  *
  * Thread: started and stopped by main.
  */

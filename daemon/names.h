@@ -1,7 +1,7 @@
 /*
  * The names under which sequences are kept: (tenant, name) -> sequence index. One table a pool.
  *
- * Locking: none; the engine's thread owns it.
+ * Locking: none; the engine's owner of the moment (queue.h) owns it.
  */
 #ifndef TS_NAMES_H
 #define TS_NAMES_H

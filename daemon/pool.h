@@ -8,7 +8,7 @@
  *
  * Cost: 4 bytes a block and 40 bytes a slab.
  *
- * Locking: none; the engine's thread owns it.
+ * Locking: none; the engine's owner of the moment (queue.h) owns it.
  */
 #ifndef TS_POOL_H
 #define TS_POOL_H

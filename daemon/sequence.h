@@ -9,7 +9,7 @@
  * Cost: 64 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
  * 4).
  *
- * Locking: none; the engine's thread owns it.
+ * Locking: none; the engine's owner of the moment (queue.h) owns it.
  */
 #ifndef TS_SEQUENCE_H
 #define TS_SEQUENCE_H

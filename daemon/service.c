@@ -191,7 +191,7 @@ typedef struct service_job {
 static void job_done(ts_job *job)
 {
     service_job *j = (service_job *)job;
-    ts_queue_put(&j->service->queue, &j->work);
+    ts_queue_run(&j->service->queue, &j->work, j->service);
 }
 
 static void finish_job(ts_work *work, void *service)

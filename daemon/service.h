@@ -1,7 +1,8 @@
 /*
- * What the engine's thread does around the engine: it looks up who asks, answers repeated requests
- * from memory, finds memory for slabs and exchanges, hands jobs to the kernels and packs replies.
- * Everything in a ts_service belongs to that thread; others put ts_work into its queue.
+ * What is done around the engine: looking up who asks, answering repeated requests from memory,
+ * finding memory for slabs and exchanges, handing jobs to the kernels, packing replies. Everything
+ * in a ts_service belongs to the engine's owner of the moment (queue.h); others put ts_work into
+ * its queue.
  */
 #ifndef TS_SERVICE_H
 #define TS_SERVICE_H
@@ -14,8 +15,8 @@
 #include "replies.h"
 #include "tinyserve.pb-c.h"
 
-/* A request on its way. The transport owns it; `send` is called exactly once, on the engine's
- * thread. */
+/* A request on its way. The transport owns it; `send` is called exactly once, by the engine's
+ * owner. */
 typedef struct ts_request {
     ts_work work;
     uint32_t pipe;
@@ -30,7 +31,7 @@ typedef struct ts_pipe_event {
     uint32_t pipe, uid, pid;
 } ts_pipe_event;
 
-/* Asks for a descriptor; `done` is called on the engine's thread, and *fd is then the asker's. */
+/* Asks for a descriptor; `done` is called by the engine's owner, and *fd is then the asker's. */
 typedef struct ts_handle_ask {
     ts_work work;
     ts_handle_request request;

@@ -2,7 +2,7 @@
  * Sessions: one connected client process each, with what must be reclaimed when it goes. A session
  * that closes while a kernel still works on one of its steps is *closing* until the kernel is done.
  *
- * Locking: none; the engine's thread owns it.
+ * Locking: none; the engine's owner of the moment (queue.h) owns it.
  */
 #ifndef TS_SESSION_H
 #define TS_SESSION_H

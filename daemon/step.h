@@ -7,8 +7,8 @@
  * excess back; aborting restores every sequence as it was. While a step is open its sequences can't
  * be changed otherwise, so the plan that kernels read stays valid.
  *
- * Locking: none; the engine's thread owns the steps. The kernels read plan and tables while the
- * step has runs in flight, during which nothing here changes them.
+ * Locking: none; the engine's owner (queue.h) owns the steps. The kernels read plan and tables
+ * while the step has runs in flight, during which nothing here changes them.
  */
 #ifndef TS_STEP_H
 #define TS_STEP_H

@@ -124,7 +124,7 @@ static void slot_event(void *arg)
         unpack(message); /* freed by free_unpacked(..., NULL): it is all malloc'ed */
     nng_msg_free(message);
     s->phase = ANSWERING;
-    ts_queue_put(&s->transport->service->queue, &s->request.work);
+    ts_queue_run(&s->transport->service->queue, &s->request.work, s->transport->service);
 }
 
 /* Memory to tell of a connection's end, however long it takes: without it its session would stay.

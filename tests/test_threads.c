@@ -1,4 +1,5 @@
-/* What is shared between threads: the kernels' team of threads, and the batch that joins jobs. */
+/* What is shared between threads: the kernels' team of threads, the batch that joins jobs, and the
+ * engine's queue. */
 #include "test_util.h"
 
 #include "batch.h"
@@ -151,12 +152,123 @@ static void what_is_cancelled_says_so(void **state)
     ts_attention_free(a);
 }
 
+/* ---- the queue ---- */
+
+enum { BRINGERS = 4, PIECES = 20000 };
+
+typedef struct owned_state { /* plain memory: only the owner may touch it */
+    uint32_t inside, overlaps, disorder, total, next[BRINGERS];
+} owned_state;
+
+typedef struct piece {
+    ts_work work;
+    uint32_t bringer, number;
+} piece;
+
+typedef struct bringer {
+    ts_queue *queue;
+    owned_state *state;
+    piece *pieces;
+} bringer;
+
+static void run_piece(ts_work *work, void *arg)
+{
+    owned_state *s = arg;
+    piece *p = (piece *)work;
+    s->overlaps += s->inside++ != 0;
+    s->disorder += s->next[p->bringer] != p->number;
+    s->next[p->bringer] = p->number + 1;
+    s->total++;
+    s->inside--;
+}
+
+static void *bring(void *arg)
+{
+    bringer *b = arg;
+    for (uint32_t i = 0; i < PIECES; i++)
+        if (i % 3 == 0)
+            ts_queue_put(b->queue, &b->pieces[i].work);
+        else
+            ts_queue_run(b->queue, &b->pieces[i].work, b->state);
+    return NULL;
+}
+
+static void *take_all(void *arg)
+{
+    bringer *b = arg;
+    for (ts_work *work; (work = ts_queue_take(b->queue)) != NULL;)
+        for (ts_work *next; work != NULL; work = next) {
+            next = work->next;
+            work->run(work, b->state);
+        }
+    return NULL;
+}
+
+static void work_is_run_once_in_order_by_one_thread_at_a_time(void **state)
+{
+    (void)state;
+    ts_queue queue;
+    owned_state owned = {0};
+    pthread_t threads[BRINGERS], taker;
+    bringer bringers[BRINGERS];
+    piece *pieces = calloc(BRINGERS * PIECES, sizeof *pieces);
+    assert_non_null(pieces);
+    ts_queue_init(&queue);
+    for (uint32_t i = 0; i < BRINGERS * PIECES; i++)
+        pieces[i] = (piece){.work.run = run_piece, .bringer = i / PIECES, .number = i % PIECES};
+    for (uint32_t i = 0; i < BRINGERS; i++)
+        bringers[i] = (bringer){&queue, &owned, pieces + (size_t)i * PIECES};
+    assert_int_equal(pthread_create(&taker, NULL, take_all, &bringers[0]), 0);
+    for (uint32_t i = 0; i < BRINGERS; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, bring, &bringers[i]), 0);
+    for (uint32_t i = 0; i < BRINGERS; i++)
+        pthread_join(threads[i], NULL);
+    ts_queue_close(&queue);
+    pthread_join(taker, NULL); /* what was put in before is done by now */
+    assert_int_equal(owned.total, BRINGERS * PIECES);
+    assert_int_equal(owned.overlaps, 0);
+    assert_int_equal(owned.disorder, 0);
+
+    /* Closed: work that comes too late is kept for ts_queue_drop, not run. */
+    piece *late = calloc(1, sizeof *late);
+    assert_non_null(late);
+    late->work.run = run_piece;
+    ts_queue_run(&queue, &late->work, &owned);
+    assert_int_equal(owned.total, BRINGERS * PIECES);
+    ts_queue_drop(&queue);
+    ts_queue_fini(&queue);
+    free(pieces);
+}
+
+static void an_idle_queue_runs_work_on_the_thread_that_brings_it(void **state)
+{
+    (void)state;
+    ts_queue queue;
+    owned_state owned = {0};
+    piece first = {.work.run = run_piece}, second = {.work.run = run_piece, .number = 1};
+    ts_queue_init(&queue);
+    ts_queue_run(&queue, &first.work, &owned);
+    assert_int_equal(owned.total, 1);
+    ts_queue_put(&queue, &second.work);
+    assert_int_equal(owned.total, 1);
+    assert_ptr_equal(ts_queue_take(&queue), &second.work);
+    piece third = {.work.run = run_piece, .number = 1};
+    ts_queue_run(&queue, &third.work, &owned); /* the taker owns the engine until it asks again */
+    assert_int_equal(owned.total, 1);
+    assert_ptr_equal(ts_queue_take(&queue), &third.work);
+    ts_queue_close(&queue);
+    assert_null(ts_queue_take(&queue));
+    ts_queue_fini(&queue);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_item_runs_once_in_every_round),
         cmocka_unit_test(jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result),
         cmocka_unit_test(what_is_cancelled_says_so),
+        cmocka_unit_test(work_is_run_once_in_order_by_one_thread_at_a_time),
+        cmocka_unit_test(an_idle_queue_runs_work_on_the_thread_that_brings_it),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
