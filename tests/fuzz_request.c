@@ -1,18 +1,22 @@
 /*
- * Fuzz target: requests into the service and its engine, as the transport hands them over. An input
- * is a list of requests: bytes to be unpacked as they are, or fields to build a request of, which
- * may name ids that earlier answers gave. After each input the engine's books must agree.
+ * Fuzz target: requests into the service and its engine, as the transport hands them over: through
+ * the queue, run here where the engine is idle and by its own thread where it isn't. An input is a
+ * list of requests: bytes to be unpacked as they are, or fields to build a request of, which may
+ * name ids that earlier answers gave. After each input the engine's books must agree.
  */
 #include "log.h"
 #include "service.h"
 #include "survey.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 static ts_service service;
 static uint32_t next_pipe;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t told = PTHREAD_COND_INITIALIZER;
 
 typedef struct input {
     const uint8_t *at, *end;
@@ -33,6 +37,23 @@ static uint32_t number(input *in)
     return x < 224 ? x % 32 : take(in, 4);
 }
 
+/* The engine's owner of the moment may be another thread. */
+static void tell(bool *done)
+{
+    pthread_mutex_lock(&lock);
+    *done = true;
+    pthread_cond_signal(&told);
+    pthread_mutex_unlock(&lock);
+}
+
+static void wait_for(const bool *done)
+{
+    pthread_mutex_lock(&lock);
+    while (!*done)
+        pthread_cond_wait(&told, &lock);
+    pthread_mutex_unlock(&lock);
+}
+
 typedef struct fuzz_request {
     ts_request request;
     bool sent;
@@ -44,20 +65,12 @@ static void on_send(ts_request *request, const void *reply, size_t bytes)
     fuzz_request *f = (fuzz_request *)request;
     if (f->sent)
         abort(); /* exactly once */
-    f->sent = true;
     if (bytes > 0) {
         f->reply = tspb__reply__unpack(NULL, bytes, reply);
         if (f->reply == NULL)
             abort();
     }
-}
-
-static void run_all(ts_work *work)
-{
-    for (ts_work *next; work != NULL; work = next) {
-        next = work->next;
-        work->run(work, &service);
-    }
+    tell(&f->sent);
 }
 
 static void pipe_event(void (*run)(ts_work *, void *), uint32_t pipe, uint32_t uid)
@@ -65,16 +78,19 @@ static void pipe_event(void (*run)(ts_work *, void *), uint32_t pipe, uint32_t u
     ts_pipe_event *event = calloc(1, sizeof *event);
     event->pipe = pipe;
     event->uid = uid;
-    run(&event->work, &service);
+    event->work.run = run;
+    ts_queue_run(&service.queue, &event->work, &service);
 }
 
-/* Hands the request over and waits for its answer, letting jobs finish. */
+/* Hands the request over and waits for its answer. */
 static Tspb__Reply *call(uint32_t pipe, Tspb__Request *message)
 {
-    fuzz_request f = {.request = {.pipe = pipe, .message = message, .send = on_send}};
-    ts_service_request(&f.request.work, &service);
-    while (!f.sent)
-        run_all(ts_queue_take(&service.queue));
+    fuzz_request f = {.request = {.work = {.run = ts_service_request},
+                                  .pipe = pipe,
+                                  .message = message,
+                                  .send = on_send}};
+    ts_queue_run(&service.queue, &f.request.work, &service);
+    wait_for(&f.sent);
     return f.reply;
 }
 
@@ -228,6 +244,25 @@ static void on_problem(void *arg, const char *sentence)
     abort();
 }
 
+typedef struct check {
+    ts_work work;
+    bool done;
+} check;
+
+static void run_check(ts_work *work, void *arg)
+{
+    (void)arg;
+    if (ts_survey_check(service.engine, on_problem, NULL) == 0)
+        abort();
+    tell(&((check *)work)->done);
+}
+
+static void *engine_main(void *arg)
+{
+    ts_service_run(arg);
+    return NULL;
+}
+
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     (void)argc;
@@ -256,6 +291,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         ts_memory_host_new(service.engine->pools[0].books.num_slabs,
                            ts_geometry_block_bytes(&config.geometry) * config.slab_blocks,
                            &service.memory[0], why, sizeof why) != TS_OK)
+        abort();
+    pthread_t engine;
+    if (pthread_create(&engine, NULL, engine_main, &service) != 0)
         abort();
     return 0;
 }
@@ -298,7 +336,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             tspb__request__free_unpacked(message, NULL);
     }
     pipe_event(ts_service_pipe_removed, pipe, 0);
-    if (ts_survey_check(service.engine, on_problem, NULL) == 0)
-        abort();
+    check last = {.work = {.run = run_check}};
+    ts_queue_run(&service.queue, &last.work, &service);
+    wait_for(&last.done);
     return 0;
 }
