@@ -4,8 +4,8 @@
  * be exported to other processes as file descriptors.
  *
  * A slab that goes to another tenant is *renewed*: it gets new, zeroed memory, so that whoever
- * still maps the old one sees none of what comes after. Other providers (CUDA) fill the same table
- * of functions.
+ * still maps the old one sees none of what comes after. This header has the provider of host memory;
+ * gpu.h has those of device memory.
  *
  * Thread: one at a time (the engine's); the memory itself may be used by any.
  */
@@ -29,7 +29,9 @@ typedef struct ts_memory_ops {
 struct ts_memory {
     const ts_memory_ops *ops;
     unsigned char *base;
-    size_t slab_bytes;
+    size_t slab_bytes;         /* from one slab to the next */
+    size_t export_bytes;       /* of the memory behind a slab's descriptor: at least slab_bytes */
+    const uint8_t *ipc_handle; /* of the only slab, where there is no descriptor; else NULL */
     uint32_t num_slabs;
 };
 
@@ -41,9 +43,9 @@ ts_status ts_memory_host_new(uint32_t num_slabs, size_t slab_bytes, ts_memory **
                              size_t why_bytes);
 
 /*
- * Gives the slab new memory, all zero; the old memory is given back to the system at once, even if
- * another process still maps it. With clients_write false the memory can never be mapped writable
- * by another process. TS_ENOMEM leaves the slab as it was.
+ * Gives the slab new memory, all zero. Host memory: the old memory is given back to the system at
+ * once, even if another process still maps it, and with clients_write false the new can never be
+ * mapped writable by another process. TS_ENOMEM leaves the slab as it was.
  */
 static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
                                         size_t why_bytes)

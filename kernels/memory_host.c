@@ -144,8 +144,11 @@ ts_status ts_memory_host_new(uint32_t num_slabs, size_t slab_bytes, ts_memory **
         free(host);
         return status;
     }
-    host->memory = (ts_memory){
-        .ops = &host_ops, .base = base, .slab_bytes = slab_bytes, .num_slabs = num_slabs};
+    host->memory = (ts_memory){.ops = &host_ops,
+                               .base = base,
+                               .slab_bytes = slab_bytes,
+                               .export_bytes = slab_bytes,
+                               .num_slabs = num_slabs};
     for (uint32_t i = 0; i < num_slabs; i++)
         host->fds[i] = -1;
     *out = &host->memory;

@@ -1,0 +1,153 @@
+/*
+ * A CUDA device as the daemon uses it: memory that other processes can map, and launches. This
+ * header is plain C and needs no CUDA; without CUDA at build time gpu_none.c stands in and every
+ * open says so.
+ *
+ * A *launch* is one of a fixed number of streams with its own staging memory: take one, give it
+ * work in order (waits, one attend or one set of copies, signals), finish it; it is free again when
+ * the device has done all of it. Nothing here waits for the device but what says so.
+ *
+ * Calls that give memory back may wait until the device is idle, and a stream may be waiting for a
+ * worker: so they are left to a thread of the ts_gpu's own (the janitor).
+ *
+ * Threads: any, except that one launch is used by one thread at a time.
+ */
+#ifndef TS_GPU_H
+#define TS_GPU_H
+
+#include "attention.h"
+#include "memory.h"
+
+#define TS_GPU_UUID_BYTES 16
+#define TS_GPU_WHY_BYTES 128
+#define TS_IPC_HANDLE_BYTES 64
+
+/* Which attention kernel; kernels/README.md tells what each one is. */
+typedef enum ts_kernel {
+    TS_KERNEL_AUTO = 0, /* the best for each sequence's shape */
+    TS_KERNEL_V1,
+    TS_KERNEL_V2,
+    TS_KERNEL_V3,
+    TS_KERNEL_V4,
+    TS_KERNEL_TILE,
+    TS_KERNEL_COUNT
+} ts_kernel;
+
+/* "auto", "v1", ...; NULL past the last. */
+const char *ts_kernel_name(ts_kernel kernel);
+
+/* TS_KERNEL_COUNT if no kernel has this name. */
+ts_kernel ts_kernel_find(const char *name);
+
+/* TS_OK, or TS_EINVAL with a sentence: what the kernel can't do about this geometry. */
+ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, size_t why_bytes);
+
+typedef struct ts_gpu ts_gpu;
+
+typedef struct ts_gpu_info {
+    char name[96];
+    unsigned char uuid[TS_GPU_UUID_BYTES]; /* tells the device to other processes */
+    uint32_t ordinal, multiprocessors;
+    uint64_t total_bytes;
+    bool vmm;           /* can export VMM memory as file descriptors */
+    size_t granularity; /* of VMM memory */
+} ts_gpu_info;
+
+/* Devices there are. 0: none, with the reason in `why`. */
+uint32_t ts_gpu_count(char *why, size_t why_bytes);
+
+/* Opens device `ordinal` and its launches. TS_EDEVICE, TS_ENOMEM with a sentence. */
+ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
+
+/* Waits for what was launched, then for the janitor. */
+void ts_gpu_close(ts_gpu *gpu);
+
+const ts_gpu_info *ts_gpu_get_info(const ts_gpu *gpu);
+ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_bytes);
+
+/* TS_OK, or TS_EDEVICE with the CUDA error's name once the device has failed: it is lost then. */
+ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes);
+
+/* ---- memory ---- */
+
+/*
+ * Memory providers (memory.h). cuda-vmm: physical slabs mapped into one reserved range, each with a
+ * file descriptor; slab_bytes is a multiple of the granularity unless there is one slab. cuda-ipc:
+ * one cudaMalloc for the one slab the pool has, taken now, with a 64-byte handle; it can't be
+ * renewed for another tenant, since the first may still map it.
+ */
+ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_bytes,
+                                 ts_memory **out, char *why, size_t why_bytes);
+ts_status ts_memory_cuda_ipc_new(ts_gpu *gpu, size_t bytes, ts_memory **out, char *why,
+                                 size_t why_bytes);
+
+/* Device memory shared with one other process. */
+typedef struct ts_gpu_shared {
+    ts_gpu *gpu;
+    unsigned char *base; /* here */
+    size_t bytes;
+    int fd;                           /* of VMM memory; -1: none */
+    uint8_t ipc[TS_IPC_HANDLE_BYTES]; /* of cudaMalloc memory made here */
+    void *allocation;                 /* private */
+    int kind;                         /* private */
+} ts_gpu_shared;
+
+/* Zeroed memory for another process to map, through a descriptor (vmm) or an IPC handle. */
+ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
+                            size_t why_bytes);
+
+/* Maps `bytes` from `offset` of another process's cudaMalloc memory. TS_EINVAL: not a handle that
+ * this device can map, or the range lies outside of the allocation. */
+ts_status ts_gpu_shared_import(ts_gpu *gpu, const uint8_t handle[TS_IPC_HANDLE_BYTES],
+                               uint64_t offset, size_t bytes, ts_gpu_shared *out, char *why,
+                               size_t why_bytes);
+
+/* Gives the memory back, some time later. Nothing that was launched may use it any more. */
+void ts_gpu_shared_free(ts_gpu_shared *shared);
+
+/* Lets the device read and write host memory; *device is its address there. */
+ts_status ts_gpu_pin(ts_gpu *gpu, void *host, size_t bytes, void **device, char *why,
+                     size_t why_bytes);
+
+/* Undoes it some time later, then unmaps the host memory with munmap. */
+void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes);
+
+/* ---- launches ---- */
+
+typedef struct ts_gpu_launch ts_gpu_launch;
+
+#define TS_GPU_LAUNCHES 32u
+
+/* NULL: all are in use. *left (may be NULL) is how many more there are. */
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left);
+
+/* What follows starts when the 32-bit word (pinned host memory or device memory, 4-byte aligned)
+ * has reached `value`: (int32_t)(*word - value) >= 0. Who wrote it wrote everything before it. */
+ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32_t value);
+
+/* Writes `value` to the word when everything before is done and visible to other processes. */
+ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, uint32_t *word, uint32_t value);
+
+/*
+ * Writes every sequence's new K and V (where given), then attends, as ts_attention_run does; q, k,
+ * v, out and the call's base are the device's addresses, block tables are the host's and are read
+ * before this returns.
+ */
+ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, const ts_attention_call *call,
+                               ts_kernel kernel);
+
+/* Copies whole blocks. No dst may be another copy's src or dst. */
+ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_t block_bytes,
+                               const ts_block_copy *copies, uint32_t num_copies);
+
+/*
+ * `done` is called, on a thread of CUDA's that may call nothing of CUDA, when all of it is done;
+ * the launch is free again just before. A device that fails calls nobody: see ts_gpu_health. If
+ * this fails nobody is called either, and the launch is free once what was queued is done.
+ */
+ts_status ts_gpu_launch_finish(ts_gpu_launch *launch, void (*done)(void *arg), void *arg);
+
+/* Why the last call on this launch failed: a CUDA error's name, or a sentence. */
+const char *ts_gpu_launch_why(const ts_gpu_launch *launch);
+
+#endif

@@ -1,0 +1,98 @@
+/*
+ * The walk that v2 and v3 share; they differ in how 128 threads find a maximum and a sum.
+ *
+ * 128 threads serve one (query token, head) and go over the context in chunks of 512 tokens. First
+ * they are spread over tokens: each computes the scores of some. The chunk's maximum and sum are
+ * reduced, and then they are spread over dimensions to add up V, whose loads are coalesced; where
+ * the head has fewer dimensions than there are threads, several groups of threads take turns at the
+ * tokens and are added up at the end.
+ */
+#ifndef TS_GPU_CHUNKED_CUH
+#define TS_GPU_CHUNKED_CUH
+
+#include "common.cuh"
+
+#define CHUNKED_THREADS 128u
+#define CHUNK_TOKENS 512u
+
+/* Reduce::max and Reduce::sum return the result to every thread; scratch has a float for each. */
+template <typename T, typename Reduce>
+__global__ void __launch_bounds__(CHUNKED_THREADS) chunked(gpu_call c)
+{
+    __shared__ float q[TS_HEAD_DIM_MAX], weights[CHUNK_TOKENS], scratch[TS_HEAD_DIM_MAX];
+    uint2 item = c.items[blockIdx.x];
+    uint32_t head = blockIdx.y, kv_head = head / c.group;
+    const gpu_seq s = c.seqs[item.x];
+    uint32_t keys = s.kv_tokens - s.q_tokens + item.y + 1;
+    size_t row = row_index(c, item.y, head);
+    for (uint32_t d = threadIdx.x; d < c.head_dim; d += CHUNKED_THREADS)
+        q[d] = io_load<T>(s.q, row + d, c.io_fp32) * c.scale_log2;
+    __syncthreads();
+
+    uint32_t groups = c.head_dim <= 32 ? 4 : c.head_dim <= 64 ? 2 : 1;
+    uint32_t lanes = CHUNKED_THREADS / groups;
+    uint32_t group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    float max = -CUDART_INF_F, sum = 0, acc[2] = {0, 0}; /* of dimensions lane, lane + lanes */
+    for (uint32_t first = 0; first < keys; first += CHUNK_TOKENS) {
+        uint32_t count = min(CHUNK_TOKENS, keys - first);
+        float higher = -CUDART_INF_F;
+        for (uint32_t i = threadIdx.x; i < count; i += CHUNKED_THREADS) {
+            const T *k = (const T *)key_of(c, s, first + i, kv_head);
+            float score = 0;
+#pragma unroll 8
+            for (uint32_t d = 0; d < c.head_dim; d++)
+                score += q[d] * to_float(k[d]);
+            weights[i] = score;
+            higher = fmaxf(higher, score);
+        }
+        higher = fmaxf(max, Reduce::max(higher, scratch));
+        float part = 0;
+        for (uint32_t i = threadIdx.x; i < count; i += CHUNKED_THREADS) {
+            weights[i] = exp2f(weights[i] - higher);
+            part += weights[i];
+        }
+        float factor = rescale(max, higher);
+        sum = sum * factor + Reduce::sum(part, scratch);
+        max = higher;
+        acc[0] *= factor;
+        acc[1] *= factor;
+#pragma unroll 4
+        for (uint32_t i = group; i < count; i += groups) {
+            const T *v = (const T *)(key_of(c, s, first + i, kv_head) + c.plane_bytes);
+            if (lane < c.head_dim)
+                acc[0] += weights[i] * to_float(v[lane]);
+            if (lane + lanes < c.head_dim)
+                acc[1] += weights[i] * to_float(v[lane + lanes]);
+        }
+        __syncthreads();
+    }
+    for (uint32_t g = 1; g < groups; g++) {
+        if (group == g)
+            scratch[lane] = acc[0];
+        __syncthreads();
+        if (group == 0)
+            acc[0] += scratch[lane];
+        __syncthreads();
+    }
+    if (group != 0)
+        return;
+    if (lane < c.head_dim)
+        io_store<T>(s.out, row + lane, c.io_fp32, acc[0] / sum);
+    if (lane + lanes < c.head_dim)
+        io_store<T>(s.out, row + lane + lanes, c.io_fp32, acc[1] / sum);
+}
+
+template <typename Reduce>
+cudaError_t launch_chunked(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
+{
+    dim3 grid(c.num_items, c.heads);
+    if (dtype == TS_DTYPE_FP32)
+        chunked<float, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
+    else if (dtype == TS_DTYPE_FP16)
+        chunked<__half, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
+    else
+        chunked<__nv_bfloat16, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
+    return cudaGetLastError();
+}
+
+#endif

@@ -1,0 +1,72 @@
+/*
+ * v1: one thread for each (query token, head). The plainest paged attention there is: a thread walks
+ * its sequence's tokens one by one, keeps a running maximum and sum (online softmax) and its output
+ * row in registers. It is bound by latency: few threads, each waiting for one scattered row after
+ * the other, and neighbouring threads read different rows, so no load is coalesced.
+ */
+#include "common.cuh"
+
+namespace
+{
+
+template <typename T, int DIM> __global__ void __launch_bounds__(64) decode_v1(gpu_call c)
+{
+    uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= c.num_items * c.heads)
+        return;
+    uint2 item = c.items[index / c.heads];
+    uint32_t head = index % c.heads;
+    const gpu_seq s = c.seqs[item.x];
+    uint32_t keys = s.kv_tokens - s.q_tokens + item.y + 1;
+    size_t row = row_index(c, item.y, head);
+
+    float q[DIM], acc[DIM];
+#pragma unroll
+    for (int d = 0; d < DIM; d++) {
+        q[d] = d < c.head_dim ? io_load<T>(s.q, row + d, c.io_fp32) * c.scale_log2 : 0;
+        acc[d] = 0;
+    }
+    float max = -CUDART_INF_F, sum = 0;
+    for (uint32_t t = 0; t < keys; t++) {
+        const T *k = (const T *)key_of(c, s, t, head / c.group);
+        const T *v = (const T *)((const unsigned char *)k + c.plane_bytes);
+        float score = 0;
+#pragma unroll
+        for (int d = 0; d < DIM; d++)
+            if (d < c.head_dim)
+                score += q[d] * to_float(k[d]);
+        float higher = fmaxf(max, score);
+        float factor = rescale(max, higher), weight = exp2f(score - higher);
+        sum = sum * factor + weight;
+        max = higher;
+#pragma unroll
+        for (int d = 0; d < DIM; d++)
+            if (d < c.head_dim)
+                acc[d] = acc[d] * factor + weight * to_float(v[d]);
+    }
+#pragma unroll
+    for (int d = 0; d < DIM; d++)
+        if (d < c.head_dim)
+            io_store<T>(s.out, row + d, c.io_fp32, acc[d] / sum);
+}
+
+template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+{
+    uint32_t grid = (uint32_t)(((uint64_t)c.num_items * c.heads + 63) / 64);
+    if (c.head_dim <= 64)
+        decode_v1<T, 64><<<grid, 64, 0, stream>>>(c);
+    else if (c.head_dim <= 128)
+        decode_v1<T, 128><<<grid, 64, 0, stream>>>(c);
+    else
+        decode_v1<T, 256><<<grid, 64, 0, stream>>>(c);
+    return cudaGetLastError();
+}
+
+} // namespace
+
+cudaError_t launch_v1(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
+{
+    return dtype == TS_DTYPE_FP32   ? launch<float>(c, stream)
+           : dtype == TS_DTYPE_FP16 ? launch<__half>(c, stream)
+                                    : launch<__nv_bfloat16>(c, stream);
+}

@@ -1,0 +1,389 @@
+#define _GNU_SOURCE
+#include "device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+/* ---- errors ---- */
+
+static ts_status status_of(bool out_of_memory)
+{
+    return out_of_memory ? TS_ENOMEM : TS_EDEVICE;
+}
+
+ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t bytes, char *why,
+                      size_t why_bytes)
+{
+    if (bytes > 0)
+        snprintf(why, why_bytes, "%s of %zu bytes failed: %s", what, bytes,
+                 cudaGetErrorName(error));
+    else
+        snprintf(why, why_bytes, "%s failed: %s", what, cudaGetErrorName(error));
+    (void)cudaGetLastError(); /* one that passes is not to be seen by the next call */
+    return status_of(error == cudaErrorMemoryAllocation);
+}
+
+ts_status ts_gpu_fail_driver(const ts_gpu *gpu, CUresult error, const char *what, size_t bytes,
+                             char *why, size_t why_bytes)
+{
+    const char *name = NULL;
+    if (gpu->driver.get_error_name(error, &name) != CUDA_SUCCESS)
+        name = "an unknown error";
+    snprintf(why, why_bytes, "%s of %zu bytes failed: %s", what, bytes, name);
+    return status_of(error == CUDA_ERROR_OUT_OF_MEMORY);
+}
+
+ts_status ts_gpu_launch_fail(ts_gpu_launch *l, cudaError_t error)
+{
+    if (error == cudaSuccess)
+        return TS_OK;
+    snprintf(l->why, sizeof l->why, "%s", cudaGetErrorName(error));
+    (void)cudaGetLastError();
+    return status_of(error == cudaErrorMemoryAllocation);
+}
+
+const char *ts_gpu_launch_why(const ts_gpu_launch *l)
+{
+    return l->why;
+}
+
+ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    cudaError_t error = cudaSetDevice((int)gpu->info.ordinal);
+    return error == cudaSuccess ? TS_OK : ts_gpu_fail(error, "using the device", 0, why, why_bytes);
+}
+
+ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error = cudaStreamQuery(gpu->memory_stream);
+    if (error == cudaSuccess || error == cudaErrorNotReady)
+        return TS_OK;
+    snprintf(why, why_bytes, "cuda:%u (%s) failed: %s", gpu->info.ordinal, gpu->info.name,
+             cudaGetErrorName(error));
+    return TS_EDEVICE;
+}
+
+/* ---- the janitor ---- */
+
+static void *janitor_main(void *arg)
+{
+    ts_gpu *gpu = arg;
+    char why[TS_GPU_WHY_BYTES];
+    (void)ts_gpu_enter(gpu, why, sizeof why);
+    pthread_mutex_lock(&gpu->lock);
+    for (;;) {
+        while (gpu->chores == NULL && !gpu->stop)
+            pthread_cond_wait(&gpu->filled, &gpu->lock);
+        ts_gpu_chore *chore = gpu->chores;
+        if (chore == NULL)
+            break;
+        gpu->chores = chore->next;
+        pthread_mutex_unlock(&gpu->lock);
+        chore->run(gpu, chore->memory, chore->bytes);
+        free(chore);
+        pthread_mutex_lock(&gpu->lock);
+    }
+    pthread_mutex_unlock(&gpu->lock);
+    return NULL;
+}
+
+void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
+                  size_t bytes)
+{
+    ts_gpu_chore *chore = malloc(sizeof *chore);
+    if (chore == NULL) { /* better late than never */
+        run(gpu, memory, bytes);
+        return;
+    }
+    *chore = (ts_gpu_chore){.run = run, .memory = memory, .bytes = bytes};
+    pthread_mutex_lock(&gpu->lock);
+    chore->next = gpu->chores;
+    gpu->chores = chore;
+    pthread_cond_signal(&gpu->filled);
+    pthread_mutex_unlock(&gpu->lock);
+}
+
+/* ---- opening ---- */
+
+uint32_t ts_gpu_count(char *why, size_t why_bytes)
+{
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess && count > 0)
+        return (uint32_t)count;
+    (void)cudaGetLastError();
+    snprintf(why, why_bytes, "%s",
+             error == cudaSuccess ? "no CUDA device is visible" : cudaGetErrorString(error));
+    return 0;
+}
+
+static ts_status find_driver(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    ts_gpu_driver *d = &gpu->driver;
+    const struct {
+        const char *name;
+        void *at;
+        unsigned version;
+    } wanted[] = {
+        {"cuGetErrorName", &d->get_error_name, 6000},
+        {"cuMemCreate", &d->mem_create, 10020},
+        {"cuMemRelease", &d->mem_release, 10020},
+        {"cuMemAddressReserve", &d->address_reserve, 10020},
+        {"cuMemAddressFree", &d->address_free, 10020},
+        {"cuMemMap", &d->mem_map, 10020},
+        {"cuMemUnmap", &d->mem_unmap, 10020},
+        {"cuMemSetAccess", &d->set_access, 10020},
+        {"cuMemExportToShareableHandle", &d->export_handle, 10020},
+        {"cuMemGetAllocationGranularity", &d->granularity, 10020},
+        {"cuMemGetAddressRange", &d->address_range, 3020},
+        {"cuDeviceGetAttribute", &d->attribute, 2000},
+        {"cuStreamWaitValue32", &d->wait_value, 11070},
+        {"cuStreamWriteValue32", &d->write_value, 11070},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        enum cudaDriverEntryPointQueryResult found;
+        cudaError_t error = cudaGetDriverEntryPointByVersion(
+            wanted[i].name, wanted[i].at, wanted[i].version, cudaEnableDefault, &found);
+        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+            snprintf(why, why_bytes, "the CUDA driver has no %s: a newer driver is needed",
+                     wanted[i].name);
+            return TS_EDEVICE;
+        }
+    }
+    return TS_OK;
+}
+
+static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    struct cudaDeviceProp p;
+    ts_gpu_info *info = &gpu->info;
+    int vmm = 0;
+    cudaError_t error = cudaGetDeviceProperties(&p, (int)info->ordinal);
+    if (error != cudaSuccess)
+        return ts_gpu_fail(error, "asking for the device's properties", 0, why, why_bytes);
+    snprintf(info->name, sizeof info->name, "%.95s", p.name);
+    memcpy(info->uuid, &p.uuid, sizeof info->uuid);
+    info->multiprocessors = (uint32_t)p.multiProcessorCount;
+    info->total_bytes = p.totalGlobalMem;
+    if (gpu->driver.attribute(&vmm, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+                              (CUdevice)info->ordinal) != CUDA_SUCCESS)
+        vmm = 0;
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE,
+                                             .id = (int)info->ordinal}};
+    info->vmm = vmm != 0 && gpu->driver.granularity(&info->granularity, &prop,
+                                                    CU_MEM_ALLOC_GRANULARITY_MINIMUM) ==
+                                CUDA_SUCCESS;
+    return TS_OK;
+}
+
+ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+{
+    *out = NULL;
+    uint32_t count = ts_gpu_count(why, why_bytes);
+    if (count == 0)
+        return TS_EDEVICE;
+    if (ordinal >= count) {
+        snprintf(why, why_bytes, "there is no cuda:%u; %u %s visible", ordinal, count,
+                 count == 1 ? "device is" : "devices are");
+        return TS_EDEVICE;
+    }
+    /* Streams share hardware queues: with too few, a stream that waits for a worker holds up
+     * others. Read by CUDA when the device is first used. */
+    (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    ts_gpu *gpu = calloc(1, sizeof *gpu);
+    if (gpu == NULL) {
+        snprintf(why, why_bytes, "no memory for a device");
+        return TS_ENOMEM;
+    }
+    gpu->info.ordinal = ordinal;
+    pthread_mutex_init(&gpu->lock, NULL);
+    pthread_cond_init(&gpu->filled, NULL);
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = find_driver(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = find_info(gpu, why, why_bytes);
+    cudaError_t error = cudaSuccess;
+    if (status == TS_OK)
+        error = cudaStreamCreateWithFlags(&gpu->memory_stream, cudaStreamNonBlocking);
+    for (uint32_t i = 0; status == TS_OK && error == cudaSuccess && i < TS_GPU_LAUNCHES; i++) {
+        ts_gpu_launch *l = &gpu->launches[i];
+        error = cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking);
+        if (error == cudaSuccess) {
+            l->gpu = gpu;
+            l->next_free = gpu->free_launch;
+            gpu->free_launch = l;
+            gpu->num_free++;
+        }
+    }
+    if (status == TS_OK && error != cudaSuccess)
+        status = ts_gpu_fail(error, "making streams", 0, why, why_bytes);
+    if (status == TS_OK) {
+        gpu->janitor_runs = pthread_create(&gpu->janitor, NULL, janitor_main, gpu) == 0;
+        if (!gpu->janitor_runs) {
+            snprintf(why, why_bytes, "no thread for the device");
+            status = TS_ENOMEM;
+        }
+    }
+    if (status != TS_OK) {
+        ts_gpu_close(gpu);
+        return status;
+    }
+    *out = gpu;
+    return TS_OK;
+}
+
+void ts_gpu_close(ts_gpu *gpu)
+{
+    char why[TS_GPU_WHY_BYTES];
+    if (gpu == NULL)
+        return;
+    bool works = ts_gpu_enter(gpu, why, sizeof why) == TS_OK;
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        if (works && gpu->launches[i].stream != NULL)
+            (void)cudaStreamSynchronize(gpu->launches[i].stream);
+    if (gpu->janitor_runs) {
+        pthread_mutex_lock(&gpu->lock);
+        gpu->stop = true;
+        pthread_cond_signal(&gpu->filled);
+        pthread_mutex_unlock(&gpu->lock);
+        pthread_join(gpu->janitor, NULL);
+    }
+    for (uint32_t i = 0; works && i < TS_GPU_LAUNCHES; i++) {
+        ts_gpu_launch *l = &gpu->launches[i];
+        (void)cudaFreeHost(l->host);
+        (void)cudaFree(l->device);
+        if (l->stream != NULL)
+            (void)cudaStreamDestroy(l->stream);
+    }
+    if (works && gpu->memory_stream != NULL)
+        (void)cudaStreamDestroy(gpu->memory_stream);
+    pthread_cond_destroy(&gpu->filled);
+    pthread_mutex_destroy(&gpu->lock);
+    free(gpu);
+}
+
+const ts_gpu_info *ts_gpu_get_info(const ts_gpu *gpu)
+{
+    return &gpu->info;
+}
+
+ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_bytes)
+{
+    size_t available = 0, total = 0;
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error = cudaMemGetInfo(&available, &total);
+    *bytes = available;
+    return error == cudaSuccess
+               ? TS_OK
+               : ts_gpu_fail(error, "asking for free memory", 0, why, why_bytes);
+}
+
+/* ---- launches ---- */
+
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left)
+{
+    pthread_mutex_lock(&gpu->lock);
+    ts_gpu_launch *l = gpu->free_launch;
+    if (l != NULL) {
+        gpu->free_launch = l->next_free;
+        gpu->num_free--;
+        l->done = NULL;
+    }
+    if (left != NULL)
+        *left = gpu->num_free;
+    pthread_mutex_unlock(&gpu->lock);
+    return l;
+}
+
+static void give_back(ts_gpu_launch *l)
+{
+    ts_gpu *gpu = l->gpu;
+    pthread_mutex_lock(&gpu->lock);
+    l->next_free = gpu->free_launch;
+    gpu->free_launch = l;
+    gpu->num_free++;
+    pthread_mutex_unlock(&gpu->lock);
+}
+
+static void free_staging(ts_gpu *gpu, void *memory, size_t bytes)
+{
+    (void)gpu;
+    if (bytes == 0) /* of the host */
+        (void)cudaFreeHost(memory);
+    else
+        (void)cudaFree(memory);
+}
+
+ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
+{
+    if (l->capacity >= bytes)
+        return TS_OK;
+    size_t capacity = l->capacity == 0 ? (size_t)1 << 16 : l->capacity;
+    while (capacity < bytes)
+        capacity *= 2;
+    void *host = NULL, *device = NULL;
+    cudaError_t error = cudaHostAlloc(&host, capacity, cudaHostAllocDefault);
+    if (error == cudaSuccess)
+        error = cudaMalloc(&device, capacity);
+    if (error != cudaSuccess) {
+        if (host != NULL)
+            ts_gpu_later(l->gpu, free_staging, host, 0);
+        return ts_gpu_launch_fail(l, error);
+    }
+    if (l->host != NULL) {
+        ts_gpu_later(l->gpu, free_staging, l->host, 0);
+        ts_gpu_later(l->gpu, free_staging, l->device, l->capacity);
+    }
+    l->host = host;
+    l->device = device;
+    l->capacity = capacity;
+    return TS_OK;
+}
+
+static ts_status stream_op(ts_gpu_launch *l, CUresult error)
+{
+    if (error == CUDA_SUCCESS)
+        return TS_OK;
+    return ts_gpu_fail_driver(l->gpu, error, "a stream memory operation", sizeof(uint32_t), l->why,
+                              sizeof l->why);
+}
+
+ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t value)
+{
+    return stream_op(l, l->gpu->driver.wait_value((CUstream)l->stream, (CUdeviceptr)word, value,
+                                                  CU_STREAM_WAIT_VALUE_GEQ));
+}
+
+ts_status ts_gpu_launch_signal(ts_gpu_launch *l, uint32_t *word, uint32_t value)
+{
+    return stream_op(l, l->gpu->driver.write_value((CUstream)l->stream, (CUdeviceptr)word, value,
+                                                   CU_STREAM_WRITE_VALUE_DEFAULT));
+}
+
+static void finished(void *arg)
+{
+    ts_gpu_launch *l = arg;
+    void (*done)(void *) = l->done;
+    void *done_arg = l->arg;
+    give_back(l); /* before: whoever hears of it may take one */
+    if (done != NULL)
+        done(done_arg);
+}
+
+ts_status ts_gpu_launch_finish(ts_gpu_launch *l, void (*done)(void *arg), void *arg)
+{
+    l->done = done;
+    l->arg = arg;
+    cudaError_t error = cudaLaunchHostFunc(l->stream, finished, l);
+    return ts_gpu_launch_fail(l, error);
+}

@@ -1,0 +1,84 @@
+/*
+ * Inside kernels/gpu: a device, its launches, and the driver's functions, which are looked up when a
+ * device is opened so that a daemon built with CUDA runs where there is no driver.
+ */
+#ifndef TS_GPU_DEVICE_H
+#define TS_GPU_DEVICE_H
+
+#include "gpu.h"
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime_api.h>
+#include <pthread.h>
+
+typedef struct ts_gpu_driver {
+    PFN_cuGetErrorName_v6000 get_error_name;
+    PFN_cuMemCreate_v10020 mem_create;
+    PFN_cuMemRelease_v10020 mem_release;
+    PFN_cuMemAddressReserve_v10020 address_reserve;
+    PFN_cuMemAddressFree_v10020 address_free;
+    PFN_cuMemMap_v10020 mem_map;
+    PFN_cuMemUnmap_v10020 mem_unmap;
+    PFN_cuMemSetAccess_v10020 set_access;
+    PFN_cuMemExportToShareableHandle_v10020 export_handle;
+    PFN_cuMemGetAllocationGranularity_v10020 granularity;
+    PFN_cuMemGetAddressRange_v3020 address_range;
+    PFN_cuDeviceGetAttribute_v2000 attribute;
+    PFN_cuStreamWaitValue32_v11070 wait_value;
+    PFN_cuStreamWriteValue32_v11070 write_value;
+} ts_gpu_driver;
+
+struct ts_gpu_launch {
+    ts_gpu *gpu;
+    ts_gpu_launch *next_free;
+    cudaStream_t stream;
+    unsigned char *host, *device; /* staging memory, the same bytes on both sides */
+    size_t capacity;
+    void (*done)(void *arg);
+    void *arg;
+    char why[TS_GPU_WHY_BYTES];
+};
+
+/* Something to give back when that may take a while. */
+typedef struct ts_gpu_chore {
+    struct ts_gpu_chore *next;
+    void (*run)(ts_gpu *gpu, void *memory, size_t bytes);
+    void *memory;
+    size_t bytes;
+} ts_gpu_chore;
+
+struct ts_gpu {
+    ts_gpu_info info;
+    ts_gpu_driver driver;
+    ts_gpu_launch launches[TS_GPU_LAUNCHES];
+    cudaStream_t memory_stream; /* for zeroing */
+    pthread_mutex_t lock;
+    pthread_cond_t filled;
+    ts_gpu_launch *free_launch; /* under the lock */
+    uint32_t num_free;          /* under the lock */
+    ts_gpu_chore *chores;       /* under the lock; the newest first */
+    bool stop;                  /* under the lock */
+    bool janitor_runs;
+    pthread_t janitor;
+};
+
+/* Makes the device the calling thread's; TS_EDEVICE with a sentence if it can't be. */
+ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes);
+
+/* Writes "WHAT of N bytes failed: CUDA_ERROR_..." and returns the status that fits. */
+ts_status ts_gpu_fail_driver(const ts_gpu *gpu, CUresult error, const char *what, size_t bytes,
+                             char *why, size_t why_bytes);
+ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t bytes, char *why,
+                      size_t why_bytes);
+
+/* Hands the janitor something to give back. */
+void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
+                  size_t bytes);
+
+/* Room for `bytes` of staging memory. A launch takes one attend, or one set of copies. */
+ts_status ts_gpu_launch_reserve(ts_gpu_launch *launch, size_t bytes);
+
+/* Notes the error's name for ts_gpu_launch_why. */
+ts_status ts_gpu_launch_fail(ts_gpu_launch *launch, cudaError_t error);
+
+#endif

@@ -1,0 +1,167 @@
+/*
+ * tile: attention for many query tokens. 128 threads serve a tile of 32 rows (query token x query
+ * head of one KV head's group) and go over the context in tiles of 32 tokens, which are read once
+ * into shared memory and used by all rows. fp32 arithmetic; bound by shared-memory reads. With 4 or
+ * more query tokens it replaces one decode kernel's pass over K and V for each of them.
+ */
+#include "common.cuh"
+
+namespace
+{
+
+const uint32_t THREADS = 128, TOKENS = 32, ROWS = TILE_ROWS;
+
+template <int DIM> struct layout { /* of dynamic shared memory, in floats */
+    static const uint32_t Q = ROWS * DIM;
+    static const uint32_t K = TOKENS * (DIM + 1); /* padded: lanes read a column each */
+    static const uint32_t V = TOKENS * DIM;
+    static const uint32_t WEIGHTS = ROWS * TOKENS;
+    static const uint32_t BYTES = (Q + K + V + WEIGHTS + ROWS) * sizeof(float);
+};
+
+template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefill_tile(gpu_call c)
+{
+    extern __shared__ float shared[];
+    float *q = shared, *k = q + layout<DIM>::Q, *v = k + layout<DIM>::K;
+    float *weights = v + layout<DIM>::V, *factors = weights + layout<DIM>::WEIGHTS;
+    uint2 item = c.items[blockIdx.x];
+    uint32_t kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const gpu_seq s = c.seqs[item.x];
+    /* A tile has whole query tokens where the group is no larger than a tile; else grid.z cuts it. */
+    uint32_t per_token = min(c.group, ROWS), first_head = blockIdx.z * ROWS;
+    if (c.group > ROWS)
+        per_token = min(c.group - first_head, ROWS);
+    uint32_t tokens = min(ROWS / min(c.group, ROWS), s.q_tokens - item.y);
+    uint32_t rows = tokens * per_token;
+    uint32_t past = s.kv_tokens - s.q_tokens + item.y; /* tokens before the tile's first query */
+    uint32_t keys = past + tokens;
+
+    for (uint32_t i = threadIdx.x; i < ROWS * DIM; i += THREADS) {
+        uint32_t r = i / DIM, d = i % DIM;
+        float x = 0;
+        if (r < rows && d < c.head_dim) {
+            uint32_t head = kv_head * c.group + first_head + r % per_token;
+            x = io_load<T>(s.q, row_index(c, item.y + r / per_token, head) + d, c.io_fp32);
+        }
+        q[i] = x * c.scale_log2;
+    }
+    const int WIDE = DIM < (int)THREADS ? DIM : THREADS; /* threads abreast over dimensions */
+    const int EACH = DIM / WIDE;                         /* dimensions of a thread */
+    const int SPLIT = THREADS / WIDE;                    /* groups that share out the rows */
+    const int MINE = ROWS / SPLIT;                       /* rows of a thread */
+    float acc[MINE][EACH] = {}, max[ROWS / 4], sum[ROWS / 4]; /* softmax: a warp has every 4th row */
+#pragma unroll
+    for (int i = 0; i < ROWS / 4; i++) {
+        max[i] = -CUDART_INF_F;
+        sum[i] = 0;
+    }
+    uint32_t dim = threadIdx.x % WIDE, part = threadIdx.x / WIDE;
+
+    for (uint32_t first = 0; first < keys; first += TOKENS) {
+        __syncthreads(); /* the last tile is used up */
+        for (uint32_t t = warp; t < TOKENS; t += 4) {
+            uint32_t token = min(first + t, keys - 1);
+            const unsigned char *at = key_of(c, s, token, kv_head);
+            const T *from_k = (const T *)at, *from_v = (const T *)(at + c.plane_bytes);
+#pragma unroll
+            for (uint32_t d = lane; d < DIM; d += 32) {
+                bool there = d < c.head_dim;
+                k[t * (DIM + 1) + d] = there ? to_float(from_k[d]) : 0;
+                v[t * DIM + d] = there ? to_float(from_v[d]) : 0;
+            }
+        }
+        __syncthreads();
+        float score[ROWS / 4] = {};
+#pragma unroll 8
+        for (uint32_t d = 0; d < DIM; d++) {
+            float x = k[lane * (DIM + 1) + d];
+#pragma unroll
+            for (int i = 0; i < ROWS / 4; i++)
+                score[i] += q[(warp + i * 4) * DIM + d] * x;
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS / 4; i++) {
+            uint32_t r = warp + i * 4;
+            float x = first + lane <= past + r / per_token && r < rows ? score[i] : -CUDART_INF_F;
+            float higher = x;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, step));
+            higher = fmaxf(higher, max[i]);
+            float weight = x == -CUDART_INF_F ? 0 : exp2f(x - higher), all = weight;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                all += __shfl_xor_sync(~0u, all, step);
+            float factor = rescale(max[i], higher);
+            sum[i] = sum[i] * factor + all;
+            max[i] = higher;
+            weights[r * TOKENS + lane] = weight;
+            if (lane == 0)
+                factors[r] = factor;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < MINE; i++)
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                acc[i][e] *= factors[part * MINE + i];
+        /* Where some rows don't see some tokens, a weight of 0 must hide even NaN. */
+        bool hides = first + TOKENS > past + 1;
+#pragma unroll 4
+        for (uint32_t t = 0; t < TOKENS; t++)
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                float x = v[t * DIM + dim + e * WIDE];
+#pragma unroll
+                for (int i = 0; i < MINE; i++) {
+                    float weight = weights[(part * MINE + i) * TOKENS + t];
+                    acc[i][e] += hides && weight == 0 ? 0 : weight * x;
+                }
+            }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ROWS / 4; i++)
+        if (lane == 0)
+            factors[warp + i * 4] = sum[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        uint32_t r = part * MINE + i;
+        if (r >= rows)
+            continue;
+        uint32_t head = kv_head * c.group + first_head + r % per_token;
+        size_t row = row_index(c, item.y + r / per_token, head);
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            if (dim + e * WIDE < c.head_dim)
+                io_store<T>(s.out, row + dim + e * WIDE, c.io_fp32, acc[i][e] / factors[r]);
+    }
+}
+
+template <typename T, int DIM> cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
+{
+    cudaError_t error = cudaFuncSetAttribute(
+        prefill_tile<T, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, layout<DIM>::BYTES);
+    if (error != cudaSuccess)
+        return error;
+    dim3 grid(c.num_items, c.kv_heads, (c.group + ROWS - 1) / ROWS);
+    prefill_tile<T, DIM><<<grid, THREADS, layout<DIM>::BYTES, stream>>>(c);
+    return cudaGetLastError();
+}
+
+template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+{
+    return c.head_dim <= 64    ? launch_dim<T, 64>(c, stream)
+           : c.head_dim <= 128 ? launch_dim<T, 128>(c, stream)
+                               : launch_dim<T, 256>(c, stream);
+}
+
+} // namespace
+
+cudaError_t launch_tile(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
+{
+    return dtype == TS_DTYPE_FP32   ? launch<float>(c, stream)
+           : dtype == TS_DTYPE_FP16 ? launch<__half>(c, stream)
+                                    : launch<__nv_bfloat16>(c, stream);
+}

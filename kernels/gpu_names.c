@@ -1,0 +1,33 @@
+#include "gpu.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const char *const names[] = {"auto", "v1", "v2", "v3", "v4", "tile"};
+
+_Static_assert(sizeof names / sizeof *names == TS_KERNEL_COUNT, "a name for each kernel");
+
+const char *ts_kernel_name(ts_kernel kernel)
+{
+    return (size_t)kernel < TS_KERNEL_COUNT ? names[kernel] : NULL;
+}
+
+ts_kernel ts_kernel_find(const char *name)
+{
+    size_t i = 0;
+    while (i < TS_KERNEL_COUNT && strcmp(names[i], name) != 0)
+        i++;
+    return (ts_kernel)i;
+}
+
+ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, size_t why_bytes)
+{
+    size_t row = g->head_dim * ts_dtype_bytes(g->dtype);
+    if (kernel != TS_KERNEL_V4 || row % 16 == 0)
+        return TS_OK;
+    snprintf(why, why_bytes,
+             "kernel v4 loads rows of K and V as 16-byte vectors; a row of head_dim %u in %s has "
+             "%zu bytes",
+             g->head_dim, ts_dtype_name(g->dtype), row);
+    return TS_EINVAL;
+}

@@ -1,0 +1,156 @@
+/* A build without CUDA: there is no device, and whoever asks is told. */
+#include "gpu.h"
+
+#include <stdio.h>
+
+uint32_t ts_gpu_count(char *why, size_t why_bytes)
+{
+    snprintf(why, why_bytes, "built without CUDA");
+    return 0;
+}
+
+ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+{
+    *out = NULL;
+    snprintf(why, why_bytes, "cuda:%u can't be used: built without CUDA", ordinal);
+    return TS_EDEVICE;
+}
+
+/* Nothing below is reached: no ts_gpu exists. */
+
+void ts_gpu_close(ts_gpu *gpu)
+{
+    (void)gpu;
+}
+
+const ts_gpu_info *ts_gpu_get_info(const ts_gpu *gpu)
+{
+    (void)gpu;
+    return NULL;
+}
+
+ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_bytes)
+{
+    *bytes = 0;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    (void)gpu;
+    (void)ts_gpu_count(why, why_bytes);
+    return TS_EDEVICE;
+}
+
+ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_bytes,
+                                 ts_memory **out, char *why, size_t why_bytes)
+{
+    (void)num_slabs;
+    (void)slab_bytes;
+    *out = NULL;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+ts_status ts_memory_cuda_ipc_new(ts_gpu *gpu, size_t bytes, ts_memory **out, char *why,
+                                 size_t why_bytes)
+{
+    (void)bytes;
+    *out = NULL;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
+                            size_t why_bytes)
+{
+    (void)vmm;
+    (void)bytes;
+    (void)out;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+ts_status ts_gpu_shared_import(ts_gpu *gpu, const uint8_t handle[TS_IPC_HANDLE_BYTES],
+                               uint64_t offset, size_t bytes, ts_gpu_shared *out, char *why,
+                               size_t why_bytes)
+{
+    (void)handle;
+    (void)offset;
+    (void)bytes;
+    (void)out;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+void ts_gpu_shared_free(ts_gpu_shared *shared)
+{
+    (void)shared;
+}
+
+ts_status ts_gpu_pin(ts_gpu *gpu, void *host, size_t bytes, void **device, char *why,
+                     size_t why_bytes)
+{
+    (void)host;
+    (void)bytes;
+    *device = NULL;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes)
+{
+    (void)gpu;
+    (void)host;
+    (void)bytes;
+}
+
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left)
+{
+    (void)gpu;
+    if (left != NULL)
+        *left = 0;
+    return NULL;
+}
+
+ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32_t value)
+{
+    (void)launch;
+    (void)word;
+    (void)value;
+    return TS_EDEVICE;
+}
+
+ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, uint32_t *word, uint32_t value)
+{
+    return ts_gpu_launch_wait(launch, word, value);
+}
+
+ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, const ts_attention_call *call,
+                               ts_kernel kernel)
+{
+    (void)launch;
+    (void)call;
+    (void)kernel;
+    return TS_EDEVICE;
+}
+
+ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_t block_bytes,
+                               const ts_block_copy *copies, uint32_t num_copies)
+{
+    (void)launch;
+    (void)base;
+    (void)block_bytes;
+    (void)copies;
+    (void)num_copies;
+    return TS_EDEVICE;
+}
+
+ts_status ts_gpu_launch_finish(ts_gpu_launch *launch, void (*done)(void *arg), void *arg)
+{
+    (void)launch;
+    (void)done;
+    (void)arg;
+    return TS_EDEVICE;
+}
+
+const char *ts_gpu_launch_why(const ts_gpu_launch *launch)
+{
+    (void)launch;
+    return "built without CUDA";
+}

@@ -1,0 +1,180 @@
+/*
+ * Attention problems for kernels of any device: random q and caches whose unread parts are NaN, the
+ * float64 reference, and the error against it.
+ */
+#ifndef TS_ATTENTION_UTIL_H
+#define TS_ATTENTION_UTIL_H
+
+#include "test_util.h"
+
+#include "attention.h"
+
+#include <math.h>
+
+typedef struct problem {
+    ts_attention_call call;
+    ts_attention_seq *seqs;
+    uint32_t num_seqs;
+    unsigned char *cache;
+    size_t cache_bytes;
+    uint32_t **tables;
+    unsigned char *q, *k, *v, *out;
+    size_t q_elements, kv_elements;
+} problem;
+
+typedef struct shape {
+    ts_dtype dtype, io;
+    ts_layout layout;
+    uint32_t heads, kv_heads, head_dim, block_tokens, layers;
+} shape;
+
+static inline void put(unsigned char *to, ts_dtype dtype, size_t i, float x)
+{
+    if (dtype == TS_DTYPE_FP32)
+        ((float *)(void *)to)[i] = x;
+    else
+        ((uint16_t *)(void *)to)[i] =
+            dtype == TS_DTYPE_FP16 ? ts_fp32_to_fp16(x) : ts_fp32_to_bf16(x);
+}
+
+static inline float get(const unsigned char *from, ts_dtype dtype, size_t i)
+{
+    if (dtype == TS_DTYPE_FP32)
+        return ((const float *)(const void *)from)[i];
+    uint16_t bits = ((const uint16_t *)(const void *)from)[i];
+    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
+}
+
+/* Random q, and sequences over blocks in random order; the cached tokens are random numbers, all
+ * that no sequence may read (tails, other layers' spare blocks) is NaN. */
+static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                        rng *r)
+{
+    memset(p, 0, sizeof *p);
+    ts_geometry g = {.layers = s.layers,
+                     .kv_heads = s.kv_heads,
+                     .head_dim = s.head_dim,
+                     .block_tokens = s.block_tokens,
+                     .dtype = s.dtype,
+                     .layout = s.layout};
+    uint32_t blocks = 1, tokens = 0;
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        blocks += (lengths[i][0] + s.block_tokens - 1) / s.block_tokens;
+        tokens += lengths[i][1];
+    }
+    p->num_seqs = num_seqs;
+    p->seqs = calloc(num_seqs, sizeof *p->seqs);
+    p->tables = calloc(num_seqs, sizeof *p->tables);
+    p->cache_bytes = blocks * ts_geometry_block_bytes(&g);
+    p->cache = malloc(p->cache_bytes);
+    for (size_t i = 0; i < p->cache_bytes / ts_dtype_bytes(s.dtype); i++)
+        put(p->cache, s.dtype, i, NAN);
+    uint32_t *order = malloc(blocks * sizeof *order);
+    for (uint32_t i = 0; i < blocks; i++)
+        order[i] = i;
+    for (uint32_t i = blocks - 1; i > 0; i--) {
+        uint32_t j = rng_below(r, i + 1), x = order[i];
+        order[i] = order[j];
+        order[j] = x;
+    }
+    p->q_elements = (size_t)tokens * s.heads * s.head_dim;
+    p->kv_elements = (size_t)tokens * s.kv_heads * s.head_dim;
+    size_t e = ts_dtype_bytes(s.io);
+    p->q = malloc(p->q_elements * e);
+    p->out = malloc(p->q_elements * e);
+    p->k = malloc(p->kv_elements * e);
+    p->v = malloc(p->kv_elements * e);
+    for (size_t i = 0; i < p->q_elements; i++)
+        put(p->q, s.io, i, rng_normal(r));
+    for (size_t i = 0; i < p->kv_elements; i++) {
+        put(p->k, s.io, i, rng_normal(r));
+        put(p->v, s.io, i, rng_normal(r));
+    }
+    uint32_t next = 0, row = 0;
+    size_t plane = ts_geometry_plane_bytes(&g);
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        uint32_t count = (lengths[i][0] + s.block_tokens - 1) / s.block_tokens;
+        p->tables[i] = malloc(count * sizeof(uint32_t));
+        memcpy(p->tables[i], order + next, count * sizeof(uint32_t));
+        next += count;
+        uint32_t layer = rng_below(r, s.layers);
+        p->seqs[i] = (ts_attention_seq){
+            .blocks = p->tables[i],
+            .kv_tokens = lengths[i][0],
+            .q_tokens = lengths[i][1],
+            .layer = layer,
+            .q = p->q + (size_t)row * s.heads * s.head_dim * e,
+            .k = p->k + (size_t)row * s.kv_heads * s.head_dim * e,
+            .v = p->v + (size_t)row * s.kv_heads * s.head_dim * e,
+            .out = p->out + (size_t)row * s.heads * s.head_dim * e,
+        };
+        row += lengths[i][1];
+        for (uint32_t t = 0; t < lengths[i][0] - lengths[i][1]; t++)
+            for (uint32_t h = 0; h < s.kv_heads; h++)
+                for (uint32_t d = 0; d < s.head_dim; d++) {
+                    unsigned char *at =
+                        p->cache + p->tables[i][t / s.block_tokens] * ts_geometry_block_bytes(&g) +
+                        layer * 2 * plane + t % s.block_tokens * ts_geometry_token_stride(&g) +
+                        h * ts_geometry_head_stride(&g);
+                    put(at, s.dtype, d, rng_normal(r));
+                    put(at + plane, s.dtype, d, rng_normal(r));
+                }
+    }
+    free(order);
+    p->call = (ts_attention_call){
+        .geometry = g,
+        .base = p->cache,
+        .heads = s.heads,
+        .io_dtype = s.io,
+        .scale = 1.0f / sqrtf((float)s.head_dim),
+        .seqs = p->seqs,
+        .num_seqs = num_seqs,
+    };
+}
+
+static inline void problem_free(problem *p)
+{
+    for (uint32_t i = 0; i < p->num_seqs; i++)
+        free(p->tables[i]);
+    free(p->tables);
+    free(p->seqs);
+    free(p->cache);
+    free(p->q);
+    free(p->k);
+    free(p->v);
+    free(p->out);
+}
+
+static inline void poison(problem *p)
+{
+    memset(p->out, 0xff, p->q_elements * ts_dtype_bytes(p->call.io_dtype)); /* NaN in every type */
+}
+
+static inline double *reference_of(const problem *p, const ts_attention_seq *seq)
+{
+    double *ref =
+        malloc((size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim * sizeof *ref);
+    assert_int_equal(ts_attention_reference(&p->call, seq, ref), TS_OK);
+    return ref;
+}
+
+/* ||out - reference|| / ||reference|| over one sequence. */
+static inline double relative_error(const problem *p, const ts_attention_seq *seq, const double *ref)
+{
+    size_t n = (size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim;
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        double x = get(seq->out, p->call.io_dtype, i);
+        diff += (x - ref[i]) * (x - ref[i]);
+        norm += ref[i] * ref[i];
+    }
+    return sqrt(diff / norm);
+}
+
+/* Lengths (cached + new, new) around every border: block, tile (16), part (1024). */
+static const uint32_t mixed[][2] = {{1, 1},    {2, 1},    {15, 1},   {16, 16},   {17, 3},
+                                    {63, 1},   {64, 64},  {65, 2},   {129, 100}, {1023, 1},
+                                    {1024, 1}, {1025, 1}, {1030, 9}, {2100, 10}};
+#define MIXED (sizeof mixed / sizeof *mixed)
+
+#endif

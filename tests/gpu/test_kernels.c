@@ -1,0 +1,429 @@
+/*
+ * The device's kernels against the float64 reference, the stored K and V bit for bit against the
+ * host's, and both memory providers. Needs a GPU; exits with 77 where there is none.
+ */
+#include "attention_util.h"
+
+#include "gpu.h"
+
+#include <cuda_runtime_api.h>
+#include <semaphore.h>
+
+#define CUDA_OK(call) assert_int_equal((call), cudaSuccess)
+
+static ts_gpu *gpu;
+static char why[256];
+
+#define OK(call)                                                                                   \
+    do {                                                                                           \
+        if ((call) != TS_OK)                                                                       \
+            fail_msg("%s: %s", #call, why);                                                        \
+    } while (0)
+
+/* A problem whose cache, q, k, v and out are on the device as well. */
+typedef struct device_problem {
+    problem p;
+    ts_memory *memory;
+    unsigned char *q, *k, *v, *out;
+    ts_attention_seq *seqs;
+    ts_attention_call call;
+    size_t q_bytes, kv_bytes;
+} device_problem;
+
+static void device_problem_new(device_problem *d, shape s, const uint32_t (*lengths)[2],
+                               uint32_t num_seqs, rng *r)
+{
+    problem_new(&d->p, s, lengths, num_seqs, r);
+    size_t e = ts_dtype_bytes(s.io);
+    d->q_bytes = d->p.q_elements * e;
+    d->kv_bytes = d->p.kv_elements * e;
+    OK(ts_memory_cuda_vmm_new(gpu, 1, d->p.cache_bytes, &d->memory, why, sizeof why));
+    OK(ts_memory_renew(d->memory, 0, false, why, sizeof why));
+    CUDA_OK(cudaMemcpy(d->memory->base, d->p.cache, d->p.cache_bytes, cudaMemcpyHostToDevice));
+    unsigned char **to[] = {&d->q, &d->k, &d->v, &d->out};
+    unsigned char *from[] = {d->p.q, d->p.k, d->p.v, NULL};
+    for (int i = 0; i < 4; i++) {
+        size_t bytes = i == 0 || i == 3 ? d->q_bytes : d->kv_bytes;
+        CUDA_OK(cudaMalloc((void **)to[i], bytes));
+        if (from[i] != NULL)
+            CUDA_OK(cudaMemcpy(*to[i], from[i], bytes, cudaMemcpyHostToDevice));
+    }
+    d->seqs = malloc(num_seqs * sizeof *d->seqs);
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        d->seqs[i] = d->p.seqs[i];
+        d->seqs[i].q = d->q + ((const unsigned char *)d->p.seqs[i].q - d->p.q);
+        d->seqs[i].k = d->k + ((const unsigned char *)d->p.seqs[i].k - d->p.k);
+        d->seqs[i].v = d->v + ((const unsigned char *)d->p.seqs[i].v - d->p.v);
+        d->seqs[i].out = d->out + ((unsigned char *)d->p.seqs[i].out - d->p.out);
+    }
+    d->call = d->p.call;
+    d->call.base = d->memory->base;
+    d->call.seqs = d->seqs;
+}
+
+static void device_problem_free(device_problem *d)
+{
+    CUDA_OK(cudaFree(d->q));
+    CUDA_OK(cudaFree(d->k));
+    CUDA_OK(cudaFree(d->v));
+    CUDA_OK(cudaFree(d->out));
+    ts_memory_free(d->memory);
+    free(d->seqs);
+    problem_free(&d->p);
+}
+
+static void post(void *arg)
+{
+    sem_post(arg);
+}
+
+/* Runs the call and waits; the outputs come back into the host problem's `out`. */
+static void run(device_problem *d, const ts_attention_call *call, ts_kernel kernel)
+{
+    sem_t done;
+    sem_init(&done, 0, 0);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+    assert_non_null(l);
+    if (ts_gpu_launch_attend(l, call, kernel) != TS_OK)
+        fail_msg("%s", ts_gpu_launch_why(l));
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    CUDA_OK(cudaDeviceSynchronize());
+    while (sem_wait(&done) != 0)
+        ;
+    CUDA_OK(cudaMemcpy(d->p.out, d->out, d->q_bytes, cudaMemcpyDeviceToHost));
+}
+
+static void poison_device(device_problem *d)
+{
+    CUDA_OK(cudaMemset(d->out, 0xff, d->q_bytes));
+}
+
+static double worst; /* over a test, to be printed */
+
+static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                                    double limit)
+{
+    rng r = {s.head_dim * 1000003u + s.heads};
+    device_problem d;
+    device_problem_new(&d, s, lengths, num_seqs, &r);
+    /* The host writes the new K and V into its cache: what the device's must equal. */
+    ts_attention *host = ts_attention_new(0, TS_ISA_AUTO);
+    assert_int_equal(ts_attention_run(host, &d.p.call), TS_OK);
+    ts_attention_free(host);
+    double **refs = calloc(num_seqs, sizeof *refs);
+    for (uint32_t j = 0; j < num_seqs; j++)
+        refs[j] = reference_of(&d.p, &d.p.seqs[j]);
+    unsigned char *stored = malloc(d.p.cache_bytes);
+    for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
+        if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, why, sizeof why) != TS_OK)
+            continue;
+        poison_device(&d);
+        run(&d, &d.call, (ts_kernel)kernel);
+        for (uint32_t j = 0; j < num_seqs; j++) {
+            double error = relative_error(&d.p, &d.p.seqs[j], refs[j]);
+            worst = error > worst ? error : worst;
+            if (!(error <= limit)) /* NaN fails too */
+                fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new): "
+                         "relative error %g > %g",
+                         ts_kernel_name((ts_kernel)kernel), ts_dtype_name(s.dtype), s.heads,
+                         s.kv_heads, s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1],
+                         error, limit);
+        }
+        CUDA_OK(cudaMemcpy(stored, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
+        assert_memory_equal(stored, d.p.cache, d.p.cache_bytes);
+    }
+    free(stored);
+    for (uint32_t j = 0; j < num_seqs; j++)
+        free(refs[j]);
+    free(refs);
+    device_problem_free(&d);
+}
+
+static void every_kernel_dtype_and_head_sharing_matches_the_float64_reference(void **state)
+{
+    (void)state;
+    static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {8, 1}, {5, 5}, {40, 1}};
+    worst = 0;
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_BF16; dtype++)
+        for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
+            for (int layout = TS_LAYOUT_NHD; layout <= TS_LAYOUT_HND; layout++)
+                check_against_reference((shape){.dtype = (ts_dtype)dtype,
+                                                .io = TS_DTYPE_FP32,
+                                                .layout = (ts_layout)layout,
+                                                .heads = heads[h][0],
+                                                .kv_heads = heads[h][1],
+                                                .head_dim = 64,
+                                                .block_tokens = 16,
+                                                .layers = 2},
+                                        mixed, MIXED, 1e-5);
+    print_message("worst relative error %.1e\n", worst);
+}
+
+static void every_head_dim_and_block_size_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t dims[] = {32, 33, 40, 72, 80, 96, 100, 112, 127, 128, 160, 192, 255, 256};
+    static const uint32_t blocks[] = {1, 2, 3, 7, 8, 32, 48, 64, 100, 128, 255, 256};
+    worst = 0;
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+        for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_BF16; dtype++)
+            check_against_reference((shape){.dtype = (ts_dtype)dtype,
+                                            .io = TS_DTYPE_FP32,
+                                            .layout = (ts_layout)(i % 2),
+                                            .heads = 4,
+                                            .kv_heads = 2,
+                                            .head_dim = dims[i],
+                                            .block_tokens = blocks[i % 12],
+                                            .layers = 1},
+                                    mixed, MIXED, 1e-5);
+    print_message("worst relative error %.1e\n", worst);
+}
+
+static void an_exchange_of_the_caches_own_type_is_read_and_rounded_once(void **state)
+{
+    (void)state;
+    shape s = {.dtype = TS_DTYPE_FP16,
+               .io = TS_DTYPE_FP16,
+               .layout = TS_LAYOUT_NHD,
+               .heads = 8,
+               .kv_heads = 2,
+               .head_dim = 64,
+               .block_tokens = 16,
+               .layers = 1};
+    check_against_reference(s, mixed, MIXED, 5e-4);
+    s.dtype = s.io = TS_DTYPE_BF16;
+    check_against_reference(s, mixed, MIXED, 4e-3);
+}
+
+static void a_context_of_131072_tokens_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t length[][2] = {{131072, 2}};
+    worst = 0;
+    check_against_reference((shape){.dtype = TS_DTYPE_BF16,
+                                    .io = TS_DTYPE_FP32,
+                                    .layout = TS_LAYOUT_NHD,
+                                    .heads = 2,
+                                    .kv_heads = 1,
+                                    .head_dim = 64,
+                                    .block_tokens = 16,
+                                    .layers = 1},
+                            length, 1, 1e-5);
+    print_message("worst relative error %.1e\n", worst);
+}
+
+/* Together and one by one. */
+static void splitting_a_batch_changes_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{1, 1},    {700, 300}, {64, 1},   {1025, 7},
+                                          {5000, 1}, {90, 90},   {2048, 8}, {3000, 33}};
+    const uint32_t n = sizeof lengths / sizeof *lengths;
+    rng r = {7};
+    device_problem d;
+    device_problem_new(&d,
+                       (shape){.dtype = TS_DTYPE_BF16,
+                               .io = TS_DTYPE_FP32,
+                               .layout = TS_LAYOUT_NHD,
+                               .heads = 8,
+                               .kv_heads = 2,
+                               .head_dim = 72,
+                               .block_tokens = 24,
+                               .layers = 1},
+                       lengths, n, &r);
+    unsigned char *first = malloc(d.q_bytes);
+    for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
+        poison_device(&d);
+        run(&d, &d.call, (ts_kernel)kernel);
+        memcpy(first, d.p.out, d.q_bytes);
+        poison_device(&d);
+        for (uint32_t j = 0; j < n; j++) {
+            ts_attention_call one = d.call;
+            one.seqs = &d.seqs[j];
+            one.num_seqs = 1;
+            run(&d, &one, (ts_kernel)kernel);
+        }
+        assert_memory_equal(d.p.out, first, d.q_bytes);
+    }
+    free(first);
+    device_problem_free(&d);
+}
+
+static void later_tokens_never_leak_into_earlier_ones(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{100, 100}};
+    rng r = {11};
+    device_problem d;
+    device_problem_new(&d,
+                       (shape){.dtype = TS_DTYPE_FP32,
+                               .io = TS_DTYPE_FP32,
+                               .layout = TS_LAYOUT_NHD,
+                               .heads = 2,
+                               .kv_heads = 2,
+                               .head_dim = 32,
+                               .block_tokens = 16,
+                               .layers = 1},
+                       lengths, 1, &r);
+    /* The last token's K and V are NaN: only the last row may show it. */
+    float nan[64];
+    for (uint32_t i = 0; i < 64; i++)
+        nan[i] = NAN;
+    CUDA_OK(cudaMemcpy(d.k + 99 * sizeof nan, nan, sizeof nan, cudaMemcpyHostToDevice));
+    CUDA_OK(cudaMemcpy(d.v + 99 * sizeof nan, nan, sizeof nan, cudaMemcpyHostToDevice));
+    for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
+        poison_device(&d);
+        run(&d, &d.call, (ts_kernel)kernel);
+        for (uint32_t i = 0; i < 99 * 64; i++)
+            assert_false(isnan(((float *)(void *)d.p.out)[i]));
+        assert_true(isnan(((float *)(void *)d.p.out)[99 * 64]));
+    }
+    device_problem_free(&d);
+}
+
+static void copying_blocks_moves_every_byte_and_no_other(void **state)
+{
+    (void)state;
+    static const size_t sizes[] = {36, 48, 4096, 98304};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        size_t bytes = sizes[i];
+        unsigned char *host = malloc(6 * bytes), *back = malloc(6 * bytes), *device;
+        for (size_t j = 0; j < 6 * bytes; j++)
+            host[j] = (unsigned char)(j * 7 + j / 251);
+        CUDA_OK(cudaMalloc((void **)&device, 6 * bytes));
+        CUDA_OK(cudaMemcpy(device, host, 6 * bytes, cudaMemcpyHostToDevice));
+        ts_block_copy copies[] = {{.src = 4, .dst = 1}, {.src = 0, .dst = 5}};
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+        assert_int_equal(ts_gpu_launch_copies(l, device, bytes, copies, 2), TS_OK);
+        assert_int_equal(ts_gpu_launch_finish(l, NULL, NULL), TS_OK);
+        CUDA_OK(cudaDeviceSynchronize());
+        CUDA_OK(cudaMemcpy(back, device, 6 * bytes, cudaMemcpyDeviceToHost));
+        memcpy(host + bytes, host + 4 * bytes, bytes);
+        memcpy(host + 5 * bytes, host, bytes);
+        assert_memory_equal(back, host, 6 * bytes);
+        CUDA_OK(cudaFree(device));
+        free(host);
+        free(back);
+    }
+}
+
+static void v4_refuses_rows_that_are_no_whole_vectors_and_names_them(void **state)
+{
+    (void)state;
+    ts_geometry g = {.layers = 1, .kv_heads = 1, .head_dim = 33, .block_tokens = 1};
+    assert_int_equal(ts_kernel_check(TS_KERNEL_V4, &g, why, sizeof why), TS_EINVAL);
+    assert_string_equal(why, "kernel v4 loads rows of K and V as 16-byte vectors; a row of "
+                             "head_dim 33 in fp32 has 132 bytes");
+}
+
+/* A launch that waits for a word goes on when the host writes it, and its signal comes after. */
+static void a_launch_waits_for_its_word_and_signals(void **state)
+{
+    (void)state;
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+    assert_int_equal(ts_gpu_launch_wait(l, &device[0], 5), TS_OK);
+    assert_int_equal(ts_gpu_launch_signal(l, &device[16], 9), TS_OK);
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    assert_int_equal(sem_trywait(&done), -1);
+    assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 0);
+    __atomic_store_n(&words[0], 5, __ATOMIC_RELEASE);
+    while (sem_wait(&done) != 0)
+        ;
+    assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 9);
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+}
+
+static void launches_run_out_and_come_back(void **state)
+{
+    (void)state;
+    ts_gpu_launch *taken[TS_GPU_LAUNCHES];
+    uint32_t left;
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++) {
+        taken[i] = ts_gpu_launch_take(gpu, &left);
+        assert_non_null(taken[i]);
+        assert_int_equal(left, TS_GPU_LAUNCHES - 1 - i);
+    }
+    assert_null(ts_gpu_launch_take(gpu, NULL));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        assert_int_equal(ts_gpu_launch_finish(taken[i], post, &done), TS_OK);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        while (sem_wait(&done) != 0)
+            ;
+    assert_non_null(taken[0] = ts_gpu_launch_take(gpu, &left));
+    assert_int_equal(left, TS_GPU_LAUNCHES - 1);
+    assert_int_equal(ts_gpu_launch_finish(taken[0], NULL, NULL), TS_OK);
+    CUDA_OK(cudaDeviceSynchronize());
+}
+
+static void more_memory_than_there_is_is_refused_with_the_numbers(void **state)
+{
+    (void)state;
+    ts_memory *m;
+    const size_t bytes = (size_t)1 << 40;
+    assert_int_equal(ts_memory_cuda_ipc_new(gpu, bytes, &m, why, sizeof why), TS_ENOMEM);
+    assert_string_equal(
+        why, "taking device memory of 1099511627776 bytes failed: cudaErrorMemoryAllocation");
+    OK(ts_memory_cuda_vmm_new(gpu, 1, bytes, &m, why, sizeof why)); /* addresses alone */
+    assert_int_equal(ts_memory_renew(m, 0, false, why, sizeof why), TS_ENOMEM);
+    assert_string_equal(
+        why, "taking device memory of 1099511627776 bytes failed: CUDA_ERROR_OUT_OF_MEMORY");
+    ts_memory_free(m);
+    OK(ts_gpu_health(gpu, why, sizeof why));
+}
+
+/* New memory is zero, whatever was in the old. */
+static void a_renewed_slab_is_wiped(void **state)
+{
+    (void)state;
+    ts_memory *m;
+    const size_t bytes = ts_gpu_get_info(gpu)->granularity;
+    unsigned char *host = malloc(bytes), *zero = calloc(1, bytes);
+    OK(ts_memory_cuda_vmm_new(gpu, 3, bytes, &m, why, sizeof why));
+    for (int round = 0; round < 2; round++) {
+        OK(ts_memory_renew(m, 1, false, why, sizeof why));
+        CUDA_OK(cudaMemcpy(host, m->base + bytes, bytes, cudaMemcpyDeviceToHost));
+        assert_memory_equal(host, zero, bytes);
+        CUDA_OK(cudaMemset(m->base + bytes, 0xab, bytes));
+    }
+    ts_memory_free(m);
+    free(host);
+    free(zero);
+}
+
+int main(void)
+{
+    if (ts_gpu_count(why, sizeof why) == 0) {
+        printf("skipped: %s\n", why);
+        return 77;
+    }
+    if (ts_gpu_open(0, &gpu, why, sizeof why) != TS_OK) {
+        fprintf(stderr, "%s\n", why);
+        return 1;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_kernel_dtype_and_head_sharing_matches_the_float64_reference),
+        cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
+        cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
+        cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
+        cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
+        cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
+        cmocka_unit_test(v4_refuses_rows_that_are_no_whole_vectors_and_names_them),
+        cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
+        cmocka_unit_test(launches_run_out_and_come_back),
+        cmocka_unit_test(more_memory_than_there_is_is_refused_with_the_numbers),
+        cmocka_unit_test(a_renewed_slab_is_wiped),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    ts_gpu_close(gpu);
+    return failed;
+}
