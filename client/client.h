@@ -5,7 +5,9 @@
 #ifndef TS_CLIENT_H
 #define TS_CLIENT_H
 
+#include "cuda.h"
 #include "handle_wire.h"
+#include "signals.h"
 #include "tinyserve.h"
 #include "tinyserve.pb-c.h"
 
@@ -21,6 +23,15 @@ typedef struct ts_region {
     struct ts_region *next;
     size_t offset, bytes;
 } ts_region;
+
+/* What the exchange is made of. */
+typedef enum ts_exchange_kind {
+    TS_EXCHANGE_NONE,
+    TS_EXCHANGE_HOST,
+    TS_EXCHANGE_VMM, /* device memory of the daemon's, by descriptor */
+    TS_EXCHANGE_IPC, /* device memory of the daemon's, by IPC handle */
+    TS_EXCHANGE_OWN  /* device memory of this process's */
+} ts_exchange_kind;
 
 struct ts_client {
     nng_socket socket;
@@ -38,7 +49,14 @@ struct ts_client {
     int handle_fd; /* -1: not connected */
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;
+    ts_exchange_kind exchange_kind;
+    ts_pool *exchange_pool; /* of device memory: the pool it was made for */
     ts_region *regions;
+    ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
+    ts_signals *signals; /* mapped and pinned; NULL: no run was ordered */
+    uint64_t signals_there;
+    atomic_uint ordered; /* runs that were handed over to the daemon's stream */
+    bool order_lost;     /* one may or may not have been */
     char error[256];
 };
 
@@ -47,7 +65,11 @@ struct ts_pool {
     uint32_t index;
     ts_geometry geometry;
     uint32_t num_blocks, slab_blocks, num_slabs, sequence_tokens_max;
-    bool writable;
+    bool writable, on_gpu;
+    char device[32], memory[16];
+    uint8_t uuid[TS_UUID_BYTES]; /* of the GPU */
+    uint8_t ipc_handle[TS_IPC_HANDLE_BYTES];
+    bool has_ipc_handle; /* of the only slab */
     unsigned char *base; /* of block 0; reserved at the first need */
     uint32_t *mapped;    /* per slab: generation that is mapped; 0: none */
     uint32_t *wanted;    /* per slab: generation that the daemon named last */
@@ -69,6 +91,20 @@ ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
 /* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. */
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd);
+
+/* The GPU of the pool, made ready at the first need: a session uses one. */
+ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
+
+/* Makes an exchange of host memory, in place of the one there is. */
+ts_status ts_exchange_host(ts_client *client, size_t bytes);
+void ts_exchange_close(ts_client *client);
+
+/* Maps and pins the page of signals at the first need. */
+ts_status ts_signals_open(ts_client *client, const ts_pool *pool);
+
+/* Streams that wait for the daemon go on: it is gone. Any thread. */
+void ts_signals_let_go(ts_client *client);
+void ts_signals_close(ts_client *client);
 
 /* Takes `region->bytes` of the exchange, growing it if need be, and links the region. */
 ts_status ts_exchange_take(ts_client *client, ts_region *region);

@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -64,6 +63,7 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     (void)event;
     ts_client *c = arg;
     atomic_store(&c->broken, true);
+    ts_signals_let_go(c);                  /* a stream that waits for the daemon */
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
 }
 
@@ -208,8 +208,6 @@ static ts_status open_session(ts_client *c, const char *program)
     return status;
 }
 
-static ts_status open_exchange(ts_client *c, size_t bytes);
-
 /* Opens the socket and dials; the first answer comes later. */
 static ts_status dial_up(ts_client *c, uint32_t wait_ms)
 {
@@ -300,7 +298,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     if (status == TS_OK)
         status = greet(c, o->program != NULL ? o->program : program_invocation_short_name);
     if (status == TS_OK && o->exchange_bytes > 0)
-        status = open_exchange(c, o->exchange_bytes);
+        status = ts_exchange_host(c, o->exchange_bytes);
     return status;
 }
 
@@ -310,8 +308,9 @@ void ts_disconnect(ts_client *c)
         return;
     if (c->pid == getpid()) /* a forked child must not touch its parent's */
         hang_up(c);
-    if (c->exchange != NULL)
-        munmap(c->exchange, c->exchange_bytes);
+    ts_exchange_close(c);
+    ts_signals_close(c);
+    ts_cuda_close(c->cuda);
     if (c->handle_fd >= 0)
         close(c->handle_fd);
     free(c);
@@ -407,75 +406,4 @@ ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, u
     reply->message[sizeof reply->message - 1] = '\0';
     return ts_fail(c, reply->status != TS_OK ? (ts_status)reply->status : TS_EPROTO, "%s",
                    reply->message);
-}
-
-/* ---- exchange ---- */
-
-static ts_status open_exchange(ts_client *c, size_t bytes)
-{
-    Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    ts_handle_reply reply;
-    int fd;
-    if (bytes > c->exchange_bytes_max)
-        return ts_fail(c, TS_EINVAL, "an exchange of %zu bytes; the daemon's limit is %zu", bytes,
-                       c->exchange_bytes_max);
-    bytes = (bytes + 4095) / 4096 * 4096;
-    open.bytes = bytes;
-    request.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
-    request.exchange_open = &open;
-    ts_status status = ts_call_plain(c, &request);
-    if (status == TS_OK)
-        status = ts_handle_get(c, TS_HANDLE_EXCHANGE, 0, 0, true, &reply, &fd);
-    if (status != TS_OK)
-        return status;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    int saved = errno;
-    close(fd);
-    if (base == MAP_FAILED)
-        return ts_fail(c, TS_ENOMEM, "mapping an exchange of %zu bytes: %s", bytes,
-                       strerror(saved));
-    if (c->exchange != NULL)
-        munmap(c->exchange, c->exchange_bytes);
-    c->exchange = base;
-    c->exchange_bytes = bytes;
-    return TS_OK;
-}
-
-ts_status ts_exchange_take(ts_client *c, ts_region *region)
-{
-    ts_region **at = &c->regions;
-    size_t offset = 0;
-    region->bytes = (region->bytes + TS_EXCHANGE_ALIGN - 1) / TS_EXCHANGE_ALIGN * TS_EXCHANGE_ALIGN;
-    while (*at != NULL && (*at)->offset - offset < region->bytes) {
-        offset = (*at)->offset + (*at)->bytes;
-        at = &(*at)->next;
-    }
-    if (*at == NULL && (offset > c->exchange_bytes || c->exchange_bytes - offset < region->bytes)) {
-        if (c->regions != NULL)
-            return ts_fail(c, TS_ENOMEM,
-                           "the exchange of %zu bytes has no %zu free beside the steps that are "
-                           "open: connect with a larger exchange_bytes",
-                           c->exchange_bytes, region->bytes);
-        size_t bytes =
-            c->exchange_bytes * 2 > region->bytes ? c->exchange_bytes * 2 : region->bytes;
-        if (bytes > c->exchange_bytes_max)
-            bytes = region->bytes;
-        ts_status status = open_exchange(c, bytes);
-        if (status != TS_OK)
-            return status;
-    }
-    region->offset = offset;
-    region->next = *at;
-    *at = region;
-    return TS_OK;
-}
-
-void ts_exchange_give(ts_client *c, ts_region *region)
-{
-    for (ts_region **at = &c->regions; *at != NULL; at = &(*at)->next)
-        if (*at == region) {
-            *at = region->next;
-            return;
-        }
 }

@@ -2,10 +2,13 @@
 #include "client.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#define GPU_GRANULE ((size_t)2 << 20)
 
 ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool **out)
 {
@@ -48,7 +51,12 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
         .num_slabs = (o->num_blocks - 1) / o->slab_blocks + 1,
         .sequence_tokens_max = o->sequence_tokens_max,
         .writable = open.writable,
+        .on_gpu = o->device_uuid.len == TS_UUID_BYTES,
     };
+    snprintf(p->device, sizeof p->device, "%s", o->device);
+    snprintf(p->memory, sizeof p->memory, "%s", o->memory);
+    if (p->on_gpu)
+        memcpy(p->uuid, o->device_uuid.data, TS_UUID_BYTES);
     status = ts_geometry_check(&p->geometry, c->error, sizeof c->error);
     if (status == TS_OK) {
         p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
@@ -70,12 +78,36 @@ static size_t slab_bytes(const ts_pool *p)
     return ts_geometry_block_bytes(&p->geometry) * p->slab_blocks;
 }
 
+/* Memory behind a slab's descriptor: a pool of one slab on a GPU is rounded up to its granule. */
+static size_t mapped_bytes(const ts_pool *p)
+{
+    return p->on_gpu ? (slab_bytes(p) + GPU_GRANULE - 1) / GPU_GRANULE * GPU_GRANULE
+                     : slab_bytes(p);
+}
+
+static void unmap_gpu(ts_pool *p)
+{
+    ts_cuda *cuda = p->client->cuda;
+    if (p->has_ipc_handle) {
+        ts_cuda_ipc_close(cuda, p->base);
+        return;
+    }
+    for (uint32_t i = 0; i < p->num_slabs; i++)
+        if (p->mapped[i] != 0)
+            ts_cuda_unmap(cuda, p->base + i * slab_bytes(p), mapped_bytes(p));
+    ts_cuda_unreserve(cuda, p->base, mapped_bytes(p) * p->num_slabs);
+}
+
 void ts_pool_close(ts_pool *p)
 {
     if (p == NULL)
         return;
-    if (p->base != NULL)
+    if (p->base != NULL && p->on_gpu)
+        unmap_gpu(p);
+    else if (p->base != NULL)
         munmap(p->base, slab_bytes(p) * p->num_slabs);
+    if (p->client->exchange_pool == p)
+        p->client->exchange_pool = NULL;
     free(p->mapped);
     free(p->wanted);
     free(p);
@@ -96,6 +128,16 @@ uint32_t ts_pool_sequence_max(const ts_pool *p)
     return p->sequence_tokens_max;
 }
 
+const char *ts_pool_device(const ts_pool *p)
+{
+    return p->device;
+}
+
+const char *ts_pool_memory(const ts_pool *p)
+{
+    return p->memory;
+}
+
 ts_status ts_pool_note_slabs(ts_pool *p, Tspb__Slab **slabs, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
@@ -103,8 +145,41 @@ ts_status ts_pool_note_slabs(ts_pool *p, Tspb__Slab **slabs, size_t count)
             return ts_fail(p->client, TS_EPROTO, "the daemon speaks of slab %u of %u",
                            slabs[i]->slab, p->num_slabs);
         p->wanted[slabs[i]->slab] = slabs[i]->generation;
+        if (slabs[i]->ipc_handle.len == TS_IPC_HANDLE_BYTES && p->num_slabs == 1) {
+            memcpy(p->ipc_handle, slabs[i]->ipc_handle.data, TS_IPC_HANDLE_BYTES);
+            p->has_ipc_handle = true;
+        }
     }
     return TS_OK;
+}
+
+/* Reserves addresses for the whole pool. */
+static ts_status reserve(ts_pool *p)
+{
+    ts_client *c = p->client;
+    ts_cuda *cuda;
+    size_t bytes = mapped_bytes(p) * p->num_slabs;
+    if (p->on_gpu) {
+        ts_status status = ts_client_cuda(c, p, &cuda);
+        return status == TS_OK ? ts_cuda_reserve(c, cuda, bytes, &p->base) : status;
+    }
+    void *base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "reserving %zu bytes of addresses: %s", bytes,
+                       strerror(errno));
+    p->base = base;
+    return TS_OK;
+}
+
+static ts_status map_ipc(ts_pool *p)
+{
+    ts_cuda *cuda;
+    ts_status status = ts_client_cuda(p->client, p, &cuda);
+    if (status == TS_OK)
+        status = ts_cuda_ipc_open(p->client, cuda, p->ipc_handle, &p->base);
+    if (status == TS_OK)
+        p->mapped[0] = p->wanted[0];
+    return status;
 }
 
 /* Maps the slab where it belongs, in place of what was there. */
@@ -113,30 +188,31 @@ static ts_status map_slab(ts_pool *p, uint32_t slab)
     ts_client *c = p->client;
     ts_handle_reply reply;
     int fd;
-    if (p->base == NULL) {
-        void *base = mmap(NULL, slab_bytes(p) * p->num_slabs, PROT_NONE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (base == MAP_FAILED)
-            return ts_fail(c, TS_ENOMEM, "reserving %zu bytes of addresses: %s",
-                           slab_bytes(p) * p->num_slabs, strerror(errno));
-        p->base = base;
-    }
-    ts_status status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, p->writable, &reply, &fd);
+    if (p->has_ipc_handle)
+        return map_ipc(p);
+    ts_status status = p->base == NULL ? reserve(p) : TS_OK;
     if (status != TS_OK)
         return status;
-    if (reply.bytes != slab_bytes(p)) {
-        close(fd);
-        return ts_fail(c, TS_EPROTO, "slab %u has %llu bytes, not %zu", slab,
-                       (unsigned long long)reply.bytes, slab_bytes(p));
+    status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, p->writable, &reply, &fd);
+    if (status != TS_OK)
+        return status;
+    unsigned char *at = p->base + slab * slab_bytes(p);
+    if (reply.bytes != mapped_bytes(p)) {
+        status = ts_fail(c, TS_EPROTO, "slab %u has %llu bytes, not %zu", slab,
+                         (unsigned long long)reply.bytes, mapped_bytes(p));
+    } else if (p->on_gpu) {
+        if (p->mapped[slab] != 0)
+            ts_cuda_unmap(c->cuda, at, mapped_bytes(p));
+        p->mapped[slab] = 0;
+        status = ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, p->writable);
+    } else if (mmap(at, mapped_bytes(p), p->writable ? PROT_READ | PROT_WRITE : PROT_READ,
+                    MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        status = ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, mapped_bytes(p),
+                         strerror(errno));
     }
-    void *address =
-        mmap(p->base + slab * slab_bytes(p), slab_bytes(p),
-             p->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
-    int saved = errno;
     close(fd);
-    if (address == MAP_FAILED)
-        return ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, slab_bytes(p),
-                       strerror(saved));
+    if (status != TS_OK)
+        return status;
     p->mapped[slab] = reply.generation;
     p->wanted[slab] = reply.generation;
     return TS_OK;

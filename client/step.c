@@ -80,6 +80,8 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
     body.io_dtype = o->io_dtype;
     body.scale = o->scale;
     body.append = append;
+    if (o->kernel != NULL)
+        body.kernel = (char *)o->kernel;
     request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
     request.step_begin = &body;
     ts_status status = ts_call(s->pool->client, &request, &reply);
@@ -210,19 +212,60 @@ void ts_step_slots(const ts_step *s, uint64_t *slots)
     memcpy(slots, s->slots, s->tokens * sizeof *slots);
 }
 
+static void fill_run(Tspb__StepRun *body, const ts_step *s, uint32_t layer)
+{
+    body->step = s->id;
+    body->layer = layer;
+    body->q = s->q;
+    body->k = s->k;
+    body->v = s->v;
+    body->out = s->out;
+}
+
 ts_status ts_step_run(ts_step *s, uint32_t layer)
 {
     Tspb__StepRun body = TSPB__STEP_RUN__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    body.step = s->id;
-    body.layer = layer;
-    body.q = s->q;
-    body.k = s->k;
-    body.v = s->v;
-    body.out = s->out;
+    fill_run(&body, s, layer);
     request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
     request.step_run = &body;
     return ts_call_plain(s->pool->client, &request);
+}
+
+ts_status ts_step_run_on(ts_step *s, uint32_t layer, void *stream)
+{
+    Tspb__StepRun body = TSPB__STEP_RUN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    ts_pool *p = s->pool;
+    ts_client *c = p->client;
+    ts_cuda *cuda;
+    ts_status status = ts_client_cuda(c, p, &cuda);
+    if (status == TS_OK)
+        status = ts_signals_open(c, p);
+    if (status != TS_OK)
+        return status;
+    if (c->order_lost)
+        return ts_fail(c, TS_ECONN,
+                       "an earlier run went unanswered: the order is lost, connect "
+                       "again");
+    uint32_t order = atomic_load(&c->ordered) + 1;
+    fill_run(&body, s, layer);
+    body.ordered = true;
+    body.order = order;
+    request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
+    request.step_run = &body;
+    status = ts_call_plain(c, &request);
+    c->order_lost = status == TS_ETIMEOUT;
+    if (status != TS_OK)
+        return status;
+    /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
+     * there. If the daemon goes meanwhile, this stream must not wait for it. */
+    atomic_store(&c->ordered, order);
+    status = ts_cuda_hand_over(c, cuda, stream, c->signals_there + offsetof(ts_signals, submitted),
+                               c->signals_there + offsetof(ts_signals, completed), order);
+    if (atomic_load(&c->broken))
+        ts_signals_let_go(c);
+    return status;
 }
 
 static void step_end(ts_step *s)

@@ -2,6 +2,7 @@
 #include "batch.h"
 
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -78,6 +79,10 @@ static void launch(ts_batch *b, ts_job *first)
     for (ts_job *job = like, *next; job != NULL; job = next) {
         next = job->next;
         job->status = status;
+        if (status != TS_OK)
+            snprintf(job->why, sizeof job->why, "%s",
+                     status == TS_ECONN ? "the daemon is stopping"
+                                        : "no scratch memory for attention");
         job->done(job);
     }
     /* `first` may be freed by now: the others are handed back through the list head. */

@@ -9,6 +9,7 @@
 #define TS_BATCH_H
 
 #include "attention.h"
+#include "exchange.h"
 
 #include <stdatomic.h>
 
@@ -24,7 +25,13 @@ typedef struct ts_job {
     uint32_t num_seqs, heads;
     ts_dtype io_dtype;
     float scale;
-    ts_status status; /* what came of it */
+    ts_kernel kernel; /* on a GPU */
+    /* on a GPU: the attend starts when run number `order` was submitted and the one before it is
+     * done; NULL: at once */
+    ts_signals_page *signals;
+    uint32_t order;
+    ts_status status;           /* what came of it */
+    char why[TS_GPU_WHY_BYTES]; /* ... unless TS_OK */
     void (*done)(struct ts_job *job);
 } ts_job;
 

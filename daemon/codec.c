@@ -1,10 +1,29 @@
 #include "codec.h"
 
+#include <stdio.h>
+#include <string.h>
+
 static bool counts_agree(const char *what, size_t a, size_t b, ts_answer *answer)
 {
     if (a == b)
         return true;
     ts_refuse(answer, TS_EINVAL, "%zu sequences, but %zu %s", a, b, what);
+    return false;
+}
+
+/* The kernel of this name; an empty one means the pool's. */
+static bool decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
+{
+    *kernel = name[0] == '\0' ? TS_KERNEL_AUTO : ts_kernel_find(name);
+    if (*kernel != TS_KERNEL_COUNT)
+        return true;
+    char known[64] = "";
+    for (int i = 0; i < TS_KERNEL_COUNT; i++) {
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i == 0 ? "" : ", ",
+                 ts_kernel_name((ts_kernel)i));
+    }
+    ts_refuse(a, TS_EINVAL, "there is no kernel '%.32s'; known are %s", name, known);
     return false;
 }
 
@@ -82,7 +101,8 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
         c->step_begin.io_dtype = r->step_begin->io_dtype;
         c->step_begin.scale = r->step_begin->scale;
         c->step_begin.append = r->step_begin->append;
-        return counts_agree("new_tokens", r->step_begin->n_seqs, r->step_begin->n_new_tokens, a);
+        return decode_kernel(r->step_begin->kernel, &c->step_begin.kernel, a) &&
+               counts_agree("new_tokens", r->step_begin->n_seqs, r->step_begin->n_new_tokens, a);
     case TSPB__REQUEST__BODY_STEP_RUN:
         c->op = TS_OP_STEP_RUN;
         c->step_run.step = r->step_run->step;
@@ -123,6 +143,10 @@ static void encode_pool(const ts_engine *e, uint32_t index, Tspb__PoolOpened *p)
     p->memory = (char *)config->memory;
     p->device = (char *)config->device;
     p->sequence_tokens_max = config->sequence_tokens_max;
+    if (config->on_gpu) {
+        p->device_uuid.data = (uint8_t *)config->device_uuid;
+        p->device_uuid.len = sizeof config->device_uuid;
+    }
 }
 
 void ts_encode(const ts_engine *e, const ts_command *c, const ts_answer *a, Tspb__Reply *reply,

@@ -12,6 +12,7 @@
 
 /* What the bodies of a reply are built in. */
 typedef union ts_reply_body {
+    Tspb__ExchangeOpened exchange_opened;
     Tspb__PoolOpened pool_opened;
     Tspb__Seqs seqs;
     Tspb__Lengths lengths;

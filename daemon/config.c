@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* What a slab is a multiple of: a page, or a granule of device memory. */
+#define HOST_GRANULE 4096u
+#define DEVICE_GRANULE (2u << 20)
+
 static ts_status __attribute__((format(printf, 2, 3))) fail(ts_config *c, const char *format, ...)
 {
     va_list args;
@@ -138,6 +142,24 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
     return fail(c, "there is no key '%s' in [daemon]", key);
 }
 
+static const char *const providers[] = {"auto", "host", "cuda-vmm", "cuda-ipc"};
+
+const char *ts_provider_name(ts_provider provider)
+{
+    return providers[provider];
+}
+
+static ts_status set_device(ts_config *c, ts_config_pool *p, const char *value)
+{
+    char *end;
+    bool cuda = strncmp(value, "cuda:", 5) == 0 && value[5] >= '0' && value[5] <= '9' &&
+                strtoul(value + 5, &end, 10) < 1024 && *end == '\0';
+    if (!cuda && strcmp(value, "auto") != 0 && strcmp(value, "host") != 0)
+        return fail(c, "device = %s: known are auto, host and cuda:N", value);
+    snprintf(p->pool.device, sizeof p->pool.device, "%s", value);
+    return TS_OK;
+}
+
 static ts_status set_pool(ts_config *c, ts_config_pool *p, const char *key, const char *value)
 {
     ts_geometry *g = &p->pool.geometry;
@@ -163,9 +185,20 @@ static ts_status set_pool(ts_config *c, ts_config_pool *p, const char *key, cons
         g->layout = (ts_layout)which;
         return status;
     }
-    if (strcmp(key, "device") == 0) {
-        static const char *const devices[] = {"host"};
-        return word(c, key, value, devices, 1, &which);
+    if (strcmp(key, "device") == 0)
+        return set_device(c, p, value);
+    if (strcmp(key, "provider") == 0) {
+        status = word(c, key, value, providers, 4, &which);
+        p->provider = (ts_provider)which;
+        return status;
+    }
+    if (strcmp(key, "kernel") == 0) {
+        const char *kernels[TS_KERNEL_COUNT];
+        for (int i = 0; i < TS_KERNEL_COUNT; i++)
+            kernels[i] = ts_kernel_name((ts_kernel)i);
+        status = word(c, key, value, kernels, TS_KERNEL_COUNT, &which);
+        p->pool.kernel = (ts_kernel)which;
+        return status;
     }
     if (strcmp(key, "client_write") == 0) {
         static const char *const writers[] = {"none", "all"};
@@ -209,7 +242,7 @@ static ts_config_pool *pool_named(ts_config *c, const char *name)
         .pool = {.geometry = {.block_tokens = 16, .dtype = TS_DTYPE_BF16},
                  .sequences_max = 1u << 20,
                  .sequence_tokens_max = 1u << 20,
-                 .device = "host",
+                 .device = "auto",
                  .memory = "host"},
     };
     snprintf(p->pool.name, sizeof p->pool.name, "%s", name);
@@ -279,8 +312,19 @@ static ts_status finish_pool(ts_config *c, ts_config_pool *p)
     if (blocks == 0 || blocks > TS_POOL_BLOCKS_MAX)
         return fail(c, "pool '%s': %llu blocks of %zu bytes; the limits are 1..%u blocks", name,
                     (unsigned long long)blocks, block_bytes, TS_POOL_BLOCKS_MAX);
+    bool host = strcmp(p->pool.device, "host") == 0;
+    bool cuda = strncmp(p->pool.device, "cuda:", 5) == 0;
+    if ((host && p->provider > TS_PROVIDER_HOST) || (cuda && p->provider == TS_PROVIDER_HOST))
+        return fail(c, "pool '%s': provider = %s can't be used with device = %s", name,
+                    ts_provider_name(p->provider), p->pool.device);
+    if (host && p->pool.kernel != TS_KERNEL_AUTO)
+        return fail(c, "pool '%s': kernel = %s runs on a GPU, and device = host", name,
+                    ts_kernel_name(p->pool.kernel));
     p->pool.num_blocks = (uint32_t)blocks;
-    p->pool.slab_blocks = ts_geometry_slab_blocks(&p->pool.geometry, p->slab);
+    p->pool.slab_blocks =
+        ts_geometry_slab_blocks(&p->pool.geometry, p->slab, host ? HOST_GRANULE : DEVICE_GRANULE);
+    if (!host && p->pool.slab_blocks > blocks) /* one slab need not be whole granules */
+        p->pool.slab_blocks = (uint32_t)blocks;
     p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
     return TS_OK;
 }

@@ -12,8 +12,17 @@
 #define TS_SOCKET_DEFAULT "/run/tinyserve/tinyserve.sock"
 #define TS_CONFIG_DEFAULT "/etc/tinyserve/tinyserved.conf"
 
+/* Who provides a pool's memory. */
+typedef enum ts_provider {
+    TS_PROVIDER_AUTO,
+    TS_PROVIDER_HOST,
+    TS_PROVIDER_CUDA_VMM,
+    TS_PROVIDER_CUDA_IPC
+} ts_provider;
+
 typedef struct ts_config_pool {
-    ts_pool_config pool;
+    ts_pool_config pool; /* device: as given; resolved by devices.h */
+    ts_provider provider;
     uint64_t memory, slab, tenant_memory; /* bytes; 0: not given */
     uint64_t blocks;
 } ts_config_pool;
@@ -31,6 +40,9 @@ typedef struct ts_config {
     uint32_t num_pools;
     char error[256]; /* the first error */
 } ts_config;
+
+/* "auto", "host", "cuda-vmm", "cuda-ipc" */
+const char *ts_provider_name(ts_provider provider);
 
 void ts_config_init(ts_config *config);
 

@@ -212,7 +212,7 @@ static void exchange_open(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         return ts_refuse(a, TS_EINVAL,
                          "an exchange of %llu bytes; it must be a multiple of 4096, at most %llu",
                          (unsigned long long)bytes, (unsigned long long)e->limits.exchange_bytes);
-    if (bytes < s->exchange_bytes)
+    if (bytes < s->exchange_bytes && !c->exchange_open.other_memory)
         return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
     s->exchange_bytes = bytes;

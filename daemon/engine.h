@@ -18,7 +18,7 @@
 #include "session.h"
 #include "step.h"
 
-#include "attention.h"
+#include "gpu.h"
 
 #define TS_POOLS_MAX 64u
 #define TS_TENANTS_MAX 4096u
@@ -59,6 +59,7 @@ typedef struct ts_command {
         } session_open;
         struct {
             uint64_t bytes;
+            bool other_memory; /* than the last one: it may be smaller */
         } exchange_open;
         struct {
             const char *name;
@@ -91,6 +92,7 @@ typedef struct ts_command {
             uint32_t count, heads, io_dtype;
             float scale;
             bool append;
+            ts_kernel kernel; /* TS_KERNEL_AUTO: the pool's */
         } step_begin;
         struct {
             uint64_t step;
@@ -168,7 +170,11 @@ typedef struct ts_pool_config {
     uint32_t sequence_tokens_max;
     uint64_t tenant_blocks_max; /* blocks one tenant may use */
     ts_client_write client_write;
+    bool on_gpu;
+    ts_kernel kernel;            /* of a GPU */
     char device[32], memory[16]; /* for people: where the pool is and what provides it */
+    char device_name[96];
+    uint8_t device_uuid[TS_GPU_UUID_BYTES];
 } ts_pool_config;
 
 typedef struct ts_engine_pool {

@@ -185,6 +185,12 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
     else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
         ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
                   (double)c->step_begin.scale);
+    else if (c->step_begin.kernel != TS_KERNEL_AUTO && !e->pools[c->pool].config.on_gpu)
+        ts_refuse(a, TS_EINVAL, "kernel %s runs on a GPU; pool '%s' is on %s",
+                  ts_kernel_name(c->step_begin.kernel), e->pools[c->pool].config.name,
+                  e->pools[c->pool].config.device);
+    else if (ts_kernel_check(c->step_begin.kernel, g, a->message, sizeof a->message) != TS_OK)
+        a->status = TS_EINVAL;
     else if (c->step_begin.append && !(s->writable_pools >> c->pool & 1))
         ts_refuse(a, TS_EPERM,
                   "an append leaves K and V to the session, which didn't open pool '%s' to write",
@@ -260,6 +266,8 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     step->io_dtype = (ts_dtype)c->step_begin.io_dtype;
     step->scale = c->step_begin.scale > 0 ? c->step_begin.scale
                                           : 1.0f / sqrtf((float)pool->config.geometry.head_dim);
+    step->kernel =
+        c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
     step->tokens = (uint32_t)tokens;
     for (uint32_t i = 0; i < count; i++) {
         ts_step_seq *part = &step->seqs[i];
@@ -315,9 +323,13 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          (unsigned long long)step->id);
     if (layer >= g->layers)
         return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
-    if (step->in_flight >= e->limits.step_runs)
+    /* On a GPU the layers of a step may all be under way. */
+    uint32_t most = e->pools[step->pool].config.on_gpu && g->layers > e->limits.step_runs
+                        ? g->layers
+                        : e->limits.step_runs;
+    if (step->in_flight >= most)
         return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
-                         (unsigned long long)step->id, step->in_flight, e->limits.step_runs);
+                         (unsigned long long)step->id, step->in_flight, most);
     uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
     if (!check_range(s, "q", c->step_run.q, row * step->heads, a) ||
         !check_range(s, "k", c->step_run.k, row * g->kv_heads, a) ||

@@ -1,6 +1,6 @@
 /* tinyserved: reads its configuration, starts everything, waits for a signal, stops everything. */
 #define _GNU_SOURCE
-#include "config.h"
+#include "devices.h"
 #include "handles.h"
 #include "service.h"
 #include "transport.h"
@@ -116,36 +116,11 @@ static ts_status read_config(const options *o, ts_config *c)
     return ts_config_finish(c);
 }
 
-static void describe_pool(const ts_pool_config *p, char *text, size_t bytes)
+/* A GPU is lost: main ends the daemon, which can't do its work any more. */
+static void device_failed(const char *why)
 {
-    const ts_geometry *g = &p->geometry;
-    snprintf(text, bytes,
-             "pool '%s' on %s: %s, %u layers, %u KV heads of %u, %u tokens a block, %u blocks of "
-             "%.1f KiB (%.1f GiB) in slabs of %.1f MiB",
-             p->name, p->device, ts_dtype_name(g->dtype), g->layers, g->kv_heads, g->head_dim,
-             g->block_tokens, p->num_blocks, (double)ts_geometry_block_bytes(g) / 1024,
-             (double)ts_geometry_block_bytes(g) * p->num_blocks / (1 << 30),
-             (double)ts_geometry_block_bytes(g) * p->slab_blocks / (1 << 20));
-}
-
-static ts_status start_pools(ts_service *s, const ts_config *c)
-{
-    for (uint32_t i = 0; i < c->num_pools; i++) {
-        char why[256];
-        const ts_pool_config *p = &c->pools[i].pool;
-        ts_status status = ts_engine_add_pool(s->engine, p, why, sizeof why);
-        if (status == TS_OK)
-            status = ts_memory_host_new(s->engine->pools[i].books.num_slabs,
-                                        ts_geometry_block_bytes(&p->geometry) * p->slab_blocks,
-                                        &s->memory[i], why, sizeof why);
-        if (status != TS_OK) {
-            ts_log(TS_LOG_ERROR, "pool '%s': %s", p->name, why);
-            return status;
-        }
-        describe_pool(p, why, sizeof why);
-        ts_log(TS_LOG_INFO, "%s", why);
-    }
-    return TS_OK;
+    ts_log(TS_LOG_ERROR, "%s: the daemon ends, to be started again", why);
+    (void)kill(getpid(), SIGUSR1);
 }
 
 static void *engine_main(void *arg)
@@ -231,7 +206,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
                c->limits.sessions, c->threads);
         goto out;
     }
-    if (start_pools(s, c) != TS_OK)
+    if (ts_devices_start(s, c, device_failed) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
     if (!engine_runs ||
@@ -247,15 +222,17 @@ static int serve(const ts_config *c, const sigset_t *signals)
     int number = 0;
     while (sigwait(signals, &number) != 0)
         ;
-    ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
+    if (number != SIGUSR1)
+        ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     notify("STOPPING=1");
-    code = EXIT_SUCCESS;
+    code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_FAILURE;
 out:
     ts_transport_stop(transport);
     ts_handles_stop(handles);
     if (s->attention != NULL)
         ts_attention_cancel(s->attention);
     ts_batch_free(s->batch);
+    ts_devices_stop(s);
     ts_queue_close(&s->queue);
     if (engine_runs)
         pthread_join(engine, NULL);
@@ -285,7 +262,7 @@ int main(int argc, char **argv)
     if (o.check) {
         for (uint32_t i = 0; i < c->num_pools; i++) {
             char text[256];
-            describe_pool(&c->pools[i].pool, text, sizeof text);
+            ts_devices_describe(&c->pools[i].pool, text, sizeof text);
             puts(text);
         }
         free(c);
@@ -296,6 +273,7 @@ int main(int argc, char **argv)
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGUSR1); /* device_failed */
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();

@@ -50,7 +50,11 @@ static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
     p->name = strdup(pool->config.name);
     p->device = strdup(pool->config.device);
     p->memory = strdup(pool->config.memory);
-    if (p->name == NULL || p->device == NULL || p->memory == NULL) {
+    p->device_name = strdup(pool->config.device_name);
+    p->kernel = strdup(pool->config.on_gpu ? ts_kernel_name(pool->config.kernel)
+                                           : ts_isa_name(ts_attention_isa(s->attention)));
+    if (p->name == NULL || p->device == NULL || p->memory == NULL || p->device_name == NULL ||
+        p->kernel == NULL) {
         tspb__pool_summary__free_unpacked(p, NULL);
         return NULL;
     }
@@ -92,6 +96,12 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     r->requests = s->requests;
     r->refused = s->refused;
     ts_batch_counts(s->batch, &r->runs, &r->launches);
+    for (uint32_t i = 0; i < s->num_gpus; i++) {
+        uint64_t runs, launches;
+        ts_gpu_batch_counts(s->gpus[i].batch, &runs, &launches);
+        r->runs += runs;
+        r->launches += launches;
+    }
     r->tokens = s->engine->tokens_committed;
     r->threads = ts_attention_threads(s->attention);
     bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;

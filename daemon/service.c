@@ -2,15 +2,16 @@
 #include "service.h"
 
 #include "codec.h"
+#include "jobs.h"
 #include "log.h"
 #include "report.h"
 #include "version.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/random.h>
 #include <unistd.h>
 
@@ -34,15 +35,6 @@ ts_connection *ts_service_connection_of(const ts_service *s, uint64_t session)
     uint32_t index = (uint32_t)session;
     ts_connection *c = index < s->engine->limits.sessions ? s->by_session[index] : NULL;
     return c != NULL && c->session == session ? c : NULL;
-}
-
-static void exchange_release(ts_exchange *x)
-{
-    if (x == NULL || --x->users > 0)
-        return;
-    munmap(x->base, x->bytes);
-    close(x->fd);
-    free(x);
 }
 
 void ts_service_pipe_added(ts_work *work, void *service)
@@ -72,9 +64,19 @@ static void connection_free(ts_service *s, ts_connection *c)
         ts_log(TS_LOG_INFO, "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session,
                c->uid, c->pid);
     }
-    exchange_release(c->exchange);
+    ts_exchange_release(c->exchange);
+    ts_signals_let_go(c->signals);
+    ts_signals_release(c->signals);
+    /* Nobody is there to read it, but each request is answered once. */
+    for (ts_request **at = &s->waiting, *w; (w = *at) != NULL;) {
+        if (w->pipe != c->pipe) {
+            at = &w->next_waiter;
+            continue;
+        }
+        *at = w->next_waiter;
+        w->send(w, NULL, 0);
+    }
     for (uint32_t i = 0; i < TS_REPLIES_KEPT; i++)
-        /* Nobody is there to read it, but each request is answered once. */
         for (ts_request *w = c->replies.slots[i].waiters, *next; w != NULL; w = next) {
             next = w->next_waiter;
             w->send(w, NULL, 0);
@@ -100,7 +102,7 @@ void ts_service_pipe_removed(ts_work *work, void *service)
 
 /* ---- replies ---- */
 
-static bool pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
+bool ts_service_pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
 {
     *size = tspb__reply__get_packed_size(reply);
     if (!ts_engine_grow((void **)&s->packed, &s->packed_capacity, *size, 1))
@@ -109,18 +111,29 @@ static bool pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
     return true;
 }
 
-/* Packs the reply and keeps it for repeats if `kept` says so. Returns its size in s->packed. */
-static size_t finish(ts_service *s, ts_connection *c, ts_kept_reply *kept, Tspb__Reply *reply)
+/* Packs the reply. Returns its size in s->packed; 0: out of memory. */
+static size_t finish(ts_service *s, Tspb__Reply *reply)
 {
     size_t size;
     s->refused += reply->status != TS_OK;
     if (reply->status != TS_OK && reply->body_case != TSPB__REPLY__BODY__NOT_SET)
         reply->body_case = TSPB__REPLY__BODY__NOT_SET;
-    if (!pack(s, reply, &size))
-        return 0;
-    if (kept != NULL)
-        ts_replies_keep(&c->replies, kept, s->packed, size);
-    return size;
+    return ts_service_pack(s, reply, &size) ? size : 0;
+}
+
+void ts_service_deliver(ts_connection *c, ts_request *request, uint64_t id, const void *bytes,
+                        size_t size)
+{
+    ts_kept_reply *kept = c == NULL ? NULL : ts_replies_at(&c->replies, id);
+    if (kept != NULL && kept->id == id) { /* else another connection by now */
+        for (ts_request *w = kept->waiters, *next; w != NULL; w = next) {
+            next = w->next_waiter;
+            w->send(w, bytes, size);
+        }
+        kept->waiters = NULL;
+        ts_replies_keep(&c->replies, kept, bytes, size);
+    }
+    request->send(request, bytes, size);
 }
 
 static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const ts_answer *answer)
@@ -131,7 +144,7 @@ static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const 
     reply.status = (uint32_t)answer->status;
     reply.message = (char *)answer->message;
     s->refused++;
-    if (pack(s, &reply, &size))
+    if (ts_service_pack(s, &reply, &size))
         request->send(request, s->packed, size);
     else
         request->send(request, NULL, 0);
@@ -173,152 +186,6 @@ static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *re
     return kept;
 }
 
-/* ---- jobs for the kernels ---- */
-
-/* A job, the request that waits for it, and what to tell the engine afterwards. */
-typedef struct service_job {
-    ts_job job;
-    ts_work work;
-    ts_service *service;
-    ts_request *request;
-    uint64_t request_id, step;
-    uint32_t pipe, layer;
-    ts_exchange *exchange;
-    unsigned char *reply; /* to a begun step; NULL for a run, whose reply is empty */
-    size_t reply_size;
-} service_job;
-
-static void job_done(ts_job *job)
-{
-    service_job *j = (service_job *)job;
-    ts_queue_run(&j->service->queue, &j->work, j->service);
-}
-
-static void finish_job(ts_work *work, void *service)
-{
-    ts_service *s = service;
-    service_job *j = (service_job *)((char *)work - offsetof(service_job, work));
-    ts_answer answer;
-    ts_engine_apply(
-        s->engine,
-        &(ts_command){
-            .op = TS_OP_STEP_DONE,
-            .step_done = {.step = j->step, .layer = j->layer, .failed = j->job.status != TS_OK}},
-        &answer);
-    exchange_release(j->exchange);
-
-    ts_connection *c = ts_service_connection(s, j->pipe);
-    ts_kept_reply *kept = c == NULL ? NULL : ts_replies_at(&c->replies, j->request_id);
-    if (kept != NULL && kept->id != j->request_id)
-        kept = NULL; /* another connection by now */
-    const unsigned char *bytes = j->reply;
-    size_t size = j->reply_size;
-    if (bytes == NULL) {
-        Tspb__Reply reply = TSPB__REPLY__INIT;
-        reply.request_id = j->request_id;
-        reply.status = (uint32_t)j->job.status;
-        reply.message = (char *)(j->job.status == TS_OK      ? ""
-                                 : j->job.status == TS_ECONN ? "the daemon is stopping"
-                                                             : "no scratch memory for attention");
-        s->refused += j->job.status != TS_OK;
-        size = pack(s, &reply, &size) ? size : 0;
-        bytes = s->packed;
-    }
-    if (kept != NULL) {
-        for (ts_request *w = kept->waiters, *next; w != NULL; w = next) {
-            next = w->next_waiter;
-            w->send(w, bytes, size);
-        }
-        kept->waiters = NULL;
-        ts_replies_keep(&c->replies, kept, bytes, size);
-    }
-    j->request->send(j->request, bytes, size);
-    free(j->job.copies);
-    free(j->job.seqs);
-    free(j->reply);
-    free(j);
-}
-
-/* A job of the step's, with room for `count` things of `bytes` in *things. */
-static service_job *job_new(ts_service *s, ts_connection *c, ts_request *request,
-                            const ts_step *step, void **things, size_t count, size_t bytes)
-{
-    service_job *j = calloc(1, sizeof *j);
-    *things = malloc(count * bytes);
-    if (j == NULL || *things == NULL) {
-        free(j);
-        free(*things);
-        return NULL;
-    }
-    j->job.geometry = s->engine->pools[step->pool].config.geometry;
-    j->job.base = s->memory[step->pool]->base;
-    j->job.done = job_done;
-    j->work.run = finish_job;
-    j->service = s;
-    j->request = request;
-    j->request_id = request->message->request_id;
-    j->step = step->id;
-    j->pipe = c->pipe;
-    j->layer = TS_NONE;
-    return j;
-}
-
-static service_job *copy_job(ts_service *s, ts_connection *c, ts_request *request,
-                             const ts_answer *a, const Tspb__Reply *reply)
-{
-    void *copies;
-    service_job *j =
-        job_new(s, c, request, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
-    if (j == NULL)
-        return NULL;
-    memcpy(copies, a->begun.copies, a->begun.num_copies * sizeof(ts_block_copy));
-    j->job.copies = copies;
-    j->job.num_copies = a->begun.num_copies;
-    if (!pack(s, reply, &j->reply_size) || (j->reply = malloc(j->reply_size)) == NULL) {
-        free(copies);
-        free(j);
-        return NULL;
-    }
-    memcpy(j->reply, s->packed, j->reply_size);
-    return j;
-}
-
-static service_job *run_job(ts_service *s, ts_connection *c, ts_request *request,
-                            const ts_command *command, const ts_step *step)
-{
-    void *memory;
-    service_job *j =
-        job_new(s, c, request, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
-    if (j == NULL)
-        return NULL;
-    ts_attention_seq *seqs = memory;
-    const ts_geometry *g = &j->job.geometry;
-    size_t row = g->head_dim * ts_dtype_bytes(step->io_dtype), first = 0;
-    for (uint32_t i = 0; i < step->num_seqs; i++) {
-        const ts_step_seq *part = &step->seqs[i];
-        seqs[i] = (ts_attention_seq){
-            .blocks = part->table,
-            .kv_tokens = part->start + part->new_tokens,
-            .q_tokens = part->new_tokens,
-            .layer = command->step_run.layer,
-            .q = c->exchange->base + command->step_run.q + first * row * step->heads,
-            .k = c->exchange->base + command->step_run.k + first * row * g->kv_heads,
-            .v = c->exchange->base + command->step_run.v + first * row * g->kv_heads,
-            .out = c->exchange->base + command->step_run.out + first * row * step->heads,
-        };
-        first += part->new_tokens;
-    }
-    j->job.seqs = seqs;
-    j->job.num_seqs = step->num_seqs;
-    j->job.heads = step->heads;
-    j->job.io_dtype = step->io_dtype;
-    j->job.scale = step->scale;
-    j->layer = command->step_run.layer;
-    j->exchange = c->exchange;
-    j->exchange->users++;
-    return j;
-}
-
 /* ---- requests ---- */
 
 /* Applies the command, finding memory for slabs until it has enough. */
@@ -350,32 +217,75 @@ static void apply(ts_service *s, const ts_command *command, ts_answer *a)
     }
 }
 
-/* The memory comes first, so that applying the command is all that changes the engine. */
-static void open_exchange(ts_service *s, ts_connection *c, const ts_command *command, ts_answer *a)
+/* The device that an exchange is to be shared with, or NULL and the answer refuses. */
+static ts_gpu *exchange_gpu(const ts_service *s, const ts_connection *c,
+                            const Tspb__ExchangeOpen *open, ts_answer *a)
 {
-    uint64_t bytes = command->exchange_open.bytes;
-    ts_exchange *x = NULL;
-    if (bytes > 0 && bytes <= s->engine->limits.exchange_bytes) { /* else apply says why not */
-        void *base = NULL;
-        char why[TS_MESSAGE_BYTES];
-        x = malloc(sizeof *x);
-        if (x == NULL)
-            return ts_refuse(a, TS_ENOMEM, "no memory for an exchange");
-        ts_status status =
-            ts_memory_shared_new("tinyserve-exchange", bytes, &x->fd, &base, why, sizeof why);
-        if (status != TS_OK) {
-            free(x);
-            return ts_refuse(a, status, "an exchange: %s", why);
-        }
-        x->base = base;
-        x->bytes = bytes;
-        x->users = 1;
+    const ts_session *session = ts_engine_session(s->engine, c->session);
+    if (session == NULL || open->pool >= s->engine->num_pools ||
+        !(session->opened_pools >> open->pool & 1)) {
+        ts_refuse(a, TS_ENOENT, "the session has not opened a pool %u", open->pool);
+        return NULL;
     }
+    if (s->gpu_of[open->pool] == NULL) {
+        ts_refuse(a, TS_EINVAL,
+                  "pool '%s' is in host memory: there is no device to share an "
+                  "exchange with",
+                  s->engine->pools[open->pool].config.name);
+        return NULL;
+    }
+    if (open->ipc_handle.len != 0 && open->ipc_handle.len != TS_IPC_HANDLE_BYTES) {
+        ts_refuse(a, TS_EINVAL, "an IPC handle of %zu bytes; it has %u", open->ipc_handle.len,
+                  TS_IPC_HANDLE_BYTES);
+        return NULL;
+    }
+    return s->gpu_of[open->pool]->gpu;
+}
+
+/* The memory comes first, so that applying the command is all that changes the engine. */
+static void open_exchange(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen *open,
+                          ts_command *command, ts_answer *a)
+{
+    uint64_t bytes = open->bytes;
+    bool on_device = open->on_device || open->ipc_handle.len > 0;
+    ts_gpu *gpu = NULL;
+    ts_exchange *x = NULL;
+    char why[TS_MESSAGE_BYTES];
+    if (on_device && (gpu = exchange_gpu(s, c, open, a)) == NULL)
+        return;
+    if (bytes > 0 && bytes <= s->engine->limits.exchange_bytes) { /* else apply says why not */
+        ts_status status;
+        if (open->ipc_handle.len > 0)
+            status = ts_exchange_import(gpu, open->ipc_handle.data, open->ipc_offset, bytes, &x,
+                                        why, sizeof why);
+        else if (on_device)
+            status = ts_exchange_device_new(gpu, s->memory[open->pool]->ipc_handle == NULL, bytes,
+                                            &x, why, sizeof why);
+        else
+            status = ts_exchange_new(bytes, &x, why, sizeof why);
+        if (status != TS_OK)
+            return ts_refuse(a, status, "an exchange: %s", why);
+    }
+    command->exchange_open.other_memory =
+        c->exchange != NULL && (on_device || c->exchange->host == NULL);
     ts_engine_apply(s->engine, command, a);
     if (a->status != TS_OK)
-        return exchange_release(x);
-    exchange_release(c->exchange);
+        return ts_exchange_release(x);
+    ts_exchange_release(c->exchange);
     c->exchange = x;
+}
+
+static void encode_exchange(const ts_connection *c, Tspb__Reply *reply, ts_reply_body *body)
+{
+    Tspb__ExchangeOpened *opened = &body->exchange_opened;
+    tspb__exchange_opened__init(opened);
+    opened->has_descriptor = c->exchange->fd >= 0;
+    if (c->exchange->host == NULL && c->exchange->fd < 0) {
+        opened->ipc_handle.data = c->exchange->shared.ipc;
+        opened->ipc_handle.len = sizeof c->exchange->shared.ipc;
+    }
+    reply->body_case = TSPB__REPLY__BODY_EXCHANGE_OPENED;
+    reply->exchange_opened = opened;
 }
 
 static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *request,
@@ -440,6 +350,10 @@ static bool list_slabs(ts_service *s, uint32_t pool, const uint32_t *blocks, siz
         tspb__slab__init(entry);
         entry->slab = slab;
         entry->generation = books->slabs[slab].generation;
+        if (s->memory[pool]->ipc_handle != NULL) {
+            entry->ipc_handle.data = (uint8_t *)s->memory[pool]->ipc_handle;
+            entry->ipc_handle.len = TS_IPC_HANDLE_BYTES;
+        }
         s->slab_pointers[(*num)++] = entry;
     }
     *list = s->slab_pointers;
@@ -459,40 +373,37 @@ static bool add_slabs(ts_service *s, const ts_command *command, const ts_answer 
 }
 
 /*
- * Applies the command and fills in the reply. Returns a job if the reply must wait for the kernels,
- * else NULL.
+ * Applies the command and fills in the reply. Returns true if the reply must wait for the kernels,
+ * which have the request then.
  */
-static service_job *execute(ts_service *s, ts_connection *c, ts_request *request,
-                            const ts_command *command, ts_answer *a, Tspb__Reply *reply,
-                            ts_reply_body *body)
+static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_command *command,
+                    ts_answer *a, Tspb__Reply *reply, ts_reply_body *body)
 {
+    const Tspb__Request *message = request->message;
+    bool run = command->op == TS_OP_STEP_RUN;
     if (command->op == TS_OP_EXCHANGE_OPEN)
-        open_exchange(s, c, command, a);
-    else
+        open_exchange(s, c, message->exchange_open, command, a);
+    else if (!run || ts_jobs_check_run(s, c, message->step_run, a))
         apply(s, command, a);
     ts_encode(s->engine, command, a, reply, body);
-    service_job *job = NULL;
-    bool waits =
-        a->status == TS_OK && (command->op == TS_OP_STEP_RUN ||
-                               (command->op == TS_OP_STEP_BEGIN && a->begun.num_copies > 0));
+    if (command->op == TS_OP_EXCHANGE_OPEN && a->status == TS_OK)
+        encode_exchange(c, reply, body);
+    bool copies = command->op == TS_OP_STEP_BEGIN && a->status == TS_OK && a->begun.num_copies > 0;
     bool ok = a->status != TS_OK || add_slabs(s, command, a, reply);
-    if (ok && waits) {
-        job = command->op == TS_OP_STEP_RUN ? run_job(s, c, request, command, a->step)
-                                            : copy_job(s, c, request, a, reply);
-        ok = job != NULL;
-    }
+    if (ok && a->status == TS_OK && run)
+        ok = ts_jobs_run(s, c, request, command, a->step);
+    else if (ok && copies)
+        ok = ts_jobs_copy(s, c, request, a, reply);
     if (ok)
-        return job;
+        return copies || (a->status == TS_OK && run && !message->step_run->ordered);
     /* Out of memory for the answer: undo what can be undone. */
-    if (waits)
-        ts_engine_apply(
-            s->engine,
-            &(ts_command){.op = TS_OP_STEP_DONE,
-                          .step_done = {.step = command->op == TS_OP_STEP_RUN ? a->step->id
-                                                                              : a->begun.step->id,
-                                        .layer = TS_NONE,
-                                        .failed = true}},
-            &(ts_answer){0});
+    if (run || copies)
+        ts_engine_apply(s->engine,
+                        &(ts_command){.op = TS_OP_STEP_DONE,
+                                      .step_done = {.step = run ? a->step->id : a->begun.step->id,
+                                                    .layer = TS_NONE,
+                                                    .failed = true}},
+                        &(ts_answer){0});
     if (command->op == TS_OP_STEP_BEGIN && body->step_begun.step != 0)
         ts_engine_apply(s->engine,
                         &(ts_command){.op = TS_OP_STEP_ABORT,
@@ -502,7 +413,62 @@ static service_job *execute(ts_service *s, ts_connection *c, ts_request *request
     ts_refuse(a, TS_ENOMEM, "no memory for the answer");
     reply->status = TS_ENOMEM;
     reply->message = a->message;
-    return NULL;
+    return false;
+}
+
+/* Whether the command ends a step of this session whose runs are still under way on a GPU. */
+static bool must_wait(const ts_service *s, const ts_command *command)
+{
+    if (command->op != TS_OP_STEP_COMMIT && command->op != TS_OP_STEP_ABORT)
+        return false;
+    const ts_step *step = ts_engine_find_step(s->engine, command->step_end.step);
+    return step != NULL && step->in_flight > 0 && s->gpu_of[step->pool] != NULL &&
+           ts_engine_session_id(s->engine, step->session) == command->session;
+}
+
+/* Answers a request whose place among the kept replies is taken. */
+static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept_reply *kept)
+{
+    const Tspb__Request *message = request->message;
+    ts_answer a = {0};
+    ts_command command;
+    ts_reply_body body;
+    Tspb__SessionOpened opened;
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    reply.request_id = message->request_id;
+    bool waits = false;
+    if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
+        open_session(s, c, message, &a, &reply, &opened);
+    } else if (ts_decode(message, c->session, &command, &a)) {
+        if (must_wait(s, &command)) {
+            kept->pending = true;
+            request->next_waiter = s->waiting;
+            s->waiting = request;
+            return;
+        }
+        waits = execute(s, c, request, &command, &a, &reply, &body);
+    } else if (a.status == TS_OK) {
+        ts_refuse(&a, TS_EPROTO, "the request has no body that this daemon knows");
+    }
+    if (waits) {
+        kept->pending = true;
+        return;
+    }
+    reply.status = (uint32_t)a.status;
+    reply.message = a.message;
+    size_t size = finish(s, &reply);
+    ts_service_deliver(c, request, message->request_id, s->packed, size);
+}
+
+void ts_service_resume(ts_service *s)
+{
+    ts_request *waiting = s->waiting;
+    s->waiting = NULL;
+    for (ts_request *request = waiting, *next; request != NULL; request = next) {
+        next = request->next_waiter;
+        ts_connection *c = ts_service_connection(s, request->pipe);
+        answer(s, c, request, ts_replies_at(&c->replies, request->message->request_id));
+    }
 }
 
 void ts_service_request(ts_work *work, void *service)
@@ -526,42 +492,34 @@ void ts_service_request(ts_work *work, void *service)
         return send_refusal(s, request, message == NULL ? 0 : message->request_id, &a);
     }
 
-    ts_command command;
-    ts_reply_body body;
-    Tspb__SessionOpened opened;
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
     if (ts_report(s, c, message, &reply)) { /* changes nothing: not kept for repeats */
         char *owned_message = reply.status != TS_OK ? reply.message : NULL;
         Tspb__Reply whole = reply;
-        size_t size = finish(s, c, NULL, &reply);
+        size_t size = finish(s, &reply);
         request->send(request, s->packed, size);
         whole.message = owned_message;
         ts_report_free(&whole);
         return;
     }
     ts_kept_reply *kept = reply_slot(s, c, request);
-    if (kept == NULL)
-        return;
-    service_job *job = NULL;
-    if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN)
-        open_session(s, c, message, &a, &reply, &opened);
-    else if (ts_decode(message, c->session, &command, &a))
-        job = execute(s, c, request, &command, &a, &reply, &body);
-    else if (a.status == TS_OK)
-        ts_refuse(&a, TS_EPROTO, "the request has no body that this daemon knows");
-    if (job != NULL) {
-        kept->pending = true;
-        ts_batch_submit(s->batch, &job->job);
-        return;
-    }
-    reply.status = (uint32_t)a.status;
-    reply.message = a.message;
-    size_t size = finish(s, c, kept, &reply);
-    request->send(request, s->packed, size);
+    if (kept != NULL)
+        answer(s, c, request, kept);
 }
 
 /* ---- handles ---- */
+
+static ts_status hand_out(ts_handle_ask *ask, int fd, uint64_t bytes, char *why, size_t why_bytes)
+{
+    ask->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    ask->reply.bytes = bytes;
+    ask->reply.writable = 1;
+    if (ask->fd >= 0)
+        return TS_OK;
+    snprintf(why, why_bytes, "no descriptor: %s", strerror(errno));
+    return TS_ENOMEM;
+}
 
 static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
 {
@@ -579,17 +537,18 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
     }
     const ts_session *session = ts_engine_session(s->engine, c->session);
     if (r->kind == TS_HANDLE_EXCHANGE) {
-        if (c->exchange == NULL) {
-            snprintf(why, why_bytes, "the session has opened no exchange");
+        if (c->exchange == NULL || c->exchange->fd < 0) {
+            snprintf(why, why_bytes,
+                     c->exchange == NULL ? "the session has opened no exchange"
+                                         : "the session's exchange has no descriptor");
             return TS_ENOENT;
         }
-        ask->fd = dup(c->exchange->fd);
-        ask->reply.bytes = c->exchange->bytes;
-        ask->reply.writable = 1;
-        if (ask->fd >= 0)
-            return TS_OK;
-        snprintf(why, why_bytes, "no descriptor: %s", strerror(errno));
-        return TS_ENOMEM;
+        return hand_out(ask, c->exchange->fd, c->exchange->bytes, why, why_bytes);
+    }
+    if (r->kind == TS_HANDLE_SIGNALS) {
+        ts_status status = c->signals != NULL ? TS_OK : ts_signals_new(&c->signals, why, why_bytes);
+        return status != TS_OK ? status
+                               : hand_out(ask, c->signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
     }
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {
@@ -605,7 +564,7 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         snprintf(why, why_bytes, "the session didn't open pool %u to write", r->pool);
         return TS_EPERM;
     }
-    ask->reply.bytes = s->memory[r->pool]->slab_bytes;
+    ask->reply.bytes = s->memory[r->pool]->export_bytes;
     ask->reply.generation = books->slabs[r->slab].generation;
     ask->reply.writable = r->writable != 0;
     return ts_memory_export(s->memory[r->pool], r->slab, r->writable != 0, &ask->fd, why,
@@ -641,6 +600,8 @@ void ts_service_fini(ts_service *s)
         }
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(s->memory[i]);
+    for (uint32_t i = 0; i < s->num_gpus; i++)
+        ts_gpu_close(s->gpus[i].gpu);
     ts_engine_free(s->engine);
     ts_attention_free(s->attention);
     free(s->by_session);

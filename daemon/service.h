@@ -9,6 +9,7 @@
 
 #include "batch.h"
 #include "engine.h"
+#include "gpu_batch.h"
 #include "handle_wire.h"
 #include "memory.h"
 #include "queue.h"
@@ -22,7 +23,7 @@ typedef struct ts_request {
     uint32_t pipe;
     Tspb__Request *message; /* NULL: could not be unpacked */
     void (*send)(struct ts_request *request, const void *reply, size_t bytes);
-    struct ts_request *next_waiter;
+    struct ts_request *next_waiter; /* for the same answer, or for a step's runs */
 } ts_request;
 
 /* A connection came or went (both kinds are freed by the service). */
@@ -41,25 +42,24 @@ typedef struct ts_handle_ask {
     void (*done)(struct ts_handle_ask *ask);
 } ts_handle_ask;
 
-/* Memory that a session and the daemon share; lives until the last run that uses it is done. */
-typedef struct ts_exchange {
-    int fd;
-    unsigned char *base;
-    uint64_t bytes;
-    uint32_t users; /* the connection, and each run in flight */
-} ts_exchange;
-
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
     uint32_t pipe, uid, pid;
     uint64_t session; /* 0: none opened */
     uint8_t token[TS_TOKEN_BYTES];
     ts_exchange *exchange;
+    ts_signals_page *signals; /* NULL: never asked for */
     uint64_t requests;
     ts_replies replies;
 } ts_connection;
 
 #define TS_CONNECTION_BUCKETS 4096u
+#define TS_GPUS_MAX 16u
+
+typedef struct ts_service_gpu {
+    ts_gpu *gpu;
+    ts_gpu_batch *batch;
+} ts_service_gpu;
 
 typedef struct ts_service {
     ts_queue queue;
@@ -67,6 +67,10 @@ typedef struct ts_service {
     ts_memory *memory[TS_POOLS_MAX];
     ts_attention *attention;
     ts_batch *batch;
+    ts_service_gpu gpus[TS_GPUS_MAX];
+    uint32_t num_gpus;
+    const ts_service_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
+    ts_request *waiting;                        /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     char handle_path[128];
@@ -91,9 +95,22 @@ void ts_service_pipe_added(ts_work *work, void *service);
 void ts_service_pipe_removed(ts_work *work, void *service);
 void ts_service_handle(ts_work *work, void *service);
 
-/* Closes every session and gives back all that `service` holds but the queue. Batch must be free.
- */
+/* Closes every session and gives back all that `service` holds but the queue. The batches must be
+ * free. */
 void ts_service_fini(ts_service *service);
+
+/* Used by the files of the service. */
+
+/* Packs the reply into service->packed; false: out of memory. */
+bool ts_service_pack(ts_service *service, const Tspb__Reply *reply, size_t *size);
+
+/* Sends the packed reply, keeps it for repeats and sends it to those that came already. c NULL: the
+ * connection is gone. */
+void ts_service_deliver(ts_connection *c, ts_request *request, uint64_t id, const void *bytes,
+                        size_t size);
+
+/* Goes on with the requests that waited for runs; those whose runs aren't done wait on. */
+void ts_service_resume(ts_service *service);
 
 ts_connection *ts_service_connection(const ts_service *service, uint32_t pipe);
 ts_connection *ts_service_connection_of(const ts_service *service, uint64_t session);

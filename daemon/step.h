@@ -13,6 +13,7 @@
 #ifndef TS_STEP_H
 #define TS_STEP_H
 
+#include "gpu.h"
 #include "sequence.h"
 
 typedef struct ts_step_seq {
@@ -33,6 +34,7 @@ typedef struct ts_step {
     uint32_t heads;
     ts_dtype io_dtype;
     float scale;
+    ts_kernel kernel;
     uint32_t tokens; /* new tokens of all sequences */
     uint32_t layers_run;
     uint64_t layer_bits[TS_LAYERS_MAX / 64];

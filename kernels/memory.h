@@ -4,8 +4,8 @@
  * be exported to other processes as file descriptors.
  *
  * A slab that goes to another tenant is *renewed*: it gets new, zeroed memory, so that whoever
- * still maps the old one sees none of what comes after. This header has the provider of host memory;
- * gpu.h has those of device memory.
+ * still maps the old one sees none of what comes after. This header has the provider of host
+ * memory; gpu.h has those of device memory.
  *
  * Thread: one at a time (the engine's); the memory itself may be used by any.
  */

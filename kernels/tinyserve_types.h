@@ -94,9 +94,10 @@ static inline size_t ts_geometry_head_stride(const ts_geometry *g)
 
 /*
  * Blocks in one slab: as many whole blocks as come near `slab_bytes`, at least one, and so many
- * that the slab is a multiple of 4096 bytes (a page) and can be mapped on its own.
+ * that the slab is a multiple of `granule` bytes (a power of two: a page, say) and can be mapped on
+ * its own.
  */
-uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes);
+uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes, size_t granule);
 
 /*
  * TS_OK, or TS_EINVAL with a sentence in `why` (`why_bytes` long) that names the field, its value

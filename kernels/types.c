@@ -2,8 +2,6 @@
 
 #include <stdio.h>
 
-#define PAGE_BYTES 4096u
-
 static size_t gcd(size_t a, size_t b)
 {
     while (b != 0) {
@@ -14,10 +12,10 @@ static size_t gcd(size_t a, size_t b)
     return a;
 }
 
-uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes)
+uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes, size_t granule)
 {
     size_t block = ts_geometry_block_bytes(g);
-    size_t unit = PAGE_BYTES / gcd(block, PAGE_BYTES); /* fewest blocks that fill whole pages */
+    size_t unit = granule / gcd(block, granule); /* fewest blocks that fill whole granules */
     size_t units = slab_bytes / (unit * block);
     return (uint32_t)(unit * (units > 0 ? units : 1));
 }

@@ -48,7 +48,7 @@ static inline float get(const unsigned char *from, ts_dtype dtype, size_t i)
 /* Random q, and sequences over blocks in random order; the cached tokens are random numbers, all
  * that no sequence may read (tails, other layers' spare blocks) is NaN. */
 static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
-                        rng *r)
+                               rng *r)
 {
     memset(p, 0, sizeof *p);
     ts_geometry g = {.layers = s.layers,
@@ -159,7 +159,8 @@ static inline double *reference_of(const problem *p, const ts_attention_seq *seq
 }
 
 /* ||out - reference|| / ||reference|| over one sequence. */
-static inline double relative_error(const problem *p, const ts_attention_seq *seq, const double *ref)
+static inline double relative_error(const problem *p, const ts_attention_seq *seq,
+                                    const double *ref)
 {
     size_t n = (size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim;
     double diff = 0, norm = 0;

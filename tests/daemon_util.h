@@ -30,11 +30,23 @@ typedef struct daemon_process {
 /* 6 layers, 2 KV heads of 64, blocks of 16: the demo model's cache. */
 #define POOL_TINY "tiny:layers=6,kv_heads=2,head_dim=64,dtype=fp32"
 
-/* Starts a daemon with one pool (and more options, NULL at the end) and waits until it listens. */
+/*
+ * Starts a daemon with one pool (and more options, NULL at the end) and waits until it listens.
+ * Pools are in host memory unless TS_TEST_DEVICE says otherwise ("cuda:0"): what tests read and
+ * write through a mapping, they do with the processor.
+ */
 static inline void daemon_start_with(daemon_process *d, const char *pool, const char *const *more)
 {
     const char *argv[32] = {TS_DAEMON, "--set", "log_level=warning", "--pool", pool, "--socket"};
+    const char *device = getenv("TS_TEST_DEVICE");
+    char pool_there[256];
     int argc = 6;
+    snprintf(pool_there, sizeof pool_there, "%s%s%s", pool,
+             strstr(pool, "device=") ? "" : ",device=",
+             strstr(pool, "device=") ? ""
+             : device != NULL        ? device
+                                     : "host");
+    argv[4] = pool_there;
     snprintf(d->folder, sizeof d->folder, "/tmp/tinyserve-test.XXXXXX");
     assert_non_null(mkdtemp(d->folder));
     assert_int_equal(chmod(d->folder, 0755), 0); /* other uids connect in some tests */

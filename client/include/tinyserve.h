@@ -77,6 +77,25 @@ const ts_geometry *ts_pool_geometry(const ts_pool *pool);
 uint32_t ts_pool_blocks(const ts_pool *pool);       /* that the pool has */
 uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens that a sequence may have */
 
+/* Where the pool is ("host", "cuda:0", by the daemon's count) and what provides its memory ("host",
+ * "cuda-vmm", "cuda-ipc"). */
+const char *ts_pool_device(const ts_pool *pool);
+const char *ts_pool_memory(const ts_pool *pool);
+
+/* ---- the exchange ----
+ *
+ * It is host memory unless one of these says otherwise. Neither may be called while steps are open
+ * (TS_EBUSY). Device memory is for GPU pools alone; a session uses one GPU. */
+
+/* Puts the exchange into memory of the pool's GPU, which the daemon owns: the pointers of a step
+ * are device addresses from then on. */
+ts_status ts_exchange_device(ts_pool *pool, size_t bytes);
+
+/* Makes this process's own device memory the exchange, in place: `bytes` (a multiple of 4096) of
+ * memory made with cudaMalloc on the pool's GPU (as PyTorch's allocator does), which must stay
+ * until the session ends or has another exchange. The daemon can then read and write all of it. */
+ts_status ts_exchange_register(ts_pool *pool, void *memory, size_t bytes);
+
 /* ---- sequences ---- */
 
 /* Makes `count` empty sequences. TS_EQUOTA: too many. */
@@ -119,9 +138,11 @@ typedef struct ts_kv {
 } ts_kv;
 
 /*
- * The address in this process of one token's K and V at one layer, mapping its slab if need be. The
- * slot must come from this session's last answer about its sequence. Writing through it needs
- * TS_POOL_WRITABLE; without, the memory is read-only and a write is a fault of this process.
+ * The address in this process of one token's K and V at one layer, mapping its slab if need be: a
+ * device address for a GPU pool. The slot must come from this session's last answer about its
+ * sequence. Writing through it needs TS_POOL_WRITABLE; without, the memory is read-only and a write
+ * is a fault of this process. (On a GPU under MPS it is a fault of every process of the MPS server;
+ * and cuda-ipc memory can always be written.)
  */
 ts_status ts_slot_kv(ts_pool *pool, uint64_t slot, uint32_t layer, ts_kv *out);
 
@@ -136,10 +157,11 @@ ts_status ts_seq_append(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_t
 /* ---- steps ---- */
 
 typedef struct ts_step_options {
-    uint32_t heads;    /* query heads: a multiple of kv_heads; 0: kv_heads */
-    ts_dtype io_dtype; /* of q, k, v and out: fp32 (0), or the pool's own type */
-    float scale;       /* of q·k; 0: 1/sqrt(head_dim) */
-    bool no_run;       /* no layer will be run: a plain append in two messages */
+    uint32_t heads;     /* query heads: a multiple of kv_heads; 0: kv_heads */
+    ts_dtype io_dtype;  /* of q, k, v and out: fp32 (0), or the pool's own type */
+    float scale;        /* of q·k; 0: 1/sqrt(head_dim) */
+    bool no_run;        /* no layer will be run: a plain append in two messages */
+    const char *kernel; /* of a GPU pool: "v1" and so on; NULL: the pool's */
 } ts_step_options;
 
 /*
@@ -169,6 +191,16 @@ void ts_step_slots(const ts_step *step, uint64_t *slots);
 /* Writes k and v into the step's slots of this layer and attends: token t of a sequence sees all of
  * its tokens up to and including itself. out is ready when this returns. */
 ts_status ts_step_run(ts_step *step, uint32_t layer);
+
+/*
+ * The same on a GPU pool, in the order of a CUDA stream (CUstream or cudaStream_t; NULL: the
+ * default one) of the pool's device: what is on the stream already, and writes q, k and v, comes
+ * before; what is put on it later finds out. Returns as soon as the daemon has taken the run;
+ * nothing waits for the GPU. The exchange must be device memory, or host memory that the stream
+ * writes. Use one stream, or make a later one wait for the earlier. If a run fails on the GPU, the
+ * commit says so.
+ */
+ts_status ts_step_run_on(ts_step *step, uint32_t layer, void *stream);
 
 /* Makes the first accepted[i] new tokens part of sequence i (NULL: all of them) and drops the rest.
  * The step ends, and is freed, if this returns TS_OK. TS_EINVAL: some layers were run and others

@@ -173,13 +173,13 @@ static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
     if (gpu->driver.attribute(&vmm, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
                               (CUdevice)info->ordinal) != CUDA_SUCCESS)
         vmm = 0;
-    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
-                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-                                .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE,
-                                             .id = (int)info->ordinal}};
-    info->vmm = vmm != 0 && gpu->driver.granularity(&info->granularity, &prop,
-                                                    CU_MEM_ALLOC_GRANULARITY_MINIMUM) ==
-                                CUDA_SUCCESS;
+    CUmemAllocationProp prop = {
+        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
+        .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = (int)info->ordinal}};
+    info->vmm =
+        vmm != 0 && gpu->driver.granularity(&info->granularity, &prop,
+                                            CU_MEM_ALLOC_GRANULARITY_MINIMUM) == CUDA_SUCCESS;
     return TS_OK;
 }
 
@@ -283,9 +283,8 @@ ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_
         return status;
     cudaError_t error = cudaMemGetInfo(&available, &total);
     *bytes = available;
-    return error == cudaSuccess
-               ? TS_OK
-               : ts_gpu_fail(error, "asking for free memory", 0, why, why_bytes);
+    return error == cudaSuccess ? TS_OK
+                                : ts_gpu_fail(error, "asking for free memory", 0, why, why_bytes);
 }
 
 /* ---- launches ---- */

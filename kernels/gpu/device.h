@@ -1,6 +1,6 @@
 /*
- * Inside kernels/gpu: a device, its launches, and the driver's functions, which are looked up when a
- * device is opened so that a daemon built with CUDA runs where there is no driver.
+ * Inside kernels/gpu: a device, its launches, and the driver's functions, which are looked up when
+ * a device is opened so that a daemon built with CUDA runs where there is no driver.
  */
 #ifndef TS_GPU_DEVICE_H
 #define TS_GPU_DEVICE_H

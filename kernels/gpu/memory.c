@@ -30,10 +30,10 @@ static size_t round_up(size_t bytes, size_t unit)
 static ts_status vmm_create(ts_gpu *gpu, size_t bytes, CUmemGenericAllocationHandle *handle,
                             char *why, size_t why_bytes)
 {
-    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
-                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-                                .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE,
-                                             .id = (int)gpu->info.ordinal}};
+    CUmemAllocationProp prop = {
+        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
+        .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = (int)gpu->info.ordinal}};
     CUresult error = gpu->driver.mem_create(handle, bytes, &prop, 0);
     return error == CUDA_SUCCESS
                ? TS_OK
@@ -72,8 +72,8 @@ static ts_status vmm_export(ts_gpu *gpu, CUmemGenericAllocationHandle handle, si
                             char *why, size_t why_bytes)
 {
     *fd = -1;
-    CUresult error = gpu->driver.export_handle(fd, handle,
-                                               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+    CUresult error =
+        gpu->driver.export_handle(fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
     return error == CUDA_SUCCESS
                ? TS_OK
                : ts_gpu_fail_driver(gpu, error, "exporting device memory", bytes, why, why_bytes);
@@ -158,10 +158,8 @@ static void vmm_free(ts_memory *m)
     free(vmm);
 }
 
-static const ts_memory_ops vmm_ops = {.name = "cuda-vmm",
-                                      .renew = vmm_renew,
-                                      .export_fd = vmm_export_slab,
-                                      .free = vmm_free};
+static const ts_memory_ops vmm_ops = {
+    .name = "cuda-vmm", .renew = vmm_renew, .export_fd = vmm_export_slab, .free = vmm_free};
 
 ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_bytes,
                                  ts_memory **out, char *why, size_t why_bytes)

@@ -1,0 +1,292 @@
+/* The exchange, of host or device memory, and the page of signals that orders runs on a GPU. */
+#define _GNU_SOURCE
+#include "client.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define DEVICE_GRANULE ((size_t)2 << 20) /* of VMM memory */
+
+ts_status ts_client_cuda(ts_client *c, const ts_pool *p, ts_cuda **out)
+{
+    *out = NULL;
+    if (!p->on_gpu)
+        return ts_fail(c, TS_EINVAL, "the pool is in host memory: there is no GPU");
+    if (c->cuda == NULL) {
+        ts_status status = ts_cuda_open(c, p->uuid, &c->cuda);
+        if (status != TS_OK)
+            return status;
+    }
+    if (!ts_cuda_is(c->cuda, p->uuid))
+        return ts_fail(c, TS_EINVAL,
+                       "a session uses one GPU, and the pool is on another: connect "
+                       "once for each");
+    *out = c->cuda;
+    return TS_OK;
+}
+
+void ts_exchange_close(ts_client *c)
+{
+    switch (c->exchange_kind) {
+    case TS_EXCHANGE_HOST:
+        munmap(c->exchange, c->exchange_bytes);
+        break;
+    case TS_EXCHANGE_VMM:
+        ts_cuda_unmap(c->cuda, c->exchange, c->exchange_bytes);
+        ts_cuda_unreserve(c->cuda, c->exchange, c->exchange_bytes);
+        break;
+    case TS_EXCHANGE_IPC:
+        ts_cuda_ipc_close(c->cuda, c->exchange);
+        break;
+    case TS_EXCHANGE_NONE:
+    case TS_EXCHANGE_OWN:
+        break;
+    }
+    c->exchange = NULL;
+    c->exchange_bytes = 0;
+    c->exchange_kind = TS_EXCHANGE_NONE;
+}
+
+/* Checks the size and rounds it up; asks the daemon for the exchange. */
+static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tspb__Reply **reply)
+{
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    *reply = NULL;
+    if (open->bytes == 0 || open->bytes > c->exchange_bytes_max)
+        return ts_fail(c, TS_EINVAL, "an exchange of %llu bytes; the daemon's limits are 1..%zu",
+                       (unsigned long long)open->bytes, c->exchange_bytes_max);
+    open->bytes = (open->bytes + granule - 1) / granule * granule;
+    if (open->bytes > c->exchange_bytes_max)
+        open->bytes = c->exchange_bytes_max / 4096 * 4096;
+    request.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
+    request.exchange_open = open;
+    ts_status status = ts_call(c, &request, reply);
+    if (status == TS_OK && (*reply)->body_case != TSPB__REPLY__BODY_EXCHANGE_OPENED) {
+        tspb__reply__free_unpacked(*reply, NULL);
+        *reply = NULL;
+        status = ts_fail(c, TS_EPROTO, "the daemon's answer opens no exchange");
+    }
+    return status;
+}
+
+ts_status ts_exchange_host(ts_client *c, size_t bytes)
+{
+    Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
+    Tspb__Reply *opened;
+    ts_handle_reply reply;
+    int fd;
+    open.bytes = bytes;
+    ts_status status = ask(c, &open, 4096, &opened);
+    if (status != TS_OK)
+        return status;
+    tspb__reply__free_unpacked(opened, NULL);
+    status = ts_handle_get(c, TS_HANDLE_EXCHANGE, 0, 0, true, &reply, &fd);
+    if (status != TS_OK)
+        return status;
+    void *base = mmap(NULL, open.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    int saved = errno;
+    close(fd);
+    if (base == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "mapping an exchange of %llu bytes: %s",
+                       (unsigned long long)open.bytes, strerror(saved));
+    ts_exchange_close(c);
+    c->exchange = base;
+    c->exchange_bytes = open.bytes;
+    c->exchange_kind = TS_EXCHANGE_HOST;
+    return TS_OK;
+}
+
+static ts_status map_vmm(ts_client *c, size_t bytes, unsigned char **base)
+{
+    ts_handle_reply reply;
+    int fd;
+    ts_status status = ts_handle_get(c, TS_HANDLE_EXCHANGE, 0, 0, true, &reply, &fd);
+    if (status != TS_OK)
+        return status;
+    if (reply.bytes < bytes)
+        status = ts_fail(c, TS_EPROTO, "the exchange has %llu bytes, not %zu",
+                         (unsigned long long)reply.bytes, bytes);
+    if (status == TS_OK)
+        status = ts_cuda_reserve(c, c->cuda, bytes, base);
+    if (status == TS_OK) {
+        status = ts_cuda_map(c, c->cuda, *base, bytes, fd, true);
+        if (status != TS_OK)
+            ts_cuda_unreserve(c->cuda, *base, bytes);
+    }
+    close(fd);
+    return status;
+}
+
+static ts_status no_steps(ts_client *c)
+{
+    if (c->regions == NULL)
+        return TS_OK;
+    return ts_fail(c, TS_EBUSY, "the exchange can't be replaced while steps use it");
+}
+
+ts_status ts_exchange_device(ts_pool *p, size_t bytes)
+{
+    ts_client *c = p->client;
+    Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
+    Tspb__Reply *opened;
+    ts_cuda *cuda;
+    unsigned char *base = NULL;
+    open.bytes = bytes;
+    open.pool = p->index;
+    open.on_device = true;
+    ts_status status = no_steps(c);
+    if (status == TS_OK)
+        status = ts_client_cuda(c, p, &cuda);
+    if (status == TS_OK)
+        status = ask(c, &open, DEVICE_GRANULE, &opened);
+    if (status != TS_OK)
+        return status;
+    const Tspb__ExchangeOpened *o = opened->exchange_opened;
+    bool vmm = o->has_descriptor;
+    if (vmm)
+        status = map_vmm(c, open.bytes, &base);
+    else if (o->ipc_handle.len == TS_IPC_HANDLE_BYTES)
+        status = ts_cuda_ipc_open(c, cuda, o->ipc_handle.data, &base);
+    else
+        status = ts_fail(c, TS_EPROTO, "the daemon's answer has no handle for the exchange");
+    tspb__reply__free_unpacked(opened, NULL);
+    if (status != TS_OK)
+        return status;
+    ts_exchange_close(c);
+    c->exchange = base;
+    c->exchange_bytes = open.bytes;
+    c->exchange_kind = vmm ? TS_EXCHANGE_VMM : TS_EXCHANGE_IPC;
+    c->exchange_pool = p;
+    return TS_OK;
+}
+
+ts_status ts_exchange_register(ts_pool *p, void *memory, size_t bytes)
+{
+    ts_client *c = p->client;
+    Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
+    Tspb__Reply *opened;
+    ts_cuda *cuda;
+    uint8_t handle[TS_IPC_HANDLE_BYTES];
+    if ((uintptr_t)memory % TS_EXCHANGE_ALIGN != 0 || bytes % 4096 != 0)
+        return ts_fail(c, TS_EINVAL,
+                       "%zu bytes at %p: the address must be a multiple of %u, the size of 4096",
+                       bytes, memory, TS_EXCHANGE_ALIGN);
+    ts_status status = no_steps(c);
+    if (status == TS_OK)
+        status = ts_client_cuda(c, p, &cuda);
+    if (status == TS_OK)
+        status = ts_cuda_ipc_export(c, cuda, memory, bytes, handle, &open.ipc_offset);
+    if (status != TS_OK)
+        return status;
+    open.bytes = bytes;
+    open.pool = p->index;
+    open.ipc_handle.data = handle;
+    open.ipc_handle.len = sizeof handle;
+    status = ask(c, &open, 4096, &opened);
+    if (status != TS_OK)
+        return status;
+    tspb__reply__free_unpacked(opened, NULL);
+    ts_exchange_close(c);
+    c->exchange = memory;
+    c->exchange_bytes = bytes;
+    c->exchange_kind = TS_EXCHANGE_OWN;
+    c->exchange_pool = p;
+    return TS_OK;
+}
+
+/* A larger exchange of the kind that there is, of at least `bytes`. */
+static ts_status grow(ts_client *c, size_t bytes)
+{
+    size_t wanted = c->exchange_bytes * 2 > bytes ? c->exchange_bytes * 2 : bytes;
+    if (wanted > c->exchange_bytes_max)
+        wanted = bytes;
+    if (c->exchange_kind == TS_EXCHANGE_OWN)
+        return ts_fail(c, TS_ENOMEM, "the registered memory has %zu bytes; the step needs %zu",
+                       c->exchange_bytes, bytes);
+    if (c->exchange_kind != TS_EXCHANGE_NONE && c->exchange_kind != TS_EXCHANGE_HOST) {
+        if (c->exchange_pool == NULL)
+            return ts_fail(c, TS_EINVAL, "the pool that the exchange was made for is closed");
+        return ts_exchange_device(c->exchange_pool, wanted);
+    }
+    return ts_exchange_host(c, wanted);
+}
+
+ts_status ts_exchange_take(ts_client *c, ts_region *region)
+{
+    ts_region **at = &c->regions;
+    size_t offset = 0;
+    region->bytes = (region->bytes + TS_EXCHANGE_ALIGN - 1) / TS_EXCHANGE_ALIGN * TS_EXCHANGE_ALIGN;
+    while (*at != NULL && (*at)->offset - offset < region->bytes) {
+        offset = (*at)->offset + (*at)->bytes;
+        at = &(*at)->next;
+    }
+    if (*at == NULL && (offset > c->exchange_bytes || c->exchange_bytes - offset < region->bytes)) {
+        if (c->regions != NULL)
+            return ts_fail(c, TS_ENOMEM,
+                           "the exchange of %zu bytes has no %zu free beside the steps that are "
+                           "open: connect with a larger exchange_bytes",
+                           c->exchange_bytes, region->bytes);
+        ts_status status = grow(c, region->bytes);
+        if (status != TS_OK)
+            return status;
+    }
+    region->offset = offset;
+    region->next = *at;
+    *at = region;
+    return TS_OK;
+}
+
+void ts_exchange_give(ts_client *c, ts_region *region)
+{
+    for (ts_region **at = &c->regions; *at != NULL; at = &(*at)->next)
+        if (*at == region) {
+            *at = region->next;
+            return;
+        }
+}
+
+/* ---- signals ---- */
+
+ts_status ts_signals_open(ts_client *c, const ts_pool *p)
+{
+    ts_cuda *cuda;
+    ts_handle_reply reply;
+    int fd;
+    ts_status status = ts_client_cuda(c, p, &cuda);
+    if (status != TS_OK || c->signals != NULL)
+        return status;
+    status = ts_handle_get(c, TS_HANDLE_SIGNALS, 0, 0, true, &reply, &fd);
+    if (status != TS_OK)
+        return status;
+    void *page = mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    int saved = errno;
+    close(fd);
+    if (page == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "mapping a page of signals: %s", strerror(saved));
+    status = ts_cuda_pin(c, cuda, page, TS_SIGNALS_BYTES, &c->signals_there);
+    if (status != TS_OK) {
+        munmap(page, TS_SIGNALS_BYTES);
+        return status;
+    }
+    __atomic_store_n(&c->signals, page, __ATOMIC_SEQ_CST); /* ts_signals_let_go may be looking */
+    return TS_OK;
+}
+
+void ts_signals_let_go(ts_client *c)
+{
+    ts_signals *s = __atomic_load_n(&c->signals, __ATOMIC_SEQ_CST);
+    if (s != NULL)
+        __atomic_store_n(&s->completed, atomic_load(&c->ordered), __ATOMIC_SEQ_CST);
+}
+
+void ts_signals_close(ts_client *c)
+{
+    if (c->signals == NULL)
+        return;
+    ts_signals_let_go(c); /* unpinning waits for the device */
+    ts_cuda_unpin(c->cuda, c->signals);
+    munmap(c->signals, TS_SIGNALS_BYTES);
+    c->signals = NULL;
+}

@@ -1,0 +1,184 @@
+#include "devices.h"
+
+#include "log.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define GIB ((double)(1u << 30))
+
+void ts_devices_describe(const ts_pool_config *p, char *text, size_t bytes)
+{
+    const ts_geometry *g = &p->geometry;
+    snprintf(text, bytes,
+             "pool '%s' on %s: %s, %u layers, %u KV heads of %u, %u tokens a block, %u blocks of "
+             "%.1f KiB (%.1f GiB) in slabs of %.1f MiB",
+             p->name, p->device, ts_dtype_name(g->dtype), g->layers, g->kv_heads, g->head_dim,
+             g->block_tokens, p->num_blocks, (double)ts_geometry_block_bytes(g) / 1024,
+             (double)ts_geometry_block_bytes(g) * p->num_blocks / GIB,
+             (double)ts_geometry_block_bytes(g) * p->slab_blocks / (1 << 20));
+}
+
+/* The GPU, opened at its first mention; NULL with a sentence. */
+static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, void (*failed)(const char *),
+                                      char *why, size_t why_bytes)
+{
+    for (uint32_t i = 0; i < s->num_gpus; i++)
+        if (ts_gpu_get_info(s->gpus[i].gpu)->ordinal == ordinal)
+            return &s->gpus[i];
+    if (s->num_gpus == TS_GPUS_MAX) {
+        snprintf(why, why_bytes, "cuda:%u would be GPU number %u; the limit is %u", ordinal,
+                 s->num_gpus + 1, TS_GPUS_MAX);
+        return NULL;
+    }
+    ts_service_gpu *g = &s->gpus[s->num_gpus];
+    if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
+        return NULL;
+    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, failed, &g->batch, why, why_bytes) !=
+        TS_OK) {
+        ts_gpu_close(g->gpu);
+        return NULL;
+    }
+    s->num_gpus++;
+    return g;
+}
+
+/* Decides the device; *gpu is NULL for host memory. TS_EDEVICE with a sentence. */
+static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
+                               void (*failed)(const char *), const ts_service_gpu **gpu, char *why,
+                               size_t why_bytes)
+{
+    unsigned ordinal = 0;
+    *gpu = NULL;
+    bool any = strcmp(p->device, "auto") == 0;
+    bool host = strcmp(p->device, "host") == 0 || (any && wanted->provider == TS_PROVIDER_HOST);
+    if (any && !host) {
+        char reason[128];
+        if (ts_gpu_count(reason, sizeof reason) == 0) {
+            if (wanted->provider != TS_PROVIDER_AUTO) {
+                snprintf(why, why_bytes, "provider = %s needs a GPU: %s",
+                         ts_provider_name(wanted->provider), reason);
+                return TS_EDEVICE;
+            }
+            ts_log(TS_LOG_INFO, "pool '%s': device = auto: host memory, there is no GPU (%s)",
+                   p->name, reason);
+            host = true;
+        }
+    }
+    if (host) {
+        snprintf(p->device, sizeof p->device, "host");
+        return TS_OK;
+    }
+    if (!any && sscanf(p->device, "cuda:%u", &ordinal) != 1)
+        ordinal = 0;
+    *gpu = open_gpu(s, ordinal, failed, why, why_bytes);
+    if (*gpu == NULL)
+        return TS_EDEVICE;
+    if (any)
+        ts_log(TS_LOG_INFO, "pool '%s': device = auto: cuda:0, the first GPU", p->name);
+    snprintf(p->device, sizeof p->device, "cuda:%u", ordinal);
+    return TS_OK;
+}
+
+static ts_status new_gpu_memory(const ts_config_pool *wanted, ts_pool_config *p, ts_gpu *gpu,
+                                uint64_t *planned, ts_memory **out, char *why, size_t why_bytes)
+{
+    const ts_gpu_info *info = ts_gpu_get_info(gpu);
+    size_t bytes = ts_geometry_block_bytes(&p->geometry) * p->num_blocks;
+    uint64_t available;
+    ts_status status = ts_gpu_free_bytes(gpu, &available, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    if (bytes > available - (*planned < available ? *planned : available)) {
+        snprintf(why, why_bytes,
+                 "%.2f GiB are asked for on %s (%s); it has %.2f GiB free of %.2f GiB, and other "
+                 "pools take %.2f GiB of that",
+                 (double)bytes / GIB, p->device, info->name, (double)available / GIB,
+                 (double)info->total_bytes / GIB, (double)*planned / GIB);
+        return TS_ENOMEM;
+    }
+    p->on_gpu = true;
+    p->kernel = wanted->pool.kernel;
+    snprintf(p->device_name, sizeof p->device_name, "%.95s", info->name);
+    memcpy(p->device_uuid, info->uuid, sizeof p->device_uuid);
+    if (ts_kernel_check(p->kernel, &p->geometry, why, why_bytes) != TS_OK)
+        return TS_EINVAL;
+    bool vmm = wanted->provider == TS_PROVIDER_CUDA_VMM ||
+               (wanted->provider == TS_PROVIDER_AUTO && info->vmm);
+    snprintf(p->memory, sizeof p->memory, "%s", vmm ? "cuda-vmm" : "cuda-ipc");
+    if (vmm) {
+        uint32_t slabs = (p->num_blocks - 1) / p->slab_blocks + 1;
+        status = ts_memory_cuda_vmm_new(gpu, slabs,
+                                        ts_geometry_block_bytes(&p->geometry) * p->slab_blocks, out,
+                                        why, why_bytes);
+        *planned += status == TS_OK ? bytes : 0; /* its slabs are taken as they are needed */
+        ts_log(TS_LOG_INFO,
+               "pool '%s': cuda-vmm%s: slabs of its own for each tenant, handed out as descriptors",
+               p->name, wanted->provider == TS_PROVIDER_AUTO ? " (auto: the device has it)" : "");
+        return status;
+    }
+    p->slab_blocks = p->num_blocks;
+    status = ts_memory_cuda_ipc_new(gpu, bytes, out, why, why_bytes);
+    ts_log(TS_LOG_WARNING,
+           "pool '%s': cuda-ipc%s: one slab, so one tenant (the first to store a token) until the "
+           "daemon restarts, and whoever maps it can write it",
+           p->name,
+           wanted->provider == TS_PROVIDER_AUTO ? " (auto: the device can't export VMM memory)"
+                                                : "");
+    return status;
+}
+
+static ts_status start_pool(ts_service *s, const ts_config_pool *wanted,
+                            void (*failed)(const char *), uint64_t *planned, char *why,
+                            size_t why_bytes)
+{
+    ts_pool_config p = wanted->pool;
+    const ts_service_gpu *gpu;
+    ts_memory *memory = NULL;
+    ts_status status = choose_device(s, wanted, &p, failed, &gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    if (gpu != NULL) {
+        status =
+            new_gpu_memory(wanted, &p, gpu->gpu, &planned[gpu - s->gpus], &memory, why, why_bytes);
+    } else {
+        uint32_t slabs = (p.num_blocks - 1) / p.slab_blocks + 1;
+        p.kernel = TS_KERNEL_AUTO;
+        status = ts_memory_host_new(slabs, ts_geometry_block_bytes(&p.geometry) * p.slab_blocks,
+                                    &memory, why, why_bytes);
+    }
+    if (status == TS_OK)
+        status = ts_engine_add_pool(s->engine, &p, why, why_bytes);
+    if (status != TS_OK) {
+        ts_memory_free(memory);
+        return status;
+    }
+    uint32_t index = s->engine->num_pools - 1;
+    s->memory[index] = memory;
+    s->gpu_of[index] = gpu;
+    char text[256];
+    ts_devices_describe(&p, text, sizeof text);
+    ts_log(TS_LOG_INFO, "%s", text);
+    return TS_OK;
+}
+
+ts_status ts_devices_start(ts_service *s, const ts_config *c, void (*failed)(const char *why))
+{
+    uint64_t planned[TS_GPUS_MAX] = {0};
+    for (uint32_t i = 0; i < c->num_pools; i++) {
+        char why[256];
+        ts_status status = start_pool(s, &c->pools[i], failed, planned, why, sizeof why);
+        if (status != TS_OK) {
+            ts_log(TS_LOG_ERROR, "pool '%s': %s", c->pools[i].pool.name, why);
+            return status;
+        }
+    }
+    return TS_OK;
+}
+
+void ts_devices_stop(ts_service *s)
+{
+    for (uint32_t i = 0; i < s->num_gpus; i++)
+        ts_gpu_batch_free(s->gpus[i].batch);
+}

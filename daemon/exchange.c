@@ -1,0 +1,167 @@
+#include "exchange.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static ts_status new_exchange(ts_exchange **out, char *why, size_t why_bytes)
+{
+    *out = calloc(1, sizeof **out);
+    if (*out == NULL) {
+        snprintf(why, why_bytes, "no memory for an exchange");
+        return TS_ENOMEM;
+    }
+    (*out)->users = 1;
+    (*out)->fd = -1;
+    (*out)->shared.fd = -1;
+    return TS_OK;
+}
+
+static ts_status keep_or_free(ts_exchange **x, ts_status status)
+{
+    if (status != TS_OK) {
+        free(*x);
+        *x = NULL;
+    }
+    return status;
+}
+
+ts_status ts_exchange_new(uint64_t bytes, ts_exchange **out, char *why, size_t why_bytes)
+{
+    ts_status status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    void *base = NULL;
+    status = ts_memory_shared_new("tinyserve-exchange", bytes, &(*out)->fd, &base, why, why_bytes);
+    (*out)->host = base;
+    (*out)->bytes = bytes;
+    return keep_or_free(out, status);
+}
+
+ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,
+                                 char *why, size_t why_bytes)
+{
+    ts_status status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_exchange *x = *out;
+    status = ts_gpu_shared_new(gpu, vmm, bytes, &x->shared, why, why_bytes);
+    x->gpu = gpu;
+    x->there = x->shared.base;
+    x->bytes = x->shared.bytes;
+    x->fd = x->shared.fd;
+    return keep_or_free(out, status);
+}
+
+ts_status ts_exchange_import(ts_gpu *gpu, const uint8_t *handle, uint64_t offset, uint64_t bytes,
+                             ts_exchange **out, char *why, size_t why_bytes)
+{
+    ts_status status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_exchange *x = *out;
+    status = ts_gpu_shared_import(gpu, handle, offset, bytes, &x->shared, why, why_bytes);
+    x->gpu = gpu;
+    x->there = x->shared.base;
+    x->bytes = bytes;
+    return keep_or_free(out, status);
+}
+
+ts_status ts_exchange_reach(ts_exchange *x, ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    if (x->gpu == gpu)
+        return TS_OK;
+    if (x->gpu != NULL) { /* pinned memory is one GPU's too: it is simplest, and enough */
+        snprintf(why, why_bytes, "the exchange is used with cuda:%u; the pool is on cuda:%u",
+                 ts_gpu_get_info(x->gpu)->ordinal, ts_gpu_get_info(gpu)->ordinal);
+        return TS_EINVAL;
+    }
+    void *there;
+    ts_status status = ts_gpu_pin(gpu, x->host, x->bytes, &there, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    x->gpu = gpu;
+    x->there = there;
+    return TS_OK;
+}
+
+void ts_exchange_release(ts_exchange *x)
+{
+    if (x == NULL || --x->users > 0)
+        return;
+    if (x->host == NULL) {
+        ts_gpu_shared_free(&x->shared); /* its descriptor too */
+    } else {
+        if (x->gpu != NULL)
+            ts_gpu_unpin_unmap(x->gpu, x->host, x->bytes);
+        else
+            munmap(x->host, x->bytes);
+        close(x->fd);
+    }
+    free(x);
+}
+
+/* ---- signals ---- */
+
+ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes)
+{
+    ts_signals_page *p = calloc(1, sizeof *p);
+    *out = p;
+    if (p == NULL) {
+        snprintf(why, why_bytes, "no memory for a page of signals");
+        return TS_ENOMEM;
+    }
+    void *host;
+    ts_status status =
+        ts_memory_shared_new("tinyserve-signals", TS_SIGNALS_BYTES, &p->fd, &host, why, why_bytes);
+    if (status != TS_OK) {
+        free(p);
+        *out = NULL;
+        return status;
+    }
+    p->users = 1;
+    p->host = host;
+    return TS_OK;
+}
+
+ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
+                           char *why, size_t why_bytes)
+{
+    if (p->gpu == gpu)
+        return TS_OK;
+    if (p->gpu != NULL) {
+        snprintf(why, why_bytes, "the session orders runs on cuda:%u; the pool is on cuda:%u",
+                 ts_gpu_get_info(p->gpu)->ordinal, ts_gpu_get_info(gpu)->ordinal);
+        return TS_EINVAL;
+    }
+    void *there;
+    ts_status status = ts_gpu_pin(gpu, p->host, TS_SIGNALS_BYTES, &there, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    p->gpu = gpu;
+    p->there = there;
+    p->done = done;
+    p->done_there = done_there;
+    __atomic_store_n(done, 0, __ATOMIC_RELEASE); /* what an earlier session left */
+    return TS_OK;
+}
+
+void ts_signals_let_go(ts_signals_page *p)
+{
+    if (p != NULL)
+        __atomic_store_n(&p->host->submitted, __atomic_load_n(&p->ordered, __ATOMIC_ACQUIRE),
+                         __ATOMIC_RELEASE);
+}
+
+void ts_signals_release(ts_signals_page *p)
+{
+    if (p == NULL || --p->users > 0)
+        return;
+    if (p->gpu != NULL)
+        ts_gpu_unpin_unmap(p->gpu, p->host, TS_SIGNALS_BYTES);
+    else
+        munmap(p->host, TS_SIGNALS_BYTES);
+    close(p->fd);
+    free(p);
+}

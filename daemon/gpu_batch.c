@@ -1,0 +1,426 @@
+#define _GNU_SOURCE
+#include "gpu_batch.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#define WAITING_MOST (TS_GPU_LAUNCHES / 2) /* launches that wait for workers */
+#define WAITING_EACH 4u                    /* ... for the same one */
+#define POLL_MS 1                          /* while jobs wait here for their workers */
+#define HEALTH_MS 200                      /* while the device works */
+
+/* A launch under way: the jobs that it serves. */
+typedef struct flight {
+    struct flight *prev, *next;
+    ts_gpu_batch *batch;
+    ts_job *jobs;
+    bool waits; /* for a worker */
+    bool given_up;
+} flight;
+
+struct ts_gpu_batch {
+    ts_gpu *gpu;
+    void (*failed)(const char *why);
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t event;
+    ts_job *head, **tail;     /* under the lock: what was submitted */
+    flight *flights;          /* under the lock */
+    uint32_t waiting;         /* under the lock: flights that wait for workers */
+    bool landed, stop;        /* under the lock */
+    ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
+    ts_attention_seq *seqs;   /* the thread's own: of a launch that joins jobs */
+    size_t capacity;
+    bool lost; /* the thread's own: the device failed */
+    char why[TS_GPU_WHY_BYTES];
+    uint32_t *words, *words_there; /* completed runs of each session */
+    size_t words_bytes;
+    atomic_uint_fast64_t runs, launches;
+};
+
+static bool reached(const uint32_t *word, uint32_t value)
+{
+    return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
+}
+
+/* Nothing on the GPU need be waited for. */
+static bool is_ready(const ts_job *job)
+{
+    return job->signals == NULL || (reached(&job->signals->host->submitted, job->order) &&
+                                    reached(job->signals->done, job->order - 1));
+}
+
+static bool alike(const ts_job *a, const ts_job *b)
+{
+    return b->num_copies == 0 && a->base == b->base && a->heads == b->heads &&
+           a->io_dtype == b->io_dtype && a->scale == b->scale && a->kernel == b->kernel;
+}
+
+static void tell(ts_job *jobs, ts_status status, const char *why)
+{
+    for (ts_job *job = jobs, *next; job != NULL; job = next) {
+        next = job->next;
+        job->status = status;
+        if (status != TS_OK) {
+            snprintf(job->why, sizeof job->why, "%s", why);
+            if (job->signals != NULL) { /* nobody else will say that it is over */
+                __atomic_store_n(&job->signals->host->completed, job->order, __ATOMIC_RELEASE);
+                __atomic_store_n(job->signals->done, job->order, __ATOMIC_RELEASE);
+            }
+        }
+        job->done(job);
+    }
+}
+
+/* ---- flights ---- */
+
+static void unlink_flight(ts_gpu_batch *b, flight *f)
+{
+    if (f->prev != NULL)
+        f->prev->next = f->next;
+    else
+        b->flights = f->next;
+    if (f->next != NULL)
+        f->next->prev = f->prev;
+    b->waiting -= f->waits;
+}
+
+/* The device has done it. On a thread of CUDA's. */
+static void land(void *arg)
+{
+    flight *f = arg;
+    ts_gpu_batch *b = f->batch;
+    pthread_mutex_lock(&b->lock);
+    if (f->given_up) { /* its jobs were told otherwise */
+        pthread_mutex_unlock(&b->lock);
+        free(f);
+        return;
+    }
+    unlink_flight(b, f);
+    ts_job *jobs = f->jobs;
+    free(f);
+    tell(jobs, TS_OK, "");
+    b->landed = true;
+    pthread_cond_signal(&b->event);
+    pthread_mutex_unlock(&b->lock);
+}
+
+/* The device is lost: nothing that is under way will ever be done. */
+static void give_up(ts_gpu_batch *b, const char *why)
+{
+    b->lost = true;
+    snprintf(b->why, sizeof b->why, "%s", why);
+    b->failed(b->why);
+    pthread_mutex_lock(&b->lock);
+    while (b->flights != NULL) {
+        flight *f = b->flights;
+        unlink_flight(b, f);
+        f->given_up = true; /* leaked unless the device calls after all */
+        tell(f->jobs, TS_EDEVICE, b->why);
+    }
+    pthread_mutex_unlock(&b->lock);
+}
+
+/* ---- launching ---- */
+
+static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, bool wait)
+{
+    size_t total = 0;
+    ts_status status = TS_OK;
+    for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next) {
+        total += job->num_seqs;
+        if (wait) {
+            status = ts_gpu_launch_wait(l, &job->signals->there->submitted, job->order);
+            if (status == TS_OK)
+                status = ts_gpu_launch_wait(l, job->signals->done_there, job->order - 1);
+        }
+    }
+    if (status != TS_OK)
+        return status;
+    ts_attention_call call = {.geometry = jobs->geometry,
+                              .base = jobs->base,
+                              .heads = jobs->heads,
+                              .io_dtype = jobs->io_dtype,
+                              .scale = jobs->scale,
+                              .seqs = jobs->seqs,
+                              .num_seqs = (uint32_t)total};
+    if (jobs->next != NULL) {
+        if (total > b->capacity) {
+            free(b->seqs);
+            b->seqs = malloc(total * sizeof *b->seqs);
+            b->capacity = b->seqs == NULL ? 0 : total;
+        }
+        if (b->seqs == NULL)
+            return TS_ENOMEM;
+        size_t at = 0;
+        for (const ts_job *job = jobs; job != NULL; job = job->next) {
+            memcpy(b->seqs + at, job->seqs, job->num_seqs * sizeof *b->seqs);
+            at += job->num_seqs;
+        }
+        call.seqs = b->seqs;
+    }
+    status = ts_gpu_launch_attend(l, &call, jobs->kernel);
+    for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next)
+        if (job->signals != NULL) {
+            status = ts_gpu_launch_signal(l, job->signals->done_there, job->order);
+            if (status == TS_OK)
+                status = ts_gpu_launch_signal(l, &job->signals->there->completed, job->order);
+        }
+    return status;
+}
+
+/* Launches the jobs as one; false: there is no launch to be had now. */
+static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
+{
+    flight *f = malloc(sizeof *f);
+    ts_gpu_launch *l = f == NULL ? NULL : ts_gpu_launch_take(b->gpu, NULL);
+    if (l == NULL) {
+        free(f);
+        return false;
+    }
+    ts_status status =
+        jobs->num_copies > 0
+            ? ts_gpu_launch_copies(l, jobs->base, ts_geometry_block_bytes(&jobs->geometry),
+                                   jobs->copies, jobs->num_copies)
+            : queue_attend(b, l, jobs, wait);
+    if (jobs->num_copies == 0) {
+        uint64_t count = 0;
+        for (const ts_job *job = jobs; job != NULL; job = job->next)
+            count++;
+        atomic_fetch_add_explicit(&b->runs, count, memory_order_relaxed);
+        atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
+    }
+    if (status != TS_OK) {
+        char why[TS_GPU_WHY_BYTES];
+        snprintf(why, sizeof why, "%s", ts_gpu_launch_why(l));
+        (void)ts_gpu_launch_finish(l, NULL, NULL);
+        free(f);
+        tell(jobs, status, why);
+        if (status == TS_EDEVICE && ts_gpu_health(b->gpu, why, sizeof why) != TS_OK)
+            give_up(b, why);
+        return true;
+    }
+    *f = (flight){.batch = b, .jobs = jobs, .waits = wait};
+    pthread_mutex_lock(&b->lock);
+    f->next = b->flights;
+    if (f->next != NULL)
+        f->next->prev = f;
+    b->flights = f;
+    b->waiting += wait;
+    pthread_mutex_unlock(&b->lock);
+    if (ts_gpu_launch_finish(l, land, f) != TS_OK)
+        give_up(b, ts_gpu_launch_why(l));
+    return true;
+}
+
+/* Whether one more launch may wait for this job's worker. */
+static bool may_wait(ts_gpu_batch *b, const ts_job *job)
+{
+    uint32_t same = 0;
+    pthread_mutex_lock(&b->lock);
+    bool may = b->waiting < WAITING_MOST;
+    for (const flight *f = b->flights; f != NULL && may; f = f->next) {
+        same += f->waits && f->jobs->signals == job->signals;
+        may = same < WAITING_EACH;
+    }
+    pthread_mutex_unlock(&b->lock);
+    return may;
+}
+
+/* Leaves in the list behind `first` the jobs like it that are ready; returns the others. */
+static ts_job *join(ts_job *first)
+{
+    ts_job **joined_end = &first->next, *rest = NULL, **rest_end = &rest;
+    for (ts_job *job = first->next, *next; job != NULL; job = next) {
+        next = job->next;
+        job->next = NULL;
+        if (alike(first, job) && is_ready(job)) {
+            *joined_end = job;
+            joined_end = &job->next;
+        } else {
+            *rest_end = job;
+            rest_end = &job->next;
+        }
+    }
+    *joined_end = NULL;
+    return rest;
+}
+
+static void hold(ts_gpu_batch *b, ts_job *job)
+{
+    job->next = NULL;
+    *b->held_end = job;
+    b->held_end = &job->next;
+}
+
+/* Launches what can be; the rest is held, in order. */
+static void launch_all(ts_gpu_batch *b)
+{
+    ts_job *jobs = b->held;
+    b->held = NULL;
+    b->held_end = &b->held;
+    while (jobs != NULL) {
+        ts_job *job = jobs;
+        jobs = job->next;
+        if (b->lost) {
+            job->next = NULL;
+            tell(job, TS_EDEVICE, b->why);
+            continue;
+        }
+        bool ready = is_ready(job);
+        if (!ready && !may_wait(b, job)) {
+            hold(b, job);
+            continue;
+        }
+        if (ready && job->num_copies == 0)
+            jobs = join(job);
+        else
+            job->next = NULL;
+        if (launch(b, job, !ready))
+            continue;
+        for (ts_job *next; job != NULL; job = next) {
+            next = job->next;
+            hold(b, job);
+        }
+    }
+}
+
+static void let_go(const ts_job *jobs)
+{
+    for (const ts_job *job = jobs; job != NULL; job = job->next)
+        ts_signals_let_go(job->signals);
+}
+
+/* Waits for something to do; returns false when all is done and the batch is to end. */
+static bool await(ts_gpu_batch *b)
+{
+    bool ends, slow = false;
+    pthread_mutex_lock(&b->lock);
+    while (b->head == NULL && !b->landed && !slow &&
+           !(b->stop && b->flights == NULL && b->held == NULL)) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += (b->held != NULL ? POLL_MS : HEALTH_MS) * 1000000l;
+        until.tv_sec += until.tv_nsec / 1000000000l;
+        until.tv_nsec %= 1000000000l;
+        if (b->held == NULL && b->flights == NULL)
+            pthread_cond_wait(&b->event, &b->lock);
+        else
+            slow = pthread_cond_timedwait(&b->event, &b->lock, &until) != 0;
+        if (b->stop) { /* who waits for a worker has waited long enough */
+            for (const flight *f = b->flights; f != NULL; f = f->next)
+                let_go(f->jobs);
+            let_go(b->held);
+        }
+    }
+    *b->held_end = b->head;
+    if (b->head != NULL)
+        b->held_end = b->tail;
+    b->head = NULL;
+    b->tail = &b->head;
+    b->landed = false;
+    ends = b->stop && b->flights == NULL && b->held == NULL;
+    bool works = b->flights != NULL;
+    pthread_mutex_unlock(&b->lock);
+    char why[TS_GPU_WHY_BYTES];
+    if (slow && works && !b->lost && ts_gpu_health(b->gpu, why, sizeof why) != TS_OK)
+        give_up(b, why);
+    return !ends;
+}
+
+static void *batch_main(void *arg)
+{
+    ts_gpu_batch *b = arg;
+    char why[TS_GPU_WHY_BYTES];
+    if (ts_gpu_health(b->gpu, why, sizeof why) != TS_OK) /* makes the device this thread's */
+        give_up(b, why);
+    while (await(b))
+        launch_all(b);
+    return NULL;
+}
+
+/* ---- public ---- */
+
+ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, void (*failed)(const char *why),
+                           ts_gpu_batch **out, char *why, size_t why_bytes)
+{
+    *out = NULL;
+    ts_gpu_batch *b = calloc(1, sizeof *b);
+    size_t bytes = (sessions * sizeof(uint32_t) + 4095) / 4096 * 4096;
+    void *words = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (b == NULL || words == MAP_FAILED) {
+        snprintf(why, why_bytes, "no memory for the words of %u sessions", sessions);
+        goto fail;
+    }
+    void *there;
+    if (ts_gpu_pin(gpu, words, bytes, &there, why, why_bytes) != TS_OK)
+        goto fail;
+    b->gpu = gpu;
+    b->failed = failed;
+    b->tail = &b->head;
+    b->held_end = &b->held;
+    b->words = words;
+    b->words_there = there;
+    b->words_bytes = bytes;
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&b->lock, NULL);
+    pthread_cond_init(&b->event, &attributes);
+    pthread_condattr_destroy(&attributes);
+    if (pthread_create(&b->thread, NULL, batch_main, b) != 0) {
+        snprintf(why, why_bytes, "no thread for a GPU");
+        ts_gpu_unpin_unmap(gpu, words, bytes);
+        free(b);
+        return TS_ENOMEM;
+    }
+    *out = b;
+    return TS_OK;
+fail:
+    if (words != MAP_FAILED)
+        munmap(words, bytes);
+    free(b);
+    return TS_ENOMEM;
+}
+
+void ts_gpu_batch_free(ts_gpu_batch *b)
+{
+    if (b == NULL)
+        return;
+    pthread_mutex_lock(&b->lock);
+    b->stop = true;
+    pthread_cond_signal(&b->event);
+    pthread_mutex_unlock(&b->lock);
+    pthread_join(b->thread, NULL);
+    ts_gpu_unpin_unmap(b->gpu, b->words, b->words_bytes);
+    pthread_cond_destroy(&b->event);
+    pthread_mutex_destroy(&b->lock);
+    free(b->seqs);
+    free(b);
+}
+
+void ts_gpu_batch_submit(ts_gpu_batch *b, ts_job *job)
+{
+    job->next = NULL;
+    pthread_mutex_lock(&b->lock);
+    *b->tail = job;
+    b->tail = &job->next;
+    pthread_cond_signal(&b->event);
+    pthread_mutex_unlock(&b->lock);
+}
+
+void ts_gpu_batch_word(ts_gpu_batch *b, uint32_t session, uint32_t **word, uint32_t **word_there)
+{
+    *word = b->words + session;
+    *word_there = b->words_there + session;
+}
+
+void ts_gpu_batch_counts(const ts_gpu_batch *b, uint64_t *runs, uint64_t *launches)
+{
+    *runs = atomic_load_explicit(&b->runs, memory_order_relaxed);
+    *launches = atomic_load_explicit(&b->launches, memory_order_relaxed);
+}

@@ -1,0 +1,204 @@
+#include "jobs.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* A job, the request that waits for it, and what to tell the engine afterwards. */
+typedef struct service_job {
+    ts_job job;
+    ts_work work;
+    ts_service *service;
+    const ts_service_gpu *gpu; /* NULL: the processor's kernels */
+    ts_request *request;       /* NULL: it was answered already */
+    uint64_t request_id, step;
+    uint32_t pipe, layer;
+    ts_exchange *exchange;
+    unsigned char *reply; /* to a begun step; NULL for a run, whose reply is empty */
+    size_t reply_size;
+} service_job;
+
+/* Reads of the processor's kernels: their thread may go on with the engine. A GPU's may not: the
+ * engine calls CUDA. */
+static void job_done(ts_job *job)
+{
+    service_job *j = (service_job *)job;
+    if (j->gpu == NULL)
+        ts_queue_run(&j->service->queue, &j->work, j->service);
+    else
+        ts_queue_put(&j->service->queue, &j->work);
+}
+
+static void reply_to_job(ts_service *s, service_job *j)
+{
+    const unsigned char *bytes = j->reply;
+    size_t size = j->reply_size;
+    if (bytes == NULL || j->job.status != TS_OK) {
+        Tspb__Reply reply = TSPB__REPLY__INIT;
+        reply.request_id = j->request_id;
+        reply.status = (uint32_t)j->job.status;
+        reply.message = j->job.status == TS_OK ? (char *)"" : j->job.why;
+        s->refused += j->job.status != TS_OK;
+        size = ts_service_pack(s, &reply, &size) ? size : 0;
+        bytes = s->packed;
+    }
+    ts_service_deliver(ts_service_connection(s, j->pipe), j->request, j->request_id, bytes, size);
+}
+
+static void finish_job(ts_work *work, void *service)
+{
+    ts_service *s = service;
+    service_job *j = (service_job *)((char *)work - offsetof(service_job, work));
+    ts_answer answer;
+    ts_engine_apply(
+        s->engine,
+        &(ts_command){
+            .op = TS_OP_STEP_DONE,
+            .step_done = {.step = j->step, .layer = j->layer, .failed = j->job.status != TS_OK}},
+        &answer);
+    ts_exchange_release(j->exchange);
+    ts_signals_release(j->job.signals);
+    if (j->request != NULL)
+        reply_to_job(s, j);
+    free(j->job.copies);
+    free(j->job.seqs);
+    free(j->reply);
+    free(j);
+    if (s->waiting != NULL)
+        ts_service_resume(s);
+}
+
+/* A job of the step's, with room for `count` things of `bytes` in *things. */
+static service_job *job_new(ts_service *s, ts_connection *c, ts_request *request,
+                            const ts_step *step, void **things, size_t count, size_t bytes)
+{
+    service_job *j = calloc(1, sizeof *j);
+    *things = malloc(count * bytes);
+    if (j == NULL || *things == NULL) {
+        free(j);
+        free(*things);
+        return NULL;
+    }
+    j->job.geometry = s->engine->pools[step->pool].config.geometry;
+    j->job.base = s->memory[step->pool]->base;
+    j->job.done = job_done;
+    j->work.run = finish_job;
+    j->service = s;
+    j->gpu = s->gpu_of[step->pool];
+    j->request = request;
+    j->request_id = request->message->request_id;
+    j->step = step->id;
+    j->pipe = c->pipe;
+    j->layer = TS_NONE;
+    return j;
+}
+
+static void submit(ts_service *s, service_job *j)
+{
+    if (j->gpu == NULL)
+        ts_batch_submit(s->batch, &j->job);
+    else
+        ts_gpu_batch_submit(j->gpu->batch, &j->job);
+}
+
+bool ts_jobs_copy(ts_service *s, ts_connection *c, ts_request *request, const ts_answer *a,
+                  const Tspb__Reply *reply)
+{
+    void *copies;
+    service_job *j =
+        job_new(s, c, request, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
+    if (j == NULL)
+        return false;
+    memcpy(copies, a->begun.copies, a->begun.num_copies * sizeof(ts_block_copy));
+    j->job.copies = copies;
+    j->job.num_copies = a->begun.num_copies;
+    if (!ts_service_pack(s, reply, &j->reply_size) || (j->reply = malloc(j->reply_size)) == NULL) {
+        free(copies);
+        free(j);
+        return false;
+    }
+    memcpy(j->reply, s->packed, j->reply_size);
+    submit(s, j);
+    return true;
+}
+
+bool ts_jobs_check_run(ts_service *s, ts_connection *c, const Tspb__StepRun *run, ts_answer *a)
+{
+    char why[TS_MESSAGE_BYTES];
+    const ts_step *step = ts_engine_find_step(s->engine, run->step);
+    if (step == NULL || c->exchange == NULL ||
+        ts_engine_session_id(s->engine, step->session) != c->session)
+        return true; /* the engine refuses it */
+    const char *pool = s->engine->pools[step->pool].config.name;
+    const ts_service_gpu *gpu = s->gpu_of[step->pool];
+    ts_status status = TS_OK;
+    if (gpu == NULL) {
+        if (run->ordered)
+            ts_refuse(a, TS_EINVAL, "an ordered run, but pool '%s' is in host memory", pool);
+        else if (c->exchange->host == NULL)
+            ts_refuse(a, TS_EINVAL,
+                      "the exchange is device memory, but pool '%s' is in host memory", pool);
+        return a->status == TS_OK;
+    }
+    status = ts_exchange_reach(c->exchange, gpu->gpu, why, sizeof why);
+    if (status == TS_OK && run->ordered) {
+        if (c->signals == NULL || run->order != c->signals->ordered + 1) {
+            ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", run->order,
+                      c->signals == NULL ? 1 : c->signals->ordered + 1,
+                      c->signals == NULL ? ", after it has asked for its page of signals" : "");
+            return false;
+        }
+        uint32_t *done, *done_there;
+        ts_gpu_batch_word(gpu->batch, (uint32_t)c->session, &done, &done_there);
+        status = ts_signals_reach(c->signals, gpu->gpu, done, done_there, why, sizeof why);
+    }
+    if (status != TS_OK)
+        ts_refuse(a, status, "pool '%s': %s", pool, why);
+    return status == TS_OK;
+}
+
+bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_command *command,
+                 const ts_step *step)
+{
+    void *memory;
+    service_job *j =
+        job_new(s, c, request, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
+    if (j == NULL)
+        return false;
+    const Tspb__StepRun *run = request->message->step_run;
+    ts_attention_seq *seqs = memory;
+    const ts_geometry *g = &j->job.geometry;
+    unsigned char *base = j->gpu == NULL ? c->exchange->host : c->exchange->there;
+    size_t row = g->head_dim * ts_dtype_bytes(step->io_dtype), first = 0;
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        const ts_step_seq *part = &step->seqs[i];
+        seqs[i] = (ts_attention_seq){
+            .blocks = part->table,
+            .kv_tokens = part->start + part->new_tokens,
+            .q_tokens = part->new_tokens,
+            .layer = command->step_run.layer,
+            .q = base + command->step_run.q + first * row * step->heads,
+            .k = base + command->step_run.k + first * row * g->kv_heads,
+            .v = base + command->step_run.v + first * row * g->kv_heads,
+            .out = base + command->step_run.out + first * row * step->heads,
+        };
+        first += part->new_tokens;
+    }
+    j->job.seqs = seqs;
+    j->job.num_seqs = step->num_seqs;
+    j->job.heads = step->heads;
+    j->job.io_dtype = step->io_dtype;
+    j->job.scale = step->scale;
+    j->job.kernel = step->kernel;
+    j->layer = command->step_run.layer;
+    j->exchange = c->exchange;
+    j->exchange->users++;
+    if (run->ordered) {
+        __atomic_store_n(&c->signals->ordered, run->order, __ATOMIC_RELEASE);
+        j->job.signals = c->signals;
+        j->job.order = run->order;
+        c->signals->users++;
+        j->request = NULL;
+    }
+    submit(s, j);
+    return true;
+}
