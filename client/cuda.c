@@ -101,6 +101,11 @@ void ts_cuda_close(ts_cuda *cuda)
     free(cuda);
 }
 
+int ts_cuda_ordinal(const ts_cuda *cuda)
+{
+    return cuda->device;
+}
+
 bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES])
 {
     return memcmp(cuda->uuid, uuid, TS_UUID_BYTES) == 0;

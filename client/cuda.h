@@ -23,6 +23,7 @@ typedef struct ts_client ts_client;
  * (CUDA_VISIBLE_DEVICES). The error sentence is set. */
 ts_status ts_cuda_open(ts_client *client, const uint8_t uuid[TS_UUID_BYTES], ts_cuda **out);
 void ts_cuda_close(ts_cuda *cuda);
+int ts_cuda_ordinal(const ts_cuda *cuda);
 bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES]);
 
 /* Addresses for `bytes` of memory that is mapped piece by piece. */

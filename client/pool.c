@@ -218,22 +218,43 @@ static ts_status map_slab(ts_pool *p, uint32_t slab)
     return TS_OK;
 }
 
+/* Makes sure that the block's slab is mapped, as the daemon spoke of it last. */
+static ts_status map_block(ts_pool *p, uint64_t block)
+{
+    if (block >= p->num_blocks)
+        return ts_fail(p->client, TS_EINVAL, "a slot of block %llu; the pool has %u blocks",
+                       (unsigned long long)block, p->num_blocks);
+    uint32_t slab = (uint32_t)(block / p->slab_blocks);
+    return p->mapped[slab] != 0 && p->mapped[slab] == p->wanted[slab] ? TS_OK : map_slab(p, slab);
+}
+
+ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, void **base)
+{
+    ts_status status = TS_OK;
+    for (size_t i = 0; i < count && status == TS_OK; i++)
+        status = map_block(p, slots[i] / p->geometry.block_tokens);
+    *base = status == TS_OK ? p->base : NULL;
+    return status;
+}
+
+ts_status ts_pool_cuda_device(ts_pool *p, int *ordinal)
+{
+    ts_cuda *cuda;
+    ts_status status = ts_client_cuda(p->client, p, &cuda);
+    if (status == TS_OK)
+        *ordinal = ts_cuda_ordinal(cuda);
+    return status;
+}
+
 ts_status ts_slot_kv(ts_pool *p, uint64_t slot, uint32_t layer, ts_kv *out)
 {
     const ts_geometry *g = &p->geometry;
     uint64_t block = slot / g->block_tokens;
-    if (block >= p->num_blocks)
-        return ts_fail(p->client, TS_EINVAL, "slot %llu; the pool has %llu",
-                       (unsigned long long)slot,
-                       (unsigned long long)p->num_blocks * g->block_tokens);
     if (layer >= g->layers)
         return ts_fail(p->client, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
-    uint32_t slab = (uint32_t)(block / p->slab_blocks);
-    if (p->mapped[slab] == 0 || p->mapped[slab] != p->wanted[slab]) {
-        ts_status status = map_slab(p, slab);
-        if (status != TS_OK)
-            return status;
-    }
+    ts_status status = map_block(p, block);
+    if (status != TS_OK)
+        return status;
     size_t plane = ts_geometry_plane_bytes(g);
     unsigned char *k = p->base + block * ts_geometry_block_bytes(g) + layer * 2 * plane +
                        slot % g->block_tokens * ts_geometry_token_stride(g);

@@ -237,6 +237,9 @@ void ts_engine_step_end(ts_engine *engine, ts_session *session, const ts_command
                         ts_answer *answer);
 void ts_engine_step_done(ts_engine *engine, const ts_command *command, ts_answer *answer);
 void ts_engine_step_abort(ts_engine *engine, ts_step *step);
+
+/* Runs of the step that may be in flight: on a GPU, all layers at least. */
+uint32_t ts_engine_step_runs_max(const ts_engine *engine, const ts_step *step);
 ts_step *ts_engine_find_step(const ts_engine *engine, uint64_t id);
 
 /* Frees what a closing session still has, as far as no kernel works on it; TRUE when it is gone. */

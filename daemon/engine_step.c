@@ -311,6 +311,13 @@ static bool check_range(const ts_session *s, const char *what, uint64_t offset, 
     return false;
 }
 
+uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
+{
+    const ts_pool_config *pool = &e->pools[step->pool].config;
+    return pool->on_gpu && pool->geometry.layers > e->limits.step_runs ? pool->geometry.layers
+                                                                       : e->limits.step_runs;
+}
+
 void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
     ts_step *step = own_step(e, s, c->step_run.step, a);
@@ -323,10 +330,7 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          (unsigned long long)step->id);
     if (layer >= g->layers)
         return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
-    /* On a GPU the layers of a step may all be under way. */
-    uint32_t most = e->pools[step->pool].config.on_gpu && g->layers > e->limits.step_runs
-                        ? g->layers
-                        : e->limits.step_runs;
+    uint32_t most = ts_engine_step_runs_max(e, step);
     if (step->in_flight >= most)
         return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
                          (unsigned long long)step->id, step->in_flight, most);

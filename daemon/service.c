@@ -416,14 +416,19 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     return false;
 }
 
-/* Whether the command ends a step of this session whose runs are still under way on a GPU. */
-static bool must_wait(const ts_service *s, const ts_command *command)
+/* Whether the command ends a step of this session whose runs are still under way on a GPU, or would
+ * put one more ordered run behind too many. */
+static bool must_wait(const ts_service *s, const Tspb__Request *message, const ts_command *command)
 {
-    if (command->op != TS_OP_STEP_COMMIT && command->op != TS_OP_STEP_ABORT)
+    bool run = command->op == TS_OP_STEP_RUN && message->step_run->ordered;
+    bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
+    if (!run && !end)
         return false;
-    const ts_step *step = ts_engine_find_step(s->engine, command->step_end.step);
-    return step != NULL && step->in_flight > 0 && s->gpu_of[step->pool] != NULL &&
-           ts_engine_session_id(s->engine, step->session) == command->session;
+    const ts_step *step =
+        ts_engine_find_step(s->engine, run ? command->step_run.step : command->step_end.step);
+    return step != NULL && s->gpu_of[step->pool] != NULL &&
+           ts_engine_session_id(s->engine, step->session) == command->session &&
+           step->in_flight >= (run ? ts_engine_step_runs_max(s->engine, step) : 1);
 }
 
 /* Answers a request whose place among the kept replies is taken. */
@@ -440,7 +445,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
     } else if (ts_decode(message, c->session, &command, &a)) {
-        if (must_wait(s, &command)) {
+        if (must_wait(s, message, &command)) {
             kept->pending = true;
             request->next_waiter = s->waiting;
             s->waiting = request;

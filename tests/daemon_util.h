@@ -20,6 +20,13 @@
 
 #define WATCHDOG_SECONDS 240
 
+/* The daemon to test: the one that was built, or another (a bundle's). */
+static inline const char *daemon_path(void)
+{
+    const char *path = getenv("TS_TEST_DAEMON");
+    return path != NULL ? path : TS_DAEMON;
+}
+
 #define OK(call) assert_int_equal((call), TS_OK)
 
 typedef struct daemon_process {
@@ -37,7 +44,7 @@ typedef struct daemon_process {
  */
 static inline void daemon_start_with(daemon_process *d, const char *pool, const char *const *more)
 {
-    const char *argv[32] = {TS_DAEMON, "--set", "log_level=warning", "--pool", pool, "--socket"};
+    const char *argv[32] = {daemon_path(), "--set", "log_level=warning", "--pool", pool, "--socket"};
     const char *device = getenv("TS_TEST_DEVICE");
     char pool_there[256];
     int argc = 6;
@@ -63,8 +70,8 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that crashes leaves no daemon */
         if (getppid() != parent)
             _exit(1);
-        execv(TS_DAEMON, (char *const *)argv);
-        perror(TS_DAEMON);
+        execv(daemon_path(), (char *const *)argv);
+        perror(daemon_path());
         _exit(127);
     }
     ts_client *c;

@@ -5,6 +5,7 @@
 #include "attention.h"
 
 #include <fcntl.h>
+#include <math.h>
 #include <nng/protocol/reqrep0/req.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -443,7 +444,12 @@ static void steady(const char *url, int stop)
                                       .seqs = &one,
                                       .num_seqs = 1};
             OK(ts_attention_run(own, &call));
-            assert_memory_equal(out, ts_step_out(step), HEADS * DIM * sizeof *out);
+            const float *there = ts_step_out(step);
+            if (strcmp(ts_pool_memory(p), "host") == 0)
+                assert_memory_equal(out, there, HEADS * DIM * sizeof *out);
+            else /* other kernels: other roundings */
+                for (uint32_t j = 0; j < HEADS * DIM; j++)
+                    assert_true(fabsf(out[j] - there[j]) <= 1e-5f);
         }
         OK(ts_step_commit(step, NULL));
     }

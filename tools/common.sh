@@ -52,3 +52,14 @@ clean_up() {
     wait 2>/dev/null || true
     rm -rf "$scratch"
 }
+
+# What to compile CUDA kernels for where the build is for this machine alone: its GPU, or any one.
+cuda_architecture() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true
+    case $capability in
+    90) echo 90a-real ;;
+    [0-9]*) echo "$capability-real" ;;
+    *) echo 80-real ;;
+    esac
+}

@@ -82,6 +82,9 @@ uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens that a sequence ma
 const char *ts_pool_device(const ts_pool *pool);
 const char *ts_pool_memory(const ts_pool *pool);
 
+/* The pool's GPU as this process counts them (CUDA's ordinal). TS_EINVAL: it is in host memory. */
+ts_status ts_pool_cuda_device(ts_pool *pool, int *ordinal);
+
 /* ---- the exchange ----
  *
  * It is host memory unless one of these says otherwise. Neither may be called while steps are open
@@ -145,6 +148,13 @@ typedef struct ts_kv {
  * and cuda-ipc memory can always be written.)
  */
 ts_status ts_slot_kv(ts_pool *pool, uint64_t slot, uint32_t layer, ts_kv *out);
+
+/*
+ * Maps the slabs that the slots lie in, all at once, and gives the address of block 0: a block lies
+ * ts_geometry_block_bytes further than the one before. What lies in slabs that were never mapped
+ * can't be read. Slots as for ts_slot_kv.
+ */
+ts_status ts_pool_map(ts_pool *pool, const uint64_t *slots, size_t count, void **base);
 
 /*
  * A plain append in one message, for a worker that writes K and V itself (TS_POOL_WRITABLE): the

@@ -117,8 +117,12 @@ uint32_t ts_gpu_count(char *why, size_t why_bytes)
     if (error == cudaSuccess && count > 0)
         return (uint32_t)count;
     (void)cudaGetLastError();
+    int driver = 0;
+    (void)cudaDriverGetVersion(&driver);
     snprintf(why, why_bytes, "%s",
-             error == cudaSuccess ? "no CUDA device is visible" : cudaGetErrorString(error));
+             driver == 0            ? "no CUDA driver"
+             : error == cudaSuccess ? "no CUDA device is visible"
+                                    : cudaGetErrorString(error));
     return 0;
 }
 

@@ -1,0 +1,22 @@
+"""The worker's side of TinyServe, the node-local KV-cache service.
+
+    with tinyserve.connect() as client, client.pool("llama-8b") as kv:
+        chat, = kv.create(1)
+        with kv.step([chat], [5]) as step: ...
+
+Errors are exceptions below tinyserve.Error with the daemon's own sentence.
+"""
+
+from .client import Client, Geometry, Pool, Seq, Step, connect
+from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Error, ExistsError,
+                     InternalError, InvalidError, NoSpaceError, NotFoundError, OutOfMemoryError,
+                     ProtocolError, QuotaError, StaleError, TimedOutError)
+from .view import View
+
+__version__ = "0.1.0"
+__all__ = [
+    "BusyError", "Client", "DeniedError", "DeviceError", "DisconnectedError", "Error",
+    "ExistsError", "Geometry", "InternalError", "InvalidError", "NoSpaceError", "NotFoundError",
+    "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq", "StaleError", "Step",
+    "TimedOutError", "View", "connect",
+]

@@ -1,0 +1,98 @@
+"""The C library: where it is found, its structures and its functions' types."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+from ctypes import (POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint32,
+                    c_uint64, c_void_p)
+
+
+class Options(Structure):
+    """ts_options"""
+    _fields_ = [("url", c_char_p), ("program", c_char_p), ("timeout_ms", c_uint32),
+                ("retries", c_uint32), ("wait_ms", c_uint32), ("exchange_bytes", c_size_t)]
+
+
+class CGeometry(Structure):
+    """ts_geometry"""
+    _fields_ = [("layers", c_uint32), ("kv_heads", c_uint32), ("head_dim", c_uint32),
+                ("block_tokens", c_uint32), ("dtype", c_int), ("layout", c_int)]
+
+
+class CStepOptions(Structure):
+    """ts_step_options"""
+    _fields_ = [("heads", c_uint32), ("io_dtype", c_int), ("scale", c_float), ("no_run", c_bool),
+                ("kernel", c_char_p)]
+
+
+class CKv(Structure):
+    """ts_kv"""
+    _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
+
+
+_u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
+
+# name: (result, arguments); a result of None is a ts_status that is checked by the caller
+_FUNCTIONS = {
+    "ts_connect": (c_int, [POINTER(Options), POINTER(c_void_p)]),
+    "ts_disconnect": (None, [c_void_p]),
+    "ts_error": (c_char_p, [c_void_p]),
+    "ts_session_id": (c_uint64, [c_void_p]),
+    "ts_daemon_version": (c_char_p, [c_void_p]),
+    "ts_status_name": (c_char_p, [c_int]),
+    "ts_pool_open": (c_int, [c_void_p, c_char_p, c_uint, POINTER(c_void_p)]),
+    "ts_pool_close": (None, [c_void_p]),
+    "ts_pool_geometry": (POINTER(CGeometry), [c_void_p]),
+    "ts_pool_blocks": (c_uint32, [c_void_p]),
+    "ts_pool_sequence_max": (c_uint32, [c_void_p]),
+    "ts_pool_device": (c_char_p, [c_void_p]),
+    "ts_pool_memory": (c_char_p, [c_void_p]),
+    "ts_pool_cuda_device": (c_int, [c_void_p, POINTER(c_int)]),
+    "ts_pool_map": (c_int, [c_void_p, _u64p, c_size_t, POINTER(c_void_p)]),
+    "ts_exchange_device": (c_int, [c_void_p, c_size_t]),
+    "ts_exchange_register": (c_int, [c_void_p, c_void_p, c_size_t]),
+    "ts_seq_create": (c_int, [c_void_p, c_uint32, _u64p]),
+    "ts_seq_fork": (c_int, [c_void_p, c_uint64, c_uint32, _u64p]),
+    "ts_seq_fork_at": (c_int, [c_void_p, c_uint64, c_uint32, c_uint32, _u64p]),
+    "ts_seq_truncate": (c_int, [c_void_p, _u64p, _u32p, c_uint32]),
+    "ts_seq_free": (c_int, [c_void_p, _u64p, c_uint32]),
+    "ts_seq_keep": (c_int, [c_void_p, c_uint64, c_char_p]),
+    "ts_seq_attach": (c_int, [c_void_p, c_char_p, _u64p, _u32p]),
+    "ts_seq_lengths": (c_int, [c_void_p, _u64p, c_uint32, _u32p]),
+    "ts_seq_slots": (c_int, [c_void_p, c_uint64, c_uint32, c_uint32, _u64p]),
+    "ts_slot_kv": (c_int, [c_void_p, c_uint64, c_uint32, POINTER(CKv)]),
+    "ts_seq_append": (c_int, [c_void_p, _u64p, _u32p, c_uint32, _u64p]),
+    "ts_step_begin": (c_int, [c_void_p, _u64p, _u32p, c_uint32, POINTER(CStepOptions),
+                              POINTER(c_void_p)]),
+    "ts_step_tokens": (c_uint32, [c_void_p]),
+    "ts_step_start": (c_uint32, [c_void_p, c_uint32]),
+    "ts_step_q": (c_void_p, [c_void_p]),
+    "ts_step_k": (c_void_p, [c_void_p]),
+    "ts_step_v": (c_void_p, [c_void_p]),
+    "ts_step_out": (c_void_p, [c_void_p]),
+    "ts_step_slots": (None, [c_void_p, _u64p]),
+    "ts_step_run": (c_int, [c_void_p, c_uint32]),
+    "ts_step_run_on": (c_int, [c_void_p, c_uint32, c_void_p]),
+    "ts_step_commit": (c_int, [c_void_p, _u32p]),
+    "ts_step_abort": (c_int, [c_void_p]),
+}
+
+
+def load() -> ctypes.CDLL:
+    """Loads libtinyserve: TINYSERVE_LIBRARY, or libtinyserve.so.0 where the system finds it."""
+    name = os.environ.get("TINYSERVE_LIBRARY", "libtinyserve.so.0")
+    try:
+        lib = ctypes.CDLL(name)
+    except OSError as error:
+        raise ImportError(f"libtinyserve can't be loaded ({error}); "
+                          "TINYSERVE_LIBRARY can name its path") from error
+    for function, (result, arguments) in _FUNCTIONS.items():
+        f = getattr(lib, function)
+        f.restype = result
+        f.argtypes = arguments
+    return lib
+
+
+lib = load()

@@ -1,0 +1,112 @@
+"""What the GPU tests share: where the programs are, a daemon of their own, MPS, and tables.
+
+The programs are taken from TS_TEST_DAEMON and TINYSERVE_LIBRARY, or from build/ of this checkout, or
+from the bundle that this file lies in. torch is needed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def _first(*paths):
+    for path in paths:
+        if path.exists():
+            return str(path)
+    sys.exit(f"none of {', '.join(map(str, paths))} is there: build first (see README.md)")
+
+
+ROOT = HERE.parents[1]
+if "TS_TEST_DAEMON" not in os.environ:
+    os.environ["TS_TEST_DAEMON"] = _first(ROOT / "sbin/tinyserved",
+                                          ROOT / "build/daemon/tinyserved")
+if "TINYSERVE_LIBRARY" not in os.environ:
+    os.environ["TINYSERVE_LIBRARY"] = _first(ROOT / "lib/libtinyserve.so.0",
+                                             ROOT / "build/client/libtinyserve.so.0")
+PACKAGE = next((p for p in (ROOT / "client/python", ROOT / "share/tinyserve/python")
+                if p.exists()), None)
+if PACKAGE is not None:
+    sys.path.insert(0, str(PACKAGE))
+    os.environ["PYTHONPATH"] = f"{PACKAGE}:{os.environ.get('PYTHONPATH', '')}"
+
+import tinyserve  # noqa: E402
+
+
+class Daemon:
+    """A tinyserved of the test's own, in a folder that goes with it."""
+
+    def __init__(self, *pools, log_level="warning", stderr=None):
+        self.folder = tempfile.TemporaryDirectory(prefix="tinyserve-gpu.")
+        self.url = f"{self.folder.name}/s"
+        command = [os.environ["TS_TEST_DAEMON"], "--socket", self.url, "--set",
+                   f"log_level={log_level}", "--set", "exchange_max=8G"]
+        for pool in pools:
+            command += ["--pool", pool]
+        self.process = subprocess.Popen(command, stderr=stderr)
+        tinyserve.connect(self.url, wait=60).close()
+
+    def stop(self):
+        self.process.terminate()
+        status = self.process.wait(30)
+        self.folder.cleanup()
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            status = self.stop()
+            assert status == 0, f"the daemon ended with {status}"
+        self.folder.cleanup()
+
+
+class Mps:
+    """CUDA's multi-process service for what is started meanwhile; before CUDA is used here."""
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="tinyserve-mps.")
+        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = self.folder.name
+        os.environ["CUDA_MPS_LOG_DIRECTORY"] = self.folder.name
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+        return self
+
+    def __exit__(self, *_):
+        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False,
+                       stdout=subprocess.DEVNULL)
+        self.folder.cleanup()
+
+
+def arguments(description):
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--provider", default="auto", choices=["auto", "cuda-vmm", "cuda-ipc"])
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--mps", action="store_true", help="start CUDA's multi-process service")
+    return parser
+
+
+def device_line():
+    """The GPU and the driver, for a table's heading."""
+    out = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+                         text=True, stdout=subprocess.PIPE, check=False).stdout
+    return out.splitlines()[0] if out else "unknown GPU"
+
+
+def table(head, rows):
+    """Prints rows under their heads, numbers to the right."""
+    cells = [[str(c) for c in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for n, row in enumerate(cells):
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w)
+                        for i, (c, w) in enumerate(zip(row, widths))).rstrip())
+        if n == 0:
+            print("  ".join("-" * w for w in widths))
+    print(flush=True)
+
+
+KERNELS = ["v1", "v2", "v3", "v4", "auto"]

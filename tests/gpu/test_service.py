@@ -1,0 +1,344 @@
+"""The service on a GPU, with many processes: pytest tests/gpu/test_service.py
+
+Runs once for each memory provider. TS_TEST_MPS=1 runs all of it under CUDA's multi-process service,
+but for what MPS can't survive: a worker's illegal access.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import common
+import pytest
+import tinyserve
+import torch
+
+HEADS, KV, DIM, BLOCK, LAYERS = 8, 2, 64, 16, 2
+MPS = os.environ.get("TS_TEST_MPS") == "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mps():
+    if not MPS:
+        yield
+        return
+    with common.Mps():
+        yield
+
+
+@pytest.fixture(params=["cuda-vmm", "cuda-ipc"])
+def provider(request):
+    return request.param
+
+
+def pool_text(provider, more=""):
+    return (f"p:layers={LAYERS},kv_heads={KV},head_dim={DIM},dtype=fp32,block_tokens={BLOCK},"
+            f"memory=64M,slab=8M,device=cuda:0,provider={provider}{more}")
+
+
+@pytest.fixture
+def daemon(provider):
+    with common.Daemon(pool_text(provider)) as d:
+        yield d
+
+
+@pytest.fixture
+def client(daemon):
+    with tinyserve.connect(daemon.url) as c:
+        yield c
+
+
+def reference(q, k, v):
+    """Causal attention of the last len(q) tokens: [tokens, heads, dim], in float64."""
+    n, t = len(q), len(k)
+    k, v = (x.double().repeat_interleave(HEADS // KV, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,thd->hqt", q.double(), k) * DIM**-0.5
+    hidden = torch.arange(t, device=q.device)[None, :] > torch.arange(t - n, t,
+                                                                      device=q.device)[:, None]
+    scores.masked_fill_(hidden, float("-inf"))
+    return torch.einsum("hqt,thd->qhd", scores.softmax(-1), v)
+
+
+def rows(*shape):
+    return torch.randn(*shape, device="cuda")
+
+
+def one_step(kv, seq, past_k, past_v, count, stream=None):
+    """Adds random tokens in all layers and checks what comes out. Returns K and V so far."""
+    new_k, new_v = rows(count, KV, DIM), rows(count, KV, DIM)
+    k, v = torch.cat([past_k, new_k]), torch.cat([past_v, new_v])
+    with kv.step([seq], [count], heads=HEADS) as step:
+        tq, tk, tv, out = (x.torch() for x in (step.q, step.k, step.v, step.out))
+        for layer in range(LAYERS):
+            q = rows(count, HEADS, DIM)
+            tq.copy_(q)
+            tk.copy_(new_k)
+            tv.copy_(new_v)
+            out.fill_(float("nan"))
+            if stream is None:
+                torch.cuda.synchronize()
+                step.run(layer)
+            else:
+                step.run(layer, stream=stream)
+            assert (out.double() - reference(q, k, v)).abs().max() < 1e-4
+        step.commit()
+    return k, v
+
+
+def nothing():
+    return rows(0, KV, DIM), rows(0, KV, DIM)
+
+
+def test_steps_on_a_stream_and_without_one_agree_with_torch(client):
+    with client.pool("p") as kv:
+        client.exchange(kv, 16 << 20)
+        seq, = kv.create()
+        k, v = nothing()
+        for count in (1, 5, 40, 1, 130):
+            k, v = one_step(kv, seq, k, v, count, torch.cuda.current_stream())
+            k, v = one_step(kv, seq, k, v, count)
+        slots = kv.slots(seq, 0, len(k))
+        keys, values = (x.torch() for x in kv.layer(1, slots))
+        at = torch.tensor(slots, device="cuda")
+        assert torch.equal(keys[at // BLOCK, at % BLOCK], k)
+        assert torch.equal(values[at // BLOCK, at % BLOCK], v)
+
+
+def test_a_tensors_own_memory_serves_as_the_exchange(client):
+    with client.pool("p") as kv:
+        whole = torch.zeros(48 << 20, dtype=torch.uint8, device="cuda")
+        client.register(kv, whole[16 << 20:32 << 20])  # somewhere inside an allocation
+        seq, = kv.create()
+        k, v = one_step(kv, seq, *nothing(), 33, torch.cuda.current_stream())
+        with kv.step([seq], [1], heads=HEADS) as step:
+            assert whole.data_ptr() + (16 << 20) <= step.q.ptr < whole.data_ptr() + (32 << 20)
+        with pytest.raises(tinyserve.OutOfMemoryError, match="the registered memory has 16777216"):
+            kv.step([seq], [20000], heads=HEADS)
+        one_step(kv, seq, k, v, 2)
+        assert not whole[:16 << 20].any() and not whole[32 << 20:].any()
+        with pytest.raises(tinyserve.InvalidError, match="the size of 4096|an allocation of"):
+            client._check(tinyserve.client.lib.ts_exchange_register(kv._open(), whole.data_ptr(),
+                                                                    1 << 40))
+
+
+def test_the_order_is_the_streams(client):
+    """q, k and v are written by the stream long after the call has returned."""
+    with client.pool("p") as kv:
+        client.exchange(kv, 16 << 20)
+        seq, = kv.create()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), kv.step([seq], [3], heads=HEADS) as step:
+            q, k, v = rows(3, HEADS, DIM), rows(3, KV, DIM), rows(3, KV, DIM)
+            results = []
+            torch.cuda._sleep(200_000_000)  # about 0.1 s
+            for layer in range(LAYERS):
+                step.q.torch().copy_(q)
+                step.k.torch().copy_(k * (layer + 1))
+                step.v.torch().copy_(v)
+                step.run(layer, stream=stream)
+                results.append(step.out.torch().clone())
+            assert not stream.query(), "the calls should have returned before the GPU was done"
+            step.commit()  # waits for both layers
+            for layer in range(LAYERS):
+                expected = reference(q, k * (layer + 1), v)
+                assert (results[layer].double() - expected).abs().max() < 1e-4
+        assert kv.lengths([seq]) == [3]
+
+
+def test_runs_that_don_t_fit_in_order_are_refused(client):
+    with client.pool("p") as kv, kv.step(kv.create(), [1], heads=HEADS) as step:
+        with pytest.raises(tinyserve.InvalidError, match="layer 7; the pool has 2"):
+            step.run(7, stream=torch.cuda.current_stream())
+        step.run(0, stream=torch.cuda.current_stream())  # the refused one took no number
+        step.run(1, stream=torch.cuda.current_stream())
+        step.commit()
+        torch.cuda.synchronize()
+
+
+WORKER = """
+import sys, random, torch, tinyserve
+sys.path.insert(0, sys.argv[3])
+import test_service as t
+with tinyserve.connect(sys.argv[1]) as client, client.pool("p") as kv:
+    client.exchange(kv, 16 << 20)
+    kept, n = kv.attach("prefix")
+    at = torch.tensor(kv.slots(kept, 0, n), device="cuda")
+    keys, values = (x.torch() for x in kv.layer(0, at.tolist()))
+    k0, v0 = keys[at // t.BLOCK, at % t.BLOCK].clone(), values[at // t.BLOCK, at % t.BLOCK].clone()
+    stream = torch.cuda.current_stream()
+    rng = random.Random(int(sys.argv[2]))
+    rounds = int(sys.argv[4])
+    i = 0
+    while rounds < 0 or i < rounds:
+        i += 1
+        seq, = kv.fork(kept)
+        k, v = k0, v0
+        for _ in range(3):
+            k, v = t.one_step(kv, seq, k, v, rng.randint(1, 30), stream if rng.random() < 0.7 else None)
+        kv.free([seq])
+        if i == 1:
+            print("ready", flush=True)
+    print("done", flush=True)
+"""
+
+
+def worker(daemon, number, rounds):
+    return subprocess.Popen([sys.executable, "-c", WORKER, daemon.url, str(number),
+                             str(common.HERE), str(rounds)], stdout=subprocess.PIPE, text=True)
+
+
+def keep_prefix(client, tokens=100):
+    kv = client.pool("p")
+    client.exchange(kv, 16 << 20)
+    seq, = kv.create()
+    k, v = one_step(kv, seq, *nothing(), tokens, torch.cuda.current_stream())
+    kv.keep(seq, "prefix")
+    return kv, seq, k, v
+
+
+TSCTL = os.environ.get("TS_TEST_TSCTL") or common._first(common.ROOT / "bin/tsctl",
+                                                         common.ROOT / "build/tools/tsctl")
+
+
+def tsctl(daemon, *words):
+    return subprocess.run([TSCTL, "--socket", daemon.url, *words], check=True, text=True,
+                          stdout=subprocess.PIPE).stdout
+
+
+def used_blocks(daemon):
+    return json.loads(tsctl(daemon, "pools", "--json"))[0]["used_blocks"]
+
+
+def check(daemon):
+    tsctl(daemon, "check")
+
+
+def await_used(daemon, blocks, seconds):
+    """Asks until the pool uses so many blocks; how long that took."""
+    start = time.monotonic()
+    while used_blocks(daemon) != blocks:
+        assert time.monotonic() - start < 60, "the blocks never came back"
+    took = time.monotonic() - start
+    assert took < seconds
+    return took
+
+
+def test_eight_workers_share_a_prefix_while_others_are_killed(client, daemon):
+    kv, seq, k, v = keep_prefix(client)
+    blocks = used_blocks(daemon)
+    steady = [worker(daemon, i, 12) for i in range(4)]
+    victims = [worker(daemon, 100 + i, -1) for i in range(4)]
+    rng = random.Random(5)
+    for victim in victims:
+        assert victim.stdout.readline() == "ready\n"
+        time_of_death = rng.random() * 0.2
+        end = time.monotonic() + time_of_death
+        while time.monotonic() < end:
+            check(daemon)
+        victim.kill()
+        victim.wait()
+    for process in steady:
+        assert process.communicate(timeout=120)[0] == "ready\ndone\n"
+        assert process.returncode == 0
+    await_used(daemon, blocks, 1.0)
+    check(daemon)
+    child, = kv.fork(seq)
+    one_step(kv, child, k, v, 9, torch.cuda.current_stream())
+
+
+STUCK = """
+import sys, torch, tinyserve
+with tinyserve.connect(sys.argv[1]) as client, client.pool("p") as kv:
+    client.exchange(kv, 16 << 20)
+    stream = torch.cuda.current_stream()
+    step = kv.step(kv.create(4), [20] * 4, heads=8)
+    torch.cuda._sleep(1 << 40)  # minutes: the run is never submitted
+    step.run(0, stream=stream)
+    step.run(1, stream=stream)
+    print("stuck", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_worker_that_dies_between_its_signals_holds_up_nobody(client, daemon):
+    kv, seq, k, v = keep_prefix(client)
+    blocks = used_blocks(daemon)
+    stuck = [subprocess.Popen([sys.executable, "-c", STUCK, daemon.url], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in stuck:
+        assert process.stdout.readline() == "stuck\n"
+    assert used_blocks(daemon) == blocks + 2 * 4 * 2
+    if MPS:  # without it, a GPU that sleeps in one process's kernel sleeps for all
+        child, = kv.fork(seq)
+        one_step(kv, child, k, v, 5, torch.cuda.current_stream())
+        kv.free([child])
+    for process in stuck:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    await_used(daemon, blocks, 1.0)
+    child, = kv.fork(seq)
+    one_step(kv, child, k, v, 5, torch.cuda.current_stream())
+    check(daemon)
+
+
+def test_a_daemon_that_is_killed_leaves_no_stream_waiting(provider):
+    daemon = common.Daemon(pool_text(provider))
+    client = tinyserve.connect(daemon.url)
+    kv = client.pool("p")
+    client.exchange(kv, 16 << 20)
+    step = kv.step(kv.create(), [1], heads=HEADS)
+    stream = torch.cuda.Stream()
+    step.run(0, stream=stream)
+    stream.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+    step.run(1, stream=stream)
+    daemon.process.kill()
+    daemon.process.wait()
+    stream.synchronize()  # must end
+    with pytest.raises(tinyserve.DisconnectedError):
+        step.run(0, stream=stream)
+    client.close()
+
+
+VANDAL = """
+import sys, torch, tinyserve
+client = tinyserve.connect(sys.argv[1])
+kv = client.pool("p")
+seq, n = kv.attach("prefix")
+key, _ = kv.kv(kv.slots(seq, 0, 1)[0], 0)
+print(key.torch().sum().item(), flush=True)
+key.torch().fill_(1e9)
+try:
+    torch.cuda.synchronize()
+    print("written", flush=True)
+except RuntimeError as error:
+    print("illegal" if "illegal" in str(error) or "access" in str(error) else error, flush=True)
+"""
+
+
+@pytest.mark.skipif(MPS, reason="under MPS a worker's illegal access ends the daemon's context too")
+def test_a_write_through_a_read_only_mapping_kills_only_the_writer(client, daemon, provider):
+    if provider != "cuda-vmm":
+        pytest.skip("cuda-ipc memory can always be written")
+    kv, seq, k, v = keep_prefix(client)
+    vandal = subprocess.run([sys.executable, "-c", VANDAL, daemon.url], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True, timeout=120)
+    assert vandal.stdout.splitlines()[1] == "illegal"
+    child, = kv.fork(seq)
+    one_step(kv, child, k, v, 7, torch.cuda.current_stream())
+    check(daemon)
+
+
+def test_a_pool_that_doesn_t_fit_is_refused_with_the_numbers(tmp_path, provider):
+    total = torch.cuda.get_device_properties(0).total_memory
+    log = subprocess.run([os.environ["TS_TEST_DAEMON"], "--socket", str(tmp_path / "s"), "--pool",
+                          f"big:layers=32,kv_heads=8,head_dim=128,memory={total + (1 << 30)},"
+                          f"device=cuda:0,provider={provider}"], stderr=subprocess.PIPE, text=True,
+                         timeout=60)
+    assert log.returncode == 1
+    assert "are asked for on cuda:0" in log.stderr and "GiB free of" in log.stderr

@@ -1,0 +1,64 @@
+"""A daemon of its own for each test that asks for one. TS_TEST_DAEMON names the program; ctest sets it."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import tinyserve
+
+POOL = "tiny:layers=2,kv_heads=2,head_dim=64,dtype=fp32,block_tokens=4,blocks=64"
+
+
+class Daemon:
+    def __init__(self, folder, pools, device):
+        self.url = str(folder / "s")
+        arguments = [os.environ["TS_TEST_DAEMON"], "--socket", self.url, "--set",
+                     "log_level=warning"]
+        for pool in pools:
+            arguments += ["--pool", pool if "device=" in pool else f"{pool},device={device}"]
+        self.process = subprocess.Popen(arguments)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait() == 0
+
+
+@pytest.fixture
+def start_daemon(tmp_path):
+    daemons = []
+
+    def start(*pools, device="host"):
+        daemon = Daemon(tmp_path, pools or (POOL,), device)
+        daemons.append(daemon)
+        tinyserve.connect(daemon.url, wait=60).close()
+        return daemon
+
+    yield start
+    for daemon in daemons:
+        if daemon.process.poll() is None:
+            daemon.stop()
+
+
+@pytest.fixture
+def daemon(start_daemon):
+    return start_daemon()
+
+
+@pytest.fixture
+def client(daemon):
+    with tinyserve.connect(daemon.url) as c:
+        yield c
+
+
+@pytest.fixture
+def run_worker():
+    """Runs Python code in a process of its own and returns what it prints."""
+
+    def run(code, *arguments):
+        return subprocess.run([sys.executable, "-c", code, *arguments], check=True, text=True,
+                              stdout=subprocess.PIPE, timeout=120).stdout
+
+    return run

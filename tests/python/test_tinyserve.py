@@ -1,0 +1,199 @@
+"""The Python package against a real daemon, on host memory."""
+
+import numpy as np
+import pytest
+
+import tinyserve
+
+
+def attention(q, k, v):
+    """Causal attention of the last len(q) tokens over all: [tokens, heads, dim] in float64."""
+    n, heads, dim = q.shape
+    group = heads // k.shape[1]
+    out = np.empty((n, heads, dim))
+    for h in range(heads):
+        scores = q[:, h].astype(float) @ k[:, h // group].astype(float).T / np.sqrt(dim)
+        for i in range(n):
+            scores[i, len(k) - n + i + 1:] = -np.inf
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        out[:, h] = weights / weights.sum(axis=1, keepdims=True) @ v[:, h // group]
+    return out
+
+
+def random_rows(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def test_a_step_attends_and_its_tokens_can_be_read_back(client):
+    rng = np.random.default_rng(1)
+    with client.pool("tiny") as kv:
+        assert kv.geometry == tinyserve.Geometry(2, 2, 64, 4, "fp32", "nhd")
+        assert (kv.blocks, kv.device, kv.memory, kv.cuda_device) == (64, "host", "host", None)
+        seq, = kv.create()
+        k, v = random_rows(rng, 7, 2, 64), random_rows(rng, 7, 2, 64)
+        for first, count in ((0, 5), (5, 2)):
+            with kv.step([seq], [count], heads=4) as step:
+                assert (step.tokens, step.start(0)) == (count, first)
+                for layer in range(2):
+                    q = random_rows(rng, count, 4, 64)
+                    step.q[...] = q
+                    step.k[...] = k[first:first + count] * (layer + 1)
+                    step.v.numpy()[:] = v[first:first + count]
+                    step.run(layer)
+                    expected = attention(q, k[:first + count] * (layer + 1), v[:first + count])
+                    np.testing.assert_allclose(step.out.numpy(), expected, rtol=0, atol=1e-5)
+                step.commit()
+        assert kv.lengths([seq]) == [7]
+        slots = kv.slots(seq, 0, 7)
+        key, value = kv.kv(slots[6], 1)
+        assert key.shape == (2, 64)
+        np.testing.assert_array_equal(key.numpy(), k[6] * 2)
+        np.testing.assert_array_equal(value.numpy(), v[6])
+        keys, values = kv.layer(0, slots)
+        assert keys.shape == (64, 4, 2, 64)
+        blocks = np.array(slots)
+        np.testing.assert_array_equal(keys.numpy()[blocks // 4, blocks % 4], k)
+        np.testing.assert_array_equal(values.numpy()[blocks // 4, blocks % 4], v)
+        with pytest.raises(ValueError):
+            key.numpy()[...] = 0  # read-only
+
+
+def test_leaving_a_step_without_a_commit_drops_its_tokens(client):
+    with client.pool("tiny") as kv:
+        seqs = kv.create(3)
+        with kv.step(seqs, [1, 2, 3]):
+            pass
+        assert kv.lengths(seqs) == [0, 0, 0]
+        with pytest.raises(RuntimeError, match="a worker's own bug"):
+            with kv.step(seqs, [1, 2, 3]):
+                raise RuntimeError("a worker's own bug")
+        assert kv.lengths(seqs) == [0, 0, 0]
+
+
+def test_a_commit_can_accept_some_tokens(client):
+    with client.pool("tiny") as kv:
+        seqs = kv.create(2)
+        with kv.step(seqs, [4, 4]) as step:
+            for layer in range(2):
+                step.run(layer)
+            with pytest.raises(ValueError, match="1 accepted counts for a step of 2 sequences"):
+                step.commit([1])
+            step.commit([3, 0])
+        assert kv.lengths(seqs) == [3, 0]
+
+
+def test_forks_share_and_kept_sequences_outlive_their_session(client, daemon, run_worker):
+    with client.pool("tiny") as kv:
+        seq, = kv.create()
+        with kv.step([seq], [6]) as step:
+            step.k[...] = np.arange(6, dtype=np.float32)[:, None, None]
+            for layer in range(2):
+                step.run(layer)
+            step.commit()
+        child, short = kv.fork(seq) + kv.fork(seq, length=4)
+        assert kv.lengths([seq, child, short]) == [6, 6, 4]
+        assert kv.slots(child, 0, 6) == kv.slots(seq, 0, 6)
+        kv.truncate([child], [2])
+        assert kv.lengths([child]) == [2]
+        kv.free([child, short])
+        kv.keep(seq, "prefix")
+        with pytest.raises(tinyserve.ExistsError):
+            kv.keep(kv.create()[0], "prefix")
+        printed = run_worker(
+            "import sys, tinyserve\n"
+            "with tinyserve.connect(sys.argv[1]) as c, c.pool('tiny') as kv:\n"
+            "    seq, length = kv.attach('prefix')\n"
+            "    print(length, kv.kv(kv.slots(seq, 5, 1)[0], 1)[0].numpy()[1, 63])\n", daemon.url)
+        assert printed.split() == ["6", "5.0"]
+        assert kv.attach("prefix") == (seq, 6)
+        kv.keep(seq, None)
+        with pytest.raises(tinyserve.NotFoundError):
+            kv.attach("prefix")
+
+
+def test_batches_may_be_numpy_arrays(client):
+    with client.pool("tiny") as kv:
+        seqs = np.array(kv.create(5), dtype=np.uint64)
+        with kv.step(seqs, np.arange(1, 6, dtype=np.uint32)) as step:
+            assert step.tokens == 15
+            assert len(set(step.slots)) == 15
+        with kv.step(seqs[::2], np.array([1, 1, 1])) as step:  # strided, and of another type
+            assert step.tokens == 3
+        with pytest.raises(ValueError, match="5 sequences, but 4 new_tokens"):
+            kv.step(seqs, [1, 1, 1, 1])
+        with pytest.raises(OverflowError, match="-1 doesn't fit into 32 bits"):
+            kv.step(seqs[:1], [-1])
+
+
+def test_a_writable_pool_takes_appended_rows(start_daemon):
+    daemon = start_daemon("open:layers=1,kv_heads=1,head_dim=32,dtype=bf16,block_tokens=4,blocks=8,"
+                          "client_write=all")
+    with tinyserve.connect(daemon.url) as c, c.pool("open", writable=True) as kv:
+        seq, = kv.create()
+        slots = kv.append([seq], [6])
+        assert slots == [0, 1, 2, 3, 4, 5]
+        for t, slot in enumerate(slots):
+            kv.kv(slot, 0)[0].numpy()[0, :] = 0x3f80 + t  # bf16 shows as uint16
+        assert kv.kv(slots[3], 0)[0].numpy()[0, 31] == 0x3f83
+        with pytest.raises(tinyserve.NoSpaceError, match="pool 'open' has 6 free") as caught:
+            kv.append([seq], [27])
+        assert (caught.value.status, caught.value.name) == (4, "TS_ENOSPC")
+        assert kv.lengths([seq]) == [6]
+
+
+def test_errors_are_exceptions_with_the_daemons_sentence(client, tmp_path):
+    with pytest.raises(tinyserve.NotFoundError, match="there is no pool 'none'; there is 'tiny'"):
+        client.pool("none")
+    with pytest.raises(tinyserve.DeniedError, match="client_write = none"):
+        client.pool("tiny", writable=True)
+    with client.pool("tiny") as kv:
+        with pytest.raises(tinyserve.InvalidError, match="kernel v3 runs on a GPU"):
+            kv.step(kv.create(), [1], kernel="v3")
+        with pytest.raises(tinyserve.InvalidError, match="there is no kernel 'x'"):
+            kv.step(kv.create(), [1], kernel="x")
+        with pytest.raises(tinyserve.InvalidError, match="the pool is in host memory"):
+            client.exchange(kv, 1 << 20)
+        with pytest.raises(ValueError, match="io_dtype 'int8'"):
+            kv.step(kv.create(), [1], io_dtype="int8")
+    with pytest.raises(tinyserve.DisconnectedError, match="is tinyserved running"):
+        tinyserve.connect(str(tmp_path / "nobody"))
+    assert issubclass(tinyserve.DisconnectedError, ConnectionError)
+
+
+def test_what_was_closed_says_so(client):
+    kv = client.pool("tiny")
+    step = kv.step(kv.create(), [1])
+    kv.close()
+    kv.close()
+    for use in (lambda: step.run(0), lambda: step.q, kv.create):
+        with pytest.raises(tinyserve.DisconnectedError, match="closed|ended"):
+            use()
+    client.close()
+    with pytest.raises(tinyserve.DisconnectedError, match="the client was closed"):
+        client.pool("tiny")
+
+
+def test_a_daemon_that_stops_ends_the_session(client, daemon):
+    kv = client.pool("tiny")
+    with pytest.raises(tinyserve.DisconnectedError):
+        with kv.step(kv.create(), [1]) as step:
+            daemon.stop()
+            step.run(0)
+
+
+def test_views_speak_dlpack(client):
+    with client.pool("tiny") as kv, kv.step(kv.create(), [3]) as step:
+        step.k[...] = np.arange(3 * 2 * 64, dtype=np.float32).reshape(3, 2, 64)
+        array = np.from_dlpack(step.k)
+        assert array.shape == (3, 2, 64) and array.dtype == np.float32
+        assert array[2, 1, 63] == 383
+        step.k[2, 1, 63] = -1
+        assert array[2, 1, 63] == -1  # the same memory
+        assert step.k.__dlpack_device__() == (1, 0)
+        unused = step.k.__dlpack__()
+        del unused  # lets go what it holds
+        from tinyserve import view
+        del array
+        assert not view._exported
+        with pytest.raises(AttributeError):
+            step.k.__cuda_array_interface__
