@@ -30,6 +30,8 @@ typedef struct ts_job {
      * done; NULL: at once */
     ts_signals_page *signals;
     uint32_t order;
+    uint64_t deadline_ms;       /* CLOCK_MONOTONIC: until then the worker must have submitted */
+    bool late;                  /* it has not */
     ts_status status;           /* what came of it */
     char why[TS_GPU_WHY_BYTES]; /* ... unless TS_OK */
     void (*done)(struct ts_job *job);

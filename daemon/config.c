@@ -28,6 +28,7 @@ void ts_config_init(ts_config *c)
         .socket_mode = 0660,
         .log_level = TS_LOG_INFO,
         .contexts = 256,
+        .submit_ms = 30000,
         .message_bytes = 1u << 20,
     };
     ts_engine_default_limits(&c->limits);
@@ -123,6 +124,11 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
     }
     if (strcmp(key, "contexts") == 0)
         return number32(c, key, value, 1, 65536, &c->contexts);
+    if (strcmp(key, "submit_seconds") == 0) {
+        status = number32(c, key, value, 1, 3600, &which);
+        c->submit_ms = which * 1000;
+        return status;
+    }
     if (strcmp(key, "message_max") == 0)
         return number(c, key, value, true, 10, 4096, 1u << 30, &c->message_bytes);
     if (strcmp(key, "exchange_max") == 0)

@@ -34,6 +34,7 @@ typedef struct ts_config {
     ts_isa kernel;
     ts_log_level log_level;
     uint32_t contexts;
+    uint32_t submit_ms; /* that a worker has to submit an ordered run */
     uint64_t message_bytes;
     ts_engine_limits limits;
     ts_config_pool pools[TS_POOLS_MAX];

@@ -20,23 +20,32 @@ void ts_devices_describe(const ts_pool_config *p, char *text, size_t bytes)
              (double)ts_geometry_block_bytes(g) * p->slab_blocks / (1 << 20));
 }
 
+/* What goes on while the pools are started. */
+typedef struct start {
+    ts_service *service;
+    const ts_config *config;
+    void (*failed)(const char *why);
+    uint64_t planned[TS_GPUS_MAX]; /* bytes of each GPU that pools will take as they need them */
+    char why[256];                 /* what is wrong */
+} start;
+
 /* The GPU, opened at its first mention; NULL with a sentence. */
-static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, void (*failed)(const char *),
-                                      char *why, size_t why_bytes)
+static const ts_service_gpu *open_gpu(start *st, uint32_t ordinal)
 {
+    ts_service *s = st->service;
     for (uint32_t i = 0; i < s->num_gpus; i++)
         if (ts_gpu_get_info(s->gpus[i].gpu)->ordinal == ordinal)
             return &s->gpus[i];
     if (s->num_gpus == TS_GPUS_MAX) {
-        snprintf(why, why_bytes, "cuda:%u would be GPU number %u; the limit is %u", ordinal,
-                 s->num_gpus + 1, TS_GPUS_MAX);
+        snprintf(st->why, sizeof st->why, "cuda:%u would be GPU number %u; the limit is %u",
+                 ordinal, s->num_gpus + 1, TS_GPUS_MAX);
         return NULL;
     }
     ts_service_gpu *g = &s->gpus[s->num_gpus];
-    if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
+    if (ts_gpu_open(ordinal, &g->gpu, st->why, sizeof st->why) != TS_OK)
         return NULL;
-    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, failed, &g->batch, why, why_bytes) !=
-        TS_OK) {
+    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, st->config->submit_ms, st->failed,
+                         &g->batch, st->why, sizeof st->why) != TS_OK) {
         ts_gpu_close(g->gpu);
         return NULL;
     }
@@ -45,9 +54,8 @@ static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, void (*fa
 }
 
 /* Decides the device; *gpu is NULL for host memory. TS_EDEVICE with a sentence. */
-static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
-                               void (*failed)(const char *), const ts_service_gpu **gpu, char *why,
-                               size_t why_bytes)
+static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_config *p,
+                               const ts_service_gpu **gpu)
 {
     unsigned ordinal = 0;
     *gpu = NULL;
@@ -57,7 +65,7 @@ static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_p
         char reason[128];
         if (ts_gpu_count(reason, sizeof reason) == 0) {
             if (wanted->provider != TS_PROVIDER_AUTO) {
-                snprintf(why, why_bytes, "provider = %s needs a GPU: %s",
+                snprintf(st->why, sizeof st->why, "provider = %s needs a GPU: %s",
                          ts_provider_name(wanted->provider), reason);
                 return TS_EDEVICE;
             }
@@ -70,9 +78,9 @@ static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_p
         snprintf(p->device, sizeof p->device, "host");
         return TS_OK;
     }
-    if (!any && sscanf(p->device, "cuda:%u", &ordinal) != 1)
-        ordinal = 0;
-    *gpu = open_gpu(s, ordinal, failed, why, why_bytes);
+    if (!any)
+        (void)sscanf(p->device, "cuda:%u", &ordinal); /* config.c has seen to its form */
+    *gpu = open_gpu(st, ordinal);
     if (*gpu == NULL)
         return TS_EDEVICE;
     if (any)
@@ -81,75 +89,75 @@ static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_p
     return TS_OK;
 }
 
-static ts_status new_gpu_memory(const ts_config_pool *wanted, ts_pool_config *p, ts_gpu *gpu,
-                                uint64_t *planned, ts_memory **out, char *why, size_t why_bytes)
+static ts_status check_fit(start *st, const ts_pool_config *p, ts_gpu *gpu, uint64_t planned)
 {
-    const ts_gpu_info *info = ts_gpu_get_info(gpu);
     size_t bytes = ts_geometry_block_bytes(&p->geometry) * p->num_blocks;
     uint64_t available;
-    ts_status status = ts_gpu_free_bytes(gpu, &available, why, why_bytes);
+    ts_status status = ts_gpu_free_bytes(gpu, &available, st->why, sizeof st->why);
     if (status != TS_OK)
         return status;
-    if (bytes > available - (*planned < available ? *planned : available)) {
-        snprintf(why, why_bytes,
-                 "%.2f GiB are asked for on %s (%s); it has %.2f GiB free of %.2f GiB, and other "
-                 "pools take %.2f GiB of that",
-                 (double)bytes / GIB, p->device, info->name, (double)available / GIB,
-                 (double)info->total_bytes / GIB, (double)*planned / GIB);
-        return TS_ENOMEM;
-    }
+    if (bytes <= available - (planned < available ? planned : available))
+        return TS_OK;
+    snprintf(st->why, sizeof st->why,
+             "%.2f GiB are asked for on %s (%s); it has %.2f GiB free of %.2f GiB, and other pools "
+             "take %.2f GiB of that",
+             (double)bytes / GIB, p->device, ts_gpu_get_info(gpu)->name, (double)available / GIB,
+             (double)ts_gpu_get_info(gpu)->total_bytes / GIB, (double)planned / GIB);
+    return TS_ENOMEM;
+}
+
+static ts_status new_gpu_memory(start *st, const ts_config_pool *wanted, ts_pool_config *p,
+                                const ts_service_gpu *g, ts_memory **out)
+{
+    ts_gpu *gpu = g->gpu;
+    const ts_gpu_info *info = ts_gpu_get_info(gpu);
+    uint64_t *planned = &st->planned[g - st->service->gpus];
+    size_t block_bytes = ts_geometry_block_bytes(&p->geometry);
+    bool any = wanted->provider == TS_PROVIDER_AUTO;
+    ts_status status = check_fit(st, p, gpu, *planned);
+    if (status == TS_OK)
+        status = ts_kernel_check(p->kernel, &p->geometry, st->why, sizeof st->why);
+    if (status != TS_OK)
+        return status;
     p->on_gpu = true;
-    p->kernel = wanted->pool.kernel;
     snprintf(p->device_name, sizeof p->device_name, "%.95s", info->name);
     memcpy(p->device_uuid, info->uuid, sizeof p->device_uuid);
-    if (ts_kernel_check(p->kernel, &p->geometry, why, why_bytes) != TS_OK)
-        return TS_EINVAL;
-    bool vmm = wanted->provider == TS_PROVIDER_CUDA_VMM ||
-               (wanted->provider == TS_PROVIDER_AUTO && info->vmm);
-    snprintf(p->memory, sizeof p->memory, "%s", vmm ? "cuda-vmm" : "cuda-ipc");
-    if (vmm) {
+    if (wanted->provider == TS_PROVIDER_CUDA_VMM || (any && info->vmm)) {
         uint32_t slabs = (p->num_blocks - 1) / p->slab_blocks + 1;
-        status = ts_memory_cuda_vmm_new(gpu, slabs,
-                                        ts_geometry_block_bytes(&p->geometry) * p->slab_blocks, out,
-                                        why, why_bytes);
-        *planned += status == TS_OK ? bytes : 0; /* its slabs are taken as they are needed */
+        snprintf(p->memory, sizeof p->memory, "cuda-vmm");
         ts_log(TS_LOG_INFO,
                "pool '%s': cuda-vmm%s: slabs of its own for each tenant, handed out as descriptors",
-               p->name, wanted->provider == TS_PROVIDER_AUTO ? " (auto: the device has it)" : "");
-        return status;
+               p->name, any ? " (auto: the device has it)" : "");
+        *planned += block_bytes * p->num_blocks; /* its slabs are taken as they are needed */
+        return ts_memory_cuda_vmm_new(gpu, slabs, block_bytes * p->slab_blocks, out, st->why,
+                                      sizeof st->why);
     }
-    p->slab_blocks = p->num_blocks;
-    status = ts_memory_cuda_ipc_new(gpu, bytes, out, why, why_bytes);
+    snprintf(p->memory, sizeof p->memory, "cuda-ipc");
     ts_log(TS_LOG_WARNING,
            "pool '%s': cuda-ipc%s: one slab, so one tenant (the first to store a token) until the "
            "daemon restarts, and whoever maps it can write it",
-           p->name,
-           wanted->provider == TS_PROVIDER_AUTO ? " (auto: the device can't export VMM memory)"
-                                                : "");
-    return status;
+           p->name, any ? " (auto: the device can't export VMM memory)" : "");
+    p->slab_blocks = p->num_blocks;
+    return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, st->why, sizeof st->why);
 }
 
-static ts_status start_pool(ts_service *s, const ts_config_pool *wanted,
-                            void (*failed)(const char *), uint64_t *planned, char *why,
-                            size_t why_bytes)
+static ts_status start_pool(start *st, const ts_config_pool *wanted)
 {
+    ts_service *s = st->service;
     ts_pool_config p = wanted->pool;
     const ts_service_gpu *gpu;
     ts_memory *memory = NULL;
-    ts_status status = choose_device(s, wanted, &p, failed, &gpu, why, why_bytes);
+    ts_status status = choose_device(st, wanted, &p, &gpu);
     if (status != TS_OK)
         return status;
-    if (gpu != NULL) {
-        status =
-            new_gpu_memory(wanted, &p, gpu->gpu, &planned[gpu - s->gpus], &memory, why, why_bytes);
-    } else {
-        uint32_t slabs = (p.num_blocks - 1) / p.slab_blocks + 1;
-        p.kernel = TS_KERNEL_AUTO;
-        status = ts_memory_host_new(slabs, ts_geometry_block_bytes(&p.geometry) * p.slab_blocks,
-                                    &memory, why, why_bytes);
-    }
+    if (gpu != NULL)
+        status = new_gpu_memory(st, wanted, &p, gpu, &memory);
+    else
+        status = ts_memory_host_new((p.num_blocks - 1) / p.slab_blocks + 1,
+                                    ts_geometry_block_bytes(&p.geometry) * p.slab_blocks, &memory,
+                                    st->why, sizeof st->why);
     if (status == TS_OK)
-        status = ts_engine_add_pool(s->engine, &p, why, why_bytes);
+        status = ts_engine_add_pool(s->engine, &p, st->why, sizeof st->why);
     if (status != TS_OK) {
         ts_memory_free(memory);
         return status;
@@ -165,12 +173,11 @@ static ts_status start_pool(ts_service *s, const ts_config_pool *wanted,
 
 ts_status ts_devices_start(ts_service *s, const ts_config *c, void (*failed)(const char *why))
 {
-    uint64_t planned[TS_GPUS_MAX] = {0};
+    start st = {.service = s, .config = c, .failed = failed};
     for (uint32_t i = 0; i < c->num_pools; i++) {
-        char why[256];
-        ts_status status = start_pool(s, &c->pools[i], failed, planned, why, sizeof why);
+        ts_status status = start_pool(&st, &c->pools[i]);
         if (status != TS_OK) {
-            ts_log(TS_LOG_ERROR, "pool '%s': %s", c->pools[i].pool.name, why);
+            ts_log(TS_LOG_ERROR, "pool '%s': %s", c->pools[i].pool.name, st.why);
             return status;
         }
     }

@@ -106,8 +106,8 @@ typedef struct ts_command {
         } step_end; /* STEP_COMMIT, STEP_ABORT */
         struct {
             uint64_t step;
-            uint32_t layer; /* that was run; TS_NONE: the copies were made */
-            bool failed;    /* the run wrote nothing */
+            uint32_t layer;   /* that was run; TS_NONE: the copies were made */
+            ts_status status; /* what came of it */
         } step_done;
         struct {
             uint32_t slab, tenant;

@@ -371,6 +371,10 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                              n, step->seqs[i].new_tokens, i);
         kept += n;
     }
+    if (kept > 0 && step->failed != TS_OK)
+        return ts_refuse(a, step->failed, "the run of layer %u of step %llx failed: %s",
+                         step->failed_layer, (unsigned long long)step->id,
+                         ts_status_name(step->failed));
     /* Nobody may see a token whose K and V were not written in every layer. */
     if (kept > 0 && step->layers_run > 0 && step->layers_run < layers)
         return ts_refuse(a, TS_EINVAL, "only %u of %u layers of step %llx were run",
@@ -391,7 +395,13 @@ void ts_engine_step_done(ts_engine *e, const ts_command *c, ts_answer *a)
         return ts_refuse(a, TS_ENOENT, "no step %llx is in flight",
                          (unsigned long long)c->step_done.step);
     step->in_flight--;
-    if (layer != TS_NONE && !c->step_done.failed) {
+    if (layer != TS_NONE && c->step_done.status != TS_OK && step->failed == TS_OK) {
+        step->failed = c->step_done.status;
+        step->failed_layer = layer;
+    }
+    if (layer != TS_NONE && c->step_done.status == TS_OK) {
+        if (layer == step->failed_layer)
+            step->failed = TS_OK;
         uint64_t bit = (uint64_t)1 << layer % 64;
         step->layers_run += !(step->layer_bits[layer / 64] & bit);
         step->layer_bits[layer / 64] |= bit;

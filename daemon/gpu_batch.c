@@ -11,7 +11,6 @@
 #define WAITING_MOST (TS_GPU_LAUNCHES / 2) /* launches that wait for workers */
 #define WAITING_EACH 4u                    /* ... for the same one */
 #define POLL_MS 1                          /* while jobs wait here for their workers */
-#define HEALTH_MS 200                      /* while the device works */
 
 /* A launch under way: the jobs that it serves. */
 typedef struct flight {
@@ -19,24 +18,24 @@ typedef struct flight {
     ts_gpu_batch *batch;
     ts_job *jobs;
     bool waits; /* for a worker */
-    bool given_up;
 } flight;
 
 struct ts_gpu_batch {
     ts_gpu *gpu;
+    uint32_t submit_ms;
     void (*failed)(const char *why);
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t event;
-    ts_job *head, **tail;     /* under the lock: what was submitted */
-    flight *flights;          /* under the lock */
-    uint32_t waiting;         /* under the lock: flights that wait for workers */
-    bool landed, stop;        /* under the lock */
+    ts_job *head, **tail; /* under the lock: what was submitted */
+    flight *flights;      /* under the lock */
+    uint32_t waiting;     /* under the lock: flights that wait for workers */
+    bool landed, stop;    /* under the lock */
+    bool lost;            /* under the lock: the device failed */
+    char why[TS_GPU_WHY_BYTES + 128];
     ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
     ts_attention_seq *seqs;   /* the thread's own: of a launch that joins jobs */
     size_t capacity;
-    bool lost; /* the thread's own: the device failed */
-    char why[TS_GPU_WHY_BYTES];
     uint32_t *words, *words_there; /* completed runs of each session */
     size_t words_bytes;
     atomic_uint_fast64_t runs, launches;
@@ -65,7 +64,11 @@ static void tell(ts_job *jobs, ts_status status, const char *why)
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
         next = job->next;
         job->status = status;
-        if (status != TS_OK) {
+        if (status == TS_OK && job->late) {
+            job->status = TS_ETIMEOUT;
+            snprintf(job->why, sizeof job->why, "the worker did not submit run %u in time",
+                     job->order);
+        } else if (status != TS_OK) {
             snprintf(job->why, sizeof job->why, "%s", why);
             if (job->signals != NULL) { /* nobody else will say that it is over */
                 __atomic_store_n(&job->signals->host->completed, job->order, __ATOMIC_RELEASE);
@@ -89,39 +92,37 @@ static void unlink_flight(ts_gpu_batch *b, flight *f)
     b->waiting -= f->waits;
 }
 
-/* The device has done it. On a thread of CUDA's. */
-static void land(void *arg)
+/* The device is lost. Any thread. */
+static void lose(ts_gpu_batch *b, const char *why)
+{
+    pthread_mutex_lock(&b->lock);
+    bool first = !b->lost;
+    if (first)
+        snprintf(b->why, sizeof b->why, "cuda:%u (%s) failed: %s", ts_gpu_get_info(b->gpu)->ordinal,
+                 ts_gpu_get_info(b->gpu)->name, why);
+    b->lost = true;
+    pthread_mutex_unlock(&b->lock);
+    if (first)
+        b->failed(b->why); /* which stays as it is */
+}
+
+/* The device has done it, or has failed. On the launch's thread. */
+static void land(void *arg, ts_status status, const char *why)
 {
     flight *f = arg;
     ts_gpu_batch *b = f->batch;
+    if (status != TS_OK)
+        lose(b, why);
     pthread_mutex_lock(&b->lock);
-    if (f->given_up) { /* its jobs were told otherwise */
-        pthread_mutex_unlock(&b->lock);
-        free(f);
-        return;
-    }
-    unlink_flight(b, f);
     ts_job *jobs = f->jobs;
+    f->jobs = NULL;
+    pthread_mutex_unlock(&b->lock);
+    tell(jobs, status, b->why);
+    pthread_mutex_lock(&b->lock); /* until here the batch waits for this flight */
+    unlink_flight(b, f);
     free(f);
-    tell(jobs, TS_OK, "");
     b->landed = true;
     pthread_cond_signal(&b->event);
-    pthread_mutex_unlock(&b->lock);
-}
-
-/* The device is lost: nothing that is under way will ever be done. */
-static void give_up(ts_gpu_batch *b, const char *why)
-{
-    b->lost = true;
-    snprintf(b->why, sizeof b->why, "%s", why);
-    b->failed(b->why);
-    pthread_mutex_lock(&b->lock);
-    while (b->flights != NULL) {
-        flight *f = b->flights;
-        unlink_flight(b, f);
-        f->given_up = true; /* leaked unless the device calls after all */
-        tell(f->jobs, TS_EDEVICE, b->why);
-    }
     pthread_mutex_unlock(&b->lock);
 }
 
@@ -200,8 +201,8 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
         (void)ts_gpu_launch_finish(l, NULL, NULL);
         free(f);
         tell(jobs, status, why);
-        if (status == TS_EDEVICE && ts_gpu_health(b->gpu, why, sizeof why) != TS_OK)
-            give_up(b, why);
+        if (status == TS_EDEVICE)
+            lose(b, why);
         return true;
     }
     *f = (flight){.batch = b, .jobs = jobs, .waits = wait};
@@ -213,7 +214,7 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
     b->waiting += wait;
     pthread_mutex_unlock(&b->lock);
     if (ts_gpu_launch_finish(l, land, f) != TS_OK)
-        give_up(b, ts_gpu_launch_why(l));
+        land(f, TS_EDEVICE, ts_gpu_launch_why(l));
     return true;
 }
 
@@ -221,10 +222,12 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
 static bool may_wait(ts_gpu_batch *b, const ts_job *job)
 {
     uint32_t same = 0;
+    if (!ts_gpu_may_wait(b->gpu))
+        return false;
     pthread_mutex_lock(&b->lock);
     bool may = b->waiting < WAITING_MOST;
     for (const flight *f = b->flights; f != NULL && may; f = f->next) {
-        same += f->waits && f->jobs->signals == job->signals;
+        same += f->waits && f->jobs != NULL && f->jobs->signals == job->signals;
         may = same < WAITING_EACH;
     }
     pthread_mutex_unlock(&b->lock);
@@ -257,6 +260,14 @@ static void hold(ts_gpu_batch *b, ts_job *job)
     b->held_end = &job->next;
 }
 
+static bool is_lost(ts_gpu_batch *b)
+{
+    pthread_mutex_lock(&b->lock);
+    bool lost = b->lost;
+    pthread_mutex_unlock(&b->lock);
+    return lost;
+}
+
 /* Launches what can be; the rest is held, in order. */
 static void launch_all(ts_gpu_batch *b)
 {
@@ -266,7 +277,7 @@ static void launch_all(ts_gpu_batch *b)
     while (jobs != NULL) {
         ts_job *job = jobs;
         jobs = job->next;
-        if (b->lost) {
+        if (is_lost(b)) {
             job->next = NULL;
             tell(job, TS_EDEVICE, b->why);
             continue;
@@ -289,10 +300,41 @@ static void launch_all(ts_gpu_batch *b)
     }
 }
 
+/* True: it is that late. Under the lock. */
+static bool wait_until(ts_gpu_batch *b, uint64_t ms)
+{
+    struct timespec until = {.tv_sec = (time_t)(ms / 1000), .tv_nsec = (long)(ms % 1000) * 1000000};
+    return pthread_cond_timedwait(&b->event, &b->lock, &until) != 0;
+}
+
 static void let_go(const ts_job *jobs)
 {
     for (const ts_job *job = jobs; job != NULL; job = job->next)
         ts_signals_let_go(job->signals);
+}
+
+static uint64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+/* Lets go those that have waited too long; when the next one will have (UINT64_MAX: none). */
+static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
+{
+    for (ts_job *job = jobs; job != NULL; job = job->next) {
+        if (job->signals == NULL || reached(&job->signals->host->submitted, job->order))
+            continue;
+        if (job->deadline_ms > now) {
+            next = job->deadline_ms < next ? job->deadline_ms : next;
+            continue;
+        }
+        /* It alone: later runs have their own time. */
+        job->late = true;
+        __atomic_store_n(&job->signals->host->submitted, job->order, __ATOMIC_RELEASE);
+    }
+    return next;
 }
 
 /* Waits for something to do; returns false when all is done and the batch is to end. */
@@ -302,20 +344,20 @@ static bool await(ts_gpu_batch *b)
     pthread_mutex_lock(&b->lock);
     while (b->head == NULL && !b->landed && !slow &&
            !(b->stop && b->flights == NULL && b->held == NULL)) {
-        struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += (b->held != NULL ? POLL_MS : HEALTH_MS) * 1000000l;
-        until.tv_sec += until.tv_nsec / 1000000000l;
-        until.tv_nsec %= 1000000000l;
-        if (b->held == NULL && b->flights == NULL)
+        uint64_t now = now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
+        for (const flight *f = b->flights; f != NULL; f = f->next) {
+            if (b->stop) /* who waits for a worker has waited long enough */
+                let_go(f->jobs);
+            until = let_go_late(f->jobs, now, until);
+        }
+        if (b->stop)
+            let_go(b->held);
+        if (b->held != NULL)
+            until = now + POLL_MS;
+        if (until == UINT64_MAX)
             pthread_cond_wait(&b->event, &b->lock);
         else
-            slow = pthread_cond_timedwait(&b->event, &b->lock, &until) != 0;
-        if (b->stop) { /* who waits for a worker has waited long enough */
-            for (const flight *f = b->flights; f != NULL; f = f->next)
-                let_go(f->jobs);
-            let_go(b->held);
-        }
+            slow = wait_until(b, until) && b->held != NULL;
     }
     *b->held_end = b->head;
     if (b->head != NULL)
@@ -324,11 +366,7 @@ static bool await(ts_gpu_batch *b)
     b->tail = &b->head;
     b->landed = false;
     ends = b->stop && b->flights == NULL && b->held == NULL;
-    bool works = b->flights != NULL;
     pthread_mutex_unlock(&b->lock);
-    char why[TS_GPU_WHY_BYTES];
-    if (slow && works && !b->lost && ts_gpu_health(b->gpu, why, sizeof why) != TS_OK)
-        give_up(b, why);
     return !ends;
 }
 
@@ -337,7 +375,7 @@ static void *batch_main(void *arg)
     ts_gpu_batch *b = arg;
     char why[TS_GPU_WHY_BYTES];
     if (ts_gpu_health(b->gpu, why, sizeof why) != TS_OK) /* makes the device this thread's */
-        give_up(b, why);
+        lose(b, why);
     while (await(b))
         launch_all(b);
     return NULL;
@@ -345,8 +383,9 @@ static void *batch_main(void *arg)
 
 /* ---- public ---- */
 
-ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, void (*failed)(const char *why),
-                           ts_gpu_batch **out, char *why, size_t why_bytes)
+ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
+                           void (*failed)(const char *why), ts_gpu_batch **out, char *why,
+                           size_t why_bytes)
 {
     *out = NULL;
     ts_gpu_batch *b = calloc(1, sizeof *b);
@@ -360,6 +399,7 @@ ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, void (*failed)(const 
     if (ts_gpu_pin(gpu, words, bytes, &there, why, why_bytes) != TS_OK)
         goto fail;
     b->gpu = gpu;
+    b->submit_ms = submit_ms;
     b->failed = failed;
     b->tail = &b->head;
     b->held_end = &b->held;
@@ -406,6 +446,7 @@ void ts_gpu_batch_free(ts_gpu_batch *b)
 void ts_gpu_batch_submit(ts_gpu_batch *b, ts_job *job)
 {
     job->next = NULL;
+    job->deadline_ms = now_ms() + b->submit_ms;
     pthread_mutex_lock(&b->lock);
     *b->tail = job;
     b->tail = &job->next;

@@ -5,8 +5,8 @@
  * own that waits on the GPU. Such waiting launches are few for each session and at most half of
  * all, so that a worker that never submits holds up nobody else; the rest wait here.
  *
- * Nothing waits for the device. A job's `done` is called when the device has done it, on a thread
- * that may call nothing of CUDA.
+ * Nothing here waits for the device. A job's `done` is called when the device has done it, on the
+ * launch's own thread.
  *
  * Thread: the engine's owner submits.
  */
@@ -19,11 +19,14 @@
 typedef struct ts_gpu_batch ts_gpu_batch;
 
 /*
- * `failed` is told once, on the batch's thread, when the device is lost; every job fails from then
- * on. sessions: how many words for ordered runs there are. A sentence in `why` if that can't be.
+ * A worker has submit_ms to submit a run that it has asked for; after that the run fails with
+ * TS_ETIMEOUT. (While a launch waits for a worker nothing can be given back on the device: gpu.h.)
+ * `failed` is told once when the device is lost, on any thread; every job fails from then on.
+ * sessions: how many words for ordered runs there are. A sentence in `why` if that can't be.
  */
-ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, void (*failed)(const char *why),
-                           ts_gpu_batch **out, char *why, size_t why_bytes);
+ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
+                           void (*failed)(const char *why), ts_gpu_batch **out, char *why,
+                           size_t why_bytes);
 
 /* Lets every waiting launch go on, finishes what was submitted, then ends. */
 void ts_gpu_batch_free(ts_gpu_batch *batch);

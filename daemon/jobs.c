@@ -1,5 +1,7 @@
 #include "jobs.h"
 
+#include "log.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,15 +19,10 @@ typedef struct service_job {
     size_t reply_size;
 } service_job;
 
-/* Reads of the processor's kernels: their thread may go on with the engine. A GPU's may not: the
- * engine calls CUDA. */
 static void job_done(ts_job *job)
 {
     service_job *j = (service_job *)job;
-    if (j->gpu == NULL)
-        ts_queue_run(&j->service->queue, &j->work, j->service);
-    else
-        ts_queue_put(&j->service->queue, &j->work);
+    ts_queue_run(&j->service->queue, &j->work, j->service);
 }
 
 static void reply_to_job(ts_service *s, service_job *j)
@@ -51,10 +48,12 @@ static void finish_job(ts_work *work, void *service)
     ts_answer answer;
     ts_engine_apply(
         s->engine,
-        &(ts_command){
-            .op = TS_OP_STEP_DONE,
-            .step_done = {.step = j->step, .layer = j->layer, .failed = j->job.status != TS_OK}},
+        &(ts_command){.op = TS_OP_STEP_DONE,
+                      .step_done = {.step = j->step, .layer = j->layer, .status = j->job.status}},
         &answer);
+    if (j->job.status != TS_OK)
+        ts_log(TS_LOG_WARNING, "step %llx, layer %d: %s", (unsigned long long)j->step,
+               (int)j->layer, j->job.why);
     ts_exchange_release(j->exchange);
     ts_signals_release(j->job.signals);
     if (j->request != NULL)

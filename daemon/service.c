@@ -402,7 +402,7 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
                         &(ts_command){.op = TS_OP_STEP_DONE,
                                       .step_done = {.step = run ? a->step->id : a->begun.step->id,
                                                     .layer = TS_NONE,
-                                                    .failed = true}},
+                                                    .status = TS_ENOMEM}},
                         &(ts_answer){0});
     if (command->op == TS_OP_STEP_BEGIN && body->step_begun.step != 0)
         ts_engine_apply(s->engine,

@@ -3,12 +3,17 @@
  * header is plain C and needs no CUDA; without CUDA at build time gpu_none.c stands in and every
  * open says so.
  *
- * A *launch* is one of a fixed number of streams with its own staging memory: take one, give it
- * work in order (waits, one attend or one set of copies, signals), finish it; it is free again when
- * the device has done all of it. Nothing here waits for the device but what says so.
+ * A *launch* is one of a fixed number of streams with its own staging memory and its own thread,
+ * which sleeps until the device has done all that was queued: take one, give it work in order
+ * (waits, one attend or one set of copies, signals), finish it; it is free again when all of it is
+ * done. Nothing here waits for the device but what says so. (CUDA's own host functions won't do:
+ * those of different streams are called one after another, and a stream may be waiting for a
+ * worker.)
  *
- * Calls that give memory back may wait until the device is idle, and a stream may be waiting for a
- * worker: so they are left to a thread of the ts_gpu's own (the janitor).
+ * What gives back cudaMalloc'ed or pinned memory waits until every stream is done and lets nobody
+ * launch meanwhile, and a stream may be waiting for a worker. So it is left to a thread of the ts_gpu's
+ * own, the janitor, which does it when no launch waits. Waits are to be short, therefore: see
+ * ts_gpu_may_wait.
  *
  * Threads: any, except that one launch is used by one thread at a time.
  */
@@ -121,6 +126,9 @@ typedef struct ts_gpu_launch ts_gpu_launch;
 /* NULL: all are in use. *left (may be NULL) is how many more there are. */
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left);
 
+/* False while the janitor has work to do: a wait that isn't queued lets it come to that. */
+bool ts_gpu_may_wait(ts_gpu *gpu);
+
 /* What follows starts when the 32-bit word (pinned host memory or device memory, 4-byte aligned)
  * has reached `value`: (int32_t)(*word - value) >= 0. Who wrote it wrote everything before it. */
 ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32_t value);
@@ -141,11 +149,13 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
                                const ts_block_copy *copies, uint32_t num_copies);
 
 /*
- * `done` is called, on a thread of CUDA's that may call nothing of CUDA, when all of it is done;
- * the launch is free again just before. A device that fails calls nobody: see ts_gpu_health. If
- * this fails nobody is called either, and the launch is free once what was queued is done.
+ * `done` is called on the launch's thread when all of it is done, or with TS_EDEVICE and the CUDA
+ * error's name when the device has failed; the launch is free again just before. NULL: nobody is
+ * called. If this fails, nothing was queued behind what was there, and nobody is called.
  */
-ts_status ts_gpu_launch_finish(ts_gpu_launch *launch, void (*done)(void *arg), void *arg);
+ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
+                               void (*done)(void *arg, ts_status status, const char *why),
+                               void *arg);
 
 /* Why the last call on this launch failed: a CUDA error's name, or a sentence. */
 const char *ts_gpu_launch_why(const ts_gpu_launch *launch);

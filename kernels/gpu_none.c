@@ -108,6 +108,12 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left)
     return NULL;
 }
 
+bool ts_gpu_may_wait(ts_gpu *gpu)
+{
+    (void)gpu;
+    return false;
+}
+
 ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32_t value)
 {
     (void)launch;
@@ -141,7 +147,9 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
     return TS_EDEVICE;
 }
 
-ts_status ts_gpu_launch_finish(ts_gpu_launch *launch, void (*done)(void *arg), void *arg)
+ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
+                               void (*done)(void *arg, ts_status status, const char *why),
+                               void *arg)
 {
     (void)launch;
     (void)done;

@@ -77,16 +77,22 @@ static void *janitor_main(void *arg)
     (void)ts_gpu_enter(gpu, why, sizeof why);
     pthread_mutex_lock(&gpu->lock);
     for (;;) {
-        while (gpu->chores == NULL && !gpu->stop)
-            pthread_cond_wait(&gpu->filled, &gpu->lock);
+        while ((gpu->chores == NULL || gpu->waiting > 0) && !gpu->stop)
+            pthread_cond_wait(&gpu->changed, &gpu->lock);
         ts_gpu_chore *chore = gpu->chores;
         if (chore == NULL)
             break;
-        gpu->chores = chore->next;
+        gpu->chores = NULL;
+        gpu->cleaning = true;
         pthread_mutex_unlock(&gpu->lock);
-        chore->run(gpu, chore->memory, chore->bytes);
-        free(chore);
+        for (ts_gpu_chore *next; chore != NULL; chore = next) {
+            next = chore->next;
+            chore->run(gpu, chore->memory, chore->bytes);
+            free(chore);
+        }
         pthread_mutex_lock(&gpu->lock);
+        gpu->cleaning = false;
+        pthread_cond_broadcast(&gpu->changed);
     }
     pthread_mutex_unlock(&gpu->lock);
     return NULL;
@@ -104,14 +110,33 @@ void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t byt
     pthread_mutex_lock(&gpu->lock);
     chore->next = gpu->chores;
     gpu->chores = chore;
-    pthread_cond_signal(&gpu->filled);
+    pthread_cond_broadcast(&gpu->changed);
     pthread_mutex_unlock(&gpu->lock);
 }
 
-/* ---- opening ---- */
+bool ts_gpu_may_wait(ts_gpu *gpu)
+{
+    pthread_mutex_lock(&gpu->lock);
+    bool may = gpu->chores == NULL && !gpu->cleaning;
+    pthread_mutex_unlock(&gpu->lock);
+    return may;
+}
+
+/* ---- what there is ---- */
+
+/* What CUDA reads when it starts: before its first call. */
+static void prepare(void)
+{
+    /* Streams share hardware queues: with too few, one that waits for a worker holds up others. */
+    (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    /* A kernel that is loaded at its first launch waits until every stream is done, and lets nobody
+     * launch meanwhile: a stream may be waiting for a worker. */
+    (void)setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+}
 
 uint32_t ts_gpu_count(char *why, size_t why_bytes)
 {
+    prepare();
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error == cudaSuccess && count > 0)
@@ -187,93 +212,6 @@ static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
     return TS_OK;
 }
 
-ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
-{
-    *out = NULL;
-    uint32_t count = ts_gpu_count(why, why_bytes);
-    if (count == 0)
-        return TS_EDEVICE;
-    if (ordinal >= count) {
-        snprintf(why, why_bytes, "there is no cuda:%u; %u %s visible", ordinal, count,
-                 count == 1 ? "device is" : "devices are");
-        return TS_EDEVICE;
-    }
-    /* Streams share hardware queues: with too few, a stream that waits for a worker holds up
-     * others. Read by CUDA when the device is first used. */
-    (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-    ts_gpu *gpu = calloc(1, sizeof *gpu);
-    if (gpu == NULL) {
-        snprintf(why, why_bytes, "no memory for a device");
-        return TS_ENOMEM;
-    }
-    gpu->info.ordinal = ordinal;
-    pthread_mutex_init(&gpu->lock, NULL);
-    pthread_cond_init(&gpu->filled, NULL);
-    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
-    if (status == TS_OK)
-        status = find_driver(gpu, why, why_bytes);
-    if (status == TS_OK)
-        status = find_info(gpu, why, why_bytes);
-    cudaError_t error = cudaSuccess;
-    if (status == TS_OK)
-        error = cudaStreamCreateWithFlags(&gpu->memory_stream, cudaStreamNonBlocking);
-    for (uint32_t i = 0; status == TS_OK && error == cudaSuccess && i < TS_GPU_LAUNCHES; i++) {
-        ts_gpu_launch *l = &gpu->launches[i];
-        error = cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking);
-        if (error == cudaSuccess) {
-            l->gpu = gpu;
-            l->next_free = gpu->free_launch;
-            gpu->free_launch = l;
-            gpu->num_free++;
-        }
-    }
-    if (status == TS_OK && error != cudaSuccess)
-        status = ts_gpu_fail(error, "making streams", 0, why, why_bytes);
-    if (status == TS_OK) {
-        gpu->janitor_runs = pthread_create(&gpu->janitor, NULL, janitor_main, gpu) == 0;
-        if (!gpu->janitor_runs) {
-            snprintf(why, why_bytes, "no thread for the device");
-            status = TS_ENOMEM;
-        }
-    }
-    if (status != TS_OK) {
-        ts_gpu_close(gpu);
-        return status;
-    }
-    *out = gpu;
-    return TS_OK;
-}
-
-void ts_gpu_close(ts_gpu *gpu)
-{
-    char why[TS_GPU_WHY_BYTES];
-    if (gpu == NULL)
-        return;
-    bool works = ts_gpu_enter(gpu, why, sizeof why) == TS_OK;
-    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
-        if (works && gpu->launches[i].stream != NULL)
-            (void)cudaStreamSynchronize(gpu->launches[i].stream);
-    if (gpu->janitor_runs) {
-        pthread_mutex_lock(&gpu->lock);
-        gpu->stop = true;
-        pthread_cond_signal(&gpu->filled);
-        pthread_mutex_unlock(&gpu->lock);
-        pthread_join(gpu->janitor, NULL);
-    }
-    for (uint32_t i = 0; works && i < TS_GPU_LAUNCHES; i++) {
-        ts_gpu_launch *l = &gpu->launches[i];
-        (void)cudaFreeHost(l->host);
-        (void)cudaFree(l->device);
-        if (l->stream != NULL)
-            (void)cudaStreamDestroy(l->stream);
-    }
-    if (works && gpu->memory_stream != NULL)
-        (void)cudaStreamDestroy(gpu->memory_stream);
-    pthread_cond_destroy(&gpu->filled);
-    pthread_mutex_destroy(&gpu->lock);
-    free(gpu);
-}
-
 const ts_gpu_info *ts_gpu_get_info(const ts_gpu *gpu)
 {
     return &gpu->info;
@@ -292,6 +230,9 @@ ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_
 }
 
 /* ---- launches ---- */
+
+/* Of each launch from the start: enough for a decode step of some hundred long sequences. */
+#define STAGING_BYTES ((size_t)1 << 20)
 
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left)
 {
@@ -315,38 +256,44 @@ static void give_back(ts_gpu_launch *l)
     l->next_free = gpu->free_launch;
     gpu->free_launch = l;
     gpu->num_free++;
+    if (l->waits) {
+        l->waits = false;
+        gpu->waiting--;
+        pthread_cond_broadcast(&gpu->changed);
+    }
     pthread_mutex_unlock(&gpu->lock);
 }
 
-static void free_staging(ts_gpu *gpu, void *memory, size_t bytes)
+static void free_device(ts_gpu *gpu, void *memory, size_t bytes)
 {
     (void)gpu;
-    if (bytes == 0) /* of the host */
-        (void)cudaFreeHost(memory);
-    else
-        (void)cudaFree(memory);
+    (void)bytes;
+    (void)cudaFree(memory);
 }
 
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
 {
     if (l->capacity >= bytes)
         return TS_OK;
-    size_t capacity = l->capacity == 0 ? (size_t)1 << 16 : l->capacity;
+    size_t capacity = l->capacity == 0 ? STAGING_BYTES : l->capacity;
     while (capacity < bytes)
         capacity *= 2;
+    ts_gpu_staging *old = malloc(sizeof *old);
     void *host = NULL, *device = NULL;
-    cudaError_t error = cudaHostAlloc(&host, capacity, cudaHostAllocDefault);
+    cudaError_t error = old == NULL ? cudaErrorMemoryAllocation : cudaMalloc(&device, capacity);
     if (error == cudaSuccess)
-        error = cudaMalloc(&device, capacity);
+        error = cudaHostAlloc(&host, capacity, cudaHostAllocDefault);
     if (error != cudaSuccess) {
-        if (host != NULL)
-            ts_gpu_later(l->gpu, free_staging, host, 0);
+        if (device != NULL)
+            ts_gpu_later(l->gpu, free_device, device, capacity);
+        free(old);
         return ts_gpu_launch_fail(l, error);
     }
-    if (l->host != NULL) {
-        ts_gpu_later(l->gpu, free_staging, l->host, 0);
-        ts_gpu_later(l->gpu, free_staging, l->device, l->capacity);
-    }
+    *old = (ts_gpu_staging){.host = l->host, .device = l->device};
+    pthread_mutex_lock(&l->gpu->lock);
+    old->next = l->gpu->old;
+    l->gpu->old = old;
+    pthread_mutex_unlock(&l->gpu->lock);
     l->host = host;
     l->device = device;
     l->capacity = capacity;
@@ -363,6 +310,13 @@ static ts_status stream_op(ts_gpu_launch *l, CUresult error)
 
 ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t value)
 {
+    ts_gpu *gpu = l->gpu;
+    pthread_mutex_lock(&gpu->lock);
+    while (gpu->cleaning)
+        pthread_cond_wait(&gpu->changed, &gpu->lock);
+    gpu->waiting += !l->waits;
+    l->waits = true;
+    pthread_mutex_unlock(&gpu->lock);
     return stream_op(l, l->gpu->driver.wait_value((CUstream)l->stream, (CUdeviceptr)word, value,
                                                   CU_STREAM_WAIT_VALUE_GEQ));
 }
@@ -373,20 +327,164 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, uint32_t *word, uint32_t value)
                                                    CU_STREAM_WRITE_VALUE_DEFAULT));
 }
 
-static void finished(void *arg)
+ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
+                               void (*done)(void *arg, ts_status status, const char *why),
+                               void *arg)
 {
-    ts_gpu_launch *l = arg;
-    void (*done)(void *) = l->done;
-    void *done_arg = l->arg;
-    give_back(l); /* before: whoever hears of it may take one */
-    if (done != NULL)
-        done(done_arg);
-}
-
-ts_status ts_gpu_launch_finish(ts_gpu_launch *l, void (*done)(void *arg), void *arg)
-{
+    cudaError_t error = cudaEventRecord(l->end, l->stream);
+    if (error != cudaSuccess)
+        return ts_gpu_launch_fail(l, error);
+    pthread_mutex_lock(&l->lock);
     l->done = done;
     l->arg = arg;
-    cudaError_t error = cudaLaunchHostFunc(l->stream, finished, l);
-    return ts_gpu_launch_fail(l, error);
+    l->finished = true;
+    pthread_cond_signal(&l->event);
+    pthread_mutex_unlock(&l->lock);
+    return TS_OK;
+}
+
+/* Waits for what was queued, again and again. */
+static void *launch_main(void *thread_arg)
+{
+    ts_gpu_launch *l = thread_arg;
+    char why[TS_GPU_WHY_BYTES];
+    (void)ts_gpu_enter(l->gpu, why, sizeof why);
+    for (;;) {
+        pthread_mutex_lock(&l->lock);
+        while (!l->finished && !l->stop)
+            pthread_cond_wait(&l->event, &l->lock);
+        bool finished = l->finished;
+        void (*done)(void *arg, ts_status status, const char *why) = l->done;
+        void *arg = l->arg;
+        l->finished = false;
+        pthread_mutex_unlock(&l->lock);
+        if (!finished)
+            return NULL;
+        cudaError_t error = cudaEventSynchronize(l->end);
+        snprintf(why, sizeof why, "%s", cudaGetErrorName(error));
+        give_back(l); /* before: whoever hears of it may take one */
+        if (done != NULL)
+            done(arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, why);
+    }
+}
+
+/* Makes what the launch needs. */
+static ts_status launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t why_bytes)
+{
+    l->gpu = gpu;
+    pthread_mutex_init(&l->lock, NULL);
+    pthread_cond_init(&l->event, NULL);
+    cudaError_t error = cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess)
+        error = cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
+    if (error != cudaSuccess)
+        return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
+    if (ts_gpu_launch_reserve(l, STAGING_BYTES) != TS_OK) {
+        snprintf(why, why_bytes, "staging memory of %zu bytes: %s", STAGING_BYTES, l->why);
+        return TS_ENOMEM;
+    }
+    l->runs = pthread_create(&l->thread, NULL, launch_main, l) == 0;
+    if (!l->runs) {
+        snprintf(why, why_bytes, "no thread for a launch");
+        return TS_ENOMEM;
+    }
+    give_back(l);
+    return TS_OK;
+}
+
+static void launch_fini(ts_gpu_launch *l)
+{
+    if (l->gpu == NULL)
+        return;
+    if (l->runs) {
+        pthread_mutex_lock(&l->lock);
+        l->stop = true;
+        pthread_cond_signal(&l->event);
+        pthread_mutex_unlock(&l->lock);
+        pthread_join(l->thread, NULL);
+    }
+    (void)cudaFreeHost(l->host);
+    (void)cudaFree(l->device);
+    if (l->end != NULL)
+        (void)cudaEventDestroy(l->end);
+    if (l->stream != NULL)
+        (void)cudaStreamDestroy(l->stream);
+    pthread_cond_destroy(&l->event);
+    pthread_mutex_destroy(&l->lock);
+}
+
+/* ---- opening ---- */
+
+ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+{
+    *out = NULL;
+    uint32_t count = ts_gpu_count(why, why_bytes);
+    if (count == 0)
+        return TS_EDEVICE;
+    if (ordinal >= count) {
+        snprintf(why, why_bytes, "there is no cuda:%u; %u %s visible", ordinal, count,
+                 count == 1 ? "device is" : "devices are");
+        return TS_EDEVICE;
+    }
+    ts_gpu *gpu = calloc(1, sizeof *gpu);
+    if (gpu == NULL) {
+        snprintf(why, why_bytes, "no memory for a device");
+        return TS_ENOMEM;
+    }
+    gpu->info.ordinal = ordinal;
+    pthread_mutex_init(&gpu->lock, NULL);
+    pthread_cond_init(&gpu->changed, NULL);
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = find_driver(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = find_info(gpu, why, why_bytes);
+    if (status == TS_OK) {
+        cudaError_t error = cudaStreamCreateWithFlags(&gpu->memory_stream, cudaStreamNonBlocking);
+        if (error != cudaSuccess)
+            status = ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
+    }
+    if (status == TS_OK) {
+        gpu->janitor_runs = pthread_create(&gpu->janitor, NULL, janitor_main, gpu) == 0;
+        if (!gpu->janitor_runs) {
+            snprintf(why, why_bytes, "no thread for the device");
+            status = TS_ENOMEM;
+        }
+    }
+    for (uint32_t i = 0; status == TS_OK && i < TS_GPU_LAUNCHES; i++)
+        status = launch_init(gpu, &gpu->launches[i], why, why_bytes);
+    if (status != TS_OK) {
+        ts_gpu_close(gpu);
+        return status;
+    }
+    *out = gpu;
+    return TS_OK;
+}
+
+void ts_gpu_close(ts_gpu *gpu)
+{
+    char why[TS_GPU_WHY_BYTES];
+    if (gpu == NULL)
+        return;
+    (void)ts_gpu_enter(gpu, why, sizeof why);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        launch_fini(&gpu->launches[i]);
+    if (gpu->janitor_runs) {
+        pthread_mutex_lock(&gpu->lock);
+        gpu->stop = true;
+        pthread_cond_broadcast(&gpu->changed);
+        pthread_mutex_unlock(&gpu->lock);
+        pthread_join(gpu->janitor, NULL);
+    }
+    for (ts_gpu_staging *old = gpu->old, *next; old != NULL; old = next) {
+        next = old->next;
+        (void)cudaFreeHost(old->host);
+        (void)cudaFree(old->device);
+        free(old);
+    }
+    if (gpu->memory_stream != NULL)
+        (void)cudaStreamDestroy(gpu->memory_stream);
+    pthread_cond_destroy(&gpu->changed);
+    pthread_mutex_destroy(&gpu->lock);
+    free(gpu);
 }

@@ -28,15 +28,28 @@ typedef struct ts_gpu_driver {
     PFN_cuStreamWriteValue32_v11070 write_value;
 } ts_gpu_driver;
 
+/* Staging memory that is freed when the device is closed: sizes double, so this is less than what
+ * is in use. */
+typedef struct ts_gpu_staging {
+    struct ts_gpu_staging *next;
+    void *host, *device;
+} ts_gpu_staging;
+
 struct ts_gpu_launch {
     ts_gpu *gpu;
     ts_gpu_launch *next_free;
+    bool waits; /* under the device's lock: for a worker */
     cudaStream_t stream;
     unsigned char *host, *device; /* staging memory, the same bytes on both sides */
     size_t capacity;
-    void (*done)(void *arg);
+    void (*done)(void *arg, ts_status status, const char *why);
     void *arg;
     char why[TS_GPU_WHY_BYTES];
+    cudaEvent_t end; /* of what was queued */
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t event;
+    bool runs, finished, stop; /* the thread; the other two under the lock */
 };
 
 /* Something to give back when that may take a while. */
@@ -53,11 +66,13 @@ struct ts_gpu {
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     cudaStream_t memory_stream; /* for zeroing */
     pthread_mutex_t lock;
-    pthread_cond_t filled;
+    pthread_cond_t changed;
     ts_gpu_launch *free_launch; /* under the lock */
     uint32_t num_free;          /* under the lock */
+    uint32_t waiting;           /* under the lock: launches that wait for workers */
     ts_gpu_chore *chores;       /* under the lock; the newest first */
-    bool stop;                  /* under the lock */
+    bool cleaning, stop;        /* under the lock */
+    ts_gpu_staging *old;        /* under the lock: what launches have outgrown */
     bool janitor_runs;
     pthread_t janitor;
 };

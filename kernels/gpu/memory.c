@@ -386,6 +386,9 @@ ts_status ts_gpu_shared_import(ts_gpu *gpu, const uint8_t handle[TS_IPC_HANDLE_B
 
 static void free_vmm(ts_gpu *gpu, void *base, size_t bytes)
 {
+    char why[TS_GPU_WHY_BYTES];
+    if (ts_gpu_enter(gpu, why, sizeof why) != TS_OK)
+        return;
     (void)gpu->driver.mem_unmap((CUdeviceptr)base, bytes);
     (void)gpu->driver.address_free((CUdeviceptr)base, bytes);
 }
@@ -409,7 +412,7 @@ void ts_gpu_shared_free(ts_gpu_shared *s)
     if (s->fd >= 0)
         close(s->fd);
     if (s->kind == KIND_VMM)
-        ts_gpu_later(s->gpu, free_vmm, s->base, s->bytes);
+        free_vmm(s->gpu, s->base, s->bytes); /* this waits for nobody */
     else if (s->kind == KIND_OWN)
         ts_gpu_later(s->gpu, free_own, s->base, s->bytes);
     else if (s->kind == KIND_IMPORTED)

@@ -1,4 +1,4 @@
-"""What the GPU tests share: where the programs are, a daemon of their own, MPS, and tables.
+"""What the GPU tests share: where the programs are, a daemon of their own, and tables.
 
 The programs are taken from TS_TEST_DAEMON and TINYSERVE_LIBRARY, or from build/ of this checkout, or
 from the bundle that this file lies in. torch is needed.
@@ -40,14 +40,15 @@ import tinyserve  # noqa: E402
 class Daemon:
     """A tinyserved of the test's own, in a folder that goes with it."""
 
-    def __init__(self, *pools, log_level="warning", stderr=None):
+    def __init__(self, *pools, **settings):
         self.folder = tempfile.TemporaryDirectory(prefix="tinyserve-gpu.")
         self.url = f"{self.folder.name}/s"
-        command = [os.environ["TS_TEST_DAEMON"], "--socket", self.url, "--set",
-                   f"log_level={log_level}", "--set", "exchange_max=8G"]
+        command = [os.environ["TS_TEST_DAEMON"], "--socket", self.url]
+        for key, value in {"log_level": "warning", "exchange_max": "8G", **settings}.items():
+            command += ["--set", f"{key}={value}"]
         for pool in pools:
             command += ["--pool", pool]
-        self.process = subprocess.Popen(command, stderr=stderr)
+        self.process = subprocess.Popen(command)
         tinyserve.connect(self.url, wait=60).close()
 
     def stop(self):
@@ -66,27 +67,14 @@ class Daemon:
         self.folder.cleanup()
 
 
-class Mps:
-    """CUDA's multi-process service for what is started meanwhile; before CUDA is used here."""
-
-    def __enter__(self):
-        self.folder = tempfile.TemporaryDirectory(prefix="tinyserve-mps.")
-        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = self.folder.name
-        os.environ["CUDA_MPS_LOG_DIRECTORY"] = self.folder.name
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
-        return self
-
-    def __exit__(self, *_):
-        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False,
-                       stdout=subprocess.DEVNULL)
-        self.folder.cleanup()
+#: whether this runs under CUDA's multi-process service (with-mps)
+MPS = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
 
 
 def arguments(description):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--provider", default="auto", choices=["auto", "cuda-vmm", "cuda-ipc"])
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--mps", action="store_true", help="start CUDA's multi-process service")
     return parser
 
 

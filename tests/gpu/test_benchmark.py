@@ -3,7 +3,7 @@ Latency and effective bandwidth of each kernel, through the running daemon, and 
 matmul and its scaled_dot_product_attention in the same run. Every result is checked first.
 
 A kernel's latency is the time of a layer on the worker's own CUDA stream, the hand-over of the GPU from
-process to process and back included; --mps makes that cheap."""
+process to process and back included; MPS makes that cheap (tests/gpu/with-mps python3 ...)."""
 
 import statistics
 import sys
@@ -42,13 +42,6 @@ def main():
     parser = common.arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    if options.mps:
-        with common.Mps():
-            return run(options)
-    return run(options)
-
-
-def run(options):
     pool = (f"bench:layers=1,kv_heads={HEADS},head_dim={DIM},dtype=fp32,block_tokens={BLOCK},"
             f"memory=6G,client_write=all,device={options.device},provider={options.provider}")
     with common.Daemon(pool) as daemon, tinyserve.connect(daemon.url) as client, \
@@ -118,7 +111,7 @@ def run(options):
         rate = read_rate()
         print(f"{SEQUENCES} sequences of {min(lengths)}-{longest} tokens ({total} in all), {HEADS} "
               f"heads of {DIM}, fp32, blocks of {BLOCK}\n{common.device_line()}, {kv.memory}, "
-              f"{'with' if options.mps else 'without'} MPS; K and V: {bytes_needed / 1e9:.2f} GB, "
+              f"{'with' if common.MPS else 'without'} MPS; K and V: {bytes_needed / 1e9:.2f} GB, "
               f"{bytes_needed / rate / 1e6:.2f} ms at the plain read rate of {rate:.0f} GB/s\n")
         best = min(statistics.median(t) for name, t, _ in results if name.startswith("PyTorch"))
         common.table(["kernel", "latency ms", "least", "GB/s", "of read rate", "x PyTorch",

@@ -7,7 +7,11 @@
 #include "gpu.h"
 
 #include <cuda_runtime_api.h>
+#include <pthread.h>
 #include <semaphore.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
 
 #define CUDA_OK(call) assert_int_equal((call), cudaSuccess)
 
@@ -72,8 +76,10 @@ static void device_problem_free(device_problem *d)
     problem_free(&d->p);
 }
 
-static void post(void *arg)
+static void post(void *arg, ts_status status, const char *why_not)
 {
+    if (status != TS_OK)
+        fail_msg("%s", why_not);
     sem_post(arg);
 }
 
@@ -340,6 +346,171 @@ static void a_launch_waits_for_its_word_and_signals(void **state)
     free(words);
 }
 
+/* Ends the wait of a launch if that takes too long. */
+typedef struct rescue {
+    pthread_mutex_t lock;
+    pthread_cond_t over;
+    bool done, needed;
+    uint32_t *word;
+} rescue;
+
+static void *rescue_main(void *arg)
+{
+    rescue *r = arg;
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 5;
+    pthread_mutex_lock(&r->lock);
+    while (!r->done && !r->needed)
+        if (pthread_cond_timedwait(&r->over, &r->lock, &until) != 0) {
+            r->needed = true;
+            __atomic_store_n(r->word, 1, __ATOMIC_RELEASE);
+        }
+    pthread_mutex_unlock(&r->lock);
+    return NULL;
+}
+
+/* Whether `work` comes to its end while a launch waits for a worker. */
+static bool while_a_launch_waits(const char *what, void (*work)(device_problem *d),
+                                 device_problem *d)
+{
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+    assert_int_equal(ts_gpu_launch_wait(l, device, 1), TS_OK);
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    rescue r = {.lock = PTHREAD_MUTEX_INITIALIZER, .over = PTHREAD_COND_INITIALIZER, .word = words};
+    pthread_t thread;
+    assert_int_equal(pthread_create(&thread, NULL, rescue_main, &r), 0);
+    work(d);
+    pthread_mutex_lock(&r.lock);
+    r.done = true;
+    pthread_cond_signal(&r.over);
+    pthread_mutex_unlock(&r.lock);
+    pthread_join(thread, NULL);
+    if (r.needed)
+        print_error("%s waited for the launch that waits\n", what);
+    __atomic_store_n(words, 1, __ATOMIC_RELEASE);
+    while (sem_wait(&done) != 0)
+        ;
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+    return !r.needed;
+}
+
+static void wait_launch(ts_gpu_launch *l)
+{
+    sem_t done;
+    sem_init(&done, 0, 0);
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    while (sem_wait(&done) != 0)
+        ;
+}
+
+static void do_attend(device_problem *d)
+{
+    for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+        assert_int_equal(ts_gpu_launch_attend(l, &d->call, (ts_kernel)kernel), TS_OK);
+        wait_launch(l);
+    }
+}
+
+/* A call with more in its tables than the staging memory holds. */
+static void do_attend_much(device_problem *d)
+{
+    enum { MANY = 30000 };
+    ts_attention_seq *many = malloc(MANY * sizeof *many);
+    for (uint32_t i = 0; i < MANY; i++)
+        many[i] = d->seqs[0];
+    ts_attention_call call = d->call;
+    call.seqs = many;
+    call.num_seqs = MANY;
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+    assert_int_equal(ts_gpu_launch_attend(l, &call, TS_KERNEL_AUTO), TS_OK);
+    wait_launch(l);
+    free(many);
+}
+
+static void do_copies(device_problem *d)
+{
+    ts_block_copy copy = {.src = 0, .dst = 1};
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+    assert_int_equal(ts_gpu_launch_copies(l, d->memory->base, 4096, &copy, 1), TS_OK);
+    wait_launch(l);
+}
+
+static void do_pin(device_problem *d)
+{
+    (void)d;
+    void *there,
+        *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    OK(ts_gpu_pin(gpu, page, 4096, &there, why, sizeof why));
+    ts_gpu_unpin_unmap(gpu, page, 4096);
+}
+
+static void do_share_vmm(device_problem *d)
+{
+    (void)d;
+    ts_gpu_shared shared;
+    OK(ts_gpu_shared_new(gpu, true, 4096, &shared, why, sizeof why));
+    ts_gpu_shared_free(&shared);
+}
+
+static void do_share_malloc(device_problem *d)
+{
+    (void)d;
+    ts_gpu_shared shared;
+    OK(ts_gpu_shared_new(gpu, false, 4096, &shared, why, sizeof why));
+    ts_gpu_shared_free(&shared);
+}
+
+static void do_renew(device_problem *d)
+{
+    int fd;
+    OK(ts_memory_renew(d->memory, 0, false, why, sizeof why));
+    OK(ts_memory_export(d->memory, 0, false, &fd, why, sizeof why));
+    close(fd);
+}
+
+static void nothing_waits_for_a_launch_that_waits_for_a_worker(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{100, 1}, {50, 50}};
+    static const struct {
+        const char *what;
+        void (*work)(device_problem *d);
+    } works[] = {
+        {"attending", do_attend},
+        {"copying blocks", do_copies},
+        {"attending with large tables", do_attend_much},
+        {"pinning host memory", do_pin},
+        {"sharing VMM memory", do_share_vmm},
+        {"sharing cudaMalloc memory", do_share_malloc},
+        {"renewing and exporting a slab", do_renew},
+    };
+    bool all = true;
+    rng r = {3};
+    device_problem d;
+    device_problem_new(&d,
+                       (shape){.dtype = TS_DTYPE_FP16,
+                               .io = TS_DTYPE_FP32,
+                               .heads = 2,
+                               .kv_heads = 1,
+                               .head_dim = 256,
+                               .block_tokens = 16,
+                               .layers = 1},
+                       lengths, 2, &r);
+    for (size_t i = 0; i < sizeof works / sizeof *works; i++)
+        all &= while_a_launch_waits(works[i].what, works[i].work, &d);
+    assert_true(all);
+    device_problem_free(&d);
+}
+
 static void launches_run_out_and_come_back(void **state)
 {
     (void)state;
@@ -419,10 +590,13 @@ int main(void)
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
         cmocka_unit_test(v4_refuses_rows_that_are_no_whole_vectors_and_names_them),
         cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
+        cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
         cmocka_unit_test(launches_run_out_and_come_back),
         cmocka_unit_test(more_memory_than_there_is_is_refused_with_the_numbers),
         cmocka_unit_test(a_renewed_slab_is_wiped),
     };
+    if (getenv("TS_TEST_FILTER") != NULL) /* for tools that make everything slow */
+        cmocka_set_test_filter(getenv("TS_TEST_FILTER"));
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ts_gpu_close(gpu);
     return failed;

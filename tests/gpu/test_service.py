@@ -1,7 +1,7 @@
 """The service on a GPU, with many processes: pytest tests/gpu/test_service.py
 
-Runs once for each memory provider. TS_TEST_MPS=1 runs all of it under CUDA's multi-process service,
-but for what MPS can't survive: a worker's illegal access.
+Runs once for each memory provider. Under CUDA's multi-process service (tests/gpu/with-mps python3 -m
+pytest ...) it leaves out what MPS can't survive: a worker's illegal access.
 """
 
 import json
@@ -18,16 +18,6 @@ import tinyserve
 import torch
 
 HEADS, KV, DIM, BLOCK, LAYERS = 8, 2, 64, 16, 2
-MPS = os.environ.get("TS_TEST_MPS") == "1"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def mps():
-    if not MPS:
-        yield
-        return
-    with common.Mps():
-        yield
 
 
 @pytest.fixture(params=["cuda-vmm", "cuda-ipc"])
@@ -251,12 +241,15 @@ def test_eight_workers_share_a_prefix_while_others_are_killed(client, daemon):
 
 
 STUCK = """
-import sys, torch, tinyserve
+import ctypes, sys, torch, tinyserve
 with tinyserve.connect(sys.argv[1]) as client, client.pool("p") as kv:
     client.exchange(kv, 16 << 20)
     stream = torch.cuda.current_stream()
     step = kv.step(kv.create(4), [20] * 4, heads=8)
-    torch.cuda._sleep(1 << 40)  # minutes: the run is never submitted
+    libc = ctypes.CDLL(None)  # the stream waits for a function of the host: nothing is submitted
+    ctypes.CDLL("libcuda.so.1").cuLaunchHostFunc(
+        ctypes.c_void_p(stream.cuda_stream), ctypes.cast(libc.sleep, ctypes.c_void_p),
+        ctypes.c_void_p(100000))
     step.run(0, stream=stream)
     step.run(1, stream=stream)
     print("stuck", flush=True)
@@ -272,10 +265,9 @@ def test_a_worker_that_dies_between_its_signals_holds_up_nobody(client, daemon):
     for process in stuck:
         assert process.stdout.readline() == "stuck\n"
     assert used_blocks(daemon) == blocks + 2 * 4 * 2
-    if MPS:  # without it, a GPU that sleeps in one process's kernel sleeps for all
-        child, = kv.fork(seq)
-        one_step(kv, child, k, v, 5, torch.cuda.current_stream())
-        kv.free([child])
+    child, = kv.fork(seq)
+    one_step(kv, child, k, v, 5, torch.cuda.current_stream())  # meanwhile
+    kv.free([child])
     for process in stuck:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -283,6 +275,38 @@ def test_a_worker_that_dies_between_its_signals_holds_up_nobody(client, daemon):
     child, = kv.fork(seq)
     one_step(kv, child, k, v, 5, torch.cuda.current_stream())
     check(daemon)
+
+
+LATE = """
+import ctypes, sys, torch, tinyserve
+with tinyserve.connect(sys.argv[1]) as client, client.pool("p") as kv:
+    client.exchange(kv, 16 << 20)
+    stream = torch.cuda.current_stream()
+    seq, = kv.create()
+    step = kv.step([seq], [20], heads=8)
+    ctypes.CDLL("libcuda.so.1").cuLaunchHostFunc(
+        ctypes.c_void_p(stream.cuda_stream), ctypes.cast(ctypes.CDLL(None).sleep, ctypes.c_void_p),
+        ctypes.c_void_p(4))
+    step.run(0, stream=stream)
+    try:
+        step.commit()
+        print("committed")
+    except tinyserve.TimedOutError as error:
+        print(error)
+    torch.cuda.synchronize()
+    step.run(0, stream=stream)
+    step.run(1, stream=stream)
+    step.commit()
+    print(kv.lengths([seq])[0])
+"""
+
+
+def test_a_worker_that_submits_too_late_loses_its_run(provider):
+    with common.Daemon(pool_text(provider), submit_seconds=1) as daemon:
+        printed = subprocess.run([sys.executable, "-c", LATE, daemon.url], stdout=subprocess.PIPE,
+                                 text=True, timeout=60, check=True).stdout.splitlines()
+        assert "the run of layer 0" in printed[0] and "TS_ETIMEOUT" in printed[0]
+        assert printed[1] == "20"  # run again, in time
 
 
 def test_a_daemon_that_is_killed_leaves_no_stream_waiting(provider):
@@ -321,7 +345,7 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.skipif(MPS, reason="under MPS a worker's illegal access ends the daemon's context too")
+@pytest.mark.skipif(common.MPS, reason="under MPS a worker's illegal access ends the daemon's context too")
 def test_a_write_through_a_read_only_mapping_kills_only_the_writer(client, daemon, provider):
     if provider != "cuda-vmm":
         pytest.skip("cuda-ipc memory can always be written")
