@@ -5,7 +5,7 @@
 #ifndef TS_CLIENT_H
 #define TS_CLIENT_H
 
-#include "cuda.h"
+#include "cuda_worker.h"
 #include "handle_wire.h"
 #include "signals.h"
 #include "tinyserve.h"

@@ -44,7 +44,8 @@ typedef struct daemon_process {
  */
 static inline void daemon_start_with(daemon_process *d, const char *pool, const char *const *more)
 {
-    const char *argv[32] = {daemon_path(), "--set", "log_level=warning", "--pool", pool, "--socket"};
+    const char *argv[32] = {daemon_path(), "--set", "log_level=warning",
+                            "--pool",      pool,    "--socket"};
     const char *device = getenv("TS_TEST_DEVICE");
     char pool_there[256];
     int argc = 6;

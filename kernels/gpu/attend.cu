@@ -1,7 +1,8 @@
 /*
  * From a call as the daemon has it to launches: the sequences' block tables and lists of work items
- * go to the device in one copy, then the new K and V are written, then the kernels run. Which kernel
- * a sequence gets depends on its own shape alone, so its result has the same bits in any company.
+ * go to the device in one copy, then the new K and V are written, then the kernels run. Which
+ * kernel a sequence gets depends on its own shape alone, so its result has the same bits in any
+ * company.
  */
 #include "common.cuh"
 

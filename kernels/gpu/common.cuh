@@ -2,8 +2,9 @@
  * What the kernels share: the call as they see it, where a token's K and V lie, and element types.
  *
  * Work is a list of items, one for each (sequence, query token) or, for prefill, each (sequence,
- * first query token of a tile). A query token sees its sequence's tokens up to and including itself.
- * Softmax runs in units of log2: scores are multiplied by scale * log2(e) once, and exp2f is used.
+ * first query token of a tile). A query token sees its sequence's tokens up to and including
+ * itself. Softmax runs in units of log2: scores are multiplied by scale * log2(e) once, and exp2f
+ * is used.
  */
 #ifndef TS_GPU_COMMON_CUH
 #define TS_GPU_COMMON_CUH

@@ -1,8 +1,8 @@
 /*
- * v1: one thread for each (query token, head). The plainest paged attention there is: a thread walks
- * its sequence's tokens one by one, keeps a running maximum and sum (online softmax) and its output
- * row in registers. It is bound by latency: few threads, each waiting for one scattered row after
- * the other, and neighbouring threads read different rows, so no load is coalesced.
+ * v1: one thread for each (query token, head). The plainest paged attention there is: a thread
+ * walks its sequence's tokens one by one, keeps a running maximum and sum (online softmax) and its
+ * output row in registers. It is bound by latency: few threads, each waiting for one scattered row
+ * after the other, and neighbouring threads read different rows, so no load is coalesced.
  */
 #include "common.cuh"
 

@@ -1,8 +1,8 @@
 /*
  * v2: 128 threads for each (query token, head). What changes against v1: a sequence's tokens are
  * spread over threads, which gives the memory 128 times as much to do at once, and V is read by
- * neighbouring threads from neighbouring addresses (chunked.cuh). The maximum and the sum of a chunk
- * are reduced linearly: thread 0 goes through all 128 partial values while the others wait.
+ * neighbouring threads from neighbouring addresses (chunked.cuh). The maximum and the sum of a
+ * chunk are reduced linearly: thread 0 goes through all 128 partial values while the others wait.
  */
 #include "chunked.cuh"
 

@@ -1,6 +1,6 @@
 /*
- * v3: as v2, but the maximum and the sum are reduced as a tree: five shuffles inside each warp, then
- * one through shared memory for the four warps; 7 steps in place of 127.
+ * v3: as v2, but the maximum and the sum are reduced as a tree: five shuffles inside each warp,
+ * then one through shared memory for the four warps; 7 steps in place of 127.
  */
 #include "chunked.cuh"
 

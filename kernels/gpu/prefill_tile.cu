@@ -27,7 +27,8 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
     uint2 item = c.items[blockIdx.x];
     uint32_t kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const gpu_seq s = c.seqs[item.x];
-    /* A tile has whole query tokens where the group is no larger than a tile; else grid.z cuts it. */
+    /* A tile has whole query tokens where the group is no larger than a tile; else grid.z cuts it.
+     */
     uint32_t per_token = min(c.group, ROWS), first_head = blockIdx.z * ROWS;
     if (c.group > ROWS)
         per_token = min(c.group - first_head, ROWS);
@@ -49,7 +50,8 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
     const int EACH = DIM / WIDE;                         /* dimensions of a thread */
     const int SPLIT = THREADS / WIDE;                    /* groups that share out the rows */
     const int MINE = ROWS / SPLIT;                       /* rows of a thread */
-    float acc[MINE][EACH] = {}, max[ROWS / 4], sum[ROWS / 4]; /* softmax: a warp has every 4th row */
+    float acc[MINE][EACH] = {}, max[ROWS / 4],
+          sum[ROWS / 4]; /* softmax: a warp has every 4th row */
 #pragma unroll
     for (int i = 0; i < ROWS / 4; i++) {
         max[i] = -CUDART_INF_F;

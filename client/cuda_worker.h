@@ -6,8 +6,8 @@
  *
  * Thread: the client's.
  */
-#ifndef TS_CLIENT_CUDA_H
-#define TS_CLIENT_CUDA_H
+#ifndef TS_CUDA_WORKER_H
+#define TS_CUDA_WORKER_H
 
 #include "tinyserve_types.h"
 

@@ -1,0 +1,385 @@
+#include "fake_gpu.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define OPS_MAX 256
+
+typedef struct op {
+    enum { OP_WAIT, OP_ATTEND, OP_COPIES, OP_SIGNAL } kind;
+    uint32_t *word, value;
+    ts_attention_call call;
+    ts_attention_seq *seqs;
+    ts_block_copy *copies;
+    unsigned char *base;
+    size_t block_bytes;
+    uint32_t num_copies;
+} op;
+
+struct ts_gpu_launch {
+    ts_gpu *gpu;
+    bool taken;
+    op ops[OPS_MAX];
+    uint32_t num_ops;
+    void (*done)(void *arg, ts_status status, const char *why);
+    void *arg;
+    pthread_t thread;
+    bool joinable;
+};
+
+struct ts_gpu {
+    ts_gpu_info info;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    ts_gpu_launch launches[TS_GPU_LAUNCHES];
+    fake_gpu_log log;
+    bool shut, at_gate, broken;
+};
+
+ts_gpu *fake_gpu_new(void)
+{
+    ts_gpu *g = calloc(1, sizeof *g);
+    snprintf(g->info.name, sizeof g->info.name, "a fake");
+    pthread_mutex_init(&g->lock, NULL);
+    pthread_cond_init(&g->changed, NULL);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        g->launches[i].gpu = g;
+    return g;
+}
+
+void fake_gpu_free(ts_gpu *g)
+{
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        if (g->launches[i].joinable)
+            pthread_join(g->launches[i].thread, NULL);
+    pthread_cond_destroy(&g->changed);
+    pthread_mutex_destroy(&g->lock);
+    free(g);
+}
+
+fake_gpu_log fake_gpu_read(ts_gpu *g)
+{
+    pthread_mutex_lock(&g->lock);
+    fake_gpu_log log = g->log;
+    pthread_mutex_unlock(&g->lock);
+    return log;
+}
+
+static void set(ts_gpu *g, bool *what, bool value)
+{
+    pthread_mutex_lock(&g->lock);
+    *what = value;
+    pthread_cond_broadcast(&g->changed);
+    pthread_mutex_unlock(&g->lock);
+}
+
+void fake_gpu_await_waiting(ts_gpu *g, uint32_t count)
+{
+    pthread_mutex_lock(&g->lock);
+    while (g->log.waiting != count)
+        pthread_cond_wait(&g->changed, &g->lock);
+    pthread_mutex_unlock(&g->lock);
+}
+
+void fake_gpu_shut_gate(ts_gpu *g)
+{
+    set(g, &g->shut, true);
+}
+
+void fake_gpu_open_gate(ts_gpu *g)
+{
+    set(g, &g->shut, false);
+}
+
+void fake_gpu_await_at_gate(ts_gpu *g)
+{
+    pthread_mutex_lock(&g->lock);
+    while (!g->at_gate)
+        pthread_cond_wait(&g->changed, &g->lock);
+    pthread_mutex_unlock(&g->lock);
+}
+
+void fake_gpu_break(ts_gpu *g)
+{
+    set(g, &g->broken, true);
+}
+
+/* ---- kernels/gpu.h ---- */
+
+const ts_gpu_info *ts_gpu_get_info(const ts_gpu *g)
+{
+    return &g->info;
+}
+
+uint32_t ts_gpu_count(char *why, size_t why_bytes)
+{
+    snprintf(why, why_bytes, "a fake is made, not found");
+    return 0;
+}
+
+ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+{
+    (void)ordinal;
+    *out = NULL;
+    (void)ts_gpu_count(why, why_bytes);
+    return TS_EDEVICE;
+}
+
+void ts_gpu_close(ts_gpu *g)
+{
+    fake_gpu_free(g);
+}
+
+ts_status ts_gpu_free_bytes(ts_gpu *g, uint64_t *bytes, char *why, size_t why_bytes)
+{
+    (void)g;
+    (void)why;
+    (void)why_bytes;
+    *bytes = (uint64_t)1 << 30;
+    return TS_OK;
+}
+
+ts_status ts_gpu_health(ts_gpu *g, char *why, size_t why_bytes)
+{
+    (void)g;
+    (void)why;
+    (void)why_bytes;
+    return TS_OK;
+}
+
+ts_status ts_memory_cuda_vmm_new(ts_gpu *g, uint32_t num_slabs, size_t slab_bytes, ts_memory **out,
+                                 char *why, size_t why_bytes)
+{
+    (void)g;
+    return ts_memory_host_new(num_slabs, slab_bytes, out, why, why_bytes);
+}
+
+ts_status ts_memory_cuda_ipc_new(ts_gpu *g, size_t bytes, ts_memory **out, char *why,
+                                 size_t why_bytes)
+{
+    return ts_memory_cuda_vmm_new(g, 1, bytes, out, why, why_bytes);
+}
+
+ts_status ts_gpu_shared_new(ts_gpu *g, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
+                            size_t why_bytes)
+{
+    void *base;
+    (void)vmm;
+    *out = (ts_gpu_shared){.gpu = g, .bytes = bytes};
+    ts_status status = ts_memory_shared_new("fake", bytes, &out->fd, &base, why, why_bytes);
+    out->base = base;
+    return status;
+}
+
+ts_status ts_gpu_shared_import(ts_gpu *g, const uint8_t handle[TS_IPC_HANDLE_BYTES],
+                               uint64_t offset, size_t bytes, ts_gpu_shared *out, char *why,
+                               size_t why_bytes)
+{
+    (void)g;
+    (void)handle;
+    (void)offset;
+    (void)bytes;
+    (void)out;
+    snprintf(why, why_bytes, "a fake imports nothing");
+    return TS_EINVAL;
+}
+
+void ts_gpu_shared_free(ts_gpu_shared *s)
+{
+    munmap(s->base, s->bytes);
+    if (s->fd >= 0)
+        (void)fclose(fdopen(s->fd, "r"));
+}
+
+ts_status ts_gpu_pin(ts_gpu *g, void *host, size_t bytes, void **device, char *why,
+                     size_t why_bytes)
+{
+    (void)g;
+    (void)bytes;
+    (void)why;
+    (void)why_bytes;
+    *device = host;
+    return TS_OK;
+}
+
+void ts_gpu_unpin_unmap(ts_gpu *g, void *host, size_t bytes)
+{
+    (void)g;
+    munmap(host, bytes);
+}
+
+bool ts_gpu_may_wait(ts_gpu *g)
+{
+    (void)g;
+    return true;
+}
+
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, uint32_t *left)
+{
+    ts_gpu_launch *l = NULL;
+    uint32_t others = 0;
+    pthread_mutex_lock(&g->lock);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        if (!g->launches[i].taken) {
+            if (l == NULL)
+                l = &g->launches[i];
+            else
+                others++;
+        }
+    if (l != NULL) {
+        l->taken = true;
+        l->num_ops = 0;
+    }
+    pthread_mutex_unlock(&g->lock);
+    if (left != NULL)
+        *left = others;
+    if (l != NULL && l->joinable)
+        pthread_join(l->thread, NULL);
+    if (l != NULL)
+        l->joinable = false;
+    return l;
+}
+
+static op *add(ts_gpu_launch *l)
+{
+    if (l->num_ops == OPS_MAX)
+        abort();
+    op *o = &l->ops[l->num_ops++];
+    memset(o, 0, sizeof *o);
+    return o;
+}
+
+ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t value)
+{
+    *add(l) = (op){.kind = OP_WAIT, .word = (uint32_t *)word, .value = value};
+    return TS_OK;
+}
+
+ts_status ts_gpu_launch_signal(ts_gpu_launch *l, uint32_t *word, uint32_t value)
+{
+    *add(l) = (op){.kind = OP_SIGNAL, .word = word, .value = value};
+    return TS_OK;
+}
+
+ts_status ts_gpu_launch_attend(ts_gpu_launch *l, const ts_attention_call *call, ts_kernel kernel)
+{
+    ts_gpu *g = l->gpu;
+    op *o = add(l);
+    *o = (op){.kind = OP_ATTEND, .call = *call};
+    o->seqs = malloc(call->num_seqs * sizeof *o->seqs);
+    memcpy(o->seqs, call->seqs, call->num_seqs * sizeof *o->seqs);
+    o->call.seqs = o->seqs;
+    pthread_mutex_lock(&g->lock);
+    while (g->shut) {
+        g->at_gate = true;
+        pthread_cond_broadcast(&g->changed);
+        pthread_cond_wait(&g->changed, &g->lock);
+    }
+    g->at_gate = false;
+    g->log.sequences = call->num_seqs;
+    g->log.kernel = kernel;
+    pthread_mutex_unlock(&g->lock);
+    return TS_OK;
+}
+
+ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base, size_t block_bytes,
+                               const ts_block_copy *copies, uint32_t num_copies)
+{
+    op *o = add(l);
+    *o =
+        (op){.kind = OP_COPIES, .base = base, .block_bytes = block_bytes, .num_copies = num_copies};
+    o->copies = malloc(num_copies * sizeof *copies);
+    memcpy(o->copies, copies, num_copies * sizeof *copies);
+    return TS_OK;
+}
+
+static bool reached(const op *o)
+{
+    return (int32_t)(__atomic_load_n(o->word, __ATOMIC_ACQUIRE) - o->value) >= 0;
+}
+
+static void count_waiting(ts_gpu *g, int change)
+{
+    pthread_mutex_lock(&g->lock);
+    g->log.waiting += (uint32_t)change;
+    if (g->log.waiting > g->log.most_waiting)
+        g->log.most_waiting = g->log.waiting;
+    pthread_cond_broadcast(&g->changed);
+    pthread_mutex_unlock(&g->lock);
+}
+
+static void run(ts_attention *attention, op *o)
+{
+    switch (o->kind) {
+    case OP_WAIT:
+        while (!reached(o))
+            sched_yield();
+        break;
+    case OP_ATTEND:
+        if (ts_attention_run(attention, &o->call) != TS_OK)
+            abort();
+        free(o->seqs);
+        break;
+    case OP_COPIES:
+        ts_attention_copy_blocks(attention, o->base, o->block_bytes, o->copies, o->num_copies);
+        free(o->copies);
+        break;
+    case OP_SIGNAL:
+        __atomic_store_n(o->word, o->value, __ATOMIC_RELEASE);
+        break;
+    }
+}
+
+static void *launch_main(void *arg)
+{
+    ts_gpu_launch *l = arg;
+    ts_gpu *g = l->gpu;
+    ts_attention *attention = ts_attention_new(1, TS_ISA_PORTABLE);
+    bool waits = false;
+    for (uint32_t i = 0; i < l->num_ops; i++) {
+        if (l->ops[i].kind == OP_WAIT && !reached(&l->ops[i]) && !waits) {
+            waits = true;
+            count_waiting(g, 1);
+        }
+        if (l->ops[i].kind != OP_WAIT && waits) {
+            waits = false;
+            count_waiting(g, -1);
+        }
+        run(attention, &l->ops[i]);
+    }
+    ts_attention_free(attention);
+    void (*done)(void *, ts_status, const char *) = l->done;
+    void *done_arg = l->arg;
+    pthread_mutex_lock(&g->lock);
+    bool broken = g->broken;
+    l->taken = false;
+    pthread_mutex_unlock(&g->lock);
+    if (done != NULL)
+        done(done_arg, broken ? TS_EDEVICE : TS_OK, broken ? "cudaErrorFake" : "");
+    return NULL;
+}
+
+ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
+                               void (*done)(void *arg, ts_status status, const char *why),
+                               void *arg)
+{
+    l->done = done;
+    l->arg = arg;
+    pthread_mutex_lock(&l->gpu->lock);
+    l->gpu->log.launches++;
+    pthread_mutex_unlock(&l->gpu->lock);
+    l->joinable = true;
+    if (pthread_create(&l->thread, NULL, launch_main, l) != 0)
+        abort();
+    return TS_OK;
+}
+
+const char *ts_gpu_launch_why(const ts_gpu_launch *l)
+{
+    (void)l;
+    return "a fake never fails to queue";
+}

@@ -1,0 +1,34 @@
+/*
+ * A device of the test's own behind kernels/gpu.h, so that what the daemon does around a GPU is
+ * tested where there is none: launches are threads that wait, attend with the processor's kernels
+ * (outputs and all) and signal. "Device" memory is host memory.
+ */
+#ifndef TS_FAKE_GPU_H
+#define TS_FAKE_GPU_H
+
+#include "gpu.h"
+
+typedef struct fake_gpu_log {
+    uint32_t launches;     /* finished or under way */
+    uint32_t sequences;    /* of the last attend */
+    uint32_t waiting;      /* launches that wait for a worker now */
+    uint32_t most_waiting; /* ... at the same time */
+    ts_kernel kernel;      /* of the last attend */
+} fake_gpu_log;
+
+ts_gpu *fake_gpu_new(void);
+void fake_gpu_free(ts_gpu *gpu);
+fake_gpu_log fake_gpu_read(ts_gpu *gpu);
+
+/* Blocks until so many launches wait for workers. */
+void fake_gpu_await_waiting(ts_gpu *gpu, uint32_t count);
+
+/* While the gate is shut, whoever queues an attend stops there; blocks until somebody does. */
+void fake_gpu_shut_gate(ts_gpu *gpu);
+void fake_gpu_await_at_gate(ts_gpu *gpu);
+void fake_gpu_open_gate(ts_gpu *gpu);
+
+/* From now on every launch fails as if the device were lost. */
+void fake_gpu_break(ts_gpu *gpu);
+
+#endif

@@ -1,0 +1,76 @@
+/*
+ * libtinyserve declares the part of CUDA's driver interface that it uses itself
+ * (client/cuda_driver.h); here the declarations are held against cuda.h. Compiling is the test: it
+ * needs the toolkit, no GPU.
+ */
+#include "cuda_driver.h"
+
+#include <cuda.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+_Static_assert(sizeof(CUresult) == sizeof(ts_cu_result), "CUresult");
+_Static_assert(sizeof(CUdevice) == sizeof(ts_cu_device), "CUdevice");
+_Static_assert(sizeof(CUdeviceptr) == sizeof(ts_cu_pointer), "CUdeviceptr");
+_Static_assert(sizeof(CUmemGenericAllocationHandle) == sizeof(ts_cu_memory), "CUmem...Handle");
+_Static_assert(sizeof(CUuuid) == sizeof(ts_cu_uuid), "CUuuid");
+_Static_assert(sizeof(CUipcMemHandle) == sizeof(ts_cu_ipc_handle), "CUipcMemHandle");
+_Static_assert(sizeof(CUmemAccessDesc) == sizeof(ts_cu_access), "CUmemAccessDesc");
+_Static_assert(offsetof(CUmemAccessDesc, location.id) == offsetof(ts_cu_access, location.id), "");
+_Static_assert(offsetof(CUmemAccessDesc, flags) == offsetof(ts_cu_access, flags), "flags");
+_Static_assert(sizeof(CUcontext) == sizeof(void *) && sizeof(CUstream) == sizeof(void *), "");
+_Static_assert(sizeof(cuuint32_t) == sizeof(uint32_t), "cuuint32_t");
+
+_Static_assert((int)CU_MEM_LOCATION_TYPE_DEVICE == TS_CU_LOCATION_DEVICE, "");
+_Static_assert((int)CU_MEM_ACCESS_FLAGS_PROT_READ == TS_CU_ACCESS_READ, "");
+_Static_assert((int)CU_MEM_ACCESS_FLAGS_PROT_READWRITE == TS_CU_ACCESS_READ_WRITE, "");
+_Static_assert((int)CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR == TS_CU_HANDLE_POSIX_FD, "");
+_Static_assert((int)CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS == TS_CU_IPC_LAZY_PEER_ACCESS, "");
+_Static_assert(CU_MEMHOSTREGISTER_PORTABLE == TS_CU_HOST_PORTABLE, "");
+_Static_assert(CU_MEMHOSTREGISTER_DEVICEMAP == TS_CU_HOST_DEVICE_MAP, "");
+_Static_assert((int)CU_STREAM_WAIT_VALUE_GEQ == TS_CU_WAIT_GEQ, "");
+_Static_assert((int)CU_STREAM_WRITE_VALUE_DEFAULT == TS_CU_WRITE_DEFAULT, "");
+
+/* cuda.h's macros give each function the name of its current version: those that are asked for must
+ * be the ones whose arguments are declared here. */
+#define CURRENT(function) CURRENT_(function)
+#define CURRENT_(function) #function
+
+int main(void)
+{
+    static const struct {
+        const char *current, *asked;
+    } names[] = {
+        {CURRENT(cuDeviceGetUuid), "cuDeviceGetUuid_v2"},
+        {CURRENT(cuDevicePrimaryCtxRetain), "cuDevicePrimaryCtxRetain"},
+        {CURRENT(cuDevicePrimaryCtxRelease), "cuDevicePrimaryCtxRelease_v2"},
+        {CURRENT(cuCtxPushCurrent), "cuCtxPushCurrent_v2"},
+        {CURRENT(cuCtxPopCurrent), "cuCtxPopCurrent_v2"},
+        {CURRENT(cuMemAddressReserve), "cuMemAddressReserve"},
+        {CURRENT(cuMemAddressFree), "cuMemAddressFree"},
+        {CURRENT(cuMemImportFromShareableHandle), "cuMemImportFromShareableHandle"},
+        {CURRENT(cuMemRelease), "cuMemRelease"},
+        {CURRENT(cuMemMap), "cuMemMap"},
+        {CURRENT(cuMemUnmap), "cuMemUnmap"},
+        {CURRENT(cuMemSetAccess), "cuMemSetAccess"},
+        {CURRENT(cuIpcOpenMemHandle), "cuIpcOpenMemHandle_v2"},
+        {CURRENT(cuIpcCloseMemHandle), "cuIpcCloseMemHandle"},
+        {CURRENT(cuIpcGetMemHandle), "cuIpcGetMemHandle"},
+        {CURRENT(cuMemGetAddressRange), "cuMemGetAddressRange_v2"},
+        {CURRENT(cuMemHostRegister), "cuMemHostRegister_v2"},
+        {CURRENT(cuMemHostUnregister), "cuMemHostUnregister"},
+        {CURRENT(cuMemHostGetDevicePointer), "cuMemHostGetDevicePointer_v2"},
+        {CURRENT(cuStreamWriteValue32), "cuStreamWriteValue32_v2"},
+        {CURRENT(cuStreamWaitValue32), "cuStreamWaitValue32_v2"},
+    };
+    int wrong = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(names[i].current, names[i].asked) != 0) {
+            printf("%s is asked for; cuda.h has %s\n", names[i].asked, names[i].current);
+            wrong++;
+        }
+    if (wrong == 0)
+        puts("the driver's interface is as cuda.h has it");
+    return wrong;
+}
