@@ -3,6 +3,7 @@
  * walks its sequence's tokens one by one, keeps a running maximum and sum (online softmax) and its
  * output row in registers. It is bound by latency: few threads, each waiting for one scattered row
  * after the other, and neighbouring threads read different rows, so no load is coalesced.
+ * Measured: 24.2 ms, 0.04 of the read rate (the shape and the run are in kernels/README.md).
  */
 #include "common.cuh"
 

@@ -5,6 +5,7 @@
  * tokens' K and V are in flight for each group of lanes. Every group has a softmax of its own over
  * its tokens; they are merged at the end, inside the warp by shuffles and between the four warps
  * through shared memory. Scores never go through shared memory, and nobody waits inside the walk.
+ * Bought: 2.39 -> 1.05 ms, 0.86 of the read rate.
  */
 #include "common.cuh"
 

@@ -23,16 +23,17 @@ static json_int_t integer(uint64_t n)
 static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
-        "{s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
+        "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
         "s:I, s:I, s:i, s:i, s:i}",
-        "name", p->name, "device", p->device, "memory", p->memory, "dtype",
-        ts_dtype_name((ts_dtype)p->dtype), "layout", p->layout == TS_LAYOUT_NHD ? "nhd" : "hnd",
-        "layers", p->layers, "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens",
-        p->block_tokens, "block_bytes", integer(p->block_bytes), "blocks", integer(p->blocks),
-        "used_blocks", integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks),
-        "free_blocks", integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences),
-        "kept_sequences", integer(p->kept_sequences), "open_steps", integer(p->open_steps),
-        "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs);
+        "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
+        "kernel", p->kernel, "dtype", ts_dtype_name((ts_dtype)p->dtype), "layout",
+        p->layout == TS_LAYOUT_NHD ? "nhd" : "hnd", "layers", p->layers, "kv_heads", p->kv_heads,
+        "head_dim", p->head_dim, "block_tokens", p->block_tokens, "block_bytes",
+        integer(p->block_bytes), "blocks", integer(p->blocks), "used_blocks",
+        integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks), "free_blocks",
+        integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences), "kept_sequences",
+        integer(p->kept_sequences), "open_steps", integer(p->open_steps), "slab_blocks",
+        p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs);
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)

@@ -156,7 +156,11 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     const Tspb__PoolSummary *p = r->pool;
     frag_figures f = frag_work_out(r);
     char a[32], b[32];
-    printf("%s%s on %s%s: ", on(s, BOLD), p->name, p->device, on(s, PLAIN));
+    printf("%s%s on %s%s", on(s, BOLD), p->name, p->device, on(s, PLAIN));
+    if (p->device_name[0] != '\0') /* a GPU: more than one line holds */
+        printf(" (%s), %s, kernel %s\n  ", p->device_name, p->memory, p->kernel);
+    else
+        printf(": ");
     print_geometry(p);
     printf("  blocks      %llu total   %llu used (%.0f %%)   %llu shared   %llu free\n",
            (unsigned long long)p->blocks, (unsigned long long)p->used_blocks,
