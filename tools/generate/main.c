@@ -18,10 +18,10 @@ const char *argp_program_version = "ts-generate " TS_VERSION;
 
 #define LOGITS_TOLERANCE 1e-3f
 
-enum { OPT_PREFIX_OF = 256, OPT_KEEP, OPT_VERIFY, OPT_PROMPT_FILE };
+enum { OPT_PREFIX_OF = 256, OPT_KEEP, OPT_VERIFY, OPT_PROMPT_FILE, OPT_KERNEL };
 
 typedef struct options {
-    const char *socket, *pool, *folder, *prefix_of, *keep, *verify, *prompt_file;
+    const char *socket, *pool, *folder, *prefix_of, *keep, *verify, *prompt_file, *kernel;
     char *prompt;
     uint32_t tokens;
 } options;
@@ -37,6 +37,7 @@ static const struct argp_option argp_options[] = {
      "Share the keys and values of the sequence kept under NAME, which holds the prompt's "
      "beginning",
      0},
+    {"kernel", OPT_KERNEL, "NAME", 0, "On a GPU: attend with this kernel (default: the pool's)", 0},
     {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
     {"verify", OPT_VERIFY, "FILE:INDEX", 0,
      "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
@@ -72,6 +73,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_PREFIX_OF:
         o->prefix_of = arg;
+        return 0;
+    case OPT_KERNEL:
+        o->kernel = arg;
         return 0;
     case OPT_KEEP:
         o->keep = arg;
@@ -224,11 +228,11 @@ static ts_status start_sequence(const options *o, ts_pool *pool, job *j, ts_seq 
     return ts_seq_fork_at(pool, parent, j->shared, 1, seq);
 }
 
-static ts_status forward(const model *m, ts_pool *pool, ts_seq seq, const uint8_t *tokens,
-                         uint32_t count, float *logits)
+static ts_status forward(const char *kernel, const model *m, ts_pool *pool, ts_seq seq,
+                         const uint8_t *tokens, uint32_t count, float *logits)
 {
     ts_step *step;
-    ts_step_options options = {.heads = m->heads};
+    ts_step_options options = {.heads = m->heads, .kernel = kernel};
     ts_status status = ts_step_begin(pool, &seq, &count, 1, &options, &step);
     if (status != TS_OK)
         return status;
@@ -252,7 +256,7 @@ static ts_status generate(const options *o, const model *m, ts_pool *pool, job *
         uint32_t count = at < j->prompt ? j->prompt - at : 1;
         if (at + count >= j->total && j->total > j->prompt)
             break; /* the last byte need not be computed further */
-        status = forward(m, pool, seq, j->tokens + at, count, logits);
+        status = forward(o->kernel, m, pool, seq, j->tokens + at, count, logits);
         if (status != TS_OK)
             break;
         at += count;
