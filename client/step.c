@@ -11,6 +11,7 @@ struct ts_step {
     uint64_t *slots;               /* per new token */
     ts_region region;              /* of the exchange: q, k, v, out */
     size_t q, k, v, out;           /* offsets into the exchange */
+    size_t sinks, alibi, lse;
 };
 
 static void step_free(ts_step *s)
@@ -137,8 +138,9 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
         return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
     size_t row = (size_t)tokens * g->head_dim * ts_dtype_bytes(o.io_dtype);
     size_t q = align(row * o.heads), kv = align(row * g->kv_heads);
+    size_t each_head = align(o.heads * sizeof(float));
     if (!o.no_run) {
-        s->region.bytes = 2 * q + 2 * kv;
+        s->region.bytes = 2 * q + 2 * kv + 2 * each_head + align(tokens * o.heads * sizeof(float));
         status = ts_exchange_take(p->client, &s->region);
     }
     if (status != TS_OK) {
@@ -149,6 +151,9 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->k = s->q + q;
     s->v = s->k + kv;
     s->out = s->v + kv;
+    s->sinks = s->out + q;
+    s->alibi = s->sinks + each_head;
+    s->lse = s->alibi + each_head;
     status = call_begin(s, seqs, &o, false);
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
@@ -207,35 +212,34 @@ const void *ts_step_out(const ts_step *s)
     return s->pool->client->exchange + s->out;
 }
 
+static float *floats_at(const ts_step *s, size_t offset)
+{
+    return (float *)(void *)(s->pool->client->exchange + offset); /* aligned to 64 bytes */
+}
+
+float *ts_step_sinks(const ts_step *s)
+{
+    return floats_at(s, s->sinks);
+}
+
+float *ts_step_alibi(const ts_step *s)
+{
+    return floats_at(s, s->alibi);
+}
+
+const float *ts_step_lse(const ts_step *s)
+{
+    return floats_at(s, s->lse);
+}
+
 void ts_step_slots(const ts_step *s, uint64_t *slots)
 {
     memcpy(slots, s->slots, s->tokens * sizeof *slots);
 }
 
-static void fill_run(Tspb__StepRun *body, const ts_step *s, uint32_t layer)
+/* Sends the run and, when the daemon has taken it, hands over to its stream and back. */
+static ts_status run_on_stream(ts_step *s, Tspb__Request *request, void *stream)
 {
-    body->step = s->id;
-    body->layer = layer;
-    body->q = s->q;
-    body->k = s->k;
-    body->v = s->v;
-    body->out = s->out;
-}
-
-ts_status ts_step_run(ts_step *s, uint32_t layer)
-{
-    Tspb__StepRun body = TSPB__STEP_RUN__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    fill_run(&body, s, layer);
-    request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
-    request.step_run = &body;
-    return ts_call_plain(s->pool->client, &request);
-}
-
-ts_status ts_step_run_on(ts_step *s, uint32_t layer, void *stream)
-{
-    Tspb__StepRun body = TSPB__STEP_RUN__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
     ts_pool *p = s->pool;
     ts_client *c = p->client;
     ts_cuda *cuda;
@@ -246,15 +250,11 @@ ts_status ts_step_run_on(ts_step *s, uint32_t layer, void *stream)
         return status;
     if (c->order_lost)
         return ts_fail(c, TS_ECONN,
-                       "an earlier run went unanswered: the order is lost, connect "
-                       "again");
+                       "an earlier run went unanswered: the order is lost, connect again");
     uint32_t order = atomic_load(&c->ordered) + 1;
-    fill_run(&body, s, layer);
-    body.ordered = true;
-    body.order = order;
-    request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
-    request.step_run = &body;
-    status = ts_call_plain(c, &request);
+    request->step_run->ordered = true;
+    request->step_run->order = order;
+    status = ts_call_plain(c, request);
     c->order_lost = status == TS_ETIMEOUT;
     if (status != TS_OK)
         return status;
@@ -266,6 +266,37 @@ ts_status ts_step_run_on(ts_step *s, uint32_t layer, void *stream)
     if (atomic_load(&c->broken))
         ts_signals_let_go(c);
     return status;
+}
+
+ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
+{
+    Tspb__StepRun body = TSPB__STEP_RUN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.step = s->id;
+    body.layer = layer;
+    body.q = s->q;
+    body.k = s->k;
+    body.v = s->v;
+    body.out = s->out;
+    body.scale = o->scale;
+    body.soft_cap = o->soft_cap;
+    body.window = o->window;
+    body.has_sinks = o->sinks;
+    body.sinks = s->sinks;
+    body.has_alibi = o->alibi;
+    body.alibi = s->alibi;
+    body.has_lse = o->lse;
+    body.lse = s->lse;
+    request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
+    request.step_run = &body;
+    return o->on_stream ? run_on_stream(s, &request, o->stream)
+                        : ts_call_plain(s->pool->client, &request);
+}
+
+ts_status ts_step_run(ts_step *s, uint32_t layer)
+{
+    static const ts_run_options plain;
+    return ts_step_run_with(s, layer, &plain);
 }
 
 static void step_end(ts_step *s)

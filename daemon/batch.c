@@ -21,7 +21,7 @@ struct ts_batch {
 static bool alike(const ts_job *a, const ts_job *b)
 {
     return b->num_copies == 0 && a->base == b->base && a->heads == b->heads &&
-           a->io_dtype == b->io_dtype && a->scale == b->scale;
+           a->io_dtype == b->io_dtype && ts_attention_same_variant(&a->variant, &b->variant);
 }
 
 /* Runs `first` and all jobs like it that are linked behind it, as one call; they leave the list and
@@ -52,7 +52,7 @@ static void launch(ts_batch *b, ts_job *first)
         .base = first->base,
         .heads = first->heads,
         .io_dtype = first->io_dtype,
-        .scale = first->scale,
+        .variant = first->variant,
         .seqs = first->seqs,
         .num_seqs = (uint32_t)total,
     };

@@ -24,7 +24,7 @@ typedef struct ts_job {
     ts_attention_seq *seqs;
     uint32_t num_seqs, heads;
     ts_dtype io_dtype;
-    float scale;
+    ts_attention_variant variant;
     ts_kernel kernel; /* on a GPU */
     /* on a GPU: the attend starts when run number `order` was submitted and the one before it is
      * done; NULL: at once */

@@ -111,6 +111,15 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
         c->step_run.k = r->step_run->k;
         c->step_run.v = r->step_run->v;
         c->step_run.out = r->step_run->out;
+        c->step_run.sinks = r->step_run->sinks;
+        c->step_run.alibi = r->step_run->alibi;
+        c->step_run.lse = r->step_run->lse;
+        c->step_run.has_sinks = r->step_run->has_sinks;
+        c->step_run.has_alibi = r->step_run->has_alibi;
+        c->step_run.has_lse = r->step_run->has_lse;
+        c->step_run.variant = (ts_attention_variant){.scale = r->step_run->scale,
+                                                     .soft_cap = r->step_run->soft_cap,
+                                                     .window = r->step_run->window};
         return true;
     case TSPB__REQUEST__BODY_STEP_COMMIT:
         c->op = TS_OP_STEP_COMMIT;

@@ -318,6 +318,24 @@ uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
                                                                        : e->limits.step_runs;
 }
 
+static bool check_variant(const ts_session *s, const ts_command *c, const ts_step *step,
+                          ts_answer *a)
+{
+    const ts_attention_variant *v = &c->step_run.variant;
+    uint64_t each_head = step->heads * sizeof(float);
+    if (!isfinite(v->scale) || v->scale < 0)
+        ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
+                  (double)v->scale);
+    else if (!isfinite(v->soft_cap) || v->soft_cap < 0)
+        ts_refuse(a, TS_EINVAL, "a soft cap of %g; it must be finite and not negative",
+                  (double)v->soft_cap);
+    return a->status == TS_OK &&
+           (!c->step_run.has_sinks || check_range(s, "sinks", c->step_run.sinks, each_head, a)) &&
+           (!c->step_run.has_alibi || check_range(s, "alibi", c->step_run.alibi, each_head, a)) &&
+           (!c->step_run.has_lse ||
+            check_range(s, "lse", c->step_run.lse, each_head * step->tokens, a));
+}
+
 void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
     ts_step *step = own_step(e, s, c->step_run.step, a);
@@ -338,7 +356,8 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     if (!check_range(s, "q", c->step_run.q, row * step->heads, a) ||
         !check_range(s, "k", c->step_run.k, row * g->kv_heads, a) ||
         !check_range(s, "v", c->step_run.v, row * g->kv_heads, a) ||
-        !check_range(s, "out", c->step_run.out, row * step->heads, a))
+        !check_range(s, "out", c->step_run.out, row * step->heads, a) ||
+        !check_variant(s, c, step, a))
         return;
     step->in_flight++;
     a->step = step;

@@ -56,7 +56,8 @@ static bool is_ready(const ts_job *job)
 static bool alike(const ts_job *a, const ts_job *b)
 {
     return b->num_copies == 0 && a->base == b->base && a->heads == b->heads &&
-           a->io_dtype == b->io_dtype && a->scale == b->scale && a->kernel == b->kernel;
+           a->io_dtype == b->io_dtype && a->kernel == b->kernel &&
+           ts_attention_same_variant(&a->variant, &b->variant);
 }
 
 static void tell(ts_job *jobs, ts_status status, const char *why)
@@ -146,7 +147,7 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, b
                               .base = jobs->base,
                               .heads = jobs->heads,
                               .io_dtype = jobs->io_dtype,
-                              .scale = jobs->scale,
+                              .variant = jobs->variant,
                               .seqs = jobs->seqs,
                               .num_seqs = (uint32_t)total};
     if (jobs->next != NULL) {

@@ -155,6 +155,12 @@ bool ts_jobs_check_run(ts_service *s, ts_connection *c, const Tspb__StepRun *run
     return status == TS_OK;
 }
 
+/* Offsets were checked: multiples of 64. */
+static float *floats_at(unsigned char *base, uint64_t offset)
+{
+    return (float *)(void *)(base + offset);
+}
+
 bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_command *command,
                  const ts_step *step)
 {
@@ -179,6 +185,11 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_
             .k = base + command->step_run.k + first * row * g->kv_heads,
             .v = base + command->step_run.v + first * row * g->kv_heads,
             .out = base + command->step_run.out + first * row * step->heads,
+            .sinks = command->step_run.has_sinks ? floats_at(base, command->step_run.sinks) : NULL,
+            .alibi = command->step_run.has_alibi ? floats_at(base, command->step_run.alibi) : NULL,
+            .lse = command->step_run.has_lse
+                       ? floats_at(base, command->step_run.lse) + first * step->heads
+                       : NULL,
         };
         first += part->new_tokens;
     }
@@ -186,7 +197,9 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_
     j->job.num_seqs = step->num_seqs;
     j->job.heads = step->heads;
     j->job.io_dtype = step->io_dtype;
-    j->job.scale = step->scale;
+    j->job.variant = command->step_run.variant;
+    if (j->job.variant.scale == 0)
+        j->job.variant.scale = step->scale;
     j->job.kernel = step->kernel;
     j->layer = command->step_run.layer;
     j->exchange = c->exchange;

@@ -26,7 +26,35 @@ typedef struct ts_attention_seq {
     const void *k; /* rows of the new tokens, to be written first; NULL: they are in the cache */
     const void *v;
     void *out;
+    const float
+        *sinks; /* [heads]: a logit each that joins the softmax and has no value; NULL: none */
+    const float *alibi; /* [heads]: slopes; NULL: none */
+    float *lse;         /* [q_tokens][heads]: gets the natural log of the sum of exponentials of the
+                           scores, the sink left out; NULL: isn't wanted */
 } ts_attention_seq;
+
+/*
+ * What becomes of a score q·k of a query at position p and a key at position j, in this order:
+ * scaled; capped: soft_cap * tanh(score / soft_cap); with ALiBi, slope * (j - p) is added; hidden
+ * unless p - window < j <= p.
+ */
+typedef struct ts_attention_variant {
+    float scale;     /* of q·k */
+    float soft_cap;  /* 0: none */
+    uint32_t window; /* tokens that a token sees, itself included; 0: all */
+} ts_attention_variant;
+
+static inline bool ts_attention_same_variant(const ts_attention_variant *a,
+                                             const ts_attention_variant *b)
+{
+    return a->scale == b->scale && a->soft_cap == b->soft_cap && a->window == b->window;
+}
+
+/* The first key that a query at this position sees. */
+static inline uint32_t ts_attention_first_key(const ts_attention_variant *v, uint32_t position)
+{
+    return v->window == 0 || position < v->window ? 0 : position + 1 - v->window;
+}
 
 /* All the sequences of a call share the cache's shape and these. */
 typedef struct ts_attention_call {
@@ -34,7 +62,7 @@ typedef struct ts_attention_call {
     unsigned char *base; /* of block 0 */
     uint32_t heads;      /* query heads: a multiple of kv_heads, at most 1024 */
     ts_dtype io_dtype;   /* of q, k, v and out: fp32, or the cache's own type */
-    float scale;         /* of q·k */
+    ts_attention_variant variant;
     const ts_attention_seq *seqs;
     uint32_t num_seqs;
 } ts_attention_call;
@@ -77,10 +105,10 @@ void ts_attention_copy_blocks(ts_attention *attention, unsigned char *base, size
 /*
  * The judge: the same attention (k and v of the sequences are ignored: nothing is written) in
  * float64 and plain loops, on the stored values. out is [q_tokens][heads][head_dim] of one
- * sequence. Returns TS_ENOMEM without scratch memory.
+ * sequence, lse (may be NULL) [q_tokens][heads]. Returns TS_ENOMEM without scratch memory.
  */
 ts_status ts_attention_reference(const ts_attention_call *call, const ts_attention_seq *seq,
-                                 double *out);
+                                 double *out, double *lse);
 
 /* Conversions with round-to-nearest-even, as IEEE 754 and bfloat16 have it; NaN stays NaN. */
 uint16_t ts_fp32_to_fp16(float value);

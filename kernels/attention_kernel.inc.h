@@ -342,12 +342,39 @@ INLINE void soften_row(float *s, uint32_t tokens, uint32_t head_dim, float *row_
     store(row_sums, sums);
 }
 
+/* tanh, to about 1e-7 absolutely. */
+INLINE vf hyperbolic_tangent(vf x)
+{
+    vf zero = {0};
+    vf size = choose(x < zero, -x, x);
+    vf e = exp2_negative(size * broadcast(-2.0f * LOG2E));
+    vf t = (1.0f - e) / (1.0f + e);
+    return choose(x < zero, -t, t);
+}
+
+/* What becomes of a row's scores of this tile (in units of log2): soft cap, then ALiBi. */
+static void vary_scores(const ts_attention_item *item, float *s, uint32_t tokens, uint32_t head,
+                        uint32_t tile, uint32_t position)
+{
+    const float cap = item->call->variant.soft_cap * LOG2E;
+    if (cap > 0)
+        for (uint32_t t = 0; t < TS_TILE; t += VL)
+            store(s + t, cap * hyperbolic_tangent(load(s + t) / cap));
+    if (item->seq->alibi != NULL) {
+        const float slope = item->seq->alibi[head] * LOG2E;
+        for (uint32_t t = 0; t < tokens; t++)
+            s[t] += slope * ((float)(tile + t) - (float)position);
+    }
+}
+
 /* One KV head of one tile, for all its rows. */
 INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                         const unsigned char *const *rows, size_t k_offset, size_t v_offset,
-                        uint32_t tile, const float *q, float *scores, float *max, float *sums,
-                        float *acc, const fetch *next)
+                        uint32_t tile, uint32_t first_head, const float *q, float *scores,
+                        float *max, float *sums, float *acc, const fetch *next)
 {
+    const ts_attention_variant *variant = &item->call->variant;
+    const bool varied = variant->soft_cap > 0 || item->seq->alibi != NULL;
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t padded = ts_attention_padded(head_dim);
     const uint32_t group = item->call->heads / item->call->geometry.kv_heads;
@@ -358,12 +385,18 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
         /* Tokens of this tile that the first and the last row of the next four may see. */
         uint32_t n = num_rows - r >= 4 ? 4 : num_rows - r >= 2 ? 2 : 1;
         uint32_t low = first + r / group + 1, high = first + (r + n - 1) / group + 1;
-        if (high <= tile) {
+        /* ... and the first of them that the first and the last row see. */
+        uint32_t from = ts_attention_first_key(variant, low - 1);
+        uint32_t last_from = ts_attention_first_key(variant, high - 1);
+        if (high <= tile || from >= tile + TS_TILE) {
             r += n;
             continue;
         }
+        from = from <= tile ? 0 : from - tile;
+        last_from = last_from <= tile ? 0 : last_from - tile;
         low = low <= tile ? 0 : low - tile < TS_TILE ? low - tile : TS_TILE;
         high = high - tile < TS_TILE ? high - tile : TS_TILE;
+        bool together = low == high && from == last_from;
         float *s = scores + (size_t)r * TS_TILE;
         if (n == 4)
             score_rows(dtype, 4, head_dim, q + r * padded, padded, rows, k_offset, high, s,
@@ -375,23 +408,33 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
             score_rows(dtype, 1, head_dim, q + r * padded, padded, rows, k_offset, high, s,
                        r == 0 ? next : NULL);
         for (uint32_t i = 0; i < n; i++) {
-            uint32_t seen = first + (r + i) / group + 1;
-            if (seen <= tile)
+            uint32_t position = first + (r + i) / group, seen = position + 1;
+            uint32_t hidden = ts_attention_first_key(variant, position);
+            hidden = hidden <= tile ? 0 : hidden - tile;
+            if (seen <= tile || hidden >= TS_TILE)
                 continue;
             seen = seen - tile < TS_TILE ? seen - tile : TS_TILE;
-            soften_row(s + i * TS_TILE, seen, head_dim, &max[r + i], sums + (size_t)(r + i) * VL,
+            float *row = s + i * TS_TILE;
+            if (varied)
+                vary_scores(item, row, seen, first_head + (r + i) % group, tile, position);
+            for (uint32_t t = 0; t < hidden; t++)
+                row[t] = -INFINITY;
+            soften_row(row, seen, head_dim, &max[r + i], sums + (size_t)(r + i) * VL,
                        acc + (size_t)(r + i) * padded);
-            if (low != high) /* the rows end at different tokens: none may touch a later V */
-                weigh_rows(dtype, 1, head_dim, s + i * TS_TILE, rows, v_offset, seen,
+            if (!together) /* the rows see different tokens: none may touch another V */
+                weigh_rows(dtype, 1, head_dim, row + hidden, rows + hidden, v_offset, seen - hidden,
                            acc + (size_t)(r + i) * padded, padded);
         }
         float *block = acc + (size_t)r * padded;
-        if (low == high && n == 4)
-            weigh_rows(dtype, 4, head_dim, s, rows, v_offset, high, block, padded);
-        else if (low == high && n == 2)
-            weigh_rows(dtype, 2, head_dim, s, rows, v_offset, high, block, padded);
-        else if (low == high)
-            weigh_rows(dtype, 1, head_dim, s, rows, v_offset, high, block, padded);
+        if (together && n == 4)
+            weigh_rows(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
+                       padded);
+        else if (together && n == 2)
+            weigh_rows(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
+                       padded);
+        else if (together)
+            weigh_rows(dtype, 1, head_dim, s + from, rows + from, v_offset, high - from, block,
+                       padded);
         r += n;
     }
 }
@@ -442,7 +485,7 @@ static void load_queries(ts_dtype dtype, const ts_attention_item *item, float *q
     const ts_attention_call *call = item->call;
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
     const uint32_t group = call->heads / call->geometry.kv_heads;
-    const float scale = call->scale * LOG2E;
+    const float scale = call->variant.scale * LOG2E;
     for (uint32_t h = 0; h < item->head_count; h++)
         for (uint32_t i = 0; i < item->q_count; i++)
             for (uint32_t j = 0; j < group; j++, q += padded) {
@@ -469,7 +512,17 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
                              (size_t)(item->head_first + h) * group + j) *
                             head_dim;
                 const float *acc = state->acc + (size_t)r * padded;
+                uint32_t head = (item->head_first + h) * group + j;
                 float inverse = 1.0f / state->sum[r];
+                if (item->seq->lse != NULL)
+                    item->seq->lse[(size_t)(item->q_first + i) * call->heads + head] =
+                        (state->max[r] + log2f(state->sum[r])) / LOG2E;
+                if (item->seq->sinks != NULL) {
+                    float sink = item->seq->sinks[head] * LOG2E;
+                    float max = sink > state->max[r] ? sink : state->max[r];
+                    float shrink = exp2_scalar(state->max[r] - max);
+                    inverse = shrink / (state->sum[r] * shrink + exp2_scalar(sink - max));
+                }
                 for (uint32_t d = 0; d < head_dim; d++) {
                     float x = acc[place_of(dtype, d)] * inverse;
                     if (call->io_dtype == TS_DTYPE_FP32)
@@ -507,13 +560,19 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
     reset(state, item->head_count * head_rows, padded);
     memset(scratch->sums, 0, (size_t)item->head_count * head_rows * VL * sizeof(float));
 
+    /* The first tile that any of the item's queries sees. */
+    uint32_t start_tile = part * TS_PART;
+    uint32_t first_key = ts_attention_first_key(
+        &call->variant, item->seq->kv_tokens - item->seq->q_tokens + item->q_first);
+    if (first_key > start_tile)
+        start_tile = first_key / TS_TILE * TS_TILE;
     const unsigned char *rows[2][TS_TILE];
-    uint32_t block = part * TS_PART / g->block_tokens, offset = part * TS_PART % g->block_tokens;
+    uint32_t block = start_tile / g->block_tokens, offset = start_tile % g->block_tokens;
     uint32_t filled = 0;
-    for (uint32_t tile = part * TS_PART, turn = 0; tile < end; tile += TS_TILE, turn ^= 1) {
+    for (uint32_t tile = start_tile, turn = 0; tile < end; tile += TS_TILE, turn ^= 1) {
         /* Row addresses of this tile (only the first time) and of the next, which is prefetched.
          * Past the end they repeat the last row, which is safe to read and masked. */
-        for (uint32_t ahead = tile == part * TS_PART ? 0 : 1; ahead < 2; ahead++) {
+        for (uint32_t ahead = tile == start_tile ? 0 : 1; ahead < 2; ahead++) {
             const unsigned char **next = rows[turn ^ ahead];
             uint32_t start = tile + ahead * TS_TILE;
             filled = start >= end ? 0 : end - start < TS_TILE ? end - start : TS_TILE;
@@ -537,9 +596,9 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
                           .bytes = g->head_dim * ts_dtype_bytes(g->dtype)};
             uint32_t r = h * head_rows;
             attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
-                        scratch->q + (size_t)r * padded, scratch->scores, state->max + r,
-                        scratch->sums + (size_t)r * VL, state->acc + (size_t)r * padded,
-                        last && filled == 0 ? NULL : &next);
+                        (item->head_first + h) * group, scratch->q + (size_t)r * padded,
+                        scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
+                        state->acc + (size_t)r * padded, last && filled == 0 ? NULL : &next);
         }
     }
     for (uint32_t r = 0; r < item->head_count * head_rows; r++)

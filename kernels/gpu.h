@@ -11,9 +11,9 @@
  * worker.)
  *
  * What gives back cudaMalloc'ed or pinned memory waits until every stream is done and lets nobody
- * launch meanwhile, and a stream may be waiting for a worker. So it is left to a thread of the ts_gpu's
- * own, the janitor, which does it when no launch waits. Waits are to be short, therefore: see
- * ts_gpu_may_wait.
+ * launch meanwhile, and a stream may be waiting for a worker. So it is left to a thread of the
+ * ts_gpu's own, the janitor, which does it when no launch waits. Waits are to be short, therefore:
+ * see ts_gpu_may_wait.
  *
  * Threads: any, except that one launch is used by one thread at a time.
  */

@@ -19,6 +19,8 @@ typedef struct problem {
     size_t cache_bytes;
     uint32_t **tables;
     unsigned char *q, *k, *v, *out;
+    float *sinks, *alibi, *lse; /* NULL: see problem_vary */
+    size_t lse_elements;
     size_t q_elements, kv_elements;
 } problem;
 
@@ -126,7 +128,7 @@ static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2]
         .base = p->cache,
         .heads = s.heads,
         .io_dtype = s.io,
-        .scale = 1.0f / sqrtf((float)s.head_dim),
+        .variant.scale = 1.0f / sqrtf((float)s.head_dim),
         .seqs = p->seqs,
         .num_seqs = num_seqs,
     };
@@ -142,20 +144,90 @@ static inline void problem_free(problem *p)
     free(p->q);
     free(p->k);
     free(p->v);
+    free(p->sinks);
+    free(p->alibi);
+    free(p->lse);
     free(p->out);
+}
+
+/* A variant of attention; window 0, cap 0, false: not that. */
+typedef struct variety {
+    uint32_t window;
+    float cap, scale; /* scale 0: as it is */
+    bool sinks, alibi;
+} variety;
+
+static const variety varieties[] = {
+    {.window = 1},
+    {.window = 5},
+    {.window = 16},
+    {.window = 17, .cap = 30},
+    {.window = 1000, .sinks = true},
+    {.window = 1024, .alibi = true},
+    {.window = 1500},
+    {.cap = 20},
+    {.cap = 1.5f, .scale = 0.7f},
+    {.sinks = true},
+    {.alibi = true},
+    {.window = 200, .cap = 50, .scale = 0.3f, .sinks = true, .alibi = true},
+};
+#define VARIETIES (sizeof varieties / sizeof *varieties)
+
+/* Turns the problem into a variant of itself, with the log-sum-exp asked for. */
+static inline void problem_vary(problem *p, variety v, rng *r)
+{
+    uint32_t heads = p->call.heads, head_dim = p->call.geometry.head_dim;
+    p->call.variant.window = v.window;
+    p->call.variant.soft_cap = v.cap;
+    if (v.scale > 0)
+        p->call.variant.scale = v.scale;
+    p->lse_elements = p->q_elements / head_dim;
+    p->lse = malloc(p->lse_elements * sizeof *p->lse);
+    if (v.sinks)
+        p->sinks = malloc(heads * sizeof *p->sinks);
+    if (v.alibi)
+        p->alibi = malloc(heads * sizeof *p->alibi);
+    for (uint32_t h = 0; h < heads; h++) {
+        if (v.sinks)
+            p->sinks[h] = 2 * rng_normal(r);
+        if (v.alibi)
+            p->alibi[h] = exp2f(-8.0f * (float)(h + 1) / (float)heads);
+    }
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        size_t row = (size_t)((unsigned char *)p->seqs[i].out - p->out) /
+                     ts_dtype_bytes(p->call.io_dtype) / head_dim;
+        p->seqs[i].sinks = p->sinks;
+        p->seqs[i].alibi = p->alibi;
+        p->seqs[i].lse = p->lse + row;
+    }
 }
 
 static inline void poison(problem *p)
 {
+    if (p->lse != NULL)
+        memset(p->lse, 0xff, p->lse_elements * sizeof *p->lse);
     memset(p->out, 0xff, p->q_elements * ts_dtype_bytes(p->call.io_dtype)); /* NaN in every type */
 }
 
+/* The reference's output, and behind it its log-sum-exps. */
 static inline double *reference_of(const problem *p, const ts_attention_seq *seq)
 {
-    double *ref =
-        malloc((size_t)seq->q_tokens * p->call.heads * p->call.geometry.head_dim * sizeof *ref);
-    assert_int_equal(ts_attention_reference(&p->call, seq, ref), TS_OK);
+    size_t rows = (size_t)seq->q_tokens * p->call.heads, n = rows * p->call.geometry.head_dim;
+    double *ref = malloc((n + rows) * sizeof *ref);
+    assert_int_equal(ts_attention_reference(&p->call, seq, ref, ref + n), TS_OK);
     return ref;
+}
+
+/* The largest error of a log-sum-exp; 0 where none is asked for. */
+static inline double lse_error(const problem *p, const ts_attention_seq *seq, const double *ref)
+{
+    size_t rows = (size_t)seq->q_tokens * p->call.heads;
+    double worst = 0;
+    for (size_t i = 0; i < rows && seq->lse != NULL; i++) {
+        double error = fabs(seq->lse[i] - ref[rows * p->call.geometry.head_dim + i]);
+        worst = error <= worst ? worst : error; /* NaN stays */
+    }
+    return worst;
 }
 
 /* ||out - reference|| / ||reference|| over one sequence. */

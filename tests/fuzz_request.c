@@ -204,6 +204,12 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
         run.k = number(in) * 64ull;
         run.v = number(in) * 64ull;
         run.out = number(in) * 64ull;
+        run.has_sinks = run.has_alibi = run.has_lse = take(in, 1) & 1;
+        run.sinks = run.alibi = run.lse = number(in) * 64ull;
+        run.window = number(in);
+        run.soft_cap = (float)number(in);
+        run.ordered = numbers[0] == 1;
+        run.order = numbers[1];
         r.body_case = TSPB__REQUEST__BODY_STEP_RUN;
         r.step_run = &run;
         break;

@@ -3,12 +3,13 @@
 
 static const ts_isa isas[] = {TS_ISA_PORTABLE, TS_ISA_AVX2, TS_ISA_AVX512};
 
-static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
-                                    double limit)
+static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                          double limit)
 {
     rng r = {s.head_dim * 1000003u + s.heads};
     problem p;
     problem_new(&p, s, lengths, num_seqs, &r);
+    problem_vary(&p, v, &r);
     double **refs = calloc(num_seqs, sizeof *refs);
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         if (ts_isa_resolve(isas[i]) != isas[i])
@@ -21,11 +22,13 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
             if (refs[j] == NULL) /* the first run has written the new K and V */
                 refs[j] = reference_of(&p, &p.seqs[j]);
             double error = relative_error(&p, &p.seqs[j], refs[j]);
-            if (!(error <= limit)) /* NaN fails too */
-                fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new): "
-                         "relative error %g > %g",
+            double lse = lse_error(&p, &p.seqs[j], refs[j]);
+            if (!(error <= limit) || !(lse <= 1e-5)) /* NaN fails too */
+                fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new), "
+                         "window %u, cap %g: relative error %g > %g, or of the log-sum-exp %g",
                          ts_isa_name(isas[i]), ts_dtype_name(s.dtype), s.heads, s.kv_heads,
-                         s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1], error, limit);
+                         s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1], v.window,
+                         (double)v.cap, error, limit, lse);
         }
         ts_attention_free(a);
     }
@@ -33,6 +36,29 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
         free(refs[j]);
     free(refs);
     problem_free(&p);
+}
+
+static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                                    double limit)
+{
+    check_variety(s, (variety){0}, lengths, num_seqs, limit);
+}
+
+static void every_variant_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {5, 1}};
+    for (size_t i = 0; i < VARIETIES; i++)
+        for (size_t h = 0; h < 3; h++)
+            check_variety((shape){.dtype = (ts_dtype)((i + h) % 3),
+                                  .io = TS_DTYPE_FP32,
+                                  .layout = (ts_layout)(i % 2),
+                                  .heads = heads[h][0],
+                                  .kv_heads = heads[h][1],
+                                  .head_dim = h == 1 ? 40 : 64,
+                                  .block_tokens = h == 2 ? 7 : 16,
+                                  .layers = 2},
+                          varieties[i], mixed, MIXED, 1e-5);
 }
 
 static void every_dtype_and_head_sharing_matches_the_float64_reference(void **state)
@@ -140,6 +166,8 @@ static void splitting_a_batch_changes_no_bit(void **state)
                                 .block_tokens = 24,
                                 .layers = 1},
                         lengths, n, &r);
+            if (kv_heads == 4)
+                problem_vary(&p, varieties[VARIETIES - 1], &r);
             size_t bytes = p.q_elements * sizeof(float);
             unsigned char *first = malloc(bytes);
             ts_attention *a = ts_attention_new(1, isas[i]);
@@ -170,6 +198,8 @@ static void splitting_a_batch_changes_no_bit(void **state)
                         token.k = token.v = NULL;
                         token.q = (const unsigned char *)token.q + row;
                         token.out = (unsigned char *)token.out + row;
+                        if (token.lse != NULL)
+                            token.lse += 4 * t;
                         ts_attention_call one = p.call;
                         one.seqs = &token;
                         one.num_seqs = 1;
@@ -250,6 +280,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_dtype_and_head_sharing_matches_the_float64_reference),
+        cmocka_unit_test(every_variant_matches_the_reference),
         cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),

@@ -131,13 +131,13 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
                 ts_attention_call call = {.geometry = *ts_pool_geometry(p),
                                           .base = p->base,
                                           .heads = HEADS,
-                                          .scale = 0.125f};
+                                          .variant.scale = 0.125f};
                 ts_attention_seq one = {.blocks = blocks,
                                         .kv_tokens = lengths[i],
                                         .q_tokens = rounds[round][i],
                                         .layer = layer,
                                         .q = q + at};
-                OK(ts_attention_reference(&call, &one, reference));
+                OK(ts_attention_reference(&call, &one, reference, NULL));
                 for (size_t j = 0; j < n; j++) {
                     diff += (out[at + j] - reference[j]) * (out[at + j] - reference[j]);
                     norm += reference[j] * reference[j];

@@ -1,6 +1,8 @@
 /* The engine's rules one by one: pools, sequences, steps, sessions, tenants, limits. */
 #include "engine_util.h"
 
+#include <math.h>
+
 #define BLOCKS(e) ((e)->pools[0].books)
 
 static void the_prototypes_scenario_gives_its_exact_blocks_and_slots(void **state)
@@ -474,6 +476,29 @@ static void a_run_outside_the_exchange_is_refused(void **state)
             run.step_run.out = which == 3 ? offsets[i] : 0;
             assert_int_equal(apply(e, run, &a), TS_EINVAL);
         }
+    run.step_run.q = run.step_run.k = run.step_run.v = run.step_run.out = 0;
+    static const float bad_floats[] = {-1.0f, NAN, INFINITY};
+    for (size_t i = 0; i < 3; i++) {
+        run.step_run.variant.scale = bad_floats[i];
+        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        run.step_run.variant = (ts_attention_variant){.soft_cap = bad_floats[i]};
+        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        run.step_run.variant.soft_cap = 0;
+    }
+    run.step_run.has_lse = true; /* [2 tokens][1 head] of fp32 */
+    run.step_run.lse = 4096;
+    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    assert_string_equal(a.message, "lse takes 8 bytes at offset 4096; the exchange has 4096, and "
+                                   "offsets must be multiples of 64");
+    run.step_run.has_lse = false;
+    run.step_run.has_sinks = true;
+    run.step_run.sinks = 4094;
+    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    run.step_run.has_sinks = false;
+    run.step_run.has_alibi = true;
+    run.step_run.alibi = UINT64_MAX - 63;
+    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    run.step_run.has_alibi = false;
     run.step_run.q = 4096 - bytes;
     run.step_run.out = 0;
     assert_int_equal(apply(e, run, &a), TS_OK);

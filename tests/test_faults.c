@@ -440,7 +440,7 @@ static void steady(const char *url, int stop)
             ts_attention_call call = {.geometry = g,
                                       .base = cache,
                                       .heads = HEADS,
-                                      .scale = 0.125f,
+                                      .variant.scale = 0.125f,
                                       .seqs = &one,
                                       .num_seqs = 1};
             OK(ts_attention_run(own, &call));

@@ -58,7 +58,7 @@ static void job_init(test_job *t, ts_signals_page *signals, uint32_t order)
                       .num_seqs = 1,
                       .heads = 1,
                       .io_dtype = TS_DTYPE_FP32,
-                      .scale = 1,
+                      .variant.scale = 1,
                       .signals = signals,
                       .order = order,
                       .done = on_done};

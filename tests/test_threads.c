@@ -102,7 +102,7 @@ static void jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result(vo
                           .seqs = &j->seq,
                           .num_seqs = 1,
                           .heads = 1 + (uint32_t)i % 2, /* two kinds that can't be joined */
-                          .scale = 1.0f,
+                          .variant.scale = 1.0f,
                           .done = on_done};
     }
     pthread_t threads[PRODUCERS];
@@ -143,7 +143,7 @@ static void what_is_cancelled_says_so(void **state)
         .geometry = {.layers = 1, .kv_heads = 1, .head_dim = 32, .block_tokens = 4},
         .base = (unsigned char *)cache,
         .heads = 1,
-        .scale = 1.0f,
+        .variant.scale = 1.0f,
         .seqs = &seq,
         .num_seqs = 1};
     assert_int_equal(ts_attention_run(a, &call), TS_OK);

@@ -195,6 +195,13 @@ void *ts_step_k(const ts_step *step);
 void *ts_step_v(const ts_step *step);
 const void *ts_step_out(const ts_step *step);
 
+/* More of the exchange, for ts_run_options: a sink's logit and an ALiBi slope for each query head,
+ * [heads], which stay for the following layers; and the natural log of the sum of exponentials of
+ * each token's scores, sinks left out, [tokens][heads]. */
+float *ts_step_sinks(const ts_step *step);
+float *ts_step_alibi(const ts_step *step);
+const float *ts_step_lse(const ts_step *step);
+
 /* Slots of all new tokens, in order. */
 void ts_step_slots(const ts_step *step, uint64_t *slots);
 
@@ -202,15 +209,29 @@ void ts_step_slots(const ts_step *step, uint64_t *slots);
  * its tokens up to and including itself. out is ready when this returns. */
 ts_status ts_step_run(ts_step *step, uint32_t layer);
 
+/* How a layer attends, where that is not plain causal attention. */
+typedef struct ts_run_options {
+    /* What becomes of a score, in this order. */
+    float scale;     /* of q·k; 0: the step's */
+    float soft_cap;  /* soft_cap * tanh(score / soft_cap); 0: none */
+    bool alibi;      /* slope * (key's position - query's) is added: ts_step_alibi has the slopes */
+    uint32_t window; /* tokens that a token sees, itself included; 0: all */
+    bool sinks;      /* ts_step_sinks' logits join the softmax; they have no value */
+    bool lse;        /* ts_step_lse gets the log-sum-exps */
+    /* On a GPU pool: in the order of a CUDA stream. */
+    bool on_stream;
+    void *stream; /* CUstream or cudaStream_t of the pool's device; NULL: the default one */
+} ts_run_options;
+
 /*
- * The same on a GPU pool, in the order of a CUDA stream (CUstream or cudaStream_t; NULL: the
- * default one) of the pool's device: what is on the stream already, and writes q, k and v, comes
- * before; what is put on it later finds out. Returns as soon as the daemon has taken the run;
- * nothing waits for the GPU. The exchange must be device memory, or host memory that the stream
- * writes. Use one stream, or make a later one wait for the earlier. If a run fails on the GPU, the
- * commit says so.
+ * As ts_step_run, with options. TS_EINVAL: scale or soft_cap is negative or not finite.
+ *
+ * On a stream, what is on it already, and writes q, k and v (slopes and sinks too), comes before;
+ * what is put on it later finds out. Returns as soon as the daemon has taken the run; nothing waits
+ * for the GPU. The exchange must be device memory, or host memory that the stream writes. Use one
+ * stream, or make a later one wait for the earlier. If a run fails on the GPU, the commit says so.
  */
-ts_status ts_step_run_on(ts_step *step, uint32_t layer, void *stream);
+ts_status ts_step_run_with(ts_step *step, uint32_t layer, const ts_run_options *options);
 
 /* Makes the first accepted[i] new tokens part of sequence i (NULL: all of them) and drops the rest.
  * The step ends, and is freed, if this returns TS_OK. TS_EINVAL: some layers were run and others

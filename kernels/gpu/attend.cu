@@ -87,6 +87,9 @@ void fill(const ts_attention_call *call, ts_kernel kernel, const plan &p, unsign
                           s->k,
                           s->v,
                           s->out,
+                          s->sinks,
+                          s->alibi,
+                          s->lse,
                           s->kv_tokens,
                           s->q_tokens,
                           s->layer};
@@ -119,7 +122,9 @@ gpu_call call_of(const ts_attention_call *call, const plan &p, const unsigned ch
     c.head_dim = g->head_dim;
     c.block_tokens = divisor_of(g->block_tokens);
     c.io_fp32 = call->io_dtype == TS_DTYPE_FP32;
-    c.scale_log2 = call->scale * 1.4426950408889634f;
+    c.scale_log2 = call->variant.scale * 1.4426950408889634f;
+    c.cap_log2 = call->variant.soft_cap * 1.4426950408889634f;
+    c.window = call->variant.window;
     return c;
 }
 

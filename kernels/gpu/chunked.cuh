@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(gpu_call c)
     uint32_t lanes = CHUNKED_THREADS / groups;
     uint32_t group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
     float max = -CUDART_INF_F, sum = 0, acc[2] = {0, 0}; /* of dimensions lane, lane + lanes */
-    for (uint32_t first = 0; first < keys; first += CHUNK_TOKENS) {
+    float slope = slope_of(s, head);
+    for (uint32_t first = first_key(c, keys - 1); first < keys; first += CHUNK_TOKENS) {
         uint32_t count = min(CHUNK_TOKENS, keys - first);
         float higher = -CUDART_INF_F;
         for (uint32_t i = threadIdx.x; i < count; i += CHUNKED_THREADS) {
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(gpu_call c)
 #pragma unroll 8
             for (uint32_t d = 0; d < c.head_dim; d++)
                 score += q[d] * to_float(k[d]);
+            score = vary(c, score, slope, first + i, keys - 1);
             weights[i] = score;
             higher = fmaxf(higher, score);
         }
@@ -76,10 +78,11 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(gpu_call c)
     }
     if (group != 0)
         return;
+    float factor = finish_row(c, s, item.y, head, max, sum); /* every thread writes the same */
     if (lane < c.head_dim)
-        io_store<T>(s.out, row + lane, c.io_fp32, acc[0] / sum);
+        io_store<T>(s.out, row + lane, c.io_fp32, acc[0] * factor);
     if (lane + lanes < c.head_dim)
-        io_store<T>(s.out, row + lane + lanes, c.io_fp32, acc[1] / sum);
+        io_store<T>(s.out, row + lane + lanes, c.io_fp32, acc[1] * factor);
 }
 
 template <typename Reduce>

@@ -23,6 +23,8 @@ struct gpu_seq {
     const uint32_t *blocks;
     const void *q, *k, *v; /* k NULL: the new tokens are in the cache already */
     void *out;
+    const float *sinks, *alibi; /* [heads]; NULL: none */
+    float *lse;                 /* [q_tokens][heads]; NULL: isn't wanted */
     uint32_t kv_tokens, q_tokens, layer;
 };
 
@@ -41,7 +43,44 @@ struct gpu_call {
     divisor block_tokens;
     bool io_fp32; /* q, k, v and out are fp32; else of the cache's type */
     float scale_log2;
+    float cap_log2;  /* soft cap * log2(e); 0: none */
+    uint32_t window; /* 0: all */
 };
+
+/* The first key that a query at this position sees. */
+__device__ inline uint32_t first_key(const gpu_call &c, uint32_t position)
+{
+    return c.window == 0 || position < c.window ? 0 : position + 1 - c.window;
+}
+
+/* A head's ALiBi slope, in units of log2. */
+__device__ inline float slope_of(const gpu_seq &s, uint32_t head)
+{
+    return s.alibi == NULL ? 0 : s.alibi[head] * 1.4426950408889634f;
+}
+
+/* What becomes of a scaled score (attention.h: ts_attention_variant), hiding aside. */
+__device__ inline float vary(const gpu_call &c, float score, float slope, uint32_t key,
+                             uint32_t position)
+{
+    if (c.cap_log2 > 0)
+        score = c.cap_log2 * tanhf(score / c.cap_log2);
+    return score + slope * ((float)key - (float)position);
+}
+
+/* What the weighted sum of values is to be multiplied by: 1 / sum, or less where there is a sink.
+ */
+__device__ inline float finish_row(const gpu_call &c, const gpu_seq &s, uint32_t query,
+                                   uint32_t head, float max, float sum)
+{
+    if (s.lse != NULL)
+        s.lse[(size_t)query * c.heads + head] = (max + log2f(sum)) * 0.6931471805599453f;
+    if (s.sinks == NULL)
+        return 1 / sum;
+    float sink = s.sinks[head] * 1.4426950408889634f, higher = fmaxf(max, sink);
+    float shrink = exp2f(max - higher);
+    return shrink / (sum * shrink + exp2f(sink - higher));
+}
 
 __device__ inline uint32_t divide(uint32_t n, const divisor &d)
 {

@@ -27,8 +27,8 @@ template <typename T, int DIM> __global__ void __launch_bounds__(64) decode_v1(g
         q[d] = d < c.head_dim ? io_load<T>(s.q, row + d, c.io_fp32) * c.scale_log2 : 0;
         acc[d] = 0;
     }
-    float max = -CUDART_INF_F, sum = 0;
-    for (uint32_t t = 0; t < keys; t++) {
+    float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);
+    for (uint32_t t = first_key(c, keys - 1); t < keys; t++) {
         const T *k = (const T *)key_of(c, s, t, head / c.group);
         const T *v = (const T *)((const unsigned char *)k + c.plane_bytes);
         float score = 0;
@@ -36,6 +36,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(64) decode_v1(g
         for (int d = 0; d < DIM; d++)
             if (d < c.head_dim)
                 score += q[d] * to_float(k[d]);
+        score = vary(c, score, slope, t, keys - 1);
         float higher = fmaxf(max, score);
         float factor = rescale(max, higher), weight = exp2f(score - higher);
         sum = sum * factor + weight;
@@ -45,10 +46,11 @@ template <typename T, int DIM> __global__ void __launch_bounds__(64) decode_v1(g
             if (d < c.head_dim)
                 acc[d] = acc[d] * factor + weight * to_float(v[d]);
     }
+    float factor = finish_row(c, s, item.y, head, max, sum);
 #pragma unroll
     for (int d = 0; d < DIM; d++)
         if (d < c.head_dim)
-            io_store<T>(s.out, row + d, c.io_fp32, acc[d] / sum);
+            io_store<T>(s.out, row + d, c.io_fp32, acc[d] * factor);
 }
 
 template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)

@@ -54,10 +54,11 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(gpu_call c)
             acc[e * N + i] = 0;
         }
     }
-    float max = -CUDART_INF_F, sum = 0;
+    float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);
     const uint32_t STRIDE = WARPS * GROUPS * FLIGHT;
     /* The loop is the same for all lanes of a warp: shuffles need them all. */
-    for (uint32_t first = warp * GROUPS * FLIGHT; first < keys; first += STRIDE) {
+    for (uint32_t first = first_key(c, keys - 1) + warp * GROUPS * FLIGHT; first < keys;
+         first += STRIDE) {
         uint4 k[FLIGHT][EACH], v[FLIGHT][EACH];
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) {
@@ -88,8 +89,8 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(gpu_call c)
 #pragma unroll
             for (int step = LANES / 2; step > 0; step /= 2)
                 score[u] += __shfl_xor_sync(~0u, score[u], step);
-            if (first + u * GROUPS + group >= keys)
-                score[u] = -CUDART_INF_F;
+            uint32_t t = first + u * GROUPS + group;
+            score[u] = t < keys ? vary(c, score[u], slope, t, keys - 1) : -CUDART_INF_F;
             higher = fmaxf(higher, score[u]);
         }
         if (higher == -CUDART_INF_F)
@@ -147,12 +148,13 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(gpu_call c)
         factor[w] = rescale(maxes[w], highest);
         total += sums[w] * factor[w];
     }
+    float scale = finish_row(c, s, item.y, head, highest, total); /* all write the same */
     for (uint32_t d = threadIdx.x; d < c.head_dim; d += WARPS * 32) {
         float x = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
             x += rows[w][d] * factor[w];
-        io_store<T>(s.out, row + d, c.io_fp32, x / total);
+        io_store<T>(s.out, row + d, c.io_fp32, x * scale);
     }
 }
 

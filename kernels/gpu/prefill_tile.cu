@@ -59,7 +59,8 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
     }
     uint32_t dim = threadIdx.x % WIDE, part = threadIdx.x / WIDE;
 
-    for (uint32_t first = 0; first < keys; first += TOKENS) {
+    uint32_t start = first_key(c, past) / TOKENS * TOKENS;
+    for (uint32_t first = start; first < keys; first += TOKENS) {
         __syncthreads(); /* the last tile is used up */
         for (uint32_t t = warp; t < TOKENS; t += 4) {
             uint32_t token = min(first + t, keys - 1);
@@ -84,7 +85,12 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
 #pragma unroll
         for (int i = 0; i < ROWS / 4; i++) {
             uint32_t r = warp + i * 4;
-            float x = first + lane <= past + r / per_token && r < rows ? score[i] : -CUDART_INF_F;
+            uint32_t key = first + lane, position = past + r / per_token;
+            float x = -CUDART_INF_F;
+            if (r < rows && key <= position && key >= first_key(c, position)) {
+                uint32_t head = kv_head * c.group + first_head + r % per_token;
+                x = vary(c, score[i], slope_of(s, head), key, position);
+            }
             float higher = x;
 #pragma unroll
             for (int step = 16; step > 0; step /= 2)
@@ -108,7 +114,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
             for (int e = 0; e < EACH; e++)
                 acc[i][e] *= factors[part * MINE + i];
         /* Where some rows don't see some tokens, a weight of 0 must hide even NaN. */
-        bool hides = first + TOKENS > past + 1;
+        bool hides = first + TOKENS > past + 1 || first < first_key(c, keys - 1);
 #pragma unroll 4
         for (uint32_t t = 0; t < TOKENS; t++)
 #pragma unroll
@@ -123,9 +129,12 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < ROWS / 4; i++)
-        if (lane == 0)
-            factors[warp + i * 4] = sum[i];
+    for (int i = 0; i < ROWS / 4; i++) {
+        uint32_t r = warp + i * 4;
+        if (lane == 0 && r < rows)
+            factors[r] = finish_row(c, s, item.y + r / per_token,
+                                    kv_head * c.group + first_head + r % per_token, max[i], sum[i]);
+    }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
@@ -137,7 +146,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
 #pragma unroll
         for (int e = 0; e < EACH; e++)
             if (dim + e * WIDE < c.head_dim)
-                io_store<T>(s.out, row + dim + e * WIDE, c.io_fp32, acc[i][e] / factors[r]);
+                io_store<T>(s.out, row + dim + e * WIDE, c.io_fp32, acc[i][e] * factors[r]);
     }
 }
 

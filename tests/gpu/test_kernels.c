@@ -29,15 +29,24 @@ typedef struct device_problem {
     problem p;
     ts_memory *memory;
     unsigned char *q, *k, *v, *out;
+    float *heads, *lse; /* sinks, then slopes; log-sum-exps */
     ts_attention_seq *seqs;
     ts_attention_call call;
     size_t q_bytes, kv_bytes;
 } device_problem;
 
-static void device_problem_new(device_problem *d, shape s, const uint32_t (*lengths)[2],
-                               uint32_t num_seqs, rng *r)
+static void device_problem_vary(device_problem *d, shape s, variety v, const uint32_t (*lengths)[2],
+                                uint32_t num_seqs, rng *r)
 {
     problem_new(&d->p, s, lengths, num_seqs, r);
+    problem_vary(&d->p, v, r);
+    CUDA_OK(cudaMalloc((void **)&d->lse, d->p.lse_elements * sizeof(float)));
+    CUDA_OK(cudaMalloc((void **)&d->heads, 2 * s.heads * sizeof(float)));
+    if (v.sinks)
+        CUDA_OK(cudaMemcpy(d->heads, d->p.sinks, s.heads * sizeof(float), cudaMemcpyHostToDevice));
+    if (v.alibi)
+        CUDA_OK(cudaMemcpy(d->heads + s.heads, d->p.alibi, s.heads * sizeof(float),
+                           cudaMemcpyHostToDevice));
     size_t e = ts_dtype_bytes(s.io);
     d->q_bytes = d->p.q_elements * e;
     d->kv_bytes = d->p.kv_elements * e;
@@ -59,14 +68,25 @@ static void device_problem_new(device_problem *d, shape s, const uint32_t (*leng
         d->seqs[i].k = d->k + ((const unsigned char *)d->p.seqs[i].k - d->p.k);
         d->seqs[i].v = d->v + ((const unsigned char *)d->p.seqs[i].v - d->p.v);
         d->seqs[i].out = d->out + ((unsigned char *)d->p.seqs[i].out - d->p.out);
+        d->seqs[i].sinks = v.sinks ? d->heads : NULL;
+        d->seqs[i].alibi = v.alibi ? d->heads + s.heads : NULL;
+        d->seqs[i].lse = d->lse + (d->p.seqs[i].lse - d->p.lse);
     }
     d->call = d->p.call;
     d->call.base = d->memory->base;
     d->call.seqs = d->seqs;
 }
 
+static void device_problem_new(device_problem *d, shape s, const uint32_t (*lengths)[2],
+                               uint32_t num_seqs, rng *r)
+{
+    device_problem_vary(d, s, (variety){0}, lengths, num_seqs, r);
+}
+
 static void device_problem_free(device_problem *d)
 {
+    CUDA_OK(cudaFree(d->heads));
+    CUDA_OK(cudaFree(d->lse));
     CUDA_OK(cudaFree(d->q));
     CUDA_OK(cudaFree(d->k));
     CUDA_OK(cudaFree(d->v));
@@ -97,21 +117,24 @@ static void run(device_problem *d, const ts_attention_call *call, ts_kernel kern
     while (sem_wait(&done) != 0)
         ;
     CUDA_OK(cudaMemcpy(d->p.out, d->out, d->q_bytes, cudaMemcpyDeviceToHost));
+    CUDA_OK(
+        cudaMemcpy(d->p.lse, d->lse, d->p.lse_elements * sizeof(float), cudaMemcpyDeviceToHost));
 }
 
 static void poison_device(device_problem *d)
 {
     CUDA_OK(cudaMemset(d->out, 0xff, d->q_bytes));
+    CUDA_OK(cudaMemset(d->lse, 0xff, d->p.lse_elements * sizeof(float)));
 }
 
 static double worst; /* over a test, to be printed */
 
-static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
-                                    double limit)
+static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                          double limit)
 {
     rng r = {s.head_dim * 1000003u + s.heads};
     device_problem d;
-    device_problem_new(&d, s, lengths, num_seqs, &r);
+    device_problem_vary(&d, s, v, lengths, num_seqs, &r);
     /* The host writes the new K and V into its cache: what the device's must equal. */
     ts_attention *host = ts_attention_new(0, TS_ISA_AUTO);
     assert_int_equal(ts_attention_run(host, &d.p.call), TS_OK);
@@ -127,13 +150,14 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
         run(&d, &d.call, (ts_kernel)kernel);
         for (uint32_t j = 0; j < num_seqs; j++) {
             double error = relative_error(&d.p, &d.p.seqs[j], refs[j]);
+            double lse = lse_error(&d.p, &d.p.seqs[j], refs[j]);
             worst = error > worst ? error : worst;
-            if (!(error <= limit)) /* NaN fails too */
-                fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new): "
-                         "relative error %g > %g",
+            if (!(error <= limit) || !(lse <= 1e-5)) /* NaN fails too */
+                fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new), "
+                         "window %u, cap %g: relative error %g > %g, or of the log-sum-exp %g",
                          ts_kernel_name((ts_kernel)kernel), ts_dtype_name(s.dtype), s.heads,
                          s.kv_heads, s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1],
-                         error, limit);
+                         v.window, (double)v.cap, error, limit, lse);
         }
         CUDA_OK(cudaMemcpy(stored, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
         assert_memory_equal(stored, d.p.cache, d.p.cache_bytes);
@@ -143,6 +167,31 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
         free(refs[j]);
     free(refs);
     device_problem_free(&d);
+}
+
+static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
+                                    double limit)
+{
+    check_variety(s, (variety){0}, lengths, num_seqs, limit);
+}
+
+static void every_variant_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {5, 1}};
+    worst = 0;
+    for (size_t i = 0; i < VARIETIES; i++)
+        for (size_t h = 0; h < 3; h++)
+            check_variety((shape){.dtype = (ts_dtype)((i + h) % 3),
+                                  .io = TS_DTYPE_FP32,
+                                  .layout = (ts_layout)(i % 2),
+                                  .heads = heads[h][0],
+                                  .kv_heads = heads[h][1],
+                                  .head_dim = h == 1 ? 40 : 64,
+                                  .block_tokens = h == 2 ? 7 : 16,
+                                  .layers = 2},
+                          varieties[i], mixed, MIXED, 1e-5);
+    print_message("worst relative error %.1e\n", worst);
 }
 
 static void every_kernel_dtype_and_head_sharing_matches_the_float64_reference(void **state)
@@ -582,6 +631,7 @@ int main(void)
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_kernel_dtype_and_head_sharing_matches_the_float64_reference),
+        cmocka_unit_test(every_variant_matches_the_reference),
         cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),

@@ -149,6 +149,32 @@ def test_runs_that_don_t_fit_in_order_are_refused(client):
         torch.cuda.synchronize()
 
 
+def test_variants_agree_with_torch(client):
+    with client.pool("p") as kv:
+        client.exchange(kv, 16 << 20)
+        seq, = kv.create()
+        k, v = one_step(kv, seq, *nothing(), 50, torch.cuda.current_stream())
+        q, new_k, new_v = rows(1, HEADS, DIM), rows(1, KV, DIM), rows(1, KV, DIM)
+        k, v = torch.cat([k, new_k]).double(), torch.cat([v, new_v]).double()
+        sinks, slopes = rows(HEADS), rows(HEADS).abs() / 4
+        with kv.step([seq], [1], heads=HEADS) as step:
+            for to, x in ((step.q, q), (step.k, new_k), (step.v, new_v), (step.sinks, sinks),
+                          (step.alibi, slopes)):
+                to.torch().copy_(x)
+            step.run(0, stream=torch.cuda.current_stream(), window=20, soft_cap=3.0, scale=0.3,
+                     sinks=True, alibi=True, lse=True)
+            group = HEADS // KV
+            scores = torch.einsum("hd,thd->ht", q[0].double(), k.repeat_interleave(group, 1)) * 0.3
+            distance = torch.arange(-50, 1, device="cuda").double()
+            scores = 3.0 * torch.tanh(scores / 3.0) + slopes.double()[:, None] * distance
+            scores[:, :-20] = float("-inf")
+            lse = scores.logsumexp(-1)
+            assert (step.lse.torch()[0].double() - lse).abs().max() < 1e-5
+            weights = (scores - torch.logaddexp(lse, sinks.double())[:, None]).exp()
+            expected = torch.einsum("ht,thd->hd", weights, v.repeat_interleave(group, 1))
+            assert (step.out.torch()[0].double() - expected).abs().max() < 1e-5
+
+
 WORKER = """
 import sys, random, torch, tinyserve
 sys.path.insert(0, sys.argv[3])

@@ -58,6 +58,48 @@ def test_a_step_attends_and_its_tokens_can_be_read_back(client):
             key.numpy()[...] = 0  # read-only
 
 
+def test_variants_of_attention_go_through_the_service(client):
+    rng = np.random.default_rng(2)
+    n, past, dim = 3, 40, 64
+    with client.pool("tiny") as kv:
+        seq, = kv.create()
+        k, v = random_rows(rng, past + n, 2, dim), random_rows(rng, past + n, 2, dim)
+        sinks, slopes = random_rows(rng, 4), np.float32([0.5, 0.25, 0.125, 0.0625])
+        for first, count in ((0, past), (past, n)):
+            with kv.step([seq], [count], heads=4, scale=0.25) as step:
+                step.k[...], step.v[...] = k[first:first + count], v[first:first + count]
+                for layer in range(2):
+                    step.run(layer)
+                if first == 0:
+                    step.commit()
+                    continue
+                q = random_rows(rng, n, 4, dim)
+                step.q[...], step.sinks[...], step.alibi[...] = q, sinks, slopes
+                assert step.lse.shape == (n, 4)
+                for window, cap, scale, sink, alibi in (
+                        (0, 0.0, 0.0, False, False), (7, 0.0, 0.0, False, False),
+                        (0, 2.0, 0.5, False, False), (0, 0.0, 0.0, True, False),
+                        (0, 0.0, 0.0, False, True), (11, 3.0, 0.3, True, True)):
+                    step.out.numpy()[...] = np.nan
+                    step.run(1, window=window, soft_cap=cap, scale=scale, sinks=sink, alibi=alibi,
+                             lse=True)
+                    for i in range(n):
+                        at = past + i
+                        seen = np.arange(max(0, at + 1 - window) if window else 0, at + 1)
+                        for h in range(4):
+                            s = k[seen, h // 2].astype(float) @ q[i, h] * (scale or 0.25)
+                            s = cap * np.tanh(s / cap) if cap else s
+                            s = s + slopes[h] * (seen - at) if alibi else s
+                            total = np.exp(s).sum()
+                            assert abs(step.lse.numpy()[i, h] - np.log(total)) < 1e-5
+                            total += np.exp(float(sinks[h])) if sink else 0
+                            expected = np.exp(s) / total @ v[seen, h // 2]
+                            np.testing.assert_allclose(step.out.numpy()[i, h], expected, atol=1e-5)
+                for bad in ({"soft_cap": -1.0}, {"scale": float("inf")}, {"soft_cap": float("nan")}):
+                    with pytest.raises(tinyserve.InvalidError, match="must be finite and not negative"):
+                        step.run(1, **bad)
+
+
 def test_leaving_a_step_without_a_commit_drops_its_tokens(client):
     with client.pool("tiny") as kv:
         seqs = kv.create(3)

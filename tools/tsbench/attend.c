@@ -93,7 +93,7 @@ static double error_of(const ts_attention_call *call, const ts_attention_seq *se
 {
     size_t n = (size_t)call->heads * call->geometry.head_dim;
     double *ref = malloc(n * sizeof *ref), diff = 0, norm = 0;
-    if (ref == NULL || ts_attention_reference(call, seq, ref) != TS_OK) {
+    if (ref == NULL || ts_attention_reference(call, seq, ref, NULL) != TS_OK) {
         free(ref);
         return NAN;
     }
@@ -151,7 +151,7 @@ static bool prepare(setup *u, const shape *s, const memory *m)
     u->call = (ts_attention_call){.geometry = g,
                                   .base = m->bytes,
                                   .heads = s->heads,
-                                  .scale = 1.0f / sqrtf((float)s->head_dim),
+                                  .variant.scale = 1.0f / sqrtf((float)s->head_dim),
                                   .seqs = u->seqs,
                                   .num_seqs = n};
     return true;

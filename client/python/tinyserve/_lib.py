@@ -27,6 +27,12 @@ class CStepOptions(Structure):
                 ("kernel", c_char_p)]
 
 
+class CRunOptions(Structure):
+    """ts_run_options"""
+    _fields_ = [("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
+                ("sinks", c_bool), ("lse", c_bool), ("on_stream", c_bool), ("stream", c_void_p)]
+
+
 class CKv(Structure):
     """ts_kv"""
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
@@ -73,8 +79,10 @@ _FUNCTIONS = {
     "ts_step_v": (c_void_p, [c_void_p]),
     "ts_step_out": (c_void_p, [c_void_p]),
     "ts_step_slots": (None, [c_void_p, _u64p]),
-    "ts_step_run": (c_int, [c_void_p, c_uint32]),
-    "ts_step_run_on": (c_int, [c_void_p, c_uint32, c_void_p]),
+    "ts_step_sinks": (c_void_p, [c_void_p]),
+    "ts_step_alibi": (c_void_p, [c_void_p]),
+    "ts_step_lse": (c_void_p, [c_void_p]),
+    "ts_step_run_with": (c_int, [c_void_p, c_uint32, POINTER(CRunOptions)]),
     "ts_step_commit": (c_int, [c_void_p, _u32p]),
     "ts_step_abort": (c_int, [c_void_p]),
 }

@@ -7,7 +7,7 @@ from ctypes import POINTER, byref, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any, Iterable, Sequence
 
-from ._lib import CKv, CStepOptions, Options, lib
+from ._lib import CKv, CRunOptions, CStepOptions, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
 from .view import DTYPES, View
 
@@ -376,6 +376,26 @@ class Step:
         """[tokens, heads, head_dim] in the exchange."""
         return self._view(lib.ts_step_out, self.heads)
 
+    def _floats(self, function: Any, *shape: int, writable: bool = True) -> View:
+        view = self._view(function, self.heads, writable)
+        return View(view.ptr, shape, "fp32", view.device, self, None, writable)
+
+    @property
+    def sinks(self) -> View:
+        """fp32 [heads] in the exchange: logits that join the softmax, for run(..., sinks=True)."""
+        return self._floats(lib.ts_step_sinks, self.heads)
+
+    @property
+    def alibi(self) -> View:
+        """fp32 [heads] in the exchange: slopes, for run(..., alibi=True)."""
+        return self._floats(lib.ts_step_alibi, self.heads)
+
+    @property
+    def lse(self) -> View:
+        """fp32 [tokens, heads] in the exchange: the natural log of the sum of exponentials of each
+        token's scores, sinks left out, after run(..., lse=True)."""
+        return self._floats(lib.ts_step_lse, self.tokens, self.heads, writable=False)
+
     def start(self, i: int) -> int:
         """Tokens that sequence i had: the position of its first new token."""
         if not 0 <= i < self._count:
@@ -389,18 +409,23 @@ class Step:
         lib.ts_step_slots(self._open(), out)
         return list(out)
 
-    def run(self, layer: int, *, stream: Any = None) -> None:
+    def run(self, layer: int, *, stream: Any = None, scale: float = 0.0, soft_cap: float = 0.0,
+            window: int = 0, alibi: bool = False, sinks: bool = False, lse: bool = False) -> None:
         """Writes k and v into the step's slots of this layer and attends: a token sees its sequence's
         tokens up to and including itself.
 
         Without a stream, out is ready when this returns (and what a GPU is to read must have been
         written by then). With one, a torch.cuda.Stream or a CUstream's integer, the order is kept on
-        the GPU and nothing waits."""
-        if stream is None:
-            self.pool._check(lib.ts_step_run(self._open(), layer))
-            return
+        the GPU and nothing waits.
+
+        What becomes of a score, in this order: it is scaled (0: as the step says), becomes
+        soft_cap * tanh(score / soft_cap) (0: no), gets the head's slope in `self.alibi` times the
+        distance to the key (a negative number) with alibi=True, and is hidden if the key is further
+        than `window` tokens away, the token itself included (0: all are seen). sinks=True: the
+        logits in `self.sinks` join the softmax. lse=True: `self.lse` gets the log-sum-exps."""
         handle = getattr(stream, "cuda_stream", stream)
-        self.pool._check(lib.ts_step_run_on(self._open(), layer, handle))
+        options = CRunOptions(scale, soft_cap, alibi, window, sinks, lse, stream is not None, handle)
+        self.pool._check(lib.ts_step_run_with(self._open(), layer, byref(options)))
 
     def commit(self, accepted: Iterable[int] | None = None) -> None:
         """Makes the first accepted[i] new tokens part of sequence i (None: all) and drops the rest.
