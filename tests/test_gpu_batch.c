@@ -132,7 +132,7 @@ static void jobs_that_are_ready_together_and_alike_become_one_launch(void **stat
 {
     (void)state;
     rig r;
-    rig_new(&r, 60000);
+    rig_new(&r, 3600000);
     test_job jobs[6];
     for (int i = 0; i < 6; i++)
         job_init(&jobs[i], NULL, 0);
@@ -158,7 +158,7 @@ static void an_ordered_run_starts_when_it_is_submitted_and_says_when_it_is_done(
 {
     (void)state;
     rig r;
-    rig_new(&r, 60000);
+    rig_new(&r, 3600000);
     test_job first, second, other;
     ts_signals_page *page = r.pages[3];
     job_init(&first, page, 1);
@@ -186,7 +186,7 @@ static void runs_of_one_session_complete_in_order(void **state)
 {
     (void)state;
     rig r;
-    rig_new(&r, 60000);
+    rig_new(&r, 3600000);
     test_job first, second;
     ts_signals_page *page = r.pages[0];
     submitted(page, 2);
@@ -207,7 +207,7 @@ static void workers_that_do_not_submit_take_only_their_share(void **state)
 {
     (void)state;
     rig r;
-    rig_new(&r, 60000);
+    rig_new(&r, 3600000);
     test_job jobs[8][5], other;
     for (uint32_t s = 0; s < 8; s++)
         for (uint32_t i = 0; i < 5; i++) {
@@ -253,7 +253,7 @@ static void a_batch_that_ends_lets_go_whoever_waits(void **state)
 {
     (void)state;
     rig r;
-    rig_new(&r, 60000);
+    rig_new(&r, 3600000);
     test_job jobs[6];
     ts_signals_page *page = r.pages[0];
     for (uint32_t i = 0; i < 6; i++) { /* on the device and here */
@@ -271,7 +271,7 @@ static void a_lost_device_fails_every_job_and_is_told_once(void **state)
 {
     (void)state;
     rig r;
-    rig_new(&r, 60000);
+    rig_new(&r, 3600000);
     test_job good, waiting, bad, late;
     job_init(&good, NULL, 0);
     ts_gpu_batch_submit(r.batch, &good.job);
@@ -383,7 +383,7 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
     service.attention = ts_attention_new(1, TS_ISA_AUTO);
     service.batch = ts_batch_new(service.attention);
     service.gpus[0].gpu = gpu;
-    OK(ts_gpu_batch_new(gpu, limits.sessions, 60000, on_failure, &service.gpus[0].batch, why,
+    OK(ts_gpu_batch_new(gpu, limits.sessions, 3600000, on_failure, &service.gpus[0].batch, why,
                         sizeof why));
     service.num_gpus = 1;
     ts_pool_config config = {.name = "p",
