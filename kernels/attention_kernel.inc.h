@@ -226,8 +226,9 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
         memcpy(s + r * TS_TILE, (const float *)&result + r * NK, (size_t)NK * sizeof(float));
 }
 
-/* What the next KV head will read: fetched into the cache while this one is worked on, which
- * hides the memory's latency where rows are shorter than the hardware's prefetcher needs. */
+/* What this KV head will read in the next tile: fetched while this tile is worked on, which hides
+ * the memory's latency where rows are shorter than the hardware's prefetcher needs. Into the
+ * second-level cache: a tile of all heads is more than the first level can have under way. */
 typedef struct fetch {
     const unsigned char *const *rows;
     size_t k_offset, v_offset, bytes;
@@ -237,8 +238,8 @@ INLINE void fetch_rows(const fetch *next, uint32_t first, uint32_t count)
 {
     for (uint32_t t = first; t < first + count; t++)
         for (size_t b = 0; b < next->bytes; b += 64) {
-            __builtin_prefetch(next->rows[t] + next->k_offset + b, 0, 3);
-            __builtin_prefetch(next->rows[t] + next->v_offset + b, 0, 3);
+            __builtin_prefetch(next->rows[t] + next->k_offset + b, 0, 2);
+            __builtin_prefetch(next->rows[t] + next->v_offset + b, 0, 2);
         }
 }
 
@@ -588,17 +589,15 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
         }
         for (uint32_t h = 0; h < item->head_count; h++) {
             size_t head_offset = (item->head_first + h) * head_stride;
-            bool last = h + 1 == item->head_count;
-            size_t next_offset = (item->head_first + (last ? 0 : h + 1)) * head_stride;
-            fetch next = {.rows = rows[turn ^ last],
-                          .k_offset = next_offset,
-                          .v_offset = plane + next_offset,
+            fetch next = {.rows = rows[turn ^ 1],
+                          .k_offset = head_offset,
+                          .v_offset = plane + head_offset,
                           .bytes = g->head_dim * ts_dtype_bytes(g->dtype)};
             uint32_t r = h * head_rows;
             attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
                         (item->head_first + h) * group, scratch->q + (size_t)r * padded,
                         scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
-                        state->acc + (size_t)r * padded, last && filled == 0 ? NULL : &next);
+                        state->acc + (size_t)r * padded, filled == 0 ? NULL : &next);
         }
     }
     for (uint32_t r = 0; r < item->head_count * head_rows; r++)
