@@ -82,6 +82,7 @@ ts_status ts_exchange_host(ts_client *c, size_t bytes)
     if (status != TS_OK)
         return status;
     tspb__reply__free_unpacked(opened, NULL);
+    ts_exchange_close(c); /* the daemon has another one now, whatever becomes of this */
     status = ts_handle_get(c, TS_HANDLE_EXCHANGE, 0, 0, true, &reply, &fd);
     if (status != TS_OK)
         return status;
@@ -91,7 +92,6 @@ ts_status ts_exchange_host(ts_client *c, size_t bytes)
     if (base == MAP_FAILED)
         return ts_fail(c, TS_ENOMEM, "mapping an exchange of %llu bytes: %s",
                        (unsigned long long)open.bytes, strerror(saved));
-    ts_exchange_close(c);
     c->exchange = base;
     c->exchange_bytes = open.bytes;
     c->exchange_kind = TS_EXCHANGE_HOST;
@@ -143,6 +143,7 @@ ts_status ts_exchange_device(ts_pool *p, size_t bytes)
         status = ask(c, &open, DEVICE_GRANULE, &opened);
     if (status != TS_OK)
         return status;
+    ts_exchange_close(c); /* the daemon has another one now, whatever becomes of this */
     const Tspb__ExchangeOpened *o = opened->exchange_opened;
     bool vmm = o->has_descriptor;
     if (vmm)
@@ -154,7 +155,6 @@ ts_status ts_exchange_device(ts_pool *p, size_t bytes)
     tspb__reply__free_unpacked(opened, NULL);
     if (status != TS_OK)
         return status;
-    ts_exchange_close(c);
     c->exchange = base;
     c->exchange_bytes = open.bytes;
     c->exchange_kind = vmm ? TS_EXCHANGE_VMM : TS_EXCHANGE_IPC;

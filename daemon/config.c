@@ -323,8 +323,8 @@ static ts_status finish_pool(ts_config *c, ts_config_pool *p)
     if ((host && p->provider > TS_PROVIDER_HOST) || (cuda && p->provider == TS_PROVIDER_HOST))
         return fail(c, "pool '%s': provider = %s can't be used with device = %s", name,
                     ts_provider_name(p->provider), p->pool.device);
-    if (host && p->pool.kernel != TS_KERNEL_AUTO)
-        return fail(c, "pool '%s': kernel = %s runs on a GPU, and device = host", name,
+    if ((host || p->provider == TS_PROVIDER_HOST) && p->pool.kernel != TS_KERNEL_AUTO)
+        return fail(c, "pool '%s': kernel = %s runs on a GPU, and the pool is in host memory", name,
                     ts_kernel_name(p->pool.kernel));
     p->pool.num_blocks = (uint32_t)blocks;
     p->pool.slab_blocks =

@@ -74,6 +74,11 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
             host = true;
         }
     }
+    if (host && p->kernel != TS_KERNEL_AUTO) {
+        snprintf(st->why, sizeof st->why, "kernel = %s runs on a GPU, and there is none",
+                 ts_kernel_name(p->kernel));
+        return TS_EDEVICE;
+    }
     if (host) {
         snprintf(p->device, sizeof p->device, "host");
         return TS_OK;

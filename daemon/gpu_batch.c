@@ -179,7 +179,7 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, b
 static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
 {
     flight *f = malloc(sizeof *f);
-    ts_gpu_launch *l = f == NULL ? NULL : ts_gpu_launch_take(b->gpu, NULL);
+    ts_gpu_launch *l = f == NULL ? NULL : ts_gpu_launch_take(b->gpu);
     if (l == NULL) {
         free(f);
         return false;
@@ -338,27 +338,34 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
     return next;
 }
 
+/* Lets go whoever has waited too long, or everybody when the batch ends; when to look again at the
+ * latest (UINT64_MAX: when something happens). Under the lock. */
+static uint64_t look_for_late(ts_gpu_batch *b)
+{
+    uint64_t now = now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
+    for (const flight *f = b->flights; f != NULL; f = f->next) {
+        if (b->stop)
+            let_go(f->jobs);
+        until = let_go_late(f->jobs, now, until);
+    }
+    if (b->stop)
+        let_go(b->held);
+    return b->held != NULL ? now + POLL_MS : until;
+}
+
 /* Waits for something to do; returns false when all is done and the batch is to end. */
 static bool await(ts_gpu_batch *b)
 {
     bool ends, slow = false;
     pthread_mutex_lock(&b->lock);
+    uint64_t until = look_for_late(b); /* also where there is always something else to do */
     while (b->head == NULL && !b->landed && !slow &&
            !(b->stop && b->flights == NULL && b->held == NULL)) {
-        uint64_t now = now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
-        for (const flight *f = b->flights; f != NULL; f = f->next) {
-            if (b->stop) /* who waits for a worker has waited long enough */
-                let_go(f->jobs);
-            until = let_go_late(f->jobs, now, until);
-        }
-        if (b->stop)
-            let_go(b->held);
-        if (b->held != NULL)
-            until = now + POLL_MS;
         if (until == UINT64_MAX)
             pthread_cond_wait(&b->event, &b->lock);
         else
             slow = wait_until(b, until) && b->held != NULL;
+        until = look_for_late(b);
     }
     *b->held_end = b->head;
     if (b->head != NULL)

@@ -52,7 +52,7 @@ typedef struct ts_gpu ts_gpu;
 typedef struct ts_gpu_info {
     char name[96];
     unsigned char uuid[TS_GPU_UUID_BYTES]; /* tells the device to other processes */
-    uint32_t ordinal, multiprocessors;
+    uint32_t ordinal;
     uint64_t total_bytes;
     bool vmm;           /* can export VMM memory as file descriptors */
     size_t granularity; /* of VMM memory */
@@ -123,8 +123,8 @@ typedef struct ts_gpu_launch ts_gpu_launch;
 
 #define TS_GPU_LAUNCHES 32u
 
-/* NULL: all are in use. *left (may be NULL) is how many more there are. */
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left);
+/* NULL: all are in use. */
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu);
 
 /* False while the janitor has work to do: a wait that isn't queued lets it come to that. */
 bool ts_gpu_may_wait(ts_gpu *gpu);

@@ -100,11 +100,9 @@ void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes)
     (void)bytes;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu)
 {
     (void)gpu;
-    if (left != NULL)
-        *left = 0;
     return NULL;
 }
 

@@ -218,25 +218,18 @@ bool ts_gpu_may_wait(ts_gpu *g)
     return true;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, uint32_t *left)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g)
 {
     ts_gpu_launch *l = NULL;
-    uint32_t others = 0;
     pthread_mutex_lock(&g->lock);
-    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
-        if (!g->launches[i].taken) {
-            if (l == NULL)
-                l = &g->launches[i];
-            else
-                others++;
-        }
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES && l == NULL; i++)
+        if (!g->launches[i].taken)
+            l = &g->launches[i];
     if (l != NULL) {
         l->taken = true;
         l->num_ops = 0;
     }
     pthread_mutex_unlock(&g->lock);
-    if (left != NULL)
-        *left = others;
     if (l != NULL && l->joinable)
         pthread_join(l->thread, NULL);
     if (l != NULL)

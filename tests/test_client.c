@@ -341,6 +341,22 @@ static void a_worker_gets_TS_ECONN_when_the_daemon_goes(void **state)
     }
 }
 
+/* What main is sent when a GPU is lost: systemd is to start it again. */
+static void a_daemon_that_lost_its_gpu_ends_with_status_1(void **state)
+{
+    (void)state;
+    daemon_process d;
+    int status;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    kill(d.pid, SIGUSR1);
+    assert_int_equal(waitpid(d.pid, &status, 0), d.pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 1);
+    assert_int_equal(access(d.url, F_OK), -1);
+    assert_int_equal(rmdir(d.folder), 0);
+    alarm(0);
+}
+
 static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
 {
     (void)state;
@@ -430,6 +446,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
+        cmocka_unit_test(a_daemon_that_lost_its_gpu_ends_with_status_1),
         cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

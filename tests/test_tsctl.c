@@ -181,6 +181,19 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
     expect_config("[pool p]\nlayers = 300\n", ":2: layers = 300: the limits are 1..256");
     expect_config("[pool p]\nhead_dim = 16\n", ":2: head_dim = 16: the limits are 32..256");
     expect_config("[pool p]\ndtype = int4\n", ":2: dtype = int4: known are fp32, fp16, bf16");
+    expect_config(POOL "memory = 1M\ndevice = cuda:3\nprovider = cuda-ipc\nkernel = v3\n", NULL);
+    expect_config("[pool p]\ndevice = gpu\n", ":2: device = gpu: known are auto, host and cuda:N");
+    expect_config("[pool p]\ndevice = cuda:0x\n", ":2: device = cuda:0x: known are");
+    expect_config("[pool p]\nkernel = v9\n",
+                  ":2: kernel = v9: known are auto, v1, v2, v3, v4, tile");
+    expect_config(POOL "memory = 1M\ndevice = host\nprovider = cuda-vmm\n",
+                  "pool 'p': provider = cuda-vmm can't be used with device = host");
+    expect_config(POOL "memory = 1M\ndevice = cuda:0\nprovider = host\n",
+                  "pool 'p': provider = host can't be used with device = cuda:0");
+    expect_config(POOL "memory = 1M\nprovider = host\nkernel = v1\n",
+                  "pool 'p': kernel = v1 runs on a GPU, and the pool is in host memory");
+    expect_config("[daemon]\nsubmit_seconds = 0\n",
+                  ":2: submit_seconds = 0: the limits are 1..3600");
     expect_config("nonsense\n", ":1: neither a [section] nor key = value");
     expect_config(POOL, "pool 'p': give either memory or blocks");
     expect_config(POOL "memory = 1M\nblocks = 3\n", "pool 'p': give either memory or blocks");
@@ -194,6 +207,13 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
     assert_has(text, "there is no key 'x' in a [pool]");
     assert_int_equal(
         run(text, sizeof text, TS_DAEMON " --check-config --config " TS_EXAMPLE_CONFIG), 0);
+    /* More devices than any machine has, or none at all. */
+    assert_int_equal(run(text, sizeof text,
+                         TS_DAEMON
+                         " --socket /tmp/tinyserve-test-none --pool p:layers=1,kv_heads=1,"
+                         "head_dim=32,blocks=4,device=cuda:1000 2>&1"),
+                     1);
+    assert_has(text, "pool 'p': ");
 }
 
 int main(void)

@@ -197,7 +197,6 @@ static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
         return ts_gpu_fail(error, "asking for the device's properties", 0, why, why_bytes);
     snprintf(info->name, sizeof info->name, "%.95s", p.name);
     memcpy(info->uuid, &p.uuid, sizeof info->uuid);
-    info->multiprocessors = (uint32_t)p.multiProcessorCount;
     info->total_bytes = p.totalGlobalMem;
     if (gpu->driver.attribute(&vmm, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
                               (CUdevice)info->ordinal) != CUDA_SUCCESS)
@@ -234,17 +233,14 @@ ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_
 /* Of each launch from the start: enough for a decode step of some hundred long sequences. */
 #define STAGING_BYTES ((size_t)1 << 20)
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, uint32_t *left)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu)
 {
     pthread_mutex_lock(&gpu->lock);
     ts_gpu_launch *l = gpu->free_launch;
     if (l != NULL) {
         gpu->free_launch = l->next_free;
-        gpu->num_free--;
         l->done = NULL;
     }
-    if (left != NULL)
-        *left = gpu->num_free;
     pthread_mutex_unlock(&gpu->lock);
     return l;
 }
@@ -255,7 +251,6 @@ static void give_back(ts_gpu_launch *l)
     pthread_mutex_lock(&gpu->lock);
     l->next_free = gpu->free_launch;
     gpu->free_launch = l;
-    gpu->num_free++;
     if (l->waits) {
         l->waits = false;
         gpu->waiting--;

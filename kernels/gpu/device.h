@@ -68,7 +68,6 @@ struct ts_gpu {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     ts_gpu_launch *free_launch; /* under the lock */
-    uint32_t num_free;          /* under the lock */
     uint32_t waiting;           /* under the lock: launches that wait for workers */
     ts_gpu_chore *chores;       /* under the lock; the newest first */
     bool cleaning, stop;        /* under the lock */

@@ -163,8 +163,9 @@ def test_batches_may_be_numpy_arrays(client):
             assert step.tokens == 3
         with pytest.raises(ValueError, match="5 sequences, but 4 new_tokens"):
             kv.step(seqs, [1, 1, 1, 1])
-        with pytest.raises(OverflowError, match="-1 doesn't fit into 32 bits"):
-            kv.step(seqs[:1], [-1])
+        for negative in ([-1], np.array([-1], dtype=np.int32)):
+            with pytest.raises(OverflowError, match="-1 doesn't fit into 32 bits"):
+                kv.step(seqs[:1], negative)
 
 
 def test_a_writable_pool_takes_appended_rows(start_daemon):

@@ -46,7 +46,7 @@ def _array(ctype: type, values: Iterable[int]) -> Any:
     """A C array of the numbers; a contiguous NumPy array of the right type is not copied."""
     interface = getattr(values, "__array_interface__", None)
     size = ctypes.sizeof(ctype)
-    if interface is not None and interface["typestr"] in (f"<u{size}", f"<i{size}") and \
+    if interface is not None and interface["typestr"] == f"<u{size}" and \
             interface.get("strides") is None and len(interface["shape"]) == 1:
         pointer = ctypes.cast(interface["data"][0], POINTER(ctype))
         pointer.keeps = values  # type: ignore[attr-defined]

@@ -1,0 +1,192 @@
+/*
+ * Vectors of VL floats for attention_kernel.inc.h (GCC's and Clang's vector extensions): loads from
+ * a cache of any type, sums and maxima over lanes, exp2. The including file defines VL, FMA(a,b,c)
+ * and, where the hardware converts fp16, LOAD_FP16(p).
+ */
+#include "attention_item.h"
+
+#include <math.h>
+#include <string.h>
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOG2E 1.4426950408889634f
+
+/* Index lists for the reduction: lane l of the result takes from x, or from y (+VL), the lane
+ * itself (KEEP) or its partner across bit s (SWAP). */
+#define KEEP(l, s) ((l) & (s) ? VL + (l) : (l))
+#define SWAP(l, s) ((l) & (s) ? VL + ((l) ^ (s)) : ((l) ^ (s)))
+#define PARTNER(l, s) ((l) ^ (s))
+#define LIST4(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#define LIST8(f, s) LIST4(f, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#define LIST16(f, s)                                                                               \
+    LIST8(f, s), f(8, s), f(9, s), f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#if VL == 16
+#define LIST(f, s) LIST16(f, s)
+#elif VL == 8
+#define LIST(f, s) LIST8(f, s)
+#else
+#define LIST(f, s) LIST4(f, s)
+#endif
+
+INLINE vf load(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE vf broadcast(float x)
+{
+    return x - (vf){0}; /* exact, so it is a plain broadcast */
+}
+
+INLINE vf choose(vi mask, vf yes, vf no)
+{
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+INLINE vf maximum(vf a, vf b)
+{
+    return choose(a > b, a, b);
+}
+
+#ifndef LOAD_UINT16
+INLINE vu load_uint16(const void *p)
+{
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, vu);
+}
+#define LOAD_UINT16(p) load_uint16(p)
+#endif
+
+#ifndef LOAD_FP16
+INLINE vf load_fp16(const void *p)
+{
+    vu bits = LOAD_UINT16(p);
+    vu sign = (bits & 0x8000u) << 16, u = (bits & 0x7fffu) << 13;
+    vf subnormal = (vf)(u + 0x38800000u) - 6.103515625e-05f;
+    vu finite = (vu)choose((vi)(u < 0x00800000u), subnormal, (vf)(u + 0x38000000u));
+    return (vf)(sign | (vu)choose((vi)(u >= 0x0f800000u), (vf)(u + 0x70000000u), (vf)finite));
+}
+#define LOAD_FP16(p) load_fp16(p)
+#endif
+
+/*
+ * bf16 rows that are whole pairs of vectors are not widened lane by lane: of 2 * VL elements the
+ * even ones make the first vector (a shift) and the odd ones the second (a mask), one instruction
+ * each. q and acc rows are kept in that order too (place_of), so no sum ever notices.
+ */
+#define BF16_PAIRS ((ts_dtype)100)
+
+static uint32_t place_of(ts_dtype dtype, uint32_t d)
+{
+    return dtype == BF16_PAIRS ? d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2 : d;
+}
+
+/* VL elements from place d of a cache row, as floats. */
+INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
+{
+    if (dtype == BF16_PAIRS) {
+        vu pairs;
+        memcpy(&pairs, row + 2 * (size_t)(d / (2 * VL) * (2 * VL)), sizeof pairs);
+        return (vf)(d % (2 * VL) == 0 ? pairs << 16 : pairs & 0xffff0000u);
+    }
+    if (dtype == TS_DTYPE_FP32)
+        return load((const float *)(const void *)row + d);
+    if (dtype == TS_DTYPE_FP16)
+        return LOAD_FP16(row + 2 * (size_t)d);
+    return (vf)(LOAD_UINT16(row + 2 * (size_t)d) << 16);
+}
+
+/* The same for the last n < VL elements of a row, then zeros: nothing behind the row is read. */
+INLINE vf load_cache_tail(ts_dtype dtype, const unsigned char *row, uint32_t d, uint32_t n)
+{
+    size_t bytes = ts_dtype_bytes(dtype);
+    unsigned char buffer[VL * 4] = {0};
+    memcpy(buffer, row + d * bytes, n * bytes);
+    return load_cache(dtype, buffer, 0);
+}
+
+/* Lane l of the result is the sum of sums[l]'s lanes. Each sum is the same tree of additions. */
+INLINE vf reduce(vf *sums)
+{
+#define STAGE(s)                                                                                   \
+    _Pragma("GCC unroll 16") for (int i = 0; i < (s); i++)                                         \
+    {                                                                                              \
+        vf x = sums[i], y = sums[i + (s)];                                                         \
+        sums[i] = __builtin_shufflevector(x, y, LIST(KEEP, s)) +                                   \
+                  __builtin_shufflevector(x, y, LIST(SWAP, s));                                    \
+    }
+#if VL >= 16
+    STAGE(8)
+#endif
+#if VL >= 8
+    STAGE(4)
+#endif
+    STAGE(2)
+    STAGE(1)
+#undef STAGE
+    return sums[0];
+}
+
+INLINE float reduce_max(vf v)
+{
+#if VL >= 16
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 8)));
+#endif
+#if VL >= 8
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 4)));
+#endif
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 2)));
+    v = maximum(v, __builtin_shufflevector(v, v, LIST(PARTNER, 1)));
+    return v[0];
+}
+
+INLINE float reduce_sum(vf v)
+{
+#if VL >= 16
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 8));
+#endif
+#if VL >= 8
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 4));
+#endif
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 2));
+    v += __builtin_shufflevector(v, v, LIST(PARTNER, 1));
+    return v[0];
+}
+
+/* 2^x for x <= 0, within 2 ulp; 0 below -126. */
+INLINE vf exp2_negative(vf x)
+{
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    vi zero = x < -126.0f;
+    x = choose(zero, (vf){0}, x);
+    vf shifted = x + magic;
+    vf f = x - (shifted - magic);
+    vf p = broadcast(1.5252733804059838e-05f);
+    p = FMA(p, f, broadcast(1.5403530393381608e-04f));
+    p = FMA(p, f, broadcast(1.3333558146428443e-03f));
+    p = FMA(p, f, broadcast(9.6181291076284770e-03f));
+    p = FMA(p, f, broadcast(5.5504108664821580e-02f));
+    p = FMA(p, f, broadcast(2.4022650695910070e-01f));
+    p = FMA(p, f, broadcast(6.9314718055994530e-01f));
+    p = FMA(p, f, broadcast(1.0f));
+    vf scaled = (vf)((vu)p + ((vu)shifted << 23));
+    return (vf)(~zero & (vi)scaled);
+}
+
+static float exp2_scalar(float x)
+{
+    return exp2_negative(broadcast(x))[0];
+}
