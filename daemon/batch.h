@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "exchange.h"
+#include "gpu.h"
 
 #include <stdatomic.h>
 
@@ -25,7 +26,8 @@ typedef struct ts_job {
     uint32_t num_seqs, heads;
     ts_dtype io_dtype;
     ts_attention_variant variant;
-    ts_kernel kernel; /* on a GPU */
+    ts_kernel kernel;   /* on a GPU */
+    ts_gpu_plan **plan; /* on a GPU: the step's, which the first of its runs makes */
     /* on a GPU: the attend starts when run number `order` was submitted and the one before it is
      * done; NULL: at once */
     ts_signals_page *signals;

@@ -34,7 +34,7 @@ struct ts_gpu_batch {
     bool lost;            /* under the lock: the device failed */
     char why[TS_GPU_WHY_BYTES + 128];
     ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
-    ts_attention_seq *seqs;   /* the thread's own: of a launch that joins jobs */
+    ts_gpu_run *parts;        /* the thread's own: of a launch */
     size_t capacity;
     uint32_t *words, *words_there; /* completed runs of each session */
     size_t words_bytes;
@@ -129,49 +129,62 @@ static void land(void *arg, ts_status status, const char *why)
 
 /* ---- launching ---- */
 
-static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, bool wait)
+/* Room for what a launch of all these jobs needs. */
+static bool reserve_parts(ts_gpu_batch *b, const ts_job *jobs)
 {
-    size_t total = 0;
-    ts_status status = TS_OK;
+    size_t count = 0;
+    for (; jobs != NULL; jobs = jobs->next)
+        count++;
+    if (count <= b->capacity)
+        return true;
+    free(b->parts);
+    b->parts = malloc(2 * count * sizeof *b->parts);
+    b->capacity = b->parts == NULL ? 0 : 2 * count;
+    return b->parts != NULL;
+}
+
+/* Why it fails is in `why`. */
+static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, bool wait, char *why,
+                              size_t why_bytes)
+{
+    ts_status status = reserve_parts(b, jobs) ? TS_OK : TS_ENOMEM;
+    if (status != TS_OK) {
+        snprintf(why, why_bytes, "no memory for a launch");
+        return status;
+    }
+    uint32_t count = 0;
     for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next) {
-        total += job->num_seqs;
-        if (wait) {
-            status = ts_gpu_launch_wait(l, &job->signals->there->submitted, job->order);
-            if (status == TS_OK)
-                status = ts_gpu_launch_wait(l, job->signals->done_there, job->order - 1);
-        }
+        if (*job->plan == NULL)
+            status = ts_gpu_plan_new(b->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel,
+                                     job->seqs, job->num_seqs, job->plan, why, why_bytes);
+        const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
+        b->parts[count++] = (ts_gpu_run){.plan = *job->plan,
+                                         .layer = s->layer,
+                                         .q = s->q,
+                                         .k = s->k,
+                                         .v = s->v,
+                                         .out = s->out,
+                                         .sinks = s->sinks,
+                                         .alibi = s->alibi,
+                                         .lse = s->lse};
     }
     if (status != TS_OK)
         return status;
-    ts_attention_call call = {.geometry = jobs->geometry,
-                              .base = jobs->base,
-                              .heads = jobs->heads,
-                              .io_dtype = jobs->io_dtype,
-                              .variant = jobs->variant,
-                              .seqs = jobs->seqs,
-                              .num_seqs = (uint32_t)total};
-    if (jobs->next != NULL) {
-        if (total > b->capacity) {
-            free(b->seqs);
-            b->seqs = malloc(total * sizeof *b->seqs);
-            b->capacity = b->seqs == NULL ? 0 : total;
-        }
-        if (b->seqs == NULL)
-            return TS_ENOMEM;
-        size_t at = 0;
-        for (const ts_job *job = jobs; job != NULL; job = job->next) {
-            memcpy(b->seqs + at, job->seqs, job->num_seqs * sizeof *b->seqs);
-            at += job->num_seqs;
-        }
-        call.seqs = b->seqs;
+    for (const ts_job *job = jobs; job != NULL && wait && status == TS_OK; job = job->next) {
+        status = ts_gpu_launch_wait(l, &job->signals->there->submitted, job->order);
+        if (status == TS_OK)
+            status = ts_gpu_launch_wait(l, job->signals->done_there, job->order - 1);
     }
-    status = ts_gpu_launch_attend(l, &call, jobs->kernel);
+    if (status == TS_OK)
+        status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, b->parts, count);
     for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next)
         if (job->signals != NULL) {
             status = ts_gpu_launch_signal(l, job->signals->done_there, job->order);
             if (status == TS_OK)
                 status = ts_gpu_launch_signal(l, &job->signals->there->completed, job->order);
         }
+    if (status != TS_OK)
+        snprintf(why, why_bytes, "%s", ts_gpu_launch_why(l));
     return status;
 }
 
@@ -184,11 +197,15 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
         free(f);
         return false;
     }
-    ts_status status =
-        jobs->num_copies > 0
-            ? ts_gpu_launch_copies(l, jobs->base, ts_geometry_block_bytes(&jobs->geometry),
-                                   jobs->copies, jobs->num_copies)
-            : queue_attend(b, l, jobs, wait);
+    char why[TS_GPU_WHY_BYTES];
+    ts_status status;
+    if (jobs->num_copies > 0) {
+        status = ts_gpu_launch_copies(l, jobs->base, ts_geometry_block_bytes(&jobs->geometry),
+                                      jobs->copies, jobs->num_copies);
+        snprintf(why, sizeof why, "%s", ts_gpu_launch_why(l));
+    } else {
+        status = queue_attend(b, l, jobs, wait, why, sizeof why);
+    }
     if (jobs->num_copies == 0) {
         uint64_t count = 0;
         for (const ts_job *job = jobs; job != NULL; job = job->next)
@@ -197,8 +214,6 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
         atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
     }
     if (status != TS_OK) {
-        char why[TS_GPU_WHY_BYTES];
-        snprintf(why, sizeof why, "%s", ts_gpu_launch_why(l));
         (void)ts_gpu_launch_finish(l, NULL, NULL);
         free(f);
         tell(jobs, status, why);
@@ -447,7 +462,7 @@ void ts_gpu_batch_free(ts_gpu_batch *b)
     ts_gpu_unpin_unmap(b->gpu, b->words, b->words_bytes);
     pthread_cond_destroy(&b->event);
     pthread_mutex_destroy(&b->lock);
-    free(b->seqs);
+    free(b->parts);
     free(b);
 }
 

@@ -15,9 +15,59 @@ typedef struct service_job {
     uint64_t request_id, step;
     uint32_t pipe, layer;
     ts_exchange *exchange;
+    ts_step_plan *plan;   /* on a GPU, of a run */
     unsigned char *reply; /* to a begun step; NULL for a run, whose reply is empty */
     size_t reply_size;
 } service_job;
+
+/* What attends of a step need on a GPU, made by the first of its runs (gpu.h). */
+struct ts_step_plan {
+    uint64_t step;
+    uint32_t users; /* jobs, and the service's table */
+    ts_gpu_plan *plan;
+};
+
+static void release_plan(ts_step_plan *p)
+{
+    if (p == NULL || --p->users > 0)
+        return;
+    ts_gpu_plan_free(p->plan);
+    free(p);
+}
+
+/* The step's plan, to be released; NULL: out of memory. The one of an earlier step in the same
+ * place is given up. */
+static ts_step_plan *plan_of(ts_service *s, const ts_step *step)
+{
+    uint32_t index = (uint32_t)step->id;
+    if (index >= s->num_step_plans) {
+        uint32_t count = (index + 1) * 2;
+        ts_step_plan **grown = realloc(s->step_plans, count * sizeof *grown);
+        if (grown == NULL)
+            return NULL;
+        memset(grown + s->num_step_plans, 0, (count - s->num_step_plans) * sizeof *grown);
+        s->step_plans = grown;
+        s->num_step_plans = count;
+    }
+    ts_step_plan **place = &s->step_plans[index];
+    if (*place == NULL || (*place)->step != step->id) {
+        ts_step_plan *p = malloc(sizeof *p);
+        if (p == NULL)
+            return NULL;
+        *p = (ts_step_plan){.step = step->id, .users = 1};
+        release_plan(*place);
+        *place = p;
+    }
+    (*place)->users++;
+    return *place;
+}
+
+void ts_jobs_fini(ts_service *s)
+{
+    for (uint32_t i = 0; i < s->num_step_plans; i++)
+        release_plan(s->step_plans[i]);
+    free(s->step_plans);
+}
 
 static void job_done(ts_job *job)
 {
@@ -56,6 +106,7 @@ static void finish_job(ts_work *work, void *service)
                (int)j->layer, j->job.why);
     ts_exchange_release(j->exchange);
     ts_signals_release(j->job.signals);
+    release_plan(j->plan);
     if (j->request != NULL)
         reply_to_job(s, j);
     free(j->job.copies);
@@ -169,6 +220,15 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_
         job_new(s, c, request, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
     if (j == NULL)
         return false;
+    if (j->gpu != NULL) {
+        j->plan = plan_of(s, step);
+        if (j->plan == NULL) {
+            free(memory);
+            free(j);
+            return false;
+        }
+        j->job.plan = &j->plan->plan;
+    }
     const Tspb__StepRun *run = request->message->step_run;
     ts_attention_seq *seqs = memory;
     const ts_geometry *g = &j->job.geometry;

@@ -24,4 +24,7 @@ bool ts_jobs_run(ts_service *service, ts_connection *c, ts_request *request,
 bool ts_jobs_copy(ts_service *service, ts_connection *c, ts_request *request,
                   const ts_answer *begun, const Tspb__Reply *reply);
 
+/* Gives up what is kept for steps. No job is under way. */
+void ts_jobs_fini(ts_service *service);
+
 #endif

@@ -605,6 +605,7 @@ void ts_service_fini(ts_service *s)
         }
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(s->memory[i]);
+    ts_jobs_fini(s);
     for (uint32_t i = 0; i < s->num_gpus; i++)
         ts_gpu_close(s->gpus[i].gpu);
     ts_engine_free(s->engine);

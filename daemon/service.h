@@ -61,6 +61,8 @@ typedef struct ts_service_gpu {
     ts_gpu_batch *batch;
 } ts_service_gpu;
 
+typedef struct ts_step_plan ts_step_plan; /* jobs.c */
+
 typedef struct ts_service {
     ts_queue queue;
     ts_engine *engine;
@@ -70,7 +72,9 @@ typedef struct ts_service {
     ts_service_gpu gpus[TS_GPUS_MAX];
     uint32_t num_gpus;
     const ts_service_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
-    ts_request *waiting;                        /* commits and aborts, for their step's runs */
+    ts_step_plan **step_plans;                  /* by a step's index; NULL: none yet */
+    uint32_t num_step_plans;
+    ts_request *waiting; /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     char handle_path[128];

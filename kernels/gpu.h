@@ -34,7 +34,9 @@ typedef enum ts_kernel {
     TS_KERNEL_V2,
     TS_KERNEL_V3,
     TS_KERNEL_V4,
+    TS_KERNEL_V5,
     TS_KERNEL_TILE,
+    TS_KERNEL_MMA,
     TS_KERNEL_COUNT
 } ts_kernel;
 
@@ -117,11 +119,42 @@ ts_status ts_gpu_pin(ts_gpu *gpu, void *host, size_t bytes, void **device, char 
 /* Undoes it some time later, then unmaps the host memory with munmap. */
 void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes);
 
+/* ---- plans ---- */
+
+/*
+ * What attention over a batch of sequences needs beside its data, the same for every layer: block
+ * tables and how the work is split, on the device. How a sequence's work is split depends on its
+ * own lengths alone, so its results have the same bits in any batch.
+ */
+typedef struct ts_gpu_plan ts_gpu_plan;
+
+/* Of the sequences, blocks, kv_tokens and q_tokens are read; the rest comes with each run. `heads`
+ * query heads. TS_EINVAL: the kernel can't do this geometry; TS_ENOMEM, TS_EDEVICE. */
+ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                          ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
+                          uint32_t num_seqs, ts_gpu_plan **out, char *why, size_t why_bytes);
+
+/* No launch may use it any more. */
+void ts_gpu_plan_free(ts_gpu_plan *plan);
+
+/* One layer of a planned batch. Rows of q, k, v, out and lse: the sequences' query tokens, one
+ * sequence after the other (attention.h). */
+typedef struct ts_gpu_run {
+    const ts_gpu_plan *plan;
+    uint32_t layer;
+    const void *q, *k, *v; /* k NULL: the new tokens are in the cache */
+    void *out;
+    const float *sinks, *alibi; /* [heads]; NULL: none */
+    float *lse;                 /* NULL: isn't wanted */
+} ts_gpu_run;
+
 /* ---- launches ---- */
 
 typedef struct ts_gpu_launch ts_gpu_launch;
 
-#define TS_GPU_LAUNCHES 32u
+/* With the device's own streams fewer than the 32 hardware queues there are: streams that share one
+ * wait for each other, and a launch may wait for a worker. */
+#define TS_GPU_LAUNCHES 28u
 
 /* NULL: all are in use. */
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu);
@@ -137,12 +170,13 @@ ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32
 ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, uint32_t *word, uint32_t value);
 
 /*
- * Writes every sequence's new K and V (where given), then attends, as ts_attention_run does; q, k,
- * v, out and the call's base are the device's addresses, block tables are the host's and are read
- * before this returns.
+ * Writes every run's new K and V (where given), then attends, as ts_attention_run does. The plans
+ * are alike in geometry, heads, io_dtype and kernel; they and the memory stay as they are until the
+ * launch is done. Addresses are the device's.
  */
-ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, const ts_attention_call *call,
-                               ts_kernel kernel);
+ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, unsigned char *base,
+                               const ts_attention_variant *variant, const ts_gpu_run *runs,
+                               uint32_t num_runs);
 
 /* Copies whole blocks. No dst may be another copy's src or dst. */
 ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_t block_bytes,
@@ -156,6 +190,9 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
 ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
                                void (*done)(void *arg, ts_status status, const char *why),
                                void *arg);
+
+/* Its cudaStream_t: to time what is queued. */
+void *ts_gpu_launch_stream(ts_gpu_launch *launch);
 
 /* Why the last call on this launch failed: a CUDA error's name, or a sentence. */
 const char *ts_gpu_launch_why(const ts_gpu_launch *launch);

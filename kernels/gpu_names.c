@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char *const names[] = {"auto", "v1", "v2", "v3", "v4", "tile"};
+static const char *const names[] = {"auto", "v1", "v2", "v3", "v4", "v5", "tile", "mma"};
 
 _Static_assert(sizeof names / sizeof *names == TS_KERNEL_COUNT, "a name for each kernel");
 
@@ -23,11 +23,17 @@ ts_kernel ts_kernel_find(const char *name)
 ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, size_t why_bytes)
 {
     size_t row = g->head_dim * ts_dtype_bytes(g->dtype);
-    if (kernel != TS_KERNEL_V4 || row % 16 == 0)
+    if (kernel == TS_KERNEL_MMA && g->dtype == TS_DTYPE_FP32) {
+        snprintf(why, why_bytes, "kernel mma multiplies 16-bit elements; the cache is %s",
+                 ts_dtype_name(g->dtype));
+        return TS_EINVAL;
+    }
+    bool vectors = kernel == TS_KERNEL_V4 || kernel == TS_KERNEL_V5 || kernel == TS_KERNEL_MMA;
+    if (!vectors || row % 16 == 0)
         return TS_OK;
     snprintf(why, why_bytes,
-             "kernel v4 loads rows of K and V as 16-byte vectors; a row of head_dim %u in %s has "
+             "kernel %s loads rows of K and V as 16-byte vectors; a row of head_dim %u in %s has "
              "%zu bytes",
-             g->head_dim, ts_dtype_name(g->dtype), row);
+             names[kernel], g->head_dim, ts_dtype_name(g->dtype), row);
     return TS_EINVAL;
 }

@@ -125,12 +125,34 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, uint32_t *word, uint32_t v
     return ts_gpu_launch_wait(launch, word, value);
 }
 
-ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, const ts_attention_call *call,
-                               ts_kernel kernel)
+ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                          ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
+                          uint32_t num_seqs, ts_gpu_plan **out, char *why, size_t why_bytes)
+{
+    (void)geometry;
+    (void)heads;
+    (void)io_dtype;
+    (void)kernel;
+    (void)seqs;
+    (void)num_seqs;
+    *out = NULL;
+    return ts_gpu_health(gpu, why, why_bytes);
+}
+
+void ts_gpu_plan_free(ts_gpu_plan *plan)
+{
+    (void)plan;
+}
+
+ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, unsigned char *base,
+                               const ts_attention_variant *variant, const ts_gpu_run *runs,
+                               uint32_t num_runs)
 {
     (void)launch;
-    (void)call;
-    (void)kernel;
+    (void)base;
+    (void)variant;
+    (void)runs;
+    (void)num_runs;
     return TS_EDEVICE;
 }
 
@@ -153,6 +175,12 @@ ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
     (void)done;
     (void)arg;
     return TS_EDEVICE;
+}
+
+void *ts_gpu_launch_stream(ts_gpu_launch *launch)
+{
+    (void)launch;
+    return NULL;
 }
 
 const char *ts_gpu_launch_why(const ts_gpu_launch *launch)

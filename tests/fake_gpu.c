@@ -258,14 +258,93 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, uint32_t *word, uint32_t value)
     return TS_OK;
 }
 
-ts_status ts_gpu_launch_attend(ts_gpu_launch *l, const ts_attention_call *call, ts_kernel kernel)
+struct ts_gpu_plan {
+    ts_geometry geometry;
+    uint32_t heads, num_seqs;
+    ts_dtype io_dtype;
+    ts_kernel kernel;
+    ts_attention_seq *seqs;
+    uint32_t *tables;
+};
+
+ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
+                          ts_kernel kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
+                          ts_gpu_plan **out, char *why, size_t why_bytes)
+{
+    (void)why;
+    (void)why_bytes;
+    ts_gpu_plan *p = malloc(sizeof *p);
+    size_t entries = 0;
+    for (uint32_t i = 0; i < num_seqs; i++)
+        entries += (seqs[i].kv_tokens + geometry->block_tokens - 1) / geometry->block_tokens;
+    *p = (ts_gpu_plan){.geometry = *geometry,
+                       .heads = heads,
+                       .io_dtype = io_dtype,
+                       .num_seqs = num_seqs,
+                       .kernel = kernel,
+                       .seqs = malloc(num_seqs * sizeof *seqs),
+                       .tables = malloc(entries * sizeof(uint32_t))};
+    uint32_t *table = p->tables;
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        uint32_t count = (seqs[i].kv_tokens + geometry->block_tokens - 1) / geometry->block_tokens;
+        memcpy(table, seqs[i].blocks, count * sizeof *table);
+        p->seqs[i] = (ts_attention_seq){
+            .blocks = table, .kv_tokens = seqs[i].kv_tokens, .q_tokens = seqs[i].q_tokens};
+        table += count;
+    }
+    pthread_mutex_lock(&g->lock);
+    g->log.plans++;
+    pthread_mutex_unlock(&g->lock);
+    *out = p;
+    return TS_OK;
+}
+
+void ts_gpu_plan_free(ts_gpu_plan *p)
+{
+    if (p == NULL)
+        return;
+    free(p->seqs);
+    free(p->tables);
+    free(p);
+}
+
+ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
+                               const ts_attention_variant *variant, const ts_gpu_run *runs,
+                               uint32_t num_runs)
 {
     ts_gpu *g = l->gpu;
     op *o = add(l);
-    *o = (op){.kind = OP_ATTEND, .call = *call};
-    o->seqs = malloc(call->num_seqs * sizeof *o->seqs);
-    memcpy(o->seqs, call->seqs, call->num_seqs * sizeof *o->seqs);
-    o->call.seqs = o->seqs;
+    uint32_t total = 0;
+    for (uint32_t i = 0; i < num_runs; i++)
+        total += runs[i].plan->num_seqs;
+    o->kind = OP_ATTEND;
+    o->seqs = malloc(total * sizeof *o->seqs);
+    o->call = (ts_attention_call){.geometry = runs[0].plan->geometry,
+                                  .base = base,
+                                  .heads = runs[0].plan->heads,
+                                  .io_dtype = runs[0].plan->io_dtype,
+                                  .variant = *variant,
+                                  .seqs = o->seqs,
+                                  .num_seqs = total};
+    ts_attention_seq *to = o->seqs;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        const ts_gpu_run *r = &runs[i];
+        size_t row = 0, bytes = o->call.geometry.head_dim * ts_dtype_bytes(o->call.io_dtype);
+        size_t q_bytes = bytes * o->call.heads, k_bytes = bytes * o->call.geometry.kv_heads;
+        for (uint32_t j = 0; j < r->plan->num_seqs; j++) {
+            *to = r->plan->seqs[j];
+            to->layer = r->layer;
+            to->q = (const unsigned char *)r->q + row * q_bytes;
+            to->k = r->k == NULL ? NULL : (const unsigned char *)r->k + row * k_bytes;
+            to->v = (const unsigned char *)r->v + row * k_bytes;
+            to->out = (unsigned char *)r->out + row * q_bytes;
+            to->sinks = r->sinks;
+            to->alibi = r->alibi;
+            to->lse = r->lse == NULL ? NULL : r->lse + row * o->call.heads;
+            row += to->q_tokens;
+            to++;
+        }
+    }
     pthread_mutex_lock(&g->lock);
     while (g->shut) {
         g->at_gate = true;
@@ -273,8 +352,8 @@ ts_status ts_gpu_launch_attend(ts_gpu_launch *l, const ts_attention_call *call, 
         pthread_cond_wait(&g->changed, &g->lock);
     }
     g->at_gate = false;
-    g->log.sequences = call->num_seqs;
-    g->log.kernel = kernel;
+    g->log.sequences = total;
+    g->log.kernel = runs[0].plan->kernel;
     pthread_mutex_unlock(&g->lock);
     return TS_OK;
 }
@@ -369,6 +448,12 @@ ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
     if (pthread_create(&l->thread, NULL, launch_main, l) != 0)
         abort();
     return TS_OK;
+}
+
+void *ts_gpu_launch_stream(ts_gpu_launch *l)
+{
+    (void)l;
+    return NULL;
 }
 
 const char *ts_gpu_launch_why(const ts_gpu_launch *l)

@@ -26,6 +26,7 @@ typedef struct test_job {
     ts_job job; /* first */
     ts_attention_seq seq;
     uint32_t table[1];
+    ts_gpu_plan *plan;
     float q[DIM], k[DIM], v[DIM], out[DIM];
     sem_t done;
 } test_job;
@@ -57,6 +58,7 @@ static void job_init(test_job *t, ts_signals_page *signals, uint32_t order)
                       .seqs = &t->seq,
                       .num_seqs = 1,
                       .heads = 1,
+                      .plan = &t->plan,
                       .io_dtype = TS_DTYPE_FP32,
                       .variant.scale = 1,
                       .signals = signals,
@@ -68,6 +70,8 @@ static void await_job(test_job *t)
 {
     while (sem_wait(&t->done) != 0)
         ;
+    ts_gpu_plan_free(t->plan);
+    t->plan = NULL;
 }
 
 static void await_good(test_job *t)
@@ -263,8 +267,10 @@ static void a_batch_that_ends_lets_go_whoever_waits(void **state)
     }
     fake_gpu_await_waiting(r.gpu, 4);
     rig_free(&r);
-    for (uint32_t i = 0; i < 6; i++)
+    for (uint32_t i = 0; i < 6; i++) {
         assert_true(is_done(&jobs[i]));
+        await_job(&jobs[i]);
+    }
 }
 
 static void a_lost_device_fails_every_job_and_is_told_once(void **state)
@@ -536,6 +542,7 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
             assert_int_equal(answer(&more[i])->status, TS_OK);
     }
     fake_gpu_await_waiting(gpu, 4);
+    assert_int_equal(fake_gpu_read(gpu).plans, 2); /* one for each step, not for each run */
     assert_false(is_answered(&more[4]));
     ts_pipe_event *event = calloc(1, sizeof *event);
     *event = (ts_pipe_event){.work = {.run = ts_service_pipe_removed}, .pipe = 1};

@@ -1,27 +1,17 @@
 /*
- * From a call as the daemon has it to launches: the sequences' block tables and lists of work items
- * go to the device in one copy, then the new K and V are written, then the kernels run. Which
- * kernel a sequence gets depends on its own shape alone, so its result has the same bits in any
- * company.
+ * From runs of planned batches to launches: each list of the plans' items is one kernel launch for
+ * up to GPU_RUNS runs.
  */
 #include "common.cuh"
 
 extern "C" {
-#include "device.h"
+#include "plan.h"
 }
 
 #include <string.h>
 
 namespace
 {
-
-#define TILE_QUERIES 4u /* from so many query tokens on, `auto` takes the tile kernel */
-
-/* Where things lie in the staging memory, in bytes. */
-struct plan {
-    size_t seqs, append, decode, tiles, tables, bytes;
-    uint32_t num_append, num_decode, num_tiles;
-};
 
 divisor divisor_of(uint32_t d)
 {
@@ -31,154 +21,147 @@ divisor divisor_of(uint32_t d)
     return divisor{d, (uint32_t)((((uint64_t)1 << (31 + log)) + d - 1) / d), 31 + log};
 }
 
-uint32_t blocks_of(const ts_attention_call *call, const ts_attention_seq *s)
+gpu_call call_of(const ts_gpu_plan *p, unsigned char *base, const ts_attention_variant *variant)
 {
-    return (s->kv_tokens + call->geometry.block_tokens - 1) / call->geometry.block_tokens;
-}
-
-/* Query tokens of one tile. */
-uint32_t tile_tokens(const ts_attention_call *call)
-{
-    uint32_t group = call->heads / call->geometry.kv_heads;
-    return group < TILE_ROWS ? TILE_ROWS / group : 1;
-}
-
-bool takes_tiles(const ts_attention_seq *s, ts_kernel kernel)
-{
-    return kernel == TS_KERNEL_TILE || (kernel == TS_KERNEL_AUTO && s->q_tokens >= TILE_QUERIES);
-}
-
-plan make_plan(const ts_attention_call *call, ts_kernel kernel)
-{
-    plan p = {};
-    size_t entries = 0;
-    uint32_t per_tile = tile_tokens(call);
-    for (uint32_t i = 0; i < call->num_seqs; i++) {
-        const ts_attention_seq *s = &call->seqs[i];
-        entries += blocks_of(call, s);
-        p.num_append += s->k != NULL ? s->q_tokens : 0;
-        if (takes_tiles(s, kernel))
-            p.num_tiles += (s->q_tokens + per_tile - 1) / per_tile;
-        else
-            p.num_decode += s->q_tokens;
-    }
-    p.append = p.seqs + call->num_seqs * sizeof(gpu_seq);
-    p.decode = p.append + p.num_append * sizeof(uint2);
-    p.tiles = p.decode + p.num_decode * sizeof(uint2);
-    p.tables = p.tiles + p.num_tiles * sizeof(uint2);
-    p.bytes = p.tables + entries * sizeof(uint32_t);
-    return p;
-}
-
-/* Fills the staging memory; device addresses in it start at `device`. */
-void fill(const ts_attention_call *call, ts_kernel kernel, const plan &p, unsigned char *host,
-          const unsigned char *device)
-{
-    gpu_seq *seqs = (gpu_seq *)(host + p.seqs);
-    uint2 *append = (uint2 *)(host + p.append), *decode = (uint2 *)(host + p.decode);
-    uint2 *tiles = (uint2 *)(host + p.tiles);
-    uint32_t *table = (uint32_t *)(host + p.tables);
-    uint32_t per_tile = tile_tokens(call);
-    for (uint32_t i = 0; i < call->num_seqs; i++) {
-        const ts_attention_seq *s = &call->seqs[i];
-        uint32_t blocks = blocks_of(call, s);
-        seqs[i] = gpu_seq{(const uint32_t *)(device + ((unsigned char *)table - host)),
-                          s->q,
-                          s->k,
-                          s->v,
-                          s->out,
-                          s->sinks,
-                          s->alibi,
-                          s->lse,
-                          s->kv_tokens,
-                          s->q_tokens,
-                          s->layer};
-        memcpy(table, s->blocks, blocks * sizeof *table);
-        table += blocks;
-        for (uint32_t q = 0; s->k != NULL && q < s->q_tokens; q++)
-            *append++ = make_uint2(i, q);
-        if (takes_tiles(s, kernel))
-            for (uint32_t q = 0; q < s->q_tokens; q += per_tile)
-                *tiles++ = make_uint2(i, q);
-        else
-            for (uint32_t q = 0; q < s->q_tokens; q++)
-                *decode++ = make_uint2(i, q);
-    }
-}
-
-gpu_call call_of(const ts_attention_call *call, const plan &p, const unsigned char *device)
-{
-    const ts_geometry *g = &call->geometry;
+    const ts_geometry *g = &p->geometry;
     gpu_call c = {};
-    c.base = call->base;
+    c.base = base;
     c.block_bytes = ts_geometry_block_bytes(g);
     c.plane_bytes = ts_geometry_plane_bytes(g);
     c.token_stride = ts_geometry_token_stride(g);
     c.head_stride = ts_geometry_head_stride(g);
-    c.seqs = (const gpu_seq *)(device + p.seqs);
-    c.heads = call->heads;
+    c.heads = p->heads;
     c.kv_heads = g->kv_heads;
-    c.group = call->heads / g->kv_heads;
+    c.group = p->heads / g->kv_heads;
     c.head_dim = g->head_dim;
     c.block_tokens = divisor_of(g->block_tokens);
-    c.io_fp32 = call->io_dtype == TS_DTYPE_FP32;
-    c.scale_log2 = call->variant.scale * 1.4426950408889634f;
-    c.cap_log2 = call->variant.soft_cap * 1.4426950408889634f;
-    c.window = call->variant.window;
+    c.io_fp32 = p->io_dtype == TS_DTYPE_FP32;
+    c.io_bytes = (uint32_t)ts_dtype_bytes(p->io_dtype);
+    c.cache_bytes = (uint32_t)ts_dtype_bytes(g->dtype);
+    c.scale_log2 = variant->scale * 1.4426950408889634f;
+    c.cap_log2 = variant->soft_cap * 1.4426950408889634f;
+    c.window = variant->window;
     return c;
 }
 
-cudaError_t launch_decode(const gpu_call &c, const ts_geometry *g, ts_kernel kernel,
-                          cudaStream_t stream)
+/* What follows in the launch's stream starts when the plans are on the device. */
+cudaError_t await_plans(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 {
+    cudaError_t error = cudaSuccess;
+    for (uint32_t i = 0; i < num_runs && error == cudaSuccess; i++) {
+        ts_gpu_buffer *b = runs[i].plan->buffer;
+        if (__atomic_load_n(&b->is_there, __ATOMIC_RELAXED))
+            continue;
+        error = cudaEventQuery(b->there);
+        if (error == cudaSuccess)
+            __atomic_store_n(&b->is_there, true, __ATOMIC_RELAXED);
+        else if (error == cudaErrorNotReady)
+            error = cudaStreamWaitEvent(l->stream, b->there, 0);
+    }
+    return error;
+}
+
+/* The call's runs, over one list of items. */
+void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gpu_run *runs,
+              uint32_t num_runs)
+{
+    float *partials = l->partials;
+    uint32_t *counters = l->counters;
+    c.num_items = 0;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        const ts_gpu_run *r = &runs[i];
+        const ts_gpu_plan *p = r->plan;
+        const unsigned char *at = p->buffer->device;
+        c.num_items += p->count[list];
+        c.runs[i] = gpu_run{at + p->items[list],
+                            (const plan_seq *)at,
+                            (const uint32_t *)(at + p->tables),
+                            r->q,
+                            r->k,
+                            r->v,
+                            r->out,
+                            r->sinks,
+                            r->alibi,
+                            r->lse,
+                            partials,
+                            counters,
+                            r->layer,
+                            c.num_items};
+        partials += p->records * ts_gpu_record_floats(&p->geometry);
+        counters += p->counters;
+    }
+}
+
+cudaError_t launch_v5(const gpu_call &c, ts_dtype dtype, uint32_t kind, cudaStream_t stream)
+{
+    return dtype == TS_DTYPE_FP32   ? launch_v5_fp32(c, kind, stream)
+           : dtype == TS_DTYPE_FP16 ? launch_v5_fp16(c, kind, stream)
+                                    : launch_v5_bf16(c, kind, stream);
+}
+
+cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_geometry *g, ts_kernel kernel,
+                        cudaStream_t stream)
+{
+    switch (list) {
+    case LIST_APPEND:
+        return launch_append(c, g->dtype, stream);
+    case LIST_TILE:
+        return launch_tile(c, g->dtype, stream);
+    case LIST_NARROW:
+    case LIST_MEDIUM:
+    case LIST_WIDE:
+        return launch_v5(c, g->dtype, list - LIST_NARROW, stream);
+    case LIST_MMA:
+        return g->dtype == TS_DTYPE_FP16 ? launch_mma_fp16(c, stream) : launch_mma_bf16(c, stream);
+    default:
+        break;
+    }
     switch (kernel) {
     case TS_KERNEL_V1:
         return launch_v1(c, g->dtype, stream);
     case TS_KERNEL_V2:
         return launch_v2(c, g->dtype, stream);
-    case TS_KERNEL_V3:
-        return launch_v3(c, g->dtype, stream);
     case TS_KERNEL_V4:
         return launch_v4(c, g->dtype, stream);
-    default:
-        return v4_fits(g) ? launch_v4(c, g->dtype, stream) : launch_v3(c, g->dtype, stream);
+    default: /* v3, and what auto takes where rows can't be loaded as vectors */
+        return launch_v3(c, g->dtype, stream);
     }
+}
+
+ts_status launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    const ts_gpu_plan *p = runs[0].plan;
+    size_t records = 0, counters = 0;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        records += runs[i].plan->records;
+        counters += runs[i].plan->counters;
+    }
+    size_t bytes = records * ts_gpu_record_floats(&p->geometry) * sizeof(float);
+    ts_status status = ts_gpu_launch_scratch(l, bytes, counters);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error = await_plans(l, runs, num_runs);
+    for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
+        set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
+        if (c.num_items > 0)
+            error = launch_list(c, (ts_gpu_list)list, &p->geometry, p->kernel, l->stream);
+    }
+    return ts_gpu_launch_fail(l, error);
 }
 
 } // namespace
 
-extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, const ts_attention_call *call,
-                                          ts_kernel kernel)
+extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
+                                          const ts_attention_variant *variant,
+                                          const ts_gpu_run *runs, uint32_t num_runs)
 {
-    const ts_geometry *g = &call->geometry;
     ts_status status = ts_gpu_enter(l->gpu, l->why, sizeof l->why);
-    if (status == TS_OK)
-        status = ts_kernel_check(kernel, g, l->why, sizeof l->why);
-    plan p = make_plan(call, kernel);
-    if (status == TS_OK)
-        status = ts_gpu_launch_reserve(l, p.bytes);
-    if (status != TS_OK)
-        return status;
-    fill(call, kernel, p, l->host, l->device);
-    cudaError_t error =
-        cudaMemcpyAsync(l->device, l->host, p.bytes, cudaMemcpyHostToDevice, l->stream);
-    gpu_call c = call_of(call, p, l->device);
-    if (error == cudaSuccess && p.num_append > 0) {
-        c.items = (const uint2 *)(l->device + p.append);
-        c.num_items = p.num_append;
-        error = launch_append(c, g->dtype, l->stream);
+    gpu_call c = call_of(runs[0].plan, base, variant);
+    for (uint32_t first = 0; first < num_runs && status == TS_OK; first += GPU_RUNS) {
+        uint32_t count = num_runs - first < GPU_RUNS ? num_runs - first : GPU_RUNS;
+        status = launch_some(l, c, runs + first, count);
     }
-    if (error == cudaSuccess && p.num_decode > 0) {
-        c.items = (const uint2 *)(l->device + p.decode);
-        c.num_items = p.num_decode;
-        error = launch_decode(c, g, kernel, l->stream);
-    }
-    if (error == cudaSuccess && p.num_tiles > 0) {
-        c.items = (const uint2 *)(l->device + p.tiles);
-        c.num_items = p.num_tiles;
-        error = launch_tile(c, g->dtype, l->stream);
-    }
-    return ts_gpu_launch_fail(l, error);
+    return status;
 }
 
 extern "C" ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base, size_t block_bytes,

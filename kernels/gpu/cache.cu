@@ -8,15 +8,15 @@
 namespace
 {
 
-template <typename T> __global__ void reshape_and_cache(gpu_call c)
+template <typename T> __global__ void reshape_and_cache(const __grid_constant__ gpu_call c)
 {
-    uint2 item = c.items[blockIdx.x];
-    const gpu_seq s = c.seqs[item.x];
+    uint32_t query;
+    const gpu_seq s = find_item(c, blockIdx.x, &query);
     if (s.k == NULL)
         return;
-    unsigned char *at = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + item.y, 0);
+    unsigned char *at = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + query, 0);
     uint32_t elements = c.kv_heads * c.head_dim;
-    size_t row = (size_t)item.y * elements;
+    size_t row = (size_t)query * elements;
     for (uint32_t i = threadIdx.x; i < elements; i += blockDim.x) {
         uint32_t head = i / c.head_dim, d = i % c.head_dim;
         T *k = (T *)(at + head * c.head_stride) + d;

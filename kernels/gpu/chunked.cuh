@@ -17,14 +17,13 @@
 
 /* Reduce::max and Reduce::sum return the result to every thread; scratch has a float for each. */
 template <typename T, typename Reduce>
-__global__ void __launch_bounds__(CHUNKED_THREADS) chunked(gpu_call c)
+__global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant__ gpu_call c)
 {
     __shared__ float q[TS_HEAD_DIM_MAX], weights[CHUNK_TOKENS], scratch[TS_HEAD_DIM_MAX];
-    uint2 item = c.items[blockIdx.x];
-    uint32_t head = blockIdx.y, kv_head = head / c.group;
-    const gpu_seq s = c.seqs[item.x];
-    uint32_t keys = s.kv_tokens - s.q_tokens + item.y + 1;
-    size_t row = row_index(c, item.y, head);
+    uint32_t head = blockIdx.y, kv_head = head / c.group, query;
+    const gpu_seq s = find_item(c, blockIdx.x, &query);
+    uint32_t keys = s.kv_tokens - s.q_tokens + query + 1;
+    size_t row = row_index(c, query, head);
     for (uint32_t d = threadIdx.x; d < c.head_dim; d += CHUNKED_THREADS)
         q[d] = io_load<T>(s.q, row + d, c.io_fp32) * c.scale_log2;
     __syncthreads();
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(gpu_call c)
     }
     if (group != 0)
         return;
-    float factor = finish_row(c, s, item.y, head, max, sum); /* every thread writes the same */
+    float factor = finish_row(c, s, query, head, max, sum); /* every thread writes the same */
     if (lane < c.head_dim)
         io_store<T>(s.out, row + lane, c.io_fp32, acc[0] * factor);
     if (lane + lanes < c.head_dim)

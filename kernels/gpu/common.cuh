@@ -1,10 +1,11 @@
 /*
  * What the kernels share: the call as they see it, where a token's K and V lie, and element types.
  *
- * Work is a list of items, one for each (sequence, query token) or, for prefill, each (sequence,
- * first query token of a tile). A query token sees its sequence's tokens up to and including
- * itself. Softmax runs in units of log2: scores are multiplied by scale * log2(e) once, and exp2f
- * is used.
+ * A call is one or more runs, each with a plan of its own (gpu.h). A plan has lists of work items:
+ * (sequence, query token), or (sequence, first query token of a tile), or (sequence, tile of rows,
+ * chunk of its context). An index into all of a call's items finds the run, the item and the
+ * sequence. A query token sees its sequence's tokens up to and including itself. Softmax runs in
+ * units of log2: scores are multiplied by scale * log2(e) once, and exp2f is used.
  */
 #ifndef TS_GPU_COMMON_CUH
 #define TS_GPU_COMMON_CUH
@@ -18,13 +19,47 @@ extern "C" {
 #include <cuda_runtime.h>
 #include <math_constants.h>
 
-/* One sequence of a call; all pointers can be read by the device. */
-struct gpu_seq {
-    const uint32_t *blocks;
+#define GPU_RUNS 32u /* of one launch, at most */
+
+/* One sequence of a plan. */
+struct plan_seq {
+    uint32_t table; /* where its block table starts among the plan's */
+    uint32_t kv_tokens, q_tokens;
+    uint32_t first_row;                /* of its query tokens, among the plan's */
+    uint32_t chunk_tokens, num_chunks; /* of its context */
+    uint32_t slot;                     /* of its first chunk among the plan's that are merged */
+    uint32_t counter;                  /* of finished chunks: the first of its KV heads' */
+};
+
+/* One piece of a sequence that is cut into chunks: whole, so that a block finds all in one read. */
+struct plan_piece {
+    plan_seq seq;
+    uint32_t tile, chunk;
+    uint32_t unused[2];
+};
+
+/* One run of a call. */
+struct gpu_run {
+    const void *items; /* plan_piece of v5 and mma; else uint2: x: sequence, y: query token */
+    const plan_seq *seqs;
+    const uint32_t *tables;
     const void *q, *k, *v; /* k NULL: the new tokens are in the cache already */
     void *out;
     const float *sinks, *alibi; /* [heads]; NULL: none */
     float *lse;                 /* [q_tokens][heads]; NULL: isn't wanted */
+    float *partials;            /* what chunks come to, until they are merged */
+    uint32_t *counters;         /* all 0 between launches */
+    uint32_t layer;
+    uint32_t end; /* items of this run and those before it */
+};
+
+/* One sequence of a run; all pointers can be read by the device. */
+struct gpu_seq {
+    const uint32_t *blocks;
+    const void *q, *k, *v;
+    void *out;
+    const float *sinks, *alibi;
+    float *lse;
     uint32_t kv_tokens, q_tokens, layer;
 };
 
@@ -36,16 +71,55 @@ struct divisor {
 struct gpu_call {
     unsigned char *base; /* of block 0 */
     size_t block_bytes, plane_bytes, token_stride, head_stride;
-    const gpu_seq *seqs;
-    const uint2 *items; /* x: sequence; y: query token */
     uint32_t num_items;
     uint32_t heads, kv_heads, group, head_dim;
     divisor block_tokens;
-    bool io_fp32; /* q, k, v and out are fp32; else of the cache's type */
+    bool io_fp32;                   /* q, k, v and out are fp32; else of the cache's type */
+    uint32_t io_bytes, cache_bytes; /* of an element */
     float scale_log2;
     float cap_log2;  /* soft cap * log2(e); 0: none */
     uint32_t window; /* 0: all */
+    gpu_run runs[GPU_RUNS];
 };
+static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");
+
+/* The run that has this item; *index becomes the item's among the run's. */
+__device__ inline const gpu_run &run_of(const gpu_call &c, uint32_t *index)
+{
+    uint32_t r = 0;
+    while (*index >= c.runs[r].end)
+        r++;
+    *index -= r == 0 ? 0 : c.runs[r - 1].end;
+    return c.runs[r];
+}
+
+__device__ inline gpu_seq seq_of(const gpu_call &c, const gpu_run &r, const plan_seq &p)
+{
+    size_t q_row = (size_t)p.first_row * c.heads * c.head_dim * c.io_bytes;
+    size_t k_row = (size_t)p.first_row * c.kv_heads * c.head_dim * c.io_bytes;
+    gpu_seq s;
+    s.blocks = r.tables + p.table;
+    s.q = (const unsigned char *)r.q + q_row;
+    s.k = r.k == NULL ? NULL : (const unsigned char *)r.k + k_row;
+    s.v = (const unsigned char *)r.v + k_row;
+    s.out = (unsigned char *)r.out + q_row;
+    s.sinks = r.sinks;
+    s.alibi = r.alibi;
+    s.lse = r.lse == NULL ? NULL : r.lse + (size_t)p.first_row * c.heads;
+    s.kv_tokens = p.kv_tokens;
+    s.q_tokens = p.q_tokens;
+    s.layer = r.layer;
+    return s;
+}
+
+/* The sequence of item number `index`, and in *query what the item says beside it. */
+__device__ inline gpu_seq find_item(const gpu_call &c, uint32_t index, uint32_t *query)
+{
+    const gpu_run &r = run_of(c, &index);
+    uint2 item = ((const uint2 *)r.items)[index];
+    *query = item.y;
+    return seq_of(c, r, r.seqs[item.x]);
+}
 
 /* The first key that a query at this position sees. */
 __device__ inline uint32_t first_key(const gpu_call &c, uint32_t position)
@@ -59,11 +133,14 @@ __device__ inline float slope_of(const gpu_seq &s, uint32_t head)
     return s.alibi == NULL ? 0 : s.alibi[head] * 1.4426950408889634f;
 }
 
-/* What becomes of a scaled score (attention.h: ts_attention_variant), hiding aside. */
+/* What becomes of a scaled score (attention.h: ts_attention_variant), hiding aside. CAPPED false:
+ * there is no soft cap, for a kernel that waits for each load: none is started ahead of a branch.
+ */
+template <bool CAPPED = true>
 __device__ inline float vary(const gpu_call &c, float score, float slope, uint32_t key,
                              uint32_t position)
 {
-    if (c.cap_log2 > 0)
+    if (CAPPED && c.cap_log2 > 0)
         score = c.cap_log2 * tanhf(score / c.cap_log2);
     return score + slope * ((float)key - (float)position);
 }
@@ -153,14 +230,33 @@ cudaError_t launch_v2(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v3(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v4(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_tile(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
+/* kind: v5_rows'. */
+cudaError_t launch_v5_fp32(const gpu_call &c, uint32_t kind, cudaStream_t stream);
+cudaError_t launch_v5_fp16(const gpu_call &c, uint32_t kind, cudaStream_t stream);
+cudaError_t launch_v5_bf16(const gpu_call &c, uint32_t kind, cudaStream_t stream);
+cudaError_t launch_mma_fp16(const gpu_call &c, cudaStream_t stream);
+cudaError_t launch_mma_bf16(const gpu_call &c, cudaStream_t stream);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,
                           uint32_t num_copies, cudaStream_t stream);
 
 #define TILE_ROWS 32u /* query rows (query token x head of the group) of one prefill tile */
 
-/* Whether v4 can load this geometry's rows: whole, aligned 16-byte vectors. */
-static inline bool v4_fits(const ts_geometry *g)
+/* Rows (query token x head of the group) of a tile of v5's kernels: for few rows, some, many. */
+static inline uint32_t v5_rows(const ts_geometry *g, uint32_t kind)
+{
+    static const uint32_t rows[2][3] = {{8, 32, 64}, {1, 8, 8}};
+    return rows[g->dtype == TS_DTYPE_FP32][kind];
+}
+
+#define MMA_ROWS 64u /* ... of mma */
+
+/* Chunks of a context, at most: for each, every row of a tile has a float in shared memory. */
+#define V5_CHUNKS 128u
+#define MMA_CHUNKS 64u
+
+/* Whether v4, v5 and mma can load this geometry's rows: whole, aligned 16-byte vectors. */
+static inline bool loads_vectors(const ts_geometry *g)
 {
     return (size_t)g->head_dim * ts_dtype_bytes(g->dtype) % 16 == 0;
 }

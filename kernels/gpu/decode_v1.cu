@@ -3,23 +3,34 @@
  * walks its sequence's tokens one by one, keeps a running maximum and sum (online softmax) and its
  * output row in registers. It is bound by latency: few threads, each waiting for one scattered row
  * after the other, and neighbouring threads read different rows, so no load is coalesced.
- * Measured: 24.2 ms, 0.04 of the read rate (the shape and the run are in kernels/README.md).
+ * Measured: 24.2 ms, 0.04 of the read rate (kernels/README.md has the shape).
  */
 #include "common.cuh"
 
 namespace
 {
 
-template <typename T, int DIM> __global__ void __launch_bounds__(64) decode_v1(gpu_call c)
+const int AHEAD = 16; /* elements that are asked for before the first of them is used */
+
+/* Elements first... of a row; 0 past its end. */
+template <typename T>
+__device__ inline void load_some(const T *row, int first, uint32_t head_dim, float *x)
+{
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        x[i] = first + i < head_dim ? to_float(row[first + i]) : 0;
+}
+
+template <typename T, int DIM, bool CAPPED>
+__global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call c)
 {
     uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= c.num_items * c.heads)
         return;
-    uint2 item = c.items[index / c.heads];
-    uint32_t head = index % c.heads;
-    const gpu_seq s = c.seqs[item.x];
-    uint32_t keys = s.kv_tokens - s.q_tokens + item.y + 1;
-    size_t row = row_index(c, item.y, head);
+    uint32_t head = index % c.heads, query;
+    const gpu_seq s = find_item(c, index / c.heads, &query);
+    uint32_t keys = s.kv_tokens - s.q_tokens + query + 1;
+    size_t row = row_index(c, query, head);
 
     float q[DIM], acc[DIM];
 #pragma unroll
@@ -31,38 +42,49 @@ template <typename T, int DIM> __global__ void __launch_bounds__(64) decode_v1(g
     for (uint32_t t = first_key(c, keys - 1); t < keys; t++) {
         const T *k = (const T *)key_of(c, s, t, head / c.group);
         const T *v = (const T *)((const unsigned char *)k + c.plane_bytes);
-        float score = 0;
+        float score = 0, x[AHEAD];
 #pragma unroll
-        for (int d = 0; d < DIM; d++)
-            if (d < c.head_dim)
-                score += q[d] * to_float(k[d]);
-        score = vary(c, score, slope, t, keys - 1);
+        for (int first = 0; first < DIM; first += AHEAD) {
+            load_some(k, first, c.head_dim, x);
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                score += q[first + i] * x[i];
+        }
+        score = vary<CAPPED>(c, score, slope, t, keys - 1);
         float higher = fmaxf(max, score);
         float factor = rescale(max, higher), weight = exp2f(score - higher);
         sum = sum * factor + weight;
         max = higher;
 #pragma unroll
-        for (int d = 0; d < DIM; d++)
-            if (d < c.head_dim)
-                acc[d] = acc[d] * factor + weight * to_float(v[d]);
+        for (int first = 0; first < DIM; first += AHEAD) {
+            load_some(v, first, c.head_dim, x);
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                acc[first + i] = acc[first + i] * factor + weight * x[i];
+        }
     }
-    float factor = finish_row(c, s, item.y, head, max, sum);
+    float factor = finish_row(c, s, query, head, max, sum);
 #pragma unroll
     for (int d = 0; d < DIM; d++)
         if (d < c.head_dim)
             io_store<T>(s.out, row + d, c.io_fp32, acc[d] * factor);
 }
 
-template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+template <typename T, bool CAPPED> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
 {
     uint32_t grid = (uint32_t)(((uint64_t)c.num_items * c.heads + 63) / 64);
     if (c.head_dim <= 64)
-        decode_v1<T, 64><<<grid, 64, 0, stream>>>(c);
+        decode_v1<T, 64, CAPPED><<<grid, 64, 0, stream>>>(c);
     else if (c.head_dim <= 128)
-        decode_v1<T, 128><<<grid, 64, 0, stream>>>(c);
+        decode_v1<T, 128, CAPPED><<<grid, 64, 0, stream>>>(c);
     else
-        decode_v1<T, 256><<<grid, 64, 0, stream>>>(c);
+        decode_v1<T, 256, CAPPED><<<grid, 64, 0, stream>>>(c);
     return cudaGetLastError();
+}
+
+template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+{
+    return c.cap_log2 > 0 ? launch<T, true>(c, stream) : launch<T, false>(c, stream);
 }
 
 } // namespace

@@ -35,6 +35,17 @@ typedef struct ts_gpu_staging {
     void *host, *device;
 } ts_gpu_staging;
 
+/* Memory on both sides for a plan; kept for the next one of its size class. */
+typedef struct ts_gpu_buffer {
+    struct ts_gpu_buffer *next;
+    unsigned char *host, *device;
+    uint32_t log;      /* 2^log bytes */
+    cudaEvent_t there; /* what was uploaded last */
+    bool is_there;     /* atomic: it is known to be */
+} ts_gpu_buffer;
+
+#define TS_GPU_BUFFER_LOGS 48u
+
 struct ts_gpu_launch {
     ts_gpu *gpu;
     ts_gpu_launch *next_free;
@@ -42,6 +53,10 @@ struct ts_gpu_launch {
     cudaStream_t stream;
     unsigned char *host, *device; /* staging memory, the same bytes on both sides */
     size_t capacity;
+    float *partials; /* on the device: what chunks come to, until they are merged */
+    size_t partial_bytes;
+    uint32_t *counters; /* all 0 between launches */
+    size_t num_counters;
     void (*done)(void *arg, ts_status status, const char *why);
     void *arg;
     char why[TS_GPU_WHY_BYTES];
@@ -65,13 +80,15 @@ struct ts_gpu {
     ts_gpu_driver driver;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     cudaStream_t memory_stream; /* for zeroing */
+    cudaStream_t upload_stream; /* for plans */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    ts_gpu_launch *free_launch; /* under the lock */
-    uint32_t waiting;           /* under the lock: launches that wait for workers */
-    ts_gpu_chore *chores;       /* under the lock; the newest first */
-    bool cleaning, stop;        /* under the lock */
-    ts_gpu_staging *old;        /* under the lock: what launches have outgrown */
+    ts_gpu_launch *free_launch;                 /* under the lock */
+    uint32_t waiting;                           /* under the lock: launches that wait for workers */
+    ts_gpu_chore *chores;                       /* under the lock; the newest first */
+    bool cleaning, stop;                        /* under the lock */
+    ts_gpu_staging *old;                        /* under the lock: what launches have outgrown */
+    ts_gpu_buffer *buffers[TS_GPU_BUFFER_LOGS]; /* under the lock: free ones of 2^i bytes */
     bool janitor_runs;
     pthread_t janitor;
 };
@@ -91,6 +108,16 @@ void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t byt
 
 /* Room for `bytes` of staging memory. A launch takes one attend, or one set of copies. */
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *launch, size_t bytes);
+
+/* Room for `bytes` of partial results and for so many counters, which are 0. */
+ts_status ts_gpu_launch_scratch(ts_gpu_launch *launch, size_t bytes, size_t counters);
+
+/* A buffer of at least `bytes`; fill its host side and upload it once. */
+ts_status ts_gpu_buffer_take(ts_gpu *gpu, size_t bytes, ts_gpu_buffer **out, char *why,
+                             size_t why_bytes);
+ts_status ts_gpu_buffer_upload(ts_gpu *gpu, ts_gpu_buffer *buffer, size_t bytes, char *why,
+                               size_t why_bytes);
+void ts_gpu_buffer_give_back(ts_gpu *gpu, ts_gpu_buffer *buffer); /* NULL: nothing */
 
 /* Notes the error's name for ts_gpu_launch_why. */
 ts_status ts_gpu_launch_fail(ts_gpu_launch *launch, cudaError_t error);

@@ -19,22 +19,22 @@ template <int DIM> struct layout { /* of dynamic shared memory, in floats */
     static const uint32_t BYTES = (Q + K + V + WEIGHTS + ROWS) * sizeof(float);
 };
 
-template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefill_tile(gpu_call c)
+template <typename T, int DIM>
+__global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ gpu_call c)
 {
     extern __shared__ float shared[];
     float *q = shared, *k = q + layout<DIM>::Q, *v = k + layout<DIM>::K;
     float *weights = v + layout<DIM>::V, *factors = weights + layout<DIM>::WEIGHTS;
-    uint2 item = c.items[blockIdx.x];
-    uint32_t kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const gpu_seq s = c.seqs[item.x];
+    uint32_t kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, query;
+    const gpu_seq s = find_item(c, blockIdx.x, &query);
     /* A tile has whole query tokens where the group is no larger than a tile; else grid.z cuts it.
      */
     uint32_t per_token = min(c.group, ROWS), first_head = blockIdx.z * ROWS;
     if (c.group > ROWS)
         per_token = min(c.group - first_head, ROWS);
-    uint32_t tokens = min(ROWS / min(c.group, ROWS), s.q_tokens - item.y);
+    uint32_t tokens = min(ROWS / min(c.group, ROWS), s.q_tokens - query);
     uint32_t rows = tokens * per_token;
-    uint32_t past = s.kv_tokens - s.q_tokens + item.y; /* tokens before the tile's first query */
+    uint32_t past = s.kv_tokens - s.q_tokens + query; /* tokens before the tile's first query */
     uint32_t keys = past + tokens;
 
     for (uint32_t i = threadIdx.x; i < ROWS * DIM; i += THREADS) {
@@ -42,7 +42,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
         float x = 0;
         if (r < rows && d < c.head_dim) {
             uint32_t head = kv_head * c.group + first_head + r % per_token;
-            x = io_load<T>(s.q, row_index(c, item.y + r / per_token, head) + d, c.io_fp32);
+            x = io_load<T>(s.q, row_index(c, query + r / per_token, head) + d, c.io_fp32);
         }
         q[i] = x * c.scale_log2;
     }
@@ -132,7 +132,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
     for (int i = 0; i < ROWS / 4; i++) {
         uint32_t r = warp + i * 4;
         if (lane == 0 && r < rows)
-            factors[r] = finish_row(c, s, item.y + r / per_token,
+            factors[r] = finish_row(c, s, query + r / per_token,
                                     kv_head * c.group + first_head + r % per_token, max[i], sum[i]);
     }
     __syncthreads();
@@ -142,7 +142,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(THREADS) prefil
         if (r >= rows)
             continue;
         uint32_t head = kv_head * c.group + first_head + r % per_token;
-        size_t row = row_index(c, item.y + r / per_token, head);
+        size_t row = row_index(c, query + r / per_token, head);
 #pragma unroll
         for (int e = 0; e < EACH; e++)
             if (dim + e * WIDE < c.head_dim)

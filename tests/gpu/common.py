@@ -97,4 +97,4 @@ def table(head, rows):
     print(flush=True)
 
 
-KERNELS = ["v1", "v2", "v3", "v4", "auto"]
+KERNELS = ["v1", "v2", "v3", "v4", "v5", "auto"]

@@ -214,6 +214,14 @@ static int measure(const bench_options *o, const shape *s, memory *m, ts_threads
 
 int bench_attend(const bench_options *o, json_t *rows)
 {
+    if (o->on_gpu) {
+#ifdef TS_HAVE_CUDA
+        return bench_attend_gpu(o, rows);
+#else
+        fprintf(stderr, "tsbench: --device cuda:%u: built without CUDA\n", o->ordinal);
+        return 1;
+#endif
+    }
     memory m = {.size = (size_t)(o->gib * (1u << 30)) / (1u << 20) * (1u << 20)};
     ts_threads *threads = ts_threads_new(o->threads);
     ts_attention *a = ts_attention_new(o->threads, TS_ISA_AUTO);

@@ -22,6 +22,10 @@ static const struct argp_option argp_options[] = {
     {"daemon", 'd', "PATH", 0, "tinyserved to measure (default: beside tsbench, or in PATH)", 0},
     {"threads", 't', "N", 0, "Kernel threads of attend (default: all processors)", 0},
     {"size", 'g', "GIB", 0, "Cache that attend reads, beyond the last-level cache (default 1)", 0},
+    {"device", 'D', "DEVICE", 0, "host (the default) or cuda:N: where attend runs", 0},
+    {"kernel", 'k', "NAME", 0, "Kernel of attend on a GPU (default auto)", 0},
+    {"all-kernels", 'a', NULL, 0, "Every kernel in turn", 0},
+    {"shape", 's', "TEXT", 0, "Only shapes of attend on a GPU whose name has this", 0},
     {0},
 };
 
@@ -48,6 +52,23 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (*end != '\0' || !(a->options.gib >= 0.01 && a->options.gib <= 1024))
             argp_error(state, "--size %s: 0.01 to 1024 GiB are possible", arg);
         return 0;
+    case 'D':
+        a->options.on_gpu = strncmp(arg, "cuda:", 5) == 0;
+        a->options.ordinal = a->options.on_gpu ? (uint32_t)strtoul(arg + 5, &end, 10) : 0;
+        if (a->options.on_gpu ? arg[5] == '\0' || *end != '\0' : strcmp(arg, "host") != 0)
+            argp_error(state, "--device %s: host and cuda:N are possible", arg);
+        return 0;
+    case 'k':
+        a->options.kernel = ts_kernel_find(arg);
+        if (a->options.kernel == TS_KERNEL_COUNT)
+            argp_error(state, "--kernel %s: there is no such kernel", arg);
+        return 0;
+    case 'a':
+        a->options.all_kernels = true;
+        return 0;
+    case 's':
+        a->options.shape = arg;
+        return 0;
     case ARGP_KEY_ARG:
         if (state->arg_num > 0)
             argp_error(state, "one benchmark at a time: '%s' is too many", arg);
@@ -69,7 +90,7 @@ static const struct argp argp = {
     "Benchmarks:\n"
     "  rpc      round trips through a daemon, and through a bare NNG echo\n"
     "  alloc    appends, forks and frees inside the engine\n"
-    "  attend   the host kernels, and the plain memory read rate",
+    "  attend   the kernels of the processor or of a GPU, and the plain memory read rate",
     NULL,
     NULL,
     NULL};

@@ -1,0 +1,377 @@
+/*
+ * What v5's two kernels share: how a sequence's context is cut, how its K and V come in, and how
+ * chunks come together.
+ *
+ * A block of 4 warps serves one chunk of one sequence's context for one KV head and a tile of rows
+ * (query token x head of the group). How a context is cut depends on its length alone (plan.cu), so
+ * a sequence's bits are the same in any company. The chunk's tokens go to the warps in tiles of 16,
+ * in turn (8 where rows are very long); every warp has a ring of tiles of its own in shared memory,
+ * filled by asynchronous copies, and a softmax of its own, so no warp waits for another before the
+ * end. Then the warps' results are added up in order. If the sequence has other chunks, the sums go
+ * to memory, and whichever block comes last adds up all chunks in order.
+ */
+#ifndef TS_GPU_CHUNKS_CUH
+#define TS_GPU_CHUNKS_CUH
+
+#include "common.cuh"
+
+namespace chunks
+{
+
+const uint32_t WARPS = 4, THREADS = WARPS * 32;
+
+__device__ inline uint32_t shared_address(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+__device__ inline void copy_async(uint32_t to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void commit_copies()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int LATER> __device__ inline void await_copies()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
+/* What a block works on. */
+struct job {
+    gpu_seq s;
+    const gpu_run *run;
+    plan_seq p;
+    uint32_t kv_head, tile, chunk;
+    uint32_t first, rows;            /* of q, in this tile */
+    uint32_t past;                   /* position of query token 0 */
+    uint32_t begin, end;             /* tokens of the chunk that some row sees */
+    uint32_t clear_begin, clear_end; /* ... that all rows see */
+};
+
+/* Row r of the sequence: which query token, which head. */
+__device__ inline uint32_t query_of(const gpu_call &c, uint32_t row)
+{
+    return row / c.group;
+}
+__device__ inline uint32_t head_of(const gpu_call &c, const job &j, uint32_t row)
+{
+    return j.kv_head * c.group + row % c.group;
+}
+
+__device__ inline void find_job(const gpu_call &c, uint32_t rows, job &j)
+{
+    uint32_t index = blockIdx.x / c.kv_heads;
+    j.kv_head = blockIdx.x % c.kv_heads;
+    j.run = &run_of(c, &index);
+    plan_piece piece = ((const plan_piece *)j.run->items)[index];
+    j.p = piece.seq;
+    j.s = seq_of(c, *j.run, j.p);
+    j.chunk = piece.chunk;
+    j.tile = piece.tile;
+    j.first = j.tile * rows;
+    j.rows = min(rows, j.s.q_tokens * c.group - j.first);
+    j.past = j.s.kv_tokens - j.s.q_tokens;
+    uint32_t from = j.chunk * j.p.chunk_tokens;
+    uint32_t to = min(from + j.p.chunk_tokens, j.s.kv_tokens);
+    uint32_t lowest = j.past + query_of(c, j.first);
+    uint32_t highest = j.past + query_of(c, j.first + j.rows - 1);
+    j.begin = max(from, first_key(c, lowest));
+    j.end = min(to, highest + 1);
+    j.clear_begin = first_key(c, highest);
+    j.clear_end = lowest + 1;
+}
+
+/* Writes the new tokens' K and V that lie in this chunk. Every tile of rows does: the same bytes,
+ * and each reads only what it wrote itself. */
+template <typename T> __device__ void append(const gpu_call &c, const job &j, uint32_t threads)
+{
+    uint32_t from = max(j.chunk * j.p.chunk_tokens, j.past);
+    uint32_t to = min((j.chunk + 1) * j.p.chunk_tokens, j.s.kv_tokens);
+    if (j.s.k == NULL || from >= to)
+        return;
+    for (uint32_t i = threadIdx.x; i < (to - from) * c.head_dim; i += threads) {
+        uint32_t t = from + i / c.head_dim, d = i % c.head_dim;
+        size_t at = ((size_t)(t - j.past) * c.kv_heads + j.kv_head) * c.head_dim + d;
+        T *k = (T *)key_of(c, j.s, t, j.kv_head) + d;
+        *k = from_float<T>(io_load<T>(j.s.k, at, c.io_fp32));
+        *(T *)((unsigned char *)k + c.plane_bytes) =
+            from_float<T>(io_load<T>(j.s.v, at, c.io_fp32));
+    }
+    __syncthreads();
+}
+
+/*
+ * How a warp copies TOKENS tokens' rows of K and V, of PITCH bytes each, into shared memory. The
+ * 16-byte pieces of a row are swizzled (piece p of token t lies at p ^ (t & 7)) so that neither
+ * copies nor matrix loads have bank conflicts. Places are multiples of 128 bytes, so a piece
+ * further by n is found by turning bits 4 to 6 of the address: see `turn`.
+ */
+template <int PITCH, int TOKENS> struct loader {
+    static const uint32_t PIECES = PITCH / 16, LOADS = TOKENS * PIECES / 32; /* of a lane */
+    static const bool IN_BLOCKS =
+        PIECES <= 32; /* can take rows of one block without looking up each */
+
+    const unsigned char *base; /* of the head's K in block 0 */
+    size_t row;                /* behind it: this lane's first copy of the next tokens */
+    uint32_t pieces, place_of_lane;
+    bool in_block; /* TOKENS tokens lie in one block */
+
+    __device__ static uint32_t place(uint32_t token, uint32_t piece)
+    {
+        return token * PITCH + (piece ^ (token & 7)) * 16;
+    }
+
+    /* The address of piece p + n where `at` is that of piece p, whose lowest bits n doesn't have.
+     */
+    __device__ static uint32_t turn(uint32_t at, uint32_t n)
+    {
+        return (at ^ (n & 7) * 16) + n / 8 * 128;
+    }
+
+    __device__ void start(const gpu_call &c, const job &j)
+    {
+        uint32_t lane = threadIdx.x % 32;
+        pieces = c.head_dim * c.cache_bytes / 16;
+        base = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
+        in_block = IN_BLOCKS && c.block_tokens.d % TOKENS == 0;
+        place_of_lane = place(lane / PIECES, lane % PIECES);
+    }
+
+    /* Finds the rows of the TOKENS tokens from `token` on, a multiple of TOKENS; `end` is past the
+     * last that is wanted. */
+    __device__ void look_up(const gpu_call &c, const job &j, uint32_t token, uint32_t end)
+    {
+        uint32_t lane = threadIdx.x % 32;
+        uint32_t t = in_block ? token : min(token + lane % TOKENS, end - 1); /* the last again */
+        uint32_t entry = divide(t, c.block_tokens), offset = t - entry * c.block_tokens.d;
+        if (in_block)
+            offset += lane / PIECES;
+        row = j.s.blocks[entry] * c.block_bytes + offset * c.token_stride;
+        if (in_block)
+            row += lane % PIECES * 16;
+    }
+
+    /* Copies what was looked up to `to`, and V `plane` bytes further. What of a block lies past the
+     * end comes along. */
+    __device__ void issue(const gpu_call &c, uint32_t to, uint32_t plane) const
+    {
+        uint32_t lane = threadIdx.x % 32;
+        if (in_block) {
+            const uint32_t ABREAST =
+                IN_BLOCKS ? 32 / PIECES : 1; /* rows that a warp copies at once */
+            const unsigned char *k = base + row, *v = k + c.plane_bytes;
+            bool mine = lane % PIECES < pieces;
+            to += place_of_lane;
+#pragma unroll
+            for (uint32_t i = 0; i < LOADS; i++) {
+                uint32_t at = (to ^ (i * ABREAST & 7) * 16) + i * ABREAST * PITCH;
+                if (mine) {
+                    copy_async(at, k);
+                    copy_async(at + plane, v);
+                }
+                k += ABREAST * c.token_stride;
+                v += ABREAST * c.token_stride;
+            }
+            return;
+        }
+#pragma unroll 4
+        for (uint32_t i = 0; i < LOADS; i++) {
+            uint32_t token = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
+            const unsigned char *from = base + __shfl_sync(~0u, row, (int)token) + piece * 16;
+            if (piece < pieces) {
+                copy_async(to + place(token, piece), from);
+                copy_async(to + plane + place(token, piece), from + c.plane_bytes);
+            }
+        }
+    }
+
+    /* Where rows are shorter than PITCH, what lies behind them is to be 0. */
+    __device__ void clear(unsigned char *shared, uint32_t bytes, uint32_t thread, uint32_t threads)
+    {
+        if (pieces < PIECES)
+            for (uint32_t i = thread; i < bytes / 16; i += threads)
+                *(uint4 *)(shared + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+};
+
+/* A warp's way through its own tiles of the chunk: every WARPS-th. */
+template <int PITCH, int TOKENS, int STAGES> struct ring {
+    typedef loader<PITCH, TOKENS> rows;
+    static const uint32_t PLANE = TOKENS * PITCH, TILE = 2 * PLANE, BYTES = TILE * STAGES;
+
+    rows r;
+    uint32_t first, last; /* places in shared memory */
+    uint32_t from, to;    /* where the next is taken from, copied to */
+    uint32_t next, end;   /* tokens */
+
+    __device__ uint32_t after(uint32_t at) const
+    {
+        return at == last ? first : at + TILE;
+    }
+
+    __device__ void issue(const gpu_call &c, const job &j)
+    {
+        if (next < end) {
+            r.issue(c, to, PLANE);
+            to = after(to);
+            next += WARPS * TOKENS;
+            if (next < end)
+                r.look_up(c, j, next, end);
+        }
+        commit_copies();
+    }
+
+    __device__ void start(const gpu_call &c, const job &j, unsigned char *shared)
+    {
+        uint32_t warp = threadIdx.x / 32;
+        r.start(c, j);
+        r.clear(shared + warp * BYTES, BYTES, threadIdx.x % 32, 32);
+        __syncwarp();
+        from = to = first = shared_address(shared + warp * BYTES);
+        last = first + BYTES - TILE;
+        next = j.begin / TOKENS * TOKENS + warp * TOKENS;
+        end = j.end;
+        if (next < end)
+            r.look_up(c, j, next, end);
+        for (int i = 0; i < STAGES - 1; i++)
+            issue(c, j);
+    }
+
+    /* Waits for the next tile, whose K lies at the returned address and V one PLANE further, and
+     * asks for one more. */
+    __device__ uint32_t take(const gpu_call &c, const job &j)
+    {
+        await_copies<STAGES - 2>();
+        __syncwarp(); /* all lanes' copies are there, and nobody reads the tile before this one */
+        issue(c, j);
+        uint32_t at = from;
+        from = after(from);
+        return at;
+    }
+};
+
+/* 2^x, 0 for -infinity. */
+__device__ inline float power(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* One row's state of one warp, or of one chunk. */
+struct row_state {
+    float max, sum;
+};
+
+/*
+ * The end of a block of `threads` threads: states[w][r] and sums[w][r][d] (rows of `pitch` floats,
+ * a multiple of 4) in shared memory are what PARTS warps have for each of ROWS rows. scratch has
+ * room for a float for every row and chunk of the sequence; `total` for every row.
+ */
+template <typename T, int DIM, int ROWS, int PARTS>
+__device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
+                       const row_state (*states)[ROWS], const float *sums, uint32_t pitch,
+                       float *scratch, row_state *total)
+{
+    __shared__ bool last;
+    __syncthreads();
+    const uint32_t QUADS = DIM / 4, record = c.head_dim + 4;
+    bool whole = j.p.num_chunks == 1;
+    uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
+    for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads) {
+        uint32_t r = i / QUADS, d = i % QUADS * 4;
+        if (d >= c.head_dim)
+            continue;
+        float max = -CUDART_INF_F, sum = 0, x[4] = {};
+#pragma unroll
+        for (uint32_t w = 0; w < PARTS; w++)
+            max = fmaxf(max, states[w][r].max);
+        for (uint32_t w = 0; w < PARTS; w++) {
+            float factor = rescale(states[w][r].max, max);
+            float4 y = *(const float4 *)&sums[((size_t)w * ROWS + r) * pitch + d];
+            sum += states[w][r].sum * factor;
+            x[0] += y.x * factor;
+            x[1] += y.y * factor;
+            x[2] += y.z * factor;
+            x[3] += y.w * factor;
+        }
+        uint32_t row = j.first + r, query = query_of(c, row), head = head_of(c, j, row);
+        if (whole) {
+            float factor = finish_row(c, j.s, query, head, max, sum); /* all write the same */
+            for (uint32_t e = 0; e < 4; e++)
+                io_store<T>(j.s.out, row_index(c, query, head) + d + e, c.io_fp32, x[e] * factor);
+            continue;
+        }
+        size_t at = j.p.slot + (size_t)j.chunk * all + query * c.heads + head;
+        float *to = j.run->partials + at * record;
+        __stcg((float4 *)(to + 4 + d), make_float4(x[0], x[1], x[2], x[3]));
+        if (d == 0)
+            __stcg((float4 *)to, make_float4(max, sum, 0, 0));
+    }
+    if (whole)
+        return;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence(); /* of the whole block's records */
+        uint32_t tiles = (j.s.q_tokens * c.group + ROWS - 1) / ROWS;
+        uint32_t *counter = j.run->counters + j.p.counter + j.kv_head * tiles + j.tile;
+        last = atomicAdd(counter, 1) == j.p.num_chunks - 1;
+        if (last)
+            *counter = 0; /* for the next launch */
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last)
+        return;
+
+    /* Each chunk's factor, then the sums. */
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t r = threadIdx.x / 32; r < j.rows; r += threads / 32) {
+        uint32_t row = j.first + r;
+        const float *from =
+            j.run->partials +
+            (j.p.slot + query_of(c, row) * c.heads + head_of(c, j, row)) * (size_t)record;
+        float max = -CUDART_INF_F, sum = 0;
+        for (uint32_t i = lane; i < j.p.num_chunks; i += 32)
+            max = fmaxf(max, __ldcg(from + (size_t)i * all * record));
+        for (int step = 16; step > 0; step /= 2)
+            max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+        for (uint32_t i = lane; i < j.p.num_chunks; i += 32) {
+            float2 part = __ldcg((const float2 *)(from + (size_t)i * all * record));
+            float factor = rescale(part.x, max);
+            scratch[r * j.p.num_chunks + i] = factor;
+            sum += part.y * factor;
+        }
+        for (int step = 16; step > 0; step /= 2)
+            sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0)
+            total[r] = row_state{max, sum};
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads) {
+        uint32_t r = i / QUADS, d = i % QUADS * 4;
+        if (d >= c.head_dim)
+            continue;
+        uint32_t row = j.first + r, query = query_of(c, row), head = head_of(c, j, row);
+        const float *from =
+            j.run->partials + (j.p.slot + query * c.heads + head) * (size_t)record + 4 + d;
+        float x[4] = {};
+#pragma unroll 16
+        for (uint32_t n = 0; n < j.p.num_chunks; n++) {
+            float4 y = __ldcg((const float4 *)(from + (size_t)n * all * record));
+            float factor = scratch[r * j.p.num_chunks + n];
+            x[0] += y.x * factor;
+            x[1] += y.y * factor;
+            x[2] += y.z * factor;
+            x[3] += y.w * factor;
+        }
+        float factor = finish_row(c, j.s, query, head, total[r].max, total[r].sum);
+        for (uint32_t e = 0; e < 4; e++)
+            io_store<T>(j.s.out, row_index(c, query, head) + d + e, c.io_fp32, x[e] * factor);
+    }
+}
+
+} // namespace chunks
+
+#endif

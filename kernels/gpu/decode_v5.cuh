@@ -1,0 +1,259 @@
+/*
+ * v5 for caches of 16-bit elements and few rows. What changes against v4: the context is cut into
+ * chunks, so that one long sequence fills the device as well as many do (chunks.cuh); all query
+ * heads of a group, and all query tokens, share one read of K and V; copies are asynchronous, so
+ * that how much is under way doesn't depend on registers; and the tensor cores multiply.
+ *
+ * A tile has 16 tokens. Scores are K (16 tokens x dimensions) times q (dimensions x 8 rows), the
+ * output is V transposed (dimensions x 16 tokens) times the weights (16 tokens x 8 rows): the rows
+ * are the narrow side, since there are few of them. Weights are multiplied as the sum of two 16-bit
+ * numbers, and so is q where it comes in fp32: results are as exact as fp32 arithmetic's.
+ */
+#ifndef TS_GPU_DECODE_V5_CUH
+#define TS_GPU_DECODE_V5_CUH
+
+#include "tensor.cuh"
+
+namespace v5
+{
+
+using namespace chunks;
+using namespace tensor;
+
+template <typename T, int DIM> struct narrow_kernel {
+    static const uint32_t ROWS = 8, TOKENS = 16, STAGES = DIM > 64 ? 2 : 3;
+    static const int PITCH = DIM * 2, STEPS = DIM / 16;
+    typedef ring<PITCH, TOKENS, STAGES> tiles;
+    typedef typename tiles::rows rows;
+    static const uint32_t Q_BYTES = ROWS * PITCH, RING_BYTES = WARPS * tiles::BYTES;
+    static const uint32_t SUM_PITCH = DIM + 4; /* floats */
+    static_assert(RING_BYTES >= WARPS * ROWS * SUM_PITCH * sizeof(float), "sums take its place");
+    static_assert(RING_BYTES >= ROWS * V5_CHUNKS * sizeof(float), "so do the chunks' factors");
+
+    static uint32_t bytes(const gpu_call &c)
+    {
+        return q_planes<T>(c.io_fp32) * Q_BYTES + RING_BYTES;
+    }
+
+    /* q as the multiplications take it: of each 16 dimensions. */
+    __device__ static void fetch_q(uint32_t at, uint32_t (*b)[2])
+    {
+        uint32_t lane = threadIdx.x % 32, first = at + rows::place(lane % 8, lane / 8);
+#pragma unroll
+        for (int step = 0; step < STEPS; step += 2) {
+            uint32_t x[4];
+            load_matrices(x, rows::turn(first, step * 2));
+            b[step][0] = x[0];
+            b[step][1] = x[1];
+            b[step + 1][0] = x[2];
+            b[step + 1][1] = x[3];
+        }
+    }
+
+    /* A tile of which some rows don't see all tokens: a weight of 0 must hide even NaN. So each
+     * query token's rows are multiplied by V without the tokens that it doesn't see. */
+    __device__ static void weigh_apart(const gpu_call &c, const job &j, uint32_t tile,
+                                       const uint32_t *a, const uint32_t *p, float *acc)
+    {
+        uint32_t lane = threadIdx.x % 32, query[2]; /* of this lane's two rows */
+        for (uint32_t e = 0; e < 2; e++)
+            query[e] = query_of(c, j.first + min(lane % 4 * 2 + e, j.rows - 1));
+        uint32_t last = query_of(c, j.first + j.rows - 1);
+        for (uint32_t q = query_of(c, j.first); q <= last; q++) {
+            uint32_t position = j.past + q, seen = first_key(c, position), masked[4];
+            for (int e = 0; e < 4; e++) {
+                uint32_t t = tile + lane % 4 * 2 + e / 2 * 8;
+                masked[e] = a[e] & ((t >= seen && t <= position ? 0xffffu : 0) |
+                                    (t + 1 >= seen && t + 1 <= position ? 0xffff0000u : 0));
+            }
+            float sum[4] = {};
+            multiply<T>(sum, masked, p[0], p[1]);
+            multiply<T>(sum, masked, p[2], p[3]);
+            for (int e = 0; e < 4; e++)
+                acc[e] += query[e % 2] == q ? sum[e] : 0;
+        }
+    }
+
+    __device__ static void run(const gpu_call &c, unsigned char *shared)
+    {
+        job j;
+        find_job(c, ROWS, j);
+        append<T>(c, j, THREADS);
+        __shared__ row_state states[WARPS][ROWS], total[ROWS];
+        uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        uint32_t planes = q_planes<T>(c.io_fp32);
+        unsigned char *rings = shared + planes * Q_BYTES;
+        tiles ring;
+        ring.start(c, j, rings);
+        load_q<T, PITCH>(c, j, ROWS, planes, shared, THREADS);
+        __syncthreads();
+        uint32_t q_at = shared_address(shared), q[STEPS][2];
+        fetch_q(q_at, q);
+
+        /* A lane has tokens lane / 4 and 8 more of a tile, and two rows. */
+        float acc[STEPS][4] = {}, max[2] = {-CUDART_INF_F, -CUDART_INF_F}, sum[2] = {};
+        float slope[2];
+        uint32_t position[2], from[2];
+#pragma unroll
+        for (uint32_t e = 0; e < 2; e++) {
+            uint32_t row = j.first + min(lane % 4 * 2 + e, j.rows - 1);
+            slope[e] = slope_of(j.s, head_of(c, j, row));
+            position[e] = j.past + query_of(c, row);
+            from[e] = first_key(c, position[e]);
+        }
+        bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
+        uint32_t k_place = rows::place(lane % 16, lane / 16);
+        uint32_t v_place = tiles::PLANE + rows::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+
+        for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
+             tile += WARPS * TOKENS) {
+            uint32_t at = ring.take(c, j);
+            float s[4] = {}, odd[4] = {}; /* two sums: neither waits for the other */
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                uint32_t a[4];
+                load_matrices(a, rows::turn(at + k_place, step * 2));
+                multiply<T>(step % 2 ? odd : s, a, q[step][0], q[step][1]);
+            }
+            if (c.io_fp32)
+                for (uint32_t plane = 1; plane < planes; plane++) {
+                    uint32_t rest[STEPS][2];
+                    fetch_q(q_at + plane * Q_BYTES, rest);
+#pragma unroll
+                    for (int step = 0; step < STEPS; step++) {
+                        uint32_t a[4];
+                        load_matrices(a, rows::turn(at + k_place, step * 2));
+                        multiply<T>(step % 2 ? odd : s, a, rest[step][0], rest[step][1]);
+                    }
+                }
+            bool clear = tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
+            bool passes = false;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                s[e] = (s[e] + odd[e]) * c.scale_log2;
+            }
+            if (varied || !clear) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    uint32_t t = tile + lane / 4 + e / 2 * 8;
+                    s[e] = t > position[e % 2] || t < from[e % 2]
+                               ? -CUDART_INF_F
+                               : vary(c, s[e], slope[e % 2], t, position[e % 2]);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                passes |= s[e] > max[e % 2];
+            if (__any_sync(~0u, passes)) { /* some maximum moves: soon that becomes rare */
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float higher = fmaxf(max[e], fmaxf(s[e], s[e + 2]));
+#pragma unroll
+                    for (int step = 4; step < 32; step *= 2)
+                        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, step));
+                    float factor = rescale(max[e], higher);
+                    max[e] = higher;
+                    sum[e] *= factor;
+#pragma unroll
+                    for (int d = 0; d < STEPS; d++) {
+                        acc[d][e] *= factor;
+                        acc[d][e + 2] *= factor;
+                    }
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                s[e] = power(s[e] - (max[e % 2] == -CUDART_INF_F ? 0 : max[e % 2]));
+                sum[e % 2] += s[e];
+            }
+            uint32_t p[4]; /* weights, and what rounding them leaves */
+            p[0] = pack<T>(s[0], s[1]);
+            p[1] = pack<T>(s[2], s[3]);
+            take_away<T>(p[0], &s[0], &s[1]);
+            take_away<T>(p[1], &s[2], &s[3]);
+            p[2] = pack<T>(s[0], s[1]);
+            p[3] = pack<T>(s[2], s[3]);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                p[e] = transpose(p[e]);
+            bool strange = false;
+            if (!clear) {
+#pragma unroll
+                for (int d = 0; d < STEPS; d++) {
+                    uint32_t a[4];
+                    load_transposed(a, rows::turn(at + v_place, d * 2));
+                    strange = strange || any_not_finite<T>(a);
+                }
+                strange = __any_sync(~0u, strange);
+            }
+            if (strange) {
+#pragma unroll
+                for (int d = 0; d < STEPS; d++) {
+                    uint32_t a[4];
+                    load_transposed(a, rows::turn(at + v_place, d * 2));
+                    weigh_apart(c, j, tile, a, p, acc[d]);
+                }
+                continue;
+            }
+#pragma unroll
+            for (int d = 0; d < STEPS; d++) {
+                uint32_t a[4];
+                load_transposed(a, rows::turn(at + v_place, d * 2));
+                multiply<T>(acc[d], a, p[0], p[1]);
+                multiply<T>(acc[d], a, p[2], p[3]);
+            }
+        }
+        await_copies<0>();
+        __syncthreads(); /* the rings are used up */
+        float *sums = (float *)rings;
+#pragma unroll
+        for (uint32_t e = 0; e < 2; e++) {
+            uint32_t r = lane % 4 * 2 + e;
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2)
+                sum[e] += __shfl_xor_sync(~0u, sum[e], step);
+            if (lane / 4 == 0)
+                states[warp][r] = row_state{max[e], sum[e]};
+            float *to = sums + (warp * ROWS + r) * SUM_PITCH + lane / 4;
+#pragma unroll
+            for (int d = 0; d < STEPS; d++) {
+                to[d * 16] = acc[d][e];
+                to[d * 16 + 8] = acc[d][e + 2];
+            }
+        }
+        finish<T, DIM, ROWS, WARPS>(c, j, THREADS, states, sums, SUM_PITCH, sums, total);
+    }
+};
+
+/* Blocks that share a processor: while one starts or ends, the others keep memory busy. */
+const int BLOCKS_EACH = 3;
+
+template <typename T, int DIM>
+__global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : BLOCKS_EACH)
+    decode_v5(const __grid_constant__ gpu_call c)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    narrow_kernel<T, DIM>::run(c, shared);
+}
+
+template <typename T, int DIM> cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
+{
+    uint32_t bytes = narrow_kernel<T, DIM>::bytes(c);
+    cudaError_t error = cudaFuncSetAttribute(
+        decode_v5<T, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaSuccess)
+        return error;
+    decode_v5<T, DIM><<<c.num_items * c.kv_heads, THREADS, bytes, stream>>>(c);
+    return cudaGetLastError();
+}
+
+template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+{
+    return c.head_dim <= 64    ? launch_dim<T, 64>(c, stream)
+           : c.head_dim <= 128 ? launch_dim<T, 128>(c, stream)
+                               : launch_dim<T, 256>(c, stream);
+}
+
+} // namespace v5
+
+#endif

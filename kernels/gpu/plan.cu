@@ -1,0 +1,275 @@
+/*
+ * Plans: which kernel each sequence gets and how its work is cut, both by its own lengths alone.
+ */
+#include "common.cuh"
+
+extern "C" {
+#include "plan.h"
+}
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+namespace
+{
+
+#define V5_QUERIES 8u /* up to so many query tokens are decode */
+#define BLOCKS 256u   /* that a long sequence is cut into, about */
+#define BATCHED 4096u
+#define TILE_QUERIES 4u /* where v5 can't, from so many on `auto` takes the tile kernel */
+#define BUCKETS 64u     /* of lengths of work, for sorting */
+#define CUT_LISTS (LIST_COUNT - LIST_NARROW) /* those whose sequences are cut into chunks */
+
+uint32_t ceil_div(uint32_t a, uint32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+uint32_t clamp(uint32_t x, uint32_t least, uint32_t most)
+{
+    return x < least ? least : x > most ? most : x;
+}
+
+struct sorter {
+    uint32_t longest;
+    uint32_t next[BUCKETS]; /* where the bucket's next item goes */
+};
+
+uint32_t bucket_of(const sorter &s, uint32_t tokens)
+{
+    return BUCKETS - 1 - (uint32_t)((uint64_t)(tokens - 1) * BUCKETS / s.longest);
+}
+
+/* How one sequence is cut: tiles of rows, each over chunks of the context. */
+struct cut {
+    uint32_t rows, tiles;          /* of a tile */
+    uint32_t tokens, chunks, last; /* of a chunk, and of the last */
+};
+
+/*
+ * How many tokens a chunk has. One long sequence is to be some 256 blocks of work (with every KV
+ * head and tile), which fill the GPUs of today once, about evenly; a chunk isn't to be so small
+ * that merging, or starting a block, would show. A sequence of up to BATCHED tokens seldom comes
+ * alone, and many of them are enough work without being cut that finely.
+ */
+uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
+                      uint32_t tiles)
+{
+    uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
+    uint32_t most = abreast < BLOCKS ? BLOCKS / (uint32_t)abreast : 1;
+    uint32_t least = list == LIST_MMA ? 2048 : s->kv_tokens <= BATCHED ? 1024 : 512;
+    if (p->geometry.kv_heads < 8 && list != LIST_MMA)
+        least = clamp(least * p->geometry.kv_heads / 8, 256, least);
+    most = clamp(most, 1, list == LIST_MMA ? MMA_CHUNKS : V5_CHUNKS);
+    uint32_t even = ceil_div(s->kv_tokens, most);
+    return ceil_div(even < least ? least : even, 64) * 64;
+}
+
+cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
+{
+    uint32_t rows = s->q_tokens * (p->heads / p->geometry.kv_heads);
+    cut c;
+    c.rows = list == LIST_MMA ? MMA_ROWS : v5_rows(&p->geometry, list - LIST_NARROW);
+    c.tiles = ceil_div(rows, c.rows);
+    c.tokens = chunk_tokens(p, s, list, c.tiles);
+    c.chunks = ceil_div(s->kv_tokens, c.tokens);
+    c.last = s->kv_tokens - (c.chunks - 1) * c.tokens;
+    return c;
+}
+
+/* Tokens that a piece of work goes over: less where later ones aren't seen. */
+uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const cut &c, uint32_t tile,
+                 uint32_t chunk)
+{
+    uint32_t group = p->heads / p->geometry.kv_heads;
+    uint32_t last_query = ((tile + 1) * c.rows - 1) / group;
+    uint32_t past = s->kv_tokens - s->q_tokens;
+    uint32_t end = past + (last_query < s->q_tokens ? last_query + 1 : s->q_tokens);
+    uint32_t from = chunk * c.tokens;
+    return end <= from ? 1 : end - from < c.tokens ? end - from : c.tokens;
+}
+
+ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
+{
+    const ts_geometry *g = &p->geometry;
+    ts_kernel kernel = p->kernel;
+    uint32_t rows = s->q_tokens * (p->heads / g->kv_heads);
+    if (kernel == TS_KERNEL_AUTO) {
+        bool halves = g->dtype != TS_DTYPE_FP32;
+        /* With that many rows the tensor cores are waited for, not memory: then exactness has a
+         * price. q in fp32 asks for it. */
+        bool decodes = s->q_tokens <= V5_QUERIES && (!halves || rows <= v5_rows(g, 2));
+        if (loads_vectors(g) && (decodes || (halves && p->io_dtype == TS_DTYPE_FP32)))
+            kernel = TS_KERNEL_V5;
+        else if (loads_vectors(g) && halves)
+            kernel = TS_KERNEL_MMA;
+        else
+            kernel = s->q_tokens >= TILE_QUERIES ? TS_KERNEL_TILE : TS_KERNEL_V3;
+    }
+    switch (kernel) {
+    case TS_KERNEL_V5:
+        for (uint32_t list = LIST_NARROW; list < LIST_WIDE; list++)
+            if (rows <= v5_rows(g, list - LIST_NARROW))
+                return (ts_gpu_list)list;
+        return LIST_WIDE;
+    case TS_KERNEL_MMA:
+        return LIST_MMA;
+    case TS_KERNEL_TILE:
+        return LIST_TILE;
+    default:
+        return LIST_DECODE;
+    }
+}
+
+/* Query tokens of one tile of the tile kernel. */
+uint32_t tile_tokens(const ts_gpu_plan *p)
+{
+    uint32_t group = p->heads / p->geometry.kv_heads;
+    return group < TILE_ROWS ? TILE_ROWS / group : 1;
+}
+
+/* Counts, and says where everything is to lie; returns the bytes. */
+size_t lay_out(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
+{
+    size_t entries = 0;
+    uint32_t counts[CUT_LISTS][BUCKETS] = {};
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        const ts_attention_seq *s = &seqs[i];
+        ts_gpu_list list = list_of(p, s);
+        entries += ceil_div(s->kv_tokens, p->geometry.block_tokens);
+        if (list >= LIST_NARROW) {
+            cut c = cut_of(p, s, list);
+            sorter &so = sorters[list - LIST_NARROW];
+            uint32_t longest = c.chunks > 1 ? c.tokens : c.last;
+            so.longest = longest > so.longest ? longest : so.longest;
+            p->count[list] += c.chunks * c.tiles;
+            if (c.chunks > 1) {
+                p->records += (size_t)c.chunks * s->q_tokens * p->heads;
+                p->counters += p->geometry.kv_heads * c.tiles;
+            }
+        }
+        if (list == LIST_TILE)
+            p->count[list] += ceil_div(s->q_tokens, tile_tokens(p));
+        if (list == LIST_DECODE)
+            p->count[list] += s->q_tokens;
+        if (list == LIST_TILE || list == LIST_DECODE || list == LIST_MMA)
+            p->count[LIST_APPEND] += s->q_tokens;
+    }
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        ts_gpu_list list = list_of(p, &seqs[i]);
+        if (list < LIST_NARROW)
+            continue;
+        cut c = cut_of(p, &seqs[i], list);
+        for (uint32_t chunk = 0; chunk < c.chunks; chunk++)
+            for (uint32_t tile = 0; tile < c.tiles; tile++)
+                counts[list - LIST_NARROW][bucket_of(sorters[list - LIST_NARROW],
+                                                     work_of(p, &seqs[i], c, tile, chunk))]++;
+    }
+    for (uint32_t l = 0; l < CUT_LISTS; l++)
+        for (uint32_t b = 0, at = 0; b < BUCKETS; b++) {
+            sorters[l].next[b] = at;
+            at += counts[l][b];
+        }
+    size_t at = p->num_seqs * sizeof(plan_seq);
+    for (uint32_t l = 0; l < LIST_COUNT; l++) {
+        at = (at + 15) / 16 * 16;
+        p->items[l] = at;
+        at += p->count[l] * (l >= LIST_NARROW ? sizeof(plan_piece) : sizeof(uint2));
+    }
+    p->tables = at;
+    return at + entries * sizeof(uint32_t);
+}
+
+void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, unsigned char *host)
+{
+    plan_seq *to = (plan_seq *)host;
+    uint2 *items[LIST_COUNT];
+    plan_piece *pieces[LIST_COUNT];
+    for (uint32_t l = 0; l < LIST_COUNT; l++) {
+        items[l] = (uint2 *)(host + p->items[l]);
+        pieces[l] = (plan_piece *)(host + p->items[l]);
+    }
+    uint32_t *tables = (uint32_t *)(host + p->tables);
+    uint32_t table = 0, row = 0, slot = 0, counter = 0;
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        const ts_attention_seq *s = &seqs[i];
+        ts_gpu_list list = list_of(p, s);
+        to[i] = plan_seq{table, s->kv_tokens, s->q_tokens, row, s->kv_tokens, 1, slot, counter};
+        uint32_t blocks = ceil_div(s->kv_tokens, p->geometry.block_tokens);
+        memcpy(tables + table, s->blocks, blocks * sizeof *tables);
+        table += blocks;
+        row += s->q_tokens;
+        if (list >= LIST_NARROW) {
+            cut c = cut_of(p, s, list);
+            sorter &so = sorters[list - LIST_NARROW];
+            to[i].chunk_tokens = c.tokens;
+            to[i].num_chunks = c.chunks;
+            for (uint32_t chunk = 0; chunk < c.chunks; chunk++) /* tiles of a chunk share reads */
+                for (uint32_t tile = 0; tile < c.tiles; tile++) {
+                    uint32_t b = bucket_of(so, work_of(p, s, c, tile, chunk));
+                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, {0, 0}};
+                }
+            if (c.chunks > 1) {
+                slot += c.chunks * s->q_tokens * p->heads;
+                counter += p->geometry.kv_heads * c.tiles;
+            }
+        }
+        if (list < LIST_NARROW || list == LIST_MMA)
+            for (uint32_t q = 0; q < s->q_tokens; q++)
+                *items[LIST_APPEND]++ = make_uint2(i, q);
+        if (list == LIST_TILE)
+            for (uint32_t q = 0; q < s->q_tokens; q += tile_tokens(p))
+                *items[LIST_TILE]++ = make_uint2(i, q);
+        if (list == LIST_DECODE)
+            for (uint32_t q = 0; q < s->q_tokens; q++)
+                *items[LIST_DECODE]++ = make_uint2(i, q);
+    }
+}
+
+} // namespace
+
+extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                                     ts_dtype io_dtype, ts_kernel kernel,
+                                     const ts_attention_seq *seqs, uint32_t num_seqs,
+                                     ts_gpu_plan **out, char *why, size_t why_bytes)
+{
+    *out = NULL;
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = ts_kernel_check(kernel, geometry, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_gpu_plan *p = (ts_gpu_plan *)calloc(1, sizeof *p);
+    if (p == NULL) {
+        snprintf(why, why_bytes, "no memory for a plan of %u sequences", num_seqs);
+        return TS_ENOMEM;
+    }
+    p->gpu = gpu;
+    p->geometry = *geometry;
+    p->heads = heads;
+    p->io_dtype = io_dtype;
+    p->kernel = kernel;
+    p->num_seqs = num_seqs;
+    sorter sorters[CUT_LISTS] = {};
+    size_t bytes = lay_out(p, seqs, sorters);
+    status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
+    if (status == TS_OK) {
+        fill(p, seqs, sorters, p->buffer->host);
+        status = ts_gpu_buffer_upload(gpu, p->buffer, bytes, why, why_bytes);
+    }
+    if (status != TS_OK) {
+        ts_gpu_plan_free(p);
+        return status;
+    }
+    *out = p;
+    return TS_OK;
+}
+
+extern "C" void ts_gpu_plan_free(ts_gpu_plan *p)
+{
+    if (p == NULL)
+        return;
+    ts_gpu_buffer_give_back(p->gpu, p->buffer);
+    free(p);
+}

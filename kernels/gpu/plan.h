@@ -1,0 +1,42 @@
+/*
+ * Inside kernels/gpu: what a plan has on the device. Its memory holds, one after the other, the
+ * sequences, the lists of items and the block tables.
+ */
+#ifndef TS_GPU_PLAN_H
+#define TS_GPU_PLAN_H
+
+#include "device.h"
+
+/* Who works through a list of items. */
+typedef enum ts_gpu_list {
+    LIST_APPEND, /* (sequence, new token) of those whose kernel doesn't write them itself */
+    LIST_DECODE, /* (sequence, query token): v1 to v4 */
+    LIST_TILE,   /* (sequence, first query token of a tile) */
+    LIST_NARROW, /* pieces, longest first: v5's kernel for few rows, */
+    LIST_MEDIUM, /* ... for some more, */
+    LIST_WIDE,   /* ... and for many */
+    LIST_MMA,    /* the same for mma */
+    LIST_COUNT
+} ts_gpu_list;
+
+struct ts_gpu_plan {
+    ts_gpu *gpu;
+    ts_geometry geometry;
+    uint32_t heads;
+    ts_dtype io_dtype;
+    ts_kernel kernel;
+    ts_gpu_buffer *buffer;
+    uint32_t num_seqs;
+    uint32_t count[LIST_COUNT];
+    size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences are first */
+    size_t records;                   /* partial rows of chunks that are to be merged */
+    uint32_t counters;
+};
+
+/* Floats of a partial row: its softmax's maximum and sum, two that are not used, its sums. */
+static inline size_t ts_gpu_record_floats(const ts_geometry *g)
+{
+    return g->head_dim + 4u;
+}
+
+#endif

@@ -1,0 +1,410 @@
+/*
+ * A GPU's kernels beside its plain read rate, the kernels alone: no daemon. Each shape's K and V
+ * lie in block-major blocks in random order, in as many layers as it takes to leave nothing of one
+ * in any cache when its turn comes again. Results are checked against the float64 reference first.
+ */
+extern "C" {
+#include "attention.h"
+#include "gpu.h"
+#include "tsbench.h"
+}
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+namespace
+{
+
+#define BLOCK_TOKENS 16u
+#define ROTATED_BYTES ((size_t)3 << 30) /* of K and V in all layers, at least */
+#define REPEATS 60
+
+struct group {
+    uint32_t count, least, most; /* sequences of least..most tokens, evenly spread */
+};
+
+struct shape {
+    const char *name;
+    ts_dtype dtype;
+    uint32_t heads, kv_heads, head_dim, q_tokens; /* new tokens; 0: all */
+    group groups[2];
+};
+
+const shape shapes[] = {
+    {"64 x 1024-4096, 32/32/64 fp32", TS_DTYPE_FP32, 32, 32, 64, 1, {{64, 1024, 4096}}},
+    {"64 x 4096, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{64, 4096, 4096}}},
+    {"256 x 1024, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{256, 1024, 1024}}},
+    {"1 x 131072, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{1, 131072, 131072}}},
+    {"1 x 32768, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{1, 32768, 32768}}},
+    {"1 x 8192, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{1, 8192, 8192}}},
+    {"512 x 64-512 + 8 x 32768, 64/8/128 bf16",
+     TS_DTYPE_BF16,
+     64,
+     8,
+     128,
+     1,
+     {{512, 64, 512}, {8, 32768, 32768}}},
+    {"64 x 4096, 128/1/128 bf16", TS_DTYPE_BF16, 128, 1, 128, 1, {{64, 4096, 4096}}},
+    {"64 x 4096, 32/8/128 fp16", TS_DTYPE_FP16, 32, 8, 128, 1, {{64, 4096, 4096}}},
+    {"64 x 4096, 32/8/128 bf16, 4 new", TS_DTYPE_BF16, 32, 8, 128, 4, {{64, 4096, 4096}}},
+    {"64 x 4096, 32/8/128 bf16, 8 new", TS_DTYPE_BF16, 32, 8, 128, 8, {{64, 4096, 4096}}},
+    {"4 x 4096, all new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 0, {{4, 4096, 4096}}},
+    {"8 x 8704, 512 new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 512, {{8, 8704, 8704}}},
+};
+
+/* ---- the device's side ---- */
+
+__device__ uint32_t mix(uint64_t x)
+{
+    x ^= x >> 33;
+    x *= 0xff51afd7ed558ccdull;
+    x ^= x >> 33;
+    x *= 0xc4ceb9fe1a85ec53ull;
+    return (uint32_t)(x >> 32);
+}
+
+/* Random numbers in -1..1, of the type. */
+__global__ void fill(void *to, size_t n, ts_dtype dtype, uint64_t seed)
+{
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
+        float x = (float)(int32_t)mix(i * 0x9e3779b97f4a7c15ull + seed) * 0x1p-31f;
+        if (dtype == TS_DTYPE_FP32)
+            ((float *)to)[i] = x;
+        else if (dtype == TS_DTYPE_FP16)
+            ((__half *)to)[i] = __float2half_rn(x);
+        else
+            ((__nv_bfloat16 *)to)[i] = __float2bfloat16_rn(x);
+    }
+}
+
+/* Plain reading: 16-byte loads, many in flight. */
+__global__ void __launch_bounds__(512) read_all(const uint4 *from, size_t n, uint32_t *sink)
+{
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    const size_t chunk = 512 * 16; /* 16 loads of each thread */
+    for (size_t at = blockIdx.x * chunk; at + chunk <= n; at += gridDim.x * chunk) {
+        uint4 x[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            x[i] = from[at + i * 512 + threadIdx.x];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            sum.x ^= x[i].x;
+            sum.y ^= x[i].y;
+            sum.z ^= x[i].z;
+            sum.w ^= x[i].w;
+        }
+    }
+    if ((sum.x ^ sum.y ^ sum.z ^ sum.w) == 0x12345678)
+        *sink = sum.x;
+}
+
+/* Keeps the stream busy while the host queues what is to be timed. */
+__global__ void hold_up(uint64_t nanoseconds)
+{
+    uint64_t start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    while (now - start < nanoseconds);
+}
+
+bool ok(cudaError_t error, const char *what)
+{
+    if (error != cudaSuccess)
+        fprintf(stderr, "tsbench: %s: %s\n", what, cudaGetErrorString(error));
+    return error == cudaSuccess;
+}
+
+/* ---- a problem ---- */
+
+struct problem {
+    ts_geometry g;
+    const shape *s;
+    uint32_t layers;
+    std::vector<std::vector<uint32_t>> tables;
+    std::vector<ts_attention_seq> seqs;
+    size_t q_rows = 0, bytes = 0; /* K and V that one layer's attention reads at least */
+    double flops = 0;
+    unsigned char *cache = NULL, *q = NULL, *out = NULL;
+    size_t cache_bytes = 0, io_bytes = 0;
+
+    ~problem()
+    {
+        (void)cudaFree(cache);
+        (void)cudaFree(q);
+        (void)cudaFree(out);
+    }
+};
+
+bool make_problem(problem &p, const shape *s)
+{
+    p.s = s;
+    uint64_t random = 88172645463325252u;
+    uint32_t blocks = 0;
+    for (const group &g : s->groups)
+        for (uint32_t i = 0; i < g.count; i++) {
+            uint32_t n = g.least;
+            if (g.most > g.least) /* every part of the range, in an order that isn't sorted */
+                n += (uint32_t)((uint64_t)(g.most - g.least) * (i * 29 % g.count) / (g.count - 1));
+            ts_attention_seq seq = {};
+            seq.kv_tokens = n;
+            seq.q_tokens = s->q_tokens == 0 ? n : s->q_tokens;
+            p.seqs.push_back(seq);
+            blocks += (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+            p.q_rows += seq.q_tokens;
+            p.bytes += 2ull * n * s->kv_heads * s->head_dim * ts_dtype_bytes(s->dtype);
+            for (uint32_t q = 0; q < seq.q_tokens; q++)
+                p.flops += 4.0 * (n - seq.q_tokens + q + 1) * s->heads * s->head_dim;
+        }
+    p.layers = (uint32_t)(ROTATED_BYTES / p.bytes) + 1;
+    p.layers = p.layers < 2 ? 2 : p.layers > 128 ? 128 : p.layers;
+    p.g = ts_geometry{};
+    p.g.layers = p.layers;
+    p.g.kv_heads = s->kv_heads;
+    p.g.head_dim = s->head_dim;
+    p.g.block_tokens = BLOCK_TOKENS;
+    p.g.dtype = s->dtype;
+    p.g.layout = TS_LAYOUT_NHD;
+    std::vector<uint32_t> order(blocks);
+    for (uint32_t i = 0; i < blocks; i++)
+        order[i] = i;
+    for (uint32_t i = blocks - 1; i > 0; i--) {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        std::swap(order[i], order[random % (i + 1)]);
+    }
+    uint32_t next = 0;
+    for (ts_attention_seq &seq : p.seqs) {
+        uint32_t n = (seq.kv_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        p.tables.emplace_back(order.begin() + next, order.begin() + next + n);
+        next += n;
+    }
+    for (size_t i = 0; i < p.seqs.size(); i++)
+        p.seqs[i].blocks = p.tables[i].data();
+    p.cache_bytes = blocks * ts_geometry_block_bytes(&p.g);
+    p.io_bytes = p.q_rows * s->heads * s->head_dim * ts_dtype_bytes(s->dtype);
+    if (!ok(cudaMalloc((void **)&p.cache, p.cache_bytes), "memory for K and V") ||
+        !ok(cudaMalloc((void **)&p.q, p.io_bytes), "memory for q") ||
+        !ok(cudaMalloc((void **)&p.out, p.io_bytes), "memory for the output"))
+        return false;
+    size_t e = ts_dtype_bytes(s->dtype);
+    fill<<<2048, 256>>>(p.cache, p.cache_bytes / e, s->dtype, 1);
+    fill<<<256, 256>>>(p.q, p.io_bytes / e, s->dtype, 2);
+    return ok(cudaDeviceSynchronize(), "filling");
+}
+
+float element(const void *from, ts_dtype dtype, size_t i)
+{
+    if (dtype == TS_DTYPE_FP32)
+        return ((const float *)from)[i];
+    uint16_t bits = ((const uint16_t *)from)[i];
+    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
+}
+
+/* ||out - reference|| / ||reference|| of one sequence in one layer; of long prefills, the last
+ * query tokens. NaN where something fails. */
+double error_of(const problem &p, size_t index, size_t first_row, uint32_t layer)
+{
+    const shape *s = p.s;
+    ts_attention_seq seq = p.seqs[index];
+    size_t block = ts_geometry_block_bytes(&p.g), plane = ts_geometry_plane_bytes(&p.g);
+    size_t row = (size_t)s->heads * s->head_dim, e = ts_dtype_bytes(s->dtype);
+    uint32_t rows = seq.q_tokens < 4 ? seq.q_tokens : 4, skip = seq.q_tokens - rows;
+    std::vector<unsigned char> kv(p.tables[index].size() * 2 * plane), q(rows * row * e),
+        out(rows * row * e);
+    std::vector<uint32_t> table(p.tables[index].size());
+    for (size_t i = 0; i < table.size(); i++) {
+        table[i] = (uint32_t)i;
+        if (!ok(cudaMemcpy(kv.data() + i * 2 * plane,
+                           p.cache + p.tables[index][i] * block + layer * 2 * plane, 2 * plane,
+                           cudaMemcpyDeviceToHost),
+                "reading back"))
+            return NAN;
+    }
+    size_t at = (first_row + skip) * row * e;
+    if (!ok(cudaMemcpy(q.data(), p.q + at, q.size(), cudaMemcpyDeviceToHost), "reading back") ||
+        !ok(cudaMemcpy(out.data(), p.out + at, out.size(), cudaMemcpyDeviceToHost), "reading back"))
+        return NAN;
+    ts_attention_call call = {};
+    call.geometry = p.g;
+    call.geometry.layers = 1;
+    call.base = kv.data();
+    call.heads = s->heads;
+    call.io_dtype = s->dtype;
+    call.variant.scale = 1.0f / sqrtf((float)s->head_dim);
+    seq.blocks = table.data();
+    seq.q_tokens = rows;
+    seq.q = q.data();
+    std::vector<double> reference(rows * row);
+    if (ts_attention_reference(&call, &seq, reference.data(), NULL) != TS_OK)
+        return NAN;
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < reference.size(); i++) {
+        double d = element(out.data(), s->dtype, i) - reference[i];
+        diff += d * d;
+        norm += reference[i] * reference[i];
+    }
+    return sqrt(diff / norm);
+}
+
+/* The output is rounded to the type; so are weights on the way where tensor cores prefill. */
+double limit_of(ts_dtype dtype)
+{
+    return dtype == TS_DTYPE_FP32 ? 1e-5 : dtype == TS_DTYPE_FP16 ? 1e-3 : 8e-3;
+}
+
+struct device {
+    ts_gpu *gpu;
+    ts_gpu_launch *launch;
+    cudaStream_t stream;
+    uint32_t *sink;
+};
+
+/* Milliseconds of each of `count` pieces of work, queued behind a kernel that holds the stream up
+ * until all is queued. */
+template <typename Work> bool time_each(const device &d, int count, double *ms, const Work &work)
+{
+    std::vector<cudaEvent_t> events(count * 2);
+    bool good = true;
+    for (cudaEvent_t &e : events)
+        good = good && ok(cudaEventCreate(&e), "an event");
+    if (good)
+        hold_up<<<1, 1, 0, d.stream>>>(200000 + (uint64_t)count * 30000);
+    for (int i = 0; i < count && good; i++) {
+        good = ok(cudaEventRecord(events[i * 2], d.stream), "an event") && work(i) &&
+               ok(cudaEventRecord(events[i * 2 + 1], d.stream), "an event");
+    }
+    good = good && ok(cudaStreamSynchronize(d.stream), "the kernels");
+    for (int i = 0; i < count && good; i++) {
+        float t = 0;
+        good = ok(cudaEventElapsedTime(&t, events[i * 2], events[i * 2 + 1]), "an event");
+        ms[i] = t;
+    }
+    for (cudaEvent_t &e : events)
+        (void)cudaEventDestroy(e);
+    return good;
+}
+
+bool measure(const bench_options *o, const device &d, const problem &p, ts_kernel kernel,
+             json_t *rows)
+{
+    char why[256];
+    const shape *s = p.s;
+    ts_gpu_plan *plan;
+    if (ts_gpu_plan_new(d.gpu, &p.g, s->heads, s->dtype, kernel, p.seqs.data(),
+                        (uint32_t)p.seqs.size(), &plan, why, sizeof why) != TS_OK) {
+        fprintf(stderr, "tsbench: %s\n", why);
+        return false;
+    }
+    ts_attention_variant variant = {1.0f / sqrtf((float)s->head_dim), 0, 0};
+    auto attend = [&](int turn) {
+        ts_gpu_run run = {};
+        run.plan = plan;
+        run.layer = (uint32_t)turn % p.layers;
+        run.q = p.q;
+        run.out = p.out;
+        bool good = ts_gpu_launch_attend(d.launch, p.cache, &variant, &run, 1) == TS_OK;
+        if (!good)
+            fprintf(stderr, "tsbench: %s\n", ts_gpu_launch_why(d.launch));
+        return good;
+    };
+    double read[5], times[REPEATS], once = 0, error = 0;
+    bool good = ok(cudaMemsetAsync(p.out, 0xff, p.io_bytes, d.stream), "poisoning") &&
+                time_each(d, 1, &once, attend);
+    size_t first = 0, longest = 0, longest_row = 0;
+    for (size_t i = 0; i < p.seqs.size(); i++) {
+        if (p.seqs[i].kv_tokens > p.seqs[longest].kv_tokens) {
+            longest = i;
+            longest_row = first;
+        }
+        first += p.seqs[i].q_tokens;
+    }
+    if (good)
+        error = fmax(error_of(p, longest, longest_row, 0),
+                     error_of(p, p.seqs.size() - 1, first - p.seqs.back().q_tokens, 0));
+    if (good && !(error <= limit_of(s->dtype))) {
+        fprintf(stderr, "tsbench: %s, %s: the result is wrong (relative error %g)\n", s->name,
+                ts_kernel_name(kernel), error);
+        good = false;
+    }
+    int repeats = once * REPEATS > 1000 ? (int)(1000 / once) : REPEATS;
+    repeats = repeats < 3 ? 3 : repeats;
+    auto plain = [&](int) {
+        read_all<<<132 * 4, 512, 0, d.stream>>>((const uint4 *)p.cache, p.cache_bytes / 16, d.sink);
+        return ok(cudaGetLastError(), "reading");
+    };
+    good = good && time_each(d, 5, read, plain) && time_each(d, repeats, times, attend);
+    ts_gpu_plan_free(plan);
+    if (!good)
+        return false;
+    double read_rate = (double)p.cache_bytes * 1e-6 / bench_percentile(read, 5, 50);
+    double ms = bench_percentile(times, (size_t)repeats, 50), least = times[0];
+    double rate = (double)p.bytes * 1e-6 / ms, tflops = p.flops * 1e-9 / ms;
+    if (!o->json)
+        printf("%-40s %-5s %9.1f %9.1f %6.0f %6.0f %6.2f %7.1f %9.1e\n", s->name,
+               ts_kernel_name(kernel), ms * 1e3, least * 1e3, rate, read_rate, rate / read_rate,
+               tflops, error);
+    fflush(stdout);
+    json_array_append_new(rows,
+                          json_pack("{s:s, s:s, s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "shape",
+                                    s->name, "kernel", ts_kernel_name(kernel), "device",
+                                    ts_gpu_get_info(d.gpu)->name, "us", ms * 1e3, "us_least",
+                                    least * 1e3, "GB_s", rate, "read_GB_s", read_rate, "ratio",
+                                    rate / read_rate, "TFLOP_s", tflops, "relative_error", error));
+    return true;
+}
+
+int measure_all(const bench_options *o, const device &d, json_t *rows)
+{
+    char why[256];
+    if (!o->json)
+        printf("%s; the kernels alone, blocks of 16 in random order; medians of %d\n"
+               "%-40s %-5s %9s %9s %6s %6s %6s %7s %9s\n",
+               ts_gpu_get_info(d.gpu)->name, REPEATS, "", "", "us", "least", "GB/s", "read",
+               "ratio", "TFLOP/s", "error");
+    for (const shape &s : shapes) {
+        if (o->shape != NULL && strstr(s.name, o->shape) == NULL)
+            continue;
+        problem p;
+        if (!make_problem(p, &s))
+            return 1;
+        for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
+            ts_kernel kernel = (ts_kernel)k;
+            if (o->all_kernels || kernel == o->kernel)
+                if (ts_kernel_check(kernel, &p.g, why, sizeof why) == TS_OK &&
+                    !measure(o, d, p, kernel, rows))
+                    return 1;
+        }
+    }
+    return 0;
+}
+
+} // namespace
+
+extern "C" int bench_attend_gpu(const bench_options *o, json_t *rows)
+{
+    char why[256];
+    device d = {};
+    if (ts_gpu_open(o->ordinal, &d.gpu, why, sizeof why) != TS_OK) {
+        fprintf(stderr, "tsbench: %s\n", why);
+        return 1;
+    }
+    d.launch = ts_gpu_launch_take(d.gpu);
+    d.stream = (cudaStream_t)ts_gpu_launch_stream(d.launch);
+    int code = 1;
+    if (ok(cudaMalloc((void **)&d.sink, sizeof *d.sink), "memory"))
+        code = measure_all(o, d, rows);
+    (void)cudaFree(d.sink);
+    ts_gpu_close(d.gpu);
+    return code;
+}
