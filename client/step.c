@@ -281,6 +281,9 @@ ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
     body.scale = o->scale;
     body.soft_cap = o->soft_cap;
     body.window = o->window;
+    body.rope_theta = o->rope_theta;
+    body.rope_dims = o->rope_dims;
+    body.rope_interleaved = o->rope_interleaved;
     body.has_sinks = o->sinks;
     body.sinks = s->sinks;
     body.has_alibi = o->alibi;

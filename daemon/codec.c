@@ -117,9 +117,12 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
         c->step_run.has_sinks = r->step_run->has_sinks;
         c->step_run.has_alibi = r->step_run->has_alibi;
         c->step_run.has_lse = r->step_run->has_lse;
-        c->step_run.variant = (ts_attention_variant){.scale = r->step_run->scale,
-                                                     .soft_cap = r->step_run->soft_cap,
-                                                     .window = r->step_run->window};
+        c->step_run.variant =
+            (ts_attention_variant){.scale = r->step_run->scale,
+                                   .soft_cap = r->step_run->soft_cap,
+                                   .window = r->step_run->window,
+                                   .rope = {r->step_run->rope_theta, r->step_run->rope_dims,
+                                            r->step_run->rope_interleaved}};
         return true;
     case TSPB__REQUEST__BODY_STEP_COMMIT:
         c->op = TS_OP_STEP_COMMIT;

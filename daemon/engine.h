@@ -100,7 +100,7 @@ typedef struct ts_command {
             uint64_t q, k, v, out; /* bytes into the exchange */
             uint64_t sinks, alibi, lse;
             bool has_sinks, has_alibi, has_lse;
-            ts_attention_variant variant; /* scale 0: the step's */
+            ts_attention_variant variant; /* scale 0: the step's; rope.dims 0: head_dim */
         } step_run;
         struct {
             uint64_t step;

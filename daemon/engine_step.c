@@ -319,7 +319,7 @@ uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
 }
 
 static bool check_variant(const ts_session *s, const ts_command *c, const ts_step *step,
-                          ts_answer *a)
+                          uint32_t head_dim, ts_answer *a)
 {
     const ts_attention_variant *v = &c->step_run.variant;
     uint64_t each_head = step->heads * sizeof(float);
@@ -329,6 +329,14 @@ static bool check_variant(const ts_session *s, const ts_command *c, const ts_ste
     else if (!isfinite(v->soft_cap) || v->soft_cap < 0)
         ts_refuse(a, TS_EINVAL, "a soft cap of %g; it must be finite and not negative",
                   (double)v->soft_cap);
+    else if (!isfinite(v->rope.theta) || v->rope.theta < 0)
+        ts_refuse(a, TS_EINVAL, "a rope theta of %g; it must be finite and not negative",
+                  (double)v->rope.theta);
+    else if (v->rope.theta != 0 && (v->rope.dims % 2 != 0 || v->rope.dims > head_dim))
+        ts_refuse(a, TS_EINVAL, "rope over %u dimensions; it must be even and at most head_dim %u",
+                  v->rope.dims, head_dim);
+    else if (v->rope.theta != 0 && v->rope.dims == 0 && head_dim % 2 != 0)
+        ts_refuse(a, TS_EINVAL, "rope over all of head_dim %u, which is odd", head_dim);
     return a->status == TS_OK &&
            (!c->step_run.has_sinks || check_range(s, "sinks", c->step_run.sinks, each_head, a)) &&
            (!c->step_run.has_alibi || check_range(s, "alibi", c->step_run.alibi, each_head, a)) &&
@@ -357,7 +365,7 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         !check_range(s, "k", c->step_run.k, row * g->kv_heads, a) ||
         !check_range(s, "v", c->step_run.v, row * g->kv_heads, a) ||
         !check_range(s, "out", c->step_run.out, row * step->heads, a) ||
-        !check_variant(s, c, step, a))
+        !check_variant(s, c, step, g->head_dim, a))
         return;
     step->in_flight++;
     a->step = step;

@@ -260,6 +260,8 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_
     j->job.variant = command->step_run.variant;
     if (j->job.variant.scale == 0)
         j->job.variant.scale = step->scale;
+    if (j->job.variant.rope.dims == 0)
+        j->job.variant.rope.dims = g->head_dim;
     j->job.kernel = step->kernel;
     j->layer = command->step_run.layer;
     j->exchange = c->exchange;

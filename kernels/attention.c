@@ -292,6 +292,20 @@ static void convert_row(unsigned char *to, ts_dtype to_type, const void *from, t
         y[i] = to_type == TS_DTYPE_FP16 ? ts_fp32_to_fp16(x[i]) : ts_fp32_to_bf16(x[i]);
 }
 
+/* A row of K, turned, in the cache's type. */
+static void turn_row(unsigned char *to, ts_dtype to_type, const void *from, ts_dtype from_type,
+                     size_t first, uint32_t count, const ts_rope *rope, const float *table)
+{
+    float row[TS_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < count; i++)
+        row[i] = from_type == TS_DTYPE_FP32 ? ((const float *)from)[first + i]
+                 : from_type == TS_DTYPE_FP16
+                     ? ts_fp16_to_fp32(((const uint16_t *)from)[first + i])
+                     : ts_bf16_to_fp32(((const uint16_t *)from)[first + i]);
+    ts_rope_turn(rope, table, row);
+    convert_row(to, to_type, row, TS_DTYPE_FP32, 0, count);
+}
+
 /* Writes one sequence's new K and V into their slots. */
 static void append_one(void *arg, uint32_t index, uint32_t thread)
 {
@@ -302,15 +316,22 @@ static void append_one(void *arg, uint32_t index, uint32_t thread)
     if (seq->k == NULL)
         return;
     size_t plane = ts_geometry_plane_bytes(g);
+    const ts_rope *rope = &call->variant.rope;
+    float table[TS_HEAD_DIM_MAX];
     for (uint32_t i = 0; i < seq->q_tokens; i++) {
         uint32_t token = seq->kv_tokens - seq->q_tokens + i;
+        if (rope->theta != 0)
+            ts_rope_table(rope, token, table);
         unsigned char *row =
             call->base + seq->blocks[token / g->block_tokens] * ts_geometry_block_bytes(g) +
             (size_t)seq->layer * 2 * plane + token % g->block_tokens * ts_geometry_token_stride(g);
         for (uint32_t h = 0; h < g->kv_heads; h++) {
             size_t from = ((size_t)i * g->kv_heads + h) * g->head_dim;
             unsigned char *to = row + h * ts_geometry_head_stride(g);
-            convert_row(to, g->dtype, seq->k, call->io_dtype, from, g->head_dim);
+            if (rope->theta != 0)
+                turn_row(to, g->dtype, seq->k, call->io_dtype, from, g->head_dim, rope, table);
+            else
+                convert_row(to, g->dtype, seq->k, call->io_dtype, from, g->head_dim);
             convert_row(to + plane, g->dtype, seq->v, call->io_dtype, from, g->head_dim);
         }
     }

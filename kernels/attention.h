@@ -11,6 +11,7 @@
 #ifndef TS_ATTENTION_H
 #define TS_ATTENTION_H
 
+#include "rope.h"
 #include "threads.h"
 #include "tinyserve_types.h"
 
@@ -34,20 +35,22 @@ typedef struct ts_attention_seq {
 } ts_attention_seq;
 
 /*
- * What becomes of a score q·k of a query at position p and a key at position j, in this order:
- * scaled; capped: soft_cap * tanh(score / soft_cap); with ALiBi, slope * (j - p) is added; hidden
- * unless p - window < j <= p.
+ * Variants of attention. What becomes of a score q·k of a query at position p and a key at position
+ * j, in this order: scaled; capped: soft_cap * tanh(score / soft_cap); with ALiBi, slope * (j - p)
+ * is added; hidden unless p - window < j <= p.
  */
 typedef struct ts_attention_variant {
     float scale;     /* of q·k */
     float soft_cap;  /* 0: none */
     uint32_t window; /* tokens that a token sees, itself included; 0: all */
+    ts_rope rope;    /* of q before it attends, and of the new k before it is written */
 } ts_attention_variant;
 
 static inline bool ts_attention_same_variant(const ts_attention_variant *a,
                                              const ts_attention_variant *b)
 {
-    return a->scale == b->scale && a->soft_cap == b->soft_cap && a->window == b->window;
+    return a->scale == b->scale && a->soft_cap == b->soft_cap && a->window == b->window &&
+           ts_rope_same(&a->rope, &b->rope);
 }
 
 /* The first key that a query at this position sees. */

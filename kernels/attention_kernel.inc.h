@@ -294,23 +294,34 @@ static float element(const void *row, ts_dtype dtype, size_t i)
     return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
 }
 
-/* q of the item's rows, times scale * log2(e), padded with zeros. */
+/* q of the item's rows, turned, times scale * log2(e), padded with zeros. */
 static void load_queries(ts_dtype dtype, const ts_attention_item *item, float *q)
 {
     const ts_attention_call *call = item->call;
+    const ts_rope *rope = &call->variant.rope;
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
     const uint32_t group = call->heads / call->geometry.kv_heads;
     const float scale = call->variant.scale * LOG2E;
-    for (uint32_t h = 0; h < item->head_count; h++)
-        for (uint32_t i = 0; i < item->q_count; i++)
-            for (uint32_t j = 0; j < group; j++, q += padded) {
+    float table[TS_HEAD_DIM_MAX], row[TS_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < item->q_count; i++) {
+        if (rope->theta != 0)
+            ts_rope_table(rope, item->seq->kv_tokens - item->seq->q_tokens + item->q_first + i,
+                          table);
+        for (uint32_t h = 0; h < item->head_count; h++)
+            for (uint32_t j = 0; j < group; j++) {
                 size_t from = ((size_t)(item->q_first + i) * call->heads +
                                (size_t)(item->head_first + h) * group + j) *
                               head_dim;
+                float *to = q + ((size_t)(h * item->q_count + i) * group + j) * padded;
                 for (uint32_t d = 0; d < head_dim; d++)
-                    q[place_of(dtype, d)] = element(item->seq->q, call->io_dtype, from + d) * scale;
-                memset(q + head_dim, 0, (padded - head_dim) * sizeof(float));
+                    row[d] = element(item->seq->q, call->io_dtype, from + d);
+                if (rope->theta != 0)
+                    ts_rope_turn(rope, table, row);
+                for (uint32_t d = 0; d < head_dim; d++)
+                    to[place_of(dtype, d)] = row[d] * scale;
+                memset(to + head_dim, 0, (padded - head_dim) * sizeof(float));
             }
+    }
 }
 
 static void write_out(ts_dtype dtype, const ts_attention_item *item,

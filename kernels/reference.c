@@ -18,6 +18,22 @@ static double element(const void *row, ts_dtype dtype, size_t i)
     return NAN;
 }
 
+/* One row of q, turned as rope.h says. */
+static void query_row(const ts_attention_call *call, const ts_attention_seq *seq, size_t first,
+                      uint32_t position, double *q)
+{
+    const ts_rope *r = &call->variant.rope;
+    for (uint32_t d = 0; d < call->geometry.head_dim; d++)
+        q[d] = element(seq->q, call->io_dtype, first + d);
+    for (uint32_t i = 0; r->theta != 0 && i < r->dims / 2; i++) {
+        double angle = position * pow((double)r->theta, -2.0 * i / r->dims);
+        uint32_t a = ts_rope_first(r, i), b = ts_rope_second(r, i);
+        double x = q[a], y = q[b];
+        q[a] = x * cos(angle) - y * sin(angle);
+        q[b] = x * sin(angle) + y * cos(angle);
+    }
+}
+
 ts_status ts_attention_reference(const ts_attention_call *call, const ts_attention_seq *seq,
                                  double *out, double *lse)
 {
@@ -36,14 +52,15 @@ ts_status ts_attention_reference(const ts_attention_call *call, const ts_attenti
             size_t row = ((size_t)qi * call->heads + h) * g->head_dim;
             const unsigned char *head = call->base + (size_t)seq->layer * 2 * plane +
                                         (h / group) * ts_geometry_head_stride(g);
-            double max = -INFINITY, sum = 0;
+            double max = -INFINITY, sum = 0, q[TS_HEAD_DIM_MAX];
+            query_row(call, seq, row, position, q);
             for (uint32_t t = first; t <= position; t++) {
                 const unsigned char *k =
                     head + seq->blocks[t / g->block_tokens] * ts_geometry_block_bytes(g) +
                     t % g->block_tokens * ts_geometry_token_stride(g);
                 double score = 0;
                 for (uint32_t d = 0; d < g->head_dim; d++)
-                    score += element(seq->q, call->io_dtype, row + d) * element(k, g->dtype, d);
+                    score += q[d] * element(k, g->dtype, d);
                 score *= (double)variant->scale;
                 if (variant->soft_cap > 0)
                     score = (double)variant->soft_cap * tanh(score / (double)variant->soft_cap);

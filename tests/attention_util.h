@@ -155,6 +155,7 @@ typedef struct variety {
     uint32_t window;
     float cap, scale; /* scale 0: as it is */
     bool sinks, alibi;
+    ts_rope rope; /* dims 0: head_dim, 1: half of it (even) */
 } variety;
 
 static const variety varieties[] = {
@@ -169,6 +170,10 @@ static const variety varieties[] = {
     {.cap = 1.5f, .scale = 0.7f},
     {.sinks = true},
     {.alibi = true},
+    {.rope = {.theta = 10000}},
+    {.rope = {.theta = 500000, .interleaved = true}},
+    {.rope = {.theta = 100, .dims = 1}, .window = 100},
+    {.rope = {.theta = 1e6f, .dims = 1, .interleaved = true}},
     {.window = 200, .cap = 50, .scale = 0.3f, .sinks = true, .alibi = true},
 };
 #define VARIETIES (sizeof varieties / sizeof *varieties)
@@ -181,6 +186,8 @@ static inline void problem_vary(problem *p, variety v, rng *r)
     p->call.variant.soft_cap = v.cap;
     if (v.scale > 0)
         p->call.variant.scale = v.scale;
+    p->call.variant.rope = v.rope;
+    p->call.variant.rope.dims = v.rope.dims == 0 ? head_dim : head_dim / 4 * 2;
     p->lse_elements = p->q_elements / head_dim;
     p->lse = malloc(p->lse_elements * sizeof *p->lse);
     if (v.sinks)
@@ -228,6 +235,48 @@ static inline double lse_error(const problem *p, const ts_attention_seq *seq, co
         worst = error <= worst ? worst : error; /* NaN stays */
     }
     return worst;
+}
+
+/* The largest difference of a stored new K from k turned as rope.h says, in parts of the length of
+ * its pair. */
+static inline double key_error(const problem *p, const ts_attention_seq *seq,
+                               const unsigned char *cache)
+{
+    const ts_geometry *g = &p->call.geometry;
+    const ts_rope *rope = &p->call.variant.rope;
+    double worst = 0;
+    for (uint32_t i = 0; i < seq->q_tokens; i++)
+        for (uint32_t h = 0; h < g->kv_heads; h++) {
+            uint32_t t = seq->kv_tokens - seq->q_tokens + i;
+            const unsigned char *stored =
+                cache + seq->blocks[t / g->block_tokens] * ts_geometry_block_bytes(g) +
+                seq->layer * 2 * ts_geometry_plane_bytes(g) +
+                t % g->block_tokens * ts_geometry_token_stride(g) + h * ts_geometry_head_stride(g);
+            size_t first = ((size_t)i * g->kv_heads + h) * g->head_dim;
+            for (uint32_t j = 0; rope->theta != 0 && j < rope->dims / 2; j++) {
+                uint32_t a = ts_rope_first(rope, j), b = ts_rope_second(rope, j);
+                double x = get(seq->k, p->call.io_dtype, first + a);
+                double y = get(seq->k, p->call.io_dtype, first + b);
+                double angle = t * pow((double)rope->theta, -2.0 * j / rope->dims);
+                double c = cos(angle), s = sin(angle);
+                double error = fmax(fabs(get(stored, g->dtype, a) - (x * c - y * s)),
+                                    fabs(get(stored, g->dtype, b) - (x * s + y * c)));
+                error /= sqrt(x * x + y * y);
+                worst = error <= worst ? worst : error; /* NaN stays */
+            }
+            for (uint32_t d = rope->theta == 0 ? 0 : rope->dims; d < g->head_dim; d++) {
+                double x = get(seq->k, p->call.io_dtype, first + d);
+                double error = fabs(get(stored, g->dtype, d) - x) / fabs(x);
+                worst = error <= worst ? worst : error;
+            }
+        }
+    return worst;
+}
+
+/* What rounding to the type may cost, in that measure. */
+static inline double key_limit(ts_dtype dtype)
+{
+    return dtype == TS_DTYPE_FP32 ? 4e-7 : dtype == TS_DTYPE_FP16 ? 6e-4 : 4.2e-3;
 }
 
 /* ||out - reference|| / ||reference|| over one sequence. */

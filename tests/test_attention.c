@@ -23,6 +23,9 @@ static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint
                 refs[j] = reference_of(&p, &p.seqs[j]);
             double error = relative_error(&p, &p.seqs[j], refs[j]);
             double lse = lse_error(&p, &p.seqs[j], refs[j]);
+            double key = key_error(&p, &p.seqs[j], p.cache);
+            if (!(key <= key_limit(s.dtype)))
+                fail_msg("%s: a stored key differs by %g", ts_isa_name(isas[i]), key);
             if (!(error <= limit) || !(lse <= 1e-5)) /* NaN fails too */
                 fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new), "
                          "window %u, cap %g: relative error %g > %g, or of the log-sum-exp %g",

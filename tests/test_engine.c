@@ -483,8 +483,17 @@ static void a_run_outside_the_exchange_is_refused(void **state)
         assert_int_equal(apply(e, run, &a), TS_EINVAL);
         run.step_run.variant = (ts_attention_variant){.soft_cap = bad_floats[i]};
         assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        run.step_run.variant.soft_cap = 0;
+        run.step_run.variant = (ts_attention_variant){.rope.theta = bad_floats[i]};
+        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        run.step_run.variant = (ts_attention_variant){0};
     }
+    const uint32_t head_dim = e->pools[0].config.geometry.head_dim;
+    for (uint32_t i = 0; i < 2; i++) {
+        run.step_run.variant.rope = (ts_rope){.theta = 10000, .dims = i == 0 ? 3 : head_dim + 2};
+        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        assert_non_null(strstr(a.message, "it must be even and at most head_dim"));
+    }
+    run.step_run.variant = (ts_attention_variant){0};
     run.step_run.has_lse = true; /* [2 tokens][1 head] of fp32 */
     run.step_run.lse = 4096;
     assert_int_equal(apply(e, run, &a), TS_EINVAL);

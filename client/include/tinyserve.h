@@ -218,13 +218,19 @@ typedef struct ts_run_options {
     uint32_t window; /* tokens that a token sees, itself included; 0: all */
     bool sinks;      /* ts_step_sinks' logits join the softmax; they have no value */
     bool lse;        /* ts_step_lse gets the log-sum-exps */
+    /* Rotary position embedding: q before it attends, and k before it is written, are turned by
+     * their tokens' positions in the sequence; pair i by position * theta^(-2 i / dims). */
+    float rope_theta;      /* 0: none */
+    uint32_t rope_dims;    /* the first so many dimensions of each head, even; 0: all */
+    bool rope_interleaved; /* pairs are neighbours; else dimensions i and i + rope_dims / 2 */
     /* On a GPU pool: in the order of a CUDA stream. */
     bool on_stream;
     void *stream; /* CUstream or cudaStream_t of the pool's device; NULL: the default one */
 } ts_run_options;
 
 /*
- * As ts_step_run, with options. TS_EINVAL: scale or soft_cap is negative or not finite.
+ * As ts_step_run, with options. TS_EINVAL: scale, soft_cap or rope_theta is negative or not
+ * finite, or rope_dims is odd or more than head_dim.
  *
  * On a stream, what is on it already, and writes q, k and v (slopes and sinks too), comes before;
  * what is put on it later finds out. Returns as soon as the daemon has taken the run; nothing waits

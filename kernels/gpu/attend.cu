@@ -8,6 +8,7 @@ extern "C" {
 #include "plan.h"
 }
 
+#include <math.h>
 #include <string.h>
 
 namespace
@@ -41,6 +42,8 @@ gpu_call call_of(const ts_gpu_plan *p, unsigned char *base, const ts_attention_v
     c.scale_log2 = variant->scale * 1.4426950408889634f;
     c.cap_log2 = variant->soft_cap * 1.4426950408889634f;
     c.window = variant->window;
+    c.rope = variant->rope;
+    c.rope_log2 = variant->rope.theta == 0 ? 0 : log2((double)variant->rope.theta);
     return c;
 }
 

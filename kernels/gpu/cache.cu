@@ -17,10 +17,11 @@ template <typename T> __global__ void reshape_and_cache(const __grid_constant__ 
     unsigned char *at = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + query, 0);
     uint32_t elements = c.kv_heads * c.head_dim;
     size_t row = (size_t)query * elements;
+    uint32_t position = s.kv_tokens - s.q_tokens + query;
     for (uint32_t i = threadIdx.x; i < elements; i += blockDim.x) {
         uint32_t head = i / c.head_dim, d = i % c.head_dim;
         T *k = (T *)(at + head * c.head_stride) + d;
-        *k = from_float<T>(io_load<T>(s.k, row + i, c.io_fp32));
+        *k = from_float<T>(turned<T>(c, s.k, row + i - d, d, position));
         *(T *)((unsigned char *)k + c.plane_bytes) =
             from_float<T>(io_load<T>(s.v, row + i, c.io_fp32));
     }

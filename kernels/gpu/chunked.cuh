@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant
     uint32_t keys = s.kv_tokens - s.q_tokens + query + 1;
     size_t row = row_index(c, query, head);
     for (uint32_t d = threadIdx.x; d < c.head_dim; d += CHUNKED_THREADS)
-        q[d] = io_load<T>(s.q, row + d, c.io_fp32) * c.scale_log2;
+        q[d] = turned<T>(c, s.q, row, d, keys - 1) * c.scale_log2;
     __syncthreads();
 
     uint32_t groups = c.head_dim <= 32 ? 4 : c.head_dim <= 64 ? 2 : 1;

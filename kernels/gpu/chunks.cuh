@@ -92,11 +92,11 @@ template <typename T> __device__ void append(const gpu_call &c, const job &j, ui
         return;
     for (uint32_t i = threadIdx.x; i < (to - from) * c.head_dim; i += threads) {
         uint32_t t = from + i / c.head_dim, d = i % c.head_dim;
-        size_t at = ((size_t)(t - j.past) * c.kv_heads + j.kv_head) * c.head_dim + d;
+        size_t row = ((size_t)(t - j.past) * c.kv_heads + j.kv_head) * c.head_dim;
         T *k = (T *)key_of(c, j.s, t, j.kv_head) + d;
-        *k = from_float<T>(io_load<T>(j.s.k, at, c.io_fp32));
+        *k = from_float<T>(turned<T>(c, j.s.k, row, d, t));
         *(T *)((unsigned char *)k + c.plane_bytes) =
-            from_float<T>(io_load<T>(j.s.v, at, c.io_fp32));
+            from_float<T>(io_load<T>(j.s.v, row + d, c.io_fp32));
     }
     __syncthreads();
 }

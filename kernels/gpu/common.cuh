@@ -79,6 +79,8 @@ struct gpu_call {
     float scale_log2;
     float cap_log2;  /* soft cap * log2(e); 0: none */
     uint32_t window; /* 0: all */
+    ts_rope rope;
+    double rope_log2; /* of theta */
     gpu_run runs[GPU_RUNS];
 };
 static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");
@@ -210,6 +212,37 @@ template <typename T> __device__ inline void io_store(void *p, size_t i, bool io
         ((float *)p)[i] = x;
     else
         ((T *)p)[i] = from_float<T>(x);
+}
+
+/* Cosine and sine of a pair's angle (rope.h). A function of its own: it is long, and seldom called.
+ */
+template <typename = void>
+__device__ __noinline__ float2 rope_angle(uint32_t position, uint32_t pair, uint32_t dims,
+                                          double theta_log2)
+{
+    double sine, cosine;
+    sincospi(position * exp2(-2.0 * pair / dims * theta_log2) * 0.31830988618379067, &sine,
+             &cosine);
+    return make_float2((float)cosine, (float)sine);
+}
+
+/* Element d of a row of q or k that starts at element `row`, turned as rope.h says. Without
+ * contraction, as on the processor. */
+template <typename T>
+__device__ inline float turned(const gpu_call &c, const void *p, size_t row, uint32_t d,
+                               uint32_t position)
+{
+    float x = io_load<T>(p, row + d, c.io_fp32);
+    if (c.rope.theta == 0 || d >= c.rope.dims)
+        return x;
+    uint32_t half = c.rope.dims / 2;
+    bool second = c.rope.interleaved ? d & 1 : d >= half;
+    uint32_t pair = c.rope.interleaved ? d / 2 : second ? d - half : d;
+    uint32_t other = second ? ts_rope_first(&c.rope, pair) : ts_rope_second(&c.rope, pair);
+    float y = io_load<T>(p, row + other, c.io_fp32);
+    float2 angle = rope_angle(position, pair, c.rope.dims, c.rope_log2);
+    float left = __fmul_rn(x, angle.x), right = __fmul_rn(y, angle.y);
+    return second ? __fadd_rn(right, left) : __fsub_rn(left, right);
 }
 
 /* Index of the first element of a query token's row for one head, in q and out. */

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call
     float q[DIM], acc[DIM];
 #pragma unroll
     for (int d = 0; d < DIM; d++) {
-        q[d] = d < c.head_dim ? io_load<T>(s.q, row + d, c.io_fp32) * c.scale_log2 : 0;
+        q[d] = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * c.scale_log2 : 0;
         acc[d] = 0;
     }
     float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
         mine[e] = first < c.head_dim;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            q[e * N + i] = mine[e] ? io_load<T>(s.q, row + first + i, c.io_fp32) * c.scale_log2 : 0;
+            q[e * N + i] = mine[e] ? turned<T>(c, s.q, row, first + i, keys - 1) * c.scale_log2 : 0;
             acc[e * N + i] = 0;
         }
     }

@@ -48,20 +48,20 @@ template <int DIM, int ROWS> struct lane_kernel {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             uint32_t row = j.first + min(r, j.rows - 1);
-            const float *from =
-                (const float *)j.s.q + row_index(c, query_of(c, row), head_of(c, j, row));
+            uint32_t query = query_of(c, row);
+            size_t from = row_index(c, query, head_of(c, j, row));
             max[r] = -CUDART_INF_F;
             sum[r] = 0;
 #pragma unroll
             for (int e = 0; e < EACH; e++) {
                 uint32_t d = (lane + e * LANES) * 4;
                 acc[r][e] = q[r][e] = make_float4(0, 0, 0, 0);
-                if (d < c.head_dim)
-                    q[r][e] = *(const float4 *)(from + d);
-                q[r][e].x *= c.scale_log2;
-                q[r][e].y *= c.scale_log2;
-                q[r][e].z *= c.scale_log2;
-                q[r][e].w *= c.scale_log2;
+                if (d >= c.head_dim)
+                    continue;
+                q[r][e].x = turned<float>(c, j.s.q, from, d, j.past + query) * c.scale_log2;
+                q[r][e].y = turned<float>(c, j.s.q, from, d + 1, j.past + query) * c.scale_log2;
+                q[r][e].z = turned<float>(c, j.s.q, from, d + 2, j.past + query) * c.scale_log2;
+                q[r][e].w = turned<float>(c, j.s.q, from, d + 3, j.past + query) * c.scale_log2;
             }
         }
         bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
         float x = 0;
         if (r < rows && d < c.head_dim) {
             uint32_t head = kv_head * c.group + first_head + r % per_token;
-            x = io_load<T>(s.q, row_index(c, query + r / per_token, head) + d, c.io_fp32);
+            x = turned<T>(c, s.q, row_index(c, query + r / per_token, head), d,
+                          past + r / per_token);
         }
         q[i] = x * c.scale_log2;
     }

@@ -94,11 +94,11 @@ __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t rows, u
         float x[8] = {};
         if (r < j.rows && piece * 8 < c.head_dim) {
             uint32_t row = j.first + r;
-            size_t at =
-                row_index(c, chunks::query_of(c, row), chunks::head_of(c, j, row)) + piece * 8;
+            uint32_t query = chunks::query_of(c, row);
+            size_t at = row_index(c, query, chunks::head_of(c, j, row));
 #pragma unroll
             for (int e = 0; e < 8; e++)
-                x[e] = io_load<T>(j.s.q, at + e, c.io_fp32);
+                x[e] = turned<T>(c, j.s.q, at, piece * 8 + e, j.past + query);
         }
         for (uint32_t plane = 0; plane < planes; plane++) {
             uint4 pairs;

@@ -100,6 +100,41 @@ def test_variants_of_attention_go_through_the_service(client):
                         step.run(1, **bad)
 
 
+def turn(rows, first, theta, dims, interleaved):
+    """Rotary embedding of [tokens, heads, dim] from position `first` on, in float64."""
+    out = rows.astype(float)
+    pairs = np.arange(dims // 2)
+    a, b = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + dims // 2)
+    angle = (first + np.arange(len(rows)))[:, None, None] * theta ** (-2.0 * pairs / dims)
+    x, y = out[..., a], out[..., b]
+    out[..., a], out[..., b] = (x * np.cos(angle) - y * np.sin(angle),
+                                x * np.sin(angle) + y * np.cos(angle))
+    return out
+
+
+@pytest.mark.parametrize("theta, dims, interleaved", [(10000.0, 0, False), (500.0, 24, True)])
+def test_queries_and_keys_are_turned_by_their_positions(client, theta, dims, interleaved):
+    rng = np.random.default_rng(3)
+    with client.pool("tiny") as kv:
+        seq, = kv.create()
+        q, k, v = (random_rows(rng, 9, heads, 64) for heads in (4, 2, 2))
+        turned = [turn(x, 0, theta, dims or 64, interleaved) for x in (q, k)]
+        for first, count in ((0, 6), (6, 3)):
+            with kv.step([seq], [count], heads=4) as step:
+                rows = slice(first, first + count)
+                step.q[...], step.k[...], step.v[...] = q[rows], k[rows], v[rows]
+                for layer in range(2):
+                    step.run(layer, rope_theta=theta, rope_dims=dims, rope_interleaved=interleaved)
+                expected = attention(turned[0][rows], turned[1][:first + count], v[:first + count])
+                np.testing.assert_allclose(step.out.numpy(), expected, rtol=0, atol=1e-5)
+                for bad in ({"rope_dims": 7}, {"rope_dims": 66}, {"rope_theta": -1.0}):
+                    with pytest.raises(tinyserve.InvalidError, match="rope"):
+                        step.run(0, **{"rope_theta": theta, **bad})
+                step.commit()
+        key, _ = kv.kv(kv.slots(seq, 8, 1)[0], 0)
+        np.testing.assert_allclose(key.numpy(), turned[1][8], rtol=0, atol=1e-6)
+
+
 def test_leaving_a_step_without_a_commit_drops_its_tokens(client):
     with client.pool("tiny") as kv:
         seqs = kv.create(3)

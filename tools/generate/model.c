@@ -281,24 +281,6 @@ static void rms_norm(const float *x, const float *weight, float *y, size_t token
     }
 }
 
-/* Rotates each head's halves against each other by the token's position. */
-static void rope(const model *m, float *x, size_t tokens, size_t heads, uint32_t start)
-{
-    uint32_t half = m->head_dim / 2;
-    for (size_t t = 0; t < tokens; t++)
-        for (uint32_t i = 0; i < half; i++) {
-            float angle =
-                (float)(start + t) * powf(m->rope_theta, -2.0f * (float)i / (float)m->head_dim);
-            float c = cosf(angle), s = sinf(angle);
-            for (size_t h = 0; h < heads; h++) {
-                float *head = x + (t * heads + h) * m->head_dim;
-                float a = head[i], b = head[i + half];
-                head[i] = a * c - b * s;
-                head[i + half] = b * c + a * s;
-            }
-        }
-}
-
 static ts_status attention(const model *m, uint32_t layer, const float *x, ts_step *step, float *y)
 {
     const model_layer *l = &m->layer[layer];
@@ -307,9 +289,8 @@ static ts_status attention(const model *m, uint32_t layer, const float *x, ts_st
     project(x, l->q, ts_step_q(step), tokens, m->hidden, q);
     project(x, l->k, ts_step_k(step), tokens, m->hidden, kv);
     project(x, l->v, ts_step_v(step), tokens, m->hidden, kv);
-    rope(m, ts_step_q(step), tokens, m->heads, ts_step_start(step, 0));
-    rope(m, ts_step_k(step), tokens, m->kv_heads, ts_step_start(step, 0));
-    ts_status status = ts_step_run(step, layer);
+    const ts_run_options options = {.rope_theta = m->rope_theta};
+    ts_status status = ts_step_run_with(step, layer, &options);
     if (status == TS_OK)
         project(ts_step_out(step), l->o, y, tokens, q, m->hidden);
     return status;

@@ -306,7 +306,8 @@ bool measure(const bench_options *o, const device &d, const problem &p, ts_kerne
         fprintf(stderr, "tsbench: %s\n", why);
         return false;
     }
-    ts_attention_variant variant = {1.0f / sqrtf((float)s->head_dim), 0, 0};
+    ts_attention_variant variant = {};
+    variant.scale = 1.0f / sqrtf((float)s->head_dim);
     auto attend = [&](int turn) {
         ts_gpu_run run = {};
         run.plan = plan;

@@ -30,7 +30,8 @@ class CStepOptions(Structure):
 class CRunOptions(Structure):
     """ts_run_options"""
     _fields_ = [("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
-                ("sinks", c_bool), ("lse", c_bool), ("on_stream", c_bool), ("stream", c_void_p)]
+                ("sinks", c_bool), ("lse", c_bool), ("rope_theta", c_float), ("rope_dims", c_uint32),
+                ("rope_interleaved", c_bool), ("on_stream", c_bool), ("stream", c_void_p)]
 
 
 class CKv(Structure):

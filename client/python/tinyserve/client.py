@@ -410,7 +410,8 @@ class Step:
         return list(out)
 
     def run(self, layer: int, *, stream: Any = None, scale: float = 0.0, soft_cap: float = 0.0,
-            window: int = 0, alibi: bool = False, sinks: bool = False, lse: bool = False) -> None:
+            window: int = 0, alibi: bool = False, sinks: bool = False, lse: bool = False,
+            rope_theta: float = 0.0, rope_dims: int = 0, rope_interleaved: bool = False) -> None:
         """Writes k and v into the step's slots of this layer and attends: a token sees its sequence's
         tokens up to and including itself.
 
@@ -422,9 +423,14 @@ class Step:
         soft_cap * tanh(score / soft_cap) (0: no), gets the head's slope in `self.alibi` times the
         distance to the key (a negative number) with alibi=True, and is hidden if the key is further
         than `window` tokens away, the token itself included (0: all are seen). sinks=True: the
-        logits in `self.sinks` join the softmax. lse=True: `self.lse` gets the log-sum-exps."""
+        logits in `self.sinks` join the softmax. lse=True: `self.lse` gets the log-sum-exps.
+
+        rope_theta: q, and k before it is written, are turned by their tokens' positions (rotary
+        embedding; 0: not): the first rope_dims dimensions of each head (0: all), in pairs of
+        dimensions i and i + rope_dims / 2, or of neighbours with rope_interleaved=True."""
         handle = getattr(stream, "cuda_stream", stream)
-        options = CRunOptions(scale, soft_cap, alibi, window, sinks, lse, stream is not None, handle)
+        options = CRunOptions(scale, soft_cap, alibi, window, sinks, lse, rope_theta, rope_dims,
+                              rope_interleaved, stream is not None, handle)
         self.pool._check(lib.ts_step_run_with(self._open(), layer, byref(options)))
 
     def commit(self, accepted: Iterable[int] | None = None) -> None:
