@@ -235,10 +235,6 @@ ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_
 
 /* ---- launches ---- */
 
-/* Of each launch from the start: enough for 8192 copies of blocks. */
-#define STAGING_BYTES ((size_t)1 << 16)
-#define SCRATCH_BYTES ((size_t)1 << 16) /* the least that is taken at once for partial results */
-
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu)
 {
     pthread_mutex_lock(&gpu->lock);
@@ -262,156 +258,6 @@ static void give_back(ts_gpu_launch *l)
         gpu->waiting--;
         pthread_cond_broadcast(&gpu->changed);
     }
-    pthread_mutex_unlock(&gpu->lock);
-}
-
-static void free_device(ts_gpu *gpu, void *memory, size_t bytes)
-{
-    (void)gpu;
-    (void)bytes;
-    (void)cudaFree(memory);
-}
-
-static void free_host(ts_gpu *gpu, void *memory, size_t bytes)
-{
-    (void)gpu;
-    (void)bytes;
-    (void)cudaFreeHost(memory);
-}
-
-/* Keeps what the launch has outgrown until the device is closed. */
-static void outgrow(ts_gpu_launch *l, ts_gpu_staging *old, void *host, void *device)
-{
-    *old = (ts_gpu_staging){.host = host, .device = device};
-    pthread_mutex_lock(&l->gpu->lock);
-    old->next = l->gpu->old;
-    l->gpu->old = old;
-    pthread_mutex_unlock(&l->gpu->lock);
-}
-
-ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
-{
-    if (l->capacity >= bytes)
-        return TS_OK;
-    size_t capacity = l->capacity == 0 ? STAGING_BYTES : l->capacity;
-    while (capacity < bytes)
-        capacity *= 2;
-    ts_gpu_staging *old = malloc(sizeof *old);
-    void *host = NULL, *device = NULL;
-    cudaError_t error = old == NULL ? cudaErrorMemoryAllocation : cudaMalloc(&device, capacity);
-    if (error == cudaSuccess)
-        error = cudaHostAlloc(&host, capacity, cudaHostAllocDefault);
-    if (error != cudaSuccess) {
-        if (device != NULL)
-            ts_gpu_later(l->gpu, free_device, device, capacity);
-        free(old);
-        return ts_gpu_launch_fail(l, error);
-    }
-    outgrow(l, old, l->host, l->device);
-    l->host = host;
-    l->device = device;
-    l->capacity = capacity;
-    return TS_OK;
-}
-
-/* Grows one piece of device memory, a power of two of bytes, to at least `bytes`. */
-static cudaError_t grow(ts_gpu_launch *l, void **memory, size_t *capacity, size_t bytes)
-{
-    size_t size = SCRATCH_BYTES;
-    while (size < bytes)
-        size *= 2;
-    void *device = NULL;
-    ts_gpu_staging *old = malloc(sizeof *old);
-    cudaError_t error = old == NULL ? cudaErrorMemoryAllocation : cudaMalloc(&device, size);
-    if (error != cudaSuccess) {
-        free(old);
-        return error;
-    }
-    outgrow(l, old, NULL, *memory);
-    *memory = device;
-    *capacity = size;
-    return cudaSuccess;
-}
-
-ts_status ts_gpu_launch_scratch(ts_gpu_launch *l, size_t bytes, size_t counters)
-{
-    cudaError_t error = cudaSuccess;
-    if (bytes > l->partial_bytes) {
-        void *partials = l->partials;
-        error = grow(l, &partials, &l->partial_bytes, bytes);
-        l->partials = partials;
-    }
-    if (error == cudaSuccess && counters > l->num_counters) {
-        void *memory = l->counters;
-        size_t capacity = 0;
-        error = grow(l, &memory, &capacity, counters * sizeof *l->counters);
-        l->counters = memory;
-        if (error == cudaSuccess)
-            error = cudaMemsetAsync(memory, 0, capacity, l->stream);
-        if (error == cudaSuccess)
-            l->num_counters = capacity / sizeof *l->counters;
-    }
-    return ts_gpu_launch_fail(l, error);
-}
-
-/* ---- plans' memory ---- */
-
-ts_status ts_gpu_buffer_take(ts_gpu *gpu, size_t bytes, ts_gpu_buffer **out, char *why,
-                             size_t why_bytes)
-{
-    uint32_t log = 16;
-    while ((size_t)1 << log < bytes)
-        log++;
-    pthread_mutex_lock(&gpu->lock);
-    ts_gpu_buffer *b = gpu->buffers[log];
-    if (b != NULL)
-        gpu->buffers[log] = b->next;
-    pthread_mutex_unlock(&gpu->lock);
-    *out = b;
-    if (b != NULL)
-        return TS_OK;
-    b = calloc(1, sizeof *b);
-    if (b == NULL) {
-        snprintf(why, why_bytes, "no memory for a plan's buffer");
-        return TS_ENOMEM;
-    }
-    b->log = log;
-    cudaError_t error = cudaMalloc((void **)&b->device, (size_t)1 << log);
-    if (error == cudaSuccess)
-        error = cudaHostAlloc((void **)&b->host, (size_t)1 << log, cudaHostAllocDefault);
-    if (error == cudaSuccess)
-        error = cudaEventCreateWithFlags(&b->there, cudaEventDisableTiming);
-    if (error == cudaSuccess) {
-        *out = b;
-        return TS_OK;
-    }
-    if (b->device != NULL)
-        ts_gpu_later(gpu, free_device, b->device, (size_t)1 << log);
-    if (b->host != NULL)
-        ts_gpu_later(gpu, free_host, b->host, (size_t)1 << log);
-    free(b);
-    return ts_gpu_fail(error, "allocating a plan's buffer", (size_t)1 << log, why, why_bytes);
-}
-
-ts_status ts_gpu_buffer_upload(ts_gpu *gpu, ts_gpu_buffer *b, size_t bytes, char *why,
-                               size_t why_bytes)
-{
-    __atomic_store_n(&b->is_there, false, __ATOMIC_RELAXED);
-    cudaError_t error =
-        cudaMemcpyAsync(b->device, b->host, bytes, cudaMemcpyHostToDevice, gpu->upload_stream);
-    if (error == cudaSuccess)
-        error = cudaEventRecord(b->there, gpu->upload_stream);
-    return error == cudaSuccess ? TS_OK
-                                : ts_gpu_fail(error, "uploading a plan", bytes, why, why_bytes);
-}
-
-void ts_gpu_buffer_give_back(ts_gpu *gpu, ts_gpu_buffer *b)
-{
-    if (b == NULL)
-        return;
-    pthread_mutex_lock(&gpu->lock);
-    b->next = gpu->buffers[b->log];
-    gpu->buffers[b->log] = b;
     pthread_mutex_unlock(&gpu->lock);
 }
 
@@ -494,8 +340,8 @@ static ts_status launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t wh
         error = cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
     if (error != cudaSuccess)
         return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
-    if (ts_gpu_launch_reserve(l, STAGING_BYTES) != TS_OK) {
-        snprintf(why, why_bytes, "staging memory of %zu bytes: %s", STAGING_BYTES, l->why);
+    if (ts_gpu_launch_reserve(l, TS_GPU_STAGING_BYTES) != TS_OK) {
+        snprintf(why, why_bytes, "staging memory of %zu bytes: %s", TS_GPU_STAGING_BYTES, l->why);
         return TS_ENOMEM;
     }
     l->runs = pthread_create(&l->thread, NULL, launch_main, l) == 0;
@@ -595,20 +441,7 @@ void ts_gpu_close(ts_gpu *gpu)
         pthread_mutex_unlock(&gpu->lock);
         pthread_join(gpu->janitor, NULL);
     }
-    for (ts_gpu_staging *old = gpu->old, *next; old != NULL; old = next) {
-        next = old->next;
-        (void)cudaFreeHost(old->host);
-        (void)cudaFree(old->device);
-        free(old);
-    }
-    for (uint32_t i = 0; i < TS_GPU_BUFFER_LOGS; i++)
-        for (ts_gpu_buffer *b = gpu->buffers[i], *next; b != NULL; b = next) {
-            next = b->next;
-            (void)cudaFreeHost(b->host);
-            (void)cudaFree(b->device);
-            (void)cudaEventDestroy(b->there);
-            free(b);
-        }
+    ts_gpu_buffers_fini(gpu);
     if (gpu->memory_stream != NULL)
         (void)cudaStreamDestroy(gpu->memory_stream);
     if (gpu->upload_stream != NULL)

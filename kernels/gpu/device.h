@@ -106,6 +106,9 @@ ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t bytes, char *w
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
                   size_t bytes);
 
+/* Of each launch from the start: enough for 8192 copies of blocks. */
+#define TS_GPU_STAGING_BYTES ((size_t)1 << 16)
+
 /* Room for `bytes` of staging memory. A launch takes one attend, or one set of copies. */
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *launch, size_t bytes);
 
@@ -118,6 +121,9 @@ ts_status ts_gpu_buffer_take(ts_gpu *gpu, size_t bytes, ts_gpu_buffer **out, cha
 ts_status ts_gpu_buffer_upload(ts_gpu *gpu, ts_gpu_buffer *buffer, size_t bytes, char *why,
                                size_t why_bytes);
 void ts_gpu_buffer_give_back(ts_gpu *gpu, ts_gpu_buffer *buffer); /* NULL: nothing */
+
+/* Frees all buffers, and what launches have outgrown. */
+void ts_gpu_buffers_fini(ts_gpu *gpu);
 
 /* Notes the error's name for ts_gpu_launch_why. */
 ts_status ts_gpu_launch_fail(ts_gpu_launch *launch, cudaError_t error);
