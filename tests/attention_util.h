@@ -178,6 +178,20 @@ static const variety varieties[] = {
 };
 #define VARIETIES (sizeof varieties / sizeof *varieties)
 
+/* The shape, one of 3, to try variety i with. */
+static inline shape variety_shape(size_t i, size_t which)
+{
+    static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {5, 1}};
+    return (shape){.dtype = (ts_dtype)((i + which) % 3),
+                   .io = TS_DTYPE_FP32,
+                   .layout = (ts_layout)(i % 2),
+                   .heads = heads[which][0],
+                   .kv_heads = heads[which][1],
+                   .head_dim = which == 1 ? 40 : 64,
+                   .block_tokens = which == 2 ? 7 : 16,
+                   .layers = 2};
+}
+
 /* Turns the problem into a variant of itself, with the log-sum-exp asked for. */
 static inline void problem_vary(problem *p, variety v, rng *r)
 {

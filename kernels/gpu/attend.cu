@@ -131,25 +131,33 @@ cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_geometry *
     }
 }
 
-ts_status launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+/* Room for the partial results of any GPU_RUNS of the runs that are launched together. */
+ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    size_t most_records = 0, most_counters = 0;
+    for (uint32_t first = 0; first < num_runs; first += GPU_RUNS) {
+        size_t records = 0, counters = 0;
+        for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++) {
+            records += runs[i].plan->records;
+            counters += runs[i].plan->counters;
+        }
+        most_records = records > most_records ? records : most_records;
+        most_counters = counters > most_counters ? counters : most_counters;
+    }
+    size_t floats = most_records * ts_gpu_record_floats(&runs[0].plan->geometry);
+    return ts_gpu_launch_scratch(l, floats * sizeof(float), most_counters);
+}
+
+cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
     const ts_gpu_plan *p = runs[0].plan;
-    size_t records = 0, counters = 0;
-    for (uint32_t i = 0; i < num_runs; i++) {
-        records += runs[i].plan->records;
-        counters += runs[i].plan->counters;
-    }
-    size_t bytes = records * ts_gpu_record_floats(&p->geometry) * sizeof(float);
-    ts_status status = ts_gpu_launch_scratch(l, bytes, counters);
-    if (status != TS_OK)
-        return status;
     cudaError_t error = await_plans(l, runs, num_runs);
     for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
         if (c.num_items > 0)
             error = launch_list(c, (ts_gpu_list)list, &p->geometry, p->kernel, l->stream);
     }
-    return ts_gpu_launch_fail(l, error);
+    return error;
 }
 
 } // namespace
@@ -159,12 +167,17 @@ extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
                                           const ts_gpu_run *runs, uint32_t num_runs)
 {
     ts_status status = ts_gpu_enter(l->gpu, l->why, sizeof l->why);
+    if (status == TS_OK) /* all of it before anything is launched: then nothing is half done */
+        status = reserve(l, runs, num_runs);
+    if (status != TS_OK)
+        return status;
     gpu_call c = call_of(runs[0].plan, base, variant);
-    for (uint32_t first = 0; first < num_runs && status == TS_OK; first += GPU_RUNS) {
+    cudaError_t error = cudaSuccess;
+    for (uint32_t first = 0; first < num_runs && error == cudaSuccess; first += GPU_RUNS) {
         uint32_t count = num_runs - first < GPU_RUNS ? num_runs - first : GPU_RUNS;
-        status = launch_some(l, c, runs + first, count);
+        error = launch_some(l, c, runs + first, count);
     }
-    return status;
+    return ts_gpu_launch_fail(l, error);
 }
 
 extern "C" ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base, size_t block_bytes,

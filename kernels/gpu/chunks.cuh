@@ -1,14 +1,16 @@
 /*
- * What v5's two kernels share: how a sequence's context is cut, how its K and V come in, and how
- * chunks come together.
+ * What v5 and mma share: how a block finds its work, how K and V come in, and how chunks come
+ * together.
  *
- * A block of 4 warps serves one chunk of one sequence's context for one KV head and a tile of rows
- * (query token x head of the group). How a context is cut depends on its length alone (plan.cu), so
- * a sequence's bits are the same in any company. The chunk's tokens go to the warps in tiles of 16,
- * in turn (8 where rows are very long); every warp has a ring of tiles of its own in shared memory,
- * filled by asynchronous copies, and a softmax of its own, so no warp waits for another before the
- * end. Then the warps' results are added up in order. If the sequence has other chunks, the sums go
- * to memory, and whichever block comes last adds up all chunks in order.
+ * A block serves one chunk of one sequence's context for one KV head and a tile of rows (query
+ * token x head of the group). How a context is cut depends on the sequence's own lengths (plan.cu),
+ * so its bits are the same in any company. Warps' results are added up in order; if the sequence
+ * has other chunks, the sums go to memory, and whichever block comes last adds up all chunks in
+ * order.
+ *
+ * Where there are few rows, the chunk's tokens go to 4 warps in tiles of 16, in turn (8 where rows
+ * are very long): every warp has a ring of tiles of its own in shared memory, filled by
+ * asynchronous copies, and a softmax of its own, so no warp waits for another before the end.
  */
 #ifndef TS_GPU_CHUNKS_CUH
 #define TS_GPU_CHUNKS_CUH

@@ -27,7 +27,7 @@ struct plan_seq {
     uint32_t kv_tokens, q_tokens;
     uint32_t first_row;                /* of its query tokens, among the plan's */
     uint32_t chunk_tokens, num_chunks; /* of its context */
-    uint32_t slot;                     /* of its first chunk among the plan's that are merged */
+    uint32_t slot;                     /* of its first partial row among the plan's */
     uint32_t counter;                  /* of finished chunks: the first of its KV heads' */
 };
 

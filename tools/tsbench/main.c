@@ -144,6 +144,13 @@ int main(int argc, char **argv)
     arguments a = {.options = {.gib = 1.0}};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &a);
+    bool for_gpu =
+        a.options.kernel != TS_KERNEL_AUTO || a.options.all_kernels || a.options.shape != NULL;
+    if (for_gpu && !(a.options.on_gpu && strcmp(a.what, "attend") == 0)) {
+        fprintf(stderr,
+                "tsbench: --kernel, --all-kernels and --shape are for attend --device cuda:N\n");
+        return 2;
+    }
     if (a.options.daemon == NULL)
         a.options.daemon = find_daemon(path, sizeof path);
     json_t *rows = json_array();
