@@ -48,12 +48,11 @@ typedef struct fetch {
     size_t k_offset, v_offset, bytes;
 } fetch;
 
-INLINE void fetch_rows(const fetch *next, uint32_t first, uint32_t count)
+INLINE void fetch_rows(const fetch *next, size_t offset, uint32_t first, uint32_t count)
 {
     for (uint32_t t = first; t < first + count; t++)
         for (size_t b = 0; b < next->bytes; b += 64) {
-            __builtin_prefetch(next->rows[t] + next->k_offset + b, 0, 2);
-            __builtin_prefetch(next->rows[t] + next->v_offset + b, 0, 2);
+            __builtin_prefetch(next->rows[t] + offset + b, 0, 2);
         }
 }
 
@@ -64,7 +63,7 @@ INLINE void score_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *q
     const uint32_t NK = VL / (uint32_t)NR;
     for (uint32_t t = 0; t < tokens; t += NK) {
         if (next != NULL)
-            fetch_rows(next, t, NK);
+            fetch_rows(next, next->k_offset, t, NK);
         score_block(dtype, NR, head_dim, q, padded, k + t, k_offset, s + t);
     }
 }
@@ -72,7 +71,7 @@ INLINE void score_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *q
 /* acc[r] += p[r][t] * V[t] for NR rows, ND vectors of the row from element d. */
 INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tail, const float *p,
                         const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
-                        uint32_t padded)
+                        uint32_t padded, const fetch *next)
 {
     vf sums[16];
     _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
@@ -80,6 +79,8 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
             load(acc + r * padded + d + i * VL);
     for (uint32_t t = 0; t < tokens; t++) {
         vf row[8];
+        if (next != NULL)
+            fetch_rows(next, next->v_offset, t, 1);
         _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) row[i] =
             tail ? load_cache_tail(dtype, v[t] + v_offset, d, tail)
                  : load_cache(dtype, v[t] + v_offset, d + (uint32_t)i * VL);
@@ -97,16 +98,16 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
 
 INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p,
                        const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
-                       uint32_t padded)
+                       uint32_t padded, const fetch *next)
 {
     const int ND = VL == 16 ? (NR == 4 ? 4 : 8) : (NR == 4 ? 2 : 4);
     uint32_t d = 0;
     for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL)
-        weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded);
+        weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
     for (; d + VL <= head_dim; d += VL)
-        weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded);
+        weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
     if (d < head_dim)
-        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded);
+        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
 }
 
 INLINE bool any(vi mask)
@@ -238,18 +239,18 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                        acc + (size_t)(r + i) * padded);
             if (!together) /* the rows see different tokens: none may touch another V */
                 weigh_rows(dtype, 1, head_dim, row + hidden, rows + hidden, v_offset, seen - hidden,
-                           acc + (size_t)(r + i) * padded, padded);
+                           acc + (size_t)(r + i) * padded, padded, NULL);
         }
         float *block = acc + (size_t)r * padded;
         if (together && n == 4)
             weigh_rows(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded);
+                       padded, r == 0 ? next : NULL);
         else if (together && n == 2)
             weigh_rows(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded);
+                       padded, r == 0 ? next : NULL);
         else if (together)
             weigh_rows(dtype, 1, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded);
+                       padded, r == 0 ? next : NULL);
         r += n;
     }
 }
