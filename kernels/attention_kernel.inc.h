@@ -42,7 +42,9 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
 
 /* What this KV head will read in the next tile: fetched while this tile is worked on, which hides
  * the memory's latency where rows are shorter than the hardware's prefetcher needs. Into the
- * second-level cache: a tile of all heads is more than the first level can have under way. */
+ * second-level cache: a tile of all heads is more than the first level can have under way. K's rows
+ * are asked for while scores are computed and V's while V is weighed, for the core can't have more
+ * than so many lines under way at once. */
 typedef struct fetch {
     const unsigned char *const *rows;
     size_t k_offset, v_offset, bytes;
@@ -51,9 +53,8 @@ typedef struct fetch {
 INLINE void fetch_rows(const fetch *next, size_t offset, uint32_t first, uint32_t count)
 {
     for (uint32_t t = first; t < first + count; t++)
-        for (size_t b = 0; b < next->bytes; b += 64) {
+        for (size_t b = 0; b < next->bytes; b += 64)
             __builtin_prefetch(next->rows[t] + offset + b, 0, 2);
-        }
 }
 
 INLINE void score_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *q, uint32_t padded,
