@@ -108,7 +108,8 @@ INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p
     for (; d + VL <= head_dim; d += VL)
         weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
     if (d < head_dim)
-        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
+        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded,
+                    d == 0 ? next : NULL);
 }
 
 INLINE bool any(vi mask)
