@@ -61,6 +61,13 @@ __device__ inline uint32_t head_of(const gpu_call &c, const job &j, uint32_t row
     return j.kv_head * c.group + row % c.group;
 }
 
+/* Row r of this tile among all of the sequence's: query token * heads + head. */
+__device__ inline uint32_t place_of(const gpu_call &c, const job &j, uint32_t r)
+{
+    uint32_t query = query_of(c, j.first + r);
+    return query * c.heads + j.kv_head * c.group + j.first + r - query * c.group;
+}
+
 __device__ inline void find_job(const gpu_call &c, uint32_t rows, job &j)
 {
     uint32_t index = blockIdx.x / c.kv_heads;
@@ -188,12 +195,14 @@ template <int PITCH, int TOKENS> struct loader {
         }
     }
 
-    /* Where rows are shorter than PITCH, what lies behind them is to be 0. */
-    __device__ void clear(unsigned char *shared, uint32_t bytes, uint32_t thread, uint32_t threads)
+    /* Where rows are shorter than PITCH, what lies behind them is to be 0. False: they are not. */
+    __device__ bool clear(unsigned char *shared, uint32_t bytes, uint32_t thread, uint32_t threads)
     {
-        if (pieces < PIECES)
-            for (uint32_t i = thread; i < bytes / 16; i += threads)
-                *(uint4 *)(shared + i * 16) = make_uint4(0, 0, 0, 0);
+        if (pieces == PIECES)
+            return false;
+        for (uint32_t i = thread; i < bytes / 16; i += threads)
+            *(uint4 *)(shared + i * 16) = make_uint4(0, 0, 0, 0);
+        return true;
     }
 };
 
@@ -277,10 +286,14 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
                        float *scratch, row_state *total)
 {
     __shared__ bool last;
+    __shared__ uint32_t places[ROWS];
+    const uint32_t QUADS = DIM / 4, record = c.head_dim + 4, num_chunks = j.p.num_chunks;
+    for (uint32_t r = threadIdx.x; r < j.rows; r += threads)
+        places[r] = place_of(c, j, r);
     __syncthreads();
-    const uint32_t QUADS = DIM / 4, record = c.head_dim + 4;
-    bool whole = j.p.num_chunks == 1;
     uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
+    float *records = j.run->partials + j.p.slot * (size_t)record;
+    float *ours = records + (size_t)j.chunk * all * record;
     for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads) {
         uint32_t r = i / QUADS, d = i % QUADS * 4;
         if (d >= c.head_dim)
@@ -298,27 +311,26 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             x[2] += y.z * factor;
             x[3] += y.w * factor;
         }
-        uint32_t row = j.first + r, query = query_of(c, row), head = head_of(c, j, row);
-        if (whole) {
-            float factor = finish_row(c, j.s, query, head, max, sum); /* all write the same */
+        if (num_chunks == 1) {
+            float factor = finish_place(c, j.s, places[r], max, sum); /* all write the same */
             for (uint32_t e = 0; e < 4; e++)
-                io_store<T>(j.s.out, row_index(c, query, head) + d + e, c.io_fp32, x[e] * factor);
+                x[e] *= factor;
+            io_store_four<T>(j.s.out, places[r] * (size_t)c.head_dim + d, c.io_fp32, x);
             continue;
         }
-        size_t at = j.p.slot + (size_t)j.chunk * all + query * c.heads + head;
-        float *to = j.run->partials + at * record;
+        float *to = ours + places[r] * (size_t)record;
         __stcg((float4 *)(to + 4 + d), make_float4(x[0], x[1], x[2], x[3]));
         if (d == 0)
             __stcg((float4 *)to, make_float4(max, sum, 0, 0));
     }
-    if (whole)
+    if (num_chunks == 1)
         return;
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence(); /* of the whole block's records */
         uint32_t tiles = (j.s.q_tokens * c.group + ROWS - 1) / ROWS;
         uint32_t *counter = j.run->counters + j.p.counter + j.kv_head * tiles + j.tile;
-        last = atomicAdd(counter, 1) == j.p.num_chunks - 1;
+        last = atomicAdd(counter, 1) == num_chunks - 1;
         if (last)
             *counter = 0; /* for the next launch */
         __threadfence();
@@ -327,50 +339,63 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
     if (!last)
         return;
 
-    /* Each chunk's factor, then the sums. */
-    uint32_t lane = threadIdx.x % 32;
-    for (uint32_t r = threadIdx.x / 32; r < j.rows; r += threads / 32) {
-        uint32_t row = j.first + r;
-        const float *from =
-            j.run->partials +
-            (j.p.slot + query_of(c, row) * c.heads + head_of(c, j, row)) * (size_t)record;
+    /* Each chunk's factor: a row is a few lanes', so that many rows' loads are under way. */
+    uint32_t width = num_chunks <= 4 ? 4 : num_chunks <= 8 ? 8 : num_chunks <= 16 ? 16 : 32;
+    uint32_t lane = threadIdx.x % width;
+    for (uint32_t first = 0; first < j.rows; first += threads / width) {
+        uint32_t r = min(first + threadIdx.x / width, j.rows - 1); /* the last again */
+        const float *from = records + places[r] * (size_t)record;
         float max = -CUDART_INF_F, sum = 0;
-        for (uint32_t i = lane; i < j.p.num_chunks; i += 32)
+        for (uint32_t i = lane; i < num_chunks; i += width)
             max = fmaxf(max, __ldcg(from + (size_t)i * all * record));
-        for (int step = 16; step > 0; step /= 2)
+        for (uint32_t step = width / 2; step > 0; step /= 2)
             max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
-        for (uint32_t i = lane; i < j.p.num_chunks; i += 32) {
+        for (uint32_t i = lane; i < num_chunks; i += width) {
             float2 part = __ldcg((const float2 *)(from + (size_t)i * all * record));
             float factor = rescale(part.x, max);
-            scratch[r * j.p.num_chunks + i] = factor;
+            scratch[r * num_chunks + i] = factor;
             sum += part.y * factor;
         }
-        for (int step = 16; step > 0; step /= 2)
+        for (uint32_t step = width / 2; step > 0; step /= 2)
             sum += __shfl_xor_sync(~0u, sum, step);
         if (lane == 0)
             total[r] = row_state{max, sum};
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads) {
-        uint32_t r = i / QUADS, d = i % QUADS * 4;
-        if (d >= c.head_dim)
-            continue;
-        uint32_t row = j.first + r, query = query_of(c, row), head = head_of(c, j, row);
-        const float *from =
-            j.run->partials + (j.p.slot + query * c.heads + head) * (size_t)record + 4 + d;
-        float x[4] = {};
-#pragma unroll 16
-        for (uint32_t n = 0; n < j.p.num_chunks; n++) {
-            float4 y = __ldcg((const float4 *)(from + (size_t)n * all * record));
-            float factor = scratch[r * j.p.num_chunks + n];
-            x[0] += y.x * factor;
-            x[1] += y.y * factor;
-            x[2] += y.z * factor;
-            x[3] += y.w * factor;
+    /* Then the sums. A thread adds up some quads of different rows at once, for the same reason. */
+    const uint32_t ABREAST = ROWS * QUADS >= 512 ? 4 : 1;
+    for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads * ABREAST) {
+        float x[ABREAST][4] = {};
+        const float *from[ABREAST];
+        uint32_t quad[ABREAST];
+#pragma unroll
+        for (uint32_t a = 0; a < ABREAST; a++) {
+            quad[a] = min(i + a * threads, j.rows * QUADS - 1); /* the last again */
+            uint32_t d = quad[a] % QUADS * 4;
+            from[a] =
+                records + places[quad[a] / QUADS] * (size_t)record + 4 + (d < c.head_dim ? d : 0);
         }
-        float factor = finish_row(c, j.s, query, head, total[r].max, total[r].sum);
-        for (uint32_t e = 0; e < 4; e++)
-            io_store<T>(j.s.out, row_index(c, query, head) + d + e, c.io_fp32, x[e] * factor);
+#pragma unroll(16 / ABREAST)
+        for (uint32_t n = 0; n < num_chunks; n++)
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                float4 y = __ldcg((const float4 *)(from[a] + (size_t)n * all * record));
+                float factor = scratch[quad[a] / QUADS * num_chunks + n];
+                x[a][0] += y.x * factor;
+                x[a][1] += y.y * factor;
+                x[a][2] += y.z * factor;
+                x[a][3] += y.w * factor;
+            }
+#pragma unroll
+        for (uint32_t a = 0; a < ABREAST; a++) {
+            uint32_t r = quad[a] / QUADS, d = quad[a] % QUADS * 4;
+            if (i + a * threads >= j.rows * QUADS || d >= c.head_dim)
+                continue;
+            float factor = finish_place(c, j.s, places[r], total[r].max, total[r].sum);
+            for (uint32_t e = 0; e < 4; e++)
+                x[a][e] *= factor;
+            io_store_four<T>(j.s.out, places[r] * (size_t)c.head_dim + d, c.io_fp32, x[a]);
+        }
     }
 }
 

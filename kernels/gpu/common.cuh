@@ -148,17 +148,23 @@ __device__ inline float vary(const gpu_call &c, float score, float slope, uint32
 }
 
 /* What the weighted sum of values is to be multiplied by: 1 / sum, or less where there is a sink.
- */
+ * place: query token * heads + head. */
+__device__ inline float finish_place(const gpu_call &c, const gpu_seq &s, uint32_t place, float max,
+                                     float sum)
+{
+    if (s.lse != NULL)
+        s.lse[place] = (max + log2f(sum)) * 0.6931471805599453f;
+    if (s.sinks == NULL)
+        return 1 / sum;
+    float sink = s.sinks[place % c.heads] * 1.4426950408889634f, higher = fmaxf(max, sink);
+    float shrink = exp2f(max - higher);
+    return shrink / (sum * shrink + exp2f(sink - higher));
+}
+
 __device__ inline float finish_row(const gpu_call &c, const gpu_seq &s, uint32_t query,
                                    uint32_t head, float max, float sum)
 {
-    if (s.lse != NULL)
-        s.lse[(size_t)query * c.heads + head] = (max + log2f(sum)) * 0.6931471805599453f;
-    if (s.sinks == NULL)
-        return 1 / sum;
-    float sink = s.sinks[head] * 1.4426950408889634f, higher = fmaxf(max, sink);
-    float shrink = exp2f(max - higher);
-    return shrink / (sum * shrink + exp2f(sink - higher));
+    return finish_place(c, s, query * c.heads + head, max, sum);
 }
 
 __device__ inline uint32_t divide(uint32_t n, const divisor &d)
@@ -214,35 +220,66 @@ template <typename T> __device__ inline void io_store(void *p, size_t i, bool io
         ((T *)p)[i] = from_float<T>(x);
 }
 
-/* Cosine and sine of a pair's angle (rope.h). A function of its own: it is long, and seldom called.
- */
-template <typename = void>
-__device__ __noinline__ float2 rope_angle(uint32_t position, uint32_t pair, uint32_t dims,
-                                          double theta_log2)
+/* Four elements from element i on, a multiple of 4, of memory that is aligned to 16 bytes. */
+template <typename T>
+__device__ inline void io_store_four(void *p, size_t i, bool io_fp32, const float *x)
 {
-    double sine, cosine;
-    sincospi(position * exp2(-2.0 * pair / dims * theta_log2) * 0.31830988618379067, &sine,
-             &cosine);
-    return make_float2((float)cosine, (float)sine);
+    if (io_fp32 || sizeof(T) == sizeof(float)) {
+        *(float4 *)((float *)p + i) = make_float4(x[0], x[1], x[2], x[3]);
+        return;
+    }
+    T a = from_float<T>(x[0]), b = from_float<T>(x[1]);
+    T e = from_float<T>(x[2]), f = from_float<T>(x[3]);
+    *(ushort4 *)((T *)p + i) =
+        make_ushort4(*(const unsigned short *)&a, *(const unsigned short *)&b,
+                     *(const unsigned short *)&e, *(const unsigned short *)&f);
 }
 
-/* Element d of a row of q or k that starts at element `row`, turned as rope.h says. Without
- * contraction, as on the processor. */
+/* Element d of a row of q or k that starts at element `row` and is x there, turned as rope.h says.
+ * Without contraction, as on the processor. A function of its own: it is long, and seldom called.
+ */
 template <typename T>
-__device__ inline float turned(const gpu_call &c, const void *p, size_t row, uint32_t d,
-                               uint32_t position)
+__device__ __noinline__ float turn_element(const gpu_call &c, const void *p, size_t row, uint32_t d,
+                                           uint32_t position, float x)
 {
-    float x = io_load<T>(p, row + d, c.io_fp32);
-    if (c.rope.theta == 0 || d >= c.rope.dims)
+    if (d >= c.rope.dims)
         return x;
     uint32_t half = c.rope.dims / 2;
     bool second = c.rope.interleaved ? d & 1 : d >= half;
     uint32_t pair = c.rope.interleaved ? d / 2 : second ? d - half : d;
     uint32_t other = second ? ts_rope_first(&c.rope, pair) : ts_rope_second(&c.rope, pair);
     float y = io_load<T>(p, row + other, c.io_fp32);
-    float2 angle = rope_angle(position, pair, c.rope.dims, c.rope_log2);
-    float left = __fmul_rn(x, angle.x), right = __fmul_rn(y, angle.y);
+    double sine, cosine;
+    sincospi(position * exp2(-2.0 * pair / c.rope.dims * c.rope_log2) * 0.31830988618379067, &sine,
+             &cosine);
+    float left = __fmul_rn(x, (float)cosine), right = __fmul_rn(y, (float)sine);
     return second ? __fadd_rn(right, left) : __fsub_rn(left, right);
+}
+
+/* The N elements from d on of a row of q or k that starts at element `row`, turned if the run asks
+ * for it. */
+template <typename T, int N>
+__device__ inline void load_turned(const gpu_call &c, const void *p, size_t row, uint32_t d,
+                                   uint32_t position, float *x)
+{
+#pragma unroll
+    for (int e = 0; e < N; e++)
+        x[e] = io_load<T>(p, row + d + e, c.io_fp32);
+    if (c.rope.theta == 0)
+        return;
+#pragma unroll
+    for (int e = 0; e < N; e++)
+        x[e] = turn_element<T>(c, p, row, d + e, position, x[e]);
+}
+
+/* Element d alone. */
+template <typename T>
+__device__ inline float turned(const gpu_call &c, const void *p, size_t row, uint32_t d,
+                               uint32_t position)
+{
+    float x;
+    load_turned<T, 1>(c, p, row, d, position, &x);
+    return x;
 }
 
 /* Index of the first element of a query token's row for one head, in q and out. */
@@ -282,7 +319,10 @@ static inline uint32_t v5_rows(const ts_geometry *g, uint32_t kind)
     return rows[g->dtype == TS_DTYPE_FP32][kind];
 }
 
-#define MMA_ROWS 64u /* ... of mma */
+static inline uint32_t mma_rows(const ts_geometry *g) /* ... of mma */
+{
+    return g->head_dim <= 128 ? 128 : 64;
+}
 
 /* Chunks of a context, at most: for each, every row of a tile has a float in shared memory. */
 #define V5_CHUNKS 128u

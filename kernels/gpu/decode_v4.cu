@@ -47,9 +47,12 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
     for (int e = 0; e < EACH; e++) {
         uint32_t first = (lane + e * LANES) * N;
         mine[e] = first < c.head_dim;
+        float x[N] = {};
+        if (mine[e])
+            load_turned<T, N>(c, s.q, row, first, keys - 1, x);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            q[e * N + i] = mine[e] ? turned<T>(c, s.q, row, first + i, keys - 1) * c.scale_log2 : 0;
+            q[e * N + i] = x[i] * c.scale_log2;
             acc[e * N + i] = 0;
         }
     }

@@ -85,7 +85,7 @@ template <typename T, int DIM> struct narrow_kernel {
         unsigned char *rings = shared + planes * Q_BYTES;
         tiles ring;
         ring.start(c, j, rings);
-        load_q<T, PITCH>(c, j, ROWS, planes, shared, THREADS);
+        load_q<T, PITCH, ROWS, THREADS>(c, j, planes, shared);
         __syncthreads();
         uint32_t q_at = shared_address(shared), q[STEPS][2];
         fetch_q(q_at, q);

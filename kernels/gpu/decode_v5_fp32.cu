@@ -58,10 +58,10 @@ template <int DIM, int ROWS> struct lane_kernel {
                 acc[r][e] = q[r][e] = make_float4(0, 0, 0, 0);
                 if (d >= c.head_dim)
                     continue;
-                q[r][e].x = turned<float>(c, j.s.q, from, d, j.past + query) * c.scale_log2;
-                q[r][e].y = turned<float>(c, j.s.q, from, d + 1, j.past + query) * c.scale_log2;
-                q[r][e].z = turned<float>(c, j.s.q, from, d + 2, j.past + query) * c.scale_log2;
-                q[r][e].w = turned<float>(c, j.s.q, from, d + 3, j.past + query) * c.scale_log2;
+                float x[4];
+                load_turned<float, 4>(c, j.s.q, from, d, j.past + query, x);
+                q[r][e] = make_float4(x[0] * c.scale_log2, x[1] * c.scale_log2, x[2] * c.scale_log2,
+                                      x[3] * c.scale_log2);
             }
         }
         bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;

@@ -58,7 +58,9 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
 {
     uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
     uint32_t most = abreast < BLOCKS ? BLOCKS / (uint32_t)abreast : 1;
-    uint32_t least = list == LIST_MMA ? 2048 : s->kv_tokens <= BATCHED ? 1024 : 512;
+    uint32_t least = list == LIST_MMA          ? (tiles == 1 ? 1024 : 2048)
+                     : s->kv_tokens <= BATCHED ? 1024
+                                               : 512;
     if (p->geometry.kv_heads < 8 && list != LIST_MMA)
         least = clamp(least * p->geometry.kv_heads / 8, 256, least);
     most = clamp(most, 1, list == LIST_MMA ? MMA_CHUNKS : V5_CHUNKS);
@@ -70,7 +72,7 @@ cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
 {
     uint32_t rows = s->q_tokens * (p->heads / p->geometry.kv_heads);
     cut c;
-    c.rows = list == LIST_MMA ? MMA_ROWS : v5_rows(&p->geometry, list - LIST_NARROW);
+    c.rows = list == LIST_MMA ? mma_rows(&p->geometry) : v5_rows(&p->geometry, list - LIST_NARROW);
     c.tiles = ceil_div(rows, c.rows);
     c.tokens = chunk_tokens(p, s, list, c.tiles);
     c.chunks = ceil_div(s->kv_tokens, c.tokens);

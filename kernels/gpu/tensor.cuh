@@ -82,24 +82,40 @@ template <typename T> __device__ inline bool any_not_finite(const uint32_t *x)
     return any;
 }
 
-/* q of a tile of `rows` rows into `planes` planes of shared memory: rounded, what that leaves, what
+/* q of a tile of ROWS rows into `planes` planes of shared memory: rounded, what that leaves, what
  * rounding that leaves. Rows past the last are 0. Laid out as loader does. */
-template <typename T, int PITCH>
-__device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t rows, uint32_t planes,
-                       unsigned char *q, uint32_t threads)
+template <typename T, int PITCH, int ROWS, int THREADS>
+__device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes, unsigned char *q)
 {
-    const uint32_t DIM = PITCH / 2;
-    for (uint32_t i = threadIdx.x; i < rows * (DIM / 8); i += threads) {
-        uint32_t r = i / (DIM / 8), piece = i % (DIM / 8);
-        float x[8] = {};
-        if (r < j.rows && piece * 8 < c.head_dim) {
-            uint32_t row = j.first + r;
-            uint32_t query = chunks::query_of(c, row);
-            size_t at = row_index(c, query, chunks::head_of(c, j, row));
+    typedef chunks::loader<PITCH, 16> rows;
+    const uint32_t PIECES = PITCH / 16, ALL = ROWS * PIECES;
+    const uint32_t ABREAST = ALL / THREADS < 1 ? 1 : ALL / THREADS < 8 ? ALL / THREADS : 8;
+    if (!c.io_fp32 && c.rope.theta == 0) { /* as it is: there is one plane */
+        for (uint32_t i = threadIdx.x; i < ALL; i += THREADS * ABREAST) {
+            uint4 x[ABREAST];
 #pragma unroll
-            for (int e = 0; e < 8; e++)
-                x[e] = turned<T>(c, j.s.q, at, piece * 8 + e, j.past + query);
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t r = (i + a * THREADS) / PIECES, piece = (i + a * THREADS) % PIECES;
+                x[a] = make_uint4(0, 0, 0, 0);
+                if (r >= j.rows || piece * 8 >= c.head_dim)
+                    continue;
+                size_t at = chunks::place_of(c, j, r) * (size_t)c.head_dim + piece * 8;
+                x[a] = *(const uint4 *)((const T *)j.s.q + at);
+            }
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t r = (i + a * THREADS) / PIECES, piece = (i + a * THREADS) % PIECES;
+                *(uint4 *)(q + rows::place(r, piece)) = x[a];
+            }
         }
+        return;
+    }
+    for (uint32_t i = threadIdx.x; i < ALL; i += THREADS) {
+        uint32_t r = i / PIECES, piece = i % PIECES;
+        float x[8] = {};
+        if (r < j.rows && piece * 8 < c.head_dim)
+            load_turned<T, 8>(c, j.s.q, chunks::place_of(c, j, r) * (size_t)c.head_dim, piece * 8,
+                              j.past + chunks::query_of(c, j.first + r), x);
         for (uint32_t plane = 0; plane < planes; plane++) {
             uint4 pairs;
             uint32_t *p = (uint32_t *)&pairs;
@@ -108,8 +124,7 @@ __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t rows, u
                 p[e] = pack<T>(x[2 * e], x[2 * e + 1]);
                 take_away<T>(p[e], &x[2 * e], &x[2 * e + 1]);
             }
-            *(uint4 *)(q + plane * rows * PITCH + chunks::loader<PITCH, 16>::place(r, piece)) =
-                pairs;
+            *(uint4 *)(q + plane * ROWS * PITCH + rows::place(r, piece)) = pairs;
         }
     }
 }
