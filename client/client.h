@@ -7,6 +7,7 @@
 
 #include "cuda_worker.h"
 #include "handle_wire.h"
+#include "rings.h"
 #include "signals.h"
 #include "tinyserve.h"
 #include "tinyserve.pb-c.h"
@@ -55,8 +56,13 @@ struct ts_client {
     ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals; /* mapped and pinned; NULL: no run was ordered */
     uint64_t signals_there;
-    atomic_uint ordered; /* runs that were handed over to the daemon's stream */
-    bool order_lost;     /* one may or may not have been */
+    atomic_uint ordered;    /* runs that were handed over to the daemon's stream */
+    bool order_lost;        /* one may or may not have been */
+    ts_transport transport; /* that was asked for */
+    ts_rings_memory *rings; /* NULL: not open */
+    int doorbell;
+    uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
+    bool rings_lost; /* they can't be used, or not any more */
     char error[256];
 };
 
@@ -85,8 +91,21 @@ ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
  */
 ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply);
 
+/* The connection has ended: TS_ECONN. */
+ts_status ts_gone(ts_client *client);
+
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
+
+/* Whether steps go by the rings, which are opened at the first need. */
+ts_status ts_rings_use(ts_client *client, bool *use);
+
+/* Submits the entry, sets its tag, and waits for its completion. Else the error sentence is set. */
+ts_status ts_ring_call(ts_client *client, ts_ring_entry *entry, ts_ring_completion *done);
+
+/* A call that sleeps looks whether the connection has ended. Any thread. */
+void ts_rings_wake(ts_client *client);
+void ts_rings_close(ts_client *client);
 
 /* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. */
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
@@ -111,6 +130,7 @@ ts_status ts_exchange_take(ts_client *client, ts_region *region);
 void ts_exchange_give(ts_client *client, ts_region *region);
 
 /* Notes which generation of its slabs an answer speaks of. */
+ts_status ts_pool_note_slab(ts_pool *pool, uint32_t slab, uint32_t generation);
 ts_status ts_pool_note_slabs(ts_pool *pool, Tspb__Slab **slabs, size_t count);
 
 #endif

@@ -17,7 +17,8 @@
 #define TIMEOUT_DEFAULT_MS 30000u
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define POLL_MS 20                  /* between attempts to reach a daemon that is awaited */
-#define GREETING_MS 500u            /* a daemon that hasn't answered by then may need a nudge */
+#define SPIN_DEFAULT_US 50u
+#define GREETING_MS 500u /* a daemon that hasn't answered by then may need a nudge */
 
 /*
  * The process that uses NNG: NNG ends a process that uses it after a fork from one that did, so
@@ -39,6 +40,11 @@ const char *ts_error(const ts_client *c)
     return c == NULL ? "out of memory" : c->error;
 }
 
+ts_transport ts_client_transport(const ts_client *c)
+{
+    return c->rings != NULL && !c->rings_lost ? TS_TRANSPORT_RING : TS_TRANSPORT_MESSAGES;
+}
+
 uint64_t ts_session_id(const ts_client *c)
 {
     return c->session;
@@ -51,7 +57,7 @@ const char *ts_daemon_version(const ts_client *c)
 
 /* ---- calls ---- */
 
-static ts_status gone(ts_client *c)
+ts_status ts_gone(ts_client *c)
 {
     atomic_store(&c->broken, true);
     return ts_fail(c, TS_ECONN, "the connection to %s ended: the session is over", c->url);
@@ -63,7 +69,8 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     (void)event;
     ts_client *c = arg;
     atomic_store(&c->broken, true);
-    ts_signals_let_go(c);                  /* a stream that waits for the daemon */
+    ts_signals_let_go(c); /* a stream that waits for the daemon */
+    ts_rings_wake(c);
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
 }
 
@@ -96,7 +103,7 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
         return TS_OK;
     }
     if (atomic_load(&c->broken))
-        return gone(c);
+        return ts_gone(c);
     if (error == NNG_ETIMEDOUT)
         return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->url, c->timeout_ms);
     return ts_fail(c, TS_ECONN, "%s: %s", c->url, nng_strerror(error));
@@ -109,7 +116,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
         return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
                        (int)c->pid);
     if (atomic_load(&c->broken) || !c->open)
-        return gone(c);
+        return ts_gone(c);
     request->request_id = c->next_id++;
     ts_status status = TS_ETIMEOUT;
     nng_msg *message = NULL;
@@ -280,6 +287,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->pid = getpid();
     c->timeout_ms = o->timeout_ms != 0 ? o->timeout_ms : TIMEOUT_DEFAULT_MS;
     c->retries = o->retries;
+    c->transport = o->transport;
+    c->spin_us = o->spin_us != 0 ? o->spin_us : SPIN_DEFAULT_US;
     const char *url = o->url != NULL ? o->url : getenv("TINYSERVE_URL");
     if (url == NULL || url[0] == '\0')
         url = TS_URL_DEFAULT;
@@ -310,6 +319,7 @@ void ts_disconnect(ts_client *c)
         hang_up(c);
     ts_exchange_close(c);
     ts_signals_close(c);
+    ts_rings_close(c);
     ts_cuda_close(c->cuda);
     if (c->handle_fd >= 0)
         close(c->handle_fd);

@@ -138,13 +138,21 @@ const char *ts_pool_memory(const ts_pool *p)
     return p->memory;
 }
 
+ts_status ts_pool_note_slab(ts_pool *p, uint32_t slab, uint32_t generation)
+{
+    if (slab >= p->num_slabs)
+        return ts_fail(p->client, TS_EPROTO, "the daemon speaks of slab %u of %u", slab,
+                       p->num_slabs);
+    p->wanted[slab] = generation;
+    return TS_OK;
+}
+
 ts_status ts_pool_note_slabs(ts_pool *p, Tspb__Slab **slabs, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
-        if (slabs[i]->slab >= p->num_slabs)
-            return ts_fail(p->client, TS_EPROTO, "the daemon speaks of slab %u of %u",
-                           slabs[i]->slab, p->num_slabs);
-        p->wanted[slabs[i]->slab] = slabs[i]->generation;
+        ts_status status = ts_pool_note_slab(p, slabs[i]->slab, slabs[i]->generation);
+        if (status != TS_OK)
+            return status;
         if (slabs[i]->ipc_handle.len == TS_IPC_HANDLE_BYTES && p->num_slabs == 1) {
             memcpy(p->ipc_handle, slabs[i]->ipc_handle.data, TS_IPC_HANDLE_BYTES);
             p->has_ipc_handle = true;

@@ -43,32 +43,36 @@ static ts_step *step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count,
     return s;
 }
 
-/* Notes what the daemon's answer says of starts and slots, after checking that it adds up. */
-static ts_status fill_step(ts_step *s, const Tspb__StepBegun *b)
+/* What the daemon answers to a begin. */
+typedef struct begun {
+    const uint32_t *starts, *counts, *blocks; /* counts of blocks that the new tokens touch */
+    size_t num_seqs, num_blocks;
+} begun;
+
+/* Notes starts and slots, after checking that they add up. */
+static ts_status fill_step(ts_step *s, const begun *b)
 {
     ts_pool *p = s->pool;
     uint32_t block_tokens = p->geometry.block_tokens, token = 0;
     size_t block = 0;
-    bool ok = b->n_starts == s->count && b->n_counts == s->count;
+    bool ok = b->num_seqs == s->count;
     for (uint32_t i = 0; ok && i < s->count; i++) {
         uint64_t end = (uint64_t)b->starts[i] + s->new_tokens[i];
-        uint32_t first = b->starts[i] / block_tokens;
-        ok = b->counts[i] == (end - 1) / block_tokens + 1 - first &&
-             b->n_blocks - block >= b->counts[i];
+        uint32_t first = b->starts[i] / block_tokens, count = b->counts[i];
+        ok = count == (end - 1) / block_tokens + 1 - first && b->num_blocks - block >= count;
         s->starts[i] = b->starts[i];
-        for (uint64_t t = b->starts[i]; ok && t < end; t++)
+        for (uint64_t t = s->starts[i]; ok && t < end; t++)
             s->slots[token++] =
                 (uint64_t)b->blocks[block + t / block_tokens - first] * block_tokens +
                 t % block_tokens;
-        block += b->counts[i];
+        block += count;
     }
-    if (!ok)
-        return ts_fail(p->client, TS_EPROTO, "the daemon's answer doesn't fit the step");
-    return ts_pool_note_slabs(p, b->slabs, b->n_slabs);
+    return ok ? TS_OK : ts_fail(p->client, TS_EPROTO, "the daemon's answer doesn't fit the step");
 }
 
 /* Begins a step, or appends, in one message. The step's region is taken already. */
-static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
+static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_options *o,
+                                  bool append)
 {
     Tspb__StepBegin body = TSPB__STEP_BEGIN__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -88,14 +92,71 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
     ts_status status = ts_call(s->pool->client, &request, &reply);
     if (status != TS_OK)
         return status;
-    if (reply->body_case != TSPB__REPLY__BODY_STEP_BEGUN) {
+    const Tspb__StepBegun *b = reply->step_begun;
+    if (reply->body_case != TSPB__REPLY__BODY_STEP_BEGUN || b->n_starts != b->n_counts) {
         status = ts_fail(s->pool->client, TS_EPROTO, "the daemon's answer begins no step");
     } else {
-        s->id = reply->step_begun->step;
-        status = fill_step(s, reply->step_begun);
+        s->id = b->step;
+        status = fill_step(s, &(begun){b->starts, b->counts, b->blocks, b->n_starts, b->n_blocks});
+        if (status == TS_OK)
+            status = ts_pool_note_slabs(s->pool, b->slabs, b->n_slabs);
     }
     tspb__reply__free_unpacked(reply, NULL);
     return status;
+}
+
+/* Whether a begin can go by the rings. */
+static bool fits_ring(const ts_step *s, const ts_step_options *o)
+{
+    const ts_pool *p = s->pool;
+    uint64_t blocks = 0;
+    if (s->count > TS_RING_BATCH ||
+        (o->kernel != NULL && strlen(o->kernel) >= sizeof(((ts_ring_entry *)0)->begin.kernel)))
+        return false;
+    /* The handle of memory that is one allocation comes in messages alone. */
+    if (strcmp(p->memory, "cuda-ipc") == 0 && !p->has_ipc_handle)
+        return false;
+    for (uint32_t i = 0; i < s->count; i++)
+        blocks += ts_ring_blocks(s->new_tokens[i], p->geometry.block_tokens);
+    return blocks <= TS_RING_BLOCKS;
+}
+
+static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_options *o)
+{
+    ts_client *c = s->pool->client;
+    ts_rings_memory *m = c->rings;
+    ts_ring_completion done;
+    ts_ring_entry entry = {.op = TS_RING_BEGIN,
+                           .begin = {.pool = s->pool->index,
+                                     .count = s->count,
+                                     .heads = o->no_run ? 0 : o->heads,
+                                     .io_dtype = o->io_dtype,
+                                     .scale = o->scale}};
+    if (o->kernel != NULL)
+        memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
+    memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
+    memcpy(m->batch_words, s->new_tokens, s->count * sizeof *s->new_tokens);
+    ts_status status = ts_ring_call(c, &entry, &done);
+    if (status != TS_OK)
+        return status;
+    s->id = done.step;
+    if (done.num_blocks > TS_RING_BLOCKS || done.num_slabs > TS_RING_BLOCKS)
+        return ts_fail(c, TS_EPROTO, "the daemon's answer doesn't fit the step");
+    status = fill_step(
+        s, &(begun){m->begun_starts, m->begun_counts, m->begun_blocks, s->count, done.num_blocks});
+    for (uint32_t i = 0; i < done.num_slabs && status == TS_OK; i++)
+        status = ts_pool_note_slab(s->pool, m->begun_slabs[i].slab, m->begun_slabs[i].generation);
+    return status;
+}
+
+static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
+{
+    bool use = false;
+    ts_status status = append ? TS_OK : ts_rings_use(s->pool->client, &use);
+    if (status != TS_OK)
+        return status;
+    return use && fits_ring(s, o) ? begin_by_ring(s, seqs, o)
+                                  : begin_by_message(s, seqs, o, append);
 }
 
 /* The sum of new_tokens, or refuses. */
@@ -237,38 +298,7 @@ void ts_step_slots(const ts_step *s, uint64_t *slots)
     memcpy(slots, s->slots, s->tokens * sizeof *slots);
 }
 
-/* Sends the run and, when the daemon has taken it, hands over to its stream and back. */
-static ts_status run_on_stream(ts_step *s, Tspb__Request *request, void *stream)
-{
-    ts_pool *p = s->pool;
-    ts_client *c = p->client;
-    ts_cuda *cuda;
-    ts_status status = ts_client_cuda(c, p, &cuda);
-    if (status == TS_OK)
-        status = ts_signals_open(c, p);
-    if (status != TS_OK)
-        return status;
-    if (c->order_lost)
-        return ts_fail(c, TS_ECONN,
-                       "an earlier run went unanswered: the order is lost, connect again");
-    uint32_t order = atomic_load(&c->ordered) + 1;
-    request->step_run->ordered = true;
-    request->step_run->order = order;
-    status = ts_call_plain(c, request);
-    c->order_lost = status == TS_ETIMEOUT;
-    if (status != TS_OK)
-        return status;
-    /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
-     * there. If the daemon goes meanwhile, this stream must not wait for it. */
-    atomic_store(&c->ordered, order);
-    status = ts_cuda_hand_over(c, cuda, stream, c->signals_there + offsetof(ts_signals, submitted),
-                               c->signals_there + offsetof(ts_signals, completed), order);
-    if (atomic_load(&c->broken))
-        ts_signals_let_go(c);
-    return status;
-}
-
-ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
+static ts_status run_by_message(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
 {
     Tspb__StepRun body = TSPB__STEP_RUN__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -290,10 +320,82 @@ ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
     body.alibi = s->alibi;
     body.has_lse = o->lse;
     body.lse = s->lse;
+    body.ordered = o->on_stream;
+    body.order = order;
     request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
     request.step_run = &body;
-    return o->on_stream ? run_on_stream(s, &request, o->stream)
-                        : ts_call_plain(s->pool->client, &request);
+    return ts_call_plain(s->pool->client, &request);
+}
+
+static ts_status run_by_ring(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
+{
+    ts_ring_completion done;
+    ts_ring_entry entry = {.op = TS_RING_RUN,
+                           .step = s->id,
+                           .run = {.layer = layer,
+                                   .flags = (o->sinks ? TS_RING_SINKS : 0u) |
+                                            (o->alibi ? TS_RING_ALIBI : 0u) |
+                                            (o->lse ? TS_RING_LSE : 0u) |
+                                            (o->rope_interleaved ? TS_RING_INTERLEAVED : 0u) |
+                                            (o->on_stream ? TS_RING_ORDERED : 0u),
+                                   .q = s->q,
+                                   .k = s->k,
+                                   .v = s->v,
+                                   .out = s->out,
+                                   .sinks = s->sinks,
+                                   .alibi = s->alibi,
+                                   .lse = s->lse,
+                                   .scale = o->scale,
+                                   .soft_cap = o->soft_cap,
+                                   .rope_theta = o->rope_theta,
+                                   .window = o->window,
+                                   .rope_dims = o->rope_dims,
+                                   .order = order}};
+    return ts_ring_call(s->pool->client, &entry, &done);
+}
+
+static ts_status call_run(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
+{
+    bool use;
+    ts_status status = ts_rings_use(s->pool->client, &use);
+    if (status != TS_OK)
+        return status;
+    return use ? run_by_ring(s, layer, o, order) : run_by_message(s, layer, o, order);
+}
+
+/* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */
+static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options *o)
+{
+    ts_pool *p = s->pool;
+    ts_client *c = p->client;
+    ts_cuda *cuda;
+    ts_status status = ts_client_cuda(c, p, &cuda);
+    if (status == TS_OK)
+        status = ts_signals_open(c, p);
+    if (status != TS_OK)
+        return status;
+    if (c->order_lost)
+        return ts_fail(c, TS_ECONN,
+                       "an earlier run went unanswered: the order is lost, connect again");
+    uint32_t order = atomic_load(&c->ordered) + 1;
+    status = call_run(s, layer, o, order);
+    c->order_lost = status == TS_ETIMEOUT;
+    if (status != TS_OK)
+        return status;
+    /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
+     * there. If the daemon goes meanwhile, this stream must not wait for it. */
+    atomic_store(&c->ordered, order);
+    status =
+        ts_cuda_hand_over(c, cuda, o->stream, c->signals_there + offsetof(ts_signals, submitted),
+                          c->signals_there + offsetof(ts_signals, completed), order);
+    if (atomic_load(&c->broken))
+        ts_signals_let_go(c);
+    return status;
+}
+
+ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
+{
+    return o->on_stream ? run_on_stream(s, layer, o) : call_run(s, layer, o, 0);
 }
 
 ts_status ts_step_run(ts_step *s, uint32_t layer)
@@ -308,16 +410,40 @@ static void step_end(ts_step *s)
     step_free(s);
 }
 
-ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
+/* Commits (accepted NULL: all), or aborts. */
+static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
 {
+    ts_client *c = s->pool->client;
     Tspb__StepCommit body = TSPB__STEP_COMMIT__INIT;
+    Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    body.step = s->id;
+    bool use;
+    ts_status status = ts_rings_use(c, &use);
+    if (status != TS_OK)
+        return status;
+    if (use && (accepted == NULL || s->count <= TS_RING_BATCH)) {
+        ts_ring_completion done;
+        ts_ring_entry entry = {.op = commit ? TS_RING_COMMIT : TS_RING_ABORT, .step = s->id};
+        if (accepted != NULL) {
+            memcpy(c->rings->batch_words, accepted, s->count * sizeof *accepted);
+            entry.commit.count = s->count;
+        }
+        return ts_ring_call(c, &entry, &done);
+    }
+    abort.step = body.step = s->id;
     body.accepted = (uint32_t *)accepted;
     body.n_accepted = accepted != NULL ? s->count : 0;
-    request.body_case = TSPB__REQUEST__BODY_STEP_COMMIT;
-    request.step_commit = &body;
-    ts_status status = ts_call_plain(s->pool->client, &request);
+    request.body_case = commit ? TSPB__REQUEST__BODY_STEP_COMMIT : TSPB__REQUEST__BODY_STEP_ABORT;
+    if (commit)
+        request.step_commit = &body;
+    else
+        request.step_abort = &abort;
+    return ts_call_plain(c, &request);
+}
+
+ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
+{
+    ts_status status = call_end(s, true, accepted);
     if (status == TS_OK)
         step_end(s);
     return status;
@@ -325,14 +451,9 @@ ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 
 ts_status ts_step_abort(ts_step *s)
 {
-    Tspb__StepAbort body = TSPB__STEP_ABORT__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
     if (s == NULL)
         return TS_OK;
-    body.step = s->id;
-    request.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
-    request.step_abort = &body;
-    ts_status status = ts_call_plain(s->pool->client, &request);
+    ts_status status = call_end(s, false, NULL);
     step_end(s);
     return status;
 }

@@ -11,9 +11,10 @@ struct ts_batch {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t filled;
-    ts_job *head, **tail;   /* under the lock */
-    bool stop;              /* under the lock */
-    ts_attention_seq *seqs; /* of a launch that joins jobs; the thread's own */
+    ts_job *head, **tail;    /* under the lock */
+    bool stop;               /* under the lock */
+    pthread_mutex_t running; /* held by the thread that uses what follows, and the attention */
+    ts_attention_seq *seqs;  /* of a launch that joins jobs */
     size_t capacity;
     atomic_uint_fast64_t runs, launches;
 };
@@ -24,9 +25,9 @@ static bool alike(const ts_job *a, const ts_job *b)
            a->io_dtype == b->io_dtype && ts_attention_same_variant(&a->variant, &b->variant);
 }
 
-/* Runs `first` and all jobs like it that are linked behind it, as one call; they leave the list and
- * are told. */
-static void launch(ts_batch *b, ts_job *first)
+/* Runs `first` and all jobs like it that are linked behind it, as one call, and tells them. Returns
+ * the others. */
+static ts_job *launch(ts_batch *b, ts_job *first)
 {
     ts_job *like = first, **like_tail = &first->next, **from = &first->next;
     size_t total = first->num_seqs;
@@ -45,7 +46,7 @@ static void launch(ts_batch *b, ts_job *first)
             rest_tail = &job->next;
         }
     }
-    *like_tail = NULL;
+    *like_tail = *rest_tail = NULL;
 
     ts_attention_call call = {
         .geometry = first->geometry,
@@ -85,14 +86,30 @@ static void launch(ts_batch *b, ts_job *first)
                                         : "no scratch memory for attention");
         job->done(job);
     }
-    /* `first` may be freed by now: the others are handed back through the list head. */
+    return rest;
+}
+
+bool ts_batch_try_run(ts_batch *b, ts_job *jobs)
+{
+    if (pthread_mutex_trylock(&b->running) != 0)
+        return false;
+    while (jobs != NULL)
+        jobs = launch(b, jobs);
+    pthread_mutex_unlock(&b->running);
+    return true;
+}
+
+/* Puts jobs back, before those that came meanwhile. */
+static void put_back(ts_batch *b, ts_job *jobs)
+{
+    ts_job **tail = &jobs;
+    while (*tail != NULL)
+        tail = &(*tail)->next;
     pthread_mutex_lock(&b->lock);
-    if (rest != NULL) {
-        *rest_tail = b->head;
-        if (b->head == NULL)
-            b->tail = rest_tail;
-        b->head = rest;
-    }
+    *tail = b->head;
+    if (b->head == NULL)
+        b->tail = tail;
+    b->head = jobs;
     pthread_mutex_unlock(&b->lock);
 }
 
@@ -110,6 +127,7 @@ static void *batch_main(void *arg)
         if (jobs == NULL)
             return NULL;
         /* Copies first: each is needed before its step's first run, which comes later. */
+        pthread_mutex_lock(&b->running);
         ts_job *runs = NULL, **tail = &runs;
         for (ts_job *job = jobs, *next; job != NULL; job = next) {
             next = job->next;
@@ -126,7 +144,10 @@ static void *batch_main(void *arg)
             job->done(job);
         }
         if (runs != NULL)
-            launch(b, runs);
+            runs = launch(b, runs);
+        pthread_mutex_unlock(&b->running);
+        if (runs != NULL)
+            put_back(b, runs);
     }
 }
 
@@ -138,6 +159,7 @@ ts_batch *ts_batch_new(ts_attention *attention)
     b->attention = attention;
     b->tail = &b->head;
     pthread_mutex_init(&b->lock, NULL);
+    pthread_mutex_init(&b->running, NULL);
     pthread_cond_init(&b->filled, NULL);
     if (pthread_create(&b->thread, NULL, batch_main, b) != 0) {
         free(b);
@@ -157,6 +179,7 @@ void ts_batch_free(ts_batch *b)
     pthread_join(b->thread, NULL);
     pthread_cond_destroy(&b->filled);
     pthread_mutex_destroy(&b->lock);
+    pthread_mutex_destroy(&b->running);
     free(b->seqs);
     free(b);
 }

@@ -51,6 +51,10 @@ void ts_batch_free(ts_batch *batch);
 /* The job is the batch's until it calls done. */
 void ts_batch_submit(ts_batch *batch, ts_job *job);
 
+/* Runs the jobs (linked by `next`, attends alone) here and now, alike ones together; their `done`
+ * is called. False, and they are still the caller's: others' are being run. */
+bool ts_batch_try_run(ts_batch *batch, ts_job *jobs);
+
 /* Attends done so far, and the kernel calls that took. Any thread. */
 void ts_batch_counts(const ts_batch *batch, uint64_t *runs, uint64_t *launches);
 

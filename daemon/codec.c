@@ -11,8 +11,7 @@ static bool counts_agree(const char *what, size_t a, size_t b, ts_answer *answer
     return false;
 }
 
-/* The kernel of this name; an empty one means the pool's. */
-static bool decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
+bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
 {
     *kernel = name[0] == '\0' ? TS_KERNEL_AUTO : ts_kernel_find(name);
     if (*kernel != TS_KERNEL_COUNT)
@@ -101,7 +100,7 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
         c->step_begin.io_dtype = r->step_begin->io_dtype;
         c->step_begin.scale = r->step_begin->scale;
         c->step_begin.append = r->step_begin->append;
-        return decode_kernel(r->step_begin->kernel, &c->step_begin.kernel, a) &&
+        return ts_decode_kernel(r->step_begin->kernel, &c->step_begin.kernel, a) &&
                counts_agree("new_tokens", r->step_begin->n_seqs, r->step_begin->n_new_tokens, a);
     case TSPB__REQUEST__BODY_STEP_RUN:
         c->op = TS_OP_STEP_RUN;
@@ -123,6 +122,8 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
                                    .window = r->step_run->window,
                                    .rope = {r->step_run->rope_theta, r->step_run->rope_dims,
                                             r->step_run->rope_interleaved}};
+        c->step_run.ordered = r->step_run->ordered;
+        c->step_run.order = r->step_run->order;
         return true;
     case TSPB__REQUEST__BODY_STEP_COMMIT:
         c->op = TS_OP_STEP_COMMIT;

@@ -25,6 +25,9 @@ typedef union ts_reply_body {
 bool ts_decode(const Tspb__Request *request, uint64_t session, ts_command *command,
                ts_answer *answer);
 
+/* The kernel of this name, an empty one being the pool's; false, and the answer refuses. */
+bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *answer);
+
 /* Fills in the reply to a command that was applied; slabs of an answer are the caller's to add. */
 void ts_encode(const ts_engine *engine, const ts_command *command, const ts_answer *answer,
                Tspb__Reply *reply, ts_reply_body *body);

@@ -29,6 +29,7 @@ void ts_config_init(ts_config *c)
         .log_level = TS_LOG_INFO,
         .contexts = 256,
         .submit_ms = 30000,
+        .spin_us = 50,
         .message_bytes = 1u << 20,
     };
     ts_engine_default_limits(&c->limits);
@@ -129,6 +130,8 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
         c->submit_ms = which * 1000;
         return status;
     }
+    if (strcmp(key, "spin_us") == 0)
+        return number32(c, key, value, 0, 1000000, &c->spin_us);
     if (strcmp(key, "message_max") == 0)
         return number(c, key, value, true, 10, 4096, 1u << 30, &c->message_bytes);
     if (strcmp(key, "exchange_max") == 0)

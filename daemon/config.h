@@ -35,6 +35,7 @@ typedef struct ts_config {
     ts_log_level log_level;
     uint32_t contexts;
     uint32_t submit_ms; /* that a worker has to submit an ordered run */
+    uint32_t spin_us;   /* that a session's rings are polled after their last use */
     uint64_t message_bytes;
     ts_engine_limits limits;
     ts_config_pool pools[TS_POOLS_MAX];

@@ -101,6 +101,8 @@ typedef struct ts_command {
             uint64_t sinks, alibi, lse;
             bool has_sinks, has_alibi, has_lse;
             ts_attention_variant variant; /* scale 0: the step's; rope.dims 0: head_dim */
+            bool ordered;                 /* these two are the service's (signals.h) */
+            uint32_t order;
         } step_run;
         struct {
             uint64_t step;

@@ -1,6 +1,7 @@
 #include "jobs.h"
 
 #include "log.h"
+#include "ring.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,9 @@ typedef struct service_job {
     ts_work work;
     ts_service *service;
     const ts_service_gpu *gpu; /* NULL: the processor's kernels */
-    ts_request *request;       /* NULL: it was answered already */
+    ts_request *request;       /* NULL: the rings, or nobody, waits */
+    ts_ring *ring;             /* NULL: nobody waits there */
+    uint32_t tag;
     uint64_t request_id, step;
     uint32_t pipe, layer;
     ts_exchange *exchange;
@@ -109,17 +112,21 @@ static void finish_job(ts_work *work, void *service)
     release_plan(j->plan);
     if (j->request != NULL)
         reply_to_job(s, j);
+    if (j->ring != NULL) {
+        s->refused += j->job.status != TS_OK;
+        ts_ring_complete(j->ring, j->tag, j->job.status, j->job.why);
+        ts_ring_release(j->ring);
+    }
     free(j->job.copies);
     free(j->job.seqs);
     free(j->reply);
     free(j);
-    if (s->waiting != NULL)
-        ts_service_resume(s);
+    ts_service_resume(s);
 }
 
 /* A job of the step's, with room for `count` things of `bytes` in *things. */
-static service_job *job_new(ts_service *s, ts_connection *c, ts_request *request,
-                            const ts_step *step, void **things, size_t count, size_t bytes)
+static service_job *job_new(ts_service *s, ts_connection *c, ts_asker asker, const ts_step *step,
+                            void **things, size_t count, size_t bytes)
 {
     service_job *j = calloc(1, sizeof *j);
     *things = malloc(count * bytes);
@@ -134,47 +141,80 @@ static service_job *job_new(ts_service *s, ts_connection *c, ts_request *request
     j->work.run = finish_job;
     j->service = s;
     j->gpu = s->gpu_of[step->pool];
-    j->request = request;
-    j->request_id = request->message->request_id;
+    j->request = asker.request;
+    if (asker.request != NULL)
+        j->request_id = asker.request->message->request_id;
+    else
+        j->ring = ts_ring_use(c->ring);
+    j->tag = asker.tag;
     j->step = step->id;
     j->pipe = c->pipe;
     j->layer = TS_NONE;
     return j;
 }
 
-static void submit(ts_service *s, service_job *j)
+/* A job that will not be. */
+static bool job_drop(service_job *j, void *things)
 {
-    if (j->gpu == NULL)
-        ts_batch_submit(s->batch, &j->job);
-    else
-        ts_gpu_batch_submit(j->gpu->batch, &j->job);
+    ts_ring_release(j->ring);
+    free(things);
+    free(j);
+    return false;
 }
 
-bool ts_jobs_copy(ts_service *s, ts_connection *c, ts_request *request, const ts_answer *a,
+static void submit(ts_service *s, service_job *j)
+{
+    if (j->gpu != NULL)
+        ts_gpu_batch_submit(j->gpu->batch, &j->job);
+    else if (j->ring != NULL)
+        ts_rings_submit(s->rings, &j->job);
+    else
+        ts_batch_submit(s->batch, &j->job);
+}
+
+bool ts_jobs_copy(ts_service *s, ts_connection *c, ts_asker asker, const ts_answer *a,
                   const Tspb__Reply *reply)
 {
     void *copies;
     service_job *j =
-        job_new(s, c, request, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
+        job_new(s, c, asker, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
     if (j == NULL)
         return false;
     memcpy(copies, a->begun.copies, a->begun.num_copies * sizeof(ts_block_copy));
     j->job.copies = copies;
     j->job.num_copies = a->begun.num_copies;
-    if (!ts_service_pack(s, reply, &j->reply_size) || (j->reply = malloc(j->reply_size)) == NULL) {
-        free(copies);
-        free(j);
-        return false;
+    if (asker.request != NULL) {
+        if (!ts_service_pack(s, reply, &j->reply_size) ||
+            (j->reply = malloc(j->reply_size)) == NULL)
+            return job_drop(j, copies);
+        memcpy(j->reply, s->packed, j->reply_size);
     }
-    memcpy(j->reply, s->packed, j->reply_size);
     submit(s, j);
     return true;
 }
 
-bool ts_jobs_check_run(ts_service *s, ts_connection *c, const Tspb__StepRun *run, ts_answer *a)
+void ts_jobs_undo(ts_service *s, const ts_command *command, uint64_t step)
+{
+    ts_answer answer;
+    ts_engine_apply(
+        s->engine,
+        &(ts_command){.op = TS_OP_STEP_DONE,
+                      .step_done = {.step = step, .layer = TS_NONE, .status = TS_ENOMEM}},
+        &answer);
+    if (command->op == TS_OP_STEP_BEGIN)
+        ts_engine_apply(s->engine,
+                        &(ts_command){.op = TS_OP_STEP_ABORT,
+                                      .session = command->session,
+                                      .step_end = {.step = step}},
+                        &answer);
+}
+
+bool ts_jobs_check_run(ts_service *s, ts_connection *c, const ts_command *run, ts_answer *a)
 {
     char why[TS_MESSAGE_BYTES];
-    const ts_step *step = ts_engine_find_step(s->engine, run->step);
+    bool ordered = run->step_run.ordered;
+    uint32_t order = run->step_run.order;
+    const ts_step *step = ts_engine_find_step(s->engine, run->step_run.step);
     if (step == NULL || c->exchange == NULL ||
         ts_engine_session_id(s->engine, step->session) != c->session)
         return true; /* the engine refuses it */
@@ -182,7 +222,7 @@ bool ts_jobs_check_run(ts_service *s, ts_connection *c, const Tspb__StepRun *run
     const ts_service_gpu *gpu = s->gpu_of[step->pool];
     ts_status status = TS_OK;
     if (gpu == NULL) {
-        if (run->ordered)
+        if (ordered)
             ts_refuse(a, TS_EINVAL, "an ordered run, but pool '%s' is in host memory", pool);
         else if (c->exchange->host == NULL)
             ts_refuse(a, TS_EINVAL,
@@ -190,9 +230,9 @@ bool ts_jobs_check_run(ts_service *s, ts_connection *c, const Tspb__StepRun *run
         return a->status == TS_OK;
     }
     status = ts_exchange_reach(c->exchange, gpu->gpu, why, sizeof why);
-    if (status == TS_OK && run->ordered) {
-        if (c->signals == NULL || run->order != c->signals->ordered + 1) {
-            ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", run->order,
+    if (status == TS_OK && ordered) {
+        if (c->signals == NULL || order != c->signals->ordered + 1) {
+            ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", order,
                       c->signals == NULL ? 1 : c->signals->ordered + 1,
                       c->signals == NULL ? ", after it has asked for its page of signals" : "");
             return false;
@@ -212,24 +252,19 @@ static float *floats_at(unsigned char *base, uint64_t offset)
     return (float *)(void *)(base + offset);
 }
 
-bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_command *command,
+bool ts_jobs_run(ts_service *s, ts_connection *c, ts_asker asker, const ts_command *command,
                  const ts_step *step)
 {
     void *memory;
-    service_job *j =
-        job_new(s, c, request, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
+    service_job *j = job_new(s, c, asker, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
     if (j == NULL)
         return false;
     if (j->gpu != NULL) {
         j->plan = plan_of(s, step);
-        if (j->plan == NULL) {
-            free(memory);
-            free(j);
-            return false;
-        }
+        if (j->plan == NULL)
+            return job_drop(j, memory);
         j->job.plan = &j->plan->plan;
     }
-    const Tspb__StepRun *run = request->message->step_run;
     ts_attention_seq *seqs = memory;
     const ts_geometry *g = &j->job.geometry;
     unsigned char *base = j->gpu == NULL ? c->exchange->host : c->exchange->there;
@@ -266,12 +301,14 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_request *request, const ts_
     j->layer = command->step_run.layer;
     j->exchange = c->exchange;
     j->exchange->users++;
-    if (run->ordered) {
-        __atomic_store_n(&c->signals->ordered, run->order, __ATOMIC_RELEASE);
+    if (command->step_run.ordered) { /* answered now */
+        __atomic_store_n(&c->signals->ordered, command->step_run.order, __ATOMIC_RELEASE);
         j->job.signals = c->signals;
-        j->job.order = run->order;
+        j->job.order = command->step_run.order;
         c->signals->users++;
         j->request = NULL;
+        ts_ring_release(j->ring);
+        j->ring = NULL;
     }
     submit(s, j);
     return true;

@@ -11,18 +11,27 @@
 
 /* What the engine doesn't know of a run: whether the exchange can be used with the pool, and the
  * order on a GPU. False, and the answer refuses. */
-bool ts_jobs_check_run(ts_service *service, ts_connection *c, const Tspb__StepRun *run,
+bool ts_jobs_check_run(ts_service *service, ts_connection *c, const ts_command *run,
                        ts_answer *answer);
 
-/* Hands the run that the engine has accepted to the kernels. Unless it is ordered they have the
- * request now and will answer it. False: out of memory, nothing was done. */
-bool ts_jobs_run(ts_service *service, ts_connection *c, ts_request *request,
-                 const ts_command *command, const ts_step *step);
+/* Who waits for a job: a request, or an entry of the connection's rings. */
+typedef struct ts_asker {
+    ts_request *request; /* NULL: the rings */
+    uint32_t tag;
+} ts_asker;
 
-/* Hands the copies of a step that was begun to the kernels, which will answer with this reply.
- * False: out of memory, nothing was done. */
-bool ts_jobs_copy(ts_service *service, ts_connection *c, ts_request *request,
-                  const ts_answer *begun, const Tspb__Reply *reply);
+/* Hands the run that the engine has accepted to the kernels. Unless it is ordered they will answer
+ * the asker. False: out of memory, nothing was done. */
+bool ts_jobs_run(ts_service *service, ts_connection *c, ts_asker asker, const ts_command *command,
+                 const ts_step *step);
+
+/* Hands the copies of a step that was begun to the kernels, which will answer: a request with this
+ * reply. False: out of memory, nothing was done. */
+bool ts_jobs_copy(ts_service *service, ts_connection *c, ts_asker asker, const ts_answer *begun,
+                  const Tspb__Reply *reply);
+
+/* Undoes what the engine was told of a run or of a begin with copies that no kernel gets. */
+void ts_jobs_undo(ts_service *service, const ts_command *command, uint64_t step);
 
 /* Gives up what is kept for steps. No job is under way. */
 void ts_jobs_fini(ts_service *service);

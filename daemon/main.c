@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "devices.h"
 #include "handles.h"
+#include "ring.h"
 #include "service.h"
 #include "transport.h"
 #include "version.h"
@@ -201,7 +202,9 @@ static int serve(const ts_config *c, const sigset_t *signals)
     s->attention = ts_attention_new(c->threads, c->kernel);
     if (s->attention != NULL)
         s->batch = ts_batch_new(s->attention);
-    if (s->engine == NULL || s->by_session == NULL || s->batch == NULL) {
+    if (s->engine != NULL && s->batch != NULL)
+        s->rings = ts_rings_new(s, c->spin_us);
+    if (s->engine == NULL || s->by_session == NULL || s->batch == NULL || s->rings == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
                c->limits.sessions, c->threads);
         goto out;
@@ -229,6 +232,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
 out:
     ts_transport_stop(transport);
     ts_handles_stop(handles);
+    ts_rings_stop(s->rings);
     if (s->attention != NULL)
         ts_attention_cancel(s->attention);
     ts_batch_free(s->batch);

@@ -5,6 +5,7 @@
 #include "jobs.h"
 #include "log.h"
 #include "report.h"
+#include "ring.h"
 #include "version.h"
 
 #include <errno.h>
@@ -67,6 +68,7 @@ static void connection_free(ts_service *s, ts_connection *c)
     ts_exchange_release(c->exchange);
     ts_signals_let_go(c->signals);
     ts_signals_release(c->signals);
+    ts_ring_close(c->ring);
     /* Nobody is there to read it, but each request is answered once. */
     for (ts_request **at = &s->waiting, *w; (w = *at) != NULL;) {
         if (w->pipe != c->pipe) {
@@ -188,8 +190,7 @@ static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *re
 
 /* ---- requests ---- */
 
-/* Applies the command, finding memory for slabs until it has enough. */
-static void apply(ts_service *s, const ts_command *command, ts_answer *a)
+void ts_service_apply(ts_service *s, const ts_command *command, ts_answer *a)
 {
     for (;;) {
         ts_engine_apply(s->engine, command, a);
@@ -322,9 +323,8 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     reply->session_opened = opened;
 }
 
-/* Lists the slabs of `count` blocks, each once. False if out of memory. */
-static bool list_slabs(ts_service *s, uint32_t pool, const uint32_t *blocks, size_t count,
-                       Tspb__Slab ***list, size_t *num)
+bool ts_service_list_slabs(ts_service *s, uint32_t pool, const uint32_t *blocks, size_t count,
+                           Tspb__Slab ***list, size_t *num)
 {
     const ts_pool_books *books = &s->engine->pools[pool].books;
     size_t before = s->slab_seen_capacity,
@@ -364,11 +364,11 @@ static bool add_slabs(ts_service *s, const ts_command *command, const ts_answer 
                       Tspb__Reply *reply)
 {
     if (reply->body_case == TSPB__REPLY__BODY_BLOCKS)
-        return list_slabs(s, command->pool, a->blocks.blocks, a->blocks.count,
-                          &reply->blocks->slabs, &reply->blocks->n_slabs);
+        return ts_service_list_slabs(s, command->pool, a->blocks.blocks, a->blocks.count,
+                                     &reply->blocks->slabs, &reply->blocks->n_slabs);
     if (reply->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
-        return list_slabs(s, command->pool, a->begun.blocks, a->begun.num_blocks,
-                          &reply->step_begun->slabs, &reply->step_begun->n_slabs);
+        return ts_service_list_slabs(s, command->pool, a->begun.blocks, a->begun.num_blocks,
+                                     &reply->step_begun->slabs, &reply->step_begun->n_slabs);
     return true;
 }
 
@@ -383,44 +383,32 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     bool run = command->op == TS_OP_STEP_RUN;
     if (command->op == TS_OP_EXCHANGE_OPEN)
         open_exchange(s, c, message->exchange_open, command, a);
-    else if (!run || ts_jobs_check_run(s, c, message->step_run, a))
-        apply(s, command, a);
+    else if (!run || ts_jobs_check_run(s, c, command, a))
+        ts_service_apply(s, command, a);
     ts_encode(s->engine, command, a, reply, body);
     if (command->op == TS_OP_EXCHANGE_OPEN && a->status == TS_OK)
         encode_exchange(c, reply, body);
     bool copies = command->op == TS_OP_STEP_BEGIN && a->status == TS_OK && a->begun.num_copies > 0;
     bool ok = a->status != TS_OK || add_slabs(s, command, a, reply);
+    ts_asker asker = {.request = request};
     if (ok && a->status == TS_OK && run)
-        ok = ts_jobs_run(s, c, request, command, a->step);
+        ok = ts_jobs_run(s, c, asker, command, a->step);
     else if (ok && copies)
-        ok = ts_jobs_copy(s, c, request, a, reply);
+        ok = ts_jobs_copy(s, c, asker, a, reply);
     if (ok)
-        return copies || (a->status == TS_OK && run && !message->step_run->ordered);
+        return copies || (a->status == TS_OK && run && !command->step_run.ordered);
     /* Out of memory for the answer: undo what can be undone. */
-    if (run || copies)
-        ts_engine_apply(s->engine,
-                        &(ts_command){.op = TS_OP_STEP_DONE,
-                                      .step_done = {.step = run ? a->step->id : a->begun.step->id,
-                                                    .layer = TS_NONE,
-                                                    .status = TS_ENOMEM}},
-                        &(ts_answer){0});
-    if (command->op == TS_OP_STEP_BEGIN && body->step_begun.step != 0)
-        ts_engine_apply(s->engine,
-                        &(ts_command){.op = TS_OP_STEP_ABORT,
-                                      .session = command->session,
-                                      .step_end = {.step = body->step_begun.step}},
-                        &(ts_answer){0});
+    if (run || command->op == TS_OP_STEP_BEGIN)
+        ts_jobs_undo(s, command, run ? a->step->id : body->step_begun.step);
     ts_refuse(a, TS_ENOMEM, "no memory for the answer");
     reply->status = TS_ENOMEM;
     reply->message = a->message;
     return false;
 }
 
-/* Whether the command ends a step of this session whose runs are still under way on a GPU, or would
- * put one more ordered run behind too many. */
-static bool must_wait(const ts_service *s, const Tspb__Request *message, const ts_command *command)
+bool ts_service_must_wait(const ts_service *s, const ts_command *command)
 {
-    bool run = command->op == TS_OP_STEP_RUN && message->step_run->ordered;
+    bool run = command->op == TS_OP_STEP_RUN && command->step_run.ordered;
     bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
     if (!run && !end)
         return false;
@@ -445,7 +433,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
     } else if (ts_decode(message, c->session, &command, &a)) {
-        if (must_wait(s, message, &command)) {
+        if (ts_service_must_wait(s, &command)) {
             kept->pending = true;
             request->next_waiter = s->waiting;
             s->waiting = request;
@@ -474,6 +462,7 @@ void ts_service_resume(ts_service *s)
         ts_connection *c = ts_service_connection(s, request->pipe);
         answer(s, c, request, ts_replies_at(&c->replies, request->message->request_id));
     }
+    ts_rings_resume(s->rings);
 }
 
 void ts_service_request(ts_work *work, void *service)
@@ -555,6 +544,15 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         return status != TS_OK ? status
                                : hand_out(ask, c->signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
     }
+    if (r->kind == TS_HANDLE_RINGS || r->kind == TS_HANDLE_DOORBELL) {
+        ts_status status =
+            c->ring != NULL ? TS_OK : ts_ring_new(s->rings, c->pipe, &c->ring, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+        return r->kind == TS_HANDLE_RINGS
+                   ? hand_out(ask, c->ring->fd, sizeof(ts_rings_memory), why, why_bytes)
+                   : hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
+    }
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {
         snprintf(why, why_bytes, "the session has not opened a pool %u", r->pool);
@@ -603,6 +601,7 @@ void ts_service_fini(ts_service *s)
             next = c->next;
             connection_free(s, c);
         }
+    ts_rings_free(s->rings);
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(s->memory[i]);
     ts_jobs_fini(s);

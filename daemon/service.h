@@ -42,6 +42,9 @@ typedef struct ts_handle_ask {
     void (*done)(struct ts_handle_ask *ask);
 } ts_handle_ask;
 
+typedef struct ts_ring ts_ring;   /* ring.h */
+typedef struct ts_rings ts_rings; /* the same */
+
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
     uint32_t pipe, uid, pid;
@@ -49,6 +52,7 @@ typedef struct ts_connection {
     uint8_t token[TS_TOKEN_BYTES];
     ts_exchange *exchange;
     ts_signals_page *signals; /* NULL: never asked for */
+    ts_ring *ring;            /* the same */
     uint64_t requests;
     ts_replies replies;
 } ts_connection;
@@ -69,6 +73,7 @@ typedef struct ts_service {
     ts_memory *memory[TS_POOLS_MAX];
     ts_attention *attention;
     ts_batch *batch;
+    ts_rings *rings;
     ts_service_gpu gpus[TS_GPUS_MAX];
     uint32_t num_gpus;
     const ts_service_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
@@ -104,6 +109,17 @@ void ts_service_handle(ts_work *work, void *service);
 void ts_service_fini(ts_service *service);
 
 /* Used by the files of the service. */
+
+/* Applies the command, finding memory for slabs until it has enough. */
+void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);
+
+/* Whether the command ends a step of its session whose runs are still under way on a GPU, or would
+ * put one more ordered run behind too many. */
+bool ts_service_must_wait(const ts_service *service, const ts_command *command);
+
+/* Lists the slabs of `count` blocks, each once; the list is the service's. False: out of memory. */
+bool ts_service_list_slabs(ts_service *service, uint32_t pool, const uint32_t *blocks, size_t count,
+                           Tspb__Slab ***list, size_t *num);
 
 /* Packs the reply into service->packed; false: out of memory. */
 bool ts_service_pack(ts_service *service, const Tspb__Reply *reply, size_t *size);

@@ -20,7 +20,9 @@ enum ts_handle_kind {
     /* No descriptor and no session: "your NNG socket doesn't answer". The reply says, in `bytes`,
      * whether the daemon made a new one (1), so that connecting again helps. */
     TS_HANDLE_NUDGE = 3,
-    TS_HANDLE_SIGNALS = 4, /* the page of signals.h; made at the first asking */
+    TS_HANDLE_SIGNALS = 4,  /* the page of signals.h; made at the first asking */
+    TS_HANDLE_RINGS = 5,    /* the memory of rings.h; made at the first asking */
+    TS_HANDLE_DOORBELL = 6, /* ... and the eventfd that wakes the daemon */
 };
 
 typedef struct ts_handle_request {

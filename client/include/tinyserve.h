@@ -36,6 +36,15 @@ typedef struct ts_pool ts_pool;
 typedef struct ts_step ts_step;
 typedef uint64_t ts_seq; /* a sequence of one pool; never 0; never used again once freed */
 
+/* How steps reach the daemon. Everything else goes as messages. The results are the same. */
+typedef enum ts_transport {
+    TS_TRANSPORT_AUTO,    /* rings, or messages if there are none to be had */
+    TS_TRANSPORT_RING,    /* rings in memory shared with the daemon: microseconds */
+    TS_TRANSPORT_MESSAGES /* a message over the socket for each call */
+} ts_transport;
+
+#define TS_SPIN_NONE UINT32_MAX
+
 typedef struct ts_options {
     const char *url;     /* "ipc:///path" or "/path"; NULL: see above */
     const char *program; /* shown to the operator; NULL: the process's name */
@@ -44,6 +53,9 @@ typedef struct ts_options {
     uint32_t wait_ms;    /* how long ts_connect waits for a daemon to appear; 0: not at all */
     size_t exchange_bytes; /* of shared memory for q, k, v and out to start with; it grows as steps
                               need it, while none is open. 0: what the first step needs */
+    ts_transport transport;
+    uint32_t spin_us; /* that a call through a ring polls for its answer before it sleeps; 0: 50,
+                         TS_SPIN_NONE: it sleeps at once */
 } ts_options;
 
 /*
@@ -58,6 +70,9 @@ void ts_disconnect(ts_client *client);
 
 /* What was wrong with the last call that failed; valid until the next one does. Never NULL. */
 const char *ts_error(const ts_client *client);
+
+/* What the client's last step went by: TS_TRANSPORT_RING or TS_TRANSPORT_MESSAGES. */
+ts_transport ts_client_transport(const ts_client *client);
 
 /* This session's id as the operator sees it, and the daemon's version. */
 uint64_t ts_session_id(const ts_client *client);

@@ -66,6 +66,10 @@ def _pair(name: str, seqs: Iterable[Seq], numbers: Iterable[int]) -> tuple[Any, 
     return ids, values, n
 
 
+_TRANSPORTS = ("auto", "ring", "messages")
+_SPIN_NONE = 2**32 - 1
+
+
 class Client:
     """A session with the daemon. Used by one thread at a time; connect after fork(), not before.
 
@@ -73,14 +77,21 @@ class Client:
     """
 
     def __init__(self, url: str | None = None, *, program: str | None = None, timeout: float = 30.0,
-                 retries: int = 0, wait: float = 0.0, exchange_bytes: int = 0) -> None:
+                 retries: int = 0, wait: float = 0.0, exchange_bytes: int = 0,
+                 transport: str = "auto", spin_us: int | None = None) -> None:
         """url: "ipc:///path" or "/path"; None: TINYSERVE_URL, or the system's daemon.
         timeout: seconds for one call; wait: seconds to wait for a daemon to appear.
         exchange_bytes: of shared memory for q, k, v and out to start with.
+        transport: how steps reach the daemon, "ring", "messages", or "auto": rings if there are any.
+        spin_us: microseconds that a call through a ring polls before it sleeps (None: 50).
 
         Raises DisconnectedError where there is no daemon."""
+        if transport not in _TRANSPORTS:
+            raise ValueError(f"transport {transport!r}; known are {', '.join(_TRANSPORTS)}")
+        spin = 0 if spin_us is None else _SPIN_NONE if spin_us == 0 else spin_us
         options = Options(url.encode() if url else None, program.encode() if program else None,
-                          max(1, int(timeout * 1000)), retries, int(wait * 1000), exchange_bytes)
+                          max(1, int(timeout * 1000)), retries, int(wait * 1000), exchange_bytes,
+                          _TRANSPORTS.index(transport), spin)
         self._handle: c_void_p | None = c_void_p()
         self._pools: list[Pool] = []
         status = lib.ts_connect(byref(options), byref(self._handle))
@@ -106,6 +117,11 @@ class Client:
     def session(self) -> int:
         """This session's id, as `tsctl sessions` shows it in hexadecimal."""
         return lib.ts_session_id(self._open())
+
+    @property
+    def transport(self) -> str:
+        """What the last step went by: "ring" or "messages"."""
+        return _TRANSPORTS[lib.ts_client_transport(self._open())]
 
     @property
     def daemon_version(self) -> str:

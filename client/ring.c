@@ -1,0 +1,162 @@
+/* The client's side of the rings (proto/rings.h). */
+#define _GNU_SOURCE
+#include "client.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MASK (TS_RING_ENTRIES - 1)
+#define SLICE_MS 100 /* of a sleep: a wake-up that came too early costs no more */
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void pause_briefly(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Maps the memory and takes the doorbell. */
+static ts_status open_rings(ts_client *c)
+{
+    ts_handle_reply reply;
+    int fd, bell;
+    ts_status status = ts_handle_get(c, TS_HANDLE_RINGS, 0, 0, true, &reply, &fd);
+    if (status != TS_OK)
+        return status;
+    void *memory = MAP_FAILED;
+    if (reply.bytes == sizeof(ts_rings_memory))
+        memory = mmap(NULL, sizeof(ts_rings_memory), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    int saved = errno;
+    close(fd);
+    if (reply.bytes != sizeof(ts_rings_memory))
+        return ts_fail(c, TS_EPROTO, "the daemon's rings have %llu bytes; this library's have %zu",
+                       (unsigned long long)reply.bytes, sizeof(ts_rings_memory));
+    if (memory == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "mapping the rings: %s", strerror(saved));
+    const ts_rings_memory *m = memory;
+    if (m->magic != TS_RING_MAGIC || m->version != TS_RING_VERSION)
+        status = ts_fail(c, TS_EPROTO, "the daemon's rings are of version %u; this library's of %u",
+                         m->version, TS_RING_VERSION);
+    else
+        status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
+    if (status != TS_OK) {
+        munmap(memory, sizeof(ts_rings_memory));
+        return status;
+    }
+    c->doorbell = bell;
+    __atomic_store_n(&c->rings, memory, __ATOMIC_SEQ_CST); /* ts_rings_wake may be looking */
+    return TS_OK;
+}
+
+ts_status ts_rings_use(ts_client *c, bool *use)
+{
+    *use = false;
+    if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid())
+        return TS_OK;
+    ts_status status = c->rings == NULL ? open_rings(c) : TS_OK;
+    *use = status == TS_OK;
+    if (status == TS_OK || c->transport == TS_TRANSPORT_RING || status == TS_ECONN)
+        return status;
+    c->rings_lost = true; /* messages do the same */
+    return TS_OK;
+}
+
+void ts_rings_wake(ts_client *c)
+{
+    ts_rings_memory *m = __atomic_load_n(&c->rings, __ATOMIC_SEQ_CST);
+    if (m != NULL)
+        syscall(SYS_futex, &m->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+void ts_rings_close(ts_client *c)
+{
+    if (c->rings == NULL)
+        return;
+    munmap(c->rings, sizeof *c->rings);
+    close(c->doorbell);
+    c->rings = NULL;
+}
+
+/* Waits until there is a completion: polls for a while, then sleeps. */
+static ts_status await_completion(ts_client *c)
+{
+    ts_rings_memory *m = c->rings;
+    uint32_t seen = c->ring_seen;
+    uint64_t start = now_ns(), until = start + c->timeout_ms * 1000000ull;
+    uint64_t spin_until = start + (c->spin_us == TS_SPIN_NONE ? 0 : c->spin_us * 1000ull);
+    for (uint32_t turn = 1;; turn++) {
+        if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen)
+            return TS_OK;
+        if (turn % 16 == 0 && now_ns() >= spin_until)
+            break;
+        pause_briefly();
+    }
+    ts_status status = TS_OK;
+    __atomic_store_n(&m->completions.sleeps, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) == seen) {
+        uint64_t now = now_ns();
+        if (atomic_load(&c->broken)) {
+            status = ts_gone(c);
+            break;
+        }
+        if (now >= until) {
+            c->rings_lost = true; /* the answer may come any time now, over what is asked next */
+            status =
+                ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->url, c->timeout_ms);
+            break;
+        }
+        struct timespec slice = {.tv_nsec = SLICE_MS * 1000000};
+        if (until - now < (uint64_t)slice.tv_nsec)
+            slice.tv_nsec = (long)(until - now);
+        syscall(SYS_futex, &m->completions.tail, FUTEX_WAIT, seen, &slice, NULL, 0);
+    }
+    __atomic_store_n(&m->completions.sleeps, 0, __ATOMIC_SEQ_CST);
+    return status;
+}
+
+ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
+{
+    ts_rings_memory *m = c->rings;
+    if (c->pid != getpid())
+        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                       (int)c->pid);
+    if (atomic_load(&c->broken) || !c->open)
+        return ts_gone(c);
+    entry->tag = ++c->ring_tag;
+    m->submitted[c->ring_submitted & MASK] = *entry;
+    c->ring_submitted++;
+    __atomic_store_n(&m->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&m->submissions.sleeps, __ATOMIC_SEQ_CST) != 0) {
+        uint64_t one = 1;
+        while (write(c->doorbell, &one, sizeof one) < 0 && errno == EINTR)
+            ;
+    }
+    ts_status status = await_completion(c);
+    if (status != TS_OK)
+        return status;
+    *done = m->completed[c->ring_seen & MASK];
+    c->ring_seen++;
+    __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);
+    done->message[sizeof done->message - 1] = '\0';
+    if (done->tag != entry->tag)
+        return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
+                       done->tag, entry->tag);
+    if (done->status != TS_OK)
+        return ts_fail(c, (ts_status)done->status, "%s", done->message);
+    return TS_OK;
+}

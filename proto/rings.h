@@ -1,0 +1,118 @@
+/*
+ * The rings: memory that one session and the daemon share, through which steps are begun, run and
+ * ended in microseconds. What an entry asks for is what the message of the same name in
+ * tinyserve.proto asks for, with the same answer; the client takes either way.
+ *
+ * One producer and one consumer each: the client submits, the daemon completes, in any order, one
+ * completion for each submission. `tail` counts what was put in and `head` what was taken out,
+ * modulo 2^32; entry number n lies at n % TS_RING_ENTRIES. Each side keeps its own two counts
+ * privately and only publishes them here, so scribbling over this memory leads neither side out of
+ * its bounds: the daemon copies an entry before it looks at it, and a count that can't be ends the
+ * rings for their session. A client has at most TS_RING_ENTRIES submissions uncompleted.
+ *
+ * Waking: a side that has nothing to do says so in its `sleeps` word, looks once more, and sleeps;
+ * the other looks at the word after it has moved its tail (a full barrier lies between on both
+ * sides). The daemon sleeps on a descriptor that comes with the memory (TS_HANDLE_DOORBELL, an
+ * eventfd), the client on the completions' tail as a futex.
+ *
+ * What doesn't fit an entry lies in the arrays behind: `batch_*` are the client's until it has
+ * submitted a begin or a commit, and the daemon's until that is completed; `begun_*` the other way
+ * round. So there is one begin or commit at a time.
+ */
+#ifndef TS_RINGS_H
+#define TS_RINGS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TS_RING_MAGIC 0x47525354u
+#define TS_RING_VERSION 1u
+#define TS_RING_ENTRIES 64u
+#define TS_RING_BATCH 4096u   /* sequences of a step that is begun here */
+#define TS_RING_BLOCKS 16384u /* that its new tokens touch */
+
+enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT };
+
+/* Of a run: which of the optional things it has. */
+enum {
+    TS_RING_SINKS = 1,
+    TS_RING_ALIBI = 2,
+    TS_RING_LSE = 4,
+    TS_RING_INTERLEAVED = 8, /* pairs of rotary embedding */
+    TS_RING_ORDERED = 16,    /* completed when it is accepted: signals.h has the rest */
+};
+
+/* Fields as in tinyserve.proto. */
+typedef struct ts_ring_entry {
+    uint32_t op, tag; /* the completion has the same tag */
+    uint64_t step;    /* not of a begin */
+    union {
+        struct {
+            uint32_t pool, count, heads, io_dtype;
+            float scale;
+            char kernel[20]; /* NUL-terminated; empty: the pool's */
+        } begin;             /* of sequence batch_seqs[i], batch_words[i] new tokens */
+        struct {
+            uint32_t layer, flags;
+            uint64_t q, k, v, out, sinks, alibi, lse; /* bytes into the exchange */
+            float scale, soft_cap, rope_theta;
+            uint32_t window, rope_dims, order;
+        } run;
+        struct {
+            uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
+        } commit;
+    };
+    uint8_t unused[24];
+} ts_ring_entry;
+
+typedef struct ts_ring_completion {
+    uint32_t tag, status; /* ts_status */
+    uint64_t step;        /* that was begun */
+    uint32_t num_blocks, num_slabs;
+    char message[232]; /* NUL-terminated; empty if status is TS_OK */
+} ts_ring_completion;
+
+typedef struct ts_ring_slab {
+    uint32_t slab, generation;
+} ts_ring_slab;
+
+typedef struct ts_ring_counts {
+    uint32_t tail;
+    uint32_t pad0[15];
+    uint32_t head;
+    uint32_t pad1[15];
+    uint32_t sleeps; /* the consumer: 1: wake it */
+    uint32_t pad2[15];
+} ts_ring_counts;
+
+typedef struct ts_rings_memory {
+    uint32_t magic, version;
+    uint32_t pad[14];
+    ts_ring_counts submissions, completions;
+    ts_ring_entry submitted[TS_RING_ENTRIES];
+    ts_ring_completion completed[TS_RING_ENTRIES];
+    uint64_t batch_seqs[TS_RING_BATCH];
+    uint32_t batch_words[TS_RING_BATCH];
+    uint32_t begun_starts[TS_RING_BATCH], begun_counts[TS_RING_BATCH]; /* of each sequence */
+    uint32_t begun_blocks[TS_RING_BLOCKS];
+    ts_ring_slab begun_slabs[TS_RING_BLOCKS];
+} ts_rings_memory;
+
+_Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
+_Static_assert(sizeof(ts_ring_entry) == 128, "layout is shared by two programs");
+_Static_assert(offsetof(ts_ring_entry, run.q) == 24, "layout is shared by two programs");
+_Static_assert(offsetof(ts_ring_entry, run.order) == 100, "layout is shared by two programs");
+_Static_assert(sizeof(ts_ring_completion) == 256, "layout is shared by two programs");
+_Static_assert(offsetof(ts_rings_memory, completions) == 256, "layout is shared by two programs");
+_Static_assert(offsetof(ts_rings_memory, submitted) == 448, "layout is shared by two programs");
+_Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * 384, "shared by two programs");
+_Static_assert(sizeof(ts_rings_memory) % 64 == 0, "layout is shared by two programs");
+
+/* Blocks that the new tokens of a begin may touch; both sides add this up over the batch, and a
+ * begin of more than TS_RING_BLOCKS goes as a message. */
+static inline uint64_t ts_ring_blocks(uint32_t new_tokens, uint32_t block_tokens)
+{
+    return new_tokens / block_tokens + 2u;
+}
+
+#endif
