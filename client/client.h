@@ -62,6 +62,7 @@ struct ts_client {
     ts_rings_memory *rings; /* NULL: not open */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
+    int spin_luck; /* how often polling was worth it lately */
     bool rings_lost; /* they can't be used, or not any more */
     char error[256];
 };

@@ -12,6 +12,8 @@
 #include <unistd.h>
 
 #define MASK (TS_RING_ENTRIES - 1)
+#define SPIN_LUCK_MAX 16
+#define SPIN_SELDOM 32
 #define SLICE_MS 100 /* of a sleep: a wake-up that came too early costs no more */
 
 static uint64_t now_ns(void)
@@ -92,20 +94,33 @@ void ts_rings_close(ts_client *c)
     c->rings = NULL;
 }
 
+/*
+ * Whether polling is worth it. Where answers take longer than that, because the kernels do or
+ * because other processes want the processor, it only keeps them from it: then it is tried seldom.
+ */
+static bool spins(ts_client *c)
+{
+    return c->spin_us != TS_SPIN_NONE && (c->spin_luck >= 0 || c->ring_tag % SPIN_SELDOM == 0);
+}
+
 /* Waits until there is a completion: polls for a while, then sleeps. */
 static ts_status await_completion(ts_client *c)
 {
     ts_rings_memory *m = c->rings;
     uint32_t seen = c->ring_seen;
     uint64_t start = now_ns(), until = start + c->timeout_ms * 1000000ull;
-    uint64_t spin_until = start + (c->spin_us == TS_SPIN_NONE ? 0 : c->spin_us * 1000ull);
+    uint64_t spin_until = start + (spins(c) ? c->spin_us * 1000ull : 0);
     for (uint32_t turn = 1;; turn++) {
-        if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen)
+        if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen) {
+            c->spin_luck += c->spin_luck < SPIN_LUCK_MAX;
             return TS_OK;
+        }
         if (turn % 16 == 0 && now_ns() >= spin_until)
             break;
         pause_briefly();
     }
+    if (c->spin_luck > -SPIN_LUCK_MAX && spin_until > start)
+        c->spin_luck -= 2;
     ts_status status = TS_OK;
     __atomic_store_n(&m->completions.sleeps, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) == seen) {

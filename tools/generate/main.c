@@ -18,12 +18,13 @@ const char *argp_program_version = "ts-generate " TS_VERSION;
 
 #define LOGITS_TOLERANCE 1e-3f
 
-enum { OPT_PREFIX_OF = 256, OPT_KEEP, OPT_VERIFY, OPT_PROMPT_FILE, OPT_KERNEL };
+enum { OPT_PREFIX_OF = 256, OPT_KEEP, OPT_VERIFY, OPT_PROMPT_FILE, OPT_KERNEL, OPT_TRANSPORT };
 
 typedef struct options {
     const char *socket, *pool, *folder, *prefix_of, *keep, *verify, *prompt_file, *kernel;
     char *prompt;
     uint32_t tokens;
+    ts_transport transport;
 } options;
 
 static const struct argp_option argp_options[] = {
@@ -38,6 +39,8 @@ static const struct argp_option argp_options[] = {
      "beginning",
      0},
     {"kernel", OPT_KERNEL, "NAME", 0, "On a GPU: attend with this kernel (default: the pool's)", 0},
+    {"transport", OPT_TRANSPORT, "ring|messages|auto", 0,
+     "How steps reach the daemon (default: auto, which is the ring if there is one)", 0},
     {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
     {"verify", OPT_VERIFY, "FILE:INDEX", 0,
      "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
@@ -76,6 +79,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_KERNEL:
         o->kernel = arg;
+        return 0;
+    case OPT_TRANSPORT:
+        o->transport = strcmp(arg, "ring") == 0       ? TS_TRANSPORT_RING
+                       : strcmp(arg, "messages") == 0 ? TS_TRANSPORT_MESSAGES
+                                                      : TS_TRANSPORT_AUTO;
+        if (o->transport == TS_TRANSPORT_AUTO && strcmp(arg, "auto") != 0)
+            argp_error(state, "--transport %s: ring, messages or auto are possible", arg);
         return 0;
     case OPT_KEEP:
         o->keep = arg;
@@ -244,7 +254,8 @@ static ts_status forward(const char *kernel, const model *m, ts_pool *pool, ts_s
     return status;
 }
 
-static ts_status generate(const options *o, const model *m, ts_pool *pool, job *j)
+static ts_status generate(const options *o, const model *m, ts_client *client, ts_pool *pool,
+                          job *j)
 {
     float *logits = malloc(m->vocab * sizeof *logits);
     if (logits == NULL)
@@ -288,8 +299,9 @@ static ts_status generate(const options *o, const model *m, ts_pool *pool, job *
         fprintf(stderr, "prompt: %u tokens, %u of them shared, %u computed in %.0f ms", j->prompt,
                 j->shared, j->prompt - j->shared, (prefilled - start) * 1e3);
         if (generated > 0)
-            fprintf(stderr, "; generated: %u tokens, %.1f tokens/s", generated,
-                    (double)generated / (end - prefilled));
+            fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s", generated,
+                    (double)generated / (end - prefilled),
+                    ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "messages");
         fputc('\n', stderr);
     }
     free(logits);
@@ -320,13 +332,14 @@ int main(int argc, char **argv)
         return fail(o.folder, why);
     if (!prepare(&o, m, &j))
         goto out;
-    ts_status status = ts_connect(&(ts_options){.url = o.socket}, &client);
+    ts_status status =
+        ts_connect(&(ts_options){.url = o.socket, .transport = o.transport}, &client);
     if (status == TS_OK)
         status = ts_pool_open(client, o.pool, 0, &pool);
     if (status == TS_OK && !fits(m, ts_pool_geometry(pool)))
         goto out;
     if (status == TS_OK)
-        status = generate(&o, m, pool, &j);
+        status = generate(&o, m, client, pool, &j);
     if (status != TS_OK) {
         fail(ts_status_name(status), ts_error(client));
         goto out;

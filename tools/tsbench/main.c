@@ -89,6 +89,7 @@ static const struct argp argp = {
     "Measures TinyServe on this machine.\v"
     "Benchmarks:\n"
     "  rpc      round trips through a daemon, and through a bare NNG echo\n"
+    "  step     decode steps through rings and through messages, and bare round trips\n"
     "  alloc    appends, forks and frees inside the engine\n"
     "  attend   the kernels of the processor or of a GPU, and the plain memory read rate",
     NULL,
@@ -140,6 +141,8 @@ int main(int argc, char **argv)
         return rpc_echo_server(argv[2], strtoul(argv[3], NULL, 10));
     if (argc > 2 && strcmp(argv[1], "rpc-client") == 0)
         return rpc_client(argc, argv);
+    if (argc > 2 && strcmp(argv[1], "step-client") == 0)
+        return step_client(argc, argv);
     char path[1024];
     arguments a = {.options = {.gib = 1.0}};
     argp_err_exit_status = 2;
@@ -159,10 +162,13 @@ int main(int argc, char **argv)
         code = bench_rpc(&a.options, rows);
     } else if (strcmp(a.what, "alloc") == 0) {
         code = bench_alloc(&a.options, rows);
+    } else if (strcmp(a.what, "step") == 0) {
+        code = bench_step(&a.options, rows);
     } else if (strcmp(a.what, "attend") == 0) {
         code = bench_attend(&a.options, rows);
     } else {
-        fprintf(stderr, "tsbench: there is no benchmark '%s'; there are rpc, alloc and attend\n",
+        fprintf(stderr,
+                "tsbench: there is no benchmark '%s'; there are rpc, step, alloc and attend\n",
                 a.what);
         code = 2;
     }

@@ -143,22 +143,6 @@ typedef struct turn {
     double p50, p99, rate;
 } turn;
 
-static pid_t start_process(char *const *argv, int in, int out)
-{
-    pid_t pid = fork();
-    if (pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        if (in >= 0)
-            dup2(in, STDIN_FILENO);
-        if (out >= 0)
-            dup2(out, STDOUT_FILENO);
-        execvp(argv[0], argv);
-        fprintf(stderr, "tsbench: %s: %s\n", argv[0], strerror(errno));
-        _exit(127);
-    }
-    return pid;
-}
-
 static bool run_turn(const char *kind, const char *url, uint32_t clients, uint32_t batch,
                      size_t request_bytes, int results_fd, double *results, turn *out)
 {
@@ -177,7 +161,7 @@ static bool run_turn(const char *kind, const char *url, uint32_t clients, uint32
         snprintf(numbers[4], sizeof *numbers, "%zu", request_bytes);
         char *argv[] = {"/proc/self/exe", "rpc-client", (char *)kind, (char *)url, numbers[0],
                         numbers[1],       numbers[2],   numbers[3],   numbers[4],  NULL};
-        pids[i] = start_process(argv, go[0], ready[1]);
+        pids[i] = bench_start(argv, go[0], ready[1]);
         ok = ok && pids[i] > 0;
     }
     close(ready[1]);
@@ -250,7 +234,7 @@ static bool measure(const bench_options *o, const char *folder, uint32_t clients
     snprintf(daemon_url, sizeof daemon_url, "ipc://%s/daemon", folder);
     snprintf(number, sizeof number, "%zu", reply_bytes);
     char *argv[] = {"/proc/self/exe", "rpc-echo", echo_url, number, NULL};
-    pid_t server = start_process(argv, -1, -1);
+    pid_t server = bench_start(argv, -1, -1);
     while (access(echo_url + 6, F_OK) != 0 && waitpid(server, NULL, WNOHANG) == 0)
         usleep(1000);
     bool ok = server > 0;
@@ -259,10 +243,7 @@ static bool measure(const bench_options *o, const char *folder, uint32_t clients
                       &echo[i]) &&
              run_turn("daemon", daemon_url, clients, batch, request_bytes, results_fd, results,
                       &ours[i]);
-    if (server > 0) {
-        kill(server, SIGKILL);
-        waitpid(server, NULL, 0);
-    }
+    bench_end(server, SIGKILL);
     unlink(echo_url + 6);
     if (!ok)
         return false;
@@ -294,17 +275,7 @@ int bench_rpc(const bench_options *o, json_t *rows)
     double *results = MAP_FAILED;
     if (fd >= 0 && ftruncate(fd, CALLS * sizeof *results) == 0)
         results = mmap(NULL, CALLS * sizeof *results, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    char *argv[] = {(char *)o->daemon,
-                    "--socket",
-                    socket,
-                    "--set",
-                    "log_level=warning",
-                    "--pool",
-                    "bench:layers=1,kv_heads=1,head_dim=64,memory=1M",
-                    NULL};
-    pid_t daemon = start_process(argv, -1, -1);
-    while (access(socket, F_OK) != 0 && waitpid(daemon, NULL, WNOHANG) == 0)
-        usleep(1000);
+    pid_t daemon = bench_daemon(o, socket, "bench:layers=1,kv_heads=1,head_dim=64,memory=1M", NULL);
     bool ok = results != MAP_FAILED && daemon > 0;
     if (!o->json)
         printf("round trips, medians of %d turns of %u calls; µs\n%7s %7s %7s %9s %7s %8s %9s %7s "
@@ -314,10 +285,7 @@ int bench_rpc(const bench_options *o, json_t *rows)
     for (size_t b = 0; b < 2; b++)
         for (size_t i = 0; ok && i < sizeof clients / sizeof *clients; i++)
             ok = measure(o, folder, clients[i], batches[b], fd, results, rows);
-    if (daemon > 0) {
-        kill(daemon, SIGTERM);
-        waitpid(daemon, NULL, 0);
-    }
+    bench_end(daemon, SIGTERM);
     rmdir(folder);
     if (!ok)
         fprintf(stderr, "tsbench: a process failed: the figures are not complete\n");

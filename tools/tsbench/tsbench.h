@@ -11,6 +11,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 typedef struct bench_options {
     bool json;
@@ -30,9 +31,21 @@ int bench_alloc(const bench_options *o, json_t *rows);
 int bench_attend(const bench_options *o, json_t *rows);
 int bench_attend_gpu(const bench_options *o, json_t *rows); /* where there is CUDA */
 
-/* The processes that bench_rpc starts: tsbench again, with one of these names as first argument. */
+int bench_step(const bench_options *o, json_t *rows);
+
+/* Processes that benchmarks start: tsbench again, with a name of one of these as first argument. */
 int rpc_echo_server(const char *url, size_t reply_bytes);
 int rpc_client(int argc, char **argv);
+int step_client(int argc, char **argv);
+
+/* Starts a program with these as its stdin and stdout (-1: as ours); 0 or less: it can't be. */
+pid_t bench_start(char *const *argv, int in, int out);
+
+/* Starts a daemon with one pool, and a key set if `set` isn't NULL; waits for its socket. */
+pid_t bench_daemon(const bench_options *o, const char *socket, const char *pool, const char *set);
+
+/* Sends the signal and waits for the end; 0 or less is fine. */
+void bench_end(pid_t pid, int signal);
 
 double bench_now(void);                                      /* seconds */
 double bench_percentile(double *values, size_t n, double p); /* sorts; p in 0..100 */
