@@ -1,0 +1,449 @@
+/* Steps through rings in shared memory, against a real daemon: the same as by messages, and
+ * whatever a client writes there harms nobody else. */
+#define _GNU_SOURCE
+#include "daemon_util.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#define POOL "tiny:layers=2,kv_heads=2,head_dim=64,dtype=bf16,block_tokens=4,blocks=512"
+
+enum { HEADS = 4, KV = 2, DIM = 64, SEQS = 3 };
+
+static ts_client *connect_by(const daemon_process *d, ts_transport transport, uint32_t spin_us)
+{
+    ts_client *c;
+    ts_status status = ts_connect(
+        &(ts_options){
+            .url = d->url, .timeout_ms = 120000, .transport = transport, .spin_us = spin_us},
+        &c);
+    if (status != TS_OK)
+        fail_msg("%s: %s", ts_status_name(status), ts_error(c));
+    return c;
+}
+
+static void fill(rng *r, void *to, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        ((float *)to)[i] = rng_normal(r);
+}
+
+/* One step with both layers run in each way there is; its outputs go to *out. */
+static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t seed,
+                          float *out)
+{
+    static const ts_run_options ways[] = {
+        {0},
+        {.scale = 0.2f, .soft_cap = 3, .window = 5},
+        {.alibi = true, .sinks = true, .lse = true},
+        {.rope_theta = 10000, .rope_dims = 32},
+        {.rope_theta = 500, .rope_interleaved = true, .lse = true},
+    };
+    rng r = {seed};
+    ts_step *s;
+    size_t n = 0;
+    OK(ts_step_begin(p, seqs, new_tokens, SEQS, &(ts_step_options){.heads = HEADS}, &s));
+    size_t tokens = ts_step_tokens(s), rows = tokens * HEADS;
+    for (uint32_t layer = 0; layer < 2; layer++)
+        for (size_t way = 0; way < sizeof ways / sizeof *ways; way++) {
+            fill(&r, ts_step_q(s), rows * DIM);
+            fill(&r, ts_step_k(s), tokens * KV * DIM);
+            fill(&r, ts_step_v(s), tokens * KV * DIM);
+            fill(&r, ts_step_alibi(s), HEADS);
+            fill(&r, ts_step_sinks(s), HEADS);
+            memset((void *)ts_step_out(s), 0xff, rows * DIM * sizeof(float));
+            OK(ts_step_run_with(s, layer, &ways[way]));
+            memcpy(out + n, ts_step_out(s), rows * DIM * sizeof(float));
+            n += rows * DIM;
+            if (ways[way].lse) {
+                memcpy(out + n, ts_step_lse(s), rows * sizeof(float));
+                n += rows;
+            }
+        }
+    uint32_t accepted[SEQS] = {new_tokens[0], new_tokens[1] - new_tokens[1] / 2, new_tokens[2]};
+    OK(ts_step_commit(s, seed % 2 == 0 ? NULL : accepted));
+    return n;
+}
+
+static void rings_and_messages_give_the_same_bits(void **state)
+{
+    (void)state;
+    static const uint32_t rounds[4][SEQS] = {{9, 2, 30}, {1, 1, 1}, {3, 8, 1}, {1, 4, 2}};
+    static float out[2][200000];
+    daemon_process d;
+    daemon_start(&d, POOL);
+    ts_client *c[2] = {connect_by(&d, TS_TRANSPORT_RING, 0),
+                       connect_by(&d, TS_TRANSPORT_MESSAGES, 0)};
+    ts_pool *p[2];
+    ts_seq seqs[2][SEQS];
+    uint32_t lengths[2][SEQS];
+    for (int way = 0; way < 2; way++) {
+        p[way] = open_pool(c[way], "tiny", 0);
+        OK(ts_seq_create(p[way], SEQS, seqs[way]));
+    }
+    for (uint32_t round = 0; round < 4; round++) {
+        size_t n = 0;
+        for (int way = 0; way < 2; way++) {
+            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, out[way]);
+            OK(ts_seq_lengths(p[way], seqs[way], SEQS, lengths[way]));
+        }
+        assert_memory_equal(lengths[0], lengths[1], sizeof lengths[0]);
+        assert_memory_equal(out[0], out[1], n * sizeof(float));
+        if (round == 1) /* shared tails: the next step's begin waits for copies */
+            for (int way = 0; way < 2; way++)
+                OK(ts_seq_fork(p[way], seqs[way][0], 1, &seqs[way][2]));
+    }
+    assert_int_equal(ts_client_transport(c[0]), TS_TRANSPORT_RING);
+    assert_int_equal(ts_client_transport(c[1]), TS_TRANSPORT_MESSAGES);
+    check_daemon(c[0]);
+    for (int way = 0; way < 2; way++)
+        ts_disconnect(c[way]);
+    daemon_stop(&d);
+}
+
+static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, "tiny:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=1,blocks=20000");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *s;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &(uint32_t){TS_RING_BLOCKS}, 1, NULL, &s));
+    for (size_t i = 0; i < (size_t)TS_RING_BLOCKS * 32; i++)
+        ((float *)ts_step_k(s))[i] = ((float *)ts_step_v(s))[i] = 1;
+    memset(ts_step_q(s), 0, 128);
+    OK(ts_step_run(s, 0)); /* by ring, of a step that a message began */
+    assert_true(((const float *)ts_step_out(s))[31] == 1);
+    OK(ts_step_commit(s, NULL));
+    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s));
+    assert_int_equal(ts_step_start(s, 0), TS_RING_BLOCKS);
+    OK(ts_step_abort(s));
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* What a ring refuses, with the sentence. */
+static void refuse(ts_client *c, ts_ring_entry entry, ts_status status, const char *sentence)
+{
+    ts_ring_completion done;
+    assert_int_equal(ts_ring_call(c, &entry, &done), status);
+    if (strstr(ts_error(c), sentence) == NULL)
+        fail_msg("'%s' isn't in '%s'", sentence, ts_error(c));
+}
+
+static void a_ring_refuses_what_a_message_would(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0), *other = connect_by(&d, 0, 0);
+    ts_pool *p = open_pool(c, "tiny", 0), *theirs = open_pool(other, "tiny", 0);
+    ts_seq seq, foreign;
+    ts_step *s, *t;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_create(theirs, 1, &foreign));
+    OK(ts_step_begin(theirs, &foreign, &(uint32_t){1}, 1, NULL, &t));
+    OK(ts_step_begin(p, &seq, &(uint32_t){2}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    uint64_t id = c->rings->completed[(c->ring_seen - 1) % TS_RING_ENTRIES].step;
+    uint64_t their_id = other->rings->completed[(other->ring_seen - 1) % TS_RING_ENTRIES].step;
+    const ts_ring_entry run = {
+        .op = TS_RING_RUN, .step = id, .run = {.k = 2048, .v = 4096, .out = 6144}};
+    ts_ring_entry e = run;
+    e.run.layer = 2;
+    refuse(c, e, TS_EINVAL, "layer 2; the pool has 2");
+    e = run;
+    e.step = their_id;
+    refuse(c, e, TS_ENOENT, "no open step");
+    e = run;
+    e.step = id + (1ull << 32);
+    refuse(c, e, TS_ENOENT, "no open step");
+    e = run;
+    e.run.q = 63;
+    refuse(c, e, TS_EINVAL, "q takes 2048 bytes at offset 63");
+    e = run;
+    e.run.out = UINT64_MAX - 63;
+    refuse(c, e, TS_EINVAL, "out takes 2048 bytes at offset 18446744073709551552");
+    e = run;
+    e.run.flags = TS_RING_LSE;
+    e.run.lse = 1ull << 40;
+    refuse(c, e, TS_EINVAL, "lse takes");
+    e = run;
+    e.run.flags = TS_RING_ORDERED;
+    refuse(c, e, TS_EINVAL, "host memory");
+    e = run;
+    e.run.scale = -1;
+    refuse(c, e, TS_EINVAL, "a scale of -1");
+    e = run;
+    e.op = 77;
+    refuse(c, e, TS_EPROTO, "operation 77");
+    e = (ts_ring_entry){.op = TS_RING_COMMIT, .step = id, .commit = {.count = TS_RING_BATCH + 1}};
+    refuse(c, e, TS_EINVAL, "4097 accepted counts");
+    c->rings->batch_words[0] = 3;
+    e.commit.count = 1;
+    refuse(c, e, TS_EINVAL, "3 tokens accepted of the 2");
+    e.commit.count = 0;
+    e.step = their_id;
+    refuse(c, e, TS_ENOENT, "no open step");
+    e.op = TS_RING_ABORT;
+    refuse(c, e, TS_ENOENT, "no open step");
+    e = (ts_ring_entry){.op = TS_RING_BEGIN, .begin = {.count = TS_RING_BATCH + 1, .heads = 4}};
+    refuse(c, e, TS_EINVAL, "4097 sequences");
+    e.begin.count = 1;
+    c->rings->batch_words[0] = UINT32_MAX;
+    refuse(c, e, TS_EINVAL, "touches up to");
+    c->rings->batch_words[0] = 1;
+    c->rings->batch_seqs[0] = 12345;
+    refuse(c, e, TS_ENOENT, "no sequence 3039");
+    c->rings->batch_seqs[0] = seq;
+    refuse(c, e, TS_EBUSY, "open step");
+    e.begin.pool = 1;
+    refuse(c, e, TS_ENOENT, "has not opened");
+    e.begin.pool = 0;
+    memset(e.begin.kernel, 'x', sizeof e.begin.kernel); /* not even an end */
+    refuse(c, e, TS_EINVAL, "no kernel 'xxxxxxxxxxxxxxxxxxxx'");
+    assert_int_equal(used_blocks(c), 2);
+    OK(ts_step_abort(s));
+    OK(ts_step_abort(t));
+    check_daemon(c);
+    ts_disconnect(c);
+    ts_disconnect(other);
+    daemon_stop(&d);
+}
+
+/* Submits an entry without waiting. */
+static void submit(ts_client *c, const ts_ring_entry *entry)
+{
+    c->rings->submitted[c->ring_submitted++ % TS_RING_ENTRIES] = *entry;
+    __atomic_store_n(&c->rings->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&c->rings->submissions.sleeps, __ATOMIC_SEQ_CST) != 0)
+        assert_int_equal(write(c->doorbell, &(uint64_t){1}, 8), 8);
+}
+
+static void await(const uint32_t *word, uint32_t value)
+{
+    while (__atomic_load_n(word, __ATOMIC_SEQ_CST) != value)
+        ;
+}
+
+/* A session whose rings are open. */
+static ts_client *with_rings(const daemon_process *d)
+{
+    bool use;
+    ts_client *c = connect_by(d, TS_TRANSPORT_RING, 0);
+    OK(ts_rings_use(c, &use));
+    assert_true(use);
+    return c;
+}
+
+static void a_client_that_takes_no_answers_is_not_heard_until_it_does(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    ts_client *c = with_rings(&d), *other = with_rings(&d);
+    ts_rings_memory *m = c->rings;
+    for (uint32_t i = 0; i < TS_RING_ENTRIES; i++)
+        submit(c, &(ts_ring_entry){.op = TS_RING_ABORT, .tag = 100 + i, .step = 7});
+    await(&m->completions.tail, TS_RING_ENTRIES);
+    submit(c, &(ts_ring_entry){.op = TS_RING_ABORT, .tag = 999, .step = 7});
+    for (uint32_t i = 0; i < 100; i++) /* meanwhile the daemon goes round and round */
+        refuse(other, (ts_ring_entry){.op = TS_RING_ABORT, .step = 7}, TS_ENOENT, "no open step");
+    assert_int_equal(m->completions.tail, TS_RING_ENTRIES);
+    assert_int_equal(m->submissions.head, TS_RING_ENTRIES);
+    for (uint32_t i = 0; i < TS_RING_ENTRIES; i++) {
+        assert_int_equal(m->completed[i].tag, 100 + i);
+        assert_int_equal(m->completed[i].status, TS_ENOENT);
+    }
+    __atomic_store_n(&m->completions.head, 1, __ATOMIC_SEQ_CST);
+    assert_int_equal(write(c->doorbell, &(uint64_t){1}, 8), 8);
+    await(&m->completions.tail, TS_RING_ENTRIES + 1);
+    assert_int_equal(m->completed[0].tag, 999);
+    ts_disconnect(c);
+    ts_disconnect(other);
+    daemon_stop(&d);
+}
+
+static void counts_that_cannot_be_end_the_rings_and_not_the_session(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    for (int which = 0; which < 2; which++) {
+        ts_client *c = with_rings(&d), *other = with_rings(&d);
+        ts_pool *p = open_pool(c, "tiny", 0);
+        ts_seq seq;
+        if (which == 0)
+            c->rings->submissions.tail = TS_RING_ENTRIES + 1;
+        else
+            c->rings->completions.head = 5;
+        c->ring_submitted = c->rings->submissions.tail;
+        submit(c, &(ts_ring_entry){.op = TS_RING_ABORT, .step = 7});
+        for (uint32_t i = 0; i < 100; i++)
+            refuse(other, (ts_ring_entry){.op = TS_RING_ABORT, .step = 7}, TS_ENOENT, "no open");
+        assert_int_equal(c->rings->completions.tail, 0);
+        OK(ts_seq_create(p, 1, &seq)); /* a message */
+        check_daemon(c);
+        ts_disconnect(c);
+        ts_disconnect(other);
+    }
+    daemon_stop(&d);
+}
+
+/* Worker: writes random words all over its rings and its exchange while the daemon reads them. */
+static void scribbler(const char *url, uint32_t seed)
+{
+    enum { WRITES = 2000000 };
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    rng r = {seed};
+    ts_seq seqs[8];
+    ts_step *s;
+    OK(ts_seq_create(p, 8, seqs));
+    OK(ts_step_begin(p, seqs, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    ts_rings_memory *m = c->rings;
+    uint64_t step = m->completed[(c->ring_seen - 1) % TS_RING_ENTRIES].step;
+    uint32_t *words = (uint32_t *)m, *exchange = (uint32_t *)(void *)c->exchange;
+    size_t first = offsetof(ts_rings_memory, submitted) / 4, all = sizeof *m / 4;
+    for (uint32_t i = 0; i < WRITES; i++) {
+        words[first + rng_next(&r) % (i % 2 == 0 ? 64u * 32 : all - first)] =
+            (uint32_t)rng_next(&r);
+        exchange[rng_next(&r) % (c->exchange_bytes / 4)] = (uint32_t)rng_next(&r);
+        if (i % 64 != 0)
+            continue;
+        ts_ring_entry e = {.op = 1 + (uint32_t)rng_next(&r) % 4, .step = step};
+        if (e.op == TS_RING_BEGIN) {
+            e.begin.count = (uint32_t)rng_next(&r) % 9;
+            e.begin.heads = HEADS;
+            for (uint32_t n = 0; n < e.begin.count; n++) {
+                m->batch_seqs[n] = seqs[rng_next(&r) % 8];
+                m->batch_words[n] = (uint32_t)rng_next(&r) % 4;
+            }
+        } else if (e.op == TS_RING_RUN) {
+            e.run.layer = (uint32_t)rng_next(&r) % 3;
+            e.run.k = rng_next(&r) % 64 * 64;
+            e.run.flags = (uint32_t)rng_next(&r) % 16;
+        }
+        submit(c, &e);
+        __atomic_store_n(&m->completions.head,
+                         __atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST), __ATOMIC_SEQ_CST);
+        while (c->ring_submitted - __atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) >
+               TS_RING_ENTRIES / 2)
+            __atomic_store_n(&m->completions.head,
+                             __atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST),
+                             __ATOMIC_SEQ_CST);
+        uint64_t begun = m->completed[rng_next(&r) % TS_RING_ENTRIES].step;
+        if (begun != 0)
+            step = begun;
+    }
+    for (uint32_t i = 0; i < WRITES / 10; i++) { /* the counts too */
+        words[rng_next(&r) % 112] = (uint32_t)rng_next(&r);
+        if (i % 64 == 0)
+            (void)!write(c->doorbell, &(uint64_t){1}, 8);
+    }
+    _exit(0);
+}
+
+static void a_client_that_scribbles_over_its_rings_harms_itself_alone(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    pid_t scribblers[2] = {spawn("scribbler", d.url, "1"), spawn("scribbler", d.url, "2")};
+    OK(ts_seq_create(p, 1, &seq));
+    uint32_t left = 2, steps = 0;
+    while (left > 0) {
+        ts_step *s;
+        OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            for (uint32_t i = 0; i < HEADS * DIM; i++)
+                ((float *)ts_step_q(s))[i] = (float)(i % 3);
+            for (uint32_t i = 0; i < KV * DIM; i++) {
+                ((float *)ts_step_k(s))[i] = (float)(i % 5);
+                ((float *)ts_step_v(s))[i] = (float)layer + 1;
+            }
+            OK(ts_step_run(s, layer));
+            for (uint32_t i = 0; i < HEADS * DIM; i++)
+                assert_float_equal(((const float *)ts_step_out(s))[i], layer + 1, 1e-5);
+        }
+        OK(ts_step_commit(s, NULL));
+        if (++steps % 200 == 0)
+            OK(ts_seq_truncate(p, &seq, &(uint32_t){1}, 1));
+        for (int i = 0; i < 2; i++) {
+            int status;
+            if (scribblers[i] > 0 && waitpid(scribblers[i], &status, WNOHANG) == scribblers[i]) {
+                assert_true(WIFEXITED(status));
+                assert_int_equal(WEXITSTATUS(status), 0);
+                scribblers[i] = 0;
+                left--;
+            }
+        }
+    }
+    OK(ts_seq_truncate(p, &seq, &(uint32_t){0}, 1));
+    await_used_blocks(c, 0);
+    check_daemon(c);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void *run_one(void *arg)
+{
+    return (void *)(intptr_t)ts_step_run(arg, 0);
+}
+
+/* A call that polls, and one that sleeps, when the daemon is killed. */
+static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
+{
+    (void)state;
+    for (int sleeps = 0; sleeps < 2; sleeps++) {
+        daemon_process d;
+        daemon_start(&d, POOL);
+        ts_client *c = connect_by(&d, TS_TRANSPORT_RING, sleeps ? TS_SPIN_NONE : 1000000);
+        ts_pool *p = open_pool(c, "tiny", 0);
+        ts_seq seq;
+        ts_step *s;
+        pthread_t thread;
+        void *result;
+        OK(ts_seq_create(p, 1, &seq));
+        OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s));
+        uint32_t tail = c->rings->submissions.tail;
+        kill(d.pid, SIGSTOP);
+        assert_int_equal(pthread_create(&thread, NULL, run_one, s), 0);
+        await(&c->rings->submissions.tail, tail + 1);
+        if (sleeps)
+            await(&c->rings->completions.sleeps, 1);
+        kill(d.pid, SIGKILL);
+        assert_int_equal(waitpid(d.pid, NULL, 0), d.pid);
+        assert_int_equal(pthread_join(thread, &result), 0);
+        assert_int_equal((intptr_t)result, TS_ECONN);
+        assert_non_null(strstr(ts_error(c), "the session is over"));
+        assert_int_equal(ts_step_run(s, 0), TS_ECONN);
+        (void)ts_step_abort(s);
+        ts_disconnect(c);
+        daemon_clean(&d);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4) {
+        if (strcmp(argv[1], "scribbler") == 0)
+            scribbler(argv[2], (uint32_t)atoi(argv[3]));
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(rings_and_messages_give_the_same_bits),
+        cmocka_unit_test(a_begin_that_is_too_large_for_a_ring_goes_as_a_message),
+        cmocka_unit_test(a_ring_refuses_what_a_message_would),
+        cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),
+        cmocka_unit_test(counts_that_cannot_be_end_the_rings_and_not_the_session),
+        cmocka_unit_test(a_client_that_scribbles_over_its_rings_harms_itself_alone),
+        cmocka_unit_test(a_daemon_that_dies_leaves_no_client_waiting),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
