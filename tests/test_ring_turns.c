@@ -1,0 +1,98 @@
+/* How much a session's ring may give in one turn: what bounds a session's wait for the others. */
+#include "test_util.h"
+
+#include "log.h"
+#include "ring.h"
+
+#include <stdio.h>
+
+static ts_service service;
+
+/* The rings' thread never hears of these rings: turns are made by hand. */
+static ts_connection *connection(uint32_t pipe)
+{
+    ts_pipe_event *event = calloc(1, sizeof *event);
+    char why[256];
+    ts_answer a;
+    event->pipe = pipe;
+    event->uid = 1000;
+    event->work.run = ts_service_pipe_added;
+    ts_service_pipe_added(&event->work, &service);
+    ts_connection *c = ts_service_connection(&service, pipe);
+    ts_engine_apply(
+        service.engine,
+        &(ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.uid = 1000, .program = "test"}},
+        &a);
+    assert_int_equal(a.status, TS_OK);
+    c->session = a.session;
+    service.by_session[(uint32_t)a.session] = c;
+    assert_int_equal(ts_ring_new(service.rings, pipe, &c->ring, why, sizeof why), TS_OK);
+    return c;
+}
+
+static void submit(ts_connection *c, uint32_t op, uint32_t count)
+{
+    ts_rings_memory *m = c->ring->shared;
+    for (uint32_t i = 0; i < count; i++)
+        m->submitted[m->submissions.tail++ % TS_RING_ENTRIES] =
+            (ts_ring_entry){.op = op, .tag = m->submissions.tail, .step = 7};
+}
+
+static uint32_t turn(ts_connection *c)
+{
+    uint32_t before = c->ring->shared->submissions.head;
+    c->ring->work.run(&c->ring->work, &service);
+    return c->ring->shared->submissions.head - before;
+}
+
+static void a_turn_takes_eight_entries_or_up_to_a_run(void **state)
+{
+    (void)state;
+    ts_connection *c = connection(1);
+    submit(c, TS_RING_ABORT, 20);
+    assert_int_equal(turn(c), 8);
+    assert_int_equal(turn(c), 8);
+    submit(c, TS_RING_RUN, 2);
+    submit(c, TS_RING_ABORT, 3);
+    assert_int_equal(turn(c), 5); /* the run is the last of them */
+    assert_int_equal(turn(c), 1);
+    assert_int_equal(turn(c), 3);
+    assert_int_equal(turn(c), 0);
+    assert_int_equal(c->ring->shared->completions.tail, 25);
+}
+
+static void a_turn_stops_where_answers_would_not_fit(void **state)
+{
+    (void)state;
+    ts_connection *c = connection(2);
+    submit(c, TS_RING_ABORT, TS_RING_ENTRIES);
+    for (uint32_t i = 0; i < TS_RING_ENTRIES / 8; i++)
+        assert_int_equal(turn(c), 8);
+    submit(c, TS_RING_ABORT, 5);
+    assert_int_equal(turn(c), 0);
+    c->ring->shared->completions.head = 3;
+    assert_int_equal(turn(c), 3);
+    assert_int_equal(c->ring->shared->completed[2].tag, TS_RING_ENTRIES + 3);
+}
+
+int main(void)
+{
+    ts_engine_limits limits;
+    ts_log_init(TS_LOG_ERROR);
+    ts_engine_default_limits(&limits);
+    ts_queue_init(&service.queue);
+    service.engine = ts_engine_new(&limits);
+    service.by_session = calloc(limits.sessions, sizeof(ts_connection *));
+    service.rings = ts_rings_new(&service, 0);
+    if (service.engine == NULL || service.by_session == NULL || service.rings == NULL)
+        return 1;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_turn_takes_eight_entries_or_up_to_a_run),
+        cmocka_unit_test(a_turn_stops_where_answers_would_not_fit),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    ts_rings_stop(service.rings);
+    ts_service_fini(&service);
+    ts_queue_fini(&service.queue);
+    return failed;
+}
