@@ -138,7 +138,7 @@ static void a_ring_refuses_what_a_message_would(void **state)
 {
     (void)state;
     daemon_process d;
-    daemon_start(&d, POOL);
+    daemon_start(&d, POOL ",device=host");
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0), *other = connect_by(&d, 0, 0);
     ts_pool *p = open_pool(c, "tiny", 0), *theirs = open_pool(other, "tiny", 0);
     ts_seq seq, foreign;

@@ -195,6 +195,16 @@ template <int PITCH, int TOKENS> struct loader {
         }
     }
 
+    /* What lies in rows from `first` up to `end` of a plane is of no sequence's: it is to be 0, so
+     * that it shows in no bit, whatever it was. */
+    __device__ static void clear_rows(uint32_t plane, uint32_t first, uint32_t end, uint32_t thread,
+                                      uint32_t threads)
+    {
+        for (uint32_t i = first * PIECES + thread; i < end * PIECES; i += threads)
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(plane + i * 16), "r"(0)
+                         : "memory");
+    }
+
     /* Where rows are shorter than PITCH, what lies behind them is to be 0. False: they are not. */
     __device__ bool clear(unsigned char *shared, uint32_t bytes, uint32_t thread, uint32_t threads)
     {

@@ -108,6 +108,10 @@ template <typename T, int DIM> struct narrow_kernel {
         for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
              tile += WARPS * TOKENS) {
             uint32_t at = ring.take(c, j);
+            if (tile + TOKENS > j.end) { /* the last */
+                rows::clear_rows(at + tiles::PLANE, j.end - tile, TOKENS, lane, 32);
+                __syncwarp();
+            }
             float s[4] = {}, odd[4] = {}; /* two sums: neither waits for the other */
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {

@@ -203,6 +203,11 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             next += TOKENS;
             if (next < j.end)
                 r.look_up(c, j, next, j.end);
+            if (tile + TOKENS > j.end) { /* the last */
+                rows::clear_rows(work_at + stage * TILE + PLANE, j.end - tile, TOKENS, threadIdx.x,
+                                 THREADS);
+                __syncthreads();
+            }
             uint32_t at = work_at + stage * TILE, first = tile + part * OURS;
 #pragma unroll 1
             for (uint32_t i = 0; i < OURS / ABREAST; i++, first += ABREAST, at += ABREAST * PITCH) {

@@ -59,7 +59,7 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
     uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
     uint32_t most = abreast < BLOCKS ? BLOCKS / (uint32_t)abreast : 1;
     uint32_t least = list == LIST_MMA          ? (tiles == 1 ? 1024 : 2048)
-                     : s->kv_tokens <= BATCHED ? 1024
+                     : s->kv_tokens <= BATCHED ? 1408
                                                : 512;
     if (p->geometry.kv_heads < 8 && list != LIST_MMA)
         least = clamp(least * p->geometry.kv_heads / 8, 256, least);

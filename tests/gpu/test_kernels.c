@@ -336,6 +336,48 @@ static void splitting_a_batch_changes_no_bit(void **state)
     device_problem_free(&d);
 }
 
+/* The slots that no sequence has hold NaN, then 0. */
+static void what_lies_in_unused_slots_changes_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{1, 1}, {11, 8}, {41, 30}, {100, 3}, {5000, 1}, {90, 90}};
+    rng r = {17};
+    for (int i = 0; i < 6; i++) {
+        device_problem d;
+        ts_dtype dtype = (ts_dtype)(i / 2);
+        device_problem_new(&d,
+                           (shape){.dtype = dtype,
+                                   .io = TS_DTYPE_FP32,
+                                   .layout = TS_LAYOUT_NHD,
+                                   .heads = 4,
+                                   .kv_heads = 2,
+                                   .head_dim = 64,
+                                   .block_tokens = i % 2 ? 16 : 4,
+                                   .layers = 2},
+                           lengths, sizeof lengths / sizeof *lengths, &r);
+        unsigned char *first = malloc(d.q_bytes), *cache = malloc(d.p.cache_bytes);
+        for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
+            if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, why, sizeof why) != TS_OK)
+                continue;
+            CUDA_OK(cudaMemcpy(d.call.base, d.p.cache, d.p.cache_bytes, cudaMemcpyHostToDevice));
+            poison_device(&d);
+            run(&d, &d.call, (ts_kernel)kernel);
+            memcpy(first, d.p.out, d.q_bytes);
+            memcpy(cache, d.p.cache, d.p.cache_bytes);
+            for (size_t e = 0; e < d.p.cache_bytes / ts_dtype_bytes(dtype); e++)
+                if (isnan(get(cache, dtype, e)))
+                    put(cache, dtype, e, 0);
+            CUDA_OK(cudaMemcpy(d.call.base, cache, d.p.cache_bytes, cudaMemcpyHostToDevice));
+            poison_device(&d);
+            run(&d, &d.call, (ts_kernel)kernel);
+            assert_memory_equal(d.p.out, first, d.q_bytes);
+        }
+        free(first);
+        free(cache);
+        device_problem_free(&d);
+    }
+}
+
 static void check_leaks(ts_dtype dtype, uint32_t new_tokens)
 {
     const uint32_t lengths[][2] = {{100, new_tokens}};
@@ -676,6 +718,7 @@ int main(void)
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(what_lies_in_unused_slots_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
         cmocka_unit_test(v4_refuses_rows_that_are_no_whole_vectors_and_names_them),
