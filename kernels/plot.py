@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Draws what tests/gpu/bench_peers.py --json has measured, as an SVG file that needs nothing else.
+
+    python3 kernels/plot.py peers.json peers.svg
+
+Decode: bytes per second as a share of the device's plain read rate. Prefill: TFLOP/s.
+"""
+
+import json
+import sys
+from html import escape
+
+COLORS = {"ours": "#2563eb", "flashinfer": "#f59e0b", "sdpa cudnn": "#10b981",
+          "sdpa flash": "#a78bfa"}
+LEFT, BAR, GAP, WIDTH = 300, 13, 16, 560
+
+
+def panel(out, top, title, shapes, value, limit, text):
+    """One bar for each shape and kernel; returns where the panel ends."""
+    out.append(f'<text x="{LEFT}" y="{top}" class="title">{escape(title)}</text>')
+    top += 12
+    for shape in shapes:
+        bars = {"ours": shape["us"], **{k: v for k, v in shape["peers_us"].items() if v}}
+        middle = top + len(bars) * BAR / 2 + 4
+        out.append(f'<text x="{LEFT - 8}" y="{middle:.0f}" text-anchor="end">'
+                   f'{escape(shape["shape"])}</text>')
+        for who, us in bars.items():
+            x = value(shape, us)
+            out.append(f'<rect x="{LEFT}" y="{top}" width="{x / limit * WIDTH:.1f}" '
+                       f'height="{BAR - 2}" fill="{COLORS[who]}"><title>{who}: {us:.1f} µs'
+                       f'</title></rect>')
+            out.append(f'<text x="{LEFT + x / limit * WIDTH + 4:.1f}" y="{top + BAR - 3}" '
+                       f'class="small">{text(x)}</text>')
+            top += BAR
+        top += GAP
+    return top + 10
+
+
+def draw(data):
+    prefill = [s for s in data["shapes"] if s["TFLOP_s"] > 200]
+    decode = [s for s in data["shapes"] if s not in prefill]
+    out = []
+    x = LEFT
+    for who, color in COLORS.items():
+        out.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{color}"/>'
+                   f'<text x="{x + 17}" y="44">{who}</text>')
+        x += 110
+    end = panel(out, 80, "decode: of the plain read rate (longer is better)", decode,
+                lambda s, us: s["ratio"] * s["us"] / us, 1.0, lambda x: f"{x:.2f}")
+    most = max((s["TFLOP_s"] * s["us"] / us for s in prefill
+                for us in [s["us"], *filter(None, s["peers_us"].values())]), default=1)
+    end = panel(out, end + 14, "prefill: TFLOP/s", prefill,
+                lambda s, us: s["TFLOP_s"] * s["us"] / us, most, lambda x: f"{x:.0f}")
+    head = f'{data["device"]}, torch {data["torch"]}'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 60}" height="{end}" '
+            f'font-family="sans-serif" font-size="12"><style>.title{{font-weight:bold}}'
+            f'.small{{font-size:10px}}</style><rect width="100%" height="100%" fill="white"/>'
+            f'<text x="{LEFT}" y="22">{escape(head)}</text>' + "\n".join(out) + "</svg>\n")
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    with open(sys.argv[1], encoding="utf-8") as file:
+        data = json.load(file)
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        file.write(draw(data))
+
+
+if __name__ == "__main__":
+    main()
