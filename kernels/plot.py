@@ -41,7 +41,8 @@ def draw(data):
     decode = [s for s in data["shapes"] if s not in prefill]
     out = []
     x = LEFT
-    for who, color in COLORS.items():
+    measured = {"ours"} | {k for s in data["shapes"] for k, us in s["peers_us"].items() if us}
+    for who, color in ((k, c) for k, c in COLORS.items() if k in measured):
         out.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{color}"/>'
                    f'<text x="{x + 17}" y="44">{who}</text>')
         x += 110

@@ -96,8 +96,10 @@ static void rings_and_messages_give_the_same_bits(void **state)
     assert_int_equal(ts_client_transport(c[0]), TS_TRANSPORT_RING);
     assert_int_equal(ts_client_transport(c[1]), TS_TRANSPORT_MESSAGES);
     check_daemon(c[0]);
-    for (int way = 0; way < 2; way++)
+    for (int way = 0; way < 2; way++) {
+        ts_pool_close(p[way]);
         ts_disconnect(c[way]);
+    }
     daemon_stop(&d);
 }
 
@@ -121,6 +123,7 @@ static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
     OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s));
     assert_int_equal(ts_step_start(s, 0), TS_RING_BLOCKS);
     OK(ts_step_abort(s));
+    ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -208,7 +211,9 @@ static void a_ring_refuses_what_a_message_would(void **state)
     OK(ts_step_abort(s));
     OK(ts_step_abort(t));
     check_daemon(c);
+    ts_pool_close(p);
     ts_disconnect(c);
+    ts_pool_close(theirs);
     ts_disconnect(other);
     daemon_stop(&d);
 }
@@ -286,6 +291,7 @@ static void counts_that_cannot_be_end_the_rings_and_not_the_session(void **state
         assert_int_equal(c->rings->completions.tail, 0);
         OK(ts_seq_create(p, 1, &seq)); /* a message */
         check_daemon(c);
+        ts_pool_close(p);
         ts_disconnect(c);
         ts_disconnect(other);
     }
@@ -387,6 +393,7 @@ static void a_client_that_scribbles_over_its_rings_harms_itself_alone(void **sta
     OK(ts_seq_truncate(p, &seq, &(uint32_t){0}, 1));
     await_used_blocks(c, 0);
     check_daemon(c);
+    ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -427,6 +434,7 @@ static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
         assert_non_null(strstr(ts_error(c), "the session is over"));
         assert_int_equal(ts_step_run(s, 0), TS_ECONN);
         (void)ts_step_abort(s);
+        ts_pool_close(p);
         ts_disconnect(c);
         daemon_clean(&d);
     }
