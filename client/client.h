@@ -5,6 +5,7 @@
 #ifndef TS_CLIENT_H
 #define TS_CLIENT_H
 
+#include "attention.h"
 #include "cuda_worker.h"
 #include "handle_wire.h"
 #include "rings.h"
@@ -62,8 +63,12 @@ struct ts_client {
     ts_rings_memory *rings; /* NULL: not open */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
-    int spin_luck; /* how often polling was worth it lately */
+    int spin_luck;   /* how often polling was worth it lately */
     bool rings_lost; /* they can't be used, or not any more */
+    ts_exec exec;    /* that was asked for, or that AUTO has come to */
+    ts_exec last_exec;
+    uint32_t threads;
+    ts_attention *attention; /* of local execution; NULL: none yet */
     char error[256];
 };
 
@@ -79,6 +84,7 @@ struct ts_pool {
     bool has_ipc_handle; /* of the only slab */
     unsigned char *base; /* of block 0; reserved at the first need */
     uint32_t *mapped;    /* per slab: generation that is mapped; 0: none */
+    bool *written;       /* per slab: it is mapped writable */
     uint32_t *wanted;    /* per slab: generation that the daemon named last */
 };
 
@@ -97,6 +103,40 @@ ts_status ts_gone(ts_client *client);
 
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
+
+/* A step that this process attends in: its sequences, with their block tables. */
+typedef struct ts_local {
+    uint32_t *tables;
+    ts_attention_seq *seqs;
+    uint32_t num_seqs;
+} ts_local;
+
+/* Whether a step in the pool is to be executed here (*local), or both ways. An error: here was
+ * asked for, and can't be. */
+ts_status ts_local_choose(ts_client *client, const ts_pool *pool, ts_exec *exec);
+
+/* Notes the tables of a step that was begun, and maps what lies in them. counts: blocks of each
+ * sequence. The step's sequences have new_tokens each after their starts. */
+ts_status ts_local_new(ts_pool *pool, const uint32_t *tables, const uint32_t *counts,
+                       size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
+                       uint32_t num_seqs, ts_local **out);
+void ts_local_free(ts_local *local);
+
+/* What a run is given: pointers into the exchange, as ts_attention_seq's of all tokens. */
+typedef struct ts_local_run {
+    uint32_t layer, heads;
+    ts_dtype io_dtype;
+    ts_attention_variant variant;
+    const unsigned char *q, *k, *v;
+    unsigned char *out;
+    const float *sinks, *alibi;
+    float *lse;
+} ts_local_run;
+
+ts_status ts_local_attend(ts_pool *pool, ts_local *local, const ts_local_run *run);
+
+/* Makes sure that the block's slab is mapped, as the daemon spoke of it last. */
+ts_status ts_pool_map_block(ts_pool *pool, uint64_t block, bool writable);
 
 /* Whether steps go by the rings, which are opened at the first need. */
 ts_status ts_rings_use(ts_client *client, bool *use);

@@ -45,6 +45,11 @@ ts_transport ts_client_transport(const ts_client *c)
     return c->rings != NULL && !c->rings_lost ? TS_TRANSPORT_RING : TS_TRANSPORT_MESSAGES;
 }
 
+ts_exec ts_client_exec(const ts_client *c)
+{
+    return c->last_exec;
+}
+
 uint64_t ts_session_id(const ts_client *c)
 {
     return c->session;
@@ -288,6 +293,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->timeout_ms = o->timeout_ms != 0 ? o->timeout_ms : TIMEOUT_DEFAULT_MS;
     c->retries = o->retries;
     c->transport = o->transport;
+    c->exec = o->exec;
+    c->threads = o->threads;
     c->spin_us = o->spin_us != 0 ? o->spin_us : SPIN_DEFAULT_US;
     const char *url = o->url != NULL ? o->url : getenv("TINYSERVE_URL");
     if (url == NULL || url[0] == '\0')
@@ -320,6 +327,7 @@ void ts_disconnect(ts_client *c)
     ts_exchange_close(c);
     ts_signals_close(c);
     ts_rings_close(c);
+    ts_attention_free(c->attention);
     ts_cuda_close(c->cuda);
     if (c->handle_fd >= 0)
         close(c->handle_fd);

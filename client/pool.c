@@ -61,7 +61,8 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     if (status == TS_OK) {
         p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
         p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
-        if (p->mapped == NULL || p->wanted == NULL)
+        p->written = calloc(p->num_slabs, sizeof *p->written);
+        if (p->mapped == NULL || p->wanted == NULL || p->written == NULL)
             status = ts_fail(c, TS_ENOMEM, "no memory for a pool of %u slabs", p->num_slabs);
     }
 out:
@@ -110,6 +111,7 @@ void ts_pool_close(ts_pool *p)
         p->client->exchange_pool = NULL;
     free(p->mapped);
     free(p->wanted);
+    free(p->written);
     free(p);
 }
 
@@ -187,11 +189,12 @@ static ts_status map_ipc(ts_pool *p)
         status = ts_cuda_ipc_open(p->client, cuda, p->ipc_handle, &p->base);
     if (status == TS_OK)
         p->mapped[0] = p->wanted[0];
+    p->written[0] = true; /* such memory always is */
     return status;
 }
 
 /* Maps the slab where it belongs, in place of what was there. */
-static ts_status map_slab(ts_pool *p, uint32_t slab)
+static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
 {
     ts_client *c = p->client;
     ts_handle_reply reply;
@@ -201,7 +204,7 @@ static ts_status map_slab(ts_pool *p, uint32_t slab)
     ts_status status = p->base == NULL ? reserve(p) : TS_OK;
     if (status != TS_OK)
         return status;
-    status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, p->writable, &reply, &fd);
+    status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, writable, &reply, &fd);
     if (status != TS_OK)
         return status;
     unsigned char *at = p->base + slab * slab_bytes(p);
@@ -212,8 +215,8 @@ static ts_status map_slab(ts_pool *p, uint32_t slab)
         if (p->mapped[slab] != 0)
             ts_cuda_unmap(c->cuda, at, mapped_bytes(p));
         p->mapped[slab] = 0;
-        status = ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, p->writable);
-    } else if (mmap(at, mapped_bytes(p), p->writable ? PROT_READ | PROT_WRITE : PROT_READ,
+        status = ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, writable);
+    } else if (mmap(at, mapped_bytes(p), writable ? PROT_READ | PROT_WRITE : PROT_READ,
                     MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
         status = ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, mapped_bytes(p),
                          strerror(errno));
@@ -223,24 +226,27 @@ static ts_status map_slab(ts_pool *p, uint32_t slab)
         return status;
     p->mapped[slab] = reply.generation;
     p->wanted[slab] = reply.generation;
+    p->written[slab] = writable;
     return TS_OK;
 }
 
-/* Makes sure that the block's slab is mapped, as the daemon spoke of it last. */
-static ts_status map_block(ts_pool *p, uint64_t block)
+ts_status ts_pool_map_block(ts_pool *p, uint64_t block, bool writable)
 {
     if (block >= p->num_blocks)
         return ts_fail(p->client, TS_EINVAL, "a slot of block %llu; the pool has %u blocks",
                        (unsigned long long)block, p->num_blocks);
     uint32_t slab = (uint32_t)(block / p->slab_blocks);
-    return p->mapped[slab] != 0 && p->mapped[slab] == p->wanted[slab] ? TS_OK : map_slab(p, slab);
+    bool there = p->mapped[slab] != 0 && p->mapped[slab] == p->wanted[slab];
+    if (there && (p->written[slab] || !writable))
+        return TS_OK;
+    return map_slab(p, slab, writable || (there && p->written[slab]));
 }
 
 ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, void **base)
 {
     ts_status status = TS_OK;
     for (size_t i = 0; i < count && status == TS_OK; i++)
-        status = map_block(p, slots[i] / p->geometry.block_tokens);
+        status = ts_pool_map_block(p, slots[i] / p->geometry.block_tokens, p->writable);
     *base = status == TS_OK ? p->base : NULL;
     return status;
 }
@@ -260,7 +266,7 @@ ts_status ts_slot_kv(ts_pool *p, uint64_t slot, uint32_t layer, ts_kv *out)
     uint64_t block = slot / g->block_tokens;
     if (layer >= g->layers)
         return ts_fail(p->client, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
-    ts_status status = map_block(p, block);
+    ts_status status = ts_pool_map_block(p, block, p->writable);
     if (status != TS_OK)
         return status;
     size_t plane = ts_geometry_plane_bytes(g);

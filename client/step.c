@@ -1,7 +1,9 @@
 #include "client.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 struct ts_step {
     ts_pool *pool;
@@ -12,6 +14,12 @@ struct ts_step {
     ts_region region;              /* of the exchange: q, k, v, out */
     size_t q, k, v, out;           /* offsets into the exchange */
     size_t sinks, alibi, lse;
+    uint32_t heads;
+    ts_dtype io_dtype;
+    float scale;
+    ts_exec exec;               /* AUTO: both ways, to see which is quicker */
+    ts_local *local;            /* NULL: the daemon attends alone */
+    uint64_t here_ns, there_ns; /* that it took */
 };
 
 static void step_free(ts_step *s)
@@ -21,6 +29,7 @@ static void step_free(ts_step *s)
     free(s->starts);
     free(s->new_tokens);
     free(s->slots);
+    ts_local_free(s->local);
     free(s);
 }
 
@@ -43,10 +52,13 @@ static ts_step *step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count,
     return s;
 }
 
+static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted);
+
 /* What the daemon answers to a begin. */
 typedef struct begun {
     const uint32_t *starts, *counts, *blocks; /* counts of blocks that the new tokens touch */
     size_t num_seqs, num_blocks;
+    bool whole; /* they are whole block tables */
 } begun;
 
 /* Notes starts and slots, after checking that they add up. */
@@ -58,7 +70,7 @@ static ts_status fill_step(ts_step *s, const begun *b)
     bool ok = b->num_seqs == s->count;
     for (uint32_t i = 0; ok && i < s->count; i++) {
         uint64_t end = (uint64_t)b->starts[i] + s->new_tokens[i];
-        uint32_t first = b->starts[i] / block_tokens, count = b->counts[i];
+        uint32_t first = b->whole ? 0 : b->starts[i] / block_tokens, count = b->counts[i];
         ok = count == (end - 1) / block_tokens + 1 - first && b->num_blocks - block >= count;
         s->starts[i] = b->starts[i];
         for (uint64_t t = s->starts[i]; ok && t < end; t++)
@@ -97,7 +109,8 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
         status = ts_fail(s->pool->client, TS_EPROTO, "the daemon's answer begins no step");
     } else {
         s->id = b->step;
-        status = fill_step(s, &(begun){b->starts, b->counts, b->blocks, b->n_starts, b->n_blocks});
+        status = fill_step(
+            s, &(begun){b->starts, b->counts, b->blocks, b->n_starts, b->n_blocks, false});
         if (status == TS_OK)
             status = ts_pool_note_slabs(s->pool, b->slabs, b->n_slabs);
     }
@@ -112,6 +125,8 @@ static bool fits_ring(const ts_step *s, const ts_step_options *o)
     uint64_t blocks = 0;
     if (s->count > TS_RING_BATCH ||
         (o->kernel != NULL && strlen(o->kernel) >= sizeof(((ts_ring_entry *)0)->begin.kernel)))
+        return false;
+    if (p->num_slabs > TS_RING_SLABS)
         return false;
     /* The handle of memory that is one allocation comes in messages alone. */
     if (strcmp(p->memory, "cuda-ipc") == 0 && !p->has_ipc_handle)
@@ -131,7 +146,8 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                                      .count = s->count,
                                      .heads = o->no_run ? 0 : o->heads,
                                      .io_dtype = o->io_dtype,
-                                     .scale = o->scale}};
+                                     .scale = o->scale,
+                                     .flags = s->exec != TS_EXEC_DAEMON ? TS_RING_TABLES : 0u}};
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
     memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
@@ -140,10 +156,10 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     if (status != TS_OK)
         return status;
     s->id = done.step;
-    if (done.num_blocks > TS_RING_BLOCKS || done.num_slabs > TS_RING_BLOCKS)
+    if (done.num_blocks > TS_RING_BLOCKS || done.num_slabs > TS_RING_SLABS)
         return ts_fail(c, TS_EPROTO, "the daemon's answer doesn't fit the step");
-    status = fill_step(
-        s, &(begun){m->begun_starts, m->begun_counts, m->begun_blocks, s->count, done.num_blocks});
+    status = fill_step(s, &(begun){m->begun_starts, m->begun_counts, m->begun_blocks, s->count,
+                                   done.num_blocks, s->exec != TS_EXEC_DAEMON});
     for (uint32_t i = 0; i < done.num_slabs && status == TS_OK; i++)
         status = ts_pool_note_slab(s->pool, m->begun_slabs[i].slab, m->begun_slabs[i].generation);
     return status;
@@ -151,12 +167,35 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
 
 static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
 {
+    ts_client *c = s->pool->client;
     bool use = false;
-    ts_status status = append ? TS_OK : ts_rings_use(s->pool->client, &use);
+    ts_status status = append ? TS_OK : ts_rings_use(c, &use);
+    if (status == TS_OK && !append && !o->no_run)
+        status = ts_local_choose(c, s->pool, &s->exec);
     if (status != TS_OK)
         return status;
-    return use && fits_ring(s, o) ? begin_by_ring(s, seqs, o)
-                                  : begin_by_message(s, seqs, o, append);
+    if (!use || !fits_ring(s, o)) {
+        if (s->exec == TS_EXEC_LOCAL)
+            return ts_fail(c, TS_EINVAL,
+                           "local execution of a step of %u sequences and %u tokens: a ring begins "
+                           "%u sequences and %u blocks at most",
+                           s->count, s->tokens, TS_RING_BATCH, TS_RING_BLOCKS);
+        s->exec = TS_EXEC_DAEMON;
+        return begin_by_message(s, seqs, o, append);
+    }
+    status = begin_by_ring(s, seqs, o);
+    if (status != TS_OK || s->exec == TS_EXEC_DAEMON)
+        return status;
+    const ts_rings_memory *m = c->rings;
+    size_t num_blocks = 0;
+    for (uint32_t i = 0; i < s->count; i++)
+        num_blocks +=
+            ((size_t)s->starts[i] + s->new_tokens[i] - 1) / s->pool->geometry.block_tokens + 1;
+    status = ts_local_new(s->pool, m->begun_blocks, m->begun_counts, num_blocks, s->starts,
+                          s->new_tokens, s->count, &s->local);
+    if (status != TS_OK) /* the daemon has begun it */
+        (void)call_end(s, false, NULL);
+    return status;
 }
 
 /* The sum of new_tokens, or refuses. */
@@ -215,6 +254,9 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->sinks = s->out + q;
     s->alibi = s->sinks + each_head;
     s->lse = s->alibi + each_head;
+    s->heads = o.heads;
+    s->io_dtype = o.io_dtype;
+    s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
     status = call_begin(s, seqs, &o, false);
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
@@ -354,13 +396,61 @@ static ts_status run_by_ring(ts_step *s, uint32_t layer, const ts_run_options *o
     return ts_ring_call(s->pool->client, &entry, &done);
 }
 
-static ts_status call_run(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
+static ts_status run_there(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
 {
     bool use;
     ts_status status = ts_rings_use(s->pool->client, &use);
     if (status != TS_OK)
         return status;
     return use ? run_by_ring(s, layer, o, order) : run_by_message(s, layer, o, order);
+}
+
+static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
+{
+    unsigned char *x = s->pool->client->exchange;
+    if (o->on_stream)
+        return ts_fail(s->pool->client, TS_EINVAL,
+                       "an ordered run, but the pool is in host memory");
+    const ts_local_run run = {
+        .layer = layer,
+        .heads = s->heads,
+        .io_dtype = s->io_dtype,
+        .variant = {.scale = o->scale != 0 ? o->scale : s->scale,
+                    .soft_cap = o->soft_cap,
+                    .window = o->window,
+                    .rope = {o->rope_theta, o->rope_dims, o->rope_interleaved}},
+        .q = x + s->q,
+        .k = x + s->k,
+        .v = x + s->v,
+        .out = x + s->out,
+        .sinks = o->sinks ? floats_at(s, s->sinks) : NULL,
+        .alibi = o->alibi ? floats_at(s, s->alibi) : NULL,
+        .lse = o->lse ? floats_at(s, s->lse) : NULL,
+    };
+    return ts_local_attend(s->pool, s->local, &run);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static ts_status call_run(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
+{
+    s->pool->client->last_exec = s->exec;
+    if (s->exec == TS_EXEC_DAEMON)
+        return run_there(s, layer, o, order);
+    uint64_t start = now_ns();
+    ts_status status = run_here(s, layer, o);
+    uint64_t middle = now_ns();
+    if (s->exec == TS_EXEC_LOCAL || status != TS_OK)
+        return status;
+    status = run_there(s, layer, o, order); /* the same bits again */
+    s->here_ns += middle - start;
+    s->there_ns += now_ns() - middle;
+    return status;
 }
 
 /* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */
@@ -443,10 +533,14 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
 
 ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 {
+    ts_client *c = s->pool->client;
     ts_status status = call_end(s, true, accepted);
-    if (status == TS_OK)
-        step_end(s);
-    return status;
+    if (status != TS_OK)
+        return status;
+    if (s->exec == TS_EXEC_AUTO && s->there_ns > 0)
+        c->exec = s->here_ns <= s->there_ns ? TS_EXEC_LOCAL : TS_EXEC_DAEMON;
+    step_end(s);
+    return TS_OK;
 }
 
 ts_status ts_step_abort(ts_step *s)

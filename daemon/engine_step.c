@@ -323,20 +323,7 @@ static bool check_variant(const ts_session *s, const ts_command *c, const ts_ste
 {
     const ts_attention_variant *v = &c->step_run.variant;
     uint64_t each_head = step->heads * sizeof(float);
-    if (!isfinite(v->scale) || v->scale < 0)
-        ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
-                  (double)v->scale);
-    else if (!isfinite(v->soft_cap) || v->soft_cap < 0)
-        ts_refuse(a, TS_EINVAL, "a soft cap of %g; it must be finite and not negative",
-                  (double)v->soft_cap);
-    else if (!isfinite(v->rope.theta) || v->rope.theta < 0)
-        ts_refuse(a, TS_EINVAL, "a rope theta of %g; it must be finite and not negative",
-                  (double)v->rope.theta);
-    else if (v->rope.theta != 0 && (v->rope.dims % 2 != 0 || v->rope.dims > head_dim))
-        ts_refuse(a, TS_EINVAL, "rope over %u dimensions; it must be even and at most head_dim %u",
-                  v->rope.dims, head_dim);
-    else if (v->rope.theta != 0 && v->rope.dims == 0 && head_dim % 2 != 0)
-        ts_refuse(a, TS_EINVAL, "rope over all of head_dim %u, which is odd", head_dim);
+    a->status = ts_attention_variant_check(v, head_dim, a->message, sizeof a->message);
     return a->status == TS_OK &&
            (!c->step_run.has_sinks || check_range(s, "sinks", c->step_run.sinks, each_head, a)) &&
            (!c->step_run.has_alibi || check_range(s, "alibi", c->step_run.alibi, each_head, a)) &&

@@ -33,6 +33,7 @@ struct ts_rings {
     atomic_bool ended; /* no thread any more */
     uint64_t *seqs;    /* copies of what a begin or a commit brings; the engine's owner's */
     uint32_t *words;   /* ... */
+    uint32_t *tables;  /* what a begin is answered; the same owner's */
     pthread_mutex_t lock;
     ts_job *jobs, **jobs_tail; /* under the lock */
     atomic_bool stop, sleeps;
@@ -142,6 +143,8 @@ ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, 
     r->shared = shared;
     r->shared->magic = TS_RING_MAGIC;
     r->shared->version = TS_RING_VERSION;
+    if (rings->service->attention != NULL)
+        r->shared->isa = (uint32_t)ts_attention_isa(rings->service->attention);
     r->shared->submissions.sleeps = 1;
     r->work.run = take;
     r->bye.run = let_go;
@@ -226,6 +229,11 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
                   TS_RING_BATCH);
         return false;
     }
+    if (pool < s->engine->num_pools && s->engine->pools[pool].books.num_slabs > TS_RING_SLABS) {
+        ts_refuse(a, TS_EINVAL, "a begin on a ring in a pool of %u slabs; it can tell of %u",
+                  s->engine->pools[pool].books.num_slabs, TS_RING_SLABS);
+        return false;
+    }
     if (session == NULL || pool >= s->engine->num_pools || !(session->opened_pools >> pool & 1))
         return true; /* the engine refuses it */
     copy_batch(r, count, true);
@@ -303,21 +311,54 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
     }
 }
 
-/* Lays out what a begin has to tell. False: out of memory. */
-static bool tell_begun(ts_ring *r, uint32_t pool, const ts_answer *a, ts_ring_completion *done)
+/* Copies the step's whole block tables to rings->tables and their lengths to rings->words. Returns
+ * the blocks; if they are too many, not all of them were copied. */
+static uint64_t copy_tables(ts_rings *rings, const ts_step *step, uint32_t block_tokens)
+{
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        const ts_step_seq *part = &step->seqs[i];
+        uint32_t n = ts_blocks_for((uint64_t)part->start + part->new_tokens, block_tokens);
+        if (all + n <= TS_RING_BLOCKS)
+            memcpy(rings->tables + all, part->table, n * sizeof *rings->tables);
+        rings->words[i] = n;
+        all += n;
+    }
+    return all;
+}
+
+/* Lays out what a begin has to tell. False, and the answer refuses: it can't. */
+static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
+                       ts_ring_completion *done)
 {
     ts_service *s = r->rings->service;
+    const ts_step *step = a->begun.step;
+    const uint32_t *blocks = a->begun.blocks, *counts = a->begun.counts;
+    uint64_t num_blocks = a->begun.num_blocks;
     Tspb__Slab **slabs;
     size_t num_slabs;
-    if (!ts_service_list_slabs(s, pool, a->begun.blocks, a->begun.num_blocks, &slabs, &num_slabs))
+    if (entry->begin.flags & TS_RING_TABLES) {
+        num_blocks =
+            copy_tables(r->rings, step, s->engine->pools[step->pool].config.geometry.block_tokens);
+        blocks = r->rings->tables;
+        counts = r->rings->words;
+    }
+    if (num_blocks > TS_RING_BLOCKS) {
+        ts_refuse(a, TS_EINVAL, "block tables of %llu entries; a ring can tell of %u",
+                  (unsigned long long)num_blocks, TS_RING_BLOCKS);
         return false;
+    }
+    if (!ts_service_list_slabs(s, step->pool, blocks, num_blocks, &slabs, &num_slabs)) {
+        ts_refuse(a, TS_ENOMEM, "no memory for the answer");
+        return false;
+    }
     memcpy(r->shared->begun_starts, a->begun.starts, a->begun.num_seqs * sizeof(uint32_t));
-    memcpy(r->shared->begun_counts, a->begun.counts, a->begun.num_seqs * sizeof(uint32_t));
-    memcpy(r->shared->begun_blocks, a->begun.blocks, a->begun.num_blocks * sizeof(uint32_t));
+    memcpy(r->shared->begun_counts, counts, a->begun.num_seqs * sizeof(uint32_t));
+    memcpy(r->shared->begun_blocks, blocks, num_blocks * sizeof(uint32_t));
     for (size_t i = 0; i < num_slabs; i++)
         r->shared->begun_slabs[i] = (ts_ring_slab){slabs[i]->slab, slabs[i]->generation};
-    done->step = a->begun.step->id;
-    done->num_blocks = a->begun.num_blocks;
+    done->step = step->id;
+    done->num_blocks = (uint32_t)num_blocks;
     done->num_slabs = (uint32_t)num_slabs;
     return true;
 }
@@ -345,7 +386,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
         step = a.begun.step->id;
         waits = a.begun.num_copies > 0;
-        ok = tell_begun(r, command.pool, &a, &done);
+        ok = tell_begun(r, entry, &a, &done);
         if (ok && waits) {
             r->begun = done;
             ok = ts_jobs_copy(s, c, asker, &a, NULL);
@@ -353,7 +394,9 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     }
     if (!ok) {
         ts_jobs_undo(s, &command, step);
-        ts_refuse(&a, TS_ENOMEM, "no memory for the answer");
+        if (a.status == TS_OK)
+            ts_refuse(&a, TS_ENOMEM, "no memory for the answer");
+        done = (ts_ring_completion){.tag = entry->tag};
         waits = false;
     }
     c->requests++;
@@ -565,12 +608,13 @@ ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
     pthread_mutex_init(&rings->lock, NULL);
     rings->seqs = malloc(TS_RING_BATCH * sizeof *rings->seqs);
     rings->words = malloc(TS_RING_BATCH * sizeof *rings->words);
+    rings->tables = malloc(TS_RING_BLOCKS * sizeof *rings->tables);
     rings->epoll = epoll_create1(EPOLL_CLOEXEC);
     rings->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     rings->ended = true;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
-    if (rings->seqs == NULL || rings->words == NULL || rings->epoll < 0 || rings->wake < 0 ||
-        epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->wake, &event) != 0 ||
+    if (rings->seqs == NULL || rings->words == NULL || rings->tables == NULL || rings->epoll < 0 ||
+        rings->wake < 0 || epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->wake, &event) != 0 ||
         pthread_create(&rings->thread, NULL, rings_main, rings) != 0) {
         ts_rings_free(rings);
         return NULL;
@@ -607,5 +651,6 @@ void ts_rings_free(ts_rings *rings)
     free(rings->active);
     free(rings->seqs);
     free(rings->words);
+    free(rings->tables);
     free(rings);
 }

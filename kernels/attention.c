@@ -7,7 +7,9 @@
 
 #include "attention_item.h"
 
+#include <math.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -76,6 +78,29 @@ static const ts_attention_isa_ops *isa_ops(ts_isa isa)
     (void)isa;
 #endif
     return &ts_attention_portable;
+}
+
+ts_status ts_attention_variant_check(const ts_attention_variant *v, uint32_t head_dim, char *why,
+                                     size_t why_bytes)
+{
+    const ts_rope *rope = &v->rope;
+    if (!isfinite(v->scale) || v->scale < 0)
+        snprintf(why, why_bytes, "a scale of %g; it must be finite and not negative",
+                 (double)v->scale);
+    else if (!isfinite(v->soft_cap) || v->soft_cap < 0)
+        snprintf(why, why_bytes, "a soft cap of %g; it must be finite and not negative",
+                 (double)v->soft_cap);
+    else if (!isfinite(rope->theta) || rope->theta < 0)
+        snprintf(why, why_bytes, "a rope theta of %g; it must be finite and not negative",
+                 (double)rope->theta);
+    else if (rope->theta != 0 && (rope->dims % 2 != 0 || rope->dims > head_dim))
+        snprintf(why, why_bytes, "rope over %u dimensions; it must be even and at most head_dim %u",
+                 rope->dims, head_dim);
+    else if (rope->theta != 0 && rope->dims == 0 && head_dim % 2 != 0)
+        snprintf(why, why_bytes, "rope over all of head_dim %u, which is odd", head_dim);
+    else
+        return TS_OK;
+    return TS_EINVAL;
 }
 
 ts_attention *ts_attention_new(uint32_t threads, ts_isa isa)

@@ -53,6 +53,11 @@ static inline bool ts_attention_same_variant(const ts_attention_variant *a,
            ts_rope_same(&a->rope, &b->rope);
 }
 
+/* TS_EINVAL with a sentence in `why`: scale, soft cap or theta is negative or not finite, or the
+ * rotary embedding doesn't fit the heads. */
+ts_status ts_attention_variant_check(const ts_attention_variant *variant, uint32_t head_dim,
+                                     char *why, size_t why_bytes);
+
 /* The first key that a query at this position sees. */
 static inline uint32_t ts_attention_first_key(const ts_attention_variant *v, uint32_t position)
 {

@@ -28,10 +28,15 @@
 #define TS_RING_MAGIC 0x47525354u
 #define TS_RING_VERSION 1u
 #define TS_RING_ENTRIES 64u
-#define TS_RING_BATCH 4096u   /* sequences of a step that is begun here */
-#define TS_RING_BLOCKS 16384u /* that its new tokens touch */
+#define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
+#define TS_RING_BLOCKS (1u << 20) /* that its answer tells of */
+#define TS_RING_SLABS 65536u      /* ... and their slabs */
 
 enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT };
+
+/* Of a begin: the answer has the sequences' whole block tables, for a client that attends itself;
+ * else only the blocks that the new tokens touch. */
+enum { TS_RING_TABLES = 1 };
 
 /* Of a run: which of the optional things it has. */
 enum {
@@ -51,7 +56,8 @@ typedef struct ts_ring_entry {
             uint32_t pool, count, heads, io_dtype;
             float scale;
             char kernel[20]; /* NUL-terminated; empty: the pool's */
-        } begin;             /* of sequence batch_seqs[i], batch_words[i] new tokens */
+            uint32_t flags;
+        } begin; /* of sequence batch_seqs[i], batch_words[i] new tokens */
         struct {
             uint32_t layer, flags;
             uint64_t q, k, v, out, sinks, alibi, lse; /* bytes into the exchange */
@@ -87,7 +93,8 @@ typedef struct ts_ring_counts {
 
 typedef struct ts_rings_memory {
     uint32_t magic, version;
-    uint32_t pad[14];
+    uint32_t isa; /* ts_isa of the daemon's host kernels: the same gives the same bits */
+    uint32_t pad[13];
     ts_ring_counts submissions, completions;
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];
@@ -95,7 +102,7 @@ typedef struct ts_rings_memory {
     uint32_t batch_words[TS_RING_BATCH];
     uint32_t begun_starts[TS_RING_BATCH], begun_counts[TS_RING_BATCH]; /* of each sequence */
     uint32_t begun_blocks[TS_RING_BLOCKS];
-    ts_ring_slab begun_slabs[TS_RING_BLOCKS];
+    ts_ring_slab begun_slabs[TS_RING_SLABS];
 } ts_rings_memory;
 
 _Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
@@ -108,8 +115,8 @@ _Static_assert(offsetof(ts_rings_memory, submitted) == 448, "layout is shared by
 _Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * 384, "shared by two programs");
 _Static_assert(sizeof(ts_rings_memory) % 64 == 0, "layout is shared by two programs");
 
-/* Blocks that the new tokens of a begin may touch; both sides add this up over the batch, and a
- * begin of more than TS_RING_BLOCKS goes as a message. */
+/* Blocks that the new tokens of a begin may touch; both sides add this up over the batch. A begin
+ * of more than TS_RING_BLOCKS, or in a pool of more than TS_RING_SLABS slabs, goes as a message. */
 static inline uint64_t ts_ring_blocks(uint32_t new_tokens, uint32_t block_tokens)
 {
     return new_tokens / block_tokens + 2u;

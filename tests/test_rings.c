@@ -10,13 +10,17 @@
 
 enum { HEADS = 4, KV = 2, DIM = 64, SEQS = 3 };
 
-static ts_client *connect_by(const daemon_process *d, ts_transport transport, uint32_t spin_us)
+static ts_client *connect_by(const daemon_process *d, ts_transport transport, ts_exec exec,
+                             uint32_t spin_us)
 {
     ts_client *c;
-    ts_status status = ts_connect(
-        &(ts_options){
-            .url = d->url, .timeout_ms = 120000, .transport = transport, .spin_us = spin_us},
-        &c);
+    ts_status status = ts_connect(&(ts_options){.url = d->url,
+                                                .timeout_ms = 120000,
+                                                .transport = transport,
+                                                .exec = exec,
+                                                .threads = 2,
+                                                .spin_us = spin_us},
+                                  &c);
     if (status != TS_OK)
         fail_msg("%s: %s", ts_status_name(status), ts_error(c));
     return c;
@@ -65,37 +69,72 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
     return n;
 }
 
-static void rings_and_messages_give_the_same_bits(void **state)
+/* By ring, by message, and attended by this process. */
+enum { RING, MESSAGES, LOCAL, WAYS };
+
+static void every_way_gives_the_same_bits(void **state)
 {
     (void)state;
     static const uint32_t rounds[4][SEQS] = {{9, 2, 30}, {1, 1, 1}, {3, 8, 1}, {1, 4, 2}};
-    static float out[2][200000];
+    static float out[WAYS][200000];
     daemon_process d;
-    daemon_start(&d, POOL);
-    ts_client *c[2] = {connect_by(&d, TS_TRANSPORT_RING, 0),
-                       connect_by(&d, TS_TRANSPORT_MESSAGES, 0)};
-    ts_pool *p[2];
-    ts_seq seqs[2][SEQS];
-    uint32_t lengths[2][SEQS];
-    for (int way = 0; way < 2; way++) {
-        p[way] = open_pool(c[way], "tiny", 0);
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c[WAYS] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
+                          connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
+                          connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
+    ts_pool *p[WAYS];
+    ts_seq seqs[WAYS][SEQS];
+    uint32_t lengths[WAYS][SEQS];
+    for (int way = 0; way < WAYS; way++) {
+        p[way] = open_pool(c[way], "tiny", way == LOCAL ? TS_POOL_WRITABLE : 0);
         OK(ts_seq_create(p[way], SEQS, seqs[way]));
     }
     for (uint32_t round = 0; round < 4; round++) {
         size_t n = 0;
-        for (int way = 0; way < 2; way++) {
+        for (int way = 0; way < WAYS; way++) {
             n = varied_step(p[way], seqs[way], rounds[round], 10 + round, out[way]);
             OK(ts_seq_lengths(p[way], seqs[way], SEQS, lengths[way]));
+            assert_memory_equal(lengths[0], lengths[way], sizeof lengths[0]);
+            assert_memory_equal(out[0], out[way], n * sizeof(float));
         }
-        assert_memory_equal(lengths[0], lengths[1], sizeof lengths[0]);
-        assert_memory_equal(out[0], out[1], n * sizeof(float));
         if (round == 1) /* shared tails: the next step's begin waits for copies */
-            for (int way = 0; way < 2; way++)
+            for (int way = 0; way < WAYS; way++)
                 OK(ts_seq_fork(p[way], seqs[way][0], 1, &seqs[way][2]));
     }
-    assert_int_equal(ts_client_transport(c[0]), TS_TRANSPORT_RING);
-    assert_int_equal(ts_client_transport(c[1]), TS_TRANSPORT_MESSAGES);
+    assert_int_equal(ts_client_transport(c[RING]), TS_TRANSPORT_RING);
+    assert_int_equal(ts_client_transport(c[MESSAGES]), TS_TRANSPORT_MESSAGES);
+    assert_int_equal(ts_client_exec(c[RING]), TS_EXEC_DAEMON);
+    assert_int_equal(ts_client_exec(c[LOCAL]), TS_EXEC_LOCAL);
     check_daemon(c[0]);
+    for (int way = 0; way < WAYS; way++) {
+        ts_pool_close(p[way]);
+        ts_disconnect(c[way]);
+    }
+    daemon_stop(&d);
+}
+
+/* On a GPU there are two ways. */
+static void rings_and_messages_give_the_same_bits(void **state)
+{
+    (void)state;
+    static const uint32_t rounds[3][SEQS] = {{9, 2, 30}, {1, 1, 1}, {3, 8, 1}};
+    static float out[2][200000];
+    daemon_process d;
+    daemon_start(&d, POOL);
+    ts_client *c[2] = {connect_by(&d, TS_TRANSPORT_RING, 0, 0),
+                       connect_by(&d, TS_TRANSPORT_MESSAGES, 0, 0)};
+    ts_pool *p[2];
+    ts_seq seqs[2][SEQS];
+    for (int way = 0; way < 2; way++) {
+        p[way] = open_pool(c[way], "tiny", 0);
+        OK(ts_seq_create(p[way], SEQS, seqs[way]));
+    }
+    for (uint32_t round = 0; round < 3; round++) {
+        size_t n = 0;
+        for (int way = 0; way < 2; way++)
+            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, out[way]);
+        assert_memory_equal(out[0], out[1], n * sizeof(float));
+    }
     for (int way = 0; way < 2; way++) {
         ts_pool_close(p[way]);
         ts_disconnect(c[way]);
@@ -103,26 +142,147 @@ static void rings_and_messages_give_the_same_bits(void **state)
     daemon_stop(&d);
 }
 
-static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
+/* One step of one token, all layers with plain attention over random numbers. */
+static void plain_step(ts_pool *p, ts_seq seq, uint32_t seed)
+{
+    ts_step *s;
+    rng r = {seed};
+    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        fill(&r, ts_step_q(s), HEADS * DIM);
+        fill(&r, ts_step_k(s), KV * DIM);
+        fill(&r, ts_step_v(s), KV * DIM);
+        OK(ts_step_run(s, layer));
+    }
+    OK(ts_step_commit(s, NULL));
+}
+
+static uint64_t attends(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    OK(ts_call(c, &request, &reply));
+    uint64_t n = reply->status_reply->runs;
+    tspb__reply__free_unpacked(reply, NULL);
+    return n;
+}
+
+static void auto_goes_both_ways_once_and_then_one(void **state)
 {
     (void)state;
     daemon_process d;
-    daemon_start(&d, "tiny:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=1,blocks=20000");
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0);
-    ts_pool *p = open_pool(c, "tiny", 0);
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_AUTO, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE), *closed = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    plain_step(closed, seq, 1); /* not writable: the daemon */
+    assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
+    assert_int_equal(attends(c), 2);
+    plain_step(p, seq, 2);
+    assert_int_equal(ts_client_exec(c), TS_EXEC_AUTO);
+    assert_int_equal(attends(c), 4);
+    plain_step(p, seq, 3);
+    assert_true(ts_client_exec(c) == TS_EXEC_LOCAL || ts_client_exec(c) == TS_EXEC_DAEMON);
+    assert_int_equal(attends(c), ts_client_exec(c) == TS_EXEC_LOCAL ? 4 : 6);
+    ts_pool_close(p);
+    ts_pool_close(closed);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* What of the pool this process may write: the slabs with its own new tokens alone. */
+static void local_execution_maps_what_it_only_reads_to_be_read(void **state)
+{
+    (void)state;
+    daemon_process d;
+    /* 4 KiB a block, so 2 blocks a slab */
+    daemon_start(&d, POOL ",client_write=all,device=host,slab=8K");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq, fork;
+    OK(ts_seq_create(p, 1, &seq));
+    for (uint32_t i = 0; i < 16; i++) /* 4 blocks: 2 slabs */
+        plain_step(p, seq, i);
+    OK(ts_seq_keep(p, seq, "shared"));
+    ts_client *other = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *theirs = open_pool(other, "tiny", TS_POOL_WRITABLE);
+    OK(ts_seq_fork(theirs, seq, 1, &fork));
+    plain_step(theirs, fork, 20);
+    uint32_t readable = 0, writable = 0;
+    for (uint32_t i = 0; i < theirs->num_slabs; i++) {
+        readable += theirs->mapped[i] != 0;
+        writable += theirs->written[i];
+    }
+    assert_int_equal(readable, 3);
+    assert_int_equal(writable, 1);
+    ts_pool_close(p);
+    ts_pool_close(theirs);
+    ts_disconnect(c);
+    ts_disconnect(other);
+    daemon_stop(&d);
+}
+
+static void local_execution_that_cannot_be_says_why(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_LOCAL, 0),
+              *m = connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", 0), *w = open_pool(c, "tiny", TS_POOL_WRITABLE),
+            *q = open_pool(m, "tiny", TS_POOL_WRITABLE);
     ts_seq seq;
     ts_step *s;
     OK(ts_seq_create(p, 1, &seq));
-    OK(ts_step_begin(p, &seq, &(uint32_t){TS_RING_BLOCKS}, 1, NULL, &s));
-    for (size_t i = 0; i < (size_t)TS_RING_BLOCKS * 32; i++)
-        ((float *)ts_step_k(s))[i] = ((float *)ts_step_v(s))[i] = 1;
-    memset(ts_step_q(s), 0, 128);
-    OK(ts_step_run(s, 0)); /* by ring, of a step that a message began */
-    assert_true(((const float *)ts_step_out(s))[31] == 1);
-    OK(ts_step_commit(s, NULL));
-    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s));
-    assert_int_equal(ts_step_start(s, 0), TS_RING_BLOCKS);
+    assert_int_equal(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EPERM);
+    assert_non_null(strstr(ts_error(c), "TS_POOL_WRITABLE"));
+    assert_int_equal(ts_step_begin(q, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EINVAL);
+    assert_non_null(strstr(ts_error(m), "needs the rings"));
+    OK(ts_step_begin(w, &seq, &(uint32_t){1}, 1, NULL, &s));
+    assert_int_equal(ts_step_run(s, 2), TS_EINVAL);
+    assert_string_equal(ts_error(c), "layer 2; the pool has 2");
+    assert_int_equal(ts_step_run_with(s, 0, &(ts_run_options){.soft_cap = -1}), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "a soft cap of -1"));
+    assert_int_equal(ts_step_run_with(s, 0, &(ts_run_options){.on_stream = true}), TS_EINVAL);
     OK(ts_step_abort(s));
+    assert_int_equal(used_blocks(c), 0);
+    ts_pool_close(p);
+    ts_pool_close(w);
+    ts_pool_close(q);
+    ts_disconnect(c);
+    ts_disconnect(m);
+    daemon_stop(&d);
+}
+
+static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
+{
+    (void)state;
+    enum { COUNT = TS_RING_BATCH + 1 };
+    static ts_seq seqs[COUNT];
+    static uint32_t one[COUNT];
+    daemon_process d;
+    daemon_start(&d, "tiny:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=1,blocks=8192");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0, 0);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_step *s;
+    OK(ts_seq_create(p, COUNT, seqs));
+    for (uint32_t i = 0; i < COUNT; i++)
+        one[i] = 1;
+    OK(ts_step_begin(p, seqs, one, COUNT, NULL, &s));
+    for (size_t i = 0; i < (size_t)COUNT * 32; i++) {
+        ((float *)ts_step_q(s))[i] = ((float *)ts_step_k(s))[i] = 0;
+        ((float *)ts_step_v(s))[i] = (float)(i % 1000);
+    }
+    OK(ts_step_run(s, 0)); /* by ring, of a step that a message began */
+    for (size_t i = 0; i < (size_t)COUNT * 32; i++)
+        assert_true(((const float *)ts_step_out(s))[i] == (float)(i % 1000));
+    one[COUNT - 1] = 0;
+    OK(ts_step_commit(s, one)); /* by message: so many counts */
+    assert_int_equal(used_blocks(c), COUNT - 1);
     ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
@@ -142,7 +302,7 @@ static void a_ring_refuses_what_a_message_would(void **state)
     (void)state;
     daemon_process d;
     daemon_start(&d, POOL ",device=host");
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0), *other = connect_by(&d, 0, 0);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0, 0), *other = connect_by(&d, 0, 0, 0);
     ts_pool *p = open_pool(c, "tiny", 0), *theirs = open_pool(other, "tiny", 0);
     ts_seq seq, foreign;
     ts_step *s, *t;
@@ -237,7 +397,7 @@ static void await(const uint32_t *word, uint32_t value)
 static ts_client *with_rings(const daemon_process *d)
 {
     bool use;
-    ts_client *c = connect_by(d, TS_TRANSPORT_RING, 0);
+    ts_client *c = connect_by(d, TS_TRANSPORT_RING, 0, 0);
     OK(ts_rings_use(c, &use));
     assert_true(use);
     return c;
@@ -357,7 +517,7 @@ static void a_client_that_scribbles_over_its_rings_harms_itself_alone(void **sta
     (void)state;
     daemon_process d;
     daemon_start(&d, POOL);
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0, 0);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
     pid_t scribblers[2] = {spawn("scribbler", d.url, "1"), spawn("scribbler", d.url, "2")};
@@ -410,7 +570,7 @@ static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
     for (int sleeps = 0; sleeps < 2; sleeps++) {
         daemon_process d;
         daemon_start(&d, POOL);
-        ts_client *c = connect_by(&d, TS_TRANSPORT_RING, sleeps ? TS_SPIN_NONE : 1000000);
+        ts_client *c = connect_by(&d, TS_TRANSPORT_RING, 0, sleeps ? TS_SPIN_NONE : 1000000);
         ts_pool *p = open_pool(c, "tiny", 0);
         ts_seq seq;
         ts_step *s;
@@ -448,7 +608,11 @@ int main(int argc, char **argv)
         return 0;
     }
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_way_gives_the_same_bits),
         cmocka_unit_test(rings_and_messages_give_the_same_bits),
+        cmocka_unit_test(auto_goes_both_ways_once_and_then_one),
+        cmocka_unit_test(local_execution_maps_what_it_only_reads_to_be_read),
+        cmocka_unit_test(local_execution_that_cannot_be_says_why),
         cmocka_unit_test(a_begin_that_is_too_large_for_a_ring_goes_as_a_message),
         cmocka_unit_test(a_ring_refuses_what_a_message_would),
         cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),

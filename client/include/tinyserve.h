@@ -45,6 +45,16 @@ typedef enum ts_transport {
 
 #define TS_SPIN_NONE UINT32_MAX
 
+/* Who attends. The results are the same, bit for bit. */
+typedef enum ts_exec {
+    TS_EXEC_DAEMON, /* the daemon: sessions' attends are joined */
+    TS_EXEC_LOCAL,  /* this process, with the same kernels over the mapped pool: the daemon has no
+                       part in a layer. For pools in host memory that were opened with
+                       TS_POOL_WRITABLE */
+    TS_EXEC_AUTO    /* where it can be chosen, the session's first step goes both ways, and the
+                       quicker is taken from then on */
+} ts_exec;
+
 typedef struct ts_options {
     const char *url;     /* "ipc:///path" or "/path"; NULL: see above */
     const char *program; /* shown to the operator; NULL: the process's name */
@@ -56,6 +66,8 @@ typedef struct ts_options {
     ts_transport transport;
     uint32_t spin_us; /* that a call through a ring polls for its answer before it sleeps; 0: 50,
                          TS_SPIN_NONE: it sleeps at once */
+    ts_exec exec;
+    uint32_t threads; /* of local execution; 0: one for each processor */
 } ts_options;
 
 /*
@@ -73,6 +85,10 @@ const char *ts_error(const ts_client *client);
 
 /* What the client's last step went by: TS_TRANSPORT_RING or TS_TRANSPORT_MESSAGES. */
 ts_transport ts_client_transport(const ts_client *client);
+
+/* Who attended in the client's last step: TS_EXEC_DAEMON or TS_EXEC_LOCAL; both, in the first step
+ * of TS_EXEC_AUTO, is TS_EXEC_AUTO. */
+ts_exec ts_client_exec(const ts_client *client);
 
 /* This session's id as the operator sees it, and the daemon's version. */
 uint64_t ts_session_id(const ts_client *client);
@@ -192,7 +208,8 @@ typedef struct ts_step_options {
 /*
  * Begins a step that adds new_tokens[i] (at least 1) tokens to sequence i. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
- * as they were, and not be changed. options may be NULL.
+ * as they were, and not be changed. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
+ * isn't writable; TS_EINVAL: it is on a GPU, or there are no rings.
  */
 ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_tokens,
                         uint32_t count, const ts_step_options *options, ts_step **out);

@@ -18,13 +18,22 @@ const char *argp_program_version = "ts-generate " TS_VERSION;
 
 #define LOGITS_TOLERANCE 1e-3f
 
-enum { OPT_PREFIX_OF = 256, OPT_KEEP, OPT_VERIFY, OPT_PROMPT_FILE, OPT_KERNEL, OPT_TRANSPORT };
+enum {
+    OPT_PREFIX_OF = 256,
+    OPT_KEEP,
+    OPT_VERIFY,
+    OPT_PROMPT_FILE,
+    OPT_KERNEL,
+    OPT_TRANSPORT,
+    OPT_EXEC
+};
 
 typedef struct options {
     const char *socket, *pool, *folder, *prefix_of, *keep, *verify, *prompt_file, *kernel;
     char *prompt;
     uint32_t tokens;
     ts_transport transport;
+    ts_exec exec;
 } options;
 
 static const struct argp_option argp_options[] = {
@@ -41,6 +50,10 @@ static const struct argp_option argp_options[] = {
     {"kernel", OPT_KERNEL, "NAME", 0, "On a GPU: attend with this kernel (default: the pool's)", 0},
     {"transport", OPT_TRANSPORT, "ring|messages|auto", 0,
      "How steps reach the daemon (default: auto, which is the ring if there is one)", 0},
+    {"exec", OPT_EXEC, "daemon|local|auto", 0,
+     "Who attends: the daemon (default), this process over the mapped pool, or whichever is "
+     "quicker",
+     0},
     {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
     {"verify", OPT_VERIFY, "FILE:INDEX", 0,
      "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
@@ -86,6 +99,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
                                                       : TS_TRANSPORT_AUTO;
         if (o->transport == TS_TRANSPORT_AUTO && strcmp(arg, "auto") != 0)
             argp_error(state, "--transport %s: ring, messages or auto are possible", arg);
+        return 0;
+    case OPT_EXEC:
+        o->exec = strcmp(arg, "local") == 0  ? TS_EXEC_LOCAL
+                  : strcmp(arg, "auto") == 0 ? TS_EXEC_AUTO
+                                             : TS_EXEC_DAEMON;
+        if (o->exec == TS_EXEC_DAEMON && strcmp(arg, "daemon") != 0)
+            argp_error(state, "--exec %s: daemon, local or auto are possible", arg);
         return 0;
     case OPT_KEEP:
         o->keep = arg;
@@ -299,9 +319,10 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
         fprintf(stderr, "prompt: %u tokens, %u of them shared, %u computed in %.0f ms", j->prompt,
                 j->shared, j->prompt - j->shared, (prefilled - start) * 1e3);
         if (generated > 0)
-            fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s", generated,
-                    (double)generated / (end - prefilled),
-                    ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "messages");
+            fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s, attended by the %s",
+                    generated, (double)generated / (end - prefilled),
+                    ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "messages",
+                    ts_client_exec(client) == TS_EXEC_DAEMON ? "daemon" : "worker");
         fputc('\n', stderr);
     }
     free(logits);
@@ -332,10 +353,11 @@ int main(int argc, char **argv)
         return fail(o.folder, why);
     if (!prepare(&o, m, &j))
         goto out;
-    ts_status status =
-        ts_connect(&(ts_options){.url = o.socket, .transport = o.transport}, &client);
+    ts_status status = ts_connect(
+        &(ts_options){.url = o.socket, .transport = o.transport, .exec = o.exec}, &client);
     if (status == TS_OK)
-        status = ts_pool_open(client, o.pool, 0, &pool);
+        status =
+            ts_pool_open(client, o.pool, o.exec != TS_EXEC_DAEMON ? TS_POOL_WRITABLE : 0, &pool);
     if (status == TS_OK && !fits(m, ts_pool_geometry(pool)))
         goto out;
     if (status == TS_OK)

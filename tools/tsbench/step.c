@@ -25,7 +25,9 @@
 #define LAYERS 32u
 #define BATCH 256u
 #define WORKERS 16u
-#define POOL "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=256M,slab=8M,device=host"
+#define POOL                                                                                       \
+    "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=256M,slab=8M,device=host,"           \
+    "client_write=all"
 
 /* ---- bare round trips ---- */
 
@@ -94,15 +96,18 @@ typedef struct rig {
     ts_pool *pool;
 } rig;
 
-static bool rig_open(rig *r, const char *socket, ts_transport transport, uint32_t spin_us)
+static bool rig_open(rig *r, const char *socket, ts_transport transport, ts_exec exec,
+                     uint32_t spin_us)
 {
     *r = (rig){0};
     return good(r->client, ts_connect(&(ts_options){.url = socket,
                                                     .transport = transport,
                                                     .spin_us = spin_us,
+                                                    .exec = exec,
                                                     .exchange_bytes = 8u << 20},
                                       &r->client)) &&
-           good(r->client, ts_pool_open(r->client, "bench", 0, &r->pool));
+           good(r->client, ts_pool_open(r->client, "bench",
+                                        exec == TS_EXEC_LOCAL ? TS_POOL_WRITABLE : 0, &r->pool));
 }
 
 static void rig_close(rig *r)
@@ -243,7 +248,7 @@ int step_client(int argc, char **argv)
     uint32_t *one = malloc(count * sizeof *one);
     rig r;
     char byte;
-    if (seqs == NULL || one == NULL || !rig_open(&r, argv[2], TS_TRANSPORT_RING, 0) ||
+    if (seqs == NULL || one == NULL || !rig_open(&r, argv[2], TS_TRANSPORT_RING, 0, 0) ||
         !good(r.client, ts_seq_create(r.pool, count, seqs)) || !prefill(&r, seqs, count, 256) ||
         write(STDOUT_FILENO, "r", 1) != 1 || read(STDIN_FILENO, &byte, 1) != 1)
         return 1;
@@ -320,16 +325,19 @@ static void row(const bench_options *o, json_t *rows, const char *what, double v
 
 static bool by_both_ways(const bench_options *o, const char *socket, double polled, json_t *rows)
 {
-    rig ring, messages;
-    bool ok = rig_open(&ring, socket, TS_TRANSPORT_RING, 1000) &&
-              rig_open(&messages, socket, TS_TRANSPORT_MESSAGES, 0),
-         fine;
+    rig ring, messages, local;
+    bool fine, ok = rig_open(&ring, socket, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 1000) &&
+                    rig_open(&messages, socket, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0) &&
+                    rig_open(&local, socket, TS_TRANSPORT_RING, TS_EXEC_LOCAL, 1000);
     double none = 0, each = 0;
     if (ok) {
         double a = attend_p50(&ring, ROUNDS, &ok), b = attend_p50(&messages, ROUNDS / 10, &fine);
         ok = ok && fine;
         row(o, rows, "smallest attend by ring, both awake", a, "µs", "bare, polled", polled);
         row(o, rows, "smallest attend by message", b, "µs", "by ring", a);
+        a = attend_p50(&local, ROUNDS, &fine);
+        ok = ok && fine;
+        row(o, rows, "smallest attend by the worker itself", a, "µs", NULL, 0);
     }
     if (ok && (ok = begin_p50(&ring, &none, &each))) {
         row(o, rows, "begin of 256 sequences by ring, no new block", none, "µs", NULL, 0);
@@ -340,9 +348,13 @@ static bool by_both_ways(const bench_options *o, const char *socket, double poll
         ok = ok && fine;
         row(o, rows, "32 layers, one sequence of 256 tokens, by ring", a, "µs", NULL, 0);
         row(o, rows, "32 layers, one sequence of 256 tokens, by message", b, "µs", "by ring", a);
+        b = step_p50(&local, &fine);
+        ok = ok && fine;
+        row(o, rows, "32 layers, one sequence of 256 tokens, by the worker", b, "µs", "by ring", a);
     }
     rig_close(&ring);
     rig_close(&messages);
+    rig_close(&local);
     return ok;
 }
 
@@ -367,7 +379,7 @@ int bench_step(const bench_options *o, json_t *rows)
 
     daemon = ok ? bench_daemon(o, socket, POOL, "spin_us=0") : -1;
     rig idle;
-    ok = ok && daemon > 0 && rig_open(&idle, socket, TS_TRANSPORT_RING, TS_SPIN_NONE);
+    ok = ok && daemon > 0 && rig_open(&idle, socket, TS_TRANSPORT_RING, 0, TS_SPIN_NONE);
     if (ok) {
         double a = attend_p50(&idle, ROUNDS / 2, &ok);
         row(o, rows, "smallest attend by ring, both asleep", a, "µs", "bare, slept", slept);

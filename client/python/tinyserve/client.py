@@ -67,6 +67,7 @@ def _pair(name: str, seqs: Iterable[Seq], numbers: Iterable[int]) -> tuple[Any, 
 
 
 _TRANSPORTS = ("auto", "ring", "messages")
+_EXECUTIONS = ("daemon", "local", "auto")
 _SPIN_NONE = 2**32 - 1
 
 
@@ -78,20 +79,27 @@ class Client:
 
     def __init__(self, url: str | None = None, *, program: str | None = None, timeout: float = 30.0,
                  retries: int = 0, wait: float = 0.0, exchange_bytes: int = 0,
-                 transport: str = "auto", spin_us: int | None = None) -> None:
+                 transport: str = "auto", spin_us: int | None = None, execution: str = "daemon",
+                 threads: int = 0) -> None:
         """url: "ipc:///path" or "/path"; None: TINYSERVE_URL, or the system's daemon.
         timeout: seconds for one call; wait: seconds to wait for a daemon to appear.
         exchange_bytes: of shared memory for q, k, v and out to start with.
         transport: how steps reach the daemon, "ring", "messages", or "auto": rings if there are any.
         spin_us: microseconds that a call through a ring polls before it sleeps (None: 50).
+        execution: who attends, "daemon", "local" (this process; host pools opened writable), or
+        "auto": where it can be chosen, whichever was quicker in the first step. The results are the
+        same. threads: of local execution (0: one for each processor).
 
         Raises DisconnectedError where there is no daemon."""
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport {transport!r}; known are {', '.join(_TRANSPORTS)}")
+        if execution not in _EXECUTIONS:
+            raise ValueError(f"execution {execution!r}; known are {', '.join(_EXECUTIONS)}")
         spin = 0 if spin_us is None else _SPIN_NONE if spin_us == 0 else spin_us
         options = Options(url.encode() if url else None, program.encode() if program else None,
                           max(1, int(timeout * 1000)), retries, int(wait * 1000), exchange_bytes,
-                          _TRANSPORTS.index(transport), spin)
+                          _TRANSPORTS.index(transport), spin, _EXECUTIONS.index(execution),
+                          threads)
         self._handle: c_void_p | None = c_void_p()
         self._pools: list[Pool] = []
         status = lib.ts_connect(byref(options), byref(self._handle))
@@ -122,6 +130,11 @@ class Client:
     def transport(self) -> str:
         """What the last step went by: "ring" or "messages"."""
         return _TRANSPORTS[lib.ts_client_transport(self._open())]
+
+    @property
+    def execution(self) -> str:
+        """Who attended in the last step: "daemon", "local", or "auto": both, to compare them."""
+        return _EXECUTIONS[lib.ts_client_exec(self._open())]
 
     @property
     def daemon_version(self) -> str:

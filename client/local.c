@@ -1,0 +1,129 @@
+/* Local execution: this process attends itself, over the mapped pool, with the daemon's kernels. */
+#include "client.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
+{
+    bool rings;
+    *exec = c->exec;
+    if (c->exec == TS_EXEC_DAEMON)
+        return TS_OK;
+    ts_status status = ts_rings_use(c, &rings);
+    if (status != TS_OK)
+        return status;
+    if (rings && !p->on_gpu && p->writable)
+        return TS_OK;
+    *exec = TS_EXEC_DAEMON;
+    if (c->exec == TS_EXEC_AUTO)
+        return TS_OK;
+    if (p->on_gpu)
+        return ts_fail(c, TS_EINVAL,
+                       "local execution, but the pool is on %s: it is for pools in host memory",
+                       p->device);
+    if (!p->writable)
+        return ts_fail(c, TS_EPERM,
+                       "local execution writes K and V: open the pool with TS_POOL_WRITABLE");
+    return ts_fail(c, TS_EINVAL, "local execution needs the rings: the block tables come by them");
+}
+
+/* The kernels, made at the first need: those that the daemon uses. */
+static ts_status open_kernels(ts_client *c)
+{
+    if (c->attention != NULL)
+        return TS_OK;
+    ts_isa isa = (ts_isa)c->rings->isa;
+    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_AVX512 || ts_isa_resolve(isa) != isa)
+        return ts_fail(c, TS_EPROTO,
+                       "the daemon's kernels are of kind %d, which this library has not", (int)isa);
+    c->attention = ts_attention_new(c->threads, isa);
+    return c->attention != NULL ? TS_OK
+                                : ts_fail(c, TS_ENOMEM, "no memory or threads to attend with");
+}
+
+/* Maps the blocks: those from `touched` on, which get the new tokens, to be written. */
+static ts_status map_table(ts_pool *p, const uint32_t *table, uint32_t count, uint32_t touched)
+{
+    ts_status status = TS_OK;
+    for (uint32_t b = 0; b < count && status == TS_OK; b++)
+        status = ts_pool_map_block(p, table[b], b >= touched);
+    return status;
+}
+
+ts_status ts_local_new(ts_pool *p, const uint32_t *tables, const uint32_t *counts,
+                       size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
+                       uint32_t num_seqs, ts_local **out)
+{
+    ts_local *l = calloc(1, sizeof *l);
+    ts_status status = open_kernels(p->client);
+    *out = l;
+    if (status != TS_OK)
+        return status;
+    if (l != NULL) {
+        l->tables = malloc(num_blocks * sizeof *l->tables);
+        l->seqs = calloc(num_seqs, sizeof *l->seqs);
+    }
+    if (l == NULL || l->tables == NULL || l->seqs == NULL)
+        return ts_fail(p->client, TS_ENOMEM, "no memory for block tables of %zu entries",
+                       num_blocks);
+    memcpy(l->tables, tables, num_blocks * sizeof *l->tables);
+    l->num_seqs = num_seqs;
+    uint32_t *table = l->tables;
+    for (uint32_t i = 0; i < num_seqs && status == TS_OK; i++) {
+        l->seqs[i].blocks = table;
+        l->seqs[i].q_tokens = new_tokens[i];
+        l->seqs[i].kv_tokens = starts[i] + new_tokens[i];
+        status = map_table(p, table, counts[i], starts[i] / p->geometry.block_tokens);
+        table += counts[i];
+    }
+    return status;
+}
+
+void ts_local_free(ts_local *l)
+{
+    if (l == NULL)
+        return;
+    free(l->tables);
+    free(l->seqs);
+    free(l);
+}
+
+ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)
+{
+    ts_client *c = p->client;
+    const ts_geometry *g = &p->geometry;
+    ts_attention_variant variant = run->variant;
+    if (c->pid != getpid())
+        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                       (int)c->pid);
+    if (run->layer >= g->layers)
+        return ts_fail(c, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
+    ts_status status = ts_attention_variant_check(&variant, g->head_dim, c->error, sizeof c->error);
+    if (status != TS_OK)
+        return status;
+    if (variant.rope.dims == 0)
+        variant.rope.dims = g->head_dim;
+    size_t row = g->head_dim * ts_dtype_bytes(run->io_dtype), first = 0;
+    for (uint32_t i = 0; i < l->num_seqs; i++) {
+        ts_attention_seq *s = &l->seqs[i];
+        s->layer = run->layer;
+        s->q = run->q + first * row * run->heads;
+        s->k = run->k + first * row * g->kv_heads;
+        s->v = run->v + first * row * g->kv_heads;
+        s->out = run->out + first * row * run->heads;
+        s->sinks = run->sinks;
+        s->alibi = run->alibi;
+        s->lse = run->lse == NULL ? NULL : run->lse + first * run->heads;
+        first += s->q_tokens;
+    }
+    status = ts_attention_run(c->attention, &(ts_attention_call){.geometry = *g,
+                                                                 .base = p->base,
+                                                                 .heads = run->heads,
+                                                                 .io_dtype = run->io_dtype,
+                                                                 .variant = variant,
+                                                                 .seqs = l->seqs,
+                                                                 .num_seqs = l->num_seqs});
+    return status == TS_OK ? TS_OK : ts_fail(c, status, "no scratch memory for attention");
+}
