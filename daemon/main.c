@@ -233,6 +233,8 @@ out:
     ts_transport_stop(transport);
     ts_handles_stop(handles);
     ts_rings_stop(s->rings);
+    if (engine_runs)
+        ts_queue_flush(&s->queue); /* no job is begun after this */
     if (s->attention != NULL)
         ts_attention_cancel(s->attention);
     ts_batch_free(s->batch);

@@ -1,5 +1,6 @@
 #include "queue.h"
 
+#include <semaphore.h>
 #include <stdlib.h>
 
 /* So that a thread of the transport comes back to it soon, whatever the others send. */
@@ -80,6 +81,27 @@ ts_work *ts_queue_take(ts_queue *q)
     q->tail = &q->head;
     pthread_mutex_unlock(&q->lock);
     return all;
+}
+
+typedef struct flush {
+    ts_work work;
+    sem_t done;
+} flush;
+
+static void run_flush(ts_work *work, void *service)
+{
+    (void)service;
+    sem_post(&((flush *)work)->done);
+}
+
+void ts_queue_flush(ts_queue *q)
+{
+    flush f = {.work.run = run_flush};
+    sem_init(&f.done, 0, 0);
+    ts_queue_put(q, &f.work);
+    while (sem_wait(&f.done) != 0)
+        ;
+    sem_destroy(&f.done);
 }
 
 void ts_queue_close(ts_queue *q)

@@ -43,6 +43,9 @@ void ts_queue_run(ts_queue *queue, ts_work *work, void *service);
 ts_work *ts_queue_take(ts_queue *queue);
 void ts_queue_close(ts_queue *queue);
 
+/* Waits until all that was put in before has run. There must be a taker. */
+void ts_queue_flush(ts_queue *queue);
+
 /* After the taker has ended: frees work that came too late. Only for work that was malloc'ed. */
 void ts_queue_drop(ts_queue *queue);
 

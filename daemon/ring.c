@@ -30,7 +30,7 @@ struct ts_rings {
     int epoll, wake;
     ts_ring *all; /* the engine's owner's */
     uint32_t num_blocked;
-    atomic_bool ended; /* no thread any more */
+    atomic_bool ended; /* no thread any more; set under the lock */
     uint64_t *seqs;    /* copies of what a begin or a commit brings; the engine's owner's */
     uint32_t *words;   /* ... */
     uint32_t *tables;  /* what a begin is answered; the same owner's */
@@ -458,14 +458,17 @@ void ts_rings_resume(ts_rings *rings)
 
 void ts_rings_submit(ts_rings *rings, ts_job *job)
 {
-    if (job->num_copies > 0)
-        return ts_batch_submit(rings->service->batch, job);
     job->next = NULL;
     pthread_mutex_lock(&rings->lock);
-    *rings->jobs_tail = job;
-    rings->jobs_tail = &job->next;
+    bool here = job->num_copies == 0 && !atomic_load(&rings->ended);
+    if (here) {
+        *rings->jobs_tail = job;
+        rings->jobs_tail = &job->next;
+    }
     pthread_mutex_unlock(&rings->lock);
-    if (atomic_load(&rings->sleeps))
+    if (!here)
+        ts_batch_submit(rings->service->batch, job);
+    else if (atomic_load(&rings->sleeps))
         ring_bell(rings->wake);
 }
 
@@ -538,21 +541,32 @@ static double work_of(const ts_job *jobs)
     return work;
 }
 
-/* Runs, or hands on, the attends that have come together. */
-static void run_jobs(ts_rings *rings)
+static ts_job *take_jobs(ts_rings *rings)
 {
     pthread_mutex_lock(&rings->lock);
     ts_job *jobs = rings->jobs;
     rings->jobs = NULL;
     rings->jobs_tail = &rings->jobs;
     pthread_mutex_unlock(&rings->lock);
-    if (jobs == NULL ||
-        (work_of(jobs) <= HERE_WORK && ts_batch_try_run(rings->service->batch, jobs)))
-        return;
+    return jobs;
+}
+
+static void hand_on(ts_rings *rings, ts_job *jobs)
+{
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
         next = job->next;
         ts_batch_submit(rings->service->batch, job);
     }
+}
+
+/* Runs, or hands on, the attends that have come together. */
+static void run_jobs(ts_rings *rings)
+{
+    ts_job *jobs = take_jobs(rings);
+    if (jobs == NULL)
+        return;
+    if (work_of(jobs) > HERE_WORK || !ts_batch_try_run(rings->service->batch, jobs))
+        hand_on(rings, jobs);
 }
 
 static void await_doorbells(ts_rings *rings, bool sleep)
@@ -630,11 +644,10 @@ void ts_rings_stop(ts_rings *rings)
     atomic_store(&rings->stop, true);
     ring_bell(rings->wake);
     pthread_join(rings->thread, NULL);
-    for (ts_job *job = rings->jobs, *next; job != NULL; job = next) {
-        next = job->next;
-        ts_batch_submit(rings->service->batch, job);
-    }
-    rings->ended = true;
+    pthread_mutex_lock(&rings->lock);
+    atomic_store(&rings->ended, true); /* what is submitted from now on goes to the batch */
+    pthread_mutex_unlock(&rings->lock);
+    hand_on(rings, take_jobs(rings));
 }
 
 void ts_rings_free(ts_rings *rings)
