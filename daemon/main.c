@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -176,6 +177,68 @@ static void notify(const char *state)
 #endif
 }
 
+/*
+ * What systemd hears while the daemon serves: that it is alive, if the engine still does its work,
+ * and what it is doing.
+ */
+typedef struct heartbeat {
+    ts_work work;
+    atomic_bool out; /* the engine has it */
+    char status[160];
+} heartbeat;
+
+static void beat(ts_work *work, void *service)
+{
+    heartbeat *h = (heartbeat *)work;
+    const ts_engine *e = ((ts_service *)service)->engine;
+    uint64_t used = 0, blocks = 0;
+    for (uint32_t i = 0; i < e->num_pools; i++) {
+        used += e->pools[i].books.used;
+        blocks += e->pools[i].books.num_blocks;
+    }
+    snprintf(h->status, sizeof h->status,
+             "STATUS=%u sessions, %u open steps, %llu of %llu blocks used in %u pools",
+             e->live_sessions, e->live_steps, (unsigned long long)used, (unsigned long long)blocks,
+             e->num_pools);
+    atomic_store(&h->out, false);
+}
+
+/* How often systemd is told, in nanoseconds; 0: there is nobody to tell. */
+static uint64_t heartbeat_ns(void)
+{
+    uint64_t usec = 0;
+#ifdef TS_HAVE_SYSTEMD
+    if (getenv("NOTIFY_SOCKET") != NULL)
+        usec = 10000000;
+    uint64_t watchdog;
+    if (sd_watchdog_enabled(0, &watchdog) > 0)
+        usec = watchdog / 3;
+#endif
+    return usec * 1000;
+}
+
+/* Waits for one of the signals. */
+static int await_signal(ts_service *s, const sigset_t *signals)
+{
+    static heartbeat h = {.work.run = beat};
+    uint64_t every = heartbeat_ns();
+    struct timespec interval = {.tv_sec = (time_t)(every / 1000000000),
+                                .tv_nsec = (long)(every % 1000000000)};
+    for (;;) {
+        int number =
+            every > 0 ? sigtimedwait(signals, NULL, &interval) : sigwaitinfo(signals, NULL);
+        if (number > 0)
+            return number;
+        if (every == 0 || atomic_load(&h.out)) /* an engine that is stuck stays silent */
+            continue;
+        if (h.status[0] != '\0')
+            notify(h.status);
+        notify("WATCHDOG=1");
+        atomic_store(&h.out, true);
+        ts_queue_put(&s->queue, &h.work);
+    }
+}
+
 /* Everything from here to the signal; returns the exit status. */
 static int serve(const ts_config *c, const sigset_t *signals)
 {
@@ -222,9 +285,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", url,
            ts_isa_name(ts_attention_isa(s->attention)), ts_attention_threads(s->attention));
     notify("READY=1");
-    int number = 0;
-    while (sigwait(signals, &number) != 0)
-        ;
+    int number = await_signal(s, signals);
     if (number != SIGUSR1)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     notify("STOPPING=1");

@@ -1,0 +1,53 @@
+#!/bin/sh
+# A program outside this tree builds against what is installed, by pkg-config as C99 and by CMake, and
+# the header is C++17 too.
+# check_package.sh BUILD-FOLDER CMAKE LIBDIR
+set -eu
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"$2" --install "$1" --prefix "$folder/there" >"$folder/log" 2>&1 || {
+    cat "$folder/log"
+    exit 1
+}
+cat >"$folder/worker.c" <<'END'
+#include <stdio.h>
+#include <string.h>
+#include <tinyserve.h>
+
+int main(void)
+{
+    ts_client *client;
+    ts_options options = {0};
+    options.url = "/nowhere/at/all";
+    ts_status status = ts_connect(&options, &client);
+    printf("%s: %s\n", ts_status_name(status), ts_error(client));
+    int wrong = status != TS_ECONN || strstr(ts_error(client), "is tinyserved running?") == NULL;
+    ts_disconnect(client);
+    return wrong;
+}
+END
+export PKG_CONFIG_PATH="$folder/there/$3/pkgconfig"
+flags=$(pkg-config --define-variable=prefix="$folder/there" --cflags --libs tinyserve)
+# shellcheck disable=SC2086
+cc -std=c99 -pedantic -Wall -Wextra -Werror "$folder/worker.c" $flags -o "$folder/worker"
+LD_LIBRARY_PATH="$folder/there/$3" "$folder/worker"
+echo "version $(pkg-config --modversion tinyserve) by pkg-config"
+
+cat >"$folder/CMakeLists.txt" <<'END'
+cmake_minimum_required(VERSION 3.22)
+project(outside C)
+find_package(TinyServe 0.1 REQUIRED)
+add_executable(worker worker.c)
+target_link_libraries(worker PRIVATE TinyServe::tinyserve)
+END
+"$2" -S "$folder" -B "$folder/build" -DCMAKE_PREFIX_PATH="$folder/there" >"$folder/log" 2>&1 &&
+    "$2" --build "$folder/build" >>"$folder/log" 2>&1 || {
+    cat "$folder/log"
+    exit 1
+}
+"$folder/build/worker"
+if command -v g++ >/dev/null; then
+    printf '#include <tinyserve.h>\nint main() { return ts_options{}.retries; }\n' >"$folder/worker.cpp"
+    g++ -std=c++17 -pedantic -Wall -Wextra -Werror -I"$folder/there/include" -fsyntax-only "$folder/worker.cpp"
+    echo "the header is C++17"
+fi

@@ -1,0 +1,26 @@
+#!/bin/sh
+# The units are what systemd understands, and expose no more than they say: README.md has the figures.
+# check_units.sh FOLDER-OF-UNITS TINYSERVED
+set -eu
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+for unit in tinyserved.service tinyserved@.service; do
+    sed "s#/usr/sbin/tinyserved#$2#" "$1/$unit" >"$folder/$unit"
+done
+cp "$folder/tinyserved@.service" "$folder/tinyserved@0.service"
+cd "$folder"
+warnings=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify ./tinyserved.service ./tinyserved@0.service 2>&1)
+if [ -n "$warnings" ]; then
+    echo "$warnings"
+    exit 1
+fi
+systemd-analyze security --offline=yes --threshold=10 ./tinyserved.service | tail -1
+systemd-analyze security --offline=yes --threshold=15 ./tinyserved@0.service | tail -1
+# tail's status is not systemd-analyze's
+systemd-analyze security --offline=yes --threshold=10 ./tinyserved.service >/dev/null
+systemd-analyze security --offline=yes --threshold=15 ./tinyserved@0.service >/dev/null
+if command -v systemd-sysusers >/dev/null; then
+    systemd-sysusers --dry-run "$1/tinyserve.sysusers" >/dev/null 2>&1 ||
+        systemd-sysusers --root="$folder" "$1/tinyserve.sysusers"
+    systemd-tmpfiles --root="$folder" --cat-config "$1/tinyserve.tmpfiles" >/dev/null
+fi
