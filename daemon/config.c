@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 /* What a slab is a multiple of: a page, or a granule of device memory. */
 #define HOST_GRANULE 4096u
@@ -19,6 +20,19 @@ static ts_status __attribute__((format(printf, 2, 3))) fail(ts_config *c, const 
         vsnprintf(c->error, sizeof c->error, format, args);
     va_end(args);
     return TS_EINVAL;
+}
+
+const char *ts_loopback_port(const char *address)
+{
+    static const char *const hosts[] = {"127.0.0.1:", "localhost:", "[::1]:"};
+    for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) {
+        size_t n = strlen(hosts[i]);
+        const char *port = address + n;
+        if (strncasecmp(address, hosts[i], n) == 0 && strspn(port, "0123456789") == strlen(port) &&
+            strlen(port) <= 5 && strtoul(port, NULL, 10) >= 1 && strtoul(port, NULL, 10) <= 65535)
+            return port;
+    }
+    return NULL;
 }
 
 void ts_config_init(ts_config *c)
@@ -129,6 +143,16 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
         status = number32(c, key, value, 1, 3600, &which);
         c->submit_ms = which * 1000;
         return status;
+    }
+    if (strcmp(key, "metrics") == 0) {
+        bool off = strcmp(value, "off") == 0;
+        if (!off && ts_loopback_port(value) == NULL)
+            return fail(c,
+                        "metrics = %s: off, or a loopback address such as 127.0.0.1:9470, is "
+                        "needed",
+                        value);
+        snprintf(c->metrics, sizeof c->metrics, "%s", off ? "" : value);
+        return TS_OK;
     }
     if (strcmp(key, "spin_us") == 0)
         return number32(c, key, value, 0, 1000000, &c->spin_us);

@@ -36,6 +36,7 @@ typedef struct ts_config {
     uint32_t contexts;
     uint32_t submit_ms; /* that a worker has to submit an ordered run */
     uint32_t spin_us;   /* that a session's rings are polled after their last use */
+    char metrics[64];   /* where HTTP is served; empty: nowhere */
     uint64_t message_bytes;
     ts_engine_limits limits;
     ts_config_pool pools[TS_POOLS_MAX];
@@ -45,6 +46,9 @@ typedef struct ts_config {
 
 /* "auto", "host", "cuda-vmm", "cuda-ipc" */
 const char *ts_provider_name(ts_provider provider);
+
+/* The port of "127.0.0.1:PORT", "localhost:PORT" or "[::1]:PORT"; NULL: it is something else. */
+const char *ts_loopback_port(const char *address);
 
 void ts_config_init(ts_config *config);
 

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "devices.h"
 #include "handles.h"
+#include "http.h"
 #include "ring.h"
 #include "service.h"
 #include "transport.h"
@@ -245,6 +246,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
     ts_service *s = calloc(1, sizeof *s);
     ts_transport *transport = NULL;
     ts_handles *handles = NULL;
+    ts_http *http = NULL;
     pthread_t engine;
     bool engine_runs = false;
     char why[256] = "out of memory", url[128];
@@ -278,7 +280,8 @@ static int serve(const ts_config *c, const sigset_t *signals)
     if (!engine_runs ||
         ts_transport_start(s, url, c->socket_mode, c->contexts, c->message_bytes, &transport, why,
                            sizeof why) != TS_OK ||
-        ts_handles_start(s, transport, c->socket_mode, &handles, why, sizeof why) != TS_OK) {
+        ts_handles_start(s, transport, c->socket_mode, &handles, why, sizeof why) != TS_OK ||
+        (c->metrics[0] != '\0' && ts_http_start(s, c->metrics, &http, why, sizeof why) != TS_OK)) {
         ts_log(TS_LOG_ERROR, "%s", why);
         goto out;
     }
@@ -291,6 +294,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
     notify("STOPPING=1");
     code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_FAILURE;
 out:
+    ts_http_stop(http);
     ts_transport_stop(transport);
     ts_handles_stop(handles);
     ts_rings_stop(s->rings);

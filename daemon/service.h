@@ -21,10 +21,19 @@
 typedef struct ts_request {
     ts_work work;
     uint32_t pipe;
+    uint64_t received_ns;   /* CLOCK_MONOTONIC */
     Tspb__Request *message; /* NULL: could not be unpacked */
     void (*send)(struct ts_request *request, const void *reply, size_t bytes);
     struct ts_request *next_waiter; /* for the same answer, or for a step's runs */
 } ts_request;
+
+#define TS_REQUEST_BUCKETS 14u
+
+/* How long messages took to be answered (metrics.h); the last count is of those beyond all borders.
+ */
+typedef struct ts_request_times {
+    uint64_t counts[TS_REQUEST_BUCKETS + 1], sum_ns;
+} ts_request_times;
 
 /* A connection came or went (both kinds are freed by the service). */
 typedef struct ts_pipe_event {
@@ -86,6 +95,7 @@ typedef struct ts_service {
     uint32_t message_bytes_max;
     uint32_t admin_uid; /* beside root */
     uint64_t started_ms, requests, refused;
+    ts_request_times times;
     uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
     uint32_t slab_stamp;
     Tspb__Slab *slabs;

@@ -14,11 +14,11 @@ if [ -n "$warnings" ]; then
     echo "$warnings"
     exit 1
 fi
-systemd-analyze security --offline=yes --threshold=10 ./tinyserved.service | tail -1
-systemd-analyze security --offline=yes --threshold=15 ./tinyserved@0.service | tail -1
+systemd-analyze security --offline=yes --threshold=20 ./tinyserved.service | tail -1
+systemd-analyze security --offline=yes --threshold=20 ./tinyserved@0.service | tail -1
 # tail's status is not systemd-analyze's
-systemd-analyze security --offline=yes --threshold=10 ./tinyserved.service >/dev/null
-systemd-analyze security --offline=yes --threshold=15 ./tinyserved@0.service >/dev/null
+systemd-analyze security --offline=yes --threshold=20 ./tinyserved.service >/dev/null
+systemd-analyze security --offline=yes --threshold=20 ./tinyserved@0.service >/dev/null
 if command -v systemd-sysusers >/dev/null; then
     systemd-sysusers --dry-run "$1/tinyserve.sysusers" >/dev/null 2>&1 ||
         systemd-sysusers --root="$folder" "$1/tinyserve.sysusers"

@@ -13,10 +13,12 @@ POOL = "tiny:layers=2,kv_heads=2,head_dim=64,dtype=fp32,block_tokens=4,blocks=64
 
 
 class Daemon:
-    def __init__(self, folder, pools, device):
+    def __init__(self, folder, pools, device, settings):
         self.url = str(folder / "s")
         arguments = [os.environ["TS_TEST_DAEMON"], "--socket", self.url, "--set",
                      "log_level=warning"]
+        for key, value in settings.items():
+            arguments += ["--set", f"{key}={value}"]
         for pool in pools:
             arguments += ["--pool", pool if "device=" in pool else f"{pool},device={device}"]
         self.process = subprocess.Popen(arguments)
@@ -30,8 +32,8 @@ class Daemon:
 def start_daemon(tmp_path):
     daemons = []
 
-    def start(*pools, device="host"):
-        daemon = Daemon(tmp_path, pools or (POOL,), device)
+    def start(*pools, device="host", settings=None):
+        daemon = Daemon(tmp_path, pools or (POOL,), device, settings or {})
         daemons.append(daemon)
         tinyserve.connect(daemon.url, wait=60).close()
         return daemon

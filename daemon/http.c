@@ -1,0 +1,148 @@
+#define _GNU_SOURCE
+#include "http.h"
+
+#include "config.h"
+#include "metrics.h"
+
+#include <nng/nng.h>
+#include <nng/supplemental/http/http.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct ts_http {
+    ts_service *service;
+    char address[64], port[8];
+    nng_http_server *server;
+};
+
+typedef struct route {
+    const char *path, *type;
+    char *(*text)(ts_service *service);
+} route;
+
+/* A request that the engine's owner is to answer. */
+typedef struct page {
+    ts_work work;
+    nng_aio *aio;
+    const route *route;
+} page;
+
+static char *health(ts_service *s)
+{
+    (void)s;
+    return strdup("ok\n");
+}
+
+static const route routes[] = {
+    {"/metrics", "text/plain; version=0.0.4; charset=utf-8", ts_metrics_text},
+    {"/healthz", "text/plain; charset=utf-8", health},
+};
+
+/* Answers with the text, or with an error of HTTP's. */
+static void answer(nng_aio *aio, uint16_t status, const char *type, const char *text)
+{
+    nng_http_res *res;
+    int error = status == 200 ? nng_http_res_alloc(&res) : nng_http_res_alloc_error(&res, status);
+    if (error == 0 && status == 200) {
+        error = nng_http_res_copy_data(res, text, strlen(text));
+        if (error == 0)
+            error = nng_http_res_set_header(res, "Content-Type", type);
+        if (error == 0)
+            error = nng_http_res_set_header(res, "Cache-Control", "no-store");
+        if (error == 0)
+            error = nng_http_res_set_header(res, "X-Content-Type-Options", "nosniff");
+        if (error != 0)
+            nng_http_res_free(res);
+    }
+    if (error == 0)
+        nng_aio_set_output(aio, 0, res);
+    nng_aio_finish(aio, error);
+}
+
+static void answer_page(ts_work *work, void *service)
+{
+    page *p = (page *)work;
+    char *text = p->route->text(service);
+    answer(p->aio, text != NULL ? 200 : 503, p->route->type, text);
+    free(text);
+    free(p);
+}
+
+static void asked(nng_aio *aio)
+{
+    nng_http_req *req = nng_aio_get_input(aio, 0);
+    nng_http_handler *handler = nng_aio_get_input(aio, 1);
+    ts_http *h = nng_http_handler_get_data(handler);
+    const char *host = nng_http_req_get_header(req, "Host");
+    const char *port = host == NULL ? NULL : ts_loopback_port(host),
+               *uri = nng_http_req_get_uri(req);
+    const route *found = NULL;
+    for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
+        size_t n = strlen(routes[i].path);
+        if (strncmp(uri, routes[i].path, n) == 0 && (uri[n] == '\0' || uri[n] == '?'))
+            found = &routes[i];
+    }
+    if (port == NULL || strcmp(port, h->port) != 0)
+        return answer(aio, 403, NULL, NULL);
+    page *p = found == NULL ? NULL : malloc(sizeof *p);
+    if (p == NULL)
+        return answer(aio, found == NULL ? 404 : 503, NULL, NULL);
+    *p = (page){.work.run = answer_page, .aio = aio, .route = found};
+    ts_queue_run(&h->service->queue, &p->work, h->service);
+}
+
+ts_status ts_http_start(ts_service *service, const char *address, ts_http **out, char *why,
+                        size_t why_bytes)
+{
+    ts_http *h = calloc(1, sizeof *h);
+    char text[96];
+    nng_url *url = NULL;
+    *out = h;
+    if (h == NULL) {
+        snprintf(why, why_bytes, "no memory to listen at http://%s", address);
+        return TS_ENOMEM;
+    }
+    h->service = service;
+    snprintf(h->address, sizeof h->address, "%s", address);
+    snprintf(h->port, sizeof h->port, "%s", ts_loopback_port(address));
+    snprintf(text, sizeof text, "http://%s", address);
+    int error = nng_url_parse(&url, text);
+    if (error == 0)
+        error = nng_http_server_hold(&h->server, url);
+    for (size_t i = 0; i < sizeof routes / sizeof *routes && error == 0; i++) {
+        nng_http_handler *handler;
+        error = nng_http_handler_alloc(&handler, routes[i].path, asked);
+        if (error != 0)
+            break;
+        error = nng_http_handler_set_method(handler, "GET");
+        if (error == 0)
+            error = nng_http_handler_set_data(handler, h, NULL);
+        if (error == 0)
+            error = nng_http_server_add_handler(h->server, handler);
+        if (error != 0)
+            nng_http_handler_free(handler);
+    }
+    if (error == 0)
+        error = nng_http_server_start(h->server);
+    if (url != NULL)
+        nng_url_free(url);
+    if (error == 0)
+        return TS_OK;
+    snprintf(why, why_bytes, "listening at http://%s failed: %s", address, nng_strerror(error));
+    if (h->server != NULL)
+        nng_http_server_release(h->server);
+    free(h);
+    *out = NULL;
+    return TS_ECONN;
+}
+
+void ts_http_stop(ts_http *h)
+{
+    if (h == NULL)
+        return;
+    nng_http_server_stop(h->server);
+    nng_http_server_release(h->server);
+    ts_queue_flush(&h->service->queue); /* pages that were asked for */
+    free(h);
+}

@@ -1,0 +1,141 @@
+#define _GNU_SOURCE
+#include "metrics.h"
+
+#include "report.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* Upper borders, in nanoseconds: 10 microseconds to 10 seconds. */
+static const uint64_t borders[TS_REQUEST_BUCKETS] = {
+    10000,   25000,   50000,    100000,   250000,    500000,     1000000,
+    2500000, 5000000, 10000000, 25000000, 100000000, 1000000000, 10000000000};
+
+void ts_metrics_answered(ts_request_times *times, uint64_t nanoseconds)
+{
+    uint32_t i = 0;
+    while (i < TS_REQUEST_BUCKETS && nanoseconds > borders[i])
+        i++;
+    times->counts[i]++;
+    times->sum_ns += nanoseconds;
+}
+
+static void head(FILE *out, const char *name, const char *type, const char *help)
+{
+    fprintf(out, "# HELP tinyserve_%s %s\n# TYPE tinyserve_%s %s\n", name, help, name, type);
+}
+
+static void single(FILE *out, const char *name, const char *type, const char *help, double value)
+{
+    head(out, name, type, help);
+    fprintf(out, "tinyserve_%s %.17g\n", name, value);
+}
+
+/* A label's value, with what the format escapes. */
+static void label(FILE *out, const char *value)
+{
+    for (; *value != '\0'; value++)
+        if (*value == '\n')
+            fputs("\\n", out);
+        else
+            fprintf(out, *value == '\\' || *value == '"' ? "\\%c" : "%c", *value);
+}
+
+static void of_pool(FILE *out, const char *name, const Tspb__PoolSummary *p, const char *more,
+                    uint64_t value)
+{
+    fprintf(out, "tinyserve_%s{pool=\"", name);
+    label(out, p->name);
+    fprintf(out, "\"%s} %llu\n", more, (unsigned long long)value);
+}
+
+static void write_pools(FILE *out, const Tspb__StatusReply *r)
+{
+    head(out, "pool_blocks", "gauge",
+         "Blocks of a pool: free, used by one sequence, or shared by several.");
+    for (size_t i = 0; i < r->n_pools; i++) {
+        const Tspb__PoolSummary *p = r->pools[i];
+        of_pool(out, "pool_blocks", p, ",state=\"free\"", p->blocks - p->used_blocks);
+        of_pool(out, "pool_blocks", p, ",state=\"used\"", p->used_blocks - p->shared_blocks);
+        of_pool(out, "pool_blocks", p, ",state=\"shared\"", p->shared_blocks);
+    }
+    head(out, "pool_block_bytes", "gauge", "Size of a block of a pool.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        of_pool(out, "pool_block_bytes", r->pools[i], "", r->pools[i]->block_bytes);
+    head(out, "pool_sequences", "gauge", "Sequences in a pool, those kept by name apart.");
+    for (size_t i = 0; i < r->n_pools; i++) {
+        const Tspb__PoolSummary *p = r->pools[i];
+        of_pool(out, "pool_sequences", p, ",kept=\"no\"", p->sequences - p->kept_sequences);
+        of_pool(out, "pool_sequences", p, ",kept=\"yes\"", p->kept_sequences);
+    }
+    head(out, "pool_open_steps", "gauge", "Steps that are begun and not ended.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        of_pool(out, "pool_open_steps", r->pools[i], "", r->pools[i]->open_steps);
+}
+
+static void write_times(FILE *out, const ts_request_times *times)
+{
+    uint64_t count = 0;
+    head(out, "request_duration_seconds", "histogram",
+         "Time from a message's arrival to its answer, runs of layers included.");
+    for (uint32_t i = 0; i < TS_REQUEST_BUCKETS; i++) {
+        count += times->counts[i];
+        fprintf(out, "tinyserve_request_duration_seconds_bucket{le=\"%g\"} %llu\n",
+                (double)borders[i] * 1e-9, (unsigned long long)count);
+    }
+    count += times->counts[TS_REQUEST_BUCKETS];
+    fprintf(out,
+            "tinyserve_request_duration_seconds_bucket{le=\"+Inf\"} %llu\n"
+            "tinyserve_request_duration_seconds_sum %.9g\n"
+            "tinyserve_request_duration_seconds_count %llu\n",
+            (unsigned long long)count, (double)times->sum_ns * 1e-9, (unsigned long long)count);
+}
+
+static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    head(out, "build_info", "gauge", "1, with the version and the host kernels in use.");
+    fprintf(out, "tinyserve_build_info{version=\"%s\",kernel=\"%s\"} 1\n", r->version, r->kernel);
+    single(out, "start_time_seconds", "gauge", "When the daemon started, in Unix time.",
+           (double)now.tv_sec + (double)now.tv_nsec * 1e-9 - (double)r->uptime_ms * 1e-3);
+    single(out, "sessions", "gauge", "Sessions that are open.", (double)r->sessions);
+    single(out, "requests_total", "counter",
+           "Requests, whether they came as messages or through rings.", (double)r->requests);
+    single(out, "requests_refused_total", "counter",
+           "Requests that were answered with another status than TS_OK.", (double)r->refused);
+    single(out, "tokens_committed_total", "counter", "Tokens that became part of sequences.",
+           (double)r->tokens);
+    single(out, "attends_total", "counter", "Runs of a layer for a session's step.",
+           (double)r->runs);
+    single(out, "kernel_launches_total", "counter",
+           "Kernel calls that these took; fewer where sessions were joined.", (double)r->launches);
+    write_pools(out, r);
+    write_times(out, &s->times);
+}
+
+char *ts_metrics_text(ts_service *s)
+{
+    static const ts_connection operator_of_this_machine = {.uid = 0};
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    char *text = NULL;
+    size_t bytes;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    if (!ts_report(s, &operator_of_this_machine, &request, &reply))
+        return NULL;
+    FILE *out = reply.status == TS_OK ? open_memstream(&text, &bytes) : NULL;
+    if (out != NULL) {
+        write_all(out, s, reply.status_reply);
+        if (fclose(out) != 0) {
+            free(text);
+            text = NULL;
+        }
+    }
+    ts_report_free(&reply);
+    return text;
+}

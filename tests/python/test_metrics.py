@@ -1,0 +1,140 @@
+"""What the daemon tells over HTTP. PROMTOOL names Prometheus' own checker, where it is to be asked."""
+
+import http.client
+import os
+import re
+import socket
+import subprocess
+import threading
+
+import pytest
+
+import tinyserve
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ask(port, path="/metrics", method="GET", host=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, headers={} if host is None else {"Host": host})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer, text
+
+
+def values(text):
+    out = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            assert re.fullmatch(r'tinyserve_[a-z_]+(\{([a-z]+="[^"]*",?)+\})?', name), line
+            assert name not in out
+            out[name] = float(value)
+    return out
+
+
+@pytest.fixture
+def served(start_daemon):
+    port = free_port()
+    return start_daemon(settings={"metrics": f"127.0.0.1:{port}"}), port
+
+
+def test_figures_are_those_of_the_pool(served):
+    daemon, port = served
+    with tinyserve.connect(daemon.url) as client, client.pool("tiny") as kv:
+        a, b = kv.create(2)
+        with kv.step([a], [7]) as step:
+            for layer in range(2):
+                step.q[...] = step.k[...] = step.v[...] = 0
+                step.run(layer)
+            step.commit()
+        c = kv.fork(a)[0]
+        kv.keep(b, "kept")
+        got = values(ask(port)[1])
+        assert got["tinyserve_sessions"] == 1
+        assert got["tinyserve_tokens_committed_total"] == 7
+        assert got["tinyserve_attends_total"] == 2
+        assert got['tinyserve_pool_blocks{pool="tiny",state="free"}'] == 62
+        assert got['tinyserve_pool_blocks{pool="tiny",state="used"}'] == 0
+        assert got['tinyserve_pool_blocks{pool="tiny",state="shared"}'] == 2
+        assert got['tinyserve_pool_sequences{pool="tiny",kept="no"}'] == 2
+        assert got['tinyserve_pool_sequences{pool="tiny",kept="yes"}'] == 1
+        assert c != a
+
+
+def test_scraping_under_load_gives_counters_that_only_grow(served):
+    daemon, port = served
+    seen, stop = [], threading.Event()
+
+    def scrape():
+        while not stop.is_set() or len(seen) < 20:
+            answer, text = ask(port)
+            assert answer.status == 200
+            seen.append((text, values(text)))
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        with tinyserve.connect(daemon.url, transport="messages") as client, client.pool("tiny") as kv:
+            for _ in range(200):
+                with kv.step(kv.create(1), [3]) as step:
+                    step.q[...] = step.k[...] = step.v[...] = 0
+                    step.run(0)
+                    step.abort()
+    finally:
+        stop.set()
+        thread.join()
+    for (_, before), (_, after) in zip(seen, seen[1:]):
+        for name, value in before.items():
+            if name.split("{")[0].endswith(("_total", "_count", "_sum", "_bucket")):
+                assert after[name] >= value, name
+    text, last = seen[-1]
+    buckets = [v for n, v in last.items() if n.startswith("tinyserve_request_duration_seconds_b")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == last["tinyserve_request_duration_seconds_count"] > 200
+    assert last["tinyserve_request_duration_seconds_sum"] > 0
+    if "PROMTOOL" in os.environ:
+        subprocess.run([os.environ["PROMTOOL"], "check", "metrics"], input=text, text=True,
+                       check=True)
+
+
+def test_who_asks_otherwise_is_refused(served):
+    _, port = served
+    answer, text = ask(port, "/healthz")
+    assert (answer.status, text) == (200, "ok\n")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert ask(port, "/metrics?x=1")[0].status == 200
+    assert ask(port, host=f"localhost:{port}")[0].status == 200
+    assert ask(port, host="tinyserve.example")[0].status == 403
+    assert ask(port, host=f"127.0.0.1:{port + 1}")[0].status == 403
+    assert ask(port, "/metricsx")[0].status == 404
+    assert ask(port, "/nothing")[0].status == 404
+    assert ask(port, method="POST")[0].status == 405
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9470", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536",
+                                     "localhost:http", "[::]:9470", ""])
+def test_other_addresses_are_refused(address):
+    result = subprocess.run([os.environ["TS_TEST_DAEMON"], "--set", f"metrics={address}", "--pool",
+                             "p:layers=1,kv_heads=1,head_dim=32,memory=1M", "--check-config"],
+                            text=True, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 2
+    assert f"metrics = {address}: off, or a loopback address" in result.stderr
+
+
+def test_a_port_that_is_taken_ends_the_daemon_with_a_sentence(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        result = subprocess.run([os.environ["TS_TEST_DAEMON"], "--socket", str(tmp_path / "s"),
+                                 "--set", f"metrics=127.0.0.1:{port}", "--pool",
+                                 "p:layers=1,kv_heads=1,head_dim=32,memory=1M,device=host"],
+                                text=True, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert result.returncode == 1
+    assert f"listening at http://127.0.0.1:{port} failed: Address in use" in result.stderr
