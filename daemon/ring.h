@@ -5,7 +5,7 @@
  * together by then it runs as one call, unless the batch's thread is at work or they are long: then
  * they join what waits there.
  *
- * A ring gives ROUND entries a turn, and at most one of them a run: so a session waits for no more
+ * A ring gives 8 entries a turn, and at most one of them a run: so a session waits for no more
  * than that from each other session, however much that has submitted.
  *
  * Thread: the engine's owner (queue.h), but for ts_rings_new, ts_rings_stop and ts_rings_free.
@@ -38,6 +38,25 @@ struct ts_ring {
     uint64_t used_ns;    /* when there was something last; the thread's own */
 };
 
+/* What the thread and the engine's owner share; ring.c's and ring_entries.c's own. */
+struct ts_rings {
+    ts_service *service;
+    uint64_t spin_ns;
+    pthread_t thread;
+    int epoll, wake;
+    ts_ring *all; /* the engine's owner's */
+    uint32_t num_blocked;
+    atomic_bool ended; /* no thread any more; set under the lock */
+    uint64_t *seqs;    /* copies of what a begin or a commit brings; the engine's owner's */
+    uint32_t *words;   /* ... */
+    uint32_t *tables;  /* what a begin is answered; the same owner's */
+    pthread_mutex_t lock;
+    ts_job *jobs, **jobs_tail; /* under the lock */
+    atomic_bool stop, sleeps;
+    ts_ring **active; /* rings that are polled; the thread's own */
+    uint32_t num_active, active_capacity;
+};
+
 /* Starts the thread. spin_us: how long it polls a ring after its last use. NULL: no memory, no
  * thread. */
 ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us);
@@ -60,6 +79,12 @@ void ts_ring_release(ts_ring *ring);
 
 /* Answers the entry with this tag. */
 void ts_ring_complete(ts_ring *ring, uint32_t tag, ts_status status, const char *message);
+
+/* The `run` of a ring's work: takes up to 8 entries, a run being the last of them. */
+void ts_ring_take(ts_work *work, void *service);
+
+/* The ring is of no use any more: the thread sees it and lets it go. */
+void ts_ring_end(ts_ring *ring);
 
 /* A job of a ring's that is for the processor: run it soon. */
 void ts_rings_submit(ts_rings *rings, ts_job *job);
