@@ -1,0 +1,28 @@
+#!/bin/bash
+# The manual pages are clean, and name every key and option that there is; tsctl's completion offers them.
+# check_manuals.sh SOURCE-FOLDER TSCTL TINYSERVED
+set -euo pipefail
+cd "$1"
+mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/libtinyserve.3
+for key in $(grep -oE 'strcmp\(key, "[a-z_]+"' daemon/config.c | cut -d'"' -f2 | sort -u); do
+    grep -q "^\.It Cm $key\$" systemd/tinyserved.conf.5 || { echo "tinyserved.conf.5 has no $key"; exit 1; }
+    grep -qE "^(# )?$key = " systemd/tinyserved.conf || [ "$key" = blocks ] ||
+        { echo "tinyserved.conf has no $key"; exit 1; }
+done
+options() { "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u; }
+. tools/tsctl/tsctl.bash
+COMP_WORDS=(tsctl --) COMP_CWORD=1
+_tsctl
+for option in $(options "$2"); do
+    grep -q -- "Fl -${option#--}" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $option"; exit 1; }
+    [[ " ${COMPREPLY[*]} " == *" $option "* ]] || { echo "the completion has no $option"; exit 1; }
+done
+for option in $(options "$3"); do
+    grep -q -- "Fl -${option#--}" daemon/tinyserved.8 || { echo "tinyserved.8 has no $option"; exit 1; }
+done
+COMP_WORDS=(tsctl s) COMP_CWORD=1
+_tsctl
+[ "${COMPREPLY[*]}" = "status sessions seqs" ]
+for command in $("$2" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p'); do
+    grep -q "^\.It Cm $command\$" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $command"; exit 1; }
+done

@@ -1,0 +1,22 @@
+# Completion of tsctl for bash: words, and the pools of the daemon that answers.
+_tsctl() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
+    COMPREPLY=()
+    case $before in
+    --color)
+        mapfile -t COMPREPLY < <(compgen -W 'auto always never' -- "$word")
+        return
+        ;;
+    --pool | -P)
+        mapfile -t COMPREPLY < <(compgen -W "$(tsctl pools 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
+        return
+        ;;
+    esac
+    if [[ $word == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W '--cells --color --help --json --pool --socket --usage --version --wait
+            --watch' -- "$word")
+    else
+        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check' -- "$word")
+    fi
+}
+complete -F _tsctl tsctl
