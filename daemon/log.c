@@ -1,24 +1,30 @@
 #include "log.h"
 
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-/* Set once before threads start: the daemon's only state outside its service struct. */
-static ts_log_level shown = TS_LOG_INFO;
+/* The daemon's only state outside its service struct; the second is set before threads start. */
+static atomic_int shown = TS_LOG_INFO;
 static bool journal;
+
+void ts_log_show(ts_log_level level)
+{
+    atomic_store(&shown, level);
+}
 
 void ts_log_init(ts_log_level level)
 {
-    shown = level;
+    ts_log_show(level);
     journal = getenv("JOURNAL_STREAM") != NULL;
 }
 
 void ts_log(ts_log_level level, const char *format, ...)
 {
-    if (level > shown)
+    if ((int)level > atomic_load_explicit(&shown, memory_order_relaxed))
         return;
     char line[1024];
     va_list args;

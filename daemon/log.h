@@ -16,6 +16,10 @@ typedef enum ts_log_level {
 
 /* What is more detailed than `level` is dropped. Before other threads start. */
 void ts_log_init(ts_log_level level);
+
+/* The same at any time. */
+void ts_log_show(ts_log_level level);
+
 void ts_log(ts_log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 #endif

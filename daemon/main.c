@@ -3,6 +3,7 @@
 #include "devices.h"
 #include "handles.h"
 #include "http.h"
+#include "reload.h"
 #include "ring.h"
 #include "service.h"
 #include "transport.h"
@@ -218,8 +219,22 @@ static uint64_t heartbeat_ns(void)
     return usec * 1000;
 }
 
-/* Waits for one of the signals. */
-static int await_signal(ts_service *s, const sigset_t *signals)
+/* SIGHUP: what is wrong with the file changes nothing. */
+static void reload(ts_service *s, const options *o, ts_config *running)
+{
+    ts_config *next = malloc(sizeof *next);
+    if (next == NULL)
+        return ts_log(TS_LOG_ERROR, "no memory to read the configuration again");
+    if (read_config(o, next) != TS_OK)
+        ts_log(TS_LOG_ERROR, "nothing was changed: %s", next->error);
+    else
+        ts_reload(s, running, next);
+    free(next);
+}
+
+/* Waits for one of the signals that end it. */
+static int await_signal(ts_service *s, const sigset_t *signals, const options *o,
+                        ts_config *running)
 {
     static heartbeat h = {.work.run = beat};
     uint64_t every = heartbeat_ns();
@@ -228,7 +243,9 @@ static int await_signal(ts_service *s, const sigset_t *signals)
     for (;;) {
         int number =
             every > 0 ? sigtimedwait(signals, NULL, &interval) : sigwaitinfo(signals, NULL);
-        if (number > 0)
+        if (number == SIGHUP)
+            reload(s, o, running);
+        else if (number > 0)
             return number;
         if (every == 0 || atomic_load(&h.out)) /* an engine that is stuck stays silent */
             continue;
@@ -241,7 +258,7 @@ static int await_signal(ts_service *s, const sigset_t *signals)
 }
 
 /* Everything from here to the signal; returns the exit status. */
-static int serve(const ts_config *c, const sigset_t *signals)
+static int serve(ts_config *c, const options *o, const sigset_t *signals)
 {
     ts_service *s = calloc(1, sizeof *s);
     ts_transport *transport = NULL;
@@ -288,7 +305,7 @@ static int serve(const ts_config *c, const sigset_t *signals)
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", url,
            ts_isa_name(ts_attention_isa(s->attention)), ts_attention_threads(s->attention));
     notify("READY=1");
-    int number = await_signal(s, signals);
+    int number = await_signal(s, signals, o, c);
     if (number != SIGUSR1)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     notify("STOPPING=1");
@@ -344,13 +361,14 @@ int main(int argc, char **argv)
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGHUP);
     sigaddset(&signals, SIGUSR1); /* device_failed */
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();
     char lock_path[128];
     int lock = lock_socket(c->socket, lock_path, sizeof lock_path);
-    int code = lock < 0 ? EXIT_FAILURE : serve(c, &signals);
+    int code = lock < 0 ? EXIT_FAILURE : serve(c, &o, &signals);
     if (lock >= 0) {
         (void)unlink(lock_path);
         close(lock);

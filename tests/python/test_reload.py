@@ -1,0 +1,92 @@
+"""The configuration read again, on SIGHUP."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+import tinyserve
+
+CONFIG = """[daemon]
+socket = {socket}
+log_level = {level}
+step_tokens = {tokens}
+{more}
+[pool tiny]
+layers = 2
+kv_heads = 2
+head_dim = 64
+dtype = fp32
+block_tokens = 4
+blocks = 64
+device = host
+{pool}
+"""
+
+
+@pytest.fixture
+def reloadable(tmp_path):
+    file, socket = tmp_path / "c", tmp_path / "s"
+
+    def write(level="info", tokens=100, more="", pool=""):
+        file.write_text(CONFIG.format(socket=socket, level=level, tokens=tokens, more=more,
+                                      pool=pool))
+
+    write()
+    process = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--config", file], text=True,
+                               stderr=subprocess.PIPE)
+
+    def log(beginning):
+        for line in process.stderr:
+            if line.startswith(beginning):
+                return line
+        raise AssertionError(f"the daemon ended without {beginning!r}")
+
+    def hang_up():
+        process.send_signal(signal.SIGHUP)
+
+    tinyserve.connect(str(socket), wait=60).close()
+    yield write, hang_up, log, str(socket)
+    process.terminate()
+    process.stderr.read()
+    assert process.wait(60) == 0
+
+
+def test_quotas_change_and_what_cannot_is_named(reloadable):
+    write, hang_up, log, url = reloadable
+    with tinyserve.connect(url) as client, client.pool("tiny") as kv:
+        seq, = kv.create(1)
+        kv.step([seq], [50]).abort()
+        write(tokens=40, pool="tenant_memory = 40K", more="threads = 3\nspin_us = 7")
+        hang_up()
+        assert log("tinyserved: the configuration was read again")
+        assert log("tinyserved: warning: to change") == (
+            "tinyserved: warning: to change threads, spin_us, the daemon must be started again\n")
+        with pytest.raises(tinyserve.InvalidError, match="a step of 50 new tokens; the limit is 40"):
+            kv.step([seq], [50])
+        with pytest.raises(tinyserve.QuotaError, match="would pass its limit of 5"):  # of 8 KiB
+            kv.step([seq], [24])
+        kv.step([seq], [20]).abort()
+        write(tokens=200, pool="sequences = 77\nslab = 128K")
+        hang_up()
+        assert log("tinyserved: the configuration was read again")
+        assert "to change pool tiny, the" in log("tinyserved: warning: to change")
+        kv.step([seq], [150]).abort()
+
+
+def test_a_file_that_is_wrong_changes_nothing(reloadable):
+    write, hang_up, log, url = reloadable
+    with tinyserve.connect(url) as client, client.pool("tiny") as kv:
+        seq, = kv.create(1)
+        write(tokens="many")
+        hang_up()
+        assert "nothing was changed" in log("tinyserved: error")
+        kv.step([seq], [90]).abort()
+        write(level="error", tokens=50)
+        hang_up()
+        write(level="info", tokens=60)
+        hang_up()
+        assert log("tinyserved: the configuration was read again")
+        with pytest.raises(tinyserve.InvalidError, match="a step of 90 new tokens; the limit is"):
+            kv.step([seq], [90])
