@@ -209,7 +209,8 @@ typedef struct ts_step_options {
  * Begins a step that adds new_tokens[i] (at least 1) tokens to sequence i. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
  * as they were, and not be changed. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
- * isn't writable; TS_EINVAL: it is on a GPU, or there are no rings.
+ * isn't writable; TS_EINVAL: it is on a GPU, there are no rings, or
+ * the block tables of the step's sequences have more than 2^20 entries.
  */
 ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_tokens,
                         uint32_t count, const ts_step_options *options, ts_step **out);
