@@ -1,6 +1,7 @@
 /*
  * One line per event that an operator cares about, to stderr; with a priority prefix that systemd's
- * journal understands when it listens there.
+ * journal understands when it listens there. Of each kind of line so many in ten seconds
+ * (log_limit.h).
  *
  * Thread: any.
  */
