@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "client.h"
 
+#include "clock.h"
+
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -15,22 +17,6 @@
 #define SPIN_LUCK_MAX 16
 #define SPIN_SELDOM 32
 #define SLICE_MS 100 /* of a sleep: a wake-up that came too early costs no more */
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static void pause_briefly(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
 
 /* Maps the memory and takes the doorbell. */
 static ts_status open_rings(ts_client *c)
@@ -108,23 +94,23 @@ static ts_status await_completion(ts_client *c)
 {
     ts_rings_memory *m = c->rings;
     uint32_t seen = c->ring_seen;
-    uint64_t start = now_ns(), until = start + c->timeout_ms * 1000000ull;
+    uint64_t start = ts_now_ns(), until = start + c->timeout_ms * 1000000ull;
     uint64_t spin_until = start + (spins(c) ? c->spin_us * 1000ull : 0);
     for (uint32_t turn = 1;; turn++) {
         if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen) {
             c->spin_luck += c->spin_luck < SPIN_LUCK_MAX;
             return TS_OK;
         }
-        if (turn % 16 == 0 && now_ns() >= spin_until)
+        if (turn % 16 == 0 && ts_now_ns() >= spin_until)
             break;
-        pause_briefly();
+        ts_pause();
     }
     if (c->spin_luck > -SPIN_LUCK_MAX && spin_until > start)
         c->spin_luck -= 2;
     ts_status status = TS_OK;
     __atomic_store_n(&m->completions.sleeps, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) == seen) {
-        uint64_t now = now_ns();
+        uint64_t now = ts_now_ns();
         if (atomic_load(&c->broken)) {
             status = ts_gone(c);
             break;

@@ -1,9 +1,10 @@
 #include "client.h"
 
+#include "clock.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 struct ts_step {
     ts_pool *pool;
@@ -430,26 +431,19 @@ static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
     return ts_local_attend(s->pool, s->local, &run);
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static ts_status call_run(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
 {
     s->pool->client->last_exec = s->exec;
     if (s->exec == TS_EXEC_DAEMON)
         return run_there(s, layer, o, order);
-    uint64_t start = now_ns();
+    uint64_t start = ts_now_ns();
     ts_status status = run_here(s, layer, o);
-    uint64_t middle = now_ns();
+    uint64_t middle = ts_now_ns();
     if (s->exec == TS_EXEC_LOCAL || status != TS_OK)
         return status;
     status = run_there(s, layer, o, order); /* the same bits again */
     s->here_ns += middle - start;
-    s->there_ns += now_ns() - middle;
+    s->there_ns += ts_now_ns() - middle;
     return status;
 }
 

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "gpu_batch.h"
 
+#include "clock.h"
+
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -329,13 +331,6 @@ static void let_go(const ts_job *jobs)
         ts_signals_let_go(job->signals);
 }
 
-static uint64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
 /* Lets go those that have waited too long; when the next one will have (UINT64_MAX: none). */
 static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
 {
@@ -357,7 +352,7 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
  * latest (UINT64_MAX: when something happens). Under the lock. */
 static uint64_t look_for_late(ts_gpu_batch *b)
 {
-    uint64_t now = now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
+    uint64_t now = ts_now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
     for (const flight *f = b->flights; f != NULL; f = f->next) {
         if (b->stop)
             let_go(f->jobs);
@@ -469,7 +464,7 @@ void ts_gpu_batch_free(ts_gpu_batch *b)
 void ts_gpu_batch_submit(ts_gpu_batch *b, ts_job *job)
 {
     job->next = NULL;
-    job->deadline_ms = now_ms() + b->submit_ms;
+    job->deadline_ms = ts_now_ms() + b->submit_ms;
     pthread_mutex_lock(&b->lock);
     *b->tail = job;
     b->tail = &job->next;

@@ -6,14 +6,20 @@
 
 #include <nng/nng.h>
 #include <nng/supplemental/http/http.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+/* Handlers can be called a little longer than the server lives: the last of them frees this. */
 struct ts_http {
     ts_service *service;
-    char address[64], port[8];
+    char port[8];
     nng_http_server *server;
+    atomic_bool stopping;
+    atomic_uint asking; /* calls of `asked` that may use the service */
+    atomic_uint users;  /* handlers, and who started it */
 };
 
 typedef struct route {
@@ -69,11 +75,16 @@ static void answer_page(ts_work *work, void *service)
     free(p);
 }
 
-static void asked(nng_aio *aio)
+static void release(void *http)
+{
+    ts_http *h = http;
+    if (atomic_fetch_sub(&h->users, 1) == 1)
+        free(h);
+}
+
+static void ask(ts_http *h, nng_aio *aio)
 {
     nng_http_req *req = nng_aio_get_input(aio, 0);
-    nng_http_handler *handler = nng_aio_get_input(aio, 1);
-    ts_http *h = nng_http_handler_get_data(handler);
     const char *host = nng_http_req_get_header(req, "Host");
     const char *port = host == NULL ? NULL : ts_loopback_port(host),
                *uri = nng_http_req_get_uri(req);
@@ -92,6 +103,17 @@ static void asked(nng_aio *aio)
     ts_queue_run(&h->service->queue, &p->work, h->service);
 }
 
+static void asked(nng_aio *aio)
+{
+    ts_http *h = nng_http_handler_get_data(nng_aio_get_input(aio, 1));
+    atomic_fetch_add(&h->asking, 1);
+    if (atomic_load(&h->stopping))
+        answer(aio, 503, NULL, NULL);
+    else
+        ask(h, aio);
+    atomic_fetch_sub(&h->asking, 1);
+}
+
 ts_status ts_http_start(ts_service *service, const char *address, ts_http **out, char *why,
                         size_t why_bytes)
 {
@@ -104,7 +126,7 @@ ts_status ts_http_start(ts_service *service, const char *address, ts_http **out,
         return TS_ENOMEM;
     }
     h->service = service;
-    snprintf(h->address, sizeof h->address, "%s", address);
+    atomic_store(&h->users, 1);
     snprintf(h->port, sizeof h->port, "%s", ts_loopback_port(address));
     snprintf(text, sizeof text, "http://%s", address);
     int error = nng_url_parse(&url, text);
@@ -117,7 +139,8 @@ ts_status ts_http_start(ts_service *service, const char *address, ts_http **out,
             break;
         error = nng_http_handler_set_method(handler, "GET");
         if (error == 0)
-            error = nng_http_handler_set_data(handler, h, NULL);
+            error = nng_http_handler_set_data(handler, h, release);
+        atomic_fetch_add(&h->users, error == 0);
         if (error == 0)
             error = nng_http_server_add_handler(h->server, handler);
         if (error != 0)
@@ -132,7 +155,7 @@ ts_status ts_http_start(ts_service *service, const char *address, ts_http **out,
     snprintf(why, why_bytes, "listening at http://%s failed: %s", address, nng_strerror(error));
     if (h->server != NULL)
         nng_http_server_release(h->server);
-    free(h);
+    release(h);
     *out = NULL;
     return TS_ECONN;
 }
@@ -141,8 +164,11 @@ void ts_http_stop(ts_http *h)
 {
     if (h == NULL)
         return;
+    atomic_store(&h->stopping, true);
+    while (atomic_load(&h->asking) > 0)
+        sched_yield();
+    ts_queue_flush(&h->service->queue); /* pages that were asked for */
     nng_http_server_stop(h->server);
     nng_http_server_release(h->server);
-    ts_queue_flush(&h->service->queue); /* pages that were asked for */
-    free(h);
+    release(h);
 }

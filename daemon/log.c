@@ -1,5 +1,6 @@
 #include "log.h"
 
+#include "clock.h"
 #include "log_limit.h"
 
 #include <pthread.h>
@@ -8,7 +9,6 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 /* With the limit below, the daemon's only state outside its service struct; `journal` is set before
@@ -51,13 +51,6 @@ ts_log_verdict ts_log_limit_ask(ts_log_limit *limit, const void *kind, uint64_t 
     return TS_LOG_LEAVE_OUT;
 }
 
-static uint64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
 static void write_line(ts_log_level level, const char *line)
 {
     char prefix[32] = "tinyserved: ";
@@ -78,7 +71,7 @@ void ts_log(ts_log_level level, const char *format, ...)
     if ((int)level > atomic_load_explicit(&shown, memory_order_relaxed))
         return;
     pthread_mutex_lock(&lock);
-    ts_log_verdict verdict = ts_log_limit_ask(&limit, format, now_ms(), &left_out);
+    ts_log_verdict verdict = ts_log_limit_ask(&limit, format, ts_now_ms(), &left_out);
     pthread_mutex_unlock(&lock);
     if (left_out > 0) {
         snprintf(line, sizeof line, "%u lines like the next were left out", left_out);

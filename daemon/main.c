@@ -1,5 +1,6 @@
 /* tinyserved: reads its configuration, starts everything, waits for a signal, stops everything. */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "devices.h"
 #include "handles.h"
 #include "http.h"
@@ -272,8 +273,9 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
         return EXIT_FAILURE;
 
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    s->started_ms = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+    s->started_ms = ts_now_ms();
+    clock_gettime(CLOCK_REALTIME, &now);
+    s->started_unix = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
     s->message_bytes_max = (uint32_t)c->message_bytes;
     s->admin_uid = getuid();
     snprintf(s->handle_path, sizeof s->handle_path, "%s.handles", c->socket);

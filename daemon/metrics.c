@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 /* Upper borders, in nanoseconds: 10 microseconds to 10 seconds. */
 static const uint64_t borders[TS_REQUEST_BUCKETS] = {
@@ -95,12 +94,10 @@ static void write_times(FILE *out, const ts_request_times *times)
 
 static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r)
 {
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
     head(out, "build_info", "gauge", "1, with the version and the host kernels in use.");
     fprintf(out, "tinyserve_build_info{version=\"%s\",kernel=\"%s\"} 1\n", r->version, r->kernel);
     single(out, "start_time_seconds", "gauge", "When the daemon started, in Unix time.",
-           (double)now.tv_sec + (double)now.tv_nsec * 1e-9 - (double)r->uptime_ms * 1e-3);
+           s->started_unix);
     single(out, "sessions", "gauge", "Sessions that are open.", (double)r->sessions);
     single(out, "requests_total", "counter",
            "Requests, whether they came as messages or through rings.", (double)r->requests);

@@ -1,13 +1,13 @@
 #define _GNU_SOURCE
 #include "report.h"
 
+#include "clock.h"
 #include "survey.h"
 #include "version.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define LIST_MAX 4096u
@@ -85,13 +85,11 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     tspb__status_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_STATUS_REPLY;
     reply->status_reply = r;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
     r->version = strdup(TS_VERSION);
     r->kernel = strdup(ts_isa_name(ts_attention_isa(s->attention)));
     r->pools = zalloc(s->engine->num_pools, sizeof *r->pools);
     r->pid = (uint64_t)getpid();
-    r->uptime_ms = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000 - s->started_ms;
+    r->uptime_ms = ts_now_ms() - s->started_ms;
     r->sessions = s->engine->live_sessions;
     r->requests = s->requests;
     r->refused = s->refused;

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "ring.h"
 
+#include "clock.h"
+
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,33 +10,28 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define HERE_WORK (1e8) /* multiplications up to which a call is made on the rings' thread */
 #define EVENTS 64       /* of one epoll_wait */
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static void pause_briefly(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static void ring_bell(int fd)
+/* Wakes the thread by its own eventfd. */
+static void wake(ts_rings *rings)
 {
     uint64_t one = 1;
-    while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
+    while (write(rings->wake, &one, sizeof one) < 0 && errno == EINTR)
         ;
+}
+
+/*
+ * Has the thread look at the ring, as its doorbell does. The doorbell itself is neither written nor
+ * read here: a client can make that wait for ever, since it can fill or empty it, and make it
+ * block. Modifying the interest in it reports it anew, for it can always be read or written.
+ */
+static void call(const ts_ring *r)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = (void *)r};
+    (void)epoll_ctl(r->rings->epoll, EPOLL_CTL_MOD, r->doorbell, &event); /* ENOENT: let go */
 }
 
 /* ---- a ring's life ---- */
@@ -84,7 +81,7 @@ void ts_ring_release(ts_ring *r)
 void ts_ring_end(ts_ring *r)
 {
     atomic_store(&r->closed, true);
-    ring_bell(r->doorbell);
+    call(r);
 }
 
 void ts_ring_close(ts_ring *r)
@@ -123,7 +120,7 @@ ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, 
     r->users = 1;
     r->asleep = true;
     r->doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = r};
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = r};
     if (r->doorbell < 0 || epoll_ctl(rings->epoll, EPOLL_CTL_ADD, r->doorbell, &event) != 0) {
         snprintf(why, why_bytes, "no doorbell for a ring: %s", strerror(errno));
         if (r->doorbell >= 0)
@@ -151,7 +148,7 @@ void ts_rings_resume(ts_rings *rings)
         if (atomic_load(&r->blocked)) {
             atomic_store(&r->blocked, false);
             rings->num_blocked--;
-            ring_bell(r->doorbell);
+            call(r);
         }
 }
 
@@ -168,7 +165,7 @@ void ts_rings_submit(ts_rings *rings, ts_job *job)
     if (!here)
         ts_batch_submit(rings->service->batch, job);
     else if (atomic_load(&rings->sleeps))
-        ring_bell(rings->wake);
+        wake(rings);
 }
 
 /* ---- the thread ---- */
@@ -186,9 +183,6 @@ static bool has_entries(const ts_ring *r)
 
 static void activate(ts_rings *rings, ts_ring *r, uint64_t now)
 {
-    uint64_t rung;
-    while (read(r->doorbell, &rung, sizeof rung) < 0 && errno == EINTR)
-        ;
     r->used_ns = now;
     if (!r->asleep)
         return;
@@ -196,7 +190,7 @@ static void activate(ts_rings *rings, ts_ring *r, uint64_t now)
         uint32_t capacity = rings->active_capacity * 2 + 16;
         ts_ring **grown = realloc(rings->active, capacity * sizeof *grown);
         if (grown == NULL)
-            return ring_bell(r->doorbell); /* tried again at once */
+            return call(r); /* tried again at once */
         rings->active = grown;
         rings->active_capacity = capacity;
     }
@@ -272,7 +266,7 @@ static void await_doorbells(ts_rings *rings, bool sleep)
 {
     struct epoll_event events[EVENTS];
     int n = epoll_wait(rings->epoll, events, EVENTS, sleep ? -1 : 0);
-    uint64_t now = now_ns(), rung;
+    uint64_t now = ts_now_ns(), rung;
     for (int i = 0; i < n; i++) {
         if (events[i].data.ptr != NULL)
             activate(rings, events[i].data.ptr, now);
@@ -286,7 +280,7 @@ static void *rings_main(void *arg)
 {
     ts_rings *rings = arg;
     for (uint32_t turn = 0; !atomic_load(&rings->stop); turn++) {
-        uint64_t now = now_ns();
+        uint64_t now = ts_now_ns();
         uint32_t kept = 0;
         for (uint32_t i = 0; i < rings->num_active; i++)
             if (poll_ring(rings, rings->active[i], now))
@@ -296,7 +290,7 @@ static void *rings_main(void *arg)
         if (kept > 0) {
             if (turn % 64 == 0) /* those that sleep want to be seen too */
                 await_doorbells(rings, false);
-            pause_briefly();
+            ts_pause();
             continue;
         }
         atomic_store(&rings->sleeps, true);
@@ -341,7 +335,7 @@ void ts_rings_stop(ts_rings *rings)
     if (rings == NULL)
         return;
     atomic_store(&rings->stop, true);
-    ring_bell(rings->wake);
+    wake(rings);
     pthread_join(rings->thread, NULL);
     pthread_mutex_lock(&rings->lock);
     atomic_store(&rings->ended, true); /* what is submitted from now on goes to the batch */

@@ -95,6 +95,7 @@ typedef struct ts_service {
     uint32_t message_bytes_max;
     uint32_t admin_uid; /* beside root */
     uint64_t started_ms, requests, refused;
+    double started_unix; /* seconds */
     ts_request_times times;
     uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
     uint32_t slab_stamp;

@@ -1,5 +1,6 @@
 #include "transport.h"
 
+#include "clock.h"
 #include "log.h"
 #include "metrics.h"
 #include "watch.h"
@@ -41,13 +42,6 @@ struct ts_transport {
     uint32_t num_slots;
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static void receive(slot *s)
 {
     if (atomic_load(&s->transport->stopping))
@@ -60,7 +54,7 @@ static void send_reply(ts_request *request, const void *reply, size_t bytes)
 {
     slot *s = (slot *)request;
     nng_msg *message = NULL;
-    ts_metrics_answered(&s->transport->service->times, now_ns() - request->received_ns);
+    ts_metrics_answered(&s->transport->service->times, ts_now_ns() - request->received_ns);
     if (request->message != NULL)
         tspb__request__free_unpacked(request->message, NULL);
     request->message = NULL;
@@ -128,7 +122,7 @@ static void slot_event(void *arg)
         return receive(s);
     }
     nng_msg *message = nng_aio_get_msg(s->aio);
-    s->request.received_ns = now_ns();
+    s->request.received_ns = ts_now_ns();
     s->request.pipe = (uint32_t)nng_pipe_id(nng_msg_get_pipe(message));
     s->request.message =
         unpack(message); /* freed by free_unpacked(..., NULL): it is all malloc'ed */

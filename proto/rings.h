@@ -13,7 +13,8 @@
  * Waking: a side that has nothing to do says so in its `sleeps` word, looks once more, and sleeps;
  * the other looks at the word after it has moved its tail (a full barrier lies between on both
  * sides). The daemon sleeps on a descriptor that comes with the memory (TS_HANDLE_DOORBELL, an
- * eventfd), the client on the completions' tail as a futex.
+ * eventfd), the client on the completions' tail as a futex. A client that has let TS_RING_ENTRIES
+ * completions lie rings again when it has taken some.
  *
  * What doesn't fit an entry lies in the arrays behind: `batch_*` are the client's until it has
  * submitted a begin or a commit, and the daemon's until that is completed; `begun_*` the other way

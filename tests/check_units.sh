@@ -9,7 +9,7 @@ for unit in tinyserved.service tinyserved@.service; do
 done
 cp "$folder/tinyserved@.service" "$folder/tinyserved@0.service"
 cd "$folder"
-warnings=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify ./tinyserved.service ./tinyserved@0.service 2>&1)
+warnings=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no ./tinyserved.service ./tinyserved@0.service 2>&1)
 if [ -n "$warnings" ]; then
     echo "$warnings"
     exit 1

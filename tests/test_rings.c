@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -458,6 +459,37 @@ static void counts_that_cannot_be_end_the_rings_and_not_the_session(void **state
     daemon_stop(&d);
 }
 
+/* The doorbell's flags and count are the client's to change: the daemon must wait for neither. It
+ * never reads it, so what is written here is there to be read. */
+static void a_doorbell_that_is_jammed_holds_up_nobody_else(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    for (int full = 0; full < 2; full++) {
+        ts_client *c = with_rings(&d), *other = with_rings(&d);
+        uint64_t count = 1;
+        int flags = fcntl(c->doorbell, F_GETFL);
+        assert_int_equal(fcntl(c->doorbell, F_SETFL, flags & ~O_NONBLOCK), 0);
+        for (int i = 0; i < 20000; i++) {
+            assert_int_equal(write(c->doorbell, &count, 8), 8);
+            assert_int_equal(read(c->doorbell, &count, 8), 8);
+            assert_int_equal(count, 1);
+        }
+        count = UINT64_MAX - 1;
+        if (full)
+            assert_int_equal(write(c->doorbell, &count, 8), 8);
+        __atomic_store_n(&c->rings->submissions.tail, 1000, __ATOMIC_SEQ_CST);
+        refuse(other, (ts_ring_entry){.op = TS_RING_ABORT, .step = 7}, TS_ENOENT, "no open step");
+        check_daemon(c);
+        ts_disconnect(c); /* the daemon gives the ring up */
+        check_daemon(other);
+        refuse(other, (ts_ring_entry){.op = TS_RING_ABORT, .step = 7}, TS_ENOENT, "no open step");
+        ts_disconnect(other);
+    }
+    daemon_stop(&d);
+}
+
 /* Worker: writes random words all over its rings and its exchange while the daemon reads them. */
 static void scribbler(const char *url, uint32_t seed)
 {
@@ -617,6 +649,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_ring_refuses_what_a_message_would),
         cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),
         cmocka_unit_test(counts_that_cannot_be_end_the_rings_and_not_the_session),
+        cmocka_unit_test(a_doorbell_that_is_jammed_holds_up_nobody_else),
         cmocka_unit_test(a_client_that_scribbles_over_its_rings_harms_itself_alone),
         cmocka_unit_test(a_daemon_that_dies_leaves_no_client_waiting),
     };
