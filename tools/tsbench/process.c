@@ -44,3 +44,34 @@ void bench_end(pid_t pid, int signal)
     kill(pid, signal);
     waitpid(pid, NULL, 0);
 }
+
+double bench_together(uint32_t count, char *const *argvs, size_t words)
+{
+    pid_t pids[BENCH_TOGETHER_MAX];
+    int go[2], ready[2];
+    char byte, all[BENCH_TOGETHER_MAX];
+    if (pipe(go) != 0 || pipe(ready) != 0)
+        return -1;
+    bool ok = true;
+    for (uint32_t i = 0; i < count; i++) {
+        pids[i] = bench_start(argvs + i * words, go[0], ready[1]);
+        ok = ok && pids[i] > 0;
+    }
+    close(ready[1]);
+    for (uint32_t i = 0; ok && i < count; i++)
+        ok = read(ready[0], &byte, 1) == 1;
+    memset(all, 'g', sizeof all);
+    double t = bench_now();
+    ok = ok && write(go[1], all, count) == (ssize_t)count;
+    for (uint32_t i = 0; i < count; i++) {
+        int status;
+        if (!ok && pids[i] > 0)
+            kill(pids[i], SIGKILL);
+        ok = waitpid(pids[i], &status, 0) == pids[i] && status == 0 && ok;
+    }
+    t = bench_now() - t;
+    close(go[0]);
+    close(go[1]);
+    close(ready[0]);
+    return ok ? t : -1;
+}

@@ -21,7 +21,7 @@
 
 #define CALLS 4000u /* of all clients together, per turn */
 #define TURNS 5
-#define CLIENTS_MAX 16u
+#define CLIENTS_MAX BENCH_TOGETHER_MAX
 #define CONTEXTS 64
 
 /* ---- the echo ---- */
@@ -146,41 +146,22 @@ typedef struct turn {
 static bool run_turn(const char *kind, const char *url, uint32_t clients, uint32_t batch,
                      size_t request_bytes, int results_fd, double *results, turn *out)
 {
-    pid_t pids[CLIENTS_MAX];
-    int go[2], ready[2];
-    char numbers[5][24], byte, all[CLIENTS_MAX];
+    char numbers[CLIENTS_MAX][5][24];
+    char *argvs[CLIENTS_MAX][10];
     uint32_t calls = CALLS / clients;
-    if (pipe(go) != 0 || pipe(ready) != 0)
-        return false;
-    bool ok = true;
     for (uint32_t i = 0; i < clients; i++) {
-        snprintf(numbers[0], sizeof *numbers, "%u", batch);
-        snprintf(numbers[1], sizeof *numbers, "%u", calls);
-        snprintf(numbers[2], sizeof *numbers, "%d", results_fd);
-        snprintf(numbers[3], sizeof *numbers, "%u", i);
-        snprintf(numbers[4], sizeof *numbers, "%zu", request_bytes);
-        char *argv[] = {"/proc/self/exe", "rpc-client", (char *)kind, (char *)url, numbers[0],
-                        numbers[1],       numbers[2],   numbers[3],   numbers[4],  NULL};
-        pids[i] = bench_start(argv, go[0], ready[1]);
-        ok = ok && pids[i] > 0;
+        snprintf(numbers[i][0], sizeof numbers[i][0], "%u", batch);
+        snprintf(numbers[i][1], sizeof numbers[i][1], "%u", calls);
+        snprintf(numbers[i][2], sizeof numbers[i][2], "%d", results_fd);
+        snprintf(numbers[i][3], sizeof numbers[i][3], "%u", i);
+        snprintf(numbers[i][4], sizeof numbers[i][4], "%zu", request_bytes);
+        char *argv[] = {"/proc/self/exe", "rpc-client",  (char *)kind,  (char *)url,
+                        numbers[i][0],    numbers[i][1], numbers[i][2], numbers[i][3],
+                        numbers[i][4],    NULL};
+        memcpy(argvs[i], argv, sizeof argv);
     }
-    close(ready[1]);
-    for (uint32_t i = 0; ok && i < clients; i++)
-        ok = read(ready[0], &byte, 1) == 1;
-    memset(all, 'g', sizeof all);
-    double t = bench_now();
-    ok = ok && write(go[1], all, clients) == (ssize_t)clients;
-    for (uint32_t i = 0; i < clients; i++) {
-        int status;
-        if (!ok && pids[i] > 0)
-            kill(pids[i], SIGKILL);
-        ok = waitpid(pids[i], &status, 0) == pids[i] && status == 0 && ok;
-    }
-    t = bench_now() - t;
-    close(go[0]);
-    close(go[1]);
-    close(ready[0]);
-    if (!ok)
+    double t = bench_together(clients, argvs[0], 10);
+    if (t < 0)
         return false;
     uint32_t n = calls * clients;
     double *sorted = malloc(n * sizeof *sorted);

@@ -24,7 +24,7 @@
 #define WARM 500u
 #define LAYERS 32u
 #define BATCH 256u
-#define WORKERS 16u
+#define WORKERS BENCH_TOGETHER_MAX
 #define POOL                                                                                       \
     "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=256M,slab=8M,device=host,"           \
     "client_write=all"
@@ -273,34 +273,14 @@ int step_client(int argc, char **argv)
 /* Tokens per second of `workers` processes with `count` sequences each; < 0: one failed. */
 static double workers_rate(const char *socket, uint32_t workers, uint32_t count, uint32_t steps)
 {
-    pid_t pids[WORKERS];
-    int go[2], ready[2];
-    char numbers[2][16], byte, all[WORKERS];
-    if (pipe(go) != 0 || pipe(ready) != 0)
-        return -1;
+    char numbers[2][16], *argvs[WORKERS][6];
     snprintf(numbers[0], sizeof *numbers, "%u", count);
     snprintf(numbers[1], sizeof *numbers, "%u", steps);
     char *argv[] = {"/proc/self/exe", "step-client", (char *)socket, numbers[0], numbers[1], NULL};
     for (uint32_t i = 0; i < workers; i++)
-        pids[i] = bench_start(argv, go[0], ready[1]);
-    close(ready[1]);
-    bool ok = true;
-    for (uint32_t i = 0; ok && i < workers; i++)
-        ok = read(ready[0], &byte, 1) == 1;
-    memset(all, 'g', sizeof all);
-    double t = bench_now();
-    ok = ok && write(go[1], all, workers) == (ssize_t)workers;
-    for (uint32_t i = 0; i < workers; i++) {
-        int status;
-        if (!ok && pids[i] > 0)
-            kill(pids[i], SIGKILL);
-        ok = waitpid(pids[i], &status, 0) == pids[i] && status == 0 && ok;
-    }
-    t = bench_now() - t;
-    close(go[0]);
-    close(go[1]);
-    close(ready[0]);
-    return ok ? (double)workers * count * steps / t : -1;
+        memcpy(argvs[i], argv, sizeof argv);
+    double t = bench_together(workers, argvs[0], 6);
+    return t < 0 ? -1 : (double)workers * count * steps / t;
 }
 
 /* ---- the benchmark ---- */

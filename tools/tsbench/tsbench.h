@@ -44,6 +44,12 @@ pid_t bench_start(char *const *argv, int in, int out);
 /* Starts a daemon with one pool, and a key set if `set` isn't NULL; waits for its socket. */
 pid_t bench_daemon(const bench_options *o, const char *socket, const char *pool, const char *set);
 
+/* Starts `count` programs, argument list i (NULL at its end) at argvs + i * words; when each has
+ * written a byte to its stdout, gives each one on its stdin. The seconds from then to the end of
+ * the last; < 0: one failed. */
+#define BENCH_TOGETHER_MAX 16u
+double bench_together(uint32_t count, char *const *argvs, size_t words);
+
 /* Sends the signal and waits for the end; 0 or less is fine. */
 void bench_end(pid_t pid, int signal);
 
