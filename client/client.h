@@ -129,7 +129,7 @@ typedef struct ts_local_run {
     ts_attention_variant variant;
     const unsigned char *q, *k, *v;
     unsigned char *out;
-    const float *sinks, *alibi;
+    const float *sinks, *alibi, *scales;
     float *lse;
 } ts_local_run;
 

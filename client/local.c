@@ -100,6 +100,9 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)
                        (int)c->pid);
     if (run->layer >= g->layers)
         return ts_fail(c, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
+    if (run->scales != NULL && g->dtype != TS_DTYPE_FP8_E4M3)
+        return ts_fail(c, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
+                       ts_dtype_name(g->dtype));
     ts_status status = ts_attention_variant_check(&variant, g->head_dim, c->error, sizeof c->error);
     if (status != TS_OK)
         return status;
@@ -114,6 +117,7 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)
         s->v = run->v + first * row * g->kv_heads;
         s->out = run->out + first * row * run->heads;
         s->sinks = run->sinks;
+        s->scales = run->scales;
         s->alibi = run->alibi;
         s->lse = run->lse == NULL ? NULL : run->lse + first * run->heads;
         first += s->q_tokens;

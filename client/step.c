@@ -14,7 +14,7 @@ struct ts_step {
     uint64_t *slots;               /* per new token */
     ts_region region;              /* of the exchange: q, k, v, out */
     size_t q, k, v, out;           /* offsets into the exchange */
-    size_t sinks, alibi, lse;
+    size_t sinks, alibi, lse, scales;
     uint32_t heads;
     ts_dtype io_dtype;
     float scale;
@@ -241,7 +241,8 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     size_t q = align(row * o.heads), kv = align(row * g->kv_heads);
     size_t each_head = align(o.heads * sizeof(float));
     if (!o.no_run) {
-        s->region.bytes = 2 * q + 2 * kv + 2 * each_head + align(tokens * o.heads * sizeof(float));
+        s->region.bytes = 2 * q + 2 * kv + 2 * each_head + align(tokens * o.heads * sizeof(float)) +
+                          align(2 * g->kv_heads * sizeof(float));
         status = ts_exchange_take(p->client, &s->region);
     }
     if (status != TS_OK) {
@@ -255,6 +256,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->sinks = s->out + q;
     s->alibi = s->sinks + each_head;
     s->lse = s->alibi + each_head;
+    s->scales = s->lse + align(tokens * o.heads * sizeof(float));
     s->heads = o.heads;
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
@@ -331,6 +333,11 @@ float *ts_step_alibi(const ts_step *s)
     return floats_at(s, s->alibi);
 }
 
+float *ts_step_scales(const ts_step *s)
+{
+    return floats_at(s, s->scales);
+}
+
 const float *ts_step_lse(const ts_step *s)
 {
     return floats_at(s, s->lse);
@@ -359,6 +366,8 @@ static ts_status run_by_message(ts_step *s, uint32_t layer, const ts_run_options
     body.rope_interleaved = o->rope_interleaved;
     body.has_sinks = o->sinks;
     body.sinks = s->sinks;
+    body.has_scales = o->scales;
+    body.scales = s->scales;
     body.has_alibi = o->alibi;
     body.alibi = s->alibi;
     body.has_lse = o->lse;
@@ -373,27 +382,28 @@ static ts_status run_by_message(ts_step *s, uint32_t layer, const ts_run_options
 static ts_status run_by_ring(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
 {
     ts_ring_completion done;
-    ts_ring_entry entry = {.op = TS_RING_RUN,
-                           .step = s->id,
-                           .run = {.layer = layer,
-                                   .flags = (o->sinks ? TS_RING_SINKS : 0u) |
-                                            (o->alibi ? TS_RING_ALIBI : 0u) |
-                                            (o->lse ? TS_RING_LSE : 0u) |
-                                            (o->rope_interleaved ? TS_RING_INTERLEAVED : 0u) |
-                                            (o->on_stream ? TS_RING_ORDERED : 0u),
-                                   .q = s->q,
-                                   .k = s->k,
-                                   .v = s->v,
-                                   .out = s->out,
-                                   .sinks = s->sinks,
-                                   .alibi = s->alibi,
-                                   .lse = s->lse,
-                                   .scale = o->scale,
-                                   .soft_cap = o->soft_cap,
-                                   .rope_theta = o->rope_theta,
-                                   .window = o->window,
-                                   .rope_dims = o->rope_dims,
-                                   .order = order}};
+    ts_ring_entry entry = {
+        .op = TS_RING_RUN,
+        .step = s->id,
+        .run = {.layer = layer,
+                .flags = (o->sinks ? TS_RING_SINKS : 0u) | (o->alibi ? TS_RING_ALIBI : 0u) |
+                         (o->scales ? TS_RING_SCALES : 0u) | (o->lse ? TS_RING_LSE : 0u) |
+                         (o->rope_interleaved ? TS_RING_INTERLEAVED : 0u) |
+                         (o->on_stream ? TS_RING_ORDERED : 0u),
+                .q = s->q,
+                .k = s->k,
+                .v = s->v,
+                .out = s->out,
+                .sinks = s->sinks,
+                .alibi = s->alibi,
+                .lse = s->lse,
+                .scales = s->scales,
+                .scale = o->scale,
+                .soft_cap = o->soft_cap,
+                .rope_theta = o->rope_theta,
+                .window = o->window,
+                .rope_dims = o->rope_dims,
+                .order = order}};
     return ts_ring_call(s->pool->client, &entry, &done);
 }
 
@@ -427,6 +437,7 @@ static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
         .sinks = o->sinks ? floats_at(s, s->sinks) : NULL,
         .alibi = o->alibi ? floats_at(s, s->alibi) : NULL,
         .lse = o->lse ? floats_at(s, s->lse) : NULL,
+        .scales = o->scales ? floats_at(s, s->scales) : NULL,
     };
     return ts_local_attend(s->pool, s->local, &run);
 }

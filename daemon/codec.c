@@ -111,6 +111,8 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
         c->step_run.v = r->step_run->v;
         c->step_run.out = r->step_run->out;
         c->step_run.sinks = r->step_run->sinks;
+        c->step_run.scales = r->step_run->scales;
+        c->step_run.has_scales = r->step_run->has_scales;
         c->step_run.alibi = r->step_run->alibi;
         c->step_run.lse = r->step_run->lse;
         c->step_run.has_sinks = r->step_run->has_sinks;

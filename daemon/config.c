@@ -207,8 +207,8 @@ static ts_status set_pool(ts_config *c, ts_config_pool *p, const char *key, cons
     if (strcmp(key, "block_tokens") == 0)
         return number32(c, key, value, 1, TS_BLOCK_TOKENS_MAX, &g->block_tokens);
     if (strcmp(key, "dtype") == 0) {
-        static const char *const dtypes[] = {"fp32", "fp16", "bf16"};
-        status = word(c, key, value, dtypes, 3, &which);
+        static const char *const dtypes[] = {"fp32", "fp16", "bf16", "fp8_e4m3"};
+        status = word(c, key, value, dtypes, 4, &which);
         g->dtype = (ts_dtype)which;
         return status;
     }

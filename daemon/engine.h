@@ -98,8 +98,8 @@ typedef struct ts_command {
             uint64_t step;
             uint32_t layer;
             uint64_t q, k, v, out; /* bytes into the exchange */
-            uint64_t sinks, alibi, lse;
-            bool has_sinks, has_alibi, has_lse;
+            uint64_t sinks, alibi, lse, scales;
+            bool has_sinks, has_alibi, has_lse, has_scales;
             ts_attention_variant variant; /* scale 0: the step's; rope.dims 0: head_dim */
             bool ordered;                 /* these two are the service's (signals.h) */
             uint32_t order;

@@ -179,7 +179,13 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
                   "%u query heads; they must be a multiple of the pool's %u KV heads, "
                   "at most %u",
                   heads, g->kv_heads, TS_HEADS_MAX);
-    else if (c->step_begin.io_dtype != TS_DTYPE_FP32 && c->step_begin.io_dtype != g->dtype)
+    else if (!ts_dtype_is_io((ts_dtype)c->step_begin.io_dtype, g->dtype) &&
+             g->dtype == TS_DTYPE_FP8_E4M3)
+        ts_refuse(a, TS_EINVAL,
+                  "io_dtype %u; beside an fp8 pool it must be fp32 (0), fp16 (1) or "
+                  "bf16 (2)",
+                  c->step_begin.io_dtype);
+    else if (!ts_dtype_is_io((ts_dtype)c->step_begin.io_dtype, g->dtype))
         ts_refuse(a, TS_EINVAL, "io_dtype %u; it must be fp32 (0) or the pool's own, %s (%d)",
                   c->step_begin.io_dtype, ts_dtype_name(g->dtype), (int)g->dtype);
     else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
@@ -318,13 +324,25 @@ uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
                                                                        : e->limits.step_runs;
 }
 
+static bool check_scales(const ts_session *s, const ts_command *c, const ts_geometry *g,
+                         ts_answer *a)
+{
+    if (!c->step_run.has_scales)
+        return true;
+    if (g->dtype == TS_DTYPE_FP8_E4M3)
+        return check_range(s, "scales", c->step_run.scales, 2 * g->kv_heads * sizeof(float), a);
+    ts_refuse(a, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
+              ts_dtype_name(g->dtype));
+    return false;
+}
+
 static bool check_variant(const ts_session *s, const ts_command *c, const ts_step *step,
-                          uint32_t head_dim, ts_answer *a)
+                          const ts_geometry *g, ts_answer *a)
 {
     const ts_attention_variant *v = &c->step_run.variant;
     uint64_t each_head = step->heads * sizeof(float);
-    a->status = ts_attention_variant_check(v, head_dim, a->message, sizeof a->message);
-    return a->status == TS_OK &&
+    a->status = ts_attention_variant_check(v, g->head_dim, a->message, sizeof a->message);
+    return a->status == TS_OK && check_scales(s, c, g, a) &&
            (!c->step_run.has_sinks || check_range(s, "sinks", c->step_run.sinks, each_head, a)) &&
            (!c->step_run.has_alibi || check_range(s, "alibi", c->step_run.alibi, each_head, a)) &&
            (!c->step_run.has_lse ||
@@ -352,7 +370,7 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         !check_range(s, "k", c->step_run.k, row * g->kv_heads, a) ||
         !check_range(s, "v", c->step_run.v, row * g->kv_heads, a) ||
         !check_range(s, "out", c->step_run.out, row * step->heads, a) ||
-        !check_variant(s, c, step, g->head_dim, a))
+        !check_variant(s, c, step, g, a))
         return;
     step->in_flight++;
     a->step = step;

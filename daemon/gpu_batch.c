@@ -167,6 +167,7 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, b
                                          .v = s->v,
                                          .out = s->out,
                                          .sinks = s->sinks,
+                                         .scales = s->scales,
                                          .alibi = s->alibi,
                                          .lse = s->lse};
     }

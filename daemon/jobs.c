@@ -281,6 +281,8 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_asker asker, const ts_comma
             .v = base + command->step_run.v + first * row * g->kv_heads,
             .out = base + command->step_run.out + first * row * step->heads,
             .sinks = command->step_run.has_sinks ? floats_at(base, command->step_run.sinks) : NULL,
+            .scales =
+                command->step_run.has_scales ? floats_at(base, command->step_run.scales) : NULL,
             .alibi = command->step_run.has_alibi ? floats_at(base, command->step_run.alibi) : NULL,
             .lse = command->step_run.has_lse
                        ? floats_at(base, command->step_run.lse) + first * step->heads

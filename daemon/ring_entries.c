@@ -106,9 +106,11 @@ static void decode_run(const ts_ring_entry *entry, ts_command *command)
     command->step_run.v = entry->run.v;
     command->step_run.out = entry->run.out;
     command->step_run.sinks = entry->run.sinks;
+    command->step_run.scales = entry->run.scales;
     command->step_run.alibi = entry->run.alibi;
     command->step_run.lse = entry->run.lse;
     command->step_run.has_sinks = flags & TS_RING_SINKS;
+    command->step_run.has_scales = flags & TS_RING_SCALES;
     command->step_run.has_alibi = flags & TS_RING_ALIBI;
     command->step_run.has_lse = flags & TS_RING_LSE;
     command->step_run.variant = (ts_attention_variant){

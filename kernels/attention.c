@@ -302,33 +302,25 @@ static void merge_one(void *arg, uint32_t merge, uint32_t thread)
     a->ops->merge(&whole, &a->scratch[thread]);
 }
 
-static void convert_row(unsigned char *to, ts_dtype to_type, const void *from, ts_dtype from_type,
-                        size_t first, uint32_t count)
+/* Writes a row of K or V: of the cache's type, divided by `scale`. table: K's angles; NULL: it
+ * isn't turned. */
+static void write_row(const ts_attention_call *call, unsigned char *to, const void *from,
+                      size_t first, float scale, const float *table)
 {
-    if (to_type == from_type) {
+    ts_dtype to_type = call->geometry.dtype;
+    uint32_t count = call->geometry.head_dim;
+    if (to_type == call->io_dtype && table == NULL) {
         size_t bytes = ts_dtype_bytes(to_type);
         memcpy(to, (const unsigned char *)from + first * bytes, count * bytes);
         return;
     }
-    /* The exchange is fp32 when it isn't of the cache's type. */
-    const float *x = (const float *)from + first;
-    uint16_t *y = (uint16_t *)(void *)to;
-    for (uint32_t i = 0; i < count; i++)
-        y[i] = to_type == TS_DTYPE_FP16 ? ts_fp32_to_fp16(x[i]) : ts_fp32_to_bf16(x[i]);
-}
-
-/* A row of K, turned, in the cache's type. */
-static void turn_row(unsigned char *to, ts_dtype to_type, const void *from, ts_dtype from_type,
-                     size_t first, uint32_t count, const ts_rope *rope, const float *table)
-{
     float row[TS_HEAD_DIM_MAX];
-    for (uint32_t i = 0; i < count; i++)
-        row[i] = from_type == TS_DTYPE_FP32 ? ((const float *)from)[first + i]
-                 : from_type == TS_DTYPE_FP16
-                     ? ts_fp16_to_fp32(((const uint16_t *)from)[first + i])
-                     : ts_bf16_to_fp32(((const uint16_t *)from)[first + i]);
-    ts_rope_turn(rope, table, row);
-    convert_row(to, to_type, row, TS_DTYPE_FP32, 0, count);
+    ts_load_elements(from, call->io_dtype, first, count, row);
+    if (table != NULL)
+        ts_rope_turn(&call->variant.rope, table, row);
+    for (uint32_t i = 0; i < count && scale != 1; i++)
+        row[i] /= scale;
+    ts_store_elements(to, to_type, 0, count, row);
 }
 
 /* Writes one sequence's new K and V into their slots. */
@@ -353,11 +345,11 @@ static void append_one(void *arg, uint32_t index, uint32_t thread)
         for (uint32_t h = 0; h < g->kv_heads; h++) {
             size_t from = ((size_t)i * g->kv_heads + h) * g->head_dim;
             unsigned char *to = row + h * ts_geometry_head_stride(g);
-            if (rope->theta != 0)
-                turn_row(to, g->dtype, seq->k, call->io_dtype, from, g->head_dim, rope, table);
-            else
-                convert_row(to, g->dtype, seq->k, call->io_dtype, from, g->head_dim);
-            convert_row(to + plane, g->dtype, seq->v, call->io_dtype, from, g->head_dim);
+            const float *scales = seq->scales;
+            write_row(call, to, seq->k, from, scales == NULL ? 1 : scales[h],
+                      rope->theta != 0 ? table : NULL);
+            write_row(call, to + plane, seq->v, from, scales == NULL ? 1 : scales[g->kv_heads + h],
+                      NULL);
         }
     }
 }

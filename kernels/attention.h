@@ -29,9 +29,11 @@ typedef struct ts_attention_seq {
     void *out;
     const float
         *sinks; /* [heads]: a logit each that joins the softmax and has no value; NULL: none */
-    const float *alibi; /* [heads]: slopes; NULL: none */
-    float *lse;         /* [q_tokens][heads]: gets the natural log of the sum of exponentials of the
-                           scores, the sink left out; NULL: isn't wanted */
+    const float *alibi;  /* [heads]: slopes; NULL: none */
+    const float *scales; /* [2][kv_heads], of an fp8 cache: what a stored element of K, then of V,
+                            is to be multiplied by; NULL: all are 1 */
+    float *lse; /* [q_tokens][heads]: gets the natural log of the sum of exponentials of the
+                   scores, the sink left out; NULL: isn't wanted */
 } ts_attention_seq;
 
 /*
@@ -69,7 +71,7 @@ typedef struct ts_attention_call {
     ts_geometry geometry;
     unsigned char *base; /* of block 0 */
     uint32_t heads;      /* query heads: a multiple of kv_heads, at most 1024 */
-    ts_dtype io_dtype;   /* of q, k, v and out: fp32, or the cache's own type */
+    ts_dtype io_dtype;   /* of q, k, v and out: see ts_dtype_is_io */
     ts_attention_variant variant;
     const ts_attention_seq *seqs;
     uint32_t num_seqs;
@@ -118,10 +120,24 @@ void ts_attention_copy_blocks(ts_attention *attention, unsigned char *base, size
 ts_status ts_attention_reference(const ts_attention_call *call, const ts_attention_seq *seq,
                                  double *out, double *lse);
 
-/* Conversions with round-to-nearest-even, as IEEE 754 and bfloat16 have it; NaN stays NaN. */
+/* Conversions with round-to-nearest-even, as IEEE 754 and bfloat16 have it; NaN stays NaN. fp8 is
+ * e4m3 as the OCP 8-bit floating point specification has it; beyond 448 lies 448. */
 uint16_t ts_fp32_to_fp16(float value);
 uint16_t ts_fp32_to_bf16(float value);
 float ts_fp16_to_fp32(uint16_t bits);
 float ts_bf16_to_fp32(uint16_t bits);
+uint8_t ts_fp32_to_fp8(float value);
+float ts_fp8_to_fp32(uint8_t bits);
+
+/* `count` elements from element `first` of an array of any type, to and from fp32. */
+void ts_load_elements(const void *from, ts_dtype dtype, size_t first, uint32_t count, float *to);
+void ts_store_elements(void *to, ts_dtype dtype, size_t first, uint32_t count, const float *from);
+
+static inline float ts_element(const void *array, ts_dtype dtype, size_t i)
+{
+    float x;
+    ts_load_elements(array, dtype, i, 1, &x);
+    return x;
+}
 
 #endif

@@ -289,41 +289,36 @@ static void merge_state(const ts_attention_state *all, const ts_attention_state 
     }
 }
 
-static float element(const void *row, ts_dtype dtype, size_t i)
-{
-    if (dtype == TS_DTYPE_FP32)
-        return ((const float *)row)[i];
-    uint16_t bits = ((const uint16_t *)row)[i];
-    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
-}
-
-/* q of the item's rows, turned, times scale * log2(e), padded with zeros. */
+/* q of the item's rows, turned, times scale * log2(e) and K's own scale, padded with zeros. */
 static void load_queries(ts_dtype dtype, const ts_attention_item *item, float *q)
 {
     const ts_attention_call *call = item->call;
     const ts_rope *rope = &call->variant.rope;
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
     const uint32_t group = call->heads / call->geometry.kv_heads;
-    const float scale = call->variant.scale * LOG2E;
+    const float *scales = item->seq->scales;
     float table[TS_HEAD_DIM_MAX], row[TS_HEAD_DIM_MAX];
     for (uint32_t i = 0; i < item->q_count; i++) {
         if (rope->theta != 0)
             ts_rope_table(rope, item->seq->kv_tokens - item->seq->q_tokens + item->q_first + i,
                           table);
-        for (uint32_t h = 0; h < item->head_count; h++)
+        for (uint32_t h = 0; h < item->head_count; h++) {
+            float scale = call->variant.scale * LOG2E;
+            if (scales != NULL)
+                scale *= scales[item->head_first + h];
             for (uint32_t j = 0; j < group; j++) {
                 size_t from = ((size_t)(item->q_first + i) * call->heads +
                                (size_t)(item->head_first + h) * group + j) *
                               head_dim;
                 float *to = q + ((size_t)(h * item->q_count + i) * group + j) * padded;
-                for (uint32_t d = 0; d < head_dim; d++)
-                    row[d] = element(item->seq->q, call->io_dtype, from + d);
+                ts_load_elements(item->seq->q, call->io_dtype, from, head_dim, row);
                 if (rope->theta != 0)
                     ts_rope_turn(rope, table, row);
                 for (uint32_t d = 0; d < head_dim; d++)
                     to[place_of(dtype, d)] = row[d] * scale;
                 memset(to + head_dim, 0, (padded - head_dim) * sizeof(float));
             }
+        }
     }
 }
 
@@ -352,15 +347,12 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
                     float shrink = exp2_scalar(state->max[r] - max);
                     inverse = shrink / (state->sum[r] * shrink + exp2_scalar(sink - max));
                 }
-                for (uint32_t d = 0; d < head_dim; d++) {
-                    float x = acc[place_of(dtype, d)] * inverse;
-                    if (call->io_dtype == TS_DTYPE_FP32)
-                        ((float *)item->seq->out)[to + d] = x;
-                    else
-                        ((uint16_t *)item->seq->out)[to + d] = call->io_dtype == TS_DTYPE_FP16
-                                                                   ? ts_fp32_to_fp16(x)
-                                                                   : ts_fp32_to_bf16(x);
-                }
+                if (item->seq->scales != NULL) /* V's */
+                    inverse *= item->seq->scales[call->geometry.kv_heads + item->head_first + h];
+                float row[TS_HEAD_DIM_MAX];
+                for (uint32_t d = 0; d < head_dim; d++)
+                    row[d] = acc[place_of(dtype, d)] * inverse;
+                ts_store_elements(item->seq->out, call->io_dtype, to, head_dim, row);
             }
 }
 
@@ -469,6 +461,11 @@ static void item_bf16(const ts_attention_item *item, const ts_attention_scratch 
     attend_item(TS_DTYPE_BF16, item, scratch);
 }
 
+static void item_fp8(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    attend_item(TS_DTYPE_FP8_E4M3, item, scratch);
+}
+
 static void item_bf16_pairs(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
     attend_item(BF16_PAIRS, item, scratch);
@@ -492,6 +489,9 @@ static void run_item(const ts_attention_item *item, const ts_attention_scratch *
         break;
     case TS_DTYPE_BF16:
         item_bf16(item, scratch);
+        break;
+    case TS_DTYPE_FP8_E4M3:
+        item_fp8(item, scratch);
         break;
     }
 }

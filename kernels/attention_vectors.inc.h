@@ -94,6 +94,20 @@ static uint32_t place_of(ts_dtype dtype, uint32_t d)
     return dtype == BF16_PAIRS ? d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2 : d;
 }
 
+/* e4m3 as fp16 whose exponent is 8 too low, which the conversion from fp16 makes right, subnormals
+ * included: 2^8 is multiplied after it. */
+INLINE vf load_fp8(const unsigned char *p)
+{
+    typedef uint8_t vb __attribute__((vector_size(VL)));
+    vb bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    vh bits = __builtin_convertvector(bytes, vh);
+    vh halves = (bits & 0x80) << 8 | (bits & 0x7f) << 7;
+    vu wide = __builtin_convertvector(bits, vu);
+    vf finite = LOAD_FP16(&halves) * 256.0f;
+    return (vf)((vu)finite | (vu)((wide & 0x7fu) == 0x7fu)); /* all ones is NaN */
+}
+
 /* VL elements from place d of a cache row, as floats. */
 INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
 {
@@ -106,6 +120,8 @@ INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
         return load((const float *)(const void *)row + d);
     if (dtype == TS_DTYPE_FP16)
         return LOAD_FP16(row + 2 * (size_t)d);
+    if (dtype == TS_DTYPE_FP8_E4M3)
+        return load_fp8(row + d);
     return (vf)(LOAD_UINT16(row + 2 * (size_t)d) << 16);
 }
 

@@ -1,4 +1,4 @@
-/* fp16 and bf16 to and from fp32, one value at a time, in integer arithmetic. */
+/* fp16, bf16 and fp8 to and from fp32, one value at a time, in integer arithmetic. */
 #include "attention.h"
 
 #include <string.h>
@@ -56,4 +56,72 @@ float ts_fp16_to_fp32(uint16_t bits)
     if (u < 0x00800000u) /* zero and subnormal: let the adder normalise */
         return float_of(sign | bits_of(float_of(u + 0x38800000u) - 6.103515625e-05f));
     return float_of(sign | (u + 0x38000000u));
+}
+
+uint8_t ts_fp32_to_fp8(float value)
+{
+    uint32_t u = bits_of(value), sign = u >> 24 & 0x80u;
+    u &= 0x7fffffffu;
+    if (u > 0x7f800000u)
+        return (uint8_t)(sign | 0x7fu);
+    if (u >= 0x43e80000u) /* 464, half way past 448, and more */
+        return (uint8_t)(sign | 0x7eu);
+    if (u < 0x3c800000u) /* below 2^-6: the adder rounds it to a multiple of 2^-9 */
+        return (uint8_t)(sign | (bits_of(float_of(u) + 16384.0f) - bits_of(16384.0f)));
+    u += 0x7ffffu + (u >> 20 & 1u);
+    return (uint8_t)(sign | ((u - 0x3c000000u) >> 20));
+}
+
+float ts_fp8_to_fp32(uint8_t bits)
+{
+    uint32_t sign = (uint32_t)(bits & 0x80u) << 24, u = (uint32_t)(bits & 0x7fu) << 20;
+    if (u == 0x07f00000u)
+        return float_of(sign | 0x7fc00000u);
+    if (u < 0x00800000u) /* zero and subnormal: let the adder normalise */
+        return float_of(sign | bits_of(float_of(u + 0x3c800000u) - 0.015625f));
+    return float_of(sign | (u + 0x3c000000u));
+}
+
+void ts_load_elements(const void *from, ts_dtype dtype, size_t first, uint32_t count, float *to)
+{
+    const uint16_t *halves = (const uint16_t *)from + first;
+    switch (dtype) {
+    case TS_DTYPE_FP32:
+        memcpy(to, (const float *)from + first, count * sizeof *to);
+        break;
+    case TS_DTYPE_FP16:
+        for (uint32_t i = 0; i < count; i++)
+            to[i] = ts_fp16_to_fp32(halves[i]);
+        break;
+    case TS_DTYPE_BF16:
+        for (uint32_t i = 0; i < count; i++)
+            to[i] = ts_bf16_to_fp32(halves[i]);
+        break;
+    case TS_DTYPE_FP8_E4M3:
+        for (uint32_t i = 0; i < count; i++)
+            to[i] = ts_fp8_to_fp32(((const uint8_t *)from)[first + i]);
+        break;
+    }
+}
+
+void ts_store_elements(void *to, ts_dtype dtype, size_t first, uint32_t count, const float *from)
+{
+    uint16_t *halves = (uint16_t *)to + first;
+    switch (dtype) {
+    case TS_DTYPE_FP32:
+        memcpy((float *)to + first, from, count * sizeof *from);
+        break;
+    case TS_DTYPE_FP16:
+        for (uint32_t i = 0; i < count; i++)
+            halves[i] = ts_fp32_to_fp16(from[i]);
+        break;
+    case TS_DTYPE_BF16:
+        for (uint32_t i = 0; i < count; i++)
+            halves[i] = ts_fp32_to_bf16(from[i]);
+        break;
+    case TS_DTYPE_FP8_E4M3:
+        for (uint32_t i = 0; i < count; i++)
+            ((uint8_t *)to)[first + i] = ts_fp32_to_fp8(from[i]);
+        break;
+    }
 }

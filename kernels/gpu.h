@@ -56,8 +56,9 @@ typedef struct ts_gpu_info {
     unsigned char uuid[TS_GPU_UUID_BYTES]; /* tells the device to other processes */
     uint32_t ordinal;
     uint64_t total_bytes;
-    bool vmm;           /* can export VMM memory as file descriptors */
-    size_t granularity; /* of VMM memory */
+    bool vmm;            /* can export VMM memory as file descriptors */
+    size_t granularity;  /* of VMM memory */
+    size_t shared_bytes; /* that a block of threads can have of shared memory, at most */
 } ts_gpu_info;
 
 /* Devices there are. 0: none, with the reason in `why`. */
@@ -129,7 +130,8 @@ void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes);
 typedef struct ts_gpu_plan ts_gpu_plan;
 
 /* Of the sequences, blocks, kv_tokens and q_tokens are read; the rest comes with each run. `heads`
- * query heads. TS_EINVAL: the kernel can't do this geometry; TS_ENOMEM, TS_EDEVICE. */
+ * query heads. TS_EINVAL: the kernel can't do this geometry, or not on this device; TS_ENOMEM,
+ * TS_EDEVICE. */
 ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
                           ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
                           uint32_t num_seqs, ts_gpu_plan **out, char *why, size_t why_bytes);
@@ -145,6 +147,7 @@ typedef struct ts_gpu_run {
     const void *q, *k, *v; /* k NULL: the new tokens are in the cache */
     void *out;
     const float *sinks, *alibi; /* [heads]; NULL: none */
+    const float *scales;        /* [2][kv_heads], of an fp8 cache; NULL: all are 1 */
     float *lse;                 /* NULL: isn't wanted */
 } ts_gpu_run;
 

@@ -24,7 +24,8 @@ ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, siz
 {
     size_t row = g->head_dim * ts_dtype_bytes(g->dtype);
     if (kernel == TS_KERNEL_MMA && g->dtype == TS_DTYPE_FP32) {
-        snprintf(why, why_bytes, "kernel mma multiplies 16-bit elements; the cache is %s",
+        snprintf(why, why_bytes,
+                 "kernel mma multiplies on the tensor cores, which have no fp32; the cache is %s",
                  ts_dtype_name(g->dtype));
         return TS_EINVAL;
     }

@@ -5,26 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-static double element(const void *row, ts_dtype dtype, size_t i)
-{
-    switch (dtype) {
-    case TS_DTYPE_FP32:
-        return ((const float *)row)[i];
-    case TS_DTYPE_FP16:
-        return ts_fp16_to_fp32(((const uint16_t *)row)[i]);
-    case TS_DTYPE_BF16:
-        return ts_bf16_to_fp32(((const uint16_t *)row)[i]);
-    }
-    return NAN;
-}
-
 /* One row of q, turned as rope.h says. */
 static void query_row(const ts_attention_call *call, const ts_attention_seq *seq, size_t first,
                       uint32_t position, double *q)
 {
     const ts_rope *r = &call->variant.rope;
     for (uint32_t d = 0; d < call->geometry.head_dim; d++)
-        q[d] = element(seq->q, call->io_dtype, first + d);
+        q[d] = (double)ts_element(seq->q, call->io_dtype, first + d);
     for (uint32_t i = 0; r->theta != 0 && i < r->dims / 2; i++) {
         double angle = position * pow((double)r->theta, -2.0 * i / r->dims);
         uint32_t a = ts_rope_first(r, i), b = ts_rope_second(r, i);
@@ -53,6 +40,8 @@ ts_status ts_attention_reference(const ts_attention_call *call, const ts_attenti
             const unsigned char *head = call->base + (size_t)seq->layer * 2 * plane +
                                         (h / group) * ts_geometry_head_stride(g);
             double max = -INFINITY, sum = 0, q[TS_HEAD_DIM_MAX];
+            double k_scale = seq->scales == NULL ? 1 : (double)seq->scales[h / group];
+            double v_scale = seq->scales == NULL ? 1 : (double)seq->scales[g->kv_heads + h / group];
             query_row(call, seq, row, position, q);
             for (uint32_t t = first; t <= position; t++) {
                 const unsigned char *k =
@@ -60,8 +49,8 @@ ts_status ts_attention_reference(const ts_attention_call *call, const ts_attenti
                     t % g->block_tokens * ts_geometry_token_stride(g);
                 double score = 0;
                 for (uint32_t d = 0; d < g->head_dim; d++)
-                    score += q[d] * element(k, g->dtype, d);
-                score *= (double)variant->scale;
+                    score += q[d] * (double)ts_element(k, g->dtype, d);
+                score *= k_scale * (double)variant->scale;
                 if (variant->soft_cap > 0)
                     score = (double)variant->soft_cap * tanh(score / (double)variant->soft_cap);
                 if (seq->alibi != NULL)
@@ -81,7 +70,7 @@ ts_status ts_attention_reference(const ts_attention_call *call, const ts_attenti
                     head + plane + seq->blocks[t / g->block_tokens] * ts_geometry_block_bytes(g) +
                     t % g->block_tokens * ts_geometry_token_stride(g);
                 for (uint32_t d = 0; d < g->head_dim; d++)
-                    out[row + d] += weights[t] / sum * element(v, g->dtype, d);
+                    out[row + d] += weights[t] / sum * (double)ts_element(v, g->dtype, d) * v_scale;
             }
         }
     }

@@ -33,7 +33,12 @@ typedef enum ts_status {
 } ts_status;
 
 /* Element type of a cache, or of q, k, v and out in the exchange. */
-typedef enum ts_dtype { TS_DTYPE_FP32 = 0, TS_DTYPE_FP16 = 1, TS_DTYPE_BF16 = 2 } ts_dtype;
+typedef enum ts_dtype {
+    TS_DTYPE_FP32 = 0,
+    TS_DTYPE_FP16 = 1,
+    TS_DTYPE_BF16 = 2,
+    TS_DTYPE_FP8_E4M3 = 3 /* of a cache alone: up to 448, no infinity; what is beyond becomes 448 */
+} ts_dtype;
 
 /* Order of one layer's K (or V) inside a block. */
 typedef enum ts_layout {
@@ -63,7 +68,7 @@ typedef struct ts_geometry {
 /* Bytes of one element. */
 static inline size_t ts_dtype_bytes(ts_dtype dtype)
 {
-    return dtype == TS_DTYPE_FP32 ? 4 : 2;
+    return dtype == TS_DTYPE_FP32 ? 4 : dtype == TS_DTYPE_FP8_E4M3 ? 1 : 2;
 }
 
 /* Bytes of one layer's K (or V) in one block. */
@@ -108,7 +113,15 @@ ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes);
 /* "TS_ENOSPC", and so on; never NULL. */
 const char *ts_status_name(ts_status status);
 
-/* "fp32", "fp16", "bf16"; NULL if there is none. */
+/* Whether q, k, v and out in the exchange may be of type `io` where the cache is of type `cache`:
+ * fp32, the cache's own, and beside an fp8 cache either 16-bit type. */
+static inline int ts_dtype_is_io(ts_dtype io, ts_dtype cache)
+{
+    return io == TS_DTYPE_FP32 || (io == cache && cache != TS_DTYPE_FP8_E4M3) ||
+           (cache == TS_DTYPE_FP8_E4M3 && (io == TS_DTYPE_FP16 || io == TS_DTYPE_BF16));
+}
+
+/* "fp32", "fp16", "bf16", "fp8_e4m3"; NULL if there is none. */
 const char *ts_dtype_name(ts_dtype dtype);
 
 #ifdef __cplusplus

@@ -37,7 +37,8 @@ ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes)
         check_range("block_tokens", g->block_tokens, 1, TS_BLOCK_TOKENS_MAX, why, why_bytes))
         return TS_EINVAL;
     if (ts_dtype_name(g->dtype) == NULL) {
-        snprintf(why, why_bytes, "dtype is %d; known are fp32 (0), fp16 (1) and bf16 (2)",
+        snprintf(why, why_bytes,
+                 "dtype is %d; known are fp32 (0), fp16 (1), bf16 (2) and fp8_e4m3 (3)",
                  (int)g->dtype);
         return TS_EINVAL;
     }
@@ -80,6 +81,8 @@ const char *ts_dtype_name(ts_dtype dtype)
         return "fp16";
     case TS_DTYPE_BF16:
         return "bf16";
+    case TS_DTYPE_FP8_E4M3:
+        return "fp8_e4m3";
     }
     return NULL;
 }

@@ -27,7 +27,7 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 1u
+#define TS_RING_VERSION 2u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of */
@@ -45,7 +45,8 @@ enum {
     TS_RING_ALIBI = 2,
     TS_RING_LSE = 4,
     TS_RING_INTERLEAVED = 8, /* pairs of rotary embedding */
-    TS_RING_ORDERED = 16,    /* completed when it is accepted: signals.h has the rest */
+    TS_RING_SCALES = 32,
+    TS_RING_ORDERED = 16, /* completed when it is accepted: signals.h has the rest */
 };
 
 /* Fields as in tinyserve.proto. */
@@ -61,7 +62,7 @@ typedef struct ts_ring_entry {
         } begin; /* of sequence batch_seqs[i], batch_words[i] new tokens */
         struct {
             uint32_t layer, flags;
-            uint64_t q, k, v, out, sinks, alibi, lse; /* bytes into the exchange */
+            uint64_t q, k, v, out, sinks, alibi, lse, scales; /* bytes into the exchange */
             float scale, soft_cap, rope_theta;
             uint32_t window, rope_dims, order;
         } run;
@@ -69,7 +70,7 @@ typedef struct ts_ring_entry {
             uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
         } commit;
     };
-    uint8_t unused[24];
+    uint8_t unused[16];
 } ts_ring_entry;
 
 typedef struct ts_ring_completion {
@@ -109,7 +110,7 @@ typedef struct ts_rings_memory {
 _Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
 _Static_assert(sizeof(ts_ring_entry) == 128, "layout is shared by two programs");
 _Static_assert(offsetof(ts_ring_entry, run.q) == 24, "layout is shared by two programs");
-_Static_assert(offsetof(ts_ring_entry, run.order) == 100, "layout is shared by two programs");
+_Static_assert(offsetof(ts_ring_entry, run.order) == 108, "layout is shared by two programs");
 _Static_assert(sizeof(ts_ring_completion) == 256, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, completions) == 256, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, submitted) == 448, "layout is shared by two programs");

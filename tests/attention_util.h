@@ -20,6 +20,7 @@ typedef struct problem {
     uint32_t **tables;
     unsigned char *q, *k, *v, *out;
     float *sinks, *alibi, *lse; /* NULL: see problem_vary */
+    float *scales;              /* of an fp8 cache */
     size_t lse_elements;
     size_t q_elements, kv_elements;
 } problem;
@@ -32,19 +33,12 @@ typedef struct shape {
 
 static inline void put(unsigned char *to, ts_dtype dtype, size_t i, float x)
 {
-    if (dtype == TS_DTYPE_FP32)
-        ((float *)(void *)to)[i] = x;
-    else
-        ((uint16_t *)(void *)to)[i] =
-            dtype == TS_DTYPE_FP16 ? ts_fp32_to_fp16(x) : ts_fp32_to_bf16(x);
+    ts_store_elements(to, dtype, i, 1, &x);
 }
 
 static inline float get(const unsigned char *from, ts_dtype dtype, size_t i)
 {
-    if (dtype == TS_DTYPE_FP32)
-        return ((const float *)(const void *)from)[i];
-    uint16_t bits = ((const uint16_t *)(const void *)from)[i];
-    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
+    return ts_element(from, dtype, i);
 }
 
 /* Random q, and sequences over blocks in random order; the cached tokens are random numbers, all
@@ -92,6 +86,11 @@ static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2]
         put(p->k, s.io, i, rng_normal(r));
         put(p->v, s.io, i, rng_normal(r));
     }
+    if (s.dtype == TS_DTYPE_FP8_E4M3) {
+        p->scales = malloc(2 * s.kv_heads * sizeof *p->scales);
+        for (uint32_t h = 0; h < 2 * s.kv_heads; h++)
+            p->scales[h] = 0.25f + (float)rng_below(r, 1000) / 500;
+    }
     uint32_t next = 0, row = 0;
     size_t plane = ts_geometry_plane_bytes(&g);
     for (uint32_t i = 0; i < num_seqs; i++) {
@@ -105,6 +104,7 @@ static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2]
             .kv_tokens = lengths[i][0],
             .q_tokens = lengths[i][1],
             .layer = layer,
+            .scales = p->scales,
             .q = p->q + (size_t)row * s.heads * s.head_dim * e,
             .k = p->k + (size_t)row * s.kv_heads * s.head_dim * e,
             .v = p->v + (size_t)row * s.kv_heads * s.head_dim * e,
@@ -147,6 +147,7 @@ static inline void problem_free(problem *p)
     free(p->sinks);
     free(p->alibi);
     free(p->lse);
+    free(p->scales);
     free(p->out);
 }
 
@@ -182,7 +183,7 @@ static const variety varieties[] = {
 static inline shape variety_shape(size_t i, size_t which)
 {
     static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {5, 1}};
-    return (shape){.dtype = (ts_dtype)((i + which) % 3),
+    return (shape){.dtype = (ts_dtype)((i + which) % 4),
                    .io = TS_DTYPE_FP32,
                    .layout = (ts_layout)(i % 2),
                    .heads = heads[which][0],
@@ -267,20 +268,23 @@ static inline double key_error(const problem *p, const ts_attention_seq *seq,
                 seq->layer * 2 * ts_geometry_plane_bytes(g) +
                 t % g->block_tokens * ts_geometry_token_stride(g) + h * ts_geometry_head_stride(g);
             size_t first = ((size_t)i * g->kv_heads + h) * g->head_dim;
+            double scale = seq->scales == NULL ? 1 : (double)seq->scales[h];
+            double least = seq->scales == NULL ? 0 : scale / 64; /* below it fp8 is subnormal */
             for (uint32_t j = 0; rope->theta != 0 && j < rope->dims / 2; j++) {
                 uint32_t a = ts_rope_first(rope, j), b = ts_rope_second(rope, j);
                 double x = get(seq->k, p->call.io_dtype, first + a);
                 double y = get(seq->k, p->call.io_dtype, first + b);
                 double angle = t * pow((double)rope->theta, -2.0 * j / rope->dims);
                 double c = cos(angle), s = sin(angle);
-                double error = fmax(fabs(get(stored, g->dtype, a) - (x * c - y * s)),
-                                    fabs(get(stored, g->dtype, b) - (x * s + y * c)));
-                error /= sqrt(x * x + y * y);
+                double error = fmax(fabs(get(stored, g->dtype, a) * scale - (x * c - y * s)),
+                                    fabs(get(stored, g->dtype, b) * scale - (x * s + y * c)));
+                error /= fmax(sqrt(x * x + y * y), least);
                 worst = error <= worst ? worst : error; /* NaN stays */
             }
             for (uint32_t d = rope->theta == 0 ? 0 : rope->dims; d < g->head_dim; d++) {
                 double x = get(seq->k, p->call.io_dtype, first + d);
-                double error = fabs(get(stored, g->dtype, d) - x) / fabs(x);
+                double y = get(stored, g->dtype, d) * scale;
+                double error = fabs(y - x) / fmax(fabs(x), least);
                 worst = error <= worst ? worst : error;
             }
         }
@@ -290,7 +294,10 @@ static inline double key_error(const problem *p, const ts_attention_seq *seq,
 /* What rounding to the type may cost, in that measure. */
 static inline double key_limit(ts_dtype dtype)
 {
-    return dtype == TS_DTYPE_FP32 ? 4e-7 : dtype == TS_DTYPE_FP16 ? 6e-4 : 4.2e-3;
+    return dtype == TS_DTYPE_FP32   ? 4e-7
+           : dtype == TS_DTYPE_FP16 ? 6e-4
+           : dtype == TS_DTYPE_BF16 ? 4.2e-3
+                                    : 0.07;
 }
 
 /* ||out - reference|| / ||reference|| over one sequence. */

@@ -339,6 +339,7 @@ ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
             to->v = (const unsigned char *)r->v + row * k_bytes;
             to->out = (unsigned char *)r->out + row * q_bytes;
             to->sinks = r->sinks;
+            to->scales = r->scales;
             to->alibi = r->alibi;
             to->lse = r->lse == NULL ? NULL : r->lse + row * o->call.heads;
             row += to->q_tokens;

@@ -192,7 +192,7 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
         begin.new_tokens = numbers;
         begin.n_seqs = begin.n_new_tokens = count > 4 ? 4 : count;
         begin.heads = number(in);
-        begin.io_dtype = take(in, 1) % 4;
+        begin.io_dtype = take(in, 1) % 5;
         begin.append = take(in, 1) & 1;
         r.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
         r.step_begin = &begin;
@@ -205,7 +205,8 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
         run.v = number(in) * 64ull;
         run.out = number(in) * 64ull;
         run.has_sinks = run.has_alibi = run.has_lse = take(in, 1) & 1;
-        run.sinks = run.alibi = run.lse = number(in) * 64ull;
+        run.sinks = run.alibi = run.lse = run.scales = number(in) * 64ull;
+        run.has_scales = take(in, 1) & 1;
         run.window = number(in);
         run.soft_cap = (float)number(in);
         run.rope_theta = (float)number(in);

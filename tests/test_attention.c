@@ -59,7 +59,7 @@ static void every_dtype_and_head_sharing_matches_the_float64_reference(void **st
 {
     (void)state;
     static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {8, 1}, {5, 5}};
-    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_BF16; dtype++)
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
         for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
             for (int layout = TS_LAYOUT_NHD; layout <= TS_LAYOUT_HND; layout++)
                 check_against_reference((shape){.dtype = (ts_dtype)dtype,
@@ -79,7 +79,7 @@ static void every_head_dim_and_block_size_matches_the_reference(void **state)
     static const uint32_t dims[] = {32, 33, 40, 72, 80, 96, 100, 112, 127, 128, 160, 192, 255, 256};
     static const uint32_t blocks[] = {1, 2, 3, 7, 8, 32, 48, 64, 100, 128, 255, 256};
     for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
-        check_against_reference((shape){.dtype = (ts_dtype)(i % 3),
+        check_against_reference((shape){.dtype = (ts_dtype)(i % 4),
                                         .io = TS_DTYPE_FP32,
                                         .layout = (ts_layout)(i % 2),
                                         .heads = 4,
@@ -105,6 +105,10 @@ static void an_exchange_of_the_caches_own_type_is_read_and_rounded_once(void **s
     check_against_reference(s, mixed, MIXED, 5e-4);
     s.dtype = s.io = TS_DTYPE_BF16;
     check_against_reference(s, mixed, MIXED, 4e-3);
+    s.dtype = TS_DTYPE_FP8_E4M3;
+    check_against_reference(s, mixed, MIXED, 4e-3);
+    s.io = TS_DTYPE_FP16;
+    check_against_reference(s, mixed, MIXED, 5e-4);
 }
 
 static void a_context_of_131072_tokens_matches_the_reference(void **state)
@@ -255,6 +259,46 @@ static void every_half_and_bfloat_survives_a_round_trip(void **state)
     assert_int_equal(ts_fp32_to_bf16(1.00390625f), 0x3f80);
 }
 
+/* Of all fp8 numbers, the nearest to x: by trying them, ties to the even code. */
+static uint8_t nearest_fp8(float x)
+{
+    uint8_t best = 0;
+    for (uint32_t i = 1; i < 0x7f; i++) {
+        float a = fabsf(ts_fp8_to_fp32((uint8_t)i) - fabsf(x));
+        float b = fabsf(ts_fp8_to_fp32(best) - fabsf(x));
+        if (a < b || (a == b && i % 2 == 0))
+            best = (uint8_t)i;
+    }
+    return signbit(x) ? best | 0x80 : best;
+}
+
+static void fp8_rounds_to_the_nearest_and_saturates(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 256; i++) {
+        float x = ts_fp8_to_fp32((uint8_t)i);
+        uint32_t e = i >> 3 & 15, m = i & 7;
+        float expected = ldexpf((float)(e == 0 ? m : m + 8), (int)(e == 0 ? 1 : e) - 10);
+        assert_int_equal(isnan(x) != 0, (i & 0x7f) == 0x7f);
+        if (isnan(x))
+            continue;
+        assert_true(x == (i & 0x80 ? -expected : expected));
+        assert_int_equal(ts_fp32_to_fp8(x), i);
+        if ((i & 0x7f) == 0x7e)
+            continue;
+        /* Between it and the next: the middle, and its neighbours. */
+        float next = ts_fp8_to_fp32((uint8_t)(i + 1)), middle = (x + next) / 2;
+        assert_int_equal(ts_fp32_to_fp8(middle), nearest_fp8(middle));
+        assert_int_equal(ts_fp32_to_fp8(nextafterf(middle, x)), i);
+        assert_int_equal(ts_fp32_to_fp8(nextafterf(middle, next)), i + 1);
+    }
+    assert_int_equal(ts_fp32_to_fp8(448), 0x7e);
+    assert_int_equal(ts_fp32_to_fp8(1e30f), 0x7e);
+    assert_int_equal(ts_fp32_to_fp8(-INFINITY), 0xfe);
+    assert_int_equal(ts_fp32_to_fp8(NAN) & 0x7f, 0x7f);
+    assert_int_equal(ts_fp32_to_fp8(1e-30f), 0);
+}
+
 static void copying_blocks_moves_every_byte_and_no_other(void **state)
 {
     (void)state;
@@ -282,6 +326,7 @@ int main(void)
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test(every_half_and_bfloat_survives_a_round_trip),
+        cmocka_unit_test(fp8_rounds_to_the_nearest_and_saturates),
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

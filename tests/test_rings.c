@@ -35,14 +35,14 @@ static void fill(rng *r, void *to, size_t n)
 
 /* One step with both layers run in each way there is; its outputs go to *out. */
 static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t seed,
-                          float *out)
+                          bool fp8, float *out)
 {
-    static const ts_run_options ways[] = {
+    const ts_run_options ways[] = {
         {0},
         {.scale = 0.2f, .soft_cap = 3, .window = 5},
         {.alibi = true, .sinks = true, .lse = true},
         {.rope_theta = 10000, .rope_dims = 32},
-        {.rope_theta = 500, .rope_interleaved = true, .lse = true},
+        {.rope_theta = 500, .rope_interleaved = true, .lse = true, .scales = fp8},
     };
     rng r = {seed};
     ts_step *s;
@@ -56,6 +56,8 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
             fill(&r, ts_step_v(s), tokens * KV * DIM);
             fill(&r, ts_step_alibi(s), HEADS);
             fill(&r, ts_step_sinks(s), HEADS);
+            for (uint32_t i = 0; i < 2 * KV; i++)
+                ts_step_scales(s)[i] = 0.5f + (float)rng_below(&r, 100) / 100;
             memset((void *)ts_step_out(s), 0xff, rows * DIM * sizeof(float));
             OK(ts_step_run_with(s, layer, &ways[way]));
             memcpy(out + n, ts_step_out(s), rows * DIM * sizeof(float));
@@ -73,13 +75,12 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
 /* By ring, by message, and attended by this process. */
 enum { RING, MESSAGES, LOCAL, WAYS };
 
-static void every_way_gives_the_same_bits(void **state)
+static void check_ways(const char *pool, bool fp8)
 {
-    (void)state;
     static const uint32_t rounds[4][SEQS] = {{9, 2, 30}, {1, 1, 1}, {3, 8, 1}, {1, 4, 2}};
     static float out[WAYS][200000];
     daemon_process d;
-    daemon_start(&d, POOL ",client_write=all,device=host");
+    daemon_start(&d, pool);
     ts_client *c[WAYS] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
                           connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
                           connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
@@ -93,7 +94,7 @@ static void every_way_gives_the_same_bits(void **state)
     for (uint32_t round = 0; round < 4; round++) {
         size_t n = 0;
         for (int way = 0; way < WAYS; way++) {
-            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, out[way]);
+            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, fp8, out[way]);
             OK(ts_seq_lengths(p[way], seqs[way], SEQS, lengths[way]));
             assert_memory_equal(lengths[0], lengths[way], sizeof lengths[0]);
             assert_memory_equal(out[0], out[way], n * sizeof(float));
@@ -112,6 +113,15 @@ static void every_way_gives_the_same_bits(void **state)
         ts_disconnect(c[way]);
     }
     daemon_stop(&d);
+}
+
+static void every_way_gives_the_same_bits(void **state)
+{
+    (void)state;
+    check_ways(POOL ",client_write=all,device=host", false);
+    check_ways("tiny:layers=2,kv_heads=2,head_dim=64,dtype=fp8_e4m3,block_tokens=4,blocks=512,"
+               "client_write=all,device=host",
+               true);
 }
 
 /* On a GPU there are two ways. */
@@ -133,7 +143,7 @@ static void rings_and_messages_give_the_same_bits(void **state)
     for (uint32_t round = 0; round < 3; round++) {
         size_t n = 0;
         for (int way = 0; way < 2; way++)
-            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, out[way]);
+            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, false, out[way]);
         assert_memory_equal(out[0], out[1], n * sizeof(float));
     }
     for (int way = 0; way < 2; way++) {

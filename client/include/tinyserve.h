@@ -199,7 +199,8 @@ ts_status ts_seq_append(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_t
 
 typedef struct ts_step_options {
     uint32_t heads;     /* query heads: a multiple of kv_heads; 0: kv_heads */
-    ts_dtype io_dtype;  /* of q, k, v and out: fp32 (0), or the pool's own type */
+    ts_dtype io_dtype;  /* of q, k, v and out: fp32 (0), the pool's own type, or beside an fp8 pool
+                           fp16 or bf16 */
     float scale;        /* of q·k; 0: 1/sqrt(head_dim) */
     bool no_run;        /* no layer will be run: a plain append in two messages */
     const char *kernel; /* of a GPU pool: "v1" and so on; NULL: the pool's */
@@ -233,6 +234,12 @@ const void *ts_step_out(const ts_step *step);
  * each token's scores, sinks left out, [tokens][heads]. */
 float *ts_step_sinks(const ts_step *step);
 float *ts_step_alibi(const ts_step *step);
+
+/* ... and of an fp8 pool [2][kv_heads]: what a stored element of K, then of V, of each KV head is
+ * to be multiplied by. New K and V are divided by it and rounded; what is beyond 448 then becomes
+ * 448.
+ */
+float *ts_step_scales(const ts_step *step);
 const float *ts_step_lse(const ts_step *step);
 
 /* Slots of all new tokens, in order. */
@@ -251,6 +258,7 @@ typedef struct ts_run_options {
     uint32_t window; /* tokens that a token sees, itself included; 0: all */
     bool sinks;      /* ts_step_sinks' logits join the softmax; they have no value */
     bool lse;        /* ts_step_lse gets the log-sum-exps */
+    bool scales;     /* of an fp8 pool: ts_step_scales has the layer's; false: all are 1 */
     /* Rotary position embedding: q before it attends, and k before it is written, are turned by
      * their tokens' positions in the sequence; pair i by position * theta^(-2 i / dims). */
     float rope_theta;      /* 0: none */
@@ -263,12 +271,13 @@ typedef struct ts_run_options {
 
 /*
  * As ts_step_run, with options. TS_EINVAL: scale, soft_cap or rope_theta is negative or not
- * finite, or rope_dims is odd or more than head_dim.
+ * finite, rope_dims is odd or more than head_dim, or there are scales and the pool isn't fp8.
  *
- * On a stream, what is on it already, and writes q, k and v (slopes and sinks too), comes before;
- * what is put on it later finds out. Returns as soon as the daemon has taken the run; nothing waits
- * for the GPU. The exchange must be device memory, or host memory that the stream writes. Use one
- * stream, or make a later one wait for the earlier. If a run fails on the GPU, the commit says so.
+ * On a stream, what is on it already, and writes q, k and v (slopes, sinks and scales too), comes
+ * before; what is put on it later finds out. Returns as soon as the daemon has taken the run;
+ * nothing waits for the GPU. The exchange must be device memory, or host memory that the stream
+ * writes. Use one stream, or make a later one wait for the earlier. If a run fails on the GPU, the
+ * commit says so.
  */
 ts_status ts_step_run_with(ts_step *step, uint32_t layer, const ts_run_options *options);
 

@@ -36,7 +36,7 @@ gpu_call call_of(const ts_gpu_plan *p, unsigned char *base, const ts_attention_v
     c.group = p->heads / g->kv_heads;
     c.head_dim = g->head_dim;
     c.block_tokens = divisor_of(g->block_tokens);
-    c.io_fp32 = p->io_dtype == TS_DTYPE_FP32;
+    c.io = p->io_dtype;
     c.io_bytes = (uint32_t)ts_dtype_bytes(p->io_dtype);
     c.cache_bytes = (uint32_t)ts_dtype_bytes(g->dtype);
     c.scale_log2 = variant->scale * 1.4426950408889634f;
@@ -85,6 +85,7 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
                             r->out,
                             r->sinks,
                             r->alibi,
+                            r->scales,
                             r->lse,
                             partials,
                             counters,
@@ -95,39 +96,36 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     }
 }
 
-cudaError_t launch_v5(const gpu_call &c, ts_dtype dtype, uint32_t kind, cudaStream_t stream)
+/* One block for each piece and KV head. */
+cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_kernel &kernel, cudaStream_t stream)
 {
-    return dtype == TS_DTYPE_FP32   ? launch_v5_fp32(c, kind, stream)
-           : dtype == TS_DTYPE_FP16 ? launch_v5_fp16(c, kind, stream)
-                                    : launch_v5_bf16(c, kind, stream);
+    void *arguments[] = {(void *)&c};
+    return cudaLaunchKernel(kernel.function, dim3(c.num_items * c.kv_heads), dim3(kernel.threads),
+                            arguments, kernel.bytes, stream);
 }
 
-cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_geometry *g, ts_kernel kernel,
+cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p,
                         cudaStream_t stream)
 {
-    switch (list) {
-    case LIST_APPEND:
-        return launch_append(c, g->dtype, stream);
-    case LIST_TILE:
-        return launch_tile(c, g->dtype, stream);
-    case LIST_NARROW:
-    case LIST_MEDIUM:
-    case LIST_WIDE:
-        return launch_v5(c, g->dtype, list - LIST_NARROW, stream);
-    case LIST_MMA:
-        return g->dtype == TS_DTYPE_FP16 ? launch_mma_fp16(c, stream) : launch_mma_bf16(c, stream);
-    default:
-        break;
-    }
+    ts_dtype dtype = p->geometry.dtype;
+    if (list == LIST_APPEND)
+        return launch_append(c, dtype, stream);
+    if (list == LIST_TILE)
+        return launch_tile(c, p->kernels[list], stream);
+    if (list >= LIST_NARROW)
+        return launch_pieces(c, p->kernels[list], stream);
+    ts_kernel kernel = p->kernel;
+    if (kernel == TS_KERNEL_AUTO) /* it has nothing better here */
+        kernel = loads_vectors(&p->geometry) ? TS_KERNEL_V4 : TS_KERNEL_V3;
     switch (kernel) {
     case TS_KERNEL_V1:
-        return launch_v1(c, g->dtype, stream);
+        return launch_v1(c, dtype, stream);
     case TS_KERNEL_V2:
-        return launch_v2(c, g->dtype, stream);
+        return launch_v2(c, dtype, stream);
     case TS_KERNEL_V4:
-        return launch_v4(c, g->dtype, stream);
-    default: /* v3, and what auto takes where rows can't be loaded as vectors */
-        return launch_v3(c, g->dtype, stream);
+        return launch_v4(c, dtype, stream);
+    default:
+        return launch_v3(c, dtype, stream);
     }
 }
 
@@ -150,12 +148,12 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 
 cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
-    const ts_gpu_plan *p = runs[0].plan;
+    const ts_gpu_plan *p = runs[0].plan; /* they are alike */
     cudaError_t error = await_plans(l, runs, num_runs);
     for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
         if (c.num_items > 0)
-            error = launch_list(c, (ts_gpu_list)list, &p->geometry, p->kernel, l->stream);
+            error = launch_list(c, (ts_gpu_list)list, p, l->stream);
     }
     return error;
 }

@@ -21,9 +21,9 @@ template <typename T> __global__ void reshape_and_cache(const __grid_constant__ 
     for (uint32_t i = threadIdx.x; i < elements; i += blockDim.x) {
         uint32_t head = i / c.head_dim, d = i % c.head_dim;
         T *k = (T *)(at + head * c.head_stride) + d;
-        *k = from_float<T>(turned<T>(c, s.k, row + i - d, d, position));
+        *k = to_cache<T>(turned<T>(c, s.k, row + i - d, d, position), key_scale<T>(s, head));
         *(T *)((unsigned char *)k + c.plane_bytes) =
-            from_float<T>(io_load<T>(s.v, row + i, c.io_fp32));
+            to_cache<T>(io_load<T>(c, s.v, row + i), value_scale<T>(c, s, head));
     }
 }
 
@@ -46,6 +46,8 @@ cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream
         reshape_and_cache<float><<<c.num_items, 256, 0, stream>>>(c);
     else if (dtype == TS_DTYPE_FP16)
         reshape_and_cache<__half><<<c.num_items, 256, 0, stream>>>(c);
+    else if (dtype == TS_DTYPE_FP8_E4M3)
+        reshape_and_cache<__nv_fp8_e4m3><<<c.num_items, 256, 0, stream>>>(c);
     else
         reshape_and_cache<__nv_bfloat16><<<c.num_items, 256, 0, stream>>>(c);
     return cudaGetLastError();
@@ -54,13 +56,15 @@ cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,
                           uint32_t num_copies, cudaStream_t stream)
 {
-    /* A block has 2 * layers planes of 2- or 4-byte elements: always a multiple of 4 bytes. */
+    /* A block has 2 * layers planes: always a multiple of 2 bytes. */
     for (uint32_t first = 0; first < num_copies; first += 65535) {
         uint32_t count = num_copies - first < 65535 ? num_copies - first : 65535;
         uint32_t across = (uint32_t)((block_bytes / 16 + 255) / 256);
         dim3 grid(across < 1 ? 1 : across > 64 ? 64 : across, count);
         if (block_bytes % 16 == 0)
             copy_blocks<uint4><<<grid, 256, 0, stream>>>(base, block_bytes / 16, copies + first);
+        else if (block_bytes % 4 != 0)
+            copy_blocks<uint16_t><<<grid, 256, 0, stream>>>(base, block_bytes / 2, copies + first);
         else
             copy_blocks<uint32_t><<<grid, 256, 0, stream>>>(base, block_bytes / 4, copies + first);
         cudaError_t error = cudaGetLastError();

@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant
     const gpu_seq s = find_item(c, blockIdx.x, &query);
     uint32_t keys = s.kv_tokens - s.q_tokens + query + 1;
     size_t row = row_index(c, query, head);
+    float scale = c.scale_log2 * key_scale<T>(s, kv_head);
     for (uint32_t d = threadIdx.x; d < c.head_dim; d += CHUNKED_THREADS)
-        q[d] = turned<T>(c, s.q, row, d, keys - 1) * c.scale_log2;
+        q[d] = turned<T>(c, s.q, row, d, keys - 1) * scale;
     __syncthreads();
 
     uint32_t groups = c.head_dim <= 32 ? 4 : c.head_dim <= 64 ? 2 : 1;
@@ -78,10 +79,11 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant
     if (group != 0)
         return;
     float factor = finish_row(c, s, query, head, max, sum); /* every thread writes the same */
+    factor *= value_scale<T>(c, s, kv_head);
     if (lane < c.head_dim)
-        io_store<T>(s.out, row + lane, c.io_fp32, acc[0] * factor);
+        io_store<T>(c, s.out, row + lane, acc[0] * factor);
     if (lane + lanes < c.head_dim)
-        io_store<T>(s.out, row + lane + lanes, c.io_fp32, acc[1] * factor);
+        io_store<T>(c, s.out, row + lane + lanes, acc[1] * factor);
 }
 
 template <typename Reduce>
@@ -92,6 +94,8 @@ cudaError_t launch_chunked(const gpu_call &c, ts_dtype dtype, cudaStream_t strea
         chunked<float, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
     else if (dtype == TS_DTYPE_FP16)
         chunked<__half, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
+    else if (dtype == TS_DTYPE_FP8_E4M3)
+        chunked<__nv_fp8_e4m3, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
     else
         chunked<__nv_bfloat16, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
     return cudaGetLastError();

@@ -51,6 +51,12 @@ struct job {
     uint32_t clear_begin, clear_end; /* ... that all rows see */
 };
 
+/* What scores are multiplied by: an fp8 cache's K has a scale of its own. */
+template <typename T> __device__ inline float score_scale(const gpu_call &c, const job &j)
+{
+    return scaled<T>::value ? c.scale_log2 * key_scale<T>(j.s, j.kv_head) : c.scale_log2;
+}
+
 /* Row r of the sequence: which query token, which head. */
 __device__ inline uint32_t query_of(const gpu_call &c, uint32_t row)
 {
@@ -103,11 +109,18 @@ template <typename T> __device__ void append(const gpu_call &c, const job &j, ui
         uint32_t t = from + i / c.head_dim, d = i % c.head_dim;
         size_t row = ((size_t)(t - j.past) * c.kv_heads + j.kv_head) * c.head_dim;
         T *k = (T *)key_of(c, j.s, t, j.kv_head) + d;
-        *k = from_float<T>(turned<T>(c, j.s.k, row, d, t));
+        *k = to_cache<T>(turned<T>(c, j.s.k, row, d, t), key_scale<T>(j.s, j.kv_head));
         *(T *)((unsigned char *)k + c.plane_bytes) =
-            from_float<T>(io_load<T>(j.s.v, row + d, c.io_fp32));
+            to_cache<T>(io_load<T>(c, j.s.v, row + d), value_scale<T>(c, j.s, j.kv_head));
     }
     __syncthreads();
+}
+
+/* The address of a row's piece p + n (see loader) where `at` is that of piece p, whose lowest bits
+ * n doesn't have. */
+__device__ inline uint32_t turn(uint32_t at, uint32_t n)
+{
+    return (at ^ (n & 7) * 16) + n / 8 * 128;
 }
 
 /*
@@ -129,13 +142,6 @@ template <int PITCH, int TOKENS> struct loader {
     __device__ static uint32_t place(uint32_t token, uint32_t piece)
     {
         return token * PITCH + (piece ^ (token & 7)) * 16;
-    }
-
-    /* The address of piece p + n where `at` is that of piece p, whose lowest bits n doesn't have.
-     */
-    __device__ static uint32_t turn(uint32_t at, uint32_t n)
-    {
-        return (at ^ (n & 7) * 16) + n / 8 * 128;
     }
 
     __device__ void start(const gpu_call &c, const job &j)
@@ -323,9 +329,10 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         }
         if (num_chunks == 1) {
             float factor = finish_place(c, j.s, places[r], max, sum); /* all write the same */
+            factor *= value_scale<T>(c, j.s, j.kv_head);
             for (uint32_t e = 0; e < 4; e++)
                 x[e] *= factor;
-            io_store_four<T>(j.s.out, places[r] * (size_t)c.head_dim + d, c.io_fp32, x);
+            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x);
             continue;
         }
         float *to = ours + places[r] * (size_t)record;
@@ -402,9 +409,10 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             if (i + a * threads >= j.rows * QUADS || d >= c.head_dim)
                 continue;
             float factor = finish_place(c, j.s, places[r], total[r].max, total[r].sum);
+            factor *= value_scale<T>(c, j.s, j.kv_head);
             for (uint32_t e = 0; e < 4; e++)
                 x[a][e] *= factor;
-            io_store_four<T>(j.s.out, places[r] * (size_t)c.head_dim + d, c.io_fp32, x[a]);
+            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x[a]);
         }
     }
 }

@@ -12,12 +12,15 @@
 
 extern "C" {
 #include "attention.h"
+#include "device.h"
 }
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <math_constants.h>
+#include <type_traits>
 
 #define GPU_RUNS 32u /* of one launch, at most */
 
@@ -46,6 +49,7 @@ struct gpu_run {
     const void *q, *k, *v; /* k NULL: the new tokens are in the cache already */
     void *out;
     const float *sinks, *alibi; /* [heads]; NULL: none */
+    const float *scales;        /* [2][kv_heads]; NULL: all are 1 */
     float *lse;                 /* [q_tokens][heads]; NULL: isn't wanted */
     float *partials;            /* what chunks come to, until they are merged */
     uint32_t *counters;         /* all 0 between launches */
@@ -58,7 +62,7 @@ struct gpu_seq {
     const uint32_t *blocks;
     const void *q, *k, *v;
     void *out;
-    const float *sinks, *alibi;
+    const float *sinks, *alibi, *scales;
     float *lse;
     uint32_t kv_tokens, q_tokens, layer;
 };
@@ -74,7 +78,7 @@ struct gpu_call {
     uint32_t num_items;
     uint32_t heads, kv_heads, group, head_dim;
     divisor block_tokens;
-    bool io_fp32;                   /* q, k, v and out are fp32; else of the cache's type */
+    uint32_t io;                    /* ts_dtype of q, k, v and out */
     uint32_t io_bytes, cache_bytes; /* of an element */
     float scale_log2;
     float cap_log2;  /* soft cap * log2(e); 0: none */
@@ -107,6 +111,7 @@ __device__ inline gpu_seq seq_of(const gpu_call &c, const gpu_run &r, const plan
     s.out = (unsigned char *)r.out + q_row;
     s.sinks = r.sinks;
     s.alibi = r.alibi;
+    s.scales = r.scales;
     s.lse = r.lse == NULL ? NULL : r.lse + (size_t)p.first_row * c.heads;
     s.kv_tokens = p.kv_tokens;
     s.q_tokens = p.q_tokens;
@@ -193,6 +198,10 @@ __device__ inline float to_float(__nv_bfloat16 x)
 {
     return __bfloat162float(x);
 }
+__device__ inline float to_float(__nv_fp8_e4m3 x)
+{
+    return (float)x;
+}
 template <typename T> __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x)
 {
@@ -206,33 +215,73 @@ template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x)
 {
     return __float2bfloat16_rn(x);
 }
-
-/* Element i of q, k, v or out. */
-template <typename T> __device__ inline float io_load(const void *p, size_t i, bool io_fp32)
+template <> __device__ inline __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x)
 {
-    return io_fp32 ? ((const float *)p)[i] : to_float(((const T *)p)[i]);
+    return __nv_fp8_e4m3(x); /* beyond 448 lies 448 */
 }
-template <typename T> __device__ inline void io_store(void *p, size_t i, bool io_fp32, float x)
+
+/* Whether elements of the cache's type are to be multiplied by a scale. */
+template <typename T> struct scaled {
+    static const bool value = std::is_same<T, __nv_fp8_e4m3>::value;
+};
+template <typename T> __device__ inline float key_scale(const gpu_seq &s, uint32_t kv_head)
 {
-    if (io_fp32)
+    return scaled<T>::value && s.scales != NULL ? s.scales[kv_head] : 1;
+}
+template <typename T>
+__device__ inline float value_scale(const gpu_call &c, const gpu_seq &s, uint32_t kv_head)
+{
+    return scaled<T>::value && s.scales != NULL ? s.scales[c.kv_heads + kv_head] : 1;
+}
+
+/* An element as the cache of type T has it. */
+template <typename T> __device__ inline T to_cache(float x, float scale)
+{
+    return from_float<T>(scaled<T>::value ? x / scale : x);
+}
+
+/* Element i of q, k, v or out, which are fp32, of the cache's type T, or beside fp8 of a 16-bit
+ * type. */
+template <typename T> __device__ inline float io_load(const gpu_call &c, const void *p, size_t i)
+{
+    if (c.io == TS_DTYPE_FP32)
+        return ((const float *)p)[i];
+    if (!scaled<T>::value)
+        return to_float(((const T *)p)[i]);
+    return c.io == TS_DTYPE_FP16 ? to_float(((const __half *)p)[i])
+                                 : to_float(((const __nv_bfloat16 *)p)[i]);
+}
+template <typename T> __device__ inline void io_store(const gpu_call &c, void *p, size_t i, float x)
+{
+    if (c.io == TS_DTYPE_FP32)
         ((float *)p)[i] = x;
-    else
+    else if (!scaled<T>::value)
         ((T *)p)[i] = from_float<T>(x);
+    else if (c.io == TS_DTYPE_FP16)
+        ((__half *)p)[i] = from_float<__half>(x);
+    else
+        ((__nv_bfloat16 *)p)[i] = from_float<__nv_bfloat16>(x);
 }
 
 /* Four elements from element i on, a multiple of 4, of memory that is aligned to 16 bytes. */
-template <typename T>
-__device__ inline void io_store_four(void *p, size_t i, bool io_fp32, const float *x)
+template <typename H> __device__ inline void store_four_halves(H *to, const float *x)
 {
-    if (io_fp32 || sizeof(T) == sizeof(float)) {
+    H a = from_float<H>(x[0]), b = from_float<H>(x[1]);
+    H e = from_float<H>(x[2]), f = from_float<H>(x[3]);
+    *(ushort4 *)to = make_ushort4(*(const unsigned short *)&a, *(const unsigned short *)&b,
+                                  *(const unsigned short *)&e, *(const unsigned short *)&f);
+}
+template <typename T>
+__device__ inline void io_store_four(const gpu_call &c, void *p, size_t i, const float *x)
+{
+    if (c.io == TS_DTYPE_FP32 || sizeof(T) == sizeof(float))
         *(float4 *)((float *)p + i) = make_float4(x[0], x[1], x[2], x[3]);
-        return;
-    }
-    T a = from_float<T>(x[0]), b = from_float<T>(x[1]);
-    T e = from_float<T>(x[2]), f = from_float<T>(x[3]);
-    *(ushort4 *)((T *)p + i) =
-        make_ushort4(*(const unsigned short *)&a, *(const unsigned short *)&b,
-                     *(const unsigned short *)&e, *(const unsigned short *)&f);
+    else if (sizeof(T) == 2)
+        store_four_halves((T *)p + i, x);
+    else if (c.io == TS_DTYPE_FP16)
+        store_four_halves((__half *)p + i, x);
+    else
+        store_four_halves((__nv_bfloat16 *)p + i, x);
 }
 
 /* Element d of a row of q or k that starts at element `row` and is x there, turned as rope.h says.
@@ -248,7 +297,7 @@ __device__ __noinline__ float turn_element(const gpu_call &c, const void *p, siz
     bool second = c.rope.interleaved ? d & 1 : d >= half;
     uint32_t pair = c.rope.interleaved ? d / 2 : second ? d - half : d;
     uint32_t other = second ? ts_rope_first(&c.rope, pair) : ts_rope_second(&c.rope, pair);
-    float y = io_load<T>(p, row + other, c.io_fp32);
+    float y = io_load<T>(c, p, row + other);
     double sine, cosine;
     sincospi(position * exp2(-2.0 * pair / c.rope.dims * c.rope_log2) * 0.31830988618379067, &sine,
              &cosine);
@@ -264,7 +313,7 @@ __device__ inline void load_turned(const gpu_call &c, const void *p, size_t row,
 {
 #pragma unroll
     for (int e = 0; e < N; e++)
-        x[e] = io_load<T>(p, row + d + e, c.io_fp32);
+        x[e] = io_load<T>(c, p, row + d + e);
     if (c.rope.theta == 0)
         return;
 #pragma unroll
@@ -299,13 +348,17 @@ cudaError_t launch_v1(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v2(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v3(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v4(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
-cudaError_t launch_tile(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
-/* kind: v5_rows'. */
-cudaError_t launch_v5_fp32(const gpu_call &c, uint32_t kind, cudaStream_t stream);
-cudaError_t launch_v5_fp16(const gpu_call &c, uint32_t kind, cudaStream_t stream);
-cudaError_t launch_v5_bf16(const gpu_call &c, uint32_t kind, cudaStream_t stream);
-cudaError_t launch_mma_fp16(const gpu_call &c, cudaStream_t stream);
-cudaError_t launch_mma_bf16(const gpu_call &c, cudaStream_t stream);
+cudaError_t launch_tile(const gpu_call &c, const ts_gpu_kernel &kernel, cudaStream_t stream);
+
+/* Kernels that take more shared memory than every device has. kind: v5_rows'. */
+ts_gpu_kernel v5_fp32(uint32_t head_dim, uint32_t kind);
+ts_gpu_kernel v5_fp16(uint32_t head_dim, ts_dtype io, uint32_t kind);
+ts_gpu_kernel v5_bf16(uint32_t head_dim, ts_dtype io, uint32_t kind);
+ts_gpu_kernel v5_fp8(uint32_t head_dim, ts_dtype io, uint32_t kind);
+ts_gpu_kernel mma_fp16(uint32_t head_dim, ts_dtype io);
+ts_gpu_kernel mma_bf16(uint32_t head_dim, ts_dtype io);
+ts_gpu_kernel mma_fp8(uint32_t head_dim, ts_dtype io);
+ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,
                           uint32_t num_copies, cudaStream_t stream);

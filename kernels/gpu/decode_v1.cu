@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call
     uint32_t keys = s.kv_tokens - s.q_tokens + query + 1;
     size_t row = row_index(c, query, head);
 
-    float q[DIM], acc[DIM];
+    float q[DIM], acc[DIM], scale = c.scale_log2 * key_scale<T>(s, head / c.group);
 #pragma unroll
     for (int d = 0; d < DIM; d++) {
-        q[d] = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * c.scale_log2 : 0;
+        q[d] = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * scale : 0;
         acc[d] = 0;
     }
     float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);
@@ -63,11 +63,11 @@ __global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call
                 acc[first + i] = acc[first + i] * factor + weight * x[i];
         }
     }
-    float factor = finish_row(c, s, query, head, max, sum);
+    float factor = finish_row(c, s, query, head, max, sum) * value_scale<T>(c, s, head / c.group);
 #pragma unroll
     for (int d = 0; d < DIM; d++)
         if (d < c.head_dim)
-            io_store<T>(s.out, row + d, c.io_fp32, acc[d] * factor);
+            io_store<T>(c, s.out, row + d, acc[d] * factor);
 }
 
 template <typename T, bool CAPPED> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
@@ -93,5 +93,6 @@ cudaError_t launch_v1(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
     return dtype == TS_DTYPE_FP32   ? launch<float>(c, stream)
            : dtype == TS_DTYPE_FP16 ? launch<__half>(c, stream)
-                                    : launch<__nv_bfloat16>(c, stream);
+           : dtype == TS_DTYPE_BF16 ? launch<__nv_bfloat16>(c, stream)
+                                    : launch<__nv_fp8_e4m3>(c, stream);
 }

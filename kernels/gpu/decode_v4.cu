@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
     uint32_t group = threadIdx.x % 32 / LANES;
 
     float q[EACH * N], acc[EACH * N];
+    float score_scale = c.scale_log2 * key_scale<T>(s, kv_head);
     bool mine[EACH]; /* the row may have fewer vectors than VECTORS */
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
             load_turned<T, N>(c, s.q, row, first, keys - 1, x);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            q[e * N + i] = x[i] * c.scale_log2;
+            q[e * N + i] = x[i] * score_scale;
             acc[e * N + i] = 0;
         }
     }
@@ -151,12 +152,13 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
         total += sums[w] * factor[w];
     }
     float scale = finish_row(c, s, query, head, highest, total); /* all write the same */
+    scale *= value_scale<T>(c, s, kv_head);
     for (uint32_t d = threadIdx.x; d < c.head_dim; d += WARPS * 32) {
         float x = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
             x += rows[w][d] * factor[w];
-        io_store<T>(s.out, row + d, c.io_fp32, x * scale);
+        io_store<T>(c, s.out, row + d, x * scale);
     }
 }
 
@@ -183,5 +185,6 @@ cudaError_t launch_v4(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
     return dtype == TS_DTYPE_FP32   ? launch<float>(c, stream)
            : dtype == TS_DTYPE_FP16 ? launch<__half>(c, stream)
-                                    : launch<__nv_bfloat16>(c, stream);
+           : dtype == TS_DTYPE_BF16 ? launch<__nv_bfloat16>(c, stream)
+                                    : launch<__nv_fp8_e4m3>(c, stream);
 }

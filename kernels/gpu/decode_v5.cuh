@@ -1,8 +1,8 @@
 /*
- * v5 for caches of 16-bit elements and few rows. What changes against v4: the context is cut into
- * chunks, so that one long sequence fills the device as well as many do (chunks.cuh); all query
- * heads of a group, and all query tokens, share one read of K and V; copies are asynchronous, so
- * that how much is under way doesn't depend on registers; and the tensor cores multiply.
+ * v5 for caches of 16-bit and 8-bit elements and few rows. What changes against v4: the context is
+ * cut into chunks, so that one long sequence fills the device as well as many do (chunks.cuh); all
+ * query heads of a group, and all query tokens, share one read of K and V; copies are asynchronous,
+ * so that how much is under way doesn't depend on registers; and the tensor cores multiply.
  *
  * A tile has 16 tokens. Scores are K (16 tokens x dimensions) times q (dimensions x 8 rows), the
  * output is V transposed (dimensions x 16 tokens) times the weights (16 tokens x 8 rows): the rows
@@ -21,28 +21,30 @@ using namespace chunks;
 using namespace tensor;
 
 template <typename T, int DIM> struct narrow_kernel {
-    static const uint32_t ROWS = 8, TOKENS = 16, STAGES = DIM > 64 ? 2 : 3;
-    static const int PITCH = DIM * 2, STEPS = DIM / 16;
+    typedef typename multiplied<T>::type M;
+    static const int PITCH = DIM * sizeof(T), STEPS = DIM / 16;
+    static const uint32_t ROWS = 8, TOKENS = 16, STAGES = PITCH > 128 ? 2 : 3;
     typedef ring<PITCH, TOKENS, STAGES> tiles;
     typedef typename tiles::rows rows;
-    static const uint32_t Q_BYTES = ROWS * PITCH, RING_BYTES = WARPS * tiles::BYTES;
+    typedef loader<DIM * 2, TOKENS> q_rows;
+    static const uint32_t Q_BYTES = ROWS * DIM * 2, RING_BYTES = WARPS * tiles::BYTES;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
     static_assert(RING_BYTES >= WARPS * ROWS * SUM_PITCH * sizeof(float), "sums take its place");
     static_assert(RING_BYTES >= ROWS * V5_CHUNKS * sizeof(float), "so do the chunks' factors");
 
-    static uint32_t bytes(const gpu_call &c)
+    static uint32_t bytes(ts_dtype io)
     {
-        return q_planes<T>(c.io_fp32) * Q_BYTES + RING_BYTES;
+        return q_planes<T>(io) * Q_BYTES + RING_BYTES;
     }
 
     /* q as the multiplications take it: of each 16 dimensions. */
     __device__ static void fetch_q(uint32_t at, uint32_t (*b)[2])
     {
-        uint32_t lane = threadIdx.x % 32, first = at + rows::place(lane % 8, lane / 8);
+        uint32_t lane = threadIdx.x % 32, first = at + q_rows::place(lane % 8, lane / 8);
 #pragma unroll
         for (int step = 0; step < STEPS; step += 2) {
             uint32_t x[4];
-            load_matrices(x, rows::turn(first, step * 2));
+            load_matrices(x, turn(first, step * 2));
             b[step][0] = x[0];
             b[step][1] = x[1];
             b[step + 1][0] = x[2];
@@ -67,8 +69,8 @@ template <typename T, int DIM> struct narrow_kernel {
                                     (t + 1 >= seen && t + 1 <= position ? 0xffff0000u : 0));
             }
             float sum[4] = {};
-            multiply<T>(sum, masked, p[0], p[1]);
-            multiply<T>(sum, masked, p[2], p[3]);
+            multiply<M>(sum, masked, p[0], p[1]);
+            multiply<M>(sum, masked, p[2], p[3]);
             for (int e = 0; e < 4; e++)
                 acc[e] += query[e % 2] == q ? sum[e] : 0;
         }
@@ -81,11 +83,11 @@ template <typename T, int DIM> struct narrow_kernel {
         append<T>(c, j, THREADS);
         __shared__ row_state states[WARPS][ROWS], total[ROWS];
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        uint32_t planes = q_planes<T>(c.io_fp32);
+        uint32_t planes = q_planes<T>(c.io);
         unsigned char *rings = shared + planes * Q_BYTES;
         tiles ring;
         ring.start(c, j, rings);
-        load_q<T, PITCH, ROWS, THREADS>(c, j, planes, shared);
+        load_q<T, DIM * 2, ROWS, THREADS>(c, j, planes, shared);
         __syncthreads();
         uint32_t q_at = shared_address(shared), q[STEPS][2];
         fetch_q(q_at, q);
@@ -102,6 +104,7 @@ template <typename T, int DIM> struct narrow_kernel {
             from[e] = first_key(c, position[e]);
         }
         bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
+        float scale = score_scale<T>(c, j);
         uint32_t k_place = rows::place(lane % 16, lane / 16);
         uint32_t v_place = tiles::PLANE + rows::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
@@ -114,28 +117,29 @@ template <typename T, int DIM> struct narrow_kernel {
             }
             float s[4] = {}, odd[4] = {}; /* two sums: neither waits for the other */
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                uint32_t a[4];
-                load_matrices(a, rows::turn(at + k_place, step * 2));
-                multiply<T>(step % 2 ? odd : s, a, q[step][0], q[step][1]);
+            for (int pair = 0; pair < STEPS / 2; pair++) {
+                uint32_t a[2][4];
+                operands<T>::template load<false>(a, at + k_place, pair, true);
+                multiply<M>(s, a[0], q[pair * 2][0], q[pair * 2][1]);
+                multiply<M>(odd, a[1], q[pair * 2 + 1][0], q[pair * 2 + 1][1]);
             }
-            if (c.io_fp32)
+            if (c.io == TS_DTYPE_FP32)
                 for (uint32_t plane = 1; plane < planes; plane++) {
                     uint32_t rest[STEPS][2];
                     fetch_q(q_at + plane * Q_BYTES, rest);
 #pragma unroll
-                    for (int step = 0; step < STEPS; step++) {
-                        uint32_t a[4];
-                        load_matrices(a, rows::turn(at + k_place, step * 2));
-                        multiply<T>(step % 2 ? odd : s, a, rest[step][0], rest[step][1]);
+                    for (int pair = 0; pair < STEPS / 2; pair++) {
+                        uint32_t a[2][4];
+                        operands<T>::template load<false>(a, at + k_place, pair, true);
+                        multiply<M>(s, a[0], rest[pair * 2][0], rest[pair * 2][1]);
+                        multiply<M>(odd, a[1], rest[pair * 2 + 1][0], rest[pair * 2 + 1][1]);
                     }
                 }
             bool clear = tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
             bool passes = false;
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[e] = (s[e] + odd[e]) * c.scale_log2;
-            }
+            for (int e = 0; e < 4; e++)
+                s[e] = (s[e] + odd[e]) * scale;
             if (varied || !clear) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
@@ -170,41 +174,41 @@ template <typename T, int DIM> struct narrow_kernel {
                 s[e] = power(s[e] - (max[e % 2] == -CUDART_INF_F ? 0 : max[e % 2]));
                 sum[e % 2] += s[e];
             }
-            uint32_t p[4]; /* weights, and what rounding them leaves */
-            p[0] = pack<T>(s[0], s[1]);
-            p[1] = pack<T>(s[2], s[3]);
-            take_away<T>(p[0], &s[0], &s[1]);
-            take_away<T>(p[1], &s[2], &s[3]);
-            p[2] = pack<T>(s[0], s[1]);
-            p[3] = pack<T>(s[2], s[3]);
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                p[e] = transpose(p[e]);
+            uint32_t low = pack<M>(s[0], s[1]), high = pack<M>(s[2], s[3]);
+            /* Weights, and what rounding them leaves. */
+            take_away<M>(low, &s[0], &s[1]);
+            take_away<M>(high, &s[2], &s[3]);
+            uint32_t p[4] = {transpose(low), transpose(high), transpose(pack<M>(s[0], s[1])),
+                             transpose(pack<M>(s[2], s[3]))};
             bool strange = false;
             if (!clear) {
 #pragma unroll
-                for (int d = 0; d < STEPS; d++) {
-                    uint32_t a[4];
-                    load_transposed(a, rows::turn(at + v_place, d * 2));
-                    strange = strange || any_not_finite<T>(a);
+                for (int pair = 0; pair < STEPS / 2; pair++) {
+                    uint32_t a[2][4];
+                    operands<T>::template load<true>(a, at + v_place, pair, false);
+                    strange = strange || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
                 }
                 strange = __any_sync(~0u, strange);
             }
             if (strange) {
 #pragma unroll
-                for (int d = 0; d < STEPS; d++) {
-                    uint32_t a[4];
-                    load_transposed(a, rows::turn(at + v_place, d * 2));
-                    weigh_apart(c, j, tile, a, p, acc[d]);
+                for (int pair = 0; pair < STEPS / 2; pair++) {
+                    uint32_t a[2][4];
+                    operands<T>::template load<true>(a, at + v_place, pair, false);
+                    weigh_apart(c, j, tile, a[0], p, acc[pair * 2]);
+                    weigh_apart(c, j, tile, a[1], p, acc[pair * 2 + 1]);
                 }
                 continue;
             }
 #pragma unroll
-            for (int d = 0; d < STEPS; d++) {
-                uint32_t a[4];
-                load_transposed(a, rows::turn(at + v_place, d * 2));
-                multiply<T>(acc[d], a, p[0], p[1]);
-                multiply<T>(acc[d], a, p[2], p[3]);
+            for (int pair = 0; pair < STEPS / 2; pair++) {
+                uint32_t a[2][4];
+                operands<T>::template load<true>(a, at + v_place, pair, false);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    multiply<M>(acc[pair * 2 + i], a[i], p[0], p[1]);
+                    multiply<M>(acc[pair * 2 + i], a[i], p[2], p[3]);
+                }
             }
         }
         await_copies<0>();
@@ -218,44 +222,48 @@ template <typename T, int DIM> struct narrow_kernel {
                 sum[e] += __shfl_xor_sync(~0u, sum[e], step);
             if (lane / 4 == 0)
                 states[warp][r] = row_state{max[e], sum[e]};
-            float *to = sums + (warp * ROWS + r) * SUM_PITCH + lane / 4;
+            /* A product's rows g and g + 8 are these dimensions of the 16. */
+            const uint32_t NEXT = scaled<T>::value ? 1 : 8;
+            float *to =
+                sums + (warp * ROWS + r) * SUM_PITCH + lane / 4 * (scaled<T>::value ? 2 : 1);
 #pragma unroll
             for (int d = 0; d < STEPS; d++) {
                 to[d * 16] = acc[d][e];
-                to[d * 16 + 8] = acc[d][e + 2];
+                to[d * 16 + NEXT] = acc[d][e + 2];
             }
         }
         finish<T, DIM, ROWS, WARPS>(c, j, THREADS, states, sums, SUM_PITCH, sums, total);
     }
 };
 
-/* Blocks that share a processor: while one starts or ends, the others keep memory busy. */
-const int BLOCKS_EACH = 3;
+/* Blocks that share a processor: while one starts or ends, the others keep memory busy. A row of
+ * fp8 takes as many instructions as one of twice the bytes, so it takes more warps to keep it so.
+ */
+template <typename T> struct abreast {
+    static const int BLOCKS = scaled<T>::value ? 4 : 3;
+};
 
 template <typename T, int DIM>
-__global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : BLOCKS_EACH)
+__global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : abreast<T>::BLOCKS)
     decode_v5(const __grid_constant__ gpu_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     narrow_kernel<T, DIM>::run(c, shared);
 }
 
-template <typename T, int DIM> cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
+template <typename T, int DIM> ts_gpu_kernel kernel_dim(ts_dtype io)
 {
-    uint32_t bytes = narrow_kernel<T, DIM>::bytes(c);
-    cudaError_t error = cudaFuncSetAttribute(
-        decode_v5<T, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (error != cudaSuccess)
-        return error;
-    decode_v5<T, DIM><<<c.num_items * c.kv_heads, THREADS, bytes, stream>>>(c);
-    return cudaGetLastError();
+    return ts_gpu_kernel{(const void *)decode_v5<T, DIM>, THREADS,
+                         narrow_kernel<T, DIM>::bytes(io)};
 }
 
-template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+/* Rows of an fp8 cache are laid out as those of 128 dimensions at least: a row has 8 pieces then.
+ */
+template <typename T> ts_gpu_kernel kernel_of(uint32_t head_dim, ts_dtype io)
 {
-    return c.head_dim <= 64    ? launch_dim<T, 64>(c, stream)
-           : c.head_dim <= 128 ? launch_dim<T, 128>(c, stream)
-                               : launch_dim<T, 256>(c, stream);
+    return head_dim <= 64 && !scaled<T>::value ? kernel_dim < T, scaled<T>::value ? 128 : 64 > (io)
+       : head_dim <= 128 ? kernel_dim<T, 128>(io)
+                                               : kernel_dim<T, 256>(io);
 }
 
 } // namespace v5

@@ -2,9 +2,9 @@
 #include "decode_v5.cuh"
 #include "mma.cuh"
 
-cudaError_t launch_v5_bf16(const gpu_call &c, uint32_t kind, cudaStream_t stream)
+ts_gpu_kernel v5_bf16(uint32_t head_dim, ts_dtype io, uint32_t kind)
 {
-    return kind == 0   ? v5::launch<__nv_bfloat16>(c, stream)
-           : kind == 1 ? mma::launch_medium<__nv_bfloat16>(c, stream)
-                       : mma::launch_wide<__nv_bfloat16>(c, stream);
+    return kind == 0   ? v5::kernel_of<__nv_bfloat16>(head_dim, io)
+           : kind == 1 ? mma::medium<__nv_bfloat16>(head_dim, io)
+                       : mma::wide<__nv_bfloat16>(head_dim, io);
 }

@@ -200,27 +200,22 @@ __global__ void __launch_bounds__(THREADS) decode_v5_fp32(const __grid_constant_
     lane_kernel<DIM, ROWS>::run(c, shared);
 }
 
-template <int DIM, int ROWS> cudaError_t launch_tiles(const gpu_call &c, cudaStream_t stream)
+template <int DIM, int ROWS> ts_gpu_kernel kernel_of()
 {
-    const uint32_t bytes = lane_kernel<DIM, ROWS>::BYTES;
-    cudaError_t error = cudaFuncSetAttribute(decode_v5_fp32<DIM, ROWS>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess)
-        return error;
-    decode_v5_fp32<DIM, ROWS><<<c.num_items * c.kv_heads, THREADS, bytes, stream>>>(c);
-    return cudaGetLastError();
+    return ts_gpu_kernel{(const void *)decode_v5_fp32<DIM, ROWS>, THREADS,
+                         lane_kernel<DIM, ROWS>::BYTES};
 }
 
-template <int ROWS> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
+template <int ROWS> ts_gpu_kernel kernel_of(uint32_t head_dim)
 {
-    return c.head_dim <= 64    ? launch_tiles<64, ROWS>(c, stream)
-           : c.head_dim <= 128 ? launch_tiles<128, ROWS>(c, stream)
-                               : launch_tiles<256, ROWS>(c, stream);
+    return head_dim <= 64    ? kernel_of<64, ROWS>()
+           : head_dim <= 128 ? kernel_of<128, ROWS>()
+                             : kernel_of<256, ROWS>();
 }
 
 } // namespace
 
-cudaError_t launch_v5_fp32(const gpu_call &c, uint32_t kind, cudaStream_t stream)
+ts_gpu_kernel v5_fp32(uint32_t head_dim, uint32_t kind)
 {
-    return kind == 0 ? launch<1>(c, stream) : launch<8>(c, stream);
+    return kind == 0 ? kernel_of<1>(head_dim) : kernel_of<8>(head_dim);
 }

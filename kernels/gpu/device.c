@@ -203,6 +203,7 @@ static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
     snprintf(info->name, sizeof info->name, "%.95s", p.name);
     memcpy(info->uuid, &p.uuid, sizeof info->uuid);
     info->total_bytes = p.totalGlobalMem;
+    info->shared_bytes = p.sharedMemPerBlockOptin;
     if (gpu->driver.attribute(&vmm, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
                               (CUdevice)info->ordinal) != CUDA_SUCCESS)
         vmm = 0;
@@ -231,6 +232,41 @@ ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_
     *bytes = available;
     return error == cudaSuccess ? TS_OK
                                 : ts_gpu_fail(error, "asking for free memory", 0, why, why_bytes);
+}
+
+static ts_status ask_about(ts_gpu *gpu, ts_gpu_function *f, char *why, size_t why_bytes)
+{
+    struct cudaFuncAttributes a;
+    cudaError_t error = cudaFuncGetAttributes(&a, f->kernel.function);
+    if (error == cudaSuccess) {
+        f->shared_bytes = a.sharedSizeBytes + f->kernel.bytes;
+        bool fits = f->shared_bytes <= gpu->info.shared_bytes;
+        if (fits && (int)f->kernel.bytes > a.maxDynamicSharedSizeBytes)
+            error = cudaFuncSetAttribute(f->kernel.function,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)f->kernel.bytes);
+    }
+    return error == cudaSuccess
+               ? TS_OK
+               : ts_gpu_fail(error, "asking for a kernel's properties", 0, why, why_bytes);
+}
+
+ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t *shared_bytes,
+                               char *why, size_t why_bytes)
+{
+    ts_status status = TS_OK;
+    pthread_mutex_lock(&gpu->lock);
+    ts_gpu_function *f = gpu->functions, *end = f + gpu->num_functions;
+    while (f < end && (f->kernel.function != kernel->function || f->kernel.bytes != kernel->bytes))
+        f++;
+    if (f == end) {
+        f->kernel = *kernel;
+        status = ask_about(gpu, f, why, why_bytes);
+        gpu->num_functions += status == TS_OK;
+    }
+    *shared_bytes = f->shared_bytes;
+    pthread_mutex_unlock(&gpu->lock);
+    return status;
 }
 
 /* ---- launches ---- */

@@ -46,6 +46,18 @@ typedef struct ts_gpu_buffer {
 
 #define TS_GPU_BUFFER_LOGS 48u
 
+/* A kernel that takes dynamic shared memory; its one argument is a gpu_call (common.cuh). */
+typedef struct ts_gpu_kernel {
+    const void *function;
+    uint32_t threads, bytes; /* of a block */
+} ts_gpu_kernel;
+
+/* What the device says about one. */
+typedef struct ts_gpu_function {
+    ts_gpu_kernel kernel;
+    size_t shared_bytes; /* that a block takes in all */
+} ts_gpu_function;
+
 struct ts_gpu_launch {
     ts_gpu *gpu;
     ts_gpu_launch *next_free;
@@ -75,6 +87,8 @@ typedef struct ts_gpu_chore {
     size_t bytes;
 } ts_gpu_chore;
 
+#define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
+
 struct ts_gpu {
     ts_gpu_info info;
     ts_gpu_driver driver;
@@ -89,6 +103,8 @@ struct ts_gpu {
     bool cleaning, stop;                        /* under the lock */
     ts_gpu_staging *old;                        /* under the lock: what launches have outgrown */
     ts_gpu_buffer *buffers[TS_GPU_BUFFER_LOGS]; /* under the lock: free ones of 2^i bytes */
+    ts_gpu_function functions[TS_GPU_FUNCTIONS]; /* under the lock: those that plans asked about */
+    uint32_t num_functions;                      /* under the lock */
     bool janitor_runs;
     pthread_t janitor;
 };
@@ -101,6 +117,11 @@ ts_status ts_gpu_fail_driver(const ts_gpu *gpu, CUresult error, const char *what
                              char *why, size_t why_bytes);
 ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t bytes, char *why,
                       size_t why_bytes);
+
+/* How much shared memory the kernel's blocks take in all; lets it be launched if the device has
+ * that much. TS_EDEVICE. */
+ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t *shared_bytes,
+                               char *why, size_t why_bytes);
 
 /* Hands the janitor something to give back. */
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,

@@ -1,6 +1,7 @@
 /*
- * Attention on the tensor cores for 16-bit caches where a sequence has many rows (query token x
- * head of the group): what decode does with more than 8 of them ("wide", of v5), and prefill
+ * Attention on the tensor cores for 16-bit and 8-bit caches where a sequence has many rows (query
+ * token x head of the group): what decode does with more than 8 of them ("wide", of v5), and
+ * prefill
  * ("mma").
  *
  * A block's warps have FACES times 16 rows each (what is loaded of K and V serves them all) and go
@@ -13,8 +14,8 @@
  *
  * EXACT: weights are multiplied as the sum of two 16-bit numbers, and q in fp32 as two or three.
  * Memory is what decode waits for, so that is free there. Prefill waits for the tensor cores: it
- * rounds both to the cache's type, as is usual (relative error 2.3e-3 with bf16 outputs, of which
- * rounding the output alone is 1.7e-3).
+ * rounds both to the cache's type (of fp8 to fp16), as is usual (relative error 2.3e-3 with bf16
+ * outputs, of which rounding the output alone is 1.7e-3).
  */
 #ifndef TS_GPU_MMA_CUH
 #define TS_GPU_MMA_CUH
@@ -31,13 +32,15 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static const uint32_t WARP_ROWS = FACES * 16, ROWS = NUM_WARPS / SPLIT * WARP_ROWS;
     static const uint32_t THREADS = NUM_WARPS * 32;
     static const uint32_t TOKENS = DIM > 128 ? 32 : 64; /* of a tile */
-    static const int PITCH = DIM * 2, STEPS = DIM / 16;
+    typedef typename multiplied<T>::type M;
+    static const int PITCH = DIM * sizeof(T), Q_PITCH = DIM * 2, STEPS = DIM / 16;
     static const uint32_t EACH = TOKENS / NUM_WARPS;       /* tokens that a warp copies */
     static const uint32_t OURS = TOKENS / SPLIT;           /* ... and works on, */
     static const uint32_t ABREAST = FACES > 1 ? 32 : OURS; /* ... so many at once */
     static const int COLUMNS = ABREAST / 8;
     typedef loader<PITCH, EACH> rows;
-    static const uint32_t PLANE = TOKENS * PITCH, TILE = 2 * PLANE, Q_BYTES = ROWS * PITCH;
+    typedef loader<Q_PITCH, 16> q_rows;
+    static const uint32_t PLANE = TOKENS * PITCH, TILE = 2 * PLANE, Q_BYTES = ROWS * Q_PITCH;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
     static const uint32_t SUM_BYTES = SPLIT * ROWS * SUM_PITCH * sizeof(float);
     static const uint32_t WORK_BYTES = 2 * TILE > SUM_BYTES ? 2 * TILE : SUM_BYTES;
@@ -45,13 +48,13 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static_assert(ROWS * (EXACT ? V5_CHUNKS : MMA_CHUNKS) * sizeof(float) <= WORK_BYTES,
                   "a float for each row and chunk takes its place");
 
-    static uint32_t planes(const gpu_call &c)
+    __host__ __device__ static uint32_t planes(uint32_t io)
     {
-        return EXACT ? q_planes<T>(c.io_fp32) : 1;
+        return EXACT ? q_planes<T>(io) : 1;
     }
-    static uint32_t bytes(const gpu_call &c)
+    static uint32_t bytes(ts_dtype io)
     {
-        return planes(c) * Q_BYTES + WORK_BYTES;
+        return planes(io) * Q_BYTES + WORK_BYTES;
     }
 
     struct lane_rows { /* the two rows that a lane has: lane / 4 of 16, and 8 further */
@@ -76,7 +79,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                 uint32_t t = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
                 float &x = s[i / 2][e * 2 + i % 2];
                 if (varied)
-                    x = vary(c, x * c.scale_log2, slope, t, position);
+                    x = vary(c, x * score_scale<T>(c, j), slope, t, position);
                 if (t > position || t < from)
                     x = -CUDART_INF_F;
             }
@@ -86,20 +89,24 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     __device__ static void score(uint32_t q, uint32_t k, float (*s)[COLUMNS][4])
     {
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            uint32_t a[FACES][4];
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[FACES][2][4];
 #pragma unroll
             for (int f = 0; f < FACES; f++)
-                load_matrices(a[f], rows::turn(q + f * 16 * PITCH, step * 2));
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    load_matrices(a[f][i], turn(q + f * 16 * Q_PITCH, pair * 4 + i * 2));
 #pragma unroll
             for (int n = 0; n < COLUMNS; n += 2) {
-                uint32_t b[4];
-                load_matrices(b, rows::turn(k + n * 8 * PITCH, step * 2));
+                uint32_t b[2][4];
+                operands<T>::template load<false>(b, k + n * 8 * PITCH, pair, false);
 #pragma unroll
-                for (int f = 0; f < FACES; f++) {
-                    multiply<T>(s[f][n], a[f], b[0], b[1]);
-                    multiply<T>(s[f][n + 1], a[f], b[2], b[3]);
-                }
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int f = 0; f < FACES; f++) {
+                        multiply<M>(s[f][n], a[f][i], b[i][0], b[i][1]);
+                        multiply<M>(s[f][n + 1], a[f][i], b[i][2], b[i][3]);
+                    }
             }
         }
     }
@@ -120,9 +127,9 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                         (t + 1 >= seen && t + 1 <= position ? 0xffff0000u : 0);
             }
             float sum[4] = {};
-            multiply<T>(sum, a, b[0], b[1]);
+            multiply<M>(sum, a, b[0], b[1]);
             if (EXACT)
-                multiply<T>(sum, rest, b[0], b[1]);
+                multiply<M>(sum, rest, b[0], b[1]);
             for (int e = 0; e < 4; e++)
                 acc[e] += l.position[e / 2] == position ? sum[e] : 0;
         }
@@ -134,10 +141,10 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             float x = s[t * 2 + e / 2][e % 2 * 2], y = s[t * 2 + e / 2][e % 2 * 2 + 1];
-            a[e] = pack<T>(x, y);
+            a[e] = pack<M>(x, y);
             if (EXACT) {
-                take_away<T>(a[e], &x, &y);
-                rest[e] = pack<T>(x, y);
+                take_away<M>(a[e], &x, &y);
+                rest[e] = pack<M>(x, y);
             }
         }
     }
@@ -151,7 +158,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         __shared__ row_state states[SPLIT][ROWS], total[ROWS];
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         uint32_t part = warp % SPLIT, first_row = warp / SPLIT * WARP_ROWS; /* of the tile's */
-        uint32_t num_planes = EXACT ? q_planes<T>(c.io_fp32) : 1;
+        uint32_t num_planes = planes(c.io);
         unsigned char *work = shared + num_planes * Q_BYTES;
         uint32_t work_at = shared_address(work);
 
@@ -171,7 +178,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         next += TOKENS;
         if (next < j.end)
             r.look_up(c, j, next, j.end);
-        load_q<T, PITCH, ROWS, THREADS>(c, j, num_planes, shared);
+        load_q<T, Q_PITCH, ROWS, THREADS>(c, j, num_planes, shared);
 
         float acc[FACES][DIM / 8][4] = {}, max[FACES][2], sum[FACES][2] = {};
         lane_rows l[FACES];
@@ -189,8 +196,8 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         uint32_t seen_from = first_key(c, low), clear_from = first_key(c, high);
         /* Scores are scaled in the exponent, unless something else happens to them before. */
         bool varied = c.cap_log2 > 0 || j.s.alibi != NULL || !(c.scale_log2 > 0);
-        float unit = varied ? 1 : c.scale_log2;
-        uint32_t q_at = shared_address(shared) + rows::place(first_row + lane % 16, lane / 16);
+        float unit = varied ? 1 : score_scale<T>(c, j);
+        uint32_t q_at = shared_address(shared) + q_rows::place(first_row + lane % 16, lane / 16);
         uint32_t k_place = rows::place(part * OURS + lane % 8 + lane / 16 * 8, lane / 8 % 2);
         uint32_t v_place = PLANE + rows::place(part * OURS + lane % 16, lane / 16);
 
@@ -215,7 +222,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                     continue;
                 float s[FACES][COLUMNS][4] = {};
                 score(q_at, at + k_place, s);
-                if (EXACT && c.io_fp32)
+                if (EXACT && c.io == TS_DTYPE_FP32)
                     for (uint32_t plane = 1; plane < num_planes; plane++)
                         score(q_at + plane * Q_BYTES, at + k_place, s);
                 bool clear = first >= clear_from && first + ABREAST <= low + 1;
@@ -264,11 +271,11 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                 bool strange = false;
                 if (!clear) {
 #pragma unroll 1
-                    for (uint32_t i = 0; i < ABREAST / 16 * (DIM / 16); i++) {
-                        uint32_t b[4];
-                        load_transposed(b, rows::turn(at + v_place + i / (DIM / 16) * 16 * PITCH,
-                                                      i % (DIM / 16) * 2));
-                        strange = strange || any_not_finite<T>(b);
+                    for (uint32_t i = 0; i < ABREAST / 16 * (DIM / 32); i++) {
+                        uint32_t b[2][4];
+                        operands<T>::template load<true>(
+                            b, at + v_place + i / (DIM / 32) * 16 * PITCH, i % (DIM / 32), true);
+                        strange = strange || any_not_finite<M>(b[0]) || any_not_finite<M>(b[1]);
                     }
                     strange = __any_sync(~0u, strange);
                 }
@@ -280,12 +287,14 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                     uint32_t a[4], rest[4];
                     weights_of(s[f], t, a, rest);
 #pragma unroll
-                    for (int d = 0; d < DIM / 8; d += 2) {
-                        uint32_t b[4];
-                        load_transposed(b, rows::turn(at + v_place + t * 16 * PITCH, d));
-                        for (int e = 0; e < 2; e++)
+                    for (int d = 0; d < DIM / 8; d += 4) {
+                        uint32_t b[2][4];
+                        operands<T>::template load<true>(b, at + v_place + t * 16 * PITCH, d / 4,
+                                                         true);
+                        for (int e = 0; e < 4; e++)
                             weigh_apart(c, j, l[f], first_row + f * 16, first + t * 16, a, rest,
-                                        b[e * 2], b[e * 2 + 1], acc[f][d + e]);
+                                        b[e / 2][e % 2 * 2], b[e / 2][e % 2 * 2 + 1],
+                                        acc[f][d + e]);
                     }
                 }
                 if (strange)
@@ -297,16 +306,18 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                     for (int f = 0; f < FACES; f++)
                         weights_of(s[f], t, a[f], rest[f]);
 #pragma unroll
-                    for (int d = 0; d < DIM / 8; d += 2) {
-                        uint32_t b[4];
-                        load_transposed(b, rows::turn(at + v_place + t * 16 * PITCH, d));
+                    for (int d = 0; d < DIM / 8; d += 4) {
+                        uint32_t b[2][4];
+                        operands<T>::template load<true>(b, at + v_place + t * 16 * PITCH, d / 4,
+                                                         true);
 #pragma unroll
-                        for (int f = 0; f < FACES; f++) {
-                            multiply<T>(acc[f][d], a[f], b[0], b[1]);
-                            multiply<T>(acc[f][d + 1], a[f], b[2], b[3]);
-                            if (EXACT) {
-                                multiply<T>(acc[f][d], rest[f], b[0], b[1]);
-                                multiply<T>(acc[f][d + 1], rest[f], b[2], b[3]);
+                        for (int e = 0; e < 4; e++) {
+                            const uint32_t *x = b[e / 2] + e % 2 * 2;
+#pragma unroll
+                            for (int f = 0; f < FACES; f++) {
+                                multiply<M>(acc[f][d + e], a[f], x[0], x[1]);
+                                if (EXACT)
+                                    multiply<M>(acc[f][d + e], rest[f], x[0], x[1]);
                             }
                         }
                     }
@@ -324,10 +335,19 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             all += __shfl_xor_sync(~0u, all, 2);
             if (lane % 4 == 0)
                 states[part][row] = row_state{max[f][e], all};
-            float *to = sums + (part * ROWS + row) * SUM_PITCH + lane % 4 * 2;
+            float *to = sums + (part * ROWS + row) * SUM_PITCH;
+            if (!scaled<T>::value) {
 #pragma unroll
-            for (int d = 0; d < DIM / 8; d++)
-                *(float2 *)(to + d * 8) = make_float2(acc[f][d][e * 2], acc[f][d][e * 2 + 1]);
+                for (int d = 0; d < DIM / 8; d++)
+                    *(float2 *)(to + d * 8 + lane % 4 * 2) =
+                        make_float2(acc[f][d][e * 2], acc[f][d][e * 2 + 1]);
+            } else { /* two products have 16 dimensions, the even and the odd ones */
+#pragma unroll
+                for (int d = 0; d < DIM / 8; d += 2)
+                    *(float4 *)(to + d * 8 + lane % 4 * 4) =
+                        make_float4(acc[f][d][e * 2], acc[f][d + 1][e * 2], acc[f][d][e * 2 + 1],
+                                    acc[f][d + 1][e * 2 + 1]);
+            }
         }
         finish<T, DIM, ROWS, SPLIT>(c, j, THREADS, states, sums, SUM_PITCH, sums, total);
     }
@@ -342,39 +362,39 @@ __global__ void __launch_bounds__(NUM_WARPS * 32, FACES > 1 ? 2 : 1)
 }
 
 template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT>
-cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
+ts_gpu_kernel kernel_dim(ts_dtype io)
 {
-    uint32_t bytes = rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>::bytes(c);
-    cudaError_t error =
-        cudaFuncSetAttribute(attend_rows<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (error != cudaSuccess)
-        return error;
-    attend_rows<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>
-        <<<c.num_items * c.kv_heads, NUM_WARPS * 32, bytes, stream>>>(c);
-    return cudaGetLastError();
+    return ts_gpu_kernel{(const void *)attend_rows<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>,
+                         NUM_WARPS * 32,
+                         rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>::bytes(io)};
+}
+
+/* Rows of an fp8 cache are laid out as those of 128 dimensions at least: a row has 8 pieces then.
+ */
+template <typename T, int SPLIT, int FACES, bool EXACT>
+ts_gpu_kernel kernel_of(uint32_t head_dim, ts_dtype io)
+{
+    return head_dim <= 64 && !scaled<T>::value ? kernel_dim < T, scaled<T>::value ? 128 : 64, 4,
+           SPLIT, FACES,
+           EXACT > (io)
+       : head_dim <= 128 ? kernel_dim<T, 128, 4, SPLIT, FACES, EXACT>(io)
+                         : kernel_dim<T, 256, 4, SPLIT, 1, EXACT>(io);
 }
 
 /* Rows of a block: v5_rows' and mma_rows'. */
-template <typename T> cudaError_t launch_medium(const gpu_call &c, cudaStream_t stream)
+template <typename T> ts_gpu_kernel medium(uint32_t head_dim, ts_dtype io)
 {
-    return c.head_dim <= 64    ? launch_dim<T, 64, 4, 2, 1, true>(c, stream)
-           : c.head_dim <= 128 ? launch_dim<T, 128, 4, 2, 1, true>(c, stream)
-                               : launch_dim<T, 256, 4, 2, 1, true>(c, stream);
+    return kernel_of<T, 2, 1, true>(head_dim, io);
 }
 
-template <typename T> cudaError_t launch_wide(const gpu_call &c, cudaStream_t stream)
+template <typename T> ts_gpu_kernel wide(uint32_t head_dim, ts_dtype io)
 {
-    return c.head_dim <= 64    ? launch_dim<T, 64, 4, 1, 1, true>(c, stream)
-           : c.head_dim <= 128 ? launch_dim<T, 128, 4, 1, 1, true>(c, stream)
-                               : launch_dim<T, 256, 4, 1, 1, true>(c, stream);
+    return kernel_of<T, 1, 1, true>(head_dim, io);
 }
 
-template <typename T> cudaError_t launch_prefill(const gpu_call &c, cudaStream_t stream)
+template <typename T> ts_gpu_kernel prefill(uint32_t head_dim, ts_dtype io)
 {
-    return c.head_dim <= 64    ? launch_dim<T, 64, 4, 1, 2, false>(c, stream)
-           : c.head_dim <= 128 ? launch_dim<T, 128, 4, 1, 2, false>(c, stream)
-                               : launch_dim<T, 256, 4, 1, 1, false>(c, stream);
+    return kernel_of<T, 1, 2, false>(head_dim, io);
 }
 
 } // namespace mma

@@ -58,8 +58,9 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
 {
     uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
     uint32_t most = abreast < BLOCKS ? BLOCKS / (uint32_t)abreast : 1;
+    uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
     uint32_t least = list == LIST_MMA          ? (tiles == 1 ? 1024 : 2048)
-                     : s->kv_tokens <= BATCHED ? 1408
+                     : s->kv_tokens <= BATCHED ? batched
                                                : 512;
     if (p->geometry.kv_heads < 8 && list != LIST_MMA)
         least = clamp(least * p->geometry.kv_heads / 8, 256, least);
@@ -92,29 +93,34 @@ uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const cut &c, 
     return end <= from ? 1 : end - from < c.tokens ? end - from : c.tokens;
 }
 
+/* v5's kernel for so many rows, or the nearest that the device has; LIST_COUNT: none. */
+ts_gpu_list v5_list(const ts_gpu_plan *p, uint32_t rows)
+{
+    uint32_t best = LIST_COUNT;
+    for (uint32_t list = LIST_NARROW; list <= LIST_WIDE; list++) {
+        if (p->kernels[list].function == NULL)
+            continue;
+        best = list;
+        if (rows <= v5_rows(&p->geometry, list - LIST_NARROW))
+            break;
+    }
+    return (ts_gpu_list)best;
+}
+
+ts_gpu_list tile_list(const ts_gpu_plan *p)
+{
+    return p->kernels[LIST_TILE].function != NULL ? LIST_TILE : LIST_DECODE;
+}
+
 ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
 {
     const ts_geometry *g = &p->geometry;
-    ts_kernel kernel = p->kernel;
     uint32_t rows = s->q_tokens * (p->heads / g->kv_heads);
-    if (kernel == TS_KERNEL_AUTO) {
-        bool halves = g->dtype != TS_DTYPE_FP32;
-        /* With that many rows the tensor cores are waited for, not memory: then exactness has a
-         * price. q in fp32 asks for it. */
-        bool decodes = s->q_tokens <= V5_QUERIES && (!halves || rows <= v5_rows(g, 2));
-        if (loads_vectors(g) && (decodes || (halves && p->io_dtype == TS_DTYPE_FP32)))
-            kernel = TS_KERNEL_V5;
-        else if (loads_vectors(g) && halves)
-            kernel = TS_KERNEL_MMA;
-        else
-            kernel = s->q_tokens >= TILE_QUERIES ? TS_KERNEL_TILE : TS_KERNEL_V3;
-    }
-    switch (kernel) {
+    switch (p->kernel) {
+    case TS_KERNEL_AUTO:
+        break;
     case TS_KERNEL_V5:
-        for (uint32_t list = LIST_NARROW; list < LIST_WIDE; list++)
-            if (rows <= v5_rows(g, list - LIST_NARROW))
-                return (ts_gpu_list)list;
-        return LIST_WIDE;
+        return v5_list(p, rows);
     case TS_KERNEL_MMA:
         return LIST_MMA;
     case TS_KERNEL_TILE:
@@ -122,6 +128,68 @@ ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
     default:
         return LIST_DECODE;
     }
+    bool tensors = g->dtype != TS_DTYPE_FP32;
+    /* With that many rows the tensor cores are waited for, not memory: then exactness has a price.
+     * q in fp32 asks for it. */
+    bool decodes = s->q_tokens <= V5_QUERIES && (!tensors || rows <= v5_rows(g, 2));
+    bool exact = decodes || (tensors && p->io_dtype == TS_DTYPE_FP32);
+    if (!exact && p->kernels[LIST_MMA].function != NULL)
+        return LIST_MMA;
+    ts_gpu_list list = exact || tensors ? v5_list(p, rows) : LIST_COUNT;
+    if (list != LIST_COUNT)
+        return list;
+    return s->q_tokens >= TILE_QUERIES ? tile_list(p) : LIST_DECODE;
+}
+
+ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
+{
+    uint32_t head_dim = p->geometry.head_dim, kind = list - LIST_NARROW;
+    ts_dtype dtype = p->geometry.dtype, io = p->io_dtype;
+    if (list == LIST_TILE)
+        return tile_kernel(head_dim, dtype);
+    if (!loads_vectors(&p->geometry) || (list == LIST_MMA && dtype == TS_DTYPE_FP32))
+        return ts_gpu_kernel{};
+    if (list == LIST_MMA)
+        return dtype == TS_DTYPE_FP16   ? mma_fp16(head_dim, io)
+               : dtype == TS_DTYPE_BF16 ? mma_bf16(head_dim, io)
+                                        : mma_fp8(head_dim, io);
+    return dtype == TS_DTYPE_FP32   ? v5_fp32(head_dim, kind)
+           : dtype == TS_DTYPE_FP16 ? v5_fp16(head_dim, io, kind)
+           : dtype == TS_DTYPE_BF16 ? v5_bf16(head_dim, io, kind)
+                                    : v5_fp8(head_dim, io, kind);
+}
+
+/* Finds the kernels that the device can launch. TS_EINVAL: the one that was asked for isn't among
+ * them. */
+ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
+{
+    size_t least = SIZE_MAX; /* that a kernel which was asked for takes */
+    bool wanted = false, found = false;
+    for (uint32_t list = LIST_TILE; list < LIST_COUNT; list++) {
+        ts_gpu_kernel kernel = kernel_of(p, list);
+        size_t bytes = 0;
+        if (kernel.function == NULL)
+            continue;
+        ts_status status = ts_gpu_function_find(p->gpu, &kernel, &bytes, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+        bool fits = bytes <= p->gpu->info.shared_bytes;
+        if (fits)
+            p->kernels[list] = kernel;
+        if (p->kernel == (list == LIST_TILE  ? TS_KERNEL_TILE
+                          : list == LIST_MMA ? TS_KERNEL_MMA
+                                             : TS_KERNEL_V5)) {
+            wanted = true;
+            found = found || fits;
+            least = bytes < least ? bytes : least;
+        }
+    }
+    if (!wanted || found)
+        return TS_OK;
+    snprintf(why, why_bytes,
+             "kernel %s takes %zu bytes of shared memory for a head_dim of %u; the device has %zu",
+             ts_kernel_name(p->kernel), least, p->geometry.head_dim, p->gpu->info.shared_bytes);
+    return TS_EINVAL;
 }
 
 /* Query tokens of one tile of the tile kernel. */
@@ -254,8 +322,12 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
     p->kernel = kernel;
     p->num_seqs = num_seqs;
     sorter sorters[CUT_LISTS] = {};
-    size_t bytes = lay_out(p, seqs, sorters);
-    status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
+    size_t bytes = 0;
+    status = find_kernels(p, why, why_bytes);
+    if (status == TS_OK) {
+        bytes = lay_out(p, seqs, sorters);
+        status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
+    }
     if (status == TS_OK) {
         fill(p, seqs, sorters, p->buffer->host);
         status = ts_gpu_buffer_upload(gpu, p->buffer, bytes, why, why_bytes);

@@ -25,6 +25,8 @@ struct ts_gpu_plan {
     uint32_t heads;
     ts_dtype io_dtype;
     ts_kernel kernel;
+    ts_gpu_kernel kernels[LIST_COUNT]; /* of LIST_TILE and later ones; function NULL: the device has
+                                          too little shared memory for it */
     ts_gpu_buffer *buffer;
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];

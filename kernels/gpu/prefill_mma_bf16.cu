@@ -1,7 +1,7 @@
 /* mma for bf16 caches: mma.cuh. */
 #include "mma.cuh"
 
-cudaError_t launch_mma_bf16(const gpu_call &c, cudaStream_t stream)
+ts_gpu_kernel mma_bf16(uint32_t head_dim, ts_dtype io)
 {
-    return mma::launch_prefill<__nv_bfloat16>(c, stream);
+    return mma::prefill<__nv_bfloat16>(head_dim, io);
 }

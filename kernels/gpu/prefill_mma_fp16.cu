@@ -1,7 +1,7 @@
 /* mma for fp16 caches: mma.cuh. */
 #include "mma.cuh"
 
-cudaError_t launch_mma_fp16(const gpu_call &c, cudaStream_t stream)
+ts_gpu_kernel mma_fp16(uint32_t head_dim, ts_dtype io)
 {
-    return mma::launch_prefill<__half>(c, stream);
+    return mma::prefill<__half>(head_dim, io);
 }

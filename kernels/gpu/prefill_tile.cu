@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
     uint32_t past = s.kv_tokens - s.q_tokens + query; /* tokens before the tile's first query */
     uint32_t keys = past + tokens;
 
+    float scale = c.scale_log2 * key_scale<T>(s, kv_head);
     for (uint32_t i = threadIdx.x; i < ROWS * DIM; i += THREADS) {
         uint32_t r = i / DIM, d = i % DIM;
         float x = 0;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
             x = turned<T>(c, s.q, row_index(c, query + r / per_token, head), d,
                           past + r / per_token);
         }
-        q[i] = x * c.scale_log2;
+        q[i] = x * scale;
     }
     const int WIDE = DIM < (int)THREADS ? DIM : THREADS; /* threads abreast over dimensions */
     const int EACH = DIM / WIDE;                         /* dimensions of a thread */
@@ -133,8 +134,10 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
     for (int i = 0; i < ROWS / 4; i++) {
         uint32_t r = warp + i * 4;
         if (lane == 0 && r < rows)
-            factors[r] = finish_row(c, s, query + r / per_token,
-                                    kv_head * c.group + first_head + r % per_token, max[i], sum[i]);
+            factors[r] =
+                finish_row(c, s, query + r / per_token,
+                           kv_head * c.group + first_head + r % per_token, max[i], sum[i]) *
+                value_scale<T>(c, s, kv_head);
     }
     __syncthreads();
 #pragma unroll
@@ -147,33 +150,33 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
 #pragma unroll
         for (int e = 0; e < EACH; e++)
             if (dim + e * WIDE < c.head_dim)
-                io_store<T>(s.out, row + dim + e * WIDE, c.io_fp32, acc[i][e] * factors[r]);
+                io_store<T>(c, s.out, row + dim + e * WIDE, acc[i][e] * factors[r]);
     }
 }
 
-template <typename T, int DIM> cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
+template <typename T> ts_gpu_kernel kernel_of(uint32_t head_dim)
 {
-    cudaError_t error = cudaFuncSetAttribute(
-        prefill_tile<T, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, layout<DIM>::BYTES);
-    if (error != cudaSuccess)
-        return error;
-    dim3 grid(c.num_items, c.kv_heads, (c.group + ROWS - 1) / ROWS);
-    prefill_tile<T, DIM><<<grid, THREADS, layout<DIM>::BYTES, stream>>>(c);
-    return cudaGetLastError();
-}
-
-template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
-{
-    return c.head_dim <= 64    ? launch_dim<T, 64>(c, stream)
-           : c.head_dim <= 128 ? launch_dim<T, 128>(c, stream)
-                               : launch_dim<T, 256>(c, stream);
+    return head_dim <= 64
+               ? ts_gpu_kernel{(const void *)prefill_tile<T, 64>, THREADS, layout<64>::BYTES}
+           : head_dim <= 128
+               ? ts_gpu_kernel{(const void *)prefill_tile<T, 128>, THREADS, layout<128>::BYTES}
+               : ts_gpu_kernel{(const void *)prefill_tile<T, 256>, THREADS, layout<256>::BYTES};
 }
 
 } // namespace
 
-cudaError_t launch_tile(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
+ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype)
 {
-    return dtype == TS_DTYPE_FP32   ? launch<float>(c, stream)
-           : dtype == TS_DTYPE_FP16 ? launch<__half>(c, stream)
-                                    : launch<__nv_bfloat16>(c, stream);
+    return dtype == TS_DTYPE_FP32   ? kernel_of<float>(head_dim)
+           : dtype == TS_DTYPE_FP16 ? kernel_of<__half>(head_dim)
+           : dtype == TS_DTYPE_BF16 ? kernel_of<__nv_bfloat16>(head_dim)
+                                    : kernel_of<__nv_fp8_e4m3>(head_dim);
+}
+
+cudaError_t launch_tile(const gpu_call &c, const ts_gpu_kernel &kernel, cudaStream_t stream)
+{
+    dim3 grid(c.num_items, c.kv_heads, (c.group + ROWS - 1) / ROWS);
+    void *arguments[] = {(void *)&c};
+    return cudaLaunchKernel(kernel.function, grid, dim3(kernel.threads), arguments, kernel.bytes,
+                            stream);
 }

@@ -7,8 +7,6 @@
 
 #include "chunks.cuh"
 
-#include <type_traits>
-
 namespace tensor
 {
 
@@ -48,6 +46,68 @@ __device__ inline void multiply(float *d, const uint32_t *a, uint32_t b0, uint32
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* Elements of an fp8 cache are multiplied as fp16, which has them all. */
+template <typename T> struct multiplied {
+    typedef T type;
+};
+template <> struct multiplied<__nv_fp8_e4m3> {
+    typedef __half type;
+};
+
+/* Two e4m3 numbers, in the lower half of x, as fp16. */
+__device__ inline uint32_t widen(uint32_t x)
+{
+    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)x, __NV_E4M3);
+    return h.x | (uint32_t)h.y << 16;
+}
+
+/*
+ * Operands from a cache's tile in shared memory: of two steps of 16 dimensions, four registers
+ * each, as the matrix loads of 16-bit elements give them. `at` is the place of the 16-byte piece
+ * that the lane's load starts at; `pair` is which 32 dimensions.
+ *
+ * fp8: a row of the matrix that the hardware loads is 16 dimensions, and a lane gets four of them,
+ * 4 l to 4 l + 3 of lane l % 4, where a product's operand has dimensions 2 l, 2 l + 1, 2 l + 8 and
+ * 2 l + 9. The sum over dimensions doesn't mind their order, so q is laid out in the order that K
+ * comes in (load_q). Transposed, a lane gets dimensions 2 l and 2 l + 1 of two tokens: the even
+ * dimensions become one operand (or half of one), the odd ones the next, and who writes the sums
+ * knows it.
+ */
+template <typename T> struct operands {
+    /* by_rows: the lanes' addresses ask for matrices of 8 tokens, 8 more, then those of the next
+     * piece; else of one piece, the next piece, then those of 8 more tokens. */
+    template <bool TRANSPOSED>
+    __device__ static void load(uint32_t (*x)[4], uint32_t at, int pair, bool by_rows)
+    {
+        (void)by_rows;
+        for (int step = 0; step < 2; step++)
+            if (TRANSPOSED)
+                load_transposed(x[step], chunks::turn(at, pair * 4 + step * 2));
+            else
+                load_matrices(x[step], chunks::turn(at, pair * 4 + step * 2));
+    }
+};
+
+template <> struct operands<__nv_fp8_e4m3> {
+    template <bool TRANSPOSED>
+    __device__ static void load(uint32_t (*x)[4], uint32_t at, int pair, bool by_rows)
+    {
+        uint32_t y[4];
+        if (TRANSPOSED)
+            load_transposed(y, chunks::turn(at, pair * 2));
+        else
+            load_matrices(y, chunks::turn(at, pair * 2));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            /* Transposed: dimension 2 l of both tokens, then 2 l + 1. */
+            uint32_t z = TRANSPOSED ? __byte_perm(y[i], 0, 0x3120) : y[i];
+            int step = by_rows ? i / 2 : i % 2, part = by_rows ? i % 2 : i / 2;
+            x[step][by_rows ? part : part * 2] = widen(z & 0xffffu);
+            x[step][by_rows ? part + 2 : part * 2 + 1] = widen(z >> 16);
+        }
+    }
+};
+
 /* Two numbers as 16-bit ones; the first in the lower half. */
 template <typename T> __device__ inline uint32_t pack(float x, float y)
 {
@@ -82,15 +142,25 @@ template <typename T> __device__ inline bool any_not_finite(const uint32_t *x)
     return any;
 }
 
-/* q of a tile of ROWS rows into `planes` planes of shared memory: rounded, what that leaves, what
- * rounding that leaves. Rows past the last are 0. Laid out as loader does. */
+/* Where element e of eight that lie together in q's row comes from: `piece` is which eight. Beside
+ * an fp8 cache in the order that K's operands come in. */
+template <typename T> __host__ __device__ inline uint32_t q_source(uint32_t piece, uint32_t e)
+{
+    return !scaled<T>::value ? piece * 8 + e : piece / 2 * 16 + piece % 2 * 2 + e / 2 * 4 + e % 2;
+}
+
+/* q of a tile of ROWS rows, of PITCH bytes each, into `planes` planes of shared memory: rounded,
+ * what that leaves, what rounding that leaves. Rows past the last are 0. Laid out as loader does.
+ */
 template <typename T, int PITCH, int ROWS, int THREADS>
 __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes, unsigned char *q)
 {
     typedef chunks::loader<PITCH, 16> rows;
+    typedef typename multiplied<T>::type M;
+    const int TOGETHER = scaled<T>::value ? 2 : 8; /* elements that lie together in q */
     const uint32_t PIECES = PITCH / 16, ALL = ROWS * PIECES;
     const uint32_t ABREAST = ALL / THREADS < 1 ? 1 : ALL / THREADS < 8 ? ALL / THREADS : 8;
-    if (!c.io_fp32 && c.rope.theta == 0) { /* as it is: there is one plane */
+    if (!scaled<T>::value && c.io != TS_DTYPE_FP32 && c.rope.theta == 0) { /* as it is: one plane */
         for (uint32_t i = threadIdx.x; i < ALL; i += THREADS * ABREAST) {
             uint4 x[ABREAST];
 #pragma unroll
@@ -113,27 +183,31 @@ __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes,
     for (uint32_t i = threadIdx.x; i < ALL; i += THREADS) {
         uint32_t r = i / PIECES, piece = i % PIECES;
         float x[8] = {};
-        if (r < j.rows && piece * 8 < c.head_dim)
-            load_turned<T, 8>(c, j.s.q, chunks::place_of(c, j, r) * (size_t)c.head_dim, piece * 8,
-                              j.past + chunks::query_of(c, j.first + r), x);
+        if (r < j.rows && piece * 8 < c.head_dim) {
+            size_t row = chunks::place_of(c, j, r) * (size_t)c.head_dim;
+            uint32_t position = j.past + chunks::query_of(c, j.first + r);
+#pragma unroll
+            for (int e = 0; e < 8; e += TOGETHER)
+                load_turned<T, TOGETHER>(c, j.s.q, row, q_source<T>(piece, e), position, x + e);
+        }
         for (uint32_t plane = 0; plane < planes; plane++) {
             uint4 pairs;
             uint32_t *p = (uint32_t *)&pairs;
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                p[e] = pack<T>(x[2 * e], x[2 * e + 1]);
-                take_away<T>(p[e], &x[2 * e], &x[2 * e + 1]);
+                p[e] = pack<M>(x[2 * e], x[2 * e + 1]);
+                take_away<M>(p[e], &x[2 * e], &x[2 * e + 1]);
             }
             *(uint4 *)(q + plane * ROWS * PITCH + rows::place(r, piece)) = pairs;
         }
     }
 }
 
-/* Planes that q takes: one where it is of the cache's type; from fp32, errors of a score grow with
- * it, so bf16 takes three. */
-template <typename T> __host__ __device__ inline uint32_t q_planes(bool io_fp32)
+/* Planes that q takes: one where it is of a 16-bit type; from fp32, errors of a score grow with it,
+ * so bf16 takes three. */
+template <typename T> __host__ __device__ inline uint32_t q_planes(uint32_t io)
 {
-    return !io_fp32 ? 1 : std::is_same<T, __half>::value ? 2 : 3;
+    return io != TS_DTYPE_FP32 ? 1 : std::is_same<T, __nv_bfloat16>::value ? 3 : 2;
 }
 
 } // namespace tensor

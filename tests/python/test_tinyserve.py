@@ -100,6 +100,55 @@ def test_variants_of_attention_go_through_the_service(client):
                         step.run(1, **bad)
 
 
+def fp8_values():
+    """What the 256 codes of e4m3 stand for."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0 ** -6,
+                    (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    size[(code & 127) == 127] = np.nan
+    return np.where(code & 128, -size, size)
+
+
+def test_an_fp8_pool_keeps_rounded_rows_and_their_scales(start_daemon):
+    rng = np.random.default_rng(3)
+    n, dim, values = 21, 32, fp8_values()
+    finite = np.flatnonzero(~np.isnan(values))
+    small = "small:layers=1,kv_heads=2,head_dim=32,dtype=fp8_e4m3,block_tokens=4,blocks=16"
+    daemon = start_daemon(small, "plain:layers=1,kv_heads=2,head_dim=32,dtype=fp32,blocks=4")
+    with tinyserve.connect(daemon.url) as client, client.pool("small") as kv:
+        assert kv.geometry.dtype == "fp8_e4m3"
+        seq, = kv.create()
+        q, k, v = random_rows(rng, n, 4, dim), random_rows(rng, n, 2, dim), random_rows(rng, n, 2, dim)
+        v[3, 1, 5] = 1e6  # becomes 448 times the scale
+        scales = np.float32([[0.02, 0.5], [0.1, 3.0]])
+        with kv.step([seq], [n], heads=4) as step:
+            step.q[...], step.k[...], step.v[...] = q, k, v
+            assert step.scales.shape == (2, 2)
+            step.scales[...] = scales
+            step.run(0, scales=True)
+            out = step.out.numpy().copy()
+            step.commit()
+        slots = kv.slots(seq, 0, n)
+        at = np.array(slots)
+        stored = [x.numpy()[at // 4, at % 4] for x in kv.layer(0, slots)]
+        assert stored[0].dtype == np.uint8 and stored[0].shape == (n, 2, dim)
+        meant = []
+        for rows, codes, scale in zip((k, v), stored, scales):
+            wanted = (rows / scale[None, :, None]).astype(float)
+            errors = np.abs(values[finite] - wanted[..., None])
+            np.testing.assert_array_equal(np.abs(values[codes] - wanted), errors.min(axis=-1))
+            meant.append(values[codes] * scale[None, :, None])
+        assert values[stored[1][3, 1, 5]] == 448
+        np.testing.assert_allclose(out, attention(q, *meant), rtol=1e-5, atol=1e-5)
+        with kv.step([seq], [1], heads=4, io_dtype="bf16") as step:
+            assert step.q.dtype == "bf16"
+        with client.pool("plain") as other, other.step(other.create(), [1]) as step:
+            with pytest.raises(tinyserve.InvalidError,
+                               match="scales, but the pool is of fp32; fp8_e4m3 has them"):
+                step.run(0, scales=True)
+
+
 def turn(rows, first, theta, dims, interleaved):
     """Rotary embedding of [tokens, heads, dim] from position `first` on, in float64."""
     out = rows.astype(float)

@@ -27,6 +27,7 @@ static const shape shapes[] = {
     {TS_DTYPE_BF16, TS_LAYOUT_NHD, 32, 8, 128, 4096},
     {TS_DTYPE_BF16, TS_LAYOUT_HND, 32, 8, 128, 4096},
     {TS_DTYPE_FP16, TS_LAYOUT_NHD, 32, 8, 128, 4096},
+    {TS_DTYPE_FP8_E4M3, TS_LAYOUT_NHD, 32, 8, 128, 4096},
     {TS_DTYPE_BF16, TS_LAYOUT_NHD, 32, 8, 128, 0}, /* one sequence that fills the cache */
 };
 
@@ -70,21 +71,16 @@ static void read_chunk(void *arg, uint32_t chunk, uint32_t thread)
 static void fill(memory *m, ts_dtype dtype)
 {
     uint64_t x = 88172645463325252u;
-    for (size_t i = 0; i < m->size / 4; i++) {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        float f = (float)(int32_t)x * 0x1p-31f;
-        uint32_t u;
-        if (dtype == TS_DTYPE_FP32) {
-            memcpy(&u, &f, 4);
-        } else {
-            float g = (float)(int32_t)(x >> 32) * 0x1p-31f;
-            uint16_t lo = dtype == TS_DTYPE_FP16 ? ts_fp32_to_fp16(f) : ts_fp32_to_bf16(f);
-            uint16_t hi = dtype == TS_DTYPE_FP16 ? ts_fp32_to_fp16(g) : ts_fp32_to_bf16(g);
-            u = (uint32_t)hi << 16 | lo;
+    float row[1024];
+    const size_t count = sizeof row / sizeof *row, bytes = count * ts_dtype_bytes(dtype);
+    for (size_t at = 0; at + bytes <= m->size; at += bytes) {
+        for (size_t i = 0; i < count; i++) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            row[i] = (float)(int32_t)x * 0x1p-31f;
         }
-        memcpy(m->bytes + i * 4, &u, 4);
+        ts_store_elements(m->bytes + at, dtype, 0, (uint32_t)count, row);
     }
 }
 

@@ -11,6 +11,7 @@ extern "C" {
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <math.h>
@@ -55,9 +56,18 @@ const shape shapes[] = {
     {"64 x 4096, 32/8/128 fp16", TS_DTYPE_FP16, 32, 8, 128, 1, {{64, 4096, 4096}}},
     {"64 x 4096, 32/8/128 bf16, 4 new", TS_DTYPE_BF16, 32, 8, 128, 4, {{64, 4096, 4096}}},
     {"64 x 4096, 32/8/128 bf16, 8 new", TS_DTYPE_BF16, 32, 8, 128, 8, {{64, 4096, 4096}}},
+    {"64 x 4096, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 1, {{64, 4096, 4096}}},
+    {"1 x 131072, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 1, {{1, 131072, 131072}}},
     {"4 x 4096, all new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 0, {{4, 4096, 4096}}},
     {"8 x 8704, 512 new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 512, {{8, 8704, 8704}}},
+    {"8 x 8704, 512 new, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 512, {{8, 8704, 8704}}},
 };
+
+/* q and out are of the cache's type; beside fp8 bf16. */
+ts_dtype io_of(const shape *s)
+{
+    return s->dtype == TS_DTYPE_FP8_E4M3 ? TS_DTYPE_BF16 : s->dtype;
+}
 
 /* ---- the device's side ---- */
 
@@ -80,6 +90,8 @@ __global__ void fill(void *to, size_t n, ts_dtype dtype, uint64_t seed)
             ((float *)to)[i] = x;
         else if (dtype == TS_DTYPE_FP16)
             ((__half *)to)[i] = __float2half_rn(x);
+        else if (dtype == TS_DTYPE_FP8_E4M3)
+            ((__nv_fp8_e4m3 *)to)[i] = __nv_fp8_e4m3(x);
         else
             ((__nv_bfloat16 *)to)[i] = __float2bfloat16_rn(x);
     }
@@ -192,23 +204,14 @@ bool make_problem(problem &p, const shape *s)
     for (size_t i = 0; i < p.seqs.size(); i++)
         p.seqs[i].blocks = p.tables[i].data();
     p.cache_bytes = blocks * ts_geometry_block_bytes(&p.g);
-    p.io_bytes = p.q_rows * s->heads * s->head_dim * ts_dtype_bytes(s->dtype);
+    p.io_bytes = p.q_rows * s->heads * s->head_dim * ts_dtype_bytes(io_of(s));
     if (!ok(cudaMalloc((void **)&p.cache, p.cache_bytes), "memory for K and V") ||
         !ok(cudaMalloc((void **)&p.q, p.io_bytes), "memory for q") ||
         !ok(cudaMalloc((void **)&p.out, p.io_bytes), "memory for the output"))
         return false;
-    size_t e = ts_dtype_bytes(s->dtype);
-    fill<<<2048, 256>>>(p.cache, p.cache_bytes / e, s->dtype, 1);
-    fill<<<256, 256>>>(p.q, p.io_bytes / e, s->dtype, 2);
+    fill<<<2048, 256>>>(p.cache, p.cache_bytes / ts_dtype_bytes(s->dtype), s->dtype, 1);
+    fill<<<256, 256>>>(p.q, p.io_bytes / ts_dtype_bytes(io_of(s)), io_of(s), 2);
     return ok(cudaDeviceSynchronize(), "filling");
-}
-
-float element(const void *from, ts_dtype dtype, size_t i)
-{
-    if (dtype == TS_DTYPE_FP32)
-        return ((const float *)from)[i];
-    uint16_t bits = ((const uint16_t *)from)[i];
-    return dtype == TS_DTYPE_FP16 ? ts_fp16_to_fp32(bits) : ts_bf16_to_fp32(bits);
 }
 
 /* ||out - reference|| / ||reference|| of one sequence in one layer; of long prefills, the last
@@ -218,7 +221,7 @@ double error_of(const problem &p, size_t index, size_t first_row, uint32_t layer
     const shape *s = p.s;
     ts_attention_seq seq = p.seqs[index];
     size_t block = ts_geometry_block_bytes(&p.g), plane = ts_geometry_plane_bytes(&p.g);
-    size_t row = (size_t)s->heads * s->head_dim, e = ts_dtype_bytes(s->dtype);
+    size_t row = (size_t)s->heads * s->head_dim, e = ts_dtype_bytes(io_of(s));
     uint32_t rows = seq.q_tokens < 4 ? seq.q_tokens : 4, skip = seq.q_tokens - rows;
     std::vector<unsigned char> kv(p.tables[index].size() * 2 * plane), q(rows * row * e),
         out(rows * row * e);
@@ -240,7 +243,7 @@ double error_of(const problem &p, size_t index, size_t first_row, uint32_t layer
     call.geometry.layers = 1;
     call.base = kv.data();
     call.heads = s->heads;
-    call.io_dtype = s->dtype;
+    call.io_dtype = io_of(s);
     call.variant.scale = 1.0f / sqrtf((float)s->head_dim);
     seq.blocks = table.data();
     seq.q_tokens = rows;
@@ -250,7 +253,7 @@ double error_of(const problem &p, size_t index, size_t first_row, uint32_t layer
         return NAN;
     double diff = 0, norm = 0;
     for (size_t i = 0; i < reference.size(); i++) {
-        double d = element(out.data(), s->dtype, i) - reference[i];
+        double d = ts_element(out.data(), io_of(s), i) - reference[i];
         diff += d * d;
         norm += reference[i] * reference[i];
     }
@@ -301,7 +304,7 @@ bool measure(const bench_options *o, const device &d, const problem &p, ts_kerne
     char why[256];
     const shape *s = p.s;
     ts_gpu_plan *plan;
-    if (ts_gpu_plan_new(d.gpu, &p.g, s->heads, s->dtype, kernel, p.seqs.data(),
+    if (ts_gpu_plan_new(d.gpu, &p.g, s->heads, io_of(s), kernel, p.seqs.data(),
                         (uint32_t)p.seqs.size(), &plan, why, sizeof why) != TS_OK) {
         fprintf(stderr, "tsbench: %s\n", why);
         return false;

@@ -32,8 +32,9 @@ class CStepOptions(Structure):
 class CRunOptions(Structure):
     """ts_run_options"""
     _fields_ = [("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
-                ("sinks", c_bool), ("lse", c_bool), ("rope_theta", c_float), ("rope_dims", c_uint32),
-                ("rope_interleaved", c_bool), ("on_stream", c_bool), ("stream", c_void_p)]
+                ("sinks", c_bool), ("lse", c_bool), ("scales", c_bool), ("rope_theta", c_float),
+                ("rope_dims", c_uint32), ("rope_interleaved", c_bool), ("on_stream", c_bool),
+                ("stream", c_void_p)]
 
 
 class CKv(Structure):
@@ -85,6 +86,7 @@ _FUNCTIONS = {
     "ts_step_out": (c_void_p, [c_void_p]),
     "ts_step_slots": (None, [c_void_p, _u64p]),
     "ts_step_sinks": (c_void_p, [c_void_p]),
+    "ts_step_scales": (c_void_p, [c_void_p]),
     "ts_step_alibi": (c_void_p, [c_void_p]),
     "ts_step_lse": (c_void_p, [c_void_p]),
     "ts_step_run_with": (c_int, [c_void_p, c_uint32, POINTER(CRunOptions)]),

@@ -11,7 +11,7 @@ from ._lib import CKv, CRunOptions, CStepOptions, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
 from .view import DTYPES, View
 
-_DTYPE_NAMES = ("fp32", "fp16", "bf16")
+_DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp8_e4m3")
 _LAYOUT_NAMES = ("nhd", "hnd")
 _WRITABLE = 1
 
@@ -326,7 +326,7 @@ class Pool:
         NoSpaceError is raised and nothing was taken.
 
         heads: query heads, a multiple of kv_heads (None: kv_heads); io_dtype: of q, k, v and out,
-        "fp32" or the pool's; scale: of q·k (0: 1/sqrt(head_dim)); run False: no layer will be run;
+        "fp32" or the pool's (beside an fp8 pool "fp16" or "bf16"); scale: of q·k (0: 1/sqrt(head_dim)); run False: no layer will be run;
         kernel: of a GPU pool, "v1" and so on (None: the pool's)."""
         return Step(self, seqs, new_tokens, heads, io_dtype, scale, run, kernel)
 
@@ -358,8 +358,8 @@ class Step:
                  heads: int | None, io_dtype: str, scale: float, run: bool,
                  kernel: str | None) -> None:
         ids, numbers, n = _pair("new_tokens", seqs, new_tokens)
-        if io_dtype not in _DTYPE_NAMES:
-            raise ValueError(f"io_dtype {io_dtype!r}; known are {', '.join(_DTYPE_NAMES)}")
+        if io_dtype not in _DTYPE_NAMES[:3]:
+            raise ValueError(f"io_dtype {io_dtype!r}; known are {', '.join(_DTYPE_NAMES[:3])}")
         options = CStepOptions(heads or 0, _DTYPE_NAMES.index(io_dtype), scale, not run,
                                kernel.encode() if kernel else None)
         handle = c_void_p()
@@ -420,6 +420,12 @@ class Step:
         return self._floats(lib.ts_step_alibi, self.heads)
 
     @property
+    def scales(self) -> View:
+        """fp32 [2, kv_heads] in the exchange: what a stored element of K, then of V, of an fp8 pool is
+        to be multiplied by, for run(..., scales=True)."""
+        return self._floats(lib.ts_step_scales, 2, self.pool.geometry.kv_heads)
+
+    @property
     def lse(self) -> View:
         """fp32 [tokens, heads] in the exchange: the natural log of the sum of exponentials of each
         token's scores, sinks left out, after run(..., lse=True)."""
@@ -440,7 +446,7 @@ class Step:
 
     def run(self, layer: int, *, stream: Any = None, scale: float = 0.0, soft_cap: float = 0.0,
             window: int = 0, alibi: bool = False, sinks: bool = False, lse: bool = False,
-            rope_theta: float = 0.0, rope_dims: int = 0, rope_interleaved: bool = False) -> None:
+            scales: bool = False, rope_theta: float = 0.0, rope_dims: int = 0, rope_interleaved: bool = False) -> None:
         """Writes k and v into the step's slots of this layer and attends: a token sees its sequence's
         tokens up to and including itself.
 
@@ -453,13 +459,14 @@ class Step:
         distance to the key (a negative number) with alibi=True, and is hidden if the key is further
         than `window` tokens away, the token itself included (0: all are seen). sinks=True: the
         logits in `self.sinks` join the softmax. lse=True: `self.lse` gets the log-sum-exps.
+        scales=True, of an fp8 pool: `self.scales` has this layer's; else all are 1.
 
         rope_theta: q, and k before it is written, are turned by their tokens' positions (rotary
         embedding; 0: not): the first rope_dims dimensions of each head (0: all), in pairs of
         dimensions i and i + rope_dims / 2, or of neighbours with rope_interleaved=True."""
         handle = getattr(stream, "cuda_stream", stream)
-        options = CRunOptions(scale, soft_cap, alibi, window, sinks, lse, rope_theta, rope_dims,
-                              rope_interleaved, stream is not None, handle)
+        options = CRunOptions(scale, soft_cap, alibi, window, sinks, lse, scales, rope_theta,
+                              rope_dims, rope_interleaved, stream is not None, handle)
         self.pool._check(lib.ts_step_run_with(self._open(), layer, byref(options)))
 
     def commit(self, accepted: Iterable[int] | None = None) -> None:

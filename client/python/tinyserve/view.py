@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-# dtype: (bytes, DLPack's type code, NumPy's type string; bfloat16 has none of its own)
-DTYPES = {"fp32": (4, 2, "<f4"), "fp16": (2, 2, "<f2"), "bf16": (2, 4, "<u2")}
+# dtype: (bytes, DLPack's type code, NumPy's type string; bf16 and fp8 have none of their own)
+DTYPES = {"fp32": (4, 2, "<f4"), "fp16": (2, 2, "<f2"), "bf16": (2, 4, "<u2"),
+          "fp8_e4m3": (1, 10, "|u1"), "uint8": (1, 1, "|u1")}
 
 _CPU, _CUDA = 1, 2  # DLPack's device types
 
@@ -70,11 +71,12 @@ class View:
 
     shape     elements in each dimension
     strides   bytes from one to the next
-    dtype     "fp32", "fp16" or "bf16"
+    dtype     "fp32", "fp16", "bf16" or "fp8_e4m3"
     device    None for host memory, else the CUDA device's ordinal in this process
     ptr       address of the first element
 
-    `numpy()`, `numpy.asarray(view)` and indexing work on host memory (bf16 shows as uint16);
+    `numpy()`, `numpy.asarray(view)` and indexing work on host memory (bf16 shows as uint16, fp8 as
+    uint8);
     `torch()` and `torch.from_dlpack(view)` on any memory; `cupy.asarray(view)` and
     `torch.as_tensor(view)` on device memory. A view, and what is made of it, is good as long as the
     step or pool that gave it is open; `owner` is kept alive, not kept open.
@@ -112,8 +114,8 @@ class View:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.device is None:
             raise AttributeError("host memory has no __cuda_array_interface__: use numpy()")
-        if self.dtype == "bf16":
-            raise AttributeError("__cuda_array_interface__ has no bf16: use torch.from_dlpack")
+        if self.dtype in ("bf16", "fp8_e4m3"):
+            raise AttributeError(f"__cuda_array_interface__ has no {self.dtype}: use torch()")
         return self._interface()
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -136,13 +138,17 @@ class View:
         return _new_capsule(address, b"dltensor", ctypes.cast(_drop_capsule, ctypes.c_void_p))
 
     def numpy(self) -> "numpy.ndarray":
-        """The same memory as a NumPy array (host memory; bf16 as uint16)."""
+        """The same memory as a NumPy array (host memory; bf16 as uint16, fp8 as uint8)."""
         import numpy
         return numpy.asarray(self)
 
     def torch(self) -> "torch.Tensor":
         """The same memory as a torch tensor. Writing to a read-only view through it is a fault."""
         import torch
+        if self.dtype == "fp8_e4m3":  # newer than many a DLPack
+            bytes_ = View(self.ptr, self.shape, "uint8", self.device, self.owner, self.strides,
+                          self.writable)
+            return torch.from_dlpack(bytes_).view(torch.float8_e4m3fn)
         return torch.from_dlpack(self)
 
     def __getitem__(self, index: Any) -> Any:
