@@ -68,7 +68,8 @@ struct ts_client {
     ts_exec exec;    /* that was asked for, or that AUTO has come to */
     ts_exec last_exec;
     uint32_t threads;
-    ts_attention *attention; /* of local execution; NULL: none yet */
+    ts_attention *attention;        /* of local execution; NULL: none yet */
+    struct ts_local_gpu *local_gpu; /* the same on a GPU */
     char error[256];
 };
 
@@ -78,7 +79,7 @@ struct ts_pool {
     ts_geometry geometry;
     uint32_t num_blocks, slab_blocks, num_slabs, sequence_tokens_max;
     bool writable, on_gpu;
-    char device[32], memory[16];
+    char device[32], memory[16], kernel[16];
     uint8_t uuid[TS_UUID_BYTES]; /* of the GPU */
     uint8_t ipc_handle[TS_IPC_HANDLE_BYTES];
     bool has_ipc_handle; /* of the only slab */
@@ -109,6 +110,7 @@ typedef struct ts_local {
     uint32_t *tables;
     ts_attention_seq *seqs;
     uint32_t num_seqs;
+    struct ts_gpu_plan *plan; /* of a GPU pool */
 } ts_local;
 
 /* Whether a step in the pool is to be executed here (*local), or both ways. An error: here was
@@ -120,7 +122,11 @@ ts_status ts_local_choose(ts_client *client, const ts_pool *pool, ts_exec *exec)
 ts_status ts_local_new(ts_pool *pool, const uint32_t *tables, const uint32_t *counts,
                        size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
                        uint32_t num_seqs, ts_local **out);
-void ts_local_free(ts_local *local);
+void ts_local_free(ts_client *client, ts_local *local);
+
+/* The same for runs on the pool's GPU: kernel NULL: the pool's. */
+ts_status ts_local_plan(ts_pool *pool, ts_local *local, uint32_t heads, ts_dtype io_dtype,
+                        const char *kernel);
 
 /* What a run is given: pointers into the exchange, as ts_attention_seq's of all tokens. */
 typedef struct ts_local_run {
@@ -131,9 +137,25 @@ typedef struct ts_local_run {
     unsigned char *out;
     const float *sinks, *alibi, *scales;
     float *lse;
+    bool on_stream;
+    void *stream;
 } ts_local_run;
 
 ts_status ts_local_attend(ts_pool *pool, ts_local *local, const ts_local_run *run);
+
+/* The same on a GPU, through libtinyserve-cuda, which is loaded at the first need. */
+typedef struct ts_local_gpu ts_local_gpu;
+typedef struct ts_gpu_plan ts_gpu_plan;
+ts_status ts_local_gpu_open(ts_client *client, const ts_pool *pool);
+void ts_local_gpu_close(ts_client *client);
+ts_status ts_local_gpu_plan(ts_pool *pool, const ts_attention_seq *seqs, uint32_t num_seqs,
+                            uint32_t heads, ts_dtype io_dtype, const char *kernel,
+                            ts_gpu_plan **out);
+void ts_local_gpu_plan_free(ts_client *client, ts_gpu_plan *plan);
+ts_status ts_local_gpu_attend(ts_pool *pool, ts_gpu_plan *plan, const ts_local_run *run);
+
+/* Waits for the runs that were queued on streams. */
+ts_status ts_local_gpu_await(ts_client *client);
 
 /* Makes sure that the block's slab is mapped, as the daemon spoke of it last. */
 ts_status ts_pool_map_block(ts_pool *pool, uint64_t block, bool writable);

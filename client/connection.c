@@ -328,6 +328,7 @@ void ts_disconnect(ts_client *c)
     ts_signals_close(c);
     ts_rings_close(c);
     ts_attention_free(c->attention);
+    ts_local_gpu_close(c);
     ts_cuda_close(c->cuda);
     if (c->handle_fd >= 0)
         close(c->handle_fd);

@@ -111,13 +111,13 @@ bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES])
     return memcmp(cuda->uuid, uuid, TS_UUID_BYTES) == 0;
 }
 
-static ts_status enter(ts_client *c, ts_cuda *cuda)
+ts_status ts_cuda_enter(ts_client *c, ts_cuda *cuda)
 {
     ts_cu_result error = cuda->f.context_push(cuda->context);
     return error == 0 ? TS_OK : fail(c, cuda, TS_EDEVICE, "using the GPU", error);
 }
 
-static void leave(ts_cuda *cuda)
+void ts_cuda_leave(ts_cuda *cuda)
 {
     void *context;
     (void)cuda->f.context_pop(&context);
@@ -126,11 +126,11 @@ static void leave(ts_cuda *cuda)
 ts_status ts_cuda_reserve(ts_client *c, ts_cuda *cuda, size_t bytes, unsigned char **base)
 {
     ts_cu_pointer at = 0;
-    ts_status status = enter(c, cuda);
+    ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
     ts_cu_result error = cuda->f.address_reserve(&at, bytes, 0, 0, 0);
-    leave(cuda);
+    ts_cuda_leave(cuda);
     *base = (unsigned char *)at;
     return error == 0 ? TS_OK : fail(c, cuda, TS_ENOMEM, "reserving device addresses", error);
 }
@@ -140,14 +140,14 @@ void ts_cuda_unreserve(ts_cuda *cuda, unsigned char *base, size_t bytes)
     if (cuda->f.context_push(cuda->context) != 0)
         return;
     (void)cuda->f.address_free((ts_cu_pointer)base, bytes);
-    leave(cuda);
+    ts_cuda_leave(cuda);
 }
 
 ts_status ts_cuda_map(ts_client *c, ts_cuda *cuda, unsigned char *at, size_t bytes, int fd,
                       bool writable)
 {
     ts_cu_memory memory = 0;
-    ts_status status = enter(c, cuda);
+    ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
     ts_cu_access access = {.location = {.type = TS_CU_LOCATION_DEVICE, .id = cuda->device},
@@ -164,7 +164,7 @@ ts_status ts_cuda_map(ts_client *c, ts_cuda *cuda, unsigned char *at, size_t byt
     }
     if (error != 0)
         status = fail(c, cuda, TS_EDEVICE, "mapping device memory", error);
-    leave(cuda);
+    ts_cuda_leave(cuda);
     return status;
 }
 
@@ -173,7 +173,7 @@ void ts_cuda_unmap(ts_cuda *cuda, unsigned char *at, size_t bytes)
     if (cuda->f.context_push(cuda->context) != 0)
         return;
     (void)cuda->f.unmap((ts_cu_pointer)at, bytes);
-    leave(cuda);
+    ts_cuda_leave(cuda);
 }
 
 ts_status ts_cuda_ipc_open(ts_client *c, ts_cuda *cuda, const uint8_t handle[TS_IPC_HANDLE_BYTES],
@@ -182,13 +182,13 @@ ts_status ts_cuda_ipc_open(ts_client *c, ts_cuda *cuda, const uint8_t handle[TS_
     ts_cu_ipc_handle h;
     ts_cu_pointer at = 0;
     memcpy(&h, handle, sizeof h);
-    ts_status status = enter(c, cuda);
+    ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
     ts_cu_result error = cuda->f.ipc_open(&at, h, TS_CU_IPC_LAZY_PEER_ACCESS);
     if (error != 0)
         status = fail(c, cuda, TS_EDEVICE, "mapping device memory", error);
-    leave(cuda);
+    ts_cuda_leave(cuda);
     *base = (unsigned char *)at;
     return status;
 }
@@ -198,7 +198,7 @@ void ts_cuda_ipc_close(ts_cuda *cuda, unsigned char *base)
     if (cuda->f.context_push(cuda->context) != 0)
         return;
     (void)cuda->f.ipc_close((ts_cu_pointer)base);
-    leave(cuda);
+    ts_cuda_leave(cuda);
 }
 
 ts_status ts_cuda_ipc_export(ts_client *c, ts_cuda *cuda, void *memory, size_t bytes,
@@ -207,7 +207,7 @@ ts_status ts_cuda_ipc_export(ts_client *c, ts_cuda *cuda, void *memory, size_t b
     ts_cu_ipc_handle h;
     ts_cu_pointer start = 0;
     size_t size = 0;
-    ts_status status = enter(c, cuda);
+    ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
     ts_cu_result error = cuda->f.address_range(&start, &size, (ts_cu_pointer)memory);
@@ -224,13 +224,13 @@ ts_status ts_cuda_ipc_export(ts_client *c, ts_cuda *cuda, void *memory, size_t b
                           "making an IPC handle (only memory of cudaMalloc has one)", error);
         memcpy(handle, &h, TS_IPC_HANDLE_BYTES);
     }
-    leave(cuda);
+    ts_cuda_leave(cuda);
     return status;
 }
 
 ts_status ts_cuda_pin(ts_client *c, ts_cuda *cuda, void *host, size_t bytes, uint64_t *there)
 {
-    ts_status status = enter(c, cuda);
+    ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
     ts_cu_result error =
@@ -242,7 +242,7 @@ ts_status ts_cuda_pin(ts_client *c, ts_cuda *cuda, void *host, size_t bytes, uin
     }
     if (error != 0)
         status = fail(c, cuda, TS_EDEVICE, "pinning host memory", error);
-    leave(cuda);
+    ts_cuda_leave(cuda);
     return status;
 }
 
@@ -251,13 +251,13 @@ void ts_cuda_unpin(ts_cuda *cuda, void *host)
     if (cuda->f.context_push(cuda->context) != 0)
         return;
     (void)cuda->f.host_unregister(host);
-    leave(cuda);
+    ts_cuda_leave(cuda);
 }
 
 ts_status ts_cuda_hand_over(ts_client *c, ts_cuda *cuda, void *stream, uint64_t submitted,
                             uint64_t completed, uint32_t value)
 {
-    ts_status status = enter(c, cuda);
+    ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
     ts_cu_result error = cuda->f.stream_write(stream, submitted, value, TS_CU_WRITE_DEFAULT);
@@ -265,6 +265,6 @@ ts_status ts_cuda_hand_over(ts_client *c, ts_cuda *cuda, void *stream, uint64_t 
         error = cuda->f.stream_wait(stream, completed, value, TS_CU_WAIT_GEQ);
     if (error != 0)
         status = fail(c, cuda, TS_EDEVICE, "queueing on the stream", error);
-    leave(cuda);
+    ts_cuda_leave(cuda);
     return status;
 }

@@ -26,6 +26,10 @@ void ts_cuda_close(ts_cuda *cuda);
 int ts_cuda_ordinal(const ts_cuda *cuda);
 bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES]);
 
+/* Makes the device's primary context the calling thread's, and undoes it. */
+ts_status ts_cuda_enter(ts_client *client, ts_cuda *cuda);
+void ts_cuda_leave(ts_cuda *cuda);
+
 /* Addresses for `bytes` of memory that is mapped piece by piece. */
 ts_status ts_cuda_reserve(ts_client *client, ts_cuda *cuda, size_t bytes, unsigned char **base);
 void ts_cuda_unreserve(ts_cuda *cuda, unsigned char *base, size_t bytes);

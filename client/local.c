@@ -5,6 +5,24 @@
 #include <string.h>
 #include <unistd.h>
 
+static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)
+{
+    if (!p->writable)
+        return ts_fail(c, TS_EPERM,
+                       "local execution writes K and V: open the pool with TS_POOL_WRITABLE");
+    if (!rings)
+        return ts_fail(c, TS_EINVAL,
+                       "local execution needs the rings: the block tables come by them");
+    if (!p->on_gpu)
+        return TS_OK;
+    if (c->exchange_kind == TS_EXCHANGE_HOST || c->exchange_kind == TS_EXCHANGE_NONE)
+        return ts_fail(c, TS_EINVAL,
+                       "local execution on %s needs q, k, v and out in its memory: see "
+                       "ts_exchange_device and ts_exchange_register",
+                       p->device);
+    return ts_local_gpu_open(c, p);
+}
+
 ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
 {
     bool rings;
@@ -14,19 +32,13 @@ ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
     ts_status status = ts_rings_use(c, &rings);
     if (status != TS_OK)
         return status;
-    if (rings && !p->on_gpu && p->writable)
+    status = can_attend(c, p, rings);
+    if (status == TS_OK) { /* on a GPU a hand-over costs more than a launch, always */
+        *exec = p->on_gpu ? TS_EXEC_LOCAL : c->exec;
         return TS_OK;
+    }
     *exec = TS_EXEC_DAEMON;
-    if (c->exec == TS_EXEC_AUTO)
-        return TS_OK;
-    if (p->on_gpu)
-        return ts_fail(c, TS_EINVAL,
-                       "local execution, but the pool is on %s: it is for pools in host memory",
-                       p->device);
-    if (!p->writable)
-        return ts_fail(c, TS_EPERM,
-                       "local execution writes K and V: open the pool with TS_POOL_WRITABLE");
-    return ts_fail(c, TS_EINVAL, "local execution needs the rings: the block tables come by them");
+    return c->exec == TS_EXEC_AUTO ? TS_OK : status;
 }
 
 /* The kernels, made at the first need: those that the daemon uses. */
@@ -57,7 +69,7 @@ ts_status ts_local_new(ts_pool *p, const uint32_t *tables, const uint32_t *count
                        uint32_t num_seqs, ts_local **out)
 {
     ts_local *l = calloc(1, sizeof *l);
-    ts_status status = open_kernels(p->client);
+    ts_status status = p->on_gpu ? TS_OK : open_kernels(p->client);
     *out = l;
     if (status != TS_OK)
         return status;
@@ -81,10 +93,17 @@ ts_status ts_local_new(ts_pool *p, const uint32_t *tables, const uint32_t *count
     return status;
 }
 
-void ts_local_free(ts_local *l)
+ts_status ts_local_plan(ts_pool *p, ts_local *l, uint32_t heads, ts_dtype io_dtype,
+                        const char *kernel)
+{
+    return ts_local_gpu_plan(p, l->seqs, l->num_seqs, heads, io_dtype, kernel, &l->plan);
+}
+
+void ts_local_free(ts_client *c, ts_local *l)
 {
     if (l == NULL)
         return;
+    ts_local_gpu_plan_free(c, l->plan);
     free(l->tables);
     free(l->seqs);
     free(l);
@@ -108,6 +127,13 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)
         return status;
     if (variant.rope.dims == 0)
         variant.rope.dims = g->head_dim;
+    if (p->on_gpu) {
+        ts_local_run there = *run;
+        there.variant = variant;
+        return ts_local_gpu_attend(p, l->plan, &there);
+    }
+    if (run->on_stream)
+        return ts_fail(c, TS_EINVAL, "an ordered run, but the pool is in host memory");
     size_t row = g->head_dim * ts_dtype_bytes(run->io_dtype), first = 0;
     for (uint32_t i = 0; i < l->num_seqs; i++) {
         ts_attention_seq *s = &l->seqs[i];

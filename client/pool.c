@@ -55,6 +55,7 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     };
     snprintf(p->device, sizeof p->device, "%s", o->device);
     snprintf(p->memory, sizeof p->memory, "%s", o->memory);
+    snprintf(p->kernel, sizeof p->kernel, "%s", o->kernel);
     if (p->on_gpu)
         memcpy(p->uuid, o->device_uuid.data, TS_UUID_BYTES);
     status = ts_geometry_check(&p->geometry, c->error, sizeof c->error);
@@ -212,10 +213,13 @@ static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
         status = ts_fail(c, TS_EPROTO, "slab %u has %llu bytes, not %zu", slab,
                          (unsigned long long)reply.bytes, mapped_bytes(p));
     } else if (p->on_gpu) {
-        if (p->mapped[slab] != 0)
+        if (p->mapped[slab] != 0) {
+            status = ts_local_gpu_await(c); /* another step's runs may be reading it */
             ts_cuda_unmap(c->cuda, at, mapped_bytes(p));
+        }
         p->mapped[slab] = 0;
-        status = ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, writable);
+        if (status == TS_OK)
+            status = ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, writable);
     } else if (mmap(at, mapped_bytes(p), writable ? PROT_READ | PROT_WRITE : PROT_READ,
                     MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
         status = ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, mapped_bytes(p),

@@ -30,7 +30,7 @@ static void step_free(ts_step *s)
     free(s->starts);
     free(s->new_tokens);
     free(s->slots);
-    ts_local_free(s->local);
+    ts_local_free(s->pool->client, s->local);
     free(s);
 }
 
@@ -119,6 +119,12 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     return status;
 }
 
+/* The handle of memory that is one allocation comes in messages alone. */
+static bool lacks_handle(const ts_pool *p)
+{
+    return strcmp(p->memory, "cuda-ipc") == 0 && !p->has_ipc_handle;
+}
+
 /* Whether a begin can go by the rings. */
 static bool fits_ring(const ts_step *s, const ts_step_options *o)
 {
@@ -129,8 +135,7 @@ static bool fits_ring(const ts_step *s, const ts_step_options *o)
         return false;
     if (p->num_slabs > TS_RING_SLABS)
         return false;
-    /* The handle of memory that is one allocation comes in messages alone. */
-    if (strcmp(p->memory, "cuda-ipc") == 0 && !p->has_ipc_handle)
+    if (lacks_handle(p))
         return false;
     for (uint32_t i = 0; i < s->count; i++)
         blocks += ts_ring_blocks(s->new_tokens[i], p->geometry.block_tokens);
@@ -175,6 +180,13 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
         status = ts_local_choose(c, s->pool, &s->exec);
     if (status != TS_OK)
         return status;
+    if (s->exec == TS_EXEC_LOCAL && lacks_handle(s->pool)) { /* once: begun and dropped for it */
+        status = begin_by_message(s, seqs, o, false);
+        if (status == TS_OK)
+            status = call_end(s, false, NULL);
+        if (status != TS_OK)
+            return status;
+    }
     if (!use || !fits_ring(s, o)) {
         if (s->exec == TS_EXEC_LOCAL)
             return ts_fail(c, TS_EINVAL,
@@ -185,6 +197,10 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
         return begin_by_message(s, seqs, o, append);
     }
     status = begin_by_ring(s, seqs, o);
+    if (status == TS_EINVAL && s->exec != TS_EXEC_DAEMON && c->exec == TS_EXEC_AUTO) {
+        s->exec = TS_EXEC_DAEMON; /* the block tables may be more than a ring can tell of */
+        status = begin_by_ring(s, seqs, o);
+    }
     if (status != TS_OK || s->exec == TS_EXEC_DAEMON)
         return status;
     const ts_rings_memory *m = c->rings;
@@ -194,6 +210,8 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
             ((size_t)s->starts[i] + s->new_tokens[i] - 1) / s->pool->geometry.block_tokens + 1;
     status = ts_local_new(s->pool, m->begun_blocks, m->begun_counts, num_blocks, s->starts,
                           s->new_tokens, s->count, &s->local);
+    if (status == TS_OK && s->pool->on_gpu)
+        status = ts_local_plan(s->pool, s->local, s->heads, s->io_dtype, o->kernel);
     if (status != TS_OK) /* the daemon has begun it */
         (void)call_end(s, false, NULL);
     return status;
@@ -419,9 +437,6 @@ static ts_status run_there(ts_step *s, uint32_t layer, const ts_run_options *o, 
 static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
     unsigned char *x = s->pool->client->exchange;
-    if (o->on_stream)
-        return ts_fail(s->pool->client, TS_EINVAL,
-                       "an ordered run, but the pool is in host memory");
     const ts_local_run run = {
         .layer = layer,
         .heads = s->heads,
@@ -438,6 +453,8 @@ static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
         .alibi = o->alibi ? floats_at(s, s->alibi) : NULL,
         .lse = o->lse ? floats_at(s, s->lse) : NULL,
         .scales = o->scales ? floats_at(s, s->scales) : NULL,
+        .on_stream = o->on_stream,
+        .stream = o->stream,
     };
     return ts_local_attend(s->pool, s->local, &run);
 }
@@ -490,7 +507,8 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
 
 ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
-    return o->on_stream ? run_on_stream(s, layer, o) : call_run(s, layer, o, 0);
+    return o->on_stream && s->exec == TS_EXEC_DAEMON ? run_on_stream(s, layer, o)
+                                                     : call_run(s, layer, o, 0);
 }
 
 ts_status ts_step_run(ts_step *s, uint32_t layer)
@@ -513,7 +531,11 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     bool use;
-    ts_status status = ts_rings_use(c, &use);
+    /* Blocks whose K and V are still being written, or read, are nobody else's yet. */
+    ts_status status = s->local != NULL && s->pool->on_gpu ? ts_local_gpu_await(c) : TS_OK;
+    if (status != TS_OK && commit)
+        return status;
+    status = ts_rings_use(c, &use);
     if (status != TS_OK)
         return status;
     if (use && (accepted == NULL || s->count <= TS_RING_BATCH)) {

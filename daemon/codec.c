@@ -156,6 +156,7 @@ static void encode_pool(const ts_engine *e, uint32_t index, Tspb__PoolOpened *p)
     p->num_blocks = config->num_blocks;
     p->slab_blocks = config->slab_blocks;
     p->memory = (char *)config->memory;
+    p->kernel = (char *)ts_kernel_name(config->kernel);
     p->device = (char *)config->device;
     p->sequence_tokens_max = config->sequence_tokens_max;
     if (config->on_gpu) {

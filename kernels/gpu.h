@@ -67,6 +67,10 @@ uint32_t ts_gpu_count(char *why, size_t why_bytes);
 /* Opens device `ordinal` and its launches. TS_EDEVICE, TS_ENOMEM with a sentence. */
 ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
 
+/* Opens it for a process that launches on streams of its own (ts_gpu_launch_on): no other launches
+ * are there to be taken. */
+ts_status ts_gpu_open_for_streams(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
+
 /* Waits for what was launched, then for the janitor. */
 void ts_gpu_close(ts_gpu *gpu);
 
@@ -193,6 +197,23 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
 ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
                                void (*done)(void *arg, ts_status status, const char *why),
                                void *arg);
+
+/*
+ * Of a device opened for streams: its one launch, on the cudaStream_t; NULL is the default stream.
+ * It is never finished. Scratch memory is the launch's: what is queued on another stream comes
+ * after what was queued before.
+ */
+ts_gpu_launch *ts_gpu_launch_on(ts_gpu *gpu, void *stream);
+ts_gpu_launch *ts_gpu_launch_on_own(ts_gpu *gpu); /* on a stream of the device's own */
+
+/* Waits until the plan is on the device and there is room for its runs: then ts_gpu_launch_attend
+ * of one run queues kernels alone, as a stream that is being captured must have it. */
+ts_status ts_gpu_launch_prepare(ts_gpu_launch *launch, const ts_gpu_plan *plan);
+
+/* Notes what was queued so far (nothing while the stream is being captured), and waits for what was
+ * noted last. */
+ts_status ts_gpu_launch_mark(ts_gpu_launch *launch);
+ts_status ts_gpu_launch_await_mark(ts_gpu_launch *launch);
 
 /* Its cudaStream_t: to time what is queued. */
 void *ts_gpu_launch_stream(ts_gpu_launch *launch);

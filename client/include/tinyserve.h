@@ -49,10 +49,12 @@ typedef enum ts_transport {
 typedef enum ts_exec {
     TS_EXEC_DAEMON, /* the daemon: sessions' attends are joined */
     TS_EXEC_LOCAL,  /* this process, with the same kernels over the mapped pool: the daemon has no
-                       part in a layer. For pools in host memory that were opened with
-                       TS_POOL_WRITABLE */
-    TS_EXEC_AUTO    /* where it can be chosen, the session's first step goes both ways, and the
-                       quicker is taken from then on */
+                       part in a layer. For pools that were opened with TS_POOL_WRITABLE; on a GPU,
+                       with the exchange in its memory (ts_exchange_device) and libtinyserve-cuda
+                       installed */
+    TS_EXEC_AUTO    /* where that can be: of a host pool, the session's first step goes both ways,
+                       and the quicker is taken from then on; of a GPU pool, local. Else the daemon
+                     */
 } ts_exec;
 
 typedef struct ts_options {
@@ -210,8 +212,9 @@ typedef struct ts_step_options {
  * Begins a step that adds new_tokens[i] (at least 1) tokens to sequence i. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
  * as they were, and not be changed. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
- * isn't writable; TS_EINVAL: it is on a GPU, there are no rings, or
- * the block tables of the step's sequences have more than 2^20 entries.
+ * isn't writable; TS_EINVAL: it is on a GPU and the exchange isn't, there are no rings, or the
+ * block tables of the step's sequences have more than 2^20 entries; TS_EDEVICE: no
+ * libtinyserve-cuda, or it can't use the GPU.
  */
 ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_tokens,
                         uint32_t count, const ts_step_options *options, ts_step **out);
@@ -278,6 +281,10 @@ typedef struct ts_run_options {
  * nothing waits for the GPU. The exchange must be device memory, or host memory that the stream
  * writes. Use one stream, or make a later one wait for the earlier. If a run fails on the GPU, the
  * commit says so.
+ *
+ * With TS_EXEC_LOCAL a run is kernels on the stream and nothing else, so the stream may be being
+ * captured into a CUDA graph. Such a graph is good until the step ends: wait for what it does
+ * before the commit or the abort, which wait for the runs that were not captured.
  */
 ts_status ts_step_run_with(ts_step *step, uint32_t layer, const ts_run_options *options);
 

@@ -160,6 +160,23 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
 
 } // namespace
 
+extern "C" ts_status ts_gpu_launch_prepare(ts_gpu_launch *l, const ts_gpu_plan *plan)
+{
+    ts_gpu_run run = {};
+    run.plan = plan;
+    ts_status status = ts_gpu_enter(l->gpu, l->why, sizeof l->why);
+    if (status == TS_OK)
+        status = reserve(l, &run, 1);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error = cudaEventSynchronize(plan->buffer->there);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(l->stream); /* counters that were made anew are 0 */
+    if (error == cudaSuccess)
+        __atomic_store_n(&plan->buffer->is_there, true, __ATOMIC_RELAXED);
+    return ts_gpu_launch_fail(l, error);
+}
+
 extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
                                           const ts_attention_variant *variant,
                                           const ts_gpu_run *runs, uint32_t num_runs)

@@ -21,9 +21,24 @@ __device__ inline void load_some(const T *row, int first, uint32_t head_dim, flo
         x[i] = first + i < head_dim ? to_float(row[first + i]) : 0;
 }
 
+/* Where q lies: in registers, or where they would not be enough in shared memory. (In local memory
+ * it would be more of that than a context begins with: what grows it at the first launch waits for
+ * every stream, and one may be waiting for a worker.) */
+template <int DIM> struct v1_layout {
+    static const bool SHARED = DIM > 128;
+    static const uint32_t THREADS = SHARED ? 32 : 64;
+};
+
 template <typename T, int DIM, bool CAPPED>
-__global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call c)
+__global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
+    decode_v1(const __grid_constant__ gpu_call c)
 {
+    const bool SHARED = v1_layout<DIM>::SHARED;
+    __shared__ float shared_q[SHARED ? DIM : 1][v1_layout<DIM>::THREADS];
+    float own_q[SHARED ? 1 : DIM];
+    auto q = [&](int d) -> float & {
+        return SHARED ? shared_q[SHARED ? d : 0][threadIdx.x] : own_q[SHARED ? 0 : d];
+    };
     uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= c.num_items * c.heads)
         return;
@@ -32,10 +47,10 @@ __global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call
     uint32_t keys = s.kv_tokens - s.q_tokens + query + 1;
     size_t row = row_index(c, query, head);
 
-    float q[DIM], acc[DIM], scale = c.scale_log2 * key_scale<T>(s, head / c.group);
+    float acc[DIM], scale = c.scale_log2 * key_scale<T>(s, head / c.group);
 #pragma unroll
     for (int d = 0; d < DIM; d++) {
-        q[d] = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * scale : 0;
+        q(d) = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * scale : 0;
         acc[d] = 0;
     }
     float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);
@@ -48,7 +63,7 @@ __global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call
             load_some(k, first, c.head_dim, x);
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
-                score += q[first + i] * x[i];
+                score += q(first + i) * x[i];
         }
         score = vary<CAPPED>(c, score, slope, t, keys - 1);
         float higher = fmaxf(max, score);
@@ -70,16 +85,20 @@ __global__ void __launch_bounds__(64) decode_v1(const __grid_constant__ gpu_call
             io_store<T>(c, s.out, row + d, acc[d] * factor);
 }
 
+template <typename T, int DIM, bool CAPPED>
+cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
+{
+    const uint32_t threads = v1_layout<DIM>::THREADS;
+    uint32_t grid = (uint32_t)(((uint64_t)c.num_items * c.heads + threads - 1) / threads);
+    decode_v1<T, DIM, CAPPED><<<grid, threads, 0, stream>>>(c);
+    return cudaGetLastError();
+}
+
 template <typename T, bool CAPPED> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
 {
-    uint32_t grid = (uint32_t)(((uint64_t)c.num_items * c.heads + 63) / 64);
-    if (c.head_dim <= 64)
-        decode_v1<T, 64, CAPPED><<<grid, 64, 0, stream>>>(c);
-    else if (c.head_dim <= 128)
-        decode_v1<T, 128, CAPPED><<<grid, 64, 0, stream>>>(c);
-    else
-        decode_v1<T, 256, CAPPED><<<grid, 64, 0, stream>>>(c);
-    return cudaGetLastError();
+    return c.head_dim <= 64    ? launch_dim<T, 64, CAPPED>(c, stream)
+           : c.head_dim <= 128 ? launch_dim<T, 128, CAPPED>(c, stream)
+                               : launch_dim<T, 256, CAPPED>(c, stream);
 }
 
 template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)

@@ -139,9 +139,8 @@ static void prepare(void)
     (void)setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 }
 
-uint32_t ts_gpu_count(char *why, size_t why_bytes)
+static uint32_t count_devices(char *why, size_t why_bytes)
 {
-    prepare();
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error == cudaSuccess && count > 0)
@@ -154,6 +153,12 @@ uint32_t ts_gpu_count(char *why, size_t why_bytes)
              : error == cudaSuccess ? "no CUDA device is visible"
                                     : cudaGetErrorString(error));
     return 0;
+}
+
+uint32_t ts_gpu_count(char *why, size_t why_bytes)
+{
+    prepare();
+    return count_devices(why, why_bytes);
 }
 
 static ts_status find_driver(ts_gpu *gpu, char *why, size_t why_bytes)
@@ -340,6 +345,37 @@ ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
     return TS_OK;
 }
 
+ts_gpu_launch *ts_gpu_launch_on(ts_gpu *gpu, void *stream)
+{
+    gpu->launches[0].stream = stream;
+    return &gpu->launches[0];
+}
+
+ts_gpu_launch *ts_gpu_launch_on_own(ts_gpu *gpu)
+{
+    return ts_gpu_launch_on(gpu, gpu->memory_stream);
+}
+
+ts_status ts_gpu_launch_mark(ts_gpu_launch *l)
+{
+    enum cudaStreamCaptureStatus capture;
+    cudaError_t error = cudaStreamIsCapturing(l->stream, &capture);
+    if (error == cudaSuccess && capture == cudaStreamCaptureStatusNone) {
+        error = cudaEventRecord(l->end, l->stream);
+        l->marked = error == cudaSuccess;
+    }
+    return ts_gpu_launch_fail(l, error);
+}
+
+ts_status ts_gpu_launch_await_mark(ts_gpu_launch *l)
+{
+    if (!l->marked)
+        return TS_OK;
+    cudaError_t error = cudaEventSynchronize(l->end);
+    l->marked = error != cudaSuccess;
+    return ts_gpu_launch_fail(l, error);
+}
+
 /* Waits for what was queued, again and again. */
 static void *launch_main(void *thread_arg)
 {
@@ -371,11 +407,17 @@ static ts_status launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t wh
     l->gpu = gpu;
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->event, NULL);
-    cudaError_t error = cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking);
+    cudaError_t error = cudaSuccess;
+    if (gpu->for_streams)
+        l->stream = gpu->memory_stream;
+    else
+        error = cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
     if (error != cudaSuccess)
         return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
+    if (gpu->for_streams) /* nobody waits for it but who asks, and it copies no blocks */
+        return TS_OK;
     if (ts_gpu_launch_reserve(l, TS_GPU_STAGING_BYTES) != TS_OK) {
         snprintf(why, why_bytes, "staging memory of %zu bytes: %s", TS_GPU_STAGING_BYTES, l->why);
         return TS_ENOMEM;
@@ -406,7 +448,7 @@ static void launch_fini(ts_gpu_launch *l)
     (void)cudaFree(l->counters);
     if (l->end != NULL)
         (void)cudaEventDestroy(l->end);
-    if (l->stream != NULL)
+    if (l->stream != NULL && !l->gpu->for_streams)
         (void)cudaStreamDestroy(l->stream);
     pthread_cond_destroy(&l->event);
     pthread_mutex_destroy(&l->lock);
@@ -414,10 +456,11 @@ static void launch_fini(ts_gpu_launch *l)
 
 /* ---- opening ---- */
 
-ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+static ts_status open_device(uint32_t ordinal, uint32_t num_launches, ts_gpu **out, char *why,
+                             size_t why_bytes)
 {
     *out = NULL;
-    uint32_t count = ts_gpu_count(why, why_bytes);
+    uint32_t count = count_devices(why, why_bytes);
     if (count == 0)
         return TS_EDEVICE;
     if (ordinal >= count) {
@@ -431,6 +474,7 @@ ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_byte
         return TS_ENOMEM;
     }
     gpu->info.ordinal = ordinal;
+    gpu->for_streams = num_launches == 1;
     pthread_mutex_init(&gpu->lock, NULL);
     pthread_cond_init(&gpu->changed, NULL);
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
@@ -452,7 +496,7 @@ ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_byte
             status = TS_ENOMEM;
         }
     }
-    for (uint32_t i = 0; status == TS_OK && i < TS_GPU_LAUNCHES; i++)
+    for (uint32_t i = 0; status == TS_OK && i < num_launches; i++)
         status = launch_init(gpu, &gpu->launches[i], why, why_bytes);
     if (status != TS_OK) {
         ts_gpu_close(gpu);
@@ -460,6 +504,17 @@ ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_byte
     }
     *out = gpu;
     return TS_OK;
+}
+
+ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+{
+    prepare();
+    return open_device(ordinal, TS_GPU_LAUNCHES, out, why, why_bytes);
+}
+
+ts_status ts_gpu_open_for_streams(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
+{
+    return open_device(ordinal, 1, out, why, why_bytes);
 }
 
 void ts_gpu_close(ts_gpu *gpu)

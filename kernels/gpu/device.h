@@ -77,6 +77,7 @@ struct ts_gpu_launch {
     pthread_mutex_t lock;
     pthread_cond_t event;
     bool runs, finished, stop; /* the thread; the other two under the lock */
+    bool marked;               /* `end` was recorded: ts_gpu_launch_mark */
 };
 
 /* Something to give back when that may take a while. */
@@ -105,6 +106,7 @@ struct ts_gpu {
     ts_gpu_buffer *buffers[TS_GPU_BUFFER_LOGS]; /* under the lock: free ones of 2^i bytes */
     ts_gpu_function functions[TS_GPU_FUNCTIONS]; /* under the lock: those that plans asked about */
     uint32_t num_functions;                      /* under the lock */
+    bool for_streams; /* there is launches[0] alone, on streams of others */
     bool janitor_runs;
     pthread_t janitor;
 };

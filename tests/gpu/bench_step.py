@@ -1,7 +1,7 @@
-"""What a layer of a decode step costs through the daemon, over the bare kernel: 32 layers, one after the
-other on the worker's CUDA stream, submitted ahead of the GPU.
+"""What a layer of a decode step costs through the daemon, or launched by the worker itself, over the bare
+kernel: 32 layers, one after the other on the worker's CUDA stream, submitted ahead of the GPU.
 
-    tests/gpu/with-mps python3 tests/gpu/bench_step.py [--transport ring|messages]
+    tests/gpu/with-mps python3 tests/gpu/bench_step.py [--transport ring|messages] [--exec local]
 
 Bare kernels are `tsbench attend`'s, in the same run. Every layer's result is checked first."""
 
@@ -69,20 +69,22 @@ def main():
     parser = common.arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--transport", default="ring", choices=["ring", "messages"])
+    parser.add_argument("--exec", default="daemon", choices=["daemon", "local"])
     options = parser.parse_args()
     kernels = {name: bare(options.device, name) for name in SHAPES}
     pool = (f"bench:layers={LAYERS},kv_heads={KV},head_dim={DIM},dtype=bf16,block_tokens={BLOCK},"
             f"memory=40G,client_write=all,device={options.device},provider={options.provider}")
     rows = []
     with common.Daemon(pool) as daemon, \
-            tinyserve.connect(daemon.url, transport=options.transport) as client, \
+            tinyserve.connect(daemon.url, transport=options.transport,
+                              execution=options.exec) as client, \
             client.pool("bench", writable=True) as kv:
         client.exchange(kv, 64 << 20)
         for name, (count, tokens) in SHAPES.items():
             ahead, plain, host = measure(kv, count, tokens, options.repeats)
             rows.append([name, f"{kernels[name]:.1f}", f"{ahead:.1f}",
                          f"{ahead - kernels[name]:.1f}", f"{plain:.1f}", f"{host:.1f}"])
-    print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, by {options.transport}; "
+    print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, {options.exec}, by {options.transport}; "
           f"µs a layer, medians of {options.repeats}\n")
     common.table(["shape", "bare kernel", "queued ahead", "over bare", "as it comes",
                   "a call on the host"], rows)

@@ -139,6 +139,78 @@ def test_the_order_is_the_streams(client):
         assert kv.lengths([seq]) == [3]
 
 
+def random_step(kv, seqs, counts, stream, seed, graph=False):
+    """Both layers of a step with random q, k and v and one variant; what came out."""
+    torch.manual_seed(seed)
+    results = []
+    with kv.step(seqs, counts, heads=HEADS) as step:
+        tokens = sum(counts)
+        for layer in range(LAYERS):
+            q, k, v = rows(tokens, HEADS, DIM), rows(tokens, KV, DIM), rows(tokens, KV, DIM)
+            step.q.torch().copy_(q)
+            step.k.torch().copy_(k)
+            step.v.torch().copy_(v)
+            step.sinks.torch().copy_(rows(HEADS))
+            more = {"sinks": True, "window": 50, "lse": True} if layer == 1 else {}
+            for _ in range(2):  # a captured run is replayed: the first result must not be what counts
+                step.out.torch().fill_(float("nan"))
+                if stream is None:
+                    torch.cuda.synchronize()
+                    step.run(layer, **more)
+                elif graph:
+                    captured = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(captured):
+                        step.run(layer, stream=torch.cuda.current_stream(), **more)
+                    assert step.out.torch().isnan().all(), "a capture runs nothing"
+                    captured.replay()
+                    torch.cuda.synchronize()
+                else:
+                    step.run(layer, stream=stream, **more)
+            results += [step.out.torch().clone(), step.lse.torch().clone() if more else None]
+        step.commit()
+    return results
+
+
+def test_a_worker_that_attends_itself_gets_the_daemons_bits(provider):
+    lengths = [1, 40, 700]
+    with common.Daemon(pool_text(provider, ",client_write=all")) as daemon:
+        def session(execution):
+            return tinyserve.connect(daemon.url, execution=execution)
+        with session("daemon") as there, session("local") as here, session("auto") as auto:
+            got = []
+            for client, stream, graph in ((there, torch.cuda.current_stream(), False),
+                                          (here, torch.cuda.current_stream(), False),
+                                          (here, None, False), (here, True, True),
+                                          (auto, torch.cuda.current_stream(), False)):
+                with client.pool("p", writable=True) as kv:
+                    client.exchange(kv, 16 << 20)
+                    seqs = kv.create(3)
+                    mine = random_step(kv, seqs, lengths, stream, 1, graph)
+                    seqs.append(kv.fork(seqs[2])[0])  # a shared tail, to be copied
+                    mine += random_step(kv, seqs, [1, 2, 1, 3], stream, 2, graph)
+                    assert kv.lengths(seqs) == [2, 42, 701, 703]
+                    slots = kv.slots(seqs[3], 0, 703)
+                    keys, values = (x.torch() for x in kv.layer(1, slots))
+                    at = torch.tensor(slots, device="cuda")
+                    mine += [keys[at // BLOCK, at % BLOCK], values[at // BLOCK, at % BLOCK]]
+                    kv.free(seqs)
+                    got.append(mine)
+                    assert client.execution == ("daemon" if client is there else "local")
+            for mine in got[1:]:
+                for x, y in zip(got[0], mine, strict=True):
+                    assert x is y is None or torch.equal(x, y)
+            with here.pool("p") as kv:
+                with pytest.raises(tinyserve.DeniedError, match="TS_POOL_WRITABLE"):
+                    kv.step(kv.create(), [1], heads=HEADS)
+        with session("local") as client, client.pool("p", writable=True) as kv:
+            with pytest.raises(tinyserve.InvalidError, match="needs q, k, v and out in its memory"):
+                kv.step(kv.create(), [1], heads=HEADS)
+        with session("auto") as client, client.pool("p", writable=True) as kv:
+            with kv.step(kv.create(), [1], heads=HEADS) as step:
+                step.run(0)
+            assert client.execution == "daemon"
+
+
 def test_runs_that_don_t_fit_in_order_are_refused(client):
     with client.pool("p") as kv, kv.step(kv.create(), [1], heads=HEADS) as step:
         with pytest.raises(tinyserve.InvalidError, match="layer 7; the pool has 2"):

@@ -86,9 +86,10 @@ class Client:
         exchange_bytes: of shared memory for q, k, v and out to start with.
         transport: how steps reach the daemon, "ring", "messages", or "auto": rings if there are any.
         spin_us: microseconds that a call through a ring polls before it sleeps (None: 50).
-        execution: who attends, "daemon", "local" (this process; host pools opened writable), or
-        "auto": where it can be chosen, whichever was quicker in the first step. The results are the
-        same. threads: of local execution (0: one for each processor).
+        execution: who attends, "daemon", "local" (this process; pools opened writable, on a GPU with
+        exchange() or register() in its memory), or "auto": local where it can be, of a host pool if
+        it was quicker in the first step. The results are the same. threads: of local execution on
+        the host (0: one for each processor).
 
         Raises DisconnectedError where there is no daemon."""
         if transport not in _TRANSPORTS:

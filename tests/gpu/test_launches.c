@@ -1,0 +1,294 @@
+/*
+ * Launches, copies of blocks, and both memory providers of a GPU. Needs one; exits with 77 where
+ * there is none.
+ */
+#include "device_problem.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static void copying_blocks_moves_every_byte_and_no_other(void **state)
+{
+    (void)state;
+    static const size_t sizes[] = {36, 48, 66, 4096, 98304};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        size_t bytes = sizes[i];
+        unsigned char *host = malloc(6 * bytes), *back = malloc(6 * bytes), *device;
+        for (size_t j = 0; j < 6 * bytes; j++)
+            host[j] = (unsigned char)(j * 7 + j / 251);
+        CUDA_OK(cudaMalloc((void **)&device, 6 * bytes));
+        to_device(device, host, 6 * bytes);
+        ts_block_copy copies[] = {{.src = 4, .dst = 1}, {.src = 0, .dst = 5}};
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+        assert_int_equal(ts_gpu_launch_copies(l, device, bytes, copies, 2), TS_OK);
+        assert_int_equal(ts_gpu_launch_finish(l, NULL, NULL), TS_OK);
+        CUDA_OK(cudaDeviceSynchronize());
+        CUDA_OK(cudaMemcpy(back, device, 6 * bytes, cudaMemcpyDeviceToHost));
+        memcpy(host + bytes, host + 4 * bytes, bytes);
+        memcpy(host + 5 * bytes, host, bytes);
+        assert_memory_equal(back, host, 6 * bytes);
+        CUDA_OK(cudaFree(device));
+        free(host);
+        free(back);
+    }
+}
+
+/* A launch that waits for a word goes on when the host writes it, and its signal comes after. */
+static void a_launch_waits_for_its_word_and_signals(void **state)
+{
+    (void)state;
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    assert_int_equal(ts_gpu_launch_wait(l, &device[0], 5), TS_OK);
+    assert_int_equal(ts_gpu_launch_signal(l, &device[16], 9), TS_OK);
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    assert_int_equal(sem_trywait(&done), -1);
+    assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 0);
+    __atomic_store_n(&words[0], 5, __ATOMIC_RELEASE);
+    while (sem_wait(&done) != 0)
+        ;
+    assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 9);
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+}
+
+/* Ends the wait of a launch if that takes too long. */
+typedef struct rescue {
+    pthread_mutex_t lock;
+    pthread_cond_t over;
+    bool done, needed;
+    uint32_t *word;
+} rescue;
+
+static void *rescue_main(void *arg)
+{
+    rescue *r = arg;
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 5;
+    pthread_mutex_lock(&r->lock);
+    while (!r->done && !r->needed)
+        if (pthread_cond_timedwait(&r->over, &r->lock, &until) != 0) {
+            r->needed = true;
+            __atomic_store_n(r->word, 1, __ATOMIC_RELEASE);
+        }
+    pthread_mutex_unlock(&r->lock);
+    return NULL;
+}
+
+/* Whether `work` comes to its end while a launch waits for a worker. */
+static bool while_a_launch_waits(const char *what, void (*work)(device_problem *d),
+                                 device_problem *d)
+{
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    assert_int_equal(ts_gpu_launch_wait(l, device, 1), TS_OK);
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    rescue r = {.lock = PTHREAD_MUTEX_INITIALIZER, .over = PTHREAD_COND_INITIALIZER, .word = words};
+    pthread_t thread;
+    assert_int_equal(pthread_create(&thread, NULL, rescue_main, &r), 0);
+    work(d);
+    pthread_mutex_lock(&r.lock);
+    r.done = true;
+    pthread_cond_signal(&r.over);
+    pthread_mutex_unlock(&r.lock);
+    pthread_join(thread, NULL);
+    if (r.needed)
+        print_error("%s waited for the launch that waits\n", what);
+    __atomic_store_n(words, 1, __ATOMIC_RELEASE);
+    while (sem_wait(&done) != 0)
+        ;
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+    return !r.needed;
+}
+
+static void wait_launch(ts_gpu_launch *l)
+{
+    sem_t done;
+    sem_init(&done, 0, 0);
+    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+    while (sem_wait(&done) != 0)
+        ;
+}
+
+/* By each kernel, for the first time in this process: what a first launch has to wait for shows. */
+static void do_attend(device_problem *d)
+{
+    for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++)
+        if (ts_kernel_check((ts_kernel)kernel, &d->call.geometry, why, sizeof why) == TS_OK)
+            attend(&d->call, (ts_kernel)kernel);
+}
+
+/* A plan and partial results larger than what is kept for them from the start. */
+static void do_attend_much(device_problem *d)
+{
+    enum { MANY = 300000 };
+    uint32_t *blocks = malloc(MANY * sizeof *blocks);
+    for (uint32_t i = 0; i < MANY; i++)
+        blocks[i] = d->seqs[0].blocks[0];
+    ts_attention_seq one = d->seqs[0];
+    one.blocks = blocks;
+    one.kv_tokens = MANY * d->call.geometry.block_tokens;
+    ts_attention_call call = d->call;
+    call.seqs = &one;
+    call.num_seqs = 1;
+    attend(&call, TS_KERNEL_AUTO);
+    free(blocks);
+}
+
+static void do_copies(device_problem *d)
+{
+    ts_block_copy copy = {.src = 0, .dst = 1};
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    assert_int_equal(ts_gpu_launch_copies(l, d->memory->base, 4096, &copy, 1), TS_OK);
+    wait_launch(l);
+}
+
+static void do_pin(device_problem *d)
+{
+    (void)d;
+    void *there,
+        *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    OK(ts_gpu_pin(gpu, page, 4096, &there, why, sizeof why));
+    ts_gpu_unpin_unmap(gpu, page, 4096);
+}
+
+static void do_share_vmm(device_problem *d)
+{
+    (void)d;
+    ts_gpu_shared shared;
+    OK(ts_gpu_shared_new(gpu, true, 4096, &shared, why, sizeof why));
+    ts_gpu_shared_free(&shared);
+}
+
+static void do_share_malloc(device_problem *d)
+{
+    (void)d;
+    ts_gpu_shared shared;
+    OK(ts_gpu_shared_new(gpu, false, 4096, &shared, why, sizeof why));
+    ts_gpu_shared_free(&shared);
+}
+
+static void do_renew(device_problem *d)
+{
+    int fd;
+    OK(ts_memory_renew(d->memory, 0, false, why, sizeof why));
+    OK(ts_memory_export(d->memory, 0, false, &fd, why, sizeof why));
+    close(fd);
+}
+
+static void nothing_waits_for_a_launch_that_waits_for_a_worker(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{100, 1}, {50, 50}};
+    static const struct {
+        const char *what;
+        void (*work)(device_problem *d);
+    } works[] = {
+        {"attending", do_attend},
+        {"copying blocks", do_copies},
+        {"attending with large tables", do_attend_much},
+        {"pinning host memory", do_pin},
+        {"sharing VMM memory", do_share_vmm},
+        {"sharing cudaMalloc memory", do_share_malloc},
+        {"renewing and exporting a slab", do_renew},
+    };
+    bool all = true;
+    rng r = {3};
+    device_problem d;
+    device_problem_new(&d,
+                       (shape){.dtype = TS_DTYPE_FP16,
+                               .io = TS_DTYPE_FP32,
+                               .heads = 2,
+                               .kv_heads = 1,
+                               .head_dim = 256,
+                               .block_tokens = 16,
+                               .layers = 1},
+                       lengths, 2, &r);
+    for (size_t i = 0; i < sizeof works / sizeof *works; i++)
+        all &= while_a_launch_waits(works[i].what, works[i].work, &d);
+    assert_true(all);
+    device_problem_free(&d);
+}
+
+static void launches_run_out_and_come_back(void **state)
+{
+    (void)state;
+    ts_gpu_launch *taken[TS_GPU_LAUNCHES];
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++) {
+        taken[i] = ts_gpu_launch_take(gpu);
+        assert_non_null(taken[i]);
+    }
+    assert_null(ts_gpu_launch_take(gpu));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        assert_int_equal(ts_gpu_launch_finish(taken[i], post, &done), TS_OK);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        while (sem_wait(&done) != 0)
+            ;
+    assert_non_null(taken[0] = ts_gpu_launch_take(gpu));
+    assert_int_equal(ts_gpu_launch_finish(taken[0], NULL, NULL), TS_OK);
+    CUDA_OK(cudaDeviceSynchronize());
+}
+
+static void more_memory_than_there_is_is_refused_with_the_numbers(void **state)
+{
+    (void)state;
+    ts_memory *m;
+    const size_t bytes = (size_t)1 << 40;
+    assert_int_equal(ts_memory_cuda_ipc_new(gpu, bytes, &m, why, sizeof why), TS_ENOMEM);
+    assert_string_equal(
+        why, "taking device memory of 1099511627776 bytes failed: cudaErrorMemoryAllocation");
+    OK(ts_memory_cuda_vmm_new(gpu, 1, bytes, &m, why, sizeof why)); /* addresses alone */
+    assert_int_equal(ts_memory_renew(m, 0, false, why, sizeof why), TS_ENOMEM);
+    assert_string_equal(
+        why, "taking device memory of 1099511627776 bytes failed: CUDA_ERROR_OUT_OF_MEMORY");
+    ts_memory_free(m);
+    OK(ts_gpu_health(gpu, why, sizeof why));
+}
+
+/* New memory is zero, whatever was in the old. */
+static void a_renewed_slab_is_wiped(void **state)
+{
+    (void)state;
+    ts_memory *m;
+    const size_t bytes = ts_gpu_get_info(gpu)->granularity;
+    unsigned char *host = malloc(bytes), *zero = calloc(1, bytes);
+    OK(ts_memory_cuda_vmm_new(gpu, 3, bytes, &m, why, sizeof why));
+    for (int round = 0; round < 2; round++) {
+        OK(ts_memory_renew(m, 1, false, why, sizeof why));
+        CUDA_OK(cudaMemcpy(host, m->base + bytes, bytes, cudaMemcpyDeviceToHost));
+        assert_memory_equal(host, zero, bytes);
+        CUDA_OK(cudaMemset(m->base + bytes, 0xab, bytes));
+    }
+    ts_memory_free(m);
+    free(host);
+    free(zero);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
+        cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
+        cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
+        cmocka_unit_test(launches_run_out_and_come_back),
+        cmocka_unit_test(more_memory_than_there_is_is_refused_with_the_numbers),
+        cmocka_unit_test(a_renewed_slab_is_wiped),
+    };
+    return run_gpu_tests(tests, sizeof tests / sizeof *tests);
+}
