@@ -3,6 +3,8 @@
 
 #include "config.h"
 #include "metrics.h"
+#include "page.h"
+#include "stats.h"
 
 #include <nng/nng.h>
 #include <nng/supplemental/http/http.h>
@@ -11,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 /* Handlers can be called a little longer than the server lives: the last of them frees this. */
 struct ts_http {
@@ -24,7 +27,7 @@ struct ts_http {
 
 typedef struct route {
     const char *path, *type;
-    char *(*text)(ts_service *service);
+    char *(*text)(ts_service *service); /* NULL: the page */
 } route;
 
 /* A request that the engine's owner is to answer. */
@@ -41,12 +44,18 @@ static char *health(ts_service *s)
 }
 
 static const route routes[] = {
+    {"/", "text/html; charset=utf-8", NULL},
+    {"/stats.json", "application/json", ts_stats_json},
     {"/metrics", "text/plain; version=0.0.4; charset=utf-8", ts_metrics_text},
     {"/healthz", "text/plain; charset=utf-8", health},
 };
 
+/* What a browser may do with an answer that isn't the page. */
+#define NOTHING "default-src 'none'; frame-ancestors 'none'"
+
 /* Answers with the text, or with an error of HTTP's. */
-static void answer(nng_aio *aio, uint16_t status, const char *type, const char *text)
+static void answer(nng_aio *aio, uint16_t status, const char *type, const char *policy,
+                   const char *text)
 {
     nng_http_res *res;
     int error = status == 200 ? nng_http_res_alloc(&res) : nng_http_res_alloc_error(&res, status);
@@ -58,6 +67,10 @@ static void answer(nng_aio *aio, uint16_t status, const char *type, const char *
             error = nng_http_res_set_header(res, "Cache-Control", "no-store");
         if (error == 0)
             error = nng_http_res_set_header(res, "X-Content-Type-Options", "nosniff");
+        if (error == 0)
+            error = nng_http_res_set_header(res, "Content-Security-Policy", policy);
+        if (error == 0)
+            error = nng_http_res_set_header(res, "Referrer-Policy", "no-referrer");
         if (error != 0)
             nng_http_res_free(res);
     }
@@ -70,9 +83,27 @@ static void answer_page(ts_work *work, void *service)
 {
     page *p = (page *)work;
     char *text = p->route->text(service);
-    answer(p->aio, text != NULL ? 200 : 503, p->route->type, text);
+    answer(p->aio, text != NULL ? 200 : 503, p->route->type, NOTHING, text);
     free(text);
     free(p);
+}
+
+/* The page itself: the script and the style that are in it may run, and nothing else. */
+static void answer_html(nng_aio *aio, const route *r)
+{
+    unsigned char random[(sizeof TS_PAGE_NONCE - 1) / 2];
+    char nonce[sizeof TS_PAGE_NONCE], policy[256];
+    if (getrandom(random, sizeof random, 0) != (ssize_t)sizeof random)
+        return answer(aio, 503, NULL, NULL, NULL);
+    for (size_t i = 0; i < sizeof random; i++)
+        snprintf(nonce + 2 * i, 3, "%02x", random[i]);
+    snprintf(policy, sizeof policy,
+             "default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; "
+             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+             nonce, nonce);
+    char *text = ts_page_with(nonce);
+    answer(aio, text != NULL ? 200 : 503, r->type, policy, text);
+    free(text);
 }
 
 static void release(void *http)
@@ -95,10 +126,12 @@ static void ask(ts_http *h, nng_aio *aio)
             found = &routes[i];
     }
     if (port == NULL || strcmp(port, h->port) != 0)
-        return answer(aio, 403, NULL, NULL);
+        return answer(aio, 403, NULL, NULL, NULL);
+    if (found != NULL && found->text == NULL)
+        return answer_html(aio, found);
     page *p = found == NULL ? NULL : malloc(sizeof *p);
     if (p == NULL)
-        return answer(aio, found == NULL ? 404 : 503, NULL, NULL);
+        return answer(aio, found == NULL ? 404 : 503, NULL, NULL, NULL);
     *p = (page){.work.run = answer_page, .aio = aio, .route = found};
     ts_queue_run(&h->service->queue, &p->work, h->service);
 }
@@ -108,7 +141,7 @@ static void asked(nng_aio *aio)
     ts_http *h = nng_http_handler_get_data(nng_aio_get_input(aio, 1));
     atomic_fetch_add(&h->asking, 1);
     if (atomic_load(&h->stopping))
-        answer(aio, 503, NULL, NULL);
+        answer(aio, 503, NULL, NULL, NULL);
     else
         ask(h, aio);
     atomic_fetch_sub(&h->asking, 1);

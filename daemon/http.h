@@ -1,7 +1,8 @@
 /*
- * What the daemon tells over HTTP, by NNG's own server: /metrics (metrics.h) and /healthz, which
- * answers if the engine does its work. Read-only, on a loopback address, and only to who asks for
- * it by that address: a page elsewhere can't have a browser read it.
+ * What the daemon tells over HTTP, by NNG's own server: /metrics (metrics.h), /healthz, which
+ * answers if the engine does its work, /stats.json (stats.h), and a page at / that draws it.
+ * Read-only, on a loopback address, and only to who asks for it by that address: a page elsewhere
+ * can't have a browser read it.
  */
 #ifndef TS_HTTP_H
 #define TS_HTTP_H

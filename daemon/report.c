@@ -229,17 +229,23 @@ static void report_map(const ts_service *s, const Tspb__PoolMap *request, Tspb__
     r->used = zalloc(cells, sizeof *r->used);
     r->shared = zalloc(cells, sizeof *r->shared);
     r->tokens = zalloc(cells, sizeof *r->tokens);
-    if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->tokens != NULL) {
-        r->n_used = r->n_shared = r->n_tokens = cells;
+    r->owners = zalloc(cells, sizeof *r->owners);
+    uint32_t *owners = zalloc(books->num_blocks, sizeof *owners);
+    if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->tokens != NULL &&
+        r->owners != NULL && owners != NULL) {
+        r->n_used = r->n_shared = r->n_tokens = r->n_owners = cells;
+        ts_survey_owners(s->engine, index, owners);
         for (uint32_t b = 0; b < books->num_blocks; b++) {
             uint32_t refs = ts_pool_refs(books, b);
             r->used[b / per_cell] += refs > 0;
             r->shared[b / per_cell] += refs > 1;
             r->tokens[b / per_cell] += survey.fill[b];
+            r->owners[b / per_cell] = ts_owner_of_both(r->owners[b / per_cell], owners[b]);
         }
     } else {
         no_memory(reply);
     }
+    free(owners);
     free(survey.fill);
 }
 

@@ -73,6 +73,37 @@ ts_status ts_survey_pool(const ts_engine *e, uint32_t index, ts_survey *s)
     return TS_OK;
 }
 
+static void own_blocks(uint32_t *owners, const uint32_t *table, uint32_t count, uint32_t owner)
+{
+    for (uint32_t b = 0; b < count; b++)
+        owners[table[b]] = ts_owner_of_both(owners[table[b]], owner);
+}
+
+void ts_survey_owners(const ts_engine *e, uint32_t index, uint32_t *owners)
+{
+    const ts_engine_pool *pool = &e->pools[index];
+    memset(owners, 0, pool->books.num_blocks * sizeof *owners);
+    for (uint32_t i = 0; i < pool->seqs.count; i++) {
+        const ts_sequence *seq = &pool->seqs.all[i];
+        if (seq->tenant != TS_NONE)
+            own_blocks(owners, seq->blocks, seq->num_blocks,
+                       seq->owner == TS_NONE ? (uint32_t)TS_OWNER_KEPT
+                                             : TS_OWNER_SESSIONS + seq->owner);
+    }
+    for (uint32_t i = 0; i < e->num_steps; i++) {
+        const ts_step *step = &e->steps[i];
+        if (!step->live || step->pool != index)
+            continue;
+        for (uint32_t j = 0; j < step->num_seqs; j++) {
+            const ts_step_seq *part = &step->seqs[j];
+            own_blocks(
+                owners, part->table,
+                ts_blocks_for((uint64_t)part->start + part->new_tokens, pool->seqs.block_tokens),
+                TS_OWNER_SESSIONS + step->session);
+        }
+    }
+}
+
 /* ---- check ---- */
 
 typedef struct checker {

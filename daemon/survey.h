@@ -26,6 +26,17 @@ typedef struct ts_survey {
 
 ts_status ts_survey_pool(const ts_engine *engine, uint32_t pool, ts_survey *out);
 
+/* Whose each block is, as PoolMapReply (tinyserve.proto) counts owners: who has it in a sequence's
+ * table or in an open step's. owners has a number for every block of the pool. */
+enum { TS_OWNER_NONE = 0, TS_OWNER_KEPT = 1, TS_OWNER_SEVERAL = 2, TS_OWNER_SESSIONS = 3 };
+void ts_survey_owners(const ts_engine *engine, uint32_t pool, uint32_t *owners);
+
+/* The owner of what belongs to both. */
+static inline uint32_t ts_owner_of_both(uint32_t a, uint32_t b)
+{
+    return a == b || b == TS_OWNER_NONE ? a : a == TS_OWNER_NONE ? b : (uint32_t)TS_OWNER_SEVERAL;
+}
+
 /* Calls `problem` with a sentence for each contradiction found; returns how many objects were
  * looked at, 0 if there was no memory to look. */
 uint64_t ts_survey_check(const ts_engine *engine, void (*problem)(void *arg, const char *sentence),

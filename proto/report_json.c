@@ -1,4 +1,6 @@
-#include "tsctl.h"
+#include "report_json.h"
+
+#include "tinyserve_types.h"
 
 frag_figures frag_work_out(const Tspb__PoolStatsReply *r)
 {
@@ -124,9 +126,10 @@ static json_t *numbers(const uint32_t *values, size_t count)
 
 json_t *json_map(const Tspb__PoolMapReply *r)
 {
-    return json_pack("{s:o, s:i, s:o, s:o, s:o}", "pool", summary(r->pool), "blocks_per_cell",
+    return json_pack("{s:o, s:i, s:o, s:o, s:o, s:o}", "pool", summary(r->pool), "blocks_per_cell",
                      r->blocks_per_cell, "used", numbers(r->used, r->n_used), "shared",
-                     numbers(r->shared, r->n_shared), "tokens", numbers(r->tokens, r->n_tokens));
+                     numbers(r->shared, r->n_shared), "tokens", numbers(r->tokens, r->n_tokens),
+                     "owners", numbers(r->owners, r->n_owners));
 }
 
 json_t *json_check(const Tspb__CheckReply *r)

@@ -1,0 +1,17 @@
+/*
+ * What the page at / shows, as JSON: report.h's figures. Everybody on the machine can read it, so
+ * it has what `ps` shows of workers, and no sequence's name. It costs time in proportion to the
+ * pools' sequences and blocks, as `tsctl map` does.
+ *
+ * Thread: the engine's owner.
+ */
+#ifndef TS_STATS_H
+#define TS_STATS_H
+
+#include "service.h"
+
+/* {"status", "sessions", "pools": [{"frag", "map", "seqs", "more_seqs"}]}, to be freed; NULL: no
+ * memory. */
+char *ts_stats_json(ts_service *service);
+
+#endif

@@ -1,0 +1,128 @@
+"""The page at /, in a real browser where there is one (CHROMIUM names it), and what it is drawn from."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_metrics import ask, free_port
+
+import tinyserve
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+POOLS = ["tiny:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=4,blocks=64",
+         "larger:layers=1,kv_heads=1,head_dim=32,dtype=fp8_e4m3,block_tokens=16,blocks=5000"]
+
+
+@pytest.fixture
+def populated(start_daemon):
+    """A daemon's address and HTTP port; a session with a kept prefix, two forks of it, and a lone one."""
+    port = free_port()
+    daemon = start_daemon(*POOLS, settings={"metrics": f"127.0.0.1:{port}"})
+    with tinyserve.connect(daemon.url, program="<b>one</b>") as one, \
+            tinyserve.connect(daemon.url, program="two") as two:
+        kv, other = one.pool("tiny"), two.pool("tiny")
+
+        def grow(pool, seqs, counts):
+            with pool.step(seqs, counts) as step:
+                step.run(0)
+                step.commit()
+
+        prefix, = kv.create()
+        grow(kv, [prefix], [10])
+        kv.keep(prefix, "a-secret-name")
+        forks = kv.fork(prefix, 2)
+        grow(kv, forks, [1, 7])
+        mine = other.fork(prefix)
+        lone, = other.create()
+        grow(other, [mine[0], lone], [1, 5])
+        yield daemon, port
+
+
+def tsctl(daemon, *words):
+    result = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--json", *words], check=True,
+                            text=True, stdout=subprocess.PIPE)
+    return json.loads(result.stdout)
+
+
+def test_stats_are_tsctls_and_tell_no_sequences_name(populated):
+    daemon, port = populated
+    answer, text = ask(port, "/stats.json")
+    assert answer.status == 200 and answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none';")
+    assert "a-secret-name" not in text
+    got = json.loads(text)
+    assert [p["frag"] for p in got["pools"]] == [tsctl(daemon, "frag", "-P", n)
+                                                 for n in ("tiny", "larger")]
+    assert [p["map"] for p in got["pools"]] == [tsctl(daemon, "map", "-P", n)
+                                                for n in ("tiny", "larger")]
+    names = {s.pop("name") for s in tsctl(daemon, "seqs", "-P", "tiny")}
+    assert names == {"", "a-secret-name"}
+    seqs = tsctl(daemon, "seqs", "-P", "tiny")
+    assert got["pools"][0]["seqs"] == [{k: v for k, v in s.items() if k != "name"} for s in seqs]
+    assert [s["program"] for s in got["sessions"]] == ["<b>one</b>", "two"]
+
+
+def test_owners_of_blocks_are_told_apart(populated):
+    daemon, port = populated
+    tiny = json.loads(ask(port, "/stats.json")[1])["pools"][0]
+    one, two = (s["session"] % 2**32 + 3 for s in json.loads(ask(port, "/stats.json")[1])["sessions"])
+    owners = tiny["map"]["owners"]
+    # The prefix's two full blocks are everybody's, its tail is its own, the forks' tails are the
+    # sessions'.
+    assert owners[:2] == [2, 2] and tiny["map"]["shared"][:2] == [1, 1]
+    assert owners.count(1) == 1
+    assert owners.count(one) == 4 and owners.count(two) == 3, owners
+    assert owners.count(0) == tiny["frag"]["pool"]["free_blocks"]
+
+
+def test_the_page_asks_for_nothing_else_and_lets_nothing_else_run(populated):
+    _, port = populated
+    (first, text), (second, _) = ask(port, "/"), ask(port, "/")
+    assert first.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"] * 2
+    assert not re.search(r"<[^>]* (style|on[a-z]+|src|href)=", text)
+    nonces = [re.search(r"script-src 'nonce-([0-9a-f]{32})'", a.headers["Content-Security-Policy"])[1]
+              for a in (first, second)]
+    assert nonces[0] != nonces[1] and text.count(nonces[0]) == 3
+    assert first.headers["Content-Security-Policy"] == (
+        f"default-src 'none'; script-src 'nonce-{nonces[0]}'; style-src 'nonce-{nonces[0]}'; connect-src "
+        "'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    assert ask(port, "/", host="tinyserve.example")[0].status == 403
+    assert ask(port, "/stats.json", host="tinyserve.example")[0].status == 403
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_browser_shows_tsctls_figures(populated, tmp_path):
+    daemon, port = populated
+    result = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+         f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", "--enable-logging=stderr",
+         "--dump-dom", f"http://127.0.0.1:{port}/"],
+        text=True, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    assert "CONSOLE" not in result.stderr, result.stderr
+    dom = result.stdout
+    by_id = dict(re.findall(r'id="([a-z-]+)"[^>]*>([^<]*)<', dom))
+    status = tsctl(daemon, "status")
+    assert by_id["trouble"] == ""
+    assert by_id["sessions"] == "2"
+    assert by_id["tokens"] == f"{status['tokens']:,}" == "24"
+    assert by_id["refused"] == str(status["refused"])
+    sections = [s.split("</section>")[0] for s in dom.split('<section data-pool="')[1:]]
+    assert [s.split('"')[0] for s in sections] == ["tiny", "larger"]
+    for name, section in zip(("tiny", "larger"), sections, strict=True):
+        shown = dict(re.findall(r'data-is="([a-z_-]+)"[^>]*>([^<]*)<', section))
+        frag = tsctl(daemon, "frag", "-P", name)
+        for field in ("used_blocks", "shared_blocks", "free_blocks", "sequences", "kept_sequences",
+                      "open_steps"):
+            assert shown[field] == f"{frag['pool'][field]:,}", field
+        assert shown["stored_tokens"] == f"{frag['stored_tokens']:,}"
+        assert shown["seen_tokens"] == f"{frag['seen_tokens']:,}"
+        assert shown["efficiency"] == f"{100 * frag['efficiency']:.1f} %"
+        assert shown["sharing"] == f"{frag['sharing']:.2f} ×"
+        assert f"Picture of the blocks: {frag['pool']['used_blocks']:,} used" in section
+    programs = re.findall(r'class="word"[^>]*>([^<]*)</td>', dom.split('id="session-rows"')[1])
+    assert [html.unescape(p) for p in programs] == ["<b>one</b>", "two"]
