@@ -89,6 +89,11 @@ static bool spins(ts_client *c)
     return c->spin_us != TS_SPIN_NONE && (c->spin_luck >= 0 || c->ring_tag % SPIN_SELDOM == 0);
 }
 
+static bool has_ended(ts_rings_memory *m)
+{
+    return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != 0;
+}
+
 /* Waits until there is a completion: polls for a while, then sleeps. */
 static ts_status await_completion(ts_client *c)
 {
@@ -101,7 +106,7 @@ static ts_status await_completion(ts_client *c)
             c->spin_luck += c->spin_luck < SPIN_LUCK_MAX;
             return TS_OK;
         }
-        if (turn % 16 == 0 && ts_now_ns() >= spin_until)
+        if (turn % 16 == 0 && (has_ended(m) || ts_now_ns() >= spin_until))
             break;
         ts_pause();
     }
@@ -113,6 +118,11 @@ static ts_status await_completion(ts_client *c)
         uint64_t now = ts_now_ns();
         if (atomic_load(&c->broken)) {
             status = ts_gone(c);
+            break;
+        }
+        if (has_ended(m)) {
+            c->rings_lost = true;
+            status = ts_fail(c, TS_ECONN, "the daemon has ended the session's rings");
             break;
         }
         if (now >= until) {

@@ -418,6 +418,20 @@ static void free_sequence(ts_engine *e, ts_session *s, uint32_t pool, ts_sequenc
     ts_sequence_free(&e->pools[pool].seqs, &e->pools[pool].books, seq, &s->owned[pool]);
 }
 
+static void seq_remove(ts_engine *e, const ts_command *c, ts_answer *a)
+{
+    uint64_t id = c->seq_remove.seq;
+    ts_sequence *seq = ts_sequence_find(&e->pools[c->pool].seqs, id);
+    if (seq == NULL)
+        return ts_refuse(a, TS_ENOENT, "pool '%s' has no sequence %llx",
+                         e->pools[c->pool].config.name, (unsigned long long)id);
+    if (seq->step != TS_NONE)
+        return ts_refuse(a, TS_EBUSY, "sequence %llx is in an open step", (unsigned long long)id);
+    /* A kept one has no owner, and the session isn't looked at. */
+    ts_session *owner = &e->sessions[seq->owner == TS_NONE ? 0 : seq->owner];
+    free_sequence(e, owner, c->pool, seq);
+}
+
 /* SEQ_FREE and SEQ_TRUNCATE: the whole batch is checked, each sequence being marked, before any is
  * touched. */
 static void seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -567,6 +581,8 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
         return slab_grant(e, c, a);
     case TS_OP_STEP_DONE:
         return ts_engine_step_done(e, c, a);
+    case TS_OP_SEQ_REMOVE:
+        return seq_remove(e, c, a);
     default:
         break;
     }

@@ -45,6 +45,7 @@ typedef enum ts_op {
     TS_OP_STEP_ABORT,
     TS_OP_STEP_DONE,
     TS_OP_SLAB_GRANT,
+    TS_OP_SEQ_REMOVE, /* an operator frees a sequence, whosever it is */
 } ts_op;
 
 /* Pointers are the caller's and are read only while the command is applied. */
@@ -117,6 +118,9 @@ typedef struct ts_command {
         struct {
             uint32_t slab, tenant;
         } slab_grant;
+        struct {
+            uint64_t seq;
+        } seq_remove;
     };
 } ts_command;
 

@@ -109,6 +109,7 @@ static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r
            (double)r->runs);
     single(out, "kernel_launches_total", "counter",
            "Kernel calls that these took; fewer where sessions were joined.", (double)r->launches);
+    single(out, "draining", "gauge", "1 while no new sessions are taken.", r->draining);
     write_pools(out, r);
     write_times(out, &s->times);
 }

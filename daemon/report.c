@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "report.h"
 
+#include "admin.h"
 #include "clock.h"
 #include "survey.h"
 #include "version.h"
@@ -32,11 +33,6 @@ static void refuse(Tspb__Reply *reply, ts_status status, const char *format, con
 static void no_memory(Tspb__Reply *reply)
 {
     refuse(reply, TS_ENOMEM, "no memory for the %s", "answer");
-}
-
-static bool is_admin(const ts_service *s, const ts_connection *c)
-{
-    return c->uid == 0 || c->uid == s->admin_uid;
 }
 
 static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
@@ -101,6 +97,7 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
         r->launches += launches;
     }
     r->tokens = s->engine->tokens_committed;
+    r->draining = s->draining;
     r->threads = ts_attention_threads(s->attention);
     bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;
     for (uint32_t i = 0; ok && i < s->engine->num_pools; i++) {
@@ -155,7 +152,7 @@ static bool add_tenants(const ts_service *s, const ts_connection *c, const ts_en
         const ts_pool_tenant *use = &pool->books.tenants[t];
         if (use->slabs == 0 && sequences[t] == 0)
             continue;
-        if (!is_admin(s, c) && e->tenants[t] != c->uid) {
+        if (!ts_is_admin(s, c) && e->tenants[t] != c->uid) {
             r->tenants_hidden = true;
             continue;
         }
@@ -265,7 +262,7 @@ static void report_sessions(const ts_service *s, const ts_connection *c,
     for (uint32_t i = request->after == 0 ? 0 : (uint32_t)request->after + 1;
          list->sessions != NULL && i < e->num_sessions; i++) {
         const ts_session *session = &e->sessions[i];
-        if (!session->live || (!is_admin(s, c) && e->tenants[session->tenant] != c->uid))
+        if (!session->live || (!ts_is_admin(s, c) && e->tenants[session->tenant] != c->uid))
             continue;
         if (list->n_sessions == limit) {
             list->more = true;
@@ -334,7 +331,7 @@ static void report_seqs(const ts_service *s, const ts_connection *c, const Tspb_
     list->seqs = zalloc(limit, sizeof *list->seqs);
     for (uint64_t i = request->after; list->seqs != NULL && i < pool->seqs.count; i++) {
         uint32_t tenant = pool->seqs.all[i].tenant;
-        if (tenant == TS_NONE || (!is_admin(s, c) && e->tenants[tenant] != c->uid))
+        if (tenant == TS_NONE || (!ts_is_admin(s, c) && e->tenants[tenant] != c->uid))
             continue;
         if (list->n_seqs == limit) {
             list->next = i;

@@ -4,12 +4,15 @@
 #include "clock.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define HERE_WORK (1e8) /* multiplications up to which a call is made on the rings' thread */
@@ -81,6 +84,8 @@ void ts_ring_release(ts_ring *r)
 void ts_ring_end(ts_ring *r)
 {
     atomic_store(&r->closed, true);
+    __atomic_store_n(&r->shared->ended, 1, __ATOMIC_RELEASE);
+    syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     call(r);
 }
 

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "service.h"
 
+#include "admin.h"
 #include "codec.h"
 #include "jobs.h"
 #include "log.h"
@@ -55,7 +56,7 @@ void ts_service_pipe_added(ts_work *work, void *service)
     free(event);
 }
 
-static void connection_free(ts_service *s, ts_connection *c)
+void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
         ts_answer answer;
@@ -64,11 +65,20 @@ static void connection_free(ts_service *s, ts_connection *c)
                         &answer);
         ts_log(TS_LOG_INFO, "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session,
                c->uid, c->pid);
+        c->session = 0;
     }
     ts_exchange_release(c->exchange);
     ts_signals_let_go(c->signals);
     ts_signals_release(c->signals);
     ts_ring_close(c->ring);
+    c->exchange = NULL;
+    c->signals = NULL;
+    c->ring = NULL;
+}
+
+static void connection_free(ts_service *s, ts_connection *c)
+{
+    ts_service_end_session(s, c);
     /* Nobody is there to read it, but each request is answered once. */
     for (ts_request **at = &s->waiting, *w; (w = *at) != NULL;) {
         if (w->pipe != c->pipe) {
@@ -295,6 +305,8 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     if (request->session_open->protocol != TS_PROTOCOL)
         return ts_refuse(a, TS_EPROTO, "protocol version %u; this daemon speaks %u",
                          request->session_open->protocol, TS_PROTOCOL);
+    if (s->draining && !ts_is_admin(s, c))
+        return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
     if (c->session != 0)
         return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
                          (unsigned long long)c->session);
@@ -430,7 +442,12 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
     bool waits = false;
-    if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
+    if (c->kicked != 0) {
+        ts_refuse(&a, TS_ECONN, "session %llx was ended by an operator",
+                  (unsigned long long)c->kicked);
+    } else if (ts_admin(s, c, message, &a)) {
+        ;
+    } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
     } else if (ts_decode(message, c->session, &command, &a)) {
         if (ts_service_must_wait(s, &command)) {

@@ -58,6 +58,7 @@ typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
     uint32_t pipe, uid, pid;
     uint64_t session; /* 0: none opened */
+    uint64_t kicked;  /* the session that an operator has ended; 0: none */
     uint8_t token[TS_TOKEN_BYTES];
     ts_exchange *exchange;
     ts_signals_page *signals; /* NULL: never asked for */
@@ -94,6 +95,7 @@ typedef struct ts_service {
     char handle_path[128];
     uint32_t message_bytes_max;
     uint32_t admin_uid; /* beside root */
+    bool draining;      /* only operators' sessions are opened */
     uint64_t started_ms, requests, refused;
     double started_unix; /* seconds */
     ts_request_times times;
@@ -120,6 +122,9 @@ void ts_service_handle(ts_work *work, void *service);
 void ts_service_fini(ts_service *service);
 
 /* Used by the files of the service. */
+
+/* Ends the connection's session, if it has one, and what belongs to it. */
+void ts_service_end_session(ts_service *service, ts_connection *connection);
 
 /* Applies the command, finding memory for slabs until it has enough. */
 void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);

@@ -48,12 +48,12 @@ json_t *json_pools(const Tspb__StatusReply *r)
 
 json_t *json_status(const Tspb__StatusReply *r)
 {
-    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:o}", "version",
+    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:b, s:o}", "version",
                      r->version, "pid", integer(r->pid), "uptime_ms", integer(r->uptime_ms),
                      "sessions", integer(r->sessions), "requests", integer(r->requests), "refused",
                      integer(r->refused), "runs", integer(r->runs), "launches",
                      integer(r->launches), "tokens", integer(r->tokens), "kernel", r->kernel,
-                     "threads", r->threads, "pools", json_pools(r));
+                     "threads", r->threads, "draining", r->draining, "pools", json_pools(r));
 }
 
 void json_sessions(json_t *list, const Tspb__SessionList *r)

@@ -95,8 +95,10 @@ typedef struct ts_ring_counts {
 
 typedef struct ts_rings_memory {
     uint32_t magic, version;
-    uint32_t isa; /* ts_isa of the daemon's host kernels: the same gives the same bits */
-    uint32_t pad[13];
+    uint32_t isa;   /* ts_isa of the daemon's host kernels: the same gives the same bits */
+    uint32_t ended; /* the daemon: 1: it completes nothing any more; the session goes on by message,
+                       if it does */
+    uint32_t pad[12];
     ts_ring_counts submissions, completions;
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];

@@ -22,7 +22,7 @@ for option in $(options "$3"); do
 done
 COMP_WORDS=(tsctl s) COMP_CWORD=1
 _tsctl
-[ "${COMPREPLY[*]}" = "status sessions seqs" ]
+[ "${COMPREPLY[*]}" = "status sessions seqs session seq" ]
 for command in $("$2" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p'); do
-    grep -q "^\.It Cm $command\$" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $command"; exit 1; }
+    grep -qE "^\.It Cm $command( |\$)" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $command"; exit 1; }
 done

@@ -125,6 +125,107 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     daemon_stop(&d);
 }
 
+/* How many sessions the daemon has, tsctl's own left out. */
+static json_int_t sessions_of(const char *url)
+{
+    char text[4096];
+    assert_int_equal(run(text, sizeof text, TS_CTL " status %s --json", url), 0);
+    json_t *status = json_loads(text, 0, NULL);
+    json_int_t n = number(status, "sessions") - 1;
+    json_decref(status);
+    return n;
+}
+
+static void operators_end_sessions_free_sequences_and_drain(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char text[4096], url[128];
+    static const char *const more[] = {"--set", "socket_mode=0666", NULL};
+    daemon_start_with(&d, POOL_TINY ",blocks=64,client_write=all", more);
+    snprintf(url, sizeof url, "--socket=%s", d.url);
+    ts_client *c = connect_to(&d), *refused;
+    populate(c);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_seq kept, mine;
+    uint32_t tokens, n = 3;
+    OK(ts_seq_attach(p, "system-prompt", &kept, &tokens));
+    OK(ts_seq_create(p, 1, &mine));
+    OK(ts_seq_append(p, &mine, &n, 1, NULL));
+
+    /* Nothing is done without being sure; what isn't there is named. */
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s seq free %llx </dev/null", url,
+                         (unsigned long long)kept),
+                     2);
+    assert_has(text, "? Add --yes, or run it on a terminal.");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes seq free xyz", url), 2);
+    assert_has(text, "'xyz' is no id; they are hexadecimal");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes seq free 12345", url), 1);
+    assert_has(text, "pool 'tiny' has no sequence 12345");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes -P other seq free 12345", url), 1);
+    assert_has(text, "there is no pool 'other'");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes session kick 12345", url), 1);
+    assert_has(text, "there is no session 12345");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s session", url), 2);
+    assert_has(text, "there is no command 'session'; there are");
+
+    /* A kept sequence, and one of a session that uses it no more. */
+    ts_step *step;
+    OK(ts_step_begin(p, &mine, &n, 1, NULL, &step));
+    assert_int_equal(
+        run(text, sizeof text, TS_CTL " %s --yes seq free %llx", url, (unsigned long long)mine), 1);
+    assert_has(text, "is in an open step");
+    OK(ts_step_abort(step));
+    assert_int_equal(
+        run(text, sizeof text, TS_CTL " %s -y seq free %llx", url, (unsigned long long)kept), 0);
+    assert_int_equal(
+        run(text, sizeof text, TS_CTL " %s -y seq free %llx", url, (unsigned long long)mine), 0);
+    assert_int_equal(ts_seq_attach(p, "system-prompt", &kept, &tokens), TS_ENOENT);
+    assert_int_equal(ts_seq_lengths(p, &mine, 1, &tokens), TS_ENOENT);
+    run(text, sizeof text, TS_CTL " check %s", url);
+    assert_has(text, "0 problems");
+
+    /* Draining: who is there goes on, nobody comes but operators. */
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain maybe", url), 2);
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain </dev/null", url), 2);
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain --yes", url), 0);
+    run(text, sizeof text, TS_CTL " status %s", url);
+    assert_has(text, "draining: no new sessions are taken");
+    OK(ts_seq_create(p, 1, &mine));
+    if (getuid() == 0) { /* somebody who is no operator */
+        assert_int_equal(run(text, sizeof text,
+                             "setpriv --reuid 65534 --clear-groups " TS_CTL " status %s", url),
+                         1);
+        assert_has(text, "the daemon is being drained: it takes no new sessions");
+    }
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain off", url), 0);
+    if (getuid() == 0) {
+        assert_int_equal(run(text, sizeof text,
+                             "setpriv --reuid 65534 --clear-groups " TS_CTL
+                             " %s --yes session kick %llx",
+                             url, (unsigned long long)ts_session_id(c)),
+                         1);
+        assert_has(text, "uid 65534 is no operator: root and uid 0 are");
+    }
+    OK(ts_connect(&(ts_options){.url = d.url}, &refused));
+    ts_disconnect(refused);
+
+    /* A session is ended: its client is told at once, by ring and by message, and its blocks are
+     * free. */
+    assert_int_equal(sessions_of(url), 1);
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes session kick %llx", url,
+                         (unsigned long long)ts_session_id(c)),
+                     0);
+    assert_int_equal(sessions_of(url), 0);
+    assert_int_equal(ts_step_begin(p, &mine, &n, 1, NULL, &step), TS_ECONN);
+    assert_int_equal(ts_seq_create(p, 1, &mine), TS_ECONN);
+    assert_has(ts_error(c), "was ended by an operator");
+    run(text, sizeof text, TS_CTL " frag %s", url);
+    assert_has(text, "blocks      64 total   0 used");
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
 {
     (void)state;
@@ -220,6 +321,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_command_shows_the_exact_figures_within_80_columns),
+        cmocka_unit_test(operators_end_sessions_free_sequences_and_drain),
         cmocka_unit_test(errors_say_what_to_do_and_have_their_own_exit_status),
         cmocka_unit_test(a_wrong_configuration_is_refused_with_file_line_and_reason),
     };

@@ -17,11 +17,15 @@ const char *argp_program_version = "tsctl " TS_VERSION;
 enum { EXIT_REFUSED = 1, EXIT_USAGE = 2, EXIT_UNREACHABLE = 3 };
 enum { OPT_COLOR = 256, OPT_WAIT };
 
+#define WORDS_MAX 3 /* of a command */
+
 #define MAP_CELLS_DEFAULT (64u * 16)
 
 typedef struct options {
-    const char *url, *pool, *command;
-    bool json, watch;
+    const char *url, *pool;
+    const char *words[WORDS_MAX];
+    uint32_t num_words;
+    bool json, watch, yes;
     double interval;
     uint32_t wait_ms;
     uint32_t cells;
@@ -36,6 +40,7 @@ static const struct argp_option argp_options[] = {
     {"wait", OPT_WAIT, "SECONDS", 0, "Wait so long for a daemon to appear (default 0)", 0},
     {"cells", 'c', "N", 0, "Cells of the map (default 1024)", 0},
     {"color", OPT_COLOR, "WHEN", 0, "auto (default), always or never", 0},
+    {"yes", 'y', NULL, 0, "Don't ask before something is ended or freed", 0},
     {0},
 };
 
@@ -81,10 +86,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         else if (strcmp(arg, "auto") != 0)
             argp_error(state, "--color %s: auto, always or never", arg);
         return 0;
+    case 'y':
+        o->yes = true;
+        return 0;
     case ARGP_KEY_ARG:
-        if (state->arg_num > 0)
+        if (o->num_words == WORDS_MAX)
             argp_error(state, "one command at a time: '%s' is too many", arg);
-        o->command = arg;
+        o->words[o->num_words++] = arg;
         return 0;
     case ARGP_KEY_NO_ARGS:
         argp_error(state, "which command?");
@@ -98,7 +106,7 @@ static const struct argp argp = {
     argp_options,
     parse,
     "COMMAND",
-    "Shows what a running tinyserved does.\v"
+    "Shows what a running tinyserved does, and for operators changes it.\v"
     "Commands:\n"
     "  status     the daemon and its pools\n"
     "  pools      the pools alone\n"
@@ -107,7 +115,11 @@ static const struct argp argp = {
     "  frag       fragmentation: efficiency, sharing, histograms, tenants\n"
     "  map        a picture of a pool's blocks\n"
     "  check      hold the daemon's books against each other\n"
+    "  session kick ID   end a session: its sequences, except kept ones, are freed\n"
+    "  seq free ID       free a sequence, whosever it is\n"
+    "  drain [off]       take no new sessions, or take them again\n"
     "\n"
+    "The last three are for root and the daemon's user, and ask first.\n"
     "Exit status: 0 fine, 1 refused or check found problems, 2 usage, 3 no daemon.",
     NULL,
     NULL,
@@ -144,7 +156,7 @@ static int do_status(ts_client *c, const options *o, ts_status *ts)
     *ts = ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
     if (*ts != TS_OK)
         return EXIT_REFUSED;
-    bool pools = strcmp(o->command, "pools") == 0;
+    bool pools = strcmp(o->words[0], "pools") == 0;
     if (o->json)
         print_json(o, pools ? json_pools(reply->status_reply) : json_status(reply->status_reply));
     else if (pools)
@@ -279,17 +291,102 @@ static int do_check(ts_client *c, const options *o, ts_status *ts)
     return code;
 }
 
-static command_fn find_command(const char *name)
+/* Asks on the terminal whether to go on. */
+static bool sure(const options *o, const char *question)
 {
-    static const struct {
-        const char *name;
-        command_fn fn;
-    } commands[] = {{"status", do_status}, {"pools", do_status}, {"sessions", do_sessions},
-                    {"seqs", do_seqs},     {"frag", do_frag},    {"map", do_map},
-                    {"check", do_check}};
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-        if (strcmp(commands[i].name, name) == 0)
-            return commands[i].fn;
+    char answer[16];
+    if (o->yes)
+        return true;
+    if (!isatty(0)) {
+        fprintf(stderr, "tsctl: %s Add --yes, or run it on a terminal.\n", question);
+        return false;
+    }
+    fprintf(stderr, "%s [y/N] ", question);
+    return fgets(answer, sizeof answer, stdin) != NULL && (answer[0] == 'y' || answer[0] == 'Y');
+}
+
+/* An id as the listings have it; 0: it is none. */
+static uint64_t id_of(const char *word)
+{
+    char *end;
+    errno = 0;
+    unsigned long long id = strtoull(word, &end, 16);
+    if (errno == 0 && end != word && *end == '\0' && word[0] != '-' && id != 0)
+        return id;
+    fprintf(stderr, "tsctl: '%s' is no id; they are hexadecimal, as the listings show them\n",
+            word);
+    return 0;
+}
+
+static int do_kick(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminKick body = TSPB__ADMIN_KICK__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    char question[128];
+    body.session = id_of(o->words[2]);
+    snprintf(question, sizeof question, "End session %s and free its sequences?", o->words[2]);
+    if (body.session == 0 || !sure(o, question))
+        return EXIT_USAGE;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_KICK;
+    request.admin_kick = &body;
+    *ts = ts_call_plain(c, &request);
+    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+}
+
+static int do_free(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminFree body = TSPB__ADMIN_FREE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    char question[128];
+    body.pool = (char *)o->pool;
+    body.seq = id_of(o->words[2]);
+    snprintf(question, sizeof question, "Free sequence %s?", o->words[2]);
+    if (body.seq == 0 || !sure(o, question))
+        return EXIT_USAGE;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_FREE;
+    request.admin_free = &body;
+    *ts = ts_call_plain(c, &request);
+    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+}
+
+static int do_drain(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminDrain body = TSPB__ADMIN_DRAIN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.off = o->num_words == 2;
+    if (body.off && strcmp(o->words[1], "off") != 0) {
+        fprintf(stderr, "tsctl: drain %s: drain, or drain off\n", o->words[1]);
+        return EXIT_USAGE;
+    }
+    if (!body.off && !sure(o, "Take no new sessions until `tsctl drain off`?"))
+        return EXIT_USAGE;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
+    request.admin_drain = &body;
+    *ts = ts_call_plain(c, &request);
+    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+}
+
+typedef struct command {
+    const char *words[2]; /* the second NULL: there is none */
+    uint32_t least, most; /* words in all */
+    command_fn run;
+} command;
+
+static const command *find_command(const options *o)
+{
+    static const command commands[] = {
+        {{"status"}, 1, 1, do_status},     {{"pools"}, 1, 1, do_status},
+        {{"sessions"}, 1, 1, do_sessions}, {{"seqs"}, 1, 1, do_seqs},
+        {{"frag"}, 1, 1, do_frag},         {{"map"}, 1, 1, do_map},
+        {{"check"}, 1, 1, do_check},       {{"session", "kick"}, 3, 3, do_kick},
+        {{"seq", "free"}, 3, 3, do_free},  {{"drain"}, 1, 2, do_drain}};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        const command *c = &commands[i];
+        if (strcmp(c->words[0], o->words[0]) == 0 &&
+            (c->words[1] == NULL || (o->num_words > 1 && strcmp(c->words[1], o->words[1]) == 0)) &&
+            o->num_words >= c->least && o->num_words <= c->most)
+            return c;
+    }
     return NULL;
 }
 
@@ -300,22 +397,24 @@ int main(int argc, char **argv)
     if (getenv("NO_COLOR") != NULL)
         o.style.color = false;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
-    command_fn command = find_command(o.command);
+    const command *command = find_command(&o);
     if (command == NULL) {
-        fprintf(stderr,
-                "tsctl: there is no command '%s'; there are status, pools, sessions, seqs, frag, "
-                "map and check\n",
-                o.command);
+        fputs("tsctl: there is no command '", stderr);
+        for (uint32_t i = 0; i < o.num_words; i++)
+            fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
+        fputs("'; there are status, pools, sessions, seqs, frag, map, check, session kick ID, "
+              "seq free ID and drain [off]\n",
+              stderr);
         return EXIT_USAGE;
     }
     ts_client *client;
-    int code = EXIT_UNREACHABLE;
+    int code = EXIT_REFUSED;
     ts_options connection = {.url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};
     ts_status status = ts_connect(&connection, &client);
     while (status == TS_OK) {
         if (o.watch && !o.json && isatty(1))
             fputs("\033[H\033[2J", stdout);
-        code = command(client, &o, &status);
+        code = command->run(client, &o, &status);
         fflush(stdout);
         if (!o.watch || status != TS_OK)
             break;

@@ -66,6 +66,8 @@ void text_status(const Tspb__StatusReply *r, const style *s)
     printf("  tokens   %8llu        attends  %llu in %llu launches\n",
            (unsigned long long)r->tokens, (unsigned long long)r->runs,
            (unsigned long long)r->launches);
+    if (r->draining)
+        puts("  draining: no new sessions are taken");
     text_pools(r, s);
 }
 

@@ -11,12 +11,28 @@ _tsctl() {
         mapfile -t COMPREPLY < <(compgen -W "$(tsctl pools 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
         return
         ;;
+    session)
+        mapfile -t COMPREPLY < <(compgen -W kick -- "$word")
+        return
+        ;;
+    seq)
+        mapfile -t COMPREPLY < <(compgen -W free -- "$word")
+        return
+        ;;
+    drain)
+        mapfile -t COMPREPLY < <(compgen -W off -- "$word")
+        return
+        ;;
+    kick)
+        mapfile -t COMPREPLY < <(compgen -W "$(tsctl sessions 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
+        return
+        ;;
     esac
     if [[ $word == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W '--cells --color --help --json --pool --socket --usage --version --wait
-            --watch' -- "$word")
+            --watch --yes' -- "$word")
     else
-        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check' -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check session seq drain' -- "$word")
     fi
 }
 complete -F _tsctl tsctl

@@ -1,0 +1,18 @@
+/*
+ * What an operator may do to a running daemon: end a session, free a sequence, take no new sessions.
+ * Operators are root and the user that the daemon runs as.
+ *
+ * Thread: the engine's owner.
+ */
+#ifndef TS_ADMIN_H
+#define TS_ADMIN_H
+
+#include "service.h"
+
+/* Does what the request asks for, if it is such a request (true), or refuses. */
+bool ts_admin(ts_service *service, ts_connection *connection, const Tspb__Request *request,
+              ts_answer *answer);
+
+bool ts_is_admin(const ts_service *service, const ts_connection *connection);
+
+#endif
