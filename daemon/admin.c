@@ -14,8 +14,9 @@ static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_an
     ts_connection *c = ts_service_connection_of(s, session);
     if (c == NULL)
         return ts_refuse(a, TS_ENOENT, "there is no session %llx", (unsigned long long)session);
-    ts_log(TS_LOG_WARNING, "session %llx is ended by uid %u (pid %u)", (unsigned long long)session,
-           by->uid, by->pid);
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session, .uid = by->uid, .pid = by->pid},
+              "session %llx is ended by uid %u (pid %u)", (unsigned long long)session, by->uid,
+              by->pid);
     c->kicked = session;
     ts_service_end_session(s, c);
 }
@@ -35,15 +36,20 @@ static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__Admin
         return ts_refuse(a, TS_ENOENT, "there is no pool '%.64s'", body->pool);
     ts_engine_apply(s->engine, &command, a);
     if (a->status == TS_OK)
-        ts_log(TS_LOG_WARNING, "sequence %llx of pool '%s' is freed by uid %u (pid %u)",
-               (unsigned long long)body->seq, e->pools[command.pool].config.name, by->uid, by->pid);
+        ts_log_on(TS_LOG_WARNING,
+                  &(ts_log_about){
+                      .pool = e->pools[command.pool].config.name, .uid = by->uid, .pid = by->pid},
+                  "sequence %llx of pool '%s' is freed by uid %u (pid %u)",
+                  (unsigned long long)body->seq, e->pools[command.pool].config.name, by->uid,
+                  by->pid);
 }
 
 static void drain(ts_service *s, const ts_connection *by, bool on)
 {
     if (s->draining != on)
-        ts_log(TS_LOG_WARNING, "%s new sessions, as uid %u (pid %u) says",
-               on ? "taking no" : "taking", by->uid, by->pid);
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.uid = by->uid, .pid = by->pid},
+                  "%s new sessions, as uid %u (pid %u) says", on ? "taking no" : "taking", by->uid,
+                  by->pid);
     s->draining = on;
 }
 

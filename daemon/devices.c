@@ -69,8 +69,9 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
                          ts_provider_name(wanted->provider), reason);
                 return TS_EDEVICE;
             }
-            ts_log(TS_LOG_INFO, "pool '%s': device = auto: host memory, there is no GPU (%s)",
-                   p->name, reason);
+            ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+                      "pool '%s': device = auto: host memory, there is no GPU (%s)", p->name,
+                      reason);
             host = true;
         }
     }
@@ -89,7 +90,8 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
     if (*gpu == NULL)
         return TS_EDEVICE;
     if (any)
-        ts_log(TS_LOG_INFO, "pool '%s': device = auto: cuda:0, the first GPU", p->name);
+        ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+                  "pool '%s': device = auto: cuda:0, the first GPU", p->name);
     snprintf(p->device, sizeof p->device, "cuda:%u", ordinal);
     return TS_OK;
 }
@@ -130,18 +132,20 @@ static ts_status new_gpu_memory(start *st, const ts_config_pool *wanted, ts_pool
     if (wanted->provider == TS_PROVIDER_CUDA_VMM || (any && info->vmm)) {
         uint32_t slabs = (p->num_blocks - 1) / p->slab_blocks + 1;
         snprintf(p->memory, sizeof p->memory, "cuda-vmm");
-        ts_log(TS_LOG_INFO,
-               "pool '%s': cuda-vmm%s: slabs of its own for each tenant, handed out as descriptors",
-               p->name, any ? " (auto: the device has it)" : "");
+        ts_log_on(
+            TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+            "pool '%s': cuda-vmm%s: slabs of its own for each tenant, handed out as descriptors",
+            p->name, any ? " (auto: the device has it)" : "");
         *planned += block_bytes * p->num_blocks; /* its slabs are taken as they are needed */
         return ts_memory_cuda_vmm_new(gpu, slabs, block_bytes * p->slab_blocks, out, st->why,
                                       sizeof st->why);
     }
     snprintf(p->memory, sizeof p->memory, "cuda-ipc");
-    ts_log(TS_LOG_WARNING,
-           "pool '%s': cuda-ipc%s: one slab, so one tenant (the first to store a token) until the "
-           "daemon restarts, and whoever maps it can write it",
-           p->name, any ? " (auto: the device can't export VMM memory)" : "");
+    ts_log_on(
+        TS_LOG_WARNING, &(ts_log_about){.pool = p->name},
+        "pool '%s': cuda-ipc%s: one slab, so one tenant (the first to store a token) until the "
+        "daemon restarts, and whoever maps it can write it",
+        p->name, any ? " (auto: the device can't export VMM memory)" : "");
     p->slab_blocks = p->num_blocks;
     return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, st->why, sizeof st->why);
 }
@@ -172,7 +176,7 @@ static ts_status start_pool(start *st, const ts_config_pool *wanted)
     s->gpu_of[index] = gpu;
     char text[256];
     ts_devices_describe(&p, text, sizeof text);
-    ts_log(TS_LOG_INFO, "%s", text);
+    ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
     return TS_OK;
 }
 
@@ -182,7 +186,8 @@ ts_status ts_devices_start(ts_service *s, const ts_config *c, void (*failed)(con
     for (uint32_t i = 0; i < c->num_pools; i++) {
         ts_status status = start_pool(&st, &c->pools[i]);
         if (status != TS_OK) {
-            ts_log(TS_LOG_ERROR, "pool '%s': %s", c->pools[i].pool.name, st.why);
+            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
+                      c->pools[i].pool.name, st.why);
             return status;
         }
     }

@@ -51,7 +51,8 @@ static void free_ring(ts_ring *r)
     free(r);
 }
 
-/* One that the thread knew when it ended stays until all are freed: it may have said bye already. */
+/* One that the thread knew when it ended stays until all are freed: it may have said bye already.
+ */
 static void free_if_unused(ts_ring *r)
 {
     if (r->users == 0 && !r->polled)

@@ -63,8 +63,9 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         s->by_session[(uint32_t)c->session] = NULL;
         ts_engine_apply(s->engine, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
                         &answer);
-        ts_log(TS_LOG_INFO, "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session,
-               c->uid, c->pid);
+        ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+                  "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
+                  c->pid);
         c->session = 0;
     }
     ts_exchange_release(c->exchange);
@@ -213,8 +214,8 @@ void ts_service_apply(ts_service *s, const ts_command *command, ts_answer *a)
             s->memory[pool], slab,
             s->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why, sizeof why);
         if (status != TS_OK) {
-            ts_log(TS_LOG_ERROR, "pool '%s', slab %u: %s", s->engine->pools[pool].config.name, slab,
-                   why);
+            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = s->engine->pools[pool].config.name},
+                      "pool '%s', slab %u: %s", s->engine->pools[pool].config.name, slab, why);
             return ts_refuse(a, status, "pool '%s': %s", s->engine->pools[pool].config.name, why);
         }
         ts_answer granted;
@@ -320,8 +321,9 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
         return;
     c->session = a->session;
     s->by_session[(uint32_t)c->session] = c;
-    ts_log(TS_LOG_INFO, "session %llx opened: %.63s (uid %u, pid %u)",
-           (unsigned long long)c->session, request->session_open->program, c->uid, c->pid);
+    ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+              "session %llx opened: %.63s (uid %u, pid %u)", (unsigned long long)c->session,
+              request->session_open->program, c->uid, c->pid);
     tspb__session_opened__init(opened);
     opened->session = c->session;
     opened->token.data = c->token;
