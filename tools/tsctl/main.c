@@ -115,6 +115,7 @@ static const struct argp argp = {
     "  frag       fragmentation: efficiency, sharing, histograms, tenants\n"
     "  map        a picture of a pool's blocks\n"
     "  check      hold the daemon's books against each other\n"
+    "  top        all of it, live; q ends it\n"
     "  session kick ID   end a session: its sequences, except kept ones, are freed\n"
     "  seq free ID       free a sequence, whosever it is\n"
     "  drain [off]       take no new sessions, or take them again\n"
@@ -135,8 +136,8 @@ static void print_json(const options *o, json_t *value)
     json_decref(value);
 }
 
-static ts_status ask(ts_client *c, Tspb__Request *request, Tspb__Reply__BodyCase expected,
-                     Tspb__Reply **reply)
+ts_status tsctl_ask(ts_client *c, Tspb__Request *request, Tspb__Reply__BodyCase expected,
+                    Tspb__Reply **reply)
 {
     ts_status status = ts_call(c, request, reply);
     if (status == TS_OK && (*reply)->body_case != expected) {
@@ -153,7 +154,7 @@ static int do_status(ts_client *c, const options *o, ts_status *ts)
     Tspb__Reply *reply;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    *ts = ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
+    *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     bool pools = strcmp(o->words[0], "pools") == 0;
@@ -178,7 +179,7 @@ static int do_sessions(ts_client *c, const options *o, ts_status *ts)
     request.body_case = TSPB__REQUEST__BODY_LIST_SESSIONS;
     request.list_sessions = &body;
     for (bool more = true; more;) {
-        *ts = ask(c, &request, TSPB__REPLY__BODY_SESSION_LIST, &reply);
+        *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_SESSION_LIST, &reply);
         if (*ts != TS_OK) {
             json_decref(list);
             return EXIT_REFUSED;
@@ -211,7 +212,7 @@ static int do_seqs(ts_client *c, const options *o, ts_status *ts)
     request.body_case = TSPB__REQUEST__BODY_LIST_SEQS;
     request.list_seqs = &body;
     do {
-        *ts = ask(c, &request, TSPB__REPLY__BODY_SEQ_LIST, &reply);
+        *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_SEQ_LIST, &reply);
         if (*ts != TS_OK) {
             json_decref(list);
             return EXIT_REFUSED;
@@ -241,7 +242,7 @@ static int do_frag(ts_client *c, const options *o, ts_status *ts)
     body.pool = (char *)o->pool;
     request.body_case = TSPB__REQUEST__BODY_POOL_STATS;
     request.pool_stats = &body;
-    *ts = ask(c, &request, TSPB__REPLY__BODY_POOL_STATS_REPLY, &reply);
+    *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_POOL_STATS_REPLY, &reply);
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     if (o->json)
@@ -261,7 +262,7 @@ static int do_map(ts_client *c, const options *o, ts_status *ts)
     body.cells = o->cells;
     request.body_case = TSPB__REQUEST__BODY_POOL_MAP;
     request.pool_map = &body;
-    *ts = ask(c, &request, TSPB__REPLY__BODY_POOL_MAP_REPLY, &reply);
+    *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_POOL_MAP_REPLY, &reply);
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     if (o->json)
@@ -279,7 +280,7 @@ static int do_check(ts_client *c, const options *o, ts_status *ts)
     Tspb__Reply *reply;
     request.body_case = TSPB__REQUEST__BODY_CHECK;
     request.check = &body;
-    *ts = ask(c, &request, TSPB__REPLY__BODY_CHECK_REPLY, &reply);
+    *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_CHECK_REPLY, &reply);
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     if (o->json)
@@ -289,6 +290,16 @@ static int do_check(ts_client *c, const options *o, ts_status *ts)
     int code = reply->check_reply->n_problems == 0 ? EXIT_SUCCESS : EXIT_REFUSED;
     tspb__reply__free_unpacked(reply, NULL);
     return code;
+}
+
+static int do_top(ts_client *c, const options *o, ts_status *ts)
+{
+    if (!isatty(0) || !isatty(1)) {
+        fputs("tsctl: top needs a terminal; elsewhere there is --watch\n", stderr);
+        return EXIT_USAGE;
+    }
+    *ts = top_run(c, o->pool, o->watch ? o->interval : 1);
+    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
 }
 
 /* Asks on the terminal whether to go on. */
@@ -374,12 +385,17 @@ typedef struct command {
 
 static const command *find_command(const options *o)
 {
-    static const command commands[] = {
-        {{"status"}, 1, 1, do_status},     {{"pools"}, 1, 1, do_status},
-        {{"sessions"}, 1, 1, do_sessions}, {{"seqs"}, 1, 1, do_seqs},
-        {{"frag"}, 1, 1, do_frag},         {{"map"}, 1, 1, do_map},
-        {{"check"}, 1, 1, do_check},       {{"session", "kick"}, 3, 3, do_kick},
-        {{"seq", "free"}, 3, 3, do_free},  {{"drain"}, 1, 2, do_drain}};
+    static const command commands[] = {{{"status"}, 1, 1, do_status},
+                                       {{"pools"}, 1, 1, do_status},
+                                       {{"sessions"}, 1, 1, do_sessions},
+                                       {{"seqs"}, 1, 1, do_seqs},
+                                       {{"frag"}, 1, 1, do_frag},
+                                       {{"map"}, 1, 1, do_map},
+                                       {{"check"}, 1, 1, do_check},
+                                       {{"top"}, 1, 1, do_top},
+                                       {{"session", "kick"}, 3, 3, do_kick},
+                                       {{"seq", "free"}, 3, 3, do_free},
+                                       {{"drain"}, 1, 2, do_drain}};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         const command *c = &commands[i];
         if (strcmp(c->words[0], o->words[0]) == 0 &&
@@ -402,7 +418,7 @@ int main(int argc, char **argv)
         fputs("tsctl: there is no command '", stderr);
         for (uint32_t i = 0; i < o.num_words; i++)
             fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
-        fputs("'; there are status, pools, sessions, seqs, frag, map, check, session kick ID, "
+        fputs("'; there are status, pools, sessions, seqs, frag, map, check, top, session kick ID, "
               "seq free ID and drain [off]\n",
               stderr);
         return EXIT_USAGE;
@@ -412,11 +428,11 @@ int main(int argc, char **argv)
     ts_options connection = {.url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};
     ts_status status = ts_connect(&connection, &client);
     while (status == TS_OK) {
-        if (o.watch && !o.json && isatty(1))
+        if (o.watch && !o.json && isatty(1) && command->run != do_top)
             fputs("\033[H\033[2J", stdout);
         code = command->run(client, &o, &status);
         fflush(stdout);
-        if (!o.watch || status != TS_OK)
+        if (!o.watch || status != TS_OK || command->run == do_top)
             break;
         struct timespec pause = {.tv_sec = (time_t)o.interval,
                                  .tv_nsec = (long)((o.interval - (time_t)o.interval) * 1e9)};

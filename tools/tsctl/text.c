@@ -6,7 +6,7 @@
 #define MAP_COLUMNS 64u
 
 /* "3.1 MiB" in a buffer of the caller's. */
-static const char *bytes(uint64_t n, char *buffer, size_t size)
+const char *text_bytes(uint64_t n, char *buffer, size_t size)
 {
     static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
     double x = (double)n;
@@ -19,7 +19,7 @@ static const char *bytes(uint64_t n, char *buffer, size_t size)
     return buffer;
 }
 
-static const char *duration(uint64_t ms, char *buffer, size_t size)
+const char *text_duration(uint64_t ms, char *buffer, size_t size)
 {
     uint64_t s = ms / 1000;
     if (s < 120)
@@ -58,7 +58,7 @@ void text_status(const Tspb__StatusReply *r, const style *s)
 {
     char up[32];
     printf("%stinyserved %s%s, pid %llu, up %s\n", on(s, BOLD), r->version, on(s, PLAIN),
-           (unsigned long long)r->pid, duration(r->uptime_ms, up, sizeof up));
+           (unsigned long long)r->pid, text_duration(r->uptime_ms, up, sizeof up));
     printf("  sessions %8llu        kernels  %s, %u threads\n", (unsigned long long)r->sessions,
            r->kernel, r->threads);
     printf("  requests %8llu        refused  %llu\n", (unsigned long long)r->requests,
@@ -79,9 +79,10 @@ void text_pools(const Tspb__StatusReply *r, const style *s)
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
         printf("%-20.20s %-8.8s %10s %10s %4.0f%% %7llu %6.0f%%\n", p->name, p->device,
-               bytes(p->used_blocks * p->block_bytes, a, sizeof a),
-               bytes(p->blocks * p->block_bytes, b, sizeof b), percent(p->used_blocks, p->blocks),
-               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks));
+               text_bytes(p->used_blocks * p->block_bytes, a, sizeof a),
+               text_bytes(p->blocks * p->block_bytes, b, sizeof b),
+               percent(p->used_blocks, p->blocks), (unsigned long long)p->sequences,
+               percent(p->shared_blocks, p->used_blocks));
     }
 }
 
@@ -98,7 +99,7 @@ void text_sessions(const Tspb__SessionList *r)
         const Tspb__SessionInfo *s = r->sessions[i];
         printf("%-12llx %8u %8u %-16.16s %7llu %8llu %5u %9s\n", (unsigned long long)s->session,
                s->uid, s->pid, s->program, (unsigned long long)s->sequences,
-               (unsigned long long)s->blocks, s->steps, bytes(s->exchange_bytes, a, sizeof a));
+               (unsigned long long)s->blocks, s->steps, text_bytes(s->exchange_bytes, a, sizeof a));
     }
 }
 
@@ -171,15 +172,15 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     printf("  tokens      %llu stored in %llu slots: %.1f %% efficient, %s of tails unused\n",
            (unsigned long long)r->stored_tokens,
            (unsigned long long)(r->used_slots - r->reserved_slots), 100 * f.efficiency,
-           bytes(f.tail_bytes, a, sizeof a));
+           text_bytes(f.tail_bytes, a, sizeof a));
     if (r->reserved_slots > 0)
         printf("  reserved    %llu slots by %llu open steps\n",
                (unsigned long long)r->reserved_slots, (unsigned long long)p->open_steps);
     printf("  sharing     %s stored, %s seen by %llu sequences: %.1f x\n",
-           bytes(f.stored_bytes, a, sizeof a), bytes(f.seen_bytes, b, sizeof b),
+           text_bytes(f.stored_bytes, a, sizeof a), text_bytes(f.seen_bytes, b, sizeof b),
            (unsigned long long)p->sequences, f.sharing);
     printf("  otherwise   %s if each sequence had a buffer of the longest length (%u)\n",
-           bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
+           text_bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
     printf("  lengths     ");
     print_histogram(r->length_histogram, r->n_length_histogram, 0);
     printf("  free runs   ");
@@ -187,7 +188,7 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     for (size_t i = 0; i < r->n_tenants; i++)
         printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
                r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,
-               bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
+               text_bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
                r->tenants[i]->slabs);
     if (r->tenants_hidden)
         printf("  %-11s others are shown to root and the daemon's user only\n", "");

@@ -32,7 +32,7 @@ _tsctl() {
         mapfile -t COMPREPLY < <(compgen -W '--cells --color --help --json --pool --socket --usage --version --wait
             --watch --yes' -- "$word")
     else
-        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check session seq drain' -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check top session seq drain' -- "$word")
     fi
 }
 complete -F _tsctl tsctl
