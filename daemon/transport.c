@@ -258,12 +258,19 @@ ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode
         t->num_slots += error == 0;
     }
     if (error == 0)
-        error = listen_more(t);
+        return TS_OK;
+    snprintf(why, why_bytes, "making a socket for %s failed: %s", url, nng_strerror(error));
+    return TS_ECONN;
+}
+
+ts_status ts_transport_listen(ts_transport *t, char *why, size_t why_bytes)
+{
+    int error = listen_more(t);
     if (error != 0) {
-        snprintf(why, why_bytes, "listening at %s failed: %s", url, nng_strerror(error));
+        snprintf(why, why_bytes, "listening at %s failed: %s", t->url, nng_strerror(error));
         return TS_ECONN;
     }
-    for (uint32_t i = 0; i < contexts; i++)
+    for (uint32_t i = 0; i < t->num_slots; i++)
         receive(&t->slots[i]);
     return TS_OK;
 }

@@ -12,11 +12,15 @@
 typedef struct ts_transport ts_transport;
 
 /*
- * Listens at `url` ("ipc:///path"), with the socket's file mode set to `mode`. A message of more
- * than message_bytes ends its connection. A sentence in `why` if that can't be done.
+ * Makes what listens at `url` ("ipc:///path") later, with the socket's file mode set to `mode`. A
+ * message of more than message_bytes ends its connection. A sentence in `why` if that can't be
+ * done.
  */
 ts_status ts_transport_start(ts_service *service, const char *url, uint32_t mode, uint32_t contexts,
                              size_t message_bytes, ts_transport **out, char *why, size_t why_bytes);
+
+/* Listens: when all else that clients use is there. */
+ts_status ts_transport_listen(ts_transport *transport, char *why, size_t why_bytes);
 
 /*
  * Connects to itself, and listens anew if that goes unanswered (true). NNG before 1.6 stops

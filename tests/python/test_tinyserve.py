@@ -1,5 +1,9 @@
 """The Python package against a real daemon, on host memory."""
 
+import os
+import pathlib
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -98,6 +102,20 @@ def test_variants_of_attention_go_through_the_service(client):
                 for bad in ({"soft_cap": -1.0}, {"scale": float("inf")}, {"soft_cap": float("nan")}):
                     with pytest.raises(tinyserve.InvalidError, match="must be finite and not negative"):
                         step.run(1, **bad)
+
+
+def test_who_finds_the_daemon_finds_its_handle_socket(tmp_path):
+    for turn in range(10):
+        socket = tmp_path / f"s{turn}"
+        daemon = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--socket", str(socket), "--set",
+                                   "log_level=warning", "--pool",
+                                   "p:layers=1,kv_heads=1,head_dim=32,blocks=1,device=host"])
+        while not socket.exists():
+            assert daemon.poll() is None
+        there = pathlib.Path(f"{socket}.handles").exists()
+        daemon.terminate()
+        assert daemon.wait() == 0
+        assert there
 
 
 def fp8_values():

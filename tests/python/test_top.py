@@ -34,7 +34,7 @@ class Terminal:
     def wait_for(self, pattern, redraw=True):
         """Until what is written from now on has the pattern. redraw: the whole screen is asked for, again
         and again, since else only what changes is written."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 30
         self.raw = ""
         while not re.search(pattern, self.text()):
             assert time.monotonic() < end, self.text()[-4000:]
@@ -71,8 +71,10 @@ def test_it_shows_the_pools_and_ends_with_q(daemon):
         seq, = kv.create()
         kv.append([seq], [10])
         terminal = Terminal(os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "top", "--watch=0.2")
-        terminal.wait_for(r"first on host \(1 of 2\): 3 of 64 blocks used \(5 %\), 0 shared")
+        terminal.wait_for(r"first on host \(1 of 2\): 3 of 64 blocks used \(5 %\), 0 shared; 1.5 KiB of "
+                          r"32.0 KiB 1 sequences, 0 kept; 0 steps open; ")
         terminal.wait_for(rf"{client.session:x} the-worker {os.getpid()} 0 1 3 0")
+        terminal.wait_for(r"STEPS REQ/S")
         terminal.press("n")
         terminal.wait_for(r"second on host")
         terminal.press("n")
@@ -80,7 +82,7 @@ def test_it_shows_the_pools_and_ends_with_q(daemon):
         terminal.press("p")
         terminal.wait_for(r"second on host")
         terminal.press(" ")
-        terminal.wait_for(r"stopped")
+        terminal.wait_for(r"tinyserved [0-9.]+ stopped up ")
         terminal.press("q")
         assert terminal.end() == 0
 

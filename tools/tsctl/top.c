@@ -167,34 +167,36 @@ static ts_status fetch(view *v, uint32_t cells)
 
 /* ---- drawing ---- */
 
+/* A line, cut where the screen ends, of which the first `bold` characters stand out. */
+static void put_line(int line, const char *text, size_t bold)
+{
+    mvaddnstr(line, 0, text, COLS);
+    mvchgat(line, 0, (int)bold, A_BOLD, 0, NULL);
+}
+
 static void draw_head(const view *v)
 {
     const Tspb__StatusReply *s = v->status->status_reply;
-    char up[32];
-    attron(A_BOLD);
-    mvprintw(0, 0, "tinyserved %s", s->version);
-    attroff(A_BOLD);
-    printw("  up %s  sessions %llu", text_duration(s->uptime_ms, up, sizeof up),
-           (unsigned long long)s->sessions);
-    if (v->knows_rates)
-        printw("  tokens/s %.0f  requests/s %.0f", v->tokens, v->requests);
-    printw("  refused %llu", (unsigned long long)s->refused);
-    if (s->draining)
-        printw("  draining");
-    if (v->paused)
-        printw("  stopped");
     const Tspb__PoolSummary *p = v->map->pool_map_reply->pool;
-    char used[32], all[32];
-    attron(A_BOLD);
-    mvprintw(1, 0, "%s", p->name);
-    attroff(A_BOLD);
-    printw(" on %s (%zu of %zu): %u of %u blocks used (%.0f %%), %u shared; %s of %s; "
-           "%llu sequences, %llu kept",
-           p->device, pool_index(v) + 1, s->n_pools, p->used_blocks, p->blocks,
-           p->blocks == 0 ? 0 : 100.0 * p->used_blocks / p->blocks, p->shared_blocks,
-           text_bytes((uint64_t)p->used_blocks * p->block_bytes, used, sizeof used),
-           text_bytes((uint64_t)p->blocks * p->block_bytes, all, sizeof all),
-           (unsigned long long)p->sequences, (unsigned long long)p->kept_sequences);
+    char line[256], rates[96] = "", up[32], used[32], all[32];
+    if (v->knows_rates)
+        snprintf(rates, sizeof rates, "  tokens/s %.0f  requests/s %.0f", v->tokens, v->requests);
+    snprintf(line, sizeof line, "tinyserved %s%s%s  up %s  sessions %llu%s  refused %llu",
+             s->version, v->paused ? "  stopped" : "", s->draining ? "  draining" : "",
+             text_duration(s->uptime_ms, up, sizeof up), (unsigned long long)s->sessions, rates,
+             (unsigned long long)s->refused);
+    put_line(0, line, strlen("tinyserved ") + strlen(s->version));
+    snprintf(line, sizeof line,
+             "%s on %s (%zu of %zu): %u of %u blocks used (%.0f %%), %u shared; %s of %s", p->name,
+             p->device, pool_index(v) + 1, s->n_pools, p->used_blocks, p->blocks,
+             p->blocks == 0 ? 0 : 100.0 * p->used_blocks / p->blocks, p->shared_blocks,
+             text_bytes((uint64_t)p->used_blocks * p->block_bytes, used, sizeof used),
+             text_bytes((uint64_t)p->blocks * p->block_bytes, all, sizeof all));
+    put_line(1, line, strlen(p->name));
+    snprintf(line, sizeof line, "%llu sequences, %llu kept; %llu steps open; %s",
+             (unsigned long long)p->sequences, (unsigned long long)p->kept_sequences,
+             (unsigned long long)p->open_steps, p->kernel);
+    put_line(2, line, 0);
 }
 
 static void draw_map(const view *v, int top, int columns)
@@ -234,7 +236,7 @@ static void draw_sessions(const view *v, int top, int lines, int columns)
 {
     attron(A_REVERSE);
     mvprintw(top, 0, "%-*.*s", columns, columns,
-             "  SESSION      PROGRAM                   PID      UID  SEQS   BLOCKS  STEPS   REQ/S");
+             "  SESSION      PROGRAM               PID      UID  SEQS   BLOCKS  STEPS   REQ/S");
     attroff(A_REVERSE);
     row *sorted = malloc((v->num_rows + 1) * sizeof *sorted);
     if (sorted == NULL)
@@ -252,7 +254,7 @@ static void draw_sessions(const view *v, int top, int lines, int columns)
         mvaddstr(top + 1 + (int)i, 0, "█");
         attroff(COLOR_PAIR(pair));
         char line[160];
-        snprintf(line, sizeof line, " %-12llx %-20.20s %8u %8u %5llu %8llu %6u %7.0f",
+        snprintf(line, sizeof line, " %-12llx %-16.16s %8u %8u %5llu %8llu %6u %7.0f",
                  (unsigned long long)r->session, r->program, r->pid, r->uid,
                  (unsigned long long)r->sequences, (unsigned long long)r->blocks, r->steps,
                  r->rate);
@@ -265,7 +267,7 @@ static void draw_sessions(const view *v, int top, int lines, int columns)
 static void map_size(int lines, int columns, int *rows, int *across)
 {
     *across = columns < 128 ? columns : 128;
-    *rows = (lines - 5) / 2;
+    *rows = (lines - 6) / 2;
     if (*rows > 16)
         *rows = 16;
     if (*rows < 1)
@@ -279,9 +281,9 @@ static void draw(const view *v)
     map_size(lines, columns, &rows, &across);
     erase();
     draw_head(v);
-    draw_map(v, 3, across);
+    draw_map(v, 4, across);
     size_t used = (v->map->pool_map_reply->n_used + (size_t)across - 1) / (size_t)across;
-    int top = 4 + (int)used;
+    int top = 5 + (int)used;
     draw_sessions(v, top, lines - 1 - top, columns);
     mvaddnstr(lines - 1, 0,
               "q end  n/p pool  r/b/s sort by requests, blocks, sequences  space stop",
