@@ -222,6 +222,7 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     assert_has(ts_error(c), "was ended by an operator");
     run(text, sizeof text, TS_CTL " frag %s", url);
     assert_has(text, "blocks      64 total   0 used");
+    ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
 }
