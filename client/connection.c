@@ -322,13 +322,18 @@ void ts_disconnect(ts_client *c)
 {
     if (c == NULL)
         return;
-    if (c->pid == getpid()) /* a forked child must not touch its parent's */
+    bool ours = c->pid == getpid(); /* a forked child must not touch its parent's */
+    if (ours) {
         hang_up(c);
+        (void)ts_local_gpu_await(c); /* they write into the exchange */
+    }
     ts_exchange_close(c);
     ts_signals_close(c);
     ts_rings_close(c);
-    ts_attention_free(c->attention);
-    ts_local_gpu_close(c);
+    if (ours) { /* their threads are not in the child */
+        ts_attention_free(c->attention);
+        ts_local_gpu_close(c);
+    }
     ts_cuda_close(c->cuda);
     if (c->handle_fd >= 0)
         close(c->handle_fd);

@@ -90,6 +90,7 @@ static size_t mapped_bytes(const ts_pool *p)
 static void unmap_gpu(ts_pool *p)
 {
     ts_cuda *cuda = p->client->cuda;
+    (void)ts_local_gpu_await(p->client); /* runs of this process read what is unmapped */
     if (p->has_ipc_handle) {
         ts_cuda_ipc_close(cuda, p->base);
         return;

@@ -116,17 +116,16 @@ static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r
 
 char *ts_metrics_text(ts_service *s)
 {
-    static const ts_connection operator_of_this_machine = {.uid = 0};
     Tspb__Status body = TSPB__STATUS__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    Tspb__Reply reply = TSPB__REPLY__INIT;
+    Tspb__Reply reply;
     char *text = NULL;
     size_t bytes;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    if (!ts_report(s, &operator_of_this_machine, &request, &reply))
+    if (!ts_report_all(s, &request, &reply))
         return NULL;
-    FILE *out = reply.status == TS_OK ? open_memstream(&text, &bytes) : NULL;
+    FILE *out = open_memstream(&text, &bytes);
     if (out != NULL) {
         write_all(out, s, reply.status_reply);
         if (fclose(out) != 0) {

@@ -424,3 +424,13 @@ void ts_report_free(Tspb__Reply *reply)
     if (reply->status != TS_OK)
         free(reply->message);
 }
+
+bool ts_report_all(ts_service *s, const Tspb__Request *request, Tspb__Reply *reply)
+{
+    static const ts_connection root = {.uid = 0};
+    tspb__reply__init(reply);
+    if (ts_report(s, &root, request, reply) && reply->status == TS_OK)
+        return true;
+    ts_report_free(reply);
+    return false;
+}

@@ -15,4 +15,8 @@ bool ts_report(ts_service *service, const ts_connection *connection, const Tspb_
                Tspb__Reply *reply);
 void ts_report_free(Tspb__Reply *reply);
 
+/* The same as root would get it. False: there is nothing to free; no memory, or no such question.
+ */
+bool ts_report_all(ts_service *service, const Tspb__Request *request, Tspb__Reply *reply);
+
 #endif

@@ -8,17 +8,6 @@
 #define MAP_CELLS 1024u
 #define LIST_MOST 200u /* sessions, and sequences of a pool */
 
-/* Asks report.h as the operator of this machine would. False, and nothing to free: no memory. */
-static bool ask(ts_service *s, const Tspb__Request *request, Tspb__Reply *reply)
-{
-    static const ts_connection operator_of_this_machine = {.uid = 0};
-    tspb__reply__init(reply);
-    if (ts_report(s, &operator_of_this_machine, request, reply) && reply->status == TS_OK)
-        return true;
-    ts_report_free(reply);
-    return false;
-}
-
 static json_t *status(ts_service *s)
 {
     Tspb__Status body = TSPB__STATUS__INIT;
@@ -26,7 +15,7 @@ static json_t *status(ts_service *s)
     Tspb__Reply reply;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    if (!ask(s, &request, &reply))
+    if (!ts_report_all(s, &request, &reply))
         return NULL;
     json_t *value = json_status(reply.status_reply);
     ts_report_free(&reply);
@@ -41,7 +30,7 @@ static json_t *sessions(ts_service *s)
     body.limit = LIST_MOST;
     request.body_case = TSPB__REQUEST__BODY_LIST_SESSIONS;
     request.list_sessions = &body;
-    if (!ask(s, &request, &reply))
+    if (!ts_report_all(s, &request, &reply))
         return NULL;
     json_t *list = json_array();
     json_sessions(list, reply.session_list);
@@ -57,7 +46,7 @@ static json_t *frag(ts_service *s, char *pool)
     body.pool = pool;
     request.body_case = TSPB__REQUEST__BODY_POOL_STATS;
     request.pool_stats = &body;
-    if (!ask(s, &request, &reply))
+    if (!ts_report_all(s, &request, &reply))
         return NULL;
     json_t *value = json_frag(reply.pool_stats_reply);
     ts_report_free(&reply);
@@ -73,7 +62,7 @@ static json_t *map(ts_service *s, char *pool)
     body.cells = MAP_CELLS;
     request.body_case = TSPB__REQUEST__BODY_POOL_MAP;
     request.pool_map = &body;
-    if (!ask(s, &request, &reply))
+    if (!ts_report_all(s, &request, &reply))
         return NULL;
     json_t *value = json_map(reply.pool_map_reply);
     ts_report_free(&reply);
@@ -91,7 +80,7 @@ static json_t *seqs(ts_service *s, char *pool, bool *more)
     body.limit = LIST_MOST;
     request.body_case = TSPB__REQUEST__BODY_LIST_SEQS;
     request.list_seqs = &body;
-    if (!ask(s, &request, &reply))
+    if (!ts_report_all(s, &request, &reply))
         return NULL;
     json_t *list = json_array();
     json_seqs(list, reply.seq_list);
@@ -108,8 +97,12 @@ char *ts_stats_json(ts_service *s)
         char *name = s->engine->pools[i].config.name;
         bool more = false;
         json_t *list = seqs(s, name, &more);
-        json_array_append_new(pools, json_pack("{s:o, s:o, s:o, s:b}", "frag", frag(s, name), "map",
-                                               map(s, name), "seqs", list, "more_seqs", more));
+        json_t *pool = json_pack("{s:o, s:o, s:o, s:b}", "frag", frag(s, name), "map", map(s, name),
+                                 "seqs", list, "more_seqs", more);
+        if (json_array_append_new(pools, pool) != 0) { /* no memory */
+            json_decref(pools);
+            return NULL;
+        }
     }
     json_t *all =
         json_pack("{s:o, s:o, s:o}", "status", status(s), "sessions", sessions(s), "pools", pools);

@@ -329,6 +329,13 @@ static uint64_t id_of(const char *word)
     return 0;
 }
 
+/* Has done what is answered with a status alone. */
+static int order(ts_client *c, Tspb__Request *request, ts_status *ts)
+{
+    *ts = ts_call_plain(c, request);
+    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+}
+
 static int do_kick(ts_client *c, const options *o, ts_status *ts)
 {
     Tspb__AdminKick body = TSPB__ADMIN_KICK__INIT;
@@ -340,8 +347,7 @@ static int do_kick(ts_client *c, const options *o, ts_status *ts)
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_KICK;
     request.admin_kick = &body;
-    *ts = ts_call_plain(c, &request);
-    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+    return order(c, &request, ts);
 }
 
 static int do_free(ts_client *c, const options *o, ts_status *ts)
@@ -356,8 +362,7 @@ static int do_free(ts_client *c, const options *o, ts_status *ts)
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_FREE;
     request.admin_free = &body;
-    *ts = ts_call_plain(c, &request);
-    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+    return order(c, &request, ts);
 }
 
 static int do_drain(ts_client *c, const options *o, ts_status *ts)
@@ -373,8 +378,7 @@ static int do_drain(ts_client *c, const options *o, ts_status *ts)
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
     request.admin_drain = &body;
-    *ts = ts_call_plain(c, &request);
-    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+    return order(c, &request, ts);
 }
 
 typedef struct command {
