@@ -123,10 +123,12 @@ static ts_status new_gpu_memory(start *st, const ts_config_pool *wanted, ts_pool
     bool any = wanted->provider == TS_PROVIDER_AUTO;
     ts_status status = check_fit(st, p, gpu, *planned);
     if (status == TS_OK)
-        status = ts_kernel_check(p->kernel, &p->geometry, st->why, sizeof st->why);
+        status =
+            ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, st->why, sizeof st->why);
     if (status != TS_OK)
         return status;
     p->on_gpu = true;
+    p->warp_groups = info->warp_groups;
     snprintf(p->device_name, sizeof p->device_name, "%.95s", info->name);
     memcpy(p->device_uuid, info->uuid, sizeof p->device_uuid);
     if (wanted->provider == TS_PROVIDER_CUDA_VMM || (any && info->vmm)) {

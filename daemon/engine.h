@@ -179,6 +179,7 @@ typedef struct ts_pool_config {
     uint32_t sequence_tokens_max;
     uint64_t tenant_blocks_max; /* blocks one tenant may use */
     ts_client_write client_write;
+    bool warp_groups; /* of its GPU: ts_gpu_info */
     bool on_gpu;
     ts_kernel kernel;            /* of a GPU */
     char device[32], memory[16]; /* for people: where the pool is and what provides it */

@@ -195,7 +195,8 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
         ts_refuse(a, TS_EINVAL, "kernel %s runs on a GPU; pool '%s' is on %s",
                   ts_kernel_name(c->step_begin.kernel), e->pools[c->pool].config.name,
                   e->pools[c->pool].config.device);
-    else if (ts_kernel_check(c->step_begin.kernel, g, a->message, sizeof a->message) != TS_OK)
+    else if (ts_kernel_check(c->step_begin.kernel, g, e->pools[c->pool].config.warp_groups,
+                             a->message, sizeof a->message) != TS_OK)
         a->status = TS_EINVAL;
     else if (c->step_begin.append && !(s->writable_pools >> c->pool & 1))
         ts_refuse(a, TS_EPERM,

@@ -37,6 +37,7 @@ typedef enum ts_kernel {
     TS_KERNEL_V5,
     TS_KERNEL_TILE,
     TS_KERNEL_MMA,
+    TS_KERNEL_WGMMA,
     TS_KERNEL_COUNT
 } ts_kernel;
 
@@ -46,8 +47,10 @@ const char *ts_kernel_name(ts_kernel kernel);
 /* TS_KERNEL_COUNT if no kernel has this name. */
 ts_kernel ts_kernel_find(const char *name);
 
-/* TS_OK, or TS_EINVAL with a sentence: what the kernel can't do about this geometry. */
-ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, size_t why_bytes);
+/* TS_OK, or TS_EINVAL with a sentence: what the kernel can't do about this geometry, or on a device
+ * without warp-group products (ts_gpu_info). */
+ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, bool warp_groups, char *why,
+                          size_t why_bytes);
 
 typedef struct ts_gpu ts_gpu;
 
@@ -59,6 +62,7 @@ typedef struct ts_gpu_info {
     bool vmm;            /* can export VMM memory as file descriptors */
     size_t granularity;  /* of VMM memory */
     size_t shared_bytes; /* that a block of threads can have of shared memory, at most */
+    bool warp_groups;    /* has Hopper's warp-group products, and this was built for them */
 } ts_gpu_info;
 
 /* Devices there are. 0: none, with the reason in `why`. */

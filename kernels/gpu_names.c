@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char *const names[] = {"auto", "v1", "v2", "v3", "v4", "v5", "tile", "mma"};
+static const char *const names[] = {"auto", "v1", "v2", "v3", "v4", "v5", "tile", "mma", "wgmma"};
 
 _Static_assert(sizeof names / sizeof *names == TS_KERNEL_COUNT, "a name for each kernel");
 
@@ -20,7 +20,8 @@ ts_kernel ts_kernel_find(const char *name)
     return (ts_kernel)i;
 }
 
-ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, size_t why_bytes)
+ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, bool warp_groups, char *why,
+                          size_t why_bytes)
 {
     size_t row = g->head_dim * ts_dtype_bytes(g->dtype);
     if (kernel == TS_KERNEL_MMA && g->dtype == TS_DTYPE_FP32) {
@@ -29,7 +30,18 @@ ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, char *why, siz
                  ts_dtype_name(g->dtype));
         return TS_EINVAL;
     }
-    bool vectors = kernel == TS_KERNEL_V4 || kernel == TS_KERNEL_V5 || kernel == TS_KERNEL_MMA;
+    if (kernel == TS_KERNEL_WGMMA && ts_dtype_bytes(g->dtype) != 2) {
+        snprintf(why, why_bytes, "kernel wgmma multiplies 16-bit caches; the cache is %s",
+                 ts_dtype_name(g->dtype));
+        return TS_EINVAL;
+    }
+    if (kernel == TS_KERNEL_WGMMA && !warp_groups) {
+        snprintf(why, why_bytes,
+                 "kernel wgmma needs compute capability 9.0 and a build for it (90a)");
+        return TS_EINVAL;
+    }
+    bool vectors = kernel == TS_KERNEL_V4 || kernel == TS_KERNEL_V5 || kernel == TS_KERNEL_MMA ||
+                   kernel == TS_KERNEL_WGMMA;
     if (!vectors || row % 16 == 0)
         return TS_OK;
     snprintf(why, why_bytes,

@@ -287,7 +287,7 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
     expect_config("[pool p]\ndevice = gpu\n", ":2: device = gpu: known are auto, host and cuda:N");
     expect_config("[pool p]\ndevice = cuda:0x\n", ":2: device = cuda:0x: known are");
     expect_config("[pool p]\nkernel = v9\n",
-                  ":2: kernel = v9: known are auto, v1, v2, v3, v4, v5, tile, mma");
+                  ":2: kernel = v9: known are auto, v1, v2, v3, v4, v5, tile, mma, wgmma");
     expect_config(POOL "memory = 1M\ndevice = host\nprovider = cuda-vmm\n",
                   "pool 'p': provider = cuda-vmm can't be used with device = host");
     expect_config(POOL "memory = 1M\ndevice = cuda:0\nprovider = host\n",

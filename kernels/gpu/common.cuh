@@ -358,6 +358,8 @@ ts_gpu_kernel v5_fp8(uint32_t head_dim, ts_dtype io, uint32_t kind);
 ts_gpu_kernel mma_fp16(uint32_t head_dim, ts_dtype io);
 ts_gpu_kernel mma_bf16(uint32_t head_dim, ts_dtype io);
 ts_gpu_kernel mma_fp8(uint32_t head_dim, ts_dtype io);
+ts_gpu_kernel wgmma_fp16(uint32_t head_dim);
+ts_gpu_kernel wgmma_bf16(uint32_t head_dim);
 ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,
@@ -376,6 +378,9 @@ static inline uint32_t mma_rows(const ts_geometry *g) /* ... of mma */
 {
     return g->head_dim <= 128 ? 128 : 64;
 }
+
+#define WGMMA_ROWS 128u   /* ... of wgmma */
+#define WGMMA_TOKENS 128u /* of its tiles, at most: chunks are whole ones */
 
 /* Chunks of a context, at most: for each, every row of a tile has a float in shared memory. */
 #define V5_CHUNKS 128u

@@ -87,7 +87,7 @@ template <typename T, int DIM> struct narrow_kernel {
         unsigned char *rings = shared + planes * Q_BYTES;
         tiles ring;
         ring.start(c, j, rings);
-        load_q<T, DIM * 2, ROWS, THREADS>(c, j, planes, shared);
+        load_q<T, q_rows, DIM / 8, ROWS, THREADS>(c, j, planes, shared);
         __syncthreads();
         uint32_t q_at = shared_address(shared), q[STEPS][2];
         fetch_q(q_at, q);

@@ -178,7 +178,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         next += TOKENS;
         if (next < j.end)
             r.look_up(c, j, next, j.end);
-        load_q<T, Q_PITCH, ROWS, THREADS>(c, j, num_planes, shared);
+        load_q<T, q_rows, Q_PITCH / 16, ROWS, THREADS>(c, j, num_planes, shared);
 
         float acc[FACES][DIM / 8][4] = {}, max[FACES][2], sum[FACES][2] = {};
         lane_rows l[FACES];

@@ -18,6 +18,7 @@ namespace
 #define BLOCKS 256u   /* that a long sequence is cut into, about */
 #define BATCHED 4096u
 #define TILE_QUERIES 4u /* where v5 can't, from so many on `auto` takes the tile kernel */
+#define TILE_TOKENS 64u /* chunks are whole tiles: the largest that a kernel has, wgmma aside */
 #define BUCKETS 64u     /* of lengths of work, for sorting */
 #define CUT_LISTS (LIST_COUNT - LIST_NARROW) /* those whose sequences are cut into chunks */
 
@@ -29,6 +30,12 @@ uint32_t ceil_div(uint32_t a, uint32_t b)
 uint32_t clamp(uint32_t x, uint32_t least, uint32_t most)
 {
     return x < least ? least : x > most ? most : x;
+}
+
+/* Those that prefill takes; they don't write the new tokens' K and V themselves. */
+bool has_many_rows(uint32_t list)
+{
+    return list == LIST_MMA || list == LIST_WGMMA;
 }
 
 struct sorter {
@@ -57,23 +64,28 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
                       uint32_t tiles)
 {
     uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
-    uint32_t most = abreast < BLOCKS ? BLOCKS / (uint32_t)abreast : 1;
+    uint32_t blocks = list == LIST_WGMMA ? BLOCKS / 2 : BLOCKS; /* one on a processor */
+    uint32_t most = abreast < blocks ? blocks / (uint32_t)abreast : 1;
+    bool batch = s->kv_tokens <= BATCHED;
     uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
-    uint32_t least = list == LIST_MMA          ? (tiles == 1 ? 1024 : 2048)
-                     : s->kv_tokens <= BATCHED ? batched
-                                               : 512;
-    if (p->geometry.kv_heads < 8 && list != LIST_MMA)
+    uint32_t least = !has_many_rows(list)                         ? (batch ? batched : 512)
+                     : tiles > 1 || (list == LIST_WGMMA && batch) ? 2048
+                                                                  : 1024;
+    if (p->geometry.kv_heads < 8 && !has_many_rows(list))
         least = clamp(least * p->geometry.kv_heads / 8, 256, least);
-    most = clamp(most, 1, list == LIST_MMA ? MMA_CHUNKS : V5_CHUNKS);
+    most = clamp(most, 1, has_many_rows(list) ? MMA_CHUNKS : V5_CHUNKS);
     uint32_t even = ceil_div(s->kv_tokens, most);
-    return ceil_div(even < least ? least : even, 64) * 64;
+    uint32_t tile = list == LIST_WGMMA ? WGMMA_TOKENS : TILE_TOKENS;
+    return ceil_div(even < least ? least : even, tile) * tile;
 }
 
 cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
 {
     uint32_t rows = s->q_tokens * (p->heads / p->geometry.kv_heads);
     cut c;
-    c.rows = list == LIST_MMA ? mma_rows(&p->geometry) : v5_rows(&p->geometry, list - LIST_NARROW);
+    c.rows = list == LIST_WGMMA ? WGMMA_ROWS
+             : list == LIST_MMA ? mma_rows(&p->geometry)
+                                : v5_rows(&p->geometry, list - LIST_NARROW);
     c.tiles = ceil_div(rows, c.rows);
     c.tokens = chunk_tokens(p, s, list, c.tiles);
     c.chunks = ceil_div(s->kv_tokens, c.tokens);
@@ -91,6 +103,16 @@ uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const cut &c, 
     uint32_t end = past + (last_query < s->q_tokens ? last_query + 1 : s->q_tokens);
     uint32_t from = chunk * c.tokens;
     return end <= from ? 1 : end - from < c.tokens ? end - from : c.tokens;
+}
+
+/* What pieces are sorted by, longest first, so that none starts late. With many rows those of a
+ * sequence stay together, for they read the same K and V, which a cache then has. */
+uint32_t rank_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list, const cut &c,
+                 uint32_t tile, uint32_t chunk)
+{
+    if (has_many_rows(list))
+        return c.chunks > 1 ? c.tokens : c.last;
+    return work_of(p, s, c, tile, chunk);
 }
 
 /* v5's kernel for so many rows, or the nearest that the device has; LIST_COUNT: none. */
@@ -123,6 +145,8 @@ ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
         return v5_list(p, rows);
     case TS_KERNEL_MMA:
         return LIST_MMA;
+    case TS_KERNEL_WGMMA:
+        return LIST_WGMMA;
     case TS_KERNEL_TILE:
         return LIST_TILE;
     default:
@@ -133,6 +157,8 @@ ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
      * q in fp32 asks for it. */
     bool decodes = s->q_tokens <= V5_QUERIES && (!tensors || rows <= v5_rows(g, 2));
     bool exact = decodes || (tensors && p->io_dtype == TS_DTYPE_FP32);
+    if (!exact && p->kernels[LIST_WGMMA].function != NULL)
+        return LIST_WGMMA;
     if (!exact && p->kernels[LIST_MMA].function != NULL)
         return LIST_MMA;
     ts_gpu_list list = exact || tensors ? v5_list(p, rows) : LIST_COUNT;
@@ -147,8 +173,12 @@ ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
     ts_dtype dtype = p->geometry.dtype, io = p->io_dtype;
     if (list == LIST_TILE)
         return tile_kernel(head_dim, dtype);
-    if (!loads_vectors(&p->geometry) || (list == LIST_MMA && dtype == TS_DTYPE_FP32))
+    if (!loads_vectors(&p->geometry) || (has_many_rows(list) && dtype == TS_DTYPE_FP32))
         return ts_gpu_kernel{};
+    if (list == LIST_WGMMA)
+        return !p->gpu->info.warp_groups || dtype == TS_DTYPE_FP8_E4M3 ? ts_gpu_kernel{}
+               : dtype == TS_DTYPE_FP16                                ? wgmma_fp16(head_dim)
+                                                                       : wgmma_bf16(head_dim);
     if (list == LIST_MMA)
         return dtype == TS_DTYPE_FP16   ? mma_fp16(head_dim, io)
                : dtype == TS_DTYPE_BF16 ? mma_bf16(head_dim, io)
@@ -176,9 +206,10 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
         bool fits = bytes <= p->gpu->info.shared_bytes;
         if (fits)
             p->kernels[list] = kernel;
-        if (p->kernel == (list == LIST_TILE  ? TS_KERNEL_TILE
-                          : list == LIST_MMA ? TS_KERNEL_MMA
-                                             : TS_KERNEL_V5)) {
+        if (p->kernel == (list == LIST_TILE    ? TS_KERNEL_TILE
+                          : list == LIST_MMA   ? TS_KERNEL_MMA
+                          : list == LIST_WGMMA ? TS_KERNEL_WGMMA
+                                               : TS_KERNEL_V5)) {
             wanted = true;
             found = found || fits;
             least = bytes < least ? bytes : least;
@@ -223,7 +254,7 @@ size_t lay_out(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
             p->count[list] += ceil_div(s->q_tokens, tile_tokens(p));
         if (list == LIST_DECODE)
             p->count[list] += s->q_tokens;
-        if (list == LIST_TILE || list == LIST_DECODE || list == LIST_MMA)
+        if (list == LIST_TILE || list == LIST_DECODE || has_many_rows(list))
             p->count[LIST_APPEND] += s->q_tokens;
     }
     for (uint32_t i = 0; i < p->num_seqs; i++) {
@@ -234,7 +265,7 @@ size_t lay_out(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
         for (uint32_t chunk = 0; chunk < c.chunks; chunk++)
             for (uint32_t tile = 0; tile < c.tiles; tile++)
                 counts[list - LIST_NARROW][bucket_of(sorters[list - LIST_NARROW],
-                                                     work_of(p, &seqs[i], c, tile, chunk))]++;
+                                                     rank_of(p, &seqs[i], list, c, tile, chunk))]++;
     }
     for (uint32_t l = 0; l < CUT_LISTS; l++)
         for (uint32_t b = 0, at = 0; b < BUCKETS; b++) {
@@ -276,8 +307,9 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
             to[i].chunk_tokens = c.tokens;
             to[i].num_chunks = c.chunks;
             for (uint32_t chunk = 0; chunk < c.chunks; chunk++) /* tiles of a chunk share reads */
-                for (uint32_t tile = 0; tile < c.tiles; tile++) {
-                    uint32_t b = bucket_of(so, work_of(p, s, c, tile, chunk));
+                for (uint32_t n = 0; n < c.tiles; n++) {        /* later ones see more */
+                    uint32_t tile = c.tiles - 1 - n;
+                    uint32_t b = bucket_of(so, rank_of(p, s, list, c, tile, chunk));
                     pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, {0, 0}};
                 }
             if (c.chunks > 1) {
@@ -285,7 +317,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
                 counter += p->geometry.kv_heads * c.tiles;
             }
         }
-        if (list < LIST_NARROW || list == LIST_MMA)
+        if (list < LIST_NARROW || has_many_rows(list))
             for (uint32_t q = 0; q < s->q_tokens; q++)
                 *items[LIST_APPEND]++ = make_uint2(i, q);
         if (list == LIST_TILE)
@@ -307,7 +339,7 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
     *out = NULL;
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
     if (status == TS_OK)
-        status = ts_kernel_check(kernel, geometry, why, why_bytes);
+        status = ts_kernel_check(kernel, geometry, gpu->info.warp_groups, why, why_bytes);
     if (status != TS_OK)
         return status;
     ts_gpu_plan *p = (ts_gpu_plan *)calloc(1, sizeof *p);

@@ -15,7 +15,8 @@ typedef enum ts_gpu_list {
     LIST_NARROW, /* pieces, longest first: v5's kernel for few rows, */
     LIST_MEDIUM, /* ... for some more, */
     LIST_WIDE,   /* ... and for many */
-    LIST_MMA,    /* the same for mma */
+    LIST_MMA,    /* the same for mma, */
+    LIST_WGMMA,  /* ... and for wgmma */
     LIST_COUNT
 } ts_gpu_list;
 

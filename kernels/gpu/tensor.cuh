@@ -149,16 +149,16 @@ template <typename T> __host__ __device__ inline uint32_t q_source(uint32_t piec
     return !scaled<T>::value ? piece * 8 + e : piece / 2 * 16 + piece % 2 * 2 + e / 2 * 4 + e % 2;
 }
 
-/* q of a tile of ROWS rows, of PITCH bytes each, into `planes` planes of shared memory: rounded,
- * what that leaves, what rounding that leaves. Rows past the last are 0. Laid out as loader does.
+/* q of a tile of ROWS rows, of PIECES 16-byte pieces each, into `planes` planes of shared memory:
+ * rounded, what that leaves, what rounding that leaves. Rows past the last are 0. Laid out as
+ * `rows` says; by the block's first THREADS threads.
  */
-template <typename T, int PITCH, int ROWS, int THREADS>
+template <typename T, typename rows, uint32_t PIECES, int ROWS, int THREADS>
 __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes, unsigned char *q)
 {
-    typedef chunks::loader<PITCH, 16> rows;
     typedef typename multiplied<T>::type M;
     const int TOGETHER = scaled<T>::value ? 2 : 8; /* elements that lie together in q */
-    const uint32_t PIECES = PITCH / 16, ALL = ROWS * PIECES;
+    const uint32_t ALL = ROWS * PIECES;
     const uint32_t ABREAST = ALL / THREADS < 1 ? 1 : ALL / THREADS < 8 ? ALL / THREADS : 8;
     if (!scaled<T>::value && c.io != TS_DTYPE_FP32 && c.rope.theta == 0) { /* as it is: one plane */
         for (uint32_t i = threadIdx.x; i < ALL; i += THREADS * ABREAST) {
@@ -198,7 +198,7 @@ __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes,
                 p[e] = pack<M>(x[2 * e], x[2 * e + 1]);
                 take_away<M>(p[e], &x[2 * e], &x[2 * e + 1]);
             }
-            *(uint4 *)(q + plane * ROWS * PITCH + rows::place(r, piece)) = pairs;
+            *(uint4 *)(q + plane * ALL * 16 + rows::place(r, piece)) = pairs;
         }
     }
 }

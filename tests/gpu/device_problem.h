@@ -17,6 +17,11 @@
 static ts_gpu *gpu;
 static char why[256];
 
+static inline bool warp_groups(void)
+{
+    return ts_gpu_get_info(gpu)->warp_groups;
+}
+
 /* Done when it returns, also for streams that don't wait for the default one: of memory that isn't
  * pinned, cudaMemcpy may leave the last part under way. */
 static inline void to_device(void *to, const void *from, size_t bytes)

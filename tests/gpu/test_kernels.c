@@ -21,7 +21,8 @@ static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint
         refs[j] = reference_of(&d.p, &d.p.seqs[j]);
     unsigned char *stored = malloc(d.p.cache_bytes);
     for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
-        if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, why, sizeof why) != TS_OK)
+        if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, warp_groups(), why, sizeof why) !=
+            TS_OK)
             continue;
         poison_device(&d);
         run(&d, &d.call, (ts_kernel)kernel);
@@ -31,7 +32,7 @@ static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint
             /* mma rounds q and weights to the cache's type, of fp8 to fp16. */
             double rounded = s.dtype == TS_DTYPE_BF16 ? 8e-3 : 1e-3;
             rounded = rounded > limit ? rounded : limit;
-            bool rounds = kernel == TS_KERNEL_MMA;
+            bool rounds = kernel == TS_KERNEL_MMA || kernel == TS_KERNEL_WGMMA;
             worst = !rounds && error > worst ? error : worst;
             if (!(error <= (rounds ? rounded : limit)) ||
                 !(lse <= (rounds ? 4 * rounded : 1e-5))) /* NaN fails too */
@@ -111,6 +112,24 @@ static void every_head_dim_and_block_size_matches_the_reference(void **state)
                                             .layers = 1},
                                     mixed, MIXED, 1e-5);
     print_message("worst relative error %.1e\n", worst);
+}
+
+/* Many rows and many tiles of tokens, cut into chunks and not, with a window and without. */
+static void a_long_prefill_matches_the_reference(void **state)
+{
+    (void)state;
+    static const uint32_t dims[] = {64, 128, 256};
+    static const uint32_t lengths[][2] = {{500, 200}, {4200, 40}, {2300, 70}};
+    for (size_t i = 0; i < 12; i++)
+        check_variety((shape){.dtype = i / 3 % 2 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                              .io = TS_DTYPE_FP32,
+                              .layout = (ts_layout)(i / 3 % 2),
+                              .heads = 8,
+                              .kv_heads = i % 2 ? 8 : 2,
+                              .head_dim = dims[i % 3],
+                              .block_tokens = 16,
+                              .layers = 1},
+                      (variety){.window = i < 6 ? 0 : 333}, lengths, 3, 1e-5);
 }
 
 static void an_exchange_of_the_caches_own_type_is_read_and_rounded_once(void **state)
@@ -208,7 +227,8 @@ static void what_lies_in_unused_slots_changes_no_bit(void **state)
                            lengths, sizeof lengths / sizeof *lengths, &r);
         unsigned char *first = malloc(d.q_bytes), *cache = malloc(d.p.cache_bytes);
         for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
-            if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, why, sizeof why) != TS_OK)
+            if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, warp_groups(), why,
+                                sizeof why) != TS_OK)
                 continue;
             to_device(d.call.base, d.p.cache, d.p.cache_bytes);
             poison_device(&d);
@@ -252,7 +272,8 @@ static void check_leaks(ts_dtype dtype, uint32_t new_tokens)
     to_device(d.k + last, nan, sizeof nan);
     to_device(d.v + last, nan, sizeof nan);
     for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++) {
-        if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, why, sizeof why) != TS_OK)
+        if (ts_kernel_check((ts_kernel)kernel, &d.call.geometry, warp_groups(), why, sizeof why) !=
+            TS_OK)
             continue;
         poison_device(&d);
         run(&d, &d.call, (ts_kernel)kernel);
@@ -279,7 +300,7 @@ static void v4_refuses_rows_that_are_no_whole_vectors_and_names_them(void **stat
 {
     (void)state;
     ts_geometry g = {.layers = 1, .kv_heads = 1, .head_dim = 33, .block_tokens = 1};
-    assert_int_equal(ts_kernel_check(TS_KERNEL_V4, &g, why, sizeof why), TS_EINVAL);
+    assert_int_equal(ts_kernel_check(TS_KERNEL_V4, &g, false, why, sizeof why), TS_EINVAL);
     assert_string_equal(why, "kernel v4 loads rows of K and V as 16-byte vectors; a row of "
                              "head_dim 33 in fp32 has 132 bytes");
 }
@@ -360,6 +381,7 @@ int main(void)
         cmocka_unit_test(every_kernel_dtype_and_head_sharing_matches_the_float64_reference),
         cmocka_unit_test(every_variant_matches_the_reference),
         cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
+        cmocka_unit_test(a_long_prefill_matches_the_reference),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),

@@ -128,7 +128,8 @@ static void wait_launch(ts_gpu_launch *l)
 static void do_attend(device_problem *d)
 {
     for (int kernel = TS_KERNEL_AUTO; kernel < TS_KERNEL_COUNT; kernel++)
-        if (ts_kernel_check((ts_kernel)kernel, &d->call.geometry, why, sizeof why) == TS_OK)
+        if (ts_kernel_check((ts_kernel)kernel, &d->call.geometry, warp_groups(), why, sizeof why) ==
+            TS_OK)
             attend(&d->call, (ts_kernel)kernel);
 }
 

@@ -385,7 +385,8 @@ int measure_all(const bench_options *o, const device &d, json_t *rows)
         for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
             ts_kernel kernel = (ts_kernel)k;
             if (o->all_kernels || kernel == o->kernel)
-                if (ts_kernel_check(kernel, &p.g, why, sizeof why) == TS_OK &&
+                if (ts_kernel_check(kernel, &p.g, ts_gpu_get_info(d.gpu)->warp_groups, why,
+                                    sizeof why) == TS_OK &&
                     !measure(o, d, p, kernel, rows))
                     return 1;
         }

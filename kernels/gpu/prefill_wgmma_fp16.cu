@@ -1,0 +1,7 @@
+/* wgmma for fp16 caches: wgmma.cuh. */
+#include "wgmma.cuh"
+
+ts_gpu_kernel wgmma_fp16(uint32_t head_dim)
+{
+    return wgmma::prefill<__half>(head_dim);
+}

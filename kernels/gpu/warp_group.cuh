@@ -1,0 +1,179 @@
+/*
+ * Hopper's instructions for groups of warps (PTX ISA, "Asynchronous warpgroup-level matrix
+ * instructions", "mbarrier", "barrier", "setmaxnreg"), which compute capability 9.0 alone has:
+ * built for anything else, this file is empty.
+ */
+#ifndef TS_GPU_WARP_GROUP_CUH
+#define TS_GPU_WARP_GROUP_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include <type_traits>
+
+namespace wgmma
+{
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+/* ---- barriers in shared memory ---- */
+
+__device__ inline void barrier_init(uint32_t at, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(uint32_t at)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+/* Arrives when the copies that this thread has asked for are there. */
+__device__ inline void barrier_arrive_copied(uint32_t at)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
+__device__ inline void barrier_await(uint32_t at, uint32_t parity)
+{
+    uint32_t done;
+    do
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(at), "r"(parity)
+                     : "memory");
+    while (done == 0);
+}
+
+/* What threads wrote to shared memory, and what copies did, is there for the products. */
+__device__ inline void fence_for_products()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* Barriers of some of the block's threads, by number. */
+__device__ inline void named_sync(uint32_t id, uint32_t threads)
+{
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_arrive(uint32_t id, uint32_t threads)
+{
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline bool named_any(uint32_t id, uint32_t threads, bool x)
+{
+    uint32_t any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\n"
+                 "barrier.cta.red.or.pred.aligned q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"((uint32_t)x), "r"(id), "r"(threads)
+                 : "memory");
+    return any != 0;
+}
+
+template <int REGISTERS> __device__ inline void take_registers()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS> __device__ inline void give_registers()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+/* ---- products ---- */
+
+/* What lies in shared memory, for the hardware: 128-byte swizzle; `leading` and `stride` are bytes
+ * between its atoms of 8 rows of 128 bytes. */
+__device__ inline uint64_t matrix(uint32_t at, uint32_t leading, uint32_t stride)
+{
+    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(leading >> 4) << 16 |
+           (uint64_t)(stride >> 4) << 32 | (uint64_t)1 << 62;
+}
+/* The same, `bytes` further. */
+__device__ inline uint64_t further(uint64_t m, uint32_t bytes)
+{
+    return m + (bytes >> 4);
+}
+
+__device__ inline void products_begin()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void products_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ inline void products_await()
+{
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+/* The compiler is not to move what it does with these registers past here. */
+template <int N> __device__ inline void pin(float (*d)[4])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            asm volatile("" : "+f"(d[i][e])::"memory");
+}
+
+#define PRODUCT_FOUR(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define PRODUCT_16(d, i)                                                                           \
+    PRODUCT_FOUR(d, i), PRODUCT_FOUR(d, i + 1), PRODUCT_FOUR(d, i + 2), PRODUCT_FOUR(d, i + 3)
+#define PRODUCT_32(d) PRODUCT_16(d, 0), PRODUCT_16(d, 4)
+#define PRODUCT_64(d) PRODUCT_32(d), PRODUCT_16(d, 8), PRODUCT_16(d, 12)
+#define PRODUCT_NAMES_32                                                                           \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"  \
+    "%25,%26,%27,%28,%29,%30,%31"
+#define PRODUCT_NAMES_64                                                                           \
+    PRODUCT_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"   \
+                     "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+/* Rows of b are the tokens of K: both sides lie with the dimensions that are summed together. */
+#define PRODUCT_SCORES(N, TYPE, NAMES, A, B, KEEP, REGISTERS)                                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP ", 0;\n"                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES "}, " A \
+                 ", " B ", p, 1, 1, 0, 0;\n}"                                                      \
+                 : REGISTERS                                                                       \
+                 : "l"(a), "l"(b), "r"((uint32_t)keep))
+/* Rows of b are the tokens of V, which are summed: it lies transposed. */
+#define PRODUCT_SUMS(N, TYPE, NAMES, A, B, REGISTERS)                                              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES         \
+                 "}, {" A "}, " B ", 1, 1, 1, 1;"                                                  \
+                 : REGISTERS                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+/* d (64 rows x N tokens) = or += a (64 x 16 dimensions) times b (N tokens x 16 dimensions) */
+template <typename T, int N>
+__device__ inline void add_scores(float (*d)[4], uint64_t a, uint64_t b, bool keep)
+{
+    const bool half = std::is_same<T, __half>::value;
+    static_assert(N == 64 || N == 128, "one of these");
+    if (N == 64 && half)
+        PRODUCT_SCORES(64, "f16", PRODUCT_NAMES_32, "%32", "%33", "%34", PRODUCT_32(d));
+    else if (N == 64)
+        PRODUCT_SCORES(64, "bf16", PRODUCT_NAMES_32, "%32", "%33", "%34", PRODUCT_32(d));
+    else if (half)
+        PRODUCT_SCORES(128, "f16", PRODUCT_NAMES_64, "%64", "%65", "%66", PRODUCT_64(d));
+    else
+        PRODUCT_SCORES(128, "bf16", PRODUCT_NAMES_64, "%64", "%65", "%66", PRODUCT_64(d));
+}
+
+/* d (64 rows x N dimensions) += a (64 x 16 tokens), from registers, times b (16 tokens x N) */
+template <typename T, int N>
+__device__ inline void add_sums(float (*d)[4], const uint32_t *a, uint64_t b)
+{
+    const bool half = std::is_same<T, __half>::value;
+    if (N == 64 && half)
+        PRODUCT_SUMS(64, "f16", PRODUCT_NAMES_32, "%32,%33,%34,%35", "%36", PRODUCT_32(d));
+    else if (N == 64)
+        PRODUCT_SUMS(64, "bf16", PRODUCT_NAMES_32, "%32,%33,%34,%35", "%36", PRODUCT_32(d));
+    else if (half)
+        PRODUCT_SUMS(128, "f16", PRODUCT_NAMES_64, "%64,%65,%66,%67", "%68", PRODUCT_64(d));
+    else
+        PRODUCT_SUMS(128, "bf16", PRODUCT_NAMES_64, "%64,%65,%66,%67", "%68", PRODUCT_64(d));
+}
+
+#endif
+
+} // namespace wgmma
+
+#endif
