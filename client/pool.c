@@ -37,6 +37,7 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
         status = ts_fail(c, TS_EPROTO, "the daemon's answer describes no pool");
         goto out;
     }
+    uint32_t blocks = o->max_blocks > o->num_blocks ? o->max_blocks : o->num_blocks;
     *p = (ts_pool){
         .client = c,
         .index = o->pool,
@@ -46,9 +47,9 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
                      .block_tokens = o->block_tokens,
                      .dtype = (ts_dtype)o->dtype,
                      .layout = (ts_layout)o->layout},
-        .num_blocks = o->num_blocks,
+        .num_blocks = blocks,
         .slab_blocks = o->slab_blocks,
-        .num_slabs = (o->num_blocks - 1) / o->slab_blocks + 1,
+        .num_slabs = (blocks - 1) / o->slab_blocks + 1,
         .sequence_tokens_max = o->sequence_tokens_max,
         .writable = open.writable,
         .on_gpu = o->device_uuid.len == TS_UUID_BYTES,

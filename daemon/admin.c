@@ -1,12 +1,16 @@
 #include "admin.h"
 
+#include "devices.h"
 #include "log.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 bool ts_is_admin(const ts_service *s, const ts_connection *c)
 {
-    return c->uid == 0 || c->uid == s->admin_uid;
+    return c->uid == 0 || c->uid == s->admin_uid ||
+           ts_operators_have(&s->operators, c->uid, c->gid);
 }
 
 static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_answer *a)
@@ -25,15 +29,11 @@ static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__Admin
                        ts_answer *a)
 {
     const ts_engine *e = s->engine;
-    ts_command command = {.op = TS_OP_SEQ_REMOVE, .seq_remove.seq = body->seq};
-    bool only = body->pool[0] == '\0';
-    if (only && e->num_pools > 1)
-        return ts_refuse(a, TS_EINVAL, "there are several pools: name one");
-    while (command.pool < e->num_pools && !only &&
-           strcmp(e->pools[command.pool].config.name, body->pool) != 0)
-        command.pool++;
-    if (command.pool == e->num_pools)
-        return ts_refuse(a, TS_ENOENT, "there is no pool '%.64s'", body->pool);
+    ts_command command = {.op = TS_OP_SEQ_REMOVE,
+                          .pool = ts_engine_pool_named(e, body->pool, a),
+                          .seq_remove.seq = body->seq};
+    if (command.pool == TS_NONE)
+        return;
     ts_engine_apply(s->engine, &command, a);
     if (a->status == TS_OK)
         ts_log_on(TS_LOG_WARNING,
@@ -53,14 +53,85 @@ static void drain(ts_service *s, const ts_connection *by, bool on)
     s->draining = on;
 }
 
+/* What was done to a pool. */
+static void note_pool(const ts_connection *by, const char *pool, const char *what)
+{
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = pool, .uid = by->uid, .pid = by->pid},
+              "pool '%s' is %s by uid %u (pid %u)", pool, what, by->uid, by->pid);
+}
+
+static void create_pool(ts_service *s, const ts_connection *by, const char *text, ts_answer *a)
+{
+    char why[TS_MESSAGE_BYTES];
+    ts_config *c = malloc(sizeof *c);
+    if (c == NULL)
+        return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
+    ts_config_init(c);
+    if (ts_config_add_pool(c, text) != TS_OK || ts_config_finish(c) != TS_OK) {
+        ts_refuse(a, TS_EINVAL, "%s", c->error);
+    } else {
+        ts_status status = ts_devices_add(s, &c->pools[0], why, sizeof why);
+        if (status == TS_OK)
+            note_pool(by, c->pools[0].pool.name, "made");
+        else
+            ts_refuse(a, status, "pool '%.64s': %.150s", c->pools[0].pool.name, why);
+    }
+    free(c);
+}
+
+/* The pool's index; with the name in `named`, since the pool may go. */
+static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64], ts_answer *a)
+{
+    uint32_t pool = ts_engine_pool_named(s->engine, name, a);
+    if (pool != TS_NONE)
+        memcpy(*named, s->engine->pools[pool].config.name, sizeof *named);
+    return pool;
+}
+
+static void delete_pool(ts_service *s, const ts_connection *by, const char *name, ts_answer *a)
+{
+    char named[64];
+    uint32_t pool = pool_of(s, name, &named, a);
+    if (pool != TS_NONE && ts_devices_remove(s, pool, a) == TS_OK)
+        note_pool(by, named, "deleted");
+}
+
+static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__AdminPoolResize *body,
+                        ts_answer *a)
+{
+    char named[64], what[64];
+    uint64_t bytes = 0;
+    uint32_t pool = pool_of(s, body->pool, &named, a);
+    if (pool == TS_NONE)
+        return;
+    ts_config *c = malloc(sizeof *c);
+    if (c == NULL)
+        return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
+    ts_config_init(c);
+    if (ts_config_memory(c, body->memory, &bytes) != TS_OK)
+        ts_refuse(a, TS_EINVAL, "%s", c->error);
+    free(c);
+    if (a->status != TS_OK)
+        return;
+    const ts_pool_config *config = &s->engine->pools[pool].config;
+    uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
+    uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
+    if (ts_devices_resize(s, pool, wanted, a) != TS_OK)
+        return;
+    snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
+    note_pool(by, named, what);
+}
+
 bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a)
 {
-    if (request->body_case != TSPB__REQUEST__BODY_ADMIN_KICK &&
-        request->body_case != TSPB__REQUEST__BODY_ADMIN_FREE &&
-        request->body_case != TSPB__REQUEST__BODY_ADMIN_DRAIN)
+    if (request->body_case < TSPB__REQUEST__BODY_ADMIN_KICK ||
+        request->body_case > TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE)
         return false;
     if (!ts_is_admin(s, c)) {
-        ts_refuse(a, TS_EPERM, "uid %u is no operator: root and uid %u are", c->uid, s->admin_uid);
+        const char *group = s->operators.group;
+        ts_refuse(a, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
+                  group[0] == '\0' ? " and" : ",", s->admin_uid,
+                  group[0] == '\0' ? "" : " and group ", group);
         return true;
     }
     switch (request->body_case) {
@@ -69,6 +140,15 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
         break;
     case TSPB__REQUEST__BODY_ADMIN_FREE:
         remove_seq(s, c, request->admin_free, a);
+        break;
+    case TSPB__REQUEST__BODY_ADMIN_POOL_CREATE:
+        create_pool(s, c, request->admin_pool_create->text, a);
+        break;
+    case TSPB__REQUEST__BODY_ADMIN_POOL_DELETE:
+        delete_pool(s, c, request->admin_pool_delete->pool, a);
+        break;
+    case TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE:
+        resize_pool(s, c, request->admin_pool_resize, a);
         break;
     default:
         drain(s, c, !request->admin_drain->off);

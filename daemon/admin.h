@@ -1,6 +1,6 @@
 /*
- * What an operator may do to a running daemon: end a session, free a sequence, take no new
- * sessions. Operators are root and the user that the daemon runs as.
+ * What an operator (operators.h) may do to a running daemon: end a session, free a sequence, make,
+ * end and resize a pool, take no new sessions.
  *
  * Thread: the engine's owner.
  */

@@ -154,6 +154,7 @@ static void encode_pool(const ts_engine *e, uint32_t index, Tspb__PoolOpened *p)
     p->dtype = config->geometry.dtype;
     p->layout = config->geometry.layout;
     p->num_blocks = config->num_blocks;
+    p->max_blocks = e->pools[index].books.max_blocks;
     p->slab_blocks = config->slab_blocks;
     p->memory = (char *)config->memory;
     p->kernel = (char *)ts_kernel_name(config->kernel);

@@ -99,6 +99,11 @@ static ts_status number32(ts_config *c, const char *key, const char *value, uint
     return status;
 }
 
+ts_status ts_config_memory(ts_config *c, const char *text, uint64_t *bytes)
+{
+    return number(c, "memory", text, true, 10, 1, UINT64_MAX >> 1, bytes);
+}
+
 ts_status ts_config_set(ts_config *c, const char *key, const char *value)
 {
     uint64_t n = 0;
@@ -111,6 +116,12 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
                         sizeof c->socket - 9);
         snprintf(c->socket, sizeof c->socket, "%s", path);
         return TS_OK;
+    }
+    if (strcmp(key, "operators") == 0) {
+        char why[128];
+        if (ts_operators_find(value, &c->operators, why, sizeof why) == TS_OK)
+            return TS_OK;
+        return fail(c, "operators = %.64s: %s", value, why);
     }
     if (strcmp(key, "socket_mode") == 0) {
         status = number(c, key, value, false, 8, 0600, 0666, &n);
@@ -240,7 +251,9 @@ static ts_status set_pool(ts_config *c, ts_config_pool *p, const char *key, cons
         return status;
     }
     if (strcmp(key, "memory") == 0)
-        return number(c, key, value, true, 10, 1, UINT64_MAX >> 1, &p->memory);
+        return ts_config_memory(c, value, &p->memory);
+    if (strcmp(key, "memory_max") == 0)
+        return number(c, key, value, true, 10, 1, UINT64_MAX >> 1, &p->memory_max);
     if (strcmp(key, "slab") == 0)
         return number(c, key, value, true, 10, 4096, UINT64_MAX >> 1, &p->slab);
     if (strcmp(key, "tenant_memory") == 0)
@@ -315,7 +328,7 @@ ts_status ts_config_add_pool(ts_config *c, const char *text)
 {
     char copy[512], *rest = copy;
     if (strlen(text) >= sizeof copy)
-        return fail(c, "--pool: %zu bytes; the limit is %zu", strlen(text), sizeof copy - 1);
+        return fail(c, "a pool told in %zu bytes; the limit is %zu", strlen(text), sizeof copy - 1);
     snprintf(copy, sizeof copy, "%s", text);
     const char *name = strsep(&rest, ":");
     ts_config_pool *p = pool_named(c, name);
@@ -324,7 +337,7 @@ ts_status ts_config_add_pool(ts_config *c, const char *text)
     for (char *pair; (pair = strsep(&rest, ",")) != NULL;) {
         char *equals = strchr(pair, '=');
         if (equals == NULL)
-            return fail(c, "--pool: '%s' is not key=value", pair);
+            return fail(c, "pool '%s': '%s' is not key=value", p->pool.name, pair);
         *equals = '\0';
         if (set_pool(c, p, pair, equals + 1) != TS_OK)
             return TS_EINVAL;
@@ -356,8 +369,20 @@ static ts_status finish_pool(ts_config *c, ts_config_pool *p)
     p->pool.num_blocks = (uint32_t)blocks;
     p->pool.slab_blocks =
         ts_geometry_slab_blocks(&p->pool.geometry, p->slab, host ? HOST_GRANULE : DEVICE_GRANULE);
-    if (!host && p->pool.slab_blocks > blocks) /* one slab need not be whole granules */
+    if (!host && p->pool.slab_blocks > blocks &&
+        p->memory_max == 0) /* one slab need not be whole granules */
         p->pool.slab_blocks = (uint32_t)blocks;
+    uint64_t max = p->memory_max / block_bytes, slab = p->pool.slab_blocks;
+    if (p->memory_max != 0 && max < blocks)
+        return fail(c, "pool '%s': memory_max is less than its memory", name);
+    if (max > TS_POOL_BLOCKS_MAX)
+        return fail(c, "pool '%s': memory_max would be %llu blocks; the limit is %u", name,
+                    (unsigned long long)max, TS_POOL_BLOCKS_MAX);
+    p->pool.max_blocks = (uint32_t)(max > blocks ? max : blocks);
+    if (max > blocks) { /* whole slabs, up to the last */
+        blocks = (blocks + slab - 1) / slab * slab;
+        p->pool.num_blocks = (uint32_t)(blocks < max ? blocks : max);
+    }
     p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
     return TS_OK;
 }

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "log.h"
+#include "operators.h"
 
 #define TS_SOCKET_DEFAULT "/run/tinyserve/tinyserve.sock"
 #define TS_CONFIG_DEFAULT "/etc/tinyserve/tinyserved.conf"
@@ -23,7 +24,7 @@ typedef enum ts_provider {
 typedef struct ts_config_pool {
     ts_pool_config pool; /* device: as given; resolved by devices.h */
     ts_provider provider;
-    uint64_t memory, slab, tenant_memory; /* bytes; 0: not given */
+    uint64_t memory, memory_max, slab, tenant_memory; /* bytes; 0: not given */
     uint64_t blocks;
 } ts_config_pool;
 
@@ -36,7 +37,8 @@ typedef struct ts_config {
     uint32_t contexts;
     uint32_t submit_ms; /* that a worker has to submit an ordered run */
     uint32_t spin_us;   /* that a session's rings are polled after their last use */
-    char metrics[64];   /* where HTTP is served; empty: nowhere */
+    ts_operators operators;
+    char metrics[64]; /* where HTTP is served; empty: nowhere */
     uint64_t message_bytes;
     ts_engine_limits limits;
     ts_config_pool pools[TS_POOLS_MAX];
@@ -57,6 +59,9 @@ ts_status ts_config_read(ts_config *config, const char *path);
 
 /* "NAME:key=value,key=value": a pool as on the command line. */
 ts_status ts_config_add_pool(ts_config *config, const char *text);
+
+/* A pool's memory in bytes: "8G". TS_EINVAL with config->error. */
+ts_status ts_config_memory(ts_config *config, const char *text, uint64_t *bytes);
 
 /* Sets one key of the [daemon] section. */
 ts_status ts_config_set(ts_config *config, const char *key, const char *value);

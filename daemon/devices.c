@@ -20,32 +20,22 @@ void ts_devices_describe(const ts_pool_config *p, char *text, size_t bytes)
              (double)ts_geometry_block_bytes(g) * p->slab_blocks / (1 << 20));
 }
 
-/* What goes on while the pools are started. */
-typedef struct start {
-    ts_service *service;
-    const ts_config *config;
-    void (*failed)(const char *why);
-    uint64_t planned[TS_GPUS_MAX]; /* bytes of each GPU that pools will take as they need them */
-    char why[256];                 /* what is wrong */
-} start;
-
 /* The GPU, opened at its first mention; NULL with a sentence. */
-static const ts_service_gpu *open_gpu(start *st, uint32_t ordinal)
+static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, char *why, size_t why_bytes)
 {
-    ts_service *s = st->service;
     for (uint32_t i = 0; i < s->num_gpus; i++)
         if (ts_gpu_get_info(s->gpus[i].gpu)->ordinal == ordinal)
             return &s->gpus[i];
     if (s->num_gpus == TS_GPUS_MAX) {
-        snprintf(st->why, sizeof st->why, "cuda:%u would be GPU number %u; the limit is %u",
-                 ordinal, s->num_gpus + 1, TS_GPUS_MAX);
+        snprintf(why, why_bytes, "cuda:%u would be GPU number %u; the limit is %u", ordinal,
+                 s->num_gpus + 1, TS_GPUS_MAX);
         return NULL;
     }
     ts_service_gpu *g = &s->gpus[s->num_gpus];
-    if (ts_gpu_open(ordinal, &g->gpu, st->why, sizeof st->why) != TS_OK)
+    if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
         return NULL;
-    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, st->config->submit_ms, st->failed,
-                         &g->batch, st->why, sizeof st->why) != TS_OK) {
+    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, s->submit_ms, s->device_failed,
+                         &g->batch, why, why_bytes) != TS_OK) {
         ts_gpu_close(g->gpu);
         return NULL;
     }
@@ -54,8 +44,8 @@ static const ts_service_gpu *open_gpu(start *st, uint32_t ordinal)
 }
 
 /* Decides the device; *gpu is NULL for host memory. TS_EDEVICE with a sentence. */
-static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_config *p,
-                               const ts_service_gpu **gpu)
+static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
+                               const ts_service_gpu **gpu, char *why, size_t why_bytes)
 {
     unsigned ordinal = 0;
     *gpu = NULL;
@@ -65,7 +55,7 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
         char reason[128];
         if (ts_gpu_count(reason, sizeof reason) == 0) {
             if (wanted->provider != TS_PROVIDER_AUTO) {
-                snprintf(st->why, sizeof st->why, "provider = %s needs a GPU: %s",
+                snprintf(why, why_bytes, "provider = %s needs a GPU: %s",
                          ts_provider_name(wanted->provider), reason);
                 return TS_EDEVICE;
             }
@@ -76,7 +66,7 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
         }
     }
     if (host && p->kernel != TS_KERNEL_AUTO) {
-        snprintf(st->why, sizeof st->why, "kernel = %s runs on a GPU, and there is none",
+        snprintf(why, why_bytes, "kernel = %s runs on a GPU, and there is none",
                  ts_kernel_name(p->kernel));
         return TS_EDEVICE;
     }
@@ -86,7 +76,7 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
     }
     if (!any)
         (void)sscanf(p->device, "cuda:%u", &ordinal); /* config.c has seen to its form */
-    *gpu = open_gpu(st, ordinal);
+    *gpu = open_gpu(s, ordinal, why, why_bytes);
     if (*gpu == NULL)
         return TS_EDEVICE;
     if (any)
@@ -96,35 +86,48 @@ static ts_status choose_device(start *st, const ts_config_pool *wanted, ts_pool_
     return TS_OK;
 }
 
-static ts_status check_fit(start *st, const ts_pool_config *p, ts_gpu *gpu, uint64_t planned)
+/* Bytes of a GPU that its pools will take as they need them. */
+static uint64_t planned_bytes(const ts_service *s, const ts_service_gpu *g)
 {
-    size_t bytes = ts_geometry_block_bytes(&p->geometry) * p->num_blocks;
-    uint64_t available;
-    ts_status status = ts_gpu_free_bytes(gpu, &available, st->why, sizeof st->why);
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < s->engine->num_pools; i++)
+        if (s->gpu_of[i] == g && s->memory[i]->ipc_handle == NULL) {
+            const ts_pool_books *books = &s->engine->pools[i].books;
+            bytes += (uint64_t)(books->num_slabs - books->ungranted) * s->memory[i]->slab_bytes;
+        }
+    return bytes;
+}
+
+/* Whether a GPU has room for `bytes` more than its pools have or will take. */
+static ts_status check_fit(const ts_service *s, const ts_service_gpu *g, const char *device,
+                           uint64_t bytes, char *why, size_t why_bytes)
+{
+    uint64_t available, planned = planned_bytes(s, g);
+    ts_status status = ts_gpu_free_bytes(g->gpu, &available, why, why_bytes);
     if (status != TS_OK)
         return status;
     if (bytes <= available - (planned < available ? planned : available))
         return TS_OK;
-    snprintf(st->why, sizeof st->why,
+    snprintf(why, why_bytes,
              "%.2f GiB are asked for on %s (%s); it has %.2f GiB free of %.2f GiB, and other pools "
              "take %.2f GiB of that",
-             (double)bytes / GIB, p->device, ts_gpu_get_info(gpu)->name, (double)available / GIB,
-             (double)ts_gpu_get_info(gpu)->total_bytes / GIB, (double)planned / GIB);
+             (double)bytes / GIB, device, ts_gpu_get_info(g->gpu)->name, (double)available / GIB,
+             (double)ts_gpu_get_info(g->gpu)->total_bytes / GIB, (double)planned / GIB);
     return TS_ENOMEM;
 }
 
-static ts_status new_gpu_memory(start *st, const ts_config_pool *wanted, ts_pool_config *p,
-                                const ts_service_gpu *g, ts_memory **out)
+static ts_status new_gpu_memory(const ts_service *s, const ts_config_pool *wanted,
+                                ts_pool_config *p, const ts_service_gpu *g, ts_memory **out,
+                                char *why, size_t why_bytes)
 {
     ts_gpu *gpu = g->gpu;
     const ts_gpu_info *info = ts_gpu_get_info(gpu);
-    uint64_t *planned = &st->planned[g - st->service->gpus];
     size_t block_bytes = ts_geometry_block_bytes(&p->geometry);
     bool any = wanted->provider == TS_PROVIDER_AUTO;
-    ts_status status = check_fit(st, p, gpu, *planned);
+    ts_status status =
+        check_fit(s, g, p->device, (uint64_t)block_bytes * p->num_blocks, why, why_bytes);
     if (status == TS_OK)
-        status =
-            ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, st->why, sizeof st->why);
+        status = ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, why, why_bytes);
     if (status != TS_OK)
         return status;
     p->on_gpu = true;
@@ -132,15 +135,18 @@ static ts_status new_gpu_memory(start *st, const ts_config_pool *wanted, ts_pool
     snprintf(p->device_name, sizeof p->device_name, "%.95s", info->name);
     memcpy(p->device_uuid, info->uuid, sizeof p->device_uuid);
     if (wanted->provider == TS_PROVIDER_CUDA_VMM || (any && info->vmm)) {
-        uint32_t slabs = (p->num_blocks - 1) / p->slab_blocks + 1;
+        uint32_t slabs = (p->max_blocks - 1) / p->slab_blocks + 1;
         snprintf(p->memory, sizeof p->memory, "cuda-vmm");
         ts_log_on(
             TS_LOG_INFO, &(ts_log_about){.pool = p->name},
             "pool '%s': cuda-vmm%s: slabs of its own for each tenant, handed out as descriptors",
             p->name, any ? " (auto: the device has it)" : "");
-        *planned += block_bytes * p->num_blocks; /* its slabs are taken as they are needed */
-        return ts_memory_cuda_vmm_new(gpu, slabs, block_bytes * p->slab_blocks, out, st->why,
-                                      sizeof st->why);
+        return ts_memory_cuda_vmm_new(gpu, slabs, block_bytes * p->slab_blocks, out, why,
+                                      why_bytes);
+    }
+    if (p->max_blocks > p->num_blocks) {
+        snprintf(why, why_bytes, "cuda-ipc memory is one piece, which can't grow: no memory_max");
+        return TS_EINVAL;
     }
     snprintf(p->memory, sizeof p->memory, "cuda-ipc");
     ts_log_on(
@@ -149,31 +155,30 @@ static ts_status new_gpu_memory(start *st, const ts_config_pool *wanted, ts_pool
         "daemon restarts, and whoever maps it can write it",
         p->name, any ? " (auto: the device can't export VMM memory)" : "");
     p->slab_blocks = p->num_blocks;
-    return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, st->why, sizeof st->why);
+    return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, why, why_bytes);
 }
 
-static ts_status start_pool(start *st, const ts_config_pool *wanted)
+ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why, size_t why_bytes)
 {
-    ts_service *s = st->service;
     ts_pool_config p = wanted->pool;
     const ts_service_gpu *gpu;
     ts_memory *memory = NULL;
-    ts_status status = choose_device(st, wanted, &p, &gpu);
+    uint32_t index;
+    ts_status status = choose_device(s, wanted, &p, &gpu, why, why_bytes);
     if (status != TS_OK)
         return status;
     if (gpu != NULL)
-        status = new_gpu_memory(st, wanted, &p, gpu, &memory);
+        status = new_gpu_memory(s, wanted, &p, gpu, &memory, why, why_bytes);
     else
-        status = ts_memory_host_new((p.num_blocks - 1) / p.slab_blocks + 1,
+        status = ts_memory_host_new((p.max_blocks - 1) / p.slab_blocks + 1,
                                     ts_geometry_block_bytes(&p.geometry) * p.slab_blocks, &memory,
-                                    st->why, sizeof st->why);
+                                    why, why_bytes);
     if (status == TS_OK)
-        status = ts_engine_add_pool(s->engine, &p, st->why, sizeof st->why);
+        status = ts_engine_add_pool(s->engine, &p, &index, why, why_bytes);
     if (status != TS_OK) {
         ts_memory_free(memory);
         return status;
     }
-    uint32_t index = s->engine->num_pools - 1;
     s->memory[index] = memory;
     s->gpu_of[index] = gpu;
     char text[256];
@@ -182,17 +187,57 @@ static ts_status start_pool(start *st, const ts_config_pool *wanted)
     return TS_OK;
 }
 
-ts_status ts_devices_start(ts_service *s, const ts_config *c, void (*failed)(const char *why))
+ts_status ts_devices_start(ts_service *s, const ts_config *c)
 {
-    start st = {.service = s, .config = c, .failed = failed};
+    char why[256];
     for (uint32_t i = 0; i < c->num_pools; i++) {
-        ts_status status = start_pool(&st, &c->pools[i]);
+        ts_status status = ts_devices_add(s, &c->pools[i], why, sizeof why);
         if (status != TS_OK) {
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
-                      c->pools[i].pool.name, st.why);
+                      c->pools[i].pool.name, why);
             return status;
         }
     }
+    return TS_OK;
+}
+
+ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, ts_answer *a)
+{
+    const ts_engine_pool *p = &s->engine->pools[pool];
+    ts_memory *memory = s->memory[pool];
+    ts_command command = {
+        .op = TS_OP_POOL_RESIZE, .pool = pool, .pool_resize.num_blocks = num_blocks};
+    uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
+    if (memory->ipc_handle != NULL && num_blocks != blocks) {
+        ts_refuse(a, TS_EINVAL, "pool '%s' is cuda-ipc memory: one piece, which keeps its size",
+                  p->config.name);
+        return a->status;
+    }
+    if (s->gpu_of[pool] != NULL && num_blocks > blocks) {
+        char why[TS_MESSAGE_BYTES];
+        uint64_t more =
+            (uint64_t)ts_geometry_block_bytes(&p->config.geometry) * (num_blocks - blocks);
+        ts_status status = check_fit(s, s->gpu_of[pool], p->config.device, more, why, sizeof why);
+        if (status != TS_OK) {
+            ts_refuse(a, status, "pool '%s': %.200s", p->config.name, why);
+            return status;
+        }
+    }
+    ts_engine_apply(s->engine, &command, a);
+    for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++)
+        ts_memory_drop(memory, i);
+    return a->status;
+}
+
+ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
+{
+    ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
+    ts_engine_apply(s->engine, &command, a);
+    if (a->status != TS_OK)
+        return a->status;
+    ts_memory_free(s->memory[pool]);
+    s->memory[pool] = NULL;
+    s->gpu_of[pool] = NULL;
     return TS_OK;
 }
 

@@ -2,7 +2,7 @@
  * Where pools lie: opens the GPUs that the configuration names, decides what `auto` means, sees
  * that the pools fit, and makes their memory. Says in the log what was chosen and why.
  *
- * Thread: main's, before the engine runs.
+ * Thread: main's before the engine runs, then the engine's owner.
  */
 #ifndef TS_DEVICES_H
 #define TS_DEVICES_H
@@ -11,9 +11,18 @@
 #include "service.h"
 
 /* Adds every configured pool to the service's engine, with its memory and, on a GPU, its batch.
- * `failed` is told when a GPU is lost. What went wrong is logged. */
-ts_status ts_devices_start(ts_service *service, const ts_config *config,
-                           void (*failed)(const char *why));
+ * What went wrong is logged. */
+ts_status ts_devices_start(ts_service *service, const ts_config *config);
+
+/* Adds one, while the daemon runs too. Where it opens a GPU that had no pool yet, everybody waits
+ * for as long as CUDA takes for that. */
+ts_status ts_devices_add(ts_service *service, const ts_config_pool *wanted, char *why,
+                         size_t why_bytes);
+
+/* The engine's TS_OP_POOL_RESIZE and TS_OP_POOL_REMOVE, with the pool's memory. */
+ts_status ts_devices_resize(ts_service *service, uint32_t pool, uint32_t num_blocks,
+                            ts_answer *answer);
+ts_status ts_devices_remove(ts_service *service, uint32_t pool, ts_answer *answer);
 
 /* Ends the GPUs' batches; the GPUs go with the service. */
 void ts_devices_stop(ts_service *service);

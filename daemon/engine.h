@@ -45,7 +45,9 @@ typedef enum ts_op {
     TS_OP_STEP_ABORT,
     TS_OP_STEP_DONE,
     TS_OP_SLAB_GRANT,
-    TS_OP_SEQ_REMOVE, /* an operator frees a sequence, whosever it is */
+    TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
+    TS_OP_POOL_REMOVE, /* ... ends a pool that no session has open, */
+    TS_OP_POOL_RESIZE, /* ... or gives one more blocks or fewer */
 } ts_op;
 
 /* Pointers are the caller's and are read only while the command is applied. */
@@ -121,6 +123,9 @@ typedef struct ts_command {
         struct {
             uint64_t seq;
         } seq_remove;
+        struct {
+            uint32_t num_blocks; /* made whole slabs, or all that the pool may have */
+        } pool_resize;
     };
 } ts_command;
 
@@ -174,7 +179,8 @@ typedef enum ts_client_write { TS_CLIENT_WRITE_NONE, TS_CLIENT_WRITE_ALL } ts_cl
 typedef struct ts_pool_config {
     char name[64];
     ts_geometry geometry;
-    uint32_t num_blocks, slab_blocks;
+    uint32_t num_blocks, slab_blocks; /* num_blocks: to begin with (ts_pool_init) */
+    uint32_t max_blocks;              /* that it may be given */
     uint32_t sequences_max;
     uint32_t sequence_tokens_max;
     uint64_t tenant_blocks_max; /* blocks one tenant may use */
@@ -188,7 +194,7 @@ typedef struct ts_pool_config {
 } ts_pool_config;
 
 typedef struct ts_engine_pool {
-    ts_pool_config config;
+    ts_pool_config config; /* no name: there is no pool here (any more) */
     ts_pool_books books;
     ts_sequences seqs;
     uint32_t open_steps;
@@ -197,8 +203,9 @@ typedef struct ts_engine_pool {
 typedef struct ts_engine {
     ts_engine_limits limits;
     ts_engine_pool *pools;
-    uint32_t num_pools;
-    uint32_t *tenants; /* uid of each */
+    uint32_t num_pools;  /* places: some may be empty */
+    uint32_t live_pools; /* pools */
+    uint32_t *tenants;   /* uid of each */
     uint32_t num_tenants;
     ts_session *sessions;
     uint32_t num_sessions, live_sessions, free_session;
@@ -218,9 +225,16 @@ void ts_engine_default_limits(ts_engine_limits *limits);
 ts_engine *ts_engine_new(const ts_engine_limits *limits);
 void ts_engine_free(ts_engine *engine);
 
-/* Adds a pool before the first command. TS_EINVAL or TS_ENOMEM with a sentence in `why`. */
-ts_status ts_engine_add_pool(ts_engine *engine, const ts_pool_config *config, char *why,
-                             size_t why_bytes);
+/* Adds a pool, at *index (NULL: never mind). TS_EINVAL, TS_EEXIST or TS_ENOMEM with a sentence in
+ * `why`. */
+ts_status ts_engine_add_pool(ts_engine *engine, const ts_pool_config *config, uint32_t *index,
+                             char *why, size_t why_bytes);
+
+/* Whether there is a pool in this place. */
+bool ts_engine_has_pool(const ts_engine *engine, uint32_t pool);
+
+/* The pool of this name, or the only one if it is empty; TS_NONE, and the answer refuses. */
+uint32_t ts_engine_pool_named(const ts_engine *engine, const char *name, ts_answer *answer);
 
 void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *answer);
 

@@ -202,7 +202,7 @@ static void beat(ts_work *work, void *service)
     snprintf(h->status, sizeof h->status,
              "STATUS=%u sessions, %u open steps, %llu of %llu blocks used in %u pools",
              e->live_sessions, e->live_steps, (unsigned long long)used, (unsigned long long)blocks,
-             e->num_pools);
+             e->live_pools);
     atomic_store(&h->out, false);
 }
 
@@ -278,6 +278,9 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->started_unix = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
     s->message_bytes_max = (uint32_t)c->message_bytes;
     s->admin_uid = getuid();
+    s->operators = c->operators;
+    s->submit_ms = c->submit_ms;
+    s->device_failed = device_failed;
     snprintf(s->handle_path, sizeof s->handle_path, "%s.handles", c->socket);
     snprintf(url, sizeof url, "ipc://%s", c->socket);
     ts_queue_init(&s->queue);
@@ -293,7 +296,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
                c->limits.sessions, c->threads);
         goto out;
     }
-    if (ts_devices_start(s, c, device_failed) != TS_OK)
+    if (ts_devices_start(s, c) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
     if (!engine_runs ||

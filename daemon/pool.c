@@ -63,23 +63,32 @@ static void empty_remove(ts_pool_books *p, uint32_t slab)
     p->num_empty--;
 }
 
-ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t slab_blocks)
+static uint32_t slabs_of(uint32_t blocks, uint32_t slab_blocks)
 {
-    assert(num_blocks >= 1 && num_blocks <= TS_POOL_BLOCKS_MAX && slab_blocks >= 1);
+    return (uint32_t)(((uint64_t)blocks + slab_blocks - 1) / slab_blocks);
+}
+
+ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_blocks,
+                       uint32_t slab_blocks)
+{
+    assert(num_blocks >= 1 && slab_blocks >= 1 && max_blocks <= TS_POOL_BLOCKS_MAX);
+    assert(num_blocks == max_blocks || (num_blocks < max_blocks && num_blocks % slab_blocks == 0));
+    uint32_t max_slabs = slabs_of(max_blocks, slab_blocks);
     *p = (ts_pool_books){
         .num_blocks = num_blocks,
         .slab_blocks = slab_blocks,
-        .num_slabs = (uint32_t)(((uint64_t)num_blocks + slab_blocks - 1) / slab_blocks),
+        .num_slabs = slabs_of(num_blocks, slab_blocks),
+        .max_blocks = max_blocks,
         .empty = TS_NONE,
     };
-    p->refs = calloc(num_blocks, sizeof *p->refs);
-    p->slabs = calloc(p->num_slabs, sizeof *p->slabs);
+    p->refs = calloc(max_blocks, sizeof *p->refs);
+    p->slabs = calloc(max_slabs, sizeof *p->slabs);
     if (p->refs == NULL || p->slabs == NULL) {
         ts_pool_fini(p);
         return TS_ENOMEM;
     }
-    for (uint32_t i = 0; i < p->num_slabs; i++) {
-        uint32_t first = i * slab_blocks, rest = num_blocks - first;
+    for (uint32_t i = 0; i < max_slabs; i++) {
+        uint32_t first = i * slab_blocks, rest = max_blocks - first;
         p->slabs[i] = (ts_slab){.tenant = TS_NONE,
                                 .free_head = TS_NONE,
                                 .blocks = rest < slab_blocks ? rest : slab_blocks};
@@ -93,6 +102,35 @@ void ts_pool_fini(ts_pool_books *p)
     free(p->slabs);
     free(p->tenants);
     *p = (ts_pool_books){0};
+}
+
+uint32_t ts_pool_first_used(const ts_pool_books *p, uint32_t first)
+{
+    for (uint32_t i = first; i < p->num_blocks; i++)
+        if (ts_pool_refs(p, i) > 0)
+            return i;
+    return TS_NONE;
+}
+
+void ts_pool_resize(ts_pool_books *p, uint32_t num_blocks)
+{
+    uint32_t num_slabs = slabs_of(num_blocks, p->slab_blocks);
+    for (uint32_t i = num_slabs; i < p->ungranted; i++) {
+        ts_slab *s = &p->slabs[i];
+        assert(s->used == 0);
+        avail_remove(p, i);
+        empty_remove(p, i);
+        p->tenants[s->tenant].slabs--;
+        p->tenants[s->tenant].free -= s->blocks;
+        s->tenant = TS_NONE;
+        s->touched = 0;
+        s->free_head = TS_NONE;
+        memset(p->refs + (size_t)i * p->slab_blocks, 0, s->blocks * sizeof *p->refs);
+    }
+    if (p->ungranted > num_slabs)
+        p->ungranted = num_slabs;
+    p->num_slabs = num_slabs;
+    p->num_blocks = num_blocks;
 }
 
 ts_status ts_pool_add_tenant(ts_pool_books *p, uint32_t tenant)

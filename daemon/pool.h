@@ -40,10 +40,11 @@ typedef struct ts_pool_tenant {
 
 typedef struct ts_pool_books {
     uint32_t num_blocks, slab_blocks, num_slabs;
-    uint32_t used;      /* blocks with references */
-    uint32_t shared;    /* blocks with more than one */
-    uint32_t ungranted; /* slabs [ungranted, num_slabs) were never granted */
-    uint32_t empty;     /* head of the granted slabs without used blocks */
+    uint32_t max_blocks; /* that there are books for */
+    uint32_t used;       /* blocks with references */
+    uint32_t shared;     /* blocks with more than one */
+    uint32_t ungranted;  /* slabs [ungranted, num_slabs) were never granted */
+    uint32_t empty;      /* head of the granted slabs without used blocks */
     uint32_t num_empty;
     uint32_t *refs; /* per block: references; 0 or FREE | next free block */
     ts_slab *slabs;
@@ -51,9 +52,18 @@ typedef struct ts_pool_books {
     uint32_t num_tenants;
 } ts_pool_books;
 
-/* TS_ENOMEM if the books can't be had. num_blocks 1..2^31-1, slab_blocks >= 1. */
-ts_status ts_pool_init(ts_pool_books *pool, uint32_t num_blocks, uint32_t slab_blocks);
+/* TS_ENOMEM if the books can't be had. max_blocks 1..2^31-1, slab_blocks >= 1; num_blocks, what the
+ * pool starts with, is max_blocks or whole slabs. */
+ts_status ts_pool_init(ts_pool_books *pool, uint32_t num_blocks, uint32_t max_blocks,
+                       uint32_t slab_blocks);
 void ts_pool_fini(ts_pool_books *pool);
+
+/* The first block from `first` on that is in use; TS_NONE: none is. */
+uint32_t ts_pool_first_used(const ts_pool_books *pool, uint32_t first);
+
+/* Lets the pool have num_blocks (max_blocks, or whole slabs). Slabs past the last, which have no
+ * block in use, are nobody's then, and never granted. */
+void ts_pool_resize(ts_pool_books *pool, uint32_t num_blocks);
 
 /* Makes room for tenants 0..tenant. */
 ts_status ts_pool_add_tenant(ts_pool_books *pool, uint32_t tenant);

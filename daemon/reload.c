@@ -15,6 +15,7 @@ static void apply(ts_work *work, void *service)
 {
     change *ch = (change *)work;
     ts_engine *e = ((ts_service *)service)->engine;
+    ((ts_service *)service)->operators = ch->next->operators;
     const ts_engine_limits *to = &ch->next->limits;
     ts_engine_limits *at[] = {&e->limits, &ch->running->limits};
     for (int i = 0; i < 2; i++) {

@@ -61,6 +61,7 @@ static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
     p->dtype = g->dtype;
     p->layout = g->layout;
     p->blocks = pool->books.num_blocks;
+    p->max_blocks = pool->books.max_blocks;
     p->used_blocks = pool->books.used;
     p->shared_blocks = pool->books.shared;
     p->sequences = pool->seqs.live;
@@ -101,8 +102,10 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     r->threads = ts_attention_threads(s->attention);
     bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;
     for (uint32_t i = 0; ok && i < s->engine->num_pools; i++) {
-        r->pools[i] = summarise(s, i);
-        ok = r->pools[i] != NULL;
+        if (!ts_engine_has_pool(s->engine, i))
+            continue;
+        r->pools[r->n_pools] = summarise(s, i);
+        ok = r->pools[r->n_pools] != NULL;
         r->n_pools += ok;
     }
     if (!ok)
@@ -112,19 +115,11 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
 /* The pool's index, or refuses. An empty name means the only pool. */
 static bool find_pool(const ts_service *s, const char *name, uint32_t *index, Tspb__Reply *reply)
 {
-    const ts_engine *e = s->engine;
-    if (name[0] == '\0' && e->num_pools == 1) {
-        *index = 0;
-        return true;
-    }
-    for (*index = 0; *index < e->num_pools; (*index)++)
-        if (strcmp(e->pools[*index].config.name, name) == 0)
-            return true;
-    if (name[0] == '\0')
-        refuse(reply, TS_EINVAL, "there are several pools: name %s", "one");
-    else
-        refuse(reply, TS_ENOENT, "there is no pool '%.64s'", name);
-    return false;
+    ts_answer a = {0};
+    *index = ts_engine_pool_named(s->engine, name, &a);
+    if (*index == TS_NONE)
+        refuse(reply, a.status, "%s", a.message);
+    return *index != TS_NONE;
 }
 
 static uint64_t *copy_bins(const uint64_t *bins, size_t *count)

@@ -49,6 +49,7 @@ void ts_service_pipe_added(ts_work *work, void *service)
     } else {
         c->pipe = event->pipe;
         c->uid = event->uid;
+        c->gid = event->gid;
         c->pid = event->pid;
         c->next = *bucket_of(s, c->pipe);
         *bucket_of(s, c->pipe) = c;

@@ -12,6 +12,7 @@
 #include "gpu_batch.h"
 #include "handle_wire.h"
 #include "memory.h"
+#include "operators.h"
 #include "queue.h"
 #include "replies.h"
 #include "tinyserve.pb-c.h"
@@ -38,7 +39,7 @@ typedef struct ts_request_times {
 /* A connection came or went (both kinds are freed by the service). */
 typedef struct ts_pipe_event {
     ts_work work;
-    uint32_t pipe, uid, pid;
+    uint32_t pipe, uid, gid, pid;
 } ts_pipe_event;
 
 /* Asks for a descriptor; `done` is called by the engine's owner, and *fd is then the asker's. */
@@ -56,7 +57,7 @@ typedef struct ts_rings ts_rings; /* the same */
 
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
-    uint32_t pipe, uid, pid;
+    uint32_t pipe, uid, gid, pid;
     uint64_t session; /* 0: none opened */
     uint64_t kicked;  /* the session that an operator has ended; 0: none */
     uint8_t token[TS_TOKEN_BYTES];
@@ -95,7 +96,10 @@ typedef struct ts_service {
     char handle_path[128];
     uint32_t message_bytes_max;
     uint32_t admin_uid; /* beside root */
-    bool draining;      /* only operators' sessions are opened */
+    ts_operators operators;
+    uint32_t submit_ms; /* of GPUs' batches */
+    void (*device_failed)(const char *why);
+    bool draining; /* only operators' sessions are opened */
     uint64_t started_ms, requests, refused;
     double started_unix; /* seconds */
     ts_request_times times;

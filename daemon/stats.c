@@ -94,6 +94,8 @@ char *ts_stats_json(ts_service *s)
 {
     json_t *pools = json_array();
     for (uint32_t i = 0; i < s->engine->num_pools; i++) {
+        if (!ts_engine_has_pool(s->engine, i))
+            continue;
         char *name = s->engine->pools[i].config.name;
         bool more = false;
         json_t *list = seqs(s, name, &more);

@@ -230,9 +230,12 @@ uint64_t ts_survey_check(const ts_engine *e, void (*problem)(void *arg, const ch
                          void *arg)
 {
     checker c = {.e = e, .problem = problem, .arg = arg};
-    uint32_t live = 0;
+    uint32_t live = 0, pools = 0;
     for (uint32_t i = 0; i < e->num_pools; i++)
-        check_pool(&c, i);
+        if (ts_engine_has_pool(e, i)) {
+            pools++;
+            check_pool(&c, i);
+        }
     for (uint32_t i = 0; i < e->num_sessions; i++)
         if (e->sessions[i].live) {
             live++;
@@ -240,5 +243,7 @@ uint64_t ts_survey_check(const ts_engine *e, void (*problem)(void *arg, const ch
         }
     if (live != e->live_sessions)
         wrong(&c, "%u live sessions; the count says %u", live, e->live_sessions);
+    if (pools != e->live_pools)
+        wrong(&c, "%u pools; the count says %u", pools, e->live_pools);
     return c.checked;
 }

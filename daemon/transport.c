@@ -162,7 +162,7 @@ static void pipe_event(nng_pipe pipe, nng_pipe_ev kind, void *arg)
         ts_queue_put(&t->service->queue, &end_event(id)->work);
         return;
     }
-    uint64_t uid, pid = 0;
+    uint64_t uid, gid, pid = 0;
     ts_pipe_event *event = NULL;
     (void)nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_PID, &pid);
     if (pid == (uint64_t)getpid()) { /* ts_transport_revive has seen enough */
@@ -171,6 +171,7 @@ static void pipe_event(nng_pipe pipe, nng_pipe_ev kind, void *arg)
         return;
     }
     if (nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_UID, &uid) != 0 ||
+        nng_pipe_get_uint64(pipe, NNG_OPT_IPC_PEER_GID, &gid) != 0 ||
         (event = calloc(1, sizeof *event)) == NULL) {
         ts_log(TS_LOG_WARNING, "a connection was turned away: no memory, or its peer has no uid");
         nng_pipe_close(pipe);
@@ -179,6 +180,7 @@ static void pipe_event(nng_pipe pipe, nng_pipe_ev kind, void *arg)
     event->work.run = ts_service_pipe_added;
     event->pipe = id;
     event->uid = (uint32_t)uid;
+    event->gid = (uint32_t)gid;
     event->pid = (uint32_t)pid;
     ts_queue_put(&t->service->queue, &event->work);
     ts_watch_add(t->watch, id, (uint32_t)pid);

@@ -21,6 +21,7 @@ typedef struct ts_memory ts_memory;
 typedef struct ts_memory_ops {
     const char *name;
     ts_status (*renew)(ts_memory *, uint32_t slab, bool clients_write, char *why, size_t why_bytes);
+    void (*drop)(ts_memory *, uint32_t slab); /* NULL: it keeps what it has */
     ts_status (*export_fd)(ts_memory *, uint32_t slab, bool writable, int *fd, char *why,
                            size_t why_bytes);
     void (*free)(ts_memory *);
@@ -51,6 +52,13 @@ static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, bool client
                                         size_t why_bytes)
 {
     return m->ops->renew(m, slab, clients_write, why, why_bytes);
+}
+
+/* Gives the slab's memory back, as far as nobody else maps it; it can be renewed. */
+static inline void ts_memory_drop(ts_memory *m, uint32_t slab)
+{
+    if (m->ops->drop != NULL)
+        m->ops->drop(m, slab);
 }
 
 /* A new descriptor of the slab's memory, read-only unless `writable`; the caller closes it. */

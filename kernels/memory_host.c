@@ -91,6 +91,19 @@ static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, cha
     return TS_OK;
 }
 
+static void host_drop(ts_memory *m, uint32_t slab)
+{
+    memory_host *host = (memory_host *)m;
+    if (host->fds[slab] < 0)
+        return;
+    (void)mmap(m->base + (size_t)slab * m->slab_bytes, m->slab_bytes, PROT_NONE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    (void)fallocate(host->fds[slab], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                    (off_t)m->slab_bytes);
+    close(host->fds[slab]);
+    host->fds[slab] = -1;
+}
+
 static ts_status host_export(ts_memory *m, uint32_t slab, bool writable, int *fd, char *why,
                              size_t why_bytes)
 {
@@ -125,6 +138,7 @@ static void host_free(ts_memory *m)
 static const ts_memory_ops host_ops = {
     .name = "host",
     .renew = host_renew,
+    .drop = host_drop,
     .export_fd = host_export,
     .free = host_free,
 };

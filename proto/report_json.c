@@ -26,7 +26,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:I, s:I, s:i, s:i, s:i}",
+        "s:I, s:I, s:i, s:i, s:i, s:I}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
         "kernel", p->kernel, "dtype", ts_dtype_name((ts_dtype)p->dtype), "layout",
         p->layout == TS_LAYOUT_NHD ? "nhd" : "hnd", "layers", p->layers, "kv_heads", p->kv_heads,
@@ -35,7 +35,8 @@ static json_t *summary(const Tspb__PoolSummary *p)
         integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks), "free_blocks",
         integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences), "kept_sequences",
         integer(p->kept_sequences), "open_steps", integer(p->open_steps), "slab_blocks",
-        p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs);
+        p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
+        "max_blocks", integer(p->max_blocks));
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)

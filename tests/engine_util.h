@@ -68,7 +68,7 @@ static inline ts_engine *engine_new(uint32_t num_blocks, uint32_t slab_blocks,
         .tenant_blocks_max = UINT64_MAX,
         .client_write = write,
     };
-    assert_int_equal(ts_engine_add_pool(e, &config, why, sizeof why), TS_OK);
+    assert_int_equal(ts_engine_add_pool(e, &config, NULL, why, sizeof why), TS_OK);
     return e;
 }
 

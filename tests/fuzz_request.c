@@ -296,7 +296,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         .client_write = TS_CLIENT_WRITE_ALL,
     };
     config.slab_blocks = ts_geometry_slab_blocks(&config.geometry, 8192, 4096);
-    if (ts_engine_add_pool(service.engine, &config, why, sizeof why) != TS_OK ||
+    if (ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why) != TS_OK ||
         ts_memory_host_new(service.engine->pools[0].books.num_slabs,
                            ts_geometry_block_bytes(&config.geometry) * config.slab_blocks,
                            &service.memory[0], why, sizeof why) != TS_OK)

@@ -407,7 +407,7 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
                              .sequence_tokens_max = 64,
                              .tenant_blocks_max = UINT64_MAX,
                              .on_gpu = true};
-    OK(ts_engine_add_pool(service.engine, &config, why, sizeof why));
+    OK(ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why));
     OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry), &service.memory[0],
                               why, sizeof why));
     service.gpu_of[0] = &service.gpus[0];

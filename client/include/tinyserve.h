@@ -107,7 +107,7 @@ ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags, ts_p
 void ts_pool_close(ts_pool *pool);
 
 const ts_geometry *ts_pool_geometry(const ts_pool *pool);
-uint32_t ts_pool_blocks(const ts_pool *pool);       /* that the pool has */
+uint32_t ts_pool_blocks(const ts_pool *pool);       /* that the pool may be given */
 uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens that a sequence may have */
 
 /* Where the pool is ("host", "cuda:0", by the daemon's count) and what provides its memory ("host",

@@ -126,6 +126,18 @@ static ts_status vmm_renew(ts_memory *m, uint32_t slab, bool clients_write, char
     return TS_OK;
 }
 
+static void vmm_drop(ts_memory *m, uint32_t slab)
+{
+    memory_vmm *vmm = (memory_vmm *)m;
+    char why[TS_GPU_WHY_BYTES];
+    if (vmm->handles[slab] == 0 || ts_gpu_enter(vmm->gpu, why, sizeof why) != TS_OK)
+        return;
+    const ts_gpu_driver *d = &vmm->gpu->driver;
+    (void)d->mem_unmap((CUdeviceptr)m->base + slab * m->slab_bytes, vmm->physical_bytes);
+    (void)d->mem_release(vmm->handles[slab]);
+    vmm->handles[slab] = 0;
+}
+
 static ts_status vmm_export_slab(ts_memory *m, uint32_t slab, bool writable, int *fd, char *why,
                                  size_t why_bytes)
 {
@@ -158,8 +170,11 @@ static void vmm_free(ts_memory *m)
     free(vmm);
 }
 
-static const ts_memory_ops vmm_ops = {
-    .name = "cuda-vmm", .renew = vmm_renew, .export_fd = vmm_export_slab, .free = vmm_free};
+static const ts_memory_ops vmm_ops = {.name = "cuda-vmm",
+                                      .renew = vmm_renew,
+                                      .drop = vmm_drop,
+                                      .export_fd = vmm_export_slab,
+                                      .free = vmm_free};
 
 ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_bytes,
                                  ts_memory **out, char *why, size_t why_bytes)
@@ -241,12 +256,17 @@ static ts_status ipc_export(ts_memory *m, uint32_t slab, bool writable, int *fd,
     return TS_EINVAL;
 }
 
+static void free_own(ts_gpu *gpu, void *base, size_t bytes)
+{
+    (void)gpu;
+    (void)bytes;
+    (void)cudaFree(base);
+}
+
 static void ipc_free(ts_memory *m)
 {
     memory_ipc *ipc = (memory_ipc *)m;
-    char why[TS_GPU_WHY_BYTES];
-    if (ts_gpu_enter(ipc->gpu, why, sizeof why) == TS_OK)
-        (void)cudaFree(m->base);
+    ts_gpu_later(ipc->gpu, free_own, m->base, m->slab_bytes); /* it may wait for workers */
     free(ipc);
 }
 
@@ -391,13 +411,6 @@ static void free_vmm(ts_gpu *gpu, void *base, size_t bytes)
         return;
     (void)gpu->driver.mem_unmap((CUdeviceptr)base, bytes);
     (void)gpu->driver.address_free((CUdeviceptr)base, bytes);
-}
-
-static void free_own(ts_gpu *gpu, void *base, size_t bytes)
-{
-    (void)gpu;
-    (void)bytes;
-    (void)cudaFree(base);
 }
 
 static void close_imported(ts_gpu *gpu, void *base, size_t bytes)

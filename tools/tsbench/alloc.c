@@ -64,7 +64,7 @@ static bool start(storm *s)
         .tenant_blocks_max = UINT64_MAX,
         .client_write = TS_CLIENT_WRITE_ALL,
     };
-    if (s->e == NULL || ts_engine_add_pool(s->e, &config, why, sizeof why) != TS_OK)
+    if (s->e == NULL || ts_engine_add_pool(s->e, &config, NULL, why, sizeof why) != TS_OK)
         return false;
     if (!apply(s, (ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.program = "tsbench"}},
                &a))

@@ -1,6 +1,6 @@
 /* tsctl: what the operator asks a running tinyserved. */
 #define _GNU_SOURCE
-#include "tsctl.h"
+#include "options.h"
 #include "version.h"
 
 #include <argp.h>
@@ -14,23 +14,7 @@
 
 const char *argp_program_version = "tsctl " TS_VERSION;
 
-enum { EXIT_REFUSED = 1, EXIT_USAGE = 2, EXIT_UNREACHABLE = 3 };
 enum { OPT_COLOR = 256, OPT_WAIT };
-
-#define WORDS_MAX 3 /* of a command */
-
-#define MAP_CELLS_DEFAULT (64u * 16)
-
-typedef struct options {
-    const char *url, *pool;
-    const char *words[WORDS_MAX];
-    uint32_t num_words;
-    bool json, watch, yes;
-    double interval;
-    uint32_t wait_ms;
-    uint32_t cells;
-    style style;
-} options;
 
 static const struct argp_option argp_options[] = {
     {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, or the system's)", 0},
@@ -118,16 +102,16 @@ static const struct argp argp = {
     "  top        all of it, live; q ends it\n"
     "  session kick ID   end a session: its sequences, except kept ones, are freed\n"
     "  seq free ID       free a sequence, whosever it is\n"
+    "  pool create NAME KEY=VALUE ...   make a pool, by the configuration's keys\n"
+    "  pool delete NAME                 end one that no session has open\n"
+    "  pool resize NAME SIZE            give one more memory, or less\n"
     "  drain [off]       take no new sessions, or take them again\n"
     "\n"
-    "The last three are for root and the daemon's user, and ask first.\n"
+    "The last six are for operators, and ask before they destroy or refuse something.\n"
     "Exit status: 0 fine, 1 refused or check found problems, 2 usage, 3 no daemon.",
     NULL,
     NULL,
     NULL};
-
-/* A command: fetches, and shows what came. Returns an exit status; *ts says if a call failed. */
-typedef int (*command_fn)(ts_client *client, const options *o, ts_status *ts);
 
 static void print_json(const options *o, json_t *value)
 {
@@ -302,85 +286,6 @@ static int do_top(ts_client *c, const options *o, ts_status *ts)
     return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
 }
 
-/* Asks on the terminal whether to go on. */
-static bool sure(const options *o, const char *question)
-{
-    char answer[16];
-    if (o->yes)
-        return true;
-    if (!isatty(0)) {
-        fprintf(stderr, "tsctl: %s Add --yes, or run it on a terminal.\n", question);
-        return false;
-    }
-    fprintf(stderr, "%s [y/N] ", question);
-    return fgets(answer, sizeof answer, stdin) != NULL && (answer[0] == 'y' || answer[0] == 'Y');
-}
-
-/* An id as the listings have it; 0: it is none. */
-static uint64_t id_of(const char *word)
-{
-    char *end;
-    errno = 0;
-    unsigned long long id = strtoull(word, &end, 16);
-    if (errno == 0 && end != word && *end == '\0' && word[0] != '-' && id != 0)
-        return id;
-    fprintf(stderr, "tsctl: '%s' is no id; they are hexadecimal, as the listings show them\n",
-            word);
-    return 0;
-}
-
-/* Has done what is answered with a status alone. */
-static int order(ts_client *c, Tspb__Request *request, ts_status *ts)
-{
-    *ts = ts_call_plain(c, request);
-    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
-}
-
-static int do_kick(ts_client *c, const options *o, ts_status *ts)
-{
-    Tspb__AdminKick body = TSPB__ADMIN_KICK__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    char question[128];
-    body.session = id_of(o->words[2]);
-    snprintf(question, sizeof question, "End session %s and free its sequences?", o->words[2]);
-    if (body.session == 0 || !sure(o, question))
-        return EXIT_USAGE;
-    request.body_case = TSPB__REQUEST__BODY_ADMIN_KICK;
-    request.admin_kick = &body;
-    return order(c, &request, ts);
-}
-
-static int do_free(ts_client *c, const options *o, ts_status *ts)
-{
-    Tspb__AdminFree body = TSPB__ADMIN_FREE__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    char question[128];
-    body.pool = (char *)o->pool;
-    body.seq = id_of(o->words[2]);
-    snprintf(question, sizeof question, "Free sequence %s?", o->words[2]);
-    if (body.seq == 0 || !sure(o, question))
-        return EXIT_USAGE;
-    request.body_case = TSPB__REQUEST__BODY_ADMIN_FREE;
-    request.admin_free = &body;
-    return order(c, &request, ts);
-}
-
-static int do_drain(ts_client *c, const options *o, ts_status *ts)
-{
-    Tspb__AdminDrain body = TSPB__ADMIN_DRAIN__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    body.off = o->num_words == 2;
-    if (body.off && strcmp(o->words[1], "off") != 0) {
-        fprintf(stderr, "tsctl: drain %s: drain, or drain off\n", o->words[1]);
-        return EXIT_USAGE;
-    }
-    if (!body.off && !sure(o, "Take no new sessions until `tsctl drain off`?"))
-        return EXIT_USAGE;
-    request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
-    request.admin_drain = &body;
-    return order(c, &request, ts);
-}
-
 typedef struct command {
     const char *words[2]; /* the second NULL: there is none */
     uint32_t least, most; /* words in all */
@@ -399,6 +304,9 @@ static const command *find_command(const options *o)
                                        {{"top"}, 1, 1, do_top},
                                        {{"session", "kick"}, 3, 3, do_kick},
                                        {{"seq", "free"}, 3, 3, do_free},
+                                       {{"pool", "create"}, 4, WORDS_MAX, do_pool_create},
+                                       {{"pool", "delete"}, 3, 3, do_pool_delete},
+                                       {{"pool", "resize"}, 4, 4, do_pool_resize},
                                        {{"drain"}, 1, 2, do_drain}};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         const command *c = &commands[i];
@@ -422,9 +330,11 @@ int main(int argc, char **argv)
         fputs("tsctl: there is no command '", stderr);
         for (uint32_t i = 0; i < o.num_words; i++)
             fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
-        fputs("'; there are status, pools, sessions, seqs, frag, map, check, top, session kick ID, "
-              "seq free ID and drain [off]\n",
-              stderr);
+        fputs(
+            "'; there are status, pools, sessions, seqs, frag, map, check, top, session kick ID, "
+            "seq free ID, pool create NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE "
+            "and drain [off]\n",
+            stderr);
         return EXIT_USAGE;
     }
     ts_client *client;

@@ -15,6 +15,14 @@ _tsctl() {
         mapfile -t COMPREPLY < <(compgen -W kick -- "$word")
         return
         ;;
+    pool)
+        mapfile -t COMPREPLY < <(compgen -W 'create delete resize' -- "$word")
+        return
+        ;;
+    delete | resize)
+        mapfile -t COMPREPLY < <(compgen -W "$(tsctl pools 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
+        return
+        ;;
     seq)
         mapfile -t COMPREPLY < <(compgen -W free -- "$word")
         return
@@ -32,7 +40,7 @@ _tsctl() {
         mapfile -t COMPREPLY < <(compgen -W '--cells --color --help --json --pool --socket --usage --version --wait
             --watch --yes' -- "$word")
     else
-        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check top session seq drain' -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check top session seq pool drain' -- "$word")
     fi
 }
 complete -F _tsctl tsctl

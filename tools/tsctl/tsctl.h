@@ -1,8 +1,7 @@
 /*
- * tsctl's parts: main.c reads the command line and fetches, text.c draws for people and top.c for
- * those who stay; what writes
- * for programs is shared with the daemon (report_json.h). Both renderers take the same replies, so
- * the figures are the daemon's own.
+ * tsctl's parts: main.c reads the command line and fetches, orders.c has what operators order,
+ * text.c draws for people and top.c for those who stay; what writes for programs is shared with the
+ * daemon (report_json.h). Both renderers take the same replies, so the figures are the daemon's own.
  */
 #ifndef TSCTL_H
 #define TSCTL_H

@@ -1,0 +1,204 @@
+/* What operators do to pools, and who is an operator: the daemon and tsctl as programs. */
+#define _GNU_SOURCE
+#include "daemon_util.h"
+
+/* 96 KiB a block, four to a slab. */
+#define POOL_SMALL POOL_TINY ",slab=384K,client_write=all"
+
+static daemon_process d;
+static char text[4096];
+
+static int tsctl(const char *format, ...)
+{
+    char command[1024], arguments[768];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(arguments, sizeof arguments, format, args);
+    va_end(args);
+    snprintf(command, sizeof command, TS_CTL " --socket=%s %s 2>&1 </dev/null", d.url, arguments);
+    FILE *f = popen(command, "r");
+    assert_non_null(f);
+    size_t n = fread(text, 1, sizeof text - 1, f);
+    text[n] = '\0';
+    int status = pclose(f);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+#define SAYS(status, part, ...)                                                                    \
+    do {                                                                                           \
+        int got = tsctl(__VA_ARGS__);                                                              \
+        if (got != (status) || strstr(text, part) == NULL)                                         \
+            fail_msg("exit status %d, not %d, or '%s' is missing in:\n%s", got, status, part,      \
+                     text);                                                                        \
+    } while (0)
+
+static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
+{
+    (void)state;
+    daemon_start(&d, POOL_SMALL ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p, *q, *none;
+    SAYS(1, "there is a pool 'tiny' already",
+         "pool create tiny layers=1 kv_heads=1 head_dim=32 blocks=4");
+    SAYS(1, "there is no key 'color' in a [pool]", "pool create b color=red");
+    SAYS(1, "pool 'b': 'layers' is not key=value", "pool create b layers");
+    SAYS(1, "pool 'b': give either memory or blocks",
+         "pool create b layers=1 kv_heads=1 head_dim=32");
+    SAYS(1, "pool 'b': memory_max is less than its memory",
+         "pool create b layers=1 kv_heads=1 head_dim=32 memory=2M memory_max=1M");
+    assert_int_equal(ts_pool_open(c, "b", 0, &none), TS_ENOENT);
+    assert_string_equal(ts_error(c), "there is no pool 'b'; there is 'tiny'");
+
+    /* A session that was there before uses it, beside the other. */
+    SAYS(0, "",
+         "pool create b layers=2 kv_heads=1 head_dim=32 dtype=fp32 blocks=8 client_write=all");
+    OK(ts_pool_open(c, "b", TS_POOL_WRITABLE, &p));
+    OK(ts_pool_open(c, "tiny", TS_POOL_WRITABLE, &q));
+    ts_seq seq, other;
+    uint32_t n = 40;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_append(p, &seq, &n, 1, NULL));
+    OK(ts_seq_create(q, 1, &other));
+    OK(ts_seq_append(q, &other, &n, 1, NULL));
+    OK(ts_seq_keep(p, seq, "kept"));
+    SAYS(0, "0 problems", "check");
+    SAYS(1, "pool 'b' is open in 1 session (", "--yes pool delete b");
+    SAYS(2, "Delete pool b and its 1 kept sequences? Add --yes", "pool delete b");
+    SAYS(1, "there is no pool 'c'", "--yes pool delete c");
+    OK(ts_seq_lengths(p, &seq, 1, &n));
+    ts_pool_close(p);
+    ts_pool_close(q);
+    ts_disconnect(c);
+
+    /* Gone, with what was kept; its place is taken by the next, which knows nothing of it. */
+    c = connect_to(&d);
+    OK(ts_pool_open(c, "tiny", 0, &q));
+    SAYS(0, "", "--yes pool delete b");
+    SAYS(0, "0 problems", "check");
+    assert_int_equal(ts_pool_open(c, "b", 0, &none), TS_ENOENT);
+    SAYS(0, "", "pool create c layers=1 kv_heads=2 head_dim=64 dtype=fp32 blocks=4");
+    OK(ts_pool_open(c, "c", 0, &p));
+    assert_int_equal(ts_pool_geometry(p)->kv_heads, 2);
+    assert_int_equal(ts_pool_geometry(q)->layers, 6);
+    uint32_t tokens;
+    assert_int_equal(ts_seq_attach(p, "kept", &seq, &tokens), TS_ENOENT);
+    SAYS(0, "0 problems", "check");
+    ts_pool_close(p);
+    ts_pool_close(q);
+    ts_disconnect(c);
+    SAYS(0, "", "--yes pool delete tiny");
+    SAYS(0, "", "--yes pool delete c");
+    SAYS(0, "0 problems", "check");
+    SAYS(0, "[]", "--json pools");
+    daemon_stop(&d);
+}
+
+/* Writes the block that holds the sequence's token and reads it back by the same mapping. */
+static void touch(ts_pool *p, ts_seq seq, uint32_t token)
+{
+    uint64_t slot;
+    void *base;
+    OK(ts_seq_slots(p, seq, token, 1, &slot));
+    OK(ts_pool_map(p, &slot, 1, &base));
+    const ts_geometry *g = ts_pool_geometry(p);
+    unsigned char *at = (unsigned char *)base + slot / g->block_tokens * ts_geometry_block_bytes(g);
+    memset(at, 0x5a, 64);
+    assert_int_equal(at[63], 0x5a);
+}
+
+static void a_pool_grows_and_shrinks_under_its_workers(void **state)
+{
+    (void)state;
+    daemon_start(&d, POOL_SMALL ",blocks=6,memory_max=2016K"); /* 21 blocks: 5 slabs and a bit */
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    assert_int_equal(ts_pool_blocks(p), 21);
+    SAYS(0, "\"blocks\": 8,", "--json pools"); /* whole slabs */
+    SAYS(0, "\"max_blocks\": 21", "--json pools");
+    ts_seq seqs[2];
+    uint32_t eight = 8 * 16, one = 1;
+    OK(ts_seq_create(p, 2, seqs));
+    OK(ts_seq_append(p, seqs, &eight, 1, NULL));
+    assert_int_equal(ts_seq_append(p, seqs + 1, &one, 1, NULL), TS_ENOSPC);
+
+    /* More, under a session that has it open. */
+    SAYS(1, "22 blocks for pool 'tiny'; the limits are 1..21, its memory_max",
+         "pool resize tiny 2112K");
+    SAYS(1, "0 blocks for pool 'tiny'", "pool resize tiny 1K");
+    SAYS(1, "memory = much: not a size", "pool resize tiny much");
+    SAYS(1, "there is no pool 'other'", "pool resize other 1M");
+    SAYS(0, "pool tiny has 12 blocks of 98304 bytes in 3 slabs", "pool resize tiny 900K");
+    OK(ts_seq_append(p, seqs + 1, &one, 1, NULL));
+    touch(p, seqs[1], 0);
+    SAYS(0, "pool tiny has 21 blocks of 98304 bytes in 6 slabs", "pool resize tiny 2016K");
+    uint32_t more = 12 * 16;
+    OK(ts_seq_append(p, seqs + 1, &more, 1, NULL)); /* the last block's slab has only one */
+    touch(p, seqs[1], 12 * 16);
+    SAYS(0, "0 problems", "check");
+
+    /* Less, as far as nothing lies there. */
+    SAYS(1, "pool 'tiny' can't have 8 blocks: block 8 is in use, and blocks don't move",
+         "pool resize tiny 768K");
+    OK(ts_seq_free(p, seqs + 1, 1));
+    SAYS(0, "pool tiny has 8 blocks of 98304 bytes in 2 slabs", "pool resize tiny 768K");
+    SAYS(0, "0 problems", "check");
+    OK(ts_seq_create(p, 1, seqs + 1));
+    assert_int_equal(ts_seq_append(p, seqs + 1, &one, 1, NULL), TS_ENOSPC);
+
+    /* And more again: other memory, which is mapped anew and is 0. */
+    SAYS(0, "pool tiny has 12 blocks", "pool resize tiny 1152K");
+    OK(ts_seq_append(p, seqs + 1, &one, 1, NULL));
+    uint64_t slot;
+    void *base;
+    OK(ts_seq_slots(p, seqs[1], 0, 1, &slot));
+    OK(ts_pool_map(p, &slot, 1, &base));
+    const ts_geometry *g = ts_pool_geometry(p);
+    const unsigned char *at =
+        (unsigned char *)base + slot / g->block_tokens * ts_geometry_block_bytes(g);
+    for (int i = 0; i < 64; i++)
+        assert_int_equal(at[i], 0);
+    touch(p, seqs[1], 0);
+    touch(p, seqs[0], 7 * 16);
+    SAYS(0, "0 problems", "check");
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void a_group_of_operators_is_configured(void **state)
+{
+    (void)state;
+    if (getuid() != 0)
+        skip();
+    static const char *const more[] = {"--set", "socket_mode=0666", "--set", "operators=games",
+                                       NULL};
+    daemon_start_with(&d, POOL_TINY ",blocks=64", more);
+    char command[512];
+    snprintf(command, sizeof command,
+             "setpriv --reuid 65534 --regid games --clear-groups " TS_CTL " --socket=%s drain off",
+             d.url);
+    assert_int_equal(system(command), 0);
+    snprintf(command, sizeof command,
+             "setpriv --reuid 65534 --regid 65534 --clear-groups " TS_CTL
+             " --socket=%s drain off 2>&1 | grep -q "
+             "'uid 65534 is no operator: root, uid 0 and group games are'",
+             d.url);
+    assert_int_equal(system(command), 0);
+    daemon_stop(&d);
+    assert_int_equal(system(TS_DAEMON " --set operators=nosuchgroup --pool " POOL_TINY
+                                      ",blocks=1 --check-config 2>&1 | grep -q "
+                                      "\"operators = nosuchgroup: there is no group "
+                                      "'nosuchgroup'\""),
+                     0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_pool_is_made_and_deleted_while_the_daemon_runs),
+        cmocka_unit_test(a_pool_grows_and_shrinks_under_its_workers),
+        cmocka_unit_test(a_group_of_operators_is_configured),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

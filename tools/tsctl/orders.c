@@ -1,0 +1,170 @@
+/* What operators order: each asks before it destroys or refuses something. */
+#include "options.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Asks on the terminal whether to go on. */
+static bool sure(const options *o, const char *question)
+{
+    char answer[16];
+    if (o->yes)
+        return true;
+    if (!isatty(0)) {
+        fprintf(stderr, "tsctl: %s Add --yes, or run it on a terminal.\n", question);
+        return false;
+    }
+    fprintf(stderr, "%s [y/N] ", question);
+    return fgets(answer, sizeof answer, stdin) != NULL && (answer[0] == 'y' || answer[0] == 'Y');
+}
+
+/* An id as the listings have it; 0: it is none. */
+static uint64_t id_of(const char *word)
+{
+    char *end;
+    errno = 0;
+    unsigned long long id = strtoull(word, &end, 16);
+    if (errno == 0 && end != word && *end == '\0' && word[0] != '-' && id != 0)
+        return id;
+    fprintf(stderr, "tsctl: '%s' is no id; they are hexadecimal, as the listings show them\n",
+            word);
+    return 0;
+}
+
+/* Has done what is answered with a status alone. */
+static int order(ts_client *c, Tspb__Request *request, ts_status *ts)
+{
+    *ts = ts_call_plain(c, request);
+    return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
+}
+
+int do_kick(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminKick body = TSPB__ADMIN_KICK__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    char question[128];
+    body.session = id_of(o->words[2]);
+    snprintf(question, sizeof question, "End session %s and free its sequences?", o->words[2]);
+    if (body.session == 0 || !sure(o, question))
+        return EXIT_USAGE;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_KICK;
+    request.admin_kick = &body;
+    return order(c, &request, ts);
+}
+
+int do_free(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminFree body = TSPB__ADMIN_FREE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    char question[128];
+    body.pool = (char *)o->pool;
+    body.seq = id_of(o->words[2]);
+    snprintf(question, sizeof question, "Free sequence %s?", o->words[2]);
+    if (body.seq == 0 || !sure(o, question))
+        return EXIT_USAGE;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_FREE;
+    request.admin_free = &body;
+    return order(c, &request, ts);
+}
+
+int do_pool_create(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminPoolCreate body = TSPB__ADMIN_POOL_CREATE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    size_t bytes = 1;
+    for (uint32_t i = 2; i < o->num_words; i++)
+        bytes += strlen(o->words[i]) + 1;
+    char *text = malloc(bytes), *to = text;
+    if (text == NULL) {
+        fputs("tsctl: out of memory\n", stderr);
+        return EXIT_REFUSED;
+    }
+    for (uint32_t i = 2; i < o->num_words; i++)
+        to += sprintf(to, "%s%s", i == 2 ? "" : i == 3 ? ":" : ",", o->words[i]);
+    body.text = text;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_CREATE;
+    request.admin_pool_create = &body;
+    int code = order(c, &request, ts);
+    free(text);
+    return code;
+}
+
+/* The pool's summary from the daemon; NULL and *ts if it can't be had. The reply is the caller's.
+ */
+static const Tspb__PoolSummary *summary_of(ts_client *c, const char *pool, Tspb__Reply **reply,
+                                           ts_status *ts)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, reply);
+    if (*ts != TS_OK)
+        return NULL;
+    for (size_t i = 0; i < (*reply)->status_reply->n_pools; i++)
+        if (strcmp((*reply)->status_reply->pools[i]->name, pool) == 0)
+            return (*reply)->status_reply->pools[i];
+    fprintf(stderr, "tsctl: there is no pool '%s'\n", pool);
+    return NULL;
+}
+
+int do_pool_delete(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply = NULL;
+    char question[256];
+    const Tspb__PoolSummary *p = summary_of(c, o->words[2], &reply, ts);
+    if (p == NULL) {
+        tspb__reply__free_unpacked(reply, NULL);
+        return EXIT_REFUSED;
+    }
+    snprintf(question, sizeof question, "Delete pool %.64s and its %llu kept sequences?", p->name,
+             (unsigned long long)p->kept_sequences);
+    tspb__reply__free_unpacked(reply, NULL);
+    if (!sure(o, question))
+        return EXIT_USAGE;
+    body.pool = o->words[2];
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
+    request.admin_pool_delete = &body;
+    return order(c, &request, ts);
+}
+
+/* Nothing that is in use goes away: no question. */
+int do_pool_resize(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminPoolResize body = TSPB__ADMIN_POOL_RESIZE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply = NULL;
+    body.pool = o->words[2];
+    body.memory = o->words[3];
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE;
+    request.admin_pool_resize = &body;
+    if (order(c, &request, ts) != EXIT_SUCCESS)
+        return EXIT_REFUSED;
+    const Tspb__PoolSummary *p = summary_of(c, o->words[2], &reply, ts);
+    if (p != NULL) /* what was asked for was made whole slabs */
+        printf("pool %s has %u blocks of %llu bytes in %u slabs\n", p->name, p->blocks,
+               (unsigned long long)p->block_bytes, p->slabs);
+    tspb__reply__free_unpacked(reply, NULL);
+    return p == NULL ? EXIT_REFUSED : EXIT_SUCCESS;
+}
+
+int do_drain(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminDrain body = TSPB__ADMIN_DRAIN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.off = o->num_words == 2;
+    if (body.off && strcmp(o->words[1], "off") != 0) {
+        fprintf(stderr, "tsctl: drain %s: drain, or drain off\n", o->words[1]);
+        return EXIT_USAGE;
+    }
+    if (!body.off && !sure(o, "Take no new sessions until `tsctl drain off`?"))
+        return EXIT_USAGE;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
+    request.admin_drain = &body;
+    return order(c, &request, ts);
+}
