@@ -14,7 +14,7 @@ typedef struct service_job {
     const ts_service_gpu *gpu; /* NULL: the processor's kernels */
     ts_request *request;       /* NULL: the rings, or nobody, waits */
     ts_ring *ring;             /* NULL: nobody waits there */
-    uint32_t tag;
+    ts_asker asker;            /* of the rings */
     uint64_t request_id, step;
     uint32_t pipe, layer;
     ts_exchange *exchange;
@@ -114,7 +114,7 @@ static void finish_job(ts_work *work, void *service)
         reply_to_job(s, j);
     if (j->ring != NULL) {
         s->refused += j->job.status != TS_OK;
-        ts_ring_complete(j->ring, j->tag, j->job.status, j->job.why);
+        ts_ring_complete(j->ring, &j->asker, j->job.status, j->job.why);
         ts_ring_release(j->ring);
     }
     free(j->job.copies);
@@ -146,7 +146,7 @@ static service_job *job_new(ts_service *s, ts_connection *c, ts_asker asker, con
         j->request_id = asker.request->message->request_id;
     else
         j->ring = ts_ring_use(c->ring);
-    j->tag = asker.tag;
+    j->asker = asker;
     j->step = step->id;
     j->pipe = c->pipe;
     j->layer = TS_NONE;

@@ -18,6 +18,7 @@ bool ts_jobs_check_run(ts_service *service, ts_connection *c, const ts_command *
 typedef struct ts_asker {
     ts_request *request; /* NULL: the rings */
     uint32_t tag;
+    uint64_t taken_ns; /* of the rings: when the entry was taken */
 } ts_asker;
 
 /* Hands the run that the engine has accepted to the kernels. Unless it is ordered they will answer

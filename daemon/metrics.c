@@ -7,10 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Upper borders, in nanoseconds: 10 microseconds to 10 seconds. */
+/* Upper borders, in nanoseconds: 1 microsecond to 10 seconds. */
 static const uint64_t borders[TS_REQUEST_BUCKETS] = {
-    10000,   25000,   50000,    100000,   250000,    500000,     1000000,
-    2500000, 5000000, 10000000, 25000000, 100000000, 1000000000, 10000000000};
+    1000,    2500,    5000,    10000,    25000,    50000,     100000,     250000,     500000,
+    1000000, 2500000, 5000000, 10000000, 25000000, 100000000, 1000000000, 10000000000};
 
 void ts_metrics_answered(ts_request_times *times, uint64_t nanoseconds)
 {
@@ -74,22 +74,21 @@ static void write_pools(FILE *out, const Tspb__StatusReply *r)
         of_pool(out, "pool_open_steps", r->pools[i], "", r->pools[i]->open_steps);
 }
 
-static void write_times(FILE *out, const ts_request_times *times)
+static void write_times(FILE *out, const char *transport, const ts_request_times *times)
 {
     uint64_t count = 0;
-    head(out, "request_duration_seconds", "histogram",
-         "Time from a message's arrival to its answer, runs of layers included.");
     for (uint32_t i = 0; i < TS_REQUEST_BUCKETS; i++) {
         count += times->counts[i];
-        fprintf(out, "tinyserve_request_duration_seconds_bucket{le=\"%g\"} %llu\n",
-                (double)borders[i] * 1e-9, (unsigned long long)count);
+        fprintf(out, "tinyserve_request_duration_seconds_bucket{transport=\"%s\",le=\"%g\"} %llu\n",
+                transport, (double)borders[i] * 1e-9, (unsigned long long)count);
     }
     count += times->counts[TS_REQUEST_BUCKETS];
     fprintf(out,
-            "tinyserve_request_duration_seconds_bucket{le=\"+Inf\"} %llu\n"
-            "tinyserve_request_duration_seconds_sum %.9g\n"
-            "tinyserve_request_duration_seconds_count %llu\n",
-            (unsigned long long)count, (double)times->sum_ns * 1e-9, (unsigned long long)count);
+            "tinyserve_request_duration_seconds_bucket{transport=\"%s\",le=\"+Inf\"} %llu\n"
+            "tinyserve_request_duration_seconds_sum{transport=\"%s\"} %.9g\n"
+            "tinyserve_request_duration_seconds_count{transport=\"%s\"} %llu\n",
+            transport, (unsigned long long)count, transport, (double)times->sum_ns * 1e-9,
+            transport, (unsigned long long)count);
 }
 
 static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r)
@@ -111,7 +110,11 @@ static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r
            "Kernel calls that these took; fewer where sessions were joined.", (double)r->launches);
     single(out, "draining", "gauge", "1 while no new sessions are taken.", r->draining);
     write_pools(out, r);
-    write_times(out, &s->times);
+    head(out, "request_duration_seconds", "histogram",
+         "Time from a message's arrival, or from an entry's being taken from a ring, to its "
+         "answer, runs of layers included.");
+    write_times(out, "message", &s->message_times);
+    write_times(out, "ring", &s->ring_times);
 }
 
 char *ts_metrics_text(ts_service *s)

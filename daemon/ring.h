@@ -13,6 +13,7 @@
 #ifndef TS_RING_H
 #define TS_RING_H
 
+#include "jobs.h"
 #include "rings.h"
 #include "service.h"
 
@@ -77,8 +78,8 @@ void ts_ring_close(ts_ring *ring);
 ts_ring *ts_ring_use(ts_ring *ring);
 void ts_ring_release(ts_ring *ring);
 
-/* Answers the entry with this tag. */
-void ts_ring_complete(ts_ring *ring, uint32_t tag, ts_status status, const char *message);
+/* Answers the entry that asked. */
+void ts_ring_complete(ts_ring *ring, const ts_asker *asker, ts_status status, const char *message);
 
 /* The `run` of a ring's work: takes up to 8 entries, a run being the last of them. */
 void ts_ring_take(ts_work *work, void *service);

@@ -1,9 +1,11 @@
 /* What is done with a ring's entries: taken, checked, handed to the engine and the kernels,
  * completed. */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "codec.h"
 #include "jobs.h"
 #include "log.h"
+#include "metrics.h"
 #include "ring.h"
 
 #include <limits.h>
@@ -16,8 +18,9 @@
 #define ROUND 8u /* entries that a ring gives in one turn */
 #define MASK (TS_RING_ENTRIES - 1)
 
-static void complete(ts_ring *r, const ts_ring_completion *c)
+static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
 {
+    ts_metrics_answered(&r->rings->service->ring_times, ts_now_ns() - taken_ns);
     r->shared->completed[r->posted & MASK] = *c;
     r->posted++;
     __atomic_store_n(&r->shared->completions.tail, r->posted, __ATOMIC_SEQ_CST);
@@ -25,16 +28,16 @@ static void complete(ts_ring *r, const ts_ring_completion *c)
         syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-void ts_ring_complete(ts_ring *r, uint32_t tag, ts_status status, const char *message)
+void ts_ring_complete(ts_ring *r, const ts_asker *asker, ts_status status, const char *message)
 {
-    ts_ring_completion c = {.tag = tag};
-    if (r->begun.step != 0 && r->begun.tag == tag && status == TS_OK)
+    ts_ring_completion c = {.tag = asker->tag};
+    if (r->begun.step != 0 && r->begun.tag == asker->tag && status == TS_OK)
         c = r->begun;
     r->begun.step = 0;
     c.status = (uint32_t)status;
     if (status != TS_OK)
         snprintf(c.message, sizeof c.message, "%s", message);
-    complete(r, &c);
+    complete(r, &c, asker->taken_ns);
 }
 
 /* What the client has written that can't be ends its rings; its session goes on with messages. */
@@ -212,7 +215,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     ts_service *s = r->rings->service;
     ts_answer a = {0};
     ts_command command;
-    ts_asker asker = {.tag = entry->tag};
+    ts_asker asker = {.tag = entry->tag, .taken_ns = ts_now_ns()};
     ts_ring_completion done = {.tag = entry->tag};
     if (decode(r, c, entry, &command, &a)) {
         if (ts_service_must_wait(s, &command))
@@ -249,7 +252,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
         return true;
     done.status = (uint32_t)a.status;
     memcpy(done.message, a.message, sizeof done.message);
-    complete(r, &done);
+    complete(r, &done, asker.taken_ns);
     return true;
 }
 

@@ -28,9 +28,9 @@ typedef struct ts_request {
     struct ts_request *next_waiter; /* for the same answer, or for a step's runs */
 } ts_request;
 
-#define TS_REQUEST_BUCKETS 14u
+#define TS_REQUEST_BUCKETS 17u
 
-/* How long messages took to be answered (metrics.h); the last count is of those beyond all borders.
+/* How long requests took to be answered (metrics.h); the last count is of those beyond all borders.
  */
 typedef struct ts_request_times {
     uint64_t counts[TS_REQUEST_BUCKETS + 1], sum_ns;
@@ -102,7 +102,7 @@ typedef struct ts_service {
     bool draining; /* only operators' sessions are opened */
     uint64_t started_ms, requests, refused;
     double started_unix; /* seconds */
-    ts_request_times times;
+    ts_request_times message_times, ring_times;
     uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
     uint32_t slab_stamp;
     Tspb__Slab *slabs;

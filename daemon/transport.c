@@ -54,7 +54,7 @@ static void send_reply(ts_request *request, const void *reply, size_t bytes)
 {
     slot *s = (slot *)request;
     nng_msg *message = NULL;
-    ts_metrics_answered(&s->transport->service->times, ts_now_ns() - request->received_ns);
+    ts_metrics_answered(&s->transport->service->message_times, ts_now_ns() - request->received_ns);
     if (request->message != NULL)
         tspb__request__free_unpacked(request->message, NULL);
     request->message = NULL;

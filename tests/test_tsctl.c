@@ -241,7 +241,7 @@ static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
     daemon_process d;
     daemon_start(&d, POOL_TINY ",blocks=4");
     assert_int_equal(run(text, sizeof text, TS_CTL " frag --pool=x --socket=%s", d.url), 1);
-    assert_string_equal(text, "tsctl: there is no pool 'x'\n");
+    assert_string_equal(text, "tsctl: there is no pool 'x'; there is 'tiny'\n");
     daemon_stop(&d);
 }
 
