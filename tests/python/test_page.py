@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+from browser import Browser
 from test_metrics import ask, free_port
 
 import tinyserve
@@ -130,3 +131,55 @@ def test_a_browser_shows_tsctls_figures(populated, tmp_path):
         assert f"Picture of the blocks: {frag['pool']['used_blocks']:,} used" in section
     programs = re.findall(r'class="word"[^>]*>([^<]*)</td>', dom.split('id="session-rows"')[1])
     assert sorted(html.unescape(p) for p in programs) == ["<b>one</b>", "two"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_it_is_used_with_the_keyboard_and_read_by_a_screen_reader(populated, tmp_path):
+    daemon, port = populated
+    cell = "document.querySelector('[data-pool=tiny] [data-is=cell]').textContent"
+    with Browser(CHROMIUM, tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.until("document.querySelectorAll('[data-pool] canvas[aria-label]').length == 2")
+        # The first stop is the first pool's picture; each arrow says what lies there.
+        for _ in range(20):
+            browser.press("Tab")
+            if browser.run("document.activeElement.localName") == "canvas":
+                break
+        assert browser.run("document.activeElement.closest('section').dataset.pool") == "tiny"
+        used = tsctl(daemon, "map", "-P", "tiny")["used"]
+        browser.press("ArrowRight")
+        assert browser.run(cell) == "Block 0: 1 used, 1 shared, 4 tokens, several owners'"
+        browser.press("ArrowRight")
+        assert browser.run(cell) == "Block 1: 1 used, 1 shared, 4 tokens, several owners'"
+        browser.press("ArrowRight")
+        assert browser.run(cell) == "Block 2: 1 used, 0 shared, 2 tokens, kept sequences'"
+        browser.press("ArrowLeft")
+        browser.press("ArrowLeft")
+        browser.press("ArrowLeft")  # there is nothing before the first
+        assert browser.run(cell).startswith("Block 0: 1 used")
+        last = len(used) - 1
+        for _ in range(last + 5):
+            browser.press("ArrowRight")
+        assert browser.run(cell) == f"Block {last}: free"
+        browser.press("ArrowDown")  # nor below the last line
+        assert browser.run(cell) == f"Block {last}: free"
+        browser.press("Escape")
+        assert browser.run(cell) == ""
+        # Everything has a role and a name, and what the keys find is announced.
+        tree = browser.accessible()
+        assert ("heading", "Pool tiny") in tree and ("heading", "Pool larger") in tree
+        picture = [name for role, name in tree if role == "application"]
+        assert [p.split(":")[0] for p in picture] == ["Picture of the blocks"] * 2
+        assert picture[0].endswith("Arrow keys go from cell to cell.")
+        assert {"table", "columnheader", "status"} <= {role for role, _ in tree}
+        assert all(name for role, name in tree if role in ("image", "img", "heading", "application"))
+        assert browser.run("document.querySelector('[data-pool=tiny] [data-is=cell]')"
+                           ".getAttribute('aria-live')") == "polite"
+        assert browser.run("document.documentElement.lang") == "en"
+        # A pool that is made appears, and goes when it is deleted.
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "pool", "create", "third",
+                        "layers=1", "kv_heads=1", "head_dim=32", "blocks=8", "device=host"], check=True)
+        browser.until("document.querySelector('[data-pool=third]')")
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--yes", "pool", "delete",
+                        "third"], check=True)
+        browser.until("!document.querySelector('[data-pool=third]')")

@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from test_metrics import ask, free_port
 
 import tinyserve
 
@@ -104,15 +105,15 @@ def test_variants_of_attention_go_through_the_service(client):
                         step.run(1, **bad)
 
 
-def test_who_finds_the_daemon_finds_its_handle_socket(tmp_path):
+def test_who_finds_the_daemon_finds_its_handle_socket_and_its_page(tmp_path):
     for turn in range(10):
-        socket = tmp_path / f"s{turn}"
+        socket, port = tmp_path / f"s{turn}", free_port()
         daemon = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--socket", str(socket), "--set",
-                                   "log_level=warning", "--pool",
+                                   "log_level=warning", "--set", f"metrics=127.0.0.1:{port}", "--pool",
                                    "p:layers=1,kv_heads=1,head_dim=32,blocks=1,device=host"])
         while not socket.exists():
             assert daemon.poll() is None
-        there = pathlib.Path(f"{socket}.handles").exists()
+        there = pathlib.Path(f"{socket}.handles").exists() and ask(port, "/healthz")[0].status == 200
         daemon.terminate()
         assert daemon.wait() == 0
         assert there

@@ -101,3 +101,21 @@ def test_where_it_can_t_be_it_says_so(daemon):
     daemon.stop()
     terminal.wait_for(r"tsctl: .*", redraw=False)
     assert terminal.end() == 3
+
+
+def test_pools_that_are_deleted_give_way_to_others_and_to_none(daemon):
+    def delete(name):
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--yes", "pool", "delete", name],
+                       check=True)
+
+    terminal = Terminal(os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--watch=0.1", "top")
+    terminal.wait_for(r"first on host \(1 of 2\)")
+    delete("first")
+    terminal.wait_for(r"second on host \(1 of 1\)")
+    delete("second")
+    terminal.wait_for(r"no pools")
+    terminal.press("n")
+    terminal.press("p")
+    terminal.wait_for(r"no pools.*q end")
+    terminal.press("q")
+    assert terminal.end() == 0

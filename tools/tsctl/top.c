@@ -142,7 +142,8 @@ static size_t pool_index(const view *v)
 static void show_pool(view *v, size_t index)
 {
     const Tspb__StatusReply *s = v->status->status_reply;
-    snprintf(v->pool, sizeof v->pool, "%s", s->pools[index % s->n_pools]->name);
+    if (s->n_pools > 0)
+        snprintf(v->pool, sizeof v->pool, "%s", s->pools[index % s->n_pools]->name);
 }
 
 static ts_status fetch(view *v, uint32_t cells)
@@ -162,7 +163,13 @@ static ts_status fetch(view *v, uint32_t cells)
     v->last_requests = s->requests;
     show_pool(v, pool_index(v));
     status = fetch_sessions(v, seconds);
-    return status == TS_OK ? fetch_map(v, cells) : status;
+    if (status != TS_OK)
+        return status;
+    status = s->n_pools > 0 ? fetch_map(v, cells) : TS_ENOENT;
+    if (status != TS_ENOENT)
+        return status;
+    forget(&v->map); /* there is none, or it was deleted just now */
+    return TS_OK;
 }
 
 /* ---- drawing ---- */
@@ -177,7 +184,6 @@ static void put_line(int line, const char *text, size_t bold)
 static void draw_head(const view *v)
 {
     const Tspb__StatusReply *s = v->status->status_reply;
-    const Tspb__PoolSummary *p = v->map->pool_map_reply->pool;
     char line[256], rates[96] = "", up[32], used[32], all[32];
     if (v->knows_rates)
         snprintf(rates, sizeof rates, "  tokens/s %.0f  requests/s %.0f", v->tokens, v->requests);
@@ -186,6 +192,9 @@ static void draw_head(const view *v)
              text_duration(s->uptime_ms, up, sizeof up), (unsigned long long)s->sessions, rates,
              (unsigned long long)s->refused);
     put_line(0, line, strlen("tinyserved ") + strlen(s->version));
+    if (v->map == NULL)
+        return put_line(1, s->n_pools == 0 ? "no pools" : "", 0);
+    const Tspb__PoolSummary *p = v->map->pool_map_reply->pool;
     snprintf(line, sizeof line,
              "%s on %s (%zu of %zu): %u of %u blocks used (%.0f %%), %u shared; %s of %s", p->name,
              p->device, pool_index(v) + 1, s->n_pools, p->used_blocks, p->blocks,
@@ -281,8 +290,11 @@ static void draw(const view *v)
     map_size(lines, columns, &rows, &across);
     erase();
     draw_head(v);
-    draw_map(v, 4, across);
-    size_t used = (v->map->pool_map_reply->n_used + (size_t)across - 1) / (size_t)across;
+    size_t used = 0;
+    if (v->map != NULL) {
+        draw_map(v, 4, across);
+        used = (v->map->pool_map_reply->n_used + (size_t)across - 1) / (size_t)across;
+    }
     int top = 5 + (int)used;
     draw_sessions(v, top, lines - 1 - top, columns);
     mvaddnstr(lines - 1, 0,
@@ -348,7 +360,8 @@ ts_status top_run(ts_client *client, const char *pool, double interval)
     snprintf(v.pool, sizeof v.pool, "%s", pool);
     ts_status status = fetch_status(&v);
     if (status == TS_OK && pool[0] != '\0' &&
-        strcmp(v.status->status_reply->pools[pool_index(&v)]->name, pool) != 0)
+        (v.status->status_reply->n_pools == 0 ||
+         strcmp(v.status->status_reply->pools[pool_index(&v)]->name, pool) != 0))
         status = ts_fail(client, TS_ENOENT, "there is no pool '%.64s'", pool);
     if (status != TS_OK) {
         forget(&v.status);
@@ -359,7 +372,7 @@ ts_status top_run(ts_client *client, const char *pool, double interval)
         int lines, columns, rows, across;
         getmaxyx(stdscr, lines, columns);
         map_size(lines, columns, &rows, &across);
-        if (!v.paused || v.map == NULL)
+        if (!v.paused || v.last_ms == 0)
             status = fetch(&v, (uint32_t)(rows * across));
         if (status != TS_OK)
             break;
