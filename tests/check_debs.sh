@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# The Debian packages install, start and go without a trace in a root of their own. Needs root, debootstrap
-# and the network: the system's own release, from the mirror that apt uses here. Exits with 77 where no such
-# root can be made.
+# The Debian packages install, run under systemd and go without a trace in a root of their own, which boots as a
+# container does. Needs root, debootstrap and the network: the system's own release, from the mirror that apt uses
+# here. Exits with 77 where no such root can be made. Where systemd can't be the first process of a container, the
+# daemon is started by hand, and the script says so.
 # check_debs.sh BUILD-FOLDER
 set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
 build=$(cd "$1" && pwd)
 scratch=$(mktemp -d /tmp/tinyserve-debs.XXXXXX)
 root=$scratch/root
-trap 'umount -l "$root/proc" 2>/dev/null || true; rm -rf "$scratch"' EXIT
+container=
+end() {
+    [ -z "$container" ] || { kill -KILL "$container" && wait "$container" || true; } 2>/dev/null
+    rm -rf "$scratch"
+}
+trap end EXIT
 
 . /etc/os-release
 mirror=$(apt-get indextargets --format '$(SITE) $(CODENAME)' 'Created-By: Packages' |
     awk -v c="$VERSION_CODENAME" '$2 == c { print $1; exit }')
+fail() { echo "check_debs: $*"; exit 1; }
 log() { "$@" >"$scratch/log" 2>&1 || { tail -n 40 "$scratch/log"; exit 1; }; }
 (cd "$build" && rm -f ./*.deb && log cpack)
-debootstrap --variant=minbase "$VERSION_CODENAME" "$root" "$mirror" >"$scratch/log" 2>&1 || {
+debootstrap --variant=minbase --include=systemd,dbus "$VERSION_CODENAME" "$root" "$mirror" >"$scratch/log" 2>&1 || {
     tail -n 5 "$scratch/log"
     echo "skipped: no root of its own can be made here"
     exit 77
@@ -22,36 +30,110 @@ debootstrap --variant=minbase "$VERSION_CODENAME" "$root" "$mirror" >"$scratch/l
 for file in /etc/apt/apt.conf.d/*proxy* /etc/resolv.conf; do # how this machine reaches the mirror
     [ ! -e "$file" ] || cp "$file" "$root$file"
 done
-mount -t proc none "$root/proc" 2>/dev/null || true
-inside() { chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"; }
-snapshot() { (cd "$root" && find etc/tinyserve usr/sbin usr/lib usr/share/man usr/include -name '*tinyserve*' 2>/dev/null | sort); }
-
 mkdir "$root/debs"
 cp "$build"/tinyserve*.deb "$build"/libtinyserve*.deb "$root/debs"
 echo "packages: $(cd "$root/debs" && echo *.deb)"
-log inside sh -c 'apt-get install -y --no-install-recommends /debs/tinyserved_*.deb /debs/tinyserve-tools_*.deb \
-    /debs/libtinyserve0_*.deb /debs/libtinyserve-dev_*.deb'
+
+# systemd, and a way to run things beside it.
+unshare --mount --pid --cgroup --fork --kill-child "$here/boot_root.sh" "$root" >"$scratch/boot" 2>&1 &
+container=$!
+until first=$(pgrep -P "$container" -x systemd) || ! kill -0 "$container" 2>/dev/null; do :; done
+booted() { [ -n "$first" ]; }
+inside() {
+    if booted; then
+        nsenter -t "$first" --mount --pid --cgroup --root env -C / DEBIAN_FRONTEND=noninteractive LC_ALL=C \
+            PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
+    else
+        chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"
+    fi
+}
+until ! booted || inside systemctl is-system-running --wait 2>/dev/null | grep -Eq 'running|degraded'; do
+    kill -0 "$container" 2>/dev/null || first=
+done
+booted || { echo "systemd doesn't run in a container here: $(tail -n 1 "$scratch/boot")"; container=; }
+property() { inside systemctl show --value -p "$1" tinyserved; }
+until_property() { # NAME VALUE: waits until the unit's property is so
+    until [ "$(property "$1")" = "$2" ]; do
+        [ "$((SECONDS - began))" -lt 300 ] || fail "the unit's $1 is $(property "$1"), not $2"
+    done
+}
+began=$SECONDS
+snapshot() { inside sh -c "find etc/tinyserve usr/sbin usr/lib usr/share/man usr/include -name '*tinyserve*' 2>/dev/null | sort"; }
+install() {
+    log inside sh -c 'apt-get install -y --reinstall --no-install-recommends /debs/tinyserved_*.deb \
+        /debs/tinyserve-tools_*.deb /debs/libtinyserve0_*.deb /debs/libtinyserve-dev_*.deb'
+}
+
+install
 inside getent passwd tinyserve >/dev/null
-[ "$(inside stat -c '%a %U %G' /etc/tinyserve)" = "750 root tinyserve" ]
+[ "$(inside stat -c '%a %U %G' /etc/tinyserve)" = "750 root tinyserve" ] || fail "/etc/tinyserve is somebody else's"
 inside tinyserved --check-config --config /etc/tinyserve/tinyserved.conf
+inside sed -i 's/^memory = 1G/memory = 64M/; s/^layers = 32/layers = 2/' /etc/tinyserve/tinyserved.conf
 
-# As the unit runs it: that user, that configuration; the pool is smaller.
-mkdir "$root/run/tinyserve" && inside chown tinyserve:tinyserve /run/tinyserve
-chroot "$root" setpriv --reuid tinyserve --regid tinyserve --clear-groups tinyserved \
-    --config /etc/tinyserve/tinyserved.conf --set metrics=off --pool tiny:layers=2,kv_heads=2,head_dim=64,blocks=64 \
-    >"$scratch/daemon.log" 2>&1 &
-daemon=$!
-inside tsctl --wait 60 pools | grep '^tiny ' || { cat "$scratch/daemon.log"; exit 1; }
-inside tsctl check
-kill -TERM "$daemon"
-wait "$daemon"
-[ ! -e "$root/run/tinyserve/tinyserve.sock" ]
+if booted; then
+    [ "$(property ActiveState) $(property UnitFileState)" = "inactive disabled" ] || fail "installing it has started it"
+    log inside systemctl enable --now tinyserved # returns when it has said READY
+    [ "$(property ActiveState) $(property Type)" = "active notify" ] || fail "it isn't active"
+    inside tsctl pools | grep '^llama-8b ' || fail "no pool"
+    inside tsctl check
+    [ "$(inside stat -c '%a %U %G' /run/tinyserve)" = "750 tinyserve tinyserve" ] || fail "its folder is somebody else's"
+    until property StatusText | grep -q 'sessions, .* blocks used in 1 pools'; do :; done
+    inside journalctl -o cat TINYSERVE_POOL=llama-8b | grep -q "pool 'llama-8b' on host" || fail "no field in the journal"
 
-echo "# mine" >>"$root/etc/tinyserve/tinyserved.conf"
+    # Who may connect: root and the group.
+    log inside useradd --groups tinyserve worker
+    log inside useradd stranger
+    inside setpriv --reuid worker --regid worker --init-groups tsctl status >/dev/null || fail "the group can't connect"
+    ! inside setpriv --reuid stranger --regid stranger --init-groups tsctl status 2>"$scratch/log" ||
+        fail "a stranger can connect"
+    grep -q "in the daemon's group (tinyserve)" "$scratch/log" || fail "a stranger is told: $(cat "$scratch/log")"
+
+    # It is told to read its configuration anew, and says what came of it.
+    inside sed -i 's/^# log_level = info .*/log_level = debug/' /etc/tinyserve/tinyserved.conf
+    log inside systemctl reload tinyserved
+    until inside journalctl -u tinyserved -o cat | grep -q 'configuration was read again'; do
+        [ "$((SECONDS - began))" -lt 300 ] || fail "no word of the new configuration"
+    done
+
+    # Killed, it comes again; stopped without a word, the watchdog ends it, and it comes again.
+    inside sh -c "kill -KILL $(property MainPID)"
+    until_property NRestarts 1
+    until_property ActiveState active
+    inside sh -c 'mkdir /run/systemd/system/tinyserved.service.d && printf "[Service]\nWatchdogSec=2\n" \
+        >/run/systemd/system/tinyserved.service.d/test.conf'
+    log inside systemctl daemon-reload
+    log inside systemctl restart tinyserved
+    inside sh -c "kill -STOP $(property MainPID)"
+    until_property NRestarts 1
+    until_property ActiveState active
+    inside journalctl -u tinyserved | grep -q 'Watchdog timeout' || inside journalctl _PID=1 | grep -q 'Watchdog timeout' ||
+        fail "it wasn't the watchdog"
+
+    # Another version (the same one): what runs is replaced.
+    before=$(property MainPID)
+    install
+    [ "$(property ActiveState)" = active ] && [ "$(property MainPID)" != "$before" ] || fail "an upgrade doesn't restart it"
+    inside tsctl check
+    echo "under systemd $(inside systemctl --version | awk 'NR == 1 { print $2 }'): started, reloaded, killed, watched, upgraded"
+else
+    # As the unit runs it: that user, that configuration.
+    mkdir "$root/run/tinyserve" && inside chown tinyserve:tinyserve /run/tinyserve
+    inside setpriv --reuid tinyserve --regid tinyserve --clear-groups tinyserved \
+        --config /etc/tinyserve/tinyserved.conf --set metrics=off >"$scratch/daemon.log" 2>&1 &
+    daemon=$!
+    inside tsctl --wait 60 pools | grep '^llama-8b ' || { cat "$scratch/daemon.log"; exit 1; }
+    inside tsctl check
+    kill -TERM "$daemon"
+    wait "$daemon"
+fi
+
+inside sh -c 'echo "# mine" >>/etc/tinyserve/tinyserved.conf'
 log inside dpkg -r tinyserved tinyserve-tools libtinyserve-dev libtinyserve0
 [ "$(snapshot)" = "etc/tinyserve
 etc/tinyserve/tinyserved.conf" ] || { snapshot; exit 1; }
-grep -q '# mine' "$root/etc/tinyserve/tinyserved.conf" # a configuration outlives its package
+inside test ! -e /run/tinyserve/tinyserve.sock || fail "its socket is left"
+booted && [ "$(property ActiveState)" = active ] && fail "it runs on without its package"
+inside grep -q '# mine' /etc/tinyserve/tinyserved.conf # a configuration outlives its package
 log inside dpkg -P tinyserved
 [ -z "$(snapshot)" ] || { snapshot; exit 1; }
-echo "installed, started, removed and purged in a fresh $VERSION_CODENAME"
+echo "installed, run, removed and purged in a fresh $VERSION_CODENAME"
