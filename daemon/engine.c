@@ -1,4 +1,4 @@
-/* Sessions, pools and sequences; steps are in engine_step.c. */
+/* Sessions and sequences; pools are in engine_pool.c, steps in engine_step.c. */
 #include "engine.h"
 
 #include <assert.h>
@@ -82,57 +82,6 @@ void ts_engine_free(ts_engine *e)
     free(e->out_words);
     free(e->out_copies);
     free(e);
-}
-
-bool ts_engine_has_pool(const ts_engine *e, uint32_t pool)
-{
-    return pool < e->num_pools && e->pools[pool].config.name[0] != '\0';
-}
-
-ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_t *index, char *why,
-                             size_t why_bytes)
-{
-    ts_status status = ts_geometry_check(&config->geometry, why, why_bytes);
-    if (status != TS_OK)
-        return status;
-    uint32_t free_place = TS_NONE;
-    for (uint32_t i = 0; i < e->num_pools; i++) {
-        if (!ts_engine_has_pool(e, i)) {
-            free_place = i < free_place ? i : free_place;
-        } else if (strcmp(e->pools[i].config.name, config->name) == 0) {
-            snprintf(why, why_bytes, "there is a pool '%s' already", config->name);
-            return TS_EEXIST;
-        }
-    }
-    uint32_t place = free_place == TS_NONE ? e->num_pools : free_place;
-    if (place == TS_POOLS_MAX) {
-        snprintf(why, why_bytes, "there are %u pools already; the limit is %u", e->num_pools,
-                 TS_POOLS_MAX);
-        return TS_EINVAL;
-    }
-    if (config->num_blocks == 0 || config->num_blocks > TS_POOL_BLOCKS_MAX) {
-        snprintf(why, why_bytes, "a pool of %u blocks; the limits are 1..%u", config->num_blocks,
-                 TS_POOL_BLOCKS_MAX);
-        return TS_EINVAL;
-    }
-    ts_engine_pool *pool = &e->pools[place];
-    uint32_t max =
-        config->max_blocks > config->num_blocks ? config->max_blocks : config->num_blocks;
-    ts_status books = ts_pool_init(&pool->books, config->num_blocks, max, config->slab_blocks);
-    if (books == TS_OK && e->num_tenants > 0)
-        books = ts_pool_add_tenant(&pool->books, e->num_tenants - 1);
-    if (books != TS_OK) {
-        ts_pool_fini(&pool->books);
-        snprintf(why, why_bytes, "no memory for the books of %u blocks", max);
-        return TS_ENOMEM;
-    }
-    pool->config = *config;
-    ts_sequences_init(&pool->seqs, config->sequences_max, config->geometry.block_tokens);
-    e->num_pools += place == e->num_pools;
-    e->live_pools++;
-    if (index != NULL)
-        *index = place;
-    return TS_OK;
 }
 
 /* ---- sessions ---- */
@@ -241,103 +190,6 @@ static void exchange_open(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
     s->exchange_bytes = bytes;
-}
-
-/* ---- pools ---- */
-
-uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *a)
-{
-    bool only = name[0] == '\0' && e->live_pools == 1;
-    char known[128] = "";
-    for (uint32_t i = 0; i < e->num_pools; i++) {
-        size_t used = strlen(known);
-        if (!ts_engine_has_pool(e, i))
-            continue;
-        if (only || strcmp(e->pools[i].config.name, name) == 0)
-            return i;
-        snprintf(known + used, sizeof known - used, "%s'%s'", used == 0 ? "" : ", ",
-                 e->pools[i].config.name);
-    }
-    if (name[0] == '\0' && e->live_pools > 1)
-        ts_refuse(a, TS_EINVAL, "there are several pools: name one of %s", known);
-    else
-        ts_refuse(a, TS_ENOENT, "there is no pool '%.64s'; there %s %s", name,
-                  e->live_pools == 1 ? "is" : "are", e->live_pools == 0 ? "no pools" : known);
-    return TS_NONE;
-}
-
-static void pool_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
-{
-    uint32_t i = ts_engine_pool_named(e, c->pool_open.name, a);
-    if (i == TS_NONE)
-        return;
-    const ts_pool_config *config = &e->pools[i].config;
-    if (c->pool_open.writable && config->client_write == TS_CLIENT_WRITE_NONE)
-        return ts_refuse(a, TS_EPERM,
-                         "pool '%s' may not be mapped writable by uid %u: its configuration says "
-                         "client_write = none",
-                         config->name, e->tenants[s->tenant]);
-    s->opened_pools |= (uint64_t)1 << i;
-    if (c->pool_open.writable)
-        s->writable_pools |= (uint64_t)1 << i;
-    a->pool = i;
-}
-
-static void pool_remove(ts_engine *e, const ts_command *c, ts_answer *a)
-{
-    ts_engine_pool *pool = &e->pools[c->pool];
-    uint32_t users = 0, first = 0;
-    for (uint32_t i = 0; i < e->num_sessions; i++)
-        if (e->sessions[i].live && (e->sessions[i].opened_pools >> c->pool & 1) && users++ == 0)
-            first = i;
-    if (users > 0) /* a session that ends while its runs are under way is one too */
-        return ts_refuse(a, TS_EBUSY, "pool '%s' is open in %u session%s (%llx, %s, pid %u%s)",
-                         pool->config.name, users, users == 1 ? "" : "s",
-                         (unsigned long long)ts_engine_session_id(e, first),
-                         e->sessions[first].program, e->sessions[first].pid,
-                         users == 1 ? "" : ", ...");
-    ts_pool_fini(&pool->books); /* what is left are kept sequences */
-    ts_sequences_fini(&pool->seqs);
-    *pool = (ts_engine_pool){0};
-    e->live_pools--;
-}
-
-static void pool_resize(ts_engine *e, const ts_command *c, ts_answer *a)
-{
-    ts_engine_pool *pool = &e->pools[c->pool];
-    ts_pool_books *books = &pool->books;
-    uint32_t slab = books->slab_blocks;
-    uint64_t wanted = ((uint64_t)c->pool_resize.num_blocks + slab - 1) / slab * slab;
-    if (wanted > books->max_blocks)
-        wanted = books->max_blocks;
-    if (c->pool_resize.num_blocks == 0 || c->pool_resize.num_blocks > books->max_blocks)
-        return ts_refuse(a, TS_EINVAL,
-                         "%u blocks for pool '%s'; the limits are 1..%u, its memory_max",
-                         c->pool_resize.num_blocks, pool->config.name, books->max_blocks);
-    uint32_t used = ts_pool_first_used(books, (uint32_t)wanted);
-    if (used != TS_NONE)
-        return ts_refuse(
-            a, TS_EBUSY,
-            "pool '%s' can't have %u blocks: block %u is in use, and blocks don't move",
-            pool->config.name, (uint32_t)wanted, used);
-    ts_pool_resize(books, (uint32_t)wanted);
-    pool->config.num_blocks = (uint32_t)wanted;
-}
-
-uint32_t ts_engine_next_slab(const ts_engine *e, uint32_t pool, uint32_t tenant)
-{
-    return ts_pool_next_slab(&e->pools[pool].books, tenant);
-}
-
-static void slab_grant(ts_engine *e, const ts_command *c, ts_answer *a)
-{
-    if (!ts_engine_has_pool(e, c->pool))
-        return ts_refuse(a, TS_ENOENT, "there is no pool %u", c->pool);
-    ts_status status =
-        ts_pool_grant(&e->pools[c->pool].books, c->slab_grant.slab, c->slab_grant.tenant);
-    if (status != TS_OK)
-        ts_refuse(a, status, "slab %u can't be granted to tenant %u", c->slab_grant.slab,
-                  c->slab_grant.tenant);
 }
 
 /* ---- sequences ---- */
@@ -655,15 +507,15 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     case TS_OP_SESSION_OPEN:
         return session_open(e, c, a);
     case TS_OP_SLAB_GRANT:
-        return slab_grant(e, c, a);
+        return ts_engine_slab_grant(e, c, a);
     case TS_OP_STEP_DONE:
         return ts_engine_step_done(e, c, a);
     case TS_OP_SEQ_REMOVE:
         return seq_remove(e, c, a);
     case TS_OP_POOL_REMOVE:
-        return pool_remove(e, c, a);
+        return ts_engine_pool_remove(e, c, a);
     case TS_OP_POOL_RESIZE:
-        return pool_resize(e, c, a);
+        return ts_engine_pool_resize(e, c, a);
     default:
         break;
     }
@@ -679,7 +531,7 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     case TS_OP_EXCHANGE_OPEN:
         return exchange_open(e, s, c, a);
     case TS_OP_POOL_OPEN:
-        return pool_open(e, s, c, a);
+        return ts_engine_pool_open(e, s, c, a);
     case TS_OP_STEP_RUN:
         return ts_engine_step_run(e, s, c, a);
     case TS_OP_STEP_COMMIT:

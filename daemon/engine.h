@@ -253,6 +253,11 @@ void ts_refuse(ts_answer *answer, ts_status status, const char *format, ...)
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);
 ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_session *session,
                                 uint64_t id, bool to_change, ts_answer *answer);
+void ts_engine_pool_open(ts_engine *engine, ts_session *session, const ts_command *command,
+                         ts_answer *answer);
+void ts_engine_pool_remove(ts_engine *engine, const ts_command *command, ts_answer *answer);
+void ts_engine_pool_resize(ts_engine *engine, const ts_command *command, ts_answer *answer);
+void ts_engine_slab_grant(ts_engine *engine, const ts_command *command, ts_answer *answer);
 void ts_engine_step_begin(ts_engine *engine, ts_session *session, const ts_command *command,
                           ts_answer *answer);
 void ts_engine_step_run(ts_engine *engine, ts_session *session, const ts_command *command,
