@@ -1,0 +1,260 @@
+/* Steps by ring, by message and attended by the worker itself, against a real daemon: the same
+ * bits. */
+#define _GNU_SOURCE
+#include "ways_util.h"
+
+#define SEQS 3
+
+static void fill(rng *r, void *to, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        ((float *)to)[i] = rng_normal(r);
+}
+
+/* One step with both layers run in each way there is; its outputs go to *out. */
+static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t seed,
+                          bool fp8, float *out)
+{
+    const ts_run_options ways[] = {
+        {0},
+        {.scale = 0.2f, .soft_cap = 3, .window = 5},
+        {.alibi = true, .sinks = true, .lse = true},
+        {.rope_theta = 10000, .rope_dims = 32},
+        {.rope_theta = 500, .rope_interleaved = true, .lse = true, .scales = fp8},
+    };
+    rng r = {seed};
+    ts_step *s;
+    size_t n = 0;
+    OK(ts_step_begin(p, seqs, new_tokens, SEQS, &(ts_step_options){.heads = HEADS}, &s));
+    size_t tokens = ts_step_tokens(s), rows = tokens * HEADS;
+    for (uint32_t layer = 0; layer < 2; layer++)
+        for (size_t way = 0; way < sizeof ways / sizeof *ways; way++) {
+            fill(&r, ts_step_q(s), rows * DIM);
+            fill(&r, ts_step_k(s), tokens * KV * DIM);
+            fill(&r, ts_step_v(s), tokens * KV * DIM);
+            fill(&r, ts_step_alibi(s), HEADS);
+            fill(&r, ts_step_sinks(s), HEADS);
+            for (uint32_t i = 0; i < 2 * KV; i++)
+                ts_step_scales(s)[i] = 0.5f + (float)rng_below(&r, 100) / 100;
+            memset((void *)ts_step_out(s), 0xff, rows * DIM * sizeof(float));
+            OK(ts_step_run_with(s, layer, &ways[way]));
+            memcpy(out + n, ts_step_out(s), rows * DIM * sizeof(float));
+            n += rows * DIM;
+            if (ways[way].lse) {
+                memcpy(out + n, ts_step_lse(s), rows * sizeof(float));
+                n += rows;
+            }
+        }
+    uint32_t accepted[SEQS] = {new_tokens[0], new_tokens[1] - new_tokens[1] / 2, new_tokens[2]};
+    OK(ts_step_commit(s, seed % 2 == 0 ? NULL : accepted));
+    return n;
+}
+
+/* By ring, by message, and attended by this process. */
+enum { RING, MESSAGES, LOCAL, WAYS };
+
+static void check_ways(const char *pool, bool fp8)
+{
+    static const uint32_t rounds[4][SEQS] = {{9, 2, 30}, {1, 1, 1}, {3, 8, 1}, {1, 4, 2}};
+    static float out[WAYS][200000];
+    daemon_process d;
+    daemon_start(&d, pool);
+    ts_client *c[WAYS] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
+                          connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
+                          connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
+    ts_pool *p[WAYS];
+    ts_seq seqs[WAYS][SEQS];
+    uint32_t lengths[WAYS][SEQS];
+    for (int way = 0; way < WAYS; way++) {
+        p[way] = open_pool(c[way], "tiny", way == LOCAL ? TS_POOL_WRITABLE : 0);
+        OK(ts_seq_create(p[way], SEQS, seqs[way]));
+    }
+    for (uint32_t round = 0; round < 4; round++) {
+        size_t n = 0;
+        for (int way = 0; way < WAYS; way++) {
+            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, fp8, out[way]);
+            OK(ts_seq_lengths(p[way], seqs[way], SEQS, lengths[way]));
+            assert_memory_equal(lengths[0], lengths[way], sizeof lengths[0]);
+            assert_memory_equal(out[0], out[way], n * sizeof(float));
+        }
+        if (round == 1) /* shared tails: the next step's begin waits for copies */
+            for (int way = 0; way < WAYS; way++)
+                OK(ts_seq_fork(p[way], seqs[way][0], 1, &seqs[way][2]));
+    }
+    assert_int_equal(ts_client_transport(c[RING]), TS_TRANSPORT_RING);
+    assert_int_equal(ts_client_transport(c[MESSAGES]), TS_TRANSPORT_MESSAGES);
+    assert_int_equal(ts_client_exec(c[RING]), TS_EXEC_DAEMON);
+    assert_int_equal(ts_client_exec(c[LOCAL]), TS_EXEC_LOCAL);
+    check_daemon(c[0]);
+    for (int way = 0; way < WAYS; way++) {
+        ts_pool_close(p[way]);
+        ts_disconnect(c[way]);
+    }
+    daemon_stop(&d);
+}
+
+static void every_way_gives_the_same_bits(void **state)
+{
+    (void)state;
+    check_ways(POOL ",client_write=all,device=host", false);
+    check_ways("tiny:layers=2,kv_heads=2,head_dim=64,dtype=fp8_e4m3,block_tokens=4,blocks=512,"
+               "client_write=all,device=host",
+               true);
+}
+
+/* On a GPU there are two ways. */
+static void rings_and_messages_give_the_same_bits(void **state)
+{
+    (void)state;
+    static const uint32_t rounds[3][SEQS] = {{9, 2, 30}, {1, 1, 1}, {3, 8, 1}};
+    static float out[2][200000];
+    daemon_process d;
+    daemon_start(&d, POOL);
+    ts_client *c[2] = {connect_by(&d, TS_TRANSPORT_RING, 0, 0),
+                       connect_by(&d, TS_TRANSPORT_MESSAGES, 0, 0)};
+    ts_pool *p[2];
+    ts_seq seqs[2][SEQS];
+    for (int way = 0; way < 2; way++) {
+        p[way] = open_pool(c[way], "tiny", 0);
+        OK(ts_seq_create(p[way], SEQS, seqs[way]));
+    }
+    for (uint32_t round = 0; round < 3; round++) {
+        size_t n = 0;
+        for (int way = 0; way < 2; way++)
+            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, false, out[way]);
+        assert_memory_equal(out[0], out[1], n * sizeof(float));
+    }
+    for (int way = 0; way < 2; way++) {
+        ts_pool_close(p[way]);
+        ts_disconnect(c[way]);
+    }
+    daemon_stop(&d);
+}
+
+/* One step of one token, all layers with plain attention over random numbers. */
+static void plain_step(ts_pool *p, ts_seq seq, uint32_t seed)
+{
+    ts_step *s;
+    rng r = {seed};
+    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        fill(&r, ts_step_q(s), HEADS * DIM);
+        fill(&r, ts_step_k(s), KV * DIM);
+        fill(&r, ts_step_v(s), KV * DIM);
+        OK(ts_step_run(s, layer));
+    }
+    OK(ts_step_commit(s, NULL));
+}
+
+static uint64_t attends(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    OK(ts_call(c, &request, &reply));
+    uint64_t n = reply->status_reply->runs;
+    tspb__reply__free_unpacked(reply, NULL);
+    return n;
+}
+
+static void auto_goes_both_ways_once_and_then_one(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_AUTO, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE), *closed = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    plain_step(closed, seq, 1); /* not writable: the daemon */
+    assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
+    assert_int_equal(attends(c), 2);
+    plain_step(p, seq, 2);
+    assert_int_equal(ts_client_exec(c), TS_EXEC_AUTO);
+    assert_int_equal(attends(c), 4);
+    plain_step(p, seq, 3);
+    assert_true(ts_client_exec(c) == TS_EXEC_LOCAL || ts_client_exec(c) == TS_EXEC_DAEMON);
+    assert_int_equal(attends(c), ts_client_exec(c) == TS_EXEC_LOCAL ? 4 : 6);
+    ts_pool_close(p);
+    ts_pool_close(closed);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* What of the pool this process may write: the slabs with its own new tokens alone. */
+static void local_execution_maps_what_it_only_reads_to_be_read(void **state)
+{
+    (void)state;
+    daemon_process d;
+    /* 4 KiB a block, so 2 blocks a slab */
+    daemon_start(&d, POOL ",client_write=all,device=host,slab=8K");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq, fork;
+    OK(ts_seq_create(p, 1, &seq));
+    for (uint32_t i = 0; i < 16; i++) /* 4 blocks: 2 slabs */
+        plain_step(p, seq, i);
+    OK(ts_seq_keep(p, seq, "shared"));
+    ts_client *other = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *theirs = open_pool(other, "tiny", TS_POOL_WRITABLE);
+    OK(ts_seq_fork(theirs, seq, 1, &fork));
+    plain_step(theirs, fork, 20);
+    uint32_t readable = 0, writable = 0;
+    for (uint32_t i = 0; i < theirs->num_slabs; i++) {
+        readable += theirs->mapped[i] != 0;
+        writable += theirs->written[i];
+    }
+    assert_int_equal(readable, 3);
+    assert_int_equal(writable, 1);
+    ts_pool_close(p);
+    ts_pool_close(theirs);
+    ts_disconnect(c);
+    ts_disconnect(other);
+    daemon_stop(&d);
+}
+
+static void local_execution_that_cannot_be_says_why(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_LOCAL, 0),
+              *m = connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", 0), *w = open_pool(c, "tiny", TS_POOL_WRITABLE),
+            *q = open_pool(m, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq;
+    ts_step *s;
+    OK(ts_seq_create(p, 1, &seq));
+    assert_int_equal(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EPERM);
+    assert_non_null(strstr(ts_error(c), "TS_POOL_WRITABLE"));
+    assert_int_equal(ts_step_begin(q, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EINVAL);
+    assert_non_null(strstr(ts_error(m), "needs the rings"));
+    OK(ts_step_begin(w, &seq, &(uint32_t){1}, 1, NULL, &s));
+    assert_int_equal(ts_step_run(s, 2), TS_EINVAL);
+    assert_string_equal(ts_error(c), "layer 2; the pool has 2");
+    assert_int_equal(ts_step_run_with(s, 0, &(ts_run_options){.soft_cap = -1}), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "a soft cap of -1"));
+    assert_int_equal(ts_step_run_with(s, 0, &(ts_run_options){.on_stream = true}), TS_EINVAL);
+    OK(ts_step_abort(s));
+    assert_int_equal(used_blocks(c), 0);
+    ts_pool_close(p);
+    ts_pool_close(w);
+    ts_pool_close(q);
+    ts_disconnect(c);
+    ts_disconnect(m);
+    daemon_stop(&d);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_way_gives_the_same_bits),
+        cmocka_unit_test(rings_and_messages_give_the_same_bits),
+        cmocka_unit_test(auto_goes_both_ways_once_and_then_one),
+        cmocka_unit_test(local_execution_maps_what_it_only_reads_to_be_read),
+        cmocka_unit_test(local_execution_that_cannot_be_says_why),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
