@@ -306,6 +306,8 @@ static void load_queries(ts_dtype dtype, const ts_attention_item *item, float *q
             float scale = call->variant.scale * LOG2E;
             if (scales != NULL)
                 scale *= scales[item->head_first + h];
+            if (is_fours(dtype))
+                scale *= FP8_UNIT;
             for (uint32_t j = 0; j < group; j++) {
                 size_t from = ((size_t)(item->q_first + i) * call->heads +
                                (size_t)(item->head_first + h) * group + j) *
@@ -349,6 +351,8 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
                 }
                 if (item->seq->scales != NULL) /* V's */
                     inverse *= item->seq->scales[call->geometry.kv_heads + item->head_first + h];
+                if (is_fours(dtype))
+                    inverse *= FP8_UNIT;
                 float row[TS_HEAD_DIM_MAX];
                 for (uint32_t d = 0; d < head_dim; d++)
                     row[d] = acc[place_of(dtype, d)] * inverse;
@@ -361,6 +365,15 @@ static ts_attention_state partial_at(float *partials, uint32_t part, uint32_t ro
 {
     float *p = partials + part * ts_attention_partial_floats(rows, head_dim);
     return (ts_attention_state){.max = p, .sum = p + rows, .acc = p + 2 * (size_t)rows};
+}
+
+/* Whether one of a tile's rows of K or V, of fp8, has a NaN. */
+INLINE bool has_nan(const unsigned char *const *rows, size_t k_offset, size_t plane, uint32_t bytes)
+{
+    vu found = {0};
+    for (uint32_t t = 0; t < TS_TILE; t++)
+        found |= nans_of(rows[t] + k_offset, bytes) | nans_of(rows[t] + k_offset + plane, bytes);
+    return any((vi)found);
 }
 
 INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t part,
@@ -414,10 +427,16 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
                           .v_offset = plane + head_offset,
                           .bytes = g->head_dim * ts_dtype_bytes(g->dtype)};
             uint32_t r = h * head_rows;
-            attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
-                        (item->head_first + h) * group, scratch->q + (size_t)r * padded,
-                        scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
-                        state->acc + (size_t)r * padded, filled == 0 ? NULL : &next);
+            if (dtype == FP8_FOURS && has_nan(rows[turn], head_offset, plane, g->head_dim))
+                attend_tile(FP8_FOURS_NAN, item, rows[turn], head_offset, plane + head_offset, tile,
+                            (item->head_first + h) * group, scratch->q + (size_t)r * padded,
+                            scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
+                            state->acc + (size_t)r * padded, filled == 0 ? NULL : &next);
+            else
+                attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
+                            (item->head_first + h) * group, scratch->q + (size_t)r * padded,
+                            scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
+                            state->acc + (size_t)r * padded, filled == 0 ? NULL : &next);
         }
     }
     for (uint32_t r = 0; r < item->head_count * head_rows; r++)
@@ -471,16 +490,28 @@ static void item_bf16_pairs(const ts_attention_item *item, const ts_attention_sc
     attend_item(BF16_PAIRS, item, scratch);
 }
 
-static bool in_pairs(const ts_geometry *g)
+static void item_fp8_fours(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
-    return g->dtype == TS_DTYPE_BF16 && g->head_dim % (2 * VL) == 0;
+    attend_item(FP8_FOURS, item, scratch);
+}
+
+/* How the cache's rows are read. */
+static ts_dtype order_of(const ts_geometry *g)
+{
+    return g->dtype == TS_DTYPE_BF16 && g->head_dim % (2 * VL) == 0       ? BF16_PAIRS
+           : g->dtype == TS_DTYPE_FP8_E4M3 && g->head_dim % (4 * VL) == 0 ? FP8_FOURS
+                                                                          : g->dtype;
 }
 
 static void run_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
-    if (in_pairs(&item->call->geometry))
-        return item_bf16_pairs(item, scratch);
-    switch (item->call->geometry.dtype) {
+    switch ((int)order_of(&item->call->geometry)) {
+    case BF16_PAIRS:
+        item_bf16_pairs(item, scratch);
+        break;
+    case FP8_FOURS:
+        item_fp8_fours(item, scratch);
+        break;
     case TS_DTYPE_FP32:
         item_fp32(item, scratch);
         break;
@@ -506,7 +537,7 @@ static void merge_item(const ts_attention_item *item, const ts_attention_scratch
         merge_state(&scratch->all, &state, rows, padded);
     }
     const ts_geometry *g = &item->call->geometry;
-    write_out(in_pairs(g) ? BF16_PAIRS : g->dtype, item, &scratch->all);
+    write_out(order_of(g), item, &scratch->all);
 }
 
 const ts_attention_isa_ops TS_ATTENTION_OPS = {.item = run_item, .merge = merge_item};

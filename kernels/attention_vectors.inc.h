@@ -89,9 +89,28 @@ INLINE vf load_fp16(const void *p)
  */
 #define BF16_PAIRS ((ts_dtype)100)
 
+/*
+ * So are fp8 rows of whole fours of vectors: of each 16 bits the lower element is in one of the
+ * first two vectors, the upper in one of the last two. As fp16 whose exponent is 8 too low an
+ * element takes a shift and a mask, and the 2^8 are multiplied once, at the ends (FP8_UNIT). NaN
+ * isn't one there; where a tile has any, which is looked for once, FP8_FOURS_NAN minds it.
+ */
+#define FP8_FOURS ((ts_dtype)101)
+#define FP8_FOURS_NAN ((ts_dtype)102)
+#define FP8_UNIT 256.0f
+
+INLINE bool is_fours(ts_dtype dtype)
+{
+    return dtype == FP8_FOURS || dtype == FP8_FOURS_NAN;
+}
+
 static uint32_t place_of(ts_dtype dtype, uint32_t d)
 {
-    return dtype == BF16_PAIRS ? d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2 : d;
+    if (dtype == BF16_PAIRS)
+        return d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2;
+    if (is_fours(dtype))
+        return d / (4 * VL) * (4 * VL) + d % 2 * (2 * VL) + d % (4 * VL) / 2;
+    return d;
 }
 
 /* e4m3 as fp16 whose exponent is 8 too low, which the conversion from fp16 makes right, subnormals
@@ -108,6 +127,35 @@ INLINE vf load_fp8(const unsigned char *p)
     return (vf)((vu)finite | (vu)((wide & 0x7fu) == 0x7fu)); /* all ones is NaN */
 }
 
+/* VL elements from place d of a row in fours, over FP8_UNIT. */
+INLINE vf load_fours(const unsigned char *row, uint32_t d, bool nan)
+{
+    typedef int16_t vs __attribute__((vector_size(VL * 2)));
+    const bool upper = d % (4 * VL) >= 2 * VL;
+    vh x;
+    memcpy(&x, row + d / (4 * VL) * (4 * VL) + d % (2 * VL) / VL * (2 * VL), sizeof x);
+    vs halves = (vs)(upper ? x : x << 8) >> 1 & (int16_t)0xbf80;
+    vf value = LOAD_FP16(&halves);
+    if (!nan)
+        return value;
+    vu wide = __builtin_convertvector((vh)halves, vu) & 0x3f80u;
+    return (vf)((vu)value | (vu)(wide == 0x3f80u)); /* all ones is NaN */
+}
+
+/* Whether a row of `bytes`, a multiple of 4 * VL, has a NaN; its magnitude is 0x7f, and no other's
+ * sum with 1 reaches the sign. */
+INLINE vu nans_of(const unsigned char *row, uint32_t bytes)
+{
+    typedef uint8_t vb __attribute__((vector_size(VL * 4)));
+    vb found = {0};
+    for (uint32_t b = 0; b < bytes; b += 4 * VL) {
+        vb x;
+        memcpy(&x, row + b, sizeof x);
+        found |= (x & 0x7f) + 1;
+    }
+    return (vu)(found & 0x80);
+}
+
 /* VL elements from place d of a cache row, as floats. */
 INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
 {
@@ -116,6 +164,8 @@ INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
         memcpy(&pairs, row + 2 * (size_t)(d / (2 * VL) * (2 * VL)), sizeof pairs);
         return (vf)(d % (2 * VL) == 0 ? pairs << 16 : pairs & 0xffff0000u);
     }
+    if (is_fours(dtype))
+        return load_fours(row, d, dtype == FP8_FOURS_NAN);
     if (dtype == TS_DTYPE_FP32)
         return load((const float *)(const void *)row + d);
     if (dtype == TS_DTYPE_FP16)
@@ -182,7 +232,7 @@ INLINE float reduce_sum(vf v)
     return v[0];
 }
 
-/* 2^x for x <= 0, within 2 ulp; 0 below -126. */
+/* 2^x for x <= 0, within 2 ulp; 0 below -126, NaN of NaN. */
 INLINE vf exp2_negative(vf x)
 {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
@@ -199,7 +249,7 @@ INLINE vf exp2_negative(vf x)
     p = FMA(p, f, broadcast(6.9314718055994530e-01f));
     p = FMA(p, f, broadcast(1.0f));
     vf scaled = (vf)((vu)p + ((vu)shifted << 23));
-    return (vf)(~zero & (vi)scaled);
+    return choose(x == x, (vf)(~zero & (vi)scaled), x); /* the sum of bits may be no NaN */
 }
 
 static float exp2_scalar(float x)

@@ -212,33 +212,53 @@ static void splitting_a_batch_changes_no_bit(void **state)
     }
 }
 
-static void later_tokens_never_leak_into_earlier_ones(void **state)
+/* The last token's K of head 0 and one element of its V of head 1 are NaN: the last row of head 0
+ * shows it, and that element of head 1's, and nothing else. */
+static void check_leaks(ts_dtype dtype, uint32_t dim, ts_isa isa)
 {
-    (void)state;
-    static const uint32_t lengths[][2] = {{100, 100}};
+    enum { TOKENS = 100, HEADS = 2 };
+    static const uint32_t lengths[][2] = {{TOKENS, TOKENS}};
     rng r = {11};
     problem p;
     problem_new(&p,
-                (shape){.dtype = TS_DTYPE_FP32,
+                (shape){.dtype = dtype,
                         .io = TS_DTYPE_FP32,
                         .layout = TS_LAYOUT_NHD,
-                        .heads = 2,
-                        .kv_heads = 2,
-                        .head_dim = 32,
+                        .heads = HEADS,
+                        .kv_heads = HEADS,
+                        .head_dim = dim,
                         .block_tokens = 16,
                         .layers = 1},
                 lengths, 1, &r);
-    ts_attention *a = ts_attention_new(1, TS_ISA_AUTO);
-    /* The last token's K and V are NaN: only the last row may show it. */
-    for (uint32_t d = 0; d < 2 * 32; d++)
-        ((float *)(void *)p.k)[99 * 64 + d] = ((float *)(void *)p.v)[99 * 64 + d] = NAN;
+    ts_attention *a = ts_attention_new(1, isa);
+    float *last_k = (float *)(void *)p.k + (TOKENS - 1) * HEADS * dim;
+    float *last_v = (float *)(void *)p.v + (TOKENS - 1) * HEADS * dim;
+    const float *out = (float *)(void *)p.out;
+    memset(&last_k[dim / 3], 0xff, sizeof(float)); /* a NaN whose every bit is set */
+    last_v[dim + dim / 2] = NAN;
     poison(&p);
     assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
-    for (uint32_t i = 0; i < 99 * 64; i++)
-        assert_false(isnan(((float *)(void *)p.out)[i]));
-    assert_true(isnan(((float *)(void *)p.out)[99 * 64]));
+    for (uint32_t t = 0; t < TOKENS; t++)
+        for (uint32_t i = 0; i < HEADS * dim; i++) {
+            bool shows = t == TOKENS - 1 && (i < dim || i == dim + dim / 2);
+            if ((isnan(out[t * HEADS * dim + i]) != 0) != shows)
+                fail_msg("%s, head_dim %u, %s: token %u, element %u is %g", ts_dtype_name(dtype),
+                         dim, ts_isa_name(ts_attention_isa(a)), t, i,
+                         (double)out[t * HEADS * dim + i]);
+        }
     ts_attention_free(a);
     problem_free(&p);
+}
+
+static void later_tokens_never_leak_into_earlier_ones(void **state)
+{
+    (void)state;
+    static const uint32_t dims[] = {32, 40, 64, 128};
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
+        for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
+            for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+                if (ts_isa_resolve(isas[i]) == isas[i])
+                    check_leaks((ts_dtype)dtype, dims[d], isas[i]);
 }
 
 static void every_half_and_bfloat_survives_a_round_trip(void **state)
