@@ -95,6 +95,14 @@ if booted; then
         [ "$((SECONDS - began))" -lt 300 ] || fail "no word of the new configuration"
     done
 
+    # One for each GPU: the same daemon beside it, in host memory since there is none here.
+    inside sh -c 'cd /etc/tinyserve && sed "s/^metrics = .*/metrics = off/; s/^# device = auto .*/device = host/" \
+        tinyserved.conf >tinyserved-0.conf && chgrp tinyserve tinyserved-0.conf && chmod 640 tinyserved-0.conf'
+    log inside systemctl start tinyserved@0
+    inside tsctl -s ipc:///run/tinyserve-0/tinyserve.sock check
+    log inside systemctl stop tinyserved@0
+    inside rm /etc/tinyserve/tinyserved-0.conf
+
     # Killed, it comes again; stopped without a word, the watchdog ends it, and it comes again.
     inside sh -c "kill -KILL $(property MainPID)"
     until_property NRestarts 1
