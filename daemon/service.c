@@ -455,8 +455,11 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     } else if (ts_decode(message, c->session, &command, &a)) {
         if (ts_service_must_wait(s, &command)) {
             kept->pending = true;
-            request->next_waiter = s->waiting;
-            s->waiting = request;
+            ts_request **end = &s->waiting; /* who comes first is answered first */
+            while (*end != NULL)
+                end = &(*end)->next_waiter;
+            request->next_waiter = NULL;
+            *end = request;
             return;
         }
         waits = execute(s, c, request, &command, &a, &reply, &body);

@@ -458,7 +458,7 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
 {
     (void)state;
     pthread_t engine;
-    test_request t, commit_request, more[5];
+    test_request t, commit_request, abort_request, more[5];
     alarm(120);
     ts_gpu *gpu = fake_gpu_new();
     service_start(gpu, &engine);
@@ -517,6 +517,10 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     commit_body.step = step;
     commit.step_commit = &commit_body;
     send(&commit_request, &commit);
+    REQUEST(abort, StepAbort, STEP_ABORT, TSPB__STEP_ABORT__INIT);
+    abort_body.step = step;
+    abort.step_abort = &abort_body;
+    send(&abort_request, &abort); /* waits as well, and comes second */
     REQUEST(lengths, SeqLengths, SEQ_LENGTHS, TSPB__SEQ_LENGTHS__INIT);
     lengths_body.seqs = &seq;
     lengths_body.n_seqs = 1;
@@ -527,6 +531,8 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     assert_false(is_answered(&commit_request));
     __atomic_store_n(&signals->submitted, 1, __ATOMIC_RELEASE);
     assert_int_equal(answer(&commit_request)->status, TS_OK);
+    assert_int_equal(answer(&abort_request)->status, TS_ENOENT);
+    drop(&abort_request);
     assert_int_equal(__atomic_load_n(&signals->completed, __ATOMIC_ACQUIRE), 1);
     drop(&commit_request);
     assert_int_equal(call(&t, &lengths, TS_OK)->lengths->lengths[0], 1);
