@@ -35,8 +35,8 @@ static json_t *summary(const Tspb__PoolSummary *p)
         integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks), "free_blocks",
         integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences), "kept_sequences",
         integer(p->kept_sequences), "open_steps", integer(p->open_steps), "slab_blocks",
-        p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
-        "max_blocks", integer(p->max_blocks));
+        p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs, "max_blocks",
+        integer(p->max_blocks));
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)

@@ -1,7 +1,8 @@
 /*
  * tsctl's parts: main.c reads the command line and fetches, orders.c has what operators order,
  * text.c draws for people and top.c for those who stay; what writes for programs is shared with the
- * daemon (report_json.h). Both renderers take the same replies, so the figures are the daemon's own.
+ * daemon (report_json.h). Both renderers take the same replies, so the figures are the daemon's
+ * own.
  */
 #ifndef TSCTL_H
 #define TSCTL_H
