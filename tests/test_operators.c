@@ -53,6 +53,8 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     /* A session that was there before uses it, beside the other. */
     SAYS(0, "",
          "pool create b layers=2 kv_heads=1 head_dim=32 dtype=fp32 blocks=8 client_write=all");
+    assert_int_equal(ts_pool_open(c, "", 0, &none), TS_EINVAL);
+    assert_string_equal(ts_error(c), "there are several pools: name one of 'tiny', 'b'");
     OK(ts_pool_open(c, "b", TS_POOL_WRITABLE, &p));
     OK(ts_pool_open(c, "tiny", TS_POOL_WRITABLE, &q));
     ts_seq seq, other;
@@ -75,6 +77,9 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     c = connect_to(&d);
     OK(ts_pool_open(c, "tiny", 0, &q));
     SAYS(0, "", "--yes pool delete b");
+    OK(ts_pool_open(c, "", 0, &p)); /* the only one */
+    assert_int_equal(ts_pool_geometry(p)->layers, 6);
+    ts_pool_close(p);
     SAYS(0, "0 problems", "check");
     assert_int_equal(ts_pool_open(c, "b", 0, &none), TS_ENOENT);
     SAYS(0, "", "pool create c layers=1 kv_heads=2 head_dim=64 dtype=fp32 blocks=4");

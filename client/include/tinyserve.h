@@ -100,7 +100,8 @@ const char *ts_daemon_version(const ts_client *client);
 
 enum { TS_POOL_WRITABLE = 1 }; /* map slabs writable, to write K and V here: where it is allowed */
 
-/* TS_ENOENT: no pool of this name. TS_EPERM: flags ask for more than the configuration allows. */
+/* The pool of this name; "": the only one. TS_ENOENT: there is none. TS_EINVAL: "", and there are
+ * several. TS_EPERM: flags ask for more than the configuration allows. */
 ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags, ts_pool **out);
 
 /* Unmaps the pool. Its steps must have ended; sequences stay. */
