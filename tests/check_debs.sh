@@ -12,6 +12,7 @@ root=$scratch/root
 container=
 end() {
     [ -z "$container" ] || { kill -KILL "$container" && wait "$container" || true; } 2>/dev/null
+    umount -l "$root/proc" 2>/dev/null || true
     rm -rf "$scratch"
 }
 trap end EXIT
@@ -47,10 +48,16 @@ inside() {
         chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"
     fi
 }
-until ! booted || inside systemctl is-system-running --wait 2>/dev/null | grep -Eq 'running|degraded'; do
-    kill -0 "$container" 2>/dev/null || first=
+began=$SECONDS
+until ! booted || inside timeout 60 systemctl is-system-running --wait 2>/dev/null | grep -Eq 'running|degraded'; do
+    kill -0 "$container" 2>/dev/null && [ "$((SECONDS - began))" -lt 120 ] || first=
 done
-booted || { echo "systemd doesn't run in a container here: $(tail -n 1 "$scratch/boot")"; container=; }
+booted || {
+    echo "systemd doesn't run in a container here: $(tail -n 1 "$scratch/boot")"
+    kill -KILL "$container" 2>/dev/null || true
+    container=
+    mount -t proc none "$root/proc" 2>/dev/null || true
+}
 property() { inside systemctl show --value -p "$1" tinyserved; }
 until_property() { # NAME VALUE: waits until the unit's property is so
     until [ "$(property "$1")" = "$2" ]; do
@@ -126,7 +133,7 @@ if booted; then
 else
     # As the unit runs it: that user, that configuration.
     mkdir "$root/run/tinyserve" && inside chown tinyserve:tinyserve /run/tinyserve
-    inside setpriv --reuid tinyserve --regid tinyserve --clear-groups tinyserved \
+    chroot "$root" setpriv --reuid tinyserve --regid tinyserve --clear-groups tinyserved \
         --config /etc/tinyserve/tinyserved.conf --set metrics=off >"$scratch/daemon.log" 2>&1 &
     daemon=$!
     inside tsctl --wait 60 pools | grep '^llama-8b ' || { cat "$scratch/daemon.log"; exit 1; }
