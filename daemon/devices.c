@@ -213,7 +213,7 @@ ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, t
                   p->config.name);
         return a->status;
     }
-    if (s->gpu_of[pool] != NULL && num_blocks > blocks) {
+    if (s->gpu_of[pool] != NULL && num_blocks > blocks && num_blocks <= p->books.max_blocks) {
         char why[TS_MESSAGE_BYTES];
         uint64_t more =
             (uint64_t)ts_geometry_block_bytes(&p->config.geometry) * (num_blocks - blocks);
@@ -232,6 +232,15 @@ ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, t
 ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
+    const ts_engine_pool *p = &s->engine->pools[pool];
+    if (s->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
+        /* Freed, it could become somebody else's under the eyes of who keeps it mapped. */
+        ts_refuse(a, TS_EPERM,
+                  "pool '%s' is cuda-ipc memory that its tenant may still map: it stays until the "
+                  "daemon is restarted",
+                  p->config.name);
+        return a->status;
+    }
     ts_engine_apply(s->engine, &command, a);
     if (a->status != TS_OK)
         return a->status;

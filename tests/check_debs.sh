@@ -95,12 +95,18 @@ if booted; then
         fail "a stranger can connect"
     grep -q "in the daemon's group (tinyserve)" "$scratch/log" || fail "a stranger is told: $(cat "$scratch/log")"
 
-    # It is told to read its configuration anew, and says what came of it.
+    # It is told to read its configuration anew, and says what came of it; a group's members become operators.
+    as_worker() { inside setpriv --reuid worker --regid worker --init-groups "$@"; }
+    ! as_worker tsctl drain off 2>"$scratch/log" || fail "anybody is an operator"
+    grep -q 'is no operator' "$scratch/log" || fail "a worker is told: $(cat "$scratch/log")"
+    inside sed -i 's/^# operators = .*/operators = tinyserve/' /etc/tinyserve/tinyserved.conf
     inside sed -i 's/^# log_level = info .*/log_level = debug/' /etc/tinyserve/tinyserved.conf
     log inside systemctl reload tinyserved
     until inside journalctl -u tinyserved -o cat | grep -q 'configuration was read again'; do
         [ "$((SECONDS - began))" -lt 300 ] || fail "no word of the new configuration"
     done
+
+    as_worker tsctl drain off || fail "a member of the operators' group is none"
 
     # One for each GPU: the same daemon beside it, in host memory since there is none here.
     inside sh -c 'cd /etc/tinyserve && sed "s/^metrics = .*/metrics = off/; s/^# device = auto .*/device = host/" \

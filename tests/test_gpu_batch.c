@@ -5,6 +5,7 @@
  */
 #include "test_util.h"
 
+#include "devices.h"
 #include "fake_gpu.h"
 #include "gpu_batch.h"
 #include "log.h"
@@ -561,6 +562,42 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     alarm(0);
 }
 
+/* On the engine's owner: what an operator may not do to cuda-ipc memory. */
+static void keep_ipc_memory(ts_work *work, void *unused)
+{
+    (void)work;
+    (void)unused;
+    static const uint8_t handle[TS_IPC_HANDLE_BYTES];
+    ts_pool_books *books = &service.engine->pools[0].books;
+    ts_answer a = {0};
+    service.memory[0]->ipc_handle = handle;
+    OK(ts_pool_add_tenant(books, 0));
+    OK(ts_pool_grant(books, 0, 0));
+    assert_int_equal(ts_devices_remove(&service, 0, &a), TS_EPERM);
+    assert_string_equal(a.message, "pool 'p' is cuda-ipc memory that its tenant may still map: it "
+                                   "stays until the daemon is restarted");
+    assert_int_equal(ts_devices_resize(&service, 0, 8, &a), TS_EINVAL);
+    assert_string_equal(a.message, "pool 'p' is cuda-ipc memory: one piece, which keeps its size");
+    service.memory[0]->ipc_handle = NULL; /* as it was: of VMM, it goes */
+    assert_int_equal(ts_devices_resize(&service, 0, 17, &a), TS_EINVAL);
+    assert_string_equal(a.message, "17 blocks for pool 'p'; the limits are 1..16, its memory_max");
+    OK(ts_devices_remove(&service, 0, &a));
+    assert_false(ts_engine_has_pool(service.engine, 0));
+    assert_null(service.memory[0]);
+}
+
+static void memory_that_a_tenant_may_still_map_is_not_freed(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    alarm(120);
+    service_start(fake_gpu_new(), &engine);
+    ts_work work = {.run = keep_ipc_memory};
+    ts_queue_run(&service.queue, &work, &service);
+    service_stop(engine);
+    alarm(0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -572,6 +609,7 @@ int main(void)
         cmocka_unit_test(a_batch_that_ends_lets_go_whoever_waits),
         cmocka_unit_test(a_lost_device_fails_every_job_and_is_told_once),
         cmocka_unit_test(a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go),
+        cmocka_unit_test(memory_that_a_tenant_may_still_map_is_not_freed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

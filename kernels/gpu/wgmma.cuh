@@ -4,11 +4,10 @@
  * waited for, not executed in turn.
  *
  * A block has three groups of four warps. Two have 64 rows (query token x head of the group) each
- * and multiply; the third copies tiles of K and V, each of which serves both, into a ring of two
- * places for each. Barriers in shared memory say when a tile is there and when both have used it.
- * A group asks for the next tile's scores, then for the weighted sum of the tile before, and while
- * the tensor cores work on the latter makes weights of the former; and the two groups take turns at
- * asking, so that one multiplies while the other has a softmax.
+ * and multiply; the third copies tiles of K and V, each of which serves both, into rings of two and
+ * three places. Barriers in shared memory say when a tile is there and when both have used it. A
+ * group asks for a tile's scores and for the weighted sum of the tile before, and waits for both;
+ * the two groups take turns at asking, so that one multiplies while the other has a softmax.
  *
  * Tiles lie in planes of 64 dimensions, rows of 128 bytes, swizzled as the hardware's 128-byte mode
  * has it (PTX ISA, "Asynchronous warpgroup-level matrix instructions", matrix descriptors). Weights
@@ -156,7 +155,7 @@ template <typename T, int DIM> struct rows_kernel {
         float max[2], sum[2];
     };
 
-    /* Weights of 128 tokens: scores become them; returns what the sums so far are to be multiplied
+    /* Weights of a tile: scores become them; returns what the sums so far are to be multiplied
      * by. */
     __device__ static void weigh(float (*s)[4], float unit, rows_state &r, float *factor)
     {
