@@ -82,6 +82,30 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
     ts_disconnect(c);
 }
 
+#ifdef TS_CTL
+/*
+ * The beginning of a shell's command that runs tsctl as another user, with arguments to setpriv: a
+ * copy of it that anybody can read, as the build may lie where only its owner looks (and so may
+ * ThreadSanitizer's list of exceptions). Undone by ctl_of_others_remove().
+ */
+static inline const char *ctl_of_others(const daemon_process *d, const char *user)
+{
+    static char command[512];
+    snprintf(command, sizeof command, "install -m 755 %s %s/ctl", TS_CTL, d->folder);
+    assert_int_equal(system(command), 0);
+    snprintf(command, sizeof command, "TSAN_OPTIONS=exitcode=0 setpriv %s --clear-groups %s/ctl",
+             user, d->folder);
+    return command;
+}
+
+static inline void ctl_of_others_remove(const daemon_process *d)
+{
+    char path[112];
+    snprintf(path, sizeof path, "%s/ctl", d->folder);
+    assert_int_equal(unlink(path), 0);
+}
+#endif
+
 static inline void daemon_start(daemon_process *d, const char *pool)
 {
     daemon_start_with(d, pool, NULL);

@@ -179,17 +179,16 @@ static void a_group_of_operators_is_configured(void **state)
     static const char *const more[] = {"--set", "socket_mode=0666", "--set", "operators=games",
                                        NULL};
     daemon_start_with(&d, POOL_TINY ",blocks=64", more);
-    char command[512];
-    snprintf(command, sizeof command,
-             "setpriv --reuid 65534 --regid games --clear-groups " TS_CTL " --socket=%s drain off",
-             d.url);
+    char command[1024];
+    snprintf(command, sizeof command, "%s --socket=%s drain off",
+             ctl_of_others(&d, "--reuid 65534 --regid games"), d.url);
     assert_int_equal(system(command), 0);
     snprintf(command, sizeof command,
-             "setpriv --reuid 65534 --regid 65534 --clear-groups " TS_CTL
-             " --socket=%s drain off 2>&1 | grep -q "
+             "%s --socket=%s drain off 2>&1 | grep -q "
              "'uid 65534 is no operator: root, uid 0 and group games are'",
-             d.url);
+             ctl_of_others(&d, "--reuid 65534 --regid 65534"), d.url);
     assert_int_equal(system(command), 0);
+    ctl_of_others_remove(&d);
     daemon_stop(&d);
     assert_int_equal(system(TS_DAEMON " --set operators=nosuchgroup --pool " POOL_TINY
                                       ",blocks=1 --check-config 2>&1 | grep -q "

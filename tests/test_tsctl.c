@@ -193,19 +193,18 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     assert_has(text, "draining: no new sessions are taken");
     OK(ts_seq_create(p, 1, &mine));
     if (getuid() == 0) { /* somebody who is no operator */
-        assert_int_equal(run(text, sizeof text,
-                             "setpriv --reuid 65534 --clear-groups " TS_CTL " status %s", url),
-                         1);
+        assert_int_equal(
+            run(text, sizeof text, "%s status %s", ctl_of_others(&d, "--reuid 65534"), url), 1);
         assert_has(text, "the daemon is being drained: it takes no new sessions");
     }
     assert_int_equal(run(text, sizeof text, TS_CTL " %s drain off", url), 0);
     if (getuid() == 0) {
-        assert_int_equal(run(text, sizeof text,
-                             "setpriv --reuid 65534 --clear-groups " TS_CTL
-                             " %s --yes session kick %llx",
-                             url, (unsigned long long)ts_session_id(c)),
+        assert_int_equal(run(text, sizeof text, "%s %s --yes session kick %llx",
+                             ctl_of_others(&d, "--reuid 65534"), url,
+                             (unsigned long long)ts_session_id(c)),
                          1);
         assert_has(text, "uid 65534 is no operator: root and uid 0 are");
+        ctl_of_others_remove(&d);
     }
     OK(ts_connect(&(ts_options){.url = d.url}, &refused));
     ts_disconnect(refused);
