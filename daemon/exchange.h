@@ -47,7 +47,10 @@ typedef struct ts_signals_page {
     ts_gpu *gpu;       /* NULL: not pinned yet */
     ts_signals *there; /* where the GPU finds it */
     uint32_t *done, *done_there;
-    uint32_t ordered; /* the last run that was asked for; atomic: a batch that ends reads it */
+    uint32_t ordered;  /* the last run that was asked for; atomic: a batch that ends reads it */
+    ts_gpu_place last; /* the batch's: where run `last_order` was launched by itself, if it was */
+    uint32_t last_order;
+    uint32_t waiting; /* the batch's: launches that wait for the worker */
 } ts_signals_page;
 
 ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);

@@ -10,16 +10,20 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#define WAITING_MOST (TS_GPU_LAUNCHES / 2) /* launches that wait for workers */
-#define WAITING_EACH 4u                    /* ... for the same one */
-#define POLL_MS 1                          /* while jobs wait here for their workers */
+#define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4) /* launches that wait for workers */
+#define WAITING_EACH 8u                        /* ... for the same one */
+#define WAITING_SESSIONS (TS_GPU_LANES / 2)    /* ... whom they wait for: each has a lane */
+#define POLL_MS 1                              /* while jobs wait here for their workers */
+
+/* Whom a launch of one job waits for: its worker, and the session's run before it. */
+typedef enum wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } wait_for;
 
 /* A launch under way: the jobs that it serves. */
 typedef struct flight {
     struct flight *prev, *next;
     ts_gpu_batch *batch;
-    ts_job *jobs;
-    bool waits; /* for a worker */
+    ts_job *jobs;           /* NULL: they have been told */
+    ts_signals_page *waits; /* for this session's worker; NULL: for nobody, or not any more */
 } flight;
 
 struct ts_gpu_batch {
@@ -32,11 +36,13 @@ struct ts_gpu_batch {
     ts_job *head, **tail; /* under the lock: what was submitted */
     flight *flights;      /* under the lock */
     uint32_t waiting;     /* under the lock: flights that wait for workers */
+    uint32_t sessions;    /* under the lock: sessions of those */
     bool landed, stop;    /* under the lock */
     bool lost;            /* under the lock: the device failed */
     char why[TS_GPU_WHY_BYTES + 128];
     ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
     ts_gpu_run *parts;        /* the thread's own: of a launch */
+    ts_gpu_signal *signals;   /* the thread's own: two for each part */
     size_t capacity;
     uint32_t *words, *words_there; /* completed runs of each session */
     size_t words_bytes;
@@ -92,7 +98,18 @@ static void unlink_flight(ts_gpu_batch *b, flight *f)
         b->flights = f->next;
     if (f->next != NULL)
         f->next->prev = f->prev;
-    b->waiting -= f->waits;
+}
+
+/* The flight waits for a worker, or doesn't any more. Under the lock. */
+static void count_waiting(ts_gpu_batch *b, ts_signals_page *page, bool begins)
+{
+    uint32_t before = page->waiting;
+    page->waiting += begins ? 1u : -1u;
+    b->waiting += begins ? 1u : -1u;
+    if (before == 0)
+        b->sessions++;
+    else if (page->waiting == 0)
+        b->sessions--;
 }
 
 /* The device is lost. Any thread. */
@@ -119,6 +136,8 @@ static void land(void *arg, ts_status status, const char *why)
     pthread_mutex_lock(&b->lock);
     ts_job *jobs = f->jobs;
     f->jobs = NULL;
+    if (f->waits != NULL) /* while the page is there */
+        count_waiting(b, f->waits, false);
     pthread_mutex_unlock(&b->lock);
     tell(jobs, status, b->why);
     pthread_mutex_lock(&b->lock); /* until here the batch waits for this flight */
@@ -140,14 +159,29 @@ static bool reserve_parts(ts_gpu_batch *b, const ts_job *jobs)
     if (count <= b->capacity)
         return true;
     free(b->parts);
+    free(b->signals);
     b->parts = malloc(2 * count * sizeof *b->parts);
-    b->capacity = b->parts == NULL ? 0 : 2 * count;
-    return b->parts != NULL;
+    b->signals = malloc(4 * count * sizeof *b->signals);
+    b->capacity = b->parts == NULL || b->signals == NULL ? 0 : 2 * count;
+    return b->capacity > 0;
+}
+
+/* Queues what tells that the jobs are over: the workers, who wait for it, first. */
+static ts_status queue_signals(ts_gpu_batch *b, ts_gpu_launch *l, const ts_job *jobs)
+{
+    uint32_t count = 0;
+    for (const ts_job *job = jobs; job != NULL; job = job->next)
+        if (job->signals != NULL)
+            b->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->order};
+    for (const ts_job *job = jobs; job != NULL; job = job->next)
+        if (job->signals != NULL)
+            b->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->order};
+    return ts_gpu_launch_signal(l, b->signals, count);
 }
 
 /* Why it fails is in `why`. */
-static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, bool wait, char *why,
-                              size_t why_bytes)
+static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, wait_for wait,
+                              char *why, size_t why_bytes)
 {
     ts_status status = reserve_parts(b, jobs) ? TS_OK : TS_ENOMEM;
     if (status != TS_OK) {
@@ -173,29 +207,49 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, b
     }
     if (status != TS_OK)
         return status;
-    for (const ts_job *job = jobs; job != NULL && wait && status == TS_OK; job = job->next) {
-        status = ts_gpu_launch_wait(l, &job->signals->there->submitted, job->order);
-        if (status == TS_OK)
-            status = ts_gpu_launch_wait(l, job->signals->done_there, job->order - 1);
-    }
+    if (wait == FOR_BOTH)
+        status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->order - 1);
+    if (wait != FOR_NOBODY && status == TS_OK)
+        status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->order);
     if (status == TS_OK)
         status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, b->parts, count);
-    for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next)
-        if (job->signals != NULL) {
-            status = ts_gpu_launch_signal(l, job->signals->done_there, job->order);
-            if (status == TS_OK)
-                status = ts_gpu_launch_signal(l, &job->signals->there->completed, job->order);
-        }
+    if (status == TS_OK)
+        status = queue_signals(b, l, jobs);
     if (status != TS_OK)
         snprintf(why, why_bytes, "%s", ts_gpu_launch_why(l));
     return status;
 }
 
-/* Launches the jobs as one; false: there is no launch to be had now. */
-static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
+/* Whether the session's run before this one was launched by itself: queued behind that, this one
+ * needs no word to wait for. */
+static bool follows(const ts_job *job)
 {
+    return job->signals->last.turn != 0 && job->signals->last_order == job->order - 1;
+}
+
+/* A launch for the jobs; NULL: there is none to be had now. */
+static ts_gpu_launch *take(ts_gpu_batch *b, ts_job *jobs)
+{
+    bool alone = jobs->signals != NULL && jobs->next == NULL;
+    ts_gpu_place place = {0};
+    if (alone && follows(jobs))
+        place = jobs->signals->last;
+    ts_gpu_launch *l = ts_gpu_launch_take(b->gpu, &place);
+    for (ts_job *job = jobs; job != NULL && l != NULL; job = job->next)
+        if (job->signals != NULL) { /* behind a launch of several, one would wait for another */
+            job->signals->last = alone ? place : (ts_gpu_place){0};
+            job->signals->last_order = job->order;
+        }
+    return l;
+}
+
+/* Launches the jobs as one; false: there is no launch to be had now. */
+static bool launch(ts_gpu_batch *b, ts_job *jobs, wait_for wait)
+{
+    if (wait == FOR_BOTH && follows(jobs))
+        wait = FOR_WORKER;
     flight *f = malloc(sizeof *f);
-    ts_gpu_launch *l = f == NULL ? NULL : ts_gpu_launch_take(b->gpu);
+    ts_gpu_launch *l = f == NULL ? NULL : take(b, jobs);
     if (l == NULL) {
         free(f);
         return false;
@@ -224,13 +278,14 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
             lose(b, why);
         return true;
     }
-    *f = (flight){.batch = b, .jobs = jobs, .waits = wait};
+    *f = (flight){.batch = b, .jobs = jobs, .waits = wait != FOR_NOBODY ? jobs->signals : NULL};
     pthread_mutex_lock(&b->lock);
     f->next = b->flights;
     if (f->next != NULL)
         f->next->prev = f;
     b->flights = f;
-    b->waiting += wait;
+    if (f->waits != NULL)
+        count_waiting(b, f->waits, true);
     pthread_mutex_unlock(&b->lock);
     if (ts_gpu_launch_finish(l, land, f) != TS_OK)
         land(f, TS_EDEVICE, ts_gpu_launch_why(l));
@@ -240,15 +295,12 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, bool wait)
 /* Whether one more launch may wait for this job's worker. */
 static bool may_wait(ts_gpu_batch *b, const ts_job *job)
 {
-    uint32_t same = 0;
     if (!ts_gpu_may_wait(b->gpu))
         return false;
+    const ts_signals_page *page = job->signals;
     pthread_mutex_lock(&b->lock);
-    bool may = b->waiting < WAITING_MOST;
-    for (const flight *f = b->flights; f != NULL && may; f = f->next) {
-        same += f->waits && f->jobs != NULL && f->jobs->signals == job->signals;
-        may = same < WAITING_EACH;
-    }
+    bool may = b->waiting < WAITING_MOST && page->waiting < WAITING_EACH &&
+               (page->waiting > 0 || b->sessions < WAITING_SESSIONS);
     pthread_mutex_unlock(&b->lock);
     return may;
 }
@@ -310,7 +362,7 @@ static void launch_all(ts_gpu_batch *b)
             jobs = join(job);
         else
             job->next = NULL;
-        if (launch(b, job, !ready))
+        if (launch(b, job, ready ? FOR_NOBODY : FOR_BOTH))
             continue;
         for (ts_job *next; job != NULL; job = next) {
             next = job->next;
@@ -459,6 +511,7 @@ void ts_gpu_batch_free(ts_gpu_batch *b)
     pthread_cond_destroy(&b->event);
     pthread_mutex_destroy(&b->lock);
     free(b->parts);
+    free(b->signals);
     free(b);
 }
 

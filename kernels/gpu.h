@@ -163,12 +163,25 @@ typedef struct ts_gpu_run {
 
 typedef struct ts_gpu_launch ts_gpu_launch;
 
-/* With the device's own streams fewer than the 32 hardware queues there are: streams that share one
- * wait for each other, and a launch may wait for a worker. */
-#define TS_GPU_LAUNCHES 28u
+/*
+ * Launches under way at once, at most, and the lanes that they are queued in, one behind the other:
+ * a stream each. With the device's own streams lanes are fewer than the 32 hardware queues there
+ * are: streams that share one wait for each other, and a launch may wait for a worker.
+ */
+#define TS_GPU_LAUNCHES 56u
+#define TS_GPU_LANES 28u
 
-/* NULL: all are in use. */
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu);
+/* Where a launch was queued; turn 0: nowhere. */
+typedef struct ts_gpu_place {
+    uint32_t lane, turn;
+} ts_gpu_place;
+
+/*
+ * NULL: all are in use, or all lanes are. With a place, this launch starts after the end of the one
+ * that was queued there, by the order of the device's queues alone, and *place becomes its own.
+ * NULL: after nothing.
+ */
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place);
 
 /* False while the janitor has work to do: a wait that isn't queued lets it come to that. */
 bool ts_gpu_may_wait(ts_gpu *gpu);
@@ -177,8 +190,15 @@ bool ts_gpu_may_wait(ts_gpu *gpu);
  * has reached `value`: (int32_t)(*word - value) >= 0. Who wrote it wrote everything before it. */
 ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32_t value);
 
-/* Writes `value` to the word when everything before is done and visible to other processes. */
-ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, uint32_t *word, uint32_t value);
+/* A word that is to get a value. */
+typedef struct ts_gpu_signal {
+    uint32_t *word;
+    uint32_t value;
+} ts_gpu_signal;
+
+/* Writes the words, in that order, when everything before is done and visible to other processes.
+ */
+ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, const ts_gpu_signal *signals, uint32_t count);
 
 /*
  * Writes every run's new K and V (where given), then attends, as ts_attention_run does. The plans

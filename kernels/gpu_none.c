@@ -100,9 +100,10 @@ void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes)
     (void)bytes;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place)
 {
     (void)gpu;
+    (void)place;
     return NULL;
 }
 
@@ -120,9 +121,12 @@ ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32
     return TS_EDEVICE;
 }
 
-ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, uint32_t *word, uint32_t value)
+ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, const ts_gpu_signal *signals, uint32_t count)
 {
-    return ts_gpu_launch_wait(launch, word, value);
+    (void)launch;
+    (void)signals;
+    (void)count;
+    return TS_EDEVICE;
 }
 
 ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,

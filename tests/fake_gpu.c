@@ -23,6 +23,8 @@ typedef struct op {
 struct ts_gpu_launch {
     ts_gpu *gpu;
     bool taken;
+    uint32_t turn, ended; /* of all launches'; of the last that ended here */
+    ts_gpu_place behind;  /* turn 0: nobody */
     op ops[OPS_MAX];
     uint32_t num_ops;
     void (*done)(void *arg, ts_status status, const char *why);
@@ -36,6 +38,7 @@ struct ts_gpu {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
+    uint32_t turns;
     fake_gpu_log log;
     bool shut, at_gate, broken;
 };
@@ -218,7 +221,7 @@ bool ts_gpu_may_wait(ts_gpu *g)
     return true;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, ts_gpu_place *place)
 {
     ts_gpu_launch *l = NULL;
     pthread_mutex_lock(&g->lock);
@@ -228,6 +231,10 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g)
     if (l != NULL) {
         l->taken = true;
         l->num_ops = 0;
+        l->turn = ++g->turns;
+        l->behind = place != NULL ? *place : (ts_gpu_place){0};
+        if (place != NULL)
+            *place = (ts_gpu_place){(uint32_t)(l - g->launches), l->turn};
     }
     pthread_mutex_unlock(&g->lock);
     if (l != NULL && l->joinable)
@@ -249,12 +256,16 @@ static op *add(ts_gpu_launch *l)
 ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t value)
 {
     *add(l) = (op){.kind = OP_WAIT, .word = (uint32_t *)word, .value = value};
+    pthread_mutex_lock(&l->gpu->lock);
+    l->gpu->log.words++;
+    pthread_mutex_unlock(&l->gpu->lock);
     return TS_OK;
 }
 
-ts_status ts_gpu_launch_signal(ts_gpu_launch *l, uint32_t *word, uint32_t value)
+ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, uint32_t count)
 {
-    *add(l) = (op){.kind = OP_SIGNAL, .word = word, .value = value};
+    for (uint32_t i = 0; i < count; i++)
+        *add(l) = (op){.kind = OP_SIGNAL, .word = signals[i].word, .value = signals[i].value};
     return TS_OK;
 }
 
@@ -407,12 +418,27 @@ static void run(ts_attention *attention, op *o)
     }
 }
 
+/* Whether what the launch is queued behind isn't over. */
+static bool is_behind(ts_gpu_launch *l)
+{
+    pthread_mutex_lock(&l->gpu->lock);
+    bool behind = l->behind.turn != 0 && l->gpu->launches[l->behind.lane].ended < l->behind.turn;
+    pthread_mutex_unlock(&l->gpu->lock);
+    return behind;
+}
+
 static void *launch_main(void *arg)
 {
     ts_gpu_launch *l = arg;
     ts_gpu *g = l->gpu;
     ts_attention *attention = ts_attention_new(1, TS_ISA_PORTABLE);
-    bool waits = false;
+    bool waits = is_behind(l);
+    if (waits)
+        count_waiting(g, 1);
+    pthread_mutex_lock(&g->lock);
+    while (l->behind.turn != 0 && g->launches[l->behind.lane].ended < l->behind.turn)
+        pthread_cond_wait(&g->changed, &g->lock);
+    pthread_mutex_unlock(&g->lock);
     for (uint32_t i = 0; i < l->num_ops; i++) {
         if (l->ops[i].kind == OP_WAIT && !reached(&l->ops[i]) && !waits) {
             waits = true;
@@ -430,6 +456,8 @@ static void *launch_main(void *arg)
     pthread_mutex_lock(&g->lock);
     bool broken = g->broken;
     l->taken = false;
+    l->ended = l->turn;
+    pthread_cond_broadcast(&g->changed);
     pthread_mutex_unlock(&g->lock);
     if (done != NULL)
         done(done_arg, broken ? TS_EDEVICE : TS_OK, broken ? "cudaErrorFake" : "");

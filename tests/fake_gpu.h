@@ -14,6 +14,7 @@ typedef struct fake_gpu_log {
     uint32_t sequences;    /* of the last attend */
     uint32_t waiting;      /* launches that wait for a worker now */
     uint32_t most_waiting; /* ... at the same time */
+    uint32_t words;        /* that launches were told to wait for */
     ts_kernel kernel;      /* of the last attend */
 } fake_gpu_log;
 

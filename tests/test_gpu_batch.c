@@ -18,6 +18,8 @@
 #define OK(call) assert_int_equal((call), TS_OK)
 #define DIM 32u
 
+#define SESSIONS 20u /* more than are waited for at once */
+
 static char why[256];
 static const ts_geometry geometry = {
     .layers = 1, .kv_heads = 1, .head_dim = DIM, .block_tokens = 4, .dtype = TS_DTYPE_FP32};
@@ -101,7 +103,7 @@ static void on_failure(const char *sentence)
 typedef struct rig {
     ts_gpu *gpu;
     ts_gpu_batch *batch;
-    ts_signals_page *pages[8];
+    ts_signals_page *pages[SESSIONS];
 } rig;
 
 static void rig_new(rig *r, uint32_t submit_ms)
@@ -110,8 +112,8 @@ static void rig_new(rig *r, uint32_t submit_ms)
     failures = 0;
     alarm(120);
     r->gpu = fake_gpu_new();
-    OK(ts_gpu_batch_new(r->gpu, 8, submit_ms, on_failure, &r->batch, why, sizeof why));
-    for (uint32_t i = 0; i < 8; i++) {
+    OK(ts_gpu_batch_new(r->gpu, SESSIONS, submit_ms, on_failure, &r->batch, why, sizeof why));
+    for (uint32_t i = 0; i < SESSIONS; i++) {
         uint32_t *done, *there;
         OK(ts_signals_new(&r->pages[i], why, sizeof why));
         ts_gpu_batch_word(r->batch, i, &done, &there);
@@ -122,7 +124,7 @@ static void rig_new(rig *r, uint32_t submit_ms)
 static void rig_free(rig *r)
 {
     ts_gpu_batch_free(r->batch);
-    for (uint32_t i = 0; i < 8; i++)
+    for (uint32_t i = 0; i < SESSIONS; i++)
         ts_signals_release(r->pages[i]);
     fake_gpu_free(r->gpu);
     alarm(0);
@@ -208,29 +210,78 @@ static void runs_of_one_session_complete_in_order(void **state)
     rig_free(&r);
 }
 
+/* The first waits for the run before it and for its worker; the others are queued behind it. */
+static void runs_that_are_queued_ahead_follow_each_other(void **state)
+{
+    (void)state;
+    rig r;
+    rig_new(&r, 3600000);
+    test_job jobs[4];
+    ts_signals_page *page = r.pages[0];
+    for (uint32_t i = 0; i < 4; i++) {
+        job_init(&jobs[i], page, i + 1);
+        ts_gpu_batch_submit(r.batch, &jobs[i].job);
+        fake_gpu_await_waiting(r.gpu, i + 1);
+    }
+    assert_int_equal(fake_gpu_read(r.gpu).words, 5);
+    submitted(page, 4); /* all at once, as only a worker that is wrong does */
+    for (uint32_t i = 0; i < 4; i++)
+        await_good(&jobs[i]);
+    assert_int_equal(page->host->completed, 4);
+    assert_int_equal(*page->done, 4);
+    rig_free(&r);
+}
+
 static void workers_that_do_not_submit_take_only_their_share(void **state)
 {
     (void)state;
     rig r;
     rig_new(&r, 3600000);
-    test_job jobs[8][5], other;
-    for (uint32_t s = 0; s < 8; s++)
-        for (uint32_t i = 0; i < 5; i++) {
+    static test_job jobs[SESSIONS][9];
+    test_job other;
+    const uint32_t most = TS_GPU_LAUNCHES * 3 / 4;
+    for (uint32_t s = 0; s < SESSIONS; s++)
+        for (uint32_t i = 0; i < 9; i++) {
             job_init(&jobs[s][i], r.pages[s], i + 1);
             ts_gpu_batch_submit(r.batch, &jobs[s][i].job);
-            if (s == 0 && i == 4) /* 4 of a session wait on the device, the 5th waits here */
-                fake_gpu_await_waiting(r.gpu, 4);
+            if (s == 0 && i == 8) /* 8 of a session wait on the device, the 9th waits here */
+                fake_gpu_await_waiting(r.gpu, 8);
         }
-    fake_gpu_await_waiting(r.gpu, TS_GPU_LAUNCHES / 2);
+    fake_gpu_await_waiting(r.gpu, most);
     job_init(&other, NULL, 0);
     ts_gpu_batch_submit(r.batch, &other.job);
     await_good(&other);
-    for (uint32_t s = 0; s < 8; s++)
-        submitted(r.pages[s], 5);
-    for (uint32_t s = 0; s < 8; s++)
-        for (uint32_t i = 0; i < 5; i++)
+    for (uint32_t s = 0; s < SESSIONS; s++)
+        submitted(r.pages[s], 9);
+    for (uint32_t s = 0; s < SESSIONS; s++)
+        for (uint32_t i = 0; i < 9; i++)
             await_good(&jobs[s][i]);
-    assert_int_equal(fake_gpu_read(r.gpu).most_waiting, TS_GPU_LAUNCHES / 2);
+    assert_int_equal(fake_gpu_read(r.gpu).most_waiting, most);
+    rig_free(&r);
+}
+
+/* Each has a lane: half of them stay free for those that can go at once. */
+static void not_all_workers_are_waited_for_on_the_device(void **state)
+{
+    (void)state;
+    rig r;
+    rig_new(&r, 3600000);
+    test_job jobs[SESSIONS], other;
+    for (uint32_t s = 0; s < SESSIONS; s++) {
+        job_init(&jobs[s], r.pages[s], 1);
+        ts_gpu_batch_submit(r.batch, &jobs[s].job);
+    }
+    fake_gpu_await_waiting(r.gpu, TS_GPU_LANES / 2);
+    job_init(&other, NULL, 0);
+    ts_gpu_batch_submit(r.batch, &other.job);
+    await_good(&other);
+    submitted(r.pages[SESSIONS - 1], 1); /* ready: it needs no lane to wait in */
+    await_good(&jobs[SESSIONS - 1]);
+    for (uint32_t s = 0; s < SESSIONS - 1; s++)
+        submitted(r.pages[s], 1);
+    for (uint32_t s = 0; s < SESSIONS - 1; s++)
+        await_good(&jobs[s]);
+    assert_int_equal(fake_gpu_read(r.gpu).most_waiting, TS_GPU_LANES / 2);
     rig_free(&r);
 }
 
@@ -259,16 +310,16 @@ static void a_batch_that_ends_lets_go_whoever_waits(void **state)
     (void)state;
     rig r;
     rig_new(&r, 3600000);
-    test_job jobs[6];
+    test_job jobs[10];
     ts_signals_page *page = r.pages[0];
-    for (uint32_t i = 0; i < 6; i++) { /* on the device and here */
+    for (uint32_t i = 0; i < 10; i++) { /* on the device and here */
         job_init(&jobs[i], page, i + 1);
         __atomic_store_n(&page->ordered, i + 1, __ATOMIC_RELEASE);
         ts_gpu_batch_submit(r.batch, &jobs[i].job);
     }
-    fake_gpu_await_waiting(r.gpu, 4);
+    fake_gpu_await_waiting(r.gpu, 8);
     rig_free(&r);
-    for (uint32_t i = 0; i < 6; i++) {
+    for (uint32_t i = 0; i < 10; i++) {
         assert_true(is_done(&jobs[i]));
         await_job(&jobs[i]);
     }
@@ -604,7 +655,9 @@ int main(void)
         cmocka_unit_test(jobs_that_are_ready_together_and_alike_become_one_launch),
         cmocka_unit_test(an_ordered_run_starts_when_it_is_submitted_and_says_when_it_is_done),
         cmocka_unit_test(runs_of_one_session_complete_in_order),
+        cmocka_unit_test(runs_that_are_queued_ahead_follow_each_other),
         cmocka_unit_test(workers_that_do_not_submit_take_only_their_share),
+        cmocka_unit_test(not_all_workers_are_waited_for_on_the_device),
         cmocka_unit_test(a_run_that_is_submitted_too_late_fails_alone),
         cmocka_unit_test(a_batch_that_ends_lets_go_whoever_waits),
         cmocka_unit_test(a_lost_device_fails_every_job_and_is_told_once),

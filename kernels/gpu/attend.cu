@@ -68,8 +68,8 @@ cudaError_t await_plans(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_r
 void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gpu_run *runs,
               uint32_t num_runs)
 {
-    float *partials = l->partials;
-    uint32_t *counters = l->counters;
+    float *partials = l->lane->partials;
+    uint32_t *counters = l->lane->counters;
     c.num_items = 0;
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_run *r = &runs[i];
@@ -204,11 +204,11 @@ extern "C" ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base,
         status = ts_gpu_launch_reserve(l, bytes);
     if (status != TS_OK)
         return status;
-    memcpy(l->host, copies, bytes);
+    memcpy(l->lane->host, copies, bytes);
     cudaError_t error =
-        cudaMemcpyAsync(l->device, l->host, bytes, cudaMemcpyHostToDevice, l->stream);
+        cudaMemcpyAsync(l->lane->device, l->lane->host, bytes, cudaMemcpyHostToDevice, l->stream);
     if (error == cudaSuccess)
-        error = launch_copies(base, block_bytes, (const ts_block_copy *)l->device, num_copies,
+        error = launch_copies(base, block_bytes, (const ts_block_copy *)l->lane->device, num_copies,
                               l->stream);
     return ts_gpu_launch_fail(l, error);
 }

@@ -21,7 +21,8 @@ static void free_host(ts_gpu *gpu, void *memory, size_t bytes)
     (void)cudaFreeHost(memory);
 }
 
-/* Keeps what the launch has outgrown until the device is closed. */
+/* Keeps what the lane has outgrown, and launches before this one may still use, until the device is
+ * closed. */
 static void outgrow(ts_gpu_launch *l, ts_gpu_staging *old, void *host, void *device)
 {
     *old = (ts_gpu_staging){.host = host, .device = device};
@@ -33,9 +34,10 @@ static void outgrow(ts_gpu_launch *l, ts_gpu_staging *old, void *host, void *dev
 
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
 {
-    if (l->capacity >= bytes)
+    ts_gpu_lane *lane = l->lane;
+    if (lane->capacity >= bytes)
         return TS_OK;
-    size_t capacity = l->capacity == 0 ? TS_GPU_STAGING_BYTES : l->capacity;
+    size_t capacity = lane->capacity == 0 ? TS_GPU_STAGING_BYTES : lane->capacity;
     while (capacity < bytes)
         capacity *= 2;
     ts_gpu_staging *old = malloc(sizeof *old);
@@ -49,10 +51,10 @@ ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
         free(old);
         return ts_gpu_launch_fail(l, error);
     }
-    outgrow(l, old, l->host, l->device);
-    l->host = host;
-    l->device = device;
-    l->capacity = capacity;
+    outgrow(l, old, lane->host, lane->device);
+    lane->host = host;
+    lane->device = device;
+    lane->capacity = capacity;
     return TS_OK;
 }
 
@@ -77,21 +79,22 @@ static cudaError_t grow(ts_gpu_launch *l, void **memory, size_t *capacity, size_
 
 ts_status ts_gpu_launch_scratch(ts_gpu_launch *l, size_t bytes, size_t counters)
 {
+    ts_gpu_lane *lane = l->lane;
     cudaError_t error = cudaSuccess;
-    if (bytes > l->partial_bytes) {
-        void *partials = l->partials;
-        error = grow(l, &partials, &l->partial_bytes, bytes);
-        l->partials = partials;
+    if (bytes > lane->partial_bytes) {
+        void *partials = lane->partials;
+        error = grow(l, &partials, &lane->partial_bytes, bytes);
+        lane->partials = partials;
     }
-    if (error == cudaSuccess && counters > l->num_counters) {
-        void *memory = l->counters;
+    if (error == cudaSuccess && counters > lane->num_counters) {
+        void *memory = lane->counters;
         size_t capacity = 0;
-        error = grow(l, &memory, &capacity, counters * sizeof *l->counters);
-        l->counters = memory;
+        error = grow(l, &memory, &capacity, counters * sizeof *lane->counters);
+        lane->counters = memory;
         if (error == cudaSuccess)
             error = cudaMemsetAsync(memory, 0, capacity, l->stream);
         if (error == cudaSuccess)
-            l->num_counters = capacity / sizeof *l->counters;
+            lane->num_counters = capacity / sizeof *lane->counters;
     }
     return ts_gpu_launch_fail(l, error);
 }

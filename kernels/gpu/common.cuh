@@ -343,6 +343,13 @@ __device__ inline float rescale(float a, float b)
     return a == -CUDART_INF_F ? 0.0f : exp2f(a - b);
 }
 
+/*
+ * How far scores may go beyond what they are measured from, in units of log2, before that is moved
+ * to the highest of them. Weights are up to 2^SLACK then, in which no type that they are multiplied
+ * in loses anything, and sums are seldom multiplied by a factor.
+ */
+#define SLACK 8.0f
+
 /* The kernels' launchers: the call is checked and num_items > 0. */
 cudaError_t launch_v1(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v2(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);

@@ -151,8 +151,8 @@ template <typename T, int DIM> struct narrow_kernel {
             }
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                passes |= s[e] > max[e % 2];
-            if (__any_sync(~0u, passes)) { /* some maximum moves: soon that becomes rare */
+                passes |= s[e] > max[e % 2] + SLACK;
+            if (__any_sync(~0u, passes)) { /* seldom: the first tile, as a rule */
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float higher = fmaxf(max[e], fmaxf(s[e], s[e + 2]));

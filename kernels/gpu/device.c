@@ -182,7 +182,7 @@ static ts_status find_driver(ts_gpu *gpu, char *why, size_t why_bytes)
         {"cuMemGetAddressRange", &d->address_range, 3020},
         {"cuDeviceGetAttribute", &d->attribute, 2000},
         {"cuStreamWaitValue32", &d->wait_value, 11070},
-        {"cuStreamWriteValue32", &d->write_value, 11070},
+        {"cuStreamBatchMemOp", &d->batch_ops, 11070},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         enum cudaDriverEntryPointQueryResult found;
@@ -277,13 +277,41 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
 
 /* ---- launches ---- */
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu)
+/* The lane of what was queued at the place, unless that is done: then a free one, or NULL. Under
+ * the lock. */
+static ts_gpu_lane *take_lane(ts_gpu *gpu, const ts_gpu_place *place)
+{
+    ts_gpu_lane *lane = gpu->lanes;
+    if (place != NULL && place->turn != 0) {
+        lane += place->lane;
+        if (lane->users > 0 && lane->turn == place->turn)
+            return lane;
+        lane = gpu->lanes;
+    }
+    while (lane < gpu->lanes + TS_GPU_LANES && lane->users > 0)
+        lane++;
+    if (lane == gpu->lanes + TS_GPU_LANES)
+        return NULL;
+    if (++lane->turn == 0)
+        lane->turn = 1;
+    return lane;
+}
+
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place)
 {
     pthread_mutex_lock(&gpu->lock);
     ts_gpu_launch *l = gpu->free_launch;
-    if (l != NULL) {
+    ts_gpu_lane *lane = l == NULL ? NULL : take_lane(gpu, place);
+    if (lane == NULL) {
+        l = NULL;
+    } else {
         gpu->free_launch = l->next_free;
         l->done = NULL;
+        l->lane = lane;
+        l->lane->users++;
+        l->stream = l->lane->stream;
+        if (place != NULL)
+            *place = (ts_gpu_place){(uint32_t)(l->lane - gpu->lanes), l->lane->turn};
     }
     pthread_mutex_unlock(&gpu->lock);
     return l;
@@ -295,6 +323,7 @@ static void give_back(ts_gpu_launch *l)
     pthread_mutex_lock(&gpu->lock);
     l->next_free = gpu->free_launch;
     gpu->free_launch = l;
+    l->lane->users--;
     if (l->waits) {
         l->waits = false;
         gpu->waiting--;
@@ -324,10 +353,21 @@ ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t va
                                                   CU_STREAM_WAIT_VALUE_GEQ));
 }
 
-ts_status ts_gpu_launch_signal(ts_gpu_launch *l, uint32_t *word, uint32_t value)
+ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, uint32_t count)
 {
-    return stream_op(l, l->gpu->driver.write_value((CUstream)l->stream, (CUdeviceptr)word, value,
-                                                   CU_STREAM_WRITE_VALUE_DEFAULT));
+    CUstreamBatchMemOpParams ops[32]; /* the driver takes no more than 256 */
+    ts_status status = TS_OK;
+    for (uint32_t n = 0; n < count && status == TS_OK;) {
+        uint32_t some = 0;
+        for (; n < count && some < sizeof ops / sizeof *ops; n++)
+            ops[some++].writeValue = (struct CUstreamMemOpWriteValueParams_st){
+                .operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                .address = (CUdeviceptr)signals[n].word,
+                .value = signals[n].value,
+                .flags = CU_STREAM_WRITE_VALUE_DEFAULT};
+        status = stream_op(l, l->gpu->driver.batch_ops((CUstream)l->stream, some, ops, 0));
+    }
+    return status;
 }
 
 ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
@@ -402,33 +442,52 @@ static void *launch_main(void *thread_arg)
     }
 }
 
+/* Makes what the lane needs, by a launch in it; those on streams of others copy no blocks. */
+static ts_status lane_init(ts_gpu *gpu, ts_gpu_lane *lane, char *why, size_t why_bytes)
+{
+    cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
+    if (error != cudaSuccess)
+        return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
+    ts_gpu_launch l = {.gpu = gpu, .lane = lane, .stream = lane->stream};
+    ts_status status = ts_gpu_launch_reserve(&l, TS_GPU_STAGING_BYTES);
+    if (status != TS_OK)
+        snprintf(why, why_bytes, "staging memory of %zu bytes: %s", TS_GPU_STAGING_BYTES, l.why);
+    return status;
+}
+
+static void lane_fini(ts_gpu_lane *lane)
+{
+    (void)cudaFreeHost(lane->host);
+    (void)cudaFree(lane->device);
+    (void)cudaFree(lane->partials);
+    (void)cudaFree(lane->counters);
+    if (lane->stream != NULL)
+        (void)cudaStreamDestroy(lane->stream);
+}
+
 /* Makes what the launch needs. */
 static ts_status launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t why_bytes)
 {
     l->gpu = gpu;
+    l->lane = gpu->lanes;
+    l->stream = gpu->memory_stream;
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->event, NULL);
-    cudaError_t error = cudaSuccess;
-    if (gpu->for_streams)
-        l->stream = gpu->memory_stream;
-    else
-        error = cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking);
-    if (error == cudaSuccess)
-        error = cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
+    cudaError_t error =
+        cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
     if (error != cudaSuccess)
-        return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
-    if (gpu->for_streams) /* nobody waits for it but who asks, and it copies no blocks */
+        return ts_gpu_fail(error, "making an event", 0, why, why_bytes);
+    if (gpu->for_streams) /* nobody waits for it but who asks */
         return TS_OK;
-    if (ts_gpu_launch_reserve(l, TS_GPU_STAGING_BYTES) != TS_OK) {
-        snprintf(why, why_bytes, "staging memory of %zu bytes: %s", TS_GPU_STAGING_BYTES, l->why);
-        return TS_ENOMEM;
-    }
     l->runs = pthread_create(&l->thread, NULL, launch_main, l) == 0;
     if (!l->runs) {
         snprintf(why, why_bytes, "no thread for a launch");
         return TS_ENOMEM;
     }
-    give_back(l);
+    pthread_mutex_lock(&gpu->lock);
+    l->next_free = gpu->free_launch;
+    gpu->free_launch = l;
+    pthread_mutex_unlock(&gpu->lock);
     return TS_OK;
 }
 
@@ -443,21 +502,15 @@ static void launch_fini(ts_gpu_launch *l)
         pthread_mutex_unlock(&l->lock);
         pthread_join(l->thread, NULL);
     }
-    (void)cudaFreeHost(l->host);
-    (void)cudaFree(l->device);
-    (void)cudaFree(l->partials);
-    (void)cudaFree(l->counters);
     if (l->end != NULL)
         (void)cudaEventDestroy(l->end);
-    if (l->stream != NULL && !l->gpu->for_streams)
-        (void)cudaStreamDestroy(l->stream);
     pthread_cond_destroy(&l->event);
     pthread_mutex_destroy(&l->lock);
 }
 
 /* ---- opening ---- */
 
-static ts_status open_device(uint32_t ordinal, uint32_t num_launches, ts_gpu **out, char *why,
+static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, char *why,
                              size_t why_bytes)
 {
     *out = NULL;
@@ -475,7 +528,7 @@ static ts_status open_device(uint32_t ordinal, uint32_t num_launches, ts_gpu **o
         return TS_ENOMEM;
     }
     gpu->info.ordinal = ordinal;
-    gpu->for_streams = num_launches == 1;
+    gpu->for_streams = for_streams;
     pthread_mutex_init(&gpu->lock, NULL);
     pthread_cond_init(&gpu->changed, NULL);
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
@@ -497,7 +550,9 @@ static ts_status open_device(uint32_t ordinal, uint32_t num_launches, ts_gpu **o
             status = TS_ENOMEM;
         }
     }
-    for (uint32_t i = 0; status == TS_OK && i < num_launches; i++)
+    for (uint32_t i = 0; status == TS_OK && !for_streams && i < TS_GPU_LANES; i++)
+        status = lane_init(gpu, &gpu->lanes[i], why, why_bytes);
+    for (uint32_t i = 0; status == TS_OK && i < (for_streams ? 1 : TS_GPU_LAUNCHES); i++)
         status = launch_init(gpu, &gpu->launches[i], why, why_bytes);
     if (status != TS_OK) {
         ts_gpu_close(gpu);
@@ -510,12 +565,12 @@ static ts_status open_device(uint32_t ordinal, uint32_t num_launches, ts_gpu **o
 ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
 {
     prepare();
-    return open_device(ordinal, TS_GPU_LAUNCHES, out, why, why_bytes);
+    return open_device(ordinal, false, out, why, why_bytes);
 }
 
 ts_status ts_gpu_open_for_streams(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
 {
-    return open_device(ordinal, 1, out, why, why_bytes);
+    return open_device(ordinal, true, out, why, why_bytes);
 }
 
 void ts_gpu_close(ts_gpu *gpu)
@@ -526,6 +581,8 @@ void ts_gpu_close(ts_gpu *gpu)
     (void)ts_gpu_enter(gpu, why, sizeof why);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
         launch_fini(&gpu->launches[i]);
+    for (uint32_t i = 0; i < TS_GPU_LANES; i++)
+        lane_fini(&gpu->lanes[i]);
     if (gpu->janitor_runs) {
         pthread_mutex_lock(&gpu->lock);
         gpu->stop = true;

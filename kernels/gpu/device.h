@@ -25,7 +25,7 @@ typedef struct ts_gpu_driver {
     PFN_cuMemGetAddressRange_v3020 address_range;
     PFN_cuDeviceGetAttribute_v2000 attribute;
     PFN_cuStreamWaitValue32_v11070 wait_value;
-    PFN_cuStreamWriteValue32_v11070 write_value;
+    PFN_cuStreamBatchMemOp_v11070 batch_ops;
 } ts_gpu_driver;
 
 /* Staging memory that is freed when the device is closed: sizes double, so this is less than what
@@ -58,17 +58,25 @@ typedef struct ts_gpu_function {
     size_t shared_bytes; /* that a block takes in all */
 } ts_gpu_function;
 
-struct ts_gpu_launch {
-    ts_gpu *gpu;
-    ts_gpu_launch *next_free;
-    bool waits; /* under the device's lock: for a worker */
-    cudaStream_t stream;
+/* A stream, and the memory that launches use in turn, one behind the other. */
+typedef struct ts_gpu_lane {
+    cudaStream_t stream;          /* NULL: launches are on streams of others */
+    uint32_t users;               /* under the device's lock: launches that aren't done */
+    uint32_t turn;                /* under the device's lock: how often it was taken when free */
     unsigned char *host, *device; /* staging memory, the same bytes on both sides */
     size_t capacity;
     float *partials; /* on the device: what chunks come to, until they are merged */
     size_t partial_bytes;
     uint32_t *counters; /* all 0 between launches */
     size_t num_counters;
+} ts_gpu_lane;
+
+struct ts_gpu_launch {
+    ts_gpu *gpu;
+    ts_gpu_launch *next_free;
+    bool waits; /* under the device's lock: for a worker */
+    ts_gpu_lane *lane;
+    cudaStream_t stream;
     void (*done)(void *arg, ts_status status, const char *why);
     void *arg;
     char why[TS_GPU_WHY_BYTES];
@@ -94,6 +102,7 @@ struct ts_gpu {
     ts_gpu_info info;
     ts_gpu_driver driver;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
+    ts_gpu_lane lanes[TS_GPU_LANES];
     cudaStream_t memory_stream; /* for zeroing */
     cudaStream_t upload_stream; /* for plans */
     pthread_mutex_t lock;
@@ -129,10 +138,11 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
                   size_t bytes);
 
-/* Of each launch from the start: enough for 8192 copies of blocks. */
+/* Of each lane from the start: enough for 8192 copies of blocks. */
 #define TS_GPU_STAGING_BYTES ((size_t)1 << 16)
 
-/* Room for `bytes` of staging memory. A launch takes one attend, or one set of copies. */
+/* Room for `bytes` of the lane's staging memory, which nobody before may still use: the launch was
+ * taken without a place. A launch takes one attend, or one set of copies. */
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *launch, size_t bytes);
 
 /* Room for `bytes` of partial results and for so many counters, which are 0. */

@@ -241,7 +241,8 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                         x = fmaxf(x, fmaxf(s[f][n][e * 2], s[f][n][e * 2 + 1]));
                     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
                     x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-                    higher[f][e] = x = fmaxf(max[f][e], x * unit);
+                    x *= unit;
+                    higher[f][e] = x = x > max[f][e] + SLACK ? x : max[f][e];
                     base[f][e] = x == -CUDART_INF_F ? 0 : x;
                     moves |= x > max[f][e];
                 }

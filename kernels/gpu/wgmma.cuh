@@ -168,7 +168,8 @@ template <typename T, int DIM> struct rows_kernel {
                 x = fmaxf(x, fmaxf(s[n][e * 2], s[n][e * 2 + 1]));
             x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
             x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-            x = fmaxf(r.max[e], x * unit);
+            x *= unit;
+            x = x > r.max[e] + SLACK ? x : r.max[e];
             base[e] = x == -CUDART_INF_F ? 0 : x;
             factor[e] = power(r.max[e] - base[e]);
             r.max[e] = x;

@@ -124,7 +124,7 @@ static inline void attend(const ts_attention_call *call, ts_kernel kernel)
 {
     sem_t done;
     sem_init(&done, 0, 0);
-    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
     assert_non_null(l);
     /* A run has one layer: sequences of different ones are runs of their own. */
     bool together = true;

@@ -21,7 +21,7 @@ static void copying_blocks_moves_every_byte_and_no_other(void **state)
         CUDA_OK(cudaMalloc((void **)&device, 6 * bytes));
         to_device(device, host, 6 * bytes);
         ts_block_copy copies[] = {{.src = 4, .dst = 1}, {.src = 0, .dst = 5}};
-        ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
         assert_int_equal(ts_gpu_launch_copies(l, device, bytes, copies, 2), TS_OK);
         assert_int_equal(ts_gpu_launch_finish(l, NULL, NULL), TS_OK);
         CUDA_OK(cudaDeviceSynchronize());
@@ -45,9 +45,9 @@ static void a_launch_waits_for_its_word_and_signals(void **state)
     OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
     sem_t done;
     sem_init(&done, 0, 0);
-    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
     assert_int_equal(ts_gpu_launch_wait(l, &device[0], 5), TS_OK);
-    assert_int_equal(ts_gpu_launch_signal(l, &device[16], 9), TS_OK);
+    assert_int_equal(ts_gpu_launch_signal(l, (ts_gpu_signal[]){{&device[16], 9}}, 1), TS_OK);
     assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
     assert_int_equal(sem_trywait(&done), -1);
     assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 0);
@@ -55,6 +55,43 @@ static void a_launch_waits_for_its_word_and_signals(void **state)
     while (sem_wait(&done) != 0)
         ;
     assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 9);
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+}
+
+/* A launch starts after the one that it is queued behind, and one that is queued behind what is
+ * done starts at once. */
+static void a_launch_follows_the_one_before_it(void **state)
+{
+    (void)state;
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    ts_gpu_place place = {0};
+    for (uint32_t round = 1; round <= 100; round++) {
+        for (uint32_t i = 0; i < 4; i++) {
+            ts_gpu_launch *l = ts_gpu_launch_take(gpu, i == 3 ? NULL : &place);
+            ts_gpu_signal signal = {i == 3 ? &device[48] : &device[16],
+                                    i == 3 ? round : round * 2 + i - 2};
+            if (i == 0)
+                OK(ts_gpu_launch_wait(l, &device[0], round));
+            else
+                OK(ts_gpu_launch_signal(l, &signal, 1));
+            OK(ts_gpu_launch_finish(l, post, &done));
+        }
+        while (sem_wait(&done) != 0) /* the one that is queued behind nothing */
+            ;
+        assert_int_equal(__atomic_load_n(&words[48], __ATOMIC_ACQUIRE), round);
+        assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), round * 2 - 2);
+        __atomic_store_n(&words[0], round, __ATOMIC_RELEASE);
+        for (int i = 0; i < 3; i++)
+            while (sem_wait(&done) != 0)
+                ;
+        assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), round * 2);
+    }
     CUDA_OK(cudaHostUnregister(words));
     free(words);
 }
@@ -93,7 +130,7 @@ static bool while_a_launch_waits(const char *what, void (*work)(device_problem *
     OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
     sem_t done;
     sem_init(&done, 0, 0);
-    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
     assert_int_equal(ts_gpu_launch_wait(l, device, 1), TS_OK);
     assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
     rescue r = {.lock = PTHREAD_MUTEX_INITIALIZER, .over = PTHREAD_COND_INITIALIZER, .word = words};
@@ -153,7 +190,7 @@ static void do_attend_much(device_problem *d)
 static void do_copies(device_problem *d)
 {
     ts_block_copy copy = {.src = 0, .dst = 1};
-    ts_gpu_launch *l = ts_gpu_launch_take(gpu);
+    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
     assert_int_equal(ts_gpu_launch_copies(l, d->memory->base, 4096, &copy, 1), TS_OK);
     wait_launch(l);
 }
@@ -229,11 +266,14 @@ static void launches_run_out_and_come_back(void **state)
 {
     (void)state;
     ts_gpu_launch *taken[TS_GPU_LAUNCHES];
-    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++) {
-        taken[i] = ts_gpu_launch_take(gpu);
+    ts_gpu_place places[TS_GPU_LANES] = {0};
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++) { /* the later ones behind those before */
+        if (i == TS_GPU_LANES)
+            assert_null(ts_gpu_launch_take(gpu, NULL));
+        taken[i] = ts_gpu_launch_take(gpu, &places[i % TS_GPU_LANES]);
         assert_non_null(taken[i]);
     }
-    assert_null(ts_gpu_launch_take(gpu));
+    assert_null(ts_gpu_launch_take(gpu, &places[0]));
     sem_t done;
     sem_init(&done, 0, 0);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
@@ -241,7 +281,7 @@ static void launches_run_out_and_come_back(void **state)
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
         while (sem_wait(&done) != 0)
             ;
-    assert_non_null(taken[0] = ts_gpu_launch_take(gpu));
+    assert_non_null(taken[0] = ts_gpu_launch_take(gpu, NULL));
     assert_int_equal(ts_gpu_launch_finish(taken[0], NULL, NULL), TS_OK);
     CUDA_OK(cudaDeviceSynchronize());
 }
@@ -286,6 +326,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
         cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
+        cmocka_unit_test(a_launch_follows_the_one_before_it),
         cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
         cmocka_unit_test(launches_run_out_and_come_back),
         cmocka_unit_test(more_memory_than_there_is_is_refused_with_the_numbers),

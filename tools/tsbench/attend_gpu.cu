@@ -404,7 +404,7 @@ extern "C" int bench_attend_gpu(const bench_options *o, json_t *rows)
         fprintf(stderr, "tsbench: %s\n", why);
         return 1;
     }
-    d.launch = ts_gpu_launch_take(d.gpu);
+    d.launch = ts_gpu_launch_take(d.gpu, NULL);
     d.stream = (cudaStream_t)ts_gpu_launch_stream(d.launch);
     int code = 1;
     if (ok(cudaMalloc((void **)&d.sink, sizeof *d.sink), "memory"))
