@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TS_PROTOCOL 1u /* version of the messages and of this layout */
+#define TS_PROTOCOL 2u /* version of the messages, of this layout and of blocks */
 #define TS_HANDLE_MAGIC 0x48535354u
 #define TS_TOKEN_BYTES 16
 

@@ -90,6 +90,46 @@ static void every_head_dim_and_block_size_matches_the_reference(void **state)
                                 mixed, MIXED, 1e-5);
 }
 
+/* Blocks don't lie at distances that a GPU's memory is slow at, and cost little for it. */
+static void blocks_lie_at_distances_that_memory_is_fast_at(void **state)
+{
+    (void)state;
+    static const uint32_t known[][3] = {/* layers, KV heads, KiB */
+                                        {32, 8, 2048}, {40, 8, 2624}, {80, 8, 5248}, {80, 1, 656},
+                                        {47, 8, 3072}, {48, 8, 3072}, {3, 8, 192},   {60, 2, 976}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        ts_geometry g = {.layers = known[i][0],
+                         .kv_heads = known[i][1],
+                         .head_dim = 128,
+                         .block_tokens = 16,
+                         .dtype = TS_DTYPE_BF16};
+        assert_int_equal(ts_geometry_block_bytes(&g), known[i][2] * 1024);
+    }
+    for (uint32_t layers = 1; layers <= TS_LAYERS_MAX; layers++)
+        for (uint32_t heads = 1; heads <= 64; heads++) {
+            ts_geometry g = {.layers = layers,
+                             .kv_heads = heads,
+                             .head_dim = 64,
+                             .block_tokens = 16,
+                             .dtype = TS_DTYPE_FP32};
+            size_t least = ts_geometry_plane_bytes(&g) * 2 * layers;
+            size_t bytes = ts_geometry_block_bytes(&g);
+            bool slow = least % (80 << 10) == 0 || least % (376 << 10) == 0;
+            assert_true(bytes % (80 << 10) != 0 && bytes % (376 << 10) != 0);
+            assert_true(slow ? bytes > least && bytes <= least + least / 16 : bytes == least);
+            assert_int_equal(bytes % 256, 0);
+        }
+    check_against_reference((shape){.dtype = TS_DTYPE_FP32,
+                                    .io = TS_DTYPE_FP32,
+                                    .layout = TS_LAYOUT_NHD,
+                                    .heads = 4,
+                                    .kv_heads = 2,
+                                    .head_dim = 64,
+                                    .block_tokens = 16,
+                                    .layers = 5},
+                            mixed, MIXED, 1e-5);
+}
+
 static void an_exchange_of_the_caches_own_type_is_read_and_rounded_once(void **state)
 {
     (void)state;
@@ -340,6 +380,7 @@ int main(void)
         cmocka_unit_test(every_dtype_and_head_sharing_matches_the_float64_reference),
         cmocka_unit_test(every_variant_matches_the_reference),
         cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
+        cmocka_unit_test(blocks_lie_at_distances_that_memory_is_fast_at),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(the_prototypes_scenario_of_two_sequences_and_32_heads_matches),

@@ -198,7 +198,7 @@ static void garbage_is_answered_with_a_refusal(void **state)
     old.session_open = &open;
     reply = raw_call(s, &old);
     assert_int_equal(reply->status, TS_EPROTO);
-    assert_string_equal(reply->message, "protocol version 77; this daemon speaks 1");
+    assert_string_equal(reply->message, "protocol version 77; this daemon speaks 2");
     tspb__reply__free_unpacked(reply, NULL);
     nng_close(s);
 

@@ -63,6 +63,31 @@ def test_a_step_attends_and_its_tokens_can_be_read_back(client):
             key.numpy()[...] = 0  # read-only
 
 
+def test_blocks_that_are_longer_than_their_layers_are_found(start_daemon):
+    """40 layers, say: tinyserve_types.h, ts_geometry_block_bytes."""
+    rng = np.random.default_rng(3)
+    daemon = start_daemon("long:layers=5,kv_heads=8,head_dim=64,dtype=fp32,block_tokens=4,blocks=16")
+    with tinyserve.connect(daemon.url) as client, client.pool("long") as kv:
+        assert kv.geometry.plane_bytes * 2 * 5 == 80 << 10
+        assert kv.geometry.block_bytes == 82 << 10
+        seq, = kv.create()
+        k, v = random_rows(rng, 5, 23, 8, 64), random_rows(rng, 5, 23, 8, 64)
+        q = random_rows(rng, 23, 8, 64)
+        with kv.step([seq], [23], heads=8) as step:
+            for layer in range(5):
+                step.q[...], step.k[...], step.v[...] = q, k[layer], v[layer]
+                step.run(layer)
+                np.testing.assert_allclose(step.out.numpy(), attention(q, k[layer], v[layer]),
+                                           rtol=0, atol=1e-5)
+            step.commit()
+        slots = np.array(kv.slots(seq, 0, 23))
+        for layer in range(5):
+            for stored, meant in zip(kv.layer(layer, slots.tolist()), (k, v)):
+                np.testing.assert_array_equal(stored.numpy()[slots // 4, slots % 4], meant[layer])
+            for stored, meant in zip(kv.kv(int(slots[22]), layer), (k, v)):
+                np.testing.assert_array_equal(stored.numpy(), meant[layer][22])
+
+
 def test_variants_of_attention_go_through_the_service(client):
     rng = np.random.default_rng(2)
     n, past, dim = 3, 40, 64

@@ -223,12 +223,16 @@ double error_of(const problem &p, size_t index, size_t first_row, uint32_t layer
     size_t block = ts_geometry_block_bytes(&p.g), plane = ts_geometry_plane_bytes(&p.g);
     size_t row = (size_t)s->heads * s->head_dim, e = ts_dtype_bytes(io_of(s));
     uint32_t rows = seq.q_tokens < 4 ? seq.q_tokens : 4, skip = seq.q_tokens - rows;
-    std::vector<unsigned char> kv(p.tables[index].size() * 2 * plane), q(rows * row * e),
+    ts_attention_call call = {};
+    call.geometry = p.g;
+    call.geometry.layers = 1;
+    size_t part = ts_geometry_block_bytes(&call.geometry);
+    std::vector<unsigned char> kv(p.tables[index].size() * part), q(rows * row * e),
         out(rows * row * e);
     std::vector<uint32_t> table(p.tables[index].size());
     for (size_t i = 0; i < table.size(); i++) {
         table[i] = (uint32_t)i;
-        if (!ok(cudaMemcpy(kv.data() + i * 2 * plane,
+        if (!ok(cudaMemcpy(kv.data() + i * part,
                            p.cache + p.tables[index][i] * block + layer * 2 * plane, 2 * plane,
                            cudaMemcpyDeviceToHost),
                 "reading back"))
@@ -238,9 +242,6 @@ double error_of(const problem &p, size_t index, size_t first_row, uint32_t layer
     if (!ok(cudaMemcpy(q.data(), p.q + at, q.size(), cudaMemcpyDeviceToHost), "reading back") ||
         !ok(cudaMemcpy(out.data(), p.out + at, out.size(), cudaMemcpyDeviceToHost), "reading back"))
         return NAN;
-    ts_attention_call call = {};
-    call.geometry = p.g;
-    call.geometry.layers = 1;
     call.base = kv.data();
     call.heads = s->heads;
     call.io_dtype = io_of(s);

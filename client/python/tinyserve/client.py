@@ -39,7 +39,12 @@ class Geometry:
 
     @property
     def block_bytes(self) -> int:
-        return self.plane_bytes * 2 * self.layers
+        """Bytes from one block to the next: as ts_geometry_block_bytes (tinyserve_types.h) has it."""
+        size = self.plane_bytes * 2 * self.layers
+        more = 1 << ((size // 32).bit_length() - 1)
+        while size % (80 << 10) == 0 or size % (376 << 10) == 0:
+            size += more
+        return size
 
 
 def _array(ctype: type, values: Iterable[int]) -> Any:
