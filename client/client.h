@@ -67,6 +67,7 @@ struct ts_client {
     bool rings_lost; /* they can't be used, or not any more */
     ts_exec exec;    /* that was asked for, or that AUTO has come to */
     ts_exec last_exec;
+    bool tried; /* a run has gone both ways */
     uint32_t threads;
     ts_attention *attention;        /* of local execution; NULL: none yet */
     struct ts_local_gpu *local_gpu; /* the same on a GPU */
@@ -104,6 +105,30 @@ ts_status ts_gone(ts_client *client);
 
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
+
+#define TS_TRIAL_RUNS 32u /* of a step, that are timed on a GPU's stream */
+
+/* How long the runs of a step took that went both ways. All 0 to start with. */
+typedef struct ts_trial {
+    uint64_t here_ns, there_ns;
+    ts_cuda *cuda;
+    void *marks[TS_TRIAL_RUNS][3]; /* in the stream: before, between and after the two */
+    uint32_t num_marks;
+} ts_trial;
+
+typedef struct ts_trial_ways {
+    ts_status (*here)(void *arg);
+    ts_status (*there)(void *arg);
+} ts_trial_ways;
+
+/* Runs here, then there, each waited for; or both queued on the stream. */
+ts_status ts_trial_run(ts_client *client, ts_trial *trial, const ts_trial_ways *ways, void *arg);
+ts_status ts_trial_run_on_stream(ts_client *client, ts_cuda *cuda, ts_trial *trial, void *stream,
+                                 const ts_trial_ways *ways, void *arg);
+
+/* All runs are over: from now on the session takes the quicker way, if any was timed. */
+void ts_trial_settle(ts_client *client, ts_trial *trial);
+void ts_trial_drop(ts_trial *trial);
 
 /* A step that this process attends in: its sequences, with their block tables. */
 typedef struct ts_local {

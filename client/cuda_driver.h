@@ -37,6 +37,7 @@ enum {
     TS_CU_HOST_DEVICE_MAP = 2,
     TS_CU_WAIT_GEQ = 0,
     TS_CU_WRITE_DEFAULT = 0,
+    TS_CU_EVENT_DEFAULT = 0,
 };
 
 /* name in the driver, member, arguments */
@@ -66,7 +67,13 @@ enum {
     F("cuMemHostUnregister", host_unregister, (void *))                                            \
     F("cuMemHostGetDevicePointer_v2", host_pointer, (ts_cu_pointer *, void *, unsigned))           \
     F("cuStreamWriteValue32_v2", stream_write, (void *, ts_cu_pointer, uint32_t, unsigned))        \
-    F("cuStreamWaitValue32_v2", stream_wait, (void *, ts_cu_pointer, uint32_t, unsigned))
+    F("cuStreamWaitValue32_v2", stream_wait, (void *, ts_cu_pointer, uint32_t, unsigned))          \
+    F("cuStreamIsCapturing", stream_capture, (void *, int *))                                      \
+    F("cuEventCreate", event_new, (void **, unsigned))                                             \
+    F("cuEventDestroy_v2", event_free, (void *))                                                   \
+    F("cuEventRecord", event_record, (void *, void *))                                             \
+    F("cuEventSynchronize", event_await, (void *))                                                 \
+    F("cuEventElapsedTime", event_elapsed, (float *, void *, void *))
 
 typedef struct ts_cu_functions {
 #define TS_CU_MEMBER(name, member, arguments) ts_cu_result(*member) arguments;

@@ -268,3 +268,55 @@ ts_status ts_cuda_hand_over(ts_client *c, ts_cuda *cuda, void *stream, uint64_t 
     ts_cuda_leave(cuda);
     return status;
 }
+
+ts_status ts_cuda_is_captured(ts_client *c, ts_cuda *cuda, void *stream, bool *captured)
+{
+    int state = 0;
+    ts_status status = ts_cuda_enter(c, cuda);
+    if (status != TS_OK)
+        return status;
+    ts_cu_result error = cuda->f.stream_capture(stream, &state);
+    if (error != 0)
+        status = fail(c, cuda, TS_EDEVICE, "asking whether the stream is captured", error);
+    ts_cuda_leave(cuda);
+    *captured = state != 0;
+    return status;
+}
+
+ts_status ts_cuda_mark(ts_client *c, ts_cuda *cuda, void *stream, void **mark)
+{
+    ts_status status = ts_cuda_enter(c, cuda);
+    if (status != TS_OK)
+        return status;
+    ts_cu_result error = cuda->f.event_new(mark, TS_CU_EVENT_DEFAULT);
+    if (error == 0)
+        error = cuda->f.event_record(*mark, stream);
+    if (error != 0)
+        status = fail(c, cuda, TS_EDEVICE, "queueing an event on the stream", error);
+    ts_cuda_leave(cuda);
+    return status;
+}
+
+void ts_cuda_unmark(ts_cuda *cuda, void *mark)
+{
+    if (mark == NULL || cuda->f.context_push(cuda->context) != 0)
+        return;
+    (void)cuda->f.event_free(mark);
+    ts_cuda_leave(cuda);
+}
+
+ts_status ts_cuda_between(ts_client *c, ts_cuda *cuda, void *from, void *to, uint64_t *ns)
+{
+    float ms = 0;
+    ts_status status = ts_cuda_enter(c, cuda);
+    if (status != TS_OK)
+        return status;
+    ts_cu_result error = cuda->f.event_await(to);
+    if (error == 0)
+        error = cuda->f.event_elapsed(&ms, from, to);
+    if (error != 0)
+        status = fail(c, cuda, TS_EDEVICE, "timing a run", error);
+    ts_cuda_leave(cuda);
+    *ns = (uint64_t)((double)ms * 1e6);
+    return status;
+}

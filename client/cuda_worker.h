@@ -58,4 +58,14 @@ void ts_cuda_unpin(ts_cuda *cuda, void *host);
 ts_status ts_cuda_hand_over(ts_client *client, ts_cuda *cuda, void *stream, uint64_t submitted,
                             uint64_t completed, uint32_t value);
 
+/* Whether the stream is being captured into a graph. */
+ts_status ts_cuda_is_captured(ts_client *client, ts_cuda *cuda, void *stream, bool *captured);
+
+/* Makes a mark and queues it on the stream. It is to be unmarked even after an error, if any. */
+ts_status ts_cuda_mark(ts_client *client, ts_cuda *cuda, void *stream, void **mark);
+void ts_cuda_unmark(ts_cuda *cuda, void *mark); /* NULL: nothing */
+
+/* Waits for the later mark; the time that the stream took from one to the other. */
+ts_status ts_cuda_between(ts_client *client, ts_cuda *cuda, void *from, void *to, uint64_t *ns);
+
 #endif

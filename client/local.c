@@ -26,18 +26,15 @@ static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)
 ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
 {
     bool rings;
-    *exec = c->exec;
+    *exec = TS_EXEC_DAEMON;
     if (c->exec == TS_EXEC_DAEMON)
         return TS_OK;
     ts_status status = ts_rings_use(c, &rings);
     if (status != TS_OK)
         return status;
     status = can_attend(c, p, rings);
-    if (status == TS_OK) { /* on a GPU a hand-over costs more than a launch, always */
-        *exec = p->on_gpu ? TS_EXEC_LOCAL : c->exec;
-        return TS_OK;
-    }
-    *exec = TS_EXEC_DAEMON;
+    if (status == TS_OK)
+        *exec = c->exec;
     return c->exec == TS_EXEC_AUTO ? TS_OK : status;
 }
 

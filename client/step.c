@@ -1,7 +1,5 @@
 #include "client.h"
 
-#include "clock.h"
-
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,9 +16,9 @@ struct ts_step {
     uint32_t heads;
     ts_dtype io_dtype;
     float scale;
-    ts_exec exec;               /* AUTO: both ways, to see which is quicker */
-    ts_local *local;            /* NULL: the daemon attends alone */
-    uint64_t here_ns, there_ns; /* that it took */
+    ts_exec exec;    /* AUTO: both ways, to see which is quicker */
+    ts_local *local; /* NULL: the daemon attends alone */
+    ts_trial trial;
 };
 
 static void step_free(ts_step *s)
@@ -31,6 +29,7 @@ static void step_free(ts_step *s)
     free(s->new_tokens);
     free(s->slots);
     ts_local_free(s->pool->client, s->local);
+    ts_trial_drop(&s->trial);
     free(s);
 }
 
@@ -180,7 +179,7 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
         status = ts_local_choose(c, s->pool, &s->exec);
     if (status != TS_OK)
         return status;
-    if (s->exec == TS_EXEC_LOCAL && lacks_handle(s->pool)) { /* once: begun and dropped for it */
+    if (s->exec != TS_EXEC_DAEMON && lacks_handle(s->pool)) { /* once: begun and dropped for it */
         status = begin_by_message(s, seqs, o, false);
         if (status == TS_OK)
             status = call_end(s, false, NULL);
@@ -459,22 +458,6 @@ static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
     return ts_local_attend(s->pool, s->local, &run);
 }
 
-static ts_status call_run(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
-{
-    s->pool->client->last_exec = s->exec;
-    if (s->exec == TS_EXEC_DAEMON)
-        return run_there(s, layer, o, order);
-    uint64_t start = ts_now_ns();
-    ts_status status = run_here(s, layer, o);
-    uint64_t middle = ts_now_ns();
-    if (s->exec == TS_EXEC_LOCAL || status != TS_OK)
-        return status;
-    status = run_there(s, layer, o, order); /* the same bits again */
-    s->here_ns += middle - start;
-    s->there_ns += ts_now_ns() - middle;
-    return status;
-}
-
 /* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */
 static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
@@ -490,7 +473,7 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
         return ts_fail(c, TS_ECONN,
                        "an earlier run went unanswered: the order is lost, connect again");
     uint32_t order = atomic_load(&c->ordered) + 1;
-    status = call_run(s, layer, o, order);
+    status = run_there(s, layer, o, order);
     c->order_lost = status == TS_ETIMEOUT;
     if (status != TS_OK)
         return status;
@@ -505,10 +488,55 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
     return status;
 }
 
+/* One run's arguments, for ts_trial_ways. */
+typedef struct run_args {
+    ts_step *step;
+    uint32_t layer;
+    const ts_run_options *options;
+} run_args;
+
+static ts_status way_here(void *arg)
+{
+    const run_args *a = arg;
+    return run_here(a->step, a->layer, a->options);
+}
+
+static ts_status way_there(void *arg)
+{
+    const run_args *a = arg;
+    return a->options->on_stream ? run_on_stream(a->step, a->layer, a->options)
+                                 : run_there(a->step, a->layer, a->options, 0);
+}
+
+/* Both ways; a graph takes the one that can be captured. */
+static ts_status run_both(run_args *a)
+{
+    static const ts_trial_ways ways = {way_here, way_there};
+    ts_step *s = a->step;
+    ts_client *c = s->pool->client;
+    if (!a->options->on_stream)
+        return ts_trial_run(c, &s->trial, &ways, a);
+    ts_cuda *cuda;
+    bool captured;
+    ts_status status = ts_client_cuda(c, s->pool, &cuda);
+    if (status == TS_OK)
+        status = ts_cuda_is_captured(c, cuda, a->options->stream, &captured);
+    if (status != TS_OK)
+        return status;
+    if (captured) {
+        c->last_exec = TS_EXEC_LOCAL;
+        return way_here(a);
+    }
+    return ts_trial_run_on_stream(c, cuda, &s->trial, a->options->stream, &ways, a);
+}
+
 ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
-    return o->on_stream && s->exec == TS_EXEC_DAEMON ? run_on_stream(s, layer, o)
-                                                     : call_run(s, layer, o, 0);
+    run_args args = {s, layer, o};
+    s->pool->client->last_exec = s->exec;
+    return s->exec == TS_EXEC_AUTO    ? run_both(&args)
+           : s->exec == TS_EXEC_LOCAL ? way_here(&args)
+                                      : way_there(&args);
 }
 
 ts_status ts_step_run(ts_step *s, uint32_t layer)
@@ -560,12 +588,11 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
 
 ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 {
-    ts_client *c = s->pool->client;
     ts_status status = call_end(s, true, accepted);
     if (status != TS_OK)
         return status;
-    if (s->exec == TS_EXEC_AUTO && s->there_ns > 0)
-        c->exec = s->here_ns <= s->there_ns ? TS_EXEC_LOCAL : TS_EXEC_DAEMON;
+    if (s->exec == TS_EXEC_AUTO)
+        ts_trial_settle(s->pool->client, &s->trial);
     step_end(s);
     return TS_OK;
 }

@@ -52,9 +52,9 @@ typedef enum ts_exec {
                        part in a layer. For pools that were opened with TS_POOL_WRITABLE; on a GPU,
                        with the exchange in its memory (ts_exchange_device) and libtinyserve-cuda
                        installed */
-    TS_EXEC_AUTO    /* where that can be: of a host pool, the session's first step goes both ways,
-                       and the quicker is taken from then on; of a GPU pool, local. Else the daemon
-                     */
+    TS_EXEC_AUTO    /* where that can be, the session's first step goes both ways, and the quicker
+                       is taken from then on (ts_client_exec says which); runs that are captured into
+                       a CUDA graph are local. Where it can't be, the daemon */
 } ts_exec;
 
 typedef struct ts_options {

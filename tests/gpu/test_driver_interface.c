@@ -31,6 +31,10 @@ _Static_assert(CU_MEMHOSTREGISTER_PORTABLE == TS_CU_HOST_PORTABLE, "");
 _Static_assert(CU_MEMHOSTREGISTER_DEVICEMAP == TS_CU_HOST_DEVICE_MAP, "");
 _Static_assert((int)CU_STREAM_WAIT_VALUE_GEQ == TS_CU_WAIT_GEQ, "");
 _Static_assert((int)CU_STREAM_WRITE_VALUE_DEFAULT == TS_CU_WRITE_DEFAULT, "");
+_Static_assert((int)CU_EVENT_DEFAULT == TS_CU_EVENT_DEFAULT, "");
+_Static_assert(sizeof(CUstreamCaptureStatus) == sizeof(int), "CUstreamCaptureStatus");
+_Static_assert((int)CU_STREAM_CAPTURE_STATUS_NONE == 0, "");
+_Static_assert(sizeof(CUevent) == sizeof(void *), "CUevent");
 
 /* cuda.h's macros give each function the name of its current version: those that are asked for must
  * be the ones whose arguments are declared here. */
@@ -63,6 +67,11 @@ int main(void)
         {CURRENT(cuMemHostGetDevicePointer), "cuMemHostGetDevicePointer_v2"},
         {CURRENT(cuStreamWriteValue32), "cuStreamWriteValue32_v2"},
         {CURRENT(cuStreamWaitValue32), "cuStreamWaitValue32_v2"},
+        {CURRENT(cuStreamIsCapturing), "cuStreamIsCapturing"},
+        {CURRENT(cuEventCreate), "cuEventCreate"},
+        {CURRENT(cuEventDestroy), "cuEventDestroy_v2"},
+        {CURRENT(cuEventRecord), "cuEventRecord"},
+        {CURRENT(cuEventSynchronize), "cuEventSynchronize"},
     };
     int wrong = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)

@@ -92,8 +92,8 @@ class Client:
         transport: how steps reach the daemon, "ring", "messages", or "auto": rings if there are any.
         spin_us: microseconds that a call through a ring polls before it sleeps (None: 50).
         execution: who attends, "daemon", "local" (this process; pools opened writable, on a GPU with
-        exchange() or register() in its memory), or "auto": local where it can be, of a host pool if
-        it was quicker in the first step. The results are the same. threads: of local execution on
+        exchange() or register() in its memory), or "auto": where it can be, the first step goes both
+        ways, and the quicker is taken from then on. The results are the same. threads: of local execution on
         the host (0: one for each processor).
 
         Raises DisconnectedError where there is no daemon."""

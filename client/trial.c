@@ -1,0 +1,70 @@
+/*
+ * TS_EXEC_AUTO: a session's first steps go both ways, and their runs are timed. The first run of
+ * all isn't counted: it maps memory and loads kernels.
+ */
+#include "client.h"
+
+#include "clock.h"
+
+#include <string.h>
+
+ts_status ts_trial_run(ts_client *c, ts_trial *t, const ts_trial_ways *ways, void *arg)
+{
+    uint64_t start = ts_now_ns();
+    ts_status status = ways->here(arg);
+    uint64_t middle = ts_now_ns();
+    if (status == TS_OK)
+        status = ways->there(arg); /* the same bits again */
+    if (status == TS_OK && c->tried) {
+        t->here_ns += middle - start;
+        t->there_ns += ts_now_ns() - middle;
+    }
+    c->tried = c->tried || status == TS_OK;
+    return status;
+}
+
+ts_status ts_trial_run_on_stream(ts_client *c, ts_cuda *cuda, ts_trial *t, void *stream,
+                                 const ts_trial_ways *ways, void *arg)
+{
+    bool timed = c->tried && t->num_marks < TS_TRIAL_RUNS;
+    void **marks = t->marks[t->num_marks < TS_TRIAL_RUNS ? t->num_marks : 0];
+    ts_status status = TS_OK;
+    if (timed) {
+        t->cuda = cuda;
+        t->num_marks++; /* what was made of them is dropped with the others */
+        status = ts_cuda_mark(c, cuda, stream, &marks[0]);
+    }
+    if (status == TS_OK)
+        status = ways->here(arg);
+    if (status == TS_OK && timed)
+        status = ts_cuda_mark(c, cuda, stream, &marks[1]);
+    if (status == TS_OK)
+        status = ways->there(arg);
+    if (status == TS_OK && timed)
+        status = ts_cuda_mark(c, cuda, stream, &marks[2]);
+    c->tried = c->tried || status == TS_OK;
+    return status;
+}
+
+void ts_trial_settle(ts_client *c, ts_trial *t)
+{
+    for (uint32_t i = 0; i < t->num_marks; i++) {
+        uint64_t here = 0, there = 0;
+        if (t->marks[i][2] == NULL || /* the run failed */
+            ts_cuda_between(c, t->cuda, t->marks[i][0], t->marks[i][1], &here) != TS_OK ||
+            ts_cuda_between(c, t->cuda, t->marks[i][1], t->marks[i][2], &there) != TS_OK)
+            continue;
+        t->here_ns += here;
+        t->there_ns += there;
+    }
+    if (t->there_ns > 0)
+        c->exec = t->here_ns <= t->there_ns ? TS_EXEC_LOCAL : TS_EXEC_DAEMON;
+}
+
+void ts_trial_drop(ts_trial *t)
+{
+    for (uint32_t i = 0; i < t->num_marks; i++)
+        for (int m = 0; m < 3; m++)
+            ts_cuda_unmark(t->cuda, t->marks[i][m]);
+    memset(t, 0, sizeof *t);
+}
