@@ -240,39 +240,40 @@ ts_status ts_gpu_free_bytes(ts_gpu *gpu, uint64_t *bytes, char *why, size_t why_
                                 : ts_gpu_fail(error, "asking for free memory", 0, why, why_bytes);
 }
 
-static ts_status ask_about(ts_gpu *gpu, ts_gpu_function *f, char *why, size_t why_bytes)
+static cudaError_t ask_about(ts_gpu_function *f)
 {
     struct cudaFuncAttributes a;
     cudaError_t error = cudaFuncGetAttributes(&a, f->kernel.function);
     if (error == cudaSuccess) {
         f->shared_bytes = a.sharedSizeBytes + f->kernel.bytes;
-        bool fits = f->shared_bytes <= gpu->info.shared_bytes;
-        if (fits && (int)f->kernel.bytes > a.maxDynamicSharedSizeBytes)
-            error = cudaFuncSetAttribute(f->kernel.function,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)f->kernel.bytes);
+        f->allowed = (int)f->kernel.bytes <= a.maxDynamicSharedSizeBytes;
     }
-    return error == cudaSuccess
-               ? TS_OK
-               : ts_gpu_fail(error, "asking for a kernel's properties", 0, why, why_bytes);
+    return error;
 }
 
 ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t *shared_bytes,
                                char *why, size_t why_bytes)
 {
-    ts_status status = TS_OK;
+    cudaError_t error = cudaSuccess;
     pthread_mutex_lock(&gpu->lock);
     ts_gpu_function *f = gpu->functions, *end = f + gpu->num_functions;
     while (f < end && (f->kernel.function != kernel->function || f->kernel.bytes != kernel->bytes))
         f++;
     if (f == end) {
         f->kernel = *kernel;
-        status = ask_about(gpu, f, why, why_bytes);
-        gpu->num_functions += status == TS_OK;
+        error = ask_about(f);
+        gpu->num_functions += error == cudaSuccess;
+    }
+    if (error == cudaSuccess && !f->allowed && f->shared_bytes <= gpu->info.shared_bytes) {
+        error = cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     (int)kernel->bytes);
+        f->allowed = error == cudaSuccess;
     }
     *shared_bytes = f->shared_bytes;
     pthread_mutex_unlock(&gpu->lock);
-    return status;
+    return error == cudaSuccess
+               ? TS_OK
+               : ts_gpu_fail(error, "asking for a kernel's properties", 0, why, why_bytes);
 }
 
 /* ---- launches ---- */

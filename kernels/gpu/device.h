@@ -56,6 +56,7 @@ typedef struct ts_gpu_kernel {
 typedef struct ts_gpu_function {
     ts_gpu_kernel kernel;
     size_t shared_bytes; /* that a block takes in all */
+    bool allowed;        /* to be launched with that much */
 } ts_gpu_function;
 
 /* A stream, and the memory that launches use in turn, one behind the other. */
