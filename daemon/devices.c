@@ -164,7 +164,9 @@ ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why,
     const ts_service_gpu *gpu;
     ts_memory *memory = NULL;
     uint32_t index;
-    ts_status status = choose_device(s, wanted, &p, &gpu, why, why_bytes);
+    ts_status status = ts_engine_pool_place(s->engine, &p, &index, why, why_bytes);
+    if (status == TS_OK) /* before anything is taken for it */
+        status = choose_device(s, wanted, &p, &gpu, why, why_bytes);
     if (status != TS_OK)
         return status;
     if (gpu != NULL)

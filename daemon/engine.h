@@ -225,6 +225,11 @@ void ts_engine_default_limits(ts_engine_limits *limits);
 ts_engine *ts_engine_new(const ts_engine_limits *limits);
 void ts_engine_free(ts_engine *engine);
 
+/* Where such a pool would be added; TS_EINVAL or TS_EEXIST with a sentence in `why` if it can't be.
+ */
+ts_status ts_engine_pool_place(const ts_engine *engine, const ts_pool_config *config,
+                               uint32_t *index, char *why, size_t why_bytes);
+
 /* Adds a pool, at *index (NULL: never mind). TS_EINVAL, TS_EEXIST or TS_ENOMEM with a sentence in
  * `why`. */
 ts_status ts_engine_add_pool(ts_engine *engine, const ts_pool_config *config, uint32_t *index,

@@ -9,8 +9,8 @@ bool ts_engine_has_pool(const ts_engine *e, uint32_t pool)
     return pool < e->num_pools && e->pools[pool].config.name[0] != '\0';
 }
 
-ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_t *index, char *why,
-                             size_t why_bytes)
+ts_status ts_engine_pool_place(const ts_engine *e, const ts_pool_config *config, uint32_t *out,
+                               char *why, size_t why_bytes)
 {
     ts_status status = ts_geometry_check(&config->geometry, why, why_bytes);
     if (status != TS_OK)
@@ -35,6 +35,17 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
                  TS_POOL_BLOCKS_MAX);
         return TS_EINVAL;
     }
+    *out = place;
+    return TS_OK;
+}
+
+ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_t *index, char *why,
+                             size_t why_bytes)
+{
+    uint32_t place;
+    ts_status status = ts_engine_pool_place(e, config, &place, why, why_bytes);
+    if (status != TS_OK)
+        return status;
     ts_engine_pool *pool = &e->pools[place];
     uint32_t max =
         config->max_blocks > config->num_blocks ? config->max_blocks : config->num_blocks;

@@ -41,6 +41,8 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     ts_pool *p, *q, *none;
     SAYS(1, "there is a pool 'tiny' already",
          "pool create tiny layers=1 kv_heads=1 head_dim=32 blocks=4");
+    SAYS(1, "there is a pool 'tiny' already", /* before its memory is looked for */
+         "pool create tiny layers=1 kv_heads=1 head_dim=32 blocks=4 device=cuda:99");
     SAYS(1, "there is no key 'color' in a [pool]", "pool create b color=red");
     SAYS(1, "pool 'b': 'layers' is not key=value", "pool create b layers");
     SAYS(1, "pool 'b': give either memory or blocks",
