@@ -10,15 +10,42 @@
  */
 #include "attention_vectors.inc.h"
 
-/* Scores of NR rows of q (padded rows) with VL / NR tokens; s has rows of TS_TILE. */
+/*
+ * A tile of K and V of one head that will be read soon: fetched while another is worked on, which
+ * hides the memory's latency where rows are shorter than the hardware's prefetcher needs. Into the
+ * second-level cache, and line by line between the products: the core can't have more than so many
+ * lines under way at once, and stands still where it asks for more.
+ */
+typedef struct fetch {
+    const unsigned char *const *rows; /* NULL: there is nothing to fetch */
+    size_t k_offset, v_offset;
+} fetch;
+
+#define FETCH_AHEAD ((size_t)8 << 10) /* bytes between what is fetched and what is worked on */
+
+/* Fetches the lines that begin in bytes from..to - 1 of `count` rows. */
+INLINE void fetch_lines(const unsigned char *const *rows, size_t offset, int count, size_t from,
+                        size_t to)
+{
+    for (size_t b = (from + 63) / 64 * 64; b < to; b += 64)
+        _Pragma("GCC unroll 16") for (int t = 0; t < count; t++)
+            __builtin_prefetch(rows[t] + offset + b, 0, 2);
+}
+
+/* Scores of NR rows of q (padded rows) with VL / NR tokens; s has rows of TS_TILE. `first`: the
+ * first of the tokens, in the tile. */
 INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *q, uint32_t padded,
-                        const unsigned char *const *k, size_t k_offset, float *s)
+                        const unsigned char *const *k, size_t k_offset, float *s, uint32_t first,
+                        const fetch *next)
 {
     const int NK = VL / NR;
     vf sums[VL] = {0};
     uint32_t d = 0;
     for (; d + VL <= head_dim; d += VL) {
         vf rows[4];
+        if (next->rows != NULL)
+            fetch_lines(next->rows + first, next->k_offset, NK, d * element_bytes(dtype),
+                        (d + VL) * element_bytes(dtype));
         _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) rows[r] = load(q + r * padded + d);
         _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
         {
@@ -28,6 +55,9 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
         }
     }
     if (d < head_dim) {
+        if (next->rows != NULL)
+            fetch_lines(next->rows + first, next->k_offset, NK, d * element_bytes(dtype),
+                        head_dim * element_bytes(dtype));
         _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
         {
             vf kv = load_cache_tail(dtype, k[t] + k_offset, d, head_dim - d);
@@ -40,39 +70,20 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
         memcpy(s + r * TS_TILE, (const float *)&result + r * NK, (size_t)NK * sizeof(float));
 }
 
-/* What this KV head will read in the next tile: fetched while this tile is worked on, which hides
- * the memory's latency where rows are shorter than the hardware's prefetcher needs. Into the
- * second-level cache: a tile of all heads is more than the first level can have under way. K's rows
- * are asked for while scores are computed and V's while V is weighed, for the core can't have more
- * than so many lines under way at once. */
-typedef struct fetch {
-    const unsigned char *const *rows;
-    size_t k_offset, v_offset, bytes;
-} fetch;
-
-INLINE void fetch_rows(const fetch *next, size_t offset, uint32_t first, uint32_t count)
-{
-    for (uint32_t t = first; t < first + count; t++)
-        for (size_t b = 0; b < next->bytes; b += 64)
-            __builtin_prefetch(next->rows[t] + offset + b, 0, 2);
-}
-
 INLINE void score_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *q, uint32_t padded,
                        const unsigned char *const *k, size_t k_offset, uint32_t tokens, float *s,
                        const fetch *next)
 {
     const uint32_t NK = VL / (uint32_t)NR;
-    for (uint32_t t = 0; t < tokens; t += NK) {
-        if (next != NULL)
-            fetch_rows(next, next->k_offset, t, NK);
-        score_block(dtype, NR, head_dim, q, padded, k + t, k_offset, s + t);
-    }
+    for (uint32_t t = 0; t < tokens; t += NK)
+        score_block(dtype, NR, head_dim, q, padded, k + t, k_offset, s + t, t, next);
 }
 
-/* acc[r] += p[r][t] * V[t] for NR rows, ND vectors of the row from element d. */
+/* acc[r] += p[r][t] * V[t] for NR rows, ND vectors of the row from element d; bytes from..to - 1 of
+ * the next rows are fetched meanwhile. */
 INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tail, const float *p,
                         const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
-                        uint32_t padded, const fetch *next)
+                        uint32_t padded, const fetch *next, size_t from, size_t to)
 {
     vf sums[16];
     _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
@@ -80,8 +91,8 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
             load(acc + r * padded + d + i * VL);
     for (uint32_t t = 0; t < tokens; t++) {
         vf row[8];
-        if (next != NULL)
-            fetch_rows(next, next->v_offset, t, 1);
+        if (next->rows != NULL)
+            fetch_lines(next->rows + t, next->v_offset, 1, from, to);
         _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) row[i] =
             tail ? load_cache_tail(dtype, v[t] + v_offset, d, tail)
                  : load_cache(dtype, v[t] + v_offset, d + (uint32_t)i * VL);
@@ -102,14 +113,17 @@ INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p
                        uint32_t padded, const fetch *next)
 {
     const int ND = VL == 16 ? (NR == 4 ? 4 : 8) : (NR == 4 ? 2 : 4);
+    const size_t e = element_bytes(dtype), bytes = head_dim * e, wide = (size_t)ND * VL * e;
     uint32_t d = 0;
-    for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL)
-        weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
-    for (; d + VL <= head_dim; d += VL)
-        weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, d == 0 ? next : NULL);
+    size_t from = 0; /* what isn't fetched in wide steps is fetched in the next, all of it */
+    for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL, from += wide)
+        weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
+                    from + wide);
+    for (; d + VL <= head_dim; d += VL, from = bytes)
+        weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
     if (d < head_dim)
-        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded,
-                    d == 0 ? next : NULL);
+        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded, next, from,
+                    bytes);
 }
 
 INLINE bool any(vi mask)
@@ -197,6 +211,7 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
     const uint32_t padded = ts_attention_padded(head_dim);
     const uint32_t group = item->call->heads / item->call->geometry.kv_heads;
     const uint32_t num_rows = item->q_count * group;
+    static const fetch nothing;
     const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
 
     for (uint32_t r = 0; r < num_rows;) {
@@ -218,13 +233,13 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
         float *s = scores + (size_t)r * TS_TILE;
         if (n == 4)
             score_rows(dtype, 4, head_dim, q + r * padded, padded, rows, k_offset, high, s,
-                       r == 0 ? next : NULL);
+                       r == 0 ? next : &nothing);
         else if (n == 2)
             score_rows(dtype, 2, head_dim, q + r * padded, padded, rows, k_offset, high, s,
-                       r == 0 ? next : NULL);
+                       r == 0 ? next : &nothing);
         else
             score_rows(dtype, 1, head_dim, q + r * padded, padded, rows, k_offset, high, s,
-                       r == 0 ? next : NULL);
+                       r == 0 ? next : &nothing);
         for (uint32_t i = 0; i < n; i++) {
             uint32_t position = first + (r + i) / group, seen = position + 1;
             uint32_t hidden = ts_attention_first_key(variant, position);
@@ -241,18 +256,18 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                        acc + (size_t)(r + i) * padded);
             if (!together) /* the rows see different tokens: none may touch another V */
                 weigh_rows(dtype, 1, head_dim, row + hidden, rows + hidden, v_offset, seen - hidden,
-                           acc + (size_t)(r + i) * padded, padded, NULL);
+                           acc + (size_t)(r + i) * padded, padded, &nothing);
         }
         float *block = acc + (size_t)r * padded;
         if (together && n == 4)
             weigh_rows(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == 0 ? next : NULL);
+                       padded, r == 0 ? next : &nothing);
         else if (together && n == 2)
             weigh_rows(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == 0 ? next : NULL);
+                       padded, r == 0 ? next : &nothing);
         else if (together)
             weigh_rows(dtype, 1, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == 0 ? next : NULL);
+                       padded, r == 0 ? next : &nothing);
         r += n;
     }
 }
@@ -388,6 +403,11 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
     const size_t head_stride = ts_geometry_head_stride(g);
     const unsigned char *base = call->base + (size_t)item->seq->layer * 2 * plane;
 
+    uint32_t heads_ahead =
+        (uint32_t)(FETCH_AHEAD / (2 * TS_TILE * g->head_dim * ts_dtype_bytes(g->dtype)));
+    heads_ahead = heads_ahead < 1                  ? 1
+                  : heads_ahead > item->head_count ? item->head_count
+                                                   : heads_ahead;
     uint32_t end = item->seq->kv_tokens - item->seq->q_tokens + item->q_first + item->q_count;
     if (end > (part + 1) * TS_PART)
         end = (part + 1) * TS_PART;
@@ -422,21 +442,24 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
         }
         for (uint32_t h = 0; h < item->head_count; h++) {
             size_t head_offset = (item->head_first + h) * head_stride;
-            fetch next = {.rows = rows[turn ^ 1],
-                          .k_offset = head_offset,
-                          .v_offset = plane + head_offset,
-                          .bytes = g->head_dim * ts_dtype_bytes(g->dtype)};
+            bool later = h + heads_ahead >= item->head_count; /* in the next tile */
+            size_t then = item->head_first + h + heads_ahead - (later ? item->head_count : 0);
+            fetch next = {.rows = !later       ? rows[turn]
+                                  : filled > 0 ? rows[turn ^ 1]
+                                               : NULL,
+                          .k_offset = then * head_stride,
+                          .v_offset = plane + then * head_stride};
             uint32_t r = h * head_rows;
             if (dtype == FP8_FOURS && has_nan(rows[turn], head_offset, plane, g->head_dim))
                 attend_tile(FP8_FOURS_NAN, item, rows[turn], head_offset, plane + head_offset, tile,
                             (item->head_first + h) * group, scratch->q + (size_t)r * padded,
                             scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
-                            state->acc + (size_t)r * padded, filled == 0 ? NULL : &next);
+                            state->acc + (size_t)r * padded, &next);
             else
                 attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
                             (item->head_first + h) * group, scratch->q + (size_t)r * padded,
                             scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
-                            state->acc + (size_t)r * padded, filled == 0 ? NULL : &next);
+                            state->acc + (size_t)r * padded, &next);
         }
     }
     for (uint32_t r = 0; r < item->head_count * head_rows; r++)

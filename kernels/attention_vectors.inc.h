@@ -104,6 +104,12 @@ INLINE bool is_fours(ts_dtype dtype)
     return dtype == FP8_FOURS || dtype == FP8_FOURS_NAN;
 }
 
+/* Bytes of an element in the cache. */
+INLINE size_t element_bytes(ts_dtype dtype)
+{
+    return dtype == BF16_PAIRS ? 2 : is_fours(dtype) ? 1 : ts_dtype_bytes(dtype);
+}
+
 static uint32_t place_of(ts_dtype dtype, uint32_t d)
 {
     if (dtype == BF16_PAIRS)
