@@ -93,8 +93,8 @@ class Client:
         spin_us: microseconds that a call through a ring polls before it sleeps (None: 50).
         execution: who attends, "daemon", "local" (this process; pools opened writable, on a GPU with
         exchange() or register() in its memory), or "auto": where it can be, the first step goes both
-        ways, and the quicker is taken from then on. The results are the same. threads: of local execution on
-        the host (0: one for each processor).
+        ways, and the quicker is taken from then on. The results are the same. threads: of local
+        execution on the host (0: one for each processor).
 
         Raises DisconnectedError where there is no daemon."""
         if transport not in _TRANSPORTS:
