@@ -136,11 +136,15 @@ typedef struct ts_local {
     ts_attention_seq *seqs;
     uint32_t num_seqs;
     struct ts_gpu_plan *plan; /* of a GPU pool */
+    bool plan_is_kept;        /* it is a frame's */
 } ts_local;
 
 /* Whether a step in the pool is to be executed here (*local), or both ways. An error: here was
  * asked for, and can't be. */
 ts_status ts_local_choose(ts_client *client, const ts_pool *pool, ts_exec *exec);
+
+/* The same where there is no choice: TS_OK, or why it can't be here. */
+ts_status ts_local_require(ts_client *client, const ts_pool *pool);
 
 /* Notes the tables of a step that was begun, and maps what lies in them. counts: blocks of each
  * sequence. The step's sequences have new_tokens each after their starts. */
@@ -152,6 +156,9 @@ void ts_local_free(ts_client *client, ts_local *local);
 /* The same for runs on the pool's GPU: kernel NULL: the pool's. */
 ts_status ts_local_plan(ts_pool *pool, ts_local *local, uint32_t heads, ts_dtype io_dtype,
                         const char *kernel);
+
+/* The same by a plan that is kept. */
+ts_status ts_local_plan_in(ts_pool *pool, ts_local *local, struct ts_gpu_plan *plan);
 
 /* What a run is given: pointers into the exchange, as ts_attention_seq's of all tokens. */
 typedef struct ts_local_run {
@@ -177,6 +184,12 @@ ts_status ts_local_gpu_plan(ts_pool *pool, const ts_attention_seq *seqs, uint32_
                             uint32_t heads, ts_dtype io_dtype, const char *kernel,
                             ts_gpu_plan **out);
 void ts_local_gpu_plan_free(ts_client *client, ts_gpu_plan *plan);
+
+/* A plan that is kept, for one step after another (gpu.h). */
+ts_status ts_local_gpu_keep(ts_pool *pool, const ts_frame_options *options, ts_gpu_plan **out);
+ts_status ts_local_gpu_keep_set(ts_client *client, ts_gpu_plan *plan, const ts_attention_seq *seqs,
+                                uint32_t num_seqs);
+void ts_local_gpu_keep_clear(ts_client *client, ts_gpu_plan *plan);
 ts_status ts_local_gpu_attend(ts_pool *pool, ts_gpu_plan *plan, const ts_local_run *run);
 
 /* Waits for the runs that were queued on streams. */

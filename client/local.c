@@ -23,6 +23,13 @@ static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)
     return ts_local_gpu_open(c, p);
 }
 
+ts_status ts_local_require(ts_client *c, const ts_pool *p)
+{
+    bool rings;
+    ts_status status = ts_rings_use(c, &rings);
+    return status == TS_OK ? can_attend(c, p, rings) : status;
+}
+
 ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
 {
     bool rings;
@@ -96,11 +103,19 @@ ts_status ts_local_plan(ts_pool *p, ts_local *l, uint32_t heads, ts_dtype io_dty
     return ts_local_gpu_plan(p, l->seqs, l->num_seqs, heads, io_dtype, kernel, &l->plan);
 }
 
+ts_status ts_local_plan_in(ts_pool *p, ts_local *l, ts_gpu_plan *plan)
+{
+    l->plan = plan;
+    l->plan_is_kept = true;
+    return ts_local_gpu_keep_set(p->client, plan, l->seqs, l->num_seqs);
+}
+
 void ts_local_free(ts_client *c, ts_local *l)
 {
     if (l == NULL)
         return;
-    ts_local_gpu_plan_free(c, l->plan);
+    if (!l->plan_is_kept)
+        ts_local_gpu_plan_free(c, l->plan);
     free(l->tables);
     free(l->seqs);
     free(l);

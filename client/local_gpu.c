@@ -106,6 +106,43 @@ void ts_local_gpu_plan_free(ts_client *c, ts_gpu_plan *plan)
         c->local_gpu->ops->plan_free(plan);
 }
 
+ts_status ts_local_gpu_keep(ts_pool *p, const ts_frame_options *o, ts_gpu_plan **out)
+{
+    ts_client *c = p->client;
+    char why[TS_GPU_WHY_BYTES];
+    const ts_gpu_plan_limits limits = {o->seqs, o->new_tokens, o->tokens};
+    *out = NULL;
+    ts_status status = ts_cuda_enter(c, c->cuda);
+    if (status != TS_OK)
+        return status;
+    status = c->local_gpu->ops->keep(
+        c->local_gpu->gpu, &p->geometry, o->step.heads, o->step.io_dtype,
+        o->step.kernel != NULL ? o->step.kernel : p->kernel, &limits, out, why, sizeof why);
+    ts_cuda_leave(c->cuda);
+    return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);
+}
+
+ts_status ts_local_gpu_keep_set(ts_client *c, ts_gpu_plan *plan, const ts_attention_seq *seqs,
+                                uint32_t num_seqs)
+{
+    char why[TS_GPU_WHY_BYTES];
+    ts_status status = ts_cuda_enter(c, c->cuda);
+    if (status != TS_OK)
+        return status;
+    status = c->local_gpu->ops->keep_set(plan, seqs, num_seqs, why, sizeof why);
+    ts_cuda_leave(c->cuda);
+    return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);
+}
+
+void ts_local_gpu_keep_clear(ts_client *c, ts_gpu_plan *plan)
+{
+    char why[TS_GPU_WHY_BYTES];
+    if (ts_cuda_enter(c, c->cuda) != TS_OK)
+        return;
+    (void)c->local_gpu->ops->keep_clear(plan, why, sizeof why); /* a lost device runs nothing */
+    ts_cuda_leave(c->cuda);
+}
+
 ts_status ts_local_gpu_attend(ts_pool *p, ts_gpu_plan *plan, const ts_local_run *run)
 {
     ts_client *c = p->client;

@@ -11,16 +11,35 @@ static ts_status said(const ts_gpu_launch *l, ts_status status, char *why, size_
     return status;
 }
 
+static ts_status find(const char *kernel, ts_kernel *k, char *why, size_t why_bytes)
+{
+    *k = ts_kernel_find(kernel);
+    if (*k != TS_KERNEL_COUNT)
+        return TS_OK;
+    snprintf(why, why_bytes, "kernel '%s', which this library has not", kernel);
+    return TS_EINVAL;
+}
+
+static ts_status keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
+                      const char *kernel, const ts_gpu_plan_limits *limits, ts_gpu_plan **out,
+                      char *why, size_t why_bytes)
+{
+    ts_kernel k;
+    ts_status status = find(kernel, &k, why, why_bytes);
+    return status != TS_OK
+               ? status
+               : ts_gpu_plan_keep(gpu, geometry, heads, io_dtype, k, limits, out, why, why_bytes);
+}
+
 static ts_status plan(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
                       const char *kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
                       ts_gpu_plan **out, char *why, size_t why_bytes)
 {
-    ts_kernel k = ts_kernel_find(kernel);
-    if (k == TS_KERNEL_COUNT) {
-        snprintf(why, why_bytes, "kernel '%s', which this library has not", kernel);
-        return TS_EINVAL;
-    }
-    ts_status status =
+    ts_kernel k;
+    ts_status status = find(kernel, &k, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    status =
         ts_gpu_plan_new(gpu, geometry, heads, io_dtype, k, seqs, num_seqs, out, why, why_bytes);
     if (status != TS_OK)
         return status;
@@ -59,6 +78,9 @@ const ts_local_gpu_ops *ts_local_gpu_get(void)
                                          .close = ts_gpu_close,
                                          .plan = plan,
                                          .plan_free = ts_gpu_plan_free,
+                                         .keep = keep,
+                                         .keep_set = ts_gpu_plan_set,
+                                         .keep_clear = ts_gpu_plan_clear,
                                          .attend = attend,
                                          .await = await};
     return &ops;

@@ -1,27 +1,11 @@
-#include "client.h"
+/* Steps: how they begin and end, and where their data lies. */
+#include "step.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-struct ts_step {
-    ts_pool *pool;
-    uint64_t id;
-    uint32_t count, tokens;
-    uint32_t *starts, *new_tokens; /* per sequence */
-    uint64_t *slots;               /* per new token */
-    ts_region region;              /* of the exchange: q, k, v, out */
-    size_t q, k, v, out;           /* offsets into the exchange */
-    size_t sinks, alibi, lse, scales;
-    uint32_t heads;
-    ts_dtype io_dtype;
-    float scale;
-    ts_exec exec;    /* AUTO: both ways, to see which is quicker */
-    ts_local *local; /* NULL: the daemon attends alone */
-    ts_trial trial;
-};
-
-static void step_free(ts_step *s)
+void ts_step_free(ts_step *s)
 {
     if (s == NULL)
         return;
@@ -33,7 +17,7 @@ static void step_free(ts_step *s)
     free(s);
 }
 
-static ts_step *step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uint32_t tokens)
+ts_step *ts_step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uint32_t tokens)
 {
     ts_step *s = calloc(1, sizeof *s);
     if (s == NULL)
@@ -45,7 +29,7 @@ static ts_step *step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count,
     s->new_tokens = malloc(count * sizeof *s->new_tokens);
     s->slots = malloc(tokens * sizeof *s->slots);
     if (s->starts == NULL || s->new_tokens == NULL || s->slots == NULL) {
-        step_free(s);
+        ts_step_free(s);
         return NULL;
     }
     memcpy(s->new_tokens, new_tokens, count * sizeof *new_tokens);
@@ -170,13 +154,14 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     return status;
 }
 
-static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
+ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
 {
     ts_client *c = s->pool->client;
     bool use = false;
     ts_status status = append ? TS_OK : ts_rings_use(c, &use);
     if (status == TS_OK && !append && !o->no_run)
-        status = ts_local_choose(c, s->pool, &s->exec);
+        status =
+            s->frame != NULL ? ts_local_require(c, s->pool) : ts_local_choose(c, s->pool, &s->exec);
     if (status != TS_OK)
         return status;
     if (s->exec != TS_EXEC_DAEMON && lacks_handle(s->pool)) { /* once: begun and dropped for it */
@@ -209,7 +194,9 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
             ((size_t)s->starts[i] + s->new_tokens[i] - 1) / s->pool->geometry.block_tokens + 1;
     status = ts_local_new(s->pool, m->begun_blocks, m->begun_counts, num_blocks, s->starts,
                           s->new_tokens, s->count, &s->local);
-    if (status == TS_OK && s->pool->on_gpu)
+    if (status == TS_OK && s->frame != NULL)
+        status = ts_local_plan_in(s->pool, s->local, s->frame->plan);
+    else if (status == TS_OK && s->pool->on_gpu)
         status = ts_local_plan(s->pool, s->local, s->heads, s->io_dtype, o->kernel);
     if (status != TS_OK) /* the daemon has begun it */
         (void)call_end(s, false, NULL);
@@ -231,9 +218,26 @@ static ts_status add_tokens(ts_pool *p, const uint32_t *new_tokens, uint32_t cou
     return TS_OK;
 }
 
-static size_t align(size_t bytes)
+/* Sets *at, and says where what follows may lie. */
+static size_t lay(size_t *at, size_t where, size_t bytes)
 {
-    return (bytes + TS_EXCHANGE_ALIGN - 1) / TS_EXCHANGE_ALIGN * TS_EXCHANGE_ALIGN;
+    *at = where;
+    return where + (bytes + TS_EXCHANGE_ALIGN - 1) / TS_EXCHANGE_ALIGN * TS_EXCHANGE_ALIGN;
+}
+
+size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, uint32_t tokens,
+                       size_t start, ts_step_places *at)
+{
+    size_t row = (size_t)tokens * g->head_dim * ts_dtype_bytes(io_dtype);
+    size_t end = lay(&at->q, start, row * heads);
+    end = lay(&at->k, end, row * g->kv_heads);
+    end = lay(&at->v, end, row * g->kv_heads);
+    end = lay(&at->out, end, row * heads);
+    end = lay(&at->sinks, end, heads * sizeof(float));
+    end = lay(&at->alibi, end, heads * sizeof(float));
+    end = lay(&at->lse, end, (size_t)tokens * heads * sizeof(float));
+    end = lay(&at->scales, end, 2 * g->kv_heads * sizeof(float));
+    return end - start;
 }
 
 ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
@@ -251,36 +255,25 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     ts_status status = add_tokens(p, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
-    ts_step *s = step_new(p, new_tokens, count, tokens);
+    ts_step *s = ts_step_new(p, new_tokens, count, tokens);
     if (s == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
-    size_t row = (size_t)tokens * g->head_dim * ts_dtype_bytes(o.io_dtype);
-    size_t q = align(row * o.heads), kv = align(row * g->kv_heads);
-    size_t each_head = align(o.heads * sizeof(float));
     if (!o.no_run) {
-        s->region.bytes = 2 * q + 2 * kv + 2 * each_head + align(tokens * o.heads * sizeof(float)) +
-                          align(2 * g->kv_heads * sizeof(float));
+        s->region.bytes = ts_step_lay_out(g, o.heads, o.io_dtype, tokens, 0, &s->at);
         status = ts_exchange_take(p->client, &s->region);
     }
     if (status != TS_OK) {
-        step_free(s);
+        ts_step_free(s);
         return status;
     }
-    s->q = s->region.offset;
-    s->k = s->q + q;
-    s->v = s->k + kv;
-    s->out = s->v + kv;
-    s->sinks = s->out + q;
-    s->alibi = s->sinks + each_head;
-    s->lse = s->alibi + each_head;
-    s->scales = s->lse + align(tokens * o.heads * sizeof(float));
+    (void)ts_step_lay_out(g, o.heads, o.io_dtype, tokens, s->region.offset, &s->at);
     s->heads = o.heads;
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
-    status = call_begin(s, seqs, &o, false);
+    status = ts_step_call_begin(s, seqs, &o, false);
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
-        step_free(s);
+        ts_step_free(s);
         return status;
     }
     *out = s;
@@ -295,13 +288,13 @@ ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     ts_status status = add_tokens(p, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
-    ts_step *s = step_new(p, new_tokens, count, tokens);
+    ts_step *s = ts_step_new(p, new_tokens, count, tokens);
     if (s == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for an append of %u tokens", tokens);
-    status = call_begin(s, seqs, &none, true);
+    status = ts_step_call_begin(s, seqs, &none, true);
     if (status == TS_OK && slots != NULL)
         memcpy(slots, s->slots, tokens * sizeof *slots);
-    step_free(s);
+    ts_step_free(s);
     return status;
 }
 
@@ -317,22 +310,22 @@ uint32_t ts_step_start(const ts_step *s, uint32_t i)
 
 void *ts_step_q(const ts_step *s)
 {
-    return s->pool->client->exchange + s->q;
+    return s->pool->client->exchange + s->at.q;
 }
 
 void *ts_step_k(const ts_step *s)
 {
-    return s->pool->client->exchange + s->k;
+    return s->pool->client->exchange + s->at.k;
 }
 
 void *ts_step_v(const ts_step *s)
 {
-    return s->pool->client->exchange + s->v;
+    return s->pool->client->exchange + s->at.v;
 }
 
 const void *ts_step_out(const ts_step *s)
 {
-    return s->pool->client->exchange + s->out;
+    return s->pool->client->exchange + s->at.out;
 }
 
 static float *floats_at(const ts_step *s, size_t offset)
@@ -342,22 +335,22 @@ static float *floats_at(const ts_step *s, size_t offset)
 
 float *ts_step_sinks(const ts_step *s)
 {
-    return floats_at(s, s->sinks);
+    return floats_at(s, s->at.sinks);
 }
 
 float *ts_step_alibi(const ts_step *s)
 {
-    return floats_at(s, s->alibi);
+    return floats_at(s, s->at.alibi);
 }
 
 float *ts_step_scales(const ts_step *s)
 {
-    return floats_at(s, s->scales);
+    return floats_at(s, s->at.scales);
 }
 
 const float *ts_step_lse(const ts_step *s)
 {
-    return floats_at(s, s->lse);
+    return floats_at(s, s->at.lse);
 }
 
 void ts_step_slots(const ts_step *s, uint64_t *slots)
@@ -365,190 +358,12 @@ void ts_step_slots(const ts_step *s, uint64_t *slots)
     memcpy(slots, s->slots, s->tokens * sizeof *slots);
 }
 
-static ts_status run_by_message(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
-{
-    Tspb__StepRun body = TSPB__STEP_RUN__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    body.step = s->id;
-    body.layer = layer;
-    body.q = s->q;
-    body.k = s->k;
-    body.v = s->v;
-    body.out = s->out;
-    body.scale = o->scale;
-    body.soft_cap = o->soft_cap;
-    body.window = o->window;
-    body.rope_theta = o->rope_theta;
-    body.rope_dims = o->rope_dims;
-    body.rope_interleaved = o->rope_interleaved;
-    body.has_sinks = o->sinks;
-    body.sinks = s->sinks;
-    body.has_scales = o->scales;
-    body.scales = s->scales;
-    body.has_alibi = o->alibi;
-    body.alibi = s->alibi;
-    body.has_lse = o->lse;
-    body.lse = s->lse;
-    body.ordered = o->on_stream;
-    body.order = order;
-    request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
-    request.step_run = &body;
-    return ts_call_plain(s->pool->client, &request);
-}
-
-static ts_status run_by_ring(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
-{
-    ts_ring_completion done;
-    ts_ring_entry entry = {
-        .op = TS_RING_RUN,
-        .step = s->id,
-        .run = {.layer = layer,
-                .flags = (o->sinks ? TS_RING_SINKS : 0u) | (o->alibi ? TS_RING_ALIBI : 0u) |
-                         (o->scales ? TS_RING_SCALES : 0u) | (o->lse ? TS_RING_LSE : 0u) |
-                         (o->rope_interleaved ? TS_RING_INTERLEAVED : 0u) |
-                         (o->on_stream ? TS_RING_ORDERED : 0u),
-                .q = s->q,
-                .k = s->k,
-                .v = s->v,
-                .out = s->out,
-                .sinks = s->sinks,
-                .alibi = s->alibi,
-                .lse = s->lse,
-                .scales = s->scales,
-                .scale = o->scale,
-                .soft_cap = o->soft_cap,
-                .rope_theta = o->rope_theta,
-                .window = o->window,
-                .rope_dims = o->rope_dims,
-                .order = order}};
-    return ts_ring_call(s->pool->client, &entry, &done);
-}
-
-static ts_status run_there(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
-{
-    bool use;
-    ts_status status = ts_rings_use(s->pool->client, &use);
-    if (status != TS_OK)
-        return status;
-    return use ? run_by_ring(s, layer, o, order) : run_by_message(s, layer, o, order);
-}
-
-static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
-{
-    unsigned char *x = s->pool->client->exchange;
-    const ts_local_run run = {
-        .layer = layer,
-        .heads = s->heads,
-        .io_dtype = s->io_dtype,
-        .variant = {.scale = o->scale != 0 ? o->scale : s->scale,
-                    .soft_cap = o->soft_cap,
-                    .window = o->window,
-                    .rope = {o->rope_theta, o->rope_dims, o->rope_interleaved}},
-        .q = x + s->q,
-        .k = x + s->k,
-        .v = x + s->v,
-        .out = x + s->out,
-        .sinks = o->sinks ? floats_at(s, s->sinks) : NULL,
-        .alibi = o->alibi ? floats_at(s, s->alibi) : NULL,
-        .lse = o->lse ? floats_at(s, s->lse) : NULL,
-        .scales = o->scales ? floats_at(s, s->scales) : NULL,
-        .on_stream = o->on_stream,
-        .stream = o->stream,
-    };
-    return ts_local_attend(s->pool, s->local, &run);
-}
-
-/* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */
-static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options *o)
-{
-    ts_pool *p = s->pool;
-    ts_client *c = p->client;
-    ts_cuda *cuda;
-    ts_status status = ts_client_cuda(c, p, &cuda);
-    if (status == TS_OK)
-        status = ts_signals_open(c, p);
-    if (status != TS_OK)
-        return status;
-    if (c->order_lost)
-        return ts_fail(c, TS_ECONN,
-                       "an earlier run went unanswered: the order is lost, connect again");
-    uint32_t order = atomic_load(&c->ordered) + 1;
-    status = run_there(s, layer, o, order);
-    c->order_lost = status == TS_ETIMEOUT;
-    if (status != TS_OK)
-        return status;
-    /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
-     * there. If the daemon goes meanwhile, this stream must not wait for it. */
-    atomic_store(&c->ordered, order);
-    status =
-        ts_cuda_hand_over(c, cuda, o->stream, c->signals_there + offsetof(ts_signals, submitted),
-                          c->signals_there + offsetof(ts_signals, completed), order);
-    if (atomic_load(&c->broken))
-        ts_signals_let_go(c);
-    return status;
-}
-
-/* One run's arguments, for ts_trial_ways. */
-typedef struct run_args {
-    ts_step *step;
-    uint32_t layer;
-    const ts_run_options *options;
-} run_args;
-
-static ts_status way_here(void *arg)
-{
-    const run_args *a = arg;
-    return run_here(a->step, a->layer, a->options);
-}
-
-static ts_status way_there(void *arg)
-{
-    const run_args *a = arg;
-    return a->options->on_stream ? run_on_stream(a->step, a->layer, a->options)
-                                 : run_there(a->step, a->layer, a->options, 0);
-}
-
-/* Both ways; a graph takes the one that can be captured. */
-static ts_status run_both(run_args *a)
-{
-    static const ts_trial_ways ways = {way_here, way_there};
-    ts_step *s = a->step;
-    ts_client *c = s->pool->client;
-    if (!a->options->on_stream)
-        return ts_trial_run(c, &s->trial, &ways, a);
-    ts_cuda *cuda;
-    bool captured;
-    ts_status status = ts_client_cuda(c, s->pool, &cuda);
-    if (status == TS_OK)
-        status = ts_cuda_is_captured(c, cuda, a->options->stream, &captured);
-    if (status != TS_OK)
-        return status;
-    if (captured) {
-        c->last_exec = TS_EXEC_LOCAL;
-        return way_here(a);
-    }
-    return ts_trial_run_on_stream(c, cuda, &s->trial, a->options->stream, &ways, a);
-}
-
-ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
-{
-    run_args args = {s, layer, o};
-    s->pool->client->last_exec = s->exec;
-    return s->exec == TS_EXEC_AUTO    ? run_both(&args)
-           : s->exec == TS_EXEC_LOCAL ? way_here(&args)
-                                      : way_there(&args);
-}
-
-ts_status ts_step_run(ts_step *s, uint32_t layer)
-{
-    static const ts_run_options plain;
-    return ts_step_run_with(s, layer, &plain);
-}
-
 static void step_end(ts_step *s)
 {
+    if (s->frame != NULL)
+        ts_frame_leave(s->frame);
     ts_exchange_give(s->pool->client, &s->region);
-    step_free(s);
+    ts_step_free(s);
 }
 
 /* Commits (accepted NULL: all), or aborts. */

@@ -62,6 +62,7 @@ typedef struct ts_gpu_info {
     bool vmm;            /* can export VMM memory as file descriptors */
     size_t granularity;  /* of VMM memory */
     size_t shared_bytes; /* that a block of threads can have of shared memory, at most */
+    uint32_t processors; /* streaming multiprocessors */
     bool warp_groups;    /* has Hopper's warp-group products, and this was built for them */
 } ts_gpu_info;
 
@@ -144,11 +145,35 @@ ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t hea
                           ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
                           uint32_t num_seqs, ts_gpu_plan **out, char *why, size_t why_bytes);
 
+/*
+ * A plan that is kept for one batch after another, which may be other sequences each time: launches
+ * over it are alike, so that a CUDA graph of them can be launched again. It has scratch memory of
+ * its own. Of decode alone: TS_EINVAL if it isn't v5 that the sequences get.
+ */
+typedef struct ts_gpu_plan_limits {
+    uint32_t seqs;      /* of a batch, at most */
+    uint32_t q_tokens;  /* of each sequence */
+    uint64_t kv_tokens; /* of a batch's sequences together, at most */
+} ts_gpu_plan_limits;
+
+/* It has no sequences yet. Errors: ts_gpu_plan_new's. */
+ts_status ts_gpu_plan_keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                           ts_dtype io_dtype, ts_kernel kernel, const ts_gpu_plan_limits *limits,
+                           ts_gpu_plan **out, char *why, size_t why_bytes);
+
+/* Gives it these sequences, and waits until the device has them. No launch may be using it.
+ * TS_EINVAL: they are more than its limits. */
+ts_status ts_gpu_plan_set(ts_gpu_plan *plan, const ts_attention_seq *seqs, uint32_t num_seqs,
+                          char *why, size_t why_bytes);
+
+/* Takes all sequences from it: launches do nothing until it is set again. */
+ts_status ts_gpu_plan_clear(ts_gpu_plan *plan, char *why, size_t why_bytes);
+
 /* No launch may use it any more. */
 void ts_gpu_plan_free(ts_gpu_plan *plan);
 
-/* One layer of a planned batch. Rows of q, k, v, out and lse: the sequences' query tokens, one
- * sequence after the other (attention.h). */
+/* One layer of a planned batch; of one that is kept, the only run of its launch. Rows of q, k, v,
+ * out and lse: the sequences' query tokens, one sequence after the other (attention.h). */
 typedef struct ts_gpu_run {
     const ts_gpu_plan *plan;
     uint32_t layer;

@@ -34,6 +34,7 @@ extern "C" {
 typedef struct ts_client ts_client;
 typedef struct ts_pool ts_pool;
 typedef struct ts_step ts_step;
+typedef struct ts_frame ts_frame;
 typedef uint64_t ts_seq; /* a sequence of one pool; never 0; never used again once freed */
 
 /* How steps reach the daemon. Everything else goes as messages. The results are the same. */
@@ -284,8 +285,9 @@ typedef struct ts_run_options {
  * commit says so.
  *
  * With TS_EXEC_LOCAL a run is kernels on the stream and nothing else, so the stream may be being
- * captured into a CUDA graph. Such a graph is good until the step ends: wait for what it does
- * before the commit or the abort, which wait for the runs that were not captured.
+ * captured into a CUDA graph. Such a graph is good until the step ends (of a frame's step: see
+ * ts_frame_new): wait for what it does before the commit or the abort, which wait for the runs that
+ * were not captured.
  */
 ts_status ts_step_run_with(ts_step *step, uint32_t layer, const ts_run_options *options);
 
@@ -296,6 +298,40 @@ ts_status ts_step_commit(ts_step *step, const uint32_t *accepted);
 
 /* Drops the step: every sequence is as it was. The step is freed, whatever this returns. */
 ts_status ts_step_abort(ts_step *step);
+
+/* ---- frames: CUDA graphs that serve many steps ---- */
+
+typedef struct ts_frame_options {
+    uint32_t seqs;        /* of a step, at most */
+    uint32_t new_tokens;  /* of each sequence in each step; 0: 1 */
+    uint64_t tokens;      /* of a step's sequences together, new ones included, at most (what two of
+                             them share counts twice); 0: as many as the pool has slots */
+    ts_step_options step; /* of each step */
+} ts_frame_options;
+
+/*
+ * A frame is where steps lie, one after the other: the pointers of ts_step_q and so on are the same
+ * in each, and a CUDA graph into which runs of one were captured (ts_step_run_with, on_stream) runs
+ * the same layers of whichever step the frame has when the graph is launched, of other sequences,
+ * or fewer, too; while it has none, the graph changes nothing. Rows behind a step's last token are
+ * neither read nor written.
+ *
+ * Its steps are executed here, whatever ts_options.exec says, with what that needs (ts_step_begin).
+ * It takes its part of the exchange, which can't be replaced until it is freed, and device memory.
+ *
+ * TS_EINVAL: the pool is in host memory; more than a ring tells of (4096 sequences, 2^20 blocks);
+ * the sequences aren't decoded by kernel v5 (up to 8 new tokens, for 16-bit and fp8 caches no more
+ * than 64 query heads times new tokens for each KV head). TS_ENOMEM.
+ */
+ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *options, ts_frame **out);
+
+/* As ts_step_begin; new_tokens are the frame's. TS_EBUSY: it has a step. TS_EINVAL: more sequences,
+ * or tokens, than it has room for. What was launched for its last step must be done. */
+ts_status ts_frame_begin(ts_frame *frame, const ts_seq *seqs, uint32_t count, ts_step **out);
+
+/* Its step must have ended; graphs of its runs must not be launched any more. Before its pool is
+ * closed. */
+void ts_frame_free(ts_frame *frame);
 
 #ifdef __cplusplus
 }

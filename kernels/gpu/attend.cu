@@ -64,20 +64,23 @@ cudaError_t await_plans(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_r
     return error;
 }
 
-/* The call's runs, over one list of items. */
+/* The call's runs, over one list of items. Of a plan that is kept the device alone knows, when the
+ * launch runs, how many there are. */
 void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gpu_run *runs,
               uint32_t num_runs)
 {
-    float *partials = l->lane->partials;
-    uint32_t *counters = l->lane->counters;
+    const ts_gpu_plan *first = runs[0].plan;
+    float *partials = first->kept ? first->kept_partials : l->lane->partials;
+    uint32_t *counters = first->kept ? first->kept_counters : l->lane->counters;
     c.num_items = 0;
+    c.items_there = first->kept ? (const uint32_t *)first->buffer->device + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_run *r = &runs[i];
         const ts_gpu_plan *p = r->plan;
         const unsigned char *at = p->buffer->device;
-        c.num_items += p->count[list];
+        c.num_items += p->kept ? p->room[list] : p->count[list];
         c.runs[i] = gpu_run{at + p->items[list],
-                            (const plan_seq *)at,
+                            (const plan_seq *)(at + PLAN_SEQS),
                             (const uint32_t *)(at + p->tables),
                             r->q,
                             r->k,
@@ -96,11 +99,19 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     }
 }
 
+/* Of a launch over a plan that is kept, on each processor: enough that those which come free take
+ * what is left, and few enough that those without a piece cost little. */
+#define KEPT_BLOCKS 12u
+
 /* One block for each piece and KV head. */
-cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_kernel &kernel, cudaStream_t stream)
+cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_kernel &kernel,
+                          cudaStream_t stream)
 {
     void *arguments[] = {(void *)&c};
-    return cudaLaunchKernel(kernel.function, dim3(c.num_items * c.kv_heads), dim3(kernel.threads),
+    uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
+    if (p->kept && blocks > p->gpu->info.processors * KEPT_BLOCKS)
+        blocks = p->gpu->info.processors * KEPT_BLOCKS;
+    return cudaLaunchKernel(kernel.function, dim3((uint32_t)blocks), dim3(kernel.threads),
                             arguments, kernel.bytes, stream);
 }
 
@@ -113,7 +124,7 @@ cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *
     if (list == LIST_TILE)
         return launch_tile(c, p->kernels[list], stream);
     if (list >= LIST_NARROW)
-        return launch_pieces(c, p->kernels[list], stream);
+        return launch_pieces(c, p, p->kernels[list], stream);
     ts_kernel kernel = p->kernel;
     if (kernel == TS_KERNEL_AUTO) /* it has nothing better here */
         kernel = loads_vectors(&p->geometry) ? TS_KERNEL_V4 : TS_KERNEL_V3;
@@ -136,6 +147,8 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
     for (uint32_t first = 0; first < num_runs; first += GPU_RUNS) {
         size_t records = 0, counters = 0;
         for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++) {
+            if (runs[i].plan->kept) /* it has its own */
+                continue;
             records += runs[i].plan->records;
             counters += runs[i].plan->counters;
         }

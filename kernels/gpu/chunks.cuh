@@ -74,10 +74,11 @@ __device__ inline uint32_t place_of(const gpu_call &c, const job &j, uint32_t r)
     return query * c.heads + j.kv_head * c.group + j.first + r - query * c.group;
 }
 
-__device__ inline void find_job(const gpu_call &c, uint32_t rows, job &j)
+/* block: a piece's and a KV head's. */
+__device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows, job &j)
 {
-    uint32_t index = blockIdx.x / c.kv_heads;
-    j.kv_head = blockIdx.x % c.kv_heads;
+    uint32_t index = block / c.kv_heads;
+    j.kv_head = block % c.kv_heads;
     j.run = &run_of(c, &index);
     plan_piece piece = ((const plan_piece *)j.run->items)[index];
     j.p = piece.seq;
@@ -95,6 +96,19 @@ __device__ inline void find_job(const gpu_call &c, uint32_t rows, job &j)
     j.end = min(to, highest + 1);
     j.clear_begin = first_key(c, highest);
     j.clear_end = lowest + 1;
+}
+
+/* Works off a launch's pieces, one for each block of threads; those of a plan that is kept, and has
+ * others when the launch is repeated, in turn. */
+template <typename K> __device__ inline void run_blocks(const gpu_call &c, unsigned char *shared)
+{
+    for (uint32_t block = blockIdx.x; c.items_there == NULL || block < *c.items_there * c.kv_heads;
+         block += gridDim.x) {
+        K::run(c, block, shared);
+        if (c.items_there == NULL)
+            break;
+        __syncthreads(); /* nobody uses what the next piece takes */
+    }
 }
 
 /* Writes the new tokens' K and V that lie in this chunk. Every tile of rows does: the same bytes,

@@ -76,10 +76,10 @@ template <typename T, int DIM> struct narrow_kernel {
         }
     }
 
-    __device__ static void run(const gpu_call &c, unsigned char *shared)
+    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         job j;
-        find_job(c, ROWS, j);
+        find_job(c, block, ROWS, j);
         append<T>(c, j, THREADS);
         __shared__ row_state states[WARPS][ROWS], total[ROWS];
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : abreast<T>::BLOCKS)
     decode_v5(const __grid_constant__ gpu_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    narrow_kernel<T, DIM>::run(c, shared);
+    run_blocks<narrow_kernel<T, DIM>>(c, shared);
 }
 
 template <typename T, int DIM> ts_gpu_kernel kernel_dim(ts_dtype io)

@@ -32,10 +32,10 @@ template <int DIM, int ROWS> struct lane_kernel {
         return x;
     }
 
-    __device__ static void run(const gpu_call &c, unsigned char *shared)
+    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         job j;
-        find_job(c, ROWS, j);
+        find_job(c, block, ROWS, j);
         append<float>(c, j, THREADS);
         __shared__ row_state states[WARPS][ROWS], total[ROWS];
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % LANES;
@@ -197,7 +197,7 @@ template <int DIM, int ROWS>
 __global__ void __launch_bounds__(THREADS) decode_v5_fp32(const __grid_constant__ gpu_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    lane_kernel<DIM, ROWS>::run(c, shared);
+    run_blocks<lane_kernel<DIM, ROWS>>(c, shared);
 }
 
 template <int DIM, int ROWS> ts_gpu_kernel kernel_of()

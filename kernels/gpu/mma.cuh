@@ -149,10 +149,10 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         }
     }
 
-    __device__ static void run(const gpu_call &c, unsigned char *shared)
+    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         job j;
-        find_job(c, ROWS, j);
+        find_job(c, block, ROWS, j);
         if (EXACT)
             append<T>(c, j, THREADS);
         __shared__ row_state states[SPLIT][ROWS], total[ROWS];
@@ -359,7 +359,11 @@ __global__ void __launch_bounds__(NUM_WARPS * 32, FACES > 1 ? 2 : 1)
     attend_rows(const __grid_constant__ gpu_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>::run(c, shared);
+    typedef rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT> kernel;
+    if constexpr (EXACT)
+        run_blocks<kernel>(c, shared);
+    else
+        kernel::run(c, blockIdx.x, shared);
 }
 
 template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT>

@@ -54,6 +54,27 @@ struct cut {
     uint32_t tokens, chunks, last; /* of a chunk, and of the last */
 };
 
+/* Tokens of a chunk, at least, of sequences of up to BATCHED tokens and of longer ones. */
+uint32_t least_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, bool batch)
+{
+    uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
+    uint32_t least = !has_many_rows(list)                         ? (batch ? batched : 512)
+                     : tiles > 1 || (list == LIST_WGMMA && batch) ? 2048
+                                                                  : 1024;
+    if (p->geometry.kv_heads < 8 && !has_many_rows(list))
+        least = clamp(least * p->geometry.kv_heads / 8, 256, least);
+    return least;
+}
+
+/* Chunks of one sequence, at most. */
+uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles)
+{
+    uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
+    uint32_t blocks = list == LIST_WGMMA ? BLOCKS / 2 : BLOCKS; /* one on a processor */
+    uint32_t most = abreast < blocks ? blocks / (uint32_t)abreast : 1;
+    return clamp(most, 1, has_many_rows(list) ? MMA_CHUNKS : V5_CHUNKS);
+}
+
 /*
  * How many tokens a chunk has. One long sequence is to be some 256 blocks of work (with every KV
  * head and tile), which fill the GPUs of today once, about evenly; a chunk isn't to be so small
@@ -63,30 +84,29 @@ struct cut {
 uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
                       uint32_t tiles)
 {
-    uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
-    uint32_t blocks = list == LIST_WGMMA ? BLOCKS / 2 : BLOCKS; /* one on a processor */
-    uint32_t most = abreast < blocks ? blocks / (uint32_t)abreast : 1;
-    bool batch = s->kv_tokens <= BATCHED;
-    uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
-    uint32_t least = !has_many_rows(list)                         ? (batch ? batched : 512)
-                     : tiles > 1 || (list == LIST_WGMMA && batch) ? 2048
-                                                                  : 1024;
-    if (p->geometry.kv_heads < 8 && !has_many_rows(list))
-        least = clamp(least * p->geometry.kv_heads / 8, 256, least);
-    most = clamp(most, 1, has_many_rows(list) ? MMA_CHUNKS : V5_CHUNKS);
-    uint32_t even = ceil_div(s->kv_tokens, most);
+    uint32_t least = least_tokens(p, list, tiles, s->kv_tokens <= BATCHED);
+    uint32_t even = ceil_div(s->kv_tokens, most_chunks(p, list, tiles));
     uint32_t tile = list == LIST_WGMMA ? WGMMA_TOKENS : TILE_TOKENS;
     return ceil_div(even < least ? least : even, tile) * tile;
 }
 
+uint32_t rows_of_tile(const ts_gpu_plan *p, ts_gpu_list list)
+{
+    return list == LIST_WGMMA ? WGMMA_ROWS
+           : list == LIST_MMA ? mma_rows(&p->geometry)
+                              : v5_rows(&p->geometry, list - LIST_NARROW);
+}
+
+uint32_t tiles_of(const ts_gpu_plan *p, uint32_t q_tokens, ts_gpu_list list)
+{
+    return ceil_div(q_tokens * (p->heads / p->geometry.kv_heads), rows_of_tile(p, list));
+}
+
 cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
 {
-    uint32_t rows = s->q_tokens * (p->heads / p->geometry.kv_heads);
     cut c;
-    c.rows = list == LIST_WGMMA ? WGMMA_ROWS
-             : list == LIST_MMA ? mma_rows(&p->geometry)
-                                : v5_rows(&p->geometry, list - LIST_NARROW);
-    c.tiles = ceil_div(rows, c.rows);
+    c.rows = rows_of_tile(p, list);
+    c.tiles = tiles_of(p, s->q_tokens, list);
     c.tokens = chunk_tokens(p, s, list, c.tiles);
     c.chunks = ceil_div(s->kv_tokens, c.tokens);
     c.last = s->kv_tokens - (c.chunks - 1) * c.tokens;
@@ -230,11 +250,13 @@ uint32_t tile_tokens(const ts_gpu_plan *p)
     return group < TILE_ROWS ? TILE_ROWS / group : 1;
 }
 
-/* Counts, and says where everything is to lie; returns the bytes. */
-size_t lay_out(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
+/* Counts items, records and counters; returns the entries of the block tables. */
+size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
 {
     size_t entries = 0;
     uint32_t counts[CUT_LISTS][BUCKETS] = {};
+    memset(p->count, 0, sizeof p->count);
+    p->records = p->counters = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         const ts_attention_seq *s = &seqs[i];
         ts_gpu_list list = list_of(p, s);
@@ -272,19 +294,26 @@ size_t lay_out(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
             sorters[l].next[b] = at;
             at += counts[l][b];
         }
-    size_t at = p->num_seqs * sizeof(plan_seq);
+    return entries;
+}
+
+/* Says where everything is to lie that has room for so much, but for the block tables' length;
+ * returns where they start. */
+size_t lay_out(ts_gpu_plan *p, uint32_t num_seqs, const uint32_t *items)
+{
+    size_t at = PLAN_SEQS + num_seqs * sizeof(plan_seq);
     for (uint32_t l = 0; l < LIST_COUNT; l++) {
         at = (at + 15) / 16 * 16;
         p->items[l] = at;
-        at += p->count[l] * (l >= LIST_NARROW ? sizeof(plan_piece) : sizeof(uint2));
+        at += items[l] * (l >= LIST_NARROW ? sizeof(plan_piece) : sizeof(uint2));
     }
-    p->tables = at;
-    return at + entries * sizeof(uint32_t);
+    return p->tables = at;
 }
 
 void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, unsigned char *host)
 {
-    plan_seq *to = (plan_seq *)host;
+    memcpy(host, p->count, sizeof p->count);
+    plan_seq *to = (plan_seq *)(host + PLAN_SEQS);
     uint2 *items[LIST_COUNT];
     plan_piece *pieces[LIST_COUNT];
     for (uint32_t l = 0; l < LIST_COUNT; l++) {
@@ -329,12 +358,9 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
     }
 }
 
-} // namespace
-
-extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
-                                     ts_dtype io_dtype, ts_kernel kernel,
-                                     const ts_attention_seq *seqs, uint32_t num_seqs,
-                                     ts_gpu_plan **out, char *why, size_t why_bytes)
+/* A plan without sequences. */
+ts_status begin_plan(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
+                     ts_kernel kernel, ts_gpu_plan **out, char *why, size_t why_bytes)
 {
     *out = NULL;
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
@@ -344,7 +370,7 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
         return status;
     ts_gpu_plan *p = (ts_gpu_plan *)calloc(1, sizeof *p);
     if (p == NULL) {
-        snprintf(why, why_bytes, "no memory for a plan of %u sequences", num_seqs);
+        snprintf(why, why_bytes, "no memory for a plan");
         return TS_ENOMEM;
     }
     p->gpu = gpu;
@@ -352,30 +378,169 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
     p->heads = heads;
     p->io_dtype = io_dtype;
     p->kernel = kernel;
-    p->num_seqs = num_seqs;
-    sorter sorters[CUT_LISTS] = {};
-    size_t bytes = 0;
     status = find_kernels(p, why, why_bytes);
-    if (status == TS_OK) {
-        bytes = lay_out(p, seqs, sorters);
-        status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
+    if (status == TS_OK)
+        *out = p;
+    else
+        ts_gpu_plan_free(p);
+    return status;
+}
+
+/* What the limits come to: room for pieces, records and counters; returns that for block table
+ * entries. TS_EINVAL: the sequences aren't v5's. */
+ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes)
+{
+    const ts_gpu_plan_limits *most = &p->limits;
+    ts_attention_seq s = {};
+    s.q_tokens = s.kv_tokens = most->q_tokens;
+    ts_gpu_list list = list_of(p, &s);
+    if (list < LIST_NARROW || has_many_rows(list)) {
+        snprintf(why, why_bytes,
+                 "%u query tokens of a %s cache, head_dim %u: a plan that is kept is for what "
+                 "kernel v5 decodes",
+                 most->q_tokens, ts_dtype_name(p->geometry.dtype), p->geometry.head_dim);
+        return TS_EINVAL;
     }
+    uint32_t tiles = tiles_of(p, most->q_tokens, list);
+    uint32_t a = least_tokens(p, list, tiles, false), b = least_tokens(p, list, tiles, true);
+    uint64_t chunks = most->seqs + most->kv_tokens / (a < b ? a : b);
+    uint64_t cut = (uint64_t)most->seqs * most_chunks(p, list, tiles);
+    chunks = chunks < cut ? chunks : cut;
+    p->room[list] = (uint32_t)chunks * tiles;
+    p->records = chunks * most->q_tokens * p->heads;
+    p->counters = most->seqs * p->geometry.kv_heads * tiles;
+    *entries = most->kv_tokens / p->geometry.block_tokens + most->seqs;
+    return TS_OK;
+}
+
+/* Its memory: of the limits' size, no items, counters that are 0. */
+ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
+{
+    size_t partials = p->records * ts_gpu_record_floats(&p->geometry) * sizeof(float);
+    size_t counters = p->counters * sizeof *p->kept_counters;
+    ts_status status = ts_gpu_buffer_take(p->gpu, bytes, &p->buffer, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error = cudaMalloc((void **)&p->kept_partials, partials);
+    if (error == cudaSuccess)
+        error = cudaMalloc((void **)&p->kept_counters, counters);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(p->kept_counters, 0, counters, p->gpu->upload_stream);
+    if (error != cudaSuccess)
+        return ts_gpu_fail(error, "a plan's scratch memory", partials + counters, why, why_bytes);
+    return ts_gpu_plan_clear(p, why, why_bytes);
+}
+
+void free_device(ts_gpu *, void *memory, size_t)
+{
+    (void)cudaFree(memory);
+}
+
+} // namespace
+
+extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                                     ts_dtype io_dtype, ts_kernel kernel,
+                                     const ts_attention_seq *seqs, uint32_t num_seqs,
+                                     ts_gpu_plan **out, char *why, size_t why_bytes)
+{
+    ts_status status = begin_plan(gpu, geometry, heads, io_dtype, kernel, out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_gpu_plan *p = *out;
+    sorter sorters[CUT_LISTS] = {};
+    p->num_seqs = num_seqs;
+    size_t entries = count_up(p, seqs, sorters);
+    size_t bytes = lay_out(p, num_seqs, p->count) + entries * sizeof(uint32_t);
+    status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
     if (status == TS_OK) {
         fill(p, seqs, sorters, p->buffer->host);
         status = ts_gpu_buffer_upload(gpu, p->buffer, bytes, why, why_bytes);
     }
     if (status != TS_OK) {
         ts_gpu_plan_free(p);
-        return status;
+        *out = NULL;
     }
-    *out = p;
+    return status;
+}
+
+extern "C" ts_status ts_gpu_plan_keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                                      ts_dtype io_dtype, ts_kernel kernel,
+                                      const ts_gpu_plan_limits *limits, ts_gpu_plan **out,
+                                      char *why, size_t why_bytes)
+{
+    size_t entries = 0;
+    ts_status status = begin_plan(gpu, geometry, heads, io_dtype, kernel, out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_gpu_plan *p = *out;
+    p->kept = true;
+    p->limits = *limits;
+    status = make_room(p, &entries, why, why_bytes);
+    if (status == TS_OK)
+        status = take_memory(p, lay_out(p, limits->seqs, p->room) + entries * sizeof(uint32_t), why,
+                             why_bytes);
+    if (status != TS_OK) {
+        ts_gpu_plan_free(p);
+        *out = NULL;
+    }
+    return status;
+}
+
+extern "C" ts_status ts_gpu_plan_set(ts_gpu_plan *p, const ts_attention_seq *seqs,
+                                     uint32_t num_seqs, char *why, size_t why_bytes)
+{
+    const ts_gpu_plan_limits *most = &p->limits;
+    uint64_t kv_tokens = 0;
+    bool alike = true;
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        kv_tokens += seqs[i].kv_tokens;
+        alike = alike && seqs[i].q_tokens == most->q_tokens;
+    }
+    if (num_seqs > most->seqs || kv_tokens > most->kv_tokens || !alike) {
+        snprintf(why, why_bytes,
+                 "%u sequences of %llu tokens; the limits are %u of %llu, with %u new ones each",
+                 num_seqs, (unsigned long long)kv_tokens, most->seqs,
+                 (unsigned long long)most->kv_tokens, most->q_tokens);
+        return TS_EINVAL;
+    }
+    ts_status status = ts_gpu_enter(p->gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    sorter sorters[CUT_LISTS] = {};
+    p->num_seqs = num_seqs;
+    size_t entries = count_up(p, seqs, sorters);
+    fill(p, seqs, sorters, p->buffer->host);
+    status = ts_gpu_buffer_upload(p->gpu, p->buffer, p->tables + entries * sizeof(uint32_t), why,
+                                  why_bytes);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error = cudaEventSynchronize(p->buffer->there);
+    if (error != cudaSuccess)
+        return ts_gpu_fail(error, "uploading a plan", 0, why, why_bytes);
+    __atomic_store_n(&p->buffer->is_there, true, __ATOMIC_RELAXED);
     return TS_OK;
+}
+
+extern "C" ts_status ts_gpu_plan_clear(ts_gpu_plan *p, char *why, size_t why_bytes)
+{
+    ts_status status = ts_gpu_enter(p->gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    __atomic_store_n(&p->buffer->is_there, false, __ATOMIC_RELAXED);
+    cudaError_t error = cudaMemsetAsync(p->buffer->device, 0, PLAN_SEQS, p->gpu->upload_stream);
+    if (error == cudaSuccess)
+        error = cudaEventRecord(p->buffer->there, p->gpu->upload_stream);
+    return error == cudaSuccess ? TS_OK : ts_gpu_fail(error, "clearing a plan", 0, why, why_bytes);
 }
 
 extern "C" void ts_gpu_plan_free(ts_gpu_plan *p)
 {
     if (p == NULL)
         return;
+    if (p->kept_partials != NULL)
+        ts_gpu_later(p->gpu, free_device, p->kept_partials, 0);
+    if (p->kept_counters != NULL)
+        ts_gpu_later(p->gpu, free_device, p->kept_counters, 0);
     ts_gpu_buffer_give_back(p->gpu, p->buffer);
     free(p);
 }

@@ -1,6 +1,7 @@
 /*
- * Inside kernels/gpu: what a plan has on the device. Its memory holds, one after the other, the
- * sequences, the lists of items and the block tables.
+ * Inside kernels/gpu: what a plan has on the device. Its memory holds, one after the other, how
+ * many items each list has, the sequences, the lists of items and the block tables. In a plan that
+ * is kept they have room for what its limits allow, and so stay where they are.
  */
 #ifndef TS_GPU_PLAN_H
 #define TS_GPU_PLAN_H
@@ -31,10 +32,17 @@ struct ts_gpu_plan {
     ts_gpu_buffer *buffer;
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
-    size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences are first */
+    size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
     size_t records;                   /* partial rows of chunks that are to be merged */
     uint32_t counters;
+    bool kept;
+    ts_gpu_plan_limits limits; /* of one that is kept, as all that follows: */
+    uint32_t room[LIST_COUNT]; /* for items */
+    float *kept_partials;      /* its own */
+    uint32_t *kept_counters;   /* its own, all 0 between launches */
 };
+
+#define PLAN_SEQS (LIST_COUNT * sizeof(uint32_t)) /* where they are: behind the counts */
 
 /* Floats of a partial row: its softmax's maximum and sum, two that are not used, its sums. */
 static inline size_t ts_gpu_record_floats(const ts_geometry *g)

@@ -477,7 +477,7 @@ template <typename T, int DIM> struct rows_kernel {
         __shared__ row_state states[1][ROWS], total[ROWS];
         __shared__ barriers bars;
         job j;
-        find_job(c, ROWS, j);
+        find_job(c, blockIdx.x, ROWS, j);
         shared += (ALIGN - shared_address(shared) % ALIGN) % ALIGN;
         unsigned char *work_area = shared + Q_BYTES;
         uint32_t tiles = shared_address(work_area);

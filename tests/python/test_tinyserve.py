@@ -326,6 +326,9 @@ def test_errors_are_exceptions_with_the_daemons_sentence(client, tmp_path):
             client.exchange(kv, 1 << 20)
         with pytest.raises(ValueError, match="io_dtype 'int8'"):
             kv.step(kv.create(), [1], io_dtype="int8")
+        with pytest.raises(tinyserve.InvalidError,
+                           match="a frame is for CUDA graphs, and the pool is in host memory"):
+            kv.frame(4)
     with pytest.raises(tinyserve.DisconnectedError, match="is tinyserved running"):
         tinyserve.connect(str(tmp_path / "nobody"))
     assert issubclass(tinyserve.DisconnectedError, ConnectionError)

@@ -29,6 +29,12 @@ class CStepOptions(Structure):
                 ("kernel", c_char_p)]
 
 
+class CFrameOptions(Structure):
+    """ts_frame_options"""
+    _fields_ = [("seqs", c_uint32), ("new_tokens", c_uint32), ("tokens", c_uint64),
+                ("step", CStepOptions)]
+
+
 class CRunOptions(Structure):
     """ts_run_options"""
     _fields_ = [("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
@@ -92,6 +98,9 @@ _FUNCTIONS = {
     "ts_step_run_with": (c_int, [c_void_p, c_uint32, POINTER(CRunOptions)]),
     "ts_step_commit": (c_int, [c_void_p, _u32p]),
     "ts_step_abort": (c_int, [c_void_p]),
+    "ts_frame_new": (c_int, [c_void_p, POINTER(CFrameOptions), POINTER(c_void_p)]),
+    "ts_frame_begin": (c_int, [c_void_p, _u64p, c_uint32, POINTER(c_void_p)]),
+    "ts_frame_free": (None, [c_void_p]),
 }
 
 

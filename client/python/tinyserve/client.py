@@ -7,7 +7,7 @@ from ctypes import POINTER, byref, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any, Iterable, Sequence
 
-from ._lib import CKv, CRunOptions, CStepOptions, Options, lib
+from ._lib import CFrameOptions, CKv, CRunOptions, CStepOptions, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
 from .view import DTYPES, View
 
@@ -196,6 +196,14 @@ def connect(url: str | None = None, **options: Any) -> Client:
     return Client(url, **options)
 
 
+def _step_options(heads: int | None, io_dtype: str, scale: float, run: bool,
+                  kernel: str | None) -> CStepOptions:
+    if io_dtype not in _DTYPE_NAMES[:3]:
+        raise ValueError(f"io_dtype {io_dtype!r}; known are {', '.join(_DTYPE_NAMES[:3])}")
+    return CStepOptions(heads or 0, _DTYPE_NAMES.index(io_dtype), scale, not run,
+                        kernel.encode() if kernel else None)
+
+
 class Pool:
     """A paged KV cache on one device, shared with other processes."""
 
@@ -206,6 +214,7 @@ class Pool:
         self.client, self.name, self.writable = client, name, writable
         self._handle: c_void_p | None = handle
         self._steps: list[Step] = []
+        self._frames: list[Frame] = []
         g = lib.ts_pool_geometry(handle).contents
         self.geometry = Geometry(g.layers, g.kv_heads, g.head_dim, g.block_tokens,
                                  _DTYPE_NAMES[g.dtype], _LAYOUT_NAMES[g.layout])
@@ -334,7 +343,23 @@ class Pool:
         heads: query heads, a multiple of kv_heads (None: kv_heads); io_dtype: of q, k, v and out,
         "fp32" or the pool's (beside an fp8 pool "fp16" or "bf16"); scale: of q·k (0: 1/sqrt(head_dim)); run False: no layer will be run;
         kernel: of a GPU pool, "v1" and so on (None: the pool's)."""
-        return Step(self, seqs, new_tokens, heads, io_dtype, scale, run, kernel)
+        ids, numbers, n = _pair("new_tokens", seqs, new_tokens)
+        options = _step_options(heads, io_dtype, scale, run, kernel)
+        handle = c_void_p()
+        self._check(lib.ts_step_begin(self._open(), ids, numbers, n, byref(options), byref(handle)))
+        return Step(self, handle, n, heads, io_dtype, run)
+
+    def frame(self, seqs: int, *, new_tokens: int = 1, tokens: int = 0, heads: int | None = None,
+              io_dtype: str = "fp32", scale: float = 0.0, kernel: str | None = None) -> "Frame":
+        """Where steps lie, one after the other, so that a CUDA graph of one step's runs serves the
+        later ones too: steps of up to `seqs` sequences with `new_tokens` new tokens each, and up to
+        `tokens` in all, new ones included (0: as many as the pool has slots). Its steps are executed
+        in this process, whatever the session's execution. The rest: as step()."""
+        options = CFrameOptions(seqs, new_tokens, tokens,
+                                _step_options(heads, io_dtype, scale, True, kernel))
+        handle = c_void_p()
+        self._check(lib.ts_frame_new(self._open(), byref(options), byref(handle)))
+        return Frame(self, handle, seqs * new_tokens, heads, io_dtype)
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None
@@ -342,6 +367,8 @@ class Pool:
             return
         for step in list(self._steps):
             step._drop(handle)
+        for frame in list(self._frames):
+            frame.close()
         lib.ts_pool_close(handle)
         self.client._pools.remove(self)
 
@@ -360,22 +387,15 @@ class Step:
     """A transaction that adds tokens to a batch of sequences; nobody sees them before commit().
     Leaving its `with` block without a commit drops them."""
 
-    def __init__(self, pool: Pool, seqs: Sequence[Seq], new_tokens: Sequence[int],
-                 heads: int | None, io_dtype: str, scale: float, run: bool,
-                 kernel: str | None) -> None:
-        ids, numbers, n = _pair("new_tokens", seqs, new_tokens)
-        if io_dtype not in _DTYPE_NAMES[:3]:
-            raise ValueError(f"io_dtype {io_dtype!r}; known are {', '.join(_DTYPE_NAMES[:3])}")
-        options = CStepOptions(heads or 0, _DTYPE_NAMES.index(io_dtype), scale, not run,
-                               kernel.encode() if kernel else None)
-        handle = c_void_p()
-        pool._check(lib.ts_step_begin(pool._open(), ids, numbers, n, byref(options), byref(handle)))
+    def __init__(self, pool: Pool, handle: c_void_p, count: int, heads: int | None, io_dtype: str,
+                 run: bool, rows: int | None = None) -> None:
         self.pool, self.io_dtype = pool, io_dtype
         self.heads = heads or pool.geometry.kv_heads
         self._handle: c_void_p | None = handle
-        self._count = n
+        self._count = count
         self._runs = run
         self.tokens: int = lib.ts_step_tokens(handle)  #: new tokens of all its sequences
+        self.rows: int = rows or self.tokens  #: of q, k, v, out and lse; of a frame's, a full step's
         pool._steps.append(self)
 
     def _open(self) -> c_void_p:
@@ -388,27 +408,27 @@ class Step:
         handle = self._open()
         if not self._runs:
             raise ValueError("the step was begun with run=False: it has no buffers")
-        return View(function(handle), (self.tokens, heads, self.pool.geometry.head_dim),
+        return View(function(handle), (self.rows, heads, self.pool.geometry.head_dim),
                     self.io_dtype, self.pool.client.exchange_device, self, None, writable)
 
     @property
     def q(self) -> View:
-        """[tokens, heads, head_dim] in the exchange, tokens in the order of the sequences."""
+        """[rows, heads, head_dim] in the exchange, tokens in the order of the sequences."""
         return self._view(lib.ts_step_q, self.heads)
 
     @property
     def k(self) -> View:
-        """[tokens, kv_heads, head_dim] in the exchange."""
+        """[rows, kv_heads, head_dim] in the exchange."""
         return self._view(lib.ts_step_k, self.pool.geometry.kv_heads)
 
     @property
     def v(self) -> View:
-        """[tokens, kv_heads, head_dim] in the exchange."""
+        """[rows, kv_heads, head_dim] in the exchange."""
         return self._view(lib.ts_step_v, self.pool.geometry.kv_heads)
 
     @property
     def out(self) -> View:
-        """[tokens, heads, head_dim] in the exchange."""
+        """[rows, heads, head_dim] in the exchange."""
         return self._view(lib.ts_step_out, self.heads)
 
     def _floats(self, function: Any, *shape: int, writable: bool = True) -> View:
@@ -433,9 +453,9 @@ class Step:
 
     @property
     def lse(self) -> View:
-        """fp32 [tokens, heads] in the exchange: the natural log of the sum of exponentials of each
+        """fp32 [rows, heads] in the exchange: the natural log of the sum of exponentials of each
         token's scores, sinks left out, after run(..., lse=True)."""
-        return self._floats(lib.ts_step_lse, self.tokens, self.heads, writable=False)
+        return self._floats(lib.ts_step_lse, self.rows, self.heads, writable=False)
 
     def start(self, i: int) -> int:
         """Tokens that sequence i had: the position of its first new token."""
@@ -512,3 +532,41 @@ class Step:
             self.abort()
         except DisconnectedError:
             pass  # the step went with the session
+
+
+class Frame:
+    """Where steps lie, one after the other: Pool.frame().
+
+    A CUDA graph of one step's run(..., stream=...) runs the same layers of whichever step is open when
+    it is replayed, and changes nothing while none is. Wait for a replay before the step ends."""
+
+    def __init__(self, pool: Pool, handle: c_void_p, rows: int, heads: int | None,
+                 io_dtype: str) -> None:
+        self.pool, self.rows, self.heads, self.io_dtype = pool, rows, heads, io_dtype
+        self._handle: c_void_p | None = handle
+        pool._frames.append(self)
+
+    def step(self, seqs: Sequence[Seq]) -> Step:
+        """Begins a step that adds the frame's new_tokens to each sequence. q, k, v and out lie where
+        those of the steps before it lay, and have a full step's rows, of which the first
+        `step.tokens` count. Raises BusyError while another one is open, NoSpaceError."""
+        self.pool._open()
+        if self._handle is None:
+            raise DisconnectedError("the frame was closed", 11, "TS_ECONN")
+        ids, n = _array(c_uint64, seqs)
+        handle = c_void_p()
+        self.pool._check(lib.ts_frame_begin(self._handle, ids, n, byref(handle)))
+        return Step(self.pool, handle, n, self.heads, self.io_dtype, True, self.rows)
+
+    def close(self) -> None:
+        """Gives its memory back. Its step must have ended. Safe to call twice."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self.pool._frames.remove(self)
+            lib.ts_frame_free(handle)
+
+    def __enter__(self) -> "Frame":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,139 @@
+/* Frames: steps whose data, and what their kernels are told, stays where it lay. */
+#include "step.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static ts_status check(const ts_pool *p, const ts_frame_options *o)
+{
+    ts_client *c = p->client;
+    const ts_geometry *g = &p->geometry;
+    uint64_t blocks = o->seqs * ts_ring_blocks(o->new_tokens, g->block_tokens);
+    if (!p->on_gpu)
+        return ts_fail(c, TS_EINVAL, "a frame is for CUDA graphs, and the pool is in host memory");
+    if (o->seqs == 0 || o->seqs > TS_RING_BATCH)
+        return ts_fail(c, TS_EINVAL, "a frame of %u sequences; the limits are 1..%u", o->seqs,
+                       TS_RING_BATCH);
+    if (blocks > TS_RING_BLOCKS)
+        return ts_fail(c, TS_EINVAL,
+                       "a frame of %u sequences with %u new tokens: their %llu blocks are more "
+                       "than the %u that a ring tells of",
+                       o->seqs, o->new_tokens, (unsigned long long)blocks, TS_RING_BLOCKS);
+    if (o->tokens > (uint64_t)UINT32_MAX / 2)
+        return ts_fail(c, TS_EINVAL, "a frame of %llu tokens; the limit is %u",
+                       (unsigned long long)o->tokens, UINT32_MAX / 2);
+    if (o->step.no_run)
+        return ts_fail(c, TS_EINVAL, "a frame whose steps have no layer run");
+    if (o->step.heads % g->kv_heads != 0 || o->step.heads > TS_HEADS_MAX)
+        return ts_fail(c, TS_EINVAL,
+                       "%u query heads; they must be a multiple of the pool's %u KV heads, at most "
+                       "%u",
+                       o->step.heads, g->kv_heads, TS_HEADS_MAX);
+    if (!ts_dtype_is_io(o->step.io_dtype, g->dtype))
+        return ts_fail(c, TS_EINVAL, "io_dtype %d beside a pool of %s", (int)o->step.io_dtype,
+                       ts_dtype_name(g->dtype));
+    if (!isfinite(o->step.scale) || o->step.scale < 0)
+        return ts_fail(c, TS_EINVAL, "a scale of %g; it must be finite and not negative",
+                       (double)o->step.scale);
+    if (o->step.kernel != NULL && strlen(o->step.kernel) >= sizeof(((ts_frame *)0)->kernel))
+        return ts_fail(c, TS_EINVAL, "no kernel has the name '%s'", o->step.kernel);
+    return ts_local_require(c, p);
+}
+
+ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **out)
+{
+    ts_client *c = p->client;
+    const ts_geometry *g = &p->geometry;
+    ts_frame_options o = *options;
+    *out = NULL;
+    if (o.new_tokens == 0)
+        o.new_tokens = 1;
+    if (o.tokens == 0)
+        o.tokens = (uint64_t)p->num_blocks * g->block_tokens;
+    if (o.step.heads == 0)
+        o.step.heads = g->kv_heads;
+    ts_status status = check(p, &o);
+    if (status != TS_OK)
+        return status;
+    if (o.step.scale == 0)
+        o.step.scale = 1.0f / sqrtf((float)g->head_dim);
+    ts_frame *f = calloc(1, sizeof *f);
+    if (f != NULL)
+        f->new_tokens = malloc(o.seqs * sizeof *f->new_tokens);
+    if (f == NULL || f->new_tokens == NULL) {
+        free(f);
+        return ts_fail(c, TS_ENOMEM, "no memory for a frame of %u sequences", o.seqs);
+    }
+    f->pool = p;
+    f->options = o;
+    if (o.step.kernel != NULL) {
+        snprintf(f->kernel, sizeof f->kernel, "%s", o.step.kernel);
+        f->options.step.kernel = f->kernel;
+    }
+    for (uint32_t i = 0; i < o.seqs; i++)
+        f->new_tokens[i] = o.new_tokens;
+    uint32_t tokens = o.seqs * o.new_tokens;
+    f->region.bytes = ts_step_lay_out(g, o.step.heads, o.step.io_dtype, tokens, 0, &f->at);
+    status = ts_exchange_take(c, &f->region);
+    if (status == TS_OK) {
+        (void)ts_step_lay_out(g, o.step.heads, o.step.io_dtype, tokens, f->region.offset, &f->at);
+        status = ts_local_gpu_keep(p, &f->options, &f->plan);
+        if (status != TS_OK)
+            ts_exchange_give(c, &f->region);
+    }
+    if (status != TS_OK) {
+        free(f->new_tokens);
+        free(f);
+        return status;
+    }
+    *out = f;
+    return TS_OK;
+}
+
+ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_step **out)
+{
+    ts_client *c = f->pool->client;
+    *out = NULL;
+    if (f->in_use)
+        return ts_fail(c, TS_EBUSY, "the frame has a step that hasn't ended");
+    if (count == 0 || count > f->options.seqs)
+        return ts_fail(c, TS_EINVAL, "a step of %u sequences; the frame's limits are 1..%u", count,
+                       f->options.seqs);
+    uint32_t tokens = count * f->options.new_tokens;
+    ts_step *s = ts_step_new(f->pool, f->new_tokens, count, tokens);
+    if (s == NULL)
+        return ts_fail(c, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
+    s->frame = f;
+    s->at = f->at;
+    s->heads = f->options.step.heads;
+    s->io_dtype = f->options.step.io_dtype;
+    s->scale = f->options.step.scale;
+    s->exec = TS_EXEC_LOCAL;
+    ts_status status = ts_step_call_begin(s, seqs, &f->options.step, false);
+    if (status != TS_OK) {
+        ts_step_free(s);
+        return status;
+    }
+    f->in_use = true;
+    c->last_exec = s->exec; /* a graph may be all that runs */
+    *out = s;
+    return TS_OK;
+}
+
+void ts_frame_leave(ts_frame *f)
+{
+    ts_local_gpu_keep_clear(f->pool->client, f->plan);
+    f->in_use = false;
+}
+
+void ts_frame_free(ts_frame *f)
+{
+    if (f == NULL)
+        return;
+    ts_local_gpu_plan_free(f->pool->client, f->plan);
+    ts_exchange_give(f->pool->client, &f->region);
+    free(f->new_tokens);
+    free(f);
+}

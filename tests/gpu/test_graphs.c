@@ -1,0 +1,208 @@
+/*
+ * Plans that are kept: one CUDA graph, captured once, serves batch after batch with the bits that a
+ * launch of each batch by itself has. Needs a GPU; exits with 77 where there is none.
+ */
+#include "device_problem.h"
+
+#define SEQS 8u
+
+/* Of q_tokens new tokens each: cut into chunks and not, at a block's border and beside it. */
+static const uint32_t totals[SEQS] = {5000, 17, 1408, 1409, 64, 300, 12000, 33};
+
+typedef struct kept {
+    ts_gpu_plan *plan;
+    ts_gpu_launch *launch;
+    cudaGraphExec_t graph;
+} kept;
+
+static ts_gpu_run run_over(const device_problem *d, const ts_gpu_plan *plan)
+{
+    return (ts_gpu_run){.plan = plan,
+                        .layer = d->seqs[0].layer,
+                        .q = d->q,
+                        .k = d->k,
+                        .v = d->v,
+                        .out = d->out,
+                        .scales = d->seqs[0].scales,
+                        .lse = d->lse};
+}
+
+/* Captures one run over a plan for the limits, which has no sequences yet. */
+static void capture(kept *x, const device_problem *d, const ts_gpu_plan_limits *limits)
+{
+    cudaGraph_t graph;
+    OK(ts_gpu_plan_keep(gpu, &d->call.geometry, d->call.heads, d->call.io_dtype, TS_KERNEL_AUTO,
+                        limits, &x->plan, why, sizeof why));
+    x->launch = ts_gpu_launch_take(gpu, NULL);
+    assert_non_null(x->launch);
+    cudaStream_t stream = ts_gpu_launch_stream(x->launch);
+    const ts_gpu_run run = run_over(d, x->plan);
+    CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+    if (ts_gpu_launch_attend(x->launch, d->call.base, &d->call.variant, &run, 1) != TS_OK)
+        fail_msg("%s", ts_gpu_launch_why(x->launch));
+    CUDA_OK(cudaStreamEndCapture(stream, &graph));
+    CUDA_OK(cudaGraphInstantiate(&x->graph, graph, 0));
+    CUDA_OK(cudaGraphDestroy(graph));
+}
+
+static void replay(kept *x)
+{
+    CUDA_OK(cudaGraphLaunch(x->graph, ts_gpu_launch_stream(x->launch)));
+    CUDA_OK(cudaStreamSynchronize(ts_gpu_launch_stream(x->launch)));
+}
+
+static void kept_free(kept *x)
+{
+    CUDA_OK(cudaGraphExecDestroy(x->graph));
+    OK(ts_gpu_launch_finish(x->launch, NULL, NULL));
+    ts_gpu_plan_free(x->plan);
+}
+
+static void read_out(const device_problem *d, unsigned char *out)
+{
+    CUDA_OK(cudaMemcpy(out, d->out, d->q_bytes, cudaMemcpyDeviceToHost));
+    CUDA_OK(cudaMemcpy(out + d->q_bytes, d->lse, d->p.lse_elements * sizeof(float),
+                       cudaMemcpyDeviceToHost));
+}
+
+static void check_nothing_is_written(kept *x, device_problem *d, unsigned char *out, size_t bytes)
+{
+    poison_device(d);
+    replay(x);
+    read_out(d, out);
+    for (size_t i = 0; i < bytes; i++)
+        assert_int_equal(out[i], 0xff);
+}
+
+/* Batches of sequences first..first+count-1, whose rows are the exchange's first. */
+static void check_batches(shape s, uint32_t q_tokens)
+{
+    static const uint32_t batches[][2] = {{0, SEQS}, {3, 2}, {6, 1}, {0, 1}, {1, 7}, {0, SEQS}};
+    uint32_t lengths[SEQS][2];
+    rng r = {s.head_dim + q_tokens};
+    device_problem d;
+    kept x;
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < SEQS; i++) {
+        lengths[i][0] = totals[i];
+        lengths[i][1] = q_tokens;
+        all += totals[i];
+    }
+    device_problem_new(&d, s, (const uint32_t(*)[2])lengths, SEQS, &r);
+    size_t bytes = d.q_bytes + d.p.lse_elements * sizeof(float);
+    unsigned char *alone = malloc(bytes), *ours = malloc(bytes);
+    capture(&x, &d, &(ts_gpu_plan_limits){SEQS, q_tokens, all});
+    check_nothing_is_written(&x, &d, ours, bytes);
+    for (size_t b = 0; b < sizeof batches / sizeof *batches; b++) {
+        ts_attention_call call = d.call;
+        ts_attention_seq seqs[SEQS];
+        call.num_seqs = batches[b][1];
+        call.seqs = seqs;
+        memcpy(seqs, d.seqs + batches[b][0], call.num_seqs * sizeof *seqs);
+        seqs[0].q = d.q;
+        seqs[0].k = d.k;
+        seqs[0].v = d.v;
+        seqs[0].out = d.out;
+        seqs[0].lse = d.lse;
+        poison_device(&d);
+        attend(&call, TS_KERNEL_AUTO);
+        read_out(&d, alone);
+        OK(ts_gpu_plan_set(x.plan, seqs, call.num_seqs, why, sizeof why));
+        for (int again = 0; again < 2; again++) { /* counters are 0 again */
+            poison_device(&d);
+            replay(&x);
+            read_out(&d, ours);
+            if (memcmp(ours, alone, bytes) != 0)
+                fail_msg("%s, %u new tokens, batch %zu: other bits", ts_dtype_name(s.dtype),
+                         q_tokens, b);
+        }
+    }
+    OK(ts_gpu_plan_clear(x.plan, why, sizeof why));
+    CUDA_OK(cudaDeviceSynchronize());
+    check_nothing_is_written(&x, &d, ours, bytes);
+    kept_free(&x);
+    free(alone);
+    free(ours);
+    device_problem_free(&d);
+}
+
+/* Each of v5's kernels, with fewer blocks of threads than pieces and with more. */
+static void a_graph_serves_batch_after_batch_with_the_bits_of_each_alone(void **state)
+{
+    (void)state;
+    uint32_t processors = gpu->info.processors;
+    assert_in_range(processors, 1, 10000);
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
+        for (uint32_t q_tokens = 1; q_tokens <= 8; q_tokens += q_tokens == 1 ? 3 : 4)
+            for (int few = 0; few < 2; few++) {
+                gpu->info.processors = few != 0 ? 1 : processors;
+                check_batches(
+                    (shape){.dtype = (ts_dtype)dtype,
+                            .io = dtype == TS_DTYPE_FP8_E4M3 ? TS_DTYPE_BF16 : (ts_dtype)dtype,
+                            .heads = 16,
+                            .kv_heads = 2,
+                            .head_dim = 128,
+                            .block_tokens = 16,
+                            .layers = 1},
+                    q_tokens);
+            }
+    gpu->info.processors = processors;
+}
+
+static void what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{70, 1}, {300, 1}, {40, 2}};
+    rng r = {7};
+    device_problem d;
+    kept x;
+    device_problem_new(&d,
+                       (shape){.dtype = TS_DTYPE_BF16,
+                               .io = TS_DTYPE_BF16,
+                               .heads = 8,
+                               .kv_heads = 2,
+                               .head_dim = 64,
+                               .block_tokens = 16,
+                               .layers = 1},
+                       lengths, 3, &r);
+    size_t bytes = d.q_bytes + d.p.lse_elements * sizeof(float);
+    unsigned char *before = malloc(bytes), *after = malloc(bytes);
+    capture(&x, &d, &(ts_gpu_plan_limits){2, 1, 369});
+    OK(ts_gpu_plan_set(x.plan, d.seqs, 1, why, sizeof why));
+    poison_device(&d);
+    replay(&x);
+    read_out(&d, before);
+    assert_int_equal(ts_gpu_plan_set(x.plan, d.seqs, 2, why, sizeof why), TS_EINVAL);
+    assert_string_equal(why, "2 sequences of 370 tokens; the limits are 2 of 369, with 1 new ones "
+                             "each");
+    assert_int_equal(ts_gpu_plan_set(x.plan, d.seqs + 2, 1, why, sizeof why), TS_EINVAL);
+    assert_int_equal(ts_gpu_plan_set(x.plan, d.seqs, 3, why, sizeof why), TS_EINVAL);
+    poison_device(&d);
+    replay(&x);
+    read_out(&d, after);
+    assert_memory_equal(before, after, bytes);
+    kept_free(&x);
+
+    ts_gpu_plan *plan = x.plan;
+    assert_int_equal(ts_gpu_plan_keep(gpu, &d.call.geometry, 8, TS_DTYPE_BF16, TS_KERNEL_AUTO,
+                                      &(ts_gpu_plan_limits){2, 100, 1000}, &plan, why, sizeof why),
+                     TS_EINVAL);
+    assert_null(plan);
+    assert_string_equal(why, "100 query tokens of a bf16 cache, head_dim 64: a plan that is kept "
+                             "is for what kernel v5 decodes");
+    assert_int_equal(ts_gpu_plan_keep(gpu, &d.call.geometry, 8, TS_DTYPE_BF16, TS_KERNEL_V3,
+                                      &(ts_gpu_plan_limits){2, 1, 1000}, &plan, why, sizeof why),
+                     TS_EINVAL);
+    free(before);
+    free(after);
+    device_problem_free(&d);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_graph_serves_batch_after_batch_with_the_bits_of_each_alone),
+        cmocka_unit_test(what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing),
+    };
+    return run_gpu_tests(tests, sizeof tests / sizeof *tests);
+}
