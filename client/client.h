@@ -70,6 +70,7 @@ struct ts_client {
     bool tried; /* a run has gone both ways */
     uint32_t threads;
     ts_attention *attention;        /* of local execution; NULL: none yet */
+    struct ts_local *local_spare;   /* what the last step was told by; NULL: none */
     struct ts_local_gpu *local_gpu; /* the same on a GPU */
     char error[256];
 };
@@ -130,11 +131,13 @@ ts_status ts_trial_run_on_stream(ts_client *client, ts_cuda *cuda, ts_trial *tri
 void ts_trial_settle(ts_client *client, ts_trial *trial);
 void ts_trial_drop(ts_trial *trial);
 
-/* A step that this process attends in: its sequences, with their block tables. */
+/* A step that this process attends in: its sequences, with their block tables. Its memory goes to
+ * the next step: of new memory every page costs. */
 typedef struct ts_local {
     uint32_t *tables;
+    size_t tables_room; /* entries */
     ts_attention_seq *seqs;
-    uint32_t num_seqs;
+    uint32_t num_seqs, seqs_room;
     struct ts_gpu_plan *plan; /* of a GPU pool */
     bool plan_is_kept;        /* it is a frame's */
 } ts_local;
@@ -152,6 +155,9 @@ ts_status ts_local_new(ts_pool *pool, const uint32_t *tables, const uint32_t *co
                        size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
                        uint32_t num_seqs, ts_local **out);
 void ts_local_free(ts_client *client, ts_local *local);
+
+/* Frees what was kept for the next one. */
+void ts_local_close(ts_client *client);
 
 /* The same for runs on the pool's GPU: kernel NULL: the pool's. */
 ts_status ts_local_plan(ts_pool *pool, ts_local *local, uint32_t heads, ts_dtype io_dtype,

@@ -330,6 +330,7 @@ void ts_disconnect(ts_client *c)
     ts_exchange_close(c);
     ts_signals_close(c);
     ts_rings_close(c);
+    ts_local_close(c);
     if (ours) { /* their threads are not in the child */
         ts_attention_free(c->attention);
         ts_local_gpu_close(c);

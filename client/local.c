@@ -63,27 +63,53 @@ static ts_status open_kernels(ts_client *c)
 static ts_status map_table(ts_pool *p, const uint32_t *table, uint32_t count, uint32_t touched)
 {
     ts_status status = TS_OK;
-    for (uint32_t b = 0; b < count && status == TS_OK; b++)
-        status = ts_pool_map_block(p, table[b], b >= touched);
+    uint32_t first = 0, same = 0; /* blocks from `first` on that lie in the slab mapped last */
+    for (uint32_t b = 0; b < touched && status == TS_OK; b++) {
+        if (table[b] - first < same)
+            continue;
+        status = ts_pool_map_block(p, table[b], false);
+        first = table[b] / p->slab_blocks * p->slab_blocks;
+        same = p->slab_blocks;
+    }
+    for (uint32_t b = touched; b < count && status == TS_OK; b++)
+        status = ts_pool_map_block(p, table[b], true);
     return status;
+}
+
+/* Memory for so many entries and sequences: the last step's, if there is any. NULL: none. */
+static ts_local *take(ts_client *c, size_t num_blocks, uint32_t num_seqs)
+{
+    ts_local *l = c->local_spare != NULL ? c->local_spare : calloc(1, sizeof *l);
+    c->local_spare = l; /* until it is large enough */
+    if (l != NULL && l->tables_room < num_blocks) {
+        free(l->tables);
+        l->tables = malloc(num_blocks * sizeof *l->tables);
+        l->tables_room = l->tables != NULL ? num_blocks : 0;
+    }
+    if (l != NULL && l->seqs_room < num_seqs) {
+        free(l->seqs);
+        l->seqs = malloc(num_seqs * sizeof *l->seqs);
+        l->seqs_room = l->seqs != NULL ? num_seqs : 0;
+    }
+    if (l == NULL || l->tables == NULL || l->seqs == NULL)
+        return NULL;
+    c->local_spare = NULL;
+    return l;
 }
 
 ts_status ts_local_new(ts_pool *p, const uint32_t *tables, const uint32_t *counts,
                        size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
                        uint32_t num_seqs, ts_local **out)
 {
-    ts_local *l = calloc(1, sizeof *l);
+    *out = NULL;
     ts_status status = p->on_gpu ? TS_OK : open_kernels(p->client);
-    *out = l;
     if (status != TS_OK)
         return status;
-    if (l != NULL) {
-        l->tables = malloc(num_blocks * sizeof *l->tables);
-        l->seqs = calloc(num_seqs, sizeof *l->seqs);
-    }
-    if (l == NULL || l->tables == NULL || l->seqs == NULL)
+    ts_local *l = *out = take(p->client, num_blocks, num_seqs);
+    if (l == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for block tables of %zu entries",
                        num_blocks);
+    memset(l->seqs, 0, num_seqs * sizeof *l->seqs);
     memcpy(l->tables, tables, num_blocks * sizeof *l->tables);
     l->num_seqs = num_seqs;
     uint32_t *table = l->tables;
@@ -116,9 +142,21 @@ void ts_local_free(ts_client *c, ts_local *l)
         return;
     if (!l->plan_is_kept)
         ts_local_gpu_plan_free(c, l->plan);
+    l->plan = NULL;
+    l->plan_is_kept = false;
+    ts_local_close(c);
+    c->local_spare = l;
+}
+
+void ts_local_close(ts_client *c)
+{
+    ts_local *l = c->local_spare;
+    if (l == NULL)
+        return;
     free(l->tables);
     free(l->seqs);
     free(l);
+    c->local_spare = NULL;
 }
 
 ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)

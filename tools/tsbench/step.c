@@ -1,6 +1,7 @@
 /*
  * Decode steps through a daemon of its own, by ring and by message, beside the bare round trips of
- * two processes: words in shared memory that both poll, and a futex on which both sleep.
+ * two processes: words in shared memory that both poll, and a futex on which both sleep, wherever
+ * the system puts them (on one processor a switch is all it takes) and on a processor each.
  */
 #define _GNU_SOURCE
 #include "tsbench.h"
@@ -9,6 +10,7 @@
 
 #include <linux/futex.h>
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -51,14 +53,32 @@ static void set_word(atomic_uint *word, uint32_t value, bool sleeps)
         syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
-/* The p50 of a round trip between two processes, in seconds; < 0: it can't be measured. */
-static double bare_round_trip(bool sleeps)
+/* The first two processors of `all`; false: it has one. */
+static bool two_of(const cpu_set_t *all, cpu_set_t each[2])
 {
+    int found = 0;
+    for (int cpu = 0; cpu < CPU_SETSIZE && found < 2; cpu++)
+        if (CPU_ISSET(cpu, all)) {
+            CPU_ZERO(&each[found]);
+            CPU_SET(cpu, &each[found++]);
+        }
+    return found == 2;
+}
+
+/* The p50 of a round trip between two processes, in seconds; < 0: it can't be measured. apart: on a
+ * processor each. */
+static double bare_round_trip(bool sleeps, bool apart)
+{
+    cpu_set_t all, each[2];
+    if (apart && (sched_getaffinity(0, sizeof all, &all) != 0 || !two_of(&all, each)))
+        return -1;
     words *w = mmap(NULL, sizeof *w, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     double *times = malloc(ROUNDS * sizeof *times);
     pid_t pid = w == MAP_FAILED || times == NULL ? -1 : fork();
     if (pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (apart)
+            (void)sched_setaffinity(0, sizeof each[1], &each[1]);
         for (uint32_t i = 1; i <= ROUNDS; i++) {
             await_word(&w->there, i, sleeps);
             set_word(&w->back, i, sleeps);
@@ -67,6 +87,8 @@ static double bare_round_trip(bool sleeps)
     }
     double p50 = -1;
     if (pid > 0) {
+        if (apart)
+            (void)sched_setaffinity(0, sizeof each[0], &each[0]);
         for (uint32_t i = 1; i <= ROUNDS; i++) {
             double t = bench_now();
             set_word(&w->there, i, sleeps);
@@ -74,6 +96,8 @@ static double bare_round_trip(bool sleeps)
             times[i - 1] = bench_now() - t;
         }
         waitpid(pid, NULL, 0);
+        if (apart)
+            (void)sched_setaffinity(0, sizeof all, &all);
         p50 = bench_percentile(times, ROUNDS, 50);
     }
     free(times);
@@ -346,12 +370,15 @@ int bench_step(const bench_options *o, json_t *rows)
         return 1;
     }
     snprintf(socket, sizeof socket, "%s/daemon", folder);
-    double polled = bare_round_trip(false), slept = bare_round_trip(true);
+    double polled = bare_round_trip(false, false), slept = bare_round_trip(true, false);
+    double apart = bare_round_trip(true, true);
     bool ok = polled > 0 && slept > 0;
     if (!o->json)
         printf("medians; a step is begin, %u layers, commit\n", LAYERS);
     row(o, rows, "bare round trip, words that both poll", polled, "µs", NULL, 0);
     row(o, rows, "bare round trip, a futex that both sleep on", slept, "µs", NULL, 0);
+    if (apart > 0)
+        row(o, rows, "the same, on a processor each", apart, "µs", NULL, 0);
 
     pid_t daemon = ok ? bench_daemon(o, socket, POOL, "spin_us=1000") : -1;
     ok = ok && daemon > 0 && by_both_ways(o, socket, polled, rows);
@@ -362,7 +389,8 @@ int bench_step(const bench_options *o, json_t *rows)
     ok = ok && daemon > 0 && rig_open(&idle, socket, TS_TRANSPORT_RING, 0, TS_SPIN_NONE);
     if (ok) {
         double a = attend_p50(&idle, ROUNDS / 2, &ok);
-        row(o, rows, "smallest attend by ring, both asleep", a, "µs", "bare, slept", slept);
+        row(o, rows, "smallest attend by ring, both asleep", a, "µs",
+            apart > 0 ? "bare, on a processor each" : "bare, slept", apart > 0 ? apart : slept);
         rig_close(&idle);
     }
     bench_end(daemon, SIGTERM);
