@@ -3,7 +3,7 @@
 
     python3 kernels/plot.py peers.json peers.svg
 
-Decode: bytes per second as a share of the device's plain read rate. Prefill: TFLOP/s.
+What memory bounds: bytes per second as a share of the plain read rate; what arithmetic does: TFLOP/s.
 """
 
 import json
@@ -37,8 +37,8 @@ def panel(out, top, title, shapes, value, limit, text):
 
 
 def draw(data):
-    prefill = [s for s in data["shapes"] if s["TFLOP_s"] > 200]
-    decode = [s for s in data["shapes"] if s not in prefill]
+    arithmetic = [s for s in data["shapes"] if s["TFLOP_s"] > 200]
+    memory = [s for s in data["shapes"] if s not in arithmetic]
     out = []
     x = LEFT
     measured = {"ours"} | {k for s in data["shapes"] for k, us in s["peers_us"].items() if us}
@@ -46,13 +46,15 @@ def draw(data):
         out.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{color}"/>'
                    f'<text x="{x + 17}" y="44">{who}</text>')
         x += 110
-    end = panel(out, 80, "decode: of the plain read rate (longer is better)", decode,
+    end = panel(out, 80, "bound by memory: of the plain read rate (longer is better)", memory,
                 lambda s, us: s["ratio"] * s["us"] / us, 1.0, lambda x: f"{x:.2f}")
-    most = max((s["TFLOP_s"] * s["us"] / us for s in prefill
+    most = max((s["TFLOP_s"] * s["us"] / us for s in arithmetic
                 for us in [s["us"], *filter(None, s["peers_us"].values())]), default=1)
-    end = panel(out, end + 14, "prefill: TFLOP/s", prefill,
+    end = panel(out, end + 14, "bound by arithmetic: TFLOP/s (longer is better)", arithmetic,
                 lambda s, us: s["TFLOP_s"] * s["us"] / us, most, lambda x: f"{x:.0f}")
-    head = f'{data["device"]}, torch {data["torch"]}'
+    peers = [f'torch {data["torch"]}'] + \
+        ([f'flashinfer {data["flashinfer"]}'] if data.get("flashinfer") else [])
+    head = ", ".join([data["device"], *peers])
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 60}" height="{end}" '
             f'font-family="sans-serif" font-size="12"><style>.title{{font-weight:bold}}'
             f'.small{{font-size:10px}}</style><rect width="100%" height="100%" fill="white"/>'

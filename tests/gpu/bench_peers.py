@@ -104,7 +104,7 @@ def paged(shape):
     order = torch.randperm(blocks).int().cuda()
     last = torch.tensor([(n - 1) % BLOCK + 1 for n in lengths], dtype=torch.int32).cuda()
     q = torch.randn(len(lengths) * new, heads, dim, device="cuda", dtype=torch.bfloat16)
-    space = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    space = torch.empty(3 << 30, dtype=torch.uint8, device="cuda")
     try:
         if new == 1:
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "NHD",
