@@ -391,6 +391,32 @@ INLINE bool has_nan(const unsigned char *const *rows, size_t k_offset, size_t pl
     return any((vi)found);
 }
 
+/*
+ * Puts the rows that are to be fetched into an order in which neighbours lie in different pages:
+ * lines of one page, asked for one after the other, come slower (kernels/README.md). Where a head's
+ * rows are a page (HND), the next tile's heads take turns, one row of each: 16 rows for every head
+ * that is worked on.
+ */
+INLINE void spread_rows(fetch *next, const unsigned char **spread, const ts_attention_item *item,
+                        const unsigned char *const *next_tile, bool is_next_tile, uint32_t h,
+                        size_t plane)
+{
+    const ts_geometry *g = &item->call->geometry;
+    const uint32_t heads = item->head_count;
+    const size_t head_stride = ts_geometry_head_stride(g);
+    if (g->layout == TS_LAYOUT_HND && TS_TILE % heads == 0 && is_next_tile) {
+        for (uint32_t t = 0; t < TS_TILE; t++)
+            spread[t] = next_tile[h * (TS_TILE / heads) + t / heads] +
+                        (item->head_first + t % heads) * head_stride;
+        next->k_offset = 0;
+        next->v_offset = plane;
+    } else {
+        for (uint32_t t = 0; t < TS_TILE; t++)
+            spread[t] = next->rows[t % 4 * 4 + t / 4];
+    }
+    next->rows = spread;
+}
+
 INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t part,
                         const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
@@ -449,6 +475,9 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
                                                : NULL,
                           .k_offset = then * head_stride,
                           .v_offset = plane + then * head_stride};
+            const unsigned char *spread[TS_TILE];
+            if (!is_fours(dtype) && next.rows != NULL) /* which waits for arithmetic, not memory */
+                spread_rows(&next, spread, item, rows[turn ^ 1], filled > 0, h, plane);
             uint32_t r = h * head_rows;
             if (dtype == FP8_FOURS && has_nan(rows[turn], head_offset, plane, g->head_dim))
                 attend_tile(FP8_FOURS_NAN, item, rows[turn], head_offset, plane + head_offset, tile,
