@@ -34,7 +34,9 @@ typedef struct test_job {
     sem_t done;
 } test_job;
 
-static unsigned char cache[64 * 4 * DIM * 4 * 2];
+#define BLOCKS 512u /* more than there are jobs at once: each has its own */
+
+static unsigned char cache[BLOCKS * 4 * DIM * 4 * 2];
 static uint32_t next_block;
 
 static void on_done(ts_job *job)
@@ -46,7 +48,7 @@ static void job_init(test_job *t, ts_signals_page *signals, uint32_t order)
 {
     memset(t, 0, sizeof *t);
     sem_init(&t->done, 0, 0);
-    t->table[0] = next_block++ % 64;
+    t->table[0] = next_block++ % BLOCKS;
     for (uint32_t i = 0; i < DIM; i++)
         t->v[i] = (float)(t->table[0] + i);
     t->seq = (ts_attention_seq){.blocks = t->table,
