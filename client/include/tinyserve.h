@@ -320,8 +320,9 @@ typedef struct ts_frame_options {
  * It takes its part of the exchange, which can't be replaced until it is freed, and device memory.
  *
  * TS_EINVAL: the pool is in host memory; more than a ring tells of (4096 sequences, 2^20 blocks);
- * the sequences aren't decoded by kernel v5 (up to 8 new tokens, for 16-bit and fp8 caches no more
- * than 64 query heads times new tokens for each KV head). TS_ENOMEM.
+ * kernel v5 isn't the one for such steps. It is where rows are whole 16-byte vectors, for up to 8
+ * new tokens, with 16-bit and fp8 caches no more than 64 of new tokens times query heads for each
+ * KV head; or where it was asked for. TS_ENOMEM.
  */
 ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *options, ts_frame **out);
 

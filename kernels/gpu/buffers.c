@@ -21,6 +21,12 @@ static void free_host(ts_gpu *gpu, void *memory, size_t bytes)
     (void)cudaFreeHost(memory);
 }
 
+void ts_gpu_free_later(ts_gpu *gpu, void *device)
+{
+    if (device != NULL)
+        ts_gpu_later(gpu, free_device, device, 0);
+}
+
 /* Keeps what the lane has outgrown, and launches before this one may still use, until the device is
  * closed. */
 static void outgrow(ts_gpu_launch *l, ts_gpu_staging *old, void *host, void *device)
@@ -46,8 +52,7 @@ ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
     if (error == cudaSuccess)
         error = cudaHostAlloc(&host, capacity, cudaHostAllocDefault);
     if (error != cudaSuccess) {
-        if (device != NULL)
-            ts_gpu_later(l->gpu, free_device, device, capacity);
+        ts_gpu_free_later(l->gpu, device);
         free(old);
         return ts_gpu_launch_fail(l, error);
     }
@@ -130,8 +135,7 @@ ts_status ts_gpu_buffer_take(ts_gpu *gpu, size_t bytes, ts_gpu_buffer **out, cha
         *out = b;
         return TS_OK;
     }
-    if (b->device != NULL)
-        ts_gpu_later(gpu, free_device, b->device, (size_t)1 << log);
+    ts_gpu_free_later(gpu, b->device);
     if (b->host != NULL)
         ts_gpu_later(gpu, free_host, b->host, (size_t)1 << log);
     free(b);

@@ -139,6 +139,9 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
                   size_t bytes);
 
+/* Hands it device memory of cudaMalloc; NULL: nothing. */
+void ts_gpu_free_later(ts_gpu *gpu, void *device);
+
 /* Of each lane from the start: enough for 8192 copies of blocks. */
 #define TS_GPU_STAGING_BYTES ((size_t)1 << 16)
 

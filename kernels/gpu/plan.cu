@@ -431,11 +431,6 @@ ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
     return ts_gpu_plan_clear(p, why, why_bytes);
 }
 
-void free_device(ts_gpu *, void *memory, size_t)
-{
-    (void)cudaFree(memory);
-}
-
 } // namespace
 
 extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
@@ -537,10 +532,8 @@ extern "C" void ts_gpu_plan_free(ts_gpu_plan *p)
 {
     if (p == NULL)
         return;
-    if (p->kept_partials != NULL)
-        ts_gpu_later(p->gpu, free_device, p->kept_partials, 0);
-    if (p->kept_counters != NULL)
-        ts_gpu_later(p->gpu, free_device, p->kept_counters, 0);
+    ts_gpu_free_later(p->gpu, p->kept_partials);
+    ts_gpu_free_later(p->gpu, p->kept_counters);
     ts_gpu_buffer_give_back(p->gpu, p->buffer);
     free(p);
 }

@@ -362,7 +362,7 @@ class Pool:
                                 _step_options(heads, io_dtype, scale, True, kernel))
         handle = c_void_p()
         self._check(lib.ts_frame_new(self._open(), byref(options), byref(handle)))
-        return Frame(self, handle, seqs * new_tokens, heads, io_dtype)
+        return Frame(self, handle, seqs * (new_tokens or 1), heads, io_dtype)
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None

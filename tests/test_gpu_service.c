@@ -1,0 +1,327 @@
+/* The service around a GPU, on a fake one: what waits for runs, and what isn't freed. */
+#include "test_util.h"
+
+#include "devices.h"
+#include "fake_gpu.h"
+#include "gpu_batch.h"
+#include "log.h"
+#include "service.h"
+
+#include <semaphore.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define OK(call) assert_int_equal((call), TS_OK)
+
+static char why[256];
+static const ts_geometry geometry = {
+    .layers = 1, .kv_heads = 1, .head_dim = 32, .block_tokens = 4, .dtype = TS_DTYPE_FP32};
+
+static atomic_uint failures; /* of the device: none */
+
+static void on_failure(const char *sentence)
+{
+    (void)sentence;
+    atomic_fetch_add(&failures, 1);
+}
+
+typedef struct test_request {
+    ts_request request; /* first */
+    Tspb__Reply *reply;
+    sem_t answered;
+} test_request;
+
+static void on_send(ts_request *request, const void *bytes, size_t size)
+{
+    test_request *t = (test_request *)request;
+    t->reply = tspb__reply__unpack(NULL, size, bytes);
+    sem_post(&t->answered);
+}
+
+static ts_service service;
+static uint64_t next_id;
+
+static void send(test_request *t, Tspb__Request *message)
+{
+    memset(t, 0, sizeof *t);
+    sem_init(&t->answered, 0, 0);
+    message->request_id = ++next_id;
+    t->request = (ts_request){
+        .work = {.run = ts_service_request}, .pipe = 1, .message = message, .send = on_send};
+    ts_queue_run(&service.queue, &t->request.work, &service);
+}
+
+static Tspb__Reply *answer(test_request *t)
+{
+    while (sem_wait(&t->answered) != 0)
+        ;
+    assert_non_null(t->reply);
+    return t->reply;
+}
+
+static bool is_answered(test_request *t)
+{
+    int value;
+    sem_getvalue(&t->answered, &value);
+    return value > 0;
+}
+
+/* Sends, waits, and expects the status; the body stays with *t until drop. */
+static Tspb__Reply *call(test_request *t, Tspb__Request *message, ts_status expected)
+{
+    send(t, message);
+    Tspb__Reply *reply = answer(t);
+    if (reply->status != (uint32_t)expected)
+        fail_msg("%s: %s", ts_status_name((ts_status)reply->status), reply->message);
+    return reply;
+}
+
+static void drop(test_request *t)
+{
+    tspb__reply__free_unpacked(t->reply, NULL);
+    sem_destroy(&t->answered);
+}
+
+static void *engine_main(void *arg)
+{
+    ts_service_run(arg);
+    return NULL;
+}
+
+static sem_t handled;
+
+static void on_handle(ts_handle_ask *ask)
+{
+    (void)ask;
+    sem_post(&handled);
+}
+
+#define REQUEST(name, kind, CASE, init)                                                            \
+    Tspb__##kind name##_body = init;                                                               \
+    Tspb__Request name = TSPB__REQUEST__INIT;                                                      \
+    name.body_case = TSPB__REQUEST__BODY_##CASE
+
+static void service_start(ts_gpu *gpu, pthread_t *engine)
+{
+    ts_engine_limits limits;
+    memset(&service, 0, sizeof service);
+    next_id = 0;
+    ts_log_init(TS_LOG_ERROR);
+    ts_engine_default_limits(&limits);
+    limits.sessions = 8;
+    ts_queue_init(&service.queue);
+    service.engine = ts_engine_new(&limits);
+    service.by_session = calloc(limits.sessions, sizeof(ts_connection *));
+    service.attention = ts_attention_new(1, TS_ISA_AUTO);
+    service.batch = ts_batch_new(service.attention);
+    service.gpus[0].gpu = gpu;
+    OK(ts_gpu_batch_new(gpu, limits.sessions, 3600000, on_failure, &service.gpus[0].batch, why,
+                        sizeof why));
+    service.num_gpus = 1;
+    ts_pool_config config = {.name = "p",
+                             .geometry = geometry,
+                             .num_blocks = 16,
+                             .slab_blocks = 16,
+                             .sequences_max = 16,
+                             .sequence_tokens_max = 64,
+                             .tenant_blocks_max = UINT64_MAX,
+                             .on_gpu = true};
+    OK(ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why));
+    OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry), &service.memory[0],
+                              why, sizeof why));
+    service.gpu_of[0] = &service.gpus[0];
+    assert_int_equal(pthread_create(engine, NULL, engine_main, &service), 0);
+    ts_pipe_event *event = calloc(1, sizeof *event);
+    *event = (ts_pipe_event){.work = {.run = ts_service_pipe_added}, .pipe = 1};
+    ts_queue_run(&service.queue, &event->work, &service);
+}
+
+static void service_stop(pthread_t engine)
+{
+    ts_batch_free(service.batch);
+    ts_gpu_batch_free(service.gpus[0].batch);
+    ts_queue_close(&service.queue);
+    pthread_join(engine, NULL);
+    assert_int_equal(service.engine->live_sessions, 0);
+    assert_int_equal(service.engine->pools[0].books.used, 0);
+    assert_null(service.waiting);
+    assert_int_equal(atomic_load(&failures), 0);
+    ts_service_fini(&service);
+    ts_queue_fini(&service.queue);
+}
+
+/* Asks for the page of signals as the handle socket does, on the engine's owner. */
+static ts_signals *ask_for_signals(uint64_t session, const uint8_t *token)
+{
+    static ts_handle_ask ask;
+    ask = (ts_handle_ask){.work = {.run = ts_service_handle},
+                          .request = {.magic = TS_HANDLE_MAGIC,
+                                      .protocol = TS_PROTOCOL,
+                                      .session = session,
+                                      .kind = TS_HANDLE_SIGNALS},
+                          .done = on_handle};
+    memcpy(ask.request.token, token, TS_TOKEN_BYTES);
+    sem_init(&handled, 0, 0);
+    ts_queue_run(&service.queue, &ask.work, &service);
+    while (sem_wait(&handled) != 0)
+        ;
+    assert_int_equal(ask.reply.status, TS_OK);
+    assert_true(ask.fd >= 0);
+    assert_int_equal(ask.reply.bytes, TS_SIGNALS_BYTES);
+    void *page = mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ask.fd, 0);
+    assert_ptr_not_equal(page, MAP_FAILED);
+    close(ask.fd);
+    return page;
+}
+
+static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    test_request t, commit_request, abort_request, more[5];
+    alarm(120);
+    ts_gpu *gpu = fake_gpu_new();
+    service_start(gpu, &engine);
+    REQUEST(open, SessionOpen, SESSION_OPEN, TSPB__SESSION_OPEN__INIT);
+    open_body.protocol = TS_PROTOCOL;
+    open.session_open = &open_body;
+    Tspb__Reply *reply = call(&t, &open, TS_OK);
+    ts_signals *signals =
+        ask_for_signals(reply->session_opened->session, reply->session_opened->token.data);
+    drop(&t);
+    REQUEST(pool, PoolOpen, POOL_OPEN, TSPB__POOL_OPEN__INIT);
+    pool_body.name = (char *)"p";
+    pool.pool_open = &pool_body;
+    call(&t, &pool, TS_OK);
+    drop(&t);
+    REQUEST(exchange, ExchangeOpen, EXCHANGE_OPEN, TSPB__EXCHANGE_OPEN__INIT);
+    exchange_body.bytes = 4096;
+    exchange_body.on_device = true;
+    exchange.exchange_open = &exchange_body;
+    reply = call(&t, &exchange, TS_OK);
+    assert_true(reply->exchange_opened->has_descriptor);
+    drop(&t);
+    REQUEST(create, SeqCreate, SEQ_CREATE, TSPB__SEQ_CREATE__INIT);
+    create_body.count = 1;
+    create.seq_create = &create_body;
+    uint64_t seq = call(&t, &create, TS_OK)->seqs->seqs[0];
+    drop(&t);
+    uint32_t one = 1;
+    REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
+    begin_body.seqs = &seq;
+    begin_body.new_tokens = &one;
+    begin_body.n_seqs = begin_body.n_new_tokens = 1;
+    begin_body.heads = 1;
+    begin_body.kernel = (char *)"v3";
+    begin.step_begin = &begin_body;
+    uint64_t step = call(&t, &begin, TS_OK)->step_begun->step;
+    drop(&t);
+
+    REQUEST(run, StepRun, STEP_RUN, TSPB__STEP_RUN__INIT);
+    run_body.step = step;
+    run_body.k = 1024;
+    run_body.v = 2048;
+    run_body.out = 3072;
+    run_body.ordered = true;
+    run_body.order = 2;
+    run.step_run = &run_body;
+    reply = call(&t, &run, TS_EINVAL);
+    assert_string_equal(reply->message, "run number 2; the session's next is 1");
+    drop(&t);
+    run_body.order = 1;
+    call(&t, &run, TS_OK); /* answered, though nothing was submitted */
+    drop(&t);
+    fake_gpu_await_waiting(gpu, 1);
+    assert_int_equal(fake_gpu_read(gpu).kernel, TS_KERNEL_V3);
+    REQUEST(commit, StepCommit, STEP_COMMIT, TSPB__STEP_COMMIT__INIT);
+    commit_body.step = step;
+    commit.step_commit = &commit_body;
+    send(&commit_request, &commit);
+    REQUEST(abort, StepAbort, STEP_ABORT, TSPB__STEP_ABORT__INIT);
+    abort_body.step = step;
+    abort.step_abort = &abort_body;
+    send(&abort_request, &abort); /* waits as well, and comes second */
+    REQUEST(lengths, SeqLengths, SEQ_LENGTHS, TSPB__SEQ_LENGTHS__INIT);
+    lengths_body.seqs = &seq;
+    lengths_body.n_seqs = 1;
+    lengths.seq_lengths = &lengths_body;
+    reply = call(&t, &lengths, TS_OK); /* the service goes on, and nobody sees the token */
+    assert_int_equal(reply->lengths->lengths[0], 0);
+    drop(&t);
+    assert_false(is_answered(&commit_request));
+    __atomic_store_n(&signals->submitted, 1, __ATOMIC_RELEASE);
+    assert_int_equal(answer(&commit_request)->status, TS_OK);
+    assert_int_equal(answer(&abort_request)->status, TS_ENOENT);
+    drop(&abort_request);
+    assert_int_equal(__atomic_load_n(&signals->completed, __ATOMIC_ACQUIRE), 1);
+    drop(&commit_request);
+    assert_int_equal(call(&t, &lengths, TS_OK)->lengths->lengths[0], 1);
+    drop(&t);
+
+    /* 4 runs of a step may be under way; the 5th is not refused but waits. Then the worker dies. */
+    run_body.step = call(&t, &begin, TS_OK)->step_begun->step;
+    drop(&t);
+    for (uint32_t i = 0; i < 5; i++) {
+        run_body.order = 2 + i;
+        send(&more[i], &run);
+        if (i < 4)
+            assert_int_equal(answer(&more[i])->status, TS_OK);
+    }
+    fake_gpu_await_waiting(gpu, 4);
+    assert_int_equal(fake_gpu_read(gpu).plans, 2); /* one for each step, not for each run */
+    assert_false(is_answered(&more[4]));
+    ts_pipe_event *event = calloc(1, sizeof *event);
+    *event = (ts_pipe_event){.work = {.run = ts_service_pipe_removed}, .pipe = 1};
+    ts_queue_run(&service.queue, &event->work, &service);
+    fake_gpu_await_waiting(gpu, 0);
+    service_stop(engine);
+    for (uint32_t i = 0; i < 5; i++)
+        drop(&more[i]);
+    munmap(signals, TS_SIGNALS_BYTES);
+    alarm(0);
+}
+
+/* On the engine's owner: what an operator may not do to cuda-ipc memory. */
+static void keep_ipc_memory(ts_work *work, void *unused)
+{
+    (void)work;
+    (void)unused;
+    static const uint8_t handle[TS_IPC_HANDLE_BYTES];
+    ts_pool_books *books = &service.engine->pools[0].books;
+    ts_answer a = {0};
+    service.memory[0]->ipc_handle = handle;
+    OK(ts_pool_add_tenant(books, 0));
+    OK(ts_pool_grant(books, 0, 0));
+    assert_int_equal(ts_devices_remove(&service, 0, &a), TS_EPERM);
+    assert_string_equal(a.message, "pool 'p' is cuda-ipc memory that its tenant may still map: it "
+                                   "stays until the daemon is restarted");
+    assert_int_equal(ts_devices_resize(&service, 0, 8, &a), TS_EINVAL);
+    assert_string_equal(a.message, "pool 'p' is cuda-ipc memory: one piece, which keeps its size");
+    service.memory[0]->ipc_handle = NULL; /* as it was: of VMM, it goes */
+    assert_int_equal(ts_devices_resize(&service, 0, 17, &a), TS_EINVAL);
+    assert_string_equal(a.message, "17 blocks for pool 'p'; the limits are 1..16, its memory_max");
+    OK(ts_devices_remove(&service, 0, &a));
+    assert_false(ts_engine_has_pool(service.engine, 0));
+    assert_null(service.memory[0]);
+}
+
+static void memory_that_a_tenant_may_still_map_is_not_freed(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    alarm(120);
+    service_start(fake_gpu_new(), &engine);
+    ts_work work = {.run = keep_ipc_memory};
+    ts_queue_run(&service.queue, &work, &service);
+    service_stop(engine);
+    alarm(0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go),
+        cmocka_unit_test(memory_that_a_tenant_may_still_map_is_not_freed),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
