@@ -70,10 +70,18 @@ struct ts_client {
     bool tried; /* a run has gone both ways */
     uint32_t threads;
     ts_attention *attention;        /* of local execution; NULL: none yet */
-    struct ts_local *local_spare;   /* what the last step was told by; NULL: none */
+    struct ts_local *local_spare;   /* the last step's; NULL: none */
     struct ts_local_gpu *local_gpu; /* the same on a GPU */
     char error[256];
 };
+
+/* A sequence's block table as a step's begin told of it. */
+typedef struct ts_table {
+    ts_seq seq;
+    uint64_t told; /* the step that told of it last; 0: nothing is known */
+    uint32_t *blocks;
+    uint32_t count, room;
+} ts_table;
 
 struct ts_pool {
     ts_client *client;
@@ -89,6 +97,8 @@ struct ts_pool {
     uint32_t *mapped;    /* per slab: generation that is mapped; 0: none */
     bool *written;       /* per slab: it is mapped writable */
     uint32_t *wanted;    /* per slab: generation that the daemon named last */
+    ts_table *tables;    /* by a sequence's index in the daemon; tables.c's own */
+    uint32_t num_tables;
 };
 
 /* Sets the error sentence and returns status. */
@@ -131,14 +141,41 @@ ts_status ts_trial_run_on_stream(ts_client *client, ts_cuda *cuda, ts_trial *tri
 void ts_trial_settle(ts_client *client, ts_trial *trial);
 void ts_trial_drop(ts_trial *trial);
 
-/* A step that this process attends in: its sequences, with their block tables. Its memory goes to
- * the next step: of new memory every page costs. */
+/* What the daemon answers to a begin. */
+typedef struct ts_begun {
+    const uint32_t *starts; /* tokens of each sequence before the step */
+    const uint32_t *firsts; /* entries of block tables: of each sequence from here on, as many as */
+    const uint32_t *counts; /* this; firsts NULL: from the first that new tokens touch */
+    const uint32_t *blocks;
+    size_t num_seqs, num_blocks;
+} ts_begun;
+
+/* What this process learns of one sequence's block table: `count` entries from `first` on. Those
+ * from `touched` on get new tokens. */
+typedef struct ts_table_news {
+    ts_seq seq;
+    uint32_t first, count, touched;
+    const uint32_t *blocks;
+} ts_table_news;
+
+/* Which step's begin told of each sequence's table last, for the daemon to tell what is new. */
+void ts_tables_say_known(const ts_pool *pool, const ts_seq *seqs, uint32_t count, uint64_t *told);
+
+/* Notes what the step's begin tells, and maps those blocks. *blocks: the whole table, until the
+ * next begin with the sequence. */
+ts_status ts_tables_learn(ts_pool *pool, uint64_t step, const ts_table_news *news,
+                          const uint32_t **blocks);
+
+/* These sequences are freed. */
+void ts_tables_forget(ts_pool *pool, const ts_seq *seqs, uint32_t count);
+void ts_tables_fini(ts_pool *pool);
+
+/* A step that this process attends in: its sequences. It goes to the next step: of new memory every
+ * page costs, and a plan of the same sequences is renewed. */
 typedef struct ts_local {
-    uint32_t *tables;
-    size_t tables_room; /* entries */
     ts_attention_seq *seqs;
     uint32_t num_seqs, seqs_room;
-    struct ts_gpu_plan *plan; /* of a GPU pool */
+    struct ts_gpu_plan *plan; /* of a GPU pool; between steps the last one's */
     bool plan_is_kept;        /* it is a frame's */
 } ts_local;
 
@@ -149,11 +186,10 @@ ts_status ts_local_choose(ts_client *client, const ts_pool *pool, ts_exec *exec)
 /* The same where there is no choice: TS_OK, or why it can't be here. */
 ts_status ts_local_require(ts_client *client, const ts_pool *pool);
 
-/* Notes the tables of a step that was begun, and maps what lies in them. counts: blocks of each
- * sequence. The step's sequences have new_tokens each after their starts. */
-ts_status ts_local_new(ts_pool *pool, const uint32_t *tables, const uint32_t *counts,
-                       size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
-                       uint32_t num_seqs, ts_local **out);
+/* Notes the tables of a step that was begun, with so many new tokens of each sequence, and maps
+ * what lies in them. */
+ts_status ts_local_new(ts_pool *pool, uint64_t step, const ts_seq *seqs, const uint32_t *new_tokens,
+                       const ts_begun *begun, ts_local **out);
 void ts_local_free(ts_client *client, ts_local *local);
 
 /* Frees what was kept for the next one. */
@@ -186,9 +222,10 @@ typedef struct ts_local_gpu ts_local_gpu;
 typedef struct ts_gpu_plan ts_gpu_plan;
 ts_status ts_local_gpu_open(ts_client *client, const ts_pool *pool);
 void ts_local_gpu_close(ts_client *client);
+/* *plan: NULL, or one of an earlier step that may be renewed. */
 ts_status ts_local_gpu_plan(ts_pool *pool, const ts_attention_seq *seqs, uint32_t num_seqs,
                             uint32_t heads, ts_dtype io_dtype, const char *kernel,
-                            ts_gpu_plan **out);
+                            ts_gpu_plan **plan);
 void ts_local_gpu_plan_free(ts_client *client, ts_gpu_plan *plan);
 
 /* A plan that is kept, for one step after another (gpu.h). */

@@ -59,66 +59,48 @@ static ts_status open_kernels(ts_client *c)
                                 : ts_fail(c, TS_ENOMEM, "no memory or threads to attend with");
 }
 
-/* Maps the blocks: those from `touched` on, which get the new tokens, to be written. */
-static ts_status map_table(ts_pool *p, const uint32_t *table, uint32_t count, uint32_t touched)
-{
-    ts_status status = TS_OK;
-    uint32_t first = 0, same = 0; /* blocks from `first` on that lie in the slab mapped last */
-    for (uint32_t b = 0; b < touched && status == TS_OK; b++) {
-        if (table[b] - first < same)
-            continue;
-        status = ts_pool_map_block(p, table[b], false);
-        first = table[b] / p->slab_blocks * p->slab_blocks;
-        same = p->slab_blocks;
-    }
-    for (uint32_t b = touched; b < count && status == TS_OK; b++)
-        status = ts_pool_map_block(p, table[b], true);
-    return status;
-}
-
-/* Memory for so many entries and sequences: the last step's, if there is any. NULL: none. */
-static ts_local *take(ts_client *c, size_t num_blocks, uint32_t num_seqs)
+/* Memory for so many sequences: the last step's, if there is any. NULL: none. */
+static ts_local *take(ts_client *c, size_t num_seqs)
 {
     ts_local *l = c->local_spare != NULL ? c->local_spare : calloc(1, sizeof *l);
     c->local_spare = l; /* until it is large enough */
-    if (l != NULL && l->tables_room < num_blocks) {
-        free(l->tables);
-        l->tables = malloc(num_blocks * sizeof *l->tables);
-        l->tables_room = l->tables != NULL ? num_blocks : 0;
-    }
     if (l != NULL && l->seqs_room < num_seqs) {
         free(l->seqs);
         l->seqs = malloc(num_seqs * sizeof *l->seqs);
-        l->seqs_room = l->seqs != NULL ? num_seqs : 0;
+        l->seqs_room = l->seqs != NULL ? (uint32_t)num_seqs : 0;
     }
-    if (l == NULL || l->tables == NULL || l->seqs == NULL)
+    if (l == NULL || l->seqs == NULL)
         return NULL;
     c->local_spare = NULL;
     return l;
 }
 
-ts_status ts_local_new(ts_pool *p, const uint32_t *tables, const uint32_t *counts,
-                       size_t num_blocks, const uint32_t *starts, const uint32_t *new_tokens,
-                       uint32_t num_seqs, ts_local **out)
+ts_status ts_local_new(ts_pool *p, uint64_t step, const ts_seq *seqs, const uint32_t *new_tokens,
+                       const ts_begun *b, ts_local **out)
 {
     *out = NULL;
     ts_status status = p->on_gpu ? TS_OK : open_kernels(p->client);
     if (status != TS_OK)
         return status;
-    ts_local *l = *out = take(p->client, num_blocks, num_seqs);
+    ts_local *l = *out = take(p->client, b->num_seqs);
     if (l == NULL)
-        return ts_fail(p->client, TS_ENOMEM, "no memory for block tables of %zu entries",
-                       num_blocks);
-    memset(l->seqs, 0, num_seqs * sizeof *l->seqs);
-    memcpy(l->tables, tables, num_blocks * sizeof *l->tables);
-    l->num_seqs = num_seqs;
-    uint32_t *table = l->tables;
-    for (uint32_t i = 0; i < num_seqs && status == TS_OK; i++) {
-        l->seqs[i].blocks = table;
-        l->seqs[i].q_tokens = new_tokens[i];
-        l->seqs[i].kv_tokens = starts[i] + new_tokens[i];
-        status = map_table(p, table, counts[i], starts[i] / p->geometry.block_tokens);
-        table += counts[i];
+        return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %zu sequences", b->num_seqs);
+    memset(l->seqs, 0, b->num_seqs * sizeof *l->seqs);
+    l->num_seqs = (uint32_t)b->num_seqs;
+    const uint32_t *blocks = b->blocks;
+    for (uint32_t i = 0; i < b->num_seqs && status == TS_OK; i++) {
+        ts_attention_seq *s = &l->seqs[i];
+        s->q_tokens = new_tokens[i];
+        s->kv_tokens = b->starts[i] + new_tokens[i];
+        status =
+            ts_tables_learn(p, step,
+                            &(ts_table_news){.seq = seqs[i],
+                                             .first = b->firsts[i],
+                                             .count = b->counts[i],
+                                             .touched = b->starts[i] / p->geometry.block_tokens,
+                                             .blocks = blocks},
+                            &s->blocks);
+        blocks += b->counts[i];
     }
     return status;
 }
@@ -131,6 +113,7 @@ ts_status ts_local_plan(ts_pool *p, ts_local *l, uint32_t heads, ts_dtype io_dty
 
 ts_status ts_local_plan_in(ts_pool *p, ts_local *l, ts_gpu_plan *plan)
 {
+    ts_local_gpu_plan_free(p->client, l->plan); /* an earlier step's */
     l->plan = plan;
     l->plan_is_kept = true;
     return ts_local_gpu_keep_set(p->client, plan, l->seqs, l->num_seqs);
@@ -140,9 +123,8 @@ void ts_local_free(ts_client *c, ts_local *l)
 {
     if (l == NULL)
         return;
-    if (!l->plan_is_kept)
-        ts_local_gpu_plan_free(c, l->plan);
-    l->plan = NULL;
+    if (l->plan_is_kept)
+        l->plan = NULL;
     l->plan_is_kept = false;
     ts_local_close(c);
     c->local_spare = l;
@@ -153,7 +135,7 @@ void ts_local_close(ts_client *c)
     ts_local *l = c->local_spare;
     if (l == NULL)
         return;
-    free(l->tables);
+    ts_local_gpu_plan_free(c, l->plan);
     free(l->seqs);
     free(l);
     c->local_spare = NULL;

@@ -85,16 +85,15 @@ void ts_local_gpu_close(ts_client *c)
 
 ts_status ts_local_gpu_plan(ts_pool *p, const ts_attention_seq *seqs, uint32_t num_seqs,
                             uint32_t heads, ts_dtype io_dtype, const char *kernel,
-                            ts_gpu_plan **out)
+                            ts_gpu_plan **plan)
 {
     ts_client *c = p->client;
     char why[TS_GPU_WHY_BYTES];
-    *out = NULL;
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;
     status = c->local_gpu->ops->plan(c->local_gpu->gpu, &p->geometry, heads, io_dtype,
-                                     kernel != NULL ? kernel : p->kernel, seqs, num_seqs, out, why,
+                                     kernel != NULL ? kernel : p->kernel, seqs, num_seqs, plan, why,
                                      sizeof why);
     ts_cuda_leave(c->cuda);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);

@@ -10,7 +10,7 @@
 #include "gpu.h"
 
 #define TS_LOCAL_GPU_LIBRARY "libtinyserve-cuda.so.0"
-#define TS_LOCAL_GPU_VERSION 2u /* of this interface, which is the two libraries' own */
+#define TS_LOCAL_GPU_VERSION 3u /* of this interface, which is the two libraries' own */
 
 typedef struct ts_local_gpu_ops {
     uint32_t version;
@@ -19,10 +19,11 @@ typedef struct ts_local_gpu_ops {
     ts_status (*open)(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
     void (*close)(ts_gpu *gpu);
 
-    /* Plans a step's runs by the kernel of that name, and waits until they can be launched. */
+    /* Plans a step's runs by the kernel of that name, and waits until they can be launched. *plan:
+     * NULL, or that of an earlier step, which is renewed or freed. */
     ts_status (*plan)(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
                       const char *kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
-                      ts_gpu_plan **out, char *why, size_t why_bytes);
+                      ts_gpu_plan **plan, char *why, size_t why_bytes);
     void (*plan_free)(ts_gpu_plan *plan);
 
     /* gpu.h: ts_gpu_plan_keep and so on. */

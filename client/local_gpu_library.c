@@ -31,23 +31,23 @@ static ts_status keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, 
                : ts_gpu_plan_keep(gpu, geometry, heads, io_dtype, k, limits, out, why, why_bytes);
 }
 
-static ts_status plan(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
-                      const char *kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
-                      ts_gpu_plan **out, char *why, size_t why_bytes)
+static ts_status renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
+                       const char *kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
+                       ts_gpu_plan **plan, char *why, size_t why_bytes)
 {
     ts_kernel k;
     ts_status status = find(kernel, &k, why, why_bytes);
     if (status != TS_OK)
         return status;
     status =
-        ts_gpu_plan_new(gpu, geometry, heads, io_dtype, k, seqs, num_seqs, out, why, why_bytes);
+        ts_gpu_plan_renew(gpu, geometry, heads, io_dtype, k, seqs, num_seqs, plan, why, why_bytes);
     if (status != TS_OK)
         return status;
     ts_gpu_launch *l = ts_gpu_launch_on_own(gpu);
-    status = said(l, ts_gpu_launch_prepare(l, *out), why, why_bytes);
+    status = said(l, ts_gpu_launch_prepare(l, *plan), why, why_bytes);
     if (status != TS_OK) {
-        ts_gpu_plan_free(*out);
-        *out = NULL;
+        ts_gpu_plan_free(*plan);
+        *plan = NULL;
     }
     return status;
 }
@@ -76,7 +76,7 @@ const ts_local_gpu_ops *ts_local_gpu_get(void)
     static const ts_local_gpu_ops ops = {.version = TS_LOCAL_GPU_VERSION,
                                          .open = ts_gpu_open_for_streams,
                                          .close = ts_gpu_close,
-                                         .plan = plan,
+                                         .plan = renew,
                                          .plan_free = ts_gpu_plan_free,
                                          .keep = keep,
                                          .keep_set = ts_gpu_plan_set,

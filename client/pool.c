@@ -112,6 +112,7 @@ void ts_pool_close(ts_pool *p)
         munmap(p->base, slab_bytes(p) * p->num_slabs);
     if (p->client->exchange_pool == p)
         p->client->exchange_pool = NULL;
+    ts_tables_fini(p);
     free(p->mapped);
     free(p->wanted);
     free(p->written);

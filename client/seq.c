@@ -77,7 +77,10 @@ ts_status ts_seq_free(ts_pool *p, const ts_seq *seqs, uint32_t count)
     body.pool = p->index;
     body.seqs = (uint64_t *)seqs;
     body.n_seqs = count;
-    return ts_call_plain(p->client, &request);
+    ts_status status = ts_call_plain(p->client, &request);
+    if (status == TS_OK)
+        ts_tables_forget(p, seqs, count);
+    return status;
 }
 
 ts_status ts_seq_keep(ts_pool *p, ts_seq seq, const char *name)

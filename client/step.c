@@ -38,15 +38,8 @@ ts_step *ts_step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uin
 
 static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted);
 
-/* What the daemon answers to a begin. */
-typedef struct begun {
-    const uint32_t *starts, *counts, *blocks; /* counts of blocks that the new tokens touch */
-    size_t num_seqs, num_blocks;
-    bool whole; /* they are whole block tables */
-} begun;
-
 /* Notes starts and slots, after checking that they add up. */
-static ts_status fill_step(ts_step *s, const begun *b)
+static ts_status fill_step(ts_step *s, const ts_begun *b)
 {
     ts_pool *p = s->pool;
     uint32_t block_tokens = p->geometry.block_tokens, token = 0;
@@ -54,8 +47,10 @@ static ts_status fill_step(ts_step *s, const begun *b)
     bool ok = b->num_seqs == s->count;
     for (uint32_t i = 0; ok && i < s->count; i++) {
         uint64_t end = (uint64_t)b->starts[i] + s->new_tokens[i];
-        uint32_t first = b->whole ? 0 : b->starts[i] / block_tokens, count = b->counts[i];
-        ok = count == (end - 1) / block_tokens + 1 - first && b->num_blocks - block >= count;
+        uint32_t touched = b->starts[i] / block_tokens, count = b->counts[i];
+        uint32_t first = b->firsts != NULL ? b->firsts[i] : touched;
+        ok = first <= touched && count == (end - 1) / block_tokens + 1 - first &&
+             b->num_blocks - block >= count;
         s->starts[i] = b->starts[i];
         for (uint64_t t = s->starts[i]; ok && t < end; t++)
             s->slots[token++] =
@@ -94,7 +89,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     } else {
         s->id = b->step;
         status = fill_step(
-            s, &(begun){b->starts, b->counts, b->blocks, b->n_starts, b->n_blocks, false});
+            s, &(ts_begun){b->starts, NULL, b->counts, b->blocks, b->n_starts, b->n_blocks});
         if (status == TS_OK)
             status = ts_pool_note_slabs(s->pool, b->slabs, b->n_slabs);
     }
@@ -125,10 +120,13 @@ static bool fits_ring(const ts_step *s, const ts_step_options *o)
     return blocks <= TS_RING_BLOCKS;
 }
 
-static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_options *o)
+/* *b lies in the rings' memory until the next begin. */
+static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_options *o,
+                               ts_begun *b)
 {
     ts_client *c = s->pool->client;
     ts_rings_memory *m = c->rings;
+    bool tables = s->exec != TS_EXEC_DAEMON;
     ts_ring_completion done;
     ts_ring_entry entry = {.op = TS_RING_BEGIN,
                            .begin = {.pool = s->pool->index,
@@ -136,9 +134,11 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                                      .heads = o->no_run ? 0 : o->heads,
                                      .io_dtype = o->io_dtype,
                                      .scale = o->scale,
-                                     .flags = s->exec != TS_EXEC_DAEMON ? TS_RING_TABLES : 0u}};
+                                     .flags = tables ? TS_RING_TABLES : 0u}};
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
+    if (tables)
+        ts_tables_say_known(s->pool, seqs, s->count, m->batch_told);
     memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
     memcpy(m->batch_words, s->new_tokens, s->count * sizeof *s->new_tokens);
     ts_status status = ts_ring_call(c, &entry, &done);
@@ -147,8 +147,13 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     s->id = done.step;
     if (done.num_blocks > TS_RING_BLOCKS || done.num_slabs > TS_RING_SLABS)
         return ts_fail(c, TS_EPROTO, "the daemon's answer doesn't fit the step");
-    status = fill_step(s, &(begun){m->begun_starts, m->begun_counts, m->begun_blocks, s->count,
-                                   done.num_blocks, s->exec != TS_EXEC_DAEMON});
+    *b = (ts_begun){.starts = m->begun_starts,
+                    .firsts = tables ? m->begun_firsts : NULL,
+                    .counts = m->begun_counts,
+                    .blocks = m->begun_blocks,
+                    .num_seqs = s->count,
+                    .num_blocks = done.num_blocks};
+    status = fill_step(s, b);
     for (uint32_t i = 0; i < done.num_slabs && status == TS_OK; i++)
         status = ts_pool_note_slab(s->pool, m->begun_slabs[i].slab, m->begun_slabs[i].generation);
     return status;
@@ -180,20 +185,15 @@ ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_optio
         s->exec = TS_EXEC_DAEMON;
         return begin_by_message(s, seqs, o, append);
     }
-    status = begin_by_ring(s, seqs, o);
+    ts_begun b;
+    status = begin_by_ring(s, seqs, o, &b);
     if (status == TS_EINVAL && s->exec != TS_EXEC_DAEMON && c->exec == TS_EXEC_AUTO) {
         s->exec = TS_EXEC_DAEMON; /* the block tables may be more than a ring can tell of */
-        status = begin_by_ring(s, seqs, o);
+        status = begin_by_ring(s, seqs, o, &b);
     }
     if (status != TS_OK || s->exec == TS_EXEC_DAEMON)
         return status;
-    const ts_rings_memory *m = c->rings;
-    size_t num_blocks = 0;
-    for (uint32_t i = 0; i < s->count; i++)
-        num_blocks +=
-            ((size_t)s->starts[i] + s->new_tokens[i] - 1) / s->pool->geometry.block_tokens + 1;
-    status = ts_local_new(s->pool, m->begun_blocks, m->begun_counts, num_blocks, s->starts,
-                          s->new_tokens, s->count, &s->local);
+    status = ts_local_new(s->pool, s->id, seqs, s->new_tokens, &b, &s->local);
     if (status == TS_OK && s->frame != NULL)
         status = ts_local_plan_in(s->pool, s->local, s->frame->plan);
     else if (status == TS_OK && s->pool->on_gpu)

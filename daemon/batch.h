@@ -14,6 +14,12 @@
 
 #include <stdatomic.h>
 
+/* A step's plan on a GPU. */
+typedef struct ts_job_plan {
+    ts_gpu_plan *plan; /* until it is made: NULL, or an earlier step's that nothing uses any more */
+    bool made;
+} ts_job_plan;
+
 typedef struct ts_job {
     struct ts_job *next;
     ts_geometry geometry;
@@ -26,8 +32,8 @@ typedef struct ts_job {
     uint32_t num_seqs, heads;
     ts_dtype io_dtype;
     ts_attention_variant variant;
-    ts_kernel kernel;   /* on a GPU */
-    ts_gpu_plan **plan; /* on a GPU: the step's, which the first of its runs makes */
+    ts_kernel kernel;  /* on a GPU */
+    ts_job_plan *plan; /* on a GPU: the step's, which the first of its runs makes */
     /* on a GPU: the attend starts when run number `order` was submitted and the one before it is
      * done; NULL: at once */
     ts_signals_page *signals;

@@ -190,11 +190,14 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, w
     }
     uint32_t count = 0;
     for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next) {
-        if (*job->plan == NULL)
-            status = ts_gpu_plan_new(b->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel,
-                                     job->seqs, job->num_seqs, job->plan, why, why_bytes);
+        if (!job->plan->made) {
+            status =
+                ts_gpu_plan_renew(b->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel,
+                                  job->seqs, job->num_seqs, &job->plan->plan, why, why_bytes);
+            job->plan->made = status == TS_OK;
+        }
         const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
-        b->parts[count++] = (ts_gpu_run){.plan = *job->plan,
+        b->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
                                          .layer = s->layer,
                                          .q = s->q,
                                          .k = s->k,

@@ -26,21 +26,33 @@ typedef struct service_job {
 /* What attends of a step need on a GPU, made by the first of its runs (gpu.h). */
 struct ts_step_plan {
     uint64_t step;
-    uint32_t users; /* jobs, and the service's table */
-    ts_gpu_plan *plan;
+    uint32_t users; /* jobs, the service's table, and the step's connection */
+    uint32_t jobs;  /* of them */
+    ts_job_plan plan;
 };
 
-static void release_plan(ts_step_plan *p)
+void ts_jobs_release_plan(ts_step_plan *p)
 {
     if (p == NULL || --p->users > 0)
         return;
-    ts_gpu_plan_free(p->plan);
+    ts_gpu_plan_free(p->plan.plan);
     free(p);
 }
 
-/* The step's plan, to be released; NULL: out of memory. The one of an earlier step in the same
- * place is given up. */
-static ts_step_plan *plan_of(ts_service *s, const ts_step *step)
+/* The plan of the connection's step that ran before, if that has ended: a step of the same
+ * sequences, some tokens later, needs one much like it. Else NULL. */
+static ts_gpu_plan *take_earlier(const ts_service *s, ts_step_plan *p)
+{
+    if (p == NULL || p->jobs > 0 || ts_engine_find_step(s->engine, p->step) != NULL)
+        return NULL;
+    ts_gpu_plan *plan = p->plan.plan;
+    p->plan = (ts_job_plan){0};
+    return plan;
+}
+
+/* The step's plan, for a job to give back; NULL: out of memory. The one of an earlier step in the
+ * same place is given up. */
+static ts_step_plan *plan_of(ts_service *s, ts_connection *c, const ts_step *step)
 {
     uint32_t index = (uint32_t)step->id;
     if (index >= s->num_step_plans) {
@@ -57,18 +69,28 @@ static ts_step_plan *plan_of(ts_service *s, const ts_step *step)
         ts_step_plan *p = malloc(sizeof *p);
         if (p == NULL)
             return NULL;
-        *p = (ts_step_plan){.step = step->id, .users = 1};
-        release_plan(*place);
-        *place = p;
+        *p = (ts_step_plan){.step = step->id, .users = 2, .plan.plan = take_earlier(s, c->plan)};
+        ts_jobs_release_plan(*place);
+        ts_jobs_release_plan(c->plan);
+        *place = c->plan = p;
     }
     (*place)->users++;
+    (*place)->jobs++;
     return *place;
+}
+
+static void give_back(ts_step_plan *p)
+{
+    if (p == NULL)
+        return;
+    p->jobs--;
+    ts_jobs_release_plan(p);
 }
 
 void ts_jobs_fini(ts_service *s)
 {
     for (uint32_t i = 0; i < s->num_step_plans; i++)
-        release_plan(s->step_plans[i]);
+        ts_jobs_release_plan(s->step_plans[i]);
     free(s->step_plans);
 }
 
@@ -109,7 +131,7 @@ static void finish_job(ts_work *work, void *service)
                (int)j->layer, j->job.why);
     ts_exchange_release(j->exchange);
     ts_signals_release(j->job.signals);
-    release_plan(j->plan);
+    give_back(j->plan);
     if (j->request != NULL)
         reply_to_job(s, j);
     if (j->ring != NULL) {
@@ -260,7 +282,7 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_asker asker, const ts_comma
     if (j == NULL)
         return false;
     if (j->gpu != NULL) {
-        j->plan = plan_of(s, step);
+        j->plan = plan_of(s, c, step);
         if (j->plan == NULL)
             return job_drop(j, memory);
         j->job.plan = &j->plan->plan;

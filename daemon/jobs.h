@@ -34,6 +34,9 @@ bool ts_jobs_copy(ts_service *service, ts_connection *c, ts_asker asker, const t
 /* Undoes what the engine was told of a run or of a begin with copies that no kernel gets. */
 void ts_jobs_undo(ts_service *service, const ts_command *command, uint64_t step);
 
+/* A connection ends: its plan may go. NULL is fine. */
+void ts_jobs_release_plan(ts_step_plan *plan);
+
 /* Gives up what is kept for steps. No job is under way. */
 void ts_jobs_fini(ts_service *service);
 

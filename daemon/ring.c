@@ -322,13 +322,15 @@ ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
     pthread_mutex_init(&rings->lock, NULL);
     rings->seqs = malloc(TS_RING_BATCH * sizeof *rings->seqs);
     rings->words = malloc(TS_RING_BATCH * sizeof *rings->words);
+    rings->firsts = malloc(TS_RING_BATCH * sizeof *rings->firsts);
     rings->tables = malloc(TS_RING_BLOCKS * sizeof *rings->tables);
     rings->epoll = epoll_create1(EPOLL_CLOEXEC);
     rings->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     rings->ended = true;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
-    if (rings->seqs == NULL || rings->words == NULL || rings->tables == NULL || rings->epoll < 0 ||
-        rings->wake < 0 || epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->wake, &event) != 0 ||
+    if (rings->seqs == NULL || rings->words == NULL || rings->firsts == NULL ||
+        rings->tables == NULL || rings->epoll < 0 || rings->wake < 0 ||
+        epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->wake, &event) != 0 ||
         pthread_create(&rings->thread, NULL, rings_main, rings) != 0) {
         ts_rings_free(rings);
         return NULL;
@@ -364,6 +366,7 @@ void ts_rings_free(ts_rings *rings)
     free(rings->active);
     free(rings->seqs);
     free(rings->words);
+    free(rings->firsts);
     free(rings->tables);
     free(rings);
 }

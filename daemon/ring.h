@@ -50,7 +50,8 @@ struct ts_rings {
     atomic_bool ended; /* no thread any more; set under the lock */
     uint64_t *seqs;    /* copies of what a begin or a commit brings; the engine's owner's */
     uint32_t *words;   /* ... */
-    uint32_t *tables;  /* what a begin is answered; the same owner's */
+    uint32_t *firsts;  /* what a begin is answered, as are these: the same owner's */
+    uint32_t *tables;
     pthread_mutex_t lock;
     ts_job *jobs, **jobs_tail; /* under the lock */
     atomic_bool stop, sleeps;

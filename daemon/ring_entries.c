@@ -157,20 +157,39 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
     }
 }
 
-/* Copies the step's whole block tables to rings->tables and their lengths to rings->words. Returns
- * the blocks; if they are too many, not all of them were copied. */
-static uint64_t copy_tables(ts_rings *rings, const ts_step *step, uint32_t block_tokens)
+static uint32_t table_end(const ts_step_seq *part, const ts_sequences *seqs)
 {
+    return ts_blocks_for((uint64_t)part->start + part->new_tokens, seqs->block_tokens);
+}
+
+/* Copies what the client lacks of the step's block tables to rings->tables: of each from entry
+ * rings->firsts on, rings->words of them. Returns the sum; if it is too much, not all was copied.
+ */
+static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequences *seqs)
+{
+    ts_rings *rings = r->rings;
     uint64_t all = 0;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
-        uint32_t n = ts_blocks_for((uint64_t)part->start + part->new_tokens, block_tokens);
+        uint64_t told = __atomic_load_n(&r->shared->batch_told[i], __ATOMIC_RELAXED);
+        uint32_t known = ts_sequence_known(&seqs->all[part->seq], told);
+        uint32_t touched = part->start / seqs->block_tokens;
+        uint32_t first = known < touched ? known : touched;
+        uint32_t n = table_end(part, seqs) - first;
         if (all + n <= TS_RING_BLOCKS)
-            memcpy(rings->tables + all, part->table, n * sizeof *rings->tables);
+            memcpy(rings->tables + all, part->table + first, n * sizeof *rings->tables);
+        rings->firsts[i] = first;
         rings->words[i] = n;
         all += n;
     }
     return all;
+}
+
+/* The client knows the step's block tables now. */
+static void note_told(const ts_step *step, ts_sequences *seqs)
+{
+    for (uint32_t i = 0; i < step->num_seqs; i++)
+        ts_sequence_tell(&seqs->all[step->seqs[i].seq], step->id, table_end(&step->seqs[i], seqs));
 }
 
 /* Lays out what a begin has to tell. False, and the answer refuses: it can't. */
@@ -179,13 +198,14 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
 {
     ts_service *s = r->rings->service;
     const ts_step *step = a->begun.step;
+    ts_sequences *seqs = &s->engine->pools[step->pool].seqs;
     const uint32_t *blocks = a->begun.blocks, *counts = a->begun.counts;
     uint64_t num_blocks = a->begun.num_blocks;
+    bool tables = entry->begin.flags & TS_RING_TABLES;
     Tspb__Slab **slabs;
     size_t num_slabs;
-    if (entry->begin.flags & TS_RING_TABLES) {
-        num_blocks =
-            copy_tables(r->rings, step, s->engine->pools[step->pool].config.geometry.block_tokens);
+    if (tables) {
+        num_blocks = copy_tables(r, step, seqs);
         blocks = r->rings->tables;
         counts = r->rings->words;
     }
@@ -201,6 +221,10 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
     memcpy(r->shared->begun_starts, a->begun.starts, a->begun.num_seqs * sizeof(uint32_t));
     memcpy(r->shared->begun_counts, counts, a->begun.num_seqs * sizeof(uint32_t));
     memcpy(r->shared->begun_blocks, blocks, num_blocks * sizeof(uint32_t));
+    if (tables) {
+        memcpy(r->shared->begun_firsts, r->rings->firsts, a->begun.num_seqs * sizeof(uint32_t));
+        note_told(step, seqs);
+    }
     for (size_t i = 0; i < num_slabs; i++)
         r->shared->begun_slabs[i] = (ts_ring_slab){slabs[i]->slab, slabs[i]->generation};
     done->step = step->id;

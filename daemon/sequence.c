@@ -130,6 +130,7 @@ void ts_sequence_truncate(const ts_sequences *s, ts_pool_books *pool, ts_sequenc
 {
     assert(length <= seq->length && seq->step == TS_NONE);
     uint32_t blocks = ts_blocks_for(length, s->block_tokens);
+    ts_sequence_changed(seq, blocks);
     while (seq->num_blocks > blocks)
         ts_pool_unref(pool, seq->blocks[--seq->num_blocks]);
     seq->length = length;

@@ -28,6 +28,8 @@ typedef struct ts_sequence {
     uint32_t owner;      /* session index; TS_NONE if kept */
     uint32_t step;       /* index of the open step it is in, TS_NONE, or TS_SEQUENCE_MARKED */
     uint32_t prev, next; /* of the same owner; next also links the free ones */
+    uint32_t stable;     /* entries that are as they were when the table was told of last */
+    uint64_t told;       /* the step whose begin told of it; 0: none */
 } ts_sequence;
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
@@ -62,6 +64,25 @@ uint32_t ts_sequence_index(const ts_sequences *seqs, const ts_sequence *seq);
 static inline uint32_t ts_blocks_for(uint64_t tokens, uint32_t block_tokens)
 {
     return (uint32_t)((tokens + block_tokens - 1) / block_tokens);
+}
+
+/* The entries from `entry` on aren't what they were. */
+static inline void ts_sequence_changed(ts_sequence *seq, uint32_t entry)
+{
+    seq->stable = seq->stable < entry ? seq->stable : entry;
+}
+
+/* The step's begin tells of the first `entries`, reserved blocks included. */
+static inline void ts_sequence_tell(ts_sequence *seq, uint64_t step, uint32_t entries)
+{
+    seq->told = step;
+    seq->stable = entries;
+}
+
+/* Entries that whoever was told of by that step's begin knows still; 0 if another told since. */
+static inline uint32_t ts_sequence_known(const ts_sequence *seq, uint64_t step)
+{
+    return step != 0 && seq->told == step ? seq->stable : 0;
 }
 
 /* Makes room for `blocks` table entries. */

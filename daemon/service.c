@@ -71,9 +71,11 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
     ts_signals_let_go(c->signals);
     ts_signals_release(c->signals);
     ts_ring_close(c->ring);
+    ts_jobs_release_plan(c->plan);
     c->exchange = NULL;
     c->signals = NULL;
     c->ring = NULL;
+    c->plan = NULL;
 }
 
 static void connection_free(ts_service *s, ts_connection *c)

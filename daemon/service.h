@@ -55,6 +55,8 @@ typedef struct ts_handle_ask {
 typedef struct ts_ring ts_ring;   /* ring.h */
 typedef struct ts_rings ts_rings; /* the same */
 
+typedef struct ts_step_plan ts_step_plan; /* jobs.c */
+
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
     uint32_t pipe, uid, gid, pid;
@@ -64,6 +66,7 @@ typedef struct ts_connection {
     ts_exchange *exchange;
     ts_signals_page *signals; /* NULL: never asked for */
     ts_ring *ring;            /* the same */
+    ts_step_plan *plan;       /* of the step that ran on a GPU last; NULL: none has */
     uint64_t requests;
     ts_replies replies;
 } ts_connection;
@@ -75,8 +78,6 @@ typedef struct ts_service_gpu {
     ts_gpu *gpu;
     ts_gpu_batch *batch;
 } ts_service_gpu;
-
-typedef struct ts_step_plan ts_step_plan; /* jobs.c */
 
 typedef struct ts_service {
     ts_queue queue;

@@ -28,6 +28,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
         uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
         part->original = *tail;
         *tail = ts_pool_take(pool, seq->tenant);
+        ts_sequence_changed(seq, seq->num_blocks - 1);
     }
     for (uint32_t i = 0; i < part->reserved; i++)
         seq->blocks[seq->num_blocks + i] = ts_pool_take(pool, seq->tenant);
@@ -44,11 +45,14 @@ void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *
     uint32_t kept = ts_blocks_for((uint64_t)seq->length + accepted, seqs->block_tokens);
     for (uint32_t i = kept; i < all; i++)
         ts_pool_unref(pool, seq->blocks[i]);
+    ts_sequence_changed(seq, kept);
     if (part->original != TS_NONE) {
         uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
         uint32_t dropped = accepted > 0 ? part->original : *tail;
-        if (accepted == 0)
+        if (accepted == 0) {
             *tail = part->original;
+            ts_sequence_changed(seq, seq->num_blocks - 1);
+        }
         ts_pool_unref(pool, dropped);
     }
     seq->num_blocks = kept;

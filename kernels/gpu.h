@@ -146,6 +146,15 @@ ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t hea
                           uint32_t num_seqs, ts_gpu_plan **out, char *why, size_t why_bytes);
 
 /*
+ * The same from *plan: NULL, or the plan of an earlier step that no launch uses any more. Where the
+ * sequences are that one's with some tokens more, and are cut as they were, lengths and new blocks
+ * alone are written; else it is freed and one is made. On failure *plan is NULL.
+ */
+ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                            ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
+                            uint32_t num_seqs, ts_gpu_plan **plan, char *why, size_t why_bytes);
+
+/*
  * A plan that is kept for one batch after another, which may be other sequences each time: launches
  * over it are alike, so that a CUDA graph of them can be launched again. It has scratch memory of
  * its own. Of decode alone: TS_EINVAL if it isn't v5 that the sequences get.

@@ -143,6 +143,14 @@ ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t hea
     return ts_gpu_health(gpu, why, why_bytes);
 }
 
+ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                            ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
+                            uint32_t num_seqs, ts_gpu_plan **plan, char *why, size_t why_bytes)
+{
+    return ts_gpu_plan_new(gpu, geometry, heads, io_dtype, kernel, seqs, num_seqs, plan, why,
+                           why_bytes);
+}
+
 void ts_gpu_plan_free(ts_gpu_plan *plan)
 {
     (void)plan;

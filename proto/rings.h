@@ -27,7 +27,7 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 2u
+#define TS_RING_VERSION 3u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of */
@@ -35,8 +35,13 @@
 
 enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT };
 
-/* Of a begin: the answer has the sequences' whole block tables, for a client that attends itself;
- * else only the blocks that the new tokens touch. */
+/*
+ * Of a begin: the client attends itself and wants the sequences' block tables; else the answer has
+ * only the blocks that the new tokens touch. Of each table it has what the client lacks, and what
+ * the new tokens touch in any case: the entries from begun_firsts[i] on. The client says in
+ * batch_told[i] which step's begin told it of the sequence's table last (0: none has, or it has
+ * forgotten), and keeps the entries before.
+ */
 enum { TS_RING_TABLES = 1 };
 
 /* Of a run: which of the optional things it has. */
@@ -103,8 +108,11 @@ typedef struct ts_rings_memory {
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];
     uint64_t batch_seqs[TS_RING_BATCH];
+    uint64_t batch_told[TS_RING_BATCH];
     uint32_t batch_words[TS_RING_BATCH];
-    uint32_t begun_starts[TS_RING_BATCH], begun_counts[TS_RING_BATCH]; /* of each sequence */
+    uint32_t begun_starts[TS_RING_BATCH]; /* tokens of each sequence before the step */
+    uint32_t begun_firsts[TS_RING_BATCH]; /* with TS_RING_TABLES */
+    uint32_t begun_counts[TS_RING_BATCH]; /* of begun_blocks' entries, each sequence's */
     uint32_t begun_blocks[TS_RING_BLOCKS];
     ts_ring_slab begun_slabs[TS_RING_SLABS];
 } ts_rings_memory;

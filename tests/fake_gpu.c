@@ -310,6 +310,20 @@ ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads
     return TS_OK;
 }
 
+ts_status ts_gpu_plan_renew(ts_gpu *g, const ts_geometry *geometry, uint32_t heads,
+                            ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
+                            uint32_t num_seqs, ts_gpu_plan **plan, char *why, size_t why_bytes)
+{
+    if (*plan != NULL) {
+        pthread_mutex_lock(&g->lock);
+        g->log.renewals++;
+        pthread_mutex_unlock(&g->lock);
+    }
+    ts_gpu_plan_free(*plan);
+    return ts_gpu_plan_new(g, geometry, heads, io_dtype, kernel, seqs, num_seqs, plan, why,
+                           why_bytes);
+}
+
 void ts_gpu_plan_free(ts_gpu_plan *p)
 {
     if (p == NULL)

@@ -11,6 +11,7 @@
 typedef struct fake_gpu_log {
     uint32_t launches;     /* finished or under way */
     uint32_t plans;        /* made */
+    uint32_t renewals;     /* of them, from an earlier step's */
     uint32_t sequences;    /* of the last attend */
     uint32_t waiting;      /* launches that wait for a worker now */
     uint32_t most_waiting; /* ... at the same time */

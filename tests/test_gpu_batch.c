@@ -25,7 +25,7 @@ typedef struct test_job {
     ts_job job; /* first */
     ts_attention_seq seq;
     uint32_t table[1];
-    ts_gpu_plan *plan;
+    ts_job_plan plan;
     float q[DIM], k[DIM], v[DIM], out[DIM];
     sem_t done;
 } test_job;
@@ -71,8 +71,8 @@ static void await_job(test_job *t)
 {
     while (sem_wait(&t->done) != 0)
         ;
-    ts_gpu_plan_free(t->plan);
-    t->plan = NULL;
+    ts_gpu_plan_free(t->plan.plan);
+    t->plan = (ts_job_plan){0};
 }
 
 static void await_good(test_job *t)

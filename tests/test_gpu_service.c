@@ -268,7 +268,8 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
             assert_int_equal(answer(&more[i])->status, TS_OK);
     }
     fake_gpu_await_waiting(gpu, 4);
-    assert_int_equal(fake_gpu_read(gpu).plans, 2); /* one for each step, not for each run */
+    assert_int_equal(fake_gpu_read(gpu).plans, 2);    /* one for each step, not for each run, */
+    assert_int_equal(fake_gpu_read(gpu).renewals, 1); /* and the second from the first */
     assert_false(is_answered(&more[4]));
     ts_pipe_event *event = calloc(1, sizeof *event);
     *event = (ts_pipe_event){.work = {.run = ts_service_pipe_removed}, .pipe = 1};

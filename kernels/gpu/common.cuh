@@ -38,7 +38,8 @@ struct plan_seq {
 struct plan_piece {
     plan_seq seq;
     uint32_t tile, chunk;
-    uint32_t unused[2];
+    uint32_t index; /* the sequence's, among the plan's */
+    uint32_t unused;
 };
 
 /* One run of a call. */

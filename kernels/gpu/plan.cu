@@ -250,6 +250,12 @@ uint32_t tile_tokens(const ts_gpu_plan *p)
     return group < TILE_ROWS ? TILE_ROWS / group : 1;
 }
 
+/* Entries that a block table of so many gets: tokens are to be added without its moving. */
+size_t table_room(size_t blocks)
+{
+    return blocks + blocks / 8 + 8;
+}
+
 /* Counts items, records and counters; returns the entries of the block tables. */
 size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
 {
@@ -260,7 +266,7 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         const ts_attention_seq *s = &seqs[i];
         ts_gpu_list list = list_of(p, s);
-        entries += ceil_div(s->kv_tokens, p->geometry.block_tokens);
+        entries += table_room(ceil_div(s->kv_tokens, p->geometry.block_tokens));
         if (list >= LIST_NARROW) {
             cut c = cut_of(p, s, list);
             sorter &so = sorters[list - LIST_NARROW];
@@ -328,7 +334,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
         to[i] = plan_seq{table, s->kv_tokens, s->q_tokens, row, s->kv_tokens, 1, slot, counter};
         uint32_t blocks = ceil_div(s->kv_tokens, p->geometry.block_tokens);
         memcpy(tables + table, s->blocks, blocks * sizeof *tables);
-        table += blocks;
+        table += (uint32_t)table_room(blocks);
         row += s->q_tokens;
         if (list >= LIST_NARROW) {
             cut c = cut_of(p, s, list);
@@ -339,7 +345,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
                 for (uint32_t n = 0; n < c.tiles; n++) {        /* later ones see more */
                     uint32_t tile = c.tiles - 1 - n;
                     uint32_t b = bucket_of(so, rank_of(p, s, list, c, tile, chunk));
-                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, {0, 0}};
+                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, i, 0};
                 }
             if (c.chunks > 1) {
                 slot += c.chunks * s->q_tokens * p->heads;
@@ -356,6 +362,64 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
             for (uint32_t q = 0; q < s->q_tokens; q++)
                 *items[LIST_DECODE]++ = make_uint2(i, q);
     }
+}
+
+bool same_geometry(const ts_geometry *a, const ts_geometry *b)
+{
+    return a->layers == b->layers && a->kv_heads == b->kv_heads && a->head_dim == b->head_dim &&
+           a->block_tokens == b->block_tokens && a->dtype == b->dtype && a->layout == b->layout;
+}
+
+bool is_cut_alike(const ts_gpu_plan *p, const ts_attention_seq *s, const plan_seq &before)
+{
+    ts_gpu_list list = list_of(p, s);
+    if (list < LIST_NARROW)
+        return true;
+    cut c = cut_of(p, s, list);
+    return c.tokens == before.chunk_tokens && c.chunks == before.num_chunks;
+}
+
+/* Whether the plan is these sequences', but for lengths and what lies in tables that have room for
+ * them: what depends on more than that is as it was. */
+bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_seqs)
+{
+    const plan_seq *before = (const plan_seq *)(p->buffer->host + PLAN_SEQS);
+    if (num_seqs != p->num_seqs)
+        return false;
+    for (uint32_t i = 0; i < num_seqs; i++) {
+        uint32_t block_tokens = p->geometry.block_tokens;
+        size_t end = i + 1 < num_seqs ? before[i + 1].table : p->entries;
+        if (seqs[i].q_tokens != before[i].q_tokens ||
+            ceil_div(seqs[i].kv_tokens, block_tokens) > end - before[i].table ||
+            !is_cut_alike(p, &seqs[i], before[i]))
+            return false;
+    }
+    return true;
+}
+
+/* Writes lengths and what of the tables differs; returns the bytes, from the start, that the device
+ * is to get. Pieces stay in their order, which is by lengths that have grown alike. */
+size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
+{
+    plan_seq *to = (plan_seq *)(p->buffer->host + PLAN_SEQS);
+    uint32_t *tables = (uint32_t *)(p->buffer->host + p->tables);
+    size_t entries = 0; /* up to the last that differs */
+    p->renewals++;
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        uint32_t *table = tables + to[i].table;
+        size_t blocks = ceil_div(seqs[i].kv_tokens, p->geometry.block_tokens);
+        to[i].kv_tokens = seqs[i].kv_tokens;
+        if (memcmp(table, seqs[i].blocks, blocks * sizeof *table) == 0)
+            continue;
+        memcpy(table, seqs[i].blocks, blocks * sizeof *table);
+        entries = to[i].table + blocks > entries ? to[i].table + blocks : entries;
+    }
+    for (uint32_t l = LIST_NARROW; l < LIST_COUNT; l++) {
+        plan_piece *pieces = (plan_piece *)(p->buffer->host + p->items[l]);
+        for (uint32_t n = 0; n < p->count[l]; n++)
+            pieces[n].seq.kv_tokens = to[pieces[n].index].kv_tokens;
+    }
+    return p->tables + entries * sizeof *tables;
 }
 
 /* A plan without sequences. */
@@ -409,7 +473,8 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     p->room[list] = (uint32_t)chunks * tiles;
     p->records = chunks * most->q_tokens * p->heads;
     p->counters = most->seqs * p->geometry.kv_heads * tiles;
-    *entries = most->kv_tokens / p->geometry.block_tokens + most->seqs;
+    size_t blocks = most->kv_tokens / p->geometry.block_tokens + most->seqs;
+    *entries = blocks + blocks / 8 + most->seqs * table_room(0);
     return TS_OK;
 }
 
@@ -444,8 +509,8 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
     ts_gpu_plan *p = *out;
     sorter sorters[CUT_LISTS] = {};
     p->num_seqs = num_seqs;
-    size_t entries = count_up(p, seqs, sorters);
-    size_t bytes = lay_out(p, num_seqs, p->count) + entries * sizeof(uint32_t);
+    p->entries = count_up(p, seqs, sorters);
+    size_t bytes = lay_out(p, num_seqs, p->count) + p->entries * sizeof(uint32_t);
     status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
     if (status == TS_OK) {
         fill(p, seqs, sorters, p->buffer->host);
@@ -455,6 +520,30 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
         ts_gpu_plan_free(p);
         *out = NULL;
     }
+    return status;
+}
+
+extern "C" ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                                       ts_dtype io_dtype, ts_kernel kernel,
+                                       const ts_attention_seq *seqs, uint32_t num_seqs,
+                                       ts_gpu_plan **plan, char *why, size_t why_bytes)
+{
+    ts_gpu_plan *p = *plan;
+    bool same = p != NULL && p->gpu == gpu && !p->kept && p->heads == heads &&
+                p->io_dtype == io_dtype && p->kernel == kernel &&
+                same_geometry(&p->geometry, geometry) && is_alike(p, seqs, num_seqs);
+    if (!same) {
+        ts_gpu_plan_free(p);
+        return ts_gpu_plan_new(gpu, geometry, heads, io_dtype, kernel, seqs, num_seqs, plan, why,
+                               why_bytes);
+    }
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = ts_gpu_buffer_upload(gpu, p->buffer, write_lengths(p, seqs), why, why_bytes);
+    if (status == TS_OK)
+        return TS_OK;
+    ts_gpu_plan_free(p);
+    *plan = NULL;
     return status;
 }
 
@@ -501,12 +590,18 @@ extern "C" ts_status ts_gpu_plan_set(ts_gpu_plan *p, const ts_attention_seq *seq
     ts_status status = ts_gpu_enter(p->gpu, why, why_bytes);
     if (status != TS_OK)
         return status;
-    sorter sorters[CUT_LISTS] = {};
-    p->num_seqs = num_seqs;
-    size_t entries = count_up(p, seqs, sorters);
-    fill(p, seqs, sorters, p->buffer->host);
-    status = ts_gpu_buffer_upload(p->gpu, p->buffer, p->tables + entries * sizeof(uint32_t), why,
-                                  why_bytes);
+    size_t bytes;
+    if (is_alike(p, seqs, num_seqs)) {
+        bytes = write_lengths(p, seqs);
+    } else {
+        sorter sorters[CUT_LISTS] = {};
+        p->num_seqs = num_seqs;
+        p->renewals = 0;
+        p->entries = count_up(p, seqs, sorters);
+        fill(p, seqs, sorters, p->buffer->host);
+        bytes = p->tables + p->entries * sizeof(uint32_t);
+    }
+    status = ts_gpu_buffer_upload(p->gpu, p->buffer, bytes, why, why_bytes);
     if (status != TS_OK)
         return status;
     cudaError_t error = cudaEventSynchronize(p->buffer->there);

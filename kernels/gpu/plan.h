@@ -33,8 +33,10 @@ struct ts_gpu_plan {
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
     size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
+    size_t entries;                   /* of the block tables, with room in each */
     size_t records;                   /* partial rows of chunks that are to be merged */
     uint32_t counters;
+    uint64_t renewals; /* since it was written whole */
     bool kept;
     ts_gpu_plan_limits limits; /* of one that is kept, as all that follows: */
     uint32_t room[LIST_COUNT]; /* for items */

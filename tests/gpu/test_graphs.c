@@ -1,8 +1,11 @@
 /*
- * Plans that are kept: one CUDA graph, captured once, serves batch after batch with the bits that a
- * launch of each batch by itself has. Needs a GPU; exits with 77 where there is none.
+ * Plans from one step to the next. Those that are kept: one CUDA graph, captured once, serves batch
+ * after batch with the bits that a launch of each batch by itself has. Those that are renewed, the
+ * same. Needs a GPU; exits with 77 where there is none.
  */
 #include "device_problem.h"
+
+#include "gpu/plan.h"
 
 #define SEQS 8u
 
@@ -198,9 +201,107 @@ static void what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing(void
     device_problem_free(&d);
 }
 
+#define GROWN 40u /* tokens that sequences get */
+
+/* The batch when t of them are there. */
+static void at_time(const device_problem *d, uint32_t count, uint32_t t, ts_attention_seq *seqs)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        seqs[i] = d->seqs[i];
+        seqs[i].kv_tokens -= GROWN - t;
+    }
+}
+
+/* Sequences that grow, one of them past the end of a chunk. */
+static void check_growth(shape s, uint32_t q_tokens)
+{
+    uint32_t lengths[][2] = {{5000, 0}, {80, 0}, {1408 + GROWN / 2, 0}, {64, 0}, {300, 0}};
+    enum { COUNT = sizeof lengths / sizeof *lengths };
+    uint64_t all = 0, remade = 0;
+    rng r = {s.head_dim + q_tokens};
+    device_problem d;
+    kept x;
+    for (uint32_t i = 0; i < COUNT; i++) {
+        lengths[i][1] = q_tokens;
+        all += lengths[i][0];
+    }
+    device_problem_new(&d, s, (const uint32_t(*)[2])lengths, COUNT, &r);
+    size_t bytes = d.q_bytes + d.p.lse_elements * sizeof(float);
+    unsigned char *alone = malloc(bytes), *ours = malloc(bytes), *before = malloc(bytes);
+    uint32_t *swapped = malloc(lengths[0][0] * sizeof *swapped);
+    ts_attention_seq seqs[COUNT];
+    ts_attention_call call = d.call;
+    call.seqs = seqs;
+    ts_gpu_plan *plan = NULL;
+    capture(&x, &d, &(ts_gpu_plan_limits){COUNT, q_tokens, all});
+    for (uint32_t t = 0; t <= GROWN; t++) {
+        at_time(&d, COUNT, t, seqs);
+        if (t == 30) { /* nothing but two blocks of one table change places */
+            seqs[0].kv_tokens--;
+            memcpy(swapped, d.seqs[0].blocks,
+                   (lengths[0][0] / s.block_tokens + 1) * sizeof *swapped);
+            swapped[3] = d.seqs[0].blocks[200];
+            swapped[200] = d.seqs[0].blocks[3];
+        }
+        if (t >= 30)
+            seqs[0].blocks = swapped;
+        poison_device(&d);
+        attend(&call, TS_KERNEL_AUTO);
+        read_out(&d, alone);
+        assert_memory_not_equal(alone, before, bytes);
+        memcpy(before, alone, bytes);
+
+        OK(ts_gpu_plan_renew(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype, TS_KERNEL_AUTO,
+                             seqs, COUNT, &plan, why, sizeof why));
+        remade += plan->renewals == 0;
+        poison_device(&d);
+        const ts_gpu_run run = run_over(&d, plan);
+        OK(ts_gpu_launch_attend(x.launch, d.call.base, &d.call.variant, &run, 1));
+        CUDA_OK(cudaStreamSynchronize(ts_gpu_launch_stream(x.launch)));
+        read_out(&d, ours);
+        if (memcmp(ours, alone, bytes) != 0)
+            fail_msg("%s, %u new tokens, %u tokens later: other bits from a plan that was renewed",
+                     ts_dtype_name(s.dtype), q_tokens, t);
+
+        OK(ts_gpu_plan_set(x.plan, seqs, COUNT, why, sizeof why));
+        assert_int_equal(x.plan->renewals, plan->renewals);
+        poison_device(&d);
+        replay(&x);
+        read_out(&d, ours);
+        if (memcmp(ours, alone, bytes) != 0)
+            fail_msg("%s, %u new tokens, %u tokens later: other bits from a plan that was kept",
+                     ts_dtype_name(s.dtype), q_tokens, t);
+    }
+    /* At first, and where what is cut in one piece becomes two. */
+    assert_int_equal(remade, s.dtype == TS_DTYPE_FP8_E4M3 ? 1 : 2);
+    ts_gpu_plan_free(plan);
+    kept_free(&x);
+    free(alone);
+    free(ours);
+    free(before);
+    free(swapped);
+    device_problem_free(&d);
+}
+
+static void a_plan_that_is_renewed_gives_the_bits_of_a_new_one(void **state)
+{
+    (void)state;
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
+        for (uint32_t q_tokens = 1; q_tokens <= 4; q_tokens += 3)
+            check_growth((shape){.dtype = (ts_dtype)dtype,
+                                 .io = dtype == TS_DTYPE_FP8_E4M3 ? TS_DTYPE_BF16 : (ts_dtype)dtype,
+                                 .heads = 16,
+                                 .kv_heads = 8,
+                                 .head_dim = 64,
+                                 .block_tokens = 16,
+                                 .layers = 1},
+                         q_tokens);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_plan_that_is_renewed_gives_the_bits_of_a_new_one),
         cmocka_unit_test(a_graph_serves_batch_after_batch_with_the_bits_of_each_alone),
         cmocka_unit_test(what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing),
     };

@@ -258,6 +258,28 @@ static bool begin_p50(rig *r, double *none, double *each)
     return ok && good(r->client, ts_seq_free(r->pool, seqs, BATCH));
 }
 
+/* p50 of beginning a step of BATCH sequences of 1024 tokens, for whoever attends itself: by block
+ * tables. The tokens are shared, and each sequence needs a new block. */
+static double begin_with_tables_p50(rig *r, bool *ok)
+{
+    static ts_seq seqs[BATCH];
+    static uint32_t one[BATCH];
+    static double times[512];
+    *ok = good(r->client, ts_seq_create(r->pool, 1, seqs)) && prefill(r, seqs, 1, 1024) &&
+          good(r->client, ts_seq_fork(r->pool, seqs[0], BATCH - 1, seqs + 1));
+    for (uint32_t i = 0; i < BATCH; i++)
+        one[i] = 1;
+    for (uint32_t i = 0; *ok && i < 512; i++) {
+        ts_step *s = NULL;
+        double t = bench_now();
+        *ok = good(r->client, ts_step_begin(r->pool, seqs, one, BATCH, &four_heads, &s));
+        times[i] = bench_now() - t;
+        *ok = *ok && good(r->client, ts_step_abort(s));
+    }
+    *ok = *ok && good(r->client, ts_seq_free(r->pool, seqs, BATCH));
+    return *ok ? bench_percentile(times, 512, 50) : -1;
+}
+
 /* ---- workers ---- */
 
 /* step-client SOCKET SEQUENCES STEPS: decodes, from a byte on stdin to the end. */
@@ -346,6 +368,8 @@ static bool by_both_ways(const bench_options *o, const char *socket, double poll
     if (ok && (ok = begin_p50(&ring, &none, &each))) {
         row(o, rows, "begin of 256 sequences by ring, no new block", none, "µs", NULL, 0);
         row(o, rows, "begin of 256 sequences by ring, 256 new blocks", each, "µs", NULL, 0);
+        double a = begin_with_tables_p50(&local, &ok);
+        row(o, rows, "the same, of 1024 tokens each, by the worker", a, "µs", NULL, 0);
     }
     if (ok) {
         double a = step_p50(&ring, &ok), b = step_p50(&messages, &fine);
