@@ -305,6 +305,18 @@ struct row_state {
     float max, sum;
 };
 
+/* Counts one chunk more, whose records the whole block has written, before a barrier; returns how
+ * many there were, whose records can be read then. */
+__device__ inline uint32_t arrive(uint32_t *counter)
+{
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+}
+
 /*
  * The end of a block of `threads` threads: states[w][r] and sums[w][r][d] (rows of `pitch` floats,
  * a multiple of 4) in shared memory are what PARTS warps have for each of ROWS rows. scratch has
@@ -358,13 +370,11 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         return;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence(); /* of the whole block's records */
         uint32_t tiles = (j.s.q_tokens * c.group + ROWS - 1) / ROWS;
         uint32_t *counter = j.run->counters + j.p.counter + j.kv_head * tiles + j.tile;
-        last = atomicAdd(counter, 1) == num_chunks - 1;
+        last = arrive(counter) == num_chunks - 1;
         if (last)
             *counter = 0; /* for the next launch */
-        __threadfence();
     }
     __syncthreads();
     if (!last)

@@ -35,11 +35,10 @@ struct plan_seq {
 };
 
 /* One piece of a sequence that is cut into chunks: whole, so that a block finds all in one read. */
-struct plan_piece {
+struct alignas(16) plan_piece {
     plan_seq seq;
     uint32_t tile, chunk;
     uint32_t index; /* the sequence's, among the plan's */
-    uint32_t unused;
 };
 
 /* One run of a call. */

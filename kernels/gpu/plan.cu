@@ -345,7 +345,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
                 for (uint32_t n = 0; n < c.tiles; n++) {        /* later ones see more */
                     uint32_t tile = c.tiles - 1 - n;
                     uint32_t b = bucket_of(so, rank_of(p, s, list, c, tile, chunk));
-                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, i, 0};
+                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, i};
                 }
             if (c.chunks > 1) {
                 slot += c.chunks * s->q_tokens * p->heads;

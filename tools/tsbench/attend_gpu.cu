@@ -147,18 +147,19 @@ struct problem {
     std::vector<ts_attention_seq> seqs;
     size_t q_rows = 0, bytes = 0; /* K and V that one layer's attention reads at least */
     double flops = 0;
-    unsigned char *cache = NULL, *q = NULL, *out = NULL;
-    size_t cache_bytes = 0, io_bytes = 0;
+    unsigned char *cache = NULL, *q = NULL, *kv = NULL, *out = NULL;
+    size_t cache_bytes = 0, io_bytes = 0, new_bytes = 0; /* of the new tokens' K, and of their V */
 
     ~problem()
     {
         (void)cudaFree(cache);
         (void)cudaFree(q);
+        (void)cudaFree(kv);
         (void)cudaFree(out);
     }
 };
 
-bool make_problem(problem &p, const shape *s)
+bool make_problem(problem &p, const shape *s, uint32_t layers)
 {
     p.s = s;
     uint64_t random = 88172645463325252u;
@@ -179,7 +180,7 @@ bool make_problem(problem &p, const shape *s)
                 p.flops += 4.0 * (n - seq.q_tokens + q + 1) * s->heads * s->head_dim;
         }
     p.layers = (uint32_t)(ROTATED_BYTES / p.bytes) + 1;
-    p.layers = p.layers < 2 ? 2 : p.layers > 128 ? 128 : p.layers;
+    p.layers = layers != 0 ? layers : p.layers < 2 ? 2 : p.layers > 128 ? 128 : p.layers;
     p.g = ts_geometry{};
     p.g.layers = p.layers;
     p.g.kv_heads = s->kv_heads;
@@ -206,12 +207,15 @@ bool make_problem(problem &p, const shape *s)
         p.seqs[i].blocks = p.tables[i].data();
     p.cache_bytes = blocks * ts_geometry_block_bytes(&p.g);
     p.io_bytes = p.q_rows * s->heads * s->head_dim * ts_dtype_bytes(io_of(s));
+    p.new_bytes = p.io_bytes / s->heads * s->kv_heads;
     if (!ok(cudaMalloc((void **)&p.cache, p.cache_bytes), "memory for K and V") ||
         !ok(cudaMalloc((void **)&p.q, p.io_bytes), "memory for q") ||
+        !ok(cudaMalloc((void **)&p.kv, 2 * p.new_bytes), "memory for new K and V") ||
         !ok(cudaMalloc((void **)&p.out, p.io_bytes), "memory for the output"))
         return false;
     fill<<<2048, 256>>>(p.cache, p.cache_bytes / ts_dtype_bytes(s->dtype), s->dtype, 1);
     fill<<<256, 256>>>(p.q, p.io_bytes / ts_dtype_bytes(io_of(s)), io_of(s), 2);
+    fill<<<256, 256>>>(p.kv, 2 * p.new_bytes / ts_dtype_bytes(io_of(s)), io_of(s), 3);
     return ok(cudaDeviceSynchronize(), "filling");
 }
 
@@ -318,6 +322,8 @@ bool measure(const bench_options *o, const device &d, const problem &p, ts_kerne
         run.plan = plan;
         run.layer = (uint32_t)turn % p.layers;
         run.q = p.q;
+        run.k = o->append ? p.kv : NULL;
+        run.v = p.kv + p.new_bytes;
         run.out = p.out;
         bool good = ts_gpu_launch_attend(d.launch, p.cache, &variant, &run, 1) == TS_OK;
         if (!good)
@@ -393,7 +399,7 @@ int measure_all(const bench_options *o, const device &d, json_t *rows)
         if (o->shape != NULL && strstr(s.name, o->shape) == NULL)
             continue;
         problem p;
-        if (!make_problem(p, &s))
+        if (!make_problem(p, &s, o->layers))
             return 1;
         for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
             ts_kernel kernel = (ts_kernel)k;

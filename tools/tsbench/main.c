@@ -26,6 +26,8 @@ static const struct argp_option argp_options[] = {
     {"kernel", 'k', "NAME", 0, "Kernel of attend on a GPU (default auto)", 0},
     {"all-kernels", 'a', NULL, 0, "Every kernel in turn", 0},
     {"shape", 's', "TEXT", 0, "Only shapes of attend on a GPU whose name has this", 0},
+    {"append", 'A', NULL, 0, "Attend on a GPU writes the new tokens' K and V too", 0},
+    {"layers", 'l', "N", 0, "Layers of attend's cache on a GPU (default: what no cache holds)", 0},
     {0},
 };
 
@@ -69,6 +71,16 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case 's':
         a->options.shape = arg;
         return 0;
+    case 'A':
+        a->options.append = true;
+        return 0;
+    case 'l': {
+        unsigned long n = strtoul(arg, &end, 10);
+        if (*end != '\0' || n == 0 || n > TS_LAYERS_MAX)
+            argp_error(state, "--layers %s: 1 to %u are possible", arg, TS_LAYERS_MAX);
+        a->options.layers = (uint32_t)n;
+        return 0;
+    }
     case ARGP_KEY_ARG:
         if (state->arg_num > 0)
             argp_error(state, "one benchmark at a time: '%s' is too many", arg);
@@ -147,11 +159,12 @@ int main(int argc, char **argv)
     arguments a = {.options = {.gib = 1.0}};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &a);
-    bool for_gpu =
-        a.options.kernel != TS_KERNEL_AUTO || a.options.all_kernels || a.options.shape != NULL;
+    bool for_gpu = a.options.kernel != TS_KERNEL_AUTO || a.options.all_kernels ||
+                   a.options.shape != NULL || a.options.append || a.options.layers != 0;
     if (for_gpu && !(a.options.on_gpu && strcmp(a.what, "attend") == 0)) {
         fprintf(stderr,
-                "tsbench: --kernel, --all-kernels and --shape are for attend --device cuda:N\n");
+                "tsbench: --kernel, --all-kernels, --shape, --append and --layers are for attend "
+                "--device cuda:N\n");
         return 2;
     }
     if (a.options.daemon == NULL)

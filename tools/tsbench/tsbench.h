@@ -23,6 +23,8 @@ typedef struct bench_options {
     ts_kernel kernel;
     bool all_kernels;
     const char *shape; /* only those whose name has this; NULL: all */
+    bool append;       /* attend writes the new tokens' K and V too */
+    uint32_t layers;   /* of the cache; 0: so many that no cache holds what was read last */
 } bench_options;
 
 /* Each returns an exit status and appends rows to `rows`. */
