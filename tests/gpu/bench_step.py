@@ -4,8 +4,8 @@ kernel: 32 layers, one after the other on the worker's CUDA stream, submitted ah
     tests/gpu/with-mps python3 tests/gpu/bench_step.py [--transport ring|messages] [--exec local|graph]
 
 graph: launched by the worker as one CUDA graph, captured in an earlier step of a frame. Bare kernels are
-`tsbench attend`'s, in the same run, over as many layers, and write the new tokens' K and V as a step's do.
-Every layer's result is checked first."""
+`tsbench attend`'s, in the same run: as many layers, blocks in order, and they write the new tokens' K and V
+as a step's do. Every layer's result is checked first."""
 
 import json
 import statistics
@@ -25,7 +25,7 @@ SHAPES = {"1 x 8192, 32/8/128 bf16": (1, 8192), "1 x 32768, 32/8/128 bf16": (1, 
 def bare(device, shape):
     tsbench = common._first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
     out = subprocess.run([tsbench, "attend", "--device", device, "--json", "--shape", shape, "--append",
-                          "--layers", str(LAYERS)],
+                          "--layers", str(LAYERS), "--in-order"],
                          text=True, check=True, stdout=subprocess.PIPE).stdout
     return json.loads(out)[0]["us"]
 

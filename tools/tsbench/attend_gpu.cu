@@ -159,7 +159,7 @@ struct problem {
     }
 };
 
-bool make_problem(problem &p, const shape *s, uint32_t layers)
+bool make_problem(problem &p, const shape *s, const bench_options *o)
 {
     p.s = s;
     uint64_t random = 88172645463325252u;
@@ -180,7 +180,7 @@ bool make_problem(problem &p, const shape *s, uint32_t layers)
                 p.flops += 4.0 * (n - seq.q_tokens + q + 1) * s->heads * s->head_dim;
         }
     p.layers = (uint32_t)(ROTATED_BYTES / p.bytes) + 1;
-    p.layers = layers != 0 ? layers : p.layers < 2 ? 2 : p.layers > 128 ? 128 : p.layers;
+    p.layers = o->layers != 0 ? o->layers : p.layers < 2 ? 2 : p.layers > 128 ? 128 : p.layers;
     p.g = ts_geometry{};
     p.g.layers = p.layers;
     p.g.kv_heads = s->kv_heads;
@@ -191,7 +191,7 @@ bool make_problem(problem &p, const shape *s, uint32_t layers)
     std::vector<uint32_t> order(blocks);
     for (uint32_t i = 0; i < blocks; i++)
         order[i] = i;
-    for (uint32_t i = blocks - 1; i > 0; i--) {
+    for (uint32_t i = blocks - 1; i > 0 && !o->in_order; i--) {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
@@ -390,16 +390,16 @@ int measure_all(const bench_options *o, const device &d, json_t *rows)
 {
     char why[256];
     if (!o->json)
-        printf("%s; the kernels alone, blocks of 16 in random order; medians of %d\n"
+        printf("%s; the kernels alone, blocks of 16 in %s order; medians of %d\n"
                "floor: plain reading of as many bytes in one launch\n"
                "%-40s %-5s %9s %9s %9s %6s %6s %6s %7s %9s\n",
-               ts_gpu_get_info(d.gpu)->name, REPEATS, "", "", "us", "least", "floor", "GB/s",
-               "read", "ratio", "TFLOP/s", "error");
+               ts_gpu_get_info(d.gpu)->name, o->in_order ? "their" : "random", REPEATS, "", "",
+               "us", "least", "floor", "GB/s", "read", "ratio", "TFLOP/s", "error");
     for (const shape &s : shapes) {
         if (o->shape != NULL && strstr(s.name, o->shape) == NULL)
             continue;
         problem p;
-        if (!make_problem(p, &s, o->layers))
+        if (!make_problem(p, &s, o))
             return 1;
         for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
             ts_kernel kernel = (ts_kernel)k;

@@ -25,6 +25,7 @@ typedef struct bench_options {
     const char *shape; /* only those whose name has this; NULL: all */
     bool append;       /* attend writes the new tokens' K and V too */
     uint32_t layers;   /* of the cache; 0: so many that no cache holds what was read last */
+    bool in_order;     /* the cache's blocks */
 } bench_options;
 
 /* Each returns an exit status and appends rows to `rows`. */
