@@ -3,17 +3,22 @@
  * daemon. The file's mode is 0400: a receiver that is neither the daemon's user nor root can't open
  * its read-only descriptor again for writing through /proc; where clients may not write at all,
  * F_SEAL_FUTURE_WRITE forbids it to everybody.
+ *
+ * Their pages lie on all NUMA nodes in turn. Whoever takes them all at once would have them on its
+ * own node otherwise, and all processors would read from there.
  */
 #define _GNU_SOURCE
 #include "memory.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #ifndef F_SEAL_FUTURE_WRITE
@@ -46,6 +51,23 @@ static int memfd_new(const char *name, size_t bytes)
     return fd;
 }
 
+/* Pages of the file that are taken from now on come from the nodes that this process may use, in
+ * turn. Where the system knows no nodes, or forbids it, they come from wherever they come. */
+static void interleave(int fd, size_t bytes)
+{
+    enum { NODES = 1024, BITS = 8 * sizeof(long) };
+    unsigned long nodes[NODES / BITS];
+    if (syscall(SYS_get_mempolicy, NULL, nodes, (unsigned long)NODES, NULL, MPOL_F_MEMS_ALLOWED) !=
+        0)
+        return;
+    /* The policy is the file's, whoever maps it. */
+    void *address = mmap(NULL, bytes, PROT_NONE, MAP_SHARED, fd, 0);
+    if (address == MAP_FAILED)
+        return;
+    (void)syscall(SYS_mbind, address, bytes, MPOL_INTERLEAVE, nodes, NODES + 1ul, 0u);
+    munmap(address, bytes);
+}
+
 static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
                             size_t why_bytes)
 {
@@ -54,6 +76,7 @@ static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, cha
     if (fd < 0)
         return fail(TS_ENOMEM, why, why_bytes, "memfd for a slab", m->slab_bytes);
 
+    interleave(fd, m->slab_bytes);
     /* Take the pages now: a full /dev/shm or cgroup is an error here and a SIGBUS later. */
     if (fallocate(fd, 0, 0, (off_t)m->slab_bytes) != 0) {
         ts_status status = fail(TS_ENOMEM, why, why_bytes, "taking a slab", m->slab_bytes);

@@ -429,6 +429,40 @@ static void a_forked_child_is_refused_and_not_ended(void **state)
     daemon_stop(&d);
 }
 
+/* The daemon's slabs, in /proc/PID/numa_maps. */
+static void host_memory_lies_on_all_nodes_in_turn(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char path[64], line[512];
+    daemon_start(&d, POOL_TINY ",memory=1M,slab=512K,client_write=all,device=host");
+    snprintf(path, sizeof path, "/proc/%d/numa_maps", (int)d.pid);
+    FILE *f = fopen(path, "r");
+    if (f == NULL) { /* a system without nodes */
+        daemon_stop(&d);
+        skip();
+    }
+    fclose(f);
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_append(p, &seq, &(uint32_t){1}, 1, NULL));
+    uint32_t slabs = 0;
+    f = fopen(path, "r");
+    while (fgets(line, sizeof line, f) != NULL)
+        if (strstr(line, "tinyserve-slab") != NULL) {
+            if (strstr(line, " interleave") == NULL)
+                fail_msg("a slab isn't interleaved: %s", line);
+            slabs++;
+        }
+    fclose(f);
+    assert_int_equal(slabs, 1);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 4) {
@@ -439,6 +473,7 @@ int main(int argc, char **argv)
         return 0;
     }
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(host_memory_lies_on_all_nodes_in_turn),
         cmocka_unit_test(the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zero),
         cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),

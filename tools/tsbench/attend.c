@@ -4,12 +4,12 @@
 #include "tsbench.h"
 
 #include "attention.h"
+#include "memory.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define REPEATS 9
 #define CHUNKS 64u
@@ -221,12 +221,16 @@ int bench_attend(const bench_options *o, json_t *rows)
     memory m = {.size = (size_t)(o->gib * (1u << 30)) / (1u << 20) * (1u << 20)};
     ts_threads *threads = ts_threads_new(o->threads);
     ts_attention *a = ts_attention_new(o->threads, TS_ISA_AUTO);
-    m.bytes = mmap(NULL, m.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    ts_memory *slab = NULL; /* as a pool has it */
+    char why[256] = "no memory or threads";
     int code = 1;
-    if (threads == NULL || a == NULL || m.bytes == MAP_FAILED) {
-        fprintf(stderr, "tsbench: no memory for %.2f GiB\n", o->gib);
+    if (threads == NULL || a == NULL ||
+        ts_memory_host_new(1, m.size, &slab, why, sizeof why) != TS_OK ||
+        ts_memory_renew(slab, 0, true, why, sizeof why) != TS_OK) {
+        fprintf(stderr, "tsbench: %s\n", why);
         goto out;
     }
+    m.bytes = slab->base;
     if (!o->json)
         printf("decode, %u threads, %s, %.2f GiB of cache, blocks of 16 in random order; GB/s, "
                "medians of %d\n%-36s %8s %8s %8s %8s %9s\n",
@@ -239,8 +243,7 @@ int bench_attend(const bench_options *o, json_t *rows)
         code = measure(o, &shapes[i], &m, threads, a, rows);
     }
 out:
-    if (m.bytes != MAP_FAILED)
-        munmap(m.bytes, m.size);
+    ts_memory_free(slab);
     ts_attention_free(a);
     ts_threads_free(threads);
     return code;
