@@ -90,16 +90,16 @@ ts_status ts_local_new(ts_pool *p, uint64_t step, const ts_seq *seqs, const uint
     const uint32_t *blocks = b->blocks;
     for (uint32_t i = 0; i < b->num_seqs && status == TS_OK; i++) {
         ts_attention_seq *s = &l->seqs[i];
+        uint32_t touched = (uint32_t)ts_whole_blocks(b->starts[i], p->geometry.block_tokens);
         s->q_tokens = new_tokens[i];
         s->kv_tokens = b->starts[i] + new_tokens[i];
-        status =
-            ts_tables_learn(p, step,
-                            &(ts_table_news){.seq = seqs[i],
-                                             .first = b->firsts[i],
-                                             .count = b->counts[i],
-                                             .touched = b->starts[i] / p->geometry.block_tokens,
-                                             .blocks = blocks},
-                            &s->blocks);
+        status = ts_tables_learn(p, step,
+                                 &(ts_table_news){.seq = seqs[i],
+                                                  .first = b->firsts[i],
+                                                  .count = b->counts[i],
+                                                  .touched = touched,
+                                                  .blocks = blocks},
+                                 &s->blocks);
         blocks += b->counts[i];
     }
     return status;

@@ -47,15 +47,17 @@ static ts_status fill_step(ts_step *s, const ts_begun *b)
     bool ok = b->num_seqs == s->count;
     for (uint32_t i = 0; ok && i < s->count; i++) {
         uint64_t end = (uint64_t)b->starts[i] + s->new_tokens[i];
-        uint32_t touched = b->starts[i] / block_tokens, count = b->counts[i];
+        uint32_t touched = (uint32_t)ts_whole_blocks(b->starts[i], block_tokens);
+        uint32_t count = b->counts[i];
         uint32_t first = b->firsts != NULL ? b->firsts[i] : touched;
-        ok = first <= touched && count == (end - 1) / block_tokens + 1 - first &&
+        ok = first <= touched && count == ts_blocks_for(end, block_tokens) - first &&
              b->num_blocks - block >= count;
         s->starts[i] = b->starts[i];
-        for (uint64_t t = s->starts[i]; ok && t < end; t++)
-            s->slots[token++] =
-                (uint64_t)b->blocks[block + t / block_tokens - first] * block_tokens +
-                t % block_tokens;
+        for (uint64_t t = s->starts[i]; ok && t < end; t++) {
+            uint64_t entry = ts_whole_blocks(t, block_tokens);
+            s->slots[token++] = (uint64_t)b->blocks[block + entry - first] * block_tokens +
+                                (t - entry * block_tokens);
+        }
         block += count;
     }
     return ok ? TS_OK : ts_fail(p->client, TS_EPROTO, "the daemon's answer doesn't fit the step");

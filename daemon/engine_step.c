@@ -232,7 +232,7 @@ static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
     a->begun.copies = e->out_copies;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
-        uint32_t first = part->start / block_tokens;
+        uint32_t first = (uint32_t)ts_whole_blocks(part->start, block_tokens);
         uint32_t end = ts_blocks_for((uint64_t)part->start + part->new_tokens, block_tokens);
         starts[i] = part->start;
         counts[i] = end - first;

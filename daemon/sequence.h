@@ -14,6 +14,7 @@
 #ifndef TS_SEQUENCE_H
 #define TS_SEQUENCE_H
 
+#include "blocks.h"
 #include "names.h"
 #include "pool.h"
 
@@ -59,12 +60,6 @@ uint32_t ts_sequence_new(ts_sequences *seqs, uint32_t tenant, uint32_t owner, ui
 ts_sequence *ts_sequence_find(const ts_sequences *seqs, uint64_t id);
 uint64_t ts_sequence_id(const ts_sequences *seqs, uint32_t index);
 uint32_t ts_sequence_index(const ts_sequences *seqs, const ts_sequence *seq);
-
-/* Entries that a table for `tokens` tokens has. */
-static inline uint32_t ts_blocks_for(uint64_t tokens, uint32_t block_tokens)
-{
-    return (uint32_t)((tokens + block_tokens - 1) / block_tokens);
-}
 
 /* The entries from `entry` on aren't what they were. */
 static inline void ts_sequence_changed(ts_sequence *seq, uint32_t entry)

@@ -23,6 +23,8 @@
 #ifndef TS_RINGS_H
 #define TS_RINGS_H
 
+#include "blocks.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -131,7 +133,7 @@ _Static_assert(sizeof(ts_rings_memory) % 64 == 0, "layout is shared by two progr
  * of more than TS_RING_BLOCKS, or in a pool of more than TS_RING_SLABS slabs, goes as a message. */
 static inline uint64_t ts_ring_blocks(uint32_t new_tokens, uint32_t block_tokens)
 {
-    return new_tokens / block_tokens + 2u;
+    return ts_whole_blocks(new_tokens, block_tokens) + 2u;
 }
 
 #endif

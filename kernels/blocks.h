@@ -1,0 +1,22 @@
+/* How many blocks tokens fill: what both sides of a begin work out for each sequence of a batch. */
+#ifndef TS_BLOCKS_H
+#define TS_BLOCKS_H
+
+#include <stdint.h>
+
+/* tokens / block_tokens. Block lengths are powers of 2, as a rule, and a division takes ten times
+ * as long as a shift. */
+static inline uint64_t ts_whole_blocks(uint64_t tokens, uint32_t block_tokens)
+{
+    if ((block_tokens & (block_tokens - 1)) == 0)
+        return tokens >> __builtin_ctz(block_tokens);
+    return tokens / block_tokens;
+}
+
+/* Entries that a table for `tokens` tokens has. */
+static inline uint32_t ts_blocks_for(uint64_t tokens, uint32_t block_tokens)
+{
+    return (uint32_t)ts_whole_blocks(tokens + block_tokens - 1, block_tokens);
+}
+
+#endif
