@@ -144,9 +144,9 @@ void ts_trial_drop(ts_trial *trial);
 /* What the daemon answers to a begin. */
 typedef struct ts_begun {
     const uint32_t *starts; /* tokens of each sequence before the step */
-    const uint32_t *firsts; /* entries of block tables: of each sequence from here on, as many as */
-    const uint32_t *counts; /* this; firsts NULL: from the first that new tokens touch */
-    const uint32_t *blocks;
+    const uint32_t *blocks; /* entries of their block tables, one sequence after the other */
+    const uint32_t *counts; /* of each sequence's */
+    const uint32_t *firsts; /* which of its table's is the first; NULL: the first touched one */
     size_t num_seqs, num_blocks;
 } ts_begun;
 

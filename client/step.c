@@ -90,8 +90,11 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
         status = ts_fail(s->pool->client, TS_EPROTO, "the daemon's answer begins no step");
     } else {
         s->id = b->step;
-        status = fill_step(
-            s, &(ts_begun){b->starts, NULL, b->counts, b->blocks, b->n_starts, b->n_blocks});
+        status = fill_step(s, &(ts_begun){.starts = b->starts,
+                                          .blocks = b->blocks,
+                                          .counts = b->counts,
+                                          .num_seqs = b->n_starts,
+                                          .num_blocks = b->n_blocks});
         if (status == TS_OK)
             status = ts_pool_note_slabs(s->pool, b->slabs, b->n_slabs);
     }

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 
 /* One layer, one KV head of 32 floats, blocks of 4: the prototype's memory-manager test. */
 #define POOL_SMALL                                                                                 \
@@ -437,12 +438,11 @@ static void host_memory_lies_on_all_nodes_in_turn(void **state)
     char path[64], line[512];
     daemon_start(&d, POOL_TINY ",memory=1M,slab=512K,client_write=all,device=host");
     snprintf(path, sizeof path, "/proc/%d/numa_maps", (int)d.pid);
-    FILE *f = fopen(path, "r");
-    if (f == NULL) { /* a system without nodes */
+    FILE *f;
+    if (syscall(SYS_get_mempolicy, NULL, NULL, 0ul, NULL, 0ul) != 0) { /* no nodes, or forbidden */
         daemon_stop(&d);
         skip();
     }
-    fclose(f);
     ts_client *c = connect_to(&d);
     ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
     ts_seq seq;
@@ -450,6 +450,7 @@ static void host_memory_lies_on_all_nodes_in_turn(void **state)
     OK(ts_seq_append(p, &seq, &(uint32_t){1}, 1, NULL));
     uint32_t slabs = 0;
     f = fopen(path, "r");
+    assert_non_null(f);
     while (fgets(line, sizeof line, f) != NULL)
         if (strstr(line, "tinyserve-slab") != NULL) {
             if (strstr(line, " interleave") == NULL)

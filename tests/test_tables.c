@@ -110,6 +110,29 @@ static void a_sequence_that_another_session_was_told_of_is_told_whole(void **sta
     daemon_stop(&d);
 }
 
+/* What no daemon of ours tells: the table is told whole the next time. */
+static void a_tale_that_has_a_gap_is_refused(void **state)
+{
+    (void)state;
+    daemon_process d;
+    const uint32_t *blocks, made_up[] = {0};
+    daemon_start(&d, LOCAL_POOL);
+    ts_client *c = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    step(p, &seq, 1, 18);
+    ts_table_news news = {.seq = seq, .first = 6, .count = 1, .touched = 6, .blocks = made_up};
+    assert_int_equal(ts_tables_learn(p, 99, &news, &blocks), TS_EPROTO);
+    assert_string_equal(ts_error(c), "the daemon tells of entries from 6 on of a block table of "
+                                     "which 5 are known");
+    step(p, &seq, 1, 1);
+    assert_told(c, 0, 0, 5);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 /* The blocks of whole blocks of tokens, by asking the daemon. */
 static uint32_t whole_blocks(ts_pool *p, ts_seq seq, uint32_t *blocks)
 {
@@ -202,6 +225,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_steady_batch_is_told_what_its_new_tokens_touch),
         cmocka_unit_test(a_sequence_that_another_session_was_told_of_is_told_whole),
+        cmocka_unit_test(a_tale_that_has_a_gap_is_refused),
         cmocka_unit_test(tables_that_are_told_in_parts_are_the_daemons),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -20,12 +20,15 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define ROUNDS 20000u
 #define WARM 500u
 #define LAYERS 32u
 #define BATCH 256u
+#define IDLE 100u
+#define IDLE_SECONDS 10u
 #define WORKERS BENCH_TOGETHER_MAX
 #define POOL                                                                                       \
     "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=256M,slab=8M,device=host,"           \
@@ -280,6 +283,38 @@ static double begin_with_tables_p50(rig *r, bool *ok)
     return *ok ? bench_percentile(times, 512, 50) : -1;
 }
 
+/* Processor time of the daemon, as a part of one processor's, while IDLE sessions that have begun a
+ * step by ring do nothing; < 0: it can't be measured. */
+static double idle_share(const char *socket, pid_t daemon)
+{
+    static rig rigs[IDLE];
+    clockid_t clock;
+    struct timespec before, after;
+    uint32_t count = 0;
+    bool ok = clock_getcpuclockid(daemon, &clock) == 0;
+    while (ok && count < IDLE) {
+        rig *r = &rigs[count++];
+        ts_seq seq;
+        ts_step *s = NULL;
+        ok = rig_open(r, socket, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0) &&
+             good(r->client, ts_seq_create(r->pool, 1, &seq)) &&
+             good(r->client, ts_step_begin(r->pool, &seq, &(uint32_t){1}, 1, &four_heads, &s)) &&
+             good(r->client, ts_step_abort(s));
+    }
+    sleep(1); /* until nobody polls any more */
+    ok = ok && clock_gettime(clock, &before) == 0;
+    double t = bench_now();
+    sleep(IDLE_SECONDS);
+    ok = ok && clock_gettime(clock, &after) == 0;
+    t = bench_now() - t;
+    while (count > 0)
+        rig_close(&rigs[--count]);
+    return ok ? ((double)(after.tv_sec - before.tv_sec) +
+                 (double)(after.tv_nsec - before.tv_nsec) * 1e-9) /
+                    t
+              : -1;
+}
+
 /* ---- workers ---- */
 
 /* step-client SOCKET SEQUENCES STEPS: decodes, from a byte on stdin to the end. */
@@ -426,6 +461,9 @@ int bench_step(const bench_options *o, json_t *rows)
         ok = one > 0 && many > 0;
         row(o, rows, "one worker with 16 sequences of 256 tokens", one, "/s", NULL, 0);
         row(o, rows, "16 workers with one each", many, "/s", "one worker", one);
+        double share = idle_share(socket, daemon);
+        ok = ok && share >= 0;
+        row(o, rows, "daemon's processor time a second, 100 idle sessions", share, "µs", NULL, 0);
     }
     bench_end(daemon, SIGTERM);
     rmdir(folder);

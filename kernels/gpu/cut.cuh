@@ -1,0 +1,192 @@
+/*
+ * Which kernel each sequence of a plan gets and how its work is cut, both by its own lengths alone,
+ * and in which order pieces of work are launched. For plan.cu.
+ */
+#ifndef TS_GPU_CUT_CUH
+#define TS_GPU_CUT_CUH
+
+#include "common.cuh"
+
+extern "C" {
+#include "plan.h"
+}
+
+namespace
+{
+
+#define V5_QUERIES 8u /* up to so many query tokens are decode */
+#define BLOCKS 256u   /* that a long sequence is cut into, about */
+#define BATCHED 4096u
+#define TILE_QUERIES 4u /* where v5 can't, from so many on `auto` takes the tile kernel */
+#define TILE_TOKENS 64u /* chunks are whole tiles: the largest that a kernel has, wgmma aside */
+#define BUCKETS 64u     /* of lengths of work, for sorting */
+#define CUT_LISTS (LIST_COUNT - LIST_NARROW) /* those whose sequences are cut into chunks */
+
+uint32_t ceil_div(uint32_t a, uint32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+uint32_t clamp(uint32_t x, uint32_t least, uint32_t most)
+{
+    return x < least ? least : x > most ? most : x;
+}
+
+/* Those that prefill takes; they don't write the new tokens' K and V themselves. */
+bool has_many_rows(uint32_t list)
+{
+    return list == LIST_MMA || list == LIST_WGMMA;
+}
+
+struct sorter {
+    uint32_t longest;
+    uint32_t next[BUCKETS]; /* where the bucket's next item goes */
+};
+
+uint32_t bucket_of(const sorter &s, uint32_t tokens)
+{
+    return BUCKETS - 1 - (uint32_t)((uint64_t)(tokens - 1) * BUCKETS / s.longest);
+}
+
+/* How one sequence is cut: tiles of rows, each over chunks of the context. */
+struct cut {
+    uint32_t rows, tiles;          /* of a tile */
+    uint32_t tokens, chunks, last; /* of a chunk, and of the last */
+};
+
+/* Tokens of a chunk, at least, of sequences of up to BATCHED tokens and of longer ones. */
+uint32_t least_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, bool batch)
+{
+    uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
+    uint32_t least = !has_many_rows(list)                         ? (batch ? batched : 512)
+                     : tiles > 1 || (list == LIST_WGMMA && batch) ? 2048
+                                                                  : 1024;
+    if (p->geometry.kv_heads < 8 && !has_many_rows(list))
+        least = clamp(least * p->geometry.kv_heads / 8, 256, least);
+    return least;
+}
+
+/* Chunks of one sequence, at most. */
+uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles)
+{
+    uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
+    uint32_t blocks = list == LIST_WGMMA ? BLOCKS / 2 : BLOCKS; /* one on a processor */
+    uint32_t most = abreast < blocks ? blocks / (uint32_t)abreast : 1;
+    return clamp(most, 1, has_many_rows(list) ? MMA_CHUNKS : V5_CHUNKS);
+}
+
+/*
+ * How many tokens a chunk has. One long sequence is to be some 256 blocks of work (with every KV
+ * head and tile), which fill the GPUs of today once, about evenly; a chunk isn't to be so small
+ * that merging, or starting a block, would show. A sequence of up to BATCHED tokens seldom comes
+ * alone, and many of them are enough work without being cut that finely.
+ */
+uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
+                      uint32_t tiles)
+{
+    uint32_t least = least_tokens(p, list, tiles, s->kv_tokens <= BATCHED);
+    uint32_t even = ceil_div(s->kv_tokens, most_chunks(p, list, tiles));
+    uint32_t tile = list == LIST_WGMMA ? WGMMA_TOKENS : TILE_TOKENS;
+    return ceil_div(even < least ? least : even, tile) * tile;
+}
+
+uint32_t rows_of_tile(const ts_gpu_plan *p, ts_gpu_list list)
+{
+    return list == LIST_WGMMA ? WGMMA_ROWS
+           : list == LIST_MMA ? mma_rows(&p->geometry)
+                              : v5_rows(&p->geometry, list - LIST_NARROW);
+}
+
+uint32_t tiles_of(const ts_gpu_plan *p, uint32_t q_tokens, ts_gpu_list list)
+{
+    return ceil_div(q_tokens * (p->heads / p->geometry.kv_heads), rows_of_tile(p, list));
+}
+
+cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
+{
+    cut c;
+    c.rows = rows_of_tile(p, list);
+    c.tiles = tiles_of(p, s->q_tokens, list);
+    c.tokens = chunk_tokens(p, s, list, c.tiles);
+    c.chunks = ceil_div(s->kv_tokens, c.tokens);
+    c.last = s->kv_tokens - (c.chunks - 1) * c.tokens;
+    return c;
+}
+
+/* Tokens that a piece of work goes over: less where later ones aren't seen. */
+uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const cut &c, uint32_t tile,
+                 uint32_t chunk)
+{
+    uint32_t group = p->heads / p->geometry.kv_heads;
+    uint32_t last_query = ((tile + 1) * c.rows - 1) / group;
+    uint32_t past = s->kv_tokens - s->q_tokens;
+    uint32_t end = past + (last_query < s->q_tokens ? last_query + 1 : s->q_tokens);
+    uint32_t from = chunk * c.tokens;
+    return end <= from ? 1 : end - from < c.tokens ? end - from : c.tokens;
+}
+
+/* What pieces are sorted by, longest first, so that none starts late. With many rows those of a
+ * sequence stay together, for they read the same K and V, which a cache then has. */
+uint32_t rank_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list, const cut &c,
+                 uint32_t tile, uint32_t chunk)
+{
+    if (has_many_rows(list))
+        return c.chunks > 1 ? c.tokens : c.last;
+    return work_of(p, s, c, tile, chunk);
+}
+
+/* v5's kernel for so many rows, or the nearest that the device has; LIST_COUNT: none. */
+ts_gpu_list v5_list(const ts_gpu_plan *p, uint32_t rows)
+{
+    uint32_t best = LIST_COUNT;
+    for (uint32_t list = LIST_NARROW; list <= LIST_WIDE; list++) {
+        if (p->kernels[list].function == NULL)
+            continue;
+        best = list;
+        if (rows <= v5_rows(&p->geometry, list - LIST_NARROW))
+            break;
+    }
+    return (ts_gpu_list)best;
+}
+
+ts_gpu_list tile_list(const ts_gpu_plan *p)
+{
+    return p->kernels[LIST_TILE].function != NULL ? LIST_TILE : LIST_DECODE;
+}
+
+ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
+{
+    const ts_geometry *g = &p->geometry;
+    uint32_t rows = s->q_tokens * (p->heads / g->kv_heads);
+    switch (p->kernel) {
+    case TS_KERNEL_AUTO:
+        break;
+    case TS_KERNEL_V5:
+        return v5_list(p, rows);
+    case TS_KERNEL_MMA:
+        return LIST_MMA;
+    case TS_KERNEL_WGMMA:
+        return LIST_WGMMA;
+    case TS_KERNEL_TILE:
+        return LIST_TILE;
+    default:
+        return LIST_DECODE;
+    }
+    bool tensors = g->dtype != TS_DTYPE_FP32;
+    /* With that many rows the tensor cores are waited for, not memory: then exactness has a price.
+     * q in fp32 asks for it. */
+    bool decodes = s->q_tokens <= V5_QUERIES && (!tensors || rows <= v5_rows(g, 2));
+    bool exact = decodes || (tensors && p->io_dtype == TS_DTYPE_FP32);
+    if (!exact && p->kernels[LIST_WGMMA].function != NULL)
+        return LIST_WGMMA;
+    if (!exact && p->kernels[LIST_MMA].function != NULL)
+        return LIST_MMA;
+    ts_gpu_list list = exact || tensors ? v5_list(p, rows) : LIST_COUNT;
+    if (list != LIST_COUNT)
+        return list;
+    return s->q_tokens >= TILE_QUERIES ? tile_list(p) : LIST_DECODE;
+}
+
+} // namespace
+
+#endif
