@@ -62,6 +62,7 @@ typedef struct ts_gpu_info {
     bool vmm;            /* can export VMM memory as file descriptors */
     size_t granularity;  /* of VMM memory */
     size_t shared_bytes; /* that a block of threads can have of shared memory, at most */
+    size_t l2_bytes;     /* of the second-level cache */
     uint32_t processors; /* streaming multiprocessors */
     bool warp_groups;    /* has Hopper's warp-group products, and this was built for them */
 } ts_gpu_info;

@@ -99,6 +99,26 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     }
 }
 
+/*
+ * What the second-level cache is told. It is to keep partial results and outputs if they are few
+ * beside it. Where a launch writes so much that the cache can't, K and V aren't to leave it first
+ * either: then what was written would be evicted in between, a little here and there, which costs
+ * more. Runs may share what they read; that isn't looked for.
+ */
+void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    size_t records = 0, q_tokens = 0, l2 = runs[0].plan->gpu->info.l2_bytes;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        records += runs[i].plan->records;
+        q_tokens += runs[i].plan->q_tokens;
+    }
+    size_t partials = records * ts_gpu_record_floats(&runs[0].plan->geometry) * sizeof(float);
+    size_t out = q_tokens * c.heads * c.head_dim * c.io_bytes;
+    c.alone = num_runs == 1 && partials + out <= l2 / 2;
+    c.keeps_partials = partials <= l2 / 4;
+    c.keeps_out = partials + out <= l2 / 4;
+}
+
 /* Of a launch over a plan that is kept, on each processor: enough that those which come free take
  * what is left, and few enough that those without a piece cost little. */
 #define KEPT_BLOCKS 12u
@@ -163,6 +183,7 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
 {
     const ts_gpu_plan *p = runs[0].plan; /* they are alike */
     cudaError_t error = await_plans(l, runs, num_runs);
+    set_cache_hints(c, runs, num_runs);
     for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
         if (c.num_items > 0)

@@ -26,10 +26,6 @@ __device__ inline uint32_t shared_address(const void *p)
 {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
-__device__ inline void copy_async(uint32_t to, const void *from)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ inline void commit_copies()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -49,6 +45,7 @@ struct job {
     uint32_t past;                   /* position of query token 0 */
     uint32_t begin, end;             /* tokens of the chunk that some row sees */
     uint32_t clear_begin, clear_end; /* ... that all rows see */
+    bool once;                       /* nobody else reads these K and V in this launch */
 };
 
 /* What scores are multiplied by: an fp8 cache's K has a scale of its own. */
@@ -96,6 +93,7 @@ __device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows
     j.end = min(to, highest + 1);
     j.clear_begin = first_key(c, highest);
     j.clear_end = lowest + 1;
+    j.once = c.alone && piece.alone;
 }
 
 /* Works off a launch's pieces, one for each block of threads; those of a plan that is kept, and has
@@ -181,9 +179,28 @@ template <int PITCH, int TOKENS> struct loader {
             row += lane % PIECES * 16;
     }
 
+    /* A lane's pieces of tokens that lie in one block, ABREAST of them at once. */
+    template <uint32_t ABREAST, bool ONCE>
+    __device__ static void copy_rows(const gpu_call &c, uint32_t to, uint32_t plane,
+                                     const unsigned char *k, const unsigned char *v, bool mine)
+    {
+#pragma unroll
+        for (uint32_t i = 0; i < LOADS; i++) {
+            uint32_t at = (to ^ (i * ABREAST & 7) * 16) + i * ABREAST * PITCH;
+            if (mine) {
+                cache_hints::copy_async(at, k, ONCE);
+                cache_hints::copy_async(at + plane, v, ONCE);
+            }
+            k += ABREAST * c.token_stride;
+            v += ABREAST * c.token_stride;
+        }
+    }
+
     /* Copies what was looked up to `to`, and V `plane` bytes further. What of a block lies past the
-     * end comes along. */
-    __device__ void issue(const gpu_call &c, uint32_t to, uint32_t plane) const
+     * end comes along. HINTS: the second-level cache may be told that it is read once; only where
+     * that is worth the registers. */
+    template <bool HINTS>
+    __device__ void issue(const gpu_call &c, const job &j, uint32_t to, uint32_t plane) const
     {
         uint32_t lane = threadIdx.x % 32;
         if (in_block) {
@@ -192,16 +209,10 @@ template <int PITCH, int TOKENS> struct loader {
             const unsigned char *k = base + row, *v = k + c.plane_bytes;
             bool mine = lane % PIECES < pieces;
             to += place_of_lane;
-#pragma unroll
-            for (uint32_t i = 0; i < LOADS; i++) {
-                uint32_t at = (to ^ (i * ABREAST & 7) * 16) + i * ABREAST * PITCH;
-                if (mine) {
-                    copy_async(at, k);
-                    copy_async(at + plane, v);
-                }
-                k += ABREAST * c.token_stride;
-                v += ABREAST * c.token_stride;
-            }
+            if (HINTS && j.once)
+                copy_rows<ABREAST, true>(c, to, plane, k, v, mine);
+            else
+                copy_rows<ABREAST, false>(c, to, plane, k, v, mine);
             return;
         }
 #pragma unroll 4
@@ -209,8 +220,9 @@ template <int PITCH, int TOKENS> struct loader {
             uint32_t token = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
             const unsigned char *from = base + __shfl_sync(~0u, row, (int)token) + piece * 16;
             if (piece < pieces) {
-                copy_async(to + place(token, piece), from);
-                copy_async(to + plane + place(token, piece), from + c.plane_bytes);
+                uint32_t at = to + place(token, piece);
+                cache_hints::copy_async(at, from, HINTS && j.once);
+                cache_hints::copy_async(at + plane, from + c.plane_bytes, HINTS && j.once);
             }
         }
     }
@@ -254,7 +266,7 @@ template <int PITCH, int TOKENS, int STAGES> struct ring {
     __device__ void issue(const gpu_call &c, const job &j)
     {
         if (next < end) {
-            r.issue(c, to, PLANE);
+            r.template issue<true>(c, j, to, PLANE);
             to = after(to);
             next += WARPS * TOKENS;
             if (next < end)
@@ -358,13 +370,13 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             factor *= value_scale<T>(c, j.s, j.kv_head);
             for (uint32_t e = 0; e < 4; e++)
                 x[e] *= factor;
-            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x);
+            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x, c.keeps_out);
             continue;
         }
         float *to = ours + places[r] * (size_t)record;
-        __stcg((float4 *)(to + 4 + d), make_float4(x[0], x[1], x[2], x[3]));
+        cache_hints::store(to + 4 + d, make_float4(x[0], x[1], x[2], x[3]), c.keeps_partials);
         if (d == 0)
-            __stcg((float4 *)to, make_float4(max, sum, 0, 0));
+            cache_hints::store(to, make_float4(max, sum, 0, 0), c.keeps_partials);
     }
     if (num_chunks == 1)
         return;
@@ -436,7 +448,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             factor *= value_scale<T>(c, j.s, j.kv_head);
             for (uint32_t e = 0; e < 4; e++)
                 x[a][e] *= factor;
-            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x[a]);
+            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x[a], c.keeps_out);
         }
     }
 }

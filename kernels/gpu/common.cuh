@@ -22,6 +22,8 @@ extern "C" {
 #include <math_constants.h>
 #include <type_traits>
 
+#include "cache_hints.cuh"
+
 #define GPU_RUNS 32u /* of one launch, at most */
 
 /* One sequence of a plan. */
@@ -39,6 +41,7 @@ struct alignas(16) plan_piece {
     plan_seq seq;
     uint32_t tile, chunk;
     uint32_t index; /* the sequence's, among the plan's */
+    uint32_t alone; /* no other piece of the plan reads its K and V, as far as is known */
 };
 
 /* One run of a call. */
@@ -86,6 +89,8 @@ struct gpu_call {
     uint32_t window; /* 0: all */
     ts_rope rope;
     double rope_log2; /* of theta */
+    bool alone; /* what it reads of K and V may leave the cache first, where a piece says so */
+    bool keeps_partials, keeps_out; /* in the cache, for the next launch to write anew */
     gpu_run runs[GPU_RUNS];
 };
 static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");
@@ -265,24 +270,27 @@ template <typename T> __device__ inline void io_store(const gpu_call &c, void *p
 }
 
 /* Four elements from element i on, a multiple of 4, of memory that is aligned to 16 bytes. */
-template <typename H> __device__ inline void store_four_halves(H *to, const float *x)
+template <typename H> __device__ inline void store_four_halves(H *to, const float *x, bool keep)
 {
     H a = from_float<H>(x[0]), b = from_float<H>(x[1]);
     H e = from_float<H>(x[2]), f = from_float<H>(x[3]);
-    *(ushort4 *)to = make_ushort4(*(const unsigned short *)&a, *(const unsigned short *)&b,
-                                  *(const unsigned short *)&e, *(const unsigned short *)&f);
+    cache_hints::store(to,
+                       make_ushort4(*(const unsigned short *)&a, *(const unsigned short *)&b,
+                                    *(const unsigned short *)&e, *(const unsigned short *)&f),
+                       keep);
 }
 template <typename T>
-__device__ inline void io_store_four(const gpu_call &c, void *p, size_t i, const float *x)
+__device__ inline void io_store_four(const gpu_call &c, void *to, size_t i, const float *x,
+                                     bool keep)
 {
     if (c.io == TS_DTYPE_FP32 || sizeof(T) == sizeof(float))
-        *(float4 *)((float *)p + i) = make_float4(x[0], x[1], x[2], x[3]);
+        cache_hints::store((float *)to + i, make_float4(x[0], x[1], x[2], x[3]), keep);
     else if (sizeof(T) == 2)
-        store_four_halves((T *)p + i, x);
+        store_four_halves((T *)to + i, x, keep);
     else if (c.io == TS_DTYPE_FP16)
-        store_four_halves((__half *)p + i, x);
+        store_four_halves((__half *)to + i, x, keep);
     else
-        store_four_halves((__nv_bfloat16 *)p + i, x);
+        store_four_halves((__nv_bfloat16 *)to + i, x, keep);
 }
 
 /* Element d of a row of q or k that starts at element `row` and is x there, turned as rope.h says.

@@ -209,6 +209,7 @@ static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
     memcpy(info->uuid, &p.uuid, sizeof info->uuid);
     info->total_bytes = p.totalGlobalMem;
     info->shared_bytes = p.sharedMemPerBlockOptin;
+    info->l2_bytes = (size_t)p.l2CacheSize;
     info->processors = (uint32_t)p.multiProcessorCount;
     info->warp_groups = TS_WARP_GROUPS && p.major == 9 && p.minor == 0;
     if (gpu->driver.attribute(&vmm, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,

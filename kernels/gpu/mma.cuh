@@ -172,7 +172,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         uint32_t next = tile + warp * EACH;
         if (next < j.end) {
             r.look_up(c, j, next, j.end);
-            r.issue(c, copied, PLANE);
+            r.template issue<EXACT>(c, j, copied, PLANE);
         }
         commit_copies();
         next += TOKENS;
@@ -205,7 +205,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             await_copies<0>();
             __syncthreads(); /* the tile is there, and nobody reads the one before it */
             if (next < j.end)
-                r.issue(c, copied + (stage ^ 1) * TILE, PLANE);
+                r.template issue<EXACT>(c, j, copied + (stage ^ 1) * TILE, PLANE);
             commit_copies();
             next += TOKENS;
             if (next < j.end)

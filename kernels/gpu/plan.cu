@@ -86,11 +86,12 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
     size_t entries = 0;
     uint32_t counts[CUT_LISTS][BUCKETS] = {};
     memset(p->count, 0, sizeof p->count);
-    p->records = p->counters = 0;
+    p->records = p->counters = p->q_tokens = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         const ts_attention_seq *s = &seqs[i];
         ts_gpu_list list = list_of(p, s);
         entries += table_room(ceil_div(s->kv_tokens, p->geometry.block_tokens));
+        p->q_tokens += s->q_tokens;
         if (list >= LIST_NARROW) {
             cut c = cut_of(p, s, list);
             sorter &so = sorters[list - LIST_NARROW];
@@ -140,6 +141,52 @@ size_t lay_out(ts_gpu_plan *p, uint32_t num_seqs, const uint32_t *items)
     return p->tables = at;
 }
 
+/* Blocks that two tables begin with alike. What they share comes first (a fork's, a prefix's), so
+ * the place where they part is searched for. */
+uint32_t alike_blocks(const ts_attention_seq *a, const ts_attention_seq *b, uint32_t block_tokens)
+{
+    uint32_t shorter = a->kv_tokens < b->kv_tokens ? a->kv_tokens : b->kv_tokens;
+    uint32_t least = 0, most = ceil_div(shorter, block_tokens);
+    while (least < most) {
+        uint32_t middle = (least + most) / 2;
+        if (a->blocks[middle] == b->blocks[middle])
+            least = middle + 1;
+        else
+            most = middle;
+    }
+    return least;
+}
+
+/*
+ * Of each sequence, with how many blocks another one begins too, as far as is known: it is compared
+ * with the first that has the same first block. To be freed; NULL: no memory.
+ */
+uint32_t *shared_blocks(const ts_gpu_plan *p, const ts_attention_seq *seqs)
+{
+    uint32_t log = 4, bit = 1; /* places: at least twice the sequences */
+    while (bit << log < p->num_seqs * 2)
+        log++;
+    uint32_t places = bit << log;
+    uint32_t *shared = (uint32_t *)calloc(p->num_seqs + places, sizeof *shared);
+    if (shared == NULL)
+        return NULL;
+    uint32_t *found = shared + p->num_seqs; /* by first block: a sequence + 1 */
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        uint32_t at = seqs[i].blocks[0] * 0x9e3779b1u >> (32 - log);
+        while (found[at] != 0 && seqs[found[at] - 1].blocks[0] != seqs[i].blocks[0])
+            at = (at + 1) % places;
+        if (found[at] == 0) {
+            found[at] = i + 1;
+            continue;
+        }
+        uint32_t other = found[at] - 1;
+        uint32_t n = alike_blocks(&seqs[i], &seqs[other], p->geometry.block_tokens);
+        shared[i] = n;
+        shared[other] = n > shared[other] ? n : shared[other];
+    }
+    return shared;
+}
+
 void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, unsigned char *host)
 {
     memcpy(host, p->count, sizeof p->count);
@@ -152,6 +199,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
     }
     uint32_t *tables = (uint32_t *)(host + p->tables);
     uint32_t table = 0, row = 0, slot = 0, counter = 0;
+    uint32_t *shared = shared_blocks(p, seqs);
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         const ts_attention_seq *s = &seqs[i];
         ts_gpu_list list = list_of(p, s);
@@ -169,7 +217,9 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
                 for (uint32_t n = 0; n < c.tiles; n++) {        /* later ones see more */
                     uint32_t tile = c.tiles - 1 - n;
                     uint32_t b = bucket_of(so, rank_of(p, s, list, c, tile, chunk));
-                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, i};
+                    bool alone = shared != NULL && c.tiles == 1 &&
+                                 chunk * c.tokens >= shared[i] * p->geometry.block_tokens;
+                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, i, alone};
                 }
             if (c.chunks > 1) {
                 slot += c.chunks * s->q_tokens * p->heads;
@@ -186,6 +236,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
             for (uint32_t q = 0; q < s->q_tokens; q++)
                 *items[LIST_DECODE]++ = make_uint2(i, q);
     }
+    free(shared);
 }
 
 bool same_geometry(const ts_geometry *a, const ts_geometry *b)
@@ -204,7 +255,8 @@ bool is_cut_alike(const ts_gpu_plan *p, const ts_attention_seq *s, const plan_se
 }
 
 /* Whether the plan is these sequences', but for lengths and what lies in tables that have room for
- * them: what depends on more than that is as it was. */
+ * them: what depends on more than that is as it was. What a sequence shares begins with its first
+ * block. */
 bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_seqs)
 {
     const plan_seq *before = (const plan_seq *)(p->buffer->host + PLAN_SEQS);
@@ -213,7 +265,8 @@ bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_s
     for (uint32_t i = 0; i < num_seqs; i++) {
         uint32_t block_tokens = p->geometry.block_tokens;
         size_t end = i + 1 < num_seqs ? before[i + 1].table : p->entries;
-        if (seqs[i].q_tokens != before[i].q_tokens ||
+        const uint32_t *table = (const uint32_t *)(p->buffer->host + p->tables) + before[i].table;
+        if (seqs[i].q_tokens != before[i].q_tokens || seqs[i].blocks[0] != table[0] ||
             ceil_div(seqs[i].kv_tokens, block_tokens) > end - before[i].table ||
             !is_cut_alike(p, &seqs[i], before[i]))
             return false;
@@ -296,6 +349,7 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     chunks = chunks < cut ? chunks : cut;
     p->room[list] = (uint32_t)chunks * tiles;
     p->records = chunks * most->q_tokens * p->heads;
+    p->q_tokens = most->seqs * most->q_tokens;
     p->counters = most->seqs * p->geometry.kv_heads * tiles;
     size_t blocks = most->kv_tokens / p->geometry.block_tokens + most->seqs;
     *entries = blocks + blocks / 8 + most->seqs * table_room(0);

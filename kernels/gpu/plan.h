@@ -35,6 +35,7 @@ struct ts_gpu_plan {
     size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
     size_t entries;                   /* of the block tables, with room in each */
     size_t records;                   /* partial rows of chunks that are to be merged */
+    uint32_t q_tokens;                /* of all sequences */
     uint32_t counters;
     uint64_t renewals; /* since it was written whole */
     bool kept;

@@ -97,6 +97,7 @@ template <typename T, int DIM> struct rows_kernel {
 
     /* Copies this warp's rows. What lies past the end is of no sequence's: of V, whose weights of 0
      * wouldn't hide all, it is made 0. */
+    template <bool ONCE>
     __device__ static void copy_rows(const gpu_call &c, const unsigned char *base, size_t row,
                                      uint32_t to, uint32_t wanted)
     {
@@ -110,25 +111,26 @@ template <typename T, int DIM> struct rows_kernel {
             const unsigned char *from = base + __shfl_sync(~0u, row, (int)token) + piece * 16;
             token += warp * EACH;
             if (mine)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 to + tile_rows::place(token, piece)),
-                             "l"(from), "r"(token < wanted ? 16 : 0)
-                             : "memory");
+                cache_hints::copy_async(to + tile_rows::place(token, piece), from,
+                                        token < wanted ? 16 : 0, ONCE);
         }
     }
 
     /* Tile n of K or V into the ring, once its place is free. */
+    template <bool ONCE>
     __device__ static void copy_tile(const gpu_call &c, const job &j, const walk &w,
                                      const unsigned char *base, size_t row, uint32_t n, uint32_t v,
                                      uint32_t tiles, barriers *bars)
     {
         uint32_t place = place_of_tile(n, v);
         barrier_await(shared_address(&bars->used[place]), ~turns_before(n, v) & 1);
-        copy_rows(c, base, row, tiles + place * PLANE,
-                  v == 0 ? TOKENS : j.end - w.first - n * TOKENS);
+        copy_rows<ONCE>(c, base, row, tiles + place * PLANE,
+                        v == 0 ? TOKENS : j.end - w.first - n * TOKENS);
         barrier_arrive_copied(shared_address(&bars->there[place]));
     }
 
+    /* ONCE: no other block reads these K and V. */
+    template <bool ONCE>
     __device__ static void copy_tiles(const gpu_call &c, const job &j, uint32_t tiles,
                                       barriers *bars)
     {
@@ -137,13 +139,13 @@ template <typename T, int DIM> struct rows_kernel {
             return;
         const unsigned char *k = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
         size_t row = look_up(c, j, w.first), next = 0;
-        copy_tile(c, j, w, k, row, 0, 0, tiles, bars);
+        copy_tile<ONCE>(c, j, w, k, row, 0, 0, tiles, bars);
         for (uint32_t n = 0; n < w.count; n++, row = next) { /* in the order of their use */
             if (n + 1 < w.count) {
                 next = look_up(c, j, w.first + (n + 1) * TOKENS);
-                copy_tile(c, j, w, k, next, n + 1, 0, tiles, bars);
+                copy_tile<ONCE>(c, j, w, k, next, n + 1, 0, tiles, bars);
             }
-            copy_tile(c, j, w, k + c.plane_bytes, row, n, 1, tiles, bars);
+            copy_tile<ONCE>(c, j, w, k + c.plane_bytes, row, n, 1, tiles, bars);
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
     }
@@ -467,7 +469,7 @@ template <typename T, int DIM> struct rows_kernel {
             for (uint32_t d = lane % QUADS * 4; d < c.head_dim; d += 128) {
                 float4 y = *(const float4 *)&sums[row * SUM_PITCH + d];
                 float x[4] = {y.x * by, y.y * by, y.z * by, y.w * by};
-                io_store_four<T>(c, j.s.out, at + d, x);
+                io_store_four<T>(c, j.s.out, at + d, x, false);
             }
         }
     }
@@ -494,7 +496,10 @@ template <typename T, int DIM> struct rows_kernel {
         __syncthreads();
         if (threadIdx.x >= WORKERS) {
             give_registers<40>();
-            copy_tiles(c, j, tiles, &bars);
+            if (j.once)
+                copy_tiles<true>(c, j, tiles, &bars);
+            else
+                copy_tiles<false>(c, j, tiles, &bars);
             return; /* the other threads' __syncthreads don't wait for threads that have ended */
         }
         take_registers<232>();

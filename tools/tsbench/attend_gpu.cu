@@ -29,6 +29,7 @@ namespace
 
 struct group {
     uint32_t count, least, most; /* sequences of least..most tokens, evenly spread */
+    uint32_t shared = 0;         /* of which they have the first in common: whole blocks */
 };
 
 struct shape {
@@ -58,6 +59,13 @@ const shape shapes[] = {
     {"64 x 4096, 32/8/128 bf16, 8 new", TS_DTYPE_BF16, 32, 8, 128, 8, {{64, 4096, 4096}}},
     {"64 x 4096, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 1, {{64, 4096, 4096}}},
     {"1 x 131072, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 1, {{1, 131072, 131072}}},
+    {"64 x 9216, 8192 shared, 32/8/128 bf16",
+     TS_DTYPE_BF16,
+     32,
+     8,
+     128,
+     1,
+     {{64, 9216, 9216, 8192}}},
     {"4 x 4096, all new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 0, {{4, 4096, 4096}}},
     {"8 x 8704, 512 new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 512, {{8, 8704, 8704}}},
     {"8 x 8704, 512 new, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 512, {{8, 8704, 8704}}},
@@ -195,6 +203,11 @@ bool make_problem(problem &p, const shape *s, const bench_options *o)
     p.s = s;
     uint64_t random = 88172645463325252u;
     uint32_t blocks = 0;
+    struct first_of {
+        size_t seq;
+        uint32_t tokens;
+    };
+    std::vector<first_of> firsts; /* whom a sequence shares its first tokens with */
     for (const group &g : s->groups)
         for (uint32_t i = 0; i < g.count; i++) {
             uint32_t n = g.least;
@@ -204,9 +217,11 @@ bool make_problem(problem &p, const shape *s, const bench_options *o)
             seq.kv_tokens = n;
             seq.q_tokens = s->q_tokens == 0 ? n : s->q_tokens;
             p.seqs.push_back(seq);
-            blocks += (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+            uint32_t shared = i == 0 ? 0 : g.shared; /* with the group's first */
+            firsts.push_back(shared == 0 ? first_of{} : first_of{p.seqs.size() - 1 - i, shared});
+            blocks += (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS - shared / BLOCK_TOKENS;
             p.q_rows += seq.q_tokens;
-            p.bytes += 2ull * n * s->kv_heads * s->head_dim * ts_dtype_bytes(s->dtype);
+            p.bytes += 2ull * (n - shared) * s->kv_heads * s->head_dim * ts_dtype_bytes(s->dtype);
             for (uint32_t q = 0; q < seq.q_tokens; q++)
                 p.flops += 4.0 * (n - seq.q_tokens + q + 1) * s->heads * s->head_dim;
         }
@@ -228,11 +243,17 @@ bool make_problem(problem &p, const shape *s, const bench_options *o)
         random ^= random << 17;
         std::swap(order[i], order[random % (i + 1)]);
     }
-    uint32_t next = 0;
-    for (ts_attention_seq &seq : p.seqs) {
-        uint32_t n = (seq.kv_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        p.tables.emplace_back(order.begin() + next, order.begin() + next + n);
-        next += n;
+    auto next = order.begin();
+    for (size_t i = 0; i < p.seqs.size(); i++) {
+        uint32_t n = (p.seqs[i].kv_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        uint32_t shared = firsts[i].tokens / BLOCK_TOKENS;
+        std::vector<uint32_t> table(next, next + (n - shared));
+        if (shared != 0) {
+            const std::vector<uint32_t> &first = p.tables[firsts[i].seq];
+            table.insert(table.begin(), first.begin(), first.begin() + shared);
+        }
+        p.tables.push_back(table);
+        next += n - shared;
     }
     for (size_t i = 0; i < p.seqs.size(); i++)
         p.seqs[i].blocks = p.tables[i].data();
