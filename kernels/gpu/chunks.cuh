@@ -392,6 +392,20 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
     if (!last)
         return;
 
+    /* Of few chunks, what this thread is to add up first is asked for now, before the factors are
+     * known, where there are registers for it. */
+    const int EARLY = ROWS * QUADS >= 512 || scaled<T>::value ? 0 : 4; /* chunks */
+    bool few = num_chunks <= (uint32_t)EARLY;
+    float4 early[EARLY + 1];
+    if (few) {
+        uint32_t quad = min(threadIdx.x, j.rows * QUADS - 1), d = quad % QUADS * 4;
+        const float *from =
+            records + places[quad / QUADS] * (size_t)record + 4 + (d < c.head_dim ? d : 0);
+#pragma unroll
+        for (int n = 0; n < EARLY; n++)
+            if ((uint32_t)n < num_chunks)
+                early[n] = __ldcg((const float4 *)(from + (size_t)n * all * record));
+    }
     /* Each chunk's factor: a row is a few lanes', so that many rows' loads are under way. */
     uint32_t width = num_chunks <= 4 ? 4 : num_chunks <= 8 ? 8 : num_chunks <= 16 ? 16 : 32;
     uint32_t lane = threadIdx.x % width;
@@ -428,17 +442,25 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             from[a] =
                 records + places[quad[a] / QUADS] * (size_t)record + 4 + (d < c.head_dim ? d : 0);
         }
-#pragma unroll(16 / ABREAST)
-        for (uint32_t n = 0; n < num_chunks; n++)
+        auto add = [&](uint32_t a, uint32_t n, const float4 &y) {
+            float factor = scratch[quad[a] / QUADS * num_chunks + n];
+            x[a][0] += y.x * factor;
+            x[a][1] += y.y * factor;
+            x[a][2] += y.z * factor;
+            x[a][3] += y.w * factor;
+        };
+        if (few && i == threadIdx.x) {
 #pragma unroll
-            for (uint32_t a = 0; a < ABREAST; a++) {
-                float4 y = __ldcg((const float4 *)(from[a] + (size_t)n * all * record));
-                float factor = scratch[quad[a] / QUADS * num_chunks + n];
-                x[a][0] += y.x * factor;
-                x[a][1] += y.y * factor;
-                x[a][2] += y.z * factor;
-                x[a][3] += y.w * factor;
-            }
+            for (int n = 0; n < EARLY; n++)
+                if ((uint32_t)n < num_chunks)
+                    add(0, (uint32_t)n, early[n]);
+        } else {
+#pragma unroll(16 / ABREAST)
+            for (uint32_t n = 0; n < num_chunks; n++)
+#pragma unroll
+                for (uint32_t a = 0; a < ABREAST; a++)
+                    add(a, n, __ldcg((const float4 *)(from[a] + (size_t)n * all * record)));
+        }
 #pragma unroll
         for (uint32_t a = 0; a < ABREAST; a++) {
             uint32_t r = quad[a] / QUADS, d = quad[a] % QUADS * 4;
