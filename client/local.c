@@ -51,7 +51,7 @@ static ts_status open_kernels(ts_client *c)
     if (c->attention != NULL)
         return TS_OK;
     ts_isa isa = (ts_isa)c->rings->isa;
-    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_AVX512 || ts_isa_resolve(isa) != isa)
+    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_AMX || ts_isa_resolve(isa) != isa)
         return ts_fail(c, TS_EPROTO,
                        "the daemon's kernels are of kind %d, which this library has not", (int)isa);
     c->attention = ts_attention_new(c->threads, isa);

@@ -132,8 +132,8 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
     if (strcmp(key, "threads") == 0)
         return number32(c, key, value, 0, 1024, &c->threads);
     if (strcmp(key, "kernel") == 0) {
-        static const char *const kernels[] = {"auto", "portable", "avx2", "avx512"};
-        status = word(c, key, value, kernels, 4, &which);
+        static const char *const kernels[] = {"auto", "portable", "avx2", "avx512", "amx"};
+        status = word(c, key, value, kernels, 5, &which);
         if (status == TS_OK && which != TS_ISA_AUTO && ts_isa_resolve((ts_isa)which) != which)
             return fail(c, "kernel = %s: this processor has no %s", value, value);
         c->kernel = (ts_isa)which;

@@ -5,6 +5,7 @@
  */
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_item.h"
 
 #include <math.h>
@@ -12,6 +13,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define ITEMS_PER_THREAD 4u
 #define PREFILL_ROWS 32u   /* query rows of one KV head that share each read of K and V */
@@ -46,9 +52,24 @@ const char *ts_isa_name(ts_isa isa)
         return "avx2";
     case TS_ISA_AVX512:
         return "avx512";
+    case TS_ISA_AMX:
+        return "amx";
     }
     return "unknown";
 }
+
+#if defined(__x86_64__)
+/* Whether the processor has the tile unit with bf16 and AVX-512's byte permutations, and the kernel
+ * lets this process use tiles, which it has to be asked for (Linux 5.16). */
+static bool has_amx(void)
+{
+    enum { VBMI = 1 << 1, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    enum { REQUEST_STATE = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM; asm/prctl.h */
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (c & VBMI) != 0 && (d & AMX_BF16) != 0 &&
+           (d & AMX_TILE) != 0 && syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+}
+#endif
 
 ts_isa ts_isa_resolve(ts_isa isa)
 {
@@ -57,7 +78,9 @@ ts_isa ts_isa_resolve(ts_isa isa)
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (isa == TS_ISA_AUTO || isa == TS_ISA_AVX512))
+    if (avx512 && (isa == TS_ISA_AUTO || isa == TS_ISA_AMX) && has_amx())
+        return TS_ISA_AMX;
+    if (avx512 && isa != TS_ISA_PORTABLE && isa != TS_ISA_AVX2)
         return TS_ISA_AVX512;
     if (avx2 && isa != TS_ISA_PORTABLE)
         return TS_ISA_AVX2;
@@ -70,6 +93,8 @@ ts_isa ts_isa_resolve(ts_isa isa)
 static const ts_attention_isa_ops *isa_ops(ts_isa isa)
 {
 #if defined(__x86_64__)
+    if (isa == TS_ISA_AMX)
+        return &ts_attention_amx;
     if (isa == TS_ISA_AVX512)
         return &ts_attention_avx512;
     if (isa == TS_ISA_AVX2)
@@ -170,11 +195,14 @@ static bool reserve(void **memory, size_t *capacity, size_t count, size_t bytes)
 }
 
 /* Scratch for items of up to `rows` rows, of which head_rows belong to one KV head. */
-static bool reserve_scratch(ts_attention *a, size_t rows, size_t head_rows, uint32_t head_dim)
+static bool reserve_scratch(ts_attention *a, const ts_geometry *g, size_t rows, size_t head_rows)
 {
-    size_t padded = ts_attention_padded(head_dim);
+    size_t padded = ts_attention_padded(g->head_dim), tiles = 0;
+    if (a->isa == TS_ISA_AMX && g->dtype == TS_DTYPE_FP8_E4M3) /* at most one row a chunk */
+        tiles = 2 * ts_amx_tokens_bytes(g->head_dim) + rows * ts_amx_rows_bytes(g->head_dim);
     size_t state = rows * (padded + 2);
-    size_t floats = rows * (padded + TS_ROW_PAD) + 2 * state + head_rows * TS_TILE;
+    size_t floats =
+        rows * (padded + TS_ROW_PAD) + 2 * state + head_rows * TS_TILE + tiles / sizeof(float);
     bool grow = floats > a->scratch_floats;
     for (uint32_t i = 0; i < ts_threads_count(a->threads); i++) {
         size_t capacity = grow ? 0 : a->scratch_floats;
@@ -182,6 +210,8 @@ static bool reserve_scratch(ts_attention *a, size_t rows, size_t head_rows, uint
             return false;
         float *p = a->scratch_memory[i];
         ts_attention_scratch *s = &a->scratch[i];
+        s->tiles = (unsigned char *)p;
+        p += tiles / sizeof(float);
         s->q = p;
         p += rows * padded;
         s->part = (ts_attention_state){
@@ -382,7 +412,7 @@ ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
     if (!reserve((void **)&a->items, &a->items_capacity, l.items, sizeof *a->items) ||
         !reserve((void **)&a->merges, &merges_capacity, l.merges, sizeof *a->merges) ||
         !reserve((void **)&a->partials, &a->partials_capacity, l.partial_floats, sizeof(float)) ||
-        !reserve_scratch(a, rows, head_rows, g->head_dim))
+        !reserve_scratch(a, g, rows, head_rows))
         return TS_ENOMEM;
     a->merges_capacity = merges_capacity;
     l = (list){0};

@@ -3,10 +3,11 @@
  * attention of any number of query tokens over any cached length, for many sequences in one call.
  * Knows no sequence object and no socket: it is given block tables.
  *
- * Numbers: fp32 arithmetic whatever the cache holds, online softmax over tiles of 16 tokens and
- * parts of 1024 tokens whose borders depend on the token's position alone. One (query token, head)
- * therefore comes out with the same bits whatever else is in the call and however many threads work
- * on it; different instruction sets (`ts_attention_isa`) differ in the last bits.
+ * Numbers: fp32 arithmetic whatever the cache holds, online softmax over tiles of 16 tokens (fp8 on
+ * the tile unit: of 64 where a query sees all of them) and parts of 1024 tokens whose borders
+ * depend on the token's position alone. One (query token, head) therefore comes out with the same
+ * bits whatever else is in the call and however many threads work on it; different instruction sets
+ * (`ts_attention_isa`) differ in the last bits.
  */
 #ifndef TS_ATTENTION_H
 #define TS_ATTENTION_H
@@ -77,8 +78,14 @@ typedef struct ts_attention_call {
     uint32_t num_seqs;
 } ts_attention_call;
 
-/* Which instructions to use. */
-typedef enum ts_isa { TS_ISA_AUTO = 0, TS_ISA_PORTABLE, TS_ISA_AVX2, TS_ISA_AVX512 } ts_isa;
+/* Which instructions to use. AMX: AVX-512, and the tile unit for fp8. */
+typedef enum ts_isa {
+    TS_ISA_AUTO = 0,
+    TS_ISA_PORTABLE,
+    TS_ISA_AVX2,
+    TS_ISA_AVX512,
+    TS_ISA_AMX
+} ts_isa;
 
 const char *ts_isa_name(ts_isa isa);
 

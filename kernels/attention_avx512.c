@@ -1,8 +1,9 @@
-/* The kernels in 64-byte vectors. */
+/* The kernels in 64-byte vectors; and with fp8 on the tile unit. */
 #include <immintrin.h>
 #define VL 16
 #define FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define LOAD_FP16(p) ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define LOAD_UINT16(p) ((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))))
 #define TS_ATTENTION_OPS ts_attention_avx512
+#define TS_ATTENTION_TILES ts_attention_amx
 #include "attention_kernel.inc.h"

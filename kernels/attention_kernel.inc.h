@@ -199,24 +199,24 @@ static void vary_scores(const ts_attention_item *item, float *s, uint32_t tokens
     }
 }
 
-/* One KV head of one tile, for all its rows. */
+/* One KV head of one tile, for rows first_row..end_row - 1. */
 INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                         const unsigned char *const *rows, size_t k_offset, size_t v_offset,
-                        uint32_t tile, uint32_t first_head, const float *q, float *scores,
-                        float *max, float *sums, float *acc, const fetch *next)
+                        uint32_t tile, uint32_t first_head, uint32_t first_row, uint32_t end_row,
+                        const float *q, float *scores, float *max, float *sums, float *acc,
+                        const fetch *next)
 {
     const ts_attention_variant *variant = &item->call->variant;
     const bool varied = variant->soft_cap > 0 || item->seq->alibi != NULL;
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t padded = ts_attention_padded(head_dim);
     const uint32_t group = item->call->heads / item->call->geometry.kv_heads;
-    const uint32_t num_rows = item->q_count * group;
     static const fetch nothing;
     const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
 
-    for (uint32_t r = 0; r < num_rows;) {
+    for (uint32_t r = first_row; r < end_row;) {
         /* Tokens of this tile that the first and the last row of the next four may see. */
-        uint32_t n = num_rows - r >= 4 ? 4 : num_rows - r >= 2 ? 2 : 1;
+        uint32_t n = end_row - r >= 4 ? 4 : end_row - r >= 2 ? 2 : 1;
         uint32_t low = first + r / group + 1, high = first + (r + n - 1) / group + 1;
         /* ... and the first of them that the first and the last row see. */
         uint32_t from = ts_attention_first_key(variant, low - 1);
@@ -233,13 +233,13 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
         float *s = scores + (size_t)r * TS_TILE;
         if (n == 4)
             score_rows(dtype, 4, head_dim, q + r * padded, padded, rows, k_offset, high, s,
-                       r == 0 ? next : &nothing);
+                       r == first_row ? next : &nothing);
         else if (n == 2)
             score_rows(dtype, 2, head_dim, q + r * padded, padded, rows, k_offset, high, s,
-                       r == 0 ? next : &nothing);
+                       r == first_row ? next : &nothing);
         else
             score_rows(dtype, 1, head_dim, q + r * padded, padded, rows, k_offset, high, s,
-                       r == 0 ? next : &nothing);
+                       r == first_row ? next : &nothing);
         for (uint32_t i = 0; i < n; i++) {
             uint32_t position = first + (r + i) / group, seen = position + 1;
             uint32_t hidden = ts_attention_first_key(variant, position);
@@ -261,13 +261,13 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
         float *block = acc + (size_t)r * padded;
         if (together && n == 4)
             weigh_rows(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == 0 ? next : &nothing);
+                       padded, r == first_row ? next : &nothing);
         else if (together && n == 2)
             weigh_rows(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == 0 ? next : &nothing);
+                       padded, r == first_row ? next : &nothing);
         else if (together)
             weigh_rows(dtype, 1, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == 0 ? next : &nothing);
+                       padded, r == first_row ? next : &nothing);
         r += n;
     }
 }
@@ -417,13 +417,55 @@ INLINE void spread_rows(fetch *next, const unsigned char **spread, const ts_atte
     next->rows = spread;
 }
 
+/* KV head h of the item, for its rows first_row..end_row - 1. */
+INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
+                        const unsigned char *const *rows, uint32_t h, uint32_t tile,
+                        uint32_t first_row, uint32_t end_row, const ts_attention_scratch *scratch,
+                        const ts_attention_state *state, const fetch *next)
+{
+    const ts_geometry *g = &item->call->geometry;
+    const uint32_t group = item->call->heads / g->kv_heads, r = h * item->q_count * group;
+    const uint32_t padded = ts_attention_padded(g->head_dim), head = item->head_first + h;
+    const size_t k = head * ts_geometry_head_stride(g), v = k + ts_geometry_plane_bytes(g);
+    const float *q = scratch->q + (size_t)r * padded;
+    float *sums = scratch->sums + (size_t)r * VL, *acc = state->acc + (size_t)r * padded;
+    if (dtype == FP8_FOURS && has_nan(rows, k, v - k, g->head_dim))
+        attend_tile(FP8_FOURS_NAN, item, rows, k, v, tile, head * group, first_row, end_row, q,
+                    scratch->scores, state->max + r, sums, acc, next);
+    else
+        attend_tile(dtype, item, rows, k, v, tile, head * group, first_row, end_row, q,
+                    scratch->scores, state->max + r, sums, acc, next);
+}
+
+/* Begins a part; *end gets the end of what the item's rows see of it. Returns the first tile that
+ * any of them sees. */
+static uint32_t begin_part(const ts_attention_item *item, uint32_t part,
+                           const ts_attention_scratch *scratch, const ts_attention_state *state,
+                           uint32_t *end)
+{
+    const uint32_t rows = ts_attention_item_rows(item);
+    const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
+    reset(state, rows, ts_attention_padded(item->call->geometry.head_dim));
+    memset(scratch->sums, 0, (size_t)rows * VL * sizeof(float));
+    *end =
+        first + item->q_count < (part + 1) * TS_PART ? first + item->q_count : (part + 1) * TS_PART;
+    uint32_t key = ts_attention_first_key(&item->call->variant, first);
+    return key > part * TS_PART ? key / TS_TILE * TS_TILE : part * TS_PART;
+}
+
+static void end_part(const ts_attention_item *item, const ts_attention_scratch *scratch,
+                     const ts_attention_state *state)
+{
+    for (uint32_t r = 0; r < ts_attention_item_rows(item); r++)
+        state->sum[r] = reduce_sum(load(scratch->sums + (size_t)r * VL));
+}
+
 INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t part,
                         const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
     const ts_attention_call *call = item->call;
     const ts_geometry *g = &call->geometry;
-    const uint32_t padded = ts_attention_padded(g->head_dim);
-    const uint32_t group = call->heads / g->kv_heads, head_rows = item->q_count * group;
+    const uint32_t head_rows = item->q_count * (call->heads / g->kv_heads);
     const size_t plane = ts_geometry_plane_bytes(g), block_bytes = ts_geometry_block_bytes(g);
     const size_t token_stride = ts_geometry_token_stride(g);
     const size_t head_stride = ts_geometry_head_stride(g);
@@ -434,18 +476,7 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
     heads_ahead = heads_ahead < 1                  ? 1
                   : heads_ahead > item->head_count ? item->head_count
                                                    : heads_ahead;
-    uint32_t end = item->seq->kv_tokens - item->seq->q_tokens + item->q_first + item->q_count;
-    if (end > (part + 1) * TS_PART)
-        end = (part + 1) * TS_PART;
-    reset(state, item->head_count * head_rows, padded);
-    memset(scratch->sums, 0, (size_t)item->head_count * head_rows * VL * sizeof(float));
-
-    /* The first tile that any of the item's queries sees. */
-    uint32_t start_tile = part * TS_PART;
-    uint32_t first_key = ts_attention_first_key(
-        &call->variant, item->seq->kv_tokens - item->seq->q_tokens + item->q_first);
-    if (first_key > start_tile)
-        start_tile = first_key / TS_TILE * TS_TILE;
+    uint32_t end, start_tile = begin_part(item, part, scratch, state, &end);
     const unsigned char *rows[2][TS_TILE];
     uint32_t block = start_tile / g->block_tokens, offset = start_tile % g->block_tokens;
     uint32_t filled = 0;
@@ -467,7 +498,6 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
                 next[t] = next[filled - 1];
         }
         for (uint32_t h = 0; h < item->head_count; h++) {
-            size_t head_offset = (item->head_first + h) * head_stride;
             bool later = h + heads_ahead >= item->head_count; /* in the next tile */
             size_t then = item->head_first + h + heads_ahead - (later ? item->head_count : 0);
             fetch next = {.rows = !later       ? rows[turn]
@@ -478,42 +508,53 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
             const unsigned char *spread[TS_TILE];
             if (!is_fours(dtype) && next.rows != NULL) /* which waits for arithmetic, not memory */
                 spread_rows(&next, spread, item, rows[turn ^ 1], filled > 0, h, plane);
-            uint32_t r = h * head_rows;
-            if (dtype == FP8_FOURS && has_nan(rows[turn], head_offset, plane, g->head_dim))
-                attend_tile(FP8_FOURS_NAN, item, rows[turn], head_offset, plane + head_offset, tile,
-                            (item->head_first + h) * group, scratch->q + (size_t)r * padded,
-                            scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
-                            state->acc + (size_t)r * padded, &next);
-            else
-                attend_tile(dtype, item, rows[turn], head_offset, plane + head_offset, tile,
-                            (item->head_first + h) * group, scratch->q + (size_t)r * padded,
-                            scratch->scores, state->max + r, scratch->sums + (size_t)r * VL,
-                            state->acc + (size_t)r * padded, &next);
+            attend_head(dtype, item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
         }
     }
-    for (uint32_t r = 0; r < item->head_count * head_rows; r++)
-        state->sum[r] = reduce_sum(load(scratch->sums + (size_t)r * VL));
+    end_part(item, scratch, state);
 }
 
-INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,
-                        const ts_attention_scratch *scratch)
+#ifdef TS_ATTENTION_TILES
+#include "attention_tiles.inc.h"
+#endif
+
+INLINE void compute_part(ts_dtype dtype, const ts_attention_item *item, uint32_t part,
+                         const ts_attention_scratch *scratch, const ts_attention_state *state)
+{
+#ifdef TS_ATTENTION_TILES
+    if (dtype == FP8_TILES) {
+        attend_part_tiles(item, part, scratch, state);
+        return;
+    }
+#endif
+    attend_part(dtype, item, part, scratch, state);
+}
+
+INLINE void attend_parts(ts_dtype dtype, const ts_attention_item *item,
+                         const ts_attention_scratch *scratch)
 {
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
-    load_queries(dtype, item, scratch->q);
     if (item->partials != NULL) {
         for (uint32_t part = item->part_first; part < item->part_end; part++) {
             ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
-            attend_part(dtype, item, part, scratch, &state);
+            compute_part(dtype, item, part, scratch, &state);
         }
         return;
     }
     reset(&scratch->all, rows, padded);
     for (uint32_t part = item->part_first; part < item->part_end; part++) {
-        attend_part(dtype, item, part, scratch, &scratch->part);
+        compute_part(dtype, item, part, scratch, &scratch->part);
         merge_state(&scratch->all, &scratch->part, rows, padded);
     }
     write_out(dtype, item, &scratch->all);
+}
+
+INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,
+                        const ts_attention_scratch *scratch)
+{
+    load_queries(dtype, item, scratch->q);
+    attend_parts(dtype, item, scratch);
 }
 
 /* The one place where the cache's type becomes a constant. */
@@ -593,3 +634,20 @@ static void merge_item(const ts_attention_item *item, const ts_attention_scratch
 }
 
 const ts_attention_isa_ops TS_ATTENTION_OPS = {.item = run_item, .merge = merge_item};
+
+#ifdef TS_ATTENTION_TILES
+static void run_item_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
+{
+    if (order_of(&item->call->geometry) != FP8_FOURS) {
+        run_item(item, scratch);
+        return;
+    }
+    load_queries(FP8_TILES, item, scratch->q);
+    ts_amx_begin();
+    load_query_tiles(item, scratch);
+    attend_parts(FP8_TILES, item, scratch);
+    ts_amx_end();
+}
+
+const ts_attention_isa_ops TS_ATTENTION_TILES = {.item = run_item_tiles, .merge = merge_item};
+#endif

@@ -1,7 +1,7 @@
 /* The host attention kernels against the float64 reference, and against themselves bit for bit. */
 #include "attention_util.h"
 
-static const ts_isa isas[] = {TS_ISA_PORTABLE, TS_ISA_AVX2, TS_ISA_AVX512};
+static const ts_isa isas[] = {TS_ISA_PORTABLE, TS_ISA_AVX2, TS_ISA_AVX512, TS_ISA_AMX};
 
 static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint32_t num_seqs,
                           double limit)
