@@ -4,6 +4,8 @@
 #include <stdalign.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 #define TILE 1024 /* bytes: 16 rows of 64 */
 #define SPLITS 3  /* a float is the sum of three bf16 numbers */
 
@@ -62,7 +64,7 @@ void ts_amx_end(void)
 }
 
 /* The upper halves of a, which are bf16, and of b, in turns; what they leave of a and b remains. */
-static inline __m512i split(__m512 *a, __m512 *b)
+INLINE __m512i split(__m512 *a, __m512 *b)
 {
     const __m512i mask = _mm512_set1_epi32((int)0xffff0000u);
     __m512i x = _mm512_and_si512((__m512i)*a, mask), y = _mm512_and_si512((__m512i)*b, mask);
@@ -96,7 +98,7 @@ typedef struct widening {
     __m512i low[2], high[2];
 } widening;
 
-static inline widening load_widening(void)
+INLINE widening load_widening(void)
 {
     widening w;
     for (int i = 0; i < 2; i++) {
@@ -107,7 +109,7 @@ static inline widening load_widening(void)
 }
 
 /* 64 elements to bf16, of each 16 bytes the first 8 to `first`, the others to `second`. */
-static inline void widen(widening w, __m512i x, void *first, void *second)
+INLINE void widen(widening w, __m512i x, void *first, void *second)
 {
     __m512i low = _mm512_permutex2var_epi8(w.low[0], x, w.low[1]);
     __m512i high = _mm512_permutex2var_epi8(w.high[0], x, w.high[1]);
@@ -116,16 +118,19 @@ static inline void widen(widening w, __m512i x, void *first, void *second)
     _mm512_store_si512(second, _mm512_unpackhi_epi8(low, high));
 }
 
-static inline void widen_k_row(widening w, const ts_amx_rows *k, uint32_t head_dim, uint32_t t)
+INLINE void widen_k_row(widening w, const ts_amx_rows *k, uint32_t head_dim, uint32_t t,
+                        ts_streams *next)
 {
     char *to = (char *)k->tiles + t / 16 * (head_dim / 32) * TILE + t % 16 * 64;
     for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
         widen(w, _mm512_loadu_si512(k->rows[t] + k->offset + d), to, to + TILE);
-    ts_streams_advance(k->next, head_dim);
+    for (uint32_t i = t * head_dim / 128; i < (t + 1) * head_dim / 128; i++)
+        ts_streams_advance(next);
 }
 
 /* Rows 2 * t and 2 * t + 1, of those that a tile has. */
-static inline void widen_v_rows(widening w, const ts_amx_rows *v, uint32_t head_dim, uint32_t t)
+INLINE void widen_v_rows(widening w, const ts_amx_rows *v, uint32_t head_dim, uint32_t t,
+                         ts_streams *next)
 {
     /* A tile's row has tokens t and t + 16. */
     const uint32_t token = t / 16 * 32 + t % 16;
@@ -136,18 +141,21 @@ static inline void widen_v_rows(widening w, const ts_amx_rows *v, uint32_t head_
         widen(w, _mm512_unpacklo_epi8(x, y), to, to + TILE);
         widen(w, _mm512_unpackhi_epi8(x, y), to + 2 * TILE, to + 3 * TILE);
     }
-    ts_streams_advance(v->next, 2 * head_dim);
+    for (uint32_t i = 0; i < head_dim / 64; i++)
+        ts_streams_advance(next);
 }
 
-void ts_amx_widen_k(const ts_amx_rows *k, uint32_t head_dim)
+INLINE void widen_k(const ts_amx_rows *k, uint32_t head_dim)
 {
     const widening w = load_widening();
+    ts_streams next = *k->next;
     for (uint32_t t = 0; t < TS_AMX_TOKENS; t++)
-        widen_k_row(w, k, head_dim, t);
+        widen_k_row(w, k, head_dim, t, &next);
+    *k->next = next;
 }
 
 /* Four tokens' [split][row] become their sums over splits, [token][row]. */
-static inline __m512 add_splits(const float *tile)
+INLINE __m512 add_splits(const float *tile)
 {
     __m512 a = _mm512_load_ps(tile), b = _mm512_load_ps(tile + 16), c = _mm512_load_ps(tile + 32),
            d = _mm512_load_ps(tile + 48);
@@ -158,7 +166,7 @@ static inline __m512 add_splits(const float *tile)
 }
 
 /* 16 tokens' [token][split][row] become [row][token], rows 64 floats apart. */
-static inline void store_scores(const float *sums, float *scores)
+INLINE void store_scores(const float *sums, float *scores)
 {
     const __m512i rows_01 =
         _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
@@ -174,18 +182,19 @@ static inline void store_scores(const float *sums, float *scores)
     _mm512_storeu_ps(scores + 192, _mm512_shuffle_f32x4(ab, cd, 0xee));
 }
 
-void ts_amx_score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, float *scores,
+INLINE void score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, float *scores,
                   const ts_amx_rows *v)
 {
     const widening w = load_widening();
     const uint32_t tiles = head_dim / 32;
+    ts_streams next = v != NULL ? *v->next : (ts_streams){0};
     alignas(64) float sums[2][16 * 16];
     for (uint32_t t = 0; t < TS_AMX_TOKENS / 16; t++) {
         const char *k = (const char *)k_tiles + t * tiles * TILE;
         TILE_ZERO(SCORES);
         for (uint32_t i = 0, done = 0; i < 8; i++) {
             if (v != NULL)
-                widen_v_rows(w, v, head_dim, t * 8 + i);
+                widen_v_rows(w, v, head_dim, t * 8 + i, &next);
             for (; done < (i + 1) * tiles / 8; done++) {
                 TILE_LOAD(KEYS, k + done * TILE);
                 TILE_LOAD(OPERAND, (const char *)q_tiles + done * TILE);
@@ -197,24 +206,26 @@ void ts_amx_score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, f
             store_scores(sums[(t - 1) % 2], scores + (t - 1) * 16);
     }
     store_scores(sums[1], scores + 48);
+    if (v != NULL)
+        *v->next = next;
 }
 
 /* One row's sums of a tile of OUT. */
-static inline __m512 out_row(const float *tile, uint32_t row)
+INLINE __m512 out_row(const float *tile, uint32_t row)
 {
     return _mm512_load_ps(tile + row * 16) + (_mm512_load_ps(tile + (TS_AMX_ROWS + row) * 16) +
                                               _mm512_load_ps(tile + (2 * TS_AMX_ROWS + row) * 16));
 }
 
-static inline void add_to(float *acc, __m512 x)
+INLINE void add_to(float *acc, __m512 x)
 {
     _mm512_storeu_ps(acc, _mm512_loadu_ps(acc) + x);
 }
 
 /* acc[r] += the sums of 64 dims: four tiles have 4 of each 16 in turns, and even and odd ones are
  * wanted apart. */
-static inline void add_out(const float (*sums)[SPLITS * TS_AMX_ROWS * 16], uint32_t first,
-                           uint32_t end, float *acc, uint32_t padded)
+INLINE void add_out(const float (*sums)[SPLITS * TS_AMX_ROWS * 16], uint32_t first, uint32_t end,
+                    float *acc, uint32_t padded)
 {
     const __m512i even =
         _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
@@ -234,7 +245,7 @@ static inline void add_out(const float (*sums)[SPLITS * TS_AMX_ROWS * 16], uint3
     }
 }
 
-void ts_amx_weigh(const void *v_tiles, const float *weights, uint32_t first_row, uint32_t end_row,
+INLINE void weigh(const void *v_tiles, const float *weights, uint32_t first_row, uint32_t end_row,
                   uint32_t head_dim, float *acc, uint32_t padded, const ts_amx_rows *k)
 {
     alignas(64) unsigned char tiles[2][SPLITS * TS_AMX_ROWS * 64];
@@ -251,9 +262,10 @@ void ts_amx_weigh(const void *v_tiles, const float *weights, uint32_t first_row,
     const widening w = load_widening();
     const uint32_t steps = head_dim / 8; /* products; K's rows are widened between them */
     uint32_t step = 0, widened_rows = 0;
+    ts_streams next = k != NULL ? *k->next : (ts_streams){0};
 #define BETWEEN                                                                                    \
     for (step++; k != NULL && widened_rows < step * TS_AMX_TOKENS / steps; widened_rows++)         \
-    widen_k_row(w, k, head_dim, widened_rows)
+    widen_k_row(w, k, head_dim, widened_rows, &next)
     const char *first = v_tiles, *second = first + head_dim / 16 * TILE;
     alignas(64) float sums[2][4][SPLITS * TS_AMX_ROWS * 16];
     for (uint32_t d = 0; d < head_dim; d += 64) {
@@ -279,4 +291,45 @@ void ts_amx_weigh(const void *v_tiles, const float *weights, uint32_t first_row,
         }
     }
     add_out(sums[(head_dim / 64 - 1) % 2], first_row, end_row, acc + head_dim - 64, padded);
+    if (k != NULL)
+        *k->next = next;
+}
+
+/* head_dim is a constant in each. */
+#define FOR_HEAD_DIM(call)                                                                         \
+    switch (head_dim) {                                                                            \
+    case 64:                                                                                       \
+        call(64);                                                                                  \
+        break;                                                                                     \
+    case 128:                                                                                      \
+        call(128);                                                                                 \
+        break;                                                                                     \
+    case 192:                                                                                      \
+        call(192);                                                                                 \
+        break;                                                                                     \
+    default:                                                                                       \
+        call(256);                                                                                 \
+    }
+
+void ts_amx_widen_k(const ts_amx_rows *k, uint32_t head_dim)
+{
+#define CALL(dim) widen_k(k, dim)
+    FOR_HEAD_DIM(CALL)
+#undef CALL
+}
+
+void ts_amx_score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, float *scores,
+                  const ts_amx_rows *v)
+{
+#define CALL(dim) score(k_tiles, q_tiles, dim, scores, v)
+    FOR_HEAD_DIM(CALL)
+#undef CALL
+}
+
+void ts_amx_weigh(const void *v_tiles, const float *weights, uint32_t first_row, uint32_t end_row,
+                  uint32_t head_dim, float *acc, uint32_t padded, const ts_amx_rows *k)
+{
+#define CALL(dim) weigh(v_tiles, weights, first_row, end_row, dim, acc, padded, k)
+    FOR_HEAD_DIM(CALL)
+#undef CALL
 }
