@@ -125,7 +125,7 @@ INLINE void widen_k_row(widening w, const ts_amx_rows *k, uint32_t head_dim, uin
     for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
         widen(w, _mm512_loadu_si512(k->rows[t] + k->offset + d), to, to + TILE);
     for (uint32_t i = t * head_dim / 128; i < (t + 1) * head_dim / 128; i++)
-        ts_streams_advance(next);
+        ts_streams_ask(next, i);
 }
 
 /* Rows 2 * t and 2 * t + 1, of those that a tile has. */
@@ -142,14 +142,14 @@ INLINE void widen_v_rows(widening w, const ts_amx_rows *v, uint32_t head_dim, ui
         widen(w, _mm512_unpackhi_epi8(x, y), to + 2 * TILE, to + 3 * TILE);
     }
     for (uint32_t i = 0; i < head_dim / 64; i++)
-        ts_streams_advance(next);
+        ts_streams_ask(next, t * (head_dim / 64) + i);
 }
 
 INLINE void widen_k(const ts_amx_rows *k, uint32_t head_dim)
 {
     const widening w = load_widening();
     ts_streams next = *k->next;
-    for (uint32_t t = 0; t < TS_AMX_TOKENS; t++)
+    _Pragma("GCC unroll 8") for (uint32_t t = 0; t < TS_AMX_TOKENS; t++)
         widen_k_row(w, k, head_dim, t, &next);
     *k->next = next;
 }
@@ -192,12 +192,13 @@ INLINE void score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, f
     for (uint32_t t = 0; t < TS_AMX_TOKENS / 16; t++) {
         const char *k = (const char *)k_tiles + t * tiles * TILE;
         TILE_ZERO(SCORES);
-        for (uint32_t i = 0, done = 0; i < 8; i++) {
+        _Pragma("GCC unroll 8") for (uint32_t i = 0; i < 8; i++)
+        {
             if (v != NULL)
                 widen_v_rows(w, v, head_dim, t * 8 + i, &next);
-            for (; done < (i + 1) * tiles / 8; done++) {
-                TILE_LOAD(KEYS, k + done * TILE);
-                TILE_LOAD(OPERAND, (const char *)q_tiles + done * TILE);
+            for (uint32_t j = i * tiles / 8; j < (i + 1) * tiles / 8; j++) {
+                TILE_LOAD(KEYS, k + j * TILE);
+                TILE_LOAD(OPERAND, (const char *)q_tiles + j * TILE);
                 TILE_MULTIPLY(SCORES, KEYS, OPERAND);
             }
         }
@@ -260,30 +261,32 @@ INLINE void weigh(const void *v_tiles, const float *weights, uint32_t first_row,
     TILE_LOAD(WEIGHTS_1, tiles[1]);
 
     const widening w = load_widening();
-    const uint32_t steps = head_dim / 8; /* products; K's rows are widened between them */
-    uint32_t step = 0, widened_rows = 0;
     ts_streams next = k != NULL ? *k->next : (ts_streams){0};
-#define BETWEEN                                                                                    \
-    for (step++; k != NULL && widened_rows < step * TS_AMX_TOKENS / steps; widened_rows++)         \
-    widen_k_row(w, k, head_dim, widened_rows, &next)
+    /* K's rows are widened between the products, of which there are head_dim / 8. */
+#define BETWEEN(product)                                                                           \
+    for (uint32_t t = (d / 8 + (product)) * 512 / head_dim;                                        \
+         k != NULL && t < (d / 8 + (product) + 1) * 512 / head_dim; t++)                           \
+    widen_k_row(w, k, head_dim, t, &next)
     const char *first = v_tiles, *second = first + head_dim / 16 * TILE;
     alignas(64) float sums[2][4][SPLITS * TS_AMX_ROWS * 16];
     for (uint32_t d = 0; d < head_dim; d += 64) {
-        for (uint32_t i = 0; i < 4; i += 2, first += 2 * TILE, second += 2 * TILE) {
+        _Pragma("GCC unroll 2") for (uint32_t i = 0; i < 4;
+                                     i += 2, first += 2 * TILE, second += 2 * TILE)
+        {
             TILE_ZERO(OUT_0);
             TILE_ZERO(OUT_1);
             TILE_LOAD(OPERAND, first);
             TILE_MULTIPLY(OUT_0, WEIGHTS_0, OPERAND);
-            BETWEEN;
+            BETWEEN(2 * i + 0);
             TILE_LOAD(OPERAND, first + TILE);
             TILE_MULTIPLY(OUT_1, WEIGHTS_0, OPERAND);
-            BETWEEN;
+            BETWEEN(2 * i + 1);
             TILE_LOAD(OPERAND, second);
             TILE_MULTIPLY(OUT_0, WEIGHTS_1, OPERAND);
-            BETWEEN;
+            BETWEEN(2 * i + 2);
             TILE_LOAD(OPERAND, second + TILE);
             TILE_MULTIPLY(OUT_1, WEIGHTS_1, OPERAND);
-            BETWEEN;
+            BETWEEN(2 * i + 3);
             TILE_STORE(OUT_0, sums[d / 64 % 2][i]);
             TILE_STORE(OUT_1, sums[d / 64 % 2][i + 1]);
             if (i == 0 && d > 0)

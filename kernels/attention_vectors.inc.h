@@ -1,7 +1,8 @@
 /*
  * Vectors of VL floats for attention_kernel.inc.h (GCC's and Clang's vector extensions): loads from
  * a cache of any type, sums and maxima over lanes, exp2. The including file defines VL, FMA(a,b,c)
- * and, where the hardware converts fp16, LOAD_FP16(p).
+ * and what the hardware has of LOAD_FP16(p), MAXIMUM(a,b) and SCALE_BY_EXP2(p,n,x): p * 2^n, 0
+ * where x < -126.
  */
 #include "attention_item.h"
 
@@ -55,9 +56,14 @@ INLINE vf choose(vi mask, vf yes, vf no)
     return (vf)((mask & (vi)yes) | (~mask & (vi)no));
 }
 
+#ifndef MAXIMUM
+#define MAXIMUM(a, b) choose((a) > (b), a, b)
+#endif
+
+/* b if either is NaN. */
 INLINE vf maximum(vf a, vf b)
 {
-    return choose(a > b, a, b);
+    return MAXIMUM(a, b);
 }
 
 #ifndef LOAD_UINT16
@@ -244,8 +250,10 @@ INLINE float reduce_sum(vf v)
 INLINE vf exp2_negative(vf x)
 {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+#ifndef SCALE_BY_EXP2
     vi zero = x < -126.0f;
     x = choose(zero, (vf){0}, x);
+#endif
     vf shifted = x + magic;
     vf f = x - (shifted - magic);
     vf p = broadcast(1.5252733804059838e-05f);
@@ -256,8 +264,12 @@ INLINE vf exp2_negative(vf x)
     p = FMA(p, f, broadcast(2.4022650695910070e-01f));
     p = FMA(p, f, broadcast(6.9314718055994530e-01f));
     p = FMA(p, f, broadcast(1.0f));
+#ifdef SCALE_BY_EXP2
+    return SCALE_BY_EXP2(p, shifted - magic, x);
+#else
     vf scaled = (vf)((vu)p + ((vu)shifted << 23));
     return choose(x == x, (vf)(~zero & (vi)scaled), x); /* the sum of bits may be no NaN */
+#endif
 }
 
 static float exp2_scalar(float x)

@@ -166,7 +166,17 @@ static int measure(const bench_options *o, const shape *s, memory *m, ts_threads
 {
     setup u;
     double read[REPEATS], attend[REPEATS];
-    if (!prepare(&u, s, m) || ts_attention_run(a, &u.call) != TS_OK) {
+    bool ready = prepare(&u, s, m);
+    char name[64];
+    if (ready)
+        snprintf(name, sizeof name, "%u x %u, %u/%u/%u %s %s", u.call.num_seqs,
+                 u.seqs[0].kv_tokens, s->heads, s->kv_heads, s->head_dim, ts_dtype_name(s->dtype),
+                 s->layout == TS_LAYOUT_NHD ? "nhd" : "hnd");
+    if (ready && o->shape != NULL && strstr(name, o->shape) == NULL) {
+        release(&u);
+        return 0;
+    }
+    if (!ready || ts_attention_run(a, &u.call) != TS_OK) {
         fprintf(stderr, "tsbench: no memory\n");
         release(&u);
         return 1;
@@ -192,10 +202,6 @@ static int measure(const bench_options *o, const shape *s, memory *m, ts_threads
                        bench_percentile(read, REPEATS, 50);
     double rate = (double)kv * 1e-9 / bench_percentile(attend, REPEATS, 50);
     double slow = (double)kv * 1e-9 / attend[REPEATS - 1];
-    char name[64];
-    snprintf(name, sizeof name, "%u x %u, %u/%u/%u %s %s", u.call.num_seqs, u.seqs[0].kv_tokens,
-             s->heads, s->kv_heads, s->head_dim, ts_dtype_name(s->dtype),
-             s->layout == TS_LAYOUT_NHD ? "nhd" : "hnd");
     if (!o->json)
         printf("%-36s %8.1f %8.1f %8.1f %8.2f %9.1e\n", name, read_rate, rate, slow,
                rate / read_rate, error);

@@ -25,7 +25,7 @@ static const struct argp_option argp_options[] = {
     {"device", 'D', "DEVICE", 0, "host (the default) or cuda:N: where attend runs", 0},
     {"kernel", 'k', "NAME", 0, "Kernel of attend on a GPU (default auto)", 0},
     {"all-kernels", 'a', NULL, 0, "Every kernel in turn", 0},
-    {"shape", 's', "TEXT", 0, "Only shapes of attend on a GPU whose name has this", 0},
+    {"shape", 's', "TEXT", 0, "Only shapes of attend whose name has this", 0},
     {"append", 'A', NULL, 0, "Attend on a GPU writes the new tokens' K and V too", 0},
     {"layers", 'l', "N", 0, "Layers of attend's cache on a GPU (default: what no cache holds)", 0},
     {"in-order", 'i', NULL, 0, "Attend's blocks on a GPU lie in order, not at random", 0},
@@ -164,13 +164,15 @@ int main(int argc, char **argv)
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &a);
     bool for_gpu = a.options.kernel != TS_KERNEL_AUTO || a.options.all_kernels ||
-                   a.options.shape != NULL || a.options.append || a.options.layers != 0 ||
-                   a.options.in_order;
+                   a.options.append || a.options.layers != 0 || a.options.in_order;
     if (for_gpu && !(a.options.on_gpu && strcmp(a.what, "attend") == 0)) {
-        fprintf(
-            stderr,
-            "tsbench: --kernel, --all-kernels, --shape, --append, --layers and --in-order are for "
-            "attend --device cuda:N\n");
+        fprintf(stderr,
+                "tsbench: --kernel, --all-kernels, --append, --layers and --in-order are for "
+                "attend --device cuda:N\n");
+        return 2;
+    }
+    if (a.options.shape != NULL && strcmp(a.what, "attend") != 0) {
+        fprintf(stderr, "tsbench: --shape is for attend\n");
         return 2;
     }
     if (a.options.daemon == NULL)
