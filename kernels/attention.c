@@ -198,8 +198,9 @@ static bool reserve(void **memory, size_t *capacity, size_t count, size_t bytes)
 static bool reserve_scratch(ts_attention *a, const ts_geometry *g, size_t rows, size_t head_rows)
 {
     size_t padded = ts_attention_padded(g->head_dim), tiles = 0;
-    if (a->isa == TS_ISA_AMX && g->dtype == TS_DTYPE_FP8_E4M3) /* at most one row a chunk */
-        tiles = 2 * ts_amx_tokens_bytes(g->head_dim) + rows * ts_amx_rows_bytes(g->head_dim);
+    if (a->isa == TS_ISA_AMX && g->dtype == TS_DTYPE_FP8_E4M3) /* a chunk has a row at least */
+        tiles = sizeof(ts_amx_work) + head_rows * TS_AMX_CHUNK_SCORES +
+                rows * ts_amx_chunk_bytes(g->head_dim);
     size_t state = rows * (padded + 2);
     size_t floats =
         rows * (padded + TS_ROW_PAD) + 2 * state + head_rows * TS_TILE + tiles / sizeof(float);
@@ -210,7 +211,7 @@ static bool reserve_scratch(ts_attention *a, const ts_geometry *g, size_t rows, 
             return false;
         float *p = a->scratch_memory[i];
         ts_attention_scratch *s = &a->scratch[i];
-        s->tiles = (unsigned char *)p;
+        s->tiles = (char *)p;
         p += tiles / sizeof(float);
         s->q = p;
         p += rows * padded;

@@ -76,10 +76,10 @@ INLINE __m512i split(__m512 *a, __m512 *b)
 void ts_amx_load_queries(const float *q, uint32_t rows, uint32_t padded, uint32_t head_dim,
                          void *q_tiles)
 {
-    memset(q_tiles, 0, ts_amx_rows_bytes(head_dim));
+    memset(q_tiles, 0, ts_amx_chunk_bytes(head_dim));
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t i = 0; i < head_dim / 32; i++) {
-            /* Pair k of 32 dims, of which widen_k puts 8 into one tile and 8 into the next. */
+            /* Pair k of 32 dims, of which widening puts 8 into one tile and 8 into the next. */
             const float *row = q + r * padded + i / 2 * 64 + i % 2 * 16;
             __m512 even = _mm512_loadu_ps(row), odd = _mm512_loadu_ps(row + 32);
             for (uint32_t s = 0; s < SPLITS; s++) {
@@ -118,40 +118,44 @@ INLINE void widen(widening w, __m512i x, void *first, void *second)
     _mm512_store_si512(second, _mm512_unpackhi_epi8(low, high));
 }
 
-INLINE void widen_k_row(widening w, const ts_amx_rows *k, uint32_t head_dim, uint32_t t,
-                        ts_streams *next)
-{
-    char *to = (char *)k->tiles + t / 16 * (head_dim / 32) * TILE + t % 16 * 64;
-    for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
-        widen(w, _mm512_loadu_si512(k->rows[t] + k->offset + d), to, to + TILE);
-    for (uint32_t i = t * head_dim / 128; i < (t + 1) * head_dim / 128; i++)
-        ts_streams_ask(next, i);
-}
+/* What is widened at a time: keys of 32 tokens, [2][head_dim / 32] tiles, or 64 dims of values,
+ * [2][4] tiles, from 32 rows, or from 32 pairs of rows. */
+typedef enum unit_kind { NOTHING, KEYS_OF_32, DIMS_OF_64 } unit_kind;
+#define UNIT_ROWS 32u
 
-/* Rows 2 * t and 2 * t + 1, of those that a tile has. */
-INLINE void widen_v_rows(widening w, const ts_amx_rows *v, uint32_t head_dim, uint32_t t,
-                         ts_streams *next)
-{
-    /* A tile's row has tokens t and t + 16. */
-    const uint32_t token = t / 16 * 32 + t % 16;
-    const unsigned char *a = v->rows[token] + v->offset, *b = v->rows[token + 16] + v->offset;
-    char *to = (char *)v->tiles + t / 16 * (head_dim / 16) * TILE + t % 16 * 64;
-    for (uint32_t d = 0; d < head_dim; d += 64, to += 4 * TILE) {
-        __m512i x = _mm512_loadu_si512(a + d), y = _mm512_loadu_si512(b + d);
-        widen(w, _mm512_unpacklo_epi8(x, y), to, to + TILE);
-        widen(w, _mm512_unpackhi_epi8(x, y), to + 2 * TILE, to + 3 * TILE);
-    }
-    for (uint32_t i = 0; i < head_dim / 64; i++)
-        ts_streams_ask(next, t * (head_dim / 64) + i);
-}
+typedef struct unit {
+    const ts_amx_rows *rows;
+    uint32_t from; /* the first token, the first dim */
+    char *to;
+} unit;
 
-INLINE void widen_k(const ts_amx_rows *k, uint32_t head_dim)
+/* Rows first..end - 1 of a unit. */
+INLINE void widen_unit(unit_kind kind, widening w, unit u, uint32_t head_dim, uint32_t first,
+                       uint32_t end, ts_streams *next)
 {
-    const widening w = load_widening();
-    ts_streams next = *k->next;
-    _Pragma("GCC unroll 8") for (uint32_t t = 0; t < TS_AMX_TOKENS; t++)
-        widen_k_row(w, k, head_dim, t, &next);
-    *k->next = next;
+    if (kind == KEYS_OF_32)
+        _Pragma("GCC unroll 8") for (uint32_t t = first; t < end; t++)
+        {
+            char *to = u.to + t / 16 * (head_dim / 32) * TILE + t % 16 * 64;
+            const unsigned char *row = u.rows->rows[u.from + t] + u.rows->offset;
+            for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
+                widen(w, _mm512_loadu_si512(row + d), to, to + TILE);
+            for (uint32_t i = t * head_dim / 128; i < (t + 1) * head_dim / 128; i++)
+                ts_streams_ask(next, i);
+        }
+    if (kind == DIMS_OF_64)
+        _Pragma("GCC unroll 8") for (uint32_t t = first; t < end; t++)
+        {
+            /* A tile's row has tokens t and t + 16. */
+            const unsigned char *const *rows = u.rows->rows + t / 16 * 32 + t % 16;
+            const size_t offset = u.rows->offset + u.from;
+            char *to = u.to + t / 16 * 4 * TILE + t % 16 * 64;
+            __m512i x = _mm512_loadu_si512(rows[0] + offset);
+            __m512i y = _mm512_loadu_si512(rows[16] + offset);
+            widen(w, _mm512_unpacklo_epi8(x, y), to, to + TILE);
+            widen(w, _mm512_unpackhi_epi8(x, y), to + 2 * TILE, to + 3 * TILE);
+            ts_streams_ask(next, t);
+        }
 }
 
 /* Four tokens' [split][row] become their sums over splits, [token][row]. */
@@ -182,33 +186,58 @@ INLINE void store_scores(const float *sums, float *scores)
     _mm512_storeu_ps(scores + 192, _mm512_shuffle_f32x4(ab, cd, 0xee));
 }
 
-INLINE void score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, float *scores,
-                  const ts_amx_rows *v)
+/* Scores of one chunk of q with 32 tokens; `meanwhile` is widened between the products. */
+INLINE void score_unit(const char *keys, const char *q, uint32_t head_dim, float *scores,
+                       unit_kind kind, unit meanwhile, ts_streams *next)
 {
     const widening w = load_widening();
-    const uint32_t tiles = head_dim / 32;
-    ts_streams next = v != NULL ? *v->next : (ts_streams){0};
+    const uint32_t tiles = head_dim / 32, rows = UNIT_ROWS / 2;
     alignas(64) float sums[2][16 * 16];
-    for (uint32_t t = 0; t < TS_AMX_TOKENS / 16; t++) {
-        const char *k = (const char *)k_tiles + t * tiles * TILE;
+    for (uint32_t t = 0; t < 2; t++) {
         TILE_ZERO(SCORES);
-        _Pragma("GCC unroll 8") for (uint32_t i = 0; i < 8; i++)
+        _Pragma("GCC unroll 8") for (uint32_t i = 0; i < tiles; i++)
         {
-            if (v != NULL)
-                widen_v_rows(w, v, head_dim, t * 8 + i, &next);
-            for (uint32_t j = i * tiles / 8; j < (i + 1) * tiles / 8; j++) {
-                TILE_LOAD(KEYS, k + j * TILE);
-                TILE_LOAD(OPERAND, (const char *)q_tiles + j * TILE);
-                TILE_MULTIPLY(SCORES, KEYS, OPERAND);
-            }
+            TILE_LOAD(KEYS, keys + (t * tiles + i) * TILE);
+            TILE_LOAD(OPERAND, q + i * TILE);
+            TILE_MULTIPLY(SCORES, KEYS, OPERAND);
+            widen_unit(kind, w, meanwhile, head_dim, t * rows + i * rows / tiles,
+                       t * rows + (i + 1) * rows / tiles, next);
         }
-        TILE_STORE(SCORES, sums[t % 2]);
-        if (t > 0)
-            store_scores(sums[(t - 1) % 2], scores + (t - 1) * 16);
+        TILE_STORE(SCORES, sums[t]);
     }
-    store_scores(sums[1], scores + 48);
-    if (v != NULL)
-        *v->next = next;
+    store_scores(sums[0], scores);
+    store_scores(sums[1], scores + 16);
+}
+
+INLINE void score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
+                  uint32_t chunks, uint32_t head_dim, float *scores)
+{
+    char *first = work->units[work->turn], *second = work->units[work->turn ^ 1];
+    const uint32_t chunk_tiles = head_dim / 32 * TILE;
+    ts_streams next = *k->next;
+    score_unit(first, q, head_dim, scores, KEYS_OF_32, (unit){k, 32, second}, &next);
+    for (uint32_t c = 1; c < chunks; c++)
+        score_unit(first, q + c * chunk_tiles, head_dim, scores + c * TS_AMX_ROWS * TS_AMX_TOKENS,
+                   NOTHING, (unit){0}, &next);
+    score_unit(second, q, head_dim, scores + 32, DIMS_OF_64, (unit){v, 0, first}, &next);
+    for (uint32_t c = 1; c < chunks; c++)
+        score_unit(second, q + c * chunk_tiles, head_dim,
+                   scores + c * TS_AMX_ROWS * TS_AMX_TOKENS + 32, NOTHING, (unit){0}, &next);
+    *k->next = next;
+}
+
+/* What comes after the first 64 dims of V: the next ones, or the next K. */
+INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                       uint32_t head_dim, uint32_t part)
+{
+    const widening w = load_widening();
+    char *to = work->units[work->turn ^ 1];
+    ts_streams next = *v->next;
+    if (head_dim > 64)
+        widen_unit(DIMS_OF_64, w, (unit){v, 64, to}, head_dim, part * 8, part * 8 + 8, &next);
+    else if (k != NULL)
+        widen_unit(KEYS_OF_32, w, (unit){k, 0, to}, head_dim, part * 8, part * 8 + 8, &next);
+    *v->next = next;
 }
 
 /* One row's sums of a tile of OUT. */
@@ -246,56 +275,84 @@ INLINE void add_out(const float (*sums)[SPLITS * TS_AMX_ROWS * 16], uint32_t fir
     }
 }
 
-INLINE void weigh(const void *v_tiles, const float *weights, uint32_t first_row, uint32_t end_row,
-                  uint32_t head_dim, float *acc, uint32_t padded, const ts_amx_rows *k)
+/* Weights of a chunk's rows, into the tile registers. */
+INLINE void load_weights(const float *weights)
 {
     alignas(64) unsigned char tiles[2][SPLITS * TS_AMX_ROWS * 64];
     for (uint32_t r = 0; r < TS_AMX_ROWS; r++)
         for (uint32_t i = 0; i < 2; i++) {
-            __m512 a = _mm512_loadu_ps(weights + r * 64 + i * 32);
-            __m512 b = _mm512_loadu_ps(weights + r * 64 + i * 32 + 16);
+            __m512 a = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32);
+            __m512 b = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32 + 16);
             for (uint32_t s = 0; s < SPLITS; s++)
                 _mm512_store_si512(tiles[i] + (s * TS_AMX_ROWS + r) * 64, split(&a, &b));
         }
     TILE_LOAD(WEIGHTS_0, tiles[0]);
     TILE_LOAD(WEIGHTS_1, tiles[1]);
+}
 
+/* The weights in the tile registers times 64 dims of V; rows from first_row on of `meanwhile` are
+ * widened between the products. */
+INLINE void weigh_unit(const char *values, float (*sums)[SPLITS * TS_AMX_ROWS * 16],
+                       uint32_t head_dim, unit_kind kind, unit meanwhile, uint32_t first_row,
+                       ts_streams *next)
+{
     const widening w = load_widening();
-    ts_streams next = k != NULL ? *k->next : (ts_streams){0};
-    /* K's rows are widened between the products, of which there are head_dim / 8. */
+    const uint32_t rows = (UNIT_ROWS - first_row) / 8; /* a product */
 #define BETWEEN(product)                                                                           \
-    for (uint32_t t = (d / 8 + (product)) * 512 / head_dim;                                        \
-         k != NULL && t < (d / 8 + (product) + 1) * 512 / head_dim; t++)                           \
-    widen_k_row(w, k, head_dim, t, &next)
-    const char *first = v_tiles, *second = first + head_dim / 16 * TILE;
-    alignas(64) float sums[2][4][SPLITS * TS_AMX_ROWS * 16];
-    for (uint32_t d = 0; d < head_dim; d += 64) {
-        _Pragma("GCC unroll 2") for (uint32_t i = 0; i < 4;
-                                     i += 2, first += 2 * TILE, second += 2 * TILE)
-        {
-            TILE_ZERO(OUT_0);
-            TILE_ZERO(OUT_1);
-            TILE_LOAD(OPERAND, first);
-            TILE_MULTIPLY(OUT_0, WEIGHTS_0, OPERAND);
-            BETWEEN(2 * i + 0);
-            TILE_LOAD(OPERAND, first + TILE);
-            TILE_MULTIPLY(OUT_1, WEIGHTS_0, OPERAND);
-            BETWEEN(2 * i + 1);
-            TILE_LOAD(OPERAND, second);
-            TILE_MULTIPLY(OUT_0, WEIGHTS_1, OPERAND);
-            BETWEEN(2 * i + 2);
-            TILE_LOAD(OPERAND, second + TILE);
-            TILE_MULTIPLY(OUT_1, WEIGHTS_1, OPERAND);
-            BETWEEN(2 * i + 3);
-            TILE_STORE(OUT_0, sums[d / 64 % 2][i]);
-            TILE_STORE(OUT_1, sums[d / 64 % 2][i + 1]);
-            if (i == 0 && d > 0)
-                add_out(sums[(d / 64 - 1) % 2], first_row, end_row, acc + d - 64, padded);
-        }
+    widen_unit(kind, w, meanwhile, head_dim, first_row + (product)*rows,                           \
+               first_row + ((product) + 1) * rows, next)
+    for (uint32_t i = 0; i < 2; i++, values += 2 * TILE) {
+        TILE_ZERO(OUT_0);
+        TILE_ZERO(OUT_1);
+        TILE_LOAD(OPERAND, values);
+        TILE_MULTIPLY(OUT_0, WEIGHTS_0, OPERAND);
+        BETWEEN(4 * i);
+        TILE_LOAD(OPERAND, values + TILE);
+        TILE_MULTIPLY(OUT_1, WEIGHTS_0, OPERAND);
+        BETWEEN(4 * i + 1);
+        TILE_LOAD(OPERAND, values + 4 * TILE);
+        TILE_MULTIPLY(OUT_0, WEIGHTS_1, OPERAND);
+        BETWEEN(4 * i + 2);
+        TILE_LOAD(OPERAND, values + 5 * TILE);
+        TILE_MULTIPLY(OUT_1, WEIGHTS_1, OPERAND);
+        BETWEEN(4 * i + 3);
+        TILE_STORE(OUT_0, sums[2 * i]);
+        TILE_STORE(OUT_1, sums[2 * i + 1]);
     }
-    add_out(sums[(head_dim / 64 - 1) % 2], first_row, end_row, acc + head_dim - 64, padded);
-    if (k != NULL)
-        *k->next = next;
+#undef BETWEEN
+}
+
+INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                  const float *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                  float *acc, uint32_t padded)
+{
+    const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row);
+    alignas(64) float sums[4][SPLITS * TS_AMX_ROWS * 16];
+    ts_streams next = *v->next;
+    for (uint32_t d = 0; d < head_dim; d += 64) {
+        const char *values = work->units[work->turn];
+        char *to = work->units[work->turn ^ 1];
+        for (uint32_t c = chunk; c < chunks; c++) {
+            const uint32_t begin = c * TS_AMX_ROWS;
+            const uint32_t first = first_row > begin ? first_row - begin : 0;
+            const uint32_t end = end_row - begin < TS_AMX_ROWS ? end_row - begin : TS_AMX_ROWS;
+            if (d == 0 || chunks - chunk > 1)
+                load_weights(weights + begin * TS_AMX_TOKENS);
+            if (c > chunk || (d + 64 == head_dim && k == NULL))
+                weigh_unit(values, sums, head_dim, NOTHING, (unit){0}, 0, &next);
+            else if (d + 64 == head_dim)
+                weigh_unit(values, sums, head_dim, KEYS_OF_32, (unit){k, 0, to},
+                           head_dim == 64 ? UNIT_ROWS / 2 : 0, &next);
+            else if (d == 0)
+                weigh_unit(values, sums, head_dim, DIMS_OF_64, (unit){v, 64, to}, UNIT_ROWS / 2,
+                           &next);
+            else
+                weigh_unit(values, sums, head_dim, DIMS_OF_64, (unit){v, d + 64, to}, 0, &next);
+            add_out(sums, first, end, acc + (size_t)(begin + first) * padded + d, padded);
+        }
+        work->turn ^= 1;
+    }
+    *v->next = next;
 }
 
 /* head_dim is a constant in each. */
@@ -314,25 +371,36 @@ INLINE void weigh(const void *v_tiles, const float *weights, uint32_t first_row,
         call(256);                                                                                 \
     }
 
-void ts_amx_widen_k(const ts_amx_rows *k, uint32_t head_dim)
+void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim)
 {
-#define CALL(dim) widen_k(k, dim)
+    ts_streams next = *k->next;
+    work->turn = 0;
+    widen_unit(KEYS_OF_32, load_widening(), (unit){k, 0, work->units[0]}, head_dim, 0, UNIT_ROWS,
+               &next);
+    *k->next = next;
+}
+
+void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
+                  const void *q_tiles, uint32_t chunks, uint32_t head_dim, float *scores)
+{
+#define CALL(dim) score(work, k, v, q_tiles, chunks, dim, scores)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }
 
-void ts_amx_score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, float *scores,
-                  const ts_amx_rows *v)
+void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                       uint32_t head_dim, uint32_t part)
 {
-#define CALL(dim) score(k_tiles, q_tiles, dim, scores, v)
+#define CALL(dim) widen_part(work, v, k, dim, part)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }
 
-void ts_amx_weigh(const void *v_tiles, const float *weights, uint32_t first_row, uint32_t end_row,
-                  uint32_t head_dim, float *acc, uint32_t padded, const ts_amx_rows *k)
+void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                  const float *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                  float *acc, uint32_t padded)
 {
-#define CALL(dim) weigh(v_tiles, weights, first_row, end_row, dim, acc, padded, k)
+#define CALL(dim) weigh(work, v, k, weights, first_row, end_row, dim, acc, padded)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }

@@ -13,18 +13,28 @@
 #include "attention_streams.h"
 
 #define TS_AMX_TOKENS 64u
-#define TS_AMX_ROWS 4u /* of q, at once */
+#define TS_AMX_ROWS 4u /* of q, at once: a chunk */
+#define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_TOKENS * sizeof(float)) /* bytes */
 
-/* Bytes of what 64 tokens of K, or of V, become; and of TS_AMX_ROWS rows of q. Aligned to 64. */
-static inline size_t ts_amx_tokens_bytes(uint32_t head_dim)
+/* Rows of q are worked on in so many chunks. */
+static inline uint32_t ts_amx_chunks(uint32_t rows)
 {
-    return (size_t)TS_AMX_TOKENS * head_dim * 2;
+    return (rows + TS_AMX_ROWS - 1) / TS_AMX_ROWS;
 }
 
-static inline size_t ts_amx_rows_bytes(uint32_t head_dim)
+/* Bytes of the tiles of a chunk of q; they are aligned to 64. */
+static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
 {
     return (size_t)head_dim / 32 * 1024;
 }
+
+/* Half of what there is of K in 64 tokens, or 64 dims of V, is widened into one unit while the
+ * other is multiplied. They are small, as all that is touched again has to stay in the first-level
+ * cache. */
+typedef struct ts_amx_work {
+    _Alignas(64) char units[2][16384];
+    uint32_t turn; /* which is next to be multiplied */
+} ts_amx_work;
 
 void ts_amx_begin(void);
 void ts_amx_end(void);
@@ -33,25 +43,34 @@ void ts_amx_end(void);
 void ts_amx_load_queries(const float *q, uint32_t rows, uint32_t padded, uint32_t head_dim,
                          void *q_tiles);
 
-/* Rows of 64 tokens' K or V, each at rows[token] + offset, and what becomes of them; `next` is
- * fetched meanwhile. */
+/* K or V of 64 tokens, at rows[token] + offset; `next` is fetched while they are widened. */
 typedef struct ts_amx_rows {
     const unsigned char *const *rows;
     size_t offset;
     ts_streams *next;
-    void *tiles;
 } ts_amx_rows;
 
-void ts_amx_widen_k(const ts_amx_rows *k, uint32_t head_dim);
+/* These are called in this order for each KV head; ts_amx_widen_first only for the first. k and v
+ * have one `next`. */
 
-/* q·K: scores is [TS_AMX_ROWS][64]. Widens v meanwhile, unless it is NULL. */
-void ts_amx_score(const void *k_tiles, const void *q_tiles, uint32_t head_dim, float *scores,
-                  const ts_amx_rows *v);
+/* Widens the first half of k. */
+void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim);
 
-/* acc[r] += weights[r]·V for rows first_row..end_row - 1 of weights, which is [TS_AMX_ROWS][64];
- * acc is the first of these rows, the others are `padded` floats apart. Widens k (the next head's)
- * meanwhile, unless it is NULL. */
-void ts_amx_weigh(const void *v_tiles, const float *weights, uint32_t first_row, uint32_t end_row,
-                  uint32_t head_dim, float *acc, uint32_t padded, const ts_amx_rows *k);
+/* q·K, of which the first half is widened: scores is [chunks][TS_AMX_ROWS][64]. Meanwhile widens
+ * the other half, then the first 64 dims of V. */
+void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
+                  const void *q_tiles, uint32_t chunks, uint32_t head_dim, float *scores);
+
+/* Widens part 0, then part 1, of the next thing, while scores become weights: more of V, or the
+ * next head's K (NULL: there is none). */
+void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                       uint32_t head_dim, uint32_t part);
+
+/* acc[r] += weights[r]·V for r in first_row..end_row - 1; weights is [rows][64] in whole chunks,
+ * rows of acc are `padded` floats apart. Meanwhile widens the rest of V, then the first half of k,
+ * the next head's (NULL: there is none). */
+void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                  const float *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                  float *acc, uint32_t padded);
 
 #endif

@@ -23,9 +23,9 @@ typedef struct ts_attention_state {
 typedef struct ts_attention_scratch {
     float *q; /* [rows][padded head_dim], scaled */
     ts_attention_state part, all;
-    float *sums;          /* [rows][TS_ROW_PAD]: the part's sums, one a vector lane */
-    float *scores;        /* [query rows of one KV head][TS_TILE] */
-    unsigned char *tiles; /* of attention_tiles.inc.h, at a multiple of 64 */
+    float *sums;   /* [rows][TS_ROW_PAD]: the part's sums, one a vector lane */
+    float *scores; /* [query rows of one KV head][TS_TILE] */
+    char *tiles;   /* of attention_tiles.inc.h, at a multiple of 64 */
 } ts_attention_scratch;
 
 typedef struct ts_attention_item {

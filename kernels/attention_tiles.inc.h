@@ -1,30 +1,24 @@
 /*
  * fp8 on the tile unit, 64 tokens of a KV head at once (attention_amx.h), for the rows that see all
  * of them; the others, and tokens that don't fill 64, take attend_tile's way. Which it is depends
- * on the row and on the tokens' positions alone, so the bits do too. While one head's scores are
- * multiplied its V is widened, and while its V is weighed the next head's K is.
+ * on the row and on the tokens' positions alone, so the bits do too. While something is
+ * multiplied what comes next is widened.
  */
 #include "attention_amx.h"
 
-/* Where the parts of a thread's scratch memory for tiles are. */
-INLINE void *tiles_k(const ts_attention_scratch *scratch)
-{
-    return scratch->tiles;
-}
+/* A thread's scratch memory for tiles. */
+typedef struct tiles {
+    ts_amx_work *work;
+    float *scores; /* [rows of a KV head, in whole chunks][64] */
+    char *q;       /* of each KV head the tiles of its chunks */
+} tiles;
 
-INLINE void *tiles_v(const ts_attention_scratch *scratch, uint32_t head_dim)
+static tiles tiles_of(const ts_attention_scratch *scratch, uint32_t head_rows)
 {
-    return scratch->tiles + ts_amx_tokens_bytes(head_dim);
-}
-
-INLINE void *tiles_q(const ts_attention_scratch *scratch, uint32_t head_dim, uint32_t index)
-{
-    return scratch->tiles + 2 * ts_amx_tokens_bytes(head_dim) + index * ts_amx_rows_bytes(head_dim);
-}
-
-INLINE uint32_t row_chunks(uint32_t rows)
-{
-    return (rows + TS_AMX_ROWS - 1) / TS_AMX_ROWS;
+    char *scores = scratch->tiles + sizeof(ts_amx_work);
+    return (tiles){.work = (ts_amx_work *)(void *)scratch->tiles,
+                   .scores = (float *)(void *)scores,
+                   .q = scores + ts_amx_chunks(head_rows) * TS_AMX_CHUNK_SCORES};
 }
 
 static void load_query_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
@@ -32,11 +26,12 @@ static void load_query_tiles(const ts_attention_item *item, const ts_attention_s
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t padded = ts_attention_padded(head_dim);
     const uint32_t rows = ts_attention_item_rows(item) / item->head_count;
+    char *q = tiles_of(scratch, rows).q;
     for (uint32_t h = 0; h < item->head_count; h++)
-        for (uint32_t r = 0; r < rows; r += TS_AMX_ROWS)
+        for (uint32_t r = 0; r < rows; r += TS_AMX_ROWS, q += ts_amx_chunk_bytes(head_dim))
             ts_amx_load_queries(scratch->q + ((size_t)h * rows + r) * padded,
                                 rows - r < TS_AMX_ROWS ? rows - r : TS_AMX_ROWS, padded, head_dim,
-                                tiles_q(scratch, head_dim, h * row_chunks(rows) + r / TS_AMX_ROWS));
+                                q);
 }
 
 /* Addresses of a tile's rows of K; past the end they repeat the last. */
@@ -62,38 +57,37 @@ static void find_rows(const ts_attention_item *item, uint32_t tile, uint32_t end
     }
 }
 
-/* One KV head, for the rows that see all of the tile, whose K is widened already. k: the next
- * head's, or NULL. */
+/* One KV head, for the rows that see all of the tile, the first half of whose K is widened already.
+ * next_k: the next head's, or NULL. */
 INLINE void attend_whole(const ts_attention_item *item, uint32_t h, uint32_t tile,
                          uint32_t first_row, uint32_t end_row, const ts_attention_scratch *scratch,
                          const ts_attention_state *state, const ts_amx_rows *k,
-                         const ts_amx_rows *v)
+                         const ts_amx_rows *v, const ts_amx_rows *next_k)
 {
     const ts_attention_call *call = item->call;
     const bool varied = call->variant.soft_cap > 0 || item->seq->alibi != NULL;
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
     const uint32_t group = call->heads / call->geometry.kv_heads, rows = item->q_count * group;
     const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
-    const uint32_t chunks = row_chunks(end_row);
-    for (uint32_t c = first_row / TS_AMX_ROWS; c < chunks; c++) {
-        _Alignas(64) float s[TS_AMX_ROWS * TS_AMX_TOKENS];
-        uint32_t begin = c * TS_AMX_ROWS, from = begin < first_row ? first_row : begin;
-        uint32_t to = begin + TS_AMX_ROWS < end_row ? begin + TS_AMX_ROWS : end_row;
-        ts_amx_score(tiles_k(scratch), tiles_q(scratch, head_dim, h * row_chunks(rows) + c),
-                     head_dim, s, from == first_row ? v : NULL);
-        for (uint32_t r = from; r < to; r++) {
-            float *row = s + (r - begin) * TS_AMX_TOKENS;
-            for (uint32_t t = 0; t < TS_AMX_TOKENS && varied; t += TS_TILE)
-                vary_scores(item, row + t, TS_TILE, (item->head_first + h) * group + r % group,
-                            tile + t, first + r / group);
-            size_t i = (size_t)h * rows + r;
-            soften_row(row, TS_AMX_TOKENS, head_dim, &state->max[i], scratch->sums + i * VL,
-                       state->acc + i * padded);
-        }
-        ts_amx_weigh(tiles_v(scratch, head_dim), s, from - begin, to - begin, head_dim,
-                     state->acc + ((size_t)h * rows + from) * padded, padded,
-                     c + 1 == chunks ? k : NULL);
+    const uint32_t chunk = first_row / TS_AMX_ROWS, num = end_row - first_row;
+    const tiles t = tiles_of(scratch, rows);
+    ts_amx_score(t.work, k, v,
+                 t.q + (h * ts_amx_chunks(rows) + chunk) * ts_amx_chunk_bytes(head_dim),
+                 ts_amx_chunks(end_row) - chunk, head_dim,
+                 t.scores + (size_t)chunk * TS_AMX_ROWS * TS_AMX_TOKENS);
+    for (uint32_t r = first_row, part = 0; r < end_row; r++) {
+        float *row = t.scores + (size_t)r * TS_AMX_TOKENS;
+        for (uint32_t i = 0; i < TS_AMX_TOKENS && varied; i += TS_TILE)
+            vary_scores(item, row + i, TS_TILE, (item->head_first + h) * group + r % group,
+                        tile + i, first + r / group);
+        size_t i = (size_t)h * rows + r;
+        soften_row(row, TS_AMX_TOKENS, head_dim, &state->max[i], scratch->sums + i * VL,
+                   state->acc + i * padded);
+        for (; part < 2 * (r + 1 - first_row) / num; part++) /* a row waits for itself */
+            ts_amx_widen_part(t.work, v, next_k, head_dim, part);
     }
+    ts_amx_weigh(t.work, v, next_k, t.scores, first_row, end_row, head_dim,
+                 state->acc + (size_t)h * rows * padded, padded);
 }
 
 static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
@@ -127,19 +121,17 @@ static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
         while (high > low && ts_attention_first_key(variant, first + high - 1) > tile)
             high--;
         const uint32_t first_row = low * group, end_row = high * group;
-        ts_amx_rows k = {.rows = addresses[turn], .next = &next, .tiles = tiles_k(scratch)};
-        ts_amx_rows v = {
-            .rows = addresses[turn], .next = &next, .tiles = tiles_v(scratch, head_dim)};
-        if (first_row < end_row) {
-            k.offset = item->head_first * head_stride;
-            ts_amx_widen_k(&k, head_dim);
-        }
+        ts_amx_rows k = {.rows = addresses[turn], .next = &next}, v = k, next_k = k;
+        k.offset = item->head_first * head_stride;
+        if (first_row < end_row)
+            ts_amx_widen_first(tiles_of(scratch, rows).work, &k, head_dim);
         for (uint32_t h = 0; h < item->head_count; h++) {
-            v.offset = plane + (item->head_first + h) * head_stride;
-            k.offset = (item->head_first + h + 1) * head_stride;
+            k.offset = (item->head_first + h) * head_stride;
+            v.offset = k.offset + plane;
+            next_k.offset = k.offset + head_stride;
             if (first_row < end_row)
-                attend_whole(item, h, tile, first_row, end_row, scratch, state,
-                             h + 1 < item->head_count ? &k : NULL, &v);
+                attend_whole(item, h, tile, first_row, end_row, scratch, state, &k, &v,
+                             h + 1 < item->head_count ? &next_k : NULL);
             for (uint32_t t = 0; t < TS_AMX_TOKENS && tile + t < part_end; t += TS_TILE) {
                 if (first_row > 0)
                     attend_head(FP8_FOURS, item, addresses[turn] + t, h, tile + t, 0, first_row,
