@@ -6,17 +6,19 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-#define TILE 1024 /* bytes: 16 rows of 64 */
-#define SPLITS 3  /* a float is the sum of three bf16 numbers */
+#define TILE 1024                                 /* bytes: 16 rows of 64 */
+#define SPLITS 3                                  /* a float is the sum of three bf16 numbers */
+#define WEIGHTS_BYTES (SPLITS * TS_AMX_ROWS * 64) /* of a tile of weights */
 
 /* Numbers of the tile registers, which instructions have in them. */
-#define SCORES 0    /* [token][split][row], fp32 */
-#define KEYS 1      /* [token][32 dims] */
-#define OPERAND 2   /* [16 pairs][16 columns][2]: q, then V */
-#define WEIGHTS_0 3 /* [split][row][16 pairs][2] of the first 32 tokens */
-#define WEIGHTS_1 4
-#define OUT_0 5 /* [split][row][16 dims], fp32 */
-#define OUT_1 6
+#define SCORES_0 0 /* [token][split][row], fp32, of 16 tokens */
+#define SCORES_1 1
+#define KEYS 2      /* [token][32 dims] */
+#define OPERAND 3   /* [16 pairs][16 columns][2]: q, then V */
+#define WEIGHTS_0 4 /* [split][row][16 pairs][2] of the first 32 tokens */
+#define WEIGHTS_1 5
+#define OUT_0 6 /* [split][row][16 dims], fp32 */
+#define OUT_1 7
 
 /* The instructions; the compilers' own functions for them don't all say that they read memory. */
 #define NAME(tile) NAME_(tile)
@@ -50,10 +52,10 @@ void ts_amx_begin(void)
 {
     alignas(64) unsigned char config[64] = {1};
     static const unsigned char rows[8] = {
-        [SCORES] = 16,    [KEYS] = 16,  [OPERAND] = 16, [WEIGHTS_0] = 12,
-        [WEIGHTS_1] = 12, [OUT_0] = 12, [OUT_1] = 12};
+        [SCORES_0] = 16,  [SCORES_1] = 16,  [KEYS] = 16,  [OPERAND] = 16,
+        [WEIGHTS_0] = 12, [WEIGHTS_1] = 12, [OUT_0] = 12, [OUT_1] = 12};
     for (int i = 0; i < 8; i++)
-        config[16 + 2 * i] = rows[i] > 0 ? 64 : 0;
+        config[16 + 2 * i] = 64;
     memcpy(config + 48, rows, sizeof rows);
     __asm__ volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
 }
@@ -193,18 +195,22 @@ INLINE void score_unit(const char *keys, const char *q, uint32_t head_dim, float
     const widening w = load_widening();
     const uint32_t tiles = head_dim / 32, rows = UNIT_ROWS / 2;
     alignas(64) float sums[2][16 * 16];
-    for (uint32_t t = 0; t < 2; t++) {
-        TILE_ZERO(SCORES);
-        _Pragma("GCC unroll 8") for (uint32_t i = 0; i < tiles; i++)
-        {
-            TILE_LOAD(KEYS, keys + (t * tiles + i) * TILE);
-            TILE_LOAD(OPERAND, q + i * TILE);
-            TILE_MULTIPLY(SCORES, KEYS, OPERAND);
-            widen_unit(kind, w, meanwhile, head_dim, t * rows + i * rows / tiles,
-                       t * rows + (i + 1) * rows / tiles, next);
-        }
-        TILE_STORE(SCORES, sums[t]);
+    TILE_ZERO(SCORES_0);
+    TILE_ZERO(SCORES_1);
+    _Pragma("GCC unroll 4") for (uint32_t i = 0; i < tiles; i++)
+    {
+        TILE_LOAD(OPERAND, q + i * TILE);
+        TILE_LOAD(KEYS, keys + i * TILE);
+        TILE_MULTIPLY(SCORES_0, KEYS, OPERAND);
+        widen_unit(kind, w, meanwhile, head_dim, 2 * i * rows / tiles, (2 * i + 1) * rows / tiles,
+                   next);
+        TILE_LOAD(KEYS, keys + (tiles + i) * TILE);
+        TILE_MULTIPLY(SCORES_1, KEYS, OPERAND);
+        widen_unit(kind, w, meanwhile, head_dim, (2 * i + 1) * rows / tiles,
+                   (2 * i + 2) * rows / tiles, next);
     }
+    TILE_STORE(SCORES_0, sums[0]);
+    TILE_STORE(SCORES_1, sums[1]);
     store_scores(sums[0], scores);
     store_scores(sums[1], scores + 16);
 }
@@ -224,6 +230,19 @@ INLINE void score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
         score_unit(second, q + c * chunk_tiles, head_dim,
                    scores + c * TS_AMX_ROWS * TS_AMX_TOKENS + 32, NOTHING, (unit){0}, &next);
     *k->next = next;
+}
+
+void ts_amx_split_weights(const float *weights, uint32_t chunks, void *weight_tiles)
+{
+    char *to = weight_tiles;
+    for (; chunks > 0; chunks--, weights += TS_AMX_ROWS * TS_AMX_TOKENS)
+        for (uint32_t i = 0; i < 2; i++, to += WEIGHTS_BYTES)
+            for (uint32_t r = 0; r < TS_AMX_ROWS; r++) {
+                __m512 a = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32);
+                __m512 b = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32 + 16);
+                for (uint32_t s = 0; s < SPLITS; s++)
+                    _mm512_store_si512(to + (s * TS_AMX_ROWS + r) * 64, split(&a, &b));
+            }
 }
 
 /* What comes after the first 64 dims of V: the next ones, or the next K. */
@@ -254,7 +273,7 @@ INLINE void add_to(float *acc, __m512 x)
 
 /* acc[r] += the sums of 64 dims: four tiles have 4 of each 16 in turns, and even and odd ones are
  * wanted apart. */
-INLINE void add_out(const float (*sums)[SPLITS * TS_AMX_ROWS * 16], uint32_t first, uint32_t end,
+INLINE void add_out(const float (*sums)[WEIGHTS_BYTES / 4], uint32_t first, uint32_t end,
                     float *acc, uint32_t padded)
 {
     const __m512i even =
@@ -275,26 +294,10 @@ INLINE void add_out(const float (*sums)[SPLITS * TS_AMX_ROWS * 16], uint32_t fir
     }
 }
 
-/* Weights of a chunk's rows, into the tile registers. */
-INLINE void load_weights(const float *weights)
-{
-    alignas(64) unsigned char tiles[2][SPLITS * TS_AMX_ROWS * 64];
-    for (uint32_t r = 0; r < TS_AMX_ROWS; r++)
-        for (uint32_t i = 0; i < 2; i++) {
-            __m512 a = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32);
-            __m512 b = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32 + 16);
-            for (uint32_t s = 0; s < SPLITS; s++)
-                _mm512_store_si512(tiles[i] + (s * TS_AMX_ROWS + r) * 64, split(&a, &b));
-        }
-    TILE_LOAD(WEIGHTS_0, tiles[0]);
-    TILE_LOAD(WEIGHTS_1, tiles[1]);
-}
-
 /* The weights in the tile registers times 64 dims of V; rows from first_row on of `meanwhile` are
  * widened between the products. */
-INLINE void weigh_unit(const char *values, float (*sums)[SPLITS * TS_AMX_ROWS * 16],
-                       uint32_t head_dim, unit_kind kind, unit meanwhile, uint32_t first_row,
-                       ts_streams *next)
+INLINE void weigh_unit(const char *values, float (*sums)[WEIGHTS_BYTES / 4], uint32_t head_dim,
+                       unit_kind kind, unit meanwhile, uint32_t first_row, ts_streams *next)
 {
     const widening w = load_widening();
     const uint32_t rows = (UNIT_ROWS - first_row) / 8; /* a product */
@@ -323,11 +326,11 @@ INLINE void weigh_unit(const char *values, float (*sums)[SPLITS * TS_AMX_ROWS * 
 }
 
 INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                  const float *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                  const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
                   float *acc, uint32_t padded)
 {
     const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row);
-    alignas(64) float sums[4][SPLITS * TS_AMX_ROWS * 16];
+    alignas(64) float sums[4][WEIGHTS_BYTES / 4];
     ts_streams next = *v->next;
     for (uint32_t d = 0; d < head_dim; d += 64) {
         const char *values = work->units[work->turn];
@@ -336,8 +339,11 @@ INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
             const uint32_t begin = c * TS_AMX_ROWS;
             const uint32_t first = first_row > begin ? first_row - begin : 0;
             const uint32_t end = end_row - begin < TS_AMX_ROWS ? end_row - begin : TS_AMX_ROWS;
-            if (d == 0 || chunks - chunk > 1)
-                load_weights(weights + begin * TS_AMX_TOKENS);
+            if (d == 0 || chunks - chunk > 1) {
+                const char *tiles = (const char *)weight_tiles + c * 2 * WEIGHTS_BYTES;
+                TILE_LOAD(WEIGHTS_0, tiles);
+                TILE_LOAD(WEIGHTS_1, tiles + WEIGHTS_BYTES);
+            }
             if (c > chunk || (d + 64 == head_dim && k == NULL))
                 weigh_unit(values, sums, head_dim, NOTHING, (unit){0}, 0, &next);
             else if (d + 64 == head_dim)
@@ -397,10 +403,10 @@ void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_row
 }
 
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                  const float *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                  const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
                   float *acc, uint32_t padded)
 {
-#define CALL(dim) weigh(work, v, k, weights, first_row, end_row, dim, acc, padded)
+#define CALL(dim) weigh(work, v, k, weight_tiles, first_row, end_row, dim, acc, padded)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }

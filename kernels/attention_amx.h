@@ -15,6 +15,7 @@
 #define TS_AMX_TOKENS 64u
 #define TS_AMX_ROWS 4u /* of q, at once: a chunk */
 #define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_TOKENS * sizeof(float)) /* bytes */
+#define TS_AMX_CHUNK_WEIGHTS (TS_AMX_CHUNK_SCORES / 2 * 3)
 
 /* Rows of q are worked on in so many chunks. */
 static inline uint32_t ts_amx_chunks(uint32_t rows)
@@ -66,11 +67,14 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
 void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                        uint32_t head_dim, uint32_t part);
 
-/* acc[r] += weights[r]·V for r in first_row..end_row - 1; weights is [rows][64] in whole chunks,
- * rows of acc are `padded` floats apart. Meanwhile widens the rest of V, then the first half of k,
- * the next head's (NULL: there is none). */
+/* The tiles of weights, which are [chunks][TS_AMX_ROWS][64]. */
+void ts_amx_split_weights(const float *weights, uint32_t chunks, void *weight_tiles);
+
+/* acc[r] += weights[r]·V for r in first_row..end_row - 1; weight_tiles are those of all rows, rows
+ * of acc are `padded` floats apart. Meanwhile widens the rest of V, then the first half of k, the
+ * next head's (NULL: there is none). */
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                  const float *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                  const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
                   float *acc, uint32_t padded);
 
 #endif

@@ -9,16 +9,20 @@
 /* A thread's scratch memory for tiles. */
 typedef struct tiles {
     ts_amx_work *work;
-    float *scores; /* [rows of a KV head, in whole chunks][64] */
     char *q;       /* of each KV head the tiles of its chunks */
+    char *weights; /* of a KV head's chunks */
+    float *scores; /* [rows of a KV head, in whole chunks][64] */
 } tiles;
 
 static tiles tiles_of(const ts_attention_scratch *scratch, uint32_t head_rows)
 {
-    char *scores = scratch->tiles + sizeof(ts_amx_work);
+    const uint32_t chunks = ts_amx_chunks(head_rows);
+    char *weights = scratch->tiles + sizeof(ts_amx_work);
+    char *scores = weights + chunks * TS_AMX_CHUNK_WEIGHTS;
     return (tiles){.work = (ts_amx_work *)(void *)scratch->tiles,
-                   .scores = (float *)(void *)scores,
-                   .q = scores + ts_amx_chunks(head_rows) * TS_AMX_CHUNK_SCORES};
+                   .q = scores + chunks * TS_AMX_CHUNK_SCORES,
+                   .weights = weights,
+                   .scores = (float *)(void *)scores};
 }
 
 static void load_query_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
@@ -69,13 +73,13 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, uint32_t til
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
     const uint32_t group = call->heads / call->geometry.kv_heads, rows = item->q_count * group;
     const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
-    const uint32_t chunk = first_row / TS_AMX_ROWS, num = end_row - first_row;
+    const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row) - chunk;
     const tiles t = tiles_of(scratch, rows);
+    float *scores = t.scores + (size_t)chunk * TS_AMX_ROWS * TS_AMX_TOKENS;
     ts_amx_score(t.work, k, v,
-                 t.q + (h * ts_amx_chunks(rows) + chunk) * ts_amx_chunk_bytes(head_dim),
-                 ts_amx_chunks(end_row) - chunk, head_dim,
-                 t.scores + (size_t)chunk * TS_AMX_ROWS * TS_AMX_TOKENS);
-    for (uint32_t r = first_row, part = 0; r < end_row; r++) {
+                 t.q + (h * ts_amx_chunks(rows) + chunk) * ts_amx_chunk_bytes(head_dim), chunks,
+                 head_dim, scores);
+    for (uint32_t r = first_row; r < end_row; r++) {
         float *row = t.scores + (size_t)r * TS_AMX_TOKENS;
         for (uint32_t i = 0; i < TS_AMX_TOKENS && varied; i += TS_TILE)
             vary_scores(item, row + i, TS_TILE, (item->head_first + h) * group + r % group,
@@ -83,10 +87,12 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, uint32_t til
         size_t i = (size_t)h * rows + r;
         soften_row(row, TS_AMX_TOKENS, head_dim, &state->max[i], scratch->sums + i * VL,
                    state->acc + i * padded);
-        for (; part < 2 * (r + 1 - first_row) / num; part++) /* a row waits for itself */
-            ts_amx_widen_part(t.work, v, next_k, head_dim, part);
+        if (r == (first_row + end_row) / 2) /* while a row waits for itself */
+            ts_amx_widen_part(t.work, v, next_k, head_dim, 0);
     }
-    ts_amx_weigh(t.work, v, next_k, t.scores, first_row, end_row, head_dim,
+    ts_amx_split_weights(scores, chunks, t.weights + chunk * TS_AMX_CHUNK_WEIGHTS);
+    ts_amx_widen_part(t.work, v, next_k, head_dim, 1);
+    ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim,
                  state->acc + (size_t)h * rows * padded, padded);
 }
 
@@ -110,6 +116,12 @@ static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
     ts_streams next = {.tokens = TS_AMX_TOKENS, .item = item};
     if (start < part_end)
         find_rows(item, start, item_end, addresses[0]);
+    if (start < part_end && part == item->part_first) { /* the others are fetched by those before */
+        const size_t bytes = 2 * TS_AMX_TOKENS * (size_t)item->head_count * head_dim;
+        ts_streams_begin(&next, addresses[0]);
+        for (uint32_t i = 0; i < bytes / TS_STREAM_STEP; i++)
+            ts_streams_ask(&next, i);
+    }
     for (uint32_t tile = start, turn = 0; tile < part_end; tile += TS_AMX_TOKENS, turn ^= 1) {
         const bool more = tile + TS_AMX_TOKENS < item_end;
         if (more)
