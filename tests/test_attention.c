@@ -254,10 +254,10 @@ static void splitting_a_batch_changes_no_bit(void **state)
 
 /* The last token's K of head 0 and one element of its V of head 1 are NaN: the last row of head 0
  * shows it, and that element of head 1's, and nothing else. */
-static void check_leaks(ts_dtype dtype, uint32_t dim, ts_isa isa)
+static void check_leaks(ts_dtype dtype, uint32_t dim, uint32_t tokens, ts_isa isa)
 {
-    enum { TOKENS = 100, HEADS = 2 };
-    static const uint32_t lengths[][2] = {{TOKENS, TOKENS}};
+    enum { HEADS = 2 };
+    const uint32_t lengths[][2] = {{tokens, tokens}};
     rng r = {11};
     problem p;
     problem_new(&p,
@@ -271,19 +271,19 @@ static void check_leaks(ts_dtype dtype, uint32_t dim, ts_isa isa)
                         .layers = 1},
                 lengths, 1, &r);
     ts_attention *a = ts_attention_new(1, isa);
-    float *last_k = (float *)(void *)p.k + (TOKENS - 1) * HEADS * dim;
-    float *last_v = (float *)(void *)p.v + (TOKENS - 1) * HEADS * dim;
+    float *last_k = (float *)(void *)p.k + (tokens - 1) * HEADS * dim;
+    float *last_v = (float *)(void *)p.v + (tokens - 1) * HEADS * dim;
     const float *out = (float *)(void *)p.out;
     memset(&last_k[dim / 3], 0xff, sizeof(float)); /* a NaN whose every bit is set */
     last_v[dim + dim / 2] = NAN;
     poison(&p);
     assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
-    for (uint32_t t = 0; t < TOKENS; t++)
+    for (uint32_t t = 0; t < tokens; t++)
         for (uint32_t i = 0; i < HEADS * dim; i++) {
-            bool shows = t == TOKENS - 1 && (i < dim || i == dim + dim / 2);
+            bool shows = t == tokens - 1 && (i < dim || i == dim + dim / 2);
             if ((isnan(out[t * HEADS * dim + i]) != 0) != shows)
-                fail_msg("%s, head_dim %u, %s: token %u, element %u is %g", ts_dtype_name(dtype),
-                         dim, ts_isa_name(ts_attention_isa(a)), t, i,
+                fail_msg("%s, head_dim %u, %s: token %u of %u, element %u is %g",
+                         ts_dtype_name(dtype), dim, ts_isa_name(ts_attention_isa(a)), t, tokens, i,
                          (double)out[t * HEADS * dim + i]);
         }
     ts_attention_free(a);
@@ -297,8 +297,69 @@ static void later_tokens_never_leak_into_earlier_ones(void **state)
     for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
         for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
             for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
-                if (ts_isa_resolve(isas[i]) == isas[i])
-                    check_leaks((ts_dtype)dtype, dims[d], isas[i]);
+                for (uint32_t tokens = 100; tokens <= 128; tokens += 28)
+                    if (ts_isa_resolve(isas[i]) == isas[i])
+                        check_leaks((ts_dtype)dtype, dims[d], tokens, isas[i]);
+}
+
+/* All 64 tokens have K = (code, 0, ...), and of V's dimension d token d % 64 alone has code d. */
+static void check_codes(ts_isa isa)
+{
+    enum { TOKENS = 64, DIM = 256 };
+    static const uint32_t lengths[][2] = {{TOKENS, 1}};
+    rng r = {3};
+    problem p;
+    problem_new(&p,
+                (shape){.dtype = TS_DTYPE_FP8_E4M3,
+                        .io = TS_DTYPE_FP32,
+                        .layout = TS_LAYOUT_NHD,
+                        .heads = 1,
+                        .kv_heads = 1,
+                        .head_dim = DIM,
+                        .block_tokens = TOKENS,
+                        .layers = 1},
+                lengths, 1, &r);
+    float lse;
+    p.seqs[0].k = p.seqs[0].v = NULL; /* all is in the cache */
+    p.seqs[0].scales = NULL;
+    p.seqs[0].lse = &lse;
+    p.call.variant.scale = 1;
+    for (uint32_t d = 0; d < DIM; d++)
+        put(p.q, TS_DTYPE_FP32, d, d == 0);
+    ts_attention *a = ts_attention_new(1, isa);
+    for (uint32_t code = 0; code < 256; code++) {
+        unsigned char *k = p.cache + p.tables[0][0] * ts_geometry_block_bytes(&p.call.geometry);
+        memset(k, 0, (size_t)2 * TOKENS * DIM);
+        for (uint32_t t = 0; t < TOKENS; t++)
+            k[t * DIM] = (unsigned char)code;
+        for (uint32_t d = 0; d < DIM; d++)
+            k[(TOKENS + d % TOKENS) * DIM + d] = (unsigned char)(d % 128 == 127 ? 0 : d);
+        assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+        float key = ts_fp8_to_fp32((uint8_t)code);
+        if (code % 128 == 127) {
+            assert_true(isnan(key) && isnan(lse));
+            continue;
+        }
+        if (!(fabsf(lse - (key + logf(TOKENS))) <= 1e-6f * (4 + fabsf(key))))
+            fail_msg("%s: K of code %u, %g: the log-sum-exp is %g", ts_isa_name(isa), code,
+                     (double)key, (double)lse);
+        for (uint32_t d = 0; d < DIM; d++) {
+            float value = d % 128 == 127 ? 0 : ts_fp8_to_fp32((uint8_t)d) / TOKENS;
+            if (get(p.out, TS_DTYPE_FP32, d) != value)
+                fail_msg("%s: V of code %u is %g, not %g", ts_isa_name(isa), d,
+                         (double)get(p.out, TS_DTYPE_FP32, d), (double)value);
+        }
+    }
+    ts_attention_free(a);
+    problem_free(&p);
+}
+
+static void every_fp8_number_is_multiplied_exactly(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+        if (ts_isa_resolve(isas[i]) == isas[i])
+            check_codes(isas[i]);
 }
 
 static void every_half_and_bfloat_survives_a_round_trip(void **state)
@@ -386,6 +447,7 @@ int main(void)
         cmocka_unit_test(the_prototypes_scenario_of_two_sequences_and_32_heads_matches),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
+        cmocka_unit_test(every_fp8_number_is_multiplied_exactly),
         cmocka_unit_test(every_half_and_bfloat_survives_a_round_trip),
         cmocka_unit_test(fp8_rounds_to_the_nearest_and_saturates),
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
