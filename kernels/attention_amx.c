@@ -31,24 +31,7 @@
 #define TILE_MULTIPLY(sums, a, b)                                                                  \
     __asm__ volatile("tdpbf16ps " NAME(b) ", " NAME(a) ", " NAME(sums)::)
 
-/* bf16 of e4m3's magnitudes over 2^8 (FP8_UNIT): the low bytes, then the high bytes. */
-static alignas(64) const unsigned char widened[2][128] = {
-#define LOW_ROW(e) (e) % 2 * 128
-#define LOW(e)                                                                                     \
-    LOW_ROW(e), LOW_ROW(e) + 16, LOW_ROW(e) + 32, LOW_ROW(e) + 48, LOW_ROW(e) + 64,                \
-        LOW_ROW(e) + 80, LOW_ROW(e) + 96, LOW_ROW(e) + 112
-#define HIGH(e)                                                                                    \
-    ((e) + 112) / 2, ((e) + 112) / 2, ((e) + 112) / 2, ((e) + 112) / 2, ((e) + 112) / 2,           \
-        ((e) + 112) / 2, ((e) + 112) / 2, ((e) + 112) / 2
-    {0,       0x00,    0x80,   0xc0,   0x00,   0x20,   0x40,   0x60,    LOW(1),  LOW(2),
-     LOW(3),  LOW(4),  LOW(5), LOW(6), LOW(7), LOW(8), LOW(9), LOW(10), LOW(11), LOW(12),
-     LOW(13), LOW(14), 0x80,   0x90,   0xa0,   0xb0,   0xc0,   0xd0,    0xe0,    0xc0},
-    {0,        55,       55,      55,      56,      56,      56,      56,       HIGH(1),  HIGH(2),
-     HIGH(3),  HIGH(4),  HIGH(5), HIGH(6), HIGH(7), HIGH(8), HIGH(9), HIGH(10), HIGH(11), HIGH(12),
-     HIGH(13), HIGH(14), 63,      63,      63,      63,      63,      63,       63,       0x7f},
-};
-
-void ts_amx_begin(void)
+void ts_amx_begin(ts_amx_work *work)
 {
     alignas(64) unsigned char config[64] = {1};
     static const unsigned char rows[8] = {
@@ -58,6 +41,11 @@ void ts_amx_begin(void)
         config[16 + 2 * i] = 64;
     memcpy(config + 48, rows, sizeof rows);
     __asm__ volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
+    for (uint32_t i = 0; i < 128; i++) {
+        uint16_t wide = ts_fp32_to_bf16(ts_fp8_to_fp32((uint8_t)i) / 256);
+        work->low[i] = (unsigned char)wide;
+        work->high[i] = (unsigned char)(wide >> 8);
+    }
 }
 
 void ts_amx_end(void)
@@ -100,12 +88,12 @@ typedef struct widening {
     __m512i low[2], high[2];
 } widening;
 
-INLINE widening load_widening(void)
+INLINE widening load_widening(const ts_amx_work *work)
 {
     widening w;
     for (int i = 0; i < 2; i++) {
-        w.low[i] = _mm512_load_si512(widened[0] + i * 64);
-        w.high[i] = _mm512_load_si512(widened[1] + i * 64);
+        w.low[i] = _mm512_load_si512(work->low + i * 64);
+        w.high[i] = _mm512_load_si512(work->high + i * 64);
     }
     return w;
 }
@@ -189,10 +177,10 @@ INLINE void store_scores(const float *sums, float *scores)
 }
 
 /* Scores of one chunk of q with 32 tokens; `meanwhile` is widened between the products. */
-INLINE void score_unit(const char *keys, const char *q, uint32_t head_dim, float *scores,
-                       unit_kind kind, unit meanwhile, ts_streams *next)
+INLINE void score_unit(const ts_amx_work *work, const char *keys, const char *q, uint32_t head_dim,
+                       float *scores, unit_kind kind, unit meanwhile, ts_streams *next)
 {
-    const widening w = load_widening();
+    const widening w = load_widening(work);
     const uint32_t tiles = head_dim / 32, rows = UNIT_ROWS / 2;
     alignas(64) float sums[2][16 * 16];
     TILE_ZERO(SCORES_0);
@@ -221,13 +209,13 @@ INLINE void score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
     char *first = work->units[work->turn], *second = work->units[work->turn ^ 1];
     const uint32_t chunk_tiles = head_dim / 32 * TILE;
     ts_streams next = *k->next;
-    score_unit(first, q, head_dim, scores, KEYS_OF_32, (unit){k, 32, second}, &next);
+    score_unit(work, first, q, head_dim, scores, KEYS_OF_32, (unit){k, 32, second}, &next);
     for (uint32_t c = 1; c < chunks; c++)
-        score_unit(first, q + c * chunk_tiles, head_dim, scores + c * TS_AMX_ROWS * TS_AMX_TOKENS,
-                   NOTHING, (unit){0}, &next);
-    score_unit(second, q, head_dim, scores + 32, DIMS_OF_64, (unit){v, 0, first}, &next);
+        score_unit(work, first, q + c * chunk_tiles, head_dim,
+                   scores + c * TS_AMX_ROWS * TS_AMX_TOKENS, NOTHING, (unit){0}, &next);
+    score_unit(work, second, q, head_dim, scores + 32, DIMS_OF_64, (unit){v, 0, first}, &next);
     for (uint32_t c = 1; c < chunks; c++)
-        score_unit(second, q + c * chunk_tiles, head_dim,
+        score_unit(work, second, q + c * chunk_tiles, head_dim,
                    scores + c * TS_AMX_ROWS * TS_AMX_TOKENS + 32, NOTHING, (unit){0}, &next);
     *k->next = next;
 }
@@ -249,7 +237,7 @@ void ts_amx_split_weights(const float *weights, uint32_t chunks, void *weight_ti
 INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                        uint32_t head_dim, uint32_t part)
 {
-    const widening w = load_widening();
+    const widening w = load_widening(work);
     char *to = work->units[work->turn ^ 1];
     ts_streams next = *v->next;
     if (head_dim > 64)
@@ -296,10 +284,11 @@ INLINE void add_out(const float (*sums)[WEIGHTS_BYTES / 4], uint32_t first, uint
 
 /* The weights in the tile registers times 64 dims of V; rows from first_row on of `meanwhile` are
  * widened between the products. */
-INLINE void weigh_unit(const char *values, float (*sums)[WEIGHTS_BYTES / 4], uint32_t head_dim,
-                       unit_kind kind, unit meanwhile, uint32_t first_row, ts_streams *next)
+INLINE void weigh_unit(const ts_amx_work *work, const char *values,
+                       float (*sums)[WEIGHTS_BYTES / 4], uint32_t head_dim, unit_kind kind,
+                       unit meanwhile, uint32_t first_row, ts_streams *next)
 {
-    const widening w = load_widening();
+    const widening w = load_widening(work);
     const uint32_t rows = (UNIT_ROWS - first_row) / 8; /* a product */
 #define BETWEEN(product)                                                                           \
     widen_unit(kind, w, meanwhile, head_dim, first_row + (product)*rows,                           \
@@ -345,15 +334,16 @@ INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                 TILE_LOAD(WEIGHTS_1, tiles + WEIGHTS_BYTES);
             }
             if (c > chunk || (d + 64 == head_dim && k == NULL))
-                weigh_unit(values, sums, head_dim, NOTHING, (unit){0}, 0, &next);
+                weigh_unit(work, values, sums, head_dim, NOTHING, (unit){0}, 0, &next);
             else if (d + 64 == head_dim)
-                weigh_unit(values, sums, head_dim, KEYS_OF_32, (unit){k, 0, to},
+                weigh_unit(work, values, sums, head_dim, KEYS_OF_32, (unit){k, 0, to},
                            head_dim == 64 ? UNIT_ROWS / 2 : 0, &next);
             else if (d == 0)
-                weigh_unit(values, sums, head_dim, DIMS_OF_64, (unit){v, 64, to}, UNIT_ROWS / 2,
-                           &next);
+                weigh_unit(work, values, sums, head_dim, DIMS_OF_64, (unit){v, 64, to},
+                           UNIT_ROWS / 2, &next);
             else
-                weigh_unit(values, sums, head_dim, DIMS_OF_64, (unit){v, d + 64, to}, 0, &next);
+                weigh_unit(work, values, sums, head_dim, DIMS_OF_64, (unit){v, d + 64, to}, 0,
+                           &next);
             add_out(sums, first, end, acc + (size_t)(begin + first) * padded + d, padded);
         }
         work->turn ^= 1;
@@ -381,8 +371,8 @@ void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_d
 {
     ts_streams next = *k->next;
     work->turn = 0;
-    widen_unit(KEYS_OF_32, load_widening(), (unit){k, 0, work->units[0]}, head_dim, 0, UNIT_ROWS,
-               &next);
+    widen_unit(KEYS_OF_32, load_widening(work), (unit){k, 0, work->units[0]}, head_dim, 0,
+               UNIT_ROWS, &next);
     *k->next = next;
 }
 

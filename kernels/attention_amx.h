@@ -34,10 +34,11 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
  * cache. */
 typedef struct ts_amx_work {
     _Alignas(64) char units[2][16384];
-    uint32_t turn; /* which is next to be multiplied */
+    _Alignas(64) unsigned char low[128], high[128]; /* bytes of e4m3's magnitudes as bf16 */
+    uint32_t turn;                                  /* which unit is next to be multiplied */
 } ts_amx_work;
 
-void ts_amx_begin(void);
+void ts_amx_begin(ts_amx_work *work);
 void ts_amx_end(void);
 
 /* The tiles of up to TS_AMX_ROWS rows of q. */

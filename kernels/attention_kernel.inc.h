@@ -638,13 +638,14 @@ const ts_attention_isa_ops TS_ATTENTION_OPS = {.item = run_item, .merge = merge_
 #ifdef TS_ATTENTION_TILES
 static void run_item_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
-    if (order_of(&item->call->geometry) != FP8_FOURS) {
+    const uint32_t end = item->seq->kv_tokens - item->seq->q_tokens + item->q_first + item->q_count;
+    if (order_of(&item->call->geometry) != FP8_FOURS || end < TS_AMX_TOKENS) {
         run_item(item, scratch);
         return;
     }
     load_queries(FP8_TILES, item, scratch->q);
-    ts_amx_begin();
     load_query_tiles(item, scratch);
+    ts_amx_begin(tiles_of(scratch, ts_attention_item_rows(item) / item->head_count).work);
     attend_parts(FP8_TILES, item, scratch);
     ts_amx_end();
 }
