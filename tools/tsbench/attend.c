@@ -169,8 +169,8 @@ static int measure(const bench_options *o, const shape *s, memory *m, ts_threads
     bool ready = prepare(&u, s, m);
     char name[64];
     if (ready)
-        snprintf(name, sizeof name, "%u x %u, %u/%u/%u %s %s", u.call.num_seqs,
-                 u.seqs[0].kv_tokens, s->heads, s->kv_heads, s->head_dim, ts_dtype_name(s->dtype),
+        snprintf(name, sizeof name, "%u x %u, %u/%u/%u %s %s", u.call.num_seqs, u.seqs[0].kv_tokens,
+                 s->heads, s->kv_heads, s->head_dim, ts_dtype_name(s->dtype),
                  s->layout == TS_LAYOUT_NHD ? "nhd" : "hnd");
     if (ready && o->shape != NULL && strstr(name, o->shape) == NULL) {
         release(&u);
