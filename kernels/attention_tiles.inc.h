@@ -109,8 +109,8 @@ static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
     uint32_t item_end = first + item->q_count, part_end;
     if (item_end > item->part_end * TS_PART)
         item_end = item->part_end * TS_PART;
-    uint32_t start = begin_part(item, part, scratch, state, &part_end);
-    start = start / TS_AMX_TOKENS * TS_AMX_TOKENS;
+    const uint32_t seen_from = begin_part(item, part, scratch, state, &part_end);
+    const uint32_t start = seen_from / TS_AMX_TOKENS * TS_AMX_TOKENS;
     const unsigned char *addresses[2][TS_AMX_TOKENS];
     static const fetch nothing;
     ts_streams next = {.tokens = TS_AMX_TOKENS, .item = item};
@@ -145,6 +145,8 @@ static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
                 attend_whole(item, h, tile, first_row, end_row, scratch, state, &k, &v,
                              h + 1 < item->head_count ? &next_k : NULL);
             for (uint32_t t = 0; t < TS_AMX_TOKENS && tile + t < part_end; t += TS_TILE) {
+                if (tile + t < seen_from)
+                    continue;
                 if (first_row > 0)
                     attend_head(FP8_FOURS, item, addresses[turn] + t, h, tile + t, 0, first_row,
                                 scratch, state, &nothing);
