@@ -135,7 +135,9 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
         static const char *const kernels[] = {"auto", "portable", "avx2", "avx512", "amx"};
         status = word(c, key, value, kernels, 5, &which);
         if (status == TS_OK && which != TS_ISA_AUTO && ts_isa_resolve((ts_isa)which) != which)
-            return fail(c, "kernel = %s: this processor has no %s", value, value);
+            return fail(c,
+                        "kernel = %s: this machine has no %s, or doesn't let this process use it",
+                        value, value);
         c->kernel = (ts_isa)which;
         return status;
     }

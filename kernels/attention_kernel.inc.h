@@ -1,7 +1,8 @@
 /*
  * The host attention kernels, written once in vectors of VL floats (GCC's and Clang's vector
  * extensions) and compiled once for each instruction set. The including file defines VL,
- * FMA(a,b,c), TS_ATTENTION_OPS and, where the hardware converts fp16, LOAD_FP16(p).
+ * FMA(a,b,c), TS_ATTENTION_OPS, what attention_vectors.inc.h takes beside them and, to have fp8 on
+ * the tile unit as well, TS_ATTENTION_TILES: the name of those operations.
  *
  * An item goes over its tokens in tiles of 16. For each KV head of a tile: scores = q·K for up to 4
  * rows that share each read of K, one online-softmax update per row, then acc += p·V, again 4 rows
