@@ -8,17 +8,18 @@
 
 #define TILE 1024                                 /* bytes: 16 rows of 64 */
 #define SPLITS 3                                  /* a float is the sum of three bf16 numbers */
-#define WEIGHTS_BYTES (SPLITS * TS_AMX_ROWS * 64) /* of a tile of weights */
+#define WEIGHTS_BYTES (SPLITS * TS_AMX_ROWS * 64) /* of a tile of weights; the rest isn't used */
 
-/* Numbers of the tile registers, which instructions have in them. */
+/* Numbers of the tile registers, which instructions have in them. All have 16 rows. */
 #define SCORES_0 0 /* [token][split][row], fp32, of 16 tokens */
 #define SCORES_1 1
-#define KEYS 2      /* [token][32 dims] */
-#define OPERAND 3   /* [16 pairs][16 columns][2]: q, then V */
-#define WEIGHTS_0 4 /* [split][row][16 pairs][2] of the first 32 tokens */
-#define WEIGHTS_1 5
-#define OUT_0 6 /* [split][row][16 dims], fp32 */
-#define OUT_1 7
+#define WEIGHTS 0   /* [split][row][16 pairs][2] of 32 tokens */
+#define OPERAND_0 2 /* K: [token][32 dims]; q and V: [16 pairs][16 columns][2] */
+#define OPERAND_1 3
+#define HELD_0 4 /* q as above, the first four tiles; or outputs: [split][row][16 dims], fp32 */
+#define HELD_1 5
+#define HELD_2 6
+#define HELD_3 7
 
 /* The instructions; the compilers' own functions for them don't all say that they read memory. */
 #define NAME(tile) NAME_(tile)
@@ -34,12 +35,10 @@
 void ts_amx_begin(ts_amx_work *work)
 {
     alignas(64) unsigned char config[64] = {1};
-    static const unsigned char rows[8] = {
-        [SCORES_0] = 16,  [SCORES_1] = 16,  [KEYS] = 16,  [OPERAND] = 16,
-        [WEIGHTS_0] = 12, [WEIGHTS_1] = 12, [OUT_0] = 12, [OUT_1] = 12};
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
         config[16 + 2 * i] = 64;
-    memcpy(config + 48, rows, sizeof rows);
+        config[48 + i] = 16;
+    }
     __asm__ volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
     for (uint32_t i = 0; i < 128; i++) {
         uint16_t wide = ts_fp32_to_bf16(ts_fp8_to_fp32((uint8_t)i) / 256);
@@ -108,42 +107,62 @@ INLINE void widen(widening w, __m512i x, void *first, void *second)
     _mm512_store_si512(second, _mm512_unpackhi_epi8(low, high));
 }
 
-/* What is widened at a time: keys of 32 tokens, [2][head_dim / 32] tiles, or 64 dims of values,
- * [2][4] tiles, from 32 rows, or from 32 pairs of rows. */
-typedef enum unit_kind { NOTHING, KEYS_OF_32, DIMS_OF_64 } unit_kind;
-#define UNIT_ROWS 32u
+/* Pairs of a's and b's even elements, and of the odd ones; not by unpacking, as that takes the port
+ * that look-ups take. */
+INLINE void pair(__m512i a, __m512i b, __m512i *even, __m512i *odd)
+{
+    const __m512i lower = _mm512_set1_epi16(0xff);
+    *even = _mm512_ternarylogic_epi32(a, _mm512_slli_epi16(b, 8), lower, 0xe4);
+    *odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(a, 8), b, lower, 0xe4);
+}
+
+/* What is widened at a time: keys of 16 tokens, [head_dim / 32] tiles, or 64 dims of values of 32
+ * tokens, [4] tiles, from 16 rows, or from 16 pairs of rows. */
+typedef enum unit_kind { NOTHING, KEYS_OF_16, VALUES_OF_32 } unit_kind;
+#define UNIT_ROWS 16u
+#define UNIT_KEYS 16u
+#define UNIT_VALUES 32u
 
 typedef struct unit {
-    const ts_amx_rows *rows;
-    uint32_t from; /* the first token, the first dim */
+    const unsigned char *const *rows;
+    size_t offset;
     char *to;
 } unit;
+
+static inline unit keys_unit(const ts_amx_rows *k, uint32_t token, char *to)
+{
+    return (unit){k->rows + token, k->offset, to};
+}
+
+static inline unit values_unit(const ts_amx_rows *v, uint32_t token, uint32_t dim, char *to)
+{
+    return (unit){v->rows + token, v->offset + dim, to};
+}
 
 /* Rows first..end - 1 of a unit. */
 INLINE void widen_unit(unit_kind kind, widening w, unit u, uint32_t head_dim, uint32_t first,
                        uint32_t end, ts_streams *next)
 {
-    if (kind == KEYS_OF_32)
-        _Pragma("GCC unroll 8") for (uint32_t t = first; t < end; t++)
+    if (kind == KEYS_OF_16)
+        _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
         {
-            char *to = u.to + t / 16 * (head_dim / 32) * TILE + t % 16 * 64;
-            const unsigned char *row = u.rows->rows[u.from + t] + u.rows->offset;
+            char *to = u.to + t * 64;
+            const unsigned char *row = u.rows[t] + u.offset;
             for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
                 widen(w, _mm512_loadu_si512(row + d), to, to + TILE);
             for (uint32_t i = t * head_dim / 128; i < (t + 1) * head_dim / 128; i++)
                 ts_streams_ask(next, i);
         }
-    if (kind == DIMS_OF_64)
-        _Pragma("GCC unroll 8") for (uint32_t t = first; t < end; t++)
+    if (kind == VALUES_OF_32)
+        _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
         {
             /* A tile's row has tokens t and t + 16. */
-            const unsigned char *const *rows = u.rows->rows + t / 16 * 32 + t % 16;
-            const size_t offset = u.rows->offset + u.from;
-            char *to = u.to + t / 16 * 4 * TILE + t % 16 * 64;
-            __m512i x = _mm512_loadu_si512(rows[0] + offset);
-            __m512i y = _mm512_loadu_si512(rows[16] + offset);
-            widen(w, _mm512_unpacklo_epi8(x, y), to, to + TILE);
-            widen(w, _mm512_unpackhi_epi8(x, y), to + 2 * TILE, to + 3 * TILE);
+            char *to = u.to + t * 64;
+            __m512i x = _mm512_loadu_si512(u.rows[t] + u.offset);
+            __m512i y = _mm512_loadu_si512(u.rows[t + 16] + u.offset);
+            pair(x, y, &x, &y);
+            widen(w, x, to, to + TILE);
+            widen(w, y, to + 2 * TILE, to + 3 * TILE);
             ts_streams_ask(next, t);
         }
 }
@@ -159,8 +178,8 @@ INLINE __m512 add_splits(const float *tile)
     return _mm512_shuffle_f32x4(ab, cd, 0x88) + (_mm512_shuffle_f32x4(ab, cd, 0xdd) + low);
 }
 
-/* 16 tokens' [token][split][row] become [row][token], rows 64 floats apart. */
-INLINE void store_scores(const float *sums, float *scores)
+/* 16 tokens' [token][split][row] become [row][token], rows `stride` floats apart. */
+INLINE void store_scores(const float *sums, float *scores, uint32_t stride)
 {
     const __m512i rows_01 =
         _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
@@ -169,85 +188,148 @@ INLINE void store_scores(const float *sums, float *scores)
     __m512 c = add_splits(sums + 128), d = add_splits(sums + 192);
     __m512 ab = _mm512_permutex2var_ps(a, rows_01, b), cd = _mm512_permutex2var_ps(c, rows_01, d);
     _mm512_storeu_ps(scores, _mm512_shuffle_f32x4(ab, cd, 0x44));
-    _mm512_storeu_ps(scores + 64, _mm512_shuffle_f32x4(ab, cd, 0xee));
+    _mm512_storeu_ps(scores + stride, _mm512_shuffle_f32x4(ab, cd, 0xee));
     ab = _mm512_permutex2var_ps(a, rows_23, b);
     cd = _mm512_permutex2var_ps(c, rows_23, d);
-    _mm512_storeu_ps(scores + 128, _mm512_shuffle_f32x4(ab, cd, 0x44));
-    _mm512_storeu_ps(scores + 192, _mm512_shuffle_f32x4(ab, cd, 0xee));
+    _mm512_storeu_ps(scores + 2 * stride, _mm512_shuffle_f32x4(ab, cd, 0x44));
+    _mm512_storeu_ps(scores + 3 * stride, _mm512_shuffle_f32x4(ab, cd, 0xee));
 }
 
-/* Scores of one chunk of q with 32 tokens; `meanwhile` is widened between the products. */
-INLINE void score_unit(const ts_amx_work *work, const char *keys, const char *q, uint32_t head_dim,
-                       float *scores, unit_kind kind, unit meanwhile, ts_streams *next)
+INLINE void load_queries(const char *q, uint32_t head_dim)
+{
+    TILE_LOAD(HELD_0, q);
+    TILE_LOAD(HELD_1, q + TILE);
+    if (head_dim > 64) {
+        TILE_LOAD(HELD_2, q + 2 * TILE);
+        TILE_LOAD(HELD_3, q + 3 * TILE);
+    }
+}
+
+/* Scores that are in a tile register yet, and where they go: NULL, if there are none. */
+typedef struct waiting {
+    float *scores;
+    uint32_t stride;
+} waiting;
+
+INLINE void store_waiting(bool odd, waiting *w)
+{
+    alignas(64) float sums[TILE / 4];
+    if (w->scores == NULL)
+        return;
+    if (odd)
+        TILE_STORE(SCORES_1, sums);
+    else
+        TILE_STORE(SCORES_0, sums);
+    store_scores(sums, w->scores, w->stride);
+    w->scores = NULL;
+}
+
+/* Scores of the chunk of q that is held with 16 tokens, in SCORES_1 or SCORES_0. Between the
+ * products `meanwhile` is widened, and what waits in the other is stored. */
+INLINE void score_unit(bool odd, const ts_amx_work *work, const char *keys, const char *q,
+                       uint32_t head_dim, waiting *other, unit_kind kind, unit meanwhile,
+                       ts_streams *next)
 {
     const widening w = load_widening(work);
-    const uint32_t tiles = head_dim / 32, rows = UNIT_ROWS / 2;
-    alignas(64) float sums[2][16 * 16];
-    TILE_ZERO(SCORES_0);
-    TILE_ZERO(SCORES_1);
-    _Pragma("GCC unroll 4") for (uint32_t i = 0; i < tiles; i++)
-    {
-        TILE_LOAD(OPERAND, q + i * TILE);
-        TILE_LOAD(KEYS, keys + i * TILE);
-        TILE_MULTIPLY(SCORES_0, KEYS, OPERAND);
-        widen_unit(kind, w, meanwhile, head_dim, 2 * i * rows / tiles, (2 * i + 1) * rows / tiles,
-                   next);
-        TILE_LOAD(KEYS, keys + (tiles + i) * TILE);
-        TILE_MULTIPLY(SCORES_1, KEYS, OPERAND);
-        widen_unit(kind, w, meanwhile, head_dim, (2 * i + 1) * rows / tiles,
-                   (2 * i + 2) * rows / tiles, next);
+    const uint32_t tiles = head_dim / 32;
+    if (odd)
+        TILE_ZERO(SCORES_1);
+    else
+        TILE_ZERO(SCORES_0);
+#define PRODUCT(i, operand, query)                                                                 \
+    TILE_LOAD(operand, keys + (i)*TILE);                                                           \
+    if (odd)                                                                                       \
+        TILE_MULTIPLY(SCORES_1, operand, query);                                                   \
+    else                                                                                           \
+        TILE_MULTIPLY(SCORES_0, operand, query);                                                   \
+    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / tiles, ((i) + 1) * UNIT_ROWS / tiles, \
+               next)
+    PRODUCT(0, OPERAND_0, HELD_0);
+    store_waiting(!odd, other);
+    PRODUCT(1, OPERAND_1, HELD_1);
+    if (head_dim > 64) {
+        PRODUCT(2, OPERAND_0, HELD_2);
+        PRODUCT(3, OPERAND_1, HELD_3);
     }
-    TILE_STORE(SCORES_0, sums[0]);
-    TILE_STORE(SCORES_1, sums[1]);
-    store_scores(sums[0], scores);
-    store_scores(sums[1], scores + 16);
+    if (head_dim > 128) {
+        TILE_LOAD(HELD_0, q + 4 * TILE);
+        TILE_LOAD(HELD_1, q + 5 * TILE);
+        PRODUCT(4, OPERAND_0, HELD_0);
+        PRODUCT(5, OPERAND_1, HELD_1);
+    }
+    if (head_dim > 192) {
+        TILE_LOAD(HELD_2, q + 6 * TILE);
+        TILE_LOAD(HELD_3, q + 7 * TILE);
+        PRODUCT(6, OPERAND_0, HELD_2);
+        PRODUCT(7, OPERAND_1, HELD_3);
+    }
+#undef PRODUCT
+}
+
+/* Scores of all chunks with a unit of K. */
+INLINE void score_chunks(bool odd, const ts_amx_work *work, const char *keys, const char *q,
+                         uint32_t chunks, uint32_t head_dim, float *scores, uint32_t stride,
+                         waiting *mine, waiting *other, unit_kind kind, unit meanwhile,
+                         ts_streams *next)
+{
+    if (chunks > 1 || head_dim > 128)
+        load_queries(q, head_dim);
+    score_unit(odd, work, keys, q, head_dim, other, kind, meanwhile, next);
+    *mine = (waiting){scores, stride};
+    for (uint32_t c = 1; c < chunks; c++) {
+        q += head_dim / 32 * TILE;
+        scores += TS_AMX_ROWS * stride;
+        store_waiting(odd, mine);
+        load_queries(q, head_dim);
+        score_unit(odd, work, keys, q, head_dim, other, NOTHING, (unit){0}, next);
+        *mine = (waiting){scores, stride};
+    }
 }
 
 INLINE void score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
-                  uint32_t chunks, uint32_t head_dim, float *scores)
+                  uint32_t chunks, uint32_t head_dim, uint32_t tokens, float *scores)
 {
-    char *first = work->units[work->turn], *second = work->units[work->turn ^ 1];
-    const uint32_t chunk_tiles = head_dim / 32 * TILE;
+    char *even = work->units[0], *odd = work->units[1];
+    waiting in_0 = {NULL, 0}, in_1 = {NULL, 0};
     ts_streams next = *k->next;
-    score_unit(work, first, q, head_dim, scores, KEYS_OF_32, (unit){k, 32, second}, &next);
-    for (uint32_t c = 1; c < chunks; c++)
-        score_unit(work, first, q + c * chunk_tiles, head_dim,
-                   scores + c * TS_AMX_ROWS * TS_AMX_TOKENS, NOTHING, (unit){0}, &next);
-    score_unit(work, second, q, head_dim, scores + 32, DIMS_OF_64, (unit){v, 0, first}, &next);
-    for (uint32_t c = 1; c < chunks; c++)
-        score_unit(work, second, q + c * chunk_tiles, head_dim,
-                   scores + c * TS_AMX_ROWS * TS_AMX_TOKENS + 32, NOTHING, (unit){0}, &next);
+    load_queries(q, head_dim);
+    for (uint32_t t = 0; t < tokens; t += 2 * UNIT_KEYS) {
+        score_chunks(false, work, even, q, chunks, head_dim, scores + t, tokens, &in_0, &in_1,
+                     KEYS_OF_16, keys_unit(k, t + UNIT_KEYS, odd), &next);
+        if (t + 2 * UNIT_KEYS < tokens)
+            score_chunks(true, work, odd, q, chunks, head_dim, scores + t + UNIT_KEYS, tokens,
+                         &in_1, &in_0, KEYS_OF_16, keys_unit(k, t + 2 * UNIT_KEYS, even), &next);
+        else
+            score_chunks(true, work, odd, q, chunks, head_dim, scores + t + UNIT_KEYS, tokens,
+                         &in_1, &in_0, VALUES_OF_32, values_unit(v, 0, 0, even), &next);
+    }
+    store_waiting(true, &in_1);
     *k->next = next;
 }
 
-void ts_amx_split_weights(const float *weights, uint32_t chunks, void *weight_tiles)
+void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens,
+                          void *weight_tiles)
 {
     char *to = weight_tiles;
-    for (; chunks > 0; chunks--, weights += TS_AMX_ROWS * TS_AMX_TOKENS)
-        for (uint32_t i = 0; i < 2; i++, to += WEIGHTS_BYTES)
+    for (; chunks > 0; chunks--, weights += TS_AMX_ROWS * tokens)
+        for (uint32_t t = 0; t < tokens; t += 32, to += WEIGHTS_BYTES)
             for (uint32_t r = 0; r < TS_AMX_ROWS; r++) {
-                __m512 a = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32);
-                __m512 b = _mm512_loadu_ps(weights + r * TS_AMX_TOKENS + i * 32 + 16);
+                __m512 a = _mm512_loadu_ps(weights + r * tokens + t);
+                __m512 b = _mm512_loadu_ps(weights + r * tokens + t + 16);
                 for (uint32_t s = 0; s < SPLITS; s++)
                     _mm512_store_si512(to + (s * TS_AMX_ROWS + r) * 64, split(&a, &b));
             }
 }
 
-/* What comes after the first 64 dims of V: the next ones, or the next K. */
-INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                       uint32_t head_dim, uint32_t part)
+INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t head_dim, uint32_t part)
 {
-    const widening w = load_widening(work);
-    char *to = work->units[work->turn ^ 1];
     ts_streams next = *v->next;
-    if (head_dim > 64)
-        widen_unit(DIMS_OF_64, w, (unit){v, 64, to}, head_dim, part * 8, part * 8 + 8, &next);
-    else if (k != NULL)
-        widen_unit(KEYS_OF_32, w, (unit){k, 0, to}, head_dim, part * 8, part * 8 + 8, &next);
+    widen_unit(VALUES_OF_32, load_widening(work), values_unit(v, UNIT_VALUES, 0, work->units[1]),
+               head_dim, part * UNIT_ROWS / 2, (part + 1) * UNIT_ROWS / 2, &next);
     *v->next = next;
 }
 
-/* One row's sums of a tile of OUT. */
+/* One row's sums of a tile of outputs. */
 INLINE __m512 out_row(const float *tile, uint32_t row)
 {
     return _mm512_load_ps(tile + row * 16) + (_mm512_load_ps(tile + (TS_AMX_ROWS + row) * 16) +
@@ -259,94 +341,117 @@ INLINE void add_to(float *acc, __m512 x)
     _mm512_storeu_ps(acc, _mm512_loadu_ps(acc) + x);
 }
 
-/* acc[r] += the sums of 64 dims: four tiles have 4 of each 16 in turns, and even and odd ones are
- * wanted apart. */
-INLINE void add_out(const float (*sums)[WEIGHTS_BYTES / 4], uint32_t first, uint32_t end,
-                    float *acc, uint32_t padded)
+/* acc[r] += the sums of 64 dims: two tiles have the even ones, 4 of them in turns, two the odd. */
+INLINE void add_out(const float (*sums)[TILE / 4], uint32_t first, uint32_t end, float *acc,
+                    uint32_t padded)
 {
-    const __m512i even =
-        _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
-    for (uint32_t r = first; r < end; r++, acc += padded) {
-        __m512 a = out_row(sums[0], r), b = out_row(sums[1], r);
-        __m512 c = out_row(sums[2], r), d = out_row(sums[3], r);
-        __m512 ab = _mm512_permutex2var_ps(a, even, b), cd = _mm512_permutex2var_ps(c, even, d);
-        add_to(acc, _mm512_permutex2var_ps(ab, lower, cd));
-        add_to(acc + 16, _mm512_permutex2var_ps(ab, upper, cd));
-        ab = _mm512_permutex2var_ps(a, odd, b);
-        cd = _mm512_permutex2var_ps(c, odd, d);
-        add_to(acc + 32, _mm512_permutex2var_ps(ab, lower, cd));
-        add_to(acc + 48, _mm512_permutex2var_ps(ab, upper, cd));
-    }
+    for (uint32_t r = first; r < end; r++, acc += padded)
+        for (uint32_t i = 0; i < 2; i++) {
+            __m512 a = out_row(sums[2 * i], r), b = out_row(sums[2 * i + 1], r);
+            add_to(acc + i * 32, _mm512_permutex2var_ps(a, lower, b));
+            add_to(acc + i * 32 + 16, _mm512_permutex2var_ps(a, upper, b));
+        }
 }
 
-/* The weights in the tile registers times 64 dims of V; rows from first_row on of `meanwhile` are
- * widened between the products. */
-INLINE void weigh_unit(const ts_amx_work *work, const char *values,
-                       float (*sums)[WEIGHTS_BYTES / 4], uint32_t head_dim, unit_kind kind,
-                       unit meanwhile, uint32_t first_row, ts_streams *next)
+INLINE void store_out(float (*sums)[TILE / 4])
+{
+    TILE_STORE(HELD_0, sums[0]);
+    TILE_STORE(HELD_1, sums[1]);
+    TILE_STORE(HELD_2, sums[2]);
+    TILE_STORE(HELD_3, sums[3]);
+}
+
+INLINE void load_out(float (*sums)[TILE / 4])
+{
+    TILE_LOAD(HELD_0, sums[0]);
+    TILE_LOAD(HELD_1, sums[1]);
+    TILE_LOAD(HELD_2, sums[2]);
+    TILE_LOAD(HELD_3, sums[3]);
+}
+
+/* Weights of 32 tokens times 64 dims of V are added to what is held; `meanwhile` is widened between
+ * the products. */
+INLINE void weigh_unit(const ts_amx_work *work, const char *values, const char *weights,
+                       uint32_t head_dim, unit_kind kind, unit meanwhile, ts_streams *next)
 {
     const widening w = load_widening(work);
-    const uint32_t rows = (UNIT_ROWS - first_row) / 8; /* a product */
-#define BETWEEN(product)                                                                           \
-    widen_unit(kind, w, meanwhile, head_dim, first_row + (product)*rows,                           \
-               first_row + ((product) + 1) * rows, next)
-    for (uint32_t i = 0; i < 2; i++, values += 2 * TILE) {
-        TILE_ZERO(OUT_0);
-        TILE_ZERO(OUT_1);
-        TILE_LOAD(OPERAND, values);
-        TILE_MULTIPLY(OUT_0, WEIGHTS_0, OPERAND);
-        BETWEEN(4 * i);
-        TILE_LOAD(OPERAND, values + TILE);
-        TILE_MULTIPLY(OUT_1, WEIGHTS_0, OPERAND);
-        BETWEEN(4 * i + 1);
-        TILE_LOAD(OPERAND, values + 4 * TILE);
-        TILE_MULTIPLY(OUT_0, WEIGHTS_1, OPERAND);
-        BETWEEN(4 * i + 2);
-        TILE_LOAD(OPERAND, values + 5 * TILE);
-        TILE_MULTIPLY(OUT_1, WEIGHTS_1, OPERAND);
-        BETWEEN(4 * i + 3);
-        TILE_STORE(OUT_0, sums[2 * i]);
-        TILE_STORE(OUT_1, sums[2 * i + 1]);
+#define PRODUCT(i, out, operand)                                                                   \
+    TILE_LOAD(operand, values + (i)*TILE);                                                         \
+    TILE_MULTIPLY(out, WEIGHTS, operand);                                                          \
+    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / 4, ((i) + 1) * UNIT_ROWS / 4, next)
+    TILE_LOAD(WEIGHTS, weights);
+    PRODUCT(0, HELD_0, OPERAND_0);
+    PRODUCT(1, HELD_1, OPERAND_1);
+    PRODUCT(2, HELD_2, OPERAND_0);
+    PRODUCT(3, HELD_3, OPERAND_1);
+#undef PRODUCT
+}
+
+/* Sums of outputs, if there are several chunks, which take turns in the tile registers. */
+typedef float chunk_sums[4][TILE / 4];
+
+/* All chunks with a unit of V, from token t on. */
+INLINE void weigh_chunks(const ts_amx_work *work, const char *values, const char *weights,
+                         uint32_t chunks, uint32_t head_dim, uint32_t tokens, uint32_t t,
+                         chunk_sums *sums, unit_kind kind, unit meanwhile, ts_streams *next)
+{
+    weights += t / UNIT_VALUES * WEIGHTS_BYTES;
+    for (uint32_t c = 0; c < chunks; c++, weights += tokens / UNIT_VALUES * WEIGHTS_BYTES) {
+        if (t == 0) {
+            TILE_ZERO(HELD_0);
+            TILE_ZERO(HELD_1);
+            TILE_ZERO(HELD_2);
+            TILE_ZERO(HELD_3);
+        } else if (chunks > 1)
+            load_out(sums[c]);
+        if (c == 0)
+            weigh_unit(work, values, weights, head_dim, kind, meanwhile, next);
+        else
+            weigh_unit(work, values, weights, head_dim, NOTHING, (unit){0}, next);
+        if (chunks > 1 || t + UNIT_VALUES == tokens)
+            store_out(sums[c]);
     }
-#undef BETWEEN
 }
 
 INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                   const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                  float *acc, uint32_t padded)
+                  uint32_t tokens, chunk_sums *sums, float *acc, uint32_t padded)
 {
-    const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row);
-    alignas(64) float sums[4][WEIGHTS_BYTES / 4];
+    const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row) - chunk;
+    const char *weights =
+        (const char *)weight_tiles + (size_t)chunk * tokens / UNIT_VALUES * WEIGHTS_BYTES;
+    char *even = work->units[0], *odd = work->units[1];
     ts_streams next = *v->next;
     for (uint32_t d = 0; d < head_dim; d += 64) {
-        const char *values = work->units[work->turn];
-        char *to = work->units[work->turn ^ 1];
-        for (uint32_t c = chunk; c < chunks; c++) {
-            const uint32_t begin = c * TS_AMX_ROWS;
+        for (uint32_t t = 0; t < tokens; t += 2 * UNIT_VALUES) {
+            const uint32_t end = t + 2 * UNIT_VALUES;
+            if (d == 0 && t == 0) /* the second unit is widened already */
+                weigh_chunks(work, even, weights, chunks, head_dim, tokens, t, sums, NOTHING,
+                             (unit){0}, &next);
+            else
+                weigh_chunks(work, even, weights, chunks, head_dim, tokens, t, sums, VALUES_OF_32,
+                             values_unit(v, t + UNIT_VALUES, d, odd), &next);
+            if (end < tokens || d + 64 < head_dim)
+                weigh_chunks(work, odd, weights, chunks, head_dim, tokens, t + UNIT_VALUES, sums,
+                             VALUES_OF_32,
+                             end < tokens ? values_unit(v, end, d, even)
+                                          : values_unit(v, 0, d + 64, even),
+                             &next);
+            else if (k != NULL)
+                weigh_chunks(work, odd, weights, chunks, head_dim, tokens, t + UNIT_VALUES, sums,
+                             KEYS_OF_16, keys_unit(k, 0, even), &next);
+            else
+                weigh_chunks(work, odd, weights, chunks, head_dim, tokens, t + UNIT_VALUES, sums,
+                             NOTHING, (unit){0}, &next);
+        }
+        for (uint32_t c = 0; c < chunks; c++) {
+            const uint32_t begin = (chunk + c) * TS_AMX_ROWS;
             const uint32_t first = first_row > begin ? first_row - begin : 0;
             const uint32_t end = end_row - begin < TS_AMX_ROWS ? end_row - begin : TS_AMX_ROWS;
-            if (d == 0 || chunks - chunk > 1) {
-                const char *tiles = (const char *)weight_tiles + c * 2 * WEIGHTS_BYTES;
-                TILE_LOAD(WEIGHTS_0, tiles);
-                TILE_LOAD(WEIGHTS_1, tiles + WEIGHTS_BYTES);
-            }
-            if (c > chunk || (d + 64 == head_dim && k == NULL))
-                weigh_unit(work, values, sums, head_dim, NOTHING, (unit){0}, 0, &next);
-            else if (d + 64 == head_dim)
-                weigh_unit(work, values, sums, head_dim, KEYS_OF_32, (unit){k, 0, to},
-                           head_dim == 64 ? UNIT_ROWS / 2 : 0, &next);
-            else if (d == 0)
-                weigh_unit(work, values, sums, head_dim, DIMS_OF_64, (unit){v, 64, to},
-                           UNIT_ROWS / 2, &next);
-            else
-                weigh_unit(work, values, sums, head_dim, DIMS_OF_64, (unit){v, d + 64, to}, 0,
-                           &next);
-            add_out(sums, first, end, acc + (size_t)(begin + first) * padded + d, padded);
+            add_out(sums[c], first, end, acc + (size_t)(begin + first) * padded + d, padded);
         }
-        work->turn ^= 1;
     }
     *v->next = next;
 }
@@ -370,33 +475,33 @@ INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
 void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim)
 {
     ts_streams next = *k->next;
-    work->turn = 0;
-    widen_unit(KEYS_OF_32, load_widening(work), (unit){k, 0, work->units[0]}, head_dim, 0,
+    widen_unit(KEYS_OF_16, load_widening(work), keys_unit(k, 0, work->units[0]), head_dim, 0,
                UNIT_ROWS, &next);
     *k->next = next;
 }
 
 void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
-                  const void *q_tiles, uint32_t chunks, uint32_t head_dim, float *scores)
+                  const void *q_tiles, uint32_t chunks, uint32_t head_dim, uint32_t tokens,
+                  float *scores)
 {
-#define CALL(dim) score(work, k, v, q_tiles, chunks, dim, scores)
+#define CALL(dim) score(work, k, v, q_tiles, chunks, dim, tokens, scores)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }
 
-void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                       uint32_t head_dim, uint32_t part)
+void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t head_dim, uint32_t part)
 {
-#define CALL(dim) widen_part(work, v, k, dim, part)
+#define CALL(dim) widen_part(work, v, dim, part)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }
 
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                   const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                  float *acc, uint32_t padded)
+                  uint32_t tokens, void *sums, float *acc, uint32_t padded)
 {
-#define CALL(dim) weigh(work, v, k, weight_tiles, first_row, end_row, dim, acc, padded)
+#define CALL(dim)                                                                                  \
+    weigh(work, v, k, weight_tiles, first_row, end_row, dim, tokens, sums, acc, padded)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }

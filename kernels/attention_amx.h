@@ -1,11 +1,12 @@
 /*
- * Attention over fp8 on the processor's tile unit (Intel AMX), 64 tokens of one KV head at a time:
- * e4m3 is widened to bf16, which has all its numbers, and q and the weights are sums of three bf16
- * numbers, so products are as exact as in fp32, and sums are of fp32.
+ * Attention over fp8 on the processor's tile unit (Intel AMX), some tokens of one KV head at a
+ * time: e4m3 is widened to bf16, which has all its numbers, and q and the weights are sums of three
+ * bf16 numbers, so products are as exact as in fp32, and sums are of fp32.
  *
  * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_FOURS
- * (attention_vectors.inc.h), with its unit. head_dim is a multiple of 64, at most 256. A thread
- * calls ts_amx_begin before and ts_amx_end after the others.
+ * (attention_vectors.inc.h), with its unit. head_dim is a multiple of 64, at most 256; `tokens` one
+ * of TS_AMX_TOKENS, at most TS_AMX_RUN. A thread calls ts_amx_begin before and ts_amx_end after the
+ * others.
  */
 #ifndef TS_ATTENTION_AMX_H
 #define TS_ATTENTION_AMX_H
@@ -13,9 +14,12 @@
 #include "attention_streams.h"
 
 #define TS_AMX_TOKENS 64u
+#define TS_AMX_RUN 256u
 #define TS_AMX_ROWS 4u /* of q, at once: a chunk */
-#define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_TOKENS * sizeof(float)) /* bytes */
+/* Bytes of a chunk's scores, tiles of weights and sums of outputs. */
+#define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_RUN * sizeof(float))
 #define TS_AMX_CHUNK_WEIGHTS (TS_AMX_CHUNK_SCORES / 2 * 3)
+#define TS_AMX_CHUNK_SUMS ((size_t)4096)
 
 /* Rows of q are worked on in so many chunks. */
 static inline uint32_t ts_amx_chunks(uint32_t rows)
@@ -29,13 +33,12 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
     return (size_t)head_dim / 32 * 1024;
 }
 
-/* Half of what there is of K in 64 tokens, or 64 dims of V, is widened into one unit while the
- * other is multiplied. They are small, as all that is touched again has to stay in the first-level
- * cache. */
+/* K of 16 tokens, or 64 dims of V of 32, is widened into one unit while the other is multiplied.
+ * They are small, as all that is touched again has to stay in the first-level cache, of which two
+ * threads of a core have but a half each. */
 typedef struct ts_amx_work {
-    _Alignas(64) char units[2][16384];
+    _Alignas(64) char units[2][8192];
     _Alignas(64) unsigned char low[128], high[128]; /* bytes of e4m3's magnitudes as bf16 */
-    uint32_t turn;                                  /* which unit is next to be multiplied */
 } ts_amx_work;
 
 void ts_amx_begin(ts_amx_work *work);
@@ -45,7 +48,7 @@ void ts_amx_end(void);
 void ts_amx_load_queries(const float *q, uint32_t rows, uint32_t padded, uint32_t head_dim,
                          void *q_tiles);
 
-/* K or V of 64 tokens, at rows[token] + offset; `next` is fetched while they are widened. */
+/* K or V of the tokens, at rows[token] + offset; `next` is fetched while they are widened. */
 typedef struct ts_amx_rows {
     const unsigned char *const *rows;
     size_t offset;
@@ -55,27 +58,32 @@ typedef struct ts_amx_rows {
 /* These are called in this order for each KV head; ts_amx_widen_first only for the first. k and v
  * have one `next`. */
 
-/* Widens the first half of k. */
+/* Widens the first unit of k. */
 void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim);
 
-/* q·K, of which the first half is widened: scores is [chunks][TS_AMX_ROWS][64]. Meanwhile widens
- * the other half, then the first 64 dims of V. */
+/* q·K, of which the first unit is widened: scores is [chunks][TS_AMX_ROWS][tokens]. Meanwhile
+ * widens the others, then the first unit of V. */
 void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
-                  const void *q_tiles, uint32_t chunks, uint32_t head_dim, float *scores);
+                  const void *q_tiles, uint32_t chunks, uint32_t head_dim, uint32_t tokens,
+                  float *scores);
 
-/* Widens part 0, then part 1, of the next thing, while scores become weights: more of V, or the
- * next head's K (NULL: there is none). */
-void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                       uint32_t head_dim, uint32_t part);
+/* Widens part 0, then part 1, of the next unit of V, while scores become weights. */
+void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t head_dim, uint32_t part);
 
-/* The tiles of weights, which are [chunks][TS_AMX_ROWS][64]. */
-void ts_amx_split_weights(const float *weights, uint32_t chunks, void *weight_tiles);
+/* The tiles of weights, which are [chunks][TS_AMX_ROWS][tokens]; and their bytes. */
+void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens,
+                          void *weight_tiles);
+static inline size_t ts_amx_weights_bytes(uint32_t chunks, uint32_t tokens)
+{
+    return chunks * (TS_AMX_CHUNK_WEIGHTS / TS_AMX_RUN * tokens);
+}
 
 /* acc[r] += weights[r]·V for r in first_row..end_row - 1; weight_tiles are those of all rows, rows
- * of acc are `padded` floats apart. Meanwhile widens the rest of V, then the first half of k, the
- * next head's (NULL: there is none). */
+ * of acc are `padded` floats apart; sums has TS_AMX_CHUNK_SUMS bytes, aligned to 64, for each
+ * chunk. Meanwhile widens the rest of V, then the first unit of k, the next head's (NULL: there is
+ * none). */
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                   const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                  float *acc, uint32_t padded);
+                  uint32_t tokens, void *sums, float *acc, uint32_t padded);
 
 #endif

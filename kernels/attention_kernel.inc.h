@@ -461,54 +461,62 @@ static void end_part(const ts_attention_item *item, const ts_attention_scratch *
         state->sum[r] = reduce_sum(load(scratch->sums + (size_t)r * VL));
 }
 
+/* Addresses of `count` rows of K from token `tile` on; past the end they repeat the last, which is
+ * safe to read and masked. */
+static void find_rows(const ts_attention_item *item, uint32_t tile, uint32_t end, uint32_t count,
+                      const unsigned char **rows)
+{
+    const ts_geometry *g = &item->call->geometry;
+    const size_t block_bytes = ts_geometry_block_bytes(g);
+    const unsigned char *base =
+        item->call->base + (size_t)item->seq->layer * 2 * ts_geometry_plane_bytes(g);
+    uint32_t block = tile / g->block_tokens, offset = tile % g->block_tokens;
+    for (uint32_t t = 0; t < count; t++) {
+        if (tile + t >= end) {
+            rows[t] = rows[t - 1];
+            continue;
+        }
+        rows[t] =
+            base + item->seq->blocks[block] * block_bytes + offset * ts_geometry_token_stride(g);
+        if (++offset == g->block_tokens) {
+            offset = 0;
+            block++;
+        }
+    }
+}
+
 INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t part,
                         const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
     const ts_attention_call *call = item->call;
     const ts_geometry *g = &call->geometry;
     const uint32_t head_rows = item->q_count * (call->heads / g->kv_heads);
-    const size_t plane = ts_geometry_plane_bytes(g), block_bytes = ts_geometry_block_bytes(g);
-    const size_t token_stride = ts_geometry_token_stride(g);
-    const size_t head_stride = ts_geometry_head_stride(g);
-    const unsigned char *base = call->base + (size_t)item->seq->layer * 2 * plane;
+    const size_t plane = ts_geometry_plane_bytes(g), head_stride = ts_geometry_head_stride(g);
 
     uint32_t heads_ahead =
         (uint32_t)(FETCH_AHEAD / (2 * TS_TILE * g->head_dim * ts_dtype_bytes(g->dtype)));
     heads_ahead = heads_ahead < 1                  ? 1
                   : heads_ahead > item->head_count ? item->head_count
                                                    : heads_ahead;
-    uint32_t end, start_tile = begin_part(item, part, scratch, state, &end);
+    uint32_t end, start = begin_part(item, part, scratch, state, &end);
     const unsigned char *rows[2][TS_TILE];
-    uint32_t block = start_tile / g->block_tokens, offset = start_tile % g->block_tokens;
-    uint32_t filled = 0;
-    for (uint32_t tile = start_tile, turn = 0; tile < end; tile += TS_TILE, turn ^= 1) {
-        /* Row addresses of this tile (only the first time) and of the next, which is prefetched.
-         * Past the end they repeat the last row, which is safe to read and masked. */
-        for (uint32_t ahead = tile == start_tile ? 0 : 1; ahead < 2; ahead++) {
-            const unsigned char **next = rows[turn ^ ahead];
-            uint32_t start = tile + ahead * TS_TILE;
-            filled = start >= end ? 0 : end - start < TS_TILE ? end - start : TS_TILE;
-            for (uint32_t t = 0; t < filled; t++) {
-                next[t] = base + item->seq->blocks[block] * block_bytes + offset * token_stride;
-                if (++offset == g->block_tokens) {
-                    offset = 0;
-                    block++;
-                }
-            }
-            for (uint32_t t = filled; t < TS_TILE && filled > 0; t++)
-                next[t] = next[filled - 1];
-        }
+    if (start < end)
+        find_rows(item, start, end, TS_TILE, rows[0]);
+    for (uint32_t tile = start, turn = 0; tile < end; tile += TS_TILE, turn ^= 1) {
+        const bool more = tile + TS_TILE < end;
+        if (more)
+            find_rows(item, tile + TS_TILE, end, TS_TILE, rows[turn ^ 1]);
         for (uint32_t h = 0; h < item->head_count; h++) {
             bool later = h + heads_ahead >= item->head_count; /* in the next tile */
             size_t then = item->head_first + h + heads_ahead - (later ? item->head_count : 0);
-            fetch next = {.rows = !later       ? rows[turn]
-                                  : filled > 0 ? rows[turn ^ 1]
-                                               : NULL,
+            fetch next = {.rows = !later ? rows[turn]
+                                  : more ? rows[turn ^ 1]
+                                         : NULL,
                           .k_offset = then * head_stride,
                           .v_offset = plane + then * head_stride};
             const unsigned char *spread[TS_TILE];
             if (!is_fours(dtype) && next.rows != NULL) /* which waits for arithmetic, not memory */
-                spread_rows(&next, spread, item, rows[turn ^ 1], filled > 0, h, plane);
+                spread_rows(&next, spread, item, rows[turn ^ 1], more, h, plane);
             attend_head(dtype, item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
         }
     }

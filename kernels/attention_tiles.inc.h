@@ -1,28 +1,45 @@
 /*
- * fp8 on the tile unit, 64 tokens of a KV head at once (attention_amx.h), for the rows that see all
- * of them; the others, and tokens that don't fill 64, take attend_tile's way. Which it is depends
- * on the row and on the tokens' positions alone, so the bits do too. While something is
- * multiplied what comes next is widened.
+ * fp8 on the tile unit (attention_amx.h), runs of tokens of a KV head at once, for the rows that
+ * see all of a run; the others see it in tiles of 64 tokens, and what they don't see all of takes
+ * attend_tile's way. Which it is depends on the row, on the tokens' positions and on the geometry
+ * alone, so the bits do too. While something is multiplied what comes next is widened.
  */
 #include "attention_amx.h"
 
-/* A thread's scratch memory for tiles. */
+/* What is worked on and what is fetched meanwhile are to fit into the second-level cache twice, as
+ * two threads of a core share it. */
+#define RUN_BYTES ((size_t)256 << 10)
+
+/* Tokens of a run. */
+static uint32_t run_tokens(const ts_geometry *g)
+{
+    const size_t token_bytes = 2 * (size_t)g->kv_heads * g->head_dim;
+    uint32_t tokens = TS_AMX_RUN;
+    while (tokens > TS_AMX_TOKENS && tokens * token_bytes > RUN_BYTES)
+        tokens /= 2;
+    return tokens;
+}
+
+/* A thread's scratch memory for tiles; a chunk is one of a KV head's rows of q. */
 typedef struct tiles {
     ts_amx_work *work;
-    char *q;       /* of each KV head the tiles of its chunks */
-    char *weights; /* of a KV head's chunks */
-    float *scores; /* [rows of a KV head, in whole chunks][64] */
+    float *scores; /* [rows of a KV head, in whole chunks][tokens] */
+    char *weights; /* of each chunk */
+    char *sums;    /* of each chunk */
+    char *q;       /* of each KV head, of each chunk */
 } tiles;
 
 static tiles tiles_of(const ts_attention_scratch *scratch, uint32_t head_rows)
 {
     const uint32_t chunks = ts_amx_chunks(head_rows);
-    char *weights = scratch->tiles + sizeof(ts_amx_work);
-    char *scores = weights + chunks * TS_AMX_CHUNK_WEIGHTS;
+    char *scores = scratch->tiles + sizeof(ts_amx_work);
+    char *weights = scores + chunks * TS_AMX_CHUNK_SCORES;
+    char *sums = weights + chunks * TS_AMX_CHUNK_WEIGHTS;
     return (tiles){.work = (ts_amx_work *)(void *)scratch->tiles,
-                   .q = scores + chunks * TS_AMX_CHUNK_SCORES,
+                   .scores = (float *)(void *)scores,
                    .weights = weights,
-                   .scores = (float *)(void *)scores};
+                   .sums = sums,
+                   .q = sums + chunks * TS_AMX_CHUNK_SUMS};
 }
 
 static void load_query_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
@@ -38,32 +55,16 @@ static void load_query_tiles(const ts_attention_item *item, const ts_attention_s
                                 q);
 }
 
-/* Addresses of a tile's rows of K; past the end they repeat the last. */
-static void find_rows(const ts_attention_item *item, uint32_t tile, uint32_t end,
-                      const unsigned char **rows)
-{
-    const ts_geometry *g = &item->call->geometry;
-    const size_t block_bytes = ts_geometry_block_bytes(g);
-    const unsigned char *base =
-        item->call->base + (size_t)item->seq->layer * 2 * ts_geometry_plane_bytes(g);
-    uint32_t block = tile / g->block_tokens, offset = tile % g->block_tokens;
-    for (uint32_t t = 0; t < TS_AMX_TOKENS; t++) {
-        if (tile + t >= end) {
-            rows[t] = rows[t - 1];
-            continue;
-        }
-        rows[t] =
-            base + item->seq->blocks[block] * block_bytes + offset * ts_geometry_token_stride(g);
-        if (++offset == g->block_tokens) {
-            offset = 0;
-            block++;
-        }
-    }
-}
+/* Tokens of the sequence that are attended to together. */
+typedef struct span {
+    uint32_t start, tokens; /* whole tiles */
+    const unsigned char *const *rows;
+    uint32_t from, end; /* what the item's rows see of the part */
+} span;
 
-/* One KV head, for the rows that see all of the tile, the first half of whose K is widened already.
- * next_k: the next head's, or NULL. */
-INLINE void attend_whole(const ts_attention_item *item, uint32_t h, uint32_t tile,
+/* One KV head, for the rows that see all of the span, of whose K the first 32 rows are widened
+ * already. next_k: the next head's, or NULL. */
+INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *span,
                          uint32_t first_row, uint32_t end_row, const ts_attention_scratch *scratch,
                          const ts_attention_state *state, const ts_amx_rows *k,
                          const ts_amx_rows *v, const ts_amx_rows *next_k)
@@ -74,87 +75,121 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, uint32_t til
     const uint32_t group = call->heads / call->geometry.kv_heads, rows = item->q_count * group;
     const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
     const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row) - chunk;
+    const uint32_t tokens = span->tokens;
     const tiles t = tiles_of(scratch, rows);
-    float *scores = t.scores + (size_t)chunk * TS_AMX_ROWS * TS_AMX_TOKENS;
+    float *scores = t.scores + (size_t)chunk * TS_AMX_ROWS * tokens;
     ts_amx_score(t.work, k, v,
                  t.q + (h * ts_amx_chunks(rows) + chunk) * ts_amx_chunk_bytes(head_dim), chunks,
-                 head_dim, scores);
+                 head_dim, tokens, scores);
     for (uint32_t r = first_row; r < end_row; r++) {
-        float *row = t.scores + (size_t)r * TS_AMX_TOKENS;
-        for (uint32_t i = 0; i < TS_AMX_TOKENS && varied; i += TS_TILE)
+        float *row = t.scores + (size_t)r * tokens;
+        for (uint32_t i = 0; i < tokens && varied; i += TS_TILE)
             vary_scores(item, row + i, TS_TILE, (item->head_first + h) * group + r % group,
-                        tile + i, first + r / group);
+                        span->start + i, first + r / group);
         size_t i = (size_t)h * rows + r;
-        soften_row(row, TS_AMX_TOKENS, head_dim, &state->max[i], scratch->sums + i * VL,
+        soften_row(row, tokens, head_dim, &state->max[i], scratch->sums + i * VL,
                    state->acc + i * padded);
         if (r == (first_row + end_row) / 2) /* while a row waits for itself */
-            ts_amx_widen_part(t.work, v, next_k, head_dim, 0);
+            ts_amx_widen_part(t.work, v, head_dim, 0);
     }
-    ts_amx_split_weights(scores, chunks, t.weights + chunk * TS_AMX_CHUNK_WEIGHTS);
-    ts_amx_widen_part(t.work, v, next_k, head_dim, 1);
-    ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim,
+    ts_amx_split_weights(scores, chunks, tokens, t.weights + ts_amx_weights_bytes(chunk, tokens));
+    ts_amx_widen_part(t.work, v, head_dim, 1);
+    ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim, tokens, t.sums,
                  state->acc + (size_t)h * rows * padded, padded);
+}
+
+/* Rows from_row..to_row - 1 of each KV head with a tile, 16 tokens at a time. */
+static void attend_fours(const ts_attention_item *item, const span *span, uint32_t from_row,
+                         uint32_t to_row, const ts_attention_scratch *scratch,
+                         const ts_attention_state *state)
+{
+    static const fetch nothing;
+    for (uint32_t h = 0; h < item->head_count && from_row < to_row; h++)
+        for (uint32_t t = 0; t < span->tokens && span->start + t < span->end; t += TS_TILE)
+            if (span->start + t >= span->from)
+                attend_head(FP8_FOURS, item, span->rows + t, h, span->start + t, from_row, to_row,
+                            scratch, state, &nothing);
+}
+
+/* Rows from_row..to_row - 1 of each KV head with a span: those that see all of it together, the
+ * others in smaller ones. */
+static void attend_span(const ts_attention_item *item, const span *span, uint32_t from_row,
+                        uint32_t to_row, const ts_attention_scratch *scratch,
+                        const ts_attention_state *state, ts_streams *next)
+{
+    const ts_attention_variant *variant = &item->call->variant;
+    const ts_geometry *g = &item->call->geometry;
+    const size_t plane = ts_geometry_plane_bytes(g), head_stride = ts_geometry_head_stride(g);
+    const uint32_t rows = ts_attention_item_rows(item) / item->head_count;
+    const uint32_t group = rows / item->q_count;
+    const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
+    if (from_row == to_row || span->start >= span->end || span->start + span->tokens <= span->from)
+        return;
+    /* The query tokens that see all of it. */
+    uint32_t low = span->start + span->tokens - 1, high = item->q_count;
+    low = low <= first ? 0 : low - first < item->q_count ? low - first : item->q_count;
+    while (high > low && ts_attention_first_key(variant, first + high - 1) > span->start)
+        high--;
+    uint32_t first_row = low * group, end_row = high * group;
+    first_row = first_row < from_row ? from_row : first_row > to_row ? to_row : first_row;
+    end_row = end_row < first_row ? first_row : end_row > to_row ? to_row : end_row;
+    if (first_row < end_row) {
+        ts_amx_rows k = {
+            .rows = span->rows, .offset = item->head_first * head_stride, .next = next};
+        ts_amx_widen_first(tiles_of(scratch, rows).work, &k, g->head_dim);
+        for (uint32_t h = 0; h < item->head_count; h++) {
+            ts_amx_rows v = k, next_k = k;
+            v.offset += plane;
+            next_k.offset += head_stride;
+            attend_whole(item, h, span, first_row, end_row, scratch, state, &k, &v,
+                         h + 1 < item->head_count ? &next_k : NULL);
+            k = next_k;
+        }
+    }
+    if (span->tokens == TS_AMX_TOKENS) {
+        attend_fours(item, span, from_row, first_row, scratch, state);
+        attend_fours(item, span, end_row, to_row, scratch, state);
+        return;
+    }
+    for (uint32_t t = 0; t < span->tokens; t += TS_AMX_TOKENS) {
+        struct span tile = *span;
+        tile.start += t;
+        tile.rows += t;
+        tile.tokens = TS_AMX_TOKENS;
+        attend_span(item, &tile, from_row, first_row, scratch, state, next);
+        attend_span(item, &tile, end_row, to_row, scratch, state, next);
+    }
 }
 
 static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
                               const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
-    const ts_attention_variant *variant = &item->call->variant;
     const ts_geometry *g = &item->call->geometry;
-    const uint32_t head_dim = g->head_dim;
-    const size_t plane = ts_geometry_plane_bytes(g), head_stride = ts_geometry_head_stride(g);
-    const uint32_t rows = ts_attention_item_rows(item) / item->head_count;
-    const uint32_t group = rows / item->q_count;
-    const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
-    uint32_t item_end = first + item->q_count, part_end;
+    const uint32_t rows = ts_attention_item_rows(item) / item->head_count, run = run_tokens(g);
+    uint32_t item_end = item->seq->kv_tokens - item->seq->q_tokens + item->q_first + item->q_count;
     if (item_end > item->part_end * TS_PART)
         item_end = item->part_end * TS_PART;
-    const uint32_t seen_from = begin_part(item, part, scratch, state, &part_end);
-    const uint32_t start = seen_from / TS_AMX_TOKENS * TS_AMX_TOKENS;
-    const unsigned char *addresses[2][TS_AMX_TOKENS];
-    static const fetch nothing;
-    ts_streams next = {.tokens = TS_AMX_TOKENS, .item = item};
-    if (start < part_end)
-        find_rows(item, start, item_end, addresses[0]);
-    if (start < part_end && part == item->part_first) { /* the others are fetched by those before */
-        const size_t bytes = 2 * TS_AMX_TOKENS * (size_t)item->head_count * head_dim;
+    const unsigned char *addresses[2][TS_AMX_RUN];
+    span span = {.tokens = run};
+    span.from = begin_part(item, part, scratch, state, &span.end);
+    span.start = span.from / run * run;
+    ts_streams next = {.tokens = run, .item = item};
+    if (span.start < span.end)
+        find_rows(item, span.start, item_end, run, addresses[0]);
+    /* The first run's rows; the others are fetched by those before. */
+    if (span.start < span.end && part == item->part_first) {
+        const size_t bytes = 2 * run * (size_t)item->head_count * g->head_dim;
         ts_streams_begin(&next, addresses[0]);
         for (uint32_t i = 0; i < bytes / TS_STREAM_STEP; i++)
             ts_streams_ask(&next, i);
     }
-    for (uint32_t tile = start, turn = 0; tile < part_end; tile += TS_AMX_TOKENS, turn ^= 1) {
-        const bool more = tile + TS_AMX_TOKENS < item_end;
+    for (uint32_t turn = 0; span.start < span.end; span.start += run, turn ^= 1) {
+        const bool more = span.start + run < item_end;
         if (more)
-            find_rows(item, tile + TS_AMX_TOKENS, item_end, addresses[turn ^ 1]);
+            find_rows(item, span.start + run, item_end, run, addresses[turn ^ 1]);
         ts_streams_begin(&next, more ? addresses[turn ^ 1] : NULL);
-        /* The query tokens that see all of the tile. */
-        uint32_t low = tile + TS_AMX_TOKENS - 1, high = item->q_count;
-        low = low <= first ? 0 : low - first < item->q_count ? low - first : item->q_count;
-        while (high > low && ts_attention_first_key(variant, first + high - 1) > tile)
-            high--;
-        const uint32_t first_row = low * group, end_row = high * group;
-        ts_amx_rows k = {.rows = addresses[turn], .next = &next}, v = k, next_k = k;
-        k.offset = item->head_first * head_stride;
-        if (first_row < end_row)
-            ts_amx_widen_first(tiles_of(scratch, rows).work, &k, head_dim);
-        for (uint32_t h = 0; h < item->head_count; h++) {
-            k.offset = (item->head_first + h) * head_stride;
-            v.offset = k.offset + plane;
-            next_k.offset = k.offset + head_stride;
-            if (first_row < end_row)
-                attend_whole(item, h, tile, first_row, end_row, scratch, state, &k, &v,
-                             h + 1 < item->head_count ? &next_k : NULL);
-            for (uint32_t t = 0; t < TS_AMX_TOKENS && tile + t < part_end; t += TS_TILE) {
-                if (tile + t < seen_from)
-                    continue;
-                if (first_row > 0)
-                    attend_head(FP8_FOURS, item, addresses[turn] + t, h, tile + t, 0, first_row,
-                                scratch, state, &nothing);
-                if (end_row < rows)
-                    attend_head(FP8_FOURS, item, addresses[turn] + t, h, tile + t, end_row, rows,
-                                scratch, state, &nothing);
-            }
-        }
+        span.rows = addresses[turn];
+        attend_span(item, &span, 0, rows, scratch, state, &next);
     }
     end_part(item, scratch, state);
 }

@@ -181,73 +181,108 @@ static void the_prototypes_scenario_of_two_sequences_and_32_heads_matches(void *
                             lengths, 2, 1e-5);
 }
 
-/* The same batch together, one by one, and prefilled token by token, on 1, 2 and 5 threads. */
-static void splitting_a_batch_changes_no_bit(void **state)
+/* How many tokens the tile unit takes at once depends on how many KV heads there are. */
+static void fp8_of_few_and_many_heads_matches_the_reference(void **state)
 {
     (void)state;
+    static const uint32_t kv_heads[] = {1, 4, 8, 16};
+    static const uint32_t lengths[][2] = {{255, 1}, {256, 1}, {321, 5}, {1100, 2}, {530, 530}};
+    for (size_t i = 0; i < sizeof kv_heads / sizeof *kv_heads; i++)
+        check_against_reference((shape){.dtype = TS_DTYPE_FP8_E4M3,
+                                        .io = TS_DTYPE_FP32,
+                                        .layout = (ts_layout)(i % 2),
+                                        .heads = 16,
+                                        .kv_heads = kv_heads[i],
+                                        .head_dim = 128,
+                                        .block_tokens = 16,
+                                        .layers = 1},
+                                lengths, sizeof lengths / sizeof *lengths, 1e-5);
+}
+
+/* One row of out for each query token alone. */
+static void attend_token_by_token(ts_attention *a, const problem *p, uint32_t seq)
+{
+    const size_t row_bytes = (size_t)p->call.heads * p->call.geometry.head_dim * sizeof(float);
+    for (uint32_t t = 0; t < p->seqs[seq].q_tokens; t++) {
+        ts_attention_seq token = p->seqs[seq];
+        token.kv_tokens -= token.q_tokens - 1 - t;
+        token.q_tokens = 1;
+        token.k = token.v = NULL;
+        token.q = (const unsigned char *)token.q + row_bytes * t;
+        token.out = (unsigned char *)token.out + row_bytes * t;
+        if (token.lse != NULL)
+            token.lse += p->call.heads * t;
+        ts_attention_call one = p->call;
+        one.seqs = &token;
+        one.num_seqs = 1;
+        assert_int_equal(ts_attention_run(a, &one), TS_OK);
+    }
+}
+
+/* The same batch together, one by one, and prefilled token by token, on 1, 2 and 5 threads. */
+static void check_splits(shape s, const variety *variety, ts_isa isa)
+{
     static const uint32_t lengths[][2] = {{1, 1},    {700, 300}, {64, 1},   {1025, 7},
                                           {5000, 1}, {90, 90},   {2048, 8}, {3000, 33}};
     const uint32_t n = sizeof lengths / sizeof *lengths;
+    rng r = {7};
+    problem p;
+    problem_new(&p, s, lengths, n, &r);
+    if (variety != NULL)
+        problem_vary(&p, *variety, &r);
+    size_t bytes = p.q_elements * sizeof(float);
+    unsigned char *first = malloc(bytes);
+    ts_attention *a = ts_attention_new(1, isa);
+    poison(&p);
+    assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+    memcpy(first, p.out, bytes);
+    ts_attention_free(a);
+    for (uint32_t threads = 1; threads <= 5; threads += threads == 2 ? 3 : 1) {
+        a = ts_attention_new(threads, isa);
+        poison(&p);
+        assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+        assert_memory_equal(p.out, first, bytes);
+        poison(&p);
+        for (uint32_t j = 0; j < n; j++) {
+            ts_attention_call one = p.call;
+            one.seqs = &p.seqs[j];
+            one.num_seqs = 1;
+            assert_int_equal(ts_attention_run(a, &one), TS_OK);
+        }
+        assert_memory_equal(p.out, first, bytes);
+        poison(&p);
+        for (uint32_t j = 0; j < n; j++)
+            attend_token_by_token(a, &p, j);
+        assert_memory_equal(p.out, first, bytes);
+        ts_attention_free(a);
+    }
+    free(first);
+    problem_free(&p);
+}
+
+static void splitting_a_batch_changes_no_bit(void **state)
+{
+    (void)state;
+    shape s = {.dtype = TS_DTYPE_BF16,
+               .io = TS_DTYPE_FP32,
+               .layout = TS_LAYOUT_NHD,
+               .heads = 4,
+               .kv_heads = 1,
+               .head_dim = 72,
+               .block_tokens = 24,
+               .layers = 1};
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         if (ts_isa_resolve(isas[i]) != isas[i])
             continue;
-        for (int kv_heads = 1; kv_heads <= 4; kv_heads += 3) {
-            rng r = {7};
-            problem p;
-            problem_new(&p,
-                        (shape){.dtype = TS_DTYPE_BF16,
-                                .io = TS_DTYPE_FP32,
-                                .layout = (ts_layout)(kv_heads == 4),
-                                .heads = 4,
-                                .kv_heads = (uint32_t)kv_heads,
-                                .head_dim = 72,
-                                .block_tokens = 24,
-                                .layers = 1},
-                        lengths, n, &r);
-            if (kv_heads == 4)
-                problem_vary(&p, varieties[VARIETIES - 1], &r);
-            size_t bytes = p.q_elements * sizeof(float);
-            unsigned char *first = malloc(bytes);
-            ts_attention *a = ts_attention_new(1, isas[i]);
-            poison(&p);
-            assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
-            memcpy(first, p.out, bytes);
-            ts_attention_free(a);
-            for (uint32_t threads = 1; threads <= 5; threads += threads == 2 ? 3 : 1) {
-                a = ts_attention_new(threads, isas[i]);
-                poison(&p);
-                assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
-                assert_memory_equal(p.out, first, bytes);
-                poison(&p);
-                for (uint32_t j = 0; j < n; j++) {
-                    ts_attention_call one = p.call;
-                    one.seqs = &p.seqs[j];
-                    one.num_seqs = 1;
-                    assert_int_equal(ts_attention_run(a, &one), TS_OK);
-                }
-                assert_memory_equal(p.out, first, bytes);
-                poison(&p);
-                for (uint32_t j = 0; j < n; j++)
-                    for (uint32_t t = 0; t < p.seqs[j].q_tokens; t++) {
-                        size_t row = 4 * 72 * sizeof(float) * t;
-                        ts_attention_seq token = p.seqs[j];
-                        token.kv_tokens -= token.q_tokens - 1 - t;
-                        token.q_tokens = 1;
-                        token.k = token.v = NULL;
-                        token.q = (const unsigned char *)token.q + row;
-                        token.out = (unsigned char *)token.out + row;
-                        if (token.lse != NULL)
-                            token.lse += 4 * t;
-                        ts_attention_call one = p.call;
-                        one.seqs = &token;
-                        one.num_seqs = 1;
-                        assert_int_equal(ts_attention_run(a, &one), TS_OK);
-                    }
-                assert_memory_equal(p.out, first, bytes);
-                ts_attention_free(a);
-            }
-            free(first);
-            problem_free(&p);
+        for (int fp8 = 0; fp8 < 2; fp8++) { /* of a head_dim that the tile unit takes */
+            s.dtype = fp8 ? TS_DTYPE_FP8_E4M3 : TS_DTYPE_BF16;
+            s.head_dim = fp8 ? 64 : 72;
+            s.layout = TS_LAYOUT_NHD;
+            s.kv_heads = 1;
+            check_splits(s, NULL, isas[i]);
+            s.layout = TS_LAYOUT_HND;
+            s.kv_heads = 4;
+            check_splits(s, &varieties[VARIETIES - 1], isas[i]);
         }
     }
 }
@@ -293,13 +328,13 @@ static void check_leaks(ts_dtype dtype, uint32_t dim, uint32_t tokens, ts_isa is
 static void later_tokens_never_leak_into_earlier_ones(void **state)
 {
     (void)state;
-    static const uint32_t dims[] = {32, 40, 64, 128};
+    static const uint32_t dims[] = {32, 40, 64, 128}, lengths[] = {100, 128, 256};
     for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
         for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
             for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
-                for (uint32_t tokens = 100; tokens <= 128; tokens += 28)
+                for (size_t t = 0; t < sizeof lengths / sizeof *lengths; t++)
                     if (ts_isa_resolve(isas[i]) == isas[i])
-                        check_leaks((ts_dtype)dtype, dims[d], tokens, isas[i]);
+                        check_leaks((ts_dtype)dtype, dims[d], lengths[t], isas[i]);
 }
 
 /* All 64 tokens have K = (code, 0, ...), and of V's dimension d token d % 64 alone has code d. */
@@ -445,6 +480,7 @@ int main(void)
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(the_prototypes_scenario_of_two_sequences_and_32_heads_matches),
+        cmocka_unit_test(fp8_of_few_and_many_heads_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test(every_fp8_number_is_multiplied_exactly),
