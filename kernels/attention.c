@@ -199,8 +199,7 @@ static bool reserve_scratch(ts_attention *a, const ts_geometry *g, size_t rows, 
 {
     size_t padded = ts_attention_padded(g->head_dim), tiles = 0;
     if (a->isa == TS_ISA_AMX && g->dtype == TS_DTYPE_FP8_E4M3) /* a chunk has a row at least */
-        tiles = sizeof(ts_amx_work) +
-                head_rows * (TS_AMX_CHUNK_SCORES + TS_AMX_CHUNK_WEIGHTS + TS_AMX_CHUNK_SUMS) +
+        tiles = sizeof(ts_amx_work) + head_rows * (TS_AMX_CHUNK_SCORES + TS_AMX_CHUNK_WEIGHTS) +
                 rows * ts_amx_chunk_bytes(g->head_dim);
     size_t state = rows * (padded + 2);
     size_t floats =

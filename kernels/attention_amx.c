@@ -129,6 +129,18 @@ typedef struct unit {
     char *to;
 } unit;
 
+static inline uint32_t keys_bytes(uint32_t head_dim)
+{
+    return head_dim / 32 * TILE;
+}
+#define VALUES_BYTES (4u * TILE)
+
+/* Where the second of two units lies, which may be of either kind. */
+static inline char *second_unit(ts_amx_work *work, uint32_t head_dim)
+{
+    return work->units + (head_dim > 128 ? keys_bytes(head_dim) : VALUES_BYTES);
+}
+
 static inline unit keys_unit(const ts_amx_rows *k, uint32_t token, char *to)
 {
     return (unit){k->rows + token, k->offset, to};
@@ -266,44 +278,65 @@ INLINE void score_unit(bool odd, const ts_amx_work *work, const char *keys, cons
 #undef PRODUCT
 }
 
-/* Scores of all chunks with a unit of K. */
-INLINE void score_chunks(bool odd, const ts_amx_work *work, const char *keys, const char *q,
-                         uint32_t chunks, uint32_t head_dim, float *scores, uint32_t stride,
-                         waiting *mine, waiting *other, unit_kind kind, unit meanwhile,
-                         ts_streams *next)
+/* Of one chunk: units take turns, one is multiplied while the next is widened. */
+INLINE void score_one(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
+                      uint32_t head_dim, uint32_t tokens, float *scores)
 {
-    if (chunks > 1 || head_dim > 128)
-        load_queries(q, head_dim);
-    score_unit(odd, work, keys, q, head_dim, other, kind, meanwhile, next);
-    *mine = (waiting){scores, stride};
-    for (uint32_t c = 1; c < chunks; c++) {
-        q += head_dim / 32 * TILE;
-        scores += TS_AMX_ROWS * stride;
-        store_waiting(odd, mine);
-        load_queries(q, head_dim);
-        score_unit(odd, work, keys, q, head_dim, other, NOTHING, (unit){0}, next);
-        *mine = (waiting){scores, stride};
-    }
-}
-
-INLINE void score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
-                  uint32_t chunks, uint32_t head_dim, uint32_t tokens, float *scores)
-{
-    char *even = work->units[0], *odd = work->units[1];
-    waiting in_0 = {NULL, 0}, in_1 = {NULL, 0};
+    char *even = work->units, *odd = second_unit(work, head_dim);
+    waiting in_0 = {NULL, tokens}, in_1 = {NULL, tokens};
     ts_streams next = *k->next;
     load_queries(q, head_dim);
     for (uint32_t t = 0; t < tokens; t += 2 * UNIT_KEYS) {
-        score_chunks(false, work, even, q, chunks, head_dim, scores + t, tokens, &in_0, &in_1,
-                     KEYS_OF_16, keys_unit(k, t + UNIT_KEYS, odd), &next);
+        if (head_dim > 128 && t > 0)
+            load_queries(q, head_dim);
+        score_unit(false, work, even, q, head_dim, &in_1, KEYS_OF_16,
+                   keys_unit(k, t + UNIT_KEYS, odd), &next);
+        in_0.scores = scores + t;
+        if (head_dim > 128)
+            load_queries(q, head_dim);
         if (t + 2 * UNIT_KEYS < tokens)
-            score_chunks(true, work, odd, q, chunks, head_dim, scores + t + UNIT_KEYS, tokens,
-                         &in_1, &in_0, KEYS_OF_16, keys_unit(k, t + 2 * UNIT_KEYS, even), &next);
+            score_unit(true, work, odd, q, head_dim, &in_0, KEYS_OF_16,
+                       keys_unit(k, t + 2 * UNIT_KEYS, even), &next);
         else
-            score_chunks(true, work, odd, q, chunks, head_dim, scores + t + UNIT_KEYS, tokens,
-                         &in_1, &in_0, VALUES_OF_32, values_unit(v, 0, 0, even), &next);
+            score_unit(true, work, odd, q, head_dim, &in_0, VALUES_OF_32,
+                       values_unit(v, 0, 0, even), &next);
+        in_1.scores = scores + t + UNIT_KEYS;
     }
     store_waiting(true, &in_1);
+    *k->next = next;
+}
+
+/* Of several: the units of 64 tokens are widened first, then serve all chunks. */
+INLINE void score_many(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
+                       uint32_t chunks, uint32_t head_dim, uint32_t tokens, float *scores)
+{
+    const uint32_t bytes = keys_bytes(head_dim);
+    const widening w = load_widening(work);
+    ts_streams next = *k->next;
+    for (uint32_t t = 0; t < tokens; t += TS_AMX_TOKENS) {
+        for (uint32_t i = t == 0 ? 1 : 0; i < TS_AMX_TOKENS / UNIT_KEYS; i++)
+            widen_unit(KEYS_OF_16, w, keys_unit(k, t + i * UNIT_KEYS, work->units + i * bytes),
+                       head_dim, 0, UNIT_ROWS, &next);
+        for (uint32_t c = 0; c < chunks; c++) {
+            const char *chunk = q + c * ts_amx_chunk_bytes(head_dim), *keys = work->units;
+            float *to = scores + (size_t)c * TS_AMX_ROWS * tokens + t;
+            waiting in_0 = {NULL, tokens}, in_1 = {NULL, tokens};
+            load_queries(chunk, head_dim);
+            for (uint32_t i = 0; i < TS_AMX_TOKENS; i += 2 * UNIT_KEYS, keys += 2 * bytes) {
+                if (head_dim > 128 && i > 0)
+                    load_queries(chunk, head_dim);
+                score_unit(false, work, keys, chunk, head_dim, &in_1, NOTHING, (unit){0}, &next);
+                in_0.scores = to + i;
+                if (head_dim > 128)
+                    load_queries(chunk, head_dim);
+                score_unit(true, work, keys + bytes, chunk, head_dim, &in_0, NOTHING, (unit){0},
+                           &next);
+                in_1.scores = to + i + UNIT_KEYS;
+            }
+            store_waiting(true, &in_1);
+        }
+    }
+    widen_unit(VALUES_OF_32, w, values_unit(v, 0, 0, work->units), head_dim, 0, UNIT_ROWS, &next);
     *k->next = next;
 }
 
@@ -321,11 +354,13 @@ void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens
             }
 }
 
-INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t head_dim, uint32_t part)
+INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
+                       uint32_t part)
 {
+    char *to = chunks == 1 ? second_unit(work, head_dim) : work->units + VALUES_BYTES;
     ts_streams next = *v->next;
-    widen_unit(VALUES_OF_32, load_widening(work), values_unit(v, UNIT_VALUES, 0, work->units[1]),
-               head_dim, part * UNIT_ROWS / 2, (part + 1) * UNIT_ROWS / 2, &next);
+    widen_unit(VALUES_OF_32, load_widening(work), values_unit(v, UNIT_VALUES, 0, to), head_dim,
+               part * UNIT_ROWS / 2, (part + 1) * UNIT_ROWS / 2, &next);
     *v->next = next;
 }
 
@@ -363,12 +398,12 @@ INLINE void store_out(float (*sums)[TILE / 4])
     TILE_STORE(HELD_3, sums[3]);
 }
 
-INLINE void load_out(float (*sums)[TILE / 4])
+INLINE void zero_out(void)
 {
-    TILE_LOAD(HELD_0, sums[0]);
-    TILE_LOAD(HELD_1, sums[1]);
-    TILE_LOAD(HELD_2, sums[2]);
-    TILE_LOAD(HELD_3, sums[3]);
+    TILE_ZERO(HELD_0);
+    TILE_ZERO(HELD_1);
+    TILE_ZERO(HELD_2);
+    TILE_ZERO(HELD_3);
 }
 
 /* Weights of 32 tokens times 64 dims of V are added to what is held; `meanwhile` is widened between
@@ -389,70 +424,75 @@ INLINE void weigh_unit(const ts_amx_work *work, const char *values, const char *
 #undef PRODUCT
 }
 
-/* Sums of outputs, if there are several chunks, which take turns in the tile registers. */
-typedef float chunk_sums[4][TILE / 4];
-
-/* All chunks with a unit of V, from token t on. */
-INLINE void weigh_chunks(const ts_amx_work *work, const char *values, const char *weights,
-                         uint32_t chunks, uint32_t head_dim, uint32_t tokens, uint32_t t,
-                         chunk_sums *sums, unit_kind kind, unit meanwhile, ts_streams *next)
+/* Adds 64 dims of a chunk's sums to its rows of acc that are asked for. */
+INLINE void add_chunk(uint32_t chunk, uint32_t first_row, uint32_t end_row, float *acc,
+                      uint32_t padded)
 {
-    weights += t / UNIT_VALUES * WEIGHTS_BYTES;
-    for (uint32_t c = 0; c < chunks; c++, weights += tokens / UNIT_VALUES * WEIGHTS_BYTES) {
-        if (t == 0) {
-            TILE_ZERO(HELD_0);
-            TILE_ZERO(HELD_1);
-            TILE_ZERO(HELD_2);
-            TILE_ZERO(HELD_3);
-        } else if (chunks > 1)
-            load_out(sums[c]);
-        if (c == 0)
-            weigh_unit(work, values, weights, head_dim, kind, meanwhile, next);
-        else
-            weigh_unit(work, values, weights, head_dim, NOTHING, (unit){0}, next);
-        if (chunks > 1 || t + UNIT_VALUES == tokens)
-            store_out(sums[c]);
-    }
+    alignas(64) float sums[4][TILE / 4];
+    const uint32_t begin = chunk * TS_AMX_ROWS;
+    const uint32_t first = first_row > begin ? first_row - begin : 0;
+    const uint32_t end = end_row - begin < TS_AMX_ROWS ? end_row - begin : TS_AMX_ROWS;
+    store_out(sums);
+    add_out(sums, first, end, acc + (size_t)(begin + first) * padded, padded);
 }
 
-INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                  const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                  uint32_t tokens, chunk_sums *sums, float *acc, uint32_t padded)
+/* Of one chunk: units take turns; the first two are widened already. */
+INLINE void weigh_one(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                      const char *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                      uint32_t tokens, float *acc, uint32_t padded)
 {
-    const uint32_t chunk = first_row / TS_AMX_ROWS, chunks = ts_amx_chunks(end_row) - chunk;
-    const char *weights =
-        (const char *)weight_tiles + (size_t)chunk * tokens / UNIT_VALUES * WEIGHTS_BYTES;
-    char *even = work->units[0], *odd = work->units[1];
+    char *even = work->units, *odd = second_unit(work, head_dim);
     ts_streams next = *v->next;
     for (uint32_t d = 0; d < head_dim; d += 64) {
-        for (uint32_t t = 0; t < tokens; t += 2 * UNIT_VALUES) {
+        const char *tile = weights;
+        zero_out();
+        for (uint32_t t = 0; t < tokens; t += 2 * UNIT_VALUES, tile += 2 * WEIGHTS_BYTES) {
             const uint32_t end = t + 2 * UNIT_VALUES;
-            if (d == 0 && t == 0) /* the second unit is widened already */
-                weigh_chunks(work, even, weights, chunks, head_dim, tokens, t, sums, NOTHING,
-                             (unit){0}, &next);
+            if (d == 0 && t == 0)
+                weigh_unit(work, even, tile, head_dim, NOTHING, (unit){0}, &next);
             else
-                weigh_chunks(work, even, weights, chunks, head_dim, tokens, t, sums, VALUES_OF_32,
-                             values_unit(v, t + UNIT_VALUES, d, odd), &next);
+                weigh_unit(work, even, tile, head_dim, VALUES_OF_32,
+                           values_unit(v, t + UNIT_VALUES, d, odd), &next);
             if (end < tokens || d + 64 < head_dim)
-                weigh_chunks(work, odd, weights, chunks, head_dim, tokens, t + UNIT_VALUES, sums,
-                             VALUES_OF_32,
-                             end < tokens ? values_unit(v, end, d, even)
-                                          : values_unit(v, 0, d + 64, even),
-                             &next);
+                weigh_unit(work, odd, tile + WEIGHTS_BYTES, head_dim, VALUES_OF_32,
+                           end < tokens ? values_unit(v, end, d, even)
+                                        : values_unit(v, 0, d + 64, even),
+                           &next);
             else if (k != NULL)
-                weigh_chunks(work, odd, weights, chunks, head_dim, tokens, t + UNIT_VALUES, sums,
-                             KEYS_OF_16, keys_unit(k, 0, even), &next);
+                weigh_unit(work, odd, tile + WEIGHTS_BYTES, head_dim, KEYS_OF_16,
+                           keys_unit(k, 0, even), &next);
             else
-                weigh_chunks(work, odd, weights, chunks, head_dim, tokens, t + UNIT_VALUES, sums,
-                             NOTHING, (unit){0}, &next);
+                weigh_unit(work, odd, tile + WEIGHTS_BYTES, head_dim, NOTHING, (unit){0}, &next);
         }
-        for (uint32_t c = 0; c < chunks; c++) {
-            const uint32_t begin = (chunk + c) * TS_AMX_ROWS;
-            const uint32_t first = first_row > begin ? first_row - begin : 0;
-            const uint32_t end = end_row - begin < TS_AMX_ROWS ? end_row - begin : TS_AMX_ROWS;
-            add_out(sums[c], first, end, acc + (size_t)(begin + first) * padded + d, padded);
+        add_chunk(first_row / TS_AMX_ROWS, first_row, end_row, acc + d, padded);
+    }
+    *v->next = next;
+}
+
+/* Of several: the units of 64 dims are widened first, then serve all chunks. */
+INLINE void weigh_many(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+                       const char *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
+                       uint32_t tokens, float *acc, uint32_t padded)
+{
+    const uint32_t units = tokens / UNIT_VALUES;
+    const widening w = load_widening(work);
+    ts_streams next = *v->next;
+    for (uint32_t d = 0; d < head_dim; d += 64) {
+        const char *tile = weights;
+        for (uint32_t i = d == 0 ? 2 : 0; i < units; i++)
+            widen_unit(VALUES_OF_32, w,
+                       values_unit(v, i * UNIT_VALUES, d, work->units + i * VALUES_BYTES), head_dim,
+                       0, UNIT_ROWS, &next);
+        for (uint32_t c = first_row / TS_AMX_ROWS; c < ts_amx_chunks(end_row); c++) {
+            zero_out();
+            for (uint32_t i = 0; i < units; i++, tile += WEIGHTS_BYTES)
+                weigh_unit(work, work->units + i * VALUES_BYTES, tile, head_dim, NOTHING, (unit){0},
+                           &next);
+            add_chunk(c, first_row, end_row, acc + d, padded);
         }
     }
+    if (k != NULL)
+        widen_unit(KEYS_OF_16, w, keys_unit(k, 0, work->units), head_dim, 0, UNIT_ROWS, &next);
     *v->next = next;
 }
 
@@ -475,7 +515,7 @@ INLINE void weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
 void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim)
 {
     ts_streams next = *k->next;
-    widen_unit(KEYS_OF_16, load_widening(work), keys_unit(k, 0, work->units[0]), head_dim, 0,
+    widen_unit(KEYS_OF_16, load_widening(work), keys_unit(k, 0, work->units), head_dim, 0,
                UNIT_ROWS, &next);
     *k->next = next;
 }
@@ -484,24 +524,36 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
                   const void *q_tiles, uint32_t chunks, uint32_t head_dim, uint32_t tokens,
                   float *scores)
 {
-#define CALL(dim) score(work, k, v, q_tiles, chunks, dim, tokens, scores)
-    FOR_HEAD_DIM(CALL)
-#undef CALL
+#define ONE(dim) score_one(work, k, v, q_tiles, dim, tokens, scores)
+#define MANY(dim) score_many(work, k, v, q_tiles, chunks, dim, tokens, scores)
+    if (chunks == 1)
+        FOR_HEAD_DIM(ONE)
+    else
+        FOR_HEAD_DIM(MANY)
+#undef ONE
+#undef MANY
 }
 
-void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t head_dim, uint32_t part)
+void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
+                       uint32_t part)
 {
-#define CALL(dim) widen_part(work, v, dim, part)
+#define CALL(dim) widen_part(work, v, chunks, dim, part)
     FOR_HEAD_DIM(CALL)
 #undef CALL
 }
 
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                   const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                  uint32_t tokens, void *sums, float *acc, uint32_t padded)
+                  uint32_t tokens, float *acc, uint32_t padded)
 {
-#define CALL(dim)                                                                                  \
-    weigh(work, v, k, weight_tiles, first_row, end_row, dim, tokens, sums, acc, padded)
-    FOR_HEAD_DIM(CALL)
-#undef CALL
+    const uint32_t chunk = first_row / TS_AMX_ROWS;
+    const char *weights = (const char *)weight_tiles + ts_amx_weights_bytes(chunk, tokens);
+#define ONE(dim) weigh_one(work, v, k, weights, first_row, end_row, dim, tokens, acc, padded)
+#define MANY(dim) weigh_many(work, v, k, weights, first_row, end_row, dim, tokens, acc, padded)
+    if (ts_amx_chunks(end_row) - chunk == 1)
+        FOR_HEAD_DIM(ONE)
+    else
+        FOR_HEAD_DIM(MANY)
+#undef ONE
+#undef MANY
 }

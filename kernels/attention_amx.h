@@ -16,10 +16,9 @@
 #define TS_AMX_TOKENS 64u
 #define TS_AMX_RUN 256u
 #define TS_AMX_ROWS 4u /* of q, at once: a chunk */
-/* Bytes of a chunk's scores, tiles of weights and sums of outputs. */
+/* Bytes of a chunk's scores and tiles of weights. */
 #define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_RUN * sizeof(float))
 #define TS_AMX_CHUNK_WEIGHTS (TS_AMX_CHUNK_SCORES / 2 * 3)
-#define TS_AMX_CHUNK_SUMS ((size_t)4096)
 
 /* Rows of q are worked on in so many chunks. */
 static inline uint32_t ts_amx_chunks(uint32_t rows)
@@ -33,11 +32,12 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
     return (size_t)head_dim / 32 * 1024;
 }
 
-/* K of 16 tokens, or 64 dims of V of 32, is widened into one unit while the other is multiplied.
- * They are small, as all that is touched again has to stay in the first-level cache, of which two
- * threads of a core have but a half each. */
+/* K of 16 tokens, or 64 dims of V of 32, is widened into a unit while another is multiplied. For
+ * one chunk there are two, as all that is touched again has to stay in the first-level cache, of
+ * which two threads of a core have but a half each; more chunks share those of 64 tokens, or 64
+ * dims. */
 typedef struct ts_amx_work {
-    _Alignas(64) char units[2][8192];
+    _Alignas(64) char units[32768];
     _Alignas(64) unsigned char low[128], high[128]; /* bytes of e4m3's magnitudes as bf16 */
 } ts_amx_work;
 
@@ -68,7 +68,8 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
                   float *scores);
 
 /* Widens part 0, then part 1, of the next unit of V, while scores become weights. */
-void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t head_dim, uint32_t part);
+void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
+                       uint32_t part);
 
 /* The tiles of weights, which are [chunks][TS_AMX_ROWS][tokens]; and their bytes. */
 void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens,
@@ -84,6 +85,6 @@ static inline size_t ts_amx_weights_bytes(uint32_t chunks, uint32_t tokens)
  * none). */
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                   const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                  uint32_t tokens, void *sums, float *acc, uint32_t padded);
+                  uint32_t tokens, float *acc, uint32_t padded);
 
 #endif

@@ -25,7 +25,6 @@ typedef struct tiles {
     ts_amx_work *work;
     float *scores; /* [rows of a KV head, in whole chunks][tokens] */
     char *weights; /* of each chunk */
-    char *sums;    /* of each chunk */
     char *q;       /* of each KV head, of each chunk */
 } tiles;
 
@@ -34,12 +33,10 @@ static tiles tiles_of(const ts_attention_scratch *scratch, uint32_t head_rows)
     const uint32_t chunks = ts_amx_chunks(head_rows);
     char *scores = scratch->tiles + sizeof(ts_amx_work);
     char *weights = scores + chunks * TS_AMX_CHUNK_SCORES;
-    char *sums = weights + chunks * TS_AMX_CHUNK_WEIGHTS;
     return (tiles){.work = (ts_amx_work *)(void *)scratch->tiles,
                    .scores = (float *)(void *)scores,
                    .weights = weights,
-                   .sums = sums,
-                   .q = sums + chunks * TS_AMX_CHUNK_SUMS};
+                   .q = weights + chunks * TS_AMX_CHUNK_WEIGHTS};
 }
 
 static void load_query_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
@@ -90,11 +87,11 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *
         soften_row(row, tokens, head_dim, &state->max[i], scratch->sums + i * VL,
                    state->acc + i * padded);
         if (r == (first_row + end_row) / 2) /* while a row waits for itself */
-            ts_amx_widen_part(t.work, v, head_dim, 0);
+            ts_amx_widen_part(t.work, v, chunks, head_dim, 0);
     }
     ts_amx_split_weights(scores, chunks, tokens, t.weights + ts_amx_weights_bytes(chunk, tokens));
-    ts_amx_widen_part(t.work, v, head_dim, 1);
-    ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim, tokens, t.sums,
+    ts_amx_widen_part(t.work, v, chunks, head_dim, 1);
+    ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim, tokens,
                  state->acc + (size_t)h * rows * padded, padded);
 }
 
