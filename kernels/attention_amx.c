@@ -21,7 +21,10 @@
 #define HELD_2 6
 #define HELD_3 7
 
-/* The instructions; the compilers' own functions for them don't all say that they read memory. */
+/* Between a tile's load and its product, and between that and the next load, something else is
+ * widened: a core may have only two writers of tile registers under way (README.md).
+ *
+ * The instructions; the compilers' own functions for them don't all say that they read memory. */
 #define NAME(tile) NAME_(tile)
 #define NAME_(tile) "%%tmm" #tile
 #define TILE_ZERO(tile) __asm__ volatile("tilezero " NAME(tile)::)
@@ -248,33 +251,39 @@ INLINE void score_unit(bool odd, const ts_amx_work *work, const char *keys, cons
         TILE_ZERO(SCORES_1);
     else
         TILE_ZERO(SCORES_0);
-#define PRODUCT(i, operand, query)                                                                 \
-    TILE_LOAD(operand, keys + (i)*TILE);                                                           \
+    TILE_LOAD(OPERAND_0, keys);
+#define PRODUCT(i, operand, query, following)                                                      \
     if (odd)                                                                                       \
         TILE_MULTIPLY(SCORES_1, operand, query);                                                   \
     else                                                                                           \
         TILE_MULTIPLY(SCORES_0, operand, query);                                                   \
-    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / tiles, ((i) + 1) * UNIT_ROWS / tiles, \
-               next)
-    PRODUCT(0, OPERAND_0, HELD_0);
+    BETWEEN(2 * (i));                                                                              \
+    if ((i) + 1 < tiles)                                                                           \
+        TILE_LOAD(following, keys + ((i) + 1) * TILE);                                             \
+    BETWEEN(2 * (i) + 1)
+#define BETWEEN(i)                                                                                 \
+    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / (2 * tiles),                          \
+               ((i) + 1) * UNIT_ROWS / (2 * tiles), next)
+    PRODUCT(0, OPERAND_0, HELD_0, OPERAND_1);
     store_waiting(!odd, other);
-    PRODUCT(1, OPERAND_1, HELD_1);
+    PRODUCT(1, OPERAND_1, HELD_1, OPERAND_0);
     if (head_dim > 64) {
-        PRODUCT(2, OPERAND_0, HELD_2);
-        PRODUCT(3, OPERAND_1, HELD_3);
+        PRODUCT(2, OPERAND_0, HELD_2, OPERAND_1);
+        PRODUCT(3, OPERAND_1, HELD_3, OPERAND_0);
     }
     if (head_dim > 128) {
         TILE_LOAD(HELD_0, q + 4 * TILE);
         TILE_LOAD(HELD_1, q + 5 * TILE);
-        PRODUCT(4, OPERAND_0, HELD_0);
-        PRODUCT(5, OPERAND_1, HELD_1);
+        PRODUCT(4, OPERAND_0, HELD_0, OPERAND_1);
+        PRODUCT(5, OPERAND_1, HELD_1, OPERAND_0);
     }
     if (head_dim > 192) {
         TILE_LOAD(HELD_2, q + 6 * TILE);
         TILE_LOAD(HELD_3, q + 7 * TILE);
-        PRODUCT(6, OPERAND_0, HELD_2);
-        PRODUCT(7, OPERAND_1, HELD_3);
+        PRODUCT(6, OPERAND_0, HELD_2, OPERAND_1);
+        PRODUCT(7, OPERAND_1, HELD_3, OPERAND_0);
     }
+#undef BETWEEN
 #undef PRODUCT
 }
 
@@ -412,15 +421,21 @@ INLINE void weigh_unit(const ts_amx_work *work, const char *values, const char *
                        uint32_t head_dim, unit_kind kind, unit meanwhile, ts_streams *next)
 {
     const widening w = load_widening(work);
-#define PRODUCT(i, out, operand)                                                                   \
-    TILE_LOAD(operand, values + (i)*TILE);                                                         \
-    TILE_MULTIPLY(out, WEIGHTS, operand);                                                          \
-    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / 4, ((i) + 1) * UNIT_ROWS / 4, next)
     TILE_LOAD(WEIGHTS, weights);
-    PRODUCT(0, HELD_0, OPERAND_0);
-    PRODUCT(1, HELD_1, OPERAND_1);
-    PRODUCT(2, HELD_2, OPERAND_0);
-    PRODUCT(3, HELD_3, OPERAND_1);
+    TILE_LOAD(OPERAND_0, values);
+#define PRODUCT(i, out, operand, following)                                                        \
+    TILE_MULTIPLY(out, WEIGHTS, operand);                                                          \
+    BETWEEN(2 * (i));                                                                              \
+    if ((i) + 1 < 4)                                                                               \
+        TILE_LOAD(following, values + ((i) + 1) * TILE);                                           \
+    BETWEEN(2 * (i) + 1)
+#define BETWEEN(i)                                                                                 \
+    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / 8, ((i) + 1) * UNIT_ROWS / 8, next)
+    PRODUCT(0, HELD_0, OPERAND_0, OPERAND_1);
+    PRODUCT(1, HELD_1, OPERAND_1, OPERAND_0);
+    PRODUCT(2, HELD_2, OPERAND_0, OPERAND_1);
+    PRODUCT(3, HELD_3, OPERAND_1, OPERAND_0);
+#undef BETWEEN
 #undef PRODUCT
 }
 
