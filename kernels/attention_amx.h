@@ -4,9 +4,9 @@
  * bf16 numbers, so products are as exact as in fp32, and sums are of fp32.
  *
  * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_FOURS
- * (attention_vectors.inc.h), with its unit. head_dim is a multiple of 64, at most 256; `tokens` one
- * of TS_AMX_TOKENS, at most TS_AMX_RUN. A thread calls ts_amx_begin before and ts_amx_end after the
- * others.
+ * (attention_vectors.inc.h), with its unit. head_dim is a multiple of 64, at most 256; `tokens` a
+ * multiple of TS_AMX_TOKENS, at most TS_AMX_RUN. A thread calls ts_amx_begin before and ts_amx_end
+ * after the others.
  */
 #ifndef TS_ATTENTION_AMX_H
 #define TS_ATTENTION_AMX_H
@@ -34,8 +34,8 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
 
 /* K of 16 tokens, or 64 dims of V of 32, is widened into a unit while another is multiplied. For
  * one chunk there are two, as all that is touched again has to stay in the first-level cache, of
- * which two threads of a core have but a half each; more chunks share those of 64 tokens, or 64
- * dims. */
+ * which two threads of a core have but a half each; several chunks share the units of 64 tokens'
+ * K, or of 64 dims of all tokens' V. */
 typedef struct ts_amx_work {
     _Alignas(64) char units[32768];
     _Alignas(64) unsigned char low[128], high[128]; /* bytes of e4m3's magnitudes as bf16 */
@@ -80,9 +80,8 @@ static inline size_t ts_amx_weights_bytes(uint32_t chunks, uint32_t tokens)
 }
 
 /* acc[r] += weights[r]·V for r in first_row..end_row - 1; weight_tiles are those of all rows, rows
- * of acc are `padded` floats apart; sums has TS_AMX_CHUNK_SUMS bytes, aligned to 64, for each
- * chunk. Meanwhile widens the rest of V, then the first unit of k, the next head's (NULL: there is
- * none). */
+ * of acc are `padded` floats apart. Meanwhile widens the rest of V, then the first unit of k, the
+ * next head's (NULL: there is none). */
 void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                   const void *weight_tiles, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
                   uint32_t tokens, float *acc, uint32_t padded);

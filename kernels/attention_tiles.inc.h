@@ -59,7 +59,7 @@ typedef struct span {
     uint32_t from, end; /* what the item's rows see of the part */
 } span;
 
-/* One KV head, for the rows that see all of the span, of whose K the first 32 rows are widened
+/* One KV head, for the rows that see all of the span, of whose K the first unit is widened
  * already. next_k: the next head's, or NULL. */
 INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *span,
                          uint32_t first_row, uint32_t end_row, const ts_attention_scratch *scratch,

@@ -104,7 +104,7 @@ INLINE vf load_fp16(const void *p)
 #define FP8_FOURS ((ts_dtype)101)
 #define FP8_FOURS_NAN ((ts_dtype)102)
 #define FP8_UNIT 256.0f
-/* FP8_FOURS, 64 tokens at once on the tile unit (attention_tiles.inc.h). */
+/* FP8_FOURS, 64 tokens and more at once on the tile unit (attention_tiles.inc.h). */
 #define FP8_TILES ((ts_dtype)103)
 
 INLINE bool is_fours(ts_dtype dtype)
