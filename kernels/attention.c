@@ -14,9 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "tile_unit.h"
 #endif
 
 #define ITEMS_PER_THREAD 4u
@@ -58,19 +56,6 @@ const char *ts_isa_name(ts_isa isa)
     return "unknown";
 }
 
-#if defined(__x86_64__)
-/* Whether the processor has the tile unit with bf16 and AVX-512's byte permutations, and the kernel
- * lets this process use tiles, which it has to be asked for (Linux 5.16). */
-static bool has_amx(void)
-{
-    enum { VBMI = 1 << 1, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
-    enum { REQUEST_STATE = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM; asm/prctl.h */
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (c & VBMI) != 0 && (d & AMX_BF16) != 0 &&
-           (d & AMX_TILE) != 0 && syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
-}
-#endif
-
 ts_isa ts_isa_resolve(ts_isa isa)
 {
 #if defined(__x86_64__)
@@ -78,7 +63,8 @@ ts_isa ts_isa_resolve(ts_isa isa)
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (isa == TS_ISA_AUTO || isa == TS_ISA_AMX) && has_amx())
+    if (avx512 && (isa == TS_ISA_AUTO || isa == TS_ISA_AMX) &&
+        __builtin_cpu_supports("avx512vbmi") && ts_tile_unit_usable())
         return TS_ISA_AMX;
     if (avx512 && isa != TS_ISA_PORTABLE && isa != TS_ISA_AVX2)
         return TS_ISA_AVX512;
@@ -95,6 +81,8 @@ static const ts_attention_isa_ops *isa_ops(ts_isa isa)
 #if defined(__x86_64__)
     if (isa == TS_ISA_AMX)
         return &ts_attention_amx;
+    if (isa == TS_ISA_AVX512 && __builtin_cpu_supports("avx512vbmi"))
+        return &ts_attention_vbmi;
     if (isa == TS_ISA_AVX512)
         return &ts_attention_avx512;
     if (isa == TS_ISA_AVX2)
@@ -195,10 +183,11 @@ static bool reserve(void **memory, size_t *capacity, size_t count, size_t bytes)
 }
 
 /* Scratch for items of up to `rows` rows, of which head_rows belong to one KV head. */
-static bool reserve_scratch(ts_attention *a, const ts_geometry *g, size_t rows, size_t head_rows)
+static bool reserve_scratch(ts_attention *a, const ts_geometry *g, uint32_t heads, size_t rows,
+                            size_t head_rows)
 {
     size_t padded = ts_attention_padded(g->head_dim), tiles = 0;
-    if (a->isa == TS_ISA_AMX && g->dtype == TS_DTYPE_FP8_E4M3) /* a chunk has a row at least */
+    if (a->isa == TS_ISA_AMX && ts_amx_takes(g, heads)) /* a chunk has a row at least */
         tiles = sizeof(ts_amx_work) + head_rows * (TS_AMX_CHUNK_SCORES + TS_AMX_CHUNK_WEIGHTS) +
                 rows * ts_amx_chunk_bytes(g->head_dim);
     size_t state = rows * (padded + 2);
@@ -413,7 +402,7 @@ ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
     if (!reserve((void **)&a->items, &a->items_capacity, l.items, sizeof *a->items) ||
         !reserve((void **)&a->merges, &merges_capacity, l.merges, sizeof *a->merges) ||
         !reserve((void **)&a->partials, &a->partials_capacity, l.partial_floats, sizeof(float)) ||
-        !reserve_scratch(a, g, rows, head_rows))
+        !reserve_scratch(a, g, call->heads, rows, head_rows))
         return TS_ENOMEM;
     a->merges_capacity = merges_capacity;
     l = (list){0};

@@ -1,6 +1,8 @@
 #include "attention_amx.h"
 
-#include <immintrin.h>
+#include "fp8_bytes.h"
+#include "tile_unit.h"
+
 #include <stdalign.h>
 #include <string.h>
 
@@ -22,37 +24,22 @@
 #define HELD_3 7
 
 /* Between a tile's load and its product, and between that and the next load, something else is
- * widened: a core may have only two writers of tile registers under way (README.md).
- *
- * The instructions; the compilers' own functions for them don't all say that they read memory. */
-#define NAME(tile) NAME_(tile)
-#define NAME_(tile) "%%tmm" #tile
-#define TILE_ZERO(tile) __asm__ volatile("tilezero " NAME(tile)::)
-#define TILE_LOAD(tile, from)                                                                      \
-    __asm__ volatile("tileloadd (%0,%1,1), " NAME(tile)::"r"(from), "r"(64L) : "memory")
-#define TILE_STORE(tile, to)                                                                       \
-    __asm__ volatile("tilestored " NAME(tile) ", (%0,%1,1)" ::"r"(to), "r"(64L) : "memory")
-#define TILE_MULTIPLY(sums, a, b)                                                                  \
-    __asm__ volatile("tdpbf16ps " NAME(b) ", " NAME(a) ", " NAME(sums)::)
+ * widened: a core may have only two writers of tile registers under way (README.md). */
 
-void ts_amx_begin(ts_amx_work *work)
+void ts_amx_begin(ts_amx_work *work, ts_dtype dtype)
 {
+    work->dtype = dtype;
     alignas(64) unsigned char config[64] = {1};
     for (int i = 0; i < 8; i++) {
         config[16 + 2 * i] = 64;
         config[48 + i] = 16;
     }
-    __asm__ volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
-    for (uint32_t i = 0; i < 128; i++) {
-        uint16_t wide = ts_fp32_to_bf16(ts_fp8_to_fp32((uint8_t)i) / 256);
-        work->low[i] = (unsigned char)wide;
-        work->high[i] = (unsigned char)(wide >> 8);
-    }
+    TILE_CONFIGURE(config);
 }
 
 void ts_amx_end(void)
 {
-    __asm__ volatile("tilerelease");
+    TILE_RELEASE();
 }
 
 /* The upper halves of a, which are bf16, and of b, in turns; what they leave of a and b remains. */
@@ -65,49 +52,54 @@ INLINE __m512i split(__m512 *a, __m512 *b)
     return _mm512_or_si512(_mm512_srli_epi32(x, 16), y);
 }
 
-void ts_amx_load_queries(const float *q, uint32_t rows, uint32_t padded, uint32_t head_dim,
-                         void *q_tiles)
+/* Puts a pair of q's elements, in each of its splits, where its column is. */
+INLINE void place_pairs(const float *even, const float *odd, uint32_t row, char *q_tiles,
+                        uint32_t (*place)(uint32_t pair))
+{
+    __m512 a = _mm512_loadu_ps(even), b = _mm512_loadu_ps(odd);
+    for (uint32_t s = 0; s < SPLITS; s++) {
+        alignas(64) uint32_t pairs[16];
+        _mm512_store_si512(pairs, split(&a, &b));
+        for (uint32_t k = 0; k < 16; k++)
+            memcpy(q_tiles + place(k) * 64 + (s * TS_AMX_ROWS + row) * 4, &pairs[k], 4);
+    }
+}
+
+/* Of 32 dims' pairs widening puts 8 into one tile, fours of them, and 8 into the next. */
+INLINE uint32_t fp8_place(uint32_t pair)
+{
+    return pair / 4 % 2 * 16 + pair / 8 * 4 + pair % 4;
+}
+
+INLINE uint32_t bf16_place(uint32_t pair)
+{
+    return pair;
+}
+
+void ts_amx_load_queries(ts_dtype dtype, const float *q, uint32_t rows, uint32_t padded,
+                         uint32_t head_dim, void *q_tiles)
 {
     memset(q_tiles, 0, ts_amx_chunk_bytes(head_dim));
-    for (uint32_t r = 0; r < rows; r++)
-        for (uint32_t i = 0; i < head_dim / 32; i++) {
-            /* Pair k of 32 dims, of which widening puts 8 into one tile and 8 into the next. */
-            const float *row = q + r * padded + i / 2 * 64 + i % 2 * 16;
-            __m512 even = _mm512_loadu_ps(row), odd = _mm512_loadu_ps(row + 32);
-            for (uint32_t s = 0; s < SPLITS; s++) {
-                alignas(64) uint32_t pairs[16];
-                _mm512_store_si512(pairs, split(&even, &odd));
-                for (uint32_t k = 0; k < 16; k++) {
-                    uint32_t tile = i / 2 * 2 + k / 4 % 2, place = i % 2 * 8 + k / 8 * 4 + k % 4;
-                    memcpy((char *)q_tiles + tile * TILE + place * 64 + (s * TS_AMX_ROWS + r) * 4,
-                           &pairs[k], 4);
-                }
+    for (uint32_t r = 0; r < rows; r++, q += padded)
+        for (uint32_t d = 0; d < head_dim; d += 64) {
+            char *tiles = (char *)q_tiles + d / 32 * TILE;
+            if (dtype == TS_DTYPE_BF16) {
+                place_pairs(q + d, q + d + 16, r, tiles, bf16_place);
+                place_pairs(q + d + 32, q + d + 48, r, tiles + TILE, bf16_place);
+            } else {
+                place_pairs(q + d, q + d + 32, r, tiles, fp8_place);
+                place_pairs(q + d + 16, q + d + 48, r, tiles + 8 * 64, fp8_place);
             }
         }
 }
 
-typedef struct widening {
-    __m512i low[2], high[2];
-} widening;
-
-INLINE widening load_widening(const ts_amx_work *work)
+/* 64 elements of fp8 to bf16, of each 16 the first 8 to `first`, the others to `second`. */
+INLINE void widen(ts_fp8_tables tables, __m512i x, void *first, void *second)
 {
-    widening w;
-    for (int i = 0; i < 2; i++) {
-        w.low[i] = _mm512_load_si512(work->low + i * 64);
-        w.high[i] = _mm512_load_si512(work->high + i * 64);
-    }
-    return w;
-}
-
-/* 64 elements to bf16, of each 16 bytes the first 8 to `first`, the others to `second`. */
-INLINE void widen(widening w, __m512i x, void *first, void *second)
-{
-    __m512i low = _mm512_permutex2var_epi8(w.low[0], x, w.low[1]);
-    __m512i high = _mm512_permutex2var_epi8(w.high[0], x, w.high[1]);
-    high = _mm512_ternarylogic_epi32(high, x, _mm512_set1_epi8((char)0x80), 0xf8); /* the sign */
-    _mm512_store_si512(first, _mm512_unpacklo_epi8(low, high));
-    _mm512_store_si512(second, _mm512_unpackhi_epi8(low, high));
+    __m512i a, b;
+    ts_fp8_widen(tables, x, &a, &b);
+    _mm512_store_si512(first, a);
+    _mm512_store_si512(second, b);
 }
 
 /* Pairs of a's and b's even elements, and of the odd ones; not by unpacking, as that takes the port
@@ -149,37 +141,123 @@ static inline unit keys_unit(const ts_amx_rows *k, uint32_t token, char *to)
     return (unit){k->rows + token, k->offset, to};
 }
 
-static inline unit values_unit(const ts_amx_rows *v, uint32_t token, uint32_t dim, char *to)
+INLINE unit values_unit(ts_dtype dtype, const ts_amx_rows *v, uint32_t token, uint32_t dim,
+                        char *to)
 {
-    return (unit){v->rows + token, v->offset + dim, to};
+    return (unit){v->rows + token, v->offset + dim * ts_dtype_bytes(dtype), to};
 }
 
-/* Rows first..end - 1 of a unit. */
-INLINE void widen_unit(unit_kind kind, widening w, unit u, uint32_t head_dim, uint32_t first,
-                       uint32_t end, ts_streams *next)
+/* The lines of a unit's rows first..end - 1, loaded some time before they are widened. */
+typedef struct lines {
+    __m512i x[16];
+} lines;
+#define LINES_AHEAD 8 /* so many at most are loaded ahead: there are 32 registers */
+
+INLINE uint32_t lines_of(ts_dtype dtype, unit_kind kind, uint32_t head_dim, uint32_t rows)
 {
+    const uint32_t bytes = (uint32_t)ts_dtype_bytes(dtype);
+    return kind == KEYS_OF_16 ? rows * head_dim * bytes / 64 : rows * 2 * bytes;
+}
+
+INLINE lines load_lines(ts_dtype dtype, unit_kind kind, unit u, uint32_t head_dim, uint32_t first,
+                        uint32_t end)
+{
+    const uint32_t bytes = (uint32_t)ts_dtype_bytes(dtype);
+    lines l;
+    uint32_t n = 0;
+    if (kind == KEYS_OF_16)
+        _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
+            _Pragma("GCC unroll 8") for (uint32_t b = 0; b < head_dim * bytes; b += 64)
+                l.x[n++] = _mm512_loadu_si512(u.rows[t] + u.offset + b);
+    if (kind == VALUES_OF_32) /* a tile's row has tokens t and t + 16 */
+        _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
+            _Pragma("GCC unroll 2") for (uint32_t b = 0; b < 64 * bytes; b += 64)
+        {
+            l.x[n++] = _mm512_loadu_si512(u.rows[t] + u.offset + b);
+            l.x[n++] = _mm512_loadu_si512(u.rows[t + 16] + u.offset + b);
+        }
+    return l;
+}
+
+/* 32 dims of 2 tokens, of each 8 dims the first 4 to `first`, the others to `second`. */
+INLINE void interleave(__m512i x, __m512i y, void *first, void *second)
+{
+    _mm512_store_si512(first, _mm512_unpacklo_epi16(x, y));
+    _mm512_store_si512(second, _mm512_unpackhi_epi16(x, y));
+}
+
+/* Asks for what comes next, as many lines as row t of a unit was made of. */
+INLINE void ask(ts_streams *next, uint32_t t, uint32_t bytes)
+{
+    for (uint32_t i = t * bytes / 128; i < (t + 1) * bytes / 128; i++)
+        ts_streams_ask(next, i);
+}
+
+INLINE void widen_lines(ts_dtype dtype, unit_kind kind, ts_fp8_tables w, lines l, unit u,
+                        uint32_t head_dim, uint32_t first, uint32_t end, ts_streams *next)
+{
+    const uint32_t bytes = (uint32_t)ts_dtype_bytes(dtype);
+    uint32_t n = 0;
     if (kind == KEYS_OF_16)
         _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
         {
             char *to = u.to + t * 64;
-            const unsigned char *row = u.rows[t] + u.offset;
-            for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
-                widen(w, _mm512_loadu_si512(row + d), to, to + TILE);
-            for (uint32_t i = t * head_dim / 128; i < (t + 1) * head_dim / 128; i++)
-                ts_streams_ask(next, i);
+            _Pragma("GCC unroll 8") for (uint32_t d = 0; d < head_dim; d += 64, to += 2 * TILE)
+            {
+                if (dtype == TS_DTYPE_BF16) {
+                    _mm512_store_si512(to, l.x[n++]);
+                    _mm512_store_si512(to + TILE, l.x[n++]);
+                } else
+                    widen(w, l.x[n++], to, to + TILE);
+            }
+            ask(next, t, head_dim * bytes);
         }
     if (kind == VALUES_OF_32)
         _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
         {
-            /* A tile's row has tokens t and t + 16. */
             char *to = u.to + t * 64;
-            __m512i x = _mm512_loadu_si512(u.rows[t] + u.offset);
-            __m512i y = _mm512_loadu_si512(u.rows[t + 16] + u.offset);
-            pair(x, y, &x, &y);
-            widen(w, x, to, to + TILE);
-            widen(w, y, to + 2 * TILE, to + 3 * TILE);
-            ts_streams_ask(next, t);
+            if (dtype == TS_DTYPE_BF16) {
+                interleave(l.x[n], l.x[n + 1], to, to + TILE);
+                interleave(l.x[n + 2], l.x[n + 3], to + 2 * TILE, to + 3 * TILE);
+                n += 4;
+            } else {
+                __m512i even, odd;
+                pair(l.x[n], l.x[n + 1], &even, &odd);
+                widen(w, even, to, to + TILE);
+                widen(w, odd, to + 2 * TILE, to + 3 * TILE);
+                n += 2;
+            }
+            ask(next, t, 128 * bytes);
         }
+}
+
+/* Rows first..end - 1 of a unit. */
+INLINE void widen_unit(ts_dtype dtype, unit_kind kind, ts_fp8_tables w, unit u, uint32_t head_dim,
+                       uint32_t first, uint32_t end, ts_streams *next)
+{
+    _Pragma("GCC unroll 16") for (uint32_t t = first; t < end; t++)
+        widen_lines(dtype, kind, w, load_lines(dtype, kind, u, head_dim, t, t + 1), u, head_dim, t,
+                    t + 1, next);
+}
+
+/* Step i of so many of a unit, whose lines were loaded in the step before, if they are few. */
+INLINE void widen_step(ts_dtype dtype, unit_kind kind, ts_fp8_tables w, lines *ahead, unit u,
+                       uint32_t head_dim, uint32_t i, uint32_t steps, ts_streams *next)
+{
+    const uint32_t first = i * UNIT_ROWS / steps, end = (i + 1) * UNIT_ROWS / steps;
+    const uint32_t then = (i + 2) * UNIT_ROWS / steps; /* of the next step */
+    const bool few = lines_of(dtype, kind, head_dim, UNIT_ROWS) <= LINES_AHEAD * steps;
+    lines l = few ? *ahead : load_lines(dtype, kind, u, head_dim, first, end);
+    if (few && i + 1 < steps)
+        *ahead = load_lines(dtype, kind, u, head_dim, end, then);
+    widen_lines(dtype, kind, w, l, u, head_dim, first, end, next);
+}
+
+INLINE lines first_lines(ts_dtype dtype, unit_kind kind, unit u, uint32_t head_dim, uint32_t steps)
+{
+    if (lines_of(dtype, kind, head_dim, UNIT_ROWS) > LINES_AHEAD * steps)
+        return (lines){0};
+    return load_lines(dtype, kind, u, head_dim, 0, UNIT_ROWS / steps);
 }
 
 /* Four tokens' [split][row] become their sums over splits, [token][row]. */
@@ -241,11 +319,10 @@ INLINE void store_waiting(bool odd, waiting *w)
 
 /* Scores of the chunk of q that is held with 16 tokens, in SCORES_1 or SCORES_0. Between the
  * products `meanwhile` is widened, and what waits in the other is stored. */
-INLINE void score_unit(bool odd, const ts_amx_work *work, const char *keys, const char *q,
-                       uint32_t head_dim, waiting *other, unit_kind kind, unit meanwhile,
-                       ts_streams *next)
+INLINE void score_unit(ts_dtype dtype, bool odd, const char *keys, const char *q, uint32_t head_dim,
+                       waiting *other, unit_kind kind, unit meanwhile, ts_streams *next)
 {
-    const widening w = load_widening(work);
+    const ts_fp8_tables w = ts_fp8_load_tables();
     const uint32_t tiles = head_dim / 32;
     if (odd)
         TILE_ZERO(SCORES_1);
@@ -261,9 +338,8 @@ INLINE void score_unit(bool odd, const ts_amx_work *work, const char *keys, cons
     if ((i) + 1 < tiles)                                                                           \
         TILE_LOAD(following, keys + ((i) + 1) * TILE);                                             \
     BETWEEN(2 * (i) + 1)
-#define BETWEEN(i)                                                                                 \
-    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / (2 * tiles),                          \
-               ((i) + 1) * UNIT_ROWS / (2 * tiles), next)
+#define BETWEEN(i) widen_step(dtype, kind, w, &ahead, meanwhile, head_dim, i, 2 * tiles, next)
+    lines ahead = first_lines(dtype, kind, meanwhile, head_dim, 2 * tiles);
     PRODUCT(0, OPERAND_0, HELD_0, OPERAND_1);
     store_waiting(!odd, other);
     PRODUCT(1, OPERAND_1, HELD_1, OPERAND_0);
@@ -288,8 +364,8 @@ INLINE void score_unit(bool odd, const ts_amx_work *work, const char *keys, cons
 }
 
 /* Of one chunk: units take turns, one is multiplied while the next is widened. */
-INLINE void score_one(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
-                      uint32_t head_dim, uint32_t tokens, float *scores)
+INLINE void score_one(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
+                      const char *q, uint32_t head_dim, uint32_t tokens, float *scores)
 {
     char *even = work->units, *odd = second_unit(work, head_dim);
     waiting in_0 = {NULL, tokens}, in_1 = {NULL, tokens};
@@ -298,17 +374,17 @@ INLINE void score_one(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows
     for (uint32_t t = 0; t < tokens; t += 2 * UNIT_KEYS) {
         if (head_dim > 128 && t > 0)
             load_queries(q, head_dim);
-        score_unit(false, work, even, q, head_dim, &in_1, KEYS_OF_16,
+        score_unit(dtype, false, even, q, head_dim, &in_1, KEYS_OF_16,
                    keys_unit(k, t + UNIT_KEYS, odd), &next);
         in_0.scores = scores + t;
         if (head_dim > 128)
             load_queries(q, head_dim);
         if (t + 2 * UNIT_KEYS < tokens)
-            score_unit(true, work, odd, q, head_dim, &in_0, KEYS_OF_16,
+            score_unit(dtype, true, odd, q, head_dim, &in_0, KEYS_OF_16,
                        keys_unit(k, t + 2 * UNIT_KEYS, even), &next);
         else
-            score_unit(true, work, odd, q, head_dim, &in_0, VALUES_OF_32,
-                       values_unit(v, 0, 0, even), &next);
+            score_unit(dtype, true, odd, q, head_dim, &in_0, VALUES_OF_32,
+                       values_unit(dtype, v, 0, 0, even), &next);
         in_1.scores = scores + t + UNIT_KEYS;
     }
     store_waiting(true, &in_1);
@@ -316,16 +392,18 @@ INLINE void score_one(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows
 }
 
 /* Of several: the units of 64 tokens are widened first, then serve all chunks. */
-INLINE void score_many(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v, const char *q,
-                       uint32_t chunks, uint32_t head_dim, uint32_t tokens, float *scores)
+INLINE void score_many(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *k,
+                       const ts_amx_rows *v, const char *q, uint32_t chunks, uint32_t head_dim,
+                       uint32_t tokens, float *scores)
 {
     const uint32_t bytes = keys_bytes(head_dim);
-    const widening w = load_widening(work);
+    const ts_fp8_tables w = ts_fp8_load_tables();
     ts_streams next = *k->next;
     for (uint32_t t = 0; t < tokens; t += TS_AMX_TOKENS) {
         for (uint32_t i = t == 0 ? 1 : 0; i < TS_AMX_TOKENS / UNIT_KEYS; i++)
-            widen_unit(KEYS_OF_16, w, keys_unit(k, t + i * UNIT_KEYS, work->units + i * bytes),
-                       head_dim, 0, UNIT_ROWS, &next);
+            widen_unit(dtype, KEYS_OF_16, w,
+                       keys_unit(k, t + i * UNIT_KEYS, work->units + i * bytes), head_dim, 0,
+                       UNIT_ROWS, &next);
         for (uint32_t c = 0; c < chunks; c++) {
             const char *chunk = q + c * ts_amx_chunk_bytes(head_dim), *keys = work->units;
             float *to = scores + (size_t)c * TS_AMX_ROWS * tokens + t;
@@ -334,18 +412,19 @@ INLINE void score_many(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_row
             for (uint32_t i = 0; i < TS_AMX_TOKENS; i += 2 * UNIT_KEYS, keys += 2 * bytes) {
                 if (head_dim > 128 && i > 0)
                     load_queries(chunk, head_dim);
-                score_unit(false, work, keys, chunk, head_dim, &in_1, NOTHING, (unit){0}, &next);
+                score_unit(dtype, false, keys, chunk, head_dim, &in_1, NOTHING, (unit){0}, &next);
                 in_0.scores = to + i;
                 if (head_dim > 128)
                     load_queries(chunk, head_dim);
-                score_unit(true, work, keys + bytes, chunk, head_dim, &in_0, NOTHING, (unit){0},
+                score_unit(dtype, true, keys + bytes, chunk, head_dim, &in_0, NOTHING, (unit){0},
                            &next);
                 in_1.scores = to + i + UNIT_KEYS;
             }
             store_waiting(true, &in_1);
         }
     }
-    widen_unit(VALUES_OF_32, w, values_unit(v, 0, 0, work->units), head_dim, 0, UNIT_ROWS, &next);
+    widen_unit(dtype, VALUES_OF_32, w, values_unit(dtype, v, 0, 0, work->units), head_dim, 0,
+               UNIT_ROWS, &next);
     *k->next = next;
 }
 
@@ -363,12 +442,13 @@ void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens
             }
 }
 
-INLINE void widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
-                       uint32_t part)
+INLINE void widen_part(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks,
+                       uint32_t head_dim, uint32_t tokens, uint32_t part)
 {
     char *to = chunks == 1 ? second_unit(work, head_dim) : work->units + VALUES_BYTES;
+    const uint32_t t = UNIT_VALUES < tokens ? UNIT_VALUES : 0, d = t == 0 ? 64 : 0;
     ts_streams next = *v->next;
-    widen_unit(VALUES_OF_32, load_widening(work), values_unit(v, UNIT_VALUES, 0, to), head_dim,
+    widen_unit(dtype, VALUES_OF_32, ts_fp8_load_tables(), values_unit(dtype, v, t, d, to), head_dim,
                part * UNIT_ROWS / 2, (part + 1) * UNIT_ROWS / 2, &next);
     *v->next = next;
 }
@@ -385,12 +465,16 @@ INLINE void add_to(float *acc, __m512 x)
     _mm512_storeu_ps(acc, _mm512_loadu_ps(acc) + x);
 }
 
-/* acc[r] += the sums of 64 dims: two tiles have the even ones, 4 of them in turns, two the odd. */
-INLINE void add_out(const float (*sums)[TILE / 4], uint32_t first, uint32_t end, float *acc,
-                    uint32_t padded)
+/* acc[r] += the sums of 64 dims, in acc's order. fp8: two tiles have the even ones, 4 of them in
+ * turns, two the odd; bf16: two tiles have 32 dims, 4 of them in turns. */
+INLINE void add_out(ts_dtype dtype, float (*sums)[TILE / 4], uint32_t first, uint32_t end,
+                    float *acc, uint32_t padded)
 {
-    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    const bool bf16 = dtype == TS_DTYPE_BF16;
+    const __m512i lower =
+        bf16 ? _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30)
+             : _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(bf16 ? 1 : 8));
     for (uint32_t r = first; r < end; r++, acc += padded)
         for (uint32_t i = 0; i < 2; i++) {
             __m512 a = out_row(sums[2 * i], r), b = out_row(sums[2 * i + 1], r);
@@ -417,10 +501,10 @@ INLINE void zero_out(void)
 
 /* Weights of 32 tokens times 64 dims of V are added to what is held; `meanwhile` is widened between
  * the products. */
-INLINE void weigh_unit(const ts_amx_work *work, const char *values, const char *weights,
-                       uint32_t head_dim, unit_kind kind, unit meanwhile, ts_streams *next)
+INLINE void weigh_unit(ts_dtype dtype, const char *values, const char *weights, uint32_t head_dim,
+                       unit_kind kind, unit meanwhile, ts_streams *next)
 {
-    const widening w = load_widening(work);
+    const ts_fp8_tables w = ts_fp8_load_tables();
     TILE_LOAD(WEIGHTS, weights);
     TILE_LOAD(OPERAND_0, values);
 #define PRODUCT(i, out, operand, following)                                                        \
@@ -429,8 +513,8 @@ INLINE void weigh_unit(const ts_amx_work *work, const char *values, const char *
     if ((i) + 1 < 4)                                                                               \
         TILE_LOAD(following, values + ((i) + 1) * TILE);                                           \
     BETWEEN(2 * (i) + 1)
-#define BETWEEN(i)                                                                                 \
-    widen_unit(kind, w, meanwhile, head_dim, (i)*UNIT_ROWS / 8, ((i) + 1) * UNIT_ROWS / 8, next)
+#define BETWEEN(i) widen_step(dtype, kind, w, &ahead, meanwhile, head_dim, i, 8, next)
+    lines ahead = first_lines(dtype, kind, meanwhile, head_dim, 8);
     PRODUCT(0, HELD_0, OPERAND_0, OPERAND_1);
     PRODUCT(1, HELD_1, OPERAND_1, OPERAND_0);
     PRODUCT(2, HELD_2, OPERAND_0, OPERAND_1);
@@ -440,120 +524,128 @@ INLINE void weigh_unit(const ts_amx_work *work, const char *values, const char *
 }
 
 /* Adds 64 dims of a chunk's sums to its rows of acc that are asked for. */
-INLINE void add_chunk(uint32_t chunk, uint32_t first_row, uint32_t end_row, float *acc,
-                      uint32_t padded)
+INLINE void add_chunk(ts_dtype dtype, uint32_t chunk, uint32_t first_row, uint32_t end_row,
+                      float *acc, uint32_t padded)
 {
     alignas(64) float sums[4][TILE / 4];
     const uint32_t begin = chunk * TS_AMX_ROWS;
     const uint32_t first = first_row > begin ? first_row - begin : 0;
     const uint32_t end = end_row - begin < TS_AMX_ROWS ? end_row - begin : TS_AMX_ROWS;
     store_out(sums);
-    add_out(sums, first, end, acc + (size_t)(begin + first) * padded, padded);
+    add_out(dtype, sums, first, end, acc + (size_t)(begin + first) * padded, padded);
 }
 
 /* Of one chunk: units take turns; the first two are widened already. */
-INLINE void weigh_one(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
+INLINE void weigh_one(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
                       const char *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
                       uint32_t tokens, float *acc, uint32_t padded)
 {
     char *even = work->units, *odd = second_unit(work, head_dim);
+    const uint32_t of_64_dims = tokens / UNIT_VALUES, units = of_64_dims * (head_dim / 64);
     ts_streams next = *v->next;
-    for (uint32_t d = 0; d < head_dim; d += 64) {
-        const char *tile = weights;
-        zero_out();
-        for (uint32_t t = 0; t < tokens; t += 2 * UNIT_VALUES, tile += 2 * WEIGHTS_BYTES) {
-            const uint32_t end = t + 2 * UNIT_VALUES;
-            if (d == 0 && t == 0)
-                weigh_unit(work, even, tile, head_dim, NOTHING, (unit){0}, &next);
-            else
-                weigh_unit(work, even, tile, head_dim, VALUES_OF_32,
-                           values_unit(v, t + UNIT_VALUES, d, odd), &next);
-            if (end < tokens || d + 64 < head_dim)
-                weigh_unit(work, odd, tile + WEIGHTS_BYTES, head_dim, VALUES_OF_32,
-                           end < tokens ? values_unit(v, end, d, even)
-                                        : values_unit(v, 0, d + 64, even),
-                           &next);
-            else if (k != NULL)
-                weigh_unit(work, odd, tile + WEIGHTS_BYTES, head_dim, KEYS_OF_16,
-                           keys_unit(k, 0, even), &next);
-            else
-                weigh_unit(work, odd, tile + WEIGHTS_BYTES, head_dim, NOTHING, (unit){0}, &next);
-        }
-        add_chunk(first_row / TS_AMX_ROWS, first_row, end_row, acc + d, padded);
+    for (uint32_t i = 0; i < units; i++) {
+        const uint32_t t = i % of_64_dims, d = i / of_64_dims * 64;
+        const char *tile = weights + t * WEIGHTS_BYTES;
+        const uint32_t then_t = (i + 1) % of_64_dims * UNIT_VALUES,
+                       then_d = (i + 1) / of_64_dims * 64;
+        char *this = i % 2 == 0 ? even : odd, *other = i % 2 == 0 ? odd : even;
+        if (t == 0)
+            zero_out();
+        if (i > 0 && i + 1 < units)
+            weigh_unit(dtype, this, tile, head_dim, VALUES_OF_32,
+                       values_unit(dtype, v, then_t, then_d, other), &next);
+        else if (i + 1 == units && k != NULL)
+            weigh_unit(dtype, this, tile, head_dim, KEYS_OF_16, keys_unit(k, 0, other), &next);
+        else
+            weigh_unit(dtype, this, tile, head_dim, NOTHING, (unit){0}, &next);
+        if (t + 1 == of_64_dims)
+            add_chunk(dtype, first_row / TS_AMX_ROWS, first_row, end_row, acc + d, padded);
     }
     *v->next = next;
 }
 
 /* Of several: the units of 64 dims are widened first, then serve all chunks. */
-INLINE void weigh_many(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
-                       const char *weights, uint32_t first_row, uint32_t end_row, uint32_t head_dim,
-                       uint32_t tokens, float *acc, uint32_t padded)
+INLINE void weigh_many(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *v,
+                       const ts_amx_rows *k, const char *weights, uint32_t first_row,
+                       uint32_t end_row, uint32_t head_dim, uint32_t tokens, float *acc,
+                       uint32_t padded)
 {
     const uint32_t units = tokens / UNIT_VALUES;
-    const widening w = load_widening(work);
+    const ts_fp8_tables w = ts_fp8_load_tables();
     ts_streams next = *v->next;
     for (uint32_t d = 0; d < head_dim; d += 64) {
         const char *tile = weights;
         for (uint32_t i = d == 0 ? 2 : 0; i < units; i++)
-            widen_unit(VALUES_OF_32, w,
-                       values_unit(v, i * UNIT_VALUES, d, work->units + i * VALUES_BYTES), head_dim,
-                       0, UNIT_ROWS, &next);
+            widen_unit(dtype, VALUES_OF_32, w,
+                       values_unit(dtype, v, i * UNIT_VALUES, d, work->units + i * VALUES_BYTES),
+                       head_dim, 0, UNIT_ROWS, &next);
         for (uint32_t c = first_row / TS_AMX_ROWS; c < ts_amx_chunks(end_row); c++) {
             zero_out();
             for (uint32_t i = 0; i < units; i++, tile += WEIGHTS_BYTES)
-                weigh_unit(work, work->units + i * VALUES_BYTES, tile, head_dim, NOTHING, (unit){0},
-                           &next);
-            add_chunk(c, first_row, end_row, acc + d, padded);
+                weigh_unit(dtype, work->units + i * VALUES_BYTES, tile, head_dim, NOTHING,
+                           (unit){0}, &next);
+            add_chunk(dtype, c, first_row, end_row, acc + d, padded);
         }
     }
     if (k != NULL)
-        widen_unit(KEYS_OF_16, w, keys_unit(k, 0, work->units), head_dim, 0, UNIT_ROWS, &next);
+        widen_unit(dtype, KEYS_OF_16, w, keys_unit(k, 0, work->units), head_dim, 0, UNIT_ROWS,
+                   &next);
     *v->next = next;
 }
 
-/* head_dim is a constant in each. */
-#define FOR_HEAD_DIM(call)                                                                         \
+/* The type and head_dim are constants in each. */
+#define FOR_TYPE(call, dim)                                                                        \
+    if (work->dtype == TS_DTYPE_BF16)                                                              \
+        call(TS_DTYPE_BF16, dim);                                                                  \
+    else                                                                                           \
+        call(TS_DTYPE_FP8_E4M3, dim);                                                              \
+    break
+#define FOR_EACH(call)                                                                             \
     switch (head_dim) {                                                                            \
     case 64:                                                                                       \
-        call(64);                                                                                  \
-        break;                                                                                     \
+        FOR_TYPE(call, 64);                                                                        \
     case 128:                                                                                      \
-        call(128);                                                                                 \
-        break;                                                                                     \
+        FOR_TYPE(call, 128);                                                                       \
     case 192:                                                                                      \
-        call(192);                                                                                 \
-        break;                                                                                     \
+        FOR_TYPE(call, 192);                                                                       \
     default:                                                                                       \
-        call(256);                                                                                 \
+        FOR_TYPE(call, 256);                                                                       \
     }
+
+INLINE void widen_first(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim)
+{
+    ts_streams next = *k->next;
+    widen_unit(dtype, KEYS_OF_16, ts_fp8_load_tables(), keys_unit(k, 0, work->units), head_dim, 0,
+               UNIT_ROWS, &next);
+    *k->next = next;
+}
 
 void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim)
 {
-    ts_streams next = *k->next;
-    widen_unit(KEYS_OF_16, load_widening(work), keys_unit(k, 0, work->units), head_dim, 0,
-               UNIT_ROWS, &next);
-    *k->next = next;
+#define CALL(dtype, dim) widen_first(dtype, work, k, dim)
+    FOR_EACH(CALL)
+#undef CALL
 }
 
 void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
                   const void *q_tiles, uint32_t chunks, uint32_t head_dim, uint32_t tokens,
                   float *scores)
 {
-#define ONE(dim) score_one(work, k, v, q_tiles, dim, tokens, scores)
-#define MANY(dim) score_many(work, k, v, q_tiles, chunks, dim, tokens, scores)
+#define ONE(dtype, dim) score_one(dtype, work, k, v, q_tiles, dim, tokens, scores)
+#define MANY(dtype, dim) score_many(dtype, work, k, v, q_tiles, chunks, dim, tokens, scores)
     if (chunks == 1)
-        FOR_HEAD_DIM(ONE)
+        FOR_EACH(ONE)
     else
-        FOR_HEAD_DIM(MANY)
+        FOR_EACH(MANY)
 #undef ONE
 #undef MANY
 }
 
 void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
-                       uint32_t part)
+                       uint32_t tokens, uint32_t part)
 {
-#define CALL(dim) widen_part(work, v, chunks, dim, part)
-    FOR_HEAD_DIM(CALL)
+#define CALL(dtype, dim) widen_part(dtype, work, v, chunks, dim, tokens, part)
+    FOR_EACH(CALL)
 #undef CALL
 }
 
@@ -563,12 +655,14 @@ void ts_amx_weigh(ts_amx_work *work, const ts_amx_rows *v, const ts_amx_rows *k,
 {
     const uint32_t chunk = first_row / TS_AMX_ROWS;
     const char *weights = (const char *)weight_tiles + ts_amx_weights_bytes(chunk, tokens);
-#define ONE(dim) weigh_one(work, v, k, weights, first_row, end_row, dim, tokens, acc, padded)
-#define MANY(dim) weigh_many(work, v, k, weights, first_row, end_row, dim, tokens, acc, padded)
+#define ONE(dtype, dim)                                                                            \
+    weigh_one(dtype, work, v, k, weights, first_row, end_row, dim, tokens, acc, padded)
+#define MANY(dtype, dim)                                                                           \
+    weigh_many(dtype, work, v, k, weights, first_row, end_row, dim, tokens, acc, padded)
     if (ts_amx_chunks(end_row) - chunk == 1)
-        FOR_HEAD_DIM(ONE)
+        FOR_EACH(ONE)
     else
-        FOR_HEAD_DIM(MANY)
+        FOR_EACH(MANY)
 #undef ONE
 #undef MANY
 }

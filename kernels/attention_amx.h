@@ -15,10 +15,25 @@
 
 #define TS_AMX_TOKENS 64u
 #define TS_AMX_RUN 256u
+/* What is worked on and what is fetched meanwhile are to fit into the second-level cache twice, as
+ * two threads of a core share it. */
+#define TS_AMX_RUN_BYTES ((size_t)256 << 10)
 #define TS_AMX_ROWS 4u /* of q, at once: a chunk */
 /* Bytes of a chunk's scores and tiles of weights. */
 #define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_RUN * sizeof(float))
 #define TS_AMX_CHUNK_WEIGHTS (TS_AMX_CHUNK_SCORES / 2 * 3)
+
+/* Whether attention of so many query heads over such a cache is worked on here. bf16 only where
+ * there is enough to multiply, and 64 tokens, and the next, fit into the second-level cache: else
+ * AVX-512 alone is as fast or faster (README.md). */
+static inline bool ts_amx_takes(const ts_geometry *g, uint32_t heads)
+{
+    const size_t bytes = 2 * (size_t)g->kv_heads * g->head_dim * ts_dtype_bytes(g->dtype);
+    return g->head_dim % 64 == 0 &&
+           (g->dtype == TS_DTYPE_FP8_E4M3 ||
+            (g->dtype == TS_DTYPE_BF16 && g->layout == TS_LAYOUT_NHD && heads >= 4 * g->kv_heads &&
+             bytes * TS_AMX_TOKENS <= TS_AMX_RUN_BYTES));
+}
 
 /* Rows of q are worked on in so many chunks. */
 static inline uint32_t ts_amx_chunks(uint32_t rows)
@@ -37,16 +52,17 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
  * which two threads of a core have but a half each; several chunks share the units of 64 tokens'
  * K, or of 64 dims of all tokens' V. */
 typedef struct ts_amx_work {
+    ts_dtype dtype;
     _Alignas(64) char units[32768];
-    _Alignas(64) unsigned char low[128], high[128]; /* bytes of e4m3's magnitudes as bf16 */
 } ts_amx_work;
 
-void ts_amx_begin(ts_amx_work *work);
+/* dtype: the cache's, fp8 or bf16. */
+void ts_amx_begin(ts_amx_work *work, ts_dtype dtype);
 void ts_amx_end(void);
 
 /* The tiles of up to TS_AMX_ROWS rows of q. */
-void ts_amx_load_queries(const float *q, uint32_t rows, uint32_t padded, uint32_t head_dim,
-                         void *q_tiles);
+void ts_amx_load_queries(ts_dtype dtype, const float *q, uint32_t rows, uint32_t padded,
+                         uint32_t head_dim, void *q_tiles);
 
 /* K or V of the tokens, at rows[token] + offset; `next` is fetched while they are widened. */
 typedef struct ts_amx_rows {
@@ -69,7 +85,7 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
 
 /* Widens part 0, then part 1, of the next unit of V, while scores become weights. */
 void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
-                       uint32_t part);
+                       uint32_t tokens, uint32_t part);
 
 /* The tiles of weights, which are [chunks][TS_AMX_ROWS][tokens]; and their bytes. */
 void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens,

@@ -1,8 +1,9 @@
 /*
  * The host attention kernels, written once in vectors of VL floats (GCC's and Clang's vector
  * extensions) and compiled once for each instruction set. The including file defines VL,
- * FMA(a,b,c), TS_ATTENTION_OPS, what attention_vectors.inc.h takes beside them and, to have fp8 on
- * the tile unit as well, TS_ATTENTION_TILES: the name of those operations.
+ * FMA(a,b,c), TS_ATTENTION_OPS, what attention_vectors.inc.h takes beside them, and may define
+ * TS_ATTENTION_OTHERS: operations that have all but fp8 in fours, which alone is compiled then; and
+ * TS_ATTENTION_TILES: the name of operations that use the tile unit where they can.
  *
  * An item goes over its tokens in tiles of 16. For each KV head of a tile: scores = q·K for up to 4
  * rows that share each read of K, one online-softmax update per row, then acc += p·V, again 4 rows
@@ -42,6 +43,26 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
     const int NK = VL / NR;
     vf sums[VL] = {0};
     uint32_t d = 0;
+    if (is_fours(dtype))
+        for (; d < head_dim; d += 4 * VL) {
+            if (next->rows != NULL)
+                fetch_lines(next->rows + first, next->k_offset, NK, d, d + 4 * VL);
+            fours kv[VL];
+            _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++) kv[t] =
+                begin_fours(k[t] + k_offset + d);
+            _Pragma("GCC unroll 4") for (uint32_t i = 0; i < 4; i++)
+            {
+                vf rows[4];
+                _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) rows[r] =
+                    load(q + r * padded + d + i * VL);
+                _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
+                {
+                    vf v = vector_of(kv[t], i, dtype == FP8_FOURS_NAN);
+                    _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) sums[r * NK + t] =
+                        FMA(rows[r], v, sums[r * NK + t]);
+                }
+            }
+        }
     for (; d + VL <= head_dim; d += VL) {
         vf rows[4];
         if (next->rows != NULL)
@@ -94,9 +115,17 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
         vf row[8];
         if (next->rows != NULL)
             fetch_lines(next->rows + t, next->v_offset, 1, from, to);
-        _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) row[i] =
-            tail ? load_cache_tail(dtype, v[t] + v_offset, d, tail)
-                 : load_cache(dtype, v[t] + v_offset, d + (uint32_t)i * VL);
+        if (is_fours(dtype) && ND % 4 == 0)
+            _Pragma("GCC unroll 2") for (uint32_t i = 0; i < (uint32_t)ND; i += 4)
+            {
+                fours f = begin_fours(v[t] + v_offset + d + i * VL);
+                _Pragma("GCC unroll 4") for (uint32_t j = 0; j < 4; j++) row[i + j] =
+                    vector_of(f, j, dtype == FP8_FOURS_NAN);
+            }
+        else
+            _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) row[i] =
+                tail ? load_cache_tail(dtype, v[t] + v_offset, d, tail)
+                     : load_cache(dtype, v[t] + v_offset, d + (uint32_t)i * VL);
         _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
         {
             vf weight = broadcast(p[r * TS_TILE + t]);
@@ -120,6 +149,9 @@ INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p
     for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL, from += wide)
         weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
                     from + wide);
+    if (is_fours(dtype) && ND > 4)
+        for (; d < head_dim; d += 4 * VL, from = bytes)
+            weigh_block(dtype, NR, 4, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
     for (; d + VL <= head_dim; d += VL, from = bytes)
         weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
     if (d < head_dim)
@@ -430,7 +462,12 @@ INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
     const size_t k = head * ts_geometry_head_stride(g), v = k + ts_geometry_plane_bytes(g);
     const float *q = scratch->q + (size_t)r * padded;
     float *sums = scratch->sums + (size_t)r * VL, *acc = state->acc + (size_t)r * padded;
-    if (dtype == FP8_FOURS && has_nan(rows, k, v - k, g->head_dim))
+#ifdef LOOK_UP_FP8
+    const bool nan = false; /* has its place in the tables */
+#else
+    const bool nan = dtype == FP8_FOURS && has_nan(rows, k, v - k, g->head_dim);
+#endif
+    if (nan)
         attend_tile(FP8_FOURS_NAN, item, rows, k, v, tile, head * group, first_row, end_row, q,
                     scratch->scores, state->max + r, sums, acc, next);
     else
@@ -531,7 +568,7 @@ INLINE void compute_part(ts_dtype dtype, const ts_attention_item *item, uint32_t
                          const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
 #ifdef TS_ATTENTION_TILES
-    if (dtype == FP8_TILES) {
+    if (dtype == FP8_TILES || dtype == BF16_TILES) {
         attend_part_tiles(item, part, scratch, state);
         return;
     }
@@ -567,6 +604,7 @@ INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,
 }
 
 /* The one place where the cache's type becomes a constant. */
+#ifndef TS_ATTENTION_OTHERS
 static void item_fp32(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
     attend_item(TS_DTYPE_FP32, item, scratch);
@@ -592,6 +630,8 @@ static void item_bf16_pairs(const ts_attention_item *item, const ts_attention_sc
     attend_item(BF16_PAIRS, item, scratch);
 }
 
+#endif
+
 static void item_fp8_fours(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
     attend_item(FP8_FOURS, item, scratch);
@@ -608,11 +648,15 @@ static ts_dtype order_of(const ts_geometry *g)
 static void run_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
     switch ((int)order_of(&item->call->geometry)) {
-    case BF16_PAIRS:
-        item_bf16_pairs(item, scratch);
-        break;
     case FP8_FOURS:
         item_fp8_fours(item, scratch);
+        break;
+#ifdef TS_ATTENTION_OTHERS
+    default:
+        TS_ATTENTION_OTHERS.item(item, scratch);
+#else
+    case BF16_PAIRS:
+        item_bf16_pairs(item, scratch);
         break;
     case TS_DTYPE_FP32:
         item_fp32(item, scratch);
@@ -626,6 +670,7 @@ static void run_item(const ts_attention_item *item, const ts_attention_scratch *
     case TS_DTYPE_FP8_E4M3:
         item_fp8(item, scratch);
         break;
+#endif
     }
 }
 
@@ -645,18 +690,28 @@ static void merge_item(const ts_attention_item *item, const ts_attention_scratch
 const ts_attention_isa_ops TS_ATTENTION_OPS = {.item = run_item, .merge = merge_item};
 
 #ifdef TS_ATTENTION_TILES
+INLINE void attend_item_tiles(ts_dtype dtype, const ts_attention_item *item,
+                              const ts_attention_scratch *scratch)
+{
+    const uint32_t rows = ts_attention_item_rows(item) / item->head_count;
+    load_queries(dtype, item, scratch->q);
+    load_query_tiles(item, scratch);
+    ts_amx_begin(tiles_of(scratch, rows).work, item->call->geometry.dtype);
+    attend_parts(dtype, item, scratch);
+    ts_amx_end();
+}
+
 static void run_item_tiles(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
+    const ts_geometry *g = &item->call->geometry;
     const uint32_t end = item->seq->kv_tokens - item->seq->q_tokens + item->q_first + item->q_count;
-    if (order_of(&item->call->geometry) != FP8_FOURS || end < TS_AMX_TOKENS) {
+    const ts_dtype order = order_of(g);
+    if (!ts_amx_takes(g, item->call->heads) || end < TS_AMX_TOKENS)
         run_item(item, scratch);
-        return;
-    }
-    load_queries(FP8_TILES, item, scratch->q);
-    load_query_tiles(item, scratch);
-    ts_amx_begin(tiles_of(scratch, ts_attention_item_rows(item) / item->head_count).work);
-    attend_parts(FP8_TILES, item, scratch);
-    ts_amx_end();
+    else if (order == BF16_PAIRS)
+        attend_item_tiles(BF16_TILES, item, scratch);
+    else
+        attend_item_tiles(FP8_TILES, item, scratch);
 }
 
 const ts_attention_isa_ops TS_ATTENTION_TILES = {.item = run_item_tiles, .merge = merge_item};

@@ -1,21 +1,21 @@
 /*
- * fp8 on the tile unit (attention_amx.h), runs of tokens of a KV head at once, for the rows that
- * see all of a run; the others see it in tiles of 64 tokens, and what they don't see all of takes
- * attend_tile's way. Which it is depends on the row, on the tokens' positions and on the geometry
- * alone, so the bits do too. While something is multiplied what comes next is widened.
+ * fp8 and bf16 on the tile unit (attention_amx.h), runs of tokens of a KV head at once, for the
+ * rows that see all of a run; the others see it in tiles of 64 tokens, and what they don't see all
+ * of takes attend_tile's way. Which it is depends on the row, on the tokens' positions and on the
+ * geometry alone, so the bits do too. While something is multiplied what comes next is widened.
  */
 #include "attention_amx.h"
 
-/* What is worked on and what is fetched meanwhile are to fit into the second-level cache twice, as
- * two threads of a core share it. */
-#define RUN_BYTES ((size_t)256 << 10)
+static size_t token_bytes(const ts_geometry *g)
+{
+    return 2 * (size_t)g->kv_heads * g->head_dim * ts_dtype_bytes(g->dtype);
+}
 
 /* Tokens of a run. */
 static uint32_t run_tokens(const ts_geometry *g)
 {
-    const size_t token_bytes = 2 * (size_t)g->kv_heads * g->head_dim;
     uint32_t tokens = TS_AMX_RUN;
-    while (tokens > TS_AMX_TOKENS && tokens * token_bytes > RUN_BYTES)
+    while (tokens > TS_AMX_TOKENS && tokens * token_bytes(g) > TS_AMX_RUN_BYTES)
         tokens /= 2;
     return tokens;
 }
@@ -47,9 +47,9 @@ static void load_query_tiles(const ts_attention_item *item, const ts_attention_s
     char *q = tiles_of(scratch, rows).q;
     for (uint32_t h = 0; h < item->head_count; h++)
         for (uint32_t r = 0; r < rows; r += TS_AMX_ROWS, q += ts_amx_chunk_bytes(head_dim))
-            ts_amx_load_queries(scratch->q + ((size_t)h * rows + r) * padded,
-                                rows - r < TS_AMX_ROWS ? rows - r : TS_AMX_ROWS, padded, head_dim,
-                                q);
+            ts_amx_load_queries(
+                item->call->geometry.dtype, scratch->q + ((size_t)h * rows + r) * padded,
+                rows - r < TS_AMX_ROWS ? rows - r : TS_AMX_ROWS, padded, head_dim, q);
 }
 
 /* Tokens of the sequence that are attended to together. */
@@ -87,25 +87,31 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *
         soften_row(row, tokens, head_dim, &state->max[i], scratch->sums + i * VL,
                    state->acc + i * padded);
         if (r == (first_row + end_row) / 2) /* while a row waits for itself */
-            ts_amx_widen_part(t.work, v, chunks, head_dim, 0);
+            ts_amx_widen_part(t.work, v, chunks, head_dim, tokens, 0);
     }
     ts_amx_split_weights(scores, chunks, tokens, t.weights + ts_amx_weights_bytes(chunk, tokens));
-    ts_amx_widen_part(t.work, v, chunks, head_dim, 1);
+    ts_amx_widen_part(t.work, v, chunks, head_dim, tokens, 1);
     ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim, tokens,
                  state->acc + (size_t)h * rows * padded, padded);
 }
 
 /* Rows from_row..to_row - 1 of each KV head with a tile, 16 tokens at a time. */
-static void attend_fours(const ts_attention_item *item, const span *span, uint32_t from_row,
-                         uint32_t to_row, const ts_attention_scratch *scratch,
-                         const ts_attention_state *state)
+static void attend_narrow(const ts_attention_item *item, const span *span, uint32_t from_row,
+                          uint32_t to_row, const ts_attention_scratch *scratch,
+                          const ts_attention_state *state)
 {
     static const fetch nothing;
     for (uint32_t h = 0; h < item->head_count && from_row < to_row; h++)
-        for (uint32_t t = 0; t < span->tokens && span->start + t < span->end; t += TS_TILE)
-            if (span->start + t >= span->from)
+        for (uint32_t t = 0; t < span->tokens && span->start + t < span->end; t += TS_TILE) {
+            if (span->start + t < span->from)
+                continue;
+            if (item->call->geometry.dtype == TS_DTYPE_BF16)
+                attend_head(BF16_PAIRS, item, span->rows + t, h, span->start + t, from_row, to_row,
+                            scratch, state, &nothing);
+            else
                 attend_head(FP8_FOURS, item, span->rows + t, h, span->start + t, from_row, to_row,
                             scratch, state, &nothing);
+        }
 }
 
 /* Rows from_row..to_row - 1 of each KV head with a span: those that see all of it together, the
@@ -144,8 +150,8 @@ static void attend_span(const ts_attention_item *item, const span *span, uint32_
         }
     }
     if (span->tokens == TS_AMX_TOKENS) {
-        attend_fours(item, span, from_row, first_row, scratch, state);
-        attend_fours(item, span, end_row, to_row, scratch, state);
+        attend_narrow(item, span, from_row, first_row, scratch, state);
+        attend_narrow(item, span, end_row, to_row, scratch, state);
         return;
     }
     for (uint32_t t = 0; t < span->tokens; t += TS_AMX_TOKENS) {
@@ -175,7 +181,7 @@ static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
         find_rows(item, span.start, item_end, run, addresses[0]);
     /* The first run's rows; the others are fetched by those before. */
     if (span.start < span.end && part == item->part_first) {
-        const size_t bytes = 2 * run * (size_t)item->head_count * g->head_dim;
+        const size_t bytes = run * (token_bytes(g) / g->kv_heads * item->head_count);
         ts_streams_begin(&next, addresses[0]);
         for (uint32_t i = 0; i < bytes / TS_STREAM_STEP; i++)
             ts_streams_ask(&next, i);

@@ -104,8 +104,14 @@ INLINE vf load_fp16(const void *p)
 #define FP8_FOURS ((ts_dtype)101)
 #define FP8_FOURS_NAN ((ts_dtype)102)
 #define FP8_UNIT 256.0f
-/* FP8_FOURS, 64 tokens and more at once on the tile unit (attention_tiles.inc.h). */
+/* FP8_FOURS and BF16_PAIRS, 64 tokens and more at once on the tile unit (attention_tiles.inc.h). */
 #define FP8_TILES ((ts_dtype)103)
+#define BF16_TILES ((ts_dtype)104)
+
+INLINE bool is_pairs(ts_dtype dtype)
+{
+    return dtype == BF16_PAIRS || dtype == BF16_TILES;
+}
 
 INLINE bool is_fours(ts_dtype dtype)
 {
@@ -115,12 +121,12 @@ INLINE bool is_fours(ts_dtype dtype)
 /* Bytes of an element in the cache. */
 INLINE size_t element_bytes(ts_dtype dtype)
 {
-    return dtype == BF16_PAIRS ? 2 : is_fours(dtype) ? 1 : ts_dtype_bytes(dtype);
+    return is_pairs(dtype) ? 2 : is_fours(dtype) ? 1 : ts_dtype_bytes(dtype);
 }
 
 static uint32_t place_of(ts_dtype dtype, uint32_t d)
 {
-    if (dtype == BF16_PAIRS)
+    if (is_pairs(dtype))
         return d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2;
     if (is_fours(dtype))
         return d / (4 * VL) * (4 * VL) + d % 2 * (2 * VL) + d % (4 * VL) / 2;
@@ -156,6 +162,45 @@ INLINE vf load_fours(const unsigned char *row, uint32_t d, bool nan)
     return (vf)((vu)value | (vu)(wide == 0x3f80u)); /* all ones is NaN */
 }
 
+/*
+ * Four vectors of a row in fours at once, the first of them at a place that is a multiple of 4 *
+ * VL: what they share is done first.
+ */
+#ifdef LOOK_UP_FP8
+typedef struct fours {
+    __m512i first, second; /* pairs of bf16, of which the lower is an even element */
+} fours;
+
+INLINE fours begin_fours(const unsigned char *row)
+{
+    /* Eights of bytes, so that what is unpacked comes to lie in place. */
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    fours f;
+    ts_fp8_widen(ts_fp8_load_tables(), _mm512_permutexvar_epi64(order, _mm512_loadu_si512(row)),
+                 &f.first, &f.second);
+    return f;
+}
+
+INLINE vf vector_of(fours f, uint32_t i, bool nan)
+{
+    (void)nan; /* has its place in the tables */
+    vu pairs = (vu)(i % 2 == 0 ? f.first : f.second);
+    return (vf)(i < 2 ? pairs << 16 : pairs & 0xffff0000u);
+}
+#else
+typedef const unsigned char *fours;
+
+INLINE fours begin_fours(const unsigned char *row)
+{
+    return row;
+}
+
+INLINE vf vector_of(fours f, uint32_t i, bool nan)
+{
+    return load_fours(f, i * VL, nan);
+}
+#endif
+
 /* Whether a row of `bytes`, a multiple of 4 * VL, has a NaN; its magnitude is 0x7f, and no other's
  * sum with 1 reaches the sign. */
 INLINE vu nans_of(const unsigned char *row, uint32_t bytes)
@@ -173,7 +218,7 @@ INLINE vu nans_of(const unsigned char *row, uint32_t bytes)
 /* VL elements from place d of a cache row, as floats. */
 INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
 {
-    if (dtype == BF16_PAIRS) {
+    if (is_pairs(dtype)) {
         vu pairs;
         memcpy(&pairs, row + 2 * (size_t)(d / (2 * VL) * (2 * VL)), sizeof pairs);
         return (vf)(d % (2 * VL) == 0 ? pairs << 16 : pairs & 0xffff0000u);
