@@ -391,40 +391,52 @@ INLINE void score_one(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *k, c
     *k->next = next;
 }
 
-/* Of several: the units of 64 tokens are widened first, then serve all chunks. */
-INLINE void score_many(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *k,
-                       const ts_amx_rows *v, const char *q, uint32_t chunks, uint32_t head_dim,
-                       uint32_t tokens, float *scores)
+/* Of several: the units of 64 tokens serve all of them. The first chunk's are widened as above,
+ * into a ring of five, of which the fifth is the next 64 tokens' first. */
+#define KEYS_RING (TS_AMX_TOKENS / UNIT_KEYS + 1)
+INLINE char *keys_slot(ts_amx_work *work, uint32_t head_dim, uint32_t slot)
 {
-    const uint32_t bytes = keys_bytes(head_dim);
-    const ts_fp8_tables w = ts_fp8_load_tables();
-    ts_streams next = *k->next;
-    for (uint32_t t = 0; t < tokens; t += TS_AMX_TOKENS) {
-        for (uint32_t i = t == 0 ? 1 : 0; i < TS_AMX_TOKENS / UNIT_KEYS; i++)
-            widen_unit(dtype, KEYS_OF_16, w,
-                       keys_unit(k, t + i * UNIT_KEYS, work->units + i * bytes), head_dim, 0,
-                       UNIT_ROWS, &next);
-        for (uint32_t c = 0; c < chunks; c++) {
-            const char *chunk = q + c * ts_amx_chunk_bytes(head_dim), *keys = work->units;
-            float *to = scores + (size_t)c * TS_AMX_ROWS * tokens + t;
-            waiting in_0 = {NULL, tokens}, in_1 = {NULL, tokens};
-            load_queries(chunk, head_dim);
-            for (uint32_t i = 0; i < TS_AMX_TOKENS; i += 2 * UNIT_KEYS, keys += 2 * bytes) {
-                if (head_dim > 128 && i > 0)
-                    load_queries(chunk, head_dim);
-                score_unit(dtype, false, keys, chunk, head_dim, &in_1, NOTHING, (unit){0}, &next);
-                in_0.scores = to + i;
-                if (head_dim > 128)
-                    load_queries(chunk, head_dim);
-                score_unit(dtype, true, keys + bytes, chunk, head_dim, &in_0, NOTHING, (unit){0},
-                           &next);
-                in_1.scores = to + i + UNIT_KEYS;
-            }
-            store_waiting(true, &in_1);
-        }
+    return work->units + slot % KEYS_RING * keys_bytes(head_dim);
+}
+
+/* 64 tokens' scores of a chunk; widens the next units meanwhile, up to token `end`. */
+INLINE void score_64(ts_dtype dtype, ts_amx_work *work, bool first, const ts_amx_rows *k,
+                     const char *q, uint32_t head_dim, uint32_t token, uint32_t end, uint32_t slot,
+                     float *scores, uint32_t stride, ts_streams *next)
+{
+    waiting in_0 = {NULL, stride}, in_1 = {NULL, stride};
+    load_queries(q, head_dim);
+    for (uint32_t t = 0; t < TS_AMX_TOKENS; t += 2 * UNIT_KEYS, slot += 2) {
+        const char *even = keys_slot(work, head_dim, slot);
+        char *odd = keys_slot(work, head_dim, slot + 1);
+        const uint32_t then = token + t + 2 * UNIT_KEYS;
+        if (head_dim > 128 && t > 0)
+            load_queries(q, head_dim);
+        score_unit(dtype, false, even, q, head_dim, &in_1, first ? KEYS_OF_16 : NOTHING,
+                   keys_unit(k, token + t + UNIT_KEYS, odd), next);
+        in_0.scores = scores + t;
+        if (head_dim > 128)
+            load_queries(q, head_dim);
+        if (first && then < end)
+            score_unit(dtype, true, odd, q, head_dim, &in_0, KEYS_OF_16,
+                       keys_unit(k, then, keys_slot(work, head_dim, slot + 2)), next);
+        else
+            score_unit(dtype, true, odd, q, head_dim, &in_0, NOTHING, (unit){0}, next);
+        in_1.scores = scores + t + UNIT_KEYS;
     }
-    widen_unit(dtype, VALUES_OF_32, w, values_unit(dtype, v, 0, 0, work->units), head_dim, 0,
-               UNIT_ROWS, &next);
+    store_waiting(true, &in_1);
+}
+
+INLINE void score_many(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *k, const char *q,
+                       uint32_t chunks, uint32_t head_dim, uint32_t tokens, float *scores)
+{
+    ts_streams next = *k->next;
+    for (uint32_t t = 0, slot = 0; t < tokens; t += TS_AMX_TOKENS, slot += KEYS_RING - 1) {
+        score_64(dtype, work, true, k, q, head_dim, t, tokens, slot, scores + t, tokens, &next);
+        for (uint32_t c = 1; c < chunks; c++)
+            score_64(dtype, work, false, k, q + c * ts_amx_chunk_bytes(head_dim), head_dim, t,
+                     tokens, slot, scores + (size_t)c * TS_AMX_ROWS * tokens + t, tokens, &next);
+    }
     *k->next = next;
 }
 
@@ -442,14 +454,20 @@ void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens
             }
 }
 
+/* Of one chunk: half of the second unit each time; of several: the first, then the second. */
 INLINE void widen_part(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks,
-                       uint32_t head_dim, uint32_t tokens, uint32_t part)
+                       uint32_t head_dim, uint32_t part)
 {
-    char *to = chunks == 1 ? second_unit(work, head_dim) : work->units + VALUES_BYTES;
-    const uint32_t t = UNIT_VALUES < tokens ? UNIT_VALUES : 0, d = t == 0 ? 64 : 0;
+    const ts_fp8_tables w = ts_fp8_load_tables();
     ts_streams next = *v->next;
-    widen_unit(dtype, VALUES_OF_32, ts_fp8_load_tables(), values_unit(dtype, v, t, d, to), head_dim,
-               part * UNIT_ROWS / 2, (part + 1) * UNIT_ROWS / 2, &next);
+    if (chunks == 1)
+        widen_unit(dtype, VALUES_OF_32, w,
+                   values_unit(dtype, v, UNIT_VALUES, 0, second_unit(work, head_dim)), head_dim,
+                   part * UNIT_ROWS / 2, (part + 1) * UNIT_ROWS / 2, &next);
+    else
+        widen_unit(dtype, VALUES_OF_32, w,
+                   values_unit(dtype, v, part * UNIT_VALUES, 0, work->units + part * VALUES_BYTES),
+                   head_dim, 0, UNIT_ROWS, &next);
     *v->next = next;
 }
 
@@ -541,55 +559,69 @@ INLINE void weigh_one(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *v, c
                       uint32_t tokens, float *acc, uint32_t padded)
 {
     char *even = work->units, *odd = second_unit(work, head_dim);
-    const uint32_t of_64_dims = tokens / UNIT_VALUES, units = of_64_dims * (head_dim / 64);
     ts_streams next = *v->next;
-    for (uint32_t i = 0; i < units; i++) {
-        const uint32_t t = i % of_64_dims, d = i / of_64_dims * 64;
-        const char *tile = weights + t * WEIGHTS_BYTES;
-        const uint32_t then_t = (i + 1) % of_64_dims * UNIT_VALUES,
-                       then_d = (i + 1) / of_64_dims * 64;
-        char *this = i % 2 == 0 ? even : odd, *other = i % 2 == 0 ? odd : even;
-        if (t == 0)
-            zero_out();
-        if (i > 0 && i + 1 < units)
-            weigh_unit(dtype, this, tile, head_dim, VALUES_OF_32,
-                       values_unit(dtype, v, then_t, then_d, other), &next);
-        else if (i + 1 == units && k != NULL)
-            weigh_unit(dtype, this, tile, head_dim, KEYS_OF_16, keys_unit(k, 0, other), &next);
-        else
-            weigh_unit(dtype, this, tile, head_dim, NOTHING, (unit){0}, &next);
-        if (t + 1 == of_64_dims)
-            add_chunk(dtype, first_row / TS_AMX_ROWS, first_row, end_row, acc + d, padded);
+    for (uint32_t d = 0; d < head_dim; d += 64) {
+        const char *tile = weights;
+        zero_out();
+        for (uint32_t t = 0; t < tokens; t += 2 * UNIT_VALUES, tile += 2 * WEIGHTS_BYTES) {
+            const uint32_t end = t + 2 * UNIT_VALUES;
+            if (d == 0 && t == 0)
+                weigh_unit(dtype, even, tile, head_dim, NOTHING, (unit){0}, &next);
+            else
+                weigh_unit(dtype, even, tile, head_dim, VALUES_OF_32,
+                           values_unit(dtype, v, t + UNIT_VALUES, d, odd), &next);
+            if (end < tokens || d + 64 < head_dim)
+                weigh_unit(dtype, odd, tile + WEIGHTS_BYTES, head_dim, VALUES_OF_32,
+                           end < tokens ? values_unit(dtype, v, end, d, even)
+                                        : values_unit(dtype, v, 0, d + 64, even),
+                           &next);
+            else if (k != NULL)
+                weigh_unit(dtype, odd, tile + WEIGHTS_BYTES, head_dim, KEYS_OF_16,
+                           keys_unit(k, 0, even), &next);
+            else
+                weigh_unit(dtype, odd, tile + WEIGHTS_BYTES, head_dim, NOTHING, (unit){0}, &next);
+        }
+        add_chunk(dtype, first_row / TS_AMX_ROWS, first_row, end_row, acc + d, padded);
     }
     *v->next = next;
 }
 
-/* Of several: the units of 64 dims are widened first, then serve all chunks. */
+/* Of several: the units of 64 dims serve all of them; the first chunk's are widened as above, into
+ * a ring that takes those of the longest run and one more. */
+#define VALUES_RING (TS_AMX_RUN / UNIT_VALUES + 1)
+INLINE char *values_slot(ts_amx_work *work, uint32_t slot)
+{
+    return work->units + slot % VALUES_RING * VALUES_BYTES;
+}
+
 INLINE void weigh_many(ts_dtype dtype, ts_amx_work *work, const ts_amx_rows *v,
                        const ts_amx_rows *k, const char *weights, uint32_t first_row,
                        uint32_t end_row, uint32_t head_dim, uint32_t tokens, float *acc,
                        uint32_t padded)
 {
-    const uint32_t units = tokens / UNIT_VALUES;
-    const ts_fp8_tables w = ts_fp8_load_tables();
+    const uint32_t units = tokens / UNIT_VALUES, first = first_row / TS_AMX_ROWS;
     ts_streams next = *v->next;
-    for (uint32_t d = 0; d < head_dim; d += 64) {
+    for (uint32_t d = 0, slot = 0; d < head_dim; d += 64, slot += units) {
         const char *tile = weights;
-        for (uint32_t i = d == 0 ? 2 : 0; i < units; i++)
-            widen_unit(dtype, VALUES_OF_32, w,
-                       values_unit(dtype, v, i * UNIT_VALUES, d, work->units + i * VALUES_BYTES),
-                       head_dim, 0, UNIT_ROWS, &next);
-        for (uint32_t c = first_row / TS_AMX_ROWS; c < ts_amx_chunks(end_row); c++) {
+        for (uint32_t c = first; c < ts_amx_chunks(end_row); c++) {
             zero_out();
-            for (uint32_t i = 0; i < units; i++, tile += WEIGHTS_BYTES)
-                weigh_unit(dtype, work->units + i * VALUES_BYTES, tile, head_dim, NOTHING,
-                           (unit){0}, &next);
+            for (uint32_t i = 0; i < units; i++, tile += WEIGHTS_BYTES) {
+                const bool last = i + 1 == units;
+                if (c > first || (d == 0 && i == 0) || (last && d + 64 == head_dim))
+                    weigh_unit(dtype, values_slot(work, slot + i), tile, head_dim, NOTHING,
+                               (unit){0}, &next);
+                else
+                    weigh_unit(dtype, values_slot(work, slot + i), tile, head_dim, VALUES_OF_32,
+                               values_unit(dtype, v, last ? 0 : (i + 1) * UNIT_VALUES,
+                                           last ? d + 64 : d, values_slot(work, slot + i + 1)),
+                               &next);
+            }
             add_chunk(dtype, c, first_row, end_row, acc + d, padded);
         }
     }
     if (k != NULL)
-        widen_unit(dtype, KEYS_OF_16, w, keys_unit(k, 0, work->units), head_dim, 0, UNIT_ROWS,
-                   &next);
+        widen_unit(dtype, KEYS_OF_16, ts_fp8_load_tables(), keys_unit(k, 0, work->units), head_dim,
+                   0, UNIT_ROWS, &next);
     *v->next = next;
 }
 
@@ -632,7 +664,7 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
                   float *scores)
 {
 #define ONE(dtype, dim) score_one(dtype, work, k, v, q_tiles, dim, tokens, scores)
-#define MANY(dtype, dim) score_many(dtype, work, k, v, q_tiles, chunks, dim, tokens, scores)
+#define MANY(dtype, dim) score_many(dtype, work, k, q_tiles, chunks, dim, tokens, scores)
     if (chunks == 1)
         FOR_EACH(ONE)
     else
@@ -642,9 +674,9 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
 }
 
 void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
-                       uint32_t tokens, uint32_t part)
+                       uint32_t part)
 {
-#define CALL(dtype, dim) widen_part(dtype, work, v, chunks, dim, tokens, part)
+#define CALL(dtype, dim) widen_part(dtype, work, v, chunks, dim, part)
     FOR_EACH(CALL)
 #undef CALL
 }

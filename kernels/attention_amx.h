@@ -53,7 +53,7 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
  * K, or of 64 dims of all tokens' V. */
 typedef struct ts_amx_work {
     ts_dtype dtype;
-    _Alignas(64) char units[32768];
+    _Alignas(64) char units[40960];
 } ts_amx_work;
 
 /* dtype: the cache's, fp8 or bf16. */
@@ -85,7 +85,7 @@ void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
 
 /* Widens part 0, then part 1, of the next unit of V, while scores become weights. */
 void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
-                       uint32_t tokens, uint32_t part);
+                       uint32_t part);
 
 /* The tiles of weights, which are [chunks][TS_AMX_ROWS][tokens]; and their bytes. */
 void ts_amx_split_weights(const float *weights, uint32_t chunks, uint32_t tokens,

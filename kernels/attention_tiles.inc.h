@@ -87,10 +87,10 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *
         soften_row(row, tokens, head_dim, &state->max[i], scratch->sums + i * VL,
                    state->acc + i * padded);
         if (r == (first_row + end_row) / 2) /* while a row waits for itself */
-            ts_amx_widen_part(t.work, v, chunks, head_dim, tokens, 0);
+            ts_amx_widen_part(t.work, v, chunks, head_dim, 0);
     }
     ts_amx_split_weights(scores, chunks, tokens, t.weights + ts_amx_weights_bytes(chunk, tokens));
-    ts_amx_widen_part(t.work, v, chunks, head_dim, tokens, 1);
+    ts_amx_widen_part(t.work, v, chunks, head_dim, 1);
     ts_amx_weigh(t.work, v, next_k, t.weights, first_row, end_row, head_dim, tokens,
                  state->acc + (size_t)h * rows * padded, padded);
 }
