@@ -3,8 +3,8 @@
  * attention of any number of query tokens over any cached length, for many sequences in one call.
  * Knows no sequence object and no socket: it is given block tables.
  *
- * Numbers: fp32 arithmetic whatever the cache holds, online softmax over tiles of 16 tokens (fp8 on
- * the tile unit: of 64 where a query sees all of them) and parts of 1024 tokens whose borders
+ * Numbers: fp32 arithmetic whatever the cache holds, online softmax over tiles of 16 tokens (on the
+ * tile unit: of 64 to 256 where a query sees all of them) and parts of 1024 tokens whose borders
  * depend on the token's position alone. One (query token, head) therefore comes out with the same
  * bits whatever else is in the call and however many threads work on it; different instruction sets
  * (`ts_attention_isa`) differ in the last bits.
@@ -78,7 +78,7 @@ typedef struct ts_attention_call {
     uint32_t num_seqs;
 } ts_attention_call;
 
-/* Which instructions to use. AMX: AVX-512, and the tile unit for fp8. */
+/* Which instructions to use. AMX: AVX-512, and the tile unit for fp8 and bf16 (ts_amx_takes). */
 typedef enum ts_isa {
     TS_ISA_AUTO = 0,
     TS_ISA_PORTABLE,

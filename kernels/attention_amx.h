@@ -1,10 +1,11 @@
 /*
- * Attention over fp8 on the processor's tile unit (Intel AMX), some tokens of one KV head at a
- * time: e4m3 is widened to bf16, which has all its numbers, and q and the weights are sums of three
- * bf16 numbers, so products are as exact as in fp32, and sums are of fp32.
+ * Attention over fp8 and bf16 on the processor's tile unit (Intel AMX), some tokens of one KV head
+ * at a time: e4m3 is widened to bf16, which has all its numbers, and q and the weights are sums of
+ * three bf16 numbers, so products are as exact as in fp32, and sums are of fp32. The unit takes
+ * subnormals of bf16 for 0, and an infinite element of the cache comes out as NaN.
  *
- * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_FOURS
- * (attention_vectors.inc.h), with its unit. head_dim is a multiple of 64, at most 256; `tokens` a
+ * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_FOURS, with its unit,
+ * or of BF16_PAIRS (attention_vectors.inc.h). head_dim is a multiple of 64, at most 256; `tokens` a
  * multiple of TS_AMX_TOKENS, at most TS_AMX_RUN. A thread calls ts_amx_begin before and ts_amx_end
  * after the others.
  */
@@ -47,10 +48,12 @@ static inline size_t ts_amx_chunk_bytes(uint32_t head_dim)
     return (size_t)head_dim / 32 * 1024;
 }
 
-/* K of 16 tokens, or 64 dims of V of 32, is widened into a unit while another is multiplied. For
+/*
+ * K of 16 tokens, or 64 dims of V of 32, is widened into a unit while another is multiplied. For
  * one chunk there are two, as all that is touched again has to stay in the first-level cache, of
- * which two threads of a core have but a half each; several chunks share the units of 64 tokens'
- * K, or of 64 dims of all tokens' V. */
+ * which two threads of a core have but a half each. Several chunks share the units of 64 tokens' K,
+ * and the next; or of 64 dims of all tokens' V, and the next.
+ */
 typedef struct ts_amx_work {
     ts_dtype dtype;
     _Alignas(64) char units[40960];
@@ -78,12 +81,12 @@ typedef struct ts_amx_rows {
 void ts_amx_widen_first(ts_amx_work *work, const ts_amx_rows *k, uint32_t head_dim);
 
 /* q·K, of which the first unit is widened: scores is [chunks][TS_AMX_ROWS][tokens]. Meanwhile
- * widens the others, then the first unit of V. */
+ * widens the others, then, for one chunk, the first unit of V. */
 void ts_amx_score(ts_amx_work *work, const ts_amx_rows *k, const ts_amx_rows *v,
                   const void *q_tiles, uint32_t chunks, uint32_t head_dim, uint32_t tokens,
                   float *scores);
 
-/* Widens part 0, then part 1, of the next unit of V, while scores become weights. */
+/* Widens part 0, then part 1, of what is to be widened of V while scores become weights. */
 void ts_amx_widen_part(ts_amx_work *work, const ts_amx_rows *v, uint32_t chunks, uint32_t head_dim,
                        uint32_t part);
 

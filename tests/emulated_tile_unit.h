@@ -14,9 +14,14 @@ typedef union emulated_tile {
 
 static _Thread_local emulated_tile emulated_tiles[8];
 
-static inline void emulated_zero(void)
+__attribute__((noinline)) static void emulated_zero(void)
 {
     memset(emulated_tiles, 0, sizeof emulated_tiles);
+}
+
+__attribute__((noinline)) static void emulated_copy(void *to, const void *from)
+{
+    memcpy(to, from, sizeof(emulated_tile));
 }
 
 static inline float emulated_bf16(uint16_t x)
@@ -27,8 +32,9 @@ static inline float emulated_bf16(uint16_t x)
     return value;
 }
 
-static inline void emulated_multiply(emulated_tile *to, const emulated_tile *a,
-                                     const emulated_tile *b)
+/* Not inlined, as it comes hundreds of times. */
+__attribute__((noinline)) static void emulated_multiply(emulated_tile *to, const emulated_tile *a,
+                                                        const emulated_tile *b)
 {
     float wide[16][2][16];
     for (int k = 0; k < 16; k++)
@@ -47,8 +53,8 @@ static inline void emulated_multiply(emulated_tile *to, const emulated_tile *a,
 #define TILE_CONFIGURE(config) ((void)(config), emulated_zero())
 #define TILE_RELEASE() emulated_zero()
 #define TILE_ZERO(tile) memset(&emulated_tiles[tile], 0, sizeof *emulated_tiles)
-#define TILE_LOAD(tile, from) memcpy(&emulated_tiles[tile], from, sizeof *emulated_tiles)
-#define TILE_STORE(tile, to) memcpy(to, &emulated_tiles[tile], sizeof *emulated_tiles)
+#define TILE_LOAD(tile, from) emulated_copy(&emulated_tiles[tile], from)
+#define TILE_STORE(tile, to) emulated_copy(to, &emulated_tiles[tile])
 #define TILE_MULTIPLY(sums, a, b)                                                                  \
     emulated_multiply(&emulated_tiles[sums], &emulated_tiles[a], &emulated_tiles[b])
 
