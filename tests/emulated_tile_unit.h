@@ -14,12 +14,12 @@ typedef union emulated_tile {
 
 static _Thread_local emulated_tile emulated_tiles[8];
 
-__attribute__((noinline)) static void emulated_zero(void)
+__attribute__((noinline, unused)) static void emulated_zero(void)
 {
     memset(emulated_tiles, 0, sizeof emulated_tiles);
 }
 
-__attribute__((noinline)) static void emulated_copy(void *to, const void *from)
+__attribute__((noinline, unused)) static void emulated_copy(void *to, const void *from)
 {
     memcpy(to, from, sizeof(emulated_tile));
 }
@@ -33,8 +33,8 @@ static inline float emulated_bf16(uint16_t x)
 }
 
 /* Not inlined, as it comes hundreds of times. */
-__attribute__((noinline)) static void emulated_multiply(emulated_tile *to, const emulated_tile *a,
-                                                        const emulated_tile *b)
+__attribute__((noinline, unused)) static void
+emulated_multiply(emulated_tile *to, const emulated_tile *a, const emulated_tile *b)
 {
     float wide[16][2][16];
     for (int k = 0; k < 16; k++)
