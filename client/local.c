@@ -5,6 +5,23 @@
 #include <string.h>
 #include <unistd.h>
 
+/* The kernels, made at the first need: those that the daemon uses. */
+static ts_status open_kernels(ts_client *c)
+{
+    if (c->attention != NULL)
+        return TS_OK;
+    ts_isa isa = (ts_isa)c->rings->isa;
+    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_AMX)
+        return ts_fail(c, TS_EPROTO,
+                       "the daemon's kernels are of kind %d, which this library has not", (int)isa);
+    if (ts_isa_resolve(isa) != isa)
+        return ts_fail(c, TS_EPROTO, "the daemon's kernels are %s's, which this process can't run",
+                       ts_isa_name(isa));
+    c->attention = ts_attention_new(c->threads, isa);
+    return c->attention != NULL ? TS_OK
+                                : ts_fail(c, TS_ENOMEM, "no memory or threads to attend with");
+}
+
 static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)
 {
     if (!p->writable)
@@ -14,7 +31,7 @@ static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)
         return ts_fail(c, TS_EINVAL,
                        "local execution needs the rings: the block tables come by them");
     if (!p->on_gpu)
-        return TS_OK;
+        return open_kernels(c);
     if (c->exchange_kind == TS_EXCHANGE_HOST || c->exchange_kind == TS_EXCHANGE_NONE)
         return ts_fail(c, TS_EINVAL,
                        "local execution on %s needs q, k, v and out in its memory: see "
@@ -45,20 +62,6 @@ ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
     return c->exec == TS_EXEC_AUTO ? TS_OK : status;
 }
 
-/* The kernels, made at the first need: those that the daemon uses. */
-static ts_status open_kernels(ts_client *c)
-{
-    if (c->attention != NULL)
-        return TS_OK;
-    ts_isa isa = (ts_isa)c->rings->isa;
-    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_AMX || ts_isa_resolve(isa) != isa)
-        return ts_fail(c, TS_EPROTO,
-                       "the daemon's kernels are of kind %d, which this library has not", (int)isa);
-    c->attention = ts_attention_new(c->threads, isa);
-    return c->attention != NULL ? TS_OK
-                                : ts_fail(c, TS_ENOMEM, "no memory or threads to attend with");
-}
-
 /* Memory for so many sequences: the last step's, if there is any. NULL: none. */
 static ts_local *take(ts_client *c, size_t num_seqs)
 {
@@ -79,9 +82,7 @@ ts_status ts_local_new(ts_pool *p, uint64_t step, const ts_seq *seqs, const uint
                        const ts_begun *b, ts_local **out)
 {
     *out = NULL;
-    ts_status status = p->on_gpu ? TS_OK : open_kernels(p->client);
-    if (status != TS_OK)
-        return status;
+    ts_status status = TS_OK;
     ts_local *l = *out = take(p->client, b->num_seqs);
     if (l == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %zu sequences", b->num_seqs);

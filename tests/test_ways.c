@@ -183,6 +183,34 @@ static void auto_goes_both_ways_once_and_then_one(void **state)
     daemon_stop(&d);
 }
 
+static void what_only_the_daemon_has_kernels_for_it_attends(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_AUTO, 0), *l = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE),
+            *q = open_pool(l, "tiny", TS_POOL_WRITABLE);
+    ts_seq seq;
+    ts_step *s;
+    bool rings;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_rings_use(c, &rings));
+    OK(ts_rings_use(l, &rings));
+    c->rings->isa = l->rings->isa = 77;
+    plain_step(p, seq, 1);
+    assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
+    assert_int_equal(attends(c), 2);
+    assert_int_equal(ts_step_begin(q, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EPROTO);
+    assert_string_equal(ts_error(l),
+                        "the daemon's kernels are of kind 77, which this library has not");
+    ts_pool_close(p);
+    ts_pool_close(q);
+    ts_disconnect(c);
+    ts_disconnect(l);
+    daemon_stop(&d);
+}
+
 /* What of the pool this process may write: the slabs with its own new tokens alone. */
 static void local_execution_maps_what_it_only_reads_to_be_read(void **state)
 {
@@ -253,6 +281,7 @@ int main(void)
         cmocka_unit_test(every_way_gives_the_same_bits),
         cmocka_unit_test(rings_and_messages_give_the_same_bits),
         cmocka_unit_test(auto_goes_both_ways_once_and_then_one),
+        cmocka_unit_test(what_only_the_daemon_has_kernels_for_it_attends),
         cmocka_unit_test(local_execution_maps_what_it_only_reads_to_be_read),
         cmocka_unit_test(local_execution_that_cannot_be_says_why),
     };
