@@ -59,7 +59,12 @@ ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
     status = can_attend(c, p, rings);
     if (status == TS_OK)
         *exec = c->exec;
-    return c->exec == TS_EXEC_AUTO ? TS_OK : status;
+    else if (c->exec == TS_EXEC_AUTO) {
+        if (status == TS_EPROTO) /* which won't change, and costs a while to find out */
+            c->exec = TS_EXEC_DAEMON;
+        status = TS_OK;
+    }
+    return status;
 }
 
 /* Memory for so many sequences: the last step's, if there is any. NULL: none. */

@@ -2,7 +2,8 @@
  * fp8 and bf16 on the tile unit (attention_amx.h), runs of tokens of a KV head at once, for the
  * rows that see all of a run; the others see it in tiles of 64 tokens, and what they don't see all
  * of takes attend_tile's way. Which it is depends on the row, on the tokens' positions and on the
- * geometry alone, so the bits do too. While something is multiplied what comes next is widened.
+ * geometry and the number of heads alone, so the bits do too. While something is multiplied what
+ * comes next is widened.
  */
 #include "attention_amx.h"
 

@@ -5,6 +5,8 @@
 #ifndef TS_FP8_BYTES_H
 #define TS_FP8_BYTES_H
 
+#include <immintrin.h>
+
 /* By magnitude: 0, the subnormals 1..7 times 2^-9, NaN, the others. */
 #define TS_FP8_AS_BF16(i)                                                                          \
     ((i) == 0     ? 0                                                                              \
@@ -25,8 +27,6 @@ static const _Alignas(64) unsigned char ts_fp8_low[2][64] = {{TS_FP8_64(TS_FP8_L
                                                              {TS_FP8_64(TS_FP8_LOW, 64)}};
 static const _Alignas(64) unsigned char ts_fp8_high[2][64] = {{TS_FP8_64(TS_FP8_HIGH, 0)},
                                                               {TS_FP8_64(TS_FP8_HIGH, 64)}};
-
-#include <immintrin.h>
 
 typedef struct ts_fp8_tables {
     __m512i low[2], high[2];

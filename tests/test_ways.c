@@ -198,12 +198,20 @@ static void what_only_the_daemon_has_kernels_for_it_attends(void **state)
     OK(ts_rings_use(c, &rings));
     OK(ts_rings_use(l, &rings));
     c->rings->isa = l->rings->isa = 77;
-    plain_step(p, seq, 1);
-    assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
-    assert_int_equal(attends(c), 2);
+    for (uint32_t i = 1; i <= 2; i++) {
+        plain_step(p, seq, i);
+        assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
+        assert_int_equal(attends(c), 2 * i);
+    }
     assert_int_equal(ts_step_begin(q, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EPROTO);
     assert_string_equal(ts_error(l),
                         "the daemon's kernels are of kind 77, which this library has not");
+    if (ts_isa_resolve(TS_ISA_AMX) != TS_ISA_AMX) {
+        l->rings->isa = TS_ISA_AMX;
+        assert_int_equal(ts_step_begin(q, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EPROTO);
+        assert_string_equal(ts_error(l),
+                            "the daemon's kernels are amx's, which this process can't run");
+    }
     ts_pool_close(p);
     ts_pool_close(q);
     ts_disconnect(c);
