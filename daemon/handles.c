@@ -141,7 +141,6 @@ static int listen_at(const char *path, uint32_t mode)
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -1;
-    (void)unlink(path); /* of a daemon that was killed */
     if (bind(fd, (struct sockaddr *)&address, sizeof address) != 0 || chmod(path, mode) != 0 ||
         listen(fd, 1024) != 0) {
         int saved = errno;

@@ -7,20 +7,17 @@
 #include "reload.h"
 #include "ring.h"
 #include "service.h"
+#include "socket_path.h"
 #include "transport.h"
 #include "version.h"
 
 #include <argp.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef TS_HAVE_SYSTEMD
@@ -132,34 +129,6 @@ static void *engine_main(void *arg)
 {
     ts_service_run(arg);
     return NULL;
-}
-
-/*
- * Makes sure that no other daemon serves this socket, without touching the socket (see
- * ts_transport_revive for what that could do to the other). Returns the lock's descriptor, or -1
- * with a message logged. The lock ends with the process; the file is removed at a regular end.
- */
-static int lock_socket(const char *socket, char *path, size_t path_bytes)
-{
-    snprintf(path, path_bytes, "%s.lock", socket);
-    for (;;) {
-        struct stat ours, there;
-        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-        if (fd < 0) {
-            ts_log(TS_LOG_ERROR, "%s: %s", path, strerror(errno));
-            return -1;
-        }
-        if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-            ts_log(TS_LOG_ERROR, "%s: another tinyserved serves this socket (%s is locked)", socket,
-                   path);
-            close(fd);
-            return -1;
-        }
-        /* Its last holder may have removed it between our two calls: then it locks nothing. */
-        if (fstat(fd, &ours) == 0 && stat(path, &there) == 0 && ours.st_ino == there.st_ino)
-            return fd;
-        close(fd);
-    }
 }
 
 static void raise_file_limit(void)
@@ -339,6 +308,27 @@ out:
     return code;
 }
 
+/* Takes the socket's path, and serves. */
+static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signals)
+{
+    char lock_path[128], handles_path[128], why[512];
+    int lock, code = EXIT_FAILURE;
+    snprintf(handles_path, sizeof handles_path, "%s.handles", c->socket);
+    if (ts_socket_path_lock(c->socket, lock_path, sizeof lock_path, &lock, why, sizeof why) !=
+        TS_OK) {
+        ts_log(TS_LOG_ERROR, "%s", why);
+        return EXIT_FAILURE;
+    }
+    if (ts_socket_path_clear(c->socket, why, sizeof why) != TS_OK ||
+        ts_socket_path_clear(handles_path, why, sizeof why) != TS_OK)
+        ts_log(TS_LOG_ERROR, "%s", why);
+    else
+        code = serve(c, o, signals);
+    (void)unlink(lock_path);
+    close(lock);
+    return code;
+}
+
 int main(int argc, char **argv)
 {
     options o = {.config_path = TS_CONFIG_DEFAULT};
@@ -372,13 +362,7 @@ int main(int argc, char **argv)
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();
-    char lock_path[128];
-    int lock = lock_socket(c->socket, lock_path, sizeof lock_path);
-    int code = lock < 0 ? EXIT_FAILURE : serve(c, &o, &signals);
-    if (lock >= 0) {
-        (void)unlink(lock_path);
-        close(lock);
-    }
+    int code = lock_and_serve(c, &o, &signals);
     free(c);
     return code;
 }

@@ -1,0 +1,26 @@
+/*
+ * Where the daemon's sockets go. Only what a daemon before it left there makes way: a socket of the
+ * daemon's own user at which nobody listens. Everything else at the path is somebody's, and stays.
+ *
+ * Thread: main's, before anything listens.
+ */
+#ifndef TS_SOCKET_PATH_H
+#define TS_SOCKET_PATH_H
+
+#include "tinyserve_types.h"
+
+#include <stddef.h>
+
+/* Removes a stale socket from the path. TS_EEXIST with a sentence: something else lies there. */
+ts_status ts_socket_path_clear(const char *path, char *why, size_t why_bytes);
+
+/*
+ * Makes sure that no other daemon serves this socket, without touching the socket (see
+ * ts_transport_revive for what that could do to the other). *fd is the lock's, and `path` its file,
+ * SOCKET.lock. The lock ends with the process. TS_EEXIST with a sentence: another daemon has it, or
+ * the file isn't a lock.
+ */
+ts_status ts_socket_path_lock(const char *socket, char *path, size_t path_bytes, int *fd, char *why,
+                              size_t why_bytes);
+
+#endif
