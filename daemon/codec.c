@@ -1,5 +1,7 @@
 #include "codec.h"
 
+#include "plain_text.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -24,6 +26,19 @@ bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
     }
     ts_refuse(a, TS_EINVAL, "there is no kernel '%.32s'; known are %s", name, known);
     return false;
+}
+
+bool ts_decode_plain(const Tspb__Request *r, ts_answer *a)
+{
+    const char *string, *field = NULL;
+    char shown[160];
+    if (r->body_case != TSPB__REQUEST__BODY_SESSION_OPEN)
+        field = ts_text_find_not_plain(&r->base, &string);
+    if (field != NULL)
+        ts_refuse(a, TS_EINVAL,
+                  "%s '%s' has control characters, or isn't UTF-8: it must be plain text", field,
+                  ts_text_escape(string, shown, sizeof shown));
+    return field == NULL;
 }
 
 bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answer *a)

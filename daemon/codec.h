@@ -28,6 +28,10 @@ bool ts_decode(const Tspb__Request *request, uint64_t session, ts_command *comma
 /* The kernel of this name, an empty one being the pool's; false, and the answer refuses. */
 bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *answer);
 
+/* Whether all of the request's strings are plain text (plain_text.h), but for the program's name,
+ * which is made so; else the answer refuses. */
+bool ts_decode_plain(const Tspb__Request *request, ts_answer *answer);
+
 /* Fills in the reply to a command that was applied; slabs of an answer are the caller's to add. */
 void ts_encode(const ts_engine *engine, const ts_command *command, const ts_answer *answer,
                Tspb__Reply *reply, ts_reply_body *body);

@@ -1,5 +1,7 @@
 #include "config.h"
 
+#include "plain_text.h"
+
 #include <errno.h>
 #include <ini.h>
 #include <stdarg.h>
@@ -274,6 +276,12 @@ static ts_config_pool *pool_named(ts_config *c, const char *name)
 {
     if (name[0] == '\0' || strlen(name) >= sizeof c->pools[0].pool.name) {
         fail(c, "a pool's name has 1..%zu bytes: '%s'", sizeof c->pools[0].pool.name - 1, name);
+        return NULL;
+    }
+    if (!ts_text_plain(name)) {
+        char shown[160];
+        fail(c, "a pool's name is plain text, without control characters, in UTF-8: '%s'",
+             ts_text_escape(name, shown, sizeof shown));
         return NULL;
     }
     for (uint32_t i = 0; i < c->num_pools; i++)

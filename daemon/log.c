@@ -2,6 +2,7 @@
 
 #include "clock.h"
 #include "log_limit.h"
+#include "plain_text.h"
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -117,7 +118,7 @@ void ts_log_on(ts_log_level level, const ts_log_about *about, const char *format
 {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static ts_log_limit limit;
-    char line[1024];
+    char text[1024], line[1024];
     uint32_t left_out;
     if ((int)level > atomic_load_explicit(&shown, memory_order_relaxed))
         return;
@@ -132,8 +133,9 @@ void ts_log_on(ts_log_level level, const ts_log_about *about, const char *format
         return;
     va_list args;
     va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    ts_text_escape(text, line, sizeof line); /* one line, whatever it tells of */
     write_line(level, about, line);
     if (verdict == TS_LOG_WRITE_LAST)
         write_line(level, about, "more lines like the last are left out for up to 10 seconds");

@@ -3,6 +3,7 @@
 
 #include "admin.h"
 #include "clock.h"
+#include "plain_text.h"
 #include "survey.h"
 #include "version.h"
 
@@ -424,7 +425,8 @@ bool ts_report_all(ts_service *s, const Tspb__Request *request, Tspb__Reply *rep
 {
     static const ts_connection root = {.uid = 0};
     tspb__reply__init(reply);
-    if (ts_report(s, &root, request, reply) && reply->status == TS_OK)
+    if (ts_report(s, &root, request, reply) && reply->status == TS_OK &&
+        ts_text_escape_all(&reply->base))
         return true;
     ts_report_free(reply);
     return false;

@@ -5,6 +5,7 @@
 #include "codec.h"
 #include "jobs.h"
 #include "log.h"
+#include "plain_text.h"
 #include "report.h"
 #include "ring.h"
 #include "version.h"
@@ -314,17 +315,18 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
                          (unsigned long long)c->session);
     if (getrandom(c->token, sizeof c->token, 0) != (ssize_t)sizeof c->token)
         return ts_refuse(a, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
-    ts_command command = {
-        .op = TS_OP_SESSION_OPEN,
-        .session_open = {.uid = c->uid, .pid = c->pid, .program = request->session_open->program}};
+    char program[TS_PROGRAM_BYTES];
+    ts_text_escape(request->session_open->program, program, sizeof program);
+    ts_command command = {.op = TS_OP_SESSION_OPEN,
+                          .session_open = {.uid = c->uid, .pid = c->pid, .program = program}};
     ts_engine_apply(s->engine, &command, a);
     if (a->status != TS_OK)
         return;
     c->session = a->session;
     s->by_session[(uint32_t)c->session] = c;
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
-              "session %llx opened: %.63s (uid %u, pid %u)", (unsigned long long)c->session,
-              request->session_open->program, c->uid, c->pid);
+              "session %llx opened: %s (uid %u, pid %u)", (unsigned long long)c->session, program,
+              c->uid, c->pid);
     tspb__session_opened__init(opened);
     opened->session = c->session;
     opened->token.data = c->token;
@@ -513,6 +515,8 @@ void ts_service_request(ts_work *work, void *service)
                                              : "the request has no body that this daemon knows");
         return send_refusal(s, request, message == NULL ? 0 : message->request_id, &a);
     }
+    if (!ts_decode_plain(message, &a))
+        return send_refusal(s, request, message->request_id, &a);
 
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include "plain_text.h"
+
 #include <jansson.h>
 
 /* Runs a shell command; its output (stdout and stderr) and exit status. */
@@ -121,6 +123,78 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     assert_int_equal(run(text, sizeof text,
                          "timeout 20 " TS_CTL " pools %s --watch=0.1 --json | head -n 2", url),
                      0);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* The line of the text that begins with this. */
+static const char *line_of(const char *text, const char *beginning)
+{
+    static char line[512];
+    const char *at = text;
+    while (at != NULL && strncmp(at, beginning, strlen(beginning)) != 0)
+        at = (at = strchr(at, '\n')) == NULL ? NULL : at + 1;
+    if (at == NULL)
+        fail_msg("no line begins with '%s' in:\n%s", beginning, text);
+    snprintf(line, sizeof line, "%.*s", (int)strcspn(at, "\n"), at);
+    return line;
+}
+
+static void names_that_could_write_to_a_terminal_are_refused_or_escaped(void **state)
+{
+    (void)state;
+    static const char *const bad[] = {"evil\n100000000  1001 FAKE ROW",
+                                      "\033]0;owned\a",
+                                      "\x7f",
+                                      "tab\there",
+                                      "\xc2\x9b"
+                                      "31m",
+                                      "\xff\xfe\"}bad",
+                                      "\xc0\x80",
+                                      "cut \xe4\xb8",
+                                      "\xed\xa0\x80",
+                                      "\xe2\x80\xae</script>",
+                                      "\xe2\x80\xa8",
+                                      "\xf4\x90\x80\x80"};
+    daemon_process d;
+    char text[65536], id[32];
+    daemon_start(&d, POOL_TINY ",blocks=64");
+    ts_client *c;
+    /* 60 bytes, and characters of three: none is cut in half. */
+    OK(ts_connect(&(ts_options){.url = d.url, .program = "x\n\033[31m\xe7\x8e\x8b\xe7\x8e\x8b"},
+                  &c));
+    ts_pool *p = open_pool(c, "tiny", 0), *none;
+    ts_seq seq, found;
+    OK(ts_seq_create(p, 1, &seq));
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        char expected[160] = "name '", *end = expected + strlen(expected);
+        assert_int_equal(ts_seq_keep(p, seq, bad[i]), TS_EINVAL);
+        ts_text_escape(bad[i], end, 100);
+        strcat(expected, "' has control characters, or isn't UTF-8");
+        assert_has(ts_error(c), expected);
+        assert_int_equal(ts_seq_attach(p, bad[i], &found, NULL), TS_EINVAL);
+        assert_int_equal(ts_pool_open(c, bad[i], 0, &none), TS_EINVAL);
+    }
+    OK(ts_seq_keep(p, seq, "\xe7\x8e\x8b \xc3\xa9\xf0\x9f\x98\x80"));
+    run(text, sizeof text, TS_CTL " sessions --socket=%s", d.url);
+    snprintf(id, sizeof id, "%llx", (unsigned long long)ts_session_id(c));
+    /* Columns of a terminal: two for each of those characters. */
+    assert_has(line_of(text, id), "x\\x0a\\x1b[31m\xe7\x8e\x8b\xe7\x8e\x8b       0");
+    run(text, sizeof text, TS_CTL " seqs --json --socket=%s", d.url);
+    json_t *seqs = json_loads(text, 0, NULL);
+    assert_string_equal(json_string_value(json_object_get(json_array_get(seqs, 0), "name")),
+                        "\xe7\x8e\x8b \xc3\xa9\xf0\x9f\x98\x80");
+    json_decref(seqs);
+    assert_int_equal(run(text, sizeof text,
+                         TS_CTL " --socket=%s pool create \"$(printf 'a\033b')\" layers=1", d.url),
+                     1);
+    assert_has(text, "text 'a\\x1bb:layers=1' has control characters");
+    assert_int_equal(
+        run(text, sizeof text, TS_DAEMON " --check-config --pool \"$(printf 'a\033b'):layers=1\""),
+        2);
+    assert_has(text,
+               "a pool's name is plain text, without control characters, in UTF-8: 'a\\x1bb'");
+    ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -321,6 +395,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_command_shows_the_exact_figures_within_80_columns),
+        cmocka_unit_test(names_that_could_write_to_a_terminal_are_refused_or_escaped),
         cmocka_unit_test(operators_end_sessions_free_sequences_and_drain),
         cmocka_unit_test(errors_say_what_to_do_and_have_their_own_exit_status),
         cmocka_unit_test(a_wrong_configuration_is_refused_with_file_line_and_reason),

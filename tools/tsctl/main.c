@@ -1,6 +1,7 @@
 /* tsctl: what the operator asks a running tinyserved. */
 #define _GNU_SOURCE
 #include "options.h"
+#include "plain_text.h"
 #include "version.h"
 
 #include <argp.h>
@@ -8,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -124,10 +124,14 @@ ts_status tsctl_ask(ts_client *c, Tspb__Request *request, Tspb__Reply__BodyCase 
                     Tspb__Reply **reply)
 {
     ts_status status = ts_call(c, request, reply);
-    if (status == TS_OK && (*reply)->body_case != expected) {
-        tspb__reply__free_unpacked(*reply, NULL);
-        return ts_fail(c, TS_EPROTO, "the daemon answered something else");
-    }
+    if (status == TS_OK && (*reply)->body_case != expected)
+        status = ts_fail(c, TS_EPROTO, "the daemon answered something else");
+    else if (status == TS_OK && !ts_text_escape_all(&(*reply)->base)) /* other people's names */
+        status = ts_fail(c, TS_ENOMEM, "no memory for the answer");
+    else
+        return status;
+    tspb__reply__free_unpacked(*reply, NULL);
+    *reply = NULL;
     return status;
 }
 
@@ -172,7 +176,7 @@ static int do_sessions(ts_client *c, const options *o, ts_status *ts)
         if (o->json)
             json_sessions(list, l);
         else
-            text_sessions(l);
+            text_sessions(l, &o->style);
         more = l->more && l->n_sessions > 0;
         if (more)
             body.after = l->sessions[l->n_sessions - 1]->session;
@@ -207,7 +211,7 @@ static int do_seqs(ts_client *c, const options *o, ts_status *ts)
         if (o->json)
             json_seqs(list, reply->seq_list);
         else
-            text_seqs(reply->seq_list);
+            text_seqs(reply->seq_list, &o->style);
         body.after = reply->seq_list->next;
         tspb__reply__free_unpacked(reply, NULL);
     } while (body.after != 0);
@@ -325,6 +329,7 @@ int main(int argc, char **argv)
     if (getenv("NO_COLOR") != NULL)
         o.style.color = false;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
+    text_start(&o.style);
     const command *command = find_command(&o);
     if (command == NULL) {
         fputs("tsctl: there is no command '", stderr);
@@ -352,8 +357,10 @@ int main(int argc, char **argv)
                                  .tv_nsec = (long)((o.interval - (time_t)o.interval) * 1e9)};
         nanosleep(&pause, NULL);
     }
-    if (status != TS_OK)
-        fprintf(stderr, "tsctl: %s\n", ts_error(client));
+    if (status != TS_OK) {
+        char why[1024];
+        fprintf(stderr, "tsctl: %s\n", ts_text_escape(ts_error(client), why, sizeof why));
+    }
     if (status == TS_ECONN)
         code = EXIT_UNREACHABLE;
     ts_disconnect(client);

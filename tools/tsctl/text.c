@@ -1,21 +1,48 @@
+/* Tables and pictures for people. A name is cut where a terminal has no room for it; in a pipe it
+ * is whole. */
+#define _GNU_SOURCE
 #include "tsctl.h"
 
+#include "plain_text.h"
+
+#include <langinfo.h>
+#include <locale.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+#include <wchar.h>
 
 #define MAP_COLUMNS 64u
 
-/* "3.1 MiB" in a buffer of the caller's. */
-const char *text_bytes(uint64_t n, char *buffer, size_t size)
+void text_start(style *s)
 {
-    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
-    double x = (double)n;
-    size_t u = 0;
-    while (x >= 1024 && u + 1 < sizeof units / sizeof *units) {
-        x /= 1024;
-        u++;
+    struct winsize size;
+    /* The width of characters is asked of the locale; whatever it is, UTF-8 is written. */
+    if (setlocale(LC_CTYPE, "") == NULL || strcmp(nl_langinfo(CODESET), "UTF-8") != 0)
+        (void)setlocale(LC_CTYPE, "C.UTF-8");
+    s->columns = 0;
+    if (isatty(1))
+        s->columns = ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+const char *text_cell(const char *text, size_t width, size_t most, char *buffer, size_t size)
+{
+    size_t used = 0, columns = 0, bytes;
+    for (; *text != '\0'; text += bytes) {
+        uint32_t c = ts_text_character(text, &bytes);
+        bytes = bytes > 0 ? bytes : 1;
+        int wide = wcwidth((wchar_t)c);
+        size_t more = wide < 0 ? 1 : (size_t)wide;
+        if ((most > 0 && columns + more > most) || used + bytes >= size)
+            break;
+        memcpy(buffer + used, text, bytes);
+        used += bytes;
+        columns += more;
     }
-    snprintf(buffer, size, u == 0 ? "%.0f %s" : "%.1f %s", x, units[u]);
+    for (; columns < width && used + 1 < size; columns++)
+        buffer[used++] = ' ';
+    buffer[used] = '\0';
     return buffer;
 }
 
@@ -31,6 +58,14 @@ const char *text_duration(uint64_t ms, char *buffer, size_t size)
     else
         snprintf(buffer, size, "%llu days", (unsigned long long)s / 86400);
     return buffer;
+}
+
+#define CELL_BYTES 1024 /* a name of 127 bytes, escaped, and what fills a column */
+
+/* Columns that the terminal has beyond those of a table. */
+static size_t spare(const style *s, int table)
+{
+    return s->columns > table ? (size_t)(s->columns - table) : 0;
 }
 
 static double percent(uint64_t part, uint64_t whole)
@@ -73,14 +108,17 @@ void text_status(const Tspb__StatusReply *r, const style *s)
 
 void text_pools(const Tspb__StatusReply *r, const style *s)
 {
-    char a[32], b[32];
+    char a[32], b[32], name[CELL_BYTES], device[32];
+    const size_t most = s->columns == 0 ? 0 : 20 + spare(s, 74);
     printf("%s%-20s %-8s %10s %10s %5s %7s %7s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED", "OF",
            "FULL", "SEQS", "SHARED", on(s, PLAIN));
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
-        printf("%-20.20s %-8.8s %10s %10s %4.0f%% %7llu %6.0f%%\n", p->name, p->device,
-               text_bytes(p->used_blocks * p->block_bytes, a, sizeof a),
-               text_bytes(p->blocks * p->block_bytes, b, sizeof b),
+        printf("%s %s %10s %10s %4.0f%% %7llu %6.0f%%\n",
+               text_cell(p->name, 20, most, name, sizeof name),
+               text_cell(p->device, 8, 0, device, sizeof device),
+               ts_text_bytes(p->used_blocks * p->block_bytes, a, sizeof a),
+               ts_text_bytes(p->blocks * p->block_bytes, b, sizeof b),
                percent(p->used_blocks, p->blocks), (unsigned long long)p->sequences,
                percent(p->shared_blocks, p->used_blocks));
     }
@@ -92,14 +130,16 @@ void text_sessions_head(void)
            "BLOCKS", "STEPS", "EXCHANGE");
 }
 
-void text_sessions(const Tspb__SessionList *r)
+void text_sessions(const Tspb__SessionList *r, const style *s)
 {
-    char a[32];
+    char a[32], program[CELL_BYTES];
+    const size_t most = s->columns == 0 ? 0 : 16 + spare(s, 80);
     for (size_t i = 0; i < r->n_sessions; i++) {
-        const Tspb__SessionInfo *s = r->sessions[i];
-        printf("%-12llx %8u %8u %-16.16s %7llu %8llu %5u %9s\n", (unsigned long long)s->session,
-               s->uid, s->pid, s->program, (unsigned long long)s->sequences,
-               (unsigned long long)s->blocks, s->steps, text_bytes(s->exchange_bytes, a, sizeof a));
+        const Tspb__SessionInfo *n = r->sessions[i];
+        printf("%-12llx %8u %8u %s %7llu %8llu %5u %9s\n", (unsigned long long)n->session, n->uid,
+               n->pid, text_cell(n->program, 16, most, program, sizeof program),
+               (unsigned long long)n->sequences, (unsigned long long)n->blocks, n->steps,
+               ts_text_bytes(n->exchange_bytes, a, sizeof a));
     }
 }
 
@@ -109,16 +149,19 @@ void text_seqs_head(void)
            "SESSION", "KEPT AS");
 }
 
-void text_seqs(const Tspb__SeqList *r)
+void text_seqs(const Tspb__SeqList *r, const style *s)
 {
+    char name[CELL_BYTES];
+    const size_t most = s->columns == 0 ? 0 : 16 + spare(s, 80);
     for (size_t i = 0; i < r->n_seqs; i++) {
-        const Tspb__SeqInfo *s = r->seqs[i];
+        const Tspb__SeqInfo *n = r->seqs[i];
         char session[32] = "-";
-        if (s->session != 0)
-            snprintf(session, sizeof session, "%llx", (unsigned long long)s->session);
-        printf("%-14llx %9u %7u %7u %8u %-12s %.18s%s\n", (unsigned long long)s->seq, s->length,
-               s->blocks, s->shared_blocks, s->uid, session, s->name[0] != '\0' ? s->name : "-",
-               s->in_step ? " *" : "");
+        if (n->session != 0)
+            snprintf(session, sizeof session, "%llx", (unsigned long long)n->session);
+        printf("%-14llx %9u %7u %7u %8u %-12s %s%s\n", (unsigned long long)n->seq, n->length,
+               n->blocks, n->shared_blocks, n->uid, session,
+               text_cell(n->name[0] != '\0' ? n->name : "-", 0, most, name, sizeof name),
+               n->in_step ? " *" : "");
     }
 }
 
@@ -172,15 +215,15 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     printf("  tokens      %llu stored in %llu slots: %.1f %% efficient, %s of tails unused\n",
            (unsigned long long)r->stored_tokens,
            (unsigned long long)(r->used_slots - r->reserved_slots), 100 * f.efficiency,
-           text_bytes(f.tail_bytes, a, sizeof a));
+           ts_text_bytes(f.tail_bytes, a, sizeof a));
     if (r->reserved_slots > 0)
         printf("  reserved    %llu slots by %llu open steps\n",
                (unsigned long long)r->reserved_slots, (unsigned long long)p->open_steps);
     printf("  sharing     %s stored, %s seen by %llu sequences: %.1f x\n",
-           text_bytes(f.stored_bytes, a, sizeof a), text_bytes(f.seen_bytes, b, sizeof b),
+           ts_text_bytes(f.stored_bytes, a, sizeof a), ts_text_bytes(f.seen_bytes, b, sizeof b),
            (unsigned long long)p->sequences, f.sharing);
     printf("  otherwise   %s if each sequence had a buffer of the longest length (%u)\n",
-           text_bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
+           ts_text_bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
     printf("  lengths     ");
     print_histogram(r->length_histogram, r->n_length_histogram, 0);
     printf("  free runs   ");
@@ -188,7 +231,7 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     for (size_t i = 0; i < r->n_tenants; i++)
         printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
                r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,
-               text_bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
+               ts_text_bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
                r->tenants[i]->slabs);
     if (r->tenants_hidden)
         printf("  %-11s others are shown to root and the daemon's user only\n", "");

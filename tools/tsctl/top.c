@@ -5,8 +5,9 @@
 #define _GNU_SOURCE
 #include "tsctl.h"
 
+#include "plain_text.h"
+
 #include <curses.h>
-#include <locale.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,8 +17,8 @@ enum { OWNER_KEPT = 1, OWNER_SEVERAL, OWNER_SESSIONS }; /* as PoolMapReply count
 typedef struct row {
     uint64_t session, sequences, blocks, requests;
     uint32_t uid, pid, steps;
-    double rate; /* requests a second */
-    char program[24];
+    double rate;       /* requests a second */
+    char program[256]; /* 63 bytes, escaped */
 } row;
 
 typedef struct view {
@@ -174,17 +175,30 @@ static ts_status fetch(view *v, uint32_t cells)
 
 /* ---- drawing ---- */
 
-/* A line, cut where the screen ends, of which the first `bold` characters stand out. */
+/* The text from here on, as much of it as so many columns hold. */
+static void add_line(const char *text, int columns)
+{
+    char shown[1024];
+    addstr(text_cell(text, 0, (size_t)columns, shown, sizeof shown));
+}
+
+/* A line, cut where the screen ends, of which the first `bold` bytes stand out. */
 static void put_line(int line, const char *text, size_t bold)
 {
-    mvaddnstr(line, 0, text, COLS);
-    mvchgat(line, 0, (int)bold, A_BOLD, 0, NULL);
+    char shown[1024];
+    text_cell(text, 0, (size_t)COLS, shown, sizeof shown);
+    bold = bold < strlen(shown) ? bold : strlen(shown);
+    move(line, 0);
+    attron(A_BOLD);
+    addnstr(shown, (int)bold);
+    attroff(A_BOLD);
+    addstr(shown + bold);
 }
 
 static void draw_head(const view *v)
 {
     const Tspb__StatusReply *s = v->status->status_reply;
-    char line[256], rates[96] = "", up[32], used[32], all[32];
+    char line[512], rates[96] = "", up[32], used[32], all[32];
     if (v->knows_rates)
         snprintf(rates, sizeof rates, "  tokens/s %.0f  requests/s %.0f", v->tokens, v->requests);
     snprintf(line, sizeof line, "tinyserved %s%s%s  up %s  sessions %llu%s  refused %llu",
@@ -199,8 +213,8 @@ static void draw_head(const view *v)
              "%s on %s (%zu of %zu): %u of %u blocks used (%.0f %%), %u shared; %s of %s", p->name,
              p->device, pool_index(v) + 1, s->n_pools, p->used_blocks, p->blocks,
              p->blocks == 0 ? 0 : 100.0 * p->used_blocks / p->blocks, p->shared_blocks,
-             text_bytes((uint64_t)p->used_blocks * p->block_bytes, used, sizeof used),
-             text_bytes((uint64_t)p->blocks * p->block_bytes, all, sizeof all));
+             ts_text_bytes((uint64_t)p->used_blocks * p->block_bytes, used, sizeof used),
+             ts_text_bytes((uint64_t)p->blocks * p->block_bytes, all, sizeof all));
     put_line(1, line, strlen(p->name));
     snprintf(line, sizeof line, "%llu sequences, %llu kept; %llu steps open; %s",
              (unsigned long long)p->sequences, (unsigned long long)p->kept_sequences,
@@ -262,12 +276,13 @@ static void draw_sessions(const view *v, int top, int lines, int columns)
         attron(COLOR_PAIR(pair));
         mvaddstr(top + 1 + (int)i, 0, "█");
         attroff(COLOR_PAIR(pair));
-        char line[160];
-        snprintf(line, sizeof line, " %-12llx %-16.16s %8u %8u %5llu %8llu %6u %7.0f",
-                 (unsigned long long)r->session, r->program, r->pid, r->uid,
+        char line[512], program[256];
+        snprintf(line, sizeof line, " %-12llx %s %8u %8u %5llu %8llu %6u %7.0f",
+                 (unsigned long long)r->session,
+                 text_cell(r->program, 16, 16, program, sizeof program), r->pid, r->uid,
                  (unsigned long long)r->sequences, (unsigned long long)r->blocks, r->steps,
                  r->rate);
-        addnstr(line, columns - 1);
+        add_line(line, columns - 1);
     }
     free(sorted);
 }
@@ -337,7 +352,6 @@ static bool key(view *v, int pressed)
 
 static void start_screen(double interval)
 {
-    setlocale(LC_CTYPE, "");
     initscr();
     cbreak();
     noecho();
