@@ -41,14 +41,15 @@ struct ts_client {
     pid_t pid;          /* of the process that connected */
     bool open;          /* socket and aio are there */
     atomic_bool broken; /* the connection ended; set on NNG's threads */
-    char url[128];
+    bool absent;        /* connecting failed for want of a daemon */
+    char path[100];     /* of the daemon's socket */
     uint32_t timeout_ms, retries;
     uint64_t next_id;
     uint64_t session;
     uint8_t token[TS_TOKEN_BYTES];
     char version[32];
-    char handle_path[128];
-    int handle_fd; /* -1: not connected */
+    int handle_fd; /* the connection to the handle socket; -1: there is none */
+    uint32_t handle_tag;
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;
     ts_exchange_kind exchange_kind;
@@ -254,6 +255,7 @@ void ts_rings_close(ts_client *client);
 /* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. */
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd);
+void ts_handles_close(ts_client *client);
 
 /* The GPU of the pool, made ready at the first need: a session uses one. */
 ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);

@@ -128,7 +128,7 @@ static ts_status await_completion(ts_client *c)
         if (now >= until) {
             c->rings_lost = true; /* the answer may come any time now, over what is asked next */
             status =
-                ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->url, c->timeout_ms);
+                ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, c->timeout_ms);
             break;
         }
         struct timespec slice = {.tv_nsec = SLICE_MS * 1000000};

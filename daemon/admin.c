@@ -7,12 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool ts_is_admin(const ts_service *s, const ts_connection *c)
-{
-    return c->uid == 0 || c->uid == s->admin_uid ||
-           ts_operators_have(&s->operators, c->uid, c->gid);
-}
-
 static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_answer *a)
 {
     ts_connection *c = ts_service_connection_of(s, session);
@@ -127,7 +121,7 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
     if (request->body_case < TSPB__REQUEST__BODY_ADMIN_KICK ||
         request->body_case > TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE)
         return false;
-    if (!ts_is_admin(s, c)) {
+    if (!ts_service_is_operator(s, c->uid, c->gid)) {
         const char *group = s->operators.group;
         ts_refuse(a, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
                   group[0] == '\0' ? " and" : ",", s->admin_uid,

@@ -13,6 +13,4 @@
 bool ts_admin(ts_service *service, ts_connection *connection, const Tspb__Request *request,
               ts_answer *answer);
 
-bool ts_is_admin(const ts_service *service, const ts_connection *connection);
-
 #endif

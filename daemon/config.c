@@ -43,7 +43,8 @@ void ts_config_init(ts_config *c)
         .socket = TS_SOCKET_DEFAULT,
         .socket_mode = 0660,
         .log_level = TS_LOG_INFO,
-        .contexts = 256,
+        .tenant_connections = 1024,
+        .idle_ms = 10000,
         .submit_ms = 30000,
         .spin_us = 50,
         .message_bytes = 1u << 20,
@@ -113,9 +114,9 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
     ts_status status;
     if (strcmp(key, "socket") == 0) {
         const char *path = strncmp(value, "ipc://", 6) == 0 ? value + 6 : value;
-        if (path[0] != '/' || strlen(path) >= sizeof c->socket - 8)
+        if (path[0] != '/' || strlen(path) >= sizeof c->socket - 1)
             return fail(c, "socket = %s: an absolute path of at most %zu bytes is needed", value,
-                        sizeof c->socket - 9);
+                        sizeof c->socket - 2);
         snprintf(c->socket, sizeof c->socket, "%s", path);
         return TS_OK;
     }
@@ -152,8 +153,13 @@ ts_status ts_config_set(ts_config *c, const char *key, const char *value)
             c->log_level = values[which];
         return status;
     }
-    if (strcmp(key, "contexts") == 0)
-        return number32(c, key, value, 1, 65536, &c->contexts);
+    if (strcmp(key, "tenant_connections") == 0)
+        return number32(c, key, value, 1, 65536, &c->tenant_connections);
+    if (strcmp(key, "idle_seconds") == 0) {
+        status = number32(c, key, value, 1, 3600, &which);
+        c->idle_ms = which * 1000;
+        return status;
+    }
     if (strcmp(key, "submit_seconds") == 0) {
         status = number32(c, key, value, 1, 3600, &which);
         c->submit_ms = which * 1000;

@@ -29,14 +29,15 @@ typedef struct ts_config_pool {
 } ts_config_pool;
 
 typedef struct ts_config {
-    char socket[100];
+    char socket[100]; /* with TS_HANDLE_SUFFIX it fits into a sockaddr_un */
     uint32_t socket_mode;
     uint32_t threads; /* 0: all processors */
     ts_isa kernel;
     ts_log_level log_level;
-    uint32_t contexts;
-    uint32_t submit_ms; /* that a worker has to submit an ordered run */
-    uint32_t spin_us;   /* that a session's rings are polled after their last use */
+    uint32_t tenant_connections; /* of one uid */
+    uint32_t idle_ms;            /* that a connection has for each of its first steps */
+    uint32_t submit_ms;          /* that a worker has to submit an ordered run */
+    uint32_t spin_us;            /* that a session's rings are polled after their last use */
     ts_operators operators;
     char metrics[64]; /* where HTTP is served; empty: nowhere */
     uint64_t message_bytes;

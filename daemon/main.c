@@ -2,7 +2,8 @@
 #define _GNU_SOURCE
 #include "clock.h"
 #include "devices.h"
-#include "handles.h"
+#include "fd_server.h"
+#include "handle_wire.h"
 #include "http.h"
 #include "reload.h"
 #include "ring.h"
@@ -23,6 +24,12 @@
 #ifdef TS_HAVE_SYSTEMD
 #include <systemd/sd-daemon.h>
 #endif
+
+#define OWN_FDS 192u /* threads' and sockets' own, the pools' and HTTP's */
+/* Descriptors that a connection may take: its own and its process's, one of the handle socket, its
+ * exchange's, its rings', their doorbell's and its signals'. */
+#define CONNECTION_FDS 8u
+#define CONNECTIONS_MAX 65536u
 
 const char *argp_program_version = "tinyserved " TS_VERSION;
 
@@ -227,16 +234,41 @@ static int await_signal(ts_service *s, const sigset_t *signals, const options *o
     }
 }
 
+/* Connections for which there are descriptors: beside them the daemon needs some of its own, and
+ * one for each slab in host memory. */
+static uint32_t connections_max(const ts_config *c)
+{
+    struct rlimit limit;
+    uint64_t own = OWN_FDS, most = CONNECTIONS_MAX;
+    for (uint32_t i = 0; i < c->num_pools; i++)
+        own += c->pools[i].pool.max_blocks / c->pools[i].pool.slab_blocks;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+        most = limit.rlim_cur > own ? (limit.rlim_cur - own) / CONNECTION_FDS : 0;
+    if (most < 4 * TS_OPERATOR_CONNECTIONS) {
+        most = 4 * TS_OPERATOR_CONNECTIONS;
+        ts_log(TS_LOG_WARNING,
+               "the process may have %llu descriptors; %llu are wanted for %llu connections",
+               (unsigned long long)limit.rlim_cur,
+               (unsigned long long)(own + most * CONNECTION_FDS), (unsigned long long)most);
+    }
+    return (uint32_t)(most < CONNECTIONS_MAX ? most : CONNECTIONS_MAX);
+}
+
+static void end_connection(void *transport, uint32_t pipe)
+{
+    ts_transport_end(transport, pipe);
+}
+
 /* Everything from here to the signal; returns the exit status. */
 static int serve(ts_config *c, const options *o, const sigset_t *signals)
 {
     ts_service *s = calloc(1, sizeof *s);
     ts_transport *transport = NULL;
-    ts_handles *handles = NULL;
+    ts_fd_server *fd_server = NULL;
     ts_http *http = NULL;
     pthread_t engine;
     bool engine_runs = false;
-    char why[256] = "out of memory", url[128];
+    char why[256] = "out of memory", handles_path[112];
     int code = EXIT_FAILURE;
     if (s == NULL)
         return EXIT_FAILURE;
@@ -250,8 +282,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->operators = c->operators;
     s->submit_ms = c->submit_ms;
     s->device_failed = device_failed;
-    snprintf(s->handle_path, sizeof s->handle_path, "%s.handles", c->socket);
-    snprintf(url, sizeof url, "ipc://%s", c->socket);
+    pthread_mutex_init(&s->operators_lock, NULL);
+    snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     ts_queue_init(&s->queue);
     s->engine = ts_engine_new(&c->limits);
     s->by_session = calloc(c->limits.sessions, sizeof(ts_connection *));
@@ -268,16 +300,30 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     if (ts_devices_start(s, c) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
-    if (!engine_runs ||
-        ts_transport_start(s, url, c->socket_mode, c->contexts, c->message_bytes, &transport, why,
-                           sizeof why) != TS_OK ||
-        ts_handles_start(s, transport, c->socket_mode, &handles, why, sizeof why) != TS_OK ||
+    ts_transport_options messages = {.path = c->socket,
+                                     .mode = c->socket_mode,
+                                     .connections_max = connections_max(c),
+                                     .tenant_connections_max = c->tenant_connections,
+                                     .idle_ms = c->idle_ms,
+                                     .message_bytes = c->message_bytes};
+    ts_fd_server_options handles = {.path = handles_path,
+                                    .mode = c->socket_mode,
+                                    .connections_max = messages.connections_max,
+                                    .tenant_connections_max = c->tenant_connections,
+                                    .idle_ms = c->idle_ms};
+    if (!engine_runs || ts_transport_start(s, &messages, &transport, why, sizeof why) != TS_OK)
+        goto fail;
+    s->end_connection = end_connection;
+    s->end_connection_arg = transport;
+    if (ts_fd_server_start(s, &handles, &fd_server, why, sizeof why) != TS_OK ||
         (c->metrics[0] != '\0' && ts_http_start(s, c->metrics, &http, why, sizeof why) != TS_OK) ||
-        ts_transport_listen(transport, why, sizeof why) != TS_OK) { /* who finds it finds all */
+        ts_transport_listen(transport, why, sizeof why) !=
+            TS_OK) { /* a client that finds it finds all */
+    fail:
         ts_log(TS_LOG_ERROR, "%s", why);
         goto out;
     }
-    ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", url,
+    ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", c->socket,
            ts_isa_name(ts_attention_isa(s->attention)), ts_attention_threads(s->attention));
     notify("READY=1");
     int number = await_signal(s, signals, o, c);
@@ -288,7 +334,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
 out:
     ts_http_stop(http);
     ts_transport_stop(transport);
-    ts_handles_stop(handles);
+    ts_fd_server_stop(fd_server);
     ts_rings_stop(s->rings);
     if (engine_runs)
         ts_queue_flush(&s->queue); /* no job is begun after this */
@@ -304,6 +350,7 @@ out:
     if (s->engine != NULL)
         ts_service_fini(s);
     ts_queue_fini(&s->queue);
+    pthread_mutex_destroy(&s->operators_lock);
     free(s);
     return code;
 }
@@ -313,12 +360,12 @@ static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signal
 {
     char lock_path[128], handles_path[128], why[512];
     int lock, code = EXIT_FAILURE;
-    snprintf(handles_path, sizeof handles_path, "%s.handles", c->socket);
     if (ts_socket_path_lock(c->socket, lock_path, sizeof lock_path, &lock, why, sizeof why) !=
         TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
         return EXIT_FAILURE;
     }
+    snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     if (ts_socket_path_clear(c->socket, why, sizeof why) != TS_OK ||
         ts_socket_path_clear(handles_path, why, sizeof why) != TS_OK)
         ts_log(TS_LOG_ERROR, "%s", why);

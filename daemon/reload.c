@@ -14,8 +14,11 @@ typedef struct change {
 static void apply(ts_work *work, void *service)
 {
     change *ch = (change *)work;
-    ts_engine *e = ((ts_service *)service)->engine;
-    ((ts_service *)service)->operators = ch->next->operators;
+    ts_service *s = service;
+    ts_engine *e = s->engine;
+    pthread_mutex_lock(&s->operators_lock);
+    s->operators = ch->next->operators;
+    pthread_mutex_unlock(&s->operators_lock);
     const ts_engine_limits *to = &ch->next->limits;
     ts_engine_limits *at[] = {&e->limits, &ch->running->limits};
     for (int i = 0; i < 2; i++) {
@@ -68,7 +71,9 @@ void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
     note(list, n, running->socket_mode != next->socket_mode, "socket_mode", "");
     note(list, n, running->threads != next->threads, "threads", "");
     note(list, n, running->kernel != next->kernel, "kernel", "");
-    note(list, n, running->contexts != next->contexts, "contexts", "");
+    note(list, n, running->tenant_connections != next->tenant_connections, "tenant_connections",
+         "");
+    note(list, n, running->idle_ms != next->idle_ms, "idle_seconds", "");
     note(list, n, running->submit_ms != next->submit_ms, "submit_seconds", "");
     note(list, n, running->spin_us != next->spin_us, "spin_us", "");
     note(list, n, strcmp(running->metrics, next->metrics) != 0, "metrics", "");

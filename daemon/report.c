@@ -148,7 +148,7 @@ static bool add_tenants(const ts_service *s, const ts_connection *c, const ts_en
         const ts_pool_tenant *use = &pool->books.tenants[t];
         if (use->slabs == 0 && sequences[t] == 0)
             continue;
-        if (!ts_is_admin(s, c) && e->tenants[t] != c->uid) {
+        if (!ts_service_is_operator(s, c->uid, c->gid) && e->tenants[t] != c->uid) {
             r->tenants_hidden = true;
             continue;
         }
@@ -258,7 +258,8 @@ static void report_sessions(const ts_service *s, const ts_connection *c,
     for (uint32_t i = request->after == 0 ? 0 : (uint32_t)request->after + 1;
          list->sessions != NULL && i < e->num_sessions; i++) {
         const ts_session *session = &e->sessions[i];
-        if (!session->live || (!ts_is_admin(s, c) && e->tenants[session->tenant] != c->uid))
+        if (!session->live ||
+            (!ts_service_is_operator(s, c->uid, c->gid) && e->tenants[session->tenant] != c->uid))
             continue;
         if (list->n_sessions == limit) {
             list->more = true;
@@ -327,7 +328,8 @@ static void report_seqs(const ts_service *s, const ts_connection *c, const Tspb_
     list->seqs = zalloc(limit, sizeof *list->seqs);
     for (uint64_t i = request->after; list->seqs != NULL && i < pool->seqs.count; i++) {
         uint32_t tenant = pool->seqs.all[i].tenant;
-        if (tenant == TS_NONE || (!ts_is_admin(s, c) && e->tenants[tenant] != c->uid))
+        if (tenant == TS_NONE ||
+            (!ts_service_is_operator(s, c->uid, c->gid) && e->tenants[tenant] != c->uid))
             continue;
         if (list->n_seqs == limit) {
             list->next = i;

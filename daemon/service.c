@@ -2,6 +2,7 @@
 #include "service.h"
 
 #include "admin.h"
+#include "clock.h"
 #include "codec.h"
 #include "jobs.h"
 #include "log.h"
@@ -50,6 +51,7 @@ void ts_service_pipe_added(ts_work *work, void *service)
         c->uid = event->uid;
         c->gid = event->gid;
         c->pid = event->pid;
+        c->idle_since_ms = ts_now_ms();
         c->next = *bucket_of(s, c->pipe);
         *bucket_of(s, c->pipe) = c;
     }
@@ -67,6 +69,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
                   c->pid);
         c->session = 0;
+        c->idle_since_ms = ts_now_ms();
     }
     ts_exchange_release(c->exchange);
     ts_signals_let_go(c->signals);
@@ -113,6 +116,25 @@ void ts_service_pipe_removed(ts_work *work, void *service)
         connection_free(s, c);
     }
     free(event);
+}
+
+void ts_service_drop_idle(ts_service *s, uint64_t since_ms)
+{
+    for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
+        for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
+            if (c->idle_since_ms != 0 && c->idle_since_ms <= since_ms)
+                s->end_connection(s->end_connection_arg, c->pipe);
+}
+
+bool ts_service_is_operator(const ts_service *s, uint32_t uid, uint32_t gid)
+{
+    if (uid == 0 || uid == s->admin_uid)
+        return true;
+    pthread_mutex_t *lock = (pthread_mutex_t *)&s->operators_lock;
+    pthread_mutex_lock(lock);
+    bool is = ts_operators_have(&s->operators, uid, gid);
+    pthread_mutex_unlock(lock);
+    return is;
 }
 
 /* ---- replies ---- */
@@ -308,7 +330,7 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     if (request->session_open->protocol != TS_PROTOCOL)
         return ts_refuse(a, TS_EPROTO, "protocol version %u; this daemon speaks %u",
                          request->session_open->protocol, TS_PROTOCOL);
-    if (s->draining && !ts_is_admin(s, c))
+    if (s->draining && !ts_service_is_operator(s, c->uid, c->gid))
         return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
     if (c->session != 0)
         return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
@@ -323,6 +345,7 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     if (a->status != TS_OK)
         return;
     c->session = a->session;
+    c->idle_since_ms = 0;
     s->by_session[(uint32_t)c->session] = c;
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx opened: %s (uid %u, pid %u)", (unsigned long long)c->session, program,
@@ -331,7 +354,6 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     opened->session = c->session;
     opened->token.data = c->token;
     opened->token.len = sizeof c->token;
-    opened->handle_socket = s->handle_path;
     opened->exchange_bytes_max = s->engine->limits.exchange_bytes;
     opened->version = (char *)TS_VERSION;
     opened->tenant_uid = c->uid;

@@ -68,6 +68,7 @@ typedef struct ts_connection {
     ts_ring *ring;            /* the same */
     ts_step_plan *plan;       /* of the step that ran on a GPU last; NULL: none has */
     uint64_t requests;
+    uint64_t idle_since_ms; /* that it has no session; 0: it has one */
     ts_replies replies;
 } ts_connection;
 
@@ -94,12 +95,14 @@ typedef struct ts_service {
     ts_request *waiting; /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
-    char handle_path[128];
     uint32_t message_bytes_max;
-    uint32_t admin_uid; /* beside root */
-    ts_operators operators;
-    uint32_t submit_ms; /* of GPUs' batches */
+    uint32_t admin_uid;             /* beside root */
+    ts_operators operators;         /* changed under the lock; its owner reads without */
+    pthread_mutex_t operators_lock; /* for other threads that read */
+    uint32_t submit_ms;             /* of GPUs' batches */
     void (*device_failed)(const char *why);
+    void (*end_connection)(void *arg, uint32_t pipe); /* has the transport end it */
+    void *end_connection_arg;
     bool draining; /* only operators' sessions are opened */
     uint64_t started_ms, requests, refused;
     double started_unix; /* seconds */
@@ -121,6 +124,12 @@ void ts_service_request(ts_work *work, void *service);
 void ts_service_pipe_added(ts_work *work, void *service);
 void ts_service_pipe_removed(ts_work *work, void *service);
 void ts_service_handle(ts_work *work, void *service);
+
+/* Has the connections ended that have had no session since then. */
+void ts_service_drop_idle(ts_service *service, uint64_t since_ms);
+
+/* Whether it may order the daemon about (operators.h). Any thread. */
+bool ts_service_is_operator(const ts_service *service, uint32_t uid, uint32_t gid);
 
 /* Closes every session and gives back all that `service` holds but the queue. The batches must be
  * free. */

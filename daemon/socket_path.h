@@ -15,10 +15,9 @@
 ts_status ts_socket_path_clear(const char *path, char *why, size_t why_bytes);
 
 /*
- * Makes sure that no other daemon serves this socket, without touching the socket (see
- * ts_transport_revive for what that could do to the other). *fd is the lock's, and `path` its file,
- * SOCKET.lock. The lock ends with the process. TS_EEXIST with a sentence: another daemon has it, or
- * the file isn't a lock.
+ * Makes sure that no other daemon serves this socket, without touching the socket. *fd is the
+ * lock's, and `path` its file, SOCKET.lock. The lock ends with the process. TS_EEXIST with a
+ * sentence: another daemon has it, or the file isn't a lock.
  */
 ts_status ts_socket_path_lock(const char *socket, char *path, size_t path_bytes, int *fd, char *why,
                               size_t why_bytes);

@@ -31,7 +31,7 @@ static inline const char *daemon_path(void)
 
 typedef struct daemon_process {
     pid_t pid;
-    char folder[64], url[96], handles[112];
+    char folder[64], url[80], handles[96];
 } daemon_process;
 
 /* 6 layers, 2 KV heads of 64, blocks of 16: the demo model's cache. */
@@ -59,7 +59,7 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
     assert_non_null(mkdtemp(d->folder));
     assert_int_equal(chmod(d->folder, 0755), 0); /* other uids connect in some tests */
     snprintf(d->url, sizeof d->url, "%s/s", d->folder);
-    snprintf(d->handles, sizeof d->handles, "%s/s.handles", d->folder);
+    snprintf(d->handles, sizeof d->handles, "%s/s" TS_HANDLE_SUFFIX, d->folder);
     argv[argc++] = d->url;
     while (more != NULL && *more != NULL)
         argv[argc++] = *more++;

@@ -255,7 +255,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
     ts_disconnect(c);
 
     assert_int_equal(ts_connect(&(ts_options){.url = "/nowhere/s"}, &c), TS_ECONN);
-    assert_string_equal(ts_error(c), "cannot reach ipc:///nowhere/s: is tinyserved running? "
+    assert_string_equal(ts_error(c), "cannot reach /nowhere/s: is tinyserved running? "
                                      "(systemctl status tinyserved)");
     ts_disconnect(c);
     daemon_stop(&d);

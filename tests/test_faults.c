@@ -1,15 +1,12 @@
 /* What comes from outside and must not matter: garbage, repeats, floods, and workers that die. */
 #define _GNU_SOURCE
-#include "daemon_util.h"
+#include "raw_client.h"
 
 #include "attention.h"
 
 #include <fcntl.h>
 #include <math.h>
 #include <nng/protocol/reqrep0/req.h>
-#include <poll.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <time.h>
 
 /* ---- messages by hand ---- */
@@ -198,7 +195,7 @@ static void garbage_is_answered_with_a_refusal(void **state)
     old.session_open = &open;
     reply = raw_call(s, &old);
     assert_int_equal(reply->status, TS_EPROTO);
-    assert_string_equal(reply->message, "protocol version 77; this daemon speaks 2");
+    assert_string_equal(reply->message, "protocol version 77; this daemon speaks 3");
     tspb__reply__free_unpacked(reply, NULL);
     nng_close(s);
 
@@ -247,105 +244,9 @@ static void garbage_is_answered_with_a_refusal(void **state)
     daemon_stop(&d);
 }
 
-/* ---- connections by hand ---- */
+/* ---- descriptors ---- */
 
-static int stream_open(const daemon_process *d)
-{
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    strcpy(address.sun_path, d->url);
-    assert_true(fd >= 0);
-    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
-    return fd;
-}
-
-/* Greets as NNG's REQ does: SP, version 0, protocol 0x30. */
-static void stream_greet(int fd)
-{
-    static const unsigned char hello[8] = {0, 'S', 'P', 0, 0, 0x30, 0, 0};
-    unsigned char theirs[8];
-    assert_int_equal(write(fd, hello, 8), 8);
-    assert_int_equal(recv(fd, theirs, 8, MSG_WAITALL), 8);
-    assert_memory_equal(theirs, "\0SP\0\0\x31\0\0", 8);
-}
-
-static void a_worker_works(const daemon_process *d)
-{
-    ts_client *c = connect_to(d);
-    ts_pool *p = open_pool(c, "tiny", 0);
-    ts_seq seq;
-    ts_step *step;
-    uint32_t n = 3;
-    OK(ts_seq_create(p, 1, &seq));
-    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
-    memset(ts_step_q(step), 0, 3 * 2 * 64 * 4);
-    for (uint32_t layer = 0; layer < 6; layer++)
-        OK(ts_step_run(step, layer));
-    OK(ts_step_commit(step, NULL));
-    ts_pool_close(p);
-    ts_disconnect(c);
-}
-
-static void a_message_of_a_gibibyte_ends_its_connection_and_nothing_else(void **state)
-{
-    (void)state;
-    daemon_process d;
-    daemon_start(&d, POOL_TINY ",blocks=16");
-    int fd = stream_open(&d);
-    stream_greet(fd);
-    /* type 1 (message), then the length, big-endian */
-    static const unsigned char head[9] = {1, 0, 0, 0, 0, 0x40, 0, 0, 0};
-    assert_int_equal(write(fd, head, 9), 9);
-    static unsigned char zeros[1 << 16];
-    signal(SIGPIPE, SIG_IGN);
-    size_t sent = 0;
-    while (sent < (size_t)1 << 30) {
-        ssize_t n = write(fd, zeros, sizeof zeros);
-        if (n <= 0)
-            break;
-        sent += (size_t)n;
-    }
-    assert_true(sent < (size_t)1 << 30); /* the daemon hung up instead of reading it */
-    close(fd);
-    a_worker_works(&d);
-    daemon_stop(&d);
-}
-
-static void a_thousand_silent_connections_disturb_nobody(void **state)
-{
-    (void)state;
-    daemon_process d;
-    daemon_start(&d, POOL_TINY ",blocks=16");
-    static int fds[1000];
-    for (int i = 0; i < 1000; i++) {
-        fds[i] = stream_open(&d);
-        if (i % 2)
-            stream_greet(fds[i]);
-    }
-    a_worker_works(&d);
-    for (int i = 0; i < 1000; i++)
-        close(fds[i]);
-    a_worker_works(&d);
-    daemon_stop(&d);
-}
-
-static void who_leaves_while_being_greeted_locks_nobody_out(void **state)
-{
-    (void)state;
-    daemon_process d;
-    daemon_start(&d, POOL_TINY ",blocks=16");
-    ts_client *before = connect_to(&d);
-    for (int round = 0; round < 2; round++) {
-        for (int i = 0; i < 20; i++) /* makes NNG 1.5's listener deaf */
-            close(stream_open(&d));
-        a_worker_works(&d);
-        check_daemon(before); /* who was connected stays so */
-    }
-    ts_disconnect(before);
-    daemon_stop(&d);
-}
-
-static void the_handle_socket_gives_nothing_to_who_has_no_token(void **state)
+static void the_handle_socket_gives_nothing_without_a_token(void **state)
 {
     (void)state;
     daemon_process d;
@@ -377,10 +278,7 @@ static void the_handle_socket_gives_nothing_to_who_has_no_token(void **state)
     assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_EPERM);
     c->session ^= 1ull << 32;
     /* Requests of a wrong size end their connection. */
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int raw = socket(AF_UNIX, SOCK_SEQPACKET, 0);
-    strcpy(address.sun_path, d.handles);
-    assert_int_equal(connect(raw, (struct sockaddr *)&address, sizeof address), 0);
+    int raw = raw_handles(&d);
     assert_int_equal(send(raw, "hello", 5, 0), 5);
     char end;
     assert_int_equal(recv(raw, &end, 1, 0), 0);
@@ -638,10 +536,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
-        cmocka_unit_test(a_message_of_a_gibibyte_ends_its_connection_and_nothing_else),
-        cmocka_unit_test(a_thousand_silent_connections_disturb_nobody),
-        cmocka_unit_test(who_leaves_while_being_greeted_locks_nobody_out),
-        cmocka_unit_test(the_handle_socket_gives_nothing_to_who_has_no_token),
+        cmocka_unit_test(the_handle_socket_gives_nothing_without_a_token),
         cmocka_unit_test(a_dead_workers_blocks_are_free_though_its_child_holds_the_socket),
         cmocka_unit_test(workers_killed_at_random_points_take_nothing_with_them),
     };

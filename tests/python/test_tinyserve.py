@@ -130,7 +130,7 @@ def test_variants_of_attention_go_through_the_service(client):
                         step.run(1, **bad)
 
 
-def test_who_finds_the_daemon_finds_its_handle_socket_and_its_page(tmp_path):
+def test_a_client_that_finds_the_daemon_finds_its_handle_socket_and_its_page(tmp_path):
     for turn in range(10):
         socket, port = tmp_path / f"s{turn}", free_port()
         daemon = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--socket", str(socket), "--set",

@@ -1,0 +1,164 @@
+/* The connection to the handle socket (proto/handle_wire.h), made when it is first needed. */
+#define _GNU_SOURCE
+#include "client.h"
+
+#include "clock.h"
+#include "version.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+/* Waits until the socket has what is asked for. False: not before the deadline. */
+static bool await(int fd, short what, uint64_t deadline_ms)
+{
+    for (;;) {
+        uint64_t now = ts_now_ms();
+        struct pollfd p = {.fd = fd, .events = what};
+        int n = poll(&p, 1, now < deadline_ms ? (int)(deadline_ms - now) : 0);
+        if (n > 0)
+            return true;
+        if (n == 0 && now >= deadline_ms)
+            return false;
+        /* Interrupted by a signal, or out of kernel memory for a moment: look again. */
+    }
+}
+
+void ts_handles_close(ts_client *c)
+{
+    if (c->handle_fd >= 0)
+        close(c->handle_fd);
+    c->handle_fd = -1;
+}
+
+static ts_status connect_handles(ts_client *c)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    uint64_t deadline_ms = ts_now_ms() + c->timeout_ms;
+    snprintf(address.sun_path, sizeof address.sun_path, "%s" TS_HANDLE_SUFFIX, c->path);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return ts_fail(c, TS_ENOMEM, "no descriptor for a connection to %s: %s", address.sun_path,
+                       strerror(errno));
+    int error;
+    do { /* EAGAIN: as many as may wait for the daemon's thread are waiting */
+        error = connect(fd, (struct sockaddr *)&address, sizeof address) == 0 ? 0 : errno;
+        if (error == EAGAIN)
+            (void)poll(NULL, 0, 1);
+    } while (error == EINTR || (error == EAGAIN && ts_now_ms() < deadline_ms));
+    if (error == 0) {
+        c->handle_fd = fd;
+        return TS_OK;
+    }
+    close(fd);
+    return ts_fail(c, TS_ECONN, "cannot reach %s: %s", address.sun_path, strerror(error));
+}
+
+/* Receives one reply, whichever it is; *fd is -1 if no descriptor came with it. False: the
+ * connection has ended. */
+static bool receive(ts_client *c, ts_handle_reply *reply, int *fd, bool *cut)
+{
+    struct iovec data = {.iov_base = reply, .iov_len = sizeof *reply};
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct msghdr message = {.msg_iov = &data,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof control.bytes};
+    ssize_t got;
+    *fd = -1;
+    do
+        got = recvmsg(c->handle_fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    while (got < 0 && errno == EINTR);
+    struct cmsghdr *header = got >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (header != NULL && header->cmsg_type == SCM_RIGHTS)
+        memcpy(fd, CMSG_DATA(header), sizeof *fd);
+    *cut = got >= 0 && (message.msg_flags & MSG_CTRUNC) != 0;
+    if (got == (ssize_t)sizeof *reply && reply->magic == TS_HANDLE_MAGIC) {
+        reply->message[sizeof reply->message - 1] = '\0';
+        return true;
+    }
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+    return false;
+}
+
+static ts_status ended(ts_client *c)
+{
+    ts_handles_close(c);
+    return ts_fail(c, TS_ECONN, "the daemon at %s has ended the handle connection", c->path);
+}
+
+/* One request and its reply. The reply's status is the caller's to look at. */
+static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply *reply, int *fd)
+{
+    uint64_t deadline_ms = ts_now_ms() + c->timeout_ms;
+    ssize_t sent;
+    bool cut;
+    *fd = -1;
+    if (c->pid != getpid())
+        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                       (int)c->pid);
+    if (c->handle_fd < 0) {
+        ts_status status = connect_handles(c);
+        if (status != TS_OK)
+            return status;
+    }
+    request->magic = TS_HANDLE_MAGIC;
+    request->protocol = TS_PROTOCOL;
+    request->tag = ++c->handle_tag != 0 ? c->handle_tag : ++c->handle_tag;
+    snprintf(request->version, sizeof request->version, "%s", TS_VERSION);
+    do
+        sent = send(c->handle_fd, request, sizeof *request, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (sent < 0 && (errno == EINTR || ((errno == EAGAIN || errno == EWOULDBLOCK) &&
+                                           await(c->handle_fd, POLLOUT, deadline_ms))));
+    if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+        return ts_fail(c, TS_ETIMEOUT, "%s takes no request within %u ms", c->path, c->timeout_ms);
+    /* A connection that was ended may have said why. */
+    for (;;) {
+        if (!await(c->handle_fd, POLLIN, deadline_ms))
+            return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path,
+                           c->timeout_ms);
+        if (!receive(c, reply, fd, &cut))
+            return ended(c);
+        if (reply->tag == 0) { /* it may not stay */
+            ts_handles_close(c);
+            return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
+        }
+        if (reply->tag == request->tag)
+            break;
+        if (*fd >= 0) /* of a call that had run out of time */
+            close(*fd);
+    }
+    if (cut)
+        return ts_fail(c, TS_ENOMEM,
+                       "a descriptor of the daemon's could not be received: this process has as "
+                       "many as it may have (RLIMIT_NOFILE)");
+    return TS_OK;
+}
+
+ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
+                        bool writable, ts_handle_reply *reply, int *fd)
+{
+    ts_handle_request request = {
+        .session = c->session, .kind = kind, .pool = pool, .slab = slab, .writable = writable};
+    memcpy(request.token, c->token, sizeof request.token);
+    ts_status status = call(c, &request, reply, fd);
+    if (status != TS_OK)
+        return status;
+    if (reply->status == TS_OK && *fd >= 0)
+        return TS_OK;
+    if (*fd >= 0)
+        close(*fd);
+    if (reply->status == TS_OK)
+        return ts_fail(c, TS_EPROTO, "the daemon at %s has sent no descriptor", c->path);
+    return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
+}
