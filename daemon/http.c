@@ -1,7 +1,7 @@
 #define _GNU_SOURCE
 #include "http.h"
 
-#include "config.h"
+#include "http_address.h"
 #include "metrics.h"
 #include "page.h"
 #include "stats.h"
@@ -18,7 +18,6 @@
 /* Handlers can be called a little longer than the server lives: the last of them frees this. */
 struct ts_http {
     ts_service *service;
-    char port[8];
     nng_http_server *server;
     atomic_bool stopping;
     atomic_uint asking; /* calls of `asked` that may use the service */
@@ -117,15 +116,14 @@ static void ask(ts_http *h, nng_aio *aio)
 {
     nng_http_req *req = nng_aio_get_input(aio, 0);
     const char *host = nng_http_req_get_header(req, "Host");
-    const char *port = host == NULL ? NULL : ts_loopback_port(host),
-               *uri = nng_http_req_get_uri(req);
+    const char *uri = nng_http_req_get_uri(req);
     const route *found = NULL;
     for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
         size_t n = strlen(routes[i].path);
         if (strncmp(uri, routes[i].path, n) == 0 && (uri[n] == '\0' || uri[n] == '?'))
             found = &routes[i];
     }
-    if (port == NULL || strcmp(port, h->port) != 0)
+    if (host == NULL || !ts_http_host_allowed(host, ""))
         return answer(aio, 403, NULL, NULL, NULL);
     if (found != NULL && found->text == NULL)
         return answer_html(aio, found);
@@ -160,7 +158,6 @@ ts_status ts_http_start(ts_service *service, const char *address, ts_http **out,
     }
     h->service = service;
     atomic_store(&h->users, 1);
-    snprintf(h->port, sizeof h->port, "%s", ts_loopback_port(address));
     snprintf(text, sizeof text, "http://%s", address);
     int error = nng_url_parse(&url, text);
     if (error == 0)

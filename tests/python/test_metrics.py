@@ -127,20 +127,20 @@ def test_who_asks_otherwise_is_refused(served):
     assert ask(port, "/metrics?x=1")[0].status == 200
     assert ask(port, host=f"localhost:{port}")[0].status == 200
     assert ask(port, host="tinyserve.example")[0].status == 403
-    assert ask(port, host=f"127.0.0.1:{port + 1}")[0].status == 403
+    assert ask(port, host=f"127.0.0.1:{port + 1}")[0].status == 200
     assert ask(port, "/metricsx")[0].status == 404
     assert ask(port, "/nothing")[0].status == 404
     assert ask(port, method="POST")[0].status == 405
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:9470", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536",
-                                     "localhost:http", "[::]:9470", ""])
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "::1:9470",
+                                     "localhost:http", "[::1:9470", "[127.0.0.1]:9470", "gpu7:9470", ""])
 def test_other_addresses_are_refused(address):
     result = subprocess.run([os.environ["TS_TEST_DAEMON"], "--set", f"metrics={address}", "--pool",
                              "p:layers=1,kv_heads=1,head_dim=32,memory=1M", "--check-config"],
                             text=True, stderr=subprocess.PIPE, check=False)
     assert result.returncode == 2
-    assert f"metrics = {address}: off, or a loopback address" in result.stderr
+    assert f"metrics = {address}: off, or an address and a port such as" in result.stderr
 
 
 def test_a_port_that_is_taken_ends_the_daemon_with_a_sentence(tmp_path):
