@@ -279,7 +279,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
         ts_transport_start(s, url, c->socket_mode, c->contexts, c->message_bytes, &transport, why,
                            sizeof why) != TS_OK ||
         ts_handles_start(s, transport, c->socket_mode, &handles, why, sizeof why) != TS_OK ||
-        (c->metrics[0] != '\0' && ts_http_start(s, c->metrics, &http, why, sizeof why) != TS_OK) ||
+        (c->metrics[0] != '\0' &&
+         ts_http_start(s, c->metrics, c->metrics_hosts, &http, why, sizeof why) != TS_OK) ||
         ts_transport_listen(transport, why, sizeof why) != TS_OK) { /* who finds it finds all */
         ts_log(TS_LOG_ERROR, "%s", why);
         goto out;
