@@ -303,11 +303,12 @@ static bool accept_all(ts_http *h)
             if (h->spare >= 0)
                 close(h->spare);
             fd = accept4(h->listener, NULL, NULL, SOCK_CLOEXEC);
+            bool empty = fd < 0 && errno == EAGAIN; /* this is looked at after descriptors */
             if (fd >= 0)
                 close(fd);
             h->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
             if (fd < 0)
-                return false;
+                return empty;
         } else if (errno != ECONNABORTED && errno != EINTR) {
             break;
         }
