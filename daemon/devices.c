@@ -2,6 +2,7 @@
 
 #include "log.h"
 #include "plain_text.h"
+#include "refusals.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -370,6 +371,7 @@ ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
     ts_engine_apply(s->engine, &command, a);
     if (a->status != TS_OK)
         return a->status;
+    ts_refusals_forget_pool(s, pool);
     ts_memory_free(s->memory[pool]);
     s->memory[pool] = NULL;
     s->gpu_of[pool] = NULL;

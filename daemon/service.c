@@ -6,6 +6,7 @@
 #include "jobs.h"
 #include "log.h"
 #include "plain_text.h"
+#include "refusals.h"
 #include "report.h"
 #include "ring.h"
 #include "version.h"
@@ -130,7 +131,6 @@ bool ts_service_pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
 static size_t finish(ts_service *s, Tspb__Reply *reply)
 {
     size_t size;
-    s->refused += reply->status != TS_OK;
     if (reply->status != TS_OK && reply->body_case != TSPB__REPLY__BODY__NOT_SET)
         reply->body_case = TSPB__REPLY__BODY__NOT_SET;
     return ts_service_pack(s, reply, &size) ? size : 0;
@@ -158,7 +158,7 @@ static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const 
     reply.request_id = id;
     reply.status = (uint32_t)answer->status;
     reply.message = (char *)answer->message;
-    s->refused++;
+    ts_refused(s, request->message, answer->status);
     if (ts_service_pack(s, &reply, &size))
         request->send(request, s->packed, size);
     else
@@ -479,6 +479,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     }
     reply.status = (uint32_t)a.status;
     reply.message = a.message;
+    ts_refused(s, message, a.status);
     size_t size = finish(s, &reply);
     ts_service_deliver(c, request, message->request_id, s->packed, size);
 }
@@ -523,6 +524,7 @@ void ts_service_request(ts_work *work, void *service)
     if (ts_report(s, c, message, &reply)) { /* changes nothing: not kept for repeats */
         char *owned_message = reply.status != TS_OK ? reply.message : NULL;
         Tspb__Reply whole = reply;
+        ts_refused(s, message, (ts_status)reply.status);
         size_t size = finish(s, &reply);
         request->send(request, s->packed, size);
         whole.message = owned_message;
@@ -560,6 +562,7 @@ void ts_service_fini(ts_service *s)
     ts_engine_free(s->engine);
     ts_attention_free(s->attention);
     free(s->by_session);
+    free(s->refusals);
     free(s->slab_seen);
     free(s->slabs);
     free(s->slab_pointers);

@@ -71,6 +71,41 @@ def test_figures_are_those_of_the_pool(served):
         assert c != a
 
 
+REFUSED = "tinyserve_requests_refused_total"
+
+
+@pytest.mark.parametrize("transport", ["messages", "ring"])
+def test_refusals_are_counted_by_operation_pool_and_status(start_daemon, capfd, transport):
+    port = free_port()
+    pools = [f"{name}:layers=1,kv_heads=1,head_dim=32,block_tokens=4,blocks=8,slab=4096" for name in ("one", "two")]
+    daemon = start_daemon(*pools, settings={"metrics": f"127.0.0.1:{port}"})
+    with (tinyserve.connect(daemon.url, transport=transport, exchange_bytes=1 << 20) as client,
+          client.pool("one") as kv):
+        a, b = kv.create(2)
+        step = kv.step([b], [16])
+        for _ in range(3):
+            with pytest.raises(tinyserve.NoSpaceError):
+                kv.step([a], [17])
+        with pytest.raises(tinyserve.DeniedError):
+            step.commit()
+        step.abort()
+        with pytest.raises(tinyserve.NotFoundError):
+            client.pool("three")
+        kv.keep(a, "kept")
+        with pytest.raises(tinyserve.NotFoundError):
+            kv.attach("not kept")
+        got = {name: value for name, value in values(ask(port)[1]).items() if name.startswith(REFUSED)}
+        assert got == {
+            f'{REFUSED}{{operation="step_begin",pool="one",status="TS_ENOSPC"}}': 3,
+            f'{REFUSED}{{operation="step_commit",pool="one",status="TS_EPERM"}}': 1,
+            f'{REFUSED}{{operation="pool_open",pool="",status="TS_ENOENT"}}': 1,
+            f'{REFUSED}{{operation="seq_attach",pool="one",status="TS_ENOENT"}}': 1,
+        }
+    told = [line for line in capfd.readouterr().err.splitlines() if "is full" in line]
+    assert told == [f"tinyserved: warning: pool 'one' is full: 4 of 8 blocks are used, 1 of 1 slabs belong "
+                    f"to tenants: uid {os.getuid()} holds 4 in 1 slabs"]
+
+
 def test_scraping_under_load_gives_counters_that_only_grow(served):
     daemon, port = served
     seen, stop = [], threading.Event()
