@@ -255,6 +255,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->message_bytes_max = (uint32_t)c->message_bytes;
     s->admin_uid = getuid();
     s->operators = c->operators;
+    s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
     s->submit_ms = c->submit_ms;
     s->device_failed = device_failed;
     snprintf(s->handle_path, sizeof s->handle_path, "%s.handles", c->socket);

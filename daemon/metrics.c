@@ -137,7 +137,7 @@ char *ts_metrics_text(ts_service *s)
     size_t bytes;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     FILE *out = open_memstream(&text, &bytes);
     if (out != NULL) {

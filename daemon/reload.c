@@ -16,6 +16,7 @@ static void apply(ts_work *work, void *service)
     change *ch = (change *)work;
     ts_engine *e = ((ts_service *)service)->engine;
     ((ts_service *)service)->operators = ch->next->operators;
+    ((ts_service *)service)->http_shows_all = ch->next->metrics_show == TS_METRICS_ALL;
     const ts_engine_limits *to = &ch->next->limits;
     ts_engine_limits *at[] = {&e->limits, &ch->running->limits};
     for (int i = 0; i < 2; i++) {

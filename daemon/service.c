@@ -521,7 +521,8 @@ void ts_service_request(ts_work *work, void *service)
 
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
-    if (ts_report(s, c, message, &reply)) { /* changes nothing: not kept for repeats */
+    if (ts_report(s, ts_report_view(s, c), message,
+                  &reply)) { /* changes nothing: not kept for repeats */
         char *owned_message = reply.status != TS_OK ? reply.message : NULL;
         Tspb__Reply whole = reply;
         ts_refused(s, message, (ts_status)reply.status);

@@ -101,7 +101,8 @@ typedef struct ts_service {
     ts_operators operators;
     uint32_t submit_ms; /* of GPUs' batches */
     void (*device_failed)(const char *why);
-    bool draining; /* only operators' sessions are opened */
+    bool draining;       /* only operators' sessions are opened */
+    bool http_shows_all; /* and not totals alone */
     uint64_t started_ms, requests, refused;
     ts_refusals *refusals; /* NULL: there was none yet */
     double started_unix;   /* seconds */
