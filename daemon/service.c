@@ -57,14 +57,23 @@ void ts_service_pipe_added(ts_work *work, void *service)
     free(event);
 }
 
+/* An operator's look is no event. Others that call themselves tsctl are. */
+static ts_log_level session_level(const ts_service *s, const ts_connection *c)
+{
+    const ts_session *session = ts_engine_session(s->engine, c->session);
+    bool look = session != NULL && strcmp(session->program, "tsctl") == 0 && ts_is_admin(s, c);
+    return look ? TS_LOG_DEBUG : TS_LOG_INFO;
+}
+
 void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
         ts_answer answer;
+        ts_log_level level = session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
         ts_engine_apply(s->engine, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
                         &answer);
-        ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+        ts_log_on(level, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
                   c->pid);
         c->session = 0;
@@ -324,7 +333,8 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
         return;
     c->session = a->session;
     s->by_session[(uint32_t)c->session] = c;
-    ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+    ts_log_on(session_level(s, c),
+              &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx opened: %s (uid %u, pid %u)", (unsigned long long)c->session, program,
               c->uid, c->pid);
     tspb__session_opened__init(opened);

@@ -316,6 +316,17 @@ static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
     daemon_start(&d, POOL_TINY ",blocks=4");
     assert_int_equal(run(text, sizeof text, TS_CTL " frag --pool=x --socket=%s", d.url), 1);
     assert_string_equal(text, "tsctl: there is no pool 'x'; there is 'tiny'\n");
+    static const char *const commands[] = {"pools", "seqs", "frag", "map"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        assert_int_equal(run(text, sizeof text, TS_CTL " %s tiny -s %s", commands[i], d.url), 0);
+        assert_int_equal(run(text, sizeof text, TS_CTL " %s x -s %s", commands[i], d.url), 1);
+        assert_has(text, "there is no pool 'x'");
+        assert_int_equal(run(text, sizeof text, TS_CTL " %s tiny -P x -s %s", commands[i], d.url),
+                         2);
+        assert_string_equal(text, "tsctl: which pool: 'x' or 'tiny'?\n");
+    }
+    assert_int_equal(run(text, sizeof text, TS_CTL " -s %s --yes seq free 12345 x", d.url), 1);
+    assert_has(text, "there is no pool 'x'");
     daemon_stop(&d);
 }
 

@@ -152,7 +152,7 @@ void text_seqs_head(void)
 void text_seqs(const Tspb__SeqList *r, const style *s)
 {
     char name[CELL_BYTES];
-    const size_t most = s->columns == 0 ? 0 : 16 + spare(s, 80);
+    const size_t most = s->columns == 0 ? 0 : 15 + spare(s, 80);
     for (size_t i = 0; i < r->n_seqs; i++) {
         const Tspb__SeqInfo *n = r->seqs[i];
         char session[32] = "-";
