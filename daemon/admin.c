@@ -62,7 +62,7 @@ static void create_pool(ts_service *s, const ts_connection *by, const char *text
         return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
     ts_config_init(c);
     if (ts_config_add_pool(c, text) != TS_OK || ts_config_finish(c) != TS_OK) {
-        ts_refuse(a, TS_EINVAL, "%s", c->error);
+        ts_refuse(a, TS_EINVAL, "%s", c->problems[0].text);
     } else {
         ts_status status = ts_devices_add(s, &c->pools[0], why, sizeof why);
         if (status == TS_OK)
@@ -98,15 +98,9 @@ static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__Admi
     uint32_t pool = pool_of(s, body->pool, &named, a);
     if (pool == TS_NONE)
         return;
-    ts_config *c = malloc(sizeof *c);
-    if (c == NULL)
-        return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
-    ts_config_init(c);
-    if (ts_config_memory(c, body->memory, &bytes) != TS_OK)
-        ts_refuse(a, TS_EINVAL, "%s", c->error);
-    free(c);
-    if (a->status != TS_OK)
-        return;
+    char why[TS_MESSAGE_BYTES];
+    if (ts_config_memory(body->memory, &bytes, why, sizeof why) != TS_OK)
+        return ts_refuse(a, TS_EINVAL, "%s", why);
     const ts_pool_config *config = &s->engine->pools[pool].config;
     uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
     uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;

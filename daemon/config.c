@@ -1,5 +1,7 @@
+#define _GNU_SOURCE
 #include "config.h"
 
+#include "config_keys.h"
 #include "plain_text.h"
 
 #include <errno.h>
@@ -8,34 +10,50 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 
 /* What a slab is a multiple of: a page, or a granule of device memory. */
 #define HOST_GRANULE 4096u
 #define DEVICE_GRANULE (2u << 20)
+#define FILE_BYTES_MAX (1u << 20)
 
-static ts_status __attribute__((format(printf, 2, 3))) fail(ts_config *c, const char *format, ...)
+/* ---- problems ---- */
+
+void ts_config_complain(ts_config *c, uint32_t line, const char *format, ...)
 {
+    ts_config_problem problem = {.line = line};
     va_list args;
     va_start(args, format);
-    if (c->error[0] == '\0')
-        vsnprintf(c->error, sizeof c->error, format, args);
+    vsnprintf(problem.text, sizeof problem.text, format, args);
     va_end(args);
-    return TS_EINVAL;
+    if (c->num_problems == TS_CONFIG_PROBLEMS_MAX) {
+        c->problems_left_out++;
+        return;
+    }
+    uint32_t at = c->num_problems++;
+    for (; at > 0 && line > 0 && (c->problems[at - 1].line > line || c->problems[at - 1].line == 0);
+         at--)
+        c->problems[at] = c->problems[at - 1];
+    c->problems[at] = problem;
 }
 
-const char *ts_loopback_port(const char *address)
+const char *ts_config_problem_text(const ts_config *c, uint32_t problem, char *text, size_t bytes)
 {
-    static const char *const hosts[] = {"127.0.0.1:", "localhost:", "[::1]:"};
-    for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) {
-        size_t n = strlen(hosts[i]);
-        const char *port = address + n;
-        if (strncasecmp(address, hosts[i], n) == 0 && strspn(port, "0123456789") == strlen(port) &&
-            strlen(port) <= 5 && strtoul(port, NULL, 10) >= 1 && strtoul(port, NULL, 10) <= 65535)
-            return port;
-    }
-    return NULL;
+    const ts_config_problem *p = &c->problems[problem];
+    if (p->line > 0)
+        snprintf(text, bytes, "%s:%u: %s", c->file, p->line, p->text);
+    else
+        snprintf(text, bytes, "%s", p->text);
+    return text;
 }
+
+uint32_t ts_config_pool_line(const ts_config_pool *p, const char *name)
+{
+    const ts_config_key *key = ts_config_find_key(&ts_config_pools, name);
+    uint32_t line = p->given.lines[key - ts_config_pools.keys];
+    return line > 0 ? line : p->given.line;
+}
+
+/* ---- keys and sections ---- */
 
 void ts_config_init(ts_config *c)
 {
@@ -52,255 +70,72 @@ void ts_config_init(ts_config *c)
     ts_engine_default_limits(&c->limits);
 }
 
-/* A number, with K, M, G or T (powers of 1024) behind it where `units` says so. */
-static ts_status number(ts_config *c, const char *key, const char *value, bool units, int base,
-                        uint64_t min, uint64_t max, uint64_t *out)
+/* Sets a key of a section's struct. `line` 0: from the command line, which overrides the file. */
+static ts_status set_key(ts_config *c, const ts_config_section *section, void *object,
+                         ts_config_given *given, uint32_t line, const char *name, const char *value)
 {
-    char *end;
-    errno = 0;
-    uint64_t n = strtoull(value, &end, base);
-    bool bad = errno != 0 || end == value || value[0] == '-';
-    if (units && *end != '\0') {
-        static const char letters[] = "KMGT";
-        const char *letter = strchr(letters, *end);
-        unsigned shift = letter == NULL ? 0 : 10 * (unsigned)(letter - letters + 1);
-        bad = bad || letter == NULL || n > UINT64_MAX >> shift;
-        n <<= shift;
-        end++;
+    char why[200], shown[100];
+    const ts_config_key *key = ts_config_find_key(section, name);
+    if (key == NULL) {
+        ts_config_complain(c, line, "there is no key '%s' in %s",
+                           ts_text_escape(name, shown, sizeof shown), section->name);
+        return TS_EINVAL;
     }
-    if (bad || *end != '\0')
-        return fail(c, "%s = %s: %s", key, value,
-                    units ? "not a size such as 512M, 4G or a number of bytes" : "not a number");
-    if (n < min || n > max)
-        return fail(c, "%s = %s: the limits are %llu..%llu", key, value, (unsigned long long)min,
-                    (unsigned long long)max);
-    *out = n;
-    return TS_OK;
-}
-
-/* One of `count` words; *out is which. */
-static ts_status word(ts_config *c, const char *key, const char *value, const char *const *words,
-                      uint32_t count, uint32_t *out)
-{
-    char known[128] = "";
-    for (*out = 0; *out < count; (*out)++) {
-        if (strcmp(words[*out], value) == 0)
-            return TS_OK;
-        size_t used = strlen(known);
-        snprintf(known + used, sizeof known - used, "%s%s", *out == 0 ? "" : ", ", words[*out]);
+    uint32_t index = (uint32_t)(key - section->keys);
+    if (line > 0 && given->lines[index] > 0) {
+        ts_config_complain(c, line, "%s is given twice: in line %u too", name, given->lines[index]);
+        return TS_EINVAL;
     }
-    return fail(c, "%s = %s: known are %s", key, value, known);
-}
-
-static ts_status number32(ts_config *c, const char *key, const char *value, uint32_t min,
-                          uint32_t max, uint32_t *out)
-{
-    uint64_t n = 0;
-    ts_status status = number(c, key, value, false, 10, min, max, &n);
-    if (status == TS_OK)
-        *out = (uint32_t)n;
-    return status;
-}
-
-ts_status ts_config_memory(ts_config *c, const char *text, uint64_t *bytes)
-{
-    return number(c, "memory", text, true, 10, 1, UINT64_MAX >> 1, bytes);
+    given->keys |= 1u << index;
+    given->lines[index] = line;
+    if (value[0] == '\0' && key->optional)
+        return TS_OK;
+    if (key->read(key, (char *)object + key->offset, value, why, sizeof why) == TS_OK)
+        return TS_OK;
+    ts_config_complain(c, line, "%s = %s: %s", name, ts_text_escape(value, shown, sizeof shown),
+                       why);
+    return TS_EINVAL;
 }
 
 ts_status ts_config_set(ts_config *c, const char *key, const char *value)
 {
-    uint64_t n = 0;
-    uint32_t which = 0;
-    ts_status status;
-    if (strcmp(key, "socket") == 0) {
-        const char *path = strncmp(value, "ipc://", 6) == 0 ? value + 6 : value;
-        if (path[0] != '/' || strlen(path) >= sizeof c->socket - 1)
-            return fail(c, "socket = %s: an absolute path of at most %zu bytes is needed", value,
-                        sizeof c->socket - 2);
-        snprintf(c->socket, sizeof c->socket, "%s", path);
-        return TS_OK;
-    }
-    if (strcmp(key, "operators") == 0) {
-        char why[128];
-        if (ts_operators_find(value, &c->operators, why, sizeof why) == TS_OK)
-            return TS_OK;
-        return fail(c, "operators = %.64s: %s", value, why);
-    }
-    if (strcmp(key, "socket_mode") == 0) {
-        status = number(c, key, value, false, 8, 0600, 0666, &n);
-        if (status == TS_OK)
-            c->socket_mode = (uint32_t)n;
-        return status;
-    }
-    if (strcmp(key, "threads") == 0)
-        return number32(c, key, value, 0, 1024, &c->threads);
-    if (strcmp(key, "kernel") == 0) {
-        static const char *const kernels[] = {"auto", "portable", "avx2", "avx512", "amx"};
-        status = word(c, key, value, kernels, 5, &which);
-        if (status == TS_OK && which != TS_ISA_AUTO && ts_isa_resolve((ts_isa)which) != which)
-            return fail(c,
-                        "kernel = %s: this machine has no %s, or doesn't let this process use it",
-                        value, value);
-        c->kernel = (ts_isa)which;
-        return status;
-    }
-    if (strcmp(key, "log_level") == 0) {
-        static const char *const levels[] = {"error", "warning", "info", "debug"};
-        static const ts_log_level values[] = {TS_LOG_ERROR, TS_LOG_WARNING, TS_LOG_INFO,
-                                              TS_LOG_DEBUG};
-        status = word(c, key, value, levels, 4, &which);
-        if (status == TS_OK)
-            c->log_level = values[which];
-        return status;
-    }
-    if (strcmp(key, "tenant_connections") == 0)
-        return number32(c, key, value, 1, 65536, &c->tenant_connections);
-    if (strcmp(key, "idle_seconds") == 0) {
-        status = number32(c, key, value, 1, 3600, &which);
-        c->idle_ms = which * 1000;
-        return status;
-    }
-    if (strcmp(key, "submit_seconds") == 0) {
-        status = number32(c, key, value, 1, 3600, &which);
-        c->submit_ms = which * 1000;
-        return status;
-    }
-    if (strcmp(key, "metrics") == 0) {
-        bool off = strcmp(value, "off") == 0;
-        if (!off && ts_loopback_port(value) == NULL)
-            return fail(c,
-                        "metrics = %s: off, or a loopback address such as 127.0.0.1:9470, is "
-                        "needed",
-                        value);
-        snprintf(c->metrics, sizeof c->metrics, "%s", off ? "" : value);
-        return TS_OK;
-    }
-    if (strcmp(key, "spin_us") == 0)
-        return number32(c, key, value, 0, 1000000, &c->spin_us);
-    if (strcmp(key, "message_max") == 0)
-        return number(c, key, value, true, 10, 4096, 1u << 30, &c->message_bytes);
-    if (strcmp(key, "exchange_max") == 0)
-        return number(c, key, value, true, 10, 4096, UINT64_MAX >> 1, &c->limits.exchange_bytes);
-    if (strcmp(key, "sessions") == 0)
-        return number32(c, key, value, 1, 1u << 20, &c->limits.sessions);
-    if (strcmp(key, "session_sequences") == 0)
-        return number32(c, key, value, 1, 1u << 24, &c->limits.session_sequences);
-    if (strcmp(key, "session_steps") == 0)
-        return number32(c, key, value, 1, 65536, &c->limits.session_steps);
-    if (strcmp(key, "session_blocks") == 0)
-        return number(c, key, value, false, 10, 1, UINT64_MAX, &c->limits.session_blocks);
-    if (strcmp(key, "batch") == 0)
-        return number32(c, key, value, 1, 1u << 20, &c->limits.batch);
-    if (strcmp(key, "step_tokens") == 0)
-        return number32(c, key, value, 1, 1u << 24, &c->limits.step_tokens);
-    return fail(c, "there is no key '%s' in [daemon]", key);
+    return set_key(c, &ts_config_daemon, c, &c->given, 0, key, value);
 }
 
-static const char *const providers[] = {"auto", "host", "cuda-vmm", "cuda-ipc"};
-
-const char *ts_provider_name(ts_provider provider)
+static ts_config_pool *find_pool(ts_config *c, const char *name)
 {
-    return providers[provider];
-}
-
-static ts_status set_device(ts_config *c, ts_config_pool *p, const char *value)
-{
-    char *end;
-    bool cuda = strncmp(value, "cuda:", 5) == 0 && value[5] >= '0' && value[5] <= '9' &&
-                strtoul(value + 5, &end, 10) < 1024 && *end == '\0';
-    if (!cuda && strcmp(value, "auto") != 0 && strcmp(value, "host") != 0)
-        return fail(c, "device = %s: known are auto, host and cuda:N", value);
-    snprintf(p->pool.device, sizeof p->pool.device, "%s", value);
-    return TS_OK;
-}
-
-static ts_status set_pool(ts_config *c, ts_config_pool *p, const char *key, const char *value)
-{
-    ts_geometry *g = &p->pool.geometry;
-    uint32_t which = 0;
-    ts_status status;
-    if (strcmp(key, "layers") == 0)
-        return number32(c, key, value, 1, TS_LAYERS_MAX, &g->layers);
-    if (strcmp(key, "kv_heads") == 0)
-        return number32(c, key, value, 1, TS_HEADS_MAX, &g->kv_heads);
-    if (strcmp(key, "head_dim") == 0)
-        return number32(c, key, value, TS_HEAD_DIM_MIN, TS_HEAD_DIM_MAX, &g->head_dim);
-    if (strcmp(key, "block_tokens") == 0)
-        return number32(c, key, value, 1, TS_BLOCK_TOKENS_MAX, &g->block_tokens);
-    if (strcmp(key, "dtype") == 0) {
-        static const char *const dtypes[] = {"fp32", "fp16", "bf16", "fp8_e4m3"};
-        status = word(c, key, value, dtypes, 4, &which);
-        g->dtype = (ts_dtype)which;
-        return status;
-    }
-    if (strcmp(key, "layout") == 0) {
-        static const char *const layouts[] = {"nhd", "hnd"};
-        status = word(c, key, value, layouts, 2, &which);
-        g->layout = (ts_layout)which;
-        return status;
-    }
-    if (strcmp(key, "device") == 0)
-        return set_device(c, p, value);
-    if (strcmp(key, "provider") == 0) {
-        status = word(c, key, value, providers, 4, &which);
-        p->provider = (ts_provider)which;
-        return status;
-    }
-    if (strcmp(key, "kernel") == 0) {
-        const char *kernels[TS_KERNEL_COUNT];
-        for (int i = 0; i < TS_KERNEL_COUNT; i++)
-            kernels[i] = ts_kernel_name((ts_kernel)i);
-        status = word(c, key, value, kernels, TS_KERNEL_COUNT, &which);
-        p->pool.kernel = (ts_kernel)which;
-        return status;
-    }
-    if (strcmp(key, "client_write") == 0) {
-        static const char *const writers[] = {"none", "all"};
-        status = word(c, key, value, writers, 2, &which);
-        p->pool.client_write = (ts_client_write)which;
-        return status;
-    }
-    if (strcmp(key, "memory") == 0)
-        return ts_config_memory(c, value, &p->memory);
-    if (strcmp(key, "memory_max") == 0)
-        return number(c, key, value, true, 10, 1, UINT64_MAX >> 1, &p->memory_max);
-    if (strcmp(key, "slab") == 0)
-        return number(c, key, value, true, 10, 4096, UINT64_MAX >> 1, &p->slab);
-    if (strcmp(key, "tenant_memory") == 0)
-        return number(c, key, value, true, 10, 1, UINT64_MAX >> 1, &p->tenant_memory);
-    if (strcmp(key, "blocks") == 0)
-        return number(c, key, value, false, 10, 1, TS_POOL_BLOCKS_MAX, &p->blocks);
-    if (strcmp(key, "sequences") == 0)
-        return number32(c, key, value, 1, 1u << 24, &p->pool.sequences_max);
-    if (strcmp(key, "sequence_tokens") == 0)
-        return number32(c, key, value, 1, 1u << 30, &p->pool.sequence_tokens_max);
-    return fail(c, "there is no key '%s' in a [pool]", key);
-}
-
-/* The pool of this name, made if there is none; NULL and an error if that can't be. */
-static ts_config_pool *pool_named(ts_config *c, const char *name)
-{
-    if (name[0] == '\0' || strlen(name) >= sizeof c->pools[0].pool.name) {
-        fail(c, "a pool's name has 1..%zu bytes: '%s'", sizeof c->pools[0].pool.name - 1, name);
-        return NULL;
-    }
-    if (!ts_text_plain(name)) {
-        char shown[160];
-        fail(c, "a pool's name is plain text, without control characters, in UTF-8: '%s'",
-             ts_text_escape(name, shown, sizeof shown));
-        return NULL;
-    }
     for (uint32_t i = 0; i < c->num_pools; i++)
         if (strcmp(c->pools[i].pool.name, name) == 0)
             return &c->pools[i];
+    return NULL;
+}
+
+/* A new pool; NULL and a problem if there can't be one of that name. */
+static ts_config_pool *new_pool(ts_config *c, uint32_t line, const char *name)
+{
+    const size_t most = sizeof c->pools[0].pool.name - 1;
+    char shown[160];
+    if (name[0] == '\0' || strlen(name) > most) {
+        ts_config_complain(c, line, "a pool's name has 1..%zu bytes: '%s'", most,
+                           ts_text_escape(name, shown, sizeof shown));
+        return NULL;
+    }
+    if (!ts_text_plain(name)) {
+        ts_config_complain(c, line,
+                           "a pool's name is plain text, without control characters, in UTF-8: "
+                           "'%s'",
+                           ts_text_escape(name, shown, sizeof shown));
+        return NULL;
+    }
     if (c->num_pools == TS_POOLS_MAX) {
-        fail(c, "pool '%s' would be number %u; the limit is %u", name, c->num_pools + 1,
-             TS_POOLS_MAX);
+        ts_config_complain(c, line, "pool '%s' would be number %u; the limit is %u", name,
+                           c->num_pools + 1, TS_POOLS_MAX);
         return NULL;
     }
     ts_config_pool *p = &c->pools[c->num_pools++];
     *p = (ts_config_pool){
         .slab = 64u << 20,
+        .given = {.line = line},
         .pool = {.geometry = {.block_tokens = 16, .dtype = TS_DTYPE_BF16},
                  .sequences_max = 1u << 20,
                  .sequence_tokens_max = 1u << 20,
@@ -311,77 +146,257 @@ static ts_config_pool *pool_named(ts_config *c, const char *name)
     return p;
 }
 
+/* ---- the file ---- */
+
+/*
+ * The file's lines on their way to inih, which neither tells its handler where a line lies nor
+ * takes comments that begin with # behind a value.
+ */
+typedef struct reader {
+    ts_config *c;
+    const char *rest; /* of the file */
+    uint32_t line;    /* the last one that was read */
+    bool dry;         /* only what inih can't read is looked for */
+    uint32_t malformed[TS_CONFIG_PROBLEMS_MAX], num_malformed; /* inih sees these lines empty */
+    bool in_daemon;
+    ts_config_pool *pool; /* whose section it is; NULL: none's */
+} reader;
+
+/* A line [NAME]: which section it begins. */
+static void begin_section(reader *r, const char *name)
+{
+    ts_config *c = r->c;
+    char shown[160];
+    r->in_daemon = strcmp(name, "daemon") == 0;
+    r->pool = NULL;
+    if (r->in_daemon && c->given.line > 0)
+        ts_config_complain(c, r->line, "section [daemon] is given twice: in line %u too",
+                           c->given.line);
+    if (r->in_daemon) {
+        c->given.line = r->line;
+    } else if (strncmp(name, "pool ", 5) == 0) {
+        const ts_config_pool *other = find_pool(c, name + 5);
+        if (other != NULL)
+            ts_config_complain(c, r->line, "section [%s] is given twice: in line %u too", name,
+                               other->given.line);
+        else
+            r->pool = new_pool(c, r->line, name + 5);
+    } else {
+        ts_config_complain(c, r->line,
+                           "there is no section [%s]; known are [daemon] and [pool NAME]",
+                           ts_text_escape(name, shown, sizeof shown));
+    }
+}
+
+/* Takes a comment off the line's end, and blanks off both. */
+static void trim(char *line)
+{
+    size_t start = strspn(line, " \t\r"), length = strlen(line + start);
+    memmove(line, line + start, length + 1);
+    for (char *hash = line; (hash = strchr(hash, '#')) != NULL; hash++)
+        if (hash == line || hash[-1] == ' ' || hash[-1] == '\t') {
+            *hash = '\0';
+            break;
+        }
+    length = strlen(line);
+    while (length > 0 && strchr(" \t\r", line[length - 1]) != NULL)
+        line[--length] = '\0';
+}
+
+static char *read_line(char *to, int size, void *user)
+{
+    reader *r = user;
+    if (r->rest[0] == '\0')
+        return NULL;
+    size_t length = strcspn(r->rest, "\n");
+    char *line = strndup(r->rest, length);
+    r->rest += length + (r->rest[length] == '\n');
+    r->line++;
+    to[0] = '\0';
+    if (line == NULL) {
+        ts_config_complain(r->c, r->line, "no memory to read the line");
+        return to;
+    }
+    trim(line);
+    bool skip = strlen(line) + 1 > (size_t)size;
+    if (skip && !r->dry)
+        ts_config_complain(r->c, r->line, "a line of %zu bytes; the limit is %d", strlen(line),
+                           size - 1);
+    for (uint32_t i = 0; i < r->num_malformed; i++)
+        skip = skip || r->malformed[i] == r->line;
+    if (!skip)
+        snprintf(to, (size_t)size, "%s", line);
+    char *bracket = line[0] == '[' ? strchr(line, ']') : NULL;
+    if (bracket != NULL && !r->dry && !skip) {
+        *bracket = '\0';
+        begin_section(r, line + 1);
+    }
+    free(line);
+    return to;
+}
+
 static int on_key(void *user, const char *section, const char *key, const char *value)
 {
-    ts_config *c = user;
-    if (strcmp(section, "daemon") == 0)
-        return ts_config_set(c, key, value) == TS_OK;
-    if (strncmp(section, "pool ", 5) == 0) {
-        ts_config_pool *p = pool_named(c, section + 5);
-        return p != NULL && set_pool(c, p, key, value) == TS_OK;
+    reader *r = user;
+    ts_config *c = r->c;
+    if (r->dry)
+        return 1;
+    if (r->in_daemon)
+        (void)set_key(c, &ts_config_daemon, c, &c->given, r->line, key, value);
+    else if (r->pool != NULL &&
+             set_key(c, &ts_config_pools, r->pool, &r->pool->given, r->line, key, value) != TS_OK)
+        r->pool->bad = true;
+    else if (section[0] == '\0')
+        ts_config_complain(c, r->line, "a key before the first section: %s", key);
+    return 1;
+}
+
+static int parse(reader *r, const char *text)
+{
+    r->rest = text;
+    r->line = 0;
+    return ini_parse_stream(read_line, r, on_key, r);
+}
+
+/* The whole file; NULL, and errno says why not. */
+static char *slurp(const char *path)
+{
+    FILE *file = fopen(path, "re");
+    char *text = calloc(1, FILE_BYTES_MAX + 1);
+    bool ok = file != NULL && text != NULL;
+    size_t bytes = ok ? fread(text, 1, FILE_BYTES_MAX + 1, file) : 0;
+    int error = errno;
+    if (ok && (ferror(file) != 0 || bytes > FILE_BYTES_MAX)) {
+        error = ferror(file) != 0 ? error : EFBIG;
+        ok = false;
     }
-    fail(c, "there is no section [%s]; known are [daemon] and [pool NAME]", section);
-    return 0;
+    if (file != NULL)
+        (void)fclose(file); /* only read */
+    if (ok)
+        return text;
+    free(text);
+    errno = error;
+    return NULL;
 }
 
 ts_status ts_config_read(ts_config *c, const char *path)
 {
-    int line = ini_parse(path, on_key, c);
-    if (line == 0)
-        return TS_OK;
-    char reason[200];
-    snprintf(reason, sizeof reason, "%.199s", c->error);
-    if (line < 0) {
-        snprintf(c->error, sizeof c->error, "%s: %s", path, strerror(errno));
+    char *text = slurp(path);
+    reader r = {.c = c, .dry = true};
+    c->file = path;
+    if (text == NULL) {
+        ts_config_complain(c, 0, "%s: %s", path, strerror(errno));
         return TS_ENOENT;
     }
-    snprintf(c->error, sizeof c->error, "%s:%d: %s", path, line,
-             reason[0] != '\0' ? reason : "neither a [section] nor key = value");
-    return TS_EINVAL;
+    /* inih tells of the first such line alone: once that is empty, of the next. */
+    int line;
+    while (r.num_malformed < TS_CONFIG_PROBLEMS_MAX && (line = parse(&r, text)) > 0) {
+        ts_config_complain(c, (uint32_t)line, "neither a [section] nor key = value");
+        r.malformed[r.num_malformed++] = (uint32_t)line;
+    }
+    r.dry = false;
+    (void)parse(&r, text);
+    free(text);
+    return c->num_problems == 0 ? TS_OK : TS_EINVAL;
 }
+
+/* ---- the command line ---- */
 
 ts_status ts_config_add_pool(ts_config *c, const char *text)
 {
-    char copy[512], *rest = copy;
-    if (strlen(text) >= sizeof copy)
-        return fail(c, "a pool told in %zu bytes; the limit is %zu", strlen(text), sizeof copy - 1);
+    char copy[512], *rest = copy, shown[100];
+    uint32_t before = c->num_problems + c->problems_left_out;
+    if (strlen(text) >= sizeof copy) {
+        ts_config_complain(c, 0, "a pool told in %zu bytes; the limit is %zu", strlen(text),
+                           sizeof copy - 1);
+        return TS_EINVAL;
+    }
     snprintf(copy, sizeof copy, "%s", text);
     const char *name = strsep(&rest, ":");
-    ts_config_pool *p = pool_named(c, name);
+    ts_config_pool *p = find_pool(c, name);
+    if (p == NULL)
+        p = new_pool(c, 0, name);
     if (p == NULL)
         return TS_EINVAL;
+    if (p->on_command_line)
+        ts_config_complain(c, 0, "pool '%s' is given twice on the command line", p->pool.name);
+    p->on_command_line = true;
+    ts_config_given now = {0};
     for (char *pair; (pair = strsep(&rest, ",")) != NULL;) {
         char *equals = strchr(pair, '=');
-        if (equals == NULL)
-            return fail(c, "pool '%s': '%s' is not key=value", p->pool.name, pair);
+        if (equals == NULL) {
+            ts_config_complain(c, 0, "pool '%s': '%s' is not key=value", p->pool.name,
+                               ts_text_escape(pair, shown, sizeof shown));
+            continue;
+        }
         *equals = '\0';
-        if (set_pool(c, p, pair, equals + 1) != TS_OK)
-            return TS_EINVAL;
+        const ts_config_key *key = ts_config_find_key(&ts_config_pools, pair);
+        uint32_t bit = key == NULL ? 0 : 1u << (key - ts_config_pools.keys);
+        if (now.keys & bit)
+            ts_config_complain(c, 0, "pool '%s': %s is given twice", p->pool.name, pair);
+        now.keys |= bit;
+        if (set_key(c, &ts_config_pools, p, &p->given, 0, pair, equals + 1) != TS_OK)
+            p->bad = true;
     }
-    return TS_OK;
+    return c->num_problems + c->problems_left_out == before ? TS_OK : TS_EINVAL;
 }
 
-static ts_status finish_pool(ts_config *c, ts_config_pool *p)
+/* ---- what all keys together show ---- */
+
+static bool has(const ts_config_pool *p, const char *name)
+{
+    const ts_config_key *key = ts_config_find_key(&ts_config_pools, name);
+    return p->given.keys >> (key - ts_config_pools.keys) & 1;
+}
+
+/* Complains of keys that must be there; false: some aren't. */
+static bool complete(ts_config *c, const ts_config_pool *p)
+{
+    const char *name = p->pool.name;
+    bool ok = !p->bad;
+    for (uint32_t i = 0; i < ts_config_pools.num_keys; i++) {
+        const ts_config_key *key = &ts_config_pools.keys[i];
+        if (!key->required || (p->given.keys >> i & 1))
+            continue;
+        ts_config_complain(c, p->given.line, "pool '%s': %s is missing: it is %llu..%llu", name,
+                           key->name, (unsigned long long)key->least,
+                           (unsigned long long)key->most);
+        ok = false;
+    }
+    if (has(p, "memory") == has(p, "blocks")) {
+        bool both = has(p, "memory");
+        uint32_t line = both ? ts_config_pool_line(p, "blocks") : p->given.line;
+        ts_config_complain(c, line, "pool '%s': give either memory or blocks", name);
+        ok = false;
+    }
+    return ok;
+}
+
+static void finish_pool(ts_config *c, ts_config_pool *p)
 {
     char why[160];
     const char *name = p->pool.name;
+    if (!complete(c, p))
+        return;
     if (ts_geometry_check(&p->pool.geometry, why, sizeof why) != TS_OK)
-        return fail(c, "pool '%s': %s", name, why);
+        return ts_config_complain(c, p->given.line, "pool '%s': %s", name, why);
     size_t block_bytes = ts_geometry_block_bytes(&p->pool.geometry);
-    if ((p->memory == 0) == (p->blocks == 0))
-        return fail(c, "pool '%s': give either memory or blocks", name);
     uint64_t blocks = p->blocks != 0 ? p->blocks : p->memory / block_bytes;
     if (blocks == 0 || blocks > TS_POOL_BLOCKS_MAX)
-        return fail(c, "pool '%s': %llu blocks of %zu bytes; the limits are 1..%u blocks", name,
-                    (unsigned long long)blocks, block_bytes, TS_POOL_BLOCKS_MAX);
+        return ts_config_complain(
+            c, ts_config_pool_line(p, "memory"),
+            "pool '%s': %llu blocks of %zu bytes; the limits are 1..%u blocks", name,
+            (unsigned long long)blocks, block_bytes, TS_POOL_BLOCKS_MAX);
     bool host = strcmp(p->pool.device, "host") == 0;
     bool cuda = strncmp(p->pool.device, "cuda:", 5) == 0;
     if ((host && p->provider > TS_PROVIDER_HOST) || (cuda && p->provider == TS_PROVIDER_HOST))
-        return fail(c, "pool '%s': provider = %s can't be used with device = %s", name,
-                    ts_provider_name(p->provider), p->pool.device);
+        ts_config_complain(c, ts_config_pool_line(p, "provider"),
+                           "pool '%s': provider = %s can't be used with device = %s", name,
+                           ts_provider_name(p->provider), p->pool.device);
     if ((host || p->provider == TS_PROVIDER_HOST) && p->pool.kernel != TS_KERNEL_AUTO)
-        return fail(c, "pool '%s': kernel = %s runs on a GPU, and the pool is in host memory", name,
-                    ts_kernel_name(p->pool.kernel));
+        ts_config_complain(c, ts_config_pool_line(p, "kernel"),
+                           "pool '%s': kernel = %s runs on a GPU, and the pool is in host memory",
+                           name, ts_kernel_name(p->pool.kernel));
     p->pool.num_blocks = (uint32_t)blocks;
     p->pool.slab_blocks =
         ts_geometry_slab_blocks(&p->pool.geometry, p->slab, host ? HOST_GRANULE : DEVICE_GRANULE);
@@ -389,26 +404,47 @@ static ts_status finish_pool(ts_config *c, ts_config_pool *p)
         p->memory_max == 0) /* one slab need not be whole granules */
         p->pool.slab_blocks = (uint32_t)blocks;
     uint64_t max = p->memory_max / block_bytes, slab = p->pool.slab_blocks;
+    uint32_t max_line = ts_config_pool_line(p, "memory_max");
     if (p->memory_max != 0 && max < blocks)
-        return fail(c, "pool '%s': memory_max is less than its memory", name);
+        return ts_config_complain(c, max_line, "pool '%s': memory_max is less than its memory",
+                                  name);
     if (max > TS_POOL_BLOCKS_MAX)
-        return fail(c, "pool '%s': memory_max would be %llu blocks; the limit is %u", name,
-                    (unsigned long long)max, TS_POOL_BLOCKS_MAX);
+        return ts_config_complain(c, max_line,
+                                  "pool '%s': memory_max would be %llu blocks; the limit is %u",
+                                  name, (unsigned long long)max, TS_POOL_BLOCKS_MAX);
     p->pool.max_blocks = (uint32_t)(max > blocks ? max : blocks);
     if (max > blocks) { /* whole slabs, up to the last */
         blocks = (blocks + slab - 1) / slab * slab;
         p->pool.num_blocks = (uint32_t)(blocks < max ? blocks : max);
     }
     p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
-    return TS_OK;
 }
 
 ts_status ts_config_finish(ts_config *c)
 {
     if (c->num_pools == 0)
-        return fail(c, "no pool is configured: add a [pool NAME] section");
+        ts_config_complain(c, 0, "no pool is configured: add a [pool NAME] section");
     for (uint32_t i = 0; i < c->num_pools; i++)
-        if (finish_pool(c, &c->pools[i]) != TS_OK)
-            return TS_EINVAL;
-    return TS_OK;
+        finish_pool(c, &c->pools[i]);
+    return c->num_problems == 0 ? TS_OK : TS_EINVAL;
+}
+
+void ts_config_compare(const ts_config *a, const ts_config *b,
+                       void (*differs)(void *arg, const char *key), void *arg)
+{
+    for (uint32_t i = 0; i < ts_config_daemon.num_keys; i++) {
+        const ts_config_key *key = &ts_config_daemon.keys[i];
+        if (!key->reloads && ts_config_key_differs(key, a, b))
+            differs(arg, key->name);
+    }
+}
+
+bool ts_config_pools_differ(const ts_config_pool *a, const ts_config_pool *b)
+{
+    bool differ = false;
+    for (uint32_t i = 0; i < ts_config_pools.num_keys; i++) {
+        const ts_config_key *key = &ts_config_pools.keys[i];
+        differ = differ || (!key->reloads && ts_config_key_differs(key, a, b));
+    }
+    return differ;
 }

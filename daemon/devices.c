@@ -1,23 +1,61 @@
 #include "devices.h"
 
 #include "log.h"
+#include "plain_text.h"
+#include "refusals.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define GIB ((double)(1u << 30))
+#include <unistd.h>
 
 void ts_devices_describe(const ts_pool_config *p, char *text, size_t bytes)
 {
     const ts_geometry *g = &p->geometry;
+    const uint64_t block_bytes = ts_geometry_block_bytes(g);
+    char block[32], all[32], slab[32], grown[64] = "";
+    if (p->max_blocks > p->num_blocks)
+        snprintf(grown, sizeof grown, ", and %llu when it has grown",
+                 (unsigned long long)p->max_blocks * g->block_tokens);
     snprintf(text, bytes,
              "pool '%s' on %s: %s, %u layers, %u KV heads of %u, %u tokens a block, %u blocks of "
-             "%.1f KiB (%.1f GiB) in slabs of %.1f MiB",
+             "%s (%s) in slabs of %s: up to %llu tokens%s",
              p->name, p->device, ts_dtype_name(g->dtype), g->layers, g->kv_heads, g->head_dim,
-             g->block_tokens, p->num_blocks, (double)ts_geometry_block_bytes(g) / 1024,
-             (double)ts_geometry_block_bytes(g) * p->num_blocks / GIB,
-             (double)ts_geometry_block_bytes(g) * p->slab_blocks / (1 << 20));
+             g->block_tokens, p->num_blocks, ts_text_bytes(block_bytes, block, sizeof block),
+             ts_text_bytes(block_bytes * p->num_blocks, all, sizeof all),
+             ts_text_bytes(block_bytes * p->slab_blocks, slab, sizeof slab),
+             (unsigned long long)p->num_blocks * g->block_tokens, grown);
+}
+
+static uint64_t machine_bytes(void)
+{
+    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* Whether the machine has room for `bytes` more than its other pools take. Their pages come when
+ * they are first written: too many would end a process then. */
+static ts_status check_host_fit(uint64_t others, uint64_t bytes, char *why, size_t why_bytes)
+{
+    char asked[32], has[32], taken[32];
+    uint64_t all = machine_bytes();
+    if (bytes <= all && others <= all - bytes)
+        return TS_OK;
+    snprintf(why, why_bytes,
+             "%s are asked for in host memory; this machine has %s, of which other pools take %s",
+             ts_text_bytes(bytes, asked, sizeof asked), ts_text_bytes(all, has, sizeof has),
+             ts_text_bytes(others, taken, sizeof taken));
+    return TS_ENOMEM;
+}
+
+/* Bytes of host memory that the service's pools may take. */
+static uint64_t host_bytes(const ts_service *s)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < s->engine->num_pools; i++)
+        if (ts_engine_has_pool(s->engine, i) && s->gpu_of[i] == NULL)
+            bytes += ts_geometry_block_bytes(&s->engine->pools[i].config.geometry) *
+                     s->engine->pools[i].books.num_blocks;
+    return bytes;
 }
 
 /* The GPU, opened at its first mention; NULL with a sentence. */
@@ -43,39 +81,61 @@ static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, char *why
     return g;
 }
 
-/* Decides the device; *gpu is NULL for host memory. TS_EDEVICE with a sentence. */
-static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
-                               const ts_service_gpu **gpu, char *why, size_t why_bytes)
+/*
+ * Decides the device: *host, or the GPU with this ordinal. TS_EDEVICE with a sentence. `note` says
+ * why there is no GPU where one would have been taken.
+ */
+static ts_status decide(const ts_config_pool *wanted, bool *host, uint32_t *ordinal, char *note,
+                        size_t note_bytes, char *why, size_t why_bytes)
 {
-    unsigned ordinal = 0;
-    *gpu = NULL;
+    const ts_pool_config *p = &wanted->pool;
+    char reason[128] = "";
     bool any = strcmp(p->device, "auto") == 0;
-    bool host = strcmp(p->device, "host") == 0 || (any && wanted->provider == TS_PROVIDER_HOST);
-    if (any && !host) {
-        char reason[128];
-        if (ts_gpu_count(reason, sizeof reason) == 0) {
-            if (wanted->provider != TS_PROVIDER_AUTO) {
-                snprintf(why, why_bytes, "provider = %s needs a GPU: %s",
-                         ts_provider_name(wanted->provider), reason);
-                return TS_EDEVICE;
-            }
-            ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->name},
-                      "pool '%s': device = auto: host memory, there is no GPU (%s)", p->name,
-                      reason);
-            host = true;
+    *ordinal = 0;
+    note[0] = '\0';
+    *host = strcmp(p->device, "host") == 0 || (any && wanted->provider == TS_PROVIDER_HOST);
+    uint32_t count = *host ? 0 : ts_gpu_count(reason, sizeof reason);
+    if (any && !*host && count == 0) {
+        if (wanted->provider != TS_PROVIDER_AUTO) {
+            snprintf(why, why_bytes, "provider = %s needs a GPU: %s",
+                     ts_provider_name(wanted->provider), reason);
+            return TS_EDEVICE;
         }
+        snprintf(note, note_bytes, "%s", reason);
+        *host = true;
     }
-    if (host && p->kernel != TS_KERNEL_AUTO) {
+    if (*host && p->kernel != TS_KERNEL_AUTO) {
         snprintf(why, why_bytes, "kernel = %s runs on a GPU, and there is none",
                  ts_kernel_name(p->kernel));
         return TS_EDEVICE;
     }
+    if (!any && !*host)
+        (void)sscanf(p->device, "cuda:%u", ordinal); /* its form was seen to */
+    if (*host || *ordinal < count)
+        return TS_OK;
+    snprintf(why, why_bytes, "device = %s: this machine has %u GPU%s%s%s", p->device, count,
+             count == 1 ? "" : "s", count == 0 ? ": " : ", counted from 0", reason);
+    return TS_EDEVICE;
+}
+
+/* Decides the device, and opens it; *gpu is NULL for host memory. */
+static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
+                               const ts_service_gpu **gpu, char *why, size_t why_bytes)
+{
+    bool any = strcmp(p->device, "auto") == 0, host;
+    uint32_t ordinal;
+    char note[128];
+    *gpu = NULL;
+    ts_status status = decide(wanted, &host, &ordinal, note, sizeof note, why, why_bytes);
+    if (status != TS_OK)
+        return status;
     if (host) {
+        if (note[0] != '\0')
+            ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+                      "pool '%s': device = auto: host memory, there is no GPU (%s)", p->name, note);
         snprintf(p->device, sizeof p->device, "host");
         return TS_OK;
     }
-    if (!any)
-        (void)sscanf(p->device, "cuda:%u", &ordinal); /* config.c has seen to its form */
     *gpu = open_gpu(s, ordinal, why, why_bytes);
     if (*gpu == NULL)
         return TS_EDEVICE;
@@ -108,11 +168,13 @@ static ts_status check_fit(const ts_service *s, const ts_service_gpu *g, const c
         return status;
     if (bytes <= available - (planned < available ? planned : available))
         return TS_OK;
+    char asked[32], unused[32], all[32], taken[32];
     snprintf(why, why_bytes,
-             "%.2f GiB are asked for on %s (%s); it has %.2f GiB free of %.2f GiB, and other pools "
-             "take %.2f GiB of that",
-             (double)bytes / GIB, device, ts_gpu_get_info(g->gpu)->name, (double)available / GIB,
-             (double)ts_gpu_get_info(g->gpu)->total_bytes / GIB, (double)planned / GIB);
+             "%s are asked for on %s (%s); it has %s free of %s, and other pools take %s of that",
+             ts_text_bytes(bytes, asked, sizeof asked), device, ts_gpu_get_info(g->gpu)->name,
+             ts_text_bytes(available, unused, sizeof unused),
+             ts_text_bytes(ts_gpu_get_info(g->gpu)->total_bytes, all, sizeof all),
+             ts_text_bytes(planned, taken, sizeof taken));
     return TS_ENOMEM;
 }
 
@@ -172,6 +234,10 @@ ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why,
     if (gpu != NULL)
         status = new_gpu_memory(s, wanted, &p, gpu, &memory, why, why_bytes);
     else
+        status = check_host_fit(host_bytes(s),
+                                (uint64_t)ts_geometry_block_bytes(&p.geometry) * p.num_blocks, why,
+                                why_bytes);
+    if (status == TS_OK && gpu == NULL)
         status = ts_memory_host_new((p.max_blocks - 1) / p.slab_blocks + 1,
                                     ts_geometry_block_bytes(&p.geometry) * p.slab_blocks, &memory,
                                     why, why_bytes);
@@ -183,10 +249,66 @@ ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why,
     }
     s->memory[index] = memory;
     s->gpu_of[index] = gpu;
-    char text[256];
+    char text[320];
     ts_devices_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
     return TS_OK;
+}
+
+/* Whether a pool of `bytes` fits on its GPU beside others that take *others of it, and can be
+ * attended there. */
+static ts_status check_on_gpu(const ts_pool_config *p, uint32_t ordinal, uint64_t others,
+                              uint64_t bytes, char *why, size_t why_bytes)
+{
+    ts_gpu *gpu;
+    ts_status status = ts_gpu_open(ordinal, &gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    const ts_gpu_info *info = ts_gpu_get_info(gpu);
+    char asked[32], all[32], taken[32];
+    if (bytes > info->total_bytes || others > info->total_bytes - bytes) {
+        status = TS_ENOMEM;
+        snprintf(why, why_bytes,
+                 "%s are asked for on cuda:%u (%s), which has %s, of which other pools take %s",
+                 ts_text_bytes(bytes, asked, sizeof asked), ordinal, info->name,
+                 ts_text_bytes(info->total_bytes, all, sizeof all),
+                 ts_text_bytes(others, taken, sizeof taken));
+    } else {
+        status = ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, why, why_bytes);
+    }
+    ts_gpu_close(gpu);
+    return status;
+}
+
+ts_status ts_devices_check(ts_config *c)
+{
+    uint64_t in_host = 0, on_gpu[TS_GPUS_MAX] = {0};
+    for (uint32_t i = 0; i < c->num_pools; i++) {
+        const ts_config_pool *p = &c->pools[i];
+        const uint64_t bytes =
+            p->pool.num_blocks == 0
+                ? 0
+                : (uint64_t)ts_geometry_block_bytes(&p->pool.geometry) * p->pool.num_blocks;
+        char why[200], note[128];
+        bool host;
+        uint32_t ordinal;
+        if (bytes == 0) /* it has problems of its own */
+            continue;
+        if (decide(p, &host, &ordinal, note, sizeof note, why, sizeof why) != TS_OK) {
+            ts_config_complain(c, ts_config_pool_line(p, "device"), "pool '%s': %s", p->pool.name,
+                               why);
+            continue;
+        }
+        uint64_t *others = host ? &in_host : &on_gpu[ordinal < TS_GPUS_MAX ? ordinal : 0];
+        ts_status status = host ? check_host_fit(*others, bytes, why, sizeof why)
+                                : check_on_gpu(&p->pool, ordinal, *others, bytes, why, sizeof why);
+        const char *key = status == TS_ENOMEM ? "memory" : "device";
+        if (status != TS_OK)
+            ts_config_complain(c, ts_config_pool_line(p, key), "pool '%s': %s", p->pool.name, why);
+        else
+            *others += bytes;
+    }
+    return c->num_problems == 0 ? TS_OK : TS_EINVAL;
 }
 
 ts_status ts_devices_start(ts_service *s, const ts_config *c)
@@ -215,11 +337,14 @@ ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, t
                   p->config.name);
         return a->status;
     }
-    if (s->gpu_of[pool] != NULL && num_blocks > blocks && num_blocks <= p->books.max_blocks) {
+    if (num_blocks > blocks && num_blocks <= p->books.max_blocks) {
         char why[TS_MESSAGE_BYTES];
         uint64_t more =
             (uint64_t)ts_geometry_block_bytes(&p->config.geometry) * (num_blocks - blocks);
-        ts_status status = check_fit(s, s->gpu_of[pool], p->config.device, more, why, sizeof why);
+        ts_status status =
+            s->gpu_of[pool] == NULL
+                ? check_host_fit(host_bytes(s), more, why, sizeof why)
+                : check_fit(s, s->gpu_of[pool], p->config.device, more, why, sizeof why);
         if (status != TS_OK) {
             ts_refuse(a, status, "pool '%s': %.200s", p->config.name, why);
             return status;
@@ -246,6 +371,7 @@ ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
     ts_engine_apply(s->engine, &command, a);
     if (a->status != TS_OK)
         return a->status;
+    ts_refusals_forget_pool(s, pool);
     ts_memory_free(s->memory[pool]);
     s->memory[pool] = NULL;
     s->gpu_of[pool] = NULL;

@@ -10,6 +10,10 @@
 #include "config.h"
 #include "service.h"
 
+/* Whether this machine has what the pools need: GPUs, and memory for all of them, as if nothing
+ * else took any. Complains of what doesn't fit (config.h). TS_EINVAL: there are problems. */
+ts_status ts_devices_check(ts_config *config);
+
 /* Adds every configured pool to the service's engine, with its memory and, on a GPU, its batch.
  * What went wrong is logged. */
 ts_status ts_devices_start(ts_service *service, const ts_config *config);
@@ -27,7 +31,7 @@ ts_status ts_devices_remove(ts_service *service, uint32_t pool, ts_answer *answe
 /* Ends the GPUs' batches; the GPUs go with the service. */
 void ts_devices_stop(ts_service *service);
 
-/* "pool 'x' on cuda:0: bf16, 32 layers, ..." */
+/* "pool 'x' on cuda:0: bf16, 32 layers, ...: up to 8192 tokens" */
 void ts_devices_describe(const ts_pool_config *pool, char *text, size_t bytes);
 
 #endif

@@ -1,41 +1,35 @@
 #define _GNU_SOURCE
 #include "http.h"
 
-#include "config.h"
+#include "clock.h"
+#include "http_address.h"
+#include "log.h"
 #include "metrics.h"
 #include "page.h"
+#include "plain_text.h"
 #include "stats.h"
 
-#include <nng/nng.h>
-#include <nng/supplemental/http/http.h>
-#include <sched.h>
-#include <stdatomic.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <microhttpd.h>
+#include <netinet/in.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/random.h>
+#include <unistd.h>
 
-/* Handlers can be called a little longer than the server lives: the last of them frees this. */
-struct ts_http {
-    ts_service *service;
-    char port[8];
-    nng_http_server *server;
-    atomic_bool stopping;
-    atomic_uint asking; /* calls of `asked` that may use the service */
-    atomic_uint users;  /* handlers, and who started it */
-};
+/* What a browser may do with an answer that isn't the page. */
+#define NOTHING "default-src 'none'; frame-ancestors 'none'"
+#define REST_MS 100 /* that the listener isn't looked at when there are no descriptors */
+#define TEXT "text/plain; charset=utf-8"
 
 typedef struct route {
     const char *path, *type;
     char *(*text)(ts_service *service); /* NULL: the page */
 } route;
-
-/* A request that the engine's owner is to answer. */
-typedef struct page {
-    ts_work work;
-    nng_aio *aio;
-    const route *route;
-} page;
 
 /* Where sessions are spread over daemons, one that drains isn't to get any. */
 static char *health(ts_service *s)
@@ -47,149 +41,405 @@ static const route routes[] = {
     {"/", "text/html; charset=utf-8", NULL},
     {"/stats.json", "application/json", ts_stats_json},
     {"/metrics", "text/plain; version=0.0.4; charset=utf-8", ts_metrics_text},
-    {"/healthz", "text/plain; charset=utf-8", health},
+    {"/healthz", TEXT, health},
 };
 
-/* What a browser may do with an answer that isn't the page. */
-#define NOTHING "default-src 'none'; frame-ancestors 'none'"
+typedef struct place place;
 
-/* Answers with the text, or with an error of HTTP's. */
-static void answer(nng_aio *aio, uint16_t status, const char *type, const char *policy,
-                   const char *text)
+/* A request that the engine's owner answers. HTTP's thread owns all but `text` and `next_answered`,
+ * which are the engine's owner's until it puts the question among the answered ones. */
+typedef struct question {
+    ts_work work;
+    ts_http *http;
+    const route *route;
+    char *text; /* the answer; NULL: there is none (yet) */
+    struct question *next_answered;
+    place *place; /* who waits for it; NULL: nobody any more */
+    bool answered, too_late;
+} question;
+
+/* A connection. */
+struct place {
+    int fd; /* libmicrohttpd's, which closes it; -1: the place is free */
+    uint64_t start_ms;
+    struct MHD_Connection *connection; /* suspended while the engine has its question */
+    question *question;
+    bool shut; /* its time was up */
+};
+
+struct ts_http {
+    ts_service *service;
+    char hosts[512];
+    struct MHD_Daemon *daemon;
+    pthread_t thread;
+    int listener, stop, answered; /* the last two are eventfds */
+    int spare;                    /* given up to turn a connection away when there are no others */
+    place places[TS_HTTP_CONNECTIONS];
+    place *next_place; /* of the connection that is being added */
+    pthread_mutex_t lock;
+    question *answered_questions; /* under the lock */
+};
+
+/* ---- answers ---- */
+
+/* Takes the text, which was malloc'ed; NULL: there was no memory for it. */
+static enum MHD_Result answer(struct MHD_Connection *connection, unsigned status, const char *type,
+                              const char *policy, char *text)
 {
-    nng_http_res *res;
-    int error = status == 200 ? nng_http_res_alloc(&res) : nng_http_res_alloc_error(&res, status);
-    if (error == 0 && status == 200) {
-        error = nng_http_res_copy_data(res, text, strlen(text));
-        if (error == 0)
-            error = nng_http_res_set_header(res, "Content-Type", type);
-        if (error == 0)
-            error = nng_http_res_set_header(res, "Cache-Control", "no-store");
-        if (error == 0)
-            error = nng_http_res_set_header(res, "X-Content-Type-Options", "nosniff");
-        if (error == 0)
-            error = nng_http_res_set_header(res, "Content-Security-Policy", policy);
-        if (error == 0)
-            error = nng_http_res_set_header(res, "Referrer-Policy", "no-referrer");
-        if (error != 0)
-            nng_http_res_free(res);
+    const struct {
+        const char *name, *value;
+    } headers[] = {{"Content-Type", type},
+                   {"Content-Security-Policy", policy},
+                   {"Cache-Control", "no-store"},
+                   {"X-Content-Type-Options", "nosniff"},
+                   {"Referrer-Policy", "no-referrer"},
+                   {"Connection", "close"}};
+    if (text == NULL)
+        return MHD_NO; /* ends the connection */
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_FREE);
+    if (response == NULL) {
+        free(text);
+        return MHD_NO;
     }
-    if (error == 0)
-        nng_aio_set_output(aio, 0, res);
-    nng_aio_finish(aio, error);
+    enum MHD_Result result = MHD_YES;
+    for (size_t i = 0; i < sizeof headers / sizeof *headers && result == MHD_YES; i++)
+        result = MHD_add_response_header(response, headers[i].name, headers[i].value);
+    if (result == MHD_YES)
+        result = MHD_queue_response(connection, status, response);
+    MHD_destroy_response(response);
+    return result;
 }
 
-static void answer_page(ts_work *work, void *service)
+static enum MHD_Result answer_error(struct MHD_Connection *connection, unsigned status,
+                                    const char *sentence)
 {
-    page *p = (page *)work;
-    char *text = p->route->text(service);
-    answer(p->aio, text != NULL ? 200 : 503, p->route->type, NOTHING, text);
-    free(text);
-    free(p);
+    char *text = NULL;
+    if (asprintf(&text, "%s\n", sentence) < 0)
+        text = NULL;
+    return answer(connection, status, TEXT, NOTHING, text);
 }
 
 /* The page itself: the script and the style that are in it may run, and nothing else. */
-static void answer_html(nng_aio *aio, const route *r)
+static enum MHD_Result answer_page(struct MHD_Connection *connection, const route *r)
 {
     unsigned char random[(sizeof TS_PAGE_NONCE - 1) / 2];
     char nonce[sizeof TS_PAGE_NONCE], policy[256];
     if (getrandom(random, sizeof random, 0) != (ssize_t)sizeof random)
-        return answer(aio, 503, NULL, NULL, NULL);
+        return answer_error(connection, MHD_HTTP_SERVICE_UNAVAILABLE, "there is no randomness");
     for (size_t i = 0; i < sizeof random; i++)
         snprintf(nonce + 2 * i, 3, "%02x", random[i]);
     snprintf(policy, sizeof policy,
              "default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; "
              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
              nonce, nonce);
-    char *text = ts_page_with(nonce);
-    answer(aio, text != NULL ? 200 : 503, r->type, policy, text);
-    free(text);
+    return answer(connection, MHD_HTTP_OK, r->type, policy, ts_page_with(nonce));
 }
 
-static void release(void *http)
+static enum MHD_Result refuse_host(struct MHD_Connection *connection, const char *host)
+{
+    char shown[256], sentence[512];
+    snprintf(sentence, sizeof sentence,
+             "This was asked of %s%s%s. The daemon answers to addresses, to localhost and to the "
+             "names in metrics_hosts of its configuration.",
+             host == NULL ? "no host" : "'",
+             host == NULL ? "" : ts_text_escape(host, shown, sizeof shown),
+             host == NULL ? "" : "'");
+    return answer_error(connection, MHD_HTTP_FORBIDDEN, sentence);
+}
+
+/* ---- questions ---- */
+
+/* On the engine's owner. */
+static void answer_question(ts_work *work, void *service)
+{
+    question *q = (question *)work;
+    ts_http *h = q->http;
+    uint64_t one = 1;
+    q->text = q->route->text(service);
+    pthread_mutex_lock(&h->lock);
+    q->next_answered = h->answered_questions;
+    h->answered_questions = q;
+    /* Within the lock: once it is free, the question and all of `h` may go. */
+    if (write(h->answered, &one, sizeof one) != (ssize_t)sizeof one)
+        ts_log(TS_LOG_ERROR, "HTTP's thread can't be told of an answer: %s", strerror(errno));
+    pthread_mutex_unlock(&h->lock);
+}
+
+static void free_question(question *q)
+{
+    free(q->text);
+    free(q);
+}
+
+/* Goes on with the connections whose questions are answered. */
+static void take_answers(ts_http *h)
+{
+    uint64_t count;
+    if (read(h->answered, &count, sizeof count) < 0 && errno != EAGAIN)
+        ts_log(TS_LOG_ERROR, "HTTP's eventfd can't be read: %s", strerror(errno));
+    pthread_mutex_lock(&h->lock);
+    question *q = h->answered_questions;
+    h->answered_questions = NULL;
+    pthread_mutex_unlock(&h->lock);
+    for (question *next; q != NULL; q = next) {
+        next = q->next_answered;
+        q->answered = true;
+        if (q->place == NULL)
+            free_question(q);
+        else if (!q->too_late)
+            MHD_resume_connection(q->place->connection);
+    }
+}
+
+static place *place_of(struct MHD_Connection *connection)
+{
+    const union MHD_ConnectionInfo *info =
+        MHD_get_connection_info(connection, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
+    return info->socket_context;
+}
+
+static enum MHD_Result ask(ts_http *h, struct MHD_Connection *connection, const route *r,
+                           void **state)
+{
+    place *p = place_of(connection);
+    question *q = malloc(sizeof *q);
+    if (q == NULL)
+        return MHD_NO;
+    *q = (question){.work.run = answer_question, .http = h, .route = r, .place = p};
+    p->connection = connection;
+    p->question = q;
+    *state = q;
+    MHD_suspend_connection(connection);
+    ts_queue_put(&h->service->queue, &q->work); /* this thread has others' time to keep */
+    return MHD_YES;
+}
+
+/* libmicrohttpd calls this when it has a request's head, and once more when the connection is
+ * resumed. */
+static enum MHD_Result handle(void *http, struct MHD_Connection *connection, const char *url,
+                              const char *method, const char *version, const char *upload,
+                              size_t *upload_bytes, void **state)
 {
     ts_http *h = http;
-    if (atomic_fetch_sub(&h->users, 1) == 1)
-        free(h);
-}
-
-static void ask(ts_http *h, nng_aio *aio)
-{
-    nng_http_req *req = nng_aio_get_input(aio, 0);
-    const char *host = nng_http_req_get_header(req, "Host");
-    const char *port = host == NULL ? NULL : ts_loopback_port(host),
-               *uri = nng_http_req_get_uri(req);
+    question *q = *state;
     const route *found = NULL;
-    for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
-        size_t n = strlen(routes[i].path);
-        if (strncmp(uri, routes[i].path, n) == 0 && (uri[n] == '\0' || uri[n] == '?'))
-            found = &routes[i];
+    (void)version;
+    (void)upload;
+    (void)upload_bytes;
+    if (q != NULL && q->too_late)
+        return answer_error(connection, MHD_HTTP_SERVICE_UNAVAILABLE,
+                            "the daemon's engine doesn't answer");
+    if (q != NULL && q->text == NULL)
+        return answer_error(connection, MHD_HTTP_SERVICE_UNAVAILABLE,
+                            "the daemon is being drained, or has no memory");
+    if (q != NULL) {
+        char *text = q->text;
+        q->text = NULL;
+        return answer(connection, MHD_HTTP_OK, q->route->type, NOTHING, text);
     }
-    if (port == NULL || strcmp(port, h->port) != 0)
-        return answer(aio, 403, NULL, NULL, NULL);
-    if (found != NULL && found->text == NULL)
-        return answer_html(aio, found);
-    page *p = found == NULL ? NULL : malloc(sizeof *p);
-    if (p == NULL)
-        return answer(aio, found == NULL ? 404 : 503, NULL, NULL, NULL);
-    *p = (page){.work.run = answer_page, .aio = aio, .route = found};
-    ts_queue_run(&h->service->queue, &p->work, h->service);
+    const char *host = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Host");
+    if (host == NULL || !ts_http_host_allowed(host, h->hosts))
+        return refuse_host(connection, host);
+    for (size_t i = 0; i < sizeof routes / sizeof *routes; i++)
+        if (strcmp(url, routes[i].path) == 0)
+            found = &routes[i];
+    if (found == NULL)
+        return answer_error(connection, MHD_HTTP_NOT_FOUND,
+                            "There are /, /stats.json, /metrics and /healthz.");
+    if (strcmp(method, MHD_HTTP_METHOD_GET) != 0 && strcmp(method, MHD_HTTP_METHOD_HEAD) != 0)
+        return answer_error(connection, MHD_HTTP_METHOD_NOT_ALLOWED, "Only GET and HEAD are.");
+    return found->text == NULL ? answer_page(connection, found) : ask(h, connection, found, state);
 }
 
-static void asked(nng_aio *aio)
+/* ---- connections ---- */
+
+static void connection_event(void *http, struct MHD_Connection *connection, void **context,
+                             enum MHD_ConnectionNotificationCode event)
 {
-    ts_http *h = nng_http_handler_get_data(nng_aio_get_input(aio, 1));
-    atomic_fetch_add(&h->asking, 1);
-    if (atomic_load(&h->stopping))
-        answer(aio, 503, NULL, NULL, NULL);
-    else
-        ask(h, aio);
-    atomic_fetch_sub(&h->asking, 1);
+    (void)connection;
+    if (event == MHD_CONNECTION_NOTIFY_STARTED) {
+        *context = ((ts_http *)http)->next_place;
+        return;
+    }
+    place *p = *context;
+    question *q = p->question;
+    p->fd = -1;
+    p->question = NULL;
+    if (q == NULL)
+        return;
+    q->place = NULL;
+    if (q->answered)
+        free_question(q);
 }
 
-ts_status ts_http_start(ts_service *service, const char *address, ts_http **out, char *why,
-                        size_t why_bytes)
+static void add(ts_http *h, int fd, const struct sockaddr *address, socklen_t bytes)
 {
+    place *p = h->places;
+    while (p < h->places + TS_HTTP_CONNECTIONS && p->fd >= 0)
+        p++;
+    if (p == h->places + TS_HTTP_CONNECTIONS) {
+        close(fd);
+        return;
+    }
+    *p = (place){.fd = fd, .start_ms = ts_now_ms()};
+    h->next_place = p;
+    if (MHD_add_connection(h->daemon, fd, address, bytes) != MHD_YES)
+        p->fd = -1; /* it has closed it */
+}
+
+/* False: connections are left in the queue, for there is no descriptor even to turn them away. */
+static bool accept_all(ts_http *h)
+{
+    for (uint32_t i = 0; i < 2 * TS_HTTP_CONNECTIONS; i++) {
+        struct sockaddr_storage address;
+        socklen_t bytes = sizeof address;
+        int fd =
+            accept4(h->listener, (struct sockaddr *)&address, &bytes, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd >= 0) {
+            add(h, fd, (const struct sockaddr *)&address, bytes);
+        } else if (errno == EMFILE || errno == ENFILE) {
+            /* Who stays in the queue would have this thread wake for ever. */
+            if (h->spare >= 0)
+                close(h->spare);
+            fd = accept4(h->listener, NULL, NULL, SOCK_CLOEXEC);
+            bool empty = fd < 0 && errno == EAGAIN; /* this is looked at after descriptors */
+            if (fd >= 0)
+                close(fd);
+            h->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+            if (fd < 0)
+                return empty;
+        } else if (errno != ECONNABORTED && errno != EINTR) {
+            break;
+        }
+    }
+    return true;
+}
+
+/* Ends what has had its time. Returns how many milliseconds the next one has left; -1: there is
+ * none. */
+static int end_late_ones(ts_http *h)
+{
+    uint64_t now = ts_now_ms(), next = UINT64_MAX;
+    for (uint32_t i = 0; i < TS_HTTP_CONNECTIONS; i++) {
+        place *p = &h->places[i];
+        if (p->fd < 0 || p->shut)
+            continue;
+        question *q = p->question;
+        bool waits = q != NULL && !q->answered && !q->too_late;
+        uint64_t end = p->start_ms + (waits ? TS_HTTP_ENGINE_MS : TS_HTTP_REQUEST_MS);
+        if (end > now) {
+            next = end < next ? end : next;
+        } else if (waits) {
+            q->too_late = true;
+            MHD_resume_connection(p->connection);
+            next = now;
+        } else { /* libmicrohttpd sees the end, and closes it */
+            shutdown(p->fd, SHUT_RDWR);
+            p->shut = true;
+            next = now;
+        }
+    }
+    return next == UINT64_MAX ? -1 : (int)(next - now);
+}
+
+static void *http_main(void *arg)
+{
+    ts_http *h = arg;
+    const union MHD_DaemonInfo *info = MHD_get_daemon_info(h->daemon, MHD_DAEMON_INFO_EPOLL_FD);
+    struct pollfd fds[] = {{.fd = h->stop, .events = POLLIN},
+                           {.fd = h->listener, .events = POLLIN},
+                           {.fd = h->answered, .events = POLLIN},
+                           {.fd = info->epoll_fd, .events = POLLIN}};
+    for (bool rests = false;;) {
+        int timeout = end_late_ones(h);
+        MHD_UNSIGNED_LONG_LONG wanted;
+        if (MHD_get_timeout(h->daemon, &wanted) == MHD_YES &&
+            (timeout < 0 || wanted < (unsigned)timeout))
+            timeout = (int)wanted;
+        if (rests && (timeout < 0 || timeout > REST_MS))
+            timeout = REST_MS;
+        fds[1].events = rests ? 0 : POLLIN;
+        rests = false;
+        if (poll(fds, sizeof fds / sizeof *fds, timeout) < 0)
+            continue;
+        if (fds[0].revents != 0)
+            return NULL;
+        if (fds[1].revents != 0)
+            rests = !accept_all(h);
+        if (fds[2].revents != 0)
+            take_answers(h);
+        MHD_run(h->daemon);
+    }
+}
+
+/* ---- start and stop ---- */
+
+static int listen_at(const ts_http_address *address)
+{
+    int one = 1;
+    int fd =
+        socket(address->socket.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, IPPROTO_TCP);
+    if (fd < 0)
+        return -1;
+    if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0 &&
+        bind(fd, (const struct sockaddr *)&address->socket, address->bytes) == 0 &&
+        listen(fd, TS_HTTP_CONNECTIONS) == 0)
+        return fd;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
+static void close_all(ts_http *h)
+{
+    if (h->daemon != NULL)
+        MHD_stop_daemon(h->daemon);
+    const int fds[] = {h->listener, h->stop, h->answered, h->spare};
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+    pthread_mutex_destroy(&h->lock);
+    free(h);
+}
+
+ts_status ts_http_start(ts_service *service, const char *text, const char *hosts, ts_http **out,
+                        char *why, size_t why_bytes)
+{
+    ts_http_address address;
     ts_http *h = calloc(1, sizeof *h);
-    char text[96];
-    nng_url *url = NULL;
-    *out = h;
-    if (h == NULL) {
-        snprintf(why, why_bytes, "no memory to listen at http://%s", address);
+    *out = NULL;
+    if (h == NULL || !ts_http_address_parse(text, &address)) {
+        snprintf(why, why_bytes, "no memory to listen at http://%s", text);
+        free(h);
         return TS_ENOMEM;
     }
     h->service = service;
-    atomic_store(&h->users, 1);
-    snprintf(h->port, sizeof h->port, "%s", ts_loopback_port(address));
-    snprintf(text, sizeof text, "http://%s", address);
-    int error = nng_url_parse(&url, text);
-    if (error == 0)
-        error = nng_http_server_hold(&h->server, url);
-    for (size_t i = 0; i < sizeof routes / sizeof *routes && error == 0; i++) {
-        nng_http_handler *handler;
-        error = nng_http_handler_alloc(&handler, routes[i].path, asked);
-        if (error != 0)
-            break;
-        error = nng_http_handler_set_method(handler, "GET");
-        if (error == 0)
-            error = nng_http_handler_set_data(handler, h, release);
-        atomic_fetch_add(&h->users, error == 0);
-        if (error == 0)
-            error = nng_http_server_add_handler(h->server, handler);
-        if (error != 0)
-            nng_http_handler_free(handler);
+    snprintf(h->hosts, sizeof h->hosts, "%s", hosts);
+    pthread_mutex_init(&h->lock, NULL);
+    for (uint32_t i = 0; i < TS_HTTP_CONNECTIONS; i++)
+        h->places[i].fd = -1;
+    h->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    h->answered = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    h->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    h->listener = listen_at(&address);
+    const char *reason = strerror(errno);
+    if (h->listener >= 0 && h->stop >= 0 && h->answered >= 0 && h->spare >= 0) {
+        h->daemon = MHD_start_daemon(
+            MHD_USE_EPOLL | MHD_USE_NO_LISTEN_SOCKET | MHD_ALLOW_SUSPEND_RESUME, 0, NULL, NULL,
+            handle, h, MHD_OPTION_CONNECTION_LIMIT, TS_HTTP_CONNECTIONS,
+            MHD_OPTION_NOTIFY_CONNECTION, connection_event, h, MHD_OPTION_END);
+        reason = "libmicrohttpd doesn't start";
     }
-    if (error == 0)
-        error = nng_http_server_start(h->server);
-    if (url != NULL)
-        nng_url_free(url);
-    if (error == 0)
+    if (h->daemon != NULL && pthread_create(&h->thread, NULL, http_main, h) == 0) {
+        if (!ts_http_address_is_loopback(&address))
+            ts_log(TS_LOG_WARNING, "http://%s can be read by everybody who can reach it", text);
+        *out = h;
         return TS_OK;
-    snprintf(why, why_bytes, "listening at http://%s failed: %s", address, nng_strerror(error));
-    if (h->server != NULL)
-        nng_http_server_release(h->server);
-    release(h);
-    *out = NULL;
+    }
+    snprintf(why, why_bytes, "listening at http://%s failed: %s", text, reason);
+    close_all(h);
     return TS_ECONN;
 }
 
@@ -197,11 +447,11 @@ void ts_http_stop(ts_http *h)
 {
     if (h == NULL)
         return;
-    atomic_store(&h->stopping, true);
-    while (atomic_load(&h->asking) > 0)
-        sched_yield();
-    ts_queue_flush(&h->service->queue); /* pages that were asked for */
-    nng_http_server_stop(h->server);
-    nng_http_server_release(h->server);
-    release(h);
+    uint64_t one = 1;
+    if (write(h->stop, &one, sizeof one) != (ssize_t)sizeof one)
+        ts_log(TS_LOG_ERROR, "HTTP's thread can't be told to stop: %s", strerror(errno));
+    pthread_join(h->thread, NULL);
+    ts_queue_flush(&h->service->queue); /* what was asked: each question is answered now */
+    take_answers(h);                    /* no connection is suspended any more */
+    close_all(h);
 }

@@ -1,6 +1,7 @@
 #include "jobs.h"
 
 #include "log.h"
+#include "refusals.h"
 #include "ring.h"
 
 #include <stdlib.h>
@@ -109,7 +110,7 @@ static void reply_to_job(ts_service *s, service_job *j)
         reply.request_id = j->request_id;
         reply.status = (uint32_t)j->job.status;
         reply.message = j->job.status == TS_OK ? (char *)"" : j->job.why;
-        s->refused += j->job.status != TS_OK;
+        ts_refused(s, j->request->message, j->job.status);
         size = ts_service_pack(s, &reply, &size) ? size : 0;
         bytes = s->packed;
     }
@@ -135,7 +136,9 @@ static void finish_job(ts_work *work, void *service)
     if (j->request != NULL)
         reply_to_job(s, j);
     if (j->ring != NULL) {
-        s->refused += j->job.status != TS_OK;
+        ts_refused_step(
+            s, j->layer == TS_NONE ? TSPB__REQUEST__BODY_STEP_BEGIN : TSPB__REQUEST__BODY_STEP_RUN,
+            j->step, j->job.status);
         ts_ring_complete(j->ring, &j->asker, j->job.status, j->job.why);
         ts_ring_release(j->ring);
     }

@@ -34,6 +34,7 @@
 const char *argp_program_version = "tinyserved " TS_VERSION;
 
 enum { OPT_POOL = 256, OPT_CHECK };
+enum { EXIT_USAGE = 2 };
 
 typedef struct options {
     const char *config_path;
@@ -111,18 +112,22 @@ static ts_status read_config(const options *o, ts_config *c)
 {
     ts_config_init(c);
     /* Pools on the command line stand on their own: the default file is not needed then. */
-    if (o->config_given || o->num_pools == 0) {
-        ts_status status = ts_config_read(c, o->config_path);
-        if (status != TS_OK)
-            return status;
-    }
+    if ((o->config_given || o->num_pools == 0) && ts_config_read(c, o->config_path) == TS_ENOENT)
+        return TS_ENOENT;
     for (uint32_t i = 0; i < o->num_keys; i++)
-        if (ts_config_set(c, o->keys[i], o->values[i]) != TS_OK)
-            return TS_EINVAL;
+        (void)ts_config_set(c, o->keys[i], o->values[i]);
     for (uint32_t i = 0; i < o->num_pools; i++)
-        if (ts_config_add_pool(c, o->pools[i]) != TS_OK)
-            return TS_EINVAL;
+        (void)ts_config_add_pool(c, o->pools[i]);
     return ts_config_finish(c);
+}
+
+static void log_problems(const ts_config *c)
+{
+    char text[512];
+    for (uint32_t i = 0; i < c->num_problems; i++)
+        ts_log(TS_LOG_ERROR, "%s", ts_config_problem_text(c, i, text, sizeof text));
+    if (c->problems_left_out > 0)
+        ts_log(TS_LOG_ERROR, "and %u problems more", c->problems_left_out);
 }
 
 /* A GPU is lost: main ends the daemon, which can't do its work any more. */
@@ -202,10 +207,12 @@ static void reload(ts_service *s, const options *o, ts_config *running)
     ts_config *next = malloc(sizeof *next);
     if (next == NULL)
         return ts_log(TS_LOG_ERROR, "no memory to read the configuration again");
-    if (read_config(o, next) != TS_OK)
-        ts_log(TS_LOG_ERROR, "nothing was changed: %s", next->error);
-    else
+    if (read_config(o, next) == TS_OK) {
         ts_reload(s, running, next);
+    } else {
+        log_problems(next);
+        ts_log(TS_LOG_ERROR, "the configuration has problems: nothing was changed");
+    }
     free(next);
 }
 
@@ -280,6 +287,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->message_bytes_max = (uint32_t)c->message_bytes;
     s->admin_uid = getuid();
     s->operators = c->operators;
+    s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
     s->submit_ms = c->submit_ms;
     s->device_failed = device_failed;
     pthread_mutex_init(&s->operators_lock, NULL);
@@ -316,7 +324,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->end_connection = end_connection;
     s->end_connection_arg = transport;
     if (ts_fd_server_start(s, &handles, &fd_server, why, sizeof why) != TS_OK ||
-        (c->metrics[0] != '\0' && ts_http_start(s, c->metrics, &http, why, sizeof why) != TS_OK) ||
+        (c->metrics[0] != '\0' && ts_http_start(s, c->metrics, c->metrics_hosts, &http, why, sizeof why) != TS_OK) ||
         ts_transport_listen(transport, why, sizeof why) !=
             TS_OK) { /* a client that finds it finds all */
     fail:
@@ -379,20 +387,23 @@ static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signal
 int main(int argc, char **argv)
 {
     options o = {.config_path = TS_CONFIG_DEFAULT};
+    argp_err_exit_status = EXIT_USAGE;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     ts_config *c = malloc(sizeof *c);
     if (c == NULL)
         return EXIT_FAILURE;
     ts_status status = read_config(&o, c);
+    if (o.check && status != TS_ENOENT)
+        status = ts_devices_check(c);
     ts_log_init(c->log_level);
     if (status != TS_OK) {
-        ts_log(TS_LOG_ERROR, "%s", c->error);
+        log_problems(c);
         free(c);
-        return 2;
+        return EXIT_USAGE;
     }
     if (o.check) {
         for (uint32_t i = 0; i < c->num_pools; i++) {
-            char text[256];
+            char text[320];
             ts_devices_describe(&c->pools[i].pool, text, sizeof text);
             puts(text);
         }

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "metrics.h"
 
+#include "refusals.h"
 #include "report.h"
 
 #include <stdio.h>
@@ -48,6 +49,15 @@ static void of_pool(FILE *out, const char *name, const Tspb__PoolSummary *p, con
     fprintf(out, "tinyserve_%s{pool=\"", name);
     label(out, p->name);
     fprintf(out, "\"%s} %llu\n", more, (unsigned long long)value);
+}
+
+static void write_refusal(void *arg, const char *operation, const char *pool, const char *status,
+                          uint64_t count)
+{
+    FILE *out = arg;
+    fprintf(out, "tinyserve_requests_refused_total{operation=\"%s\",pool=\"", operation);
+    label(out, pool);
+    fprintf(out, "\",status=\"%s\"} %llu\n", status, (unsigned long long)count);
 }
 
 static void write_pools(FILE *out, const Tspb__StatusReply *r)
@@ -100,8 +110,9 @@ static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r
     single(out, "sessions", "gauge", "Sessions that are open.", (double)r->sessions);
     single(out, "requests_total", "counter",
            "Requests, whether they came as messages or through rings.", (double)r->requests);
-    single(out, "requests_refused_total", "counter",
-           "Requests that were answered with another status than TS_OK.", (double)r->refused);
+    head(out, "requests_refused_total", "counter",
+         "Requests that were answered with another status than TS_OK, by operation and pool.");
+    ts_refusals_each(s, write_refusal, out);
     single(out, "tokens_committed_total", "counter", "Tokens that became part of sequences.",
            (double)r->tokens);
     single(out, "attends_total", "counter", "Runs of a layer for a session's step.",
@@ -126,7 +137,7 @@ char *ts_metrics_text(ts_service *s)
     size_t bytes;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     FILE *out = open_memstream(&text, &bytes);
     if (out != NULL) {

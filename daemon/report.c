@@ -4,7 +4,6 @@
 #include "admin.h"
 #include "clock.h"
 #include "plain_text.h"
-#include "survey.h"
 #include "version.h"
 
 #include <stdio.h>
@@ -15,6 +14,21 @@
 #define LIST_MAX 4096u
 #define CELLS_MAX 65536u
 #define PROBLEMS_MAX 100u
+
+ts_view ts_report_view(const ts_service *s, const ts_connection *c)
+{
+    const ts_engine *e = s->engine;
+    ts_view view = {.all = ts_service_is_operator(s, c->uid, c->gid), .tenant = TS_NONE};
+    for (uint32_t t = 0; t < e->num_tenants; t++)
+        if (e->tenants[t] == c->uid)
+            view.tenant = t;
+    return view;
+}
+
+ts_view ts_report_view_http(const ts_service *s)
+{
+    return (ts_view){.all = s->http_shows_all, .tenant = TS_NONE};
+}
 
 /* Replies are built of malloc'ed parts, so that protobuf-c's own free function fits them. */
 static void *zalloc(size_t count, size_t bytes)
@@ -134,7 +148,7 @@ static uint64_t *copy_bins(const uint64_t *bins, size_t *count)
     return copy;
 }
 
-static bool add_tenants(const ts_service *s, const ts_connection *c, const ts_engine_pool *pool,
+static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool *pool,
                         Tspb__PoolStatsReply *r)
 {
     const ts_engine *e = s->engine;
@@ -148,10 +162,8 @@ static bool add_tenants(const ts_service *s, const ts_connection *c, const ts_en
         const ts_pool_tenant *use = &pool->books.tenants[t];
         if (use->slabs == 0 && sequences[t] == 0)
             continue;
-        if (!ts_service_is_operator(s, c->uid, c->gid) && e->tenants[t] != c->uid) {
-            r->tenants_hidden = true;
+        if (!ts_view_sees(view, t))
             continue;
-        }
         Tspb__TenantUse *u = malloc(sizeof *u);
         ok = u != NULL;
         if (!ok)
@@ -167,8 +179,7 @@ static bool add_tenants(const ts_service *s, const ts_connection *c, const ts_en
     return ok;
 }
 
-static void report_stats(const ts_service *s, const ts_connection *c, const char *name,
-                         Tspb__Reply *reply)
+static void report_stats(const ts_service *s, ts_view view, const char *name, Tspb__Reply *reply)
 {
     uint32_t index;
     ts_survey survey;
@@ -180,10 +191,11 @@ static void report_stats(const ts_service *s, const ts_connection *c, const char
     tspb__pool_stats_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_STATS_REPLY;
     reply->pool_stats_reply = r;
-    if (ts_survey_pool(s->engine, index, &survey) != TS_OK)
+    if (ts_survey_pool(s->engine, index, view, &survey) != TS_OK)
         return no_memory(reply);
     free(survey.fill);
     r->pool = summarise(s, index);
+    r->others_hidden = !view.all;
     r->stored_tokens = survey.stored_tokens;
     r->seen_tokens = survey.seen_tokens;
     r->used_slots = survey.used_slots;
@@ -193,11 +205,12 @@ static void report_stats(const ts_service *s, const ts_connection *c, const char
     r->length_histogram = copy_bins(survey.lengths, &r->n_length_histogram);
     r->free_run_histogram = copy_bins(survey.free_runs, &r->n_free_run_histogram);
     if (r->pool == NULL || r->length_histogram == NULL || r->free_run_histogram == NULL ||
-        !add_tenants(s, c, &s->engine->pools[index], r))
+        !add_tenants(s, view, &s->engine->pools[index], r))
         no_memory(reply);
 }
 
-static void report_map(const ts_service *s, const Tspb__PoolMap *request, Tspb__Reply *reply)
+static void report_map(const ts_service *s, ts_view view, const Tspb__PoolMap *request,
+                       Tspb__Reply *reply)
 {
     uint32_t index;
     ts_survey survey;
@@ -213,11 +226,12 @@ static void report_map(const ts_service *s, const Tspb__PoolMap *request, Tspb__
     tspb__pool_map_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_MAP_REPLY;
     reply->pool_map_reply = r;
-    if (ts_survey_pool(s->engine, index, &survey) != TS_OK)
+    if (ts_survey_pool(s->engine, index, view, &survey) != TS_OK)
         return no_memory(reply);
     uint32_t per_cell = (books->num_blocks - 1) / wanted + 1;
     uint32_t cells = (books->num_blocks - 1) / per_cell + 1;
     r->blocks_per_cell = per_cell;
+    r->others_hidden = !view.all;
     r->pool = summarise(s, index);
     r->used = zalloc(cells, sizeof *r->used);
     r->shared = zalloc(cells, sizeof *r->shared);
@@ -229,11 +243,16 @@ static void report_map(const ts_service *s, const Tspb__PoolMap *request, Tspb__
         r->n_used = r->n_shared = r->n_tokens = r->n_owners = cells;
         ts_survey_owners(s->engine, index, owners);
         for (uint32_t b = 0; b < books->num_blocks; b++) {
-            uint32_t refs = ts_pool_refs(books, b);
-            r->used[b / per_cell] += refs > 0;
-            r->shared[b / per_cell] += refs > 1;
-            r->tokens[b / per_cell] += survey.fill[b];
-            r->owners[b / per_cell] = ts_owner_of_both(r->owners[b / per_cell], owners[b]);
+            uint32_t refs = ts_pool_refs(books, b), cell = b / per_cell;
+            r->used[cell] += refs > 0;
+            if (!ts_view_sees(view, books->slabs[b / books->slab_blocks].tenant)) {
+                if (refs > 0)
+                    r->owners[cell] = TS_OWNER_SEVERAL;
+                continue;
+            }
+            r->shared[cell] += refs > 1;
+            r->tokens[cell] += survey.fill[b];
+            r->owners[cell] = ts_owner_of_both(r->owners[cell], owners[b]);
         }
     } else {
         no_memory(reply);
@@ -242,8 +261,8 @@ static void report_map(const ts_service *s, const Tspb__PoolMap *request, Tspb__
     free(survey.fill);
 }
 
-static void report_sessions(const ts_service *s, const ts_connection *c,
-                            const Tspb__ListSessions *request, Tspb__Reply *reply)
+static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListSessions *request,
+                            Tspb__Reply *reply)
 {
     const ts_engine *e = s->engine;
     uint32_t limit = request->limit == 0 || request->limit > LIST_MAX ? LIST_MAX : request->limit;
@@ -258,8 +277,7 @@ static void report_sessions(const ts_service *s, const ts_connection *c,
     for (uint32_t i = request->after == 0 ? 0 : (uint32_t)request->after + 1;
          list->sessions != NULL && i < e->num_sessions; i++) {
         const ts_session *session = &e->sessions[i];
-        if (!session->live ||
-            (!ts_service_is_operator(s, c->uid, c->gid) && e->tenants[session->tenant] != c->uid))
+        if (!session->live || !ts_view_sees(view, session->tenant))
             continue;
         if (list->n_sessions == limit) {
             list->more = true;
@@ -310,7 +328,7 @@ static Tspb__SeqInfo *describe(const ts_engine *e, const ts_engine_pool *pool, u
     return info;
 }
 
-static void report_seqs(const ts_service *s, const ts_connection *c, const Tspb__ListSeqs *request,
+static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs *request,
                         Tspb__Reply *reply)
 {
     const ts_engine *e = s->engine;
@@ -328,8 +346,7 @@ static void report_seqs(const ts_service *s, const ts_connection *c, const Tspb_
     list->seqs = zalloc(limit, sizeof *list->seqs);
     for (uint64_t i = request->after; list->seqs != NULL && i < pool->seqs.count; i++) {
         uint32_t tenant = pool->seqs.all[i].tenant;
-        if (tenant == TS_NONE ||
-            (!ts_service_is_operator(s, c->uid, c->gid) && e->tenants[tenant] != c->uid))
+        if (tenant == TS_NONE || !ts_view_sees(view, tenant))
             continue;
         if (list->n_seqs == limit) {
             list->next = i;
@@ -344,17 +361,22 @@ static void report_seqs(const ts_service *s, const ts_connection *c, const Tspb_
         no_memory(reply);
 }
 
+typedef struct problems {
+    Tspb__CheckReply *reply;
+    ts_view view;
+} problems;
+
 static void add_problem(void *arg, const char *sentence)
 {
-    Tspb__CheckReply *r = arg;
-    if (r->problems != NULL && r->n_problems < PROBLEMS_MAX) {
-        char *copy = strdup(sentence);
+    const problems *p = arg;
+    if (p->reply->n_problems < PROBLEMS_MAX) {
+        char *copy = strdup(p->view.all ? sentence : "a problem, which operators are told");
         if (copy != NULL)
-            r->problems[r->n_problems++] = copy;
+            p->reply->problems[p->reply->n_problems++] = copy;
     }
 }
 
-static void report_check(const ts_service *s, Tspb__Reply *reply)
+static void report_check(const ts_service *s, ts_view view, Tspb__Reply *reply)
 {
     Tspb__CheckReply *r = malloc(sizeof *r);
     if (r == NULL)
@@ -365,30 +387,29 @@ static void report_check(const ts_service *s, Tspb__Reply *reply)
     r->problems = zalloc(PROBLEMS_MAX, sizeof *r->problems);
     if (r->problems == NULL)
         return no_memory(reply);
-    r->checked = ts_survey_check(s->engine, add_problem, r);
+    r->checked = ts_survey_check(s->engine, add_problem, &(problems){r, view});
 }
 
-bool ts_report(ts_service *s, const ts_connection *c, const Tspb__Request *request,
-               Tspb__Reply *reply)
+bool ts_report(ts_service *s, ts_view view, const Tspb__Request *request, Tspb__Reply *reply)
 {
     switch (request->body_case) {
     case TSPB__REQUEST__BODY_STATUS:
         report_status(s, reply);
         return true;
     case TSPB__REQUEST__BODY_POOL_STATS:
-        report_stats(s, c, request->pool_stats->pool, reply);
+        report_stats(s, view, request->pool_stats->pool, reply);
         return true;
     case TSPB__REQUEST__BODY_POOL_MAP:
-        report_map(s, request->pool_map, reply);
+        report_map(s, view, request->pool_map, reply);
         return true;
     case TSPB__REQUEST__BODY_LIST_SESSIONS:
-        report_sessions(s, c, request->list_sessions, reply);
+        report_sessions(s, view, request->list_sessions, reply);
         return true;
     case TSPB__REQUEST__BODY_LIST_SEQS:
-        report_seqs(s, c, request->list_seqs, reply);
+        report_seqs(s, view, request->list_seqs, reply);
         return true;
     case TSPB__REQUEST__BODY_CHECK:
-        report_check(s, reply);
+        report_check(s, view, reply);
         return true;
     default:
         return false;
@@ -423,11 +444,10 @@ void ts_report_free(Tspb__Reply *reply)
         free(reply->message);
 }
 
-bool ts_report_all(ts_service *s, const Tspb__Request *request, Tspb__Reply *reply)
+bool ts_report_http(ts_service *s, const Tspb__Request *request, Tspb__Reply *reply)
 {
-    static const ts_connection root = {.uid = 0};
     tspb__reply__init(reply);
-    if (ts_report(s, &root, request, reply) && reply->status == TS_OK &&
+    if (ts_report(s, ts_report_view_http(s), request, reply) && reply->status == TS_OK &&
         ts_text_escape_all(&reply->base))
         return true;
     ts_report_free(reply);

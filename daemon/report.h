@@ -8,15 +8,26 @@
 #define TS_REPORT_H
 
 #include "service.h"
+#include "survey.h"
+
+/*
+ * Whose things the connection's peer may see, which is decided here alone: operators see all, other
+ * tenants their own. Everybody sees totals: counts of a whole pool or of the whole daemon, and
+ * which of a pool's blocks are in use. Somebody else's are sessions (with programs, pids and uids),
+ * sequences (with ids, names, lengths), how full a block is, and what a tenant uses.
+ */
+ts_view ts_report_view(const ts_service *service, const ts_connection *connection);
+
+/* The same of who asks over HTTP: all or nobody's, as metrics_show in the configuration says. */
+ts_view ts_report_view_http(const ts_service *service);
 
 /* Fills in `reply` if `request` is such a question (true). What the reply points to is allocated
  * and freed with ts_report_free. */
-bool ts_report(ts_service *service, const ts_connection *connection, const Tspb__Request *request,
-               Tspb__Reply *reply);
+bool ts_report(ts_service *service, ts_view view, const Tspb__Request *request, Tspb__Reply *reply);
 void ts_report_free(Tspb__Reply *reply);
 
-/* The same as root would get it. False: there is nothing to free; no memory, or no such question.
+/* The same for who asks over HTTP. False: there is nothing to free; no memory, or no such question.
  */
-bool ts_report_all(ts_service *service, const Tspb__Request *request, Tspb__Reply *reply);
+bool ts_report_http(ts_service *service, const Tspb__Request *request, Tspb__Reply *reply);
 
 #endif

@@ -6,6 +6,7 @@
 #include "jobs.h"
 #include "log.h"
 #include "metrics.h"
+#include "refusals.h"
 #include "ring.h"
 
 #include <limits.h>
@@ -233,6 +234,22 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
     return true;
 }
 
+static void count_refusal(ts_service *s, const ts_ring_entry *entry, ts_status status)
+{
+    static const Tspb__Request__BodyCase operations[] = {
+        [TS_RING_BEGIN] = TSPB__REQUEST__BODY_STEP_BEGIN,
+        [TS_RING_RUN] = TSPB__REQUEST__BODY_STEP_RUN,
+        [TS_RING_COMMIT] = TSPB__REQUEST__BODY_STEP_COMMIT,
+        [TS_RING_ABORT] = TSPB__REQUEST__BODY_STEP_ABORT,
+    };
+    bool known = entry->op < sizeof operations / sizeof *operations;
+    if (entry->op == TS_RING_BEGIN)
+        ts_refused_in(s, TSPB__REQUEST__BODY_STEP_BEGIN, entry->begin.pool, status);
+    else
+        ts_refused_step(s, known ? operations[entry->op] : TSPB__REQUEST__BODY__NOT_SET,
+                        entry->step, status);
+}
+
 /* Does what one entry asks for. False: it must wait. */
 static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
 {
@@ -271,7 +288,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     }
     c->requests++;
     s->requests++;
-    s->refused += a.status != TS_OK;
+    count_refusal(s, entry, a.status);
     if (waits)
         return true;
     done.status = (uint32_t)a.status;

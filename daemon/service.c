@@ -7,6 +7,7 @@
 #include "jobs.h"
 #include "log.h"
 #include "plain_text.h"
+#include "refusals.h"
 #include "report.h"
 #include "ring.h"
 #include "version.h"
@@ -58,14 +59,23 @@ void ts_service_pipe_added(ts_work *work, void *service)
     free(event);
 }
 
+/* An operator's look is no event. Others that call themselves tsctl are. */
+static ts_log_level session_level(const ts_service *s, const ts_connection *c)
+{
+    const ts_session *session = ts_engine_session(s->engine, c->session);
+    bool look = session != NULL && strcmp(session->program, "tsctl") == 0 && ts_service_is_operator(s, c->uid, c->gid);
+    return look ? TS_LOG_DEBUG : TS_LOG_INFO;
+}
+
 void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
         ts_answer answer;
+        ts_log_level level = session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
         ts_engine_apply(s->engine, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
                         &answer);
-        ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+        ts_log_on(level, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
                   c->pid);
         c->session = 0;
@@ -152,7 +162,6 @@ bool ts_service_pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
 static size_t finish(ts_service *s, Tspb__Reply *reply)
 {
     size_t size;
-    s->refused += reply->status != TS_OK;
     if (reply->status != TS_OK && reply->body_case != TSPB__REPLY__BODY__NOT_SET)
         reply->body_case = TSPB__REPLY__BODY__NOT_SET;
     return ts_service_pack(s, reply, &size) ? size : 0;
@@ -180,7 +189,7 @@ static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const 
     reply.request_id = id;
     reply.status = (uint32_t)answer->status;
     reply.message = (char *)answer->message;
-    s->refused++;
+    ts_refused(s, request->message, answer->status);
     if (ts_service_pack(s, &reply, &size))
         request->send(request, s->packed, size);
     else
@@ -347,7 +356,8 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     c->session = a->session;
     c->idle_since_ms = 0;
     s->by_session[(uint32_t)c->session] = c;
-    ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+    ts_log_on(session_level(s, c),
+              &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx opened: %s (uid %u, pid %u)", (unsigned long long)c->session, program,
               c->uid, c->pid);
     tspb__session_opened__init(opened);
@@ -501,6 +511,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     }
     reply.status = (uint32_t)a.status;
     reply.message = a.message;
+    ts_refused(s, message, a.status);
     size_t size = finish(s, &reply);
     ts_service_deliver(c, request, message->request_id, s->packed, size);
 }
@@ -542,9 +553,11 @@ void ts_service_request(ts_work *work, void *service)
 
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
-    if (ts_report(s, c, message, &reply)) { /* changes nothing: not kept for repeats */
+    if (ts_report(s, ts_report_view(s, c), message,
+                  &reply)) { /* changes nothing: not kept for repeats */
         char *owned_message = reply.status != TS_OK ? reply.message : NULL;
         Tspb__Reply whole = reply;
+        ts_refused(s, message, (ts_status)reply.status);
         size_t size = finish(s, &reply);
         request->send(request, s->packed, size);
         whole.message = owned_message;
@@ -582,6 +595,7 @@ void ts_service_fini(ts_service *s)
     ts_engine_free(s->engine);
     ts_attention_free(s->attention);
     free(s->by_session);
+    free(s->refusals);
     free(s->slab_seen);
     free(s->slabs);
     free(s->slab_pointers);

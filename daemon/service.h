@@ -56,6 +56,7 @@ typedef struct ts_ring ts_ring;   /* ring.h */
 typedef struct ts_rings ts_rings; /* the same */
 
 typedef struct ts_step_plan ts_step_plan; /* jobs.c */
+typedef struct ts_refusals ts_refusals;   /* refusals.h */
 
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
@@ -103,9 +104,11 @@ typedef struct ts_service {
     void (*device_failed)(const char *why);
     void (*end_connection)(void *arg, uint32_t pipe); /* has the transport end it */
     void *end_connection_arg;
-    bool draining; /* only operators' sessions are opened */
+    bool draining;       /* only operators' sessions are opened */
+    bool http_shows_all; /* and not totals alone */
     uint64_t started_ms, requests, refused;
-    double started_unix; /* seconds */
+    ts_refusals *refusals; /* NULL: there was none yet */
+    double started_unix;   /* seconds */
     ts_request_times message_times, ring_times;
     uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
     uint32_t slab_stamp;

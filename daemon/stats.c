@@ -15,7 +15,7 @@ static json_t *status(ts_service *s)
     Tspb__Reply reply;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     json_t *value = json_status(reply.status_reply);
     ts_report_free(&reply);
@@ -30,7 +30,7 @@ static json_t *sessions(ts_service *s)
     body.limit = LIST_MOST;
     request.body_case = TSPB__REQUEST__BODY_LIST_SESSIONS;
     request.list_sessions = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     json_t *list = json_array();
     json_sessions(list, reply.session_list);
@@ -46,7 +46,7 @@ static json_t *frag(ts_service *s, char *pool)
     body.pool = pool;
     request.body_case = TSPB__REQUEST__BODY_POOL_STATS;
     request.pool_stats = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     json_t *value = json_frag(reply.pool_stats_reply);
     ts_report_free(&reply);
@@ -62,7 +62,7 @@ static json_t *map(ts_service *s, char *pool)
     body.cells = MAP_CELLS;
     request.body_case = TSPB__REQUEST__BODY_POOL_MAP;
     request.pool_map = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     json_t *value = json_map(reply.pool_map_reply);
     ts_report_free(&reply);
@@ -80,7 +80,7 @@ static json_t *seqs(ts_service *s, char *pool, bool *more)
     body.limit = LIST_MOST;
     request.body_case = TSPB__REQUEST__BODY_LIST_SEQS;
     request.list_seqs = &body;
-    if (!ts_report_all(s, &request, &reply))
+    if (!ts_report_http(s, &request, &reply))
         return NULL;
     json_t *list = json_array();
     json_seqs(list, reply.seq_list);
@@ -106,8 +106,8 @@ char *ts_stats_json(ts_service *s)
             return NULL;
         }
     }
-    json_t *all =
-        json_pack("{s:o, s:o, s:o}", "status", status(s), "sessions", sessions(s), "pools", pools);
+    json_t *all = json_pack("{s:s, s:o, s:o, s:o}", "shows", s->http_shows_all ? "all" : "totals",
+                            "status", status(s), "sessions", sessions(s), "pools", pools);
     char *text = all == NULL ? NULL : json_dumps(all, JSON_COMPACT);
     json_decref(all);
     return text;

@@ -1,7 +1,7 @@
 /*
- * What the page at / shows, as JSON: report.h's figures. Everybody on the machine can read it, so
- * it has what `ps` shows of workers, and no sequence's name. It costs time in proportion to the
- * pools' sequences and blocks, as `tsctl map` does.
+ * What the page at / shows, as JSON: report.h's figures. Everybody who can connect can read it,
+ * so it has totals, unless metrics_show says all (ts_report_view_http), and no sequence's name. It
+ * costs time in proportion to the pools' sequences and blocks, as `tsctl map` does.
  *
  * Thread: the engine's owner.
  */
@@ -10,8 +10,8 @@
 
 #include "service.h"
 
-/* {"status", "sessions", "pools": [{"frag", "map", "seqs", "more_seqs"}]}, to be freed; NULL: no
- * memory. */
+/* {"shows", "status", "sessions", "pools": [{"frag", "map", "seqs", "more_seqs"}]}, to be freed;
+ * NULL: no memory. */
 char *ts_stats_json(ts_service *service);
 
 #endif

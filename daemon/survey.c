@@ -16,7 +16,7 @@ static void fill_block(ts_survey *s, uint32_t block, uint32_t tokens)
         s->fill[block] = (uint16_t)tokens;
 }
 
-ts_status ts_survey_pool(const ts_engine *e, uint32_t index, ts_survey *s)
+ts_status ts_survey_pool(const ts_engine *e, uint32_t index, ts_view view, ts_survey *s)
 {
     const ts_engine_pool *pool = &e->pools[index];
     const ts_pool_books *books = &pool->books;
@@ -31,9 +31,10 @@ ts_status ts_survey_pool(const ts_engine *e, uint32_t index, ts_survey *s)
             continue;
         s->seen_tokens += seq->length;
         s->table_blocks += seq->num_blocks;
-        s->lengths[bin_of(seq->length)]++;
-        if (seq->length > s->longest)
-            s->longest = seq->length;
+        if (ts_view_sees(view, seq->tenant)) {
+            s->lengths[bin_of(seq->length)]++;
+            s->longest = seq->length > s->longest ? seq->length : s->longest;
+        }
         if (seq->num_blocks == 0)
             continue;
         for (uint32_t b = 0; b + 1 < seq->num_blocks; b++)

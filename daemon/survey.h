@@ -12,19 +12,33 @@
 
 #define TS_HISTOGRAM_BINS 32
 
+/* Whose things somebody may see: everybody's, or one tenant's (TS_NONE: nobody's). Totals are for
+ * all. */
+typedef struct ts_view {
+    bool all;
+    uint32_t tenant;
+} ts_view;
+
+static inline bool ts_view_sees(ts_view view, uint32_t tenant)
+{
+    return view.all || (tenant != TS_NONE && tenant == view.tenant);
+}
+
 typedef struct ts_survey {
     uint64_t stored_tokens;  /* each token in memory once */
     uint64_t seen_tokens;    /* sum of the lengths */
     uint64_t used_slots;     /* slots in used blocks */
     uint64_t reserved_slots; /* slots in blocks that only open steps hold */
     uint64_t table_blocks;   /* sum of the block tables */
+    /* Of the sequences that may be seen. */
     uint32_t longest;
-    uint64_t lengths[TS_HISTOGRAM_BINS];   /* bin i: [2^i, 2^(i+1)); bin 0 has length 0 too */
+    uint64_t lengths[TS_HISTOGRAM_BINS]; /* bin i: [2^i, 2^(i+1)); bin 0 has length 0 too */
+    /* Of all. */
     uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free blocks, by length */
     uint16_t *fill;                        /* tokens stored in each block; the caller frees it */
 } ts_survey;
 
-ts_status ts_survey_pool(const ts_engine *engine, uint32_t pool, ts_survey *out);
+ts_status ts_survey_pool(const ts_engine *engine, uint32_t pool, ts_view view, ts_survey *out);
 
 /* Whose each block is, as PoolMapReply (tinyserve.proto) counts owners: who has it in a sequence's
  * table or in an open step's. owners has a number for every block of the pool. */

@@ -6,20 +6,28 @@ frag_figures frag_work_out(const Tspb__PoolStatsReply *r)
 {
     const Tspb__PoolSummary *p = r->pool;
     uint64_t held = r->used_slots - r->reserved_slots;
-    uint64_t token_bytes = p->block_bytes / p->block_tokens;
+    uint64_t token_bytes = p->block_bytes / p->block_tokens, shown = 0;
+    for (size_t i = 0; i < r->n_length_histogram; i++)
+        shown += r->length_histogram[i];
     return (frag_figures){
         .efficiency = held == 0 ? 1.0 : (double)r->stored_tokens / (double)held,
         .tail_bytes = (held - r->stored_tokens) * token_bytes,
         .stored_bytes = p->used_blocks * p->block_bytes,
         .seen_bytes = r->table_blocks * p->block_bytes,
         .sharing = p->used_blocks == 0 ? 1.0 : (double)r->table_blocks / (double)p->used_blocks,
-        .contiguous_bytes = p->sequences * r->longest_tokens * token_bytes,
+        .contiguous_bytes = shown * r->longest_tokens * token_bytes,
     };
 }
 
 static json_int_t integer(uint64_t n)
 {
     return (json_int_t)n;
+}
+
+/* An id as tsctl's tables, its orders and the log have it. A number of JSON's can't hold all. */
+static json_t *id(uint64_t n)
+{
+    return json_sprintf("%llx", (unsigned long long)n);
 }
 
 static json_t *summary(const Tspb__PoolSummary *p)
@@ -62,11 +70,11 @@ void json_sessions(json_t *list, const Tspb__SessionList *r)
     for (size_t i = 0; i < r->n_sessions; i++) {
         const Tspb__SessionInfo *s = r->sessions[i];
         json_array_append_new(
-            list, json_pack("{s:I, s:i, s:i, s:s, s:I, s:I, s:i, s:I, s:I}", "session",
-                            integer(s->session), "uid", s->uid, "pid", s->pid, "program",
-                            s->program, "sequences", integer(s->sequences), "blocks",
-                            integer(s->blocks), "open_steps", s->steps, "exchange_bytes",
-                            integer(s->exchange_bytes), "requests", integer(s->requests)));
+            list, json_pack("{s:o, s:i, s:i, s:s, s:I, s:I, s:i, s:I, s:I}", "session",
+                            id(s->session), "uid", s->uid, "pid", s->pid, "program", s->program,
+                            "sequences", integer(s->sequences), "blocks", integer(s->blocks),
+                            "open_steps", s->steps, "exchange_bytes", integer(s->exchange_bytes),
+                            "requests", integer(s->requests)));
     }
 }
 
@@ -74,11 +82,12 @@ void json_seqs(json_t *list, const Tspb__SeqList *r)
 {
     for (size_t i = 0; i < r->n_seqs; i++) {
         const Tspb__SeqInfo *s = r->seqs[i];
-        json_array_append_new(list, json_pack("{s:I, s:i, s:i, s:i, s:i, s:I, s:s, s:b}", "seq",
-                                              integer(s->seq), "tokens", s->length, "blocks",
-                                              s->blocks, "shared_blocks", s->shared_blocks, "uid",
-                                              s->uid, "session", integer(s->session), "name",
-                                              s->name, "in_step", s->in_step));
+        json_array_append_new(list,
+                              json_pack("{s:o, s:i, s:i, s:i, s:i, s:o, s:s, s:b}", "seq",
+                                        id(s->seq), "tokens", s->length, "blocks", s->blocks,
+                                        "shared_blocks", s->shared_blocks, "uid", s->uid, "session",
+                                        s->session == 0 ? json_null() : id(s->session), "name",
+                                        s->name, "in_step", s->in_step));
     }
 }
 
@@ -106,7 +115,7 @@ json_t *json_frag(const Tspb__PoolStatsReply *r)
                                integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "slabs",
                                r->tenants[i]->slabs));
     return json_pack(
-        "{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o}", "pool",
+        "{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o, s:b}", "pool",
         summary(r->pool), "stored_tokens", integer(r->stored_tokens), "seen_tokens",
         integer(r->seen_tokens), "used_slots", integer(r->used_slots), "reserved_slots",
         integer(r->reserved_slots), "efficiency", f.efficiency, "tail_waste_bytes",
@@ -114,7 +123,8 @@ json_t *json_frag(const Tspb__PoolStatsReply *r)
         integer(f.seen_bytes), "sharing", f.sharing, "contiguous_bytes",
         integer(f.contiguous_bytes), "longest_tokens", integer(r->longest_tokens), "lengths",
         histogram(r->length_histogram, r->n_length_histogram, 0), "free_runs",
-        histogram(r->free_run_histogram, r->n_free_run_histogram, 1), "tenants", tenants);
+        histogram(r->free_run_histogram, r->n_free_run_histogram, 1), "tenants", tenants,
+        "others_hidden", r->others_hidden);
 }
 
 static json_t *numbers(const uint32_t *values, size_t count)
@@ -127,10 +137,11 @@ static json_t *numbers(const uint32_t *values, size_t count)
 
 json_t *json_map(const Tspb__PoolMapReply *r)
 {
-    return json_pack("{s:o, s:i, s:o, s:o, s:o, s:o}", "pool", summary(r->pool), "blocks_per_cell",
-                     r->blocks_per_cell, "used", numbers(r->used, r->n_used), "shared",
-                     numbers(r->shared, r->n_shared), "tokens", numbers(r->tokens, r->n_tokens),
-                     "owners", numbers(r->owners, r->n_owners));
+    return json_pack("{s:o, s:i, s:o, s:o, s:o, s:o, s:b}", "pool", summary(r->pool),
+                     "blocks_per_cell", r->blocks_per_cell, "used", numbers(r->used, r->n_used),
+                     "shared", numbers(r->shared, r->n_shared), "tokens",
+                     numbers(r->tokens, r->n_tokens), "owners", numbers(r->owners, r->n_owners),
+                     "others_hidden", r->others_hidden);
 }
 
 json_t *json_check(const Tspb__CheckReply *r)

@@ -24,7 +24,7 @@ typedef struct frag_figures {
     uint64_t stored_bytes;     /* used blocks */
     uint64_t seen_bytes;       /* blocks of all block tables */
     double sharing;            /* seen over stored */
-    uint64_t contiguous_bytes; /* a buffer of the longest length for each sequence */
+    uint64_t contiguous_bytes; /* a buffer of the longest length for each sequence that is shown */
 } frag_figures;
 
 frag_figures frag_work_out(const Tspb__PoolStatsReply *r);

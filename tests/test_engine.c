@@ -601,7 +601,7 @@ static void a_survey_counts_stored_tokens_once(void **state)
     uint32_t n = 6;
     assert_int_equal(begin(e, s, &lone, &n, 1, false, &a), TS_OK); /* reserves 2 blocks */
     ts_survey v;
-    assert_int_equal(ts_survey_pool(e, 0, &v), TS_OK);
+    assert_int_equal(ts_survey_pool(e, 0, (ts_view){.all = true}, &v), TS_OK);
     assert_int_equal(v.seen_tokens, 10 + 13);
     assert_int_equal(v.stored_tokens, 10 + 2 + 3);
     assert_int_equal(v.used_slots, (3 + 2 + 2) * 4);

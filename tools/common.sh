@@ -21,7 +21,8 @@ install_packages() {
 
 build_packages() {
     install_packages gcc libc6-dev cmake ninja-build pkg-config libnng-dev libprotobuf-c-dev \
-        protobuf-c-compiler libinih-dev libjansson-dev libxxhash-dev libsystemd-dev libncurses-dev
+        protobuf-c-compiler libinih-dev libjansson-dev libxxhash-dev libsystemd-dev libncurses-dev \
+        libmicrohttpd-dev
 }
 
 # configure_and_build FOLDER [CMake options]: quiet unless it fails. Builds $build_target, or all.

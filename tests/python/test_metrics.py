@@ -3,6 +3,8 @@
 import http.client
 import os
 import re
+import resource
+import select
 import socket
 import subprocess
 import threading
@@ -69,6 +71,41 @@ def test_figures_are_those_of_the_pool(served):
         assert c != a
 
 
+REFUSED = "tinyserve_requests_refused_total"
+
+
+@pytest.mark.parametrize("transport", ["messages", "ring"])
+def test_refusals_are_counted_by_operation_pool_and_status(start_daemon, capfd, transport):
+    port = free_port()
+    pools = [f"{name}:layers=1,kv_heads=1,head_dim=32,block_tokens=4,blocks=8,slab=4096" for name in ("one", "two")]
+    daemon = start_daemon(*pools, settings={"metrics": f"127.0.0.1:{port}"})
+    with (tinyserve.connect(daemon.url, transport=transport, exchange_bytes=1 << 20) as client,
+          client.pool("one") as kv):
+        a, b = kv.create(2)
+        step = kv.step([b], [16])
+        for _ in range(3):
+            with pytest.raises(tinyserve.NoSpaceError):
+                kv.step([a], [17])
+        with pytest.raises(tinyserve.DeniedError):
+            step.commit()
+        step.abort()
+        with pytest.raises(tinyserve.NotFoundError):
+            client.pool("three")
+        kv.keep(a, "kept")
+        with pytest.raises(tinyserve.NotFoundError):
+            kv.attach("not kept")
+        got = {name: value for name, value in values(ask(port)[1]).items() if name.startswith(REFUSED)}
+        assert got == {
+            f'{REFUSED}{{operation="step_begin",pool="one",status="TS_ENOSPC"}}': 3,
+            f'{REFUSED}{{operation="step_commit",pool="one",status="TS_EPERM"}}': 1,
+            f'{REFUSED}{{operation="pool_open",pool="",status="TS_ENOENT"}}': 1,
+            f'{REFUSED}{{operation="seq_attach",pool="one",status="TS_ENOENT"}}': 1,
+        }
+    told = [line for line in capfd.readouterr().err.splitlines() if "is full" in line]
+    assert told == [f"tinyserved: warning: pool 'one' is full: 4 of 8 blocks are used, 1 of 1 slabs belong "
+                    f"to tenants: uid {os.getuid()} holds 4 in 1 slabs"]
+
+
 def test_scraping_under_load_gives_counters_that_only_grow(served):
     daemon, port = served
     seen, stop = [], threading.Event()
@@ -126,21 +163,116 @@ def test_who_asks_otherwise_is_refused(served):
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert ask(port, "/metrics?x=1")[0].status == 200
     assert ask(port, host=f"localhost:{port}")[0].status == 200
-    assert ask(port, host="tinyserve.example")[0].status == 403
-    assert ask(port, host=f"127.0.0.1:{port + 1}")[0].status == 403
+    assert ask(port, "/healthz", "HEAD")[0].status == 200
+    # Through a forwarded port, or by another address of this machine.
+    for host in (f"127.0.0.1:{port + 1}", "localhost:80", "LOCALHOST", "192.168.7.7:9470", "[fe80::1]:80"):
+        assert ask(port, host=host)[0].status == 200
+    for host in ("tinyserve.example", "127.0.0.1.example:9470", "localhost.example", "[localhost]", "1.2.3",
+                 "127.0.0.1:99999", "localhost:x", "", "[::1", "<b>\x9b31m"):
+        answer, text = ask(port, host=host)
+        assert answer.status == 403
+        assert "names in metrics_hosts of its configuration" in text
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "\x9b" not in text
     assert ask(port, "/metricsx")[0].status == 404
     assert ask(port, "/nothing")[0].status == 404
     assert ask(port, method="POST")[0].status == 405
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:9470", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536",
-                                     "localhost:http", "[::]:9470", ""])
+def test_hosts_that_are_configured_may_be_asked_for(start_daemon):
+    port = free_port()
+    start_daemon(settings={"metrics": f"127.0.0.1:{port}",
+                           "metrics_hosts": "gpu7.example, proxy:8080 gpu8"})
+    for host, status in (("gpu7.example", 200), ("GPU7.example:1234", 200), ("gpu8:1", 200), ("proxy:8080", 200),
+                         ("proxy", 403), ("proxy:80", 403), ("example", 403), ("gpu7.example.org", 403)):
+        assert ask(port, host=host)[0].status == status, host
+
+
+@pytest.mark.parametrize("hosts", ["a/b", "http://a", "[::1]", "a:0", "a:x"])
+def test_what_is_no_host_is_refused(hosts):
+    result = subprocess.run([os.environ["TS_TEST_DAEMON"], "--set", f"metrics_hosts={hosts}", "--pool",
+                             "p:layers=1,kv_heads=1,head_dim=32,memory=1M", "--check-config"],
+                            text=True, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 2
+    assert f"metrics_hosts = {hosts}: '{hosts}' is no host's name" in result.stderr
+
+
+def test_another_address_than_the_loopbacks_is_listened_at_and_told_of(start_daemon, capfd):
+    port = free_port()
+    start_daemon(settings={"metrics": f"0.0.0.0:{port}"})
+    assert ask(port, "/healthz")[0].status == 200
+    assert f"http://0.0.0.0:{port} can be read by everybody who can reach it" in capfd.readouterr().err
+
+
+def connect(port, text=b""):
+    s = socket.create_connection(("127.0.0.1", port), timeout=60)
+    s.sendall(text)
+    return s
+
+
+def test_unfinished_requests_take_64_places_and_no_more(served):
+    _, port = served
+    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+    held = [connect(port, head) for _ in range(64)]
+    for _ in range(3):  # the daemon has taken the others by then: they came in order
+        with connect(port) as s:
+            assert s.recv(1) == b""
+    # One that goes makes room; all others are answered when they come to their end.
+    held.pop().close()
+    while True:  # until the daemon has seen it go
+        try:
+            assert ask(port, "/healthz")[0].status == 200
+            break
+        except (http.client.HTTPException, ConnectionError):
+            pass
+    for s in held:
+        s.sendall(b"\r\n")
+        assert s.makefile("rb").read().startswith(b"HTTP/1.1 200 OK")
+        s.close()
+
+
+def test_a_request_has_5_seconds_however_it_trickles(served):
+    _, port = served
+    with connect(port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ") as silent, connect(port) as trickles:
+        with pytest.raises(OSError):
+            while True:  # a byte whenever the other side has not ended: no pause that it could be seen by
+                trickles.sendall(b"G")
+                if select.select([trickles], [], [], 0.05)[0]:
+                    assert trickles.recv(1) == b""
+                    raise ConnectionResetError
+        assert silent.recv(1) == b""
+
+
+def test_without_descriptors_a_connection_is_turned_away_and_the_next_one_served(served):
+    daemon, port = served
+    pid = daemon.process.pid
+    descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+    assert ask(port, "/healthz")[0].status == 200
+    while len(os.listdir(f"/proc/{pid}/fd")) > descriptors:
+        pass  # until the daemon has closed that connection
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    taken = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(taken) + 1, before[1]))
+    try:
+        held = [connect(port) for fd in range(max(taken)) if fd not in taken]
+        for _ in range(3):
+            with connect(port) as s:
+                assert s.recv(1) == b""
+        for s in held:
+            s.close()
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert ask(port, "/healthz")[0].status == 200
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "::1:9470",
+                                     "localhost:http", "[::1:9470", "[127.0.0.1]:9470", "gpu7:9470", ""])
 def test_other_addresses_are_refused(address):
     result = subprocess.run([os.environ["TS_TEST_DAEMON"], "--set", f"metrics={address}", "--pool",
                              "p:layers=1,kv_heads=1,head_dim=32,memory=1M", "--check-config"],
                             text=True, stderr=subprocess.PIPE, check=False)
     assert result.returncode == 2
-    assert f"metrics = {address}: off, or a loopback address" in result.stderr
+    assert f"metrics = {address}: off, or an address and a port such as" in result.stderr
 
 
 def test_a_port_that_is_taken_ends_the_daemon_with_a_sentence(tmp_path):
@@ -153,4 +285,4 @@ def test_a_port_that_is_taken_ends_the_daemon_with_a_sentence(tmp_path):
                                  "p:layers=1,kv_heads=1,head_dim=32,memory=1M,device=host"],
                                 text=True, stderr=subprocess.PIPE, check=False, timeout=60)
     assert result.returncode == 1
-    assert f"listening at http://127.0.0.1:{port} failed: Address in use" in result.stderr
+    assert f"listening at http://127.0.0.1:{port} failed: Address already in use" in result.stderr

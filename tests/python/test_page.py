@@ -18,11 +18,19 @@ POOLS = ["tiny:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=4,blocks=
          "larger:layers=1,kv_heads=1,head_dim=32,dtype=fp8_e4m3,block_tokens=16,blocks=5000"]
 
 
+@pytest.fixture(params=["all"])
+def show(request):
+    return request.param
+
+
+totals = pytest.mark.parametrize("show", ["totals"], indirect=True)
+
+
 @pytest.fixture
-def populated(start_daemon):
+def populated(start_daemon, show):
     """A daemon's address and HTTP port; a session with a kept prefix, two forks of it, and a lone one."""
     port = free_port()
-    daemon = start_daemon(*POOLS, settings={"metrics": f"127.0.0.1:{port}"})
+    daemon = start_daemon(*POOLS, settings={"metrics": f"127.0.0.1:{port}", "metrics_show": show})
     with tinyserve.connect(daemon.url, program="<b>one</b>") as one, \
             tinyserve.connect(daemon.url, program="two") as two:
         kv, other = one.pool("tiny"), two.pool("tiny")
@@ -69,10 +77,90 @@ def test_stats_are_tsctls_and_tell_no_sequences_name(populated):
     assert sorted(s["program"] for s in got["sessions"]) == ["<b>one</b>", "two"]
 
 
+@totals
+def test_totals_tell_nothing_of_tenants(populated):
+    daemon, port = populated
+    text = ask(port, "/stats.json")[1]
+    assert "two" not in text and "a-secret-name" not in text
+    got = json.loads(text)
+    assert got["shows"] == "totals" and got["sessions"] == [] and got["status"]["sessions"] == 2
+    for pool, name in zip(got["pools"], ("tiny", "larger"), strict=True):
+        frag, whole = pool["frag"], tsctl(daemon, "frag", "-P", name)
+        assert pool["seqs"] == [] and pool["more_seqs"] is False
+        assert frag["tenants"] == [] and frag["lengths"] == [] and frag["longest_tokens"] == 0
+        own = ("tenants", "lengths", "longest_tokens", "contiguous_bytes", "others_hidden")
+        assert {k: v for k, v in frag.items() if k not in own} == {k: v for k, v in whole.items() if k not in own}
+        map_, all_ = pool["map"], tsctl(daemon, "map", "-P", name)
+        assert map_["used"] == all_["used"]
+        assert map_["owners"] == [2 if used else 0 for used in map_["used"]]
+        assert set(map_["tokens"]) == set(map_["shared"]) == {0}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another tenant")
+def test_a_tenant_is_shown_its_own_and_totals(start_daemon, tmp_path, run_worker):
+    daemon = start_daemon(POOLS[0] + ",slab=4K", settings={"socket_mode": "0666"})
+    for folder in tmp_path.parents:
+        if folder.owner() == "root" and str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    tmp_path.chmod(0o755)
+    with tinyserve.connect(daemon.url) as client, client.pool("tiny") as kv:
+        seq, = kv.create()
+        with kv.step([seq], [23]) as step:
+            step.run(0)
+            step.commit()
+        kv.keep(kv.fork(seq)[0], "roots")
+        code = """
+import os, sys, subprocess, tinyserve
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+with tinyserve.connect(sys.argv[1]) as client, client.pool("tiny") as kv:
+    seq, = kv.create()
+    with kv.step([seq], [9]) as step:
+        step.run(0)
+        step.commit()
+    for words in (["frag"], ["map"], ["seqs"], ["sessions"]):
+        print(subprocess.run([sys.argv[2], "-s", sys.argv[1], "--json", *words], check=True, text=True,
+                             stdout=subprocess.PIPE).stdout.replace("\\n", " "))
+    print(subprocess.run([sys.argv[2], "-s", sys.argv[1], "map"], check=True, text=True,
+                         stdout=subprocess.PIPE).stdout)
+"""
+        frag, map_, seqs, sessions, *picture = run_worker(code, daemon.url, str(
+            shutil.copy(os.environ["TS_TEST_TSCTL"], tmp_path / "ctl"))).splitlines()
+        frag, map_, seqs, sessions = (json.loads(t) for t in (frag, map_, seqs, sessions))
+    assert frag["others_hidden"] and map_["others_hidden"]
+    assert frag["stored_tokens"] == 32 and frag["seen_tokens"] == 55 and frag["pool"]["used_blocks"] == 9
+    assert frag["longest_tokens"] == 9 and frag["lengths"] == [{"from": 8, "count": 1}]
+    assert [t["uid"] for t in frag["tenants"]] == [65534]
+    assert [s["tokens"] for s in seqs] == [9]
+    assert {s["uid"] for s in sessions} == {65534}
+    used = [i for i, n in enumerate(map_["used"]) if n]
+    assert len(used) == 9
+    assert [map_["tokens"][i] for i in used] == [0] * 6 + [4, 4, 1]
+    assert [map_["shared"][i] for i in used] == [0] * 9
+    assert [map_["owners"][i] for i in used[:6]] == [2] * 6
+    assert picture[1].split()[1].rstrip("·") == "■■··■■■■██░"
+
+
+def test_an_id_is_the_same_text_everywhere(populated):
+    daemon, port = populated
+    got = json.loads(ask(port, "/stats.json")[1])
+    sessions, seqs = got["sessions"], got["pools"][0]["seqs"]
+    table = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "seqs", "tiny"], check=True,
+                           text=True, stdout=subprocess.PIPE).stdout.splitlines()[1:]
+    assert [line.split()[0] for line in table] == [s["seq"] for s in seqs]
+    assert [line.split()[5] for line in table] == [s["session"] or "-" for s in seqs]
+    assert all(re.fullmatch("[0-9a-f]+", s["session"]) for s in sessions)
+    kept = next(s["seq"] for s in seqs if s["session"] is None)
+    for words in (["seq", "free", kept], ["session", "kick", sessions[0]["session"]]):
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "-P", "tiny", "--yes", *words], check=True)
+    assert kept not in [s["seq"] for s in tsctl(daemon, "seqs", "tiny")]
+    left = [s["session"] for s in tsctl(daemon, "sessions")]
+    assert sessions[0]["session"] not in left and sessions[1]["session"] in left
+
+
 def test_owners_of_blocks_are_told_apart(populated):
     daemon, port = populated
     tiny = json.loads(ask(port, "/stats.json")[1])["pools"][0]
-    owner = {s["program"]: s["session"] % 2**32 + 3
+    owner = {s["program"]: int(s["session"], 16) % 2**32 + 3
              for s in json.loads(ask(port, "/stats.json")[1])["sessions"]}
     one, two = owner["<b>one</b>"], owner["two"]
     owners = tiny["map"]["owners"]
@@ -131,6 +219,25 @@ def test_a_browser_shows_tsctls_figures(populated, tmp_path):
         assert f"Picture of the blocks: {frag['pool']['used_blocks']:,} used" in section
     programs = re.findall(r'class="word"[^>]*>([^<]*)</td>', dom.split('id="session-rows"')[1])
     assert sorted(html.unescape(p) for p in programs) == ["<b>one</b>", "two"]
+
+
+@totals
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_the_page_of_totals_shows_pools_and_says_where_the_rest_is(populated, tmp_path):
+    daemon, port = populated
+    cell = "document.querySelector('[data-pool=tiny] [data-is=cell]').textContent"
+    with Browser(CHROMIUM, tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.until("document.querySelectorAll('[data-pool] canvas[aria-label]').length == 2")
+        browser.run("document.querySelector('[data-pool=tiny] canvas').focus()")
+        browser.press("ArrowRight")
+        assert browser.run(cell) == "Block 0: 1 used"
+        used = tsctl(daemon, "frag", "tiny")["pool"]["used_blocks"]
+        assert browser.run("document.querySelector('[data-pool=tiny] [data-is=used_blocks]').textContent") == str(used)
+        visible = "[...document.querySelectorAll('%s')].filter(e => e.offsetParent).length"
+        assert browser.run(visible % ".all") == 0
+        assert browser.run(visible % ".totals") == 3
+        assert "metrics_show = all" in browser.run("document.querySelector('section p.totals').innerText")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")

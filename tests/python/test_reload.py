@@ -81,6 +81,7 @@ def test_a_file_that_is_wrong_changes_nothing(reloadable):
         seq, = kv.create(1)
         write(tokens="many")
         hang_up()
+        assert ":4: step_tokens = many: not a number" in log("tinyserved: error")
         assert "nothing was changed" in log("tinyserved: error")
         kv.step([seq], [90]).abort()
         write(level="error", tokens=50)

@@ -20,15 +20,14 @@ POOLS = ["first:layers=1,kv_heads=1,head_dim=32,block_tokens=4,blocks=64,client_
 
 
 class Terminal:
-    """80 x 24; what has been written to it is looked at with cursor movements as blanks."""
+    """24 lines; what has been written to it is looked at with cursor movements as blanks."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, columns=80):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update(TERM="xterm", LC_ALL="C.UTF-8", ESCDELAY="25")
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
             os.execv(command[0], command)
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        os.kill(self.pid, signal.SIGWINCH)
         self.raw = ""
 
     def wait_for(self, pattern, redraw=True):
@@ -119,3 +118,35 @@ def test_pools_that_are_deleted_give_way_to_others_and_to_none(daemon):
     terminal.wait_for(r"no pools.*q end")
     terminal.press("q")
     assert terminal.end() == 0
+
+
+def test_names_are_cut_where_a_terminal_ends_and_nowhere_else(start_daemon):
+    daemon = start_daemon(*POOLS)
+    name = "a-name-of-forty-characters-" + "é" * 5 + "王" * 4 + "-end"
+    ctl = [os.environ["TS_TEST_TSCTL"], "-s", daemon.url]
+    with tinyserve.connect(daemon.url, program="p" * 40) as client, client.pool("first") as kv:
+        kv.keep(kv.create()[0], name)
+        piped = [subprocess.run([*ctl, *words], check=True, text=True, stdout=subprocess.PIPE).stdout
+                 for words in (["seqs", "first"], ["sessions"])]
+        assert piped[0].splitlines()[1].endswith(" " + name)
+        assert "p" * 40 in piped[1]
+        for columns, kept in ((80, name[:15]), (97, name[:32]), (98, name[:32]), (99, name[:33]), (132, name)):
+            terminal = Terminal(*ctl, "seqs", "first", "--watch=0.1", columns=columns)
+            terminal.wait_for(f" - {kept} ", redraw=False)
+            os.kill(terminal.pid, signal.SIGTERM)
+            os.waitpid(terminal.pid, 0)
+            os.close(terminal.fd)
+
+
+def test_an_operators_looks_are_not_in_the_log(tmp_path):
+    process = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--socket", tmp_path / "s", "--pool",
+                                POOLS[0] + ",device=host"], text=True, stderr=subprocess.PIPE)
+    url = str(tmp_path / "s")
+    tinyserve.connect(url, wait=60, program="worker").close()
+    for words in (["status"], ["seqs"], ["check"]):
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", url, *words], check=True, stdout=subprocess.DEVNULL)
+    process.terminate()
+    log = process.stderr.read()
+    assert process.wait(60) == 0
+    assert log.count("opened: worker") == 1 and log.count(" closed (uid") == 1
+    assert "tsctl" not in log

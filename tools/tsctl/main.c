@@ -91,9 +91,9 @@ static const struct argp argp = {
     parse,
     "COMMAND",
     "Shows what a running tinyserved does, and for operators changes it.\v"
-    "Commands:\n"
+    "Commands (a pool's name may follow pools, seqs, frag, map, top and seq free ID):\n"
     "  status     the daemon and its pools\n"
-    "  pools      the pools alone\n"
+    "  pools      the pools alone, or one of them\n"
     "  sessions   connected workers\n"
     "  seqs       sequences of a pool (* in an open step)\n"
     "  frag       fragmentation: efficiency, sharing, histograms, tenants\n"
@@ -135,6 +135,19 @@ ts_status tsctl_ask(ts_client *c, Tspb__Request *request, Tspb__Reply__BodyCase 
     return status;
 }
 
+/* Leaves the pool of this name alone, if there is a name; false: there is none. */
+static bool keep_pool(Tspb__StatusReply *r, const char *name)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < r->n_pools; i++)
+        if (name[0] == '\0' || strcmp(r->pools[i]->name, name) == 0)
+            r->pools[kept++] = r->pools[i];
+        else
+            tspb__pool_summary__free_unpacked(r->pools[i], NULL);
+    r->n_pools = kept;
+    return kept > 0 || name[0] == '\0';
+}
+
 static int do_status(ts_client *c, const options *o, ts_status *ts)
 {
     Tspb__Status body = TSPB__STATUS__INIT;
@@ -146,6 +159,11 @@ static int do_status(ts_client *c, const options *o, ts_status *ts)
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     bool pools = strcmp(o->words[0], "pools") == 0;
+    if (pools && !keep_pool(reply->status_reply, o->pool)) {
+        *ts = ts_fail(c, TS_ENOENT, "there is no pool '%s'", o->pool);
+        tspb__reply__free_unpacked(reply, NULL);
+        return EXIT_REFUSED;
+    }
     if (o->json)
         print_json(o, pools ? json_pools(reply->status_reply) : json_status(reply->status_reply));
     else if (pools)
@@ -294,24 +312,25 @@ typedef struct command {
     const char *words[2]; /* the second NULL: there is none */
     uint32_t least, most; /* words in all */
     command_fn run;
+    bool takes_pool; /* as the last word, if there are `most` */
 } command;
 
 static const command *find_command(const options *o)
 {
-    static const command commands[] = {{{"status"}, 1, 1, do_status},
-                                       {{"pools"}, 1, 1, do_status},
-                                       {{"sessions"}, 1, 1, do_sessions},
-                                       {{"seqs"}, 1, 1, do_seqs},
-                                       {{"frag"}, 1, 1, do_frag},
-                                       {{"map"}, 1, 1, do_map},
-                                       {{"check"}, 1, 1, do_check},
-                                       {{"top"}, 1, 1, do_top},
-                                       {{"session", "kick"}, 3, 3, do_kick},
-                                       {{"seq", "free"}, 3, 3, do_free},
-                                       {{"pool", "create"}, 4, WORDS_MAX, do_pool_create},
-                                       {{"pool", "delete"}, 3, 3, do_pool_delete},
-                                       {{"pool", "resize"}, 4, 4, do_pool_resize},
-                                       {{"drain"}, 1, 2, do_drain}};
+    static const command commands[] = {{{"status"}, 1, 1, do_status, false},
+                                       {{"pools"}, 1, 2, do_status, true},
+                                       {{"sessions"}, 1, 1, do_sessions, false},
+                                       {{"seqs"}, 1, 2, do_seqs, true},
+                                       {{"frag"}, 1, 2, do_frag, true},
+                                       {{"map"}, 1, 2, do_map, true},
+                                       {{"check"}, 1, 1, do_check, false},
+                                       {{"top"}, 1, 2, do_top, true},
+                                       {{"session", "kick"}, 3, 3, do_kick, false},
+                                       {{"seq", "free"}, 3, 4, do_free, true},
+                                       {{"pool", "create"}, 4, WORDS_MAX, do_pool_create, false},
+                                       {{"pool", "delete"}, 3, 3, do_pool_delete, false},
+                                       {{"pool", "resize"}, 4, 4, do_pool_resize, false},
+                                       {{"drain"}, 1, 2, do_drain, false}};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         const command *c = &commands[i];
         if (strcmp(c->words[0], o->words[0]) == 0 &&
@@ -320,6 +339,20 @@ static const command *find_command(const options *o)
             return c;
     }
     return NULL;
+}
+
+/* The pool that the command line names, as an option or as the last word; false: as two. */
+static bool settle_pool(const command *c, options *o)
+{
+    if (!c->takes_pool || o->num_words < c->most)
+        return true;
+    const char *word = o->words[o->num_words - 1];
+    if (o->pool[0] != '\0' && strcmp(o->pool, word) != 0) {
+        fprintf(stderr, "tsctl: which pool: '%s' or '%s'?\n", o->pool, word);
+        return false;
+    }
+    o->pool = word;
+    return true;
 }
 
 int main(int argc, char **argv)
@@ -335,13 +368,15 @@ int main(int argc, char **argv)
         fputs("tsctl: there is no command '", stderr);
         for (uint32_t i = 0; i < o.num_words; i++)
             fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
-        fputs(
-            "'; there are status, pools, sessions, seqs, frag, map, check, top, session kick ID, "
-            "seq free ID, pool create NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE "
-            "and drain [off]\n",
-            stderr);
+        fputs("'; there are status, pools [POOL], sessions, seqs [POOL], frag [POOL], map [POOL], "
+              "check, top [POOL], session kick ID, seq free ID [POOL], pool create NAME KEY=VALUE "
+              "..., pool delete NAME, pool resize NAME SIZE "
+              "and drain [off]\n",
+              stderr);
         return EXIT_USAGE;
     }
+    if (!settle_pool(command, &o))
+        return EXIT_USAGE;
     ts_client *client;
     int code = EXIT_REFUSED;
     ts_options connection = {.url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};

@@ -152,7 +152,7 @@ void text_seqs_head(void)
 void text_seqs(const Tspb__SeqList *r, const style *s)
 {
     char name[CELL_BYTES];
-    const size_t most = s->columns == 0 ? 0 : 16 + spare(s, 80);
+    const size_t most = s->columns == 0 ? 0 : 15 + spare(s, 80);
     for (size_t i = 0; i < r->n_seqs; i++) {
         const Tspb__SeqInfo *n = r->seqs[i];
         char session[32] = "-";
@@ -222,8 +222,9 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     printf("  sharing     %s stored, %s seen by %llu sequences: %.1f x\n",
            ts_text_bytes(f.stored_bytes, a, sizeof a), ts_text_bytes(f.seen_bytes, b, sizeof b),
            (unsigned long long)p->sequences, f.sharing);
-    printf("  otherwise   %s if each sequence had a buffer of the longest length (%u)\n",
-           ts_text_bytes(f.contiguous_bytes, a, sizeof a), r->longest_tokens);
+    printf("  otherwise   %s if each %ssequence had a buffer of the longest length (%u)\n",
+           ts_text_bytes(f.contiguous_bytes, a, sizeof a), r->others_hidden ? "own " : "",
+           r->longest_tokens);
     printf("  lengths     ");
     print_histogram(r->length_histogram, r->n_length_histogram, 0);
     printf("  free runs   ");
@@ -233,8 +234,8 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
                r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,
                ts_text_bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
                r->tenants[i]->slabs);
-    if (r->tenants_hidden)
-        printf("  %-11s others are shown to root and the daemon's user only\n", "");
+    if (r->others_hidden)
+        printf("  %-11s lengths and tenants are your own: operators see all\n", "");
 }
 
 void text_map(const Tspb__PoolMapReply *r, const style *s)
@@ -256,6 +257,8 @@ void text_map(const Tspb__PoolMapReply *r, const style *s)
         bool shared = r->shared[i] > 0;
         if (r->used[i] == 0)
             fputs("·", stdout);
+        else if (r->others_hidden && r->tokens[i] == 0 && r->owners[i] == OWNER_SEVERAL)
+            fputs("■", stdout);
         else if (shared && s->color)
             printf(SHARED "%s" PLAIN, fills[fill]);
         else
@@ -269,6 +272,8 @@ void text_map(const Tspb__PoolMapReply *r, const style *s)
                "");
     else
         printf("%12s · free   ░ ▒ ▓ █ full by quarters   a b c S the same, shared\n", "");
+    if (r->others_hidden)
+        printf("%12s ■ of others, which operators see in full\n", "");
 }
 
 void text_check(const Tspb__CheckReply *r)

@@ -12,7 +12,6 @@
 #include <string.h>
 
 enum { SHARED_PAIR = 1, SESSION_PAIRS, NUM_SESSION_PAIRS = 5 };
-enum { OWNER_KEPT = 1, OWNER_SEVERAL, OWNER_SESSIONS }; /* as PoolMapReply counts them */
 
 typedef struct row {
     uint64_t session, sequences, blocks, requests;
@@ -232,7 +231,8 @@ static void draw_map(const view *v, int top, int columns)
         short pair = pair_of(m->owners[i]);
         move(top + (int)(i / (size_t)columns), (int)(i % (size_t)columns));
         attron(COLOR_PAIR(pair));
-        addstr(m->used[i] == 0 ? "·" : fills[fill > 3 ? 3 : fill]);
+        bool hidden = m->others_hidden && m->tokens[i] == 0 && m->owners[i] == OWNER_SEVERAL;
+        addstr(m->used[i] == 0 ? "·" : hidden ? "■" : fills[fill > 3 ? 3 : fill]);
         attroff(COLOR_PAIR(pair));
     }
 }

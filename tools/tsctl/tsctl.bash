@@ -7,7 +7,7 @@ _tsctl() {
         mapfile -t COMPREPLY < <(compgen -W 'auto always never' -- "$word")
         return
         ;;
-    --pool | -P)
+    --pool | -P | pools | seqs | frag | map | top)
         mapfile -t COMPREPLY < <(compgen -W "$(tsctl pools 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
         return
         ;;

@@ -10,6 +10,8 @@
 #include "client.h"
 #include "report_json.h"
 
+enum { OWNER_KEPT = 1, OWNER_SEVERAL, OWNER_SESSIONS }; /* as PoolMapReply counts them */
+
 typedef struct style {
     bool color;
     int columns; /* of the terminal; 0: it is none, and nothing is cut */

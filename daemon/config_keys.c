@@ -1,0 +1,304 @@
+#include "config_keys.h"
+
+#include "http_address.h"
+#include "plain_text.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- ways to read a value ---- */
+
+/* All bytes of the field are the text's or 0, so that fields can be compared. */
+static void put_text(const ts_config_key *key, void *field, const char *text)
+{
+    memset(field, 0, key->bytes);
+    snprintf(field, key->bytes, "%s", text);
+}
+
+static ts_status read_number(const ts_config_key *key, const char *value, bool units, int base,
+                             uint64_t *out, char *why, size_t why_bytes)
+{
+    char *end;
+    errno = 0;
+    uint64_t n = strtoull(value, &end, base);
+    bool bad = errno != 0 || end == value || strspn(value, "0123456789") == 0;
+    if (units && *end != '\0') {
+        static const char letters[] = "KMGT";
+        const char *letter = strchr(letters, *end);
+        unsigned shift = letter == NULL ? 0 : 10 * (unsigned)(letter - letters + 1);
+        bad = bad || letter == NULL || n > UINT64_MAX >> shift;
+        n <<= shift;
+        end++;
+    }
+    if (bad || *end != '\0') {
+        snprintf(why, why_bytes, "%s",
+                 units ? "not a size such as 512M, 4G or a number of bytes" : "not a number");
+        return TS_EINVAL;
+    }
+    if (n < key->least || n > key->most) {
+        snprintf(why, why_bytes,
+                 base == 8 ? "the limits are %llo..%llo" : "the limits are %llu..%llu",
+                 (unsigned long long)key->least, (unsigned long long)key->most);
+        return TS_EINVAL;
+    }
+    *out = n;
+    return TS_OK;
+}
+
+static ts_status read_u32(const ts_config_key *key, void *field, const char *value, char *why,
+                          size_t why_bytes)
+{
+    uint64_t n;
+    if (read_number(key, value, false, 10, &n, why, why_bytes) != TS_OK)
+        return TS_EINVAL;
+    *(uint32_t *)field = (uint32_t)n;
+    return TS_OK;
+}
+
+static ts_status read_octal(const ts_config_key *key, void *field, const char *value, char *why,
+                            size_t why_bytes)
+{
+    uint64_t n;
+    if (read_number(key, value, false, 8, &n, why, why_bytes) != TS_OK)
+        return TS_EINVAL;
+    *(uint32_t *)field = (uint32_t)n;
+    return TS_OK;
+}
+
+/* Seconds into a field of milliseconds. */
+static ts_status read_seconds(const ts_config_key *key, void *field, const char *value, char *why,
+                              size_t why_bytes)
+{
+    if (read_u32(key, field, value, why, why_bytes) != TS_OK)
+        return TS_EINVAL;
+    *(uint32_t *)field *= 1000;
+    return TS_OK;
+}
+
+static ts_status read_u64(const ts_config_key *key, void *field, const char *value, char *why,
+                          size_t why_bytes)
+{
+    return read_number(key, value, false, 10, field, why, why_bytes);
+}
+
+static ts_status read_size(const ts_config_key *key, void *field, const char *value, char *why,
+                           size_t why_bytes)
+{
+    return read_number(key, value, true, 10, field, why, why_bytes);
+}
+
+/* One of the key's words into an enum, which counts as they do. */
+static ts_status read_word(const ts_config_key *key, void *field, const char *value, char *why,
+                           size_t why_bytes)
+{
+    char known[160] = "";
+    for (uint32_t i = 0; key->words[i] != NULL; i++) {
+        if (strcmp(key->words[i], value) == 0) {
+            memcpy(field, &i, sizeof i);
+            return TS_OK;
+        }
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i == 0 ? "" : ", ", key->words[i]);
+    }
+    snprintf(why, why_bytes, "known are %s", known);
+    return TS_EINVAL;
+}
+
+static ts_status read_socket(const ts_config_key *key, void *field, const char *value, char *why,
+                             size_t why_bytes)
+{
+    const char *path = strncmp(value, "ipc://", 6) == 0 ? value + 6 : value;
+    const size_t most = key->bytes - 1 - strlen(".handles"); /* the other socket's name is longer */
+    if (path[0] != '/' || strlen(path) > most) {
+        snprintf(why, why_bytes, "an absolute path of at most %zu bytes is needed", most);
+        return TS_EINVAL;
+    }
+    put_text(key, field, path);
+    return TS_OK;
+}
+
+static ts_status read_operators(const ts_config_key *key, void *field, const char *value, char *why,
+                                size_t why_bytes)
+{
+    (void)key;
+    return ts_operators_find(value, field, why, why_bytes);
+}
+
+static ts_status read_isa(const ts_config_key *key, void *field, const char *value, char *why,
+                          size_t why_bytes)
+{
+    ts_isa isa;
+    if (read_word(key, &isa, value, why, why_bytes) != TS_OK)
+        return TS_EINVAL;
+    if (isa != TS_ISA_AUTO && ts_isa_resolve(isa) != isa) {
+        snprintf(why, why_bytes, "this machine has no %s, or doesn't let this process use it",
+                 value);
+        return TS_EINVAL;
+    }
+    *(ts_isa *)field = isa;
+    return TS_OK;
+}
+
+static ts_status read_log_level(const ts_config_key *key, void *field, const char *value, char *why,
+                                size_t why_bytes)
+{
+    static const ts_log_level levels[] = {TS_LOG_ERROR, TS_LOG_WARNING, TS_LOG_INFO, TS_LOG_DEBUG};
+    uint32_t which;
+    if (read_word(key, &which, value, why, why_bytes) != TS_OK)
+        return TS_EINVAL;
+    *(ts_log_level *)field = levels[which];
+    return TS_OK;
+}
+
+static ts_status read_metrics(const ts_config_key *key, void *field, const char *value, char *why,
+                              size_t why_bytes)
+{
+    ts_http_address address;
+    bool off = strcmp(value, "off") == 0;
+    if (!off && (strlen(value) >= key->bytes || !ts_http_address_parse(value, &address))) {
+        snprintf(why, why_bytes, "off, or an address and a port such as 127.0.0.1:9470, is needed");
+        return TS_EINVAL;
+    }
+    put_text(key, field, off ? "" : value);
+    return TS_OK;
+}
+
+static ts_status read_hosts(const ts_config_key *key, void *field, const char *value, char *why,
+                            size_t why_bytes)
+{
+    if (strlen(value) >= key->bytes) {
+        snprintf(why, why_bytes, "%zu bytes; the limit is %zu", strlen(value), key->bytes - 1);
+        return TS_EINVAL;
+    }
+    if (!ts_http_hosts_parse(value, why, why_bytes))
+        return TS_EINVAL;
+    put_text(key, field, value);
+    return TS_OK;
+}
+
+static ts_status read_device(const ts_config_key *key, void *field, const char *value, char *why,
+                             size_t why_bytes)
+{
+    char *end;
+    bool cuda = strncmp(value, "cuda:", 5) == 0 && value[5] >= '0' && value[5] <= '9' &&
+                strtoul(value + 5, &end, 10) < 1024 && *end == '\0';
+    if (!cuda && strcmp(value, "auto") != 0 && strcmp(value, "host") != 0) {
+        snprintf(why, why_bytes, "known are auto, host and cuda:N");
+        return TS_EINVAL;
+    }
+    put_text(key, field, value);
+    return TS_OK;
+}
+
+/* ---- the keys ---- */
+
+static const char *const isas[] = {"auto", "portable", "avx2", "avx512", "amx", NULL};
+static const char *const levels[] = {"error", "warning", "info", "debug", NULL};
+static const char *const shows[] = {"totals", "all", NULL};
+static const char *const dtypes[] = {"fp32", "fp16", "bf16", "fp8_e4m3", NULL};
+static const char *const layouts[] = {"nhd", "hnd", NULL};
+static const char *const providers[] = {"auto", "host", "cuda-vmm", "cuda-ipc", NULL};
+static const char *const writers[] = {"none", "all", NULL};
+static const char *const kernels[] = {"auto", "v1",   "v2",  "v3",    "v4",
+                                      "v5",   "tile", "mma", "wgmma", NULL};
+_Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one word for each kernel");
+
+#define KEY(type, name_, reader, field)                                                            \
+    .name = name_, .read = reader, .offset = offsetof(type, field),                                \
+    .bytes = sizeof(((type *)0)->field)
+#define DAEMON(name, reader, field) KEY(ts_config, name, reader, field)
+#define POOL(name, reader, field) KEY(ts_config_pool, name, reader, field)
+
+static const ts_config_key daemon_keys[] = {
+    {DAEMON("socket", read_socket, socket)},
+    {DAEMON("socket_mode", read_octal, socket_mode), .least = 0600, .most = 0666},
+    {DAEMON("operators", read_operators, operators), .optional = true, .reloads = true},
+    {DAEMON("threads", read_u32, threads), .least = 0, .most = 1024},
+    {DAEMON("kernel", read_isa, kernel), .words = isas},
+    {DAEMON("log_level", read_log_level, log_level), .words = levels, .reloads = true},
+    {DAEMON("tenant_connections", read_u32, tenant_connections), .least = 1, .most = 65536},
+    {DAEMON("idle_seconds", read_seconds, idle_ms), .least = 1, .most = 3600},
+    {DAEMON("submit_seconds", read_seconds, submit_ms), .least = 1, .most = 3600},
+    {DAEMON("spin_us", read_u32, spin_us), .least = 0, .most = 1000000},
+    {DAEMON("metrics", read_metrics, metrics)},
+    {DAEMON("metrics_hosts", read_hosts, metrics_hosts), .optional = true},
+    {DAEMON("metrics_show", read_word, metrics_show), .words = shows, .reloads = true},
+    {DAEMON("message_max", read_size, message_bytes), .least = 4096, .most = 1u << 30},
+    {DAEMON("exchange_max", read_size, limits.exchange_bytes), .least = 4096,
+     .most = UINT64_MAX >> 1, .reloads = true},
+    {DAEMON("sessions", read_u32, limits.sessions), .least = 1, .most = 1u << 20},
+    {DAEMON("session_sequences", read_u32, limits.session_sequences), .least = 1, .most = 1u << 24,
+     .reloads = true},
+    {DAEMON("session_steps", read_u32, limits.session_steps), .least = 1, .most = 65536,
+     .reloads = true},
+    {DAEMON("session_blocks", read_u64, limits.session_blocks), .least = 1, .most = UINT64_MAX,
+     .reloads = true},
+    {DAEMON("batch", read_u32, limits.batch), .least = 1, .most = 1u << 20, .reloads = true},
+    {DAEMON("step_tokens", read_u32, limits.step_tokens), .least = 1, .most = 1u << 24,
+     .reloads = true},
+};
+
+static const ts_config_key pool_keys[] = {
+    {POOL("layers", read_u32, pool.geometry.layers), .least = 1, .most = TS_LAYERS_MAX,
+     .required = true},
+    {POOL("kv_heads", read_u32, pool.geometry.kv_heads), .least = 1, .most = TS_HEADS_MAX,
+     .required = true},
+    {POOL("head_dim", read_u32, pool.geometry.head_dim), .least = TS_HEAD_DIM_MIN,
+     .most = TS_HEAD_DIM_MAX, .required = true},
+    {POOL("memory", read_size, memory), .least = 1, .most = UINT64_MAX >> 1},
+    {POOL("blocks", read_u64, blocks), .least = 1, .most = TS_POOL_BLOCKS_MAX},
+    {POOL("memory_max", read_size, memory_max), .least = 1, .most = UINT64_MAX >> 1,
+     .optional = true},
+    {POOL("device", read_device, pool.device)},
+    {POOL("provider", read_word, provider), .words = providers},
+    {POOL("kernel", read_word, pool.kernel), .words = kernels},
+    {POOL("dtype", read_word, pool.geometry.dtype), .words = dtypes},
+    {POOL("block_tokens", read_u32, pool.geometry.block_tokens), .least = 1,
+     .most = TS_BLOCK_TOKENS_MAX},
+    {POOL("layout", read_word, pool.geometry.layout), .words = layouts},
+    {POOL("slab", read_size, slab), .least = 4096, .most = UINT64_MAX >> 1},
+    {POOL("tenant_memory", read_size, tenant_memory), .least = 1, .most = UINT64_MAX >> 1,
+     .optional = true, .reloads = true},
+    {POOL("sequences", read_u32, pool.sequences_max), .least = 1, .most = 1u << 24},
+    {POOL("sequence_tokens", read_u32, pool.sequence_tokens_max), .least = 1, .most = 1u << 30},
+    {POOL("client_write", read_word, pool.client_write), .words = writers},
+};
+
+#define COUNT(array) (sizeof array / sizeof *array)
+_Static_assert(COUNT(daemon_keys) <= TS_CONFIG_KEYS_MAX, "given has a bit for each");
+_Static_assert(COUNT(pool_keys) <= TS_CONFIG_KEYS_MAX, "given has a bit for each");
+
+const ts_config_section ts_config_daemon = {"[daemon]", daemon_keys, COUNT(daemon_keys)};
+const ts_config_section ts_config_pools = {"a [pool]", pool_keys, COUNT(pool_keys)};
+
+const ts_config_key *ts_config_find_key(const ts_config_section *section, const char *name)
+{
+    for (uint32_t i = 0; i < section->num_keys; i++)
+        if (strcmp(section->keys[i].name, name) == 0)
+            return &section->keys[i];
+    return NULL;
+}
+
+bool ts_config_key_differs(const ts_config_key *key, const void *a, const void *b)
+{
+    return memcmp((const char *)a + key->offset, (const char *)b + key->offset, key->bytes) != 0;
+}
+
+const char *ts_provider_name(ts_provider provider)
+{
+    return providers[provider];
+}
+
+ts_status ts_config_memory(const char *text, uint64_t *bytes, char *why, size_t why_bytes)
+{
+    char reason[128], shown[64];
+    const ts_config_key *key = ts_config_find_key(&ts_config_pools, "memory");
+    ts_status status = read_size(key, bytes, text, reason, sizeof reason);
+    if (status != TS_OK)
+        snprintf(why, why_bytes, "memory = %s: %s", ts_text_escape(text, shown, sizeof shown),
+                 reason);
+    return status;
+}

@@ -1,0 +1,37 @@
+/* The keys of the configuration's two kinds of sections: their names, values and limits. */
+#ifndef TS_CONFIG_KEYS_H
+#define TS_CONFIG_KEYS_H
+
+#include "config.h"
+
+typedef struct ts_config_key ts_config_key;
+
+struct ts_config_key {
+    const char *name;
+    /* Reads the value into the field; TS_EINVAL with the reason, which goes behind "key = value".
+     */
+    ts_status (*read)(const ts_config_key *key, void *field, const char *value, char *why,
+                      size_t why_bytes);
+    size_t offset, bytes; /* of the field in the section's struct */
+    uint64_t least, most; /* of a number */
+    const char *const *words;
+    bool required;
+    bool optional; /* an empty value is as good as none */
+    bool reloads;  /* a running daemon can change it */
+};
+
+typedef struct ts_config_section {
+    const char *name; /* as problems call it */
+    const ts_config_key *keys;
+    uint32_t num_keys;
+} ts_config_section;
+
+extern const ts_config_section ts_config_daemon, ts_config_pools;
+
+/* The key of this name; NULL: there is none. */
+const ts_config_key *ts_config_find_key(const ts_config_section *section, const char *name);
+
+/* Whether two structs of the section's kind have another value of this key. */
+bool ts_config_key_differs(const ts_config_key *key, const void *a, const void *b);
+
+#endif
