@@ -100,9 +100,10 @@ ts_status ts_attention_variant_check(const ts_attention_variant *v, uint32_t hea
     if (!isfinite(v->scale) || v->scale < 0)
         snprintf(why, why_bytes, "a scale of %g; it must be finite and not negative",
                  (double)v->scale);
-    else if (!isfinite(v->soft_cap) || v->soft_cap < 0)
-        snprintf(why, why_bytes, "a soft cap of %g; it must be finite and not negative",
-                 (double)v->soft_cap);
+    else if (!(v->soft_cap >= 0 && v->soft_cap <= TS_SOFT_CAP_MAX))
+        snprintf(why, why_bytes,
+                 "a soft cap of %g; it must be finite and not negative, at most %g",
+                 (double)v->soft_cap, (double)TS_SOFT_CAP_MAX);
     else if (!isfinite(rope->theta) || rope->theta < 0)
         snprintf(why, why_bytes, "a rope theta of %g; it must be finite and not negative",
                  (double)rope->theta);
@@ -254,9 +255,9 @@ typedef struct list {
 } list;
 
 /*
- * Lists the items of one sequence; with a == NULL only counts them. An item whose share of the work
- * would pass `budget` (tokens * KV heads * query tokens) is cut along the context into whole parts,
- * then by KV heads.
+ * Lists the items of one sequence; with a == NULL only counts them. An item has the parts that its
+ * rows see something of. One whose share of the work would pass `budget` (tokens * KV heads * query
+ * tokens) is cut along the context into whole parts, then by KV heads.
  */
 static void list_seq(ts_attention *a, const ts_attention_call *call, const ts_attention_seq *seq,
                      uint64_t budget, list *l)

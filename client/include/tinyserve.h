@@ -258,7 +258,7 @@ ts_status ts_step_run(ts_step *step, uint32_t layer);
 typedef struct ts_run_options {
     /* What becomes of a score, in this order. */
     float scale;     /* of q·k; 0: the step's */
-    float soft_cap;  /* soft_cap * tanh(score / soft_cap); 0: none */
+    float soft_cap;  /* soft_cap * tanh(score / soft_cap); 0: none; at most 1e38 */
     bool alibi;      /* slope * (key's position - query's) is added: ts_step_alibi has the slopes */
     uint32_t window; /* tokens that a token sees, itself included; 0: all */
     bool sinks;      /* ts_step_sinks' logits join the softmax; they have no value */
@@ -275,8 +275,9 @@ typedef struct ts_run_options {
 } ts_run_options;
 
 /*
- * As ts_step_run, with options. TS_EINVAL: scale, soft_cap or rope_theta is negative or not
- * finite, rope_dims is odd or more than head_dim, or there are scales and the pool isn't fp8.
+ * As ts_step_run, with options. A row all of whose scores are -infinity is 0, its log-sum-exp
+ * -infinity. TS_EINVAL: scale, soft_cap or rope_theta is negative or not finite, soft_cap is more
+ * than 1e38, rope_dims is odd or more than head_dim, or there are scales and the pool isn't fp8.
  *
  * On a stream, what is on it already, and writes q, k and v (slopes, sinks and scales too), comes
  * before; what is put on it later finds out. Returns as soon as the daemon has taken the run;
