@@ -491,7 +491,7 @@ INLINE void attend_parts(ts_dtype dtype, const ts_attention_item *item,
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
     if (item->partials != NULL) {
         for (uint32_t part = item->part_first; part < item->part_end; part++) {
-            ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
+            ts_attention_state state = partial_at(item, part, rows, head_dim);
             compute_part(dtype, item, part, scratch, &state);
         }
         return;
@@ -587,7 +587,7 @@ static void merge_item(const ts_attention_item *item, const ts_attention_scratch
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
     reset(&scratch->all, rows, padded);
     for (uint32_t part = item->part_first; part < item->part_end; part++) {
-        ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
+        ts_attention_state state = partial_at(item, part, rows, head_dim);
         merge_state(&scratch->all, &state, rows, padded);
     }
     const ts_geometry *g = &item->call->geometry;

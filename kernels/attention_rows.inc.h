@@ -113,9 +113,10 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
             }
 }
 
-static ts_attention_state partial_at(float *partials, uint32_t part, uint32_t rows,
+static ts_attention_state partial_at(const ts_attention_item *item, uint32_t part, uint32_t rows,
                                      uint32_t head_dim)
 {
-    float *p = partials + part * ts_attention_partial_floats(rows, head_dim);
+    float *p =
+        item->partials + (part - item->first_seen) * ts_attention_partial_floats(rows, head_dim);
     return (ts_attention_state){.max = p, .sum = p + rows, .acc = p + 2 * (size_t)rows};
 }
