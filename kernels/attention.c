@@ -270,6 +270,8 @@ static void list_seq(ts_attention *a, const ts_attention_call *call, const ts_at
 {
     const ts_geometry *g = &call->geometry;
     uint32_t group = call->heads / g->kv_heads;
+    if (seq->q_tokens == 0)
+        return;
     cut c = cut_rows(call, seq);
     for (uint32_t q = 0; q < seq->q_tokens; q += c.q_count) {
         uint32_t q_count = seq->q_tokens - q < c.q_count ? seq->q_tokens - q : c.q_count;
@@ -392,6 +394,8 @@ ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
     size_t rows = 0, head_rows = 0;
     for (uint32_t i = 0; i < call->num_seqs; i++) {
         const ts_attention_seq *seq = &call->seqs[i];
+        if (seq->q_tokens == 0)
+            continue;
         cut c = cut_rows(call, seq);
         work +=
             (uint64_t)(seq->kv_tokens - first_token(call, seq, 0)) * g->kv_heads * seq->q_tokens;

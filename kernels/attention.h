@@ -22,7 +22,7 @@
 typedef struct ts_attention_seq {
     const uint32_t *blocks; /* block table; covers kv_tokens */
     uint32_t kv_tokens;     /* cached tokens, the new ones included */
-    uint32_t q_tokens;      /* 1..kv_tokens: query i stands at position kv_tokens - q_tokens + i */
+    uint32_t q_tokens;      /* 0..kv_tokens: query i stands at position kv_tokens - q_tokens + i */
     uint32_t layer;
     const void *q;
     const void *k; /* rows of the new tokens, to be written first; NULL: they are in the cache */

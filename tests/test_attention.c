@@ -376,6 +376,36 @@ static void check_splits(shape s, const variety *variety, ts_isa isa)
     problem_free(&p);
 }
 
+static void sequences_without_query_tokens_change_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{0, 0}, {700, 3}, {300, 0}, {1100, 90}, {5, 0}};
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        rng r = {41};
+        problem p;
+        problem_new(&p, variety_shape(0, 1), lengths, 5, &r);
+        p.seqs[0].blocks = p.seqs[2].blocks = p.seqs[4].blocks = NULL;
+        const size_t bytes = p.q_elements * sizeof(float);
+        unsigned char *first = malloc(bytes);
+        ts_attention *a = ts_attention_new(2, isas[i]);
+        poison(&p);
+        assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+        memcpy(first, p.out, bytes);
+        poison(&p);
+        const ts_attention_seq some[] = {p.seqs[1], p.seqs[3]};
+        ts_attention_call without = p.call;
+        without.seqs = some;
+        without.num_seqs = 2;
+        assert_int_equal(ts_attention_run(a, &without), TS_OK);
+        assert_memory_equal(p.out, first, bytes);
+        ts_attention_free(a);
+        free(first);
+        problem_free(&p);
+    }
+}
+
 static void splitting_a_batch_changes_no_bit(void **state)
 {
     (void)state;
@@ -605,6 +635,7 @@ int main(void)
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(the_prototypes_scenario_of_two_sequences_and_32_heads_matches),
         cmocka_unit_test(few_and_many_heads_on_the_tile_unit_match_the_reference),
+        cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test(every_fp8_number_is_multiplied_exactly),

@@ -211,7 +211,8 @@ typedef struct ts_step_options {
 } ts_step_options;
 
 /*
- * Begins a step that adds new_tokens[i] (at least 1) tokens to sequence i. Takes all slots that
+ * Begins a step that adds new_tokens[i] tokens to sequence i. A sequence may get 0, as long as
+ * another gets some: it takes no block, and nothing is attended for it. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
  * as they were, and not be changed. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
  * isn't writable; TS_EINVAL: it is on a GPU and the exchange isn't, there are no rings, or the
@@ -303,10 +304,10 @@ ts_status ts_step_abort(ts_step *step);
 /* ---- frames: CUDA graphs that serve many steps ---- */
 
 typedef struct ts_frame_options {
-    uint32_t seqs;        /* of a step, at most */
-    uint32_t new_tokens;  /* of each sequence in each step; 0: 1 */
-    uint64_t tokens;      /* of a step's sequences together, new ones included, at most (what two of
-                             them share counts twice); 0: as many as the pool has slots */
+    uint32_t seqs;       /* of a step, at most */
+    uint32_t new_tokens; /* of each sequence in each step; 0: 1; leave out a sequence without any */
+    uint64_t tokens;     /* of a step's sequences together, new ones included, at most (what two of
+                            them share counts twice); 0: as many as the pool has slots */
     ts_step_options step; /* of each step */
 } ts_frame_options;
 

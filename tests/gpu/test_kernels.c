@@ -308,6 +308,62 @@ static void splitting_a_batch_changes_no_bit(void **state)
     device_problem_free(&d);
 }
 
+/* In a plan that is new, and in one that is renewed. */
+static void sequences_without_query_tokens_change_no_bit(void **state)
+{
+    (void)state;
+    enum { SEQS = 5 };
+    static const uint32_t lengths[][2] = {{0, 0}, {700, 3}, {300, 0}, {5000, 90}, {5, 0}};
+    const shape s = {.dtype = TS_DTYPE_BF16,
+                     .io = TS_DTYPE_FP32,
+                     .heads = 8,
+                     .kv_heads = 2,
+                     .head_dim = 64,
+                     .block_tokens = 16,
+                     .layers = 1};
+    rng r = {41};
+    device_problem d;
+    device_problem_new(&d, s, lengths, SEQS, &r);
+    d.seqs[0].blocks = d.seqs[2].blocks = d.seqs[4].blocks = NULL;
+    unsigned char *first = malloc(d.q_bytes);
+    for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
+        const ts_kernel kernel = (ts_kernel)k;
+        const ts_attention_seq some[] = {d.seqs[1], d.seqs[3]};
+        ts_attention_call without = d.call;
+        without.seqs = some;
+        without.num_seqs = 2;
+        poison_device(&d);
+        run(&d, &without, kernel);
+        memcpy(first, d.p.out, d.q_bytes);
+        poison_device(&d);
+        run(&d, &d.call, kernel);
+        assert_memory_equal(d.p.out, first, d.q_bytes);
+
+        ts_gpu_plan *plan = NULL;
+        for (int renewal = 0; renewal < 2; renewal++) {
+            d.seqs[2].kv_tokens += 100; /* which is nobody's business */
+            OK(ts_gpu_plan_renew(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype, kernel,
+                                 d.seqs, SEQS, &plan, why, sizeof why));
+        }
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+        const ts_gpu_run one = {
+            .plan = plan, .q = d.q, .k = d.k, .v = d.v, .out = d.out, .lse = d.lse};
+        poison_device(&d);
+        OK(ts_gpu_launch_attend(l, d.call.base, &d.call.variant, &one, 1));
+        CUDA_OK(cudaStreamSynchronize(ts_gpu_launch_stream(l)));
+        CUDA_OK(cudaMemcpy(d.p.out, d.out, d.q_bytes, cudaMemcpyDeviceToHost));
+        assert_memory_equal(d.p.out, first, d.q_bytes);
+        sem_t done;
+        sem_init(&done, 0, 0);
+        assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+        while (sem_wait(&done) != 0)
+            ;
+        ts_gpu_plan_free(plan);
+    }
+    free(first);
+    device_problem_free(&d);
+}
+
 /* The slots that no sequence has hold NaN, then 0. */
 static void what_lies_in_unused_slots_changes_no_bit(void **state)
 {
@@ -490,6 +546,7 @@ int main(void)
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(what_lies_in_unused_slots_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test_setup_teardown(what_doesnt_fit_into_shared_memory_isnt_launched,
