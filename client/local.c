@@ -99,6 +99,8 @@ ts_status ts_local_new(ts_pool *p, uint64_t step, const ts_seq *seqs, const uint
         uint32_t touched = (uint32_t)ts_whole_blocks(b->starts[i], p->geometry.block_tokens);
         s->q_tokens = new_tokens[i];
         s->kv_tokens = b->starts[i] + new_tokens[i];
+        if (new_tokens[i] == 0) /* its table isn't told, and not read */
+            continue;
         status = ts_tables_learn(p, step,
                                  &(ts_table_news){.seq = seqs[i],
                                                   .first = b->firsts[i],

@@ -47,11 +47,11 @@ static ts_status fill_step(ts_step *s, const ts_begun *b)
     bool ok = b->num_seqs == s->count;
     for (uint32_t i = 0; ok && i < s->count; i++) {
         uint64_t end = (uint64_t)b->starts[i] + s->new_tokens[i];
-        uint32_t touched = (uint32_t)ts_whole_blocks(b->starts[i], block_tokens);
+        uint32_t touched = ts_first_touched(b->starts[i], s->new_tokens[i], block_tokens);
         uint32_t count = b->counts[i];
         uint32_t first = b->firsts != NULL ? b->firsts[i] : touched;
-        ok = first <= touched && count == ts_blocks_for(end, block_tokens) - first &&
-             b->num_blocks - block >= count;
+        uint32_t told = s->new_tokens[i] == 0 ? 0 : ts_blocks_for(end, block_tokens) - first;
+        ok = first <= touched && count == told && b->num_blocks - block >= count;
         s->starts[i] = b->starts[i];
         for (uint64_t t = s->starts[i]; ok && t < end; t++) {
             uint64_t entry = ts_whole_blocks(t, block_tokens);
@@ -217,8 +217,8 @@ static ts_status add_tokens(ts_pool *p, const uint32_t *new_tokens, uint32_t cou
         sum += new_tokens[i];
     if (count == 0 || sum == 0 || sum > UINT32_MAX)
         return ts_fail(p->client, TS_EINVAL,
-                       "%llu new tokens for %u sequences; each gets at least 1",
-                       (unsigned long long)sum, count);
+                       "%llu new tokens for %u sequences; a step has 1..%u, for at least 1",
+                       (unsigned long long)sum, count, UINT32_MAX);
     *tokens = (uint32_t)sum;
     return TS_OK;
 }

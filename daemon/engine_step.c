@@ -111,11 +111,10 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, uin
         ts_sequence *seq = ts_engine_sequence(e, c->pool, s, id, true, a);
         if (seq == NULL)
             return i;
-        if (new_tokens == 0 || new_tokens > pool->config.sequence_tokens_max - seq->length) {
+        if (new_tokens > pool->config.sequence_tokens_max - seq->length) {
             ts_refuse(
                 a, TS_EINVAL,
-                "%u new tokens for sequence %llx of %u; a step adds at least 1, and the pool's "
-                "limit is %u tokens a sequence",
+                "%u new tokens for sequence %llx of %u; the pool's limit is %u tokens a sequence",
                 new_tokens, (unsigned long long)id, seq->length, pool->config.sequence_tokens_max);
             return i;
         }
@@ -138,6 +137,9 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
 {
     const ts_engine_pool *pool = &e->pools[c->pool];
     const ts_pool_tenant *tenant = &pool->books.tenants[s->tenant];
+    if (tokens == 0)
+        return ts_refuse(a, TS_EINVAL, "a step of 0 new tokens; one of its %u sequences gets some",
+                         c->step_begin.count);
     if (tokens > e->limits.step_tokens)
         return ts_refuse(a, TS_EINVAL, "a step of %llu new tokens; the limit is %u",
                          (unsigned long long)tokens, e->limits.step_tokens);
@@ -232,7 +234,7 @@ static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
     a->begun.copies = e->out_copies;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
-        uint32_t first = (uint32_t)ts_whole_blocks(part->start, block_tokens);
+        uint32_t first = ts_first_touched(part->start, part->new_tokens, block_tokens);
         uint32_t end = ts_blocks_for((uint64_t)part->start + part->new_tokens, block_tokens);
         starts[i] = part->start;
         counts[i] = end - first;

@@ -164,7 +164,8 @@ static uint32_t table_end(const ts_step_seq *part, const ts_sequences *seqs)
 }
 
 /* Copies what the client lacks of the step's block tables to rings->tables: of each from entry
- * rings->firsts on, rings->words of them. Returns the sum; if it is too much, not all was copied.
+ * rings->firsts on, rings->words of them; nothing of a sequence without new tokens. Returns the
+ * sum; if it is too much, not all was copied.
  */
 static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequences *seqs)
 {
@@ -172,6 +173,9 @@ static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequ
     uint64_t all = 0;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
+        rings->firsts[i] = rings->words[i] = 0;
+        if (part->new_tokens == 0)
+            continue;
         uint64_t told = __atomic_load_n(&r->shared->batch_told[i], __ATOMIC_RELAXED);
         uint32_t known = ts_sequence_known(&seqs->all[part->seq], told);
         uint32_t touched = (uint32_t)ts_whole_blocks(part->start, seqs->block_tokens);
@@ -190,7 +194,9 @@ static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequ
 static void note_told(const ts_step *step, ts_sequences *seqs)
 {
     for (uint32_t i = 0; i < step->num_seqs; i++)
-        ts_sequence_tell(&seqs->all[step->seqs[i].seq], step->id, table_end(&step->seqs[i], seqs));
+        if (step->seqs[i].new_tokens > 0)
+            ts_sequence_tell(&seqs->all[step->seqs[i].seq], step->id,
+                             table_end(&step->seqs[i], seqs));
 }
 
 /* Lays out what a begin has to tell. False, and the answer refuses: it can't. */

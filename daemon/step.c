@@ -2,10 +2,11 @@
 
 #include <assert.h>
 
-static bool tail_is_shared(const ts_sequences *seqs, const ts_pool_books *pool,
-                           const ts_sequence *seq)
+/* Whether new tokens would be written into a block that others have too. */
+static bool writes_shared_tail(const ts_sequences *seqs, const ts_pool_books *pool,
+                               const ts_sequence *seq, uint32_t new_tokens)
 {
-    return seq->length % seqs->block_tokens != 0 &&
+    return new_tokens > 0 && seq->length % seqs->block_tokens != 0 &&
            ts_pool_refs(pool, seq->blocks[seq->num_blocks - 1]) > 1;
 }
 
@@ -13,7 +14,7 @@ uint32_t ts_step_blocks(const ts_sequences *seqs, const ts_pool_books *pool, con
                         uint32_t new_tokens)
 {
     return ts_blocks_for((uint64_t)seq->length + new_tokens, seqs->block_tokens) - seq->num_blocks +
-           tail_is_shared(seqs, pool, seq);
+           writes_shared_tail(seqs, pool, seq, new_tokens);
 }
 
 void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step)
@@ -24,7 +25,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
     part->reserved = ts_blocks_for((uint64_t)seq->length + part->new_tokens, seqs->block_tokens) -
                      seq->num_blocks;
     assert(seq->num_blocks + part->reserved <= seq->capacity);
-    if (tail_is_shared(seqs, pool, seq)) {
+    if (writes_shared_tail(seqs, pool, seq, part->new_tokens)) {
         uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
         part->original = *tail;
         *tail = ts_pool_take(pool, seq->tenant);

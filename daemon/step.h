@@ -17,9 +17,9 @@
 #include "sequence.h"
 
 typedef struct ts_step_seq {
-    uint32_t seq;   /* index */
-    uint32_t start; /* tokens before the step */
-    uint32_t new_tokens;
+    uint32_t seq;          /* index */
+    uint32_t start;        /* tokens before the step */
+    uint32_t new_tokens;   /* 0: it is left as it is */
     uint32_t reserved;     /* blocks taken behind the table */
     uint32_t original;     /* the shared tail that was replaced by a copy, or TS_NONE */
     const uint32_t *table; /* the sequence's, reserved blocks included */

@@ -100,9 +100,10 @@ ts_status ts_attention_variant_check(const ts_attention_variant *v, uint32_t hea
     if (!isfinite(v->scale) || v->scale < 0)
         snprintf(why, why_bytes, "a scale of %g; it must be finite and not negative",
                  (double)v->scale);
-    else if (!isfinite(v->soft_cap) || v->soft_cap < 0)
-        snprintf(why, why_bytes, "a soft cap of %g; it must be finite and not negative",
-                 (double)v->soft_cap);
+    else if (!(v->soft_cap >= 0 && v->soft_cap <= TS_SOFT_CAP_MAX))
+        snprintf(why, why_bytes,
+                 "a soft cap of %g; it must be finite and not negative, at most %g",
+                 (double)v->soft_cap, (double)TS_SOFT_CAP_MAX);
     else if (!isfinite(rope->theta) || rope->theta < 0)
         snprintf(why, why_bytes, "a rope theta of %g; it must be finite and not negative",
                  (double)rope->theta);
@@ -253,22 +254,31 @@ typedef struct list {
     size_t items, merges, partial_floats;
 } list;
 
+/* The first token that query tokens `q` and later of a sequence see. */
+static uint32_t first_token(const ts_attention_call *call, const ts_attention_seq *seq, uint32_t q)
+{
+    return ts_attention_first_key(&call->variant, seq->kv_tokens - seq->q_tokens + q);
+}
+
 /*
- * Lists the items of one sequence; with a == NULL only counts them. An item whose share of the work
- * would pass `budget` (tokens * KV heads * query tokens) is cut along the context into whole parts,
- * then by KV heads.
+ * Lists the items of one sequence; with a == NULL only counts them. An item has the parts that its
+ * rows see something of. One whose share of the work would pass `budget` (tokens * KV heads * query
+ * tokens) is cut along the context into whole parts, then by KV heads.
  */
 static void list_seq(ts_attention *a, const ts_attention_call *call, const ts_attention_seq *seq,
                      uint64_t budget, list *l)
 {
     const ts_geometry *g = &call->geometry;
     uint32_t group = call->heads / g->kv_heads;
+    if (seq->q_tokens == 0)
+        return;
     cut c = cut_rows(call, seq);
     for (uint32_t q = 0; q < seq->q_tokens; q += c.q_count) {
         uint32_t q_count = seq->q_tokens - q < c.q_count ? seq->q_tokens - q : c.q_count;
         uint32_t end = seq->kv_tokens - seq->q_tokens + q + q_count;
-        uint32_t parts = ceil_div(end, TS_PART);
-        uint64_t work = (uint64_t)end * c.head_count * q_count;
+        uint32_t first = first_token(call, seq, q), first_seen = first / TS_PART;
+        uint32_t parts = ceil_div(end, TS_PART) - first_seen;
+        uint64_t work = (uint64_t)(end - first) * c.head_count * q_count;
         uint32_t pieces = ceil_div(work, budget);
         uint32_t part_pieces = pieces < parts ? pieces : parts;
         uint32_t step = ceil_div(parts, part_pieces);
@@ -291,8 +301,10 @@ static void list_seq(ts_attention *a, const ts_attention_call *call, const ts_at
                         .q_count = q_count,
                         .head_first = h,
                         .head_count = head_count,
-                        .part_first = p * step,
-                        .part_end = p * step + step < parts ? p * step + step : parts,
+                        .part_first = first_seen + p * step,
+                        .part_end =
+                            first_seen + (p * step + step < parts ? p * step + step : parts),
+                        .first_seen = first_seen,
                         .partials = part_pieces > 1 ? a->partials + l->partial_floats : NULL,
                     };
             }
@@ -317,7 +329,7 @@ static void merge_one(void *arg, uint32_t merge, uint32_t thread)
         return;
     ts_attention_item whole = a->items[a->merges[merge]];
     uint32_t end = whole.seq->kv_tokens - whole.seq->q_tokens + whole.q_first + whole.q_count;
-    whole.part_first = 0;
+    whole.part_first = whole.first_seen;
     whole.part_end = ceil_div(end, TS_PART);
     a->ops->merge(&whole, &a->scratch[thread]);
 }
@@ -382,8 +394,11 @@ ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
     size_t rows = 0, head_rows = 0;
     for (uint32_t i = 0; i < call->num_seqs; i++) {
         const ts_attention_seq *seq = &call->seqs[i];
+        if (seq->q_tokens == 0)
+            continue;
         cut c = cut_rows(call, seq);
-        work += (uint64_t)seq->kv_tokens * g->kv_heads * seq->q_tokens;
+        work +=
+            (uint64_t)(seq->kv_tokens - first_token(call, seq, 0)) * g->kv_heads * seq->q_tokens;
         if ((size_t)c.q_count * group > head_rows)
             head_rows = (size_t)c.q_count * group;
         if ((size_t)c.q_count * group * c.head_count > rows)

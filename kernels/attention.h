@@ -22,7 +22,7 @@
 typedef struct ts_attention_seq {
     const uint32_t *blocks; /* block table; covers kv_tokens */
     uint32_t kv_tokens;     /* cached tokens, the new ones included */
-    uint32_t q_tokens;      /* 1..kv_tokens: query i stands at position kv_tokens - q_tokens + i */
+    uint32_t q_tokens;      /* 0..kv_tokens: query i stands at position kv_tokens - q_tokens + i */
     uint32_t layer;
     const void *q;
     const void *k; /* rows of the new tokens, to be written first; NULL: they are in the cache */
@@ -40,11 +40,13 @@ typedef struct ts_attention_seq {
 /*
  * Variants of attention. What becomes of a score q·k of a query at position p and a key at position
  * j, in this order: scaled; capped: soft_cap * tanh(score / soft_cap); with ALiBi, slope * (j - p)
- * is added; hidden unless p - window < j <= p.
+ * is added; hidden unless p - window < j <= p. A row all of whose scores are -infinity is 0, and
+ * its log-sum-exp is -infinity.
  */
+#define TS_SOFT_CAP_MAX 1e38f /* times log2(e), which scores are multiplied by, it is finite */
 typedef struct ts_attention_variant {
     float scale;     /* of q·k */
-    float soft_cap;  /* 0: none */
+    float soft_cap;  /* 0: none; at most TS_SOFT_CAP_MAX */
     uint32_t window; /* tokens that a token sees, itself included; 0: all */
     ts_rope rope;    /* of q before it attends, and of the new k before it is written */
 } ts_attention_variant;

@@ -2,7 +2,8 @@
  * Attention over fp8 and bf16 on the processor's tile unit (Intel AMX), some tokens of one KV head
  * at a time: e4m3 is widened to bf16, which has all its numbers, and q and the weights are sums of
  * three bf16 numbers, so products are as exact as in fp32, and sums are of fp32. The unit takes
- * subnormals of bf16 for 0, and an infinite element of the cache comes out as NaN.
+ * subnormals of bf16 for 0, and an infinite element of the cache comes out as NaN, which
+ * attention_tiles.inc.h looks for.
  *
  * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_FOURS, with its unit,
  * or of BF16_PAIRS (attention_vectors.inc.h). head_dim is a multiple of 64, at most 256; `tokens` a

@@ -34,9 +34,10 @@ typedef struct ts_attention_item {
     uint32_t q_first, q_count;
     uint32_t head_first, head_count; /* KV heads */
     uint32_t part_first, part_end;
-    /* Partial results of every part of the sequence for this item's rows, [parts][rows] states of
-     * (max, sum, acc) each; NULL: the item has all parts and writes `out`. */
+    /* Partial results of every part that one of this item's rows sees, from first_seen on, [parts]
+     * [rows] states of (max, sum, acc) each; NULL: the item has all parts and writes `out`. */
     float *partials;
+    uint32_t first_seen;
 } ts_attention_item;
 
 /* Rows of an item are [kv head][query token][query head of the group]. */

@@ -207,14 +207,24 @@ INLINE void soften_row(float *s, uint32_t tokens, uint32_t head_dim, float *row_
     store(row_sums, sums);
 }
 
-/* tanh, to about 1e-7 absolutely. */
+/* tanh, within 2 ulp: below 0.625 by a polynomial (that of Cephes' tanhf), for 1 - e loses what is
+ * small; NaN of NaN. */
 INLINE vf hyperbolic_tangent(vf x)
 {
     vf zero = {0};
-    vf size = choose(x < zero, -x, x);
+    vf size = choose(x < zero, -x, x), square = x * x;
+    vf p = broadcast(-5.70498872745e-3f);
+    p = FMA(p, square, broadcast(2.06390887954e-2f));
+    p = FMA(p, square, broadcast(-5.37397155531e-2f));
+    p = FMA(p, square, broadcast(1.33314422036e-1f));
+    p = FMA(p, square, broadcast(-3.33332819422e-1f));
+    vf near_zero = FMA(p * square, x, x);
+    vi large = size >= 0.625f;
+    if (!any(large)) /* as a rule: a cap is far from most scores */
+        return near_zero;
     vf e = exp2_negative(size * broadcast(-2.0f * LOG2E));
     vf t = (1.0f - e) / (1.0f + e);
-    return choose(x < zero, -t, t);
+    return choose(large, choose(x < zero, -t, t), near_zero);
 }
 
 /* What becomes of a row's scores of this tile (in units of log2): soft cap, then ALiBi. */
@@ -228,7 +238,7 @@ static void vary_scores(const ts_attention_item *item, float *s, uint32_t tokens
     if (item->seq->alibi != NULL) {
         const float slope = item->seq->alibi[head] * LOG2E;
         for (uint32_t t = 0; t < tokens; t++)
-            s[t] += slope * ((float)(tile + t) - (float)position);
+            s[t] += slope * (float)(int32_t)(tile + t - position);
     }
 }
 
@@ -367,20 +377,26 @@ INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
                     scratch->scores, state->max + r, sums, acc, next);
 }
 
-/* Begins a part; *end gets the end of what the item's rows see of it. Returns the first tile that
- * any of them sees. */
+/* The first tile of a part that any of the item's rows sees; *end gets the end of what they see of
+ * the part. */
+static uint32_t seen_of_part(const ts_attention_item *item, uint32_t part, uint32_t *end)
+{
+    const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
+    *end =
+        first + item->q_count < (part + 1) * TS_PART ? first + item->q_count : (part + 1) * TS_PART;
+    uint32_t key = ts_attention_first_key(&item->call->variant, first);
+    return key > part * TS_PART ? key / TS_TILE * TS_TILE : part * TS_PART;
+}
+
+/* Begins a part; returns what seen_of_part does. */
 static uint32_t begin_part(const ts_attention_item *item, uint32_t part,
                            const ts_attention_scratch *scratch, const ts_attention_state *state,
                            uint32_t *end)
 {
     const uint32_t rows = ts_attention_item_rows(item);
-    const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;
     reset(state, rows, ts_attention_padded(item->call->geometry.head_dim));
     memset(scratch->sums, 0, (size_t)rows * VL * sizeof(float));
-    *end =
-        first + item->q_count < (part + 1) * TS_PART ? first + item->q_count : (part + 1) * TS_PART;
-    uint32_t key = ts_attention_first_key(&item->call->variant, first);
-    return key > part * TS_PART ? key / TS_TILE * TS_TILE : part * TS_PART;
+    return seen_of_part(item, part, end);
 }
 
 static void end_part(const ts_attention_item *item, const ts_attention_scratch *scratch,
@@ -475,7 +491,7 @@ INLINE void attend_parts(ts_dtype dtype, const ts_attention_item *item,
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
     if (item->partials != NULL) {
         for (uint32_t part = item->part_first; part < item->part_end; part++) {
-            ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
+            ts_attention_state state = partial_at(item, part, rows, head_dim);
             compute_part(dtype, item, part, scratch, &state);
         }
         return;
@@ -571,7 +587,7 @@ static void merge_item(const ts_attention_item *item, const ts_attention_scratch
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
     reset(&scratch->all, rows, padded);
     for (uint32_t part = item->part_first; part < item->part_end; part++) {
-        ts_attention_state state = partial_at(item->partials, part, rows, head_dim);
+        ts_attention_state state = partial_at(item, part, rows, head_dim);
         merge_state(&scratch->all, &state, rows, padded);
     }
     const ts_geometry *g = &item->call->geometry;

@@ -2,15 +2,21 @@
  * What goes into an item's rows and what comes out of them, for attention_kernel.inc.h: q, states
  * of the softmax, which are merged, and the output.
  */
+#include <float.h>
+
+/* The running maximum before any score. It is finite, so that a score of -infinity less the maximum
+ * is -infinity, whose weight is 0, and not NaN. */
+#define LEAST_MAX (-FLT_MAX)
+
 static void reset(const ts_attention_state *state, uint32_t rows, uint32_t padded)
 {
     for (uint32_t r = 0; r < rows; r++)
-        state->max[r] = -INFINITY;
+        state->max[r] = LEAST_MAX;
     memset(state->sum, 0, rows * sizeof(float));
     memset(state->acc, 0, (size_t)rows * padded * sizeof(float));
 }
 
-/* all = all merged with part; a row of `part` that saw no token changes nothing. */
+/* all = all merged with part; a row of `part` that gave no token any weight changes nothing. */
 static void merge_state(const ts_attention_state *all, const ts_attention_state *part,
                         uint32_t rows, uint32_t padded)
 {
@@ -84,11 +90,13 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
                             head_dim;
                 const float *acc = state->acc + (size_t)r * padded;
                 uint32_t head = (item->head_first + h) * group + j;
-                float inverse = 1.0f / state->sum[r];
+                /* A sum of 0: every score is -infinity, and the row is 0. */
+                const bool none = state->sum[r] == 0.0f;
+                float inverse = none ? 0.0f : 1.0f / state->sum[r];
                 if (item->seq->lse != NULL)
                     item->seq->lse[(size_t)(item->q_first + i) * call->heads + head] =
                         (state->max[r] + log2f(state->sum[r])) / LOG2E;
-                if (item->seq->sinks != NULL) {
+                if (item->seq->sinks != NULL && !none) {
                     float sink = item->seq->sinks[head] * LOG2E;
                     float max = sink > state->max[r] ? sink : state->max[r];
                     float shrink = exp2_scalar(state->max[r] - max);
@@ -105,9 +113,10 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
             }
 }
 
-static ts_attention_state partial_at(float *partials, uint32_t part, uint32_t rows,
+static ts_attention_state partial_at(const ts_attention_item *item, uint32_t part, uint32_t rows,
                                      uint32_t head_dim)
 {
-    float *p = partials + part * ts_attention_partial_floats(rows, head_dim);
+    float *p =
+        item->partials + (part - item->first_seen) * ts_attention_partial_floats(rows, head_dim);
     return (ts_attention_state){.max = p, .sum = p + rows, .acc = p + 2 * (size_t)rows};
 }

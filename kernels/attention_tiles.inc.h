@@ -165,6 +165,47 @@ static void attend_span(const ts_attention_item *item, const span *span, uint32_
     }
 }
 
+/* Whether one of a row's sums is NaN. */
+INLINE bool sums_to_nan(const ts_attention_state *state, uint32_t r, uint32_t padded)
+{
+    const float *acc = state->acc + (size_t)r * padded;
+    vi nan = {0};
+    for (uint32_t d = 0; d < padded; d += VL)
+        nan |= load(acc + d) != load(acc + d);
+    return state->sum[r] != state->sum[r] || any(nan);
+}
+
+/*
+ * Works out anew, without the tile unit, the rows of a part that came out as NaN. bf16 has
+ * infinities, and the unit multiplies an infinity by the three parts of a number, of which one may
+ * be 0 or of the other sign; the number itself gives an infinity.
+ */
+static void attend_nan_rows(const ts_attention_item *item, uint32_t part,
+                            const ts_attention_scratch *scratch, const ts_attention_state *state)
+{
+    static const fetch nothing;
+    const uint32_t padded = ts_attention_padded(item->call->geometry.head_dim);
+    const uint32_t head_rows = ts_attention_item_rows(item) / item->head_count;
+    uint32_t end;
+    const uint32_t start = seen_of_part(item, part, &end);
+    for (uint32_t r = 0; r < ts_attention_item_rows(item); r++) {
+        if (!sums_to_nan(state, r, padded))
+            continue;
+        ts_attention_state row = {
+            .max = state->max + r, .sum = state->sum + r, .acc = state->acc + (size_t)r * padded};
+        reset(&row, 1, padded);
+        float *sums = scratch->sums + (size_t)r * VL;
+        store(sums, (vf){0});
+        for (uint32_t tile = start; tile < end; tile += TS_TILE) {
+            const unsigned char *rows[TS_TILE];
+            find_rows(item, tile, end, TS_TILE, rows);
+            attend_head(BF16_PAIRS, item, rows, r / head_rows, tile, r % head_rows,
+                        r % head_rows + 1, scratch, state, &nothing);
+        }
+        state->sum[r] = reduce_sum(load(sums));
+    }
+}
+
 static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
                               const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
@@ -196,4 +237,6 @@ static void attend_part_tiles(const ts_attention_item *item, uint32_t part,
         attend_span(item, &span, 0, rows, scratch, state, &next);
     }
     end_part(item, scratch, state);
+    if (g->dtype == TS_DTYPE_BF16)
+        attend_nan_rows(item, part, scratch, state);
 }

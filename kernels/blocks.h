@@ -19,4 +19,12 @@ static inline uint32_t ts_blocks_for(uint64_t tokens, uint32_t block_tokens)
     return (uint32_t)ts_whole_blocks(tokens + block_tokens - 1, block_tokens);
 }
 
+/* The first entry that `new_tokens` behind the first `start` tokens lie in; of none, the table's
+ * end. */
+static inline uint32_t ts_first_touched(uint64_t start, uint32_t new_tokens, uint32_t block_tokens)
+{
+    return new_tokens == 0 ? ts_blocks_for(start, block_tokens)
+                           : (uint32_t)ts_whole_blocks(start, block_tokens);
+}
+
 #endif

@@ -58,12 +58,16 @@ ts_status ts_attention_reference(const ts_attention_call *call, const ts_attenti
                 weights[t] = score;
                 max = fmax(max, score);
             }
+            if (isinf(max) && max < 0) /* every key is hidden: the weights are 0 */
+                max = 0;
             for (uint32_t t = first; t <= position; t++)
                 sum += weights[t] = exp(weights[t] - max);
             if (lse != NULL)
                 lse[(size_t)qi * call->heads + h] = log(sum) + max;
             if (seq->sinks != NULL)
                 sum += exp((double)seq->sinks[h] - max);
+            if (sum == 0) /* 0 / 1 in place of 0 / 0 */
+                sum = 1;
             memset(out + row, 0, g->head_dim * sizeof *out);
             for (uint32_t t = first; t <= position; t++) {
                 const unsigned char *v =

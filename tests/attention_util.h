@@ -314,6 +314,140 @@ static inline double relative_error(const problem *p, const ts_attention_seq *se
     return sqrt(diff / norm);
 }
 
+/* K of a cached token, in the cache; V lies a plane further. */
+static inline unsigned char *key_in_cache(const problem *p, const ts_attention_seq *seq, uint32_t t,
+                                          uint32_t h)
+{
+    const ts_geometry *g = &p->call.geometry;
+    return p->cache + seq->blocks[t / g->block_tokens] * ts_geometry_block_bytes(g) +
+           seq->layer * 2 * ts_geometry_plane_bytes(g) +
+           t % g->block_tokens * ts_geometry_token_stride(g) + h * ts_geometry_head_stride(g);
+}
+
+/* Gives the first `count` tokens of a sequence scores of -infinity: q[0] is positive everywhere,
+ * and their K[0] is -infinity. */
+static inline void hide_keys(problem *p, const ts_attention_seq *seq, uint32_t count)
+{
+    const ts_geometry *g = &p->call.geometry;
+    const uint32_t past = seq->kv_tokens - seq->q_tokens;
+    for (uint32_t r = 0; r < seq->q_tokens * p->call.heads; r++) {
+        size_t first = (size_t)r * g->head_dim;
+        put((unsigned char *)(uintptr_t)seq->q, p->call.io_dtype, first,
+            0.5f + fabsf(get(seq->q, p->call.io_dtype, first)));
+    }
+    for (uint32_t t = 0; t < count; t++)
+        for (uint32_t h = 0; h < g->kv_heads; h++)
+            if (t < past)
+                put(key_in_cache(p, seq, t, h), g->dtype, 0, -INFINITY);
+            else
+                put((unsigned char *)(uintptr_t)seq->k, p->call.io_dtype,
+                    ((size_t)(t - past) * g->kv_heads + h) * g->head_dim, -INFINITY);
+}
+
+/* The largest difference from the reference, of an output or, in *lse, of a log-sum-exp; those that
+ * are -infinity in both are equal. */
+static inline double largest_error(const problem *p, const ts_attention_seq *seq, const double *ref,
+                                   double *lse)
+{
+    const size_t rows = (size_t)seq->q_tokens * p->call.heads, n = rows * p->call.geometry.head_dim;
+    double worst = 0;
+    *lse = 0;
+    for (size_t i = 0; i < n; i++) {
+        double error = fabs(get(seq->out, p->call.io_dtype, i) - ref[i]);
+        worst = error <= worst ? worst : error; /* NaN stays */
+    }
+    for (size_t i = 0; i < rows && seq->lse != NULL; i++) {
+        double error = seq->lse[i] == ref[n + i] ? 0 : fabs(seq->lse[i] - ref[n + i]);
+        *lse = error <= *lse ? *lse : error;
+    }
+    return worst;
+}
+
+/* Lengths whose first keys are hidden, so many of them: of each border's tile, part and chunk, and
+ * all keys of a row. */
+static const uint32_t with_hidden[][2] = {
+    {17, 1},   {20, 1}, {18, 1},  {65, 1},  {257, 1},  {300, 1},  {513, 1},  {1025, 1}, {2049, 1},
+    {2100, 1}, {1, 1},  {16, 16}, {40, 20}, {200, 90}, {1500, 9}, {5000, 1}, {5000, 33}};
+static const uint32_t hidden[] = {16,   3, 17, 64, 256, 256,  512,  1024, 2048,
+                                  2100, 1, 16, 30, 128, 1500, 4096, 4980};
+#define WITH_HIDDEN (sizeof hidden / sizeof *hidden)
+
+static const variety hidden_varieties[] = {{0},
+                                           {.sinks = true},
+                                           {.alibi = true},
+                                           {.window = 100},
+                                           {.cap = 5, .window = 1030, .sinks = true}};
+
+static const float caps[] = {1e-30f, 0.5f, 5,     30,    50,    1000, 1e4f,
+                             1e6f,   1e8f, 1e12f, 1e20f, 1e30f, 1e38f};
+
+/* Sequences of one token, whose scores go from tiny ones to many times the cap: q is one number,
+ * and K is 1. */
+static inline shape problem_of_scores(problem *p, float cap)
+{
+    enum { SEQS = 16, HEADS = 64, DIM = 32 };
+    const shape s = {
+        .heads = HEADS, .kv_heads = 1, .head_dim = DIM, .block_tokens = 16, .layers = 1};
+    uint32_t lengths[SEQS][2];
+    for (uint32_t i = 0; i < SEQS; i++)
+        lengths[i][0] = lengths[i][1] = 1;
+    rng r = {5};
+    problem_new(p, s, lengths, SEQS, &r);
+    problem_vary(p, (variety){.cap = cap, .scale = 1}, &r);
+    for (size_t i = 0; i < p->q_elements; i++) {
+        double x =
+            ldexp(1 + rng_below(&r, 1 << 23) / (double)(1 << 23), (int)rng_below(&r, 34) - 30);
+        x = fmin(x * (rng_below(&r, 2) == 0 ? 1 : (double)cap), 1e37);
+        put(p->q, TS_DTYPE_FP32, i, i % DIM == 0 ? (float)(i / DIM % 2 == 0 ? x : -x) : 0);
+    }
+    for (size_t i = 0; i < p->kv_elements; i++)
+        put(p->k, TS_DTYPE_FP32, i, 1);
+    return s;
+}
+
+/* The largest error of a log-sum-exp, in units in the last place of max(1, |score|); *score is the
+ * score before it was capped. */
+static inline double worst_ulp(const problem *p, double *score)
+{
+    const double cap = (double)p->call.variant.soft_cap;
+    double worst = 0;
+    *score = 0;
+    for (size_t i = 0; i < p->lse_elements; i++) {
+        double x = get(p->q, TS_DTYPE_FP32, i * p->call.geometry.head_dim);
+        double right = cap * tanh(x / cap);
+        double error = fabs(p->lse[i] - right) / ldexp(1, ilogb(fmax(1, fabs(right))) - 23);
+        if (!(error <= worst)) {
+            worst = error;
+            *score = x;
+        }
+    }
+    return worst;
+}
+
+/* One query at position 2^24 + 23 that sees 16 keys, with ALiBi. All of the context lies in a few
+ * blocks, in turn: *table is to be freed. */
+static inline shape far_problem_new(problem *p, ts_dtype dtype, uint32_t **table)
+{
+    enum { TOKENS = (1 << 24) + 24, BLOCK = 8, NEAR = 64, ENTRIES = TOKENS / BLOCK };
+    static const uint32_t lengths[][2] = {{NEAR, 1}};
+    const shape s = {.dtype = dtype,
+                     .heads = 4,
+                     .kv_heads = 1,
+                     .head_dim = 64,
+                     .block_tokens = BLOCK,
+                     .layers = 1};
+    rng r = {29};
+    problem_new(p, s, lengths, 1, &r);
+    problem_vary(p, (variety){.window = 16, .alibi = true}, &r);
+    p->alibi[0] = 0.5f;
+    *table = malloc(ENTRIES * sizeof **table);
+    for (uint32_t i = 0; i < ENTRIES; i++) /* the last token is the last of both */
+        (*table)[ENTRIES - 1 - i] = p->tables[0][(NEAR / BLOCK - 1 - i % (NEAR / BLOCK))];
+    p->seqs[0].blocks = *table;
+    p->seqs[0].kv_tokens = TOKENS;
+    return s;
+}
+
 /* Lengths (cached + new, new) around every border: block, tile (16), part (1024). */
 static const uint32_t mixed[][2] = {{1, 1},    {2, 1},    {15, 1},   {16, 16},   {17, 3},
                                     {63, 1},   {64, 64},  {65, 2},   {129, 100}, {1023, 1},

@@ -278,6 +278,12 @@ struct ts_gpu_plan {
     uint32_t *tables;
 };
 
+/* Entries of a sequence's block table that a plan takes: none without new tokens. */
+static uint32_t table_entries(const ts_geometry *g, const ts_attention_seq *s)
+{
+    return s->q_tokens == 0 ? 0 : (s->kv_tokens + g->block_tokens - 1) / g->block_tokens;
+}
+
 ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
                           ts_kernel kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
                           ts_gpu_plan **out, char *why, size_t why_bytes)
@@ -287,7 +293,7 @@ ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads
     ts_gpu_plan *p = malloc(sizeof *p);
     size_t entries = 0;
     for (uint32_t i = 0; i < num_seqs; i++)
-        entries += (seqs[i].kv_tokens + geometry->block_tokens - 1) / geometry->block_tokens;
+        entries += table_entries(geometry, &seqs[i]);
     *p = (ts_gpu_plan){.geometry = *geometry,
                        .heads = heads,
                        .io_dtype = io_dtype,
@@ -297,8 +303,9 @@ ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads
                        .tables = malloc(entries * sizeof(uint32_t))};
     uint32_t *table = p->tables;
     for (uint32_t i = 0; i < num_seqs; i++) {
-        uint32_t count = (seqs[i].kv_tokens + geometry->block_tokens - 1) / geometry->block_tokens;
-        memcpy(table, seqs[i].blocks, count * sizeof *table);
+        uint32_t count = table_entries(geometry, &seqs[i]);
+        if (count > 0)
+            memcpy(table, seqs[i].blocks, count * sizeof *table);
         p->seqs[i] = (ts_attention_seq){
             .blocks = table, .kv_tokens = seqs[i].kv_tokens, .q_tokens = seqs[i].q_tokens};
         table += count;

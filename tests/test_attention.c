@@ -59,6 +59,117 @@ static void every_variant_matches_the_reference(void **state)
             check_variety(variety_shape(i, which), varieties[i], mixed, MIXED, 1e-5);
 }
 
+static void check_hidden(shape s, variety v)
+{
+    rng r = {s.head_dim * 1000003u + s.heads};
+    problem p;
+    problem_new(&p, s, with_hidden, WITH_HIDDEN, &r);
+    problem_vary(&p, v, &r);
+    for (uint32_t j = 0; j < WITH_HIDDEN; j++)
+        hide_keys(&p, &p.seqs[j], hidden[j]);
+    double *refs[WITH_HIDDEN] = {NULL};
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        poison(&p);
+        ts_attention *a = ts_attention_new(2, isas[i]);
+        assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+        for (uint32_t j = 0; j < WITH_HIDDEN; j++) {
+            if (refs[j] == NULL) /* the first run has written the new K and V */
+                refs[j] = reference_of(&p, &p.seqs[j]);
+            double lse, error = largest_error(&p, &p.seqs[j], refs[j], &lse);
+            if (!(error <= 2e-5) || !(lse <= 2e-5)) /* NaN fails too */
+                fail_msg("%s, %s cache, %u/%u heads of %u, sequence of %u (%u new), the first %u "
+                         "hidden: error %g, of the log-sum-exp %g",
+                         ts_isa_name(isas[i]), ts_dtype_name(s.dtype), s.heads, s.kv_heads,
+                         s.head_dim, with_hidden[j][0], with_hidden[j][1], hidden[j], error, lse);
+        }
+        ts_attention_free(a);
+    }
+    for (uint32_t j = 0; j < WITH_HIDDEN; j++)
+        free(refs[j]);
+    problem_free(&p);
+}
+
+static void keys_whose_scores_are_minus_infinity_get_no_weight(void **state)
+{
+    (void)state;
+    static const uint32_t heads[][3] = {{4, 4, 64}, {8, 2, 128}, {3, 1, 40}};
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_BF16; dtype++)
+        for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
+            for (size_t v = 0; v < sizeof hidden_varieties / sizeof *hidden_varieties; v++)
+                check_hidden((shape){.dtype = (ts_dtype)dtype,
+                                     .io = TS_DTYPE_FP32,
+                                     .layout = (ts_layout)(h == 0),
+                                     .heads = heads[h][0],
+                                     .kv_heads = heads[h][1],
+                                     .head_dim = heads[h][2],
+                                     .block_tokens = 16,
+                                     .layers = 1},
+                             hidden_varieties[v]);
+}
+
+/* One key: the log-sum-exp is the capped score. */
+static void a_capped_score_is_within_4_ulp_whatever_the_cap(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        ts_attention *a = ts_attention_new(1, isas[i]);
+        for (size_t c = 0; c < sizeof caps / sizeof *caps; c++) {
+            problem p;
+            problem_of_scores(&p, caps[c]);
+            assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+            double x, error = worst_ulp(&p, &x);
+            if (!(error <= 4)) /* NaN fails too */
+                fail_msg("%s: a score of %g capped at %g differs by %g ulp", ts_isa_name(isas[i]),
+                         x, (double)caps[c], error);
+            problem_free(&p);
+        }
+        ts_attention_free(a);
+    }
+}
+
+static void a_cap_beyond_what_is_exact_is_refused(void **state)
+{
+    (void)state;
+    char why[128] = "";
+    ts_attention_variant v = {.scale = 1, .soft_cap = 1e38f};
+    assert_int_equal(ts_attention_variant_check(&v, 64, why, sizeof why), TS_OK);
+    v.soft_cap = 3.4e38f;
+    assert_int_equal(ts_attention_variant_check(&v, 64, why, sizeof why), TS_EINVAL);
+    assert_string_equal(why,
+                        "a soft cap of 3.4e+38; it must be finite and not negative, at most 1e+38");
+    v.soft_cap = NAN;
+    assert_int_equal(ts_attention_variant_check(&v, 64, why, sizeof why), TS_EINVAL);
+}
+
+static void alibi_is_as_exact_at_far_positions_as_at_near_ones(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        ts_attention *a = ts_attention_new(1, isas[i]);
+        for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++) {
+            problem p;
+            uint32_t *table;
+            far_problem_new(&p, (ts_dtype)dtype, &table);
+            assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+            double *ref = reference_of(&p, &p.seqs[0]), lse;
+            double error = largest_error(&p, &p.seqs[0], ref, &lse);
+            if (!(error <= 1e-5) || !(lse <= 1e-5))
+                fail_msg("%s, %s: error %g, of the log-sum-exp %g", ts_isa_name(isas[i]),
+                         ts_dtype_name((ts_dtype)dtype), error, lse);
+            free(ref);
+            free(table);
+            problem_free(&p);
+        }
+        ts_attention_free(a);
+    }
+}
+
 static void every_dtype_and_head_sharing_matches_the_float64_reference(void **state)
 {
     (void)state;
@@ -263,6 +374,36 @@ static void check_splits(shape s, const variety *variety, ts_isa isa)
     }
     free(first);
     problem_free(&p);
+}
+
+static void sequences_without_query_tokens_change_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{0, 0}, {700, 3}, {300, 0}, {1100, 90}, {5, 0}};
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (ts_isa_resolve(isas[i]) != isas[i])
+            continue;
+        rng r = {41};
+        problem p;
+        problem_new(&p, variety_shape(0, 1), lengths, 5, &r);
+        p.seqs[0].blocks = p.seqs[2].blocks = p.seqs[4].blocks = NULL;
+        const size_t bytes = p.q_elements * sizeof(float);
+        unsigned char *first = malloc(bytes);
+        ts_attention *a = ts_attention_new(2, isas[i]);
+        poison(&p);
+        assert_int_equal(ts_attention_run(a, &p.call), TS_OK);
+        memcpy(first, p.out, bytes);
+        poison(&p);
+        const ts_attention_seq some[] = {p.seqs[1], p.seqs[3]};
+        ts_attention_call without = p.call;
+        without.seqs = some;
+        without.num_seqs = 2;
+        assert_int_equal(ts_attention_run(a, &without), TS_OK);
+        assert_memory_equal(p.out, first, bytes);
+        ts_attention_free(a);
+        free(first);
+        problem_free(&p);
+    }
 }
 
 static void splitting_a_batch_changes_no_bit(void **state)
@@ -484,12 +625,17 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_dtype_and_head_sharing_matches_the_float64_reference),
         cmocka_unit_test(every_variant_matches_the_reference),
+        cmocka_unit_test(keys_whose_scores_are_minus_infinity_get_no_weight),
+        cmocka_unit_test(a_capped_score_is_within_4_ulp_whatever_the_cap),
+        cmocka_unit_test(a_cap_beyond_what_is_exact_is_refused),
+        cmocka_unit_test(alibi_is_as_exact_at_far_positions_as_at_near_ones),
         cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
         cmocka_unit_test(blocks_lie_at_distances_that_memory_is_fast_at),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(the_prototypes_scenario_of_two_sequences_and_32_heads_matches),
         cmocka_unit_test(few_and_many_heads_on_the_tile_unit_match_the_reference),
+        cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test(every_fp8_number_is_multiplied_exactly),

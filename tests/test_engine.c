@@ -112,6 +112,40 @@ static void fork_then_append_copies_only_the_tail_block(void **state)
     ts_engine_free(e);
 }
 
+static void a_sequence_without_new_tokens_takes_no_block_and_no_copy(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), parent = seq_new(e, s), empty = seq_new(e, s);
+    append(e, s, parent, 10); /* blocks 0 1 2, the last half full */
+    uint64_t child = fork_seq(e, s, parent), other = seq_new(e, s);
+    const uint64_t seqs[] = {empty, parent, other};
+    const uint32_t n[] = {0, 0, 5};
+    ts_answer a;
+    for (int commit = 0; commit < 2; commit++) {
+        assert_int_equal(begin(e, s, seqs, n, 3, false, &a), TS_OK);
+        assert_int_equal(a.begun.num_copies, 0);
+        assert_int_equal(a.begun.num_blocks, 2);
+        assert_int_equal(a.begun.counts[0], 0);
+        assert_int_equal(a.begun.counts[1], 0);
+        assert_int_equal(a.begun.counts[2], 2);
+        assert_int_equal(a.begun.starts[1], 10);
+        assert_int_equal(BLOCKS(e).used, 5);
+        assert_int_equal(BLOCKS(e).shared, 3);
+        check_engine(e);
+        ts_op op = commit ? TS_OP_STEP_COMMIT : TS_OP_STEP_ABORT;
+        assert_int_equal(step_end(e, s, op, a.begun.step->id, NULL, 0), TS_OK);
+        check_engine(e);
+    }
+    assert_int_equal(length_of(e, s, empty), 0);
+    assert_int_equal(length_of(e, s, parent), 10);
+    assert_int_equal(length_of(e, s, child), 10);
+    assert_int_equal(length_of(e, s, other), 5);
+    assert_int_equal(BLOCKS(e).used, 5);
+    assert_int_equal(BLOCKS(e).shared, 3);
+    ts_engine_free(e);
+}
+
 static void an_aborted_step_leaves_every_sequence_as_it_was(void **state)
 {
     (void)state;
@@ -187,15 +221,16 @@ static void bad_batches_are_refused_whole_with_a_reason(void **state)
     uint64_t s = session_new(e, 1000), x = seq_new(e, s), y = seq_new(e, s);
     ts_answer a;
     uint64_t twice[2] = {x, x}, unknown[2] = {x, 12345};
-    uint32_t n[2] = {1, 1}, zero[2] = {1, 0}, huge[2] = {UINT32_MAX, UINT32_MAX};
+    uint32_t n[2] = {1, 1}, zero[2] = {0, 0}, huge[2] = {UINT32_MAX, UINT32_MAX};
     assert_int_equal(begin(e, s, twice, n, 2, false, &a), TS_EINVAL);
     assert_int_equal(begin(e, s, unknown, n, 2, false, &a), TS_ENOENT);
     assert_string_equal(a.message, "there is no sequence 3039 in pool 'test'");
     assert_int_equal(begin(e, s, (uint64_t[]){x, y}, zero, 2, false, &a), TS_EINVAL);
+    assert_string_equal(a.message, "a step of 0 new tokens; one of its 2 sequences gets some");
     assert_int_equal(begin(e, s, (uint64_t[]){x, y}, huge, 2, false, &a), TS_EINVAL);
-    assert_string_equal(
-        a.message, "4294967295 new tokens for sequence 100000000 of 0; a step adds at least 1, "
-                   "and the pool's limit is 1048576 tokens a sequence");
+    assert_string_equal(a.message,
+                        "4294967295 new tokens for sequence 100000000 of 0; the pool's limit is "
+                        "1048576 tokens a sequence");
     assert_int_equal(begin(e, s, &x, n, 0, false, &a), TS_EINVAL);
     assert_int_equal(begin(e, s, &x, n, 65537, false, &a), TS_EINVAL);
     assert_int_equal(apply(e,
@@ -621,6 +656,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_prototypes_scenario_gives_its_exact_blocks_and_slots),
         cmocka_unit_test(fork_then_append_copies_only_the_tail_block),
+        cmocka_unit_test(a_sequence_without_new_tokens_takes_no_block_and_no_copy),
         cmocka_unit_test(an_aborted_step_leaves_every_sequence_as_it_was),
         cmocka_unit_test(committing_fewer_tokens_gives_the_other_blocks_back),
         cmocka_unit_test(a_step_that_does_not_fit_takes_nothing),

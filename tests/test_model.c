@@ -273,6 +273,7 @@ static void op_begin(world *w, int session)
         return;
     *step = (model_step){.session = session, .count = 1 + rng_below(&w->r, BATCH_MAX)};
     uint64_t ids[BATCH_MAX];
+    uint32_t tokens = 0;
     ts_status expected = TS_OK;
     for (uint32_t i = 0; i < step->count; i++) {
         int seq = pick_seq(w);
@@ -291,19 +292,21 @@ static void op_begin(world *w, int session)
         for (uint32_t j = 0; j < i && one == TS_OK; j++)
             if (step->seqs[j] == seq)
                 one = TS_EINVAL; /* twice */
-        if (one == TS_OK &&
-            (step->new_tokens[i] == 0 || s->length + step->new_tokens[i] > LENGTH_MAX))
+        if (one == TS_OK && s->length + step->new_tokens[i] > LENGTH_MAX)
             one = TS_EINVAL;
+        tokens += step->new_tokens[i];
         if (expected == TS_OK)
             expected = one;
     }
+    if (expected == TS_OK && tokens == 0)
+        expected = TS_EINVAL;
     uint32_t needed = 0;
     for (uint32_t i = 0; expected == TS_OK && i < step->count; i++) {
         const model_seq *s = &w->seqs[step->seqs[i]];
         const ts_sequence *real = ts_sequence_find(&w->e->pools[0].seqs, s->id);
         needed += (s->length + step->new_tokens[i] + BLOCK_TOKENS - 1) / BLOCK_TOKENS -
                   (s->length + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        if (s->length % BLOCK_TOKENS != 0)
+        if (s->length % BLOCK_TOKENS != 0 && step->new_tokens[i] > 0)
             needed += count_refs(w, real->blocks[s->length / BLOCK_TOKENS]) > 1;
     }
     if (expected == TS_OK && needed > count_available(w, uid_of(session)))

@@ -211,7 +211,8 @@ typedef struct ts_step_options {
 } ts_step_options;
 
 /*
- * Begins a step that adds new_tokens[i] (at least 1) tokens to sequence i. Takes all slots that
+ * Begins a step that adds new_tokens[i] tokens to sequence i. A sequence may get 0, as long as
+ * another gets some: it takes no block, and nothing is attended for it. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
  * as they were, and not be changed. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
  * isn't writable; TS_EINVAL: it is on a GPU and the exchange isn't, there are no rings, or the
@@ -258,7 +259,7 @@ ts_status ts_step_run(ts_step *step, uint32_t layer);
 typedef struct ts_run_options {
     /* What becomes of a score, in this order. */
     float scale;     /* of q·k; 0: the step's */
-    float soft_cap;  /* soft_cap * tanh(score / soft_cap); 0: none */
+    float soft_cap;  /* soft_cap * tanh(score / soft_cap); 0: none; at most 1e38 */
     bool alibi;      /* slope * (key's position - query's) is added: ts_step_alibi has the slopes */
     uint32_t window; /* tokens that a token sees, itself included; 0: all */
     bool sinks;      /* ts_step_sinks' logits join the softmax; they have no value */
@@ -275,8 +276,9 @@ typedef struct ts_run_options {
 } ts_run_options;
 
 /*
- * As ts_step_run, with options. TS_EINVAL: scale, soft_cap or rope_theta is negative or not
- * finite, rope_dims is odd or more than head_dim, or there are scales and the pool isn't fp8.
+ * As ts_step_run, with options. A row all of whose scores are -infinity is 0, its log-sum-exp
+ * -infinity. TS_EINVAL: scale, soft_cap or rope_theta is negative or not finite, soft_cap is more
+ * than 1e38, rope_dims is odd or more than head_dim, or there are scales and the pool isn't fp8.
  *
  * On a stream, what is on it already, and writes q, k and v (slopes, sinks and scales too), comes
  * before; what is put on it later finds out. Returns as soon as the daemon has taken the run;
@@ -302,10 +304,10 @@ ts_status ts_step_abort(ts_step *step);
 /* ---- frames: CUDA graphs that serve many steps ---- */
 
 typedef struct ts_frame_options {
-    uint32_t seqs;        /* of a step, at most */
-    uint32_t new_tokens;  /* of each sequence in each step; 0: 1 */
-    uint64_t tokens;      /* of a step's sequences together, new ones included, at most (what two of
-                             them share counts twice); 0: as many as the pool has slots */
+    uint32_t seqs;       /* of a step, at most */
+    uint32_t new_tokens; /* of each sequence in each step; 0: 1; leave out a sequence without any */
+    uint64_t tokens;     /* of a step's sequences together, new ones included, at most (what two of
+                            them share counts twice); 0: as many as the pool has slots */
     ts_step_options step; /* of each step */
 } ts_frame_options;
 

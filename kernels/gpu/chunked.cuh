@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant
     uint32_t groups = c.head_dim <= 32 ? 4 : c.head_dim <= 64 ? 2 : 1;
     uint32_t lanes = CHUNKED_THREADS / groups;
     uint32_t group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
-    float max = -CUDART_INF_F, sum = 0, acc[2] = {0, 0}; /* of dimensions lane, lane + lanes */
+    float max = LEAST_MAX, sum = 0, acc[2] = {0, 0}; /* of dimensions lane, lane + lanes */
     float slope = slope_of(s, head);
     for (uint32_t first = first_key(c, keys - 1); first < keys; first += CHUNK_TOKENS) {
         uint32_t count = min(CHUNK_TOKENS, keys - first);

@@ -15,6 +15,7 @@ extern "C" {
 #include "device.h"
 }
 
+#include <cfloat>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -155,16 +156,18 @@ __device__ inline float vary(const gpu_call &c, float score, float slope, uint32
 {
     if (CAPPED && c.cap_log2 > 0)
         score = c.cap_log2 * tanhf(score / c.cap_log2);
-    return score + slope * ((float)key - (float)position);
+    return score + slope * (float)(int32_t)(key - position);
 }
 
-/* What the weighted sum of values is to be multiplied by: 1 / sum, or less where there is a sink.
- * place: query token * heads + head. */
+/* What the weighted sum of values is to be multiplied by: 1 / sum, or less where there is a sink; 0
+ * where the sum is 0, as every score is -infinity. place: query token * heads + head. */
 __device__ inline float finish_place(const gpu_call &c, const gpu_seq &s, uint32_t place, float max,
                                      float sum)
 {
     if (s.lse != NULL)
         s.lse[place] = (max + log2f(sum)) * 0.6931471805599453f;
+    if (sum == 0)
+        return 0;
     if (s.sinks == NULL)
         return 1 / sum;
     float sink = s.sinks[place % c.heads] * 1.4426950408889634f, higher = fmaxf(max, sink);
@@ -345,6 +348,10 @@ __device__ inline size_t row_index(const gpu_call &c, uint32_t query, uint32_t h
 {
     return ((size_t)query * c.heads + head) * c.head_dim;
 }
+
+/* A running maximum before any score, where it is finite: a score of -infinity less it is
+ * -infinity, whose weight is 0, and not NaN. */
+#define LEAST_MAX (-FLT_MAX)
 
 /* exp2 of a - b where both may be -inf: then nothing has been seen, and the factor is 0. */
 __device__ inline float rescale(float a, float b)

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
         q(d) = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * scale : 0;
         acc[d] = 0;
     }
-    float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);
+    float max = LEAST_MAX, sum = 0, slope = slope_of(s, head);
     for (uint32_t t = first_key(c, keys - 1); t < keys; t++) {
         const T *k = (const T *)key_of(c, s, t, head / c.group);
         const T *v = (const T *)((const unsigned char *)k + c.plane_bytes);

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
             acc[e * N + i] = 0;
         }
     }
-    float max = -CUDART_INF_F, sum = 0, slope = slope_of(s, head);
+    float max = LEAST_MAX, sum = 0, slope = slope_of(s, head);
     const uint32_t STRIDE = WARPS * GROUPS * FLIGHT;
     /* The loop is the same for all lanes of a warp: shuffles need them all. */
     for (uint32_t first = first_key(c, keys - 1) + warp * GROUPS * FLIGHT; first < keys;
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
             score[u] = t < keys ? vary(c, score[u], slope, t, keys - 1) : -CUDART_INF_F;
             higher = fmaxf(higher, score[u]);
         }
-        if (higher == -CUDART_INF_F)
-            continue; /* only groups past the end; no shuffle follows in the loop */
+        if (first + group >= keys)
+            continue; /* all its tokens are past the end; no shuffle follows in the loop */
         float factor = exp2f(max - higher);
         max = higher;
         sum *= factor;

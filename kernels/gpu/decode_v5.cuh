@@ -76,6 +76,23 @@ template <typename T, int DIM> struct narrow_kernel {
         }
     }
 
+    /* Scores of a tile with q's first plane alone; false: that isn't finite. */
+    __device__ static bool score_first(uint32_t k, uint32_t (*q)[2], float *s)
+    {
+        bool finite = true;
+#pragma unroll
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4];
+            operands<T>::template load<false>(a, k, pair, true);
+            multiply<M>(s, a[0], q[pair * 2][0], q[pair * 2][1]);
+            multiply<M>(s, a[1], q[pair * 2 + 1][0], q[pair * 2 + 1][1]);
+            const uint32_t both[4] = {q[pair * 2][0], q[pair * 2][1], q[pair * 2 + 1][0],
+                                      q[pair * 2 + 1][1]};
+            finite = finite && !any_not_finite<M>(both);
+        }
+        return __all_sync(~0u, finite);
+    }
+
     __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         job j;
@@ -151,8 +168,19 @@ template <typename T, int DIM> struct narrow_kernel {
             }
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                passes |= s[e] > max[e % 2] + SLACK;
-            if (__any_sync(~0u, passes)) { /* seldom: the first tile, as a rule */
+                passes |= !(s[e] <= max[e % 2] + SLACK); /* NaN too */
+            if (__any_sync(~0u, passes)) {               /* seldom: the first tile, as a rule */
+                /* An infinite element of K times the parts of q may be NaN: the first part decides,
+                 * if it is infinite. */
+                bool nan = s[0] != s[0] || s[1] != s[1] || s[2] != s[2] || s[3] != s[3];
+                float first[4] = {};
+                if (planes > 1 && !scaled<T>::value && __any_sync(~0u, nan) &&
+                    score_first(at + k_place, q, first))
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (s[e] != s[e] && isinf(first[e]))
+                            s[e] = vary(c, first[e] * scale, slope[e % 2],
+                                        tile + lane / 4 + e / 2 * 8, position[e % 2]);
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float higher = fmaxf(max[e], fmaxf(s[e], s[e + 2]));

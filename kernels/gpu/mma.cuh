@@ -32,6 +32,8 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static const uint32_t WARP_ROWS = FACES * 16, ROWS = NUM_WARPS / SPLIT * WARP_ROWS;
     static const uint32_t THREADS = NUM_WARPS * 32;
     static const uint32_t TOKENS = DIM > 128 ? 32 : 64; /* of a tile */
+    /* Blocks that share a processor, as far as registers go. */
+    static const int BLOCKS = FACES > 1 ? 2 : EXACT &&SPLIT > 1 && DIM == 64 ? 3 : 1;
     typedef typename multiplied<T>::type M;
     static const int PITCH = DIM * sizeof(T), Q_PITCH = DIM * 2, STEPS = DIM / 16;
     static const uint32_t EACH = TOKENS / NUM_WARPS;       /* tokens that a warp copies */
@@ -110,6 +112,44 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             }
         }
     }
+
+    /*
+     * An infinite element of K times the parts of q may be NaN, where q itself gives an infinity:
+     * the first part decides, if it is finite and its product is infinite. A bit for each score.
+     */
+    struct infinities {
+        uint32_t above, below;
+        static_assert(!EXACT || (FACES == 1 && COLUMNS <= 8), "32 scores");
+
+        __device__ void note(uint32_t q, const float (*s)[4])
+        {
+            bool finite = true;
+            above = below = 0;
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                uint32_t a[4];
+                load_matrices(a, turn(q, step * 2));
+                finite = finite && !any_not_finite<M>(a);
+            }
+            if (!__all_sync(~0u, finite))
+                return;
+#pragma unroll
+            for (int i = 0; i < COLUMNS * 4; i++) {
+                above |= (s[i / 4][i % 4] == CUDART_INF_F ? 1u : 0) << i;
+                below |= (s[i / 4][i % 4] == -CUDART_INF_F ? 1u : 0) << i;
+            }
+        }
+
+        __device__ void mend(float (*s)[4]) const
+        {
+#pragma unroll
+            for (int i = 0; i < COLUMNS * 4; i++) {
+                float &x = s[i / 4][i % 4];
+                if (x != x && (above | below) >> i & 1)
+                    x = above >> i & 1 ? CUDART_INF_F : -CUDART_INF_F;
+            }
+        }
+    };
 
     /* A tile of which some rows don't see all tokens: a weight of 0 must hide even NaN. So each
      * query token's rows are multiplied by V without the tokens that it doesn't see. */
@@ -220,55 +260,76 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             for (uint32_t i = 0; i < OURS / ABREAST; i++, first += ABREAST, at += ABREAST * PITCH) {
                 if (!works || first > high || first + ABREAST <= seen_from)
                     continue;
-                float s[FACES][COLUMNS][4] = {};
-                score(q_at, at + k_place, s);
-                if (EXACT && c.io == TS_DTYPE_FP32)
-                    for (uint32_t plane = 1; plane < num_planes; plane++)
-                        score(q_at + plane * Q_BYTES, at + k_place, s);
-                bool clear = first >= clear_from && first + ABREAST <= low + 1;
-                if (varied || !clear)
+                bool clear, splits = EXACT && !scaled<T>::value && num_planes > 1, mends = false;
+                float s[FACES][COLUMNS][4];
+                do {
 #pragma unroll
-                    for (int f = 0; f < FACES; f++)
-                        vary_scores(c, j, l[f], first_row + f * 16, first, varied, s[f]);
-                float higher[FACES][2], base[FACES][2];
-                bool moves = false;
+                    for (int i = 0; i < FACES * COLUMNS * 4; i++)
+                        s[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0;
+                    score(q_at, at + k_place, s);
+                    infinities found;
+                    if (splits && mends)
+                        found.note(q_at, s[0]);
+                    if (EXACT && c.io == TS_DTYPE_FP32)
+                        for (uint32_t plane = 1; plane < num_planes; plane++)
+                            score(q_at + plane * Q_BYTES, at + k_place, s);
+                    if (splits && mends)
+                        found.mend(s[0]);
+                    clear = first >= clear_from && first + ABREAST <= low + 1;
+                    if (varied || !clear)
 #pragma unroll
-                for (int i = 0; i < FACES * 2; i++) {
-                    int f = i / 2, e = i % 2;
-                    float x = -CUDART_INF_F;
-#pragma unroll
-                    for (int n = 0; n < COLUMNS; n++)
-                        x = fmaxf(x, fmaxf(s[f][n][e * 2], s[f][n][e * 2 + 1]));
-                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-                    x *= unit;
-                    higher[f][e] = x = x > max[f][e] + SLACK ? x : max[f][e];
-                    base[f][e] = x == -CUDART_INF_F ? 0 : x;
-                    moves |= x > max[f][e];
-                }
-                if (__any_sync(~0u, moves)) { /* soon that becomes rare */
+                        for (int f = 0; f < FACES; f++)
+                            vary_scores(c, j, l[f], first_row + f * 16, first, varied, s[f]);
+                    float higher[FACES][2], base[FACES][2];
+                    bool moves = false;
 #pragma unroll
                     for (int i = 0; i < FACES * 2; i++) {
                         int f = i / 2, e = i % 2;
-                        float factor = power(max[f][e] - base[f][e]);
-                        max[f][e] = higher[f][e];
-                        sum[f][e] *= factor;
+                        float x = -CUDART_INF_F;
 #pragma unroll
-                        for (int d = 0; d < DIM / 8; d++) {
-                            acc[f][d][e * 2] *= factor;
-                            acc[f][d][e * 2 + 1] *= factor;
+                        for (int n = 0; n < COLUMNS; n++)
+                            x = fmaxf(x, fmaxf(s[f][n][e * 2], s[f][n][e * 2 + 1]));
+                        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+                        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+                        x *= unit;
+                        higher[f][e] = x = x > max[f][e] + SLACK ? x : max[f][e];
+                        base[f][e] = x == -CUDART_INF_F ? 0 : x;
+                        moves |= x > max[f][e];
+                    }
+                    if (__any_sync(~0u, moves)) { /* soon that becomes rare */
+#pragma unroll
+                        for (int i = 0; i < FACES * 2; i++) {
+                            int f = i / 2, e = i % 2;
+                            float factor = power(max[f][e] - base[f][e]);
+                            max[f][e] = higher[f][e];
+                            sum[f][e] *= factor;
+#pragma unroll
+                            for (int d = 0; d < DIM / 8; d++) {
+                                acc[f][d][e * 2] *= factor;
+                                acc[f][d][e * 2 + 1] *= factor;
+                            }
                         }
                     }
-                }
+                    float before[2] = {sum[0][0], sum[0][1]};
 #pragma unroll
-                for (int f = 0; f < FACES; f++)
+                    for (int f = 0; f < FACES; f++)
 #pragma unroll
-                    for (int n = 0; n < COLUMNS; n++)
+                        for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            s[f][n][e] = power(fmaf(s[f][n][e], unit, -base[f][e / 2]));
-                            sum[f][e / 2] += s[f][n][e];
-                        }
+                            for (int e = 0; e < 4; e++) {
+                                s[f][n][e] = power(fmaf(s[f][n][e], unit, -base[f][e / 2]));
+                                sum[f][e / 2] += s[f][n][e];
+                            }
+                    bool nan = false; /* one that is new is looked at once more */
+#pragma unroll
+                    for (int e = 0; e < 2; e++)
+                        nan |= sum[0][e] != sum[0][e] && before[e] == before[e];
+                    mends = splits && !mends && __any_sync(~0u, nan);
+                    if (mends) {
+                        sum[0][0] = before[0];
+                        sum[0][1] = before[1];
+                    }
+                } while (mends);
                 bool strange = false;
                 if (!clear) {
 #pragma unroll 1
@@ -355,7 +416,8 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
 };
 
 template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT>
-__global__ void __launch_bounds__(NUM_WARPS * 32, FACES > 1 ? 2 : 1)
+__global__ void __launch_bounds__(NUM_WARPS * 32,
+                                  rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>::BLOCKS)
     attend_rows(const __grid_constant__ gpu_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];

@@ -89,6 +89,8 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
     p->records = p->counters = p->q_tokens = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         const ts_attention_seq *s = &seqs[i];
+        if (s->q_tokens == 0) /* nothing is told of it, nor of its table */
+            continue;
         ts_gpu_list list = list_of(p, s);
         entries += table_room(ceil_div(s->kv_tokens, p->geometry.block_tokens));
         p->q_tokens += s->q_tokens;
@@ -112,7 +114,7 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
     }
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         ts_gpu_list list = list_of(p, &seqs[i]);
-        if (list < LIST_NARROW)
+        if (seqs[i].q_tokens == 0 || list < LIST_NARROW)
             continue;
         cut c = cut_of(p, &seqs[i], list);
         for (uint32_t chunk = 0; chunk < c.chunks; chunk++)
@@ -172,6 +174,8 @@ uint32_t *shared_blocks(const ts_gpu_plan *p, const ts_attention_seq *seqs)
         return NULL;
     uint32_t *found = shared + p->num_seqs; /* by first block: a sequence + 1 */
     for (uint32_t i = 0; i < p->num_seqs; i++) {
+        if (seqs[i].q_tokens == 0)
+            continue;
         uint32_t at = seqs[i].blocks[0] * 0x9e3779b1u >> (32 - log);
         while (found[at] != 0 && seqs[found[at] - 1].blocks[0] != seqs[i].blocks[0])
             at = (at + 1) % places;
@@ -204,6 +208,8 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
         const ts_attention_seq *s = &seqs[i];
         ts_gpu_list list = list_of(p, s);
         to[i] = plan_seq{table, s->kv_tokens, s->q_tokens, row, s->kv_tokens, 1, slot, counter};
+        if (s->q_tokens == 0)
+            continue;
         uint32_t blocks = ceil_div(s->kv_tokens, p->geometry.block_tokens);
         memcpy(tables + table, s->blocks, blocks * sizeof *tables);
         table += (uint32_t)table_room(blocks);
@@ -266,6 +272,8 @@ bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_s
         uint32_t block_tokens = p->geometry.block_tokens;
         size_t end = i + 1 < num_seqs ? before[i + 1].table : p->entries;
         const uint32_t *table = (const uint32_t *)(p->buffer->host + p->tables) + before[i].table;
+        if (seqs[i].q_tokens == 0 && before[i].q_tokens == 0)
+            continue;
         if (seqs[i].q_tokens != before[i].q_tokens || seqs[i].blocks[0] != table[0] ||
             ceil_div(seqs[i].kv_tokens, block_tokens) > end - before[i].table ||
             !is_cut_alike(p, &seqs[i], before[i]))
@@ -286,6 +294,8 @@ size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
         uint32_t *table = tables + to[i].table;
         size_t blocks = ceil_div(seqs[i].kv_tokens, p->geometry.block_tokens);
         to[i].kv_tokens = seqs[i].kv_tokens;
+        if (seqs[i].q_tokens == 0)
+            continue;
         if (memcmp(table, seqs[i].blocks, blocks * sizeof *table) == 0)
             continue;
         memcpy(table, seqs[i].blocks, blocks * sizeof *table);

@@ -47,11 +47,10 @@ typedef struct device_problem {
     size_t q_bytes, kv_bytes;
 } device_problem;
 
-static inline void device_problem_vary(device_problem *d, shape s, variety v,
-                                       const uint32_t (*lengths)[2], uint32_t num_seqs, rng *r)
+/* Copies the problem d->p, which is s and v, to the device. */
+static inline void device_problem_upload(device_problem *d, shape s, variety v)
 {
-    problem_new(&d->p, s, lengths, num_seqs, r);
-    problem_vary(&d->p, v, r);
+    const uint32_t num_seqs = d->p.num_seqs;
     CUDA_OK(cudaMalloc((void **)&d->lse, d->p.lse_elements * sizeof(float)));
     CUDA_OK(cudaMalloc((void **)&d->heads, 2 * s.heads * sizeof(float)));
     if (v.sinks)
@@ -90,6 +89,14 @@ static inline void device_problem_vary(device_problem *d, shape s, variety v,
     d->call = d->p.call;
     d->call.base = d->memory->base;
     d->call.seqs = d->seqs;
+}
+
+static inline void device_problem_vary(device_problem *d, shape s, variety v,
+                                       const uint32_t (*lengths)[2], uint32_t num_seqs, rng *r)
+{
+    problem_new(&d->p, s, lengths, num_seqs, r);
+    problem_vary(&d->p, v, r);
+    device_problem_upload(d, s, v);
 }
 
 static inline void device_problem_new(device_problem *d, shape s, const uint32_t (*lengths)[2],

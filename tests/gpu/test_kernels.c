@@ -74,6 +74,108 @@ static void every_variant_matches_the_reference(void **state)
     print_message("worst relative error %.1e\n", worst);
 }
 
+/* Whether the kernel rounds q and weights to the cache's type. */
+static bool rounds(ts_kernel kernel, const ts_attention_call *call)
+{
+    return kernel == TS_KERNEL_MMA || kernel == TS_KERNEL_WGMMA ||
+           (kernel == TS_KERNEL_AUTO && call->io_dtype != TS_DTYPE_FP32);
+}
+
+/* Runs every kernel that takes the problem and holds each sequence against the reference; those
+ * that round are given `loose`. */
+static void check_every_kernel(device_problem *d, double limit, double loose, const char *what)
+{
+    ts_attention *host = ts_attention_new(0, TS_ISA_AUTO);
+    assert_int_equal(ts_attention_run(host, &d->p.call), TS_OK); /* writes the new K and V */
+    ts_attention_free(host);
+    for (uint32_t j = 0; j < d->p.num_seqs; j++) {
+        double *ref = reference_of(&d->p, &d->p.seqs[j]);
+        ts_attention_call one = d->call;
+        one.seqs = &d->seqs[j];
+        one.num_seqs = 1;
+        for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
+            const ts_kernel kernel = (ts_kernel)k;
+            if (ts_kernel_check(kernel, &d->call.geometry, warp_groups(), why, sizeof why) != TS_OK)
+                continue;
+            poison_device(d);
+            run(d, &one, kernel);
+            double allowed = rounds(kernel, &d->call) ? loose : limit, lse;
+            double error = largest_error(&d->p, &d->p.seqs[j], ref, &lse);
+            if (!(error <= allowed) || !(lse <= allowed)) /* NaN fails too */
+                fail_msg("%s, %s cache, %u/%u heads of %u, sequence of %u (%u new), %s: error %g, "
+                         "of the log-sum-exp %g",
+                         ts_kernel_name(kernel), ts_dtype_name(d->call.geometry.dtype),
+                         d->call.heads, d->call.geometry.kv_heads, d->call.geometry.head_dim,
+                         d->seqs[j].kv_tokens, d->seqs[j].q_tokens, what, error, lse);
+        }
+        free(ref);
+    }
+}
+
+static void keys_whose_scores_are_minus_infinity_get_no_weight(void **state)
+{
+    (void)state;
+    static const uint32_t heads[][3] = {{4, 4, 64}, {8, 2, 128}, {40, 1, 64}, {24, 1, 256}};
+    for (int i = 0; i < 24; i++)
+        for (size_t v = 0; v < sizeof hidden_varieties / sizeof *hidden_varieties; v++) {
+            const uint32_t *h = heads[i / 6];
+            const ts_dtype dtype = (ts_dtype)(i % 3);
+            shape s = {.dtype = dtype,
+                       .io = i / 3 % 2 ? dtype : TS_DTYPE_FP32,
+                       .layout = (ts_layout)(i % 2),
+                       .heads = h[0],
+                       .kv_heads = h[1],
+                       .head_dim = h[2],
+                       .block_tokens = 16,
+                       .layers = 1};
+            rng r = {37};
+            device_problem d;
+            problem_new(&d.p, s, with_hidden, WITH_HIDDEN, &r);
+            problem_vary(&d.p, hidden_varieties[v], &r);
+            for (uint32_t j = 0; j < WITH_HIDDEN; j++)
+                hide_keys(&d.p, &d.p.seqs[j], hidden[j]);
+            device_problem_upload(&d, s, hidden_varieties[v]);
+            check_every_kernel(&d, s.io == TS_DTYPE_FP32 ? 3e-5 : 0.03, 0.06, "some keys hidden");
+            device_problem_free(&d);
+        }
+}
+
+static void a_capped_score_is_within_4_ulp_whatever_the_cap(void **state)
+{
+    (void)state;
+    for (size_t c = 0; c < sizeof caps / sizeof *caps; c++) {
+        device_problem d;
+        shape s = problem_of_scores(&d.p, caps[c]);
+        device_problem_upload(&d, s, (variety){.cap = caps[c]});
+        for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
+            if (ts_kernel_check((ts_kernel)k, &d.call.geometry, warp_groups(), why, sizeof why) !=
+                TS_OK)
+                continue;
+            poison_device(&d);
+            run(&d, &d.call, (ts_kernel)k);
+            double x, error = worst_ulp(&d.p, &x);
+            if (!(error <= 4))
+                fail_msg("%s: a score of %g capped at %g differs by %g ulp",
+                         ts_kernel_name((ts_kernel)k), x, (double)caps[c], error);
+        }
+        device_problem_free(&d);
+    }
+}
+
+static void alibi_is_as_exact_at_far_positions_as_at_near_ones(void **state)
+{
+    (void)state;
+    for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++) {
+        device_problem d;
+        uint32_t *table;
+        shape s = far_problem_new(&d.p, (ts_dtype)dtype, &table);
+        device_problem_upload(&d, s, (variety){.window = 16, .alibi = true});
+        check_every_kernel(&d, 1e-5, 0.05, "far from the first token");
+        free(table);
+        device_problem_free(&d);
+    }
+}
+
 static void every_kernel_dtype_and_head_sharing_matches_the_float64_reference(void **state)
 {
     (void)state;
@@ -201,6 +303,62 @@ static void splitting_a_batch_changes_no_bit(void **state)
             run(&d, &one, (ts_kernel)kernel);
         }
         assert_memory_equal(d.p.out, first, d.q_bytes);
+    }
+    free(first);
+    device_problem_free(&d);
+}
+
+/* In a plan that is new, and in one that is renewed. */
+static void sequences_without_query_tokens_change_no_bit(void **state)
+{
+    (void)state;
+    enum { SEQS = 5 };
+    static const uint32_t lengths[][2] = {{0, 0}, {700, 3}, {300, 0}, {5000, 90}, {5, 0}};
+    const shape s = {.dtype = TS_DTYPE_BF16,
+                     .io = TS_DTYPE_FP32,
+                     .heads = 8,
+                     .kv_heads = 2,
+                     .head_dim = 64,
+                     .block_tokens = 16,
+                     .layers = 1};
+    rng r = {41};
+    device_problem d;
+    device_problem_new(&d, s, lengths, SEQS, &r);
+    d.seqs[0].blocks = d.seqs[2].blocks = d.seqs[4].blocks = NULL;
+    unsigned char *first = malloc(d.q_bytes);
+    for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
+        const ts_kernel kernel = (ts_kernel)k;
+        const ts_attention_seq some[] = {d.seqs[1], d.seqs[3]};
+        ts_attention_call without = d.call;
+        without.seqs = some;
+        without.num_seqs = 2;
+        poison_device(&d);
+        run(&d, &without, kernel);
+        memcpy(first, d.p.out, d.q_bytes);
+        poison_device(&d);
+        run(&d, &d.call, kernel);
+        assert_memory_equal(d.p.out, first, d.q_bytes);
+
+        ts_gpu_plan *plan = NULL;
+        for (int renewal = 0; renewal < 2; renewal++) {
+            d.seqs[2].kv_tokens += 100; /* which is nobody's business */
+            OK(ts_gpu_plan_renew(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype, kernel,
+                                 d.seqs, SEQS, &plan, why, sizeof why));
+        }
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+        const ts_gpu_run one = {
+            .plan = plan, .q = d.q, .k = d.k, .v = d.v, .out = d.out, .lse = d.lse};
+        poison_device(&d);
+        OK(ts_gpu_launch_attend(l, d.call.base, &d.call.variant, &one, 1));
+        CUDA_OK(cudaStreamSynchronize(ts_gpu_launch_stream(l)));
+        CUDA_OK(cudaMemcpy(d.p.out, d.out, d.q_bytes, cudaMemcpyDeviceToHost));
+        assert_memory_equal(d.p.out, first, d.q_bytes);
+        sem_t done;
+        sem_init(&done, 0, 0);
+        assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
+        while (sem_wait(&done) != 0)
+            ;
+        ts_gpu_plan_free(plan);
     }
     free(first);
     device_problem_free(&d);
@@ -380,11 +538,15 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_kernel_dtype_and_head_sharing_matches_the_float64_reference),
         cmocka_unit_test(every_variant_matches_the_reference),
+        cmocka_unit_test(keys_whose_scores_are_minus_infinity_get_no_weight),
+        cmocka_unit_test(a_capped_score_is_within_4_ulp_whatever_the_cap),
+        cmocka_unit_test(alibi_is_as_exact_at_far_positions_as_at_near_ones),
         cmocka_unit_test(every_head_dim_and_block_size_matches_the_reference),
         cmocka_unit_test(a_long_prefill_matches_the_reference),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(what_lies_in_unused_slots_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test_setup_teardown(what_doesnt_fit_into_shared_memory_isnt_launched,

@@ -130,6 +130,35 @@ def test_variants_of_attention_go_through_the_service(client):
                         step.run(1, **bad)
 
 
+@pytest.mark.parametrize("execution", ["daemon", "local"])
+def test_some_sequences_of_a_step_may_get_no_token(start_daemon, execution):
+    rng = np.random.default_rng(4)
+    daemon = start_daemon("tiny:layers=1,kv_heads=2,head_dim=64,dtype=fp32,block_tokens=4,blocks=64,"
+                          "client_write=all")
+    with tinyserve.connect(daemon.url, execution=execution) as client, \
+            client.pool("tiny", writable=True) as kv:
+        seqs = kv.create(3)
+        stored = [np.zeros((2, 0, 2, 64), np.float32) for _ in seqs]
+        for new_tokens in ((0, 3, 0), (0, 0, 6), (2, 0, 1), (0, 5, 0)):
+            total = sum(new_tokens)
+            q, rows = random_rows(rng, total, 2, 64), random_rows(rng, 2, total, 2, 64)
+            with kv.step(seqs, new_tokens) as step:
+                step.q[...], step.k[...], step.v[...] = q, rows[0], rows[1]
+                step.run(0)
+                first = 0
+                for i, n in enumerate(new_tokens):
+                    stored[i] = np.concatenate([stored[i], rows[:, first:first + n]], axis=1)
+                    if n > 0:
+                        np.testing.assert_allclose(
+                            step.out.numpy()[first:first + n],
+                            attention(q[first:first + n], stored[i][0], stored[i][1]), atol=1e-5)
+                    first += n
+                step.commit()
+            assert kv.lengths(seqs) == [s.shape[1] for s in stored]
+        with pytest.raises(tinyserve.InvalidError, match="0 new tokens for 3 sequences"):
+            kv.step(seqs, (0, 0, 0))
+
+
 def test_a_client_that_finds_the_daemon_finds_its_handle_socket_and_its_page(tmp_path):
     for turn in range(10):
         socket, port = tmp_path / f"s{turn}", free_port()

@@ -341,7 +341,8 @@ class Pool:
              io_dtype: str = "fp32", scale: float = 0.0, run: bool = True,
              kernel: str | None = None) -> "Step":
         """Begins a step that adds new_tokens[i] tokens to sequence i: all of them get their slots, or
-        NoSpaceError is raised and nothing was taken.
+        NoSpaceError is raised and nothing was taken. A sequence may get 0, as long as another gets
+        some: it takes no block, and nothing is attended for it.
 
         heads: query heads, a multiple of kv_heads (None: kv_heads); io_dtype: of q, k, v and out,
         "fp32" or the pool's (beside an fp8 pool "fp16" or "bf16"); scale: of q·k (0: 1/sqrt(head_dim)); run False: no layer will be run;
