@@ -1,9 +1,14 @@
 /*
- * The way to the kernels: jobs (block copies, and attends of one step at one layer) that are ready
- * wait here, and one thread launches all attends of like shape, whoever sent them, as one kernel
- * call.
+ * The way to the processor's kernels: jobs (block copies, and attends of one step at one layer)
+ * that are ready wait here, and one thread has them done.
  *
- * Thread: the engine's owner submits; `done` is called on the batch's own.
+ * - Attends of like shape, whoever sent them, become one kernel call, as long as that is no long
+ * one.
+ * - A job that takes long is done bit by bit: after some milliseconds it makes way for others.
+ * - Tenants have their turn one after another, and a tenant's sessions.
+ * - A job that is dropped (nobody wants its results any more) ends at the next of its items.
+ *
+ * Thread: the engine's owner submits and drops; `done` is called on the batch's own.
  */
 #ifndef TS_BATCH_H
 #define TS_BATCH_H
@@ -22,6 +27,10 @@ typedef struct ts_job_plan {
 
 typedef struct ts_job {
     struct ts_job *next;
+    uint32_t tenant, session; /* indices: whose turn it is */
+    bool dropped;             /* atomic; the job's sequences look at it, too */
+    ts_attention_task *task;  /* the batch's: of an attend that has begun and takes long */
+    uint32_t copied;          /* the batch's: copies made */
     ts_geometry geometry;
     unsigned char *base;
     /* copies: num_copies > 0 */
@@ -57,11 +66,24 @@ void ts_batch_free(ts_batch *batch);
 /* The job is the batch's until it calls done. */
 void ts_batch_submit(ts_batch *batch, ts_job *job);
 
+/* The results of a job that was submitted to the batch aren't wanted any more: `done` is called
+ * soon, with TS_ECONN unless it was done already. Any thread. */
+static inline void ts_job_drop(ts_job *job)
+{
+    __atomic_store_n(&job->dropped, true, __ATOMIC_RELAXED);
+}
+
+/* Multiplications that an attend takes, about. */
+double ts_job_work(const ts_job *job);
+
 /* Runs the jobs (linked by `next`, attends alone) here and now, alike ones together; their `done`
  * is called. False, and they are still the caller's: others' are being run. */
 bool ts_batch_try_run(ts_batch *batch, ts_job *jobs);
 
 /* Attends done so far, and the kernel calls that took. Any thread. */
 void ts_batch_counts(const ts_batch *batch, uint64_t *runs, uint64_t *launches);
+
+/* How often a long job has made way for others. Any thread. */
+uint64_t ts_batch_pauses(const ts_batch *batch);
 
 #endif

@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* A job, the request that waits for it, and what to tell the engine afterwards. */
-typedef struct service_job {
+typedef struct ts_service_job {
     ts_job job;
     ts_work work;
     ts_service *service;
@@ -19,7 +19,8 @@ typedef struct service_job {
     uint64_t request_id, step;
     uint32_t pipe, layer;
     ts_exchange *exchange;
-    ts_step_plan *plan;   /* on a GPU, of a run */
+    ts_step_plan *plan;                          /* on a GPU, of a run */
+    struct ts_service_job *next_live, **at_live; /* of the service's, that are with the kernels */
     unsigned char *reply; /* to a begun step; NULL for a run, whose reply is empty */
     size_t reply_size;
 } service_job;
@@ -122,12 +123,15 @@ static void finish_job(ts_work *work, void *service)
     ts_service *s = service;
     service_job *j = (service_job *)((char *)work - offsetof(service_job, work));
     ts_answer answer;
+    *j->at_live = j->next_live;
+    if (j->next_live != NULL)
+        j->next_live->at_live = j->at_live;
     ts_engine_apply(
         s->engine,
         &(ts_command){.op = TS_OP_STEP_DONE,
                       .step_done = {.step = j->step, .layer = j->layer, .status = j->job.status}},
         &answer);
-    if (j->job.status != TS_OK)
+    if (j->job.status != TS_OK && !j->job.dropped)
         ts_log(TS_LOG_WARNING, "step %llx, layer %d: %s", (unsigned long long)j->step,
                (int)j->layer, j->job.why);
     ts_exchange_release(j->exchange);
@@ -172,6 +176,8 @@ static service_job *job_new(ts_service *s, ts_connection *c, ts_asker asker, con
     else
         j->ring = ts_ring_use(c->ring);
     j->asker = asker;
+    j->job.session = step->session;
+    j->job.tenant = s->engine->sessions[step->session].tenant;
     j->step = step->id;
     j->pipe = c->pipe;
     j->layer = TS_NONE;
@@ -189,6 +195,11 @@ static bool job_drop(service_job *j, void *things)
 
 static void submit(ts_service *s, service_job *j)
 {
+    j->at_live = &s->live_jobs;
+    j->next_live = s->live_jobs;
+    if (j->next_live != NULL)
+        j->next_live->at_live = &j->next_live;
+    s->live_jobs = j;
     if (j->gpu != NULL)
         ts_gpu_batch_submit(j->gpu->batch, &j->job);
     else if (j->ring != NULL)
@@ -232,6 +243,20 @@ void ts_jobs_undo(ts_service *s, const ts_command *command, uint64_t step)
                                       .session = command->session,
                                       .step_end = {.step = step}},
                         &answer);
+}
+
+void ts_jobs_drop_step(ts_service *s, uint64_t step)
+{
+    for (service_job *j = s->live_jobs; j != NULL; j = j->next_live)
+        if (j->step == step)
+            ts_job_drop(&j->job);
+}
+
+void ts_jobs_drop_connection(ts_service *s, const ts_connection *c)
+{
+    for (service_job *j = s->live_jobs; j != NULL; j = j->next_live)
+        if (j->pipe == c->pipe)
+            ts_job_drop(&j->job);
 }
 
 bool ts_jobs_check_run(ts_service *s, ts_connection *c, const ts_command *run, ts_answer *a)
@@ -312,6 +337,7 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_asker asker, const ts_comma
             .lse = command->step_run.has_lse
                        ? floats_at(base, command->step_run.lse) + first * step->heads
                        : NULL,
+            .dropped = &j->job.dropped,
         };
         first += part->new_tokens;
     }

@@ -34,6 +34,11 @@ bool ts_jobs_copy(ts_service *service, ts_connection *c, ts_asker asker, const t
 /* Undoes what the engine was told of a run or of a begin with copies that no kernel gets. */
 void ts_jobs_undo(ts_service *service, const ts_command *command, uint64_t step);
 
+/* The results of the step's, or the connection's, jobs aren't wanted any more: those on the
+ * processor end soon, those on a GPU as ever. */
+void ts_jobs_drop_step(ts_service *service, uint64_t step);
+void ts_jobs_drop_connection(ts_service *service, const ts_connection *c);
+
 /* A connection ends: its plan may go. NULL is fine. */
 void ts_jobs_release_plan(ts_step_plan *plan);
 

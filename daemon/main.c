@@ -324,7 +324,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->end_connection = end_connection;
     s->end_connection_arg = transport;
     if (ts_fd_server_start(s, &handles, &fd_server, why, sizeof why) != TS_OK ||
-        (c->metrics[0] != '\0' && ts_http_start(s, c->metrics, c->metrics_hosts, &http, why, sizeof why) != TS_OK) ||
+        (c->metrics[0] != '\0' &&
+         ts_http_start(s, c->metrics, c->metrics_hosts, &http, why, sizeof why) != TS_OK) ||
         ts_transport_listen(transport, why, sizeof why) !=
             TS_OK) { /* a client that finds it finds all */
     fail:

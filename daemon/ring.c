@@ -15,8 +15,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define HERE_WORK (1e8) /* multiplications up to which a call is made on the rings' thread */
-#define EVENTS 64       /* of one epoll_wait */
+/* Multiplications up to which calls are made on the rings' thread. */
+#define HERE_WORK ((double)TS_ITEM_WORK)
+#define EVENTS 64 /* of one epoll_wait */
 
 /* Wakes the thread by its own eventfd. */
 static void wake(ts_rings *rings)
@@ -235,9 +236,7 @@ static double work_of(const ts_job *jobs)
 {
     double work = 0;
     for (const ts_job *job = jobs; job != NULL; job = job->next)
-        for (uint32_t i = 0; i < job->num_seqs; i++)
-            work += (double)job->seqs[i].q_tokens * job->seqs[i].kv_tokens * job->heads *
-                    job->geometry.head_dim * 2;
+        work += ts_job_work(job);
     return work;
 }
 

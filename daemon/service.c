@@ -45,7 +45,8 @@ void ts_service_pipe_added(ts_work *work, void *service)
     ts_service *s = service;
     ts_pipe_event *event = (ts_pipe_event *)work;
     ts_connection *c = calloc(1, sizeof *c);
-    if (c == NULL) {
+    if (c == NULL || !ts_replies_init(&c->replies, &s->reply_accounts, event->uid)) {
+        free(c);
         ts_log(TS_LOG_ERROR, "no memory for a connection from pid %u", event->pid);
     } else {
         c->pipe = event->pipe;
@@ -63,7 +64,8 @@ void ts_service_pipe_added(ts_work *work, void *service)
 static ts_log_level session_level(const ts_service *s, const ts_connection *c)
 {
     const ts_session *session = ts_engine_session(s->engine, c->session);
-    bool look = session != NULL && strcmp(session->program, "tsctl") == 0 && ts_service_is_operator(s, c->uid, c->gid);
+    bool look = session != NULL && strcmp(session->program, "tsctl") == 0 &&
+                ts_service_is_operator(s, c->uid, c->gid);
     return look ? TS_LOG_DEBUG : TS_LOG_INFO;
 }
 
@@ -71,6 +73,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
         ts_answer answer;
+        ts_jobs_drop_connection(s, c);
         ts_log_level level = session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
         ts_engine_apply(s->engine, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
@@ -104,12 +107,12 @@ static void connection_free(ts_service *s, ts_connection *c)
         *at = w->next_waiter;
         w->send(w, NULL, 0);
     }
-    for (uint32_t i = 0; i < TS_REPLIES_KEPT; i++)
+    for (uint32_t i = 0; i < TS_REPLIES_SLOTS; i++)
         for (ts_request *w = c->replies.slots[i].waiters, *next; w != NULL; w = next) {
             next = w->next_waiter;
             w->send(w, NULL, 0);
         }
-    ts_replies_fini(&c->replies);
+    ts_replies_fini(&c->replies, &s->reply_accounts);
     free(c);
 }
 
@@ -171,7 +174,7 @@ void ts_service_deliver(ts_connection *c, ts_request *request, uint64_t id, cons
                         size_t size)
 {
     ts_kept_reply *kept = c == NULL ? NULL : ts_replies_at(&c->replies, id);
-    if (kept != NULL && kept->id == id) { /* else another connection by now */
+    if (kept != NULL) { /* else another connection by now */
         for (ts_request *w = kept->waiters, *next; w != NULL; w = next) {
             next = w->next_waiter;
             w->send(w, bytes, size);
@@ -205,31 +208,24 @@ static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *re
     uint64_t id = request->message->request_id;
     ts_kept_reply *kept = ts_replies_at(&c->replies, id);
     ts_answer answer = {0};
-    if (kept->id == id && kept->pending) {
+    if (kept == NULL) {
+        kept = ts_replies_start(&c->replies, id);
+        if (kept != NULL)
+            return kept;
+    } else if (kept->pending) {
         request->next_waiter = kept->waiters;
         kept->waiters = request;
         return NULL;
-    }
-    if (kept->id == id && kept->bytes != NULL) {
+    } else if (kept->bytes != NULL) {
         request->send(request, kept->bytes, kept->size);
         return NULL;
     }
-    if (kept->id >= id) {
-        ts_refuse(&answer, TS_ESTALE,
-                  "request %llu is repeated, but its answer is no longer kept: the last %u are, up "
-                  "to %u bytes",
-                  (unsigned long long)id, TS_REPLIES_KEPT, TS_REPLY_BYTES_KEPT);
-        send_refusal(s, request, id, &answer);
-        return NULL;
-    }
-    if (kept->pending) {
-        ts_refuse(&answer, TS_EBUSY, "request %llu is still in progress; at most %u may be",
-                  (unsigned long long)kept->id, TS_REPLIES_KEPT);
-        send_refusal(s, request, id, &answer);
-        return NULL;
-    }
-    ts_replies_start(&c->replies, kept, id);
-    return kept;
+    ts_refuse(&answer, TS_ESTALE,
+              "request %llu is repeated, but its answer is no longer kept: the last %u are, up "
+              "to %u bytes",
+              (unsigned long long)id, TS_REPLIES_KEPT, TS_REPLY_BYTES_KEPT);
+    send_refusal(s, request, id, &answer);
+    return NULL;
 }
 
 /* ---- requests ---- */
@@ -460,7 +456,7 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     return false;
 }
 
-bool ts_service_must_wait(const ts_service *s, const ts_command *command)
+bool ts_service_must_wait(ts_service *s, const ts_command *command)
 {
     bool run = command->op == TS_OP_STEP_RUN && command->step_run.ordered;
     bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
@@ -468,9 +464,12 @@ bool ts_service_must_wait(const ts_service *s, const ts_command *command)
         return false;
     const ts_step *step =
         ts_engine_find_step(s->engine, run ? command->step_run.step : command->step_end.step);
-    return step != NULL && s->gpu_of[step->pool] != NULL &&
-           ts_engine_session_id(s->engine, step->session) == command->session &&
-           step->in_flight >= (run ? ts_engine_step_runs_max(s->engine, step) : 1);
+    bool wait = step != NULL && (end || s->gpu_of[step->pool] != NULL) &&
+                ts_engine_session_id(s->engine, step->session) == command->session &&
+                step->in_flight >= (run ? ts_engine_step_runs_max(s->engine, step) : 1);
+    if (wait && command->op == TS_OP_STEP_ABORT)
+        ts_jobs_drop_step(s, step->id);
+    return wait;
 }
 
 /* Answers a request whose place among the kept replies is taken. */

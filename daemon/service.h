@@ -55,8 +55,9 @@ typedef struct ts_handle_ask {
 typedef struct ts_ring ts_ring;   /* ring.h */
 typedef struct ts_rings ts_rings; /* the same */
 
-typedef struct ts_step_plan ts_step_plan; /* jobs.c */
-typedef struct ts_refusals ts_refusals;   /* refusals.h */
+typedef struct ts_step_plan ts_step_plan;     /* jobs.c */
+typedef struct ts_service_job ts_service_job; /* the same */
+typedef struct ts_refusals ts_refusals;       /* refusals.h */
 
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
@@ -93,6 +94,8 @@ typedef struct ts_service {
     const ts_service_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
     ts_step_plan **step_plans;                  /* by a step's index; NULL: none yet */
     uint32_t num_step_plans;
+    ts_service_job *live_jobs; /* with the kernels */
+    ts_reply_account *reply_accounts;
     ts_request *waiting; /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
@@ -146,9 +149,9 @@ void ts_service_end_session(ts_service *service, ts_connection *connection);
 /* Applies the command, finding memory for slabs until it has enough. */
 void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);
 
-/* Whether the command ends a step of its session whose runs are still under way on a GPU, or would
- * put one more ordered run behind too many. */
-bool ts_service_must_wait(const ts_service *service, const ts_command *command);
+/* Whether the command ends a step of its session whose runs are still under way, or would put one
+ * more ordered run behind too many. An abort has the runs dropped. */
+bool ts_service_must_wait(ts_service *service, const ts_command *command);
 
 /* Lists the slabs of `count` blocks, each once; the list is the service's. False: out of memory. */
 bool ts_service_list_slabs(ts_service *service, uint32_t pool, const uint32_t *blocks, size_t count,

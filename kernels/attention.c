@@ -21,6 +21,36 @@
 #define PREFILL_ROWS 32u   /* query rows of one KV head that share each read of K and V */
 #define TOGETHER_TOKENS 8u /* up to so many query tokens an item takes several KV heads */
 #define INLINE_WORK 65536u /* rows * tokens * ... under which waking the threads costs more */
+#define APPEND_TOKENS 256u /* new tokens that are written as one piece */
+#define WINDOW_ITEMS 64u   /* of a thread, of TS_ITEM_WORK each: the work of a window */
+
+/* Memory that grows as it is needed. */
+typedef struct buffer {
+    void *memory;
+    size_t capacity; /* things */
+} buffer;
+
+/* A place in a call: query tokens from `q` on of sequence `seq`. */
+typedef struct place {
+    uint32_t seq, q;
+} place;
+
+/* A call under way: it is cut into windows, one after another, so that the list of items and the
+ * partial results stay small however long the call is. */
+struct ts_attention_task {
+    ts_attention *attention;
+    ts_attention_call call;
+    ts_threads *threads;
+    uint64_t budget;        /* of an item: tokens * KV heads * query tokens */
+    size_t rows, head_rows; /* of the largest item: all, and of one KV head */
+    size_t pieces_count; /* of new tokens to write; `pieces` is empty where it is a sequence each */
+    place next;          /* where the next window begins */
+    uint32_t num_items, num_merges;
+    uint32_t appended, attended,
+        merged; /* how far it has come: pieces, items, merges of the window */
+    buffer pieces, items, merges,
+        partials; /* merges: indices of the first item of each cut row set */
+};
 
 struct ts_attention {
     ts_threads *threads;
@@ -30,12 +60,7 @@ struct ts_attention {
     ts_attention_scratch *scratch; /* one per thread */
     float **scratch_memory;        /* what to free */
     size_t scratch_floats;         /* of each */
-    ts_attention_item *items;
-    size_t items_capacity;
-    uint32_t *merges; /* indices of the first item of each cut row set */
-    size_t merges_capacity;
-    float *partials;
-    size_t partials_capacity;
+    ts_attention_task whole;       /* of calls that are run in one go */
     atomic_bool cancelled;
 };
 
@@ -101,8 +126,7 @@ ts_status ts_attention_variant_check(const ts_attention_variant *v, uint32_t hea
         snprintf(why, why_bytes, "a scale of %g; it must be finite and not negative",
                  (double)v->scale);
     else if (!(v->soft_cap >= 0 && v->soft_cap <= TS_SOFT_CAP_MAX))
-        snprintf(why, why_bytes,
-                 "a soft cap of %g; it must be finite and not negative, at most %g",
+        snprintf(why, why_bytes, "a soft cap of %g; it must be finite and not negative, at most %g",
                  (double)v->soft_cap, (double)TS_SOFT_CAP_MAX);
     else if (!isfinite(rope->theta) || rope->theta < 0)
         snprintf(why, why_bytes, "a rope theta of %g; it must be finite and not negative",
@@ -137,6 +161,14 @@ ts_attention *ts_attention_new(uint32_t threads, ts_isa isa)
     return a;
 }
 
+static void task_fini(ts_attention_task *t)
+{
+    free(t->pieces.memory);
+    free(t->items.memory);
+    free(t->merges.memory);
+    free(t->partials.memory);
+}
+
 void ts_attention_free(ts_attention *a)
 {
     if (a == NULL)
@@ -146,9 +178,7 @@ void ts_attention_free(ts_attention *a)
             free(a->scratch_memory[i]);
     free(a->scratch_memory);
     free(a->scratch);
-    free(a->items);
-    free(a->merges);
-    free(a->partials);
+    task_fini(&a->whole);
     ts_threads_free(a->alone);
     ts_threads_free(a->threads);
     free(a);
@@ -169,17 +199,16 @@ ts_isa ts_attention_isa(const ts_attention *a)
     return a->isa;
 }
 
-/* Makes *memory hold at least `count` things of `bytes`; the old contents are not kept. */
-static bool reserve(void **memory, size_t *capacity, size_t count, size_t bytes)
+/* Makes the buffer hold at least `count` things of `bytes`; the old contents are not kept. */
+static bool reserve(buffer *b, size_t count, size_t bytes)
 {
-    if (count <= *capacity)
+    if (count <= b->capacity)
         return true;
     void *grown = aligned_alloc(64, (count * bytes + 63) / 64 * 64);
     if (grown == NULL)
         return false;
-    free(*memory);
-    *memory = grown;
-    *capacity = count;
+    free(b->memory);
+    *b = (buffer){.memory = grown, .capacity = count};
     return true;
 }
 
@@ -196,10 +225,10 @@ static bool reserve_scratch(ts_attention *a, const ts_geometry *g, uint32_t head
         rows * (padded + TS_ROW_PAD) + 2 * state + head_rows * TS_TILE + tiles / sizeof(float);
     bool grow = floats > a->scratch_floats;
     for (uint32_t i = 0; i < ts_threads_count(a->threads); i++) {
-        size_t capacity = grow ? 0 : a->scratch_floats;
-        if (!reserve((void **)&a->scratch_memory[i], &capacity, floats, sizeof(float)))
+        buffer b = {a->scratch_memory[i], grow ? 0 : a->scratch_floats};
+        if (!reserve(&b, floats, sizeof(float)))
             return false;
-        float *p = a->scratch_memory[i];
+        float *p = a->scratch_memory[i] = b.memory;
         ts_attention_scratch *s = &a->scratch[i];
         s->tiles = (char *)p;
         p += tiles / sizeof(float);
@@ -252,6 +281,7 @@ static uint32_t ceil_div(uint64_t a, uint64_t b)
 
 typedef struct list {
     size_t items, merges, partial_floats;
+    uint64_t work; /* tokens * KV heads * query tokens */
 } list;
 
 /* The first token that query tokens `q` and later of a sequence see. */
@@ -260,78 +290,120 @@ static uint32_t first_token(const ts_attention_call *call, const ts_attention_se
     return ts_attention_first_key(&call->variant, seq->kv_tokens - seq->q_tokens + q);
 }
 
-/*
- * Lists the items of one sequence; with a == NULL only counts them. An item has the parts that its
- * rows see something of. One whose share of the work would pass `budget` (tokens * KV heads * query
- * tokens) is cut along the context into whole parts, then by KV heads.
- */
-static void list_seq(ts_attention *a, const ts_attention_call *call, const ts_attention_seq *seq,
-                     uint64_t budget, list *l)
+static bool is_dropped(const ts_attention_seq *seq)
 {
+    return seq->dropped != NULL && __atomic_load_n(seq->dropped, __ATOMIC_RELAXED);
+}
+
+/*
+ * Lists the items of `c.q_count` query tokens from `q` on; with fill false only counts them. An
+ * item has the parts that its rows see something of. One whose share of the work would pass the
+ * budget is cut along the context into whole parts, then by KV heads.
+ */
+static void list_rows(ts_attention_task *t, const ts_attention_seq *seq, cut c, uint32_t q,
+                      bool fill, list *l)
+{
+    const ts_attention_call *call = &t->call;
     const ts_geometry *g = &call->geometry;
     uint32_t group = call->heads / g->kv_heads;
-    if (seq->q_tokens == 0)
-        return;
-    cut c = cut_rows(call, seq);
-    for (uint32_t q = 0; q < seq->q_tokens; q += c.q_count) {
-        uint32_t q_count = seq->q_tokens - q < c.q_count ? seq->q_tokens - q : c.q_count;
-        uint32_t end = seq->kv_tokens - seq->q_tokens + q + q_count;
-        uint32_t first = first_token(call, seq, q), first_seen = first / TS_PART;
-        uint32_t parts = ceil_div(end, TS_PART) - first_seen;
-        uint64_t work = (uint64_t)(end - first) * c.head_count * q_count;
-        uint32_t pieces = ceil_div(work, budget);
-        uint32_t part_pieces = pieces < parts ? pieces : parts;
-        uint32_t step = ceil_div(parts, part_pieces);
-        part_pieces = ceil_div(parts, step);
-        uint32_t heads = ceil_div(c.head_count, ceil_div(pieces, part_pieces));
-        for (uint32_t h = 0; h < g->kv_heads; h += heads) {
-            uint32_t head_count = g->kv_heads - h < heads ? g->kv_heads - h : heads;
-            size_t floats = part_pieces == 1
-                                ? 0
-                                : parts * ts_attention_partial_floats(head_count * q_count * group,
-                                                                      g->head_dim);
-            if (a != NULL) {
-                if (part_pieces > 1)
-                    a->merges[l->merges] = (uint32_t)l->items;
-                for (uint32_t p = 0; p < part_pieces; p++)
-                    a->items[l->items + p] = (ts_attention_item){
-                        .call = call,
-                        .seq = seq,
-                        .q_first = q,
-                        .q_count = q_count,
-                        .head_first = h,
-                        .head_count = head_count,
-                        .part_first = first_seen + p * step,
-                        .part_end =
-                            first_seen + (p * step + step < parts ? p * step + step : parts),
-                        .first_seen = first_seen,
-                        .partials = part_pieces > 1 ? a->partials + l->partial_floats : NULL,
-                    };
-            }
-            l->items += part_pieces;
-            l->merges += part_pieces > 1;
-            l->partial_floats += floats;
+    uint32_t q_count = seq->q_tokens - q < c.q_count ? seq->q_tokens - q : c.q_count;
+    uint32_t end = seq->kv_tokens - seq->q_tokens + q + q_count;
+    uint32_t first = first_token(call, seq, q), first_seen = first / TS_PART;
+    uint32_t parts = ceil_div(end, TS_PART) - first_seen;
+    uint64_t work = (uint64_t)(end - first) * c.head_count * q_count;
+    uint32_t pieces = ceil_div(work, t->budget);
+    uint32_t part_pieces = pieces < parts ? pieces : parts;
+    uint32_t step = ceil_div(parts, part_pieces);
+    part_pieces = ceil_div(parts, step);
+    uint32_t heads = ceil_div(c.head_count, ceil_div(pieces, part_pieces));
+    ts_attention_item *items = t->items.memory;
+    uint32_t *merges = t->merges.memory;
+    for (uint32_t h = 0; h < g->kv_heads; h += heads) {
+        uint32_t head_count = g->kv_heads - h < heads ? g->kv_heads - h : heads;
+        size_t floats =
+            part_pieces == 1
+                ? 0
+                : parts * ts_attention_partial_floats(head_count * q_count * group, g->head_dim);
+        if (fill) {
+            if (part_pieces > 1)
+                merges[l->merges] = (uint32_t)l->items;
+            for (uint32_t p = 0; p < part_pieces; p++)
+                items[l->items + p] = (ts_attention_item){
+                    .call = call,
+                    .seq = seq,
+                    .q_first = q,
+                    .q_count = q_count,
+                    .head_first = h,
+                    .head_count = head_count,
+                    .part_first = first_seen + p * step,
+                    .part_end = first_seen + (p * step + step < parts ? p * step + step : parts),
+                    .first_seen = first_seen,
+                    .partials =
+                        part_pieces > 1 ? (float *)t->partials.memory + l->partial_floats : NULL,
+                };
         }
+        l->items += part_pieces;
+        l->merges += part_pieces > 1;
+        l->partial_floats += floats;
     }
+    l->work += (uint64_t)(end - first) * g->kv_heads * q_count;
+}
+
+/* Counts the items of the window that begins at *at, which becomes the next one's beginning. */
+static list count_window(ts_attention_task *t, place *at)
+{
+    uint64_t most = t->budget * WINDOW_ITEMS * ts_threads_count(t->threads);
+    list l = {0};
+    for (; at->seq < t->call.num_seqs && l.work < most; *at = (place){at->seq + 1, 0}) {
+        const ts_attention_seq *seq = &t->call.seqs[at->seq];
+        if (seq->q_tokens == 0 || is_dropped(seq))
+            continue;
+        cut c = cut_rows(&t->call, seq);
+        for (; at->q < seq->q_tokens && l.work < most; at->q += c.q_count)
+            list_rows(t, seq, c, at->q, false, &l);
+        if (at->q < seq->q_tokens)
+            break;
+    }
+    return l;
+}
+
+/* Lists the items between two places, those of sequences that were dropped meanwhile aside. */
+static list fill_window(ts_attention_task *t, place at, place end)
+{
+    list l = {0};
+    for (; at.seq < t->call.num_seqs && at.seq <= end.seq; at = (place){at.seq + 1, 0}) {
+        const ts_attention_seq *seq = &t->call.seqs[at.seq];
+        uint32_t until = at.seq < end.seq ? seq->q_tokens : end.q;
+        if (seq->q_tokens == 0 || is_dropped(seq))
+            continue;
+        cut c = cut_rows(&t->call, seq);
+        for (; at.q < until; at.q += c.q_count)
+            list_rows(t, seq, c, at.q, true, &l);
+    }
+    return l;
 }
 
 static void run_one(void *arg, uint32_t item, uint32_t thread)
 {
-    ts_attention *a = arg;
-    if (!atomic_load_explicit(&a->cancelled, memory_order_relaxed))
-        a->ops->item(&a->items[item], &a->scratch[thread]);
+    ts_attention_task *t = arg;
+    const ts_attention_item *i = (ts_attention_item *)t->items.memory + item;
+    if (!atomic_load_explicit(&t->attention->cancelled, memory_order_relaxed) &&
+        !is_dropped(i->seq))
+        t->attention->ops->item(i, &t->attention->scratch[thread]);
 }
 
 static void merge_one(void *arg, uint32_t merge, uint32_t thread)
 {
-    ts_attention *a = arg;
-    if (atomic_load_explicit(&a->cancelled, memory_order_relaxed))
+    ts_attention_task *t = arg;
+    const uint32_t *merges = t->merges.memory;
+    ts_attention_item whole = ((ts_attention_item *)t->items.memory)[merges[merge]];
+    if (atomic_load_explicit(&t->attention->cancelled, memory_order_relaxed) ||
+        is_dropped(whole.seq))
         return;
-    ts_attention_item whole = a->items[a->merges[merge]];
     uint32_t end = whole.seq->kv_tokens - whole.seq->q_tokens + whole.q_first + whole.q_count;
     whole.part_first = whole.first_seen;
     whole.part_end = ceil_div(end, TS_PART);
-    a->ops->merge(&whole, &a->scratch[thread]);
+    t->attention->ops->merge(&whole, &t->attention->scratch[thread]);
 }
 
 /* Writes a row of K or V: of the cache's type, divided by `scale`. table: K's angles; NULL: it
@@ -355,19 +427,30 @@ static void write_row(const ts_attention_call *call, unsigned char *to, const vo
     ts_store_elements(to, to_type, 0, count, row);
 }
 
-/* Writes one sequence's new K and V into their slots. */
+/* New tokens of a sequence that are written together. */
+typedef struct piece {
+    uint32_t seq, first, count;
+} piece;
+
+/* Writes new K and V of a piece into their slots. */
 static void append_one(void *arg, uint32_t index, uint32_t thread)
 {
     (void)thread;
-    const ts_attention_call *call = arg;
-    const ts_attention_seq *seq = &call->seqs[index];
+    const ts_attention_task *t = arg;
+    const ts_attention_call *call = &t->call;
+    piece p = {.seq = index};
+    if (t->pieces_count > 0)
+        p = ((const piece *)t->pieces.memory)[index];
+    const ts_attention_seq *seq = &call->seqs[p.seq];
     const ts_geometry *g = &call->geometry;
-    if (seq->k == NULL)
+    if (t->pieces_count == 0)
+        p.count = seq->q_tokens;
+    if (seq->k == NULL || is_dropped(seq))
         return;
     size_t plane = ts_geometry_plane_bytes(g);
     const ts_rope *rope = &call->variant.rope;
     float table[TS_HEAD_DIM_MAX];
-    for (uint32_t i = 0; i < seq->q_tokens; i++) {
+    for (uint32_t i = p.first; i < p.first + p.count; i++) {
         uint32_t token = seq->kv_tokens - seq->q_tokens + i;
         if (rope->theta != 0)
             ts_rope_table(rope, token, table);
@@ -386,12 +469,66 @@ static void append_one(void *arg, uint32_t index, uint32_t thread)
     }
 }
 
-ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
+/* Cuts the new tokens into pieces, where a sequence has more than one has. */
+static bool list_pieces(ts_attention_task *t)
+{
+    size_t count = 0, n = 0;
+    for (uint32_t i = 0; i < t->call.num_seqs; i++)
+        count += ceil_div(t->call.seqs[i].q_tokens, APPEND_TOKENS);
+    t->pieces_count = 0;
+    if (count <= t->call.num_seqs)
+        return true;
+    if (!reserve(&t->pieces, count, sizeof(piece)))
+        return false;
+    piece *pieces = t->pieces.memory;
+    for (uint32_t i = 0; i < t->call.num_seqs; i++)
+        for (uint32_t q = 0, all = t->call.seqs[i].q_tokens; q < all; q += APPEND_TOKENS)
+            pieces[n++] = (piece){i, q, all - q < APPEND_TOKENS ? all - q : APPEND_TOKENS};
+    t->pieces_count = count;
+    return true;
+}
+
+double ts_attention_work(const ts_attention_call *call)
+{
+    double work = 0;
+    for (uint32_t i = 0; i < call->num_seqs; i++) {
+        const ts_attention_seq *seq = &call->seqs[i];
+        if (seq->q_tokens > 0)
+            work += (double)(seq->kv_tokens - first_token(call, seq, 0)) * seq->q_tokens *
+                    call->heads * call->geometry.head_dim * 2;
+    }
+    return work;
+}
+
+/* Lists the next window. False: out of memory. */
+static bool next_window(ts_attention_task *t)
+{
+    place end = t->next;
+    list l = count_window(t, &end);
+    if (!reserve(&t->items, l.items, sizeof(ts_attention_item)) ||
+        !reserve(&t->merges, l.merges, sizeof(uint32_t)) ||
+        !reserve(&t->partials, l.partial_floats, sizeof(float)))
+        return false;
+    l = fill_window(t, t->next, end);
+    t->next = end;
+    t->num_items = (uint32_t)l.items;
+    t->num_merges = (uint32_t)l.merges;
+    t->attended = t->merged = 0;
+    return true;
+}
+
+/* Begins the call in the task, whose buffers stay. False: out of memory. */
+static bool begin(ts_attention *a, const ts_attention_call *call, ts_attention_task *t)
 {
     const ts_geometry *g = &call->geometry;
     uint32_t group = call->heads / g->kv_heads;
     uint64_t work = 0;
-    size_t rows = 0, head_rows = 0;
+    t->attention = a;
+    t->call = *call;
+    t->rows = t->head_rows = 0;
+    t->next = (place){0, 0};
+    t->num_items = t->num_merges = 0;
+    t->appended = t->attended = t->merged = 0;
     for (uint32_t i = 0; i < call->num_seqs; i++) {
         const ts_attention_seq *seq = &call->seqs[i];
         if (seq->q_tokens == 0)
@@ -399,35 +536,73 @@ ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
         cut c = cut_rows(call, seq);
         work +=
             (uint64_t)(seq->kv_tokens - first_token(call, seq, 0)) * g->kv_heads * seq->q_tokens;
-        if ((size_t)c.q_count * group > head_rows)
-            head_rows = (size_t)c.q_count * group;
-        if ((size_t)c.q_count * group * c.head_count > rows)
-            rows = (size_t)c.q_count * group * c.head_count;
+        if ((size_t)c.q_count * group > t->head_rows)
+            t->head_rows = (size_t)c.q_count * group;
+        if ((size_t)c.q_count * group * c.head_count > t->rows)
+            t->rows = (size_t)c.q_count * group * c.head_count;
     }
     bool small = work * group * g->head_dim <= INLINE_WORK * 16ull;
-    ts_threads *threads = small ? a->alone : a->threads;
-    uint64_t budget = work / (ts_threads_count(threads) * ITEMS_PER_THREAD) + 1;
-    if (ts_threads_count(threads) == 1)
-        budget = UINT64_MAX / 2;
+    t->threads = small ? a->alone : a->threads;
+    t->budget = work / (ts_threads_count(t->threads) * ITEMS_PER_THREAD) + 1;
+    uint64_t most = TS_ITEM_WORK / ((uint64_t)group * g->head_dim * 2);
+    if (t->budget > most || ts_threads_count(t->threads) == 1)
+        t->budget = most > 0 ? most : 1;
+    return list_pieces(t);
+}
 
-    list l = {0};
-    for (uint32_t i = 0; i < call->num_seqs; i++)
-        list_seq(NULL, call, &call->seqs[i], budget, &l);
-    size_t merges_capacity = a->merges_capacity;
-    if (!reserve((void **)&a->items, &a->items_capacity, l.items, sizeof *a->items) ||
-        !reserve((void **)&a->merges, &merges_capacity, l.merges, sizeof *a->merges) ||
-        !reserve((void **)&a->partials, &a->partials_capacity, l.partial_floats, sizeof(float)) ||
-        !reserve_scratch(a, g, call->heads, rows, head_rows))
+ts_attention_task *ts_attention_task_new(ts_attention *a, const ts_attention_call *call)
+{
+    ts_attention_task *t = calloc(1, sizeof *t);
+    if (t != NULL && !begin(a, call, t)) {
+        ts_attention_task_free(t);
+        t = NULL;
+    }
+    return t;
+}
+
+void ts_attention_task_free(ts_attention_task *t)
+{
+    if (t == NULL)
+        return;
+    task_fini(t);
+    free(t);
+}
+
+ts_status ts_attention_task_run(ts_attention_task *t, ts_threads_pause_fn pause, void *pause_arg,
+                                bool *done)
+{
+    ts_attention *a = t->attention;
+    uint32_t pieces = t->pieces_count > 0 ? (uint32_t)t->pieces_count : t->call.num_seqs;
+    *done = false;
+    if (!reserve_scratch(a, &t->call.geometry, t->call.heads, t->rows, t->head_rows))
         return TS_ENOMEM;
-    a->merges_capacity = merges_capacity;
-    l = (list){0};
-    for (uint32_t i = 0; i < call->num_seqs; i++)
-        list_seq(a, call, &call->seqs[i], budget, &l);
-
-    ts_threads_run(threads, call->num_seqs, append_one, (void *)call);
-    ts_threads_run(threads, (uint32_t)l.items, run_one, a);
-    ts_threads_run(threads, (uint32_t)l.merges, merge_one, a);
+    t->appended =
+        ts_threads_run_from(t->threads, t->appended, pieces, append_one, t, pause, pause_arg);
+    while (t->appended == pieces) {
+        t->attended = ts_threads_run_from(t->threads, t->attended, t->num_items, run_one, t, pause,
+                                          pause_arg);
+        if (t->attended < t->num_items)
+            break;
+        t->merged = ts_threads_run_from(t->threads, t->merged, t->num_merges, merge_one, t, pause,
+                                        pause_arg);
+        if (t->merged < t->num_merges)
+            break;
+        if (t->next.seq == t->call.num_seqs) {
+            *done = true;
+            break;
+        }
+        if (!next_window(t))
+            return TS_ENOMEM;
+    }
     return atomic_load_explicit(&a->cancelled, memory_order_relaxed) ? TS_ECONN : TS_OK;
+}
+
+ts_status ts_attention_run(ts_attention *a, const ts_attention_call *call)
+{
+    bool done;
+    if (!begin(a, call, &a->whole))
+        return TS_ENOMEM;
+    return ts_attention_task_run(&a->whole, NULL, NULL, &done);
 }
 
 typedef struct copy_job {

@@ -35,6 +35,8 @@ typedef struct ts_attention_seq {
                             is to be multiplied by; NULL: all are 1 */
     float *lse; /* [q_tokens][heads]: gets the natural log of the sum of exponentials of the
                    scores, the sink left out; NULL: isn't wanted */
+    const bool *dropped; /* read atomically: once it is true nobody wants the results, and what is
+                            left of the work is skipped; NULL: they are wanted. Not on a GPU */
 } ts_attention_seq;
 
 /*
@@ -108,6 +110,25 @@ ts_isa ts_attention_isa(const ts_attention *attention);
  * nothing attended. The block tables and sizes are trusted: check before.
  */
 ts_status ts_attention_run(ts_attention *attention, const ts_attention_call *call);
+
+/*
+ * A call that is run bit by bit, with others between: the results have the same bits. `call`'s
+ * sequences and tables must stay until the task is freed. NULL: out of memory.
+ */
+typedef struct ts_attention_task ts_attention_task;
+ts_attention_task *ts_attention_task_new(ts_attention *attention, const ts_attention_call *call);
+void ts_attention_task_free(ts_attention_task *task);
+
+/*
+ * Goes on with it until it is done, or until `pause` says so, which is asked between two items of
+ * work of at most TS_ITEM_WORK multiplications each, by several threads. *done: nothing is left.
+ */
+#define TS_ITEM_WORK ((uint64_t)1 << 26)
+ts_status ts_attention_task_run(ts_attention_task *task, ts_threads_pause_fn pause, void *pause_arg,
+                                bool *done);
+
+/* Multiplications that a call takes, about. */
+double ts_attention_work(const ts_attention_call *call);
 
 /* Makes calls under way and later ones return TS_ECONN soon, their outputs unfinished. Any thread.
  */

@@ -8,6 +8,15 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+/* What the team works on. */
+typedef struct run {
+    ts_threads_fn fn;
+    void *arg;
+    uint32_t items;
+    ts_threads_pause_fn pause;
+    void *pause_arg;
+} run;
+
 struct ts_threads {
     uint32_t count;
     pthread_t *others; /* count - 1 */
@@ -17,21 +26,19 @@ struct ts_threads {
     uint64_t round;
     uint32_t busy; /* others that have not finished this round */
     bool stop;
-    ts_threads_fn fn;
-    void *arg;
-    uint32_t items;
+    run what;
     uint32_t started; /* gives each thread its number */
     /* not under the lock */
     atomic_uint next;
 };
 
-static void work_on(ts_threads *t, ts_threads_fn fn, void *arg, uint32_t items, uint32_t thread)
+static void work_on(ts_threads *t, const run *r, uint32_t thread)
 {
-    for (;;) {
+    while (r->pause == NULL || !r->pause(r->pause_arg)) {
         uint32_t item = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
-        if (item >= items)
+        if (item >= r->items)
             return;
-        fn(arg, item, thread);
+        r->fn(r->arg, item, thread);
     }
 }
 
@@ -47,11 +54,9 @@ static void *thread_main(void *arg)
         if (t->stop)
             break;
         seen = t->round;
-        ts_threads_fn fn = t->fn;
-        void *fn_arg = t->arg;
-        uint32_t items = t->items;
+        run what = t->what;
         pthread_mutex_unlock(&t->lock);
-        work_on(t, fn, fn_arg, items, self);
+        work_on(t, &what, self);
         pthread_mutex_lock(&t->lock);
         if (--t->busy == 0)
             pthread_cond_signal(&t->idle);
@@ -114,26 +119,33 @@ uint32_t ts_threads_count(const ts_threads *t)
     return t->count;
 }
 
+uint32_t ts_threads_run_from(ts_threads *t, uint32_t first, uint32_t items, ts_threads_fn fn,
+                             void *arg, ts_threads_pause_fn pause, void *pause_arg)
+{
+    run what = {fn, arg, items, pause, pause_arg};
+    if (first >= items)
+        return items;
+    atomic_store_explicit(&t->next, first, memory_order_relaxed);
+    if (items - first == 1 || t->count == 1) {
+        work_on(t, &what, 0);
+    } else {
+        pthread_mutex_lock(&t->lock);
+        t->what = what;
+        t->busy = t->count - 1;
+        t->round++;
+        pthread_cond_broadcast(&t->work);
+        pthread_mutex_unlock(&t->lock);
+        work_on(t, &what, 0);
+        pthread_mutex_lock(&t->lock);
+        while (t->busy != 0)
+            pthread_cond_wait(&t->idle, &t->lock);
+        pthread_mutex_unlock(&t->lock);
+    }
+    uint32_t next = atomic_load_explicit(&t->next, memory_order_relaxed);
+    return next < items ? next : items;
+}
+
 void ts_threads_run(ts_threads *t, uint32_t items, ts_threads_fn fn, void *arg)
 {
-    if (items == 0)
-        return;
-    atomic_store_explicit(&t->next, 0, memory_order_relaxed);
-    if (items == 1 || t->count == 1) {
-        work_on(t, fn, arg, items, 0);
-        return;
-    }
-    pthread_mutex_lock(&t->lock);
-    t->fn = fn;
-    t->arg = arg;
-    t->items = items;
-    t->busy = t->count - 1;
-    t->round++;
-    pthread_cond_broadcast(&t->work);
-    pthread_mutex_unlock(&t->lock);
-    work_on(t, fn, arg, items, 0);
-    pthread_mutex_lock(&t->lock);
-    while (t->busy != 0)
-        pthread_cond_wait(&t->idle, &t->lock);
-    pthread_mutex_unlock(&t->lock);
+    (void)ts_threads_run_from(t, 0, items, fn, arg, NULL, NULL);
 }

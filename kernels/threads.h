@@ -7,6 +7,7 @@
 #ifndef TS_THREADS_H
 #define TS_THREADS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 typedef struct ts_threads ts_threads;
@@ -20,5 +21,13 @@ ts_threads *ts_threads_new(uint32_t count);
 void ts_threads_free(ts_threads *threads);
 uint32_t ts_threads_count(const ts_threads *threads);
 void ts_threads_run(ts_threads *threads, uint32_t items, ts_threads_fn fn, void *arg);
+
+/* Asked before each item, by whichever thread is about to take it: whether to stop there. */
+typedef bool (*ts_threads_pause_fn)(void *arg);
+
+/* The same for items first..items-1, until `pause` says so (NULL: never). Returns the item to go on
+ * with later; `items` when all are done. */
+uint32_t ts_threads_run_from(ts_threads *threads, uint32_t first, uint32_t items, ts_threads_fn fn,
+                             void *arg, ts_threads_pause_fn pause, void *pause_arg);
 
 #endif
