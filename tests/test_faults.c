@@ -497,6 +497,92 @@ static void parent_of_a_holder(const char *url, int ready)
         pause();
 }
 
+/* Worker: begins a run on the processor that takes many minutes, and tells when it is under way. */
+static void runs_for_minutes(const char *url, int ready)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *step;
+    uint32_t n = 20000;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 64}, &step));
+    if (write(ready, "r", 1) != 1)
+        _exit(1);
+    (void)ts_step_run(step, 0);
+    _exit(2); /* it was to be killed long before */
+}
+
+static void a_killed_workers_long_run_ends_and_others_go_on_meanwhile(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char number[16], byte;
+    int ready[2];
+    daemon_start(&d, POOL_TINY ",blocks=2000");
+    ts_client *c = connect_to(&d);
+    assert_int_equal(pipe(ready), 0);
+    fcntl(ready[0], F_SETFD, FD_CLOEXEC);
+    snprintf(number, sizeof number, "%d", ready[1]);
+    pid_t worker = spawn("minutes", d.url, number);
+    assert_int_equal(read(ready[0], &byte, 1), 1);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    for (int i = 0; i < 20; i++) {
+        ts_seq seq;
+        ts_step *step;
+        uint32_t n = 3;
+        OK(ts_seq_create(p, 1, &seq));
+        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+        memset(ts_step_q(step), 0, 3 * KV * DIM * sizeof(float));
+        for (uint32_t layer = 0; layer < LAYERS; layer++)
+            OK(ts_step_run(step, layer));
+        OK(ts_step_commit(step, NULL));
+        OK(ts_seq_free(p, &seq, 1));
+    }
+    assert_int_equal(used_blocks(c), 1250); /* it runs still */
+    kill(worker, SIGKILL);
+    assert_int_equal(waitpid(worker, NULL, 0), worker);
+    await_used_blocks(c, 0);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    close(ready[0]);
+    close(ready[1]);
+    daemon_stop(&d);
+}
+
+static void an_abort_after_a_runs_timeout_ends_the_run(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=2000");
+    for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
+        ts_client *c;
+        ts_options options = {.url = d.url, .timeout_ms = 300, .transport = transport};
+        OK(ts_connect(&options, &c));
+        ts_pool *p = open_pool(c, "tiny", 0);
+        ts_seq seq;
+        ts_step *step;
+        uint32_t n = 20000, length;
+        OK(ts_seq_create(p, 1, &seq));
+        OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 64}, &step));
+        assert_int_equal(ts_step_run(step, 0), TS_ETIMEOUT);
+        for (int i = 0; i < 100; i++) /* no other call is any the worse */
+            OK(ts_seq_lengths(p, &seq, 1, &length));
+        OK(ts_step_abort(step));
+        assert_int_equal(used_blocks(c), 0);
+        OK(ts_seq_lengths(p, &seq, 1, &length));
+        assert_int_equal(length, 0);
+        n = 20000; /* its place in the exchange is free again */
+        OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 64}, &step));
+        OK(ts_step_abort(step));
+        OK(ts_seq_free(p, &seq, 1));
+        ts_pool_close(p);
+        ts_disconnect(c);
+    }
+    daemon_stop(&d);
+}
+
 static void a_dead_workers_blocks_are_free_though_its_child_holds_the_socket(void **state)
 {
     (void)state;
@@ -529,6 +615,8 @@ int main(int argc, char **argv)
             steady(argv[2], atoi(argv[3]));
         if (strcmp(argv[1], "victim") == 0)
             victim(argv[2], atoi(argv[3]));
+        if (strcmp(argv[1], "minutes") == 0)
+            runs_for_minutes(argv[2], atoi(argv[3]));
         if (strcmp(argv[1], "parent") == 0)
             parent_of_a_holder(argv[2], atoi(argv[3]));
         return 0;
@@ -537,6 +625,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(the_handle_socket_gives_nothing_without_a_token),
+        cmocka_unit_test(a_killed_workers_long_run_ends_and_others_go_on_meanwhile),
+        cmocka_unit_test(an_abort_after_a_runs_timeout_ends_the_run),
         cmocka_unit_test(a_dead_workers_blocks_are_free_though_its_child_holds_the_socket),
         cmocka_unit_test(workers_killed_at_random_points_take_nothing_with_them),
     };
