@@ -200,9 +200,15 @@ static ts_status open_session(ts_client *c, const char *program)
     Tspb__Reply *reply;
     open.protocol = TS_PROTOCOL;
     open.program = (char *)program;
+    open.version = (char *)TS_VERSION;
     request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
     request.session_open = &open;
     ts_status status = ts_call(c, &request, &reply);
+    if (status == TS_EPROTO) { /* the daemon has told its version, unless it is too old for that */
+        char why[sizeof c->error];
+        memcpy(why, c->error, sizeof why);
+        return ts_fail(c, status, "libtinyserve " TS_VERSION ": %s", why);
+    }
     if (status != TS_OK)
         return status;
     const Tspb__SessionOpened *o = reply->session_opened;
@@ -403,9 +409,10 @@ static ts_status handle_call(ts_client *c, const ts_handle_request *request, ts_
     if (status != TS_OK)
         return status;
     if (send(c->handle_fd, request, sizeof *request, MSG_NOSIGNAL) != (ssize_t)sizeof *request) {
+        int saved = errno;
         close(c->handle_fd);
         c->handle_fd = -1;
-        return ts_fail(c, TS_ECONN, "%s: %s", c->handle_path, strerror(errno));
+        return ts_fail(c, TS_ECONN, "%s: %s", c->handle_path, strerror(saved));
     }
     return handle_receive(c, reply, fd);
 }
@@ -429,6 +436,7 @@ ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, u
     if (*fd >= 0)
         close(*fd);
     reply->message[sizeof reply->message - 1] = '\0';
-    return ts_fail(c, reply->status != TS_OK ? (ts_status)reply->status : TS_EPROTO, "%s",
-                   reply->message);
+    if (reply->status == TS_OK)
+        return ts_fail(c, TS_EPROTO, "%s sent no descriptor", c->handle_path);
+    return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
 }

@@ -219,8 +219,11 @@ bool ts_transport_revive(ts_transport *t)
      * over. */
     (void)unlink(t->url + strlen("ipc://"));
     int error = listen_more(t);
-    ts_log(TS_LOG_WARNING, "NNG's listener had stopped accepting; listening anew: %s",
-           nng_strerror(error));
+    if (error == 0)
+        ts_log(TS_LOG_WARNING, "NNG's listener had stopped accepting; the daemon listens anew");
+    else
+        ts_log(TS_LOG_ERROR, "NNG's listener had stopped accepting; listening anew failed: %s",
+               nng_strerror(error));
     return error == 0;
 }
 
