@@ -2,6 +2,7 @@
 #include "client.h"
 
 #include "clock.h"
+#include "version.h"
 
 #include <errno.h>
 #include <nng/protocol/reqrep0/req.h>
@@ -225,9 +226,15 @@ static ts_status open_session(ts_client *c, const char *program)
     Tspb__Reply *reply;
     open.protocol = TS_PROTOCOL;
     open.program = (char *)program;
+    open.version = (char *)TS_VERSION;
     request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
     request.session_open = &open;
     ts_status status = ts_call(c, &request, &reply);
+    if (status == TS_EPROTO) { /* the daemon has told its version, unless it is too old for that */
+        char why[sizeof c->error];
+        memcpy(why, c->error, sizeof why);
+        return ts_fail(c, status, "libtinyserve " TS_VERSION ": %s", why);
+    }
     if (status != TS_OK)
         return status;
     const Tspb__SessionOpened *o = reply->session_opened;

@@ -3,6 +3,7 @@
 #include "client.h"
 
 #include "clock.h"
+#include "version.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -32,14 +33,18 @@ static ts_status open_rings(ts_client *c)
     int saved = errno;
     close(fd);
     if (reply.bytes != sizeof(ts_rings_memory))
-        return ts_fail(c, TS_EPROTO, "the daemon's rings have %llu bytes; this library's have %zu",
-                       (unsigned long long)reply.bytes, sizeof(ts_rings_memory));
+        return ts_fail(c, TS_EPROTO,
+                       "the rings of tinyserved %s have %llu bytes; those of libtinyserve "
+                       "" TS_VERSION " have %zu",
+                       c->version, (unsigned long long)reply.bytes, sizeof(ts_rings_memory));
     if (memory == MAP_FAILED)
         return ts_fail(c, TS_ENOMEM, "mapping the rings: %s", strerror(saved));
     const ts_rings_memory *m = memory;
     if (m->magic != TS_RING_MAGIC || m->version != TS_RING_VERSION)
-        status = ts_fail(c, TS_EPROTO, "the daemon's rings are of version %u; this library's of %u",
-                         m->version, TS_RING_VERSION);
+        status = ts_fail(c, TS_EPROTO,
+                         "the rings of tinyserved %s are of version %u; those of libtinyserve "
+                         "" TS_VERSION " of %u",
+                         c->version, m->version, TS_RING_VERSION);
     else
         status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     if (status != TS_OK) {

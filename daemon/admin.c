@@ -110,36 +110,68 @@ static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__Admi
     note_pool(by, named, what);
 }
 
+/* ---- the orders ---- */
+
+static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+{
+    kick(s, by, r->admin_kick->session, a);
+}
+
+static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+{
+    remove_seq(s, by, r->admin_free, a);
+}
+
+static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                        ts_answer *a)
+{
+    (void)a;
+    drain(s, by, !r->admin_drain->off);
+}
+
+static void order_create(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
+{
+    create_pool(s, by, r->admin_pool_create->text, a);
+}
+
+static void order_delete(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
+{
+    delete_pool(s, by, r->admin_pool_delete->pool, a);
+}
+
+static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
+{
+    resize_pool(s, by, r->admin_pool_resize, a);
+}
+
 bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a)
 {
-    if (request->body_case < TSPB__REQUEST__BODY_ADMIN_KICK ||
-        request->body_case > TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE)
+    static const struct {
+        Tspb__Request__BodyCase body;
+        void (*run)(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a);
+    } orders[] = {
+        {TSPB__REQUEST__BODY_ADMIN_KICK, order_kick},
+        {TSPB__REQUEST__BODY_ADMIN_FREE, order_free},
+        {TSPB__REQUEST__BODY_ADMIN_DRAIN, order_drain},
+        {TSPB__REQUEST__BODY_ADMIN_POOL_CREATE, order_create},
+        {TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, order_delete},
+        {TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, order_resize},
+    };
+    size_t i = 0;
+    while (i < sizeof orders / sizeof *orders && orders[i].body != request->body_case)
+        i++;
+    if (i == sizeof orders / sizeof *orders)
         return false;
-    if (!ts_service_is_operator(s, c->uid, c->gid)) {
-        const char *group = s->operators.group;
-        ts_refuse(a, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
-                  group[0] == '\0' ? " and" : ",", s->admin_uid,
-                  group[0] == '\0' ? "" : " and group ", group);
+    if (ts_service_is_operator(s, c->uid, c->gid)) {
+        orders[i].run(s, c, request, a);
         return true;
     }
-    switch (request->body_case) {
-    case TSPB__REQUEST__BODY_ADMIN_KICK:
-        kick(s, c, request->admin_kick->session, a);
-        break;
-    case TSPB__REQUEST__BODY_ADMIN_FREE:
-        remove_seq(s, c, request->admin_free, a);
-        break;
-    case TSPB__REQUEST__BODY_ADMIN_POOL_CREATE:
-        create_pool(s, c, request->admin_pool_create->text, a);
-        break;
-    case TSPB__REQUEST__BODY_ADMIN_POOL_DELETE:
-        delete_pool(s, c, request->admin_pool_delete->pool, a);
-        break;
-    case TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE:
-        resize_pool(s, c, request->admin_pool_resize, a);
-        break;
-    default:
-        drain(s, c, !request->admin_drain->off);
-    }
+    const char *group = s->operators.group;
+    ts_refuse(a, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
+              group[0] == '\0' ? " and" : ",", s->admin_uid, group[0] == '\0' ? "" : " and group ",
+              group);
     return true;
 }

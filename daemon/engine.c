@@ -338,13 +338,16 @@ static void seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     a->seqs.length = length;
 }
 
-static void free_sequence(ts_engine *e, ts_session *s, uint32_t pool, ts_sequence *seq)
+/* `owner` is the session that owns it; a kept one has none. */
+static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_sequence *seq)
 {
+    uint32_t *owned = NULL;
     if (seq->name == NULL) {
-        s->blocks -= seq->num_blocks;
-        s->sequences--;
+        owner->blocks -= seq->num_blocks;
+        owner->sequences--;
+        owned = &owner->owned[pool];
     }
-    ts_sequence_free(&e->pools[pool].seqs, &e->pools[pool].books, seq, &s->owned[pool]);
+    ts_sequence_free(&e->pools[pool].seqs, &e->pools[pool].books, seq, owned);
 }
 
 static void seq_remove(ts_engine *e, const ts_command *c, ts_answer *a)
@@ -356,9 +359,7 @@ static void seq_remove(ts_engine *e, const ts_command *c, ts_answer *a)
                          e->pools[c->pool].config.name, (unsigned long long)id);
     if (seq->step != TS_NONE)
         return ts_refuse(a, TS_EBUSY, "sequence %llx is in an open step", (unsigned long long)id);
-    /* A kept one has no owner, and the session isn't looked at. */
-    ts_session *owner = &e->sessions[seq->owner == TS_NONE ? 0 : seq->owner];
-    free_sequence(e, owner, c->pool, seq);
+    free_sequence(e, seq->owner == TS_NONE ? NULL : &e->sessions[seq->owner], c->pool, seq);
 }
 
 /* SEQ_FREE and SEQ_TRUNCATE: the whole batch is checked, each sequence being marked, before any is

@@ -132,8 +132,8 @@ static bool serve(ts_fd_server *h, arrival *a)
     if (got != (ssize_t)sizeof *r || r->protocol != TS_PROTOCOL) {
         char sentence[TS_MESSAGE_BYTES];
         snprintf(sentence, sizeof sentence,
-                 "the client speaks protocol version %u; this daemon, TinyServe " TS_VERSION
-                 ", speaks %u: install the same version of both",
+                 "protocol version %u; tinyserved " TS_VERSION
+                 " speaks %u: the older of them must be upgraded, and then started again",
                  r->protocol, TS_PROTOCOL);
         send_off(a->fd, TS_EPROTO, sentence);
         ts_log(TS_LOG_WARNING, "a client of uid %u speaks protocol version %u; this daemon %u",

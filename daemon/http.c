@@ -432,7 +432,10 @@ ts_status ts_http_start(ts_service *service, const char *text, const char *hosts
             MHD_OPTION_NOTIFY_CONNECTION, connection_event, h, MHD_OPTION_END);
         reason = "libmicrohttpd doesn't start";
     }
-    if (h->daemon != NULL && pthread_create(&h->thread, NULL, http_main, h) == 0) {
+    int error = h->daemon == NULL ? 0 : pthread_create(&h->thread, NULL, http_main, h);
+    if (error != 0)
+        reason = strerror(error);
+    if (h->daemon != NULL && error == 0) {
         if (!ts_http_address_is_loopback(&address))
             ts_log(TS_LOG_WARNING, "http://%s can be read by everybody who can reach it", text);
         *out = h;

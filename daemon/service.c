@@ -332,9 +332,18 @@ static void encode_exchange(const ts_connection *c, Tspb__Reply *reply, ts_reply
 static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *request,
                          ts_answer *a, Tspb__Reply *reply, Tspb__SessionOpened *opened)
 {
-    if (request->session_open->protocol != TS_PROTOCOL)
-        return ts_refuse(a, TS_EPROTO, "protocol version %u; this daemon speaks %u",
-                         request->session_open->protocol, TS_PROTOCOL);
+    const Tspb__SessionOpen *open = request->session_open;
+    if (open->protocol != TS_PROTOCOL) {
+        char version[32];
+        return ts_refuse(a, TS_EPROTO,
+                         "protocol version %u of libtinyserve %s; tinyserved " TS_VERSION
+                         " speaks %u: the older of them must be upgraded, and then started again",
+                         open->protocol,
+                         open->version[0] == '\0'
+                             ? "(an earlier one)"
+                             : ts_text_escape(open->version, version, sizeof version),
+                         TS_PROTOCOL);
+    }
     if (s->draining && !ts_service_is_operator(s, c->uid, c->gid))
         return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
     if (c->session != 0)
@@ -343,7 +352,7 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     if (getrandom(c->token, sizeof c->token, 0) != (ssize_t)sizeof c->token)
         return ts_refuse(a, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
     char program[TS_PROGRAM_BYTES];
-    ts_text_escape(request->session_open->program, program, sizeof program);
+    ts_text_escape(open->program, program, sizeof program);
     ts_command command = {.op = TS_OP_SESSION_OPEN,
                           .session_open = {.uid = c->uid, .pid = c->pid, .program = program}};
     ts_engine_apply(s->engine, &command, a);

@@ -30,16 +30,27 @@ static json_t *id(uint64_t n)
     return json_sprintf("%llx", (unsigned long long)n);
 }
 
+const char *report_dtype(const Tspb__PoolSummary *p)
+{
+    const char *name = ts_dtype_name((ts_dtype)p->dtype);
+    return name == NULL ? "unknown" : name;
+}
+
+/* As the configuration has it; a newer daemon may have others. */
+static const char *layout_of(const Tspb__PoolSummary *p)
+{
+    return p->layout == TS_LAYOUT_NHD ? "nhd" : p->layout == TS_LAYOUT_HND ? "hnd" : "unknown";
+}
+
 static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
         "s:I, s:I, s:i, s:i, s:i, s:I}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
-        "kernel", p->kernel, "dtype", ts_dtype_name((ts_dtype)p->dtype), "layout",
-        p->layout == TS_LAYOUT_NHD ? "nhd" : "hnd", "layers", p->layers, "kv_heads", p->kv_heads,
-        "head_dim", p->head_dim, "block_tokens", p->block_tokens, "block_bytes",
-        integer(p->block_bytes), "blocks", integer(p->blocks), "used_blocks",
+        "kernel", p->kernel, "dtype", report_dtype(p), "layout", layout_of(p), "layers", p->layers,
+        "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens", p->block_tokens,
+        "block_bytes", integer(p->block_bytes), "blocks", integer(p->blocks), "used_blocks",
         integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks), "free_blocks",
         integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences), "kept_sequences",
         integer(p->kept_sequences), "open_steps", integer(p->open_steps), "slab_blocks",

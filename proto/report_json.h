@@ -17,6 +17,9 @@ json_t *json_frag(const Tspb__PoolStatsReply *r);
 json_t *json_map(const Tspb__PoolMapReply *r);
 json_t *json_check(const Tspb__CheckReply *r);
 
+/* The name of a pool's dtype; "unknown" of one that only a newer daemon has. */
+const char *report_dtype(const Tspb__PoolSummary *pool);
+
 /* Figures that both renderers show, worked out in one place. */
 typedef struct frag_figures {
     double efficiency;         /* stored tokens over slots of used blocks; 1 of none */

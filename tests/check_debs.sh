@@ -99,8 +99,8 @@ if booted; then
     as_worker() { inside setpriv --reuid worker --regid worker --init-groups "$@"; }
     ! as_worker tsctl drain off 2>"$scratch/log" || fail "anybody is an operator"
     grep -q 'is no operator' "$scratch/log" || fail "a worker is told: $(cat "$scratch/log")"
-    inside sed -i 's/^# operators = .*/operators = tinyserve/' /etc/tinyserve/tinyserved.conf
-    inside sed -i 's/^# log_level = info .*/log_level = debug/' /etc/tinyserve/tinyserved.conf
+    inside sed -i 's/^# operators =.*/operators = tinyserve/' /etc/tinyserve/tinyserved.conf
+    inside sed -i 's/^# log_level = .*/log_level = debug/' /etc/tinyserve/tinyserved.conf
     log inside systemctl reload tinyserved
     until inside journalctl -u tinyserved -o cat | grep -q 'configuration was read again'; do
         [ "$((SECONDS - began))" -lt 300 ] || fail "no word of the new configuration"
@@ -109,7 +109,7 @@ if booted; then
     as_worker tsctl drain off || fail "a member of the operators' group is none"
 
     # One for each GPU: the same daemon beside it, in host memory since there is none here.
-    inside sh -c 'cd /etc/tinyserve && sed "s/^metrics = .*/metrics = off/; s/^# device = auto .*/device = host/" \
+    inside sh -c 'cd /etc/tinyserve && sed "s/^metrics = .*/metrics = off/; s/^# device = .*/device = host/" \
         tinyserved.conf >tinyserved-0.conf && chgrp tinyserve tinyserved-0.conf && chmod 640 tinyserved-0.conf'
     log inside systemctl start tinyserved@0
     inside tsctl -s ipc:///run/tinyserve-0/tinyserve.sock check
@@ -130,10 +130,12 @@ if booted; then
     inside journalctl -u tinyserved | grep -q 'Watchdog timeout' || inside journalctl _PID=1 | grep -q 'Watchdog timeout' ||
         fail "it wasn't the watchdog"
 
-    # Another version (the same one): what runs is replaced.
+    # Another version (the same one): what runs goes on, with what it holds, until somebody restarts it.
     before=$(property MainPID)
     install
-    [ "$(property ActiveState)" = active ] && [ "$(property MainPID)" != "$before" ] || fail "an upgrade doesn't restart it"
+    [ "$(property ActiveState) $(property MainPID)" = "active $before" ] || fail "an upgrade restarts it, which empties its pools"
+    grep -q 'tsctl drain; systemctl restart tinyserved.service' "$scratch/log" || fail "an upgrade says: $(cat "$scratch/log")"
+    log inside systemctl restart tinyserved
     inside tsctl check
     echo "under systemd $(inside systemctl --version | awk 'NR == 1 { print $2 }'): started, reloaded, killed, watched, upgraded"
 else

@@ -26,12 +26,18 @@ int main(void)
     return wrong;
 }
 END
-export PKG_CONFIG_PATH="$folder/there/$3/pkgconfig"
-flags=$(pkg-config --define-variable=prefix="$folder/there" --cflags --libs tinyserve)
-# shellcheck disable=SC2086
-cc -std=c99 -pedantic -Wall -Wextra -Werror "$folder/worker.c" $flags -o "$folder/worker"
-LD_LIBRARY_PATH="$folder/there/$3" "$folder/worker"
-echo "version $(pkg-config --modversion tinyserve) by pkg-config"
+# Where it was installed, and where it is moved to then.
+by_pkg_config() {
+    flags=$(PKG_CONFIG_PATH="$folder/$1/$2/pkgconfig" pkg-config --cflags --libs tinyserve)
+    # shellcheck disable=SC2086
+    cc -std=c99 -pedantic -Wall -Wextra -Werror "$folder/worker.c" $flags -o "$folder/worker"
+    LD_LIBRARY_PATH="$folder/$1/$2" "$folder/worker"
+}
+by_pkg_config there "$3"
+mv "$folder/there" "$folder/moved"
+by_pkg_config moved "$3"
+mv "$folder/moved" "$folder/there"
+echo "version $(PKG_CONFIG_PATH="$folder/there/$3/pkgconfig" pkg-config --modversion tinyserve) by pkg-config"
 
 cat >"$folder/CMakeLists.txt" <<'END'
 cmake_minimum_required(VERSION 3.22)

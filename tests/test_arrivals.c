@@ -204,7 +204,7 @@ static void another_version_is_told_both(void **state)
     assert_int_equal(send(fd, &request, 48, 0), 48); /* as long as it was */
     assert_true(raw_reply(fd, &reply));
     assert_int_equal(reply.status, TS_EPROTO);
-    assert_non_null(strstr(reply.message, "the client speaks protocol version 2; this daemon, "));
+    assert_non_null(strstr(reply.message, "protocol version 2; tinyserved "));
     assert_false(raw_reply(fd, &reply));
     close(fd);
     daemon_stop(&d);

@@ -389,7 +389,8 @@ static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
     int status;
     pid = fork();
     if (pid == 0) {
-        freopen("/dev/null", "w", stderr);
+        if (freopen("/dev/null", "w", stderr) == NULL)
+            _exit(127);
         execl(TS_DAEMON, TS_DAEMON, "--pool", POOL_TINY ",blocks=4", "--socket", d.url, NULL);
         _exit(127);
     }

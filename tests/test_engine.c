@@ -651,6 +651,30 @@ static void a_survey_counts_stored_tokens_once(void **state)
     ts_engine_free(e);
 }
 
+/* Under Clang's UndefinedBehaviorSanitizer this also shows that no pointer is formed from none. */
+static void a_kept_sequence_is_removed_when_no_session_is_left(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
+    ts_answer a;
+    uint64_t session = session_new(e, 1), seq = seq_new(e, session);
+    assert_int_equal(begin(e, session, &seq, &(uint32_t){5}, 1, true, &a), TS_OK);
+    assert_int_equal(apply(e,
+                           (ts_command){.op = TS_OP_SEQ_KEEP,
+                                        .session = session,
+                                        .seq_keep = {.seq = seq, .name = "kept"}},
+                           &a),
+                     TS_OK);
+    apply(e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = session}, &a);
+    assert_int_equal(e->live_sessions, 0);
+    assert_int_equal(e->pools[0].books.used, 2);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SEQ_REMOVE, .seq_remove = {.seq = seq}}, &a),
+                     TS_OK);
+    assert_int_equal(e->pools[0].books.used, 0);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -665,6 +689,7 @@ int main(void)
         cmocka_unit_test(a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were),
         cmocka_unit_test(names_belong_to_a_tenant_and_lead_to_one_sequence),
         cmocka_unit_test(foreign_sequences_are_out_of_reach),
+        cmocka_unit_test(a_kept_sequence_is_removed_when_no_session_is_left),
         cmocka_unit_test(ids_of_the_dead_never_come_back),
         cmocka_unit_test(a_slab_serves_one_tenant_and_is_renewed_for_the_next),
         cmocka_unit_test(tokens_nobody_wrote_cannot_be_committed),

@@ -6,7 +6,9 @@
 
 #include <fcntl.h>
 #include <math.h>
+#include <nng/protocol/reqrep0/rep.h>
 #include <nng/protocol/reqrep0/req.h>
+#include <pthread.h>
 #include <time.h>
 
 /* ---- messages by hand ---- */
@@ -195,7 +197,14 @@ static void garbage_is_answered_with_a_refusal(void **state)
     old.session_open = &open;
     reply = raw_call(s, &old);
     assert_int_equal(reply->status, TS_EPROTO);
-    assert_string_equal(reply->message, "protocol version 77; this daemon speaks 3");
+    assert_string_equal(reply->message,
+                        "protocol version 77 of libtinyserve (an earlier one); tinyserved 0.1.0 "
+                        "speaks 3: the older of them must be upgraded, and then started again");
+    tspb__reply__free_unpacked(reply, NULL);
+    open.version = (char *)"9.9\033";
+    old.request_id = 10;
+    reply = raw_call(s, &old);
+    assert_non_null(strstr(reply->message, "of libtinyserve 9.9\\x1b; tinyserved 0.1.0 speaks"));
     tspb__reply__free_unpacked(reply, NULL);
     nng_close(s);
 
@@ -608,6 +617,48 @@ static void a_dead_workers_blocks_are_free_though_its_child_holds_the_socket(voi
     daemon_stop(&d);
 }
 
+/* Answers one request as a daemon of another protocol does. */
+static void *other_daemon(void *arg)
+{
+    nng_socket s = *(nng_socket *)arg;
+    nng_msg *message;
+    assert_int_equal(nng_recvmsg(s, &message, 0), 0);
+    Tspb__Request *request =
+        tspb__request__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
+    assert_string_equal(request->session_open->version, "0.1.0");
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    reply.request_id = request->request_id;
+    reply.status = TS_EPROTO;
+    reply.message = (char *)"protocol version 2; tinyserved 9.9 speaks 9";
+    uint8_t packed[256];
+    nng_msg_clear(message);
+    assert_int_equal(nng_msg_append(message, packed, tspb__reply__pack(&reply, packed)), 0);
+    assert_int_equal(nng_sendmsg(s, message, 0), 0);
+    tspb__request__free_unpacked(request, NULL);
+    return NULL;
+}
+
+static void a_library_that_meets_another_version_names_both(void **state)
+{
+    (void)state;
+    char folder[] = "/tmp/tinyserve-other.XXXXXX", url[64];
+    nng_socket s;
+    pthread_t thread;
+    ts_client *c;
+    assert_non_null(mkdtemp(folder));
+    snprintf(url, sizeof url, "ipc://%s/s", folder);
+    assert_int_equal(nng_rep0_open(&s), 0);
+    assert_int_equal(nng_listen(s, url, NULL, 0), 0);
+    assert_int_equal(pthread_create(&thread, NULL, other_daemon, &s), 0);
+    assert_int_equal(ts_connect(&(ts_options){.url = url}, &c), TS_EPROTO);
+    assert_string_equal(ts_error(c),
+                        "libtinyserve 0.1.0: protocol version 2; tinyserved 9.9 speaks 9");
+    ts_disconnect(c);
+    pthread_join(thread, NULL);
+    nng_close(s);
+    assert_int_equal(rmdir(folder), 0);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 4) {
@@ -622,6 +673,7 @@ int main(int argc, char **argv)
         return 0;
     }
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_library_that_meets_another_version_names_both),
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(the_handle_socket_gives_nothing_without_a_token),

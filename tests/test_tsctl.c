@@ -148,8 +148,7 @@ static void names_that_could_write_to_a_terminal_are_refused_or_escaped(void **s
                                       "\033]0;owned\a",
                                       "\x7f",
                                       "tab\there",
-                                      "\xc2\x9b"
-                                      "31m",
+                                      "\xc2\x9b\x33\x31m",
                                       "\xff\xfe\"}bad",
                                       "\xc0\x80",
                                       "cut \xe4\xb8",

@@ -85,8 +85,8 @@ static const char *on(const style *s, const char *code)
 /* "fp32, 6 layers, 2 KV heads of 64, 16 tokens a block" */
 static void print_geometry(const Tspb__PoolSummary *p)
 {
-    printf("%s, %u layers, %u KV heads of %u, %u tokens a block\n",
-           ts_dtype_name((ts_dtype)p->dtype), p->layers, p->kv_heads, p->head_dim, p->block_tokens);
+    printf("%s, %u layers, %u KV heads of %u, %u tokens a block\n", report_dtype(p), p->layers,
+           p->kv_heads, p->head_dim, p->block_tokens);
 }
 
 void text_status(const Tspb__StatusReply *r, const style *s)
