@@ -101,8 +101,7 @@ ts_status ts_attention_variant_check(const ts_attention_variant *v, uint32_t hea
         snprintf(why, why_bytes, "a scale of %g; it must be finite and not negative",
                  (double)v->scale);
     else if (!(v->soft_cap >= 0 && v->soft_cap <= TS_SOFT_CAP_MAX))
-        snprintf(why, why_bytes,
-                 "a soft cap of %g; it must be finite and not negative, at most %g",
+        snprintf(why, why_bytes, "a soft cap of %g; it must be finite and not negative, at most %g",
                  (double)v->soft_cap, (double)TS_SOFT_CAP_MAX);
     else if (!isfinite(rope->theta) || rope->theta < 0)
         snprintf(why, why_bytes, "a rope theta of %g; it must be finite and not negative",
