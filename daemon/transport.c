@@ -64,6 +64,7 @@ struct connection {
     uint32_t refs;   /* the table's, and one for each request in progress */
     uint32_t events; /* that epoll looks for */
     bool ended, paused, doomed;
+    bool told_off;        /* why it was turned away */
     uint32_t requests;    /* in progress */
     uint64_t deadline_ms; /* of the greeting or message that has begun to come; 0: none has */
     uint64_t unread_ms;   /* since when the first unsent answer waits */
@@ -160,7 +161,8 @@ static void unref(ts_transport *t, connection *c)
 /* Has epoll look for what the connection can do now. */
 static void look_for(ts_transport *t, connection *c)
 {
-    bool full = c->requests >= TS_PEER_REQUESTS || c->first_unsent != NULL || c->paused;
+    bool full =
+        c->requests >= TS_PEER_REQUESTS || c->first_unsent != NULL || c->paused || c->told_off;
     uint32_t events = (full ? 0 : EPOLLIN) | (c->first_unsent != NULL ? EPOLLOUT : 0);
     if (c->ended || events == c->events)
         return;
@@ -275,8 +277,8 @@ static void send_answer(ts_transport *t, const slot *s, const void *reply, size_
     c->last_unsent = &u->next;
 }
 
-/* Answers the request (no bytes: not at all), and lets go of it. Then the connection is to end, if
- * it is the last one. */
+/* Answers the request (no bytes: not at all), and lets go of it. Nothing more is read if it is the
+ * last one: the peer ends the connection when it has read this, or its time ends it. */
 static void answer(slot *s, const void *reply, size_t bytes, bool last)
 {
     ts_transport *t = s->transport;
@@ -288,8 +290,7 @@ static void answer(slot *s, const void *reply, size_t bytes, bool last)
         send_answer(t, s, reply, bytes);
     c->requests--;
     give_back_request_bytes(t, c->holding, s->bytes);
-    if (last)
-        doom(t, c);
+    c->told_off |= last;
     look_for(t, c);
     unref(t, c);
     pthread_mutex_unlock(&t->lock);
@@ -341,7 +342,7 @@ static Tspb__Request *unpack(const uint8_t *message, size_t bytes)
     return tspb__request__unpack(&allocator, bytes, message);
 }
 
-/* Answers the first request of a connection that was turned away, and ends it. */
+/* Answers the first request of a connection that was turned away. */
 static void turn_away(slot *s)
 {
     uint8_t packed[TS_MESSAGE_BYTES + 64];
@@ -376,7 +377,8 @@ static bool on_message(ts_transport *t, connection *c)
     c->content = NULL;
     c->content_bytes = 0; /* the charge is the slot's now */
     c->head_bytes = 0;
-    c->deadline_ms = 0;
+    if (c->refusal == NULL)
+        c->deadline_ms = 0;
     pthread_mutex_lock(&t->lock);
     c->requests++;
     c->refs++;
@@ -464,8 +466,8 @@ static progress read_on(ts_transport *t, connection *c)
 static bool may_read(ts_transport *t, connection *c)
 {
     pthread_mutex_lock(&t->lock);
-    bool may =
-        !c->doomed && !c->paused && c->requests < TS_PEER_REQUESTS && c->first_unsent == NULL;
+    bool may = !c->doomed && !c->paused && !c->told_off && c->requests < TS_PEER_REQUESTS &&
+               c->first_unsent == NULL;
     pthread_mutex_unlock(&t->lock);
     return may;
 }

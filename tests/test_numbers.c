@@ -1,0 +1,73 @@
+/* Conversions between fp32 and the caches' types. */
+#include "test_util.h"
+
+#include "attention.h"
+
+#include <math.h>
+
+static void every_half_and_bfloat_survives_a_round_trip(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 65536; i++) {
+        float half = ts_fp16_to_fp32((uint16_t)i), brain = ts_bf16_to_fp32((uint16_t)i);
+        if (!isnan(half))
+            assert_int_equal(ts_fp32_to_fp16(half), i);
+        if (!isnan(brain))
+            assert_int_equal(ts_fp32_to_bf16(brain), i);
+        assert_int_equal(isnan(half) != 0, (i & 0x7fff) > 0x7c00);
+    }
+    assert_int_equal(ts_fp32_to_fp16(65519.0f), 0x7bff);
+    assert_int_equal(ts_fp32_to_fp16(65520.0f), 0x7c00);
+    assert_int_equal(ts_fp32_to_fp16(0x1p-25f), 0); /* a tie goes to even */
+    assert_int_equal(ts_fp32_to_fp16(0x1.8p-24f), 2);
+    assert_int_equal(ts_fp32_to_bf16(1.00390625f), 0x3f80);
+}
+
+/* Of all fp8 numbers, the nearest to x: by trying them, ties to the even code. */
+static uint8_t nearest_fp8(float x)
+{
+    uint8_t best = 0;
+    for (uint32_t i = 1; i < 0x7f; i++) {
+        float a = fabsf(ts_fp8_to_fp32((uint8_t)i) - fabsf(x));
+        float b = fabsf(ts_fp8_to_fp32(best) - fabsf(x));
+        if (a < b || (a == b && i % 2 == 0))
+            best = (uint8_t)i;
+    }
+    return signbit(x) ? best | 0x80 : best;
+}
+
+static void fp8_rounds_to_the_nearest_and_saturates(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 256; i++) {
+        float x = ts_fp8_to_fp32((uint8_t)i);
+        uint32_t e = i >> 3 & 15, m = i & 7;
+        float expected = ldexpf((float)(e == 0 ? m : m + 8), (int)(e == 0 ? 1 : e) - 10);
+        assert_int_equal(isnan(x) != 0, (i & 0x7f) == 0x7f);
+        if (isnan(x))
+            continue;
+        assert_true(x == (i & 0x80 ? -expected : expected));
+        assert_int_equal(ts_fp32_to_fp8(x), i);
+        if ((i & 0x7f) == 0x7e)
+            continue;
+        /* Between it and the next: the middle, and its neighbours. */
+        float next = ts_fp8_to_fp32((uint8_t)(i + 1)), middle = (x + next) / 2;
+        assert_int_equal(ts_fp32_to_fp8(middle), nearest_fp8(middle));
+        assert_int_equal(ts_fp32_to_fp8(nextafterf(middle, x)), i);
+        assert_int_equal(ts_fp32_to_fp8(nextafterf(middle, next)), i + 1);
+    }
+    assert_int_equal(ts_fp32_to_fp8(448), 0x7e);
+    assert_int_equal(ts_fp32_to_fp8(1e30f), 0x7e);
+    assert_int_equal(ts_fp32_to_fp8(-INFINITY), 0xfe);
+    assert_int_equal(ts_fp32_to_fp8(NAN) & 0x7f, 0x7f);
+    assert_int_equal(ts_fp32_to_fp8(1e-30f), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_half_and_bfloat_survives_a_round_trip),
+        cmocka_unit_test(fp8_rounds_to_the_nearest_and_saturates),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
