@@ -49,14 +49,41 @@ static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t l
     return call_for_seqs(p->client, &request, count, out, NULL);
 }
 
+/* Forks in as many calls as it takes: one makes so many block table entries at most. All or none.
+ */
+static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t count, ts_seq *out)
+{
+    uint32_t blocks = ts_blocks_for(length, p->geometry.block_tokens);
+    uint32_t each = blocks == 0 ? count : TS_COMMAND_ENTRIES / blocks;
+    each = each == 0 ? 1 : each;
+    for (uint32_t made = 0; made < count; made += each) {
+        uint32_t some = count - made < each ? count - made : each;
+        ts_status status = fork_seq(p, parent, true, length, some, out + made);
+        if (status == TS_OK)
+            continue;
+        char why[sizeof p->client->error];
+        memcpy(why, p->client->error, sizeof why);
+        if (made > 0)
+            (void)ts_seq_free(p, out, made);
+        return ts_fail(p->client, status, "%s", why);
+    }
+    return TS_OK;
+}
+
 ts_status ts_seq_fork(ts_pool *p, ts_seq parent, uint32_t count, ts_seq *out)
 {
-    return fork_seq(p, parent, false, 0, count, out);
+    uint32_t length;
+    uint64_t most = ts_blocks_for(p->sequence_tokens_max, p->geometry.block_tokens);
+    if (count <= 1 || most * count <= TS_COMMAND_ENTRIES) /* one call does, however long it is */
+        return fork_seq(p, parent, false, 0, count, out);
+    ts_status status = ts_seq_lengths(p, &parent, 1, &length);
+    return status != TS_OK ? status : fork_seqs(p, parent, length, count, out);
 }
 
 ts_status ts_seq_fork_at(ts_pool *p, ts_seq parent, uint32_t length, uint32_t count, ts_seq *out)
 {
-    return fork_seq(p, parent, true, length, count, out);
+    return count == 0 ? fork_seq(p, parent, true, length, 0, out)
+                      : fork_seqs(p, parent, length, count, out);
 }
 
 ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *lengths, uint32_t count)

@@ -28,7 +28,7 @@ static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__Admin
                           .seq_remove.seq = body->seq};
     if (command.pool == TS_NONE)
         return;
-    ts_engine_apply(s->engine, &command, a);
+    ts_service_tell(s, &command, a);
     if (a->status == TS_OK)
         ts_log_on(TS_LOG_WARNING,
                   &(ts_log_about){

@@ -418,6 +418,15 @@ static void finish_pool(ts_config *c, ts_config_pool *p)
         p->pool.num_blocks = (uint32_t)(blocks < max ? blocks : max);
     }
     p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
+    p->pool.tenant_pinned_max = p->tenant_pinned / block_bytes;
+    if (p->tenant_pinned == 0)
+        p->pool.tenant_pinned_max = (p->pool.max_blocks + 1) / 2;
+    if (p->pool.tenant_sequences_max == 0)
+        p->pool.tenant_sequences_max = (p->pool.sequences_max + 3) / 4;
+    if (p->pool.tenant_entries_max == 0)
+        p->pool.tenant_entries_max = TS_ENTRIES_PER_BLOCK * (uint64_t)p->pool.max_blocks;
+    if (p->pool.sequence_tokens_max / p->pool.geometry.block_tokens > TS_COMMAND_ENTRIES)
+        p->pool.sequence_tokens_max = TS_COMMAND_ENTRIES * p->pool.geometry.block_tokens;
 }
 
 ts_status ts_config_finish(ts_config *c)
@@ -426,6 +435,8 @@ ts_status ts_config_finish(ts_config *c)
         ts_config_complain(c, 0, "no pool is configured: add a [pool NAME] section");
     for (uint32_t i = 0; i < c->num_pools; i++)
         finish_pool(c, &c->pools[i]);
+    if (c->limits.tenant_sessions == 0)
+        c->limits.tenant_sessions = (c->limits.sessions + 3) / 4;
     return c->num_problems == 0 ? TS_OK : TS_EINVAL;
 }
 

@@ -36,7 +36,7 @@ typedef struct ts_config_given {
 typedef struct ts_config_pool {
     ts_pool_config pool; /* device: as given; resolved by devices.h */
     ts_provider provider;
-    uint64_t memory, memory_max, slab, tenant_memory; /* bytes; 0: not given */
+    uint64_t memory, memory_max, slab, tenant_memory, tenant_pinned; /* bytes; 0: not given */
     uint64_t blocks;
     ts_config_given given;
     bool bad;             /* a value of it couldn't be read */

@@ -350,7 +350,7 @@ ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, t
             return status;
         }
     }
-    ts_engine_apply(s->engine, &command, a);
+    ts_service_tell(s, &command, a);
     for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++)
         ts_memory_drop(memory, i);
     return a->status;
@@ -368,7 +368,7 @@ ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
                   p->config.name);
         return a->status;
     }
-    ts_engine_apply(s->engine, &command, a);
+    ts_service_tell(s, &command, a);
     if (a->status != TS_OK)
         return a->status;
     ts_refusals_forget_pool(s, pool);

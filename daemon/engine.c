@@ -38,7 +38,6 @@ void ts_engine_default_limits(ts_engine_limits *limits)
         .session_sequences = 1u << 24,
         .session_steps = 256,
         .step_runs = 4,
-        .session_blocks = UINT64_MAX,
         .batch = 65536,
         .step_tokens = 1u << 20,
         .exchange_bytes = (uint64_t)1 << 30,
@@ -51,15 +50,69 @@ ts_engine *ts_engine_new(const ts_engine_limits *limits)
     if (e == NULL)
         return NULL;
     e->limits = *limits;
-    e->free_session = e->free_step = TS_NONE;
+    e->free_session = e->free_step = e->closing = TS_NONE;
     e->pools = calloc(TS_POOLS_MAX, sizeof *e->pools);
     e->tenants = calloc(TS_TENANTS_MAX, sizeof *e->tenants);
+    e->tenant_sessions = calloc(TS_TENANTS_MAX, sizeof *e->tenant_sessions);
     e->sessions = calloc(limits->sessions, sizeof *e->sessions);
-    if (e->pools == NULL || e->tenants == NULL || e->sessions == NULL) {
+    if (e->pools == NULL || e->tenants == NULL || e->tenant_sessions == NULL ||
+        e->sessions == NULL) {
         ts_engine_free(e);
         return NULL;
     }
     return e;
+}
+
+/* ---- what is freed bit by bit ---- */
+
+/* Sequences of a pool that was removed: only their tables are left to be freed. */
+typedef struct ts_engine_grave {
+    struct ts_engine_grave *next;
+    ts_sequences seqs;
+} ts_engine_grave;
+
+static void grave_free(ts_engine *e)
+{
+    ts_engine_grave *grave = e->graves;
+    e->graves = grave->next;
+    ts_sequences_fini(&grave->seqs);
+    free(grave);
+}
+
+void ts_engine_bury(ts_engine *e, ts_sequences *seqs)
+{
+    ts_engine_grave *grave = malloc(sizeof *grave);
+    if (grave == NULL) /* then it takes as long as it takes */
+        return ts_sequences_fini(seqs);
+    *grave = (ts_engine_grave){.next = e->graves, .seqs = *seqs};
+    e->graves = grave;
+}
+
+bool ts_engine_sweeps(const ts_engine *e)
+{
+    bool sweeps = e->closing != TS_NONE || e->graves != NULL;
+    for (uint32_t i = 0; i < e->num_pools && !sweeps; i++)
+        sweeps = ts_engine_has_pool(e, i) && e->pools[i].seqs.dying != TS_NONE;
+    return sweeps;
+}
+
+static void sweep(ts_engine *e)
+{
+    uint32_t left = TS_SWEEP_ENTRIES;
+    while (left > 0 && e->closing != TS_NONE) {
+        ts_session *s = &e->sessions[e->closing];
+        e->closing = s->next_closing;
+        s->in_closing = false;
+        left = ts_engine_reclaim(e, s, left); /* which puts it back if that isn't enough */
+    }
+    for (uint32_t i = 0; i < e->num_pools && left > 0; i++)
+        if (ts_engine_has_pool(e, i))
+            left = ts_sequences_sweep(&e->pools[i].seqs, &e->pools[i].books, left);
+    while (left > 0 && e->graves != NULL) {
+        left = ts_sequences_free_some(&e->graves->seqs, left);
+        if (left > 0)
+            grave_free(e);
+    }
 }
 
 void ts_engine_free(ts_engine *e)
@@ -76,6 +129,9 @@ void ts_engine_free(ts_engine *e)
         free(e->steps[i].seqs);
     free(e->pools);
     free(e->tenants);
+    free(e->tenant_sessions);
+    while (e->graves != NULL)
+        grave_free(e);
     free(e->sessions);
     free(e->steps);
     free(e->out_ids);
@@ -117,13 +173,21 @@ static uint32_t tenant_of(ts_engine *e, uint32_t uid)
 
 static void session_open(ts_engine *e, const ts_command *c, ts_answer *a)
 {
-    if (e->live_sessions == e->limits.sessions)
-        return ts_refuse(a, TS_EQUOTA, "%u sessions are open; the limit is %u", e->live_sessions,
-                         e->limits.sessions);
+    bool is_operator = c->session_open.is_operator;
+    uint32_t kept =
+        !is_operator && e->limits.sessions > 2 * TS_OPERATOR_SESSIONS ? TS_OPERATOR_SESSIONS : 0;
+    if (e->live_sessions >= e->limits.sessions - kept)
+        return ts_refuse(a, TS_EQUOTA, "%u sessions are open; the limit is %u%s", e->live_sessions,
+                         e->limits.sessions, kept == 0 ? "" : ", the last 8 of them for operators");
     uint32_t tenant = tenant_of(e, c->session_open.uid);
     if (tenant == TS_NONE)
         return ts_refuse(a, TS_EQUOTA, "uid %u would be tenant %u; the limit is %u",
                          c->session_open.uid, e->num_tenants + 1, TS_TENANTS_MAX);
+    if (!is_operator && e->limits.tenant_sessions != 0 &&
+        e->tenant_sessions[tenant] >= e->limits.tenant_sessions)
+        return ts_refuse(a, TS_EQUOTA, "uid %u has %u sessions; the limit is %u (tenant_sessions)",
+                         c->session_open.uid, e->tenant_sessions[tenant],
+                         e->limits.tenant_sessions);
     uint32_t *owned = malloc(TS_POOLS_MAX * sizeof *owned);
     if (owned == NULL)
         return ts_refuse(a, TS_ENOMEM, "no memory for a session");
@@ -143,40 +207,54 @@ static void session_open(ts_engine *e, const ts_command *c, ts_answer *a)
                       .owned = owned};
     snprintf(s->program, sizeof s->program, "%s", c->session_open.program);
     e->live_sessions++;
+    e->tenant_sessions[tenant]++;
     a->session = ts_engine_session_id(e, index);
 }
 
-bool ts_engine_reclaim(ts_engine *e, ts_session *s)
+uint32_t ts_engine_reclaim(ts_engine *e, ts_session *s, uint32_t entries)
 {
-    for (uint32_t i = s->step_list; i != TS_NONE;) {
-        uint32_t next = e->steps[i].next;
-        if (e->steps[i].in_flight == 0)
-            ts_engine_step_abort(e, &e->steps[i]);
-        i = next;
+    for (uint32_t i = s->step_list; i != TS_NONE && entries > 0;) {
+        ts_step *step = &e->steps[i];
+        i = step->next;
+        if (step->in_flight > 0)
+            continue;
+        uint32_t count = 1 + step->num_seqs;
+        for (uint32_t j = 0; j < step->num_seqs; j++)
+            count += step->seqs[j].reserved;
+        ts_engine_step_abort(e, step);
+        entries -= count < entries ? count : entries;
     }
     for (uint32_t p = 0; p < e->num_pools; p++) {
         ts_engine_pool *pool = &e->pools[p];
-        for (uint32_t i = s->owned[p]; i != TS_NONE;) {
+        for (uint32_t i = s->owned[p]; i != TS_NONE && entries > 0;) {
             ts_sequence *seq = &pool->seqs.all[i];
             i = seq->next;
-            if (seq->step == TS_NONE) {
-                ts_sequence_free(&pool->seqs, &pool->books, seq, &s->owned[p]);
-                s->sequences--;
-            }
+            if (seq->step != TS_NONE)
+                continue;
+            uint32_t count = 1 + seq->num_blocks;
+            ts_sequence_free(&pool->seqs, &pool->books, seq, &s->owned[p]);
+            s->sequences--;
+            entries -= count < entries ? count : entries;
         }
     }
-    if (s->steps > 0)
-        return false;
+    if (entries == 0 && !s->in_closing) {
+        s->in_closing = true;
+        s->next_closing = e->closing;
+        e->closing = (uint32_t)(s - e->sessions);
+    }
+    if (s->steps > 0 || s->in_closing)
+        return entries;
     uint32_t index = (uint32_t)(s - e->sessions);
     free(s->owned);
     s->owned = NULL;
     s->live = false;
     e->live_sessions--;
+    e->tenant_sessions[s->tenant]--;
     if (s->generation < UINT32_MAX) {
         s->next_free = e->free_session;
         e->free_session = index;
     }
-    return true;
+    return entries;
 }
 
 static void exchange_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -245,7 +323,23 @@ static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32
                   s->sequences, count, e->limits.session_sequences);
         return false;
     }
+    const ts_pool_config *config = &e->pools[pool].config;
+    uint32_t theirs = e->pools[pool].books.tenants[s->tenant].sequences;
+    uint32_t most = config->tenant_sequences_max;
+    if (most != 0 && (theirs > most || count > most - theirs)) {
+        ts_refuse(a, TS_EQUOTA,
+                  "uid %u has %u sequences in pool '%s'; %u more would pass its limit of %u "
+                  "(tenant_sequences)",
+                  e->tenants[s->tenant], theirs, config->name, count, most);
+        if (seqs->dying != TS_NONE)
+            a->status = TS_NEED_SWEEP;
+        return false;
+    }
     ts_status status = ts_sequences_reserve(seqs, count);
+    if (status == TS_EQUOTA && seqs->dying != TS_NONE) {
+        a->status = TS_NEED_SWEEP;
+        return false;
+    }
     if (status == TS_EQUOTA)
         ts_refuse(a, status, "pool '%s' has %u sequences; %u more would pass its limit of %u",
                   e->pools[pool].config.name, seqs->live, count, seqs->max);
@@ -258,7 +352,8 @@ static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32
 static uint32_t new_sequence(ts_engine *e, ts_session *s, uint32_t pool, uint32_t slot)
 {
     ts_sequences *seqs = &e->pools[pool].seqs;
-    uint32_t index = ts_sequence_new(seqs, s->tenant, (uint32_t)(s - e->sessions), &s->owned[pool]);
+    uint32_t index = ts_sequence_new(seqs, &e->pools[pool].books, s->tenant,
+                                     (uint32_t)(s - e->sessions), &s->owned[pool]);
     s->sequences++;
     e->out_ids[slot] = ts_sequence_id(seqs, index);
     return index;
@@ -275,16 +370,50 @@ static void seq_create(ts_engine *e, ts_session *s, const ts_command *c, ts_answ
     a->seqs.length = 0;
 }
 
-/* False, and the answer refuses, if the session's block tables would get too long. */
-static bool check_session_blocks(const ts_engine *e, const ts_session *s, uint64_t more,
-                                 ts_answer *a)
+/* False, and the answer refuses, if block tables would get too long: the session's, or all of its
+ * tenant's in the pool. */
+bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t pool, uint64_t more,
+                             ts_answer *a)
 {
-    if (s->blocks <= e->limits.session_blocks && more <= e->limits.session_blocks - s->blocks)
+    const ts_engine_pool *p = &e->pools[pool];
+    uint64_t most = e->limits.session_blocks;
+    if (most == 0)
+        most = TS_ENTRIES_PER_BLOCK * (uint64_t)p->books.max_blocks;
+    if (s->blocks > most || more > most - s->blocks) {
+        ts_refuse(a, TS_EQUOTA,
+                  "the session refers to %llu blocks; %llu more would pass its limit of %llu "
+                  "(session_blocks)",
+                  (unsigned long long)s->blocks, (unsigned long long)more,
+                  (unsigned long long)most);
+        return false;
+    }
+    uint64_t all = p->books.tenants[s->tenant].entries;
+    most = p->config.tenant_entries_max;
+    if (most == 0 || (all <= most && more <= most - all))
         return true;
     ts_refuse(a, TS_EQUOTA,
-              "the session refers to %llu blocks; %llu more would pass its limit of %llu",
-              (unsigned long long)s->blocks, (unsigned long long)more,
-              (unsigned long long)e->limits.session_blocks);
+              "the block tables of uid %u in pool '%s' have %llu entries; %llu more would pass its "
+              "limit of %llu (tenant_entries)",
+              e->tenants[s->tenant], p->config.name, (unsigned long long)all,
+              (unsigned long long)more, (unsigned long long)most);
+    if (p->seqs.dying != TS_NONE)
+        a->status = TS_NEED_SWEEP;
+    return false;
+}
+
+/* The same for what the tenant's kept sequences refer to. */
+bool ts_engine_check_pinned(const ts_engine *e, const ts_session *s, uint32_t pool, uint64_t more,
+                            ts_answer *a)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    uint64_t pinned = p->books.tenants[s->tenant].pinned, most = p->config.tenant_pinned_max;
+    if (more == 0 || most == 0 || pinned + more <= most)
+        return true;
+    ts_refuse(a, TS_EQUOTA,
+              "kept sequences of uid %u refer to %llu blocks of pool '%s'; %llu more would pass "
+              "its limit of %llu (tenant_pinned)",
+              e->tenants[s->tenant], (unsigned long long)pinned, p->config.name,
+              (unsigned long long)more, (unsigned long long)most);
     return false;
 }
 
@@ -312,7 +441,12 @@ static void seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
         return ts_refuse(a, TS_EINVAL, "a fork at token %u of sequence %llx, which has %u", length,
                          (unsigned long long)c->seq_fork.parent, parent->length);
     uint32_t blocks = ts_blocks_for(length, pool->seqs.block_tokens);
-    if (!check_batch(e, count, a) || !check_session_blocks(e, s, (uint64_t)blocks * count, a) ||
+    if (count > 1 && (uint64_t)blocks * count > TS_COMMAND_ENTRIES)
+        return ts_refuse(a, TS_EINVAL,
+                         "%u forks of %u blocks each; one call makes up to %u block table entries",
+                         count, blocks, TS_COMMAND_ENTRIES);
+    if (!check_batch(e, count, a) ||
+        !ts_engine_check_entries(e, s, c->pool, (uint64_t)blocks * count, a) ||
         !reserve_sequences(e, s, c->pool, count, a))
         return;
     parent = ts_sequence_find(&pool->seqs, c->seq_fork.parent); /* the table may have moved */
@@ -338,8 +472,10 @@ static void seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     a->seqs.length = length;
 }
 
-/* `owner` is the session that owns it; a kept one has none. */
-static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_sequence *seq)
+/* `owner` is the session that owns it; a kept one has none. What would change more block table
+ * entries than *entries is freed bit by bit. */
+static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_sequence *seq,
+                          uint32_t *entries)
 {
     uint32_t *owned = NULL;
     if (seq->name == NULL) {
@@ -347,19 +483,25 @@ static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_seq
         owner->sequences--;
         owned = &owner->owned[pool];
     }
-    ts_sequence_free(&e->pools[pool].seqs, &e->pools[pool].books, seq, owned);
+    bool at_once = seq->num_blocks <= *entries;
+    if (at_once)
+        *entries -= seq->num_blocks;
+    (at_once ? ts_sequence_free : ts_sequence_doom)(&e->pools[pool].seqs, &e->pools[pool].books,
+                                                    seq, owned);
 }
 
 static void seq_remove(ts_engine *e, const ts_command *c, ts_answer *a)
 {
     uint64_t id = c->seq_remove.seq;
+    uint32_t entries = TS_COMMAND_ENTRIES;
     ts_sequence *seq = ts_sequence_find(&e->pools[c->pool].seqs, id);
     if (seq == NULL)
         return ts_refuse(a, TS_ENOENT, "pool '%s' has no sequence %llx",
                          e->pools[c->pool].config.name, (unsigned long long)id);
     if (seq->step != TS_NONE)
         return ts_refuse(a, TS_EBUSY, "sequence %llx is in an open step", (unsigned long long)id);
-    free_sequence(e, seq->owner == TS_NONE ? NULL : &e->sessions[seq->owner], c->pool, seq);
+    free_sequence(e, seq->owner == TS_NONE ? NULL : &e->sessions[seq->owner], c->pool, seq,
+                  &entries);
 }
 
 /* SEQ_FREE and SEQ_TRUNCATE: the whole batch is checked, each sequence being marked, before any is
@@ -367,7 +509,8 @@ static void seq_remove(ts_engine *e, const ts_command *c, ts_answer *a)
 static void seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
-    uint32_t count = c->seq_batch.count, marked = 0;
+    uint32_t count = c->seq_batch.count, marked = 0, entries = TS_COMMAND_ENTRIES;
+    uint64_t dropped = 0;
     if (!check_batch(e, count, a))
         return;
     for (; marked < count; marked++) {
@@ -381,14 +524,21 @@ static void seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_answ
             break;
         }
         seq->step = TS_SEQUENCE_MARKED;
+        if (c->op == TS_OP_SEQ_TRUNCATE)
+            dropped += seq->num_blocks -
+                       ts_blocks_for(c->seq_batch.lengths[marked], pool->seqs.block_tokens);
     }
+    if (a->status == TS_OK && count > 1 && dropped > TS_COMMAND_ENTRIES)
+        ts_refuse(a, TS_EINVAL,
+                  "a truncation of %u sequences by %llu blocks; one call drops up to %u", count,
+                  (unsigned long long)dropped, TS_COMMAND_ENTRIES);
     for (uint32_t i = 0; i < marked; i++) {
         ts_sequence *seq = ts_sequence_find(&pool->seqs, c->seq_batch.seqs[i]);
         seq->step = TS_NONE;
         if (a->status != TS_OK)
             continue;
         if (c->op == TS_OP_SEQ_FREE) {
-            free_sequence(e, s, c->pool, seq);
+            free_sequence(e, s, c->pool, seq, &entries);
             continue;
         }
         uint32_t before = seq->num_blocks;
@@ -411,12 +561,13 @@ static void seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
         if (seq->name == NULL)
             return ts_refuse(a, TS_ENOENT, "sequence %llx has no name to forget",
                              (unsigned long long)c->seq_keep.seq);
-        if (!check_session_blocks(e, s, seq->num_blocks, a))
+        if (!ts_engine_check_entries(e, s, c->pool, 0, a))
             return;
         if (s->sequences == e->limits.session_sequences)
             return ts_refuse(a, TS_EQUOTA, "the session owns %u sequences; the limit is %u",
                              s->sequences, e->limits.session_sequences);
-        ts_sequence_own(&pool->seqs, seq, (uint32_t)(s - e->sessions), &s->owned[c->pool]);
+        ts_sequence_own(&pool->seqs, &pool->books, seq, (uint32_t)(s - e->sessions),
+                        &s->owned[c->pool]);
         s->blocks += seq->num_blocks;
         s->sequences++;
         return;
@@ -432,7 +583,10 @@ static void seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
         return ts_refuse(a, TS_EEXIST, "sequence %llx is already kept as '%s'",
                          (unsigned long long)ts_sequence_id(&pool->seqs, taken), name);
     bool owned = seq->name == NULL;
-    if (ts_sequence_keep(&pool->seqs, seq, name, &s->owned[c->pool]) != TS_OK)
+    if (!ts_engine_check_pinned(e, s, c->pool, ts_sequence_unpinned(&pool->books, seq), a))
+        return;
+    if (ts_sequence_keep(&pool->seqs, &pool->books, seq, replaced_tail(e, c->pool, seq), name,
+                         &s->owned[c->pool]) != TS_OK)
         return ts_refuse(a, TS_ENOMEM, "no memory for the name '%s'", name);
     if (owned) {
         s->blocks -= seq->num_blocks;
@@ -517,6 +671,8 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
         return ts_engine_pool_remove(e, c, a);
     case TS_OP_POOL_RESIZE:
         return ts_engine_pool_resize(e, c, a);
+    case TS_OP_SWEEP:
+        return sweep(e);
     default:
         break;
     }
@@ -527,7 +683,7 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     switch (c->op) {
     case TS_OP_SESSION_CLOSE:
         s->closing = true;
-        ts_engine_reclaim(e, s);
+        (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
         return;
     case TS_OP_EXCHANGE_OPEN:
         return exchange_open(e, s, c, a);

@@ -7,6 +7,8 @@
  *
  * - TS_NEED_SLABS: nothing was changed; renew the memory of ts_engine_next_slab's slab, apply
  *   TS_OP_SLAB_GRANT for it, and apply the command again.
+ * - TS_NEED_SWEEP: nothing was changed; what is wanted is being freed bit by bit. Apply the command
+ *   again after TS_OP_SWEEP.
  * - a step that was begun with copies, or a run: hand it to the kernels, and apply TS_OP_STEP_DONE
  *   when they are done.
  *
@@ -25,6 +27,10 @@
 #define TS_MESSAGE_BYTES 232
 #define TS_EXCHANGE_ALIGN 64u
 #define TS_NEED_SLABS ((ts_status)100) /* never leaves the daemon */
+#define TS_NEED_SWEEP ((ts_status)101) /* the same */
+#define TS_SWEEP_ENTRIES (1u << 15)    /* ... that are freed at a time */
+#define TS_ENTRIES_PER_BLOCK 16u       /* of block tables, for each block of a pool */
+#define TS_OPERATOR_SESSIONS 8u        /* the last ones, that are for operators */
 
 typedef enum ts_op {
     TS_OP_SESSION_OPEN = 1,
@@ -48,6 +54,7 @@ typedef enum ts_op {
     TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
     TS_OP_POOL_REMOVE, /* ... ends a pool that no session has open, */
     TS_OP_POOL_RESIZE, /* ... or gives one more blocks or fewer */
+    TS_OP_SWEEP,       /* goes on with what is freed bit by bit (ts_engine_sweeps) */
 } ts_op;
 
 /* Pointers are the caller's and are read only while the command is applied. */
@@ -59,6 +66,7 @@ typedef struct ts_command {
         struct {
             uint32_t uid, pid;
             const char *program;
+            bool is_operator;
         } session_open;
         struct {
             uint64_t bytes;
@@ -164,12 +172,14 @@ typedef struct ts_answer {
 
 typedef struct ts_engine_limits {
     uint32_t sessions;          /* live at once */
+    uint32_t tenant_sessions;   /* ... of one tenant that is no operator; 0: all */
     uint32_t session_sequences; /* that one session may own */
     uint32_t session_steps;     /* that one session may have open */
     uint32_t step_runs;         /* that one step may have in flight */
-    uint64_t session_blocks;    /* block table entries of a session's sequences and steps */
-    uint32_t batch;             /* sequences in one command */
-    uint32_t step_tokens;       /* new tokens in one step */
+    uint64_t session_blocks; /* block table entries of a session's sequences and steps; 0: 16 times
+                              * the blocks of the pool that it asks for more in */
+    uint32_t batch;          /* sequences in one command */
+    uint32_t step_tokens;    /* new tokens in one step */
     uint64_t exchange_bytes;
 } ts_engine_limits;
 
@@ -184,6 +194,10 @@ typedef struct ts_pool_config {
     uint32_t sequences_max;
     uint32_t sequence_tokens_max;
     uint64_t tenant_blocks_max; /* blocks one tenant may use */
+    /* Of one tenant; 0: no limit of its own */
+    uint32_t tenant_sequences_max;
+    uint64_t tenant_entries_max; /* in the block tables of its sequences */
+    uint64_t tenant_pinned_max;  /* blocks that its kept sequences refer to */
     ts_client_write client_write;
     bool warp_groups; /* of its GPU: ts_gpu_info */
     bool on_gpu;
@@ -203,15 +217,18 @@ typedef struct ts_engine_pool {
 typedef struct ts_engine {
     ts_engine_limits limits;
     ts_engine_pool *pools;
-    uint32_t num_pools;  /* places: some may be empty */
-    uint32_t live_pools; /* pools */
-    uint32_t *tenants;   /* uid of each */
+    uint32_t num_pools;        /* places: some may be empty */
+    uint32_t live_pools;       /* pools */
+    uint32_t *tenants;         /* uid of each */
+    uint32_t *tenant_sessions; /* live ones of each */
     uint32_t num_tenants;
     ts_session *sessions;
     uint32_t num_sessions, live_sessions, free_session;
     ts_step *steps; /* an array of entries; a step is told by id */
     uint32_t num_steps, free_step, live_steps;
     uint64_t tokens_committed;
+    uint32_t closing;               /* the first session that closes bit by bit; TS_NONE: none */
+    struct ts_engine_grave *graves; /* sequences of pools that were removed */
     /* what answers point to */
     uint64_t *out_ids;
     uint32_t *out_words;
@@ -242,6 +259,9 @@ bool ts_engine_has_pool(const ts_engine *engine, uint32_t pool);
 uint32_t ts_engine_pool_named(const ts_engine *engine, const char *name, ts_answer *answer);
 
 void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *answer);
+
+/* Whether something is freed bit by bit: TS_OP_SWEEP goes on with it. */
+bool ts_engine_sweeps(const ts_engine *engine);
 
 /* The slab whose memory to renew for TS_NEED_SLABS. */
 uint32_t ts_engine_next_slab(const ts_engine *engine, uint32_t pool, uint32_t tenant);
@@ -276,7 +296,18 @@ void ts_engine_step_abort(ts_engine *engine, ts_step *step);
 uint32_t ts_engine_step_runs_max(const ts_engine *engine, const ts_step *step);
 ts_step *ts_engine_find_step(const ts_engine *engine, uint64_t id);
 
-/* Frees what a closing session still has, as far as no kernel works on it; TRUE when it is gone. */
-bool ts_engine_reclaim(ts_engine *engine, ts_session *session);
+/* Frees what a closing session still has, as far as no kernel works on it, and at most so many
+ * block table entries; how many of those are left over. */
+uint32_t ts_engine_reclaim(ts_engine *engine, ts_session *session, uint32_t entries);
+
+/* Whether the session may have `more` block table entries, or its tenant may pin `more` blocks;
+ * else the answer refuses. */
+bool ts_engine_check_entries(const ts_engine *engine, const ts_session *session, uint32_t pool,
+                             uint64_t more, ts_answer *answer);
+bool ts_engine_check_pinned(const ts_engine *engine, const ts_session *session, uint32_t pool,
+                            uint64_t more, ts_answer *answer);
+
+/* Keeps a removed pool's sequences until they are freed. */
+void ts_engine_bury(ts_engine *engine, ts_sequences *seqs);
 
 #endif

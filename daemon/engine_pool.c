@@ -117,8 +117,8 @@ void ts_engine_pool_remove(ts_engine *e, const ts_command *c, ts_answer *a)
                          (unsigned long long)ts_engine_session_id(e, first),
                          e->sessions[first].program, e->sessions[first].pid,
                          users == 1 ? "" : ", ...");
-    ts_pool_fini(&pool->books); /* what is left are kept sequences */
-    ts_sequences_fini(&pool->seqs);
+    ts_pool_fini(&pool->books);
+    ts_engine_bury(e, &pool->seqs); /* what is left are kept sequences */
     *pool = (ts_engine_pool){0};
     e->live_pools--;
 }

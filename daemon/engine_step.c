@@ -98,10 +98,15 @@ void ts_engine_step_abort(ts_engine *e, ts_step *step)
     settle(e, step, NULL, false);
 }
 
+/* What a step takes. */
+typedef struct needs {
+    uint64_t tokens, blocks;
+    uint64_t pinned; /* of the blocks: for kept sequences */
+} needs;
+
 /* Checks everything about the batch but the space, marks its sequences and adds up the tokens and
  * blocks. Returns how many were marked; the answer refuses if that is not all. */
-static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, uint64_t *tokens,
-                           uint64_t *blocks, ts_answer *a)
+static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, needs *n, ts_answer *a)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     uint32_t i = 0;
@@ -124,17 +129,19 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, uin
                       seq->num_blocks + more);
             return i;
         }
-        *blocks += more;
-        *tokens += new_tokens;
+        n->blocks += more;
+        n->tokens += new_tokens;
+        n->pinned += seq->name != NULL ? more : 0;
         seq->step = TS_SEQUENCE_MARKED;
     }
     return i;
 }
 
 /* Whether the blocks can be had: quotas first, then the pool. */
-static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, uint64_t tokens,
-                        uint64_t blocks, ts_answer *a)
+static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, const needs *n,
+                        ts_answer *a)
 {
+    uint64_t tokens = n->tokens, blocks = n->blocks;
     const ts_engine_pool *pool = &e->pools[c->pool];
     const ts_pool_tenant *tenant = &pool->books.tenants[s->tenant];
     if (tokens == 0)
@@ -143,12 +150,19 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
     if (tokens > e->limits.step_tokens)
         return ts_refuse(a, TS_EINVAL, "a step of %llu new tokens; the limit is %u",
                          (unsigned long long)tokens, e->limits.step_tokens);
-    if (s->blocks > e->limits.session_blocks || blocks > e->limits.session_blocks - s->blocks)
-        return ts_refuse(
-            a, TS_EQUOTA,
-            "the session refers to %llu blocks; %llu more would pass its limit of %llu",
-            (unsigned long long)s->blocks, (unsigned long long)blocks,
-            (unsigned long long)e->limits.session_blocks);
+    if (blocks > TS_COMMAND_ENTRIES)
+        return ts_refuse(a, TS_EINVAL, "a step that takes %llu blocks; the limit is %u",
+                         (unsigned long long)blocks, TS_COMMAND_ENTRIES);
+    if (!ts_engine_check_entries(e, s, c->pool, blocks, a) ||
+        !ts_engine_check_pinned(e, s, c->pool, n->pinned, a))
+        return;
+    bool sweeps = pool->seqs.dying != TS_NONE || e->closing != TS_NONE;
+    if (sweeps && (tenant->used + blocks > pool->config.tenant_blocks_max ||
+                   (tenant->free < blocks &&
+                    ts_pool_slabs_needed(&pool->books, s->tenant, blocks) == TS_NONE))) {
+        a->status = TS_NEED_SWEEP;
+        return;
+    }
     if (tenant->used + blocks > pool->config.tenant_blocks_max)
         return ts_refuse(a, TS_EQUOTA,
                          "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of "
@@ -252,13 +266,13 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     const uint32_t count = c->step_begin.count;
     if (!check_form(e, s, c, a))
         return;
-    uint64_t tokens = 0, blocks = 0;
-    uint32_t marked = mark_batch(e, s, c, &tokens, &blocks, a);
+    needs n = {0};
+    uint32_t marked = mark_batch(e, s, c, &n, a);
     if (a->status == TS_OK)
-        check_space(e, s, c, tokens, blocks, a);
+        check_space(e, s, c, &n, a);
     uint32_t index = TS_NONE;
     if (a->status == TS_OK) {
-        if (reserve_answer(e, count, blocks))
+        if (reserve_answer(e, count, n.blocks))
             index = step_new(e, s, count);
         if (index == TS_NONE)
             ts_refuse(a, TS_ENOMEM, "no memory for a step of %u sequences", count);
@@ -277,14 +291,14 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
                                           : 1.0f / sqrtf((float)pool->config.geometry.head_dim);
     step->kernel =
         c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
-    step->tokens = (uint32_t)tokens;
+    step->tokens = (uint32_t)n.tokens;
     for (uint32_t i = 0; i < count; i++) {
         ts_step_seq *part = &step->seqs[i];
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
         ts_step_take(&pool->seqs, &pool->books, part, index);
     }
-    s->blocks += blocks;
+    s->blocks += n.blocks;
     pool->open_steps++;
     fill_answer(e, step, a);
     if (a->begun.num_copies > 0) {
@@ -443,7 +457,7 @@ void ts_engine_step_done(ts_engine *e, const ts_command *c, ts_answer *a)
     }
     ts_session *s = &e->sessions[step->session];
     if (s->closing)
-        ts_engine_reclaim(e, s);
+        (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
     else if (step->append)
         settle(e, step, NULL, true);
 }

@@ -126,8 +126,8 @@ static void finish_job(ts_work *work, void *service)
     *j->at_live = j->next_live;
     if (j->next_live != NULL)
         j->next_live->at_live = j->at_live;
-    ts_engine_apply(
-        s->engine,
+    ts_service_tell(
+        s,
         &(ts_command){.op = TS_OP_STEP_DONE,
                       .step_done = {.step = j->step, .layer = j->layer, .status = j->job.status}},
         &answer);
@@ -232,13 +232,13 @@ bool ts_jobs_copy(ts_service *s, ts_connection *c, ts_asker asker, const ts_answ
 void ts_jobs_undo(ts_service *s, const ts_command *command, uint64_t step)
 {
     ts_answer answer;
-    ts_engine_apply(
-        s->engine,
+    ts_service_tell(
+        s,
         &(ts_command){.op = TS_OP_STEP_DONE,
                       .step_done = {.step = step, .layer = TS_NONE, .status = TS_ENOMEM}},
         &answer);
     if (command->op == TS_OP_STEP_BEGIN)
-        ts_engine_apply(s->engine,
+        ts_service_tell(s,
                         &(ts_command){.op = TS_OP_STEP_ABORT,
                                       .session = command->session,
                                       .step_end = {.step = step}},

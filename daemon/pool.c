@@ -82,8 +82,9 @@ ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_block
         .empty = TS_NONE,
     };
     p->refs = calloc(max_blocks, sizeof *p->refs);
+    p->pins = calloc(max_blocks, sizeof *p->pins);
     p->slabs = calloc(max_slabs, sizeof *p->slabs);
-    if (p->refs == NULL || p->slabs == NULL) {
+    if (p->refs == NULL || p->pins == NULL || p->slabs == NULL) {
         ts_pool_fini(p);
         return TS_ENOMEM;
     }
@@ -99,6 +100,7 @@ ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_block
 void ts_pool_fini(ts_pool_books *p)
 {
     free(p->refs);
+    free(p->pins);
     free(p->slabs);
     free(p->tenants);
     *p = (ts_pool_books){0};
@@ -266,6 +268,17 @@ void ts_pool_unref(ts_pool_books *p, uint32_t block)
     p->tenants[s->tenant].free++;
     p->tenants[s->tenant].used--;
     p->used--;
+}
+
+void ts_pool_pin(ts_pool_books *p, uint32_t tenant, uint32_t block)
+{
+    p->tenants[tenant].pinned += p->pins[block]++ == 0;
+}
+
+void ts_pool_unpin(ts_pool_books *p, uint32_t tenant, uint32_t block)
+{
+    assert(p->pins[block] > 0);
+    p->tenants[tenant].pinned -= --p->pins[block] == 0;
 }
 
 uint32_t ts_pool_refs(const ts_pool_books *p, uint32_t block)

@@ -6,7 +6,7 @@
  * without used blocks may be granted to another tenant (its memory must be renewed then). Taking
  * and giving back a block is O(1), granting a slab too.
  *
- * Cost: 4 bytes a block and 40 bytes a slab.
+ * Cost: 8 bytes a block and 40 bytes a slab.
  *
  * Locking: none; the engine's owner of the moment (queue.h) owns it.
  */
@@ -36,6 +36,9 @@ typedef struct ts_pool_tenant {
     uint32_t slabs;
     uint32_t free; /* blocks free in its slabs */
     uint32_t used;
+    uint32_t sequences;
+    uint32_t pinned;  /* blocks that its kept sequences refer to, each counted once */
+    uint64_t entries; /* in its sequences' block tables, reserved ones included */
 } ts_pool_tenant;
 
 typedef struct ts_pool_books {
@@ -47,6 +50,7 @@ typedef struct ts_pool_books {
     uint32_t empty;      /* head of the granted slabs without used blocks */
     uint32_t num_empty;
     uint32_t *refs; /* per block: references; 0 or FREE | next free block */
+    uint32_t *pins; /* per block: kept sequences that refer to it */
     ts_slab *slabs;
     ts_pool_tenant *tenants;
     uint32_t num_tenants;
@@ -87,6 +91,10 @@ uint32_t ts_pool_take(ts_pool_books *pool, uint32_t tenant);
 /* One reference more, or one less; a block without any is free again. */
 void ts_pool_ref(ts_pool_books *pool, uint32_t block);
 void ts_pool_unref(ts_pool_books *pool, uint32_t block);
+
+/* A kept sequence of the tenant's refers to the block, or does no longer. */
+void ts_pool_pin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
+void ts_pool_unpin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
 
 /* References to the block; 0 if it is free. */
 uint32_t ts_pool_refs(const ts_pool_books *pool, uint32_t block);

@@ -11,6 +11,14 @@ typedef struct change {
     const ts_config *next;
 } change;
 
+static void change_quotas(ts_pool_config *at, const ts_pool_config *to)
+{
+    at->tenant_blocks_max = to->tenant_blocks_max;
+    at->tenant_pinned_max = to->tenant_pinned_max;
+    at->tenant_sequences_max = to->tenant_sequences_max;
+    at->tenant_entries_max = to->tenant_entries_max;
+}
+
 static void apply(ts_work *work, void *service)
 {
     change *ch = (change *)work;
@@ -23,6 +31,7 @@ static void apply(ts_work *work, void *service)
     const ts_engine_limits *to = &ch->next->limits;
     ts_engine_limits *at[] = {&e->limits, &ch->running->limits};
     for (int i = 0; i < 2; i++) {
+        at[i]->tenant_sessions = to->tenant_sessions;
         at[i]->session_sequences = to->session_sequences;
         at[i]->session_steps = to->session_steps;
         at[i]->session_blocks = to->session_blocks;
@@ -33,7 +42,7 @@ static void apply(ts_work *work, void *service)
     for (uint32_t i = 0; i < ch->next->num_pools; i++)
         for (uint32_t j = 0; j < e->num_pools; j++)
             if (strcmp(ch->next->pools[i].pool.name, e->pools[j].config.name) == 0)
-                e->pools[j].config.tenant_blocks_max = ch->next->pools[i].pool.tenant_blocks_max;
+                change_quotas(&e->pools[j].config, &ch->next->pools[i].pool);
 }
 
 static const ts_config_pool *find(const ts_config *c, const char *name)

@@ -269,6 +269,8 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
             return false;
         if (entry->op != TS_RING_RUN || ts_jobs_check_run(s, c, &command, &a))
             ts_service_apply(s, &command, &a);
+        if (a.status == TS_NEED_SWEEP)
+            return false;
     }
     bool ok = true, waits = false;
     uint64_t step = 0;

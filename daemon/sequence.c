@@ -8,7 +8,8 @@ _Static_assert(sizeof(ts_sequence) <= 64, "README states 64 bytes a sequence");
 
 void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens)
 {
-    *s = (ts_sequences){.max = max, .block_tokens = block_tokens, .free_head = TS_NONE};
+    *s = (ts_sequences){
+        .max = max, .block_tokens = block_tokens, .free_head = TS_NONE, .dying = TS_NONE};
 }
 
 void ts_sequences_fini(ts_sequences *s)
@@ -59,7 +60,8 @@ static void owner_remove(ts_sequences *s, uint32_t index, uint32_t *owned)
         s->all[seq->next].prev = seq->prev;
 }
 
-uint32_t ts_sequence_new(ts_sequences *s, uint32_t tenant, uint32_t owner, uint32_t *owned)
+uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, uint32_t owner,
+                         uint32_t *owned)
 {
     uint32_t index = s->free_head, generation = 0;
     if (index != TS_NONE) {
@@ -73,6 +75,7 @@ uint32_t ts_sequence_new(ts_sequences *s, uint32_t tenant, uint32_t owner, uint3
         .generation = generation + 1, .tenant = tenant, .owner = owner, .step = TS_NONE};
     owner_add(s, index, owned);
     s->live++;
+    pool->tenants[tenant].sequences++;
     return index;
 }
 
@@ -80,7 +83,7 @@ ts_sequence *ts_sequence_find(const ts_sequences *s, uint64_t id)
 {
     uint32_t index = (uint32_t)id;
     if (index >= s->count || s->all[index].tenant == TS_NONE ||
-        s->all[index].generation != (uint32_t)(id >> 32))
+        s->all[index].step == TS_SEQUENCE_DYING || s->all[index].generation != (uint32_t)(id >> 32))
         return NULL;
     return &s->all[index];
 }
@@ -123,6 +126,19 @@ void ts_sequence_share(const ts_sequences *s, ts_pool_books *pool, const ts_sequ
         child->blocks[child->num_blocks - 1] = tail;
     for (uint32_t i = 0; i < child->num_blocks; i++)
         ts_pool_ref(pool, child->blocks[i]);
+    pool->tenants[child->tenant].entries += child->num_blocks;
+}
+
+/* Drops the last `count` entries of the table. */
+static void drop_entries(ts_pool_books *pool, ts_sequence *seq, uint32_t count)
+{
+    pool->tenants[seq->tenant].entries -= count;
+    for (; count > 0; count--) {
+        uint32_t block = seq->blocks[--seq->num_blocks];
+        if (seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->told != 0))
+            ts_pool_unpin(pool, seq->tenant, block);
+        ts_pool_unref(pool, block);
+    }
 }
 
 void ts_sequence_truncate(const ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
@@ -131,16 +147,40 @@ void ts_sequence_truncate(const ts_sequences *s, ts_pool_books *pool, ts_sequenc
     assert(length <= seq->length && seq->step == TS_NONE);
     uint32_t blocks = ts_blocks_for(length, s->block_tokens);
     ts_sequence_changed(seq, blocks);
-    while (seq->num_blocks > blocks)
-        ts_pool_unref(pool, seq->blocks[--seq->num_blocks]);
+    drop_entries(pool, seq, seq->num_blocks - blocks);
     seq->length = length;
 }
 
-static void forget_name(ts_sequences *s, ts_sequence *seq)
+/* Pins or unpins what a kept sequence refers to. `tail`: see ts_sequence_keep. */
+static void change_pins(ts_pool_books *pool, const ts_sequence *seq, uint32_t tail,
+                        void (*change)(ts_pool_books *pool, uint32_t tenant, uint32_t block))
 {
+    for (uint32_t i = 0; i < seq->num_blocks; i++)
+        change(pool, seq->tenant,
+               tail != TS_NONE && i + 1 == seq->num_blocks ? tail : seq->blocks[i]);
+}
+
+static void forget_name(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t tail)
+{
+    change_pins(pool, seq, tail, ts_pool_unpin);
     ts_names_remove(&s->names, seq->tenant, seq->name);
     seq->name = NULL;
     s->kept--;
+}
+
+/* The place is free for another sequence. */
+static void give_up(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq)
+{
+    free(seq->blocks);
+    pool->tenants[seq->tenant].sequences--;
+    seq->blocks = NULL;
+    seq->capacity = 0;
+    seq->tenant = TS_NONE;
+    s->live--;
+    if (seq->generation < UINT32_MAX) { /* an entry whose generations are used up is retired */
+        seq->next = s->free_head;
+        s->free_head = ts_sequence_index(s, seq);
+    }
 }
 
 void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned)
@@ -149,40 +189,87 @@ void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, ui
     seq->step = TS_NONE;
     ts_sequence_truncate(s, pool, seq, 0);
     if (seq->name != NULL)
-        forget_name(s, seq);
+        forget_name(s, pool, seq, TS_NONE);
     else
         owner_remove(s, index, owned);
-    free(seq->blocks);
-    seq->blocks = NULL;
-    seq->capacity = 0;
-    seq->tenant = TS_NONE;
-    s->live--;
-    if (seq->generation < UINT32_MAX) { /* an entry whose generations are used up is retired */
-        seq->next = s->free_head;
-        s->free_head = index;
-    }
+    give_up(s, pool, seq);
 }
 
-ts_status ts_sequence_keep(ts_sequences *s, ts_sequence *seq, const char *name, uint32_t *owned)
+void ts_sequence_doom(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned)
+{
+    uint32_t index = ts_sequence_index(s, seq);
+    (void)pool; /* its books change as the blocks go */
+    seq->told = seq->name != NULL; /* from now on: its blocks are pinned still */
+    if (seq->name != NULL) {
+        ts_names_remove(&s->names, seq->tenant, seq->name);
+        seq->name = NULL;
+        s->kept--;
+    } else {
+        owner_remove(s, index, owned);
+    }
+    seq->owner = TS_NONE;
+    seq->step = TS_SEQUENCE_DYING;
+    seq->length = 0;
+    if (seq->generation < UINT32_MAX)
+        seq->generation++; /* its id leads nowhere */
+    seq->next = s->dying;
+    s->dying = index;
+}
+
+uint32_t ts_sequences_sweep(ts_sequences *s, ts_pool_books *pool, uint32_t entries)
+{
+    while (entries > 0 && s->dying != TS_NONE) {
+        ts_sequence *seq = &s->all[s->dying];
+        uint32_t count = seq->num_blocks < entries ? seq->num_blocks : entries;
+        drop_entries(pool, seq, count);
+        entries -= count;
+        if (seq->num_blocks > 0)
+            break;
+        entries -= entries > 0; /* giving up costs too */
+        s->dying = seq->next;
+        give_up(s, pool, seq);
+    }
+    return entries;
+}
+
+uint32_t ts_sequences_free_some(ts_sequences *s, uint32_t count)
+{
+    for (; count > 0 && s->count > 0; count--)
+        free(s->all[--s->count].blocks);
+    return count;
+}
+
+uint32_t ts_sequence_unpinned(const ts_pool_books *pool, const ts_sequence *seq)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; seq->name == NULL && i < seq->num_blocks; i++)
+        count += pool->pins[seq->blocks[i]] == 0;
+    return count;
+}
+
+ts_status ts_sequence_keep(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t tail,
+                           const char *name, uint32_t *owned)
 {
     const char *kept;
     uint32_t index = ts_sequence_index(s, seq);
     if (ts_names_add(&s->names, seq->tenant, name, index, &kept) != TS_OK)
         return TS_ENOMEM;
     if (seq->name != NULL)
-        forget_name(s, seq);
+        forget_name(s, pool, seq, tail);
     else
         owner_remove(s, index, owned);
+    change_pins(pool, seq, tail, ts_pool_pin);
     seq->name = kept;
     seq->owner = TS_NONE;
     s->kept++;
     return TS_OK;
 }
 
-void ts_sequence_own(ts_sequences *s, ts_sequence *seq, uint32_t owner, uint32_t *owned)
+void ts_sequence_own(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
+                     uint32_t *owned)
 {
     assert(seq->name != NULL);
-    forget_name(s, seq);
+    forget_name(s, pool, seq, TS_NONE);
     seq->owner = owner;
     owner_add(s, ts_sequence_index(s, seq), owned);
 }

@@ -27,13 +27,14 @@ typedef struct ts_sequence {
     uint32_t generation;
     uint32_t tenant;     /* TS_NONE: not live */
     uint32_t owner;      /* session index; TS_NONE if kept */
-    uint32_t step;       /* index of the open step it is in, TS_NONE, or TS_SEQUENCE_MARKED */
+    uint32_t step;       /* index of the open step it is in, TS_NONE, MARKED or DYING */
     uint32_t prev, next; /* of the same owner; next also links the free ones */
     uint32_t stable;     /* entries that are as they were when the table was told of last */
     uint64_t told;       /* the step whose begin told of it; 0: none */
 } ts_sequence;
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
+#define TS_SEQUENCE_DYING (TS_NONE - 2)  /* its blocks are given back bit by bit */
 
 typedef struct ts_sequences {
     ts_sequence *all;
@@ -42,6 +43,7 @@ typedef struct ts_sequences {
     uint32_t max;
     uint32_t live, kept;
     uint32_t free_head;
+    uint32_t dying; /* the first of those that are freed bit by bit; TS_NONE: none */
     uint32_t block_tokens;
     ts_names names;
 } ts_sequences;
@@ -54,7 +56,8 @@ ts_status ts_sequences_reserve(ts_sequences *seqs, uint32_t count);
 
 /* An empty sequence of the tenant's, at the head of the owner's list *owned. Needs room reserved.
  */
-uint32_t ts_sequence_new(ts_sequences *seqs, uint32_t tenant, uint32_t owner, uint32_t *owned);
+uint32_t ts_sequence_new(ts_sequences *seqs, ts_pool_books *pool, uint32_t tenant, uint32_t owner,
+                         uint32_t *owned);
 
 /* The live sequence with this id, or NULL. */
 ts_sequence *ts_sequence_find(const ts_sequences *seqs, uint64_t id);
@@ -95,8 +98,24 @@ void ts_sequence_truncate(const ts_sequences *seqs, ts_pool_books *pool, ts_sequ
 /* Frees the sequence: blocks, name and id. *owned is its owner's list, NULL if it is kept. */
 void ts_sequence_free(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned);
 
-/* Keeps the sequence under a name (its owner loses it), or gives a kept one to an owner. */
-ts_status ts_sequence_keep(ts_sequences *seqs, ts_sequence *seq, const char *name, uint32_t *owned);
-void ts_sequence_own(ts_sequences *seqs, ts_sequence *seq, uint32_t owner, uint32_t *owned);
+/*
+ * The same bit by bit: the id and the name are gone at once, the blocks as ts_sequences_sweep finds
+ * them, which unrefers up to `entries` blocks and returns how many of those it has left over.
+ */
+void ts_sequence_doom(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned);
+uint32_t ts_sequences_sweep(ts_sequences *seqs, ts_pool_books *pool, uint32_t entries);
+
+/* Frees some block tables of a pool that is gone, and returns how many of `count` are left over. */
+uint32_t ts_sequences_free_some(ts_sequences *seqs, uint32_t count);
+
+/* Blocks that keeping the sequence would pin beside those that are pinned already. */
+uint32_t ts_sequence_unpinned(const ts_pool_books *pool, const ts_sequence *seq);
+
+/* Keeps the sequence under a name (its owner loses it), or gives a kept one to an owner. `tail`:
+ * the sequence's own tail block, where an open step replaced it in the table, or TS_NONE. */
+ts_status ts_sequence_keep(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t tail,
+                           const char *name, uint32_t *owned);
+void ts_sequence_own(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
+                     uint32_t *owned);
 
 #endif

@@ -76,7 +76,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         ts_jobs_drop_connection(s, c);
         ts_log_level level = session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
-        ts_engine_apply(s->engine, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
+        ts_service_tell(s, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
                         &answer);
         ts_log_on(level, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
@@ -230,10 +230,31 @@ static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *re
 
 /* ---- requests ---- */
 
+/* One bit at a time, and others' work in between. */
+static void run_sweep(ts_work *work, void *service)
+{
+    ts_service *s = service;
+    ts_answer a;
+    (void)work;
+    s->sweeping = false;
+    ts_service_tell(s, &(ts_command){.op = TS_OP_SWEEP}, &a);
+    ts_service_resume(s);
+}
+
+void ts_service_tell(ts_service *s, const ts_command *command, ts_answer *a)
+{
+    ts_engine_apply(s->engine, command, a);
+    if (s->sweeping || !ts_engine_sweeps(s->engine))
+        return;
+    s->sweeping = true;
+    s->sweep.run = run_sweep;
+    ts_queue_put(&s->queue, &s->sweep);
+}
+
 void ts_service_apply(ts_service *s, const ts_command *command, ts_answer *a)
 {
     for (;;) {
-        ts_engine_apply(s->engine, command, a);
+        ts_service_tell(s, command, a);
         if (a->status != TS_NEED_SLABS)
             return;
         uint32_t pool = a->need.pool, tenant = a->need.tenant;
@@ -248,7 +269,7 @@ void ts_service_apply(ts_service *s, const ts_command *command, ts_answer *a)
             return ts_refuse(a, status, "pool '%s': %s", s->engine->pools[pool].config.name, why);
         }
         ts_answer granted;
-        ts_engine_apply(s->engine,
+        ts_service_tell(s,
                         &(ts_command){.op = TS_OP_SLAB_GRANT,
                                       .pool = pool,
                                       .slab_grant = {.slab = slab, .tenant = tenant}},
@@ -309,7 +330,7 @@ static void open_exchange(ts_service *s, ts_connection *c, const Tspb__ExchangeO
     }
     command->exchange_open.other_memory =
         c->exchange != NULL && (on_device || c->exchange->host == NULL);
-    ts_engine_apply(s->engine, command, a);
+    ts_service_tell(s, command, a);
     if (a->status != TS_OK)
         return ts_exchange_release(x);
     ts_exchange_release(c->exchange);
@@ -353,9 +374,13 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
         return ts_refuse(a, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
     char program[TS_PROGRAM_BYTES];
     ts_text_escape(open->program, program, sizeof program);
-    ts_command command = {.op = TS_OP_SESSION_OPEN,
-                          .session_open = {.uid = c->uid, .pid = c->pid, .program = program}};
-    ts_engine_apply(s->engine, &command, a);
+    ts_command command = {
+        .op = TS_OP_SESSION_OPEN,
+        .session_open = {.uid = c->uid,
+                         .pid = c->pid,
+                         .program = program,
+                         .is_operator = ts_service_is_operator(s, c->uid, c->gid)}};
+    ts_service_tell(s, &command, a);
     if (a->status != TS_OK)
         return;
     c->session = a->session;
@@ -481,6 +506,18 @@ bool ts_service_must_wait(ts_service *s, const ts_command *command)
     return wait;
 }
 
+/* The request is answered later (ts_service_resume); the first to come is the first to be answered.
+ */
+static void wait_on(ts_service *s, ts_request *request, ts_kept_reply *kept)
+{
+    ts_request **end = &s->waiting;
+    while (*end != NULL)
+        end = &(*end)->next_waiter;
+    kept->pending = true;
+    request->next_waiter = NULL;
+    *end = request;
+}
+
 /* Answers a request whose place among the kept replies is taken. */
 static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept_reply *kept)
 {
@@ -500,16 +537,11 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
     } else if (ts_decode(message, c->session, &command, &a)) {
-        if (ts_service_must_wait(s, &command)) {
-            kept->pending = true;
-            ts_request **end = &s->waiting; /* who comes first is answered first */
-            while (*end != NULL)
-                end = &(*end)->next_waiter;
-            request->next_waiter = NULL;
-            *end = request;
-            return;
-        }
+        if (ts_service_must_wait(s, &command))
+            return wait_on(s, request, kept);
         waits = execute(s, c, request, &command, &a, &reply, &body);
+        if (a.status == TS_NEED_SWEEP)
+            return wait_on(s, request, kept);
     } else if (a.status == TS_OK) {
         ts_refuse(&a, TS_EPROTO, "the request has no body that this daemon knows");
     }

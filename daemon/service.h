@@ -96,6 +96,8 @@ typedef struct ts_service {
     uint32_t num_step_plans;
     ts_service_job *live_jobs; /* with the kernels */
     ts_reply_account *reply_accounts;
+    ts_work sweep;       /* goes on with what the engine frees bit by bit */
+    bool sweeping;       /* it is in the queue */
     ts_request *waiting; /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
@@ -146,7 +148,11 @@ void ts_service_fini(ts_service *service);
 /* Ends the connection's session, if it has one, and what belongs to it. */
 void ts_service_end_session(ts_service *service, ts_connection *connection);
 
-/* Applies the command, finding memory for slabs until it has enough. */
+/* Applies the command to the engine, and has what is freed bit by bit go on. */
+void ts_service_tell(ts_service *service, const ts_command *command, ts_answer *answer);
+
+/* Applies the command, finding memory for slabs until it has enough. TS_NEED_SWEEP: it must wait
+ * for what is freed bit by bit, and be applied again when ts_service_resume is called. */
 void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);
 
 /* Whether the command ends a step of its session whose runs are still under way, or would put one

@@ -26,6 +26,8 @@ typedef struct ts_session {
     uint64_t writable_pools; /* bit i: opened to be written */
     uint32_t *owned;         /* per pool: head of its sequences */
     uint32_t next_free;
+    bool in_closing; /* it is in the engine's list, linked by next_closing */
+    uint32_t next_closing;
 } ts_session;
 
 #endif

@@ -33,6 +33,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
     }
     for (uint32_t i = 0; i < part->reserved; i++)
         seq->blocks[seq->num_blocks + i] = ts_pool_take(pool, seq->tenant);
+    pool->tenants[seq->tenant].entries += part->reserved + (part->original != TS_NONE);
     part->table = seq->blocks;
     seq->step = step;
 }
@@ -46,6 +47,9 @@ void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *
     uint32_t kept = ts_blocks_for((uint64_t)seq->length + accepted, seqs->block_tokens);
     for (uint32_t i = kept; i < all; i++)
         ts_pool_unref(pool, seq->blocks[i]);
+    for (uint32_t i = seq->num_blocks; seq->name != NULL && i < kept; i++)
+        ts_pool_pin(pool, seq->tenant, seq->blocks[i]);
+    pool->tenants[seq->tenant].entries -= all - kept + (part->original != TS_NONE);
     ts_sequence_changed(seq, kept);
     if (part->original != TS_NONE) {
         uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
@@ -53,6 +57,9 @@ void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *
         if (accepted == 0) {
             *tail = part->original;
             ts_sequence_changed(seq, seq->num_blocks - 1);
+        } else if (seq->name != NULL) {
+            ts_pool_unpin(pool, seq->tenant, part->original);
+            ts_pool_pin(pool, seq->tenant, *tail);
         }
         ts_pool_unref(pool, dropped);
     }

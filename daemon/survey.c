@@ -128,7 +128,8 @@ static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, u
 {
     const ts_sequence *seq = &pool->seqs.all[i];
     const char *name = pool->config.name;
-    if (seq->num_blocks != ts_blocks_for(seq->length, pool->seqs.block_tokens))
+    bool dying = seq->step == TS_SEQUENCE_DYING;
+    if (!dying && seq->num_blocks != ts_blocks_for(seq->length, pool->seqs.block_tokens))
         wrong(c, "%s: sequence %u of %u tokens has %u blocks", name, i, seq->length,
               seq->num_blocks);
     for (uint32_t b = 0; b < seq->num_blocks; b++) {
@@ -142,16 +143,73 @@ static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, u
         if (pool->books.slabs[block / pool->books.slab_blocks].tenant != seq->tenant)
             wrong(c, "%s: sequence %u refers to block %u of another tenant", name, i, block);
     }
-    if ((seq->name == NULL) != (seq->owner != TS_NONE))
+    if (!dying && (seq->name == NULL) != (seq->owner != TS_NONE))
         wrong(c, "%s: sequence %u must be either owned or kept", name, i);
     if (seq->name != NULL && ts_names_find(&pool->seqs.names, seq->tenant, seq->name) != i)
         wrong(c, "%s: the name of sequence %u leads elsewhere", name, i);
     if (seq->owner != TS_NONE &&
         (seq->owner >= c->e->num_sessions || !c->e->sessions[seq->owner].live))
         wrong(c, "%s: sequence %u belongs to session %u, which is gone", name, i, seq->owner);
-    if (seq->step != TS_NONE && (seq->step >= c->e->num_steps || !c->e->steps[seq->step].live))
+    if (!dying && seq->step != TS_NONE &&
+        (seq->step >= c->e->num_steps || !c->e->steps[seq->step].live))
         wrong(c, "%s: sequence %u is in step %u, which is gone", name, i, seq->step);
     c->checked += 1 + seq->num_blocks;
+}
+
+/* The sequence's own tail block: an open step may have put a copy in its place. */
+static uint32_t own_tail(const ts_engine *e, const ts_sequence *seq, uint32_t index)
+{
+    uint32_t tail = seq->blocks[seq->num_blocks - 1];
+    if (seq->step >= e->num_steps)
+        return tail;
+    const ts_step *step = &e->steps[seq->step];
+    for (uint32_t i = 0; i < step->num_seqs; i++)
+        if (step->seqs[i].seq == index && step->seqs[i].original != TS_NONE)
+            return step->seqs[i].original;
+    return tail;
+}
+
+/* What tenants are charged with: sequences, table entries, pinned blocks. */
+static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
+{
+    const ts_pool_books *books = &pool->books;
+    ts_pool_tenant *counted = calloc(books->num_tenants + 1, sizeof *counted);
+    uint32_t *pins = calloc(books->num_blocks, sizeof *pins);
+    for (uint32_t i = 0; counted != NULL && pins != NULL && i < pool->seqs.count; i++) {
+        const ts_sequence *seq = &pool->seqs.all[i];
+        if (seq->tenant == TS_NONE)
+            continue;
+        ts_pool_tenant *t = &counted[seq->tenant];
+        bool pinned = seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->told != 0);
+        t->sequences++;
+        t->entries += seq->num_blocks;
+        for (uint32_t b = 0; pinned && b < seq->num_blocks; b++) {
+            uint32_t block = b + 1 < seq->num_blocks ? seq->blocks[b] : own_tail(c->e, seq, i);
+            t->pinned += pins[block]++ == 0;
+        }
+    }
+    for (uint32_t i = 0; counted != NULL && i < c->e->num_steps; i++) {
+        const ts_step *step = &c->e->steps[i];
+        for (uint32_t j = 0; step->live && step->pool == index && j < step->num_seqs; j++)
+            counted[pool->seqs.all[step->seqs[j].seq].tenant].entries +=
+                step->seqs[j].reserved + (step->seqs[j].original != TS_NONE);
+    }
+    for (uint32_t t = 0; counted != NULL && pins != NULL && t < books->num_tenants; t++) {
+        const ts_pool_tenant *x = &counted[t], *y = &books->tenants[t];
+        if (x->sequences != y->sequences || x->entries != y->entries || x->pinned != y->pinned)
+            wrong(
+                c,
+                "%s: tenant %u has %u sequences, %llu table entries, %u pinned blocks; the counts "
+                "say %u, %llu, %u",
+                pool->config.name, t, x->sequences, (unsigned long long)x->entries, x->pinned,
+                y->sequences, (unsigned long long)y->entries, y->pinned);
+    }
+    for (uint32_t b = 0; pins != NULL && b < books->num_blocks; b++)
+        if (pins[b] != books->pins[b])
+            wrong(c, "%s: block %u is pinned %u times; the count says %u", pool->config.name, b,
+                  pins[b], books->pins[b]);
+    free(counted);
+    free(pins);
 }
 
 static void check_pool(checker *c, uint32_t index)
@@ -163,6 +221,7 @@ static void check_pool(checker *c, uint32_t index)
         return;
     }
     uint32_t live = 0, kept = 0;
+    check_shares(c, pool, index);
     for (uint32_t i = 0; i < pool->seqs.count; i++) {
         if (pool->seqs.all[i].tenant == TS_NONE)
             continue;

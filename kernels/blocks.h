@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define TS_COMMAND_ENTRIES (1u << 18) /* of block tables, that one request changes at most */
+
 /* tokens / block_tokens. Block lengths are powers of 2, as a rule, and a division takes ten times
  * as long as a shift. */
 static inline uint64_t ts_whole_blocks(uint64_t tokens, uint32_t block_tokens)

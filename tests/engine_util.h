@@ -92,6 +92,20 @@ static inline uint64_t session_new(ts_engine *e, uint32_t uid)
     return session;
 }
 
+/* Frees all that is freed bit by bit; in how many bits. */
+static inline uint32_t sweep_all(ts_engine *e)
+{
+    uint32_t bits = 0;
+    ts_answer a;
+    for (; ts_engine_sweeps(e); bits++) {
+        uint32_t used = e->pools[0].books.used;
+        assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
+        /* One sequence more than so many at the most. */
+        assert_true(used - e->pools[0].books.used <= TS_SWEEP_ENTRIES + TS_COMMAND_ENTRIES);
+    }
+    return bits;
+}
+
 static inline uint64_t seq_new(ts_engine *e, uint64_t session)
 {
     ts_answer a;
@@ -142,6 +156,41 @@ static inline uint32_t length_of(ts_engine *e, uint64_t session, uint64_t seq)
           &a);
     assert_int_equal(a.status, TS_OK);
     return a.lengths.lengths[0];
+}
+
+/* Appends without anybody writing: what most tests here need. */
+static inline void append(ts_engine *e, uint64_t s, uint64_t seq, uint32_t n)
+{
+    ts_answer a;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
+    if (a.begun.num_copies > 0)
+        assert_int_equal(step_done(e, a.begun.step->id, TS_NONE), TS_OK);
+}
+
+static inline uint64_t fork_seq(ts_engine *e, uint64_t s, uint64_t parent)
+{
+    ts_answer a;
+    apply(e,
+          (ts_command){
+              .op = TS_OP_SEQ_FORK, .session = s, .seq_fork = {.parent = parent, .count = 1}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    return a.seqs.seqs[0];
+}
+
+static inline ts_status free_seq(ts_engine *e, uint64_t s, uint64_t seq)
+{
+    ts_answer a;
+    return apply(
+        e,
+        (ts_command){.op = TS_OP_SEQ_FREE, .session = s, .seq_batch = {.seqs = &seq, .count = 1}},
+        &a);
+}
+
+static inline void close_session(ts_engine *e, uint64_t s)
+{
+    ts_answer a;
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = s}, &a), TS_OK);
 }
 
 #endif

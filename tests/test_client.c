@@ -465,6 +465,41 @@ static void host_memory_lies_on_all_nodes_in_turn(void **state)
     daemon_stop(&d);
 }
 
+static void forks_of_a_long_sequence_take_as_many_calls_as_needed(void **state)
+{
+    (void)state;
+    enum { BLOCKS = 6250, FORKS = 100 };
+    daemon_process d;
+    daemon_start_with(&d,
+                      "long:layers=1,kv_heads=1,head_dim=32,dtype=fp8_e4m3,blocks=6300,"
+                      "client_write=all,tenant_entries=1000000",
+                      (const char *const[]){"--set", "session_blocks=1000000", NULL});
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "long", TS_POOL_WRITABLE);
+    ts_seq parent, forks[FORKS], more[FORKS];
+    uint32_t tokens = BLOCKS * 16, lengths[FORKS];
+    OK(ts_seq_create(p, 1, &parent));
+    OK(ts_seq_append(p, &parent, &tokens, 1, NULL));
+    OK(ts_seq_fork(p, parent, FORKS, forks));
+    OK(ts_seq_lengths(p, forks, FORKS, lengths));
+    for (int i = 0; i < FORKS; i++)
+        assert_int_equal(lengths[i], tokens);
+    assert_int_equal(used_blocks(c), BLOCKS);
+    /* All or none: past the limit of entries what was made is freed. */
+    assert_int_equal(ts_seq_fork(p, parent, FORKS, more), TS_EQUOTA);
+    assert_non_null(strstr(ts_error(c), "(session_blocks)"));
+    Tspb__Reply *reply = pool_stats(c);
+    assert_int_equal(reply->pool_stats_reply->pool->sequences, 1 + FORKS);
+    tspb__reply__free_unpacked(reply, NULL);
+    OK(ts_seq_free(p, forks, FORKS)); /* more than one command frees: the rest goes bit by bit */
+    OK(ts_seq_free(p, &parent, 1));
+    await_used_blocks(c, 0);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 4) {
@@ -485,6 +520,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
         cmocka_unit_test(a_daemon_that_lost_its_gpu_ends_with_status_1),
         cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
+        cmocka_unit_test(forks_of_a_long_sequence_take_as_many_calls_as_needed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

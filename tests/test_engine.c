@@ -32,35 +32,6 @@ static void the_prototypes_scenario_gives_its_exact_blocks_and_slots(void **stat
     ts_engine_free(e);
 }
 
-/* Appends without anybody writing: what most tests here need. */
-static void append(ts_engine *e, uint64_t s, uint64_t seq, uint32_t n)
-{
-    ts_answer a;
-    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
-    if (a.begun.num_copies > 0)
-        assert_int_equal(step_done(e, a.begun.step->id, TS_NONE), TS_OK);
-}
-
-static uint64_t fork_seq(ts_engine *e, uint64_t s, uint64_t parent)
-{
-    ts_answer a;
-    apply(e,
-          (ts_command){
-              .op = TS_OP_SEQ_FORK, .session = s, .seq_fork = {.parent = parent, .count = 1}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.seqs.seqs[0];
-}
-
-static ts_status free_seq(ts_engine *e, uint64_t s, uint64_t seq)
-{
-    ts_answer a;
-    return apply(
-        e,
-        (ts_command){.op = TS_OP_SEQ_FREE, .session = s, .seq_batch = {.seqs = &seq, .count = 1}},
-        &a);
-}
-
 static ts_status keep_seq(ts_engine *e, uint64_t s, uint64_t seq, const char *name)
 {
     ts_answer a;
@@ -74,12 +45,6 @@ static uint64_t attach(ts_engine *e, uint64_t s, const char *name)
     ts_answer a;
     apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}}, &a);
     return a.status == TS_OK ? a.seqs.seqs[0] : 0;
-}
-
-static void close_session(ts_engine *e, uint64_t s)
-{
-    ts_answer a;
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = s}, &a), TS_OK);
 }
 
 static void fork_then_append_copies_only_the_tail_block(void **state)
@@ -552,46 +517,6 @@ static void a_run_outside_the_exchange_is_refused(void **state)
     ts_engine_free(e);
 }
 
-static void quotas_stop_a_session_and_a_tenant_but_no_other(void **state)
-{
-    (void)state;
-    ts_engine *e = engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
-    e->limits.session_sequences = 3;
-    e->limits.session_blocks = 5;
-    e->limits.session_steps = 1;
-    e->pools[0].config.tenant_blocks_max = 8;
-    uint64_t s = session_new(e, 1000), same_uid = session_new(e, 1000),
-             other = session_new(e, 1001);
-    uint64_t x = seq_new(e, s);
-    ts_answer a;
-    ts_command create = {.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 3}};
-    assert_int_equal(apply(e, create, &a), TS_EQUOTA);
-    assert_string_equal(a.message,
-                        "the session owns 1 sequences; 3 more would pass its limit of 3");
-    create.seq_create.count = 2;
-    assert_int_equal(apply(e, create, &a), TS_OK);
-    uint64_t y = a.seqs.seqs[0];
-    uint32_t n = 24;
-    assert_int_equal(begin(e, s, &x, &n, 1, true, &a), TS_EQUOTA);
-    assert_string_equal(a.message,
-                        "the session refers to 0 blocks; 6 more would pass its limit of 5");
-    append(e, s, x, 20);
-    n = 1;
-    assert_int_equal(begin(e, s, &y, &n, 1, true, &a), TS_EQUOTA);
-    uint64_t z = seq_new(e, same_uid);
-    n = 16;
-    assert_int_equal(begin(e, same_uid, &z, &n, 1, true, &a), TS_EQUOTA);
-    assert_string_equal(a.message,
-                        "uid 1000 uses 5 blocks of pool 'test'; 4 more would pass its limit of 8");
-    append(e, same_uid, z, 12);
-    append(e, other, seq_new(e, other), 20);
-    assert_int_equal(free_seq(e, s, x), TS_OK); /* what is given back may be taken again */
-    n = 4;
-    assert_int_equal(begin(e, s, &y, &n, 1, false, &a), TS_OK);
-    check_engine(e);
-    ts_engine_free(e);
-}
-
 static void a_million_sequences_cost_what_the_readme_says(void **state)
 {
     (void)state;
@@ -615,6 +540,7 @@ static void a_million_sequences_cost_what_the_readme_says(void **state)
     assert_int_equal(begin(e, s, ids, &one, 1, true, &a), TS_ENOSPC);
     check_engine(e);
     close_session(e, s);
+    sweep_all(e);
     assert_int_equal(BLOCKS(e).used, 0);
     assert_int_equal(e->pools[0].seqs.live, 0);
     check_engine(e);
@@ -694,7 +620,6 @@ int main(void)
         cmocka_unit_test(a_slab_serves_one_tenant_and_is_renewed_for_the_next),
         cmocka_unit_test(tokens_nobody_wrote_cannot_be_committed),
         cmocka_unit_test(a_run_outside_the_exchange_is_refused),
-        cmocka_unit_test(quotas_stop_a_session_and_a_tenant_but_no_other),
         cmocka_unit_test(a_million_sequences_cost_what_the_readme_says),
         cmocka_unit_test(a_survey_counts_stored_tokens_once),
     };

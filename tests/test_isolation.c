@@ -266,8 +266,7 @@ static void stranger(const char *url)
     become(UID_B);
     assert_int_equal(ts_connect(&(ts_options){.url = url}, &c), TS_EPERM);
     snprintf(expected, sizeof expected,
-             "may not connect to %s: is uid %d in the daemon's group (tinyserve)?", url,
-             UID_B);
+             "may not connect to %s: is uid %d in the daemon's group (tinyserve)?", url, UID_B);
     assert_string_equal(ts_error(c), expected);
     ts_disconnect(c);
 }
