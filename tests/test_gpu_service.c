@@ -202,15 +202,16 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     assert_true(reply->exchange_opened->has_descriptor);
     drop(&t);
     REQUEST(create, SeqCreate, SEQ_CREATE, TSPB__SEQ_CREATE__INIT);
-    create_body.count = 1;
+    create_body.count = 2;
     create.seq_create = &create_body;
-    uint64_t seq = call(&t, &create, TS_OK)->seqs->seqs[0];
+    uint64_t seqs[2];
+    memcpy(seqs, call(&t, &create, TS_OK)->seqs->seqs, sizeof seqs);
     drop(&t);
-    uint32_t one = 1;
+    uint32_t new_tokens[2] = {1, 0}; /* the second sequence is empty, and has no table */
     REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
-    begin_body.seqs = &seq;
-    begin_body.new_tokens = &one;
-    begin_body.n_seqs = begin_body.n_new_tokens = 1;
+    begin_body.seqs = seqs;
+    begin_body.new_tokens = new_tokens;
+    begin_body.n_seqs = begin_body.n_new_tokens = 2;
     begin_body.heads = 1;
     begin_body.kernel = (char *)"v3";
     begin.step_begin = &begin_body;
@@ -242,7 +243,7 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     abort.step_abort = &abort_body;
     send(&abort_request, &abort); /* waits as well, and comes second */
     REQUEST(lengths, SeqLengths, SEQ_LENGTHS, TSPB__SEQ_LENGTHS__INIT);
-    lengths_body.seqs = &seq;
+    lengths_body.seqs = seqs;
     lengths_body.n_seqs = 1;
     lengths.seq_lengths = &lengths_body;
     reply = call(&t, &lengths, TS_OK); /* the service goes on, and nobody sees the token */
