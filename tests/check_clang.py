@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Has Clang look at every C file that a build compiles, with glibc's checks of results (_FORTIFY_SOURCE): warnings are
-errors. Generates no code, so it takes seconds. check_clang.py build/compile_commands.json"""
+"""Has Clang look at every C file that a build compiles, with glibc's checks of results
+(_FORTIFY_SOURCE): warnings are errors. Generates no code, so it takes seconds.
+check_clang.py build/compile_commands.json"""
 
 import concurrent.futures
 import json
@@ -17,9 +18,10 @@ def look(entry):
     out = words.index("-o")
     words[out:out + 2] = []
     words[words.index("-c")] = "-fsyntax-only"
-    return subprocess.run([CLANG, *words, "-O2", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", "-Werror"],
-                          cwd=entry["directory"], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
+    return subprocess.run(
+        [CLANG, *words, "-O2", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", "-Werror"],
+        cwd=entry["directory"], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True)
 
 
 with open(sys.argv[1], encoding="utf-8") as file:

@@ -130,11 +130,13 @@ if booted; then
     inside journalctl -u tinyserved | grep -q 'Watchdog timeout' || inside journalctl _PID=1 | grep -q 'Watchdog timeout' ||
         fail "it wasn't the watchdog"
 
-    # Another version (the same one): what runs goes on, with what it holds, until somebody restarts it.
+    # Another version (the same one): what runs goes on, with what it holds, until it is restarted.
     before=$(property MainPID)
     install
-    [ "$(property ActiveState) $(property MainPID)" = "active $before" ] || fail "an upgrade restarts it, which empties its pools"
-    grep -q 'tsctl drain; systemctl restart tinyserved.service' "$scratch/log" || fail "an upgrade says: $(cat "$scratch/log")"
+    [ "$(property ActiveState) $(property MainPID)" = "active $before" ] ||
+        fail "an upgrade restarts it, which empties its pools"
+    grep -q 'tsctl drain; systemctl restart tinyserved.service' "$scratch/log" ||
+        fail "an upgrade says: $(cat "$scratch/log")"
     log inside systemctl restart tinyserved
     inside tsctl check
     echo "under systemd $(inside systemctl --version | awk 'NR == 1 { print $2 }'): started, reloaded, killed, watched, upgraded"

@@ -37,7 +37,8 @@ by_pkg_config there "$3"
 mv "$folder/there" "$folder/moved"
 by_pkg_config moved "$3"
 mv "$folder/moved" "$folder/there"
-echo "version $(PKG_CONFIG_PATH="$folder/there/$3/pkgconfig" pkg-config --modversion tinyserve) by pkg-config"
+export PKG_CONFIG_PATH="$folder/there/$3/pkgconfig"
+echo "version $(pkg-config --modversion tinyserve) by pkg-config"
 
 cat >"$folder/CMakeLists.txt" <<'END'
 cmake_minimum_required(VERSION 3.22)

@@ -155,8 +155,9 @@ ts_status ts_seq_truncate(ts_pool *pool, const ts_seq *seqs, const uint32_t *len
 ts_status ts_seq_free(ts_pool *pool, const ts_seq *seqs, uint32_t count);
 
 /* Keeps a sequence under a name (1..127 bytes of UTF-8 without control characters): it outlives
- * this session and any session of the same tenant may attach to it. NULL forgets the name: the sequence becomes this session's own
- * again. TS_EEXIST: the tenant keeps another one under this name. */
+ * this session and any session of the same tenant may attach to it. NULL forgets the name: the
+ * sequence becomes this session's own again. TS_EEXIST: the tenant keeps another one under this
+ * name. */
 ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name);
 
 /* Finds a kept sequence; *length (may be NULL) is its tokens. TS_ENOENT: there is none. */

@@ -13,8 +13,8 @@ POOL = "p:layers=1,kv_heads=1,head_dim=32,memory=1M,device=host"
 
 
 def start(path, *arguments):
-    return subprocess.run([os.environ["TS_TEST_DAEMON"], "--socket", str(path), *arguments], text=True,
-                          stderr=subprocess.PIPE, check=False, timeout=60)
+    return subprocess.run([os.environ["TS_TEST_DAEMON"], "--socket", str(path), *arguments],
+                          text=True, stderr=subprocess.PIPE, check=False, timeout=60)
 
 
 @pytest.mark.parametrize("ending", ["", ".handles", ".lock"])

@@ -126,11 +126,13 @@ def test_names_are_cut_where_a_terminal_ends_and_nowhere_else(start_daemon):
     ctl = [os.environ["TS_TEST_TSCTL"], "-s", daemon.url]
     with tinyserve.connect(daemon.url, program="p" * 40) as client, client.pool("first") as kv:
         kv.keep(kv.create()[0], name)
-        piped = [subprocess.run([*ctl, *words], check=True, text=True, stdout=subprocess.PIPE).stdout
+        piped = [subprocess.run([*ctl, *words], check=True, text=True,
+                                stdout=subprocess.PIPE).stdout
                  for words in (["seqs", "first"], ["sessions"])]
         assert piped[0].splitlines()[1].endswith(" " + name)
         assert "p" * 40 in piped[1]
-        for columns, kept in ((80, name[:15]), (97, name[:32]), (98, name[:32]), (99, name[:33]), (132, name)):
+        for columns, kept in ((80, name[:15]), (97, name[:32]), (98, name[:32]), (99, name[:33]),
+                              (132, name)):
             terminal = Terminal(*ctl, "seqs", "first", "--watch=0.1", columns=columns)
             terminal.wait_for(f" - {kept} ", redraw=False)
             os.kill(terminal.pid, signal.SIGTERM)
@@ -144,7 +146,8 @@ def test_an_operators_looks_are_not_in_the_log(tmp_path):
     url = str(tmp_path / "s")
     tinyserve.connect(url, wait=60, program="worker").close()
     for words in (["status"], ["seqs"], ["check"]):
-        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", url, *words], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", url, *words], check=True,
+                       stdout=subprocess.DEVNULL)
     process.terminate()
     log = process.stderr.read()
     assert process.wait(60) == 0

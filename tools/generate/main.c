@@ -344,6 +344,7 @@ static bool fits(const model *m, const ts_geometry *g)
 int main(int argc, char **argv)
 {
     options o = {.pool = "tiny", .folder = "tools/model", .tokens = 192};
+    argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     char why[512];
     job j = {0};
