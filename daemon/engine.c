@@ -197,7 +197,7 @@ static void session_open(ts_engine *e, const ts_command *c, ts_answer *a)
     if (index != TS_NONE)
         e->free_session = e->sessions[index].next_free;
     else
-        index = e->num_sessions++;
+        e->sessions[index = e->num_sessions++].generation = e->limits.first_generation;
     ts_session *s = &e->sessions[index];
     *s = (ts_session){.generation = s->generation + 1,
                       .live = true,

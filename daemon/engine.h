@@ -181,6 +181,7 @@ typedef struct ts_engine_limits {
     uint32_t batch;          /* sequences in one command */
     uint32_t step_tokens;    /* new tokens in one step */
     uint64_t exchange_bytes;
+    uint32_t first_generation; /* of ids: random, for each daemon; less than 2^31 */
 } ts_engine_limits;
 
 /* Whether clients may map a pool's slabs writable. */

@@ -19,7 +19,7 @@ static uint32_t step_new(ts_engine *e, ts_session *s, uint32_t num_seqs)
     if (seqs == NULL)
         return TS_NONE;
     uint32_t index = e->free_step;
-    uint64_t generation = 0;
+    uint64_t generation = e->limits.first_generation;
     if (index != TS_NONE) {
         e->free_step = e->steps[index].next;
         generation = e->steps[index].id >> 32;

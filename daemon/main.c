@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
@@ -266,6 +267,15 @@ static void end_connection(void *transport, uint32_t pipe)
     ts_transport_end(transport, pipe);
 }
 
+/* Where ids begin: somewhere else each time, so that one from an earlier daemon names nothing. */
+static uint32_t random_generation(void)
+{
+    uint32_t random;
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
+        random = (uint32_t)ts_now_ns();
+    return random >> 1;
+}
+
 /* Everything from here to the signal; returns the exit status. */
 static int serve(ts_config *c, const options *o, const sigset_t *signals)
 {
@@ -293,6 +303,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     pthread_mutex_init(&s->operators_lock, NULL);
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     ts_queue_init(&s->queue);
+    c->limits.first_generation = random_generation();
     s->engine = ts_engine_new(&c->limits);
     s->by_session = calloc(c->limits.sessions, sizeof(ts_connection *));
     s->attention = ts_attention_new(c->threads, c->kernel);

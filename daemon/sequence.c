@@ -6,10 +6,14 @@
 
 _Static_assert(sizeof(ts_sequence) <= 64, "README states 64 bytes a sequence");
 
-void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens)
+void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens,
+                       uint32_t first_generation)
 {
-    *s = (ts_sequences){
-        .max = max, .block_tokens = block_tokens, .free_head = TS_NONE, .dying = TS_NONE};
+    *s = (ts_sequences){.max = max,
+                        .block_tokens = block_tokens,
+                        .free_head = TS_NONE,
+                        .dying = TS_NONE,
+                        .first_generation = first_generation};
 }
 
 void ts_sequences_fini(ts_sequences *s)
@@ -63,7 +67,7 @@ static void owner_remove(ts_sequences *s, uint32_t index, uint32_t *owned)
 uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, uint32_t owner,
                          uint32_t *owned)
 {
-    uint32_t index = s->free_head, generation = 0;
+    uint32_t index = s->free_head, generation = s->first_generation;
     if (index != TS_NONE) {
         s->free_head = s->all[index].next;
         generation = s->all[index].generation;
@@ -198,7 +202,7 @@ void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, ui
 void ts_sequence_doom(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned)
 {
     uint32_t index = ts_sequence_index(s, seq);
-    (void)pool; /* its books change as the blocks go */
+    (void)pool;                    /* its books change as the blocks go */
     seq->told = seq->name != NULL; /* from now on: its blocks are pinned still */
     if (seq->name != NULL) {
         ts_names_remove(&s->names, seq->tenant, seq->name);

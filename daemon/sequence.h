@@ -4,7 +4,8 @@
  * that the step reserved; if its tail was shared, the tail entry is already the step's private copy
  * (see step.h).
  *
- * An id is generation << 32 | index: the id of a freed sequence never comes back.
+ * An id is generation << 32 | index: the id of a freed sequence never comes back. Generations begin
+ * somewhere else in each daemon, so an id from before a restart names nothing.
  *
  * Cost: 64 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
  * 4).
@@ -43,12 +44,15 @@ typedef struct ts_sequences {
     uint32_t max;
     uint32_t live, kept;
     uint32_t free_head;
-    uint32_t dying; /* the first of those that are freed bit by bit; TS_NONE: none */
+    uint32_t first_generation; /* ids begin behind it */
+    uint32_t dying;            /* the first of those that are freed bit by bit; TS_NONE: none */
     uint32_t block_tokens;
     ts_names names;
 } ts_sequences;
 
-void ts_sequences_init(ts_sequences *seqs, uint32_t max, uint32_t block_tokens);
+/* first_generation: less than 2^31. */
+void ts_sequences_init(ts_sequences *seqs, uint32_t max, uint32_t block_tokens,
+                       uint32_t first_generation);
 void ts_sequences_fini(ts_sequences *seqs);
 
 /* Makes sure that the next `count` calls of ts_sequence_new succeed. TS_EQUOTA past the maximum. */

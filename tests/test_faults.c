@@ -506,6 +506,27 @@ static void parent_of_a_holder(const char *url, int ready)
         pause();
 }
 
+static void an_id_from_before_a_restart_names_nothing(void **state)
+{
+    (void)state;
+    ts_seq before[20], after[20];
+    for (int turn = 0; turn < 2; turn++) {
+        daemon_process d;
+        daemon_start(&d, POOL_TINY ",blocks=16");
+        ts_client *c = connect_to(&d);
+        ts_pool *p = open_pool(c, "tiny", 0);
+        uint32_t length;
+        OK(ts_seq_create(p, 20, turn == 0 ? before : after));
+        for (int i = 0; turn == 1 && i < 20; i++) {
+            assert_true(before[i] != after[i]);
+            assert_int_equal(ts_seq_lengths(p, &before[i], 1, &length), TS_ENOENT);
+        }
+        ts_pool_close(p);
+        ts_disconnect(c);
+        daemon_stop(&d);
+    }
+}
+
 /* Worker: begins a run on the processor that takes many minutes, and tells when it is under way. */
 static void runs_for_minutes(const char *url, int ready)
 {
@@ -677,6 +698,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(the_handle_socket_gives_nothing_without_a_token),
+        cmocka_unit_test(an_id_from_before_a_restart_names_nothing),
         cmocka_unit_test(a_killed_workers_long_run_ends_and_others_go_on_meanwhile),
         cmocka_unit_test(an_abort_after_a_runs_timeout_ends_the_run),
         cmocka_unit_test(a_dead_workers_blocks_are_free_though_its_child_holds_the_socket),

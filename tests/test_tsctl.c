@@ -117,7 +117,7 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     run(text, sizeof text, TS_CTL " map %s --color=always", url);
     assert_has(text, "\033[35m█\033[0m░▒░·");
     run(text, sizeof text, TS_CTL " seqs %s", url);
-    assert_has(text, "20       2       1");
+    assert_has(text, "20      2       1");
     assert_has(text, "system-prompt");
     run(text, sizeof text, TS_CTL " check %s", url);
     assert_has(text, "0 problems");

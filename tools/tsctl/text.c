@@ -126,18 +126,18 @@ void text_pools(const Tspb__StatusReply *r, const style *s)
 
 void text_sessions_head(void)
 {
-    printf("%-12s %8s %8s %-16s %7s %8s %5s %9s\n", "SESSION", "UID", "PID", "PROGRAM", "SEQS",
+    printf("%-16s %6s %7s %-15s %7s %8s %5s %9s\n", "SESSION", "UID", "PID", "PROGRAM", "SEQS",
            "BLOCKS", "STEPS", "EXCHANGE");
 }
 
 void text_sessions(const Tspb__SessionList *r, const style *s)
 {
     char a[32], program[CELL_BYTES];
-    const size_t most = s->columns == 0 ? 0 : 16 + spare(s, 80);
+    const size_t most = s->columns == 0 ? 0 : 15 + spare(s, 80);
     for (size_t i = 0; i < r->n_sessions; i++) {
         const Tspb__SessionInfo *n = r->sessions[i];
-        printf("%-12llx %8u %8u %s %7llu %8llu %5u %9s\n", (unsigned long long)n->session, n->uid,
-               n->pid, text_cell(n->program, 16, most, program, sizeof program),
+        printf("%-16llx %6u %7u %s %7llu %8llu %5u %9s\n", (unsigned long long)n->session, n->uid,
+               n->pid, text_cell(n->program, 15, most, program, sizeof program),
                (unsigned long long)n->sequences, (unsigned long long)n->blocks, n->steps,
                ts_text_bytes(n->exchange_bytes, a, sizeof a));
     }
@@ -145,7 +145,7 @@ void text_sessions(const Tspb__SessionList *r, const style *s)
 
 void text_seqs_head(void)
 {
-    printf("%-14s %9s %7s %7s %8s %-12s %s\n", "SEQUENCE", "TOKENS", "BLOCKS", "SHARED", "UID",
+    printf("%-16s %8s %6s %7s %6s %-16s %s\n", "SEQUENCE", "TOKENS", "BLOCKS", "SHARED", "UID",
            "SESSION", "KEPT AS");
 }
 
@@ -158,7 +158,7 @@ void text_seqs(const Tspb__SeqList *r, const style *s)
         char session[32] = "-";
         if (n->session != 0)
             snprintf(session, sizeof session, "%llx", (unsigned long long)n->session);
-        printf("%-14llx %9u %7u %7u %8u %-12s %s%s\n", (unsigned long long)n->seq, n->length,
+        printf("%-16llx %8u %6u %7u %6u %-16s %s%s\n", (unsigned long long)n->seq, n->length,
                n->blocks, n->shared_blocks, n->uid, session,
                text_cell(n->name[0] != '\0' ? n->name : "-", 0, most, name, sizeof name),
                n->in_step ? " *" : "");

@@ -259,7 +259,7 @@ static void draw_sessions(const view *v, int top, int lines, int columns)
 {
     attron(A_REVERSE);
     mvprintw(top, 0, "%-*.*s", columns, columns,
-             "  SESSION      PROGRAM               PID      UID  SEQS   BLOCKS  STEPS   REQ/S");
+             "  SESSION          PROGRAM             PID    UID  SEQS  BLOCKS STEPS  REQ/S");
     attroff(A_REVERSE);
     row *sorted = malloc((v->num_rows + 1) * sizeof *sorted);
     if (sorted == NULL)
@@ -277,9 +277,9 @@ static void draw_sessions(const view *v, int top, int lines, int columns)
         mvaddstr(top + 1 + (int)i, 0, "█");
         attroff(COLOR_PAIR(pair));
         char line[512], program[256];
-        snprintf(line, sizeof line, " %-12llx %s %8u %8u %5llu %8llu %6u %7.0f",
+        snprintf(line, sizeof line, " %-16llx %s %7u %6u %5llu %7llu %5u %6.0f",
                  (unsigned long long)r->session,
-                 text_cell(r->program, 16, 16, program, sizeof program), r->pid, r->uid,
+                 text_cell(r->program, 15, 15, program, sizeof program), r->pid, r->uid,
                  (unsigned long long)r->sequences, (unsigned long long)r->blocks, r->steps,
                  r->rate);
         add_line(line, columns - 1);
