@@ -7,6 +7,7 @@
 #include "metrics.h"
 #include "page.h"
 #include "plain_text.h"
+#include "report.h"
 #include "stats.h"
 
 #include <errno.h>
@@ -14,6 +15,7 @@
 #include <microhttpd.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +31,7 @@
 typedef struct route {
     const char *path, *type;
     char *(*text)(ts_service *service); /* NULL: the page */
+    bool needs_figures;                 /* of all pools */
 } route;
 
 /* Where sessions are spread over daemons, one that drains isn't to get any. */
@@ -38,10 +41,10 @@ static char *health(ts_service *s)
 }
 
 static const route routes[] = {
-    {"/", "text/html; charset=utf-8", NULL},
-    {"/stats.json", "application/json", ts_stats_json},
-    {"/metrics", "text/plain; version=0.0.4; charset=utf-8", ts_metrics_text},
-    {"/healthz", TEXT, health},
+    {"/", "text/html; charset=utf-8", NULL, false},
+    {"/stats.json", "application/json", ts_stats_json, true},
+    {"/metrics", "text/plain; version=0.0.4; charset=utf-8", ts_metrics_text, false},
+    {"/healthz", TEXT, health, false},
 };
 
 typedef struct place place;
@@ -50,6 +53,7 @@ typedef struct place place;
  * which are the engine's owner's until it puts the question among the answered ones. */
 typedef struct question {
     ts_work work;
+    ts_survey_waiter waiter; /* for the figures that the route needs */
     ts_http *http;
     const route *route;
     char *text; /* the answer; NULL: there is none (yet) */
@@ -150,12 +154,22 @@ static enum MHD_Result refuse_host(struct MHD_Connection *connection, const char
 
 /* ---- questions ---- */
 
+static void answer_question(ts_work *work, void *service);
+
+/* The figures that the question waited for are there, or some of them. */
+static void figures_ready(ts_survey_waiter *waiter, ts_service *service)
+{
+    answer_question(&((question *)((char *)waiter - offsetof(question, waiter)))->work, service);
+}
+
 /* On the engine's owner. */
 static void answer_question(ts_work *work, void *service)
 {
     question *q = (question *)work;
     ts_http *h = q->http;
     uint64_t one = 1;
+    if (q->route->needs_figures && !ts_report_http_ready(service, &q->waiter))
+        return; /* it is asked again */
     q->text = q->route->text(service);
     pthread_mutex_lock(&h->lock);
     q->next_answered = h->answered_questions;
@@ -206,7 +220,11 @@ static enum MHD_Result ask(ts_http *h, struct MHD_Connection *connection, const 
     question *q = malloc(sizeof *q);
     if (q == NULL)
         return MHD_NO;
-    *q = (question){.work.run = answer_question, .http = h, .route = r, .place = p};
+    *q = (question){.work.run = answer_question,
+                    .waiter.ready = figures_ready,
+                    .http = h,
+                    .route = r,
+                    .place = p};
     p->connection = connection;
     p->question = q;
     *state = q;

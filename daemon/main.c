@@ -9,6 +9,7 @@
 #include "ring.h"
 #include "service.h"
 #include "socket_path.h"
+#include "surveys.h"
 #include "transport.h"
 #include "version.h"
 
@@ -311,7 +312,9 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
         s->batch = ts_batch_new(s->attention);
     if (s->engine != NULL && s->batch != NULL)
         s->rings = ts_rings_new(s, c->spin_us);
-    if (s->engine == NULL || s->by_session == NULL || s->batch == NULL || s->rings == NULL) {
+    s->surveys = ts_surveys_new();
+    if (s->engine == NULL || s->by_session == NULL || s->batch == NULL || s->rings == NULL ||
+        s->surveys == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
                c->limits.sessions, c->threads);
         goto out;

@@ -3,6 +3,7 @@
 
 #include "admin.h"
 #include "clock.h"
+#include "invariants.h"
 #include "plain_text.h"
 #include "version.h"
 
@@ -13,7 +14,11 @@
 
 #define LIST_MAX 4096u
 #define CELLS_MAX 65536u
+#define LIST_ENTRIES (1u << 16) /* table entries and places that one list looks at */
 #define PROBLEMS_MAX 100u
+#define CHECK_QUICK_US                                                                             \
+    10000u /* a check that holds the daemon no longer may follow another at once, */
+#define CHECK_REST_MS 10000u /* ... after others comes a rest */
 
 ts_view ts_report_view(const ts_service *s, const ts_connection *c)
 {
@@ -152,17 +157,11 @@ static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool 
                         Tspb__PoolStatsReply *r)
 {
     const ts_engine *e = s->engine;
-    uint64_t *sequences = zalloc(e->num_tenants, sizeof *sequences);
     r->tenants = zalloc(e->num_tenants, sizeof *r->tenants);
-    bool ok = sequences != NULL && r->tenants != NULL;
-    for (uint32_t i = 0; ok && i < pool->seqs.count; i++)
-        if (pool->seqs.all[i].tenant != TS_NONE)
-            sequences[pool->seqs.all[i].tenant]++;
+    bool ok = r->tenants != NULL;
     for (uint32_t t = 0; ok && t < e->num_tenants; t++) {
         const ts_pool_tenant *use = &pool->books.tenants[t];
-        if (use->slabs == 0 && sequences[t] == 0)
-            continue;
-        if (!ts_view_sees(view, t))
+        if ((use->slabs == 0 && use->sequences == 0) || !ts_view_sees(view, t))
             continue;
         Tspb__TenantUse *u = malloc(sizeof *u);
         ok = u != NULL;
@@ -170,64 +169,99 @@ static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool 
             break;
         tspb__tenant_use__init(u);
         u->uid = e->tenants[t];
-        u->sequences = sequences[t];
+        u->sequences = use->sequences;
         u->used_blocks = use->used;
         u->slabs = use->slabs;
         r->tenants[r->n_tenants++] = u;
     }
-    free(sequences);
     return ok;
 }
 
-static void report_stats(const ts_service *s, ts_view view, const char *name, Tspb__Reply *reply)
+/* The pool's figures, or refuses (TS_EBUSY: they come later). */
+static ts_status get_survey(ts_service *s, uint32_t pool, ts_survey_waiter *waiter,
+                            const ts_survey **survey, Tspb__Reply *reply)
+{
+    ts_status status = ts_surveys_get(s, pool, waiter, survey);
+    if (status != TS_OK && status != TS_EBUSY)
+        no_memory(reply);
+    return status;
+}
+
+static ts_report_state report_stats(ts_service *s, ts_view view, const char *name,
+                                    ts_survey_waiter *waiter, Tspb__Reply *reply)
 {
     uint32_t index;
-    ts_survey survey;
+    const ts_survey *survey;
     if (!find_pool(s, name, &index, reply))
-        return;
+        return TS_REPORT_ANSWER;
+    ts_status status = get_survey(s, index, waiter, &survey, reply);
+    if (status != TS_OK)
+        return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
     Tspb__PoolStatsReply *r = malloc(sizeof *r);
-    if (r == NULL)
-        return no_memory(reply);
+    if (r == NULL) {
+        no_memory(reply);
+        return TS_REPORT_ANSWER;
+    }
+    ts_survey_lengths lengths = ts_survey_lengths_of(survey, view);
     tspb__pool_stats_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_STATS_REPLY;
     reply->pool_stats_reply = r;
-    if (ts_survey_pool(s->engine, index, view, &survey) != TS_OK)
-        return no_memory(reply);
-    free(survey.fill);
     r->pool = summarise(s, index);
     r->others_hidden = !view.all;
-    r->stored_tokens = survey.stored_tokens;
-    r->seen_tokens = survey.seen_tokens;
-    r->used_slots = survey.used_slots;
-    r->reserved_slots = survey.reserved_slots;
-    r->table_blocks = survey.table_blocks;
-    r->longest_tokens = survey.longest;
-    r->length_histogram = copy_bins(survey.lengths, &r->n_length_histogram);
-    r->free_run_histogram = copy_bins(survey.free_runs, &r->n_free_run_histogram);
+    r->stored_tokens = survey->stored_tokens;
+    r->seen_tokens = survey->seen_tokens;
+    r->used_slots = survey->used_slots;
+    r->reserved_slots = survey->reserved_slots;
+    r->table_blocks = survey->table_blocks;
+    r->longest_tokens = lengths.longest;
+    r->length_histogram = copy_bins(lengths.bins, &r->n_length_histogram);
+    r->free_run_histogram = copy_bins(survey->free_runs, &r->n_free_run_histogram);
     if (r->pool == NULL || r->length_histogram == NULL || r->free_run_histogram == NULL ||
         !add_tenants(s, view, &s->engine->pools[index], r))
         no_memory(reply);
+    return TS_REPORT_ANSWER;
 }
 
-static void report_map(const ts_service *s, ts_view view, const Tspb__PoolMap *request,
-                       Tspb__Reply *reply)
+static void fill_map(const ts_pool_books *books, const ts_survey *survey, ts_view view,
+                     Tspb__PoolMapReply *r)
 {
-    uint32_t index;
-    ts_survey survey;
+    for (uint32_t b = 0; b < books->num_blocks; b++) {
+        uint32_t refs = ts_pool_refs(books, b), cell = b / r->blocks_per_cell;
+        r->used[cell] += refs > 0;
+        if (!ts_view_sees(view, books->slabs[b / books->slab_blocks].tenant)) {
+            if (refs > 0)
+                r->owners[cell] = TS_OWNER_SEVERAL;
+            continue;
+        }
+        r->shared[cell] += refs > 1;
+        r->tokens[cell] += survey->fill[b];
+        r->owners[cell] = ts_owner_of_both(r->owners[cell], survey->owners[b]);
+    }
+}
+
+static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolMap *request,
+                                  ts_survey_waiter *waiter, Tspb__Reply *reply)
+{
+    uint32_t index, wanted = request->cells;
+    const ts_survey *survey;
     if (!find_pool(s, request->pool, &index, reply))
-        return;
+        return TS_REPORT_ANSWER;
+    if (wanted == 0 || wanted > CELLS_MAX) {
+        refuse(reply, TS_EINVAL, "a map has %s cells", "1..65536");
+        return TS_REPORT_ANSWER;
+    }
+    ts_status status = get_survey(s, index, waiter, &survey, reply);
+    if (status != TS_OK)
+        return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
     const ts_pool_books *books = &s->engine->pools[index].books;
-    uint32_t wanted = request->cells;
-    if (wanted == 0 || wanted > CELLS_MAX)
-        return refuse(reply, TS_EINVAL, "a map has %s cells", "1..65536");
     Tspb__PoolMapReply *r = malloc(sizeof *r);
-    if (r == NULL)
-        return no_memory(reply);
+    if (r == NULL) {
+        no_memory(reply);
+        return TS_REPORT_ANSWER;
+    }
     tspb__pool_map_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_MAP_REPLY;
     reply->pool_map_reply = r;
-    if (ts_survey_pool(s->engine, index, view, &survey) != TS_OK)
-        return no_memory(reply);
     uint32_t per_cell = (books->num_blocks - 1) / wanted + 1;
     uint32_t cells = (books->num_blocks - 1) / per_cell + 1;
     r->blocks_per_cell = per_cell;
@@ -237,28 +271,14 @@ static void report_map(const ts_service *s, ts_view view, const Tspb__PoolMap *r
     r->shared = zalloc(cells, sizeof *r->shared);
     r->tokens = zalloc(cells, sizeof *r->tokens);
     r->owners = zalloc(cells, sizeof *r->owners);
-    uint32_t *owners = zalloc(books->num_blocks, sizeof *owners);
     if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->tokens != NULL &&
-        r->owners != NULL && owners != NULL) {
+        r->owners != NULL) {
         r->n_used = r->n_shared = r->n_tokens = r->n_owners = cells;
-        ts_survey_owners(s->engine, index, owners);
-        for (uint32_t b = 0; b < books->num_blocks; b++) {
-            uint32_t refs = ts_pool_refs(books, b), cell = b / per_cell;
-            r->used[cell] += refs > 0;
-            if (!ts_view_sees(view, books->slabs[b / books->slab_blocks].tenant)) {
-                if (refs > 0)
-                    r->owners[cell] = TS_OWNER_SEVERAL;
-                continue;
-            }
-            r->shared[cell] += refs > 1;
-            r->tokens[cell] += survey.fill[b];
-            r->owners[cell] = ts_owner_of_both(r->owners[cell], owners[b]);
-        }
+        fill_map(books, survey, view, r);
     } else {
         no_memory(reply);
     }
-    free(owners);
-    free(survey.fill);
+    return TS_REPORT_ANSWER;
 }
 
 static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListSessions *request,
@@ -344,14 +364,18 @@ static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs 
     reply->body_case = TSPB__REPLY__BODY_SEQ_LIST;
     reply->seq_list = list;
     list->seqs = zalloc(limit, sizeof *list->seqs);
+    uint64_t entries = 0; /* looked at: a list that would take too many goes on in the next */
     for (uint64_t i = request->after; list->seqs != NULL && i < pool->seqs.count; i++) {
-        uint32_t tenant = pool->seqs.all[i].tenant;
-        if (tenant == TS_NONE || !ts_view_sees(view, tenant))
-            continue;
-        if (list->n_seqs == limit) {
+        const ts_sequence *seq = &pool->seqs.all[i];
+        if (list->n_seqs == limit || entries > LIST_ENTRIES) {
             list->next = i;
             break;
         }
+        entries++;
+        if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING ||
+            !ts_view_sees(view, seq->tenant))
+            continue;
+        entries += seq->num_blocks;
         Tspb__SeqInfo *info = describe(e, pool, (uint32_t)i);
         if (info == NULL)
             return no_memory(reply);
@@ -361,23 +385,25 @@ static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs 
         no_memory(reply);
 }
 
-typedef struct problems {
-    Tspb__CheckReply *reply;
-    ts_view view;
-} problems;
-
 static void add_problem(void *arg, const char *sentence)
 {
-    const problems *p = arg;
-    if (p->reply->n_problems < PROBLEMS_MAX) {
-        char *copy = strdup(p->view.all ? sentence : "a problem, which operators are told");
-        if (copy != NULL)
-            p->reply->problems[p->reply->n_problems++] = copy;
-    }
+    Tspb__CheckReply *r = arg;
+    char *copy = r->n_problems < PROBLEMS_MAX ? strdup(sentence) : NULL;
+    if (copy != NULL)
+        r->problems[r->n_problems++] = copy;
 }
 
-static void report_check(const ts_service *s, ts_view view, Tspb__Reply *reply)
+static void report_check(ts_service *s, ts_view view, Tspb__Reply *reply)
 {
+    uint64_t now_ms = ts_now_ms();
+    char wait[64];
+    if (!view.all)
+        return refuse(reply, TS_EPERM, "a check holds up everybody: it is for %s", "operators");
+    if (now_ms < s->check_after_ms) {
+        snprintf(wait, sizeof wait, "the next may begin in %llu s",
+                 (unsigned long long)(s->check_after_ms - now_ms + 999) / 1000);
+        return refuse(reply, TS_EBUSY, "a check has just held up everybody: %s", wait);
+    }
     Tspb__CheckReply *r = malloc(sizeof *r);
     if (r == NULL)
         return no_memory(reply);
@@ -387,32 +413,35 @@ static void report_check(const ts_service *s, ts_view view, Tspb__Reply *reply)
     r->problems = zalloc(PROBLEMS_MAX, sizeof *r->problems);
     if (r->problems == NULL)
         return no_memory(reply);
-    r->checked = ts_survey_check(s->engine, add_problem, &(problems){r, view});
+    uint64_t began_ns = ts_now_ns();
+    r->checked = ts_invariants_check(s->engine, add_problem, r);
+    r->held_us = (ts_now_ns() - began_ns) / 1000;
+    if (r->held_us > CHECK_QUICK_US)
+        s->check_after_ms = ts_now_ms() + CHECK_REST_MS;
 }
 
-bool ts_report(ts_service *s, ts_view view, const Tspb__Request *request, Tspb__Reply *reply)
+ts_report_state ts_report(ts_service *s, ts_view view, const Tspb__Request *request,
+                          ts_survey_waiter *waiter, Tspb__Reply *reply)
 {
     switch (request->body_case) {
     case TSPB__REQUEST__BODY_STATUS:
         report_status(s, reply);
-        return true;
+        return TS_REPORT_ANSWER;
     case TSPB__REQUEST__BODY_POOL_STATS:
-        report_stats(s, view, request->pool_stats->pool, reply);
-        return true;
+        return report_stats(s, view, request->pool_stats->pool, waiter, reply);
     case TSPB__REQUEST__BODY_POOL_MAP:
-        report_map(s, view, request->pool_map, reply);
-        return true;
+        return report_map(s, view, request->pool_map, waiter, reply);
     case TSPB__REQUEST__BODY_LIST_SESSIONS:
         report_sessions(s, view, request->list_sessions, reply);
-        return true;
+        return TS_REPORT_ANSWER;
     case TSPB__REQUEST__BODY_LIST_SEQS:
         report_seqs(s, view, request->list_seqs, reply);
-        return true;
+        return TS_REPORT_ANSWER;
     case TSPB__REQUEST__BODY_CHECK:
         report_check(s, view, reply);
-        return true;
+        return TS_REPORT_ANSWER;
     default:
-        return false;
+        return TS_REPORT_NONE;
     }
 }
 
@@ -444,11 +473,33 @@ void ts_report_free(Tspb__Reply *reply)
         free(reply->message);
 }
 
+bool ts_report_http_ready(ts_service *s, ts_survey_waiter *waiter)
+{
+    const ts_survey *survey;
+    for (uint32_t i = 0; i < s->engine->num_pools; i++)
+        if (ts_engine_has_pool(s->engine, i) && ts_surveys_get(s, i, waiter, &survey) == TS_EBUSY)
+            return false;
+    return true;
+}
+
+/* The figures came too late for the question. */
+static void told_too_late(ts_survey_waiter *waiter, ts_service *s)
+{
+    (void)s;
+    free(waiter);
+}
+
 bool ts_report_http(ts_service *s, const Tspb__Request *request, Tspb__Reply *reply)
 {
+    ts_survey_waiter *waiter = malloc(sizeof *waiter);
     tspb__reply__init(reply);
-    if (ts_report(s, ts_report_view_http(s), request, reply) && reply->status == TS_OK &&
-        ts_text_escape_all(&reply->base))
+    if (waiter == NULL)
+        return false;
+    waiter->ready = told_too_late;
+    ts_report_state state = ts_report(s, ts_report_view_http(s), request, waiter, reply);
+    if (state != TS_REPORT_LATER)
+        free(waiter);
+    if (state == TS_REPORT_ANSWER && reply->status == TS_OK && ts_text_escape_all(&reply->base))
         return true;
     ts_report_free(reply);
     return false;

@@ -568,6 +568,57 @@ void ts_service_resume(ts_service *s)
     ts_rings_resume(s->rings);
 }
 
+/* A report's request that waits for figures. */
+typedef struct report_waiter {
+    ts_survey_waiter waiter; /* first: surveys hand it back */
+    ts_request *request;
+} report_waiter;
+
+static bool answer_report(ts_service *s, ts_connection *c, ts_request *request);
+
+static void report_ready(ts_survey_waiter *waiter, ts_service *s)
+{
+    ts_request *request = ((report_waiter *)waiter)->request;
+    ts_connection *c = ts_service_connection(s, request->pipe);
+    free(waiter);
+    if (c == NULL)
+        request->send(request, NULL, 0);
+    else
+        (void)answer_report(s, c, request);
+}
+
+/* Answers the request, now or later, if it is for a report; such an answer changes nothing, and
+ * isn't kept for repeats. */
+static bool answer_report(ts_service *s, ts_connection *c, ts_request *request)
+{
+    const Tspb__Request *message = request->message;
+    if (message->body_case < TSPB__REQUEST__BODY_STATUS ||
+        message->body_case > TSPB__REQUEST__BODY_CHECK)
+        return false;
+    report_waiter *w = malloc(sizeof *w);
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    reply.request_id = message->request_id;
+    if (w == NULL) {
+        request->send(request, NULL, 0);
+        return true;
+    }
+    *w = (report_waiter){.waiter.ready = report_ready, .request = request};
+    ts_report_state state = ts_report(s, ts_report_view(s, c), message, &w->waiter, &reply);
+    if (state == TS_REPORT_LATER)
+        return true;
+    free(w);
+    if (state == TS_REPORT_NONE)
+        return false;
+    char *owned_message = reply.status != TS_OK ? reply.message : NULL;
+    Tspb__Reply whole = reply;
+    ts_refused(s, message, (ts_status)reply.status);
+    size_t size = finish(s, &reply);
+    request->send(request, s->packed, size);
+    whole.message = owned_message;
+    ts_report_free(&whole);
+    return true;
+}
+
 void ts_service_request(ts_work *work, void *service)
 {
     ts_service *s = service;
@@ -591,19 +642,8 @@ void ts_service_request(ts_work *work, void *service)
     if (!ts_decode_plain(message, &a))
         return send_refusal(s, request, message->request_id, &a);
 
-    Tspb__Reply reply = TSPB__REPLY__INIT;
-    reply.request_id = message->request_id;
-    if (ts_report(s, ts_report_view(s, c), message,
-                  &reply)) { /* changes nothing: not kept for repeats */
-        char *owned_message = reply.status != TS_OK ? reply.message : NULL;
-        Tspb__Reply whole = reply;
-        ts_refused(s, message, (ts_status)reply.status);
-        size_t size = finish(s, &reply);
-        request->send(request, s->packed, size);
-        whole.message = owned_message;
-        ts_report_free(&whole);
+    if (answer_report(s, c, request))
         return;
-    }
     ts_kept_reply *kept = reply_slot(s, c, request);
     if (kept != NULL)
         answer(s, c, request, kept);
@@ -627,6 +667,7 @@ void ts_service_fini(ts_service *s)
             connection_free(s, c);
         }
     ts_rings_free(s->rings);
+    ts_surveys_free(s->surveys);
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(s->memory[i]);
     ts_jobs_fini(s);

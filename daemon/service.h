@@ -96,9 +96,11 @@ typedef struct ts_service {
     uint32_t num_step_plans;
     ts_service_job *live_jobs; /* with the kernels */
     ts_reply_account *reply_accounts;
-    ts_work sweep;       /* goes on with what the engine frees bit by bit */
-    bool sweeping;       /* it is in the queue */
-    ts_request *waiting; /* commits and aborts, for their step's runs */
+    struct ts_surveys *surveys; /* surveys.h */
+    uint64_t check_after_ms;    /* the next check of the books may begin then */
+    ts_work sweep;              /* goes on with what the engine frees bit by bit */
+    bool sweeping;              /* it is in the queue */
+    ts_request *waiting;        /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;

@@ -1,309 +1,179 @@
 #include "survey.h"
 
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 static uint32_t bin_of(uint32_t n)
 {
     return n < 2 ? 0 : 31u - (uint32_t)__builtin_clz(n);
 }
 
-static void fill_block(ts_survey *s, uint32_t block, uint32_t tokens)
+ts_survey *ts_survey_new(const ts_engine *e, uint32_t pool)
 {
+    uint32_t blocks = e->pools[pool].books.num_blocks, tenants = e->num_tenants;
+    ts_survey *s = calloc(1, sizeof *s);
+    if (s == NULL)
+        return NULL;
+    s->fill = calloc(blocks, sizeof *s->fill);
+    s->owners = calloc(blocks, sizeof *s->owners);
+    s->lengths = calloc(tenants + 1, sizeof *s->lengths);
+    s->num_blocks = blocks;
+    s->num_tenants = tenants;
+    s->pool = pool;
+    if (s->fill == NULL || s->owners == NULL || s->lengths == NULL) {
+        ts_survey_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+void ts_survey_free(ts_survey *s)
+{
+    if (s == NULL)
+        return;
+    free(s->fill);
+    free(s->owners);
+    free(s->lengths);
+    free(s);
+}
+
+uint64_t ts_survey_cost(const ts_engine *e, uint32_t pool)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    uint64_t cost = (uint64_t)p->seqs.count + p->books.num_blocks;
+    for (uint32_t t = 0; t < p->books.num_tenants; t++)
+        cost += p->books.tenants[t].entries;
+    return cost;
+}
+
+static void look_at_block(ts_survey *s, uint32_t block, uint32_t tokens, uint32_t owner)
+{
+    if (block >= s->num_blocks) /* the pool has grown meanwhile */
+        return;
+    s->owners[block] = ts_owner_of_both(s->owners[block], owner);
     if (s->fill[block] < tokens)
         s->fill[block] = (uint16_t)tokens;
 }
 
-ts_status ts_survey_pool(const ts_engine *e, uint32_t index, ts_view view, ts_survey *s)
+/* Goes on with the table of a sequence; false: there was not enough left for all of it. */
+static bool walk_sequence(ts_survey *s, const ts_engine_pool *pool, const ts_sequence *seq,
+                          uint32_t *left)
 {
-    const ts_engine_pool *pool = &e->pools[index];
-    const ts_pool_books *books = &pool->books;
     const uint32_t block_tokens = pool->seqs.block_tokens;
-    *s = (ts_survey){.fill = calloc(books->num_blocks, sizeof *s->fill)};
-    if (s->fill == NULL)
-        return TS_ENOMEM;
-
-    for (uint32_t i = 0; i < pool->seqs.count; i++) {
-        const ts_sequence *seq = &pool->seqs.all[i];
-        if (seq->tenant == TS_NONE)
-            continue;
+    uint32_t owner =
+        seq->owner == TS_NONE ? (uint32_t)TS_OWNER_KEPT : TS_OWNER_SESSIONS + seq->owner;
+    if (s->at.entry == 0) {
         s->seen_tokens += seq->length;
         s->table_blocks += seq->num_blocks;
-        if (ts_view_sees(view, seq->tenant)) {
-            s->lengths[bin_of(seq->length)]++;
-            s->longest = seq->length > s->longest ? seq->length : s->longest;
-        }
-        if (seq->num_blocks == 0)
-            continue;
-        for (uint32_t b = 0; b + 1 < seq->num_blocks; b++)
-            fill_block(s, seq->blocks[b], block_tokens);
-        if (seq->step == TS_NONE)
-            fill_block(s, seq->blocks[seq->num_blocks - 1],
-                       seq->length - (seq->num_blocks - 1) * block_tokens);
-    }
-    for (uint32_t i = 0; i < e->num_steps; i++) {
-        const ts_step *step = &e->steps[i];
-        if (!step->live || step->pool != index)
-            continue;
-        for (uint32_t j = 0; j < step->num_seqs; j++) { /* their tails may be replaced by copies */
-            const ts_step_seq *part = &step->seqs[j];
-            uint32_t blocks = ts_blocks_for(part->start, block_tokens);
-            if (blocks > 0)
-                fill_block(s, part->original != TS_NONE ? part->original : part->table[blocks - 1],
-                           part->start - (blocks - 1) * block_tokens);
+        if (seq->tenant < s->num_tenants) {
+            ts_survey_lengths *l = &s->lengths[seq->tenant];
+            l->bins[bin_of(seq->length)]++;
+            l->longest = seq->length > l->longest ? seq->length : l->longest;
         }
     }
-    uint32_t run = 0;
-    for (uint32_t b = 0; b <= books->num_blocks; b++) {
-        if (b < books->num_blocks && ts_pool_refs(books, b) == 0) {
-            run++;
-            continue;
-        }
-        if (run > 0)
-            s->free_runs[bin_of(run)]++;
-        run = 0;
-        if (b == books->num_blocks)
-            break;
-        s->stored_tokens += s->fill[b];
-        s->used_slots += block_tokens;
-        if (s->fill[b] == 0)
-            s->reserved_slots += block_tokens;
+    for (; s->at.entry < seq->num_blocks; s->at.entry++, (*left)--) {
+        if (*left == 0)
+            return false;
+        /* The tail of one that is in a step may be a copy: the step tells (walk_step). */
+        uint32_t i = s->at.entry, tokens = block_tokens;
+        if (i + 1 == seq->num_blocks)
+            tokens = seq->step == TS_NONE ? seq->length - i * block_tokens : 0;
+        look_at_block(s, seq->blocks[i], tokens, owner);
     }
-    return TS_OK;
+    return true;
 }
 
-static void own_blocks(uint32_t *owners, const uint32_t *table, uint32_t count, uint32_t owner)
+/* The same of a step's table. */
+static bool walk_step(ts_survey *s, const ts_engine_pool *pool, const ts_step *step, uint32_t *left)
 {
-    for (uint32_t b = 0; b < count; b++)
-        owners[table[b]] = ts_owner_of_both(owners[table[b]], owner);
+    const uint32_t block_tokens = pool->seqs.block_tokens;
+    for (; s->at.entry < step->num_seqs; s->at.entry++) {
+        const ts_step_seq *part = &step->seqs[s->at.entry];
+        uint32_t before = ts_blocks_for(part->start, block_tokens);
+        uint32_t all = before + part->reserved;
+        if (*left == 0)
+            return false;
+        if (before > 0)
+            look_at_block(s, part->original != TS_NONE ? part->original : part->table[before - 1],
+                          part->start - (before - 1) * block_tokens, TS_OWNER_NONE);
+        for (uint32_t b = before > 0 ? before - 1 : 0; b < all; b++)
+            look_at_block(s, part->table[b], 0, TS_OWNER_SESSIONS + step->session);
+        *left -= 1 + part->reserved < *left ? 1 + part->reserved : *left;
+    }
+    return true;
 }
 
-void ts_survey_owners(const ts_engine *e, uint32_t index, uint32_t *owners)
+static void walk_block(ts_survey *s, const ts_pool_books *books, uint32_t block_tokens)
 {
-    const ts_engine_pool *pool = &e->pools[index];
-    memset(owners, 0, pool->books.num_blocks * sizeof *owners);
-    for (uint32_t i = 0; i < pool->seqs.count; i++) {
-        const ts_sequence *seq = &pool->seqs.all[i];
-        if (seq->tenant != TS_NONE)
-            own_blocks(owners, seq->blocks, seq->num_blocks,
-                       seq->owner == TS_NONE ? (uint32_t)TS_OWNER_KEPT
-                                             : TS_OWNER_SESSIONS + seq->owner);
-    }
-    for (uint32_t i = 0; i < e->num_steps; i++) {
-        const ts_step *step = &e->steps[i];
-        if (!step->live || step->pool != index)
-            continue;
-        for (uint32_t j = 0; j < step->num_seqs; j++) {
-            const ts_step_seq *part = &step->seqs[j];
-            own_blocks(
-                owners, part->table,
-                ts_blocks_for((uint64_t)part->start + part->new_tokens, pool->seqs.block_tokens),
-                TS_OWNER_SESSIONS + step->session);
-        }
-    }
-}
-
-/* ---- check ---- */
-
-typedef struct checker {
-    const ts_engine *e;
-    void (*problem)(void *arg, const char *sentence);
-    void *arg;
-    uint64_t checked;
-} checker;
-
-static void __attribute__((format(printf, 2, 3))) wrong(checker *c, const char *format, ...)
-{
-    char sentence[256];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(sentence, sizeof sentence, format, args);
-    va_end(args);
-    c->problem(c->arg, sentence);
-}
-
-static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, uint32_t *expected)
-{
-    const ts_sequence *seq = &pool->seqs.all[i];
-    const char *name = pool->config.name;
-    bool dying = seq->step == TS_SEQUENCE_DYING;
-    if (!dying && seq->num_blocks != ts_blocks_for(seq->length, pool->seqs.block_tokens))
-        wrong(c, "%s: sequence %u of %u tokens has %u blocks", name, i, seq->length,
-              seq->num_blocks);
-    for (uint32_t b = 0; b < seq->num_blocks; b++) {
-        uint32_t block = seq->blocks[b];
-        if (block >= pool->books.num_blocks) {
-            wrong(c, "%s: sequence %u refers to block %u of %u", name, i, block,
-                  pool->books.num_blocks);
-            continue;
-        }
-        expected[block]++;
-        if (pool->books.slabs[block / pool->books.slab_blocks].tenant != seq->tenant)
-            wrong(c, "%s: sequence %u refers to block %u of another tenant", name, i, block);
-    }
-    if (!dying && (seq->name == NULL) != (seq->owner != TS_NONE))
-        wrong(c, "%s: sequence %u must be either owned or kept", name, i);
-    if (seq->name != NULL && ts_names_find(&pool->seqs.names, seq->tenant, seq->name) != i)
-        wrong(c, "%s: the name of sequence %u leads elsewhere", name, i);
-    if (seq->owner != TS_NONE &&
-        (seq->owner >= c->e->num_sessions || !c->e->sessions[seq->owner].live))
-        wrong(c, "%s: sequence %u belongs to session %u, which is gone", name, i, seq->owner);
-    if (!dying && seq->step != TS_NONE &&
-        (seq->step >= c->e->num_steps || !c->e->steps[seq->step].live))
-        wrong(c, "%s: sequence %u is in step %u, which is gone", name, i, seq->step);
-    c->checked += 1 + seq->num_blocks;
-}
-
-/* The sequence's own tail block: an open step may have put a copy in its place. */
-static uint32_t own_tail(const ts_engine *e, const ts_sequence *seq, uint32_t index)
-{
-    uint32_t tail = seq->blocks[seq->num_blocks - 1];
-    if (seq->step >= e->num_steps)
-        return tail;
-    const ts_step *step = &e->steps[seq->step];
-    for (uint32_t i = 0; i < step->num_seqs; i++)
-        if (step->seqs[i].seq == index && step->seqs[i].original != TS_NONE)
-            return step->seqs[i].original;
-    return tail;
-}
-
-/* What tenants are charged with: sequences, table entries, pinned blocks. */
-static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
-{
-    const ts_pool_books *books = &pool->books;
-    ts_pool_tenant *counted = calloc(books->num_tenants + 1, sizeof *counted);
-    uint32_t *pins = calloc(books->num_blocks, sizeof *pins);
-    for (uint32_t i = 0; counted != NULL && pins != NULL && i < pool->seqs.count; i++) {
-        const ts_sequence *seq = &pool->seqs.all[i];
-        if (seq->tenant == TS_NONE)
-            continue;
-        ts_pool_tenant *t = &counted[seq->tenant];
-        bool pinned = seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->told != 0);
-        t->sequences++;
-        t->entries += seq->num_blocks;
-        for (uint32_t b = 0; pinned && b < seq->num_blocks; b++) {
-            uint32_t block = b + 1 < seq->num_blocks ? seq->blocks[b] : own_tail(c->e, seq, i);
-            t->pinned += pins[block]++ == 0;
-        }
-    }
-    for (uint32_t i = 0; counted != NULL && i < c->e->num_steps; i++) {
-        const ts_step *step = &c->e->steps[i];
-        for (uint32_t j = 0; step->live && step->pool == index && j < step->num_seqs; j++)
-            counted[pool->seqs.all[step->seqs[j].seq].tenant].entries +=
-                step->seqs[j].reserved + (step->seqs[j].original != TS_NONE);
-    }
-    for (uint32_t t = 0; counted != NULL && pins != NULL && t < books->num_tenants; t++) {
-        const ts_pool_tenant *x = &counted[t], *y = &books->tenants[t];
-        if (x->sequences != y->sequences || x->entries != y->entries || x->pinned != y->pinned)
-            wrong(
-                c,
-                "%s: tenant %u has %u sequences, %llu table entries, %u pinned blocks; the counts "
-                "say %u, %llu, %u",
-                pool->config.name, t, x->sequences, (unsigned long long)x->entries, x->pinned,
-                y->sequences, (unsigned long long)y->entries, y->pinned);
-    }
-    for (uint32_t b = 0; pins != NULL && b < books->num_blocks; b++)
-        if (pins[b] != books->pins[b])
-            wrong(c, "%s: block %u is pinned %u times; the count says %u", pool->config.name, b,
-                  pins[b], books->pins[b]);
-    free(counted);
-    free(pins);
-}
-
-static void check_pool(checker *c, uint32_t index)
-{
-    const ts_engine_pool *pool = &c->e->pools[index];
-    uint32_t *expected = calloc(pool->books.num_blocks, sizeof *expected);
-    if (expected == NULL) {
-        wrong(c, "%s: no memory to check %u blocks", pool->config.name, pool->books.num_blocks);
+    uint32_t b = s->at.index;
+    bool used = b < books->num_blocks && ts_pool_refs(books, b) > 0;
+    if (!used) {
+        s->run++;
         return;
     }
-    uint32_t live = 0, kept = 0;
-    check_shares(c, pool, index);
-    for (uint32_t i = 0; i < pool->seqs.count; i++) {
-        if (pool->seqs.all[i].tenant == TS_NONE)
-            continue;
-        live++;
-        kept += pool->seqs.all[i].name != NULL;
-        check_sequence(c, pool, i, expected);
-    }
-    for (uint32_t i = 0; i < c->e->num_steps; i++) {
-        const ts_step *step = &c->e->steps[i];
-        if (!step->live || step->pool != index)
-            continue;
-        c->checked++;
-        for (uint32_t j = 0; j < step->num_seqs; j++) {
-            const ts_step_seq *part = &step->seqs[j];
-            const ts_sequence *seq = &pool->seqs.all[part->seq];
-            if (seq->tenant == TS_NONE || seq->step != i || seq->length != part->start)
-                wrong(c, "%s: step %u holds sequence %u, which isn't in it", pool->config.name, i,
-                      part->seq);
-            for (uint32_t b = 0; b < part->reserved; b++)
-                expected[seq->blocks[seq->num_blocks + b]]++;
-            if (part->original != TS_NONE)
-                expected[part->original]++;
-        }
-    }
-    if (live != pool->seqs.live || kept != pool->seqs.kept || kept != pool->seqs.names.count)
-        wrong(c, "%s: %u live and %u kept sequences; the counts say %u, %u and %u names",
-              pool->config.name, live, kept, pool->seqs.live, pool->seqs.kept,
-              pool->seqs.names.count);
-    char why[256];
-    if (ts_pool_check(&pool->books, expected, why, sizeof why) != TS_OK)
-        wrong(c, "%s: %s", pool->config.name, why);
-    c->checked += pool->books.num_blocks;
-    free(expected);
+    if (s->run > 0)
+        s->free_runs[bin_of(s->run)]++;
+    s->run = 0;
+    s->stored_tokens += s->fill[b];
+    s->used_slots += block_tokens;
+    if (s->fill[b] == 0)
+        s->reserved_slots += block_tokens;
 }
 
-static void check_session(checker *c, uint32_t index)
+/* The next thing of the part, or the next part. */
+static void advance(ts_survey *s, bool part_is_over)
 {
-    const ts_session *s = &c->e->sessions[index];
-    uint64_t sequences = 0, blocks = 0;
-    uint32_t steps = 0;
-    for (uint32_t p = 0; p < c->e->num_pools; p++) {
-        const ts_sequences *seqs = &c->e->pools[p].seqs;
-        for (uint32_t i = s->owned[p]; i != TS_NONE; i = seqs->all[i].next) {
-            if (seqs->all[i].owner != index || seqs->all[i].tenant != s->tenant) {
-                wrong(c, "session %u lists sequence %u, which isn't its own", index, i);
+    s->at.entry = 0;
+    s->at.index = part_is_over ? 0 : s->at.index + 1;
+    s->at.part += part_is_over;
+}
+
+bool ts_survey_go_on(ts_survey *s, const ts_engine *e, uint32_t entries)
+{
+    const ts_engine_pool *pool = &e->pools[s->pool];
+    uint32_t left = entries;
+    if (!ts_engine_has_pool(e, s->pool)) /* it was removed meanwhile */
+        s->at.part = TS_SURVEY_DONE;
+    while (left > 0 && s->at.part != TS_SURVEY_DONE) {
+        uint32_t i = s->at.index;
+        left--;
+        switch (s->at.part) {
+        case TS_SURVEY_SEQUENCES:
+            if (i < pool->seqs.count && pool->seqs.all[i].tenant != TS_NONE &&
+                pool->seqs.all[i].step != TS_SEQUENCE_DYING &&
+                !walk_sequence(s, pool, &pool->seqs.all[i], &left))
                 break;
-            }
-            sequences++;
-            blocks += seqs->all[i].num_blocks;
+            advance(s, i >= pool->seqs.count);
+            break;
+        case TS_SURVEY_STEPS:
+            if (i < e->num_steps && e->steps[i].live && e->steps[i].pool == s->pool &&
+                !walk_step(s, pool, &e->steps[i], &left))
+                break;
+            advance(s, i >= e->num_steps);
+            break;
+        case TS_SURVEY_BLOCKS:
+            if (i < s->num_blocks)
+                walk_block(s, &pool->books, pool->seqs.block_tokens);
+            else if (s->run > 0)
+                s->free_runs[bin_of(s->run)]++;
+            advance(s, i >= s->num_blocks);
+            break;
+        case TS_SURVEY_DONE:
+            break;
         }
     }
-    for (uint32_t i = s->step_list; i != TS_NONE; i = c->e->steps[i].next, steps++)
-        for (uint32_t j = 0; j < c->e->steps[i].num_seqs; j++)
-            blocks +=
-                c->e->steps[i].seqs[j].reserved + (c->e->steps[i].seqs[j].original != TS_NONE);
-    /* A closing session's sequences are freed without keeping its books. */
-    if (sequences != s->sequences || steps != s->steps || (blocks != s->blocks && !s->closing))
-        wrong(c,
-              "session %u has %llu sequences, %u steps, %llu blocks; the counts say %u, %u, %llu",
-              index, (unsigned long long)sequences, steps, (unsigned long long)blocks, s->sequences,
-              s->steps, (unsigned long long)s->blocks);
-    c->checked++;
+    return s->at.part == TS_SURVEY_DONE;
 }
 
-uint64_t ts_survey_check(const ts_engine *e, void (*problem)(void *arg, const char *sentence),
-                         void *arg)
+ts_survey_lengths ts_survey_lengths_of(const ts_survey *s, ts_view view)
 {
-    checker c = {.e = e, .problem = problem, .arg = arg};
-    uint32_t live = 0, pools = 0;
-    for (uint32_t i = 0; i < e->num_pools; i++)
-        if (ts_engine_has_pool(e, i)) {
-            pools++;
-            check_pool(&c, i);
-        }
-    for (uint32_t i = 0; i < e->num_sessions; i++)
-        if (e->sessions[i].live) {
-            live++;
-            check_session(&c, i);
-        }
-    if (live != e->live_sessions)
-        wrong(&c, "%u live sessions; the count says %u", live, e->live_sessions);
-    if (pools != e->live_pools)
-        wrong(&c, "%u pools; the count says %u", pools, e->live_pools);
-    return c.checked;
+    ts_survey_lengths all = {0};
+    for (uint32_t t = 0; t < s->num_tenants; t++) {
+        const ts_survey_lengths *l = &s->lengths[t];
+        if (!ts_view_sees(view, t))
+            continue;
+        all.longest = l->longest > all.longest ? l->longest : all.longest;
+        for (int i = 0; i < TS_HISTOGRAM_BINS; i++)
+            all.bins[i] += l->bins[i];
+    }
+    return all;
 }

@@ -1,7 +1,7 @@
 /*
- * What the operator asks about the engine's state: occupancy, sharing, fragmentation, and whether
- * the books agree. Reads, changes nothing; costs time in proportion to the pool's sequences and
- * blocks.
+ * What the operator asks about a pool: occupancy, sharing, fragmentation, whose each block is. It
+ * takes a walk over all sequences and blocks, which is made bit by bit: what changes meanwhile is
+ * seen or not.
  *
  * Thread: the engine's.
  */
@@ -24,36 +24,56 @@ static inline bool ts_view_sees(ts_view view, uint32_t tenant)
     return view.all || (tenant != TS_NONE && tenant == view.tenant);
 }
 
-typedef struct ts_survey {
-    uint64_t stored_tokens;  /* each token in memory once */
-    uint64_t seen_tokens;    /* sum of the lengths */
-    uint64_t used_slots;     /* slots in used blocks */
-    uint64_t reserved_slots; /* slots in blocks that only open steps hold */
-    uint64_t table_blocks;   /* sum of the block tables */
-    /* Of the sequences that may be seen. */
+/* Lengths of sequences. */
+typedef struct ts_survey_lengths {
     uint32_t longest;
-    uint64_t lengths[TS_HISTOGRAM_BINS]; /* bin i: [2^i, 2^(i+1)); bin 0 has length 0 too */
-    /* Of all. */
+    uint64_t bins[TS_HISTOGRAM_BINS]; /* bin i: [2^i, 2^(i+1)); bin 0 has length 0 too */
+} ts_survey_lengths;
+
+/* Whose a block is, as PoolMapReply (tinyserve.proto) counts owners: who has it in a sequence's
+ * table or in an open step's. */
+enum { TS_OWNER_NONE = 0, TS_OWNER_KEPT = 1, TS_OWNER_SEVERAL = 2, TS_OWNER_SESSIONS = 3 };
+
+/* Where a walk is. */
+typedef struct ts_survey_place {
+    enum { TS_SURVEY_SEQUENCES, TS_SURVEY_STEPS, TS_SURVEY_BLOCKS, TS_SURVEY_DONE } part;
+    uint32_t index; /* of the sequence, the step or the block */
+    uint32_t entry; /* of its table */
+} ts_survey_place;
+
+typedef struct ts_survey {
+    uint64_t stored_tokens;                /* each token in memory once */
+    uint64_t seen_tokens;                  /* sum of the lengths */
+    uint64_t used_slots;                   /* slots in used blocks */
+    uint64_t reserved_slots;               /* slots in blocks that only open steps hold */
+    uint64_t table_blocks;                 /* sum of the block tables */
     uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free blocks, by length */
-    uint16_t *fill;                        /* tokens stored in each block; the caller frees it */
+    ts_survey_lengths *lengths;            /* by tenant */
+    uint32_t num_tenants, num_blocks;
+    uint16_t *fill;   /* tokens stored in each block */
+    uint32_t *owners; /* of each block */
+    /* the walk */
+    uint32_t pool, run;
+    ts_survey_place at;
 } ts_survey;
 
-ts_status ts_survey_pool(const ts_engine *engine, uint32_t pool, ts_view view, ts_survey *out);
+/* A walk that has not begun. NULL: out of memory. */
+ts_survey *ts_survey_new(const ts_engine *engine, uint32_t pool);
+void ts_survey_free(ts_survey *survey);
 
-/* Whose each block is, as PoolMapReply (tinyserve.proto) counts owners: who has it in a sequence's
- * table or in an open step's. owners has a number for every block of the pool. */
-enum { TS_OWNER_NONE = 0, TS_OWNER_KEPT = 1, TS_OWNER_SEVERAL = 2, TS_OWNER_SESSIONS = 3 };
-void ts_survey_owners(const ts_engine *engine, uint32_t pool, uint32_t *owners);
+/* About how many table entries and blocks a walk over the pool looks at. */
+uint64_t ts_survey_cost(const ts_engine *engine, uint32_t pool);
+
+/* Looks at so many more. True: it is done. */
+bool ts_survey_go_on(ts_survey *survey, const ts_engine *engine, uint32_t entries);
+
+/* The lengths of the sequences that may be seen. */
+ts_survey_lengths ts_survey_lengths_of(const ts_survey *survey, ts_view view);
 
 /* The owner of what belongs to both. */
 static inline uint32_t ts_owner_of_both(uint32_t a, uint32_t b)
 {
     return a == b || b == TS_OWNER_NONE ? a : a == TS_OWNER_NONE ? b : (uint32_t)TS_OWNER_SEVERAL;
 }
-
-/* Calls `problem` with a sentence for each contradiction found; returns how many objects were
- * looked at, 0 if there was no memory to look. */
-uint64_t ts_survey_check(const ts_engine *engine, void (*problem)(void *arg, const char *sentence),
-                         void *arg);
 
 #endif

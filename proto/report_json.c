@@ -160,5 +160,6 @@ json_t *json_check(const Tspb__CheckReply *r)
     json_t *problems = json_array();
     for (size_t i = 0; i < r->n_problems; i++)
         json_array_append_new(problems, json_string(r->problems[i]));
-    return json_pack("{s:I, s:o}", "checked", integer(r->checked), "problems", problems);
+    return json_pack("{s:I, s:o, s:I}", "checked", integer(r->checked), "problems", problems,
+                     "held_us", integer(r->held_us));
 }

@@ -6,7 +6,7 @@
 #include "test_util.h"
 
 #include "engine.h"
-#include "survey.h"
+#include "invariants.h"
 
 static inline void fail_on_problem(void *arg, const char *sentence)
 {
@@ -16,7 +16,7 @@ static inline void fail_on_problem(void *arg, const char *sentence)
 
 static inline void check_engine(const ts_engine *e)
 {
-    assert_true(ts_survey_check(e, fail_on_problem, NULL) > 0);
+    assert_true(ts_invariants_check(e, fail_on_problem, NULL) > 0);
 }
 
 /* Called for every slab that gets new memory; may be NULL. */

@@ -4,9 +4,9 @@
  * list of requests: bytes to be unpacked as they are, or fields to build a request of, which may
  * name ids that earlier answers gave. After each input the engine's books must agree.
  */
+#include "invariants.h"
 #include "log.h"
 #include "service.h"
-#include "survey.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -261,7 +261,7 @@ typedef struct check {
 static void run_check(ts_work *work, void *arg)
 {
     (void)arg;
-    if (ts_survey_check(service.engine, on_problem, NULL) == 0)
+    if (ts_invariants_check(service.engine, on_problem, NULL) == 0)
         abort();
     tell(&((check *)work)->done);
 }

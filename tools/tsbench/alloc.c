@@ -2,7 +2,7 @@
 #include "tsbench.h"
 
 #include "engine.h"
-#include "survey.h"
+#include "invariants.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -123,7 +123,7 @@ int bench_alloc(const bench_options *o, json_t *rows)
     bool ok = start(&s);
     for (int i = 0; ok && i < REPEATS; i++) {
         ok = blow(&s, &took[0][i], &took[1][i], &took[2][i]);
-        ts_survey_check(s.e, on_problem, &s);
+        ts_invariants_check(s.e, on_problem, &s);
         ok = ok && !s.wrong;
     }
     ts_engine_free(s.e);

@@ -280,7 +280,7 @@ void text_check(const Tspb__CheckReply *r)
 {
     for (size_t i = 0; i < r->n_problems; i++)
         printf("WRONG: %s\n", r->problems[i]);
-    printf("%s: %llu blocks, sequences, steps and sessions checked, %zu problem%s\n",
+    printf("%s: %llu blocks, sequences, steps and sessions checked, %zu problem%s (%.1f ms)\n",
            r->n_problems == 0 ? "ok" : "NOT OK", (unsigned long long)r->checked, r->n_problems,
-           r->n_problems == 1 ? "" : "s");
+           r->n_problems == 1 ? "" : "s", (double)r->held_us / 1e3);
 }

@@ -1,0 +1,207 @@
+#include "invariants.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct checker {
+    const ts_engine *e;
+    void (*problem)(void *arg, const char *sentence);
+    void *arg;
+    uint64_t checked;
+} checker;
+
+static void __attribute__((format(printf, 2, 3))) wrong(checker *c, const char *format, ...)
+{
+    char sentence[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    va_end(args);
+    c->problem(c->arg, sentence);
+}
+
+static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, uint32_t *expected)
+{
+    const ts_sequence *seq = &pool->seqs.all[i];
+    const char *name = pool->config.name;
+    bool dying = seq->step == TS_SEQUENCE_DYING;
+    if (!dying && seq->num_blocks != ts_blocks_for(seq->length, pool->seqs.block_tokens))
+        wrong(c, "%s: sequence %u of %u tokens has %u blocks", name, i, seq->length,
+              seq->num_blocks);
+    for (uint32_t b = 0; b < seq->num_blocks; b++) {
+        uint32_t block = seq->blocks[b];
+        if (block >= pool->books.num_blocks) {
+            wrong(c, "%s: sequence %u refers to block %u of %u", name, i, block,
+                  pool->books.num_blocks);
+            continue;
+        }
+        expected[block]++;
+        if (pool->books.slabs[block / pool->books.slab_blocks].tenant != seq->tenant)
+            wrong(c, "%s: sequence %u refers to block %u of another tenant", name, i, block);
+    }
+    if (!dying && (seq->name == NULL) != (seq->owner != TS_NONE))
+        wrong(c, "%s: sequence %u must be either owned or kept", name, i);
+    if (seq->name != NULL && ts_names_find(&pool->seqs.names, seq->tenant, seq->name) != i)
+        wrong(c, "%s: the name of sequence %u leads elsewhere", name, i);
+    if (seq->owner != TS_NONE &&
+        (seq->owner >= c->e->num_sessions || !c->e->sessions[seq->owner].live))
+        wrong(c, "%s: sequence %u belongs to session %u, which is gone", name, i, seq->owner);
+    if (!dying && seq->step != TS_NONE &&
+        (seq->step >= c->e->num_steps || !c->e->steps[seq->step].live))
+        wrong(c, "%s: sequence %u is in step %u, which is gone", name, i, seq->step);
+    c->checked += 1 + seq->num_blocks;
+}
+
+/* The sequence's own tail block: an open step may have put a copy in its place. */
+static uint32_t own_tail(const ts_engine *e, const ts_sequence *seq, uint32_t index)
+{
+    uint32_t tail = seq->blocks[seq->num_blocks - 1];
+    if (seq->step >= e->num_steps)
+        return tail;
+    const ts_step *step = &e->steps[seq->step];
+    for (uint32_t i = 0; i < step->num_seqs; i++)
+        if (step->seqs[i].seq == index && step->seqs[i].original != TS_NONE)
+            return step->seqs[i].original;
+    return tail;
+}
+
+/* What tenants are charged with: sequences, table entries, pinned blocks. */
+static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
+{
+    const ts_pool_books *books = &pool->books;
+    ts_pool_tenant *counted = calloc(books->num_tenants + 1, sizeof *counted);
+    uint32_t *pins = calloc(books->num_blocks, sizeof *pins);
+    for (uint32_t i = 0; counted != NULL && pins != NULL && i < pool->seqs.count; i++) {
+        const ts_sequence *seq = &pool->seqs.all[i];
+        if (seq->tenant == TS_NONE)
+            continue;
+        ts_pool_tenant *t = &counted[seq->tenant];
+        bool pinned = seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->told != 0);
+        t->sequences++;
+        t->entries += seq->num_blocks;
+        for (uint32_t b = 0; pinned && b < seq->num_blocks; b++) {
+            uint32_t block = b + 1 < seq->num_blocks ? seq->blocks[b] : own_tail(c->e, seq, i);
+            t->pinned += pins[block]++ == 0;
+        }
+    }
+    for (uint32_t i = 0; counted != NULL && i < c->e->num_steps; i++) {
+        const ts_step *step = &c->e->steps[i];
+        for (uint32_t j = 0; step->live && step->pool == index && j < step->num_seqs; j++)
+            counted[pool->seqs.all[step->seqs[j].seq].tenant].entries +=
+                step->seqs[j].reserved + (step->seqs[j].original != TS_NONE);
+    }
+    for (uint32_t t = 0; counted != NULL && pins != NULL && t < books->num_tenants; t++) {
+        const ts_pool_tenant *x = &counted[t], *y = &books->tenants[t];
+        if (x->sequences != y->sequences || x->entries != y->entries || x->pinned != y->pinned)
+            wrong(
+                c,
+                "%s: tenant %u has %u sequences, %llu table entries, %u pinned blocks; the counts "
+                "say %u, %llu, %u",
+                pool->config.name, t, x->sequences, (unsigned long long)x->entries, x->pinned,
+                y->sequences, (unsigned long long)y->entries, y->pinned);
+    }
+    for (uint32_t b = 0; pins != NULL && b < books->num_blocks; b++)
+        if (pins[b] != books->pins[b])
+            wrong(c, "%s: block %u is pinned %u times; the count says %u", pool->config.name, b,
+                  pins[b], books->pins[b]);
+    free(counted);
+    free(pins);
+}
+
+static void check_pool(checker *c, uint32_t index)
+{
+    const ts_engine_pool *pool = &c->e->pools[index];
+    uint32_t *expected = calloc(pool->books.num_blocks, sizeof *expected);
+    if (expected == NULL) {
+        wrong(c, "%s: no memory to check %u blocks", pool->config.name, pool->books.num_blocks);
+        return;
+    }
+    uint32_t live = 0, kept = 0;
+    check_shares(c, pool, index);
+    for (uint32_t i = 0; i < pool->seqs.count; i++) {
+        if (pool->seqs.all[i].tenant == TS_NONE)
+            continue;
+        live++;
+        kept += pool->seqs.all[i].name != NULL;
+        check_sequence(c, pool, i, expected);
+    }
+    for (uint32_t i = 0; i < c->e->num_steps; i++) {
+        const ts_step *step = &c->e->steps[i];
+        if (!step->live || step->pool != index)
+            continue;
+        c->checked++;
+        for (uint32_t j = 0; j < step->num_seqs; j++) {
+            const ts_step_seq *part = &step->seqs[j];
+            const ts_sequence *seq = &pool->seqs.all[part->seq];
+            if (seq->tenant == TS_NONE || seq->step != i || seq->length != part->start)
+                wrong(c, "%s: step %u holds sequence %u, which isn't in it", pool->config.name, i,
+                      part->seq);
+            for (uint32_t b = 0; b < part->reserved; b++)
+                expected[seq->blocks[seq->num_blocks + b]]++;
+            if (part->original != TS_NONE)
+                expected[part->original]++;
+        }
+    }
+    if (live != pool->seqs.live || kept != pool->seqs.kept || kept != pool->seqs.names.count)
+        wrong(c, "%s: %u live and %u kept sequences; the counts say %u, %u and %u names",
+              pool->config.name, live, kept, pool->seqs.live, pool->seqs.kept,
+              pool->seqs.names.count);
+    char why[256];
+    if (ts_pool_check(&pool->books, expected, why, sizeof why) != TS_OK)
+        wrong(c, "%s: %s", pool->config.name, why);
+    c->checked += pool->books.num_blocks;
+    free(expected);
+}
+
+static void check_session(checker *c, uint32_t index)
+{
+    const ts_session *s = &c->e->sessions[index];
+    uint64_t sequences = 0, blocks = 0;
+    uint32_t steps = 0;
+    for (uint32_t p = 0; p < c->e->num_pools; p++) {
+        const ts_sequences *seqs = &c->e->pools[p].seqs;
+        for (uint32_t i = s->owned[p]; i != TS_NONE; i = seqs->all[i].next) {
+            if (seqs->all[i].owner != index || seqs->all[i].tenant != s->tenant) {
+                wrong(c, "session %u lists sequence %u, which isn't its own", index, i);
+                break;
+            }
+            sequences++;
+            blocks += seqs->all[i].num_blocks;
+        }
+    }
+    for (uint32_t i = s->step_list; i != TS_NONE; i = c->e->steps[i].next, steps++)
+        for (uint32_t j = 0; j < c->e->steps[i].num_seqs; j++)
+            blocks +=
+                c->e->steps[i].seqs[j].reserved + (c->e->steps[i].seqs[j].original != TS_NONE);
+    /* A closing session's sequences are freed without keeping its books. */
+    if (sequences != s->sequences || steps != s->steps || (blocks != s->blocks && !s->closing))
+        wrong(c,
+              "session %u has %llu sequences, %u steps, %llu blocks; the counts say %u, %u, %llu",
+              index, (unsigned long long)sequences, steps, (unsigned long long)blocks, s->sequences,
+              s->steps, (unsigned long long)s->blocks);
+    c->checked++;
+}
+
+uint64_t ts_invariants_check(const ts_engine *e, void (*problem)(void *arg, const char *sentence),
+                             void *arg)
+{
+    checker c = {.e = e, .problem = problem, .arg = arg};
+    uint32_t live = 0, pools = 0;
+    for (uint32_t i = 0; i < e->num_pools; i++)
+        if (ts_engine_has_pool(e, i)) {
+            pools++;
+            check_pool(&c, i);
+        }
+    for (uint32_t i = 0; i < e->num_sessions; i++)
+        if (e->sessions[i].live) {
+            live++;
+            check_session(&c, i);
+        }
+    if (live != e->live_sessions)
+        wrong(&c, "%u live sessions; the count says %u", live, e->live_sessions);
+    if (pools != e->live_pools)
+        wrong(&c, "%u pools; the count says %u", pools, e->live_pools);
+    return c.checked;
+}

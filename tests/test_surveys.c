@@ -1,0 +1,138 @@
+/* Surveys of pools: a large one is walked bit by bit, once for all who ask meanwhile. */
+#include "test_util.h"
+
+#include "log.h"
+#include "service.h"
+#include "surveys.h"
+
+#include <stdio.h>
+
+enum { BLOCKS = 1 << 20 };
+
+static ts_service service;
+
+static void service_new(uint32_t blocks)
+{
+    char why[256];
+    ts_pool_config config = {
+        .name = "test",
+        .geometry = {.layers = 1, .kv_heads = 1, .head_dim = 32, .block_tokens = 4},
+        .num_blocks = blocks,
+        .slab_blocks = 1024,
+        .sequences_max = 1u << 20,
+        .sequence_tokens_max = 1u << 20,
+        .tenant_blocks_max = UINT64_MAX,
+    };
+    ts_engine_limits limits;
+    ts_engine_default_limits(&limits);
+    service = (ts_service){0};
+    ts_queue_init(&service.queue);
+    service.engine = ts_engine_new(&limits);
+    service.surveys = ts_surveys_new();
+    assert_true(service.engine != NULL && service.surveys != NULL);
+    assert_int_equal(ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why), TS_OK);
+}
+
+static void service_free(void)
+{
+    ts_surveys_free(service.surveys);
+    ts_engine_free(service.engine);
+    ts_queue_fini(&service.queue);
+}
+
+/* Runs what is in the queue, one thing; false: nothing is. */
+static bool run_one(void)
+{
+    if (service.queue.head == NULL)
+        return false;
+    for (ts_work *work = ts_queue_take(&service.queue), *next; work != NULL; work = next) {
+        next = work->next;
+        work->run(work, &service);
+    }
+    return true;
+}
+
+typedef struct asker {
+    ts_survey_waiter waiter;
+    uint32_t told;
+    const ts_survey *survey;
+} asker;
+
+static void on_ready(ts_survey_waiter *waiter, ts_service *s)
+{
+    asker *a = (asker *)waiter;
+    a->told++;
+    assert_int_equal(ts_surveys_get(s, 0, waiter, &a->survey),
+                     TS_OK); /* what all have waited for */
+}
+
+static void a_small_pool_is_surveyed_at_once(void **state)
+{
+    (void)state;
+    service_new(1024);
+    asker a = {.waiter.ready = on_ready};
+    for (uint64_t i = 1; i <= 3; i++) { /* each time anew: nothing is out of date */
+        assert_int_equal(ts_surveys_get(&service, 0, &a.waiter, &a.survey), TS_OK);
+        assert_int_equal(a.survey->free_runs[10], 1);
+        assert_int_equal(ts_surveys_bits(service.surveys), i);
+    }
+    assert_int_equal(a.told, 0);
+    service_free();
+}
+
+static void all_who_ask_for_a_large_pool_share_a_walk_of_small_bits(void **state)
+{
+    (void)state;
+    service_new(BLOCKS);
+    static asker askers[100];
+    const uint64_t bits = BLOCKS / TS_SURVEY_BIT;
+    for (int i = 0; i < 50; i++) {
+        askers[i] = (asker){.waiter.ready = on_ready};
+        assert_int_equal(ts_surveys_get(&service, 0, &askers[i].waiter, &askers[i].survey),
+                         TS_EBUSY);
+    }
+    assert_int_equal(ts_surveys_bits(service.surveys), 0); /* none of it in the askers' own turn */
+    for (uint64_t i = 1; i <= bits / 2; i++) {
+        assert_true(run_one());
+        assert_int_equal(ts_surveys_bits(service.surveys), i); /* one a turn */
+    }
+    for (int i = 50; i < 100; i++) { /* it is under way */
+        askers[i] = (asker){.waiter.ready = on_ready};
+        assert_int_equal(ts_surveys_get(&service, 0, &askers[i].waiter, &askers[i].survey),
+                         TS_EBUSY);
+    }
+    while (run_one())
+        ;
+    assert_in_range(ts_surveys_bits(service.surveys), bits, bits + 1);
+    for (int i = 0; i < 100; i++) {
+        assert_int_equal(askers[i].told, 1);
+        assert_non_null(askers[i].survey);
+        assert_int_equal(askers[i].survey->free_runs[20], 1);
+    }
+    service_free();
+}
+
+static void a_pool_that_ends_during_its_walk_ends_it(void **state)
+{
+    (void)state;
+    service_new(BLOCKS);
+    ts_answer answer;
+    ts_survey *walk = ts_survey_new(service.engine, 0);
+    assert_false(ts_survey_go_on(walk, service.engine, 10));
+    ts_engine_apply(service.engine, &(ts_command){.op = TS_OP_POOL_REMOVE}, &answer);
+    assert_int_equal(answer.status, TS_OK);
+    assert_true(ts_survey_go_on(walk, service.engine, 10));
+    ts_survey_free(walk);
+    service_free();
+}
+
+int main(void)
+{
+    ts_log_init(TS_LOG_ERROR);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_small_pool_is_surveyed_at_once),
+        cmocka_unit_test(all_who_ask_for_a_large_pool_share_a_walk_of_small_bits),
+        cmocka_unit_test(a_pool_that_ends_during_its_walk_ends_it),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
