@@ -222,20 +222,21 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
     return TS_REPORT_ANSWER;
 }
 
-static void fill_map(const ts_pool_books *books, const ts_survey *survey, ts_view view,
-                     Tspb__PoolMapReply *r)
+/* Adds the survey's cells up to the map's, which are as many of them each. */
+static void fill_map(const ts_survey *survey, ts_view view, Tspb__PoolMapReply *r)
 {
-    for (uint32_t b = 0; b < books->num_blocks; b++) {
-        uint32_t refs = ts_pool_refs(books, b), cell = b / r->blocks_per_cell;
-        r->used[cell] += refs > 0;
-        if (!ts_view_sees(view, books->slabs[b / books->slab_blocks].tenant)) {
-            if (refs > 0)
+    for (uint32_t i = 0; i < survey->num_cells; i++) {
+        const ts_survey_cell *from = &survey->cells[i];
+        uint32_t cell = (uint32_t)((uint64_t)i * survey->cell_blocks / r->blocks_per_cell);
+        r->used[cell] += from->used;
+        if (!ts_view_sees(view, from->tenant)) {
+            if (from->used > 0)
                 r->owners[cell] = TS_OWNER_SEVERAL;
             continue;
         }
-        r->shared[cell] += refs > 1;
-        r->tokens[cell] += survey->fill[b];
-        r->owners[cell] = ts_owner_of_both(r->owners[cell], survey->owners[b]);
+        r->shared[cell] += from->shared;
+        r->tokens[cell] += from->tokens;
+        r->owners[cell] = ts_owner_of_both(r->owners[cell], from->owner);
     }
 }
 
@@ -253,7 +254,6 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     ts_status status = get_survey(s, index, waiter, &survey, reply);
     if (status != TS_OK)
         return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
-    const ts_pool_books *books = &s->engine->pools[index].books;
     Tspb__PoolMapReply *r = malloc(sizeof *r);
     if (r == NULL) {
         no_memory(reply);
@@ -262,8 +262,9 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     tspb__pool_map_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_MAP_REPLY;
     reply->pool_map_reply = r;
-    uint32_t per_cell = (books->num_blocks - 1) / wanted + 1;
-    uint32_t cells = (books->num_blocks - 1) / per_cell + 1;
+    uint32_t per_cell = (survey->num_blocks - 1) / wanted + 1; /* in whole cells of the survey */
+    per_cell = (per_cell - 1) / survey->cell_blocks * survey->cell_blocks + survey->cell_blocks;
+    uint32_t cells = (survey->num_blocks - 1) / per_cell + 1;
     r->blocks_per_cell = per_cell;
     r->others_hidden = !view.all;
     r->pool = summarise(s, index);
@@ -274,7 +275,7 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->tokens != NULL &&
         r->owners != NULL) {
         r->n_used = r->n_shared = r->n_tokens = r->n_owners = cells;
-        fill_map(books, survey, view, r);
+        fill_map(survey, view, r);
     } else {
         no_memory(reply);
     }

@@ -16,10 +16,13 @@ ts_survey *ts_survey_new(const ts_engine *e, uint32_t pool)
     s->fill = calloc(blocks, sizeof *s->fill);
     s->owners = calloc(blocks, sizeof *s->owners);
     s->lengths = calloc(tenants + 1, sizeof *s->lengths);
+    s->cell_blocks = (blocks - 1) / TS_SURVEY_CELLS_MAX + 1;
+    s->num_cells = (blocks - 1) / s->cell_blocks + 1;
+    s->cells = calloc(s->num_cells, sizeof *s->cells);
     s->num_blocks = blocks;
     s->num_tenants = tenants;
     s->pool = pool;
-    if (s->fill == NULL || s->owners == NULL || s->lengths == NULL) {
+    if (s->fill == NULL || s->owners == NULL || s->lengths == NULL || s->cells == NULL) {
         ts_survey_free(s);
         return NULL;
     }
@@ -33,6 +36,7 @@ void ts_survey_free(ts_survey *s)
     free(s->fill);
     free(s->owners);
     free(s->lengths);
+    free(s->cells);
     free(s);
 }
 
@@ -61,15 +65,6 @@ static bool walk_sequence(ts_survey *s, const ts_engine_pool *pool, const ts_seq
     const uint32_t block_tokens = pool->seqs.block_tokens;
     uint32_t owner =
         seq->owner == TS_NONE ? (uint32_t)TS_OWNER_KEPT : TS_OWNER_SESSIONS + seq->owner;
-    if (s->at.entry == 0) {
-        s->seen_tokens += seq->length;
-        s->table_blocks += seq->num_blocks;
-        if (seq->tenant < s->num_tenants) {
-            ts_survey_lengths *l = &s->lengths[seq->tenant];
-            l->bins[bin_of(seq->length)]++;
-            l->longest = seq->length > l->longest ? seq->length : l->longest;
-        }
-    }
     for (; s->at.entry < seq->num_blocks; s->at.entry++, (*left)--) {
         if (*left == 0)
             return false;
@@ -78,6 +73,13 @@ static bool walk_sequence(ts_survey *s, const ts_engine_pool *pool, const ts_seq
         if (i + 1 == seq->num_blocks)
             tokens = seq->step == TS_NONE ? seq->length - i * block_tokens : 0;
         look_at_block(s, seq->blocks[i], tokens, owner);
+    }
+    s->seen_tokens += seq->length;
+    s->table_blocks += seq->num_blocks;
+    if (seq->tenant < s->num_tenants) {
+        ts_survey_lengths *l = &s->lengths[seq->tenant];
+        l->bins[bin_of(seq->length)]++;
+        l->longest = seq->length > l->longest ? seq->length : l->longest;
     }
     return true;
 }
@@ -104,9 +106,15 @@ static bool walk_step(ts_survey *s, const ts_engine_pool *pool, const ts_step *s
 
 static void walk_block(ts_survey *s, const ts_pool_books *books, uint32_t block_tokens)
 {
-    uint32_t b = s->at.index;
-    bool used = b < books->num_blocks && ts_pool_refs(books, b) > 0;
-    if (!used) {
+    uint32_t b = s->at.index, refs = b < books->num_blocks ? ts_pool_refs(books, b) : 0;
+    uint32_t tenant = b < books->num_blocks ? books->slabs[b / books->slab_blocks].tenant : TS_NONE;
+    ts_survey_cell *cell = &s->cells[b / s->cell_blocks];
+    cell->tenant = b % s->cell_blocks == 0 || cell->tenant == tenant ? tenant : TS_NONE;
+    cell->used += refs > 0;
+    cell->shared += refs > 1;
+    cell->tokens += s->fill[b];
+    cell->owner = ts_owner_of_both(cell->owner, s->owners[b]);
+    if (refs == 0) {
         s->run++;
         return;
     }
@@ -161,7 +169,13 @@ bool ts_survey_go_on(ts_survey *s, const ts_engine *e, uint32_t entries)
             break;
         }
     }
-    return s->at.part == TS_SURVEY_DONE;
+    if (s->at.part != TS_SURVEY_DONE)
+        return false;
+    free(s->fill); /* the cells tell what is of interest */
+    free(s->owners);
+    s->fill = NULL;
+    s->owners = NULL;
+    return true;
 }
 
 ts_survey_lengths ts_survey_lengths_of(const ts_survey *s, ts_view view)

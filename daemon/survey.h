@@ -34,6 +34,16 @@ typedef struct ts_survey_lengths {
  * table or in an open step's. */
 enum { TS_OWNER_NONE = 0, TS_OWNER_KEPT = 1, TS_OWNER_SEVERAL = 2, TS_OWNER_SESSIONS = 3 };
 
+/* Some blocks that follow one another. */
+typedef struct ts_survey_cell {
+    uint32_t used, shared; /* blocks */
+    uint32_t owner;        /* of all of them */
+    uint32_t tenant;       /* whose they are; TS_NONE: several tenants' or nobody's */
+    uint64_t tokens;       /* stored in them */
+} ts_survey_cell;
+
+#define TS_SURVEY_CELLS_MAX 65536u
+
 /* Where a walk is. */
 typedef struct ts_survey_place {
     enum { TS_SURVEY_SEQUENCES, TS_SURVEY_STEPS, TS_SURVEY_BLOCKS, TS_SURVEY_DONE } part;
@@ -50,9 +60,11 @@ typedef struct ts_survey {
     uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free blocks, by length */
     ts_survey_lengths *lengths;            /* by tenant */
     uint32_t num_tenants, num_blocks;
-    uint16_t *fill;   /* tokens stored in each block */
-    uint32_t *owners; /* of each block */
+    ts_survey_cell *cells; /* of cell_blocks blocks each, the last one of fewer */
+    uint32_t num_cells, cell_blocks;
     /* the walk */
+    uint16_t *fill;   /* tokens stored in each block; until it is done */
+    uint32_t *owners; /* of each block; the same */
     uint32_t pool, run;
     ts_survey_place at;
 } ts_survey;

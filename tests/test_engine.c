@@ -580,7 +580,7 @@ static void a_survey_counts_stored_tokens_once(void **state)
     assert_int_equal(lengths.bins[0], 1);
     assert_int_equal(lengths.bins[3], 2);
     assert_int_equal(v.free_runs[3], 1); /* 9 blocks in one run */
-    assert_int_equal(v.fill[2], 2);
+    assert_int_equal(v.cells[2].tokens, 2);
     ts_survey_free(walk);
     ts_engine_free(e);
 }
