@@ -255,6 +255,10 @@ void ts_rings_close(ts_client *client);
 /* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. */
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd);
+
+/* Gives the daemon a descriptor, which stays the caller's too. */
+ts_status ts_handle_give(ts_client *client, enum ts_handle_kind kind, int given,
+                         ts_handle_reply *reply);
 void ts_handles_close(ts_client *client);
 
 /* The GPU of the pool, made ready at the first need: a session uses one. */

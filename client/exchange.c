@@ -3,6 +3,7 @@
 #include "client.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -49,15 +50,26 @@ void ts_exchange_close(ts_client *c)
     c->exchange_kind = TS_EXCHANGE_NONE;
 }
 
-/* Checks the size and rounds it up; asks the daemon for the exchange. */
+/* Checks the size and rounds it up. */
+static ts_status check_bytes(ts_client *c, size_t *bytes, size_t granule)
+{
+    if (*bytes == 0 || *bytes > c->exchange_bytes_max)
+        return ts_fail(c, TS_EINVAL, "an exchange of %zu bytes; the daemon's limits are 1..%zu",
+                       *bytes, c->exchange_bytes_max);
+    *bytes = (*bytes + granule - 1) / granule * granule;
+    return TS_OK;
+}
+
+/* The same, and asks the daemon for the exchange. */
 static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tspb__Reply **reply)
 {
     Tspb__Request request = TSPB__REQUEST__INIT;
+    size_t bytes = open->bytes;
     *reply = NULL;
-    if (open->bytes == 0 || open->bytes > c->exchange_bytes_max)
-        return ts_fail(c, TS_EINVAL, "an exchange of %llu bytes; the daemon's limits are 1..%zu",
-                       (unsigned long long)open->bytes, c->exchange_bytes_max);
-    open->bytes = (open->bytes + granule - 1) / granule * granule;
+    ts_status wrong = check_bytes(c, &bytes, granule);
+    if (wrong != TS_OK)
+        return wrong;
+    open->bytes = bytes;
     if (open->bytes > c->exchange_bytes_max)
         open->bytes = c->exchange_bytes_max / 4096 * 4096;
     request.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
@@ -71,29 +83,46 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
     return status;
 }
 
+/* A memfd of whole pages, all of them there and charged to this process, that keeps its length. */
+static ts_status make_memory(ts_client *c, size_t bytes, int *fd, void **base)
+{
+    *base = MAP_FAILED;
+    *fd = memfd_create("tinyserve-exchange", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int error = *fd < 0 || ftruncate(*fd, (off_t)bytes) != 0 ? errno : 0;
+    while (error == 0 && fallocate(*fd, 0, 0, (off_t)bytes) != 0)
+        error = errno == EINTR ? 0 : errno;
+    if (error == 0 && fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+        error = errno;
+    if (error == 0) {
+        *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+        error = *base == MAP_FAILED ? errno : 0;
+    }
+    if (error == 0)
+        return TS_OK;
+    if (*fd >= 0)
+        close(*fd);
+    return ts_fail(c, TS_ENOMEM, "an exchange of %zu bytes: %s", bytes, strerror(error));
+}
+
 ts_status ts_exchange_host(ts_client *c, size_t bytes)
 {
-    Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
-    Tspb__Reply *opened;
     ts_handle_reply reply;
+    void *base;
     int fd;
-    open.bytes = bytes;
-    ts_status status = ask(c, &open, 4096, &opened);
+    ts_status status = check_bytes(c, &bytes, 4096);
+    if (status == TS_OK)
+        status = make_memory(c, bytes, &fd, &base);
     if (status != TS_OK)
         return status;
-    tspb__reply__free_unpacked(opened, NULL);
-    ts_exchange_close(c); /* the daemon has another one now, whatever becomes of this */
-    status = ts_handle_get(c, TS_HANDLE_EXCHANGE, 0, 0, true, &reply, &fd);
-    if (status != TS_OK)
-        return status;
-    void *base = mmap(NULL, open.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    int saved = errno;
+    status = ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, fd, &reply);
     close(fd);
-    if (base == MAP_FAILED)
-        return ts_fail(c, TS_ENOMEM, "mapping an exchange of %llu bytes: %s",
-                       (unsigned long long)open.bytes, strerror(saved));
+    if (status != TS_OK) {
+        munmap(base, bytes);
+        return status;
+    }
+    ts_exchange_close(c);
     c->exchange = base;
-    c->exchange_bytes = open.bytes;
+    c->exchange_bytes = bytes;
     c->exchange_kind = TS_EXCHANGE_HOST;
     return TS_OK;
 }

@@ -51,6 +51,13 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         }
         return hand_out(ask, c->exchange->fd, c->exchange->bytes, why, why_bytes);
     }
+    if (r->kind == TS_HANDLE_GIVE_EXCHANGE) {
+        if (ask->given < 0) {
+            snprintf(why, why_bytes, "no descriptor came with the exchange");
+            return TS_EINVAL;
+        }
+        return ts_service_adopt_exchange(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
+    }
     if (r->kind == TS_HANDLE_SIGNALS) {
         ts_status status = c->signals != NULL ? TS_OK : ts_signals_new(&c->signals, why, why_bytes);
         return status != TS_OK ? status

@@ -14,15 +14,16 @@
 typedef struct ts_exchange {
     uint64_t bytes;
     uint32_t users;       /* the connection, and each run in flight */
-    int fd;               /* to hand out; -1: none */
+    int fd;               /* to hand out, of device memory; -1: none */
     unsigned char *host;  /* where the processor finds it; NULL: device memory */
     ts_gpu *gpu;          /* that can use it too; NULL: none */
     unsigned char *there; /* where that GPU finds it */
     ts_gpu_shared shared; /* the device memory */
 } ts_exchange;
 
-/* Host memory. TS_ENOMEM with a sentence. */
-ts_status ts_exchange_new(uint64_t bytes, ts_exchange **out, char *why, size_t why_bytes);
+/* Host memory that a client has made (TS_HANDLE_GIVE_EXCHANGE); the descriptor stays the caller's.
+ * TS_EINVAL or TS_ENOMEM with a sentence. */
+ts_status ts_exchange_adopt(int fd, ts_exchange **out, char *why, size_t why_bytes);
 
 /* Memory of the device, shared as the pool's memory is. */
 ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,

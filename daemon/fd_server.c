@@ -116,20 +116,33 @@ static arrival **find(ts_fd_server *h, const arrival *a)
     return at;
 }
 
-/* Answers what came in on the connection; false: it is over. */
-static bool serve(ts_fd_server *h, arrival *a)
+/* Receives a request, and the descriptor that came with it. */
+static ssize_t receive(int from, ts_handle_ask *ask)
 {
-    pending_ask pending = {.ask = {.uid = a->guest.uid, .done = answered, .fd = -1},
-                           .answered = &h->answered};
-    ts_handle_ask *ask = &pending.ask;
+    struct iovec data = {.iov_base = &ask->request, .iov_len = sizeof ask->request};
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct msghdr message = {.msg_iov = &data,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof control.bytes};
+    ssize_t got = recvmsg(from, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC);
+    const struct cmsghdr *header = got >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (header != NULL && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
+        memcpy(&ask->given, CMSG_DATA(header), sizeof ask->given); /* the kernel drops others */
+    return got;
+}
+
+/* Answers a request of `got` bytes; false: the connection is over. */
+static bool answer(ts_fd_server *h, arrival *a, ts_handle_ask *ask, size_t got)
+{
     const ts_handle_request *r = &ask->request;
-    ssize_t got = recv(a->fd, &ask->request, sizeof ask->request, MSG_DONTWAIT | MSG_TRUNC);
-    if (got < 0)
-        return errno == EAGAIN || errno == EINTR;
     ask->reply = (ts_handle_reply){.magic = TS_HANDLE_MAGIC, .protocol = TS_PROTOCOL};
     if (got < 8 || r->magic != TS_HANDLE_MAGIC)
         return false;
-    if (got != (ssize_t)sizeof *r || r->protocol != TS_PROTOCOL) {
+    if (got != sizeof *r || r->protocol != TS_PROTOCOL) {
         char sentence[TS_MESSAGE_BYTES];
         snprintf(sentence, sizeof sentence,
                  "protocol version %u; tinyserved " TS_VERSION
@@ -149,11 +162,25 @@ static bool serve(ts_fd_server *h, arrival *a)
     ask->reply.protocol = TS_PROTOCOL;
     ask->reply.tag = r->tag;
     send_reply(a->fd, ask);
-    if (ask->fd >= 0)
-        close(ask->fd);
     return true;
 }
 
+/* Answers what came in on the connection; false: it is over. */
+static bool serve(ts_fd_server *h, arrival *a)
+{
+    pending_ask pending = {.ask = {.uid = a->guest.uid, .done = answered, .fd = -1, .given = -1},
+                           .answered = &h->answered};
+    ts_handle_ask *ask = &pending.ask;
+    ssize_t got = receive(a->fd, ask);
+    if (got < 0)
+        return errno == EAGAIN || errno == EINTR;
+    bool stays = answer(h, a, ask, (size_t)got);
+    if (ask->given >= 0) /* nobody has taken it */
+        close(ask->given);
+    if (ask->fd >= 0)
+        close(ask->fd);
+    return stays;
+}
 static void pause_accepting(ts_fd_server *h, bool pause)
 {
     h->paused = pause;

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #define LIST_MAX 4096u
-#define CELLS_MAX 65536u
+#define CELLS_MAX 8192u
 #define LIST_ENTRIES (1u << 16) /* table entries and places that one list looks at */
 #define PROBLEMS_MAX 100u
 #define CHECK_QUICK_US                                                                             \
@@ -248,7 +248,7 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     if (!find_pool(s, request->pool, &index, reply))
         return TS_REPORT_ANSWER;
     if (wanted == 0 || wanted > CELLS_MAX) {
-        refuse(reply, TS_EINVAL, "a map has %s cells", "1..65536");
+        refuse(reply, TS_EINVAL, "a map has %s cells", "1..8192");
         return TS_REPORT_ANSWER;
     }
     ts_status status = get_survey(s, index, waiter, &survey, reply);

@@ -304,37 +304,63 @@ static ts_gpu *exchange_gpu(const ts_service *s, const ts_connection *c,
     return s->gpu_of[open->pool]->gpu;
 }
 
+/* The memory takes the place of the connection's, unless the engine refuses. */
+static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
+                             const ts_command *command, ts_answer *a)
+{
+    ts_service_tell(s, command, a);
+    if (a->status != TS_OK)
+        return ts_exchange_release(x);
+    ts_exchange_release(c->exchange);
+    c->exchange = x;
+}
+
 /* The memory comes first, so that applying the command is all that changes the engine. */
 static void open_exchange(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen *open,
                           ts_command *command, ts_answer *a)
 {
     uint64_t bytes = open->bytes;
-    bool on_device = open->on_device || open->ipc_handle.len > 0;
-    ts_gpu *gpu = NULL;
+    ts_gpu *gpu;
     ts_exchange *x = NULL;
     char why[TS_MESSAGE_BYTES];
-    if (on_device && (gpu = exchange_gpu(s, c, open, a)) == NULL)
+    if (!open->on_device && open->ipc_handle.len == 0)
+        return ts_refuse(a, TS_EINVAL,
+                         "an exchange in host memory is made by the client, and passed to the "
+                         "handle socket");
+    if ((gpu = exchange_gpu(s, c, open, a)) == NULL)
         return;
     if (bytes > 0 && bytes <= s->engine->limits.exchange_bytes) { /* else apply says why not */
         ts_status status;
         if (open->ipc_handle.len > 0)
             status = ts_exchange_import(gpu, open->ipc_handle.data, open->ipc_offset, bytes, &x,
                                         why, sizeof why);
-        else if (on_device)
+        else
             status = ts_exchange_device_new(gpu, s->memory[open->pool]->ipc_handle == NULL, bytes,
                                             &x, why, sizeof why);
-        else
-            status = ts_exchange_new(bytes, &x, why, sizeof why);
         if (status != TS_OK)
             return ts_refuse(a, status, "an exchange: %s", why);
     }
-    command->exchange_open.other_memory =
-        c->exchange != NULL && (on_device || c->exchange->host == NULL);
-    ts_service_tell(s, command, a);
-    if (a->status != TS_OK)
-        return ts_exchange_release(x);
-    ts_exchange_release(c->exchange);
-    c->exchange = x;
+    command->exchange_open.other_memory = c->exchange != NULL;
+    replace_exchange(s, c, x, command, a);
+}
+
+ts_status ts_service_adopt_exchange(ts_service *s, ts_connection *c, int fd, uint64_t *bytes,
+                                    char *why, size_t why_bytes)
+{
+    ts_exchange *x;
+    ts_answer a;
+    ts_status status = ts_exchange_adopt(fd, &x, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_command command = {
+        .op = TS_OP_EXCHANGE_OPEN,
+        .session = c->session,
+        .exchange_open = {.bytes = x->bytes,
+                          .other_memory = c->exchange != NULL && c->exchange->host == NULL}};
+    *bytes = x->bytes;
+    replace_exchange(s, c, x, &command, &a);
+    snprintf(why, why_bytes, "%s", a.message);
+    return a.status;
 }
 
 static void encode_exchange(const ts_connection *c, Tspb__Reply *reply, ts_reply_body *body)

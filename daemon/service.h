@@ -48,7 +48,8 @@ typedef struct ts_handle_ask {
     ts_handle_request request;
     uint32_t uid; /* of the peer on the handle socket */
     ts_handle_reply reply;
-    int fd; /* -1: refused */
+    int fd;    /* -1: refused */
+    int given; /* that came with the request; -1: none. The service takes it */
     void (*done)(struct ts_handle_ask *ask);
 } ts_handle_ask;
 
@@ -156,6 +157,10 @@ void ts_service_tell(ts_service *service, const ts_command *command, ts_answer *
 /* Applies the command, finding memory for slabs until it has enough. TS_NEED_SWEEP: it must wait
  * for what is freed bit by bit, and be applied again when ts_service_resume is called. */
 void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);
+
+/* Takes the descriptor's memory as the connection's exchange; the descriptor stays the caller's. */
+ts_status ts_service_adopt_exchange(ts_service *service, ts_connection *c, int fd, uint64_t *bytes,
+                                    char *why, size_t why_bytes);
 
 /* Whether the command ends a step of its session whose runs are still under way, or would put one
  * more ordered run behind too many. An abort has the runs dropped. */

@@ -3,9 +3,9 @@
  * passes file descriptors, as NNG can't.
  *
  * One ts_handle_request, one ts_handle_reply with the same tag. A reply with status TS_OK carries
- * exactly one descriptor (SCM_RIGHTS), which becomes the receiver's. A client that may not stay
- * gets a reply with tag 0 and a reason before the connection ends. Both sides are on one machine,
- * so fields are in host byte order.
+ * exactly one descriptor (SCM_RIGHTS), which becomes the receiver's; to TS_HANDLE_GIVE_EXCHANGE it
+ * is the request that carries one. A client that may not stay gets a reply with tag 0 and a reason
+ * before the connection ends. Both sides are on one machine, so fields are in host byte order.
  */
 #ifndef TS_HANDLE_WIRE_H
 #define TS_HANDLE_WIRE_H
@@ -24,6 +24,10 @@ enum ts_handle_kind {
     TS_HANDLE_SIGNALS = 3,  /* the page of signals.h; made at the first asking */
     TS_HANDLE_RINGS = 4,    /* the memory of rings.h; made at the first asking */
     TS_HANDLE_DOORBELL = 5, /* ... and the eventfd that wakes the daemon */
+    /* An exchange in host memory, which the client makes, so that it is charged with the pages: a
+     * memfd of whole pages, all of them there (fallocate), sealed against shrinking, growing and
+     * further seals. It takes the place of the one before. */
+    TS_HANDLE_GIVE_EXCHANGE = 6,
 };
 
 typedef struct ts_handle_request {

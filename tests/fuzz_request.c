@@ -4,14 +4,19 @@
  * list of requests: bytes to be unpacked as they are, or fields to build a request of, which may
  * name ids that earlier answers gave. After each input the engine's books must agree.
  */
+#define _GNU_SOURCE
 #include "invariants.h"
 #include "log.h"
 #include "service.h"
+#include "surveys.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 static ts_service service;
 static uint32_t next_pipe;
@@ -97,6 +102,37 @@ static Tspb__Reply *call(uint32_t pipe, Tspb__Request *message)
 typedef struct known {
     uint64_t seqs[8], steps[4];
 } known;
+
+typedef struct gift {
+    ts_work work;
+    uint32_t pipe;
+    uint64_t bytes;
+    bool done;
+} gift;
+
+/* Gives the connection's session an exchange, as the handle socket does. */
+static void run_gift(ts_work *work, void *arg)
+{
+    gift *g = (gift *)work;
+    char why[256];
+    uint64_t bytes;
+    ts_connection *c = ts_service_connection(arg, g->pipe);
+    int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || (g->bytes > 0 && (ftruncate(fd, (off_t)g->bytes) != 0 ||
+                                    fallocate(fd, 0, 0, (off_t)g->bytes) != 0)))
+        abort();
+    (void)fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+    (void)ts_service_adopt_exchange(arg, c, fd, &bytes, why, sizeof why);
+    close(fd);
+    tell(&g->done);
+}
+
+static void give_exchange(uint32_t pipe, uint64_t bytes)
+{
+    gift g = {.work.run = run_gift, .pipe = pipe, .bytes = bytes};
+    ts_queue_run(&service.queue, &g.work, &service);
+    wait_for(&g.done);
+}
 
 static uint64_t some_id(input *in, const uint64_t *ids, uint32_t count)
 {
@@ -231,6 +267,7 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
     default:
         if (numbers[0] & 1) {
             exchange.bytes = number(in) * 4096ull;
+            give_exchange(pipe, exchange.bytes % (2 << 20));
             r.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
             r.exchange_open = &exchange;
         } else {
@@ -286,6 +323,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     service.by_session = calloc(limits.sessions, sizeof(ts_connection *));
     service.attention = ts_attention_new(1, TS_ISA_AUTO);
     service.batch = ts_batch_new(service.attention);
+    service.surveys = ts_surveys_new();
     ts_pool_config config = {
         .name = "fuzz",
         .geometry = {.layers = 2, .kv_heads = 2, .head_dim = 32, .block_tokens = 4},

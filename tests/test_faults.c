@@ -9,6 +9,7 @@
 #include <nng/protocol/reqrep0/rep.h>
 #include <nng/protocol/reqrep0/req.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <time.h>
 
 /* ---- messages by hand ---- */
@@ -294,6 +295,58 @@ static void the_handle_socket_gives_nothing_without_a_token(void **state)
     close(raw);
     OK(ts_step_abort(step));
     ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static int memory_of(size_t bytes, bool allocate, int seals)
+{
+    int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    assert_true(fd >= 0);
+    assert_int_equal(ftruncate(fd, (off_t)bytes), 0);
+    if (allocate && bytes > 0)
+        assert_int_equal(fallocate(fd, 0, 0, (off_t)bytes), 0);
+    assert_int_equal(fcntl(fd, F_ADD_SEALS, seals), 0);
+    return fd;
+}
+
+static void an_exchange_is_memory_that_the_client_has_allocated(void **state)
+{
+    (void)state;
+    enum { SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL };
+    daemon_process d;
+    daemon_start_with(&d, POOL_TINY ",blocks=16",
+                      (const char *const[]){"--set", "exchange_max=1M", NULL});
+    ts_client *c = connect_to(&d);
+    ts_handle_reply reply;
+    struct {
+        int fd;
+        const char *why;
+    } bad[] = {
+        {-1, "no descriptor came with the exchange"},
+        {open("/dev/null", O_RDWR | O_CLOEXEC), "the exchange is no memfd that is sealed against"},
+        {memory_of(8192, true, F_SEAL_SHRINK | F_SEAL_GROW), "is no memfd that is sealed against"},
+        {memory_of(8192, true, F_SEAL_SHRINK | F_SEAL_SEAL), "is no memfd that is sealed against"},
+        {memory_of(8192, false, SEALS), "of the exchange's 8192 bytes 0 are there"},
+        {memory_of(0, false, SEALS), "an exchange of 0 bytes; it must be a multiple of 4096"},
+        {memory_of(5000, true, SEALS), "an exchange of 5000 bytes; it must be a multiple of 4096"},
+        {memory_of(2 << 20, true, SEALS), "an exchange of 2097152 bytes; it must be a multiple of "
+                                          "4096, at most 1048576"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, bad[i].fd, &reply), TS_EINVAL);
+        if (strstr(ts_error(c), bad[i].why) == NULL)
+            fail_msg("'%s' is not in '%s'", bad[i].why, ts_error(c));
+        if (bad[i].fd >= 0)
+            close(bad[i].fd);
+    }
+    int good = memory_of(8192, true, SEALS), less = memory_of(4096, true, SEALS);
+    OK(ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, good, &reply));
+    assert_int_equal(reply.bytes, 8192);
+    assert_int_equal(ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, less, &reply), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "would replace one of 8192"));
+    close(good);
+    close(less);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -698,6 +751,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(the_handle_socket_gives_nothing_without_a_token),
+        cmocka_unit_test(an_exchange_is_memory_that_the_client_has_allocated),
         cmocka_unit_test(an_id_from_before_a_restart_names_nothing),
         cmocka_unit_test(a_killed_workers_long_run_ends_and_others_go_on_meanwhile),
         cmocka_unit_test(an_abort_after_a_runs_timeout_ends_the_run),

@@ -310,7 +310,7 @@ static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
     assert_int_equal(run(text, sizeof text, TS_CTL " explode"), 2);
     assert_has(text, "there is no command 'explode'; there are status,");
     assert_int_equal(run(text, sizeof text, TS_CTL " map --cells=0"), 2);
-    assert_has(text, "--cells 0: 1 to 65536 are possible");
+    assert_has(text, "--cells 0: 1 to 8192 are possible");
     daemon_process d;
     daemon_start(&d, POOL_TINY ",blocks=4");
     assert_int_equal(run(text, sizeof text, TS_CTL " frag --pool=x --socket=%s", d.url), 1);

@@ -57,8 +57,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     }
     case 'c': {
         unsigned long n = strtoul(arg, &end, 10);
-        if (*end != '\0' || n < 1 || n > 65536)
-            argp_error(state, "--cells %s: 1 to 65536 are possible", arg);
+        if (*end != '\0' || n < 1 || n > 8192)
+            argp_error(state, "--cells %s: 1 to 8192 are possible", arg);
         o->cells = (uint32_t)n;
         return 0;
     }
