@@ -2,6 +2,7 @@
 #include "service.h"
 
 #include "admin.h"
+#include "cgroup.h"
 #include "clock.h"
 #include "codec.h"
 #include "jobs.h"
@@ -260,9 +261,13 @@ void ts_service_apply(ts_service *s, const ts_command *command, ts_answer *a)
         uint32_t pool = a->need.pool, tenant = a->need.tenant;
         uint32_t slab = ts_engine_next_slab(s->engine, pool, tenant);
         char why[TS_MESSAGE_BYTES];
-        ts_status status = ts_memory_renew(
-            s->memory[pool], slab,
-            s->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why, sizeof why);
+        ts_status status = TS_ENOMEM;
+        if (s->gpu_of[pool] != NULL ||
+            ts_cgroup_allows(s->memory[pool]->export_bytes, why, sizeof why))
+            status =
+                ts_memory_renew(s->memory[pool], slab,
+                                s->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE,
+                                why, sizeof why);
         if (status != TS_OK) {
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = s->engine->pools[pool].config.name},
                       "pool '%s', slab %u: %s", s->engine->pools[pool].config.name, slab, why);
