@@ -27,9 +27,14 @@
  */
 static _Atomic pid_t nng_user;
 
+/* The client that this thread was refused last, as another one was inside. Its sentence is the
+ * constant below and not in the client, where that other thread may be writing one. */
+static _Thread_local const ts_client *refused;
+
 ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
 {
     va_list args;
+    refused = NULL;
     va_start(args, format);
     vsnprintf(c->error, sizeof c->error, format, args);
     va_end(args);
@@ -38,7 +43,11 @@ ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
 
 const char *ts_error(const ts_client *c)
 {
-    return c == NULL ? "out of memory" : c->error;
+    if (c == NULL)
+        return "out of memory";
+    return c == refused ? "another thread is inside a call on this client: a client, and what was "
+                          "opened from it, is used by one thread at a time"
+                        : c->error;
 }
 
 ts_transport ts_client_transport(const ts_client *c)
@@ -61,7 +70,28 @@ const char *ts_daemon_version(const ts_client *c)
     return c->version;
 }
 
+ts_status ts_in_use(ts_client *c)
+{
+    if (c->pid != getpid()) /* the thread that was inside isn't in this process */
+        return ts_not_ours(c);
+    refused = c;
+    return TS_EBUSY;
+}
+
+ts_client *ts_enter_last(ts_client *c)
+{
+    while (ts_enter(c) == NULL && c->pid == getpid())
+        (void)poll(NULL, 0, 1);
+    return c;
+}
+
 /* ---- calls ---- */
+
+ts_status ts_not_ours(ts_client *c)
+{
+    return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                   (int)c->pid);
+}
 
 ts_status ts_gone(ts_client *c)
 {
@@ -119,8 +149,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
 {
     *reply = NULL;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (atomic_load(&c->broken) || !c->open)
         return ts_gone(c);
     request->request_id = c->next_id++;
@@ -304,6 +333,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     const ts_options *o = options != NULL ? options : &defaults;
     ts_client *c = calloc(1, sizeof *c);
     *out = c;
+    refused = NULL; /* it may have had the same address */
     if (c == NULL)
         return TS_ENOMEM;
     c->handle_fd = -1;
@@ -342,6 +372,7 @@ void ts_disconnect(ts_client *c)
 {
     if (c == NULL)
         return;
+    (void)ts_enter_last(c);
     bool ours = c->pid == getpid(); /* a forked child must not touch its parent's */
     if (ours) {
         hang_up(c);

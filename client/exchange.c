@@ -126,7 +126,7 @@ static ts_status no_steps(ts_client *c)
     return ts_fail(c, TS_EBUSY, "the exchange can't be replaced while steps use it");
 }
 
-ts_status ts_exchange_device(ts_pool *p, size_t bytes)
+static ts_status exchange_device(ts_pool *p, size_t bytes)
 {
     ts_client *c = p->client;
     Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
@@ -162,8 +162,15 @@ ts_status ts_exchange_device(ts_pool *p, size_t bytes)
     return TS_OK;
 }
 
+ts_status ts_exchange_device(ts_pool *p, size_t bytes)
+{
+    TS_ENTER(p->client);
+    return exchange_device(p, bytes);
+}
+
 ts_status ts_exchange_register(ts_pool *p, void *memory, size_t bytes)
 {
+    TS_ENTER(p->client);
     ts_client *c = p->client;
     Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
     Tspb__Reply *opened;
@@ -208,7 +215,7 @@ static ts_status grow(ts_client *c, size_t bytes)
     if (c->exchange_kind != TS_EXCHANGE_NONE && c->exchange_kind != TS_EXCHANGE_HOST) {
         if (c->exchange_pool == NULL)
             return ts_fail(c, TS_EINVAL, "the pool that the exchange was made for is closed");
-        return ts_exchange_device(c->exchange_pool, wanted);
+        return exchange_device(c->exchange_pool, wanted);
     }
     return ts_exchange_host(c, wanted);
 }

@@ -105,8 +105,7 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
     bool cut;
     *fd = -1;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (c->handle_fd < 0) {
         ts_status status = connect_handles(c);
         if (status != TS_OK)

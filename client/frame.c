@@ -48,6 +48,7 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
     const ts_geometry *g = &p->geometry;
     ts_frame_options o = *options;
     *out = NULL;
+    TS_ENTER(c);
     if (o.new_tokens == 0)
         o.new_tokens = 1;
     if (o.tokens == 0)
@@ -96,6 +97,7 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_ste
 {
     ts_client *c = f->pool->client;
     *out = NULL;
+    TS_ENTER(c);
     if (f->in_use)
         return ts_fail(c, TS_EBUSY, "the frame has a step that hasn't ended");
     if (count == 0 || count > f->options.seqs)
@@ -132,6 +134,7 @@ void ts_frame_free(ts_frame *f)
 {
     if (f == NULL)
         return;
+    TS_ENTER_LAST(f->pool->client);
     ts_local_gpu_plan_free(f->pool->client, f->plan);
     ts_exchange_give(f->pool->client, &f->region);
     free(f->new_tokens);

@@ -167,6 +167,7 @@ static ts_status run_both(run_args *a)
 
 ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
+    TS_ENTER(s->pool->client);
     run_args args = {s, layer, o};
     s->pool->client->last_exec = s->exec;
     return s->exec == TS_EXEC_AUTO    ? run_both(&args)

@@ -252,6 +252,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     const ts_geometry *g = &p->geometry;
     uint32_t tokens;
     *out = NULL;
+    TS_ENTER(p->client);
     if (o.heads == 0)
         o.heads = g->kv_heads;
     if (o.heads > TS_HEADS_MAX)
@@ -288,6 +289,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
 ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         uint64_t *slots)
 {
+    TS_ENTER(p->client);
     static const ts_step_options none;
     uint32_t tokens;
     ts_status status = add_tokens(p, new_tokens, count, &tokens);
@@ -408,6 +410,7 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
 
 ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 {
+    TS_ENTER(s->pool->client);
     ts_status status = call_end(s, true, accepted);
     if (status != TS_OK)
         return status;
@@ -421,6 +424,7 @@ ts_status ts_step_abort(ts_step *s)
 {
     if (s == NULL)
         return TS_OK;
+    TS_ENTER_LAST(s->pool->client);
     ts_status status = call_end(s, false, NULL);
     step_end(s);
     return status;

@@ -20,7 +20,8 @@ typedef enum ts_status {
     TS_EEXIST = 3,  /* the name is taken */
     TS_ENOSPC = 4,  /* the pool has too few free blocks; nothing was taken */
     TS_EQUOTA = 5,  /* a limit of this session or tenant would be passed; nothing was taken */
-    TS_EBUSY = 6,   /* the sequence is in an open step, or the step has a run in flight */
+    TS_EBUSY = 6,   /* the sequence is in an open step, the step has a run in flight, or another
+                       thread is inside a call on the client */
     TS_EPERM = 7,   /* it belongs to somebody else, or the configuration forbids it */
     TS_ESTALE = 8,  /* a repeated request whose first answer is no longer kept */
     TS_EPROTO = 9,  /* the message could not be understood, or a protocol version is not spoken */

@@ -12,7 +12,9 @@
  * kept by name are still there if the daemon is.
  *
  * Threads: a ts_client and all that was opened from it is used by one thread at a time. Open one
- * per thread; each is a session of its own.
+ * per thread; each is a session of its own. A call while another thread is inside one is refused
+ * (TS_EBUSY) and changes nothing; calls that free (ts_disconnect, ts_pool_close, ts_step_abort,
+ * ts_frame_free) wait until that thread's call has returned. What was freed must not be used.
  *
  * fork(): connect after it, in the child, and not in the parent before: NNG can't be used on both
  * sides. A call that would break this is refused (TS_EPERM, TS_ECONN). fork() and exec is fine.
@@ -83,7 +85,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out);
 /* Ends the session: its sequences, except kept ones, are freed, its pools and steps are gone. */
 void ts_disconnect(ts_client *client);
 
-/* What was wrong with the last call that failed; valid until the next one does. Never NULL. */
+/* What was wrong with the last call that failed, for the thread that made it; valid until the next
+ * one does. Never NULL. */
 const char *ts_error(const ts_client *client);
 
 /* What the client's last step went by: TS_TRANSPORT_RING or TS_TRANSPORT_MESSAGES. */
@@ -155,8 +158,9 @@ ts_status ts_seq_truncate(ts_pool *pool, const ts_seq *seqs, const uint32_t *len
 ts_status ts_seq_free(ts_pool *pool, const ts_seq *seqs, uint32_t count);
 
 /* Keeps a sequence under a name (1..127 bytes of UTF-8 without control characters): it outlives
- * this session and any session of the same tenant may attach to it. NULL forgets the name: the sequence becomes this session's own
- * again. TS_EEXIST: the tenant keeps another one under this name. */
+ * this session and any session of the same tenant may attach to it. NULL forgets the name: the
+ * sequence becomes this session's own again. TS_EEXIST: the tenant keeps another one under this
+ * name. */
 ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name);
 
 /* Finds a kept sequence; *length (may be NULL) is its tokens. TS_ENOENT: there is none. */
