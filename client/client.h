@@ -138,6 +138,19 @@ ts_status ts_in_use(ts_client *client);
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* Which struct of options. */
+typedef enum ts_options_struct {
+    TS_STRUCT_OPTIONS,
+    TS_STRUCT_STEP_OPTIONS,
+    TS_STRUCT_RUN_OPTIONS,
+    TS_STRUCT_FRAME_OPTIONS
+} ts_options_struct;
+
+/* Copies a caller's options, of whichever size its header gave them, into a struct of this
+ * library's; NULL: all are 0. */
+ts_status ts_options_read(ts_client *client, ts_options_struct which, const void *options,
+                          void *out);
+
 /*
  * Sends the request and waits for its reply. TS_OK: *reply is there, to be freed with
  * tspb__reply__free_unpacked. Else the error sentence is set and there is none.

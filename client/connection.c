@@ -2,7 +2,7 @@
 #include "client.h"
 
 #include "clock.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <nng/protocol/reqrep0/req.h>
@@ -329,8 +329,7 @@ static ts_status set_path(ts_client *c, const char *url)
 
 ts_status ts_connect(const ts_options *options, ts_client **out)
 {
-    static const ts_options defaults;
-    const ts_options *o = options != NULL ? options : &defaults;
+    ts_options o;
     ts_client *c = calloc(1, sizeof *c);
     *out = c;
     refused = NULL; /* it may have had the same address */
@@ -338,16 +337,19 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
         return TS_ENOMEM;
     c->handle_fd = -1;
     c->pid = getpid();
-    c->timeout_ms = o->timeout_ms != 0 ? o->timeout_ms : TIMEOUT_DEFAULT_MS;
-    c->retries = o->retries;
-    c->transport = o->transport;
-    c->exec = o->exec;
-    c->threads = o->threads;
-    c->spin_us = o->spin_us != 0 ? o->spin_us : SPIN_DEFAULT_US;
-    const char *url = o->url != NULL ? o->url : getenv("TINYSERVE_URL");
+    ts_status status = ts_options_read(c, TS_STRUCT_OPTIONS, options, &o);
+    if (status != TS_OK)
+        return status;
+    c->timeout_ms = o.timeout_ms != 0 ? o.timeout_ms : TIMEOUT_DEFAULT_MS;
+    c->retries = o.retries;
+    c->transport = o.transport;
+    c->exec = o.exec;
+    c->threads = o.threads;
+    c->spin_us = o.spin_us != 0 ? o.spin_us : SPIN_DEFAULT_US;
+    const char *url = o.url != NULL ? o.url : getenv("TINYSERVE_URL");
     if (url == NULL || url[0] == '\0')
         url = TS_URL_DEFAULT;
-    ts_status status = set_path(c, url);
+    status = set_path(c, url);
     if (status != TS_OK)
         return status;
 
@@ -357,14 +359,14 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        "process %d was forked from %d after that had connected: connect in the "
                        "child alone, or exec",
                        (int)c->pid, (int)user);
-    const char *program = o->program != NULL ? o->program : program_invocation_short_name;
-    uint64_t until = ts_now_ms() + o->wait_ms;
+    const char *program = o.program != NULL ? o.program : program_invocation_short_name;
+    uint64_t until = ts_now_ms() + o.wait_ms;
     while ((status = arrive(c, program)) != TS_OK && c->absent && ts_now_ms() < until) {
         hang_up(c);
         (void)poll(NULL, 0, POLL_MS);
     }
-    if (status == TS_OK && o->exchange_bytes > 0)
-        status = ts_exchange_host(c, o->exchange_bytes);
+    if (status == TS_OK && o.exchange_bytes > 0)
+        status = ts_exchange_host(c, o.exchange_bytes);
     return status;
 }
 

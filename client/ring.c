@@ -3,7 +3,7 @@
 #include "client.h"
 
 #include "clock.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <limits.h>

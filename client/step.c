@@ -248,17 +248,20 @@ size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, 
 ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         const ts_step_options *options, ts_step **out)
 {
-    ts_step_options o = options != NULL ? *options : (ts_step_options){0};
+    ts_step_options o;
     const ts_geometry *g = &p->geometry;
     uint32_t tokens;
     *out = NULL;
     TS_ENTER(p->client);
+    ts_status status = ts_options_read(p->client, TS_STRUCT_STEP_OPTIONS, options, &o);
+    if (status != TS_OK)
+        return status;
     if (o.heads == 0)
         o.heads = g->kv_heads;
     if (o.heads > TS_HEADS_MAX)
         return ts_fail(p->client, TS_EINVAL, "%u query heads; the limit is %u", o.heads,
                        TS_HEADS_MAX);
-    ts_status status = add_tokens(p, new_tokens, count, &tokens);
+    status = add_tokens(p, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
     ts_step *s = ts_step_new(p, new_tokens, count, tokens);

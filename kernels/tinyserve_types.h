@@ -12,6 +12,13 @@
 extern "C" {
 #endif
 
+/* Of functions whose status must be looked at: the compiler warns where it isn't. */
+#if defined(__GNUC__)
+#define TS_WARN_UNUSED __attribute__((warn_unused_result))
+#else
+#define TS_WARN_UNUSED
+#endif
+
 /* What a call came to. The numbers are part of the wire protocol: append only. */
 typedef enum ts_status {
     TS_OK = 0,
@@ -119,7 +126,7 @@ uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes, size_t
  * TS_OK, or TS_EINVAL with a sentence in `why` (`why_bytes` long) that names the field, its value
  * and the limit.
  */
-ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes);
+TS_WARN_UNUSED ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes);
 
 /* "TS_ENOSPC", and so on; never NULL. */
 const char *ts_status_name(ts_status status);

@@ -16,10 +16,12 @@ static void hit(int signal)
 static void work_once(const char *url, ts_transport transport)
 {
     ts_client *c;
-    ts_status status = ts_connect(
-        &(ts_options){
-            .url = url, .timeout_ms = 120000, .exchange_bytes = 1 << 20, .transport = transport},
-        &c);
+    ts_status status = ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                                .url = url,
+                                                .timeout_ms = 120000,
+                                                .exchange_bytes = 1 << 20,
+                                                .transport = transport},
+                                  &c);
     if (status != TS_OK)
         fail_msg("%s: %s", ts_status_name(status), ts_error(c));
     ts_pool *p = open_pool(c, "tiny", 0);
