@@ -289,8 +289,8 @@ static void hang_up(ts_client *c)
     ts_handles_close(c);
 }
 
-/* Connects to the daemon and opens the session. */
-static ts_status arrive(ts_client *c, const char *program)
+/* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
+static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes)
 {
     c->absent = false;
     c->next_id = 1;
@@ -301,7 +301,11 @@ static ts_status arrive(ts_client *c, const char *program)
     if (error != 0)
         return cannot_reach(c, error);
     status = open_session(c, program);
-    c->absent = status == TS_ECONN;
+    c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
+    if (status == TS_OK && exchange_bytes > 0) {
+        status = ts_exchange_host(c, exchange_bytes);
+        c->absent = status == TS_ECONN;
+    }
     return status;
 }
 
@@ -361,12 +365,11 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        (int)c->pid, (int)user);
     const char *program = o.program != NULL ? o.program : program_invocation_short_name;
     uint64_t until = ts_now_ms() + o.wait_ms;
-    while ((status = arrive(c, program)) != TS_OK && c->absent && ts_now_ms() < until) {
+    while ((status = arrive(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
+           ts_now_ms() < until) {
         hang_up(c);
         (void)poll(NULL, 0, POLL_MS);
     }
-    if (status == TS_OK && o.exchange_bytes > 0)
-        status = ts_exchange_host(c, o.exchange_bytes);
     return status;
 }
 

@@ -231,10 +231,11 @@ ts_status ts_exchange_take(ts_client *c, ts_region *region)
     }
     if (*at == NULL && (offset > c->exchange_bytes || c->exchange_bytes - offset < region->bytes)) {
         if (c->regions != NULL)
-            return ts_fail(c, TS_ENOMEM,
-                           "the exchange of %zu bytes has no %zu free beside the steps that are "
-                           "open: connect with a larger exchange_bytes",
-                           c->exchange_bytes, region->bytes);
+            return ts_fail(c, TS_EBUSY,
+                           "a step or frame is open, and the exchange of %zu bytes has no %zu free "
+                           "beside it and grows only while none is: end it, or connect with "
+                           "exchange_bytes of at least %zu",
+                           c->exchange_bytes, region->bytes, offset + region->bytes);
         ts_status status = grow(c, region->bytes);
         if (status != TS_OK)
             return status;

@@ -23,7 +23,7 @@ static bool await(int fd, short what, uint64_t deadline_ms)
         int n = poll(&p, 1, now < deadline_ms ? (int)(deadline_ms - now) : 0);
         if (n > 0)
             return true;
-        if (n == 0 && now >= deadline_ms)
+        if (now >= deadline_ms)
             return false;
         /* Interrupted by a signal, or out of kernel memory for a moment: look again. */
     }

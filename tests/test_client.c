@@ -347,7 +347,28 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     n = 4000;
     ts_seq more;
     OK(ts_seq_create(p, 1, &more));
-    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_ENOMEM);
+    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_EBUSY);
+    char needs[64];
+    const size_t bytes = 4000 * 64 * (2 + 2 + 2 + 2) * sizeof(float) + 2 * 64 /* sinks, alibi */ +
+                         4000 * 2 * sizeof(float) + 64 /* lse, scales */;
+    snprintf(needs, sizeof needs, "has no %zu free beside it", bytes);
+    assert_non_null(strstr(ts_error(c), "a step or frame is open"));
+    assert_non_null(strstr(ts_error(c), needs));
+    const char *least = strstr(ts_error(c), "exchange_bytes of at least ");
+    assert_non_null(least);
+    ts_client *roomy;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d.url,
+                                .exchange_bytes = strtoul(strpbrk(least, "0123456789"), NULL, 10)},
+                  &roomy)); /* what the sentence says is enough */
+    ts_pool *q = open_pool(roomy, "tiny", 0);
+    ts_seq there[3];
+    ts_step *open[3];
+    OK(ts_seq_create(q, 3, there));
+    for (int i = 0; i < 3; i++)
+        OK(ts_step_begin(q, &there[i], &(uint32_t[]){1, 1, 4000}[i], 1, NULL, &open[i]));
+    ts_pool_close(q);
+    ts_disconnect(roomy);
     OK(ts_step_abort(steps[0]));
     OK(ts_step_abort(steps[1]));
     OK(ts_step_begin(p, &more, &n, 1, NULL, &third));

@@ -82,7 +82,8 @@ typedef struct ts_options {
     const char *program; /* shown to the operator; NULL: the process's name */
     uint32_t timeout_ms; /* of one call; 0: 30000 */
     uint32_t retries;    /* times that a call is sent again after its timeout; it is applied once */
-    uint32_t wait_ms;    /* how long ts_connect waits for a daemon to appear; 0: not at all */
+    uint32_t wait_ms; /* how long ts_connect waits for a daemon to appear, or for one that ends or
+                         is drained to be replaced; 0: not at all */
     size_t exchange_bytes; /* of shared memory for q, k, v and out to start with; it grows as steps
                               need it, while none is open. 0: what the first step needs */
     ts_transport transport;
@@ -251,7 +252,8 @@ typedef struct ts_step_options {
  * Begins a step that adds new_tokens[i] tokens to sequence i. A sequence may get 0, as long as
  * another gets some: it takes no block, and nothing is attended for it. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
- * as they were, and not be changed. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
+ * as they were, and not be changed. TS_EBUSY: a sequence is in an open step, or a step is open and
+ * the exchange has no room beside it. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
  * isn't writable; TS_EINVAL: it is on a GPU and the exchange isn't, there are no rings, or the
  * block tables of the step's sequences have more than 2^20 entries; TS_EDEVICE: no
  * libtinyserve-cuda, or it can't use the GPU.
