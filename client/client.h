@@ -26,6 +26,9 @@ typedef struct ts_region {
     size_t offset, bytes;
 } ts_region;
 
+/* A begin that was sent again, as its answer didn't come in time: unanswered.c's own. */
+typedef struct ts_unanswered ts_unanswered;
+
 /* What the exchange is made of. */
 typedef enum ts_exchange_kind {
     TS_EXCHANGE_NONE,
@@ -65,9 +68,11 @@ struct ts_client {
     ts_rings_memory *rings; /* NULL: not open */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
-    int spin_luck;   /* how often polling was worth it lately */
-    bool rings_lost; /* they can't be used, or not any more */
-    ts_exec exec;    /* that was asked for, or that AUTO has come to */
+    int spin_luck;             /* how often polling was worth it lately */
+    bool rings_lost;           /* they can't be used, or not any more */
+    bool ring_unanswered;      /* the last entry was a begin whose completion is yet to come */
+    ts_unanswered *unanswered; /* begins by message whose answers are yet to come */
+    ts_exec exec;              /* that was asked for, or that AUTO has come to */
     ts_exec last_exec;
     bool tried; /* a run has gone both ways */
     uint32_t threads;
@@ -160,6 +165,13 @@ ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply
 /* The connection has ended, or is another process's: TS_ECONN. */
 ts_status ts_gone(ts_client *client);
 ts_status ts_not_ours(ts_client *client);
+
+/* A step's begin got no answer in time: whatever comes of it is undone by a later call's
+ * ts_unanswered_settle. */
+void ts_unanswered_by_message(ts_client *client, const Tspb__Request *request);
+void ts_unanswered_by_ring(ts_client *client);
+void ts_unanswered_settle(ts_client *client);
+void ts_unanswered_close(ts_client *client);
 
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
@@ -293,6 +305,9 @@ ts_status ts_rings_use(ts_client *client, bool *use);
 
 /* Submits the entry, sets its tag, and waits for its completion. Else the error sentence is set. */
 ts_status ts_ring_call(ts_client *client, ts_ring_entry *entry, ts_ring_completion *done);
+
+/* The completion that has come to the rings, if one has. */
+bool ts_ring_take(ts_client *client, ts_ring_completion *done);
 
 /* A call that sleeps looks whether the connection has ended. Any thread. */
 void ts_rings_wake(ts_client *client);

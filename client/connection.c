@@ -152,6 +152,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
         return ts_not_ours(c);
     if (atomic_load(&c->broken) || !c->open)
         return ts_gone(c);
+    ts_unanswered_settle(c);
     request->request_id = c->next_id++;
     ts_status status = TS_ETIMEOUT;
     nng_msg *message = NULL;
@@ -281,6 +282,7 @@ static ts_status open_session(ts_client *c, const char *program)
 
 static void hang_up(ts_client *c)
 {
+    ts_unanswered_close(c);
     if (c->open) {
         nng_close(c->socket);
         nng_aio_free(c->aio);

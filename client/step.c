@@ -83,6 +83,8 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
     request.step_begin = &body;
     ts_status status = ts_call(s->pool->client, &request, &reply);
+    if (status == TS_ETIMEOUT && !append)
+        ts_unanswered_by_message(s->pool->client, &request);
     if (status != TS_OK)
         return status;
     const Tspb__StepBegun *b = reply->step_begun;
@@ -147,6 +149,8 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
     memcpy(m->batch_words, s->new_tokens, s->count * sizeof *s->new_tokens);
     ts_status status = ts_ring_call(c, &entry, &done);
+    if (status == TS_ETIMEOUT)
+        ts_unanswered_by_ring(c);
     if (status != TS_OK)
         return status;
     s->id = done.step;

@@ -269,6 +269,55 @@ static void refusals_name_the_value_and_the_limit(void **state)
     daemon_stop(&d);
 }
 
+static void daemon_pause(const daemon_process *d)
+{
+    int status;
+    kill(d->pid, SIGSTOP);
+    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+}
+
+static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *watcher = connect_to(&d);
+    for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
+        const ts_options options = {.size = sizeof options,
+                                    .url = d.url,
+                                    .timeout_ms = 1000,
+                                    .transport = (ts_transport)transport};
+        ts_client *c;
+        ts_seq seq;
+        ts_step *step;
+        uint32_t n = 20, length;
+        OK(ts_connect(&options, &c));
+        ts_pool *p = open_pool(c, "tiny", 0);
+        OK(ts_seq_create(p, 1, &seq));
+        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the exchange and the rings are there */
+        OK(ts_step_abort(step));
+        daemon_pause(&d);
+        assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
+        kill(d.pid, SIGCONT);
+        await_used_blocks(watcher, 2); /* it was begun, and the client doesn't know the step */
+        do
+            OK(ts_seq_lengths(p, &seq, 1, &length));
+        while (used_blocks(watcher) != 0);
+        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the sequence is in no step */
+        OK(ts_step_abort(step));
+
+        daemon_pause(&d); /* a session that ends before the answer comes */
+        assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        kill(d.pid, SIGCONT);
+        await_used_blocks(watcher, 0);
+        check_daemon(watcher);
+    }
+    ts_disconnect(watcher);
+    daemon_stop(&d);
+}
+
 static void options_may_be_of_an_earlier_or_a_later_header(void **state)
 {
     (void)state;
@@ -599,6 +648,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
+        cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
         cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),

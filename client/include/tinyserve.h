@@ -8,7 +8,8 @@
  *
  * Errors: functions return ts_status, TS_OK (0) or what went wrong; ts_error() has the sentence. A
  * call that fails has changed nothing, except TS_ETIMEOUT and TS_ECONN, after which that is
- * unknown. After TS_ECONN the session is over: disconnect and connect again. Sequences that were
+ * unknown; a step whose begin came to TS_ETIMEOUT is dropped by a later call, once the daemon has
+ * answered. After TS_ECONN the session is over: disconnect and connect again. Sequences that were
  * kept by name are still there if the daemon is.
  *
  * Threads: a ts_client and all that was opened from it is used by one thread at a time. Open one
