@@ -26,6 +26,9 @@ typedef struct ts_region {
     size_t offset, bytes;
 } ts_region;
 
+/* A begin that was sent again, as its answer didn't come in time: unanswered.c's own. */
+typedef struct ts_unanswered ts_unanswered;
+
 /* What the exchange is made of. */
 typedef enum ts_exchange_kind {
     TS_EXCHANGE_NONE,
@@ -36,6 +39,7 @@ typedef enum ts_exchange_kind {
 } ts_exchange_kind;
 
 struct ts_client {
+    atomic_bool in_call; /* a thread is inside a public call: TS_ENTER */
     nng_socket socket;
     nng_aio *aio;
     pid_t pid;          /* of the process that connected */
@@ -64,9 +68,11 @@ struct ts_client {
     ts_rings_memory *rings; /* NULL: not open */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
-    int spin_luck;   /* how often polling was worth it lately */
-    bool rings_lost; /* they can't be used, or not any more */
-    ts_exec exec;    /* that was asked for, or that AUTO has come to */
+    int spin_luck;             /* how often polling was worth it lately */
+    bool rings_lost;           /* they can't be used, or not any more */
+    bool ring_unanswered;      /* the last entry was a begin whose completion is yet to come */
+    ts_unanswered *unanswered; /* begins by message whose answers are yet to come */
+    ts_exec exec;              /* that was asked for, or that AUTO has come to */
     ts_exec last_exec;
     bool tried; /* a run has gone both ways */
     uint32_t threads;
@@ -102,9 +108,53 @@ struct ts_pool {
     uint32_t num_tables;
 };
 
+/*
+ * Stands first in every public function that uses the client: a second thread is refused while one
+ * is inside. The client is left when the function returns. Functions inside the library that other
+ * public functions need too don't have it.
+ */
+#define TS_ENTER(client)                                                                           \
+    ts_client *entered __attribute__((cleanup(ts_leave))) = ts_enter(client);                      \
+    if (entered == NULL)                                                                           \
+    return ts_in_use(client)
+
+/* The same where nothing can be refused: waits until the other thread's call has returned. */
+#define TS_ENTER_LAST(client)                                                                      \
+    ts_client *entered __attribute__((cleanup(ts_leave))) = ts_enter_last(client)
+
+/* NULL: another thread is inside. */
+static inline ts_client *ts_enter(ts_client *client)
+{
+    return atomic_exchange_explicit(&client->in_call, true, memory_order_acquire) ? NULL : client;
+}
+
+static inline void ts_leave(ts_client **client)
+{
+    if (*client != NULL)
+        atomic_store_explicit(&(*client)->in_call, false, memory_order_release);
+}
+
+ts_client *ts_enter_last(ts_client *client);
+
+/* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
+ts_status ts_in_use(ts_client *client);
+
 /* Sets the error sentence and returns status. */
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* Which struct of options. */
+typedef enum ts_options_struct {
+    TS_STRUCT_OPTIONS,
+    TS_STRUCT_STEP_OPTIONS,
+    TS_STRUCT_RUN_OPTIONS,
+    TS_STRUCT_FRAME_OPTIONS
+} ts_options_struct;
+
+/* Copies a caller's options, of whichever size its header gave them, into a struct of this
+ * library's; NULL: all are 0. */
+ts_status ts_options_read(ts_client *client, ts_options_struct which, const void *options,
+                          void *out);
 
 /*
  * Sends the request and waits for its reply. TS_OK: *reply is there, to be freed with
@@ -112,8 +162,16 @@ ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
  */
 ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply);
 
-/* The connection has ended: TS_ECONN. */
+/* The connection has ended, or is another process's: TS_ECONN. */
 ts_status ts_gone(ts_client *client);
+ts_status ts_not_ours(ts_client *client);
+
+/* A step's begin got no answer in time: whatever comes of it is undone by a later call's
+ * ts_unanswered_settle. */
+void ts_unanswered_by_message(ts_client *client, const Tspb__Request *request);
+void ts_unanswered_by_ring(ts_client *client);
+void ts_unanswered_settle(ts_client *client);
+void ts_unanswered_close(ts_client *client);
 
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
@@ -248,6 +306,9 @@ ts_status ts_rings_use(ts_client *client, bool *use);
 /* Submits the entry, sets its tag, and waits for its completion. Else the error sentence is set. */
 ts_status ts_ring_call(ts_client *client, ts_ring_entry *entry, ts_ring_completion *done);
 
+/* The completion that has come to the rings, if one has. */
+bool ts_ring_take(ts_client *client, ts_ring_completion *done);
+
 /* A call that sleeps looks whether the connection has ended. Any thread. */
 void ts_rings_wake(ts_client *client);
 void ts_rings_close(ts_client *client);
@@ -264,7 +325,7 @@ void ts_handles_close(ts_client *client);
 /* The GPU of the pool, made ready at the first need: a session uses one. */
 ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
 
-/* Makes an exchange of host memory, in place of the one there is. */
+/* Makes an exchange of host memory, in place of the one there is; or of a GPU's. */
 ts_status ts_exchange_host(ts_client *client, size_t bytes);
 void ts_exchange_close(ts_client *client);
 

@@ -10,12 +10,24 @@
 
 #define GPU_GRANULE ((size_t)2 << 20)
 
+static void pool_free(ts_pool *p)
+{
+    if (p == NULL)
+        return;
+    ts_tables_fini(p);
+    free(p->mapped);
+    free(p->wanted);
+    free(p->written);
+    free(p);
+}
+
 ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool **out)
 {
     Tspb__PoolOpen open = TSPB__POOL_OPEN__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     *out = NULL;
+    TS_ENTER(c);
     if (flags & ~(unsigned)TS_POOL_WRITABLE)
         return ts_fail(c, TS_EINVAL, "flags %#x; known is TS_POOL_WRITABLE (%#x)", flags,
                        TS_POOL_WRITABLE);
@@ -59,8 +71,11 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     snprintf(p->kernel, sizeof p->kernel, "%s", o->kernel);
     if (p->on_gpu)
         memcpy(p->uuid, o->device_uuid.data, TS_UUID_BYTES);
-    status = ts_geometry_check(&p->geometry, c->error, sizeof c->error);
-    if (status == TS_OK) {
+    char why[sizeof c->error];
+    status = ts_geometry_check(&p->geometry, why, sizeof why);
+    if (status != TS_OK) {
+        (void)ts_fail(c, status, "%s", why);
+    } else {
         p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
         p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
         p->written = calloc(p->num_slabs, sizeof *p->written);
@@ -72,7 +87,7 @@ out:
     if (status == TS_OK)
         *out = p;
     else
-        ts_pool_close(p);
+        pool_free(p);
     return status;
 }
 
@@ -106,17 +121,14 @@ void ts_pool_close(ts_pool *p)
 {
     if (p == NULL)
         return;
+    TS_ENTER_LAST(p->client);
     if (p->base != NULL && p->on_gpu)
         unmap_gpu(p);
     else if (p->base != NULL)
         munmap(p->base, slab_bytes(p) * p->num_slabs);
     if (p->client->exchange_pool == p)
         p->client->exchange_pool = NULL;
-    ts_tables_fini(p);
-    free(p->mapped);
-    free(p->wanted);
-    free(p->written);
-    free(p);
+    pool_free(p);
 }
 
 const ts_geometry *ts_pool_geometry(const ts_pool *p)
@@ -251,15 +263,19 @@ ts_status ts_pool_map_block(ts_pool *p, uint64_t block, bool writable)
 
 ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, void **base)
 {
+    *base = NULL;
+    TS_ENTER(p->client);
     ts_status status = TS_OK;
     for (size_t i = 0; i < count && status == TS_OK; i++)
         status = ts_pool_map_block(p, slots[i] / p->geometry.block_tokens, p->writable);
-    *base = status == TS_OK ? p->base : NULL;
+    if (status == TS_OK)
+        *base = p->base;
     return status;
 }
 
 ts_status ts_pool_cuda_device(ts_pool *p, int *ordinal)
 {
+    TS_ENTER(p->client);
     ts_cuda *cuda;
     ts_status status = ts_client_cuda(p->client, p, &cuda);
     if (status == TS_OK)
@@ -269,6 +285,7 @@ ts_status ts_pool_cuda_device(ts_pool *p, int *ordinal)
 
 ts_status ts_slot_kv(ts_pool *p, uint64_t slot, uint32_t layer, ts_kv *out)
 {
+    TS_ENTER(p->client);
     const ts_geometry *g = &p->geometry;
     uint64_t block = slot / g->block_tokens;
     if (layer >= g->layers)

@@ -3,7 +3,7 @@
 #include "client.h"
 
 #include "clock.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -145,14 +145,26 @@ static ts_status await_completion(ts_client *c)
     return status;
 }
 
+bool ts_ring_take(ts_client *c, ts_ring_completion *done)
+{
+    ts_rings_memory *m = c->rings;
+    if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) == c->ring_seen)
+        return false;
+    *done = m->completed[c->ring_seen & MASK];
+    c->ring_seen++;
+    __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);
+    done->message[sizeof done->message - 1] = '\0';
+    return true;
+}
+
 ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
 {
     ts_rings_memory *m = c->rings;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (atomic_load(&c->broken) || !c->open)
         return ts_gone(c);
+    ts_unanswered_settle(c);
     entry->tag = ++c->ring_tag;
     m->submitted[c->ring_submitted & MASK] = *entry;
     c->ring_submitted++;
@@ -165,10 +177,7 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
     ts_status status = await_completion(c);
     if (status != TS_OK)
         return status;
-    *done = m->completed[c->ring_seen & MASK];
-    c->ring_seen++;
-    __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);
-    done->message[sizeof done->message - 1] = '\0';
+    (void)ts_ring_take(c, done);
     if (done->tag != entry->tag)
         return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
                        done->tag, entry->tag);

@@ -83,6 +83,8 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
     request.step_begin = &body;
     ts_status status = ts_call(s->pool->client, &request, &reply);
+    if (status == TS_ETIMEOUT && !append)
+        ts_unanswered_by_message(s->pool->client, &request);
     if (status != TS_OK)
         return status;
     const Tspb__StepBegun *b = reply->step_begun;
@@ -147,6 +149,8 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
     memcpy(m->batch_words, s->new_tokens, s->count * sizeof *s->new_tokens);
     ts_status status = ts_ring_call(c, &entry, &done);
+    if (status == TS_ETIMEOUT)
+        ts_unanswered_by_ring(c);
     if (status != TS_OK)
         return status;
     s->id = done.step;
@@ -248,16 +252,20 @@ size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, 
 ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         const ts_step_options *options, ts_step **out)
 {
-    ts_step_options o = options != NULL ? *options : (ts_step_options){0};
+    ts_step_options o;
     const ts_geometry *g = &p->geometry;
     uint32_t tokens;
     *out = NULL;
+    TS_ENTER(p->client);
+    ts_status status = ts_options_read(p->client, TS_STRUCT_STEP_OPTIONS, options, &o);
+    if (status != TS_OK)
+        return status;
     if (o.heads == 0)
         o.heads = g->kv_heads;
     if (o.heads > TS_HEADS_MAX)
         return ts_fail(p->client, TS_EINVAL, "%u query heads; the limit is %u", o.heads,
                        TS_HEADS_MAX);
-    ts_status status = add_tokens(p, new_tokens, count, &tokens);
+    status = add_tokens(p, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
     ts_step *s = ts_step_new(p, new_tokens, count, tokens);
@@ -288,6 +296,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
 ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         uint64_t *slots)
 {
+    TS_ENTER(p->client);
     static const ts_step_options none;
     uint32_t tokens;
     ts_status status = add_tokens(p, new_tokens, count, &tokens);
@@ -408,6 +417,7 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
 
 ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 {
+    TS_ENTER(s->pool->client);
     ts_status status = call_end(s, true, accepted);
     if (status != TS_OK)
         return status;
@@ -421,6 +431,7 @@ ts_status ts_step_abort(ts_step *s)
 {
     if (s == NULL)
         return TS_OK;
+    TS_ENTER_LAST(s->pool->client);
     ts_status status = call_end(s, false, NULL);
     step_end(s);
     return status;

@@ -10,8 +10,8 @@
 #include "service.h"
 #include "socket_path.h"
 #include "surveys.h"
+#include "tinyserve_version.h"
 #include "transport.h"
-#include "version.h"
 
 #include <argp.h>
 #include <signal.h>

@@ -5,7 +5,7 @@
 #include "clock.h"
 #include "invariants.h"
 #include "plain_text.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <stdio.h>
 #include <stdlib.h>

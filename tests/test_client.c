@@ -98,7 +98,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
     OK(ts_seq_create(p, SEQS, seqs));
     for (int round = 0; round < 3; round++) {
         ts_step *step;
-        ts_step_options options = {.heads = HEADS};
+        ts_step_options options = {.size = sizeof(ts_step_options), .heads = HEADS};
         OK(ts_step_begin(p, seqs, rounds[round], SEQS, &options, &step));
         size_t tokens = ts_step_tokens(step);
         float *q = malloc(LAYERS * tokens * HEADS * DIM * sizeof *q),
@@ -179,7 +179,8 @@ static void a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest(void **state
     OK(ts_seq_fork(p, parent, 1, &child));
     ts_step *step;
     n = 1;
-    OK(ts_step_begin(p, &child, &n, 1, &(ts_step_options){.no_run = true}, &step));
+    OK(ts_step_begin(p, &child, &n, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step));
     uint64_t slot;
     ts_step_slots(step, &slot);
     OK(ts_slot_kv(p, slot, 0, &kv));
@@ -231,15 +232,21 @@ static void refusals_name_the_value_and_the_limit(void **state)
     assert_int_equal(ts_step_begin(p, &seq, &zero, 1, NULL, &step), TS_EINVAL);
     assert_int_equal(ts_step_begin(p, &none, &n, 1, NULL, &step), TS_ENOENT);
     n = 1;
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 3}, &step),
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1,
+                                   &(ts_step_options){.size = sizeof(ts_step_options), .heads = 3},
+                                   &step),
                      TS_EINVAL);
     assert_string_equal(ts_error(c), "3 query heads; they must be a multiple of the pool's 2 KV "
                                      "heads, at most 1024");
-    assert_int_equal(
-        ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.io_dtype = TS_DTYPE_BF16}, &step),
-        TS_EINVAL);
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.scale = NAN}, &step),
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1,
+                                   &(ts_step_options){.size = sizeof(ts_step_options),
+                                                      .io_dtype = TS_DTYPE_BF16},
+                                   &step),
                      TS_EINVAL);
+    assert_int_equal(
+        ts_step_begin(p, &seq, &n, 1,
+                      &(ts_step_options){.size = sizeof(ts_step_options), .scale = NAN}, &step),
+        TS_EINVAL);
     assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EPERM);
     assert_int_equal(ts_seq_attach(p, "nobody", &none, &length), TS_ENOENT);
     assert_int_equal(ts_seq_keep(p, seq, ""), TS_EINVAL);
@@ -254,9 +261,114 @@ static void refusals_name_the_value_and_the_limit(void **state)
     ts_pool_close(p);
     ts_disconnect(c);
 
-    assert_int_equal(ts_connect(&(ts_options){.url = "/nowhere/s"}, &c), TS_ECONN);
+    assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = "/nowhere/s"}, &c),
+                     TS_ECONN);
     assert_string_equal(ts_error(c), "cannot reach /nowhere/s: is tinyserved running? "
                                      "(systemctl status tinyserved)");
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void daemon_pause(const daemon_process *d)
+{
+    int status;
+    kill(d->pid, SIGSTOP);
+    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+}
+
+static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *watcher = connect_to(&d);
+    for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
+        const ts_options options = {.size = sizeof options,
+                                    .url = d.url,
+                                    .timeout_ms = 1000,
+                                    .transport = (ts_transport)transport};
+        ts_client *c;
+        ts_seq seq;
+        ts_step *step;
+        uint32_t n = 20, length;
+        OK(ts_connect(&options, &c));
+        ts_pool *p = open_pool(c, "tiny", 0);
+        OK(ts_seq_create(p, 1, &seq));
+        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the exchange and the rings are there */
+        OK(ts_step_abort(step));
+        daemon_pause(&d);
+        assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
+        kill(d.pid, SIGCONT);
+        await_used_blocks(watcher, 2); /* it was begun, and the client doesn't know the step */
+        do
+            OK(ts_seq_lengths(p, &seq, 1, &length));
+        while (used_blocks(watcher) != 0);
+        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the sequence is in no step */
+        OK(ts_step_abort(step));
+
+        daemon_pause(&d); /* a session that ends before the answer comes */
+        assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        kill(d.pid, SIGCONT);
+        await_used_blocks(watcher, 0);
+        check_daemon(watcher);
+    }
+    ts_disconnect(watcher);
+    daemon_stop(&d);
+}
+
+static void options_may_be_of_an_earlier_or_a_later_header(void **state)
+{
+    (void)state;
+    struct {
+        ts_step_options options;
+        char later[8]; /* what another version has behind them */
+    } step = {.options = TS_STEP_OPTIONS_INIT};
+    ts_run_options run = TS_RUN_OPTIONS_INIT;
+    const ts_frame_options frame = {.size = sizeof frame, .seqs = 1, .step = &step.options};
+    daemon_process d;
+    ts_client *c;
+    ts_seq seq;
+    ts_step *s;
+    ts_frame *f;
+    uint32_t n = 1;
+    daemon_start(&d, POOL_TINY ",blocks=256");
+    assert_int_equal(ts_connect(&(ts_options){.url = d.url}, &c), TS_EINVAL);
+    assert_string_equal(ts_error(c), "ts_options has a size of 0: initialise it with "
+                                     "TS_OPTIONS_INIT");
+    ts_disconnect(c);
+    c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+
+    step.options.kernel = "none of that name"; /* behind what the earlier one had */
+    step.options.size = offsetof(ts_step_options, kernel);
+    OK(ts_step_begin(p, &seq, &n, 1, &step.options, &s));
+    run.size = 0;
+    assert_int_equal(ts_step_run_with(s, 0, &run), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "ts_run_options has a size of 0"));
+    OK(ts_step_run_with(s, 0, NULL));
+    OK(ts_step_abort(s));
+
+    step.options.kernel = NULL;
+    step.options.size = sizeof step;
+    OK(ts_step_begin(p, &seq, &n, 1, &step.options, &s));
+    OK(ts_step_abort(s));
+    step.later[3] = 1;
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "ts_step_options has 40 bytes"));
+    assert_non_null(strstr(ts_error(c), "knows 32, and byte 35 isn't 0"));
+    assert_int_equal(ts_frame_new(p, &frame, &f), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "and byte 35 isn't 0"));
+    step.options.size = SIZE_MAX; /* never set */
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "TS_STEP_OPTIONS_INIT"));
+
+    assert_string_equal(ts_version(), TS_VERSION);
+    assert_int_equal(ts_struct_bytes("ts_run_options"), sizeof run);
+    assert_int_equal(ts_struct_bytes("ts_nothing"), 0);
+    ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -284,7 +396,28 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     n = 4000;
     ts_seq more;
     OK(ts_seq_create(p, 1, &more));
-    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_ENOMEM);
+    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_EBUSY);
+    char needs[64];
+    const size_t bytes = 4000 * 64 * (2 + 2 + 2 + 2) * sizeof(float) + 2 * 64 /* sinks, alibi */ +
+                         4000 * 2 * sizeof(float) + 64 /* lse, scales */;
+    snprintf(needs, sizeof needs, "has no %zu free beside it", bytes);
+    assert_non_null(strstr(ts_error(c), "a step or frame is open"));
+    assert_non_null(strstr(ts_error(c), needs));
+    const char *least = strstr(ts_error(c), "exchange_bytes of at least ");
+    assert_non_null(least);
+    ts_client *roomy;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d.url,
+                                .exchange_bytes = strtoul(strpbrk(least, "0123456789"), NULL, 10)},
+                  &roomy)); /* what the sentence says is enough */
+    ts_pool *q = open_pool(roomy, "tiny", 0);
+    ts_seq there[3];
+    ts_step *open[3];
+    OK(ts_seq_create(q, 3, there));
+    for (int i = 0; i < 3; i++)
+        OK(ts_step_begin(q, &there[i], &(uint32_t[]){1, 1, 4000}[i], 1, NULL, &open[i]));
+    ts_pool_close(q);
+    ts_disconnect(roomy);
     OK(ts_step_abort(steps[0]));
     OK(ts_step_abort(steps[1]));
     OK(ts_step_begin(p, &more, &n, 1, NULL, &third));
@@ -374,7 +507,7 @@ static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
     }
     again.pid = pid;
     ts_client *c;
-    OK(ts_connect(&(ts_options){.url = d.url, .wait_ms = 60000}, &c));
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url, .wait_ms = 60000}, &c));
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
     uint32_t n = 1;
@@ -396,7 +529,7 @@ static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
     }
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 1);
-    OK(ts_connect(&(ts_options){.url = d.url}, &c));
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
     p = open_pool(c, "tiny", 0);
     OK(ts_seq_create(p, 1, &seq));
     OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
@@ -418,7 +551,7 @@ static void a_forked_child_is_refused_and_not_ended(void **state)
     if (child == 0) {
         ts_client *own;
         if (ts_seq_create(p, 1, &seq) != TS_ECONN ||
-            ts_connect(&(ts_options){.url = d.url}, &own) != TS_EPERM)
+            ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &own) != TS_EPERM)
             _exit(1);
         ts_disconnect(own);
         ts_disconnect(c);
@@ -515,6 +648,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
+        cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
+        cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),

@@ -1,0 +1,142 @@
+/*
+ * Begins of steps whose answer didn't come in time. The daemon may have begun such a step, or may
+ * yet do so, and its sequences would stay in an open step for as long as the session lasts. So the
+ * answer is still waited for, beside what else the session does, and the step is aborted before the
+ * next call that finds it there.
+ *
+ * By messages the same request is sent again, in a context of its own: the daemon applies it once
+ * and gives the first answer again. By the rings, which aren't used any more then, the completion
+ * comes to where the client would have looked for it.
+ */
+#include "client.h"
+
+#include <nng/protocol/reqrep0/req.h>
+#include <stdlib.h>
+
+struct ts_unanswered {
+    ts_unanswered *next;
+    nng_ctx context;
+    nng_aio *aio;
+    bool sent;       /* the callback's */
+    nng_msg *answer; /* NULL: none came */
+    atomic_bool done;
+};
+
+static void moved_on(void *arg)
+{
+    ts_unanswered *u = arg;
+    int error = nng_aio_result(u->aio);
+    if (error == 0 && !u->sent) {
+        u->sent = true;
+        nng_ctx_recv(u->context, u->aio);
+        return;
+    }
+    if (error == 0)
+        u->answer = nng_aio_get_msg(u->aio);
+    else if (!u->sent)
+        nng_msg_free(nng_aio_get_msg(u->aio));
+    atomic_store(&u->done, true);
+}
+
+static void drop(ts_unanswered *u)
+{
+    nng_aio_stop(u->aio);
+    nng_ctx_close(u->context);
+    nng_aio_free(u->aio);
+    if (u->answer != NULL)
+        nng_msg_free(u->answer);
+    free(u);
+}
+
+void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request)
+{
+    nng_msg *message;
+    ts_unanswered *u = calloc(1, sizeof *u);
+    if (u == NULL)
+        return; /* the step ends with the session */
+    if (nng_aio_alloc(&u->aio, moved_on, u) != 0)
+        goto no_aio;
+    if (nng_ctx_open(&u->context, c->socket) != 0)
+        goto no_context;
+    if (nng_msg_alloc(&message, tspb__request__get_packed_size(request)) != 0)
+        goto no_message;
+    tspb__request__pack(request, nng_msg_body(message));
+    nng_ctx_set_ms(u->context, NNG_OPT_REQ_RESENDTIME, -1);
+    nng_aio_set_timeout(u->aio, NNG_DURATION_INFINITE);
+    nng_aio_set_msg(u->aio, message);
+    u->next = c->unanswered;
+    c->unanswered = u;
+    nng_ctx_send(u->context, u->aio);
+    return;
+no_message:
+    nng_ctx_close(u->context);
+no_context:
+    nng_aio_free(u->aio);
+no_aio:
+    free(u);
+}
+
+void ts_unanswered_by_ring(ts_client *c)
+{
+    c->ring_unanswered = true;
+}
+
+/* The step that the answer tells of; 0: none was begun. */
+static uint64_t step_of(nng_msg *answer)
+{
+    Tspb__Reply *r = answer == NULL
+                         ? NULL
+                         : tspb__reply__unpack(NULL, nng_msg_len(answer), nng_msg_body(answer));
+    uint64_t step = 0;
+    if (r != NULL && r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
+        step = r->step_begun->step;
+    if (r != NULL)
+        tspb__reply__free_unpacked(r, NULL);
+    return step;
+}
+
+/* Takes an answer that came; false: there is none (yet). */
+static bool take(ts_client *c, uint64_t *step)
+{
+    ts_ring_completion done;
+    *step = 0;
+    if (c->ring_unanswered && ts_ring_take(c, &done)) {
+        c->ring_unanswered = false;
+        *step = done.tag == c->ring_tag && done.status == TS_OK ? done.step : 0;
+        return true;
+    }
+    for (ts_unanswered **at = &c->unanswered; *at != NULL; at = &(*at)->next) {
+        ts_unanswered *u = *at;
+        if (!atomic_load(&u->done))
+            continue;
+        *at = u->next;
+        *step = step_of(u->answer);
+        drop(u);
+        return true;
+    }
+    return false;
+}
+
+void ts_unanswered_settle(ts_client *c)
+{
+    uint64_t step;
+    while (take(c, &step)) {
+        Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
+        Tspb__Request request = TSPB__REQUEST__INIT;
+        if (step == 0)
+            continue;
+        abort.step = step;
+        request.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
+        request.step_abort = &abort;
+        (void)ts_call_plain(c, &request);
+    }
+}
+
+void ts_unanswered_close(ts_client *c)
+{
+    while (c->unanswered != NULL) {
+        ts_unanswered *u = c->unanswered;
+        c->unanswered = u->next;
+        drop(u);
+    }
+}
