@@ -120,7 +120,7 @@ struct ts_pool {
 
 /* The same where nothing can be refused: waits until the other thread's call has returned. */
 #define TS_ENTER_LAST(client)                                                                      \
-    ts_client *entered __attribute__((cleanup(ts_leave))) = ts_enter_last(client)
+    ts_client *entered __attribute__((cleanup(ts_leave), unused)) = ts_enter_last(client)
 
 /* NULL: another thread is inside. */
 static inline ts_client *ts_enter(ts_client *client)

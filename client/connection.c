@@ -34,7 +34,8 @@ static _Thread_local const ts_client *refused;
 ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
 {
     va_list args;
-    refused = NULL;
+    if (refused == c)
+        refused = NULL;
     va_start(args, format);
     vsnprintf(c->error, sizeof c->error, format, args);
     va_end(args);
