@@ -31,7 +31,8 @@ void ts_exchange_close(ts_client *c)
 {
     switch (c->exchange_kind) {
     case TS_EXCHANGE_HOST:
-        munmap(c->exchange, c->exchange_bytes);
+        ts_memory_release(c->exchange_memory);
+        c->exchange_memory = NULL;
         break;
     case TS_EXCHANGE_VMM:
         ts_cuda_unmap(c->cuda, c->exchange, c->exchange_bytes);
@@ -92,6 +93,11 @@ ts_status ts_exchange_host(ts_client *c, size_t bytes)
     if (base == MAP_FAILED)
         return ts_fail(c, TS_ENOMEM, "mapping an exchange of %llu bytes: %s",
                        (unsigned long long)open.bytes, strerror(saved));
+    c->exchange_memory = ts_memory_new(base, open.bytes);
+    if (c->exchange_memory == NULL) {
+        munmap(base, open.bytes);
+        return ts_fail(c, TS_ENOMEM, "no memory for an exchange");
+    }
     c->exchange = base;
     c->exchange_bytes = open.bytes;
     c->exchange_kind = TS_EXCHANGE_HOST;
