@@ -7,16 +7,17 @@
 Errors are exceptions below tinyserve.Error with the daemon's own sentence.
 """
 
-from .client import Client, Frame, Geometry, Pool, Seq, Step, connect
+from .client import Client, Geometry, Pool, Seq, connect
 from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Error, ExistsError,
                      InternalError, InvalidError, NoSpaceError, NotFoundError, OutOfMemoryError,
                      ProtocolError, QuotaError, StaleError, TimedOutError)
+from .step import Frame, Step
 from .view import View
 
 __version__ = "0.1.0"
 __all__ = [
     "BusyError", "Client", "DeniedError", "DeviceError", "DisconnectedError", "Error",
-    "ExistsError", "Frame", "Geometry", "InternalError", "InvalidError", "NoSpaceError", "NotFoundError",
-    "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq", "StaleError", "Step",
+    "ExistsError", "Frame", "Geometry", "InternalError", "InvalidError", "NoSpaceError",
+    "NotFoundError", "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq", "StaleError", "Step",
     "TimedOutError", "View", "connect",
 ]
