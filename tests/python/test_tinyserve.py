@@ -204,7 +204,7 @@ def test_an_fp8_pool_keeps_rounded_rows_and_their_scales(start_daemon):
             step.commit()
         slots = kv.slots(seq, 0, n)
         at = np.array(slots)
-        stored = [x.numpy()[at // 4, at % 4] for x in kv.layer(0, slots)]
+        stored = [x.bits()[at // 4, at % 4] for x in kv.layer(0, slots)]
         assert stored[0].dtype == np.uint8 and stored[0].shape == (n, 2, dim)
         meant = []
         for rows, codes, scale in zip((k, v), stored, scales):
@@ -333,8 +333,8 @@ def test_a_writable_pool_takes_appended_rows(start_daemon):
         slots = kv.append([seq], [6])
         assert slots == [0, 1, 2, 3, 4, 5]
         for t, slot in enumerate(slots):
-            kv.kv(slot, 0)[0].numpy()[0, :] = 0x3f80 + t  # bf16 shows as uint16
-        assert kv.kv(slots[3], 0)[0].numpy()[0, 31] == 0x3f83
+            kv.kv(slot, 0)[0].bits()[0, :] = 0x3f80 + t
+        assert kv.kv(slots[3], 0)[0].bits()[0, 31] == 0x3f83
         with pytest.raises(tinyserve.NoSpaceError, match="pool 'open' has 6 free") as caught:
             kv.append([seq], [27])
         assert (caught.value.status, caught.value.name) == (4, "TS_ENOSPC")

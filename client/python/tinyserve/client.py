@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from os import PathLike
@@ -10,6 +11,7 @@ from typing import Any, Iterable, Sequence
 from . import arguments as check
 from ._lib import CFrameOptions, CKv, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
+from .opened import Memory, Opened
 from .step import DTYPE_NAMES, Frame, Step, step_options
 from .view import DTYPES, View
 
@@ -90,6 +92,7 @@ class Client:
             threads=check.integer("threads", threads, 0, _THREADS_MAX))
         self._handle = c_void_p()
         self._pools = []
+        self._dropped = deque()
         status = lib.ts_connect(byref(options), byref(self._handle))
         if status != 0:
             try:
@@ -107,6 +110,9 @@ class Client:
     def _open(self) -> c_void_p:
         if self._handle is None:
             raise DisconnectedError("the client was closed", 11, "TS_ECONN")
+        while self._dropped:
+            pool, step = self._dropped.popleft()
+            pool._abort(step)
         return self._handle
 
     @property
@@ -154,6 +160,7 @@ class Client:
 
     _handle: c_void_p | None = None
     _pools: list["Pool"]
+    _dropped: "deque[tuple[Pool, Opened]]"  #: steps that another thread forgot
     _registered: Any = None
     exchange_device: int | None = None  #: the CUDA device of the exchange; None: host memory
 
@@ -199,9 +206,10 @@ class Pool:
         client._check(lib.ts_pool_open(client._open(), check.text("pool name", name),
                                        _WRITABLE if writable else 0, byref(handle)))
         self.client, self.name, self.writable = client, name, writable
-        self._handle: c_void_p | None = handle
-        self._steps: list[Step] = []
+        self._opened = Opened(handle, f"pool '{name}' was closed")
+        self._steps: set[Opened] = set()
         self._frames: list[Frame] = []
+        self._slabs: Memory | None = None
         g = lib.ts_pool_geometry(handle).contents
         self.geometry = Geometry(g.layers, g.kv_heads, g.head_dim, g.block_tokens,
                                  DTYPE_NAMES[g.dtype], _LAYOUT_NAMES[g.layout])
@@ -213,9 +221,7 @@ class Pool:
 
     def _open(self) -> c_void_p:
         self.client._open()
-        if self._handle is None:
-            raise DisconnectedError(f"pool '{self.name}' was closed", 11, "TS_ECONN")
-        return self._handle
+        return self._opened.get()
 
     def _check(self, status: int) -> None:
         self.client._check(status)
@@ -305,9 +311,7 @@ class Pool:
         g, at = self.geometry, CKv()
         self._check(lib.ts_slot_kv(self._open(), check.integer("slot", slot, 0, check.U64),
                                    check.integer("layer", layer), byref(at)))
-        shape, strides = (g.kv_heads, g.head_dim), (at.head_stride, g.element_bytes)
-        return tuple(View(ptr, shape, g.dtype, self.cuda_device, self, strides, self.writable)
-                     for ptr in (at.k, at.v))  # type: ignore[return-value]
+        return self._views((at.k, at.v), (g.kv_heads, g.head_dim), (at.head_stride, g.element_bytes))
 
     def layer(self, layer: int, slots: Iterable[int]) -> tuple[View, View]:
         """K and V of one layer of the whole pool: two views [blocks, block_tokens, kv_heads,
@@ -318,14 +322,23 @@ class Pool:
         if not 0 <= check.integer("layer", layer, -check.U32) < g.layers:
             raise IndexError(f"layer {layer}; the pool has {g.layers}")
         self._check(lib.ts_pool_map(self._open(), numbers, n, byref(base)))
+        if base.value is None:
+            raise ValueError("no slab of the pool is mapped yet, and slots names none")
         size, row = g.element_bytes, g.head_dim * g.element_bytes
         token = row * g.kv_heads if g.layout == "nhd" else row
         head = row if g.layout == "nhd" else row * g.block_tokens
         shape = (self.blocks, g.block_tokens, g.kv_heads, g.head_dim)
-        k = (base.value or 0) + layer * 2 * g.plane_bytes
-        return tuple(View(ptr, shape, g.dtype, self.cuda_device, self,
-                          (g.block_bytes, token, head, size), self.writable)
-                     for ptr in (k, k + g.plane_bytes))  # type: ignore[return-value]
+        k = base.value + layer * 2 * g.plane_bytes
+        return self._views((k, k + g.plane_bytes), shape, (g.block_bytes, token, head, size))
+
+    def _views(self, at: tuple[int, int], shape: tuple[int, ...],
+               strides: tuple[int, ...]) -> tuple[View, View]:
+        if self._slabs is None:
+            self._slabs = Memory(lib.ts_pool_hold, self._open())
+        device, dtype = self.cuda_device, self.geometry.dtype
+        k, v = (View(ptr, shape, dtype, device, self._opened, self._slabs, strides, self.writable)
+                for ptr in at)
+        return k, v
 
     # ---- steps ----
 
@@ -360,22 +373,31 @@ class Pool:
         return Frame(self, handle, seqs * (new_tokens or 1), heads, io_dtype)
 
     def _close(self) -> None:
-        handle, self._handle = self._handle, None
+        handle = self._opened.take()
         if handle is None:
             return
         for step in list(self._steps):
-            step._drop(handle)
+            self._abort(step)
         for frame in list(self._frames):
             frame.close()
         lib.ts_pool_close(handle)
         self.client._pools.remove(self)
+
+    def _end(self, step: Opened) -> c_void_p | None:
+        self._steps.discard(step)
+        return step.take()
+
+    def _abort(self, step: Opened) -> None:
+        handle = self._end(step)
+        if handle is not None:
+            lib.ts_step_abort(handle)
 
     def close(self) -> None:
         """Unmaps the pool and drops its open steps; sequences stay. Safe to call twice."""
         self._close()
 
     def __repr__(self) -> str:
-        closed = "" if self._handle is not None else ", closed"
+        closed = "" if self._opened.handle is not None else ", closed"
         return (f"<tinyserve.Pool {self.name!r} of {self.blocks} blocks of {self.geometry.dtype} "
                 f"on {self.device}{closed}>")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from ctypes import byref, c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from . import arguments as check
 from ._lib import CRunOptions, CStepOptions, lib
 from .errors import DisconnectedError
+from .opened import Memory, Opened
 from .view import View
 
 if TYPE_CHECKING:
@@ -26,77 +29,90 @@ def step_options(heads: int | None, io_dtype: str, scale: float, run: bool,
 
 class Step:
     """A transaction that adds tokens to a batch of sequences; nobody sees them before commit().
-    Leaving its `with` block without a commit drops them."""
+    Leaving its `with` block without a commit drops them. A step that is forgotten without either is
+    dropped too, with a ResourceWarning."""
+
+    _opened: Opened
 
     def __init__(self, pool: Pool, handle: c_void_p, count: int, heads: int | None, io_dtype: str,
                  run: bool, rows: int | None = None) -> None:
         self.pool, self.io_dtype = pool, io_dtype
         self.heads = heads or pool.geometry.kv_heads
-        self._handle: c_void_p | None = handle
+        self._opened = Opened(handle, "the step has ended")
+        self._thread = threading.get_ident()
+        self._memory: Memory | None = None
+        self._views: dict[str, View] = {}
         self._count = count
         self._runs = run
         self.tokens: int = lib.ts_step_tokens(handle)  #: new tokens of all its sequences
         self.rows: int = rows or self.tokens  #: of q, k, v, out and lse; of a frame's, a full step's
-        pool._steps.append(self)
+        pool._steps.add(self._opened)
 
     def _open(self) -> c_void_p:
         self.pool._open()
-        if self._handle is None:
-            raise DisconnectedError("the step has ended", 11, "TS_ECONN")
-        return self._handle
+        return self._opened.get()
 
-    def _view(self, function: Any, heads: int, writable: bool = True) -> View:
+    def _view(self, name: str, shape: tuple[int, ...], dtype: str | None = None,
+              writable: bool = True) -> View:
+        """The buffer of this name, which is made a view once for each step."""
+        view = self._views.get(name)
+        if view is not None:
+            return view
         handle = self._open()
         if not self._runs:
             raise ValueError("the step was begun with run=False: it has no buffers")
-        return View(function(handle), (self.rows, heads, self.pool.geometry.head_dim),
-                    self.io_dtype, self.pool.client.exchange_device, self, None, writable)
+        client = self.pool.client
+        if self._memory is None:
+            self._memory = Memory(lib.ts_exchange_hold, client._open())
+        view = View(getattr(lib, "ts_step_" + name)(handle), shape, dtype or self.io_dtype,
+                    client.exchange_device, self._opened, self._memory, None, writable)
+        self._views[name] = view
+        return view
+
+    def _rows(self, heads: int) -> tuple[int, int, int]:
+        return self.rows, heads, self.pool.geometry.head_dim
 
     @property
     def q(self) -> View:
         """[rows, heads, head_dim] in the exchange, tokens in the order of the sequences."""
-        return self._view(lib.ts_step_q, self.heads)
+        return self._view("q", self._rows(self.heads))
 
     @property
     def k(self) -> View:
         """[rows, kv_heads, head_dim] in the exchange."""
-        return self._view(lib.ts_step_k, self.pool.geometry.kv_heads)
+        return self._view("k", self._rows(self.pool.geometry.kv_heads))
 
     @property
     def v(self) -> View:
         """[rows, kv_heads, head_dim] in the exchange."""
-        return self._view(lib.ts_step_v, self.pool.geometry.kv_heads)
+        return self._view("v", self._rows(self.pool.geometry.kv_heads))
 
     @property
     def out(self) -> View:
         """[rows, heads, head_dim] in the exchange."""
-        return self._view(lib.ts_step_out, self.heads)
-
-    def _floats(self, function: Any, *shape: int, writable: bool = True) -> View:
-        view = self._view(function, self.heads, writable)
-        return View(view.ptr, shape, "fp32", view.device, self, None, writable)
+        return self._view("out", self._rows(self.heads))
 
     @property
     def sinks(self) -> View:
         """fp32 [heads] in the exchange: logits that join the softmax, for run(..., sinks=True)."""
-        return self._floats(lib.ts_step_sinks, self.heads)
+        return self._view("sinks", (self.heads,), "fp32")
 
     @property
     def alibi(self) -> View:
         """fp32 [heads] in the exchange: slopes, for run(..., alibi=True)."""
-        return self._floats(lib.ts_step_alibi, self.heads)
+        return self._view("alibi", (self.heads,), "fp32")
 
     @property
     def scales(self) -> View:
         """fp32 [2, kv_heads] in the exchange: what a stored element of K, then of V, of an fp8 pool is
         to be multiplied by, for run(..., scales=True)."""
-        return self._floats(lib.ts_step_scales, 2, self.pool.geometry.kv_heads)
+        return self._view("scales", (2, self.pool.geometry.kv_heads), "fp32")
 
     @property
     def lse(self) -> View:
         """fp32 [rows, heads] in the exchange: the natural log of the sum of exponentials of each
         token's scores, sinks left out, after run(..., lse=True)."""
-        return self._floats(lib.ts_step_lse, self.rows, self.heads, writable=False)
+        return self._view("lse", (self.rows, self.heads), "fp32", writable=False)
 
     def start(self, i: int) -> int:
         """Tokens that sequence i had: the position of its first new token."""
@@ -152,26 +168,27 @@ class Step:
             if n != self._count:
                 raise ValueError(f"{n} accepted counts for a step of {self._count} sequences")
         self.pool._check(lib.ts_step_commit(self._open(), numbers))
-        self._end()
+        self.pool._end(self._opened)
 
     def abort(self) -> None:
         """Drops the step: every sequence is as it was."""
         handle = self._open()
-        self._end()
+        self.pool._end(self._opened)
         self.pool._check(lib.ts_step_abort(handle))
 
-    def _end(self) -> None:
-        self._handle = None
-        self.pool._steps.remove(self)
-
-    def _drop(self, _pool: c_void_p) -> None:
-        handle = self._handle
-        self._end()
-        if handle is not None:
-            lib.ts_step_abort(handle)
+    def __del__(self) -> None:
+        opened = getattr(self, "_opened", None)  # none if it never was one
+        if opened is None or opened.handle is None:
+            return
+        if threading.get_ident() == self._thread:
+            self.pool._abort(opened)
+        else:  # the client's thread may be in a call: it aborts the step before its next one
+            self.pool.client._dropped.append((self.pool, opened))
+        warnings.warn(f"a step of {self.tokens} tokens in {self.pool.name!r} was dropped without "
+                      "commit() or abort(): it is aborted", ResourceWarning, source=self)
 
     def __repr__(self) -> str:
-        ended = "" if self._handle is not None else ", ended"
+        ended = "" if self._opened.handle is not None else ", ended"
         return (f"<tinyserve.Step of {self.tokens} tokens in {self.pool.name!r}, io_dtype "
                 f"{self.io_dtype}{ended}>")
 
@@ -179,7 +196,7 @@ class Step:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handle is None:
+        if self._opened.handle is None:
             return
         try:
             self.abort()
