@@ -73,7 +73,7 @@ def test_arguments_of_calls_are_named(client):
         seq, = kv.create()
         with kv.step([seq], [1]) as step:
             for use, error, message in (
-                    (lambda: step.run("0"), TypeError, r"layer must be an integer, not str \('0'\)"),
+                    (lambda: step.run("0"), TypeError, "layer must be an integer, not str"),
                     (lambda: step.run(-1), ValueError, "layer -1; the limits are 0"),
                     (lambda: step.run(0, window=-1), ValueError, "window -1; the limits are 0"),
                     (lambda: step.run(0, scale="1"), TypeError, "scale must be a number"),
@@ -93,7 +93,7 @@ def test_arguments_of_calls_are_named(client):
                 (lambda: kv.fork(seq, big), ValueError, f"count {big}; the limits are"),
                 (lambda: kv.fork(-1), ValueError, "parent -1; the limits are 0"),
                 (lambda: kv.fork(seq, length=-1), ValueError, "length -1; the limits are 0"),
-                (lambda: kv.slots(seq, 0, big), ValueError, r"count 4294967295; the limits are 1\.\."),
+                (lambda: kv.slots(seq, 0, big), ValueError, f"count {big}; the limits are"),
                 (lambda: kv.slots(seq, -1, 1), ValueError, "first -1; the limits are 0"),
                 (lambda: kv.kv(-1, 0), ValueError, "slot -1; the limits are 0"),
                 (lambda: kv.kv(0, "0"), TypeError, "layer must be an integer"),
@@ -108,7 +108,7 @@ def test_arguments_of_calls_are_named(client):
 def test_tokens_that_no_sequence_may_have_are_refused_before_there_is_memory_for_them(
         start_daemon, run_worker):
     daemon = start_daemon("open:layers=1,kv_heads=1,head_dim=32,blocks=8,client_write=all")
-    peak = run_worker(
+    printed = run_worker(
         "import resource, sys, tinyserve\n"
         "with tinyserve.connect(sys.argv[1]) as c, c.pool('open', writable=True) as kv:\n"
         "    seq, = kv.create()\n"
@@ -118,8 +118,8 @@ def test_tokens_that_no_sequence_may_have_are_refused_before_there_is_memory_for
         "            call([seq], [2**32 - 1])\n"
         "        except tinyserve.InvalidError as error:\n"
         "            print(str(error).replace(f'{seq:x}', 'S'))\n", daemon.url)
-    assert peak.splitlines() == ["4294967295 new tokens for sequence S; the pool's limit is 1048576 "
-                                 "tokens a sequence"] * 2
+    assert printed.splitlines() == ["4294967295 new tokens for sequence S; the pool's limit is "
+                                    "1048576 tokens a sequence"] * 2
 
 
 def test_types_go_by_their_names(client):
@@ -151,7 +151,8 @@ def test_a_pool_that_was_closed_can_be_deleted(client, daemon):
 
     def tsctl(*arguments):
         return subprocess.run([os.environ["TS_TEST_TSCTL"], "--socket", daemon.url, *arguments],
-                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=60)
 
     assert tsctl("pool", "create", "brief", "layers=1", "kv_heads=1", "head_dim=32",
                  "blocks=4").returncode == 0

@@ -225,7 +225,7 @@ def test_a_step_that_is_forgotten_lets_its_sequences_go(client):
         seq, = kv.create()
         step = kv.step([seq], [1])
         view = step.q  # keeps the memory, not the step
-        with pytest.warns(ResourceWarning, match="a step of 1 tokens in 'tiny' was dropped without"):
+        with pytest.warns(ResourceWarning, match="step of 1 tokens in 'tiny' was dropped without"):
             del step
         with pytest.raises(tinyserve.DisconnectedError, match="the step has ended"):
             view.numpy()

@@ -18,6 +18,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BusyError", "Client", "DeniedError", "DeviceError", "DisconnectedError", "Error",
     "ExistsError", "Frame", "Geometry", "InternalError", "InvalidError", "NoSpaceError",
-    "NotFoundError", "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq", "StaleError", "Step",
-    "TimedOutError", "View", "connect",
+    "NotFoundError", "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq",
+    "StaleError", "Step", "TimedOutError", "View", "connect",
 ]

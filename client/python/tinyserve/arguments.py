@@ -68,8 +68,8 @@ def milliseconds(name: str, value: float, *, may_be_0: bool) -> int:
     """Of a time in seconds; at least 1 if it is more than 0."""
     seconds = real(name, value)
     if not (0 <= seconds <= _SECONDS_MAX and (seconds > 0 or may_be_0)):
-        raise ValueError(f"{name} {value} seconds; it must be {'at least' if may_be_0 else 'more than'} "
-                         f"0 and at most {_SECONDS_MAX}")
+        least = "at least" if may_be_0 else "more than"
+        raise ValueError(f"{name} {value} seconds; it must be {least} 0 and at most {_SECONDS_MAX}")
     return math.ceil(seconds * 1000)
 
 
@@ -80,14 +80,15 @@ def choice(name: str, value: str, known: tuple[str, ...]) -> int:
     return known.index(value)
 
 
-def integers(name: str, ctype: type, values: Iterable[int]) -> tuple[Any, int]:
-    """A C array of the integers, and how many they are; a contiguous NumPy array of the right type is
-    not copied."""
+def integers(name: str, ctype: type[ctypes.c_uint32] | type[ctypes.c_uint64],
+             values: Iterable[int]) -> tuple[Any, int]:
+    """A C array of the integers, and how many they are; a contiguous NumPy array of the right type
+    is not copied."""
     interface = getattr(values, "__array_interface__", None)
     size = ctypes.sizeof(ctype)
     if interface is not None and interface["typestr"] == f"<u{size}" and \
             interface.get("strides") is None and len(interface["shape"]) == 1:
-        pointer = ctypes.cast(interface["data"][0], POINTER(ctype))
+        pointer: Any = ctypes.cast(interface["data"][0], POINTER(ctype))
         pointer.keeps = values
         return pointer, interface["shape"][0]
     if isinstance(values, (str, bytes, dict)):
@@ -100,7 +101,8 @@ def integers(name: str, ctype: type, values: Iterable[int]) -> tuple[Any, int]:
         packed = array.array("I" if size == 4 else "Q", listed)  # many times quicker than ctypes
     except OverflowError:
         wrong = next(v for v in listed if not 0 <= operator.index(v) < 1 << (8 * size))
-        raise OverflowError(f"{name}: {wrong} doesn't fit into {8 * size} bits without sign") from None
+        raise OverflowError(f"{name}: {wrong} doesn't fit into {8 * size} bits without sign") \
+            from None
     except TypeError:
         wrong = next(v for v in listed if not hasattr(v, "__index__") or getattr(v, "ndim", 0) > 0)
         raise TypeError(f"{name}: {wrong!r:.60} isn't an integer") from None

@@ -42,7 +42,7 @@ class Geometry:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes from one block to the next: as ts_geometry_block_bytes (tinyserve_types.h) has it."""
+        """Bytes from one block to the next, as ts_geometry_block_bytes (tinyserve_types.h)."""
         size = self.plane_bytes * 2 * self.layers
         more = 1 << ((size // 32).bit_length() - 1)
         while size % (80 << 10) == 0 or size % (376 << 10) == 0:
@@ -62,19 +62,19 @@ class Client:
     Leaving its `with` block ends the session: its sequences, except kept ones, are freed.
     """
 
-    def __init__(self, url: str | PathLike[str] | None = None, *, program: str | None = None, timeout: float = 30.0,
-                 retries: int = 0, wait: float = 0.0, exchange_bytes: int = 0,
-                 transport: str = "auto", spin_us: int | None = None, execution: str = "daemon",
-                 threads: int = 0) -> None:
+    def __init__(self, url: str | PathLike[str] | None = None, *, program: str | None = None,
+                 timeout: float = 30.0, retries: int = 0, wait: float = 0.0,
+                 exchange_bytes: int = 0, transport: str = "auto", spin_us: int | None = None,
+                 execution: str = "daemon", threads: int = 0) -> None:
         """url: "ipc:///path" or "/path", or a Path; None: TINYSERVE_URL, or the system's daemon.
         timeout: seconds for one call; wait: seconds to wait for a daemon to appear.
         exchange_bytes: of shared memory for q, k, v and out to start with.
-        transport: how steps reach the daemon, "ring", "messages", or "auto": rings if there are any.
+        transport: how steps reach the daemon, "ring", "messages", or "auto": rings if it can.
         spin_us: microseconds that a call through a ring polls before it sleeps (None: 50).
-        execution: who attends, "daemon", "local" (this process; pools opened writable, on a GPU with
-        exchange() or register() in its memory), or "auto": where it can be, the first step goes both
-        ways, and the quicker is taken from then on. The results are the same. threads: of local
-        execution on the host (0: one for each processor).
+        execution: who attends, "daemon", "local" (this process; pools opened writable, on a GPU
+        with exchange() or register() in its memory), or "auto": where it can be, the first step
+        goes both ways, and the quicker is taken from then on. The results are the same. threads: of
+        local execution on the host (0: one for each processor).
 
         Raises DisconnectedError where there is no daemon."""
         spin = 0 if spin_us is None else \
@@ -118,7 +118,7 @@ class Client:
     @property
     def session(self) -> int:
         """This session's id, as `tsctl sessions` shows it in hexadecimal."""
-        return lib.ts_session_id(self._open())
+        return int(lib.ts_session_id(self._open()))
 
     @property
     def transport(self) -> str:
@@ -132,7 +132,7 @@ class Client:
 
     @property
     def daemon_version(self) -> str:
-        return lib.ts_daemon_version(self._open()).decode()
+        return str(lib.ts_daemon_version(self._open()).decode())
 
     def pool(self, name: str, *, writable: bool = False) -> "Pool":
         """Opens a pool. writable: map slabs writable, where the configuration allows it.
@@ -142,14 +142,15 @@ class Client:
 
     def exchange(self, pool: "Pool", nbytes: int) -> None:
         """Puts the exchange into memory of the pool's GPU. No step may be open."""
-        self._check(lib.ts_exchange_device(pool._open(), check.integer("nbytes", nbytes, 0, check.U64)))
+        check.integer("nbytes", nbytes, 0, check.U64)
+        self._check(lib.ts_exchange_device(pool._open(), nbytes))
         self._registered = None
         self.exchange_device = pool.cuda_device
 
     def register(self, pool: "Pool", tensor: Any) -> None:
-        """Makes a CUDA tensor's memory the exchange, in place. It must be contiguous and was made on
-        the pool's GPU by cudaMalloc, as PyTorch's allocator does unless expandable segments are on;
-        it is kept alive. The daemon can then read and write all of it. No step may be open."""
+        """Makes a CUDA tensor's memory the exchange, in place. It must be contiguous and was made
+        on the pool's GPU by cudaMalloc, as PyTorch's allocator does unless expandable segments are
+        on; it is kept alive. The daemon can then read and write all of it. No step may be open."""
         interface = tensor.__cuda_array_interface__
         if interface.get("strides") is not None:
             raise ValueError("the tensor isn't contiguous")
@@ -286,8 +287,8 @@ class Pool:
         return list(out)[:n]
 
     def append(self, seqs: Iterable[Seq], new_tokens: Iterable[int]) -> list[int]:
-        """Appends tokens whose K and V this process writes itself (writable pools) and returns their
-        slots, in order. They are part of the sequences at once. Raises NoSpaceError."""
+        """Appends tokens whose K and V this process writes itself (writable pools) and returns
+        their slots, in order. They are part of the sequences at once. Raises NoSpaceError."""
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         total = min(sum(numbers[:n]), self.blocks * self.geometry.block_tokens)  # more are refused
         slots = (c_uint64 * max(total, 1))()
@@ -311,7 +312,8 @@ class Pool:
         g, at = self.geometry, CKv()
         self._check(lib.ts_slot_kv(self._open(), check.integer("slot", slot, 0, check.U64),
                                    check.integer("layer", layer), byref(at)))
-        return self._views((at.k, at.v), (g.kv_heads, g.head_dim), (at.head_stride, g.element_bytes))
+        return self._views((at.k, at.v), (g.kv_heads, g.head_dim),
+                           (at.head_stride, g.element_bytes))
 
     def layer(self, layer: int, slots: Iterable[int]) -> tuple[View, View]:
         """K and V of one layer of the whole pool: two views [blocks, block_tokens, kv_heads,
@@ -345,9 +347,9 @@ class Pool:
     def step(self, seqs: Sequence[Seq], new_tokens: Sequence[int], *, heads: int | None = None,
              io_dtype: str = "fp32", scale: float = 0.0, run: bool = True,
              kernel: str | None = None) -> "Step":
-        """Begins a step that adds new_tokens[i] tokens to sequence i: all of them get their slots, or
-        NoSpaceError is raised and nothing was taken. A sequence may get 0, as long as another gets
-        some: it takes no block, and nothing is attended for it.
+        """Begins a step that adds new_tokens[i] tokens to sequence i: all of them get their slots,
+        or NoSpaceError is raised and nothing was taken. A sequence may get 0, as long as another
+        gets some: it takes no block, and nothing is attended for it.
 
         heads: query heads, a multiple of kv_heads (None: kv_heads); io_dtype: of q, k, v and out,
         "fp32" or the pool's (beside an fp8 pool "fp16" or "bf16"); scale: of q·k (0:
@@ -363,9 +365,10 @@ class Pool:
               io_dtype: str = "fp32", scale: float = 0.0, kernel: str | None = None) -> "Frame":
         """Where steps lie, one after the other, so that a CUDA graph of one step's runs serves the
         later ones too: steps of up to `seqs` sequences with `new_tokens` new tokens each, and up to
-        `tokens` in all, new ones included (0: as many as the pool has slots). Its steps are executed
-        in this process, whatever the session's execution. The rest: as step()."""
-        options = CFrameOptions(check.integer("seqs", seqs), check.integer("new_tokens", new_tokens),
+        `tokens` in all, new ones included (0: as many as the pool has slots). Its steps are
+        executed in this process, whatever the session's execution. The rest: as step()."""
+        options = CFrameOptions(check.integer("seqs", seqs),
+                                check.integer("new_tokens", new_tokens),
                                 check.integer("tokens", tokens, 0, check.U64),
                                 step_options(heads, io_dtype, scale, True, kernel))
         handle = c_void_p()

@@ -1,7 +1,7 @@
 """Numbers as the elements of a view, and back: fp32, fp16, bf16 and fp8 (e4m3).
 
-NumPy has no bf16 and no fp8. Where ml_dtypes is installed, arrays have its types; where not, what is
-assigned is converted here. Rounding is to the nearest, ties to even, as everywhere in TinyServe:
+NumPy has no bf16 and no fp8. Where ml_dtypes is installed, arrays have its types; where not, what
+is assigned is converted here. Rounding is to the nearest, ties to even, as everywhere in TinyServe:
 beyond the largest number lies infinity, in fp8, which has none, the largest number (448).
 """
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: how the elements lie in memory
-BITS = {"fp32": np.dtype("<u4"), "fp16": np.dtype("<u2"), "bf16": np.dtype("<u2"),
-        "fp8_e4m3": np.dtype("u1")}
-_NUMPY = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+BITS: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype("<u4"), "fp16": np.dtype("<u2"), "bf16": np.dtype("<u2"),
+    "fp8_e4m3": np.dtype("u1")}
+_NUMPY: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 _ML_DTYPES = {"bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn"}
 
 
@@ -28,14 +29,14 @@ def array_type(dtype: str) -> np.dtype[Any]:
     try:
         import ml_dtypes
     except ImportError:
-        raise TypeError(f"NumPy has no {dtype}: install ml_dtypes, or take float32() (a copy), bits() "
-                        "or torch(); numbers can be assigned as they are") from None
+        raise TypeError(f"NumPy has no {dtype}: install ml_dtypes, or take float32() (a copy), "
+                        "bits() or torch(); numbers can be assigned as they are") from None
     return np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
 
 
 def floats(value: Any, dtype: str) -> NDArray[Any]:
     """The value's numbers as floats. TypeError: they are no numbers, or may be bits."""
-    array = np.asarray(value)
+    array: NDArray[Any] = np.asarray(value)
     name = array.dtype.name
     if name.startswith(("bfloat16", "float8")):
         return array.astype(np.float32)
@@ -49,14 +50,14 @@ def floats(value: Any, dtype: str) -> NDArray[Any]:
 
 def to_bits(value: Any, dtype: str) -> NDArray[Any]:
     """The value's numbers as elements of a view. TypeError: as floats()."""
-    array = np.asarray(value)
+    array: NDArray[Any] = np.asarray(value)
     if array.dtype.name == _ML_DTYPES.get(dtype):
         return array.view(BITS[dtype])
     array = floats(array if not isinstance(value, int) else value, dtype)
     flat = array.reshape(-1)  # what has no dimensions has other rules for its types
     if dtype in _NUMPY:
         with np.errstate(over="ignore"):
-            bits = flat.astype(_NUMPY[dtype]).view(BITS[dtype])
+            bits: NDArray[Any] = flat.astype(_NUMPY[dtype]).view(BITS[dtype])
     elif dtype == "bf16" and array.dtype.itemsize <= 4:
         bits = _fp32_to_bf16(flat.astype(np.float32))
     elif dtype == "bf16":
@@ -68,11 +69,14 @@ def to_bits(value: Any, dtype: str) -> NDArray[Any]:
 
 def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """A copy of the elements as float32, which has all their numbers."""
+    numbers: NDArray[Any]
     if dtype == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    if dtype == "fp8_e4m3":
-        return _FP8[bits]
-    return bits.view(_NUMPY[dtype]).astype(np.float32)
+        numbers = (bits.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "fp8_e4m3":
+        numbers = _FP8[bits]
+    else:
+        numbers = bits.view(_NUMPY[dtype])
+    return numbers.astype(np.float32, copy=dtype == "fp32")
 
 
 def _fp32_to_bf16(array: NDArray[np.float32]) -> NDArray[Any]:
@@ -92,7 +96,8 @@ def _round(array: NDArray[Any], digits: int, least: int, most: int, nan: int,
     code = ((exponent - least).astype(np.int64) << (digits - 1)) + steps.astype(np.int64)
     code = np.where(np.isinf(size), most, np.minimum(code, most))
     code = np.where(np.isnan(size), nan, code)
-    return (code | np.signbit(array).astype(np.int64) << sign).astype(np.uint16)
+    signed: NDArray[Any] = (code | np.signbit(array).astype(np.int64) << sign).astype(np.uint16)
+    return signed
 
 
 def _fp8_numbers() -> NDArray[np.float32]:

@@ -45,7 +45,7 @@ class Step:
         self._count = count
         self._runs = run
         self.tokens: int = lib.ts_step_tokens(handle)  #: new tokens of all its sequences
-        self.rows: int = rows or self.tokens  #: of q, k, v, out and lse; of a frame's, a full step's
+        self.rows: int = rows or self.tokens  #: of q, k, v, out, lse; of a frame: a full step's
         pool._steps.add(self._opened)
 
     def _open(self) -> c_void_p:
@@ -104,8 +104,8 @@ class Step:
 
     @property
     def scales(self) -> View:
-        """fp32 [2, kv_heads] in the exchange: what a stored element of K, then of V, of an fp8 pool is
-        to be multiplied by, for run(..., scales=True)."""
+        """fp32 [2, kv_heads] in the exchange: what a stored element of K, then of V, of an fp8 pool
+        is to be multiplied by, for run(..., scales=True)."""
         return self._view("scales", (2, self.pool.geometry.kv_heads), "fp32")
 
     @property
@@ -118,7 +118,7 @@ class Step:
         """Tokens that sequence i had: the position of its first new token."""
         if not 0 <= i < self._count:
             raise IndexError(f"sequence {i}; the step has {self._count}")
-        return lib.ts_step_start(self._open(), i)
+        return int(lib.ts_step_start(self._open(), check.integer("i", i)))
 
     @property
     def slots(self) -> list[int]:
@@ -131,12 +131,12 @@ class Step:
             window: int = 0, alibi: bool = False, sinks: bool = False, lse: bool = False,
             scales: bool = False, rope_theta: float = 0.0, rope_dims: int = 0,
             rope_interleaved: bool = False) -> None:
-        """Writes k and v into the step's slots of this layer and attends: a token sees its sequence's
-        tokens up to and including itself.
+        """Writes k and v into the step's slots of this layer and attends: a token sees its
+        sequence's tokens up to and including itself.
 
         Without a stream, out is ready when this returns (and what a GPU is to read must have been
-        written by then). With one, a torch.cuda.Stream or a CUstream's integer, the order is kept on
-        the GPU and nothing waits.
+        written by then). With one, a torch.cuda.Stream or a CUstream's integer, the order is kept
+        on the GPU and nothing waits.
 
         What becomes of a score, in this order: it is scaled (0: as the step says), becomes
         soft_cap * tanh(score / soft_cap) (0: no), gets the head's slope in `self.alibi` times the
@@ -207,8 +207,9 @@ class Step:
 class Frame:
     """Where steps lie, one after the other: Pool.frame().
 
-    A CUDA graph of one step's run(..., stream=...) runs the same layers of whichever step is open when
-    it is replayed, and changes nothing while none is. Wait for a replay before the step ends."""
+    A CUDA graph of one step's run(..., stream=...) runs the same layers of whichever step is open
+    when it is replayed, and changes nothing while none is. Wait for a replay before the step
+    ends."""
 
     def __init__(self, pool: Pool, handle: c_void_p, rows: int, heads: int | None,
                  io_dtype: str) -> None:
@@ -217,8 +218,8 @@ class Frame:
         pool._frames.append(self)
 
     def step(self, seqs: Sequence[Seq]) -> Step:
-        """Begins a step that adds the frame's new_tokens to each sequence. q, k, v and out lie where
-        those of the steps before it lay, and have a full step's rows, of which the first
+        """Begins a step that adds the frame's new_tokens to each sequence. q, k, v and out lie
+        where those of the steps before it lay, and have a full step's rows, of which the first
         `step.tokens` count. Raises BusyError while another one is open, NoSpaceError."""
         self.pool._open()
         if self._handle is None:

@@ -101,11 +101,11 @@ class View:
     ptr       address of the first element
     writable  whether it may be written
 
-    `view[...] = numbers` rounds floats to the view's type, whatever their own; integers are refused,
-    other than a plain number or in fp32. `numpy()`, `numpy.asarray(view)` and reading by an index
-    work on host memory; for bf16 and fp8 they need ml_dtypes. `bits()` has the bits of any type and
-    `float32()` a copy of its numbers. `torch()` and `torch.from_dlpack(view)` work on any memory;
-    `cupy.asarray(view)` and `torch.as_tensor(view)` on device memory.
+    `view[...] = numbers` rounds floats to the view's type, whatever their own; integers are
+    refused, other than a plain number or in fp32. `numpy()`, `numpy.asarray(view)` and reading by
+    an index work on host memory; for bf16 and fp8 they need ml_dtypes. `bits()` has the bits of any
+    type and `float32()` a copy of its numbers. `torch()` and `torch.from_dlpack(view)` work on any
+    memory; `cupy.asarray(view)` and `torch.as_tensor(view)` on device memory.
 
     A view is good as long as the step or pool that gave it is open, and raises DisconnectedError
     after that. An array or tensor made of it can't: after its step it shows what later steps put
@@ -132,7 +132,8 @@ class View:
     def __repr__(self) -> str:
         where = "host" if self.device is None else f"cuda:{self.device}"
         ended = "" if self._opened.handle is not None else ", ended"
-        return f"<tinyserve.View {self.dtype} {list(self.shape)} on {where} at {self.ptr:#x}{ended}>"
+        return (f"<tinyserve.View {self.dtype} {list(self.shape)} on {where} at {self.ptr:#x}"
+                f"{ended}>")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -204,8 +205,8 @@ class View:
         if self._torch is None:
             import torch
             if self.dtype == "fp8_e4m3":  # newer than many a DLPack
-                bytes_ = View(self.ptr, self.shape, "uint8", self.device, self._opened, self._memory,
-                              self.strides, self.writable)
+                bytes_ = View(self.ptr, self.shape, "uint8", self.device, self._opened,
+                              self._memory, self.strides, self.writable)
                 self._torch = torch.from_dlpack(bytes_).view(torch.float8_e4m3fn)
             else:
                 self._torch = torch.from_dlpack(self)
@@ -245,7 +246,8 @@ class View:
         if not isinstance(value, (torch.Tensor, int, float)):
             from .convert import floats
             value = torch.as_tensor(floats(value, self.dtype))
-        if isinstance(value, torch.Tensor) and not value.is_floating_point() and self.dtype != "fp32":
+        if self.dtype != "fp32" and isinstance(value, torch.Tensor) and \
+                not value.is_floating_point():
             raise TypeError(f"{value.dtype} assigned to a view of {self.dtype}: numbers must be "
                             "floats; what is bits already goes to torch()")
         self.torch()[index] = value
