@@ -241,3 +241,42 @@ def test_a_step_that_is_forgotten_lets_its_sequences_go(client):
         with kv.step([seq], [3]):
             pass
         assert kv.lengths([seq]) == [0]
+
+
+def test_slabs_that_are_not_mapped_read_as_zeros(start_daemon, run_worker):
+    daemon = start_daemon("wide:layers=1,kv_heads=8,head_dim=128,dtype=fp32,block_tokens=16,"
+                          "blocks=256,slab=1M,client_write=all")
+    printed = run_worker("""if True:
+        import sys, tinyserve
+        with tinyserve.connect(sys.argv[1]) as c, c.pool("wide", writable=True) as kv:
+            try:
+                kv.layer(0, [])
+            except ValueError as error:
+                print(error)
+            seq, = kv.create()
+            slot, = kv.append([seq], [1])
+            key, _ = kv.kv(slot, 0)
+            key[...] = 0.5
+            keys, values = kv.layer(0, [slot])
+            assert keys.shape == (256, 16, 8, 128)
+            print(keys.numpy().sum(), abs(values.numpy()).sum())
+        """, daemon.url)
+    assert printed == ("no slab of the pool is mapped yet, and slots names none\n"
+                       "512.0 0.0\n")
+
+
+def test_numpy_is_needed_by_nothing_but_arrays(client, daemon, run_worker):
+    printed = run_worker("""if True:
+        import sys
+        sys.modules["numpy"] = None
+        import tinyserve
+        with tinyserve.connect(sys.argv[1]) as c, c.pool("tiny") as kv:
+            seq, = kv.create()
+            with kv.step([seq], [2]) as step:
+                step.k.__dlpack__()
+                for layer in range(2):
+                    step.run(layer)
+                step.commit()
+            print(kv.lengths([seq]))
+        """, daemon.url)
+    assert printed == "[2]\n"

@@ -318,7 +318,8 @@ class Pool:
     def layer(self, layer: int, slots: Iterable[int]) -> tuple[View, View]:
         """K and V of one layer of the whole pool: two views [blocks, block_tokens, kv_heads,
         head_dim] (strided; both layouts look the same), for kernels that take a block table. Only
-        the slabs of the given slots, and what was mapped before, may be read."""
+        the slabs of the given slots, and what was mapped before, may be written; in host memory the
+        rest reads as zeros."""
         g, base = self.geometry, c_void_p()
         numbers, n = check.integers("slots", c_uint64, slots)
         if not 0 <= check.integer("layer", layer, -check.U32) < g.layers:
