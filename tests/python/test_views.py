@@ -280,3 +280,40 @@ def test_numpy_is_needed_by_nothing_but_arrays(client, daemon, run_worker):
             print(kv.lengths([seq]))
         """, daemon.url)
     assert printed == "[2]\n"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_tensors_go_in_and_out(pools, dtype):
+    torch = pytest.importorskip("torch")
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    with pools.pool(dtype) as kv:
+        step = kv.step(kv.create(), [3], io_dtype=dtype)
+        numbers_ = torch.linspace(-3, 3, 3 * 2 * 32).reshape(3, 2, 32)
+        step.q[...] = numbers_
+        step.k[...] = numbers_.to(kind)
+        step.v[...] = numbers_.numpy()
+        for view in step.q, step.k, step.v:
+            assert view.torch().dtype == kind
+            assert torch.equal(view.torch(), numbers_.to(kind))
+            assert view.torch().data_ptr() == view.ptr
+        if dtype != "fp32":
+            with pytest.raises(TypeError, match="numbers must be floats"):
+                step.q[...] = torch.ones(32, dtype=torch.int16)
+        kept = step.q.torch().unsqueeze_(0)  # of this tensor alone
+        assert step.q.torch().shape == (3, 2, 32)
+        step.abort()
+        with pytest.raises(tinyserve.DisconnectedError):
+            step.q.torch()
+    pools.close()
+    assert torch.equal(kept[0], numbers_.to(kind))  # it can still be touched
+
+
+def test_a_tensor_of_fp8_has_its_numbers(pools):
+    torch = pytest.importorskip("torch")
+    with pools.pool("fp8_e4m3", writable=True) as kv:
+        view, _ = kv.kv(kv.append(kv.create(), [1])[0], 0)
+        view[...] = torch.linspace(-3, 3, 64).reshape(2, 32)
+        assert view.torch().dtype == torch.float8_e4m3fn
+        rounded = torch.linspace(-3, 3, 64).reshape(2, 32).to(torch.float8_e4m3fn)
+        assert torch.equal(view.torch().float(), rounded.float())
+        np.testing.assert_array_equal(view.float32(), rounded.float().numpy())

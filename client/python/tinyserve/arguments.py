@@ -59,7 +59,7 @@ def integer(name: str, value: int, least: int = 0, most: int = U32) -> int:
 
 def real(name: str, value: float) -> float:
     """The number. The library checks its range."""
-    if not isinstance(value, numbers.Real):
+    if type(value) is not float and not isinstance(value, numbers.Real):  # the latter is slow
         raise TypeError(f"{name} must be a number, not {_kind(value)}")
     return float(value)
 
