@@ -115,6 +115,13 @@ class Client:
             pool._abort(step)
         return self._handle
 
+    def _exchange_of(self, ptr: int) -> Memory:
+        """The exchange's memory, with a step's buffer at ptr. While the last one is held, no other
+        memory has its addresses."""
+        if self._exchange is None or self._exchange[0] != ptr:
+            self._exchange = ptr, Memory(lib.ts_exchange_hold, self._open())
+        return self._exchange[1]
+
     @property
     def session(self) -> int:
         """This session's id, as `tsctl sessions` shows it in hexadecimal."""
@@ -144,7 +151,7 @@ class Client:
         """Puts the exchange into memory of the pool's GPU. No step may be open."""
         check.integer("nbytes", nbytes, 0, check.U64)
         self._check(lib.ts_exchange_device(pool._open(), nbytes))
-        self._registered = None
+        self._registered = self._exchange = None
         self.exchange_device = pool.cuda_device
 
     def register(self, pool: "Pool", tensor: Any) -> None:
@@ -156,18 +163,20 @@ class Client:
             raise ValueError("the tensor isn't contiguous")
         nbytes = int(tensor.nbytes) // 4096 * 4096
         self._check(lib.ts_exchange_register(pool._open(), interface["data"][0], nbytes))
-        self._registered = tensor
+        self._registered, self._exchange = tensor, None
         self.exchange_device = pool.cuda_device
 
     _handle: c_void_p | None = None
     _pools: list["Pool"]
     _dropped: "deque[tuple[Pool, Opened]]"  #: steps that another thread forgot
+    _exchange: tuple[int, Memory] | None = None  #: a buffer in it, and what holds it
     _registered: Any = None
     exchange_device: int | None = None  #: the CUDA device of the exchange; None: host memory
 
     def close(self) -> None:
         """Ends the session. Safe to call twice."""
         handle, self._handle = self._handle, None
+        self._exchange = None
         if handle is None:
             return
         for pool in list(self._pools):

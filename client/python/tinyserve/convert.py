@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+as_array = np.asarray
+
 #: how the elements lie in memory
 BITS: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype("<u4"), "fp16": np.dtype("<u2"), "bf16": np.dtype("<u2"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .client import Pool, Seq
 
 DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp8_e4m3")
+_BUFFERS = {name: getattr(lib, f"ts_step_{name}")
+            for name in ("q", "k", "v", "out", "sinks", "alibi", "scales", "lse")}
 
 
 def step_options(heads: int | None, io_dtype: str, scale: float, run: bool,
@@ -61,11 +63,11 @@ class Step:
         handle = self._open()
         if not self._runs:
             raise ValueError("the step was begun with run=False: it has no buffers")
-        client = self.pool.client
+        ptr: int = _BUFFERS[name](handle)
         if self._memory is None:
-            self._memory = Memory(lib.ts_exchange_hold, client._open())
-        view = View(getattr(lib, "ts_step_" + name)(handle), shape, dtype or self.io_dtype,
-                    client.exchange_device, self._opened, self._memory, None, writable)
+            self._memory = self.pool.client._exchange_of(ptr)
+        view = View(ptr, shape, dtype or self.io_dtype, self.pool.client.exchange_device,
+                    self._opened, self._memory, None, writable)
         self._views[name] = view
         return view
 

@@ -81,6 +81,17 @@ for _function in _delete, _drop_capsule:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_function))
 
 
+_converter: Any = None  # convert.py, which needs NumPy: loaded when an array is first needed
+
+
+def _convert() -> Any:
+    global _converter
+    if _converter is None:
+        from . import convert
+        _converter = convert
+    return _converter
+
+
 class _Interface:
     """What NumPy makes an array of, and keeps as the array's base: it holds the memory."""
 
@@ -113,21 +124,26 @@ class View:
     memory stays mapped as long as the array lives. A GPU's memory doesn't: copy before you close.
     """
 
-    __slots__ = ("ptr", "shape", "strides", "dtype", "device", "writable", "_opened", "_memory",
+    __slots__ = ("ptr", "shape", "dtype", "device", "writable", "_strides", "_opened", "_memory",
                  "_bits", "_numpy", "_torch")
 
     def __init__(self, ptr: int, shape: tuple[int, ...], dtype: str, device: int | None,
                  opened: Opened, memory: Memory, strides: tuple[int, ...] | None = None,
                  writable: bool = True) -> None:
-        if strides is None:
-            size = DTYPES[dtype][0]
-            strides = tuple(math.prod(shape[i + 1:]) * size for i in range(len(shape)))
-        self.ptr, self.shape, self.strides, self.dtype = ptr, shape, strides, dtype
+        self.ptr, self.shape, self.dtype = ptr, shape, dtype
         self.device, self.writable = device, writable
         self._opened, self._memory = opened, memory
+        self._strides = strides  # None: there are no gaps
         self._bits: NDArray[Any] | None = None
         self._numpy: NDArray[Any] | None = None
         self._torch: torch.Tensor | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        if self._strides is None:
+            size, n = DTYPES[self.dtype][0], len(self.shape)
+            self._strides = tuple(math.prod(self.shape[i + 1:]) * size for i in range(n))
+        return self._strides
 
     def __repr__(self) -> str:
         where = "host" if self.device is None else f"cuda:{self.device}"
@@ -139,9 +155,15 @@ class View:
         return self.shape[0]
 
     def _interface(self, typestr: str) -> dict[str, Any]:
-        self._opened.get()
-        return {"shape": self.shape, "strides": self.strides, "typestr": typestr,
+        return {"shape": self.shape, "strides": self._strides, "typestr": typestr,
                 "data": (self.ptr, not self.writable), "version": 3}
+
+    def _array(self, typestr: str) -> NDArray[Any]:
+        if self.device is not None:
+            raise TypeError(f"the view is on cuda:{self.device}: use torch() or CuPy")
+        interface = _Interface(self._interface(typestr), self._memory)
+        array: NDArray[Any] = _convert().as_array(interface)
+        return array
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -150,6 +172,7 @@ class View:
             raise AttributeError("host memory has no __cuda_array_interface__: use numpy()")
         if typestr is None:
             raise AttributeError(f"__cuda_array_interface__ has no {self.dtype}: use torch()")
+        self._opened.get()
         return self._interface(typestr)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -176,13 +199,7 @@ class View:
         """The same memory as a NumPy array of unsigned integers of the elements' size (host)."""
         self._opened.get()
         if self._bits is None:
-            if self.device is not None:
-                raise TypeError(f"the view is on cuda:{self.device}: use torch() or CuPy")
-            import numpy
-
-            from .convert import BITS
-            interface = self._interface(BITS[self.dtype].str)
-            self._bits = numpy.asarray(_Interface(interface, self._memory))
+            self._bits = self._array(f"<u{DTYPES[self.dtype][0]}")
         return self._bits[...]  # a new array object each time: its shape may be set
 
     def numpy(self) -> NDArray[Any]:
@@ -190,14 +207,15 @@ class View:
         ml_dtypes' types. TypeError: that isn't installed."""
         self._opened.get()
         if self._numpy is None:
-            from .convert import array_type
-            self._numpy = self.bits().view(array_type(self.dtype))
+            typestr = DTYPES[self.dtype][2]
+            self._numpy = self._array(typestr) if typestr is not None else \
+                self.bits().view(_convert().array_type(self.dtype))
         return self._numpy[...]
 
     def float32(self) -> NDArray[np.float32]:
         """A copy of the numbers (host)."""
-        from .convert import to_float32
-        return to_float32(self.bits(), self.dtype)
+        numbers: NDArray[np.float32] = _convert().to_float32(self.bits(), self.dtype)
+        return numbers
 
     def torch(self) -> torch.Tensor:
         """The same memory as a torch tensor. Writing to a read-only view through it is a fault."""
@@ -238,14 +256,12 @@ class View:
         if self.device is not None or (torch is not None and isinstance(value, torch.Tensor)):
             self._set_tensor(index, value)
         else:
-            from .convert import to_bits
-            self.bits()[index] = to_bits(value, self.dtype)
+            self.bits()[index] = _convert().to_bits(value, self.dtype)
 
     def _set_tensor(self, index: Any, value: Any) -> None:
         import torch
         if not isinstance(value, (torch.Tensor, int, float)):
-            from .convert import floats
-            value = torch.as_tensor(floats(value, self.dtype))
+            value = torch.as_tensor(_convert().floats(value, self.dtype))
         if self.dtype != "fp32" and isinstance(value, torch.Tensor) and \
                 not value.is_floating_point():
             raise TypeError(f"{value.dtype} assigned to a view of {self.dtype}: numbers must be "
