@@ -36,6 +36,7 @@ typedef enum ts_exchange_kind {
 } ts_exchange_kind;
 
 struct ts_client {
+    atomic_bool in_call; /* a thread is inside a public call: TS_ENTER */
     nng_socket socket;
     nng_aio *aio;
     pid_t pid;          /* of the process that connected */
@@ -106,9 +107,53 @@ struct ts_pool {
     uint32_t num_tables;
 };
 
+/*
+ * Stands first in every public function that uses the client: a second thread is refused while one
+ * is inside. The client is left when the function returns. Functions inside the library that other
+ * public functions need too don't have it.
+ */
+#define TS_ENTER(client)                                                                           \
+    ts_client *entered __attribute__((cleanup(ts_leave))) = ts_enter(client);                      \
+    if (entered == NULL)                                                                           \
+    return ts_in_use(client)
+
+/* The same where nothing can be refused: waits until the other thread's call has returned. */
+#define TS_ENTER_LAST(client)                                                                      \
+    ts_client *entered __attribute__((cleanup(ts_leave))) = ts_enter_last(client)
+
+/* NULL: another thread is inside. */
+static inline ts_client *ts_enter(ts_client *client)
+{
+    return atomic_exchange_explicit(&client->in_call, true, memory_order_acquire) ? NULL : client;
+}
+
+static inline void ts_leave(ts_client **client)
+{
+    if (*client != NULL)
+        atomic_store_explicit(&(*client)->in_call, false, memory_order_release);
+}
+
+ts_client *ts_enter_last(ts_client *client);
+
+/* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
+ts_status ts_in_use(ts_client *client);
+
 /* Sets the error sentence and returns status. */
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* Which struct of options. */
+typedef enum ts_options_struct {
+    TS_STRUCT_OPTIONS,
+    TS_STRUCT_STEP_OPTIONS,
+    TS_STRUCT_RUN_OPTIONS,
+    TS_STRUCT_FRAME_OPTIONS
+} ts_options_struct;
+
+/* Copies a caller's options, of whichever size its header gave them, into a struct of this
+ * library's; NULL: all are 0. */
+ts_status ts_options_read(ts_client *client, ts_options_struct which, const void *options,
+                          void *out);
 
 /*
  * Sends the request and waits for its reply. TS_OK: *reply is there, to be freed with
@@ -116,8 +161,9 @@ ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
  */
 ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply);
 
-/* The connection has ended: TS_ECONN. */
+/* The connection has ended, or is another process's: TS_ECONN. */
 ts_status ts_gone(ts_client *client);
+ts_status ts_not_ours(ts_client *client);
 
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
@@ -267,7 +313,7 @@ ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
 /* Memory that was mapped, with one holder; the last one's release unmaps it. NULL: no memory. */
 ts_memory *ts_memory_new(void *base, size_t bytes);
 
-/* Makes an exchange of host memory, in place of the one there is. */
+/* Makes an exchange of host memory, in place of the one there is; or of a GPU's. */
 ts_status ts_exchange_host(ts_client *client, size_t bytes);
 void ts_exchange_close(ts_client *client);
 

@@ -2,7 +2,7 @@
 #include "client.h"
 
 #include "clock.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <nng/protocol/reqrep0/req.h>
@@ -27,9 +27,14 @@
  */
 static _Atomic pid_t nng_user;
 
+/* The client that this thread was refused last, as another one was inside. Its sentence is the
+ * constant below and not in the client, where that other thread may be writing one. */
+static _Thread_local const ts_client *refused;
+
 ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
 {
     va_list args;
+    refused = NULL;
     va_start(args, format);
     vsnprintf(c->error, sizeof c->error, format, args);
     va_end(args);
@@ -38,7 +43,11 @@ ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
 
 const char *ts_error(const ts_client *c)
 {
-    return c == NULL ? "out of memory" : c->error;
+    if (c == NULL)
+        return "out of memory";
+    return c == refused ? "another thread is inside a call on this client: a client, and what was "
+                          "opened from it, is used by one thread at a time"
+                        : c->error;
 }
 
 ts_transport ts_client_transport(const ts_client *c)
@@ -61,7 +70,28 @@ const char *ts_daemon_version(const ts_client *c)
     return c->version;
 }
 
+ts_status ts_in_use(ts_client *c)
+{
+    if (c->pid != getpid()) /* the thread that was inside isn't in this process */
+        return ts_not_ours(c);
+    refused = c;
+    return TS_EBUSY;
+}
+
+ts_client *ts_enter_last(ts_client *c)
+{
+    while (ts_enter(c) == NULL && c->pid == getpid())
+        (void)poll(NULL, 0, 1);
+    return c;
+}
+
 /* ---- calls ---- */
+
+ts_status ts_not_ours(ts_client *c)
+{
+    return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                   (int)c->pid);
+}
 
 ts_status ts_gone(ts_client *c)
 {
@@ -119,8 +149,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
 {
     *reply = NULL;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (atomic_load(&c->broken) || !c->open)
         return ts_gone(c);
     request->request_id = c->next_id++;
@@ -260,8 +289,8 @@ static void hang_up(ts_client *c)
     ts_handles_close(c);
 }
 
-/* Connects to the daemon and opens the session. */
-static ts_status arrive(ts_client *c, const char *program)
+/* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
+static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes)
 {
     c->absent = false;
     c->next_id = 1;
@@ -272,7 +301,11 @@ static ts_status arrive(ts_client *c, const char *program)
     if (error != 0)
         return cannot_reach(c, error);
     status = open_session(c, program);
-    c->absent = status == TS_ECONN;
+    c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
+    if (status == TS_OK && exchange_bytes > 0) {
+        status = ts_exchange_host(c, exchange_bytes);
+        c->absent = status == TS_ECONN;
+    }
     return status;
 }
 
@@ -300,24 +333,27 @@ static ts_status set_path(ts_client *c, const char *url)
 
 ts_status ts_connect(const ts_options *options, ts_client **out)
 {
-    static const ts_options defaults;
-    const ts_options *o = options != NULL ? options : &defaults;
+    ts_options o;
     ts_client *c = calloc(1, sizeof *c);
     *out = c;
+    refused = NULL; /* it may have had the same address */
     if (c == NULL)
         return TS_ENOMEM;
     c->handle_fd = -1;
     c->pid = getpid();
-    c->timeout_ms = o->timeout_ms != 0 ? o->timeout_ms : TIMEOUT_DEFAULT_MS;
-    c->retries = o->retries;
-    c->transport = o->transport;
-    c->exec = o->exec;
-    c->threads = o->threads;
-    c->spin_us = o->spin_us != 0 ? o->spin_us : SPIN_DEFAULT_US;
-    const char *url = o->url != NULL ? o->url : getenv("TINYSERVE_URL");
+    ts_status status = ts_options_read(c, TS_STRUCT_OPTIONS, options, &o);
+    if (status != TS_OK)
+        return status;
+    c->timeout_ms = o.timeout_ms != 0 ? o.timeout_ms : TIMEOUT_DEFAULT_MS;
+    c->retries = o.retries;
+    c->transport = o.transport;
+    c->exec = o.exec;
+    c->threads = o.threads;
+    c->spin_us = o.spin_us != 0 ? o.spin_us : SPIN_DEFAULT_US;
+    const char *url = o.url != NULL ? o.url : getenv("TINYSERVE_URL");
     if (url == NULL || url[0] == '\0')
         url = TS_URL_DEFAULT;
-    ts_status status = set_path(c, url);
+    status = set_path(c, url);
     if (status != TS_OK)
         return status;
 
@@ -327,14 +363,13 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        "process %d was forked from %d after that had connected: connect in the "
                        "child alone, or exec",
                        (int)c->pid, (int)user);
-    const char *program = o->program != NULL ? o->program : program_invocation_short_name;
-    uint64_t until = ts_now_ms() + o->wait_ms;
-    while ((status = arrive(c, program)) != TS_OK && c->absent && ts_now_ms() < until) {
+    const char *program = o.program != NULL ? o.program : program_invocation_short_name;
+    uint64_t until = ts_now_ms() + o.wait_ms;
+    while ((status = arrive(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
+           ts_now_ms() < until) {
         hang_up(c);
         (void)poll(NULL, 0, POLL_MS);
     }
-    if (status == TS_OK && o->exchange_bytes > 0)
-        status = ts_exchange_host(c, o->exchange_bytes);
     return status;
 }
 
@@ -342,6 +377,7 @@ void ts_disconnect(ts_client *c)
 {
     if (c == NULL)
         return;
+    (void)ts_enter_last(c);
     bool ours = c->pid == getpid(); /* a forked child must not touch its parent's */
     if (ours) {
         hang_up(c);

@@ -132,7 +132,7 @@ static ts_status no_steps(ts_client *c)
     return ts_fail(c, TS_EBUSY, "the exchange can't be replaced while steps use it");
 }
 
-ts_status ts_exchange_device(ts_pool *p, size_t bytes)
+static ts_status exchange_device(ts_pool *p, size_t bytes)
 {
     ts_client *c = p->client;
     Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
@@ -168,8 +168,15 @@ ts_status ts_exchange_device(ts_pool *p, size_t bytes)
     return TS_OK;
 }
 
+ts_status ts_exchange_device(ts_pool *p, size_t bytes)
+{
+    TS_ENTER(p->client);
+    return exchange_device(p, bytes);
+}
+
 ts_status ts_exchange_register(ts_pool *p, void *memory, size_t bytes)
 {
+    TS_ENTER(p->client);
     ts_client *c = p->client;
     Tspb__ExchangeOpen open = TSPB__EXCHANGE_OPEN__INIT;
     Tspb__Reply *opened;
@@ -214,7 +221,7 @@ static ts_status grow(ts_client *c, size_t bytes)
     if (c->exchange_kind != TS_EXCHANGE_NONE && c->exchange_kind != TS_EXCHANGE_HOST) {
         if (c->exchange_pool == NULL)
             return ts_fail(c, TS_EINVAL, "the pool that the exchange was made for is closed");
-        return ts_exchange_device(c->exchange_pool, wanted);
+        return exchange_device(c->exchange_pool, wanted);
     }
     return ts_exchange_host(c, wanted);
 }
@@ -230,10 +237,11 @@ ts_status ts_exchange_take(ts_client *c, ts_region *region)
     }
     if (*at == NULL && (offset > c->exchange_bytes || c->exchange_bytes - offset < region->bytes)) {
         if (c->regions != NULL)
-            return ts_fail(c, TS_ENOMEM,
-                           "the exchange of %zu bytes has no %zu free beside the steps that are "
-                           "open: connect with a larger exchange_bytes",
-                           c->exchange_bytes, region->bytes);
+            return ts_fail(c, TS_EBUSY,
+                           "a step or frame is open, and the exchange of %zu bytes has no %zu free "
+                           "beside it and grows only while none is: end it, or connect with "
+                           "exchange_bytes of at least %zu",
+                           c->exchange_bytes, region->bytes, offset + region->bytes);
         ts_status status = grow(c, region->bytes);
         if (status != TS_OK)
             return status;

@@ -3,7 +3,7 @@
 #include "client.h"
 
 #include "clock.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -23,7 +23,7 @@ static bool await(int fd, short what, uint64_t deadline_ms)
         int n = poll(&p, 1, now < deadline_ms ? (int)(deadline_ms - now) : 0);
         if (n > 0)
             return true;
-        if (n == 0 && now >= deadline_ms)
+        if (now >= deadline_ms)
             return false;
         /* Interrupted by a signal, or out of kernel memory for a moment: look again. */
     }
@@ -105,8 +105,7 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
     bool cut;
     *fd = -1;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (c->handle_fd < 0) {
         ts_status status = connect_handles(c);
         if (status != TS_OK)

@@ -24,23 +24,23 @@ static ts_status check(const ts_pool *p, const ts_frame_options *o)
     if (o->tokens > (uint64_t)UINT32_MAX / 2)
         return ts_fail(c, TS_EINVAL, "a frame of %llu tokens; the limit is %u",
                        (unsigned long long)o->tokens, UINT32_MAX / 2);
-    if (o->step.no_run)
+    if (o->step->no_run)
         return ts_fail(c, TS_EINVAL, "a frame whose steps have no layer run");
-    if (o->step.heads % g->kv_heads != 0 || o->step.heads > TS_HEADS_MAX)
+    if (o->step->heads % g->kv_heads != 0 || o->step->heads > TS_HEADS_MAX)
         return ts_fail(c, TS_EINVAL,
                        "%u query heads; they must be a multiple of the pool's %u KV heads, at most "
                        "%u",
-                       o->step.heads, g->kv_heads, TS_HEADS_MAX);
-    if (!ts_dtype_is_io(o->step.io_dtype, g->dtype))
+                       o->step->heads, g->kv_heads, TS_HEADS_MAX);
+    if (!ts_dtype_is_io(o->step->io_dtype, g->dtype))
         return ts_fail(c, TS_EINVAL, "io_dtype %s (%d) beside a pool of %s",
-                       ts_dtype_name(o->step.io_dtype) != NULL ? ts_dtype_name(o->step.io_dtype)
-                                                               : "unknown",
-                       (int)o->step.io_dtype, ts_dtype_name(g->dtype));
-    if (!isfinite(o->step.scale) || o->step.scale < 0)
+                       ts_dtype_name(o->step->io_dtype) != NULL ? ts_dtype_name(o->step->io_dtype)
+                                                                : "unknown",
+                       (int)o->step->io_dtype, ts_dtype_name(g->dtype));
+    if (!isfinite(o->step->scale) || o->step->scale < 0)
         return ts_fail(c, TS_EINVAL, "a scale of %g; it must be finite and not negative",
-                       (double)o->step.scale);
-    if (o->step.kernel != NULL && strlen(o->step.kernel) >= sizeof(((ts_frame *)0)->kernel))
-        return ts_fail(c, TS_EINVAL, "no kernel has the name '%s'", o->step.kernel);
+                       (double)o->step->scale);
+    if (o->step->kernel != NULL && strlen(o->step->kernel) >= sizeof(((ts_frame *)0)->kernel))
+        return ts_fail(c, TS_EINVAL, "no kernel has the name '%s'", o->step->kernel);
     return ts_local_require(c, p);
 }
 
@@ -48,19 +48,27 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
 {
     ts_client *c = p->client;
     const ts_geometry *g = &p->geometry;
-    ts_frame_options o = *options;
+    ts_frame_options o;
+    ts_step_options step;
     *out = NULL;
+    TS_ENTER(c);
+    ts_status status = ts_options_read(c, TS_STRUCT_FRAME_OPTIONS, options, &o);
+    if (status == TS_OK)
+        status = ts_options_read(c, TS_STRUCT_STEP_OPTIONS, o.step, &step);
+    if (status != TS_OK)
+        return status;
+    o.step = &step;
     if (o.new_tokens == 0)
         o.new_tokens = 1;
     if (o.tokens == 0)
         o.tokens = (uint64_t)p->num_blocks * g->block_tokens;
-    if (o.step.heads == 0)
-        o.step.heads = g->kv_heads;
-    ts_status status = check(p, &o);
+    if (step.heads == 0)
+        step.heads = g->kv_heads;
+    status = check(p, &o);
     if (status != TS_OK)
         return status;
-    if (o.step.scale == 0)
-        o.step.scale = 1.0f / sqrtf((float)g->head_dim);
+    if (step.scale == 0)
+        step.scale = 1.0f / sqrtf((float)g->head_dim);
     ts_frame *f = calloc(1, sizeof *f);
     if (f != NULL)
         f->new_tokens = malloc(o.seqs * sizeof *f->new_tokens);
@@ -70,17 +78,19 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
     }
     f->pool = p;
     f->options = o;
-    if (o.step.kernel != NULL) {
-        snprintf(f->kernel, sizeof f->kernel, "%s", o.step.kernel);
-        f->options.step.kernel = f->kernel;
+    f->step = step;
+    f->options.step = &f->step;
+    if (step.kernel != NULL) {
+        snprintf(f->kernel, sizeof f->kernel, "%s", step.kernel);
+        f->step.kernel = f->kernel;
     }
     for (uint32_t i = 0; i < o.seqs; i++)
         f->new_tokens[i] = o.new_tokens;
     uint32_t tokens = o.seqs * o.new_tokens;
-    f->region.bytes = ts_step_lay_out(g, o.step.heads, o.step.io_dtype, tokens, 0, &f->at);
+    f->region.bytes = ts_step_lay_out(g, step.heads, step.io_dtype, tokens, 0, &f->at);
     status = ts_exchange_take(c, &f->region);
     if (status == TS_OK) {
-        (void)ts_step_lay_out(g, o.step.heads, o.step.io_dtype, tokens, f->region.offset, &f->at);
+        (void)ts_step_lay_out(g, step.heads, step.io_dtype, tokens, f->region.offset, &f->at);
         status = ts_local_gpu_keep(p, &f->options, &f->plan);
         if (status != TS_OK)
             ts_exchange_give(c, &f->region);
@@ -98,6 +108,7 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_ste
 {
     ts_client *c = f->pool->client;
     *out = NULL;
+    TS_ENTER(c);
     if (f->in_use)
         return ts_fail(c, TS_EBUSY, "the frame has a step that hasn't ended");
     if (count == 0 || count > f->options.seqs)
@@ -109,11 +120,11 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_ste
         return ts_fail(c, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
     s->frame = f;
     s->at = f->at;
-    s->heads = f->options.step.heads;
-    s->io_dtype = f->options.step.io_dtype;
-    s->scale = f->options.step.scale;
+    s->heads = f->step.heads;
+    s->io_dtype = f->step.io_dtype;
+    s->scale = f->step.scale;
     s->exec = TS_EXEC_LOCAL;
-    ts_status status = ts_step_call_begin(s, seqs, &f->options.step, false);
+    ts_status status = ts_step_call_begin(s, seqs, &f->step, false);
     if (status != TS_OK) {
         ts_step_free(s);
         return status;
@@ -134,6 +145,7 @@ void ts_frame_free(ts_frame *f)
 {
     if (f == NULL)
         return;
+    TS_ENTER_LAST(f->pool->client);
     ts_local_gpu_plan_free(f->pool->client, f->plan);
     ts_exchange_give(f->pool->client, &f->region);
     free(f->new_tokens);

@@ -155,16 +155,16 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)
     const ts_geometry *g = &p->geometry;
     ts_attention_variant variant = run->variant;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (run->layer >= g->layers)
         return ts_fail(c, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
     if (run->scales != NULL && g->dtype != TS_DTYPE_FP8_E4M3)
         return ts_fail(c, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
                        ts_dtype_name(g->dtype));
-    ts_status status = ts_attention_variant_check(&variant, g->head_dim, c->error, sizeof c->error);
+    char why[sizeof c->error];
+    ts_status status = ts_attention_variant_check(&variant, g->head_dim, why, sizeof why);
     if (status != TS_OK)
-        return status;
+        return ts_fail(c, status, "%s", why);
     if (variant.rope.dims == 0)
         variant.rope.dims = g->head_dim;
     if (p->on_gpu) {

@@ -115,8 +115,8 @@ ts_status ts_local_gpu_keep(ts_pool *p, const ts_frame_options *o, ts_gpu_plan *
     if (status != TS_OK)
         return status;
     status = c->local_gpu->ops->keep(
-        c->local_gpu->gpu, &p->geometry, o->step.heads, o->step.io_dtype,
-        o->step.kernel != NULL ? o->step.kernel : p->kernel, &limits, out, why, sizeof why);
+        c->local_gpu->gpu, &p->geometry, o->step->heads, o->step->io_dtype,
+        o->step->kernel != NULL ? o->step->kernel : p->kernel, &limits, out, why, sizeof why);
     ts_cuda_leave(c->cuda);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);
 }

@@ -50,6 +50,7 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     *out = NULL;
+    TS_ENTER(c);
     if (flags & ~(unsigned)TS_POOL_WRITABLE)
         return ts_fail(c, TS_EINVAL, "flags %#x; known is TS_POOL_WRITABLE (%#x)", flags,
                        TS_POOL_WRITABLE);
@@ -93,8 +94,11 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     snprintf(p->kernel, sizeof p->kernel, "%s", o->kernel);
     if (p->on_gpu)
         memcpy(p->uuid, o->device_uuid.data, TS_UUID_BYTES);
-    status = ts_geometry_check(&p->geometry, c->error, sizeof c->error);
-    if (status == TS_OK) {
+    char why[sizeof c->error];
+    status = ts_geometry_check(&p->geometry, why, sizeof why);
+    if (status != TS_OK) {
+        (void)ts_fail(c, status, "%s", why);
+    } else {
         p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
         p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
         p->written = calloc(p->num_slabs, sizeof *p->written);
@@ -143,6 +147,7 @@ void ts_pool_close(ts_pool *p)
 {
     if (p == NULL)
         return;
+    TS_ENTER_LAST(p->client);
     if (p->base != NULL && p->on_gpu)
         unmap_gpu(p);
     ts_memory_release(p->reserved);
@@ -290,15 +295,19 @@ ts_status ts_pool_map_block(ts_pool *p, uint64_t block, bool writable)
 
 ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, void **base)
 {
+    *base = NULL;
+    TS_ENTER(p->client);
     ts_status status = TS_OK;
     for (size_t i = 0; i < count && status == TS_OK; i++)
         status = ts_pool_map_block(p, slots[i] / p->geometry.block_tokens, p->writable);
-    *base = status == TS_OK ? p->base : NULL;
+    if (status == TS_OK)
+        *base = p->base;
     return status;
 }
 
 ts_status ts_pool_cuda_device(ts_pool *p, int *ordinal)
 {
+    TS_ENTER(p->client);
     ts_cuda *cuda;
     ts_status status = ts_client_cuda(p->client, p, &cuda);
     if (status == TS_OK)
@@ -308,6 +317,7 @@ ts_status ts_pool_cuda_device(ts_pool *p, int *ordinal)
 
 ts_status ts_slot_kv(ts_pool *p, uint64_t slot, uint32_t layer, ts_kv *out)
 {
+    TS_ENTER(p->client);
     const ts_geometry *g = &p->geometry;
     uint64_t block = slot / g->block_tokens;
     if (layer >= g->layers)

@@ -3,7 +3,7 @@
 #include "client.h"
 
 #include "clock.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -149,8 +149,7 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
 {
     ts_rings_memory *m = c->rings;
     if (c->pid != getpid())
-        return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                       (int)c->pid);
+        return ts_not_ours(c);
     if (atomic_load(&c->broken) || !c->open)
         return ts_gone(c);
     entry->tag = ++c->ring_tag;

@@ -165,7 +165,7 @@ static ts_status run_both(run_args *a)
     return ts_trial_run_on_stream(c, cuda, &s->trial, a->options->stream, &ways, a);
 }
 
-ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
+static ts_status run(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
     run_args args = {s, layer, o};
     s->pool->client->last_exec = s->exec;
@@ -174,8 +174,17 @@ ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *o)
                                       : way_there(&args);
 }
 
+ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *options)
+{
+    TS_ENTER(s->pool->client);
+    ts_run_options o;
+    ts_status status = ts_options_read(s->pool->client, TS_STRUCT_RUN_OPTIONS, options, &o);
+    return status == TS_OK ? run(s, layer, &o) : status;
+}
+
 ts_status ts_step_run(ts_step *s, uint32_t layer)
 {
+    TS_ENTER(s->pool->client);
     static const ts_run_options plain;
-    return ts_step_run_with(s, layer, &plain);
+    return run(s, layer, &plain);
 }

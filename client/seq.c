@@ -29,11 +29,44 @@ static ts_status call_for_seqs(ts_client *c, Tspb__Request *request, uint32_t co
 
 ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
 {
+    TS_ENTER(p->client);
     Tspb__SeqCreate body = TSPB__SEQ_CREATE__INIT;
     REQUEST(seq_create, SEQ_CREATE);
     body.pool = p->index;
     body.count = count;
     return call_for_seqs(p->client, &request, count, out, NULL);
+}
+
+static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count)
+{
+    Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
+    REQUEST(seq_free, SEQ_FREE);
+    body.pool = p->index;
+    body.seqs = (uint64_t *)seqs;
+    body.n_seqs = count;
+    ts_status status = ts_call_plain(p->client, &request);
+    if (status == TS_OK)
+        ts_tables_forget(p, seqs, count);
+    return status;
+}
+
+static ts_status get_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_t *lengths)
+{
+    Tspb__SeqLengths body = TSPB__SEQ_LENGTHS__INIT;
+    Tspb__Reply *reply;
+    REQUEST(seq_lengths, SEQ_LENGTHS);
+    body.pool = p->index;
+    body.seqs = (uint64_t *)seqs;
+    body.n_seqs = count;
+    ts_status status = ts_call(p->client, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    if (reply->body_case == TSPB__REPLY__BODY_LENGTHS && reply->lengths->n_lengths == count)
+        memcpy(lengths, reply->lengths->lengths, count * sizeof *lengths);
+    else
+        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u lengths", count);
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
 }
 
 static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t length,
@@ -64,7 +97,7 @@ static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t 
         char why[sizeof p->client->error];
         memcpy(why, p->client->error, sizeof why);
         if (made > 0)
-            (void)ts_seq_free(p, out, made);
+            (void)free_seqs(p, out, made);
         return ts_fail(p->client, status, "%s", why);
     }
     return TS_OK;
@@ -72,22 +105,25 @@ static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t 
 
 ts_status ts_seq_fork(ts_pool *p, ts_seq parent, uint32_t count, ts_seq *out)
 {
+    TS_ENTER(p->client);
     uint32_t length;
     uint64_t most = ts_blocks_for(p->sequence_tokens_max, p->geometry.block_tokens);
     if (count <= 1 || most * count <= TS_COMMAND_ENTRIES) /* one call does, however long it is */
         return fork_seq(p, parent, false, 0, count, out);
-    ts_status status = ts_seq_lengths(p, &parent, 1, &length);
+    ts_status status = get_lengths(p, &parent, 1, &length);
     return status != TS_OK ? status : fork_seqs(p, parent, length, count, out);
 }
 
 ts_status ts_seq_fork_at(ts_pool *p, ts_seq parent, uint32_t length, uint32_t count, ts_seq *out)
 {
+    TS_ENTER(p->client);
     return count == 0 ? fork_seq(p, parent, true, length, 0, out)
                       : fork_seqs(p, parent, length, count, out);
 }
 
 ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *lengths, uint32_t count)
 {
+    TS_ENTER(p->client);
     Tspb__SeqTruncate body = TSPB__SEQ_TRUNCATE__INIT;
     REQUEST(seq_truncate, SEQ_TRUNCATE);
     body.pool = p->index;
@@ -99,19 +135,13 @@ ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *length
 
 ts_status ts_seq_free(ts_pool *p, const ts_seq *seqs, uint32_t count)
 {
-    Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
-    REQUEST(seq_free, SEQ_FREE);
-    body.pool = p->index;
-    body.seqs = (uint64_t *)seqs;
-    body.n_seqs = count;
-    ts_status status = ts_call_plain(p->client, &request);
-    if (status == TS_OK)
-        ts_tables_forget(p, seqs, count);
-    return status;
+    TS_ENTER(p->client);
+    return free_seqs(p, seqs, count);
 }
 
 ts_status ts_seq_keep(ts_pool *p, ts_seq seq, const char *name)
 {
+    TS_ENTER(p->client);
     Tspb__SeqKeep body = TSPB__SEQ_KEEP__INIT;
     REQUEST(seq_keep, SEQ_KEEP);
     if (name != NULL && name[0] == '\0')
@@ -124,6 +154,7 @@ ts_status ts_seq_keep(ts_pool *p, ts_seq seq, const char *name)
 
 ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *length)
 {
+    TS_ENTER(p->client);
     Tspb__SeqAttach body = TSPB__SEQ_ATTACH__INIT;
     REQUEST(seq_attach, SEQ_ATTACH);
     body.pool = p->index;
@@ -133,25 +164,13 @@ ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *len
 
 ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_t *lengths)
 {
-    Tspb__SeqLengths body = TSPB__SEQ_LENGTHS__INIT;
-    Tspb__Reply *reply;
-    REQUEST(seq_lengths, SEQ_LENGTHS);
-    body.pool = p->index;
-    body.seqs = (uint64_t *)seqs;
-    body.n_seqs = count;
-    ts_status status = ts_call(p->client, &request, &reply);
-    if (status != TS_OK)
-        return status;
-    if (reply->body_case == TSPB__REPLY__BODY_LENGTHS && reply->lengths->n_lengths == count)
-        memcpy(lengths, reply->lengths->lengths, count * sizeof *lengths);
-    else
-        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u lengths", count);
-    tspb__reply__free_unpacked(reply, NULL);
-    return status;
+    TS_ENTER(p->client);
+    return get_lengths(p, seqs, count, lengths);
 }
 
 ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t first, uint32_t count, uint64_t *slots)
 {
+    TS_ENTER(p->client);
     Tspb__SeqBlocks body = TSPB__SEQ_BLOCKS__INIT;
     Tspb__Reply *reply;
     REQUEST(seq_blocks, SEQ_BLOCKS);

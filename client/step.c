@@ -260,16 +260,20 @@ size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, 
 ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         const ts_step_options *options, ts_step **out)
 {
-    ts_step_options o = options != NULL ? *options : (ts_step_options){0};
+    ts_step_options o;
     const ts_geometry *g = &p->geometry;
     uint32_t tokens;
     *out = NULL;
+    TS_ENTER(p->client);
+    ts_status status = ts_options_read(p->client, TS_STRUCT_STEP_OPTIONS, options, &o);
+    if (status != TS_OK)
+        return status;
     if (o.heads == 0)
         o.heads = g->kv_heads;
     if (o.heads > TS_HEADS_MAX)
         return ts_fail(p->client, TS_EINVAL, "%u query heads; the limit is %u", o.heads,
                        TS_HEADS_MAX);
-    ts_status status = add_tokens(p, seqs, new_tokens, count, &tokens);
+    status = add_tokens(p, seqs, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
     ts_step *s = ts_step_new(p, new_tokens, count, tokens);
@@ -300,6 +304,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
 ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         uint64_t *slots)
 {
+    TS_ENTER(p->client);
     static const ts_step_options none;
     uint32_t tokens;
     ts_status status = add_tokens(p, seqs, new_tokens, count, &tokens);
@@ -420,6 +425,7 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
 
 ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 {
+    TS_ENTER(s->pool->client);
     ts_status status = call_end(s, true, accepted);
     if (status != TS_OK)
         return status;
@@ -433,6 +439,7 @@ ts_status ts_step_abort(ts_step *s)
 {
     if (s == NULL)
         return TS_OK;
+    TS_ENTER_LAST(s->pool->client);
     ts_status status = call_end(s, false, NULL);
     step_end(s);
     return status;

@@ -33,7 +33,8 @@ struct ts_step {
 
 struct ts_frame {
     ts_pool *pool;
-    ts_frame_options options; /* heads, scale, new_tokens and tokens as they were meant */
+    ts_frame_options options; /* new_tokens and tokens as they were meant */
+    ts_step_options step;     /* heads and scale as they were meant */
     char kernel[16];
     ts_region region;
     ts_step_places at;

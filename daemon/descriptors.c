@@ -3,7 +3,7 @@
 #include "service.h"
 
 #include "ring.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -3,8 +3,8 @@
 
 #include "clock.h"
 #include "log.h"
+#include "tinyserve_version.h"
 #include "unix_listen.h"
-#include "version.h"
 
 #include <errno.h>
 #include <pthread.h>

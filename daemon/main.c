@@ -9,8 +9,8 @@
 #include "ring.h"
 #include "service.h"
 #include "socket_path.h"
+#include "tinyserve_version.h"
 #include "transport.h"
-#include "version.h"
 
 #include <argp.h>
 #include <signal.h>

@@ -4,7 +4,7 @@
 #include "admin.h"
 #include "clock.h"
 #include "plain_text.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -10,7 +10,7 @@
 #include "refusals.h"
 #include "report.h"
 #include "ring.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <stdio.h>

@@ -12,6 +12,13 @@
 extern "C" {
 #endif
 
+/* Of functions whose status must be looked at: the compiler warns where it isn't. */
+#if defined(__GNUC__)
+#define TS_WARN_UNUSED __attribute__((warn_unused_result))
+#else
+#define TS_WARN_UNUSED
+#endif
+
 /* What a call came to. The numbers are part of the wire protocol: append only. */
 typedef enum ts_status {
     TS_OK = 0,
@@ -20,7 +27,8 @@ typedef enum ts_status {
     TS_EEXIST = 3,  /* the name is taken */
     TS_ENOSPC = 4,  /* the pool has too few free blocks; nothing was taken */
     TS_EQUOTA = 5,  /* a limit of this session or tenant would be passed; nothing was taken */
-    TS_EBUSY = 6,   /* the sequence is in an open step, or the step has a run in flight */
+    TS_EBUSY = 6,   /* the sequence is in an open step, the step has a run in flight, or another
+                       thread is inside a call on the client */
     TS_EPERM = 7,   /* it belongs to somebody else, or the configuration forbids it */
     TS_ESTALE = 8,  /* a repeated request whose first answer is no longer kept */
     TS_EPROTO = 9,  /* the message could not be understood, or a protocol version is not spoken */
@@ -118,7 +126,7 @@ uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes, size_t
  * TS_OK, or TS_EINVAL with a sentence in `why` (`why_bytes` long) that names the field, its value
  * and the limit.
  */
-ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes);
+TS_WARN_UNUSED ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes);
 
 /* "TS_ENOSPC", and so on; never NULL. */
 const char *ts_status_name(ts_status status);

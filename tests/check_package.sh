@@ -17,7 +17,9 @@ cat >"$folder/worker.c" <<'END'
 int main(void)
 {
     ts_client *client;
-    ts_options options = {0};
+    ts_options options = TS_OPTIONS_INIT;
+    if (strcmp(ts_version(), TS_VERSION) != 0 || ts_struct_bytes("ts_options") != sizeof options)
+        return 2;
     options.url = "/nowhere/at/all";
     ts_status status = ts_connect(&options, &client);
     printf("%s: %s\n", ts_status_name(status), ts_error(client));
@@ -37,6 +39,15 @@ by_pkg_config there "$3"
 mv "$folder/there" "$folder/moved"
 by_pkg_config moved "$3"
 mv "$folder/moved" "$folder/there"
+# Who ignores a status is told.
+sed 's/ts_status status = ts_connect/ts_status status = TS_ECONN;\
+    ts_connect/' "$folder/worker.c" >"$folder/careless.c"
+if cc -Werror=unused-result -c -o "$folder/careless.o" -I"$folder/there/include" "$folder/careless.c" \
+    2>"$folder/log" ||
+    ! grep -q "ignoring return value of .ts_connect" "$folder/log"; then
+    cat "$folder/log"
+    exit 1
+fi
 export PKG_CONFIG_PATH="$folder/there/$3/pkgconfig"
 echo "version $(pkg-config --modversion tinyserve) by pkg-config"
 
@@ -54,7 +65,7 @@ END
 }
 "$folder/build/worker"
 if command -v g++ >/dev/null; then
-    printf '#include <tinyserve.h>\nint main() { return ts_options{}.retries; }\n' >"$folder/worker.cpp"
+    printf '#include <tinyserve.h>\nint main()\n{\n    ts_options o = TS_OPTIONS_INIT;\n    ts_step_options s = TS_STEP_OPTIONS_INIT;\n    ts_run_options r = TS_RUN_OPTIONS_INIT;\n    ts_frame_options f = TS_FRAME_OPTIONS_INIT;\n    return (int)(o.size + s.size + r.size + f.size);\n}\n' >"$folder/worker.cpp"
     g++ -std=c++17 -pedantic -Wall -Wextra -Werror -I"$folder/there/include" -fsyntax-only "$folder/worker.cpp"
     echo "the header is C++17"
 fi

@@ -76,7 +76,8 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
         _exit(127);
     }
     ts_client *c;
-    ts_status status = ts_connect(&(ts_options){.url = d->url, .wait_ms = 60000}, &c);
+    ts_status status =
+        ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d->url, .wait_ms = 60000}, &c);
     if (status != TS_OK)
         fail_msg("the daemon doesn't answer: %s", ts_error(c));
     ts_disconnect(c);
@@ -139,7 +140,8 @@ static inline void daemon_stop(daemon_process *d)
 static inline ts_client *connect_url(const char *url)
 {
     ts_client *c;
-    ts_status status = ts_connect(&(ts_options){.url = url, .timeout_ms = 120000}, &c);
+    ts_status status =
+        ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url, .timeout_ms = 120000}, &c);
     if (status != TS_OK)
         fail_msg("%s: %s", ts_status_name(status), ts_error(c));
     return c;

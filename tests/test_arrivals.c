@@ -305,7 +305,8 @@ static void a_users_connections_are_limited_and_operators_get_in(void **state)
         raw_greet(fds[i]); /* it is in */
     }
     ts_client *c;
-    assert_int_equal(ts_connect(&(ts_options){.url = d.url}, &c), TS_EQUOTA);
+    assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c),
+                     TS_EQUOTA);
     assert_string_equal(ts_error(c), expected);
     ts_disconnect(c);
     assert_int_equal(seteuid(0), 0);

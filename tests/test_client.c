@@ -98,7 +98,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
     OK(ts_seq_create(p, SEQS, seqs));
     for (int round = 0; round < 3; round++) {
         ts_step *step;
-        ts_step_options options = {.heads = HEADS};
+        ts_step_options options = {.size = sizeof(ts_step_options), .heads = HEADS};
         OK(ts_step_begin(p, seqs, rounds[round], SEQS, &options, &step));
         size_t tokens = ts_step_tokens(step);
         float *q = malloc(LAYERS * tokens * HEADS * DIM * sizeof *q),
@@ -179,7 +179,8 @@ static void a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest(void **state
     OK(ts_seq_fork(p, parent, 1, &child));
     ts_step *step;
     n = 1;
-    OK(ts_step_begin(p, &child, &n, 1, &(ts_step_options){.no_run = true}, &step));
+    OK(ts_step_begin(p, &child, &n, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step));
     uint64_t slot;
     ts_step_slots(step, &slot);
     OK(ts_slot_kv(p, slot, 0, &kv));
@@ -242,20 +243,28 @@ static void refusals_name_the_value_and_the_limit(void **state)
     assert_int_equal(ts_step_begin(p, twice, each, 2, NULL, &step), TS_ENOSPC);
     assert_string_equal(ts_error(c), "2097152 new tokens; the pool has 64 slots in all");
     n = 1;
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.no_run = true}, &step),
-                     TS_EPERM);
+    assert_int_equal(
+        ts_step_begin(p, &seq, &n, 1,
+                      &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step),
+        TS_EPERM);
     assert_string_equal(ts_error(c), "a step without query heads leaves K and V to the session, "
                                      "which didn't open pool 'tiny' to write");
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 3}, &step),
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1,
+                                   &(ts_step_options){.size = sizeof(ts_step_options), .heads = 3},
+                                   &step),
                      TS_EINVAL);
     assert_string_equal(ts_error(c), "3 query heads; they must be a multiple of the pool's 2 KV "
                                      "heads, at most 1024");
-    assert_int_equal(
-        ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.io_dtype = TS_DTYPE_BF16}, &step),
-        TS_EINVAL);
-    assert_string_equal(ts_error(c), "io_dtype bf16; it must be fp32 or the pool's own, fp32");
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.scale = NAN}, &step),
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1,
+                                   &(ts_step_options){.size = sizeof(ts_step_options),
+                                                      .io_dtype = TS_DTYPE_BF16},
+                                   &step),
                      TS_EINVAL);
+    assert_string_equal(ts_error(c), "io_dtype bf16; it must be fp32 or the pool's own, fp32");
+    assert_int_equal(
+        ts_step_begin(p, &seq, &n, 1,
+                      &(ts_step_options){.size = sizeof(ts_step_options), .scale = NAN}, &step),
+        TS_EINVAL);
     assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EPERM);
     assert_int_equal(ts_seq_attach(p, "nobody", &none, &length), TS_ENOENT);
     assert_int_equal(ts_seq_keep(p, seq, ""), TS_EINVAL);
@@ -270,9 +279,65 @@ static void refusals_name_the_value_and_the_limit(void **state)
     ts_pool_close(p);
     ts_disconnect(c);
 
-    assert_int_equal(ts_connect(&(ts_options){.url = "/nowhere/s"}, &c), TS_ECONN);
+    assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = "/nowhere/s"}, &c),
+                     TS_ECONN);
     assert_string_equal(ts_error(c), "cannot reach /nowhere/s: is tinyserved running? "
                                      "(systemctl status tinyserved)");
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void options_may_be_of_an_earlier_or_a_later_header(void **state)
+{
+    (void)state;
+    struct {
+        ts_step_options options;
+        char later[8]; /* what another version has behind them */
+    } step = {.options = TS_STEP_OPTIONS_INIT};
+    ts_run_options run = TS_RUN_OPTIONS_INIT;
+    const ts_frame_options frame = {.size = sizeof frame, .seqs = 1, .step = &step.options};
+    daemon_process d;
+    ts_client *c;
+    ts_seq seq;
+    ts_step *s;
+    ts_frame *f;
+    uint32_t n = 1;
+    daemon_start(&d, POOL_TINY ",blocks=256");
+    assert_int_equal(ts_connect(&(ts_options){.url = d.url}, &c), TS_EINVAL);
+    assert_string_equal(ts_error(c), "ts_options has a size of 0: initialise it with "
+                                     "TS_OPTIONS_INIT");
+    ts_disconnect(c);
+    c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+
+    step.options.kernel = "none of that name"; /* behind what the earlier one had */
+    step.options.size = offsetof(ts_step_options, kernel);
+    OK(ts_step_begin(p, &seq, &n, 1, &step.options, &s));
+    run.size = 0;
+    assert_int_equal(ts_step_run_with(s, 0, &run), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "ts_run_options has a size of 0"));
+    OK(ts_step_run_with(s, 0, NULL));
+    OK(ts_step_abort(s));
+
+    step.options.kernel = NULL;
+    step.options.size = sizeof step;
+    OK(ts_step_begin(p, &seq, &n, 1, &step.options, &s));
+    OK(ts_step_abort(s));
+    step.later[3] = 1;
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "ts_step_options has 40 bytes"));
+    assert_non_null(strstr(ts_error(c), "knows 32, and byte 35 isn't 0"));
+    assert_int_equal(ts_frame_new(p, &frame, &f), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "and byte 35 isn't 0"));
+    step.options.size = SIZE_MAX; /* never set */
+    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "TS_STEP_OPTIONS_INIT"));
+
+    assert_string_equal(ts_version(), TS_VERSION);
+    assert_int_equal(ts_struct_bytes("ts_run_options"), sizeof run);
+    assert_int_equal(ts_struct_bytes("ts_nothing"), 0);
+    ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -300,7 +365,28 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     n = 4000;
     ts_seq more;
     OK(ts_seq_create(p, 1, &more));
-    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_ENOMEM);
+    assert_int_equal(ts_step_begin(p, &more, &n, 1, NULL, &third), TS_EBUSY);
+    char needs[64];
+    const size_t bytes = 4000 * 64 * (2 + 2 + 2 + 2) * sizeof(float) + 2 * 64 /* sinks, alibi */ +
+                         4000 * 2 * sizeof(float) + 64 /* lse, scales */;
+    snprintf(needs, sizeof needs, "has no %zu free beside it", bytes);
+    assert_non_null(strstr(ts_error(c), "a step or frame is open"));
+    assert_non_null(strstr(ts_error(c), needs));
+    const char *least = strstr(ts_error(c), "exchange_bytes of at least ");
+    assert_non_null(least);
+    ts_client *roomy;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d.url,
+                                .exchange_bytes = strtoul(strpbrk(least, "0123456789"), NULL, 10)},
+                  &roomy)); /* what the sentence says is enough */
+    ts_pool *q = open_pool(roomy, "tiny", 0);
+    ts_seq there[3];
+    ts_step *open[3];
+    OK(ts_seq_create(q, 3, there));
+    for (int i = 0; i < 3; i++)
+        OK(ts_step_begin(q, &there[i], &(uint32_t[]){1, 1, 4000}[i], 1, NULL, &open[i]));
+    ts_pool_close(q);
+    ts_disconnect(roomy);
     OK(ts_step_abort(steps[0]));
     OK(ts_step_abort(steps[1]));
     OK(ts_step_begin(p, &more, &n, 1, NULL, &third));
@@ -437,7 +523,7 @@ static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
     }
     again.pid = pid;
     ts_client *c;
-    OK(ts_connect(&(ts_options){.url = d.url, .wait_ms = 60000}, &c));
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url, .wait_ms = 60000}, &c));
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
     uint32_t n = 1;
@@ -459,7 +545,7 @@ static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
     }
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 1);
-    OK(ts_connect(&(ts_options){.url = d.url}, &c));
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
     p = open_pool(c, "tiny", 0);
     OK(ts_seq_create(p, 1, &seq));
     OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
@@ -481,7 +567,7 @@ static void a_forked_child_is_refused_and_not_ended(void **state)
     if (child == 0) {
         ts_client *own;
         if (ts_seq_create(p, 1, &seq) != TS_ECONN ||
-            ts_connect(&(ts_options){.url = d.url}, &own) != TS_EPERM)
+            ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &own) != TS_EPERM)
             _exit(1);
         ts_disconnect(own);
         ts_disconnect(c);
@@ -579,6 +665,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
         cmocka_unit_test(held_memory_stays_mapped_when_all_is_closed),
+        cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),

@@ -197,14 +197,16 @@ static void garbage_is_answered_with_a_refusal(void **state)
     old.session_open = &open;
     reply = raw_call(s, &old);
     assert_int_equal(reply->status, TS_EPROTO);
-    assert_string_equal(reply->message,
-                        "protocol version 77 of libtinyserve (an earlier one); tinyserved 0.1.0 "
-                        "speaks 3: the older of them must be upgraded, and then started again");
+    assert_string_equal(
+        reply->message,
+        "protocol version 77 of libtinyserve (an earlier one); tinyserved " TS_VERSION " "
+        "speaks 3: the older of them must be upgraded, and then started again");
     tspb__reply__free_unpacked(reply, NULL);
     open.version = (char *)"9.9\033";
     old.request_id = 10;
     reply = raw_call(s, &old);
-    assert_non_null(strstr(reply->message, "of libtinyserve 9.9\\x1b; tinyserved 0.1.0 speaks"));
+    assert_non_null(
+        strstr(reply->message, "of libtinyserve 9.9\\x1b; tinyserved " TS_VERSION " speaks"));
     tspb__reply__free_unpacked(reply, NULL);
     nng_close(s);
 
@@ -330,7 +332,9 @@ static void steady(const char *url, int stop)
         uint32_t n = 1, zero = 0;
         if (token == 0)
             OK(ts_seq_truncate(p, &seq, &zero, 1));
-        OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = HEADS}, &step));
+        OK(ts_step_begin(p, &seq, &n, 1,
+                         &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
+                         &step));
         for (uint32_t layer = 0; layer < LAYERS; layer++) {
             fill(&r, ts_step_q(step), HEADS * DIM);
             fill(&r, ts_step_k(step), KV * DIM);
@@ -387,8 +391,9 @@ static void victim(const char *url, int ready)
         if (!told && write(ready, "r", 1) != 1)
             _exit(1);
         told = true;
-        ts_status status = ts_step_begin(p, batch, n, with_kept ? 4 : 3,
-                                         &(ts_step_options){.heads = HEADS}, &step);
+        ts_status status = ts_step_begin(
+            p, batch, n, with_kept ? 4 : 3,
+            &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step);
         if (status != TS_OK) { /* another victim has the kept one in a step */
             assert_int_equal(status, TS_EBUSY);
             OK(ts_seq_free(p, forks, 3));
@@ -422,7 +427,8 @@ static void workers_killed_at_random_points_take_nothing_with_them(void **state)
     ts_step *step;
     uint32_t n = 25, length;
     OK(ts_seq_create(p, 1, &kept));
-    OK(ts_step_begin(p, &kept, &n, 1, &(ts_step_options){.heads = HEADS}, &step));
+    OK(ts_step_begin(p, &kept, &n, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step));
     memset(ts_step_k(step), 0, 25 * KV * DIM * 4);
     for (uint32_t layer = 0; layer < LAYERS; layer++)
         OK(ts_step_run(step, layer));
@@ -515,11 +521,11 @@ static void runs_for_minutes(const char *url, int ready)
     ts_step *step;
     uint32_t n = 20000;
     OK(ts_seq_create(p, 1, &seq));
-    OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 64}, &step));
+    OK(ts_step_begin(p, &seq, &n, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = 64}, &step));
     if (write(ready, "r", 1) != 1)
         _exit(1);
-    (void)ts_step_run(step, 0);
-    _exit(2); /* it was to be killed long before */
+    _exit(2 + (int)ts_step_run(step, 0)); /* it was to be killed long before */
 }
 
 static void a_killed_workers_long_run_ends_and_others_go_on_meanwhile(void **state)
@@ -567,14 +573,16 @@ static void an_abort_after_a_runs_timeout_ends_the_run(void **state)
     daemon_start(&d, POOL_TINY ",blocks=2000");
     for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
         ts_client *c;
-        ts_options options = {.url = d.url, .timeout_ms = 300, .transport = transport};
+        ts_options options = {
+            .size = sizeof(ts_options), .url = d.url, .timeout_ms = 300, .transport = transport};
         OK(ts_connect(&options, &c));
         ts_pool *p = open_pool(c, "tiny", 0);
         ts_seq seq;
         ts_step *step;
         uint32_t n = 20000, length;
         OK(ts_seq_create(p, 1, &seq));
-        OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 64}, &step));
+        OK(ts_step_begin(p, &seq, &n, 1,
+                         &(ts_step_options){.size = sizeof(ts_step_options), .heads = 64}, &step));
         assert_int_equal(ts_step_run(step, 0), TS_ETIMEOUT);
         for (int i = 0; i < 100; i++) /* no other call is any the worse */
             OK(ts_seq_lengths(p, &seq, 1, &length));
@@ -583,7 +591,8 @@ static void an_abort_after_a_runs_timeout_ends_the_run(void **state)
         OK(ts_seq_lengths(p, &seq, 1, &length));
         assert_int_equal(length, 0);
         n = 20000; /* its place in the exchange is free again */
-        OK(ts_step_begin(p, &seq, &n, 1, &(ts_step_options){.heads = 64}, &step));
+        OK(ts_step_begin(p, &seq, &n, 1,
+                         &(ts_step_options){.size = sizeof(ts_step_options), .heads = 64}, &step));
         OK(ts_step_abort(step));
         OK(ts_seq_free(p, &seq, 1));
         ts_pool_close(p);
@@ -625,7 +634,7 @@ static void *other_daemon(void *arg)
     assert_int_equal(nng_recvmsg(s, &message, 0), 0);
     Tspb__Request *request =
         tspb__request__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
-    assert_string_equal(request->session_open->version, "0.1.0");
+    assert_string_equal(request->session_open->version, TS_VERSION);
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = request->request_id;
     reply.status = TS_EPROTO;
@@ -650,9 +659,10 @@ static void a_library_that_meets_another_version_names_both(void **state)
     assert_int_equal(nng_rep0_open(&s), 0);
     assert_int_equal(nng_listen(s, url, NULL, 0), 0);
     assert_int_equal(pthread_create(&thread, NULL, other_daemon, &s), 0);
-    assert_int_equal(ts_connect(&(ts_options){.url = url}, &c), TS_EPROTO);
+    assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url}, &c),
+                     TS_EPROTO);
     assert_string_equal(ts_error(c),
-                        "libtinyserve 0.1.0: protocol version 2; tinyserved 9.9 speaks 9");
+                        "libtinyserve " TS_VERSION ": protocol version 2; tinyserved 9.9 speaks 9");
     ts_disconnect(c);
     pthread_join(thread, NULL);
     nng_close(s);

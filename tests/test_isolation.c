@@ -264,7 +264,8 @@ static void stranger(const char *url)
     ts_client *c;
     char expected[256];
     become(UID_B);
-    assert_int_equal(ts_connect(&(ts_options){.url = url}, &c), TS_EPERM);
+    assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url}, &c),
+                     TS_EPERM);
     snprintf(expected, sizeof expected,
              "may not connect to %s: is uid %d in the daemon's group (tinyserve)?", url, UID_B);
     assert_string_equal(ts_error(c), expected);

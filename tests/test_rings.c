@@ -57,7 +57,8 @@ static void a_ring_refuses_what_a_message_would(void **state)
     OK(ts_seq_create(p, 1, &seq));
     OK(ts_seq_create(theirs, 1, &foreign));
     OK(ts_step_begin(theirs, &foreign, &(uint32_t){1}, 1, NULL, &t));
-    OK(ts_step_begin(p, &seq, &(uint32_t){2}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    OK(ts_step_begin(p, &seq, &(uint32_t){2}, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
     uint64_t id = c->rings->completed[(c->ring_seen - 1) % TS_RING_ENTRIES].step;
     uint64_t their_id = other->rings->completed[(other->ring_seen - 1) % TS_RING_ENTRIES].step;
     const ts_ring_entry run = {
@@ -247,7 +248,8 @@ static void scribbler(const char *url, uint32_t seed)
     ts_seq seqs[8];
     ts_step *s;
     OK(ts_seq_create(p, 8, seqs));
-    OK(ts_step_begin(p, seqs, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    OK(ts_step_begin(p, seqs, &(uint32_t){1}, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
     ts_rings_memory *m = c->rings;
     uint64_t step = m->completed[(c->ring_seen - 1) % TS_RING_ENTRIES].step;
     uint32_t *words = (uint32_t *)m, *exchange = (uint32_t *)(void *)c->exchange;
@@ -306,7 +308,8 @@ static void a_client_that_scribbles_over_its_rings_harms_itself_alone(void **sta
     uint32_t left = 2, steps = 0;
     while (left > 0) {
         ts_step *s;
-        OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+        OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1,
+                         &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
         for (uint32_t layer = 0; layer < 2; layer++) {
             for (uint32_t i = 0; i < HEADS * DIM; i++)
                 ((float *)ts_step_q(s))[i] = (float)(i % 3);

@@ -9,7 +9,7 @@
 #define BLOCK_TOKENS 4u
 #define LOCAL_POOL POOL ",client_write=all,device=host"
 
-static const ts_step_options four_heads = {.heads = HEADS};
+static const ts_step_options four_heads = {.size = sizeof(ts_step_options), .heads = HEADS};
 
 /* Runs what a step needs to be kept; K and V don't matter here. */
 static void run_layers(ts_step *s)

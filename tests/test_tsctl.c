@@ -161,7 +161,9 @@ static void names_that_could_write_to_a_terminal_are_refused_or_escaped(void **s
     daemon_start(&d, POOL_TINY ",blocks=64");
     ts_client *c;
     /* 60 bytes, and characters of three: none is cut in half. */
-    OK(ts_connect(&(ts_options){.url = d.url, .program = "x\n\033[31m\xe7\x8e\x8b\xe7\x8e\x8b"},
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d.url,
+                                .program = "x\n\033[31m\xe7\x8e\x8b\xe7\x8e\x8b"},
                   &c));
     ts_pool *p = open_pool(c, "tiny", 0), *none;
     ts_seq seq, found;
@@ -280,7 +282,7 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
         assert_has(text, "uid 65534 is no operator: root and uid 0 are");
         ctl_of_others_remove(&d);
     }
-    OK(ts_connect(&(ts_options){.url = d.url}, &refused));
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &refused));
     ts_disconnect(refused);
 
     /* A session is ended: its client is told at once, by ring and by message, and its blocks are

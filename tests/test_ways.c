@@ -15,8 +15,8 @@ static void fill(rng *r, void *to, size_t n)
 static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t seed,
                           bool fp8, float *out)
 {
-    const ts_run_options ways[] = {
-        {0},
+    ts_run_options ways[] = {
+        {.scale = 0},
         {.scale = 0.2f, .soft_cap = 3, .window = 5},
         {.alibi = true, .sinks = true, .lse = true},
         {.rope_theta = 10000, .rope_dims = 32},
@@ -25,10 +25,12 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
     rng r = {seed};
     ts_step *s;
     size_t n = 0;
-    OK(ts_step_begin(p, seqs, new_tokens, SEQS, &(ts_step_options){.heads = HEADS}, &s));
+    OK(ts_step_begin(p, seqs, new_tokens, SEQS,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
     size_t tokens = ts_step_tokens(s), rows = tokens * HEADS;
     for (uint32_t layer = 0; layer < 2; layer++)
         for (size_t way = 0; way < sizeof ways / sizeof *ways; way++) {
+            ways[way].size = sizeof *ways;
             fill(&r, ts_step_q(s), rows * DIM);
             fill(&r, ts_step_k(s), tokens * KV * DIM);
             fill(&r, ts_step_v(s), tokens * KV * DIM);
@@ -136,7 +138,8 @@ static void plain_step(ts_pool *p, ts_seq seq, uint32_t seed)
 {
     ts_step *s;
     rng r = {seed};
-    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, &(ts_step_options){.heads = HEADS}, &s));
+    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
     for (uint32_t layer = 0; layer < 2; layer++) {
         fill(&r, ts_step_q(s), HEADS * DIM);
         fill(&r, ts_step_k(s), KV * DIM);
@@ -270,9 +273,14 @@ static void local_execution_that_cannot_be_says_why(void **state)
     OK(ts_step_begin(w, &seq, &(uint32_t){1}, 1, NULL, &s));
     assert_int_equal(ts_step_run(s, 2), TS_EINVAL);
     assert_string_equal(ts_error(c), "layer 2; the pool has 2");
-    assert_int_equal(ts_step_run_with(s, 0, &(ts_run_options){.soft_cap = -1}), TS_EINVAL);
+    assert_int_equal(
+        ts_step_run_with(s, 0, &(ts_run_options){.size = sizeof(ts_run_options), .soft_cap = -1}),
+        TS_EINVAL);
     assert_non_null(strstr(ts_error(c), "a soft cap of -1"));
-    assert_int_equal(ts_step_run_with(s, 0, &(ts_run_options){.on_stream = true}), TS_EINVAL);
+    assert_int_equal(
+        ts_step_run_with(s, 0,
+                         &(ts_run_options){.size = sizeof(ts_run_options), .on_stream = true}),
+        TS_EINVAL);
     OK(ts_step_abort(s));
     assert_int_equal(used_blocks(c), 0);
     ts_pool_close(p);

@@ -12,7 +12,8 @@ static inline ts_client *connect_by(const daemon_process *d, ts_transport transp
                                     uint32_t spin_us)
 {
     ts_client *c;
-    ts_status status = ts_connect(&(ts_options){.url = d->url,
+    ts_status status = ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                                .url = d->url,
                                                 .timeout_ms = 120000,
                                                 .transport = transport,
                                                 .exec = exec,

@@ -4,7 +4,7 @@
  */
 #define _GNU_SOURCE
 #include "model.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <argp.h>
 #include <jansson.h>
@@ -264,7 +264,8 @@ static ts_status forward(const char *kernel, const model *m, ts_pool *pool, ts_s
                          const uint8_t *tokens, uint32_t count, float *logits)
 {
     ts_step *step;
-    ts_step_options options = {.heads = m->heads, .kernel = kernel};
+    ts_step_options options = {
+        .size = sizeof(ts_step_options), .heads = m->heads, .kernel = kernel};
     ts_status status = ts_step_begin(pool, &seq, &count, 1, &options, &step);
     if (status != TS_OK)
         return status;
@@ -357,7 +358,9 @@ int main(int argc, char **argv)
     if (!prepare(&o, m, &j))
         goto out;
     ts_status status = ts_connect(
-        &(ts_options){.url = o.socket, .transport = o.transport, .exec = o.exec}, &client);
+        &(ts_options){
+            .size = sizeof(ts_options), .url = o.socket, .transport = o.transport, .exec = o.exec},
+        &client);
     if (status == TS_OK)
         status =
             ts_pool_open(client, o.pool, o.exec != TS_EXEC_DAEMON ? TS_POOL_WRITABLE : 0, &pool);

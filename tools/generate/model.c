@@ -289,7 +289,7 @@ static ts_status attention(const model *m, uint32_t layer, const float *x, ts_st
     project(x, l->q, ts_step_q(step), tokens, m->hidden, q);
     project(x, l->k, ts_step_k(step), tokens, m->hidden, kv);
     project(x, l->v, ts_step_v(step), tokens, m->hidden, kv);
-    const ts_run_options options = {.rope_theta = m->rope_theta};
+    const ts_run_options options = {.size = sizeof(ts_run_options), .rope_theta = m->rope_theta};
     ts_status status = ts_step_run_with(step, layer, &options);
     if (status == TS_OK)
         project(ts_step_out(step), l->o, y, tokens, q, m->hidden);

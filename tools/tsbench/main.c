@@ -1,6 +1,6 @@
 /* tsbench: measures the service's parts beside the machine's own limits. */
+#include "tinyserve_version.h"
 #include "tsbench.h"
-#include "version.h"
 
 #include <argp.h>
 #include <libgen.h>

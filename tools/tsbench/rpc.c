@@ -91,7 +91,7 @@ static int client_run(const char *kind, const char *url, uint32_t batch, uint32_
             nng_dial(s, url, NULL, 0) != 0)
             return 1;
         nng_socket_set_ms(s, NNG_OPT_REQ_RESENDTIME, -1);
-    } else if (ts_connect(&(ts_options){.url = url + 6}, &c) != TS_OK ||
+    } else if (ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url + 6}, &c) != TS_OK ||
                ts_pool_open(c, "bench", 0, &pool) != TS_OK ||
                ts_seq_create(pool, batch, seqs) != TS_OK) {
         fprintf(stderr, "tsbench: %s\n", ts_error(c));

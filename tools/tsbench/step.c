@@ -127,7 +127,8 @@ static bool rig_open(rig *r, const char *socket, ts_transport transport, ts_exec
                      uint32_t spin_us)
 {
     *r = (rig){0};
-    return good(r->client, ts_connect(&(ts_options){.url = socket,
+    return good(r->client, ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                                    .url = socket,
                                                     .transport = transport,
                                                     .spin_us = spin_us,
                                                     .exec = exec,
@@ -143,7 +144,7 @@ static void rig_close(rig *r)
     ts_disconnect(r->client);
 }
 
-static const ts_step_options four_heads = {.heads = 4};
+static const ts_step_options four_heads = {.size = sizeof(ts_step_options), .heads = 4};
 
 /* Every value of v is `value`, so every output must be, whatever q and k are. */
 static bool fill_and_check(ts_step *s, uint32_t layer, float value, bool check)

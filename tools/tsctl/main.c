@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include "options.h"
 #include "plain_text.h"
-#include "version.h"
+#include "tinyserve_version.h"
 
 #include <argp.h>
 #include <errno.h>
@@ -379,7 +379,8 @@ int main(int argc, char **argv)
         return EXIT_USAGE;
     ts_client *client;
     int code = EXIT_REFUSED;
-    ts_options connection = {.url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};
+    ts_options connection = {
+        .size = sizeof(ts_options), .url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};
     ts_status status = ts_connect(&connection, &client);
     while (status == TS_OK) {
         if (o.watch && !o.json && isatty(1) && command->run != do_top)

@@ -7,6 +7,7 @@
 Errors are exceptions below tinyserve.Error with the daemon's own sentence.
 """
 
+from ._version import __version__
 from .client import Client, Geometry, Pool, Seq, connect
 from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Error, ExistsError,
                      InternalError, InvalidError, NoSpaceError, NotFoundError, OutOfMemoryError,
@@ -14,10 +15,9 @@ from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Err
 from .step import Frame, Step
 from .view import View
 
-__version__ = "0.1.0"
 __all__ = [
     "BusyError", "Client", "DeniedError", "DeviceError", "DisconnectedError", "Error",
     "ExistsError", "Frame", "Geometry", "InternalError", "InvalidError", "NoSpaceError",
     "NotFoundError", "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq",
-    "StaleError", "Step", "TimedOutError", "View", "connect",
+    "StaleError", "Step", "TimedOutError", "View", "__version__", "connect",
 ]

@@ -7,11 +7,21 @@ import ctypes.util
 import os
 from ctypes import (POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint32,
                     c_uint64, c_void_p)
+from typing import Any
+
+from ._version import __version__
 
 
-class Options(Structure):
+class _Sized(Structure):
+    """Options whose first member is their size, which is set here."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__(ctypes.sizeof(self), *values, **named)
+
+
+class Options(_Sized):
     """ts_options"""
-    _fields_ = [("url", c_char_p), ("program", c_char_p), ("timeout_ms", c_uint32),
+    _fields_ = [("size", c_size_t), ("url", c_char_p), ("program", c_char_p), ("timeout_ms", c_uint32),
                 ("retries", c_uint32), ("wait_ms", c_uint32), ("exchange_bytes", c_size_t),
                 ("transport", c_int), ("spin_us", c_uint32), ("exec", c_int),
                 ("threads", c_uint32)]
@@ -23,21 +33,24 @@ class CGeometry(Structure):
                 ("block_tokens", c_uint32), ("dtype", c_int), ("layout", c_int)]
 
 
-class CStepOptions(Structure):
+class CStepOptions(_Sized):
     """ts_step_options"""
-    _fields_ = [("heads", c_uint32), ("io_dtype", c_int), ("scale", c_float), ("no_run", c_bool),
-                ("kernel", c_char_p)]
+    _fields_ = [("size", c_size_t), ("heads", c_uint32), ("io_dtype", c_int), ("scale", c_float),
+                ("no_run", c_bool), ("kernel", c_char_p)]
 
 
-class CFrameOptions(Structure):
+class CFrameOptions(_Sized):
     """ts_frame_options"""
-    _fields_ = [("seqs", c_uint32), ("new_tokens", c_uint32), ("tokens", c_uint64),
-                ("step", CStepOptions)]
+    _fields_ = [("size", c_size_t), ("seqs", c_uint32), ("new_tokens", c_uint32),
+                ("tokens", c_uint64), ("step", POINTER(CStepOptions))]
+
+    def __init__(self, seqs: int, new_tokens: int, tokens: int, step: CStepOptions) -> None:
+        super().__init__(seqs, new_tokens, tokens, ctypes.pointer(step))
 
 
-class CRunOptions(Structure):
+class CRunOptions(_Sized):
     """ts_run_options"""
-    _fields_ = [("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
+    _fields_ = [("size", c_size_t), ("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
                 ("sinks", c_bool), ("lse", c_bool), ("scales", c_bool), ("rope_theta", c_float),
                 ("rope_dims", c_uint32), ("rope_interleaved", c_bool), ("on_stream", c_bool),
                 ("stream", c_void_p)]
@@ -48,10 +61,16 @@ class CKv(Structure):
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
 
 
+_STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions, CRunOptions,
+                                          CKv)
+
+
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
 
 # name: (result, arguments); a result of None is a ts_status that is checked by the caller
 _FUNCTIONS = {
+    "ts_version": (c_char_p, []),
+    "ts_struct_bytes": (c_size_t, [c_char_p]),
     "ts_connect": (c_int, [POINTER(Options), POINTER(c_void_p)]),
     "ts_disconnect": (None, [c_void_p]),
     "ts_error": (c_char_p, [c_void_p]),
@@ -107,6 +126,27 @@ _FUNCTIONS = {
 }
 
 
+def check(lib: Any, name: str) -> None:
+    """Raises ImportError unless the library fits this package: its version, its functions, and the
+    sizes of its structures."""
+    missing = [function for function in _FUNCTIONS if not hasattr(lib, function)]
+    if missing:
+        raise ImportError(f"{name} has no {missing[0]}: it is not the libtinyserve of tinyserve "
+                          f"{__version__}")
+    lib.ts_version.restype, lib.ts_version.argtypes = _FUNCTIONS["ts_version"]
+    version = lib.ts_version().decode()
+    if version.split(".")[:2] != __version__.split(".")[:2]:
+        raise ImportError(f"{name} is libtinyserve {version}, and the package is tinyserve "
+                          f"{__version__}: install those of one version")
+    lib.ts_struct_bytes.restype, lib.ts_struct_bytes.argtypes = _FUNCTIONS["ts_struct_bytes"]
+    for struct in _STRUCTS:
+        name_in_c = str(struct.__doc__)
+        ours, theirs = ctypes.sizeof(struct), lib.ts_struct_bytes(name_in_c.encode())
+        if ours != theirs:
+            raise ImportError(f"{name_in_c} has {theirs} bytes in {name} (libtinyserve "
+                              f"{version}), and {ours} in tinyserve {__version__}")
+
+
 def load() -> ctypes.CDLL:
     """Loads libtinyserve: TINYSERVE_LIBRARY, or libtinyserve.so.0 where the system finds it."""
     name = os.environ.get("TINYSERVE_LIBRARY", "libtinyserve.so.0")
@@ -115,6 +155,7 @@ def load() -> ctypes.CDLL:
     except OSError as error:
         raise ImportError(f"libtinyserve can't be loaded ({error}); "
                           "TINYSERVE_LIBRARY can name its path") from error
+    check(lib, name)
     for function, (result, arguments) in _FUNCTIONS.items():
         f = getattr(lib, function)
         f.restype = result

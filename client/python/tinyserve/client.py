@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from os import PathLike
@@ -92,7 +91,6 @@ class Client:
             threads=check.integer("threads", threads, 0, _THREADS_MAX))
         self._handle = c_void_p()
         self._pools = []
-        self._dropped = deque()
         status = lib.ts_connect(byref(options), byref(self._handle))
         if status != 0:
             try:
@@ -110,9 +108,6 @@ class Client:
     def _open(self) -> c_void_p:
         if self._handle is None:
             raise DisconnectedError("the client was closed", 11, "TS_ECONN")
-        while self._dropped:
-            pool, step = self._dropped.popleft()
-            pool._abort(step)
         return self._handle
 
     def _exchange_of(self, ptr: int) -> Memory:
@@ -168,7 +163,6 @@ class Client:
 
     _handle: c_void_p | None = None
     _pools: list["Pool"]
-    _dropped: "deque[tuple[Pool, Opened]]"  #: steps that another thread forgot
     _exchange: tuple[int, Memory] | None = None  #: a buffer in it, and what holds it
     _registered: Any = None
     exchange_device: int | None = None  #: the CUDA device of the exchange; None: host memory

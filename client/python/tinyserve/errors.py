@@ -37,7 +37,8 @@ class QuotaError(Error):
 
 
 class BusyError(Error):
-    """TS_EBUSY: the sequence is in an open step, or the step has a run in flight."""
+    """TS_EBUSY: the sequence is in an open step, the step has a run in flight, or another thread is
+    inside a call on the client."""
 
 
 class DeniedError(Error, PermissionError):

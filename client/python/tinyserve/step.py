@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from ctypes import byref, c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
@@ -41,7 +40,6 @@ class Step:
         self.pool, self.io_dtype = pool, io_dtype
         self.heads = heads or pool.geometry.kv_heads
         self._opened = Opened(handle, "the step has ended")
-        self._thread = threading.get_ident()
         self._memory: Memory | None = None
         self._views: dict[str, View] = {}
         self._count = count
@@ -182,10 +180,7 @@ class Step:
         opened = getattr(self, "_opened", None)  # none if it never was one
         if opened is None or opened.handle is None:
             return
-        if threading.get_ident() == self._thread:
-            self.pool._abort(opened)
-        else:  # the client's thread may be in a call: it aborts the step before its next one
-            self.pool.client._dropped.append((self.pool, opened))
+        self.pool._abort(opened)  # waits for the call that another thread may be in
         warnings.warn(f"a step of {self.tokens} tokens in {self.pool.name!r} was dropped without "
                       "commit() or abort(): it is aborted", ResourceWarning, source=self)
 

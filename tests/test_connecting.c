@@ -1,0 +1,219 @@
+/* Connecting where there is no daemon, not any more, not yet, or no descriptor left for it. */
+#define _GNU_SOURCE
+#include "ways_util.h"
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+enum { WORKERS = 3, CONNECTS = 60, REPLACEMENTS = 12 };
+
+/* Worker: connects many times, each with an exchange, and tells of each through the pipe. */
+static void connects(const char *url, int tell)
+{
+    const ts_options options = {
+        .size = sizeof options, .url = url, .wait_ms = 120000, .exchange_bytes = 4096};
+    for (int i = 0; i < CONNECTS; i++) {
+        ts_client *c;
+        ts_status status = ts_connect(&options, &c);
+        if (status != TS_OK)
+            fail_msg("%s: %s", ts_status_name(status), ts_error(c));
+        ts_disconnect(c);
+        assert_int_equal(write(tell, "c", 1), 1);
+    }
+}
+
+/* Another daemon where this one was. */
+static void daemon_replace(daemon_process *d, int signal)
+{
+    kill(d->pid, signal);
+    assert_int_equal(waitpid(d->pid, NULL, 0), d->pid);
+    d->pid = fork();
+    assert_true(d->pid >= 0);
+    if (d->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        execl(daemon_path(), daemon_path(), "--set", "log_level=warning", "--pool",
+              POOL ",device=host", "--socket", d->url, NULL);
+        _exit(127);
+    }
+}
+
+static void whoever_waits_for_a_daemon_outlives_those_that_die(void **state)
+{
+    (void)state;
+    daemon_process d;
+    pid_t workers[WORKERS];
+    int told[2];
+    char number[16], byte;
+    daemon_start(&d, POOL);
+    assert_int_equal(pipe(told), 0);
+    fcntl(told[0], F_SETFD, FD_CLOEXEC);
+    snprintf(number, sizeof number, "%d", told[1]);
+    for (int i = 0; i < WORKERS; i++)
+        workers[i] = spawn("connects", d.url, number);
+    close(told[1]);
+    for (int i = 0; i < REPLACEMENTS; i++) {
+        for (int n = 0; n < WORKERS * CONNECTS / (REPLACEMENTS + 1); n++)
+            assert_int_equal(read(told[0], &byte, 1), 1);
+        daemon_replace(&d, i % 2 == 0 ? SIGKILL : SIGTERM);
+    }
+    for (int i = 0; i < WORKERS; i++)
+        join_child(workers[i]);
+    close(told[0]);
+    daemon_stop(&d);
+}
+
+/* Worker: as somebody who is no operator, waits for a daemon that takes sessions. */
+static void waits(const char *url)
+{
+    const ts_options options = {.size = sizeof options, .url = url, .wait_ms = 120000};
+    ts_client *c;
+    assert_int_equal(setuid(65534), 0);
+    OK(ts_connect(&options, &c));
+    ts_disconnect(c);
+}
+
+static void drain(ts_client *operators, bool on)
+{
+    Tspb__AdminDrain body = TSPB__ADMIN_DRAIN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.off = !on;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
+    request.admin_drain = &body;
+    OK(ts_call_plain(operators, &request));
+}
+
+/* Requests that the daemon has refused. */
+static uint64_t refusals(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    OK(ts_call(c, &request, &reply));
+    uint64_t refused = reply->status_reply->refused;
+    tspb__reply__free_unpacked(reply, NULL);
+    return refused;
+}
+
+static void whoever_waits_outwaits_a_drain(void **state)
+{
+    (void)state;
+    daemon_process d;
+    if (geteuid() != 0)
+        skip();
+    daemon_start(&d, POOL);
+    ts_client *c = connect_to(&d);
+    drain(c, true);
+    uint64_t before = refusals(c);
+    pid_t worker = spawn("waits", d.url, "");
+    while (refusals(c) == before) /* until it was turned away */
+        ;
+    drain(c, false);
+    join_child(worker);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+/* Worker: has no descriptor left when a call needs one of the daemon's. */
+static void has_no_descriptor(const char *url)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *step;
+    uint64_t slot;
+    ts_kv kv;
+    struct rlimit before, none;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &step)); /* the handle connection is there */
+    for (uint32_t layer = 0; layer < 2; layer++)
+        OK(ts_step_run(step, layer));
+    OK(ts_step_commit(step, NULL));
+    OK(ts_seq_slots(p, seq, 0, 1, &slot));
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    none = before;
+    none.rlim_cur = 1; /* poll() takes one descriptor still */
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    assert_int_equal(ts_slot_kv(p, slot, 0, &kv), TS_ENOMEM);
+    assert_non_null(strstr(ts_error(c), "this process has as many as it may have (RLIMIT_NOFILE)"));
+    ts_client *other;
+    assert_int_equal(
+        ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url, .wait_ms = 60000}, &other),
+        TS_ENOMEM); /* at once: it isn't the daemon that is awaited */
+    assert_non_null(strstr(ts_error(other), "descriptor"));
+    ts_disconnect(other);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    OK(ts_slot_kv(p, slot, 0, &kv)); /* nothing is the worse for it */
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void a_client_without_descriptors_is_told_so(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    join_child(spawn("has_no_descriptor", d.url, ""));
+    daemon_stop(&d);
+}
+
+static void refused(const char *url, ts_status status, const char *sentence)
+{
+    ts_client *c;
+    /* None of these is awaited: a daemon that appears would change nothing. */
+    const ts_options options = {.size = sizeof options, .url = url, .wait_ms = UINT32_MAX};
+    assert_int_equal(ts_connect(&options, &c), status);
+    if (strcmp(ts_error(c), sentence) != 0)
+        fail_msg("'%s' and not '%s'", ts_error(c), sentence);
+    ts_disconnect(c);
+}
+
+static void an_address_that_can_be_no_daemons_is_named(void **state)
+{
+    (void)state;
+    char path[64], sentence[160], far[160];
+    snprintf(path, sizeof path, "/tmp/tinyserve-file.XXXXXX");
+    alarm(WATCHDOG_SECONDS);
+    refused("tcp://127.0.0.1:80", TS_EINVAL,
+            "the address tcp://127.0.0.1:80: the daemon is reached by ipc:///PATH alone, on its "
+            "own machine");
+    refused("run/s", TS_EINVAL,
+            "the address run/s: an absolute path such as " TS_URL_DEFAULT " is needed");
+    refused("ipc://run/s", TS_EINVAL,
+            "the address ipc://run/s: an absolute path such as " TS_URL_DEFAULT " is needed");
+    memset(far, 'x', sizeof far);
+    far[0] = '/';
+    far[sizeof far - 1] = '\0';
+    refused(far, TS_EINVAL, "the daemon's socket has a path of 159 bytes; the limit is 99");
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    snprintf(sentence, sizeof sentence, "%s is not a socket", path);
+    refused(path, TS_EINVAL, sentence);
+    close(fd);
+    assert_int_equal(unlink(path), 0);
+    refused("/tmp", TS_EINVAL, "/tmp is not a socket");
+    alarm(0);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4) {
+        if (strcmp(argv[1], "connects") == 0)
+            connects(argv[2], atoi(argv[3]));
+        if (strcmp(argv[1], "waits") == 0)
+            waits(argv[2]);
+        if (strcmp(argv[1], "has_no_descriptor") == 0)
+            has_no_descriptor(argv[2]);
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(whoever_waits_for_a_daemon_outlives_those_that_die),
+        cmocka_unit_test(whoever_waits_outwaits_a_drain),
+        cmocka_unit_test(a_client_without_descriptors_is_told_so),
+        cmocka_unit_test(an_address_that_can_be_no_daemons_is_named),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
