@@ -57,8 +57,10 @@ struct ts_client {
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;
     ts_exchange_kind exchange_kind;
-    ts_pool *exchange_pool; /* of device memory: the pool it was made for */
+    ts_memory *exchange_memory; /* of TS_EXCHANGE_HOST */
+    ts_pool *exchange_pool;     /* of device memory: the pool it was made for */
     ts_region *regions;
+    ts_pool *pools;      /* that are open, linked by next */
     ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals; /* mapped and pinned; NULL: no run was ordered */
     uint64_t signals_there;
@@ -92,6 +94,7 @@ typedef struct ts_table {
 
 struct ts_pool {
     ts_client *client;
+    ts_pool *next; /* of the client's */
     uint32_t index;
     ts_geometry geometry;
     uint32_t num_blocks, slab_blocks, num_slabs, sequence_tokens_max;
@@ -101,6 +104,7 @@ struct ts_pool {
     uint8_t ipc_handle[TS_IPC_HANDLE_BYTES];
     bool has_ipc_handle; /* of the only slab */
     unsigned char *base; /* of block 0; reserved at the first need */
+    ts_memory *reserved; /* of a pool in host memory: what base is the start of */
     uint32_t *mapped;    /* per slab: generation that is mapped; 0: none */
     bool *written;       /* per slab: it is mapped writable */
     uint32_t *wanted;    /* per slab: generation that the daemon named last */
@@ -324,6 +328,9 @@ void ts_handles_close(ts_client *client);
 
 /* The GPU of the pool, made ready at the first need: a session uses one. */
 ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
+
+/* Memory that was mapped, with one holder; the last one's release unmaps it. NULL: no memory. */
+ts_memory *ts_memory_new(void *base, size_t bytes);
 
 /* Makes an exchange of host memory, in place of the one there is; or of a GPU's. */
 ts_status ts_exchange_host(ts_client *client, size_t bytes);

@@ -32,7 +32,8 @@ void ts_exchange_close(ts_client *c)
 {
     switch (c->exchange_kind) {
     case TS_EXCHANGE_HOST:
-        munmap(c->exchange, c->exchange_bytes);
+        ts_memory_release(c->exchange_memory);
+        c->exchange_memory = NULL;
         break;
     case TS_EXCHANGE_VMM:
         ts_cuda_unmap(c->cuda, c->exchange, c->exchange_bytes);
@@ -84,7 +85,7 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
 }
 
 /* A memfd of whole pages, all of them there and charged to this process, that keeps its length. */
-static ts_status make_memory(ts_client *c, size_t bytes, int *fd, void **base)
+static ts_status make_memory(ts_client *c, size_t bytes, int *fd, void **base, ts_memory **memory)
 {
     *base = MAP_FAILED;
     *fd = memfd_create("tinyserve-exchange", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -97,8 +98,13 @@ static ts_status make_memory(ts_client *c, size_t bytes, int *fd, void **base)
         *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
         error = *base == MAP_FAILED ? errno : 0;
     }
-    if (error == 0)
-        return TS_OK;
+    if (error == 0) {
+        *memory = ts_memory_new(*base, bytes);
+        if (*memory != NULL)
+            return TS_OK;
+        error = ENOMEM;
+        munmap(*base, bytes);
+    }
     if (*fd >= 0)
         close(*fd);
     return ts_fail(c, TS_ENOMEM, "an exchange of %zu bytes: %s", bytes, strerror(error));
@@ -107,20 +113,22 @@ static ts_status make_memory(ts_client *c, size_t bytes, int *fd, void **base)
 ts_status ts_exchange_host(ts_client *c, size_t bytes)
 {
     ts_handle_reply reply;
+    ts_memory *memory;
     void *base;
     int fd;
     ts_status status = check_bytes(c, &bytes, 4096);
     if (status == TS_OK)
-        status = make_memory(c, bytes, &fd, &base);
+        status = make_memory(c, bytes, &fd, &base, &memory);
     if (status != TS_OK)
         return status;
     status = ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, fd, &reply);
     close(fd);
     if (status != TS_OK) {
-        munmap(base, bytes);
+        ts_memory_release(memory);
         return status;
     }
     ts_exchange_close(c);
+    c->exchange_memory = memory;
     c->exchange = base;
     c->exchange_bytes = bytes;
     c->exchange_kind = TS_EXCHANGE_HOST;

@@ -32,8 +32,10 @@ static ts_status check(const ts_pool *p, const ts_frame_options *o)
                        "%u",
                        o->step->heads, g->kv_heads, TS_HEADS_MAX);
     if (!ts_dtype_is_io(o->step->io_dtype, g->dtype))
-        return ts_fail(c, TS_EINVAL, "io_dtype %d beside a pool of %s", (int)o->step->io_dtype,
-                       ts_dtype_name(g->dtype));
+        return ts_fail(c, TS_EINVAL, "io_dtype %s (%d) beside a pool of %s",
+                       ts_dtype_name(o->step->io_dtype) != NULL ? ts_dtype_name(o->step->io_dtype)
+                                                                : "unknown",
+                       (int)o->step->io_dtype, ts_dtype_name(g->dtype));
     if (!isfinite(o->step->scale) || o->step->scale < 0)
         return ts_fail(c, TS_EINVAL, "a scale of %g; it must be finite and not negative",
                        (double)o->step->scale);

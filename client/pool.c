@@ -21,6 +21,29 @@ static void pool_free(ts_pool *p)
     free(p);
 }
 
+/* Tells the daemon, unless the session has it open once more. A refusal is as good: sequences stay,
+ * and the pool with them. */
+static void let_go(ts_pool *p)
+{
+    ts_client *c = p->client;
+    ts_pool **at = &c->pools;
+    while (*at != p)
+        at = &(*at)->next;
+    *at = p->next;
+    for (const ts_pool *other = c->pools; other != NULL; other = other->next)
+        if (other->index == p->index)
+            return;
+    Tspb__PoolClose body = TSPB__POOL_CLOSE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    char before[sizeof c->error];
+    memcpy(before, c->error, sizeof before);
+    body.pool = p->index;
+    request.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
+    request.pool_close = &body;
+    (void)ts_call_plain(c, &request);
+    memcpy(c->error, before, sizeof before); /* this call can't fail */
+}
+
 ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool **out)
 {
     Tspb__PoolOpen open = TSPB__POOL_OPEN__INIT;
@@ -84,11 +107,14 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     }
 out:
     tspb__reply__free_unpacked(reply, NULL);
-    if (status == TS_OK)
-        *out = p;
-    else
+    if (status != TS_OK) {
         pool_free(p);
-    return status;
+        return status;
+    }
+    p->next = c->pools;
+    c->pools = p;
+    *out = p;
+    return TS_OK;
 }
 
 static size_t slab_bytes(const ts_pool *p)
@@ -124,10 +150,10 @@ void ts_pool_close(ts_pool *p)
     TS_ENTER_LAST(p->client);
     if (p->base != NULL && p->on_gpu)
         unmap_gpu(p);
-    else if (p->base != NULL)
-        munmap(p->base, slab_bytes(p) * p->num_slabs);
+    ts_memory_release(p->reserved);
     if (p->client->exchange_pool == p)
         p->client->exchange_pool = NULL;
+    let_go(p);
     pool_free(p);
 }
 
@@ -179,7 +205,8 @@ ts_status ts_pool_note_slabs(ts_pool *p, Tspb__Slab **slabs, size_t count)
     return TS_OK;
 }
 
-/* Reserves addresses for the whole pool. */
+/* Reserves addresses for the whole pool: of host memory, where no slab is mapped, zeros are read.
+ */
 static ts_status reserve(ts_pool *p)
 {
     ts_client *c = p->client;
@@ -189,10 +216,15 @@ static ts_status reserve(ts_pool *p)
         ts_status status = ts_client_cuda(c, p, &cuda);
         return status == TS_OK ? ts_cuda_reserve(c, cuda, bytes, &p->base) : status;
     }
-    void *base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *base = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED)
         return ts_fail(c, TS_ENOMEM, "reserving %zu bytes of addresses: %s", bytes,
                        strerror(errno));
+    p->reserved = ts_memory_new(base, bytes);
+    if (p->reserved == NULL) {
+        munmap(base, bytes);
+        return ts_fail(c, TS_ENOMEM, "no memory for a pool's addresses");
+    }
     p->base = base;
     return TS_OK;
 }

@@ -212,17 +212,29 @@ ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_optio
     return status;
 }
 
-/* The sum of new_tokens, or refuses. */
-static ts_status add_tokens(ts_pool *p, const uint32_t *new_tokens, uint32_t count,
-                            uint32_t *tokens)
+/* Of so many tokens the daemon is asked even if they can't be had: its sentence says more. */
+#define ASKED_ANYWAY (1u << 20)
+
+/* The sum of new_tokens; or refuses, before anything is allocated for them. */
+static ts_status add_tokens(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens,
+                            uint32_t count, uint32_t *tokens)
 {
-    uint64_t sum = 0;
-    for (uint32_t i = 0; i < count; i++)
+    uint64_t sum = 0, slots = (uint64_t)p->num_blocks * p->geometry.block_tokens;
+    for (uint32_t i = 0; i < count; i++) {
         sum += new_tokens[i];
+        if (new_tokens[i] > p->sequence_tokens_max)
+            return ts_fail(p->client, TS_EINVAL,
+                           "%u new tokens for sequence %llx; the pool's limit is %u tokens a "
+                           "sequence",
+                           new_tokens[i], (unsigned long long)seqs[i], p->sequence_tokens_max);
+    }
     if (count == 0 || sum == 0 || sum > UINT32_MAX)
         return ts_fail(p->client, TS_EINVAL,
                        "%llu new tokens for %u sequences; a step has 1..%u, for at least 1",
                        (unsigned long long)sum, count, UINT32_MAX);
+    if (sum > slots && sum > ASKED_ANYWAY)
+        return ts_fail(p->client, TS_ENOSPC, "%llu new tokens; the pool has %llu slots in all",
+                       (unsigned long long)sum, (unsigned long long)slots);
     *tokens = (uint32_t)sum;
     return TS_OK;
 }
@@ -265,7 +277,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     if (o.heads > TS_HEADS_MAX)
         return ts_fail(p->client, TS_EINVAL, "%u query heads; the limit is %u", o.heads,
                        TS_HEADS_MAX);
-    status = add_tokens(p, new_tokens, count, &tokens);
+    status = add_tokens(p, seqs, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
     ts_step *s = ts_step_new(p, new_tokens, count, tokens);
@@ -299,7 +311,7 @@ ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     TS_ENTER(p->client);
     static const ts_step_options none;
     uint32_t tokens;
-    ts_status status = add_tokens(p, new_tokens, count, &tokens);
+    ts_status status = add_tokens(p, seqs, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
     ts_step *s = ts_step_new(p, new_tokens, count, tokens);

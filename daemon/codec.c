@@ -55,6 +55,10 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
         c->pool_open.name = r->pool_open->name;
         c->pool_open.writable = r->pool_open->writable;
         return true;
+    case TSPB__REQUEST__BODY_POOL_CLOSE:
+        c->op = TS_OP_POOL_CLOSE;
+        c->pool = r->pool_close->pool;
+        return true;
     case TSPB__REQUEST__BODY_SEQ_CREATE:
         c->op = TS_OP_SEQ_CREATE;
         c->pool = r->seq_create->pool;

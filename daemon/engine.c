@@ -700,6 +700,8 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     if (c->pool >= e->num_pools || !(s->opened_pools >> c->pool & 1))
         return ts_refuse(a, TS_ENOENT, "the session has not opened a pool %u", c->pool);
     switch (c->op) {
+    case TS_OP_POOL_CLOSE:
+        return ts_engine_pool_close(e, s, c, a);
     case TS_OP_SEQ_CREATE:
         return seq_create(e, s, c, a);
     case TS_OP_SEQ_FORK:

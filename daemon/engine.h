@@ -37,6 +37,7 @@ typedef enum ts_op {
     TS_OP_SESSION_CLOSE,
     TS_OP_EXCHANGE_OPEN,
     TS_OP_POOL_OPEN,
+    TS_OP_POOL_CLOSE,
     TS_OP_SEQ_CREATE,
     TS_OP_SEQ_FORK,
     TS_OP_SEQ_FREE,
@@ -281,6 +282,8 @@ ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_sessi
                                 uint64_t id, bool to_change, ts_answer *answer);
 void ts_engine_pool_open(ts_engine *engine, ts_session *session, const ts_command *command,
                          ts_answer *answer);
+void ts_engine_pool_close(ts_engine *engine, ts_session *session, const ts_command *command,
+                          ts_answer *answer);
 void ts_engine_pool_remove(ts_engine *engine, const ts_command *command, ts_answer *answer);
 void ts_engine_pool_resize(ts_engine *engine, const ts_command *command, ts_answer *answer);
 void ts_engine_slab_grant(ts_engine *engine, const ts_command *command, ts_answer *answer);

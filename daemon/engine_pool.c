@@ -105,6 +105,18 @@ void ts_engine_pool_open(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     a->pool = i;
 }
 
+void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    bool has_step = false;
+    for (uint32_t i = s->step_list; i != TS_NONE && !has_step; i = e->steps[i].next)
+        has_step = e->steps[i].pool == c->pool;
+    if (has_step || s->owned[c->pool] != TS_NONE)
+        return ts_refuse(a, TS_EBUSY, "the session has %s in pool '%s', which stays open in it",
+                         has_step ? "an open step" : "sequences", e->pools[c->pool].config.name);
+    s->opened_pools &= ~((uint64_t)1 << c->pool);
+    s->writable_pools &= ~((uint64_t)1 << c->pool);
+}
+
 void ts_engine_pool_remove(ts_engine *e, const ts_command *c, ts_answer *a)
 {
     ts_engine_pool *pool = &e->pools[c->pool];

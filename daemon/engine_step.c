@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 ts_step *ts_engine_find_step(const ts_engine *e, uint64_t id)
@@ -183,10 +184,19 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
     a->need.tenant = s->tenant;
 }
 
+/* A type's name, or what an unknown one's number is. */
+static const char *io_name(uint32_t io_dtype, char number[16])
+{
+    const char *name = ts_dtype_name((ts_dtype)io_dtype);
+    snprintf(number, 16, "%u", io_dtype);
+    return name != NULL ? name : number;
+}
+
 static bool check_form(const ts_engine *e, const ts_session *s, const ts_command *c, ts_answer *a)
 {
     const ts_geometry *g = &e->pools[c->pool].config.geometry;
     uint32_t heads = c->step_begin.heads;
+    char number[16];
     if (c->step_begin.count == 0 || c->step_begin.count > e->limits.batch)
         ts_refuse(a, TS_EINVAL, "a step of %u sequences; the limits are 1..%u", c->step_begin.count,
                   e->limits.batch);
@@ -197,13 +207,11 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
                   heads, g->kv_heads, TS_HEADS_MAX);
     else if (!ts_dtype_is_io((ts_dtype)c->step_begin.io_dtype, g->dtype) &&
              g->dtype == TS_DTYPE_FP8_E4M3)
-        ts_refuse(a, TS_EINVAL,
-                  "io_dtype %u; beside an fp8 pool it must be fp32 (0), fp16 (1) or "
-                  "bf16 (2)",
-                  c->step_begin.io_dtype);
+        ts_refuse(a, TS_EINVAL, "io_dtype %s; beside an fp8 pool it must be fp32, fp16 or bf16",
+                  io_name(c->step_begin.io_dtype, number));
     else if (!ts_dtype_is_io((ts_dtype)c->step_begin.io_dtype, g->dtype))
-        ts_refuse(a, TS_EINVAL, "io_dtype %u; it must be fp32 (0) or the pool's own, %s (%d)",
-                  c->step_begin.io_dtype, ts_dtype_name(g->dtype), (int)g->dtype);
+        ts_refuse(a, TS_EINVAL, "io_dtype %s; it must be fp32 or the pool's own, %s",
+                  io_name(c->step_begin.io_dtype, number), ts_dtype_name(g->dtype));
     else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
         ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
                   (double)c->step_begin.scale);
@@ -218,6 +226,12 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
         ts_refuse(a, TS_EPERM,
                   "an append leaves K and V to the session, which didn't open pool '%s' to write",
                   e->pools[c->pool].config.name);
+    else if (heads == 0 && !(s->writable_pools >> c->pool & 1))
+        ts_refuse(
+            a, TS_EPERM,
+            "a step without query heads leaves K and V to the session, which didn't open pool "
+            "'%s' to write",
+            e->pools[c->pool].config.name);
     else if (s->steps >= e->limits.session_steps)
         ts_refuse(a, TS_EQUOTA, "the session has %u open steps; the limit is %u", s->steps,
                   e->limits.session_steps);

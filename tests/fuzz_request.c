@@ -168,9 +168,11 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
     Tspb__StepAbort drop = TSPB__STEP_ABORT__INIT;
     Tspb__ExchangeOpen exchange = TSPB__EXCHANGE_OPEN__INIT;
     Tspb__PoolMap map = TSPB__POOL_MAP__INIT;
+    Tspb__PoolOpen open = TSPB__POOL_OPEN__INIT;
+    Tspb__PoolClose close = TSPB__POOL_CLOSE__INIT;
     uint64_t ids[4];
     uint32_t numbers[4], count = take(in, 1) % 5;
-    uint32_t kind = take(in, 1) % 13;
+    uint32_t kind = take(in, 1) % 14;
     for (uint32_t i = 0; i < 4; i++) {
         ids[i] = some_id(in, k->seqs, 8);
         numbers[i] = number(in);
@@ -263,6 +265,18 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
         drop.step = some_id(in, k->steps, 4);
         r.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
         r.step_abort = &drop;
+        break;
+    case 12:
+        if (numbers[0] & 1) {
+            close.pool = numbers[1];
+            r.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
+            r.pool_close = &close;
+        } else {
+            open.name = (char *)names[3];
+            open.writable = numbers[1] & 1;
+            r.body_case = TSPB__REQUEST__BODY_POOL_OPEN;
+            r.pool_open = &open;
+        }
         break;
     default:
         if (numbers[0] & 1) {

@@ -74,6 +74,11 @@ def decode(x, dtype):
     return x.astype(float)
 
 
+def elements(view):
+    """The view as encode() has it: numbers of fp32 and fp16, bits of the others."""
+    return view.numpy() if view.dtype in ("fp32", "fp16") else view.bits()
+
+
 NAN = {"fp32": np.nan, "fp16": np.nan, "bf16": 0xffff, "fp8_e4m3": 0xff}
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8_e4m3": 2.0**-4}
 
@@ -216,7 +221,7 @@ class Case:
 
     def planes(self, layer):
         """K and V of a layer, [blocks, block_tokens, kv_heads, dim]; all of the pool is one slab."""
-        return [view.numpy() for view in self.ways[1].layer(layer, [self.a_slot])]
+        return [elements(view) for view in self.ways[1].layer(layer, [self.a_slot])]
 
     def hide_unused(self):
         """NaN in all slots that no sequence has."""
@@ -375,15 +380,16 @@ class Case:
                 scales = rng.uniform(0.25, 2, scales.shape).astype(np.float32)
             found = []
             for step in steps:
-                step.q[...], step.k[...], step.v[...] = q, k, values
+                for view, given in (step.q, q), (step.k, k), (step.v, values):
+                    elements(view)[...] = given
                 step.alibi[...], step.sinks[...] = slopes, sinks
                 if self.dtype == "fp8_e4m3":
                     step.scales[...] = scales
-                step.out[...] = NAN[self.io]
+                elements(step.out)[...] = NAN[self.io]
                 step.run(layer, scale=v.scale, soft_cap=v.cap, window=v.window, alibi=v.alibi,
                          sinks=v.sinks, lse=True, scales=self.dtype == "fp8_e4m3",
                          rope_theta=v.theta, rope_dims=v.dims, rope_interleaved=v.interleaved)
-                found.append((step.out.numpy().copy(), step.lse.numpy().copy()))
+                found.append((elements(step.out).copy(), step.lse.numpy().copy()))
             for daemon, local in zip(*found):
                 assert daemon.tobytes() == local.tobytes(), f"the two ways differ: {v}"
             stored = self.written(steps, batch, tokens, layer, k, values, scales, v)

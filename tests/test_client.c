@@ -231,7 +231,24 @@ static void refusals_name_the_value_and_the_limit(void **state)
     assert_string_equal(ts_error(c), expected);
     assert_int_equal(ts_step_begin(p, &seq, &zero, 1, NULL, &step), TS_EINVAL);
     assert_int_equal(ts_step_begin(p, &none, &n, 1, NULL, &step), TS_ENOENT);
+    n = UINT32_MAX;
+    assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EINVAL);
+    snprintf(expected, sizeof expected,
+             "4294967295 new tokens for sequence %llx; the pool's limit is 1048576 tokens a "
+             "sequence",
+             (unsigned long long)seq);
+    assert_string_equal(ts_error(c), expected);
+    ts_seq twice[2] = {seq, seq};
+    uint32_t each[2] = {1048576, 1048576};
+    assert_int_equal(ts_step_begin(p, twice, each, 2, NULL, &step), TS_ENOSPC);
+    assert_string_equal(ts_error(c), "2097152 new tokens; the pool has 64 slots in all");
     n = 1;
+    assert_int_equal(
+        ts_step_begin(p, &seq, &n, 1,
+                      &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step),
+        TS_EPERM);
+    assert_string_equal(ts_error(c), "a step without query heads leaves K and V to the session, "
+                                     "which didn't open pool 'tiny' to write");
     assert_int_equal(ts_step_begin(p, &seq, &n, 1,
                                    &(ts_step_options){.size = sizeof(ts_step_options), .heads = 3},
                                    &step),
@@ -243,6 +260,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
                                                       .io_dtype = TS_DTYPE_BF16},
                                    &step),
                      TS_EINVAL);
+    assert_string_equal(ts_error(c), "io_dtype bf16; it must be fp32 or the pool's own, fp32");
     assert_int_equal(
         ts_step_begin(p, &seq, &n, 1,
                       &(ts_step_options){.size = sizeof(ts_step_options), .scale = NAN}, &step),
@@ -427,6 +445,53 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     OK(ts_step_commit(third, NULL));
     ts_pool_close(p);
     ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void held_memory_stays_mapped_when_all_is_closed(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *step;
+    uint64_t slot;
+    ts_kv kv;
+    uint32_t n = 1;
+    assert_null(ts_exchange_hold(c));
+    assert_null(ts_pool_hold(p));
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    float *k = ts_step_k(step);
+    for (uint32_t i = 0; i < 2 * 64; i++)
+        k[i] = (float)i;
+    memset(ts_step_q(step), 0, 2 * 64 * sizeof(float));
+    memset(ts_step_v(step), 0, 2 * 64 * sizeof(float));
+    for (uint32_t layer = 0; layer < 6; layer++)
+        OK(ts_step_run(step, layer));
+    OK(ts_step_commit(step, NULL));
+    OK(ts_seq_slots(p, seq, 0, 1, &slot));
+    OK(ts_slot_kv(p, slot, 5, &kv));
+    ts_memory *exchange = ts_exchange_hold(c), *slabs = ts_pool_hold(p), *again = ts_pool_hold(p);
+    assert_ptr_equal(slabs, again);
+    n = 40; /* its step needs a larger exchange */
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    ts_memory *larger = ts_exchange_hold(c);
+    assert_ptr_not_equal(exchange, larger);
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+    ts_memory_release(again);
+    ts_memory_release(larger);
+    for (uint32_t i = 0; i < 2 * 64; i++) {
+        assert_true(k[i] == (float)i);
+        assert_true(((const float *)kv.k)[i % 64 + i / 64 * kv.head_stride / 4] == (float)i);
+    }
+    ts_memory_release(slabs);
+    ts_memory_release(exchange);
+    ts_memory_release(NULL);
     daemon_stop(&d);
 }
 
@@ -649,6 +714,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
         cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
+        cmocka_unit_test(held_memory_stays_mapped_when_all_is_closed),
         cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),

@@ -291,6 +291,40 @@ static void a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were(voi
     ts_engine_free(e);
 }
 
+static void a_pool_is_closed_when_the_session_has_nothing_in_it(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), kept = seq_new(e, s), own = seq_new(e, s);
+    ts_command close = {.op = TS_OP_POOL_CLOSE, .session = s},
+               again = {.op = TS_OP_POOL_OPEN, .session = s, .pool_open = {.name = "test"}};
+    ts_answer a;
+    uint32_t n = 3;
+    assert_int_equal(keep_seq(e, s, kept, "prompt"), TS_OK);
+    assert_int_equal(apply(e, close, &a), TS_EBUSY);
+    assert_string_equal(a.message,
+                        "the session has sequences in pool 'test', which stays open in it");
+    assert_int_equal(apply(e,
+                           (ts_command){.op = TS_OP_SEQ_FREE,
+                                        .session = s,
+                                        .seq_batch = {.seqs = &own, .count = 1}},
+                           &a),
+                     TS_OK);
+    assert_int_equal(begin(e, s, &kept, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(apply(e, close, &a), TS_EBUSY);
+    assert_string_equal(a.message,
+                        "the session has an open step in pool 'test', which stays open in it");
+    assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
+    assert_int_equal(apply(e, close, &a), TS_OK);
+    assert_int_equal(apply(e, close, &a), TS_ENOENT);
+    assert_int_equal(begin(e, s, &kept, &n, 1, false, &a), TS_ENOENT);
+    assert_int_equal(apply(e, again, &a), TS_OK);
+    assert_int_equal(begin(e, s, &kept, &n, 1, true, &a), TS_EPERM); /* not to write, now */
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 static void names_belong_to_a_tenant_and_lead_to_one_sequence(void **state)
 {
     (void)state;
@@ -621,6 +655,7 @@ int main(void)
         cmocka_unit_test(bad_batches_are_refused_whole_with_a_reason),
         cmocka_unit_test(sequences_of_an_open_step_cannot_be_changed_but_forked_as_they_were),
         cmocka_unit_test(a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were),
+        cmocka_unit_test(a_pool_is_closed_when_the_session_has_nothing_in_it),
         cmocka_unit_test(names_belong_to_a_tenant_and_lead_to_one_sequence),
         cmocka_unit_test(foreign_sequences_are_out_of_reach),
         cmocka_unit_test(a_kept_sequence_is_removed_when_no_session_is_left),

@@ -75,6 +75,30 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     ts_pool_close(q);
     ts_disconnect(c);
 
+    /* What a session has closed everywhere, and has nothing in, is not open in it. */
+    ts_pool *once, *twice;
+    c = connect_to(&d);
+    OK(ts_pool_open(c, "tiny", 0, &q));
+    SAYS(0, "", "pool create brief layers=1 kv_heads=1 head_dim=32 dtype=fp32 blocks=8");
+    OK(ts_pool_open(c, "brief", 0, &once));
+    OK(ts_pool_open(c, "brief", 0, &twice));
+    OK(ts_seq_create(twice, 1, &seq));
+    ts_pool_close(once);
+    OK(ts_seq_lengths(twice, &seq, 1, &n));
+    ts_pool_close(twice); /* its sequence stays */
+    SAYS(1, "pool 'brief' is open in 1 session (", "--yes pool delete brief");
+    OK(ts_pool_open(c, "brief", 0, &once));
+    n = 1;
+    ts_step *step;
+    OK(ts_step_begin(once, &seq, &n, 1, NULL, &step));
+    OK(ts_step_abort(step));
+    OK(ts_seq_free(once, &seq, 1));
+    ts_pool_close(once);
+    SAYS(0, "", "--yes pool delete brief");
+    OK(ts_seq_create(q, 1, &seq)); /* and the session goes on */
+    ts_pool_close(q);
+    ts_disconnect(c);
+
     /* Gone, with what was kept; its place is taken by the next, which knows nothing of it. */
     c = connect_to(&d);
     OK(ts_pool_open(c, "tiny", 0, &q));

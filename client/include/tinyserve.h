@@ -47,6 +47,7 @@ typedef struct ts_client ts_client;
 typedef struct ts_pool ts_pool;
 typedef struct ts_step ts_step;
 typedef struct ts_frame ts_frame;
+typedef struct ts_memory ts_memory;
 typedef uint64_t ts_seq; /* a sequence of one pool; never 0; never used again once freed */
 
 /* How steps reach the daemon. Everything else goes as messages. The results are the same. */
@@ -133,7 +134,8 @@ enum { TS_POOL_WRITABLE = 1 }; /* map slabs writable, to write K and V here: whe
 TS_WARN_UNUSED ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags,
                                       ts_pool **out);
 
-/* Unmaps the pool. Its steps must have ended; sequences stay. */
+/* Unmaps the pool. Its steps must have ended; sequences stay. While the session has any in it, it
+ * has the pool open at the daemon, and an operator can't delete it. */
 void ts_pool_close(ts_pool *pool);
 
 const ts_geometry *ts_pool_geometry(const ts_pool *pool);
@@ -219,10 +221,21 @@ TS_WARN_UNUSED ts_status ts_slot_kv(ts_pool *pool, uint64_t slot, uint32_t layer
 /*
  * Maps the slabs that the slots lie in, all at once, and gives the address of block 0: a block lies
  * ts_geometry_block_bytes further than the one before. What lies in slabs that were never mapped
- * can't be read. Slots as for ts_slot_kv.
+ * can't be read; in host memory it reads as zeros. Slots as for ts_slot_kv.
  */
 TS_WARN_UNUSED ts_status ts_pool_map(ts_pool *pool, const uint64_t *slots, size_t count,
                                      void **base);
+
+/*
+ * Holds the memory that steps' buffers lie in (ts_exchange_hold), or a pool's slabs, which includes
+ * those mapped later (ts_pool_hold): it stays mapped here until ts_memory_release, whatever is
+ * ended, closed or replaced before that. It is for languages whose arrays outlive what they were
+ * made from. What such memory holds means nothing once the step, or the pool, has gone. NULL: it is
+ * a GPU's, or nothing is mapped yet. Any thread may release; NULL is released already.
+ */
+TS_WARN_UNUSED ts_memory *ts_exchange_hold(ts_client *client);
+TS_WARN_UNUSED ts_memory *ts_pool_hold(ts_pool *pool);
+void ts_memory_release(ts_memory *memory);
 
 /*
  * A plain append in one message, for a worker that writes K and V itself (TS_POOL_WRITABLE): the

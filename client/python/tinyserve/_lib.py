@@ -15,8 +15,8 @@ from ._version import __version__
 class _Sized(Structure):
     """Options whose first member is their size, which is set here."""
 
-    def __init__(self, *values: Any) -> None:
-        super().__init__(ctypes.sizeof(self), *values)
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__(ctypes.sizeof(self), *values, **named)
 
 
 class Options(_Sized):
@@ -61,7 +61,8 @@ class CKv(Structure):
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
 
 
-_STRUCTS = (Options, CGeometry, CStepOptions, CFrameOptions, CRunOptions, CKv)
+_STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions, CRunOptions,
+                                          CKv)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
@@ -87,6 +88,9 @@ _FUNCTIONS = {
     "ts_pool_memory": (c_char_p, [c_void_p]),
     "ts_pool_cuda_device": (c_int, [c_void_p, POINTER(c_int)]),
     "ts_pool_map": (c_int, [c_void_p, _u64p, c_size_t, POINTER(c_void_p)]),
+    "ts_pool_hold": (c_void_p, [c_void_p]),
+    "ts_exchange_hold": (c_void_p, [c_void_p]),
+    "ts_memory_release": (None, [c_void_p]),
     "ts_exchange_device": (c_int, [c_void_p, c_size_t]),
     "ts_exchange_register": (c_int, [c_void_p, c_void_p, c_size_t]),
     "ts_seq_create": (c_int, [c_void_p, c_uint32, _u64p]),
@@ -136,9 +140,10 @@ def check(lib: Any, name: str) -> None:
                           f"{__version__}: install those of one version")
     lib.ts_struct_bytes.restype, lib.ts_struct_bytes.argtypes = _FUNCTIONS["ts_struct_bytes"]
     for struct in _STRUCTS:
-        ours, theirs = ctypes.sizeof(struct), lib.ts_struct_bytes(struct.__doc__.encode())
+        name_in_c = str(struct.__doc__)
+        ours, theirs = ctypes.sizeof(struct), lib.ts_struct_bytes(name_in_c.encode())
         if ours != theirs:
-            raise ImportError(f"{struct.__doc__} has {theirs} bytes in {name} (libtinyserve "
+            raise ImportError(f"{name_in_c} has {theirs} bytes in {name} (libtinyserve "
                               f"{version}), and {ours} in tinyserve {__version__}")
 
 

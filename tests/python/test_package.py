@@ -1,0 +1,53 @@
+"""The package as pip makes it of the sources, and as a type checker sees it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+SOURCES = pathlib.Path(__file__).parents[2] / "client" / "python"
+
+needs_sources = pytest.mark.skipif(not (SOURCES / "pyproject.toml").exists(),
+                                   reason="the tests of a bundle have no sources beside them")
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != "__pycache__"
+                  and p.suffix != ".pyc")
+
+
+@needs_sources
+def test_pip_writes_nothing_beside_the_sources(tmp_path):
+    for needed in "pip", "hatchling":
+        pytest.importorskip(needed)
+    before = files(SOURCES)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps",
+                    "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", tmp_path,
+                    SOURCES], check=True, timeout=120)
+    assert files(SOURCES) == before
+    wheel, = tmp_path.glob("tinyserve-*.whl")
+    modules = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tinyserve/")}
+    assert modules == {f"tinyserve/{name}" for name in os.listdir(SOURCES / "tinyserve")
+                       if name != "__pycache__"}
+
+
+@needs_sources
+def test_a_type_checker_finds_nothing(tmp_path):
+    if subprocess.run([sys.executable, "-c", "import mypy"], check=False,
+                      stderr=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("no mypy")
+    user = tmp_path / "user.py"
+    user.write_text("import pathlib\nimport tinyserve\n"
+                    "with tinyserve.connect(pathlib.Path('/s'), timeout=3) as client:\n"
+                    "    reveal_type(client.pool('p').step([1], [1]).q.float32())\n"
+                    "    tinyserve.connect(timout=3)\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", "--config-file",
+         SOURCES / "pyproject.toml", SOURCES / "tinyserve", user], text=True, check=False,
+        timeout=280, stdout=subprocess.PIPE, env={**os.environ, "MYPYPATH": str(SOURCES)})
+    found = [line for line in result.stdout.splitlines() if "error:" in line]
+    assert len(found) == 1 and 'Unexpected keyword argument "timout"' in found[0], result.stdout
+    assert "32" in result.stdout and "ndarray" in result.stdout
