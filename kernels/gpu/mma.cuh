@@ -33,7 +33,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static const uint32_t THREADS = NUM_WARPS * 32;
     static const uint32_t TOKENS = DIM > 128 ? 32 : 64; /* of a tile */
     /* Blocks that share a processor, as far as registers go. */
-    static const int BLOCKS = FACES > 1 ? 2 : EXACT &&SPLIT > 1 && DIM == 64 ? 3 : 1;
+    static const int BLOCKS = FACES > 1 ? 2 : EXACT && (SPLIT > 1 && DIM == 64) ? 3 : 1;
     typedef typename multiplied<T>::type M;
     static const int PITCH = DIM * sizeof(T), Q_PITCH = DIM * 2, STEPS = DIM / 16;
     static const uint32_t EACH = TOKENS / NUM_WARPS;       /* tokens that a warp copies */
@@ -151,6 +151,35 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         }
     };
 
+    /* Scores with their infinities, varied as they were. */
+    __device__ static void score_again(const gpu_call &c, const job &j, const lane_rows &l,
+                                       uint32_t row, uint32_t first, bool varied, bool clear,
+                                       uint32_t q, uint32_t k, float (*s)[COLUMNS][4])
+    {
+        infinities found;
+#pragma unroll
+        for (int i = 0; i < COLUMNS * 4; i++)
+            s[0][i / 4][i % 4] = 0;
+        score(q, k, s);
+        found.note(q, s[0]);
+        for (uint32_t plane = 1; plane < planes(c.io); plane++)
+            score(q + plane * Q_BYTES, k, s);
+        found.mend(s[0]);
+        if (varied || !clear)
+            vary_scores(c, j, l, row, first, varied, s[0]);
+    }
+
+    /* The highest of a row's scores, of the lanes that have them. NANS: NaN, if one is. */
+    template <bool NANS> __device__ static float highest(const float (*s)[4], int e)
+    {
+        float x = -CUDART_INF_F;
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++)
+            x = higher_of<NANS>(x, higher_of<NANS>(s[n][e * 2], s[n][e * 2 + 1]));
+        x = higher_of<NANS>(x, __shfl_xor_sync(~0u, x, 1));
+        return higher_of<NANS>(x, __shfl_xor_sync(~0u, x, 2));
+    }
+
     /* A tile of which some rows don't see all tokens: a weight of 0 must hide even NaN. So each
      * query token's rows are multiplied by V without the tokens that it doesn't see. */
     __device__ static void weigh_apart(const gpu_call &c, const job &j, const lane_rows &l,
@@ -260,76 +289,62 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             for (uint32_t i = 0; i < OURS / ABREAST; i++, first += ABREAST, at += ABREAST * PITCH) {
                 if (!works || first > high || first + ABREAST <= seen_from)
                     continue;
-                bool clear, splits = EXACT && !scaled<T>::value && num_planes > 1, mends = false;
-                float s[FACES][COLUMNS][4];
-                do {
+                float s[FACES][COLUMNS][4] = {};
+                score(q_at, at + k_place, s);
+                if (EXACT && c.io == TS_DTYPE_FP32)
+                    for (uint32_t plane = 1; plane < num_planes; plane++)
+                        score(q_at + plane * Q_BYTES, at + k_place, s);
+                bool clear = first >= clear_from && first + ABREAST <= low + 1;
+                if (varied || !clear)
 #pragma unroll
-                    for (int i = 0; i < FACES * COLUMNS * 4; i++)
-                        s[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0;
-                    score(q_at, at + k_place, s);
-                    infinities found;
-                    if (splits && mends)
-                        found.note(q_at, s[0]);
-                    if (EXACT && c.io == TS_DTYPE_FP32)
-                        for (uint32_t plane = 1; plane < num_planes; plane++)
-                            score(q_at + plane * Q_BYTES, at + k_place, s);
-                    if (splits && mends)
-                        found.mend(s[0]);
-                    clear = first >= clear_from && first + ABREAST <= low + 1;
-                    if (varied || !clear)
+                    for (int f = 0; f < FACES; f++)
+                        vary_scores(c, j, l[f], first_row + f * 16, first, varied, s[f]);
+                float higher[FACES][2], base[FACES][2];
+                bool moves = false;
 #pragma unroll
-                        for (int f = 0; f < FACES; f++)
-                            vary_scores(c, j, l[f], first_row + f * 16, first, varied, s[f]);
-                    float higher[FACES][2], base[FACES][2];
-                    bool moves = false;
+                for (int i = 0; i < FACES * 2; i++) {
+                    int f = i / 2, e = i % 2;
+                    float x = highest<EXACT>(s[f], e) * unit;
+                    bool stays = x <= max[f][e] + SLACK; /* not NaN */
+                    higher[f][e] = x = stays ? max[f][e] : x;
+                    base[f][e] = x == -CUDART_INF_F ? 0 : x;
+                    moves |= !stays;
+                }
+                if (__any_sync(~0u, moves)) { /* soon that becomes rare */
+                    bool nan = EXACT && (base[0][0] != base[0][0] || base[0][1] != base[0][1]);
+                    if (EXACT && __any_sync(~0u, nan)) {
+                        if (!scaled<T>::value && num_planes > 1)
+                            score_again(c, j, l[0], first_row, first, varied, clear, q_at,
+                                        at + k_place, s);
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            float x = highest<false>(s[0], e) * unit;
+                            higher[0][e] = x = x > max[0][e] + SLACK ? x : max[0][e];
+                            base[0][e] = x == -CUDART_INF_F ? 0 : x;
+                        }
+                    }
 #pragma unroll
                     for (int i = 0; i < FACES * 2; i++) {
                         int f = i / 2, e = i % 2;
-                        float x = -CUDART_INF_F;
+                        float factor = power(max[f][e] - base[f][e]);
+                        max[f][e] = higher[f][e];
+                        sum[f][e] *= factor;
 #pragma unroll
-                        for (int n = 0; n < COLUMNS; n++)
-                            x = fmaxf(x, fmaxf(s[f][n][e * 2], s[f][n][e * 2 + 1]));
-                        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-                        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-                        x *= unit;
-                        higher[f][e] = x = x > max[f][e] + SLACK ? x : max[f][e];
-                        base[f][e] = x == -CUDART_INF_F ? 0 : x;
-                        moves |= x > max[f][e];
-                    }
-                    if (__any_sync(~0u, moves)) { /* soon that becomes rare */
-#pragma unroll
-                        for (int i = 0; i < FACES * 2; i++) {
-                            int f = i / 2, e = i % 2;
-                            float factor = power(max[f][e] - base[f][e]);
-                            max[f][e] = higher[f][e];
-                            sum[f][e] *= factor;
-#pragma unroll
-                            for (int d = 0; d < DIM / 8; d++) {
-                                acc[f][d][e * 2] *= factor;
-                                acc[f][d][e * 2 + 1] *= factor;
-                            }
+                        for (int d = 0; d < DIM / 8; d++) {
+                            acc[f][d][e * 2] *= factor;
+                            acc[f][d][e * 2 + 1] *= factor;
                         }
                     }
-                    float before[2] = {sum[0][0], sum[0][1]};
+                }
 #pragma unroll
-                    for (int f = 0; f < FACES; f++)
+                for (int f = 0; f < FACES; f++)
 #pragma unroll
-                        for (int n = 0; n < COLUMNS; n++)
+                    for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
-                            for (int e = 0; e < 4; e++) {
-                                s[f][n][e] = power(fmaf(s[f][n][e], unit, -base[f][e / 2]));
-                                sum[f][e / 2] += s[f][n][e];
-                            }
-                    bool nan = false; /* one that is new is looked at once more */
-#pragma unroll
-                    for (int e = 0; e < 2; e++)
-                        nan |= sum[0][e] != sum[0][e] && before[e] == before[e];
-                    mends = splits && !mends && __any_sync(~0u, nan);
-                    if (mends) {
-                        sum[0][0] = before[0];
-                        sum[0][1] = before[1];
-                    }
-                } while (mends);
+                        for (int e = 0; e < 4; e++) {
+                            s[f][n][e] = power(fmaf(s[f][n][e], unit, -base[f][e / 2]));
+                            sum[f][e / 2] += s[f][n][e];
+                        }
                 bool strange = false;
                 if (!clear) {
 #pragma unroll 1

@@ -131,6 +131,16 @@ template <typename T> __device__ inline void take_away(uint32_t pair, float *x, 
     }
 }
 
+/* The higher of two numbers. NANS: NaN, if one is; else the other one. */
+template <bool NANS> __device__ inline float higher_of(float a, float b)
+{
+    if (!NANS)
+        return fmaxf(a, b);
+    float x;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+
 /* Whether one of eight numbers is infinite or NaN. */
 template <typename T> __device__ inline bool any_not_finite(const uint32_t *x)
 {
