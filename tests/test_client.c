@@ -434,6 +434,8 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     OK(ts_seq_create(q, 3, there));
     for (int i = 0; i < 3; i++)
         OK(ts_step_begin(q, &there[i], &(uint32_t[]){1, 1, 4000}[i], 1, NULL, &open[i]));
+    for (int i = 0; i < 3; i++)
+        OK(ts_step_abort(open[i]));
     ts_pool_close(q);
     ts_disconnect(roomy);
     OK(ts_step_abort(steps[0]));

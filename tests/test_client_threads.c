@@ -98,9 +98,11 @@ static void a_second_thread_is_refused_by_every_call(void **state)
     daemon_stop(&d);
 }
 
-static void *disconnect(void *client)
+static void *end(void *pool)
 {
-    ts_disconnect(client);
+    ts_client *c = ((ts_pool *)pool)->client;
+    ts_pool_close(pool);
+    ts_disconnect(c);
     return NULL;
 }
 
@@ -116,7 +118,7 @@ static void a_client_is_not_freed_under_a_thread_that_is_inside(void **state)
     ts_seq seq;
     OK(ts_seq_create(p, 1, &seq));
     caller_start(&first, &d, p, seq);
-    assert_int_equal(pthread_create(&last, NULL, disconnect, c), 0);
+    assert_int_equal(pthread_create(&last, NULL, end, p), 0);
     caller_end(&first, &d);
     pthread_join(last, NULL);
     daemon_stop(&d);
