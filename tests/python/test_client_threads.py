@@ -22,8 +22,16 @@ def test_a_call_beside_another_threads_is_refused(daemon, client):
         slot, = kv.slots(seq, 0, 1)
         kv.kv(slot, 0)  # maps its slab: from now on this asks the daemon nothing
         answers = []
+
+        def ask():
+            while not answers:
+                try:
+                    answers.append(kv.lengths([seq]))
+                except tinyserve.BusyError:
+                    pass  # the first thread was inside, for the moment
+
         os.kill(daemon.process.pid, signal.SIGSTOP)
-        other = threading.Thread(target=lambda: answers.append(kv.lengths([seq])))
+        other = threading.Thread(target=ask)
         other.start()
         with pytest.raises(tinyserve.BusyError, match="used by one thread at a time"):
             while True:  # until the other thread is inside
