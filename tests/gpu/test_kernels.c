@@ -116,14 +116,14 @@ static void keys_whose_scores_are_minus_infinity_get_no_weight(void **state)
 {
     (void)state;
     static const uint32_t heads[][3] = {{4, 4, 64}, {8, 2, 128}, {40, 1, 64}, {24, 1, 256}};
-    for (int i = 0; i < 24; i++)
+    for (int i = 0; i < 12; i++)
         for (size_t v = 0; v < sizeof hidden_varieties / sizeof *hidden_varieties; v++) {
             if (v > 0 && (size_t)i % 5 != v) /* the reference takes seconds for each */
                 continue;
-            const uint32_t *h = heads[i / 6];
+            const uint32_t *h = heads[i / 3];
             const ts_dtype dtype = (ts_dtype)(i % 3);
             shape s = {.dtype = dtype,
-                       .io = i / 3 % 2 ? dtype : TS_DTYPE_FP32,
+                       .io = (i / 3 + i) % 2 ? dtype : TS_DTYPE_FP32,
                        .layout = (ts_layout)(i % 2),
                        .heads = h[0],
                        .kv_heads = h[1],
