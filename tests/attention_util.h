@@ -63,8 +63,7 @@ static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2]
     p->tables = calloc(num_seqs, sizeof *p->tables);
     p->cache_bytes = blocks * ts_geometry_block_bytes(&g);
     p->cache = malloc(p->cache_bytes);
-    for (size_t i = 0; i < p->cache_bytes / ts_dtype_bytes(s.dtype); i++)
-        put(p->cache, s.dtype, i, NAN);
+    memset(p->cache, 0xff, p->cache_bytes); /* NaN in every type */
     uint32_t *order = malloc(blocks * sizeof *order);
     for (uint32_t i = 0; i < blocks; i++)
         order[i] = i;
@@ -269,7 +268,10 @@ static inline double key_error(const problem *p, const ts_attention_seq *seq,
                 t % g->block_tokens * ts_geometry_token_stride(g) + h * ts_geometry_head_stride(g);
             size_t first = ((size_t)i * g->kv_heads + h) * g->head_dim;
             double scale = seq->scales == NULL ? 1 : (double)seq->scales[h];
-            double least = seq->scales == NULL ? 0 : scale / 64; /* below it fp8 is subnormal */
+            /* The smallest normal number of the type. */
+            double least = g->dtype == TS_DTYPE_FP8_E4M3 ? scale * 0x1p-6
+                           : g->dtype == TS_DTYPE_FP16   ? 0x1p-14
+                                                         : 0;
             for (uint32_t j = 0; rope->theta != 0 && j < rope->dims / 2; j++) {
                 uint32_t a = ts_rope_first(rope, j), b = ts_rope_second(rope, j);
                 double x = get(seq->k, p->call.io_dtype, first + a);

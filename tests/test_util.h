@@ -31,13 +31,13 @@ static inline uint32_t rng_below(rng *r, uint32_t limit)
     return (uint32_t)((rng_next(r) >> 32) * limit >> 32);
 }
 
-/* Roughly normal, mean 0, variance 1. */
+/* Roughly normal, mean 0, variance 1: four uniform numbers of 16 bits, each of variance 1/12. */
 static inline float rng_normal(rng *r)
 {
-    float sum = 0;
-    for (int i = 0; i < 12; i++)
-        sum += (float)(rng_next(r) >> 40) * 0x1p-24f;
-    return sum - 6.0f;
+    const uint64_t x = rng_next(r);
+    const uint32_t sum = (uint32_t)(x & 0xffff) + (uint32_t)(x >> 16 & 0xffff) +
+                         (uint32_t)(x >> 32 & 0xffff) + (uint32_t)(x >> 48);
+    return ((float)sum * 0x1p-16f - 2.0f) * 1.7320508f;
 }
 
 #endif
