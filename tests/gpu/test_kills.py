@@ -1,9 +1,10 @@
 """Workers that are killed (SIGKILL) while their kernels run: who else notices?
 
-A bystander, which attends itself or goes by the daemon, repeats one step and compares every bit of its
-results with the first ones. Beside it one worker after another is killed at a random moment: with short
-kernels (decode) or long ones (a prefill of 32768 tokens, many of them queued), attending itself or by
-the daemon. Counted are the bystanders and daemons that were lost. Run it bare and by ./with-mps.
+Two bystanders, one that attends itself and one that goes by the daemon, repeat a step and compare every
+bit of its results with the first ones. Beside them one worker after another is killed at a random moment:
+with short kernels (decode) or long ones (a prefill of 32768 tokens, many of them queued), attending
+itself or by the daemon. Counted are the bystanders and daemons that were lost. Run it bare and by
+./with-mps.
 
 Ends with 1 if a kill of a worker that goes by the daemon harmed anybody, or, without MPS, any kill."""
 
@@ -20,6 +21,7 @@ import tinyserve
 import torch
 
 HEADS, KV_HEADS, DIM, LONG = 32, 8, 128, 32768
+WATCHERS = ("local", "daemon")  # how a bystander attends
 
 
 def connect(url, execution, exchange):
@@ -62,7 +64,8 @@ def bystander(url, execution):
 
 
 def victim(url, execution, length):
-    """Says when its first kernels are under way, and goes on until it is killed."""
+    """Waits for a line, says when its first kernels are under way, and goes on until it is killed."""
+    sys.stdin.readline()
     _, kv = connect(url, execution, 1 << 30)
     seqs = kv.create(1)
     tokens, queued = ([LONG], 50) if length == "long" else ([1], 20)
@@ -81,8 +84,8 @@ class Process:
     """One of the roles above, as a process of its own; counts its lines."""
 
     def __init__(self, *words):
-        self.process = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen([sys.executable, __file__, *words], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.lines, self.last, self.changed = 0, "", threading.Condition()
         threading.Thread(target=self.read, daemon=True).start()
 
@@ -91,71 +94,114 @@ class Process:
             with self.changed:
                 self.lines, self.last = self.lines + 1, line.strip()
                 self.changed.notify_all()
+        self.process.wait()
         with self.changed:
             self.changed.notify_all()
 
-    def await_more(self, seconds):
-        """Whether it says something more, and nothing bad, within so many seconds."""
+    def await_lines(self, count, seconds):
+        """Whether it says so many lines more, and nothing bad, within so many seconds."""
         with self.changed:
-            before = self.lines
-            self.changed.wait_for(lambda: self.lines > before + 1 or self.process.poll() is not None,
-                                  seconds)
-            return self.lines > before and self.last in ("ok", "ready")
+            wanted = self.lines + count
+            self.changed.wait_for(
+                lambda: self.lines >= wanted or self.process.poll() is not None, seconds)
+            return self.lines >= wanted and self.last in ("ok", "ready")
+
+    def begin(self):
+        """Lets a victim go; whether its kernels are under way within two minutes."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.await_lines(1, 120)
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
 
-def count(pool, watcher, execution, length, kills):
-    """Kills so many; (kills, bystanders lost, daemons lost, what the first lost one said)."""
-    lost, daemons, said = 0, 0, "-"
-    daemon = other = None
-    rng = random.Random(f"{watcher} {execution} {length}")
-    for _ in range(kills):
-        if daemon is None:
-            daemon = common.Daemon(pool)
-        if other is None:
-            other = Process("bystander", daemon.url, watcher)
-            if not other.await_more(120):
-                sys.exit(f"the bystander doesn't start: {other.last}")
-        worker = Process("victim", daemon.url, execution, length)
-        if not worker.await_more(120):
-            sys.exit("the worker doesn't start")
+class Scene:
+    """A daemon and its bystanders; those that are lost are counted and started again."""
+
+    def __init__(self, pool):
+        self.pool, self.daemon, self.bystanders = pool, None, {}
+
+    def prepare(self):
+        if self.daemon is None:
+            self.daemon = common.Daemon(self.pool)
+        for execution in WATCHERS:
+            if execution not in self.bystanders:
+                self.bystanders[execution] = Process("bystander", self.daemon.url, execution)
+        for execution, process in self.bystanders.items():
+            if process.lines < 2 and not process.await_lines(2, 120):
+                sys.exit(f"the bystander ({execution}) doesn't start: {process.last}")
+
+    def after_a_kill(self):
+        """(bystanders that were lost, by how they attend; whether the daemon was, the first words)."""
+        lost = [e for e, process in self.bystanders.items() if not process.await_lines(2, 20)]
+        said = [self.bystanders[e].last for e in lost]
+        for execution in lost:
+            self.bystanders.pop(execution).kill()
+        if self.daemon.process.poll() is None:
+            return lost, None, said
+        status = self.daemon.process.returncode
+        self.end()
+        return lost, status, said
+
+    def end(self):
+        for process in self.bystanders.values():
+            process.kill()
+        self.bystanders = {}
+        if self.daemon is not None:
+            if self.daemon.process.poll() is None:
+                self.daemon.stop()
+            self.daemon.folder.cleanup()
+            self.daemon = None
+
+
+def count(scene, execution, length, kills):
+    """Kills so many; a row of the table, and whether anybody was harmed."""
+    lost, daemons, first = dict.fromkeys(WATCHERS, 0), 0, "-"
+    rng = random.Random(f"{execution} {length}")
+    waiting = []
+    for left in range(kills, 0, -1):
+        scene.prepare()
+        while len(waiting) < min(left, 6):  # their imports take longest: some at once
+            waiting.append(Process("victim", scene.daemon.url, execution, length))
+        worker = waiting.pop(0)
+        if not worker.begin():
+            sys.exit(f"the worker ({execution}, {length}) doesn't start: {worker.last}")
         time.sleep(rng.random() * 0.4)  # a moment of any kind
         worker.kill()
-        if not other.await_more(20):
-            said = other.last if lost == 0 else said
-            lost += 1
-            other.kill()
-            other = None
-        if daemon.process.poll() is not None:
+        gone, status, said = scene.after_a_kill()
+        for watcher in gone:
+            lost[watcher] += 1
+        if said and first == "-":
+            first = said[0]
+        if status is not None:
             daemons += 1
-            daemon = other = None
-    if other is not None:
-        other.kill()
-    if daemon is not None:
-        daemon.stop()
-    return kills, lost, daemons, said
+            first = f"{first}; daemon: {status}"
+            for process in waiting:  # theirs was the daemon that is gone
+                process.kill()
+            waiting = []
+    return [execution, length, kills, *lost.values(), daemons, first], bool(sum(lost.values()) + daemons)
 
 
 def main():
     parser = common.arguments(__doc__)
     parser.add_argument("--kills", type=int, default=12, help="of each kind")
     options = parser.parse_args()
-    mps = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
     pool = (f"kills:layers=2,kv_heads={KV_HEADS},head_dim={DIM},dtype=bf16,block_tokens=16,memory=4G,"
             f"client_write=all,device={options.device},provider={options.provider}")
-    print(f"{'with' if mps else 'without'} MPS, {common.device_line()}\n")
-    rows, harm = [], False
-    for watcher in ("local", "daemon"):
-        for execution in ("local", "daemon"):
-            for length in ("short", "long"):
-                kills, lost, daemons, said = count(pool, watcher, execution, length, options.kills)
-                rows.append([watcher, execution, length, kills, lost, daemons, said[:60]])
-                harm |= lost + daemons > 0 and (execution == "daemon" or not mps)
-    common.table(["bystander", "killed", "kernels", "kills", "bystanders lost", "daemons lost",
-                  "first said"], rows)
+    print(f"{'with' if common.MPS else 'without'} MPS, {common.device_line()}\n", flush=True)
+    scene, rows, harm = Scene(pool), [], False
+    for execution in WATCHERS:
+        for length in ("short", "long"):
+            row, harmed = count(scene, execution, length, options.kills)
+            rows.append(row)
+            harm |= harmed and (execution == "daemon" or not common.MPS)
+            print(*row, flush=True)
+    scene.end()
+    print()
+    common.table(["killed", "kernels", "kills", "lost: attending itself", "lost: by the daemon",
+                  "daemons lost", "first said"], rows)
     return 1 if harm else 0
 
 
