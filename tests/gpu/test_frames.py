@@ -137,7 +137,7 @@ def test_a_frames_limits_are_named_and_a_refused_step_changes_nothing(daemon):
             kv.frame(4, heads=3)
         with pytest.raises(tinyserve.InvalidError, match="what kernel v5 decodes"):
             kv.frame(4, heads=HEADS, new_tokens=100, io_dtype="bf16")
-        with pytest.raises(tinyserve.InvalidError, match="io_dtype 1 beside a pool of bf16"):
+        with pytest.raises(tinyserve.InvalidError, match=r"io_dtype fp16 \(1\) beside a pool of bf16"):
             kv.frame(4, heads=HEADS, io_dtype="fp16")
         seqs = kv.create(3)
         with kv.frame(2, tokens=40, heads=HEADS, io_dtype="bf16") as frame:

@@ -38,6 +38,7 @@ static void capture(kept *x, const device_problem *d, const ts_gpu_plan_limits *
                         limits, &x->plan, why, sizeof why));
     x->launch = ts_gpu_launch_take(gpu, NULL);
     assert_non_null(x->launch);
+    OK(ts_gpu_launch_prepare(x->launch, x->plan));
     cudaStream_t stream = ts_gpu_launch_stream(x->launch);
     const ts_gpu_run run = run_over(d, x->plan);
     CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));

@@ -35,7 +35,7 @@ static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint
             bool rounds = kernel == TS_KERNEL_MMA || kernel == TS_KERNEL_WGMMA;
             worst = !rounds && error > worst ? error : worst;
             if (!(error <= (rounds ? rounded : limit)) ||
-                !(lse <= (rounds ? 4 * rounded : 1e-5))) /* NaN fails too */
+                !(lse <= (rounds ? 4 * rounded : 2e-5))) /* v1 adds 131072 weights one by one */
                 fail_msg("%s, %s cache, %u/%u heads of %u, blocks of %u, sequence of %u (%u new), "
                          "window %u, cap %g: relative error %g > %g, or of the log-sum-exp %g",
                          ts_kernel_name((ts_kernel)kernel), ts_dtype_name(s.dtype), s.heads,

@@ -85,7 +85,7 @@ class Process:
 
     def __init__(self, *words):
         self.process = subprocess.Popen([sys.executable, __file__, *words], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                                        stdout=subprocess.PIPE, text=True)
         self.lines, self.last, self.changed = 0, "", threading.Condition()
         threading.Thread(target=self.read, daemon=True).start()
 
