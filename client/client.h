@@ -166,7 +166,11 @@ ts_status ts_options_read(ts_client *client, ts_options_struct which, const void
  */
 ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply);
 
-/* The connection has ended, or is another process's: TS_ECONN. */
+/* The daemon has said that it ends because a device of it failed. */
+bool ts_device_failed(const ts_client *client);
+
+/* The connection has ended: TS_ECONN, or TS_EDEVICE where the daemon ended with its device. It is
+ * another process's: TS_ECONN. */
 ts_status ts_gone(ts_client *client);
 ts_status ts_not_ours(ts_client *client);
 

@@ -97,6 +97,10 @@ ts_status ts_not_ours(ts_client *c)
 ts_status ts_gone(ts_client *c)
 {
     atomic_store(&c->broken, true);
+    if (ts_device_failed(c))
+        return ts_fail(c, TS_EDEVICE,
+                       "a GPU of the daemon at %s failed, and it ended: the session is over",
+                       c->path);
     return ts_fail(c, TS_ECONN, "the connection to %s ended: the session is over", c->path);
 }
 

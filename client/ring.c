@@ -94,9 +94,15 @@ static bool spins(ts_client *c)
     return c->spin_us != TS_SPIN_NONE && (c->spin_luck >= 0 || c->ring_tag % SPIN_SELDOM == 0);
 }
 
-static bool has_ended(ts_rings_memory *m)
+static bool has_ended(const ts_rings_memory *m)
 {
-    return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != 0;
+    return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != TS_RINGS_GO_ON;
+}
+
+bool ts_device_failed(const ts_client *c)
+{
+    return c->rings != NULL &&
+           __atomic_load_n(&c->rings->ended, __ATOMIC_ACQUIRE) == TS_RINGS_DEVICE_FAILED;
 }
 
 /* Waits until there is a completion: polls for a while, then sleeps. */
@@ -122,6 +128,10 @@ static ts_status await_completion(ts_client *c)
     while (__atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) == seen) {
         uint64_t now = ts_now_ns();
         if (atomic_load(&c->broken)) {
+            status = ts_gone(c);
+            break;
+        }
+        if (ts_device_failed(c)) {
             status = ts_gone(c);
             break;
         }

@@ -13,6 +13,7 @@
 #define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4) /* launches that wait for workers */
 #define WAITING_EACH 8u                        /* ... for the same one */
 #define WAITING_SESSIONS (TS_GPU_LANES / 2)    /* ... whom they wait for: each has a lane */
+#define HEALTH_MS 1000                         /* the device is looked at so often */
 #define POLL_MS 1                              /* while jobs wait here for their workers */
 
 /* Whom a launch of one job waits for: its worker, and the session's run before it. */
@@ -44,6 +45,7 @@ struct ts_gpu_batch {
     ts_gpu_run *parts;        /* the thread's own: of a launch */
     ts_gpu_signal *signals;   /* the thread's own: two for each part */
     size_t capacity;
+    uint64_t health_ms; /* the thread's own: when it looks at the device next */
     uint32_t *words, *words_there; /* completed runs of each session */
     size_t words_bytes;
     atomic_uint_fast64_t runs, launches;
@@ -419,6 +421,16 @@ static uint64_t look_for_late(ts_gpu_batch *b)
     return b->held != NULL ? now + POLL_MS : until;
 }
 
+/* Another process's fault may have taken the device while nothing runs here. Under CUDA's
+ * multi-process service nobody is served then before this process has ended. */
+static void check_health(ts_gpu_batch *b)
+{
+    char why[TS_GPU_WHY_BYTES];
+    b->health_ms = ts_now_ms() + HEALTH_MS;
+    if (ts_gpu_health(b->gpu, why, sizeof why) != TS_OK)
+        lose(b, why);
+}
+
 /* Waits for something to do; returns false when all is done and the batch is to end. */
 static bool await(ts_gpu_batch *b)
 {
@@ -427,10 +439,8 @@ static bool await(ts_gpu_batch *b)
     uint64_t until = look_for_late(b); /* also where there is always something else to do */
     while (b->head == NULL && !b->landed && !slow &&
            !(b->stop && b->flights == NULL && b->held == NULL)) {
-        if (until == UINT64_MAX)
-            pthread_cond_wait(&b->event, &b->lock);
-        else
-            slow = wait_until(b, until) && b->held != NULL;
+        const bool late = wait_until(b, until < b->health_ms ? until : b->health_ms);
+        slow = late && (b->held != NULL || ts_now_ms() >= b->health_ms);
         until = look_for_late(b);
     }
     *b->held_end = b->head;
@@ -447,11 +457,12 @@ static bool await(ts_gpu_batch *b)
 static void *batch_main(void *arg)
 {
     ts_gpu_batch *b = arg;
-    char why[TS_GPU_WHY_BYTES];
-    if (ts_gpu_health(b->gpu, why, sizeof why) != TS_OK) /* makes the device this thread's */
-        lose(b, why);
-    while (await(b))
+    check_health(b); /* makes the device this thread's */
+    while (await(b)) {
         launch_all(b);
+        if (ts_now_ms() >= b->health_ms)
+            check_health(b);
+    }
     return NULL;
 }
 

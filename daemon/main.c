@@ -36,7 +36,7 @@
 const char *argp_program_version = "tinyserved " TS_VERSION;
 
 enum { OPT_POOL = 256, OPT_CHECK };
-enum { EXIT_USAGE = 2 };
+enum { EXIT_USAGE = 2, EXIT_DEVICE = 3 };
 
 typedef struct options {
     const char *config_path;
@@ -353,7 +353,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     if (number != SIGUSR1)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     notify("STOPPING=1");
-    code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_FAILURE;
+    code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
 out:
     ts_http_stop(http);
     ts_transport_stop(transport);
@@ -368,6 +368,8 @@ out:
     ts_queue_close(&s->queue);
     if (engine_runs)
         pthread_join(engine, NULL);
+    if (code == EXIT_DEVICE)
+        ts_rings_device_failed(s->rings);
     ts_transport_free(transport); /* clients see the connection end */
     ts_queue_drop(&s->queue);     /* news of connections that nobody needs any more */
     if (s->engine != NULL)

@@ -87,7 +87,9 @@ void ts_ring_release(ts_ring *r)
 void ts_ring_end(ts_ring *r)
 {
     atomic_store(&r->closed, true);
-    __atomic_store_n(&r->shared->ended, 1, __ATOMIC_RELEASE);
+    uint32_t none = TS_RINGS_GO_ON; /* a reason that was given already stays */
+    __atomic_compare_exchange_n(&r->shared->ended, &none, TS_RINGS_ENDED, false, __ATOMIC_RELEASE,
+                                __ATOMIC_RELAXED);
     syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     call(r);
 }
@@ -349,6 +351,12 @@ void ts_rings_stop(ts_rings *rings)
     atomic_store(&rings->ended, true); /* what is submitted from now on goes to the batch */
     pthread_mutex_unlock(&rings->lock);
     hand_on(rings, take_jobs(rings));
+}
+
+void ts_rings_device_failed(ts_rings *rings)
+{
+    for (ts_ring *r = rings == NULL ? NULL : rings->all; r != NULL; r = r->next)
+        __atomic_store_n(&r->shared->ended, TS_RINGS_DEVICE_FAILED, __ATOMIC_RELEASE);
 }
 
 void ts_rings_free(ts_rings *rings)

@@ -69,6 +69,9 @@ void ts_rings_stop(ts_rings *rings);
 /* The connections are freed, and no job is under way. NULL is fine. */
 void ts_rings_free(ts_rings *rings);
 
+/* Tells every session why the daemon ends; before its connections do. The engine's owner. */
+void ts_rings_device_failed(ts_rings *rings);
+
 /* TS_ENOMEM with a sentence. */
 ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, size_t why_bytes);
 

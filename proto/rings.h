@@ -100,11 +100,18 @@ typedef struct ts_ring_counts {
     uint32_t pad2[15];
 } ts_ring_counts;
 
+/* What the daemon says at the end of a session's rings. */
+typedef enum ts_rings_end_reason {
+    TS_RINGS_GO_ON = 0,
+    TS_RINGS_ENDED = 1, /* nothing is completed any more; the session goes on by message, if it
+                           does */
+    TS_RINGS_DEVICE_FAILED = 2, /* the daemon ends, since a device of it failed */
+} ts_rings_end_reason;
+
 typedef struct ts_rings_memory {
     uint32_t magic, version;
     uint32_t isa;   /* ts_isa of the daemon's host kernels: the same gives the same bits */
-    uint32_t ended; /* the daemon: 1: it completes nothing any more; the session goes on by message,
-                       if it does */
+    uint32_t ended; /* ts_rings_end_reason; the daemon writes it */
     uint32_t pad[12];
     ts_ring_counts submissions, completions;
     ts_ring_entry submitted[TS_RING_ENTRIES];

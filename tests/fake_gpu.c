@@ -148,10 +148,11 @@ ts_status ts_gpu_free_bytes(ts_gpu *g, uint64_t *bytes, char *why, size_t why_by
 
 ts_status ts_gpu_health(ts_gpu *g, char *why, size_t why_bytes)
 {
-    (void)g;
-    (void)why;
-    (void)why_bytes;
-    return TS_OK;
+    pthread_mutex_lock(&g->lock);
+    bool broken = g->broken;
+    pthread_mutex_unlock(&g->lock);
+    snprintf(why, why_bytes, "%s", broken ? "cudaErrorFake" : "");
+    return broken ? TS_EDEVICE : TS_OK;
 }
 
 ts_status ts_memory_cuda_vmm_new(ts_gpu *g, uint32_t num_slabs, size_t slab_bytes, ts_memory **out,

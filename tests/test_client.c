@@ -542,18 +542,34 @@ static void a_worker_gets_TS_ECONN_when_the_daemon_goes(void **state)
     }
 }
 
-/* What main is sent when a GPU is lost: systemd is to start it again. */
-static void a_daemon_that_lost_its_gpu_ends_with_status_1(void **state)
+/* SIGUSR1 is what main is sent when a GPU is lost. Its workers can tell that from an end of its
+ * own: their contexts may be gone with it. */
+static void a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status(void **state)
 {
     (void)state;
     daemon_process d;
+    ts_client *c;
+    ts_pool *p;
+    ts_step *step;
+    uint64_t seq;
+    const uint32_t one = 1;
     int status;
     daemon_start(&d, POOL_TINY ",blocks=16");
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
+    OK(ts_pool_open(c, "tiny", 0, &p));
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &one, 1, NULL, &step));
+    ts_step_abort(step);
     kill(d.pid, SIGUSR1);
     assert_int_equal(waitpid(d.pid, &status, 0), d.pid);
     assert_true(WIFEXITED(status));
-    assert_int_equal(WEXITSTATUS(status), 1);
+    assert_int_equal(WEXITSTATUS(status), 3);
     assert_int_equal(access(d.url, F_OK), -1);
+    assert_int_equal(ts_step_begin(p, &seq, &one, 1, NULL, &step), TS_EDEVICE);
+    assert_non_null(strstr(ts_error(c), "a GPU of the daemon at"));
+    assert_int_equal(ts_seq_create(p, 1, &seq), TS_EDEVICE);
+    ts_pool_close(p);
+    ts_disconnect(c);
     assert_int_equal(rmdir(d.folder), 0);
     alarm(0);
 }
@@ -721,7 +737,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
-        cmocka_unit_test(a_daemon_that_lost_its_gpu_ends_with_status_1),
+        cmocka_unit_test(a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status),
         cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
         cmocka_unit_test(forks_of_a_long_sequence_take_as_many_calls_as_needed),
     };

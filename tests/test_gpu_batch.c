@@ -91,11 +91,13 @@ static bool is_done(test_job *t)
 
 static uint32_t failures;
 static char failure[256];
+static sem_t failed;
 
 static void on_failure(const char *sentence)
 {
     failures++;
     snprintf(failure, sizeof failure, "%s", sentence);
+    sem_post(&failed);
 }
 
 typedef struct rig {
@@ -108,6 +110,7 @@ static void rig_new(rig *r, uint32_t submit_ms)
 {
     memset(r, 0, sizeof *r);
     failures = 0;
+    sem_init(&failed, 0, 0);
     alarm(120);
     r->gpu = fake_gpu_new();
     OK(ts_gpu_batch_new(r->gpu, SESSIONS, submit_ms, on_failure, &r->batch, why, sizeof why));
@@ -354,6 +357,25 @@ static void a_lost_device_fails_every_job_and_is_told_once(void **state)
     assert_string_equal(failure, "cuda:0 (a fake) failed: cudaErrorFake");
 }
 
+/* As when another client of CUDA's multi-process service faults. */
+static void a_device_that_is_lost_while_nothing_runs_is_told_too(void **state)
+{
+    (void)state;
+    rig r;
+    rig_new(&r, 3600000);
+    fake_gpu_break(r.gpu);
+    while (sem_wait(&failed) != 0)
+        ;
+    test_job late;
+    job_init(&late, NULL, 0);
+    ts_gpu_batch_submit(r.batch, &late.job);
+    await_job(&late);
+    assert_int_equal(late.job.status, TS_EDEVICE);
+    rig_free(&r);
+    assert_int_equal(failures, 1);
+    assert_string_equal(failure, "cuda:0 (a fake) failed: cudaErrorFake");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -366,6 +388,7 @@ int main(void)
         cmocka_unit_test(a_run_that_is_submitted_too_late_fails_alone),
         cmocka_unit_test(a_batch_that_ends_lets_go_whoever_waits),
         cmocka_unit_test(a_lost_device_fails_every_job_and_is_told_once),
+        cmocka_unit_test(a_device_that_is_lost_while_nothing_runs_is_told_too),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -302,6 +302,69 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     daemon_stop(&d);
 }
 
+/* A control that answers as MPS' does and writes down what it is asked. */
+static void fake_mps_start(const char *folder, const char *script)
+{
+    char path[300];
+    snprintf(path, sizeof path, "%s/control", folder);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fclose(f);
+    snprintf(path, sizeof path, "%s/nvidia-cuda-mps-control", folder);
+    f = fopen(path, "w");
+    assert_non_null(f);
+    fprintf(f, "#!/bin/sh\nread -r words\necho \"$words\" >>%s/asked\n%s\n", folder, script);
+    fclose(f);
+    assert_int_equal(chmod(path, 0755), 0);
+}
+
+static void a_kick_first_ends_the_processes_work_on_the_gpu_where_mps_runs(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char text[4096], url[256], with_mps[800], folder[] = "/tmp/tinyserve-mps.XXXXXX", asked[300],
+                                              script[400];
+    ts_client *c;
+    assert_non_null(mkdtemp(folder));
+    snprintf(with_mps, sizeof with_mps, "PATH=%s:$PATH CUDA_MPS_PIPE_DIRECTORY=%s " TS_CTL, folder,
+             folder);
+    snprintf(asked, sizeof asked, "%s/asked", folder);
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    snprintf(url, sizeof url, "--socket=%s", d.url);
+
+    /* Two servers; this process is a client of the second. */
+    snprintf(script, sizeof script,
+             "case $words in get_server_list) printf '70\\n71\\n';; 'get_client_list 70') "
+             "echo 1%d;; 'get_client_list 71') printf '5\\n%d\\n';; esac",
+             getpid(), getpid());
+    fake_mps_start(folder, script);
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
+    assert_int_equal(run(text, sizeof text, "%s %s --yes session kick %llx", with_mps, url,
+                         (unsigned long long)ts_session_id(c)),
+                     0);
+    snprintf(script, sizeof script, "tsctl: MPS has ended the GPU work of process %d\n", getpid());
+    assert_string_equal(text, script);
+    assert_int_equal(sessions_of(url), 0);
+    ts_disconnect(c);
+    snprintf(script, sizeof script,
+             "get_server_list\nget_client_list 70\nget_client_list 71\nterminate_client 71 %d\n",
+             getpid());
+    assert_int_equal(run(text, sizeof text, "cat %s", asked), 0);
+    assert_string_equal(text, script);
+
+    /* A control that refuses is told of; the session ends all the same. */
+    fake_mps_start(folder, "echo 'no server is ready'; exit 1");
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
+    assert_int_equal(run(text, sizeof text, "%s %s --yes session kick %llx", with_mps, url,
+                         (unsigned long long)ts_session_id(c)),
+                     0);
+    assert_has(text, "nvidia-cuda-mps-control refused 'get_server_list': no server is ready");
+    assert_int_equal(sessions_of(url), 0);
+    ts_disconnect(c);
+    daemon_stop(&d);
+    assert_int_equal(run(text, sizeof text, "rm -r %s", folder), 0);
+}
+
 static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
 {
     (void)state;
@@ -515,6 +578,7 @@ int main(void)
         cmocka_unit_test(every_command_shows_the_exact_figures_within_80_columns),
         cmocka_unit_test(names_that_could_write_to_a_terminal_are_refused_or_escaped),
         cmocka_unit_test(operators_end_sessions_free_sequences_and_drain),
+        cmocka_unit_test(a_kick_first_ends_the_processes_work_on_the_gpu_where_mps_runs),
         cmocka_unit_test(errors_say_what_to_do_and_have_their_own_exit_status),
         cmocka_unit_test(a_wrong_configuration_is_refused_with_file_line_and_reason),
         cmocka_unit_test(all_problems_of_a_configuration_are_told_at_once_in_order),

@@ -68,8 +68,7 @@ ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
     cudaError_t error = cudaStreamQuery(gpu->memory_stream);
     if (error == cudaSuccess || error == cudaErrorNotReady)
         return TS_OK;
-    snprintf(why, why_bytes, "cuda:%u (%s) failed: %s", gpu->info.ordinal, gpu->info.name,
-             cudaGetErrorName(error));
+    snprintf(why, why_bytes, "%s", cudaGetErrorName(error));
     return TS_EDEVICE;
 }
 

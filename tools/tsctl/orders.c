@@ -1,4 +1,5 @@
 /* What operators order: each asks before it destroys or refuses something. */
+#include "mps.h"
 #include "options.h"
 
 #include <errno.h>
@@ -41,6 +42,42 @@ static int order(ts_client *c, Tspb__Request *request, ts_status *ts)
     return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
 }
 
+/* The session's process, 0 if there is no such session. */
+static ts_status pid_of(ts_client *c, uint64_t session, uint32_t *pid)
+{
+    Tspb__ListSessions body = TSPB__LIST_SESSIONS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    *pid = 0;
+    body.after = session - 1;
+    request.body_case = TSPB__REQUEST__BODY_LIST_SESSIONS;
+    request.list_sessions = &body;
+    ts_status status = tsctl_ask(c, &request, TSPB__REPLY__BODY_SESSION_LIST, &reply);
+    if (status != TS_OK)
+        return status;
+    const Tspb__SessionList *l = reply->session_list;
+    if (l->n_sessions > 0 && l->sessions[0]->session == session)
+        *pid = l->sessions[0]->pid;
+    tspb__reply__free_unpacked(reply, NULL);
+    return TS_OK;
+}
+
+/* Kernels of the session's process may be at work in its blocks, which others get next. */
+static ts_status end_kernels(ts_client *c, uint64_t session)
+{
+    char why[256];
+    uint32_t pid;
+    bool ended;
+    ts_status status = pid_of(c, session, &pid);
+    if (status != TS_OK || pid == 0)
+        return status;
+    if (!mps_end_client(pid, &ended, why, sizeof why))
+        fprintf(stderr, "tsctl: the GPU work of process %u goes on: %s\n", pid, why);
+    else if (ended)
+        fprintf(stderr, "tsctl: MPS has ended the GPU work of process %u\n", pid);
+    return TS_OK;
+}
+
 int do_kick(ts_client *c, const options *o, ts_status *ts)
 {
     Tspb__AdminKick body = TSPB__ADMIN_KICK__INIT;
@@ -50,6 +87,11 @@ int do_kick(ts_client *c, const options *o, ts_status *ts)
     snprintf(question, sizeof question, "End session %s and free its sequences?", o->words[2]);
     if (body.session == 0 || !sure(o, question))
         return EXIT_USAGE;
+    if (mps_runs()) {
+        *ts = end_kernels(c, body.session);
+        if (*ts != TS_OK)
+            return EXIT_REFUSED;
+    }
     request.body_case = TSPB__REQUEST__BODY_ADMIN_KICK;
     request.admin_kick = &body;
     return order(c, &request, ts);
