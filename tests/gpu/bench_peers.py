@@ -124,7 +124,7 @@ def paged(shape):
 
 
 def ours(device):
-    tsbench = common._first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
+    tsbench = common.first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
     out = subprocess.run([tsbench, "attend", "--device", device, "--json"], text=True, check=True,
                          stdout=subprocess.PIPE).stdout
     return {row["shape"]: row for row in json.loads(out)}

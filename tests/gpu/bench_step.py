@@ -23,7 +23,7 @@ SHAPES = {"1 x 8192, 32/8/128 bf16": (1, 8192), "1 x 32768, 32/8/128 bf16": (1, 
 
 
 def bare(device, shape):
-    tsbench = common._first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
+    tsbench = common.first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
     out = subprocess.run([tsbench, "attend", "--device", device, "--json", "--shape", shape, "--append",
                           "--layers", str(LAYERS), "--in-order"],
                          text=True, check=True, stdout=subprocess.PIPE).stdout

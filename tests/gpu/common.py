@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def _first(*paths):
+def first(*paths):
     for path in paths:
         if path.exists():
             return str(path)
@@ -23,11 +23,12 @@ def _first(*paths):
 
 ROOT = HERE.parents[1]
 if "TS_TEST_DAEMON" not in os.environ:
-    os.environ["TS_TEST_DAEMON"] = _first(ROOT / "sbin/tinyserved",
+    os.environ["TS_TEST_DAEMON"] = first(ROOT / "sbin/tinyserved",
                                           ROOT / "build/daemon/tinyserved")
 if "TINYSERVE_LIBRARY" not in os.environ:
-    os.environ["TINYSERVE_LIBRARY"] = _first(ROOT / "lib/libtinyserve.so.0",
+    os.environ["TINYSERVE_LIBRARY"] = first(ROOT / "lib/libtinyserve.so.0",
                                              ROOT / "build/client/libtinyserve.so.0")
+TSCTL = os.environ.get("TS_TEST_TSCTL") or first(ROOT / "bin/tsctl", ROOT / "build/tools/tsctl")
 PACKAGE = next((p for p in (ROOT / "client/python", ROOT / "share/tinyserve/python")
                 if p.exists()), None)
 if PACKAGE is not None:

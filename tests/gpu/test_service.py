@@ -305,12 +305,8 @@ def keep_prefix(client, tokens=100):
     return kv, seq, k, v
 
 
-TSCTL = os.environ.get("TS_TEST_TSCTL") or common._first(common.ROOT / "bin/tsctl",
-                                                         common.ROOT / "build/tools/tsctl")
-
-
 def tsctl(daemon, *words):
-    return subprocess.run([TSCTL, "--socket", daemon.url, *words], check=True, text=True,
+    return subprocess.run([common.TSCTL, "--socket", daemon.url, *words], check=True, text=True,
                           stdout=subprocess.PIPE).stdout
 
 
