@@ -1,17 +1,17 @@
 /* tinyserved: reads its configuration, starts everything, waits for a signal, stops everything. */
 #define _GNU_SOURCE
 #include "clock.h"
-#include "devices.h"
 #include "fd_server.h"
 #include "handle_wire.h"
 #include "http.h"
+#include "nng_server.h"
+#include "pool_memory.h"
+#include "pool_stats_cache.h"
 #include "reload.h"
-#include "ring.h"
-#include "service.h"
+#include "ring_server.h"
+#include "server.h"
 #include "socket_path.h"
-#include "surveys.h"
 #include "tinyserve_version.h"
-#include "transport.h"
 
 #include <argp.h>
 #include <signal.h>

@@ -7,8 +7,8 @@
 #define _GNU_SOURCE
 #include "invariants.h"
 #include "log.h"
-#include "service.h"
-#include "surveys.h"
+#include "pool_stats_cache.h"
+#include "server.h"
 
 #include <fcntl.h>
 #include <pthread.h>

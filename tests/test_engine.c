@@ -1,7 +1,7 @@
 /* The engine's rules one by one: pools, sequences, steps, sessions, tenants, limits. */
 #include "engine_util.h"
 
-#include "survey.h"
+#include "pool_stats.h"
 
 #include <math.h>
 

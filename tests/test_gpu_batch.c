@@ -6,7 +6,7 @@
 #include "test_util.h"
 
 #include "fake_gpu.h"
-#include "gpu_batch.h"
+#include "gpu_executor.h"
 
 #include <semaphore.h>
 #include <unistd.h>

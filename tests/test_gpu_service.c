@@ -1,11 +1,11 @@
 /* The service around a GPU, on a fake one: what waits for runs, and what isn't freed. */
 #include "test_util.h"
 
-#include "devices.h"
 #include "fake_gpu.h"
-#include "gpu_batch.h"
+#include "gpu_executor.h"
 #include "log.h"
-#include "service.h"
+#include "pool_memory.h"
+#include "server.h"
 
 #include <semaphore.h>
 #include <sys/mman.h>

@@ -2,7 +2,7 @@
 #include "test_util.h"
 
 #include "log.h"
-#include "ring.h"
+#include "ring_server.h"
 
 #include <stdio.h>
 

@@ -1,7 +1,7 @@
 /* Attention bit by bit: the same bits as in one go, long jobs make way, dropped ones end. */
 #include "attention_util.h"
 
-#include "batch.h"
+#include "host_executor.h"
 
 #include <semaphore.h>
 

@@ -2,8 +2,8 @@
 #include "test_util.h"
 
 #include "log.h"
-#include "service.h"
-#include "surveys.h"
+#include "pool_stats_cache.h"
+#include "server.h"
 
 #include <stdio.h>
 

@@ -2,8 +2,8 @@
  * engine's queue. */
 #include "test_util.h"
 
-#include "batch.h"
-#include "queue.h"
+#include "host_executor.h"
+#include "work_queue.h"
 
 #include <math.h>
 #include <semaphore.h>

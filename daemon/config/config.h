@@ -1,0 +1,119 @@
+/*
+ * The daemon's configuration: an INI file (read with inih), and the same keys from the command
+ * line. Every value is checked where it is read, and every problem is kept, with its line, key,
+ * value and limit. The keys themselves are config_keys.c's table.
+ */
+#ifndef TS_CONFIG_H
+#define TS_CONFIG_H
+
+#include "engine.h"
+#include "log.h"
+#include "operators.h"
+
+#define TS_SOCKET_DEFAULT "/run/tinyserve/tinyserve.sock"
+#define TS_CONFIG_DEFAULT "/etc/tinyserve/tinyserved.conf"
+
+/* Who provides a pool's memory. */
+typedef enum ts_provider {
+    TS_PROVIDER_AUTO,
+    TS_PROVIDER_HOST,
+    TS_PROVIDER_CUDA_VMM,
+    TS_PROVIDER_CUDA_IPC
+} ts_provider;
+
+#define TS_METRICS_ADDRESS_BYTES 64
+#define TS_METRICS_HOSTS_BYTES 512
+
+#define TS_CONFIG_KEYS_MAX 32u /* of a section */
+
+/* Which of a section's keys were given, and in which lines; 0: on the command line. */
+typedef struct ts_config_given {
+    uint32_t keys; /* bit i: key i of the section's table, whether its value could be read or not */
+    uint32_t lines[TS_CONFIG_KEYS_MAX];
+    uint32_t line; /* of the section itself; 0: it isn't in the file */
+} ts_config_given;
+
+typedef struct ts_config_pool {
+    ts_pool_config pool; /* device: as given; resolved by pool_memory.h */
+    ts_provider provider;
+    uint64_t memory, memory_max, slab, tenant_memory, tenant_pinned; /* bytes; 0: not given */
+    uint64_t blocks;
+    ts_config_given given;
+    bool bad;             /* a value of it couldn't be read */
+    bool on_command_line; /* a --pool has told of it */
+} ts_config_pool;
+
+#define TS_CONFIG_PROBLEMS_MAX 32u
+
+typedef struct ts_config_problem {
+    uint32_t line; /* 0: of the command line, or of no line */
+    char text[240];
+} ts_config_problem;
+
+/* What of tenants is shown over HTTP to everybody who can connect. */
+typedef enum ts_metrics_show { TS_METRICS_TOTALS, TS_METRICS_ALL } ts_metrics_show;
+
+typedef struct ts_config {
+    char socket[100]; /* with TS_HANDLE_SUFFIX it fits into a sockaddr_un */
+    uint32_t socket_mode;
+    uint32_t threads; /* 0: all processors */
+    ts_isa kernel;
+    ts_log_level log_level;
+    uint32_t tenant_connections; /* of one uid */
+    uint32_t idle_ms;            /* that a connection has for each of its first steps */
+    uint32_t submit_ms;          /* that a worker has to submit an ordered run */
+    uint32_t spin_us;            /* that a session's rings are polled after their last use */
+    ts_operators operators;
+    char metrics[TS_METRICS_ADDRESS_BYTES];     /* where HTTP is served; empty: nowhere */
+    char metrics_hosts[TS_METRICS_HOSTS_BYTES]; /* names it may be asked for by, beside addresses */
+    ts_metrics_show metrics_show;
+    uint64_t message_bytes;
+    ts_engine_limits limits;
+    ts_config_given given;
+    ts_config_pool pools[TS_POOLS_MAX];
+    uint32_t num_pools;
+    const char *file; /* whose lines the problems name; the caller's */
+    ts_config_problem problems[TS_CONFIG_PROBLEMS_MAX]; /* by line */
+    uint32_t num_problems, problems_left_out;
+} ts_config;
+
+/* "auto", "host", "cuda-vmm", "cuda-ipc" */
+const char *ts_provider_name(ts_provider provider);
+
+void ts_config_init(ts_config *config);
+
+/* Each of these goes on after a problem. TS_EINVAL: there are problems. */
+
+/* TS_ENOENT: the file can't be read. The path must stay. */
+ts_status ts_config_read(ts_config *config, const char *path);
+
+/* "NAME:key=value,key=value": a pool as on the command line. */
+ts_status ts_config_add_pool(ts_config *config, const char *text);
+
+/* Sets one key of the [daemon] section. */
+ts_status ts_config_set(ts_config *config, const char *key, const char *value);
+
+/* Works out blocks and slabs; checks what only all keys together can show. */
+ts_status ts_config_finish(ts_config *config);
+
+/* One more problem of a line, or of none. */
+void ts_config_complain(ts_config *config, uint32_t line, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* The problem as a sentence, with file and line. Returns `text`. */
+const char *ts_config_problem_text(const ts_config *config, uint32_t problem, char *text,
+                                   size_t bytes);
+
+/* The line in which a pool's key was given; else its section's. */
+uint32_t ts_config_pool_line(const ts_config_pool *pool, const char *key);
+
+/* A pool's memory in bytes: "8G". TS_EINVAL with a sentence. */
+ts_status ts_config_memory(const char *text, uint64_t *bytes, char *why, size_t why_bytes);
+
+/* Calls `differs` with the name of each key whose values differ and that a running daemon can't
+ * change. */
+void ts_config_compare(const ts_config *a, const ts_config *b,
+                       void (*differs)(void *arg, const char *key), void *arg);
+bool ts_config_pools_differ(const ts_config_pool *a, const ts_config_pool *b);
+
+#endif

@@ -1,0 +1,16 @@
+/*
+ * What a configuration that is read again changes while the daemon runs: the log's level, and the
+ * quotas of sessions and tenants. What else differs is named, and stays as it was.
+ *
+ * Thread: main's. The engine must run.
+ */
+#ifndef TS_RELOAD_H
+#define TS_RELOAD_H
+
+#include "config.h"
+#include "server.h"
+
+/* `running` becomes what runs then. */
+void ts_reload(ts_service *service, ts_config *running, const ts_config *next);
+
+#endif

@@ -1,0 +1,370 @@
+#include "block_pool.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define FREE 0x80000000u /* set in refs of a block that was freed; the rest is the next one */
+#define LAST 0x7fffffffu /* ... or this, at the end of the list */
+
+static uint32_t slab_of(const ts_pool_books *p, uint32_t block)
+{
+    return block / p->slab_blocks;
+}
+
+static uint32_t slab_free(const ts_slab *s)
+{
+    return s->blocks - s->used;
+}
+
+static void avail_add(ts_pool_books *p, uint32_t slab)
+{
+    ts_slab *s = &p->slabs[slab];
+    ts_pool_tenant *t = &p->tenants[s->tenant];
+    s->avail_prev = TS_NONE;
+    s->avail_next = t->avail;
+    if (t->avail != TS_NONE)
+        p->slabs[t->avail].avail_prev = slab;
+    t->avail = slab;
+}
+
+static void avail_remove(ts_pool_books *p, uint32_t slab)
+{
+    ts_slab *s = &p->slabs[slab];
+    if (s->avail_prev != TS_NONE)
+        p->slabs[s->avail_prev].avail_next = s->avail_next;
+    else
+        p->tenants[s->tenant].avail = s->avail_next;
+    if (s->avail_next != TS_NONE)
+        p->slabs[s->avail_next].avail_prev = s->avail_prev;
+}
+
+static void empty_add(ts_pool_books *p, uint32_t slab)
+{
+    ts_slab *s = &p->slabs[slab];
+    s->empty_prev = TS_NONE;
+    s->empty_next = p->empty;
+    if (p->empty != TS_NONE)
+        p->slabs[p->empty].empty_prev = slab;
+    p->empty = slab;
+    p->num_empty++;
+}
+
+static void empty_remove(ts_pool_books *p, uint32_t slab)
+{
+    ts_slab *s = &p->slabs[slab];
+    if (s->empty_prev != TS_NONE)
+        p->slabs[s->empty_prev].empty_next = s->empty_next;
+    else
+        p->empty = s->empty_next;
+    if (s->empty_next != TS_NONE)
+        p->slabs[s->empty_next].empty_prev = s->empty_prev;
+    p->num_empty--;
+}
+
+static uint32_t slabs_of(uint32_t blocks, uint32_t slab_blocks)
+{
+    return (uint32_t)(((uint64_t)blocks + slab_blocks - 1) / slab_blocks);
+}
+
+ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_blocks,
+                       uint32_t slab_blocks)
+{
+    assert(num_blocks >= 1 && slab_blocks >= 1 && max_blocks <= TS_POOL_BLOCKS_MAX);
+    assert(num_blocks == max_blocks || (num_blocks < max_blocks && num_blocks % slab_blocks == 0));
+    uint32_t max_slabs = slabs_of(max_blocks, slab_blocks);
+    *p = (ts_pool_books){
+        .num_blocks = num_blocks,
+        .slab_blocks = slab_blocks,
+        .num_slabs = slabs_of(num_blocks, slab_blocks),
+        .max_blocks = max_blocks,
+        .empty = TS_NONE,
+    };
+    p->refs = calloc(max_blocks, sizeof *p->refs);
+    p->pins = calloc(max_blocks, sizeof *p->pins);
+    p->slabs = calloc(max_slabs, sizeof *p->slabs);
+    if (p->refs == NULL || p->pins == NULL || p->slabs == NULL) {
+        ts_pool_fini(p);
+        return TS_ENOMEM;
+    }
+    for (uint32_t i = 0; i < max_slabs; i++) {
+        uint32_t first = i * slab_blocks, rest = max_blocks - first;
+        p->slabs[i] = (ts_slab){.tenant = TS_NONE,
+                                .free_head = TS_NONE,
+                                .blocks = rest < slab_blocks ? rest : slab_blocks};
+    }
+    return TS_OK;
+}
+
+void ts_pool_fini(ts_pool_books *p)
+{
+    free(p->refs);
+    free(p->pins);
+    free(p->slabs);
+    free(p->tenants);
+    *p = (ts_pool_books){0};
+}
+
+uint32_t ts_pool_first_used(const ts_pool_books *p, uint32_t first)
+{
+    for (uint32_t i = first; i < p->num_blocks; i++)
+        if (ts_pool_refs(p, i) > 0)
+            return i;
+    return TS_NONE;
+}
+
+void ts_pool_resize(ts_pool_books *p, uint32_t num_blocks)
+{
+    uint32_t num_slabs = slabs_of(num_blocks, p->slab_blocks);
+    for (uint32_t i = num_slabs; i < p->ungranted; i++) {
+        ts_slab *s = &p->slabs[i];
+        assert(s->used == 0);
+        avail_remove(p, i);
+        empty_remove(p, i);
+        p->tenants[s->tenant].slabs--;
+        p->tenants[s->tenant].free -= s->blocks;
+        s->tenant = TS_NONE;
+        s->touched = 0;
+        s->free_head = TS_NONE;
+        memset(p->refs + (size_t)i * p->slab_blocks, 0, s->blocks * sizeof *p->refs);
+    }
+    if (p->ungranted > num_slabs)
+        p->ungranted = num_slabs;
+    p->num_slabs = num_slabs;
+    p->num_blocks = num_blocks;
+}
+
+ts_status ts_pool_add_tenant(ts_pool_books *p, uint32_t tenant)
+{
+    if (tenant < p->num_tenants)
+        return TS_OK;
+    ts_pool_tenant *grown = realloc(p->tenants, (tenant + 1) * sizeof *grown);
+    if (grown == NULL)
+        return TS_ENOMEM;
+    p->tenants = grown;
+    while (p->num_tenants <= tenant)
+        p->tenants[p->num_tenants++] = (ts_pool_tenant){.avail = TS_NONE};
+    return TS_OK;
+}
+
+/* Blocks in the slabs that were never granted. */
+static uint64_t ungranted_blocks(const ts_pool_books *p)
+{
+    if (p->ungranted == p->num_slabs)
+        return 0;
+    return p->num_blocks - (uint64_t)p->ungranted * p->slab_blocks;
+}
+
+uint32_t ts_pool_slabs_needed(const ts_pool_books *p, uint32_t tenant, uint64_t blocks)
+{
+    uint64_t have = p->tenants[tenant].free;
+    uint32_t slabs = 0;
+    for (uint32_t s = p->ungranted; have < blocks && s < p->num_slabs; s++, slabs++)
+        have += p->slabs[s].blocks;
+    for (uint32_t s = p->empty; have < blocks && s != TS_NONE; s = p->slabs[s].empty_next)
+        if (p->slabs[s].tenant != tenant) {
+            have += p->slabs[s].blocks;
+            slabs++;
+        }
+    return have < blocks ? TS_NONE : slabs;
+}
+
+uint64_t ts_pool_available(const ts_pool_books *p, uint32_t tenant)
+{
+    uint64_t have = p->tenants[tenant].free + ungranted_blocks(p);
+    for (uint32_t s = p->empty; s != TS_NONE; s = p->slabs[s].empty_next)
+        if (p->slabs[s].tenant != tenant)
+            have += p->slabs[s].blocks;
+    return have;
+}
+
+uint32_t ts_pool_next_slab(const ts_pool_books *p, uint32_t tenant)
+{
+    if (p->ungranted < p->num_slabs)
+        return p->ungranted;
+    for (uint32_t s = p->empty; s != TS_NONE; s = p->slabs[s].empty_next)
+        if (p->slabs[s].tenant != tenant)
+            return s;
+    return TS_NONE;
+}
+
+ts_status ts_pool_grant(ts_pool_books *p, uint32_t slab, uint32_t tenant)
+{
+    if (slab >= p->num_slabs || tenant >= p->num_tenants)
+        return TS_ENOENT;
+    ts_slab *s = &p->slabs[slab];
+    if (s->used > 0)
+        return TS_EBUSY;
+    if (s->tenant == TS_NONE) {
+        if (slab != p->ungranted) /* never granted slabs go in order */
+            return TS_EINVAL;
+        p->ungranted++;
+    } else {
+        avail_remove(p, slab);
+        empty_remove(p, slab);
+        p->tenants[s->tenant].slabs--;
+        p->tenants[s->tenant].free -= s->blocks;
+    }
+    memset(p->refs + (size_t)slab * p->slab_blocks, 0, s->blocks * sizeof *p->refs);
+    s->tenant = tenant;
+    s->generation++;
+    s->touched = 0;
+    s->free_head = TS_NONE;
+    p->tenants[tenant].slabs++;
+    p->tenants[tenant].free += s->blocks;
+    avail_add(p, slab);
+    empty_add(p, slab);
+    return TS_OK;
+}
+
+uint32_t ts_pool_take(ts_pool_books *p, uint32_t tenant)
+{
+    ts_pool_tenant *t = &p->tenants[tenant];
+    uint32_t slab = t->avail;
+    assert(slab != TS_NONE);
+    ts_slab *s = &p->slabs[slab];
+    uint32_t block = s->free_head;
+    if (block != TS_NONE) {
+        uint32_t next = p->refs[block] & LAST;
+        s->free_head = next == LAST ? TS_NONE : next;
+    } else {
+        block = slab * p->slab_blocks + s->touched++;
+    }
+    p->refs[block] = 1;
+    if (s->used++ == 0)
+        empty_remove(p, slab);
+    if (slab_free(s) == 0)
+        avail_remove(p, slab);
+    t->free--;
+    t->used++;
+    p->used++;
+    return block;
+}
+
+void ts_pool_ref(ts_pool_books *p, uint32_t block)
+{
+    assert(p->refs[block] > 0 && !(p->refs[block] & FREE));
+    if (++p->refs[block] == 2)
+        p->shared++;
+}
+
+void ts_pool_unref(ts_pool_books *p, uint32_t block)
+{
+    assert(p->refs[block] > 0 && !(p->refs[block] & FREE));
+    uint32_t left = --p->refs[block];
+    if (left == 1)
+        p->shared--;
+    if (left > 0)
+        return;
+    uint32_t slab = slab_of(p, block);
+    ts_slab *s = &p->slabs[slab];
+    p->refs[block] = FREE | (s->free_head == TS_NONE ? LAST : s->free_head);
+    s->free_head = block;
+    if (slab_free(s) == 0)
+        avail_add(p, slab);
+    if (--s->used == 0)
+        empty_add(p, slab);
+    p->tenants[s->tenant].free++;
+    p->tenants[s->tenant].used--;
+    p->used--;
+}
+
+void ts_pool_pin(ts_pool_books *p, uint32_t tenant, uint32_t block)
+{
+    p->tenants[tenant].pinned += p->pins[block]++ == 0;
+}
+
+void ts_pool_unpin(ts_pool_books *p, uint32_t tenant, uint32_t block)
+{
+    assert(p->pins[block] > 0);
+    p->tenants[tenant].pinned -= --p->pins[block] == 0;
+}
+
+uint32_t ts_pool_refs(const ts_pool_books *p, uint32_t block)
+{
+    return p->refs[block] & FREE ? 0 : p->refs[block];
+}
+
+#define WRONG(...)                                                                                 \
+    do {                                                                                           \
+        snprintf(why, why_bytes, __VA_ARGS__);                                                     \
+        return TS_EINTERNAL;                                                                       \
+    } while (0)
+
+static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, size_t why_bytes)
+{
+    const ts_slab *s = &p->slabs[slab];
+    uint32_t first = slab * p->slab_blocks, used = 0, freed = 0, listed = 0;
+    for (uint32_t b = first; b < first + s->blocks; b++) {
+        used += ts_pool_refs(p, b) > 0;
+        freed += (p->refs[b] & FREE) != 0;
+        if (p->refs[b] != 0 && b - first >= s->touched)
+            WRONG("block %u is in use, but slab %u says only %u blocks were touched", b, slab,
+                  s->touched);
+    }
+    if (used != s->used)
+        WRONG("slab %u has %u used blocks, its count says %u", slab, used, s->used);
+    if (used + freed != s->touched)
+        WRONG("slab %u: %u used and %u freed blocks, but %u touched", slab, used, freed,
+              s->touched);
+    for (uint32_t b = s->free_head; b != TS_NONE && listed <= freed; listed++) {
+        if (b < first || b >= first + s->blocks || !(p->refs[b] & FREE))
+            WRONG("block %u is on slab %u's free list but isn't free there", b, slab);
+        b = (p->refs[b] & LAST) == LAST ? TS_NONE : p->refs[b] & LAST;
+    }
+    if (listed != freed)
+        WRONG("slab %u has %u freed blocks, %u on its list", slab, freed, listed);
+    return TS_OK;
+}
+
+ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *why,
+                        size_t why_bytes)
+{
+    uint32_t used = 0, shared = 0, empty = 0;
+    for (uint32_t b = 0; b < p->num_blocks; b++) {
+        uint32_t refs = ts_pool_refs(p, b);
+        if (refs != expected[b])
+            WRONG("block %u has %u references, its count says %u", b, expected[b], refs);
+        used += refs > 0;
+        shared += refs > 1;
+    }
+    if (used != p->used || shared != p->shared)
+        WRONG("%u used and %u shared blocks, the counts say %u and %u", used, shared, p->used,
+              p->shared);
+    for (uint32_t i = 0; i < p->num_slabs; i++) {
+        const ts_slab *s = &p->slabs[i];
+        if ((s->tenant == TS_NONE) != (i >= p->ungranted))
+            WRONG("slab %u: tenant %u, but %u slabs were granted", i, s->tenant, p->ungranted);
+        if (check_slab(p, i, why, why_bytes) != TS_OK)
+            return TS_EINTERNAL;
+        empty += s->tenant != TS_NONE && s->used == 0;
+    }
+    uint32_t listed = 0;
+    for (uint32_t i = p->empty; i != TS_NONE && listed <= empty; i = p->slabs[i].empty_next)
+        listed++;
+    if (empty != p->num_empty || empty != listed)
+        WRONG("%u empty slabs, %u counted, %u listed", empty, p->num_empty, listed);
+    for (uint32_t t = 0; t < p->num_tenants; t++) {
+        const ts_pool_tenant *tenant = &p->tenants[t];
+        uint32_t slabs = 0, tenant_used = 0, tenant_free = 0, avail = 0, on_list = 0;
+        for (uint32_t i = 0; i < p->num_slabs; i++)
+            if (p->slabs[i].tenant == t) {
+                slabs++;
+                tenant_used += p->slabs[i].used;
+                tenant_free += slab_free(&p->slabs[i]);
+                avail += slab_free(&p->slabs[i]) > 0;
+            }
+        for (uint32_t i = tenant->avail; i != TS_NONE && on_list <= avail;
+             i = p->slabs[i].avail_next, on_list++)
+            if (p->slabs[i].tenant != t || slab_free(&p->slabs[i]) == 0)
+                WRONG("slab %u is on tenant %u's list of slabs with free blocks", i, t);
+        if (slabs != tenant->slabs || tenant_used != tenant->used || tenant_free != tenant->free ||
+            avail != on_list)
+            WRONG("tenant %u: %u slabs, %u used, %u free, %u slabs with free blocks; the counts "
+                  "say %u, %u, %u, %u",
+                  t, slabs, tenant_used, tenant_free, avail, tenant->slabs, tenant->used,
+                  tenant->free, on_list);
+    }
+    return TS_OK;
+}

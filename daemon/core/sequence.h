@@ -1,0 +1,125 @@
+/*
+ * Sequences: an ordered block table and a length each, in one table a pool. Forks share blocks by
+ * reference. A sequence that is in an open step has, behind its own num_blocks entries, the blocks
+ * that the step reserved; if its tail was shared, the tail entry is already the step's private copy
+ * (see step.h).
+ *
+ * An id is generation << 32 | index: the id of a freed sequence never comes back. Generations begin
+ * somewhere else in each daemon, so an id from before a restart names nothing.
+ *
+ * Cost: 64 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
+ * 4).
+ *
+ * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
+ */
+#ifndef TS_SEQUENCE_H
+#define TS_SEQUENCE_H
+
+#include "block_pool.h"
+#include "blocks.h"
+#include "kept_names.h"
+
+typedef struct ts_sequence {
+    uint32_t *blocks;    /* block table */
+    const char *name;    /* kept under this name; NULL: it dies with its session */
+    uint32_t num_blocks; /* ceil(length / block_tokens) */
+    uint32_t capacity;   /* of blocks */
+    uint32_t length;     /* tokens */
+    uint32_t generation;
+    uint32_t tenant;     /* TS_NONE: not live */
+    uint32_t owner;      /* session index; TS_NONE if kept */
+    uint32_t step;       /* index of the open step it is in, TS_NONE, MARKED or DYING */
+    uint32_t prev, next; /* of the same owner; next also links the free ones */
+    uint32_t stable;     /* entries that are as they were when the table was told of last */
+    uint64_t told;       /* the step whose begin told of it; 0: none */
+} ts_sequence;
+
+#define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
+#define TS_SEQUENCE_DYING (TS_NONE - 2)  /* its blocks are given back bit by bit */
+
+typedef struct ts_sequences {
+    ts_sequence *all;
+    uint32_t count;    /* entries of `all` that were ever live */
+    uint32_t capacity; /* of `all` */
+    uint32_t max;
+    uint32_t live, kept;
+    uint32_t free_head;
+    uint32_t first_generation; /* ids begin behind it */
+    uint32_t dying;            /* the first of those that are freed bit by bit; TS_NONE: none */
+    uint32_t block_tokens;
+    ts_names names;
+} ts_sequences;
+
+/* first_generation: less than 2^31. */
+void ts_sequences_init(ts_sequences *seqs, uint32_t max, uint32_t block_tokens,
+                       uint32_t first_generation);
+void ts_sequences_fini(ts_sequences *seqs);
+
+/* Makes sure that the next `count` calls of ts_sequence_new succeed. TS_EQUOTA past the maximum. */
+ts_status ts_sequences_reserve(ts_sequences *seqs, uint32_t count);
+
+/* An empty sequence of the tenant's, at the head of the owner's list *owned. Needs room reserved.
+ */
+uint32_t ts_sequence_new(ts_sequences *seqs, ts_pool_books *pool, uint32_t tenant, uint32_t owner,
+                         uint32_t *owned);
+
+/* The live sequence with this id, or NULL. */
+ts_sequence *ts_sequence_find(const ts_sequences *seqs, uint64_t id);
+uint64_t ts_sequence_id(const ts_sequences *seqs, uint32_t index);
+uint32_t ts_sequence_index(const ts_sequences *seqs, const ts_sequence *seq);
+
+/* The entries from `entry` on aren't what they were. */
+static inline void ts_sequence_changed(ts_sequence *seq, uint32_t entry)
+{
+    seq->stable = seq->stable < entry ? seq->stable : entry;
+}
+
+/* The step's begin tells of the first `entries`, reserved blocks included. */
+static inline void ts_sequence_tell(ts_sequence *seq, uint64_t step, uint32_t entries)
+{
+    seq->told = step;
+    seq->stable = entries;
+}
+
+/* Entries that whoever was told of by that step's begin knows still; 0 if another told since. */
+static inline uint32_t ts_sequence_known(const ts_sequence *seq, uint64_t step)
+{
+    return step != 0 && seq->told == step ? seq->stable : 0;
+}
+
+/* Makes room for `blocks` table entries. */
+ts_status ts_sequence_reserve(ts_sequence *seq, uint32_t blocks);
+
+/* The child (empty, with room) gets the parent's first `length` tokens: shared blocks. `tail` is
+ * the parent's own tail block, where an open step replaced it in the table, or TS_NONE. */
+void ts_sequence_share(const ts_sequences *seqs, ts_pool_books *pool, const ts_sequence *parent,
+                       uint32_t length, uint32_t tail, ts_sequence *child);
+
+/* Drops the tokens from `length` on. */
+void ts_sequence_truncate(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
+                          uint32_t length);
+
+/* Frees the sequence: blocks, name and id. *owned is its owner's list, NULL if it is kept. */
+void ts_sequence_free(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned);
+
+/*
+ * The same bit by bit: the id and the name are gone at once, the blocks as ts_sequences_sweep finds
+ * them, which unrefers up to `entries` blocks and returns how many of those it has left over.
+ */
+void ts_sequence_doom(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned);
+uint32_t ts_sequences_sweep(ts_sequences *seqs, ts_pool_books *pool, uint32_t entries);
+
+/* Frees some block tables of a pool that is gone, and returns how many of `count` are left over. */
+uint32_t ts_sequences_free_some(ts_sequences *seqs, uint32_t count);
+
+/* Blocks that keeping the sequence would pin beside those that are pinned already. */
+uint32_t ts_sequence_unpinned(const ts_pool_books *pool, const ts_sequence *seq);
+
+/* Keeps the sequence under a name (its owner loses it), or gives a kept one to an owner. `tail`:
+ * the sequence's own tail block, where an open step replaced it in the table, or TS_NONE. */
+ts_status ts_sequence_keep(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t tail,
+                           const char *name, uint32_t *owned);
+void ts_sequence_own(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
+                     uint32_t *owned);
+
+#endif

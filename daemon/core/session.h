@@ -1,0 +1,33 @@
+/*
+ * Sessions: one connected client process each, with what must be reclaimed when it goes. A session
+ * that closes while a kernel still works on one of its steps is *closing* until the kernel is done.
+ *
+ * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
+ */
+#ifndef TS_SESSION_H
+#define TS_SESSION_H
+
+#include "block_pool.h"
+
+#define TS_PROGRAM_BYTES 64
+
+typedef struct ts_session {
+    uint32_t generation;
+    bool live, closing;
+    uint32_t tenant; /* index */
+    uint32_t pid;
+    char program[TS_PROGRAM_BYTES];
+    uint64_t exchange_bytes;
+    uint32_t sequences; /* owned */
+    uint64_t blocks;    /* entries in their block tables, and what its open steps reserved */
+    uint32_t steps;     /* open */
+    uint32_t step_list;
+    uint64_t opened_pools;   /* bit i: pool i */
+    uint64_t writable_pools; /* bit i: opened to be written */
+    uint32_t *owned;         /* per pool: head of its sequences */
+    uint32_t next_free;
+    bool in_closing; /* it is in the engine's list, linked by next_closing */
+    uint32_t next_closing;
+} ts_session;
+
+#endif

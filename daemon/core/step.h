@@ -1,0 +1,60 @@
+/*
+ * Steps: transactions that add tokens to a batch of sequences.
+ *
+ * Beginning one takes every block that the new tokens need, or none: entries behind each sequence's
+ * table, and a private copy for each tail block that is shared (the table entry becomes the copy;
+ * the step remembers the original). Committing turns them into part of the sequence and gives the
+ * excess back; aborting restores every sequence as it was. While a step is open its sequences can't
+ * be changed otherwise, so the plan that kernels read stays valid.
+ *
+ * Locking: none; the engine's owner (work_queue.h) owns the steps. The kernels read plan and tables
+ * while the step has runs in flight, during which nothing here changes them.
+ */
+#ifndef TS_STEP_H
+#define TS_STEP_H
+
+#include "gpu.h"
+#include "sequence.h"
+
+typedef struct ts_step_seq {
+    uint32_t seq;          /* index */
+    uint32_t start;        /* tokens before the step */
+    uint32_t new_tokens;   /* 0: it is left as it is */
+    uint32_t reserved;     /* blocks taken behind the table */
+    uint32_t original;     /* the shared tail that was replaced by a copy, or TS_NONE */
+    const uint32_t *table; /* the sequence's, reserved blocks included */
+} ts_step_seq;
+
+typedef struct ts_step {
+    uint64_t id;
+    uint32_t session, pool; /* indices */
+    uint32_t prev, next;    /* of the same session; next also links free entries */
+    uint32_t in_flight;     /* runs and copies that are with the kernels */
+    bool live, append;
+    uint32_t heads;
+    ts_dtype io_dtype;
+    float scale;
+    ts_kernel kernel;
+    uint32_t tokens; /* new tokens of all sequences */
+    uint32_t layers_run;
+    ts_status failed; /* TS_OK, or what came of a run: such a step keeps no tokens */
+    uint32_t failed_layer;
+    uint64_t layer_bits[TS_LAYERS_MAX / 64];
+    uint32_t num_seqs;
+    ts_step_seq *seqs;
+} ts_step;
+
+/* Blocks that adding new_tokens to the sequence takes, a copy of a shared tail included. */
+uint32_t ts_step_blocks(const ts_sequences *seqs, const ts_pool_books *pool, const ts_sequence *seq,
+                        uint32_t new_tokens);
+
+/* Takes the blocks of one sequence, which must have room in its table. The tenant must have them.
+ */
+void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step);
+
+/* Keeps the first `accepted` of the new tokens and gives the other blocks back; 0 restores the
+ * sequence as it was. */
+void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *part,
+                    uint32_t accepted);
+
+#endif

@@ -1,0 +1,44 @@
+/*
+ * The way to a GPU: what host_executor.h is to the processor's kernels. Jobs wait here, and one
+ * thread turns them into launches: copies and attends that may start at once, attends of like shape
+ * joined into one launch; and ordered attends whose worker has not submitted yet, each as a launch
+ * of its own that waits on the GPU. Such waiting launches are few for each session and at most half
+ * of all, so that a worker that never submits holds up nobody else; the rest wait here.
+ *
+ * Nothing here waits for the device. A job's `done` is called when the device has done it, on the
+ * launch's own thread.
+ *
+ * Thread: the engine's owner submits.
+ */
+#ifndef TS_GPU_EXECUTOR_H
+#define TS_GPU_EXECUTOR_H
+
+#include "gpu.h"
+#include "host_executor.h"
+
+typedef struct ts_gpu_batch ts_gpu_batch;
+
+/*
+ * A worker has submit_ms to submit a run that it has asked for; after that the run fails with
+ * TS_ETIMEOUT. (While a launch waits for a worker nothing can be given back on the device: gpu.h.)
+ * `failed` is told once when the device is lost, on any thread; every job fails from then on.
+ * sessions: how many words for ordered runs there are. A sentence in `why` if that can't be.
+ */
+ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
+                           void (*failed)(const char *why), ts_gpu_batch **out, char *why,
+                           size_t why_bytes);
+
+/* Lets every waiting launch go on, finishes what was submitted, then ends. */
+void ts_gpu_batch_free(ts_gpu_batch *batch);
+
+/* The job is the batch's until it calls done. */
+void ts_gpu_batch_submit(ts_gpu_batch *batch, ts_job *job);
+
+/* The word in which a session's completed runs are counted, here and on the device. */
+void ts_gpu_batch_word(ts_gpu_batch *batch, uint32_t session, uint32_t **word,
+                       uint32_t **word_there);
+
+/* Attends done so far, and the kernel calls that took. Any thread. */
+void ts_gpu_batch_counts(const ts_gpu_batch *batch, uint64_t *runs, uint64_t *launches);
+
+#endif

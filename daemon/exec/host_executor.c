@@ -1,0 +1,353 @@
+#define _GNU_SOURCE
+#include "host_executor.h"
+
+#include "clock.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TURN_NS 2000000ull    /* that a long job has while others wait */
+#define COPY_BYTES (4u << 20) /* that are copied between two looks at who waits */
+#define STAMPS 4096u          /* of tenants and of sessions; some may share one */
+
+struct ts_batch {
+    ts_attention *attention;
+    double long_work; /* multiplications beyond which an attend is long */
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t filled;
+    ts_job *head, **tail;    /* under the lock, in order of arrival */
+    bool stop;               /* under the lock */
+    pthread_mutex_t running; /* held by the thread that uses what follows, and the attention */
+    ts_attention_seq *seqs;  /* of a launch that joins jobs */
+    size_t capacity;
+    uint64_t turn;                                        /* counts */
+    uint64_t tenant_turns[STAMPS], session_turns[STAMPS]; /* the last one of each */
+    /* of the long job that is being done; atomic: kernels' threads look */
+    atomic_uint session;
+    atomic_bool others; /* of other sessions wait */
+    atomic_uint_fast64_t turn_ends_ns;
+    atomic_uint_fast64_t runs, launches, pauses;
+};
+
+static bool alike(const ts_job *a, const ts_job *b)
+{
+    return b->num_copies == 0 && a->base == b->base && a->heads == b->heads &&
+           a->io_dtype == b->io_dtype && ts_attention_same_variant(&a->variant, &b->variant);
+}
+
+static ts_attention_call call_of(const ts_job *job)
+{
+    return (ts_attention_call){
+        .geometry = job->geometry,
+        .base = job->base,
+        .heads = job->heads,
+        .io_dtype = job->io_dtype,
+        .variant = job->variant,
+        .seqs = job->seqs,
+        .num_seqs = job->num_seqs,
+    };
+}
+
+double ts_job_work(const ts_job *job)
+{
+    ts_attention_call call = call_of(job);
+    return ts_attention_work(&call);
+}
+
+static bool is_dropped(const ts_job *job)
+{
+    return __atomic_load_n(&job->dropped, __ATOMIC_RELAXED);
+}
+
+static void tell(ts_job *job, ts_status status)
+{
+    job->status = status;
+    if (status != TS_OK)
+        snprintf(job->why, sizeof job->why, "%s",
+                 status != TS_ECONN ? "no scratch memory for attention"
+                 : is_dropped(job)  ? "the run was dropped: its step is aborted, or its worker gone"
+                                    : "the daemon is stopping");
+    job->done(job);
+}
+
+/* Runs jobs that are alike (linked by `next`) as one call, and tells them. */
+static void launch(ts_batch *b, ts_job *like)
+{
+    ts_attention_call call = call_of(like);
+    size_t total = 0;
+    uint64_t jobs = 0;
+    ts_status status = TS_OK;
+    for (const ts_job *job = like; job != NULL; job = job->next) {
+        total += job->num_seqs;
+        jobs++;
+    }
+    if (jobs > 1) {
+        if (total > b->capacity) {
+            free(b->seqs);
+            b->seqs = malloc(total * sizeof *b->seqs);
+            b->capacity = b->seqs == NULL ? 0 : total;
+        }
+        if (b->seqs == NULL)
+            status = TS_ENOMEM;
+        size_t at = 0;
+        for (const ts_job *job = like; job != NULL && status == TS_OK; job = job->next) {
+            memcpy(b->seqs + at, job->seqs, job->num_seqs * sizeof *b->seqs);
+            at += job->num_seqs;
+        }
+        call.seqs = b->seqs;
+        call.num_seqs = (uint32_t)total;
+    }
+    if (status == TS_OK)
+        status = ts_attention_run(b->attention, &call);
+    atomic_fetch_add_explicit(&b->runs, jobs, memory_order_relaxed);
+    atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
+    for (ts_job *job = like, *next; job != NULL; job = next) {
+        next = job->next;
+        tell(job, status == TS_OK && is_dropped(job) ? TS_ECONN : status);
+    }
+}
+
+bool ts_batch_try_run(ts_batch *b, ts_job *jobs)
+{
+    if (pthread_mutex_trylock(&b->running) != 0)
+        return false;
+    while (jobs != NULL) {
+        ts_job *like = jobs, **like_tail = &like->next, *rest = NULL, **rest_tail = &rest;
+        for (ts_job *job = like->next, *next; job != NULL; job = next) {
+            next = job->next;
+            ts_job ***tail = alike(like, job) ? &like_tail : &rest_tail;
+            **tail = job;
+            *tail = &job->next;
+        }
+        *like_tail = *rest_tail = NULL;
+        launch(b, like);
+        jobs = rest;
+    }
+    pthread_mutex_unlock(&b->running);
+    return true;
+}
+
+/* ---- long jobs ---- */
+
+/* Whether the long job that is being done makes way. Kernels' threads ask. */
+static bool makes_way(void *arg)
+{
+    ts_batch *b = arg;
+    return atomic_load_explicit(&b->others, memory_order_relaxed) &&
+           ts_now_ns() >= atomic_load_explicit(&b->turn_ends_ns, memory_order_relaxed);
+}
+
+/* Goes on with an attend. False: it made way. */
+static bool attend_on(ts_batch *b, ts_job *job, ts_status *status)
+{
+    ts_attention_call call = call_of(job);
+    bool done = true;
+    if (job->task == NULL) {
+        atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
+        job->task = ts_attention_task_new(b->attention, &call);
+    }
+    *status = job->task == NULL ? TS_ENOMEM : ts_attention_task_run(job->task, makes_way, b, &done);
+    if (*status == TS_OK && is_dropped(job))
+        *status = TS_ECONN;
+    if (*status == TS_OK && !done)
+        return false;
+    ts_attention_task_free(job->task);
+    job->task = NULL;
+    atomic_fetch_add_explicit(&b->runs, 1, memory_order_relaxed);
+    return true;
+}
+
+/* Goes on with copies. Each is needed before its step's first run, which comes later. */
+static bool copy_on(ts_batch *b, ts_job *job, ts_status *status)
+{
+    size_t bytes = ts_geometry_block_bytes(&job->geometry);
+    uint32_t most = bytes >= COPY_BYTES ? 1 : (uint32_t)(COPY_BYTES / bytes);
+    while (job->copied < job->num_copies && !is_dropped(job)) {
+        uint32_t left = job->num_copies - job->copied, count = left < most ? left : most;
+        ts_attention_copy_blocks(b->attention, job->base, bytes, job->copies + job->copied, count);
+        job->copied += count;
+        if (job->copied < job->num_copies && makes_way(b))
+            return false;
+    }
+    *status = is_dropped(job) ? TS_ECONN : TS_OK;
+    return true;
+}
+
+/* ---- turns ---- */
+
+/* Takes the job at *at out of those that wait. */
+static ts_job *take(ts_batch *b, ts_job **at)
+{
+    ts_job *job = *at;
+    *at = job->next;
+    if (job->next == NULL)
+        b->tail = at;
+    job->next = NULL;
+    return job;
+}
+
+/* Whether it is a's turn before b's, which came earlier. */
+static bool comes_before(const ts_batch *b, const ts_job *x, const ts_job *y)
+{
+    uint64_t x_tenant = b->tenant_turns[x->tenant % STAMPS];
+    uint64_t y_tenant = b->tenant_turns[y->tenant % STAMPS];
+    if (x_tenant != y_tenant)
+        return x_tenant < y_tenant;
+    return b->session_turns[x->session % STAMPS] < b->session_turns[y->session % STAMPS];
+}
+
+/* The place of the job whose turn it is; one that was dropped comes first. */
+static ts_job **next_at(ts_batch *b)
+{
+    ts_job **best = &b->head;
+    for (ts_job **at = &b->head; *at != NULL; at = &(*at)->next) {
+        if (is_dropped(*at))
+            return at;
+        if (comes_before(b, *at, *best))
+            best = at;
+    }
+    return best;
+}
+
+/* Takes those that wait and can be done in one call with `first`, as far as that isn't long. */
+static void take_alike(ts_batch *b, ts_job *first)
+{
+    ts_job **like_tail = &first->next;
+    double work = ts_job_work(first);
+    for (ts_job **at = &b->head; *at != NULL;) {
+        double more = alike(first, *at) ? ts_job_work(*at) : b->long_work;
+        if (work + more > b->long_work || (*at)->task != NULL) {
+            at = &(*at)->next;
+            continue;
+        }
+        ts_job *job = take(b, at);
+        work += more;
+        *like_tail = job;
+        like_tail = &job->next;
+        b->tenant_turns[job->tenant % STAMPS] = b->turn;
+        b->session_turns[job->session % STAMPS] = b->turn;
+    }
+}
+
+static bool others_wait(const ts_batch *b, uint32_t session)
+{
+    const ts_job *job = b->head;
+    while (job != NULL && job->session == session)
+        job = job->next;
+    return job != NULL;
+}
+
+/* Has one turn: the next job, or those alike. With both locks, which it gives back in between. */
+static void have_turn(ts_batch *b)
+{
+    ts_job *job = take(b, next_at(b));
+    bool dropped = is_dropped(job);
+    bool is_long =
+        !dropped && (job->num_copies > 0 || job->task != NULL || ts_job_work(job) > b->long_work);
+    b->turn++;
+    b->tenant_turns[job->tenant % STAMPS] = b->turn;
+    b->session_turns[job->session % STAMPS] = b->turn;
+    if (!dropped && !is_long)
+        take_alike(b, job);
+    atomic_store(&b->session, job->session);
+    atomic_store(&b->others, others_wait(b, job->session));
+    atomic_store(&b->turn_ends_ns, ts_now_ns() + TURN_NS);
+    pthread_mutex_unlock(&b->lock);
+    ts_status status = TS_ECONN;
+    if (!dropped && !is_long) {
+        launch(b, job);
+    } else if (!dropped && !(job->num_copies > 0 ? copy_on : attend_on)(b, job, &status)) {
+        atomic_fetch_add_explicit(&b->pauses, 1, memory_order_relaxed);
+        pthread_mutex_lock(&b->lock); /* it goes on when it has its turn again */
+        job->next = b->head;
+        if (b->head == NULL)
+            b->tail = &job->next;
+        b->head = job;
+        return;
+    } else {
+        ts_attention_task_free(job->task);
+        job->task = NULL;
+        tell(job, status);
+    }
+    pthread_mutex_lock(&b->lock);
+}
+
+static void *batch_main(void *arg)
+{
+    ts_batch *b = arg;
+    pthread_mutex_lock(&b->lock);
+    for (;;) {
+        while (b->head == NULL && !b->stop)
+            pthread_cond_wait(&b->filled, &b->lock);
+        if (b->head == NULL)
+            break;
+        /* In this order: whoever holds `running` may call `done`, and that may submit. */
+        pthread_mutex_unlock(&b->lock);
+        pthread_mutex_lock(&b->running);
+        pthread_mutex_lock(&b->lock);
+        have_turn(b);
+        pthread_mutex_unlock(&b->running);
+    }
+    pthread_mutex_unlock(&b->lock);
+    return NULL;
+}
+
+ts_batch *ts_batch_new(ts_attention *attention)
+{
+    ts_batch *b = calloc(1, sizeof *b);
+    if (b == NULL)
+        return NULL;
+    b->attention = attention;
+    b->long_work = (double)TS_ITEM_WORK * ts_attention_threads(attention);
+    b->tail = &b->head;
+    pthread_mutex_init(&b->lock, NULL);
+    pthread_mutex_init(&b->running, NULL);
+    pthread_cond_init(&b->filled, NULL);
+    if (pthread_create(&b->thread, NULL, batch_main, b) != 0) {
+        free(b);
+        return NULL;
+    }
+    return b;
+}
+
+void ts_batch_free(ts_batch *b)
+{
+    if (b == NULL)
+        return;
+    pthread_mutex_lock(&b->lock);
+    b->stop = true;
+    pthread_cond_signal(&b->filled);
+    pthread_mutex_unlock(&b->lock);
+    pthread_join(b->thread, NULL);
+    pthread_cond_destroy(&b->filled);
+    pthread_mutex_destroy(&b->lock);
+    pthread_mutex_destroy(&b->running);
+    free(b->seqs);
+    free(b);
+}
+
+void ts_batch_submit(ts_batch *b, ts_job *job)
+{
+    job->next = NULL;
+    pthread_mutex_lock(&b->lock);
+    *b->tail = job;
+    b->tail = &job->next;
+    if (job->session != atomic_load_explicit(&b->session, memory_order_relaxed))
+        atomic_store_explicit(&b->others, true, memory_order_relaxed);
+    pthread_cond_signal(&b->filled);
+    pthread_mutex_unlock(&b->lock);
+}
+
+void ts_batch_counts(const ts_batch *b, uint64_t *runs, uint64_t *launches)
+{
+    *runs = atomic_load_explicit(&b->runs, memory_order_relaxed);
+    *launches = atomic_load_explicit(&b->launches, memory_order_relaxed);
+}
+
+uint64_t ts_batch_pauses(const ts_batch *b)
+{
+    return atomic_load_explicit(&b->pauses, memory_order_relaxed);
+}

@@ -1,0 +1,89 @@
+/*
+ * The way to the processor's kernels: jobs (block copies, and attends of one step at one layer)
+ * that are ready wait here, and one thread has them done.
+ *
+ * - Attends of like shape, whoever sent them, become one kernel call, as long as that is no long
+ * one.
+ * - A job that takes long is done bit by bit: after some milliseconds it makes way for others.
+ * - Tenants have their turn one after another, and a tenant's sessions.
+ * - A job that is dropped (nobody wants its results any more) ends at the next of its items.
+ *
+ * Thread: the engine's owner submits and drops; `done` is called on the batch's own.
+ */
+#ifndef TS_HOST_EXECUTOR_H
+#define TS_HOST_EXECUTOR_H
+
+#include "attention.h"
+#include "gpu.h"
+#include "session_memory.h"
+
+#include <stdatomic.h>
+
+/* A step's plan on a GPU. */
+typedef struct ts_job_plan {
+    ts_gpu_plan *plan; /* until it is made: NULL, or an earlier step's that nothing uses any more */
+    bool made;
+} ts_job_plan;
+
+typedef struct ts_job {
+    struct ts_job *next;
+    uint32_t tenant, session; /* indices: whose turn it is */
+    bool dropped;             /* atomic; the job's sequences look at it, too */
+    ts_attention_task *task;  /* the batch's: of an attend that has begun and takes long */
+    uint32_t copied;          /* the batch's: copies made */
+    ts_geometry geometry;
+    unsigned char *base;
+    /* copies: num_copies > 0 */
+    ts_block_copy *copies;
+    uint32_t num_copies;
+    /* or one attend */
+    ts_attention_seq *seqs;
+    uint32_t num_seqs, heads;
+    ts_dtype io_dtype;
+    ts_attention_variant variant;
+    ts_kernel kernel;  /* on a GPU */
+    ts_job_plan *plan; /* on a GPU: the step's, which the first of its runs makes */
+    /* on a GPU: the attend starts when run number `order` was submitted and the one before it is
+     * done; NULL: at once */
+    ts_signals_page *signals;
+    uint32_t order;
+    uint64_t deadline_ms;       /* CLOCK_MONOTONIC: until then the worker must have submitted */
+    bool late;                  /* it has not */
+    ts_status status;           /* what came of it */
+    char why[TS_GPU_WHY_BYTES]; /* ... unless TS_OK */
+    void (*done)(struct ts_job *job);
+} ts_job;
+
+typedef struct ts_batch ts_batch;
+
+/* The batch uses `attention` from now on; the caller frees it after the batch. NULL if out of
+ * memory or threads. */
+ts_batch *ts_batch_new(ts_attention *attention);
+
+/* Finishes what was submitted, then ends. */
+void ts_batch_free(ts_batch *batch);
+
+/* The job is the batch's until it calls done. */
+void ts_batch_submit(ts_batch *batch, ts_job *job);
+
+/* The results of a job that was submitted to the batch aren't wanted any more: `done` is called
+ * soon, with TS_ECONN unless it was done already. Any thread. */
+static inline void ts_job_drop(ts_job *job)
+{
+    __atomic_store_n(&job->dropped, true, __ATOMIC_RELAXED);
+}
+
+/* Multiplications that an attend takes, about. */
+double ts_job_work(const ts_job *job);
+
+/* Runs the jobs (linked by `next`, attends alone) here and now, alike ones together; their `done`
+ * is called. False, and they are still the caller's: others' are being run. */
+bool ts_batch_try_run(ts_batch *batch, ts_job *jobs);
+
+/* Attends done so far, and the kernel calls that took. Any thread. */
+void ts_batch_counts(const ts_batch *batch, uint64_t *runs, uint64_t *launches);
+
+/* How often a long job has made way for others. Any thread. */
+uint64_t ts_batch_pauses(const ts_batch *batch);
+
+#endif

@@ -1,0 +1,385 @@
+#include "pool_memory.h"
+
+#include "log.h"
+#include "plain_text.h"
+#include "refusals.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+void ts_devices_describe(const ts_pool_config *p, char *text, size_t bytes)
+{
+    const ts_geometry *g = &p->geometry;
+    const uint64_t block_bytes = ts_geometry_block_bytes(g);
+    char block[32], all[32], slab[32], grown[64] = "";
+    if (p->max_blocks > p->num_blocks)
+        snprintf(grown, sizeof grown, ", and %llu when it has grown",
+                 (unsigned long long)p->max_blocks * g->block_tokens);
+    snprintf(text, bytes,
+             "pool '%s' on %s: %s, %u layers, %u KV heads of %u, %u tokens a block, %u blocks of "
+             "%s (%s) in slabs of %s: up to %llu tokens%s",
+             p->name, p->device, ts_dtype_name(g->dtype), g->layers, g->kv_heads, g->head_dim,
+             g->block_tokens, p->num_blocks, ts_text_bytes(block_bytes, block, sizeof block),
+             ts_text_bytes(block_bytes * p->num_blocks, all, sizeof all),
+             ts_text_bytes(block_bytes * p->slab_blocks, slab, sizeof slab),
+             (unsigned long long)p->num_blocks * g->block_tokens, grown);
+}
+
+static uint64_t machine_bytes(void)
+{
+    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* Whether the machine has room for `bytes` more than its other pools take. Their pages come when
+ * they are first written: too many would end a process then. */
+static ts_status check_host_fit(uint64_t others, uint64_t bytes, char *why, size_t why_bytes)
+{
+    char asked[32], has[32], taken[32];
+    uint64_t all = machine_bytes();
+    if (bytes <= all && others <= all - bytes)
+        return TS_OK;
+    snprintf(why, why_bytes,
+             "%s are asked for in host memory; this machine has %s, of which other pools take %s",
+             ts_text_bytes(bytes, asked, sizeof asked), ts_text_bytes(all, has, sizeof has),
+             ts_text_bytes(others, taken, sizeof taken));
+    return TS_ENOMEM;
+}
+
+/* Bytes of host memory that the service's pools may take. */
+static uint64_t host_bytes(const ts_service *s)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < s->engine->num_pools; i++)
+        if (ts_engine_has_pool(s->engine, i) && s->gpu_of[i] == NULL)
+            bytes += ts_geometry_block_bytes(&s->engine->pools[i].config.geometry) *
+                     s->engine->pools[i].books.num_blocks;
+    return bytes;
+}
+
+/* The GPU, opened at its first mention; NULL with a sentence. */
+static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, char *why, size_t why_bytes)
+{
+    for (uint32_t i = 0; i < s->num_gpus; i++)
+        if (ts_gpu_get_info(s->gpus[i].gpu)->ordinal == ordinal)
+            return &s->gpus[i];
+    if (s->num_gpus == TS_GPUS_MAX) {
+        snprintf(why, why_bytes, "cuda:%u would be GPU number %u; the limit is %u", ordinal,
+                 s->num_gpus + 1, TS_GPUS_MAX);
+        return NULL;
+    }
+    ts_service_gpu *g = &s->gpus[s->num_gpus];
+    if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
+        return NULL;
+    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, s->submit_ms, s->device_failed,
+                         &g->batch, why, why_bytes) != TS_OK) {
+        ts_gpu_close(g->gpu);
+        return NULL;
+    }
+    s->num_gpus++;
+    return g;
+}
+
+/*
+ * Decides the device: *host, or the GPU with this ordinal. TS_EDEVICE with a sentence. `note` says
+ * why there is no GPU where one would have been taken.
+ */
+static ts_status decide(const ts_config_pool *wanted, bool *host, uint32_t *ordinal, char *note,
+                        size_t note_bytes, char *why, size_t why_bytes)
+{
+    const ts_pool_config *p = &wanted->pool;
+    char reason[128] = "";
+    bool any = strcmp(p->device, "auto") == 0;
+    *ordinal = 0;
+    note[0] = '\0';
+    *host = strcmp(p->device, "host") == 0 || (any && wanted->provider == TS_PROVIDER_HOST);
+    uint32_t count = *host ? 0 : ts_gpu_count(reason, sizeof reason);
+    if (any && !*host && count == 0) {
+        if (wanted->provider != TS_PROVIDER_AUTO) {
+            snprintf(why, why_bytes, "provider = %s needs a GPU: %s",
+                     ts_provider_name(wanted->provider), reason);
+            return TS_EDEVICE;
+        }
+        snprintf(note, note_bytes, "%s", reason);
+        *host = true;
+    }
+    if (*host && p->kernel != TS_KERNEL_AUTO) {
+        snprintf(why, why_bytes, "kernel = %s runs on a GPU, and there is none",
+                 ts_kernel_name(p->kernel));
+        return TS_EDEVICE;
+    }
+    if (!any && !*host)
+        (void)sscanf(p->device, "cuda:%u", ordinal); /* its form was seen to */
+    if (*host || *ordinal < count)
+        return TS_OK;
+    snprintf(why, why_bytes, "device = %s: this machine has %u GPU%s%s%s", p->device, count,
+             count == 1 ? "" : "s", count == 0 ? ": " : ", counted from 0", reason);
+    return TS_EDEVICE;
+}
+
+/* Decides the device, and opens it; *gpu is NULL for host memory. */
+static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
+                               const ts_service_gpu **gpu, char *why, size_t why_bytes)
+{
+    bool any = strcmp(p->device, "auto") == 0, host;
+    uint32_t ordinal;
+    char note[128];
+    *gpu = NULL;
+    ts_status status = decide(wanted, &host, &ordinal, note, sizeof note, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    if (host) {
+        if (note[0] != '\0')
+            ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+                      "pool '%s': device = auto: host memory, there is no GPU (%s)", p->name, note);
+        snprintf(p->device, sizeof p->device, "host");
+        return TS_OK;
+    }
+    *gpu = open_gpu(s, ordinal, why, why_bytes);
+    if (*gpu == NULL)
+        return TS_EDEVICE;
+    if (any)
+        ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+                  "pool '%s': device = auto: cuda:0, the first GPU", p->name);
+    snprintf(p->device, sizeof p->device, "cuda:%u", ordinal);
+    return TS_OK;
+}
+
+/* Bytes of a GPU that its pools will take as they need them. */
+static uint64_t planned_bytes(const ts_service *s, const ts_service_gpu *g)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < s->engine->num_pools; i++)
+        if (s->gpu_of[i] == g && s->memory[i]->ipc_handle == NULL) {
+            const ts_pool_books *books = &s->engine->pools[i].books;
+            bytes += (uint64_t)(books->num_slabs - books->ungranted) * s->memory[i]->slab_bytes;
+        }
+    return bytes;
+}
+
+/* Whether a GPU has room for `bytes` more than its pools have or will take. */
+static ts_status check_fit(const ts_service *s, const ts_service_gpu *g, const char *device,
+                           uint64_t bytes, char *why, size_t why_bytes)
+{
+    uint64_t available, planned = planned_bytes(s, g);
+    ts_status status = ts_gpu_free_bytes(g->gpu, &available, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    if (bytes <= available - (planned < available ? planned : available))
+        return TS_OK;
+    char asked[32], unused[32], all[32], taken[32];
+    snprintf(why, why_bytes,
+             "%s are asked for on %s (%s); it has %s free of %s, and other pools take %s of that",
+             ts_text_bytes(bytes, asked, sizeof asked), device, ts_gpu_get_info(g->gpu)->name,
+             ts_text_bytes(available, unused, sizeof unused),
+             ts_text_bytes(ts_gpu_get_info(g->gpu)->total_bytes, all, sizeof all),
+             ts_text_bytes(planned, taken, sizeof taken));
+    return TS_ENOMEM;
+}
+
+static ts_status new_gpu_memory(const ts_service *s, const ts_config_pool *wanted,
+                                ts_pool_config *p, const ts_service_gpu *g, ts_memory **out,
+                                char *why, size_t why_bytes)
+{
+    ts_gpu *gpu = g->gpu;
+    const ts_gpu_info *info = ts_gpu_get_info(gpu);
+    size_t block_bytes = ts_geometry_block_bytes(&p->geometry);
+    bool any = wanted->provider == TS_PROVIDER_AUTO;
+    ts_status status =
+        check_fit(s, g, p->device, (uint64_t)block_bytes * p->num_blocks, why, why_bytes);
+    if (status == TS_OK)
+        status = ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    p->on_gpu = true;
+    p->warp_groups = info->warp_groups;
+    snprintf(p->device_name, sizeof p->device_name, "%.95s", info->name);
+    memcpy(p->device_uuid, info->uuid, sizeof p->device_uuid);
+    if (wanted->provider == TS_PROVIDER_CUDA_VMM || (any && info->vmm)) {
+        uint32_t slabs = (p->max_blocks - 1) / p->slab_blocks + 1;
+        snprintf(p->memory, sizeof p->memory, "cuda-vmm");
+        ts_log_on(
+            TS_LOG_INFO, &(ts_log_about){.pool = p->name},
+            "pool '%s': cuda-vmm%s: slabs of its own for each tenant, handed out as descriptors",
+            p->name, any ? " (auto: the device has it)" : "");
+        return ts_memory_cuda_vmm_new(gpu, slabs, block_bytes * p->slab_blocks, out, why,
+                                      why_bytes);
+    }
+    if (p->max_blocks > p->num_blocks) {
+        snprintf(why, why_bytes, "cuda-ipc memory is one piece, which can't grow: no memory_max");
+        return TS_EINVAL;
+    }
+    snprintf(p->memory, sizeof p->memory, "cuda-ipc");
+    ts_log_on(
+        TS_LOG_WARNING, &(ts_log_about){.pool = p->name},
+        "pool '%s': cuda-ipc%s: one slab, so one tenant (the first to store a token) until the "
+        "daemon restarts, and whoever maps it can write it",
+        p->name, any ? " (auto: the device can't export VMM memory)" : "");
+    p->slab_blocks = p->num_blocks;
+    return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, why, why_bytes);
+}
+
+ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why, size_t why_bytes)
+{
+    ts_pool_config p = wanted->pool;
+    const ts_service_gpu *gpu;
+    ts_memory *memory = NULL;
+    uint32_t index;
+    ts_status status = ts_engine_pool_place(s->engine, &p, &index, why, why_bytes);
+    if (status == TS_OK) /* before anything is taken for it */
+        status = choose_device(s, wanted, &p, &gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    if (gpu != NULL)
+        status = new_gpu_memory(s, wanted, &p, gpu, &memory, why, why_bytes);
+    else
+        status = check_host_fit(host_bytes(s),
+                                (uint64_t)ts_geometry_block_bytes(&p.geometry) * p.num_blocks, why,
+                                why_bytes);
+    if (status == TS_OK && gpu == NULL)
+        status = ts_memory_host_new((p.max_blocks - 1) / p.slab_blocks + 1,
+                                    ts_geometry_block_bytes(&p.geometry) * p.slab_blocks, &memory,
+                                    why, why_bytes);
+    if (status == TS_OK)
+        status = ts_engine_add_pool(s->engine, &p, &index, why, why_bytes);
+    if (status != TS_OK) {
+        ts_memory_free(memory);
+        return status;
+    }
+    s->memory[index] = memory;
+    s->gpu_of[index] = gpu;
+    char text[320];
+    ts_devices_describe(&p, text, sizeof text);
+    ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
+    return TS_OK;
+}
+
+/* Whether a pool of `bytes` fits on its GPU beside others that take *others of it, and can be
+ * attended there. */
+static ts_status check_on_gpu(const ts_pool_config *p, uint32_t ordinal, uint64_t others,
+                              uint64_t bytes, char *why, size_t why_bytes)
+{
+    ts_gpu *gpu;
+    ts_status status = ts_gpu_open(ordinal, &gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    const ts_gpu_info *info = ts_gpu_get_info(gpu);
+    char asked[32], all[32], taken[32];
+    if (bytes > info->total_bytes || others > info->total_bytes - bytes) {
+        status = TS_ENOMEM;
+        snprintf(why, why_bytes,
+                 "%s are asked for on cuda:%u (%s), which has %s, of which other pools take %s",
+                 ts_text_bytes(bytes, asked, sizeof asked), ordinal, info->name,
+                 ts_text_bytes(info->total_bytes, all, sizeof all),
+                 ts_text_bytes(others, taken, sizeof taken));
+    } else {
+        status = ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, why, why_bytes);
+    }
+    ts_gpu_close(gpu);
+    return status;
+}
+
+ts_status ts_devices_check(ts_config *c)
+{
+    uint64_t in_host = 0, on_gpu[TS_GPUS_MAX] = {0};
+    for (uint32_t i = 0; i < c->num_pools; i++) {
+        const ts_config_pool *p = &c->pools[i];
+        const uint64_t bytes =
+            p->pool.num_blocks == 0
+                ? 0
+                : (uint64_t)ts_geometry_block_bytes(&p->pool.geometry) * p->pool.num_blocks;
+        char why[200], note[128];
+        bool host;
+        uint32_t ordinal;
+        if (bytes == 0) /* it has problems of its own */
+            continue;
+        if (decide(p, &host, &ordinal, note, sizeof note, why, sizeof why) != TS_OK) {
+            ts_config_complain(c, ts_config_pool_line(p, "device"), "pool '%s': %s", p->pool.name,
+                               why);
+            continue;
+        }
+        uint64_t *others = host ? &in_host : &on_gpu[ordinal < TS_GPUS_MAX ? ordinal : 0];
+        ts_status status = host ? check_host_fit(*others, bytes, why, sizeof why)
+                                : check_on_gpu(&p->pool, ordinal, *others, bytes, why, sizeof why);
+        const char *key = status == TS_ENOMEM ? "memory" : "device";
+        if (status != TS_OK)
+            ts_config_complain(c, ts_config_pool_line(p, key), "pool '%s': %s", p->pool.name, why);
+        else
+            *others += bytes;
+    }
+    return c->num_problems == 0 ? TS_OK : TS_EINVAL;
+}
+
+ts_status ts_devices_start(ts_service *s, const ts_config *c)
+{
+    char why[256];
+    for (uint32_t i = 0; i < c->num_pools; i++) {
+        ts_status status = ts_devices_add(s, &c->pools[i], why, sizeof why);
+        if (status != TS_OK) {
+            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
+                      c->pools[i].pool.name, why);
+            return status;
+        }
+    }
+    return TS_OK;
+}
+
+ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, ts_answer *a)
+{
+    const ts_engine_pool *p = &s->engine->pools[pool];
+    ts_memory *memory = s->memory[pool];
+    ts_command command = {
+        .op = TS_OP_POOL_RESIZE, .pool = pool, .pool_resize.num_blocks = num_blocks};
+    uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
+    if (memory->ipc_handle != NULL && num_blocks != blocks) {
+        ts_refuse(a, TS_EINVAL, "pool '%s' is cuda-ipc memory: one piece, which keeps its size",
+                  p->config.name);
+        return a->status;
+    }
+    if (num_blocks > blocks && num_blocks <= p->books.max_blocks) {
+        char why[TS_MESSAGE_BYTES];
+        uint64_t more =
+            (uint64_t)ts_geometry_block_bytes(&p->config.geometry) * (num_blocks - blocks);
+        ts_status status =
+            s->gpu_of[pool] == NULL
+                ? check_host_fit(host_bytes(s), more, why, sizeof why)
+                : check_fit(s, s->gpu_of[pool], p->config.device, more, why, sizeof why);
+        if (status != TS_OK) {
+            ts_refuse(a, status, "pool '%s': %.200s", p->config.name, why);
+            return status;
+        }
+    }
+    ts_service_tell(s, &command, a);
+    for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++)
+        ts_memory_drop(memory, i);
+    return a->status;
+}
+
+ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
+{
+    ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
+    const ts_engine_pool *p = &s->engine->pools[pool];
+    if (s->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
+        /* Freed, it could become somebody else's under the eyes of who keeps it mapped. */
+        ts_refuse(a, TS_EPERM,
+                  "pool '%s' is cuda-ipc memory that its tenant may still map: it stays until the "
+                  "daemon is restarted",
+                  p->config.name);
+        return a->status;
+    }
+    ts_service_tell(s, &command, a);
+    if (a->status != TS_OK)
+        return a->status;
+    ts_refusals_forget_pool(s, pool);
+    ts_memory_free(s->memory[pool]);
+    s->memory[pool] = NULL;
+    s->gpu_of[pool] = NULL;
+    return TS_OK;
+}
+
+void ts_devices_stop(ts_service *s)
+{
+    for (uint32_t i = 0; i < s->num_gpus; i++)
+        ts_gpu_batch_free(s->gpus[i].batch);
+}

@@ -1,0 +1,205 @@
+#define _GNU_SOURCE
+#include "session_memory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static ts_status new_exchange(ts_exchange **out, char *why, size_t why_bytes)
+{
+    *out = calloc(1, sizeof **out);
+    if (*out == NULL) {
+        snprintf(why, why_bytes, "no memory for an exchange");
+        return TS_ENOMEM;
+    }
+    (*out)->users = 1;
+    (*out)->fd = -1;
+    (*out)->shared.fd = -1;
+    return TS_OK;
+}
+
+static ts_status keep_or_free(ts_exchange **x, ts_status status)
+{
+    if (status != TS_OK) {
+        free(*x);
+        *x = NULL;
+    }
+    return status;
+}
+
+/* Whether the memory can be relied on: its length stays, its pages are there. */
+static ts_status check_given(int fd, uint64_t *bytes, char *why, size_t why_bytes)
+{
+    const int wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    struct stat about;
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || (seals & wanted) != wanted) {
+        snprintf(why, why_bytes,
+                 "the exchange is no memfd that is sealed against shrinking, growing and seals");
+        return TS_EINVAL;
+    }
+    if (fstat(fd, &about) != 0 || about.st_size <= 0 || about.st_size % 4096 != 0) {
+        snprintf(why, why_bytes, "an exchange of %lld bytes; it must be a multiple of 4096",
+                 (long long)about.st_size);
+        return TS_EINVAL;
+    }
+    if (about.st_blocks * 512 < about.st_size) {
+        snprintf(why, why_bytes,
+                 "of the exchange's %lld bytes %lld are there: its maker must allocate all of them",
+                 (long long)about.st_size, (long long)about.st_blocks * 512);
+        return TS_EINVAL;
+    }
+    *bytes = (uint64_t)about.st_size;
+    return TS_OK;
+}
+
+ts_status ts_exchange_adopt(int fd, ts_exchange **out, char *why, size_t why_bytes)
+{
+    uint64_t bytes;
+    *out = NULL;
+    ts_status status = check_given(fd, &bytes, why, why_bytes);
+    if (status == TS_OK)
+        status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED) {
+        snprintf(why, why_bytes, "mapping an exchange of %llu bytes: %s", (unsigned long long)bytes,
+                 strerror(errno));
+        return keep_or_free(out, TS_ENOMEM);
+    }
+    (*out)->host = base;
+    (*out)->bytes = bytes;
+    return TS_OK;
+}
+
+ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,
+                                 char *why, size_t why_bytes)
+{
+    ts_status status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_exchange *x = *out;
+    status = ts_gpu_shared_new(gpu, vmm, bytes, &x->shared, why, why_bytes);
+    x->gpu = gpu;
+    x->there = x->shared.base;
+    x->bytes = x->shared.bytes;
+    x->fd = x->shared.fd;
+    return keep_or_free(out, status);
+}
+
+ts_status ts_exchange_import(ts_gpu *gpu, const uint8_t *handle, uint64_t offset, uint64_t bytes,
+                             ts_exchange **out, char *why, size_t why_bytes)
+{
+    ts_status status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_exchange *x = *out;
+    status = ts_gpu_shared_import(gpu, handle, offset, bytes, &x->shared, why, why_bytes);
+    x->gpu = gpu;
+    x->there = x->shared.base;
+    x->bytes = bytes;
+    return keep_or_free(out, status);
+}
+
+ts_status ts_exchange_reach(ts_exchange *x, ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    if (x->gpu == gpu)
+        return TS_OK;
+    if (x->gpu != NULL) { /* pinned memory is one GPU's too: it is simplest, and enough */
+        snprintf(why, why_bytes, "the exchange is used with cuda:%u; the pool is on cuda:%u",
+                 ts_gpu_get_info(x->gpu)->ordinal, ts_gpu_get_info(gpu)->ordinal);
+        return TS_EINVAL;
+    }
+    void *there;
+    ts_status status = ts_gpu_pin(gpu, x->host, x->bytes, &there, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    x->gpu = gpu;
+    x->there = there;
+    return TS_OK;
+}
+
+void ts_exchange_release(ts_exchange *x)
+{
+    if (x == NULL || --x->users > 0)
+        return;
+    if (x->host == NULL) {
+        ts_gpu_shared_free(&x->shared); /* its descriptor too */
+    } else {
+        if (x->gpu != NULL)
+            ts_gpu_unpin_unmap(x->gpu, x->host, x->bytes);
+        else
+            munmap(x->host, x->bytes);
+    }
+    free(x);
+}
+
+/* ---- signals ---- */
+
+ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes)
+{
+    ts_signals_page *p = calloc(1, sizeof *p);
+    *out = p;
+    if (p == NULL) {
+        snprintf(why, why_bytes, "no memory for a page of signals");
+        return TS_ENOMEM;
+    }
+    void *host;
+    ts_status status =
+        ts_memory_shared_new("tinyserve-signals", TS_SIGNALS_BYTES, &p->fd, &host, why, why_bytes);
+    if (status != TS_OK) {
+        free(p);
+        *out = NULL;
+        return status;
+    }
+    p->users = 1;
+    p->host = host;
+    return TS_OK;
+}
+
+ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
+                           char *why, size_t why_bytes)
+{
+    if (p->gpu == gpu)
+        return TS_OK;
+    if (p->gpu != NULL) {
+        snprintf(why, why_bytes, "the session orders runs on cuda:%u; the pool is on cuda:%u",
+                 ts_gpu_get_info(p->gpu)->ordinal, ts_gpu_get_info(gpu)->ordinal);
+        return TS_EINVAL;
+    }
+    void *there;
+    ts_status status = ts_gpu_pin(gpu, p->host, TS_SIGNALS_BYTES, &there, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    p->gpu = gpu;
+    p->there = there;
+    p->done = done;
+    p->done_there = done_there;
+    __atomic_store_n(done, 0, __ATOMIC_RELEASE); /* what an earlier session left */
+    return TS_OK;
+}
+
+void ts_signals_let_go(ts_signals_page *p)
+{
+    if (p != NULL)
+        __atomic_store_n(&p->host->submitted, __atomic_load_n(&p->ordered, __ATOMIC_ACQUIRE),
+                         __ATOMIC_RELEASE);
+}
+
+void ts_signals_release(ts_signals_page *p)
+{
+    if (p == NULL || --p->users > 0)
+        return;
+    if (p->gpu != NULL)
+        ts_gpu_unpin_unmap(p->gpu, p->host, TS_SIGNALS_BYTES);
+    else
+        munmap(p->host, TS_SIGNALS_BYTES);
+    close(p->fd);
+    free(p);
+}

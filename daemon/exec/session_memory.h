@@ -1,0 +1,68 @@
+/*
+ * Memory that a session and the daemon share: the exchange, where q, k, v and out lie, and the page
+ * of signals that keeps the order on a GPU. Each lives until the connection and the last run that
+ * uses it have let it go.
+ *
+ * Locking: none; the engine's owner of the moment (work_queue.h) owns them.
+ */
+#ifndef TS_SESSION_MEMORY_H
+#define TS_SESSION_MEMORY_H
+
+#include "gpu.h"
+#include "signals.h"
+
+typedef struct ts_exchange {
+    uint64_t bytes;
+    uint32_t users;       /* the connection, and each run in flight */
+    int fd;               /* to hand out, of device memory; -1: none */
+    unsigned char *host;  /* where the processor finds it; NULL: device memory */
+    ts_gpu *gpu;          /* that can use it too; NULL: none */
+    unsigned char *there; /* where that GPU finds it */
+    ts_gpu_shared shared; /* the device memory */
+} ts_exchange;
+
+/* Host memory that a client has made (TS_HANDLE_GIVE_EXCHANGE); the descriptor stays the caller's.
+ * TS_EINVAL or TS_ENOMEM with a sentence. */
+ts_status ts_exchange_adopt(int fd, ts_exchange **out, char *why, size_t why_bytes);
+
+/* Memory of the device, shared as the pool's memory is. */
+ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,
+                                 char *why, size_t why_bytes);
+
+/* The session's own device memory: see ts_gpu_shared_import. */
+ts_status ts_exchange_import(ts_gpu *gpu, const uint8_t *handle, uint64_t offset, uint64_t bytes,
+                             ts_exchange **out, char *why, size_t why_bytes);
+
+/* Makes sure that the device can use it. TS_EINVAL: it is another device's memory. */
+ts_status ts_exchange_reach(ts_exchange *exchange, ts_gpu *gpu, char *why, size_t why_bytes);
+
+/* One user less. NULL is fine. */
+void ts_exchange_release(ts_exchange *exchange);
+
+/* A session's signals, and the daemon's own count of what is completed, which no client can write.
+ */
+typedef struct ts_signals_page {
+    uint32_t users;
+    int fd;
+    ts_signals *host;
+    ts_gpu *gpu;       /* NULL: not pinned yet */
+    ts_signals *there; /* where the GPU finds it */
+    uint32_t *done, *done_there;
+    uint32_t ordered;  /* the last run that was asked for; atomic: a batch that ends reads it */
+    ts_gpu_place last; /* the batch's: where run `last_order` was launched by itself, if it was */
+    uint32_t last_order;
+    uint32_t waiting; /* the batch's: launches that wait for the worker */
+} ts_signals_page;
+
+ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);
+
+/* Lets the device use the page. `done` (here and there) is the session's word of the batch. */
+ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
+                           char *why, size_t why_bytes);
+
+/* What waits for the session goes on: it won't submit any more. */
+void ts_signals_let_go(ts_signals_page *page);
+
+void ts_signals_release(ts_signals_page *page);
+
+#endif

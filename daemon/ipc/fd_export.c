@@ -1,0 +1,104 @@
+/* Descriptors of memory that the daemon shares with a session, by the handle socket: who may have
+ * which. */
+#include "server.h"
+
+#include "ring_server.h"
+#include "tinyserve_version.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+
+static ts_status hand_out(ts_handle_ask *ask, int fd, uint64_t bytes, char *why, size_t why_bytes)
+{
+    ask->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    ask->reply.bytes = bytes;
+    ask->reply.writable = 1;
+    if (ask->fd >= 0)
+        return TS_OK;
+    snprintf(why, why_bytes, "no descriptor: %s", strerror(errno));
+    return TS_ENOMEM;
+}
+
+static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
+{
+    const ts_handle_request *r = &ask->request;
+    ts_connection *c = ts_service_connection_of(s, r->session);
+    if (r->magic != TS_HANDLE_MAGIC) {
+        snprintf(why, why_bytes, "not a handle request");
+        return TS_EPROTO;
+    }
+    if (r->protocol != TS_PROTOCOL) {
+        snprintf(why, why_bytes,
+                 "a handle request of protocol version %u; tinyserved " TS_VERSION " speaks %u",
+                 r->protocol, TS_PROTOCOL);
+        return TS_EPROTO;
+    }
+    if (r->session == 0 || c == NULL || c->uid != ask->uid ||
+        memcmp(c->token, r->token, sizeof c->token) != 0) {
+        snprintf(why, why_bytes, "uid %u has no session %llx with this token", ask->uid,
+                 (unsigned long long)r->session);
+        return TS_EPERM;
+    }
+    const ts_session *session = ts_engine_session(s->engine, c->session);
+    if (r->kind == TS_HANDLE_EXCHANGE) {
+        if (c->exchange == NULL || c->exchange->fd < 0) {
+            snprintf(why, why_bytes,
+                     c->exchange == NULL ? "the session has opened no exchange"
+                                         : "the session's exchange has no descriptor");
+            return TS_ENOENT;
+        }
+        return hand_out(ask, c->exchange->fd, c->exchange->bytes, why, why_bytes);
+    }
+    if (r->kind == TS_HANDLE_GIVE_EXCHANGE) {
+        if (ask->given < 0) {
+            snprintf(why, why_bytes, "no descriptor came with the exchange");
+            return TS_EINVAL;
+        }
+        return ts_service_adopt_exchange(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
+    }
+    if (r->kind == TS_HANDLE_SIGNALS) {
+        ts_status status = c->signals != NULL ? TS_OK : ts_signals_new(&c->signals, why, why_bytes);
+        return status != TS_OK ? status
+                               : hand_out(ask, c->signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
+    }
+    if (r->kind == TS_HANDLE_RINGS || r->kind == TS_HANDLE_DOORBELL) {
+        ts_status status =
+            c->ring != NULL ? TS_OK : ts_ring_new(s->rings, c->pipe, &c->ring, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+        return r->kind == TS_HANDLE_RINGS
+                   ? hand_out(ask, c->ring->fd, sizeof(ts_rings_memory), why, why_bytes)
+                   : hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
+    }
+    if (r->kind != TS_HANDLE_SLAB || r->pool >= s->engine->num_pools ||
+        !(session->opened_pools >> r->pool & 1)) {
+        snprintf(why, why_bytes, "the session has not opened a pool %u", r->pool);
+        return TS_ENOENT;
+    }
+    const ts_pool_books *books = &s->engine->pools[r->pool].books;
+    if (r->slab >= books->num_slabs || books->slabs[r->slab].tenant != session->tenant) {
+        snprintf(why, why_bytes, "slab %u of pool %u is not uid %u's", r->slab, r->pool, c->uid);
+        return TS_EPERM;
+    }
+    if (r->writable && !(session->writable_pools >> r->pool & 1)) {
+        snprintf(why, why_bytes, "the session didn't open pool %u to write", r->pool);
+        return TS_EPERM;
+    }
+    ask->reply.bytes = s->memory[r->pool]->export_bytes;
+    ask->reply.generation = books->slabs[r->slab].generation;
+    ask->reply.writable = r->writable != 0;
+    return ts_memory_export(s->memory[r->pool], r->slab, r->writable != 0, &ask->fd, why,
+                            why_bytes);
+}
+
+void ts_service_handle(ts_work *work, void *service)
+{
+    ts_handle_ask *ask = (ts_handle_ask *)work;
+    ask->fd = -1;
+    ask->reply = (ts_handle_reply){.magic = TS_HANDLE_MAGIC};
+    ask->reply.status =
+        (uint32_t)find_handle(service, ask, ask->reply.message, sizeof ask->reply.message);
+    ask->done(ask);
+}

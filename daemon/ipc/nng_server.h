@@ -1,0 +1,58 @@
+/*
+ * The control plane's socket: a REP socket of NNG's wire protocol (sp_wire.h), at which workers and
+ * tools connect with NNG. Takes requests apart into ts_request and puts them into the service's
+ * queue; sends what the service answers.
+ *
+ * The daemon speaks the protocol itself, since NNG 1.5 can't be used towards clients that are not
+ * trusted: one that disconnects while it is greeted makes its listener deaf (nanomsg/nng 1518); one
+ * that disconnects with requests under way can hang the thread that frees connections, for good;
+ * and answers that a client doesn't read hold the contexts that all others need.
+ *
+ * No client holds up another, and what it may hold is bounded and timed out:
+ * - A connection has TS_PEER_REQUESTS in progress. It is read no further while it has, nor while an
+ *   answer waits to be read.
+ * - All requests of a uid that are in progress take TS_UID_BYTES; its answers that wait as much.
+ * - A connection has `idle_ms` for its greeting, for each message, for reading an answer, and to
+ *   open a session (again, when that has ended).
+ * - A uid has so many connections, and the last ones are for operators (peer_limits.h).
+ *
+ * Thread: started and stopped by main, has one of its own. Any thread may answer a request and call
+ * ts_transport_end.
+ */
+#ifndef TS_NNG_SERVER_H
+#define TS_NNG_SERVER_H
+
+#include "peer_limits.h"
+#include "server.h"
+
+#define TS_PEER_REQUESTS 16u
+#define TS_UID_BYTES (64u << 20)
+
+typedef struct ts_transport ts_transport;
+
+typedef struct ts_transport_options {
+    const char *path; /* of the socket */
+    uint32_t mode;    /* of its file */
+    uint32_t connections_max, tenant_connections_max;
+    uint32_t idle_ms;
+    size_t message_bytes; /* a longer message ends its connection */
+} ts_transport_options;
+
+/* Makes what listens later. A sentence in `why` if that can't be done. */
+ts_status ts_transport_start(ts_service *service, const ts_transport_options *options,
+                             ts_transport **out, char *why, size_t why_bytes);
+
+/* Listens: when all else that clients use is there. */
+ts_status ts_transport_listen(ts_transport *transport, char *why, size_t why_bytes);
+
+/* Ends the connection soon. */
+void ts_transport_end(ts_transport *transport, uint32_t pipe);
+
+/* Receives and sends nothing more; connections stay. While the service still runs, which may answer
+ * what was received before: such answers go nowhere. */
+void ts_transport_stop(ts_transport *transport);
+
+/* Ends the connections. After the service has answered all requests. */
+void ts_transport_free(ts_transport *transport);
+
+#endif

@@ -1,0 +1,339 @@
+/* What is done with a ring's entries: taken, checked, handed to the engine and the kernels,
+ * completed. */
+#define _GNU_SOURCE
+#include "clock.h"
+#include "codec.h"
+#include "log.h"
+#include "metrics.h"
+#include "refusals.h"
+#include "ring_server.h"
+#include "step_work.h"
+
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define ROUND 8u /* entries that a ring gives in one turn */
+#define MASK (TS_RING_ENTRIES - 1)
+
+static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
+{
+    ts_metrics_answered(&r->rings->service->ring_times, ts_now_ns() - taken_ns);
+    r->shared->completed[r->posted & MASK] = *c;
+    r->posted++;
+    __atomic_store_n(&r->shared->completions.tail, r->posted, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&r->shared->completions.sleeps, __ATOMIC_SEQ_CST) != 0)
+        syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+void ts_ring_complete(ts_ring *r, const ts_asker *asker, ts_status status, const char *message)
+{
+    ts_ring_completion c = {.tag = asker->tag};
+    if (r->begun.step != 0 && r->begun.tag == asker->tag && status == TS_OK)
+        c = r->begun;
+    r->begun.step = 0;
+    c.status = (uint32_t)status;
+    if (status != TS_OK)
+        snprintf(c.message, sizeof c.message, "%s", message);
+    complete(r, &c, asker->taken_ns);
+}
+
+/* What the client has written that can't be ends its rings; its session goes on with messages. */
+static void refuse_ring(ts_ring *r, const char *what, uint32_t value)
+{
+    ts_log(TS_LOG_WARNING, "the rings of connection %u are closed: %s is %u", r->pipe, what, value);
+    ts_ring_end(r);
+}
+
+/* Copies the arrays of a begin or a commit, so that they stay as they are checked. */
+static void copy_batch(ts_ring *r, uint32_t count, bool seqs)
+{
+    if (seqs)
+        memcpy(r->rings->seqs, r->shared->batch_seqs, count * sizeof *r->rings->seqs);
+    memcpy(r->rings->words, r->shared->batch_words, count * sizeof *r->rings->words);
+}
+
+static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entry,
+                         ts_command *command, ts_answer *a)
+{
+    const ts_service *s = r->rings->service;
+    const ts_session *session = ts_engine_session(s->engine, c->session);
+    char kernel[sizeof entry->begin.kernel + 1] = "";
+    uint64_t blocks = 0;
+    uint32_t count = entry->begin.count, pool = entry->begin.pool;
+    command->op = TS_OP_STEP_BEGIN;
+    command->pool = pool;
+    memcpy(kernel, entry->begin.kernel, sizeof entry->begin.kernel);
+    if (!ts_decode_kernel(kernel, &command->step_begin.kernel, a))
+        return false;
+    if (count > TS_RING_BATCH) {
+        ts_refuse(a, TS_EINVAL, "a begin of %u sequences on a ring; it takes %u", count,
+                  TS_RING_BATCH);
+        return false;
+    }
+    if (pool < s->engine->num_pools && s->engine->pools[pool].books.num_slabs > TS_RING_SLABS) {
+        ts_refuse(a, TS_EINVAL, "a begin on a ring in a pool of %u slabs; it can tell of %u",
+                  s->engine->pools[pool].books.num_slabs, TS_RING_SLABS);
+        return false;
+    }
+    if (session == NULL || pool >= s->engine->num_pools || !(session->opened_pools >> pool & 1))
+        return true; /* the engine refuses it */
+    copy_batch(r, count, true);
+    for (uint32_t i = 0; i < count; i++)
+        blocks +=
+            ts_ring_blocks(r->rings->words[i], s->engine->pools[pool].config.geometry.block_tokens);
+    if (blocks > TS_RING_BLOCKS) {
+        ts_refuse(a, TS_EINVAL, "a begin that touches up to %llu blocks on a ring; it takes %u",
+                  (unsigned long long)blocks, TS_RING_BLOCKS);
+        return false;
+    }
+    command->step_begin.seqs = r->rings->seqs;
+    command->step_begin.new_tokens = r->rings->words;
+    command->step_begin.count = count;
+    command->step_begin.heads = entry->begin.heads;
+    command->step_begin.io_dtype = entry->begin.io_dtype;
+    command->step_begin.scale = entry->begin.scale;
+    return true;
+}
+
+static void decode_run(const ts_ring_entry *entry, ts_command *command)
+{
+    uint32_t flags = entry->run.flags;
+    command->op = TS_OP_STEP_RUN;
+    command->step_run.step = entry->step;
+    command->step_run.layer = entry->run.layer;
+    command->step_run.q = entry->run.q;
+    command->step_run.k = entry->run.k;
+    command->step_run.v = entry->run.v;
+    command->step_run.out = entry->run.out;
+    command->step_run.sinks = entry->run.sinks;
+    command->step_run.scales = entry->run.scales;
+    command->step_run.alibi = entry->run.alibi;
+    command->step_run.lse = entry->run.lse;
+    command->step_run.has_sinks = flags & TS_RING_SINKS;
+    command->step_run.has_scales = flags & TS_RING_SCALES;
+    command->step_run.has_alibi = flags & TS_RING_ALIBI;
+    command->step_run.has_lse = flags & TS_RING_LSE;
+    command->step_run.variant = (ts_attention_variant){
+        .scale = entry->run.scale,
+        .soft_cap = entry->run.soft_cap,
+        .window = entry->run.window,
+        .rope = {entry->run.rope_theta, entry->run.rope_dims, flags & TS_RING_INTERLEAVED}};
+    command->step_run.ordered = flags & TS_RING_ORDERED;
+    command->step_run.order = entry->run.order;
+}
+
+static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_command *command,
+                   ts_answer *a)
+{
+    *command = (ts_command){.session = c->session};
+    switch (entry->op) {
+    case TS_RING_BEGIN:
+        return decode_begin(r, c, entry, command, a);
+    case TS_RING_RUN:
+        decode_run(entry, command);
+        return true;
+    case TS_RING_COMMIT:
+        command->op = TS_OP_STEP_COMMIT;
+        command->step_end.step = entry->step;
+        if (entry->commit.count > TS_RING_BATCH) {
+            ts_refuse(a, TS_EINVAL, "%u accepted counts on a ring; it takes %u",
+                      entry->commit.count, TS_RING_BATCH);
+            return false;
+        }
+        copy_batch(r, entry->commit.count, false);
+        command->step_end.accepted = entry->commit.count > 0 ? r->rings->words : NULL;
+        command->step_end.count = entry->commit.count;
+        return true;
+    case TS_RING_ABORT:
+        command->op = TS_OP_STEP_ABORT;
+        command->step_end.step = entry->step;
+        return true;
+    default:
+        ts_refuse(a, TS_EPROTO, "a ring has no operation %u", entry->op);
+        return false;
+    }
+}
+
+static uint32_t table_end(const ts_step_seq *part, const ts_sequences *seqs)
+{
+    return ts_blocks_for((uint64_t)part->start + part->new_tokens, seqs->block_tokens);
+}
+
+/* Copies what the client lacks of the step's block tables to rings->tables: of each from entry
+ * rings->firsts on, rings->words of them; nothing of a sequence without new tokens. Returns the
+ * sum; if it is too much, not all was copied.
+ */
+static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequences *seqs)
+{
+    ts_rings *rings = r->rings;
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        const ts_step_seq *part = &step->seqs[i];
+        rings->firsts[i] = rings->words[i] = 0;
+        if (part->new_tokens == 0)
+            continue;
+        uint64_t told = __atomic_load_n(&r->shared->batch_told[i], __ATOMIC_RELAXED);
+        uint32_t known = ts_sequence_known(&seqs->all[part->seq], told);
+        uint32_t touched = (uint32_t)ts_whole_blocks(part->start, seqs->block_tokens);
+        uint32_t first = known < touched ? known : touched;
+        uint32_t n = table_end(part, seqs) - first;
+        if (all + n <= TS_RING_BLOCKS)
+            memcpy(rings->tables + all, part->table + first, n * sizeof *rings->tables);
+        rings->firsts[i] = first;
+        rings->words[i] = n;
+        all += n;
+    }
+    return all;
+}
+
+/* The client knows the step's block tables now. */
+static void note_told(const ts_step *step, ts_sequences *seqs)
+{
+    for (uint32_t i = 0; i < step->num_seqs; i++)
+        if (step->seqs[i].new_tokens > 0)
+            ts_sequence_tell(&seqs->all[step->seqs[i].seq], step->id,
+                             table_end(&step->seqs[i], seqs));
+}
+
+/* Lays out what a begin has to tell. False, and the answer refuses: it can't. */
+static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
+                       ts_ring_completion *done)
+{
+    ts_service *s = r->rings->service;
+    const ts_step *step = a->begun.step;
+    ts_sequences *seqs = &s->engine->pools[step->pool].seqs;
+    const uint32_t *blocks = a->begun.blocks, *counts = a->begun.counts;
+    uint64_t num_blocks = a->begun.num_blocks;
+    bool tables = entry->begin.flags & TS_RING_TABLES;
+    Tspb__Slab **slabs;
+    size_t num_slabs;
+    if (tables) {
+        num_blocks = copy_tables(r, step, seqs);
+        blocks = r->rings->tables;
+        counts = r->rings->words;
+    }
+    if (num_blocks > TS_RING_BLOCKS) {
+        ts_refuse(a, TS_EINVAL, "block tables of %llu entries; a ring can tell of %u",
+                  (unsigned long long)num_blocks, TS_RING_BLOCKS);
+        return false;
+    }
+    if (!ts_service_list_slabs(s, step->pool, blocks, num_blocks, &slabs, &num_slabs)) {
+        ts_refuse(a, TS_ENOMEM, "no memory for the answer");
+        return false;
+    }
+    memcpy(r->shared->begun_starts, a->begun.starts, a->begun.num_seqs * sizeof(uint32_t));
+    memcpy(r->shared->begun_counts, counts, a->begun.num_seqs * sizeof(uint32_t));
+    memcpy(r->shared->begun_blocks, blocks, num_blocks * sizeof(uint32_t));
+    if (tables) {
+        memcpy(r->shared->begun_firsts, r->rings->firsts, a->begun.num_seqs * sizeof(uint32_t));
+        note_told(step, seqs);
+    }
+    for (size_t i = 0; i < num_slabs; i++)
+        r->shared->begun_slabs[i] = (ts_ring_slab){slabs[i]->slab, slabs[i]->generation};
+    done->step = step->id;
+    done->num_blocks = (uint32_t)num_blocks;
+    done->num_slabs = (uint32_t)num_slabs;
+    return true;
+}
+
+static void count_refusal(ts_service *s, const ts_ring_entry *entry, ts_status status)
+{
+    static const Tspb__Request__BodyCase operations[] = {
+        [TS_RING_BEGIN] = TSPB__REQUEST__BODY_STEP_BEGIN,
+        [TS_RING_RUN] = TSPB__REQUEST__BODY_STEP_RUN,
+        [TS_RING_COMMIT] = TSPB__REQUEST__BODY_STEP_COMMIT,
+        [TS_RING_ABORT] = TSPB__REQUEST__BODY_STEP_ABORT,
+    };
+    bool known = entry->op < sizeof operations / sizeof *operations;
+    if (entry->op == TS_RING_BEGIN)
+        ts_refused_in(s, TSPB__REQUEST__BODY_STEP_BEGIN, entry->begin.pool, status);
+    else
+        ts_refused_step(s, known ? operations[entry->op] : TSPB__REQUEST__BODY__NOT_SET,
+                        entry->step, status);
+}
+
+/* Does what one entry asks for. False: it must wait. */
+static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
+{
+    ts_service *s = r->rings->service;
+    ts_answer a = {0};
+    ts_command command;
+    ts_asker asker = {.tag = entry->tag, .taken_ns = ts_now_ns()};
+    ts_ring_completion done = {.tag = entry->tag};
+    if (decode(r, c, entry, &command, &a)) {
+        if (ts_service_must_wait(s, &command))
+            return false;
+        if (entry->op != TS_RING_RUN || ts_jobs_check_run(s, c, &command, &a))
+            ts_service_apply(s, &command, &a);
+        if (a.status == TS_NEED_SWEEP)
+            return false;
+    }
+    bool ok = true, waits = false;
+    uint64_t step = 0;
+    if (entry->op == TS_RING_RUN && a.status == TS_OK) {
+        step = a.step->id;
+        waits = !command.step_run.ordered;
+        ok = ts_jobs_run(s, c, asker, &command, a.step);
+    } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
+        step = a.begun.step->id;
+        waits = a.begun.num_copies > 0;
+        ok = tell_begun(r, entry, &a, &done);
+        if (ok && waits) {
+            r->begun = done;
+            ok = ts_jobs_copy(s, c, asker, &a, NULL);
+        }
+    }
+    if (!ok) {
+        ts_jobs_undo(s, &command, step);
+        if (a.status == TS_OK)
+            ts_refuse(&a, TS_ENOMEM, "no memory for the answer");
+        done = (ts_ring_completion){.tag = entry->tag};
+        waits = false;
+    }
+    c->requests++;
+    s->requests++;
+    count_refusal(s, entry, a.status);
+    if (waits)
+        return true;
+    done.status = (uint32_t)a.status;
+    memcpy(done.message, a.message, sizeof done.message);
+    complete(r, &done, asker.taken_ns);
+    return true;
+}
+
+void ts_ring_take(ts_work *work, void *service)
+{
+    ts_ring *r = (ts_ring *)((char *)work - offsetof(ts_ring, work));
+    ts_connection *c = ts_service_connection(service, r->pipe);
+    atomic_store(&r->queued, false);
+    if (c == NULL || atomic_load(&r->closed) || atomic_load(&r->blocked))
+        return;
+    ts_rings_memory *m = r->shared;
+    for (uint32_t i = 0; i < ROUND; i++) {
+        uint32_t taken = atomic_load(&r->taken);
+        uint32_t tail = __atomic_load_n(&m->submissions.tail, __ATOMIC_ACQUIRE);
+        uint32_t head = __atomic_load_n(&m->completions.head, __ATOMIC_ACQUIRE);
+        if (tail - taken > TS_RING_ENTRIES)
+            return refuse_ring(r, "what is submitted and not taken", tail - taken);
+        if (taken - head > TS_RING_ENTRIES)
+            return refuse_ring(r, "what is taken and not seen completed", taken - head);
+        if (tail == taken || taken - head == TS_RING_ENTRIES)
+            return;
+        ts_ring_entry entry;
+        memcpy(&entry, &m->submitted[taken & MASK], sizeof entry);
+        __asm__ volatile("" ::: "memory"); /* checks below look at the copy */
+        if (!execute(r, c, &entry)) {
+            atomic_store(&r->blocked, true);
+            r->rings->num_blocked++;
+            return;
+        }
+        atomic_store(&r->taken, taken + 1);
+        __atomic_store_n(&m->submissions.head, taken + 1, __ATOMIC_RELEASE);
+        if (entry.op == TS_RING_RUN)
+            return;
+    }
+}

@@ -1,0 +1,379 @@
+#define _GNU_SOURCE
+#include "ring_server.h"
+
+#include "clock.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Multiplications up to which calls are made on the rings' thread. */
+#define HERE_WORK ((double)TS_ITEM_WORK)
+#define EVENTS 64 /* of one epoll_wait */
+
+/* Wakes the thread by its own eventfd. */
+static void wake(ts_rings *rings)
+{
+    uint64_t one = 1;
+    while (write(rings->wake, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+/*
+ * Has the thread look at the ring, as its doorbell does. The doorbell itself is neither written nor
+ * read here: a client can make that wait for ever, since it can fill or empty it, and make it
+ * block. Modifying the interest in it reports it anew, for it can always be read or written.
+ */
+static void call(const ts_ring *r)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = (void *)r};
+    (void)epoll_ctl(r->rings->epoll, EPOLL_CTL_MOD, r->doorbell, &event); /* ENOENT: let go */
+}
+
+/* ---- a ring's life ---- */
+
+static void free_ring(ts_ring *r)
+{
+    r->rings->num_blocked -= atomic_load(&r->blocked);
+    *r->at = r->next;
+    if (r->next != NULL)
+        r->next->at = r->at;
+    munmap(r->shared, sizeof *r->shared);
+    close(r->fd);
+    close(r->doorbell);
+    free(r);
+}
+
+/* One that the thread knew when it ended stays until all are freed: it may have said bye already.
+ */
+static void free_if_unused(ts_ring *r)
+{
+    if (r->users == 0 && !r->polled)
+        free_ring(r);
+}
+
+/* The `bye` of a ring. */
+static void let_go(ts_work *work, void *service)
+{
+    (void)service;
+    ts_ring *r = (ts_ring *)((char *)work - offsetof(ts_ring, bye));
+    r->polled = false;
+    free_if_unused(r);
+}
+
+ts_ring *ts_ring_use(ts_ring *r)
+{
+    if (r != NULL)
+        r->users++;
+    return r;
+}
+
+void ts_ring_release(ts_ring *r)
+{
+    if (r == NULL)
+        return;
+    r->users--;
+    free_if_unused(r);
+}
+
+void ts_ring_end(ts_ring *r)
+{
+    atomic_store(&r->closed, true);
+    uint32_t none = TS_RINGS_GO_ON; /* a reason that was given already stays */
+    __atomic_compare_exchange_n(&r->shared->ended, &none, TS_RINGS_ENDED, false, __ATOMIC_RELEASE,
+                                __ATOMIC_RELAXED);
+    syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    call(r);
+}
+
+void ts_ring_close(ts_ring *r)
+{
+    if (r == NULL)
+        return;
+    ts_ring_end(r);
+    ts_ring_release(r);
+}
+
+ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, size_t why_bytes)
+{
+    ts_ring *r = calloc(1, sizeof *r);
+    void *shared;
+    ts_status status = TS_ENOMEM;
+    *out = NULL;
+    if (r == NULL)
+        snprintf(why, why_bytes, "no memory for a ring");
+    else
+        status = ts_memory_shared_new("tinyserve-rings", sizeof *r->shared, &r->fd, &shared, why,
+                                      why_bytes);
+    if (status != TS_OK) {
+        free(r);
+        return status;
+    }
+    r->shared = shared;
+    r->shared->magic = TS_RING_MAGIC;
+    r->shared->version = TS_RING_VERSION;
+    if (rings->service->attention != NULL)
+        r->shared->isa = (uint32_t)ts_attention_isa(rings->service->attention);
+    r->shared->submissions.sleeps = 1;
+    r->work.run = ts_ring_take;
+    r->bye.run = let_go;
+    r->rings = rings;
+    r->pipe = pipe;
+    r->users = 1;
+    r->asleep = true;
+    r->doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = r};
+    if (r->doorbell < 0 || epoll_ctl(rings->epoll, EPOLL_CTL_ADD, r->doorbell, &event) != 0) {
+        snprintf(why, why_bytes, "no doorbell for a ring: %s", strerror(errno));
+        if (r->doorbell >= 0)
+            close(r->doorbell);
+        munmap(r->shared, sizeof *r->shared);
+        close(r->fd);
+        free(r);
+        return TS_ENOMEM;
+    }
+    r->polled = true;
+    r->next = rings->all;
+    r->at = &rings->all;
+    if (r->next != NULL)
+        r->next->at = &r->next;
+    rings->all = r;
+    *out = r;
+    return TS_OK;
+}
+
+void ts_rings_resume(ts_rings *rings)
+{
+    if (rings == NULL)
+        return;
+    for (ts_ring *r = rings->num_blocked > 0 ? rings->all : NULL; r != NULL; r = r->next)
+        if (atomic_load(&r->blocked)) {
+            atomic_store(&r->blocked, false);
+            rings->num_blocked--;
+            call(r);
+        }
+}
+
+void ts_rings_submit(ts_rings *rings, ts_job *job)
+{
+    job->next = NULL;
+    pthread_mutex_lock(&rings->lock);
+    bool here = job->num_copies == 0 && !atomic_load(&rings->ended);
+    if (here) {
+        *rings->jobs_tail = job;
+        rings->jobs_tail = &job->next;
+    }
+    pthread_mutex_unlock(&rings->lock);
+    if (!here)
+        ts_batch_submit(rings->service->batch, job);
+    else if (atomic_load(&rings->sleeps))
+        wake(rings);
+}
+
+/* ---- the thread ---- */
+
+/* Whether there is something to take that can be taken. */
+static bool has_entries(const ts_ring *r)
+{
+    uint32_t taken = atomic_load(&r->taken);
+    if (atomic_load(&r->blocked) ||
+        __atomic_load_n(&r->shared->submissions.tail, __ATOMIC_SEQ_CST) == taken)
+        return false;
+    return taken - __atomic_load_n(&r->shared->completions.head, __ATOMIC_SEQ_CST) !=
+           TS_RING_ENTRIES;
+}
+
+static void activate(ts_rings *rings, ts_ring *r, uint64_t now)
+{
+    r->used_ns = now;
+    if (!r->asleep)
+        return;
+    if (rings->num_active == rings->active_capacity) {
+        uint32_t capacity = rings->active_capacity * 2 + 16;
+        ts_ring **grown = realloc(rings->active, capacity * sizeof *grown);
+        if (grown == NULL)
+            return call(r); /* tried again at once */
+        rings->active = grown;
+        rings->active_capacity = capacity;
+    }
+    r->asleep = false;
+    __atomic_store_n(&r->shared->submissions.sleeps, 0, __ATOMIC_SEQ_CST);
+    rings->active[rings->num_active++] = r;
+}
+
+/* Looks at one ring that is polled. False: it is polled no more. */
+static bool poll_ring(ts_rings *rings, ts_ring *r, uint64_t now)
+{
+    if (atomic_load(&r->closed)) {
+        (void)epoll_ctl(rings->epoll, EPOLL_CTL_DEL, r->doorbell, NULL);
+        ts_queue_run(&rings->service->queue, &r->bye, rings->service);
+        return false;
+    }
+    if (has_entries(r)) {
+        r->used_ns = now;
+        if (!atomic_exchange(&r->queued, true))
+            ts_queue_run(&rings->service->queue, &r->work, rings->service);
+        return true;
+    }
+    if (now - r->used_ns < rings->spin_ns)
+        return true;
+    r->asleep = true;
+    __atomic_store_n(&r->shared->submissions.sleeps, 1, __ATOMIC_SEQ_CST);
+    if (!has_entries(r))
+        return false;
+    __atomic_store_n(&r->shared->submissions.sleeps, 0, __ATOMIC_SEQ_CST);
+    r->asleep = false;
+    return true;
+}
+
+static double work_of(const ts_job *jobs)
+{
+    double work = 0;
+    for (const ts_job *job = jobs; job != NULL; job = job->next)
+        work += ts_job_work(job);
+    return work;
+}
+
+static ts_job *take_jobs(ts_rings *rings)
+{
+    pthread_mutex_lock(&rings->lock);
+    ts_job *jobs = rings->jobs;
+    rings->jobs = NULL;
+    rings->jobs_tail = &rings->jobs;
+    pthread_mutex_unlock(&rings->lock);
+    return jobs;
+}
+
+static void hand_on(ts_rings *rings, ts_job *jobs)
+{
+    for (ts_job *job = jobs, *next; job != NULL; job = next) {
+        next = job->next;
+        ts_batch_submit(rings->service->batch, job);
+    }
+}
+
+/* Runs, or hands on, the attends that have come together. */
+static void run_jobs(ts_rings *rings)
+{
+    ts_job *jobs = take_jobs(rings);
+    if (jobs == NULL)
+        return;
+    if (work_of(jobs) > HERE_WORK || !ts_batch_try_run(rings->service->batch, jobs))
+        hand_on(rings, jobs);
+}
+
+static void await_doorbells(ts_rings *rings, bool sleep)
+{
+    struct epoll_event events[EVENTS];
+    int n = epoll_wait(rings->epoll, events, EVENTS, sleep ? -1 : 0);
+    uint64_t now = ts_now_ns(), rung;
+    for (int i = 0; i < n; i++) {
+        if (events[i].data.ptr != NULL)
+            activate(rings, events[i].data.ptr, now);
+        else
+            while (read(rings->wake, &rung, sizeof rung) < 0 && errno == EINTR)
+                ;
+    }
+}
+
+static void *rings_main(void *arg)
+{
+    ts_rings *rings = arg;
+    for (uint32_t turn = 0; !atomic_load(&rings->stop); turn++) {
+        uint64_t now = ts_now_ns();
+        uint32_t kept = 0;
+        for (uint32_t i = 0; i < rings->num_active; i++)
+            if (poll_ring(rings, rings->active[i], now))
+                rings->active[kept++] = rings->active[i];
+        rings->num_active = kept;
+        run_jobs(rings);
+        if (kept > 0) {
+            if (turn % 64 == 0) /* those that sleep want to be seen too */
+                await_doorbells(rings, false);
+            ts_pause();
+            continue;
+        }
+        atomic_store(&rings->sleeps, true);
+        pthread_mutex_lock(&rings->lock);
+        bool idle = rings->jobs == NULL && !atomic_load(&rings->stop);
+        pthread_mutex_unlock(&rings->lock);
+        if (idle)
+            await_doorbells(rings, true);
+        atomic_store(&rings->sleeps, false);
+    }
+    return NULL;
+}
+
+ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
+{
+    ts_rings *rings = calloc(1, sizeof *rings);
+    if (rings == NULL)
+        return NULL;
+    rings->service = service;
+    rings->spin_ns = spin_us * 1000ull;
+    rings->jobs_tail = &rings->jobs;
+    pthread_mutex_init(&rings->lock, NULL);
+    rings->seqs = malloc(TS_RING_BATCH * sizeof *rings->seqs);
+    rings->words = malloc(TS_RING_BATCH * sizeof *rings->words);
+    rings->firsts = malloc(TS_RING_BATCH * sizeof *rings->firsts);
+    rings->tables = malloc(TS_RING_BLOCKS * sizeof *rings->tables);
+    rings->epoll = epoll_create1(EPOLL_CLOEXEC);
+    rings->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    rings->ended = true;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+    if (rings->seqs == NULL || rings->words == NULL || rings->firsts == NULL ||
+        rings->tables == NULL || rings->epoll < 0 || rings->wake < 0 ||
+        epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->wake, &event) != 0 ||
+        pthread_create(&rings->thread, NULL, rings_main, rings) != 0) {
+        ts_rings_free(rings);
+        return NULL;
+    }
+    rings->ended = false;
+    return rings;
+}
+
+void ts_rings_stop(ts_rings *rings)
+{
+    if (rings == NULL)
+        return;
+    atomic_store(&rings->stop, true);
+    wake(rings);
+    pthread_join(rings->thread, NULL);
+    pthread_mutex_lock(&rings->lock);
+    atomic_store(&rings->ended, true); /* what is submitted from now on goes to the batch */
+    pthread_mutex_unlock(&rings->lock);
+    hand_on(rings, take_jobs(rings));
+}
+
+void ts_rings_device_failed(ts_rings *rings)
+{
+    for (ts_ring *r = rings == NULL ? NULL : rings->all; r != NULL; r = r->next)
+        __atomic_store_n(&r->shared->ended, TS_RINGS_DEVICE_FAILED, __ATOMIC_RELEASE);
+}
+
+void ts_rings_free(ts_rings *rings)
+{
+    if (rings == NULL)
+        return;
+    while (rings->all != NULL)
+        free_ring(rings->all);
+    if (rings->epoll >= 0)
+        close(rings->epoll);
+    if (rings->wake >= 0)
+        close(rings->wake);
+    pthread_mutex_destroy(&rings->lock);
+    free(rings->active);
+    free(rings->seqs);
+    free(rings->words);
+    free(rings->firsts);
+    free(rings->tables);
+    free(rings);
+}

@@ -1,0 +1,177 @@
+#include "admin.h"
+
+#include "log.h"
+#include "pool_memory.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_answer *a)
+{
+    ts_connection *c = ts_service_connection_of(s, session);
+    if (c == NULL)
+        return ts_refuse(a, TS_ENOENT, "there is no session %llx", (unsigned long long)session);
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session, .uid = by->uid, .pid = by->pid},
+              "session %llx is ended by uid %u (pid %u)", (unsigned long long)session, by->uid,
+              by->pid);
+    c->kicked = session;
+    ts_service_end_session(s, c);
+}
+
+static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__AdminFree *body,
+                       ts_answer *a)
+{
+    const ts_engine *e = s->engine;
+    ts_command command = {.op = TS_OP_SEQ_REMOVE,
+                          .pool = ts_engine_pool_named(e, body->pool, a),
+                          .seq_remove.seq = body->seq};
+    if (command.pool == TS_NONE)
+        return;
+    ts_service_tell(s, &command, a);
+    if (a->status == TS_OK)
+        ts_log_on(TS_LOG_WARNING,
+                  &(ts_log_about){
+                      .pool = e->pools[command.pool].config.name, .uid = by->uid, .pid = by->pid},
+                  "sequence %llx of pool '%s' is freed by uid %u (pid %u)",
+                  (unsigned long long)body->seq, e->pools[command.pool].config.name, by->uid,
+                  by->pid);
+}
+
+static void drain(ts_service *s, const ts_connection *by, bool on)
+{
+    if (s->draining != on)
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.uid = by->uid, .pid = by->pid},
+                  "%s new sessions, as uid %u (pid %u) says", on ? "taking no" : "taking", by->uid,
+                  by->pid);
+    s->draining = on;
+}
+
+/* What was done to a pool. */
+static void note_pool(const ts_connection *by, const char *pool, const char *what)
+{
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = pool, .uid = by->uid, .pid = by->pid},
+              "pool '%s' is %s by uid %u (pid %u)", pool, what, by->uid, by->pid);
+}
+
+static void create_pool(ts_service *s, const ts_connection *by, const char *text, ts_answer *a)
+{
+    char why[TS_MESSAGE_BYTES];
+    ts_config *c = malloc(sizeof *c);
+    if (c == NULL)
+        return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
+    ts_config_init(c);
+    if (ts_config_add_pool(c, text) != TS_OK || ts_config_finish(c) != TS_OK) {
+        ts_refuse(a, TS_EINVAL, "%s", c->problems[0].text);
+    } else {
+        ts_status status = ts_devices_add(s, &c->pools[0], why, sizeof why);
+        if (status == TS_OK)
+            note_pool(by, c->pools[0].pool.name, "made");
+        else
+            ts_refuse(a, status, "pool '%.64s': %.150s", c->pools[0].pool.name, why);
+    }
+    free(c);
+}
+
+/* The pool's index; with the name in `named`, since the pool may go. */
+static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64], ts_answer *a)
+{
+    uint32_t pool = ts_engine_pool_named(s->engine, name, a);
+    if (pool != TS_NONE)
+        memcpy(*named, s->engine->pools[pool].config.name, sizeof *named);
+    return pool;
+}
+
+static void delete_pool(ts_service *s, const ts_connection *by, const char *name, ts_answer *a)
+{
+    char named[64];
+    uint32_t pool = pool_of(s, name, &named, a);
+    if (pool != TS_NONE && ts_devices_remove(s, pool, a) == TS_OK)
+        note_pool(by, named, "deleted");
+}
+
+static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__AdminPoolResize *body,
+                        ts_answer *a)
+{
+    char named[64], what[64];
+    uint64_t bytes = 0;
+    uint32_t pool = pool_of(s, body->pool, &named, a);
+    if (pool == TS_NONE)
+        return;
+    char why[TS_MESSAGE_BYTES];
+    if (ts_config_memory(body->memory, &bytes, why, sizeof why) != TS_OK)
+        return ts_refuse(a, TS_EINVAL, "%s", why);
+    const ts_pool_config *config = &s->engine->pools[pool].config;
+    uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
+    uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
+    if (ts_devices_resize(s, pool, wanted, a) != TS_OK)
+        return;
+    snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
+    note_pool(by, named, what);
+}
+
+/* ---- the orders ---- */
+
+static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+{
+    kick(s, by, r->admin_kick->session, a);
+}
+
+static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+{
+    remove_seq(s, by, r->admin_free, a);
+}
+
+static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                        ts_answer *a)
+{
+    (void)a;
+    drain(s, by, !r->admin_drain->off);
+}
+
+static void order_create(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
+{
+    create_pool(s, by, r->admin_pool_create->text, a);
+}
+
+static void order_delete(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
+{
+    delete_pool(s, by, r->admin_pool_delete->pool, a);
+}
+
+static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
+{
+    resize_pool(s, by, r->admin_pool_resize, a);
+}
+
+bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a)
+{
+    static const struct {
+        Tspb__Request__BodyCase body;
+        void (*run)(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a);
+    } orders[] = {
+        {TSPB__REQUEST__BODY_ADMIN_KICK, order_kick},
+        {TSPB__REQUEST__BODY_ADMIN_FREE, order_free},
+        {TSPB__REQUEST__BODY_ADMIN_DRAIN, order_drain},
+        {TSPB__REQUEST__BODY_ADMIN_POOL_CREATE, order_create},
+        {TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, order_delete},
+        {TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, order_resize},
+    };
+    size_t i = 0;
+    while (i < sizeof orders / sizeof *orders && orders[i].body != request->body_case)
+        i++;
+    if (i == sizeof orders / sizeof *orders)
+        return false;
+    if (ts_service_is_operator(s, c->uid, c->gid)) {
+        orders[i].run(s, c, request, a);
+        return true;
+    }
+    const char *group = s->operators.group;
+    ts_refuse(a, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
+              group[0] == '\0' ? " and" : ",", s->admin_uid, group[0] == '\0' ? "" : " and group ",
+              group);
+    return true;
+}

@@ -1,0 +1,129 @@
+#include "pool_stats_cache.h"
+
+#include "clock.h"
+#include "server.h"
+
+#include <stdlib.h>
+
+#define FRESH_MS 1000u
+#define REST                                                                                       \
+    10u /* the figures of a walk serve for so many times as long as it took, at most FRESH_MS */
+
+/* Of one pool. */
+typedef struct pool_surveys {
+    ts_survey *walk; /* that is being made; NULL: none */
+    ts_survey *last; /* NULL: none */
+    uint64_t began_ms, fresh_until_ms;
+    ts_survey_waiter *waiters, **last_waiter;
+} pool_surveys;
+
+struct ts_surveys {
+    pool_surveys pools[TS_POOLS_MAX];
+    ts_work work;
+    bool queued;
+    bool telling; /* waiters are being told: what is there serves them */
+    uint64_t bits;
+};
+
+ts_surveys *ts_surveys_new(void)
+{
+    return calloc(1, sizeof(ts_surveys));
+}
+
+void ts_surveys_free(ts_surveys *s)
+{
+    if (s == NULL)
+        return;
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
+        ts_survey_free(s->pools[i].walk);
+        ts_survey_free(s->pools[i].last);
+    }
+    free(s);
+}
+
+static void tell_waiters(pool_surveys *p, ts_service *service)
+{
+    ts_survey_waiter *waiter = p->waiters;
+    p->waiters = NULL;
+    service->surveys->telling = true;
+    for (ts_survey_waiter *next; waiter != NULL; waiter = next) {
+        next = waiter->next;
+        waiter->ready(waiter, service);
+    }
+    service->surveys->telling = false;
+}
+
+/* One bit of each walk. */
+static void run_walks(ts_work *work, void *arg)
+{
+    ts_service *service = arg;
+    ts_surveys *s = service->surveys;
+    bool more = false;
+    (void)work;
+    s->queued = false;
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
+        pool_surveys *p = &s->pools[i];
+        if (p->walk == NULL)
+            continue;
+        s->bits++;
+        if (!ts_survey_go_on(p->walk, service->engine, TS_SURVEY_BIT)) {
+            more = true;
+            continue;
+        }
+        uint64_t now = ts_now_ms(), rest = (now - p->began_ms) * REST;
+        ts_survey_free(p->last);
+        p->last = p->walk;
+        p->walk = NULL;
+        p->fresh_until_ms = now + (rest < FRESH_MS ? rest : FRESH_MS);
+        tell_waiters(p, service);
+    }
+    if (more && !s->queued) {
+        s->queued = true;
+        ts_queue_put(&service->queue, &s->work); /* behind what others have put there */
+    }
+}
+
+ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *waiter,
+                         const ts_survey **out)
+{
+    ts_surveys *s = service->surveys;
+    pool_surveys *p = &s->pools[pool];
+    bool small = ts_survey_cost(service->engine, pool) <= TS_SURVEY_BIT / 2;
+    bool fits =
+        p->last != NULL && p->last->num_blocks == service->engine->pools[pool].books.num_blocks;
+    if (!small && fits && (s->telling || ts_now_ms() < p->fresh_until_ms)) {
+        *out = p->last;
+        return TS_OK;
+    }
+    if (p->walk == NULL) {
+        p->walk = ts_survey_new(service->engine, pool);
+        if (p->walk == NULL)
+            return TS_ENOMEM;
+        p->began_ms = ts_now_ms();
+        p->last_waiter = &p->waiters;
+    }
+    if (small && p->waiters == NULL) {
+        s->bits++;
+        while (!ts_survey_go_on(p->walk, service->engine, TS_SURVEY_BIT))
+            ;
+        ts_survey_free(p->last);
+        *out = p->last = p->walk;
+        p->walk = NULL;
+        p->fresh_until_ms = 0;
+        return TS_OK;
+    }
+    waiter->next = NULL;
+    *p->last_waiter = waiter;
+    p->last_waiter = &waiter->next;
+    if (!s->queued) {
+        s->queued = true;
+        s->work.run = run_walks;
+        ts_queue_put(&service->queue, &s->work);
+    }
+    return TS_EBUSY;
+}
+
+uint64_t ts_surveys_bits(const ts_surveys *s)
+{
+    return s->bits;
+}

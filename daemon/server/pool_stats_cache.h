@@ -1,0 +1,39 @@
+/*
+ * Surveys of pools for everybody who asks, so that no flood of questions holds the engine: a small
+ * pool is surveyed at once; a large one bit by bit, with others' work in between, by one walk for
+ * all who ask meanwhile, whose figures then serve for up to a second.
+ *
+ * Thread: the engine's owner.
+ */
+#ifndef TS_POOL_STATS_CACHE_H
+#define TS_POOL_STATS_CACHE_H
+
+#include "pool_stats.h"
+
+#define TS_SURVEY_BIT (1u << 15) /* table entries and blocks that are looked at in one go */
+
+typedef struct ts_service ts_service; /* server.h */
+
+/* Somebody who waits for a survey: `ready` is called once, and asks again. */
+typedef struct ts_survey_waiter {
+    struct ts_survey_waiter *next;
+    void (*ready)(struct ts_survey_waiter *waiter, ts_service *service);
+} ts_survey_waiter;
+
+typedef struct ts_surveys ts_surveys;
+
+/* NULL: out of memory. */
+ts_surveys *ts_surveys_new(void);
+void ts_surveys_free(ts_surveys *surveys);
+
+/*
+ * The pool's figures, good until this is called again. TS_EBUSY: they aren't there yet, and the
+ * waiter is told when they are. TS_ENOMEM.
+ */
+ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *waiter,
+                         const ts_survey **out);
+
+/* Bits of walks that were made so far. */
+uint64_t ts_surveys_bits(const ts_surveys *surveys);
+
+#endif

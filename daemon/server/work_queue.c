@@ -1,0 +1,122 @@
+#include "work_queue.h"
+
+#include <semaphore.h>
+#include <stdlib.h>
+
+/* So that a thread of the transport comes back to it soon, whatever the others send. */
+#define RUN_MOST 32
+
+void ts_queue_init(ts_queue *q)
+{
+    pthread_mutex_init(&q->lock, NULL);
+    pthread_cond_init(&q->filled, NULL);
+    q->head = NULL;
+    q->tail = &q->head;
+    q->closed = q->sleeping = q->owned = false;
+}
+
+void ts_queue_fini(ts_queue *q)
+{
+    pthread_cond_destroy(&q->filled);
+    pthread_mutex_destroy(&q->lock);
+}
+
+static void append(ts_queue *q, ts_work *work)
+{
+    work->next = NULL;
+    *q->tail = work;
+    q->tail = &work->next;
+}
+
+/* Unlocks; wakes the engine's thread if there is work that nobody runs. */
+static void leave(ts_queue *q)
+{
+    bool wake = q->sleeping && !q->owned && (q->head != NULL || q->closed);
+    if (wake)
+        q->sleeping = false;
+    pthread_mutex_unlock(&q->lock);
+    if (wake)
+        pthread_cond_signal(&q->filled);
+}
+
+void ts_queue_put(ts_queue *q, ts_work *work)
+{
+    pthread_mutex_lock(&q->lock);
+    append(q, work);
+    leave(q);
+}
+
+void ts_queue_run(ts_queue *q, ts_work *work, void *service)
+{
+    pthread_mutex_lock(&q->lock);
+    append(q, work);
+    if (!q->owned && !q->closed && q->head == work) {
+        q->owned = true;
+        for (int i = 0; i < RUN_MOST && q->head != NULL; i++) {
+            work = q->head;
+            q->head = work->next;
+            if (q->head == NULL)
+                q->tail = &q->head;
+            pthread_mutex_unlock(&q->lock);
+            work->run(work, service);
+            pthread_mutex_lock(&q->lock);
+        }
+        q->owned = false;
+    }
+    leave(q);
+}
+
+ts_work *ts_queue_take(ts_queue *q)
+{
+    pthread_mutex_lock(&q->lock);
+    q->owned = false;
+    while (q->owned || (q->head == NULL && !q->closed)) {
+        q->sleeping = true;
+        pthread_cond_wait(&q->filled, &q->lock);
+    }
+    q->sleeping = false;
+    ts_work *all = q->head;
+    q->owned = all != NULL;
+    q->head = NULL;
+    q->tail = &q->head;
+    pthread_mutex_unlock(&q->lock);
+    return all;
+}
+
+typedef struct flush {
+    ts_work work;
+    sem_t done;
+} flush;
+
+static void run_flush(ts_work *work, void *service)
+{
+    (void)service;
+    sem_post(&((flush *)work)->done);
+}
+
+void ts_queue_flush(ts_queue *q)
+{
+    flush f = {.work.run = run_flush};
+    sem_init(&f.done, 0, 0);
+    ts_queue_put(q, &f.work);
+    while (sem_wait(&f.done) != 0)
+        ;
+    sem_destroy(&f.done);
+}
+
+void ts_queue_close(ts_queue *q)
+{
+    pthread_mutex_lock(&q->lock);
+    q->closed = true;
+    leave(q);
+}
+
+void ts_queue_drop(ts_queue *q)
+{
+    for (ts_work *work = q->head, *next; work != NULL; work = next) {
+        next = work->next;
+        free(work);
+    }
+    q->head = NULL;
+    q->tail = &q->head;
+}
