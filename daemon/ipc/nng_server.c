@@ -3,7 +3,6 @@
 
 #include "clock.h"
 #include "log.h"
-#include "metrics.h"
 #include "sp_wire.h"
 #include "unix_listen.h"
 
@@ -301,7 +300,7 @@ static void answer(slot *s, const void *reply, size_t bytes, bool last)
 static void send_reply(ts_request *request, const void *reply, size_t bytes)
 {
     slot *s = (slot *)request;
-    ts_metrics_answered(&s->transport->service->message_times, ts_now_ns() - request->received_ns);
+    ts_latency_add(&s->transport->service->message_times, ts_now_ns() - request->received_ns);
     answer(s, reply, bytes, false);
 }
 

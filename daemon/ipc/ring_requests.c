@@ -4,7 +4,6 @@
 #include "clock.h"
 #include "codec.h"
 #include "log.h"
-#include "metrics.h"
 #include "refusals.h"
 #include "ring_server.h"
 #include "step_work.h"
@@ -21,7 +20,7 @@
 
 static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
 {
-    ts_metrics_answered(&r->rings->service->ring_times, ts_now_ns() - taken_ns);
+    ts_latency_add(&r->rings->service->ring_times, ts_now_ns() - taken_ns);
     r->shared->completed[r->posted & MASK] = *c;
     r->posted++;
     __atomic_store_n(&r->shared->completions.tail, r->posted, __ATOMIC_SEQ_CST);

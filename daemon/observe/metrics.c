@@ -8,20 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Upper borders, in nanoseconds: 1 microsecond to 10 seconds. */
-static const uint64_t borders[TS_REQUEST_BUCKETS] = {
-    1000,    2500,    5000,    10000,    25000,    50000,     100000,     250000,     500000,
-    1000000, 2500000, 5000000, 10000000, 25000000, 100000000, 1000000000, 10000000000};
-
-void ts_metrics_answered(ts_request_times *times, uint64_t nanoseconds)
-{
-    uint32_t i = 0;
-    while (i < TS_REQUEST_BUCKETS && nanoseconds > borders[i])
-        i++;
-    times->counts[i]++;
-    times->sum_ns += nanoseconds;
-}
-
 static void head(FILE *out, const char *name, const char *type, const char *help)
 {
     fprintf(out, "# HELP tinyserve_%s %s\n# TYPE tinyserve_%s %s\n", name, help, name, type);
@@ -84,15 +70,15 @@ static void write_pools(FILE *out, const Tspb__StatusReply *r)
         of_pool(out, "pool_open_steps", r->pools[i], "", r->pools[i]->open_steps);
 }
 
-static void write_times(FILE *out, const char *transport, const ts_request_times *times)
+static void write_times(FILE *out, const char *transport, const ts_latency *times)
 {
     uint64_t count = 0;
-    for (uint32_t i = 0; i < TS_REQUEST_BUCKETS; i++) {
+    for (uint32_t i = 0; i < TS_LATENCY_BORDERS; i++) {
         count += times->counts[i];
         fprintf(out, "tinyserve_request_duration_seconds_bucket{transport=\"%s\",le=\"%g\"} %llu\n",
-                transport, (double)borders[i] * 1e-9, (unsigned long long)count);
+                transport, (double)ts_latency_borders_ns[i] * 1e-9, (unsigned long long)count);
     }
-    count += times->counts[TS_REQUEST_BUCKETS];
+    count += times->counts[TS_LATENCY_BORDERS];
     fprintf(out,
             "tinyserve_request_duration_seconds_bucket{transport=\"%s\",le=\"+Inf\"} %llu\n"
             "tinyserve_request_duration_seconds_sum{transport=\"%s\"} %.9g\n"

@@ -10,6 +10,7 @@
 #include "engine.h"
 #include "gpu_executor.h"
 #include "handle_wire.h"
+#include "latency.h"
 #include "host_executor.h"
 #include "memory.h"
 #include "operators.h"
@@ -27,14 +28,6 @@ typedef struct ts_request {
     void (*send)(struct ts_request *request, const void *reply, size_t bytes);
     struct ts_request *next_waiter; /* for the same answer, or for a step's runs */
 } ts_request;
-
-#define TS_REQUEST_BUCKETS 17u
-
-/* How long requests took to be answered (metrics.h); the last count is of those beyond all borders.
- */
-typedef struct ts_request_times {
-    uint64_t counts[TS_REQUEST_BUCKETS + 1], sum_ns;
-} ts_request_times;
 
 /* A connection came or went (both kinds are freed by the service). */
 typedef struct ts_pipe_event {
@@ -117,7 +110,7 @@ typedef struct ts_service {
     uint64_t started_ms, requests, refused;
     ts_refusals *refusals; /* NULL: there was none yet */
     double started_unix;   /* seconds */
-    ts_request_times message_times, ring_times;
+    ts_latency message_times, ring_times;
     uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
     uint32_t slab_stamp;
     Tspb__Slab *slabs;
