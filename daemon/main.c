@@ -8,6 +8,7 @@
 #include "pool_memory.h"
 #include "pool_stats_cache.h"
 #include "reload.h"
+#include "request.h"
 #include "ring_server.h"
 #include "server.h"
 #include "socket_path.h"
@@ -176,7 +177,7 @@ typedef struct heartbeat {
 static void beat(ts_work *work, void *service)
 {
     heartbeat *h = (heartbeat *)work;
-    const ts_engine *e = ((ts_service *)service)->engine;
+    const ts_engine *e = ((ts_service *)service)->exec.engine;
     uint64_t used = 0, blocks = 0;
     for (uint32_t i = 0; i < e->num_pools; i++) {
         used += e->pools[i].books.used;
@@ -239,7 +240,7 @@ static int await_signal(ts_service *s, const sigset_t *signals, const options *o
             notify(h.status);
         notify("WATCHDOG=1");
         atomic_store(&h.out, true);
-        ts_queue_put(&s->queue, &h.work);
+        ts_queue_put(&s->exec.queue, &h.work);
     }
 }
 
@@ -299,27 +300,21 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->admin_uid = getuid();
     s->operators = c->operators;
     s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
-    s->submit_ms = c->submit_ms;
-    s->device_failed = device_failed;
+    s->exec.submit_ms = c->submit_ms;
+    s->exec.device_failed = device_failed;
     pthread_mutex_init(&s->operators_lock, NULL);
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
-    ts_queue_init(&s->queue);
     c->limits.first_generation = random_generation();
-    s->engine = ts_engine_new(&c->limits);
-    s->by_session = calloc(c->limits.sessions, sizeof(ts_connection *));
-    s->attention = ts_attention_new(c->threads, c->kernel);
-    if (s->attention != NULL)
-        s->batch = ts_batch_new(s->attention);
-    if (s->engine != NULL && s->batch != NULL)
-        s->rings = ts_rings_new(s, c->spin_us);
-    s->surveys = ts_surveys_new();
-    if (s->engine == NULL || s->by_session == NULL || s->batch == NULL || s->rings == NULL ||
-        s->surveys == NULL) {
+    bool made = ts_service_init(s, &c->limits);
+    s->exec.attention = ts_attention_new(c->threads, c->kernel);
+    if (s->exec.attention != NULL)
+        s->exec.batch = ts_batch_new(s->exec.attention);
+    if (!made || s->exec.batch == NULL || ts_rings_new(s, c->spin_us) == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
                c->limits.sessions, c->threads);
         goto out;
     }
-    if (ts_devices_start(s, c) != TS_OK)
+    if (ts_devices_start(&s->exec, c) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
     ts_transport_options messages = {.path = c->socket,
@@ -347,7 +342,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
         goto out;
     }
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", c->socket,
-           ts_isa_name(ts_attention_isa(s->attention)), ts_attention_threads(s->attention));
+           ts_isa_name(ts_attention_isa(s->exec.attention)),
+           ts_attention_threads(s->exec.attention));
     notify("READY=1");
     int number = await_signal(s, signals, o, c);
     if (number != SIGUSR1)
@@ -360,21 +356,24 @@ out:
     ts_fd_server_stop(fd_server);
     ts_rings_stop(s->rings);
     if (engine_runs)
-        ts_queue_flush(&s->queue); /* no job is begun after this */
-    if (s->attention != NULL)
-        ts_attention_cancel(s->attention);
-    ts_batch_free(s->batch);
-    ts_devices_stop(s);
-    ts_queue_close(&s->queue);
+        ts_queue_flush(&s->exec.queue); /* no job is begun after this */
+    if (s->exec.attention != NULL)
+        ts_attention_cancel(s->exec.attention);
+    ts_batch_free(s->exec.batch);
+    ts_devices_stop(&s->exec);
+    ts_queue_close(&s->exec.queue);
     if (engine_runs)
         pthread_join(engine, NULL);
     if (code == EXIT_DEVICE)
         ts_rings_device_failed(s->rings);
-    ts_transport_free(transport); /* clients see the connection end */
-    ts_queue_drop(&s->queue);     /* news of connections that nobody needs any more */
-    if (s->engine != NULL)
+    ts_transport_free(transport);  /* clients see the connection end */
+    ts_queue_drop(&s->exec.queue); /* news of connections that nobody needs any more */
+    if (s->exec.engine != NULL) {
+        ts_service_close_connections(s);
+        ts_rings_free(s->rings);
         ts_service_fini(s);
-    ts_queue_fini(&s->queue);
+    }
+    ts_queue_fini(&s->exec.queue);
     pthread_mutex_destroy(&s->operators_lock);
     free(s);
     return code;

@@ -5,10 +5,11 @@
  * name ids that earlier answers gave. After each input the engine's books must agree.
  */
 #define _GNU_SOURCE
+#include "exchange_open.h"
 #include "invariants.h"
 #include "log.h"
 #include "pool_stats_cache.h"
-#include "server.h"
+#include "request.h"
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -84,7 +85,7 @@ static void pipe_event(void (*run)(ts_work *, void *), uint32_t pipe, uint32_t u
     event->pipe = pipe;
     event->uid = uid;
     event->work.run = run;
-    ts_queue_run(&service.queue, &event->work, &service);
+    ts_queue_run(&service.exec.queue, &event->work, &service);
 }
 
 /* Hands the request over and waits for its answer. */
@@ -94,7 +95,7 @@ static Tspb__Reply *call(uint32_t pipe, Tspb__Request *message)
                                   .pipe = pipe,
                                   .message = message,
                                   .send = on_send}};
-    ts_queue_run(&service.queue, &f.request.work, &service);
+    ts_queue_run(&service.exec.queue, &f.request.work, &service);
     wait_for(&f.sent);
     return f.reply;
 }
@@ -122,7 +123,7 @@ static void run_gift(ts_work *work, void *arg)
                                     fallocate(fd, 0, 0, (off_t)g->bytes) != 0)))
         abort();
     (void)fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
-    (void)ts_service_adopt_exchange(arg, c, fd, &bytes, why, sizeof why);
+    (void)ts_exchange_give(arg, c, fd, &bytes, why, sizeof why);
     close(fd);
     tell(&g->done);
 }
@@ -130,7 +131,7 @@ static void run_gift(ts_work *work, void *arg)
 static void give_exchange(uint32_t pipe, uint64_t bytes)
 {
     gift g = {.work.run = run_gift, .pipe = pipe, .bytes = bytes};
-    ts_queue_run(&service.queue, &g.work, &service);
+    ts_queue_run(&service.exec.queue, &g.work, &service);
     wait_for(&g.done);
 }
 
@@ -312,7 +313,7 @@ typedef struct check {
 static void run_check(ts_work *work, void *arg)
 {
     (void)arg;
-    if (ts_invariants_check(service.engine, on_problem, NULL) == 0)
+    if (ts_invariants_check(service.exec.engine, on_problem, NULL) == 0)
         abort();
     tell(&((check *)work)->done);
 }
@@ -332,12 +333,10 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     ts_log_init(TS_LOG_ERROR);
     ts_engine_default_limits(&limits);
     limits.exchange_bytes = 1 << 20;
-    ts_queue_init(&service.queue);
-    service.engine = ts_engine_new(&limits);
-    service.by_session = calloc(limits.sessions, sizeof(ts_connection *));
-    service.attention = ts_attention_new(1, TS_ISA_AUTO);
-    service.batch = ts_batch_new(service.attention);
-    service.surveys = ts_surveys_new();
+    if (!ts_service_init(&service, &limits))
+        return 1;
+    service.exec.attention = ts_attention_new(1, TS_ISA_AUTO);
+    service.exec.batch = ts_batch_new(service.exec.attention);
     ts_pool_config config = {
         .name = "fuzz",
         .geometry = {.layers = 2, .kv_heads = 2, .head_dim = 32, .block_tokens = 4},
@@ -348,10 +347,10 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         .client_write = TS_CLIENT_WRITE_ALL,
     };
     config.slab_blocks = ts_geometry_slab_blocks(&config.geometry, 8192, 4096);
-    if (ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why) != TS_OK ||
-        ts_memory_host_new(service.engine->pools[0].books.num_slabs,
+    if (ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why) != TS_OK ||
+        ts_memory_host_new(service.exec.engine->pools[0].books.num_slabs,
                            ts_geometry_block_bytes(&config.geometry) * config.slab_blocks,
-                           &service.memory[0], why, sizeof why) != TS_OK)
+                           &service.exec.memory[0], why, sizeof why) != TS_OK)
         abort();
     pthread_t engine;
     if (pthread_create(&engine, NULL, engine_main, &service) != 0)
@@ -398,7 +397,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     pipe_event(ts_service_pipe_removed, pipe, 0);
     check last = {.work = {.run = run_check}};
-    ts_queue_run(&service.queue, &last.work, &service);
+    ts_queue_run(&service.exec.queue, &last.work, &service);
     wait_for(&last.done);
     return 0;
 }

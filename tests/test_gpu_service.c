@@ -2,10 +2,11 @@
 #include "test_util.h"
 
 #include "fake_gpu.h"
+#include "fd_export.h"
 #include "gpu_executor.h"
 #include "log.h"
 #include "pool_memory.h"
-#include "server.h"
+#include "request.h"
 
 #include <semaphore.h>
 #include <sys/mman.h>
@@ -48,7 +49,7 @@ static void send(test_request *t, Tspb__Request *message)
     message->request_id = ++next_id;
     t->request = (ts_request){
         .work = {.run = ts_service_request}, .pipe = 1, .message = message, .send = on_send};
-    ts_queue_run(&service.queue, &t->request.work, &service);
+    ts_queue_run(&service.exec.queue, &t->request.work, &service);
 }
 
 static Tspb__Reply *answer(test_request *t)
@@ -109,15 +110,13 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
     ts_log_init(TS_LOG_ERROR);
     ts_engine_default_limits(&limits);
     limits.sessions = 8;
-    ts_queue_init(&service.queue);
-    service.engine = ts_engine_new(&limits);
-    service.by_session = calloc(limits.sessions, sizeof(ts_connection *));
-    service.attention = ts_attention_new(1, TS_ISA_AUTO);
-    service.batch = ts_batch_new(service.attention);
-    service.gpus[0].gpu = gpu;
-    OK(ts_gpu_batch_new(gpu, limits.sessions, 3600000, on_failure, &service.gpus[0].batch, why,
+    assert_true(ts_service_init(&service, &limits));
+    service.exec.attention = ts_attention_new(1, TS_ISA_AUTO);
+    service.exec.batch = ts_batch_new(service.exec.attention);
+    service.exec.gpus[0].gpu = gpu;
+    OK(ts_gpu_batch_new(gpu, limits.sessions, 3600000, on_failure, &service.exec.gpus[0].batch, why,
                         sizeof why));
-    service.num_gpus = 1;
+    service.exec.num_gpus = 1;
     ts_pool_config config = {.name = "p",
                              .geometry = geometry,
                              .num_blocks = 16,
@@ -126,35 +125,36 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
                              .sequence_tokens_max = 64,
                              .tenant_blocks_max = UINT64_MAX,
                              .on_gpu = true};
-    OK(ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why));
-    OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry), &service.memory[0],
-                              why, sizeof why));
-    service.gpu_of[0] = &service.gpus[0];
+    OK(ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why));
+    OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry),
+                              &service.exec.memory[0], why, sizeof why));
+    service.exec.gpu_of[0] = &service.exec.gpus[0];
     assert_int_equal(pthread_create(engine, NULL, engine_main, &service), 0);
     ts_pipe_event *event = calloc(1, sizeof *event);
     *event = (ts_pipe_event){.work = {.run = ts_service_pipe_added}, .pipe = 1};
-    ts_queue_run(&service.queue, &event->work, &service);
+    ts_queue_run(&service.exec.queue, &event->work, &service);
 }
 
 static void service_stop(pthread_t engine)
 {
-    ts_batch_free(service.batch);
-    ts_gpu_batch_free(service.gpus[0].batch);
-    ts_queue_close(&service.queue);
+    ts_batch_free(service.exec.batch);
+    ts_gpu_batch_free(service.exec.gpus[0].batch);
+    ts_queue_close(&service.exec.queue);
     pthread_join(engine, NULL);
-    assert_int_equal(service.engine->live_sessions, 0);
-    assert_int_equal(service.engine->pools[0].books.used, 0);
+    assert_int_equal(service.exec.engine->live_sessions, 0);
+    assert_int_equal(service.exec.engine->pools[0].books.used, 0);
     assert_null(service.waiting);
     assert_int_equal(atomic_load(&failures), 0);
+    ts_service_close_connections(&service);
     ts_service_fini(&service);
-    ts_queue_fini(&service.queue);
+    ts_queue_fini(&service.exec.queue);
 }
 
 /* Asks for the page of signals as the handle socket does, on the engine's owner. */
 static ts_signals *ask_for_signals(uint64_t session, const uint8_t *token)
 {
     static ts_handle_ask ask;
-    ask = (ts_handle_ask){.work = {.run = ts_service_handle},
+    ask = (ts_handle_ask){.work = {.run = ts_fd_export},
                           .request = {.magic = TS_HANDLE_MAGIC,
                                       .protocol = TS_PROTOCOL,
                                       .session = session,
@@ -162,7 +162,7 @@ static ts_signals *ask_for_signals(uint64_t session, const uint8_t *token)
                           .done = on_handle};
     memcpy(ask.request.token, token, TS_TOKEN_BYTES);
     sem_init(&handled, 0, 0);
-    ts_queue_run(&service.queue, &ask.work, &service);
+    ts_queue_run(&service.exec.queue, &ask.work, &service);
     while (sem_wait(&handled) != 0)
         ;
     assert_int_equal(ask.reply.status, TS_OK);
@@ -274,7 +274,7 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     assert_false(is_answered(&more[4]));
     ts_pipe_event *event = calloc(1, sizeof *event);
     *event = (ts_pipe_event){.work = {.run = ts_service_pipe_removed}, .pipe = 1};
-    ts_queue_run(&service.queue, &event->work, &service);
+    ts_queue_run(&service.exec.queue, &event->work, &service);
     fake_gpu_await_waiting(gpu, 0);
     service_stop(engine);
     for (uint32_t i = 0; i < 5; i++)
@@ -289,22 +289,22 @@ static void keep_ipc_memory(ts_work *work, void *unused)
     (void)work;
     (void)unused;
     static const uint8_t handle[TS_IPC_HANDLE_BYTES];
-    ts_pool_books *books = &service.engine->pools[0].books;
+    ts_pool_books *books = &service.exec.engine->pools[0].books;
     ts_answer a = {0};
-    service.memory[0]->ipc_handle = handle;
+    service.exec.memory[0]->ipc_handle = handle;
     OK(ts_pool_add_tenant(books, 0));
     OK(ts_pool_grant(books, 0, 0));
-    assert_int_equal(ts_devices_remove(&service, 0, &a), TS_EPERM);
+    assert_int_equal(ts_devices_remove(&service.exec, 0, &a), TS_EPERM);
     assert_string_equal(a.message, "pool 'p' is cuda-ipc memory that its tenant may still map: it "
                                    "stays until the daemon is restarted");
-    assert_int_equal(ts_devices_resize(&service, 0, 8, &a), TS_EINVAL);
+    assert_int_equal(ts_devices_resize(&service.exec, 0, 8, &a), TS_EINVAL);
     assert_string_equal(a.message, "pool 'p' is cuda-ipc memory: one piece, which keeps its size");
-    service.memory[0]->ipc_handle = NULL; /* as it was: of VMM, it goes */
-    assert_int_equal(ts_devices_resize(&service, 0, 17, &a), TS_EINVAL);
+    service.exec.memory[0]->ipc_handle = NULL; /* as it was: of VMM, it goes */
+    assert_int_equal(ts_devices_resize(&service.exec, 0, 17, &a), TS_EINVAL);
     assert_string_equal(a.message, "17 blocks for pool 'p'; the limits are 1..16, its memory_max");
-    OK(ts_devices_remove(&service, 0, &a));
-    assert_false(ts_engine_has_pool(service.engine, 0));
-    assert_null(service.memory[0]);
+    OK(ts_devices_remove(&service.exec, 0, &a));
+    assert_false(ts_engine_has_pool(service.exec.engine, 0));
+    assert_null(service.exec.memory[0]);
 }
 
 static void memory_that_a_tenant_may_still_map_is_not_freed(void **state)
@@ -314,7 +314,7 @@ static void memory_that_a_tenant_may_still_map_is_not_freed(void **state)
     alarm(120);
     service_start(fake_gpu_new(), &engine);
     ts_work work = {.run = keep_ipc_memory};
-    ts_queue_run(&service.queue, &work, &service);
+    ts_queue_run(&service.exec.queue, &work, &service);
     service_stop(engine);
     alarm(0);
 }

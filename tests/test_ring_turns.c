@@ -2,6 +2,7 @@
 #include "test_util.h"
 
 #include "log.h"
+#include "request.h"
 #include "ring_server.h"
 
 #include <stdio.h>
@@ -20,13 +21,13 @@ static ts_connection *connection(uint32_t pipe)
     ts_service_pipe_added(&event->work, &service);
     ts_connection *c = ts_service_connection(&service, pipe);
     ts_engine_apply(
-        service.engine,
+        service.exec.engine,
         &(ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.uid = 1000, .program = "test"}},
         &a);
     assert_int_equal(a.status, TS_OK);
     c->session = a.session;
     service.by_session[(uint32_t)a.session] = c;
-    assert_int_equal(ts_ring_new(service.rings, pipe, &c->ring, why, sizeof why), TS_OK);
+    assert_int_equal(ts_ring_new(service.rings, c, why, sizeof why), TS_OK);
     return c;
 }
 
@@ -80,11 +81,7 @@ int main(void)
     ts_engine_limits limits;
     ts_log_init(TS_LOG_ERROR);
     ts_engine_default_limits(&limits);
-    ts_queue_init(&service.queue);
-    service.engine = ts_engine_new(&limits);
-    service.by_session = calloc(limits.sessions, sizeof(ts_connection *));
-    service.rings = ts_rings_new(&service, 0);
-    if (service.engine == NULL || service.by_session == NULL || service.rings == NULL)
+    if (!ts_service_init(&service, &limits) || ts_rings_new(&service, 0) == NULL)
         return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_turn_takes_eight_entries_or_up_to_a_run),
@@ -92,7 +89,9 @@ int main(void)
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ts_rings_stop(service.rings);
+    ts_service_close_connections(&service);
+    ts_rings_free(service.rings);
     ts_service_fini(&service);
-    ts_queue_fini(&service.queue);
+    ts_queue_fini(&service.exec.queue);
     return failed;
 }

@@ -3,7 +3,7 @@
 
 #include "log.h"
 #include "pool_stats_cache.h"
-#include "server.h"
+#include "request.h"
 
 #include <stdio.h>
 
@@ -26,26 +26,23 @@ static void service_new(uint32_t blocks)
     ts_engine_limits limits;
     ts_engine_default_limits(&limits);
     service = (ts_service){0};
-    ts_queue_init(&service.queue);
-    service.engine = ts_engine_new(&limits);
-    service.surveys = ts_surveys_new();
-    assert_true(service.engine != NULL && service.surveys != NULL);
-    assert_int_equal(ts_engine_add_pool(service.engine, &config, NULL, why, sizeof why), TS_OK);
+    assert_true(ts_service_init(&service, &limits));
+    assert_int_equal(ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why),
+                     TS_OK);
 }
 
 static void service_free(void)
 {
-    ts_surveys_free(service.surveys);
-    ts_engine_free(service.engine);
-    ts_queue_fini(&service.queue);
+    ts_service_fini(&service);
+    ts_queue_fini(&service.exec.queue);
 }
 
 /* Runs what is in the queue, one thing; false: nothing is. */
 static bool run_one(void)
 {
-    if (service.queue.head == NULL)
+    if (service.exec.queue.head == NULL)
         return false;
-    for (ts_work *work = ts_queue_take(&service.queue), *next; work != NULL; work = next) {
+    for (ts_work *work = ts_queue_take(&service.exec.queue), *next; work != NULL; work = next) {
         next = work->next;
         work->run(work, &service);
     }
@@ -117,11 +114,11 @@ static void a_pool_that_ends_during_its_walk_ends_it(void **state)
     (void)state;
     service_new(BLOCKS);
     ts_answer answer;
-    ts_survey *walk = ts_survey_new(service.engine, 0);
-    assert_false(ts_survey_go_on(walk, service.engine, 10));
-    ts_engine_apply(service.engine, &(ts_command){.op = TS_OP_POOL_REMOVE}, &answer);
+    ts_survey *walk = ts_survey_new(service.exec.engine, 0);
+    assert_false(ts_survey_go_on(walk, service.exec.engine, 10));
+    ts_engine_apply(service.exec.engine, &(ts_command){.op = TS_OP_POOL_REMOVE}, &answer);
     assert_int_equal(answer.status, TS_OK);
-    assert_true(ts_survey_go_on(walk, service.engine, 10));
+    assert_true(ts_survey_go_on(walk, service.exec.engine, 10));
     ts_survey_free(walk);
     service_free();
 }

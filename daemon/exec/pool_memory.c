@@ -2,7 +2,6 @@
 
 #include "log.h"
 #include "plain_text.h"
-#include "refusals.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,36 +47,36 @@ static ts_status check_host_fit(uint64_t others, uint64_t bytes, char *why, size
 }
 
 /* Bytes of host memory that the service's pools may take. */
-static uint64_t host_bytes(const ts_service *s)
+static uint64_t host_bytes(const ts_exec *x)
 {
     uint64_t bytes = 0;
-    for (uint32_t i = 0; i < s->engine->num_pools; i++)
-        if (ts_engine_has_pool(s->engine, i) && s->gpu_of[i] == NULL)
-            bytes += ts_geometry_block_bytes(&s->engine->pools[i].config.geometry) *
-                     s->engine->pools[i].books.num_blocks;
+    for (uint32_t i = 0; i < x->engine->num_pools; i++)
+        if (ts_engine_has_pool(x->engine, i) && x->gpu_of[i] == NULL)
+            bytes += ts_geometry_block_bytes(&x->engine->pools[i].config.geometry) *
+                     x->engine->pools[i].books.num_blocks;
     return bytes;
 }
 
 /* The GPU, opened at its first mention; NULL with a sentence. */
-static const ts_service_gpu *open_gpu(ts_service *s, uint32_t ordinal, char *why, size_t why_bytes)
+static const ts_exec_gpu *open_gpu(ts_exec *x, uint32_t ordinal, char *why, size_t why_bytes)
 {
-    for (uint32_t i = 0; i < s->num_gpus; i++)
-        if (ts_gpu_get_info(s->gpus[i].gpu)->ordinal == ordinal)
-            return &s->gpus[i];
-    if (s->num_gpus == TS_GPUS_MAX) {
+    for (uint32_t i = 0; i < x->num_gpus; i++)
+        if (ts_gpu_get_info(x->gpus[i].gpu)->ordinal == ordinal)
+            return &x->gpus[i];
+    if (x->num_gpus == TS_GPUS_MAX) {
         snprintf(why, why_bytes, "cuda:%u would be GPU number %u; the limit is %u", ordinal,
-                 s->num_gpus + 1, TS_GPUS_MAX);
+                 x->num_gpus + 1, TS_GPUS_MAX);
         return NULL;
     }
-    ts_service_gpu *g = &s->gpus[s->num_gpus];
+    ts_exec_gpu *g = &x->gpus[x->num_gpus];
     if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
         return NULL;
-    if (ts_gpu_batch_new(g->gpu, s->engine->limits.sessions, s->submit_ms, s->device_failed,
+    if (ts_gpu_batch_new(g->gpu, x->engine->limits.sessions, x->submit_ms, x->device_failed,
                          &g->batch, why, why_bytes) != TS_OK) {
         ts_gpu_close(g->gpu);
         return NULL;
     }
-    s->num_gpus++;
+    x->num_gpus++;
     return g;
 }
 
@@ -119,8 +118,8 @@ static ts_status decide(const ts_config_pool *wanted, bool *host, uint32_t *ordi
 }
 
 /* Decides the device, and opens it; *gpu is NULL for host memory. */
-static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_pool_config *p,
-                               const ts_service_gpu **gpu, char *why, size_t why_bytes)
+static ts_status choose_device(ts_exec *x, const ts_config_pool *wanted, ts_pool_config *p,
+                               const ts_exec_gpu **gpu, char *why, size_t why_bytes)
 {
     bool any = strcmp(p->device, "auto") == 0, host;
     uint32_t ordinal;
@@ -136,7 +135,7 @@ static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_p
         snprintf(p->device, sizeof p->device, "host");
         return TS_OK;
     }
-    *gpu = open_gpu(s, ordinal, why, why_bytes);
+    *gpu = open_gpu(x, ordinal, why, why_bytes);
     if (*gpu == NULL)
         return TS_EDEVICE;
     if (any)
@@ -147,22 +146,22 @@ static ts_status choose_device(ts_service *s, const ts_config_pool *wanted, ts_p
 }
 
 /* Bytes of a GPU that its pools will take as they need them. */
-static uint64_t planned_bytes(const ts_service *s, const ts_service_gpu *g)
+static uint64_t planned_bytes(const ts_exec *x, const ts_exec_gpu *g)
 {
     uint64_t bytes = 0;
-    for (uint32_t i = 0; i < s->engine->num_pools; i++)
-        if (s->gpu_of[i] == g && s->memory[i]->ipc_handle == NULL) {
-            const ts_pool_books *books = &s->engine->pools[i].books;
-            bytes += (uint64_t)(books->num_slabs - books->ungranted) * s->memory[i]->slab_bytes;
+    for (uint32_t i = 0; i < x->engine->num_pools; i++)
+        if (x->gpu_of[i] == g && x->memory[i]->ipc_handle == NULL) {
+            const ts_pool_books *books = &x->engine->pools[i].books;
+            bytes += (uint64_t)(books->num_slabs - books->ungranted) * x->memory[i]->slab_bytes;
         }
     return bytes;
 }
 
 /* Whether a GPU has room for `bytes` more than its pools have or will take. */
-static ts_status check_fit(const ts_service *s, const ts_service_gpu *g, const char *device,
+static ts_status check_fit(const ts_exec *x, const ts_exec_gpu *g, const char *device,
                            uint64_t bytes, char *why, size_t why_bytes)
 {
-    uint64_t available, planned = planned_bytes(s, g);
+    uint64_t available, planned = planned_bytes(x, g);
     ts_status status = ts_gpu_free_bytes(g->gpu, &available, why, why_bytes);
     if (status != TS_OK)
         return status;
@@ -178,16 +177,15 @@ static ts_status check_fit(const ts_service *s, const ts_service_gpu *g, const c
     return TS_ENOMEM;
 }
 
-static ts_status new_gpu_memory(const ts_service *s, const ts_config_pool *wanted,
-                                ts_pool_config *p, const ts_service_gpu *g, ts_memory **out,
-                                char *why, size_t why_bytes)
+static ts_status new_gpu_memory(const ts_exec *x, const ts_config_pool *wanted, ts_pool_config *p,
+                                const ts_exec_gpu *g, ts_memory **out, char *why, size_t why_bytes)
 {
     ts_gpu *gpu = g->gpu;
     const ts_gpu_info *info = ts_gpu_get_info(gpu);
     size_t block_bytes = ts_geometry_block_bytes(&p->geometry);
     bool any = wanted->provider == TS_PROVIDER_AUTO;
     ts_status status =
-        check_fit(s, g, p->device, (uint64_t)block_bytes * p->num_blocks, why, why_bytes);
+        check_fit(x, g, p->device, (uint64_t)block_bytes * p->num_blocks, why, why_bytes);
     if (status == TS_OK)
         status = ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, why, why_bytes);
     if (status != TS_OK)
@@ -220,21 +218,21 @@ static ts_status new_gpu_memory(const ts_service *s, const ts_config_pool *wante
     return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, why, why_bytes);
 }
 
-ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why, size_t why_bytes)
+ts_status ts_devices_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)
 {
     ts_pool_config p = wanted->pool;
-    const ts_service_gpu *gpu;
+    const ts_exec_gpu *gpu;
     ts_memory *memory = NULL;
     uint32_t index;
-    ts_status status = ts_engine_pool_place(s->engine, &p, &index, why, why_bytes);
+    ts_status status = ts_engine_pool_place(x->engine, &p, &index, why, why_bytes);
     if (status == TS_OK) /* before anything is taken for it */
-        status = choose_device(s, wanted, &p, &gpu, why, why_bytes);
+        status = choose_device(x, wanted, &p, &gpu, why, why_bytes);
     if (status != TS_OK)
         return status;
     if (gpu != NULL)
-        status = new_gpu_memory(s, wanted, &p, gpu, &memory, why, why_bytes);
+        status = new_gpu_memory(x, wanted, &p, gpu, &memory, why, why_bytes);
     else
-        status = check_host_fit(host_bytes(s),
+        status = check_host_fit(host_bytes(x),
                                 (uint64_t)ts_geometry_block_bytes(&p.geometry) * p.num_blocks, why,
                                 why_bytes);
     if (status == TS_OK && gpu == NULL)
@@ -242,13 +240,13 @@ ts_status ts_devices_add(ts_service *s, const ts_config_pool *wanted, char *why,
                                     ts_geometry_block_bytes(&p.geometry) * p.slab_blocks, &memory,
                                     why, why_bytes);
     if (status == TS_OK)
-        status = ts_engine_add_pool(s->engine, &p, &index, why, why_bytes);
+        status = ts_engine_add_pool(x->engine, &p, &index, why, why_bytes);
     if (status != TS_OK) {
         ts_memory_free(memory);
         return status;
     }
-    s->memory[index] = memory;
-    s->gpu_of[index] = gpu;
+    x->memory[index] = memory;
+    x->gpu_of[index] = gpu;
     char text[320];
     ts_devices_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
@@ -311,11 +309,11 @@ ts_status ts_devices_check(ts_config *c)
     return c->num_problems == 0 ? TS_OK : TS_EINVAL;
 }
 
-ts_status ts_devices_start(ts_service *s, const ts_config *c)
+ts_status ts_devices_start(ts_exec *x, const ts_config *c)
 {
     char why[256];
     for (uint32_t i = 0; i < c->num_pools; i++) {
-        ts_status status = ts_devices_add(s, &c->pools[i], why, sizeof why);
+        ts_status status = ts_devices_add(x, &c->pools[i], why, sizeof why);
         if (status != TS_OK) {
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
                       c->pools[i].pool.name, why);
@@ -325,10 +323,10 @@ ts_status ts_devices_start(ts_service *s, const ts_config *c)
     return TS_OK;
 }
 
-ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, ts_answer *a)
+ts_status ts_devices_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, ts_answer *a)
 {
-    const ts_engine_pool *p = &s->engine->pools[pool];
-    ts_memory *memory = s->memory[pool];
+    const ts_engine_pool *p = &x->engine->pools[pool];
+    ts_memory *memory = x->memory[pool];
     ts_command command = {
         .op = TS_OP_POOL_RESIZE, .pool = pool, .pool_resize.num_blocks = num_blocks};
     uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
@@ -342,25 +340,25 @@ ts_status ts_devices_resize(ts_service *s, uint32_t pool, uint32_t num_blocks, t
         uint64_t more =
             (uint64_t)ts_geometry_block_bytes(&p->config.geometry) * (num_blocks - blocks);
         ts_status status =
-            s->gpu_of[pool] == NULL
-                ? check_host_fit(host_bytes(s), more, why, sizeof why)
-                : check_fit(s, s->gpu_of[pool], p->config.device, more, why, sizeof why);
+            x->gpu_of[pool] == NULL
+                ? check_host_fit(host_bytes(x), more, why, sizeof why)
+                : check_fit(x, x->gpu_of[pool], p->config.device, more, why, sizeof why);
         if (status != TS_OK) {
             ts_refuse(a, status, "pool '%s': %.200s", p->config.name, why);
             return status;
         }
     }
-    ts_service_tell(s, &command, a);
+    ts_exec_apply(x, &command, a);
     for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++)
         ts_memory_drop(memory, i);
     return a->status;
 }
 
-ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
+ts_status ts_devices_remove(ts_exec *x, uint32_t pool, ts_answer *a)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
-    const ts_engine_pool *p = &s->engine->pools[pool];
-    if (s->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
+    const ts_engine_pool *p = &x->engine->pools[pool];
+    if (x->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
         /* Freed, it could become somebody else's under the eyes of who keeps it mapped. */
         ts_refuse(a, TS_EPERM,
                   "pool '%s' is cuda-ipc memory that its tenant may still map: it stays until the "
@@ -368,18 +366,17 @@ ts_status ts_devices_remove(ts_service *s, uint32_t pool, ts_answer *a)
                   p->config.name);
         return a->status;
     }
-    ts_service_tell(s, &command, a);
+    ts_exec_apply(x, &command, a);
     if (a->status != TS_OK)
         return a->status;
-    ts_refusals_forget_pool(s, pool);
-    ts_memory_free(s->memory[pool]);
-    s->memory[pool] = NULL;
-    s->gpu_of[pool] = NULL;
+    ts_memory_free(x->memory[pool]);
+    x->memory[pool] = NULL;
+    x->gpu_of[pool] = NULL;
     return TS_OK;
 }
 
-void ts_devices_stop(ts_service *s)
+void ts_devices_stop(ts_exec *x)
 {
-    for (uint32_t i = 0; i < s->num_gpus; i++)
-        ts_gpu_batch_free(s->gpus[i].batch);
+    for (uint32_t i = 0; i < x->num_gpus; i++)
+        ts_gpu_batch_free(x->gpus[i].batch);
 }

@@ -65,4 +65,11 @@ void ts_signals_let_go(ts_signals_page *page);
 
 void ts_signals_release(ts_signals_page *page);
 
+/* What one session shares with the daemon; all NULL until it is asked for. */
+typedef struct ts_session_memory {
+    ts_exchange *exchange;
+    ts_signals_page *signals;
+    struct ts_step_plan *plan; /* of the step that ran on a GPU last (step_work.h) */
+} ts_session_memory;
+
 #endif

@@ -1,39 +1,33 @@
 #include "step_work.h"
 
 #include "log.h"
-#include "refusals.h"
-#include "ring_server.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* A job, the request that waits for it, and what to tell the engine afterwards. */
-typedef struct ts_service_job {
+/* A job of a step, who waits for it, and what to tell the engine afterwards. */
+typedef struct ts_step_job {
     ts_job job;
     ts_work work;
-    ts_service *service;
-    const ts_service_gpu *gpu; /* NULL: the processor's kernels */
-    ts_request *request;       /* NULL: the rings, or nobody, waits */
-    ts_ring *ring;             /* NULL: nobody waits there */
-    ts_asker asker;            /* of the rings */
-    uint64_t request_id, step;
-    uint32_t pipe, layer;
+    ts_exec *exec;
+    const ts_exec_gpu *gpu; /* NULL: the processor's kernels */
+    ts_completion completion;
+    uint64_t step;
+    uint32_t layer; /* TS_NONE: a begin's copies */
     ts_exchange *exchange;
-    ts_step_plan *plan;                          /* on a GPU, of a run */
-    struct ts_service_job *next_live, **at_live; /* of the service's, that are with the kernels */
-    unsigned char *reply; /* to a begun step; NULL for a run, whose reply is empty */
-    size_t reply_size;
-} service_job;
+    struct ts_step_plan *plan;                /* on a GPU, of a run */
+    struct ts_step_job *next_live, **at_live; /* of those that are with the kernels */
+} step_job;
 
 /* What attends of a step need on a GPU, made by the first of its runs (gpu.h). */
-struct ts_step_plan {
+typedef struct ts_step_plan {
     uint64_t step;
-    uint32_t users; /* jobs, the service's table, and the step's connection */
+    uint32_t users; /* jobs, the exec's table, and the step's session */
     uint32_t jobs;  /* of them */
     ts_job_plan plan;
-};
+} ts_step_plan;
 
-void ts_jobs_release_plan(ts_step_plan *p)
+void ts_step_plan_release(ts_step_plan *p)
 {
     if (p == NULL || --p->users > 0)
         return;
@@ -43,9 +37,9 @@ void ts_jobs_release_plan(ts_step_plan *p)
 
 /* The plan of the connection's step that ran before, if that has ended: a step of the same
  * sequences, some tokens later, needs one much like it. Else NULL. */
-static ts_gpu_plan *take_earlier(const ts_service *s, ts_step_plan *p)
+static ts_gpu_plan *take_earlier(const ts_exec *x, ts_step_plan *p)
 {
-    if (p == NULL || p->jobs > 0 || ts_engine_find_step(s->engine, p->step) != NULL)
+    if (p == NULL || p->jobs > 0 || ts_engine_find_step(x->engine, p->step) != NULL)
         return NULL;
     ts_gpu_plan *plan = p->plan.plan;
     p->plan = (ts_job_plan){0};
@@ -54,27 +48,27 @@ static ts_gpu_plan *take_earlier(const ts_service *s, ts_step_plan *p)
 
 /* The step's plan, for a job to give back; NULL: out of memory. The one of an earlier step in the
  * same place is given up. */
-static ts_step_plan *plan_of(ts_service *s, ts_connection *c, const ts_step *step)
+static ts_step_plan *plan_of(ts_exec *x, ts_session_memory *m, const ts_step *step)
 {
     uint32_t index = (uint32_t)step->id;
-    if (index >= s->num_step_plans) {
+    if (index >= x->num_step_plans) {
         uint32_t count = (index + 1) * 2;
-        ts_step_plan **grown = realloc(s->step_plans, count * sizeof *grown);
+        ts_step_plan **grown = realloc(x->step_plans, count * sizeof *grown);
         if (grown == NULL)
             return NULL;
-        memset(grown + s->num_step_plans, 0, (count - s->num_step_plans) * sizeof *grown);
-        s->step_plans = grown;
-        s->num_step_plans = count;
+        memset(grown + x->num_step_plans, 0, (count - x->num_step_plans) * sizeof *grown);
+        x->step_plans = grown;
+        x->num_step_plans = count;
     }
-    ts_step_plan **place = &s->step_plans[index];
+    ts_step_plan **place = &x->step_plans[index];
     if (*place == NULL || (*place)->step != step->id) {
         ts_step_plan *p = malloc(sizeof *p);
         if (p == NULL)
             return NULL;
-        *p = (ts_step_plan){.step = step->id, .users = 2, .plan.plan = take_earlier(s, c->plan)};
-        ts_jobs_release_plan(*place);
-        ts_jobs_release_plan(c->plan);
-        *place = c->plan = p;
+        *p = (ts_step_plan){.step = step->id, .users = 2, .plan.plan = take_earlier(x, m->plan)};
+        ts_step_plan_release(*place);
+        ts_step_plan_release(m->plan);
+        *place = m->plan = p;
     }
     (*place)->users++;
     (*place)->jobs++;
@@ -86,48 +80,32 @@ static void give_back(ts_step_plan *p)
     if (p == NULL)
         return;
     p->jobs--;
-    ts_jobs_release_plan(p);
+    ts_step_plan_release(p);
 }
 
-void ts_jobs_fini(ts_service *s)
+void ts_step_plans_free(ts_exec *x)
 {
-    for (uint32_t i = 0; i < s->num_step_plans; i++)
-        ts_jobs_release_plan(s->step_plans[i]);
-    free(s->step_plans);
+    for (uint32_t i = 0; i < x->num_step_plans; i++)
+        ts_step_plan_release(x->step_plans[i]);
+    free(x->step_plans);
 }
 
 static void job_done(ts_job *job)
 {
-    service_job *j = (service_job *)job;
-    ts_queue_run(&j->service->queue, &j->work, j->service);
+    step_job *j = (step_job *)job;
+    ts_queue_run(&j->exec->queue, &j->work, j->exec->owner);
 }
 
-static void reply_to_job(ts_service *s, service_job *j)
+static void finish_job(ts_work *work, void *owner)
 {
-    const unsigned char *bytes = j->reply;
-    size_t size = j->reply_size;
-    if (bytes == NULL || j->job.status != TS_OK) {
-        Tspb__Reply reply = TSPB__REPLY__INIT;
-        reply.request_id = j->request_id;
-        reply.status = (uint32_t)j->job.status;
-        reply.message = j->job.status == TS_OK ? (char *)"" : j->job.why;
-        ts_refused(s, j->request->message, j->job.status);
-        size = ts_service_pack(s, &reply, &size) ? size : 0;
-        bytes = s->packed;
-    }
-    ts_service_deliver(ts_service_connection(s, j->pipe), j->request, j->request_id, bytes, size);
-}
-
-static void finish_job(ts_work *work, void *service)
-{
-    ts_service *s = service;
-    service_job *j = (service_job *)((char *)work - offsetof(service_job, work));
+    step_job *j = (step_job *)((char *)work - offsetof(step_job, work));
+    ts_exec *x = j->exec;
     ts_answer answer;
     *j->at_live = j->next_live;
     if (j->next_live != NULL)
         j->next_live->at_live = j->at_live;
-    ts_service_tell(
-        s,
+    ts_exec_apply(
+        x,
         &(ts_command){.op = TS_OP_STEP_DONE,
                       .step_done = {.step = j->step, .layer = j->layer, .status = j->job.status}},
         &answer);
@@ -137,159 +115,156 @@ static void finish_job(ts_work *work, void *service)
     ts_exchange_release(j->exchange);
     ts_signals_release(j->job.signals);
     give_back(j->plan);
-    if (j->request != NULL)
-        reply_to_job(s, j);
-    if (j->ring != NULL) {
-        ts_refused_step(
-            s, j->layer == TS_NONE ? TSPB__REQUEST__BODY_STEP_BEGIN : TSPB__REQUEST__BODY_STEP_RUN,
-            j->step, j->job.status);
-        ts_ring_complete(j->ring, &j->asker, j->job.status, j->job.why);
-        ts_ring_release(j->ring);
-    }
+    if (j->completion.done != NULL)
+        j->completion.done(&j->completion, &(ts_step_result){.step = j->step,
+                                                             .run = j->layer != TS_NONE,
+                                                             .status = j->job.status,
+                                                             .why = j->job.why});
     free(j->job.copies);
     free(j->job.seqs);
-    free(j->reply);
     free(j);
-    ts_service_resume(s);
+    x->resumed(owner);
 }
 
 /* A job of the step's, with room for `count` things of `bytes` in *things. */
-static service_job *job_new(ts_service *s, ts_connection *c, ts_asker asker, const ts_step *step,
-                            void **things, size_t count, size_t bytes)
+static step_job *job_new(ts_exec *x, const ts_completion *completion, const ts_step *step,
+                         void **things, size_t count, size_t bytes)
 {
-    service_job *j = calloc(1, sizeof *j);
+    step_job *j = calloc(1, sizeof *j);
     *things = malloc(count * bytes);
     if (j == NULL || *things == NULL) {
         free(j);
         free(*things);
         return NULL;
     }
-    j->job.geometry = s->engine->pools[step->pool].config.geometry;
-    j->job.base = s->memory[step->pool]->base;
+    j->job.geometry = x->engine->pools[step->pool].config.geometry;
+    j->job.base = x->memory[step->pool]->base;
     j->job.done = job_done;
     j->work.run = finish_job;
-    j->service = s;
-    j->gpu = s->gpu_of[step->pool];
-    j->request = asker.request;
-    if (asker.request != NULL)
-        j->request_id = asker.request->message->request_id;
-    else
-        j->ring = ts_ring_use(c->ring);
-    j->asker = asker;
+    j->exec = x;
+    j->gpu = x->gpu_of[step->pool];
+    j->completion = *completion;
     j->job.session = step->session;
-    j->job.tenant = s->engine->sessions[step->session].tenant;
+    j->job.tenant = x->engine->sessions[step->session].tenant;
     j->step = step->id;
-    j->pipe = c->pipe;
     j->layer = TS_NONE;
     return j;
 }
 
 /* A job that will not be. */
-static bool job_drop(service_job *j, void *things)
+static bool job_drop(step_job *j, void *things)
 {
-    ts_ring_release(j->ring);
     free(things);
     free(j);
     return false;
 }
 
-static void submit(ts_service *s, service_job *j)
+static void submit(ts_exec *x, step_job *j)
 {
-    j->at_live = &s->live_jobs;
-    j->next_live = s->live_jobs;
+    j->at_live = &x->live_jobs;
+    j->next_live = x->live_jobs;
     if (j->next_live != NULL)
         j->next_live->at_live = &j->next_live;
-    s->live_jobs = j;
+    x->live_jobs = j;
     if (j->gpu != NULL)
         ts_gpu_batch_submit(j->gpu->batch, &j->job);
-    else if (j->ring != NULL)
-        ts_rings_submit(s->rings, &j->job);
+    else if (j->completion.submit != NULL)
+        j->completion.submit(&j->completion, &j->job);
     else
-        ts_batch_submit(s->batch, &j->job);
+        ts_batch_submit(x->batch, &j->job);
 }
 
-bool ts_jobs_copy(ts_service *s, ts_connection *c, ts_asker asker, const ts_answer *a,
-                  const Tspb__Reply *reply)
+bool ts_step_work_copy(ts_exec *x, const ts_completion *completion, const ts_answer *a)
 {
     void *copies;
-    service_job *j =
-        job_new(s, c, asker, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
+    step_job *j =
+        job_new(x, completion, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
     if (j == NULL)
         return false;
     memcpy(copies, a->begun.copies, a->begun.num_copies * sizeof(ts_block_copy));
     j->job.copies = copies;
     j->job.num_copies = a->begun.num_copies;
-    if (asker.request != NULL) {
-        if (!ts_service_pack(s, reply, &j->reply_size) ||
-            (j->reply = malloc(j->reply_size)) == NULL)
-            return job_drop(j, copies);
-        memcpy(j->reply, s->packed, j->reply_size);
-    }
-    submit(s, j);
+    submit(x, j);
     return true;
 }
 
-void ts_jobs_undo(ts_service *s, const ts_command *command, uint64_t step)
+void ts_step_work_undo(ts_exec *x, const ts_command *command, uint64_t step)
 {
     ts_answer answer;
-    ts_service_tell(
-        s,
-        &(ts_command){.op = TS_OP_STEP_DONE,
-                      .step_done = {.step = step, .layer = TS_NONE, .status = TS_ENOMEM}},
-        &answer);
+    ts_exec_apply(x,
+                  &(ts_command){.op = TS_OP_STEP_DONE,
+                                .step_done = {.step = step, .layer = TS_NONE, .status = TS_ENOMEM}},
+                  &answer);
     if (command->op == TS_OP_STEP_BEGIN)
-        ts_service_tell(s,
-                        &(ts_command){.op = TS_OP_STEP_ABORT,
-                                      .session = command->session,
-                                      .step_end = {.step = step}},
-                        &answer);
+        ts_exec_apply(x,
+                      &(ts_command){.op = TS_OP_STEP_ABORT,
+                                    .session = command->session,
+                                    .step_end = {.step = step}},
+                      &answer);
 }
 
-void ts_jobs_drop_step(ts_service *s, uint64_t step)
+static void drop_step(ts_exec *x, uint64_t step)
 {
-    for (service_job *j = s->live_jobs; j != NULL; j = j->next_live)
+    for (step_job *j = x->live_jobs; j != NULL; j = j->next_live)
         if (j->step == step)
             ts_job_drop(&j->job);
 }
 
-void ts_jobs_drop_connection(ts_service *s, const ts_connection *c)
+void ts_step_work_drop_session(ts_exec *x, uint64_t session)
 {
-    for (service_job *j = s->live_jobs; j != NULL; j = j->next_live)
-        if (j->pipe == c->pipe)
+    for (step_job *j = x->live_jobs; j != NULL; j = j->next_live)
+        if (ts_engine_session_id(x->engine, j->job.session) == session)
             ts_job_drop(&j->job);
 }
 
-bool ts_jobs_check_run(ts_service *s, ts_connection *c, const ts_command *run, ts_answer *a)
+bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
+{
+    bool run = command->op == TS_OP_STEP_RUN && command->step_run.ordered;
+    bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
+    if (!run && !end)
+        return false;
+    const ts_step *step =
+        ts_engine_find_step(x->engine, run ? command->step_run.step : command->step_end.step);
+    bool wait = step != NULL && (end || x->gpu_of[step->pool] != NULL) &&
+                ts_engine_session_id(x->engine, step->session) == command->session &&
+                step->in_flight >= (run ? ts_engine_step_runs_max(x->engine, step) : 1);
+    if (wait && command->op == TS_OP_STEP_ABORT)
+        drop_step(x, step->id);
+    return wait;
+}
+
+bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_command *run,
+                            ts_answer *a)
 {
     char why[TS_MESSAGE_BYTES];
     bool ordered = run->step_run.ordered;
     uint32_t order = run->step_run.order;
-    const ts_step *step = ts_engine_find_step(s->engine, run->step_run.step);
-    if (step == NULL || c->exchange == NULL ||
-        ts_engine_session_id(s->engine, step->session) != c->session)
+    const ts_step *step = ts_engine_find_step(x->engine, run->step_run.step);
+    if (step == NULL || m->exchange == NULL ||
+        ts_engine_session_id(x->engine, step->session) != run->session)
         return true; /* the engine refuses it */
-    const char *pool = s->engine->pools[step->pool].config.name;
-    const ts_service_gpu *gpu = s->gpu_of[step->pool];
+    const char *pool = x->engine->pools[step->pool].config.name;
+    const ts_exec_gpu *gpu = x->gpu_of[step->pool];
     ts_status status = TS_OK;
     if (gpu == NULL) {
         if (ordered)
             ts_refuse(a, TS_EINVAL, "an ordered run, but pool '%s' is in host memory", pool);
-        else if (c->exchange->host == NULL)
+        else if (m->exchange->host == NULL)
             ts_refuse(a, TS_EINVAL,
                       "the exchange is device memory, but pool '%s' is in host memory", pool);
         return a->status == TS_OK;
     }
-    status = ts_exchange_reach(c->exchange, gpu->gpu, why, sizeof why);
+    status = ts_exchange_reach(m->exchange, gpu->gpu, why, sizeof why);
     if (status == TS_OK && ordered) {
-        if (c->signals == NULL || order != c->signals->ordered + 1) {
+        if (m->signals == NULL || order != m->signals->ordered + 1) {
             ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", order,
-                      c->signals == NULL ? 1 : c->signals->ordered + 1,
-                      c->signals == NULL ? ", after it has asked for its page of signals" : "");
+                      m->signals == NULL ? 1 : m->signals->ordered + 1,
+                      m->signals == NULL ? ", after it has asked for its page of signals" : "");
             return false;
         }
         uint32_t *done, *done_there;
-        ts_gpu_batch_word(gpu->batch, (uint32_t)c->session, &done, &done_there);
-        status = ts_signals_reach(c->signals, gpu->gpu, done, done_there, why, sizeof why);
+        ts_gpu_batch_word(gpu->batch, (uint32_t)run->session, &done, &done_there);
+        status = ts_signals_reach(m->signals, gpu->gpu, done, done_there, why, sizeof why);
     }
     if (status != TS_OK)
         ts_refuse(a, status, "pool '%s': %s", pool, why);
@@ -302,22 +277,22 @@ static float *floats_at(unsigned char *base, uint64_t offset)
     return (float *)(void *)(base + offset);
 }
 
-bool ts_jobs_run(ts_service *s, ts_connection *c, ts_asker asker, const ts_command *command,
-                 const ts_step *step)
+bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
+                      const ts_command *command, const ts_step *step)
 {
     void *memory;
-    service_job *j = job_new(s, c, asker, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
+    step_job *j = job_new(x, completion, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
     if (j == NULL)
         return false;
     if (j->gpu != NULL) {
-        j->plan = plan_of(s, c, step);
+        j->plan = plan_of(x, m, step);
         if (j->plan == NULL)
             return job_drop(j, memory);
         j->job.plan = &j->plan->plan;
     }
     ts_attention_seq *seqs = memory;
     const ts_geometry *g = &j->job.geometry;
-    unsigned char *base = j->gpu == NULL ? c->exchange->host : c->exchange->there;
+    unsigned char *base = j->gpu == NULL ? m->exchange->host : m->exchange->there;
     size_t row = g->head_dim * ts_dtype_bytes(step->io_dtype), first = 0;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
@@ -352,17 +327,15 @@ bool ts_jobs_run(ts_service *s, ts_connection *c, ts_asker asker, const ts_comma
         j->job.variant.rope.dims = g->head_dim;
     j->job.kernel = step->kernel;
     j->layer = command->step_run.layer;
-    j->exchange = c->exchange;
+    j->exchange = m->exchange;
     j->exchange->users++;
     if (command->step_run.ordered) { /* answered now */
-        __atomic_store_n(&c->signals->ordered, command->step_run.order, __ATOMIC_RELEASE);
-        j->job.signals = c->signals;
+        __atomic_store_n(&m->signals->ordered, command->step_run.order, __ATOMIC_RELEASE);
+        j->job.signals = m->signals;
         j->job.order = command->step_run.order;
-        c->signals->users++;
-        j->request = NULL;
-        ts_ring_release(j->ring);
-        j->ring = NULL;
+        m->signals->users++;
+        j->completion.done = NULL;
     }
-    submit(s, j);
+    submit(x, j);
     return true;
 }

@@ -1,48 +1,63 @@
 /*
- * A step's work for the kernels: what is handed to the batches, and what is told to the engine and
- * to the asker when it is done.
+ * A step's work for the kernels: what is handed to the executors, and what is told to the engine
+ * and to the asker when it is done.
  *
  * Thread: the engine's owner of the moment (work_queue.h).
  */
 #ifndef TS_STEP_WORK_H
 #define TS_STEP_WORK_H
 
-#include "server.h"
+#include "exec.h"
+#include "session_memory.h"
 
-/* What the engine doesn't know of a run: whether the exchange can be used with the pool, and the
- * order on a GPU. False, and the answer refuses. */
-bool ts_jobs_check_run(ts_service *service, ts_connection *c, const ts_command *run,
-                       ts_answer *answer);
+/* What came of a run, or of a begin's copies. */
+typedef struct ts_step_result {
+    uint64_t step;
+    bool run; /* else the copies of a begin */
+    ts_status status;
+    const char *why; /* unless TS_OK; the callee's for the call */
+} ts_step_result;
 
-/* Who waits for a job: a request, or an entry of the connection's rings. */
-typedef struct ts_asker {
-    ts_request *request; /* NULL: the rings */
+/* Who waits for it. */
+typedef struct ts_completion {
+    /* Called once, when the work is done; NULL: nobody waits. */
+    void (*done)(const struct ts_completion *completion, const ts_step_result *result);
+    /* Takes a job for the processor's kernels, and has it run soon; NULL: the executor's thread. */
+    void (*submit)(const struct ts_completion *completion, ts_job *job);
+    void *asker;
+    uint64_t taken_ns; /* the asker's own, as is `tag` */
     uint32_t tag;
-    uint64_t taken_ns; /* of the rings: when the entry was taken */
-} ts_asker;
+} ts_completion;
 
-/* Hands the run that the engine has accepted to the kernels. Unless it is ordered they will answer
- * the asker. False: out of memory, nothing was done. */
-bool ts_jobs_run(ts_service *service, ts_connection *c, ts_asker asker, const ts_command *command,
-                 const ts_step *step);
+/* What the engine doesn't know of a run: whether the session's exchange can be used with the pool,
+ * and the order on a GPU. False, and the answer refuses. */
+bool ts_step_work_check_run(ts_exec *exec, const ts_session_memory *memory, const ts_command *run,
+                            ts_answer *answer);
 
-/* Hands the copies of a step that was begun to the kernels, which will answer: a request with this
- * reply. False: out of memory, nothing was done. */
-bool ts_jobs_copy(ts_service *service, ts_connection *c, ts_asker asker, const ts_answer *begun,
-                  const Tspb__Reply *reply);
+/* Whether the command ends a step of its session whose runs are still under way, or would put one
+ * more ordered run behind too many. An abort has the runs dropped. */
+bool ts_step_work_must_wait(ts_exec *exec, const ts_command *command);
+
+/* Hands the run that the engine has accepted to the kernels. Unless it is ordered they will
+ * complete it. False: out of memory, nothing was done. */
+bool ts_step_work_run(ts_exec *exec, ts_session_memory *memory, const ts_completion *completion,
+                      const ts_command *command, const ts_step *step);
+
+/* Hands the copies of a step that was begun to the kernels, which will complete it. False: out of
+ * memory, nothing was done. */
+bool ts_step_work_copy(ts_exec *exec, const ts_completion *completion, const ts_answer *begun);
 
 /* Undoes what the engine was told of a run or of a begin with copies that no kernel gets. */
-void ts_jobs_undo(ts_service *service, const ts_command *command, uint64_t step);
+void ts_step_work_undo(ts_exec *exec, const ts_command *command, uint64_t step);
 
-/* The results of the step's, or the connection's, jobs aren't wanted any more: those on the
- * processor end soon, those on a GPU as ever. */
-void ts_jobs_drop_step(ts_service *service, uint64_t step);
-void ts_jobs_drop_connection(ts_service *service, const ts_connection *c);
+/* The results of the session's jobs aren't wanted any more: those on the processor end soon, those
+ * on a GPU as ever. */
+void ts_step_work_drop_session(ts_exec *exec, uint64_t session);
 
-/* A connection ends: its plan may go. NULL is fine. */
-void ts_jobs_release_plan(ts_step_plan *plan);
+/* A session ends: its plan may go. NULL is fine. */
+void ts_step_plan_release(struct ts_step_plan *plan);
 
-/* Gives up what is kept for steps. No job is under way. */
-void ts_jobs_fini(ts_service *service);
+/* Gives up all that is kept for steps. No job is under way. */
+void ts_step_plans_free(ts_exec *exec);
 
 #endif

@@ -1,7 +1,8 @@
 /* Descriptors of memory that the daemon shares with a session, by the handle socket: who may have
  * which. */
-#include "server.h"
+#include "fd_export.h"
 
+#include "exchange_open.h"
 #include "ring_server.h"
 #include "tinyserve_version.h"
 
@@ -41,43 +42,44 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
                  (unsigned long long)r->session);
         return TS_EPERM;
     }
-    const ts_session *session = ts_engine_session(s->engine, c->session);
+    const ts_session *session = ts_engine_session(s->exec.engine, c->session);
     if (r->kind == TS_HANDLE_EXCHANGE) {
-        if (c->exchange == NULL || c->exchange->fd < 0) {
+        if (c->memory.exchange == NULL || c->memory.exchange->fd < 0) {
             snprintf(why, why_bytes,
-                     c->exchange == NULL ? "the session has opened no exchange"
-                                         : "the session's exchange has no descriptor");
+                     c->memory.exchange == NULL ? "the session has opened no exchange"
+                                                : "the session's exchange has no descriptor");
             return TS_ENOENT;
         }
-        return hand_out(ask, c->exchange->fd, c->exchange->bytes, why, why_bytes);
+        return hand_out(ask, c->memory.exchange->fd, c->memory.exchange->bytes, why, why_bytes);
     }
     if (r->kind == TS_HANDLE_GIVE_EXCHANGE) {
         if (ask->given < 0) {
             snprintf(why, why_bytes, "no descriptor came with the exchange");
             return TS_EINVAL;
         }
-        return ts_service_adopt_exchange(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
+        return ts_exchange_give(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
     }
     if (r->kind == TS_HANDLE_SIGNALS) {
-        ts_status status = c->signals != NULL ? TS_OK : ts_signals_new(&c->signals, why, why_bytes);
-        return status != TS_OK ? status
-                               : hand_out(ask, c->signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
+        ts_status status =
+            c->memory.signals != NULL ? TS_OK : ts_signals_new(&c->memory.signals, why, why_bytes);
+        return status != TS_OK
+                   ? status
+                   : hand_out(ask, c->memory.signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
     }
     if (r->kind == TS_HANDLE_RINGS || r->kind == TS_HANDLE_DOORBELL) {
-        ts_status status =
-            c->ring != NULL ? TS_OK : ts_ring_new(s->rings, c->pipe, &c->ring, why, why_bytes);
+        ts_status status = c->ring != NULL ? TS_OK : ts_ring_new(s->rings, c, why, why_bytes);
         if (status != TS_OK)
             return status;
         return r->kind == TS_HANDLE_RINGS
                    ? hand_out(ask, c->ring->fd, sizeof(ts_rings_memory), why, why_bytes)
                    : hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
     }
-    if (r->kind != TS_HANDLE_SLAB || r->pool >= s->engine->num_pools ||
+    if (r->kind != TS_HANDLE_SLAB || r->pool >= s->exec.engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {
         snprintf(why, why_bytes, "the session has not opened a pool %u", r->pool);
         return TS_ENOENT;
     }
-    const ts_pool_books *books = &s->engine->pools[r->pool].books;
+    const ts_pool_books *books = &s->exec.engine->pools[r->pool].books;
     if (r->slab >= books->num_slabs || books->slabs[r->slab].tenant != session->tenant) {
         snprintf(why, why_bytes, "slab %u of pool %u is not uid %u's", r->slab, r->pool, c->uid);
         return TS_EPERM;
@@ -86,14 +88,14 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         snprintf(why, why_bytes, "the session didn't open pool %u to write", r->pool);
         return TS_EPERM;
     }
-    ask->reply.bytes = s->memory[r->pool]->export_bytes;
+    ask->reply.bytes = s->exec.memory[r->pool]->export_bytes;
     ask->reply.generation = books->slabs[r->slab].generation;
     ask->reply.writable = r->writable != 0;
-    return ts_memory_export(s->memory[r->pool], r->slab, r->writable != 0, &ask->fd, why,
+    return ts_memory_export(s->exec.memory[r->pool], r->slab, r->writable != 0, &ask->fd, why,
                             why_bytes);
 }
 
-void ts_service_handle(ts_work *work, void *service)
+void ts_fd_export(ts_work *work, void *service)
 {
     ts_handle_ask *ask = (ts_handle_ask *)work;
     ask->fd = -1;

@@ -2,6 +2,7 @@
 #include "fd_server.h"
 
 #include "clock.h"
+#include "fd_export.h"
 #include "log.h"
 #include "tinyserve_version.h"
 #include "unix_listen.h"
@@ -153,8 +154,8 @@ static bool answer(ts_fd_server *h, arrival *a, ts_handle_ask *ask, size_t got)
                a->guest.uid, r->protocol, TS_PROTOCOL);
         return false;
     }
-    ask->work.run = ts_service_handle;
-    ts_queue_put(&h->service->queue, &ask->work);
+    ask->work.run = ts_fd_export;
+    ts_queue_put(&h->service->exec.queue, &ask->work);
     while (sem_wait(&h->answered) != 0)
         ;
     if (ask->reply.status == TS_OK)

@@ -3,6 +3,7 @@
 
 #include "clock.h"
 #include "log.h"
+#include "request.h"
 #include "sp_wire.h"
 #include "unix_listen.h"
 
@@ -385,7 +386,7 @@ static bool on_message(ts_transport *t, connection *c)
     if (c->refusal != NULL)
         turn_away(s);
     else
-        ts_queue_run(&t->service->queue, &s->request.work, t->service);
+        ts_queue_run(&t->service->exec.queue, &s->request.work, t->service);
     return true;
 }
 
@@ -537,7 +538,7 @@ static void end(ts_transport *t, connection *c)
     unref(t, c);
     pthread_mutex_unlock(&t->lock);
     if (told)
-        ts_queue_put(&t->service->queue, &end_event(pipe)->work);
+        ts_queue_put(&t->service->exec.queue, &end_event(pipe)->work);
 }
 
 /* Ends those that are to end. */
@@ -614,7 +615,7 @@ static void accept_one(ts_transport *t)
         event->uid = c->guest.uid;
         event->gid = c->guest.gid;
         event->pid = c->guest.pid;
-        ts_queue_put(&t->service->queue, &event->work);
+        ts_queue_put(&t->service->exec.queue, &event->work);
     } else {
         free(event);
     }
@@ -666,7 +667,7 @@ static void on_tick(ts_transport *t, uint64_t now_ms)
     }
     if (!atomic_exchange(&t->tick.out, true)) {
         t->tick.idle_since_ms = now_ms > idle_ms ? now_ms - idle_ms : 0;
-        ts_queue_put(&t->service->queue, &t->tick.work);
+        ts_queue_put(&t->service->exec.queue, &t->tick.work);
     }
 }
 
@@ -784,7 +785,7 @@ void ts_transport_stop(ts_transport *t)
     pthread_join(t->thread, NULL);
     t->runs = false;
     (void)unlink(t->path);
-    ts_queue_flush(&t->service->queue); /* the tick that may be out is not touched any more */
+    ts_queue_flush(&t->service->exec.queue); /* the tick that may be out is not touched any more */
 }
 
 void ts_transport_free(ts_transport *t)

@@ -28,16 +28,28 @@ static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
         syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-void ts_ring_complete(ts_ring *r, const ts_asker *asker, ts_status status, const char *message)
+/* The kernels are done with what an entry asked for. */
+static void on_done(const ts_completion *completion, const ts_step_result *result)
 {
-    ts_ring_completion c = {.tag = asker->tag};
-    if (r->begun.step != 0 && r->begun.tag == asker->tag && status == TS_OK)
+    ts_ring *r = completion->asker;
+    ts_ring_completion c = {.tag = completion->tag};
+    if (r->begun.step != 0 && r->begun.tag == completion->tag && result->status == TS_OK)
         c = r->begun;
     r->begun.step = 0;
-    c.status = (uint32_t)status;
-    if (status != TS_OK)
-        snprintf(c.message, sizeof c.message, "%s", message);
-    complete(r, &c, asker->taken_ns);
+    c.status = (uint32_t)result->status;
+    if (result->status != TS_OK)
+        snprintf(c.message, sizeof c.message, "%s", result->why);
+    ts_refused_step(r->rings->service,
+                    result->run ? TSPB__REQUEST__BODY_STEP_RUN : TSPB__REQUEST__BODY_STEP_BEGIN,
+                    result->step, result->status);
+    complete(r, &c, completion->taken_ns);
+    ts_ring_release(r);
+}
+
+static void submit(const ts_completion *completion, ts_job *job)
+{
+    const ts_ring *r = completion->asker;
+    ts_rings_submit(r->rings, job);
 }
 
 /* What the client has written that can't be ends its rings; its session goes on with messages. */
@@ -59,7 +71,7 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
                          ts_command *command, ts_answer *a)
 {
     const ts_service *s = r->rings->service;
-    const ts_session *session = ts_engine_session(s->engine, c->session);
+    const ts_session *session = ts_engine_session(s->exec.engine, c->session);
     char kernel[sizeof entry->begin.kernel + 1] = "";
     uint64_t blocks = 0;
     uint32_t count = entry->begin.count, pool = entry->begin.pool;
@@ -73,17 +85,19 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
                   TS_RING_BATCH);
         return false;
     }
-    if (pool < s->engine->num_pools && s->engine->pools[pool].books.num_slabs > TS_RING_SLABS) {
+    if (pool < s->exec.engine->num_pools &&
+        s->exec.engine->pools[pool].books.num_slabs > TS_RING_SLABS) {
         ts_refuse(a, TS_EINVAL, "a begin on a ring in a pool of %u slabs; it can tell of %u",
-                  s->engine->pools[pool].books.num_slabs, TS_RING_SLABS);
+                  s->exec.engine->pools[pool].books.num_slabs, TS_RING_SLABS);
         return false;
     }
-    if (session == NULL || pool >= s->engine->num_pools || !(session->opened_pools >> pool & 1))
+    if (session == NULL || pool >= s->exec.engine->num_pools ||
+        !(session->opened_pools >> pool & 1))
         return true; /* the engine refuses it */
     copy_batch(r, count, true);
     for (uint32_t i = 0; i < count; i++)
-        blocks +=
-            ts_ring_blocks(r->rings->words[i], s->engine->pools[pool].config.geometry.block_tokens);
+        blocks += ts_ring_blocks(r->rings->words[i],
+                                 s->exec.engine->pools[pool].config.geometry.block_tokens);
     if (blocks > TS_RING_BLOCKS) {
         ts_refuse(a, TS_EINVAL, "a begin that touches up to %llu blocks on a ring; it takes %u",
                   (unsigned long long)blocks, TS_RING_BLOCKS);
@@ -204,12 +218,10 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
 {
     ts_service *s = r->rings->service;
     const ts_step *step = a->begun.step;
-    ts_sequences *seqs = &s->engine->pools[step->pool].seqs;
+    ts_sequences *seqs = &s->exec.engine->pools[step->pool].seqs;
     const uint32_t *blocks = a->begun.blocks, *counts = a->begun.counts;
     uint64_t num_blocks = a->begun.num_blocks;
     bool tables = entry->begin.flags & TS_RING_TABLES;
-    Tspb__Slab **slabs;
-    size_t num_slabs;
     if (tables) {
         num_blocks = copy_tables(r, step, seqs);
         blocks = r->rings->tables;
@@ -220,7 +232,7 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
                   (unsigned long long)num_blocks, TS_RING_BLOCKS);
         return false;
     }
-    if (!ts_service_list_slabs(s, step->pool, blocks, num_blocks, &slabs, &num_slabs)) {
+    if (!ts_slab_list_fill(&s->slab_list, &s->exec, step->pool, blocks, num_blocks)) {
         ts_refuse(a, TS_ENOMEM, "no memory for the answer");
         return false;
     }
@@ -231,11 +243,13 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
         memcpy(r->shared->begun_firsts, r->rings->firsts, a->begun.num_seqs * sizeof(uint32_t));
         note_told(step, seqs);
     }
-    for (size_t i = 0; i < num_slabs; i++)
-        r->shared->begun_slabs[i] = (ts_ring_slab){slabs[i]->slab, slabs[i]->generation};
+    for (size_t i = 0; i < s->slab_list.count; i++) {
+        const Tspb__Slab *slab = s->slab_list.pointers[i];
+        r->shared->begun_slabs[i] = (ts_ring_slab){slab->slab, slab->generation};
+    }
     done->step = step->id;
     done->num_blocks = (uint32_t)num_blocks;
-    done->num_slabs = (uint32_t)num_slabs;
+    done->num_slabs = (uint32_t)s->slab_list.count;
     return true;
 }
 
@@ -261,13 +275,14 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     ts_service *s = r->rings->service;
     ts_answer a = {0};
     ts_command command;
-    ts_asker asker = {.tag = entry->tag, .taken_ns = ts_now_ns()};
+    const ts_completion completion = {
+        .done = on_done, .submit = submit, .asker = r, .taken_ns = ts_now_ns(), .tag = entry->tag};
     ts_ring_completion done = {.tag = entry->tag};
     if (decode(r, c, entry, &command, &a)) {
-        if (ts_service_must_wait(s, &command))
+        if (ts_step_work_must_wait(&s->exec, &command))
             return false;
-        if (entry->op != TS_RING_RUN || ts_jobs_check_run(s, c, &command, &a))
-            ts_service_apply(s, &command, &a);
+        if (entry->op != TS_RING_RUN || ts_step_work_check_run(&s->exec, &c->memory, &command, &a))
+            ts_exec_supply(&s->exec, &command, &a);
         if (a.status == TS_NEED_SWEEP)
             return false;
     }
@@ -276,18 +291,18 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     if (entry->op == TS_RING_RUN && a.status == TS_OK) {
         step = a.step->id;
         waits = !command.step_run.ordered;
-        ok = ts_jobs_run(s, c, asker, &command, a.step);
+        ok = ts_step_work_run(&s->exec, &c->memory, &completion, &command, a.step);
     } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
         step = a.begun.step->id;
         waits = a.begun.num_copies > 0;
         ok = tell_begun(r, entry, &a, &done);
         if (ok && waits) {
             r->begun = done;
-            ok = ts_jobs_copy(s, c, asker, &a, NULL);
+            ok = ts_step_work_copy(&s->exec, &completion, &a);
         }
     }
     if (!ok) {
-        ts_jobs_undo(s, &command, step);
+        ts_step_work_undo(&s->exec, &command, step);
         if (a.status == TS_OK)
             ts_refuse(&a, TS_ENOMEM, "no memory for the answer");
         done = (ts_ring_completion){.tag = entry->tag};
@@ -296,11 +311,13 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     c->requests++;
     s->requests++;
     count_refusal(s, entry, a.status);
-    if (waits)
+    if (waits) {
+        (void)ts_ring_use(r); /* until on_done */
         return true;
+    }
     done.status = (uint32_t)a.status;
     memcpy(done.message, a.message, sizeof done.message);
-    complete(r, &done, asker.taken_ns);
+    complete(r, &done, completion.taken_ns);
     return true;
 }
 

@@ -94,20 +94,18 @@ void ts_ring_end(ts_ring *r)
     call(r);
 }
 
-void ts_ring_close(ts_ring *r)
+static void close_ring(ts_close_hook *hook)
 {
-    if (r == NULL)
-        return;
+    ts_ring *r = (ts_ring *)((char *)hook - offsetof(ts_ring, hook));
     ts_ring_end(r);
     ts_ring_release(r);
 }
 
-ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, size_t why_bytes)
+ts_status ts_ring_new(ts_rings *rings, ts_connection *c, char *why, size_t why_bytes)
 {
     ts_ring *r = calloc(1, sizeof *r);
     void *shared;
     ts_status status = TS_ENOMEM;
-    *out = NULL;
     if (r == NULL)
         snprintf(why, why_bytes, "no memory for a ring");
     else
@@ -120,13 +118,13 @@ ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, 
     r->shared = shared;
     r->shared->magic = TS_RING_MAGIC;
     r->shared->version = TS_RING_VERSION;
-    if (rings->service->attention != NULL)
-        r->shared->isa = (uint32_t)ts_attention_isa(rings->service->attention);
+    if (rings->service->exec.attention != NULL)
+        r->shared->isa = (uint32_t)ts_attention_isa(rings->service->exec.attention);
     r->shared->submissions.sleeps = 1;
     r->work.run = ts_ring_take;
     r->bye.run = let_go;
     r->rings = rings;
-    r->pipe = pipe;
+    r->pipe = c->pipe;
     r->users = 1;
     r->asleep = true;
     r->doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -146,14 +144,16 @@ ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, 
     if (r->next != NULL)
         r->next->at = &r->next;
     rings->all = r;
-    *out = r;
+    r->hook = (ts_close_hook){.next = c->on_end, .close = close_ring};
+    c->on_end = &r->hook;
+    c->ring = r;
     return TS_OK;
 }
 
-void ts_rings_resume(ts_rings *rings)
+/* Takes again from the rings whose next entry waited for runs. */
+static void resume(void *arg)
 {
-    if (rings == NULL)
-        return;
+    ts_rings *rings = arg;
     for (ts_ring *r = rings->num_blocked > 0 ? rings->all : NULL; r != NULL; r = r->next)
         if (atomic_load(&r->blocked)) {
             atomic_store(&r->blocked, false);
@@ -173,7 +173,7 @@ void ts_rings_submit(ts_rings *rings, ts_job *job)
     }
     pthread_mutex_unlock(&rings->lock);
     if (!here)
-        ts_batch_submit(rings->service->batch, job);
+        ts_batch_submit(rings->service->exec.batch, job);
     else if (atomic_load(&rings->sleeps))
         wake(rings);
 }
@@ -214,13 +214,13 @@ static bool poll_ring(ts_rings *rings, ts_ring *r, uint64_t now)
 {
     if (atomic_load(&r->closed)) {
         (void)epoll_ctl(rings->epoll, EPOLL_CTL_DEL, r->doorbell, NULL);
-        ts_queue_run(&rings->service->queue, &r->bye, rings->service);
+        ts_queue_run(&rings->service->exec.queue, &r->bye, rings->service);
         return false;
     }
     if (has_entries(r)) {
         r->used_ns = now;
         if (!atomic_exchange(&r->queued, true))
-            ts_queue_run(&rings->service->queue, &r->work, rings->service);
+            ts_queue_run(&rings->service->exec.queue, &r->work, rings->service);
         return true;
     }
     if (now - r->used_ns < rings->spin_ns)
@@ -256,7 +256,7 @@ static void hand_on(ts_rings *rings, ts_job *jobs)
 {
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
         next = job->next;
-        ts_batch_submit(rings->service->batch, job);
+        ts_batch_submit(rings->service->exec.batch, job);
     }
 }
 
@@ -266,7 +266,7 @@ static void run_jobs(ts_rings *rings)
     ts_job *jobs = take_jobs(rings);
     if (jobs == NULL)
         return;
-    if (work_of(jobs) > HERE_WORK || !ts_batch_try_run(rings->service->batch, jobs))
+    if (work_of(jobs) > HERE_WORK || !ts_batch_try_run(rings->service->exec.batch, jobs))
         hand_on(rings, jobs);
 }
 
@@ -337,6 +337,8 @@ ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
         return NULL;
     }
     rings->ended = false;
+    service->rings = rings;
+    service->resume_rings = resume;
     return rings;
 }
 

@@ -19,7 +19,9 @@
 
 #include <stdatomic.h>
 
-struct ts_ring {
+typedef struct ts_rings ts_rings;
+
+typedef struct ts_ring {
     ts_work work; /* takes what was submitted */
     ts_work bye;  /* the thread has let it go */
     ts_rings *rings;
@@ -37,7 +39,8 @@ struct ts_ring {
     bool polled;         /* the thread knows it */
     bool asleep;         /* the thread waits for the doorbell; the thread's own */
     uint64_t used_ns;    /* when there was something last; the thread's own */
-};
+    ts_close_hook hook;  /* of the connection's session */
+} ts_ring;
 
 /* What the thread and the engine's owner share; ring_server.c's and ring_requests.c's own. */
 struct ts_rings {
@@ -59,8 +62,8 @@ struct ts_rings {
     uint32_t num_active, active_capacity;
 };
 
-/* Starts the thread. spin_us: how long it polls a ring after its last use. NULL: no memory, no
- * thread. */
+/* Starts the thread, and joins the service: rings go on when runs have ended. spin_us: how long it
+ * polls a ring after its last use. NULL: no memory, no thread. */
 ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us);
 
 /* Ends the thread; what is submitted after that stays untaken. NULL is fine. */
@@ -72,18 +75,12 @@ void ts_rings_free(ts_rings *rings);
 /* Tells every session why the daemon ends; before its connections do. The engine's owner. */
 void ts_rings_device_failed(ts_rings *rings);
 
-/* TS_ENOMEM with a sentence. */
-ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, size_t why_bytes);
-
-/* The connection has ended. NULL is fine. */
-void ts_ring_close(ts_ring *ring);
+/* Makes the connection's ring, which ends with its session. TS_ENOMEM with a sentence. */
+ts_status ts_ring_new(ts_rings *rings, ts_connection *connection, char *why, size_t why_bytes);
 
 /* One user more, and one less; NULL is fine. */
 ts_ring *ts_ring_use(ts_ring *ring);
 void ts_ring_release(ts_ring *ring);
-
-/* Answers the entry that asked. */
-void ts_ring_complete(ts_ring *ring, const ts_asker *asker, ts_status status, const char *message);
 
 /* The `run` of a ring's work: takes up to 8 entries, a run being the last of them. */
 void ts_ring_take(ts_work *work, void *service);
@@ -93,8 +90,5 @@ void ts_ring_end(ts_ring *ring);
 
 /* A job of a ring's that is for the processor: run it soon. */
 void ts_rings_submit(ts_rings *rings, ts_job *job);
-
-/* Takes again from the rings whose next entry waited for runs. */
-void ts_rings_resume(ts_rings *rings);
 
 #endif

@@ -229,7 +229,7 @@ static enum MHD_Result ask(ts_http *h, struct MHD_Connection *connection, const 
     p->question = q;
     *state = q;
     MHD_suspend_connection(connection);
-    ts_queue_put(&h->service->queue, &q->work); /* this thread has others' time to keep */
+    ts_queue_put(&h->service->exec.queue, &q->work); /* this thread has others' time to keep */
     return MHD_YES;
 }
 
@@ -472,7 +472,7 @@ void ts_http_stop(ts_http *h)
     if (write(h->stop, &one, sizeof one) != (ssize_t)sizeof one)
         ts_log(TS_LOG_ERROR, "HTTP's thread can't be told to stop: %s", strerror(errno));
     pthread_join(h->thread, NULL);
-    ts_queue_flush(&h->service->queue); /* what was asked: each question is answered now */
-    take_answers(h);                    /* no connection is suspended any more */
+    ts_queue_flush(&h->service->exec.queue); /* what was asked: each question is answered now */
+    take_answers(h);                         /* no connection is suspended any more */
     close_all(h);
 }

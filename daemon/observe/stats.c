@@ -93,10 +93,10 @@ static json_t *seqs(ts_service *s, char *pool, bool *more)
 char *ts_stats_json(ts_service *s)
 {
     json_t *pools = json_array();
-    for (uint32_t i = 0; i < s->engine->num_pools; i++) {
-        if (!ts_engine_has_pool(s->engine, i))
+    for (uint32_t i = 0; i < s->exec.engine->num_pools; i++) {
+        if (!ts_engine_has_pool(s->exec.engine, i))
             continue;
-        char *name = s->engine->pools[i].config.name;
+        char *name = s->exec.engine->pools[i].config.name;
         bool more = false;
         json_t *list = seqs(s, name, &more);
         json_t *pool = json_pack("{s:o, s:o, s:o, s:b}", "frag", frag(s, name), "map", map(s, name),

@@ -2,6 +2,7 @@
 
 #include "log.h"
 #include "pool_memory.h"
+#include "refusals.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,13 +23,13 @@ static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_an
 static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__AdminFree *body,
                        ts_answer *a)
 {
-    const ts_engine *e = s->engine;
+    const ts_engine *e = s->exec.engine;
     ts_command command = {.op = TS_OP_SEQ_REMOVE,
                           .pool = ts_engine_pool_named(e, body->pool, a),
                           .seq_remove.seq = body->seq};
     if (command.pool == TS_NONE)
         return;
-    ts_service_tell(s, &command, a);
+    ts_exec_apply(&s->exec, &command, a);
     if (a->status == TS_OK)
         ts_log_on(TS_LOG_WARNING,
                   &(ts_log_about){
@@ -64,7 +65,7 @@ static void create_pool(ts_service *s, const ts_connection *by, const char *text
     if (ts_config_add_pool(c, text) != TS_OK || ts_config_finish(c) != TS_OK) {
         ts_refuse(a, TS_EINVAL, "%s", c->problems[0].text);
     } else {
-        ts_status status = ts_devices_add(s, &c->pools[0], why, sizeof why);
+        ts_status status = ts_devices_add(&s->exec, &c->pools[0], why, sizeof why);
         if (status == TS_OK)
             note_pool(by, c->pools[0].pool.name, "made");
         else
@@ -76,9 +77,9 @@ static void create_pool(ts_service *s, const ts_connection *by, const char *text
 /* The pool's index; with the name in `named`, since the pool may go. */
 static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64], ts_answer *a)
 {
-    uint32_t pool = ts_engine_pool_named(s->engine, name, a);
+    uint32_t pool = ts_engine_pool_named(s->exec.engine, name, a);
     if (pool != TS_NONE)
-        memcpy(*named, s->engine->pools[pool].config.name, sizeof *named);
+        memcpy(*named, s->exec.engine->pools[pool].config.name, sizeof *named);
     return pool;
 }
 
@@ -86,8 +87,10 @@ static void delete_pool(ts_service *s, const ts_connection *by, const char *name
 {
     char named[64];
     uint32_t pool = pool_of(s, name, &named, a);
-    if (pool != TS_NONE && ts_devices_remove(s, pool, a) == TS_OK)
+    if (pool != TS_NONE && ts_devices_remove(&s->exec, pool, a) == TS_OK) {
+        ts_refusals_forget_pool(s, pool);
         note_pool(by, named, "deleted");
+    }
 }
 
 static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__AdminPoolResize *body,
@@ -101,10 +104,10 @@ static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__Admi
     char why[TS_MESSAGE_BYTES];
     if (ts_config_memory(body->memory, &bytes, why, sizeof why) != TS_OK)
         return ts_refuse(a, TS_EINVAL, "%s", why);
-    const ts_pool_config *config = &s->engine->pools[pool].config;
+    const ts_pool_config *config = &s->exec.engine->pools[pool].config;
     uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
     uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
-    if (ts_devices_resize(s, pool, wanted, a) != TS_OK)
+    if (ts_devices_resize(&s->exec, pool, wanted, a) != TS_OK)
         return;
     snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
     note_pool(by, named, what);

@@ -66,7 +66,7 @@ static void run_walks(ts_work *work, void *arg)
         if (p->walk == NULL)
             continue;
         s->bits++;
-        if (!ts_survey_go_on(p->walk, service->engine, TS_SURVEY_BIT)) {
+        if (!ts_survey_go_on(p->walk, service->exec.engine, TS_SURVEY_BIT)) {
             more = true;
             continue;
         }
@@ -79,7 +79,7 @@ static void run_walks(ts_work *work, void *arg)
     }
     if (more && !s->queued) {
         s->queued = true;
-        ts_queue_put(&service->queue, &s->work); /* behind what others have put there */
+        ts_queue_put(&service->exec.queue, &s->work); /* behind what others have put there */
     }
 }
 
@@ -88,15 +88,15 @@ ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *w
 {
     ts_surveys *s = service->surveys;
     pool_surveys *p = &s->pools[pool];
-    bool small = ts_survey_cost(service->engine, pool) <= TS_SURVEY_BIT / 2;
-    bool fits =
-        p->last != NULL && p->last->num_blocks == service->engine->pools[pool].books.num_blocks;
+    bool small = ts_survey_cost(service->exec.engine, pool) <= TS_SURVEY_BIT / 2;
+    bool fits = p->last != NULL &&
+                p->last->num_blocks == service->exec.engine->pools[pool].books.num_blocks;
     if (!small && fits && (s->telling || ts_now_ms() < p->fresh_until_ms)) {
         *out = p->last;
         return TS_OK;
     }
     if (p->walk == NULL) {
-        p->walk = ts_survey_new(service->engine, pool);
+        p->walk = ts_survey_new(service->exec.engine, pool);
         if (p->walk == NULL)
             return TS_ENOMEM;
         p->began_ms = ts_now_ms();
@@ -104,7 +104,7 @@ ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *w
     }
     if (small && p->waiters == NULL) {
         s->bits++;
-        while (!ts_survey_go_on(p->walk, service->engine, TS_SURVEY_BIT))
+        while (!ts_survey_go_on(p->walk, service->exec.engine, TS_SURVEY_BIT))
             ;
         ts_survey_free(p->last);
         *out = p->last = p->walk;
@@ -118,7 +118,7 @@ ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *w
     if (!s->queued) {
         s->queued = true;
         s->work.run = run_walks;
-        ts_queue_put(&service->queue, &s->work);
+        ts_queue_put(&service->exec.queue, &s->work);
     }
     return TS_EBUSY;
 }

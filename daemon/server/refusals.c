@@ -21,7 +21,7 @@ struct ts_refusals {
 /* Who holds most of the pool, and says so. */
 static void tell_full(const ts_service *s, uint32_t pool)
 {
-    const ts_engine *e = s->engine;
+    const ts_engine *e = s->exec.engine;
     const ts_pool_books *books = &e->pools[pool].books;
     const char *name = e->pools[pool].config.name;
     char holders[256] = "";
@@ -59,7 +59,7 @@ void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t po
         s->refusals = calloc(1, sizeof *s->refusals);
     if (s->refusals == NULL || (uint32_t)operation >= OPERATIONS || (uint32_t)status >= STATUSES)
         return;
-    bool known = ts_engine_has_pool(s->engine, pool);
+    bool known = ts_engine_has_pool(s->exec.engine, pool);
     s->refusals->counts[operation][known ? pool : TS_POOLS_MAX][status]++;
     uint64_t now = ts_now_ms();
     if (status == TS_ENOSPC && known &&
@@ -72,7 +72,7 @@ void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t po
 void ts_refused_step(ts_service *s, Tspb__Request__BodyCase operation, uint64_t id,
                      ts_status status)
 {
-    const ts_step *step = status == TS_OK ? NULL : ts_engine_find_step(s->engine, id);
+    const ts_step *step = status == TS_OK ? NULL : ts_engine_find_step(s->exec.engine, id);
     ts_refused_in(s, operation, step == NULL ? TS_NONE : step->pool, status);
 }
 
@@ -101,7 +101,8 @@ void ts_refused(ts_service *s, const Tspb__Request *request, ts_status status)
     if (pool != NULL && pool->type == PROTOBUF_C_TYPE_UINT32)
         index = *(const uint32_t *)(base + pool->offset);
     else if (pool != NULL)
-        index = ts_engine_pool_named(s->engine, *(char *const *)(base + pool->offset), &ignored);
+        index =
+            ts_engine_pool_named(s->exec.engine, *(char *const *)(base + pool->offset), &ignored);
     ts_refused_in(s, request->body_case, index, status);
 }
 
@@ -129,7 +130,7 @@ void ts_refusals_each(const ts_service *s,
             for (uint32_t i = 0; i < STATUSES; i++)
                 if (s->refusals->counts[o][p][i] > 0)
                     tell(arg, field == NULL ? "unknown" : field->name,
-                         p == TS_POOLS_MAX ? "" : s->engine->pools[p].config.name,
+                         p == TS_POOLS_MAX ? "" : s->exec.engine->pools[p].config.name,
                          ts_status_name((ts_status)i), s->refusals->counts[o][p][i]);
     }
 }

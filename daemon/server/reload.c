@@ -23,7 +23,7 @@ static void apply(ts_work *work, void *service)
 {
     change *ch = (change *)work;
     ts_service *s = service;
-    ts_engine *e = s->engine;
+    ts_engine *e = s->exec.engine;
     pthread_mutex_lock(&s->operators_lock);
     s->operators = ch->next->operators;
     pthread_mutex_unlock(&s->operators_lock);
@@ -88,8 +88,8 @@ void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
     running->log_level = next->log_level;
     ts_log_show(next->log_level);
     change ch = {.work.run = apply, .running = running, .next = next};
-    ts_queue_put(&s->queue, &ch.work);
-    ts_queue_flush(&s->queue);
+    ts_queue_put(&s->exec.queue, &ch.work);
+    ts_queue_flush(&s->exec.queue);
     ts_log(TS_LOG_INFO, "the configuration was read again: log_level and quotas are as it says");
     if (fixed.text[0] != '\0')
         ts_log(TS_LOG_WARNING, "to change %s, the daemon must be started again", fixed.text);

@@ -22,7 +22,7 @@
 
 ts_view ts_report_view(const ts_service *s, const ts_connection *c)
 {
-    const ts_engine *e = s->engine;
+    const ts_engine *e = s->exec.engine;
     ts_view view = {.all = ts_service_is_operator(s, c->uid, c->gid), .tenant = TS_NONE};
     for (uint32_t t = 0; t < e->num_tenants; t++)
         if (e->tenants[t] == c->uid)
@@ -57,7 +57,7 @@ static void no_memory(Tspb__Reply *reply)
 
 static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
 {
-    const ts_engine_pool *pool = &s->engine->pools[index];
+    const ts_engine_pool *pool = &s->exec.engine->pools[index];
     const ts_geometry *g = &pool->config.geometry;
     Tspb__PoolSummary *p = malloc(sizeof *p);
     if (p == NULL)
@@ -68,7 +68,7 @@ static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
     p->memory = strdup(pool->config.memory);
     p->device_name = strdup(pool->config.device_name);
     p->kernel = strdup(pool->config.on_gpu ? ts_kernel_name(pool->config.kernel)
-                                           : ts_isa_name(ts_attention_isa(s->attention)));
+                                           : ts_isa_name(ts_attention_isa(s->exec.attention)));
     if (p->name == NULL || p->device == NULL || p->memory == NULL || p->device_name == NULL ||
         p->kernel == NULL) {
         tspb__pool_summary__free_unpacked(p, NULL);
@@ -103,26 +103,26 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     reply->body_case = TSPB__REPLY__BODY_STATUS_REPLY;
     reply->status_reply = r;
     r->version = strdup(TS_VERSION);
-    r->kernel = strdup(ts_isa_name(ts_attention_isa(s->attention)));
-    r->pools = zalloc(s->engine->num_pools, sizeof *r->pools);
+    r->kernel = strdup(ts_isa_name(ts_attention_isa(s->exec.attention)));
+    r->pools = zalloc(s->exec.engine->num_pools, sizeof *r->pools);
     r->pid = (uint64_t)getpid();
     r->uptime_ms = ts_now_ms() - s->started_ms;
-    r->sessions = s->engine->live_sessions;
+    r->sessions = s->exec.engine->live_sessions;
     r->requests = s->requests;
     r->refused = s->refused;
-    ts_batch_counts(s->batch, &r->runs, &r->launches);
-    for (uint32_t i = 0; i < s->num_gpus; i++) {
+    ts_batch_counts(s->exec.batch, &r->runs, &r->launches);
+    for (uint32_t i = 0; i < s->exec.num_gpus; i++) {
         uint64_t runs, launches;
-        ts_gpu_batch_counts(s->gpus[i].batch, &runs, &launches);
+        ts_gpu_batch_counts(s->exec.gpus[i].batch, &runs, &launches);
         r->runs += runs;
         r->launches += launches;
     }
-    r->tokens = s->engine->tokens_committed;
+    r->tokens = s->exec.engine->tokens_committed;
     r->draining = s->draining;
-    r->threads = ts_attention_threads(s->attention);
+    r->threads = ts_attention_threads(s->exec.attention);
     bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;
-    for (uint32_t i = 0; ok && i < s->engine->num_pools; i++) {
-        if (!ts_engine_has_pool(s->engine, i))
+    for (uint32_t i = 0; ok && i < s->exec.engine->num_pools; i++) {
+        if (!ts_engine_has_pool(s->exec.engine, i))
             continue;
         r->pools[r->n_pools] = summarise(s, i);
         ok = r->pools[r->n_pools] != NULL;
@@ -136,7 +136,7 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
 static bool find_pool(const ts_service *s, const char *name, uint32_t *index, Tspb__Reply *reply)
 {
     ts_answer a = {0};
-    *index = ts_engine_pool_named(s->engine, name, &a);
+    *index = ts_engine_pool_named(s->exec.engine, name, &a);
     if (*index == TS_NONE)
         refuse(reply, a.status, "%s", a.message);
     return *index != TS_NONE;
@@ -156,7 +156,7 @@ static uint64_t *copy_bins(const uint64_t *bins, size_t *count)
 static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool *pool,
                         Tspb__PoolStatsReply *r)
 {
-    const ts_engine *e = s->engine;
+    const ts_engine *e = s->exec.engine;
     r->tenants = zalloc(e->num_tenants, sizeof *r->tenants);
     bool ok = r->tenants != NULL;
     for (uint32_t t = 0; ok && t < e->num_tenants; t++) {
@@ -217,7 +217,7 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
     r->length_histogram = copy_bins(lengths.bins, &r->n_length_histogram);
     r->free_run_histogram = copy_bins(survey->free_runs, &r->n_free_run_histogram);
     if (r->pool == NULL || r->length_histogram == NULL || r->free_run_histogram == NULL ||
-        !add_tenants(s, view, &s->engine->pools[index], r))
+        !add_tenants(s, view, &s->exec.engine->pools[index], r))
         no_memory(reply);
     return TS_REPORT_ANSWER;
 }
@@ -285,7 +285,7 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
 static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListSessions *request,
                             Tspb__Reply *reply)
 {
-    const ts_engine *e = s->engine;
+    const ts_engine *e = s->exec.engine;
     uint32_t limit = request->limit == 0 || request->limit > LIST_MAX ? LIST_MAX : request->limit;
     Tspb__SessionList *list = malloc(sizeof *list);
     if (list == NULL)
@@ -352,7 +352,7 @@ static Tspb__SeqInfo *describe(const ts_engine *e, const ts_engine_pool *pool, u
 static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs *request,
                         Tspb__Reply *reply)
 {
-    const ts_engine *e = s->engine;
+    const ts_engine *e = s->exec.engine;
     uint32_t index;
     if (!find_pool(s, request->pool, &index, reply))
         return;
@@ -415,7 +415,7 @@ static void report_check(ts_service *s, ts_view view, Tspb__Reply *reply)
     if (r->problems == NULL)
         return no_memory(reply);
     uint64_t began_ns = ts_now_ns();
-    r->checked = ts_invariants_check(s->engine, add_problem, r);
+    r->checked = ts_invariants_check(s->exec.engine, add_problem, r);
     r->held_us = (ts_now_ns() - began_ns) / 1000;
     if (r->held_us > CHECK_QUICK_US)
         s->check_after_ms = ts_now_ms() + CHECK_REST_MS;
@@ -477,8 +477,9 @@ void ts_report_free(Tspb__Reply *reply)
 bool ts_report_http_ready(ts_service *s, ts_survey_waiter *waiter)
 {
     const ts_survey *survey;
-    for (uint32_t i = 0; i < s->engine->num_pools; i++)
-        if (ts_engine_has_pool(s->engine, i) && ts_surveys_get(s, i, waiter, &survey) == TS_EBUSY)
+    for (uint32_t i = 0; i < s->exec.engine->num_pools; i++)
+        if (ts_engine_has_pool(s->exec.engine, i) &&
+            ts_surveys_get(s, i, waiter, &survey) == TS_EBUSY)
             return false;
     return true;
 }

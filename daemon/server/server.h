@@ -1,20 +1,22 @@
 /*
- * What is done around the engine: looking up who asks, answering repeated requests from memory,
- * finding memory for slabs and exchanges, handing jobs to the kernels, packing replies. Everything
- * in a ts_service belongs to the engine's owner of the moment (work_queue.h); others put ts_work
- * into its queue.
+ * What is around the engine: connections with their sessions, and what all requests share. What a
+ * request does is request.h's.
+ *
+ * Everything in a ts_service belongs to the engine's owner of the moment (work_queue.h); others put
+ * ts_work into its queue.
  */
 #ifndef TS_SERVER_H
 #define TS_SERVER_H
 
+#include "connection.h"
 #include "engine.h"
+#include "exec.h"
 #include "gpu_executor.h"
 #include "handle_wire.h"
 #include "latency.h"
-#include "host_executor.h"
-#include "memory.h"
+#include "log.h"
 #include "operators.h"
-#include "reply_cache.h"
+#include "slab_list.h"
 #include "tinyserve.pb-c.h"
 #include "work_queue.h"
 
@@ -23,10 +25,13 @@
 typedef struct ts_request {
     ts_work work;
     uint32_t pipe;
-    uint64_t received_ns;   /* CLOCK_MONOTONIC */
-    Tspb__Request *message; /* NULL: could not be unpacked */
+    uint64_t received_ns;       /* CLOCK_MONOTONIC */
+    Tspb__Request *message;     /* NULL: could not be unpacked */
+    struct ts_service *service; /* request.c's own, as what follows `send` */
     void (*send)(struct ts_request *request, const void *reply, size_t bytes);
     struct ts_request *next_waiter; /* for the same answer, or for a step's runs */
+    unsigned char *held; /* the answer, packed, until the kernels are done; NULL: it is empty */
+    size_t held_bytes;
 } ts_request;
 
 /* A connection came or went (both kinds are freed by the service). */
@@ -35,74 +40,24 @@ typedef struct ts_pipe_event {
     uint32_t pipe, uid, gid, pid;
 } ts_pipe_event;
 
-/* Asks for a descriptor; `done` is called by the engine's owner, and *fd is then the asker's. */
-typedef struct ts_handle_ask {
-    ts_work work;
-    ts_handle_request request;
-    uint32_t uid; /* of the peer on the handle socket */
-    ts_handle_reply reply;
-    int fd;    /* -1: refused */
-    int given; /* that came with the request; -1: none. The service takes it */
-    void (*done)(struct ts_handle_ask *ask);
-} ts_handle_ask;
-
-typedef struct ts_ring ts_ring;   /* ring_server.h */
-typedef struct ts_rings ts_rings; /* the same */
-
-typedef struct ts_step_plan ts_step_plan;     /* step_work.c */
-typedef struct ts_service_job ts_service_job; /* the same */
-typedef struct ts_refusals ts_refusals;       /* refusals.h */
-
-typedef struct ts_connection {
-    struct ts_connection *next; /* in its bucket */
-    uint32_t pipe, uid, gid, pid;
-    uint64_t session; /* 0: none opened */
-    uint64_t kicked;  /* the session that an operator has ended; 0: none */
-    uint8_t token[TS_TOKEN_BYTES];
-    ts_exchange *exchange;
-    ts_signals_page *signals; /* NULL: never asked for */
-    ts_ring *ring;            /* the same */
-    ts_step_plan *plan;       /* of the step that ran on a GPU last; NULL: none has */
-    uint64_t requests;
-    uint64_t idle_since_ms; /* that it has no session; 0: it has one */
-    ts_replies replies;
-} ts_connection;
+typedef struct ts_refusals ts_refusals; /* refusals.h */
 
 #define TS_CONNECTION_BUCKETS 4096u
-#define TS_GPUS_MAX 16u
-
-typedef struct ts_service_gpu {
-    ts_gpu *gpu;
-    ts_gpu_batch *batch;
-} ts_service_gpu;
 
 typedef struct ts_service {
-    ts_queue queue;
-    ts_engine *engine;
-    ts_memory *memory[TS_POOLS_MAX];
-    ts_attention *attention;
-    ts_batch *batch;
-    ts_rings *rings;
-    ts_service_gpu gpus[TS_GPUS_MAX];
-    uint32_t num_gpus;
-    const ts_service_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
-    ts_step_plan **step_plans;                  /* by a step's index; NULL: none yet */
-    uint32_t num_step_plans;
-    ts_service_job *live_jobs; /* with the kernels */
+    ts_exec exec;
     ts_reply_account *reply_accounts;
     struct ts_surveys *surveys; /* pool_stats_cache.h */
     uint64_t check_after_ms;    /* the next check of the books may begin then */
-    ts_work sweep;              /* goes on with what the engine frees bit by bit */
-    bool sweeping;              /* it is in the queue */
     ts_request *waiting;        /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
-    uint32_t admin_uid;             /* beside root */
-    ts_operators operators;         /* changed under the lock; its owner reads without */
-    pthread_mutex_t operators_lock; /* for other threads that read */
-    uint32_t submit_ms;             /* of GPUs' batches */
-    void (*device_failed)(const char *why);
+    uint32_t admin_uid;                /* beside root */
+    ts_operators operators;            /* changed under the lock; its owner reads without */
+    pthread_mutex_t operators_lock;    /* for other threads that read */
+    void (*resume_rings)(void *rings); /* has them go on with what waited for runs */
+    void *rings;
     void (*end_connection)(void *arg, uint32_t pipe); /* has the transport end it */
     void *end_connection_arg;
     bool draining;       /* only operators' sessions are opened */
@@ -111,11 +66,7 @@ typedef struct ts_service {
     ts_refusals *refusals; /* NULL: there was none yet */
     double started_unix;   /* seconds */
     ts_latency message_times, ring_times;
-    uint32_t *slab_seen; /* stamps, for listing each slab of an answer once */
-    uint32_t slab_stamp;
-    Tspb__Slab *slabs;
-    Tspb__Slab **slab_pointers;
-    size_t slab_seen_capacity, slabs_capacity, slab_pointers_capacity;
+    ts_slab_list slab_list;
     unsigned char *packed;
     size_t packed_capacity;
 } ts_service;
@@ -123,11 +74,9 @@ typedef struct ts_service {
 /* Runs what is put into the queue until it is closed and empty. */
 void ts_service_run(ts_service *service);
 
-/* The `run` of the three kinds of work. */
-void ts_service_request(ts_work *work, void *service);
+/* The `run` of a ts_pipe_event. */
 void ts_service_pipe_added(ts_work *work, void *service);
 void ts_service_pipe_removed(ts_work *work, void *service);
-void ts_service_handle(ts_work *work, void *service);
 
 /* Has the connections ended that have had no session since then. */
 void ts_service_drop_idle(ts_service *service, uint64_t since_ms);
@@ -135,44 +84,18 @@ void ts_service_drop_idle(ts_service *service, uint64_t since_ms);
 /* Whether it may order the daemon about (operators.h). Any thread. */
 bool ts_service_is_operator(const ts_service *service, uint32_t uid, uint32_t gid);
 
-/* Closes every session and gives back all that `service` holds but the queue. The batches must be
+/* Closes every connection with its session. */
+void ts_service_close_connections(ts_service *service);
+
+/* Gives back all that `service` holds but the queue. The connections are closed, the executors
  * free. */
 void ts_service_fini(ts_service *service);
-
-/* Used by the files of the service. */
 
 /* Ends the connection's session, if it has one, and what belongs to it. */
 void ts_service_end_session(ts_service *service, ts_connection *connection);
 
-/* Applies the command to the engine, and has what is freed bit by bit go on. */
-void ts_service_tell(ts_service *service, const ts_command *command, ts_answer *answer);
-
-/* Applies the command, finding memory for slabs until it has enough. TS_NEED_SWEEP: it must wait
- * for what is freed bit by bit, and be applied again when ts_service_resume is called. */
-void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);
-
-/* Takes the descriptor's memory as the connection's exchange; the descriptor stays the caller's. */
-ts_status ts_service_adopt_exchange(ts_service *service, ts_connection *c, int fd, uint64_t *bytes,
-                                    char *why, size_t why_bytes);
-
-/* Whether the command ends a step of its session whose runs are still under way, or would put one
- * more ordered run behind too many. An abort has the runs dropped. */
-bool ts_service_must_wait(ts_service *service, const ts_command *command);
-
-/* Lists the slabs of `count` blocks, each once; the list is the service's. False: out of memory. */
-bool ts_service_list_slabs(ts_service *service, uint32_t pool, const uint32_t *blocks, size_t count,
-                           Tspb__Slab ***list, size_t *num);
-
-/* Packs the reply into service->packed; false: out of memory. */
-bool ts_service_pack(ts_service *service, const Tspb__Reply *reply, size_t *size);
-
-/* Sends the packed reply, keeps it for repeats and sends it to those that came already. c NULL: the
- * connection is gone. */
-void ts_service_deliver(ts_connection *c, ts_request *request, uint64_t id, const void *bytes,
-                        size_t size);
-
-/* Goes on with the requests that waited for runs; those whose runs aren't done wait on. */
-void ts_service_resume(ts_service *service);
+/* How much a session's coming and going matters in the log: an operator's look is no event. */
+ts_log_level ts_service_session_level(const ts_service *service, const ts_connection *c);
 
 ts_connection *ts_service_connection(const ts_service *service, uint32_t pipe);
 ts_connection *ts_service_connection_of(const ts_service *service, uint64_t session);

@@ -1,0 +1,75 @@
+#include "exec.h"
+
+#include "cgroup.h"
+#include "log.h"
+#include "step_work.h"
+
+/* One bit at a time, and others' work in between. */
+static void run_sweep(ts_work *work, void *owner)
+{
+    ts_exec *x = (ts_exec *)((char *)work - offsetof(ts_exec, sweep));
+    ts_answer a;
+    (void)owner;
+    x->sweeping = false;
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_SWEEP}, &a);
+    x->resumed(x->owner);
+}
+
+void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
+{
+    ts_engine_apply(x->engine, command, a);
+    if (x->sweeping || !ts_engine_sweeps(x->engine))
+        return;
+    x->sweeping = true;
+    x->sweep.run = run_sweep;
+    ts_queue_put(&x->queue, &x->sweep);
+}
+
+/* Makes the slab's memory. A sentence in `why` if that can't be. */
+static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, size_t why_bytes)
+{
+    ts_memory *memory = x->memory[pool];
+    if (x->gpu_of[pool] == NULL && !ts_cgroup_allows(memory->export_bytes, why, why_bytes))
+        return TS_ENOMEM;
+    return ts_memory_renew(memory, slab,
+                           x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
+                           why_bytes);
+}
+
+void ts_exec_supply(ts_exec *x, const ts_command *command, ts_answer *a)
+{
+    for (;;) {
+        ts_exec_apply(x, command, a);
+        if (a->status != TS_NEED_SLABS)
+            return;
+        const uint32_t pool = a->need.pool, tenant = a->need.tenant;
+        const uint32_t slab = ts_engine_next_slab(x->engine, pool, tenant);
+        const char *name = x->engine->pools[pool].config.name;
+        char why[TS_MESSAGE_BYTES];
+        ts_status status = make_slab(x, pool, slab, why, sizeof why);
+        if (status != TS_OK) {
+            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s', slab %u: %s", name,
+                      slab, why);
+            return ts_refuse(a, status, "pool '%s': %s", name, why);
+        }
+        ts_answer granted;
+        ts_exec_apply(x,
+                      &(ts_command){.op = TS_OP_SLAB_GRANT,
+                                    .pool = pool,
+                                    .slab_grant = {.slab = slab, .tenant = tenant}},
+                      &granted);
+        if (granted.status != TS_OK)
+            return ts_refuse(a, TS_EINTERNAL, "%s", granted.message);
+    }
+}
+
+void ts_exec_fini(ts_exec *x)
+{
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
+        ts_memory_free(x->memory[i]);
+    ts_step_plans_free(x);
+    for (uint32_t i = 0; i < x->num_gpus; i++)
+        ts_gpu_close(x->gpus[i].gpu);
+    ts_engine_free(x->engine);
+    ts_attention_free(x->attention);
+}

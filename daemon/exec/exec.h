@@ -1,0 +1,55 @@
+/*
+ * What the engine's decisions are carried out with: the pools' memory, the processor's and the
+ * devices' kernels, and the queue of work whose runner owns the engine.
+ *
+ * Thread: the engine's owner of the moment (work_queue.h), but for the queue itself.
+ */
+#ifndef TS_EXEC_H
+#define TS_EXEC_H
+
+#include "engine.h"
+#include "gpu_executor.h"
+#include "host_executor.h"
+#include "memory.h"
+#include "work_queue.h"
+
+#define TS_GPUS_MAX 16u
+
+typedef struct ts_exec_gpu {
+    ts_gpu *gpu;
+    ts_gpu_batch *batch;
+} ts_exec_gpu;
+
+typedef struct ts_exec {
+    ts_queue queue;
+    void *owner; /* that the queue's work is handed: what the exec lies in */
+    ts_engine *engine;
+    ts_memory *memory[TS_POOLS_MAX];
+    ts_attention *attention;
+    ts_batch *batch;
+    ts_exec_gpu gpus[TS_GPUS_MAX];
+    uint32_t num_gpus;
+    const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
+    uint32_t submit_ms;                      /* of the GPUs' executors */
+    void (*device_failed)(const char *why);
+    struct ts_step_plan **step_plans; /* by a step's index; NULL: none yet (step_work.c) */
+    uint32_t num_step_plans;
+    struct ts_step_job *live_jobs; /* with the kernels (step_work.c) */
+    ts_work sweep;                 /* goes on with what the engine frees bit by bit */
+    bool sweeping;                 /* it is in the queue */
+    /* Runs have ended, or something was freed: whoever waited for that may go on. */
+    void (*resumed)(void *owner);
+} ts_exec;
+
+/* Applies the command to the engine, and has what is freed bit by bit go on. */
+void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
+
+/* The same, finding memory for slabs until the command has enough. TS_NEED_SWEEP: it must wait for
+ * what is freed bit by bit, and be applied again when `resumed` is called. */
+void ts_exec_supply(ts_exec *exec, const ts_command *command, ts_answer *answer);
+
+/* Gives back pools' memory, plans, devices, kernels and the engine. No job is under way, and the
+ * executors are free. */
+void ts_exec_fini(ts_exec *exec);
+
+#endif

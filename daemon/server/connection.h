@@ -1,0 +1,33 @@
+/*
+ * One client's connection, its session, and what the session has been given.
+ *
+ * Thread: the engine's owner of the moment (work_queue.h).
+ */
+#ifndef TS_CONNECTION_H
+#define TS_CONNECTION_H
+
+#include "handle_wire.h"
+#include "reply_cache.h"
+#include "session_memory.h"
+
+/* Something that ends with a session: `close` is called once. */
+typedef struct ts_close_hook {
+    struct ts_close_hook *next;
+    void (*close)(struct ts_close_hook *hook);
+} ts_close_hook;
+
+typedef struct ts_connection {
+    struct ts_connection *next; /* in its bucket */
+    uint32_t pipe, uid, gid, pid;
+    uint64_t session; /* 0: none opened */
+    uint64_t kicked;  /* the session that an operator has ended; 0: none */
+    uint8_t token[TS_TOKEN_BYTES];
+    ts_session_memory memory;
+    struct ts_ring *ring;  /* of the rings (ring_server.h), which closes by a hook; NULL: none */
+    ts_close_hook *on_end; /* of the session */
+    uint64_t requests;
+    uint64_t idle_since_ms; /* that it has no session; 0: it has one */
+    ts_replies replies;
+} ts_connection;
+
+#endif

@@ -1,0 +1,24 @@
+/*
+ * How a session comes by its exchange: device memory that it asks for or passes by a request, host
+ * memory that it has made and passes by the handle socket. One takes the place of the one before.
+ *
+ * Thread: the engine's owner.
+ */
+#ifndef TS_EXCHANGE_OPEN_H
+#define TS_EXCHANGE_OPEN_H
+
+#include "server.h"
+
+/* Does what the request asks for; `command` is its TS_OP_EXCHANGE_OPEN. */
+void ts_exchange_open(ts_service *service, ts_connection *connection,
+                      const Tspb__ExchangeOpen *open, ts_command *command, ts_answer *answer);
+
+/* The answer to it, in `opened`. */
+void ts_exchange_encode(const ts_connection *connection, Tspb__ExchangeOpened *opened,
+                        Tspb__Reply *reply);
+
+/* Takes the descriptor's memory as the connection's exchange; the descriptor stays the caller's. */
+ts_status ts_exchange_give(ts_service *service, ts_connection *connection, int fd, uint64_t *bytes,
+                           char *why, size_t why_bytes);
+
+#endif

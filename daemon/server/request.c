@@ -1,0 +1,409 @@
+#define _GNU_SOURCE
+#include "request.h"
+
+#include "admin.h"
+#include "codec.h"
+#include "exchange_open.h"
+#include "plain_text.h"
+#include "refusals.h"
+#include "report.h"
+#include "step_work.h"
+#include "tinyserve_version.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+/* ---- replies ---- */
+
+/* Packs the reply into s->packed; false: out of memory. */
+static bool pack(ts_service *s, const Tspb__Reply *reply, size_t *size)
+{
+    *size = tspb__reply__get_packed_size(reply);
+    if (!ts_engine_grow((void **)&s->packed, &s->packed_capacity, *size, 1))
+        return false;
+    tspb__reply__pack(reply, s->packed);
+    return true;
+}
+
+/* Packs the reply. Returns its size in s->packed; 0: out of memory. */
+static size_t finish(ts_service *s, Tspb__Reply *reply)
+{
+    size_t size;
+    if (reply->status != TS_OK && reply->body_case != TSPB__REPLY__BODY__NOT_SET)
+        reply->body_case = TSPB__REPLY__BODY__NOT_SET;
+    return pack(s, reply, &size) ? size : 0;
+}
+
+/* Sends the packed reply, keeps it for repeats and sends it to those that came already. c NULL: the
+ * connection is gone. */
+static void deliver(ts_connection *c, ts_request *request, uint64_t id, const void *bytes,
+                    size_t size)
+{
+    ts_kept_reply *kept = c == NULL ? NULL : ts_replies_at(&c->replies, id);
+    if (kept != NULL) { /* else another connection by now */
+        for (ts_request *w = kept->waiters, *next; w != NULL; w = next) {
+            next = w->next_waiter;
+            w->send(w, bytes, size);
+        }
+        kept->waiters = NULL;
+        ts_replies_keep(&c->replies, kept, bytes, size);
+    }
+    request->send(request, bytes, size);
+}
+
+static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const ts_answer *answer)
+{
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    size_t size;
+    reply.request_id = id;
+    reply.status = (uint32_t)answer->status;
+    reply.message = (char *)answer->message;
+    ts_refused(s, request->message, answer->status);
+    if (pack(s, &reply, &size))
+        request->send(request, s->packed, size);
+    else
+        request->send(request, NULL, 0);
+}
+
+/*
+ * Where to keep the reply to a request with this id; NULL if the request was dealt with: it repeats
+ * an earlier one, or its id is too old to tell.
+ */
+static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *request)
+{
+    uint64_t id = request->message->request_id;
+    ts_kept_reply *kept = ts_replies_at(&c->replies, id);
+    ts_answer answer = {0};
+    if (kept == NULL) {
+        kept = ts_replies_start(&c->replies, id);
+        if (kept != NULL)
+            return kept;
+    } else if (kept->pending) {
+        request->next_waiter = kept->waiters;
+        kept->waiters = request;
+        return NULL;
+    } else if (kept->bytes != NULL) {
+        request->send(request, kept->bytes, kept->size);
+        return NULL;
+    }
+    ts_refuse(&answer, TS_ESTALE,
+              "request %llu is repeated, but its answer is no longer kept: the last %u are, up "
+              "to %u bytes",
+              (unsigned long long)id, TS_REPLIES_KEPT, TS_REPLY_BYTES_KEPT);
+    send_refusal(s, request, id, &answer);
+    return NULL;
+}
+
+/* ---- requests ---- */
+
+static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *request,
+                         ts_answer *a, Tspb__Reply *reply, Tspb__SessionOpened *opened)
+{
+    const Tspb__SessionOpen *open = request->session_open;
+    if (open->protocol != TS_PROTOCOL) {
+        char version[32];
+        return ts_refuse(a, TS_EPROTO,
+                         "protocol version %u of libtinyserve %s; tinyserved " TS_VERSION
+                         " speaks %u: the older of them must be upgraded, and then started again",
+                         open->protocol,
+                         open->version[0] == '\0'
+                             ? "(an earlier one)"
+                             : ts_text_escape(open->version, version, sizeof version),
+                         TS_PROTOCOL);
+    }
+    if (s->draining && !ts_service_is_operator(s, c->uid, c->gid))
+        return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
+    if (c->session != 0)
+        return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
+                         (unsigned long long)c->session);
+    if (getrandom(c->token, sizeof c->token, 0) != (ssize_t)sizeof c->token)
+        return ts_refuse(a, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
+    char program[TS_PROGRAM_BYTES];
+    ts_text_escape(open->program, program, sizeof program);
+    ts_command command = {
+        .op = TS_OP_SESSION_OPEN,
+        .session_open = {.uid = c->uid,
+                         .pid = c->pid,
+                         .program = program,
+                         .is_operator = ts_service_is_operator(s, c->uid, c->gid)}};
+    ts_exec_apply(&s->exec, &command, a);
+    if (a->status != TS_OK)
+        return;
+    c->session = a->session;
+    c->idle_since_ms = 0;
+    s->by_session[(uint32_t)c->session] = c;
+    ts_log_on(ts_service_session_level(s, c),
+              &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+              "session %llx opened: %s (uid %u, pid %u)", (unsigned long long)c->session, program,
+              c->uid, c->pid);
+    tspb__session_opened__init(opened);
+    opened->session = c->session;
+    opened->token.data = c->token;
+    opened->token.len = sizeof c->token;
+    opened->exchange_bytes_max = s->exec.engine->limits.exchange_bytes;
+    opened->version = (char *)TS_VERSION;
+    opened->tenant_uid = c->uid;
+    opened->message_bytes_max = s->message_bytes_max;
+    reply->body_case = TSPB__REPLY__BODY_SESSION_OPENED;
+    reply->session_opened = opened;
+}
+
+/* Tells the slabs of the blocks that the reply tells. False: out of memory. */
+static bool add_slabs(ts_service *s, const ts_command *command, const ts_answer *a,
+                      Tspb__Reply *reply)
+{
+    ts_slab_list *list = &s->slab_list;
+    if (reply->body_case == TSPB__REPLY__BODY_BLOCKS) {
+        if (!ts_slab_list_fill(list, &s->exec, command->pool, a->blocks.blocks, a->blocks.count))
+            return false;
+        reply->blocks->slabs = list->pointers;
+        reply->blocks->n_slabs = list->count;
+    } else if (reply->body_case == TSPB__REPLY__BODY_STEP_BEGUN) {
+        if (!ts_slab_list_fill(list, &s->exec, command->pool, a->begun.blocks, a->begun.num_blocks))
+            return false;
+        reply->step_begun->slabs = list->pointers;
+        reply->step_begun->n_slabs = list->count;
+    }
+    return true;
+}
+
+/* The kernels are done with what the request asked for. */
+static void on_done(const ts_completion *completion, const ts_step_result *result)
+{
+    ts_request *request = completion->asker;
+    ts_service *s = request->service;
+    const uint64_t id = request->message->request_id;
+    const unsigned char *bytes = request->held;
+    size_t size = request->held_bytes;
+    unsigned char *held = request->held;
+    request->held = NULL;
+    if (bytes == NULL || result->status != TS_OK) {
+        Tspb__Reply reply = TSPB__REPLY__INIT;
+        reply.request_id = id;
+        reply.status = (uint32_t)result->status;
+        reply.message = result->status == TS_OK ? (char *)"" : (char *)result->why;
+        ts_refused(s, request->message, result->status);
+        size = finish(s, &reply);
+        bytes = s->packed;
+    }
+    deliver(ts_service_connection(s, request->pipe), request, id, bytes, size);
+    free(held);
+}
+
+/* Keeps the answer until the copies of a begun step are made. False: out of memory. */
+static bool hold(ts_service *s, ts_request *request, const Tspb__Reply *reply)
+{
+    size_t size;
+    if (!pack(s, reply, &size) || (request->held = malloc(size)) == NULL)
+        return false;
+    memcpy(request->held, s->packed, size);
+    request->held_bytes = size;
+    return true;
+}
+
+/* Hands what was accepted to the kernels, which complete the request. False: out of memory. */
+static bool hand_on(ts_service *s, ts_connection *c, ts_request *request, const ts_command *command,
+                    const ts_answer *a, const Tspb__Reply *reply)
+{
+    const ts_completion completion = {.done = on_done, .asker = request};
+    if (command->op == TS_OP_STEP_RUN)
+        return ts_step_work_run(&s->exec, &c->memory, &completion, command, a->step);
+    if (!hold(s, request, reply))
+        return false;
+    if (ts_step_work_copy(&s->exec, &completion, a))
+        return true;
+    free(request->held);
+    request->held = NULL;
+    return false;
+}
+
+/*
+ * Applies the command and fills in the reply. Returns true if the reply must wait for the kernels,
+ * which have the request then.
+ */
+static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_command *command,
+                    ts_answer *a, Tspb__Reply *reply, ts_reply_body *body)
+{
+    const Tspb__Request *message = request->message;
+    const bool run = command->op == TS_OP_STEP_RUN;
+    if (command->op == TS_OP_EXCHANGE_OPEN)
+        ts_exchange_open(s, c, message->exchange_open, command, a);
+    else if (!run || ts_step_work_check_run(&s->exec, &c->memory, command, a))
+        ts_exec_supply(&s->exec, command, a);
+    ts_encode(s->exec.engine, command, a, reply, body);
+    if (a->status != TS_OK)
+        return false;
+    if (command->op == TS_OP_EXCHANGE_OPEN)
+        ts_exchange_encode(c, &body->exchange_opened, reply);
+    const bool copies = command->op == TS_OP_STEP_BEGIN && a->begun.num_copies > 0;
+    if (add_slabs(s, command, a, reply) &&
+        ((!run && !copies) || hand_on(s, c, request, command, a, reply)))
+        return copies || (run && !command->step_run.ordered);
+    /* Out of memory for the answer: undo what can be undone. */
+    if (run || command->op == TS_OP_STEP_BEGIN)
+        ts_step_work_undo(&s->exec, command, run ? a->step->id : body->step_begun.step);
+    ts_refuse(a, TS_ENOMEM, "no memory for the answer");
+    reply->status = TS_ENOMEM;
+    reply->message = a->message;
+    return false;
+}
+
+/* The request is answered later (resume); the first to come is the first to be answered.
+ */
+static void wait_on(ts_service *s, ts_request *request, ts_kept_reply *kept)
+{
+    ts_request **end = &s->waiting;
+    while (*end != NULL)
+        end = &(*end)->next_waiter;
+    kept->pending = true;
+    request->next_waiter = NULL;
+    *end = request;
+}
+
+/* Answers a request whose place among the kept replies is taken. */
+static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept_reply *kept)
+{
+    const Tspb__Request *message = request->message;
+    ts_answer a = {0};
+    ts_command command;
+    ts_reply_body body;
+    Tspb__SessionOpened opened;
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    reply.request_id = message->request_id;
+    bool waits = false;
+    if (c->kicked != 0) {
+        ts_refuse(&a, TS_ECONN, "session %llx was ended by an operator",
+                  (unsigned long long)c->kicked);
+    } else if (ts_admin(s, c, message, &a)) {
+        ;
+    } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
+        open_session(s, c, message, &a, &reply, &opened);
+    } else if (ts_decode(message, c->session, &command, &a)) {
+        if (ts_step_work_must_wait(&s->exec, &command))
+            return wait_on(s, request, kept);
+        waits = execute(s, c, request, &command, &a, &reply, &body);
+        if (a.status == TS_NEED_SWEEP)
+            return wait_on(s, request, kept);
+    } else if (a.status == TS_OK) {
+        ts_refuse(&a, TS_EPROTO, "the request has no body that this daemon knows");
+    }
+    if (waits) {
+        kept->pending = true;
+        return;
+    }
+    reply.status = (uint32_t)a.status;
+    reply.message = a.message;
+    ts_refused(s, message, a.status);
+    size_t size = finish(s, &reply);
+    deliver(c, request, message->request_id, s->packed, size);
+}
+
+static void resume(void *service)
+{
+    ts_service *s = service;
+    ts_request *waiting = s->waiting;
+    s->waiting = NULL;
+    for (ts_request *request = waiting, *next; request != NULL; request = next) {
+        next = request->next_waiter;
+        ts_connection *c = ts_service_connection(s, request->pipe);
+        answer(s, c, request, ts_replies_at(&c->replies, request->message->request_id));
+    }
+    if (s->resume_rings != NULL)
+        s->resume_rings(s->rings);
+}
+
+/* A report's request that waits for figures. */
+typedef struct report_waiter {
+    ts_survey_waiter waiter; /* first: surveys hand it back */
+    ts_request *request;
+} report_waiter;
+
+static bool answer_report(ts_service *s, ts_connection *c, ts_request *request);
+
+static void report_ready(ts_survey_waiter *waiter, ts_service *s)
+{
+    ts_request *request = ((report_waiter *)waiter)->request;
+    ts_connection *c = ts_service_connection(s, request->pipe);
+    free(waiter);
+    if (c == NULL)
+        request->send(request, NULL, 0);
+    else
+        (void)answer_report(s, c, request);
+}
+
+/* Answers the request, now or later, if it is for a report; such an answer changes nothing, and
+ * isn't kept for repeats. */
+static bool answer_report(ts_service *s, ts_connection *c, ts_request *request)
+{
+    const Tspb__Request *message = request->message;
+    if (message->body_case < TSPB__REQUEST__BODY_STATUS ||
+        message->body_case > TSPB__REQUEST__BODY_CHECK)
+        return false;
+    report_waiter *w = malloc(sizeof *w);
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    reply.request_id = message->request_id;
+    if (w == NULL) {
+        request->send(request, NULL, 0);
+        return true;
+    }
+    *w = (report_waiter){.waiter.ready = report_ready, .request = request};
+    ts_report_state state = ts_report(s, ts_report_view(s, c), message, &w->waiter, &reply);
+    if (state == TS_REPORT_LATER)
+        return true;
+    free(w);
+    if (state == TS_REPORT_NONE)
+        return false;
+    char *owned_message = reply.status != TS_OK ? reply.message : NULL;
+    Tspb__Reply whole = reply;
+    ts_refused(s, message, (ts_status)reply.status);
+    size_t size = finish(s, &reply);
+    request->send(request, s->packed, size);
+    whole.message = owned_message;
+    ts_report_free(&whole);
+    return true;
+}
+
+void ts_service_request(ts_work *work, void *service)
+{
+    ts_service *s = service;
+    ts_request *request = (ts_request *)work;
+    ts_connection *c = ts_service_connection(s, request->pipe);
+    ts_answer a = {0};
+    request->service = s;
+    s->requests++;
+    if (c == NULL) /* it is gone: nobody will read this */
+        return request->send(request, NULL, 0);
+    c->requests++;
+    const Tspb__Request *message = request->message;
+    if (message == NULL || message->request_id == 0 ||
+        message->body_case == TSPB__REQUEST__BODY__NOT_SET) {
+        ts_refuse(&a, TS_EPROTO, "%s",
+                  message == NULL ? "the message is not a tspb.Request, or is made to take far "
+                                    "more memory than its size"
+                  : message->request_id == 0 ? "request_id is 0; ids count from 1"
+                                             : "the request has no body that this daemon knows");
+        return send_refusal(s, request, message == NULL ? 0 : message->request_id, &a);
+    }
+    if (!ts_decode_plain(message, &a))
+        return send_refusal(s, request, message->request_id, &a);
+
+    if (answer_report(s, c, request))
+        return;
+    ts_kept_reply *kept = reply_slot(s, c, request);
+    if (kept != NULL)
+        answer(s, c, request, kept);
+}
+
+bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
+{
+    ts_queue_init(&s->exec.queue);
+    s->exec.owner = s;
+    s->exec.resumed = resume;
+    s->exec.engine = ts_engine_new(limits);
+    s->by_session = calloc(limits->sessions, sizeof *s->by_session);
+    s->surveys = ts_surveys_new();
+    return s->exec.engine != NULL && s->by_session != NULL && s->surveys != NULL;
+}
