@@ -55,11 +55,11 @@ typedef struct asker {
     const ts_survey *survey;
 } asker;
 
-static void on_ready(ts_survey_waiter *waiter, ts_service *s)
+static void on_ready(ts_survey_waiter *waiter, void *owner)
 {
     asker *a = (asker *)waiter;
     a->told++;
-    assert_int_equal(ts_surveys_get(s, 0, waiter, &a->survey),
+    assert_int_equal(ts_surveys_get(((ts_service *)owner)->surveys, 0, waiter, &a->survey),
                      TS_OK); /* what all have waited for */
 }
 
@@ -69,7 +69,7 @@ static void a_small_pool_is_surveyed_at_once(void **state)
     service_new(1024);
     asker a = {.waiter.ready = on_ready};
     for (uint64_t i = 1; i <= 3; i++) { /* each time anew: nothing is out of date */
-        assert_int_equal(ts_surveys_get(&service, 0, &a.waiter, &a.survey), TS_OK);
+        assert_int_equal(ts_surveys_get(service.surveys, 0, &a.waiter, &a.survey), TS_OK);
         assert_int_equal(a.survey->free_runs[10], 1);
         assert_int_equal(ts_surveys_bits(service.surveys), i);
     }
@@ -85,7 +85,7 @@ static void all_who_ask_for_a_large_pool_share_a_walk_of_small_bits(void **state
     const uint64_t bits = BLOCKS / TS_SURVEY_BIT;
     for (int i = 0; i < 50; i++) {
         askers[i] = (asker){.waiter.ready = on_ready};
-        assert_int_equal(ts_surveys_get(&service, 0, &askers[i].waiter, &askers[i].survey),
+        assert_int_equal(ts_surveys_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
                          TS_EBUSY);
     }
     assert_int_equal(ts_surveys_bits(service.surveys), 0); /* none of it in the askers' own turn */
@@ -95,7 +95,7 @@ static void all_who_ask_for_a_large_pool_share_a_walk_of_small_bits(void **state
     }
     for (int i = 50; i < 100; i++) { /* it is under way */
         askers[i] = (asker){.waiter.ready = on_ready};
-        assert_int_equal(ts_surveys_get(&service, 0, &askers[i].waiter, &askers[i].survey),
+        assert_int_equal(ts_surveys_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
                          TS_EBUSY);
     }
     while (run_one())

@@ -2,7 +2,6 @@
 
 #include "cgroup.h"
 #include "log.h"
-#include "step_work.h"
 
 /* One bit at a time, and others' work in between. */
 static void run_sweep(ts_work *work, void *owner)
@@ -67,7 +66,6 @@ void ts_exec_fini(ts_exec *x)
 {
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(x->memory[i]);
-    ts_step_plans_free(x);
     for (uint32_t i = 0; i < x->num_gpus; i++)
         ts_gpu_close(x->gpus[i].gpu);
     ts_engine_free(x->engine);

@@ -48,8 +48,8 @@ void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
  * what is freed bit by bit, and be applied again when `resumed` is called. */
 void ts_exec_supply(ts_exec *exec, const ts_command *command, ts_answer *answer);
 
-/* Gives back pools' memory, plans, devices, kernels and the engine. No job is under way, and the
- * executors are free. */
+/* Gives back pools' memory, devices, kernels and the engine. No job is under way, the plans
+ * (step_work.h) and the executors are free. */
 void ts_exec_fini(ts_exec *exec);
 
 #endif

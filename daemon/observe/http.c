@@ -157,7 +157,7 @@ static enum MHD_Result refuse_host(struct MHD_Connection *connection, const char
 static void answer_question(ts_work *work, void *service);
 
 /* The figures that the question waited for are there, or some of them. */
-static void figures_ready(ts_survey_waiter *waiter, ts_service *service)
+static void figures_ready(ts_survey_waiter *waiter, void *service)
 {
     answer_question(&((question *)((char *)waiter - offsetof(question, waiter)))->work, service);
 }

@@ -1,7 +1,6 @@
 #include "pool_stats_cache.h"
 
 #include "clock.h"
-#include "server.h"
 
 #include <stdlib.h>
 
@@ -18,6 +17,7 @@ typedef struct pool_surveys {
 } pool_surveys;
 
 struct ts_surveys {
+    ts_exec *exec;
     pool_surveys pools[TS_POOLS_MAX];
     ts_work work;
     bool queued;
@@ -25,9 +25,12 @@ struct ts_surveys {
     uint64_t bits;
 };
 
-ts_surveys *ts_surveys_new(void)
+ts_surveys *ts_surveys_new(ts_exec *exec)
 {
-    return calloc(1, sizeof(ts_surveys));
+    ts_surveys *s = calloc(1, sizeof *s);
+    if (s != NULL)
+        s->exec = exec;
+    return s;
 }
 
 void ts_surveys_free(ts_surveys *s)
@@ -41,32 +44,31 @@ void ts_surveys_free(ts_surveys *s)
     free(s);
 }
 
-static void tell_waiters(pool_surveys *p, ts_service *service)
+static void tell_waiters(ts_surveys *s, pool_surveys *p)
 {
     ts_survey_waiter *waiter = p->waiters;
     p->waiters = NULL;
-    service->surveys->telling = true;
+    s->telling = true;
     for (ts_survey_waiter *next; waiter != NULL; waiter = next) {
         next = waiter->next;
-        waiter->ready(waiter, service);
+        waiter->ready(waiter, s->exec->owner);
     }
-    service->surveys->telling = false;
+    s->telling = false;
 }
 
 /* One bit of each walk. */
-static void run_walks(ts_work *work, void *arg)
+static void run_walks(ts_work *work, void *owner)
 {
-    ts_service *service = arg;
-    ts_surveys *s = service->surveys;
+    ts_surveys *s = (ts_surveys *)((char *)work - offsetof(ts_surveys, work));
     bool more = false;
-    (void)work;
+    (void)owner;
     s->queued = false;
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
         pool_surveys *p = &s->pools[i];
         if (p->walk == NULL)
             continue;
         s->bits++;
-        if (!ts_survey_go_on(p->walk, service->exec.engine, TS_SURVEY_BIT)) {
+        if (!ts_survey_go_on(p->walk, s->exec->engine, TS_SURVEY_BIT)) {
             more = true;
             continue;
         }
@@ -75,28 +77,27 @@ static void run_walks(ts_work *work, void *arg)
         p->last = p->walk;
         p->walk = NULL;
         p->fresh_until_ms = now + (rest < FRESH_MS ? rest : FRESH_MS);
-        tell_waiters(p, service);
+        tell_waiters(s, p);
     }
     if (more && !s->queued) {
         s->queued = true;
-        ts_queue_put(&service->exec.queue, &s->work); /* behind what others have put there */
+        ts_queue_put(&s->exec->queue, &s->work); /* behind what others have put there */
     }
 }
 
-ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *waiter,
+ts_status ts_surveys_get(ts_surveys *s, uint32_t pool, ts_survey_waiter *waiter,
                          const ts_survey **out)
 {
-    ts_surveys *s = service->surveys;
     pool_surveys *p = &s->pools[pool];
-    bool small = ts_survey_cost(service->exec.engine, pool) <= TS_SURVEY_BIT / 2;
-    bool fits = p->last != NULL &&
-                p->last->num_blocks == service->exec.engine->pools[pool].books.num_blocks;
+    bool small = ts_survey_cost(s->exec->engine, pool) <= TS_SURVEY_BIT / 2;
+    bool fits =
+        p->last != NULL && p->last->num_blocks == s->exec->engine->pools[pool].books.num_blocks;
     if (!small && fits && (s->telling || ts_now_ms() < p->fresh_until_ms)) {
         *out = p->last;
         return TS_OK;
     }
     if (p->walk == NULL) {
-        p->walk = ts_survey_new(service->exec.engine, pool);
+        p->walk = ts_survey_new(s->exec->engine, pool);
         if (p->walk == NULL)
             return TS_ENOMEM;
         p->began_ms = ts_now_ms();
@@ -104,7 +105,7 @@ ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *w
     }
     if (small && p->waiters == NULL) {
         s->bits++;
-        while (!ts_survey_go_on(p->walk, service->exec.engine, TS_SURVEY_BIT))
+        while (!ts_survey_go_on(p->walk, s->exec->engine, TS_SURVEY_BIT))
             ;
         ts_survey_free(p->last);
         *out = p->last = p->walk;
@@ -118,7 +119,7 @@ ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *w
     if (!s->queued) {
         s->queued = true;
         s->work.run = run_walks;
-        ts_queue_put(&service->exec.queue, &s->work);
+        ts_queue_put(&s->exec->queue, &s->work);
     }
     return TS_EBUSY;
 }

@@ -8,29 +8,28 @@
 #ifndef TS_POOL_STATS_CACHE_H
 #define TS_POOL_STATS_CACHE_H
 
+#include "exec.h"
 #include "pool_stats.h"
 
 #define TS_SURVEY_BIT (1u << 15) /* table entries and blocks that are looked at in one go */
 
-typedef struct ts_service ts_service; /* server.h */
-
 /* Somebody who waits for a survey: `ready` is called once, and asks again. */
 typedef struct ts_survey_waiter {
     struct ts_survey_waiter *next;
-    void (*ready)(struct ts_survey_waiter *waiter, ts_service *service);
+    void (*ready)(struct ts_survey_waiter *waiter, void *owner); /* the exec's owner */
 } ts_survey_waiter;
 
 typedef struct ts_surveys ts_surveys;
 
 /* NULL: out of memory. */
-ts_surveys *ts_surveys_new(void);
+ts_surveys *ts_surveys_new(ts_exec *exec);
 void ts_surveys_free(ts_surveys *surveys);
 
 /*
  * The pool's figures, good until this is called again. TS_EBUSY: they aren't there yet, and the
  * waiter is told when they are. TS_ENOMEM.
  */
-ts_status ts_surveys_get(ts_service *service, uint32_t pool, ts_survey_waiter *waiter,
+ts_status ts_surveys_get(ts_surveys *surveys, uint32_t pool, ts_survey_waiter *waiter,
                          const ts_survey **out);
 
 /* Bits of walks that were made so far. */

@@ -181,7 +181,7 @@ static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool 
 static ts_status get_survey(ts_service *s, uint32_t pool, ts_survey_waiter *waiter,
                             const ts_survey **survey, Tspb__Reply *reply)
 {
-    ts_status status = ts_surveys_get(s, pool, waiter, survey);
+    ts_status status = ts_surveys_get(s->surveys, pool, waiter, survey);
     if (status != TS_OK && status != TS_EBUSY)
         no_memory(reply);
     return status;
@@ -479,15 +479,15 @@ bool ts_report_http_ready(ts_service *s, ts_survey_waiter *waiter)
     const ts_survey *survey;
     for (uint32_t i = 0; i < s->exec.engine->num_pools; i++)
         if (ts_engine_has_pool(s->exec.engine, i) &&
-            ts_surveys_get(s, i, waiter, &survey) == TS_EBUSY)
+            ts_surveys_get(s->surveys, i, waiter, &survey) == TS_EBUSY)
             return false;
     return true;
 }
 
 /* The figures came too late for the question. */
-static void told_too_late(ts_survey_waiter *waiter, ts_service *s)
+static void told_too_late(ts_survey_waiter *waiter, void *service)
 {
-    (void)s;
+    (void)service;
     free(waiter);
 }
 

@@ -323,8 +323,9 @@ typedef struct report_waiter {
 
 static bool answer_report(ts_service *s, ts_connection *c, ts_request *request);
 
-static void report_ready(ts_survey_waiter *waiter, ts_service *s)
+static void report_ready(ts_survey_waiter *waiter, void *service)
 {
+    ts_service *s = service;
     ts_request *request = ((report_waiter *)waiter)->request;
     ts_connection *c = ts_service_connection(s, request->pipe);
     free(waiter);
@@ -404,6 +405,6 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     s->exec.resumed = resume;
     s->exec.engine = ts_engine_new(limits);
     s->by_session = calloc(limits->sessions, sizeof *s->by_session);
-    s->surveys = ts_surveys_new();
+    s->surveys = ts_surveys_new(&s->exec);
     return s->exec.engine != NULL && s->by_session != NULL && s->surveys != NULL;
 }

@@ -163,6 +163,7 @@ void ts_service_close_connections(ts_service *s)
 void ts_service_fini(ts_service *s)
 {
     ts_surveys_free(s->surveys);
+    ts_step_plans_free(&s->exec);
     ts_exec_fini(&s->exec);
     free(s->by_session);
     free(s->refusals);
