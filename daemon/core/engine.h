@@ -276,42 +276,13 @@ uint64_t ts_engine_session_id(const ts_engine *engine, uint32_t index);
 void ts_refuse(ts_answer *answer, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* Used by the files of the engine. */
+/* Makes room for `count` things of `bytes` in *memory, which may move. False: no memory. */
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);
-ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_session *session,
-                                uint64_t id, bool to_change, ts_answer *answer);
-void ts_engine_pool_open(ts_engine *engine, ts_session *session, const ts_command *command,
-                         ts_answer *answer);
-void ts_engine_pool_close(ts_engine *engine, ts_session *session, const ts_command *command,
-                          ts_answer *answer);
-void ts_engine_pool_remove(ts_engine *engine, const ts_command *command, ts_answer *answer);
-void ts_engine_pool_resize(ts_engine *engine, const ts_command *command, ts_answer *answer);
-void ts_engine_slab_grant(ts_engine *engine, const ts_command *command, ts_answer *answer);
-void ts_engine_step_begin(ts_engine *engine, ts_session *session, const ts_command *command,
-                          ts_answer *answer);
-void ts_engine_step_run(ts_engine *engine, ts_session *session, const ts_command *command,
-                        ts_answer *answer);
-void ts_engine_step_end(ts_engine *engine, ts_session *session, const ts_command *command,
-                        ts_answer *answer);
-void ts_engine_step_done(ts_engine *engine, const ts_command *command, ts_answer *answer);
-void ts_engine_step_abort(ts_engine *engine, ts_step *step);
 
 /* Runs of the step that may be in flight: on a GPU, all layers at least. */
 uint32_t ts_engine_step_runs_max(const ts_engine *engine, const ts_step *step);
+
+/* The open step, or NULL. */
 ts_step *ts_engine_find_step(const ts_engine *engine, uint64_t id);
-
-/* Frees what a closing session still has, as far as no kernel works on it, and at most so many
- * block table entries; how many of those are left over. */
-uint32_t ts_engine_reclaim(ts_engine *engine, ts_session *session, uint32_t entries);
-
-/* Whether the session may have `more` block table entries, or its tenant may pin `more` blocks;
- * else the answer refuses. */
-bool ts_engine_check_entries(const ts_engine *engine, const ts_session *session, uint32_t pool,
-                             uint64_t more, ts_answer *answer);
-bool ts_engine_check_pinned(const ts_engine *engine, const ts_session *session, uint32_t pool,
-                            uint64_t more, ts_answer *answer);
-
-/* Keeps a removed pool's sequences until they are freed. */
-void ts_engine_bury(ts_engine *engine, ts_sequences *seqs);
 
 #endif

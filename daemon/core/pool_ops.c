@@ -1,5 +1,5 @@
 /* Pools: made, found, opened, given more blocks or fewer, and ended. */
-#include "engine.h"
+#include "engine_internal.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -117,8 +117,9 @@ void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     s->writable_pools &= ~((uint64_t)1 << c->pool);
 }
 
-void ts_engine_pool_remove(ts_engine *e, const ts_command *c, ts_answer *a)
+void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
+    (void)s;
     ts_engine_pool *pool = &e->pools[c->pool];
     uint32_t users = 0, first = 0;
     for (uint32_t i = 0; i < e->num_sessions; i++)
@@ -136,8 +137,9 @@ void ts_engine_pool_remove(ts_engine *e, const ts_command *c, ts_answer *a)
     e->live_pools--;
 }
 
-void ts_engine_pool_resize(ts_engine *e, const ts_command *c, ts_answer *a)
+void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
+    (void)s;
     ts_engine_pool *pool = &e->pools[c->pool];
     ts_pool_books *books = &pool->books;
     uint32_t slab = books->slab_blocks;
@@ -163,8 +165,9 @@ uint32_t ts_engine_next_slab(const ts_engine *e, uint32_t pool, uint32_t tenant)
     return ts_pool_next_slab(&e->pools[pool].books, tenant);
 }
 
-void ts_engine_slab_grant(ts_engine *e, const ts_command *c, ts_answer *a)
+void ts_engine_slab_grant(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
+    (void)s;
     if (!ts_engine_has_pool(e, c->pool))
         return ts_refuse(a, TS_ENOENT, "there is no pool %u", c->pool);
     ts_status status =

@@ -1,5 +1,5 @@
 /* The engine's commands for steps. */
-#include "engine.h"
+#include "engine_internal.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -450,8 +450,9 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     settle(e, step, accepted, true);
 }
 
-void ts_engine_step_done(ts_engine *e, const ts_command *c, ts_answer *a)
+void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
 {
+    (void)none;
     ts_step *step = ts_engine_find_step(e, c->step_done.step);
     uint32_t layer = c->step_done.layer;
     if (step == NULL || step->in_flight == 0)

@@ -1,0 +1,51 @@
+/* The commands: what each needs to be there, and who carries it out. */
+#include "engine_internal.h"
+
+#include <string.h>
+
+/* What is looked up, and refused if it isn't there, before a command is carried out. */
+typedef enum needs { NOTHING, SESSION, POOL /* a session that has opened it */ } needs;
+
+static const struct operation {
+    needs needs;
+    ts_engine_op *apply; /* NULL: there is no such command */
+} operations[] = {
+    [TS_OP_SESSION_OPEN] = {NOTHING, ts_engine_session_open},
+    [TS_OP_SESSION_CLOSE] = {SESSION, ts_engine_session_close},
+    [TS_OP_EXCHANGE_OPEN] = {SESSION, ts_engine_exchange_open},
+    [TS_OP_POOL_OPEN] = {SESSION, ts_engine_pool_open},
+    [TS_OP_POOL_CLOSE] = {POOL, ts_engine_pool_close},
+    [TS_OP_SEQ_CREATE] = {POOL, ts_engine_seq_create},
+    [TS_OP_SEQ_FORK] = {POOL, ts_engine_seq_fork},
+    [TS_OP_SEQ_FREE] = {POOL, ts_engine_seq_change},
+    [TS_OP_SEQ_TRUNCATE] = {POOL, ts_engine_seq_change},
+    [TS_OP_SEQ_KEEP] = {POOL, ts_engine_seq_keep},
+    [TS_OP_SEQ_ATTACH] = {POOL, ts_engine_seq_attach},
+    [TS_OP_SEQ_LENGTHS] = {POOL, ts_engine_seq_lengths},
+    [TS_OP_SEQ_BLOCKS] = {POOL, ts_engine_seq_blocks},
+    [TS_OP_STEP_BEGIN] = {POOL, ts_engine_step_begin},
+    [TS_OP_STEP_RUN] = {SESSION, ts_engine_step_run},
+    [TS_OP_STEP_COMMIT] = {SESSION, ts_engine_step_end},
+    [TS_OP_STEP_ABORT] = {SESSION, ts_engine_step_end},
+    [TS_OP_STEP_DONE] = {NOTHING, ts_engine_step_done},
+    [TS_OP_SLAB_GRANT] = {NOTHING, ts_engine_slab_grant},
+    [TS_OP_SEQ_REMOVE] = {NOTHING, ts_engine_seq_remove},
+    [TS_OP_POOL_REMOVE] = {NOTHING, ts_engine_pool_remove},
+    [TS_OP_POOL_RESIZE] = {NOTHING, ts_engine_pool_resize},
+    [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
+};
+
+void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
+{
+    memset(a, 0, sizeof *a);
+    if ((size_t)c->op >= sizeof operations / sizeof *operations || operations[c->op].apply == NULL)
+        return ts_refuse(a, TS_EINVAL, "there is no command %d", (int)c->op);
+    const struct operation *operation = &operations[c->op];
+    ts_session *s = NULL;
+    if (operation->needs != NOTHING && (s = ts_engine_session(e, c->session)) == NULL)
+        return ts_refuse(a, TS_ENOENT, "there is no session %llx: open one first",
+                         (unsigned long long)c->session);
+    if (operation->needs == POOL && (c->pool >= e->num_pools || !(s->opened_pools >> c->pool & 1)))
+        return ts_refuse(a, TS_ENOENT, "the session has not opened a pool %u", c->pool);
+    operation->apply(e, s, c, a);
+}

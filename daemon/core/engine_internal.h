@@ -1,0 +1,49 @@
+/*
+ * What the engine's own files use of each other: dispatch.c calls what carries out the commands,
+ * which lie in the files of what they change.
+ *
+ * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
+ */
+#ifndef TS_ENGINE_INTERNAL_H
+#define TS_ENGINE_INTERNAL_H
+
+#include "engine.h"
+
+/* Carries out a command. `session` is NULL where it needs none. */
+typedef void ts_engine_op(ts_engine *engine, ts_session *session, const ts_command *command,
+                          ts_answer *answer);
+
+ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_exchange_open,
+    ts_engine_pool_open, ts_engine_pool_close, ts_engine_seq_create, ts_engine_seq_fork,
+    ts_engine_seq_change, ts_engine_seq_keep, ts_engine_seq_attach, ts_engine_seq_lengths,
+    ts_engine_seq_blocks, ts_engine_step_begin, ts_engine_step_run, ts_engine_step_end,
+    ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove, ts_engine_pool_remove,
+    ts_engine_pool_resize, ts_engine_sweep;
+
+/*
+ * The sequence with this id if the session may use it: one that it owns, or one that its tenant
+ * keeps; with to_change, only one that is in no open step. Else NULL, and the answer refuses.
+ */
+ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_session *session,
+                                uint64_t id, bool to_change, ts_answer *answer);
+
+/* Frees what a closing session still has, as far as no kernel works on it, and at most so many
+ * block table entries; how many of those are left over. */
+uint32_t ts_engine_reclaim(ts_engine *engine, ts_session *session, uint32_t entries);
+
+/* Whether the session may have `more` block table entries, or its tenant may pin `more` blocks;
+ * else the answer refuses. */
+bool ts_engine_check_entries(const ts_engine *engine, const ts_session *session, uint32_t pool,
+                             uint64_t more, ts_answer *answer);
+bool ts_engine_check_pinned(const ts_engine *engine, const ts_session *session, uint32_t pool,
+                            uint64_t more, ts_answer *answer);
+
+void ts_engine_step_abort(ts_engine *engine, ts_step *step);
+
+/* Keeps a removed pool's sequences until they are freed. */
+void ts_engine_bury(ts_engine *engine, ts_sequences *seqs);
+
+/* Frees all of them at once. */
+void ts_engine_forget_graves(ts_engine *engine);
+
+#endif

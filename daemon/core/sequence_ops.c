@@ -1,0 +1,389 @@
+/* Sequences: made, forked, freed, cut, kept under names, and told about. */
+#include "engine_internal.h"
+
+#include <assert.h>
+#include <string.h>
+
+/*
+ * The sequence with this id if the session may use it: one that it owns, or one that its tenant
+ * keeps; with to_change, only one that is in no open step. Else NULL, and the answer refuses.
+ */
+ts_sequence *ts_engine_sequence(ts_engine *e, uint32_t pool, const ts_session *s, uint64_t id,
+                                bool to_change, ts_answer *a)
+{
+    ts_sequence *seq = ts_sequence_find(&e->pools[pool].seqs, id);
+    if (seq == NULL || seq->tenant != s->tenant) { /* a foreign id is as good as none */
+        ts_refuse(a, TS_ENOENT, "there is no sequence %llx in pool '%s'", (unsigned long long)id,
+                  e->pools[pool].config.name);
+        return NULL;
+    }
+    if (seq->owner != TS_NONE && seq->owner != (uint32_t)(s - e->sessions)) {
+        ts_refuse(a, TS_EPERM, "sequence %llx belongs to session %llx and is not kept",
+                  (unsigned long long)id, (unsigned long long)ts_engine_session_id(e, seq->owner));
+        return NULL;
+    }
+    if (to_change && seq->step == TS_SEQUENCE_MARKED) {
+        ts_refuse(a, TS_EINVAL, "sequence %llx is in the batch twice", (unsigned long long)id);
+        return NULL;
+    }
+    if (to_change && seq->step != TS_NONE) {
+        ts_refuse(a, TS_EBUSY, "sequence %llx is in open step %llx", (unsigned long long)id,
+                  (unsigned long long)e->steps[seq->step].id);
+        return NULL;
+    }
+    return seq;
+}
+
+static bool check_batch(const ts_engine *e, uint32_t count, ts_answer *a)
+{
+    if (count >= 1 && count <= e->limits.batch)
+        return true;
+    ts_refuse(a, TS_EINVAL, "a batch of %u sequences; the limits are 1..%u", count,
+              e->limits.batch);
+    return false;
+}
+
+/* Whether the session may own `count` sequences more; makes room for them and for their ids. */
+static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32_t count,
+                              ts_answer *a)
+{
+    ts_sequences *seqs = &e->pools[pool].seqs;
+    if (!check_batch(e, count, a))
+        return false;
+    if (count > e->limits.session_sequences - s->sequences) {
+        ts_refuse(a, TS_EQUOTA, "the session owns %u sequences; %u more would pass its limit of %u",
+                  s->sequences, count, e->limits.session_sequences);
+        return false;
+    }
+    const ts_pool_config *config = &e->pools[pool].config;
+    uint32_t theirs = e->pools[pool].books.tenants[s->tenant].sequences;
+    uint32_t most = config->tenant_sequences_max;
+    if (most != 0 && (theirs > most || count > most - theirs)) {
+        ts_refuse(a, TS_EQUOTA,
+                  "uid %u has %u sequences in pool '%s'; %u more would pass its limit of %u "
+                  "(tenant_sequences)",
+                  e->tenants[s->tenant], theirs, config->name, count, most);
+        if (seqs->dying != TS_NONE)
+            a->status = TS_NEED_SWEEP;
+        return false;
+    }
+    ts_status status = ts_sequences_reserve(seqs, count);
+    if (status == TS_EQUOTA && seqs->dying != TS_NONE) {
+        a->status = TS_NEED_SWEEP;
+        return false;
+    }
+    if (status == TS_EQUOTA)
+        ts_refuse(a, status, "pool '%s' has %u sequences; %u more would pass its limit of %u",
+                  e->pools[pool].config.name, seqs->live, count, seqs->max);
+    else if (status != TS_OK ||
+             !ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, count, sizeof *e->out_ids))
+        ts_refuse(a, TS_ENOMEM, "no memory for %u sequences more", count);
+    return a->status == TS_OK;
+}
+
+static uint32_t new_sequence(ts_engine *e, ts_session *s, uint32_t pool, uint32_t slot)
+{
+    ts_sequences *seqs = &e->pools[pool].seqs;
+    uint32_t index = ts_sequence_new(seqs, &e->pools[pool].books, s->tenant,
+                                     (uint32_t)(s - e->sessions), &s->owned[pool]);
+    s->sequences++;
+    e->out_ids[slot] = ts_sequence_id(seqs, index);
+    return index;
+}
+
+void ts_engine_seq_create(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    if (!reserve_sequences(e, s, c->pool, c->seq_create.count, a))
+        return;
+    for (uint32_t i = 0; i < c->seq_create.count; i++)
+        new_sequence(e, s, c->pool, i);
+    a->seqs.seqs = e->out_ids;
+    a->seqs.count = c->seq_create.count;
+    a->seqs.length = 0;
+}
+
+/* False, and the answer refuses, if block tables would get too long: the session's, or all of its
+ * tenant's in the pool. */
+bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t pool, uint64_t more,
+                             ts_answer *a)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    uint64_t most = e->limits.session_blocks;
+    if (most == 0)
+        most = TS_ENTRIES_PER_BLOCK * (uint64_t)p->books.max_blocks;
+    if (s->blocks > most || more > most - s->blocks) {
+        ts_refuse(a, TS_EQUOTA,
+                  "the session refers to %llu blocks; %llu more would pass its limit of %llu "
+                  "(session_blocks)",
+                  (unsigned long long)s->blocks, (unsigned long long)more,
+                  (unsigned long long)most);
+        return false;
+    }
+    uint64_t all = p->books.tenants[s->tenant].entries;
+    most = p->config.tenant_entries_max;
+    if (most == 0 || (all <= most && more <= most - all))
+        return true;
+    ts_refuse(a, TS_EQUOTA,
+              "the block tables of uid %u in pool '%s' have %llu entries; %llu more would pass its "
+              "limit of %llu (tenant_entries)",
+              e->tenants[s->tenant], p->config.name, (unsigned long long)all,
+              (unsigned long long)more, (unsigned long long)most);
+    if (p->seqs.dying != TS_NONE)
+        a->status = TS_NEED_SWEEP;
+    return false;
+}
+
+/* The same for what the tenant's kept sequences refer to. */
+bool ts_engine_check_pinned(const ts_engine *e, const ts_session *s, uint32_t pool, uint64_t more,
+                            ts_answer *a)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    uint64_t pinned = p->books.tenants[s->tenant].pinned, most = p->config.tenant_pinned_max;
+    if (more == 0 || most == 0 || pinned + more <= most)
+        return true;
+    ts_refuse(a, TS_EQUOTA,
+              "kept sequences of uid %u refer to %llu blocks of pool '%s'; %llu more would pass "
+              "its limit of %llu (tenant_pinned)",
+              e->tenants[s->tenant], (unsigned long long)pinned, p->config.name,
+              (unsigned long long)more, (unsigned long long)most);
+    return false;
+}
+
+/* The sequence's own tail block where an open step has put a copy in its place, else TS_NONE. */
+static uint32_t replaced_tail(const ts_engine *e, uint32_t pool, const ts_sequence *seq)
+{
+    if (seq->step == TS_NONE)
+        return TS_NONE;
+    const ts_step *step = &e->steps[seq->step];
+    uint32_t index = ts_sequence_index(&e->pools[pool].seqs, seq), i = 0;
+    while (step->seqs[i].seq != index)
+        i++;
+    return step->seqs[i].original;
+}
+
+void ts_engine_seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    ts_sequence *parent = ts_engine_sequence(e, c->pool, s, c->seq_fork.parent, false, a);
+    if (parent == NULL)
+        return;
+    uint32_t count = c->seq_fork.count;
+    uint32_t length = c->seq_fork.has_length ? c->seq_fork.length : parent->length;
+    if (length > parent->length)
+        return ts_refuse(a, TS_EINVAL, "a fork at token %u of sequence %llx, which has %u", length,
+                         (unsigned long long)c->seq_fork.parent, parent->length);
+    uint32_t blocks = ts_blocks_for(length, pool->seqs.block_tokens);
+    if (count > 1 && (uint64_t)blocks * count > TS_COMMAND_ENTRIES)
+        return ts_refuse(a, TS_EINVAL,
+                         "%u forks of %u blocks each; one call makes up to %u block table entries",
+                         count, blocks, TS_COMMAND_ENTRIES);
+    if (!check_batch(e, count, a) ||
+        !ts_engine_check_entries(e, s, c->pool, (uint64_t)blocks * count, a) ||
+        !reserve_sequences(e, s, c->pool, count, a))
+        return;
+    parent = ts_sequence_find(&pool->seqs, c->seq_fork.parent); /* the table may have moved */
+    uint32_t tail = replaced_tail(e, c->pool, parent);
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t index = new_sequence(e, s, c->pool, i);
+        ts_sequence *child = &pool->seqs.all[index];
+        if (ts_sequence_reserve(child, blocks) != TS_OK) {
+            for (uint32_t j = 0; j <= i; j++) {
+                child = ts_sequence_find(&pool->seqs, e->out_ids[j]);
+                s->blocks -= child->num_blocks;
+                s->sequences--;
+                ts_sequence_free(&pool->seqs, &pool->books, child, &s->owned[c->pool]);
+            }
+            return ts_refuse(a, TS_ENOMEM, "no memory for %u block tables of %u entries", count,
+                             blocks);
+        }
+        ts_sequence_share(&pool->seqs, &pool->books, parent, length, tail, child);
+        s->blocks += blocks;
+    }
+    a->seqs.seqs = e->out_ids;
+    a->seqs.count = count;
+    a->seqs.length = length;
+}
+
+/* `owner` is the session that owns it; a kept one has none. What would change more block table
+ * entries than *entries is freed bit by bit. */
+static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_sequence *seq,
+                          uint32_t *entries)
+{
+    uint32_t *owned = NULL;
+    if (seq->name == NULL) {
+        owner->blocks -= seq->num_blocks;
+        owner->sequences--;
+        owned = &owner->owned[pool];
+    }
+    bool at_once = seq->num_blocks <= *entries;
+    if (at_once)
+        *entries -= seq->num_blocks;
+    (at_once ? ts_sequence_free : ts_sequence_doom)(&e->pools[pool].seqs, &e->pools[pool].books,
+                                                    seq, owned);
+}
+
+void ts_engine_seq_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)s;
+    uint64_t id = c->seq_remove.seq;
+    uint32_t entries = TS_COMMAND_ENTRIES;
+    ts_sequence *seq = ts_sequence_find(&e->pools[c->pool].seqs, id);
+    if (seq == NULL)
+        return ts_refuse(a, TS_ENOENT, "pool '%s' has no sequence %llx",
+                         e->pools[c->pool].config.name, (unsigned long long)id);
+    if (seq->step != TS_NONE)
+        return ts_refuse(a, TS_EBUSY, "sequence %llx is in an open step", (unsigned long long)id);
+    free_sequence(e, seq->owner == TS_NONE ? NULL : &e->sessions[seq->owner], c->pool, seq,
+                  &entries);
+}
+
+/* SEQ_FREE and SEQ_TRUNCATE: the whole batch is checked, each sequence being marked, before any is
+ * touched. */
+void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    uint32_t count = c->seq_batch.count, marked = 0, entries = TS_COMMAND_ENTRIES;
+    uint64_t dropped = 0;
+    if (!check_batch(e, count, a))
+        return;
+    for (; marked < count; marked++) {
+        uint64_t id = c->seq_batch.seqs[marked];
+        ts_sequence *seq = ts_engine_sequence(e, c->pool, s, id, true, a);
+        if (seq == NULL)
+            break;
+        if (c->op == TS_OP_SEQ_TRUNCATE && c->seq_batch.lengths[marked] > seq->length) {
+            ts_refuse(a, TS_EINVAL, "sequence %llx has %u tokens; it can't be truncated to %u",
+                      (unsigned long long)id, seq->length, c->seq_batch.lengths[marked]);
+            break;
+        }
+        seq->step = TS_SEQUENCE_MARKED;
+        if (c->op == TS_OP_SEQ_TRUNCATE)
+            dropped += seq->num_blocks -
+                       ts_blocks_for(c->seq_batch.lengths[marked], pool->seqs.block_tokens);
+    }
+    if (a->status == TS_OK && count > 1 && dropped > TS_COMMAND_ENTRIES)
+        ts_refuse(a, TS_EINVAL,
+                  "a truncation of %u sequences by %llu blocks; one call drops up to %u", count,
+                  (unsigned long long)dropped, TS_COMMAND_ENTRIES);
+    for (uint32_t i = 0; i < marked; i++) {
+        ts_sequence *seq = ts_sequence_find(&pool->seqs, c->seq_batch.seqs[i]);
+        seq->step = TS_NONE;
+        if (a->status != TS_OK)
+            continue;
+        if (c->op == TS_OP_SEQ_FREE) {
+            free_sequence(e, s, c->pool, seq, &entries);
+            continue;
+        }
+        uint32_t before = seq->num_blocks;
+        ts_sequence_truncate(&pool->seqs, &pool->books, seq, c->seq_batch.lengths[i]);
+        if (seq->name == NULL)
+            s->blocks -= before - seq->num_blocks;
+    }
+}
+
+void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    const char *name = c->seq_keep.name;
+    /* A step is its session's; a sequence in it may not become another's. */
+    bool forget = name[0] == '\0';
+    ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forget, a);
+    if (seq == NULL)
+        return;
+    if (forget) {
+        if (seq->name == NULL)
+            return ts_refuse(a, TS_ENOENT, "sequence %llx has no name to forget",
+                             (unsigned long long)c->seq_keep.seq);
+        if (!ts_engine_check_entries(e, s, c->pool, 0, a))
+            return;
+        if (s->sequences == e->limits.session_sequences)
+            return ts_refuse(a, TS_EQUOTA, "the session owns %u sequences; the limit is %u",
+                             s->sequences, e->limits.session_sequences);
+        ts_sequence_own(&pool->seqs, &pool->books, seq, (uint32_t)(s - e->sessions),
+                        &s->owned[c->pool]);
+        s->blocks += seq->num_blocks;
+        s->sequences++;
+        return;
+    }
+    size_t bytes = strlen(name);
+    if (bytes > TS_NAME_BYTES_MAX)
+        return ts_refuse(a, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
+                         TS_NAME_BYTES_MAX);
+    uint32_t taken = ts_names_find(&pool->seqs.names, s->tenant, name);
+    if (taken == ts_sequence_index(&pool->seqs, seq))
+        return;
+    if (taken != TS_NONE)
+        return ts_refuse(a, TS_EEXIST, "sequence %llx is already kept as '%s'",
+                         (unsigned long long)ts_sequence_id(&pool->seqs, taken), name);
+    bool owned = seq->name == NULL;
+    if (!ts_engine_check_pinned(e, s, c->pool, ts_sequence_unpinned(&pool->books, seq), a))
+        return;
+    if (ts_sequence_keep(&pool->seqs, &pool->books, seq, replaced_tail(e, c->pool, seq), name,
+                         &s->owned[c->pool]) != TS_OK)
+        return ts_refuse(a, TS_ENOMEM, "no memory for the name '%s'", name);
+    if (owned) {
+        s->blocks -= seq->num_blocks;
+        s->sequences--;
+    }
+}
+
+void ts_engine_seq_attach(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    uint32_t index = ts_names_find(&pool->seqs.names, s->tenant, c->seq_keep.name);
+    if (index == TS_NONE)
+        return ts_refuse(a, TS_ENOENT, "uid %u keeps no sequence '%.127s' in pool '%s'",
+                         e->tenants[s->tenant], c->seq_keep.name, pool->config.name);
+    if (!ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, 1, sizeof *e->out_ids))
+        return ts_refuse(a, TS_ENOMEM, "no memory for an answer");
+    e->out_ids[0] = ts_sequence_id(&pool->seqs, index);
+    a->seqs.seqs = e->out_ids;
+    a->seqs.count = 1;
+    a->seqs.length = pool->seqs.all[index].length;
+}
+
+void ts_engine_seq_lengths(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    uint32_t count = c->seq_batch.count;
+    if (!check_batch(e, count, a))
+        return;
+    if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, count,
+                        sizeof *e->out_words))
+        return ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u lengths", count);
+    for (uint32_t i = 0; i < count; i++) {
+        const ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_batch.seqs[i], false, a);
+        if (seq == NULL)
+            return;
+        e->out_words[i] = seq->length;
+    }
+    a->lengths.lengths = e->out_words;
+    a->lengths.count = count;
+}
+
+void ts_engine_seq_blocks(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    const ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_blocks.seq, false, a);
+    if (seq == NULL)
+        return;
+    uint32_t first = c->seq_blocks.first, count = c->seq_blocks.count;
+    if (first > seq->num_blocks || count > seq->num_blocks - first)
+        return ts_refuse(a, TS_EINVAL, "blocks %u to %llu of sequence %llx, which has %u", first,
+                         (unsigned long long)first + count, (unsigned long long)c->seq_blocks.seq,
+                         seq->num_blocks);
+    if (count == 0)
+        count = seq->num_blocks - first;
+    a->blocks.length = seq->length;
+    if (count == 0)
+        return;
+    a->blocks.blocks = seq->blocks + first;
+    a->blocks.count = count;
+    uint32_t tail = replaced_tail(e, c->pool, seq);
+    if (tail == TS_NONE || first + count < seq->num_blocks)
+        return;
+    if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, count,
+                        sizeof *e->out_words))
+        return ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u blocks", count);
+    memcpy(e->out_words, seq->blocks + first, count * sizeof *e->out_words);
+    e->out_words[count - 1] = tail;
+    a->blocks.blocks = e->out_words;
+}

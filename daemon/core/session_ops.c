@@ -1,0 +1,128 @@
+/* Sessions: opened, closed, and what they leave reclaimed. */
+#include "engine_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static uint32_t tenant_of(ts_engine *e, uint32_t uid)
+{
+    for (uint32_t i = 0; i < e->num_tenants; i++)
+        if (e->tenants[i] == uid)
+            return i;
+    if (e->num_tenants == TS_TENANTS_MAX)
+        return TS_NONE;
+    for (uint32_t i = 0; i < e->num_pools; i++)
+        if (ts_engine_has_pool(e, i) &&
+            ts_pool_add_tenant(&e->pools[i].books, e->num_tenants) != TS_OK)
+            return TS_NONE;
+    e->tenants[e->num_tenants] = uid;
+    return e->num_tenants++;
+}
+
+void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)s;
+    bool is_operator = c->session_open.is_operator;
+    uint32_t kept =
+        !is_operator && e->limits.sessions > 2 * TS_OPERATOR_SESSIONS ? TS_OPERATOR_SESSIONS : 0;
+    if (e->live_sessions >= e->limits.sessions - kept)
+        return ts_refuse(a, TS_EQUOTA, "%u sessions are open; the limit is %u%s", e->live_sessions,
+                         e->limits.sessions, kept == 0 ? "" : ", the last 8 of them for operators");
+    uint32_t tenant = tenant_of(e, c->session_open.uid);
+    if (tenant == TS_NONE)
+        return ts_refuse(a, TS_EQUOTA, "uid %u would be tenant %u; the limit is %u",
+                         c->session_open.uid, e->num_tenants + 1, TS_TENANTS_MAX);
+    if (!is_operator && e->limits.tenant_sessions != 0 &&
+        e->tenant_sessions[tenant] >= e->limits.tenant_sessions)
+        return ts_refuse(a, TS_EQUOTA, "uid %u has %u sessions; the limit is %u (tenant_sessions)",
+                         c->session_open.uid, e->tenant_sessions[tenant],
+                         e->limits.tenant_sessions);
+    uint32_t *owned = malloc(TS_POOLS_MAX * sizeof *owned);
+    if (owned == NULL)
+        return ts_refuse(a, TS_ENOMEM, "no memory for a session");
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
+        owned[i] = TS_NONE;
+    uint32_t index = e->free_session;
+    if (index != TS_NONE)
+        e->free_session = e->sessions[index].next_free;
+    else
+        e->sessions[index = e->num_sessions++].generation = e->limits.first_generation;
+    ts_session *opened = &e->sessions[index];
+    *opened = (ts_session){.generation = opened->generation + 1,
+                           .live = true,
+                           .tenant = tenant,
+                           .pid = c->session_open.pid,
+                           .step_list = TS_NONE,
+                           .owned = owned};
+    snprintf(opened->program, sizeof opened->program, "%s", c->session_open.program);
+    e->live_sessions++;
+    e->tenant_sessions[tenant]++;
+    a->session = ts_engine_session_id(e, index);
+}
+
+uint32_t ts_engine_reclaim(ts_engine *e, ts_session *s, uint32_t entries)
+{
+    for (uint32_t i = s->step_list; i != TS_NONE && entries > 0;) {
+        ts_step *step = &e->steps[i];
+        i = step->next;
+        if (step->in_flight > 0)
+            continue;
+        uint32_t count = 1 + step->num_seqs;
+        for (uint32_t j = 0; j < step->num_seqs; j++)
+            count += step->seqs[j].reserved;
+        ts_engine_step_abort(e, step);
+        entries -= count < entries ? count : entries;
+    }
+    for (uint32_t p = 0; p < e->num_pools; p++) {
+        ts_engine_pool *pool = &e->pools[p];
+        for (uint32_t i = s->owned[p]; i != TS_NONE && entries > 0;) {
+            ts_sequence *seq = &pool->seqs.all[i];
+            i = seq->next;
+            if (seq->step != TS_NONE)
+                continue;
+            uint32_t count = 1 + seq->num_blocks;
+            ts_sequence_free(&pool->seqs, &pool->books, seq, &s->owned[p]);
+            s->sequences--;
+            entries -= count < entries ? count : entries;
+        }
+    }
+    if (entries == 0 && !s->in_closing) {
+        s->in_closing = true;
+        s->next_closing = e->closing;
+        e->closing = (uint32_t)(s - e->sessions);
+    }
+    if (s->steps > 0 || s->in_closing)
+        return entries;
+    uint32_t index = (uint32_t)(s - e->sessions);
+    free(s->owned);
+    s->owned = NULL;
+    s->live = false;
+    e->live_sessions--;
+    e->tenant_sessions[s->tenant]--;
+    if (s->generation < UINT32_MAX) {
+        s->next_free = e->free_session;
+        e->free_session = index;
+    }
+    return entries;
+}
+
+void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    uint64_t bytes = c->exchange_open.bytes;
+    if (bytes == 0 || bytes > e->limits.exchange_bytes || bytes % 4096 != 0)
+        return ts_refuse(a, TS_EINVAL,
+                         "an exchange of %llu bytes; it must be a multiple of 4096, at most %llu",
+                         (unsigned long long)bytes, (unsigned long long)e->limits.exchange_bytes);
+    if (bytes < s->exchange_bytes && !c->exchange_open.other_memory)
+        return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
+                         (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
+    s->exchange_bytes = bytes;
+}
+
+void ts_engine_session_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)c;
+    (void)a;
+    s->closing = true;
+    (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
+}

@@ -1,0 +1,63 @@
+/* What is freed bit by bit: sessions that close, sequences without an owner, removed pools. */
+#include "engine_internal.h"
+
+#include <stdlib.h>
+
+/* Sequences of a pool that was removed: only their tables are left to be freed. */
+typedef struct ts_engine_grave {
+    struct ts_engine_grave *next;
+    ts_sequences seqs;
+} ts_engine_grave;
+
+static void grave_free(ts_engine *e)
+{
+    ts_engine_grave *grave = e->graves;
+    e->graves = grave->next;
+    ts_sequences_fini(&grave->seqs);
+    free(grave);
+}
+
+void ts_engine_forget_graves(ts_engine *e)
+{
+    while (e->graves != NULL)
+        grave_free(e);
+}
+
+void ts_engine_bury(ts_engine *e, ts_sequences *seqs)
+{
+    ts_engine_grave *grave = malloc(sizeof *grave);
+    if (grave == NULL) /* then it takes as long as it takes */
+        return ts_sequences_fini(seqs);
+    *grave = (ts_engine_grave){.next = e->graves, .seqs = *seqs};
+    e->graves = grave;
+}
+
+bool ts_engine_sweeps(const ts_engine *e)
+{
+    bool sweeps = e->closing != TS_NONE || e->graves != NULL;
+    for (uint32_t i = 0; i < e->num_pools && !sweeps; i++)
+        sweeps = ts_engine_has_pool(e, i) && e->pools[i].seqs.dying != TS_NONE;
+    return sweeps;
+}
+
+void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)s;
+    (void)c;
+    (void)a;
+    uint32_t left = TS_SWEEP_ENTRIES;
+    while (left > 0 && e->closing != TS_NONE) {
+        ts_session *closing = &e->sessions[e->closing];
+        e->closing = closing->next_closing;
+        closing->in_closing = false;
+        left = ts_engine_reclaim(e, closing, left); /* which puts it back if that isn't enough */
+    }
+    for (uint32_t i = 0; i < e->num_pools && left > 0; i++)
+        if (ts_engine_has_pool(e, i))
+            left = ts_sequences_sweep(&e->pools[i].seqs, &e->pools[i].books, left);
+    while (left > 0 && e->graves != NULL) {
+        left = ts_sequences_free_some(&e->graves->seqs, left);
+        if (left > 0)
+            grave_free(e);
+    }
+}
