@@ -1,5 +1,6 @@
 /* Processes that benchmarks start. They end with tsbench, however it ends. */
 #define _GNU_SOURCE
+#include "tinyserve.h"
 #include "tsbench.h"
 
 #include <errno.h>
@@ -31,10 +32,17 @@ pid_t bench_daemon(const bench_options *o, const char *socket, const char *pool,
     char *argv[] = {(char *)o->daemon,   "--socket", (char *)socket, "--set",
                     "log_level=warning", "--pool",   (char *)pool,   set != NULL ? "--set" : NULL,
                     (char *)set,         NULL};
+    const ts_options options = {.size = sizeof options, .url = socket, .wait_ms = 10000};
     pid_t daemon = bench_start(argv, -1, -1);
-    while (access(socket, F_OK) != 0 && waitpid(daemon, NULL, WNOHANG) == 0)
-        usleep(1000);
-    return access(socket, F_OK) == 0 ? daemon : -1;
+    ts_client *client;
+    const ts_status status = ts_connect(&options, &client);
+    if (status != TS_OK)
+        fprintf(stderr, "tsbench: %s\n", ts_error(client));
+    ts_disconnect(client);
+    if (status == TS_OK)
+        return daemon;
+    bench_end(daemon, SIGKILL);
+    return -1;
 }
 
 void bench_end(pid_t pid, int signal)

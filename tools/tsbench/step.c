@@ -31,7 +31,7 @@
 #define IDLE_SECONDS 10u
 #define WORKERS BENCH_TOGETHER_MAX
 #define POOL                                                                                       \
-    "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=256M,slab=8M,device=host,"           \
+    "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=1G,slab=8M,device=host,"             \
     "client_write=all"
 
 /* ---- bare round trips ---- */

@@ -44,7 +44,7 @@ int step_client(int argc, char **argv);
 /* Starts a program with these as its stdin and stdout (-1: as ours); 0 or less: it can't be. */
 pid_t bench_start(char *const *argv, int in, int out);
 
-/* Starts a daemon with one pool, and a key set if `set` isn't NULL; waits for its socket. */
+/* Starts a daemon with one pool, and a key set if `set` isn't NULL; waits until it answers. */
 pid_t bench_daemon(const bench_options *o, const char *socket, const char *pool, const char *set);
 
 /* Starts `count` programs, argument list i (NULL at its end) at argvs + i * words; when each has
