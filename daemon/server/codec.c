@@ -41,131 +41,182 @@ bool ts_decode_plain(const Tspb__Request *r, ts_answer *a)
     return field == NULL;
 }
 
-bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answer *a)
+static bool decode_exchange_open(const Tspb__Request *r, ts_command *c, ts_answer *a)
 {
-    *c = (ts_command){.session = session};
-    a->status = TS_OK;
-    switch (r->body_case) {
-    case TSPB__REQUEST__BODY_EXCHANGE_OPEN:
-        c->op = TS_OP_EXCHANGE_OPEN;
-        c->exchange_open.bytes = r->exchange_open->bytes;
-        return true;
-    case TSPB__REQUEST__BODY_POOL_OPEN:
-        c->op = TS_OP_POOL_OPEN;
-        c->pool_open.name = r->pool_open->name;
-        c->pool_open.writable = r->pool_open->writable;
-        return true;
-    case TSPB__REQUEST__BODY_POOL_CLOSE:
-        c->op = TS_OP_POOL_CLOSE;
-        c->pool = r->pool_close->pool;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_CREATE:
-        c->op = TS_OP_SEQ_CREATE;
-        c->pool = r->seq_create->pool;
-        c->seq_create.count = r->seq_create->count;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_FORK:
-        c->op = TS_OP_SEQ_FORK;
-        c->pool = r->seq_fork->pool;
-        c->seq_fork.parent = r->seq_fork->parent;
-        c->seq_fork.count = r->seq_fork->count;
-        c->seq_fork.length = r->seq_fork->length;
-        c->seq_fork.has_length = r->seq_fork->has_length;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_FREE:
-        c->op = TS_OP_SEQ_FREE;
-        c->pool = r->seq_free->pool;
-        c->seq_batch.seqs = r->seq_free->seqs;
-        c->seq_batch.count = (uint32_t)r->seq_free->n_seqs;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_TRUNCATE:
-        c->op = TS_OP_SEQ_TRUNCATE;
-        c->pool = r->seq_truncate->pool;
-        c->seq_batch.seqs = r->seq_truncate->seqs;
-        c->seq_batch.lengths = r->seq_truncate->lengths;
-        c->seq_batch.count = (uint32_t)r->seq_truncate->n_seqs;
-        return counts_agree("lengths", r->seq_truncate->n_seqs, r->seq_truncate->n_lengths, a);
-    case TSPB__REQUEST__BODY_SEQ_KEEP:
-        c->op = TS_OP_SEQ_KEEP;
-        c->pool = r->seq_keep->pool;
-        c->seq_keep.seq = r->seq_keep->seq;
-        c->seq_keep.name = r->seq_keep->name;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_ATTACH:
-        c->op = TS_OP_SEQ_ATTACH;
-        c->pool = r->seq_attach->pool;
-        c->seq_keep.name = r->seq_attach->name;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_LENGTHS:
-        c->op = TS_OP_SEQ_LENGTHS;
-        c->pool = r->seq_lengths->pool;
-        c->seq_batch.seqs = r->seq_lengths->seqs;
-        c->seq_batch.count = (uint32_t)r->seq_lengths->n_seqs;
-        return true;
-    case TSPB__REQUEST__BODY_SEQ_BLOCKS:
-        c->op = TS_OP_SEQ_BLOCKS;
-        c->pool = r->seq_blocks->pool;
-        c->seq_blocks.seq = r->seq_blocks->seq;
-        c->seq_blocks.first = r->seq_blocks->first;
-        c->seq_blocks.count = r->seq_blocks->count;
-        return true;
-    case TSPB__REQUEST__BODY_STEP_BEGIN:
-        c->op = TS_OP_STEP_BEGIN;
-        c->pool = r->step_begin->pool;
-        c->step_begin.seqs = r->step_begin->seqs;
-        c->step_begin.new_tokens = r->step_begin->new_tokens;
-        c->step_begin.count = (uint32_t)r->step_begin->n_seqs;
-        c->step_begin.heads = r->step_begin->heads;
-        c->step_begin.io_dtype = r->step_begin->io_dtype;
-        c->step_begin.scale = r->step_begin->scale;
-        c->step_begin.append = r->step_begin->append;
-        return ts_decode_kernel(r->step_begin->kernel, &c->step_begin.kernel, a) &&
-               counts_agree("new_tokens", r->step_begin->n_seqs, r->step_begin->n_new_tokens, a);
-    case TSPB__REQUEST__BODY_STEP_RUN:
-        c->op = TS_OP_STEP_RUN;
-        c->step_run.step = r->step_run->step;
-        c->step_run.layer = r->step_run->layer;
-        c->step_run.q = r->step_run->q;
-        c->step_run.k = r->step_run->k;
-        c->step_run.v = r->step_run->v;
-        c->step_run.out = r->step_run->out;
-        c->step_run.sinks = r->step_run->sinks;
-        c->step_run.scales = r->step_run->scales;
-        c->step_run.has_scales = r->step_run->has_scales;
-        c->step_run.alibi = r->step_run->alibi;
-        c->step_run.lse = r->step_run->lse;
-        c->step_run.has_sinks = r->step_run->has_sinks;
-        c->step_run.has_alibi = r->step_run->has_alibi;
-        c->step_run.has_lse = r->step_run->has_lse;
-        c->step_run.variant =
-            (ts_attention_variant){.scale = r->step_run->scale,
-                                   .soft_cap = r->step_run->soft_cap,
-                                   .window = r->step_run->window,
-                                   .rope = {r->step_run->rope_theta, r->step_run->rope_dims,
-                                            r->step_run->rope_interleaved}};
-        c->step_run.ordered = r->step_run->ordered;
-        c->step_run.order = r->step_run->order;
-        return true;
-    case TSPB__REQUEST__BODY_STEP_COMMIT:
-        c->op = TS_OP_STEP_COMMIT;
-        c->step_end.step = r->step_commit->step;
-        c->step_end.accepted = r->step_commit->n_accepted > 0 ? r->step_commit->accepted : NULL;
-        c->step_end.count = (uint32_t)r->step_commit->n_accepted;
-        return true;
-    case TSPB__REQUEST__BODY_STEP_ABORT:
-        c->op = TS_OP_STEP_ABORT;
-        c->step_end.step = r->step_abort->step;
-        return true;
-    default:
-        return false;
-    }
+    const Tspb__ExchangeOpen *m = r->exchange_open;
+    (void)a;
+    c->exchange_open.bytes = m->bytes;
+    return true;
 }
 
-static void encode_pool(const ts_engine *e, uint32_t index, Tspb__PoolOpened *p)
+static bool decode_pool_open(const Tspb__Request *r, ts_command *c, ts_answer *a)
 {
-    const ts_pool_config *config = &e->pools[index].config;
+    const Tspb__PoolOpen *m = r->pool_open;
+    (void)a;
+    c->pool_open.name = m->name;
+    c->pool_open.writable = m->writable;
+    return true;
+}
+
+static bool decode_pool_close(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__PoolClose *m = r->pool_close;
+    (void)a;
+    c->pool = m->pool;
+    return true;
+}
+
+static bool decode_seq_create(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqCreate *m = r->seq_create;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_create.count = m->count;
+    return true;
+}
+
+static bool decode_seq_fork(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqFork *m = r->seq_fork;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_fork.parent = m->parent;
+    c->seq_fork.count = m->count;
+    c->seq_fork.length = m->length;
+    c->seq_fork.has_length = m->has_length;
+    return true;
+}
+
+static bool decode_seq_free(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqFree *m = r->seq_free;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_batch.seqs = m->seqs;
+    c->seq_batch.count = (uint32_t)m->n_seqs;
+    return true;
+}
+
+static bool decode_seq_truncate(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqTruncate *m = r->seq_truncate;
+    c->pool = m->pool;
+    c->seq_batch.seqs = m->seqs;
+    c->seq_batch.lengths = m->lengths;
+    c->seq_batch.count = (uint32_t)m->n_seqs;
+    return counts_agree("lengths", m->n_seqs, m->n_lengths, a);
+}
+
+static bool decode_seq_keep(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqKeep *m = r->seq_keep;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_keep.seq = m->seq;
+    c->seq_keep.name = m->name;
+    return true;
+}
+
+static bool decode_seq_attach(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqAttach *m = r->seq_attach;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_keep.name = m->name;
+    return true;
+}
+
+static bool decode_seq_lengths(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqLengths *m = r->seq_lengths;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_batch.seqs = m->seqs;
+    c->seq_batch.count = (uint32_t)m->n_seqs;
+    return true;
+}
+
+static bool decode_seq_blocks(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqBlocks *m = r->seq_blocks;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_blocks.seq = m->seq;
+    c->seq_blocks.first = m->first;
+    c->seq_blocks.count = m->count;
+    return true;
+}
+
+static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__StepBegin *m = r->step_begin;
+    c->pool = m->pool;
+    c->step_begin.seqs = m->seqs;
+    c->step_begin.new_tokens = m->new_tokens;
+    c->step_begin.count = (uint32_t)m->n_seqs;
+    c->step_begin.heads = m->heads;
+    c->step_begin.io_dtype = m->io_dtype;
+    c->step_begin.scale = m->scale;
+    c->step_begin.append = m->append;
+    return ts_decode_kernel(m->kernel, &c->step_begin.kernel, a) &&
+           counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, a);
+}
+
+static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__StepRun *m = r->step_run;
+    (void)a;
+    c->step_run.step = m->step;
+    c->step_run.layer = m->layer;
+    c->step_run.q = m->q;
+    c->step_run.k = m->k;
+    c->step_run.v = m->v;
+    c->step_run.out = m->out;
+    c->step_run.sinks = m->sinks;
+    c->step_run.scales = m->scales;
+    c->step_run.has_scales = m->has_scales;
+    c->step_run.alibi = m->alibi;
+    c->step_run.lse = m->lse;
+    c->step_run.has_sinks = m->has_sinks;
+    c->step_run.has_alibi = m->has_alibi;
+    c->step_run.has_lse = m->has_lse;
+    c->step_run.variant =
+        (ts_attention_variant){.scale = m->scale,
+                               .soft_cap = m->soft_cap,
+                               .window = m->window,
+                               .rope = {m->rope_theta, m->rope_dims, m->rope_interleaved}};
+    c->step_run.ordered = m->ordered;
+    c->step_run.order = m->order;
+    return true;
+}
+
+static bool decode_step_commit(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__StepCommit *m = r->step_commit;
+    (void)a;
+    c->step_end.step = m->step;
+    c->step_end.accepted = m->n_accepted > 0 ? m->accepted : NULL;
+    c->step_end.count = (uint32_t)m->n_accepted;
+    return true;
+}
+
+static bool decode_step_abort(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__StepAbort *m = r->step_abort;
+    (void)a;
+    c->step_end.step = m->step;
+    return true;
+}
+
+static void encode_pool(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                        Tspb__Reply *reply, ts_reply_body *body)
+{
+    const ts_engine_pool *pool = &e->pools[a->pool];
+    const ts_pool_config *config = &pool->config;
+    Tspb__PoolOpened *p = &body->pool_opened;
+    (void)c;
     tspb__pool_opened__init(p);
-    p->pool = index;
+    p->pool = a->pool;
     p->layers = config->geometry.layers;
     p->kv_heads = config->geometry.kv_heads;
     p->head_dim = config->geometry.head_dim;
@@ -173,7 +224,7 @@ static void encode_pool(const ts_engine *e, uint32_t index, Tspb__PoolOpened *p)
     p->dtype = config->geometry.dtype;
     p->layout = config->geometry.layout;
     p->num_blocks = config->num_blocks;
-    p->max_blocks = e->pools[index].books.max_blocks;
+    p->max_blocks = pool->books.max_blocks;
     p->slab_blocks = config->slab_blocks;
     p->memory = (char *)config->memory;
     p->kernel = (char *)ts_kernel_name(config->kernel);
@@ -183,60 +234,114 @@ static void encode_pool(const ts_engine *e, uint32_t index, Tspb__PoolOpened *p)
         p->device_uuid.data = (uint8_t *)config->device_uuid;
         p->device_uuid.len = sizeof config->device_uuid;
     }
+    reply->body_case = TSPB__REPLY__BODY_POOL_OPENED;
+    reply->pool_opened = p;
 }
 
-void ts_encode(const ts_engine *e, const ts_command *c, const ts_answer *a, Tspb__Reply *reply,
-               ts_reply_body *body)
+static void encode_seqs(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                        Tspb__Reply *reply, ts_reply_body *body)
 {
+    (void)e;
+    (void)c;
+    tspb__seqs__init(&body->seqs);
+    body->seqs.seqs = (uint64_t *)a->seqs.seqs;
+    body->seqs.n_seqs = a->seqs.count;
+    body->seqs.length = a->seqs.length;
+    reply->body_case = TSPB__REPLY__BODY_SEQS;
+    reply->seqs = &body->seqs;
+}
+
+static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                           Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    (void)c;
+    tspb__lengths__init(&body->lengths);
+    body->lengths.lengths = (uint32_t *)a->lengths.lengths;
+    body->lengths.n_lengths = a->lengths.count;
+    reply->body_case = TSPB__REPLY__BODY_LENGTHS;
+    reply->lengths = &body->lengths;
+}
+
+static void encode_blocks(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                          Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    (void)c;
+    tspb__blocks__init(&body->blocks);
+    body->blocks.length = a->blocks.length;
+    body->blocks.blocks = (uint32_t *)a->blocks.blocks;
+    body->blocks.n_blocks = a->blocks.count;
+    reply->body_case = TSPB__REPLY__BODY_BLOCKS;
+    reply->blocks = &body->blocks;
+}
+
+static void encode_begun(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                         Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    tspb__step_begun__init(&body->step_begun);
+    body->step_begun.step = c->step_begin.append ? 0 : a->begun.step->id;
+    body->step_begun.starts = (uint32_t *)a->begun.starts;
+    body->step_begun.n_starts = a->begun.num_seqs;
+    body->step_begun.counts = (uint32_t *)a->begun.counts;
+    body->step_begun.n_counts = a->begun.num_seqs;
+    body->step_begun.blocks = (uint32_t *)a->begun.blocks;
+    body->step_begun.n_blocks = a->begun.num_blocks;
+    body->step_begun.copied_blocks = a->begun.num_copies;
+    reply->body_case = TSPB__REPLY__BODY_STEP_BEGUN;
+    reply->step_begun = &body->step_begun;
+}
+
+/* The requests that are commands: what each becomes, and what answers it beside a status. */
+static const struct message {
+    ts_op op; /* 0: it is no such request */
+    bool (*decode)(const Tspb__Request *request, ts_command *command, ts_answer *answer);
+    void (*encode)(const ts_engine *engine, const ts_command *command, const ts_answer *answer,
+                   Tspb__Reply *reply, ts_reply_body *body); /* NULL: a status alone */
+} messages[] = {
+    [TSPB__REQUEST__BODY_EXCHANGE_OPEN] = {TS_OP_EXCHANGE_OPEN, decode_exchange_open, NULL},
+    [TSPB__REQUEST__BODY_POOL_OPEN] = {TS_OP_POOL_OPEN, decode_pool_open, encode_pool},
+    [TSPB__REQUEST__BODY_POOL_CLOSE] = {TS_OP_POOL_CLOSE, decode_pool_close, NULL},
+    [TSPB__REQUEST__BODY_SEQ_CREATE] = {TS_OP_SEQ_CREATE, decode_seq_create, encode_seqs},
+    [TSPB__REQUEST__BODY_SEQ_FORK] = {TS_OP_SEQ_FORK, decode_seq_fork, encode_seqs},
+    [TSPB__REQUEST__BODY_SEQ_FREE] = {TS_OP_SEQ_FREE, decode_seq_free, NULL},
+    [TSPB__REQUEST__BODY_SEQ_TRUNCATE] = {TS_OP_SEQ_TRUNCATE, decode_seq_truncate, NULL},
+    [TSPB__REQUEST__BODY_SEQ_KEEP] = {TS_OP_SEQ_KEEP, decode_seq_keep, NULL},
+    [TSPB__REQUEST__BODY_SEQ_ATTACH] = {TS_OP_SEQ_ATTACH, decode_seq_attach, encode_seqs},
+    [TSPB__REQUEST__BODY_SEQ_LENGTHS] = {TS_OP_SEQ_LENGTHS, decode_seq_lengths, encode_lengths},
+    [TSPB__REQUEST__BODY_SEQ_BLOCKS] = {TS_OP_SEQ_BLOCKS, decode_seq_blocks, encode_blocks},
+    [TSPB__REQUEST__BODY_STEP_BEGIN] = {TS_OP_STEP_BEGIN, decode_step_begin, encode_begun},
+    [TSPB__REQUEST__BODY_STEP_RUN] = {TS_OP_STEP_RUN, decode_step_run, NULL},
+    [TSPB__REQUEST__BODY_STEP_COMMIT] = {TS_OP_STEP_COMMIT, decode_step_commit, NULL},
+    [TSPB__REQUEST__BODY_STEP_ABORT] = {TS_OP_STEP_ABORT, decode_step_abort, NULL},
+};
+
+/* NULL: the request is none of them. */
+static const struct message *message_of(const Tspb__Request *r)
+{
+    const size_t index = (size_t)r->body_case;
+    if (index >= sizeof messages / sizeof *messages || messages[index].op == 0)
+        return NULL;
+    return &messages[index];
+}
+
+bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answer *a)
+{
+    const struct message *message = message_of(r);
+    a->status = TS_OK;
+    if (message == NULL)
+        return false;
+    *c = (ts_command){.op = message->op, .session = session};
+    return message->decode(r, c, a);
+}
+
+void ts_encode(const ts_engine *e, const Tspb__Request *r, const ts_command *c, const ts_answer *a,
+               Tspb__Reply *reply, ts_reply_body *body)
+{
+    const struct message *message = message_of(r);
     reply->status = (uint32_t)a->status;
     reply->message = (char *)a->message;
-    if (a->status != TS_OK)
-        return;
-    switch (c->op) {
-    case TS_OP_POOL_OPEN:
-        encode_pool(e, a->pool, &body->pool_opened);
-        reply->body_case = TSPB__REPLY__BODY_POOL_OPENED;
-        reply->pool_opened = &body->pool_opened;
-        break;
-    case TS_OP_SEQ_CREATE:
-    case TS_OP_SEQ_FORK:
-    case TS_OP_SEQ_ATTACH:
-        tspb__seqs__init(&body->seqs);
-        body->seqs.seqs = (uint64_t *)a->seqs.seqs;
-        body->seqs.n_seqs = a->seqs.count;
-        body->seqs.length = a->seqs.length;
-        reply->body_case = TSPB__REPLY__BODY_SEQS;
-        reply->seqs = &body->seqs;
-        break;
-    case TS_OP_SEQ_LENGTHS:
-        tspb__lengths__init(&body->lengths);
-        body->lengths.lengths = (uint32_t *)a->lengths.lengths;
-        body->lengths.n_lengths = a->lengths.count;
-        reply->body_case = TSPB__REPLY__BODY_LENGTHS;
-        reply->lengths = &body->lengths;
-        break;
-    case TS_OP_SEQ_BLOCKS:
-        tspb__blocks__init(&body->blocks);
-        body->blocks.length = a->blocks.length;
-        body->blocks.blocks = (uint32_t *)a->blocks.blocks;
-        body->blocks.n_blocks = a->blocks.count;
-        reply->body_case = TSPB__REPLY__BODY_BLOCKS;
-        reply->blocks = &body->blocks;
-        break;
-    case TS_OP_STEP_BEGIN:
-        tspb__step_begun__init(&body->step_begun);
-        body->step_begun.step = c->step_begin.append ? 0 : a->begun.step->id;
-        body->step_begun.starts = (uint32_t *)a->begun.starts;
-        body->step_begun.n_starts = a->begun.num_seqs;
-        body->step_begun.counts = (uint32_t *)a->begun.counts;
-        body->step_begun.n_counts = a->begun.num_seqs;
-        body->step_begun.blocks = (uint32_t *)a->begun.blocks;
-        body->step_begun.n_blocks = a->begun.num_blocks;
-        body->step_begun.copied_blocks = a->begun.num_copies;
-        reply->body_case = TSPB__REPLY__BODY_STEP_BEGUN;
-        reply->step_begun = &body->step_begun;
-        break;
-    default:
-        break;
-    }
+    if (a->status == TS_OK && message->encode != NULL)
+        message->encode(e, c, a, reply, body);
 }

@@ -32,8 +32,9 @@ bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *answer);
  * which is made so; else the answer refuses. */
 bool ts_decode_plain(const Tspb__Request *request, ts_answer *answer);
 
-/* Fills in the reply to a command that was applied; slabs of an answer are the caller's to add. */
-void ts_encode(const ts_engine *engine, const ts_command *command, const ts_answer *answer,
-               Tspb__Reply *reply, ts_reply_body *body);
+/* Fills in the reply to a request whose command was applied; slabs of an answer are the caller's to
+ * add. */
+void ts_encode(const ts_engine *engine, const Tspb__Request *request, const ts_command *command,
+               const ts_answer *answer, Tspb__Reply *reply, ts_reply_body *body);
 
 #endif

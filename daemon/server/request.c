@@ -233,7 +233,7 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
         ts_exchange_open(s, c, message->exchange_open, command, a);
     else if (!run || ts_step_work_check_run(&s->exec, &c->memory, command, a))
         ts_exec_supply(&s->exec, command, a);
-    ts_encode(s->exec.engine, command, a, reply, body);
+    ts_encode(s->exec.engine, message, command, a, reply, body);
     if (a->status != TS_OK)
         return false;
     if (command->op == TS_OP_EXCHANGE_OPEN)
