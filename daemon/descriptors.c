@@ -21,6 +21,19 @@ static ts_status hand_out(ts_handle_ask *ask, int fd, uint64_t bytes, char *why,
     return TS_ENOMEM;
 }
 
+static ts_status adopt_rings(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                             size_t why_bytes)
+{
+    ts_ring *ring;
+    ts_status status = ts_ring_new(s->rings, c->pipe, ask->given, &ring, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_ring_close(c->ring);
+    c->ring = ring;
+    ask->reply.bytes = ring->bytes;
+    return TS_OK;
+}
+
 static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
 {
     const ts_handle_request *r = &ask->request;
@@ -51,26 +64,28 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         }
         return hand_out(ask, c->exchange->fd, c->exchange->bytes, why, why_bytes);
     }
-    if (r->kind == TS_HANDLE_GIVE_EXCHANGE) {
+    if (r->kind == TS_HANDLE_GIVE_EXCHANGE || r->kind == TS_HANDLE_GIVE_RINGS) {
+        bool exchange = r->kind == TS_HANDLE_GIVE_EXCHANGE;
         if (ask->given < 0) {
-            snprintf(why, why_bytes, "no descriptor came with the exchange");
+            snprintf(why, why_bytes, "no descriptor came with the %s",
+                     exchange ? "exchange" : "rings");
             return TS_EINVAL;
         }
-        return ts_service_adopt_exchange(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
+        return exchange
+                   ? ts_service_adopt_exchange(s, c, ask->given, &ask->reply.bytes, why, why_bytes)
+                   : adopt_rings(s, c, ask, why, why_bytes);
     }
     if (r->kind == TS_HANDLE_SIGNALS) {
         ts_status status = c->signals != NULL ? TS_OK : ts_signals_new(&c->signals, why, why_bytes);
         return status != TS_OK ? status
                                : hand_out(ask, c->signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
     }
-    if (r->kind == TS_HANDLE_RINGS || r->kind == TS_HANDLE_DOORBELL) {
-        ts_status status =
-            c->ring != NULL ? TS_OK : ts_ring_new(s->rings, c->pipe, &c->ring, why, why_bytes);
-        if (status != TS_OK)
-            return status;
-        return r->kind == TS_HANDLE_RINGS
-                   ? hand_out(ask, c->ring->fd, sizeof(ts_rings_memory), why, why_bytes)
-                   : hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
+    if (r->kind == TS_HANDLE_DOORBELL) {
+        if (c->ring == NULL) {
+            snprintf(why, why_bytes, "the session has given no rings");
+            return TS_ENOENT;
+        }
+        return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
     }
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {

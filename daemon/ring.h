@@ -26,8 +26,12 @@ struct ts_ring {
     struct ts_ring *next, **at; /* among all */
     uint32_t pipe;
     uint32_t users; /* the connection, and each job that will complete an entry */
-    int fd, doorbell;
+    int doorbell;
     ts_rings_memory *shared;
+    size_t bytes;
+    uint32_t max_blocks, max_slabs; /* that a begin's answer has room for, and where: */
+    uint32_t *blocks;
+    ts_ring_slab *slabs;
     atomic_uint taken;        /* submissions */
     uint32_t posted;          /* completions */
     ts_ring_completion begun; /* of a step whose copies are being made; step 0: none is */
@@ -69,8 +73,10 @@ void ts_rings_stop(ts_rings *rings);
 /* The connections are freed, and no job is under way. NULL is fine. */
 void ts_rings_free(ts_rings *rings);
 
-/* TS_ENOMEM with a sentence. */
-ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_ring **out, char *why, size_t why_bytes);
+/* Of the memory that the client gives (TS_HANDLE_GIVE_RINGS); the descriptor stays the caller's.
+ * TS_EINVAL, TS_EPROTO or TS_ENOMEM with a sentence. */
+ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, int given, ts_ring **out, char *why,
+                      size_t why_bytes);
 
 /* The connection has ended. NULL is fine. */
 void ts_ring_close(ts_ring *ring);
