@@ -3,8 +3,8 @@
  * passes file descriptors, as NNG can't.
  *
  * One ts_handle_request, one ts_handle_reply with the same tag. A reply with status TS_OK carries
- * exactly one descriptor (SCM_RIGHTS), which becomes the receiver's; to TS_HANDLE_GIVE_EXCHANGE it
- * is the request that carries one. A client that may not stay gets a reply with tag 0 and a reason
+ * exactly one descriptor (SCM_RIGHTS), which becomes the receiver's; to the kinds that give it is
+ * the request that carries one. A client that may not stay gets a reply with tag 0 and a reason
  * before the connection ends. Both sides are on one machine, so fields are in host byte order.
  */
 #ifndef TS_HANDLE_WIRE_H
@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TS_PROTOCOL 3u /* version of the messages, of this layout and of blocks */
+#define TS_PROTOCOL 4u /* version of the messages, of this layout and of blocks */
 #define TS_HANDLE_MAGIC 0x48535354u
 #define TS_TOKEN_BYTES 16
 #define TS_HANDLE_SUFFIX ".handles" /* to the path of NNG's socket: the handle socket's */
@@ -21,12 +21,13 @@
 enum ts_handle_kind {
     TS_HANDLE_EXCHANGE = 1,
     TS_HANDLE_SLAB = 2,
-    TS_HANDLE_SIGNALS = 3,  /* the page of signals.h; made at the first asking */
-    TS_HANDLE_RINGS = 4,    /* the memory of rings.h; made at the first asking */
-    TS_HANDLE_DOORBELL = 5, /* ... and the eventfd that wakes the daemon */
-    /* An exchange in host memory, which the client makes, so that it is charged with the pages: a
-     * memfd of whole pages, all of them there (fallocate), sealed against shrinking, growing and
-     * further seals. It takes the place of the one before. */
+    TS_HANDLE_SIGNALS = 3, /* the page of signals.h; made at the first asking */
+    /* The memory of rings.h, and an exchange in host memory. The client makes both, so that it is
+     * charged with the pages: a memfd that may be sealed, of whole pages, all of them there
+     * (fallocate) and mapped to be written, for the daemon seals it against every change of its
+     * pages and of that. What is given takes the place of what was given before. */
+    TS_HANDLE_GIVE_RINGS = 4,
+    TS_HANDLE_DOORBELL = 5, /* of the rings that were given: the eventfd that wakes the daemon */
     TS_HANDLE_GIVE_EXCHANGE = 6,
 };
 

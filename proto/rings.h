@@ -10,9 +10,12 @@
  * its bounds: the daemon copies an entry before it looks at it, and a count that can't be ends the
  * rings for their session. A client has at most TS_RING_ENTRIES submissions uncompleted.
  *
+ * The client makes the memory, all 0 but for the first four fields, and gives it to the daemon
+ * (TS_HANDLE_GIVE_RINGS), which fills in what it has to say before it answers.
+ *
  * Waking: a side that has nothing to do says so in its `sleeps` word, looks once more, and sleeps;
  * the other looks at the word after it has moved its tail (a full barrier lies between on both
- * sides). The daemon sleeps on a descriptor that comes with the memory (TS_HANDLE_DOORBELL, an
+ * sides). The daemon sleeps on a descriptor that it makes for the memory (TS_HANDLE_DOORBELL, an
  * eventfd), the client on the completions' tail as a futex. A client that has let TS_RING_ENTRIES
  * completions lie rings again when it has taken some.
  *
@@ -29,10 +32,10 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 3u
+#define TS_RING_VERSION 4u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
-#define TS_RING_BLOCKS (1u << 20) /* that its answer tells of */
+#define TS_RING_BLOCKS (1u << 20) /* that its answer tells of, if the client made room for them */
 #define TS_RING_SLABS 65536u      /* ... and their slabs */
 
 enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT };
@@ -110,9 +113,10 @@ typedef enum ts_rings_end_reason {
 
 typedef struct ts_rings_memory {
     uint32_t magic, version;
+    uint32_t max_blocks, max_slabs; /* the room behind this struct */
     uint32_t isa;   /* ts_isa of the daemon's host kernels: the same gives the same bits */
     uint32_t ended; /* ts_rings_end_reason; the daemon writes it */
-    uint32_t pad[12];
+    uint32_t pad[10];
     ts_ring_counts submissions, completions;
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];
@@ -121,10 +125,27 @@ typedef struct ts_rings_memory {
     uint32_t batch_words[TS_RING_BATCH];
     uint32_t begun_starts[TS_RING_BATCH]; /* tokens of each sequence before the step */
     uint32_t begun_firsts[TS_RING_BATCH]; /* with TS_RING_TABLES */
-    uint32_t begun_counts[TS_RING_BATCH]; /* of begun_blocks' entries, each sequence's */
-    uint32_t begun_blocks[TS_RING_BLOCKS];
-    ts_ring_slab begun_slabs[TS_RING_SLABS];
+    uint32_t begun_counts[TS_RING_BATCH]; /* of the begun blocks, each sequence's */
+    /* max_slabs begun slabs follow, and max_blocks begun blocks */
 } ts_rings_memory;
+
+static inline ts_ring_slab *ts_rings_slabs(ts_rings_memory *m)
+{
+    return (ts_ring_slab *)(m + 1);
+}
+
+static inline uint32_t *ts_rings_blocks(ts_rings_memory *m, uint32_t max_slabs)
+{
+    return (uint32_t *)(ts_rings_slabs(m) + max_slabs);
+}
+
+/* All of it, in whole pages. */
+static inline size_t ts_rings_bytes(uint32_t max_blocks, uint32_t max_slabs)
+{
+    size_t bytes =
+        sizeof(ts_rings_memory) + max_slabs * sizeof(ts_ring_slab) + max_blocks * sizeof(uint32_t);
+    return (bytes + 4095) / 4096 * 4096;
+}
 
 _Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
 _Static_assert(sizeof(ts_ring_entry) == 128, "layout is shared by two programs");
@@ -137,7 +158,7 @@ _Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * 384, "shared 
 _Static_assert(sizeof(ts_rings_memory) % 64 == 0, "layout is shared by two programs");
 
 /* Blocks that the new tokens of a begin may touch; both sides add this up over the batch. A begin
- * of more than TS_RING_BLOCKS, or in a pool of more than TS_RING_SLABS slabs, goes as a message. */
+ * of more than max_blocks, or in a pool of more than max_slabs slabs, goes as a message. */
 static inline uint64_t ts_ring_blocks(uint32_t new_tokens, uint32_t block_tokens)
 {
     return ts_whole_blocks(new_tokens, block_tokens) + 2u;

@@ -34,6 +34,28 @@ static inline ts_handle_request raw_request(uint32_t kind, uint32_t tag)
         .magic = TS_HANDLE_MAGIC, .protocol = TS_PROTOCOL, .kind = kind, .tag = tag};
 }
 
+/* Sends the bytes with 1 or 2 descriptors. False: they are refused, or the connection has ended. */
+static inline bool raw_pass(int to, const void *bytes, size_t n, const int *fds, size_t num_fds)
+{
+    struct iovec data = {.iov_base = (void *)bytes, .iov_len = n};
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(2 * sizeof(int))];
+    } control = {0};
+    struct msghdr message = {.msg_iov = &data,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = CMSG_SPACE(num_fds * sizeof(int))};
+    control.header = (struct cmsghdr){.cmsg_len = CMSG_LEN(num_fds * sizeof(int)),
+                                      .cmsg_level = SOL_SOCKET,
+                                      .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(&control.header), fds, num_fds * sizeof(int));
+    ssize_t sent = sendmsg(to, &message, MSG_NOSIGNAL);
+    assert_true(sent == (ssize_t)n ||
+                (sent < 0 && (errno == EPERM || errno == EPIPE || errno == ECONNRESET)));
+    return sent > 0;
+}
+
 /* Receives a reply; false: the daemon has ended the connection. */
 static inline bool raw_reply(int fd, ts_handle_reply *reply)
 {

@@ -4,6 +4,8 @@
 #include "raw_client.h"
 
 #include <dirent.h>
+#include <fcntl.h>
+#include <netinet/in.h>
 #include <pwd.h>
 
 static void a_worker_works(const daemon_process *d)
@@ -373,6 +375,100 @@ static void a_crowd_leaves_descriptors_for_operators(void **state)
     daemon_stop(&d);
 }
 
+/* ---- descriptors that are passed ---- */
+
+/* Sends descriptors to one of the two sockets; of the stream they come inside a message. */
+static void pass(const daemon_process *d, bool handles, const int *fds, size_t num_fds)
+{
+    ts_handle_request request = raw_request(TS_HANDLE_GIVE_EXCHANGE, 1);
+    int to = handles ? raw_handles(d) : raw_connect(d);
+    if (!handles)
+        assert_int_equal(send(to, "\0SP\0\0\x30\0\0", 8, 0), 8);
+    bool passed = handles ? raw_pass(to, &request, sizeof request, fds, num_fds)
+                          : raw_pass(to, "\1\0\0", 3, fds, num_fds);
+    if (handles) { /* and some that the daemon never receives */
+        assert_true(passed);
+        assert_int_equal(send(to, "hello", 5, 0), 5);
+        (void)raw_pass(to, &request, sizeof request, fds, num_fds);
+    }
+    close(to);
+}
+
+static void what_is_passed_to_a_socket_is_closed(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    for (int handles = 0; handles < 2; handles++)
+        for (size_t n = 1; n <= 2; n++) {
+            int ends[2];
+            char byte;
+            assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
+            pass(&d, handles, (int[]){ends[1], ends[1]}, n);
+            close(ends[1]);
+            assert_int_equal(read(ends[0], &byte, 1), 0); /* once nobody has it any more */
+            close(ends[0]);
+        }
+    daemon_stop(&d);
+}
+
+/* One end of a TCP connection whose close waits for its peer, which never reads. */
+static int lingering(int *peer)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t length = sizeof address;
+    struct linger linger = {.l_onoff = 1, .l_linger = 100 * WATCHDOG_SECONDS};
+    static const char zeros[1 << 16];
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_true(listener >= 0 && fd >= 0);
+    assert_int_equal(bind(listener, (struct sockaddr *)&address, sizeof address), 0);
+    assert_int_equal(listen(listener, 1), 0);
+    assert_int_equal(getsockname(listener, (struct sockaddr *)&address, &length), 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    *peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    assert_true(*peer >= 0);
+    close(listener);
+    while (send(fd, zeros, sizeof zeros, MSG_DONTWAIT) > 0)
+        ;
+    assert_int_equal(setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger), 0);
+    return fd;
+}
+
+static void closing_what_is_passed_holds_nobody_up(void **state)
+{
+    (void)state;
+    daemon_process d;
+    int peers[4], n = 0;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    for (int handles = 0; handles < 2; handles++)
+        for (size_t count = 1; count <= 2; count++) {
+            int fd = lingering(&peers[n++]), go[2], status;
+            char byte;
+            assert_int_equal(pipe2(go, O_CLOEXEC), 0);
+            pid_t pid = fork(); /* a process that ends never lingers: the daemon's close may */
+            assert_true(pid >= 0);
+            if (pid == 0) {
+                close(go[1]);
+                (void)!read(go[0], &byte, 1); /* until this process alone has the socket */
+                pass(&d, handles, (int[]){STDERR_FILENO, fd} + 2 - count, count);
+                _exit(0);
+            }
+            close(fd);
+            close(go[0]);
+            assert_int_equal(kill(d.pid, SIGSTOP), 0); /* until it alone has the socket */
+            assert_int_equal(waitpid(d.pid, &status, WUNTRACED), d.pid);
+            close(go[1]);
+            assert_int_equal(waitpid(pid, &status, 0), pid);
+            assert_int_equal(status, 0);
+            assert_int_equal(kill(d.pid, SIGCONT), 0);
+            a_worker_works(&d); /* or the watchdog ends the test */
+        }
+    daemon_stop(&d);
+    while (n > 0)
+        close(peers[--n]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -386,6 +482,8 @@ int main(void)
         cmocka_unit_test(a_client_that_reads_late_gets_every_answer),
         cmocka_unit_test(a_users_connections_are_limited_and_operators_get_in),
         cmocka_unit_test(a_crowd_leaves_descriptors_for_operators),
+        cmocka_unit_test(what_is_passed_to_a_socket_is_closed),
+        cmocka_unit_test(closing_what_is_passed_holds_nobody_up),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

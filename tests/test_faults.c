@@ -201,7 +201,7 @@ static void garbage_is_answered_with_a_refusal(void **state)
     assert_string_equal(
         reply->message,
         "protocol version 77 of libtinyserve (an earlier one); tinyserved " TS_VERSION " "
-        "speaks 3: the older of them must be upgraded, and then started again");
+        "speaks 4: the older of them must be upgraded, and then started again");
     tspb__reply__free_unpacked(reply, NULL);
     open.version = (char *)"9.9\033";
     old.request_id = 10;
@@ -312,43 +312,104 @@ static int memory_of(size_t bytes, bool allocate, int seals)
     return fd;
 }
 
-static void an_exchange_is_memory_that_the_client_has_allocated(void **state)
+/* Gives the daemon memory that it must refuse, and closes it. */
+static void refuse_memory(ts_client *c, enum ts_handle_kind kind, int fd, ts_status status,
+                          const char *why)
+{
+    ts_handle_reply reply;
+    assert_int_equal(ts_handle_give(c, kind, fd, &reply), status);
+    if (strstr(ts_error(c), why) == NULL)
+        fail_msg("'%s' is not in '%s'", why, ts_error(c));
+    if (fd >= 0)
+        close(fd);
+}
+
+/* Gives the daemon good memory: from then on nobody can take its pages away. */
+static void give_memory(ts_client *c, enum ts_handle_kind kind, int fd, size_t bytes)
+{
+    ts_handle_reply reply;
+    char *mapped = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    assert_true(mapped != MAP_FAILED);
+    OK(ts_handle_give(c, kind, fd, &reply));
+    assert_int_equal(reply.bytes, bytes);
+    mapped[bytes - 1] = 1;
+    assert_int_equal(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096), -1);
+    assert_int_equal(errno, EPERM);
+    assert_int_equal(madvise(mapped, 4096, MADV_REMOVE), -1);
+    assert_int_equal(errno, EPERM);
+    assert_int_equal(ftruncate(fd, 0), -1);
+    assert_int_equal(ftruncate(fd, (off_t)bytes + 4096), -1);
+    assert_int_equal(munmap(mapped, bytes), 0);
+}
+
+static int memory_of_rings(size_t bytes, uint32_t version, uint32_t blocks, uint32_t slabs)
+{
+    int fd = memory_of(bytes, true, 0);
+    assert_int_equal(pwrite(fd, (uint32_t[]){TS_RING_MAGIC, version, blocks, slabs}, 16, 0), 16);
+    return fd;
+}
+
+static void an_exchange_and_rings_are_memory_that_the_client_has_allocated(void **state)
 {
     (void)state;
-    enum { SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL };
+    const enum ts_handle_kind exchange = TS_HANDLE_GIVE_EXCHANGE, its_rings = TS_HANDLE_GIVE_RINGS;
+    const size_t bytes = ts_rings_bytes(16, 1);
     daemon_process d;
     daemon_start_with(&d, POOL_TINY ",blocks=16",
                       (const char *const[]){"--set", "exchange_max=1M", NULL});
     ts_client *c = connect_to(&d);
-    ts_handle_reply reply;
-    struct {
-        int fd;
+    for (int rings = 0; rings < 2; rings++) {
+        enum ts_handle_kind kind = rings ? its_rings : exchange;
+        const char *no_memfd =
+            rings ? "the rings' memory must be a memfd" : "the exchange must be a memfd";
+        char path[64];
+        int fd = memory_of(bytes, true, 0);
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        int to_read = open(path, O_RDONLY | O_CLOEXEC);
+        close(fd);
+        refuse_memory(c, kind, -1, TS_EINVAL, "no descriptor came with the ");
+        refuse_memory(c, kind, open("/dev/null", O_RDWR | O_CLOEXEC), TS_EINVAL, no_memfd);
+        refuse_memory(c, kind, memory_of(bytes, true, F_SEAL_SEAL), TS_EINVAL, no_memfd);
+        refuse_memory(c, kind, memory_of(bytes, true, F_SEAL_WRITE), TS_EINVAL, no_memfd);
+        refuse_memory(c, kind, to_read, TS_EINVAL, no_memfd);
+        refuse_memory(c, kind, memory_of(bytes, false, 0), TS_EINVAL,
+                      " bytes 0 are there: its maker must allocate all of them");
+    }
+    refuse_memory(c, exchange, memory_of(0, false, 0), TS_EINVAL,
+                  "the exchange has 0 bytes; it must have a multiple of 4096");
+    refuse_memory(c, exchange, memory_of(5000, true, 0), TS_EINVAL, "the exchange has 5000 bytes");
+    refuse_memory(c, exchange, memory_of(2 << 20, true, 0), TS_EINVAL,
+                  "an exchange of 2097152 bytes; it must be a multiple of 4096, at most 1048576");
+    refuse_memory(c, its_rings, memory_of(4096, true, 0), TS_EINVAL,
+                  "the rings' memory has 4096 bytes");
+    const struct {
+        uint32_t version, blocks, slabs;
+        ts_status status;
         const char *why;
     } bad[] = {
-        {-1, "no descriptor came with the exchange"},
-        {open("/dev/null", O_RDWR | O_CLOEXEC), "the exchange is no memfd that is sealed against"},
-        {memory_of(8192, true, F_SEAL_SHRINK | F_SEAL_GROW), "is no memfd that is sealed against"},
-        {memory_of(8192, true, F_SEAL_SHRINK | F_SEAL_SEAL), "is no memfd that is sealed against"},
-        {memory_of(8192, false, SEALS), "of the exchange's 8192 bytes 0 are there"},
-        {memory_of(0, false, SEALS), "an exchange of 0 bytes; it must be a multiple of 4096"},
-        {memory_of(5000, true, SEALS), "an exchange of 5000 bytes; it must be a multiple of 4096"},
-        {memory_of(2 << 20, true, SEALS), "an exchange of 2097152 bytes; it must be a multiple of "
-                                          "4096, at most 1048576"},
+        {TS_RING_VERSION + 1, 16, 1, TS_EPROTO, "rings of version "},
+        {TS_RING_VERSION, TS_RING_BLOCKS + 1, 1, TS_EINVAL, "room for 1048577 blocks and 1 slabs"},
+        {TS_RING_VERSION, 16, UINT32_MAX, TS_EINVAL, "room for 16 blocks and 4294967295 slabs"},
+        {TS_RING_VERSION, 16 + 1024, 1, TS_EINVAL, "room for 1040 blocks and 1 slabs"},
     };
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        assert_int_equal(ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, bad[i].fd, &reply), TS_EINVAL);
-        if (strstr(ts_error(c), bad[i].why) == NULL)
-            fail_msg("'%s' is not in '%s'", bad[i].why, ts_error(c));
-        if (bad[i].fd >= 0)
-            close(bad[i].fd);
-    }
-    int good = memory_of(8192, true, SEALS), less = memory_of(4096, true, SEALS);
-    OK(ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, good, &reply));
-    assert_int_equal(reply.bytes, 8192);
-    assert_int_equal(ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, less, &reply), TS_EINVAL);
-    assert_non_null(strstr(ts_error(c), "would replace one of 8192"));
-    close(good);
-    close(less);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        refuse_memory(c, its_rings,
+                      memory_of_rings(bytes, bad[i].version, bad[i].blocks, bad[i].slabs),
+                      bad[i].status, bad[i].why);
+    int good = memory_of(8192, true, 0), ring = memory_of_rings(bytes, TS_RING_VERSION, 16, 1);
+    give_memory(c, exchange, good, 8192);
+    refuse_memory(c, exchange, good, TS_EINVAL, "the exchange must be a memfd"); /* is sealed */
+    refuse_memory(c, exchange, memory_of(4096, true, 0), TS_EINVAL, "would replace one of 8192");
+    ts_handle_reply reply;
+    int bell;
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell), TS_ENOENT);
+    give_memory(c, its_rings, ring, bytes);
+    close(ring);
+    OK(ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell));
+    close(bell);
+    ring = memory_of_rings(bytes, TS_RING_VERSION, 16, 1); /* others in place of those */
+    give_memory(c, its_rings, ring, bytes);
+    close(ring);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -761,7 +822,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(the_handle_socket_gives_nothing_without_a_token),
-        cmocka_unit_test(an_exchange_is_memory_that_the_client_has_allocated),
+        cmocka_unit_test(an_exchange_and_rings_are_memory_that_the_client_has_allocated),
         cmocka_unit_test(an_id_from_before_a_restart_names_nothing),
         cmocka_unit_test(a_killed_workers_long_run_ends_and_others_go_on_meanwhile),
         cmocka_unit_test(an_abort_after_a_runs_timeout_ends_the_run),

@@ -1,11 +1,15 @@
 /* How much a session's ring may give in one turn: what bounds a session's wait for the others. */
+#define _GNU_SOURCE
 #include "test_util.h"
 
 #include "log.h"
 #include "request.h"
 #include "ring_server.h"
 
+#include <fcntl.h>
 #include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 static ts_service service;
 
@@ -27,7 +31,13 @@ static ts_connection *connection(uint32_t pipe)
     assert_int_equal(a.status, TS_OK);
     c->session = a.session;
     service.by_session[(uint32_t)a.session] = c;
-    assert_int_equal(ts_ring_new(service.rings, c, why, sizeof why), TS_OK);
+    int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    assert_true(fd >= 0);
+    assert_int_equal(ftruncate(fd, ts_rings_bytes(16, 1)), 0);
+    assert_int_equal(fallocate(fd, 0, 0, ts_rings_bytes(16, 1)), 0);
+    assert_int_equal(pwrite(fd, (uint32_t[]){TS_RING_MAGIC, TS_RING_VERSION, 16, 1}, 16, 0), 16);
+    assert_int_equal(ts_ring_new(service.rings, c, fd, why, sizeof why), TS_OK);
+    close(fd);
     return c;
 }
 

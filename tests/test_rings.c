@@ -238,6 +238,43 @@ static void a_doorbell_that_is_jammed_holds_up_nobody_else(void **state)
     daemon_stop(&d);
 }
 
+static void rings_grow_for_a_larger_pool_while_a_step_is_open(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start_with(&d, POOL_TINY ",blocks=16",
+                      (const char *const[]){"--pool",
+                                            "large:layers=6,kv_heads=2,head_dim=64,dtype=fp32"
+                                            ",blocks=20000,device=host",
+                                            NULL});
+    ts_client *c;
+    OK(ts_connect(
+        &(ts_options){.size = sizeof(ts_options), .url = d.url, .exchange_bytes = 1 << 20}, &c));
+    ts_pool *tiny = open_pool(c, "tiny", 0), *large;
+    uint32_t one = 1;
+    ts_seq seq, other;
+    ts_step *first, *second;
+    OK(ts_seq_create(tiny, 1, &seq));
+    OK(ts_step_begin(tiny, &seq, &one, 1, NULL, &first));
+    assert_int_equal(c->ring_blocks, 4 * TS_RING_BATCH);
+    large = open_pool(c, "large", 0);
+    OK(ts_seq_create(large, 1, &other));
+    OK(ts_step_begin(large, &other, &one, 1, NULL, &second));
+    assert_int_equal(c->ring_blocks, 16 * 20000);
+    for (uint32_t layer = 0; layer < 6; layer++) {
+        OK(ts_step_run(second, layer));
+        OK(ts_step_run(first, layer));
+    }
+    OK(ts_step_commit(first, NULL));
+    OK(ts_step_commit(second, NULL));
+    assert_int_equal(ts_client_transport(c), TS_TRANSPORT_RING);
+    check_daemon(c);
+    ts_pool_close(tiny);
+    ts_pool_close(large);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 /* Worker: writes random words all over its rings and its exchange while the daemon reads them. */
 static void scribbler(const char *url, uint32_t seed)
 {
@@ -253,7 +290,8 @@ static void scribbler(const char *url, uint32_t seed)
     ts_rings_memory *m = c->rings;
     uint64_t step = m->completed[(c->ring_seen - 1) % TS_RING_ENTRIES].step;
     uint32_t *words = (uint32_t *)m, *exchange = (uint32_t *)(void *)c->exchange;
-    size_t first = offsetof(ts_rings_memory, submitted) / 4, all = sizeof *m / 4;
+    size_t first = offsetof(ts_rings_memory, submitted) / 4;
+    size_t all = ts_rings_bytes(c->ring_blocks, c->ring_slabs) / 4;
     for (uint32_t i = 0; i < WRITES; i++) {
         words[first + rng_next(&r) % (i % 2 == 0 ? 64u * 32 : all - first)] =
             (uint32_t)rng_next(&r);
@@ -395,6 +433,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_begin_that_is_too_large_for_a_ring_goes_as_a_message),
         cmocka_unit_test(a_ring_refuses_what_a_message_would),
         cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),
+        cmocka_unit_test(rings_grow_for_a_larger_pool_while_a_step_is_open),
         cmocka_unit_test(counts_that_cannot_be_end_the_rings_and_not_the_session),
         cmocka_unit_test(a_doorbell_that_is_jammed_holds_up_nobody_else),
         cmocka_unit_test(a_client_that_scribbles_over_its_rings_harms_itself_alone),

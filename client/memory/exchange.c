@@ -3,7 +3,6 @@
 #include "client.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -84,43 +83,22 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
     return status;
 }
 
-/* A memfd of whole pages, all of them there and charged to this process, that keeps its length. */
-static ts_status make_memory(ts_client *c, size_t bytes, int *fd, void **base, ts_memory **memory)
-{
-    *base = MAP_FAILED;
-    *fd = memfd_create("tinyserve-exchange", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    int error = *fd < 0 || ftruncate(*fd, (off_t)bytes) != 0 ? errno : 0;
-    while (error == 0 && fallocate(*fd, 0, 0, (off_t)bytes) != 0)
-        error = errno == EINTR ? 0 : errno;
-    if (error == 0 && fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
-        error = errno;
-    if (error == 0) {
-        *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-        error = *base == MAP_FAILED ? errno : 0;
-    }
-    if (error == 0) {
-        *memory = ts_memory_new(*base, bytes);
-        if (*memory != NULL)
-            return TS_OK;
-        error = ENOMEM;
-        munmap(*base, bytes);
-    }
-    if (*fd >= 0)
-        close(*fd);
-    return ts_fail(c, TS_ENOMEM, "an exchange of %zu bytes: %s", bytes, strerror(error));
-}
-
 ts_status ts_exchange_host(ts_client *c, size_t bytes)
 {
     ts_handle_reply reply;
-    ts_memory *memory;
     void *base;
     int fd;
     ts_status status = check_bytes(c, &bytes, 4096);
     if (status == TS_OK)
-        status = make_memory(c, bytes, &fd, &base, &memory);
+        status = ts_memory_make(c, "an exchange", bytes, &fd, &base);
     if (status != TS_OK)
         return status;
+    ts_memory *memory = ts_memory_new(base, bytes);
+    if (memory == NULL) {
+        munmap(base, bytes);
+        close(fd);
+        return ts_fail(c, TS_ENOMEM, "no memory for an exchange");
+    }
     status = ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, fd, &reply);
     close(fd);
     if (status != TS_OK) {

@@ -1,8 +1,14 @@
-/* Host memory that is mapped into this process, and who holds it. */
+/* Host memory that is mapped into this process: what it makes to be given to the daemon, and who
+ * holds what. */
+#define _GNU_SOURCE
 #include "client.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 struct ts_memory {
     atomic_uint holders;
@@ -19,6 +25,24 @@ ts_memory *ts_memory_new(void *base, size_t bytes)
     m->base = base;
     m->bytes = bytes;
     return m;
+}
+
+ts_status ts_memory_make(ts_client *c, const char *what, size_t bytes, int *fd, void **base)
+{
+    *base = MAP_FAILED;
+    *fd = memfd_create("tinyserve", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int error = *fd < 0 || ftruncate(*fd, (off_t)bytes) != 0 ? errno : 0;
+    while (error == 0 && fallocate(*fd, 0, 0, (off_t)bytes) != 0)
+        error = errno == EINTR ? 0 : errno;
+    if (error == 0) {
+        *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+        error = *base == MAP_FAILED ? errno : 0;
+    }
+    if (error == 0)
+        return TS_OK;
+    if (*fd >= 0)
+        close(*fd);
+    return ts_fail(c, TS_ENOMEM, "%s of %zu bytes: %s", what, bytes, strerror(error));
 }
 
 static ts_memory *hold(ts_memory *m)

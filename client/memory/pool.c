@@ -113,6 +113,7 @@ out:
     }
     p->next = c->pools;
     c->pools = p;
+    c->pools_are_new = true;
     *out = p;
     return TS_OK;
 }

@@ -118,13 +118,13 @@ static bool fits_ring(const ts_step *s, const ts_step_options *o)
     if (s->count > TS_RING_BATCH ||
         (o->kernel != NULL && strlen(o->kernel) >= sizeof(((ts_ring_entry *)0)->begin.kernel)))
         return false;
-    if (p->num_slabs > TS_RING_SLABS)
+    if (p->num_slabs > p->client->ring_slabs)
         return false;
     if (lacks_handle(p))
         return false;
     for (uint32_t i = 0; i < s->count; i++)
         blocks += ts_ring_blocks(s->new_tokens[i], p->geometry.block_tokens);
-    return blocks <= TS_RING_BLOCKS;
+    return blocks <= p->client->ring_blocks;
 }
 
 /* *b lies in the rings' memory until the next begin. */
@@ -154,17 +154,18 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     if (status != TS_OK)
         return status;
     s->id = done.step;
-    if (done.num_blocks > TS_RING_BLOCKS || done.num_slabs > TS_RING_SLABS)
+    if (done.num_blocks > c->ring_blocks || done.num_slabs > c->ring_slabs)
         return ts_fail(c, TS_EPROTO, "the daemon's answer doesn't fit the step");
     *b = (ts_begun){.starts = m->begun_starts,
                     .firsts = tables ? m->begun_firsts : NULL,
                     .counts = m->begun_counts,
-                    .blocks = m->begun_blocks,
+                    .blocks = ts_rings_blocks(m, c->ring_slabs),
                     .num_seqs = s->count,
                     .num_blocks = done.num_blocks};
     status = fill_step(s, b);
+    const ts_ring_slab *slabs = ts_rings_slabs(m);
     for (uint32_t i = 0; i < done.num_slabs && status == TS_OK; i++)
-        status = ts_pool_note_slab(s->pool, m->begun_slabs[i].slab, m->begun_slabs[i].generation);
+        status = ts_pool_note_slab(s->pool, slabs[i].slab, slabs[i].generation);
     return status;
 }
 
@@ -190,7 +191,7 @@ ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_optio
             return ts_fail(c, TS_EINVAL,
                            "local execution of a step of %u sequences and %u tokens: a ring begins "
                            "%u sequences and %u blocks at most",
-                           s->count, s->tokens, TS_RING_BATCH, TS_RING_BLOCKS);
+                           s->count, s->tokens, TS_RING_BATCH, c->ring_blocks);
         s->exec = TS_EXEC_DAEMON;
         return begin_by_message(s, seqs, o, append);
     }

@@ -64,10 +64,12 @@ struct ts_client {
     ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals; /* mapped and pinned; NULL: no run was ordered */
     uint64_t signals_there;
-    atomic_uint ordered;    /* runs that were handed over to the daemon's stream */
-    bool order_lost;        /* one may or may not have been */
-    ts_transport transport; /* that was asked for */
-    ts_rings_memory *rings; /* NULL: not open */
+    atomic_uint ordered;              /* runs that were handed over to the daemon's stream */
+    bool order_lost;                  /* one may or may not have been */
+    ts_transport transport;           /* that was asked for */
+    ts_rings_memory *rings;           /* NULL: not open */
+    uint32_t ring_blocks, ring_slabs; /* that they have room for */
+    bool pools_are_new;               /* one was opened that they may have no room for */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
     int spin_luck;             /* how often polling was worth it lately */
@@ -332,6 +334,10 @@ void ts_handles_close(ts_client *client);
 
 /* The GPU of the pool, made ready at the first need: a session uses one. */
 ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
+
+/* Makes memory to be given to the daemon: a memfd of whole pages, all of them there and charged to
+ * this process, mapped and all 0. The daemon seals it. Both *fd and *base are the caller's. */
+ts_status ts_memory_make(ts_client *client, const char *what, size_t bytes, int *fd, void **base);
 
 /* Memory that was mapped, with one holder; the last one's release unmaps it. NULL: no memory. */
 ts_memory *ts_memory_new(void *base, size_t bytes);

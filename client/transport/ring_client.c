@@ -3,7 +3,6 @@
 #include "client.h"
 
 #include "clock.h"
-#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -19,41 +18,66 @@
 #define SPIN_SELDOM 32
 #define SLICE_MS 100 /* of a sleep: a wake-up that came too early costs no more */
 
-/* Maps the memory and takes the doorbell. */
-static ts_status open_rings(ts_client *c)
+/*
+ * The room for what begins in the open pools are answered: the block tables that a session may own
+ * by default, and more than the new tokens of any step touch.
+ */
+static void find_room(const ts_client *c, uint32_t *blocks, uint32_t *slabs)
 {
+    uint64_t most = 4u * TS_RING_BATCH;
+    *slabs = 1;
+    for (const ts_pool *p = c->pools; p != NULL; p = p->next) {
+        most = p->num_blocks * 16ull > most ? p->num_blocks * 16ull : most;
+        *slabs = p->num_slabs > *slabs ? p->num_slabs : *slabs;
+    }
+    *blocks = most < TS_RING_BLOCKS ? (uint32_t)most : TS_RING_BLOCKS;
+    *slabs = *slabs < TS_RING_SLABS ? *slabs : TS_RING_SLABS;
+}
+
+/* Makes the memory, gives it to the daemon and takes the doorbell. They take the place of those
+ * that are open, if any are. */
+static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs)
+{
+    size_t bytes = ts_rings_bytes(max_blocks, max_slabs);
     ts_handle_reply reply;
+    void *memory;
     int fd, bell;
-    ts_status status = ts_handle_get(c, TS_HANDLE_RINGS, 0, 0, true, &reply, &fd);
+    ts_status status = ts_memory_make(c, "rings", bytes, &fd, &memory);
     if (status != TS_OK)
         return status;
-    void *memory = MAP_FAILED;
-    if (reply.bytes == sizeof(ts_rings_memory))
-        memory = mmap(NULL, sizeof(ts_rings_memory), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    int saved = errno;
+    ts_rings_memory *m = memory;
+    m->magic = TS_RING_MAGIC;
+    m->version = TS_RING_VERSION;
+    m->max_blocks = max_blocks;
+    m->max_slabs = max_slabs;
+    status = ts_handle_give(c, TS_HANDLE_GIVE_RINGS, fd, &reply);
     close(fd);
-    if (reply.bytes != sizeof(ts_rings_memory))
-        return ts_fail(c, TS_EPROTO,
-                       "the rings of tinyserved %s have %llu bytes; those of libtinyserve "
-                       "" TS_VERSION " have %zu",
-                       c->version, (unsigned long long)reply.bytes, sizeof(ts_rings_memory));
-    if (memory == MAP_FAILED)
-        return ts_fail(c, TS_ENOMEM, "mapping the rings: %s", strerror(saved));
-    const ts_rings_memory *m = memory;
-    if (m->magic != TS_RING_MAGIC || m->version != TS_RING_VERSION)
-        status = ts_fail(c, TS_EPROTO,
-                         "the rings of tinyserved %s are of version %u; those of libtinyserve "
-                         "" TS_VERSION " of %u",
-                         c->version, m->version, TS_RING_VERSION);
-    else
+    if (status == TS_OK)
         status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     if (status != TS_OK) {
-        munmap(memory, sizeof(ts_rings_memory));
+        munmap(memory, bytes);
         return status;
     }
+    ts_rings_close(c);
     c->doorbell = bell;
-    __atomic_store_n(&c->rings, memory, __ATOMIC_SEQ_CST); /* ts_rings_wake may be looking */
+    c->ring_blocks = max_blocks;
+    c->ring_slabs = max_slabs;
+    c->ring_submitted = c->ring_seen = 0;
+    __atomic_store_n(&c->rings, m, __ATOMIC_SEQ_CST); /* ts_rings_wake may be looking */
     return TS_OK;
+}
+
+/* Opens rings with room for the open pools, unless there are such. */
+static ts_status find_rings(ts_client *c)
+{
+    uint32_t blocks, slabs;
+    if (c->rings != NULL && (!c->pools_are_new || c->ring_unanswered))
+        return TS_OK;
+    find_room(c, &blocks, &slabs);
+    bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs;
+    ts_status status = enough ? TS_OK : open_rings(c, blocks, slabs);
+    c->pools_are_new = status != TS_OK;
+    return status;
 }
 
 ts_status ts_rings_use(ts_client *c, bool *use)
@@ -61,7 +85,7 @@ ts_status ts_rings_use(ts_client *c, bool *use)
     *use = false;
     if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid())
         return TS_OK;
-    ts_status status = c->rings == NULL ? open_rings(c) : TS_OK;
+    ts_status status = find_rings(c);
     *use = status == TS_OK;
     if (status == TS_OK || c->transport == TS_TRANSPORT_RING || status == TS_ECONN)
         return status;
@@ -80,7 +104,7 @@ void ts_rings_close(ts_client *c)
 {
     if (c->rings == NULL)
         return;
-    munmap(c->rings, sizeof *c->rings);
+    munmap(c->rings, ts_rings_bytes(c->ring_blocks, c->ring_slabs));
     close(c->doorbell);
     c->rings = NULL;
 }

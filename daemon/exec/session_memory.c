@@ -1,13 +1,11 @@
 #define _GNU_SOURCE
 #include "session_memory.h"
 
-#include <errno.h>
-#include <fcntl.h>
+#include "given_memory.h"
+
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 static ts_status new_exchange(ts_exchange **out, char *why, size_t why_bytes)
@@ -32,46 +30,18 @@ static ts_status keep_or_free(ts_exchange **x, ts_status status)
     return status;
 }
 
-/* Whether the memory can be relied on: its length stays, its pages are there. */
-static ts_status check_given(int fd, uint64_t *bytes, char *why, size_t why_bytes)
-{
-    const int wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
-    struct stat about;
-    int seals = fcntl(fd, F_GET_SEALS);
-    if (seals < 0 || (seals & wanted) != wanted) {
-        snprintf(why, why_bytes,
-                 "the exchange is no memfd that is sealed against shrinking, growing and seals");
-        return TS_EINVAL;
-    }
-    if (fstat(fd, &about) != 0 || about.st_size <= 0 || about.st_size % 4096 != 0) {
-        snprintf(why, why_bytes, "an exchange of %lld bytes; it must be a multiple of 4096",
-                 (long long)about.st_size);
-        return TS_EINVAL;
-    }
-    if (about.st_blocks * 512 < about.st_size) {
-        snprintf(why, why_bytes,
-                 "of the exchange's %lld bytes %lld are there: its maker must allocate all of them",
-                 (long long)about.st_size, (long long)about.st_blocks * 512);
-        return TS_EINVAL;
-    }
-    *bytes = (uint64_t)about.st_size;
-    return TS_OK;
-}
-
 ts_status ts_exchange_adopt(int fd, ts_exchange **out, char *why, size_t why_bytes)
 {
+    void *base;
     uint64_t bytes;
     *out = NULL;
-    ts_status status = check_given(fd, &bytes, why, why_bytes);
-    if (status == TS_OK)
-        status = new_exchange(out, why, why_bytes);
+    ts_status status = ts_given_map(fd, "the exchange", 1, &base, &bytes, why, why_bytes);
     if (status != TS_OK)
         return status;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED) {
-        snprintf(why, why_bytes, "mapping an exchange of %llu bytes: %s", (unsigned long long)bytes,
-                 strerror(errno));
-        return keep_or_free(out, TS_ENOMEM);
+    status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK) {
+        munmap(base, bytes);
+        return status;
     }
     (*out)->host = base;
     (*out)->bytes = bytes;

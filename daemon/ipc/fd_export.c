@@ -52,12 +52,19 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         }
         return hand_out(ask, c->memory.exchange->fd, c->memory.exchange->bytes, why, why_bytes);
     }
-    if (r->kind == TS_HANDLE_GIVE_EXCHANGE) {
+    if (r->kind == TS_HANDLE_GIVE_EXCHANGE || r->kind == TS_HANDLE_GIVE_RINGS) {
+        bool exchange = r->kind == TS_HANDLE_GIVE_EXCHANGE;
         if (ask->given < 0) {
-            snprintf(why, why_bytes, "no descriptor came with the exchange");
+            snprintf(why, why_bytes, "no descriptor came with the %s",
+                     exchange ? "exchange" : "rings");
             return TS_EINVAL;
         }
-        return ts_exchange_give(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
+        if (exchange)
+            return ts_exchange_give(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
+        ts_status status = ts_ring_new(s->rings, c, ask->given, why, why_bytes);
+        if (status == TS_OK)
+            ask->reply.bytes = c->ring->bytes;
+        return status;
     }
     if (r->kind == TS_HANDLE_SIGNALS) {
         ts_status status =
@@ -66,13 +73,12 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
                    ? status
                    : hand_out(ask, c->memory.signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
     }
-    if (r->kind == TS_HANDLE_RINGS || r->kind == TS_HANDLE_DOORBELL) {
-        ts_status status = c->ring != NULL ? TS_OK : ts_ring_new(s->rings, c, why, why_bytes);
-        if (status != TS_OK)
-            return status;
-        return r->kind == TS_HANDLE_RINGS
-                   ? hand_out(ask, c->ring->fd, sizeof(ts_rings_memory), why, why_bytes)
-                   : hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
+    if (r->kind == TS_HANDLE_DOORBELL) {
+        if (c->ring == NULL) {
+            snprintf(why, why_bytes, "the session has given no rings");
+            return TS_ENOENT;
+        }
+        return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
     }
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->exec.engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {

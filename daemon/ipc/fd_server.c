@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "fd_export.h"
 #include "log.h"
+#include "passed_fds.h"
 #include "tinyserve_version.h"
 #include "unix_listen.h"
 
@@ -40,6 +41,7 @@ struct ts_fd_server {
     ts_crowd crowd;
     arrival *arrivals;
     sem_t answered;
+    ts_hurry hurry; /* the thread's: it closes what peers have passed */
 };
 
 /* ---- answers ---- */
@@ -117,7 +119,7 @@ static arrival **find(ts_fd_server *h, const arrival *a)
     return at;
 }
 
-/* Receives a request, and the descriptor that came with it. */
+/* Receives a request, and the first descriptor that came with it: the kernel closes the others. */
 static ssize_t receive(int from, ts_handle_ask *ask)
 {
     struct iovec data = {.iov_base = &ask->request, .iov_len = sizeof ask->request};
@@ -128,11 +130,12 @@ static ssize_t receive(int from, ts_handle_ask *ask)
     struct msghdr message = {.msg_iov = &data,
                              .msg_iovlen = 1,
                              .msg_control = control.bytes,
-                             .msg_controllen = sizeof control.bytes};
+                             /* without the padding, in which it would put a second one */
+                             .msg_controllen = CMSG_LEN(sizeof(int))};
     ssize_t got = recvmsg(from, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC);
     const struct cmsghdr *header = got >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
     if (header != NULL && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
-        memcpy(&ask->given, CMSG_DATA(header), sizeof ask->given); /* the kernel drops others */
+        memcpy(&ask->given, CMSG_DATA(header), sizeof ask->given);
     return got;
 }
 
@@ -236,18 +239,24 @@ static void *server_main(void *arg)
     ts_fd_server *h = arg;
     struct epoll_event events[EVENTS];
     uint64_t next_tick = ts_now_ms() + TICK_MS;
+    if (!ts_hurry_init(&h->hurry))
+        ts_log(TS_LOG_ERROR, "no timer for the handle socket: %s", strerror(errno));
     for (;;) {
         uint64_t now = ts_now_ms();
         if (now >= next_tick) {
             on_tick(h, now);
             next_tick = now + TICK_MS;
         }
+        ts_hurry_end(&h->hurry);
         int n = epoll_wait(h->epoll, events, EVENTS, (int)(next_tick - now));
+        ts_hurry_begin(&h->hurry);
         bool arrives = false;
         for (int i = 0; i < n; i++) {
             arrival *a = events[i].data.ptr;
-            if ((void *)a == &h->stop)
+            if ((void *)a == &h->stop) {
+                ts_hurry_fini(&h->hurry);
                 return NULL;
+            }
             if ((void *)a == &h->listener)
                 arrives = true;
             else if ((events[i].events & EPOLLERR) != 0 || !serve(h, a))
@@ -262,10 +271,14 @@ static void *server_main(void *arg)
 
 static void server_free(ts_fd_server *h)
 {
+    ts_hurry hurry;
+    (void)ts_hurry_init(&hurry);
+    ts_hurry_begin(&hurry);
     while (h->arrivals != NULL)
         drop(h, &h->arrivals);
     if (h->listener >= 0)
         close(h->listener);
+    ts_hurry_fini(&hurry);
     if (h->stop >= 0)
         close(h->stop);
     if (h->epoll >= 0)

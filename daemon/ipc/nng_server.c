@@ -3,6 +3,7 @@
 
 #include "clock.h"
 #include "log.h"
+#include "passed_fds.h"
 #include "request.h"
 #include "sp_wire.h"
 #include "unix_listen.h"
@@ -103,6 +104,8 @@ struct ts_transport {
     source listener, wake;
     int epoll;
     bool accept_paused; /* until the next tick: there was no descriptor */
+    ts_hurry hurry;     /* the thread's, where the kernel doesn't refuse descriptors; else all 0 */
+    bool refuses;       /* descriptors that peers pass */
     atomic_bool stopping;
     tick tick;
 
@@ -394,14 +397,17 @@ static bool on_message(ts_transport *t, connection *c)
 typedef enum progress { MORE, NOTHING_YET, OVER } progress;
 
 /* Receives up to `bytes`; *came counts them. */
-static progress receive(connection *c, void *to, size_t bytes, size_t *came)
+static progress receive(const ts_transport *t, connection *c, void *to, size_t bytes, size_t *came)
 {
     ssize_t n;
+    ts_hurry_begin(&t->hurry);
     do
         n = recv(c->socket.fd, to, bytes, MSG_DONTWAIT);
     while (n < 0 && errno == EINTR);
+    int error = errno;
+    ts_hurry_end(&t->hurry);
     if (n <= 0)
-        return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? NOTHING_YET : OVER;
+        return n < 0 && (error == EAGAIN || error == EWOULDBLOCK) ? NOTHING_YET : OVER;
     *came = (size_t)n;
     return MORE;
 }
@@ -439,7 +445,7 @@ static progress read_on(ts_transport *t, connection *c)
     size_t came = 0;
     uint32_t head = c->greeted ? TS_SP_HEAD_BYTES : TS_SP_GREETING_BYTES;
     if (c->head_bytes < head) {
-        progress p = receive(c, c->head + c->head_bytes, head - c->head_bytes, &came);
+        progress p = receive(t, c, c->head + c->head_bytes, head - c->head_bytes, &came);
         if (p == MORE && c->deadline_ms == 0)
             c->deadline_ms = ts_now_ms() + t->options.idle_ms;
         c->head_bytes += (uint32_t)came;
@@ -456,7 +462,7 @@ static progress read_on(ts_transport *t, connection *c)
     if (c->content == NULL)
         return begin_content(t, c);
     progress p =
-        receive(c, c->content + c->content_came, c->content_bytes - c->content_came, &came);
+        receive(t, c, c->content + c->content_came, c->content_bytes - c->content_came, &came);
     c->content_came += came;
     if (p != MORE || c->content_came < c->content_bytes)
         return p;
@@ -509,7 +515,9 @@ static bool watch(ts_transport *t, source *source)
 static void end(ts_transport *t, connection *c)
 {
     bool told = c->refusal == NULL;
+    ts_hurry_begin(&t->hurry);
     close(c->socket.fd);
+    ts_hurry_end(&t->hurry);
     if (c->process.fd >= 0)
         close(c->process.fd);
     pthread_mutex_lock(&t->lock);
@@ -635,7 +643,9 @@ static void accept_one(ts_transport *t)
 refuse:
     free(c);
     free(event);
+    ts_hurry_begin(&t->hurry);
     close(fd);
+    ts_hurry_end(&t->hurry);
 }
 
 static void run_tick(ts_work *work, void *service)
@@ -712,6 +722,8 @@ static void *transport_main(void *arg)
     ts_transport *t = arg;
     struct epoll_event events[EVENTS];
     uint64_t next_tick = ts_now_ms() + TICK_MS;
+    if (!t->refuses && !ts_hurry_init(&t->hurry))
+        ts_log(TS_LOG_ERROR, "no timer for the daemon's socket: %s", strerror(errno));
     while (!atomic_load(&t->stopping)) {
         uint64_t now = ts_now_ms();
         if (now >= next_tick) {
@@ -723,6 +735,7 @@ static void *transport_main(void *arg)
             on_event(t, events[i].data.ptr, events[i].events);
         end_doomed(t); /* after the events of this turn, which may name them */
     }
+    ts_hurry_fini(&t->hurry);
     return NULL;
 }
 
@@ -758,6 +771,7 @@ ts_status ts_transport_start(ts_service *service, const ts_transport_options *o,
 ts_status ts_transport_listen(ts_transport *t, char *why, size_t why_bytes)
 {
     t->listener.fd = ts_unix_listen(t->path, SOCK_STREAM, t->options.mode);
+    t->refuses = t->listener.fd >= 0 && ts_passed_refuse(t->listener.fd);
     if (t->listener.fd < 0 || !watch(t, &t->listener) ||
         (errno = pthread_create(&t->thread, NULL, transport_main, t)) != 0) {
         snprintf(why, why_bytes, "listening at %s failed: %s", t->path, strerror(errno));
@@ -792,11 +806,15 @@ void ts_transport_free(ts_transport *t)
 {
     if (t == NULL)
         return;
+    if (!t->refuses)
+        (void)ts_hurry_init(&t->hurry);
     for (uint32_t i = 0; i < BUCKETS; i++)
         while (t->buckets[i] != NULL)
             end(t, t->buckets[i]);
+    ts_hurry_begin(&t->hurry);
     if (t->listener.fd >= 0)
         close(t->listener.fd);
+    ts_hurry_fini(&t->hurry);
     if (t->wake.fd >= 0)
         close(t->wake.fd);
     if (t->epoll >= 0)

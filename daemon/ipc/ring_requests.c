@@ -86,9 +86,9 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
         return false;
     }
     if (pool < s->exec.engine->num_pools &&
-        s->exec.engine->pools[pool].books.num_slabs > TS_RING_SLABS) {
+        s->exec.engine->pools[pool].books.num_slabs > r->max_slabs) {
         ts_refuse(a, TS_EINVAL, "a begin on a ring in a pool of %u slabs; it can tell of %u",
-                  s->exec.engine->pools[pool].books.num_slabs, TS_RING_SLABS);
+                  s->exec.engine->pools[pool].books.num_slabs, r->max_slabs);
         return false;
     }
     if (session == NULL || pool >= s->exec.engine->num_pools ||
@@ -98,9 +98,9 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     for (uint32_t i = 0; i < count; i++)
         blocks += ts_ring_blocks(r->rings->words[i],
                                  s->exec.engine->pools[pool].config.geometry.block_tokens);
-    if (blocks > TS_RING_BLOCKS) {
+    if (blocks > r->max_blocks) {
         ts_refuse(a, TS_EINVAL, "a begin that touches up to %llu blocks on a ring; it takes %u",
-                  (unsigned long long)blocks, TS_RING_BLOCKS);
+                  (unsigned long long)blocks, r->max_blocks);
         return false;
     }
     command->step_begin.seqs = r->rings->seqs;
@@ -194,7 +194,7 @@ static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequ
         uint32_t touched = (uint32_t)ts_whole_blocks(part->start, seqs->block_tokens);
         uint32_t first = known < touched ? known : touched;
         uint32_t n = table_end(part, seqs) - first;
-        if (all + n <= TS_RING_BLOCKS)
+        if (all + n <= r->max_blocks)
             memcpy(rings->tables + all, part->table + first, n * sizeof *rings->tables);
         rings->firsts[i] = first;
         rings->words[i] = n;
@@ -227,9 +227,9 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
         blocks = r->rings->tables;
         counts = r->rings->words;
     }
-    if (num_blocks > TS_RING_BLOCKS) {
+    if (num_blocks > r->max_blocks) {
         ts_refuse(a, TS_EINVAL, "block tables of %llu entries; a ring can tell of %u",
-                  (unsigned long long)num_blocks, TS_RING_BLOCKS);
+                  (unsigned long long)num_blocks, r->max_blocks);
         return false;
     }
     if (!ts_slab_list_fill(&s->slab_list, &s->exec, step->pool, blocks, num_blocks)) {
@@ -238,14 +238,14 @@ static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
     }
     memcpy(r->shared->begun_starts, a->begun.starts, a->begun.num_seqs * sizeof(uint32_t));
     memcpy(r->shared->begun_counts, counts, a->begun.num_seqs * sizeof(uint32_t));
-    memcpy(r->shared->begun_blocks, blocks, num_blocks * sizeof(uint32_t));
+    memcpy(r->blocks, blocks, num_blocks * sizeof(uint32_t));
     if (tables) {
         memcpy(r->shared->begun_firsts, r->rings->firsts, a->begun.num_seqs * sizeof(uint32_t));
         note_told(step, seqs);
     }
     for (size_t i = 0; i < s->slab_list.count; i++) {
         const Tspb__Slab *slab = s->slab_list.pointers[i];
-        r->shared->begun_slabs[i] = (ts_ring_slab){slab->slab, slab->generation};
+        r->slabs[i] = (ts_ring_slab){slab->slab, slab->generation};
     }
     done->step = step->id;
     done->num_blocks = (uint32_t)num_blocks;

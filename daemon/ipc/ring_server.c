@@ -2,6 +2,8 @@
 #include "ring_server.h"
 
 #include "clock.h"
+#include "given_memory.h"
+#include "tinyserve_version.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -46,8 +48,7 @@ static void free_ring(ts_ring *r)
     *r->at = r->next;
     if (r->next != NULL)
         r->next->at = r->at;
-    munmap(r->shared, sizeof *r->shared);
-    close(r->fd);
+    munmap(r->shared, r->bytes);
     close(r->doorbell);
     free(r);
 }
@@ -101,42 +102,101 @@ static void close_ring(ts_close_hook *hook)
     ts_ring_release(r);
 }
 
-ts_status ts_ring_new(ts_rings *rings, ts_connection *c, char *why, size_t why_bytes)
+/* The ring takes the place of the connection's, if there is one. */
+static void replace_ring(ts_connection *c, ts_ring *r)
+{
+    if (c->ring != NULL) {
+        ts_close_hook **at = &c->on_end;
+        while (*at != &c->ring->hook)
+            at = &(*at)->next;
+        *at = c->ring->hook.next;
+        close_ring(&c->ring->hook);
+    }
+    r->hook = (ts_close_hook){.next = c->on_end, .close = close_ring};
+    c->on_end = &r->hook;
+    c->ring = r;
+}
+
+/* Checks what the client has written, and fills in what the daemon has to say. */
+static ts_status adopt(ts_ring *r, char *why, size_t why_bytes)
+{
+    ts_rings_memory *m = r->shared;
+    uint32_t magic = m->magic, version = m->version;
+    r->max_blocks = __atomic_load_n(&m->max_blocks, __ATOMIC_RELAXED);
+    r->max_slabs = __atomic_load_n(&m->max_slabs, __ATOMIC_RELAXED);
+    if (magic != TS_RING_MAGIC || version != TS_RING_VERSION) {
+        snprintf(why, why_bytes,
+                 "rings of version %u, and magic %x; those of tinyserved " TS_VERSION
+                 " are of version %u, and magic %x",
+                 version, magic, TS_RING_VERSION, TS_RING_MAGIC);
+        return TS_EPROTO;
+    }
+    if (r->max_blocks > TS_RING_BLOCKS || r->max_slabs > TS_RING_SLABS ||
+        r->bytes != ts_rings_bytes(r->max_blocks, r->max_slabs)) {
+        snprintf(why, why_bytes,
+                 "rings with room for %u blocks and %u slabs in %zu bytes; the limits are %u and "
+                 "%u, and there must be room for them",
+                 r->max_blocks, r->max_slabs, r->bytes, TS_RING_BLOCKS, TS_RING_SLABS);
+        return TS_EINVAL;
+    }
+    r->slabs = ts_rings_slabs(m);
+    r->blocks = ts_rings_blocks(m, r->max_slabs);
+    if (r->rings->service->exec.attention != NULL)
+        m->isa = (uint32_t)ts_attention_isa(r->rings->service->exec.attention);
+    m->submissions.sleeps = 1;
+    return TS_OK;
+}
+
+/* Maps the memory. */
+static ts_status map(ts_ring *r, int given, char *why, size_t why_bytes)
+{
+    void *base;
+    uint64_t bytes;
+    ts_status status =
+        ts_given_map(given, "the rings' memory", sizeof *r->shared, &base, &bytes, why, why_bytes);
+    if (status == TS_OK) {
+        r->shared = base;
+        r->bytes = bytes;
+    }
+    return status;
+}
+
+static ts_status open_doorbell(ts_ring *r, char *why, size_t why_bytes)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = r};
+    r->doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (r->doorbell >= 0 && epoll_ctl(r->rings->epoll, EPOLL_CTL_ADD, r->doorbell, &event) == 0)
+        return TS_OK;
+    snprintf(why, why_bytes, "no doorbell for a ring: %s", strerror(errno));
+    return TS_ENOMEM;
+}
+
+ts_status ts_ring_new(ts_rings *rings, ts_connection *c, int given, char *why, size_t why_bytes)
 {
     ts_ring *r = calloc(1, sizeof *r);
-    void *shared;
-    ts_status status = TS_ENOMEM;
-    if (r == NULL)
+    if (r == NULL) {
         snprintf(why, why_bytes, "no memory for a ring");
-    else
-        status = ts_memory_shared_new("tinyserve-rings", sizeof *r->shared, &r->fd, &shared, why,
-                                      why_bytes);
-    if (status != TS_OK) {
-        free(r);
-        return status;
+        return TS_ENOMEM;
     }
-    r->shared = shared;
-    r->shared->magic = TS_RING_MAGIC;
-    r->shared->version = TS_RING_VERSION;
-    if (rings->service->exec.attention != NULL)
-        r->shared->isa = (uint32_t)ts_attention_isa(rings->service->exec.attention);
-    r->shared->submissions.sleeps = 1;
     r->work.run = ts_ring_take;
     r->bye.run = let_go;
     r->rings = rings;
     r->pipe = c->pipe;
     r->users = 1;
     r->asleep = true;
-    r->doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = r};
-    if (r->doorbell < 0 || epoll_ctl(rings->epoll, EPOLL_CTL_ADD, r->doorbell, &event) != 0) {
-        snprintf(why, why_bytes, "no doorbell for a ring: %s", strerror(errno));
+    r->doorbell = -1;
+    ts_status status = map(r, given, why, why_bytes);
+    if (status == TS_OK)
+        status = adopt(r, why, why_bytes);
+    if (status == TS_OK)
+        status = open_doorbell(r, why, why_bytes);
+    if (status != TS_OK) {
         if (r->doorbell >= 0)
             close(r->doorbell);
-        munmap(r->shared, sizeof *r->shared);
-        close(r->fd);
+        if (r->shared != NULL)
+            munmap(r->shared, r->bytes);
         free(r);
-        return TS_ENOMEM;
+        return status;
     }
     r->polled = true;
     r->next = rings->all;
@@ -144,9 +204,7 @@ ts_status ts_ring_new(ts_rings *rings, ts_connection *c, char *why, size_t why_b
     if (r->next != NULL)
         r->next->at = &r->next;
     rings->all = r;
-    r->hook = (ts_close_hook){.next = c->on_end, .close = close_ring};
-    c->on_end = &r->hook;
-    c->ring = r;
+    replace_ring(c, r);
     return TS_OK;
 }
 

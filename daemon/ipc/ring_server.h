@@ -28,8 +28,12 @@ typedef struct ts_ring {
     struct ts_ring *next, **at; /* among all */
     uint32_t pipe;
     uint32_t users; /* the connection, and each job that will complete an entry */
-    int fd, doorbell;
+    int doorbell;
     ts_rings_memory *shared;
+    size_t bytes;
+    uint32_t max_blocks, max_slabs; /* that a begin's answer has room for, and where: */
+    uint32_t *blocks;
+    ts_ring_slab *slabs;
     atomic_uint taken;        /* submissions */
     uint32_t posted;          /* completions */
     ts_ring_completion begun; /* of a step whose copies are being made; step 0: none is */
@@ -75,8 +79,11 @@ void ts_rings_free(ts_rings *rings);
 /* Tells every session why the daemon ends; before its connections do. The engine's owner. */
 void ts_rings_device_failed(ts_rings *rings);
 
-/* Makes the connection's ring, which ends with its session. TS_ENOMEM with a sentence. */
-ts_status ts_ring_new(ts_rings *rings, ts_connection *connection, char *why, size_t why_bytes);
+/* Makes the connection's ring, which ends with its session, of the memory that the client gives
+ * (TS_HANDLE_GIVE_RINGS); the descriptor stays the caller's. TS_EINVAL, TS_EPROTO or TS_ENOMEM with
+ * a sentence. */
+ts_status ts_ring_new(ts_rings *rings, ts_connection *connection, int given, char *why,
+                      size_t why_bytes);
 
 /* One user more, and one less; NULL is fine. */
 ts_ring *ts_ring_use(ts_ring *ring);
