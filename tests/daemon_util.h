@@ -8,7 +8,7 @@
 
 #include "test_util.h"
 
-#include "client.h"
+#include "rpc.h"
 
 #include <errno.h>
 #include <signal.h>

@@ -3,6 +3,7 @@
 #include "raw_client.h"
 
 #include "attention.h"
+#include "fd_client.h"
 
 #include <fcntl.h>
 #include <math.h>

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include "fd_client.h"
 #include <fcntl.h>
 #include <grp.h>
 #include <sys/mman.h>

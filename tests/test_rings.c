@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "ways_util.h"
 
+#include "ring_client.h"
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>

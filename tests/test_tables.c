@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "ways_util.h"
 
+#include "block_table_cache.h"
 #define SEQS 4u
 #define BLOCK_TOKENS 4u
 #define LOCAL_POOL POOL ",client_write=all,device=host"

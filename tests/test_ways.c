@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "ways_util.h"
 
+#include "ring_client.h"
 #define SEQS 3
 
 static void fill(rng *r, void *to, size_t n)

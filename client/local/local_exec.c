@@ -1,5 +1,10 @@
 /* Local execution: this process attends itself, over the mapped pool, with the daemon's kernels. */
-#include "client.h"
+#include "local_exec.h"
+
+#include "block_table_cache.h"
+#include "error.h"
+#include "local_gpu.h"
+#include "ring_client.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,8 +1,10 @@
 /* Finds libtinyserve-cuda and attends through it. */
 #define _GNU_SOURCE
-#include "client.h"
-
 #include "local_gpu.h"
+
+#include "error.h"
+#include "gpu_context.h"
+#include "local_gpu_ops.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -63,11 +65,13 @@ ts_status ts_local_gpu_open(ts_client *c, const ts_pool *p)
             ts_cuda_leave(cuda);
         }
     }
-    if (status == TS_OK)
-        c->local_gpu = l;
-    else
+    if (status != TS_OK) {
         free(l); /* the library stays loaded, as CUDA's do */
-    return status;
+        return status;
+    }
+    c->local_gpu = l;
+    c->await_runs = ts_local_gpu_await;
+    return TS_OK;
 }
 
 void ts_local_gpu_close(ts_client *c)
@@ -81,6 +85,7 @@ void ts_local_gpu_close(ts_client *c)
     }
     free(l);
     c->local_gpu = NULL;
+    c->await_runs = NULL;
 }
 
 ts_status ts_local_gpu_plan(ts_pool *p, const ts_attention_seq *seqs, uint32_t num_seqs,

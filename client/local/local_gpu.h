@@ -1,49 +1,31 @@
 /*
- * Between libtinyserve and libtinyserve-cuda, which has the kernels that run on a GPU and is loaded
- * when a worker first attends there itself: libtinyserve is the same with and without CUDA.
+ * Attention that this process does itself on a GPU, through libtinyserve-cuda, which is loaded at
+ * the first need.
  *
- * Thread: the client's. The device's primary context is current.
+ * Thread: the client's.
  */
 #ifndef TS_LOCAL_GPU_H
 #define TS_LOCAL_GPU_H
 
-#include "gpu.h"
+#include "local_run.h"
 
-#define TS_LOCAL_GPU_LIBRARY "libtinyserve-cuda.so.0"
-#define TS_LOCAL_GPU_VERSION 3u /* of this interface, which is the two libraries' own */
+typedef struct ts_local_gpu ts_local_gpu;
+ts_status ts_local_gpu_open(ts_client *client, const ts_pool *pool);
+void ts_local_gpu_close(ts_client *client);
+/* *plan: NULL, or one of an earlier step that may be renewed. */
+ts_status ts_local_gpu_plan(ts_pool *pool, const ts_attention_seq *seqs, uint32_t num_seqs,
+                            uint32_t heads, ts_dtype io_dtype, const char *kernel,
+                            ts_gpu_plan **plan);
+void ts_local_gpu_plan_free(ts_client *client, ts_gpu_plan *plan);
 
-typedef struct ts_local_gpu_ops {
-    uint32_t version;
+/* A plan that is kept, for one step after another (gpu.h). */
+ts_status ts_local_gpu_keep(ts_pool *pool, const ts_frame_options *options, ts_gpu_plan **out);
+ts_status ts_local_gpu_keep_set(ts_client *client, ts_gpu_plan *plan, const ts_attention_seq *seqs,
+                                uint32_t num_seqs);
+void ts_local_gpu_keep_clear(ts_client *client, ts_gpu_plan *plan);
+ts_status ts_local_gpu_attend(ts_pool *pool, ts_gpu_plan *plan, const ts_local_run *run);
 
-    /* TS_EDEVICE, TS_ENOMEM with a sentence. */
-    ts_status (*open)(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
-    void (*close)(ts_gpu *gpu);
-
-    /* Plans a step's runs by the kernel of that name, and waits until they can be launched. *plan:
-     * NULL, or that of an earlier step, which is renewed or freed. */
-    ts_status (*plan)(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
-                      const char *kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
-                      ts_gpu_plan **plan, char *why, size_t why_bytes);
-    void (*plan_free)(ts_gpu_plan *plan);
-
-    /* gpu.h: ts_gpu_plan_keep and so on. */
-    ts_status (*keep)(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
-                      const char *kernel, const ts_gpu_plan_limits *limits, ts_gpu_plan **out,
-                      char *why, size_t why_bytes);
-    ts_status (*keep_set)(ts_gpu_plan *plan, const ts_attention_seq *seqs, uint32_t num_seqs,
-                          char *why, size_t why_bytes);
-    ts_status (*keep_clear)(ts_gpu_plan *plan, char *why, size_t why_bytes);
-
-    /* Queues one run on the stream; without one (on_stream false), waits for its end. */
-    ts_status (*attend)(ts_gpu *gpu, bool on_stream, void *stream, unsigned char *base,
-                        const ts_attention_variant *variant, const ts_gpu_run *run, char *why,
-                        size_t why_bytes);
-
-    /* Waits for all runs that were queued; those of captured streams aside. */
-    ts_status (*await)(ts_gpu *gpu, char *why, size_t why_bytes);
-} ts_local_gpu_ops;
-
-/* The library's one symbol. */
-const ts_local_gpu_ops *ts_local_gpu_get(void);
+/* Waits for the runs that were queued on streams. */
+ts_status ts_local_gpu_await(ts_client *client);
 
 #endif

@@ -1,5 +1,5 @@
 /* libtinyserve-cuda: the kernels, launched on a worker's own streams. */
-#include "local_gpu.h"
+#include "local_gpu_ops.h"
 
 #include <stdio.h>
 

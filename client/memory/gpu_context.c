@@ -1,7 +1,8 @@
 #define _GNU_SOURCE
-#include "client.h"
+#include "gpu_context.h"
 
 #include "cuda_driver.h"
+#include "error.h"
 
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -319,4 +320,22 @@ ts_status ts_cuda_between(ts_client *c, ts_cuda *cuda, void *from, void *to, uin
     ts_cuda_leave(cuda);
     *ns = (uint64_t)((double)ms * 1e6);
     return status;
+}
+
+ts_status ts_client_cuda(ts_client *c, const ts_pool *p, ts_cuda **out)
+{
+    *out = NULL;
+    if (!p->on_gpu)
+        return ts_fail(c, TS_EINVAL, "the pool is in host memory: there is no GPU");
+    if (c->cuda == NULL) {
+        ts_status status = ts_cuda_open(c, p->uuid, &c->cuda);
+        if (status != TS_OK)
+            return status;
+    }
+    if (!ts_cuda_is(c->cuda, p->uuid))
+        return ts_fail(c, TS_EINVAL,
+                       "a session uses one GPU, and the pool is on another: connect "
+                       "once for each");
+    *out = c->cuda;
+    return TS_OK;
 }

@@ -9,15 +9,7 @@
 #ifndef TS_GPU_CONTEXT_H
 #define TS_GPU_CONTEXT_H
 
-#include "tinyserve_types.h"
-
-#include <stdbool.h>
-
-#define TS_UUID_BYTES 16
-#define TS_IPC_HANDLE_BYTES 64
-
-typedef struct ts_cuda ts_cuda;
-typedef struct ts_client ts_client;
+#include "client.h"
 
 /* The device with this UUID. TS_EDEVICE: no driver, or it isn't visible here
  * (CUDA_VISIBLE_DEVICES). The error sentence is set. */
@@ -67,5 +59,8 @@ void ts_cuda_unmark(ts_cuda *cuda, void *mark); /* NULL: nothing */
 
 /* Waits for the later mark; the time that the stream took from one to the other. */
 ts_status ts_cuda_between(ts_client *client, ts_cuda *cuda, void *from, void *to, uint64_t *ns);
+
+/* The GPU of the pool, made ready at the first need: a session uses one. */
+ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
 
 #endif

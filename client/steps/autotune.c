@@ -2,9 +2,10 @@
  * TS_EXEC_AUTO: a session's first steps go both ways, and their runs are timed. The first run of
  * all isn't counted: it maps memory and loads kernels.
  */
-#include "client.h"
+#include "autotune.h"
 
 #include "clock.h"
+#include "gpu_context.h"
 
 #include <string.h>
 

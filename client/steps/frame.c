@@ -1,6 +1,11 @@
 /* Frames: steps whose data, and what their kernels are told, stays where it lay. */
 #include "step.h"
 
+#include "error.h"
+#include "exchange.h"
+#include "local_gpu.h"
+#include "options.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -133,12 +138,6 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_ste
     c->last_exec = s->exec; /* a graph may be all that runs */
     *out = s;
     return TS_OK;
-}
-
-void ts_frame_leave(ts_frame *f)
-{
-    ts_local_gpu_keep_clear(f->pool->client, f->plan);
-    f->in_use = false;
 }
 
 void ts_frame_free(ts_frame *f)

@@ -1,6 +1,13 @@
 /* Runs of a step's layers: by message, by ring, here, or both ways. */
 #include "step.h"
 
+#include "error.h"
+#include "gpu_context.h"
+#include "options.h"
+#include "ring_client.h"
+#include "rpc.h"
+#include "stream_signals.h"
+
 static ts_status run_by_message(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
 {
     Tspb__StepRun body = TSPB__STEP_RUN__INIT;

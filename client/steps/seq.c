@@ -1,4 +1,7 @@
-#include "client.h"
+#include "block_table_cache.h"
+#include "error.h"
+#include "pool_map.h"
+#include "rpc.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,6 +1,16 @@
 /* Steps: how they begin and end, and where their data lies. */
 #include "step.h"
 
+#include "block_table_cache.h"
+#include "error.h"
+#include "exchange.h"
+#include "local_gpu.h"
+#include "options.h"
+#include "pool_map.h"
+#include "ring_client.h"
+#include "rpc.h"
+#include "unanswered.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -385,10 +395,17 @@ void ts_step_slots(const ts_step *s, uint64_t *slots)
     memcpy(slots, s->slots, s->tokens * sizeof *slots);
 }
 
+/* The frame's step has ended: graphs of it do nothing until the next one begins. */
+static void leave_frame(ts_frame *f)
+{
+    ts_local_gpu_keep_clear(f->pool->client, f->plan);
+    f->in_use = false;
+}
+
 static void step_end(ts_step *s)
 {
     if (s->frame != NULL)
-        ts_frame_leave(s->frame);
+        leave_frame(s->frame);
     ts_exchange_give(s->pool->client, &s->region);
     ts_step_free(s);
 }

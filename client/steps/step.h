@@ -7,7 +7,8 @@
 #ifndef TS_CLIENT_STEP_H
 #define TS_CLIENT_STEP_H
 
-#include "client.h"
+#include "autotune.h"
+#include "local_exec.h"
 
 /* Where a step's data lies: offsets into the exchange. */
 typedef struct ts_step_places {
@@ -54,8 +55,5 @@ size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, 
 /* Begins a new step, whose places, heads, io_dtype and scale are set; or appends. */
 ts_status ts_step_call_begin(ts_step *step, const ts_seq *seqs, const ts_step_options *options,
                              bool append);
-
-/* The frame's step has ended: graphs of it do nothing until the next one begins. */
-void ts_frame_leave(ts_frame *frame);
 
 #endif

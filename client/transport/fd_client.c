@@ -1,8 +1,9 @@
 /* The connection to the handle socket (proto/handle_wire.h), made when it is first needed. */
 #define _GNU_SOURCE
-#include "client.h"
+#include "fd_client.h"
 
 #include "clock.h"
+#include "error.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>

@@ -1,8 +1,11 @@
 /* The client's side of the rings (proto/rings.h). */
 #define _GNU_SOURCE
-#include "client.h"
+#include "ring_client.h"
 
 #include "clock.h"
+#include "error.h"
+#include "fd_client.h"
+#include "host_memory.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -123,12 +126,6 @@ static bool has_ended(const ts_rings_memory *m)
     return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != TS_RINGS_GO_ON;
 }
 
-bool ts_device_failed(const ts_client *c)
-{
-    return c->rings != NULL &&
-           __atomic_load_n(&c->rings->ended, __ATOMIC_ACQUIRE) == TS_RINGS_DEVICE_FAILED;
-}
-
 /* Waits until there is a completion: polls for a while, then sleeps. */
 static ts_status await_completion(ts_client *c)
 {
@@ -198,7 +195,8 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         return ts_not_ours(c);
     if (atomic_load(&c->broken) || !c->open)
         return ts_gone(c);
-    ts_unanswered_settle(c);
+    if (c->settle != NULL)
+        c->settle(c);
     entry->tag = ++c->ring_tag;
     m->submitted[c->ring_submitted & MASK] = *entry;
     c->ring_submitted++;

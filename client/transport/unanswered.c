@@ -8,7 +8,10 @@
  * and gives the first answer again. By the rings, which aren't used any more then, the completion
  * comes to where the client would have looked for it.
  */
-#include "client.h"
+#include "unanswered.h"
+
+#include "ring_client.h"
+#include "rpc.h"
 
 #include <nng/protocol/reqrep0/req.h>
 #include <stdlib.h>
@@ -48,39 +51,6 @@ static void drop(ts_unanswered *u)
     free(u);
 }
 
-void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request)
-{
-    nng_msg *message;
-    ts_unanswered *u = calloc(1, sizeof *u);
-    if (u == NULL)
-        return; /* the step ends with the session */
-    if (nng_aio_alloc(&u->aio, moved_on, u) != 0)
-        goto no_aio;
-    if (nng_ctx_open(&u->context, c->socket) != 0)
-        goto no_context;
-    if (nng_msg_alloc(&message, tspb__request__get_packed_size(request)) != 0)
-        goto no_message;
-    tspb__request__pack(request, nng_msg_body(message));
-    nng_ctx_set_ms(u->context, NNG_OPT_REQ_RESENDTIME, -1);
-    nng_aio_set_timeout(u->aio, NNG_DURATION_INFINITE);
-    nng_aio_set_msg(u->aio, message);
-    u->next = c->unanswered;
-    c->unanswered = u;
-    nng_ctx_send(u->context, u->aio);
-    return;
-no_message:
-    nng_ctx_close(u->context);
-no_context:
-    nng_aio_free(u->aio);
-no_aio:
-    free(u);
-}
-
-void ts_unanswered_by_ring(ts_client *c)
-{
-    c->ring_unanswered = true;
-}
-
 /* The step that the answer tells of; 0: none was begun. */
 static uint64_t step_of(nng_msg *answer)
 {
@@ -117,7 +87,7 @@ static bool take(ts_client *c, uint64_t *step)
     return false;
 }
 
-void ts_unanswered_settle(ts_client *c)
+static void settle(ts_client *c)
 {
     uint64_t step;
     while (take(c, &step)) {
@@ -130,6 +100,41 @@ void ts_unanswered_settle(ts_client *c)
         request.step_abort = &abort;
         (void)ts_call_plain(c, &request);
     }
+}
+
+void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request)
+{
+    nng_msg *message;
+    ts_unanswered *u = calloc(1, sizeof *u);
+    if (u == NULL)
+        return; /* the step ends with the session */
+    if (nng_aio_alloc(&u->aio, moved_on, u) != 0)
+        goto no_aio;
+    if (nng_ctx_open(&u->context, c->socket) != 0)
+        goto no_context;
+    if (nng_msg_alloc(&message, tspb__request__get_packed_size(request)) != 0)
+        goto no_message;
+    tspb__request__pack(request, nng_msg_body(message));
+    nng_ctx_set_ms(u->context, NNG_OPT_REQ_RESENDTIME, -1);
+    nng_aio_set_timeout(u->aio, NNG_DURATION_INFINITE);
+    nng_aio_set_msg(u->aio, message);
+    c->settle = settle;
+    u->next = c->unanswered;
+    c->unanswered = u;
+    nng_ctx_send(u->context, u->aio);
+    return;
+no_message:
+    nng_ctx_close(u->context);
+no_context:
+    nng_aio_free(u->aio);
+no_aio:
+    free(u);
+}
+
+void ts_unanswered_by_ring(ts_client *c)
+{
+    c->settle = settle;
+    c->ring_unanswered = true;
 }
 
 void ts_unanswered_close(ts_client *c)

@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include "tsbench.h"
 
-#include "client.h"
+#include "rpc.h"
 
 #include <errno.h>
 #include <nng/protocol/reqrep0/rep.h>

@@ -1,6 +1,8 @@
 /* tsctl: what the operator asks a running tinyserved. */
 #define _GNU_SOURCE
 #include "options.h"
+
+#include "error.h"
 #include "plain_text.h"
 #include "tinyserve_version.h"
 

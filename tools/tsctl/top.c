@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "tsctl.h"
 
+#include "error.h"
 #include "plain_text.h"
 
 #include <curses.h>

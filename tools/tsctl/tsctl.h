@@ -7,8 +7,8 @@
 #ifndef TSCTL_H
 #define TSCTL_H
 
-#include "client.h"
 #include "report_json.h"
+#include "rpc.h"
 
 enum { OWNER_KEPT = 1, OWNER_SEVERAL, OWNER_SESSIONS }; /* as PoolMapReply counts them */
 

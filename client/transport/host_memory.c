@@ -1,7 +1,9 @@
 /* Host memory that is mapped into this process: what it makes to be given to the daemon, and who
  * holds what. */
 #define _GNU_SOURCE
-#include "client.h"
+#include "host_memory.h"
+
+#include "error.h"
 
 #include <errno.h>
 #include <fcntl.h>

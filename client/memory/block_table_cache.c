@@ -1,5 +1,8 @@
 /* Block tables that this process knows, kept from one step to the next. */
-#include "client.h"
+#include "block_table_cache.h"
+
+#include "error.h"
+#include "pool_map.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,15 +1,24 @@
+/* Connects and disconnects: the one file that knows all that a client has. */
 #define _GNU_SOURCE
-#include "client.h"
-
 #include "clock.h"
+#include "error.h"
+#include "exchange.h"
+#include "fd_client.h"
+#include "gpu_context.h"
+#include "local_exec.h"
+#include "local_gpu.h"
+#include "options.h"
+#include "ring_client.h"
+#include "rpc.h"
+#include "stream_signals.h"
 #include "tinyserve_version.h"
+#include "unanswered.h"
 
 #include <errno.h>
 #include <nng/protocol/reqrep0/req.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,30 +35,6 @@
  * this must be known before NNG is asked. 0: none yet. Inherited by fork, which is the point.
  */
 static _Atomic pid_t nng_user;
-
-/* The client that this thread was refused last, as another one was inside. Its sentence is the
- * constant below and not in the client, where that other thread may be writing one. */
-static _Thread_local const ts_client *refused;
-
-ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
-{
-    va_list args;
-    if (refused == c)
-        refused = NULL;
-    va_start(args, format);
-    vsnprintf(c->error, sizeof c->error, format, args);
-    va_end(args);
-    return status;
-}
-
-const char *ts_error(const ts_client *c)
-{
-    if (c == NULL)
-        return "out of memory";
-    return c == refused ? "another thread is inside a call on this client: a client, and what was "
-                          "opened from it, is used by one thread at a time"
-                        : c->error;
-}
 
 ts_transport ts_client_transport(const ts_client *c)
 {
@@ -71,39 +56,6 @@ const char *ts_daemon_version(const ts_client *c)
     return c->version;
 }
 
-ts_status ts_in_use(ts_client *c)
-{
-    if (c->pid != getpid()) /* the thread that was inside isn't in this process */
-        return ts_not_ours(c);
-    refused = c;
-    return TS_EBUSY;
-}
-
-ts_client *ts_enter_last(ts_client *c)
-{
-    while (ts_enter(c) == NULL && c->pid == getpid())
-        (void)poll(NULL, 0, 1);
-    return c;
-}
-
-/* ---- calls ---- */
-
-ts_status ts_not_ours(ts_client *c)
-{
-    return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
-                   (int)c->pid);
-}
-
-ts_status ts_gone(ts_client *c)
-{
-    atomic_store(&c->broken, true);
-    if (ts_device_failed(c))
-        return ts_fail(c, TS_EDEVICE,
-                       "a GPU of the daemon at %s failed, and it ended: the session is over",
-                       c->path);
-    return ts_fail(c, TS_ECONN, "the connection to %s ended: the session is over", c->path);
-}
-
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
 {
     (void)pipe;
@@ -114,84 +66,6 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     ts_rings_wake(c);
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
 }
-
-/* Sends the packed request and waits for one reply message. */
-static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, nng_msg **reply)
-{
-    nng_msg *message;
-    size_t bytes = tspb__request__get_packed_size(request);
-    if (nng_msg_alloc(&message, bytes) != 0)
-        return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
-    tspb__request__pack(request, nng_msg_body(message));
-    nng_aio_set_timeout(c->aio, (nng_duration)c->timeout_ms);
-    nng_aio_set_msg(c->aio, message);
-    nng_send_aio(c->socket, c->aio);
-    if (atomic_load(&c->broken)) /* it may have ended before there was anything to abort */
-        nng_aio_abort(c->aio, NNG_ECONNRESET);
-    nng_aio_wait(c->aio);
-    int error = nng_aio_result(c->aio);
-    if (error != 0)
-        nng_msg_free(nng_aio_get_msg(c->aio));
-    if (error == 0) {
-        nng_recv_aio(c->socket, c->aio);
-        if (atomic_load(&c->broken))
-            nng_aio_abort(c->aio, NNG_ECONNRESET);
-        nng_aio_wait(c->aio);
-        error = nng_aio_result(c->aio);
-    }
-    if (error == 0) {
-        *reply = nng_aio_get_msg(c->aio);
-        return TS_OK;
-    }
-    if (atomic_load(&c->broken))
-        return ts_gone(c);
-    if (error == NNG_ETIMEDOUT)
-        return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, c->timeout_ms);
-    return ts_fail(c, TS_ECONN, "%s: %s", c->path, nng_strerror(error));
-}
-
-ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
-{
-    *reply = NULL;
-    if (c->pid != getpid())
-        return ts_not_ours(c);
-    if (atomic_load(&c->broken) || !c->open)
-        return ts_gone(c);
-    ts_unanswered_settle(c);
-    request->request_id = c->next_id++;
-    ts_status status = TS_ETIMEOUT;
-    nng_msg *message = NULL;
-    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= c->retries; i++)
-        status = exchange_messages(c, request, &message);
-    if (status != TS_OK)
-        return status;
-    Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
-    nng_msg_free(message);
-    if (r == NULL || (r->request_id != request->request_id && r->status == TS_OK)) {
-        if (r != NULL)
-            tspb__reply__free_unpacked(r, NULL);
-        return ts_fail(c, TS_EPROTO, "the daemon's answer to request %llu can't be understood",
-                       (unsigned long long)request->request_id);
-    }
-    if (r->status != TS_OK) {
-        status = ts_fail(c, (ts_status)r->status, "%s", r->message);
-        tspb__reply__free_unpacked(r, NULL);
-        return status;
-    }
-    *reply = r;
-    return TS_OK;
-}
-
-ts_status ts_call_plain(ts_client *c, Tspb__Request *request)
-{
-    Tspb__Reply *reply;
-    ts_status status = ts_call(c, request, &reply);
-    if (status == TS_OK)
-        tspb__reply__free_unpacked(reply, NULL);
-    return status;
-}
-
-/* ---- connecting ---- */
 
 static int dial(ts_client *c)
 {
@@ -311,7 +185,8 @@ static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes
     c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
     if (status == TS_OK && exchange_bytes > 0) {
         status = ts_exchange_host(c, exchange_bytes);
-        c->absent = status == TS_ECONN;
+        /* The next daemon, which has taken over meanwhile, doesn't know the session. */
+        c->absent = status == TS_ECONN || status == TS_EPERM;
     }
     return status;
 }
@@ -343,7 +218,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     ts_options o;
     ts_client *c = calloc(1, sizeof *c);
     *out = c;
-    refused = NULL; /* it may have had the same address */
+    ts_error_forget();
     if (c == NULL)
         return TS_ENOMEM;
     c->handle_fd = -1;

@@ -1,6 +1,7 @@
 /* The public structs' sizes, and the version: what a program and the library it loads agree on. */
-#include "client.h"
+#include "options.h"
 
+#include "error.h"
 #include "tinyserve_version.h"
 
 #include <string.h>

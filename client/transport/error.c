@@ -1,0 +1,72 @@
+#include "error.h"
+
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <unistd.h>
+
+/* The client that this thread was refused last, as another one was inside. Its sentence is the
+ * constant below and not in the client, where that other thread may be writing one. */
+static _Thread_local const ts_client *refused;
+
+ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
+{
+    va_list args;
+    if (refused == c)
+        refused = NULL;
+    va_start(args, format);
+    vsnprintf(c->error, sizeof c->error, format, args);
+    va_end(args);
+    return status;
+}
+
+const char *ts_error(const ts_client *c)
+{
+    if (c == NULL)
+        return "out of memory";
+    return c == refused ? "another thread is inside a call on this client: a client, and what was "
+                          "opened from it, is used by one thread at a time"
+                        : c->error;
+}
+
+ts_status ts_in_use(ts_client *c)
+{
+    if (c->pid != getpid()) /* the thread that was inside isn't in this process */
+        return ts_not_ours(c);
+    refused = c;
+    return TS_EBUSY;
+}
+
+ts_client *ts_enter_last(ts_client *c)
+{
+    while (ts_enter(c) == NULL && c->pid == getpid())
+        (void)poll(NULL, 0, 1);
+    return c;
+}
+
+ts_status ts_not_ours(ts_client *c)
+{
+    return ts_fail(c, TS_ECONN, "the session belongs to process %d: connect after fork()",
+                   (int)c->pid);
+}
+
+ts_status ts_gone(ts_client *c)
+{
+    atomic_store(&c->broken, true);
+    if (ts_device_failed(c))
+        return ts_fail(c, TS_EDEVICE,
+                       "a GPU of the daemon at %s failed, and it ended: the session is over",
+                       c->path);
+    return ts_fail(c, TS_ECONN, "the connection to %s ended: the session is over", c->path);
+}
+
+bool ts_device_failed(const ts_client *c)
+{
+    return c->rings != NULL &&
+           __atomic_load_n(&c->rings->ended, __ATOMIC_ACQUIRE) == TS_RINGS_DEVICE_FAILED;
+}
+
+void ts_error_forget(void)
+{
+    refused = NULL;
+}

@@ -1,0 +1,57 @@
+/*
+ * The error sentence, and who may be inside a call on a client.
+ *
+ * Thread: the client's; ts_enter and what follows it any.
+ */
+#ifndef TS_ERROR_H
+#define TS_ERROR_H
+
+#include "client.h"
+
+/*
+ * Stands first in every public function that uses the client: a second thread is refused while one
+ * is inside. The client is left when the function returns. Functions inside the library that other
+ * public functions need too don't have it.
+ */
+#define TS_ENTER(client)                                                                           \
+    ts_client *entered __attribute__((cleanup(ts_leave))) = ts_enter(client);                      \
+    if (entered == NULL)                                                                           \
+    return ts_in_use(client)
+
+/* The same where nothing can be refused: waits until the other thread's call has returned. */
+#define TS_ENTER_LAST(client)                                                                      \
+    ts_client *entered __attribute__((cleanup(ts_leave), unused)) = ts_enter_last(client)
+
+/* NULL: another thread is inside. */
+static inline ts_client *ts_enter(ts_client *client)
+{
+    return atomic_exchange_explicit(&client->in_call, true, memory_order_acquire) ? NULL : client;
+}
+
+static inline void ts_leave(ts_client **client)
+{
+    if (*client != NULL)
+        atomic_store_explicit(&(*client)->in_call, false, memory_order_release);
+}
+
+ts_client *ts_enter_last(ts_client *client);
+
+/* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
+ts_status ts_in_use(ts_client *client);
+
+/* Sets the error sentence and returns status. */
+ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* The daemon has said that it ends because a device of it failed. */
+bool ts_device_failed(const ts_client *client);
+
+/* The connection has ended: TS_ECONN, or TS_EDEVICE where the daemon ended with its device. It is
+ * another process's: TS_ECONN. */
+ts_status ts_gone(ts_client *client);
+ts_status ts_not_ours(ts_client *client);
+
+/* A new client may have the address of one that this thread was refused. */
+void ts_error_forget(void);
+
+#endif

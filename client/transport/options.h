@@ -1,0 +1,22 @@
+/*
+ * The caller's structs of options, which may be of an older or a newer header than this library.
+ */
+#ifndef TS_OPTIONS_H
+#define TS_OPTIONS_H
+
+#include "client.h"
+
+/* Which struct of options. */
+typedef enum ts_options_struct {
+    TS_STRUCT_OPTIONS,
+    TS_STRUCT_STEP_OPTIONS,
+    TS_STRUCT_RUN_OPTIONS,
+    TS_STRUCT_FRAME_OPTIONS
+} ts_options_struct;
+
+/* Copies a caller's options, of whichever size its header gave them, into a struct of this
+ * library's; NULL: all are 0. */
+ts_status ts_options_read(ts_client *client, ts_options_struct which, const void *options,
+                          void *out);
+
+#endif
