@@ -27,6 +27,7 @@
 #define TS_RINGS_H
 
 #include "blocks.h"
+#include "layer_run.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -49,16 +50,6 @@ enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT 
  */
 enum { TS_RING_TABLES = 1 };
 
-/* Of a run: which of the optional things it has. */
-enum {
-    TS_RING_SINKS = 1,
-    TS_RING_ALIBI = 2,
-    TS_RING_LSE = 4,
-    TS_RING_INTERLEAVED = 8, /* pairs of rotary embedding */
-    TS_RING_SCALES = 32,
-    TS_RING_ORDERED = 16, /* completed when it is accepted: signals.h has the rest */
-};
-
 /* Fields as in tinyserve.proto. */
 typedef struct ts_ring_entry {
     uint32_t op, tag; /* the completion has the same tag */
@@ -69,13 +60,8 @@ typedef struct ts_ring_entry {
             float scale;
             char kernel[20]; /* NUL-terminated; empty: the pool's */
             uint32_t flags;
-        } begin; /* of sequence batch_seqs[i], batch_words[i] new tokens */
-        struct {
-            uint32_t layer, flags;
-            uint64_t q, k, v, out, sinks, alibi, lse, scales; /* bytes into the exchange */
-            float scale, soft_cap, rope_theta;
-            uint32_t window, rope_dims, order;
-        } run;
+        } begin;          /* of sequence batch_seqs[i], batch_words[i] new tokens */
+        ts_layer_run run; /* ordered: completed when it is accepted; signals.h has the rest */
         struct {
             uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
         } commit;
@@ -149,8 +135,7 @@ static inline size_t ts_rings_bytes(uint32_t max_blocks, uint32_t max_slabs)
 
 _Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
 _Static_assert(sizeof(ts_ring_entry) == 128, "layout is shared by two programs");
-_Static_assert(offsetof(ts_ring_entry, run.q) == 24, "layout is shared by two programs");
-_Static_assert(offsetof(ts_ring_entry, run.order) == 108, "layout is shared by two programs");
+_Static_assert(offsetof(ts_ring_entry, run) == 16, "layout is shared by two programs");
 _Static_assert(sizeof(ts_ring_completion) == 256, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, completions) == 256, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, submitted) == 448, "layout is shared by two programs");

@@ -273,9 +273,10 @@ static void a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were(voi
                                         .exchange_open = {.bytes = 1 << 16}},
                            &a),
                      TS_OK);
-    ts_command run = {.op = TS_OP_STEP_RUN,
-                      .session = s,
-                      .step_run = {.step = step, .q = 0, .k = 4096, .v = 8192, .out = 12288}};
+    ts_command run = {
+        .op = TS_OP_STEP_RUN,
+        .session = s,
+        .step_run = {.step = step, .run = {.q = 0, .k = 4096, .v = 8192, .out = 12288}}};
     assert_int_equal(apply(e, run, &a), TS_OK);
     close_session(e, s); /* while the kernel works */
     assert_int_equal(e->live_sessions, 1);
@@ -456,14 +457,15 @@ static void tokens_nobody_wrote_cannot_be_committed(void **state)
         e,
         (ts_command){.op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 16}},
         &a);
-    ts_command run = {.op = TS_OP_STEP_RUN,
-                      .session = s,
-                      .step_run = {.step = step, .q = 0, .k = 4096, .v = 8192, .out = 12288}};
+    ts_command run = {
+        .op = TS_OP_STEP_RUN,
+        .session = s,
+        .step_run = {.step = step, .run = {.q = 0, .k = 4096, .v = 8192, .out = 12288}}};
     assert_int_equal(apply(e, run, &a), TS_OK);
     assert_int_equal(step_done(e, step, 0), TS_OK);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0),
                      TS_EINVAL); /* 1 of 2 layers */
-    run.step_run.layer = 1;
+    run.step_run.run.layer = 1;
     assert_int_equal(apply(e, run, &a), TS_OK);
     /* A run that failed wrote nothing: no commit says so until the layer is run again. */
     apply(e,
@@ -473,7 +475,7 @@ static void tokens_nobody_wrote_cannot_be_committed(void **state)
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EDEVICE);
     assert_int_equal(apply(e, run, &a), TS_OK);
     assert_int_equal(step_done(e, step, 1), TS_OK);
-    run.step_run.layer = 2;
+    run.step_run.run.layer = 2;
     assert_int_equal(apply(e, run, &a), TS_EINVAL);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     assert_int_equal(length_of(e, s, seq), 2);
@@ -506,46 +508,39 @@ static void a_run_outside_the_exchange_is_refused(void **state)
     const uint64_t offsets[] = {4096 - bytes + 64, 4096, UINT64_MAX, UINT64_MAX - 63, 8, 1};
     for (size_t i = 0; i < sizeof offsets / sizeof *offsets; i++)
         for (int which = 0; which < 4; which++) {
-            run.step_run.q = which == 0 ? offsets[i] : 0;
-            run.step_run.k = which == 1 ? offsets[i] : 0;
-            run.step_run.v = which == 2 ? offsets[i] : 0;
-            run.step_run.out = which == 3 ? offsets[i] : 0;
+            run.step_run.run.q = which == 0 ? offsets[i] : 0;
+            run.step_run.run.k = which == 1 ? offsets[i] : 0;
+            run.step_run.run.v = which == 2 ? offsets[i] : 0;
+            run.step_run.run.out = which == 3 ? offsets[i] : 0;
             assert_int_equal(apply(e, run, &a), TS_EINVAL);
         }
-    run.step_run.q = run.step_run.k = run.step_run.v = run.step_run.out = 0;
+    run.step_run.run.q = run.step_run.run.k = run.step_run.run.v = run.step_run.run.out = 0;
     static const float bad_floats[] = {-1.0f, NAN, INFINITY};
     for (size_t i = 0; i < 3; i++) {
-        run.step_run.variant.scale = bad_floats[i];
+        run.step_run.run = (ts_layer_run){.scale = bad_floats[i]};
         assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        run.step_run.variant = (ts_attention_variant){.soft_cap = bad_floats[i]};
+        run.step_run.run = (ts_layer_run){.soft_cap = bad_floats[i]};
         assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        run.step_run.variant = (ts_attention_variant){.rope.theta = bad_floats[i]};
+        run.step_run.run = (ts_layer_run){.rope_theta = bad_floats[i]};
         assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        run.step_run.variant = (ts_attention_variant){0};
     }
     const uint32_t head_dim = e->pools[0].config.geometry.head_dim;
     for (uint32_t i = 0; i < 2; i++) {
-        run.step_run.variant.rope = (ts_rope){.theta = 10000, .dims = i == 0 ? 3 : head_dim + 2};
+        run.step_run.run =
+            (ts_layer_run){.rope_theta = 10000, .rope_dims = i == 0 ? 3 : head_dim + 2};
         assert_int_equal(apply(e, run, &a), TS_EINVAL);
         assert_non_null(strstr(a.message, "it must be even and at most head_dim"));
     }
-    run.step_run.variant = (ts_attention_variant){0};
-    run.step_run.has_lse = true; /* [2 tokens][1 head] of fp32 */
-    run.step_run.lse = 4096;
+    /* [2 tokens][1 head] of fp32 */
+    run.step_run.run = (ts_layer_run){.flags = TS_RUN_LSE, .lse = 4096};
     assert_int_equal(apply(e, run, &a), TS_EINVAL);
     assert_string_equal(a.message, "lse takes 8 bytes at offset 4096; the exchange has 4096, and "
                                    "offsets must be multiples of 64");
-    run.step_run.has_lse = false;
-    run.step_run.has_sinks = true;
-    run.step_run.sinks = 4094;
+    run.step_run.run = (ts_layer_run){.flags = TS_RUN_SINKS, .sinks = 4094};
     assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    run.step_run.has_sinks = false;
-    run.step_run.has_alibi = true;
-    run.step_run.alibi = UINT64_MAX - 63;
+    run.step_run.run = (ts_layer_run){.flags = TS_RUN_ALIBI, .alibi = UINT64_MAX - 63};
     assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    run.step_run.has_alibi = false;
-    run.step_run.q = 4096 - bytes;
-    run.step_run.out = 0;
+    run.step_run.run = (ts_layer_run){.q = 4096 - bytes};
     assert_int_equal(apply(e, run, &a), TS_OK);
     for (int i = 1; i < 4; i++)
         assert_int_equal(apply(e, run, &a), TS_OK);

@@ -264,12 +264,11 @@ static void a_session_ends_bit_by_bit(void **state)
     e->limits.session_blocks = 1u << 30;
     make_forks(e, s, &parent, forks);
     assert_int_equal(begin(e, s, &forks[7], &n, 1, false, &a), TS_OK);
-    assert_int_equal(apply(e,
-                           (ts_command){.op = TS_OP_STEP_RUN,
-                                        .session = s,
-                                        .step_run = {.step = a.begun.step->id, .layer = 0}},
-                           &a),
-                     TS_EINVAL); /* it has no exchange: the step has nothing in flight */
+    assert_int_equal(
+        apply(e,
+              (ts_command){.op = TS_OP_STEP_RUN, .session = s, .step_run.step = a.begun.step->id},
+              &a),
+        TS_EINVAL); /* it has no exchange: the step has nothing in flight */
     close_session(e, s);
     assert_int_equal(e->live_sessions, 2); /* it is closing */
     check_engine(e);

@@ -80,11 +80,11 @@ static void a_ring_refuses_what_a_message_would(void **state)
     e.run.out = UINT64_MAX - 63;
     refuse(c, e, TS_EINVAL, "out takes 2048 bytes at offset 18446744073709551552");
     e = run;
-    e.run.flags = TS_RING_LSE;
+    e.run.flags = TS_RUN_LSE;
     e.run.lse = 1ull << 40;
     refuse(c, e, TS_EINVAL, "lse takes");
     e = run;
-    e.run.flags = TS_RING_ORDERED;
+    e.run.flags = TS_RUN_ORDERED;
     refuse(c, e, TS_EINVAL, "host memory");
     e = run;
     e.run.scale = -1;

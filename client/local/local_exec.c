@@ -154,51 +154,39 @@ void ts_local_close(ts_client *c)
     c->local_spare = NULL;
 }
 
-ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *run)
+ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *local)
 {
     ts_client *c = p->client;
     const ts_geometry *g = &p->geometry;
-    ts_attention_variant variant = run->variant;
+    const ts_layer_run *run = &local->run;
+    const ts_attention_variant given = ts_layer_run_variant(run);
     if (c->pid != getpid())
         return ts_not_ours(c);
     if (run->layer >= g->layers)
         return ts_fail(c, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
-    if (run->scales != NULL && g->dtype != TS_DTYPE_FP8_E4M3)
+    if ((run->flags & TS_RUN_SCALES) && g->dtype != TS_DTYPE_FP8_E4M3)
         return ts_fail(c, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
                        ts_dtype_name(g->dtype));
     char why[sizeof c->error];
-    ts_status status = ts_attention_variant_check(&variant, g->head_dim, why, sizeof why);
+    ts_status status = ts_attention_variant_check(&given, g->head_dim, why, sizeof why);
     if (status != TS_OK)
         return ts_fail(c, status, "%s", why);
-    if (variant.rope.dims == 0)
-        variant.rope.dims = g->head_dim;
-    if (p->on_gpu) {
-        ts_local_run there = *run;
-        there.variant = variant;
-        return ts_local_gpu_attend(p, l->plan, &there);
-    }
-    if (run->on_stream)
+    if (p->on_gpu)
+        return ts_local_gpu_attend(p, l->plan, local);
+    if (run->flags & TS_RUN_ORDERED)
         return ts_fail(c, TS_EINVAL, "an ordered run, but the pool is in host memory");
-    size_t row = g->head_dim * ts_dtype_bytes(run->io_dtype), first = 0;
+    size_t first = 0;
     for (uint32_t i = 0; i < l->num_seqs; i++) {
-        ts_attention_seq *s = &l->seqs[i];
-        s->layer = run->layer;
-        s->q = run->q + first * row * run->heads;
-        s->k = run->k + first * row * g->kv_heads;
-        s->v = run->v + first * row * g->kv_heads;
-        s->out = run->out + first * row * run->heads;
-        s->sinks = run->sinks;
-        s->scales = run->scales;
-        s->alibi = run->alibi;
-        s->lse = run->lse == NULL ? NULL : run->lse + first * run->heads;
-        first += s->q_tokens;
+        ts_layer_run_point(run, c->exchange, g, local->heads, local->io_dtype, first, &l->seqs[i]);
+        first += l->seqs[i].q_tokens;
     }
-    status = ts_attention_run(c->attention, &(ts_attention_call){.geometry = *g,
-                                                                 .base = p->base,
-                                                                 .heads = run->heads,
-                                                                 .io_dtype = run->io_dtype,
-                                                                 .variant = variant,
-                                                                 .seqs = l->seqs,
-                                                                 .num_seqs = l->num_seqs});
+    const ts_attention_call call = {.geometry = *g,
+                                    .base = p->base,
+                                    .heads = local->heads,
+                                    .io_dtype = local->io_dtype,
+                                    .variant = ts_layer_run_resolve(run, local->scale, g->head_dim),
+                                    .seqs = l->seqs,
+                                    .num_seqs = l->num_seqs};
+    status = ts_attention_run(c->attention, &call);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "no scratch memory for attention");
 }

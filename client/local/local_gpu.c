@@ -147,25 +147,30 @@ void ts_local_gpu_keep_clear(ts_client *c, ts_gpu_plan *plan)
     ts_cuda_leave(c->cuda);
 }
 
-ts_status ts_local_gpu_attend(ts_pool *p, ts_gpu_plan *plan, const ts_local_run *run)
+ts_status ts_local_gpu_attend(ts_pool *p, ts_gpu_plan *plan, const ts_local_run *local)
 {
     ts_client *c = p->client;
+    const ts_layer_run *run = &local->run;
+    const ts_attention_variant variant =
+        ts_layer_run_resolve(run, local->scale, p->geometry.head_dim);
+    ts_attention_seq all; /* rows of all sequences */
     char why[TS_GPU_WHY_BYTES];
+    ts_layer_run_point(run, c->exchange, &p->geometry, local->heads, local->io_dtype, 0, &all);
     const ts_gpu_run there = {.plan = plan,
-                              .layer = run->layer,
-                              .q = run->q,
-                              .k = run->k,
-                              .v = run->v,
-                              .out = run->out,
-                              .sinks = run->sinks,
-                              .alibi = run->alibi,
-                              .scales = run->scales,
-                              .lse = run->lse};
+                              .layer = all.layer,
+                              .q = all.q,
+                              .k = all.k,
+                              .v = all.v,
+                              .out = all.out,
+                              .sinks = all.sinks,
+                              .alibi = all.alibi,
+                              .scales = all.scales,
+                              .lse = all.lse};
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;
-    status = c->local_gpu->ops->attend(c->local_gpu->gpu, run->on_stream, run->stream, p->base,
-                                       &run->variant, &there, why, sizeof why);
+    status = c->local_gpu->ops->attend(c->local_gpu->gpu, run->flags & TS_RUN_ORDERED,
+                                       local->stream, p->base, &variant, &there, why, sizeof why);
     ts_cuda_leave(c->cuda);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "layer %u: %s", run->layer, why);
 }

@@ -8,16 +8,12 @@
 
 typedef struct ts_gpu_plan ts_gpu_plan; /* gpu.h */
 
-/* What a run is given: pointers into the exchange, as ts_attention_seq's of all tokens. */
+/* An ordered run is one on the stream. */
 typedef struct ts_local_run {
-    uint32_t layer, heads;
+    ts_layer_run run;
+    uint32_t heads; /* these are the step's */
     ts_dtype io_dtype;
-    ts_attention_variant variant;
-    const unsigned char *q, *k, *v;
-    unsigned char *out;
-    const float *sinks, *alibi, *scales;
-    float *lse;
-    bool on_stream;
+    float scale;
     void *stream;
 } ts_local_run;
 

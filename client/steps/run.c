@@ -8,95 +8,75 @@
 #include "rpc.h"
 #include "stream_signals.h"
 
-static ts_status run_by_message(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
+/* What the options come to. `order`: 0 where the run isn't ordered. */
+static ts_layer_run layer_run(const ts_step *s, uint32_t layer, const ts_run_options *o,
+                              uint32_t order)
+{
+    ts_layer_run run = s->at;
+    run.scale = o->scale;
+    run.soft_cap = o->soft_cap;
+    run.rope_theta = o->rope_theta;
+    run.window = o->window;
+    run.rope_dims = o->rope_dims;
+    run.layer = layer;
+    run.flags = (o->sinks ? TS_RUN_SINKS : 0u) | (o->alibi ? TS_RUN_ALIBI : 0u) |
+                (o->lse ? TS_RUN_LSE : 0u) | (o->scales ? TS_RUN_SCALES : 0u) |
+                (o->rope_interleaved ? TS_RUN_INTERLEAVED : 0u) |
+                (o->on_stream ? TS_RUN_ORDERED : 0u);
+    run.order = order;
+    return run;
+}
+
+static ts_status run_by_message(ts_step *s, const ts_layer_run *run)
 {
     Tspb__StepRun body = TSPB__STEP_RUN__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     body.step = s->id;
-    body.layer = layer;
-    body.q = s->at.q;
-    body.k = s->at.k;
-    body.v = s->at.v;
-    body.out = s->at.out;
-    body.scale = o->scale;
-    body.soft_cap = o->soft_cap;
-    body.window = o->window;
-    body.rope_theta = o->rope_theta;
-    body.rope_dims = o->rope_dims;
-    body.rope_interleaved = o->rope_interleaved;
-    body.has_sinks = o->sinks;
-    body.sinks = s->at.sinks;
-    body.has_scales = o->scales;
-    body.scales = s->at.scales;
-    body.has_alibi = o->alibi;
-    body.alibi = s->at.alibi;
-    body.has_lse = o->lse;
-    body.lse = s->at.lse;
-    body.ordered = o->on_stream;
-    body.order = order;
+    body.layer = run->layer;
+    body.q = run->q;
+    body.k = run->k;
+    body.v = run->v;
+    body.out = run->out;
+    body.scale = run->scale;
+    body.soft_cap = run->soft_cap;
+    body.window = run->window;
+    body.rope_theta = run->rope_theta;
+    body.rope_dims = run->rope_dims;
+    body.rope_interleaved = run->flags & TS_RUN_INTERLEAVED;
+    body.has_sinks = run->flags & TS_RUN_SINKS;
+    body.sinks = run->sinks;
+    body.has_scales = run->flags & TS_RUN_SCALES;
+    body.scales = run->scales;
+    body.has_alibi = run->flags & TS_RUN_ALIBI;
+    body.alibi = run->alibi;
+    body.has_lse = run->flags & TS_RUN_LSE;
+    body.lse = run->lse;
+    body.ordered = run->flags & TS_RUN_ORDERED;
+    body.order = run->order;
     request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
     request.step_run = &body;
     return ts_call_plain(s->pool->client, &request);
 }
 
-static ts_status run_by_ring(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
-{
-    ts_ring_completion done;
-    ts_ring_entry entry = {
-        .op = TS_RING_RUN,
-        .step = s->id,
-        .run = {.layer = layer,
-                .flags = (o->sinks ? TS_RING_SINKS : 0u) | (o->alibi ? TS_RING_ALIBI : 0u) |
-                         (o->scales ? TS_RING_SCALES : 0u) | (o->lse ? TS_RING_LSE : 0u) |
-                         (o->rope_interleaved ? TS_RING_INTERLEAVED : 0u) |
-                         (o->on_stream ? TS_RING_ORDERED : 0u),
-                .q = s->at.q,
-                .k = s->at.k,
-                .v = s->at.v,
-                .out = s->at.out,
-                .sinks = s->at.sinks,
-                .alibi = s->at.alibi,
-                .lse = s->at.lse,
-                .scales = s->at.scales,
-                .scale = o->scale,
-                .soft_cap = o->soft_cap,
-                .rope_theta = o->rope_theta,
-                .window = o->window,
-                .rope_dims = o->rope_dims,
-                .order = order}};
-    return ts_ring_call(s->pool->client, &entry, &done);
-}
-
 static ts_status run_there(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
 {
+    const ts_layer_run run = layer_run(s, layer, o, order);
+    ts_ring_entry entry = {.op = TS_RING_RUN, .step = s->id, .run = run};
+    ts_ring_completion done;
     bool use;
     ts_status status = ts_rings_use(s->pool->client, &use);
     if (status != TS_OK)
         return status;
-    return use ? run_by_ring(s, layer, o, order) : run_by_message(s, layer, o, order);
+    return use ? ts_ring_call(s->pool->client, &entry, &done) : run_by_message(s, &run);
 }
 
 static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
-    const ts_local_run run = {
-        .layer = layer,
-        .heads = s->heads,
-        .io_dtype = s->io_dtype,
-        .variant = {.scale = o->scale != 0 ? o->scale : s->scale,
-                    .soft_cap = o->soft_cap,
-                    .window = o->window,
-                    .rope = {o->rope_theta, o->rope_dims, o->rope_interleaved}},
-        .q = ts_step_q(s),
-        .k = ts_step_k(s),
-        .v = ts_step_v(s),
-        .out = s->pool->client->exchange + s->at.out,
-        .sinks = o->sinks ? ts_step_sinks(s) : NULL,
-        .alibi = o->alibi ? ts_step_alibi(s) : NULL,
-        .lse = o->lse ? (float *)(void *)(s->pool->client->exchange + s->at.lse) : NULL,
-        .scales = o->scales ? ts_step_scales(s) : NULL,
-        .on_stream = o->on_stream,
-        .stream = o->stream,
-    };
+    const ts_local_run run = {.run = layer_run(s, layer, o, 0),
+                              .heads = s->heads,
+                              .io_dtype = s->io_dtype,
+                              .scale = s->scale,
+                              .stream = o->stream};
     return ts_local_attend(s->pool, s->local, &run);
 }
 

@@ -251,14 +251,14 @@ static ts_status add_tokens(ts_pool *p, const ts_seq *seqs, const uint32_t *new_
 }
 
 /* Sets *at, and says where what follows may lie. */
-static size_t lay(size_t *at, size_t where, size_t bytes)
+static size_t lay(uint64_t *at, size_t where, size_t bytes)
 {
     *at = where;
     return where + (bytes + TS_EXCHANGE_ALIGN - 1) / TS_EXCHANGE_ALIGN * TS_EXCHANGE_ALIGN;
 }
 
 size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, uint32_t tokens,
-                       size_t start, ts_step_places *at)
+                       size_t start, ts_layer_run *at)
 {
     size_t row = (size_t)tokens * g->head_dim * ts_dtype_bytes(io_dtype);
     size_t end = lay(&at->q, start, row * heads);

@@ -10,11 +10,6 @@
 #include "autotune.h"
 #include "local_exec.h"
 
-/* Where a step's data lies: offsets into the exchange. */
-typedef struct ts_step_places {
-    size_t q, k, v, out, sinks, alibi, lse, scales;
-} ts_step_places;
-
 struct ts_step {
     ts_pool *pool;
     uint64_t id;
@@ -22,7 +17,7 @@ struct ts_step {
     uint32_t *starts, *new_tokens; /* per sequence */
     uint64_t *slots;               /* per new token */
     ts_region region;              /* of the exchange; a frame's step has none of its own */
-    ts_step_places at;
+    ts_layer_run at;               /* where its data lies, and nothing else */
     uint32_t heads;
     ts_dtype io_dtype;
     float scale;
@@ -38,7 +33,7 @@ struct ts_frame {
     ts_step_options step;     /* heads and scale as they were meant */
     char kernel[16];
     ts_region region;
-    ts_step_places at;
+    ts_layer_run at;      /* the same */
     uint32_t *new_tokens; /* of as many sequences as a step may have */
     ts_gpu_plan *plan;    /* kept */
     bool in_use;          /* by a step */
@@ -50,7 +45,7 @@ void ts_step_free(ts_step *step);
 
 /* Lays out `tokens` tokens' data from offset `start` on, and returns the bytes. */
 size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, uint32_t tokens,
-                       size_t start, ts_step_places *at);
+                       size_t start, ts_layer_run *at);
 
 /* Begins a new step, whose places, heads, io_dtype and scale are set; or appends. */
 ts_status ts_step_call_begin(ts_step *step, const ts_seq *seqs, const ts_step_options *options,

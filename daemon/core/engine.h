@@ -17,6 +17,7 @@
 #ifndef TS_ENGINE_H
 #define TS_ENGINE_H
 
+#include "layer_run.h"
 #include "session.h"
 #include "step.h"
 
@@ -108,13 +109,7 @@ typedef struct ts_command {
         } step_begin;
         struct {
             uint64_t step;
-            uint32_t layer;
-            uint64_t q, k, v, out; /* bytes into the exchange */
-            uint64_t sinks, alibi, lse, scales;
-            bool has_sinks, has_alibi, has_lse, has_scales;
-            ts_attention_variant variant; /* scale 0: the step's; rope.dims 0: head_dim */
-            bool ordered;                 /* these two are the service's (signals.h) */
-            uint32_t order;
+            ts_layer_run run; /* what is ordered is the exec's (signals.h) */
         } step_run;
         struct {
             uint64_t step;

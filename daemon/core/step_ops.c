@@ -355,29 +355,29 @@ uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
                                                                        : e->limits.step_runs;
 }
 
-static bool check_scales(const ts_session *s, const ts_command *c, const ts_geometry *g,
+static bool check_scales(const ts_session *s, const ts_layer_run *run, const ts_geometry *g,
                          ts_answer *a)
 {
-    if (!c->step_run.has_scales)
+    if (!(run->flags & TS_RUN_SCALES))
         return true;
     if (g->dtype == TS_DTYPE_FP8_E4M3)
-        return check_range(s, "scales", c->step_run.scales, 2 * g->kv_heads * sizeof(float), a);
+        return check_range(s, "scales", run->scales, 2 * g->kv_heads * sizeof(float), a);
     ts_refuse(a, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
               ts_dtype_name(g->dtype));
     return false;
 }
 
-static bool check_variant(const ts_session *s, const ts_command *c, const ts_step *step,
+static bool check_variant(const ts_session *s, const ts_layer_run *run, const ts_step *step,
                           const ts_geometry *g, ts_answer *a)
 {
-    const ts_attention_variant *v = &c->step_run.variant;
+    const ts_attention_variant v = ts_layer_run_variant(run);
     uint64_t each_head = step->heads * sizeof(float);
-    a->status = ts_attention_variant_check(v, g->head_dim, a->message, sizeof a->message);
-    return a->status == TS_OK && check_scales(s, c, g, a) &&
-           (!c->step_run.has_sinks || check_range(s, "sinks", c->step_run.sinks, each_head, a)) &&
-           (!c->step_run.has_alibi || check_range(s, "alibi", c->step_run.alibi, each_head, a)) &&
-           (!c->step_run.has_lse ||
-            check_range(s, "lse", c->step_run.lse, each_head * step->tokens, a));
+    a->status = ts_attention_variant_check(&v, g->head_dim, a->message, sizeof a->message);
+    return a->status == TS_OK && check_scales(s, run, g, a) &&
+           (!(run->flags & TS_RUN_SINKS) || check_range(s, "sinks", run->sinks, each_head, a)) &&
+           (!(run->flags & TS_RUN_ALIBI) || check_range(s, "alibi", run->alibi, each_head, a)) &&
+           (!(run->flags & TS_RUN_LSE) ||
+            check_range(s, "lse", run->lse, each_head * step->tokens, a));
 }
 
 void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -386,22 +386,22 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     if (step == NULL)
         return;
     const ts_geometry *g = &e->pools[step->pool].config.geometry;
-    uint32_t layer = c->step_run.layer;
+    const ts_layer_run *run = &c->step_run.run;
     if (step->heads == 0)
         return ts_refuse(a, TS_EINVAL, "step %llx was begun with 0 query heads: it can't be run",
                          (unsigned long long)step->id);
-    if (layer >= g->layers)
-        return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
+    if (run->layer >= g->layers)
+        return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
     uint32_t most = ts_engine_step_runs_max(e, step);
     if (step->in_flight >= most)
         return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
                          (unsigned long long)step->id, step->in_flight, most);
     uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
-    if (!check_range(s, "q", c->step_run.q, row * step->heads, a) ||
-        !check_range(s, "k", c->step_run.k, row * g->kv_heads, a) ||
-        !check_range(s, "v", c->step_run.v, row * g->kv_heads, a) ||
-        !check_range(s, "out", c->step_run.out, row * step->heads, a) ||
-        !check_variant(s, c, step, g, a))
+    if (!check_range(s, "q", run->q, row * step->heads, a) ||
+        !check_range(s, "k", run->k, row * g->kv_heads, a) ||
+        !check_range(s, "v", run->v, row * g->kv_heads, a) ||
+        !check_range(s, "out", run->out, row * step->heads, a) ||
+        !check_variant(s, run, step, g, a))
         return;
     step->in_flight++;
     a->step = step;

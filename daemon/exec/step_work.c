@@ -219,7 +219,7 @@ void ts_step_work_drop_session(ts_exec *x, uint64_t session)
 
 bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
 {
-    bool run = command->op == TS_OP_STEP_RUN && command->step_run.ordered;
+    bool run = command->op == TS_OP_STEP_RUN && (command->step_run.run.flags & TS_RUN_ORDERED);
     bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
     if (!run && !end)
         return false;
@@ -237,8 +237,8 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
                             ts_answer *a)
 {
     char why[TS_MESSAGE_BYTES];
-    bool ordered = run->step_run.ordered;
-    uint32_t order = run->step_run.order;
+    bool ordered = run->step_run.run.flags & TS_RUN_ORDERED;
+    uint32_t order = run->step_run.run.order;
     const ts_step *step = ts_engine_find_step(x->engine, run->step_run.step);
     if (step == NULL || m->exchange == NULL ||
         ts_engine_session_id(x->engine, step->session) != run->session)
@@ -271,15 +271,10 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
     return status == TS_OK;
 }
 
-/* Offsets were checked: multiples of 64. */
-static float *floats_at(unsigned char *base, uint64_t offset)
-{
-    return (float *)(void *)(base + offset);
-}
-
 bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
                       const ts_command *command, const ts_step *step)
 {
+    const ts_layer_run *run = &command->step_run.run;
     void *memory;
     step_job *j = job_new(x, completion, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
     if (j == NULL)
@@ -293,46 +288,29 @@ bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *com
     ts_attention_seq *seqs = memory;
     const ts_geometry *g = &j->job.geometry;
     unsigned char *base = j->gpu == NULL ? m->exchange->host : m->exchange->there;
-    size_t row = g->head_dim * ts_dtype_bytes(step->io_dtype), first = 0;
+    size_t first = 0;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
-        seqs[i] = (ts_attention_seq){
-            .blocks = part->table,
-            .kv_tokens = part->start + part->new_tokens,
-            .q_tokens = part->new_tokens,
-            .layer = command->step_run.layer,
-            .q = base + command->step_run.q + first * row * step->heads,
-            .k = base + command->step_run.k + first * row * g->kv_heads,
-            .v = base + command->step_run.v + first * row * g->kv_heads,
-            .out = base + command->step_run.out + first * row * step->heads,
-            .sinks = command->step_run.has_sinks ? floats_at(base, command->step_run.sinks) : NULL,
-            .scales =
-                command->step_run.has_scales ? floats_at(base, command->step_run.scales) : NULL,
-            .alibi = command->step_run.has_alibi ? floats_at(base, command->step_run.alibi) : NULL,
-            .lse = command->step_run.has_lse
-                       ? floats_at(base, command->step_run.lse) + first * step->heads
-                       : NULL,
-            .dropped = &j->job.dropped,
-        };
+        seqs[i] = (ts_attention_seq){.blocks = part->table,
+                                     .kv_tokens = part->start + part->new_tokens,
+                                     .q_tokens = part->new_tokens,
+                                     .dropped = &j->job.dropped};
+        ts_layer_run_point(run, base, g, step->heads, step->io_dtype, first, &seqs[i]);
         first += part->new_tokens;
     }
     j->job.seqs = seqs;
     j->job.num_seqs = step->num_seqs;
     j->job.heads = step->heads;
     j->job.io_dtype = step->io_dtype;
-    j->job.variant = command->step_run.variant;
-    if (j->job.variant.scale == 0)
-        j->job.variant.scale = step->scale;
-    if (j->job.variant.rope.dims == 0)
-        j->job.variant.rope.dims = g->head_dim;
+    j->job.variant = ts_layer_run_resolve(run, step->scale, g->head_dim);
     j->job.kernel = step->kernel;
-    j->layer = command->step_run.layer;
+    j->layer = run->layer;
     j->exchange = m->exchange;
     j->exchange->users++;
-    if (command->step_run.ordered) { /* answered now */
-        __atomic_store_n(&m->signals->ordered, command->step_run.order, __ATOMIC_RELEASE);
+    if (run->flags & TS_RUN_ORDERED) { /* answered now */
+        __atomic_store_n(&m->signals->ordered, run->order, __ATOMIC_RELEASE);
         j->job.signals = m->signals;
-        j->job.order = command->step_run.order;
+        j->job.order = run->order;
         m->signals->users++;
         j->completion.done = NULL;
     }

@@ -112,33 +112,6 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     return true;
 }
 
-static void decode_run(const ts_ring_entry *entry, ts_command *command)
-{
-    uint32_t flags = entry->run.flags;
-    command->op = TS_OP_STEP_RUN;
-    command->step_run.step = entry->step;
-    command->step_run.layer = entry->run.layer;
-    command->step_run.q = entry->run.q;
-    command->step_run.k = entry->run.k;
-    command->step_run.v = entry->run.v;
-    command->step_run.out = entry->run.out;
-    command->step_run.sinks = entry->run.sinks;
-    command->step_run.scales = entry->run.scales;
-    command->step_run.alibi = entry->run.alibi;
-    command->step_run.lse = entry->run.lse;
-    command->step_run.has_sinks = flags & TS_RING_SINKS;
-    command->step_run.has_scales = flags & TS_RING_SCALES;
-    command->step_run.has_alibi = flags & TS_RING_ALIBI;
-    command->step_run.has_lse = flags & TS_RING_LSE;
-    command->step_run.variant = (ts_attention_variant){
-        .scale = entry->run.scale,
-        .soft_cap = entry->run.soft_cap,
-        .window = entry->run.window,
-        .rope = {entry->run.rope_theta, entry->run.rope_dims, flags & TS_RING_INTERLEAVED}};
-    command->step_run.ordered = flags & TS_RING_ORDERED;
-    command->step_run.order = entry->run.order;
-}
-
 static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_command *command,
                    ts_answer *a)
 {
@@ -147,7 +120,9 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
     case TS_RING_BEGIN:
         return decode_begin(r, c, entry, command, a);
     case TS_RING_RUN:
-        decode_run(entry, command);
+        command->op = TS_OP_STEP_RUN;
+        command->step_run.step = entry->step;
+        command->step_run.run = entry->run;
         return true;
     case TS_RING_COMMIT:
         command->op = TS_OP_STEP_COMMIT;
@@ -290,7 +265,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     uint64_t step = 0;
     if (entry->op == TS_RING_RUN && a.status == TS_OK) {
         step = a.step->id;
-        waits = !command.step_run.ordered;
+        waits = !(command.step_run.run.flags & TS_RUN_ORDERED);
         ok = ts_step_work_run(&s->exec, &c->memory, &completion, &command, a.step);
     } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
         step = a.begun.step->id;

@@ -167,26 +167,26 @@ static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *a)
     const Tspb__StepRun *m = r->step_run;
     (void)a;
     c->step_run.step = m->step;
-    c->step_run.layer = m->layer;
-    c->step_run.q = m->q;
-    c->step_run.k = m->k;
-    c->step_run.v = m->v;
-    c->step_run.out = m->out;
-    c->step_run.sinks = m->sinks;
-    c->step_run.scales = m->scales;
-    c->step_run.has_scales = m->has_scales;
-    c->step_run.alibi = m->alibi;
-    c->step_run.lse = m->lse;
-    c->step_run.has_sinks = m->has_sinks;
-    c->step_run.has_alibi = m->has_alibi;
-    c->step_run.has_lse = m->has_lse;
-    c->step_run.variant =
-        (ts_attention_variant){.scale = m->scale,
-                               .soft_cap = m->soft_cap,
-                               .window = m->window,
-                               .rope = {m->rope_theta, m->rope_dims, m->rope_interleaved}};
-    c->step_run.ordered = m->ordered;
-    c->step_run.order = m->order;
+    c->step_run.run = (ts_layer_run){
+        .q = m->q,
+        .k = m->k,
+        .v = m->v,
+        .out = m->out,
+        .sinks = m->sinks,
+        .alibi = m->alibi,
+        .lse = m->lse,
+        .scales = m->scales,
+        .scale = m->scale,
+        .soft_cap = m->soft_cap,
+        .rope_theta = m->rope_theta,
+        .window = m->window,
+        .rope_dims = m->rope_dims,
+        .layer = m->layer,
+        .flags = (m->has_sinks ? TS_RUN_SINKS : 0u) | (m->has_alibi ? TS_RUN_ALIBI : 0u) |
+                 (m->has_lse ? TS_RUN_LSE : 0u) | (m->has_scales ? TS_RUN_SCALES : 0u) |
+                 (m->rope_interleaved ? TS_RUN_INTERLEAVED : 0u) |
+                 (m->ordered ? TS_RUN_ORDERED : 0u),
+        .order = m->order};
     return true;
 }
 

@@ -1,0 +1,79 @@
+/*
+ * How one layer of a step is attended: where its data lies, and what becomes of a score. One struct
+ * for all that passes it on: the library, the rings (proto/rings.h; the layout is shared by two
+ * programs), the daemon's commands and jobs.
+ */
+#ifndef TS_LAYER_RUN_H
+#define TS_LAYER_RUN_H
+
+#include "attention.h"
+
+/* Which of the optional things a run has, and how it is done. */
+enum {
+    TS_RUN_SINKS = 1,
+    TS_RUN_ALIBI = 2,
+    TS_RUN_LSE = 4,
+    TS_RUN_INTERLEAVED = 8, /* pairs of rotary embedding are neighbours */
+    TS_RUN_ORDERED = 16,    /* after the session's run number `order` - 1 (proto/signals.h) */
+    TS_RUN_SCALES = 32,
+};
+
+/* Places are bytes from the start of the exchange; rows of the step's sequences follow each other.
+ * Values are ts_attention_variant's; scale 0: the step's, rope_dims 0: head_dim. */
+typedef struct ts_layer_run {
+    uint64_t q, k, v, out;
+    uint64_t sinks, alibi, lse, scales; /* with their flags */
+    float scale, soft_cap, rope_theta;
+    uint32_t window, rope_dims;
+    uint32_t layer, flags, order;
+} ts_layer_run;
+
+_Static_assert(sizeof(ts_layer_run) == 96, "layout is shared by two programs");
+
+/* As it is given: scale and rope.dims may be 0. */
+static inline ts_attention_variant ts_layer_run_variant(const ts_layer_run *r)
+{
+    return (ts_attention_variant){
+        .scale = r->scale,
+        .soft_cap = r->soft_cap,
+        .window = r->window,
+        .rope = {r->rope_theta, r->rope_dims, (r->flags & TS_RUN_INTERLEAVED) != 0}};
+}
+
+/* What 0 stands for is filled in. */
+static inline ts_attention_variant ts_layer_run_resolve(const ts_layer_run *r, float step_scale,
+                                                        uint32_t head_dim)
+{
+    ts_attention_variant v = ts_layer_run_variant(r);
+    v.scale = v.scale != 0 ? v.scale : step_scale;
+    v.rope.dims = v.rope.dims != 0 ? v.rope.dims : head_dim;
+    return v;
+}
+
+/* fp32 numbers that the run has if the flag is set; offsets are multiples of 64. */
+static inline float *ts_layer_run_floats(const ts_layer_run *r, unsigned char *base, uint32_t flag,
+                                         uint64_t offset)
+{
+    return r->flags & flag ? (float *)(void *)(base + offset) : NULL;
+}
+
+/* Points the sequence, whose rows are those from token `first` of the step on, into the exchange at
+ * `base`. */
+static inline void ts_layer_run_point(const ts_layer_run *r, unsigned char *base,
+                                      const ts_geometry *g, uint32_t heads, ts_dtype io_dtype,
+                                      size_t first, ts_attention_seq *seq)
+{
+    const size_t row = first * g->head_dim * ts_dtype_bytes(io_dtype);
+    float *lse = ts_layer_run_floats(r, base, TS_RUN_LSE, r->lse);
+    seq->layer = r->layer;
+    seq->q = base + r->q + row * heads;
+    seq->k = base + r->k + row * g->kv_heads;
+    seq->v = base + r->v + row * g->kv_heads;
+    seq->out = base + r->out + row * heads;
+    seq->sinks = ts_layer_run_floats(r, base, TS_RUN_SINKS, r->sinks);
+    seq->alibi = ts_layer_run_floats(r, base, TS_RUN_ALIBI, r->alibi);
+    seq->scales = ts_layer_run_floats(r, base, TS_RUN_SCALES, r->scales);
+    seq->lse = lse != NULL ? lse + first * heads : NULL;
+}
+
+#endif
