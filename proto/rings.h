@@ -73,7 +73,8 @@ typedef struct ts_ring_completion {
     uint32_t tag, status; /* ts_status */
     uint64_t step;        /* that was begun */
     uint32_t num_blocks, num_slabs;
-    char message[232]; /* NUL-terminated; empty if status is TS_OK */
+    uint64_t needed, free, limit; /* as a Reply's */
+    char message[232];            /* NUL-terminated; empty if status is TS_OK */
 } ts_ring_completion;
 
 typedef struct ts_ring_slab {
@@ -136,10 +137,11 @@ static inline size_t ts_rings_bytes(uint32_t max_blocks, uint32_t max_slabs)
 _Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
 _Static_assert(sizeof(ts_ring_entry) == 128, "layout is shared by two programs");
 _Static_assert(offsetof(ts_ring_entry, run) == 16, "layout is shared by two programs");
-_Static_assert(sizeof(ts_ring_completion) == 256, "layout is shared by two programs");
+_Static_assert(sizeof(ts_ring_completion) == 280, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, completions) == 256, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, submitted) == 448, "layout is shared by two programs");
-_Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * 384, "shared by two programs");
+_Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * (128 + 280),
+               "shared by two programs");
 _Static_assert(sizeof(ts_rings_memory) % 64 == 0, "layout is shared by two programs");
 
 /* Blocks that the new tokens of a begin may touch; both sides add this up over the batch. A begin

@@ -229,8 +229,21 @@ static void refusals_name_the_value_and_the_limit(void **state)
     snprintf(expected, sizeof expected,
              "5 blocks are needed, but pool 'tiny' has 4 free for uid %u (of 4)", getuid());
     assert_string_equal(ts_error(c), expected);
+    ts_error_info info = TS_ERROR_INFO_INIT;
+    OK(ts_error_read(c, &info));
+    assert_int_equal(info.size, sizeof info);
+    assert_int_equal(info.status, TS_ENOSPC);
+    assert_int_equal(info.needed, 5);
+    assert_int_equal(info.free, 4);
+    assert_int_equal(info.limit, 4);
+    info.size = 8;
+    assert_int_equal(ts_error_read(c, &info), TS_EINVAL);
+    info.size = sizeof info;
     assert_int_equal(ts_step_begin(p, &seq, &zero, 1, NULL, &step), TS_EINVAL);
     assert_int_equal(ts_step_begin(p, &none, &n, 1, NULL, &step), TS_ENOENT);
+    OK(ts_error_read(c, &info));
+    assert_int_equal(info.status, TS_ENOENT);
+    assert_int_equal(info.needed | info.free | info.limit, 0);
     n = UINT32_MAX;
     assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EINVAL);
     snprintf(expected, sizeof expected,

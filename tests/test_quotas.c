@@ -22,6 +22,13 @@ static ts_status keep(ts_engine *e, uint64_t session, uint64_t seq, const char *
 
 #define TENANT(e) ((e)->pools[0].books.tenants[0])
 
+static void assert_amounts(const ts_answer *a, uint64_t needed, uint64_t available, uint64_t limit)
+{
+    assert_int_equal(a->amounts.needed, needed);
+    assert_int_equal(a->amounts.free, available);
+    assert_int_equal(a->amounts.limit, limit);
+}
+
 static void quotas_stop_a_session_and_a_tenant_but_no_other(void **state)
 {
     (void)state;
@@ -38,6 +45,7 @@ static void quotas_stop_a_session_and_a_tenant_but_no_other(void **state)
     assert_int_equal(apply(e, create, &a), TS_EQUOTA);
     assert_string_equal(a.message,
                         "the session owns 1 sequences; 3 more would pass its limit of 3");
+    assert_amounts(&a, 3, 2, 3);
     create.seq_create.count = 2;
     assert_int_equal(apply(e, create, &a), TS_OK);
     uint64_t y = a.seqs.seqs[0];
@@ -46,6 +54,7 @@ static void quotas_stop_a_session_and_a_tenant_but_no_other(void **state)
     assert_string_equal(
         a.message,
         "the session refers to 0 blocks; 6 more would pass its limit of 5 (session_blocks)");
+    assert_amounts(&a, 6, 5, 5);
     append(e, s, x, 20);
     n = 1;
     assert_int_equal(begin(e, s, &y, &n, 1, true, &a), TS_EQUOTA);
@@ -54,6 +63,7 @@ static void quotas_stop_a_session_and_a_tenant_but_no_other(void **state)
     assert_int_equal(begin(e, same_uid, &z, &n, 1, true, &a), TS_EQUOTA);
     assert_string_equal(a.message,
                         "uid 1000 uses 5 blocks of pool 'test'; 4 more would pass its limit of 8");
+    assert_amounts(&a, 4, 3, 8);
     append(e, same_uid, z, 12);
     append(e, other, seq_new(e, other), 20);
     assert_int_equal(free_seq(e, s, x), TS_OK); /* what is given back may be taken again */

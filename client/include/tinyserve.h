@@ -114,6 +114,24 @@ void ts_disconnect(ts_client *client);
  * one does. Never NULL. */
 const char *ts_error(const ts_client *client);
 
+/* The same failure in numbers, in the units of its sentence (blocks, sequences, sessions, ...). */
+typedef struct ts_error_info {
+    size_t size; /* sizeof(ts_error_info) */
+    ts_status status;
+    uint64_t needed; /* what the call would have taken; these are 0 where they do not apply */
+    uint64_t free;   /* of it there is to be had */
+    uint64_t limit;  /* that would be passed: a quota, or the pool's blocks */
+} ts_error_info;
+
+#define TS_ERROR_INFO_INIT                                                                         \
+    {                                                                                              \
+        sizeof(ts_error_info), TS_OK, 0, 0, 0                                                      \
+    }
+
+/* Fills in out->size bytes. TS_EINVAL: that isn't a ts_error_info's. The client must not be NULL.
+ */
+TS_WARN_UNUSED ts_status ts_error_read(const ts_client *client, ts_error_info *out);
+
 /* What the client's last step went by: TS_TRANSPORT_RING or TS_TRANSPORT_MESSAGES. */
 ts_transport ts_client_transport(const ts_client *client);
 

@@ -94,6 +94,7 @@ struct ts_client {
      */
     ts_status (*await_runs)(ts_client *client);
     char error[256];
+    ts_error_info error_info; /* the same in numbers */
 };
 
 struct ts_pool {

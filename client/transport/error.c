@@ -2,7 +2,9 @@
 
 #include <poll.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 /* The client that this thread was refused last, as another one was inside. Its sentence is the
@@ -17,7 +19,30 @@ ts_status ts_fail(ts_client *c, ts_status status, const char *format, ...)
     va_start(args, format);
     vsnprintf(c->error, sizeof c->error, format, args);
     va_end(args);
+    c->error_info = (ts_error_info){.status = status};
     return status;
+}
+
+ts_status ts_fail_refused(ts_client *c, ts_status status, uint64_t needed, uint64_t free,
+                          uint64_t limit, const char *message)
+{
+    (void)ts_fail(c, status, "%s", message);
+    c->error_info =
+        (ts_error_info){.status = status, .needed = needed, .free = free, .limit = limit};
+    return status;
+}
+
+ts_status ts_error_read(const ts_client *c, ts_error_info *out)
+{
+    const size_t size = out->size;
+    ts_error_info info = c->error_info;
+    if (size < offsetof(ts_error_info, limit) + sizeof info.limit)
+        return TS_EINVAL;
+    if (c == refused)
+        info = (ts_error_info){.status = TS_EBUSY};
+    info.size = size < sizeof info ? size : sizeof info;
+    memcpy(out, &info, info.size);
+    return TS_OK;
 }
 
 const char *ts_error(const ts_client *c)

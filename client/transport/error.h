@@ -39,9 +39,13 @@ ts_client *ts_enter_last(ts_client *client);
 /* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
 ts_status ts_in_use(ts_client *client);
 
-/* Sets the error sentence and returns status. */
+/* Sets the error sentence, without numbers, and returns status. */
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* The sentence and the numbers of a refusal of the daemon's. */
+ts_status ts_fail_refused(ts_client *client, ts_status status, uint64_t needed, uint64_t free,
+                          uint64_t limit, const char *message);
 
 /* The daemon has said that it ends because a device of it failed. */
 bool ts_device_failed(const ts_client *client);

@@ -21,6 +21,7 @@ static const public_struct structs[] = {
                                  sizeof(ts_frame_options)},
     {"ts_geometry", NULL, sizeof(ts_geometry)},
     {"ts_kv", NULL, sizeof(ts_kv)},
+    {"ts_error_info", NULL, sizeof(ts_error_info)},
 };
 
 const char *ts_version(void)

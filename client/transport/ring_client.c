@@ -214,6 +214,7 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
                        done->tag, entry->tag);
     if (done->status != TS_OK)
-        return ts_fail(c, (ts_status)done->status, "%s", done->message);
+        return ts_fail_refused(c, (ts_status)done->status, done->needed, done->free, done->limit,
+                               done->message);
     return TS_OK;
 }

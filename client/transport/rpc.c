@@ -65,7 +65,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
                        (unsigned long long)request->request_id);
     }
     if (r->status != TS_OK) {
-        status = ts_fail(c, (ts_status)r->status, "%s", r->message);
+        status = ts_fail_refused(c, (ts_status)r->status, r->needed, r->free, r->limit, r->message);
         tspb__reply__free_unpacked(r, NULL);
         return status;
     }

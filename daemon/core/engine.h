@@ -133,9 +133,17 @@ typedef struct ts_command {
     };
 } ts_command;
 
+/* A refusal in numbers, in the units of its sentence; 0: does not apply. */
+typedef struct ts_amounts {
+    uint64_t needed; /* what the command would take */
+    uint64_t free;   /* of it there is to be had */
+    uint64_t limit;  /* that would be passed */
+} ts_amounts;
+
 /* Pointers are the engine's and good until the next command is applied. */
 typedef struct ts_answer {
     ts_status status;
+    ts_amounts amounts;
     char message[TS_MESSAGE_BYTES]; /* empty if status is TS_OK */
     union {
         uint64_t session; /* SESSION_OPEN */
@@ -270,6 +278,10 @@ uint64_t ts_engine_session_id(const ts_engine *engine, uint32_t index);
 /* Fills in `answer` as a refusal. */
 void ts_refuse(ts_answer *answer, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* The same of a request for `needed` more beside `used`, where `limit` is the most. */
+void ts_refuse_more(ts_answer *answer, ts_status status, uint64_t used, uint64_t needed,
+                    uint64_t limit, const char *format, ...) __attribute__((format(printf, 6, 7)));
 
 /* Makes room for `count` things of `bytes` in *memory, which may move. False: no memory. */
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);

@@ -51,18 +51,19 @@ static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32
     if (!check_batch(e, count, a))
         return false;
     if (count > e->limits.session_sequences - s->sequences) {
-        ts_refuse(a, TS_EQUOTA, "the session owns %u sequences; %u more would pass its limit of %u",
-                  s->sequences, count, e->limits.session_sequences);
+        ts_refuse_more(a, TS_EQUOTA, s->sequences, count, e->limits.session_sequences,
+                       "the session owns %u sequences; %u more would pass its limit of %u",
+                       s->sequences, count, e->limits.session_sequences);
         return false;
     }
     const ts_pool_config *config = &e->pools[pool].config;
     uint32_t theirs = e->pools[pool].books.tenants[s->tenant].sequences;
     uint32_t most = config->tenant_sequences_max;
     if (most != 0 && (theirs > most || count > most - theirs)) {
-        ts_refuse(a, TS_EQUOTA,
-                  "uid %u has %u sequences in pool '%s'; %u more would pass its limit of %u "
-                  "(tenant_sequences)",
-                  e->tenants[s->tenant], theirs, config->name, count, most);
+        ts_refuse_more(a, TS_EQUOTA, theirs, count, most,
+                       "uid %u has %u sequences in pool '%s'; %u more would pass its limit of %u "
+                       "(tenant_sequences)",
+                       e->tenants[s->tenant], theirs, config->name, count, most);
         if (seqs->dying != TS_NONE)
             a->status = TS_NEED_SWEEP;
         return false;
@@ -73,8 +74,9 @@ static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32
         return false;
     }
     if (status == TS_EQUOTA)
-        ts_refuse(a, status, "pool '%s' has %u sequences; %u more would pass its limit of %u",
-                  e->pools[pool].config.name, seqs->live, count, seqs->max);
+        ts_refuse_more(a, status, seqs->live, count, seqs->max,
+                       "pool '%s' has %u sequences; %u more would pass its limit of %u",
+                       e->pools[pool].config.name, seqs->live, count, seqs->max);
     else if (status != TS_OK ||
              !ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, count, sizeof *e->out_ids))
         ts_refuse(a, TS_ENOMEM, "no memory for %u sequences more", count);
@@ -112,22 +114,23 @@ bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t p
     if (most == 0)
         most = TS_ENTRIES_PER_BLOCK * (uint64_t)p->books.max_blocks;
     if (s->blocks > most || more > most - s->blocks) {
-        ts_refuse(a, TS_EQUOTA,
-                  "the session refers to %llu blocks; %llu more would pass its limit of %llu "
-                  "(session_blocks)",
-                  (unsigned long long)s->blocks, (unsigned long long)more,
-                  (unsigned long long)most);
+        ts_refuse_more(a, TS_EQUOTA, s->blocks, more, most,
+                       "the session refers to %llu blocks; %llu more would pass its limit of %llu "
+                       "(session_blocks)",
+                       (unsigned long long)s->blocks, (unsigned long long)more,
+                       (unsigned long long)most);
         return false;
     }
     uint64_t all = p->books.tenants[s->tenant].entries;
     most = p->config.tenant_entries_max;
     if (most == 0 || (all <= most && more <= most - all))
         return true;
-    ts_refuse(a, TS_EQUOTA,
-              "the block tables of uid %u in pool '%s' have %llu entries; %llu more would pass its "
-              "limit of %llu (tenant_entries)",
-              e->tenants[s->tenant], p->config.name, (unsigned long long)all,
-              (unsigned long long)more, (unsigned long long)most);
+    ts_refuse_more(
+        a, TS_EQUOTA, all, more, most,
+        "the block tables of uid %u in pool '%s' have %llu entries; %llu more would pass its "
+        "limit of %llu (tenant_entries)",
+        e->tenants[s->tenant], p->config.name, (unsigned long long)all, (unsigned long long)more,
+        (unsigned long long)most);
     if (p->seqs.dying != TS_NONE)
         a->status = TS_NEED_SWEEP;
     return false;
@@ -141,11 +144,12 @@ bool ts_engine_check_pinned(const ts_engine *e, const ts_session *s, uint32_t po
     uint64_t pinned = p->books.tenants[s->tenant].pinned, most = p->config.tenant_pinned_max;
     if (more == 0 || most == 0 || pinned + more <= most)
         return true;
-    ts_refuse(a, TS_EQUOTA,
-              "kept sequences of uid %u refer to %llu blocks of pool '%s'; %llu more would pass "
-              "its limit of %llu (tenant_pinned)",
-              e->tenants[s->tenant], (unsigned long long)pinned, p->config.name,
-              (unsigned long long)more, (unsigned long long)most);
+    ts_refuse_more(
+        a, TS_EQUOTA, pinned, more, most,
+        "kept sequences of uid %u refer to %llu blocks of pool '%s'; %llu more would pass "
+        "its limit of %llu (tenant_pinned)",
+        e->tenants[s->tenant], (unsigned long long)pinned, p->config.name, (unsigned long long)more,
+        (unsigned long long)most);
     return false;
 }
 
@@ -297,8 +301,9 @@ void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         if (!ts_engine_check_entries(e, s, c->pool, 0, a))
             return;
         if (s->sequences == e->limits.session_sequences)
-            return ts_refuse(a, TS_EQUOTA, "the session owns %u sequences; the limit is %u",
-                             s->sequences, e->limits.session_sequences);
+            return ts_refuse_more(a, TS_EQUOTA, s->sequences, 1, e->limits.session_sequences,
+                                  "the session owns %u sequences; the limit is %u", s->sequences,
+                                  e->limits.session_sequences);
         ts_sequence_own(&pool->seqs, &pool->books, seq, (uint32_t)(s - e->sessions),
                         &s->owned[c->pool]);
         s->blocks += seq->num_blocks;

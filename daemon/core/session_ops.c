@@ -26,17 +26,21 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
     uint32_t kept =
         !is_operator && e->limits.sessions > 2 * TS_OPERATOR_SESSIONS ? TS_OPERATOR_SESSIONS : 0;
     if (e->live_sessions >= e->limits.sessions - kept)
-        return ts_refuse(a, TS_EQUOTA, "%u sessions are open; the limit is %u%s", e->live_sessions,
-                         e->limits.sessions, kept == 0 ? "" : ", the last 8 of them for operators");
+        return ts_refuse_more(a, TS_EQUOTA, e->live_sessions, 1, e->limits.sessions - kept,
+                              "%u sessions are open; the limit is %u%s", e->live_sessions,
+                              e->limits.sessions,
+                              kept == 0 ? "" : ", the last 8 of them for operators");
     uint32_t tenant = tenant_of(e, c->session_open.uid);
     if (tenant == TS_NONE)
-        return ts_refuse(a, TS_EQUOTA, "uid %u would be tenant %u; the limit is %u",
-                         c->session_open.uid, e->num_tenants + 1, TS_TENANTS_MAX);
+        return ts_refuse_more(a, TS_EQUOTA, e->num_tenants, 1, TS_TENANTS_MAX,
+                              "uid %u would be tenant %u; the limit is %u", c->session_open.uid,
+                              e->num_tenants + 1, TS_TENANTS_MAX);
     if (!is_operator && e->limits.tenant_sessions != 0 &&
         e->tenant_sessions[tenant] >= e->limits.tenant_sessions)
-        return ts_refuse(a, TS_EQUOTA, "uid %u has %u sessions; the limit is %u (tenant_sessions)",
-                         c->session_open.uid, e->tenant_sessions[tenant],
-                         e->limits.tenant_sessions);
+        return ts_refuse_more(
+            a, TS_EQUOTA, e->tenant_sessions[tenant], 1, e->limits.tenant_sessions,
+            "uid %u has %u sessions; the limit is %u (tenant_sessions)", c->session_open.uid,
+            e->tenant_sessions[tenant], e->limits.tenant_sessions);
     uint32_t *owned = malloc(TS_POOLS_MAX * sizeof *owned);
     if (owned == NULL)
         return ts_refuse(a, TS_ENOMEM, "no memory for a session");

@@ -165,20 +165,25 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
         return;
     }
     if (tenant->used + blocks > pool->config.tenant_blocks_max)
-        return ts_refuse(a, TS_EQUOTA,
-                         "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of "
-                         "%llu",
-                         e->tenants[s->tenant], tenant->used, pool->config.name,
-                         (unsigned long long)blocks,
-                         (unsigned long long)pool->config.tenant_blocks_max);
+        return ts_refuse_more(
+            a, TS_EQUOTA, tenant->used, blocks, pool->config.tenant_blocks_max,
+            "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of "
+            "%llu",
+            e->tenants[s->tenant], tenant->used, pool->config.name, (unsigned long long)blocks,
+            (unsigned long long)pool->config.tenant_blocks_max);
     if (tenant->free >= blocks)
         return;
-    if (ts_pool_slabs_needed(&pool->books, s->tenant, blocks) == TS_NONE)
-        return ts_refuse(a, TS_ENOSPC,
-                         "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
-                         (unsigned long long)blocks, pool->config.name,
-                         (unsigned long long)ts_pool_available(&pool->books, s->tenant),
-                         e->tenants[s->tenant], pool->books.num_blocks);
+    if (ts_pool_slabs_needed(&pool->books, s->tenant, blocks) == TS_NONE) {
+        ts_refuse(a, TS_ENOSPC,
+                  "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
+                  (unsigned long long)blocks, pool->config.name,
+                  (unsigned long long)ts_pool_available(&pool->books, s->tenant),
+                  e->tenants[s->tenant], pool->books.num_blocks);
+        a->amounts = (ts_amounts){.needed = blocks,
+                                  .free = ts_pool_available(&pool->books, s->tenant),
+                                  .limit = pool->books.num_blocks};
+        return;
+    }
     a->status = TS_NEED_SLABS;
     a->need.pool = c->pool;
     a->need.tenant = s->tenant;
@@ -233,8 +238,9 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
             "'%s' to write",
             e->pools[c->pool].config.name);
     else if (s->steps >= e->limits.session_steps)
-        ts_refuse(a, TS_EQUOTA, "the session has %u open steps; the limit is %u", s->steps,
-                  e->limits.session_steps);
+        ts_refuse_more(a, TS_EQUOTA, s->steps, 1, e->limits.session_steps,
+                       "the session has %u open steps; the limit is %u", s->steps,
+                       e->limits.session_steps);
     return a->status == TS_OK;
 }
 

@@ -291,6 +291,9 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
         return true;
     }
     done.status = (uint32_t)a.status;
+    done.needed = a.amounts.needed;
+    done.free = a.amounts.free;
+    done.limit = a.amounts.limit;
     memcpy(done.message, a.message, sizeof done.message);
     complete(r, &done, completion.taken_ns);
     return true;

@@ -336,12 +336,20 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
     return message->decode(r, c, a);
 }
 
+void ts_encode_status(const ts_answer *a, Tspb__Reply *reply)
+{
+    reply->status = (uint32_t)a->status;
+    reply->message = (char *)a->message;
+    reply->needed = a->amounts.needed;
+    reply->free = a->amounts.free;
+    reply->limit = a->amounts.limit;
+}
+
 void ts_encode(const ts_engine *e, const Tspb__Request *r, const ts_command *c, const ts_answer *a,
                Tspb__Reply *reply, ts_reply_body *body)
 {
     const struct message *message = message_of(r);
-    reply->status = (uint32_t)a->status;
-    reply->message = (char *)a->message;
+    ts_encode_status(a, reply);
     if (a->status == TS_OK && message->encode != NULL)
         message->encode(e, c, a, reply, body);
 }

@@ -32,6 +32,9 @@ bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *answer);
  * which is made so; else the answer refuses. */
 bool ts_decode_plain(const Tspb__Request *request, ts_answer *answer);
 
+/* Fills in the reply's status, sentence and numbers, which point into the answer. */
+void ts_encode_status(const ts_answer *answer, Tspb__Reply *reply);
+
 /* Fills in the reply to a request whose command was applied; slabs of an answer are the caller's to
  * add. */
 void ts_encode(const ts_engine *engine, const Tspb__Request *request, const ts_command *command,

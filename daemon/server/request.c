@@ -59,8 +59,7 @@ static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const 
     Tspb__Reply reply = TSPB__REPLY__INIT;
     size_t size;
     reply.request_id = id;
-    reply.status = (uint32_t)answer->status;
-    reply.message = (char *)answer->message;
+    ts_encode_status(answer, &reply);
     ts_refused(s, request->message, answer->status);
     if (pack(s, &reply, &size))
         request->send(request, s->packed, size);
@@ -246,8 +245,7 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     if (run || command->op == TS_OP_STEP_BEGIN)
         ts_step_work_undo(&s->exec, command, run ? a->step->id : body->step_begun.step);
     ts_refuse(a, TS_ENOMEM, "no memory for the answer");
-    reply->status = TS_ENOMEM;
-    reply->message = a->message;
+    ts_encode_status(a, reply);
     return false;
 }
 
@@ -294,8 +292,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
         kept->pending = true;
         return;
     }
-    reply.status = (uint32_t)a.status;
-    reply.message = a.message;
+    ts_encode_status(&a, &reply);
     ts_refused(s, message, a.status);
     size_t size = finish(s, &reply);
     deliver(c, request, message->request_id, s->packed, size);

@@ -338,6 +338,7 @@ def test_a_writable_pool_takes_appended_rows(start_daemon):
         with pytest.raises(tinyserve.NoSpaceError, match="pool 'open' has 6 free") as caught:
             kv.append([seq], [27])
         assert (caught.value.status, caught.value.name) == (4, "TS_ENOSPC")
+        assert (caught.value.needed, caught.value.free, caught.value.limit) == (7, 6, 8)
         assert kv.lengths([seq]) == [6]
 
 

@@ -56,13 +56,19 @@ class CRunOptions(_Sized):
                 ("stream", c_void_p)]
 
 
+class CErrorInfo(_Sized):
+    """ts_error_info"""
+    _fields_ = [("size", c_size_t), ("status", c_int), ("needed", c_uint64), ("free", c_uint64),
+                ("limit", c_uint64)]
+
+
 class CKv(Structure):
     """ts_kv"""
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
 
 
-_STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions, CRunOptions,
-                                          CKv)
+_STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions,
+                                         CRunOptions, CErrorInfo, CKv)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
@@ -74,6 +80,7 @@ _FUNCTIONS = {
     "ts_connect": (c_int, [POINTER(Options), POINTER(c_void_p)]),
     "ts_disconnect": (None, [c_void_p]),
     "ts_error": (c_char_p, [c_void_p]),
+    "ts_error_read": (c_int, [c_void_p, POINTER(CErrorInfo)]),
     "ts_session_id": (c_uint64, [c_void_p]),
     "ts_client_transport": (c_int, [c_void_p]),
     "ts_client_exec": (c_int, [c_void_p]),

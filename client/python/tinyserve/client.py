@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, Iterable, Sequence
 
 from . import arguments as check
-from ._lib import CFrameOptions, CKv, Options, lib
+from ._lib import CErrorInfo, CFrameOptions, CKv, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
 from .opened import Memory, Opened
 from .step import DTYPE_NAMES, Frame, Step, step_options
@@ -103,7 +103,11 @@ class Client:
         if status != 0:
             error = BY_STATUS.get(status, Error)
             name = lib.ts_status_name(status).decode()
-            raise error(lib.ts_error(self._handle).decode(errors="replace"), status, name)
+            raised = error(lib.ts_error(self._handle).decode(errors="replace"), status, name)
+            info = CErrorInfo()
+            if lib.ts_error_read(self._handle, byref(info)) == 0:
+                raised.needed, raised.free, raised.limit = info.needed, info.free, info.limit
+            raise raised
 
     def _open(self) -> c_void_p:
         if self._handle is None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 class Error(Exception):
     """A call failed. `status` is the ts_status's number, `name` its name ("TS_ENOSPC"); the text is
-    the library's sentence, which names the thing, its value and the limit."""
+    the library's sentence, which names the thing, its value and the limit. The same in numbers, in the
+    sentence's units (blocks, sequences, ...; 0 where they do not apply): `needed` is what the call
+    would have taken, `free` what there is of it to be had, `limit` the quota or the pool's size."""
 
     status = 0
     name = ""
+    needed = free = limit = 0
 
     def __init__(self, message: str, status: int = 0, name: str = "") -> None:
         super().__init__(message)
