@@ -6,6 +6,7 @@
 extern "C" {
 #include "attention.h"
 #include "gpu.h"
+#include "shape.h"
 #include "tsbench.h"
 }
 
@@ -27,48 +28,26 @@ namespace
 #define ROTATED_BYTES ((size_t)3 << 30) /* of K and V in all layers, at least */
 #define REPEATS 60
 
-struct group {
-    uint32_t count, least, most; /* sequences of least..most tokens, evenly spread */
-    uint32_t shared = 0;         /* of which they have the first in common: whole blocks */
-};
+using shape = bench_shape;
 
-struct shape {
-    const char *name;
-    ts_dtype dtype;
-    uint32_t heads, kv_heads, head_dim, q_tokens; /* new tokens; 0: all */
-    group groups[2];
-};
-
-const shape shapes[] = {
-    {"64 x 1024-4096, 32/32/64 fp32", TS_DTYPE_FP32, 32, 32, 64, 1, {{64, 1024, 4096}}},
-    {"64 x 4096, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{64, 4096, 4096}}},
-    {"256 x 1024, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{256, 1024, 1024}}},
-    {"1 x 131072, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{1, 131072, 131072}}},
-    {"1 x 32768, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{1, 32768, 32768}}},
-    {"1 x 8192, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 1, {{1, 8192, 8192}}},
-    {"512 x 64-512 + 8 x 32768, 64/8/128 bf16",
-     TS_DTYPE_BF16,
-     64,
-     8,
-     128,
-     1,
-     {{512, 64, 512}, {8, 32768, 32768}}},
-    {"64 x 4096, 128/1/128 bf16", TS_DTYPE_BF16, 128, 1, 128, 1, {{64, 4096, 4096}}},
-    {"64 x 4096, 32/8/128 fp16", TS_DTYPE_FP16, 32, 8, 128, 1, {{64, 4096, 4096}}},
-    {"64 x 4096, 32/8/128 bf16, 4 new", TS_DTYPE_BF16, 32, 8, 128, 4, {{64, 4096, 4096}}},
-    {"64 x 4096, 32/8/128 bf16, 8 new", TS_DTYPE_BF16, 32, 8, 128, 8, {{64, 4096, 4096}}},
-    {"64 x 4096, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 1, {{64, 4096, 4096}}},
-    {"1 x 131072, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 1, {{1, 131072, 131072}}},
-    {"64 x 9216, 8192 shared, 32/8/128 bf16",
-     TS_DTYPE_BF16,
-     32,
-     8,
-     128,
-     1,
-     {{64, 9216, 9216, 8192}}},
-    {"4 x 4096, all new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 0, {{4, 4096, 4096}}},
-    {"8 x 8704, 512 new, 32/8/128 bf16", TS_DTYPE_BF16, 32, 8, 128, 512, {{8, 8704, 8704}}},
-    {"8 x 8704, 512 new, 32/8/128 fp8", TS_DTYPE_FP8_E4M3, 32, 8, 128, 512, {{8, 8704, 8704}}},
+const char *const shapes[] = {
+    "64 x 1024-4096, 32/32/64 fp32",
+    "64 x 4096, 32/8/128 bf16",
+    "256 x 1024, 32/8/128 bf16",
+    "1 x 131072, 32/8/128 bf16",
+    "1 x 32768, 32/8/128 bf16",
+    "1 x 8192, 32/8/128 bf16",
+    "512 x 64-512 + 8 x 32768, 64/8/128 bf16",
+    "64 x 4096, 128/1/128 bf16",
+    "64 x 4096, 32/8/128 fp16",
+    "64 x 4096, 32/8/128 bf16, 4 new",
+    "64 x 4096, 32/8/128 bf16, 8 new",
+    "64 x 4096, 32/8/128 fp8",
+    "1 x 131072, 32/8/128 fp8",
+    "64 x 9216, 8192 shared, 32/8/128 bf16",
+    "4 x 4096, all new, 32/8/128 bf16",
+    "8 x 8704, 512 new, 32/8/128 bf16",
+    "8 x 8704, 512 new, 32/8/128 fp8",
 };
 
 /* q and out are of the cache's type; beside fp8 bf16. */
@@ -208,16 +187,14 @@ bool make_problem(problem &p, const shape *s, const bench_options *o)
         uint32_t tokens;
     };
     std::vector<first_of> firsts; /* whom a sequence shares its first tokens with */
-    for (const group &g : s->groups)
-        for (uint32_t i = 0; i < g.count; i++) {
-            uint32_t n = g.least;
-            if (g.most > g.least) /* every part of the range, in an order that isn't sorted */
-                n += (uint32_t)((uint64_t)(g.most - g.least) * (i * 29 % g.count) / (g.count - 1));
+    for (uint32_t at = 0; at < s->num_groups; at++)
+        for (uint32_t i = 0; i < s->groups[at].count; i++) {
+            const uint32_t n = bench_group_tokens(&s->groups[at], i);
             ts_attention_seq seq = {};
             seq.kv_tokens = n;
-            seq.q_tokens = s->q_tokens == 0 ? n : s->q_tokens;
+            seq.q_tokens = s->new_tokens == 0 ? n : s->new_tokens;
             p.seqs.push_back(seq);
-            uint32_t shared = i == 0 ? 0 : g.shared; /* with the group's first */
+            uint32_t shared = i == 0 ? 0 : s->shared; /* with the group's first */
             firsts.push_back(shared == 0 ? first_of{} : first_of{p.seqs.size() - 1 - i, shared});
             blocks += (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS - shared / BLOCK_TOKENS;
             p.q_rows += seq.q_tokens;
@@ -233,7 +210,7 @@ bool make_problem(problem &p, const shape *s, const bench_options *o)
     p.g.head_dim = s->head_dim;
     p.g.block_tokens = BLOCK_TOKENS;
     p.g.dtype = s->dtype;
-    p.g.layout = TS_LAYOUT_NHD;
+    p.g.layout = s->layout;
     std::vector<uint32_t> order(blocks);
     for (uint32_t i = 0; i < blocks; i++)
         order[i] = i;
@@ -451,9 +428,17 @@ int measure_all(const bench_options *o, const device &d, json_t *rows)
                "%-40s %-5s %9s %9s %9s %6s %6s %6s %7s %9s\n",
                ts_gpu_get_info(d.gpu)->name, o->in_order ? "their" : "random", REPEATS, "", "",
                "us", "least", "floor", "GB/s", "read", "ratio", "TFLOP/s", "error");
-    for (const shape &s : shapes) {
-        if (o->shape != NULL && strstr(s.name, o->shape) == NULL)
+    bool any = false;
+    for (const char *name : shapes) {
+        const bool given = o->shape != NULL && bench_shape_is(o->shape);
+        if (given ? any : o->shape != NULL && strstr(name, o->shape) == NULL)
             continue;
+        any = true;
+        shape s;
+        if (!bench_shape_parse(given ? o->shape : name, &s, why, sizeof why)) {
+            fprintf(stderr, "tsbench: %s\n", why);
+            return 1;
+        }
         problem p;
         if (!make_problem(p, &s, o))
             return 1;
@@ -466,7 +451,9 @@ int measure_all(const bench_options *o, const device &d, json_t *rows)
                     return 1;
         }
     }
-    return 0;
+    if (!any)
+        fprintf(stderr, "tsbench: no shape has '%s' in its name\n", o->shape);
+    return any ? 0 : 1;
 }
 
 } // namespace

@@ -25,7 +25,11 @@ static const struct argp_option argp_options[] = {
     {"device", 'D', "DEVICE", 0, "host (the default) or cuda:N: where attend runs", 0},
     {"kernel", 'k', "NAME", 0, "Kernel of attend on a GPU (default auto)", 0},
     {"all-kernels", 'a', NULL, 0, "Every kernel in turn", 0},
-    {"shape", 's', "TEXT", 0, "Only shapes of attend whose name has this", 0},
+    {"shape", 's', "TEXT", 0,
+     "The shape that attend measures, such as '100 x 777, 28/4/128 bf16, 4 new', or those of its "
+     "own "
+     "whose name has this",
+     0},
     {"append", 'A', NULL, 0, "Attend on a GPU writes the new tokens' K and V too", 0},
     {"layers", 'l', "N", 0, "Layers of attend's cache on a GPU (default: what no cache holds)", 0},
     {"in-order", 'i', NULL, 0, "Attend's blocks on a GPU lie in order, not at random", 0},
@@ -107,7 +111,9 @@ static const struct argp argp = {
     "  rpc      round trips through a daemon, and through a bare NNG echo\n"
     "  step     decode steps through rings and through messages, and bare round trips\n"
     "  alloc    appends, forks and frees inside the engine\n"
-    "  attend   the kernels of the processor or of a GPU, and the plain memory read rate",
+    "  attend   the kernels of the processor or of a GPU, and the plain memory read rate\n\n"
+    "A shape: COUNT x TOKENS or COUNT x LEAST-MOST [+ more of these], HEADS/KV_HEADS/HEAD_DIM\n"
+    "fp32|fp16|bf16|fp8 [nhd|hnd] [, N new | , all new] [, N shared]",
     NULL,
     NULL,
     NULL};
