@@ -1,0 +1,152 @@
+/* The configuration by itself: what a file or a command line comes to, and what is wrong with it.
+ */
+#include "test_util.h"
+
+#include "config.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+static ts_config c;
+
+/* Reads the text as a file; the problems are in c. */
+static ts_status read_text(const char *text)
+{
+    char path[] = "/tmp/tinyserve-config.XXXXXX";
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, text, strlen(text)), (ssize_t)strlen(text));
+    close(fd);
+    ts_config_init(&c);
+    const ts_status read = ts_config_read(&c, path), finished = ts_config_finish(&c);
+    unlink(path);
+    return read != TS_OK ? read : finished;
+}
+
+#define POOL "[pool p]\nlayers = 2\nkv_heads = 2\nhead_dim = 64\n"
+
+static void a_pools_memory_becomes_blocks_and_slabs(void **state)
+{
+    (void)state;
+    assert_int_equal(read_text(POOL "dtype = bf16\nblock_tokens = 16\nmemory = 8M\nslab = 4M\n"),
+                     TS_OK);
+    assert_int_equal(c.num_pools, 1);
+    const ts_pool_config *p = &c.pools[0].pool;
+    assert_string_equal(p->name, "p");
+    assert_int_equal(p->geometry.dtype, TS_DTYPE_BF16);
+    /* A block: 2 layers x K and V x 16 tokens x 2 heads x 64 elements x 2 bytes. */
+    assert_int_equal(ts_geometry_block_bytes(&p->geometry), 16384);
+    assert_int_equal(p->num_blocks, 512);
+    assert_int_equal(p->slab_blocks, 256);
+    assert_int_equal(p->max_blocks, 512);
+}
+
+static void every_problem_is_told_with_its_line(void **state)
+{
+    (void)state;
+    static const char *const expected[] = {
+        "threads",
+        "colour",
+        "head_dim",
+        "memory",
+    };
+    assert_int_equal(read_text("[daemon]\nthreads = many\ncolour = blue\n"
+                               "[pool p]\nlayers = 2\nkv_heads = 2\nhead_dim = 64000\n"),
+                     TS_EINVAL);
+    assert_true(c.num_problems >= 4);
+    static const uint32_t lines[] = {2, 3, 7, 4};
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
+        bool found = false;
+        for (uint32_t j = 0; j < c.num_problems; j++)
+            found = found || (c.problems[j].line == lines[i] &&
+                              strstr(c.problems[j].text, expected[i]) != NULL);
+        assert_true(found);
+    }
+    for (uint32_t j = 1; j < c.num_problems; j++)
+        assert_true(c.problems[j - 1].line <= c.problems[j].line);
+}
+
+static void a_key_or_a_pool_given_twice_is_a_problem(void **state)
+{
+    (void)state;
+    assert_int_equal(read_text("[daemon]\nthreads = 1\nthreads = 2\n"), TS_EINVAL);
+    assert_non_null(strstr(c.problems[0].text, "threads"));
+    assert_int_equal(c.problems[0].line, 3);
+    assert_int_equal(read_text(POOL "memory = 1M\n" POOL "memory = 1M\n"), TS_EINVAL);
+    assert_non_null(strstr(c.problems[0].text, "p"));
+}
+
+static void a_comment_may_follow_a_value(void **state)
+{
+    (void)state;
+    assert_int_equal(
+        read_text("# first\n[daemon]\nthreads = 3 # of the kernels\n" POOL "memory = 8M\n"), TS_OK);
+    assert_int_equal(c.threads, 3);
+}
+
+static void the_command_line_changes_what_the_file_says(void **state)
+{
+    (void)state;
+    ts_config_init(&c);
+    assert_int_equal(ts_config_set(&c, "threads", "5"), TS_OK);
+    assert_int_equal(c.threads, 5);
+    assert_int_equal(ts_config_set(&c, "threads", "-5"), TS_EINVAL);
+    assert_int_equal(ts_config_set(&c, "thread", "5"), TS_EINVAL);
+    assert_int_equal(
+        ts_config_add_pool(&c, "q:layers=1,kv_heads=1,head_dim=32,blocks=8,block_tokens=4"), TS_OK);
+    assert_int_equal(c.pools[0].blocks, 8);
+    assert_int_equal(ts_config_add_pool(&c, "r:layers=1,heads=1"), TS_EINVAL);
+}
+
+static void sizes_are_read_with_their_units(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text;
+        uint64_t bytes; /* 0: refused */
+    } sizes[] = {
+        {"4096", 4096}, {"1K", 1024}, {"3M", 3u << 20}, {"2G", 2ull << 30}, {"1T", 1ull << 40},
+        {"", 0},        {"G", 0},     {"-1", 0},        {"1X", 0},          {"99999999999G", 0}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        char why[200];
+        uint64_t bytes = 0;
+        const ts_status status = ts_config_memory(sizes[i].text, &bytes, why, sizeof why);
+        assert_int_equal(status, sizes[i].bytes == 0 ? TS_EINVAL : TS_OK);
+        if (status == TS_OK)
+            assert_int_equal(bytes, sizes[i].bytes);
+    }
+}
+
+static void note(void *arg, const char *key)
+{
+    strcat(arg, key);
+    strcat(arg, " ");
+}
+
+static void a_reload_tells_which_keys_take_a_new_start(void **state)
+{
+    (void)state;
+    static ts_config other;
+    char differing[200] = "";
+    ts_config_init(&c);
+    ts_config_init(&other);
+    assert_int_equal(ts_config_set(&other, "threads", "2"), TS_OK);
+    assert_int_equal(ts_config_set(&other, "log_level", "debug"), TS_OK); /* this one reloads */
+    ts_config_compare(&c, &other, note, differing);
+    assert_string_equal(differing, "threads ");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_pools_memory_becomes_blocks_and_slabs),
+        cmocka_unit_test(every_problem_is_told_with_its_line),
+        cmocka_unit_test(a_key_or_a_pool_given_twice_is_a_problem),
+        cmocka_unit_test(a_comment_may_follow_a_value),
+        cmocka_unit_test(the_command_line_changes_what_the_file_says),
+        cmocka_unit_test(sizes_are_read_with_their_units),
+        cmocka_unit_test(a_reload_tells_which_keys_take_a_new_start),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
