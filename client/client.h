@@ -323,17 +323,20 @@ void ts_rings_close(ts_client *client);
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd);
 
-/* Gives the daemon a descriptor, which stays the caller's too. */
-ts_status ts_handle_give(ts_client *client, enum ts_handle_kind kind, int given,
-                         ts_handle_reply *reply);
+/* Memory of the daemon's making that this process must fill; the caller's. */
+ts_status ts_handle_new(ts_client *client, enum ts_handle_kind kind, uint64_t bytes, int *fd);
+
+/* A request whose reply brings no descriptor. */
+ts_status ts_handle_tell(ts_client *client, enum ts_handle_kind kind);
 void ts_handles_close(ts_client *client);
 
 /* The GPU of the pool, made ready at the first need: a session uses one. */
 ts_status ts_client_cuda(ts_client *client, const ts_pool *pool, ts_cuda **out);
 
-/* Makes memory to be given to the daemon: a memfd of whole pages, all of them there and charged to
- * this process, mapped and all 0. The daemon seals it. Both *fd and *base are the caller's. */
-ts_status ts_memory_make(ts_client *client, const char *what, size_t bytes, int *fd, void **base);
+/* Has the daemon make memory of whole pages (TS_HANDLE_NEW_...), allocates all of it, so that this
+ * process is charged with it, and maps it. *base is the caller's. */
+ts_status ts_memory_fill(ts_client *client, enum ts_handle_kind kind, const char *what,
+                         size_t bytes, void **base);
 
 /* Memory that was mapped, with one holder; the last one's release unmaps it. NULL: no memory. */
 ts_memory *ts_memory_new(void *base, size_t bytes);

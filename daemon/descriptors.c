@@ -21,17 +21,34 @@ static ts_status hand_out(ts_handle_ask *ask, int fd, uint64_t bytes, char *why,
     return TS_ENOMEM;
 }
 
-static ts_status adopt_rings(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
-                             size_t why_bytes)
+/* Makes memory for the client to fill. */
+static ts_status make(ts_handle_ask *ask, ts_filling *filling, const char *what, uint64_t least,
+                      uint64_t most, char *why, size_t why_bytes)
 {
-    ts_ring *ring;
-    ts_status status = ts_ring_new(s->rings, c->pipe, ask->given, &ring, why, why_bytes);
-    if (status != TS_OK)
-        return status;
-    ts_ring_close(c->ring);
-    c->ring = ring;
-    ask->reply.bytes = ring->bytes;
-    return TS_OK;
+    uint64_t bytes = ask->request.bytes;
+    if (bytes < least || bytes > most || bytes % 4096 != 0) {
+        snprintf(why, why_bytes, "%s of %llu bytes; it must be a multiple of 4096, %llu to %llu",
+                 what, (unsigned long long)bytes, (unsigned long long)least,
+                 (unsigned long long)most);
+        return TS_EINVAL;
+    }
+    ts_status status = ts_filling_new(filling, bytes, why, why_bytes);
+    return status == TS_OK ? hand_out(ask, filling->fd, bytes, why, why_bytes) : status;
+}
+
+/* The doorbell of the rings that the client has filled, or of those that it has. */
+static ts_status open_doorbell(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                               size_t why_bytes)
+{
+    if (c->new_rings.bytes > 0 || c->ring == NULL) {
+        ts_ring *ring;
+        ts_status status = ts_ring_new(s->rings, c->pipe, &c->new_rings, &ring, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+        ts_ring_close(c->ring);
+        c->ring = ring;
+    }
+    return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
 }
 
 static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
@@ -64,28 +81,20 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         }
         return hand_out(ask, c->exchange->fd, c->exchange->bytes, why, why_bytes);
     }
-    if (r->kind == TS_HANDLE_GIVE_EXCHANGE || r->kind == TS_HANDLE_GIVE_RINGS) {
-        bool exchange = r->kind == TS_HANDLE_GIVE_EXCHANGE;
-        if (ask->given < 0) {
-            snprintf(why, why_bytes, "no descriptor came with the %s",
-                     exchange ? "exchange" : "rings");
-            return TS_EINVAL;
-        }
-        return exchange
-                   ? ts_service_adopt_exchange(s, c, ask->given, &ask->reply.bytes, why, why_bytes)
-                   : adopt_rings(s, c, ask, why, why_bytes);
-    }
+    if (r->kind == TS_HANDLE_NEW_EXCHANGE)
+        return make(ask, &c->new_exchange, "an exchange", 4096, s->engine->limits.exchange_bytes,
+                    why, why_bytes);
+    if (r->kind == TS_HANDLE_TAKE_EXCHANGE)
+        return ts_service_take_exchange(s, c, &ask->reply.bytes, why, why_bytes);
+    if (r->kind == TS_HANDLE_NEW_RINGS)
+        return make(ask, &c->new_rings, "rings", ts_rings_bytes(0, 0),
+                    ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS), why, why_bytes);
+    if (r->kind == TS_HANDLE_DOORBELL)
+        return open_doorbell(s, c, ask, why, why_bytes);
     if (r->kind == TS_HANDLE_SIGNALS) {
         ts_status status = c->signals != NULL ? TS_OK : ts_signals_new(&c->signals, why, why_bytes);
         return status != TS_OK ? status
                                : hand_out(ask, c->signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
-    }
-    if (r->kind == TS_HANDLE_DOORBELL) {
-        if (c->ring == NULL) {
-            snprintf(why, why_bytes, "the session has given no rings");
-            return TS_ENOENT;
-        }
-        return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
     }
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {

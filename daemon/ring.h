@@ -73,9 +73,8 @@ void ts_rings_stop(ts_rings *rings);
 /* The connections are freed, and no job is under way. NULL is fine. */
 void ts_rings_free(ts_rings *rings);
 
-/* Of the memory that the client gives (TS_HANDLE_GIVE_RINGS); the descriptor stays the caller's.
- * TS_EINVAL, TS_EPROTO or TS_ENOMEM with a sentence. */
-ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, int given, ts_ring **out, char *why,
+/* Of the memory that the client has filled. TS_EINVAL, TS_EPROTO or TS_ENOMEM with a sentence. */
+ts_status ts_ring_new(ts_rings *rings, uint32_t pipe, ts_filling *filling, ts_ring **out, char *why,
                       size_t why_bytes);
 
 /* The connection has ended. NULL is fine. */

@@ -85,6 +85,8 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         c->session = 0;
         c->idle_since_ms = ts_now_ms();
     }
+    ts_filling_end(&c->new_exchange);
+    ts_filling_end(&c->new_rings);
     ts_exchange_release(c->exchange);
     ts_signals_let_go(c->signals);
     ts_signals_release(c->signals);
@@ -330,8 +332,8 @@ static void open_exchange(ts_service *s, ts_connection *c, const Tspb__ExchangeO
     char why[TS_MESSAGE_BYTES];
     if (!open->on_device && open->ipc_handle.len == 0)
         return ts_refuse(a, TS_EINVAL,
-                         "an exchange in host memory is made by the client, and passed to the "
-                         "handle socket");
+                         "an exchange in host memory is opened at the handle socket, not by a "
+                         "message");
     if ((gpu = exchange_gpu(s, c, open, a)) == NULL)
         return;
     if (bytes > 0 && bytes <= s->engine->limits.exchange_bytes) { /* else apply says why not */
@@ -349,12 +351,12 @@ static void open_exchange(ts_service *s, ts_connection *c, const Tspb__ExchangeO
     replace_exchange(s, c, x, command, a);
 }
 
-ts_status ts_service_adopt_exchange(ts_service *s, ts_connection *c, int fd, uint64_t *bytes,
-                                    char *why, size_t why_bytes)
+ts_status ts_service_take_exchange(ts_service *s, ts_connection *c, uint64_t *bytes, char *why,
+                                   size_t why_bytes)
 {
     ts_exchange *x;
     ts_answer a;
-    ts_status status = ts_exchange_adopt(fd, &x, why, why_bytes);
+    ts_status status = ts_exchange_take(&c->new_exchange, &x, why, why_bytes);
     if (status != TS_OK)
         return status;
     ts_command command = {

@@ -9,6 +9,7 @@
 
 #include "batch.h"
 #include "engine.h"
+#include "filled.h"
 #include "gpu_batch.h"
 #include "handle_wire.h"
 #include "memory.h"
@@ -48,8 +49,7 @@ typedef struct ts_handle_ask {
     ts_handle_request request;
     uint32_t uid; /* of the peer on the handle socket */
     ts_handle_reply reply;
-    int fd;    /* -1: refused */
-    int given; /* that came with the request; -1: none. The service takes it */
+    int fd; /* -1: there is none */
     void (*done)(struct ts_handle_ask *ask);
 } ts_handle_ask;
 
@@ -67,9 +67,10 @@ typedef struct ts_connection {
     uint64_t kicked;  /* the session that an operator has ended; 0: none */
     uint8_t token[TS_TOKEN_BYTES];
     ts_exchange *exchange;
-    ts_signals_page *signals; /* NULL: never asked for */
-    ts_ring *ring;            /* the same */
-    ts_step_plan *plan;       /* of the step that ran on a GPU last; NULL: none has */
+    ts_filling new_exchange, new_rings; /* that the client is to fill */
+    ts_signals_page *signals;           /* NULL: never asked for */
+    ts_ring *ring;                      /* the same */
+    ts_step_plan *plan;                 /* of the step that ran on a GPU last; NULL: none has */
     uint64_t requests;
     uint64_t idle_since_ms; /* that it has no session; 0: it has one */
     ts_replies replies;
@@ -158,9 +159,9 @@ void ts_service_tell(ts_service *service, const ts_command *command, ts_answer *
  * for what is freed bit by bit, and be applied again when ts_service_resume is called. */
 void ts_service_apply(ts_service *service, const ts_command *command, ts_answer *answer);
 
-/* Takes the descriptor's memory as the connection's exchange; the descriptor stays the caller's. */
-ts_status ts_service_adopt_exchange(ts_service *service, ts_connection *c, int fd, uint64_t *bytes,
-                                    char *why, size_t why_bytes);
+/* Takes what the client has filled (new_exchange) as the connection's exchange. */
+ts_status ts_service_take_exchange(ts_service *service, ts_connection *c, uint64_t *bytes,
+                                   char *why, size_t why_bytes);
 
 /* Whether the command ends a step of its session whose runs are still under way, or would put one
  * more ordered run behind too many. An abort has the runs dropped. */

@@ -117,12 +117,10 @@ static void run_gift(ts_work *work, void *arg)
     char why[256];
     uint64_t bytes;
     ts_connection *c = ts_service_connection(arg, g->pipe);
-    int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0 || (g->bytes > 0 && (ftruncate(fd, (off_t)g->bytes) != 0 ||
-                                    fallocate(fd, 0, 0, (off_t)g->bytes) != 0)))
+    if (g->bytes > 0 && (ts_filling_new(&c->new_exchange, g->bytes, why, sizeof why) != TS_OK ||
+                         fallocate(c->new_exchange.fd, 0, 0, (off_t)g->bytes) != 0))
         abort();
-    (void)ts_service_adopt_exchange(arg, c, fd, &bytes, why, sizeof why);
-    close(fd);
+    (void)ts_service_take_exchange(arg, c, &bytes, why, sizeof why);
     tell(&g->done);
 }
 
