@@ -3,9 +3,10 @@
  * passes file descriptors, as NNG can't.
  *
  * One ts_handle_request, one ts_handle_reply with the same tag. A reply with status TS_OK carries
- * exactly one descriptor (SCM_RIGHTS), which becomes the receiver's; to the kinds that give it is
- * the request that carries one. A client that may not stay gets a reply with tag 0 and a reason
- * before the connection ends. Both sides are on one machine, so fields are in host byte order.
+ * exactly one descriptor (SCM_RIGHTS), which becomes the receiver's; only that to
+ * TS_HANDLE_TAKE_EXCHANGE carries none, as requests do. A client that may not stay gets a reply
+ * with tag 0 and a reason before the connection ends. Both sides are on one machine, so fields are
+ * in host byte order.
  */
 #ifndef TS_HANDLE_WIRE_H
 #define TS_HANDLE_WIRE_H
@@ -22,13 +23,14 @@ enum ts_handle_kind {
     TS_HANDLE_EXCHANGE = 1,
     TS_HANDLE_SLAB = 2,
     TS_HANDLE_SIGNALS = 3, /* the page of signals.h; made at the first asking */
-    /* The memory of rings.h, and an exchange in host memory. The client makes both, so that it is
-     * charged with the pages: a memfd that may be sealed, of whole pages, all of them there
-     * (fallocate) and mapped to be written, for the daemon seals it against every change of its
-     * pages and of that. What is given takes the place of what was given before. */
-    TS_HANDLE_GIVE_RINGS = 4,
-    TS_HANDLE_DOORBELL = 5, /* of the rings that were given: the eventfd that wakes the daemon */
-    TS_HANDLE_GIVE_EXCHANGE = 6,
+    /* Memory of `bytes` for rings (rings.h) or an exchange in host memory. It is 0, and the client
+     * must allocate all of it (fallocate), so that it is charged with the pages, and map it. Then
+     * it asks for the doorbell, or has the exchange taken: the daemon seals the memory, which can
+     * be mapped to write no more, and its pages stay. What is new takes the place of what was. */
+    TS_HANDLE_NEW_RINGS = 4,
+    TS_HANDLE_DOORBELL = 5, /* the eventfd that wakes the daemon */
+    TS_HANDLE_NEW_EXCHANGE = 6,
+    TS_HANDLE_TAKE_EXCHANGE = 7,
 };
 
 typedef struct ts_handle_request {
@@ -42,6 +44,7 @@ typedef struct ts_handle_request {
     uint32_t writable;
     uint32_t tag;     /* not 0 */
     char version[20]; /* the client's, for the daemon's log; NUL-terminated */
+    uint64_t bytes;   /* of what is to be made */
 } ts_handle_request;
 
 typedef struct ts_handle_reply {
@@ -55,7 +58,7 @@ typedef struct ts_handle_reply {
     char message[232]; /* NUL-terminated: why it was refused; empty when status is TS_OK */
 } ts_handle_reply;
 
-_Static_assert(sizeof(ts_handle_request) == 72, "layout is shared by two programs");
+_Static_assert(sizeof(ts_handle_request) == 80, "layout is shared by two programs");
 _Static_assert(offsetof(ts_handle_request, kind) == 32, "layout is shared by two programs");
 _Static_assert(sizeof(ts_handle_reply) == 264, "layout is shared by two programs");
 _Static_assert(offsetof(ts_handle_reply, message) == 32, "layout is shared by two programs");

@@ -10,8 +10,8 @@
  * its bounds: the daemon copies an entry before it looks at it, and a count that can't be ends the
  * rings for their session. A client has at most TS_RING_ENTRIES submissions uncompleted.
  *
- * The client makes the memory, all 0 but for the first four fields, and gives it to the daemon
- * (TS_HANDLE_GIVE_RINGS), which fills in what it has to say before it answers.
+ * The client fills the memory (TS_HANDLE_NEW_RINGS): it sets the first four fields, the rest is 0.
+ * When it asks for the doorbell, the daemon takes the memory and fills in what it has to say.
  *
  * Waking: a side that has nothing to do says so in its `sleeps` word, looks once more, and sleeps;
  * the other looks at the word after it has moved its tail (a full barrier lies between on both

@@ -118,12 +118,11 @@ static void run_gift(ts_work *work, void *arg)
     char why[256];
     uint64_t bytes;
     ts_connection *c = ts_service_connection(arg, g->pipe);
-    int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0 || (g->bytes > 0 && (ftruncate(fd, (off_t)g->bytes) != 0 ||
-                                    fallocate(fd, 0, 0, (off_t)g->bytes) != 0)))
+    if (g->bytes > 0 &&
+        (ts_filling_new(&c->memory.new_exchange, g->bytes, why, sizeof why) != TS_OK ||
+         fallocate(c->memory.new_exchange.fd, 0, 0, (off_t)g->bytes) != 0))
         abort();
-    (void)ts_exchange_give(arg, c, fd, &bytes, why, sizeof why);
-    close(fd);
+    (void)ts_exchange_taken(arg, c, &bytes, why, sizeof why);
     tell(&g->done);
 }
 

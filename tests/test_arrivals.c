@@ -375,20 +375,80 @@ static void a_crowd_leaves_descriptors_for_operators(void **state)
     daemon_stop(&d);
 }
 
+/* Stops the daemon, so that what is sent until SIGCONT comes to it at once. */
+static void stop(const daemon_process *d)
+{
+    int status;
+    assert_int_equal(kill(d->pid, SIGSTOP), 0);
+    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+    assert_true(WIFSTOPPED(status));
+}
+
+/* How many requests the daemon had taken when it answered this one. */
+static uint64_t requests_taken(int fd)
+{
+    Tspb__Reply *reply = raw_answer(fd);
+    assert_non_null(reply);
+    assert_int_equal(reply->body_case, TSPB__REPLY__BODY_STATUS_REPLY);
+    uint64_t requests = reply->status_reply->requests;
+    tspb__reply__free_unpacked(reply, NULL);
+    return requests;
+}
+
+static void users_have_their_turn_however_many_connections_one_has(void **state)
+{
+    (void)state;
+    daemon_process d;
+    enum { N = 100 };
+    int fds[N];
+    const struct passwd *user = a_user();
+    if (user == NULL)
+        skip();
+    daemon_start_with(&d, POOL_TINY ",blocks=16",
+                      (const char *const[]){"--set", "socket_mode=0666", NULL});
+    Tspb__Status status = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.request_id = 1;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &status;
+    assert_int_equal(seteuid(user->pw_uid), 0);
+    for (int i = 0; i < N; i++) {
+        fds[i] = raw_connect(&d);
+        raw_greet(fds[i]);
+    }
+    assert_int_equal(seteuid(0), 0);
+    int own = raw_connect(&d);
+    raw_greet(own);
+    assert_true(raw_submit(own, &request, 1));
+    uint64_t before = requests_taken(own);
+    stop(&d);
+    for (int i = 0; i < N; i++)
+        assert_true(raw_submit(fds[i], &request, 1));
+    request.request_id = 2;
+    assert_true(raw_submit(own, &request, 2));
+    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    assert_in_range(requests_taken(own) - before, 1, 9); /* its own, and two turns of the user's */
+    for (int i = 0; i < N; i++) {
+        (void)requests_taken(fds[i]); /* all are answered in the end */
+        close(fds[i]);
+    }
+    close(own);
+    daemon_stop(&d);
+}
+
 /* ---- descriptors that are passed ---- */
 
 /* Sends descriptors to one of the two sockets; of the stream they come inside a message. */
 static void pass(const daemon_process *d, bool handles, const int *fds, size_t num_fds)
 {
-    ts_handle_request request = raw_request(TS_HANDLE_GIVE_EXCHANGE, 1);
+    ts_handle_request request = raw_request(TS_HANDLE_TAKE_EXCHANGE, 1);
     int to = handles ? raw_handles(d) : raw_connect(d);
     if (!handles)
         assert_int_equal(send(to, "\0SP\0\0\x30\0\0", 8, 0), 8);
-    bool passed = handles ? raw_pass(to, &request, sizeof request, fds, num_fds)
-                          : raw_pass(to, "\1\0\0", 3, fds, num_fds);
-    if (handles) { /* and some that the daemon never receives */
-        assert_true(passed);
-        assert_int_equal(send(to, "hello", 5, 0), 5);
+    if (!handles) {
+        (void)raw_pass(to, "\1\0\0", 3, fds, num_fds);
+    } else if (raw_pass(to, &request, sizeof request, fds, num_fds)) {
+        assert_int_equal(send(to, "hello", 5, 0), 5); /* and some that the daemon never reads */
         (void)raw_pass(to, &request, sizeof request, fds, num_fds);
     }
     close(to);
@@ -456,8 +516,7 @@ static void closing_what_is_passed_holds_nobody_up(void **state)
             }
             close(fd);
             close(go[0]);
-            assert_int_equal(kill(d.pid, SIGSTOP), 0); /* until it alone has the socket */
-            assert_int_equal(waitpid(d.pid, &status, WUNTRACED), d.pid);
+            stop(&d); /* until it alone has the socket */
             close(go[1]);
             assert_int_equal(waitpid(pid, &status, 0), pid);
             assert_int_equal(status, 0);
@@ -482,6 +541,7 @@ int main(void)
         cmocka_unit_test(a_client_that_reads_late_gets_every_answer),
         cmocka_unit_test(a_users_connections_are_limited_and_operators_get_in),
         cmocka_unit_test(a_crowd_leaves_descriptors_for_operators),
+        cmocka_unit_test(users_have_their_turn_however_many_connections_one_has),
         cmocka_unit_test(what_is_passed_to_a_socket_is_closed),
         cmocka_unit_test(closing_what_is_passed_holds_nobody_up),
     };

@@ -302,115 +302,87 @@ static void the_handle_socket_gives_nothing_without_a_token(void **state)
     daemon_stop(&d);
 }
 
-static int memory_of(size_t bytes, bool allocate, int seals)
-{
-    int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    assert_true(fd >= 0);
-    assert_int_equal(ftruncate(fd, (off_t)bytes), 0);
-    if (allocate && bytes > 0)
-        assert_int_equal(fallocate(fd, 0, 0, (off_t)bytes), 0);
-    assert_int_equal(fcntl(fd, F_ADD_SEALS, seals), 0);
-    return fd;
-}
+/* What a client may do with the memory that it is to fill. */
+typedef struct filling {
+    size_t bytes;
+    bool allocate;
+    int seals;
+    uint32_t head[4]; /* magic, version, max_blocks, max_slabs of rings */
+} filling;
 
-/* Gives the daemon memory that it must refuse, and closes it. */
-static void refuse_memory(ts_client *c, enum ts_handle_kind kind, int fd, ts_status status,
-                          const char *why)
+/* Fills memory of the daemon's, and hands it over; its descriptor. */
+static int fill_memory(ts_client *c, bool rings, const filling *f, ts_status status,
+                       const char *why)
 {
     ts_handle_reply reply;
-    assert_int_equal(ts_handle_give(c, kind, fd, &reply), status);
-    if (strstr(ts_error(c), why) == NULL)
+    int fd, bell;
+    OK(ts_handle_new(c, rings ? TS_HANDLE_NEW_RINGS : TS_HANDLE_NEW_EXCHANGE, f->bytes, &fd));
+    if (f->allocate)
+        assert_int_equal(fallocate(fd, 0, 0, (off_t)f->bytes), 0);
+    assert_int_equal(pwrite(fd, f->head, sizeof f->head, 0), sizeof f->head);
+    assert_int_equal(fcntl(fd, F_ADD_SEALS, f->seals), 0);
+    assert_int_equal(rings ? ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell)
+                           : ts_handle_tell(c, TS_HANDLE_TAKE_EXCHANGE),
+                     status);
+    if (status != TS_OK && strstr(ts_error(c), why) == NULL)
         fail_msg("'%s' is not in '%s'", why, ts_error(c));
-    if (fd >= 0)
-        close(fd);
-}
-
-/* Gives the daemon good memory: from then on nobody can take its pages away. */
-static void give_memory(ts_client *c, enum ts_handle_kind kind, int fd, size_t bytes)
-{
-    ts_handle_reply reply;
-    char *mapped = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    assert_true(mapped != MAP_FAILED);
-    OK(ts_handle_give(c, kind, fd, &reply));
-    assert_int_equal(reply.bytes, bytes);
-    mapped[bytes - 1] = 1;
-    assert_int_equal(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096), -1);
-    assert_int_equal(errno, EPERM);
-    assert_int_equal(madvise(mapped, 4096, MADV_REMOVE), -1);
-    assert_int_equal(errno, EPERM);
-    assert_int_equal(ftruncate(fd, 0), -1);
-    assert_int_equal(ftruncate(fd, (off_t)bytes + 4096), -1);
-    assert_int_equal(munmap(mapped, bytes), 0);
-}
-
-static int memory_of_rings(size_t bytes, uint32_t version, uint32_t blocks, uint32_t slabs)
-{
-    int fd = memory_of(bytes, true, 0);
-    assert_int_equal(pwrite(fd, (uint32_t[]){TS_RING_MAGIC, version, blocks, slabs}, 16, 0), 16);
+    if (status == TS_OK && rings)
+        close(bell);
     return fd;
 }
 
 static void an_exchange_and_rings_are_memory_that_the_client_has_allocated(void **state)
 {
     (void)state;
-    const enum ts_handle_kind exchange = TS_HANDLE_GIVE_EXCHANGE, its_rings = TS_HANDLE_GIVE_RINGS;
     const size_t bytes = ts_rings_bytes(16, 1);
+    const uint32_t version = TS_RING_VERSION, magic = TS_RING_MAGIC;
     daemon_process d;
     daemon_start_with(&d, POOL_TINY ",blocks=16",
                       (const char *const[]){"--set", "exchange_max=1M", NULL});
     ts_client *c = connect_to(&d);
-    for (int rings = 0; rings < 2; rings++) {
-        enum ts_handle_kind kind = rings ? its_rings : exchange;
-        const char *no_memfd =
-            rings ? "the rings' memory must be a memfd" : "the exchange must be a memfd";
-        char path[64];
-        int fd = memory_of(bytes, true, 0);
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        int to_read = open(path, O_RDONLY | O_CLOEXEC);
-        close(fd);
-        refuse_memory(c, kind, -1, TS_EINVAL, "no descriptor came with the ");
-        refuse_memory(c, kind, open("/dev/null", O_RDWR | O_CLOEXEC), TS_EINVAL, no_memfd);
-        refuse_memory(c, kind, memory_of(bytes, true, F_SEAL_SEAL), TS_EINVAL, no_memfd);
-        refuse_memory(c, kind, memory_of(bytes, true, F_SEAL_WRITE), TS_EINVAL, no_memfd);
-        refuse_memory(c, kind, to_read, TS_EINVAL, no_memfd);
-        refuse_memory(c, kind, memory_of(bytes, false, 0), TS_EINVAL,
-                      " bytes 0 are there: its maker must allocate all of them");
-    }
-    refuse_memory(c, exchange, memory_of(0, false, 0), TS_EINVAL,
-                  "the exchange has 0 bytes; it must have a multiple of 4096");
-    refuse_memory(c, exchange, memory_of(5000, true, 0), TS_EINVAL, "the exchange has 5000 bytes");
-    refuse_memory(c, exchange, memory_of(2 << 20, true, 0), TS_EINVAL,
-                  "an exchange of 2097152 bytes; it must be a multiple of 4096, at most 1048576");
-    refuse_memory(c, its_rings, memory_of(4096, true, 0), TS_EINVAL,
-                  "the rings' memory has 4096 bytes");
     const struct {
-        uint32_t version, blocks, slabs;
+        filling filling;
         ts_status status;
         const char *why;
     } bad[] = {
-        {TS_RING_VERSION + 1, 16, 1, TS_EPROTO, "rings of version "},
-        {TS_RING_VERSION, TS_RING_BLOCKS + 1, 1, TS_EINVAL, "room for 1048577 blocks and 1 slabs"},
-        {TS_RING_VERSION, 16, UINT32_MAX, TS_EINVAL, "room for 16 blocks and 4294967295 slabs"},
-        {TS_RING_VERSION, 16 + 1024, 1, TS_EINVAL, "room for 1040 blocks and 1 slabs"},
+        {{bytes, false, 0, {magic, version, 16, 1}}, TS_EINVAL, " are there: the client must "},
+        {{bytes, true, F_SEAL_SEAL, {magic, version, 16, 1}}, TS_EINVAL, "can't be sealed"},
+        {{bytes, true, F_SEAL_WRITE, {magic, version, 16, 1}}, TS_EINVAL, "not permitted"},
+        {{bytes, true, F_SEAL_FUTURE_WRITE, {magic, version, 16, 1}}, TS_EINVAL, "not permitted"},
+        /* of rings alone */
+        {{bytes, true, 0, {magic, version + 1, 16, 1}}, TS_EPROTO, "rings of version "},
+        {{bytes, true, 0, {magic + 1, version, 16, 1}}, TS_EPROTO, "rings of version "},
+        {{bytes, true, 0, {magic, version, TS_RING_BLOCKS + 1, 1}}, TS_EINVAL, "1048577 blocks"},
+        {{bytes, true, 0, {magic, version, 16, UINT32_MAX}}, TS_EINVAL, "4294967295 slabs"},
+        {{bytes, true, 0, {magic, version, 16 + 1024, 1}}, TS_EINVAL, "room for 1040 blocks"},
     };
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        refuse_memory(c, its_rings,
-                      memory_of_rings(bytes, bad[i].version, bad[i].blocks, bad[i].slabs),
-                      bad[i].status, bad[i].why);
-    int good = memory_of(8192, true, 0), ring = memory_of_rings(bytes, TS_RING_VERSION, 16, 1);
-    give_memory(c, exchange, good, 8192);
-    refuse_memory(c, exchange, good, TS_EINVAL, "the exchange must be a memfd"); /* is sealed */
-    refuse_memory(c, exchange, memory_of(4096, true, 0), TS_EINVAL, "would replace one of 8192");
-    ts_handle_reply reply;
-    int bell;
-    assert_int_equal(ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell), TS_ENOENT);
-    give_memory(c, its_rings, ring, bytes);
-    close(ring);
-    OK(ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell));
-    close(bell);
-    ring = memory_of_rings(bytes, TS_RING_VERSION, 16, 1); /* others in place of those */
-    give_memory(c, its_rings, ring, bytes);
-    close(ring);
+    const filling good = {bytes, true, 0, {magic, version, 16, 1}};
+    const filling less = {4096, true, 0, {0}};
+    int fd;
+    assert_int_equal(ts_handle_new(c, TS_HANDLE_NEW_EXCHANGE, 0, &fd), TS_EINVAL);
+    assert_int_equal(ts_handle_new(c, TS_HANDLE_NEW_EXCHANGE, 5000, &fd), TS_EINVAL);
+    assert_int_equal(ts_handle_new(c, TS_HANDLE_NEW_EXCHANGE, 2 << 20, &fd), TS_EINVAL);
+    assert_string_equal(ts_error(c), "an exchange of 2097152 bytes; it must be a multiple of "
+                                     "4096, 4096 to 1048576");
+    assert_int_equal(ts_handle_new(c, TS_HANDLE_NEW_RINGS, 4096, &fd), TS_EINVAL);
+    assert_int_equal(ts_handle_new(c, TS_HANDLE_NEW_RINGS, (uint64_t)1 << 40, &fd), TS_EINVAL);
+    for (int rings = 0; rings < 2; rings++) {
+        for (size_t i = 0; i < (rings ? sizeof bad / sizeof *bad : 4); i++)
+            close(fill_memory(c, rings, &bad[i].filling, bad[i].status, bad[i].why));
+        for (int again = 0; again < 2; again++) { /* the second in place of the first */
+            fd = fill_memory(c, rings, &good, TS_OK, NULL);
+            /* From then on nobody can take its pages away. */
+            assert_int_equal(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096),
+                             -1);
+            assert_int_equal(errno, EPERM);
+            assert_int_equal(ftruncate(fd, 0), -1);
+            assert_int_equal(ftruncate(fd, (off_t)bytes + 4096), -1);
+            close(fd);
+        }
+    }
+    assert_int_equal(ts_handle_tell(c, TS_HANDLE_TAKE_EXCHANGE), TS_EINVAL);
+    assert_string_equal(ts_error(c), "the session has asked for no memory for the exchange");
+    close(fill_memory(c, false, &less, TS_EINVAL, "would replace one of "));
     ts_disconnect(c);
     daemon_stop(&d);
 }

@@ -8,7 +8,6 @@
 
 #include <fcntl.h>
 #include <stdio.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 static ts_service service;
@@ -31,13 +30,12 @@ static ts_connection *connection(uint32_t pipe)
     assert_int_equal(a.status, TS_OK);
     c->session = a.session;
     service.by_session[(uint32_t)a.session] = c;
-    int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    assert_true(fd >= 0);
-    assert_int_equal(ftruncate(fd, ts_rings_bytes(16, 1)), 0);
-    assert_int_equal(fallocate(fd, 0, 0, ts_rings_bytes(16, 1)), 0);
-    assert_int_equal(pwrite(fd, (uint32_t[]){TS_RING_MAGIC, TS_RING_VERSION, 16, 1}, 16, 0), 16);
-    assert_int_equal(ts_ring_new(service.rings, c, fd, why, sizeof why), TS_OK);
-    close(fd);
+    ts_filling *f = &c->memory.new_rings;
+    const uint32_t head[] = {TS_RING_MAGIC, TS_RING_VERSION, 16, 1};
+    assert_int_equal(ts_filling_new(f, ts_rings_bytes(16, 1), why, sizeof why), TS_OK);
+    assert_int_equal(fallocate(f->fd, 0, 0, (off_t)f->bytes), 0);
+    assert_int_equal(pwrite(f->fd, head, sizeof head, 0), sizeof head);
+    assert_int_equal(ts_ring_new(service.rings, c, why, sizeof why), TS_OK);
     return c;
 }
 

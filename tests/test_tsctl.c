@@ -141,6 +141,39 @@ static const char *line_of(const char *text, const char *beginning)
     return line;
 }
 
+static void a_long_list_comes_in_short_answers(void **state)
+{
+    (void)state;
+    enum { N = 500, MOST = 200 };
+    daemon_process d;
+    static char text[1 << 20];
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seqs[N];
+    OK(ts_seq_create(p, N, seqs));
+    Tspb__ListSeqs list = TSPB__LIST_SEQS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_LIST_SEQS;
+    request.list_seqs = &list;
+    for (size_t left = N; left > 0;) { /* an answer holds up everybody else: it is short */
+        Tspb__Reply *reply;
+        OK(ts_call(c, &request, &reply));
+        assert_int_equal(reply->seq_list->n_seqs, left < MOST ? left : MOST);
+        left -= reply->seq_list->n_seqs;
+        assert_int_equal(reply->seq_list->next, left > 0 ? N - left : 0);
+        list.after = reply->seq_list->next;
+        tspb__reply__free_unpacked(reply, NULL);
+    }
+    assert_int_equal(run(text, sizeof text, TS_CTL " seqs --json --socket=%s", d.url), 0);
+    json_t *all = json_loads(text, 0, NULL);
+    assert_int_equal(json_array_size(all), N);
+    json_decref(all);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void names_that_could_write_to_a_terminal_are_refused_or_escaped(void **state)
 {
     (void)state;
@@ -576,6 +609,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_command_shows_the_exact_figures_within_80_columns),
+        cmocka_unit_test(a_long_list_comes_in_short_answers),
         cmocka_unit_test(names_that_could_write_to_a_terminal_are_refused_or_escaped),
         cmocka_unit_test(operators_end_sessions_free_sequences_and_drain),
         cmocka_unit_test(a_kick_first_ends_the_processes_work_on_the_gpu_where_mps_runs),

@@ -72,22 +72,18 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
 
 ts_status ts_exchange_host(ts_client *c, size_t bytes)
 {
-    ts_handle_reply reply;
     void *base;
-    int fd;
     ts_status status = check_bytes(c, &bytes, 4096);
     if (status == TS_OK)
-        status = ts_memory_make(c, "an exchange", bytes, &fd, &base);
+        status = ts_memory_fill(c, TS_HANDLE_NEW_EXCHANGE, "an exchange", bytes, &base);
     if (status != TS_OK)
         return status;
     ts_memory *memory = ts_memory_new(base, bytes);
     if (memory == NULL) {
         munmap(base, bytes);
-        close(fd);
         return ts_fail(c, TS_ENOMEM, "no memory for an exchange");
     }
-    status = ts_handle_give(c, TS_HANDLE_GIVE_EXCHANGE, fd, &reply);
-    close(fd);
+    status = ts_handle_tell(c, TS_HANDLE_TAKE_EXCHANGE);
     if (status != TS_OK) {
         ts_memory_release(memory);
         return status;

@@ -98,28 +98,8 @@ static ts_status ended(ts_client *c)
     return ts_fail(c, TS_ECONN, "the daemon at %s has ended the handle connection", c->path);
 }
 
-/* Sends the request, with a descriptor if `given` is one. */
-static ssize_t send_request(int to, ts_handle_request *request, int given)
-{
-    struct iovec data = {.iov_base = request, .iov_len = sizeof *request};
-    union {
-        struct cmsghdr header;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control = {0};
-    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1};
-    if (given >= 0) {
-        message.msg_control = control.bytes;
-        message.msg_controllen = sizeof control.bytes;
-        control.header = (struct cmsghdr){
-            .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-        memcpy(CMSG_DATA(&control.header), &given, sizeof given);
-    }
-    return sendmsg(to, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-}
-
 /* One request and its reply. The reply's status is the caller's to look at. */
-static ts_status call(ts_client *c, ts_handle_request *request, int given, ts_handle_reply *reply,
-                      int *fd)
+static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply *reply, int *fd)
 {
     uint64_t deadline_ms = ts_now_ms() + c->timeout_ms;
     ssize_t sent;
@@ -137,7 +117,7 @@ static ts_status call(ts_client *c, ts_handle_request *request, int given, ts_ha
     request->tag = ++c->handle_tag != 0 ? c->handle_tag : ++c->handle_tag;
     snprintf(request->version, sizeof request->version, "%s", TS_VERSION);
     do
-        sent = send_request(c->handle_fd, request, given);
+        sent = send(c->handle_fd, request, sizeof *request, MSG_NOSIGNAL | MSG_DONTWAIT);
     while (sent < 0 && (errno == EINTR || ((errno == EAGAIN || errno == EWOULDBLOCK) &&
                                            await(c->handle_fd, POLLOUT, deadline_ms))));
     if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
@@ -165,33 +145,49 @@ static ts_status call(ts_client *c, ts_handle_request *request, int given, ts_ha
     return TS_OK;
 }
 
-ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
-                        bool writable, ts_handle_reply *reply, int *fd)
+/* One about the session. */
+static ts_status ask(ts_client *c, ts_handle_request *request, ts_handle_reply *reply, int *fd)
 {
-    ts_handle_request request = {
-        .session = c->session, .kind = kind, .pool = pool, .slab = slab, .writable = writable};
-    memcpy(request.token, c->token, sizeof request.token);
-    ts_status status = call(c, &request, -1, reply, fd);
-    if (status != TS_OK)
+    request->session = c->session;
+    memcpy(request->token, c->token, sizeof request->token);
+    ts_status status = call(c, request, reply, fd);
+    if (status != TS_OK || reply->status == TS_OK)
         return status;
-    if (reply->status == TS_OK && *fd >= 0)
-        return TS_OK;
     if (*fd >= 0)
         close(*fd);
-    if (reply->status == TS_OK)
-        return ts_fail(c, TS_EPROTO, "the daemon at %s has sent no descriptor", c->path);
     return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
 }
 
-ts_status ts_handle_give(ts_client *c, enum ts_handle_kind kind, int given, ts_handle_reply *reply)
+/* The same, whose reply brings a descriptor. */
+static ts_status get(ts_client *c, ts_handle_request *request, ts_handle_reply *reply, int *fd)
 {
-    ts_handle_request request = {.session = c->session, .kind = kind, .writable = true};
-    int fd;
-    memcpy(request.token, c->token, sizeof request.token);
-    ts_status status = call(c, &request, given, reply, &fd);
-    if (fd >= 0)
-        close(fd);
-    if (status != TS_OK || reply->status == TS_OK)
+    ts_status status = ask(c, request, reply, fd);
+    if (status != TS_OK || *fd >= 0)
         return status;
-    return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
+    return ts_fail(c, TS_EPROTO, "the daemon at %s has sent no descriptor", c->path);
+}
+
+ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
+                        bool writable, ts_handle_reply *reply, int *fd)
+{
+    ts_handle_request request = {.kind = kind, .pool = pool, .slab = slab, .writable = writable};
+    return get(c, &request, reply, fd);
+}
+
+ts_status ts_handle_new(ts_client *c, enum ts_handle_kind kind, uint64_t bytes, int *fd)
+{
+    ts_handle_request request = {.kind = kind, .bytes = bytes};
+    ts_handle_reply reply;
+    return get(c, &request, &reply, fd);
+}
+
+ts_status ts_handle_tell(ts_client *c, enum ts_handle_kind kind)
+{
+    ts_handle_request request = {.kind = kind};
+    ts_handle_reply reply;
+    int fd;
+    ts_status status = ask(c, &request, &reply, &fd);
+    if (status == TS_OK && fd >= 0)
+        close(fd);
+    return status;
 }

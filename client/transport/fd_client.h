@@ -1,5 +1,5 @@
 /*
- * Descriptors that are asked for and given at the handle socket (proto/handle_wire.h).
+ * Descriptors that are asked for at the handle socket (proto/handle_wire.h).
  *
  * Thread: the client's.
  */
@@ -12,9 +12,11 @@
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd);
 
-/* Gives the daemon a descriptor, which stays the caller's too. */
-ts_status ts_handle_give(ts_client *client, enum ts_handle_kind kind, int given,
-                         ts_handle_reply *reply);
+/* Memory of the daemon's making that this process must fill; the caller's. */
+ts_status ts_handle_new(ts_client *client, enum ts_handle_kind kind, uint64_t bytes, int *fd);
+
+/* A request whose reply brings no descriptor. */
+ts_status ts_handle_tell(ts_client *client, enum ts_handle_kind kind);
 void ts_handles_close(ts_client *client);
 
 #endif

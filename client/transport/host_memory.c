@@ -1,9 +1,10 @@
-/* Host memory that is mapped into this process: what it makes to be given to the daemon, and who
- * holds what. */
+/* Host memory that is mapped into this process: what it fills for the daemon, and who holds what.
+ */
 #define _GNU_SOURCE
 #include "host_memory.h"
 
 #include "error.h"
+#include "fd_client.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -29,22 +30,24 @@ ts_memory *ts_memory_new(void *base, size_t bytes)
     return m;
 }
 
-ts_status ts_memory_make(ts_client *c, const char *what, size_t bytes, int *fd, void **base)
+ts_status ts_memory_fill(ts_client *c, enum ts_handle_kind kind, const char *what, size_t bytes,
+                         void **base)
 {
-    *base = MAP_FAILED;
-    *fd = memfd_create("tinyserve", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    int error = *fd < 0 || ftruncate(*fd, (off_t)bytes) != 0 ? errno : 0;
-    while (error == 0 && fallocate(*fd, 0, 0, (off_t)bytes) != 0)
-        error = errno == EINTR ? 0 : errno;
+    int fd, error;
+    ts_status status = ts_handle_new(c, kind, bytes, &fd);
+    if (status != TS_OK)
+        return status;
+    do
+        error = fallocate(fd, 0, 0, (off_t)bytes) == 0 ? 0 : errno;
+    while (error == EINTR);
     if (error == 0) {
-        *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+        *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
         error = *base == MAP_FAILED ? errno : 0;
     }
-    if (error == 0)
-        return TS_OK;
-    if (*fd >= 0)
-        close(*fd);
-    return ts_fail(c, TS_ENOMEM, "%s of %zu bytes: %s", what, bytes, strerror(error));
+    close(fd);
+    if (error != 0)
+        return ts_fail(c, TS_ENOMEM, "%s of %zu bytes: %s", what, bytes, strerror(error));
+    return TS_OK;
 }
 
 static ts_memory *hold(ts_memory *m)

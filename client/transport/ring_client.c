@@ -37,15 +37,15 @@ static void find_room(const ts_client *c, uint32_t *blocks, uint32_t *slabs)
     *slabs = *slabs < TS_RING_SLABS ? *slabs : TS_RING_SLABS;
 }
 
-/* Makes the memory, gives it to the daemon and takes the doorbell. They take the place of those
+/* Fills the memory, and takes the doorbell. They take the place of those
  * that are open, if any are. */
 static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs)
 {
     size_t bytes = ts_rings_bytes(max_blocks, max_slabs);
     ts_handle_reply reply;
     void *memory;
-    int fd, bell;
-    ts_status status = ts_memory_make(c, "rings", bytes, &fd, &memory);
+    int bell;
+    ts_status status = ts_memory_fill(c, TS_HANDLE_NEW_RINGS, "rings", bytes, &memory);
     if (status != TS_OK)
         return status;
     ts_rings_memory *m = memory;
@@ -53,10 +53,7 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     m->version = TS_RING_VERSION;
     m->max_blocks = max_blocks;
     m->max_slabs = max_slabs;
-    status = ts_handle_give(c, TS_HANDLE_GIVE_RINGS, fd, &reply);
-    close(fd);
-    if (status == TS_OK)
-        status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
+    status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     if (status != TS_OK) {
         munmap(memory, bytes);
         return status;

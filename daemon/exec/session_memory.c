@@ -1,8 +1,6 @@
 #define _GNU_SOURCE
 #include "session_memory.h"
 
-#include "given_memory.h"
-
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -30,12 +28,12 @@ static ts_status keep_or_free(ts_exchange **x, ts_status status)
     return status;
 }
 
-ts_status ts_exchange_adopt(int fd, ts_exchange **out, char *why, size_t why_bytes)
+ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, size_t why_bytes)
 {
     void *base;
     uint64_t bytes;
     *out = NULL;
-    ts_status status = ts_given_map(fd, "the exchange", 1, &base, &bytes, why, why_bytes);
+    ts_status status = ts_filling_take(filling, "the exchange", &base, &bytes, why, why_bytes);
     if (status != TS_OK)
         return status;
     status = new_exchange(out, why, why_bytes);

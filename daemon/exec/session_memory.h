@@ -8,6 +8,7 @@
 #ifndef TS_SESSION_MEMORY_H
 #define TS_SESSION_MEMORY_H
 
+#include "filled_memory.h"
 #include "gpu.h"
 #include "signals.h"
 
@@ -21,9 +22,8 @@ typedef struct ts_exchange {
     ts_gpu_shared shared; /* the device memory */
 } ts_exchange;
 
-/* Host memory that a client has made (TS_HANDLE_GIVE_EXCHANGE); the descriptor stays the caller's.
- * TS_EINVAL or TS_ENOMEM with a sentence. */
-ts_status ts_exchange_adopt(int fd, ts_exchange **out, char *why, size_t why_bytes);
+/* Host memory that the client has filled. TS_EINVAL or TS_ENOMEM with a sentence. */
+ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, size_t why_bytes);
 
 /* Memory of the device, shared as the pool's memory is. */
 ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,
@@ -69,7 +69,8 @@ void ts_signals_release(ts_signals_page *page);
 typedef struct ts_session_memory {
     ts_exchange *exchange;
     ts_signals_page *signals;
-    struct ts_step_plan *plan; /* of the step that ran on a GPU last (step_work.h) */
+    struct ts_step_plan *plan;          /* of the step that ran on a GPU last (step_work.h) */
+    ts_filling new_exchange, new_rings; /* that the client is to fill */
 } ts_session_memory;
 
 #endif

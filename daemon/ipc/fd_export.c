@@ -22,6 +22,33 @@ static ts_status hand_out(ts_handle_ask *ask, int fd, uint64_t bytes, char *why,
     return TS_ENOMEM;
 }
 
+/* Makes memory for the client to fill. */
+static ts_status make(ts_handle_ask *ask, ts_filling *filling, const char *what, uint64_t least,
+                      uint64_t most, char *why, size_t why_bytes)
+{
+    uint64_t bytes = ask->request.bytes;
+    if (bytes < least || bytes > most || bytes % 4096 != 0) {
+        snprintf(why, why_bytes, "%s of %llu bytes; it must be a multiple of 4096, %llu to %llu",
+                 what, (unsigned long long)bytes, (unsigned long long)least,
+                 (unsigned long long)most);
+        return TS_EINVAL;
+    }
+    ts_status status = ts_filling_new(filling, bytes, why, why_bytes);
+    return status == TS_OK ? hand_out(ask, filling->fd, bytes, why, why_bytes) : status;
+}
+
+/* The doorbell of the rings that the client has filled, or of those that it has. */
+static ts_status open_doorbell(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                               size_t why_bytes)
+{
+    if (c->memory.new_rings.bytes > 0 || c->ring == NULL) {
+        ts_status status = ts_ring_new(s->rings, c, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+    }
+    return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
+}
+
 static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
 {
     const ts_handle_request *r = &ask->request;
@@ -52,33 +79,22 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         }
         return hand_out(ask, c->memory.exchange->fd, c->memory.exchange->bytes, why, why_bytes);
     }
-    if (r->kind == TS_HANDLE_GIVE_EXCHANGE || r->kind == TS_HANDLE_GIVE_RINGS) {
-        bool exchange = r->kind == TS_HANDLE_GIVE_EXCHANGE;
-        if (ask->given < 0) {
-            snprintf(why, why_bytes, "no descriptor came with the %s",
-                     exchange ? "exchange" : "rings");
-            return TS_EINVAL;
-        }
-        if (exchange)
-            return ts_exchange_give(s, c, ask->given, &ask->reply.bytes, why, why_bytes);
-        ts_status status = ts_ring_new(s->rings, c, ask->given, why, why_bytes);
-        if (status == TS_OK)
-            ask->reply.bytes = c->ring->bytes;
-        return status;
-    }
+    if (r->kind == TS_HANDLE_NEW_EXCHANGE)
+        return make(ask, &c->memory.new_exchange, "an exchange", 4096,
+                    s->exec.engine->limits.exchange_bytes, why, why_bytes);
+    if (r->kind == TS_HANDLE_TAKE_EXCHANGE)
+        return ts_exchange_taken(s, c, &ask->reply.bytes, why, why_bytes);
+    if (r->kind == TS_HANDLE_NEW_RINGS)
+        return make(ask, &c->memory.new_rings, "rings", ts_rings_bytes(0, 0),
+                    ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS), why, why_bytes);
+    if (r->kind == TS_HANDLE_DOORBELL)
+        return open_doorbell(s, c, ask, why, why_bytes);
     if (r->kind == TS_HANDLE_SIGNALS) {
         ts_status status =
             c->memory.signals != NULL ? TS_OK : ts_signals_new(&c->memory.signals, why, why_bytes);
         return status != TS_OK
                    ? status
                    : hand_out(ask, c->memory.signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
-    }
-    if (r->kind == TS_HANDLE_DOORBELL) {
-        if (c->ring == NULL) {
-            snprintf(why, why_bytes, "the session has given no rings");
-            return TS_ENOENT;
-        }
-        return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
     }
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->exec.engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {

@@ -1,6 +1,6 @@
 /*
- * Descriptors of memory that the daemon shares with a session, asked for and given by the handle
- * socket: who may have what, and what is taken.
+ * Descriptors of memory that the daemon shares with a session, asked for at the handle socket: who
+ * may have what.
  *
  * Thread: the engine's owner.
  */
@@ -16,8 +16,7 @@ typedef struct ts_handle_ask {
     ts_handle_request request;
     uint32_t uid; /* of the peer on the handle socket */
     ts_handle_reply reply;
-    int fd;    /* -1: refused */
-    int given; /* that came with the request; -1: none. It stays the asker's */
+    int fd; /* -1: there is none */
     void (*done)(struct ts_handle_ask *ask);
 } ts_handle_ask;
 

@@ -41,7 +41,8 @@ struct ts_fd_server {
     ts_crowd crowd;
     arrival *arrivals;
     sem_t answered;
-    ts_hurry hurry; /* the thread's: it closes what peers have passed */
+    ts_hurry hurry; /* the thread's, where the kernel doesn't refuse descriptors; else all 0 */
+    bool refuses;   /* descriptors that peers pass */
 };
 
 /* ---- answers ---- */
@@ -119,26 +120,6 @@ static arrival **find(ts_fd_server *h, const arrival *a)
     return at;
 }
 
-/* Receives a request, and the first descriptor that came with it: the kernel closes the others. */
-static ssize_t receive(int from, ts_handle_ask *ask)
-{
-    struct iovec data = {.iov_base = &ask->request, .iov_len = sizeof ask->request};
-    union {
-        struct cmsghdr header;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control;
-    struct msghdr message = {.msg_iov = &data,
-                             .msg_iovlen = 1,
-                             .msg_control = control.bytes,
-                             /* without the padding, in which it would put a second one */
-                             .msg_controllen = CMSG_LEN(sizeof(int))};
-    ssize_t got = recvmsg(from, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC);
-    const struct cmsghdr *header = got >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
-    if (header != NULL && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
-        memcpy(&ask->given, CMSG_DATA(header), sizeof ask->given);
-    return got;
-}
-
 /* Answers a request of `got` bytes; false: the connection is over. */
 static bool answer(ts_fd_server *h, arrival *a, ts_handle_ask *ask, size_t got)
 {
@@ -172,15 +153,13 @@ static bool answer(ts_fd_server *h, arrival *a, ts_handle_ask *ask, size_t got)
 /* Answers what came in on the connection; false: it is over. */
 static bool serve(ts_fd_server *h, arrival *a)
 {
-    pending_ask pending = {.ask = {.uid = a->guest.uid, .done = answered, .fd = -1, .given = -1},
+    pending_ask pending = {.ask = {.uid = a->guest.uid, .done = answered, .fd = -1},
                            .answered = &h->answered};
     ts_handle_ask *ask = &pending.ask;
-    ssize_t got = receive(a->fd, ask);
+    ssize_t got = recv(a->fd, &ask->request, sizeof ask->request, MSG_DONTWAIT | MSG_TRUNC);
     if (got < 0)
         return errno == EAGAIN || errno == EINTR;
     bool stays = answer(h, a, ask, (size_t)got);
-    if (ask->given >= 0) /* nobody has taken it */
-        close(ask->given);
     if (ask->fd >= 0)
         close(ask->fd);
     return stays;
@@ -239,7 +218,7 @@ static void *server_main(void *arg)
     ts_fd_server *h = arg;
     struct epoll_event events[EVENTS];
     uint64_t next_tick = ts_now_ms() + TICK_MS;
-    if (!ts_hurry_init(&h->hurry))
+    if (!h->refuses && !ts_hurry_init(&h->hurry))
         ts_log(TS_LOG_ERROR, "no timer for the handle socket: %s", strerror(errno));
     for (;;) {
         uint64_t now = ts_now_ms();
@@ -271,14 +250,14 @@ static void *server_main(void *arg)
 
 static void server_free(ts_fd_server *h)
 {
-    ts_hurry hurry;
-    (void)ts_hurry_init(&hurry);
-    ts_hurry_begin(&hurry);
+    if (!h->refuses)
+        (void)ts_hurry_init(&h->hurry);
+    ts_hurry_begin(&h->hurry);
     while (h->arrivals != NULL)
         drop(h, &h->arrivals);
     if (h->listener >= 0)
         close(h->listener);
-    ts_hurry_fini(&hurry);
+    ts_hurry_fini(&h->hurry);
     if (h->stop >= 0)
         close(h->stop);
     if (h->epoll >= 0)
@@ -305,6 +284,7 @@ ts_status ts_fd_server_start(ts_service *service, const ts_fd_server_options *o,
     h->stop = eventfd(0, EFD_CLOEXEC);
     h->epoll = epoll_create1(EPOLL_CLOEXEC);
     h->listener = ts_unix_listen(o->path, SOCK_SEQPACKET, o->mode);
+    h->refuses = h->listener >= 0 && ts_passed_refuse(h->listener);
     struct epoll_event stop = {.events = EPOLLIN, .data.ptr = &h->stop};
     struct epoll_event arrives = {.events = EPOLLIN, .data.ptr = &h->listener};
     if (h->listener < 0 || h->stop < 0 || h->epoll < 0 ||

@@ -23,8 +23,10 @@
 #include <unistd.h>
 
 #define TICK_MS 1000
-#define EVENTS 64
-#define MESSAGES_PER_TURN 8 /* that a connection gives before the next has its turn */
+#define EVENTS 4096 /* all that there is to do, as a rule */
+#define ACCEPTS_PER_TURN 16u
+#define MESSAGES_PER_TURN 4u /* that a uid gives before the others have their turn */
+#define UID_QUEUED 4u        /* requests of one uid that the engine has yet to begin */
 #define BUCKETS 4096u
 #define TURNED_AWAY_MAX 64u /* at a time, that are told why */
 
@@ -33,7 +35,9 @@ typedef struct holding {
     struct holding *next;
     uint32_t uid, connections;
     size_t request_bytes, answer_bytes;
-    uint32_t paused; /* connections that aren't read for want of request_bytes */
+    uint32_t paused; /* connections that aren't read: request_bytes or queued is at its limit */
+    uint32_t queued; /* requests that the engine has yet to begin */
+    uint32_t turn, given; /* messages that it has given in that turn */
 } holding;
 
 /* An answer, or the rest of one, that the peer has yet to take. */
@@ -104,6 +108,7 @@ struct ts_transport {
     source listener, wake;
     int epoll;
     bool accept_paused; /* until the next tick: there was no descriptor */
+    uint32_t turn;      /* of looking for events */
     ts_hurry hurry;     /* the thread's, where the kernel doesn't refuse descriptors; else all 0 */
     bool refuses;       /* descriptors that peers pass */
     atomic_bool stopping;
@@ -207,7 +212,8 @@ static void resume_paused(ts_transport *t)
         any = h->paused > 0;
     for (uint32_t i = 0; any && i < BUCKETS; i++)
         for (connection *c = t->buckets[i]; c != NULL; c = c->next)
-            if (c->paused && c->holding->request_bytes < TS_UID_BYTES) {
+            if (c->paused && c->holding->request_bytes < TS_UID_BYTES &&
+                c->holding->queued < UID_QUEUED) {
                 c->paused = false;
                 c->holding->paused--;
                 look_for(t, c);
@@ -356,6 +362,21 @@ static void turn_away(slot *s)
     answer(s, packed, tspb__reply__pack(&reply, packed), true);
 }
 
+/* The `run` of a request. Once the engine has begun it, it holds up nobody else. */
+static void run_request(ts_work *work, void *service)
+{
+    slot *s = (slot *)work;
+    ts_transport *t = s->transport;
+    connection *c = s->c;
+    work->run = ts_service_request; /* if it must wait it is run again */
+    ts_service_request(work, service);
+    pthread_mutex_lock(&t->lock);
+    if (--c->holding->queued == UID_QUEUED / 2 && c->holding->paused > 0)
+        wake(t);
+    unref(t, c);
+    pthread_mutex_unlock(&t->lock);
+}
+
 /* A whole message has come. False: it is no request, or there is no memory for it. */
 static bool on_message(ts_transport *t, connection *c)
 {
@@ -370,7 +391,7 @@ static bool on_message(ts_transport *t, connection *c)
     s->bytes = c->content_bytes;
     s->backtrace_bytes = backtrace;
     memcpy(s->backtrace, c->content, backtrace);
-    s->request.work.run = ts_service_request;
+    s->request.work.run = run_request;
     s->request.send = send_reply;
     s->request.pipe = c->pipe;
     s->request.received_ns = ts_now_ns();
@@ -384,7 +405,9 @@ static bool on_message(ts_transport *t, connection *c)
         c->deadline_ms = 0;
     pthread_mutex_lock(&t->lock);
     c->requests++;
-    c->refs++;
+    c->refs += c->refusal == NULL ? 2 : 1; /* one is run_request's */
+    c->holding->queued += c->refusal == NULL;
+    c->holding->given++;
     pthread_mutex_unlock(&t->lock);
     if (c->refusal != NULL)
         turn_away(s);
@@ -469,11 +492,27 @@ static progress read_on(ts_transport *t, connection *c)
     return on_message(t, c) ? MORE : OVER;
 }
 
+/* Whether the uid has the turn; if it is for the engine to go on first, the connection is paused.
+ */
+static bool has_turn(const ts_transport *t, connection *c)
+{
+    holding *h = c->holding;
+    if (h->turn != t->turn) {
+        h->turn = t->turn;
+        h->given = 0;
+    }
+    if (h->queued >= UID_QUEUED) {
+        c->paused = true;
+        h->paused++;
+    }
+    return !c->paused && h->given < MESSAGES_PER_TURN;
+}
+
 static bool may_read(ts_transport *t, connection *c)
 {
     pthread_mutex_lock(&t->lock);
     bool may = !c->doomed && !c->paused && !c->told_off && c->requests < TS_PEER_REQUESTS &&
-               c->first_unsent == NULL;
+               c->first_unsent == NULL && has_turn(t, c);
     pthread_mutex_unlock(&t->lock);
     return may;
 }
@@ -481,8 +520,7 @@ static bool may_read(ts_transport *t, connection *c)
 static void on_readable(ts_transport *t, connection *c)
 {
     progress p = MORE;
-    /* A message takes three reads: its head, the room for its content, its content. */
-    for (int i = 0; i < 3 * MESSAGES_PER_TURN && p == MORE && may_read(t, c); i++)
+    while (p == MORE && may_read(t, c))
         p = read_on(t, c);
     pthread_mutex_lock(&t->lock);
     if (p == OVER)
@@ -594,7 +632,8 @@ static bool enter(ts_transport *t, connection *c)
     return ok;
 }
 
-static void accept_one(ts_transport *t)
+/* False: there is no other now. */
+static bool accept_one(ts_transport *t)
 {
     int fd = accept4(t->listener.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) {
@@ -602,7 +641,7 @@ static void accept_one(ts_transport *t)
             t->accept_paused = true;
             ts_accept_pause(t->epoll, t->listener.fd, &t->listener, true);
         }
-        return;
+        return false;
     }
     connection *c = calloc(1, sizeof *c);
     ts_pipe_event *event = calloc(1, sizeof *event);
@@ -639,13 +678,14 @@ static void accept_one(ts_transport *t)
     if (!ok)
         doom(t, c);
     pthread_mutex_unlock(&t->lock);
-    return;
+    return true;
 refuse:
     free(c);
     free(event);
     ts_hurry_begin(&t->hurry);
     close(fd);
     ts_hurry_end(&t->hurry);
+    return true;
 }
 
 static void run_tick(ts_work *work, void *service)
@@ -686,7 +726,9 @@ static void on_event(ts_transport *t, const source *s, uint32_t events)
     connection *c = s->c;
     switch (s->kind) {
     case LISTENER:
-        return accept_one(t);
+        for (uint32_t i = 0; i < ACCEPTS_PER_TURN && accept_one(t); i++)
+            ;
+        return;
     case WAKE: {
         uint64_t times;
         while (read(s->fd, &times, sizeof times) < 0 && errno == EINTR)
@@ -731,6 +773,7 @@ static void *transport_main(void *arg)
             next_tick = now + TICK_MS;
         }
         int n = epoll_wait(t->epoll, events, EVENTS, (int)(next_tick - now));
+        t->turn++;
         for (int i = 0; i < n; i++)
             on_event(t, events[i].data.ptr, events[i].events);
         end_doomed(t); /* after the events of this turn, which may name them */

@@ -11,6 +11,8 @@
  * No client holds up another, and what it may hold is bounded and timed out:
  * - A connection has TS_PEER_REQUESTS in progress. It is read no further while it has, nor while an
  *   answer waits to be read.
+ * - Uids have their turn one after another, however many connections each has: a uid gives 4
+ *   messages a turn, and no more while the engine has yet to begin 4 of its requests.
  * - All requests of a uid that are in progress take TS_UID_BYTES; its answers that wait as much.
  * - A connection has `idle_ms` for its greeting, for each message, for reading an answer, and to
  *   open a session (again, when that has ended).

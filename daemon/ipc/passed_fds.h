@@ -1,9 +1,9 @@
 /*
- * Descriptors that a peer passes over a Unix socket, wanted or not. Closing the last one of a file
- * may wait: of a TCP socket that lingers, for as long as its maker likes. The kernel closes what
- * isn't received too, in the thread that receives the message or closes the socket. So sockets
- * that need no descriptors refuse them, and a thread that may be made to close some has a signal
- * end the wait.
+ * Descriptors that a peer passes over a Unix socket: nobody wants them. The kernel closes what
+ * isn't received, in the thread that reads the message or closes the socket, and that may wait: of
+ * a TCP socket that lingers, for as long as its maker likes. So the daemon's sockets refuse
+ * descriptors; where the kernel can't do that, a signal ends the wait. (No descriptor is ever
+ * received: a close of a FUSE file's could then wait for ever.)
  */
 #ifndef TS_PASSED_FDS_H
 #define TS_PASSED_FDS_H

@@ -2,7 +2,6 @@
 #include "ring_server.h"
 
 #include "clock.h"
-#include "given_memory.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -148,12 +147,11 @@ static ts_status adopt(ts_ring *r, char *why, size_t why_bytes)
 }
 
 /* Maps the memory. */
-static ts_status map(ts_ring *r, int given, char *why, size_t why_bytes)
+static ts_status map(ts_ring *r, ts_filling *filling, char *why, size_t why_bytes)
 {
     void *base;
     uint64_t bytes;
-    ts_status status =
-        ts_given_map(given, "the rings' memory", sizeof *r->shared, &base, &bytes, why, why_bytes);
+    ts_status status = ts_filling_take(filling, "the rings' memory", &base, &bytes, why, why_bytes);
     if (status == TS_OK) {
         r->shared = base;
         r->bytes = bytes;
@@ -171,7 +169,7 @@ static ts_status open_doorbell(ts_ring *r, char *why, size_t why_bytes)
     return TS_ENOMEM;
 }
 
-ts_status ts_ring_new(ts_rings *rings, ts_connection *c, int given, char *why, size_t why_bytes)
+ts_status ts_ring_new(ts_rings *rings, ts_connection *c, char *why, size_t why_bytes)
 {
     ts_ring *r = calloc(1, sizeof *r);
     if (r == NULL) {
@@ -185,7 +183,7 @@ ts_status ts_ring_new(ts_rings *rings, ts_connection *c, int given, char *why, s
     r->users = 1;
     r->asleep = true;
     r->doorbell = -1;
-    ts_status status = map(r, given, why, why_bytes);
+    ts_status status = map(r, &c->memory.new_rings, why, why_bytes);
     if (status == TS_OK)
         status = adopt(r, why, why_bytes);
     if (status == TS_OK)

@@ -79,11 +79,10 @@ void ts_rings_free(ts_rings *rings);
 /* Tells every session why the daemon ends; before its connections do. The engine's owner. */
 void ts_rings_device_failed(ts_rings *rings);
 
-/* Makes the connection's ring, which ends with its session, of the memory that the client gives
- * (TS_HANDLE_GIVE_RINGS); the descriptor stays the caller's. TS_EINVAL, TS_EPROTO or TS_ENOMEM with
- * a sentence. */
-ts_status ts_ring_new(ts_rings *rings, ts_connection *connection, int given, char *why,
-                      size_t why_bytes);
+/* Makes the connection's ring, which ends with its session, of the memory that the client has
+ * filled, in place of the ring that it has, if any. TS_EINVAL, TS_EPROTO or TS_ENOMEM with a
+ * sentence. */
+ts_status ts_ring_new(ts_rings *rings, ts_connection *connection, char *why, size_t why_bytes);
 
 /* One user more, and one less; NULL is fine. */
 ts_ring *ts_ring_use(ts_ring *ring);

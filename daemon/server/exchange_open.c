@@ -48,8 +48,8 @@ void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen 
     char why[TS_MESSAGE_BYTES];
     if (!open->on_device && open->ipc_handle.len == 0)
         return ts_refuse(a, TS_EINVAL,
-                         "an exchange in host memory is made by the client, and passed to the "
-                         "handle socket");
+                         "an exchange in host memory is opened at the handle socket, not by a "
+                         "message");
     if ((gpu = exchange_gpu(s, c, open, a)) == NULL)
         return;
     if (bytes > 0 && bytes <= s->exec.engine->limits.exchange_bytes) { /* else apply says why not */
@@ -67,12 +67,12 @@ void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen 
     replace_exchange(s, c, x, command, a);
 }
 
-ts_status ts_exchange_give(ts_service *s, ts_connection *c, int fd, uint64_t *bytes, char *why,
-                           size_t why_bytes)
+ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, char *why,
+                            size_t why_bytes)
 {
     ts_exchange *x;
     ts_answer a;
-    ts_status status = ts_exchange_adopt(fd, &x, why, why_bytes);
+    ts_status status = ts_exchange_take(&c->memory.new_exchange, &x, why, why_bytes);
     if (status != TS_OK)
         return status;
     ts_command command = {.op = TS_OP_EXCHANGE_OPEN,

@@ -1,6 +1,7 @@
 /*
  * How a session comes by its exchange: device memory that it asks for or passes by a request, host
- * memory that it has made and passes by the handle socket. One takes the place of the one before.
+ * memory that the daemon makes and it fills, by the handle socket. One takes the place of the one
+ * before.
  *
  * Thread: the engine's owner.
  */
@@ -17,8 +18,8 @@ void ts_exchange_open(ts_service *service, ts_connection *connection,
 void ts_exchange_encode(const ts_connection *connection, Tspb__ExchangeOpened *opened,
                         Tspb__Reply *reply);
 
-/* Takes the descriptor's memory as the connection's exchange; the descriptor stays the caller's. */
-ts_status ts_exchange_give(ts_service *service, ts_connection *connection, int fd, uint64_t *bytes,
-                           char *why, size_t why_bytes);
+/* Takes what the client has filled as the connection's exchange. */
+ts_status ts_exchange_taken(ts_service *service, ts_connection *connection, uint64_t *bytes,
+                            char *why, size_t why_bytes);
 
 #endif

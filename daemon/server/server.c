@@ -73,6 +73,8 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         c->session = 0;
         c->idle_since_ms = ts_now_ms();
     }
+    ts_filling_end(&c->memory.new_exchange);
+    ts_filling_end(&c->memory.new_rings);
     ts_exchange_release(c->memory.exchange);
     ts_signals_let_go(c->memory.signals);
     ts_signals_release(c->memory.signals);

@@ -1,0 +1,34 @@
+/*
+ * Memory that the daemon makes and a client fills, so that the client's own memory control group
+ * is charged with its pages: the exchange in host memory and the rings. The pages must stay there:
+ * one that is freed and then touched by the daemon would be charged to the daemon. So when the
+ * client hands the memory over, all of it must be there, and the daemon seals it against what frees
+ * pages. (It is the daemon that makes it so that no client has to pass a descriptor: passed_fds.h.)
+ *
+ * Locking: the caller's.
+ */
+#ifndef TS_FILLED_MEMORY_H
+#define TS_FILLED_MEMORY_H
+
+#include "tinyserve_types.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Memory that a client has yet to hand over. */
+typedef struct ts_filling {
+    int fd;
+    uint64_t bytes; /* 0: none */
+} ts_filling;
+
+/* Makes memory of whole pages, in place of what was made before. TS_ENOMEM with a sentence. */
+ts_status ts_filling_new(ts_filling *filling, uint64_t bytes, char *why, size_t why_bytes);
+
+/* Maps what the client has filled; `what` names it in sentences ("the exchange"). In any case the
+ * struct is empty then. TS_EINVAL or TS_ENOMEM with a sentence. */
+ts_status ts_filling_take(ts_filling *filling, const char *what, void **base, uint64_t *bytes,
+                          char *why, size_t why_bytes);
+
+void ts_filling_end(ts_filling *filling);
+
+#endif
