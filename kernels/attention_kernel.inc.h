@@ -57,26 +57,27 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
                     load(q + r * padded + d + i * VL);
                 _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
                 {
-                    vf v = vector_of(kv[t], i, dtype == FP8_FOURS_NAN);
+                    vf v = vector_of(kv[t], i);
                     _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) sums[r * NK + t] =
                         FMA(rows[r], v, sums[r * NK + t]);
                 }
             }
         }
-    for (; d + VL <= head_dim; d += VL) {
-        vf rows[4];
-        if (next->rows != NULL)
-            fetch_lines(next->rows + first, next->k_offset, NK, d * element_bytes(dtype),
-                        (d + VL) * element_bytes(dtype));
-        _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) rows[r] = load(q + r * padded + d);
-        _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
-        {
-            vf kv = load_cache(dtype, k[t] + k_offset, d);
-            _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) sums[r * NK + t] =
-                FMA(rows[r], kv, sums[r * NK + t]);
+    else
+        for (; d + VL <= head_dim; d += VL) {
+            vf rows[4];
+            if (next->rows != NULL)
+                fetch_lines(next->rows + first, next->k_offset, NK, d * element_bytes(dtype),
+                            (d + VL) * element_bytes(dtype));
+            _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) rows[r] = load(q + r * padded + d);
+            _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++)
+            {
+                vf kv = load_cache(dtype, k[t] + k_offset, d);
+                _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++) sums[r * NK + t] =
+                    FMA(rows[r], kv, sums[r * NK + t]);
+            }
         }
-    }
-    if (d < head_dim) {
+    if (has_tails(dtype) && d < head_dim) {
         if (next->rows != NULL)
             fetch_lines(next->rows + first, next->k_offset, NK, d * element_bytes(dtype),
                         head_dim * element_bytes(dtype));
@@ -120,7 +121,7 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
             {
                 fours f = begin_fours(v[t] + v_offset + d + i * VL);
                 _Pragma("GCC unroll 4") for (uint32_t j = 0; j < 4; j++) row[i + j] =
-                    vector_of(f, j, dtype == FP8_FOURS_NAN);
+                    vector_of(f, j);
             }
         else
             _Pragma("GCC unroll 8") for (int i = 0; i < ND; i++) row[i] =
@@ -154,7 +155,7 @@ INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p
             weigh_block(dtype, NR, 4, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
     for (; d + VL <= head_dim; d += VL, from = bytes)
         weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
-    if (d < head_dim)
+    if (has_tails(dtype) && d < head_dim)
         weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded, next, from,
                     bytes);
 }
@@ -264,20 +265,30 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                 row[t] = -INFINITY;
             soften_row(row, seen, head_dim, &max[r + i], sums + (size_t)(r + i) * VL,
                        acc + (size_t)(r + i) * padded);
-            if (!together) /* the rows see different tokens: none may touch another V */
-                weigh_rows(dtype, 1, head_dim, row + hidden, rows + hidden, v_offset, seen - hidden,
-                           acc + (size_t)(r + i) * padded, padded, &nothing);
         }
         float *block = acc + (size_t)r * padded;
+        const fetch *then = together && r == first_row ? next : &nothing;
         if (together && n == 4)
             weigh_rows(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == first_row ? next : &nothing);
+                       padded, then);
         else if (together && n == 2)
             weigh_rows(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == first_row ? next : &nothing);
-        else if (together)
-            weigh_rows(dtype, 1, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, r == first_row ? next : &nothing);
+                       padded, then);
+        else
+            for (uint32_t i = 0; i < n; i++) {
+                /* If the rows see different tokens, none may touch another V. */
+                if (!together) {
+                    uint32_t position = first + (r + i) / group;
+                    from = ts_attention_first_key(variant, position);
+                    from = from <= tile ? 0 : from - tile;
+                    high = position < tile ? 0 : position + 1 - tile;
+                    high = high < TS_TILE ? high : TS_TILE;
+                    if (from >= high)
+                        continue;
+                }
+                weigh_rows(dtype, 1, head_dim, s + i * TS_TILE + from, rows + from, v_offset,
+                           high - from, block + i * padded, padded, then);
+            }
         r += n;
     }
 }
@@ -319,6 +330,40 @@ INLINE void spread_rows(fetch *next, const unsigned char **spread, const ts_atte
     next->rows = spread;
 }
 
+/* fp32 has but one copy of attend_tile: an fp8 tile with a NaN takes it, too. */
+NOINLINE void attend_tile_fp32(const ts_attention_item *item, const unsigned char *const *rows,
+                               size_t k_offset, size_t v_offset, uint32_t tile, uint32_t first_head,
+                               uint32_t first_row, uint32_t end_row, const float *q, float *scores,
+                               float *max, float *sums, float *acc, const fetch *next)
+{
+    attend_tile(TS_DTYPE_FP32, item, rows, k_offset, v_offset, tile, first_head, first_row, end_row,
+                q, scores, max, sums, acc, next);
+}
+
+#ifndef LOOK_UP_FP8
+/* A tile of fp8 in fours in which there is a NaN: as fp32, in the same order. */
+NOINLINE void attend_tile_with_nan(const ts_attention_item *item, const unsigned char *const *rows,
+                                   size_t k_offset, size_t v_offset, uint32_t tile,
+                                   uint32_t first_head, uint32_t first_row, uint32_t end_row,
+                                   const float *q, float *scores, float *max, float *sums,
+                                   float *acc)
+{
+    static const fetch nothing;
+    const uint32_t head_dim = item->call->geometry.head_dim;
+    float wide[2][TS_TILE][TS_HEAD_DIM_MAX];
+    const unsigned char *wide_rows[TS_TILE];
+    for (uint32_t t = 0; t < TS_TILE; t++) {
+        wide_rows[t] = (const unsigned char *)wide[0][t];
+        for (uint32_t d = 0; d < head_dim; d += VL) {
+            store(wide[0][t] + d, load_fours_with_nan(rows[t] + k_offset, d));
+            store(wide[1][t] + d, load_fours_with_nan(rows[t] + v_offset, d));
+        }
+    }
+    attend_tile_fp32(item, wide_rows, 0, sizeof wide[0], tile, first_head, first_row, end_row, q,
+                     scores, max, sums, acc, &nothing);
+}
+#endif
+
 /* KV head h of the item, for its rows first_row..end_row - 1. */
 INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
                         const unsigned char *const *rows, uint32_t h, uint32_t tile,
@@ -331,17 +376,27 @@ INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
     const size_t k = head * ts_geometry_head_stride(g), v = k + ts_geometry_plane_bytes(g);
     const float *q = scratch->q + (size_t)r * padded;
     float *sums = scratch->sums + (size_t)r * VL, *acc = state->acc + (size_t)r * padded;
-#ifdef LOOK_UP_FP8
-    const bool nan = false; /* has its place in the tables */
-#else
-    const bool nan = dtype == FP8_FOURS && has_nan(rows, k, v - k, g->head_dim);
+#ifndef LOOK_UP_FP8 /* there it has its place in the tables */
+    if (dtype == FP8_FOURS && has_nan(rows, k, v - k, g->head_dim))
+        attend_tile_with_nan(item, rows, k, v, tile, head * group, first_row, end_row, q,
+                             scratch->scores, state->max + r, sums, acc);
+    else
 #endif
-    if (nan)
-        attend_tile(FP8_FOURS_NAN, item, rows, k, v, tile, head * group, first_row, end_row, q,
-                    scratch->scores, state->max + r, sums, acc, next);
+        if (dtype == TS_DTYPE_FP32)
+        attend_tile_fp32(item, rows, k, v, tile, head * group, first_row, end_row, q,
+                         scratch->scores, state->max + r, sums, acc, next);
     else
         attend_tile(dtype, item, rows, k, v, tile, head * group, first_row, end_row, q,
                     scratch->scores, state->max + r, sums, acc, next);
+}
+
+/* The same of fp8 in fours, which has but one copy. */
+NOINLINE void attend_head_fours(const ts_attention_item *item, const unsigned char *const *rows,
+                                uint32_t h, uint32_t tile, uint32_t first_row, uint32_t end_row,
+                                const ts_attention_scratch *scratch,
+                                const ts_attention_state *state, const fetch *next)
+{
+    attend_head(FP8_FOURS, item, rows, h, tile, first_row, end_row, scratch, state, next);
 }
 
 /* The first tile of a part that any of the item's rows sees; *end gets the end of what they see of
@@ -429,7 +484,10 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
             const unsigned char *spread[TS_TILE];
             if (!is_fours(dtype) && next.rows != NULL) /* which waits for arithmetic, not memory */
                 spread_rows(&next, spread, item, rows[turn ^ 1], more, h, plane);
-            attend_head(dtype, item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
+            if (dtype == FP8_FOURS)
+                attend_head_fours(item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
+            else
+                attend_head(dtype, item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
         }
     }
     end_part(item, scratch, state);
@@ -456,19 +514,18 @@ INLINE void attend_parts(ts_dtype dtype, const ts_attention_item *item,
 {
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t rows = ts_attention_item_rows(item), padded = ts_attention_padded(head_dim);
-    if (item->partials != NULL) {
-        for (uint32_t part = item->part_first; part < item->part_end; part++) {
-            ts_attention_state state = partial_at(item, part, rows, head_dim);
-            compute_part(dtype, item, part, scratch, &state);
-        }
-        return;
-    }
-    reset(&scratch->all, rows, padded);
+    const bool whole = item->partials == NULL;
+    if (whole)
+        reset(&scratch->all, rows, padded);
     for (uint32_t part = item->part_first; part < item->part_end; part++) {
-        compute_part(dtype, item, part, scratch, &scratch->part);
-        merge_state(&scratch->all, &scratch->part, rows, padded);
+        const ts_attention_state state =
+            whole ? scratch->part : partial_at(item, part, rows, head_dim);
+        compute_part(dtype, item, part, scratch, &state);
+        if (whole)
+            merge_state(&scratch->all, &state, rows, padded);
     }
-    write_out(dtype, item, &scratch->all);
+    if (whole)
+        write_out(dtype, item, &scratch->all);
 }
 
 INLINE void attend_item(ts_dtype dtype, const ts_attention_item *item,

@@ -96,6 +96,16 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *
                  state->acc + (size_t)h * rows * padded, padded);
 }
 
+/* attend_head of bf16 in pairs, where nothing is fetched. */
+NOINLINE void attend_head_pairs(const ts_attention_item *item, const unsigned char *const *rows,
+                                uint32_t h, uint32_t tile, uint32_t first_row, uint32_t end_row,
+                                const ts_attention_scratch *scratch,
+                                const ts_attention_state *state)
+{
+    static const fetch nothing;
+    attend_head(BF16_PAIRS, item, rows, h, tile, first_row, end_row, scratch, state, &nothing);
+}
+
 /* Rows from_row..to_row - 1 of each KV head with a tile, 16 tokens at a time. */
 static void attend_narrow(const ts_attention_item *item, const span *span, uint32_t from_row,
                           uint32_t to_row, const ts_attention_scratch *scratch,
@@ -107,11 +117,11 @@ static void attend_narrow(const ts_attention_item *item, const span *span, uint3
             if (span->start + t < span->from)
                 continue;
             if (item->call->geometry.dtype == TS_DTYPE_BF16)
-                attend_head(BF16_PAIRS, item, span->rows + t, h, span->start + t, from_row, to_row,
-                            scratch, state, &nothing);
+                attend_head_pairs(item, span->rows + t, h, span->start + t, from_row, to_row,
+                                  scratch, state);
             else
-                attend_head(FP8_FOURS, item, span->rows + t, h, span->start + t, from_row, to_row,
-                            scratch, state, &nothing);
+                attend_head_fours(item, span->rows + t, h, span->start + t, from_row, to_row,
+                                  scratch, state, &nothing);
         }
 }
 
@@ -183,7 +193,6 @@ INLINE bool sums_to_nan(const ts_attention_state *state, uint32_t r, uint32_t pa
 static void attend_nan_rows(const ts_attention_item *item, uint32_t part,
                             const ts_attention_scratch *scratch, const ts_attention_state *state)
 {
-    static const fetch nothing;
     const uint32_t padded = ts_attention_padded(item->call->geometry.head_dim);
     const uint32_t head_rows = ts_attention_item_rows(item) / item->head_count;
     uint32_t end;
@@ -199,8 +208,8 @@ static void attend_nan_rows(const ts_attention_item *item, uint32_t part,
         for (uint32_t tile = start; tile < end; tile += TS_TILE) {
             const unsigned char *rows[TS_TILE];
             find_rows(item, tile, end, TS_TILE, rows);
-            attend_head(BF16_PAIRS, item, rows, r / head_rows, tile, r % head_rows,
-                        r % head_rows + 1, scratch, state, &nothing);
+            attend_head_pairs(item, rows, r / head_rows, tile, r % head_rows, r % head_rows + 1,
+                              scratch, state);
         }
         state->sum[r] = reduce_sum(load(sums));
     }

@@ -15,6 +15,7 @@ typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline, unused))
 #define LOG2E 1.4426950408889634f
 
 /* Index lists for the reduction: lane l of the result takes from x, or from y (+VL), the lane
@@ -99,14 +100,13 @@ INLINE vf load_fp16(const void *p)
  * So are fp8 rows of whole fours of vectors: of each 16 bits the lower element is in one of the
  * first two vectors, the upper in one of the last two. As fp16 whose exponent is 8 too low an
  * element takes a shift and a mask, and the 2^8 are multiplied once, at the ends (FP8_UNIT). NaN
- * isn't one there; where a tile has any, which is looked for once, FP8_FOURS_NAN minds it.
+ * isn't one there; a tile that has any, which is looked for once, is widened to fp32 first.
  */
 #define FP8_FOURS ((ts_dtype)101)
-#define FP8_FOURS_NAN ((ts_dtype)102)
 #define FP8_UNIT 256.0f
 /* FP8_FOURS and BF16_PAIRS, 64 tokens and more at once on the tile unit (attention_tiles.inc.h). */
-#define FP8_TILES ((ts_dtype)103)
-#define BF16_TILES ((ts_dtype)104)
+#define FP8_TILES ((ts_dtype)102)
+#define BF16_TILES ((ts_dtype)103)
 
 INLINE bool is_pairs(ts_dtype dtype)
 {
@@ -115,7 +115,13 @@ INLINE bool is_pairs(ts_dtype dtype)
 
 INLINE bool is_fours(ts_dtype dtype)
 {
-    return dtype == FP8_FOURS || dtype == FP8_FOURS_NAN || dtype == FP8_TILES;
+    return dtype == FP8_FOURS || dtype == FP8_TILES;
+}
+
+/* Whether a row may have fewer elements left than a vector has. */
+INLINE bool has_tails(ts_dtype dtype)
+{
+    return !is_pairs(dtype) && !is_fours(dtype);
 }
 
 /* Bytes of an element in the cache. */
@@ -147,19 +153,26 @@ INLINE vf load_fp8(const unsigned char *p)
     return (vf)((vu)finite | (vu)((wide & 0x7fu) == 0x7fu)); /* all ones is NaN */
 }
 
-/* VL elements from place d of a row in fours, over FP8_UNIT. */
-INLINE vf load_fours(const unsigned char *row, uint32_t d, bool nan)
+/* VL elements from place d of a row in fours, over FP8_UNIT, as fp16. */
+INLINE vh fours_at(const unsigned char *row, uint32_t d)
 {
     typedef int16_t vs __attribute__((vector_size(VL * 2)));
     const bool upper = d % (4 * VL) >= 2 * VL;
     vh x;
     memcpy(&x, row + d / (4 * VL) * (4 * VL) + d % (2 * VL) / VL * (2 * VL), sizeof x);
-    vs halves = (vs)(upper ? x : x << 8) >> 1 & (int16_t)0xbf80;
-    vf value = LOAD_FP16(&halves);
-    if (!nan)
-        return value;
-    vu wide = __builtin_convertvector((vh)halves, vu) & 0x3f80u;
-    return (vf)((vu)value | (vu)(wide == 0x3f80u)); /* all ones is NaN */
+    return (vh)((vs)(upper ? x : x << 8) >> 1 & (int16_t)0xbf80);
+}
+
+INLINE vf load_fours(const unsigned char *row, uint32_t d)
+{
+    vh halves = fours_at(row, d);
+    return LOAD_FP16(&halves);
+}
+
+INLINE vf load_fours_with_nan(const unsigned char *row, uint32_t d)
+{
+    vu wide = __builtin_convertvector(fours_at(row, d), vu) & 0x3f80u;
+    return (vf)((vu)load_fours(row, d) | (vu)(wide == 0x3f80u)); /* all ones is NaN */
 }
 
 /*
@@ -181,9 +194,8 @@ INLINE fours begin_fours(const unsigned char *row)
     return f;
 }
 
-INLINE vf vector_of(fours f, uint32_t i, bool nan)
+INLINE vf vector_of(fours f, uint32_t i)
 {
-    (void)nan; /* has its place in the tables */
     vu pairs = (vu)(i % 2 == 0 ? f.first : f.second);
     return (vf)(i < 2 ? pairs << 16 : pairs & 0xffff0000u);
 }
@@ -195,9 +207,9 @@ INLINE fours begin_fours(const unsigned char *row)
     return row;
 }
 
-INLINE vf vector_of(fours f, uint32_t i, bool nan)
+INLINE vf vector_of(fours f, uint32_t i)
 {
-    return load_fours(f, i * VL, nan);
+    return load_fours(f, i * VL);
 }
 #endif
 
@@ -224,7 +236,7 @@ INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
         return (vf)(d % (2 * VL) == 0 ? pairs << 16 : pairs & 0xffff0000u);
     }
     if (is_fours(dtype))
-        return load_fours(row, d, dtype == FP8_FOURS_NAN);
+        return load_fours(row, d);
     if (dtype == TS_DTYPE_FP32)
         return load((const float *)(const void *)row + d);
     if (dtype == TS_DTYPE_FP16)
@@ -235,7 +247,7 @@ INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
 }
 
 /* The same for the last n < VL elements of a row, then zeros: nothing behind the row is read. */
-INLINE vf load_cache_tail(ts_dtype dtype, const unsigned char *row, uint32_t d, uint32_t n)
+NOINLINE vf load_cache_tail(ts_dtype dtype, const unsigned char *row, uint32_t d, uint32_t n)
 {
     size_t bytes = ts_dtype_bytes(dtype);
     unsigned char buffer[VL * 4] = {0};

@@ -9,6 +9,13 @@ trap 'rm -rf "$folder"' EXIT
     cat "$folder/log"
     exit 1
 }
+# Workers map it: without debug information it stays small.
+strip -o "$folder/stripped" "$folder/there/$3/libtinyserve.so"
+bytes=$(stat -c %s "$folder/stripped")
+[ "$bytes" -le 2097152 ] || {
+    echo "libtinyserve.so has $bytes bytes, more than 2 MiB"
+    exit 1
+}
 cat >"$folder/worker.c" <<'END'
 #include <stdio.h>
 #include <string.h>

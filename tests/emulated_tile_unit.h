@@ -32,8 +32,8 @@ static inline float emulated_bf16(uint16_t x)
     return value;
 }
 
-/* Not inlined, as it comes hundreds of times. */
-__attribute__((noinline, unused)) static void
+/* Not inlined, as it comes hundreds of times, nor sanitized, as it takes most of the time. */
+__attribute__((noinline, unused, no_sanitize("address", "undefined"))) static void
 emulated_multiply(emulated_tile *to, const emulated_tile *a, const emulated_tile *b)
 {
     float wide[16][2][16];

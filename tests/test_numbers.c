@@ -2,6 +2,7 @@
 #include "test_util.h"
 
 #include "attention.h"
+#include "gpu/fp8_halves.h"
 
 #include <math.h>
 
@@ -63,11 +64,31 @@ static void fp8_rounds_to_the_nearest_and_saturates(void **state)
     assert_int_equal(ts_fp32_to_fp8(1e-30f), 0);
 }
 
+/* What a GPU without fp8 conversions does, its product of two halves done here. */
+static void pairs_of_fp8_become_halves_in_a_few_operations(void **state)
+{
+    (void)state;
+    for (uint32_t pair = 0; pair < 65536; pair++) {
+        uint32_t small = ts_fp8_small_halves(pair), product = 0;
+        for (uint32_t shift = 0; shift < 32; shift += 16)
+            product |=
+                (uint32_t)ts_fp32_to_fp16(ts_fp16_to_fp32((uint16_t)(small >> shift)) * 256.0f)
+                << shift;
+        uint32_t halves = ts_fp8_halves(small, product);
+        for (uint32_t i = 0; i < 2; i++) {
+            float x = ts_fp8_to_fp32((uint8_t)(pair >> i * 8));
+            uint32_t expected = isnan(x) ? 0x7fffu : ts_fp32_to_fp16(x);
+            assert_int_equal(halves >> i * 16 & 0xffffu, expected);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_half_and_bfloat_survives_a_round_trip),
         cmocka_unit_test(fp8_rounds_to_the_nearest_and_saturates),
+        cmocka_unit_test(pairs_of_fp8_become_halves_in_a_few_operations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -30,6 +30,7 @@ configure_and_build() {
     local folder=$1 log
     shift
     log=$(mktemp)
+    # shellcheck disable=SC2086 # targets are words
     if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder" --target ${build_target:-all}; } >"$log" 2>&1; then
         cat "$log"
         rm -f "$log"
@@ -54,13 +55,12 @@ clean_up() {
     rm -rf "$scratch"
 }
 
-# What to compile CUDA kernels for where the build is for this machine alone: its GPU, or any one.
+# What to compile CUDA kernels for where the build is for this machine's GPU alone; nothing without one.
 cuda_architecture() {
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true
     case $capability in
     90) echo 90a-real ;;
     [0-9]*) echo "$capability-real" ;;
-    *) echo 80-real ;;
     esac
 }

@@ -24,6 +24,7 @@ extern "C" {
 #include <type_traits>
 
 #include "cache_hints.cuh"
+#include "fp8_halves.h"
 
 #define GPU_RUNS 32u /* of one launch, at most */
 
@@ -207,9 +208,26 @@ __device__ inline float to_float(__nv_bfloat16 x)
 {
     return __bfloat162float(x);
 }
+/* Two e4m3 numbers, in the lower half of x, as fp16. */
+__device__ inline uint32_t widen(uint32_t x)
+{
+#if __CUDA_ARCH__ >= 890
+    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)x, __NV_E4M3);
+    return h.x | (uint32_t)h.y << 16;
+#else /* CUDA's own way takes a branch and a loop for each */
+    uint32_t small = ts_fp8_small_halves(x), product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(small), "r"(0x5c005c00u));
+    return ts_fp8_halves(small, product);
+#endif
+}
+
 __device__ inline float to_float(__nv_fp8_e4m3 x)
 {
+#if __CUDA_ARCH__ >= 890
     return (float)x;
+#else
+    return __half2float(__ushort_as_half((unsigned short)widen(x.__x)));
+#endif
 }
 template <typename T> __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x)

@@ -23,7 +23,8 @@ __device__ inline void load_some(const T *row, int first, uint32_t head_dim, flo
 
 /* Where q lies: in registers, or where they would not be enough in shared memory. (In local memory
  * it would be more of that than a context begins with: what grows it at the first launch waits for
- * every stream, and one may be waiting for a worker.) */
+ * every stream, and one may be waiting for a worker.) It comes, and results leave, through shared
+ * memory, so that what is done for each element is compiled once and not DIM times. */
 template <int DIM> struct v1_layout {
     static const bool SHARED = DIM > 128;
     static const uint32_t THREADS = SHARED ? 32 : 64;
@@ -34,10 +35,10 @@ __global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
     decode_v1(const __grid_constant__ gpu_call c)
 {
     const bool SHARED = v1_layout<DIM>::SHARED;
-    __shared__ float shared_q[SHARED ? DIM : 1][v1_layout<DIM>::THREADS];
+    __shared__ float rows[DIM][v1_layout<DIM>::THREADS]; /* q comes, and results leave, this way */
     float own_q[SHARED ? 1 : DIM];
     auto q = [&](int d) -> float & {
-        return SHARED ? shared_q[SHARED ? d : 0][threadIdx.x] : own_q[SHARED ? 0 : d];
+        return SHARED ? rows[d][threadIdx.x] : own_q[SHARED ? 0 : d];
     };
     uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= c.num_items * c.heads)
@@ -48,9 +49,12 @@ __global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
     size_t row = row_index(c, query, head);
 
     float acc[DIM], scale = c.scale_log2 * key_scale<T>(s, head / c.group);
+#pragma unroll 1
+    for (uint32_t d = 0; d < DIM; d++)
+        rows[d][threadIdx.x] = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * scale : 0;
 #pragma unroll
     for (int d = 0; d < DIM; d++) {
-        q(d) = d < c.head_dim ? turned<T>(c, s.q, row, d, keys - 1) * scale : 0;
+        q(d) = rows[d][threadIdx.x];
         acc[d] = 0;
     }
     float max = LEAST_MAX, sum = 0, slope = slope_of(s, head);
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
         const T *k = (const T *)key_of(c, s, t, head / c.group);
         const T *v = (const T *)((const unsigned char *)k + c.plane_bytes);
         float score = 0, x[AHEAD];
-#pragma unroll
+#pragma unroll(SHARED ? 1 : DIM / AHEAD)
         for (int first = 0; first < DIM; first += AHEAD) {
             load_some(k, first, c.head_dim, x);
 #pragma unroll
@@ -81,8 +85,10 @@ __global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
     float factor = finish_row(c, s, query, head, max, sum) * value_scale<T>(c, s, head / c.group);
 #pragma unroll
     for (int d = 0; d < DIM; d++)
-        if (d < c.head_dim)
-            io_store<T>(c, s.out, row + d, acc[d] * factor);
+        rows[d][threadIdx.x] = acc[d] * factor;
+#pragma unroll 1
+    for (uint32_t d = 0; d < c.head_dim; d++)
+        io_store<T>(c, s.out, row + d, rows[d][threadIdx.x]);
 }
 
 template <typename T, int DIM, bool CAPPED>

@@ -54,13 +54,6 @@ template <> struct multiplied<__nv_fp8_e4m3> {
     typedef __half type;
 };
 
-/* Two e4m3 numbers, in the lower half of x, as fp16. */
-__device__ inline uint32_t widen(uint32_t x)
-{
-    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)x, __NV_E4M3);
-    return h.x | (uint32_t)h.y << 16;
-}
-
 /*
  * Operands from a cache's tile in shared memory: of two steps of 16 dimensions, four registers
  * each, as the matrix loads of 16-bit elements give them. `at` is the place of the 16-byte piece
