@@ -8,6 +8,7 @@
 #include "test_util.h"
 
 #include "attention.h"
+#include "convert.h"
 
 #include <math.h>
 

@@ -17,7 +17,8 @@ SUFFIXES = (".c", ".cu", ".h", ".cuh")
 PARTS = {
     "daemon/core/engine_internal": "daemon/core/engine",
     "daemon/config/config_keys": "daemon/config/config",
-    "kernels/attention_amx_units": "kernels/attention_amx",
+    "kernels/gpu/plan/cut": "kernels/gpu/plan/plan",
+    "kernels/cpu/isa/attention_amx_units": "kernels/cpu/isa/attention_amx",
 }
 
 

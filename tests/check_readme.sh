@@ -13,7 +13,7 @@ block() { # the first block of this language
 block c "$1/README.md" >"$folder/worker.c"
 block python "$1/README.md" >"$folder/worker.py"
 [ "$(wc -l <"$folder/worker.c")" -le 45 ] && [ "$(wc -l <"$folder/worker.py")" -le 15 ]
-cc -std=c99 -Wall -Wextra -Werror "$folder/worker.c" -I"$1/client/include" -I"$1/kernels" -I"$2/include" \
+cc -std=c99 -Wall -Wextra -Werror "$folder/worker.c" -I"$1/client/include" -I"$1/kernels/base" -I"$2/include" \
     -L"$2/client" -ltinyserve -Wl,-rpath,"$2/client" -o "$folder/worker"
 export TINYSERVE_URL="$folder/s"
 "$2/daemon/tinyserved" --socket "$TINYSERVE_URL" --set log_level=warning \

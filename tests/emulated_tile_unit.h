@@ -1,5 +1,5 @@
-/* What kernels/tile_unit.h has, in plain C: so that any processor with AVX-512's byte permutations
- * tests what is written for the tile unit. As there, bf16's subnormals count as 0. */
+/* What kernels/cpu/isa/tile_unit.h has, in plain C: so that any processor with AVX-512's byte
+ * permutations tests what is written for the tile unit. As there, bf16's subnormals count as 0. */
 #ifndef TS_EMULATED_TILE_UNIT_H
 #define TS_EMULATED_TILE_UNIT_H
 

@@ -1,5 +1,6 @@
 #include "fake_gpu.h"
 
+#include "attention.h"
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -111,7 +112,7 @@ void fake_gpu_break(ts_gpu *g)
     set(g, &g->broken, true);
 }
 
-/* ---- kernels/gpu.h ---- */
+/* ---- kernels/gpu/gpu.h ---- */
 
 const ts_gpu_info *ts_gpu_get_info(const ts_gpu *g)
 {

@@ -1,5 +1,5 @@
 /*
- * A device of the test's own behind kernels/gpu.h, so that what the daemon does around a GPU is
+ * A device of the test's own behind kernels/gpu/gpu.h, so that what the daemon does around a GPU is
  * tested where there is none: launches are threads that wait, attend with the processor's kernels
  * (outputs and all) and signal. "Device" memory is host memory.
  */

@@ -2,7 +2,8 @@
 #include "test_util.h"
 
 #include "attention.h"
-#include "gpu/fp8_halves.h"
+#include "convert.h"
+#include "fp8_halves.h"
 
 #include <math.h>
 

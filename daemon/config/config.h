@@ -6,6 +6,7 @@
 #ifndef TS_CONFIG_H
 #define TS_CONFIG_H
 
+#include "attention.h"
 #include "engine.h"
 #include "log.h"
 #include "operators.h"

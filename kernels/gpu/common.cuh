@@ -11,7 +11,7 @@
 #define TS_GPU_COMMON_CUH
 
 extern "C" {
-#include "attention.h"
+#include "attention_call.h"
 #include "device.h"
 }
 

@@ -6,7 +6,7 @@ prefill where the package flashinfer-python is installed.
     python3 tests/gpu/bench_peers.py [--device cuda:0] [--json peers.json]
 
 Times are medians, of the kernels alone; K and V are copied so often, and the copies used in turn, that
-no cache helps. kernels/plot.py draws the JSON.
+no cache helps. kernels/doc/plot.py draws the JSON.
 """
 
 import json

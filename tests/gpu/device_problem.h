@@ -7,7 +7,7 @@
 
 #include "attention_util.h"
 
-#include "gpu/device.h"
+#include "device.h"
 
 #include <cuda_runtime_api.h>
 #include <semaphore.h>

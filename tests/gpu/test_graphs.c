@@ -5,7 +5,7 @@
  */
 #include "device_problem.h"
 
-#include "gpu/plan.h"
+#include "plan.h"
 
 #define SEQS 8u
 

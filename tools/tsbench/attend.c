@@ -2,6 +2,7 @@
  * memory by the same threads. */
 #define _GNU_SOURCE
 #include "attention.h"
+#include "convert.h"
 #include "memory.h"
 #include "shape.h"
 #include "tsbench.h"

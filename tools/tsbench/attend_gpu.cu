@@ -5,6 +5,7 @@
  */
 extern "C" {
 #include "attention.h"
+#include "convert.h"
 #include "gpu.h"
 #include "shape.h"
 #include "tsbench.h"

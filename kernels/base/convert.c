@@ -1,5 +1,5 @@
 /* fp16, bf16 and fp8 to and from fp32, one value at a time, in integer arithmetic. */
-#include "attention.h"
+#include "convert.h"
 
 #include <string.h>
 

@@ -20,7 +20,7 @@
 #ifndef TS_GPU_H
 #define TS_GPU_H
 
-#include "attention.h"
+#include "attention_call.h"
 #include "memory.h"
 
 #define TS_GPU_UUID_BYTES 16

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws what tests/gpu/bench_peers.py --json has measured, as an SVG file that needs nothing else.
 
-    python3 kernels/plot.py peers.json peers.svg
+    python3 kernels/doc/plot.py peers.json peers.svg
 
 What memory bounds: bytes per second as a share of the plain read rate; what arithmetic does: TFLOP/s.
 """

@@ -5,7 +5,8 @@
 #ifndef TS_ATTENTION_ITEM_H
 #define TS_ATTENTION_ITEM_H
 
-#include "attention.h"
+#include "attention_call.h"
+#include "convert.h"
 
 #define TS_TILE 16u    /* tokens of one softmax update */
 #define TS_PART 1024u  /* tokens of one independent partial result; whole tiles */

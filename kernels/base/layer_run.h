@@ -6,7 +6,7 @@
 #ifndef TS_LAYER_RUN_H
 #define TS_LAYER_RUN_H
 
-#include "attention.h"
+#include "attention_call.h"
 
 /* Which of the optional things a run has, and how it is done. */
 enum {

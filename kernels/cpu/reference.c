@@ -3,6 +3,8 @@
  * a compiler vectorises over tokens and each sum keeps its order. */
 #include "attention.h"
 
+#include "convert.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
