@@ -436,6 +436,41 @@ static void users_have_their_turn_however_many_connections_one_has(void **state)
     daemon_stop(&d);
 }
 
+static void descriptors_that_nobody_receives_are_few(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c = connect_to(&d);
+    ts_handle_request request = raw_request(TS_HANDLE_SIGNALS, 1);
+    ts_handle_reply reply;
+    uint32_t answers = 0;
+    request.session = c->session;
+    memcpy(request.token, c->token, sizeof request.token);
+    int fd = raw_handles(&d);
+    stop(&d);
+    for (int i = 0; i < 8; i++)
+        assert_int_equal(send(fd, &request, sizeof request, 0), sizeof request);
+    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    struct pollfd end = {.fd = fd, .events = POLLRDHUP};
+    assert_int_equal(poll(&end, 1, -1), 1); /* the daemon ends the connection */
+    for (ssize_t n; (n = recv(fd, &reply, sizeof reply, 0)) != 0;) {
+        assert_true(n > 0 || errno == ECONNRESET); /* once: for what the daemon didn't read */
+        answers += n > 0;
+    }
+    assert_int_equal(answers, 2);
+    close(fd);
+    fd = raw_handles(&d);
+    for (int i = 0; i < 8; i++) { /* as many as it likes if it reads them */
+        assert_int_equal(send(fd, &request, sizeof request, 0), sizeof request);
+        assert_true(raw_reply(fd, &reply));
+        assert_int_equal(reply.status, TS_OK);
+    }
+    close(fd);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 /* ---- descriptors that are passed ---- */
 
 /* Sends descriptors to one of the two sockets; of the stream they come inside a message. */
@@ -542,6 +577,7 @@ int main(void)
         cmocka_unit_test(a_users_connections_are_limited_and_operators_get_in),
         cmocka_unit_test(a_crowd_leaves_descriptors_for_operators),
         cmocka_unit_test(users_have_their_turn_however_many_connections_one_has),
+        cmocka_unit_test(descriptors_that_nobody_receives_are_few),
         cmocka_unit_test(what_is_passed_to_a_socket_is_closed),
         cmocka_unit_test(closing_what_is_passed_holds_nobody_up),
     };

@@ -9,6 +9,7 @@
 #include "unix_listen.h"
 
 #include <errno.h>
+#include <linux/sockios.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdarg.h>
@@ -17,11 +18,13 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #define TICK_MS 1000
 #define EVENTS 64
+#define UNREAD_MOST 2u
 
 /* A connection of a client. */
 typedef struct arrival {
@@ -29,6 +32,7 @@ typedef struct arrival {
     int fd;
     ts_guest guest;
     uint64_t deadline_ms; /* to ask for something of a session's by; 0: it has */
+    uint32_t unread;      /* requests in a row that came while an answer lay unread */
 } arrival;
 
 struct ts_fd_server {
@@ -58,7 +62,8 @@ static void answered(ts_handle_ask *ask)
     sem_post(((pending_ask *)ask)->answered);
 }
 
-static void send_reply(int to, const ts_handle_ask *ask)
+/* False: the client can't have it. */
+static bool send_reply(int to, const ts_handle_ask *ask)
 {
     struct iovec data = {.iov_base = (void *)&ask->reply, .iov_len = sizeof ask->reply};
     union {
@@ -73,9 +78,11 @@ static void send_reply(int to, const ts_handle_ask *ask)
             .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
         memcpy(CMSG_DATA(&control.header), &ask->fd, sizeof ask->fd);
     }
-    /* A peer that doesn't read is not waited for: it loses its answer. */
-    while (sendmsg(to, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR)
-        ;
+    ssize_t sent;
+    do
+        sent = sendmsg(to, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    return sent >= 0;
 }
 
 static void __attribute__((format(printf, 3, 4)))
@@ -95,7 +102,7 @@ static void send_off(int fd, ts_status status, const char *sentence)
     ts_handle_request unread;
     ts_handle_ask ask = {.fd = -1, .reply = {.magic = TS_HANDLE_MAGIC, .protocol = TS_PROTOCOL}};
     refuse(&ask.reply, status, "%s", sentence);
-    send_reply(fd, &ask);
+    (void)send_reply(fd, &ask);
     (void)shutdown(fd, SHUT_RD);
     while (recv(fd, &unread, sizeof unread, MSG_DONTWAIT) > 0)
         ;
@@ -146,8 +153,20 @@ static bool answer(ts_fd_server *h, arrival *a, ts_handle_ask *ask, size_t got)
         a->deadline_ms = 0;
     ask->reply.protocol = TS_PROTOCOL;
     ask->reply.tag = r->tag;
-    send_reply(a->fd, ask);
-    return true;
+    return send_reply(a->fd, ask);
+}
+
+/*
+ * Whether the client reads its answers; the one before may have come after it stopped waiting.
+ * Descriptors that it hasn't received count against the daemon's limit of them all the same: the
+ * kernel sends nobody any more when they are too many.
+ */
+static bool reads_answers(arrival *a)
+{
+    int bytes = 0;
+    bool unread = ioctl(a->fd, SIOCOUTQ, &bytes) == 0 && bytes > 0;
+    a->unread = unread ? a->unread + 1 : 0;
+    return a->unread < UNREAD_MOST;
 }
 
 /* Answers what came in on the connection; false: it is over. */
@@ -159,7 +178,7 @@ static bool serve(ts_fd_server *h, arrival *a)
     ssize_t got = recv(a->fd, &ask->request, sizeof ask->request, MSG_DONTWAIT | MSG_TRUNC);
     if (got < 0)
         return errno == EAGAIN || errno == EINTR;
-    bool stays = answer(h, a, ask, (size_t)got);
+    bool stays = reads_answers(a) && answer(h, a, ask, (size_t)got);
     if (ask->fd >= 0)
         close(ask->fd);
     return stays;
