@@ -47,29 +47,42 @@ static const route routes[] = {
     {"/healthz", TEXT, health, false},
 };
 
-typedef struct place place;
+#define ROUTES (sizeof routes / sizeof *routes)
 
-/* A request that the engine's owner answers. HTTP's thread owns all but `text` and `next_answered`,
- * which are the engine's owner's until it puts the question among the answered ones. */
+/* What the engine's owner is asked for, by all who want it at that time. HTTP's thread owns all but
+ * `text`, `took_ns` and `next_answered`, which are the engine's owner's until it puts the question
+ * among the answered ones. */
 typedef struct question {
     ts_work work;
     ts_survey_waiter waiter; /* for the figures that the route needs */
     ts_http *http;
     const route *route;
     char *text; /* the answer; NULL: there is none (yet) */
+    uint64_t took_ns;
     struct question *next_answered;
-    place *place; /* who waits for it; NULL: nobody any more */
-    bool answered, too_late;
+    uint32_t users; /* connections that wait for it, or send it */
+    bool answered;
 } question;
 
+/* A route's questions. The next one begins when the last is answered and has rested for REST times
+ * as long as the engine took over it, so that no flood of requests holds the engine. */
+#define REST 10u
+#define REST_MS_MAX 1000u
+typedef struct turn {
+    question *asked; /* the engine has it; NULL: none */
+    question *next;  /* gathers those who ask meanwhile; NULL: nobody has */
+    uint64_t next_ms;
+} turn;
+
 /* A connection. */
-struct place {
+typedef struct place {
     int fd; /* libmicrohttpd's, which closes it; -1: the place is free */
     uint64_t start_ms;
-    struct MHD_Connection *connection; /* suspended while the engine has its question */
+    struct MHD_Connection *connection; /* suspended until its question is answered */
     question *question;
-    bool shut; /* its time was up */
-};
+    bool too_late; /* the engine has not answered in time */
+    bool shut;     /* its time was up */
+} place;
 
 struct ts_http {
     ts_service *service;
@@ -80,6 +93,8 @@ struct ts_http {
     int spare;                    /* given up to turn a connection away when there are no others */
     place places[TS_HTTP_CONNECTIONS];
     place *next_place; /* of the connection that is being added */
+    turn turns[ROUTES];
+    bool stopping; /* nothing is asked any more */
     pthread_mutex_t lock;
     question *answered_questions; /* under the lock */
 };
@@ -170,7 +185,9 @@ static void answer_question(ts_work *work, void *service)
     uint64_t one = 1;
     if (q->route->needs_figures && !ts_report_http_ready(service, &q->waiter))
         return; /* it is asked again */
+    const uint64_t began = ts_now_ns();
     q->text = q->route->text(service);
+    q->took_ns = ts_now_ns() - began;
     pthread_mutex_lock(&h->lock);
     q->next_answered = h->answered_questions;
     h->answered_questions = q;
@@ -180,10 +197,45 @@ static void answer_question(ts_work *work, void *service)
     pthread_mutex_unlock(&h->lock);
 }
 
-static void free_question(question *q)
+/* One user less. */
+static void release(ts_http *h, question *q)
 {
+    turn *t = &h->turns[q->route - routes];
+    if (--q->users > 0 || t->asked == q)
+        return;
+    if (t->next == q)
+        t->next = NULL;
     free(q->text);
     free(q);
+}
+
+/* Asks what may be asked now. This thread has others' time to keep, so it leaves the work to
+ * others.
+ */
+static void ask_next(ts_http *h)
+{
+    const uint64_t now = ts_now_ms();
+    for (size_t i = 0; i < ROUTES && !h->stopping; i++) {
+        turn *t = &h->turns[i];
+        if (t->asked != NULL || t->next == NULL || now < t->next_ms)
+            continue;
+        t->asked = t->next;
+        t->next = NULL;
+        ts_queue_put(&h->service->exec.queue, &t->asked->work);
+    }
+}
+
+/* Milliseconds until something may be asked; -1: nobody waits for that. */
+static int until_next(const ts_http *h)
+{
+    const uint64_t now = ts_now_ms();
+    uint64_t next = UINT64_MAX;
+    for (size_t i = 0; i < ROUTES; i++) {
+        const turn *t = &h->turns[i];
+        if (t->asked == NULL && t->next != NULL && t->next_ms < next)
+            next = t->next_ms;
+    }
+    return next == UINT64_MAX ? -1 : next <= now ? 0 : (int)(next - now);
 }
 
 /* Goes on with the connections whose questions are answered. */
@@ -197,12 +249,18 @@ static void take_answers(ts_http *h)
     h->answered_questions = NULL;
     pthread_mutex_unlock(&h->lock);
     for (question *next; q != NULL; q = next) {
+        turn *t = &h->turns[q->route - routes];
+        const uint64_t rest_ms =
+            q->took_ns / 1000000 * REST + q->took_ns % 1000000 * REST / 1000000;
         next = q->next_answered;
         q->answered = true;
-        if (q->place == NULL)
-            free_question(q);
-        else if (!q->too_late)
-            MHD_resume_connection(q->place->connection);
+        q->users++; /* this function */
+        t->asked = NULL;
+        t->next_ms = ts_now_ms() + (rest_ms < REST_MS_MAX ? rest_ms : REST_MS_MAX);
+        for (uint32_t i = 0; i < TS_HTTP_CONNECTIONS; i++)
+            if (h->places[i].question == q && !h->places[i].too_late)
+                MHD_resume_connection(h->places[i].connection);
+        release(h, q);
     }
 }
 
@@ -217,19 +275,20 @@ static enum MHD_Result ask(ts_http *h, struct MHD_Connection *connection, const 
                            void **state)
 {
     place *p = place_of(connection);
-    question *q = malloc(sizeof *q);
-    if (q == NULL)
-        return MHD_NO;
-    *q = (question){.work.run = answer_question,
-                    .waiter.ready = figures_ready,
-                    .http = h,
-                    .route = r,
-                    .place = p};
+    turn *t = &h->turns[r - routes];
+    if (t->next == NULL) {
+        t->next = malloc(sizeof *t->next);
+        if (t->next == NULL)
+            return MHD_NO;
+        *t->next = (question){
+            .work.run = answer_question, .waiter.ready = figures_ready, .http = h, .route = r};
+    }
+    t->next->users++;
     p->connection = connection;
-    p->question = q;
-    *state = q;
+    p->question = t->next;
+    *state = p;
     MHD_suspend_connection(connection);
-    ts_queue_put(&h->service->exec.queue, &q->work); /* this thread has others' time to keep */
+    ask_next(h);
     return MHD_YES;
 }
 
@@ -240,22 +299,20 @@ static enum MHD_Result handle(void *http, struct MHD_Connection *connection, con
                               size_t *upload_bytes, void **state)
 {
     ts_http *h = http;
-    question *q = *state;
+    const place *p = *state; /* NULL: it hasn't asked yet */
     const route *found = NULL;
     (void)version;
     (void)upload;
     (void)upload_bytes;
-    if (q != NULL && q->too_late)
+    if (p != NULL && p->too_late)
         return answer_error(connection, MHD_HTTP_SERVICE_UNAVAILABLE,
                             "the daemon's engine doesn't answer");
-    if (q != NULL && q->text == NULL)
+    if (p != NULL && p->question->text == NULL)
         return answer_error(connection, MHD_HTTP_SERVICE_UNAVAILABLE,
                             "the daemon is being drained, or has no memory");
-    if (q != NULL) {
-        char *text = q->text;
-        q->text = NULL;
-        return answer(connection, MHD_HTTP_OK, q->route->type, NOTHING, text);
-    }
+    if (p != NULL)
+        return answer(connection, MHD_HTTP_OK, p->question->route->type, NOTHING,
+                      strdup(p->question->text));
     const char *host = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Host");
     if (host == NULL || !ts_http_host_allowed(host, h->hosts))
         return refuse_host(connection, host);
@@ -284,11 +341,8 @@ static void connection_event(void *http, struct MHD_Connection *connection, void
     question *q = p->question;
     p->fd = -1;
     p->question = NULL;
-    if (q == NULL)
-        return;
-    q->place = NULL;
-    if (q->answered)
-        free_question(q);
+    if (q != NULL)
+        release(http, q);
 }
 
 static void add(ts_http *h, int fd, const struct sockaddr *address, socklen_t bytes)
@@ -343,13 +397,13 @@ static int end_late_ones(ts_http *h)
         place *p = &h->places[i];
         if (p->fd < 0 || p->shut)
             continue;
-        question *q = p->question;
-        bool waits = q != NULL && !q->answered && !q->too_late;
+        const question *q = p->question;
+        bool waits = q != NULL && !q->answered && !p->too_late;
         uint64_t end = p->start_ms + (waits ? TS_HTTP_ENGINE_MS : TS_HTTP_REQUEST_MS);
         if (end > now) {
             next = end < next ? end : next;
         } else if (waits) {
-            q->too_late = true;
+            p->too_late = true;
             MHD_resume_connection(p->connection);
             next = now;
         } else { /* libmicrohttpd sees the end, and closes it */
@@ -375,6 +429,9 @@ static void *http_main(void *arg)
         if (MHD_get_timeout(h->daemon, &wanted) == MHD_YES &&
             (timeout < 0 || wanted < (unsigned)timeout))
             timeout = (int)wanted;
+        const int turn = until_next(h);
+        if (turn >= 0 && (timeout < 0 || turn < timeout))
+            timeout = turn;
         if (rests && (timeout < 0 || timeout > REST_MS))
             timeout = REST_MS;
         fds[1].events = rests ? 0 : POLLIN;
@@ -387,6 +444,7 @@ static void *http_main(void *arg)
             rests = !accept_all(h);
         if (fds[2].revents != 0)
             take_answers(h);
+        ask_next(h);
         MHD_run(h->daemon);
     }
 }
@@ -472,7 +530,15 @@ void ts_http_stop(ts_http *h)
     if (write(h->stop, &one, sizeof one) != (ssize_t)sizeof one)
         ts_log(TS_LOG_ERROR, "HTTP's thread can't be told to stop: %s", strerror(errno));
     pthread_join(h->thread, NULL);
+    h->stopping = true;
     ts_queue_flush(&h->service->exec.queue); /* what was asked: each question is answered now */
-    take_answers(h);                         /* no connection is suspended any more */
+    take_answers(h);
+    for (uint32_t i = 0; i < TS_HTTP_CONNECTIONS; i++) { /* none may be suspended when it stops */
+        place *p = &h->places[i];
+        if (p->fd < 0 || p->question == NULL || p->question->answered || p->too_late)
+            continue;
+        p->too_late = true;
+        MHD_resume_connection(p->connection);
+    }
     close_all(h);
 }
