@@ -22,7 +22,7 @@ mirror=$(apt-get indextargets --format '$(SITE) $(CODENAME)' 'Created-By: Packag
     awk -v c="$VERSION_CODENAME" '$2 == c { print $1; exit }')
 fail() { echo "check_debs: $*"; exit 1; }
 log() { "$@" >"$scratch/log" 2>&1 || { tail -n 40 "$scratch/log"; exit 1; }; }
-(cd "$build" && rm -f ./*.deb && log cpack)
+(cd "$build" && rm -f ./*.deb ./*.ddeb && log cpack)
 debootstrap --variant=minbase --include=systemd,dbus "$VERSION_CODENAME" "$root" "$mirror" >"$scratch/log" 2>&1 || {
     tail -n 5 "$scratch/log"
     echo "skipped: no root of its own can be made here"

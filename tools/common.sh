@@ -55,7 +55,8 @@ clean_up() {
     rm -rf "$scratch"
 }
 
-# What to compile CUDA kernels for where the build is for this machine's GPU alone; nothing without one.
+# What to compile CUDA kernels for where the build is for this machine's GPU alone; nothing
+# without one.
 cuda_architecture() {
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true

@@ -15,9 +15,10 @@ set(CPACK_PACKAGE_NAME tinyserve)
 set(CPACK_PACKAGE_CONTACT "The TinyServe developers <tinyserve@localhost>")
 set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "paged KV cache shared by the LLM workers of a node")
 set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
-set(CPACK_STRIP_FILES ON)
-if(CMAKE_BUILD_TYPE MATCHES "Deb") # with debug information: in packages of its own, NAME-dbgsym
+if(CMAKE_BUILD_TYPE MATCHES "Deb") # debug information goes to packages of its own, NAME-dbgsym
   set(CPACK_DEBIAN_DEBUGINFO_PACKAGE ON)
+else()
+  set(CPACK_STRIP_FILES ON)
 endif()
 set(CPACK_COMPONENTS_ALL daemon library development tools)
 set(CPACK_COMPONENTS_GROUPING IGNORE)
