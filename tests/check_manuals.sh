@@ -3,10 +3,12 @@
 # check_manuals.sh SOURCE-FOLDER TSCTL TINYSERVED
 set -euo pipefail
 cd "$1"
-mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/libtinyserve.3
-for key in $(grep -oE 'strcmp\(key, "[a-z_]+"' daemon/config.c | cut -d'"' -f2 | sort -u); do
+mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/man/*.3
+keys=$(grep -oE '\{(DAEMON|POOL)\("[a-z_]+"' daemon/config/config_keys.c | cut -d'"' -f2 | sort -u)
+[ "$(echo "$keys" | wc -l)" -ge 30 ] || { echo "config_keys.c: the keys can't be found"; exit 1; }
+for key in $keys; do
     grep -q "^\.It Cm $key\$" systemd/tinyserved.conf.5 || { echo "tinyserved.conf.5 has no $key"; exit 1; }
-    grep -qE "^(# )?$key = " systemd/tinyserved.conf || [ "$key" = blocks ] ||
+    grep -qE "^(# )?$key =" systemd/tinyserved.conf || [ "$key" = blocks ] ||
         { echo "tinyserved.conf has no $key"; exit 1; }
 done
 options() { "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u; }
@@ -25,4 +27,23 @@ _tsctl
 [ "${COMPREPLY[*]}" = "status sessions seqs session seq" ]
 for command in $("$2" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p'); do
     grep -qE "^\.It Cm $command( |\$)" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $command"; exit 1; }
+done
+# Every function that libtinyserve exports has a page that names it, and shows how it is called.
+declared=$(grep -ohE '\bts_[a-z0-9_]+\(' client/include/tinyserve.h kernels/base/tinyserve_types.h | tr -d '(' | sort -u)
+named=$(sed -n '/^\.Sh NAME/,/^\.Nd/s/^\.Nm \(ts_[a-z0-9_]*\).*/\1/p' client/man/*.3)
+shown=$(sed -n '/^\.Sh SYNOPSIS/,/^\.Sh DESC/s/^\.Fo \(ts_[a-z0-9_]*\)/\1/p' client/man/*.3)
+[ "$named" = "$shown" ] || { diff <(echo "$named") <(echo "$shown"); echo "NAME and SYNOPSIS differ"; exit 1; }
+[ -z "$(echo "$named" | sort | uniq -d)" ] || { echo "$named" | sort | uniq -d; echo "in two pages"; exit 1; }
+for name in $named; do
+    grep -qx "$name" <<<"$declared" || { echo "no header declares $name, which a page names"; exit 1; }
+done
+for pattern in $(sed -n 's/^ *\(ts_[a-z0-9_*]*\);$/\1/p' client/tinyserve.map); do
+    found=
+    for name in $declared; do
+        # shellcheck disable=SC2053
+        [[ $name == $pattern ]] || continue
+        found=yes
+        grep -qx "$name" <<<"$named" || { echo "no page of client/man names $name"; exit 1; }
+    done
+    [ -n "$found" ] || { echo "tinyserve.map has $pattern, which no header declares"; exit 1; }
 done
