@@ -4,9 +4,11 @@
 set -euo pipefail
 cd "$1"
 mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/libtinyserve.3
-for key in $(grep -oE 'strcmp\(key, "[a-z_]+"' daemon/config.c | cut -d'"' -f2 | sort -u); do
+keys=$(sed -nE 's/^ *\{(DAEMON|POOL)\("([a-z_]+)".*/\2/p' daemon/config/config_keys.c | sort -u)
+[ "$(wc -w <<<"$keys")" -ge 40 ] || { echo "config_keys.c has $(wc -w <<<"$keys") keys that this script can read"; exit 1; }
+for key in $keys; do
     grep -q "^\.It Cm $key\$" systemd/tinyserved.conf.5 || { echo "tinyserved.conf.5 has no $key"; exit 1; }
-    grep -qE "^(# )?$key = " systemd/tinyserved.conf || [ "$key" = blocks ] ||
+    grep -qE "^(# )?$key =" systemd/tinyserved.conf || [ "$key" = blocks ] ||
         { echo "tinyserved.conf has no $key"; exit 1; }
 done
 options() { "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u; }
