@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-_Static_assert(sizeof(ts_sequence) <= 64, "README states 64 bytes a sequence");
+_Static_assert(sizeof(ts_sequence) <= 64, "systemd/README.md says 64 bytes a sequence");
 
 void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens,
                        uint32_t first_generation)

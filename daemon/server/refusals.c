@@ -62,7 +62,8 @@ void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t po
     bool known = ts_engine_has_pool(s->exec.engine, pool);
     s->refusals->counts[operation][known ? pool : TS_POOLS_MAX][status]++;
     uint64_t now = ts_now_ms();
-    if (status == TS_ENOSPC && known &&
+    /* Where nothing is in use, the request alone was larger than the pool. */
+    if (status == TS_ENOSPC && known && s->exec.engine->pools[pool].books.used > 0 &&
         (s->refusals->full_ms[pool] == 0 || now - s->refusals->full_ms[pool] >= FULL_EVERY_MS)) {
         s->refusals->full_ms[pool] = now;
         tell_full(s, pool);

@@ -89,7 +89,7 @@ static inline size_t ts_geometry_plane_bytes(const ts_geometry *g)
  * Bytes of one block, and so from one block to the next: all layers, K and V. Of 40 layers, say,
  * one layer's parts would lie multiples of 320 KiB apart, and an H100, whose memory is five stacks,
  * reads those at 0.8 of its rate: multiples of 80 KiB, and of 376 KiB for an H200's sake, are made
- * 1/64 to 1/32 longer, seldom twice that (kernels/README.md has what was measured).
+ * 1/64 to 1/32 longer, seldom twice that (kernels/doc/ has what was measured).
  */
 static inline size_t ts_geometry_block_bytes(const ts_geometry *g)
 {

@@ -18,7 +18,7 @@ def first(*paths):
     for path in paths:
         if path.exists():
             return str(path)
-    sys.exit(f"none of {', '.join(map(str, paths))} is there: build first (see README.md)")
+    sys.exit(f"none of {', '.join(map(str, paths))} is there: build first (see tests/README.md)")
 
 
 ROOT = HERE.parents[1]

@@ -146,7 +146,7 @@ INLINE void store_waiting(bool odd, waiting *w)
 
 /*
  * Between a tile's load and its product, and between that and the next load, something else is
- * widened: a core may have only two writers of tile registers under way (README.md).
+ * widened: a core may have only two writers of tile registers under way (kernels/doc/).
  */
 
 /* Scores of the chunk of q that is held with 16 tokens, in SCORES_1 or SCORES_0. Between the

@@ -27,7 +27,7 @@
 
 /* Whether attention of so many query heads over such a cache is worked on here. bf16 only where
  * there is enough to multiply, and 64 tokens, and the next, fit into the second-level cache: else
- * AVX-512 alone is as fast or faster (README.md). */
+ * AVX-512 alone is as fast or faster (kernels/doc/). */
 static inline bool ts_amx_takes(const ts_geometry *g, uint32_t heads)
 {
     const size_t bytes = 2 * (size_t)g->kv_heads * g->head_dim * ts_dtype_bytes(g->dtype);

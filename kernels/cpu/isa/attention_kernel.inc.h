@@ -306,7 +306,7 @@ INLINE bool has_nan(const unsigned char *const *rows, size_t k_offset, size_t pl
 
 /*
  * Puts the rows that are to be fetched into an order in which neighbours lie in different pages:
- * lines of one page, asked for one after the other, come slower (kernels/README.md). Where a head's
+ * lines of one page, asked for one after the other, come slower (kernels/doc/). Where a head's
  * rows are a page (HND), the next tile's heads take turns, one row of each: 16 rows for every head
  * that is worked on.
  */

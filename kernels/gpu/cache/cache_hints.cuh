@@ -2,7 +2,7 @@
  * What the second-level cache is told of the memory that attention touches. K and V are read once
  * and leave it first; partial results, and outputs if they are few, which the next launch writes to
  * the same places, leave it last: so they are seldom written to memory, which in between reads
- * costs some five times what reading as much does (README.md).
+ * costs some five times what reading as much does (kernels/doc/).
  */
 #ifndef TS_GPU_CACHE_HINTS_CUH
 #define TS_GPU_CACHE_HINTS_CUH

@@ -3,7 +3,7 @@
  * walks its sequence's tokens one by one, keeps a running maximum and sum (online softmax) and its
  * output row in registers. It is bound by latency: few threads, each waiting for one scattered row
  * after the other, and neighbouring threads read different rows, so no load is coalesced.
- * Measured: 16.1 ms, 0.06 of the read rate (kernels/README.md).
+ * Measured: 16.1 ms, 0.06 of the read rate (kernels/doc/).
  */
 #include "common.cuh"
 
