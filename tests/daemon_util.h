@@ -230,4 +230,12 @@ static inline void join_child(pid_t pid)
                  WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status));
 }
 
+static inline uint64_t sequences(ts_client *c)
+{
+    Tspb__Reply *reply = pool_stats(c);
+    uint64_t n = reply->pool_stats_reply->pool->sequences;
+    tspb__reply__free_unpacked(reply, NULL);
+    return n;
+}
+
 #endif

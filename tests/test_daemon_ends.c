@@ -1,0 +1,171 @@
+/* A daemon that goes, and processes that fork: what a worker is told. */
+#define _GNU_SOURCE
+#include "daemon_util.h"
+
+#include <sys/stat.h>
+
+/* Worker: connects, says so through the pipe, and goes on until the daemon is gone. */
+static void lasting(const char *url, int ready)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    uint32_t length;
+    OK(ts_seq_create(p, 1, &seq));
+    assert_int_equal(write(ready, "r", 1), 1);
+    ts_status status;
+    do
+        status = ts_seq_lengths(p, &seq, 1, &length);
+    while (status == TS_OK);
+    assert_int_equal(status, TS_ECONN);
+    assert_int_equal(ts_seq_lengths(p, &seq, 1, &length), TS_ECONN);
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void a_worker_gets_TS_ECONN_when_the_daemon_goes(void **state)
+{
+    (void)state;
+    for (int how = SIGKILL; how <= SIGTERM; how += SIGTERM - SIGKILL) {
+        daemon_process d;
+        daemon_start(&d, POOL_TINY ",blocks=256");
+        int ready[2];
+        char byte;
+        assert_int_equal(pipe(ready), 0);
+        char number[16];
+        snprintf(number, sizeof number, "%d", ready[1]);
+        pid_t worker = spawn("lasting", d.url, number);
+        assert_int_equal(read(ready[0], &byte, 1), 1);
+        close(ready[0]);
+        close(ready[1]);
+        if (how == SIGTERM) {
+            daemon_stop(&d);
+        } else {
+            kill(d.pid, SIGKILL);
+            waitpid(d.pid, NULL, 0);
+            daemon_clean(&d);
+        }
+        join_child(worker);
+    }
+}
+
+/* SIGUSR1 is what main is sent when a GPU is lost. Its workers can tell that from an end of its
+ * own: their contexts may be gone with it. */
+static void a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *c;
+    ts_pool *p;
+    ts_step *step;
+    uint64_t seq;
+    const uint32_t one = 1;
+    int status;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
+    OK(ts_pool_open(c, "tiny", 0, &p));
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &one, 1, NULL, &step));
+    ts_step_abort(step);
+    kill(d.pid, SIGUSR1);
+    assert_int_equal(waitpid(d.pid, &status, 0), d.pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 3);
+    assert_int_equal(access(d.url, F_OK), -1);
+    assert_int_equal(ts_step_begin(p, &seq, &one, 1, NULL, &step), TS_EDEVICE);
+    assert_non_null(strstr(ts_error(c), "a GPU of the daemon at"));
+    assert_int_equal(ts_seq_create(p, 1, &seq), TS_EDEVICE);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    assert_int_equal(rmdir(d.folder), 0);
+    alarm(0);
+}
+
+static void a_new_daemon_takes_over_the_sockets_of_a_killed_one(void **state)
+{
+    (void)state;
+    daemon_process d, again;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    kill(d.pid, SIGKILL);
+    waitpid(d.pid, NULL, 0);
+    again = d;
+    pid_t pid = fork();
+    if (pid == 0) {
+        execl(TS_DAEMON, TS_DAEMON, "--set", "log_level=warning", "--pool", POOL_TINY ",blocks=4",
+              "--socket", d.url, NULL);
+        _exit(127);
+    }
+    again.pid = pid;
+    ts_client *c;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url, .wait_ms = 60000}, &c));
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    uint32_t n = 1;
+    ts_step *step;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the handle socket works too */
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+
+    /* A third one must leave the running one alone. */
+    int status;
+    pid = fork();
+    if (pid == 0) {
+        if (freopen("/dev/null", "w", stderr) == NULL)
+            _exit(127);
+        execl(TS_DAEMON, TS_DAEMON, "--pool", POOL_TINY ",blocks=4", "--socket", d.url, NULL);
+        _exit(127);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 1);
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &c));
+    p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    OK(ts_step_abort(step));
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&again);
+}
+
+static void a_forked_child_is_refused_and_not_ended(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    pid_t child = fork();
+    if (child == 0) {
+        ts_client *own;
+        if (ts_seq_create(p, 1, &seq) != TS_ECONN ||
+            ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url}, &own) != TS_EPERM)
+            _exit(1);
+        ts_disconnect(own);
+        ts_disconnect(c);
+        _exit(0);
+    }
+    join_child(child);
+    OK(ts_seq_create(p, 1, &seq)); /* the parent's session lives on */
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4) {
+        if (strcmp(argv[1], "lasting") == 0)
+            lasting(argv[2], atoi(argv[3]));
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
+        cmocka_unit_test(a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status),
+        cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
+        cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
