@@ -16,6 +16,7 @@ SUFFIXES = (".c", ".cu", ".h", ".cuh")
 #: internal headers, and the modules that they are a part of
 PARTS = {
     "daemon/core/engine_internal": "daemon/core/engine",
+    "daemon/ipc/nng_server_internal": "daemon/ipc/nng_server",
     "daemon/config/config_keys": "daemon/config/config",
     "kernels/gpu/plan/cut": "kernels/gpu/plan/plan",
     "kernels/cpu/isa/attention_amx_units": "kernels/cpu/isa/attention_amx",

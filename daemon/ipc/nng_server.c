@@ -1,17 +1,12 @@
 #define _GNU_SOURCE
-#include "nng_server.h"
+#include "nng_server_internal.h"
 
 #include "clock.h"
 #include "log.h"
-#include "passed_fds.h"
-#include "request.h"
-#include "sp_wire.h"
 #include "unix_listen.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,515 +14,12 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #define TICK_MS 1000
 #define EVENTS 4096 /* all that there is to do, as a rule */
 #define ACCEPTS_PER_TURN 16u
-#define MESSAGES_PER_TURN 4u /* that a uid gives before the others have their turn */
-#define UID_QUEUED 4u        /* requests of one uid that the engine has yet to begin */
-#define BUCKETS 4096u
 #define TURNED_AWAY_MAX 64u /* at a time, that are told why */
-
-/* What one uid's connections hold together. */
-typedef struct holding {
-    struct holding *next;
-    uint32_t uid, connections;
-    size_t request_bytes, answer_bytes;
-    uint32_t paused; /* connections that aren't read: request_bytes or queued is at its limit */
-    uint32_t queued; /* requests that the engine has yet to begin */
-    uint32_t turn, given; /* messages that it has given in that turn */
-} holding;
-
-/* An answer, or the rest of one, that the peer has yet to take. */
-typedef struct unsent {
-    struct unsent *next;
-    size_t bytes, sent;
-    uint8_t data[];
-} unsent;
-
-/* What epoll tells of: the data pointer of its events. */
-typedef enum source_kind { LISTENER, WAKE, SOCKET, PROCESS } source_kind;
-
-typedef struct connection connection;
-
-typedef struct source {
-    source_kind kind;
-    connection *c;
-    int fd;
-} source;
-
-struct connection {
-    connection *next, **at; /* of its bucket's list */
-    connection *next_ended;
-    source socket, process; /* process.fd -1: it can't be watched */
-    uint32_t pipe;
-    ts_guest guest;
-    holding *holding;
-    char *refusal;   /* why it was turned away, to be told; NULL: it is in */
-    uint32_t refs;   /* the table's, and one for each request in progress */
-    uint32_t events; /* that epoll looks for */
-    bool ended, paused, doomed;
-    bool told_off;        /* why it was turned away */
-    uint32_t requests;    /* in progress */
-    uint64_t deadline_ms; /* of the greeting or message that has begun to come; 0: none has */
-    uint64_t unread_ms;   /* since when the first unsent answer waits */
-    unsent *first_unsent, **last_unsent;
-    /* what has come of a greeting or a message */
-    bool greeted;
-    uint8_t head[TS_SP_HEAD_BYTES];
-    uint32_t head_bytes;
-    uint8_t *content;
-    size_t content_bytes, content_came;
-};
-
-/* One request in progress. */
-typedef struct slot {
-    ts_request request; /* first: the service hands it back */
-    ts_transport *transport;
-    connection *c;
-    size_t bytes; /* that it is charged with */
-    uint8_t backtrace[TS_SP_BACKTRACE_BYTES];
-    size_t backtrace_bytes;
-} slot;
-
-/* The service looks for connections without a session, on the engine's side. */
-typedef struct tick {
-    ts_work work;
-    uint64_t idle_since_ms;
-    atomic_bool out; /* the engine has it */
-} tick;
-
-struct ts_transport {
-    ts_service *service;
-    ts_transport_options options;
-    char path[128];
-    pthread_t thread;
-    bool runs;
-    source listener, wake;
-    int epoll;
-    bool accept_paused; /* until the next tick: there was no descriptor */
-    uint32_t turn;      /* of looking for events */
-    ts_hurry hurry;     /* the thread's, where the kernel doesn't refuse descriptors; else all 0 */
-    bool refuses;       /* descriptors that peers pass */
-    atomic_bool stopping;
-    tick tick;
-
-    pthread_mutex_t lock; /* of all that follows, and of the connections */
-    ts_crowd crowd;
-    holding *holdings;
-    connection *buckets[BUCKETS];
-    connection *ended; /* to be let go of by the thread */
-    uint32_t next_pipe, turned_away;
-};
-
-/* ---- connections; under the lock ---- */
-
-static holding *holding_of(ts_transport *t, uint32_t uid)
-{
-    holding *h = t->holdings;
-    while (h != NULL && h->uid != uid)
-        h = h->next;
-    if (h == NULL && (h = calloc(1, sizeof *h)) != NULL) {
-        h->uid = uid;
-        h->next = t->holdings;
-        t->holdings = h;
-    }
-    if (h != NULL)
-        h->connections++;
-    return h;
-}
-
-static void leave_holding(ts_transport *t, holding *h)
-{
-    if (--h->connections > 0)
-        return;
-    holding **at = &t->holdings;
-    while (*at != h)
-        at = &(*at)->next;
-    *at = h->next;
-    free(h);
-}
-
-static connection *find(ts_transport *t, uint32_t pipe)
-{
-    connection *c = t->buckets[pipe % BUCKETS];
-    while (c != NULL && c->pipe != pipe)
-        c = c->next;
-    return c;
-}
-
-static void unref(ts_transport *t, connection *c)
-{
-    if (--c->refs > 0)
-        return;
-    leave_holding(t, c->holding);
-    free(c);
-}
-
-/* Has epoll look for what the connection can do now. */
-static void look_for(ts_transport *t, connection *c)
-{
-    bool full =
-        c->requests >= TS_PEER_REQUESTS || c->first_unsent != NULL || c->paused || c->told_off;
-    uint32_t events = (full ? 0 : EPOLLIN) | (c->first_unsent != NULL ? EPOLLOUT : 0);
-    if (c->ended || events == c->events)
-        return;
-    struct epoll_event event = {.events = events, .data.ptr = &c->socket};
-    c->events = events;
-    (void)epoll_ctl(t->epoll, EPOLL_CTL_MOD, c->socket.fd, &event);
-}
-
-static void wake(const ts_transport *t)
-{
-    uint64_t one = 1;
-    while (write(t->wake.fd, &one, sizeof one) < 0 && errno == EINTR)
-        ;
-}
-
-/* The connection is to end; the thread does it. */
-static void doom(ts_transport *t, connection *c)
-{
-    if (c->doomed)
-        return;
-    c->doomed = true;
-    c->next_ended = t->ended;
-    t->ended = c;
-    wake(t);
-}
-
-static void give_back_request_bytes(ts_transport *t, holding *h, size_t bytes)
-{
-    h->request_bytes -= bytes;
-    if (bytes > 0 && h->paused > 0)
-        wake(t);
-}
-
-/* Reads the connections again that waited for room. */
-static void resume_paused(ts_transport *t)
-{
-    bool any = false;
-    for (holding *h = t->holdings; h != NULL && !any; h = h->next)
-        any = h->paused > 0;
-    for (uint32_t i = 0; any && i < BUCKETS; i++)
-        for (connection *c = t->buckets[i]; c != NULL; c = c->next)
-            if (c->paused && c->holding->request_bytes < TS_UID_BYTES &&
-                c->holding->queued < UID_QUEUED) {
-                c->paused = false;
-                c->holding->paused--;
-                look_for(t, c);
-            }
-}
-
-/* ---- answers; under the lock ---- */
-
-/* Sends what waits, as far as the peer takes it. */
-static void send_unsent(ts_transport *t, connection *c)
-{
-    for (unsent *u; (u = c->first_unsent) != NULL;) {
-        ssize_t n =
-            send(c->socket.fd, u->data + u->sent, u->bytes - u->sent, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0) {
-            if (errno != EAGAIN && errno != EWOULDBLOCK)
-                doom(t, c);
-            break;
-        }
-        c->unread_ms = ts_now_ms();
-        u->sent += (size_t)n;
-        if (u->sent < u->bytes)
-            continue;
-        c->holding->answer_bytes -= u->bytes;
-        c->first_unsent = u->next;
-        if (u->next == NULL)
-            c->last_unsent = &c->first_unsent;
-        free(u);
-    }
-}
-
-/* Sends an answer, or as much as the peer takes now; the rest waits. */
-static void send_answer(ts_transport *t, const slot *s, const void *reply, size_t bytes)
-{
-    connection *c = s->c;
-    uint8_t head[TS_SP_HEAD_BYTES];
-    struct iovec parts[3] = {
-        {head, sizeof head}, {(void *)s->backtrace, s->backtrace_bytes}, {(void *)reply, bytes}};
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
-    size_t all = sizeof head + s->backtrace_bytes + bytes;
-    ssize_t n = 0;
-    ts_sp_head(head, s->backtrace_bytes + bytes);
-    if (c->first_unsent == NULL)
-        while ((n = sendmsg(c->socket.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)) < 0 &&
-               errno == EINTR)
-            ;
-    if (n == (ssize_t)all)
-        return;
-    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
-        return doom(t, c);
-    size_t sent = n < 0 ? 0 : (size_t)n;
-    unsent *u = NULL;
-    if (c->holding->answer_bytes + all <= TS_UID_BYTES || c->holding->answer_bytes == 0)
-        u = malloc(sizeof *u + all);
-    if (u == NULL) { /* a peer that reads asks again */
-        ts_log(TS_LOG_WARNING, "a connection of uid %u is ended: it doesn't read its answers",
-               c->guest.uid);
-        return doom(t, c);
-    }
-    *u = (unsent){.bytes = all, .sent = sent};
-    memcpy(u->data, head, sizeof head);
-    memcpy(u->data + sizeof head, s->backtrace, s->backtrace_bytes);
-    memcpy(u->data + sizeof head + s->backtrace_bytes, reply, bytes);
-    if (c->first_unsent == NULL)
-        c->unread_ms = ts_now_ms();
-    c->holding->answer_bytes += all;
-    *c->last_unsent = u;
-    c->last_unsent = &u->next;
-}
-
-/* Answers the request (no bytes: not at all), and lets go of it. Nothing more is read if it is the
- * last one: the peer ends the connection when it has read this, or its time ends it. */
-static void answer(slot *s, const void *reply, size_t bytes, bool last)
-{
-    ts_transport *t = s->transport;
-    connection *c = s->c;
-    if (s->request.message != NULL)
-        tspb__request__free_unpacked(s->request.message, NULL);
-    pthread_mutex_lock(&t->lock);
-    if (bytes > 0 && !c->ended && !c->doomed && !atomic_load(&t->stopping))
-        send_answer(t, s, reply, bytes);
-    c->requests--;
-    give_back_request_bytes(t, c->holding, s->bytes);
-    c->told_off |= last;
-    look_for(t, c);
-    unref(t, c);
-    pthread_mutex_unlock(&t->lock);
-    free(s);
-}
-
-/* The `send` of a request: on the thread of the engine's owner. */
-static void send_reply(ts_request *request, const void *reply, size_t bytes)
-{
-    slot *s = (slot *)request;
-    ts_latency_add(&s->transport->service->message_times, ts_now_ns() - request->received_ns);
-    answer(s, reply, bytes, false);
-}
-
-/* ---- requests ---- */
-
-/*
- * What unpacking one message may take: some times its size. Messages of this protocol need less
- * than half of it; one made of unknown fields or of the smallest unpacked elements would need far
- * more.
- */
-typedef struct budget {
-    size_t left;
-} budget;
-
-#define BUDGET_FACTOR 8u
-#define BUDGET_BASE 65536u
-
-static void *budget_alloc(void *data, size_t bytes)
-{
-    budget *b = data;
-    if (bytes > b->left)
-        return NULL;
-    b->left -= bytes;
-    return malloc(bytes);
-}
-
-static void budget_free(void *data, void *memory)
-{
-    (void)data;
-    free(memory);
-}
-
-static Tspb__Request *unpack(const uint8_t *message, size_t bytes)
-{
-    budget b = {.left = BUDGET_BASE + bytes * BUDGET_FACTOR};
-    ProtobufCAllocator allocator = {
-        .alloc = budget_alloc, .free = budget_free, .allocator_data = &b};
-    return tspb__request__unpack(&allocator, bytes, message);
-}
-
-/* Answers the first request of a connection that was turned away. */
-static void turn_away(slot *s)
-{
-    uint8_t packed[TS_MESSAGE_BYTES + 64];
-    Tspb__Reply reply = TSPB__REPLY__INIT;
-    reply.request_id = s->request.message == NULL ? 0 : s->request.message->request_id;
-    reply.status = TS_EQUOTA;
-    reply.message = s->c->refusal;
-    answer(s, packed, tspb__reply__pack(&reply, packed), true);
-}
-
-/* The `run` of a request. Once the engine has begun it, it holds up nobody else. */
-static void run_request(ts_work *work, void *service)
-{
-    slot *s = (slot *)work;
-    ts_transport *t = s->transport;
-    connection *c = s->c;
-    work->run = ts_service_request; /* if it must wait it is run again */
-    ts_service_request(work, service);
-    pthread_mutex_lock(&t->lock);
-    if (--c->holding->queued == UID_QUEUED / 2 && c->holding->paused > 0)
-        wake(t);
-    unref(t, c);
-    pthread_mutex_unlock(&t->lock);
-}
-
-/* A whole message has come. False: it is no request, or there is no memory for it. */
-static bool on_message(ts_transport *t, connection *c)
-{
-    slot *s = calloc(1, sizeof *s);
-    size_t backtrace = ts_sp_backtrace(c->content, c->content_bytes);
-    if (s == NULL || backtrace == 0) {
-        free(s);
-        return false;
-    }
-    s->transport = t;
-    s->c = c;
-    s->bytes = c->content_bytes;
-    s->backtrace_bytes = backtrace;
-    memcpy(s->backtrace, c->content, backtrace);
-    s->request.work.run = run_request;
-    s->request.send = send_reply;
-    s->request.pipe = c->pipe;
-    s->request.received_ns = ts_now_ns();
-    /* freed by free_unpacked(..., NULL): it is all malloc'ed */
-    s->request.message = unpack(c->content + backtrace, c->content_bytes - backtrace);
-    free(c->content);
-    c->content = NULL;
-    c->content_bytes = 0; /* the charge is the slot's now */
-    c->head_bytes = 0;
-    if (c->refusal == NULL)
-        c->deadline_ms = 0;
-    pthread_mutex_lock(&t->lock);
-    c->requests++;
-    c->refs += c->refusal == NULL ? 2 : 1; /* one is run_request's */
-    c->holding->queued += c->refusal == NULL;
-    c->holding->given++;
-    pthread_mutex_unlock(&t->lock);
-    if (c->refusal != NULL)
-        turn_away(s);
-    else
-        ts_queue_run(&t->service->exec.queue, &s->request.work, t->service);
-    return true;
-}
-
-/* What reading came to. */
-typedef enum progress { MORE, NOTHING_YET, OVER } progress;
-
-/* Receives up to `bytes`; *came counts them. */
-static progress receive(const ts_transport *t, connection *c, void *to, size_t bytes, size_t *came)
-{
-    ssize_t n;
-    ts_hurry_begin(&t->hurry);
-    do
-        n = recv(c->socket.fd, to, bytes, MSG_DONTWAIT);
-    while (n < 0 && errno == EINTR);
-    int error = errno;
-    ts_hurry_end(&t->hurry);
-    if (n <= 0)
-        return n < 0 && (error == EAGAIN || error == EWOULDBLOCK) ? NOTHING_YET : OVER;
-    *came = (size_t)n;
-    return MORE;
-}
-
-/* Room for the content of a message whose head has come. NOTHING_YET: the uid has too much in
- * progress. */
-static progress begin_content(ts_transport *t, connection *c)
-{
-    uint64_t bytes;
-    if (!ts_sp_length(c->head, &bytes) || bytes < 4 ||
-        bytes > t->options.message_bytes + TS_SP_BACKTRACE_BYTES)
-        return OVER;
-    pthread_mutex_lock(&t->lock);
-    holding *h = c->holding;
-    bool room = h->request_bytes == 0 || h->request_bytes + bytes <= TS_UID_BYTES;
-    if (room) {
-        h->request_bytes += bytes;
-    } else {
-        c->paused = true;
-        h->paused++;
-        c->deadline_ms = 0; /* it isn't the client that is slow */
-    }
-    pthread_mutex_unlock(&t->lock);
-    if (!room)
-        return NOTHING_YET;
-    c->content = malloc(bytes);
-    c->content_bytes = bytes;
-    c->content_came = 0;
-    return c->content == NULL ? OVER : MORE;
-}
-
-/* Reads on in what is coming: the greeting, a head, or a content. */
-static progress read_on(ts_transport *t, connection *c)
-{
-    size_t came = 0;
-    uint32_t head = c->greeted ? TS_SP_HEAD_BYTES : TS_SP_GREETING_BYTES;
-    if (c->head_bytes < head) {
-        progress p = receive(t, c, c->head + c->head_bytes, head - c->head_bytes, &came);
-        if (p == MORE && c->deadline_ms == 0)
-            c->deadline_ms = ts_now_ms() + t->options.idle_ms;
-        c->head_bytes += (uint32_t)came;
-        if (p != MORE || c->head_bytes < head)
-            return p;
-    }
-    if (!c->greeted) {
-        c->greeted = true;
-        c->head_bytes = 0;
-        if (c->refusal == NULL) /* else the first request must come in time too */
-            c->deadline_ms = 0;
-        return ts_sp_greets(c->head) ? MORE : OVER;
-    }
-    if (c->content == NULL)
-        return begin_content(t, c);
-    progress p =
-        receive(t, c, c->content + c->content_came, c->content_bytes - c->content_came, &came);
-    c->content_came += came;
-    if (p != MORE || c->content_came < c->content_bytes)
-        return p;
-    return on_message(t, c) ? MORE : OVER;
-}
-
-/* Whether the uid has the turn; if it is for the engine to go on first, the connection is paused.
- */
-static bool has_turn(const ts_transport *t, connection *c)
-{
-    holding *h = c->holding;
-    if (h->turn != t->turn) {
-        h->turn = t->turn;
-        h->given = 0;
-    }
-    if (h->queued >= UID_QUEUED) {
-        c->paused = true;
-        h->paused++;
-    }
-    return !c->paused && h->given < MESSAGES_PER_TURN;
-}
-
-static bool may_read(ts_transport *t, connection *c)
-{
-    pthread_mutex_lock(&t->lock);
-    bool may = !c->doomed && !c->paused && !c->told_off && c->requests < TS_PEER_REQUESTS &&
-               c->first_unsent == NULL && has_turn(t, c);
-    pthread_mutex_unlock(&t->lock);
-    return may;
-}
-
-static void on_readable(ts_transport *t, connection *c)
-{
-    progress p = MORE;
-    while (p == MORE && may_read(t, c))
-        p = read_on(t, c);
-    pthread_mutex_lock(&t->lock);
-    if (p == OVER)
-        doom(t, c);
-    look_for(t, c);
-    pthread_mutex_unlock(&t->lock);
-}
 
 /* ---- coming and going; on the thread ---- */
 
@@ -562,7 +54,7 @@ static void end(ts_transport *t, connection *c)
     c->ended = true;
     if (c->paused)
         c->holding->paused--;
-    give_back_request_bytes(t, c->holding, c->content_bytes);
+    ts_nng_give_back_request_bytes(t, c->holding, c->content_bytes);
     for (unsent *u = c->first_unsent, *next; u != NULL; u = next) {
         next = u->next;
         c->holding->answer_bytes -= u->bytes;
@@ -581,7 +73,7 @@ static void end(ts_transport *t, connection *c)
     else
         t->turned_away--;
     uint32_t pipe = c->pipe;
-    unref(t, c);
+    ts_nng_unref(t, c);
     pthread_mutex_unlock(&t->lock);
     if (told)
         ts_queue_put(&t->service->exec.queue, &end_event(pipe)->work);
@@ -606,12 +98,12 @@ static bool enter(ts_transport *t, connection *c)
     char why[TS_MESSAGE_BYTES];
     bool ok = true;
     pthread_mutex_lock(&t->lock);
-    c->holding = holding_of(t, c->guest.uid);
+    c->holding = ts_nng_holding_of(t, c->guest.uid);
     if (c->holding == NULL) {
         ok = false;
     } else if (!ts_crowd_enter(&t->crowd, &c->guest, why, sizeof why)) {
         if (t->turned_away == TURNED_AWAY_MAX || (c->refusal = strdup(why)) == NULL) {
-            leave_holding(t, c->holding);
+            ts_nng_leave_holding(t, c->holding);
             ok = false;
         } else {
             t->turned_away++;
@@ -621,7 +113,7 @@ static bool enter(ts_transport *t, connection *c)
     if (ok) {
         do
             c->pipe = ++t->next_pipe;
-        while (c->pipe == 0 || find(t, c->pipe) != NULL);
+        while (c->pipe == 0 || ts_nng_find(t, c->pipe) != NULL);
         c->at = &t->buckets[c->pipe % BUCKETS];
         c->next = *c->at;
         if (c->next != NULL)
@@ -676,7 +168,7 @@ static bool accept_one(ts_transport *t)
                   TS_SP_GREETING_BYTES;
     pthread_mutex_lock(&t->lock);
     if (!ok)
-        doom(t, c);
+        ts_nng_doom(t, c);
     pthread_mutex_unlock(&t->lock);
     return true;
 refuse:
@@ -708,7 +200,7 @@ static void on_tick(ts_transport *t, uint64_t now_ms)
                        "a connection of uid %u is ended: it doesn't read its answers",
                        c->guest.uid);
             if (unread || (c->deadline_ms != 0 && now_ms >= c->deadline_ms))
-                doom(t, c);
+                ts_nng_doom(t, c);
         }
     pthread_mutex_unlock(&t->lock);
     if (t->accept_paused) {
@@ -734,13 +226,13 @@ static void on_event(ts_transport *t, const source *s, uint32_t events)
         while (read(s->fd, &times, sizeof times) < 0 && errno == EINTR)
             ;
         pthread_mutex_lock(&t->lock);
-        resume_paused(t);
+        ts_nng_resume_paused(t);
         pthread_mutex_unlock(&t->lock);
         return;
     }
     case PROCESS:
         pthread_mutex_lock(&t->lock);
-        doom(t, c);
+        ts_nng_doom(t, c);
         pthread_mutex_unlock(&t->lock);
         return;
     case SOCKET:
@@ -749,14 +241,14 @@ static void on_event(ts_transport *t, const source *s, uint32_t events)
     pthread_mutex_lock(&t->lock);
     /* A peer that has gone reads nothing, and what it has sent is of no use to it. */
     if ((events & (EPOLLHUP | EPOLLERR)) != 0)
-        doom(t, c);
+        ts_nng_doom(t, c);
     else if ((events & EPOLLOUT) != 0)
-        send_unsent(t, c);
-    look_for(t, c);
+        ts_nng_send_unsent(t, c);
+    ts_nng_look_for(t, c);
     bool doomed = c->doomed;
     pthread_mutex_unlock(&t->lock);
     if (!doomed && (events & EPOLLIN) != 0)
-        on_readable(t, c);
+        ts_nng_on_readable(t, c);
 }
 
 static void *transport_main(void *arg)
@@ -827,9 +319,9 @@ ts_status ts_transport_listen(ts_transport *t, char *why, size_t why_bytes)
 void ts_transport_end(ts_transport *t, uint32_t pipe)
 {
     pthread_mutex_lock(&t->lock);
-    connection *c = find(t, pipe);
+    connection *c = ts_nng_find(t, pipe);
     if (c != NULL)
-        doom(t, c);
+        ts_nng_doom(t, c);
     pthread_mutex_unlock(&t->lock);
 }
 
@@ -838,7 +330,7 @@ void ts_transport_stop(ts_transport *t)
     if (t == NULL || !t->runs)
         return;
     atomic_store(&t->stopping, true);
-    wake(t);
+    ts_nng_wake(t);
     pthread_join(t->thread, NULL);
     t->runs = false;
     (void)unlink(t->path);
