@@ -285,9 +285,10 @@ typedef struct ts_step_options {
  * another gets some: it takes no block, and nothing is attended for it. Takes all slots that
  * this needs, or none: TS_ENOSPC, TS_EQUOTA. While it is open, its sequences can be read and forked
  * as they were, and not be changed. TS_EBUSY: a sequence is in an open step, or a step is open and
- * the exchange has no room beside it. options may be NULL. With TS_EXEC_LOCAL, TS_EPERM: the pool
- * isn't writable; TS_EINVAL: it is on a GPU and the exchange isn't, there are no rings, or the
- * block tables of the step's sequences have more than 2^20 entries; TS_EDEVICE: no
+ * the exchange has no room beside it. TS_EPERM: a sequence is another session's, or the pool wasn't
+ * opened with TS_POOL_WRITABLE and no_run is set or the execution is local. options may be NULL.
+ * With TS_EXEC_LOCAL, TS_EINVAL: the pool is on a GPU and the exchange isn't, there are no rings,
+ * or the block tables of the step's sequences have more than 2^20 entries; TS_EDEVICE: no
  * libtinyserve-cuda, or it can't use the GPU.
  */
 TS_WARN_UNUSED ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs,

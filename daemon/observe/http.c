@@ -309,7 +309,9 @@ static enum MHD_Result handle(void *http, struct MHD_Connection *connection, con
                             "the daemon's engine doesn't answer");
     if (p != NULL && p->question->text == NULL)
         return answer_error(connection, MHD_HTTP_SERVICE_UNAVAILABLE,
-                            "the daemon is being drained, or has no memory");
+                            p->question->route->text == health
+                                ? "the daemon is being drained: it takes no new sessions"
+                                : "the daemon has no memory for the answer");
     if (p != NULL)
         return answer(connection, MHD_HTTP_OK, p->question->route->type, NOTHING,
                       strdup(p->question->text));

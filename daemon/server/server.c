@@ -37,6 +37,7 @@ void ts_service_pipe_added(ts_work *work, void *service)
     if (c == NULL || !ts_replies_init(&c->replies, &s->reply_accounts, event->uid)) {
         free(c);
         ts_log(TS_LOG_ERROR, "no memory for a connection from pid %u", event->pid);
+        s->end_connection(s->end_connection_arg, event->pipe); /* its worker asks again */
     } else {
         c->pipe = event->pipe;
         c->uid = event->uid;

@@ -183,6 +183,21 @@ def test_who_asks_otherwise_is_refused(served):
     assert ask(port, method="POST")[0].status == 405
 
 
+def test_a_daemon_that_is_drained_is_not_healthy(served):
+    daemon, port = served
+
+    def drain(*words):
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "--yes", "-s", daemon.url, "drain", *words],
+                       check=True, stdout=subprocess.DEVNULL)
+
+    drain()
+    answer, text = ask(port, "/healthz")
+    assert (answer.status, text) == (503, "the daemon is being drained: it takes no new sessions\n")
+    assert ask(port, "/metrics")[0].status == 200
+    drain("off")
+    assert ask(port, "/healthz")[0].status == 200
+
+
 def test_hosts_that_are_configured_may_be_asked_for(start_daemon):
     port = free_port()
     start_daemon(settings={"metrics": f"127.0.0.1:{port}",
