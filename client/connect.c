@@ -62,7 +62,7 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     (void)event;
     ts_client *c = arg;
     atomic_store(&c->broken, true);
-    ts_signals_let_go(c); /* a stream that waits for the daemon */
+    ts_signals_release_waiters(c); /* a stream that waits for the daemon */
     ts_rings_wake(c);
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
 }

@@ -123,8 +123,8 @@ static void a_tale_that_has_a_gap_is_refused(void **state)
     ts_seq seq;
     OK(ts_seq_create(p, 1, &seq));
     step(p, &seq, 1, 18);
-    ts_table_news news = {.seq = seq, .first = 6, .count = 1, .touched = 6, .blocks = made_up};
-    assert_int_equal(ts_tables_learn(p, 99, &news, &blocks), TS_EPROTO);
+    ts_table_delta delta = {.seq = seq, .first = 6, .count = 1, .touched = 6, .blocks = made_up};
+    assert_int_equal(ts_tables_update(p, 99, &delta, &blocks), TS_EPROTO);
     assert_string_equal(ts_error(c), "the daemon tells of entries from 6 on of a block table of "
                                      "which 5 are known");
     step(p, &seq, 1, 1);

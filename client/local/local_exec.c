@@ -106,13 +106,13 @@ ts_status ts_local_new(ts_pool *p, uint64_t step, const ts_seq *seqs, const uint
         s->kv_tokens = b->starts[i] + new_tokens[i];
         if (new_tokens[i] == 0) /* its table isn't told, and not read */
             continue;
-        status = ts_tables_learn(p, step,
-                                 &(ts_table_news){.seq = seqs[i],
-                                                  .first = b->firsts[i],
-                                                  .count = b->counts[i],
-                                                  .touched = touched,
-                                                  .blocks = blocks},
-                                 &s->blocks);
+        status = ts_tables_update(p, step,
+                                  &(ts_table_delta){.seq = seqs[i],
+                                                    .first = b->firsts[i],
+                                                    .count = b->counts[i],
+                                                    .touched = touched,
+                                                    .blocks = blocks},
+                                  &s->blocks);
         blocks += b->counts[i];
     }
     return status;

@@ -81,24 +81,24 @@ static ts_status map(ts_pool *p, const ts_table *t, uint32_t first, uint32_t tou
     return status;
 }
 
-ts_status ts_tables_learn(ts_pool *p, uint64_t step, const ts_table_news *n,
-                          const uint32_t **blocks)
+ts_status ts_tables_update(ts_pool *p, uint64_t step, const ts_table_delta *d,
+                           const uint32_t **blocks)
 {
-    ts_table *t = place_of(p, n->seq);
+    ts_table *t = place_of(p, d->seq);
     uint32_t known = t != NULL && t->told != 0 ? t->count : 0;
     if (t != NULL)
         t->told = 0; /* until all of it is there */
-    if (t == NULL || !make_room(t, n->first + n->count))
+    if (t == NULL || !make_room(t, d->first + d->count))
         return ts_fail(p->client, TS_ENOMEM, "no memory for a block table of %u entries",
-                       n->first + n->count);
-    if (n->first > known)
+                       d->first + d->count);
+    if (d->first > known)
         return ts_fail(p->client, TS_EPROTO,
                        "the daemon tells of entries from %u on of a block table of which %u are "
                        "known",
-                       n->first, known);
-    memcpy(t->blocks + n->first, n->blocks, n->count * sizeof *t->blocks);
-    t->count = n->first + n->count;
-    ts_status status = map(p, t, n->first, n->touched);
+                       d->first, known);
+    memcpy(t->blocks + d->first, d->blocks, d->count * sizeof *t->blocks);
+    t->count = d->first + d->count;
+    ts_status status = map(p, t, d->first, d->touched);
     if (status != TS_OK)
         return status;
     t->told = step;

@@ -19,19 +19,19 @@ typedef struct ts_table {
 
 /* What this process learns of one sequence's block table: `count` entries from `first` on. Those
  * from `touched` on get new tokens. */
-typedef struct ts_table_news {
+typedef struct ts_table_delta {
     ts_seq seq;
     uint32_t first, count, touched;
     const uint32_t *blocks;
-} ts_table_news;
+} ts_table_delta;
 
 /* Which step's begin told of each sequence's table last, for the daemon to tell what is new. */
 void ts_tables_say_known(const ts_pool *pool, const ts_seq *seqs, uint32_t count, uint64_t *told);
 
 /* Notes what the step's begin tells, and maps those blocks. *blocks: the whole table, until the
  * next begin with the sequence. */
-ts_status ts_tables_learn(ts_pool *pool, uint64_t step, const ts_table_news *news,
-                          const uint32_t **blocks);
+ts_status ts_tables_update(ts_pool *pool, uint64_t step, const ts_table_delta *delta,
+                           const uint32_t **blocks);
 
 /* These sequences are freed. */
 void ts_tables_forget(ts_pool *pool, const ts_seq *seqs, uint32_t count);

@@ -21,7 +21,7 @@ static void pool_free(ts_pool *p)
 
 /* Tells the daemon, unless the session has it open once more. A refusal is as good: sequences stay,
  * and the pool with them. */
-static void let_go(ts_pool *p)
+static void close_at_daemon(ts_pool *p)
 {
     ts_client *c = p->client;
     ts_pool **at = &c->pools;
@@ -124,7 +124,7 @@ void ts_pool_close(ts_pool *p)
     ts_pool_unmap(p);
     if (p->client->exchange_pool == p)
         p->client->exchange_pool = NULL;
-    let_go(p);
+    close_at_daemon(p);
     pool_free(p);
 }
 

@@ -30,11 +30,12 @@ ts_status ts_signals_open(ts_client *c, const ts_pool *p)
         munmap(page, TS_SIGNALS_BYTES);
         return status;
     }
-    __atomic_store_n(&c->signals, page, __ATOMIC_SEQ_CST); /* ts_signals_let_go may be looking */
+    __atomic_store_n(&c->signals, page,
+                     __ATOMIC_SEQ_CST); /* ts_signals_release_waiters may be looking */
     return TS_OK;
 }
 
-void ts_signals_let_go(ts_client *c)
+void ts_signals_release_waiters(ts_client *c)
 {
     ts_signals *s = __atomic_load_n(&c->signals, __ATOMIC_SEQ_CST);
     if (s != NULL)
@@ -45,7 +46,7 @@ void ts_signals_close(ts_client *c)
 {
     if (c->signals == NULL)
         return;
-    ts_signals_let_go(c); /* unpinning waits for the device */
+    ts_signals_release_waiters(c); /* unpinning waits for the device */
     ts_cuda_unpin(c->cuda, c->signals);
     munmap(c->signals, TS_SIGNALS_BYTES);
     c->signals = NULL;

@@ -12,7 +12,7 @@
 ts_status ts_signals_open(ts_client *client, const ts_pool *pool);
 
 /* Streams that wait for the daemon go on: it is gone. Any thread. */
-void ts_signals_let_go(ts_client *client);
+void ts_signals_release_waiters(ts_client *client);
 void ts_signals_close(ts_client *client);
 
 #endif

@@ -106,7 +106,7 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
         ts_cuda_hand_over(c, cuda, o->stream, c->signals_there + offsetof(ts_signals, submitted),
                           c->signals_there + offsetof(ts_signals, completed), order);
     if (atomic_load(&c->broken))
-        ts_signals_let_go(c);
+        ts_signals_release_waiters(c);
     return status;
 }
 

@@ -78,7 +78,7 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
         if (seq->tenant == TS_NONE)
             continue;
         ts_pool_tenant *t = &counted[seq->tenant];
-        bool pinned = seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->told != 0);
+        bool pinned = seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->known_step != 0);
         t->sequences++;
         t->entries += seq->num_blocks;
         for (uint32_t b = 0; pinned && b < seq->num_blocks; b++) {

@@ -139,7 +139,7 @@ static void drop_entries(ts_pool_books *pool, ts_sequence *seq, uint32_t count)
     pool->tenants[seq->tenant].entries -= count;
     for (; count > 0; count--) {
         uint32_t block = seq->blocks[--seq->num_blocks];
-        if (seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->told != 0))
+        if (seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->known_step != 0))
             ts_pool_unpin(pool, seq->tenant, block);
         ts_pool_unref(pool, block);
     }
@@ -202,8 +202,8 @@ void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, ui
 void ts_sequence_doom(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned)
 {
     uint32_t index = ts_sequence_index(s, seq);
-    (void)pool;                    /* its books change as the blocks go */
-    seq->told = seq->name != NULL; /* from now on: its blocks are pinned still */
+    (void)pool;                          /* its books change as the blocks go */
+    seq->known_step = seq->name != NULL; /* from now on: its blocks are pinned still */
     if (seq->name != NULL) {
         ts_names_remove(&s->names, seq->tenant, seq->name);
         seq->name = NULL;

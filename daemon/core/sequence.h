@@ -26,12 +26,12 @@ typedef struct ts_sequence {
     uint32_t capacity;   /* of blocks */
     uint32_t length;     /* tokens */
     uint32_t generation;
-    uint32_t tenant;     /* TS_NONE: not live */
-    uint32_t owner;      /* session index; TS_NONE if kept */
-    uint32_t step;       /* index of the open step it is in, TS_NONE, MARKED or DYING */
-    uint32_t prev, next; /* of the same owner; next also links the free ones */
-    uint32_t stable;     /* entries that are as they were when the table was told of last */
-    uint64_t told;       /* the step whose begin told of it; 0: none */
+    uint32_t tenant;           /* TS_NONE: not live */
+    uint32_t owner;            /* session index; TS_NONE if kept */
+    uint32_t step;             /* index of the open step it is in, TS_NONE, MARKED or DYING */
+    uint32_t prev, next;       /* of the same owner; next also links the free ones */
+    uint32_t unchanged_prefix; /* entries that are as they were when the table was told of last */
+    uint64_t known_step;       /* the step whose begin told of it; 0: none */
 } ts_sequence;
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
@@ -71,20 +71,20 @@ uint32_t ts_sequence_index(const ts_sequences *seqs, const ts_sequence *seq);
 /* The entries from `entry` on aren't what they were. */
 static inline void ts_sequence_changed(ts_sequence *seq, uint32_t entry)
 {
-    seq->stable = seq->stable < entry ? seq->stable : entry;
+    seq->unchanged_prefix = seq->unchanged_prefix < entry ? seq->unchanged_prefix : entry;
 }
 
 /* The step's begin tells of the first `entries`, reserved blocks included. */
 static inline void ts_sequence_tell(ts_sequence *seq, uint64_t step, uint32_t entries)
 {
-    seq->told = step;
-    seq->stable = entries;
+    seq->known_step = step;
+    seq->unchanged_prefix = entries;
 }
 
 /* Entries that whoever was told of by that step's begin knows still; 0 if another told since. */
 static inline uint32_t ts_sequence_known(const ts_sequence *seq, uint64_t step)
 {
-    return step != 0 && seq->told == step ? seq->stable : 0;
+    return step != 0 && seq->known_step == step ? seq->unchanged_prefix : 0;
 }
 
 /* Makes room for `blocks` table entries. */

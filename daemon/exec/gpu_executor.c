@@ -383,10 +383,10 @@ static bool wait_until(ts_gpu_batch *b, uint64_t ms)
     return pthread_cond_timedwait(&b->event, &b->lock, &until) != 0;
 }
 
-static void let_go(const ts_job *jobs)
+static void release_waiters(const ts_job *jobs)
 {
     for (const ts_job *job = jobs; job != NULL; job = job->next)
-        ts_signals_let_go(job->signals);
+        ts_signals_release_waiters(job->signals);
 }
 
 /* Lets go those that have waited too long; when the next one will have (UINT64_MAX: none). */
@@ -413,11 +413,11 @@ static uint64_t look_for_late(ts_gpu_batch *b)
     uint64_t now = ts_now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
     for (const flight *f = b->flights; f != NULL; f = f->next) {
         if (b->stop)
-            let_go(f->jobs);
+            release_waiters(f->jobs);
         until = let_go_late(f->jobs, now, until);
     }
     if (b->stop)
-        let_go(b->held);
+        release_waiters(b->held);
     return b->held != NULL ? now + POLL_MS : until;
 }
 

@@ -153,7 +153,7 @@ ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint
     return TS_OK;
 }
 
-void ts_signals_let_go(ts_signals_page *p)
+void ts_signals_release_waiters(ts_signals_page *p)
 {
     if (p != NULL)
         __atomic_store_n(&p->host->submitted, __atomic_load_n(&p->ordered, __ATOMIC_ACQUIRE),

@@ -61,7 +61,7 @@ ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, u
                            char *why, size_t why_bytes);
 
 /* What waits for the session goes on: it won't submit any more. */
-void ts_signals_let_go(ts_signals_page *page);
+void ts_signals_release_waiters(ts_signals_page *page);
 
 void ts_signals_release(ts_signals_page *page);
 

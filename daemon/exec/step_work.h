@@ -24,8 +24,8 @@ typedef struct ts_completion {
     void (*done)(const struct ts_completion *completion, const ts_step_result *result);
     /* Takes a job for the processor's kernels, and has it run soon; NULL: the executor's thread. */
     void (*submit)(const struct ts_completion *completion, ts_job *job);
-    void *asker;
-    uint64_t taken_ns; /* the asker's own, as is `tag` */
+    void *context;
+    uint64_t taken_ns; /* the asker's own, as are `context` and `tag` */
     uint32_t tag;
 } ts_completion;
 

@@ -23,7 +23,7 @@
 #include <unistd.h>
 
 #define TICK_MS 1000
-#define EVENTS 64
+#define EPOLL_BATCH 64
 #define UNREAD_MOST 2u
 
 /* A connection of a client. */
@@ -235,7 +235,7 @@ static void on_tick(ts_fd_server *h, uint64_t now_ms)
 static void *server_main(void *arg)
 {
     ts_fd_server *h = arg;
-    struct epoll_event events[EVENTS];
+    struct epoll_event events[EPOLL_BATCH];
     uint64_t next_tick = ts_now_ms() + TICK_MS;
     if (!h->refuses && !ts_hurry_init(&h->hurry))
         ts_log(TS_LOG_ERROR, "no timer for the handle socket: %s", strerror(errno));
@@ -246,7 +246,7 @@ static void *server_main(void *arg)
             next_tick = now + TICK_MS;
         }
         ts_hurry_end(&h->hurry);
-        int n = epoll_wait(h->epoll, events, EVENTS, (int)(next_tick - now));
+        int n = epoll_wait(h->epoll, events, EPOLL_BATCH, (int)(next_tick - now));
         ts_hurry_begin(&h->hurry);
         bool arrives = false;
         for (int i = 0; i < n; i++) {

@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 #define TICK_MS 1000
-#define EVENTS 4096 /* all that there is to do, as a rule */
+#define EPOLL_BATCH 4096 /* all that there is to do, as a rule */
 #define ACCEPTS_PER_TURN 16u
 #define TURNED_AWAY_MAX 64u /* at a time, that are told why */
 
@@ -254,7 +254,7 @@ static void on_event(ts_transport *t, const source *s, uint32_t events)
 static void *transport_main(void *arg)
 {
     ts_transport *t = arg;
-    struct epoll_event events[EVENTS];
+    struct epoll_event events[EPOLL_BATCH];
     uint64_t next_tick = ts_now_ms() + TICK_MS;
     if (!t->refuses && !ts_hurry_init(&t->hurry))
         ts_log(TS_LOG_ERROR, "no timer for the daemon's socket: %s", strerror(errno));
@@ -264,7 +264,7 @@ static void *transport_main(void *arg)
             on_tick(t, now);
             next_tick = now + TICK_MS;
         }
-        int n = epoll_wait(t->epoll, events, EVENTS, (int)(next_tick - now));
+        int n = epoll_wait(t->epoll, events, EPOLL_BATCH, (int)(next_tick - now));
         t->turn++;
         for (int i = 0; i < n; i++)
             on_event(t, events[i].data.ptr, events[i].events);

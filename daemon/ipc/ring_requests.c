@@ -15,7 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define ROUND 8u /* entries that a ring gives in one turn */
+#define ENTRIES_PER_TURN 8u /* entries that a ring gives in one turn */
 #define MASK (TS_RING_ENTRIES - 1)
 
 static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
@@ -31,7 +31,7 @@ static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
 /* The kernels are done with what an entry asked for. */
 static void on_done(const ts_completion *completion, const ts_step_result *result)
 {
-    ts_ring *r = completion->asker;
+    ts_ring *r = completion->context;
     ts_ring_completion c = {.tag = completion->tag};
     if (r->begun.step != 0 && r->begun.tag == completion->tag && result->status == TS_OK)
         c = r->begun;
@@ -48,7 +48,7 @@ static void on_done(const ts_completion *completion, const ts_step_result *resul
 
 static void submit(const ts_completion *completion, ts_job *job)
 {
-    const ts_ring *r = completion->asker;
+    const ts_ring *r = completion->context;
     ts_rings_submit(r->rings, job);
 }
 
@@ -188,8 +188,8 @@ static void note_told(const ts_step *step, ts_sequences *seqs)
 }
 
 /* Lays out what a begin has to tell. False, and the answer refuses: it can't. */
-static bool tell_begun(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
-                       ts_ring_completion *done)
+static bool encode_begin_reply(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
+                               ts_ring_completion *done)
 {
     ts_service *s = r->rings->service;
     const ts_step *step = a->begun.step;
@@ -250,8 +250,11 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     ts_service *s = r->rings->service;
     ts_answer a = {0};
     ts_command command;
-    const ts_completion completion = {
-        .done = on_done, .submit = submit, .asker = r, .taken_ns = ts_now_ns(), .tag = entry->tag};
+    const ts_completion completion = {.done = on_done,
+                                      .submit = submit,
+                                      .context = r,
+                                      .taken_ns = ts_now_ns(),
+                                      .tag = entry->tag};
     ts_ring_completion done = {.tag = entry->tag};
     if (decode(r, c, entry, &command, &a)) {
         if (ts_step_work_must_wait(&s->exec, &command))
@@ -270,7 +273,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
         step = a.begun.step->id;
         waits = a.begun.num_copies > 0;
-        ok = tell_begun(r, entry, &a, &done);
+        ok = encode_begin_reply(r, entry, &a, &done);
         if (ok && waits) {
             r->begun = done;
             ok = ts_step_work_copy(&s->exec, &completion, &a);
@@ -307,7 +310,7 @@ void ts_ring_take(ts_work *work, void *service)
     if (c == NULL || atomic_load(&r->closed) || atomic_load(&r->blocked))
         return;
     ts_rings_memory *m = r->shared;
-    for (uint32_t i = 0; i < ROUND; i++) {
+    for (uint32_t i = 0; i < ENTRIES_PER_TURN; i++) {
         uint32_t taken = atomic_load(&r->taken);
         uint32_t tail = __atomic_load_n(&m->submissions.tail, __ATOMIC_ACQUIRE);
         uint32_t head = __atomic_load_n(&m->completions.head, __ATOMIC_ACQUIRE);

@@ -17,8 +17,8 @@
 #include <unistd.h>
 
 /* Multiplications up to which calls are made on the rings' thread. */
-#define HERE_WORK ((double)TS_ITEM_WORK)
-#define EVENTS 64 /* of one epoll_wait */
+#define INLINE_WORK ((double)TS_ITEM_WORK)
+#define EPOLL_BATCH 64 /* of one epoll_wait */
 
 /* Wakes the thread by its own eventfd. */
 static void wake(ts_rings *rings)
@@ -52,7 +52,7 @@ static void free_ring(ts_ring *r)
     free(r);
 }
 
-/* One that the thread knew when it ended stays until all are freed: it may have said bye already.
+/* One that the thread knew when it ended stays until all are freed: it may be detached already.
  */
 static void free_if_unused(ts_ring *r)
 {
@@ -60,11 +60,11 @@ static void free_if_unused(ts_ring *r)
         free_ring(r);
 }
 
-/* The `bye` of a ring. */
-static void let_go(ts_work *work, void *service)
+/* The `detached` of a ring. */
+static void detach(ts_work *work, void *service)
 {
     (void)service;
-    ts_ring *r = (ts_ring *)((char *)work - offsetof(ts_ring, bye));
+    ts_ring *r = (ts_ring *)((char *)work - offsetof(ts_ring, detached));
     r->polled = false;
     free_if_unused(r);
 }
@@ -177,7 +177,7 @@ ts_status ts_ring_new(ts_rings *rings, ts_connection *c, char *why, size_t why_b
         return TS_ENOMEM;
     }
     r->work.run = ts_ring_take;
-    r->bye.run = let_go;
+    r->detached.run = detach;
     r->rings = rings;
     r->pipe = c->pipe;
     r->users = 1;
@@ -270,7 +270,7 @@ static bool poll_ring(ts_rings *rings, ts_ring *r, uint64_t now)
 {
     if (atomic_load(&r->closed)) {
         (void)epoll_ctl(rings->epoll, EPOLL_CTL_DEL, r->doorbell, NULL);
-        ts_queue_run(&rings->service->exec.queue, &r->bye, rings->service);
+        ts_queue_run(&rings->service->exec.queue, &r->detached, rings->service);
         return false;
     }
     if (has_entries(r)) {
@@ -322,14 +322,14 @@ static void run_jobs(ts_rings *rings)
     ts_job *jobs = take_jobs(rings);
     if (jobs == NULL)
         return;
-    if (work_of(jobs) > HERE_WORK || !ts_batch_try_run(rings->service->exec.batch, jobs))
+    if (work_of(jobs) > INLINE_WORK || !ts_batch_try_run(rings->service->exec.batch, jobs))
         hand_on(rings, jobs);
 }
 
 static void await_doorbells(ts_rings *rings, bool sleep)
 {
-    struct epoll_event events[EVENTS];
-    int n = epoll_wait(rings->epoll, events, EVENTS, sleep ? -1 : 0);
+    struct epoll_event events[EPOLL_BATCH];
+    int n = epoll_wait(rings->epoll, events, EPOLL_BATCH, sleep ? -1 : 0);
     uint64_t now = ts_now_ns(), rung;
     for (int i = 0; i < n; i++) {
         if (events[i].data.ptr != NULL)

@@ -22,8 +22,8 @@
 typedef struct ts_rings ts_rings;
 
 typedef struct ts_ring {
-    ts_work work; /* takes what was submitted */
-    ts_work bye;  /* the thread has let it go */
+    ts_work work;     /* takes what was submitted */
+    ts_work detached; /* the thread has it no more */
     ts_rings *rings;
     struct ts_ring *next, **at; /* among all */
     uint32_t pipe;

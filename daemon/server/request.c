@@ -172,7 +172,7 @@ static bool add_slabs(ts_service *s, const ts_command *command, const ts_answer 
 /* The kernels are done with what the request asked for. */
 static void on_done(const ts_completion *completion, const ts_step_result *result)
 {
-    ts_request *request = completion->asker;
+    ts_request *request = completion->context;
     ts_service *s = request->service;
     const uint64_t id = request->message->request_id;
     const unsigned char *bytes = request->held;
@@ -207,7 +207,7 @@ static bool hold(ts_service *s, ts_request *request, const Tspb__Reply *reply)
 static bool hand_on(ts_service *s, ts_connection *c, ts_request *request, const ts_command *command,
                     const ts_answer *a, const Tspb__Reply *reply)
 {
-    const ts_completion completion = {.done = on_done, .asker = request};
+    const ts_completion completion = {.done = on_done, .context = request};
     if (command->op == TS_OP_STEP_RUN)
         return ts_step_work_run(&s->exec, &c->memory, &completion, command, a->step);
     if (!hold(s, request, reply))

@@ -77,7 +77,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
     ts_filling_end(&c->memory.new_exchange);
     ts_filling_end(&c->memory.new_rings);
     ts_exchange_release(c->memory.exchange);
-    ts_signals_let_go(c->memory.signals);
+    ts_signals_release_waiters(c->memory.signals);
     ts_signals_release(c->memory.signals);
     ts_step_plan_release(c->memory.plan);
     c->memory = (ts_session_memory){0};

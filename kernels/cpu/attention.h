@@ -72,7 +72,7 @@ void ts_attention_copy_blocks(ts_attention *attention, unsigned char *base, size
                               const ts_block_copy *copies, uint32_t num_copies);
 
 /*
- * The judge: the same attention (k and v of the sequences are ignored: nothing is written) in
+ * The reference: the same attention (k and v of the sequences are ignored: nothing is written) in
  * float64 and plain loops, on the stored values. out is [q_tokens][heads][head_dim] of one
  * sequence, lse (may be NULL) [q_tokens][heads]. Returns TS_ENOMEM without scratch memory.
  */

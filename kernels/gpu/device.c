@@ -72,27 +72,27 @@ ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
     return TS_EDEVICE;
 }
 
-/* ---- the janitor ---- */
+/* ---- deferred frees ---- */
 
-static void *janitor_main(void *arg)
+static void *deferred_main(void *arg)
 {
     ts_gpu *gpu = arg;
     char why[TS_GPU_WHY_BYTES];
     (void)ts_gpu_enter(gpu, why, sizeof why);
     pthread_mutex_lock(&gpu->lock);
     for (;;) {
-        while ((gpu->chores == NULL || gpu->waiting > 0) && !gpu->stop)
+        while ((gpu->deferred == NULL || gpu->waiting > 0) && !gpu->stop)
             pthread_cond_wait(&gpu->changed, &gpu->lock);
-        ts_gpu_chore *chore = gpu->chores;
-        if (chore == NULL)
+        ts_gpu_deferred_free *d = gpu->deferred;
+        if (d == NULL)
             break;
-        gpu->chores = NULL;
+        gpu->deferred = NULL;
         gpu->cleaning = true;
         pthread_mutex_unlock(&gpu->lock);
-        for (ts_gpu_chore *next; chore != NULL; chore = next) {
-            next = chore->next;
-            chore->run(gpu, chore->memory, chore->bytes);
-            free(chore);
+        for (ts_gpu_deferred_free *next; d != NULL; d = next) {
+            next = d->next;
+            d->run(gpu, d->memory, d->bytes);
+            free(d);
         }
         pthread_mutex_lock(&gpu->lock);
         gpu->cleaning = false;
@@ -105,15 +105,15 @@ static void *janitor_main(void *arg)
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
                   size_t bytes)
 {
-    ts_gpu_chore *chore = malloc(sizeof *chore);
-    if (chore == NULL) { /* better late than never */
+    ts_gpu_deferred_free *d = malloc(sizeof *d);
+    if (d == NULL) { /* better late than never */
         run(gpu, memory, bytes);
         return;
     }
-    *chore = (ts_gpu_chore){.run = run, .memory = memory, .bytes = bytes};
+    *d = (ts_gpu_deferred_free){.run = run, .memory = memory, .bytes = bytes};
     pthread_mutex_lock(&gpu->lock);
-    chore->next = gpu->chores;
-    gpu->chores = chore;
+    d->next = gpu->deferred;
+    gpu->deferred = d;
     pthread_cond_broadcast(&gpu->changed);
     pthread_mutex_unlock(&gpu->lock);
 }
@@ -121,7 +121,7 @@ void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t byt
 bool ts_gpu_may_wait(ts_gpu *gpu)
 {
     pthread_mutex_lock(&gpu->lock);
-    bool may = gpu->chores == NULL && !gpu->cleaning;
+    bool may = gpu->deferred == NULL && !gpu->cleaning;
     pthread_mutex_unlock(&gpu->lock);
     return may;
 }
@@ -546,8 +546,8 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
             status = ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
     }
     if (status == TS_OK) {
-        gpu->janitor_runs = pthread_create(&gpu->janitor, NULL, janitor_main, gpu) == 0;
-        if (!gpu->janitor_runs) {
+        gpu->deferred_runs = pthread_create(&gpu->deferred_thread, NULL, deferred_main, gpu) == 0;
+        if (!gpu->deferred_runs) {
             snprintf(why, why_bytes, "no thread for the device");
             status = TS_ENOMEM;
         }
@@ -585,12 +585,12 @@ void ts_gpu_close(ts_gpu *gpu)
         launch_fini(&gpu->launches[i]);
     for (uint32_t i = 0; i < TS_GPU_LANES; i++)
         lane_fini(&gpu->lanes[i]);
-    if (gpu->janitor_runs) {
+    if (gpu->deferred_runs) {
         pthread_mutex_lock(&gpu->lock);
         gpu->stop = true;
         pthread_cond_broadcast(&gpu->changed);
         pthread_mutex_unlock(&gpu->lock);
-        pthread_join(gpu->janitor, NULL);
+        pthread_join(gpu->deferred_thread, NULL);
     }
     ts_gpu_buffers_fini(gpu);
     if (gpu->memory_stream != NULL)

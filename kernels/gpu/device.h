@@ -89,13 +89,13 @@ struct ts_gpu_launch {
     bool marked;               /* `end` was recorded: ts_gpu_launch_mark */
 };
 
-/* Something to give back when that may take a while. */
-typedef struct ts_gpu_chore {
-    struct ts_gpu_chore *next;
+/* A free that may take long: a thread of its own does it. */
+typedef struct ts_gpu_deferred_free {
+    struct ts_gpu_deferred_free *next;
     void (*run)(ts_gpu *gpu, void *memory, size_t bytes);
     void *memory;
     size_t bytes;
-} ts_gpu_chore;
+} ts_gpu_deferred_free;
 
 #define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
 
@@ -110,15 +110,15 @@ struct ts_gpu {
     pthread_cond_t changed;
     ts_gpu_launch *free_launch;                 /* under the lock */
     uint32_t waiting;                           /* under the lock: launches that wait for workers */
-    ts_gpu_chore *chores;                       /* under the lock; the newest first */
+    ts_gpu_deferred_free *deferred;             /* under the lock; the newest first */
     bool cleaning, stop;                        /* under the lock */
     ts_gpu_staging *old;                        /* under the lock: what launches have outgrown */
     ts_gpu_buffer *buffers[TS_GPU_BUFFER_LOGS]; /* under the lock: free ones of 2^i bytes */
     ts_gpu_function functions[TS_GPU_FUNCTIONS]; /* under the lock: those that plans asked about */
     uint32_t num_functions;                      /* under the lock */
     bool for_streams; /* there is launches[0] alone, on streams of others */
-    bool janitor_runs;
-    pthread_t janitor;
+    bool deferred_runs;
+    pthread_t deferred_thread;
 };
 
 /* Makes the device the calling thread's; TS_EDEVICE with a sentence if it can't be. */
@@ -135,11 +135,11 @@ ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t bytes, char *w
 ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t *shared_bytes,
                                char *why, size_t why_bytes);
 
-/* Hands the janitor something to give back. */
+/* Leaves something to the thread of deferred frees. */
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
                   size_t bytes);
 
-/* Hands it device memory of cudaMalloc; NULL: nothing. */
+/* Leaves it device memory of cudaMalloc; NULL: nothing. */
 void ts_gpu_free_later(ts_gpu *gpu, void *device);
 
 /* Of each lane from the start: enough for 8192 copies of blocks. */

@@ -12,8 +12,8 @@
  *
  * What gives back cudaMalloc'ed or pinned memory waits until every stream is done and lets nobody
  * launch meanwhile, and a stream may be waiting for a worker. So it is left to a thread of the
- * ts_gpu's own, the janitor, which does it when no launch waits. Waits are to be short, therefore:
- * see ts_gpu_may_wait.
+ * ts_gpu's own, which does such deferred frees when no launch waits. Waits are to be short,
+ * therefore: see ts_gpu_may_wait.
  *
  * Threads: any, except that one launch is used by one thread at a time.
  */
@@ -77,7 +77,7 @@ ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_byte
  * are there to be taken. */
 ts_status ts_gpu_open_for_streams(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
 
-/* Waits for what was launched, then for the janitor. */
+/* Waits for what was launched, then for deferred frees. */
 void ts_gpu_close(ts_gpu *gpu);
 
 const ts_gpu_info *ts_gpu_get_info(const ts_gpu *gpu);
@@ -218,7 +218,7 @@ typedef struct ts_gpu_place {
  */
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place);
 
-/* False while the janitor has work to do: a wait that isn't queued lets it come to that. */
+/* False while frees are deferred: a wait that isn't queued lets it come to that. */
 bool ts_gpu_may_wait(ts_gpu *gpu);
 
 /* What follows starts when the 32-bit word (pinned host memory or device memory, 4-byte aligned)

@@ -43,13 +43,13 @@ INLINE void score_block(ts_dtype dtype, int NR, uint32_t head_dim, const float *
     const int NK = VL / NR;
     vf sums[VL] = {0};
     uint32_t d = 0;
-    if (is_fours(dtype))
+    if (is_fp8_quads(dtype))
         for (; d < head_dim; d += 4 * VL) {
             if (next->rows != NULL)
                 fetch_lines(next->rows + first, next->k_offset, NK, d, d + 4 * VL);
-            fours kv[VL];
+            fp8_quads kv[VL];
             _Pragma("GCC unroll 16") for (int t = 0; t < NK; t++) kv[t] =
-                begin_fours(k[t] + k_offset + d);
+                begin_fp8_quads(k[t] + k_offset + d);
             _Pragma("GCC unroll 4") for (uint32_t i = 0; i < 4; i++)
             {
                 vf rows[4];
@@ -116,10 +116,10 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
         vf row[8];
         if (next->rows != NULL)
             fetch_lines(next->rows + t, next->v_offset, 1, from, to);
-        if (is_fours(dtype) && ND % 4 == 0)
+        if (is_fp8_quads(dtype) && ND % 4 == 0)
             _Pragma("GCC unroll 2") for (uint32_t i = 0; i < (uint32_t)ND; i += 4)
             {
-                fours f = begin_fours(v[t] + v_offset + d + i * VL);
+                fp8_quads f = begin_fp8_quads(v[t] + v_offset + d + i * VL);
                 _Pragma("GCC unroll 4") for (uint32_t j = 0; j < 4; j++) row[i + j] =
                     vector_of(f, j);
             }
@@ -139,9 +139,9 @@ INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tai
             store(acc + r * padded + d + i * VL, sums[r * ND + i]);
 }
 
-INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p,
-                       const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
-                       uint32_t padded, const fetch *next)
+INLINE void accumulate_pv(ts_dtype dtype, int NR, uint32_t head_dim, const float *p,
+                          const unsigned char *const *v, size_t v_offset, uint32_t tokens,
+                          float *acc, uint32_t padded, const fetch *next)
 {
     const int ND = VL == 16 ? (NR == 4 ? 4 : 8) : (NR == 4 ? 2 : 4);
     const size_t e = element_bytes(dtype), bytes = head_dim * e, wide = (size_t)ND * VL * e;
@@ -150,7 +150,7 @@ INLINE void weigh_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *p
     for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL, from += wide)
         weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
                     from + wide);
-    if (is_fours(dtype) && ND > 4)
+    if (is_fp8_quads(dtype) && ND > 4)
         for (; d < head_dim; d += 4 * VL, from = bytes)
             weigh_block(dtype, NR, 4, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
     for (; d + VL <= head_dim; d += VL, from = bytes)
@@ -176,8 +176,8 @@ INLINE bool any(vi mask)
  * was summed so far shrinks, only when a score passes it, which soon becomes rare. row_sums has one
  * sum for each lane.
  */
-INLINE void soften_row(float *s, uint32_t tokens, uint32_t head_dim, float *row_max,
-                       float *row_sums, float *acc)
+INLINE void softmax_update(float *s, uint32_t tokens, uint32_t head_dim, float *row_max,
+                           float *row_sums, float *acc)
 {
     static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uint32_t used = (tokens + VL - 1) / VL * VL;
@@ -260,20 +260,20 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
             seen = seen - tile < TS_TILE ? seen - tile : TS_TILE;
             float *row = s + i * TS_TILE;
             if (varied)
-                vary_scores(item, row, seen, first_head + (r + i) % group, tile, position);
+                apply_score_mods(item, row, seen, first_head + (r + i) % group, tile, position);
             for (uint32_t t = 0; t < hidden; t++)
                 row[t] = -INFINITY;
-            soften_row(row, seen, head_dim, &max[r + i], sums + (size_t)(r + i) * VL,
-                       acc + (size_t)(r + i) * padded);
+            softmax_update(row, seen, head_dim, &max[r + i], sums + (size_t)(r + i) * VL,
+                           acc + (size_t)(r + i) * padded);
         }
         float *block = acc + (size_t)r * padded;
         const fetch *then = together && r == first_row ? next : &nothing;
         if (together && n == 4)
-            weigh_rows(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, then);
+            accumulate_pv(dtype, 4, head_dim, s + from, rows + from, v_offset, high - from, block,
+                          padded, then);
         else if (together && n == 2)
-            weigh_rows(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
-                       padded, then);
+            accumulate_pv(dtype, 2, head_dim, s + from, rows + from, v_offset, high - from, block,
+                          padded, then);
         else
             for (uint32_t i = 0; i < n; i++) {
                 /* If the rows see different tokens, none may touch another V. */
@@ -286,8 +286,8 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                     if (from >= high)
                         continue;
                 }
-                weigh_rows(dtype, 1, head_dim, s + i * TS_TILE + from, rows + from, v_offset,
-                           high - from, block + i * padded, padded, then);
+                accumulate_pv(dtype, 1, head_dim, s + i * TS_TILE + from, rows + from, v_offset,
+                              high - from, block + i * padded, padded, then);
             }
         r += n;
     }
@@ -391,10 +391,10 @@ INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
 }
 
 /* The same of fp8 in fours, which has but one copy. */
-NOINLINE void attend_head_fours(const ts_attention_item *item, const unsigned char *const *rows,
-                                uint32_t h, uint32_t tile, uint32_t first_row, uint32_t end_row,
-                                const ts_attention_scratch *scratch,
-                                const ts_attention_state *state, const fetch *next)
+NOINLINE void attend_head_fp8_quads(const ts_attention_item *item, const unsigned char *const *rows,
+                                    uint32_t h, uint32_t tile, uint32_t first_row, uint32_t end_row,
+                                    const ts_attention_scratch *scratch,
+                                    const ts_attention_state *state, const fetch *next)
 {
     attend_head(FP8_FOURS, item, rows, h, tile, first_row, end_row, scratch, state, next);
 }
@@ -482,10 +482,12 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
                           .k_offset = then * head_stride,
                           .v_offset = plane + then * head_stride};
             const unsigned char *spread[TS_TILE];
-            if (!is_fours(dtype) && next.rows != NULL) /* which waits for arithmetic, not memory */
+            if (!is_fp8_quads(dtype) &&
+                next.rows != NULL) /* which waits for arithmetic, not memory */
                 spread_rows(&next, spread, item, rows[turn ^ 1], more, h, plane);
             if (dtype == FP8_FOURS)
-                attend_head_fours(item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
+                attend_head_fp8_quads(item, rows[turn], h, tile, 0, head_rows, scratch, state,
+                                      &next);
             else
                 attend_head(dtype, item, rows[turn], h, tile, 0, head_rows, scratch, state, &next);
         }

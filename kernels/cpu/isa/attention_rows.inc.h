@@ -57,7 +57,7 @@ static void load_queries(ts_dtype dtype, const ts_attention_item *item, float *q
             float scale = call->variant.scale * LOG2E;
             if (scales != NULL)
                 scale *= scales[item->head_first + h];
-            if (is_fours(dtype))
+            if (is_fp8_quads(dtype))
                 scale *= FP8_UNIT;
             for (uint32_t j = 0; j < group; j++) {
                 size_t from = ((size_t)(item->q_first + i) * call->heads +
@@ -104,7 +104,7 @@ static void write_out(ts_dtype dtype, const ts_attention_item *item,
                 }
                 if (item->seq->scales != NULL) /* V's */
                     inverse *= item->seq->scales[call->geometry.kv_heads + item->head_first + h];
-                if (is_fours(dtype))
+                if (is_fp8_quads(dtype))
                     inverse *= FP8_UNIT;
                 float row[TS_HEAD_DIM_MAX];
                 for (uint32_t d = 0; d < head_dim; d++)

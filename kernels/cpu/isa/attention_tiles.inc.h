@@ -82,11 +82,11 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *
     for (uint32_t r = first_row; r < end_row; r++) {
         float *row = t.scores + (size_t)r * tokens;
         for (uint32_t i = 0; i < tokens && varied; i += TS_TILE)
-            vary_scores(item, row + i, TS_TILE, (item->head_first + h) * group + r % group,
-                        span->start + i, first + r / group);
+            apply_score_mods(item, row + i, TS_TILE, (item->head_first + h) * group + r % group,
+                             span->start + i, first + r / group);
         size_t i = (size_t)h * rows + r;
-        soften_row(row, tokens, head_dim, &state->max[i], scratch->sums + i * VL,
-                   state->acc + i * padded);
+        softmax_update(row, tokens, head_dim, &state->max[i], scratch->sums + i * VL,
+                       state->acc + i * padded);
         if (r == (first_row + end_row) / 2) /* while a row waits for itself */
             ts_amx_widen_part(t.work, v, chunks, head_dim, 0);
     }
@@ -120,8 +120,8 @@ static void attend_narrow(const ts_attention_item *item, const span *span, uint3
                 attend_head_pairs(item, span->rows + t, h, span->start + t, from_row, to_row,
                                   scratch, state);
             else
-                attend_head_fours(item, span->rows + t, h, span->start + t, from_row, to_row,
-                                  scratch, state, &nothing);
+                attend_head_fp8_quads(item, span->rows + t, h, span->start + t, from_row, to_row,
+                                      scratch, state, &nothing);
         }
 }
 

@@ -23,8 +23,8 @@ INLINE vf hyperbolic_tangent(vf x)
 }
 
 /* What becomes of a row's scores of this tile (in units of log2): soft cap, then ALiBi. */
-static void vary_scores(const ts_attention_item *item, float *s, uint32_t tokens, uint32_t head,
-                        uint32_t tile, uint32_t position)
+static void apply_score_mods(const ts_attention_item *item, float *s, uint32_t tokens,
+                             uint32_t head, uint32_t tile, uint32_t position)
 {
     const float cap = item->call->variant.soft_cap * LOG2E;
     if (cap > 0)

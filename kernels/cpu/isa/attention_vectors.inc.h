@@ -113,7 +113,7 @@ INLINE bool is_pairs(ts_dtype dtype)
     return dtype == BF16_PAIRS || dtype == BF16_TILES;
 }
 
-INLINE bool is_fours(ts_dtype dtype)
+INLINE bool is_fp8_quads(ts_dtype dtype)
 {
     return dtype == FP8_FOURS || dtype == FP8_TILES;
 }
@@ -121,20 +121,20 @@ INLINE bool is_fours(ts_dtype dtype)
 /* Whether a row may have fewer elements left than a vector has. */
 INLINE bool has_tails(ts_dtype dtype)
 {
-    return !is_pairs(dtype) && !is_fours(dtype);
+    return !is_pairs(dtype) && !is_fp8_quads(dtype);
 }
 
 /* Bytes of an element in the cache. */
 INLINE size_t element_bytes(ts_dtype dtype)
 {
-    return is_pairs(dtype) ? 2 : is_fours(dtype) ? 1 : ts_dtype_bytes(dtype);
+    return is_pairs(dtype) ? 2 : is_fp8_quads(dtype) ? 1 : ts_dtype_bytes(dtype);
 }
 
 static uint32_t place_of(ts_dtype dtype, uint32_t d)
 {
     if (is_pairs(dtype))
         return d / (2 * VL) * (2 * VL) + d % 2 * VL + d % (2 * VL) / 2;
-    if (is_fours(dtype))
+    if (is_fp8_quads(dtype))
         return d / (4 * VL) * (4 * VL) + d % 2 * (2 * VL) + d % (4 * VL) / 2;
     return d;
 }
@@ -163,7 +163,7 @@ INLINE vh fours_at(const unsigned char *row, uint32_t d)
     return (vh)((vs)(upper ? x : x << 8) >> 1 & (int16_t)0xbf80);
 }
 
-INLINE vf load_fours(const unsigned char *row, uint32_t d)
+INLINE vf load_fp8_quads(const unsigned char *row, uint32_t d)
 {
     vh halves = fours_at(row, d);
     return LOAD_FP16(&halves);
@@ -172,7 +172,7 @@ INLINE vf load_fours(const unsigned char *row, uint32_t d)
 INLINE vf load_fours_with_nan(const unsigned char *row, uint32_t d)
 {
     vu wide = __builtin_convertvector(fours_at(row, d), vu) & 0x3f80u;
-    return (vf)((vu)load_fours(row, d) | (vu)(wide == 0x3f80u)); /* all ones is NaN */
+    return (vf)((vu)load_fp8_quads(row, d) | (vu)(wide == 0x3f80u)); /* all ones is NaN */
 }
 
 /*
@@ -180,36 +180,36 @@ INLINE vf load_fours_with_nan(const unsigned char *row, uint32_t d)
  * VL: what they share is done first.
  */
 #ifdef LOOK_UP_FP8
-typedef struct fours {
+typedef struct fp8_quads {
     __m512i first, second; /* pairs of bf16, of which the lower is an even element */
-} fours;
+} fp8_quads;
 
-INLINE fours begin_fours(const unsigned char *row)
+INLINE fp8_quads begin_fp8_quads(const unsigned char *row)
 {
     /* Eights of bytes, so that what is unpacked comes to lie in place. */
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    fours f;
+    fp8_quads f;
     ts_fp8_widen(ts_fp8_load_tables(), _mm512_permutexvar_epi64(order, _mm512_loadu_si512(row)),
                  &f.first, &f.second);
     return f;
 }
 
-INLINE vf vector_of(fours f, uint32_t i)
+INLINE vf vector_of(fp8_quads f, uint32_t i)
 {
     vu pairs = (vu)(i % 2 == 0 ? f.first : f.second);
     return (vf)(i < 2 ? pairs << 16 : pairs & 0xffff0000u);
 }
 #else
-typedef const unsigned char *fours;
+typedef const unsigned char *fp8_quads;
 
-INLINE fours begin_fours(const unsigned char *row)
+INLINE fp8_quads begin_fp8_quads(const unsigned char *row)
 {
     return row;
 }
 
-INLINE vf vector_of(fours f, uint32_t i)
+INLINE vf vector_of(fp8_quads f, uint32_t i)
 {
-    return load_fours(f, i * VL);
+    return load_fp8_quads(f, i * VL);
 }
 #endif
 
@@ -235,8 +235,8 @@ INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
         memcpy(&pairs, row + 2 * (size_t)(d / (2 * VL) * (2 * VL)), sizeof pairs);
         return (vf)(d % (2 * VL) == 0 ? pairs << 16 : pairs & 0xffff0000u);
     }
-    if (is_fours(dtype))
-        return load_fours(row, d);
+    if (is_fp8_quads(dtype))
+        return load_fp8_quads(row, d);
     if (dtype == TS_DTYPE_FP32)
         return load((const float *)(const void *)row + d);
     if (dtype == TS_DTYPE_FP16)

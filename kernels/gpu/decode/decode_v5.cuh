@@ -208,17 +208,17 @@ template <typename T, int DIM> struct narrow_kernel {
             take_away<M>(high, &s[2], &s[3]);
             uint32_t p[4] = {transpose(low), transpose(high), transpose(pack<M>(s[0], s[1])),
                              transpose(pack<M>(s[2], s[3]))};
-            bool strange = false;
+            bool nonfinite = false;
             if (!clear) {
 #pragma unroll
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];
                     operands<T>::template load<true>(a, at + v_place, pair, false);
-                    strange = strange || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
+                    nonfinite = nonfinite || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
                 }
-                strange = __any_sync(~0u, strange);
+                nonfinite = __any_sync(~0u, nonfinite);
             }
-            if (strange) {
+            if (nonfinite) {
 #pragma unroll
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];

@@ -65,8 +65,9 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
 
     /* What happens to scores before the softmax beside scaling: variants, and hiding what a row
      * doesn't see. The slopes are looked up anew: registers are what is short. */
-    __device__ static void vary_scores(const gpu_call &c, const job &j, const lane_rows &l,
-                                       uint32_t row, uint32_t first, bool varied, float (*s)[4])
+    __device__ static void apply_score_mods(const gpu_call &c, const job &j, const lane_rows &l,
+                                            uint32_t row, uint32_t first, bool varied,
+                                            float (*s)[4])
     {
         uint32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -166,7 +167,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             score(q + plane * Q_BYTES, k, s);
         found.mend(s[0]);
         if (varied || !clear)
-            vary_scores(c, j, l, row, first, varied, s[0]);
+            apply_score_mods(c, j, l, row, first, varied, s[0]);
     }
 
     /* The highest of a row's scores, of the lanes that have them. NANS: NaN, if one is. */
@@ -298,7 +299,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                 if (varied || !clear)
 #pragma unroll
                     for (int f = 0; f < FACES; f++)
-                        vary_scores(c, j, l[f], first_row + f * 16, first, varied, s[f]);
+                        apply_score_mods(c, j, l[f], first_row + f * 16, first, varied, s[f]);
                 float higher[FACES][2], base[FACES][2];
                 bool moves = false;
 #pragma unroll
@@ -345,20 +346,20 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                             s[f][n][e] = power(fmaf(s[f][n][e], unit, -base[f][e / 2]));
                             sum[f][e / 2] += s[f][n][e];
                         }
-                bool strange = false;
+                bool nonfinite = false;
                 if (!clear) {
 #pragma unroll 1
                     for (uint32_t i = 0; i < ABREAST / 16 * (DIM / 32); i++) {
                         uint32_t b[2][4];
                         operands<T>::template load<true>(
                             b, at + v_place + i / (DIM / 32) * 16 * PITCH, i % (DIM / 32), true);
-                        strange = strange || any_not_finite<M>(b[0]) || any_not_finite<M>(b[1]);
+                        nonfinite = nonfinite || any_not_finite<M>(b[0]) || any_not_finite<M>(b[1]);
                     }
-                    strange = __any_sync(~0u, strange);
+                    nonfinite = __any_sync(~0u, nonfinite);
                 }
 #pragma unroll
                 for (int i = 0; i < FACES * COLUMNS / 2; i++) {
-                    if (!strange)
+                    if (!nonfinite)
                         break;
                     const int f = i % FACES, t = i / FACES;
                     uint32_t a[4], rest[4];
@@ -374,7 +375,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                                         acc[f][d + e]);
                     }
                 }
-                if (strange)
+                if (nonfinite)
                     continue;
 #pragma unroll
                 for (int t = 0; t < COLUMNS / 2; t++) { /* 16 tokens */

@@ -187,25 +187,25 @@ template <typename T, int DIM> struct rows_kernel {
     }
 
     /* Whether a tile of V has an infinity or NaN, which a weight of 0 wouldn't hide. */
-    __device__ static bool is_strange(uint32_t v)
+    __device__ static bool has_nonfinite(uint32_t v)
     {
-        bool strange = false;
+        bool nonfinite = false;
 #pragma unroll 4
         for (uint32_t i = threadIdx.x; i < PLANE / 16; i += WORKERS) {
             uint32_t x[4];
             asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                          : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                          : "r"(v + i * 16));
-            strange |= any_not_finite<T>(x);
+            nonfinite |= any_not_finite<T>(x);
         }
-        return named_any(TOGETHER, WORKERS, strange);
+        return named_any(TOGETHER, WORKERS, nonfinite);
     }
 
     /* Adds such a tile to the sums, by the instructions of a warp alone, and makes it 0, so that it
      * adds nothing more. */
-    __device__ static void add_strange(const gpu_call &c, const job &j, const rows_state &r,
-                                       uint32_t first_row, uint32_t tile, const uint32_t (*p)[4],
-                                       uint32_t v, float (*o)[4])
+    __device__ static void add_nonfinite(const gpu_call &c, const job &j, const rows_state &r,
+                                         uint32_t first_row, uint32_t tile, const uint32_t (*p)[4],
+                                         uint32_t v, float (*o)[4])
     {
         uint32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -284,8 +284,8 @@ template <typename T, int DIM> struct rows_kernel {
     {
         w.await(n, 1);
         fence_for_products();
-        if ((tile < j.clear_begin || tile + TOKENS > j.clear_end) && is_strange(w.plane(n, 1)))
-            add_strange(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
+        if ((tile < j.clear_begin || tile + TOKENS > j.clear_end) && has_nonfinite(w.plane(n, 1)))
+            add_nonfinite(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
     }
 
     /* What happens to scores before the softmax, beside scaling. */
@@ -294,7 +294,7 @@ template <typename T, int DIM> struct rows_kernel {
     {
 #pragma unroll
         for (uint32_t t = 0; t < TOKENS; t += PART)
-            plain::vary_scores(c, j, r.l, w.first_row, tile + t, w.varied, s + t / 8);
+            plain::apply_score_mods(c, j, r.l, w.first_row, tile + t, w.varied, s + t / 8);
     }
 
     /* Scores become weights. */
