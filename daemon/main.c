@@ -30,8 +30,8 @@
 
 #define OWN_FDS 192u /* threads' and sockets' own, the pools' and HTTP's */
 /* Descriptors that a connection may take: its own and its process's, one of the handle socket, its
- * exchange's, its rings', their doorbell's and its signals'. */
-#define CONNECTION_FDS 8u
+ * exchange's, its rings', the doorbells of 3 rings and its signals'. */
+#define CONNECTION_FDS 9u
 #define CONNECTIONS_MAX 65536u
 
 const char *argp_program_version = "tinyserved " TS_VERSION;
@@ -356,7 +356,7 @@ out:
     ts_fd_server_stop(fd_server);
     ts_rings_stop(s->rings);
     if (engine_runs)
-        ts_queue_flush(&s->exec.queue); /* no job is begun after this */
+        ts_service_stop(s); /* no job is begun after this */
     if (s->exec.attention != NULL)
         ts_attention_cancel(s->exec.attention);
     ts_batch_free(s->exec.batch);

@@ -464,6 +464,30 @@ static void a_million_sequences_cost_what_the_readme_says(void **state)
     ts_engine_free(e);
 }
 
+static void an_append_whose_copies_are_not_made_changes_nothing(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), parent = seq_new(e, s);
+    append(e, s, parent, 10);
+    uint64_t child = fork_seq(e, s, parent);
+    ts_answer a;
+    uint32_t n = 3;
+    assert_int_equal(begin(e, s, &child, &n, 1, true, &a), TS_OK);
+    assert_int_equal(a.begun.num_copies, 1);
+    assert_int_equal(
+        apply(e,
+              (ts_command){
+                  .op = TS_OP_STEP_DONE,
+                  .step_done = {.step = a.begun.step->id, .layer = TS_NONE, .status = TS_ENOMEM}},
+              &a),
+        TS_OK);
+    assert_int_equal(length_of(e, s, child), 10);
+    append(e, s, child, 3); /* no step is open */
+    assert_int_equal(length_of(e, s, child), 13);
+    ts_engine_free(e);
+}
+
 static void a_survey_counts_stored_tokens_once(void **state)
 {
     (void)state;
@@ -515,6 +539,7 @@ int main(void)
         cmocka_unit_test(tokens_nobody_wrote_cannot_be_committed),
         cmocka_unit_test(a_run_outside_the_exchange_is_refused),
         cmocka_unit_test(a_million_sequences_cost_what_the_readme_says),
+        cmocka_unit_test(an_append_whose_copies_are_not_made_changes_nothing),
         cmocka_unit_test(a_survey_counts_stored_tokens_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -12,6 +12,18 @@
 
 static ts_service service;
 
+/* Rings of memory that a client has filled. */
+static ts_status new_ring(ts_connection *c, char *why, size_t why_bytes)
+{
+    ts_filling *f = &c->memory.new_rings;
+    const uint32_t head[] = {TS_RING_MAGIC, TS_RING_VERSION, 16, 1};
+    ts_filling_end(f);
+    assert_int_equal(ts_filling_new(f, ts_rings_bytes(16, 1), why, why_bytes), TS_OK);
+    assert_int_equal(fallocate(f->fd, 0, 0, (off_t)f->bytes), 0);
+    assert_int_equal(pwrite(f->fd, head, sizeof head, 0), sizeof head);
+    return ts_ring_new(service.rings, c, why, why_bytes);
+}
+
 /* The rings' thread never hears of these rings: turns are made by hand. */
 static ts_connection *connection(uint32_t pipe)
 {
@@ -30,12 +42,7 @@ static ts_connection *connection(uint32_t pipe)
     assert_int_equal(a.status, TS_OK);
     c->session = a.session;
     service.by_session[(uint32_t)a.session] = c;
-    ts_filling *f = &c->memory.new_rings;
-    const uint32_t head[] = {TS_RING_MAGIC, TS_RING_VERSION, 16, 1};
-    assert_int_equal(ts_filling_new(f, ts_rings_bytes(16, 1), why, sizeof why), TS_OK);
-    assert_int_equal(fallocate(f->fd, 0, 0, (off_t)f->bytes), 0);
-    assert_int_equal(pwrite(f->fd, head, sizeof head, 0), sizeof head);
-    assert_int_equal(ts_ring_new(service.rings, c, why, sizeof why), TS_OK);
+    assert_int_equal(new_ring(c, why, sizeof why), TS_OK);
     return c;
 }
 
@@ -84,6 +91,26 @@ static void a_turn_stops_where_answers_would_not_fit(void **state)
     assert_int_equal(c->ring->shared->completed[2].tag, TS_RING_ENTRIES + 3);
 }
 
+static ts_ring *replaced[2];
+
+static void rings_that_were_replaced_in_the_middle_of_a_run_are_few(void **state)
+{
+    (void)state;
+    char why[256];
+    ts_connection *c = connection(3), *other = connection(4);
+    for (uint32_t i = 0; i < 2; i++) {
+        replaced[i] = ts_ring_use(c->ring); /* as a run does */
+        assert_int_equal(new_ring(c, why, sizeof why), TS_OK);
+    }
+    ts_ring *last = c->ring;
+    assert_int_equal(new_ring(c, why, sizeof why), TS_EBUSY);
+    assert_string_equal(why, "this connection has 3 rings, as many as it may have: those that were "
+                             "replaced end when their runs do");
+    assert_ptr_equal(c->ring, last);
+    assert_false(atomic_load(&last->closed));
+    assert_int_equal(new_ring(other, why, sizeof why), TS_OK);
+}
+
 int main(void)
 {
     ts_engine_limits limits;
@@ -94,9 +121,12 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_turn_takes_eight_entries_or_up_to_a_run),
         cmocka_unit_test(a_turn_stops_where_answers_would_not_fit),
+        cmocka_unit_test(rings_that_were_replaced_in_the_middle_of_a_run_are_few),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ts_rings_stop(service.rings);
+    for (uint32_t i = 0; i < 2; i++)
+        ts_ring_release(replaced[i]);
     ts_service_close_connections(&service);
     ts_rings_free(service.rings);
     ts_service_fini(&service);

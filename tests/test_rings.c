@@ -1,11 +1,13 @@
 /* Rings in shared memory, against a real daemon: what a client writes there harms nobody else. */
 #define _GNU_SOURCE
 #include "ways_util.h"
+#include <sys/resource.h>
 
 #include "ring_client.h"
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
 {
@@ -276,6 +278,50 @@ static void rings_grow_for_a_larger_pool_while_a_step_is_open(void **state)
     daemon_stop(&d);
 }
 
+/* Worker: it can't receive the larger rings' memory, so it goes on with those that it has. */
+static void cannot_grow(const char *url)
+{
+    struct rlimit before, none;
+    ts_client *c;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url, .exchange_bytes = 1 << 20},
+                  &c));
+    ts_pool *tiny = open_pool(c, "tiny", 0);
+    uint32_t one = 1;
+    ts_seq seq;
+    ts_step *step;
+    OK(ts_seq_create(tiny, 1, &seq));
+    OK(ts_step_begin(tiny, &seq, &one, 1, NULL, &step));
+    ts_pool *large = open_pool(c, "large", 0);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    none = before;
+    none.rlim_cur = 1; /* poll() takes one descriptor still */
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    OK(ts_step_abort(step));
+    OK(ts_step_begin(tiny, &seq, &one, 1, NULL, &step)); /* the abort was told to the daemon */
+    for (uint32_t layer = 0; layer < 6; layer++)
+        OK(ts_step_run(step, layer));
+    OK(ts_step_commit(step, NULL));
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_int_equal(ts_client_transport(c), TS_TRANSPORT_RING);
+    assert_int_equal(c->ring_blocks, 4 * TS_RING_BATCH);
+    ts_pool_close(large);
+    ts_pool_close(tiny);
+    ts_disconnect(c);
+}
+
+static void rings_that_cannot_grow_stay(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start_with(&d, POOL_TINY ",blocks=16",
+                      (const char *const[]){"--pool",
+                                            "large:layers=6,kv_heads=2,head_dim=64,dtype=fp32"
+                                            ",blocks=20000,device=host",
+                                            NULL});
+    join_child(spawn("cannot_grow", d.url, ""));
+    daemon_stop(&d);
+}
+
 /* Worker: writes random words all over its rings and its exchange while the daemon reads them. */
 static void scribbler(const char *url, uint32_t seed)
 {
@@ -428,6 +474,8 @@ int main(int argc, char **argv)
     if (argc == 4) {
         if (strcmp(argv[1], "scribbler") == 0)
             scribbler(argv[2], (uint32_t)atoi(argv[3]));
+        if (strcmp(argv[1], "cannot_grow") == 0)
+            cannot_grow(argv[2]);
         return 0;
     }
     const struct CMUnitTest tests[] = {
@@ -435,6 +483,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_ring_refuses_what_a_message_would),
         cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),
         cmocka_unit_test(rings_grow_for_a_larger_pool_while_a_step_is_open),
+        cmocka_unit_test(rings_that_cannot_grow_stay),
         cmocka_unit_test(counts_that_cannot_be_end_the_rings_and_not_the_session),
         cmocka_unit_test(a_doorbell_that_is_jammed_holds_up_nobody_else),
         cmocka_unit_test(a_client_that_scribbles_over_its_rings_harms_itself_alone),

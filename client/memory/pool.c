@@ -35,11 +35,13 @@ static void close_at_daemon(ts_pool *p)
     Tspb__Request request = TSPB__REQUEST__INIT;
     char before[sizeof c->error];
     memcpy(before, c->error, sizeof before);
+    const ts_error_info info_before = c->error_info;
     body.pool = p->index;
     request.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
     request.pool_close = &body;
     (void)ts_call_plain(c, &request);
     memcpy(c->error, before, sizeof before); /* this call can't fail */
+    c->error_info = info_before;
 }
 
 ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool **out)

@@ -67,6 +67,11 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     return TS_OK;
 }
 
+static bool has_ended(const ts_rings_memory *m)
+{
+    return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != TS_RINGS_GO_ON;
+}
+
 /* Opens rings with room for the open pools, unless there are such. */
 static ts_status find_rings(ts_client *c)
 {
@@ -76,6 +81,8 @@ static ts_status find_rings(ts_client *c)
     find_room(c, &blocks, &slabs);
     bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs;
     ts_status status = enough ? TS_OK : open_rings(c, blocks, slabs);
+    if (status != TS_OK && c->rings != NULL && !has_ended(c->rings))
+        status = TS_OK; /* larger ones can't be had: what doesn't fit goes as a message */
     c->pools_are_new = status != TS_OK;
     return status;
 }
@@ -116,11 +123,6 @@ void ts_rings_close(ts_client *c)
 static bool spins(ts_client *c)
 {
     return c->spin_us != TS_SPIN_NONE && (c->spin_luck >= 0 || c->ring_tag % SPIN_SELDOM == 0);
-}
-
-static bool has_ended(const ts_rings_memory *m)
-{
-    return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != TS_RINGS_GO_ON;
 }
 
 /* Waits until there is a completion: polls for a while, then sleeps. */

@@ -480,5 +480,5 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
     if (s->closing)
         (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
     else if (step->append)
-        settle(e, step, NULL, true);
+        settle(e, step, NULL, c->step_done.status == TS_OK);
 }

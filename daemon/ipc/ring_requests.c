@@ -33,9 +33,11 @@ static void on_done(const ts_completion *completion, const ts_step_result *resul
 {
     ts_ring *r = completion->context;
     ts_ring_completion c = {.tag = completion->tag};
-    if (r->begun.step != 0 && r->begun.tag == completion->tag && result->status == TS_OK)
+    if (r->begun.step != 0 && r->begun.tag == completion->tag && !result->run &&
+        result->status == TS_OK)
         c = r->begun;
-    r->begun.step = 0;
+    if (!result->run && r->begun.tag == completion->tag)
+        r->begun.step = 0;
     c.status = (uint32_t)result->status;
     if (result->status != TS_OK)
         snprintf(c.message, sizeof c.message, "%s", result->why);

@@ -16,6 +16,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define RINGS_MAX 3u /* of a connection: replaced ones live until their runs are done */
 /* Multiplications up to which calls are made on the rings' thread. */
 #define INLINE_WORK ((double)TS_ITEM_WORK)
 #define EPOLL_BATCH 64 /* of one epoll_wait */
@@ -169,8 +170,24 @@ static ts_status open_doorbell(ts_ring *r, char *why, size_t why_bytes)
     return TS_ENOMEM;
 }
 
+/* The connection's rings, those that were replaced and whose jobs aren't done among them. */
+static uint32_t count_rings(const ts_rings *rings, uint32_t pipe)
+{
+    uint32_t count = 0;
+    for (const ts_ring *r = rings->all; r != NULL; r = r->next)
+        count += r->pipe == pipe;
+    return count;
+}
+
 ts_status ts_ring_new(ts_rings *rings, ts_connection *c, char *why, size_t why_bytes)
 {
+    if (count_rings(rings, c->pipe) >= RINGS_MAX) {
+        snprintf(why, why_bytes,
+                 "this connection has %u rings, as many as it may have: those that were replaced "
+                 "end when their runs do",
+                 RINGS_MAX);
+        return TS_EBUSY;
+    }
     ts_ring *r = calloc(1, sizeof *r);
     if (r == NULL) {
         snprintf(why, why_bytes, "no memory for a ring");

@@ -264,6 +264,15 @@ static void take_answers(ts_http *h)
     }
 }
 
+/* The engine's owner has a question still. */
+static bool is_asked(const ts_http *h)
+{
+    for (size_t i = 0; i < ROUTES; i++)
+        if (h->turns[i].asked != NULL)
+            return true;
+    return false;
+}
+
 static place *place_of(struct MHD_Connection *connection)
 {
     const union MHD_ConnectionInfo *info =
@@ -533,8 +542,10 @@ void ts_http_stop(ts_http *h)
         ts_log(TS_LOG_ERROR, "HTTP's thread can't be told to stop: %s", strerror(errno));
     pthread_join(h->thread, NULL);
     h->stopping = true;
-    ts_queue_flush(&h->service->exec.queue); /* what was asked: each question is answered now */
-    take_answers(h);
+    do { /* each question is answered; one whose figures take longer goes on in each flush */
+        ts_queue_flush(&h->service->exec.queue);
+        take_answers(h);
+    } while (is_asked(h));
     for (uint32_t i = 0; i < TS_HTTP_CONNECTIONS; i++) { /* none may be suspended when it stops */
         place *p = &h->places[i];
         if (p->fd < 0 || p->question == NULL || p->question->answered || p->too_late)

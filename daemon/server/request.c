@@ -243,7 +243,10 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
         return copies || (run && !(command->step_run.run.flags & TS_RUN_ORDERED));
     /* Out of memory for the answer: undo what can be undone. */
     if (run || command->op == TS_OP_STEP_BEGIN)
-        ts_step_work_undo(&s->exec, command, run ? a->step->id : body->step_begun.step);
+        ts_step_work_undo(&s->exec, command,
+                          run      ? a->step->id
+                          : copies ? a->begun.step->id
+                                   : body->step_begun.step);
     ts_refuse(a, TS_ENOMEM, "no memory for the answer");
     ts_encode_status(a, reply);
     return false;
@@ -272,7 +275,9 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
     bool waits = false;
-    if (c->kicked != 0) {
+    if (s->ending) {
+        ts_refuse(&a, TS_ECONN, "the daemon ends");
+    } else if (c->kicked != 0) {
         ts_refuse(&a, TS_ECONN, "session %llx was ended by an operator",
                   (unsigned long long)c->kicked);
     } else if (ts_admin(s, c, message, &a)) {

@@ -86,6 +86,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         hook->close(hook);
     }
     c->on_end = NULL;
+    c->ring = NULL;
 }
 
 static void connection_free(ts_service *s, ts_connection *c)
@@ -141,6 +142,19 @@ bool ts_service_is_operator(const ts_service *s, uint32_t uid, uint32_t gid)
     bool is = ts_operators_have(&s->operators, uid, gid);
     pthread_mutex_unlock(lock);
     return is;
+}
+
+static void set_ending(ts_work *work, void *service)
+{
+    (void)work;
+    ((ts_service *)service)->ending = true;
+}
+
+void ts_service_stop(ts_service *s)
+{
+    ts_work last = {.run = set_ending};
+    ts_queue_put(&s->exec.queue, &last);
+    ts_queue_flush(&s->exec.queue);
 }
 
 void ts_service_run(ts_service *s)

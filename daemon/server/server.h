@@ -61,6 +61,7 @@ typedef struct ts_service {
     void (*end_connection)(void *arg, uint32_t pipe); /* has the transport end it */
     void *end_connection_arg;
     bool draining;       /* only operators' sessions are opened */
+    bool ending;         /* nothing is asked of the engine or the kernels any more */
     bool http_shows_all; /* and not totals alone */
     uint64_t started_ms, requests, refused;
     ts_refusals *refusals; /* NULL: there was none yet */
@@ -70,6 +71,10 @@ typedef struct ts_service {
     unsigned char *packed;
     size_t packed_capacity;
 } ts_service;
+
+/* From now on each request is refused, so no job is begun. Waits until that holds. Thread: any but
+ * the engine's owner. */
+void ts_service_stop(ts_service *service);
 
 /* Runs what is put into the queue until it is closed and empty. */
 void ts_service_run(ts_service *service);

@@ -7,11 +7,12 @@
 static bool begin_list(ts_slab_list *l, uint32_t num_slabs, size_t most)
 {
     const size_t before = l->seen_capacity;
-    if (!ts_engine_grow((void **)&l->seen, &l->seen_capacity, num_slabs, sizeof *l->seen) ||
-        !ts_engine_grow((void **)&l->slabs, &l->slabs_capacity, most, sizeof *l->slabs) ||
-        !ts_engine_grow((void **)&l->pointers, &l->pointers_capacity, most, sizeof *l->pointers))
+    if (!ts_engine_grow((void **)&l->seen, &l->seen_capacity, num_slabs, sizeof *l->seen))
         return false;
     memset(l->seen + before, 0, (l->seen_capacity - before) * sizeof *l->seen);
+    if (!ts_engine_grow((void **)&l->slabs, &l->slabs_capacity, most, sizeof *l->slabs) ||
+        !ts_engine_grow((void **)&l->pointers, &l->pointers_capacity, most, sizeof *l->pointers))
+        return false;
     if (++l->stamp == 0) {
         memset(l->seen, 0, l->seen_capacity * sizeof *l->seen);
         l->stamp = 1;
