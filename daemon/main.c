@@ -264,9 +264,9 @@ static uint32_t connections_max(const ts_config *c)
     return (uint32_t)(most < CONNECTIONS_MAX ? most : CONNECTIONS_MAX);
 }
 
-static void end_connection(void *transport, uint32_t pipe)
+static void end_connection(void *transport, uint32_t pipe, bool idle)
 {
-    ts_transport_end(transport, pipe);
+    ts_transport_end(transport, pipe, idle);
 }
 
 /* Where ids begin: somewhere else each time, so that one from an earlier daemon names nothing. */

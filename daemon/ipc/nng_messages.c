@@ -200,6 +200,7 @@ static bool has_turn(const ts_transport *t, connection *c)
     }
     if (h->queued >= UID_QUEUED) {
         c->paused = true;
+        c->held_ms = ts_now_ms();
         h->paused++;
     }
     return !c->paused && h->given < MESSAGES_PER_TURN;

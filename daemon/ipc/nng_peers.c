@@ -108,6 +108,7 @@ void ts_nng_resume_paused(ts_transport *t)
             if (c->paused && c->holding->request_bytes < TS_UID_BYTES &&
                 c->holding->queued < UID_QUEUED) {
                 c->paused = false;
+                c->held_ms = ts_now_ms();
                 c->holding->paused--;
                 ts_nng_look_for(t, c);
             }

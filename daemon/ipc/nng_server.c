@@ -187,6 +187,12 @@ static void run_tick(ts_work *work, void *service)
     atomic_store(&t->out, false);
 }
 
+/* It isn't the client that is slow: its messages wait, or waited a moment ago, for its user's. */
+static bool is_held(const ts_transport *t, const connection *c, uint64_t now_ms)
+{
+    return c->paused || now_ms < c->held_ms + t->options.idle_ms;
+}
+
 /* Ends what has had its time. */
 static void on_tick(ts_transport *t, uint64_t now_ms)
 {
@@ -199,7 +205,8 @@ static void on_tick(ts_transport *t, uint64_t now_ms)
                 ts_log(TS_LOG_WARNING,
                        "a connection of uid %u is ended: it doesn't read its answers",
                        c->guest.uid);
-            if (unread || (c->deadline_ms != 0 && now_ms >= c->deadline_ms))
+            if (unread ||
+                (c->deadline_ms != 0 && now_ms >= c->deadline_ms && !is_held(t, c, now_ms)))
                 ts_nng_doom(t, c);
         }
     pthread_mutex_unlock(&t->lock);
@@ -316,11 +323,11 @@ ts_status ts_transport_listen(ts_transport *t, char *why, size_t why_bytes)
     return TS_OK;
 }
 
-void ts_transport_end(ts_transport *t, uint32_t pipe)
+void ts_transport_end(ts_transport *t, uint32_t pipe, bool idle)
 {
     pthread_mutex_lock(&t->lock);
     connection *c = ts_nng_find(t, pipe);
-    if (c != NULL)
+    if (c != NULL && !(idle && is_held(t, c, ts_now_ms())))
         ts_nng_doom(t, c);
     pthread_mutex_unlock(&t->lock);
 }

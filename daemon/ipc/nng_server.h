@@ -47,8 +47,8 @@ ts_status ts_transport_start(ts_service *service, const ts_transport_options *op
 /* Listens: when all else that clients use is there. */
 ts_status ts_transport_listen(ts_transport *transport, char *why, size_t why_bytes);
 
-/* Ends the connection soon. */
-void ts_transport_end(ts_transport *transport, uint32_t pipe);
+/* Ends the connection soon; if for being idle, not one whose messages wait for their turn. */
+void ts_transport_end(ts_transport *transport, uint32_t pipe, bool idle);
 
 /* Receives and sends nothing more; connections stay. While the service still runs, which may answer
  * what was received before: such answers go nowhere. */

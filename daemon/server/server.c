@@ -37,7 +37,7 @@ void ts_service_pipe_added(ts_work *work, void *service)
     if (c == NULL || !ts_replies_init(&c->replies, &s->reply_accounts, event->uid)) {
         free(c);
         ts_log(TS_LOG_ERROR, "no memory for a connection from pid %u", event->pid);
-        s->end_connection(s->end_connection_arg, event->pipe); /* its worker asks again */
+        s->end_connection(s->end_connection_arg, event->pipe, false); /* its worker asks again */
     } else {
         c->pipe = event->pipe;
         c->uid = event->uid;
@@ -130,7 +130,7 @@ void ts_service_drop_idle(ts_service *s, uint64_t since_ms)
     for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
         for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
             if (c->idle_since_ms != 0 && c->idle_since_ms <= since_ms)
-                s->end_connection(s->end_connection_arg, c->pipe);
+                s->end_connection(s->end_connection_arg, c->pipe, true);
 }
 
 bool ts_service_is_operator(const ts_service *s, uint32_t uid, uint32_t gid)

@@ -58,7 +58,8 @@ typedef struct ts_service {
     pthread_mutex_t operators_lock;    /* for other threads that read */
     void (*resume_rings)(void *rings); /* has them go on with what waited for runs */
     void *rings;
-    void (*end_connection)(void *arg, uint32_t pipe); /* has the transport end it */
+    /* Has the transport end it; if for being idle, unless its messages wait there. */
+    void (*end_connection)(void *arg, uint32_t pipe, bool idle);
     void *end_connection_arg;
     bool draining;       /* only operators' sessions are opened */
     bool ending;         /* nothing is asked of the engine or the kernels any more */
