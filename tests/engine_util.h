@@ -178,6 +178,23 @@ static inline uint64_t fork_seq(ts_engine *e, uint64_t s, uint64_t parent)
     return a.seqs.seqs[0];
 }
 
+/* Keeps the sequence under a name. */
+static inline ts_status keep_seq(ts_engine *e, uint64_t s, uint64_t seq, const char *name)
+{
+    ts_answer a;
+    return apply(
+        e, (ts_command){.op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = seq, .name = name}},
+        &a);
+}
+
+/* The sequence that is kept under the name; 0: there is none. */
+static inline uint64_t attach(ts_engine *e, uint64_t s, const char *name)
+{
+    ts_answer a;
+    apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}}, &a);
+    return a.status == TS_OK ? a.seqs.seqs[0] : 0;
+}
+
 static inline ts_status free_seq(ts_engine *e, uint64_t s, uint64_t seq)
 {
     ts_answer a;

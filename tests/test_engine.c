@@ -34,21 +34,6 @@ static void the_prototypes_scenario_gives_its_exact_blocks_and_slots(void **stat
     ts_engine_free(e);
 }
 
-static ts_status keep_seq(ts_engine *e, uint64_t s, uint64_t seq, const char *name)
-{
-    ts_answer a;
-    return apply(
-        e, (ts_command){.op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = seq, .name = name}},
-        &a);
-}
-
-static uint64_t attach(ts_engine *e, uint64_t s, const char *name)
-{
-    ts_answer a;
-    apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}}, &a);
-    return a.status == TS_OK ? a.seqs.seqs[0] : 0;
-}
-
 static void fork_then_append_copies_only_the_tail_block(void **state)
 {
     (void)state;

@@ -3,21 +3,6 @@
 
 #define BLOCKS(e) ((e)->pools[0].books)
 
-static ts_status keep_seq(ts_engine *e, uint64_t s, uint64_t seq, const char *name)
-{
-    ts_answer a;
-    return apply(
-        e, (ts_command){.op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = seq, .name = name}},
-        &a);
-}
-
-static uint64_t attach(ts_engine *e, uint64_t s, const char *name)
-{
-    ts_answer a;
-    apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}}, &a);
-    return a.status == TS_OK ? a.seqs.seqs[0] : 0;
-}
-
 static void names_belong_to_a_tenant_and_lead_to_one_sequence(void **state)
 {
     (void)state;
