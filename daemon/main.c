@@ -301,6 +301,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->operators = c->operators;
     s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
     s->exec.submit_ms = c->submit_ms;
+    s->exec.tenant_exchange_bytes = c->tenant_exchange_bytes;
     s->exec.device_failed = device_failed;
     pthread_mutex_init(&s->operators_lock, NULL);
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);

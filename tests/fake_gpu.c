@@ -48,6 +48,7 @@ ts_gpu *fake_gpu_new(void)
 {
     ts_gpu *g = calloc(1, sizeof *g);
     snprintf(g->info.name, sizeof g->info.name, "a fake");
+    g->info.total_bytes = FAKE_GPU_BYTES;
     pthread_mutex_init(&g->lock, NULL);
     pthread_cond_init(&g->changed, NULL);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
@@ -143,7 +144,7 @@ ts_status ts_gpu_free_bytes(ts_gpu *g, uint64_t *bytes, char *why, size_t why_by
     (void)g;
     (void)why;
     (void)why_bytes;
-    *bytes = (uint64_t)1 << 30;
+    *bytes = FAKE_GPU_BYTES;
     return TS_OK;
 }
 
@@ -169,14 +170,16 @@ ts_status ts_memory_cuda_ipc_new(ts_gpu *g, size_t bytes, ts_memory **out, char 
     return ts_memory_cuda_vmm_new(g, 1, bytes, out, why, why_bytes);
 }
 
-ts_status ts_gpu_shared_new(ts_gpu *g, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
-                            size_t why_bytes)
+ts_status ts_gpu_shared_new(ts_gpu *g, bool vmm, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                            char *why, size_t why_bytes)
 {
     void *base;
     (void)vmm;
-    *out = (ts_gpu_shared){.gpu = g, .bytes = bytes};
+    *out = (ts_gpu_shared){.gpu = g, .bytes = bytes, .held = held};
     ts_status status = ts_memory_shared_new("fake", bytes, &out->fd, &base, why, why_bytes);
     out->base = base;
+    if (status == TS_OK)
+        __atomic_add_fetch(held, bytes, __ATOMIC_RELAXED);
     return status;
 }
 
@@ -196,6 +199,7 @@ ts_status ts_gpu_shared_import(ts_gpu *g, const uint8_t handle[TS_IPC_HANDLE_BYT
 void ts_gpu_shared_free(ts_gpu_shared *s)
 {
     munmap(s->base, s->bytes);
+    __atomic_sub_fetch(s->held, s->bytes, __ATOMIC_RELEASE);
     if (s->fd >= 0)
         (void)fclose(fdopen(s->fd, "r"));
 }

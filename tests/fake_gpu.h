@@ -8,6 +8,8 @@
 
 #include "gpu.h"
 
+#define FAKE_GPU_BYTES ((uint64_t)1 << 30) /* all of them free */
+
 typedef struct fake_gpu_log {
     uint32_t launches;     /* finished or under way */
     uint32_t plans;        /* made */

@@ -114,6 +114,7 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
     service.exec.attention = ts_attention_new(1, TS_ISA_AUTO);
     service.exec.batch = ts_batch_new(service.exec.attention);
     service.exec.gpus[0].gpu = gpu;
+    service.exec.gpus[0].exchange_bytes = calloc(TS_TENANTS_MAX, sizeof(uint64_t));
     OK(ts_gpu_batch_new(gpu, limits.sessions, 3600000, on_failure, &service.exec.gpus[0].batch, why,
                         sizeof why));
     service.exec.num_gpus = 1;
@@ -124,7 +125,8 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
                              .sequences_max = 16,
                              .sequence_tokens_max = 64,
                              .tenant_blocks_max = UINT64_MAX,
-                             .on_gpu = true};
+                             .on_gpu = true,
+                             .device = "cuda:0"};
     OK(ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why));
     OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry),
                               &service.exec.memory[0], why, sizeof why));
@@ -150,28 +152,90 @@ static void service_stop(pthread_t engine)
     ts_queue_fini(&service.exec.queue);
 }
 
-/* Asks for the page of signals as the handle socket does, on the engine's owner. */
-static ts_signals *ask_for_signals(uint64_t session, const uint8_t *token)
+/* A session of a worker's, and its page of signals. */
+typedef struct worker {
+    uint64_t session;
+    uint8_t token[TS_TOKEN_BYTES];
+    ts_signals *signals;
+} worker;
+
+static ts_handle_ask ask;
+
+/* Asks as the handle socket does, on the engine's owner. */
+static void ask_for(const worker *w, uint32_t kind, uint64_t bytes)
 {
-    static ts_handle_ask ask;
     ask = (ts_handle_ask){.work = {.run = ts_fd_export},
                           .request = {.magic = TS_HANDLE_MAGIC,
                                       .protocol = TS_PROTOCOL,
-                                      .session = session,
-                                      .kind = TS_HANDLE_SIGNALS},
+                                      .session = w->session,
+                                      .kind = kind,
+                                      .bytes = bytes},
                           .done = on_handle};
-    memcpy(ask.request.token, token, TS_TOKEN_BYTES);
+    memcpy(ask.request.token, w->token, TS_TOKEN_BYTES);
     sem_init(&handled, 0, 0);
     ts_queue_run(&service.exec.queue, &ask.work, &service);
     while (sem_wait(&handled) != 0)
         ;
+}
+
+/* Opens a session and the pool, and maps its page of signals. */
+static void worker_open(worker *w)
+{
+    test_request t;
+    REQUEST(open, SessionOpen, SESSION_OPEN, TSPB__SESSION_OPEN__INIT);
+    open_body.protocol = TS_PROTOCOL;
+    open.session_open = &open_body;
+    const Tspb__SessionOpened *opened = call(&t, &open, TS_OK)->session_opened;
+    w->session = opened->session;
+    memcpy(w->token, opened->token.data, TS_TOKEN_BYTES);
+    drop(&t);
+    ask_for(w, TS_HANDLE_SIGNALS, 0);
     assert_int_equal(ask.reply.status, TS_OK);
     assert_true(ask.fd >= 0);
     assert_int_equal(ask.reply.bytes, TS_SIGNALS_BYTES);
-    void *page = mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ask.fd, 0);
-    assert_ptr_not_equal(page, MAP_FAILED);
+    w->signals = mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ask.fd, 0);
+    assert_ptr_not_equal(w->signals, MAP_FAILED);
     close(ask.fd);
-    return page;
+    REQUEST(pool, PoolOpen, POOL_OPEN, TSPB__POOL_OPEN__INIT);
+    pool_body.name = (char *)"p";
+    pool.pool_open = &pool_body;
+    call(&t, &pool, TS_OK);
+    drop(&t);
+}
+
+/* Its connection ends. */
+static void worker_die(const worker *w)
+{
+    ts_pipe_event *event = calloc(1, sizeof *event);
+    *event = (ts_pipe_event){.work = {.run = ts_service_pipe_removed}, .pipe = 1};
+    ts_queue_run(&service.exec.queue, &event->work, &service);
+    munmap(w->signals, TS_SIGNALS_BYTES);
+}
+
+/* Asks for an exchange of the GPU's memory, and expects the status and what the sentence has. */
+static void open_exchange(uint64_t bytes, ts_status expected, const char *sentence)
+{
+    test_request t;
+    REQUEST(exchange, ExchangeOpen, EXCHANGE_OPEN, TSPB__EXCHANGE_OPEN__INIT);
+    exchange_body.bytes = bytes;
+    exchange_body.on_device = true;
+    exchange.exchange_open = &exchange_body;
+    const Tspb__Reply *reply = call(&t, &exchange, expected);
+    if (expected == TS_OK)
+        assert_true(reply->exchange_opened->has_descriptor);
+    else
+        assert_non_null(strstr(reply->message, sentence));
+    drop(&t);
+}
+
+static void create_seqs(uint64_t *seqs, uint32_t count)
+{
+    test_request t;
+    REQUEST(create, SeqCreate, SEQ_CREATE, TSPB__SEQ_CREATE__INIT);
+    create_body.count = count;
+    create.seq_create = &create_body;
+    memcpy(seqs, call(&t, &create, TS_OK)->seqs->seqs, count * sizeof *seqs);
+    drop(&t);
 }
 
 static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **state)
@@ -179,34 +243,14 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     (void)state;
     pthread_t engine;
     test_request t, commit_request, abort_request, more[5];
+    worker w;
+    uint64_t seqs[2];
     alarm(120);
     ts_gpu *gpu = fake_gpu_new();
     service_start(gpu, &engine);
-    REQUEST(open, SessionOpen, SESSION_OPEN, TSPB__SESSION_OPEN__INIT);
-    open_body.protocol = TS_PROTOCOL;
-    open.session_open = &open_body;
-    Tspb__Reply *reply = call(&t, &open, TS_OK);
-    ts_signals *signals =
-        ask_for_signals(reply->session_opened->session, reply->session_opened->token.data);
-    drop(&t);
-    REQUEST(pool, PoolOpen, POOL_OPEN, TSPB__POOL_OPEN__INIT);
-    pool_body.name = (char *)"p";
-    pool.pool_open = &pool_body;
-    call(&t, &pool, TS_OK);
-    drop(&t);
-    REQUEST(exchange, ExchangeOpen, EXCHANGE_OPEN, TSPB__EXCHANGE_OPEN__INIT);
-    exchange_body.bytes = 4096;
-    exchange_body.on_device = true;
-    exchange.exchange_open = &exchange_body;
-    reply = call(&t, &exchange, TS_OK);
-    assert_true(reply->exchange_opened->has_descriptor);
-    drop(&t);
-    REQUEST(create, SeqCreate, SEQ_CREATE, TSPB__SEQ_CREATE__INIT);
-    create_body.count = 2;
-    create.seq_create = &create_body;
-    uint64_t seqs[2];
-    memcpy(seqs, call(&t, &create, TS_OK)->seqs->seqs, sizeof seqs);
-    drop(&t);
+    worker_open(&w);
+    open_exchange(4096, TS_OK, NULL);
+    create_seqs(seqs, 2);
     uint32_t new_tokens[2] = {1, 0}; /* the second sequence is empty, and has no table */
     REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
     begin_body.seqs = seqs;
@@ -226,7 +270,7 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     run_body.ordered = true;
     run_body.order = 2;
     run.step_run = &run_body;
-    reply = call(&t, &run, TS_EINVAL);
+    Tspb__Reply *reply = call(&t, &run, TS_EINVAL);
     assert_string_equal(reply->message, "run number 2; the session's next is 1");
     drop(&t);
     run_body.order = 1;
@@ -250,11 +294,11 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     assert_int_equal(reply->lengths->lengths[0], 0);
     drop(&t);
     assert_false(is_answered(&commit_request));
-    __atomic_store_n(&signals->submitted, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&w.signals->submitted, 1, __ATOMIC_RELEASE);
     assert_int_equal(answer(&commit_request)->status, TS_OK);
     assert_int_equal(answer(&abort_request)->status, TS_ENOENT);
     drop(&abort_request);
-    assert_int_equal(__atomic_load_n(&signals->completed, __ATOMIC_ACQUIRE), 1);
+    assert_int_equal(__atomic_load_n(&w.signals->completed, __ATOMIC_ACQUIRE), 1);
     drop(&commit_request);
     assert_int_equal(call(&t, &lengths, TS_OK)->lengths->lengths[0], 1);
     drop(&t);
@@ -272,14 +316,84 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     assert_int_equal(fake_gpu_read(gpu).plans, 2);    /* one for each step, not for each run, */
     assert_int_equal(fake_gpu_read(gpu).renewals, 1); /* and the second from the first */
     assert_false(is_answered(&more[4]));
-    ts_pipe_event *event = calloc(1, sizeof *event);
-    *event = (ts_pipe_event){.work = {.run = ts_service_pipe_removed}, .pipe = 1};
-    ts_queue_run(&service.exec.queue, &event->work, &service);
+    worker_die(&w);
     fake_gpu_await_waiting(gpu, 0);
     service_stop(engine);
     for (uint32_t i = 0; i < 5; i++)
         drop(&more[i]);
-    munmap(signals, TS_SIGNALS_BYTES);
+    alarm(0);
+}
+
+/* What a GPU's memory counts for the one tenant. */
+static uint64_t in_exchanges(void)
+{
+    return __atomic_load_n(&service.exec.gpus[0].exchange_bytes[0], __ATOMIC_ACQUIRE);
+}
+
+static void a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    test_request t;
+    worker w;
+    uint64_t seq;
+    const uint32_t new_tokens = 1;
+    const uint64_t promised = 16 * ts_geometry_block_bytes(&geometry); /* to the pool, unused yet */
+    alarm(120);
+    ts_gpu *gpu = fake_gpu_new();
+    service_start(gpu, &engine);
+    worker_open(&w);
+    open_exchange(FAKE_GPU_BYTES / 4 + 4096, TS_EQUOTA,
+                  "0 bytes of cuda:0 in exchanges and would get 268439552 more; the limit is "
+                  "268435456 (tenant_exchange)");
+    service.exec.tenant_exchange_bytes = UINT64_MAX; /* nothing else is under way */
+    open_exchange(FAKE_GPU_BYTES - promised + 4096, TS_ENOMEM, "other pools take");
+    open_exchange(8192, TS_OK, NULL);
+    assert_int_equal(in_exchanges(), 8192);
+    open_exchange(10000, TS_EINVAL, "an exchange of 10000 bytes; it must be a multiple of 4096");
+    assert_int_equal(in_exchanges(), 8192); /* what was refused is given back */
+    create_seqs(&seq, 1);
+    REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
+    begin_body.seqs = &seq;
+    begin_body.new_tokens = (uint32_t *)&new_tokens;
+    begin_body.n_seqs = begin_body.n_new_tokens = 1;
+    begin_body.heads = 1;
+    begin.step_begin = &begin_body;
+    REQUEST(run, StepRun, STEP_RUN, TSPB__STEP_RUN__INIT);
+    run_body.step = call(&t, &begin, TS_OK)->step_begun->step;
+    run_body.k = 1024;
+    run_body.v = 2048;
+    run_body.out = 3072;
+    run_body.ordered = true;
+    run_body.order = 1;
+    run.step_run = &run_body;
+    drop(&t);
+    call(&t, &run, TS_OK); /* it isn't submitted, and keeps its exchange */
+    drop(&t);
+    open_exchange(12288, TS_OK, NULL);
+    assert_int_equal(in_exchanges(), 8192 + 12288);
+    open_exchange(16384, TS_EBUSY, "runs still use the exchange that was replaced last");
+    ask_for(&w, TS_HANDLE_NEW_EXCHANGE, 16384);
+    assert_int_equal(ask.reply.status, TS_OK);
+    close(ask.fd);
+    ask_for(&w, TS_HANDLE_TAKE_EXCHANGE, 0); /* of host memory neither */
+    assert_int_equal(ask.reply.status, TS_EBUSY);
+    assert_non_null(strstr(ask.reply.message, "runs still use"));
+    assert_int_equal(in_exchanges(), 8192 + 12288);
+    __atomic_store_n(&w.signals->submitted, 1, __ATOMIC_RELEASE);
+    REQUEST(commit, StepCommit, STEP_COMMIT, TSPB__STEP_COMMIT__INIT);
+    commit_body.step = run_body.step;
+    commit.step_commit = &commit_body;
+    call(&t, &commit, TS_OK); /* when the run is done */
+    drop(&t);
+    assert_int_equal(in_exchanges(), 12288);
+    service.exec.tenant_exchange_bytes = 12288 + 16384 - 4096;
+    open_exchange(16384, TS_EQUOTA, "12288 bytes of cuda:0 in exchanges");
+    service.exec.tenant_exchange_bytes = 12288 + 16384; /* both live while one replaces the other */
+    open_exchange(16384, TS_OK, NULL);
+    assert_int_equal(in_exchanges(), 16384);
+    worker_die(&w);
+    service_stop(engine);
     alarm(0);
 }
 
@@ -323,6 +437,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go),
+        cmocka_unit_test(a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu),
         cmocka_unit_test(memory_that_a_tenant_may_still_map_is_not_freed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -60,10 +60,11 @@ typedef struct ts_config {
     uint32_t threads; /* 0: all processors */
     ts_isa kernel;
     ts_log_level log_level;
-    uint32_t tenant_connections; /* of one uid */
-    uint32_t idle_ms;            /* that a connection has for each of its first steps */
-    uint32_t submit_ms;          /* that a worker has to submit an ordered run */
-    uint32_t spin_us;            /* that a session's rings are polled after their last use */
+    uint32_t tenant_connections;    /* of one uid */
+    uint32_t idle_ms;               /* that a connection has for each of its first steps */
+    uint32_t submit_ms;             /* that a worker has to submit an ordered run */
+    uint64_t tenant_exchange_bytes; /* of a GPU, in one tenant's exchanges; 0: a quarter of it */
+    uint32_t spin_us;               /* that a session's rings are polled after their last use */
     ts_operators operators;
     char metrics[TS_METRICS_ADDRESS_BYTES];     /* where HTTP is served; empty: nowhere */
     char metrics_hosts[TS_METRICS_HOSTS_BYTES]; /* names it may be asked for by, beside addresses */

@@ -229,6 +229,8 @@ static const ts_config_key daemon_keys[] = {
     {DAEMON("message_max", read_size, message_bytes), .least = 4096, .most = 1u << 30},
     {DAEMON("exchange_max", read_size, limits.exchange_bytes), .least = 4096,
      .most = UINT64_MAX >> 1, .reloads = true},
+    {DAEMON("tenant_exchange", read_size, tenant_exchange_bytes), .least = 4096,
+     .most = UINT64_MAX >> 1, .optional = true, .reloads = true},
     {DAEMON("sessions", read_u32, limits.sessions), .least = 1, .most = 1u << 20},
     {DAEMON("tenant_sessions", read_u32, limits.tenant_sessions), .least = 1, .most = 1u << 20,
      .optional = true, .reloads = true},

@@ -3,6 +3,8 @@
 #include "cgroup.h"
 #include "log.h"
 
+#include <stdlib.h>
+
 /* One bit at a time, and others' work in between. */
 static void run_sweep(ts_work *work, void *owner)
 {
@@ -66,8 +68,10 @@ void ts_exec_fini(ts_exec *x)
 {
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(x->memory[i]);
-    for (uint32_t i = 0; i < x->num_gpus; i++)
+    for (uint32_t i = 0; i < x->num_gpus; i++) {
         ts_gpu_close(x->gpus[i].gpu);
+        free(x->gpus[i].exchange_bytes);
+    }
     ts_engine_free(x->engine);
     ts_attention_free(x->attention);
 }

@@ -18,6 +18,7 @@
 typedef struct ts_exec_gpu {
     ts_gpu *gpu;
     ts_gpu_batch *batch;
+    uint64_t *exchange_bytes; /* atomic; of its memory, by tenant, that exchanges take */
 } ts_exec_gpu;
 
 typedef struct ts_exec {
@@ -31,6 +32,7 @@ typedef struct ts_exec {
     uint32_t num_gpus;
     const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
     uint32_t submit_ms;                      /* of the GPUs' executors */
+    uint64_t tenant_exchange_bytes;          /* of each GPU's memory; 0: a quarter of it */
     void (*device_failed)(const char *why);
     struct ts_step_plan **step_plans; /* by a step's index; NULL: none yet (step_work.c) */
     uint32_t num_step_plans;

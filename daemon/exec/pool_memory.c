@@ -71,13 +71,17 @@ static const ts_exec_gpu *open_gpu(ts_exec *x, uint32_t ordinal, char *why, size
     ts_exec_gpu *g = &x->gpus[x->num_gpus];
     if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
         return NULL;
-    if (ts_gpu_batch_new(g->gpu, x->engine->limits.sessions, x->submit_ms, x->device_failed,
-                         &g->batch, why, why_bytes) != TS_OK) {
-        ts_gpu_close(g->gpu);
-        return NULL;
+    g->exchange_bytes = calloc(TS_TENANTS_MAX, sizeof *g->exchange_bytes);
+    if (g->exchange_bytes == NULL) {
+        snprintf(why, why_bytes, "no memory for a table of %u tenants", TS_TENANTS_MAX);
+    } else if (ts_gpu_batch_new(g->gpu, x->engine->limits.sessions, x->submit_ms, x->device_failed,
+                                &g->batch, why, why_bytes) == TS_OK) {
+        x->num_gpus++;
+        return g;
     }
-    x->num_gpus++;
-    return g;
+    free(g->exchange_bytes);
+    ts_gpu_close(g->gpu);
+    return NULL;
 }
 
 /*
@@ -216,6 +220,24 @@ static ts_status new_gpu_memory(const ts_exec *x, const ts_config_pool *wanted, 
         p->name, any ? " (auto: the device can't export VMM memory)" : "");
     p->slab_blocks = p->num_blocks;
     return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, why, why_bytes);
+}
+
+ts_status ts_devices_check_exchange(const ts_exec *x, uint32_t pool, uint32_t tenant,
+                                    uint64_t bytes, char *why, size_t why_bytes)
+{
+    const ts_exec_gpu *g = x->gpu_of[pool];
+    uint64_t held = __atomic_load_n(&g->exchange_bytes[tenant], __ATOMIC_ACQUIRE);
+    uint64_t most = x->tenant_exchange_bytes != 0 ? x->tenant_exchange_bytes
+                                                  : ts_gpu_get_info(g->gpu)->total_bytes / 4;
+    if (held <= most && bytes <= most - held)
+        return check_fit(x, g, x->engine->pools[pool].config.device, bytes, why, why_bytes);
+    snprintf(why, why_bytes,
+             "uid %u has %llu bytes of %s in exchanges and would get %llu more; the limit is %llu "
+             "(tenant_exchange)",
+             x->engine->tenants[tenant], (unsigned long long)held,
+             x->engine->pools[pool].config.device, (unsigned long long)bytes,
+             (unsigned long long)most);
+    return TS_EQUOTA;
 }
 
 ts_status ts_devices_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)

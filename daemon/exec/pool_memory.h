@@ -22,6 +22,11 @@ ts_status ts_devices_start(ts_exec *exec, const ts_config *config);
  * for as long as CUDA takes for that. */
 ts_status ts_devices_add(ts_exec *exec, const ts_config_pool *wanted, char *why, size_t why_bytes);
 
+/* Whether a tenant's exchanges may take so much more of the memory of the pool's GPU: TS_EQUOTA, or
+ * TS_ENOMEM if the GPU hasn't that much beside what its pools were promised. */
+ts_status ts_devices_check_exchange(const ts_exec *exec, uint32_t pool, uint32_t tenant,
+                                    uint64_t bytes, char *why, size_t why_bytes);
+
 /* The engine's TS_OP_POOL_RESIZE and TS_OP_POOL_REMOVE, with the pool's memory. */
 ts_status ts_devices_resize(ts_exec *exec, uint32_t pool, uint32_t num_blocks, ts_answer *answer);
 ts_status ts_devices_remove(ts_exec *exec, uint32_t pool, ts_answer *answer);

@@ -46,14 +46,14 @@ ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, si
     return TS_OK;
 }
 
-ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,
-                                 char *why, size_t why_bytes)
+ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, uint64_t *held,
+                                 ts_exchange **out, char *why, size_t why_bytes)
 {
     ts_status status = new_exchange(out, why, why_bytes);
     if (status != TS_OK)
         return status;
     ts_exchange *x = *out;
-    status = ts_gpu_shared_new(gpu, vmm, bytes, &x->shared, why, why_bytes);
+    status = ts_gpu_shared_new(gpu, vmm, bytes, held, &x->shared, why, why_bytes);
     x->gpu = gpu;
     x->there = x->shared.base;
     x->bytes = x->shared.bytes;

@@ -25,9 +25,9 @@ typedef struct ts_exchange {
 /* Host memory that the client has filled. TS_EINVAL or TS_ENOMEM with a sentence. */
 ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, size_t why_bytes);
 
-/* Memory of the device, shared as the pool's memory is. */
-ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, ts_exchange **out,
-                                 char *why, size_t why_bytes);
+/* Memory of the device, shared as the pool's memory is; *held counts it: see ts_gpu_shared_new. */
+ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, uint64_t *held,
+                                 ts_exchange **out, char *why, size_t why_bytes);
 
 /* The session's own device memory: see ts_gpu_shared_import. */
 ts_status ts_exchange_import(ts_gpu *gpu, const uint8_t *handle, uint64_t offset, uint64_t bytes,

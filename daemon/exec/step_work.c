@@ -217,6 +217,15 @@ void ts_step_work_drop_session(ts_exec *x, uint64_t session)
             ts_job_drop(&j->job);
 }
 
+bool ts_step_work_uses_replaced(const ts_exec *x, uint64_t session, const ts_exchange *exchange)
+{
+    for (const step_job *j = x->live_jobs; j != NULL; j = j->next_live)
+        if (j->exchange != NULL && j->exchange != exchange &&
+            ts_engine_session_id(x->engine, j->job.session) == session)
+            return true;
+    return false;
+}
+
 bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
 {
     bool run = command->op == TS_OP_STEP_RUN && (command->step_run.run.flags & TS_RUN_ORDERED);

@@ -54,6 +54,9 @@ void ts_step_work_undo(ts_exec *exec, const ts_command *command, uint64_t step);
  * on a GPU as ever. */
 void ts_step_work_drop_session(ts_exec *exec, uint64_t session);
 
+/* Whether a run of the session's is with the kernels whose exchange was replaced by this one. */
+bool ts_step_work_uses_replaced(const ts_exec *exec, uint64_t session, const ts_exchange *exchange);
+
 /* A session ends: its plan may go. NULL is fine. */
 void ts_step_plan_release(struct ts_step_plan *plan);
 

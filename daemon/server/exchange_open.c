@@ -1,5 +1,8 @@
 #include "exchange_open.h"
 
+#include "pool_memory.h"
+#include "step_work.h"
+
 #include <stdio.h>
 
 /* The device that an exchange is to be shared with, or NULL and the answer refuses. */
@@ -27,6 +30,18 @@ static ts_gpu *exchange_gpu(const ts_service *s, const ts_connection *c,
     return s->exec.gpu_of[open->pool]->gpu;
 }
 
+/* Refuses a third exchange beside two that are in use: the connection's, and one that it replaced
+ * and that runs still use. */
+static bool may_replace(const ts_service *s, const ts_connection *c, ts_answer *a)
+{
+    if (!ts_step_work_uses_replaced(&s->exec, c->session, c->memory.exchange))
+        return true;
+    ts_refuse(a, TS_EBUSY,
+              "runs still use the exchange that was replaced last; until they end, it can't be "
+              "replaced again");
+    return false;
+}
+
 /* The memory takes the place of the connection's, unless the engine refuses. */
 static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
                              const ts_command *command, ts_answer *a)
@@ -36,6 +51,17 @@ static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
         return ts_exchange_release(x);
     ts_exchange_release(c->memory.exchange);
     c->memory.exchange = x;
+}
+
+static ts_status new_on_device(const ts_exec *x, uint32_t pool, uint32_t tenant, uint64_t bytes,
+                               ts_exchange **out, char *why, size_t why_bytes)
+{
+    const ts_exec_gpu *g = x->gpu_of[pool];
+    ts_status status = ts_devices_check_exchange(x, pool, tenant, bytes, why, why_bytes);
+    return status != TS_OK
+               ? status
+               : ts_exchange_device_new(g->gpu, x->memory[pool]->ipc_handle == NULL, bytes,
+                                        &g->exchange_bytes[tenant], out, why, why_bytes);
 }
 
 /* The memory comes first, so that applying the command is all that changes the engine. */
@@ -50,16 +76,16 @@ void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen 
         return ts_refuse(a, TS_EINVAL,
                          "an exchange in host memory is opened at the handle socket, not by a "
                          "message");
-    if ((gpu = exchange_gpu(s, c, open, a)) == NULL)
+    if ((gpu = exchange_gpu(s, c, open, a)) == NULL || !may_replace(s, c, a))
         return;
     if (bytes > 0 && bytes <= s->exec.engine->limits.exchange_bytes) { /* else apply says why not */
-        ts_status status;
-        if (open->ipc_handle.len > 0)
-            status = ts_exchange_import(gpu, open->ipc_handle.data, open->ipc_offset, bytes, &x,
-                                        why, sizeof why);
-        else
-            status = ts_exchange_device_new(gpu, s->exec.memory[open->pool]->ipc_handle == NULL,
-                                            bytes, &x, why, sizeof why);
+        ts_status status =
+            open->ipc_handle.len > 0
+                ? ts_exchange_import(gpu, open->ipc_handle.data, open->ipc_offset, bytes, &x, why,
+                                     sizeof why)
+                : new_on_device(&s->exec, open->pool,
+                                ts_engine_session(s->exec.engine, c->session)->tenant, bytes, &x,
+                                why, sizeof why);
         if (status != TS_OK)
             return ts_refuse(a, status, "an exchange: %s", why);
     }
@@ -71,7 +97,11 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
                             size_t why_bytes)
 {
     ts_exchange *x;
-    ts_answer a;
+    ts_answer a = {0};
+    if (!may_replace(s, c, &a)) {
+        snprintf(why, why_bytes, "%s", a.message);
+        return a.status;
+    }
     ts_status status = ts_exchange_take(&c->memory.new_exchange, &x, why, why_bytes);
     if (status != TS_OK)
         return status;

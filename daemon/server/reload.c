@@ -28,6 +28,8 @@ static void apply(ts_work *work, void *service)
     s->operators = ch->next->operators;
     pthread_mutex_unlock(&s->operators_lock);
     s->http_shows_all = ch->next->metrics_show == TS_METRICS_ALL;
+    s->exec.tenant_exchange_bytes = ch->next->tenant_exchange_bytes;
+    ch->running->tenant_exchange_bytes = ch->next->tenant_exchange_bytes;
     const ts_engine_limits *to = &ch->next->limits;
     ts_engine_limits *at[] = {&e->limits, &ch->running->limits};
     for (int i = 0; i < 2; i++) {

@@ -24,7 +24,7 @@ static void free_host(ts_gpu *gpu, void *memory, size_t bytes)
 void ts_gpu_free_later(ts_gpu *gpu, void *device)
 {
     if (device != NULL)
-        ts_gpu_later(gpu, free_device, device, 0);
+        ts_gpu_later(gpu, free_device, device, 0, NULL);
 }
 
 /* Keeps what the lane has outgrown, and launches before this one may still use, until the device is
@@ -137,7 +137,7 @@ ts_status ts_gpu_buffer_take(ts_gpu *gpu, size_t bytes, ts_gpu_buffer **out, cha
     }
     ts_gpu_free_later(gpu, b->device);
     if (b->host != NULL)
-        ts_gpu_later(gpu, free_host, b->host, (size_t)1 << log);
+        ts_gpu_later(gpu, free_host, b->host, (size_t)1 << log, NULL);
     free(b);
     return ts_gpu_fail(error, "allocating a plan's buffer", (size_t)1 << log, why, why_bytes);
 }

@@ -74,6 +74,13 @@ ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
 
 /* ---- deferred frees ---- */
 
+static void free_now(ts_gpu *gpu, const ts_gpu_deferred_free *d)
+{
+    d->run(gpu, d->memory, d->bytes);
+    if (d->held != NULL)
+        __atomic_sub_fetch(d->held, d->bytes, __ATOMIC_RELEASE);
+}
+
 static void *deferred_main(void *arg)
 {
     ts_gpu *gpu = arg;
@@ -91,7 +98,7 @@ static void *deferred_main(void *arg)
         pthread_mutex_unlock(&gpu->lock);
         for (ts_gpu_deferred_free *next; d != NULL; d = next) {
             next = d->next;
-            d->run(gpu, d->memory, d->bytes);
+            free_now(gpu, d);
             free(d);
         }
         pthread_mutex_lock(&gpu->lock);
@@ -103,14 +110,14 @@ static void *deferred_main(void *arg)
 }
 
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
-                  size_t bytes)
+                  size_t bytes, uint64_t *held)
 {
+    const ts_gpu_deferred_free wanted = {
+        .run = run, .memory = memory, .bytes = bytes, .held = held};
     ts_gpu_deferred_free *d = malloc(sizeof *d);
-    if (d == NULL) { /* better late than never */
-        run(gpu, memory, bytes);
-        return;
-    }
-    *d = (ts_gpu_deferred_free){.run = run, .memory = memory, .bytes = bytes};
+    if (d == NULL) /* better late than never */
+        return free_now(gpu, &wanted);
+    *d = wanted;
     pthread_mutex_lock(&gpu->lock);
     d->next = gpu->deferred;
     gpu->deferred = d;

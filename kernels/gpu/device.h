@@ -95,6 +95,7 @@ typedef struct ts_gpu_deferred_free {
     void (*run)(ts_gpu *gpu, void *memory, size_t bytes);
     void *memory;
     size_t bytes;
+    uint64_t *held; /* counts the bytes until they are free; NULL: nobody does */
 } ts_gpu_deferred_free;
 
 #define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
@@ -135,9 +136,10 @@ ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t bytes, char *w
 ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t *shared_bytes,
                                char *why, size_t why_bytes);
 
-/* Leaves something to the thread of deferred frees. */
+/* Leaves something to the thread of deferred frees, which takes its bytes off *held (atomic) when
+ * it is done; held NULL: off nothing. */
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
-                  size_t bytes);
+                  size_t bytes, uint64_t *held);
 
 /* Leaves it device memory of cudaMalloc; NULL: nothing. */
 void ts_gpu_free_later(ts_gpu *gpu, void *device);

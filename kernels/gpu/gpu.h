@@ -106,13 +106,15 @@ typedef struct ts_gpu_shared {
     size_t bytes;
     int fd;                           /* of VMM memory; -1: none */
     uint8_t ipc[TS_IPC_HANDLE_BYTES]; /* of cudaMalloc memory made here */
+    uint64_t *held;                   /* see ts_gpu_shared_new */
     void *allocation;                 /* private */
     int kind;                         /* private */
 } ts_gpu_shared;
 
-/* Zeroed memory for another process to map, through a descriptor (vmm) or an IPC handle. */
-ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
-                            size_t why_bytes);
+/* Zeroed memory for another process to map, through a descriptor (vmm) or an IPC handle. Its bytes
+ * are added to *held (atomic), and taken off again when the device has them back. */
+ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                            char *why, size_t why_bytes);
 
 /* Maps `bytes` from `offset` of another process's cudaMalloc memory. TS_EINVAL: not a handle that
  * this device can map, or the range lies outside of the allocation. */

@@ -266,7 +266,7 @@ static void free_own(ts_gpu *gpu, void *base, size_t bytes)
 static void ipc_free(ts_memory *m)
 {
     memory_ipc *ipc = (memory_ipc *)m;
-    ts_gpu_later(ipc->gpu, free_own, m->base, m->slab_bytes); /* it may wait for workers */
+    ts_gpu_later(ipc->gpu, free_own, m->base, m->slab_bytes, NULL); /* it may wait for workers */
     free(ipc);
 }
 
@@ -323,10 +323,19 @@ ts_status ts_memory_cuda_ipc_new(ts_gpu *gpu, size_t bytes, ts_memory **out, cha
 
 /* ---- exchanges ---- */
 
-ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
-                            size_t why_bytes)
+/* What is the same for both kinds. */
+static void note_made(ts_gpu_shared *s, int kind, void *base, size_t bytes)
 {
-    *out = (ts_gpu_shared){.gpu = gpu, .fd = -1};
+    s->kind = kind;
+    s->base = base;
+    s->bytes = bytes;
+    __atomic_add_fetch(s->held, bytes, __ATOMIC_RELAXED);
+}
+
+ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                            char *why, size_t why_bytes)
+{
+    *out = (ts_gpu_shared){.gpu = gpu, .fd = -1, .held = held};
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
     if (status != TS_OK)
         return status;
@@ -337,9 +346,7 @@ ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *
         if (status != TS_OK)
             return status;
         memcpy(out->ipc, &handle, sizeof out->ipc);
-        out->base = base;
-        out->bytes = bytes;
-        out->kind = KIND_OWN;
+        note_made(out, KIND_OWN, base, bytes);
         return TS_OK;
     }
     const ts_gpu_driver *d = &gpu->driver;
@@ -365,9 +372,7 @@ ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *
         (void)d->address_free(at, physical);
         return status;
     }
-    out->base = (unsigned char *)at;
-    out->bytes = physical;
-    out->kind = KIND_VMM;
+    note_made(out, KIND_VMM, (void *)at, physical);
     return TS_OK;
 }
 
@@ -424,12 +429,14 @@ void ts_gpu_shared_free(ts_gpu_shared *s)
 {
     if (s->fd >= 0)
         close(s->fd);
-    if (s->kind == KIND_VMM)
+    if (s->kind == KIND_VMM) {
         free_vmm(s->gpu, s->base, s->bytes); /* this waits for nobody */
-    else if (s->kind == KIND_OWN)
-        ts_gpu_later(s->gpu, free_own, s->base, s->bytes);
-    else if (s->kind == KIND_IMPORTED)
-        ts_gpu_later(s->gpu, close_imported, s->allocation, s->bytes);
+        __atomic_sub_fetch(s->held, s->bytes, __ATOMIC_RELEASE);
+    } else if (s->kind == KIND_OWN) {
+        ts_gpu_later(s->gpu, free_own, s->base, s->bytes, s->held);
+    } else if (s->kind == KIND_IMPORTED) {
+        ts_gpu_later(s->gpu, close_imported, s->allocation, s->bytes, NULL);
+    }
     *s = (ts_gpu_shared){.fd = -1};
 }
 
@@ -462,5 +469,5 @@ static void unpin_unmap(ts_gpu *gpu, void *host, size_t bytes)
 
 void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes)
 {
-    ts_gpu_later(gpu, unpin_unmap, host, bytes);
+    ts_gpu_later(gpu, unpin_unmap, host, bytes, NULL);
 }

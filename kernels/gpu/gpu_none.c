@@ -59,11 +59,12 @@ ts_status ts_memory_cuda_ipc_new(ts_gpu *gpu, size_t bytes, ts_memory **out, cha
     return ts_gpu_health(gpu, why, why_bytes);
 }
 
-ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, ts_gpu_shared *out, char *why,
-                            size_t why_bytes)
+ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                            char *why, size_t why_bytes)
 {
     (void)vmm;
     (void)bytes;
+    (void)held;
     (void)out;
     return ts_gpu_health(gpu, why, why_bytes);
 }

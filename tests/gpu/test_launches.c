@@ -5,6 +5,7 @@
 #include "device_problem.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -204,20 +205,30 @@ static void do_pin(device_problem *d)
     ts_gpu_unpin_unmap(gpu, page, 4096);
 }
 
+static uint64_t held; /* bytes of shared memory that the device doesn't have back yet */
+
+static uint64_t now_held(void)
+{
+    return __atomic_load_n(&held, __ATOMIC_ACQUIRE);
+}
+
 static void do_share_vmm(device_problem *d)
 {
     (void)d;
     ts_gpu_shared shared;
-    OK(ts_gpu_shared_new(gpu, true, 4096, &shared, why, sizeof why));
+    OK(ts_gpu_shared_new(gpu, true, 4096, &held, &shared, why, sizeof why));
+    assert_int_equal(now_held(), ts_gpu_get_info(gpu)->granularity);
     ts_gpu_shared_free(&shared);
+    assert_int_equal(now_held(), 0);
 }
 
 static void do_share_malloc(device_problem *d)
 {
     (void)d;
     ts_gpu_shared shared;
-    OK(ts_gpu_shared_new(gpu, false, 4096, &shared, why, sizeof why));
+    OK(ts_gpu_shared_new(gpu, false, 4096, &held, &shared, why, sizeof why));
     ts_gpu_shared_free(&shared);
+    assert_int_equal(now_held(), 4096); /* deferred: a launch waits */
 }
 
 static void do_renew(device_problem *d)
@@ -259,6 +270,8 @@ static void nothing_waits_for_a_launch_that_waits_for_a_worker(void **state)
     for (size_t i = 0; i < sizeof works / sizeof *works; i++)
         all &= while_a_launch_waits(works[i].what, works[i].work, &d);
     assert_true(all);
+    while (now_held() != 0) /* what was deferred is done by now, or soon */
+        sched_yield();
     device_problem_free(&d);
 }
 
