@@ -152,8 +152,9 @@ enum { TS_POOL_WRITABLE = 1 }; /* map slabs writable, to write K and V here: whe
 TS_WARN_UNUSED ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags,
                                       ts_pool **out);
 
-/* Unmaps the pool. Its steps must have ended; sequences stay. While the session has any in it, it
- * has the pool open at the daemon, and an operator can't delete it. */
+/* Unmaps the pool; on a GPU, when all is done that this process has queued there. Its steps must
+ * have ended; sequences stay. While the session has any in it, it has the pool open at the daemon,
+ * and an operator can't delete it. */
 void ts_pool_close(ts_pool *pool);
 
 const ts_geometry *ts_pool_geometry(const ts_pool *pool);

@@ -70,7 +70,6 @@ ts_status ts_local_gpu_open(ts_client *c, const ts_pool *p)
         return status;
     }
     c->local_gpu = l;
-    c->await_runs = ts_local_gpu_await;
     return TS_OK;
 }
 
@@ -85,7 +84,6 @@ void ts_local_gpu_close(ts_client *c)
     }
     free(l);
     c->local_gpu = NULL;
-    c->await_runs = NULL;
 }
 
 ts_status ts_local_gpu_plan(ts_pool *p, const ts_attention_seq *seqs, uint32_t num_seqs,

@@ -51,6 +51,7 @@ enum {
     F("cuDevicePrimaryCtxRelease_v2", context_release, (ts_cu_device))                             \
     F("cuCtxPushCurrent_v2", context_push, (void *))                                               \
     F("cuCtxPopCurrent_v2", context_pop, (void **))                                                \
+    F("cuCtxSynchronize", context_await, (void))                                                   \
     F("cuMemAddressReserve", address_reserve,                                                      \
       (ts_cu_pointer *, size_t, size_t, ts_cu_pointer, unsigned long long))                        \
     F("cuMemAddressFree", address_free, (ts_cu_pointer, size_t))                                   \

@@ -22,10 +22,12 @@ void ts_exchange_close(ts_client *c)
         c->exchange_memory = NULL;
         break;
     case TS_EXCHANGE_VMM:
+        (void)ts_cuda_await(c, c->cuda);
         ts_cuda_unmap(c->cuda, c->exchange, c->exchange_bytes);
         ts_cuda_unreserve(c->cuda, c->exchange, c->exchange_bytes);
         break;
     case TS_EXCHANGE_IPC:
+        (void)ts_cuda_await(c, c->cuda);
         ts_cuda_ipc_close(c->cuda, c->exchange);
         break;
     case TS_EXCHANGE_NONE:

@@ -124,6 +124,18 @@ void ts_cuda_leave(ts_cuda *cuda)
     (void)cuda->f.context_pop(&context);
 }
 
+ts_status ts_cuda_await(ts_client *c, ts_cuda *cuda)
+{
+    ts_status status = ts_cuda_enter(c, cuda);
+    if (status != TS_OK)
+        return status;
+    ts_cu_result error = cuda->f.context_await();
+    if (error != 0)
+        status = fail(c, cuda, TS_EDEVICE, "waiting for the GPU", error);
+    ts_cuda_leave(cuda);
+    return status;
+}
+
 ts_status ts_cuda_reserve(ts_client *c, ts_cuda *cuda, size_t bytes, unsigned char **base)
 {
     ts_cu_pointer at = 0;

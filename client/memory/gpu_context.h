@@ -22,6 +22,10 @@ bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES]);
 ts_status ts_cuda_enter(ts_client *client, ts_cuda *cuda);
 void ts_cuda_leave(ts_cuda *cuda);
 
+/* Waits for all that this process has queued on the device, by whatever library: before memory is
+ * unmapped that it may use. */
+ts_status ts_cuda_await(ts_client *client, ts_cuda *cuda);
+
 /* Addresses for `bytes` of memory that is mapped piece by piece. */
 ts_status ts_cuda_reserve(ts_client *client, ts_cuda *cuda, size_t bytes, unsigned char **base);
 void ts_cuda_unreserve(ts_cuda *cuda, unsigned char *base, size_t bytes);

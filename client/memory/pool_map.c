@@ -25,16 +25,10 @@ static size_t mapped_bytes(const ts_pool *p)
                      : slab_bytes(p);
 }
 
-/* Runs of this process may read what is to be unmapped. */
-static ts_status await_runs(ts_client *c)
-{
-    return c->await_runs == NULL ? TS_OK : c->await_runs(c);
-}
-
 static void unmap_gpu(ts_pool *p)
 {
     ts_cuda *cuda = p->client->cuda;
-    (void)await_runs(p->client);
+    (void)ts_cuda_await(p->client, cuda); /* a lost device uses nothing */
     if (p->has_ipc_handle) {
         ts_cuda_ipc_close(cuda, p->base);
         return;
@@ -124,7 +118,7 @@ static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
                          (unsigned long long)reply.bytes, mapped_bytes(p));
     } else if (p->on_gpu) {
         if (p->mapped[slab] != 0) {
-            status = await_runs(c);
+            status = ts_cuda_await(c, c->cuda);
             ts_cuda_unmap(c->cuda, at, mapped_bytes(p));
         }
         p->mapped[slab] = 0;

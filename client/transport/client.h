@@ -90,9 +90,6 @@ struct ts_client {
     ts_attention *attention;        /* of local execution; NULL: none yet */
     struct ts_local *local_spare;   /* the last step's; NULL: none */
     struct ts_local_gpu *local_gpu; /* the same on a GPU */
-    /* Waits for runs of this process that read what is about to be unmapped; NULL: there are none.
-     */
-    ts_status (*await_runs)(ts_client *client);
     char error[256];
     ts_error_info error_info; /* the same in numbers */
 };

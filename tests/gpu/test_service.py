@@ -98,6 +98,24 @@ def test_steps_on_a_stream_and_without_one_agree_with_torch(client):
         assert torch.equal(values[at // BLOCK, at % BLOCK], v)
 
 
+def test_what_is_queued_may_use_memory_that_is_unmapped_meanwhile(client):
+    with client.pool("p") as kv:
+        client.exchange(kv, 16 << 20)
+        seq, = kv.create()
+        k, _ = one_step(kv, seq, *nothing(), 40)
+        with kv.step([seq], [1], heads=HEADS) as step:
+            query = step.q.torch().copy_(torch.ones(1, HEADS, DIM))
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        queries = query.clone()
+        client.exchange(kv, 32 << 20)  # unmaps the one before
+        slots = torch.tensor(kv.slots(seq, 0, 40), device="cuda")
+        keys, _ = (x.torch() for x in kv.layer(1, slots.tolist()))
+        torch.cuda._sleep(200_000_000)
+        keys = keys[slots // BLOCK, slots % BLOCK]
+    torch.cuda.synchronize()
+    assert torch.equal(keys, k) and torch.equal(queries, torch.ones_like(queries))
+
+
 def test_a_tensors_own_memory_serves_as_the_exchange(client):
     with client.pool("p") as kv:
         whole = torch.zeros(48 << 20, dtype=torch.uint8, device="cuda")
