@@ -264,9 +264,9 @@ static uint32_t connections_max(const ts_config *c)
     return (uint32_t)(most < CONNECTIONS_MAX ? most : CONNECTIONS_MAX);
 }
 
-static void end_connection(void *transport, uint32_t pipe, bool idle)
+static void end_connection(void *server, uint32_t pipe, bool idle)
 {
-    ts_transport_end(transport, pipe, idle);
+    ts_nng_server_end(server, pipe, idle);
 }
 
 /* Where ids begin: somewhere else each time, so that one from an earlier daemon names nothing. */
@@ -282,7 +282,7 @@ static uint32_t random_generation(void)
 static int serve(ts_config *c, const options *o, const sigset_t *signals)
 {
     ts_service *s = calloc(1, sizeof *s);
-    ts_transport *transport = NULL;
+    ts_nng_server *server = NULL;
     ts_fd_server *fd_server = NULL;
     ts_http *http = NULL;
     pthread_t engine;
@@ -309,8 +309,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     bool made = ts_service_init(s, &c->limits);
     s->exec.attention = ts_attention_new(c->threads, c->kernel);
     if (s->exec.attention != NULL)
-        s->exec.batch = ts_batch_new(s->exec.attention);
-    if (!made || s->exec.batch == NULL || ts_rings_new(s, c->spin_us) == NULL) {
+        s->exec.host = ts_host_executor_new(s->exec.attention);
+    if (!made || s->exec.host == NULL || ts_rings_new(s, c->spin_us) == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
                c->limits.sessions, c->threads);
         goto out;
@@ -318,25 +318,25 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     if (ts_devices_start(&s->exec, c) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
-    ts_transport_options messages = {.path = c->socket,
-                                     .mode = c->socket_mode,
-                                     .connections_max = connections_max(c),
-                                     .tenant_connections_max = c->tenant_connections,
-                                     .idle_ms = c->idle_ms,
-                                     .message_bytes = c->message_bytes};
+    ts_nng_server_options messages = {.path = c->socket,
+                                      .mode = c->socket_mode,
+                                      .connections_max = connections_max(c),
+                                      .tenant_connections_max = c->tenant_connections,
+                                      .idle_ms = c->idle_ms,
+                                      .message_bytes = c->message_bytes};
     ts_fd_server_options handles = {.path = handles_path,
                                     .mode = c->socket_mode,
                                     .connections_max = messages.connections_max,
                                     .tenant_connections_max = c->tenant_connections,
                                     .idle_ms = c->idle_ms};
-    if (!engine_runs || ts_transport_start(s, &messages, &transport, why, sizeof why) != TS_OK)
+    if (!engine_runs || ts_nng_server_start(s, &messages, &server, why, sizeof why) != TS_OK)
         goto fail;
     s->end_connection = end_connection;
-    s->end_connection_arg = transport;
+    s->end_connection_arg = server;
     if (ts_fd_server_start(s, &handles, &fd_server, why, sizeof why) != TS_OK ||
         (c->metrics[0] != '\0' &&
          ts_http_start(s, c->metrics, c->metrics_hosts, &http, why, sizeof why) != TS_OK) ||
-        ts_transport_listen(transport, why, sizeof why) !=
+        ts_nng_server_listen(server, why, sizeof why) !=
             TS_OK) { /* a client that finds it finds all */
     fail:
         ts_log(TS_LOG_ERROR, "%s", why);
@@ -353,21 +353,21 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
 out:
     ts_http_stop(http);
-    ts_transport_stop(transport);
+    ts_nng_server_stop(server);
     ts_fd_server_stop(fd_server);
     ts_rings_stop(s->rings);
     if (engine_runs)
         ts_service_stop(s); /* no job is begun after this */
     if (s->exec.attention != NULL)
         ts_attention_cancel(s->exec.attention);
-    ts_batch_free(s->exec.batch);
+    ts_host_executor_free(s->exec.host);
     ts_devices_stop(&s->exec);
     ts_queue_close(&s->exec.queue);
     if (engine_runs)
         pthread_join(engine, NULL);
     if (code == EXIT_DEVICE)
         ts_rings_device_failed(s->rings);
-    ts_transport_free(transport);  /* clients see the connection end */
+    ts_nng_server_free(server);    /* clients see the connection end */
     ts_queue_drop(&s->exec.queue); /* news of connections that nobody needs any more */
     if (s->exec.engine != NULL) {
         ts_service_close_connections(s);

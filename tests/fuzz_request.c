@@ -334,7 +334,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     if (!ts_service_init(&service, &limits))
         return 1;
     service.exec.attention = ts_attention_new(1, TS_ISA_AUTO);
-    service.exec.batch = ts_batch_new(service.exec.attention);
+    service.exec.host = ts_host_executor_new(service.exec.attention);
     ts_pool_config config = {
         .name = "fuzz",
         .geometry = {.layers = 2, .kv_heads = 2, .head_dim = 32, .block_tokens = 4},

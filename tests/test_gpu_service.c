@@ -112,11 +112,11 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
     limits.sessions = 8;
     assert_true(ts_service_init(&service, &limits));
     service.exec.attention = ts_attention_new(1, TS_ISA_AUTO);
-    service.exec.batch = ts_batch_new(service.exec.attention);
+    service.exec.host = ts_host_executor_new(service.exec.attention);
     service.exec.gpus[0].gpu = gpu;
     service.exec.gpus[0].exchange_bytes = calloc(TS_TENANTS_MAX, sizeof(uint64_t));
-    OK(ts_gpu_batch_new(gpu, limits.sessions, 3600000, on_failure, &service.exec.gpus[0].batch, why,
-                        sizeof why));
+    OK(ts_gpu_executor_new(gpu, limits.sessions, 3600000, on_failure,
+                           &service.exec.gpus[0].executor, why, sizeof why));
     service.exec.num_gpus = 1;
     ts_pool_config config = {.name = "p",
                              .geometry = geometry,
@@ -139,8 +139,8 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
 
 static void service_stop(pthread_t engine)
 {
-    ts_batch_free(service.exec.batch);
-    ts_gpu_batch_free(service.exec.gpus[0].batch);
+    ts_host_executor_free(service.exec.host);
+    ts_gpu_executor_free(service.exec.gpus[0].executor);
     ts_queue_close(&service.exec.queue);
     pthread_join(engine, NULL);
     assert_int_equal(service.exec.engine->live_sessions, 0);

@@ -163,7 +163,7 @@ static const uint32_t block_zero;
 
 typedef struct world {
     ts_attention *attention;
-    ts_batch *batch;
+    ts_host_executor *executor;
     unsigned char *cache;
     float *rows;
     uint32_t order;
@@ -173,15 +173,15 @@ static void world_new(world *w)
 {
     w->order = 0;
     w->attention = ts_attention_new(1, TS_ISA_AUTO);
-    w->batch = ts_batch_new(w->attention);
+    w->executor = ts_host_executor_new(w->attention);
     w->cache = calloc(1, ts_geometry_block_bytes(&tiny));
     w->rows = calloc((size_t)LONG * HEADS * 32 * 2, sizeof *w->rows);
-    assert_true(w->batch != NULL && w->cache != NULL && w->rows != NULL);
+    assert_true(w->executor != NULL && w->cache != NULL && w->rows != NULL);
 }
 
 static void world_free(world *w)
 {
-    ts_batch_free(w->batch);
+    ts_host_executor_free(w->executor);
     ts_attention_free(w->attention);
     free(w->cache);
     free(w->rows);
@@ -206,7 +206,7 @@ static void submit(world *w, told_job *j, uint32_t tokens, uint32_t tenant, uint
                       .tenant = tenant,
                       .session = session,
                       .done = on_done};
-    ts_batch_submit(w->batch, &j->job);
+    ts_host_executor_submit(w->executor, &j->job);
 }
 
 static void a_long_job_makes_way_and_ends_when_it_is_dropped(void **state)
@@ -222,7 +222,7 @@ static void a_long_job_makes_way_and_ends_when_it_is_dropped(void **state)
         assert_int_equal(quick[i].job.status, TS_OK);
         assert_int_equal(quick[i].place, i + 1);
     }
-    assert_true(ts_batch_pauses(w.batch) >= 1);
+    assert_true(ts_host_executor_pauses(w.executor) >= 1);
     ts_job_drop(&hog.job);
     await(&hog);
     assert_int_equal(hog.job.status, TS_ECONN);
@@ -243,7 +243,7 @@ static uint64_t pauses_beside(uint32_t sessions)
     await(&other);
     assert_int_equal(other.job.status, TS_OK);
     assert_int_equal(other.place, 1);
-    uint64_t pauses = ts_batch_pauses(w.batch);
+    uint64_t pauses = ts_host_executor_pauses(w.executor);
     for (uint32_t i = 0; i < sessions; i++)
         ts_job_drop(&hogs[i].job);
     for (uint32_t i = 0; i < sessions; i++)
@@ -282,7 +282,7 @@ static void many_copies_make_way_too(void **state)
                           .num_copies = COPIES,
                           .session = 5,
                           .done = on_done};
-    ts_batch_submit(w.batch, &copies.job);
+    ts_host_executor_submit(w.executor, &copies.job);
     submit(&w, &quick, 8, 0, 2);
     await(&quick);
     assert_int_equal(quick.place, 1);

@@ -63,7 +63,7 @@ static void on_done(ts_job *job)
 }
 
 typedef struct producer {
-    ts_batch *batch;
+    ts_host_executor *batch;
     counted_job *jobs;
 } producer;
 
@@ -71,7 +71,7 @@ static void *produce(void *arg)
 {
     producer *p = arg;
     for (int i = 0; i < JOBS; i++)
-        ts_batch_submit(p->batch, &p->jobs[i].job);
+        ts_host_executor_submit(p->batch, &p->jobs[i].job);
     return NULL;
 }
 
@@ -84,7 +84,7 @@ static void jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result(vo
     for (int i = 0; i < 4 * 32; i++)
         cache[4 * 32 + i] = (float)(i / 32); /* V of token t is t everywhere; K is 0 */
     ts_attention *a = ts_attention_new(2, TS_ISA_AUTO);
-    ts_batch *batch = ts_batch_new(a);
+    ts_host_executor *batch = ts_host_executor_new(a);
     assert_non_null(batch);
     sem_t all;
     sem_init(&all, 0, 0);
@@ -117,10 +117,10 @@ static void jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result(vo
     for (int i = 0; i < PRODUCERS; i++)
         pthread_join(threads[i], NULL);
     uint64_t runs, launches;
-    ts_batch_counts(batch, &runs, &launches);
+    ts_host_executor_counts(batch, &runs, &launches);
     assert_int_equal(runs, JOBS * PRODUCERS);
     assert_true(launches <= runs);
-    ts_batch_free(batch);
+    ts_host_executor_free(batch);
     for (int i = 0; i < JOBS * PRODUCERS; i++) {
         assert_int_equal(jobs[i].done, 1);
         assert_int_equal(jobs[i].job.status, TS_OK);

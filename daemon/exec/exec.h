@@ -17,7 +17,7 @@
 
 typedef struct ts_exec_gpu {
     ts_gpu *gpu;
-    ts_gpu_batch *batch;
+    ts_gpu_executor *executor;
     uint64_t *exchange_bytes; /* atomic; of its memory, by tenant, that exchanges take */
 } ts_exec_gpu;
 
@@ -27,7 +27,7 @@ typedef struct ts_exec {
     ts_engine *engine;
     ts_memory *memory[TS_POOLS_MAX];
     ts_attention *attention;
-    ts_batch *batch;
+    ts_host_executor *host;
     ts_exec_gpu gpus[TS_GPUS_MAX];
     uint32_t num_gpus;
     const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */

@@ -20,14 +20,14 @@
 typedef enum wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } wait_for;
 
 /* A launch under way: the jobs that it serves. */
-typedef struct flight {
-    struct flight *prev, *next;
-    ts_gpu_batch *batch;
+typedef struct in_flight {
+    struct in_flight *prev, *next;
+    ts_gpu_executor *executor;
     ts_job *jobs;           /* NULL: they have been told */
     ts_signals_page *waits; /* for this session's worker; NULL: for nobody, or not any more */
-} flight;
+} in_flight;
 
-struct ts_gpu_batch {
+struct ts_gpu_executor {
     ts_gpu *gpu;
     uint32_t submit_ms;
     void (*failed)(const char *why);
@@ -35,10 +35,10 @@ struct ts_gpu_batch {
     pthread_mutex_t lock;
     pthread_cond_t event;
     ts_job *head, **tail; /* under the lock: what was submitted */
-    flight *flights;      /* under the lock */
-    uint32_t waiting;     /* under the lock: flights that wait for workers */
+    in_flight *launched;  /* under the lock */
+    uint32_t waiting;     /* under the lock: launches that wait for workers */
     uint32_t sessions;    /* under the lock: sessions of those */
-    bool landed, stop;    /* under the lock */
+    bool completed, stop; /* under the lock */
     bool lost;            /* under the lock: the device failed */
     char why[TS_GPU_WHY_BYTES + 128];
     ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
@@ -70,7 +70,7 @@ static bool alike(const ts_job *a, const ts_job *b)
            ts_attention_same_variant(&a->variant, &b->variant);
 }
 
-static void tell(ts_job *jobs, ts_status status, const char *why)
+static void complete_jobs(ts_job *jobs, ts_status status, const char *why)
 {
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
         next = job->next;
@@ -90,102 +90,102 @@ static void tell(ts_job *jobs, ts_status status, const char *why)
     }
 }
 
-/* ---- flights ---- */
+/* ---- launches under way ---- */
 
-static void unlink_flight(ts_gpu_batch *b, flight *f)
+static void unlink_launched(ts_gpu_executor *x, in_flight *f)
 {
     if (f->prev != NULL)
         f->prev->next = f->next;
     else
-        b->flights = f->next;
+        x->launched = f->next;
     if (f->next != NULL)
         f->next->prev = f->prev;
 }
 
-/* The flight waits for a worker, or doesn't any more. Under the lock. */
-static void count_waiting(ts_gpu_batch *b, ts_signals_page *page, bool begins)
+/* The launch waits for a worker, or doesn't any more. Under the lock. */
+static void count_waiting(ts_gpu_executor *x, ts_signals_page *page, bool begins)
 {
     uint32_t before = page->waiting;
     page->waiting += begins ? 1u : -1u;
-    b->waiting += begins ? 1u : -1u;
+    x->waiting += begins ? 1u : -1u;
     if (before == 0)
-        b->sessions++;
+        x->sessions++;
     else if (page->waiting == 0)
-        b->sessions--;
+        x->sessions--;
 }
 
 /* The device is lost. Any thread. */
-static void lose(ts_gpu_batch *b, const char *why)
+static void device_lost(ts_gpu_executor *x, const char *why)
 {
-    pthread_mutex_lock(&b->lock);
-    bool first = !b->lost;
+    pthread_mutex_lock(&x->lock);
+    bool first = !x->lost;
     if (first)
-        snprintf(b->why, sizeof b->why, "cuda:%u (%s) failed: %s", ts_gpu_get_info(b->gpu)->ordinal,
-                 ts_gpu_get_info(b->gpu)->name, why);
-    b->lost = true;
-    pthread_mutex_unlock(&b->lock);
+        snprintf(x->why, sizeof x->why, "cuda:%u (%s) failed: %s", ts_gpu_get_info(x->gpu)->ordinal,
+                 ts_gpu_get_info(x->gpu)->name, why);
+    x->lost = true;
+    pthread_mutex_unlock(&x->lock);
     if (first)
-        b->failed(b->why); /* which stays as it is */
+        x->failed(x->why); /* which stays as it is */
 }
 
 /* The device has done it, or has failed. On the launch's thread. */
-static void land(void *arg, ts_status status, const char *why)
+static void on_complete(void *arg, ts_status status, const char *why)
 {
-    flight *f = arg;
-    ts_gpu_batch *b = f->batch;
+    in_flight *f = arg;
+    ts_gpu_executor *x = f->executor;
     if (status != TS_OK)
-        lose(b, why);
-    pthread_mutex_lock(&b->lock);
+        device_lost(x, why);
+    pthread_mutex_lock(&x->lock);
     ts_job *jobs = f->jobs;
     f->jobs = NULL;
     if (f->waits != NULL) /* while the page is there */
-        count_waiting(b, f->waits, false);
-    pthread_mutex_unlock(&b->lock);
-    tell(jobs, status, b->why);
-    pthread_mutex_lock(&b->lock); /* until here the batch waits for this flight */
-    unlink_flight(b, f);
+        count_waiting(x, f->waits, false);
+    pthread_mutex_unlock(&x->lock);
+    complete_jobs(jobs, status, x->why);
+    pthread_mutex_lock(&x->lock); /* until here the executor waits for this launch */
+    unlink_launched(x, f);
     free(f);
-    b->landed = true;
-    pthread_cond_signal(&b->event);
-    pthread_mutex_unlock(&b->lock);
+    x->completed = true;
+    pthread_cond_signal(&x->event);
+    pthread_mutex_unlock(&x->lock);
 }
 
 /* ---- launching ---- */
 
 /* Room for what a launch of all these jobs needs. */
-static bool reserve_parts(ts_gpu_batch *b, const ts_job *jobs)
+static bool reserve_parts(ts_gpu_executor *x, const ts_job *jobs)
 {
     size_t count = 0;
     for (; jobs != NULL; jobs = jobs->next)
         count++;
-    if (count <= b->capacity)
+    if (count <= x->capacity)
         return true;
-    free(b->parts);
-    free(b->signals);
-    b->parts = malloc(2 * count * sizeof *b->parts);
-    b->signals = malloc(4 * count * sizeof *b->signals);
-    b->capacity = b->parts == NULL || b->signals == NULL ? 0 : 2 * count;
-    return b->capacity > 0;
+    free(x->parts);
+    free(x->signals);
+    x->parts = malloc(2 * count * sizeof *x->parts);
+    x->signals = malloc(4 * count * sizeof *x->signals);
+    x->capacity = x->parts == NULL || x->signals == NULL ? 0 : 2 * count;
+    return x->capacity > 0;
 }
 
 /* Queues what tells that the jobs are over: the workers, who wait for it, first. */
-static ts_status queue_signals(ts_gpu_batch *b, ts_gpu_launch *l, const ts_job *jobs)
+static ts_status queue_signals(ts_gpu_executor *x, ts_gpu_launch *l, const ts_job *jobs)
 {
     uint32_t count = 0;
     for (const ts_job *job = jobs; job != NULL; job = job->next)
         if (job->signals != NULL)
-            b->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->order};
+            x->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->order};
     for (const ts_job *job = jobs; job != NULL; job = job->next)
         if (job->signals != NULL)
-            b->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->order};
-    return ts_gpu_launch_signal(l, b->signals, count);
+            x->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->order};
+    return ts_gpu_launch_signal(l, x->signals, count);
 }
 
 /* Why it fails is in `why`. */
-static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, wait_for wait,
+static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs, wait_for wait,
                               char *why, size_t why_bytes)
 {
-    ts_status status = reserve_parts(b, jobs) ? TS_OK : TS_ENOMEM;
+    ts_status status = reserve_parts(x, jobs) ? TS_OK : TS_ENOMEM;
     if (status != TS_OK) {
         snprintf(why, why_bytes, "no memory for a launch");
         return status;
@@ -194,12 +194,12 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, w
     for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next) {
         if (!job->plan->made) {
             status =
-                ts_gpu_plan_renew(b->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel,
+                ts_gpu_plan_renew(x->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel,
                                   job->seqs, job->num_seqs, &job->plan->plan, why, why_bytes);
             job->plan->made = status == TS_OK;
         }
         const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
-        b->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
+        x->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
                                          .layer = s->layer,
                                          .q = s->q,
                                          .k = s->k,
@@ -217,9 +217,9 @@ static ts_status queue_attend(ts_gpu_batch *b, ts_gpu_launch *l, ts_job *jobs, w
     if (wait != FOR_NOBODY && status == TS_OK)
         status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->order);
     if (status == TS_OK)
-        status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, b->parts, count);
+        status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, x->parts, count);
     if (status == TS_OK)
-        status = queue_signals(b, l, jobs);
+        status = queue_signals(x, l, jobs);
     if (status != TS_OK)
         snprintf(why, why_bytes, "%s", ts_gpu_launch_why(l));
     return status;
@@ -233,13 +233,13 @@ static bool follows(const ts_job *job)
 }
 
 /* A launch for the jobs; NULL: there is none to be had now. */
-static ts_gpu_launch *take(ts_gpu_batch *b, ts_job *jobs)
+static ts_gpu_launch *take(ts_gpu_executor *x, ts_job *jobs)
 {
     bool alone = jobs->signals != NULL && jobs->next == NULL;
     ts_gpu_place place = {0};
     if (alone && follows(jobs))
         place = jobs->signals->last;
-    ts_gpu_launch *l = ts_gpu_launch_take(b->gpu, &place);
+    ts_gpu_launch *l = ts_gpu_launch_take(x->gpu, &place);
     for (ts_job *job = jobs; job != NULL && l != NULL; job = job->next)
         if (job->signals != NULL) { /* behind a launch of several, one would wait for another */
             job->signals->last = alone ? place : (ts_gpu_place){0};
@@ -249,12 +249,12 @@ static ts_gpu_launch *take(ts_gpu_batch *b, ts_job *jobs)
 }
 
 /* Launches the jobs as one; false: there is no launch to be had now. */
-static bool launch(ts_gpu_batch *b, ts_job *jobs, wait_for wait)
+static bool launch(ts_gpu_executor *x, ts_job *jobs, wait_for wait)
 {
     if (wait == FOR_BOTH && follows(jobs))
         wait = FOR_WORKER;
-    flight *f = malloc(sizeof *f);
-    ts_gpu_launch *l = f == NULL ? NULL : take(b, jobs);
+    in_flight *f = malloc(sizeof *f);
+    ts_gpu_launch *l = f == NULL ? NULL : take(x, jobs);
     if (l == NULL) {
         free(f);
         return false;
@@ -266,47 +266,48 @@ static bool launch(ts_gpu_batch *b, ts_job *jobs, wait_for wait)
                                       jobs->copies, jobs->num_copies);
         snprintf(why, sizeof why, "%s", ts_gpu_launch_why(l));
     } else {
-        status = queue_attend(b, l, jobs, wait, why, sizeof why);
+        status = queue_attend(x, l, jobs, wait, why, sizeof why);
     }
     if (jobs->num_copies == 0) {
         uint64_t count = 0;
         for (const ts_job *job = jobs; job != NULL; job = job->next)
             count++;
-        atomic_fetch_add_explicit(&b->runs, count, memory_order_relaxed);
-        atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&x->runs, count, memory_order_relaxed);
+        atomic_fetch_add_explicit(&x->launches, 1, memory_order_relaxed);
     }
     if (status != TS_OK) {
         (void)ts_gpu_launch_finish(l, NULL, NULL);
         free(f);
-        tell(jobs, status, why);
+        complete_jobs(jobs, status, why);
         if (status == TS_EDEVICE)
-            lose(b, why);
+            device_lost(x, why);
         return true;
     }
-    *f = (flight){.batch = b, .jobs = jobs, .waits = wait != FOR_NOBODY ? jobs->signals : NULL};
-    pthread_mutex_lock(&b->lock);
-    f->next = b->flights;
+    *f = (in_flight){
+        .executor = x, .jobs = jobs, .waits = wait != FOR_NOBODY ? jobs->signals : NULL};
+    pthread_mutex_lock(&x->lock);
+    f->next = x->launched;
     if (f->next != NULL)
         f->next->prev = f;
-    b->flights = f;
+    x->launched = f;
     if (f->waits != NULL)
-        count_waiting(b, f->waits, true);
-    pthread_mutex_unlock(&b->lock);
-    if (ts_gpu_launch_finish(l, land, f) != TS_OK)
-        land(f, TS_EDEVICE, ts_gpu_launch_why(l));
+        count_waiting(x, f->waits, true);
+    pthread_mutex_unlock(&x->lock);
+    if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
+        on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
     return true;
 }
 
 /* Whether one more launch may wait for this job's worker. */
-static bool may_wait(ts_gpu_batch *b, const ts_job *job)
+static bool may_wait(ts_gpu_executor *x, const ts_job *job)
 {
-    if (!ts_gpu_may_wait(b->gpu))
+    if (!ts_gpu_may_wait(x->gpu))
         return false;
     const ts_signals_page *page = job->signals;
-    pthread_mutex_lock(&b->lock);
-    bool may = b->waiting < WAITING_MOST && page->waiting < WAITING_EACH &&
-               (page->waiting > 0 || b->sessions < WAITING_SESSIONS);
-    pthread_mutex_unlock(&b->lock);
+    pthread_mutex_lock(&x->lock);
+    bool may = x->waiting < WAITING_MOST && page->waiting < WAITING_EACH &&
+               (page->waiting > 0 || x->sessions < WAITING_SESSIONS);
+    pthread_mutex_unlock(&x->lock);
     return may;
 }
 
@@ -329,58 +330,58 @@ static ts_job *join(ts_job *first)
     return rest;
 }
 
-static void hold(ts_gpu_batch *b, ts_job *job)
+static void hold(ts_gpu_executor *x, ts_job *job)
 {
     job->next = NULL;
-    *b->held_end = job;
-    b->held_end = &job->next;
+    *x->held_end = job;
+    x->held_end = &job->next;
 }
 
-static bool is_lost(ts_gpu_batch *b)
+static bool is_lost(ts_gpu_executor *x)
 {
-    pthread_mutex_lock(&b->lock);
-    bool lost = b->lost;
-    pthread_mutex_unlock(&b->lock);
+    pthread_mutex_lock(&x->lock);
+    bool lost = x->lost;
+    pthread_mutex_unlock(&x->lock);
     return lost;
 }
 
 /* Launches what can be; the rest is held, in order. */
-static void launch_all(ts_gpu_batch *b)
+static void launch_all(ts_gpu_executor *x)
 {
-    ts_job *jobs = b->held;
-    b->held = NULL;
-    b->held_end = &b->held;
+    ts_job *jobs = x->held;
+    x->held = NULL;
+    x->held_end = &x->held;
     while (jobs != NULL) {
         ts_job *job = jobs;
         jobs = job->next;
-        if (is_lost(b)) {
+        if (is_lost(x)) {
             job->next = NULL;
-            tell(job, TS_EDEVICE, b->why);
+            complete_jobs(job, TS_EDEVICE, x->why);
             continue;
         }
         bool ready = is_ready(job);
-        if (!ready && !may_wait(b, job)) {
-            hold(b, job);
+        if (!ready && !may_wait(x, job)) {
+            hold(x, job);
             continue;
         }
         if (ready && job->num_copies == 0)
             jobs = join(job);
         else
             job->next = NULL;
-        if (launch(b, job, ready ? FOR_NOBODY : FOR_BOTH))
+        if (launch(x, job, ready ? FOR_NOBODY : FOR_BOTH))
             continue;
         for (ts_job *next; job != NULL; job = next) {
             next = job->next;
-            hold(b, job);
+            hold(x, job);
         }
     }
 }
 
 /* True: it is that late. Under the lock. */
-static bool wait_until(ts_gpu_batch *b, uint64_t ms)
+static bool wait_until(ts_gpu_executor *x, uint64_t ms)
 {
     struct timespec until = {.tv_sec = (time_t)(ms / 1000), .tv_nsec = (long)(ms % 1000) * 1000000};
-    return pthread_cond_timedwait(&b->event, &b->lock, &until) != 0;
+    return pthread_cond_timedwait(&x->event, &x->lock, &until) != 0;
 }
 
 static void release_waiters(const ts_job *jobs)
@@ -406,148 +407,149 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
     return next;
 }
 
-/* Lets go whoever has waited too long, or everybody when the batch ends; when to look again at the
- * latest (UINT64_MAX: when something happens). Under the lock. */
-static uint64_t look_for_late(ts_gpu_batch *b)
+/* Lets go whoever has waited too long, or everybody when the executor ends; when to look again at
+ * the latest (UINT64_MAX: when something happens). Under the lock. */
+static uint64_t look_for_late(ts_gpu_executor *x)
 {
-    uint64_t now = ts_now_ms(), until = let_go_late(b->held, now, UINT64_MAX);
-    for (const flight *f = b->flights; f != NULL; f = f->next) {
-        if (b->stop)
+    uint64_t now = ts_now_ms(), until = let_go_late(x->held, now, UINT64_MAX);
+    for (const in_flight *f = x->launched; f != NULL; f = f->next) {
+        if (x->stop)
             release_waiters(f->jobs);
         until = let_go_late(f->jobs, now, until);
     }
-    if (b->stop)
-        release_waiters(b->held);
-    return b->held != NULL ? now + POLL_MS : until;
+    if (x->stop)
+        release_waiters(x->held);
+    return x->held != NULL ? now + POLL_MS : until;
 }
 
 /* Another process's fault may have taken the device while nothing runs here. Under CUDA's
  * multi-process service nobody is served then before this process has ended. */
-static void check_health(ts_gpu_batch *b)
+static void check_health(ts_gpu_executor *x)
 {
     char why[TS_GPU_WHY_BYTES];
-    b->health_ms = ts_now_ms() + HEALTH_MS;
-    if (ts_gpu_health(b->gpu, why, sizeof why) != TS_OK)
-        lose(b, why);
+    x->health_ms = ts_now_ms() + HEALTH_MS;
+    if (ts_gpu_health(x->gpu, why, sizeof why) != TS_OK)
+        device_lost(x, why);
 }
 
-/* Waits for something to do; returns false when all is done and the batch is to end. */
-static bool await(ts_gpu_batch *b)
+/* Waits for something to do; returns false when all is done and the executor is to end. */
+static bool await(ts_gpu_executor *x)
 {
     bool ends, slow = false;
-    pthread_mutex_lock(&b->lock);
-    uint64_t until = look_for_late(b); /* also where there is always something else to do */
-    while (b->head == NULL && !b->landed && !slow &&
-           !(b->stop && b->flights == NULL && b->held == NULL)) {
-        const bool late = wait_until(b, until < b->health_ms ? until : b->health_ms);
-        slow = late && (b->held != NULL || ts_now_ms() >= b->health_ms);
-        until = look_for_late(b);
+    pthread_mutex_lock(&x->lock);
+    uint64_t until = look_for_late(x); /* also where there is always something else to do */
+    while (x->head == NULL && !x->completed && !slow &&
+           !(x->stop && x->launched == NULL && x->held == NULL)) {
+        const bool late = wait_until(x, until < x->health_ms ? until : x->health_ms);
+        slow = late && (x->held != NULL || ts_now_ms() >= x->health_ms);
+        until = look_for_late(x);
     }
-    *b->held_end = b->head;
-    if (b->head != NULL)
-        b->held_end = b->tail;
-    b->head = NULL;
-    b->tail = &b->head;
-    b->landed = false;
-    ends = b->stop && b->flights == NULL && b->held == NULL;
-    pthread_mutex_unlock(&b->lock);
+    *x->held_end = x->head;
+    if (x->head != NULL)
+        x->held_end = x->tail;
+    x->head = NULL;
+    x->tail = &x->head;
+    x->completed = false;
+    ends = x->stop && x->launched == NULL && x->held == NULL;
+    pthread_mutex_unlock(&x->lock);
     return !ends;
 }
 
 static void *batch_main(void *arg)
 {
-    ts_gpu_batch *b = arg;
-    check_health(b); /* makes the device this thread's */
-    while (await(b)) {
-        launch_all(b);
-        if (ts_now_ms() >= b->health_ms)
-            check_health(b);
+    ts_gpu_executor *x = arg;
+    check_health(x); /* makes the device this thread's */
+    while (await(x)) {
+        launch_all(x);
+        if (ts_now_ms() >= x->health_ms)
+            check_health(x);
     }
     return NULL;
 }
 
 /* ---- public ---- */
 
-ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
-                           void (*failed)(const char *why), ts_gpu_batch **out, char *why,
-                           size_t why_bytes)
+ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
+                              void (*failed)(const char *why), ts_gpu_executor **out, char *why,
+                              size_t why_bytes)
 {
     *out = NULL;
-    ts_gpu_batch *b = calloc(1, sizeof *b);
+    ts_gpu_executor *x = calloc(1, sizeof *x);
     size_t bytes = (sessions * sizeof(uint32_t) + 4095) / 4096 * 4096;
     void *words = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (b == NULL || words == MAP_FAILED) {
+    if (x == NULL || words == MAP_FAILED) {
         snprintf(why, why_bytes, "no memory for the words of %u sessions", sessions);
         goto fail;
     }
     void *there;
     if (ts_gpu_pin(gpu, words, bytes, &there, why, why_bytes) != TS_OK)
         goto fail;
-    b->gpu = gpu;
-    b->submit_ms = submit_ms;
-    b->failed = failed;
-    b->tail = &b->head;
-    b->held_end = &b->held;
-    b->words = words;
-    b->words_there = there;
-    b->words_bytes = bytes;
+    x->gpu = gpu;
+    x->submit_ms = submit_ms;
+    x->failed = failed;
+    x->tail = &x->head;
+    x->held_end = &x->held;
+    x->words = words;
+    x->words_there = there;
+    x->words_bytes = bytes;
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_mutex_init(&b->lock, NULL);
-    pthread_cond_init(&b->event, &attributes);
+    pthread_mutex_init(&x->lock, NULL);
+    pthread_cond_init(&x->event, &attributes);
     pthread_condattr_destroy(&attributes);
-    if (pthread_create(&b->thread, NULL, batch_main, b) != 0) {
+    if (pthread_create(&x->thread, NULL, batch_main, x) != 0) {
         snprintf(why, why_bytes, "no thread for a GPU");
         ts_gpu_unpin_unmap(gpu, words, bytes);
-        free(b);
+        free(x);
         return TS_ENOMEM;
     }
-    *out = b;
+    *out = x;
     return TS_OK;
 fail:
     if (words != MAP_FAILED)
         munmap(words, bytes);
-    free(b);
+    free(x);
     return TS_ENOMEM;
 }
 
-void ts_gpu_batch_free(ts_gpu_batch *b)
+void ts_gpu_executor_free(ts_gpu_executor *x)
 {
-    if (b == NULL)
+    if (x == NULL)
         return;
-    pthread_mutex_lock(&b->lock);
-    b->stop = true;
-    pthread_cond_signal(&b->event);
-    pthread_mutex_unlock(&b->lock);
-    pthread_join(b->thread, NULL);
-    ts_gpu_unpin_unmap(b->gpu, b->words, b->words_bytes);
-    pthread_cond_destroy(&b->event);
-    pthread_mutex_destroy(&b->lock);
-    free(b->parts);
-    free(b->signals);
-    free(b);
+    pthread_mutex_lock(&x->lock);
+    x->stop = true;
+    pthread_cond_signal(&x->event);
+    pthread_mutex_unlock(&x->lock);
+    pthread_join(x->thread, NULL);
+    ts_gpu_unpin_unmap(x->gpu, x->words, x->words_bytes);
+    pthread_cond_destroy(&x->event);
+    pthread_mutex_destroy(&x->lock);
+    free(x->parts);
+    free(x->signals);
+    free(x);
 }
 
-void ts_gpu_batch_submit(ts_gpu_batch *b, ts_job *job)
+void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)
 {
     job->next = NULL;
-    job->deadline_ms = ts_now_ms() + b->submit_ms;
-    pthread_mutex_lock(&b->lock);
-    *b->tail = job;
-    b->tail = &job->next;
-    pthread_cond_signal(&b->event);
-    pthread_mutex_unlock(&b->lock);
+    job->deadline_ms = ts_now_ms() + x->submit_ms;
+    pthread_mutex_lock(&x->lock);
+    *x->tail = job;
+    x->tail = &job->next;
+    pthread_cond_signal(&x->event);
+    pthread_mutex_unlock(&x->lock);
 }
 
-void ts_gpu_batch_word(ts_gpu_batch *b, uint32_t session, uint32_t **word, uint32_t **word_there)
+void ts_gpu_executor_word(ts_gpu_executor *x, uint32_t session, uint32_t **word,
+                          uint32_t **word_there)
 {
-    *word = b->words + session;
-    *word_there = b->words_there + session;
+    *word = x->words + session;
+    *word_there = x->words_there + session;
 }
 
-void ts_gpu_batch_counts(const ts_gpu_batch *b, uint64_t *runs, uint64_t *launches)
+void ts_gpu_executor_counts(const ts_gpu_executor *x, uint64_t *runs, uint64_t *launches)
 {
-    *runs = atomic_load_explicit(&b->runs, memory_order_relaxed);
-    *launches = atomic_load_explicit(&b->launches, memory_order_relaxed);
+    *runs = atomic_load_explicit(&x->runs, memory_order_relaxed);
+    *launches = atomic_load_explicit(&x->launches, memory_order_relaxed);
 }

@@ -16,7 +16,7 @@
 #include "gpu.h"
 #include "host_executor.h"
 
-typedef struct ts_gpu_batch ts_gpu_batch;
+typedef struct ts_gpu_executor ts_gpu_executor;
 
 /*
  * A worker has submit_ms to submit a run that it has asked for; after that the run fails with
@@ -24,21 +24,21 @@ typedef struct ts_gpu_batch ts_gpu_batch;
  * `failed` is told once when the device is lost, on any thread; every job fails from then on.
  * sessions: how many words for ordered runs there are. A sentence in `why` if that can't be.
  */
-ts_status ts_gpu_batch_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
-                           void (*failed)(const char *why), ts_gpu_batch **out, char *why,
-                           size_t why_bytes);
+ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
+                              void (*failed)(const char *why), ts_gpu_executor **out, char *why,
+                              size_t why_bytes);
 
 /* Lets every waiting launch go on, finishes what was submitted, then ends. */
-void ts_gpu_batch_free(ts_gpu_batch *batch);
+void ts_gpu_executor_free(ts_gpu_executor *executor);
 
-/* The job is the batch's until it calls done. */
-void ts_gpu_batch_submit(ts_gpu_batch *batch, ts_job *job);
+/* The job is the executor's until it calls done. */
+void ts_gpu_executor_submit(ts_gpu_executor *executor, ts_job *job);
 
 /* The word in which a session's completed runs are counted, here and on the device. */
-void ts_gpu_batch_word(ts_gpu_batch *batch, uint32_t session, uint32_t **word,
-                       uint32_t **word_there);
+void ts_gpu_executor_word(ts_gpu_executor *executor, uint32_t session, uint32_t **word,
+                          uint32_t **word_there);
 
 /* Attends done so far, and the kernel calls that took. Any thread. */
-void ts_gpu_batch_counts(const ts_gpu_batch *batch, uint64_t *runs, uint64_t *launches);
+void ts_gpu_executor_counts(const ts_gpu_executor *executor, uint64_t *runs, uint64_t *launches);
 
 #endif

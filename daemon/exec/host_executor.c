@@ -12,7 +12,7 @@
 #define COPY_BYTES (4u << 20) /* that are copied between two looks at who waits */
 #define STAMPS 4096u          /* of tenants and of sessions; some may share one */
 
-struct ts_batch {
+struct ts_host_executor {
     ts_attention *attention;
     double long_work; /* multiplications beyond which an attend is long */
     pthread_t thread;
@@ -74,7 +74,7 @@ static void tell(ts_job *job, ts_status status)
 }
 
 /* Runs jobs that are alike (linked by `next`) as one call, and tells them. */
-static void launch(ts_batch *b, ts_job *like)
+static void launch(ts_host_executor *b, ts_job *like)
 {
     ts_attention_call call = call_of(like);
     size_t total = 0;
@@ -110,7 +110,7 @@ static void launch(ts_batch *b, ts_job *like)
     }
 }
 
-bool ts_batch_try_run(ts_batch *b, ts_job *jobs)
+bool ts_host_executor_try_run(ts_host_executor *b, ts_job *jobs)
 {
     if (pthread_mutex_trylock(&b->running) != 0)
         return false;
@@ -135,13 +135,13 @@ bool ts_batch_try_run(ts_batch *b, ts_job *jobs)
 /* Whether the long job that is being done makes way. Kernels' threads ask. */
 static bool makes_way(void *arg)
 {
-    ts_batch *b = arg;
+    ts_host_executor *b = arg;
     return atomic_load_explicit(&b->others, memory_order_relaxed) &&
            ts_now_ns() >= atomic_load_explicit(&b->turn_ends_ns, memory_order_relaxed);
 }
 
 /* Goes on with an attend. False: it made way. */
-static bool attend_on(ts_batch *b, ts_job *job, ts_status *status)
+static bool attend_on(ts_host_executor *b, ts_job *job, ts_status *status)
 {
     ts_attention_call call = call_of(job);
     bool done = true;
@@ -161,7 +161,7 @@ static bool attend_on(ts_batch *b, ts_job *job, ts_status *status)
 }
 
 /* Goes on with copies. Each is needed before its step's first run, which comes later. */
-static bool copy_on(ts_batch *b, ts_job *job, ts_status *status)
+static bool copy_on(ts_host_executor *b, ts_job *job, ts_status *status)
 {
     size_t bytes = ts_geometry_block_bytes(&job->geometry);
     uint32_t most = bytes >= COPY_BYTES ? 1 : (uint32_t)(COPY_BYTES / bytes);
@@ -179,7 +179,7 @@ static bool copy_on(ts_batch *b, ts_job *job, ts_status *status)
 /* ---- turns ---- */
 
 /* Takes the job at *at out of those that wait. */
-static ts_job *take(ts_batch *b, ts_job **at)
+static ts_job *take(ts_host_executor *b, ts_job **at)
 {
     ts_job *job = *at;
     *at = job->next;
@@ -190,7 +190,7 @@ static ts_job *take(ts_batch *b, ts_job **at)
 }
 
 /* Whether it is a's turn before b's, which came earlier. */
-static bool comes_before(const ts_batch *b, const ts_job *x, const ts_job *y)
+static bool comes_before(const ts_host_executor *b, const ts_job *x, const ts_job *y)
 {
     uint64_t x_tenant = b->tenant_turns[x->tenant % STAMPS];
     uint64_t y_tenant = b->tenant_turns[y->tenant % STAMPS];
@@ -200,7 +200,7 @@ static bool comes_before(const ts_batch *b, const ts_job *x, const ts_job *y)
 }
 
 /* The place of the job whose turn it is; one that was dropped comes first. */
-static ts_job **next_at(ts_batch *b)
+static ts_job **next_at(ts_host_executor *b)
 {
     ts_job **best = &b->head;
     for (ts_job **at = &b->head; *at != NULL; at = &(*at)->next) {
@@ -213,7 +213,7 @@ static ts_job **next_at(ts_batch *b)
 }
 
 /* Takes those that wait and can be done in one call with `first`, as far as that isn't long. */
-static void take_alike(ts_batch *b, ts_job *first)
+static void take_alike(ts_host_executor *b, ts_job *first)
 {
     ts_job **like_tail = &first->next;
     double work = ts_job_work(first);
@@ -232,7 +232,7 @@ static void take_alike(ts_batch *b, ts_job *first)
     }
 }
 
-static bool others_wait(const ts_batch *b, uint32_t session)
+static bool others_wait(const ts_host_executor *b, uint32_t session)
 {
     const ts_job *job = b->head;
     while (job != NULL && job->session == session)
@@ -241,7 +241,7 @@ static bool others_wait(const ts_batch *b, uint32_t session)
 }
 
 /* Has one turn: the next job, or those alike. With both locks, which it gives back in between. */
-static void have_turn(ts_batch *b)
+static void have_turn(ts_host_executor *b)
 {
     ts_job *job = take(b, next_at(b));
     bool dropped = is_dropped(job);
@@ -277,7 +277,7 @@ static void have_turn(ts_batch *b)
 
 static void *batch_main(void *arg)
 {
-    ts_batch *b = arg;
+    ts_host_executor *b = arg;
     pthread_mutex_lock(&b->lock);
     for (;;) {
         while (b->head == NULL && !b->stop)
@@ -295,9 +295,9 @@ static void *batch_main(void *arg)
     return NULL;
 }
 
-ts_batch *ts_batch_new(ts_attention *attention)
+ts_host_executor *ts_host_executor_new(ts_attention *attention)
 {
-    ts_batch *b = calloc(1, sizeof *b);
+    ts_host_executor *b = calloc(1, sizeof *b);
     if (b == NULL)
         return NULL;
     b->attention = attention;
@@ -313,7 +313,7 @@ ts_batch *ts_batch_new(ts_attention *attention)
     return b;
 }
 
-void ts_batch_free(ts_batch *b)
+void ts_host_executor_free(ts_host_executor *b)
 {
     if (b == NULL)
         return;
@@ -329,7 +329,7 @@ void ts_batch_free(ts_batch *b)
     free(b);
 }
 
-void ts_batch_submit(ts_batch *b, ts_job *job)
+void ts_host_executor_submit(ts_host_executor *b, ts_job *job)
 {
     job->next = NULL;
     pthread_mutex_lock(&b->lock);
@@ -341,13 +341,13 @@ void ts_batch_submit(ts_batch *b, ts_job *job)
     pthread_mutex_unlock(&b->lock);
 }
 
-void ts_batch_counts(const ts_batch *b, uint64_t *runs, uint64_t *launches)
+void ts_host_executor_counts(const ts_host_executor *b, uint64_t *runs, uint64_t *launches)
 {
     *runs = atomic_load_explicit(&b->runs, memory_order_relaxed);
     *launches = atomic_load_explicit(&b->launches, memory_order_relaxed);
 }
 
-uint64_t ts_batch_pauses(const ts_batch *b)
+uint64_t ts_host_executor_pauses(const ts_host_executor *b)
 {
     return atomic_load_explicit(&b->pauses, memory_order_relaxed);
 }

@@ -8,7 +8,7 @@
  * - Tenants have their turn one after another, and a tenant's sessions.
  * - A job that is dropped (nobody wants its results any more) ends at the next of its items.
  *
- * Thread: the engine's owner submits and drops; `done` is called on the batch's own.
+ * Thread: the engine's owner submits and drops; `done` is called on the executor's own.
  */
 #ifndef TS_HOST_EXECUTOR_H
 #define TS_HOST_EXECUTOR_H
@@ -29,8 +29,8 @@ typedef struct ts_job {
     struct ts_job *next;
     uint32_t tenant, session; /* indices: whose turn it is */
     bool dropped;             /* atomic; the job's sequences look at it, too */
-    ts_attention_task *task;  /* the batch's: of an attend that has begun and takes long */
-    uint32_t copied;          /* the batch's: copies made */
+    ts_attention_task *task;  /* the executor's: of an attend that has begun and takes long */
+    uint32_t copied;          /* the executor's: copies made */
     ts_geometry geometry;
     unsigned char *base;
     /* copies: num_copies > 0 */
@@ -54,19 +54,19 @@ typedef struct ts_job {
     void (*done)(struct ts_job *job);
 } ts_job;
 
-typedef struct ts_batch ts_batch;
+typedef struct ts_host_executor ts_host_executor;
 
-/* The batch uses `attention` from now on; the caller frees it after the batch. NULL if out of
+/* The executor uses `attention` from now on; the caller frees it after the executor. NULL if out of
  * memory or threads. */
-ts_batch *ts_batch_new(ts_attention *attention);
+ts_host_executor *ts_host_executor_new(ts_attention *attention);
 
 /* Finishes what was submitted, then ends. */
-void ts_batch_free(ts_batch *batch);
+void ts_host_executor_free(ts_host_executor *executor);
 
-/* The job is the batch's until it calls done. */
-void ts_batch_submit(ts_batch *batch, ts_job *job);
+/* The job is the executor's until it calls done. */
+void ts_host_executor_submit(ts_host_executor *executor, ts_job *job);
 
-/* The results of a job that was submitted to the batch aren't wanted any more: `done` is called
+/* The results of a job that was submitted to the executor aren't wanted any more: `done` is called
  * soon, with TS_ECONN unless it was done already. Any thread. */
 static inline void ts_job_drop(ts_job *job)
 {
@@ -78,12 +78,12 @@ double ts_job_work(const ts_job *job);
 
 /* Runs the jobs (linked by `next`, attends alone) here and now, alike ones together; their `done`
  * is called. False, and they are still the caller's: others' are being run. */
-bool ts_batch_try_run(ts_batch *batch, ts_job *jobs);
+bool ts_host_executor_try_run(ts_host_executor *executor, ts_job *jobs);
 
 /* Attends done so far, and the kernel calls that took. Any thread. */
-void ts_batch_counts(const ts_batch *batch, uint64_t *runs, uint64_t *launches);
+void ts_host_executor_counts(const ts_host_executor *executor, uint64_t *runs, uint64_t *launches);
 
 /* How often a long job has made way for others. Any thread. */
-uint64_t ts_batch_pauses(const ts_batch *batch);
+uint64_t ts_host_executor_pauses(const ts_host_executor *executor);
 
 #endif

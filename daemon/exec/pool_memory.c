@@ -74,8 +74,8 @@ static const ts_exec_gpu *open_gpu(ts_exec *x, uint32_t ordinal, char *why, size
     g->exchange_bytes = calloc(TS_TENANTS_MAX, sizeof *g->exchange_bytes);
     if (g->exchange_bytes == NULL) {
         snprintf(why, why_bytes, "no memory for a table of %u tenants", TS_TENANTS_MAX);
-    } else if (ts_gpu_batch_new(g->gpu, x->engine->limits.sessions, x->submit_ms, x->device_failed,
-                                &g->batch, why, why_bytes) == TS_OK) {
+    } else if (ts_gpu_executor_new(g->gpu, x->engine->limits.sessions, x->submit_ms,
+                                   x->device_failed, &g->executor, why, why_bytes) == TS_OK) {
         x->num_gpus++;
         return g;
     }
@@ -400,5 +400,5 @@ ts_status ts_devices_remove(ts_exec *x, uint32_t pool, ts_answer *a)
 void ts_devices_stop(ts_exec *x)
 {
     for (uint32_t i = 0; i < x->num_gpus; i++)
-        ts_gpu_batch_free(x->gpus[i].batch);
+        ts_gpu_executor_free(x->gpus[i].executor);
 }

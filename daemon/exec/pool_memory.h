@@ -14,7 +14,7 @@
  * else took any. Complains of what doesn't fit (config.h). TS_EINVAL: there are problems. */
 ts_status ts_devices_check(ts_config *config);
 
-/* Adds every configured pool to the engine, with its memory and, on a GPU, its batch.
+/* Adds every configured pool to the engine, with its memory and, on a GPU, its executor.
  * What went wrong is logged. */
 ts_status ts_devices_start(ts_exec *exec, const ts_config *config);
 

@@ -48,15 +48,16 @@ typedef struct ts_signals_page {
     ts_gpu *gpu;       /* NULL: not pinned yet */
     ts_signals *there; /* where the GPU finds it */
     uint32_t *done, *done_there;
-    uint32_t ordered;  /* the last run that was asked for; atomic: a batch that ends reads it */
-    ts_gpu_place last; /* the batch's: where run `last_order` was launched by itself, if it was */
+    uint32_t ordered; /* the last run that was asked for; atomic: an executor that ends reads it */
+    ts_gpu_place
+        last; /* the executor's: where run `last_order` was launched by itself, if it was */
     uint32_t last_order;
-    uint32_t waiting; /* the batch's: launches that wait for the worker */
+    uint32_t waiting; /* the executor's: launches that wait for the worker */
 } ts_signals_page;
 
 ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);
 
-/* Lets the device use the page. `done` (here and there) is the session's word of the batch. */
+/* Lets the device use the page. `done` (here and there) is the session's word of the executor. */
 ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
                            char *why, size_t why_bytes);
 

@@ -167,11 +167,11 @@ static void submit(ts_exec *x, step_job *j)
         j->next_live->at_live = &j->next_live;
     x->live_jobs = j;
     if (j->gpu != NULL)
-        ts_gpu_batch_submit(j->gpu->batch, &j->job);
+        ts_gpu_executor_submit(j->gpu->executor, &j->job);
     else if (j->completion.submit != NULL)
         j->completion.submit(&j->completion, &j->job);
     else
-        ts_batch_submit(x->batch, &j->job);
+        ts_host_executor_submit(x->host, &j->job);
 }
 
 bool ts_step_work_copy(ts_exec *x, const ts_completion *completion, const ts_answer *a)
@@ -272,7 +272,7 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
             return false;
         }
         uint32_t *done, *done_there;
-        ts_gpu_batch_word(gpu->batch, (uint32_t)run->session, &done, &done_there);
+        ts_gpu_executor_word(gpu->executor, (uint32_t)run->session, &done, &done_there);
         status = ts_signals_reach(m->signals, gpu->gpu, done, done_there, why, sizeof why);
     }
     if (status != TS_OK)

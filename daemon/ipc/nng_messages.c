@@ -63,7 +63,7 @@ static void turn_away(slot *s)
 static void run_request(ts_work *work, void *service)
 {
     slot *s = (slot *)work;
-    ts_transport *t = s->transport;
+    ts_nng_server *t = s->server;
     connection *c = s->c;
     work->run = ts_service_request; /* if it must wait it is run again */
     ts_service_request(work, service);
@@ -75,7 +75,7 @@ static void run_request(ts_work *work, void *service)
 }
 
 /* A whole message has come. False: it is no request, or there is no memory for it. */
-static bool on_message(ts_transport *t, connection *c)
+static bool on_message(ts_nng_server *t, connection *c)
 {
     slot *s = calloc(1, sizeof *s);
     size_t backtrace = ts_sp_backtrace(c->content, c->content_bytes);
@@ -83,7 +83,7 @@ static bool on_message(ts_transport *t, connection *c)
         free(s);
         return false;
     }
-    s->transport = t;
+    s->server = t;
     s->c = c;
     s->bytes = c->content_bytes;
     s->backtrace_bytes = backtrace;
@@ -117,7 +117,7 @@ static bool on_message(ts_transport *t, connection *c)
 typedef enum progress { MORE, NOTHING_YET, OVER } progress;
 
 /* Receives up to `bytes`; *came counts them. */
-static progress receive(const ts_transport *t, connection *c, void *to, size_t bytes, size_t *came)
+static progress receive(const ts_nng_server *t, connection *c, void *to, size_t bytes, size_t *came)
 {
     ssize_t n;
     ts_hurry_begin(&t->hurry);
@@ -134,7 +134,7 @@ static progress receive(const ts_transport *t, connection *c, void *to, size_t b
 
 /* Room for the content of a message whose head has come. NOTHING_YET: the uid has too much in
  * progress. */
-static progress begin_content(ts_transport *t, connection *c)
+static progress begin_content(ts_nng_server *t, connection *c)
 {
     uint64_t bytes;
     if (!ts_sp_length(c->head, &bytes) || bytes < 4 ||
@@ -160,7 +160,7 @@ static progress begin_content(ts_transport *t, connection *c)
 }
 
 /* Reads on in what is coming: the greeting, a head, or a content. */
-static progress read_on(ts_transport *t, connection *c)
+static progress read_on(ts_nng_server *t, connection *c)
 {
     size_t came = 0;
     uint32_t head = c->greeted ? TS_SP_HEAD_BYTES : TS_SP_GREETING_BYTES;
@@ -191,7 +191,7 @@ static progress read_on(ts_transport *t, connection *c)
 
 /* Whether the uid has the turn; if it is for the engine to go on first, the connection is paused.
  */
-static bool has_turn(const ts_transport *t, connection *c)
+static bool has_turn(const ts_nng_server *t, connection *c)
 {
     holding *h = c->holding;
     if (h->turn != t->turn) {
@@ -206,7 +206,7 @@ static bool has_turn(const ts_transport *t, connection *c)
     return !c->paused && h->given < MESSAGES_PER_TURN;
 }
 
-static bool may_read(ts_transport *t, connection *c)
+static bool may_read(ts_nng_server *t, connection *c)
 {
     pthread_mutex_lock(&t->lock);
     bool may = !c->doomed && !c->paused && !c->told_off && c->requests < TS_PEER_REQUESTS &&
@@ -215,7 +215,7 @@ static bool may_read(ts_transport *t, connection *c)
     return may;
 }
 
-void ts_nng_on_readable(ts_transport *t, connection *c)
+void ts_nng_on_readable(ts_nng_server *t, connection *c)
 {
     progress p = MORE;
     while (p == MORE && may_read(t, c))

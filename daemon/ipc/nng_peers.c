@@ -17,7 +17,7 @@
 
 /* ---- connections; under the lock ---- */
 
-holding *ts_nng_holding_of(ts_transport *t, uint32_t uid)
+holding *ts_nng_holding_of(ts_nng_server *t, uint32_t uid)
 {
     holding *h = t->holdings;
     while (h != NULL && h->uid != uid)
@@ -32,7 +32,7 @@ holding *ts_nng_holding_of(ts_transport *t, uint32_t uid)
     return h;
 }
 
-void ts_nng_leave_holding(ts_transport *t, holding *h)
+void ts_nng_leave_holding(ts_nng_server *t, holding *h)
 {
     if (--h->connections > 0)
         return;
@@ -43,7 +43,7 @@ void ts_nng_leave_holding(ts_transport *t, holding *h)
     free(h);
 }
 
-connection *ts_nng_find(ts_transport *t, uint32_t pipe)
+connection *ts_nng_find(ts_nng_server *t, uint32_t pipe)
 {
     connection *c = t->buckets[pipe % BUCKETS];
     while (c != NULL && c->pipe != pipe)
@@ -51,7 +51,7 @@ connection *ts_nng_find(ts_transport *t, uint32_t pipe)
     return c;
 }
 
-void ts_nng_unref(ts_transport *t, connection *c)
+void ts_nng_unref(ts_nng_server *t, connection *c)
 {
     if (--c->refs > 0)
         return;
@@ -60,7 +60,7 @@ void ts_nng_unref(ts_transport *t, connection *c)
 }
 
 /* Has epoll look for what the connection can do now. */
-void ts_nng_look_for(ts_transport *t, connection *c)
+void ts_nng_look_for(ts_nng_server *t, connection *c)
 {
     bool full =
         c->requests >= TS_PEER_REQUESTS || c->first_unsent != NULL || c->paused || c->told_off;
@@ -72,7 +72,7 @@ void ts_nng_look_for(ts_transport *t, connection *c)
     (void)epoll_ctl(t->epoll, EPOLL_CTL_MOD, c->socket.fd, &event);
 }
 
-void ts_nng_wake(const ts_transport *t)
+void ts_nng_wake(const ts_nng_server *t)
 {
     uint64_t one = 1;
     while (write(t->wake.fd, &one, sizeof one) < 0 && errno == EINTR)
@@ -80,7 +80,7 @@ void ts_nng_wake(const ts_transport *t)
 }
 
 /* The connection is to end; the thread does it. */
-void ts_nng_doom(ts_transport *t, connection *c)
+void ts_nng_doom(ts_nng_server *t, connection *c)
 {
     if (c->doomed)
         return;
@@ -90,7 +90,7 @@ void ts_nng_doom(ts_transport *t, connection *c)
     ts_nng_wake(t);
 }
 
-void ts_nng_give_back_request_bytes(ts_transport *t, holding *h, size_t bytes)
+void ts_nng_give_back_request_bytes(ts_nng_server *t, holding *h, size_t bytes)
 {
     h->request_bytes -= bytes;
     if (bytes > 0 && h->paused > 0)
@@ -98,7 +98,7 @@ void ts_nng_give_back_request_bytes(ts_transport *t, holding *h, size_t bytes)
 }
 
 /* Reads the connections again that waited for room. */
-void ts_nng_resume_paused(ts_transport *t)
+void ts_nng_resume_paused(ts_nng_server *t)
 {
     bool any = false;
     for (holding *h = t->holdings; h != NULL && !any; h = h->next)
@@ -117,7 +117,7 @@ void ts_nng_resume_paused(ts_transport *t)
 /* ---- answers; under the lock ---- */
 
 /* Sends what waits, as far as the peer takes it. */
-void ts_nng_send_unsent(ts_transport *t, connection *c)
+void ts_nng_send_unsent(ts_nng_server *t, connection *c)
 {
     for (unsent *u; (u = c->first_unsent) != NULL;) {
         ssize_t n =
@@ -142,7 +142,7 @@ void ts_nng_send_unsent(ts_transport *t, connection *c)
 }
 
 /* Sends an answer, or as much as the peer takes now; the rest waits. */
-static void send_answer(ts_transport *t, const slot *s, const void *reply, size_t bytes)
+static void send_answer(ts_nng_server *t, const slot *s, const void *reply, size_t bytes)
 {
     connection *c = s->c;
     uint8_t head[TS_SP_HEAD_BYTES];
@@ -184,7 +184,7 @@ static void send_answer(ts_transport *t, const slot *s, const void *reply, size_
  * last one: the peer ends the connection when it has read this, or its time ends it. */
 void ts_nng_answer(slot *s, const void *reply, size_t bytes, bool last)
 {
-    ts_transport *t = s->transport;
+    ts_nng_server *t = s->server;
     connection *c = s->c;
     if (s->request.message != NULL)
         tspb__request__free_unpacked(s->request.message, NULL);
@@ -204,6 +204,6 @@ void ts_nng_answer(slot *s, const void *reply, size_t bytes, bool last)
 void ts_nng_send_reply(ts_request *request, const void *reply, size_t bytes)
 {
     slot *s = (slot *)request;
-    ts_latency_add(&s->transport->service->message_times, ts_now_ns() - request->received_ns);
+    ts_latency_add(&s->server->service->message_times, ts_now_ns() - request->received_ns);
     ts_nng_answer(s, reply, bytes, false);
 }

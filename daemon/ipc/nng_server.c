@@ -35,14 +35,14 @@ static ts_pipe_event *end_event(uint32_t pipe)
     return event;
 }
 
-static bool watch(ts_transport *t, source *source)
+static bool watch(ts_nng_server *t, source *source)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = source};
     return epoll_ctl(t->epoll, EPOLL_CTL_ADD, source->fd, &event) == 0;
 }
 
 /* Ends the connection: its descriptors, what has come of a message, what it has not read. */
-static void end(ts_transport *t, connection *c)
+static void end(ts_nng_server *t, connection *c)
 {
     bool told = c->refusal == NULL;
     ts_hurry_begin(&t->hurry);
@@ -80,7 +80,7 @@ static void end(ts_transport *t, connection *c)
 }
 
 /* Ends those that are to end. */
-static void end_doomed(ts_transport *t)
+static void end_doomed(ts_nng_server *t)
 {
     pthread_mutex_lock(&t->lock);
     connection *c = t->ended;
@@ -93,7 +93,7 @@ static void end_doomed(ts_transport *t)
 }
 
 /* Lets the connection in, or has it told why not. False: neither can be done. */
-static bool enter(ts_transport *t, connection *c)
+static bool enter(ts_nng_server *t, connection *c)
 {
     char why[TS_MESSAGE_BYTES];
     bool ok = true;
@@ -125,7 +125,7 @@ static bool enter(ts_transport *t, connection *c)
 }
 
 /* False: there is no other now. */
-static bool accept_one(ts_transport *t)
+static bool accept_one(ts_nng_server *t)
 {
     int fd = accept4(t->listener.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) {
@@ -188,13 +188,13 @@ static void run_tick(ts_work *work, void *service)
 }
 
 /* It isn't the client that is slow: its messages wait, or waited a moment ago, for its user's. */
-static bool is_held(const ts_transport *t, const connection *c, uint64_t now_ms)
+static bool is_held(const ts_nng_server *t, const connection *c, uint64_t now_ms)
 {
     return c->paused || now_ms < c->held_ms + t->options.idle_ms;
 }
 
 /* Ends what has had its time. */
-static void on_tick(ts_transport *t, uint64_t now_ms)
+static void on_tick(ts_nng_server *t, uint64_t now_ms)
 {
     uint32_t idle_ms = t->options.idle_ms;
     pthread_mutex_lock(&t->lock);
@@ -220,7 +220,7 @@ static void on_tick(ts_transport *t, uint64_t now_ms)
     }
 }
 
-static void on_event(ts_transport *t, const source *s, uint32_t events)
+static void on_event(ts_nng_server *t, const source *s, uint32_t events)
 {
     connection *c = s->c;
     switch (s->kind) {
@@ -260,7 +260,7 @@ static void on_event(ts_transport *t, const source *s, uint32_t events)
 
 static void *transport_main(void *arg)
 {
-    ts_transport *t = arg;
+    ts_nng_server *t = arg;
     struct epoll_event events[EPOLL_BATCH];
     uint64_t next_tick = ts_now_ms() + TICK_MS;
     if (!t->refuses && !ts_hurry_init(&t->hurry))
@@ -283,10 +283,10 @@ static void *transport_main(void *arg)
 
 /* ---- life ---- */
 
-ts_status ts_transport_start(ts_service *service, const ts_transport_options *o, ts_transport **out,
-                             char *why, size_t why_bytes)
+ts_status ts_nng_server_start(ts_service *service, const ts_nng_server_options *o,
+                              ts_nng_server **out, char *why, size_t why_bytes)
 {
-    ts_transport *t = calloc(1, sizeof *t);
+    ts_nng_server *t = calloc(1, sizeof *t);
     *out = t;
     if (t == NULL) {
         snprintf(why, why_bytes, "no memory for the daemon's socket");
@@ -305,12 +305,12 @@ ts_status ts_transport_start(ts_service *service, const ts_transport_options *o,
     if (t->wake.fd >= 0 && t->epoll >= 0 && watch(t, &t->wake))
         return TS_OK;
     snprintf(why, why_bytes, "no descriptors for the daemon's socket: %s", strerror(errno));
-    ts_transport_free(t);
+    ts_nng_server_free(t);
     *out = NULL;
     return TS_ENOMEM;
 }
 
-ts_status ts_transport_listen(ts_transport *t, char *why, size_t why_bytes)
+ts_status ts_nng_server_listen(ts_nng_server *t, char *why, size_t why_bytes)
 {
     t->listener.fd = ts_unix_listen(t->path, SOCK_STREAM, t->options.mode);
     t->refuses = t->listener.fd >= 0 && ts_passed_refuse(t->listener.fd);
@@ -323,7 +323,7 @@ ts_status ts_transport_listen(ts_transport *t, char *why, size_t why_bytes)
     return TS_OK;
 }
 
-void ts_transport_end(ts_transport *t, uint32_t pipe, bool idle)
+void ts_nng_server_end(ts_nng_server *t, uint32_t pipe, bool idle)
 {
     pthread_mutex_lock(&t->lock);
     connection *c = ts_nng_find(t, pipe);
@@ -332,7 +332,7 @@ void ts_transport_end(ts_transport *t, uint32_t pipe, bool idle)
     pthread_mutex_unlock(&t->lock);
 }
 
-void ts_transport_stop(ts_transport *t)
+void ts_nng_server_stop(ts_nng_server *t)
 {
     if (t == NULL || !t->runs)
         return;
@@ -344,7 +344,7 @@ void ts_transport_stop(ts_transport *t)
     ts_queue_flush(&t->service->exec.queue); /* the tick that may be out is not touched any more */
 }
 
-void ts_transport_free(ts_transport *t)
+void ts_nng_server_free(ts_nng_server *t)
 {
     if (t == NULL)
         return;

@@ -19,7 +19,7 @@
  * - A uid has so many connections, and the last ones are for operators (peer_limits.h).
  *
  * Thread: started and stopped by main, has one of its own. Any thread may answer a request and call
- * ts_transport_end.
+ * ts_nng_server_end.
  */
 #ifndef TS_NNG_SERVER_H
 #define TS_NNG_SERVER_H
@@ -30,31 +30,31 @@
 #define TS_PEER_REQUESTS 16u
 #define TS_UID_BYTES (64u << 20)
 
-typedef struct ts_transport ts_transport;
+typedef struct ts_nng_server ts_nng_server;
 
-typedef struct ts_transport_options {
+typedef struct ts_nng_server_options {
     const char *path; /* of the socket */
     uint32_t mode;    /* of its file */
     uint32_t connections_max, tenant_connections_max;
     uint32_t idle_ms;
     size_t message_bytes; /* a longer message ends its connection */
-} ts_transport_options;
+} ts_nng_server_options;
 
 /* Makes what listens later. A sentence in `why` if that can't be done. */
-ts_status ts_transport_start(ts_service *service, const ts_transport_options *options,
-                             ts_transport **out, char *why, size_t why_bytes);
+ts_status ts_nng_server_start(ts_service *service, const ts_nng_server_options *options,
+                              ts_nng_server **out, char *why, size_t why_bytes);
 
 /* Listens: when all else that clients use is there. */
-ts_status ts_transport_listen(ts_transport *transport, char *why, size_t why_bytes);
+ts_status ts_nng_server_listen(ts_nng_server *server, char *why, size_t why_bytes);
 
 /* Ends the connection soon; if for being idle, not one whose messages wait for their turn. */
-void ts_transport_end(ts_transport *transport, uint32_t pipe, bool idle);
+void ts_nng_server_end(ts_nng_server *server, uint32_t pipe, bool idle);
 
 /* Receives and sends nothing more; connections stay. While the service still runs, which may answer
  * what was received before: such answers go nowhere. */
-void ts_transport_stop(ts_transport *transport);
+void ts_nng_server_stop(ts_nng_server *server);
 
 /* Ends the connections. After the service has answered all requests. */
-void ts_transport_free(ts_transport *transport);
+void ts_nng_server_free(ts_nng_server *server);
 
 #endif

@@ -75,7 +75,7 @@ struct connection {
 /* One request in progress. */
 typedef struct slot {
     ts_request request; /* first: the service hands it back */
-    ts_transport *transport;
+    ts_nng_server *server;
     connection *c;
     size_t bytes; /* that it is charged with */
     uint8_t backtrace[TS_SP_BACKTRACE_BYTES];
@@ -89,9 +89,9 @@ typedef struct tick {
     atomic_bool out; /* the engine has it */
 } tick;
 
-struct ts_transport {
+struct ts_nng_server {
     ts_service *service;
-    ts_transport_options options;
+    ts_nng_server_options options;
     char path[128];
     pthread_t thread;
     bool runs;
@@ -112,29 +112,29 @@ struct ts_transport {
     uint32_t next_pipe, turned_away;
 };
 
-holding *ts_nng_holding_of(ts_transport *t, uint32_t uid);
+holding *ts_nng_holding_of(ts_nng_server *t, uint32_t uid);
 
-void ts_nng_leave_holding(ts_transport *t, holding *h);
+void ts_nng_leave_holding(ts_nng_server *t, holding *h);
 
-connection *ts_nng_find(ts_transport *t, uint32_t pipe);
+connection *ts_nng_find(ts_nng_server *t, uint32_t pipe);
 
-void ts_nng_unref(ts_transport *t, connection *c);
+void ts_nng_unref(ts_nng_server *t, connection *c);
 
 /* Has epoll look for what the connection can do now. */
-void ts_nng_look_for(ts_transport *t, connection *c);
+void ts_nng_look_for(ts_nng_server *t, connection *c);
 
-void ts_nng_wake(const ts_transport *t);
+void ts_nng_wake(const ts_nng_server *t);
 
 /* The connection is to end; the thread does it. */
-void ts_nng_doom(ts_transport *t, connection *c);
+void ts_nng_doom(ts_nng_server *t, connection *c);
 
-void ts_nng_give_back_request_bytes(ts_transport *t, holding *h, size_t bytes);
+void ts_nng_give_back_request_bytes(ts_nng_server *t, holding *h, size_t bytes);
 
 /* Reads the connections again that waited for room. */
-void ts_nng_resume_paused(ts_transport *t);
+void ts_nng_resume_paused(ts_nng_server *t);
 
 /* Sends what waits, as far as the peer takes it. */
-void ts_nng_send_unsent(ts_transport *t, connection *c);
+void ts_nng_send_unsent(ts_nng_server *t, connection *c);
 
 /* Answers the request (no bytes: not at all), and lets go of it. Nothing more is read if it is the
  * last one: the peer ends the connection when it has read this, or its time ends it. */
@@ -143,6 +143,6 @@ void ts_nng_answer(slot *s, const void *reply, size_t bytes, bool last);
 /* The `send` of a request: on the thread of the engine's owner. */
 void ts_nng_send_reply(ts_request *request, const void *reply, size_t bytes);
 
-void ts_nng_on_readable(ts_transport *t, connection *c);
+void ts_nng_on_readable(ts_nng_server *t, connection *c);
 
 #endif

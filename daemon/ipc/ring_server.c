@@ -246,7 +246,7 @@ void ts_rings_submit(ts_rings *rings, ts_job *job)
     }
     pthread_mutex_unlock(&rings->lock);
     if (!here)
-        ts_batch_submit(rings->service->exec.batch, job);
+        ts_host_executor_submit(rings->service->exec.host, job);
     else if (atomic_load(&rings->sleeps))
         wake(rings);
 }
@@ -329,7 +329,7 @@ static void hand_on(ts_rings *rings, ts_job *jobs)
 {
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
         next = job->next;
-        ts_batch_submit(rings->service->exec.batch, job);
+        ts_host_executor_submit(rings->service->exec.host, job);
     }
 }
 
@@ -339,7 +339,7 @@ static void run_jobs(ts_rings *rings)
     ts_job *jobs = take_jobs(rings);
     if (jobs == NULL)
         return;
-    if (work_of(jobs) > INLINE_WORK || !ts_batch_try_run(rings->service->exec.batch, jobs))
+    if (work_of(jobs) > INLINE_WORK || !ts_host_executor_try_run(rings->service->exec.host, jobs))
         hand_on(rings, jobs);
 }
 
@@ -423,7 +423,7 @@ void ts_rings_stop(ts_rings *rings)
     wake(rings);
     pthread_join(rings->thread, NULL);
     pthread_mutex_lock(&rings->lock);
-    atomic_store(&rings->ended, true); /* what is submitted from now on goes to the batch */
+    atomic_store(&rings->ended, true); /* what is submitted from now on goes to the executor */
     pthread_mutex_unlock(&rings->lock);
     hand_on(rings, take_jobs(rings));
 }

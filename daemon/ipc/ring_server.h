@@ -2,8 +2,8 @@
  * The daemon's side of the rings (proto/rings.h): a thread of its own looks after all of them. It
  * polls those that were used a moment ago, and sleeps on the doorbells of the others. What it finds
  * it hands to the engine's owner like any request; attends of the processor's that have come
- * together by then it runs as one call, unless the batch's thread is at work or they are long: then
- * they join what waits there.
+ * together by then it runs as one call, unless the executor's thread is at work or they are long:
+ * then they join what waits there.
  *
  * A ring gives 8 entries a turn, and at most one of them a run: so a session waits for no more
  * than that from each other session, however much that has submitted.

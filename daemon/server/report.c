@@ -110,10 +110,10 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     r->sessions = s->exec.engine->live_sessions;
     r->requests = s->requests;
     r->refused = s->refused;
-    ts_batch_counts(s->exec.batch, &r->runs, &r->launches);
+    ts_host_executor_counts(s->exec.host, &r->runs, &r->launches);
     for (uint32_t i = 0; i < s->exec.num_gpus; i++) {
         uint64_t runs, launches;
-        ts_gpu_batch_counts(s->exec.gpus[i].batch, &runs, &launches);
+        ts_gpu_executor_counts(s->exec.gpus[i].executor, &runs, &launches);
         r->runs += runs;
         r->launches += launches;
     }

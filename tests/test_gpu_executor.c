@@ -102,7 +102,7 @@ static void on_failure(const char *sentence)
 
 typedef struct rig {
     ts_gpu *gpu;
-    ts_gpu_batch *batch;
+    ts_gpu_executor *executor;
     ts_signals_page *pages[SESSIONS];
 } rig;
 
@@ -113,18 +113,18 @@ static void rig_new(rig *r, uint32_t submit_ms)
     sem_init(&failed, 0, 0);
     alarm(120);
     r->gpu = fake_gpu_new();
-    OK(ts_gpu_batch_new(r->gpu, SESSIONS, submit_ms, on_failure, &r->batch, why, sizeof why));
+    OK(ts_gpu_executor_new(r->gpu, SESSIONS, submit_ms, on_failure, &r->executor, why, sizeof why));
     for (uint32_t i = 0; i < SESSIONS; i++) {
         uint32_t *done, *there;
         OK(ts_signals_new(&r->pages[i], why, sizeof why));
-        ts_gpu_batch_word(r->batch, i, &done, &there);
+        ts_gpu_executor_word(r->executor, i, &done, &there);
         OK(ts_signals_reach(r->pages[i], r->gpu, done, there, why, sizeof why));
     }
 }
 
 static void rig_free(rig *r)
 {
-    ts_gpu_batch_free(r->batch);
+    ts_gpu_executor_free(r->executor);
     for (uint32_t i = 0; i < SESSIONS; i++)
         ts_signals_release(r->pages[i]);
     fake_gpu_free(r->gpu);
@@ -146,16 +146,16 @@ static void jobs_that_are_ready_together_and_alike_become_one_launch(void **stat
         job_init(&jobs[i], NULL, 0);
     jobs[4].job.kernel = TS_KERNEL_V2; /* unlike the others */
     fake_gpu_shut_gate(r.gpu);
-    ts_gpu_batch_submit(r.batch, &jobs[0].job);
-    fake_gpu_await_at_gate(r.gpu); /* the batch's thread stands there while the others come */
+    ts_gpu_executor_submit(r.executor, &jobs[0].job);
+    fake_gpu_await_at_gate(r.gpu); /* the executor's thread stands there while the others come */
     for (int i = 1; i < 6; i++)
-        ts_gpu_batch_submit(r.batch, &jobs[i].job);
+        ts_gpu_executor_submit(r.executor, &jobs[i].job);
     fake_gpu_open_gate(r.gpu);
     for (int i = 0; i < 6; i++)
         await_good(&jobs[i]);
     assert_int_equal(fake_gpu_read(r.gpu).launches, 3); /* 1, then 4 together, and the unlike one */
     uint64_t runs, launches;
-    ts_gpu_batch_counts(r.batch, &runs, &launches);
+    ts_gpu_executor_counts(r.executor, &runs, &launches);
     assert_int_equal(runs, 6);
     assert_int_equal(launches, 3);
     assert_int_equal(fake_gpu_read(r.gpu).kernel, TS_KERNEL_V2);
@@ -172,10 +172,10 @@ static void an_ordered_run_starts_when_it_is_submitted_and_says_when_it_is_done(
     job_init(&first, page, 1);
     job_init(&second, page, 2);
     job_init(&other, NULL, 0);
-    ts_gpu_batch_submit(r.batch, &first.job);
-    ts_gpu_batch_submit(r.batch, &second.job);
+    ts_gpu_executor_submit(r.executor, &first.job);
+    ts_gpu_executor_submit(r.executor, &second.job);
     fake_gpu_await_waiting(r.gpu, 2);
-    ts_gpu_batch_submit(r.batch, &other.job);
+    ts_gpu_executor_submit(r.executor, &other.job);
     await_good(&other); /* held up by nobody */
     assert_false(is_done(&first) || is_done(&second));
     assert_int_equal(page->host->completed, 0);
@@ -200,11 +200,11 @@ static void runs_of_one_session_complete_in_order(void **state)
     submitted(page, 2);
     job_init(&first, page, 1);
     job_init(&second, page, 2);
-    ts_gpu_batch_submit(r.batch, &second.job);
+    ts_gpu_executor_submit(r.executor, &second.job);
     fake_gpu_await_waiting(r.gpu, 1);
     page->host->completed = 77; /* what the worker writes there is nothing to the daemon */
     assert_false(is_done(&second));
-    ts_gpu_batch_submit(r.batch, &first.job);
+    ts_gpu_executor_submit(r.executor, &first.job);
     await_good(&first);
     await_good(&second);
     assert_int_equal(page->host->completed, 2);
@@ -221,7 +221,7 @@ static void runs_that_are_queued_ahead_follow_each_other(void **state)
     ts_signals_page *page = r.pages[0];
     for (uint32_t i = 0; i < 4; i++) {
         job_init(&jobs[i], page, i + 1);
-        ts_gpu_batch_submit(r.batch, &jobs[i].job);
+        ts_gpu_executor_submit(r.executor, &jobs[i].job);
         fake_gpu_await_waiting(r.gpu, i + 1);
     }
     assert_int_equal(fake_gpu_read(r.gpu).words, 5);
@@ -244,13 +244,13 @@ static void workers_that_do_not_submit_take_only_their_share(void **state)
     for (uint32_t s = 0; s < SESSIONS; s++)
         for (uint32_t i = 0; i < 9; i++) {
             job_init(&jobs[s][i], r.pages[s], i + 1);
-            ts_gpu_batch_submit(r.batch, &jobs[s][i].job);
+            ts_gpu_executor_submit(r.executor, &jobs[s][i].job);
             if (s == 0 && i == 8) /* 8 of a session wait on the device, the 9th waits here */
                 fake_gpu_await_waiting(r.gpu, 8);
         }
     fake_gpu_await_waiting(r.gpu, most);
     job_init(&other, NULL, 0);
-    ts_gpu_batch_submit(r.batch, &other.job);
+    ts_gpu_executor_submit(r.executor, &other.job);
     await_good(&other);
     for (uint32_t s = 0; s < SESSIONS; s++)
         submitted(r.pages[s], 9);
@@ -270,11 +270,11 @@ static void not_all_workers_are_waited_for_on_the_device(void **state)
     test_job jobs[SESSIONS], other;
     for (uint32_t s = 0; s < SESSIONS; s++) {
         job_init(&jobs[s], r.pages[s], 1);
-        ts_gpu_batch_submit(r.batch, &jobs[s].job);
+        ts_gpu_executor_submit(r.executor, &jobs[s].job);
     }
     fake_gpu_await_waiting(r.gpu, TS_GPU_LANES / 2);
     job_init(&other, NULL, 0);
-    ts_gpu_batch_submit(r.batch, &other.job);
+    ts_gpu_executor_submit(r.executor, &other.job);
     await_good(&other);
     submitted(r.pages[SESSIONS - 1], 1); /* ready: it needs no lane to wait in */
     await_good(&jobs[SESSIONS - 1]);
@@ -294,14 +294,14 @@ static void a_run_that_is_submitted_too_late_fails_alone(void **state)
     test_job late, next;
     ts_signals_page *page = r.pages[1];
     job_init(&late, page, 1);
-    ts_gpu_batch_submit(r.batch, &late.job);
+    ts_gpu_executor_submit(r.executor, &late.job);
     await_job(&late);
     assert_int_equal(late.job.status, TS_ETIMEOUT);
     assert_string_equal(late.job.why, "the worker did not submit run 1 in time");
     assert_int_equal(page->host->completed, 1); /* nor does the worker's stream wait on */
     submitted(page, 2);
     job_init(&next, page, 2);
-    ts_gpu_batch_submit(r.batch, &next.job);
+    ts_gpu_executor_submit(r.executor, &next.job);
     await_good(&next);
     rig_free(&r);
 }
@@ -316,7 +316,7 @@ static void a_batch_that_ends_lets_go_whoever_waits(void **state)
     for (uint32_t i = 0; i < 10; i++) { /* on the device and here */
         job_init(&jobs[i], page, i + 1);
         __atomic_store_n(&page->ordered, i + 1, __ATOMIC_RELEASE);
-        ts_gpu_batch_submit(r.batch, &jobs[i].job);
+        ts_gpu_executor_submit(r.executor, &jobs[i].job);
     }
     fake_gpu_await_waiting(r.gpu, 8);
     rig_free(&r);
@@ -333,19 +333,19 @@ static void a_lost_device_fails_every_job_and_is_told_once(void **state)
     rig_new(&r, 3600000);
     test_job good, waiting, bad, late;
     job_init(&good, NULL, 0);
-    ts_gpu_batch_submit(r.batch, &good.job);
+    ts_gpu_executor_submit(r.executor, &good.job);
     await_good(&good);
     job_init(&waiting, r.pages[2], 1);
-    ts_gpu_batch_submit(r.batch, &waiting.job);
+    ts_gpu_executor_submit(r.executor, &waiting.job);
     fake_gpu_await_waiting(r.gpu, 1);
     fake_gpu_break(r.gpu);
     job_init(&bad, NULL, 0);
-    ts_gpu_batch_submit(r.batch, &bad.job);
+    ts_gpu_executor_submit(r.executor, &bad.job);
     await_job(&bad);
     assert_int_equal(bad.job.status, TS_EDEVICE);
     assert_string_equal(bad.job.why, "cuda:0 (a fake) failed: cudaErrorFake");
     job_init(&late, r.pages[4], 1); /* fails at once, submitted or not */
-    ts_gpu_batch_submit(r.batch, &late.job);
+    ts_gpu_executor_submit(r.executor, &late.job);
     await_job(&late);
     assert_int_equal(late.job.status, TS_EDEVICE);
     assert_int_equal(r.pages[4]->host->completed, 1);
@@ -368,7 +368,7 @@ static void a_device_that_is_lost_while_nothing_runs_is_told_too(void **state)
         ;
     test_job late;
     job_init(&late, NULL, 0);
-    ts_gpu_batch_submit(r.batch, &late.job);
+    ts_gpu_executor_submit(r.executor, &late.job);
     await_job(&late);
     assert_int_equal(late.job.status, TS_EDEVICE);
     rig_free(&r);
