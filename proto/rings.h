@@ -61,7 +61,7 @@ typedef struct ts_ring_entry {
             char kernel[20]; /* NUL-terminated; empty: the pool's */
             uint32_t flags;
         } begin;          /* of sequence batch_seqs[i], batch_words[i] new tokens */
-        ts_layer_run run; /* ordered: completed when it is accepted; signals.h has the rest */
+        ts_layer_run run; /* on a stream: completed when it is accepted; signals.h has the rest */
         struct {
             uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
         } commit;

@@ -24,8 +24,8 @@ typedef struct op {
 struct ts_gpu_launch {
     ts_gpu *gpu;
     bool taken;
-    uint32_t turn, ended; /* of all launches'; of the last that ended here */
-    ts_gpu_place behind;  /* turn 0: nobody */
+    uint32_t epoch, ended;  /* of all launches'; of the last that ended here */
+    ts_gpu_position behind; /* epoch 0: nobody */
     op ops[OPS_MAX];
     uint32_t num_ops;
     void (*done)(void *arg, ts_status status, const char *why);
@@ -39,7 +39,7 @@ struct ts_gpu {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
-    uint32_t turns;
+    uint32_t epochs;
     fake_gpu_log log;
     bool shut, at_gate, broken;
 };
@@ -227,7 +227,7 @@ bool ts_gpu_may_wait(ts_gpu *g)
     return true;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, ts_gpu_place *place)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, ts_gpu_position *position)
 {
     ts_gpu_launch *l = NULL;
     pthread_mutex_lock(&g->lock);
@@ -237,10 +237,10 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, ts_gpu_place *place)
     if (l != NULL) {
         l->taken = true;
         l->num_ops = 0;
-        l->turn = ++g->turns;
-        l->behind = place != NULL ? *place : (ts_gpu_place){0};
-        if (place != NULL)
-            *place = (ts_gpu_place){(uint32_t)(l - g->launches), l->turn};
+        l->epoch = ++g->epochs;
+        l->behind = position != NULL ? *position : (ts_gpu_position){0};
+        if (position != NULL)
+            *position = (ts_gpu_position){(uint32_t)(l - g->launches), l->epoch};
     }
     pthread_mutex_unlock(&g->lock);
     if (l != NULL && l->joinable)
@@ -449,7 +449,7 @@ static void run(ts_attention *attention, op *o)
 static bool is_behind(ts_gpu_launch *l)
 {
     pthread_mutex_lock(&l->gpu->lock);
-    bool behind = l->behind.turn != 0 && l->gpu->launches[l->behind.lane].ended < l->behind.turn;
+    bool behind = l->behind.epoch != 0 && l->gpu->launches[l->behind.slot].ended < l->behind.epoch;
     pthread_mutex_unlock(&l->gpu->lock);
     return behind;
 }
@@ -463,7 +463,7 @@ static void *launch_main(void *arg)
     if (waits)
         count_waiting(g, 1);
     pthread_mutex_lock(&g->lock);
-    while (l->behind.turn != 0 && g->launches[l->behind.lane].ended < l->behind.turn)
+    while (l->behind.epoch != 0 && g->launches[l->behind.slot].ended < l->behind.epoch)
         pthread_cond_wait(&g->changed, &g->lock);
     pthread_mutex_unlock(&g->lock);
     for (uint32_t i = 0; i < l->num_ops; i++) {
@@ -483,7 +483,7 @@ static void *launch_main(void *arg)
     pthread_mutex_lock(&g->lock);
     bool broken = g->broken;
     l->taken = false;
-    l->ended = l->turn;
+    l->ended = l->epoch;
     pthread_cond_broadcast(&g->changed);
     pthread_mutex_unlock(&g->lock);
     if (done != NULL)

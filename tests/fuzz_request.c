@@ -248,8 +248,8 @@ static void one_built(input *in, uint32_t pipe, known *k, uint64_t id)
         run.soft_cap = (float)number(in);
         run.rope_theta = (float)number(in);
         run.rope_dims = number(in);
-        run.ordered = numbers[0] == 1;
-        run.order = numbers[1];
+        run.on_stream = numbers[0] == 1;
+        run.number = numbers[1];
         r.body_case = TSPB__REQUEST__BODY_STEP_RUN;
         r.step_run = &run;
         break;

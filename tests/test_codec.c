@@ -66,8 +66,8 @@ static void a_run_has_what_its_flags_say(void **state)
     run.has_sinks = true;
     run.sinks = 192;
     run.rope_interleaved = true;
-    run.ordered = true;
-    run.order = 12;
+    run.on_stream = true;
+    run.number = 12;
     r.body_case = TSPB__REQUEST__BODY_STEP_RUN;
     r.step_run = &run;
     assert_true(decode(&r));
@@ -77,8 +77,8 @@ static void a_run_has_what_its_flags_say(void **state)
     assert_int_equal(decoded->q, 64);
     assert_int_equal(decoded->out, 128);
     assert_int_equal(decoded->sinks, 192);
-    assert_int_equal(decoded->order, 12);
-    assert_int_equal(decoded->flags, TS_RUN_SINKS | TS_RUN_INTERLEAVED | TS_RUN_ORDERED);
+    assert_int_equal(decoded->number, 12);
+    assert_int_equal(decoded->flags, TS_RUN_SINKS | TS_RUN_INTERLEAVED | TS_RUN_ON_STREAM);
 }
 
 static void what_is_no_command_is_left_to_others(void **state)

@@ -1,7 +1,6 @@
 /*
- * What the daemon does around a GPU, on a fake one: joining jobs, keeping the order of ordered
- * runs, holding up nobody for a worker that does not submit, and what happens when the device is
- * lost.
+ * What the daemon does around a GPU, on a fake one: joining jobs, keeping the order of runs
+ * on streams, holding up nobody for a worker that does not submit, and a device that is lost.
  */
 #include "test_util.h"
 
@@ -40,7 +39,7 @@ static void on_done(ts_job *job)
     sem_post(&((test_job *)job)->done);
 }
 
-static void job_init(test_job *t, ts_signals_page *signals, uint32_t order)
+static void job_init(test_job *t, ts_signals_page *signals, uint32_t number)
 {
     memset(t, 0, sizeof *t);
     sem_init(&t->done, 0, 0);
@@ -63,7 +62,7 @@ static void job_init(test_job *t, ts_signals_page *signals, uint32_t order)
                       .io_dtype = TS_DTYPE_FP32,
                       .variant.scale = 1,
                       .signals = signals,
-                      .order = order,
+                      .run_number = number,
                       .done = on_done};
 }
 
@@ -131,9 +130,9 @@ static void rig_free(rig *r)
     alarm(0);
 }
 
-static void submitted(ts_signals_page *page, uint32_t order)
+static void submitted(ts_signals_page *page, uint32_t number)
 {
-    __atomic_store_n(&page->host->submitted, order, __ATOMIC_RELEASE);
+    __atomic_store_n(&page->host->submitted, number, __ATOMIC_RELEASE);
 }
 
 static void jobs_that_are_ready_together_and_alike_become_one_launch(void **state)
@@ -261,7 +260,7 @@ static void workers_that_do_not_submit_take_only_their_share(void **state)
     rig_free(&r);
 }
 
-/* Each has a lane: half of them stay free for those that can go at once. */
+/* Each has a slot: half of them stay free for those that can go at once. */
 static void not_all_workers_are_waited_for_on_the_device(void **state)
 {
     (void)state;
@@ -272,17 +271,17 @@ static void not_all_workers_are_waited_for_on_the_device(void **state)
         job_init(&jobs[s], r.pages[s], 1);
         ts_gpu_executor_submit(r.executor, &jobs[s].job);
     }
-    fake_gpu_await_waiting(r.gpu, TS_GPU_LANES / 2);
+    fake_gpu_await_waiting(r.gpu, TS_GPU_STREAM_SLOTS / 2);
     job_init(&other, NULL, 0);
     ts_gpu_executor_submit(r.executor, &other.job);
     await_good(&other);
-    submitted(r.pages[SESSIONS - 1], 1); /* ready: it needs no lane to wait in */
+    submitted(r.pages[SESSIONS - 1], 1); /* ready: it needs no slot to wait in */
     await_good(&jobs[SESSIONS - 1]);
     for (uint32_t s = 0; s < SESSIONS - 1; s++)
         submitted(r.pages[s], 1);
     for (uint32_t s = 0; s < SESSIONS - 1; s++)
         await_good(&jobs[s]);
-    assert_int_equal(fake_gpu_read(r.gpu).most_waiting, TS_GPU_LANES / 2);
+    assert_int_equal(fake_gpu_read(r.gpu).most_waiting, TS_GPU_STREAM_SLOTS / 2);
     rig_free(&r);
 }
 
@@ -315,7 +314,7 @@ static void a_batch_that_ends_lets_go_whoever_waits(void **state)
     ts_signals_page *page = r.pages[0];
     for (uint32_t i = 0; i < 10; i++) { /* on the device and here */
         job_init(&jobs[i], page, i + 1);
-        __atomic_store_n(&page->ordered, i + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&page->last_number, i + 1, __ATOMIC_RELEASE);
         ts_gpu_executor_submit(r.executor, &jobs[i].job);
     }
     fake_gpu_await_waiting(r.gpu, 8);

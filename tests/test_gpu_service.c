@@ -267,13 +267,13 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     run_body.k = 1024;
     run_body.v = 2048;
     run_body.out = 3072;
-    run_body.ordered = true;
-    run_body.order = 2;
+    run_body.on_stream = true;
+    run_body.number = 2;
     run.step_run = &run_body;
     Tspb__Reply *reply = call(&t, &run, TS_EINVAL);
     assert_string_equal(reply->message, "run number 2; the session's next is 1");
     drop(&t);
-    run_body.order = 1;
+    run_body.number = 1;
     call(&t, &run, TS_OK); /* answered, though nothing was submitted */
     drop(&t);
     fake_gpu_await_waiting(gpu, 1);
@@ -307,7 +307,7 @@ static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **s
     run_body.step = call(&t, &begin, TS_OK)->step_begun->step;
     drop(&t);
     for (uint32_t i = 0; i < 5; i++) {
-        run_body.order = 2 + i;
+        run_body.number = 2 + i;
         send(&more[i], &run);
         if (i < 4)
             assert_int_equal(answer(&more[i])->status, TS_OK);
@@ -364,8 +364,8 @@ static void a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu(
     run_body.k = 1024;
     run_body.v = 2048;
     run_body.out = 3072;
-    run_body.ordered = true;
-    run_body.order = 1;
+    run_body.on_stream = true;
+    run_body.number = 1;
     run.step_run = &run_body;
     drop(&t);
     call(&t, &run, TS_OK); /* it isn't submitted, and keeps its exchange */

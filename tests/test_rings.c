@@ -86,7 +86,7 @@ static void a_ring_refuses_what_a_message_would(void **state)
     e.run.lse = 1ull << 40;
     refuse(c, e, TS_EINVAL, "lse takes");
     e = run;
-    e.run.flags = TS_RUN_ORDERED;
+    e.run.flags = TS_RUN_ON_STREAM;
     refuse(c, e, TS_EINVAL, "host memory");
     e = run;
     e.run.scale = -1;

@@ -129,7 +129,7 @@ ts_status ts_local_plan_in(ts_pool *p, ts_local *l, ts_gpu_plan *plan)
     ts_local_gpu_plan_free(p->client, l->plan); /* an earlier step's */
     l->plan = plan;
     l->plan_is_kept = true;
-    return ts_local_gpu_keep_set(p->client, plan, l->seqs, l->num_seqs);
+    return ts_local_gpu_persistent_set(p->client, plan, l->seqs, l->num_seqs);
 }
 
 void ts_local_free(ts_client *c, ts_local *l)
@@ -173,8 +173,8 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *local)
         return ts_fail(c, status, "%s", why);
     if (p->on_gpu)
         return ts_local_gpu_attend(p, l->plan, local);
-    if (run->flags & TS_RUN_ORDERED)
-        return ts_fail(c, TS_EINVAL, "an ordered run, but the pool is in host memory");
+    if (run->flags & TS_RUN_ON_STREAM)
+        return ts_fail(c, TS_EINVAL, "a run on a stream, but the pool is in host memory");
     size_t first = 0;
     for (uint32_t i = 0; i < l->num_seqs; i++) {
         ts_layer_run_point(run, c->exchange, g, local->heads, local->io_dtype, first, &l->seqs[i]);

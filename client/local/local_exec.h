@@ -46,7 +46,7 @@ void ts_local_close(ts_client *client);
 ts_status ts_local_plan(ts_pool *pool, ts_local *local, uint32_t heads, ts_dtype io_dtype,
                         const char *kernel);
 
-/* The same by a plan that is kept. */
+/* The same by a persistent plan. */
 ts_status ts_local_plan_in(ts_pool *pool, ts_local *local, ts_gpu_plan *plan);
 
 ts_status ts_local_attend(ts_pool *pool, ts_local *local, const ts_local_run *run);

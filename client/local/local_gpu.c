@@ -108,7 +108,7 @@ void ts_local_gpu_plan_free(ts_client *c, ts_gpu_plan *plan)
         c->local_gpu->ops->plan_free(plan);
 }
 
-ts_status ts_local_gpu_keep(ts_pool *p, const ts_frame_options *o, ts_gpu_plan **out)
+ts_status ts_local_gpu_persistent_new(ts_pool *p, const ts_frame_options *o, ts_gpu_plan **out)
 {
     ts_client *c = p->client;
     char why[TS_GPU_WHY_BYTES];
@@ -117,31 +117,32 @@ ts_status ts_local_gpu_keep(ts_pool *p, const ts_frame_options *o, ts_gpu_plan *
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;
-    status = c->local_gpu->ops->keep(
+    status = c->local_gpu->ops->persistent_new(
         c->local_gpu->gpu, &p->geometry, o->step->heads, o->step->io_dtype,
         o->step->kernel != NULL ? o->step->kernel : p->kernel, &limits, out, why, sizeof why);
     ts_cuda_leave(c->cuda);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);
 }
 
-ts_status ts_local_gpu_keep_set(ts_client *c, ts_gpu_plan *plan, const ts_attention_seq *seqs,
-                                uint32_t num_seqs)
+ts_status ts_local_gpu_persistent_set(ts_client *c, ts_gpu_plan *plan, const ts_attention_seq *seqs,
+                                      uint32_t num_seqs)
 {
     char why[TS_GPU_WHY_BYTES];
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;
-    status = c->local_gpu->ops->keep_set(plan, seqs, num_seqs, why, sizeof why);
+    status = c->local_gpu->ops->persistent_set(plan, seqs, num_seqs, why, sizeof why);
     ts_cuda_leave(c->cuda);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);
 }
 
-void ts_local_gpu_keep_clear(ts_client *c, ts_gpu_plan *plan)
+void ts_local_gpu_persistent_clear(ts_client *c, ts_gpu_plan *plan)
 {
     char why[TS_GPU_WHY_BYTES];
     if (ts_cuda_enter(c, c->cuda) != TS_OK)
         return;
-    (void)c->local_gpu->ops->keep_clear(plan, why, sizeof why); /* a lost device runs nothing */
+    (void)c->local_gpu->ops->persistent_clear(plan, why,
+                                              sizeof why); /* a lost device runs nothing */
     ts_cuda_leave(c->cuda);
 }
 
@@ -167,7 +168,7 @@ ts_status ts_local_gpu_attend(ts_pool *p, ts_gpu_plan *plan, const ts_local_run 
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;
-    status = c->local_gpu->ops->attend(c->local_gpu->gpu, run->flags & TS_RUN_ORDERED,
+    status = c->local_gpu->ops->attend(c->local_gpu->gpu, run->flags & TS_RUN_ON_STREAM,
                                        local->stream, p->base, &variant, &there, why, sizeof why);
     ts_cuda_leave(c->cuda);
     return status == TS_OK ? TS_OK : ts_fail(c, status, "layer %u: %s", run->layer, why);

@@ -18,11 +18,12 @@ ts_status ts_local_gpu_plan(ts_pool *pool, const ts_attention_seq *seqs, uint32_
                             ts_gpu_plan **plan);
 void ts_local_gpu_plan_free(ts_client *client, ts_gpu_plan *plan);
 
-/* A plan that is kept, for one step after another (gpu.h). */
-ts_status ts_local_gpu_keep(ts_pool *pool, const ts_frame_options *options, ts_gpu_plan **out);
-ts_status ts_local_gpu_keep_set(ts_client *client, ts_gpu_plan *plan, const ts_attention_seq *seqs,
-                                uint32_t num_seqs);
-void ts_local_gpu_keep_clear(ts_client *client, ts_gpu_plan *plan);
+/* A persistent plan, for one step after another (gpu.h). */
+ts_status ts_local_gpu_persistent_new(ts_pool *pool, const ts_frame_options *options,
+                                      ts_gpu_plan **out);
+ts_status ts_local_gpu_persistent_set(ts_client *client, ts_gpu_plan *plan,
+                                      const ts_attention_seq *seqs, uint32_t num_seqs);
+void ts_local_gpu_persistent_clear(ts_client *client, ts_gpu_plan *plan);
 ts_status ts_local_gpu_attend(ts_pool *pool, ts_gpu_plan *plan, const ts_local_run *run);
 
 /* Waits for the runs that were queued on streams. */

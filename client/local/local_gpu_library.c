@@ -26,9 +26,9 @@ static ts_status keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, 
 {
     ts_kernel k;
     ts_status status = find(kernel, &k, why, why_bytes);
-    return status != TS_OK
-               ? status
-               : ts_gpu_plan_keep(gpu, geometry, heads, io_dtype, k, limits, out, why, why_bytes);
+    return status != TS_OK ? status
+                           : ts_gpu_plan_new_persistent(gpu, geometry, heads, io_dtype, k, limits,
+                                                        out, why, why_bytes);
 }
 
 static ts_status renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
@@ -78,9 +78,9 @@ const ts_local_gpu_ops *ts_local_gpu_get(void)
                                          .close = ts_gpu_close,
                                          .plan = renew,
                                          .plan_free = ts_gpu_plan_free,
-                                         .keep = keep,
-                                         .keep_set = ts_gpu_plan_set,
-                                         .keep_clear = ts_gpu_plan_clear,
+                                         .persistent_new = keep,
+                                         .persistent_set = ts_gpu_plan_set,
+                                         .persistent_clear = ts_gpu_plan_clear,
                                          .attend = attend,
                                          .await = await};
     return &ops;

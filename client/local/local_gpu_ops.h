@@ -26,13 +26,14 @@ typedef struct ts_local_gpu_ops {
                       ts_gpu_plan **plan, char *why, size_t why_bytes);
     void (*plan_free)(ts_gpu_plan *plan);
 
-    /* gpu.h: ts_gpu_plan_keep and so on. */
-    ts_status (*keep)(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, ts_dtype io_dtype,
-                      const char *kernel, const ts_gpu_plan_limits *limits, ts_gpu_plan **out,
-                      char *why, size_t why_bytes);
-    ts_status (*keep_set)(ts_gpu_plan *plan, const ts_attention_seq *seqs, uint32_t num_seqs,
-                          char *why, size_t why_bytes);
-    ts_status (*keep_clear)(ts_gpu_plan *plan, char *why, size_t why_bytes);
+    /* gpu.h: ts_gpu_plan_new_persistent and so on. */
+    ts_status (*persistent_new)(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                                ts_dtype io_dtype, const char *kernel,
+                                const ts_gpu_plan_limits *limits, ts_gpu_plan **out, char *why,
+                                size_t why_bytes);
+    ts_status (*persistent_set)(ts_gpu_plan *plan, const ts_attention_seq *seqs, uint32_t num_seqs,
+                                char *why, size_t why_bytes);
+    ts_status (*persistent_clear)(ts_gpu_plan *plan, char *why, size_t why_bytes);
 
     /* Queues one run on the stream; without one (on_stream false), waits for its end. */
     ts_status (*attend)(ts_gpu *gpu, bool on_stream, void *stream, unsigned char *base,

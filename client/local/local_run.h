@@ -8,7 +8,7 @@
 
 typedef struct ts_gpu_plan ts_gpu_plan; /* gpu.h */
 
-/* An ordered run is one on the stream. */
+/* A run on a stream is one on `stream`. */
 typedef struct ts_local_run {
     ts_layer_run run;
     uint32_t heads; /* these are the step's */

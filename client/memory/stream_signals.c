@@ -39,7 +39,7 @@ void ts_signals_release_waiters(ts_client *c)
 {
     ts_signals *s = __atomic_load_n(&c->signals, __ATOMIC_SEQ_CST);
     if (s != NULL)
-        __atomic_store_n(&s->completed, atomic_load(&c->ordered), __ATOMIC_SEQ_CST);
+        __atomic_store_n(&s->completed, atomic_load(&c->runs_on_stream), __ATOMIC_SEQ_CST);
 }
 
 void ts_signals_close(ts_client *c)

@@ -9,26 +9,26 @@
 
 #include <string.h>
 
-ts_status ts_trial_run(ts_client *c, ts_trial *t, const ts_trial_ways *ways, void *arg)
+ts_status ts_autotune_run(ts_client *c, ts_autotune *t, const ts_autotune_runs *runs, void *arg)
 {
     uint64_t start = ts_now_ns();
-    ts_status status = ways->here(arg);
+    ts_status status = runs->local(arg);
     uint64_t middle = ts_now_ns();
     if (status == TS_OK)
-        status = ways->there(arg); /* the same bits again */
+        status = runs->daemon(arg); /* the same bits again */
     if (status == TS_OK && c->tried) {
-        t->here_ns += middle - start;
-        t->there_ns += ts_now_ns() - middle;
+        t->local_ns += middle - start;
+        t->daemon_ns += ts_now_ns() - middle;
     }
     c->tried = c->tried || status == TS_OK;
     return status;
 }
 
-ts_status ts_trial_run_on_stream(ts_client *c, ts_cuda *cuda, ts_trial *t, void *stream,
-                                 const ts_trial_ways *ways, void *arg)
+ts_status ts_autotune_run_on_stream(ts_client *c, ts_cuda *cuda, ts_autotune *t, void *stream,
+                                    const ts_autotune_runs *runs, void *arg)
 {
-    bool timed = c->tried && t->num_marks < TS_TRIAL_RUNS;
-    void **marks = t->marks[t->num_marks < TS_TRIAL_RUNS ? t->num_marks : 0];
+    bool timed = c->tried && t->num_marks < TS_AUTOTUNE_RUNS;
+    void **marks = t->marks[t->num_marks < TS_AUTOTUNE_RUNS ? t->num_marks : 0];
     ts_status status = TS_OK;
     if (timed) {
         t->cuda = cuda;
@@ -36,33 +36,33 @@ ts_status ts_trial_run_on_stream(ts_client *c, ts_cuda *cuda, ts_trial *t, void 
         status = ts_cuda_mark(c, cuda, stream, &marks[0]);
     }
     if (status == TS_OK)
-        status = ways->here(arg);
+        status = runs->local(arg);
     if (status == TS_OK && timed)
         status = ts_cuda_mark(c, cuda, stream, &marks[1]);
     if (status == TS_OK)
-        status = ways->there(arg);
+        status = runs->daemon(arg);
     if (status == TS_OK && timed)
         status = ts_cuda_mark(c, cuda, stream, &marks[2]);
     c->tried = c->tried || status == TS_OK;
     return status;
 }
 
-void ts_trial_settle(ts_client *c, ts_trial *t)
+void ts_autotune_settle(ts_client *c, ts_autotune *t)
 {
     for (uint32_t i = 0; i < t->num_marks; i++) {
-        uint64_t here = 0, there = 0;
+        uint64_t local = 0, daemon = 0;
         if (t->marks[i][2] == NULL || /* the run failed */
-            ts_cuda_between(c, t->cuda, t->marks[i][0], t->marks[i][1], &here) != TS_OK ||
-            ts_cuda_between(c, t->cuda, t->marks[i][1], t->marks[i][2], &there) != TS_OK)
+            ts_cuda_between(c, t->cuda, t->marks[i][0], t->marks[i][1], &local) != TS_OK ||
+            ts_cuda_between(c, t->cuda, t->marks[i][1], t->marks[i][2], &daemon) != TS_OK)
             continue;
-        t->here_ns += here;
-        t->there_ns += there;
+        t->local_ns += local;
+        t->daemon_ns += daemon;
     }
-    if (t->there_ns > 0)
-        c->exec = t->here_ns <= t->there_ns ? TS_EXEC_LOCAL : TS_EXEC_DAEMON;
+    if (t->daemon_ns > 0)
+        c->exec = t->local_ns <= t->daemon_ns ? TS_EXEC_LOCAL : TS_EXEC_DAEMON;
 }
 
-void ts_trial_drop(ts_trial *t)
+void ts_autotune_drop(ts_autotune *t)
 {
     for (uint32_t i = 0; i < t->num_marks; i++)
         for (int m = 0; m < 3; m++)

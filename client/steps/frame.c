@@ -96,7 +96,7 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
     status = ts_exchange_take(c, &f->region);
     if (status == TS_OK) {
         (void)ts_step_lay_out(g, step.heads, step.io_dtype, tokens, f->region.offset, &f->at);
-        status = ts_local_gpu_keep(p, &f->options, &f->plan);
+        status = ts_local_gpu_persistent_new(p, &f->options, &f->plan);
         if (status != TS_OK)
             ts_exchange_give(c, &f->region);
     }

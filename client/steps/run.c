@@ -1,4 +1,4 @@
-/* Runs of a step's layers: by message, by ring, here, or both ways. */
+/* Runs of a step's layers: by message, by ring, in this process, or both ways. */
 #include "step.h"
 
 #include "error.h"
@@ -8,9 +8,9 @@
 #include "rpc.h"
 #include "stream_signals.h"
 
-/* What the options come to. `order`: 0 where the run isn't ordered. */
+/* What the options come to. `number`: 0 of a run that isn't on a stream. */
 static ts_layer_run layer_run(const ts_step *s, uint32_t layer, const ts_run_options *o,
-                              uint32_t order)
+                              uint32_t number)
 {
     ts_layer_run run = s->at;
     run.scale = o->scale;
@@ -22,8 +22,8 @@ static ts_layer_run layer_run(const ts_step *s, uint32_t layer, const ts_run_opt
     run.flags = (o->sinks ? TS_RUN_SINKS : 0u) | (o->alibi ? TS_RUN_ALIBI : 0u) |
                 (o->lse ? TS_RUN_LSE : 0u) | (o->scales ? TS_RUN_SCALES : 0u) |
                 (o->rope_interleaved ? TS_RUN_INTERLEAVED : 0u) |
-                (o->on_stream ? TS_RUN_ORDERED : 0u);
-    run.order = order;
+                (o->on_stream ? TS_RUN_ON_STREAM : 0u);
+    run.number = number;
     return run;
 }
 
@@ -51,16 +51,16 @@ static ts_status run_by_message(ts_step *s, const ts_layer_run *run)
     body.alibi = run->alibi;
     body.has_lse = run->flags & TS_RUN_LSE;
     body.lse = run->lse;
-    body.ordered = run->flags & TS_RUN_ORDERED;
-    body.order = run->order;
+    body.on_stream = run->flags & TS_RUN_ON_STREAM;
+    body.number = run->number;
     request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
     request.step_run = &body;
     return ts_call_plain(s->pool->client, &request);
 }
 
-static ts_status run_there(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t order)
+static ts_status run_by_daemon(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t number)
 {
-    const ts_layer_run run = layer_run(s, layer, o, order);
+    const ts_layer_run run = layer_run(s, layer, o, number);
     ts_ring_entry entry = {.op = TS_RING_RUN, .step = s->id, .run = run};
     ts_ring_completion done;
     bool use;
@@ -70,7 +70,7 @@ static ts_status run_there(ts_step *s, uint32_t layer, const ts_run_options *o, 
     return use ? ts_ring_call(s->pool->client, &entry, &done) : run_by_message(s, &run);
 }
 
-static ts_status run_here(ts_step *s, uint32_t layer, const ts_run_options *o)
+static ts_status run_locally(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
     const ts_local_run run = {.run = layer_run(s, layer, o, 0),
                               .heads = s->heads,
@@ -93,51 +93,51 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
         return status;
     if (c->order_lost)
         return ts_fail(c, TS_ECONN,
-                       "an earlier run went unanswered: the order is lost, connect again");
-    uint32_t order = atomic_load(&c->ordered) + 1;
-    status = run_there(s, layer, o, order);
+                       "an earlier run went unanswered: the number is lost, connect again");
+    uint32_t number = atomic_load(&c->runs_on_stream) + 1;
+    status = run_by_daemon(s, layer, o, number);
     c->order_lost = status == TS_ETIMEOUT;
     if (status != TS_OK)
         return status;
     /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
      * there. If the daemon goes meanwhile, this stream must not wait for it. */
-    atomic_store(&c->ordered, order);
+    atomic_store(&c->runs_on_stream, number);
     status =
         ts_cuda_hand_over(c, cuda, o->stream, c->signals_there + offsetof(ts_signals, submitted),
-                          c->signals_there + offsetof(ts_signals, completed), order);
+                          c->signals_there + offsetof(ts_signals, completed), number);
     if (atomic_load(&c->broken))
         ts_signals_release_waiters(c);
     return status;
 }
 
-/* One run's arguments, for ts_trial_ways. */
+/* One run's arguments, for ts_autotune_runs. */
 typedef struct run_args {
     ts_step *step;
     uint32_t layer;
     const ts_run_options *options;
 } run_args;
 
-static ts_status way_here(void *arg)
+static ts_status local_run(void *arg)
 {
     const run_args *a = arg;
-    return run_here(a->step, a->layer, a->options);
+    return run_locally(a->step, a->layer, a->options);
 }
 
-static ts_status way_there(void *arg)
+static ts_status daemon_run(void *arg)
 {
     const run_args *a = arg;
     return a->options->on_stream ? run_on_stream(a->step, a->layer, a->options)
-                                 : run_there(a->step, a->layer, a->options, 0);
+                                 : run_by_daemon(a->step, a->layer, a->options, 0);
 }
 
 /* Both ways; a graph takes the one that can be captured. */
 static ts_status run_both(run_args *a)
 {
-    static const ts_trial_ways ways = {way_here, way_there};
+    static const ts_autotune_runs runs = {local_run, daemon_run};
     ts_step *s = a->step;
     ts_client *c = s->pool->client;
     if (!a->options->on_stream)
-        return ts_trial_run(c, &s->trial, &ways, a);
+        return ts_autotune_run(c, &s->autotune, &runs, a);
     ts_cuda *cuda;
     bool captured;
     ts_status status = ts_client_cuda(c, s->pool, &cuda);
@@ -147,9 +147,9 @@ static ts_status run_both(run_args *a)
         return status;
     if (captured) {
         c->last_exec = TS_EXEC_LOCAL;
-        return way_here(a);
+        return local_run(a);
     }
-    return ts_trial_run_on_stream(c, cuda, &s->trial, a->options->stream, &ways, a);
+    return ts_autotune_run_on_stream(c, cuda, &s->autotune, a->options->stream, &runs, a);
 }
 
 static ts_status run(ts_step *s, uint32_t layer, const ts_run_options *o)
@@ -157,8 +157,8 @@ static ts_status run(ts_step *s, uint32_t layer, const ts_run_options *o)
     run_args args = {s, layer, o};
     s->pool->client->last_exec = s->exec;
     return s->exec == TS_EXEC_AUTO    ? run_both(&args)
-           : s->exec == TS_EXEC_LOCAL ? way_here(&args)
-                                      : way_there(&args);
+           : s->exec == TS_EXEC_LOCAL ? local_run(&args)
+                                      : daemon_run(&args);
 }
 
 ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *options)

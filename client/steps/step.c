@@ -23,7 +23,7 @@ void ts_step_free(ts_step *s)
     free(s->new_tokens);
     free(s->slots);
     ts_local_free(s->pool->client, s->local);
-    ts_trial_drop(&s->trial);
+    ts_autotune_drop(&s->autotune);
     free(s);
 }
 
@@ -398,7 +398,7 @@ void ts_step_slots(const ts_step *s, uint64_t *slots)
 /* The frame's step has ended: graphs of it do nothing until the next one begins. */
 static void leave_frame(ts_frame *f)
 {
-    ts_local_gpu_keep_clear(f->pool->client, f->plan);
+    ts_local_gpu_persistent_clear(f->pool->client, f->plan);
     f->in_use = false;
 }
 
@@ -452,7 +452,7 @@ ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
     if (status != TS_OK)
         return status;
     if (s->exec == TS_EXEC_AUTO)
-        ts_trial_settle(s->pool->client, &s->trial);
+        ts_autotune_settle(s->pool->client, &s->autotune);
     step_end(s);
     return TS_OK;
 }

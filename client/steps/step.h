@@ -23,7 +23,7 @@ struct ts_step {
     float scale;
     ts_exec exec;    /* AUTO: both ways, to see which is quicker */
     ts_local *local; /* NULL: the daemon attends alone */
-    ts_trial trial;
+    ts_autotune autotune;
     ts_frame *frame; /* NULL: none */
 };
 
@@ -35,7 +35,7 @@ struct ts_frame {
     ts_region region;
     ts_layer_run at;      /* the same */
     uint32_t *new_tokens; /* of as many sequences as a step may have */
-    ts_gpu_plan *plan;    /* kept */
+    ts_gpu_plan *plan;    /* persistent */
     bool in_use;          /* by a step */
 };
 

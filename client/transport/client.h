@@ -67,9 +67,9 @@ struct ts_client {
     ts_region *regions;
     ts_pool *pools;      /* that are open, linked by next */
     ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
-    ts_signals *signals; /* mapped and pinned; NULL: no run was ordered */
+    ts_signals *signals; /* mapped and pinned; NULL: no run was on a stream */
     uint64_t signals_there;
-    atomic_uint ordered;              /* runs that were handed over to the daemon's stream */
+    atomic_uint runs_on_stream;       /* runs that were handed over to the daemon's stream */
     bool order_lost;                  /* one may or may not have been */
     ts_transport transport;           /* that was asked for */
     ts_rings_memory *rings;           /* NULL: not open */

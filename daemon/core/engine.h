@@ -109,7 +109,7 @@ typedef struct ts_command {
         } step_begin;
         struct {
             uint64_t step;
-            ts_layer_run run; /* what is ordered is the exec's (signals.h) */
+            ts_layer_run run; /* what is on a stream is the exec's (signals.h) */
         } step_run;
         struct {
             uint64_t step;

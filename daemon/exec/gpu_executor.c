@@ -10,11 +10,11 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4) /* launches that wait for workers */
-#define WAITING_EACH 8u                        /* ... for the same one */
-#define WAITING_SESSIONS (TS_GPU_LANES / 2)    /* ... whom they wait for: each has a lane */
-#define HEALTH_MS 1000                         /* the device is looked at so often */
-#define POLL_MS 1                              /* while jobs wait here for their workers */
+#define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4)     /* launches that wait for workers */
+#define WAITING_EACH 8u                            /* ... for the same one */
+#define WAITING_SESSIONS (TS_GPU_STREAM_SLOTS / 2) /* ... whom they wait for: each has a slot */
+#define HEALTH_MS 1000                             /* the device is looked at so often */
+#define POLL_MS 1                                  /* while jobs wait here for their workers */
 
 /* Whom a launch of one job waits for: its worker, and the session's run before it. */
 typedef enum wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } wait_for;
@@ -59,8 +59,8 @@ static bool reached(const uint32_t *word, uint32_t value)
 /* Nothing on the GPU need be waited for. */
 static bool is_ready(const ts_job *job)
 {
-    return job->signals == NULL || (reached(&job->signals->host->submitted, job->order) &&
-                                    reached(job->signals->done, job->order - 1));
+    return job->signals == NULL || (reached(&job->signals->host->submitted, job->run_number) &&
+                                    reached(job->signals->done, job->run_number - 1));
 }
 
 static bool alike(const ts_job *a, const ts_job *b)
@@ -78,12 +78,12 @@ static void complete_jobs(ts_job *jobs, ts_status status, const char *why)
         if (status == TS_OK && job->late) {
             job->status = TS_ETIMEOUT;
             snprintf(job->why, sizeof job->why, "the worker did not submit run %u in time",
-                     job->order);
+                     job->run_number);
         } else if (status != TS_OK) {
             snprintf(job->why, sizeof job->why, "%s", why);
             if (job->signals != NULL) { /* nobody else will say that it is over */
-                __atomic_store_n(&job->signals->host->completed, job->order, __ATOMIC_RELEASE);
-                __atomic_store_n(job->signals->done, job->order, __ATOMIC_RELEASE);
+                __atomic_store_n(&job->signals->host->completed, job->run_number, __ATOMIC_RELEASE);
+                __atomic_store_n(job->signals->done, job->run_number, __ATOMIC_RELEASE);
             }
         }
         job->done(job);
@@ -174,10 +174,10 @@ static ts_status queue_signals(ts_gpu_executor *x, ts_gpu_launch *l, const ts_jo
     uint32_t count = 0;
     for (const ts_job *job = jobs; job != NULL; job = job->next)
         if (job->signals != NULL)
-            x->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->order};
+            x->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->run_number};
     for (const ts_job *job = jobs; job != NULL; job = job->next)
         if (job->signals != NULL)
-            x->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->order};
+            x->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->run_number};
     return ts_gpu_launch_signal(l, x->signals, count);
 }
 
@@ -213,9 +213,9 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
     if (status != TS_OK)
         return status;
     if (wait == FOR_BOTH)
-        status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->order - 1);
+        status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->run_number - 1);
     if (wait != FOR_NOBODY && status == TS_OK)
-        status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->order);
+        status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->run_number);
     if (status == TS_OK)
         status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, x->parts, count);
     if (status == TS_OK)
@@ -229,21 +229,21 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
  * needs no word to wait for. */
 static bool follows(const ts_job *job)
 {
-    return job->signals->last.turn != 0 && job->signals->last_order == job->order - 1;
+    return job->signals->alone_at.epoch != 0 && job->signals->alone_number == job->run_number - 1;
 }
 
 /* A launch for the jobs; NULL: there is none to be had now. */
 static ts_gpu_launch *take(ts_gpu_executor *x, ts_job *jobs)
 {
     bool alone = jobs->signals != NULL && jobs->next == NULL;
-    ts_gpu_place place = {0};
+    ts_gpu_position position = {0};
     if (alone && follows(jobs))
-        place = jobs->signals->last;
-    ts_gpu_launch *l = ts_gpu_launch_take(x->gpu, &place);
+        position = jobs->signals->alone_at;
+    ts_gpu_launch *l = ts_gpu_launch_take(x->gpu, &position);
     for (ts_job *job = jobs; job != NULL && l != NULL; job = job->next)
         if (job->signals != NULL) { /* behind a launch of several, one would wait for another */
-            job->signals->last = alone ? place : (ts_gpu_place){0};
-            job->signals->last_order = job->order;
+            job->signals->alone_at = alone ? position : (ts_gpu_position){0};
+            job->signals->alone_number = job->run_number;
         }
     return l;
 }
@@ -394,7 +394,7 @@ static void release_waiters(const ts_job *jobs)
 static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
 {
     for (ts_job *job = jobs; job != NULL; job = job->next) {
-        if (job->signals == NULL || reached(&job->signals->host->submitted, job->order))
+        if (job->signals == NULL || reached(&job->signals->host->submitted, job->run_number))
             continue;
         if (job->deadline_ms > now) {
             next = job->deadline_ms < next ? job->deadline_ms : next;
@@ -402,7 +402,7 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
         }
         /* It alone: later runs have their own time. */
         job->late = true;
-        __atomic_store_n(&job->signals->host->submitted, job->order, __ATOMIC_RELEASE);
+        __atomic_store_n(&job->signals->host->submitted, job->run_number, __ATOMIC_RELEASE);
     }
     return next;
 }

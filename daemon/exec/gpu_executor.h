@@ -1,9 +1,9 @@
 /*
  * The way to a GPU: what host_executor.h is to the processor's kernels. Jobs wait here, and one
  * thread turns them into launches: copies and attends that may start at once, attends of like shape
- * joined into one launch; and ordered attends whose worker has not submitted yet, each as a launch
- * of its own that waits on the GPU. Such waiting launches are few for each session and at most half
- * of all, so that a worker that never submits holds up nobody else; the rest wait here.
+ * joined into one launch; and attends on streams whose worker has not submitted yet, each as a
+ * launch of its own that waits on the GPU. Such waiting launches are few for each session and at
+ * most half of all, so that a worker that never submits holds up nobody else; the rest wait here.
  *
  * Nothing here waits for the device. A job's `done` is called when the device has done it, on the
  * launch's own thread.
@@ -22,7 +22,7 @@ typedef struct ts_gpu_executor ts_gpu_executor;
  * A worker has submit_ms to submit a run that it has asked for; after that the run fails with
  * TS_ETIMEOUT. (While a launch waits for a worker nothing can be given back on the device: gpu.h.)
  * `failed` is told once when the device is lost, on any thread; every job fails from then on.
- * sessions: how many words for ordered runs there are. A sentence in `why` if that can't be.
+ * sessions: how many words for runs on streams there are. A sentence in `why` if that can't be.
  */
 ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
                               void (*failed)(const char *why), ts_gpu_executor **out, char *why,

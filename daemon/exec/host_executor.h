@@ -43,10 +43,10 @@ typedef struct ts_job {
     ts_attention_variant variant;
     ts_kernel kernel;  /* on a GPU */
     ts_job_plan *plan; /* on a GPU: the step's, which the first of its runs makes */
-    /* on a GPU: the attend starts when run number `order` was submitted and the one before it is
+    /* on a GPU: the attend starts when run `run_number` was submitted and the one before it is
      * done; NULL: at once */
     ts_signals_page *signals;
-    uint32_t order;
+    uint32_t run_number;
     uint64_t deadline_ms;       /* CLOCK_MONOTONIC: until then the worker must have submitted */
     bool late;                  /* it has not */
     ts_status status;           /* what came of it */

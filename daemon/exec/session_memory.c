@@ -156,7 +156,7 @@ ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint
 void ts_signals_release_waiters(ts_signals_page *p)
 {
     if (p != NULL)
-        __atomic_store_n(&p->host->submitted, __atomic_load_n(&p->ordered, __ATOMIC_ACQUIRE),
+        __atomic_store_n(&p->host->submitted, __atomic_load_n(&p->last_number, __ATOMIC_ACQUIRE),
                          __ATOMIC_RELEASE);
 }
 

@@ -48,10 +48,9 @@ typedef struct ts_signals_page {
     ts_gpu *gpu;       /* NULL: not pinned yet */
     ts_signals *there; /* where the GPU finds it */
     uint32_t *done, *done_there;
-    uint32_t ordered; /* the last run that was asked for; atomic: an executor that ends reads it */
-    ts_gpu_place
-        last; /* the executor's: where run `last_order` was launched by itself, if it was */
-    uint32_t last_order;
+    uint32_t last_number;     /* of the runs asked for; atomic: an executor that ends reads it */
+    ts_gpu_position alone_at; /* the executor's: of run `alone_number`, if it had its own launch */
+    uint32_t alone_number;
     uint32_t waiting; /* the executor's: launches that wait for the worker */
 } ts_signals_page;
 

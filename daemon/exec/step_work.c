@@ -228,7 +228,7 @@ bool ts_step_work_uses_replaced(const ts_exec *x, uint64_t session, const ts_exc
 
 bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
 {
-    bool run = command->op == TS_OP_STEP_RUN && (command->step_run.run.flags & TS_RUN_ORDERED);
+    bool run = command->op == TS_OP_STEP_RUN && (command->step_run.run.flags & TS_RUN_ON_STREAM);
     bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
     if (!run && !end)
         return false;
@@ -246,8 +246,8 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
                             ts_answer *a)
 {
     char why[TS_MESSAGE_BYTES];
-    bool ordered = run->step_run.run.flags & TS_RUN_ORDERED;
-    uint32_t order = run->step_run.run.order;
+    bool on_stream = run->step_run.run.flags & TS_RUN_ON_STREAM;
+    uint32_t number = run->step_run.run.number;
     const ts_step *step = ts_engine_find_step(x->engine, run->step_run.step);
     if (step == NULL || m->exchange == NULL ||
         ts_engine_session_id(x->engine, step->session) != run->session)
@@ -256,18 +256,18 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
     const ts_exec_gpu *gpu = x->gpu_of[step->pool];
     ts_status status = TS_OK;
     if (gpu == NULL) {
-        if (ordered)
-            ts_refuse(a, TS_EINVAL, "an ordered run, but pool '%s' is in host memory", pool);
+        if (on_stream)
+            ts_refuse(a, TS_EINVAL, "a run on a stream, but pool '%s' is in host memory", pool);
         else if (m->exchange->host == NULL)
             ts_refuse(a, TS_EINVAL,
                       "the exchange is device memory, but pool '%s' is in host memory", pool);
         return a->status == TS_OK;
     }
     status = ts_exchange_reach(m->exchange, gpu->gpu, why, sizeof why);
-    if (status == TS_OK && ordered) {
-        if (m->signals == NULL || order != m->signals->ordered + 1) {
-            ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", order,
-                      m->signals == NULL ? 1 : m->signals->ordered + 1,
+    if (status == TS_OK && on_stream) {
+        if (m->signals == NULL || number != m->signals->last_number + 1) {
+            ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", number,
+                      m->signals == NULL ? 1 : m->signals->last_number + 1,
                       m->signals == NULL ? ", after it has asked for its page of signals" : "");
             return false;
         }
@@ -316,10 +316,10 @@ bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *com
     j->layer = run->layer;
     j->exchange = m->exchange;
     j->exchange->users++;
-    if (run->flags & TS_RUN_ORDERED) { /* answered now */
-        __atomic_store_n(&m->signals->ordered, run->order, __ATOMIC_RELEASE);
+    if (run->flags & TS_RUN_ON_STREAM) { /* answered now */
+        __atomic_store_n(&m->signals->last_number, run->number, __ATOMIC_RELEASE);
         j->job.signals = m->signals;
-        j->job.order = run->order;
+        j->job.run_number = run->number;
         m->signals->users++;
         j->completion.done = NULL;
     }

@@ -35,10 +35,10 @@ bool ts_step_work_check_run(ts_exec *exec, const ts_session_memory *memory, cons
                             ts_answer *answer);
 
 /* Whether the command ends a step of its session whose runs are still under way, or would put one
- * more ordered run behind too many. An abort has the runs dropped. */
+ * more run on a stream behind too many. An abort has the runs dropped. */
 bool ts_step_work_must_wait(ts_exec *exec, const ts_command *command);
 
-/* Hands the run that the engine has accepted to the kernels. Unless it is ordered they will
+/* Hands the run that the engine has accepted to the kernels. Unless it is on a stream they will
  * complete it. False: out of memory, nothing was done. */
 bool ts_step_work_run(ts_exec *exec, ts_session_memory *memory, const ts_completion *completion,
                       const ts_command *command, const ts_step *step);

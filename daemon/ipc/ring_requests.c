@@ -270,7 +270,7 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     uint64_t step = 0;
     if (entry->op == TS_RING_RUN && a.status == TS_OK) {
         step = a.step->id;
-        waits = !(command.step_run.run.flags & TS_RUN_ORDERED);
+        waits = !(command.step_run.run.flags & TS_RUN_ON_STREAM);
         ok = ts_step_work_run(&s->exec, &c->memory, &completion, &command, a.step);
     } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
         step = a.begun.step->id;

@@ -185,8 +185,8 @@ static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *a)
         .flags = (m->has_sinks ? TS_RUN_SINKS : 0u) | (m->has_alibi ? TS_RUN_ALIBI : 0u) |
                  (m->has_lse ? TS_RUN_LSE : 0u) | (m->has_scales ? TS_RUN_SCALES : 0u) |
                  (m->rope_interleaved ? TS_RUN_INTERLEAVED : 0u) |
-                 (m->ordered ? TS_RUN_ORDERED : 0u),
-        .order = m->order};
+                 (m->on_stream ? TS_RUN_ON_STREAM : 0u),
+        .number = m->number};
     return true;
 }
 

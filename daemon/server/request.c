@@ -240,7 +240,7 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     const bool copies = command->op == TS_OP_STEP_BEGIN && a->begun.num_copies > 0;
     if (add_slabs(s, command, a, reply) &&
         ((!run && !copies) || hand_on(s, c, request, command, a, reply)))
-        return copies || (run && !(command->step_run.run.flags & TS_RUN_ORDERED));
+        return copies || (run && !(command->step_run.run.flags & TS_RUN_ON_STREAM));
     /* Out of memory for the answer: undo what can be undone. */
     if (run || command->op == TS_OP_STEP_BEGIN)
         ts_step_work_undo(&s->exec, command,

@@ -14,7 +14,7 @@ enum {
     TS_RUN_ALIBI = 2,
     TS_RUN_LSE = 4,
     TS_RUN_INTERLEAVED = 8, /* pairs of rotary embedding are neighbours */
-    TS_RUN_ORDERED = 16,    /* after the session's run number `order` - 1 (proto/signals.h) */
+    TS_RUN_ON_STREAM = 16,  /* after the session's run `number` - 1 (proto/signals.h) */
     TS_RUN_SCALES = 32,
 };
 
@@ -25,7 +25,7 @@ typedef struct ts_layer_run {
     uint64_t sinks, alibi, lse, scales; /* with their flags */
     float scale, soft_cap, rope_theta;
     uint32_t window, rope_dims;
-    uint32_t layer, flags, order;
+    uint32_t layer, flags, number;
 } ts_layer_run;
 
 _Static_assert(sizeof(ts_layer_run) == 96, "layout is shared by two programs");

@@ -64,21 +64,21 @@ cudaError_t await_plans(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_r
     return error;
 }
 
-/* The call's runs, over one list of items. Of a plan that is kept the device alone knows, when the
+/* The call's runs, over one list of items. Of a persistent plan the device alone knows, when the
  * launch runs, how many there are. */
 void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gpu_run *runs,
               uint32_t num_runs)
 {
     const ts_gpu_plan *first = runs[0].plan;
-    float *partials = first->kept ? first->kept_partials : l->lane->partials;
-    uint32_t *counters = first->kept ? first->kept_counters : l->lane->counters;
+    float *partials = first->persistent ? first->own_partials : l->slot->partials;
+    uint32_t *counters = first->persistent ? first->own_counters : l->slot->counters;
     c.num_items = 0;
-    c.items_there = first->kept ? (const uint32_t *)first->buffer->device + list : NULL;
+    c.items_there = first->persistent ? (const uint32_t *)first->buffer->device + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_run *r = &runs[i];
         const ts_gpu_plan *p = r->plan;
         const unsigned char *at = p->buffer->device;
-        c.num_items += p->kept ? p->room[list] : p->count[list];
+        c.num_items += p->persistent ? p->room[list] : p->count[list];
         c.runs[i] = gpu_run{at + p->items[list],
                             (const plan_seq *)(at + PLAN_SEQS),
                             (const uint32_t *)(at + p->tables),
@@ -119,9 +119,9 @@ void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     c.keeps_out = partials + out <= l2 / 4;
 }
 
-/* Of a launch over a plan that is kept, on each processor: enough that those which come free take
+/* Of a launch over a persistent plan, on each processor: enough that those which come free take
  * what is left, and few enough that those without a piece cost little. */
-#define KEPT_BLOCKS 12u
+#define PERSISTENT_BLOCKS 12u
 
 /* One block for each piece and KV head. */
 cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_kernel &kernel,
@@ -129,8 +129,8 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
 {
     void *arguments[] = {(void *)&c};
     uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
-    if (p->kept && blocks > p->gpu->info.processors * KEPT_BLOCKS)
-        blocks = p->gpu->info.processors * KEPT_BLOCKS;
+    if (p->persistent && blocks > p->gpu->info.processors * PERSISTENT_BLOCKS)
+        blocks = p->gpu->info.processors * PERSISTENT_BLOCKS;
     return cudaLaunchKernel(kernel.function, dim3((uint32_t)blocks), dim3(kernel.threads),
                             arguments, kernel.bytes, stream);
 }
@@ -167,7 +167,7 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
     for (uint32_t first = 0; first < num_runs; first += GPU_RUNS) {
         size_t records = 0, counters = 0;
         for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++) {
-            if (runs[i].plan->kept) /* it has its own */
+            if (runs[i].plan->persistent) /* it has its own */
                 continue;
             records += runs[i].plan->records;
             counters += runs[i].plan->counters;
@@ -238,11 +238,11 @@ extern "C" ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base,
         status = ts_gpu_launch_reserve(l, bytes);
     if (status != TS_OK)
         return status;
-    memcpy(l->lane->host, copies, bytes);
+    memcpy(l->slot->host, copies, bytes);
     cudaError_t error =
-        cudaMemcpyAsync(l->lane->device, l->lane->host, bytes, cudaMemcpyHostToDevice, l->stream);
+        cudaMemcpyAsync(l->slot->device, l->slot->host, bytes, cudaMemcpyHostToDevice, l->stream);
     if (error == cudaSuccess)
-        error = launch_copies(base, block_bytes, (const ts_block_copy *)l->lane->device, num_copies,
+        error = launch_copies(base, block_bytes, (const ts_block_copy *)l->slot->device, num_copies,
                               l->stream);
     return ts_gpu_launch_fail(l, error);
 }

@@ -27,7 +27,7 @@ void ts_gpu_free_later(ts_gpu *gpu, void *device)
         ts_gpu_later(gpu, free_device, device, 0, NULL);
 }
 
-/* Keeps what the lane has outgrown, and launches before this one may still use, until the device is
+/* Keeps what the slot has outgrown, and launches before this one may still use, until the device is
  * closed. */
 static void outgrow(ts_gpu_launch *l, ts_gpu_staging *old, void *host, void *device)
 {
@@ -40,10 +40,10 @@ static void outgrow(ts_gpu_launch *l, ts_gpu_staging *old, void *host, void *dev
 
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
 {
-    ts_gpu_lane *lane = l->lane;
-    if (lane->capacity >= bytes)
+    ts_gpu_stream_slot *slot = l->slot;
+    if (slot->capacity >= bytes)
         return TS_OK;
-    size_t capacity = lane->capacity == 0 ? TS_GPU_STAGING_BYTES : lane->capacity;
+    size_t capacity = slot->capacity == 0 ? TS_GPU_STAGING_BYTES : slot->capacity;
     while (capacity < bytes)
         capacity *= 2;
     ts_gpu_staging *old = malloc(sizeof *old);
@@ -56,10 +56,10 @@ ts_status ts_gpu_launch_reserve(ts_gpu_launch *l, size_t bytes)
         free(old);
         return ts_gpu_launch_fail(l, error);
     }
-    outgrow(l, old, lane->host, lane->device);
-    lane->host = host;
-    lane->device = device;
-    lane->capacity = capacity;
+    outgrow(l, old, slot->host, slot->device);
+    slot->host = host;
+    slot->device = device;
+    slot->capacity = capacity;
     return TS_OK;
 }
 
@@ -84,22 +84,22 @@ static cudaError_t grow(ts_gpu_launch *l, void **memory, size_t *capacity, size_
 
 ts_status ts_gpu_launch_scratch(ts_gpu_launch *l, size_t bytes, size_t counters)
 {
-    ts_gpu_lane *lane = l->lane;
+    ts_gpu_stream_slot *slot = l->slot;
     cudaError_t error = cudaSuccess;
-    if (bytes > lane->partial_bytes) {
-        void *partials = lane->partials;
-        error = grow(l, &partials, &lane->partial_bytes, bytes);
-        lane->partials = partials;
+    if (bytes > slot->partial_bytes) {
+        void *partials = slot->partials;
+        error = grow(l, &partials, &slot->partial_bytes, bytes);
+        slot->partials = partials;
     }
-    if (error == cudaSuccess && counters > lane->num_counters) {
-        void *memory = lane->counters;
+    if (error == cudaSuccess && counters > slot->num_counters) {
+        void *memory = slot->counters;
         size_t capacity = 0;
-        error = grow(l, &memory, &capacity, counters * sizeof *lane->counters);
-        lane->counters = memory;
+        error = grow(l, &memory, &capacity, counters * sizeof *slot->counters);
+        slot->counters = memory;
         if (error == cudaSuccess)
             error = cudaMemsetAsync(memory, 0, capacity, l->stream);
         if (error == cudaSuccess)
-            lane->num_counters = capacity / sizeof *lane->counters;
+            slot->num_counters = capacity / sizeof *slot->counters;
     }
     return ts_gpu_launch_fail(l, error);
 }

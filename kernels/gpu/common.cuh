@@ -81,7 +81,7 @@ struct gpu_call {
     unsigned char *base; /* of block 0 */
     size_t block_bytes, plane_bytes, token_stride, head_stride;
     uint32_t num_items;
-    const uint32_t *items_there; /* of a plan that is kept: how many it has now; NULL: num_items */
+    const uint32_t *items_there; /* of a persistent plan: how many it has now; NULL: num_items */
     uint32_t heads, kv_heads, group, head_dim;
     divisor block_tokens;
     uint32_t io;                    /* ts_dtype of q, k, v and out */

@@ -286,41 +286,41 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
 
 /* ---- launches ---- */
 
-/* The lane of what was queued at the place, unless that is done: then a free one, or NULL. Under
+/* The slot of what was queued at the position, unless that is done: then a free one, or NULL. Under
  * the lock. */
-static ts_gpu_lane *take_lane(ts_gpu *gpu, const ts_gpu_place *place)
+static ts_gpu_stream_slot *take_slot(ts_gpu *gpu, const ts_gpu_position *position)
 {
-    ts_gpu_lane *lane = gpu->lanes;
-    if (place != NULL && place->turn != 0) {
-        lane += place->lane;
-        if (lane->users > 0 && lane->turn == place->turn)
-            return lane;
-        lane = gpu->lanes;
+    ts_gpu_stream_slot *slot = gpu->slots;
+    if (position != NULL && position->epoch != 0) {
+        slot += position->slot;
+        if (slot->users > 0 && slot->epoch == position->epoch)
+            return slot;
+        slot = gpu->slots;
     }
-    while (lane < gpu->lanes + TS_GPU_LANES && lane->users > 0)
-        lane++;
-    if (lane == gpu->lanes + TS_GPU_LANES)
+    while (slot < gpu->slots + TS_GPU_STREAM_SLOTS && slot->users > 0)
+        slot++;
+    if (slot == gpu->slots + TS_GPU_STREAM_SLOTS)
         return NULL;
-    if (++lane->turn == 0)
-        lane->turn = 1;
-    return lane;
+    if (++slot->epoch == 0)
+        slot->epoch = 1;
+    return slot;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position)
 {
     pthread_mutex_lock(&gpu->lock);
     ts_gpu_launch *l = gpu->free_launch;
-    ts_gpu_lane *lane = l == NULL ? NULL : take_lane(gpu, place);
-    if (lane == NULL) {
+    ts_gpu_stream_slot *slot = l == NULL ? NULL : take_slot(gpu, position);
+    if (slot == NULL) {
         l = NULL;
     } else {
         gpu->free_launch = l->next_free;
         l->done = NULL;
-        l->lane = lane;
-        l->lane->users++;
-        l->stream = l->lane->stream;
-        if (place != NULL)
-            *place = (ts_gpu_place){(uint32_t)(l->lane - gpu->lanes), l->lane->turn};
+        l->slot = slot;
+        l->slot->users++;
+        l->stream = l->slot->stream;
+        if (position != NULL)
+            *position = (ts_gpu_position){(uint32_t)(l->slot - gpu->slots), l->slot->epoch};
     }
     pthread_mutex_unlock(&gpu->lock);
     return l;
@@ -332,7 +332,7 @@ static void give_back(ts_gpu_launch *l)
     pthread_mutex_lock(&gpu->lock);
     l->next_free = gpu->free_launch;
     gpu->free_launch = l;
-    l->lane->users--;
+    l->slot->users--;
     if (l->waits) {
         l->waits = false;
         gpu->waiting--;
@@ -451,34 +451,34 @@ static void *launch_main(void *thread_arg)
     }
 }
 
-/* Makes what the lane needs, by a launch in it; those on streams of others copy no blocks. */
-static ts_status lane_init(ts_gpu *gpu, ts_gpu_lane *lane, char *why, size_t why_bytes)
+/* Makes what the slot needs, by a launch in it; those on streams of others copy no blocks. */
+static ts_status slot_init(ts_gpu *gpu, ts_gpu_stream_slot *slot, char *why, size_t why_bytes)
 {
-    cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
+    cudaError_t error = cudaStreamCreateWithFlags(&slot->stream, cudaStreamNonBlocking);
     if (error != cudaSuccess)
         return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
-    ts_gpu_launch l = {.gpu = gpu, .lane = lane, .stream = lane->stream};
+    ts_gpu_launch l = {.gpu = gpu, .slot = slot, .stream = slot->stream};
     ts_status status = ts_gpu_launch_reserve(&l, TS_GPU_STAGING_BYTES);
     if (status != TS_OK)
         snprintf(why, why_bytes, "staging memory of %zu bytes: %s", TS_GPU_STAGING_BYTES, l.why);
     return status;
 }
 
-static void lane_fini(ts_gpu_lane *lane)
+static void slot_fini(ts_gpu_stream_slot *slot)
 {
-    (void)cudaFreeHost(lane->host);
-    (void)cudaFree(lane->device);
-    (void)cudaFree(lane->partials);
-    (void)cudaFree(lane->counters);
-    if (lane->stream != NULL)
-        (void)cudaStreamDestroy(lane->stream);
+    (void)cudaFreeHost(slot->host);
+    (void)cudaFree(slot->device);
+    (void)cudaFree(slot->partials);
+    (void)cudaFree(slot->counters);
+    if (slot->stream != NULL)
+        (void)cudaStreamDestroy(slot->stream);
 }
 
 /* Makes what the launch needs. */
 static ts_status launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t why_bytes)
 {
     l->gpu = gpu;
-    l->lane = gpu->lanes;
+    l->slot = gpu->slots;
     l->stream = gpu->memory_stream;
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->event, NULL);
@@ -559,8 +559,8 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
             status = TS_ENOMEM;
         }
     }
-    for (uint32_t i = 0; status == TS_OK && !for_streams && i < TS_GPU_LANES; i++)
-        status = lane_init(gpu, &gpu->lanes[i], why, why_bytes);
+    for (uint32_t i = 0; status == TS_OK && !for_streams && i < TS_GPU_STREAM_SLOTS; i++)
+        status = slot_init(gpu, &gpu->slots[i], why, why_bytes);
     for (uint32_t i = 0; status == TS_OK && i < (for_streams ? 1 : TS_GPU_LAUNCHES); i++)
         status = launch_init(gpu, &gpu->launches[i], why, why_bytes);
     if (status != TS_OK) {
@@ -590,8 +590,8 @@ void ts_gpu_close(ts_gpu *gpu)
     (void)ts_gpu_enter(gpu, why, sizeof why);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
         launch_fini(&gpu->launches[i]);
-    for (uint32_t i = 0; i < TS_GPU_LANES; i++)
-        lane_fini(&gpu->lanes[i]);
+    for (uint32_t i = 0; i < TS_GPU_STREAM_SLOTS; i++)
+        slot_fini(&gpu->slots[i]);
     if (gpu->deferred_runs) {
         pthread_mutex_lock(&gpu->lock);
         gpu->stop = true;

@@ -60,23 +60,23 @@ typedef struct ts_gpu_function {
 } ts_gpu_function;
 
 /* A stream, and the memory that launches use in turn, one behind the other. */
-typedef struct ts_gpu_lane {
+typedef struct ts_gpu_stream_slot {
     cudaStream_t stream;          /* NULL: launches are on streams of others */
     uint32_t users;               /* under the device's lock: launches that aren't done */
-    uint32_t turn;                /* under the device's lock: how often it was taken when free */
+    uint32_t epoch;               /* under the device's lock: how often it was taken when free */
     unsigned char *host, *device; /* staging memory, the same bytes on both sides */
     size_t capacity;
     float *partials; /* on the device: what chunks come to, until they are merged */
     size_t partial_bytes;
     uint32_t *counters; /* all 0 between launches */
     size_t num_counters;
-} ts_gpu_lane;
+} ts_gpu_stream_slot;
 
 struct ts_gpu_launch {
     ts_gpu *gpu;
     ts_gpu_launch *next_free;
     bool waits; /* under the device's lock: for a worker */
-    ts_gpu_lane *lane;
+    ts_gpu_stream_slot *slot;
     cudaStream_t stream;
     void (*done)(void *arg, ts_status status, const char *why);
     void *arg;
@@ -104,7 +104,7 @@ struct ts_gpu {
     ts_gpu_info info;
     ts_gpu_driver driver;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
-    ts_gpu_lane lanes[TS_GPU_LANES];
+    ts_gpu_stream_slot slots[TS_GPU_STREAM_SLOTS];
     cudaStream_t memory_stream; /* for zeroing */
     cudaStream_t upload_stream; /* for plans */
     pthread_mutex_t lock;
@@ -144,11 +144,11 @@ void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t byt
 /* Leaves it device memory of cudaMalloc; NULL: nothing. */
 void ts_gpu_free_later(ts_gpu *gpu, void *device);
 
-/* Of each lane from the start: enough for 8192 copies of blocks. */
+/* Of each slot from the start: enough for 8192 copies of blocks. */
 #define TS_GPU_STAGING_BYTES ((size_t)1 << 16)
 
-/* Room for `bytes` of the lane's staging memory, which nobody before may still use: the launch was
- * taken without a place. A launch takes one attend, or one set of copies. */
+/* Room for `bytes` of the slot's staging memory, which nobody before may still use: the launch was
+ * taken without a position. A launch takes one attend, or one set of copies. */
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *launch, size_t bytes);
 
 /* Room for `bytes` of partial results and for so many counters, which are 0. */

@@ -158,7 +158,7 @@ ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t h
                             uint32_t num_seqs, ts_gpu_plan **plan, char *why, size_t why_bytes);
 
 /*
- * A plan that is kept for one batch after another, which may be other sequences each time: launches
+ * A persistent plan for one batch after another, which may be other sequences each time: launches
  * over it are alike, so that a CUDA graph of them can be launched again. It has scratch memory of
  * its own. Of decode alone: TS_EINVAL if it isn't v5 that the sequences get.
  */
@@ -169,9 +169,10 @@ typedef struct ts_gpu_plan_limits {
 } ts_gpu_plan_limits;
 
 /* It has no sequences yet. Errors: ts_gpu_plan_new's. */
-ts_status ts_gpu_plan_keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
-                           ts_dtype io_dtype, ts_kernel kernel, const ts_gpu_plan_limits *limits,
-                           ts_gpu_plan **out, char *why, size_t why_bytes);
+ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
+                                     ts_dtype io_dtype, ts_kernel kernel,
+                                     const ts_gpu_plan_limits *limits, ts_gpu_plan **out, char *why,
+                                     size_t why_bytes);
 
 /* Gives it these sequences, and waits until the device has them. No launch may be using it.
  * TS_EINVAL: they are more than its limits. */
@@ -184,7 +185,7 @@ ts_status ts_gpu_plan_clear(ts_gpu_plan *plan, char *why, size_t why_bytes);
 /* No launch may use it any more. */
 void ts_gpu_plan_free(ts_gpu_plan *plan);
 
-/* One layer of a planned batch; of one that is kept, the only run of its launch. Rows of q, k, v,
+/* One layer of a planned batch; of a persistent one, the only run of its launch. Rows of q, k, v,
  * out and lse: the sequences' query tokens, one sequence after the other (attention.h). */
 typedef struct ts_gpu_run {
     const ts_gpu_plan *plan;
@@ -201,24 +202,24 @@ typedef struct ts_gpu_run {
 typedef struct ts_gpu_launch ts_gpu_launch;
 
 /*
- * Launches under way at once, at most, and the lanes that they are queued in, one behind the other:
- * a stream each. With the device's own streams lanes are fewer than the 32 hardware queues there
+ * Launches under way at once, at most, and the slots that they are queued in, one behind the other:
+ * a stream each. With the device's own streams slots are fewer than the 32 hardware queues there
  * are: streams that share one wait for each other, and a launch may wait for a worker.
  */
 #define TS_GPU_LAUNCHES 56u
-#define TS_GPU_LANES 28u
+#define TS_GPU_STREAM_SLOTS 28u
 
-/* Where a launch was queued; turn 0: nowhere. */
-typedef struct ts_gpu_place {
-    uint32_t lane, turn;
-} ts_gpu_place;
+/* Where a launch was queued; epoch 0: nowhere. */
+typedef struct ts_gpu_position {
+    uint32_t slot, epoch;
+} ts_gpu_position;
 
 /*
- * NULL: all are in use, or all lanes are. With a place, this launch starts after the end of the one
- * that was queued there, by the order of the device's queues alone, and *place becomes its own.
- * NULL: after nothing.
+ * NULL: all are in use, or all slots are. With a position, this launch starts after the end of the
+ * one that was queued there, by the order of the device's queues alone, and *position becomes its
+ * own. NULL: after nothing.
  */
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place);
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position);
 
 /* False while frees are deferred: a wait that isn't queued lets it come to that. */
 bool ts_gpu_may_wait(ts_gpu *gpu);

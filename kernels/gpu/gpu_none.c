@@ -101,10 +101,10 @@ void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes)
     (void)bytes;
 }
 
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_place *place)
+ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position)
 {
     (void)gpu;
-    (void)place;
+    (void)position;
     return NULL;
 }
 

@@ -1,5 +1,5 @@
 /*
- * Plans from one step to the next. Those that are kept: one CUDA graph, captured once, serves batch
+ * Plans from one step to the next. Persistent ones: one CUDA graph, captured once, serves batch
  * after batch with the bits that a launch of each batch by itself has. Those that are renewed, the
  * same. Needs a GPU; exits with 77 where there is none.
  */
@@ -12,11 +12,11 @@
 /* Of q_tokens new tokens each: cut into chunks and not, at a block's border and beside it. */
 static const uint32_t totals[SEQS] = {5000, 17, 1408, 1409, 64, 300, 12000, 33};
 
-typedef struct kept {
+typedef struct captured {
     ts_gpu_plan *plan;
     ts_gpu_launch *launch;
     cudaGraphExec_t graph;
-} kept;
+} captured;
 
 static ts_gpu_run run_over(const device_problem *d, const ts_gpu_plan *plan)
 {
@@ -31,11 +31,11 @@ static ts_gpu_run run_over(const device_problem *d, const ts_gpu_plan *plan)
 }
 
 /* Captures one run over a plan for the limits, which has no sequences yet. */
-static void capture(kept *x, const device_problem *d, const ts_gpu_plan_limits *limits)
+static void capture(captured *x, const device_problem *d, const ts_gpu_plan_limits *limits)
 {
     cudaGraph_t graph;
-    OK(ts_gpu_plan_keep(gpu, &d->call.geometry, d->call.heads, d->call.io_dtype, TS_KERNEL_AUTO,
-                        limits, &x->plan, why, sizeof why));
+    OK(ts_gpu_plan_new_persistent(gpu, &d->call.geometry, d->call.heads, d->call.io_dtype,
+                                  TS_KERNEL_AUTO, limits, &x->plan, why, sizeof why));
     x->launch = ts_gpu_launch_take(gpu, NULL);
     assert_non_null(x->launch);
     OK(ts_gpu_launch_prepare(x->launch, x->plan));
@@ -49,13 +49,13 @@ static void capture(kept *x, const device_problem *d, const ts_gpu_plan_limits *
     CUDA_OK(cudaGraphDestroy(graph));
 }
 
-static void replay(kept *x)
+static void replay(captured *x)
 {
     CUDA_OK(cudaGraphLaunch(x->graph, ts_gpu_launch_stream(x->launch)));
     CUDA_OK(cudaStreamSynchronize(ts_gpu_launch_stream(x->launch)));
 }
 
-static void kept_free(kept *x)
+static void graph_free(captured *x)
 {
     CUDA_OK(cudaGraphExecDestroy(x->graph));
     OK(ts_gpu_launch_finish(x->launch, NULL, NULL));
@@ -69,7 +69,8 @@ static void read_out(const device_problem *d, unsigned char *out)
                        cudaMemcpyDeviceToHost));
 }
 
-static void check_nothing_is_written(kept *x, device_problem *d, unsigned char *out, size_t bytes)
+static void check_nothing_is_written(captured *x, device_problem *d, unsigned char *out,
+                                     size_t bytes)
 {
     poison_device(d);
     replay(x);
@@ -85,7 +86,7 @@ static void check_batches(shape s, uint32_t q_tokens)
     uint32_t lengths[SEQS][2];
     rng r = {s.head_dim + q_tokens};
     device_problem d;
-    kept x;
+    captured x;
     uint64_t all = 0;
     for (uint32_t i = 0; i < SEQS; i++) {
         lengths[i][0] = totals[i];
@@ -124,7 +125,7 @@ static void check_batches(shape s, uint32_t q_tokens)
     OK(ts_gpu_plan_clear(x.plan, why, sizeof why));
     CUDA_OK(cudaDeviceSynchronize());
     check_nothing_is_written(&x, &d, ours, bytes);
-    kept_free(&x);
+    graph_free(&x);
     free(alone);
     free(ours);
     device_problem_free(&d);
@@ -153,13 +154,13 @@ static void a_graph_serves_batch_after_batch_with_the_bits_of_each_alone(void **
     gpu->info.processors = processors;
 }
 
-static void what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing(void **state)
+static void what_a_persistent_plan_has_no_room_for_is_refused_and_changes_nothing(void **state)
 {
     (void)state;
     static const uint32_t lengths[][2] = {{70, 1}, {300, 1}, {40, 2}};
     rng r = {7};
     device_problem d;
-    kept x;
+    captured x;
     device_problem_new(&d,
                        (shape){.dtype = TS_DTYPE_BF16,
                                .io = TS_DTYPE_BF16,
@@ -185,17 +186,19 @@ static void what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing(void
     replay(&x);
     read_out(&d, after);
     assert_memory_equal(before, after, bytes);
-    kept_free(&x);
+    graph_free(&x);
 
     ts_gpu_plan *plan = x.plan;
-    assert_int_equal(ts_gpu_plan_keep(gpu, &d.call.geometry, 8, TS_DTYPE_BF16, TS_KERNEL_AUTO,
-                                      &(ts_gpu_plan_limits){2, 100, 1000}, &plan, why, sizeof why),
+    assert_int_equal(ts_gpu_plan_new_persistent(gpu, &d.call.geometry, 8, TS_DTYPE_BF16,
+                                                TS_KERNEL_AUTO, &(ts_gpu_plan_limits){2, 100, 1000},
+                                                &plan, why, sizeof why),
                      TS_EINVAL);
     assert_null(plan);
-    assert_string_equal(why, "100 query tokens of a bf16 cache, head_dim 64: a plan that is kept "
+    assert_string_equal(why, "100 query tokens of a bf16 cache, head_dim 64: a persistent plan "
                              "is for what kernel v5 decodes");
-    assert_int_equal(ts_gpu_plan_keep(gpu, &d.call.geometry, 8, TS_DTYPE_BF16, TS_KERNEL_V3,
-                                      &(ts_gpu_plan_limits){2, 1, 1000}, &plan, why, sizeof why),
+    assert_int_equal(ts_gpu_plan_new_persistent(gpu, &d.call.geometry, 8, TS_DTYPE_BF16,
+                                                TS_KERNEL_V3, &(ts_gpu_plan_limits){2, 1, 1000},
+                                                &plan, why, sizeof why),
                      TS_EINVAL);
     free(before);
     free(after);
@@ -221,7 +224,7 @@ static void check_growth(shape s, uint32_t q_tokens)
     uint64_t all = 0, remade = 0;
     rng r = {s.head_dim + q_tokens};
     device_problem d;
-    kept x;
+    captured x;
     for (uint32_t i = 0; i < COUNT; i++) {
         lengths[i][1] = q_tokens;
         all += lengths[i][0];
@@ -270,13 +273,13 @@ static void check_growth(shape s, uint32_t q_tokens)
         replay(&x);
         read_out(&d, ours);
         if (memcmp(ours, alone, bytes) != 0)
-            fail_msg("%s, %u new tokens, %u tokens later: other bits from a plan that was kept",
+            fail_msg("%s, %u new tokens, %u tokens later: other bits from a persistent plan",
                      ts_dtype_name(s.dtype), q_tokens, t);
     }
     /* At first, and where what is cut in one piece becomes two. */
     assert_int_equal(remade, s.dtype == TS_DTYPE_FP8_E4M3 ? 1 : 2);
     ts_gpu_plan_free(plan);
-    kept_free(&x);
+    graph_free(&x);
     free(alone);
     free(ours);
     free(before);
@@ -304,7 +307,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_plan_that_is_renewed_gives_the_bits_of_a_new_one),
         cmocka_unit_test(a_graph_serves_batch_after_batch_with_the_bits_of_each_alone),
-        cmocka_unit_test(what_a_kept_plan_has_no_room_for_is_refused_and_changes_nothing),
+        cmocka_unit_test(what_a_persistent_plan_has_no_room_for_is_refused_and_changes_nothing),
     };
     return run_gpu_tests(tests, sizeof tests / sizeof *tests);
 }

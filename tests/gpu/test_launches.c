@@ -71,10 +71,10 @@ static void a_launch_follows_the_one_before_it(void **state)
     OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
     sem_t done;
     sem_init(&done, 0, 0);
-    ts_gpu_place place = {0};
+    ts_gpu_position position = {0};
     for (uint32_t round = 1; round <= 100; round++) {
         for (uint32_t i = 0; i < 4; i++) {
-            ts_gpu_launch *l = ts_gpu_launch_take(gpu, i == 3 ? NULL : &place);
+            ts_gpu_launch *l = ts_gpu_launch_take(gpu, i == 3 ? NULL : &position);
             ts_gpu_signal signal = {i == 3 ? &device[48] : &device[16],
                                     i == 3 ? round : round * 2 + i - 2};
             if (i == 0)
@@ -279,14 +279,14 @@ static void launches_run_out_and_come_back(void **state)
 {
     (void)state;
     ts_gpu_launch *taken[TS_GPU_LAUNCHES];
-    ts_gpu_place places[TS_GPU_LANES] = {0};
+    ts_gpu_position positions[TS_GPU_STREAM_SLOTS] = {0};
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++) { /* the later ones behind those before */
-        if (i == TS_GPU_LANES)
+        if (i == TS_GPU_STREAM_SLOTS)
             assert_null(ts_gpu_launch_take(gpu, NULL));
-        taken[i] = ts_gpu_launch_take(gpu, &places[i % TS_GPU_LANES]);
+        taken[i] = ts_gpu_launch_take(gpu, &positions[i % TS_GPU_STREAM_SLOTS]);
         assert_non_null(taken[i]);
     }
-    assert_null(ts_gpu_launch_take(gpu, &places[0]));
+    assert_null(ts_gpu_launch_take(gpu, &positions[0]));
     sem_t done;
     sem_init(&done, 0, 0);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)

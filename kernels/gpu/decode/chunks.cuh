@@ -96,7 +96,7 @@ __device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows
     j.once = c.alone && piece.alone;
 }
 
-/* Works off a launch's pieces, one for each block of threads; those of a plan that is kept, and has
+/* Works off a launch's pieces, one for each block of threads; those of a persistent plan, and has
  * others when the launch is repeated, in turn. */
 template <typename K> __device__ inline void run_blocks(const gpu_call &c, unsigned char *shared)
 {

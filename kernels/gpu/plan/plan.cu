@@ -347,7 +347,7 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     ts_gpu_list list = list_of(p, &s);
     if (list < LIST_NARROW || has_many_rows(list)) {
         snprintf(why, why_bytes,
-                 "%u query tokens of a %s cache, head_dim %u: a plan that is kept is for what "
+                 "%u query tokens of a %s cache, head_dim %u: a persistent plan is for what "
                  "kernel v5 decodes",
                  most->q_tokens, ts_dtype_name(p->geometry.dtype), p->geometry.head_dim);
         return TS_EINVAL;
@@ -370,15 +370,15 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
 ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
 {
     size_t partials = p->records * ts_gpu_record_floats(&p->geometry) * sizeof(float);
-    size_t counters = p->counters * sizeof *p->kept_counters;
+    size_t counters = p->counters * sizeof *p->own_counters;
     ts_status status = ts_gpu_buffer_take(p->gpu, bytes, &p->buffer, why, why_bytes);
     if (status != TS_OK)
         return status;
-    cudaError_t error = cudaMalloc((void **)&p->kept_partials, partials);
+    cudaError_t error = cudaMalloc((void **)&p->own_partials, partials);
     if (error == cudaSuccess)
-        error = cudaMalloc((void **)&p->kept_counters, counters);
+        error = cudaMalloc((void **)&p->own_counters, counters);
     if (error == cudaSuccess)
-        error = cudaMemsetAsync(p->kept_counters, 0, counters, p->gpu->upload_stream);
+        error = cudaMemsetAsync(p->own_counters, 0, counters, p->gpu->upload_stream);
     if (error != cudaSuccess)
         return ts_gpu_fail(error, "a plan's scratch memory", partials + counters, why, why_bytes);
     return ts_gpu_plan_clear(p, why, why_bytes);
@@ -417,7 +417,7 @@ extern "C" ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry,
                                        ts_gpu_plan **plan, char *why, size_t why_bytes)
 {
     ts_gpu_plan *p = *plan;
-    bool same = p != NULL && p->gpu == gpu && !p->kept && p->heads == heads &&
+    bool same = p != NULL && p->gpu == gpu && !p->persistent && p->heads == heads &&
                 p->io_dtype == io_dtype && p->kernel == kernel &&
                 same_geometry(&p->geometry, geometry) && is_alike(p, seqs, num_seqs);
     if (!same) {
@@ -435,17 +435,17 @@ extern "C" ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry,
     return status;
 }
 
-extern "C" ts_status ts_gpu_plan_keep(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
-                                      ts_dtype io_dtype, ts_kernel kernel,
-                                      const ts_gpu_plan_limits *limits, ts_gpu_plan **out,
-                                      char *why, size_t why_bytes)
+extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *geometry,
+                                                uint32_t heads, ts_dtype io_dtype, ts_kernel kernel,
+                                                const ts_gpu_plan_limits *limits, ts_gpu_plan **out,
+                                                char *why, size_t why_bytes)
 {
     size_t entries = 0;
     ts_status status = begin_plan(gpu, geometry, heads, io_dtype, kernel, out, why, why_bytes);
     if (status != TS_OK)
         return status;
     ts_gpu_plan *p = *out;
-    p->kept = true;
+    p->persistent = true;
     p->limits = *limits;
     status = make_room(p, &entries, why, why_bytes);
     if (status == TS_OK)
@@ -515,8 +515,8 @@ extern "C" void ts_gpu_plan_free(ts_gpu_plan *p)
 {
     if (p == NULL)
         return;
-    ts_gpu_free_later(p->gpu, p->kept_partials);
-    ts_gpu_free_later(p->gpu, p->kept_counters);
+    ts_gpu_free_later(p->gpu, p->own_partials);
+    ts_gpu_free_later(p->gpu, p->own_counters);
     ts_gpu_buffer_give_back(p->gpu, p->buffer);
     free(p);
 }

@@ -38,11 +38,11 @@ struct ts_gpu_plan {
     uint32_t q_tokens;                /* of all sequences */
     uint32_t counters;
     uint64_t renewals; /* since it was written whole */
-    bool kept;
-    ts_gpu_plan_limits limits; /* of one that is kept, as all that follows: */
+    bool persistent;
+    ts_gpu_plan_limits limits; /* of a persistent one, as all that follows: */
     uint32_t room[LIST_COUNT]; /* for items */
-    float *kept_partials;      /* its own */
-    uint32_t *kept_counters;   /* its own, all 0 between launches */
+    float *own_partials;       /* its own */
+    uint32_t *own_counters;    /* its own, all 0 between launches */
 };
 
 #define PLAN_SEQS (LIST_COUNT * sizeof(uint32_t)) /* where they are: behind the counts */
