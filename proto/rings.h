@@ -45,8 +45,8 @@ enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT 
  * Of a begin: the client attends itself and wants the sequences' block tables; else the answer has
  * only the blocks that the new tokens touch. Of each table it has what the client lacks, and what
  * the new tokens touch in any case: the entries from begun_firsts[i] on. The client says in
- * batch_told[i] which step's begin told it of the sequence's table last (0: none has, or it has
- * forgotten), and keeps the entries before.
+ * batch_known_step[i] which step's begin told it of the sequence's table last (0: none has, or it
+ * has forgotten), and keeps the entries before.
  */
 enum { TS_RING_TABLES = 1 };
 
@@ -108,7 +108,7 @@ typedef struct ts_rings_memory {
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];
     uint64_t batch_seqs[TS_RING_BATCH];
-    uint64_t batch_told[TS_RING_BATCH];
+    uint64_t batch_known_step[TS_RING_BATCH];
     uint32_t batch_words[TS_RING_BATCH];
     uint32_t begun_starts[TS_RING_BATCH]; /* tokens of each sequence before the step */
     uint32_t begun_firsts[TS_RING_BATCH]; /* with TS_RING_TABLES */

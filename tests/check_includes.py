@@ -18,7 +18,7 @@ PARTS = {
     "daemon/core/engine_internal": "daemon/core/engine",
     "daemon/ipc/nng_server_internal": "daemon/ipc/nng_server",
     "daemon/config/config_keys": "daemon/config/config",
-    "kernels/gpu/plan/cut": "kernels/gpu/plan/plan",
+    "kernels/gpu/plan/work_split": "kernels/gpu/plan/plan",
     "kernels/cpu/isa/attention_amx_units": "kernels/cpu/isa/attention_amx",
 }
 

@@ -352,7 +352,7 @@ static void scribbler(const char *url, uint32_t seed)
             e.begin.flags = (uint32_t)rng_next(&r) % 2 * TS_RING_TABLES;
             for (uint32_t n = 0; n < e.begin.count; n++) {
                 m->batch_seqs[n] = seqs[rng_next(&r) % 8];
-                m->batch_told[n] = rng_next(&r) % 2 * step;
+                m->batch_known_step[n] = rng_next(&r) % 2 * step;
                 m->batch_words[n] = (uint32_t)rng_next(&r) % 4;
             }
         } else if (e.op == TS_RING_RUN) {

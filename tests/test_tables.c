@@ -77,7 +77,7 @@ static void a_steady_batch_is_told_what_its_new_tokens_touch(void **state)
     step(p, seqs + 2, 1, 1);
     assert_told(c, 0, 0, 5);
     OK(ts_seq_free(p, seqs, 1));
-    assert_int_equal(p->tables[(uint32_t)seqs[0]].told, 0);
+    assert_int_equal(p->tables[(uint32_t)seqs[0]].known_step, 0);
     ts_pool_close(p);
     ts_disconnect(c);
     daemon_stop(&d);

@@ -19,11 +19,11 @@ static ts_table *find(const ts_pool *p, ts_seq seq)
     return index < p->num_tables && p->tables[index].seq == seq ? &p->tables[index] : NULL;
 }
 
-void ts_tables_say_known(const ts_pool *p, const ts_seq *seqs, uint32_t count, uint64_t *told)
+void ts_tables_known_steps(const ts_pool *p, const ts_seq *seqs, uint32_t count, uint64_t *steps)
 {
     for (uint32_t i = 0; i < count; i++) {
         const ts_table *t = find(p, seqs[i]);
-        told[i] = t != NULL ? t->told : 0;
+        steps[i] = t != NULL ? t->known_step : 0;
     }
 }
 
@@ -45,7 +45,7 @@ static ts_table *place_of(ts_pool *p, ts_seq seq)
     }
     ts_table *t = &p->tables[index];
     if (t->seq != seq)
-        t->told = t->count = 0;
+        t->known_step = t->count = 0;
     t->seq = seq;
     return t;
 }
@@ -85,9 +85,9 @@ ts_status ts_tables_update(ts_pool *p, uint64_t step, const ts_table_delta *d,
                            const uint32_t **blocks)
 {
     ts_table *t = place_of(p, d->seq);
-    uint32_t known = t != NULL && t->told != 0 ? t->count : 0;
+    uint32_t known = t != NULL && t->known_step != 0 ? t->count : 0;
     if (t != NULL)
-        t->told = 0; /* until all of it is there */
+        t->known_step = 0; /* until all of it is there */
     if (t == NULL || !make_room(t, d->first + d->count))
         return ts_fail(p->client, TS_ENOMEM, "no memory for a block table of %u entries",
                        d->first + d->count);
@@ -101,7 +101,7 @@ ts_status ts_tables_update(ts_pool *p, uint64_t step, const ts_table_delta *d,
     ts_status status = map(p, t, d->first, d->touched);
     if (status != TS_OK)
         return status;
-    t->told = step;
+    t->known_step = step;
     *blocks = t->blocks;
     return TS_OK;
 }

@@ -12,7 +12,7 @@
 /* A sequence's block table as a step's begin told of it. */
 typedef struct ts_table {
     ts_seq seq;
-    uint64_t told; /* the step that told of it last; 0: nothing is known */
+    uint64_t known_step; /* the step that told of it last; 0: nothing is known */
     uint32_t *blocks;
     uint32_t count, room;
 } ts_table;
@@ -26,7 +26,8 @@ typedef struct ts_table_delta {
 } ts_table_delta;
 
 /* Which step's begin told of each sequence's table last, for the daemon to tell what is new. */
-void ts_tables_say_known(const ts_pool *pool, const ts_seq *seqs, uint32_t count, uint64_t *told);
+void ts_tables_known_steps(const ts_pool *pool, const ts_seq *seqs, uint32_t count,
+                           uint64_t *steps);
 
 /* Notes what the step's begin tells, and maps those blocks. *blocks: the whole table, until the
  * next begin with the sequence. */

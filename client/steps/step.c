@@ -155,7 +155,7 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
     if (tables)
-        ts_tables_say_known(s->pool, seqs, s->count, m->batch_told);
+        ts_tables_known_steps(s->pool, seqs, s->count, m->batch_known_step);
     memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
     memcpy(m->batch_words, s->new_tokens, s->count * sizeof *s->new_tokens);
     ts_status status = ts_ring_call(c, &entry, &done);

@@ -166,7 +166,7 @@ static uint64_t copy_tables(const ts_ring *r, const ts_step *step, const ts_sequ
         rings->firsts[i] = rings->words[i] = 0;
         if (part->new_tokens == 0)
             continue;
-        uint64_t told = __atomic_load_n(&r->shared->batch_told[i], __ATOMIC_RELAXED);
+        uint64_t told = __atomic_load_n(&r->shared->batch_known_step[i], __ATOMIC_RELAXED);
         uint32_t known = ts_sequence_known(&seqs->all[part->seq], told);
         uint32_t touched = (uint32_t)ts_whole_blocks(part->start, seqs->block_tokens);
         uint32_t first = known < touched ? known : touched;

@@ -227,12 +227,12 @@ static bool reserve_scratch(ts_attention *a, const ts_geometry *g, uint32_t head
 }
 
 /* How the query tokens and KV heads of one sequence are cut. */
-typedef struct cut {
+typedef struct row_split {
     uint32_t q_count;    /* query tokens of an item */
     uint32_t head_count; /* KV heads of an item, at most */
-} cut;
+} row_split;
 
-static cut cut_rows(const ts_attention_call *call, const ts_attention_seq *seq)
+static row_split split_rows(const ts_attention_call *call, const ts_attention_seq *seq)
 {
     const ts_geometry *g = &call->geometry;
     uint32_t group = call->heads / g->kv_heads;
@@ -248,7 +248,7 @@ static cut cut_rows(const ts_attention_call *call, const ts_attention_seq *seq)
         heads = 1;
     if (heads > g->kv_heads)
         heads = g->kv_heads;
-    return (cut){.q_count = q, .head_count = heads};
+    return (row_split){.q_count = q, .head_count = heads};
 }
 
 static uint32_t ceil_div(uint64_t a, uint64_t b)
@@ -277,7 +277,7 @@ static bool is_dropped(const ts_attention_seq *seq)
  * item has the parts that its rows see something of. One whose share of the work would pass the
  * budget is cut along the context into whole parts, then by KV heads.
  */
-static void list_rows(ts_attention_task *t, const ts_attention_seq *seq, cut c, uint32_t q,
+static void list_rows(ts_attention_task *t, const ts_attention_seq *seq, row_split c, uint32_t q,
                       bool fill, list *l)
 {
     const ts_attention_call *call = &t->call;
@@ -335,7 +335,7 @@ static list count_window(ts_attention_task *t, place *at)
         const ts_attention_seq *seq = &t->call.seqs[at->seq];
         if (seq->q_tokens == 0 || is_dropped(seq))
             continue;
-        cut c = cut_rows(&t->call, seq);
+        row_split c = split_rows(&t->call, seq);
         for (; at->q < seq->q_tokens && l.work < most; at->q += c.q_count)
             list_rows(t, seq, c, at->q, false, &l);
         if (at->q < seq->q_tokens)
@@ -353,7 +353,7 @@ static list fill_window(ts_attention_task *t, place at, place end)
         uint32_t until = at.seq < end.seq ? seq->q_tokens : end.q;
         if (seq->q_tokens == 0 || is_dropped(seq))
             continue;
-        cut c = cut_rows(&t->call, seq);
+        row_split c = split_rows(&t->call, seq);
         for (; at.q < until; at.q += c.q_count)
             list_rows(t, seq, c, at.q, true, &l);
     }
@@ -510,7 +510,7 @@ static bool begin(ts_attention *a, const ts_attention_call *call, ts_attention_t
         const ts_attention_seq *seq = &call->seqs[i];
         if (seq->q_tokens == 0)
             continue;
-        cut c = cut_rows(call, seq);
+        row_split c = split_rows(call, seq);
         work +=
             (uint64_t)(seq->kv_tokens - first_token(call, seq, 0)) * g->kv_heads * seq->q_tokens;
         if ((size_t)c.q_count * group > t->head_rows)

@@ -152,8 +152,8 @@ __device__ inline float slope_of(const gpu_seq &s, uint32_t head)
  * there is no soft cap, for a kernel that waits for each load: none is started ahead of a branch.
  */
 template <bool CAPPED = true>
-__device__ inline float vary(const gpu_call &c, float score, float slope, uint32_t key,
-                             uint32_t position)
+__device__ inline float modify_score(const gpu_call &c, float score, float slope, uint32_t key,
+                                     uint32_t position)
 {
     if (CAPPED && c.cap_log2 > 0)
         score = c.cap_log2 * tanhf(score / c.cap_log2);

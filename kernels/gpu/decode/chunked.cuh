@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant
 #pragma unroll 8
             for (uint32_t d = 0; d < c.head_dim; d++)
                 score += q[d] * to_float(k[d]);
-            score = vary(c, score, slope, first + i, keys - 1);
+            score = modify_score(c, score, slope, first + i, keys - 1);
             weights[i] = score;
             higher = fmaxf(higher, score);
         }

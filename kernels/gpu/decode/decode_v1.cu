@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(v1_layout<DIM>::THREADS)
             for (int i = 0; i < AHEAD; i++)
                 score += q(first + i) * x[i];
         }
-        score = vary<CAPPED>(c, score, slope, t, keys - 1);
+        score = modify_score<CAPPED>(c, score, slope, t, keys - 1);
         float higher = fmaxf(max, score);
         float factor = rescale(max, higher), weight = exp2f(score - higher);
         sum = sum * factor + weight;

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_v4(const __grid_constant__ 
             for (int step = LANES / 2; step > 0; step /= 2)
                 score[u] += __shfl_xor_sync(~0u, score[u], step);
             uint32_t t = first + u * GROUPS + group;
-            score[u] = t < keys ? vary(c, score[u], slope, t, keys - 1) : -CUDART_INF_F;
+            score[u] = t < keys ? modify_score(c, score[u], slope, t, keys - 1) : -CUDART_INF_F;
             higher = fmaxf(higher, score[u]);
         }
         if (first + group >= keys)

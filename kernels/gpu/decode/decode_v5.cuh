@@ -54,8 +54,8 @@ template <typename T, int DIM> struct narrow_kernel {
 
     /* A tile of which some rows don't see all tokens: a weight of 0 must hide even NaN. So each
      * query token's rows are multiplied by V without the tokens that it doesn't see. */
-    __device__ static void weigh_apart(const gpu_call &c, const job &j, uint32_t tile,
-                                       const uint32_t *a, const uint32_t *p, float *acc)
+    __device__ static void add_apart(const gpu_call &c, const job &j, uint32_t tile,
+                                     const uint32_t *a, const uint32_t *p, float *acc)
     {
         uint32_t lane = threadIdx.x % 32, query[2]; /* of this lane's two rows */
         for (uint32_t e = 0; e < 2; e++)
@@ -163,7 +163,7 @@ template <typename T, int DIM> struct narrow_kernel {
                     uint32_t t = tile + lane / 4 + e / 2 * 8;
                     s[e] = t > position[e % 2] || t < from[e % 2]
                                ? -CUDART_INF_F
-                               : vary(c, s[e], slope[e % 2], t, position[e % 2]);
+                               : modify_score(c, s[e], slope[e % 2], t, position[e % 2]);
                 }
             }
 #pragma unroll
@@ -179,8 +179,8 @@ template <typename T, int DIM> struct narrow_kernel {
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (s[e] != s[e] && isinf(first[e]))
-                            s[e] = vary(c, first[e] * scale, slope[e % 2],
-                                        tile + lane / 4 + e / 2 * 8, position[e % 2]);
+                            s[e] = modify_score(c, first[e] * scale, slope[e % 2],
+                                                tile + lane / 4 + e / 2 * 8, position[e % 2]);
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float higher = fmaxf(max[e], fmaxf(s[e], s[e + 2]));
@@ -223,8 +223,8 @@ template <typename T, int DIM> struct narrow_kernel {
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];
                     operands<T>::template load<true>(a, at + v_place, pair, false);
-                    weigh_apart(c, j, tile, a[0], p, acc[pair * 2]);
-                    weigh_apart(c, j, tile, a[1], p, acc[pair * 2 + 1]);
+                    add_apart(c, j, tile, a[0], p, acc[pair * 2]);
+                    add_apart(c, j, tile, a[1], p, acc[pair * 2 + 1]);
                 }
                 continue;
             }

@@ -111,7 +111,7 @@ template <int DIM, int ROWS> struct lane_kernel {
                             uint32_t t = tile + (first + u) * GROUPS + group;
                             s[u][r] = t > position || t < seen
                                           ? -CUDART_INF_F
-                                          : vary(c, s[u][r], slope, t, position);
+                                          : modify_score(c, s[u][r], slope, t, position);
                         }
                     }
                 }

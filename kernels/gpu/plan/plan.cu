@@ -1,8 +1,8 @@
 /*
  * Plans: they are counted up, laid out and written, and written anew or in part for the next step.
- * Which kernel a sequence gets, and how its work is cut, is in cut.cuh.
+ * Which kernel a sequence gets, and how its work is split, is in work_split.cuh.
  */
-#include "cut.cuh"
+#include "work_split.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,7 +84,7 @@ size_t table_room(size_t blocks)
 size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
 {
     size_t entries = 0;
-    uint32_t counts[CUT_LISTS][BUCKETS] = {};
+    uint32_t counts[SPLIT_LISTS][BUCKETS] = {};
     memset(p->count, 0, sizeof p->count);
     p->records = p->counters = p->q_tokens = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
@@ -95,7 +95,7 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
         entries += table_room(ceil_div(s->kv_tokens, p->geometry.block_tokens));
         p->q_tokens += s->q_tokens;
         if (list >= LIST_NARROW) {
-            cut c = cut_of(p, s, list);
+            work_split c = work_split_of(p, s, list);
             sorter &so = sorters[list - LIST_NARROW];
             uint32_t longest = c.chunks > 1 ? c.tokens : c.last;
             so.longest = longest > so.longest ? longest : so.longest;
@@ -116,13 +116,13 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
         ts_gpu_list list = list_of(p, &seqs[i]);
         if (seqs[i].q_tokens == 0 || list < LIST_NARROW)
             continue;
-        cut c = cut_of(p, &seqs[i], list);
+        work_split c = work_split_of(p, &seqs[i], list);
         for (uint32_t chunk = 0; chunk < c.chunks; chunk++)
             for (uint32_t tile = 0; tile < c.tiles; tile++)
                 counts[list - LIST_NARROW][bucket_of(sorters[list - LIST_NARROW],
                                                      rank_of(p, &seqs[i], list, c, tile, chunk))]++;
     }
-    for (uint32_t l = 0; l < CUT_LISTS; l++)
+    for (uint32_t l = 0; l < SPLIT_LISTS; l++)
         for (uint32_t b = 0, at = 0; b < BUCKETS; b++) {
             sorters[l].next[b] = at;
             at += counts[l][b];
@@ -215,7 +215,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
         table += (uint32_t)table_room(blocks);
         row += s->q_tokens;
         if (list >= LIST_NARROW) {
-            cut c = cut_of(p, s, list);
+            work_split c = work_split_of(p, s, list);
             sorter &so = sorters[list - LIST_NARROW];
             to[i].chunk_tokens = c.tokens;
             to[i].num_chunks = c.chunks;
@@ -256,7 +256,7 @@ bool is_cut_alike(const ts_gpu_plan *p, const ts_attention_seq *s, const plan_se
     ts_gpu_list list = list_of(p, s);
     if (list < LIST_NARROW)
         return true;
-    cut c = cut_of(p, s, list);
+    work_split c = work_split_of(p, s, list);
     return c.tokens == before.chunk_tokens && c.chunks == before.num_chunks;
 }
 
@@ -355,8 +355,8 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     uint32_t tiles = tiles_of(p, most->q_tokens, list);
     uint32_t a = least_tokens(p, list, tiles, false), b = least_tokens(p, list, tiles, true);
     uint64_t chunks = most->seqs + most->kv_tokens / (a < b ? a : b);
-    uint64_t cut = (uint64_t)most->seqs * most_chunks(p, list, tiles);
-    chunks = chunks < cut ? chunks : cut;
+    uint64_t split = (uint64_t)most->seqs * most_chunks(p, list, tiles);
+    chunks = chunks < split ? chunks : split;
     p->room[list] = (uint32_t)chunks * tiles;
     p->records = chunks * most->q_tokens * p->heads;
     p->q_tokens = most->seqs * most->q_tokens;
@@ -395,7 +395,7 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
     if (status != TS_OK)
         return status;
     ts_gpu_plan *p = *out;
-    sorter sorters[CUT_LISTS] = {};
+    sorter sorters[SPLIT_LISTS] = {};
     p->num_seqs = num_seqs;
     p->entries = count_up(p, seqs, sorters);
     size_t bytes = lay_out(p, num_seqs, p->count) + p->entries * sizeof(uint32_t);
@@ -482,7 +482,7 @@ extern "C" ts_status ts_gpu_plan_set(ts_gpu_plan *p, const ts_attention_seq *seq
     if (is_alike(p, seqs, num_seqs)) {
         bytes = write_lengths(p, seqs);
     } else {
-        sorter sorters[CUT_LISTS] = {};
+        sorter sorters[SPLIT_LISTS] = {};
         p->num_seqs = num_seqs;
         p->renewals = 0;
         p->entries = count_up(p, seqs, sorters);

@@ -82,7 +82,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                 uint32_t t = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
                 float &x = s[i / 2][e * 2 + i % 2];
                 if (varied)
-                    x = vary(c, x * score_scale<T>(c, j), slope, t, position);
+                    x = modify_score(c, x * score_scale<T>(c, j), slope, t, position);
                 if (t > position || t < from)
                     x = -CUDART_INF_F;
             }
@@ -183,9 +183,9 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
 
     /* A tile of which some rows don't see all tokens: a weight of 0 must hide even NaN. So each
      * query token's rows are multiplied by V without the tokens that it doesn't see. */
-    __device__ static void weigh_apart(const gpu_call &c, const job &j, const lane_rows &l,
-                                       uint32_t first_row, uint32_t tile, const uint32_t *a,
-                                       const uint32_t *rest, uint32_t b0, uint32_t b1, float *acc)
+    __device__ static void add_apart(const gpu_call &c, const job &j, const lane_rows &l,
+                                     uint32_t first_row, uint32_t tile, const uint32_t *a,
+                                     const uint32_t *rest, uint32_t b0, uint32_t b1, float *acc)
     {
         uint32_t lane = threadIdx.x % 32;
         uint32_t last = query_of(c, j.first + min(first_row + 15, j.rows - 1));
@@ -370,9 +370,8 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                         operands<T>::template load<true>(b, at + v_place + t * 16 * PITCH, d / 4,
                                                          true);
                         for (int e = 0; e < 4; e++)
-                            weigh_apart(c, j, l[f], first_row + f * 16, first + t * 16, a, rest,
-                                        b[e / 2][e % 2 * 2], b[e / 2][e % 2 * 2 + 1],
-                                        acc[f][d + e]);
+                            add_apart(c, j, l[f], first_row + f * 16, first + t * 16, a, rest,
+                                      b[e / 2][e % 2 * 2], b[e / 2][e % 2 * 2 + 1], acc[f][d + e]);
                     }
                 }
                 if (nonfinite)

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
             float x = -CUDART_INF_F;
             if (r < rows && key <= position && key >= first_key(c, position)) {
                 uint32_t head = kv_head * c.group + first_head + r % per_token;
-                x = vary(c, score[i], slope_of(s, head), key, position);
+                x = modify_score(c, score[i], slope_of(s, head), key, position);
             }
             float higher = x;
 #pragma unroll

@@ -159,7 +159,7 @@ template <typename T, int DIM> struct rows_kernel {
 
     /* Weights of a tile: scores become them; returns what the sums so far are to be multiplied
      * by. */
-    __device__ static void weigh(float (*s)[4], float unit, rows_state &r, float *factor)
+    __device__ static void softmax_tile(float (*s)[4], float unit, rows_state &r, float *factor)
     {
         float base[2];
 #pragma unroll
@@ -215,8 +215,8 @@ template <typename T, int DIM> struct rows_kernel {
                 uint32_t b[4];
                 load_transposed(b, v + tile_rows::place(t * 16 + lane % 16, d * 2 + lane / 16));
                 for (int e = 0; e < 2; e++)
-                    plain::weigh_apart(c, j, r.l, first_row, tile + t * 16, p[t], p[t], b[e * 2],
-                                       b[e * 2 + 1], o[d * 2 + e]);
+                    plain::add_apart(c, j, r.l, first_row, tile + t * 16, p[t], p[t], b[e * 2],
+                                     b[e * 2 + 1], o[d * 2 + e]);
             }
         named_sync(TOGETHER, WORKERS);
         loader<128, 8>::clear_rows(v, 0, PLANE / 128, threadIdx.x, WORKERS);
@@ -289,8 +289,8 @@ template <typename T, int DIM> struct rows_kernel {
     }
 
     /* What happens to scores before the softmax, beside scaling. */
-    __device__ static void vary_tile(const gpu_call &c, const job &j, const worker &w,
-                                     uint32_t tile, const rows_state &r, float (*s)[4])
+    __device__ static void modify_scores(const gpu_call &c, const job &j, const worker &w,
+                                         uint32_t tile, const rows_state &r, float (*s)[4])
     {
 #pragma unroll
         for (uint32_t t = 0; t < TOKENS; t += PART)
@@ -298,15 +298,15 @@ template <typename T, int DIM> struct rows_kernel {
     }
 
     /* Scores become weights. */
-    __device__ static void weigh_tile(const gpu_call &c, const job &j, const worker &w,
-                                      uint32_t tile, rows_state &r, float (*s)[4], uint32_t (*p)[4],
-                                      float (*o)[4])
+    __device__ static void softmax_and_scale(const gpu_call &c, const job &j, const worker &w,
+                                             uint32_t tile, rows_state &r, float (*s)[4],
+                                             uint32_t (*p)[4], float (*o)[4])
     {
         uint32_t rest[4];
         float factor[2];
         if (!w.is_clear(tile))
-            vary_tile(c, j, w, tile, r, s);
-        weigh(s, w.unit, r, factor);
+            modify_scores(c, j, w, tile, r, s);
+        softmax_tile(s, w.unit, r, factor);
         if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) /* soon that becomes rare */
 #pragma unroll
             for (int d = 0; d < DIM / 8; d++)
@@ -344,7 +344,7 @@ template <typename T, int DIM> struct rows_kernel {
         pin<DIM / 8>(o);
         w.used(n, 0);
         w.used(n - 1, 1);
-        weigh_tile(c, j, w, tile, r, s, p, o);
+        softmax_and_scale(c, j, w, tile, r, s, p, o);
     }
 
     __device__ static void work(const gpu_call &c, const job &j, uint32_t q, const worker &w,
@@ -381,7 +381,7 @@ template <typename T, int DIM> struct rows_kernel {
         products_await();
         pin<COLUMNS>(s);
         w.used(0, 0);
-        weigh_tile(c, j, w, tile, r, s, p, o);
+        softmax_and_scale(c, j, w, tile, r, s, p, o);
         if (w.group == 1)
             named_arrive(TURN, WORKERS); /* the other is first */
 #pragma unroll 1

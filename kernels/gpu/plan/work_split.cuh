@@ -1,9 +1,9 @@
 /*
- * Which kernel each sequence of a plan gets and how its work is cut, both by its own lengths alone,
- * and in which order pieces of work are launched. For plan.cu.
+ * Which kernel each sequence of a plan gets and how its work is split, both by its own lengths
+ * alone, and in which order pieces of work are launched. For plan.cu.
  */
-#ifndef TS_GPU_CUT_CUH
-#define TS_GPU_CUT_CUH
+#ifndef TS_GPU_WORK_SPLIT_CUH
+#define TS_GPU_WORK_SPLIT_CUH
 
 #include "common.cuh"
 
@@ -20,7 +20,7 @@ namespace
 #define TILE_QUERIES 4u /* where v5 can't, from so many on `auto` takes the tile kernel */
 #define TILE_TOKENS 64u /* chunks are whole tiles: the largest that a kernel has, wgmma aside */
 #define BUCKETS 64u     /* of lengths of work, for sorting */
-#define CUT_LISTS (LIST_COUNT - LIST_NARROW) /* those whose sequences are cut into chunks */
+#define SPLIT_LISTS (LIST_COUNT - LIST_NARROW) /* those whose sequences are cut into chunks */
 
 uint32_t ceil_div(uint32_t a, uint32_t b)
 {
@@ -48,8 +48,8 @@ uint32_t bucket_of(const sorter &s, uint32_t tokens)
     return BUCKETS - 1 - (uint32_t)((uint64_t)(tokens - 1) * BUCKETS / s.longest);
 }
 
-/* How one sequence is cut: tiles of rows, each over chunks of the context. */
-struct cut {
+/* How one sequence is split: tiles of rows, each over chunks of the context. */
+struct work_split {
     uint32_t rows, tiles;          /* of a tile */
     uint32_t tokens, chunks, last; /* of a chunk, and of the last */
 };
@@ -102,9 +102,9 @@ uint32_t tiles_of(const ts_gpu_plan *p, uint32_t q_tokens, ts_gpu_list list)
     return ceil_div(q_tokens * (p->heads / p->geometry.kv_heads), rows_of_tile(p, list));
 }
 
-cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
+work_split work_split_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
 {
-    cut c;
+    work_split c;
     c.rows = rows_of_tile(p, list);
     c.tiles = tiles_of(p, s->q_tokens, list);
     c.tokens = chunk_tokens(p, s, list, c.tiles);
@@ -114,8 +114,8 @@ cut cut_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
 }
 
 /* Tokens that a piece of work goes over: less where later ones aren't seen. */
-uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const cut &c, uint32_t tile,
-                 uint32_t chunk)
+uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const work_split &c,
+                 uint32_t tile, uint32_t chunk)
 {
     uint32_t group = p->heads / p->geometry.kv_heads;
     uint32_t last_query = ((tile + 1) * c.rows - 1) / group;
@@ -127,8 +127,8 @@ uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const cut &c, 
 
 /* What pieces are sorted by, longest first, so that none starts late. With many rows those of a
  * sequence stay together, for they read the same K and V, which a cache then has. */
-uint32_t rank_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list, const cut &c,
-                 uint32_t tile, uint32_t chunk)
+uint32_t rank_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
+                 const work_split &c, uint32_t tile, uint32_t chunk)
 {
     if (has_many_rows(list))
         return c.chunks > 1 ? c.tokens : c.last;
