@@ -1,6 +1,6 @@
 /* Threads that share a client: one is inside a call, and the others are refused. */
 #define _GNU_SOURCE
-#include "ways_util.h"
+#include "execution_util.h"
 
 #include <pthread.h>
 

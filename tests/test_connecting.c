@@ -1,6 +1,6 @@
 /* Connecting where there is no daemon, not any more, not yet, or no descriptor left for it. */
 #define _GNU_SOURCE
-#include "ways_util.h"
+#include "execution_util.h"
 
 #include <fcntl.h>
 #include <sys/resource.h>

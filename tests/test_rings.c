@@ -1,6 +1,6 @@
 /* Rings in shared memory, against a real daemon: what a client writes there harms nobody else. */
 #define _GNU_SOURCE
-#include "ways_util.h"
+#include "execution_util.h"
 #include <sys/resource.h>
 
 #include "ring_client.h"

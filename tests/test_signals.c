@@ -1,6 +1,6 @@
 /* Signals that a worker gets all the time, such as a profiler's: no call of the library minds. */
 #define _GNU_SOURCE
-#include "ways_util.h"
+#include "execution_util.h"
 
 #include <sys/time.h>
 

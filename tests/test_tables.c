@@ -3,7 +3,7 @@
  * what it has is the daemon's table, whatever happened between.
  */
 #define _GNU_SOURCE
-#include "ways_util.h"
+#include "execution_util.h"
 
 #include "block_table_cache.h"
 #define SEQS 4u

@@ -35,25 +35,6 @@ ts_status ts_gpu_fail_driver(const ts_gpu *gpu, CUresult error, const char *what
     return status_of(error == CUDA_ERROR_OUT_OF_MEMORY);
 }
 
-ts_status ts_gpu_launch_fail(ts_gpu_launch *l, cudaError_t error)
-{
-    if (error == cudaSuccess)
-        return TS_OK;
-    snprintf(l->why, sizeof l->why, "%s", cudaGetErrorName(error));
-    (void)cudaGetLastError();
-    return status_of(error == cudaErrorMemoryAllocation);
-}
-
-void *ts_gpu_launch_stream(ts_gpu_launch *l)
-{
-    return l->stream;
-}
-
-const char *ts_gpu_launch_why(const ts_gpu_launch *l)
-{
-    return l->why;
-}
-
 ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes)
 {
     cudaError_t error = cudaSetDevice((int)gpu->info.ordinal);
@@ -284,239 +265,6 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
                : ts_gpu_fail(error, "asking for a kernel's properties", 0, why, why_bytes);
 }
 
-/* ---- launches ---- */
-
-/* The slot of what was queued at the position, unless that is done: then a free one, or NULL. Under
- * the lock. */
-static ts_gpu_stream_slot *take_slot(ts_gpu *gpu, const ts_gpu_position *position)
-{
-    ts_gpu_stream_slot *slot = gpu->slots;
-    if (position != NULL && position->epoch != 0) {
-        slot += position->slot;
-        if (slot->users > 0 && slot->epoch == position->epoch)
-            return slot;
-        slot = gpu->slots;
-    }
-    while (slot < gpu->slots + TS_GPU_STREAM_SLOTS && slot->users > 0)
-        slot++;
-    if (slot == gpu->slots + TS_GPU_STREAM_SLOTS)
-        return NULL;
-    if (++slot->epoch == 0)
-        slot->epoch = 1;
-    return slot;
-}
-
-ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position)
-{
-    pthread_mutex_lock(&gpu->lock);
-    ts_gpu_launch *l = gpu->free_launch;
-    ts_gpu_stream_slot *slot = l == NULL ? NULL : take_slot(gpu, position);
-    if (slot == NULL) {
-        l = NULL;
-    } else {
-        gpu->free_launch = l->next_free;
-        l->done = NULL;
-        l->slot = slot;
-        l->slot->users++;
-        l->stream = l->slot->stream;
-        if (position != NULL)
-            *position = (ts_gpu_position){(uint32_t)(l->slot - gpu->slots), l->slot->epoch};
-    }
-    pthread_mutex_unlock(&gpu->lock);
-    return l;
-}
-
-static void give_back(ts_gpu_launch *l)
-{
-    ts_gpu *gpu = l->gpu;
-    pthread_mutex_lock(&gpu->lock);
-    l->next_free = gpu->free_launch;
-    gpu->free_launch = l;
-    l->slot->users--;
-    if (l->waits) {
-        l->waits = false;
-        gpu->waiting--;
-        pthread_cond_broadcast(&gpu->changed);
-    }
-    pthread_mutex_unlock(&gpu->lock);
-}
-
-static ts_status stream_op(ts_gpu_launch *l, CUresult error)
-{
-    if (error == CUDA_SUCCESS)
-        return TS_OK;
-    return ts_gpu_fail_driver(l->gpu, error, "a stream memory operation", sizeof(uint32_t), l->why,
-                              sizeof l->why);
-}
-
-ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t value)
-{
-    ts_gpu *gpu = l->gpu;
-    pthread_mutex_lock(&gpu->lock);
-    while (gpu->cleaning)
-        pthread_cond_wait(&gpu->changed, &gpu->lock);
-    gpu->waiting += !l->waits;
-    l->waits = true;
-    pthread_mutex_unlock(&gpu->lock);
-    return stream_op(l, l->gpu->driver.wait_value((CUstream)l->stream, (CUdeviceptr)word, value,
-                                                  CU_STREAM_WAIT_VALUE_GEQ));
-}
-
-ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, uint32_t count)
-{
-    CUstreamBatchMemOpParams ops[32]; /* the driver takes no more than 256 */
-    ts_status status = TS_OK;
-    for (uint32_t n = 0; n < count && status == TS_OK;) {
-        uint32_t some = 0;
-        for (; n < count && some < sizeof ops / sizeof *ops; n++)
-            ops[some++].writeValue = (struct CUstreamMemOpWriteValueParams_st){
-                .operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                .address = (CUdeviceptr)signals[n].word,
-                .value = signals[n].value,
-                .flags = CU_STREAM_WRITE_VALUE_DEFAULT};
-        status = stream_op(l, l->gpu->driver.batch_ops((CUstream)l->stream, some, ops, 0));
-    }
-    return status;
-}
-
-ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
-                               void (*done)(void *arg, ts_status status, const char *why),
-                               void *arg)
-{
-    cudaError_t error = cudaEventRecord(l->end, l->stream);
-    if (error != cudaSuccess)
-        return ts_gpu_launch_fail(l, error);
-    pthread_mutex_lock(&l->lock);
-    l->done = done;
-    l->arg = arg;
-    l->finished = true;
-    pthread_cond_signal(&l->event);
-    pthread_mutex_unlock(&l->lock);
-    return TS_OK;
-}
-
-ts_gpu_launch *ts_gpu_launch_on(ts_gpu *gpu, void *stream)
-{
-    gpu->launches[0].stream = stream;
-    return &gpu->launches[0];
-}
-
-ts_gpu_launch *ts_gpu_launch_on_own(ts_gpu *gpu)
-{
-    return ts_gpu_launch_on(gpu, gpu->memory_stream);
-}
-
-ts_status ts_gpu_launch_mark(ts_gpu_launch *l)
-{
-    enum cudaStreamCaptureStatus capture;
-    cudaError_t error = cudaStreamIsCapturing(l->stream, &capture);
-    if (error == cudaSuccess && capture == cudaStreamCaptureStatusNone) {
-        error = cudaEventRecord(l->end, l->stream);
-        l->marked = error == cudaSuccess;
-    }
-    return ts_gpu_launch_fail(l, error);
-}
-
-ts_status ts_gpu_launch_await_mark(ts_gpu_launch *l)
-{
-    if (!l->marked)
-        return TS_OK;
-    cudaError_t error = cudaEventSynchronize(l->end);
-    l->marked = error != cudaSuccess;
-    return ts_gpu_launch_fail(l, error);
-}
-
-/* Waits for what was queued, again and again. */
-static void *launch_main(void *thread_arg)
-{
-    ts_gpu_launch *l = thread_arg;
-    char why[TS_GPU_WHY_BYTES];
-    (void)ts_gpu_enter(l->gpu, why, sizeof why);
-    for (;;) {
-        pthread_mutex_lock(&l->lock);
-        while (!l->finished && !l->stop)
-            pthread_cond_wait(&l->event, &l->lock);
-        bool finished = l->finished;
-        void (*done)(void *arg, ts_status status, const char *why) = l->done;
-        void *arg = l->arg;
-        l->finished = false;
-        pthread_mutex_unlock(&l->lock);
-        if (!finished)
-            return NULL;
-        cudaError_t error = cudaEventSynchronize(l->end);
-        snprintf(why, sizeof why, "%s", cudaGetErrorName(error));
-        give_back(l); /* before: whoever hears of it may take one */
-        if (done != NULL)
-            done(arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, why);
-    }
-}
-
-/* Makes what the slot needs, by a launch in it; those on streams of others copy no blocks. */
-static ts_status slot_init(ts_gpu *gpu, ts_gpu_stream_slot *slot, char *why, size_t why_bytes)
-{
-    cudaError_t error = cudaStreamCreateWithFlags(&slot->stream, cudaStreamNonBlocking);
-    if (error != cudaSuccess)
-        return ts_gpu_fail(error, "making a stream", 0, why, why_bytes);
-    ts_gpu_launch l = {.gpu = gpu, .slot = slot, .stream = slot->stream};
-    ts_status status = ts_gpu_launch_reserve(&l, TS_GPU_STAGING_BYTES);
-    if (status != TS_OK)
-        snprintf(why, why_bytes, "staging memory of %zu bytes: %s", TS_GPU_STAGING_BYTES, l.why);
-    return status;
-}
-
-static void slot_fini(ts_gpu_stream_slot *slot)
-{
-    (void)cudaFreeHost(slot->host);
-    (void)cudaFree(slot->device);
-    (void)cudaFree(slot->partials);
-    (void)cudaFree(slot->counters);
-    if (slot->stream != NULL)
-        (void)cudaStreamDestroy(slot->stream);
-}
-
-/* Makes what the launch needs. */
-static ts_status launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t why_bytes)
-{
-    l->gpu = gpu;
-    l->slot = gpu->slots;
-    l->stream = gpu->memory_stream;
-    pthread_mutex_init(&l->lock, NULL);
-    pthread_cond_init(&l->event, NULL);
-    cudaError_t error =
-        cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
-    if (error != cudaSuccess)
-        return ts_gpu_fail(error, "making an event", 0, why, why_bytes);
-    if (gpu->for_streams) /* nobody waits for it but who asks */
-        return TS_OK;
-    l->runs = pthread_create(&l->thread, NULL, launch_main, l) == 0;
-    if (!l->runs) {
-        snprintf(why, why_bytes, "no thread for a launch");
-        return TS_ENOMEM;
-    }
-    pthread_mutex_lock(&gpu->lock);
-    l->next_free = gpu->free_launch;
-    gpu->free_launch = l;
-    pthread_mutex_unlock(&gpu->lock);
-    return TS_OK;
-}
-
-static void launch_fini(ts_gpu_launch *l)
-{
-    if (l->gpu == NULL)
-        return;
-    if (l->runs) {
-        pthread_mutex_lock(&l->lock);
-        l->stop = true;
-        pthread_cond_signal(&l->event);
-        pthread_mutex_unlock(&l->lock);
-        pthread_join(l->thread, NULL);
-    }
-    if (l->end != NULL)
-        (void)cudaEventDestroy(l->end);
-    pthread_cond_destroy(&l->event);
-    pthread_mutex_destroy(&l->lock);
-}
-
 /* ---- opening ---- */
 
 static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, char *why,
@@ -560,9 +308,9 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
         }
     }
     for (uint32_t i = 0; status == TS_OK && !for_streams && i < TS_GPU_STREAM_SLOTS; i++)
-        status = slot_init(gpu, &gpu->slots[i], why, why_bytes);
+        status = ts_gpu_slot_init(gpu, &gpu->slots[i], why, why_bytes);
     for (uint32_t i = 0; status == TS_OK && i < (for_streams ? 1 : TS_GPU_LAUNCHES); i++)
-        status = launch_init(gpu, &gpu->launches[i], why, why_bytes);
+        status = ts_gpu_launch_init(gpu, &gpu->launches[i], why, why_bytes);
     if (status != TS_OK) {
         ts_gpu_close(gpu);
         return status;
@@ -589,9 +337,9 @@ void ts_gpu_close(ts_gpu *gpu)
         return;
     (void)ts_gpu_enter(gpu, why, sizeof why);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
-        launch_fini(&gpu->launches[i]);
+        ts_gpu_launch_fini(&gpu->launches[i]);
     for (uint32_t i = 0; i < TS_GPU_STREAM_SLOTS; i++)
-        slot_fini(&gpu->slots[i]);
+        ts_gpu_slot_fini(&gpu->slots[i]);
     if (gpu->deferred_runs) {
         pthread_mutex_lock(&gpu->lock);
         gpu->stop = true;

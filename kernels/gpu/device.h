@@ -164,6 +164,13 @@ void ts_gpu_buffer_give_back(ts_gpu *gpu, ts_gpu_buffer *buffer); /* NULL: nothi
 /* Frees all buffers, and what launches have outgrown. */
 void ts_gpu_buffers_fini(ts_gpu *gpu);
 
+/* Makes what the slot needs, by a launch in it (those on streams of others copy no blocks), and
+ * what the launch needs. The fini functions take also what was made in part. */
+ts_status ts_gpu_slot_init(ts_gpu *gpu, ts_gpu_stream_slot *slot, char *why, size_t why_bytes);
+void ts_gpu_slot_fini(ts_gpu_stream_slot *slot);
+ts_status ts_gpu_launch_init(ts_gpu *gpu, ts_gpu_launch *launch, char *why, size_t why_bytes);
+void ts_gpu_launch_fini(ts_gpu_launch *launch);
+
 /* Notes the error's name for ts_gpu_launch_why. */
 ts_status ts_gpu_launch_fail(ts_gpu_launch *launch, cudaError_t error);
 

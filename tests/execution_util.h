@@ -1,6 +1,6 @@
 /* Connecting to a test's daemon by one of the ways that a step can go. */
-#ifndef TS_WAYS_UTIL_H
-#define TS_WAYS_UTIL_H
+#ifndef TS_EXECUTION_UTIL_H
+#define TS_EXECUTION_UTIL_H
 
 #include "daemon_util.h"
 

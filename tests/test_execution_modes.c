@@ -1,7 +1,7 @@
 /* Steps by ring, by message and attended by the worker itself, against a real daemon: the same
  * bits. */
 #define _GNU_SOURCE
-#include "ways_util.h"
+#include "execution_util.h"
 
 #include "ring_client.h"
 #define SEQS 3
@@ -12,7 +12,7 @@ static void fill(rng *r, void *to, size_t n)
         ((float *)to)[i] = rng_normal(r);
 }
 
-/* One step with both layers run in each way there is; its outputs go to *out. */
+/* One step with both layers run in each mode there is; its outputs go to *out. */
 static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t seed,
                           bool fp8, float *out)
 {
@@ -30,8 +30,8 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
                      &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
     size_t tokens = ts_step_tokens(s), rows = tokens * HEADS;
     for (uint32_t layer = 0; layer < 2; layer++)
-        for (size_t way = 0; way < sizeof ways / sizeof *ways; way++) {
-            ways[way].size = sizeof *ways;
+        for (size_t mode = 0; mode < sizeof ways / sizeof *ways; mode++) {
+            ways[mode].size = sizeof *ways;
             fill(&r, ts_step_q(s), rows * DIM);
             fill(&r, ts_step_k(s), tokens * KV * DIM);
             fill(&r, ts_step_v(s), tokens * KV * DIM);
@@ -40,10 +40,10 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
             for (uint32_t i = 0; i < 2 * KV; i++)
                 ts_step_scales(s)[i] = 0.5f + (float)rng_below(&r, 100) / 100;
             memset((void *)ts_step_out(s), 0xff, rows * DIM * sizeof(float));
-            OK(ts_step_run_with(s, layer, &ways[way]));
+            OK(ts_step_run_with(s, layer, &ways[mode]));
             memcpy(out + n, ts_step_out(s), rows * DIM * sizeof(float));
             n += rows * DIM;
-            if (ways[way].lse) {
+            if (ways[mode].lse) {
                 memcpy(out + n, ts_step_lse(s), rows * sizeof(float));
                 n += rows;
             }
@@ -54,44 +54,44 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
 }
 
 /* By ring, by message, and attended by this process. */
-enum { RING, MESSAGES, LOCAL, WAYS };
+enum { RING, MESSAGES, LOCAL, MODES };
 
 static void check_ways(const char *pool, bool fp8)
 {
     static const uint32_t rounds[][SEQS] = {{9, 0, 30}, {1, 2, 1}, {3, 8, 0}, {0, 4, 2}, {1, 1, 0}};
-    static float out[WAYS][200000];
+    static float out[MODES][200000];
     daemon_process d;
     daemon_start(&d, pool);
-    ts_client *c[WAYS] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
+    ts_client *c[MODES] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
                           connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
                           connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
-    ts_pool *p[WAYS];
-    ts_seq seqs[WAYS][SEQS];
-    uint32_t lengths[WAYS][SEQS];
-    for (int way = 0; way < WAYS; way++) {
-        p[way] = open_pool(c[way], "tiny", way == LOCAL ? TS_POOL_WRITABLE : 0);
-        OK(ts_seq_create(p[way], SEQS, seqs[way]));
+    ts_pool *p[MODES];
+    ts_seq seqs[MODES][SEQS];
+    uint32_t lengths[MODES][SEQS];
+    for (int mode = 0; mode < MODES; mode++) {
+        p[mode] = open_pool(c[mode], "tiny", mode == LOCAL ? TS_POOL_WRITABLE : 0);
+        OK(ts_seq_create(p[mode], SEQS, seqs[mode]));
     }
     for (uint32_t round = 0; round < sizeof rounds / sizeof *rounds; round++) {
         size_t n = 0;
-        for (int way = 0; way < WAYS; way++) {
-            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, fp8, out[way]);
-            OK(ts_seq_lengths(p[way], seqs[way], SEQS, lengths[way]));
-            assert_memory_equal(lengths[0], lengths[way], sizeof lengths[0]);
-            assert_memory_equal(out[0], out[way], n * sizeof(float));
+        for (int mode = 0; mode < MODES; mode++) {
+            n = varied_step(p[mode], seqs[mode], rounds[round], 10 + round, fp8, out[mode]);
+            OK(ts_seq_lengths(p[mode], seqs[mode], SEQS, lengths[mode]));
+            assert_memory_equal(lengths[0], lengths[mode], sizeof lengths[0]);
+            assert_memory_equal(out[0], out[mode], n * sizeof(float));
         }
         if (round == 1) /* shared tails: the next step's begin waits for copies */
-            for (int way = 0; way < WAYS; way++)
-                OK(ts_seq_fork(p[way], seqs[way][0], 1, &seqs[way][2]));
+            for (int mode = 0; mode < MODES; mode++)
+                OK(ts_seq_fork(p[mode], seqs[mode][0], 1, &seqs[mode][2]));
     }
     assert_int_equal(ts_client_transport(c[RING]), TS_TRANSPORT_RING);
     assert_int_equal(ts_client_transport(c[MESSAGES]), TS_TRANSPORT_MESSAGES);
     assert_int_equal(ts_client_exec(c[RING]), TS_EXEC_DAEMON);
     assert_int_equal(ts_client_exec(c[LOCAL]), TS_EXEC_LOCAL);
     check_daemon(c[0]);
-    for (int way = 0; way < WAYS; way++) {
-        ts_pool_close(p[way]);
-        ts_disconnect(c[way]);
+    for (int mode = 0; mode < MODES; mode++) {
+        ts_pool_close(p[mode]);
+        ts_disconnect(c[mode]);
     }
     daemon_stop(&d);
 }
@@ -117,19 +117,19 @@ static void rings_and_messages_give_the_same_bits(void **state)
                        connect_by(&d, TS_TRANSPORT_MESSAGES, 0, 0)};
     ts_pool *p[2];
     ts_seq seqs[2][SEQS];
-    for (int way = 0; way < 2; way++) {
-        p[way] = open_pool(c[way], "tiny", 0);
-        OK(ts_seq_create(p[way], SEQS, seqs[way]));
+    for (int mode = 0; mode < 2; mode++) {
+        p[mode] = open_pool(c[mode], "tiny", 0);
+        OK(ts_seq_create(p[mode], SEQS, seqs[mode]));
     }
     for (uint32_t round = 0; round < 3; round++) {
         size_t n = 0;
-        for (int way = 0; way < 2; way++)
-            n = varied_step(p[way], seqs[way], rounds[round], 10 + round, false, out[way]);
+        for (int mode = 0; mode < 2; mode++)
+            n = varied_step(p[mode], seqs[mode], rounds[round], 10 + round, false, out[mode]);
         assert_memory_equal(out[0], out[1], n * sizeof(float));
     }
-    for (int way = 0; way < 2; way++) {
-        ts_pool_close(p[way]);
-        ts_disconnect(c[way]);
+    for (int mode = 0; mode < 2; mode++) {
+        ts_pool_close(p[mode]);
+        ts_disconnect(c[mode]);
     }
     daemon_stop(&d);
 }
