@@ -208,7 +208,7 @@ INLINE void softmax_update(float *s, uint32_t tokens, uint32_t head_dim, float *
     store(row_sums, sums);
 }
 
-#include "attention_vary.inc.h"
+#include "attention_score_mods.inc.h"
 
 /* One KV head of one tile, for rows first_row..end_row - 1. */
 INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
