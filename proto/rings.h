@@ -10,7 +10,7 @@
  * its bounds: the daemon copies an entry before it looks at it, and a count that can't be ends the
  * rings for their session. A client has at most TS_RING_ENTRIES submissions uncompleted.
  *
- * The client fills the memory (TS_HANDLE_NEW_RINGS): it sets the first four fields, the rest is 0.
+ * The client fills the memory (TS_HANDLE_NEW_RINGS): it sets the first five fields, the rest is 0.
  * When it asks for the doorbell, the daemon takes the memory and fills in what it has to say.
  *
  * Waking: a side that has nothing to do says so in its `sleeps` word, looks once more, and sleeps;
@@ -33,11 +33,12 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 4u
+#define TS_RING_VERSION 5u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of, if the client made room for them */
 #define TS_RING_SLABS 65536u      /* ... and their slabs */
+#define TS_RING_IDS (1u << 20)    /* token ids of a begin, if the client made room for them */
 
 enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT };
 
@@ -49,6 +50,9 @@ enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT 
  * has forgotten), and keeps the entries before.
  */
 enum { TS_RING_TABLES = 1 };
+
+/* Of a begin: the ids of all its new tokens lie in ts_rings_ids. */
+enum { TS_RING_TOKENS = 2 };
 
 /* Fields as in tinyserve.proto. */
 typedef struct ts_ring_entry {
@@ -100,10 +104,10 @@ typedef enum ts_rings_end_reason {
 
 typedef struct ts_rings_memory {
     uint32_t magic, version;
-    uint32_t max_blocks, max_slabs; /* the room behind this struct */
+    uint32_t max_blocks, max_slabs, max_ids; /* the room behind this struct */
     uint32_t isa;   /* ts_isa of the daemon's host kernels: the same gives the same bits */
     uint32_t ended; /* ts_rings_end_reason; the daemon writes it */
-    uint32_t pad[10];
+    uint32_t pad[9];
     ts_ring_counts submissions, completions;
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];
@@ -113,7 +117,7 @@ typedef struct ts_rings_memory {
     uint32_t begun_starts[TS_RING_BATCH]; /* tokens of each sequence before the step */
     uint32_t begun_firsts[TS_RING_BATCH]; /* with TS_RING_TABLES */
     uint32_t begun_counts[TS_RING_BATCH]; /* of the begun blocks, each sequence's */
-    /* max_slabs begun slabs follow, and max_blocks begun blocks */
+    /* max_slabs begun slabs follow, max_blocks begun blocks, and max_ids token ids of the batch */
 } ts_rings_memory;
 
 static inline ts_ring_slab *ts_rings_slabs(ts_rings_memory *m)
@@ -126,11 +130,16 @@ static inline uint32_t *ts_rings_blocks(ts_rings_memory *m, uint32_t max_slabs)
     return (uint32_t *)(ts_rings_slabs(m) + max_slabs);
 }
 
-/* All of it, in whole pages. */
-static inline size_t ts_rings_bytes(uint32_t max_blocks, uint32_t max_slabs)
+static inline uint32_t *ts_rings_ids(ts_rings_memory *m, uint32_t max_blocks, uint32_t max_slabs)
 {
-    size_t bytes =
-        sizeof(ts_rings_memory) + max_slabs * sizeof(ts_ring_slab) + max_blocks * sizeof(uint32_t);
+    return ts_rings_blocks(m, max_slabs) + max_blocks;
+}
+
+/* All of it, in whole pages. */
+static inline size_t ts_rings_bytes(uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
+{
+    size_t bytes = sizeof(ts_rings_memory) + max_slabs * sizeof(ts_ring_slab) +
+                   ((size_t)max_blocks + max_ids) * sizeof(uint32_t);
     return (bytes + 4095) / 4096 * 4096;
 }
 

@@ -82,7 +82,7 @@ static int fill_memory(ts_client *c, bool rings, const filling *f, ts_status sta
 static void an_exchange_and_rings_are_memory_that_the_client_has_allocated(void **state)
 {
     (void)state;
-    const size_t bytes = ts_rings_bytes(16, 1);
+    const size_t bytes = ts_rings_bytes(16, 1, 0);
     const uint32_t version = TS_RING_VERSION, magic = TS_RING_MAGIC;
     daemon_process d;
     daemon_start_with(&d, POOL_TINY ",blocks=16",

@@ -4,6 +4,10 @@
  * new tokens into the slots of a step, whole blocks for its copies. After every command that
  * changed a sequence, reading that sequence through the engine's block table must give the model's
  * list; now and then all of them are read and the engine's books are checked.
+ *
+ * Tokens have ids too, of an alphabet of two. What a token with known ids before it "computes" is a
+ * function of them and of the namespace, so that a match, or a block that takes another's place,
+ * must read as if the sequence had computed it.
  */
 #include "engine_util.h"
 
@@ -24,8 +28,9 @@ typedef struct model_seq {
     int owner; /* slot of its session; -1: kept */
     int name;  /* 0..7, or -1 */
     int step;  /* slot of the open step it is in, or -1 */
-    uint32_t length;
-    uint32_t tokens[LENGTH_MAX];
+    uint32_t length, known;
+    uint32_t tokens[LENGTH_MAX], ids[LENGTH_MAX];
+    int space; /* 1 or 2; 0: none */
 } model_seq;
 
 typedef struct model_step {
@@ -34,8 +39,8 @@ typedef struct model_step {
     int session;
     uint32_t count;
     int seqs[BATCH_MAX];
-    uint32_t new_tokens[BATCH_MAX];
-    uint32_t values[BATCH_MAX][LENGTH_MAX];
+    uint32_t new_tokens[BATCH_MAX], known[BATCH_MAX];
+    uint32_t values[BATCH_MAX][LENGTH_MAX], ids[BATCH_MAX][LENGTH_MAX];
     ts_block_copy copies[BATCH_MAX];
     uint32_t num_copies;
 } model_step;
@@ -49,6 +54,7 @@ typedef struct world {
     uint32_t memory[NUM_BLOCKS * BLOCK_TOKENS];
     uint32_t next_value;
     uint64_t done[16], refused; /* how often each kind of command succeeded */
+    uint64_t matched;           /* tokens */
 } world;
 
 static uint32_t uid_of(int session)
@@ -71,6 +77,17 @@ static ts_status run(world *w, ts_command c, ts_answer *a)
     w->refused += status != TS_OK;
     assert_true((status == TS_OK) == (a->message[0] == '\0'));
     return status;
+}
+
+static const ts_space_name spaces[] = {{NULL, 0}, {"one", 3}, {"t\0w", 3}};
+
+/* What the token at the end of these ids comes to. */
+static uint32_t value_of(uint32_t uid, int space, const uint32_t *ids, uint32_t count)
+{
+    uint64_t h = uid * 977u + (uint64_t)space;
+    for (uint32_t i = 0; i < count; i++)
+        h = (h ^ (ids[i] + 1)) * 1099511628211u + 14695981039346656037u;
+    return (uint32_t)(h >> 32) | 0x80000000u;
 }
 
 /* A session slot that is open, or -1. */
@@ -172,13 +189,13 @@ static void op_session(world *w)
 static void op_create(world *w, int session)
 {
     ts_answer a;
-    int slot = free_slot(w);
+    int slot = free_slot(w), space = (int)rng_below(&w->r, 3);
     if (slot < 0)
         return;
     assert_int_equal(run(w,
                          (ts_command){.op = TS_OP_SEQ_CREATE,
                                       .session = w->sessions[session],
-                                      .seq_create = {.count = 1}},
+                                      .seq_create = {.count = 1, .space = spaces[space]}},
                          &a),
                      TS_OK);
     w->seqs[slot] = (model_seq){.live = true,
@@ -186,7 +203,8 @@ static void op_create(world *w, int session)
                                 .uid = uid_of(session),
                                 .owner = session,
                                 .name = -1,
-                                .step = -1};
+                                .step = -1,
+                                .space = space};
     w->done[2]++;
 }
 
@@ -217,8 +235,75 @@ static void op_fork(world *w, int session)
     w->seqs[slot].owner = session;
     w->seqs[slot].name = w->seqs[slot].step = -1;
     w->seqs[slot].length = length;
+    w->seqs[slot].known = p->known < length ? p->known : length;
     verify_seq(w, slot);
     w->done[3]++;
+}
+
+/* A prompt: mostly the beginning of some sequence, and something more. Returns its tokens. */
+static uint32_t make_prompt(world *w, uint32_t *ids)
+{
+    int like = pick_seq(w);
+    uint32_t n = 1 + rng_below(&w->r, LENGTH_MAX), same = 0;
+    if (like >= 0 && w->seqs[like].known > 0)
+        same = rng_below(&w->r, w->seqs[like].known + 1);
+    for (uint32_t i = 0; i < n; i++)
+        ids[i] = i < same ? w->seqs[like].ids[i] : rng_below(&w->r, 2);
+    return n;
+}
+
+/* Tokens of the prompt that live sequences hold in whole blocks. */
+static uint32_t least_match(const world *w, uint32_t uid, int space, const uint32_t *ids,
+                            uint32_t n)
+{
+    uint32_t least = 0;
+    for (int i = 0; i < (int)SEQS; i++) {
+        const model_seq *s = &w->seqs[i];
+        uint32_t same = 0;
+        while (s->live && s->uid == uid && s->space == space && same < s->known && same + 1 < n &&
+               s->ids[same] == ids[same])
+            same++;
+        if (space != 0 && same / BLOCK_TOKENS * BLOCK_TOKENS > least)
+            least = same / BLOCK_TOKENS * BLOCK_TOKENS;
+    }
+    return least;
+}
+
+static void op_match(world *w, int session)
+{
+    ts_answer a;
+    int slot = free_slot(w), space = (int)rng_below(&w->r, 3);
+    uint32_t uid = uid_of(session), ids[LENGTH_MAX], n = make_prompt(w, ids);
+    if (slot < 0)
+        return;
+    ts_command c = {
+        .op = TS_OP_SEQ_MATCH,
+        .session = w->sessions[session],
+        .seq_match = {
+            .tokens = ids, .counts = &n, .count = 1, .space = spaces[space], .dry = true}};
+    assert_int_equal(run(w, c, &a), TS_OK);
+    assert_null(a.matched.seqs);
+    const uint32_t there = a.matched.lengths[0];
+    c.seq_match.dry = false;
+    assert_int_equal(run(w, c, &a), TS_OK);
+    assert_int_equal(a.matched.lengths[0], there);
+    assert_true(there < n && there >= least_match(w, uid, space, ids, n));
+    model_seq *s = &w->seqs[slot];
+    *s = (model_seq){.live = true,
+                     .id = a.matched.seqs[0],
+                     .uid = uid,
+                     .owner = session,
+                     .name = -1,
+                     .step = -1,
+                     .length = there,
+                     .known = there,
+                     .space = space};
+    memcpy(s->ids, ids, there * sizeof *ids);
+    for (uint32_t i = 0; i < there; i++)
+        s->tokens[i] = value_of(uid, space, ids, i + 1);
+    verify_seq(w, slot);
+    w->done[11]++;
+    w->matched += there;
 }
 
 /* References to the block from all sequences' tables, without asking the pool. */
@@ -273,7 +358,8 @@ static void op_begin(world *w, int session)
         return;
     *step = (model_step){.session = session, .count = 1 + rng_below(&w->r, BATCH_MAX)};
     uint64_t ids[BATCH_MAX];
-    uint32_t tokens = 0;
+    uint32_t tokens = 0, tokens_given[BATCH_MAX * 8], num_given = 0;
+    bool gives_ids = rng_below(&w->r, 4) != 0;
     ts_status expected = TS_OK;
     for (uint32_t i = 0; i < step->count; i++) {
         int seq = pick_seq(w);
@@ -288,11 +374,24 @@ static void op_begin(world *w, int session)
         step->seqs[i] = seq;
         step->new_tokens[i] = rng_below(&w->r, 8);
         ids[i] = s->id;
+        bool leading = s->known == s->length;
+        for (uint32_t t = 0; t < step->new_tokens[i]; t++) {
+            bool unknown = !gives_ids || s->space == 0 || rng_below(&w->r, 30) == 0;
+            step->ids[i][t] = tokens_given[num_given++] =
+                unknown ? TS_TOKEN_UNKNOWN : rng_below(&w->r, 2);
+            leading = leading && !unknown;
+            step->known[i] += leading;
+        }
+        if (s->space == 0 && gives_ids && step->new_tokens[i] > 0 && rng_below(&w->r, 100) == 0)
+            tokens_given[num_given - step->new_tokens[i]] = 1; /* it has no namespace */
         ts_status one = expected_use(w, session, seq, true);
         for (uint32_t j = 0; j < i && one == TS_OK; j++)
             if (step->seqs[j] == seq)
                 one = TS_EINVAL; /* twice */
         if (one == TS_OK && s->length + step->new_tokens[i] > LENGTH_MAX)
+            one = TS_EINVAL;
+        if (one == TS_OK && s->space == 0 && step->new_tokens[i] > 0 &&
+            tokens_given[num_given - step->new_tokens[i]] != TS_TOKEN_UNKNOWN)
             one = TS_EINVAL;
         tokens += step->new_tokens[i];
         if (expected == TS_OK)
@@ -306,8 +405,11 @@ static void op_begin(world *w, int session)
         const ts_sequence *real = ts_sequence_find(&w->e->pools[0].seqs, s->id);
         needed += (s->length + step->new_tokens[i] + BLOCK_TOKENS - 1) / BLOCK_TOKENS -
                   (s->length + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        if (s->length % BLOCK_TOKENS != 0 && step->new_tokens[i] > 0)
-            needed += count_refs(w, real->blocks[s->length / BLOCK_TOKENS]) > 1;
+        if (s->length % BLOCK_TOKENS != 0 && step->new_tokens[i] > 0) {
+            uint32_t tail = real->blocks[s->length / BLOCK_TOKENS];
+            needed += count_refs(w, tail) > 1 || real->borrowed_tail ||
+                      !ts_index_is_leaf(w->e->pools[0].books.index, tail);
+        }
     }
     if (expected == TS_OK && needed > count_available(w, uid_of(session)))
         expected = TS_ENOSPC;
@@ -317,7 +419,8 @@ static void op_begin(world *w, int session)
                                         .step_begin = {.seqs = ids,
                                                        .new_tokens = step->new_tokens,
                                                        .count = step->count,
-                                                       .heads = 1}},
+                                                       .heads = 1,
+                                                       .tokens = gives_ids ? tokens_given : NULL}},
                            &a);
     assert_int_equal(status, expected);
     if (status != TS_OK)
@@ -330,6 +433,18 @@ static void op_begin(world *w, int session)
     for (uint32_t i = 0; i < step->count; i++)
         w->seqs[step->seqs[i]].step = (int)(step - w->steps);
     w->done[4]++;
+}
+
+/* What token t of the step's sequence i comes to. */
+static uint32_t value_in(world *w, const model_step *step, uint32_t i, uint32_t t)
+{
+    const model_seq *s = &w->seqs[step->seqs[i]];
+    uint32_t ids[LENGTH_MAX];
+    if (t >= step->known[i])
+        return ++w->next_value;
+    memcpy(ids, s->ids, s->length * sizeof *ids);
+    memcpy(ids + s->length, step->ids[i], (t + 1) * sizeof *ids);
+    return value_of(s->uid, s->space, ids, s->length + t + 1);
 }
 
 /* Makes a step's copies and writes its tokens into their slots, as kernels would. */
@@ -346,7 +461,7 @@ static void write_step(world *w, model_step *step)
     for (uint32_t i = 0; i < step->count; i++)
         for (uint32_t t = 0; t < step->new_tokens[i]; t++) {
             uint32_t at = real->seqs[i].start + t;
-            step->values[i][t] = ++w->next_value;
+            step->values[i][t] = value_in(w, step, i, t);
             w->memory[real->seqs[i].table[at / BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS] =
                 step->values[i][t];
         }
@@ -377,6 +492,8 @@ static void op_end(world *w)
     for (uint32_t i = 0; i < step->count; i++) {
         model_seq *s = &w->seqs[step->seqs[i]];
         memcpy(s->tokens + s->length, step->values[i], accepted[i] * sizeof(uint32_t));
+        memcpy(s->ids + s->length, step->ids[i], accepted[i] * sizeof(uint32_t));
+        s->known += accepted[i] < step->known[i] ? accepted[i] : step->known[i];
         s->length += accepted[i];
         s->step = -1;
         verify_seq(w, step->seqs[i]);
@@ -418,6 +535,7 @@ static void op_truncate_or_free(world *w, int session, bool truncate)
         model_seq *s = &w->seqs[seqs[i]];
         if (truncate) {
             s->length = lengths[i];
+            s->known = s->known < s->length ? s->known : s->length;
             verify_seq(w, seqs[i]);
         } else {
             s->live = false;
@@ -475,8 +593,10 @@ static void one_command(world *w)
     int session = pick_session(w);
     if (kind < 4 || session < 0)
         op_session(w);
-    else if (kind < 16)
+    else if (kind < 10)
         op_create(w, session);
+    else if (kind < 16)
+        op_match(w, session);
     else if (kind < 30)
         op_fork(w, session);
     else if (kind < 60)
@@ -513,8 +633,9 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
             if (w->seqs[s].live)
                 verify_seq(w, s);
     }
-    for (int i = 0; i <= 10; i++)
+    for (int i = 0; i <= 11; i++)
         assert_true(w->done[i] > 1000); /* every kind of command was exercised */
+    assert_true(w->matched > 10000 && w->e->pools[0].books.evicted > 5000);
     assert_true(w->refused > 10000);
     /* Everybody leaves, kept sequences are freed: nothing may be left. */
     for (int i = 0; i < (int)SESSIONS; i++)
@@ -537,6 +658,12 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
     assert_int_equal(w->e->pools[0].books.used, 0);
     assert_int_equal(w->e->pools[0].seqs.live, 0);
     check_engine(w->e);
+    for (uint32_t i = 0; i < w->e->pools[0].books.ungranted; i++)
+        ts_pool_evict_slab(&w->e->pools[0].books, i);
+    assert_int_equal(w->e->pools[0].books.index->count, 0);
+    for (uint32_t i = 0; i < w->e->pools[0].books.index->num_spaces; i++)
+        assert_false(w->e->pools[0].books.index->spaces[i].live);
+    check_engine(w->e);
     ts_engine_free(w->e);
     free(w);
 }
@@ -554,7 +681,7 @@ static uint64_t digest(const ts_engine *e)
             MIX(s->blocks[b]);
     }
     for (uint32_t b = 0; b < pool->books.num_blocks; b++)
-        MIX(pool->books.refs[b]);
+        MIX(pool->books.refs[b]), MIX(pool->books.index->nodes[b].parent);
     for (uint32_t i = 0; i < pool->books.num_slabs; i++)
         MIX(pool->books.slabs[i].tenant), MIX(pool->books.slabs[i].generation);
     for (uint32_t i = 0; i < e->num_sessions; i++)

@@ -338,7 +338,7 @@ static void scribbler(const char *url, uint32_t seed)
     uint64_t step = m->completed[(c->ring_seen - 1) % TS_RING_ENTRIES].step;
     uint32_t *words = (uint32_t *)m, *exchange = (uint32_t *)(void *)c->exchange;
     size_t first = offsetof(ts_rings_memory, submitted) / 4;
-    size_t all = ts_rings_bytes(c->ring_blocks, c->ring_slabs) / 4;
+    size_t all = ts_rings_bytes(c->ring_blocks, c->ring_slabs, c->ring_ids) / 4;
     for (uint32_t i = 0; i < WRITES; i++) {
         words[first + rng_next(&r) % (i % 2 == 0 ? 64u * 32 : all - first)] =
             (uint32_t)rng_next(&r);

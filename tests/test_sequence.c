@@ -33,7 +33,7 @@ static ts_sequence *make(uint32_t length)
 {
     const uint32_t blocks = (length + BLOCK - 1) / BLOCK;
     assert_int_equal(ts_sequences_reserve(&seqs, 1), TS_OK);
-    ts_sequence *s = &seqs.all[ts_sequence_new(&seqs, &books, 0, 0, &owned)];
+    ts_sequence *s = &seqs.all[ts_sequence_new(&seqs, &books, 0, 0, TS_NONE, &owned)];
     assert_int_equal(ts_sequence_reserve(s, blocks), TS_OK);
     for (uint32_t i = 0; i < blocks; i++)
         s->blocks[i] = ts_pool_take(&books, 0);

@@ -179,6 +179,33 @@ TS_WARN_UNUSED ts_status ts_exchange_register(ts_pool *pool, void *memory, size_
 /* Makes `count` empty sequences. TS_EQUOTA: too many. */
 TS_WARN_UNUSED ts_status ts_seq_create(ts_pool *pool, uint32_t count, ts_seq *out);
 
+typedef struct ts_seq_options {
+    size_t size;        /* sizeof(ts_seq_options) */
+    const void *space;  /* the sequence's namespace: bytes that name the model, its adapter and
+                           whatever else changes K and V; NULL: the pool's, its `model` */
+    size_t space_bytes; /* at most 64 */
+} ts_seq_options;
+
+#define TS_SEQ_OPTIONS_INIT                                                                        \
+    {                                                                                              \
+        sizeof(ts_seq_options), NULL, 0                                                            \
+    }
+
+/* ts_seq_create with options, which may be NULL. TS_EQUOTA also: 1024 namespaces. */
+TS_WARN_UNUSED ts_status ts_seq_create_with(ts_pool *pool, uint32_t count,
+                                            const ts_seq_options *options, ts_seq *out);
+
+/*
+ * Makes for each of `count` prompts a sequence that shares the longest beginning of it that the
+ * pool holds, by its token ids: at most all tokens but the last. matched[i] is how many; nothing is
+ * copied. counts[i] tokens of prompt i lie in `tokens`, one prompt after another. The pool holds
+ * what was committed with token ids (ts_step_options.tokens) in the same namespace by sessions of
+ * the tenant, until it is evicted. out NULL: only tells how much is there.
+ */
+TS_WARN_UNUSED ts_status ts_seq_match(ts_pool *pool, const uint32_t *tokens, const uint32_t *counts,
+                                      uint32_t count, const ts_seq_options *options, ts_seq *out,
+                                      uint32_t *matched);
+
 /* Makes `count` sequences that share the parent's blocks. A shared block is copied when a sequence
  * first writes into it. */
 TS_WARN_UNUSED ts_status ts_seq_fork(ts_pool *pool, ts_seq parent, uint32_t count, ts_seq *out);
@@ -258,11 +285,16 @@ typedef struct ts_step_options {
     float scale;        /* of q·k; 0: 1/sqrt(head_dim) */
     bool no_run;        /* no layer will be run: the worker writes K and V itself */
     const char *kernel; /* of a GPU pool, to compare: "v1", ...; NULL: the pool's */
+    const uint32_t *tokens; /* ids of all new tokens, in order: what is committed with them can be
+                               found (ts_seq_match). TS_TOKEN_UNKNOWN: this one's isn't known.
+                               NULL: none are */
 } ts_step_options;
+
+#define TS_TOKEN_UNKNOWN UINT32_MAX
 
 #define TS_STEP_OPTIONS_INIT                                                                       \
     {                                                                                              \
-        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL                                  \
+        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL                            \
     }
 
 /*

@@ -1,5 +1,6 @@
 #include "block_table_cache.h"
 #include "error.h"
+#include "options.h"
 #include "pool_map.h"
 #include "rpc.h"
 
@@ -30,14 +31,70 @@ static ts_status call_for_seqs(ts_client *c, Tspb__Request *request, uint32_t co
     return status;
 }
 
-ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
+/* The namespace that the options name, in *space. */
+static ts_status read_space(ts_client *c, const ts_seq_options *options, ProtobufCBinaryData *space)
 {
-    TS_ENTER(p->client);
+    ts_seq_options o;
+    ts_status status = ts_options_read(c, TS_STRUCT_SEQ_OPTIONS, options, &o);
+    *space = (ProtobufCBinaryData){.len = o.space_bytes, .data = (uint8_t *)o.space};
+    if (status == TS_OK && o.space == NULL && o.space_bytes > 0)
+        status = ts_fail(c, TS_EINVAL, "a namespace of %zu bytes at NULL", o.space_bytes);
+    return status;
+}
+
+static ts_status create(ts_pool *p, uint32_t count, const ts_seq_options *options, ts_seq *out)
+{
     Tspb__SeqCreate body = TSPB__SEQ_CREATE__INIT;
     REQUEST(seq_create, SEQ_CREATE);
     body.pool = p->index;
     body.count = count;
-    return call_for_seqs(p->client, &request, count, out, NULL);
+    ts_status status = read_space(p->client, options, &body.space);
+    return status == TS_OK ? call_for_seqs(p->client, &request, count, out, NULL) : status;
+}
+
+ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
+{
+    TS_ENTER(p->client);
+    return create(p, count, NULL, out);
+}
+
+ts_status ts_seq_create_with(ts_pool *p, uint32_t count, const ts_seq_options *options, ts_seq *out)
+{
+    TS_ENTER(p->client);
+    return create(p, count, options, out);
+}
+
+ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *counts, uint32_t count,
+                       const ts_seq_options *options, ts_seq *out, uint32_t *matched)
+{
+    TS_ENTER(p->client);
+    Tspb__SeqMatch body = TSPB__SEQ_MATCH__INIT;
+    Tspb__Reply *reply;
+    REQUEST(seq_match, SEQ_MATCH);
+    ts_status status = read_space(p->client, options, &body.space);
+    if (status != TS_OK)
+        return status;
+    body.pool = p->index;
+    body.tokens = (uint32_t *)tokens;
+    body.counts = (uint32_t *)counts;
+    body.n_counts = count;
+    for (uint32_t i = 0; i < count; i++)
+        body.n_tokens += counts[i];
+    body.dry = out == NULL;
+    status = ts_call(p->client, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    const Tspb__Matched *m = reply->matched;
+    if (reply->body_case == TSPB__REPLY__BODY_MATCHED && m->n_lengths == count &&
+        m->n_seqs == (out == NULL ? 0 : count)) {
+        memcpy(matched, m->lengths, count * sizeof *matched);
+        if (out != NULL)
+            memcpy(out, m->seqs, count * sizeof *out);
+    } else {
+        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u prompts", count);
+    }
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
 }
 
 static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count)

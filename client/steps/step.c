@@ -88,6 +88,10 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     body.io_dtype = o->io_dtype;
     body.scale = o->scale;
     body.append = append;
+    if (o->tokens != NULL) {
+        body.tokens = (uint32_t *)o->tokens;
+        body.n_tokens = s->tokens;
+    }
     if (o->kernel != NULL)
         body.kernel = (char *)o->kernel;
     request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
@@ -128,7 +132,8 @@ static bool fits_ring(const ts_step *s, const ts_step_options *o)
     if (s->count > TS_RING_BATCH ||
         (o->kernel != NULL && strlen(o->kernel) >= sizeof(((ts_ring_entry *)0)->begin.kernel)))
         return false;
-    if (p->num_slabs > p->client->ring_slabs)
+    if (p->num_slabs > p->client->ring_slabs ||
+        (o->tokens != NULL && s->tokens > p->client->ring_ids))
         return false;
     if (lacks_handle(p))
         return false;
@@ -151,13 +156,17 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                                      .heads = o->no_run ? 0 : o->heads,
                                      .io_dtype = o->io_dtype,
                                      .scale = o->scale,
-                                     .flags = tables ? TS_RING_TABLES : 0u}};
+                                     .flags = (tables ? TS_RING_TABLES : 0u) |
+                                              (o->tokens != NULL ? TS_RING_TOKENS : 0u)}};
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
     if (tables)
         ts_tables_known_steps(s->pool, seqs, s->count, m->batch_known_step);
     memcpy(m->batch_seqs, seqs, s->count * sizeof *seqs);
     memcpy(m->batch_words, s->new_tokens, s->count * sizeof *s->new_tokens);
+    if (o->tokens != NULL)
+        memcpy(ts_rings_ids(m, c->ring_blocks, c->ring_slabs), o->tokens,
+               s->tokens * sizeof *o->tokens);
     ts_status status = ts_ring_call(c, &entry, &done);
     if (status == TS_ETIMEOUT)
         ts_unanswered_by_ring(c);
@@ -183,6 +192,8 @@ ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_optio
 {
     ts_client *c = s->pool->client;
     bool use = false;
+    if (o->tokens != NULL)
+        ts_rings_want_ids(c, s->tokens);
     ts_status status = append ? TS_OK : ts_rings_use(c, &use);
     if (status == TS_OK && !append && !o->no_run)
         status =

@@ -69,12 +69,13 @@ struct ts_client {
     ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals; /* mapped and pinned; NULL: no run was on a stream */
     uint64_t signals_there;
-    atomic_uint runs_on_stream;       /* runs that were handed over to the daemon's stream */
-    bool order_lost;                  /* one may or may not have been */
-    ts_transport transport;           /* that was asked for */
-    ts_rings_memory *rings;           /* NULL: not open */
-    uint32_t ring_blocks, ring_slabs; /* that they have room for */
-    bool pools_are_new;               /* one was opened that they may have no room for */
+    atomic_uint runs_on_stream; /* runs that were handed over to the daemon's stream */
+    bool order_lost;            /* one may or may not have been */
+    ts_transport transport;     /* that was asked for */
+    ts_rings_memory *rings;     /* NULL: not open */
+    uint32_t ring_blocks, ring_slabs, ring_ids; /* that they have room for */
+    uint32_t ids_wanted;                        /* of tokens, by the largest begin so far */
+    bool pools_are_new;                         /* one was opened that they may have no room for */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
     int spin_luck;             /* how often polling was worth it lately */

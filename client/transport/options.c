@@ -19,6 +19,7 @@ static const public_struct structs[] = {
     [TS_STRUCT_RUN_OPTIONS] = {"ts_run_options", "TS_RUN_OPTIONS_INIT", sizeof(ts_run_options)},
     [TS_STRUCT_FRAME_OPTIONS] = {"ts_frame_options", "TS_FRAME_OPTIONS_INIT",
                                  sizeof(ts_frame_options)},
+    [TS_STRUCT_SEQ_OPTIONS] = {"ts_seq_options", "TS_SEQ_OPTIONS_INIT", sizeof(ts_seq_options)},
     {"ts_geometry", NULL, sizeof(ts_geometry)},
     {"ts_kv", NULL, sizeof(ts_kv)},
     {"ts_error_info", NULL, sizeof(ts_error_info)},

@@ -39,9 +39,9 @@ static void find_room(const ts_client *c, uint32_t *blocks, uint32_t *slabs)
 
 /* Fills the memory, and takes the doorbell. They take the place of those
  * that are open, if any are. */
-static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs)
+static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
 {
-    size_t bytes = ts_rings_bytes(max_blocks, max_slabs);
+    size_t bytes = ts_rings_bytes(max_blocks, max_slabs, max_ids);
     ts_handle_reply reply;
     void *memory;
     int bell;
@@ -53,6 +53,7 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     m->version = TS_RING_VERSION;
     m->max_blocks = max_blocks;
     m->max_slabs = max_slabs;
+    m->max_ids = max_ids;
     status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     if (status != TS_OK) {
         munmap(memory, bytes);
@@ -62,6 +63,7 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     c->doorbell = bell;
     c->ring_blocks = max_blocks;
     c->ring_slabs = max_slabs;
+    c->ring_ids = max_ids;
     c->ring_submitted = c->ring_seen = 0;
     __atomic_store_n(&c->rings, m, __ATOMIC_SEQ_CST); /* ts_rings_wake may be looking */
     return TS_OK;
@@ -79,12 +81,22 @@ static ts_status find_rings(ts_client *c)
     if (c->rings != NULL && (!c->pools_are_new || c->ring_unanswered))
         return TS_OK;
     find_room(c, &blocks, &slabs);
-    bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs;
-    ts_status status = enough ? TS_OK : open_rings(c, blocks, slabs);
+    bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs &&
+                  c->ids_wanted <= c->ring_ids;
+    ts_status status = enough ? TS_OK : open_rings(c, blocks, slabs, c->ids_wanted);
     if (status != TS_OK && c->rings != NULL && !has_ended(c->rings))
         status = TS_OK; /* larger ones can't be had: what doesn't fit goes as a message */
     c->pools_are_new = status != TS_OK;
     return status;
+}
+
+void ts_rings_want_ids(ts_client *c, uint32_t count)
+{
+    uint32_t room = c->ids_wanted == 0 ? 1024 : c->ids_wanted;
+    while (room < count && room < TS_RING_IDS)
+        room *= 2;
+    c->pools_are_new = c->pools_are_new || room != c->ids_wanted; /* the room is looked at again */
+    c->ids_wanted = room;
 }
 
 ts_status ts_rings_use(ts_client *c, bool *use)
@@ -111,7 +123,7 @@ void ts_rings_close(ts_client *c)
 {
     if (c->rings == NULL)
         return;
-    munmap(c->rings, ts_rings_bytes(c->ring_blocks, c->ring_slabs));
+    munmap(c->rings, ts_rings_bytes(c->ring_blocks, c->ring_slabs, c->ring_ids));
     close(c->doorbell);
     c->rings = NULL;
 }

@@ -8,6 +8,9 @@
 
 #include "client.h"
 
+/* The rings that are used next have room for the ids of so many tokens, or of as many as can be. */
+void ts_rings_want_ids(ts_client *client, uint32_t count);
+
 /* Whether steps go by the rings, which are opened at the first need. */
 ts_status ts_rings_use(ts_client *client, bool *use);
 

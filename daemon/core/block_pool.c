@@ -5,8 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FREE 0x80000000u /* set in refs of a block that was freed; the rest is the next one */
-#define LAST 0x7fffffffu /* ... or this, at the end of the list */
+#define FREE 0x80000000u   /* set in refs of a block that was freed; the rest is the next one */
+#define LAST 0x7fffffffu   /* ... or this, at the end of the list */
+#define CACHED 0x7ffffffeu /* refs of a block that is cached */
 
 static uint32_t slab_of(const ts_pool_books *p, uint32_t block)
 {
@@ -15,7 +16,7 @@ static uint32_t slab_of(const ts_pool_books *p, uint32_t block)
 
 static uint32_t slab_free(const ts_slab *s)
 {
-    return s->blocks - s->used;
+    return s->blocks - s->used - s->cached;
 }
 
 static void avail_add(ts_pool_books *p, uint32_t slab)
@@ -63,6 +64,138 @@ static void empty_remove(ts_pool_books *p, uint32_t slab)
     p->num_empty--;
 }
 
+/* ---- cached blocks ---- */
+
+static void idle_add(ts_pool_books *p, uint32_t slab)
+{
+    ts_slab *s = &p->slabs[slab];
+    s->idle_prev = p->idle_newest;
+    s->idle_next = TS_NONE;
+    if (p->idle_newest != TS_NONE)
+        p->slabs[p->idle_newest].idle_next = slab;
+    else
+        p->idle_oldest = slab;
+    p->idle_newest = slab;
+}
+
+static void idle_remove(ts_pool_books *p, uint32_t slab)
+{
+    ts_slab *s = &p->slabs[slab];
+    if (s->idle_prev != TS_NONE)
+        p->slabs[s->idle_prev].idle_next = s->idle_next;
+    else
+        p->idle_oldest = s->idle_next;
+    if (s->idle_next != TS_NONE)
+        p->slabs[s->idle_next].idle_prev = s->idle_prev;
+    else
+        p->idle_newest = s->idle_prev;
+}
+
+/* A block has lost its last reference, and the index knows it. */
+static void cached_add(ts_pool_books *p, uint32_t block)
+{
+    ts_slab *s = &p->slabs[slab_of(p, block)];
+    ts_pool_tenant *t = &p->tenants[s->tenant];
+    p->refs[block] = CACHED;
+    p->cached_prev[block] = t->cached_newest;
+    p->cached_next[block] = TS_NONE;
+    if (t->cached_newest != TS_NONE)
+        p->cached_next[t->cached_newest] = block;
+    else
+        t->cached_oldest = block;
+    t->cached_newest = block;
+    t->cached++;
+    s->cached++;
+    p->cached++;
+}
+
+static void cached_remove(ts_pool_books *p, uint32_t block)
+{
+    ts_slab *s = &p->slabs[slab_of(p, block)];
+    ts_pool_tenant *t = &p->tenants[s->tenant];
+    uint32_t prev = p->cached_prev[block], next = p->cached_next[block];
+    if (prev != TS_NONE)
+        p->cached_next[prev] = next;
+    else
+        t->cached_oldest = next;
+    if (next != TS_NONE)
+        p->cached_prev[next] = prev;
+    else
+        t->cached_newest = prev;
+    t->cached--;
+    s->cached--;
+    p->cached--;
+}
+
+/* The block, which is neither used nor cached any more, is free. */
+static void give_back(ts_pool_books *p, uint32_t block)
+{
+    uint32_t slab = slab_of(p, block);
+    ts_slab *s = &p->slabs[slab];
+    p->refs[block] = FREE | (s->free_head == TS_NONE ? LAST : s->free_head);
+    s->free_head = block;
+    if (slab_free(s) == 1)
+        avail_add(p, slab);
+    p->tenants[s->tenant].free++;
+}
+
+/* Evicts a cached block that no other hangs from. */
+static void evict(ts_pool_books *p, uint32_t block)
+{
+    uint32_t slab = slab_of(p, block);
+    ts_index_remove(p->index, block);
+    cached_remove(p, block);
+    give_back(p, block);
+    p->evicted++;
+    if (p->slabs[slab].used == 0 && p->slabs[slab].cached == 0) {
+        idle_remove(p, slab);
+        empty_add(p, slab);
+    }
+}
+
+uint32_t ts_pool_evict(ts_pool_books *p, uint32_t tenant, uint64_t blocks)
+{
+    const ts_pool_tenant *t = &p->tenants[tenant];
+    uint32_t count = 0;
+    for (; count < blocks && t->cached_oldest != TS_NONE; count++)
+        evict(p, t->cached_oldest);
+    return count;
+}
+
+void ts_pool_evict_slab(ts_pool_books *p, uint32_t slab)
+{
+    const ts_slab *s = &p->slabs[slab];
+    assert(s->used == 0);
+    for (uint32_t b = slab * p->slab_blocks; s->cached > 0; b++)
+        while (p->refs[b] == CACHED)
+            evict(p, ts_index_leaf_below(p->index, b));
+}
+
+bool ts_pool_empty_other(ts_pool_books *p, uint32_t tenant)
+{
+    uint32_t slab = p->idle_oldest;
+    while (slab != TS_NONE && p->slabs[slab].tenant == tenant)
+        slab = p->slabs[slab].idle_next;
+    if (slab == TS_NONE)
+        return false;
+    ts_pool_evict_slab(p, slab);
+    return true;
+}
+
+ts_status ts_pool_use_index(ts_pool_books *p, uint32_t block_tokens, uint64_t seed)
+{
+    p->index = malloc(sizeof *p->index);
+    p->cached_prev = calloc(p->max_blocks, sizeof *p->cached_prev);
+    p->cached_next = calloc(p->max_blocks, sizeof *p->cached_next);
+    if (p->index != NULL && !ts_index_init(p->index, p->max_blocks, block_tokens, seed)) {
+        free(p->index);
+        p->index = NULL;
+    }
+    return p->index != NULL && p->cached_prev != NULL && p->cached_next != NULL ? TS_OK : TS_ENOMEM;
+}
+
+/* ---- slabs ---- */
+
 static uint32_t slabs_of(uint32_t blocks, uint32_t slab_blocks)
 {
     return (uint32_t)(((uint64_t)blocks + slab_blocks - 1) / slab_blocks);
@@ -80,6 +213,8 @@ ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_block
         .num_slabs = slabs_of(num_blocks, slab_blocks),
         .max_blocks = max_blocks,
         .empty = TS_NONE,
+        .idle_oldest = TS_NONE,
+        .idle_newest = TS_NONE,
     };
     p->refs = calloc(max_blocks, sizeof *p->refs);
     p->pins = calloc(max_blocks, sizeof *p->pins);
@@ -99,6 +234,11 @@ ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_block
 
 void ts_pool_fini(ts_pool_books *p)
 {
+    if (p->index != NULL)
+        ts_index_fini(p->index);
+    free(p->index);
+    free(p->cached_prev);
+    free(p->cached_next);
     free(p->refs);
     free(p->pins);
     free(p->slabs);
@@ -119,7 +259,7 @@ void ts_pool_resize(ts_pool_books *p, uint32_t num_blocks)
     uint32_t num_slabs = slabs_of(num_blocks, p->slab_blocks);
     for (uint32_t i = num_slabs; i < p->ungranted; i++) {
         ts_slab *s = &p->slabs[i];
-        assert(s->used == 0);
+        ts_pool_evict_slab(p, i);
         avail_remove(p, i);
         empty_remove(p, i);
         p->tenants[s->tenant].slabs--;
@@ -144,7 +284,8 @@ ts_status ts_pool_add_tenant(ts_pool_books *p, uint32_t tenant)
         return TS_ENOMEM;
     p->tenants = grown;
     while (p->num_tenants <= tenant)
-        p->tenants[p->num_tenants++] = (ts_pool_tenant){.avail = TS_NONE};
+        p->tenants[p->num_tenants++] =
+            (ts_pool_tenant){.avail = TS_NONE, .cached_oldest = TS_NONE, .cached_newest = TS_NONE};
     return TS_OK;
 }
 
@@ -156,24 +297,20 @@ static uint64_t ungranted_blocks(const ts_pool_books *p)
     return p->num_blocks - (uint64_t)p->ungranted * p->slab_blocks;
 }
 
-uint32_t ts_pool_slabs_needed(const ts_pool_books *p, uint32_t tenant, uint64_t blocks)
+uint64_t ts_pool_grantable(const ts_pool_books *p, uint32_t tenant)
 {
-    uint64_t have = p->tenants[tenant].free;
-    uint32_t slabs = 0;
-    for (uint32_t s = p->ungranted; have < blocks && s < p->num_slabs; s++, slabs++)
-        have += p->slabs[s].blocks;
-    for (uint32_t s = p->empty; have < blocks && s != TS_NONE; s = p->slabs[s].empty_next)
-        if (p->slabs[s].tenant != tenant) {
+    uint64_t have = ungranted_blocks(p);
+    for (uint32_t s = p->empty; s != TS_NONE; s = p->slabs[s].empty_next)
+        if (p->slabs[s].tenant != tenant)
             have += p->slabs[s].blocks;
-            slabs++;
-        }
-    return have < blocks ? TS_NONE : slabs;
+    return have;
 }
 
 uint64_t ts_pool_available(const ts_pool_books *p, uint32_t tenant)
 {
-    uint64_t have = p->tenants[tenant].free + ungranted_blocks(p);
-    for (uint32_t s = p->empty; s != TS_NONE; s = p->slabs[s].empty_next)
+    const ts_pool_tenant *t = &p->tenants[tenant];
+    uint64_t have = (uint64_t)t->free + t->cached + ts_pool_grantable(p, tenant);
+    for (uint32_t s = p->idle_oldest; s != TS_NONE; s = p->slabs[s].idle_next)
         if (p->slabs[s].tenant != tenant)
             have += p->slabs[s].blocks;
     return have;
@@ -194,7 +331,7 @@ ts_status ts_pool_grant(ts_pool_books *p, uint32_t slab, uint32_t tenant)
     if (slab >= p->num_slabs || tenant >= p->num_tenants)
         return TS_ENOENT;
     ts_slab *s = &p->slabs[slab];
-    if (s->used > 0)
+    if (s->used > 0 || s->cached > 0)
         return TS_EBUSY;
     if (s->tenant == TS_NONE) {
         if (slab != p->ungranted) /* never granted slabs go in order */
@@ -232,8 +369,11 @@ uint32_t ts_pool_take(ts_pool_books *p, uint32_t tenant)
         block = slab * p->slab_blocks + s->touched++;
     }
     p->refs[block] = 1;
-    if (s->used++ == 0)
+    if (s->used == 0 && s->cached == 0)
         empty_remove(p, slab);
+    else if (s->used == 0)
+        idle_remove(p, slab);
+    s->used++;
     if (slab_free(s) == 0)
         avail_remove(p, slab);
     t->free--;
@@ -245,13 +385,23 @@ uint32_t ts_pool_take(ts_pool_books *p, uint32_t tenant)
 void ts_pool_ref(ts_pool_books *p, uint32_t block)
 {
     assert(p->refs[block] > 0 && !(p->refs[block] & FREE));
-    if (++p->refs[block] == 2)
+    if (p->refs[block] == CACHED) {
+        uint32_t slab = slab_of(p, block);
+        ts_slab *s = &p->slabs[slab];
+        if (s->used++ == 0)
+            idle_remove(p, slab);
+        cached_remove(p, block);
+        p->tenants[s->tenant].used++;
+        p->used++;
+        p->refs[block] = 1;
+    } else if (++p->refs[block] == 2) {
         p->shared++;
+    }
 }
 
 void ts_pool_unref(ts_pool_books *p, uint32_t block)
 {
-    assert(p->refs[block] > 0 && !(p->refs[block] & FREE));
+    assert(ts_pool_refs(p, block) > 0);
     uint32_t left = --p->refs[block];
     if (left == 1)
         p->shared--;
@@ -259,15 +409,15 @@ void ts_pool_unref(ts_pool_books *p, uint32_t block)
         return;
     uint32_t slab = slab_of(p, block);
     ts_slab *s = &p->slabs[slab];
-    p->refs[block] = FREE | (s->free_head == TS_NONE ? LAST : s->free_head);
-    s->free_head = block;
-    if (slab_free(s) == 0)
-        avail_add(p, slab);
-    if (--s->used == 0)
-        empty_add(p, slab);
-    p->tenants[s->tenant].free++;
+    s->used--;
     p->tenants[s->tenant].used--;
     p->used--;
+    if (p->index != NULL && ts_index_has(p->index, block))
+        cached_add(p, block);
+    else
+        give_back(p, block);
+    if (s->used == 0)
+        (s->cached == 0 ? empty_add : idle_add)(p, slab);
 }
 
 void ts_pool_pin(ts_pool_books *p, uint32_t tenant, uint32_t block)
@@ -283,7 +433,7 @@ void ts_pool_unpin(ts_pool_books *p, uint32_t tenant, uint32_t block)
 
 uint32_t ts_pool_refs(const ts_pool_books *p, uint32_t block)
 {
-    return p->refs[block] & FREE ? 0 : p->refs[block];
+    return p->refs[block] & FREE || p->refs[block] == CACHED ? 0 : p->refs[block];
 }
 
 #define WRONG(...)                                                                                 \
@@ -295,19 +445,25 @@ uint32_t ts_pool_refs(const ts_pool_books *p, uint32_t block)
 static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, size_t why_bytes)
 {
     const ts_slab *s = &p->slabs[slab];
-    uint32_t first = slab * p->slab_blocks, used = 0, freed = 0, listed = 0;
+    uint32_t first = slab * p->slab_blocks, used = 0, cached = 0, freed = 0, listed = 0;
     for (uint32_t b = first; b < first + s->blocks; b++) {
         used += ts_pool_refs(p, b) > 0;
+        cached += p->refs[b] == CACHED;
         freed += (p->refs[b] & FREE) != 0;
+        if (p->index != NULL && ts_index_has(p->index, b)
+                ? ts_pool_refs(p, b) == 0 && p->refs[b] != CACHED
+                : p->refs[b] == CACHED)
+            WRONG("block %u is in the index and free, or cached and not in the index", b);
         if (p->refs[b] != 0 && b - first >= s->touched)
             WRONG("block %u is in use, but slab %u says only %u blocks were touched", b, slab,
                   s->touched);
     }
-    if (used != s->used)
-        WRONG("slab %u has %u used blocks, its count says %u", slab, used, s->used);
-    if (used + freed != s->touched)
-        WRONG("slab %u: %u used and %u freed blocks, but %u touched", slab, used, freed,
-              s->touched);
+    if (used != s->used || cached != s->cached)
+        WRONG("slab %u has %u used and %u cached blocks, its counts say %u and %u", slab, used,
+              cached, s->used, s->cached);
+    if (used + cached + freed != s->touched)
+        WRONG("slab %u: %u used, %u cached and %u freed blocks, but %u touched", slab, used, cached,
+              freed, s->touched);
     for (uint32_t b = s->free_head; b != TS_NONE && listed <= freed; listed++) {
         if (b < first || b >= first + s->blocks || !(p->refs[b] & FREE))
             WRONG("block %u is on slab %u's free list but isn't free there", b, slab);
@@ -321,7 +477,7 @@ static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, si
 ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *why,
                         size_t why_bytes)
 {
-    uint32_t used = 0, shared = 0, empty = 0;
+    uint32_t used = 0, shared = 0, empty = 0, idle = 0, cached = 0;
     for (uint32_t b = 0; b < p->num_blocks; b++) {
         uint32_t refs = ts_pool_refs(p, b);
         if (refs != expected[b])
@@ -338,20 +494,33 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
             WRONG("slab %u: tenant %u, but %u slabs were granted", i, s->tenant, p->ungranted);
         if (check_slab(p, i, why, why_bytes) != TS_OK)
             return TS_EINTERNAL;
-        empty += s->tenant != TS_NONE && s->used == 0;
+        empty += s->tenant != TS_NONE && s->used == 0 && s->cached == 0;
+        idle += s->used == 0 && s->cached > 0;
+        cached += s->cached;
     }
+    if (cached != p->cached || (p->index != NULL && p->index->count < cached))
+        WRONG("%u cached blocks, the count says %u", cached, p->cached);
+    if (p->index != NULL && ts_index_check(p->index, why, why_bytes) != TS_OK)
+        return TS_EINTERNAL;
     uint32_t listed = 0;
     for (uint32_t i = p->empty; i != TS_NONE && listed <= empty; i = p->slabs[i].empty_next)
         listed++;
     if (empty != p->num_empty || empty != listed)
         WRONG("%u empty slabs, %u counted, %u listed", empty, p->num_empty, listed);
+    listed = 0;
+    for (uint32_t i = p->idle_oldest; i != TS_NONE && listed <= idle; i = p->slabs[i].idle_next)
+        listed += p->slabs[i].used == 0 && p->slabs[i].cached > 0;
+    if (idle != listed)
+        WRONG("%u slabs of cached blocks alone, %u listed", idle, listed);
     for (uint32_t t = 0; t < p->num_tenants; t++) {
         const ts_pool_tenant *tenant = &p->tenants[t];
-        uint32_t slabs = 0, tenant_used = 0, tenant_free = 0, avail = 0, on_list = 0;
+        uint32_t slabs = 0, tenant_used = 0, tenant_free = 0, avail = 0, on_list = 0,
+                 tenant_cached = 0;
         for (uint32_t i = 0; i < p->num_slabs; i++)
             if (p->slabs[i].tenant == t) {
                 slabs++;
                 tenant_used += p->slabs[i].used;
+                tenant_cached += p->slabs[i].cached;
                 tenant_free += slab_free(&p->slabs[i]);
                 avail += slab_free(&p->slabs[i]) > 0;
             }
@@ -359,6 +528,14 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
              i = p->slabs[i].avail_next, on_list++)
             if (p->slabs[i].tenant != t || slab_free(&p->slabs[i]) == 0)
                 WRONG("slab %u is on tenant %u's list of slabs with free blocks", i, t);
+        uint32_t in_order = 0;
+        for (uint32_t b = tenant->cached_oldest; b != TS_NONE && in_order <= tenant_cached;
+             b = p->cached_next[b], in_order++)
+            if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != t)
+                WRONG("block %u is on tenant %u's list of cached blocks", b, t);
+        if (tenant_cached != tenant->cached || in_order != tenant_cached)
+            WRONG("tenant %u: %u cached blocks, %u counted, %u listed", t, tenant_cached,
+                  tenant->cached, in_order);
         if (slabs != tenant->slabs || tenant_used != tenant->used || tenant_free != tenant->free ||
             avail != on_list)
             WRONG("tenant %u: %u slabs, %u used, %u free, %u slabs with free blocks; the counts "

@@ -6,13 +6,19 @@
  * without used blocks may be granted to another tenant (its memory must be renewed then). Taking
  * and giving back a block is O(1), granting a slab too.
  *
- * Cost: 8 bytes a block and 40 bytes a slab.
+ * With a prefix index (prefix_index.h), a block that is in it and loses its last reference becomes
+ * *cached*: it can be referred to again, and is evicted when room is needed, the one released
+ * longest ago first. References go from the last block of a sequence to its first, so a block's
+ * descendants in the index are always released, and evicted, before it.
+ *
+ * Cost: 8 bytes a block and 56 bytes a slab; with an index 8 bytes a block more, and its own.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
 #ifndef TS_BLOCK_POOL_H
 #define TS_BLOCK_POOL_H
 
+#include "prefix_index.h"
 #include "tinyserve_types.h"
 
 #include <stdbool.h>
@@ -24,11 +30,13 @@ typedef struct ts_slab {
     uint32_t tenant;     /* TS_NONE: nobody's */
     uint32_t generation; /* grows with every grant */
     uint32_t used;       /* blocks with references */
+    uint32_t cached;     /* blocks without, that the index knows */
     uint32_t touched;   /* blocks that were ever used since the grant; the others follow in order */
     uint32_t free_head; /* first of the freed blocks, linked through refs; TS_NONE: none */
     uint32_t blocks;    /* the last slab may have fewer */
     uint32_t avail_prev, avail_next; /* tenant's slabs with free blocks */
-    uint32_t empty_prev, empty_next; /* granted slabs without used blocks */
+    uint32_t empty_prev, empty_next; /* granted slabs without used and cached blocks */
+    uint32_t idle_prev, idle_next;   /* slabs with cached blocks alone, the oldest first */
 } ts_slab;
 
 typedef struct ts_pool_tenant {
@@ -36,6 +44,8 @@ typedef struct ts_pool_tenant {
     uint32_t slabs;
     uint32_t free; /* blocks free in its slabs */
     uint32_t used;
+    uint32_t cached;                       /* blocks */
+    uint32_t cached_oldest, cached_newest; /* of them, as they were released; TS_NONE: none */
     uint32_t sequences;
     uint32_t pinned;  /* blocks that its kept sequences refer to, each counted once */
     uint64_t entries; /* in its sequences' block tables, reserved ones included */
@@ -47,9 +57,14 @@ typedef struct ts_pool_books {
     uint32_t used;       /* blocks with references */
     uint32_t shared;     /* blocks with more than one */
     uint32_t ungranted;  /* slabs [ungranted, num_slabs) were never granted */
-    uint32_t empty;      /* head of the granted slabs without used blocks */
+    uint32_t empty;      /* head of the granted slabs without used and cached blocks */
     uint32_t num_empty;
-    uint32_t *refs; /* per block: references; 0 or FREE | next free block */
+    uint32_t cached;                     /* blocks */
+    uint32_t idle_oldest, idle_newest;   /* slabs with cached blocks alone; TS_NONE: none */
+    uint64_t evicted;                    /* blocks, ever */
+    ts_prefix_index *index;              /* the caller's; NULL: nothing is cached */
+    uint32_t *cached_prev, *cached_next; /* per block, of its tenant's list */
+    uint32_t *refs; /* per block: references; 0, CACHED, or FREE | next free block */
     uint32_t *pins; /* per block: kept sequences that refer to it */
     ts_slab *slabs;
     ts_pool_tenant *tenants;
@@ -62,6 +77,20 @@ ts_status ts_pool_init(ts_pool_books *pool, uint32_t num_blocks, uint32_t max_bl
                        uint32_t slab_blocks);
 void ts_pool_fini(ts_pool_books *pool);
 
+/* From now on blocks of the index are cached; it is the books', which free it. TS_ENOMEM. */
+ts_status ts_pool_use_index(ts_pool_books *pool, uint32_t block_tokens, uint64_t seed);
+
+/* Evicts the tenant's cached blocks, up to so many; how many it were. */
+uint32_t ts_pool_evict(ts_pool_books *pool, uint32_t tenant, uint64_t blocks);
+
+/* Evicts what is cached in the slab, and what hangs from that elsewhere. The slab has no block in
+ * use. */
+void ts_pool_evict_slab(ts_pool_books *pool, uint32_t slab);
+
+/* Makes another tenant's slab empty that has cached blocks alone: the one that was last in use
+ * longest ago. False: there is none. */
+bool ts_pool_empty_other(ts_pool_books *pool, uint32_t tenant);
+
 /* The first block from `first` on that is in use; TS_NONE: none is. */
 uint32_t ts_pool_first_used(const ts_pool_books *pool, uint32_t first);
 
@@ -72,11 +101,11 @@ void ts_pool_resize(ts_pool_books *pool, uint32_t num_blocks);
 /* Makes room for tenants 0..tenant. */
 ts_status ts_pool_add_tenant(ts_pool_books *pool, uint32_t tenant);
 
-/* How many more slabs the tenant needs to have `blocks` free blocks, counting from the front of
- * ts_pool_next_slab; TS_NONE if the pool hasn't got them. */
-uint32_t ts_pool_slabs_needed(const ts_pool_books *pool, uint32_t tenant, uint64_t blocks);
+/* Blocks of the slabs that may be granted to the tenant now: nobody's, and others' empty ones. */
+uint64_t ts_pool_grantable(const ts_pool_books *pool, uint32_t tenant);
 
-/* Free blocks that the tenant could get, with every slab that may still be granted to it. */
+/* Blocks that the tenant could get: free and cached ones of its own, and every slab that may still
+ * be granted to it, those that have another's cached blocks alone included. */
 uint64_t ts_pool_available(const ts_pool_books *pool, uint32_t tenant);
 
 /* The slab that ts_pool_grant should give to the tenant next; TS_NONE if there is none. */
@@ -88,7 +117,8 @@ ts_status ts_pool_grant(ts_pool_books *pool, uint32_t slab, uint32_t tenant);
 /* A block of the tenant's with one reference. The tenant must have a free one. */
 uint32_t ts_pool_take(ts_pool_books *pool, uint32_t tenant);
 
-/* One reference more, or one less; a block without any is free again. */
+/* One reference more (also of a cached block), or one less; a block without any is free again, or
+ * cached. */
 void ts_pool_ref(ts_pool_books *pool, uint32_t block);
 void ts_pool_unref(ts_pool_books *pool, uint32_t block);
 
@@ -96,7 +126,7 @@ void ts_pool_unref(ts_pool_books *pool, uint32_t block);
 void ts_pool_pin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
 void ts_pool_unpin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
 
-/* References to the block; 0 if it is free. */
+/* References to the block; 0 if it is free or cached. */
 uint32_t ts_pool_refs(const ts_pool_books *pool, uint32_t block);
 
 /*

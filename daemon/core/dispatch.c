@@ -23,6 +23,7 @@ static const struct operation {
     [TS_OP_SEQ_ATTACH] = {POOL, ts_engine_seq_attach},
     [TS_OP_SEQ_LENGTHS] = {POOL, ts_engine_seq_lengths},
     [TS_OP_SEQ_BLOCKS] = {POOL, ts_engine_seq_blocks},
+    [TS_OP_SEQ_MATCH] = {POOL, ts_engine_seq_match},
     [TS_OP_STEP_BEGIN] = {POOL, ts_engine_step_begin},
     [TS_OP_STEP_RUN] = {SESSION, ts_engine_step_run},
     [TS_OP_STEP_COMMIT] = {SESSION, ts_engine_step_end},

@@ -47,6 +47,7 @@ typedef enum ts_op {
     TS_OP_SEQ_ATTACH,
     TS_OP_SEQ_LENGTHS,
     TS_OP_SEQ_BLOCKS,
+    TS_OP_SEQ_MATCH,
     TS_OP_STEP_BEGIN,
     TS_OP_STEP_RUN,
     TS_OP_STEP_COMMIT,
@@ -58,6 +59,12 @@ typedef enum ts_op {
     TS_OP_POOL_RESIZE, /* ... or gives one more blocks or fewer */
     TS_OP_SWEEP,       /* goes on with what is freed bit by bit (ts_engine_sweeps) */
 } ts_op;
+
+/* A namespace of the prefix index; no bytes: the pool's own, its configuration's `model`. */
+typedef struct ts_space_name {
+    const void *bytes;
+    size_t count;
+} ts_space_name;
 
 /* Pointers are the caller's and are read only while the command is applied. */
 typedef struct ts_command {
@@ -80,7 +87,14 @@ typedef struct ts_command {
         } pool_open;
         struct {
             uint32_t count;
+            ts_space_name space;
         } seq_create;
+        struct {
+            const uint32_t *tokens, *counts; /* of all prompts, one after another; of each */
+            uint32_t count;                  /* prompts */
+            ts_space_name space;
+            bool dry; /* tells what is there, and makes no sequences */
+        } seq_match;
         struct {
             uint64_t parent;
             uint32_t count, length;
@@ -105,7 +119,8 @@ typedef struct ts_command {
             uint32_t count, heads, io_dtype;
             float scale;
             bool append;
-            ts_kernel kernel; /* TS_KERNEL_AUTO: the pool's */
+            ts_kernel kernel;       /* TS_KERNEL_AUTO: the pool's */
+            const uint32_t *tokens; /* ids of all new tokens, in order; NULL: none are known */
         } step_begin;
         struct {
             uint64_t step;
@@ -157,6 +172,11 @@ typedef struct ts_answer {
             uint32_t count;
         } lengths;
         struct {
+            const uint64_t *seqs; /* NULL: of a dry match */
+            const uint32_t *lengths;
+            uint32_t count;
+        } matched; /* SEQ_MATCH */
+        struct {
             const uint32_t *blocks;
             uint32_t count, length;
         } blocks; /* SEQ_BLOCKS */
@@ -186,6 +206,7 @@ typedef struct ts_engine_limits {
     uint32_t step_tokens;    /* new tokens in one step */
     uint64_t exchange_bytes;
     uint32_t first_generation; /* of ids: random, for each daemon; less than 2^31 */
+    uint64_t hash_seed;        /* of prefix indexes: random, for each daemon */
 } ts_engine_limits;
 
 /* Whether clients may map a pool's slabs writable. */
@@ -204,6 +225,8 @@ typedef struct ts_pool_config {
     uint64_t tenant_entries_max; /* in the block tables of its sequences */
     uint64_t tenant_pinned_max;  /* blocks that its kept sequences refer to */
     ts_client_write client_write;
+    bool no_cache;    /* no prefix index */
+    char model[65];   /* the namespace of sequences that name none; empty: they have none */
     bool warp_groups; /* of its GPU: ts_gpu_info */
     bool on_gpu;
     ts_kernel kernel;            /* of a GPU */

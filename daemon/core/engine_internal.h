@@ -16,9 +16,9 @@ typedef void ts_engine_op(ts_engine *engine, ts_session *session, const ts_comma
 ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_exchange_open,
     ts_engine_pool_open, ts_engine_pool_close, ts_engine_seq_create, ts_engine_seq_fork,
     ts_engine_seq_change, ts_engine_seq_keep, ts_engine_seq_attach, ts_engine_seq_lengths,
-    ts_engine_seq_blocks, ts_engine_step_begin, ts_engine_step_run, ts_engine_step_end,
-    ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove, ts_engine_pool_remove,
-    ts_engine_pool_resize, ts_engine_sweep;
+    ts_engine_seq_blocks, ts_engine_seq_match, ts_engine_step_begin, ts_engine_step_run,
+    ts_engine_step_end, ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove,
+    ts_engine_pool_remove, ts_engine_pool_resize, ts_engine_sweep;
 
 /*
  * The sequence with this id if the session may use it: one that it owns, or one that its tenant
@@ -26,6 +26,20 @@ ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_exchange
  */
 ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_session *session,
                                 uint64_t id, bool to_change, ts_answer *answer);
+
+/* The tenant's namespace of this name in the pool, with one user more; TS_NONE: none is named, or
+ * the pool has no index. False, and the answer refuses. */
+bool ts_engine_use_space(ts_engine *engine, uint32_t pool, const ts_session *session,
+                         const ts_space_name *name, uint32_t *space, ts_answer *answer);
+
+/* Whether the session may own `count` sequences more; makes room for them and for their ids. Else
+ * the answer refuses. */
+bool ts_engine_reserve_sequences(ts_engine *engine, ts_session *session, uint32_t pool,
+                                 uint32_t count, ts_answer *answer);
+
+/* An empty sequence of the session's, for which there is room; its id becomes out_ids[i]. */
+ts_sequence *ts_engine_new_sequence(ts_engine *engine, ts_session *session, uint32_t pool,
+                                    uint32_t space, uint32_t i);
 
 /* Frees what a closing session still has, as far as no kernel works on it, and at most so many
  * block table entries; how many of those are left over. */

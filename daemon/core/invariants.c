@@ -41,6 +41,17 @@ static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, u
         if (pool->books.slabs[block / pool->books.slab_blocks].tenant != seq->tenant)
             wrong(c, "%s: sequence %u refers to block %u of another tenant", name, i, block);
     }
+    const ts_prefix_index *x = pool->books.index;
+    for (uint32_t b = 0; x != NULL && b < seq->num_blocks; b++) {
+        bool known = b + 1 < seq->num_blocks || seq->step == TS_NONE; /* else it may be a copy */
+        if (known && ts_index_has(x, seq->blocks[b]) &&
+            x->nodes[seq->blocks[b]].parent !=
+                (b == 0 ? ts_index_root(seq->space) : ts_index_block(seq->blocks[b - 1])))
+            wrong(c, "%s: block %u of sequence %u is in the index elsewhere", name, b, i);
+    }
+    if (seq->known > seq->length && !dying)
+        wrong(c, "%s: sequence %u of %u tokens has %u known ones", name, i, seq->length,
+              seq->known);
     if (!dying && (seq->name == NULL) != (seq->owner != TS_NONE))
         wrong(c, "%s: sequence %u must be either owned or kept", name, i);
     if (seq->name != NULL && ts_names_find(&pool->seqs.names, seq->tenant, seq->name) != i)

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-_Static_assert(sizeof(ts_sequence) <= 64, "systemd/README.md says 64 bytes a sequence");
+_Static_assert(sizeof(ts_sequence) <= 80, "systemd/README.md says 80 bytes a sequence");
 
 void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens,
                        uint32_t first_generation)
@@ -65,7 +65,7 @@ static void owner_remove(ts_sequences *s, uint32_t index, uint32_t *owned)
 }
 
 uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, uint32_t owner,
-                         uint32_t *owned)
+                         uint32_t space, uint32_t *owned)
 {
     uint32_t index = s->free_head, generation = s->first_generation;
     if (index != TS_NONE) {
@@ -75,8 +75,13 @@ uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, 
         assert(s->count < s->capacity);
         index = s->count++;
     }
-    s->all[index] = (ts_sequence){
-        .generation = generation + 1, .tenant = tenant, .owner = owner, .step = TS_NONE};
+    s->all[index] = (ts_sequence){.generation = generation + 1,
+                                  .tenant = tenant,
+                                  .owner = owner,
+                                  .step = TS_NONE,
+                                  .space = space};
+    if (space != TS_NONE)
+        ts_index_share_space(pool->index, space);
     owner_add(s, index, owned);
     s->live++;
     pool->tenants[tenant].sequences++;
@@ -123,6 +128,7 @@ void ts_sequence_share(const ts_sequences *s, ts_pool_books *pool, const ts_sequ
     assert(child->length == 0 && length <= parent->length);
     child->num_blocks = ts_blocks_for(length, s->block_tokens);
     child->length = length;
+    child->known = parent->known < length ? parent->known : length;
     assert(child->num_blocks <= child->capacity);
     if (child->num_blocks > 0)
         memcpy(child->blocks, parent->blocks, child->num_blocks * sizeof *child->blocks);
@@ -131,6 +137,55 @@ void ts_sequence_share(const ts_sequences *s, ts_pool_books *pool, const ts_sequ
     for (uint32_t i = 0; i < child->num_blocks; i++)
         ts_pool_ref(pool, child->blocks[i]);
     pool->tenants[child->tenant].entries += child->num_blocks;
+}
+
+void ts_sequence_take_match(const ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
+                            const uint32_t *blocks, uint32_t length)
+{
+    assert(seq->length == 0 && ts_blocks_for(length, s->block_tokens) <= seq->capacity);
+    seq->num_blocks = ts_blocks_for(length, s->block_tokens);
+    seq->length = seq->known = length;
+    seq->borrowed_tail = length % s->block_tokens != 0;
+    for (uint32_t i = 0; i < seq->num_blocks; i++) {
+        seq->blocks[i] = blocks[i];
+        ts_pool_ref(pool, blocks[i]);
+    }
+    pool->tenants[seq->tenant].entries += seq->num_blocks;
+}
+
+/* The sequence's entry becomes a block of the index with the same tokens. */
+static void replace_entry(ts_pool_books *pool, ts_sequence *seq, uint32_t entry, uint32_t block)
+{
+    uint32_t own = seq->blocks[entry];
+    ts_pool_ref(pool, block);
+    if (seq->name != NULL) {
+        ts_pool_unpin(pool, seq->tenant, own);
+        ts_pool_pin(pool, seq->tenant, block);
+    }
+    seq->blocks[entry] = block;
+    ts_pool_unref(pool, own);
+    ts_sequence_changed(seq, entry);
+}
+
+void ts_sequence_index_blocks(const ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
+                              uint32_t first)
+{
+    if (pool->index == NULL || seq->space == TS_NONE)
+        return;
+    for (uint32_t i = first; i < seq->known / s->block_tokens; i++) {
+        uint32_t block = seq->blocks[i];
+        if (ts_index_has(pool->index, block))
+            continue;
+        if (i > 0 && !ts_index_has(pool->index, seq->blocks[i - 1]))
+            return; /* a block before it was not indexed: nor is what follows */
+        ts_index_parent parent =
+            i == 0 ? ts_index_root(seq->space) : ts_index_block(seq->blocks[i - 1]);
+        uint32_t there = ts_index_find(pool->index, parent, ts_index_ids(pool->index, block));
+        if (there != TS_NO_BLOCK)
+            replace_entry(pool, seq, i, there);
+        else if (!ts_index_add(pool->index, parent, block))
+            return;
+    }
 }
 
 /* Drops the last `count` entries of the table. */
@@ -149,10 +204,12 @@ void ts_sequence_truncate(const ts_sequences *s, ts_pool_books *pool, ts_sequenc
                           uint32_t length)
 {
     assert(length <= seq->length && seq->step == TS_NONE);
-    uint32_t blocks = ts_blocks_for(length, s->block_tokens);
+    uint32_t before = seq->num_blocks, blocks = ts_blocks_for(length, s->block_tokens);
     ts_sequence_changed(seq, blocks);
     drop_entries(pool, seq, seq->num_blocks - blocks);
     seq->length = length;
+    seq->known = seq->known < length ? seq->known : length;
+    seq->borrowed_tail = seq->borrowed_tail && blocks == before;
 }
 
 /* Pins or unpins what a kept sequence refers to. `tail`: see ts_sequence_keep. */
@@ -176,6 +233,8 @@ static void forget_name(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, 
 static void give_up(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq)
 {
     free(seq->blocks);
+    if (seq->space != TS_NONE)
+        ts_index_leave_space(pool->index, seq->space);
     pool->tenants[seq->tenant].sequences--;
     seq->blocks = NULL;
     seq->capacity = 0;

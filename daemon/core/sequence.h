@@ -7,7 +7,7 @@
  * An id is generation << 32 | index: the id of a freed sequence never comes back. Generations begin
  * somewhere else in each daemon, so an id from before a restart names nothing.
  *
- * Cost: 64 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
+ * Cost: 80 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
  * 4).
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
@@ -32,6 +32,9 @@ typedef struct ts_sequence {
     uint32_t prev, next;       /* of the same owner; next also links the free ones */
     uint32_t unchanged_prefix; /* entries that are as they were when the table was told of last */
     uint64_t known_step;       /* the step whose begin told of it; 0: none */
+    uint32_t space;            /* its namespace in the pool's index; TS_NONE: it has none */
+    uint32_t known;            /* tokens from the start whose ids are known */
+    bool borrowed_tail;        /* a match found its last block, and it uses a part of that alone */
 } ts_sequence;
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
@@ -59,9 +62,9 @@ void ts_sequences_fini(ts_sequences *seqs);
 ts_status ts_sequences_reserve(ts_sequences *seqs, uint32_t count);
 
 /* An empty sequence of the tenant's, at the head of the owner's list *owned. Needs room reserved.
- */
+ * `space` is its namespace, which has one user more; TS_NONE: none. */
 uint32_t ts_sequence_new(ts_sequences *seqs, ts_pool_books *pool, uint32_t tenant, uint32_t owner,
-                         uint32_t *owned);
+                         uint32_t space, uint32_t *owned);
 
 /* The live sequence with this id, or NULL. */
 ts_sequence *ts_sequence_find(const ts_sequences *seqs, uint64_t id);
@@ -94,6 +97,16 @@ ts_status ts_sequence_reserve(ts_sequence *seq, uint32_t blocks);
  * the parent's own tail block, where an open step replaced it in the table, or TS_NONE. */
 void ts_sequence_share(const ts_sequences *seqs, ts_pool_books *pool, const ts_sequence *parent,
                        uint32_t length, uint32_t tail, ts_sequence *child);
+
+/* The sequence, empty with room, gets `length` tokens whose K and V lie in these blocks, which the
+ * index found; their ids are known. */
+void ts_sequence_take_match(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
+                            const uint32_t *blocks, uint32_t length);
+
+/* Adds the full blocks of the sequence's known tokens to the index, from entry `first` on. Where
+ * the index has such a block already, the sequence refers to that one instead. */
+void ts_sequence_index_blocks(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
+                              uint32_t first);
 
 /* Drops the tokens from `length` on. */
 void ts_sequence_truncate(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,

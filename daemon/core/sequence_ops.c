@@ -43,9 +43,8 @@ static bool check_batch(const ts_engine *e, uint32_t count, ts_answer *a)
     return false;
 }
 
-/* Whether the session may own `count` sequences more; makes room for them and for their ids. */
-static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32_t count,
-                              ts_answer *a)
+bool ts_engine_reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32_t count,
+                                 ts_answer *a)
 {
     ts_sequences *seqs = &e->pools[pool].seqs;
     if (!check_batch(e, count, a))
@@ -83,22 +82,51 @@ static bool reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uint32
     return a->status == TS_OK;
 }
 
-static uint32_t new_sequence(ts_engine *e, ts_session *s, uint32_t pool, uint32_t slot)
+ts_sequence *ts_engine_new_sequence(ts_engine *e, ts_session *s, uint32_t pool, uint32_t space,
+                                    uint32_t i)
 {
     ts_sequences *seqs = &e->pools[pool].seqs;
     uint32_t index = ts_sequence_new(seqs, &e->pools[pool].books, s->tenant,
-                                     (uint32_t)(s - e->sessions), &s->owned[pool]);
+                                     (uint32_t)(s - e->sessions), space, &s->owned[pool]);
     s->sequences++;
-    e->out_ids[slot] = ts_sequence_id(seqs, index);
-    return index;
+    e->out_ids[i] = ts_sequence_id(seqs, index);
+    return &seqs->all[index];
+}
+
+bool ts_engine_use_space(ts_engine *e, uint32_t pool, const ts_session *s,
+                         const ts_space_name *name, uint32_t *space, ts_answer *a)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    const char *model = p->config.model;
+    ts_space_name used = name->count > 0 ? *name : (ts_space_name){model, strlen(model)};
+    *space = TS_NONE;
+    if (used.count > TS_NAMESPACE_BYTES_MAX) {
+        ts_refuse(a, TS_EINVAL, "a namespace of %zu bytes; the limit is %u", used.count,
+                  TS_NAMESPACE_BYTES_MAX);
+        return false;
+    }
+    if (used.count == 0 || p->books.index == NULL)
+        return true;
+    ts_status status = ts_index_use_space(p->books.index, s->tenant, used.bytes, used.count, space);
+    if (status == TS_EQUOTA)
+        ts_refuse_more(a, status, TS_NAMESPACES_MAX, 1, TS_NAMESPACES_MAX,
+                       "uid %u has %u namespaces in pool '%s'; that is the limit",
+                       e->tenants[s->tenant], TS_NAMESPACES_MAX, p->config.name);
+    else if (status != TS_OK)
+        ts_refuse(a, status, "no memory for a namespace");
+    return status == TS_OK;
 }
 
 void ts_engine_seq_create(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
-    if (!reserve_sequences(e, s, c->pool, c->seq_create.count, a))
+    uint32_t space;
+    if (!ts_engine_reserve_sequences(e, s, c->pool, c->seq_create.count, a) ||
+        !ts_engine_use_space(e, c->pool, s, &c->seq_create.space, &space, a))
         return;
     for (uint32_t i = 0; i < c->seq_create.count; i++)
-        new_sequence(e, s, c->pool, i);
+        (void)ts_engine_new_sequence(e, s, c->pool, space, i);
+    if (space != TS_NONE) /* the sequences use it now */
+        ts_index_leave_space(e->pools[c->pool].books.index, space);
     a->seqs.seqs = e->out_ids;
     a->seqs.count = c->seq_create.count;
     a->seqs.length = 0;
@@ -183,13 +211,12 @@ void ts_engine_seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          count, blocks, TS_COMMAND_ENTRIES);
     if (!check_batch(e, count, a) ||
         !ts_engine_check_entries(e, s, c->pool, (uint64_t)blocks * count, a) ||
-        !reserve_sequences(e, s, c->pool, count, a))
+        !ts_engine_reserve_sequences(e, s, c->pool, count, a))
         return;
     parent = ts_sequence_find(&pool->seqs, c->seq_fork.parent); /* the table may have moved */
     uint32_t tail = replaced_tail(e, c->pool, parent);
     for (uint32_t i = 0; i < count; i++) {
-        uint32_t index = new_sequence(e, s, c->pool, i);
-        ts_sequence *child = &pool->seqs.all[index];
+        ts_sequence *child = ts_engine_new_sequence(e, s, c->pool, parent->space, i);
         if (ts_sequence_reserve(child, blocks) != TS_OK) {
             for (uint32_t j = 0; j <= i; j++) {
                 child = ts_sequence_find(&pool->seqs, e->out_ids[j]);

@@ -3,9 +3,10 @@
  *
  * Beginning one takes every block that the new tokens need, or none: entries behind each sequence's
  * table, and a private copy for each tail block that is shared (the table entry becomes the copy;
- * the step remembers the original). Committing turns them into part of the sequence and gives the
- * excess back; aborting restores every sequence as it was. While a step is open its sequences can't
- * be changed otherwise, so the plan that kernels read stays valid.
+ * the step remembers the original). A block of the prefix index that others may still find counts
+ * as shared. Committing turns them into part of the sequence and gives the excess back; aborting
+ * restores every sequence as it was. While a step is open its sequences can't be changed otherwise,
+ * so the plan that kernels read stays valid.
  *
  * Locking: none; the engine's owner (work_queue.h) owns the steps. The kernels read plan and tables
  * while the step has runs in flight, during which nothing here changes them.
@@ -22,6 +23,7 @@ typedef struct ts_step_seq {
     uint32_t new_tokens;   /* 0: it is left as it is */
     uint32_t reserved;     /* blocks taken behind the table */
     uint32_t original;     /* the shared tail that was replaced by a copy, or TS_NONE */
+    uint32_t known;        /* the first so many of the new tokens have known ids */
     const uint32_t *table; /* the sequence's, reserved blocks included */
 } ts_step_seq;
 
@@ -49,8 +51,9 @@ uint32_t ts_step_blocks(const ts_sequences *seqs, const ts_pool_books *pool, con
                         uint32_t new_tokens);
 
 /* Takes the blocks of one sequence, which must have room in its table. The tenant must have them.
- */
-void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step);
+ * `ids` are those of its new tokens; TS_TOKEN_UNKNOWN, or NULL: not known from there on. */
+void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step,
+                  const uint32_t *ids);
 
 /* Keeps the first `accepted` of the new tokens and gives the other blocks back; 0 restores the
  * sequence as it was. */

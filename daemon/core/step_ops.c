@@ -110,6 +110,7 @@ typedef struct needs {
 static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, needs *n, ts_answer *a)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
+    const uint32_t *ids = c->step_begin.tokens;
     uint32_t i = 0;
     for (; i < c->step_begin.count; i++) {
         uint64_t id = c->step_begin.seqs[i];
@@ -124,6 +125,15 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
                 new_tokens, (unsigned long long)id, seq->length, pool->config.sequence_tokens_max);
             return i;
         }
+        if (ids != NULL && new_tokens > 0 && *ids != TS_TOKEN_UNKNOWN && seq->space == TS_NONE &&
+            pool->books.index != NULL) {
+            ts_refuse(a, TS_EINVAL,
+                      "token ids for sequence %llx, which has no namespace: name one when it is "
+                      "made, or set model = in pool '%s'",
+                      (unsigned long long)id, pool->config.name);
+            return i;
+        }
+        ids += ids == NULL ? 0 : new_tokens;
         uint32_t more = ts_step_blocks(&pool->seqs, &pool->books, seq, new_tokens);
         if (ts_sequence_reserve(seq, seq->num_blocks + more) != TS_OK) {
             ts_refuse(a, TS_ENOMEM, "no memory for a block table of %u entries",
@@ -138,13 +148,55 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
     return i;
 }
 
+/*
+ * Makes room for so many blocks: evicts what is cached, of the tenant's own, then of others where
+ * it takes whole slabs. True: the tenant must get slabs too. False: it has the blocks, or the
+ * answer refuses and nothing was evicted.
+ */
+static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_t blocks,
+                      ts_answer *a)
+{
+    ts_engine_pool *pool = &e->pools[index];
+    ts_pool_books *books = &pool->books;
+    const ts_pool_tenant *tenant = &books->tenants[s->tenant];
+    const uint64_t most = pool->config.tenant_blocks_max;
+    const uint64_t available = ts_pool_available(books, s->tenant);
+    bool over = tenant->used + blocks > most;
+    if ((over || available < blocks) && (pool->seqs.dying != TS_NONE || e->closing != TS_NONE)) {
+        a->status = TS_NEED_SWEEP;
+        return false;
+    }
+    if (over) {
+        ts_refuse_more(a, TS_EQUOTA, tenant->used, blocks, most,
+                       "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of %llu",
+                       e->tenants[s->tenant], tenant->used, pool->config.name,
+                       (unsigned long long)blocks, (unsigned long long)most);
+        return false;
+    }
+    if (available < blocks) {
+        ts_refuse(a, TS_ENOSPC,
+                  "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
+                  (unsigned long long)blocks, pool->config.name, (unsigned long long)available,
+                  e->tenants[s->tenant], books->num_blocks);
+        a->amounts = (ts_amounts){blocks, available, books->num_blocks};
+        return false;
+    }
+    uint64_t all = (uint64_t)tenant->used + tenant->cached + blocks;
+    if (all > most) /* what is cached counts too, and goes */
+        (void)ts_pool_evict(books, s->tenant, all - most);
+    uint64_t grantable = ts_pool_grantable(books, s->tenant);
+    if (tenant->free + grantable < blocks)
+        (void)ts_pool_evict(books, s->tenant, blocks - tenant->free - grantable);
+    while (tenant->free + grantable < blocks && ts_pool_empty_other(books, s->tenant))
+        grantable = ts_pool_grantable(books, s->tenant);
+    return tenant->free < blocks;
+}
+
 /* Whether the blocks can be had: quotas first, then the pool. */
 static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, const needs *n,
                         ts_answer *a)
 {
     uint64_t tokens = n->tokens, blocks = n->blocks;
-    const ts_engine_pool *pool = &e->pools[c->pool];
-    const ts_pool_tenant *tenant = &pool->books.tenants[s->tenant];
     if (tokens == 0)
         return ts_refuse(a, TS_EINVAL, "a step of 0 new tokens; one of its %u sequences gets some",
                          c->step_begin.count);
@@ -157,33 +209,8 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
     if (!ts_engine_check_entries(e, s, c->pool, blocks, a) ||
         !ts_engine_check_pinned(e, s, c->pool, n->pinned, a))
         return;
-    bool sweeps = pool->seqs.dying != TS_NONE || e->closing != TS_NONE;
-    if (sweeps && (tenant->used + blocks > pool->config.tenant_blocks_max ||
-                   (tenant->free < blocks &&
-                    ts_pool_slabs_needed(&pool->books, s->tenant, blocks) == TS_NONE))) {
-        a->status = TS_NEED_SWEEP;
+    if (!make_room(e, s, c->pool, blocks, a))
         return;
-    }
-    if (tenant->used + blocks > pool->config.tenant_blocks_max)
-        return ts_refuse_more(
-            a, TS_EQUOTA, tenant->used, blocks, pool->config.tenant_blocks_max,
-            "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of "
-            "%llu",
-            e->tenants[s->tenant], tenant->used, pool->config.name, (unsigned long long)blocks,
-            (unsigned long long)pool->config.tenant_blocks_max);
-    if (tenant->free >= blocks)
-        return;
-    if (ts_pool_slabs_needed(&pool->books, s->tenant, blocks) == TS_NONE) {
-        ts_refuse(a, TS_ENOSPC,
-                  "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
-                  (unsigned long long)blocks, pool->config.name,
-                  (unsigned long long)ts_pool_available(&pool->books, s->tenant),
-                  e->tenants[s->tenant], pool->books.num_blocks);
-        a->amounts = (ts_amounts){.needed = blocks,
-                                  .free = ts_pool_available(&pool->books, s->tenant),
-                                  .limit = pool->books.num_blocks};
-        return;
-    }
     a->status = TS_NEED_SLABS;
     a->need.pool = c->pool;
     a->need.tenant = s->tenant;
@@ -312,13 +339,15 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     step->kernel =
         c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
     step->tokens = (uint32_t)n.tokens;
+    const uint32_t *ids = pool->books.index == NULL ? NULL : c->step_begin.tokens;
     for (uint32_t i = 0; i < count; i++) {
         ts_step_seq *part = &step->seqs[i];
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
-        ts_step_take(&pool->seqs, &pool->books, part, index);
+        ts_step_take(&pool->seqs, &pool->books, part, index, ids);
+        ids += ids == NULL ? 0 : part->new_tokens;
+        s->blocks += part->reserved + (part->original != TS_NONE);
     }
-    s->blocks += n.blocks;
     pool->open_steps++;
     fill_answer(e, step, a);
     if (a->begun.num_copies > 0) {

@@ -85,8 +85,8 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
     if (r->kind == TS_HANDLE_TAKE_EXCHANGE)
         return ts_exchange_taken(s, c, &ask->reply.bytes, why, why_bytes);
     if (r->kind == TS_HANDLE_NEW_RINGS)
-        return make(ask, &c->memory.new_rings, "rings", ts_rings_bytes(0, 0),
-                    ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS), why, why_bytes);
+        return make(ask, &c->memory.new_rings, "rings", ts_rings_bytes(0, 0, 0),
+                    ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS, TS_RING_IDS), why, why_bytes);
     if (r->kind == TS_HANDLE_DOORBELL)
         return open_doorbell(s, c, ask, why, why_bytes);
     if (r->kind == TS_HANDLE_SIGNALS) {

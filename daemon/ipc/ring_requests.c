@@ -69,6 +69,24 @@ static void copy_batch(ts_ring *r, uint32_t count, bool seqs)
     memcpy(r->rings->words, r->shared->batch_words, count * sizeof *r->rings->words);
 }
 
+/* Copies the ids of a begin's tokens, as copy_batch does. False, and the answer refuses: there are
+ * more tokens than room. */
+static bool copy_ids(ts_ring *r, uint32_t count, ts_command *command, ts_answer *a)
+{
+    uint64_t tokens = 0;
+    for (uint32_t i = 0; i < count; i++)
+        tokens += r->rings->words[i];
+    if (tokens > r->max_ids) {
+        ts_refuse(a, TS_EINVAL, "%llu token ids on a ring that has room for %u",
+                  (unsigned long long)tokens, r->max_ids);
+        return false;
+    }
+    memcpy(r->rings->ids, ts_rings_ids(r->shared, r->max_blocks, r->max_slabs),
+           tokens * sizeof *r->rings->ids);
+    command->step_begin.tokens = r->rings->ids;
+    return true;
+}
+
 static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entry,
                          ts_command *command, ts_answer *a)
 {
@@ -105,6 +123,8 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
                   (unsigned long long)blocks, r->max_blocks);
         return false;
     }
+    if ((entry->begin.flags & TS_RING_TOKENS) && !copy_ids(r, count, command, a))
+        return false;
     command->step_begin.seqs = r->rings->seqs;
     command->step_begin.new_tokens = r->rings->words;
     command->step_begin.count = count;

@@ -124,6 +124,7 @@ static ts_status adopt(ts_ring *r, char *why, size_t why_bytes)
     uint32_t magic = m->magic, version = m->version;
     r->max_blocks = __atomic_load_n(&m->max_blocks, __ATOMIC_RELAXED);
     r->max_slabs = __atomic_load_n(&m->max_slabs, __ATOMIC_RELAXED);
+    r->max_ids = __atomic_load_n(&m->max_ids, __ATOMIC_RELAXED);
     if (magic != TS_RING_MAGIC || version != TS_RING_VERSION) {
         snprintf(why, why_bytes,
                  "rings of version %u, and magic %x; those of tinyserved " TS_VERSION
@@ -132,11 +133,14 @@ static ts_status adopt(ts_ring *r, char *why, size_t why_bytes)
         return TS_EPROTO;
     }
     if (r->max_blocks > TS_RING_BLOCKS || r->max_slabs > TS_RING_SLABS ||
-        r->bytes != ts_rings_bytes(r->max_blocks, r->max_slabs)) {
-        snprintf(why, why_bytes,
-                 "rings with room for %u blocks and %u slabs in %zu bytes; the limits are %u and "
-                 "%u, and there must be room for them",
-                 r->max_blocks, r->max_slabs, r->bytes, TS_RING_BLOCKS, TS_RING_SLABS);
+        r->max_ids > TS_RING_IDS ||
+        r->bytes != ts_rings_bytes(r->max_blocks, r->max_slabs, r->max_ids)) {
+        snprintf(
+            why, why_bytes,
+            "rings with room for %u blocks, %u slabs and %u token ids in %zu bytes; the limits "
+            "are %u, %u and %u, and there must be room for them",
+            r->max_blocks, r->max_slabs, r->max_ids, r->bytes, TS_RING_BLOCKS, TS_RING_SLABS,
+            TS_RING_IDS);
         return TS_EINVAL;
     }
     r->slabs = ts_rings_slabs(m);
@@ -398,12 +402,13 @@ ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
     rings->words = malloc(TS_RING_BATCH * sizeof *rings->words);
     rings->firsts = malloc(TS_RING_BATCH * sizeof *rings->firsts);
     rings->tables = malloc(TS_RING_BLOCKS * sizeof *rings->tables);
+    rings->ids = malloc(TS_RING_IDS * sizeof *rings->ids);
     rings->epoll = epoll_create1(EPOLL_CLOEXEC);
     rings->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     rings->ended = true;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
     if (rings->seqs == NULL || rings->words == NULL || rings->firsts == NULL ||
-        rings->tables == NULL || rings->epoll < 0 || rings->wake < 0 ||
+        rings->tables == NULL || rings->ids == NULL || rings->epoll < 0 || rings->wake < 0 ||
         epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->wake, &event) != 0 ||
         pthread_create(&rings->thread, NULL, rings_main, rings) != 0) {
         ts_rings_free(rings);
@@ -450,5 +455,6 @@ void ts_rings_free(ts_rings *rings)
     free(rings->words);
     free(rings->firsts);
     free(rings->tables);
+    free(rings->ids);
     free(rings);
 }

@@ -32,6 +32,7 @@ typedef struct ts_ring {
     ts_rings_memory *shared;
     size_t bytes;
     uint32_t max_blocks, max_slabs; /* that a begin's answer has room for, and where: */
+    uint32_t max_ids;               /* of tokens, that a begin has room for */
     uint32_t *blocks;
     ts_ring_slab *slabs;
     atomic_uint taken;        /* submissions */
@@ -59,6 +60,7 @@ struct ts_rings {
     uint32_t *words;   /* ... */
     uint32_t *firsts;  /* what a begin is answered, as are these: the same owner's */
     uint32_t *tables;
+    uint32_t *ids; /* of a begin's tokens, copied */
     pthread_mutex_t lock;
     ts_job *jobs, **jobs_tail; /* under the lock */
     atomic_bool stop, sleeps;

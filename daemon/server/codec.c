@@ -13,6 +13,19 @@ static bool counts_agree(const char *what, size_t a, size_t b, ts_answer *answer
     return false;
 }
 
+/* Whether there is an id for each token that the counts add up to. */
+static bool ids_agree(const uint32_t *counts, size_t num_counts, size_t num_ids, ts_answer *answer)
+{
+    uint64_t tokens = 0;
+    for (size_t i = 0; i < num_counts; i++)
+        tokens += counts[i];
+    if (tokens == num_ids)
+        return true;
+    ts_refuse(answer, TS_EINVAL, "%llu tokens, but %zu token ids", (unsigned long long)tokens,
+              num_ids);
+    return false;
+}
+
 bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
 {
     *kernel = name[0] == '\0' ? TS_KERNEL_AUTO : ts_kernel_find(name);
@@ -72,6 +85,7 @@ static bool decode_seq_create(const Tspb__Request *r, ts_command *c, ts_answer *
     (void)a;
     c->pool = m->pool;
     c->seq_create.count = m->count;
+    c->seq_create.space = (ts_space_name){m->space.data, m->space.len};
     return true;
 }
 
@@ -147,6 +161,18 @@ static bool decode_seq_blocks(const Tspb__Request *r, ts_command *c, ts_answer *
     return true;
 }
 
+static bool decode_seq_match(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqMatch *m = r->seq_match;
+    c->pool = m->pool;
+    c->seq_match.tokens = m->tokens;
+    c->seq_match.counts = m->counts;
+    c->seq_match.count = (uint32_t)m->n_counts;
+    c->seq_match.space = (ts_space_name){m->space.data, m->space.len};
+    c->seq_match.dry = m->dry;
+    return ids_agree(m->counts, m->n_counts, m->n_tokens, a);
+}
+
 static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *a)
 {
     const Tspb__StepBegin *m = r->step_begin;
@@ -158,8 +184,10 @@ static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *
     c->step_begin.io_dtype = m->io_dtype;
     c->step_begin.scale = m->scale;
     c->step_begin.append = m->append;
+    c->step_begin.tokens = m->n_tokens > 0 ? m->tokens : NULL;
     return ts_decode_kernel(m->kernel, &c->step_begin.kernel, a) &&
-           counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, a);
+           counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, a) &&
+           (m->n_tokens == 0 || ids_agree(m->new_tokens, m->n_new_tokens, m->n_tokens, a));
 }
 
 static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *a)
@@ -263,6 +291,20 @@ static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_ans
     reply->lengths = &body->lengths;
 }
 
+static void encode_matched(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                           Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    (void)c;
+    tspb__matched__init(&body->matched);
+    body->matched.seqs = (uint64_t *)a->matched.seqs;
+    body->matched.n_seqs = a->matched.seqs != NULL ? a->matched.count : 0;
+    body->matched.lengths = (uint32_t *)a->matched.lengths;
+    body->matched.n_lengths = a->matched.count;
+    reply->body_case = TSPB__REPLY__BODY_MATCHED;
+    reply->matched = &body->matched;
+}
+
 static void encode_blocks(const ts_engine *e, const ts_command *c, const ts_answer *a,
                           Tspb__Reply *reply, ts_reply_body *body)
 {
@@ -311,6 +353,7 @@ static const struct message {
     [TSPB__REQUEST__BODY_SEQ_ATTACH] = {TS_OP_SEQ_ATTACH, decode_seq_attach, encode_seqs},
     [TSPB__REQUEST__BODY_SEQ_LENGTHS] = {TS_OP_SEQ_LENGTHS, decode_seq_lengths, encode_lengths},
     [TSPB__REQUEST__BODY_SEQ_BLOCKS] = {TS_OP_SEQ_BLOCKS, decode_seq_blocks, encode_blocks},
+    [TSPB__REQUEST__BODY_SEQ_MATCH] = {TS_OP_SEQ_MATCH, decode_seq_match, encode_matched},
     [TSPB__REQUEST__BODY_STEP_BEGIN] = {TS_OP_STEP_BEGIN, decode_step_begin, encode_begun},
     [TSPB__REQUEST__BODY_STEP_RUN] = {TS_OP_STEP_RUN, decode_step_run, NULL},
     [TSPB__REQUEST__BODY_STEP_COMMIT] = {TS_OP_STEP_COMMIT, decode_step_commit, NULL},

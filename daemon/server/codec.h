@@ -16,6 +16,7 @@ typedef union ts_reply_body {
     Tspb__PoolOpened pool_opened;
     Tspb__Seqs seqs;
     Tspb__Lengths lengths;
+    Tspb__Matched matched;
     Tspb__Blocks blocks;
     Tspb__StepBegun step_begun;
 } ts_reply_body;
