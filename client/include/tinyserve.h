@@ -417,10 +417,10 @@ typedef struct ts_frame_options {
 TS_WARN_UNUSED ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *options,
                                       ts_frame **out);
 
-/* ts_step_begin for the frame, once work launched for its last step is complete. TS_EBUSY: it has a
- * step. TS_EINVAL: more sequences or tokens than it has room for. */
+/* ts_step_begin for the frame, once work launched for its last step is complete. tokens: as
+ * ts_step_options.tokens, or NULL. TS_EBUSY: it has a step. TS_EINVAL: more sequences or tokens than it has room for. */
 TS_WARN_UNUSED ts_status ts_frame_begin(ts_frame *frame, const ts_seq *seqs, uint32_t count,
-                                        ts_step **out);
+                                        const uint32_t *tokens, ts_step **out);
 
 /* End its step before, don't launch its graphs after, and free it before its pool is closed. */
 void ts_frame_free(ts_frame *frame);

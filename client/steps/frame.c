@@ -109,7 +109,8 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
     return TS_OK;
 }
 
-ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_step **out)
+ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, const uint32_t *ids,
+                         ts_step **out)
 {
     ts_client *c = f->pool->client;
     *out = NULL;
@@ -129,7 +130,9 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, ts_ste
     s->io_dtype = f->step.io_dtype;
     s->scale = f->step.scale;
     s->exec = TS_EXEC_LOCAL;
-    ts_status status = ts_step_call_begin(s, seqs, &f->step, false);
+    ts_step_options options = f->step;
+    options.tokens = ids;
+    ts_status status = ts_step_call_begin(s, seqs, &options, false);
     if (status != TS_OK) {
         ts_step_free(s);
         return status;

@@ -36,7 +36,12 @@ class CGeometry(Structure):
 class CStepOptions(_Sized):
     """ts_step_options"""
     _fields_ = [("size", c_size_t), ("heads", c_uint32), ("io_dtype", c_int), ("scale", c_float),
-                ("no_run", c_bool), ("kernel", c_char_p)]
+                ("no_run", c_bool), ("kernel", c_char_p), ("tokens", POINTER(c_uint32))]
+
+
+class CSeqOptions(_Sized):
+    """ts_seq_options"""
+    _fields_ = [("size", c_size_t), ("space", c_char_p), ("space_bytes", c_size_t)]
 
 
 class CFrameOptions(_Sized):
@@ -68,7 +73,7 @@ class CKv(Structure):
 
 
 _STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions,
-                                         CRunOptions, CErrorInfo, CKv)
+                                         CRunOptions, CErrorInfo, CKv, CSeqOptions)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
@@ -100,7 +105,9 @@ _FUNCTIONS = {
     "ts_memory_release": (None, [c_void_p]),
     "ts_exchange_device": (c_int, [c_void_p, c_size_t]),
     "ts_exchange_register": (c_int, [c_void_p, c_void_p, c_size_t]),
-    "ts_seq_create": (c_int, [c_void_p, c_uint32, _u64p]),
+    "ts_seq_create_with": (c_int, [c_void_p, c_uint32, POINTER(CSeqOptions), _u64p]),
+    "ts_seq_match": (c_int, [c_void_p, _u32p, _u32p, c_uint32, POINTER(CSeqOptions), _u64p,
+                             _u32p]),
     "ts_seq_fork": (c_int, [c_void_p, c_uint64, c_uint32, _u64p]),
     "ts_seq_fork_at": (c_int, [c_void_p, c_uint64, c_uint32, c_uint32, _u64p]),
     "ts_seq_truncate": (c_int, [c_void_p, _u64p, _u32p, c_uint32]),
@@ -128,7 +135,7 @@ _FUNCTIONS = {
     "ts_step_commit": (c_int, [c_void_p, _u32p]),
     "ts_step_abort": (c_int, [c_void_p]),
     "ts_frame_new": (c_int, [c_void_p, POINTER(CFrameOptions), POINTER(c_void_p)]),
-    "ts_frame_begin": (c_int, [c_void_p, _u64p, c_uint32, POINTER(c_void_p)]),
+    "ts_frame_begin": (c_int, [c_void_p, _u64p, c_uint32, _u32p, POINTER(c_void_p)]),
     "ts_frame_free": (None, [c_void_p]),
 }
 

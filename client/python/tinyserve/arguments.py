@@ -13,6 +13,7 @@ from ctypes import POINTER
 from typing import Any, Iterable
 
 U32, U64 = 2**32 - 1, 2**64 - 1
+NAMESPACE_MAX = 64  #: bytes
 BATCH_MAX = 1 << 20  #: sequences of one call, whatever the daemon's own limit (batch) is
 _SECONDS_MAX = (2**31 - 1) // 1000  # of a timeout in NNG's milliseconds: 24 days
 
@@ -91,12 +92,7 @@ def integers(name: str, ctype: type[ctypes.c_uint32] | type[ctypes.c_uint64],
         pointer: Any = ctypes.cast(interface["data"][0], POINTER(ctype))
         pointer.keeps = values
         return pointer, interface["shape"][0]
-    if isinstance(values, (str, bytes, dict)):
-        raise TypeError(f"{name} must be a list of integers, not {_kind(values)}")
-    try:
-        listed = list(values)
-    except TypeError:
-        raise TypeError(f"{name} must be a list of integers, not {_kind(values)}") from None
+    listed = _iterate(name, values)
     try:
         packed = array.array("I" if size == 4 else "Q", listed)  # many times quicker than ctypes
     except OverflowError:
@@ -107,6 +103,46 @@ def integers(name: str, ctype: type[ctypes.c_uint32] | type[ctypes.c_uint64],
         wrong = next(v for v in listed if not hasattr(v, "__index__") or getattr(v, "ndim", 0) > 0)
         raise TypeError(f"{name}: {wrong!r:.60} isn't an integer") from None
     return (ctype * len(packed)).from_buffer(packed), len(packed)
+
+
+def token_ids(name: str, values: Iterable[int], wanted: int | None = None) -> tuple[Any, int]:
+    """A C array of token ids, and how many they are: `wanted`, unless that is None. NumPy arrays of
+    int32 and uint32 are not copied; of int64 they are. -1 is an id that isn't known."""
+    interface = getattr(values, "__array_interface__", None)
+    if interface is not None and interface["typestr"] in ("<i4", "<i8") and \
+            len(interface["shape"]) == 1:
+        array_: Any = values
+        if interface["typestr"] == "<i8":
+            wrong = array_[(array_ < -1) | (array_ > U32)]
+            if len(wrong) > 0:
+                raise OverflowError(f"{name}: {wrong[0]} is no token id")
+            values = array_.astype("uint32")
+        elif interface.get("strides") is None:
+            values = array_.view("uint32")
+    elif interface is None:
+        values = [U32 if v == -1 else v for v in _iterate(name, values)]
+    packed, n = integers(name, ctypes.c_uint32, values)
+    if wanted is not None and n != wanted:
+        raise ValueError(f"{wanted} new tokens, but {n} {name}")
+    return packed, n
+
+
+def _iterate(name: str, values: Iterable[int]) -> list[int]:
+    if isinstance(values, (str, bytes, dict)):
+        raise TypeError(f"{name} must be a list of integers, not {_kind(values)}")
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of integers, not {_kind(values)}") from None
+
+
+def namespace(value: bytes) -> bytes:
+    """The bytes of a namespace."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"namespace must be bytes, not {_kind(value)}")
+    if len(value) > NAMESPACE_MAX:
+        raise ValueError(f"namespace of {len(value)} bytes; the limit is {NAMESPACE_MAX}")
+    return value
 
 
 def pair(name: str, seqs: Iterable[int], values: Iterable[int]) -> tuple[Any, Any, int]:

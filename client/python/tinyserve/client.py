@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Iterable, Sequence
 
 from . import arguments as check
-from ._lib import CErrorInfo, CFrameOptions, CKv, Options, lib
+from ._lib import CErrorInfo, CFrameOptions, CKv, CSeqOptions, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
 from .opened import Memory, Opened
 from .step import DTYPE_NAMES, Frame, Step, step_options
@@ -18,6 +18,24 @@ _LAYOUT_NAMES = ("nhd", "hnd")
 _WRITABLE = 1
 
 Seq = int  #: a sequence's id: never 0, never used again once it is freed
+
+
+def seq_options(namespace: bytes) -> CSeqOptions:
+    space = check.namespace(namespace)
+    return CSeqOptions(space if space else None, len(space))
+
+
+def _prompts(prompts: Sequence[Iterable[int]]) -> tuple[Any, Any, int]:
+    """C arrays of the prompts' ids, one after another, and of each one's count."""
+    packed = [check.token_ids("tokens", prompt) for prompt in prompts]
+    if len(packed) == 1:
+        return packed[0][0], (c_uint32 * 1)(packed[0][1]), 1
+    ids = (c_uint32 * max(sum(n for _, n in packed), 1))()
+    at = 0
+    for values, n in packed:
+        ids[at:at + n] = values[:n]
+        at += n
+    return ids, (c_uint32 * max(len(packed), 1))(*(n for _, n in packed)), len(packed)
 
 
 @dataclass(frozen=True)
@@ -245,11 +263,37 @@ class Pool:
 
     # ---- sequences ----
 
-    def create(self, count: int = 1) -> list[Seq]:
-        """Makes empty sequences. Raises QuotaError."""
+    def create(self, count: int = 1, *, namespace: bytes = b"") -> list[Seq]:
+        """Makes empty sequences. The namespace names what their K and V depend on beside their
+        tokens: the model, its adapter (at most 64 bytes; empty: the pool's `model`). Raises
+        QuotaError."""
         out = (c_uint64 * check.integer("count", count, 1, check.BATCH_MAX))()
-        self._check(lib.ts_seq_create(self._open(), count, out))
+        options = seq_options(namespace)
+        self._check(lib.ts_seq_create_with(self._open(), count, byref(options), out))
         return list(out)
+
+    def match(self, tokens: Iterable[int], namespace: bytes = b"") -> tuple[Seq, int]:
+        """Makes a sequence that shares the longest beginning of the prompt that the pool holds, and
+        tells how many tokens that is: at most all but the last. Nothing is copied. What is in the
+        pool was committed by a step with tokens= in the same namespace by sessions of this user."""
+        return self.match_many([tokens], namespace)[0]
+
+    def match_many(self, prompts: Sequence[Iterable[int]],
+                   namespace: bytes = b"") -> list[tuple[Seq, int]]:
+        """match() of many prompts, in one call."""
+        ids, counts, n = _prompts(prompts)
+        out, matched = (c_uint64 * max(n, 1))(), (c_uint32 * max(n, 1))()
+        options = seq_options(namespace)
+        self._check(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), out, matched))
+        return list(zip(out, matched))[:n]
+
+    def matching(self, prompts: Sequence[Iterable[int]], namespace: bytes = b"") -> list[int]:
+        """How many tokens match() would find of each prompt; makes no sequences."""
+        ids, counts, n = _prompts(prompts)
+        matched = (c_uint32 * max(n, 1))()
+        options = seq_options(namespace)
+        self._check(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), None, matched))
+        return list(matched)[:n]
 
     def fork(self, parent: Seq, count: int = 1, *, length: int | None = None) -> list[Seq]:
         """Makes sequences that share all of the parent's blocks, or its first `length` tokens'.
@@ -354,7 +398,7 @@ class Pool:
 
     def step(self, seqs: Sequence[Seq], new_tokens: Sequence[int], *, heads: int | None = None,
              io_dtype: str = "fp32", scale: float = 0.0, run: bool = True,
-             kernel: str | None = None) -> "Step":
+             kernel: str | None = None, tokens: Iterable[int] | None = None) -> "Step":
         """Begins a step that adds new_tokens[i] tokens to sequence i: all of them get their slots,
         or NoSpaceError is raised and nothing was taken. A sequence may get 0, as long as another
         gets some: it takes no block, and nothing is attended for it.
@@ -362,9 +406,14 @@ class Pool:
         heads: query heads, a multiple of kv_heads (None: kv_heads); io_dtype: of q, k, v and out,
         "fp32" or the pool's (beside an fp8 pool "fp16" or "bf16"); scale: of q·k (0:
         1/sqrt(head_dim)); run False: no layer will be run, and this process writes K and V
-        (writable pools); kernel: of a GPU pool, "v1" and so on (None: the pool's)."""
+        (writable pools); kernel: of a GPU pool, "v1" and so on (None: the pool's); tokens: the ids of
+        all new tokens, in order, -1 where one isn't known: what is committed with them can be found
+        by match()."""
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         options = step_options(heads, io_dtype, scale, run, kernel)
+        if tokens is not None:
+            given, _ = check.token_ids("tokens", tokens, sum(numbers[:n]))
+            options.tokens = cast(given, POINTER(c_uint32))
         handle = c_void_p()
         self._check(lib.ts_step_begin(self._open(), ids, numbers, n, byref(options), byref(handle)))
         return Step(self, handle, n, heads, io_dtype, run)
@@ -381,7 +430,7 @@ class Pool:
                                 step_options(heads, io_dtype, scale, True, kernel))
         handle = c_void_p()
         self._check(lib.ts_frame_new(self._open(), byref(options), byref(handle)))
-        return Frame(self, handle, seqs * (new_tokens or 1), heads, io_dtype)
+        return Frame(self, handle, seqs * (new_tokens or 1), new_tokens or 1, heads, io_dtype)
 
     def _close(self) -> None:
         handle = self._opened.take()

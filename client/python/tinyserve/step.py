@@ -208,22 +208,27 @@ class Frame:
     when it is replayed, and changes nothing while none is. Wait for a replay before the step
     ends."""
 
-    def __init__(self, pool: Pool, handle: c_void_p, rows: int, heads: int | None,
-                 io_dtype: str) -> None:
+    def __init__(self, pool: Pool, handle: c_void_p, rows: int, new_tokens: int,
+                 heads: int | None, io_dtype: str) -> None:
         self.pool, self.rows, self.heads, self.io_dtype = pool, rows, heads, io_dtype
+        self.new_tokens = new_tokens  #: of each sequence in a step
         self._handle: c_void_p | None = handle
         pool._frames.append(self)
 
-    def step(self, seqs: Sequence[Seq]) -> Step:
-        """Begins a step that adds the frame's new_tokens to each sequence. q, k, v and out lie
+    def step(self, seqs: Sequence[Seq], tokens: Iterable[int] | None = None) -> Step:
+        """Begins a step that adds the frame's new_tokens to each sequence; tokens are their ids, as
+        in Pool.step(). q, k, v and out lie
         where those of the steps before it lay, and have a full step's rows, of which the first
         `step.tokens` count. Raises BusyError while another one is open, NoSpaceError."""
         self.pool._open()
         if self._handle is None:
             raise DisconnectedError("the frame was closed", 11, "TS_ECONN")
         ids, n = check.integers("seqs", c_uint64, seqs)
+        given = None
+        if tokens is not None:
+            given, _ = check.token_ids("tokens", tokens, n * self.new_tokens)
         handle = c_void_p()
-        self.pool._check(lib.ts_frame_begin(self._handle, ids, n, byref(handle)))
+        self.pool._check(lib.ts_frame_begin(self._handle, ids, n, given, byref(handle)))
         return Step(self.pool, handle, n, self.heads, self.io_dtype, True, self.rows)
 
     def close(self) -> None:

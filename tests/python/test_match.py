@@ -1,0 +1,132 @@
+"""Sequences that are found by their tokens' ids."""
+
+import numpy as np
+import pytest
+
+import tinyserve
+
+LAYERS, KV, HEADS, DIM, BLOCK = 2, 2, 4, 64, 4
+POOL = f"p:layers={LAYERS},kv_heads={KV},head_dim={DIM},dtype=fp32,block_tokens={BLOCK},blocks=64"
+MORE = ",client_write=all"
+
+
+def rows(tokens, first, layer, heads):
+    """What a token computes depends on itself, its place and the layer."""
+    out = np.empty((len(tokens), heads, DIM), np.float32)
+    for i, token in enumerate(tokens):
+        out[i] = np.random.default_rng([token, first + i, layer]).standard_normal((heads, DIM))
+    return out
+
+
+def compute(kv, seq, tokens, *, ids=True, accepted=None):
+    """Adds the tokens in all layers; what came out."""
+    results = []
+    first = kv.lengths([seq])[0]
+    with kv.step([seq], [len(tokens)], heads=HEADS, tokens=tokens if ids else None) as step:
+        for layer in range(LAYERS):
+            step.q[...] = rows(tokens, first, layer, HEADS)
+            step.k[...] = rows(tokens, first, layer + 10, KV)
+            step.v[...] = rows(tokens, first, layer + 20, KV)
+            step.run(layer)
+            results.append(step.out.numpy().copy())
+        step.commit(accepted)
+    return results
+
+
+@pytest.fixture(params=["ring", "messages", "local"])
+def connect(start_daemon, request):
+    daemon = start_daemon(POOL + MORE)
+
+    def session():
+        how = {"execution": "local"} if request.param == "local" else {"transport": request.param}
+        client = tinyserve.connect(daemon.url, **how)
+        return client, client.pool("p", writable=True)
+    return session
+
+
+def test_a_prompt_is_found_by_another_session_and_gives_the_same_bits(connect):
+    prompt = list(range(100, 111))
+    a, kv_a = connect()
+    b, kv_b = connect()
+    first, = kv_a.create(namespace=b"model")
+    whole = compute(kv_a, first, prompt[:6])
+    whole = compute(kv_a, first, prompt[6:])
+    assert kv_b.matching([prompt, prompt[:4], [1, 2]], b"model") == [8, 3, 0]
+    second, matched = kv_b.match(prompt, b"model")
+    assert matched == 8 and kv_b.lengths([second]) == [8]
+    again = compute(kv_b, second, prompt[8:])
+    for x, y in zip(whole, again, strict=True):
+        assert np.array_equal(x[-3:], y)
+    # What the first gets from now on is its own.
+    compute(kv_a, first, [7, 8, 9, 10, 11])
+    assert kv_b.matching([prompt + [7, 8, 9, 10, 11, 12]], b"model") == [16]
+    assert kv_b.matching([prompt + [1, 1]], b"model") == [11]  # and a part of a block
+    assert kv_b.match(prompt, b"another")[1] == 0
+    a.close()
+    assert kv_b.matching([prompt + [7]], b"model") == [11]  # cached, though its worker is gone
+    b.close()
+
+
+def test_a_part_of_a_block_is_shared_and_copied_when_it_is_written(connect):
+    _, kv = connect()
+    prompt = list(range(20))
+    seq, = kv.create(namespace=b"m")
+    compute(kv, seq, prompt)
+    kv.free([seq])
+    other = prompt[:10] + [99, 98]
+    found, matched = kv.match(other, b"m")
+    assert matched == 10
+    compute(kv, found, other[10:])
+    assert kv.matching([prompt + [0]], b"m") == [20]  # nothing of it was overwritten
+    assert kv.matching([other + [0]], b"m") == [12]
+
+
+def test_rejected_and_unknown_tokens_are_never_found(connect):
+    _, kv = connect()
+    seq, = kv.create(namespace=b"m")
+    compute(kv, seq, [1, 2, 3, 4, 5, 6, 7, 8], accepted=[5])
+    assert kv.matching([[1, 2, 3, 4, 5, 6, 7, 8, 9]], b"m") == [4]
+    compute(kv, seq, [9, 9, 9], ids=False)  # from here on nobody knows
+    compute(kv, seq, [1, 2, 3, 4])
+    assert kv.matching([[1, 2, 3, 4, 5, 9, 9, 9, 1]], b"m") == [4]
+    kv.truncate([seq], [4])  # as far as all is known
+    compute(kv, seq, [6, 6, 6, 6])
+    assert kv.matching([[1, 2, 3, 4, 6, 6, 6, 6, 9]], b"m") == [8]
+
+
+def test_what_is_cached_makes_room_for_what_is_live(connect):
+    _, kv = connect()
+    for i in range(20):  # 20 x 4 blocks in a pool of 64
+        seq, = kv.create(namespace=b"m")
+        compute(kv, seq, [i] * 16)
+        kv.free([seq])
+    lengths = kv.matching([[i] * 17 for i in range(20)], b"m")
+    assert lengths[-16:] == [16] * 16 and lengths[:4] == [0] * 4  # the oldest are gone
+    seq, = kv.create()
+    compute(kv, seq, [1] * (64 * BLOCK), ids=False)  # all of the pool
+    assert kv.matching([[19] * 17], b"m") == [0]
+
+
+def test_token_ids_need_a_namespace_and_one_for_each_token(connect):
+    _, kv = connect()
+    seq, = kv.create()
+    with pytest.raises(tinyserve.InvalidError, match="which has no namespace: name one when"):
+        kv.step([seq], [1], heads=HEADS, tokens=[5])
+    with pytest.raises(ValueError, match="2 new tokens, but 1 tokens"):
+        kv.step([seq], [2], heads=HEADS, tokens=[5])
+    with pytest.raises(ValueError, match="namespace of 65 bytes; the limit is 64"):
+        kv.create(namespace=b"x" * 65)
+    with pytest.raises(TypeError, match="namespace must be bytes, not str"):
+        kv.create(namespace="x")
+    with pytest.raises(OverflowError, match="tokens"):
+        kv.match([-2], b"m")
+    with pytest.raises(OverflowError, match="-5 is no token id"):
+        kv.match(np.array([1, -5]), b"m")
+    with pytest.raises(tinyserve.InvalidError, match=r"prompt 1 has 0 tokens; the limits are 1\.\."):
+        kv.match_many([[1], []], b"m")
+    with kv.step([seq], [2], heads=HEADS, tokens=[-1, 7]):  # not known from the first on: none needed
+        pass
+    seq, = kv.create(namespace=b"m")
+    for kind in (np.int32, np.uint32, np.int64):
+        compute(kv, seq, np.arange(4, dtype=kind))
+    assert kv.matching([np.arange(5), np.tile(np.arange(4), 4)], b"m") == [4, 12]
