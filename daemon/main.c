@@ -269,13 +269,13 @@ static void end_connection(void *server, uint32_t pipe, bool idle)
     ts_nng_server_end(server, pipe, idle);
 }
 
-/* Where ids begin: somewhere else each time, so that one from an earlier daemon names nothing. */
-static uint32_t random_generation(void)
+/* For where ids begin, so that one from an earlier daemon names nothing, and for hashes. */
+static uint64_t random_number(void)
 {
-    uint32_t random;
+    uint64_t random;
     if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
-        random = (uint32_t)ts_now_ns();
-    return random >> 1;
+        random = ts_now_ns();
+    return random;
 }
 
 /* Everything from here to the signal; returns the exit status. */
@@ -305,7 +305,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->exec.device_failed = device_failed;
     pthread_mutex_init(&s->operators_lock, NULL);
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
-    c->limits.first_generation = random_generation();
+    c->limits.first_generation = (uint32_t)(random_number() >> 33);
+    c->limits.hash_seed = random_number();
     bool made = ts_service_init(s, &c->limits);
     s->exec.attention = ts_attention_new(c->threads, c->kernel);
     if (s->exec.attention != NULL)

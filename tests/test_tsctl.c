@@ -74,7 +74,7 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     }
     /* 20 tokens: blocks 0 and 1; the fork shares block 0 and has its own tail; the last has one. */
     run(text, sizeof text, TS_CTL " frag %s", url);
-    assert_has(text, "blocks      64 total   4 used (6 %)   1 shared   60 free");
+    assert_has(text, "blocks      64 total   4 used (6 %)   1 shared   0 cached   60 free");
     assert_has(text,
                "tokens      28 stored in 64 slots: 43.8 % efficient, 216.0 KiB of tails unused");
     assert_has(text, "sharing     384.0 KiB stored, 480.0 KiB seen by 3 sequences: 1.2 x");

@@ -193,6 +193,17 @@ static ts_status read_device(const ts_config_key *key, void *field, const char *
     return TS_OK;
 }
 
+static ts_status read_model(const ts_config_key *key, void *field, const char *value, char *why,
+                            size_t why_bytes)
+{
+    if (strlen(value) >= key->bytes || !ts_text_plain(value)) {
+        snprintf(why, why_bytes, "plain text of at most %zu bytes is needed", key->bytes - 1);
+        return TS_EINVAL;
+    }
+    put_text(key, field, value);
+    return TS_OK;
+}
+
 /* ---- the keys ---- */
 
 static const char *const isas[] = {"auto", "portable", "avx2", "avx512", "amx", NULL};
@@ -202,6 +213,7 @@ static const char *const dtypes[] = {"fp32", "fp16", "bf16", "fp8_e4m3", NULL};
 static const char *const layouts[] = {"nhd", "hnd", NULL};
 static const char *const providers[] = {"auto", "host", "cuda-vmm", "cuda-ipc", NULL};
 static const char *const writers[] = {"none", "all", NULL};
+static const char *const caches[] = {"on", "off", NULL};
 static const char *const kernels[] = {"auto", "v1",   "v2",  "v3",    "v4",
                                       "v5",   "tile", "mma", "wgmma", NULL};
 _Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one word for each kernel");
@@ -275,6 +287,8 @@ static const ts_config_key pool_keys[] = {
     {POOL("sequences", read_u32, pool.sequences_max), .least = 1, .most = 1u << 24},
     {POOL("sequence_tokens", read_u32, pool.sequence_tokens_max), .least = 1, .most = 1u << 30},
     {POOL("client_write", read_word, pool.client_write), .words = writers},
+    {POOL("cache", read_word, pool.cache), .words = caches},
+    {POOL("model", read_model, pool.model), .optional = true},
 };
 
 #define COUNT(array) (sizeof array / sizeof *array)

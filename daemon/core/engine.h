@@ -212,6 +212,9 @@ typedef struct ts_engine_limits {
 /* Whether clients may map a pool's slabs writable. */
 typedef enum ts_client_write { TS_CLIENT_WRITE_NONE, TS_CLIENT_WRITE_ALL } ts_client_write;
 
+/* Whether a pool has a prefix index. */
+typedef enum ts_cache_mode { TS_CACHE_ON, TS_CACHE_OFF } ts_cache_mode;
+
 typedef struct ts_pool_config {
     char name[64];
     ts_geometry geometry;
@@ -225,9 +228,10 @@ typedef struct ts_pool_config {
     uint64_t tenant_entries_max; /* in the block tables of its sequences */
     uint64_t tenant_pinned_max;  /* blocks that its kept sequences refer to */
     ts_client_write client_write;
-    bool no_cache;    /* no prefix index */
-    char model[65];   /* the namespace of sequences that name none; empty: they have none */
-    bool warp_groups; /* of its GPU: ts_gpu_info */
+    ts_cache_mode cache;
+    char model[TS_NAMESPACE_BYTES_MAX + 1]; /* the namespace of sequences that name none; empty:
+                                             * they have none */
+    bool warp_groups;                       /* of its GPU: ts_gpu_info */
     bool on_gpu;
     ts_kernel kernel;            /* of a GPU */
     char device[32], memory[16]; /* for people: where the pool is and what provides it */
@@ -240,6 +244,7 @@ typedef struct ts_engine_pool {
     ts_pool_books books;
     ts_sequences seqs;
     uint32_t open_steps;
+    uint64_t asked_tokens, found_tokens; /* of prompts that were matched, dry matches aside */
 } ts_engine_pool;
 
 typedef struct ts_engine {

@@ -81,6 +81,10 @@ static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uin
         s->blocks += n;
         blocks += n;
     }
+    for (uint32_t i = 0; i < count; i++) {
+        pool->asked_tokens += c->seq_match.counts[i];
+        pool->found_tokens += lengths[i];
+    }
     a->matched.seqs = e->out_ids;
 }
 

@@ -50,7 +50,7 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
     uint32_t max =
         config->max_blocks > config->num_blocks ? config->max_blocks : config->num_blocks;
     ts_status books = ts_pool_init(&pool->books, config->num_blocks, max, config->slab_blocks);
-    if (books == TS_OK && !config->no_cache)
+    if (books == TS_OK && config->cache == TS_CACHE_ON)
         books = ts_pool_use_index(&pool->books, config->geometry.block_tokens, e->limits.hash_seed);
     if (books == TS_OK && e->num_tenants > 0)
         books = ts_pool_add_tenant(&pool->books, e->num_tenants - 1);

@@ -49,13 +49,24 @@ static void write_refusal(void *arg, const char *operation, const char *pool, co
 static void write_pools(FILE *out, const Tspb__StatusReply *r)
 {
     head(out, "pool_blocks", "gauge",
-         "Blocks of a pool: free, used by one sequence, or shared by several.");
+         "Blocks of a pool: free, used by one sequence, shared by several, or cached.");
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
-        of_pool(out, "pool_blocks", p, ",state=\"free\"", p->blocks - p->used_blocks);
+        of_pool(out, "pool_blocks", p, ",state=\"free\"",
+                p->blocks - p->used_blocks - p->cached_blocks);
         of_pool(out, "pool_blocks", p, ",state=\"used\"", p->used_blocks - p->shared_blocks);
         of_pool(out, "pool_blocks", p, ",state=\"shared\"", p->shared_blocks);
+        of_pool(out, "pool_blocks", p, ",state=\"cached\"", p->cached_blocks);
     }
+    head(out, "prefix_query_tokens_total", "counter", "Tokens of the prompts that were matched.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        of_pool(out, "prefix_query_tokens_total", r->pools[i], "", r->pools[i]->asked_tokens);
+    head(out, "prefix_hit_tokens_total", "counter", "Of those, the tokens that were in the pool.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        of_pool(out, "prefix_hit_tokens_total", r->pools[i], "", r->pools[i]->found_tokens);
+    head(out, "evicted_blocks_total", "counter", "Cached blocks that made room for others.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        of_pool(out, "evicted_blocks_total", r->pools[i], "", r->pools[i]->evicted_blocks);
     head(out, "pool_block_bytes", "gauge", "Size of a block of a pool.");
     for (size_t i = 0; i < r->n_pools; i++)
         of_pool(out, "pool_block_bytes", r->pools[i], "", r->pools[i]->block_bytes);

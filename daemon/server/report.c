@@ -84,6 +84,10 @@ static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
     p->max_blocks = pool->books.max_blocks;
     p->used_blocks = pool->books.used;
     p->shared_blocks = pool->books.shared;
+    p->cached_blocks = pool->books.cached;
+    p->evicted_blocks = pool->books.evicted;
+    p->asked_tokens = pool->asked_tokens;
+    p->found_tokens = pool->found_tokens;
     p->sequences = pool->seqs.live;
     p->kept_sequences = pool->seqs.kept;
     p->open_steps = pool->open_steps;
@@ -171,6 +175,7 @@ static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool 
         u->uid = e->tenants[t];
         u->sequences = use->sequences;
         u->used_blocks = use->used;
+        u->cached_blocks = use->cached;
         u->slabs = use->slabs;
         r->tenants[r->n_tenants++] = u;
     }

@@ -109,18 +109,18 @@ void text_status(const Tspb__StatusReply *r, const style *s)
 void text_pools(const Tspb__StatusReply *r, const style *s)
 {
     char a[32], b[32], name[CELL_BYTES], device[32];
-    const size_t most = s->columns == 0 ? 0 : 20 + spare(s, 74);
-    printf("%s%-20s %-8s %10s %10s %5s %7s %7s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED", "OF",
-           "FULL", "SEQS", "SHARED", on(s, PLAIN));
+    const size_t most = s->columns == 0 ? 0 : 20 + spare(s, 80);
+    printf("%s%-20s %-8s %10s %10s %5s %6s %7s %7s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED",
+           "OF", "FULL", "CACHED", "SEQS", "SHARED", on(s, PLAIN));
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
-        printf("%s %s %10s %10s %4.0f%% %7llu %6.0f%%\n",
+        printf("%s %s %10s %10s %4.0f%% %5.0f%% %7llu %6.0f%%\n",
                text_cell(p->name, 20, most, name, sizeof name),
                text_cell(p->device, 8, 0, device, sizeof device),
                ts_text_bytes(p->used_blocks * p->block_bytes, a, sizeof a),
                ts_text_bytes(p->blocks * p->block_bytes, b, sizeof b),
-               percent(p->used_blocks, p->blocks), (unsigned long long)p->sequences,
-               percent(p->shared_blocks, p->used_blocks));
+               percent(p->used_blocks, p->blocks), percent(p->cached_blocks, p->blocks),
+               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks));
     }
 }
 
@@ -208,10 +208,17 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     else
         printf(": ");
     print_geometry(p);
-    printf("  blocks      %llu total   %llu used (%.0f %%)   %llu shared   %llu free\n",
-           (unsigned long long)p->blocks, (unsigned long long)p->used_blocks,
-           percent(p->used_blocks, p->blocks), (unsigned long long)p->shared_blocks,
-           (unsigned long long)(p->blocks - p->used_blocks));
+    printf(
+        "  blocks      %llu total   %llu used (%.0f %%)   %llu shared   %llu cached   %llu free\n",
+        (unsigned long long)p->blocks, (unsigned long long)p->used_blocks,
+        percent(p->used_blocks, p->blocks), (unsigned long long)p->shared_blocks,
+        (unsigned long long)p->cached_blocks,
+        (unsigned long long)(p->blocks - p->used_blocks - p->cached_blocks));
+    if (p->asked_tokens > 0)
+        printf("  cache       %llu of %llu tokens of matched prompts found (%.0f %%)   %llu blocks "
+               "evicted\n",
+               (unsigned long long)p->found_tokens, (unsigned long long)p->asked_tokens,
+               percent(p->found_tokens, p->asked_tokens), (unsigned long long)p->evicted_blocks);
     printf("  tokens      %llu stored in %llu slots: %.1f %% efficient, %s of tails unused\n",
            (unsigned long long)r->stored_tokens,
            (unsigned long long)(r->used_slots - r->reserved_slots), 100 * f.efficiency,
@@ -243,10 +250,11 @@ void text_map(const Tspb__PoolMapReply *r, const style *s)
     static const char *const fills[] = {"░", "▒", "▓", "█"};
     static const char *const shared_fills[] = {"a", "b", "c", "S"}; /* where there is no colour */
     const Tspb__PoolSummary *p = r->pool;
-    printf("%s%s on %s%s: %llu blocks, %llu used, %llu shared; %u block%s a cell\n", on(s, BOLD),
-           p->name, p->device, on(s, PLAIN), (unsigned long long)p->blocks,
+    printf("%s%s on %s%s: %llu blocks, %llu used, %llu shared, %llu cached; %u block%s a cell\n",
+           on(s, BOLD), p->name, p->device, on(s, PLAIN), (unsigned long long)p->blocks,
            (unsigned long long)p->used_blocks, (unsigned long long)p->shared_blocks,
-           r->blocks_per_cell, r->blocks_per_cell == 1 ? "" : "s");
+           (unsigned long long)p->cached_blocks, r->blocks_per_cell,
+           r->blocks_per_cell == 1 ? "" : "s");
     for (size_t i = 0; i < r->n_used; i++) {
         if (i % MAP_COLUMNS == 0)
             printf("%12llu ", (unsigned long long)i * r->blocks_per_cell);

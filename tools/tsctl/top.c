@@ -216,9 +216,9 @@ static void draw_head(const view *v)
              ts_text_bytes((uint64_t)p->used_blocks * p->block_bytes, used, sizeof used),
              ts_text_bytes((uint64_t)p->blocks * p->block_bytes, all, sizeof all));
     put_line(1, line, strlen(p->name));
-    snprintf(line, sizeof line, "%llu sequences, %llu kept; %llu steps open; %s",
+    snprintf(line, sizeof line, "%llu sequences, %llu kept; %u blocks cached; %llu steps open; %s",
              (unsigned long long)p->sequences, (unsigned long long)p->kept_sequences,
-             (unsigned long long)p->open_steps, p->kernel);
+             p->cached_blocks, (unsigned long long)p->open_steps, p->kernel);
     put_line(2, line, 0);
 }
 
