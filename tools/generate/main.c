@@ -25,7 +25,8 @@ enum {
     OPT_PROMPT_FILE,
     OPT_KERNEL,
     OPT_TRANSPORT,
-    OPT_EXEC
+    OPT_EXEC,
+    OPT_NO_CACHE
 };
 
 typedef struct options {
@@ -34,6 +35,7 @@ typedef struct options {
     uint32_t tokens;
     ts_transport transport;
     ts_exec exec;
+    bool no_cache;
 } options;
 
 static const struct argp_option argp_options[] = {
@@ -56,6 +58,8 @@ static const struct argp_option argp_options[] = {
      "Who attends: the daemon (default), this process over the mapped pool, or whichever is "
      "quicker",
      0},
+    {"no-cache", OPT_NO_CACHE, NULL, 0,
+     "Compute the whole prompt, whatever of it is in the pool, and leave nothing to be found", 0},
     {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
     {"verify", OPT_VERIFY, "FILE:INDEX", 0,
      "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
@@ -109,6 +113,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (o->exec == TS_EXEC_DAEMON && strcmp(arg, "daemon") != 0)
             argp_error(state, "--exec %s: daemon, local or auto are possible", arg);
         return 0;
+    case OPT_NO_CACHE:
+        o->no_cache = true;
+        return 0;
     case OPT_KEEP:
         o->keep = arg;
         return 0;
@@ -136,6 +143,7 @@ static const struct argp argp = {
 /* What is generated, and what it is compared with. */
 typedef struct job {
     uint8_t *tokens; /* bos and prompt, then what was generated */
+    uint32_t *ids;   /* the same, for the pool */
     uint32_t prompt, total;
     json_t *reference; /* NULL: nothing to compare with */
     uint32_t shared;   /* tokens that were there already */
@@ -222,13 +230,17 @@ static bool prepare(const options *o, const model *m, job *j)
     j->prompt = (uint32_t)bytes + 1;
     j->total = j->prompt + tokens;
     j->tokens = calloc(ok ? j->total : 1, 1);
-    if (ok && j->tokens != NULL) {
+    j->ids = calloc(ok ? j->total : 1, sizeof *j->ids);
+    ok = ok && j->tokens != NULL && j->ids != NULL;
+    if (ok) {
         j->tokens[0] = (uint8_t)m->bos;
         if (bytes > 0)
             memcpy(j->tokens + 1, prompt, bytes);
+        for (uint32_t i = 0; i < j->prompt; i++)
+            j->ids[i] = j->tokens[i];
     }
     free(read);
-    return ok && j->tokens != NULL;
+    return ok;
 }
 
 static void compare_logits(job *j, const float *logits, uint32_t vocab)
@@ -247,10 +259,16 @@ static void compare_byte(job *j, uint32_t at)
     j->wrong += json_integer_value(json_array_get(ids, at - j->prompt)) != j->tokens[at];
 }
 
-static ts_status start_sequence(const options *o, ts_pool *pool, job *j, ts_seq *seq)
+static ts_status start_sequence(const options *o, const model *m, ts_pool *pool, job *j,
+                                ts_seq *seq)
 {
-    if (o->prefix_of == NULL)
+    char space[32];
+    int bytes = snprintf(space, sizeof space, "generate:%016llx", (unsigned long long)m->digest);
+    const ts_seq_options model = {sizeof model, space, (size_t)bytes};
+    if (o->no_cache && o->prefix_of == NULL)
         return ts_seq_create(pool, 1, seq);
+    if (o->prefix_of == NULL)
+        return ts_seq_match(pool, j->ids, &j->prompt, 1, &model, seq, &j->shared);
     ts_seq parent;
     ts_status status = ts_seq_attach(pool, o->prefix_of, &parent, &j->shared);
     if (status != TS_OK)
@@ -260,16 +278,19 @@ static ts_status start_sequence(const options *o, ts_pool *pool, job *j, ts_seq 
     return ts_seq_fork_at(pool, parent, j->shared, 1, seq);
 }
 
-static ts_status forward(const char *kernel, const model *m, ts_pool *pool, ts_seq seq,
-                         const uint8_t *tokens, uint32_t count, float *logits)
+/* Adds `count` tokens from number `at` on. */
+static ts_status forward(const options *o, const model *m, ts_pool *pool, ts_seq seq, const job *j,
+                         uint32_t at, uint32_t count, float *logits)
 {
     ts_step *step;
-    ts_step_options options = {
-        .size = sizeof(ts_step_options), .heads = m->heads, .kernel = kernel};
+    ts_step_options options = {.size = sizeof(ts_step_options),
+                               .heads = m->heads,
+                               .kernel = o->kernel,
+                               .tokens = o->no_cache ? NULL : j->ids + at};
     ts_status status = ts_step_begin(pool, &seq, &count, 1, &options, &step);
     if (status != TS_OK)
         return status;
-    status = model_forward(m, tokens, step, logits);
+    status = model_forward(m, j->tokens + at, step, logits);
     if (status == TS_OK)
         status = ts_step_commit(step, NULL);
     if (status != TS_OK)
@@ -285,12 +306,12 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
         return TS_ENOMEM;
     ts_seq seq;
     double start = now(), prefilled = start;
-    ts_status status = start_sequence(o, pool, j, &seq);
+    ts_status status = start_sequence(o, m, pool, j, &seq);
     for (uint32_t at = j->shared; status == TS_OK && at < j->total;) {
         uint32_t count = at < j->prompt ? j->prompt - at : 1;
         if (at + count >= j->total && j->total > j->prompt)
             break; /* the last byte need not be computed further */
-        status = forward(o->kernel, m, pool, seq, j->tokens + at, count, logits);
+        status = forward(o, m, pool, seq, j, at, count, logits);
         if (status != TS_OK)
             break;
         at += count;
@@ -306,6 +327,7 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
             if (logits[i] > logits[best])
                 best = i;
         j->tokens[at] = (uint8_t)best;
+        j->ids[at] = best;
         if (j->reference != NULL)
             compare_byte(j, at);
         putchar((int)best);
@@ -384,6 +406,7 @@ out:
     ts_disconnect(client);
     json_decref(j.reference);
     free(j.tokens);
+    free(j.ids);
     model_free(m);
     return code;
 }

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define LANES 4
 
@@ -197,6 +198,8 @@ model *model_load(const char *folder, char *why, size_t why_bytes)
     }
     for (uint32_t i = 0; ok && i < m->layers; i++)
         ok = load_layer(m, &f, i, why, why_bytes);
+    if (ok)
+        m->digest = XXH3_64bits(f.bytes, f.size);
     json_decref(f.header);
     if (f.bytes != NULL)
         munmap((void *)f.bytes, f.size > 0 ? f.size : 1);

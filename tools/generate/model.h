@@ -17,6 +17,7 @@ typedef struct model_layer {
 typedef struct model {
     uint32_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, positions;
     int32_t bos;
+    uint64_t digest; /* of the weights' file: what K and V depend on */
     float norm_eps, rope_theta;
     float *embeddings; /* [vocab][hidden]; the output head too */
     float *final_norm;
