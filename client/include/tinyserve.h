@@ -283,7 +283,7 @@ typedef struct ts_step_options {
     ts_dtype io_dtype;  /* of q, k, v and out: fp32 (0), the pool's own type, or beside an fp8 pool
                            fp16 or bf16 */
     float scale;        /* of q·k; 0: 1/sqrt(head_dim) */
-    bool no_run;        /* no layer will be run: the worker writes K and V itself */
+    bool no_run;        /* no layer will be run: the worker writes K and V itself, by the commit */
     const char *kernel; /* of a GPU pool, to compare: "v1", ...; NULL: the pool's */
     const uint32_t *tokens; /* ids of all new tokens, in order: what is committed with them can be
                                found (ts_seq_match). TS_TOKEN_UNKNOWN: this one's isn't known.
@@ -418,7 +418,8 @@ TS_WARN_UNUSED ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *opt
                                       ts_frame **out);
 
 /* ts_step_begin for the frame, once work launched for its last step is complete. tokens: as
- * ts_step_options.tokens, or NULL. TS_EBUSY: it has a step. TS_EINVAL: more sequences or tokens than it has room for. */
+ * ts_step_options.tokens, or NULL. TS_EBUSY: it has a step. TS_EINVAL: more sequences or tokens
+ * than it has room for. */
 TS_WARN_UNUSED ts_status ts_frame_begin(ts_frame *frame, const ts_seq *seqs, uint32_t count,
                                         const uint32_t *tokens, ts_step **out);
 

@@ -4,6 +4,7 @@
 #include "block_table_cache.h"
 #include "error.h"
 #include "exchange.h"
+#include "gpu_context.h"
 #include "local_gpu.h"
 #include "options.h"
 #include "pool_map.h"
@@ -317,6 +318,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->heads = o.heads;
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
+    s->publishes = o.no_run && o.tokens != NULL && p->on_gpu;
     status = ts_step_call_begin(s, seqs, &o, false);
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
@@ -430,7 +432,11 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     Tspb__Request request = TSPB__REQUEST__INIT;
     bool use;
     /* Blocks whose K and V are still being written, or read, are nobody else's yet. */
-    ts_status status = s->local != NULL && s->pool->on_gpu ? ts_local_gpu_await(c) : TS_OK;
+    ts_status status = TS_OK;
+    if (s->publishes && commit && c->cuda != NULL)
+        status = ts_cuda_await(c, c->cuda);
+    else if (s->local != NULL && s->pool->on_gpu)
+        status = ts_local_gpu_await(c);
     if (status != TS_OK && commit)
         return status;
     status = ts_rings_use(c, &use);

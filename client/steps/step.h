@@ -25,6 +25,7 @@ struct ts_step {
     ts_local *local; /* NULL: the daemon attends alone */
     ts_autotune autotune;
     ts_frame *frame; /* NULL: none */
+    bool publishes;  /* this process writes K and V on the GPU, and others may find them */
 };
 
 struct ts_frame {

@@ -130,3 +130,22 @@ def test_token_ids_need_a_namespace_and_one_for_each_token(connect):
     for kind in (np.int32, np.uint32, np.int64):
         compute(kv, seq, np.arange(4, dtype=kind))
     assert kv.matching([np.arange(5), np.tile(np.arange(4), 4)], b"m") == [4, 12]
+
+
+def test_k_and_v_that_a_worker_writes_itself_are_found_after_its_commit(connect):
+    _, kv = connect()
+    seq, = kv.create(namespace=b"m")
+    prompt = [5, 6, 7, 8, 9]
+    with kv.step([seq], [4], run=False, tokens=prompt[:4]) as step:
+        for slot in step.slots:
+            for layer in range(LAYERS):
+                key, value = kv.kv(slot, layer)
+                key[...] = 2
+                value[...] = 3
+        assert kv.matching([prompt], b"m") == [0]
+        step.commit()
+    assert kv.matching([prompt], b"m") == [4]
+    kv.append([seq], [4])  # of these nobody knows the tokens
+    found, matched = kv.match(prompt, b"m")
+    key, _ = kv.kv(kv.slots(found, 3, 1)[0], 1)
+    assert matched == 4 and (key.numpy() == 2).all()
