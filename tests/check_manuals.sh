@@ -1,16 +1,9 @@
 #!/bin/bash
-# The manual pages are clean, and name every key and option that there is; tsctl's completion offers them.
+# The manual pages are clean, and name every option that there is; tsctl's completion offers them.
 # check_manuals.sh SOURCE-FOLDER TSCTL TINYSERVED
 set -euo pipefail
 cd "$1"
 mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/man/*.3
-keys=$(sed -nE 's/^ *\{(DAEMON|POOL)\("([a-z_]+)".*/\2/p' daemon/config/config_keys.c | sort -u)
-[ "$(wc -w <<<"$keys")" -ge 40 ] || { echo "config_keys.c has $(wc -w <<<"$keys") keys that this script can read"; exit 1; }
-for key in $keys; do
-    grep -q "^\.It Cm $key\$" systemd/tinyserved.conf.5 || { echo "tinyserved.conf.5 has no $key"; exit 1; }
-    grep -qE "^(# )?$key =" systemd/tinyserved.conf || [ "$key" = blocks ] ||
-        { echo "tinyserved.conf has no $key"; exit 1; }
-done
 options() { "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u; }
 . tools/tsctl/tsctl.bash
 COMP_WORDS=(tsctl --) COMP_CWORD=1
