@@ -273,7 +273,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
                                                       .io_dtype = TS_DTYPE_BF16},
                                    &step),
                      TS_EINVAL);
-    assert_string_equal(ts_error(c), "io_dtype bf16; it must be fp32 or the pool's own, fp32");
+    assert_string_equal(ts_error(c), "io_dtype bf16; beside a pool of fp32 it must be fp32");
     assert_int_equal(
         ts_step_begin(p, &seq, &n, 1,
                       &(ts_step_options){.size = sizeof(ts_step_options), .scale = NAN}, &step),

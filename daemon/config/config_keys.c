@@ -1,5 +1,6 @@
 #include "config_keys.h"
 
+#include "dtypes.h"
 #include "http_address.h"
 #include "plain_text.h"
 
@@ -204,6 +205,7 @@ static const char *const providers[] = {"auto", "host", "cuda-vmm", "cuda-ipc", 
 static const char *const writers[] = {"none", "all", NULL};
 static const char *const kernels[] = {"auto", "v1",   "v2",  "v3",    "v4",
                                       "v5",   "tile", "mma", "wgmma", NULL};
+_Static_assert(sizeof dtypes / sizeof *dtypes - 1 == TS_DTYPE_COUNT, "one word for each dtype");
 _Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one word for each kernel");
 
 #define KEY(type, name_, reader, field)                                                            \

@@ -218,7 +218,7 @@ def test_an_fp8_pool_keeps_rounded_rows_and_their_scales(start_daemon):
             assert step.q.dtype == "bf16"
         with client.pool("plain") as other, other.step(other.create(), [1]) as step:
             with pytest.raises(tinyserve.InvalidError,
-                               match="scales, but the pool is of fp32; fp8_e4m3 has them"):
+                               match="scales, but the pool is of fp32; they are for fp8_e4m3"):
                 step.run(0, scales=True)
 
 
