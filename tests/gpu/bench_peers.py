@@ -127,7 +127,7 @@ def ours(device):
     tsbench = common.first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
     out = subprocess.run([tsbench, "attend", "--device", device, "--json"], text=True, check=True,
                          stdout=subprocess.PIPE).stdout
-    return {row["shape"]: row for row in json.loads(out)}
+    return {row["shape"]: row for row in json.loads(out)["rows"]}
 
 
 def main():

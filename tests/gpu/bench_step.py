@@ -27,7 +27,7 @@ def bare(device, shape):
     out = subprocess.run([tsbench, "attend", "--device", device, "--json", "--shape", shape, "--append",
                           "--layers", str(LAYERS), "--in-order"],
                          text=True, check=True, stdout=subprocess.PIPE).stdout
-    return json.loads(out)[0]["us"]
+    return json.loads(out)["rows"][0]["us"]
 
 
 def timed(repeats, work):
