@@ -67,8 +67,8 @@ typedef enum ts_exec {
                        with the exchange in its memory (ts_exchange_device) and libtinyserve-cuda
                        installed */
     TS_EXEC_AUTO    /* where that can be, the session's first step goes both ways, and the quicker
-                       is taken from then on (ts_client_exec says which); runs that are captured into
-                       a CUDA graph are local. Where it can't be, the daemon */
+                       is taken from then on (ts_client_exec says which); runs that are captured
+                       into a CUDA graph are local. Where it can't be, the daemon */
 } ts_exec;
 
 /* The version of the library, as TS_VERSION is the header's: "0.1.0". */

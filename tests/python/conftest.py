@@ -1,4 +1,4 @@
-"""A daemon of its own for each test that asks for one. TS_TEST_DAEMON names the program; ctest sets it."""
+"""A daemon of its own for each test that asks for one. ctest names the program: TS_TEST_DAEMON."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A client that threads share: a call beside another one is refused, what is collected is closed."""
+"""A client that threads share: a call beside another is refused, what is collected is closed."""
 
 import gc
 import json

@@ -90,7 +90,7 @@ def read_folder(folder):
 
 
 def worsening(points):
-    """By how many percent the last value is worse than the median of those before it; 0: it isn't."""
+    """By how many percent the last value is worse than the median of the earlier ones; or 0."""
     *earlier, (_, _, last, better) = points
     if not earlier or better is None:
         return 0
