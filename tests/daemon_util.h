@@ -182,6 +182,21 @@ static inline uint32_t used_blocks(ts_client *c)
     return used;
 }
 
+/* What the daemon says of itself: the numbers, not the strings. */
+static inline Tspb__StatusReply daemon_status(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    OK(ts_call(c, &request, &reply));
+    Tspb__StatusReply answer = *reply->status_reply;
+    answer.version = answer.kernel = NULL;
+    tspb__reply__free_unpacked(reply, NULL);
+    return answer;
+}
+
 /* Asks until the pool uses so many blocks; the watchdog ends it if that never comes. */
 static inline void await_used_blocks(ts_client *c, uint32_t blocks)
 {

@@ -162,14 +162,22 @@ static void silent_connections_disturb_nobody_and_are_ended(void **state)
     daemon_stop(&d);
 }
 
+/* What the daemon says of itself is asked for, as request 1. */
+static Tspb__Request status_request(void)
+{
+    static Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.request_id = 1;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    return request;
+}
+
 static void a_client_that_breaks_off_leaves_nothing(void **state)
 {
     (void)state;
     daemon_process d;
-    Tspb__Status status = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &status;
+    Tspb__Request request = status_request();
     daemon_start(&d, POOL_TINY ",blocks=16");
     a_worker_works(&d);
     uint32_t before = descriptors(&d);
@@ -352,11 +360,7 @@ static void a_crowd_leaves_descriptors_for_operators(void **state)
                       (const char *const[]){"--set", "socket_mode=0666", NULL});
     path == NULL ? unsetenv("TS_TEST_DAEMON") : setenv("TS_TEST_DAEMON", path, 1);
     unlink(script);
-    Tspb__Status status = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    request.request_id = 1;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &status;
+    Tspb__Request request = status_request();
     assert_int_equal(seteuid(user->pw_uid), 0);
     for (int i = 0; i < N; i++) {
         fds[i] = raw_connect(&d);
@@ -406,11 +410,7 @@ static void users_have_their_turn_however_many_connections_one_has(void **state)
         skip();
     daemon_start_with(&d, POOL_TINY ",blocks=16",
                       (const char *const[]){"--set", "socket_mode=0666", NULL});
-    Tspb__Status status = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    request.request_id = 1;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &status;
+    Tspb__Request request = status_request();
     assert_int_equal(seteuid(user->pw_uid), 0);
     for (int i = 0; i < N; i++) {
         fds[i] = raw_connect(&d);

@@ -84,20 +84,6 @@ static void drain(ts_client *operators, bool on)
     OK(ts_call_plain(operators, &request));
 }
 
-/* Requests that the daemon has refused. */
-static uint64_t refusals(ts_client *c)
-{
-    Tspb__Status body = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    Tspb__Reply *reply;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &body;
-    OK(ts_call(c, &request, &reply));
-    uint64_t refused = reply->status_reply->refused;
-    tspb__reply__free_unpacked(reply, NULL);
-    return refused;
-}
-
 static void whoever_waits_outwaits_a_drain(void **state)
 {
     (void)state;
@@ -107,9 +93,9 @@ static void whoever_waits_outwaits_a_drain(void **state)
     daemon_start(&d, POOL);
     ts_client *c = connect_to(&d);
     drain(c, true);
-    uint64_t before = refusals(c);
+    uint64_t before = daemon_status(c).refused;
     pid_t worker = spawn("waits", d.url, "");
-    while (refusals(c) == before) /* until it was turned away */
+    while (daemon_status(c).refused == before) /* until it was turned away */
         ;
     drain(c, false);
     join_child(worker);

@@ -19,12 +19,12 @@ static void put_text(const ts_config_key *key, void *field, const char *text)
     snprintf(field, key->bytes, "%s", text);
 }
 
-static ts_status read_number(const ts_config_key *key, const char *value, bool units, int base,
-                             uint64_t *out, char *why, size_t why_bytes)
+static ts_status read_number(const ts_config_key *key, const char *value, bool units, uint64_t *out,
+                             char *why, size_t why_bytes)
 {
     char *end;
     errno = 0;
-    uint64_t n = strtoull(value, &end, base);
+    uint64_t n = strtoull(value, &end, key->octal ? 8 : 10);
     bool bad = errno != 0 || end == value || strspn(value, "0123456789") == 0;
     if (units && *end != '\0') {
         static const char letters[] = "KMGT";
@@ -41,7 +41,7 @@ static ts_status read_number(const ts_config_key *key, const char *value, bool u
     }
     if (n < key->least || n > key->most) {
         snprintf(why, why_bytes,
-                 base == 8 ? "the limits are %llo..%llo" : "the limits are %llu..%llu",
+                 key->octal ? "the limits are %llo..%llo" : "the limits are %llu..%llu",
                  (unsigned long long)key->least, (unsigned long long)key->most);
         return TS_EINVAL;
     }
@@ -53,17 +53,7 @@ static ts_status read_u32(const ts_config_key *key, void *field, const char *val
                           size_t why_bytes)
 {
     uint64_t n;
-    if (read_number(key, value, false, 10, &n, why, why_bytes) != TS_OK)
-        return TS_EINVAL;
-    *(uint32_t *)field = (uint32_t)n;
-    return TS_OK;
-}
-
-static ts_status read_octal(const ts_config_key *key, void *field, const char *value, char *why,
-                            size_t why_bytes)
-{
-    uint64_t n;
-    if (read_number(key, value, false, 8, &n, why, why_bytes) != TS_OK)
+    if (read_number(key, value, false, &n, why, why_bytes) != TS_OK)
         return TS_EINVAL;
     *(uint32_t *)field = (uint32_t)n;
     return TS_OK;
@@ -82,13 +72,13 @@ static ts_status read_seconds(const ts_config_key *key, void *field, const char 
 static ts_status read_u64(const ts_config_key *key, void *field, const char *value, char *why,
                           size_t why_bytes)
 {
-    return read_number(key, value, false, 10, field, why, why_bytes);
+    return read_number(key, value, false, field, why, why_bytes);
 }
 
 static ts_status read_size(const ts_config_key *key, void *field, const char *value, char *why,
                            size_t why_bytes)
 {
-    return read_number(key, value, true, 10, field, why, why_bytes);
+    return read_number(key, value, true, field, why, why_bytes);
 }
 
 /* One of the key's words into an enum, which counts as they do. */
@@ -219,8 +209,8 @@ _Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one wor
 static const ts_config_key daemon_keys[] = {
     {DAEMON("socket", read_socket, socket), .preset = TS_SOCKET_DEFAULT,
      .help = "Where workers connect. The handle socket lies beside it (.handles)."},
-    {DAEMON("socket_mode", read_octal, socket_mode), .least = 0600, .most = 0666, .preset = "0660",
-     .help = "Who may connect: the daemon's user and group."},
+    {DAEMON("socket_mode", read_u32, socket_mode), .octal = true, .least = 0600, .most = 0666,
+     .preset = "0660", .help = "Who may connect: the daemon's user and group."},
     {DAEMON("operators", read_operators, operators), .empty = "none", .reloads = true,
      .help = "A group that may give the orders of tsctl(1), beside root and the daemon's user.",
      .more = "Its members are looked up when the configuration is read."},

@@ -17,6 +17,7 @@ struct ts_config_key {
                       size_t why_bytes);
     size_t offset, bytes; /* of the field in the section's struct */
     uint64_t least, most; /* of a number */
+    bool octal;           /* how a number is written */
     const char *const *words;
     const char *preset;  /* the value if none is given; NULL: what zeros of the field mean */
     const char *empty;   /* what no value means, in words; an empty value is as good as none */
