@@ -4,11 +4,14 @@
  * other, stays as it is.
  *
  *     document_keys [--check] FILE...     --check: changes nothing; 1 if a file isn't up to date
+ *
+ * 2: a file can't be read or written, or has no place for the keys.
  */
 #define _GNU_SOURCE
 #include "config_keys.h"
 
 #include <ctype.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,6 +30,12 @@ static const section sections[] = {
     {&ts_config_pools, "[pool llama-8b]", ".Ss [pool NAME]\n"},
 };
 #define NUM_SECTIONS (sizeof sections / sizeof *sections)
+
+__attribute__((noreturn)) static void fail(const char *what, const char *which)
+{
+    fprintf(stderr, "document_keys: %s: %s\n", what, which);
+    exit(2);
+}
 
 /* ---- words and lines ---- */
 
@@ -125,7 +134,9 @@ static void write_setting(FILE *out, const ts_config_key *key)
 static void write_file(FILE *out, const char *old)
 {
     const char *keys = strstr(old, "\n[");
-    fprintf(out, "%.*s", keys == NULL ? 0 : (int)(keys - old), old);
+    if (keys == NULL)
+        fail("no section", sections[0].in_file);
+    fprintf(out, "%.*s", (int)(keys - old), old);
     for (size_t i = 0; i < NUM_SECTIONS; i++) {
         fprintf(out, "\n%s\n", sections[i].in_file);
         for (uint32_t k = 0; k < sections[i].keys->num_keys; k++)
@@ -214,7 +225,7 @@ static void write_manual(FILE *out, const char *old)
         const char *heading = strstr(old, sections[i].in_manual);
         const char *after = heading == NULL ? NULL : strstr(heading, end);
         if (after == NULL)
-            continue;
+            fail("no list of keys below", sections[i].in_manual);
         const char *list = heading + strlen(sections[i].in_manual);
         fprintf(out, "%.*s", (int)(list - old), old);
         write_list(out, sections[i].keys);
@@ -230,10 +241,8 @@ static char *read_all(const char *path)
     char *text = NULL;
     size_t bytes = 0;
     FILE *file = fopen(path, "re");
-    if (file == NULL || getdelim(&text, &bytes, '\0', file) < 0) {
-        perror(path);
-        exit(2);
-    }
+    if (file == NULL || getdelim(&text, &bytes, '\0', file) < 0)
+        fail(path, strerror(errno));
     fclose(file);
     return text;
 }
@@ -256,10 +265,8 @@ static bool update(const char *path, bool check)
                 path);
     } else if (!same) {
         FILE *file = fopen(path, "we");
-        if (file == NULL || fputs(new, file) < 0 || fclose(file) != 0) {
-            perror(path);
-            exit(2);
-        }
+        if (file == NULL || fputs(new, file) < 0 || fclose(file) != 0)
+            fail(path, strerror(errno));
     }
     free(old);
     free(new);
