@@ -220,7 +220,8 @@ static inline void check_daemon(ts_client *c)
 
 /*
  * Runs this test program again as a worker: NNG can't be used on both sides of a fork, so workers
- * are processes of their own. main() of such a test hands over to the role that argv[1] names.
+ * are processes of their own. main() of such a test, which has three arguments then, hands over to
+ * run_role().
  */
 static inline pid_t spawn(const char *role, const char *url, const char *argument)
 {
@@ -233,6 +234,24 @@ static inline pid_t spawn(const char *role, const char *url, const char *argumen
         _exit(127);
     }
     return pid;
+}
+
+/* What such a worker does, and its name. */
+typedef struct worker_role {
+    const char *name;
+    void (*run)(const char *url, const char *argument);
+} worker_role;
+
+/* Runs the role of the name; the process's exit status. */
+static inline int run_role(char **argv, const worker_role *roles, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(roles[i].name, argv[1]) == 0) {
+            roles[i].run(argv[2], argv[3]);
+            return 0;
+        }
+    fprintf(stderr, "there is no role '%s'\n", argv[1]);
+    return 1;
 }
 
 /* Waits for a child, which must have exited with 0. */

@@ -14,8 +14,9 @@
     "small:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=4,client_write=all"
 
 /* Worker: reads back the rows of the prototype's test through its own read-only mapping. */
-static void reader(const char *url)
+static void reader(const char *url, const char *argument)
 {
+    (void)argument;
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "small", 0);
     uint64_t slots[9];
@@ -441,11 +442,11 @@ static void forks_of_a_long_sequence_take_as_many_calls_as_needed(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "reader") == 0)
-            reader(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"reader", reader},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zero),
         cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),

@@ -10,8 +10,9 @@
 enum { WORKERS = 3, CONNECTS = 60, REPLACEMENTS = 12 };
 
 /* Worker: connects many times, each with an exchange, and tells of each through the pipe. */
-static void connects(const char *url, int tell)
+static void connects(const char *url, const char *argument)
 {
+    const int tell = atoi(argument);
     const ts_options options = {
         .size = sizeof options, .url = url, .wait_ms = 120000, .exchange_bytes = 4096};
     for (int i = 0; i < CONNECTS; i++) {
@@ -65,8 +66,9 @@ static void whoever_waits_for_a_daemon_outlives_those_that_die(void **state)
 }
 
 /* Worker: as somebody who is no operator, waits for a daemon that takes sessions. */
-static void waits(const char *url)
+static void waits(const char *url, const char *argument)
 {
+    (void)argument;
     const ts_options options = {.size = sizeof options, .url = url, .wait_ms = 120000};
     ts_client *c;
     assert_int_equal(setuid(65534), 0);
@@ -104,8 +106,9 @@ static void whoever_waits_outwaits_a_drain(void **state)
 }
 
 /* Worker: has no descriptor left when a call needs one of the daemon's. */
-static void has_no_descriptor(const char *url)
+static void has_no_descriptor(const char *url, const char *argument)
 {
+    (void)argument;
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
@@ -186,15 +189,13 @@ static void an_address_that_can_be_no_daemons_is_named(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "connects") == 0)
-            connects(argv[2], atoi(argv[3]));
-        if (strcmp(argv[1], "waits") == 0)
-            waits(argv[2]);
-        if (strcmp(argv[1], "has_no_descriptor") == 0)
-            has_no_descriptor(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"connects", connects},
+        {"waits", waits},
+        {"has_no_descriptor", has_no_descriptor},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(whoever_waits_for_a_daemon_outlives_those_that_die),
         cmocka_unit_test(whoever_waits_outwaits_a_drain),

@@ -262,8 +262,9 @@ static void who_may_not_connect_is_told_why(void **state)
     daemon_stop(&d);
 }
 
-static void stranger(const char *url)
+static void stranger(const char *url, const char *argument)
 {
+    (void)argument;
     ts_client *c;
     char expected[256];
     become(UID_B);
@@ -277,19 +278,12 @@ static void stranger(const char *url)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "a") == 0)
-            tenant_a(argv[2], argv[3]);
-        if (strcmp(argv[1], "b") == 0)
-            tenant_b(argv[2], argv[3]);
-        if (strcmp(argv[1], "former") == 0)
-            former_owner(argv[2], argv[3]);
-        if (strcmp(argv[1], "next") == 0)
-            next_owner(argv[2], argv[3]);
-        if (strcmp(argv[1], "stranger") == 0)
-            stranger(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"a", tenant_a},      {"b", tenant_b},        {"former", former_owner},
+        {"next", next_owner}, {"stranger", stranger},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(neither_of_two_uids_reaches_the_others_slabs),
         cmocka_unit_test(a_slab_is_wiped_before_the_next_tenant_gets_it),
