@@ -83,6 +83,21 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
     ts_disconnect(c);
 }
 
+/* Stops all threads of the daemon; returns when they stand still. What is sent to it until it is
+ * resumed comes to it at once then. */
+static inline void daemon_pause(const daemon_process *d)
+{
+    int status;
+    assert_int_equal(kill(d->pid, SIGSTOP), 0);
+    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+    assert_true(WIFSTOPPED(status));
+}
+
+static inline void daemon_resume(const daemon_process *d)
+{
+    assert_int_equal(kill(d->pid, SIGCONT), 0);
+}
+
 #ifdef TS_CTL
 /*
  * The beginning of a shell's command that runs tsctl as another user, with arguments to setpriv: a

@@ -379,15 +379,6 @@ static void a_crowd_leaves_descriptors_for_operators(void **state)
     daemon_stop(&d);
 }
 
-/* Stops the daemon, so that what is sent until SIGCONT comes to it at once. */
-static void stop(const daemon_process *d)
-{
-    int status;
-    assert_int_equal(kill(d->pid, SIGSTOP), 0);
-    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
-    assert_true(WIFSTOPPED(status));
-}
-
 /* How many requests the daemon had taken when it answered this one. */
 static uint64_t requests_taken(int fd)
 {
@@ -421,12 +412,12 @@ static void users_have_their_turn_however_many_connections_one_has(void **state)
     raw_greet(own);
     assert_true(raw_submit(own, &request, 1));
     uint64_t before = requests_taken(own);
-    stop(&d);
+    daemon_pause(&d);
     for (int i = 0; i < N; i++)
         assert_true(raw_submit(fds[i], &request, 1));
     request.request_id = 2;
     assert_true(raw_submit(own, &request, 2));
-    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    daemon_resume(&d);
     assert_in_range(requests_taken(own) - before, 1, 9); /* its own, and two turns of the user's */
     for (int i = 0; i < N; i++) {
         (void)requests_taken(fds[i]); /* all are answered in the end */
@@ -448,10 +439,10 @@ static void descriptors_that_nobody_receives_are_few(void **state)
     request.session = c->session;
     memcpy(request.token, c->token, sizeof request.token);
     int fd = raw_handles(&d);
-    stop(&d);
+    daemon_pause(&d);
     for (int i = 0; i < 8; i++)
         assert_int_equal(send(fd, &request, sizeof request, 0), sizeof request);
-    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    daemon_resume(&d);
     struct pollfd end = {.fd = fd, .events = POLLRDHUP};
     assert_int_equal(poll(&end, 1, -1), 1); /* the daemon ends the connection */
     for (ssize_t n; (n = recv(fd, &reply, sizeof reply, 0)) != 0;) {
@@ -551,11 +542,11 @@ static void closing_what_is_passed_holds_nobody_up(void **state)
             }
             close(fd);
             close(go[0]);
-            stop(&d); /* until it alone has the socket */
+            daemon_pause(&d); /* until it alone has the socket */
             close(go[1]);
             assert_int_equal(waitpid(pid, &status, 0), pid);
             assert_int_equal(status, 0);
-            assert_int_equal(kill(d.pid, SIGCONT), 0);
+            daemon_resume(&d);
             a_worker_works(&d); /* or the watchdog ends the test */
         }
     daemon_stop(&d);

@@ -301,13 +301,6 @@ static void refusals_name_the_value_and_the_limit(void **state)
     daemon_stop(&d);
 }
 
-static void daemon_pause(const daemon_process *d)
-{
-    int status;
-    kill(d->pid, SIGSTOP);
-    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
-}
-
 static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
 {
     (void)state;
@@ -330,7 +323,7 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
         OK(ts_step_abort(step));
         daemon_pause(&d);
         assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
-        kill(d.pid, SIGCONT);
+        daemon_resume(&d);
         await_used_blocks(watcher, 2); /* it was begun, and the client doesn't know the step */
         do
             OK(ts_seq_lengths(p, &seq, 1, &length));
@@ -342,7 +335,7 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
         assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
         ts_pool_close(p);
         ts_disconnect(c);
-        kill(d.pid, SIGCONT);
+        daemon_resume(&d);
         await_used_blocks(watcher, 0);
         check_daemon(watcher);
     }

@@ -450,10 +450,7 @@ static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
         OK(ts_seq_create(p, 1, &seq));
         OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s));
         uint32_t tail = c->rings->submissions.tail;
-        int stopped;
-        kill(d.pid, SIGSTOP);
-        assert_int_equal(waitpid(d.pid, &stopped, WUNTRACED), d.pid);
-        assert_true(WIFSTOPPED(stopped));
+        daemon_pause(&d);
         assert_int_equal(pthread_create(&thread, NULL, run_one, s), 0);
         await(&c->rings->submissions.tail, tail + 1);
         if (sleeps)

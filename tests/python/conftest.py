@@ -23,6 +23,15 @@ class Daemon:
             arguments += ["--pool", pool if "device=" in pool else f"{pool},device={device}"]
         self.process = subprocess.Popen(arguments)
 
+    def pause(self):
+        """Stops all of its threads, until resume(); returns when they stand still."""
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def resume(self):
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait() == 0

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import select
-import signal
 import socket
 import subprocess
 import threading
@@ -319,13 +318,13 @@ def test_a_port_that_is_taken_ends_the_daemon_with_a_sentence(tmp_path):
 def test_those_who_ask_together_get_one_answer(served):
     """However many ask for the statistics at once, the engine makes them a few times."""
     daemon, port = served
-    os.kill(daemon.process.pid, signal.SIGSTOP)  # so that all have asked before it looks
+    daemon.pause()  # so that all have asked before it looks
     request = f"GET /stats.json HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
     sockets = []
     for _ in range(60):
         sockets.append(socket.create_connection(("127.0.0.1", port), timeout=30))
         sockets[-1].sendall(request)
-    os.kill(daemon.process.pid, signal.SIGCONT)
+    daemon.resume()
     answers = set()
     for s in sockets:
         with s, s.makefile("rb") as file:
