@@ -63,8 +63,8 @@ static void check_ways(const char *pool, bool fp8)
     daemon_process d;
     daemon_start(&d, pool);
     ts_client *c[MODES] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
-                          connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
-                          connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
+                           connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
+                           connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
     ts_pool *p[MODES];
     ts_seq seqs[MODES][SEQS];
     uint32_t lengths[MODES][SEQS];
