@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The Debian packages install, run under systemd and go without a trace in a root of their own, which boots as a
-# container does. Needs root, debootstrap and the network: the system's own release, from the mirror that apt uses
-# here. Exits with 77 where no such root can be made. Where systemd can't be the first process of a container, the
-# daemon is started by hand, and the script says so.
+# The Debian packages install, run under systemd and go without a trace in a root of their own,
+# which boots as a container does. Needs root, debootstrap and the network: the system's own
+# release, from the mirror that apt uses here. Exits with 77 where no such root can be made. Where
+# systemd can't be the first process of a container, the daemon is started by hand, and the script
+# says so.
 # check_debs.sh BUILD-FOLDER
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -23,7 +24,8 @@ mirror=$(apt-get indextargets --format '$(SITE) $(CODENAME)' 'Created-By: Packag
 fail() { echo "check_debs: $*"; exit 1; }
 log() { "$@" >"$scratch/log" 2>&1 || { tail -n 40 "$scratch/log"; exit 1; }; }
 (cd "$build" && rm -f ./*.deb ./*.ddeb && log cpack)
-debootstrap --variant=minbase --include=systemd,dbus "$VERSION_CODENAME" "$root" "$mirror" >"$scratch/log" 2>&1 || {
+debootstrap --variant=minbase --include=systemd,dbus "$VERSION_CODENAME" "$root" "$mirror" \
+    >"$scratch/log" 2>&1 || {
     tail -n 5 "$scratch/log"
     echo "skipped: no root of its own can be made here"
     exit 77
@@ -36,20 +38,23 @@ cp "$build"/tinyserve*.deb "$build"/libtinyserve*.deb "$root/debs"
 echo "packages: $(cd "$root/debs" && echo *.deb)"
 
 # systemd, and a way to run things beside it.
-unshare --mount --pid --cgroup --fork --kill-child "$here/boot_root.sh" "$root" >"$scratch/boot" 2>&1 &
+unshare --mount --pid --cgroup --fork --kill-child "$here/boot_root.sh" "$root" \
+    >"$scratch/boot" 2>&1 &
 container=$!
 until first=$(pgrep -P "$container" -x systemd) || ! kill -0 "$container" 2>/dev/null; do :; done
 booted() { [ -n "$first" ]; }
 inside() {
     if booted; then
-        nsenter -t "$first" --mount --pid --cgroup --root env -C / DEBIAN_FRONTEND=noninteractive LC_ALL=C \
+        nsenter -t "$first" --mount --pid --cgroup --root \
+            env -C / DEBIAN_FRONTEND=noninteractive LC_ALL=C \
             PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
     else
         chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"
     fi
 }
 began=$SECONDS
-until ! booted || inside timeout 60 systemctl is-system-running --wait 2>/dev/null | grep -Eq 'running|degraded'; do
+until ! booted || inside timeout 60 systemctl is-system-running --wait 2>/dev/null |
+    grep -Eq 'running|degraded'; do
     kill -0 "$container" 2>/dev/null && [ "$((SECONDS - began))" -lt 120 ] || first=
 done
 booted || {
@@ -65,37 +70,50 @@ until_property() { # NAME VALUE: waits until the unit's property is so
     done
 }
 began=$SECONDS
-snapshot() { inside sh -c "find etc/tinyserve usr/sbin usr/lib usr/share/man usr/include -name '*tinyserve*' 2>/dev/null | sort"; }
+snapshot() {
+    inside sh -c "find etc/tinyserve usr/sbin usr/lib usr/share/man usr/include \
+        -name '*tinyserve*' 2>/dev/null | sort"
+}
 install() {
-    log inside sh -c 'apt-get install -y --reinstall --no-install-recommends /debs/tinyserved_*.deb \
-        /debs/tinyserve-tools_*.deb /debs/libtinyserve0_*.deb /debs/libtinyserve-dev_*.deb'
+    log inside sh -c 'apt-get install -y --reinstall --no-install-recommends \
+        /debs/tinyserved_*.deb /debs/tinyserve-tools_*.deb /debs/libtinyserve0_*.deb \
+        /debs/libtinyserve-dev_*.deb'
 }
 
 install
 inside getent passwd tinyserve >/dev/null
-[ "$(inside stat -c '%a %U %G' /etc/tinyserve)" = "750 root tinyserve" ] || fail "/etc/tinyserve is somebody else's"
+[ "$(inside stat -c '%a %U %G' /etc/tinyserve)" = "750 root tinyserve" ] ||
+    fail "/etc/tinyserve is somebody else's"
 inside tinyserved --check-config --config /etc/tinyserve/tinyserved.conf
-inside sed -i 's/^memory = 1G/memory = 64M/; s/^layers = 32/layers = 2/' /etc/tinyserve/tinyserved.conf
+inside sed -i 's/^memory = 1G/memory = 64M/; s/^layers = 32/layers = 2/' \
+    /etc/tinyserve/tinyserved.conf
 
 if booted; then
-    [ "$(property ActiveState) $(property UnitFileState)" = "inactive disabled" ] || fail "installing it has started it"
+    [ "$(property ActiveState) $(property UnitFileState)" = "inactive disabled" ] ||
+        fail "installing it has started it"
     log inside systemctl enable --now tinyserved # returns when it has said READY
     [ "$(property ActiveState) $(property Type)" = "active notify" ] || fail "it isn't active"
     inside tsctl pools | grep '^llama-8b ' || fail "no pool"
     inside tsctl check
-    [ "$(inside stat -c '%a %U %G' /run/tinyserve)" = "750 tinyserve tinyserve" ] || fail "its folder is somebody else's"
+    [ "$(inside stat -c '%a %U %G' /run/tinyserve)" = "750 tinyserve tinyserve" ] ||
+        fail "its folder is somebody else's"
     until property StatusText | grep -q 'sessions, .* blocks used in 1 pools'; do :; done
-    inside journalctl -o cat TINYSERVE_POOL=llama-8b | grep -q "pool 'llama-8b' on host" || fail "no field in the journal"
+    inside journalctl -o cat TINYSERVE_POOL=llama-8b | grep -q "pool 'llama-8b' on host" ||
+        fail "no field in the journal"
 
     # Who may connect: root and the group.
     log inside useradd --groups tinyserve worker
     log inside useradd stranger
-    inside setpriv --reuid worker --regid worker --init-groups tsctl status >/dev/null || fail "the group can't connect"
-    ! inside setpriv --reuid stranger --regid stranger --init-groups tsctl status 2>"$scratch/log" ||
+    inside setpriv --reuid worker --regid worker --init-groups tsctl status >/dev/null ||
+        fail "the group can't connect"
+    ! inside setpriv --reuid stranger --regid stranger --init-groups tsctl status \
+        2>"$scratch/log" ||
         fail "a stranger can connect"
-    grep -q "in the daemon's group (tinyserve)" "$scratch/log" || fail "a stranger is told: $(cat "$scratch/log")"
+    grep -q "in the daemon's group (tinyserve)" "$scratch/log" ||
+        fail "a stranger is told: $(cat "$scratch/log")"
 
-    # It is told to read its configuration anew, and says what came of it; a group's members become operators.
+    # It is told to read its configuration anew, and says what came of it; a group's members become
+    # operators.
     as_worker() { inside setpriv --reuid worker --regid worker --init-groups "$@"; }
     ! as_worker tsctl drain off 2>"$scratch/log" || fail "anybody is an operator"
     grep -q 'is no operator' "$scratch/log" || fail "a worker is told: $(cat "$scratch/log")"
@@ -109,8 +127,10 @@ if booted; then
     as_worker tsctl drain off || fail "a member of the operators' group is none"
 
     # One for each GPU: the same daemon beside it, in host memory since there is none here.
-    inside sh -c 'cd /etc/tinyserve && sed "s/^metrics = .*/metrics = off/; s/^# device = .*/device = host/" \
-        tinyserved.conf >tinyserved-0.conf && chgrp tinyserve tinyserved-0.conf && chmod 640 tinyserved-0.conf'
+    inside sh -c 'cd /etc/tinyserve &&
+        sed "s/^metrics = .*/metrics = off/; s/^# device = .*/device = host/" tinyserved.conf \
+            >tinyserved-0.conf &&
+        chgrp tinyserve tinyserved-0.conf && chmod 640 tinyserved-0.conf'
     log inside systemctl start tinyserved@0
     inside tsctl -s ipc:///run/tinyserve-0/tinyserve.sock check
     log inside systemctl stop tinyserved@0
@@ -120,14 +140,15 @@ if booted; then
     inside sh -c "kill -KILL $(property MainPID)"
     until_property NRestarts 1
     until_property ActiveState active
-    inside sh -c 'mkdir /run/systemd/system/tinyserved.service.d && printf "[Service]\nWatchdogSec=2\n" \
-        >/run/systemd/system/tinyserved.service.d/test.conf'
+    inside sh -c 'mkdir /run/systemd/system/tinyserved.service.d &&
+        printf "[Service]\nWatchdogSec=2\n" >/run/systemd/system/tinyserved.service.d/test.conf'
     log inside systemctl daemon-reload
     log inside systemctl restart tinyserved
     inside sh -c "kill -STOP $(property MainPID)"
     until_property NRestarts 1
     until_property ActiveState active
-    inside journalctl -u tinyserved | grep -q 'Watchdog timeout' || inside journalctl _PID=1 | grep -q 'Watchdog timeout' ||
+    inside journalctl -u tinyserved | grep -q 'Watchdog timeout' ||
+        inside journalctl _PID=1 | grep -q 'Watchdog timeout' ||
         fail "it wasn't the watchdog"
 
     # Another version (the same one): what runs goes on, with what it holds, until it is restarted.
@@ -139,7 +160,8 @@ if booted; then
         fail "an upgrade says: $(cat "$scratch/log")"
     log inside systemctl restart tinyserved
     inside tsctl check
-    echo "under systemd $(inside systemctl --version | awk 'NR == 1 { print $2 }'): started, reloaded, killed, watched, upgraded"
+    version=$(inside systemctl --version | awk 'NR == 1 { print $2 }')
+    echo "under systemd $version: started, reloaded, killed, watched, upgraded"
 else
     # As the unit runs it: that user, that configuration.
     mkdir "$root/run/tinyserve" && inside chown tinyserve:tinyserve /run/tinyserve

@@ -2,7 +2,9 @@
 # check_exports.sh LIBRARY SOURCE: the functions that the library exports are those that its public
 # headers declare; and whoever ignores a status is warned, but for the one that may be ignored.
 set -euo pipefail
-ignorable=$(grep -hE '^ts_status ts_' "$2/client/include/tinyserve.h" "$2/kernels/base/tinyserve_types.h")
+headers="$2/client/include/tinyserve.h $2/kernels/base/tinyserve_types.h"
+# shellcheck disable=SC2086 # two words
+ignorable=$(grep -hE '^ts_status ts_' $headers)
 [ "$ignorable" = "ts_status ts_step_abort(ts_step *step);" ] || { echo "$ignorable"; exit 1; }
 declared=$(sed 's:/\*.*\*/::' "$2/client/include/tinyserve.h" "$2/kernels/base/tinyserve_types.h" |
     grep -v 'static inline' | grep -oE '\bts_[a-z0-9_]+\(' | tr -d '(' | sort -u)

@@ -1,41 +1,41 @@
 #!/bin/bash
-# The manual pages are clean, and name every key and option that there is; tsctl's completion offers them.
+# The manual pages are clean, and name every option that there is; tsctl's completion offers them.
 # check_manuals.sh SOURCE-FOLDER TSCTL TINYSERVED
 set -euo pipefail
 cd "$1"
-mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/man/*.3
-keys=$(sed -nE 's/^ *\{(DAEMON|POOL)\("([a-z_]+)".*/\2/p' daemon/config/config_keys.c | sort -u)
-[ "$(wc -w <<<"$keys")" -ge 40 ] || { echo "config_keys.c has $(wc -w <<<"$keys") keys that this script can read"; exit 1; }
-for key in $keys; do
-    grep -q "^\.It Cm $key\$" systemd/tinyserved.conf.5 || { echo "tinyserved.conf.5 has no $key"; exit 1; }
-    grep -qE "^(# )?$key =" systemd/tinyserved.conf || [ "$key" = blocks ] ||
-        { echo "tinyserved.conf has no $key"; exit 1; }
-done
-options() { "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u; }
+mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 \
+    client/man/*.3
+fail() { echo "$*"; exit 1; }
+options() {
+    "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u
+}
 . tools/tsctl/tsctl.bash
 COMP_WORDS=(tsctl --) COMP_CWORD=1
 _tsctl
 for option in $(options "$2"); do
-    grep -q -- "Fl -${option#--}" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $option"; exit 1; }
-    [[ " ${COMPREPLY[*]} " == *" $option "* ]] || { echo "the completion has no $option"; exit 1; }
+    grep -q -- "Fl -${option#--}" tools/tsctl/tsctl.1 || fail "tsctl.1 has no $option"
+    [[ " ${COMPREPLY[*]} " == *" $option "* ]] || fail "the completion has no $option"
 done
 for option in $(options "$3"); do
-    grep -q -- "Fl -${option#--}" daemon/tinyserved.8 || { echo "tinyserved.8 has no $option"; exit 1; }
+    grep -q -- "Fl -${option#--}" daemon/tinyserved.8 || fail "tinyserved.8 has no $option"
 done
 COMP_WORDS=(tsctl s) COMP_CWORD=1
 _tsctl
 [ "${COMPREPLY[*]}" = "status sessions seqs session seq" ]
 for command in $("$2" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p'); do
-    grep -qE "^\.It Cm $command( |\$)" tools/tsctl/tsctl.1 || { echo "tsctl.1 has no $command"; exit 1; }
+    grep -qE "^\.It Cm $command( |\$)" tools/tsctl/tsctl.1 || fail "tsctl.1 has no $command"
 done
 # Every function that libtinyserve exports has a page that names it, and shows how it is called.
-declared=$(grep -ohE '\bts_[a-z0-9_]+\(' client/include/tinyserve.h kernels/base/tinyserve_types.h | tr -d '(' | sort -u)
+declared=$(grep -ohE '\bts_[a-z0-9_]+\(' client/include/tinyserve.h kernels/base/tinyserve_types.h |
+    tr -d '(' | sort -u)
 named=$(sed -n '/^\.Sh NAME/,/^\.Nd/s/^\.Nm \(ts_[a-z0-9_]*\).*/\1/p' client/man/*.3)
 shown=$(sed -n '/^\.Sh SYNOPSIS/,/^\.Sh DESC/s/^\.Fo \(ts_[a-z0-9_]*\)/\1/p' client/man/*.3)
-[ "$named" = "$shown" ] || { diff <(echo "$named") <(echo "$shown"); echo "NAME and SYNOPSIS differ"; exit 1; }
-[ -z "$(echo "$named" | sort | uniq -d)" ] || { echo "$named" | sort | uniq -d; echo "in two pages"; exit 1; }
+[ "$named" = "$shown" ] ||
+    fail "NAME and SYNOPSIS differ: $(diff <(echo "$named") <(echo "$shown"))"
+twice=$(echo "$named" | sort | uniq -d)
+[ -z "$twice" ] || fail "in two pages: $twice"
 for name in $named; do
-    grep -qx "$name" <<<"$declared" || { echo "no header declares $name, which a page names"; exit 1; }
+    grep -qx "$name" <<<"$declared" || fail "no header declares $name, which a page names"
 done
 for pattern in $(sed -n 's/^ *\(ts_[a-z0-9_*]*\);$/\1/p' client/tinyserve.map); do
     found=
@@ -43,7 +43,7 @@ for pattern in $(sed -n 's/^ *\(ts_[a-z0-9_*]*\);$/\1/p' client/tinyserve.map); 
         # shellcheck disable=SC2053
         [[ $name == $pattern ]] || continue
         found=yes
-        grep -qx "$name" <<<"$named" || { echo "no page of client/man names $name"; exit 1; }
+        grep -qx "$name" <<<"$named" || fail "no page of client/man names $name"
     done
-    [ -n "$found" ] || { echo "tinyserve.map has $pattern, which no header declares"; exit 1; }
+    [ -n "$found" ] || fail "tinyserve.map has $pattern, which no header declares"
 done

@@ -1,6 +1,6 @@
 #!/bin/sh
-# A program outside this tree builds against what is installed, by pkg-config as C99 and by CMake, and
-# the header is C++17 too.
+# A program outside this tree builds against what is installed, by pkg-config as C99 and by CMake,
+# and the header is C++17 too.
 # check_package.sh BUILD-FOLDER CMAKE LIBDIR
 set -eu
 folder=$(mktemp -d)
@@ -49,8 +49,8 @@ mv "$folder/moved" "$folder/there"
 # Who ignores a status is told.
 sed 's/ts_status status = ts_connect/ts_status status = TS_ECONN;\
     ts_connect/' "$folder/worker.c" >"$folder/careless.c"
-if cc -Werror=unused-result -c -o "$folder/careless.o" -I"$folder/there/include" "$folder/careless.c" \
-    2>"$folder/log" ||
+if cc -Werror=unused-result -c -o "$folder/careless.o" -I"$folder/there/include" \
+    "$folder/careless.c" 2>"$folder/log" ||
     ! grep -q "ignoring return value of .ts_connect" "$folder/log"; then
     cat "$folder/log"
     exit 1
@@ -72,7 +72,18 @@ END
 }
 "$folder/build/worker"
 if command -v g++ >/dev/null; then
-    printf '#include <tinyserve.h>\nint main()\n{\n    ts_options o = TS_OPTIONS_INIT;\n    ts_step_options s = TS_STEP_OPTIONS_INIT;\n    ts_run_options r = TS_RUN_OPTIONS_INIT;\n    ts_frame_options f = TS_FRAME_OPTIONS_INIT;\n    return (int)(o.size + s.size + r.size + f.size);\n}\n' >"$folder/worker.cpp"
-    g++ -std=c++17 -pedantic -Wall -Wextra -Werror -I"$folder/there/include" -fsyntax-only "$folder/worker.cpp"
+    cat >"$folder/worker.cpp" <<'EOF'
+#include <tinyserve.h>
+int main()
+{
+    ts_options o = TS_OPTIONS_INIT;
+    ts_step_options s = TS_STEP_OPTIONS_INIT;
+    ts_run_options r = TS_RUN_OPTIONS_INIT;
+    ts_frame_options f = TS_FRAME_OPTIONS_INIT;
+    return (int)(o.size + s.size + r.size + f.size);
+}
+EOF
+    g++ -std=c++17 -pedantic -Wall -Wextra -Werror -I"$folder/there/include" -fsyntax-only \
+        "$folder/worker.cpp"
     echo "the header is C++17"
 fi

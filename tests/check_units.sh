@@ -1,5 +1,6 @@
 #!/bin/sh
-# The units are what systemd understands, and expose no more than they say: systemd/README.md has the figures.
+# The units are what systemd understands, and expose no more than they say: systemd/README.md has
+# the figures.
 # check_units.sh FOLDER-OF-UNITS TINYSERVED
 set -eu
 folder=$(mktemp -d)
@@ -9,7 +10,8 @@ for unit in tinyserved.service tinyserved@.service; do
 done
 cp "$folder/tinyserved@.service" "$folder/tinyserved@0.service"
 cd "$folder"
-warnings=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no ./tinyserved.service ./tinyserved@0.service 2>&1)
+warnings=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no \
+    ./tinyserved.service ./tinyserved@0.service 2>&1)
 if [ -n "$warnings" ]; then
     echo "$warnings"
     exit 1

@@ -83,6 +83,21 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
     ts_disconnect(c);
 }
 
+/* Stops all threads of the daemon; returns when they stand still. What is sent to it until it is
+ * resumed comes to it at once then. */
+static inline void daemon_pause(const daemon_process *d)
+{
+    int status;
+    assert_int_equal(kill(d->pid, SIGSTOP), 0);
+    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+    assert_true(WIFSTOPPED(status));
+}
+
+static inline void daemon_resume(const daemon_process *d)
+{
+    assert_int_equal(kill(d->pid, SIGCONT), 0);
+}
+
 #ifdef TS_CTL
 /*
  * The beginning of a shell's command that runs tsctl as another user, with arguments to setpriv: a
@@ -182,6 +197,21 @@ static inline uint32_t used_blocks(ts_client *c)
     return used;
 }
 
+/* What the daemon says of itself: the numbers, not the strings. */
+static inline Tspb__StatusReply daemon_status(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    OK(ts_call(c, &request, &reply));
+    Tspb__StatusReply answer = *reply->status_reply;
+    answer.version = answer.kernel = NULL;
+    tspb__reply__free_unpacked(reply, NULL);
+    return answer;
+}
+
 /* Asks until the pool uses so many blocks; the watchdog ends it if that never comes. */
 static inline void await_used_blocks(ts_client *c, uint32_t blocks)
 {
@@ -205,7 +235,8 @@ static inline void check_daemon(ts_client *c)
 
 /*
  * Runs this test program again as a worker: NNG can't be used on both sides of a fork, so workers
- * are processes of their own. main() of such a test hands over to the role that argv[1] names.
+ * are processes of their own. main() of such a test, which has three arguments then, hands over to
+ * run_role().
  */
 static inline pid_t spawn(const char *role, const char *url, const char *argument)
 {
@@ -218,6 +249,24 @@ static inline pid_t spawn(const char *role, const char *url, const char *argumen
         _exit(127);
     }
     return pid;
+}
+
+/* What such a worker does, and its name. */
+typedef struct worker_role {
+    const char *name;
+    void (*run)(const char *url, const char *argument);
+} worker_role;
+
+/* Runs the role of the name; the process's exit status. */
+static inline int run_role(char **argv, const worker_role *roles, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(roles[i].name, argv[1]) == 0) {
+            roles[i].run(argv[2], argv[3]);
+            return 0;
+        }
+    fprintf(stderr, "there is no role '%s'\n", argv[1]);
+    return 1;
 }
 
 /* Waits for a child, which must have exited with 0. */

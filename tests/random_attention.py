@@ -113,7 +113,7 @@ def turn(x, first, v):
 
 
 def attend(q, k, v, scales, variant, slopes, sinks):
-    """The last len(q) tokens over all: outputs, log-sum-exps, and how far each output may be off."""
+    """The last len(q) tokens over all: outputs, log-sum-exps, and how far outputs may be off."""
     n, heads, dim = q.shape
     group, past = heads // k.shape[1], len(k) - len(q)
     q = turn(q, past, variant)
@@ -195,7 +195,8 @@ class Case:
 
     def run(self):
         with tempfile.TemporaryDirectory(prefix="tinyserve-random.") as folder:
-            command = [os.environ["TS_TEST_DAEMON"], "--socket", f"{folder}/s", "--pool", self.pool()]
+            command = [os.environ["TS_TEST_DAEMON"], "--socket", f"{folder}/s",
+                       "--pool", self.pool()]
             for key, value in {"log_level": "warning", **self.settings}.items():
                 command += ["--set", f"{key}={value}"]
             daemon = Popen(command)
@@ -220,7 +221,7 @@ class Case:
         return np.array(self.ways[way].slots(sequence.ids[way], 0, sequence.tokens), np.int64)
 
     def planes(self, layer):
-        """K and V of a layer, [blocks, block_tokens, kv_heads, dim]; all of the pool is one slab."""
+        """K and V of a layer, [blocks, block_tokens, kv_heads, dim]; the pool is one slab."""
         return [elements(view) for view in self.ways[1].layer(layer, [self.a_slot])]
 
     def hide_unused(self):

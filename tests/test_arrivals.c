@@ -162,14 +162,22 @@ static void silent_connections_disturb_nobody_and_are_ended(void **state)
     daemon_stop(&d);
 }
 
+/* What the daemon says of itself is asked for, as request 1. */
+static Tspb__Request status_request(void)
+{
+    static Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.request_id = 1;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    return request;
+}
+
 static void a_client_that_breaks_off_leaves_nothing(void **state)
 {
     (void)state;
     daemon_process d;
-    Tspb__Status status = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &status;
+    Tspb__Request request = status_request();
     daemon_start(&d, POOL_TINY ",blocks=16");
     a_worker_works(&d);
     uint32_t before = descriptors(&d);
@@ -352,11 +360,7 @@ static void a_crowd_leaves_descriptors_for_operators(void **state)
                       (const char *const[]){"--set", "socket_mode=0666", NULL});
     path == NULL ? unsetenv("TS_TEST_DAEMON") : setenv("TS_TEST_DAEMON", path, 1);
     unlink(script);
-    Tspb__Status status = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    request.request_id = 1;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &status;
+    Tspb__Request request = status_request();
     assert_int_equal(seteuid(user->pw_uid), 0);
     for (int i = 0; i < N; i++) {
         fds[i] = raw_connect(&d);
@@ -373,15 +377,6 @@ static void a_crowd_leaves_descriptors_for_operators(void **state)
     for (int i = 0; i < N; i++)
         close(fds[i]);
     daemon_stop(&d);
-}
-
-/* Stops the daemon, so that what is sent until SIGCONT comes to it at once. */
-static void stop(const daemon_process *d)
-{
-    int status;
-    assert_int_equal(kill(d->pid, SIGSTOP), 0);
-    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
-    assert_true(WIFSTOPPED(status));
 }
 
 /* How many requests the daemon had taken when it answered this one. */
@@ -406,11 +401,7 @@ static void users_have_their_turn_however_many_connections_one_has(void **state)
         skip();
     daemon_start_with(&d, POOL_TINY ",blocks=16",
                       (const char *const[]){"--set", "socket_mode=0666", NULL});
-    Tspb__Status status = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    request.request_id = 1;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &status;
+    Tspb__Request request = status_request();
     assert_int_equal(seteuid(user->pw_uid), 0);
     for (int i = 0; i < N; i++) {
         fds[i] = raw_connect(&d);
@@ -421,12 +412,12 @@ static void users_have_their_turn_however_many_connections_one_has(void **state)
     raw_greet(own);
     assert_true(raw_submit(own, &request, 1));
     uint64_t before = requests_taken(own);
-    stop(&d);
+    daemon_pause(&d);
     for (int i = 0; i < N; i++)
         assert_true(raw_submit(fds[i], &request, 1));
     request.request_id = 2;
     assert_true(raw_submit(own, &request, 2));
-    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    daemon_resume(&d);
     assert_in_range(requests_taken(own) - before, 1, 9); /* its own, and two turns of the user's */
     for (int i = 0; i < N; i++) {
         (void)requests_taken(fds[i]); /* all are answered in the end */
@@ -448,10 +439,10 @@ static void descriptors_that_nobody_receives_are_few(void **state)
     request.session = c->session;
     memcpy(request.token, c->token, sizeof request.token);
     int fd = raw_handles(&d);
-    stop(&d);
+    daemon_pause(&d);
     for (int i = 0; i < 8; i++)
         assert_int_equal(send(fd, &request, sizeof request, 0), sizeof request);
-    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    daemon_resume(&d);
     struct pollfd end = {.fd = fd, .events = POLLRDHUP};
     assert_int_equal(poll(&end, 1, -1), 1); /* the daemon ends the connection */
     for (ssize_t n; (n = recv(fd, &reply, sizeof reply, 0)) != 0;) {
@@ -551,11 +542,11 @@ static void closing_what_is_passed_holds_nobody_up(void **state)
             }
             close(fd);
             close(go[0]);
-            stop(&d); /* until it alone has the socket */
+            daemon_pause(&d); /* until it alone has the socket */
             close(go[1]);
             assert_int_equal(waitpid(pid, &status, 0), pid);
             assert_int_equal(status, 0);
-            assert_int_equal(kill(d.pid, SIGCONT), 0);
+            daemon_resume(&d);
             a_worker_works(&d); /* or the watchdog ends the test */
         }
     daemon_stop(&d);

@@ -172,16 +172,6 @@ static void the_shipped_configuration_is_edited_by_uncommenting(void **state)
                          uncomment),
                      0);
     assert_has(text, "pool 'llama-8b' on auto: bf16, 32 layers");
-    /* They are all that the manual explains, but for blocks, which stands in place of memory. */
-    char manual[4096];
-    assert_int_equal(
-        run(text, sizeof text, "%s | sed -nE 's/^([a-z_]+) =.*/\\1/p' | sort", uncomment), 0);
-    assert_int_equal(run(manual, sizeof manual,
-                         "sed -nE 's/^\\.It Cm ([a-z_]+)$/\\1/p' " TS_MANUAL
-                         " | grep -v '^blocks$' | sort"),
-                     0);
-    assert_string_equal(text, manual);
-    assert_has(text, "metrics_hosts\nmetrics_show\n");
 }
 
 int main(void)

@@ -14,8 +14,9 @@
     "small:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=4,client_write=all"
 
 /* Worker: reads back the rows of the prototype's test through its own read-only mapping. */
-static void reader(const char *url)
+static void reader(const char *url, const char *argument)
 {
+    (void)argument;
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "small", 0);
     uint64_t slots[9];
@@ -273,7 +274,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
                                                       .io_dtype = TS_DTYPE_BF16},
                                    &step),
                      TS_EINVAL);
-    assert_string_equal(ts_error(c), "io_dtype bf16; it must be fp32 or the pool's own, fp32");
+    assert_string_equal(ts_error(c), "io_dtype bf16; beside a pool of fp32 it must be fp32");
     assert_int_equal(
         ts_step_begin(p, &seq, &n, 1,
                       &(ts_step_options){.size = sizeof(ts_step_options), .scale = NAN}, &step),
@@ -300,13 +301,6 @@ static void refusals_name_the_value_and_the_limit(void **state)
     daemon_stop(&d);
 }
 
-static void daemon_pause(const daemon_process *d)
-{
-    int status;
-    kill(d->pid, SIGSTOP);
-    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
-}
-
 static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
 {
     (void)state;
@@ -329,7 +323,7 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
         OK(ts_step_abort(step));
         daemon_pause(&d);
         assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
-        kill(d.pid, SIGCONT);
+        daemon_resume(&d);
         await_used_blocks(watcher, 2); /* it was begun, and the client doesn't know the step */
         do
             OK(ts_seq_lengths(p, &seq, 1, &length));
@@ -341,7 +335,7 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
         assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
         ts_pool_close(p);
         ts_disconnect(c);
-        kill(d.pid, SIGCONT);
+        daemon_resume(&d);
         await_used_blocks(watcher, 0);
         check_daemon(watcher);
     }
@@ -441,11 +435,11 @@ static void forks_of_a_long_sequence_take_as_many_calls_as_needed(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "reader") == 0)
-            reader(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"reader", reader},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zero),
         cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),

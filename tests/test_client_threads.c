@@ -22,10 +22,8 @@ static void *call(void *arg)
 
 static void caller_start(caller *a, const daemon_process *d, ts_pool *pool, ts_seq seq)
 {
-    int status;
     *a = (caller){.pool = pool, .seq = seq};
-    kill(d->pid, SIGSTOP);
-    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+    daemon_pause(d);
     assert_int_equal(pthread_create(&a->thread, NULL, call, a), 0);
     while (!atomic_load(&pool->client->in_call))
         ;
@@ -33,7 +31,7 @@ static void caller_start(caller *a, const daemon_process *d, ts_pool *pool, ts_s
 
 static void caller_end(caller *a, const daemon_process *d)
 {
-    kill(d->pid, SIGCONT);
+    daemon_resume(d);
     pthread_join(a->thread, NULL);
     assert_int_equal(a->status, TS_OK);
 }

@@ -3,6 +3,7 @@
 #include "test_util.h"
 
 #include "config.h"
+#include "config_keys.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -137,6 +138,38 @@ static void a_reload_tells_which_keys_take_a_new_start(void **state)
     assert_string_equal(differing, "threads ");
 }
 
+static void every_key_has_help_and_values_that_it_can_read(void **state)
+{
+    (void)state;
+    const ts_config_section *sections[] = {&ts_config_daemon, &ts_config_pools};
+    static union {
+        ts_config daemon;
+        ts_config_pool pool;
+    } section;
+    for (size_t s = 0; s < 2; s++)
+        for (uint32_t i = 0; i < sections[s]->num_keys; i++) {
+            const ts_config_key *key = &sections[s]->keys[i];
+            const char *values[] = {key->preset, key->shipped};
+            char why[200] = "no help, a needless preset or no end of the sentence";
+            bool ok = key->help != NULL && key->help[strlen(key->help) - 1] == '.' &&
+                      (key->preset == NULL || (key->empty == NULL && !key->required));
+            for (size_t v = 0; v < 2; v++)
+                ok = ok && (values[v] == NULL || key->read(key, (char *)&section + key->offset,
+                                                           values[v], why, sizeof why) == TS_OK);
+            if (!ok)
+                fail_msg("%s: %s", key->name, why);
+        }
+}
+
+static void the_daemon_and_its_engine_have_the_same_default_limits(void **state)
+{
+    (void)state;
+    ts_engine_limits limits;
+    ts_engine_default_limits(&limits);
+    ts_config_init(&c);
+    assert_memory_equal(&c.limits, &limits, sizeof limits);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -147,6 +180,8 @@ int main(void)
         cmocka_unit_test(the_command_line_changes_what_the_file_says),
         cmocka_unit_test(sizes_are_read_with_their_units),
         cmocka_unit_test(a_reload_tells_which_keys_take_a_new_start),
+        cmocka_unit_test(every_key_has_help_and_values_that_it_can_read),
+        cmocka_unit_test(the_daemon_and_its_engine_have_the_same_default_limits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

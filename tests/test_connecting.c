@@ -10,8 +10,9 @@
 enum { WORKERS = 3, CONNECTS = 60, REPLACEMENTS = 12 };
 
 /* Worker: connects many times, each with an exchange, and tells of each through the pipe. */
-static void connects(const char *url, int tell)
+static void connects(const char *url, const char *argument)
 {
+    const int tell = atoi(argument);
     const ts_options options = {
         .size = sizeof options, .url = url, .wait_ms = 120000, .exchange_bytes = 4096};
     for (int i = 0; i < CONNECTS; i++) {
@@ -65,8 +66,9 @@ static void whoever_waits_for_a_daemon_outlives_those_that_die(void **state)
 }
 
 /* Worker: as somebody who is no operator, waits for a daemon that takes sessions. */
-static void waits(const char *url)
+static void waits(const char *url, const char *argument)
 {
+    (void)argument;
     const ts_options options = {.size = sizeof options, .url = url, .wait_ms = 120000};
     ts_client *c;
     assert_int_equal(setuid(65534), 0);
@@ -84,20 +86,6 @@ static void drain(ts_client *operators, bool on)
     OK(ts_call_plain(operators, &request));
 }
 
-/* Requests that the daemon has refused. */
-static uint64_t refusals(ts_client *c)
-{
-    Tspb__Status body = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    Tspb__Reply *reply;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &body;
-    OK(ts_call(c, &request, &reply));
-    uint64_t refused = reply->status_reply->refused;
-    tspb__reply__free_unpacked(reply, NULL);
-    return refused;
-}
-
 static void whoever_waits_outwaits_a_drain(void **state)
 {
     (void)state;
@@ -107,9 +95,9 @@ static void whoever_waits_outwaits_a_drain(void **state)
     daemon_start(&d, POOL);
     ts_client *c = connect_to(&d);
     drain(c, true);
-    uint64_t before = refusals(c);
+    uint64_t before = daemon_status(c).refused;
     pid_t worker = spawn("waits", d.url, "");
-    while (refusals(c) == before) /* until it was turned away */
+    while (daemon_status(c).refused == before) /* until it was turned away */
         ;
     drain(c, false);
     join_child(worker);
@@ -118,8 +106,9 @@ static void whoever_waits_outwaits_a_drain(void **state)
 }
 
 /* Worker: has no descriptor left when a call needs one of the daemon's. */
-static void has_no_descriptor(const char *url)
+static void has_no_descriptor(const char *url, const char *argument)
 {
+    (void)argument;
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
@@ -200,15 +189,13 @@ static void an_address_that_can_be_no_daemons_is_named(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "connects") == 0)
-            connects(argv[2], atoi(argv[3]));
-        if (strcmp(argv[1], "waits") == 0)
-            waits(argv[2]);
-        if (strcmp(argv[1], "has_no_descriptor") == 0)
-            has_no_descriptor(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"connects", connects},
+        {"waits", waits},
+        {"has_no_descriptor", has_no_descriptor},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(whoever_waits_for_a_daemon_outlives_those_that_die),
         cmocka_unit_test(whoever_waits_outwaits_a_drain),

@@ -5,8 +5,9 @@
 #include <sys/stat.h>
 
 /* Worker: connects, says so through the pipe, and goes on until the daemon is gone. */
-static void lasting(const char *url, int ready)
+static void lasting(const char *url, const char *argument)
 {
+    const int ready = atoi(argument);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
@@ -156,11 +157,11 @@ static void a_forked_child_is_refused_and_not_ended(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "lasting") == 0)
-            lasting(argv[2], atoi(argv[3]));
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"lasting", lasting},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
         cmocka_unit_test(a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status),

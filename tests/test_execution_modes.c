@@ -63,8 +63,8 @@ static void check_ways(const char *pool, bool fp8)
     daemon_process d;
     daemon_start(&d, pool);
     ts_client *c[MODES] = {connect_by(&d, TS_TRANSPORT_RING, TS_EXEC_DAEMON, 0),
-                          connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
-                          connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
+                           connect_by(&d, TS_TRANSPORT_MESSAGES, TS_EXEC_DAEMON, 0),
+                           connect_by(&d, TS_TRANSPORT_AUTO, TS_EXEC_LOCAL, 0)};
     ts_pool *p[MODES];
     ts_seq seqs[MODES][SEQS];
     uint32_t lengths[MODES][SEQS];
@@ -150,19 +150,6 @@ static void plain_step(ts_pool *p, ts_seq seq, uint32_t seed)
     OK(ts_step_commit(s, NULL));
 }
 
-static uint64_t attends(ts_client *c)
-{
-    Tspb__Status body = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    Tspb__Reply *reply;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &body;
-    OK(ts_call(c, &request, &reply));
-    uint64_t n = reply->status_reply->runs;
-    tspb__reply__free_unpacked(reply, NULL);
-    return n;
-}
-
 static void auto_goes_both_ways_once_and_then_one(void **state)
 {
     (void)state;
@@ -174,13 +161,13 @@ static void auto_goes_both_ways_once_and_then_one(void **state)
     OK(ts_seq_create(p, 1, &seq));
     plain_step(closed, seq, 1); /* not writable: the daemon */
     assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
-    assert_int_equal(attends(c), 2);
+    assert_int_equal(daemon_status(c).runs, 2);
     plain_step(p, seq, 2);
     assert_int_equal(ts_client_exec(c), TS_EXEC_AUTO);
-    assert_int_equal(attends(c), 4);
+    assert_int_equal(daemon_status(c).runs, 4);
     plain_step(p, seq, 3);
     assert_true(ts_client_exec(c) == TS_EXEC_LOCAL || ts_client_exec(c) == TS_EXEC_DAEMON);
-    assert_int_equal(attends(c), ts_client_exec(c) == TS_EXEC_LOCAL ? 4 : 6);
+    assert_int_equal(daemon_status(c).runs, ts_client_exec(c) == TS_EXEC_LOCAL ? 4 : 6);
     ts_pool_close(p);
     ts_pool_close(closed);
     ts_disconnect(c);
@@ -205,7 +192,7 @@ static void what_only_the_daemon_has_kernels_for_it_attends(void **state)
     for (uint32_t i = 1; i <= 2; i++) {
         plain_step(p, seq, i);
         assert_int_equal(ts_client_exec(c), TS_EXEC_DAEMON);
-        assert_int_equal(attends(c), 2 * i);
+        assert_int_equal(daemon_status(c).runs, 2 * i);
     }
     assert_int_equal(ts_step_begin(q, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EPROTO);
     assert_string_equal(ts_error(l),

@@ -24,8 +24,9 @@ static void fill(rng *r, float *to, size_t n)
 
 /* Worker: decodes with a cache of its own beside the daemon's, until `stop` is at its end; every
  * output must equal what the same kernels make of the private cache, bit for bit. */
-static void steady(const char *url, int stop)
+static void steady(const char *url, const char *argument)
 {
+    const int stop = atoi(argument);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_geometry g = *ts_pool_geometry(p);
@@ -84,8 +85,9 @@ static void steady(const char *url, int stop)
 }
 
 /* Worker: does all that can be done, until it is killed. */
-static void victim(const char *url, int ready)
+static void victim(const char *url, const char *argument)
 {
+    const int ready = atoi(argument);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     rng r = {(uint64_t)getpid()};
@@ -170,16 +172,8 @@ static void workers_killed_at_random_points_take_nothing_with_them(void **state)
             assert_int_equal(waitpid(victims[v], NULL, 0), victims[v]);
         }
         /* Only this test's session, the load's and what they own may be left. */
-        for (uint64_t left = 4; left > 3;) {
-            Tspb__Status body = TSPB__STATUS__INIT;
-            Tspb__Request request = TSPB__REQUEST__INIT;
-            Tspb__Reply *reply;
-            request.body_case = TSPB__REQUEST__BODY_STATUS;
-            request.status = &body;
-            OK(ts_call(c, &request, &reply));
-            left = reply->status_reply->sessions;
-            tspb__reply__free_unpacked(reply, NULL);
-        }
+        while (daemon_status(c).sessions > 3)
+            ;
         clock_gettime(CLOCK_MONOTONIC, &to);
         double took =
             (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) * 1e-9;
@@ -206,8 +200,9 @@ static void workers_killed_at_random_points_take_nothing_with_them(void **state)
 
 /* Worker: forks a child that holds on to all that was open here, tells the child's pid, and waits.
  */
-static void parent_of_a_holder(const char *url, int ready)
+static void parent_of_a_holder(const char *url, const char *argument)
 {
+    const int ready = atoi(argument);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
@@ -246,8 +241,9 @@ static void an_id_from_before_a_restart_names_nothing(void **state)
 }
 
 /* Worker: begins a run on the processor that takes many minutes, and tells when it is under way. */
-static void runs_for_minutes(const char *url, int ready)
+static void runs_for_minutes(const char *url, const char *argument)
 {
+    const int ready = atoi(argument);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     ts_seq seq;
@@ -404,17 +400,14 @@ static void a_library_that_meets_another_version_names_both(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "steady") == 0)
-            steady(argv[2], atoi(argv[3]));
-        if (strcmp(argv[1], "victim") == 0)
-            victim(argv[2], atoi(argv[3]));
-        if (strcmp(argv[1], "minutes") == 0)
-            runs_for_minutes(argv[2], atoi(argv[3]));
-        if (strcmp(argv[1], "parent") == 0)
-            parent_of_a_holder(argv[2], atoi(argv[3]));
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"steady", steady},
+        {"victim", victim},
+        {"minutes", runs_for_minutes},
+        {"parent", parent_of_a_holder},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_library_that_meets_another_version_names_both),
         cmocka_unit_test(an_id_from_before_a_restart_names_nothing),

@@ -128,6 +128,19 @@ static void neither_of_two_uids_reaches_the_others_slabs(void **state)
     daemon_stop(&d);
 }
 
+/* A sequence of 32 tokens, and where their K and V lie. */
+static ts_seq take_slots(ts_pool *p, ts_kv kv[32])
+{
+    ts_seq seq;
+    uint64_t slots[32];
+    uint32_t n = 32;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    for (int t = 0; t < 32; t++)
+        OK(ts_slot_kv(p, slots[t], 0, &kv[t]));
+    return seq;
+}
+
 /* Worker: fills the whole pool with 42s, frees it, and keeps its mapping while another tenant
  * writes. */
 static void former_owner(const char *url, const char *pipes)
@@ -138,16 +151,10 @@ static void former_owner(const char *url, const char *pipes)
     become(UID_A);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "rw", TS_POOL_WRITABLE);
-    ts_seq seq;
     ts_kv kv[32];
-    uint64_t slots[32];
-    uint32_t n = 32;
-    OK(ts_seq_create(p, 1, &seq));
-    OK(ts_seq_append(p, &seq, &n, 1, slots));
-    for (int t = 0; t < 32; t++) {
-        OK(ts_slot_kv(p, slots[t], 0, &kv[t]));
+    ts_seq seq = take_slots(p, kv);
+    for (int t = 0; t < 32; t++)
         ((float *)kv[t].k)[0] = ((float *)kv[t].v)[0] = 42.0f;
-    }
     OK(ts_seq_free(p, &seq, 1));
     assert_int_equal(write(out, "f", 1), 1);
     assert_int_equal(read(in, &byte, 1), 0); /* the other has written by now */
@@ -168,14 +175,9 @@ static void next_owner(const char *url, const char *pipes)
     become(UID_B);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "rw", TS_POOL_WRITABLE);
-    ts_seq seq;
     ts_kv kv[32];
-    uint64_t slots[32];
-    uint32_t n = 32;
-    OK(ts_seq_create(p, 1, &seq));
-    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    (void)take_slots(p, kv);
     for (int t = 0; t < 32; t++) {
-        OK(ts_slot_kv(p, slots[t], 0, &kv[t]));
         for (int i = 0; i < 32; i++)
             assert_true(((float *)kv[t].k)[i] == 0.0f && ((float *)kv[t].v)[i] == 0.0f);
         ((float *)kv[t].k)[0] = 77.0f;
@@ -260,8 +262,9 @@ static void who_may_not_connect_is_told_why(void **state)
     daemon_stop(&d);
 }
 
-static void stranger(const char *url)
+static void stranger(const char *url, const char *argument)
 {
+    (void)argument;
     ts_client *c;
     char expected[256];
     become(UID_B);
@@ -275,19 +278,12 @@ static void stranger(const char *url)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "a") == 0)
-            tenant_a(argv[2], argv[3]);
-        if (strcmp(argv[1], "b") == 0)
-            tenant_b(argv[2], argv[3]);
-        if (strcmp(argv[1], "former") == 0)
-            former_owner(argv[2], argv[3]);
-        if (strcmp(argv[1], "next") == 0)
-            next_owner(argv[2], argv[3]);
-        if (strcmp(argv[1], "stranger") == 0)
-            stranger(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"a", tenant_a},      {"b", tenant_b},        {"former", former_owner},
+        {"next", next_owner}, {"stranger", stranger},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(neither_of_two_uids_reaches_the_others_slabs),
         cmocka_unit_test(a_slab_is_wiped_before_the_next_tenant_gets_it),

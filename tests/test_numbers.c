@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "convert.h"
+#include "dtypes.h"
 #include "fp8_halves.h"
 
 #include <math.h>
@@ -84,12 +85,50 @@ static void pairs_of_fp8_become_halves_in_a_few_operations(void **state)
     }
 }
 
+static void the_table_says_what_each_dtype_may_be_used_with(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *name, *io; /* io: a digit for each io type */
+        size_t bytes;
+        const char *why_not; /* that q, k, v and out are of type 9 */
+    } expected[] = {
+        {"fp32", "1000", 4, "io_dtype 9; beside a pool of fp32 it must be fp32"},
+        {"fp16", "1100", 2, "io_dtype 9; beside a pool of fp16 it must be fp32 or fp16"},
+        {"bf16", "1010", 2, "io_dtype 9; beside a pool of bf16 it must be fp32 or bf16"},
+        {"fp8_e4m3", "1110", 1,
+         "io_dtype 9; beside a pool of fp8_e4m3 it must be fp32, fp16 or bf16"},
+    };
+    char why[160];
+    assert_int_equal(sizeof expected / sizeof *expected, TS_DTYPE_COUNT);
+    for (uint32_t i = 0; i < TS_DTYPE_COUNT; i++) {
+        char io[TS_DTYPE_COUNT + 1] = "";
+        for (uint32_t j = 0; j < TS_DTYPE_COUNT; j++)
+            io[j] = ts_dtype_io_check(j, (ts_dtype)i, why, sizeof why) == TS_OK ? '1' : '0';
+        assert_string_equal(io, expected[i].io);
+        assert_string_equal(ts_dtype_name((ts_dtype)i), expected[i].name);
+        assert_int_equal(ts_dtype_bytes((ts_dtype)i), expected[i].bytes);
+        assert_int_equal(ts_dtype_io_check(9, (ts_dtype)i, why, sizeof why), TS_EINVAL);
+        assert_string_equal(why, expected[i].why_not);
+        bool scaled = ts_dtype_scales_check((ts_dtype)i, why, sizeof why) == TS_OK;
+        assert_int_equal(scaled, i == TS_DTYPE_FP8_E4M3);
+    }
+    assert_int_equal(ts_dtype_scales_check(TS_DTYPE_BF16, why, sizeof why), TS_EINVAL);
+    assert_string_equal(why, "scales, but the pool is of bf16; they are for fp8_e4m3");
+    /* A number that is no type's comes from outside: it is refused, also beside its like. */
+    assert_null(ts_dtype_name((ts_dtype)9));
+    assert_false(ts_dtype_is_io((ts_dtype)9, (ts_dtype)9));
+    assert_int_equal(ts_dtype_check(9, why, sizeof why), TS_EINVAL);
+    assert_string_equal(why, "dtype is 9; it must be fp32, fp16, bf16 or fp8_e4m3");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_half_and_bfloat_survives_a_round_trip),
         cmocka_unit_test(fp8_rounds_to_the_nearest_and_saturates),
         cmocka_unit_test(pairs_of_fp8_become_halves_in_a_few_operations),
+        cmocka_unit_test(the_table_says_what_each_dtype_may_be_used_with),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -279,8 +279,9 @@ static void rings_grow_for_a_larger_pool_while_a_step_is_open(void **state)
 }
 
 /* Worker: it can't receive the larger rings' memory, so it goes on with those that it has. */
-static void cannot_grow(const char *url)
+static void cannot_grow(const char *url, const char *argument)
 {
+    (void)argument;
     struct rlimit before, none;
     ts_client *c;
     OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url, .exchange_bytes = 1 << 20},
@@ -323,8 +324,9 @@ static void rings_that_cannot_grow_stay(void **state)
 }
 
 /* Worker: writes random words all over its rings and its exchange while the daemon reads them. */
-static void scribbler(const char *url, uint32_t seed)
+static void scribbler(const char *url, const char *argument)
 {
+    const uint32_t seed = (uint32_t)atoi(argument);
     enum { WRITES = 2000000 };
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
@@ -448,10 +450,7 @@ static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
         OK(ts_seq_create(p, 1, &seq));
         OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s));
         uint32_t tail = c->rings->submissions.tail;
-        int stopped;
-        kill(d.pid, SIGSTOP);
-        assert_int_equal(waitpid(d.pid, &stopped, WUNTRACED), d.pid);
-        assert_true(WIFSTOPPED(stopped));
+        daemon_pause(&d);
         assert_int_equal(pthread_create(&thread, NULL, run_one, s), 0);
         await(&c->rings->submissions.tail, tail + 1);
         if (sleeps)
@@ -471,13 +470,12 @@ static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "scribbler") == 0)
-            scribbler(argv[2], (uint32_t)atoi(argv[3]));
-        if (strcmp(argv[1], "cannot_grow") == 0)
-            cannot_grow(argv[2]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"scribbler", scribbler},
+        {"cannot_grow", cannot_grow},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_begin_that_is_too_large_for_a_ring_goes_as_a_message),
         cmocka_unit_test(a_ring_refuses_what_a_message_would),

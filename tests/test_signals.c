@@ -71,11 +71,11 @@ static void a_worker_whose_calls_are_interrupted_works_as_any(void **state)
 
 int main(int argc, char **argv)
 {
-    if (argc == 4) {
-        if (strcmp(argv[1], "interrupted") == 0)
-            interrupted(argv[2], argv[3]);
-        return 0;
-    }
+    static const worker_role roles[] = {
+        {"interrupted", interrupted},
+    };
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_worker_whose_calls_are_interrupted_works_as_any),
     };

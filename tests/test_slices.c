@@ -18,6 +18,17 @@ static bool sometimes(void *arg)
     return __atomic_add_fetch(&p->asked, 1, __ATOMIC_RELAXED) % p->every == 0;
 }
 
+static shape shape_of(ts_dtype dtype, uint32_t heads, uint32_t kv_heads)
+{
+    return (shape){.dtype = dtype,
+                   .io = dtype,
+                   .heads = heads,
+                   .kv_heads = kv_heads,
+                   .head_dim = 64,
+                   .block_tokens = 16,
+                   .layers = 1};
+}
+
 /* The shape's call once in one go and once with pauses, in how many turns. */
 static uint32_t compare(shape s, const uint32_t (*lengths)[2], uint32_t num_seqs, uint32_t threads,
                         uint32_t every)
@@ -53,13 +64,7 @@ static void a_call_with_pauses_has_the_bits_of_one_without(void **state)
         {{700, 600}, {64, 0}, {300, 300}},
         {{4097, 1}, {2500, 1}, {1, 1}},
     };
-    const shape s = {.dtype = TS_DTYPE_FP16,
-                     .io = TS_DTYPE_FP16,
-                     .heads = 8,
-                     .kv_heads = 2,
-                     .head_dim = 64,
-                     .block_tokens = 16,
-                     .layers = 1};
+    const shape s = shape_of(TS_DTYPE_FP16, 8, 2);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
         assert_true(compare(s, lengths[i], 3, 1, 2) > 2);
         assert_true(compare(s, lengths[i], 3, 3, 5) > 1);
@@ -70,13 +75,7 @@ static void a_call_of_several_windows_has_the_bits_of_its_rows_alone(void **stat
 {
     (void)state;
     enum { N = 3600 };
-    const shape s = {.dtype = TS_DTYPE_FP32,
-                     .io = TS_DTYPE_FP32,
-                     .heads = 8,
-                     .kv_heads = 1,
-                     .head_dim = 64,
-                     .block_tokens = 16,
-                     .layers = 1};
+    const shape s = shape_of(TS_DTYPE_FP32, 8, 1);
     problem p;
     rng r = {3};
     problem_new(&p, s, (const uint32_t[][2]){{N, N}}, 1, &r);
@@ -104,13 +103,7 @@ static void a_call_of_several_windows_has_the_bits_of_its_rows_alone(void **stat
 static void a_dropped_call_skips_what_is_left(void **state)
 {
     (void)state;
-    const shape s = {.dtype = TS_DTYPE_FP32,
-                     .io = TS_DTYPE_FP32,
-                     .heads = 2,
-                     .kv_heads = 1,
-                     .head_dim = 64,
-                     .block_tokens = 16,
-                     .layers = 1};
+    const shape s = shape_of(TS_DTYPE_FP32, 2, 1);
     problem p;
     rng r = {3};
     bool dropped = false;

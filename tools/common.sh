@@ -31,7 +31,10 @@ configure_and_build() {
     shift
     log=$(mktemp)
     # shellcheck disable=SC2086 # targets are words
-    if ! { cmake -S . -B "$folder" -G Ninja "$@" && cmake --build "$folder" --target ${build_target:-all}; } >"$log" 2>&1; then
+    if ! {
+        cmake -S . -B "$folder" -G Ninja "$@" &&
+            cmake --build "$folder" --target ${build_target:-all}
+    } >"$log" 2>&1; then
         cat "$log"
         rm -f "$log"
         return 1
@@ -59,7 +62,8 @@ clean_up() {
 # without one.
 cuda_architecture() {
     local capability
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
+        head -n 1 | tr -d .) || true
     case $capability in
     90) echo 90a-real ;;
     [0-9]*) echo "$capability-real" ;;

@@ -1,8 +1,11 @@
-# `cpack` in a build folder makes Debian packages: tinyserved, libtinyserve0, libtinyserve-cuda0 (where the
-# CUDA compiler was found), libtinyserve-dev and tinyserve-tools. tests/check_debs.sh installs them.
-install(FILES systemd/tinyserved.conf DESTINATION ${CMAKE_INSTALL_SYSCONFDIR}/tinyserve COMPONENT daemon)
+# `cpack` in a build folder makes Debian packages: tinyserved, libtinyserve0, libtinyserve-cuda0
+# (where the CUDA compiler was found), libtinyserve-dev and tinyserve-tools. tests/check_debs.sh
+# installs them.
+install(FILES systemd/tinyserved.conf DESTINATION ${CMAKE_INSTALL_SYSCONFDIR}/tinyserve
+        COMPONENT daemon)
 
-foreach(of daemon:tinyserved library:libtinyserve0 development:libtinyserve-dev tools:tinyserve-tools)
+foreach(of daemon:tinyserved library:libtinyserve0 development:libtinyserve-dev
+        tools:tinyserve-tools)
   string(REPLACE ":" ";" of ${of})
   list(GET of 0 component)
   list(GET of 1 package)
@@ -37,7 +40,8 @@ set(CPACK_DEBIAN_DAEMON_DESCRIPTION "the daemon: owns the blocks and runs attent
 set(CPACK_DEBIAN_DAEMON_PACKAGE_DEPENDS systemd)
 set(CPACK_DEBIAN_DAEMON_PACKAGE_RECOMMENDS tinyserve-tools)
 foreach(script conffiles postinst prerm postrm)
-  list(APPEND CPACK_DEBIAN_DAEMON_PACKAGE_CONTROL_EXTRA ${PROJECT_SOURCE_DIR}/systemd/debian/${script})
+  list(APPEND CPACK_DEBIAN_DAEMON_PACKAGE_CONTROL_EXTRA
+       ${PROJECT_SOURCE_DIR}/systemd/debian/${script})
 endforeach()
 set(CPACK_DEBIAN_DAEMON_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 

@@ -2,6 +2,7 @@
 #include "local_exec.h"
 
 #include "block_table_cache.h"
+#include "dtypes.h"
 #include "error.h"
 #include "local_gpu.h"
 #include "ring_client.h"
@@ -164,10 +165,9 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *local)
         return ts_not_ours(c);
     if (run->layer >= g->layers)
         return ts_fail(c, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
-    if ((run->flags & TS_RUN_SCALES) && g->dtype != TS_DTYPE_FP8_E4M3)
-        return ts_fail(c, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
-                       ts_dtype_name(g->dtype));
     char why[sizeof c->error];
+    if ((run->flags & TS_RUN_SCALES) && ts_dtype_scales_check(g->dtype, why, sizeof why) != TS_OK)
+        return ts_fail(c, TS_EINVAL, "%s", why);
     ts_status status = ts_attention_variant_check(&given, g->head_dim, why, sizeof why);
     if (status != TS_OK)
         return ts_fail(c, status, "%s", why);

@@ -1,6 +1,7 @@
 /* Frames: steps whose data, and what their kernels are told, stays where it lay. */
 #include "step.h"
 
+#include "dtypes.h"
 #include "error.h"
 #include "exchange.h"
 #include "local_gpu.h"
@@ -36,11 +37,9 @@ static ts_status check(const ts_pool *p, const ts_frame_options *o)
                        "%u query heads; they must be a multiple of the pool's %u KV heads, at most "
                        "%u",
                        o->step->heads, g->kv_heads, TS_HEADS_MAX);
-    if (!ts_dtype_is_io(o->step->io_dtype, g->dtype))
-        return ts_fail(c, TS_EINVAL, "io_dtype %s (%d) beside a pool of %s",
-                       ts_dtype_name(o->step->io_dtype) != NULL ? ts_dtype_name(o->step->io_dtype)
-                                                                : "unknown",
-                       (int)o->step->io_dtype, ts_dtype_name(g->dtype));
+    char why[160];
+    if (ts_dtype_io_check(o->step->io_dtype, g->dtype, why, sizeof why) != TS_OK)
+        return ts_fail(c, TS_EINVAL, "%s", why);
     if (!isfinite(o->step->scale) || o->step->scale < 0)
         return ts_fail(c, TS_EINVAL, "a scale of %g; it must be finite and not negative",
                        (double)o->step->scale);

@@ -85,6 +85,17 @@ ts_status ts_gone(ts_client *c)
     return ts_fail(c, TS_ECONN, "the connection to %s ended: the session is over", c->path);
 }
 
+ts_status ts_may_ask(ts_client *c)
+{
+    if (c->pid != getpid())
+        return ts_not_ours(c);
+    if (atomic_load(&c->broken) || !c->open)
+        return ts_gone(c);
+    if (c->settle != NULL)
+        c->settle(c);
+    return TS_OK;
+}
+
 bool ts_device_failed(const ts_client *c)
 {
     return c->rings != NULL &&

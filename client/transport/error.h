@@ -55,6 +55,10 @@ bool ts_device_failed(const ts_client *client);
 ts_status ts_gone(ts_client *client);
 ts_status ts_not_ours(ts_client *client);
 
+/* Stands before every request: settles what must come before it. An error: the session has ended,
+ * or is another process's. */
+TS_WARN_UNUSED ts_status ts_may_ask(ts_client *client);
+
 /* A new client may have the address of one that this thread was refused. */
 void ts_error_forget(void);
 

@@ -202,12 +202,9 @@ bool ts_ring_take(ts_client *c, ts_ring_completion *done)
 ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
 {
     ts_rings_memory *m = c->rings;
-    if (c->pid != getpid())
-        return ts_not_ours(c);
-    if (atomic_load(&c->broken) || !c->open)
-        return ts_gone(c);
-    if (c->settle != NULL)
-        c->settle(c);
+    ts_status status = ts_may_ask(c);
+    if (status != TS_OK)
+        return status;
     entry->tag = ++c->ring_tag;
     m->submitted[c->ring_submitted & MASK] = *entry;
     c->ring_submitted++;
@@ -217,7 +214,7 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         while (write(c->doorbell, &one, sizeof one) < 0 && errno == EINTR)
             ;
     }
-    ts_status status = await_completion(c);
+    status = await_completion(c);
     if (status != TS_OK)
         return status;
     (void)ts_ring_take(c, done);

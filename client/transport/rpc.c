@@ -43,14 +43,11 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
 ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
 {
     *reply = NULL;
-    if (c->pid != getpid())
-        return ts_not_ours(c);
-    if (atomic_load(&c->broken) || !c->open)
-        return ts_gone(c);
-    if (c->settle != NULL)
-        c->settle(c);
+    ts_status status = ts_may_ask(c);
+    if (status != TS_OK)
+        return status;
     request->request_id = c->next_id++;
-    ts_status status = TS_ETIMEOUT;
+    status = TS_ETIMEOUT;
     nng_msg *message = NULL;
     for (uint32_t i = 0; status == TS_ETIMEOUT && i <= c->retries; i++)
         status = exchange_messages(c, request, &message);

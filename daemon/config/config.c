@@ -57,17 +57,9 @@ uint32_t ts_config_pool_line(const ts_config_pool *p, const char *name)
 
 void ts_config_init(ts_config *c)
 {
-    *c = (ts_config){
-        .socket = TS_SOCKET_DEFAULT,
-        .socket_mode = 0660,
-        .log_level = TS_LOG_INFO,
-        .tenant_connections = 1024,
-        .idle_ms = 10000,
-        .submit_ms = 30000,
-        .spin_us = 50,
-        .message_bytes = 1u << 20,
-    };
-    ts_engine_default_limits(&c->limits);
+    *c = (ts_config){0};
+    ts_engine_default_limits(&c->limits); /* some are no keys */
+    ts_config_preset(&ts_config_daemon, c);
 }
 
 /* Sets a key of a section's struct. `line` 0: from the command line, which overrides the file. */
@@ -88,7 +80,7 @@ static ts_status set_key(ts_config *c, const ts_config_section *section, void *o
     }
     given->keys |= 1u << index;
     given->lines[index] = line;
-    if (value[0] == '\0' && key->optional)
+    if (value[0] == '\0' && key->empty != NULL)
         return TS_OK;
     if (key->read(key, (char *)object + key->offset, value, why, sizeof why) == TS_OK)
         return TS_OK;
@@ -133,15 +125,8 @@ static ts_config_pool *new_pool(ts_config *c, uint32_t line, const char *name)
         return NULL;
     }
     ts_config_pool *p = &c->pools[c->num_pools++];
-    *p = (ts_config_pool){
-        .slab = 64u << 20,
-        .given = {.line = line},
-        .pool = {.geometry = {.block_tokens = 16, .dtype = TS_DTYPE_BF16},
-                 .sequences_max = 1u << 20,
-                 .sequence_tokens_max = 1u << 20,
-                 .device = "auto",
-                 .memory = "host"},
-    };
+    *p = (ts_config_pool){.given = {.line = line}, .pool = {.memory = "host"}};
+    ts_config_preset(&ts_config_pools, p);
     snprintf(p->pool.name, sizeof p->pool.name, "%s", name);
     return p;
 }

@@ -1,5 +1,6 @@
 #include "config_keys.h"
 
+#include "dtypes.h"
 #include "http_address.h"
 #include "plain_text.h"
 
@@ -18,12 +19,12 @@ static void put_text(const ts_config_key *key, void *field, const char *text)
     snprintf(field, key->bytes, "%s", text);
 }
 
-static ts_status read_number(const ts_config_key *key, const char *value, bool units, int base,
-                             uint64_t *out, char *why, size_t why_bytes)
+static ts_status read_number(const ts_config_key *key, const char *value, bool units, uint64_t *out,
+                             char *why, size_t why_bytes)
 {
     char *end;
     errno = 0;
-    uint64_t n = strtoull(value, &end, base);
+    uint64_t n = strtoull(value, &end, key->octal ? 8 : 10);
     bool bad = errno != 0 || end == value || strspn(value, "0123456789") == 0;
     if (units && *end != '\0') {
         static const char letters[] = "KMGT";
@@ -40,7 +41,7 @@ static ts_status read_number(const ts_config_key *key, const char *value, bool u
     }
     if (n < key->least || n > key->most) {
         snprintf(why, why_bytes,
-                 base == 8 ? "the limits are %llo..%llo" : "the limits are %llu..%llu",
+                 key->octal ? "the limits are %llo..%llo" : "the limits are %llu..%llu",
                  (unsigned long long)key->least, (unsigned long long)key->most);
         return TS_EINVAL;
     }
@@ -52,17 +53,7 @@ static ts_status read_u32(const ts_config_key *key, void *field, const char *val
                           size_t why_bytes)
 {
     uint64_t n;
-    if (read_number(key, value, false, 10, &n, why, why_bytes) != TS_OK)
-        return TS_EINVAL;
-    *(uint32_t *)field = (uint32_t)n;
-    return TS_OK;
-}
-
-static ts_status read_octal(const ts_config_key *key, void *field, const char *value, char *why,
-                            size_t why_bytes)
-{
-    uint64_t n;
-    if (read_number(key, value, false, 8, &n, why, why_bytes) != TS_OK)
+    if (read_number(key, value, false, &n, why, why_bytes) != TS_OK)
         return TS_EINVAL;
     *(uint32_t *)field = (uint32_t)n;
     return TS_OK;
@@ -81,13 +72,13 @@ static ts_status read_seconds(const ts_config_key *key, void *field, const char 
 static ts_status read_u64(const ts_config_key *key, void *field, const char *value, char *why,
                           size_t why_bytes)
 {
-    return read_number(key, value, false, 10, field, why, why_bytes);
+    return read_number(key, value, false, field, why, why_bytes);
 }
 
 static ts_status read_size(const ts_config_key *key, void *field, const char *value, char *why,
                            size_t why_bytes)
 {
-    return read_number(key, value, true, 10, field, why, why_bytes);
+    return read_number(key, value, true, field, why, why_bytes);
 }
 
 /* One of the key's words into an enum, which counts as they do. */
@@ -216,6 +207,7 @@ static const char *const writers[] = {"none", "all", NULL};
 static const char *const caches[] = {"on", "off", NULL};
 static const char *const kernels[] = {"auto", "v1",   "v2",  "v3",    "v4",
                                       "v5",   "tile", "mma", "wgmma", NULL};
+_Static_assert(sizeof dtypes / sizeof *dtypes - 1 == TS_DTYPE_COUNT, "one word for each dtype");
 _Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one word for each kernel");
 
 #define KEY(type, name_, reader, field)                                                            \
@@ -223,72 +215,137 @@ _Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one wor
     .bytes = sizeof(((type *)0)->field)
 #define DAEMON(name, reader, field) KEY(ts_config, name, reader, field)
 #define POOL(name, reader, field) KEY(ts_config_pool, name, reader, field)
+#define BYTES_MAX (UINT64_MAX >> 1)
 
+/* In the order in which tinyserved.conf has them. config_keys.h explains the fields. */
 static const ts_config_key daemon_keys[] = {
-    {DAEMON("socket", read_socket, socket)},
-    {DAEMON("socket_mode", read_octal, socket_mode), .least = 0600, .most = 0666},
-    {DAEMON("operators", read_operators, operators), .optional = true, .reloads = true},
-    {DAEMON("threads", read_u32, threads), .least = 0, .most = 1024},
-    {DAEMON("kernel", read_isa, kernel), .words = isas},
-    {DAEMON("log_level", read_log_level, log_level), .words = levels, .reloads = true},
-    {DAEMON("tenant_connections", read_u32, tenant_connections), .least = 1, .most = 65536},
-    {DAEMON("idle_seconds", read_seconds, idle_ms), .least = 1, .most = 3600},
-    {DAEMON("submit_seconds", read_seconds, submit_ms), .least = 1, .most = 3600},
-    {DAEMON("spin_us", read_u32, spin_us), .least = 0, .most = 1000000},
-    {DAEMON("metrics", read_metrics, metrics)},
-    {DAEMON("metrics_hosts", read_hosts, metrics_hosts), .optional = true},
-    {DAEMON("metrics_show", read_word, metrics_show), .words = shows, .reloads = true},
-    {DAEMON("message_max", read_size, message_bytes), .least = 4096, .most = 1u << 30},
-    {DAEMON("exchange_max", read_size, limits.exchange_bytes), .least = 4096,
-     .most = UINT64_MAX >> 1, .reloads = true},
-    {DAEMON("tenant_exchange", read_size, tenant_exchange_bytes), .least = 4096,
-     .most = UINT64_MAX >> 1, .optional = true, .reloads = true},
-    {DAEMON("sessions", read_u32, limits.sessions), .least = 1, .most = 1u << 20},
+    {DAEMON("socket", read_socket, socket), .preset = TS_SOCKET_DEFAULT,
+     .help = "Where workers connect. The handle socket lies beside it (.handles)."},
+    {DAEMON("socket_mode", read_u32, socket_mode), .octal = true, .least = 0600, .most = 0666,
+     .preset = "0660", .help = "Who may connect: the daemon's user and group."},
+    {DAEMON("operators", read_operators, operators), .empty = "none", .reloads = true,
+     .help = "A group that may give the orders of tsctl(1), beside root and the daemon's user.",
+     .more = "Its members are looked up when the configuration is read."},
+    {DAEMON("threads", read_u32, threads), .least = 0, .most = 1024, .preset = "0",
+     .help = "Threads of the attention kernels. 0: one for each processor."},
+    {DAEMON("kernel", read_isa, kernel), .words = isas, .preset = "auto",
+     .help = "What the processor's attention kernels use: {words}."},
+    {DAEMON("log_level", read_log_level, log_level), .words = levels, .preset = "info",
+     .reloads = true, .help = "The least important lines of the log: {words}."},
+    {DAEMON("tenant_connections", read_u32, tenant_connections), .least = 1, .most = 65536,
+     .preset = "1024",
+     .help = "Connections of one user at each of the two sockets. Operators have no such limit.",
+     .more = "The last 8 connections that the daemon's descriptors allow are theirs."},
+    {DAEMON("idle_seconds", read_seconds, idle_ms), .least = 1, .most = 3600, .preset = "10",
+     .help = "Seconds that a connection has to greet, to send a message, to read an answer, and to "
+             "open a session.",
+     .more = "Then the daemon ends it."},
+    {DAEMON("submit_seconds", read_seconds, submit_ms), .least = 1, .most = 3600, .preset = "30",
+     .help = "Seconds that a worker on a GPU has to submit a run that it has asked for."},
+    {DAEMON("metrics", read_metrics, metrics), .preset = "off", .shipped = "127.0.0.1:9470",
+     .help = "An address and a port, or off. They serve a page that shows the pools at /, its "
+             "figures as /stats.json, Prometheus' figures as /metrics, and /healthz, to everybody "
+             "who can reach the address.",
+     .more = "At 127.0.0.1 or [::1] those are the machine's users. There is no password: on "
+             "another address a firewall or a proxy must decide who connects, and the unit's "
+             "`IPAddressAllow` needs an override."},
+    {DAEMON("metrics_hosts", read_hosts, metrics_hosts), .empty = "none",
+     .help = "Names that HTTP may be asked for by, beside addresses and localhost, with commas "
+             "between them. A name with :PORT stands for that port alone.",
+     .more = "Other names are refused, since a page elsewhere could have made them lead here."},
+    {DAEMON("metrics_show", read_word, metrics_show), .words = shows, .preset = "totals",
+     .reloads = true,
+     .help = "What HTTP shows everybody of tenants: totals, or all, with sessions, sequences and "
+             "pids.",
+     .more = "`all` adds sessions with their programs, pids and uids, sequences with their "
+             "lengths, and whose each block is."},
+    {DAEMON("spin_us", read_u32, spin_us), .least = 0, .most = 1000000, .preset = "50",
+     .help = "Microseconds that a session's rings are polled after their last use. Longer is "
+             "quicker for workers that do much between two layers, and costs a processor."},
+    {DAEMON("message_max", read_size, message_bytes), .least = 4096, .most = 1u << 30,
+     .preset = "1M", .help = "The longest message. A longer one ends its connection."},
+    {DAEMON("exchange_max", read_size, limits.exchange_bytes), .least = 4096, .most = BYTES_MAX,
+     .preset = "1G", .reloads = true, .help = "Shared memory for q, k, v and out of one session."},
+    {DAEMON("tenant_exchange", read_size, tenant_exchange_bytes), .least = 4096, .most = BYTES_MAX,
+     .empty = "a quarter of the GPU's memory", .reloads = true,
+     .help = "A GPU's memory that the exchanges of one user may take.",
+     .more = "An exchange that was replaced counts until the GPU has its memory back. Exchanges "
+             "never take what pools of the GPU were promised."},
+    {DAEMON("sessions", read_u32, limits.sessions), .least = 1, .most = 1u << 20, .preset = "4096",
+     .help = "Sessions open at a time."},
     {DAEMON("tenant_sessions", read_u32, limits.tenant_sessions), .least = 1, .most = 1u << 20,
-     .optional = true, .reloads = true},
+     .empty = "a quarter of `sessions`", .reloads = true,
+     .help = "Sessions of one user open at a time. Operators have no such limit.",
+     .more = "The last 8 of `sessions` are theirs."},
     {DAEMON("session_sequences", read_u32, limits.session_sequences), .least = 1, .most = 1u << 24,
-     .reloads = true},
+     .preset = "16777216", .reloads = true, .help = "Sequences that one session may own."},
     {DAEMON("session_steps", read_u32, limits.session_steps), .least = 1, .most = 65536,
-     .reloads = true},
+     .preset = "256", .reloads = true, .help = "Steps that one session may have open."},
     {DAEMON("session_blocks", read_u64, limits.session_blocks), .least = 1, .most = UINT64_MAX,
-     .optional = true, .reloads = true},
-    {DAEMON("batch", read_u32, limits.batch), .least = 1, .most = 1u << 20, .reloads = true},
+     .empty = "16 times the pool's blocks", .reloads = true,
+     .help = "Block table entries of one session's sequences."},
+    {DAEMON("batch", read_u32, limits.batch), .least = 1, .most = 1u << 20, .preset = "65536",
+     .reloads = true, .help = "Sequences in one request."},
     {DAEMON("step_tokens", read_u32, limits.step_tokens), .least = 1, .most = 1u << 24,
-     .reloads = true},
+     .preset = "1048576", .reloads = true, .help = "New tokens in one step."},
 };
 
 static const ts_config_key pool_keys[] = {
     {POOL("layers", read_u32, pool.geometry.layers), .least = 1, .most = TS_LAYERS_MAX,
-     .required = true},
+     .required = true, .shipped = "32", .help = "Layers of the model, {limits}."},
     {POOL("kv_heads", read_u32, pool.geometry.kv_heads), .least = 1, .most = TS_HEADS_MAX,
-     .required = true},
+     .required = true, .shipped = "8", .help = "KV heads of a layer, {limits}."},
     {POOL("head_dim", read_u32, pool.geometry.head_dim), .least = TS_HEAD_DIM_MIN,
-     .most = TS_HEAD_DIM_MAX, .required = true},
-    {POOL("memory", read_size, memory), .least = 1, .most = UINT64_MAX >> 1},
-    {POOL("blocks", read_u64, blocks), .least = 1, .most = TS_POOL_BLOCKS_MAX},
-    {POOL("memory_max", read_size, memory_max), .least = 1, .most = UINT64_MAX >> 1,
-     .optional = true},
-    {POOL("device", read_device, pool.device)},
-    {POOL("provider", read_word, provider), .words = providers},
-    {POOL("kernel", read_word, pool.kernel), .words = kernels},
-    {POOL("dtype", read_word, pool.geometry.dtype), .words = dtypes},
+     .most = TS_HEAD_DIM_MAX, .required = true, .shipped = "128",
+     .help = "Elements of a head, {limits}."},
+    {POOL("memory", read_size, memory), .least = 1, .most = BYTES_MAX, .shipped = "1G",
+     .help = "The pool's memory. In its place, `blocks` says how many blocks the pool has."},
+    {POOL("blocks", read_u64, blocks), .least = 1, .most = TS_POOL_BLOCKS_MAX,
+     .help = "How many blocks the pool has, in place of `memory`."},
+    {POOL("memory_max", read_size, memory_max), .least = 1, .most = BYTES_MAX, .empty = "`memory`",
+     .help = "What `tsctl pool resize` may give the pool while it runs.",
+     .more = "Workers keep addresses free for so much."},
+    {POOL("device", read_device, pool.device), .preset = "auto",
+     .help = "Where the pool lies: host, cuda:N, or auto: the first GPU if there is one."},
+    {POOL("provider", read_word, provider), .words = providers, .preset = "auto",
+     .help = "Who provides the memory: host; on a GPU cuda-vmm, or cuda-ipc where VMM export is "
+             "missing; or auto."},
+    {POOL("kernel", read_word, pool.kernel), .words = kernels, .preset = "auto",
+     .help = "The kernels of a GPU, to compare them (kernels/README.md): {words}."},
+    {POOL("dtype", read_word, pool.geometry.dtype), .words = dtypes, .preset = "bf16",
+     .help = "What K and V are stored as: {words}."},
     {POOL("block_tokens", read_u32, pool.geometry.block_tokens), .least = 1,
-     .most = TS_BLOCK_TOKENS_MAX},
-    {POOL("layout", read_word, pool.geometry.layout), .words = layouts},
-    {POOL("slab", read_size, slab), .least = 4096, .most = UINT64_MAX >> 1},
-    {POOL("tenant_memory", read_size, tenant_memory), .least = 1, .most = UINT64_MAX >> 1,
-     .optional = true, .reloads = true},
-    {POOL("tenant_pinned", read_size, tenant_pinned), .least = 1, .most = UINT64_MAX >> 1,
-     .optional = true, .reloads = true},
+     .most = TS_BLOCK_TOKENS_MAX, .preset = "16", .help = "Tokens of a block, {limits}."},
+    {POOL("layout", read_word, pool.geometry.layout), .words = layouts, .preset = "nhd",
+     .help = "The order inside a layer of a block: nhd is [token][head][dim], hnd is "
+             "[head][token][dim]."},
+    {POOL("slab", read_size, slab), .least = 4096, .most = BYTES_MAX, .preset = "64M",
+     .help = "The unit of memory that is exported, and that one tenant has to itself."},
+    {POOL("tenant_memory", read_size, tenant_memory), .least = 1, .most = BYTES_MAX,
+     .empty = "no limit", .reloads = true, .help = "The most that one tenant may use."},
+    {POOL("tenant_pinned", read_size, tenant_pinned), .least = 1, .most = BYTES_MAX,
+     .empty = "half of the pool's memory", .reloads = true,
+     .help = "Memory that the kept sequences of one user may take, each block counted once."},
     {POOL("tenant_sequences", read_u32, pool.tenant_sequences_max), .least = 1, .most = 1u << 24,
-     .optional = true, .reloads = true},
+     .empty = "a quarter of `sequences`", .reloads = true,
+     .help = "Sequences of one user live at a time."},
     {POOL("tenant_entries", read_u64, pool.tenant_entries_max), .least = 1, .most = UINT64_MAX,
-     .optional = true, .reloads = true},
-    {POOL("sequences", read_u32, pool.sequences_max), .least = 1, .most = 1u << 24},
-    {POOL("sequence_tokens", read_u32, pool.sequence_tokens_max), .least = 1, .most = 1u << 30},
-    {POOL("client_write", read_word, pool.client_write), .words = writers},
-    {POOL("cache", read_word, pool.cache), .words = caches},
-    {POOL("model", read_model, pool.model), .optional = true},
+     .empty = "16 times the pool's blocks", .reloads = true,
+     .help = "Block table entries of all sequences of one user, kept ones included."},
+    {POOL("sequences", read_u32, pool.sequences_max), .least = 1, .most = 1u << 24,
+     .preset = "1048576", .help = "Sequences live at a time."},
+    {POOL("sequence_tokens", read_u32, pool.sequence_tokens_max), .least = 1, .most = 1u << 30,
+     .preset = "1048576", .help = "Tokens of the longest sequence."},
+    {POOL("client_write", read_word, pool.client_write), .words = writers, .preset = "none",
+     .help = "all: any tenant may map its slabs writable, to append K and V or to attend itself."},
+    {POOL("cache", read_word, pool.cache), .words = caches, .preset = "on",
+     .help =
+         "on: blocks that no sequence uses any more are found again by their tokens' ids, until "
+         "room is needed; off: they are free at once."},
+    {POOL("model", read_model, pool.model), .empty = "none",
+     .help = "The namespace of sequences that name none: the model, and what else K and V depend "
+             "on.",
+     .more = "Without it such sequences get no token ids."},
 };
 
 #define COUNT(array) (sizeof array / sizeof *array)
@@ -304,6 +361,16 @@ const ts_config_key *ts_config_find_key(const ts_config_section *section, const 
         if (strcmp(section->keys[i].name, name) == 0)
             return &section->keys[i];
     return NULL;
+}
+
+void ts_config_preset(const ts_config_section *section, void *object)
+{
+    char why[200];
+    for (uint32_t i = 0; i < section->num_keys; i++) {
+        const ts_config_key *key = &section->keys[i];
+        if (key->preset != NULL) /* it can be read: test_config.c reads each */
+            (void)key->read(key, (char *)object + key->offset, key->preset, why, sizeof why);
+    }
 }
 
 bool ts_config_key_differs(const ts_config_key *key, const void *a, const void *b)

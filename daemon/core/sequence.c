@@ -25,6 +25,20 @@ void ts_sequences_fini(ts_sequences *s)
     *s = (ts_sequences){0};
 }
 
+/* Doubles an array from `least` elements on until it has `needed`; NULL: no memory for that, and
+ * the array is as it was. */
+static void *grow(void *array, size_t element_bytes, uint64_t least, uint64_t needed,
+                  uint32_t *capacity)
+{
+    uint64_t more = *capacity == 0 ? least : *capacity;
+    while (more < needed)
+        more *= 2;
+    void *grown = realloc(array, more * element_bytes);
+    if (grown != NULL)
+        *capacity = (uint32_t)more;
+    return grown;
+}
+
 ts_status ts_sequences_reserve(ts_sequences *s, uint32_t count)
 {
     if (count > s->max - s->live)
@@ -32,14 +46,10 @@ ts_status ts_sequences_reserve(ts_sequences *s, uint32_t count)
     uint64_t needed = (uint64_t)s->live + count; /* free entries lie among the first s->count */
     if (needed <= s->capacity)
         return TS_OK;
-    uint64_t capacity = s->capacity == 0 ? 64 : s->capacity;
-    while (capacity < needed)
-        capacity *= 2;
-    ts_sequence *grown = realloc(s->all, capacity * sizeof *grown);
+    ts_sequence *grown = grow(s->all, sizeof *grown, 64, needed, &s->capacity);
     if (grown == NULL)
         return TS_ENOMEM;
     s->all = grown;
-    s->capacity = (uint32_t)capacity;
     return TS_OK;
 }
 
@@ -111,14 +121,10 @@ ts_status ts_sequence_reserve(ts_sequence *seq, uint32_t blocks)
 {
     if (blocks <= seq->capacity)
         return TS_OK;
-    uint64_t capacity = seq->capacity == 0 ? 4 : seq->capacity;
-    while (capacity < blocks)
-        capacity *= 2;
-    uint32_t *grown = realloc(seq->blocks, capacity * sizeof *grown);
+    uint32_t *grown = grow(seq->blocks, sizeof *grown, 4, blocks, &seq->capacity);
     if (grown == NULL)
         return TS_ENOMEM;
     seq->blocks = grown;
-    seq->capacity = (uint32_t)capacity;
     return TS_OK;
 }
 

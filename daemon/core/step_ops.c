@@ -1,4 +1,5 @@
 /* The engine's commands for steps. */
+#include "dtypes.h"
 #include "engine_internal.h"
 
 #include <math.h>
@@ -216,19 +217,11 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
     a->need.tenant = s->tenant;
 }
 
-/* A type's name, or what an unknown one's number is. */
-static const char *io_name(uint32_t io_dtype, char number[16])
-{
-    const char *name = ts_dtype_name((ts_dtype)io_dtype);
-    snprintf(number, 16, "%u", io_dtype);
-    return name != NULL ? name : number;
-}
-
 static bool check_form(const ts_engine *e, const ts_session *s, const ts_command *c, ts_answer *a)
 {
     const ts_geometry *g = &e->pools[c->pool].config.geometry;
     uint32_t heads = c->step_begin.heads;
-    char number[16];
+    char why[160];
     if (c->step_begin.count == 0 || c->step_begin.count > e->limits.batch)
         ts_refuse(a, TS_EINVAL, "a step of %u sequences; the limits are 1..%u", c->step_begin.count,
                   e->limits.batch);
@@ -237,13 +230,8 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
                   "%u query heads; they must be a multiple of the pool's %u KV heads, "
                   "at most %u",
                   heads, g->kv_heads, TS_HEADS_MAX);
-    else if (!ts_dtype_is_io((ts_dtype)c->step_begin.io_dtype, g->dtype) &&
-             g->dtype == TS_DTYPE_FP8_E4M3)
-        ts_refuse(a, TS_EINVAL, "io_dtype %s; beside an fp8 pool it must be fp32, fp16 or bf16",
-                  io_name(c->step_begin.io_dtype, number));
-    else if (!ts_dtype_is_io((ts_dtype)c->step_begin.io_dtype, g->dtype))
-        ts_refuse(a, TS_EINVAL, "io_dtype %s; it must be fp32 or the pool's own, %s",
-                  io_name(c->step_begin.io_dtype, number), ts_dtype_name(g->dtype));
+    else if (ts_dtype_io_check(c->step_begin.io_dtype, g->dtype, why, sizeof why) != TS_OK)
+        ts_refuse(a, TS_EINVAL, "%s", why);
     else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
         ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
                   (double)c->step_begin.scale);
@@ -396,10 +384,10 @@ static bool check_scales(const ts_session *s, const ts_layer_run *run, const ts_
 {
     if (!(run->flags & TS_RUN_SCALES))
         return true;
-    if (g->dtype == TS_DTYPE_FP8_E4M3)
+    char why[160];
+    if (ts_dtype_scales_check(g->dtype, why, sizeof why) == TS_OK)
         return check_range(s, "scales", run->scales, 2 * g->kv_heads * sizeof(float), a);
-    ts_refuse(a, TS_EINVAL, "scales, but the pool is of %s; fp8_e4m3 has them",
-              ts_dtype_name(g->dtype));
+    ts_refuse(a, TS_EINVAL, "%s", why);
     return false;
 }
 

@@ -73,7 +73,7 @@ typedef struct ts_geometry {
     ts_layout layout;
 } ts_geometry;
 
-/* Bytes of one element. */
+/* Bytes of one element of a type that ts_dtype_name knows. */
 static inline size_t ts_dtype_bytes(ts_dtype dtype)
 {
     return dtype == TS_DTYPE_FP32 ? 4 : dtype == TS_DTYPE_FP8_E4M3 ? 1 : 2;
@@ -133,11 +133,7 @@ const char *ts_status_name(ts_status status);
 
 /* Whether q, k, v and out in the exchange may be of type `io` where the cache is of type `cache`:
  * fp32, the cache's own, and beside an fp8 cache either 16-bit type. */
-static inline int ts_dtype_is_io(ts_dtype io, ts_dtype cache)
-{
-    return io == TS_DTYPE_FP32 || (io == cache && cache != TS_DTYPE_FP8_E4M3) ||
-           (cache == TS_DTYPE_FP8_E4M3 && (io == TS_DTYPE_FP16 || io == TS_DTYPE_BF16));
-}
+int ts_dtype_is_io(ts_dtype io, ts_dtype cache);
 
 /* "fp32", "fp16", "bf16", "fp8_e4m3"; NULL if there is none. */
 const char *ts_dtype_name(ts_dtype dtype);

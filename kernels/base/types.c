@@ -1,4 +1,4 @@
-#include "tinyserve_types.h"
+#include "dtypes.h"
 
 #include <stdio.h>
 
@@ -36,12 +36,8 @@ ts_status ts_geometry_check(const ts_geometry *g, char *why, size_t why_bytes)
         check_range("head_dim", g->head_dim, TS_HEAD_DIM_MIN, TS_HEAD_DIM_MAX, why, why_bytes) ||
         check_range("block_tokens", g->block_tokens, 1, TS_BLOCK_TOKENS_MAX, why, why_bytes))
         return TS_EINVAL;
-    if (ts_dtype_name(g->dtype) == NULL) {
-        snprintf(why, why_bytes,
-                 "dtype is %d; known are fp32 (0), fp16 (1), bf16 (2) and fp8_e4m3 (3)",
-                 (int)g->dtype);
+    if (ts_dtype_check(g->dtype, why, why_bytes))
         return TS_EINVAL;
-    }
     if (g->layout != TS_LAYOUT_NHD && g->layout != TS_LAYOUT_HND) {
         snprintf(why, why_bytes, "layout is %d; known are nhd (0) and hnd (1)", (int)g->layout);
         return TS_EINVAL;
@@ -70,19 +66,4 @@ const char *ts_status_name(ts_status status)
     };
     size_t i = (size_t)status;
     return i < sizeof names / sizeof names[0] ? names[i] : "unknown status";
-}
-
-const char *ts_dtype_name(ts_dtype dtype)
-{
-    switch (dtype) {
-    case TS_DTYPE_FP32:
-        return "fp32";
-    case TS_DTYPE_FP16:
-        return "fp16";
-    case TS_DTYPE_BF16:
-        return "bf16";
-    case TS_DTYPE_FP8_E4M3:
-        return "fp8_e4m3";
-    }
-    return NULL;
 }

@@ -3,7 +3,8 @@
 
     python3 kernels/doc/plot.py peers.json peers.svg
 
-What memory bounds: bytes per second as a share of the plain read rate; what arithmetic does: TFLOP/s.
+What memory bounds: bytes per second as a share of the plain read rate; what arithmetic does:
+TFLOP/s.
 """
 
 import json

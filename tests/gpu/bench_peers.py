@@ -5,8 +5,8 @@ prefill where the package flashinfer-python is installed.
 
     python3 tests/gpu/bench_peers.py [--device cuda:0] [--json peers.json]
 
-Times are medians, of the kernels alone; K and V are copied so often, and the copies used in turn, that
-no cache helps. kernels/doc/plot.py draws the JSON.
+Times are medians, of the kernels alone; K and V are copied so often, and the copies used in turn,
+that no cache helps. kernels/doc/plot.py draws the JSON.
 """
 
 import json
@@ -127,7 +127,7 @@ def ours(device):
     tsbench = common.first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
     out = subprocess.run([tsbench, "attend", "--device", device, "--json"], text=True, check=True,
                          stdout=subprocess.PIPE).stdout
-    return {row["shape"]: row for row in json.loads(out)}
+    return {row["shape"]: row for row in json.loads(out)["rows"]}
 
 
 def main():
@@ -152,7 +152,8 @@ def main():
                         "GB_s": row["GB_s"], "read_GB_s": row["read_GB_s"],
                         "TFLOP_s": row["TFLOP_s"], "peers_us": peers})
     print(f"{common.device_line()}, torch {torch.__version__}, flashinfer "
-          f"{flashinfer.__version__ if flashinfer else 'not installed'}; µs, medians of {REPEATS}\n")
+          f"{flashinfer.__version__ if flashinfer else 'not installed'}; "
+          f"µs, medians of {REPEATS}\n")
     common.table(["shape", "ours", "of read rate", "TFLOP/s", *peers, "best peer / ours"], rows)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -1,11 +1,13 @@
-"""What a layer of a decode step costs through the daemon, or launched by the worker itself, over the bare
-kernel: 32 layers, one after the other on the worker's CUDA stream, submitted ahead of the GPU.
+"""What a layer of a decode step costs through the daemon, or launched by the worker itself, over
+the bare kernel: 32 layers, one after the other on the worker's CUDA stream, submitted ahead of the
+GPU.
 
-    tests/gpu/with-mps python3 tests/gpu/bench_step.py [--transport ring|messages] [--exec local|graph]
+    tests/gpu/with-mps python3 tests/gpu/bench_step.py [--transport ring|messages]
+                                                       [--exec local|graph]
 
-graph: launched by the worker as one CUDA graph, captured in an earlier step of a frame. Bare kernels are
-`tsbench attend`'s, in the same run: as many layers, blocks in order, and they write the new tokens' K and V
-as a step's do. Every layer's result is checked first."""
+graph: launched by the worker as one CUDA graph, captured in an earlier step of a frame. Bare
+kernels are `tsbench attend`'s, in the same run: as many layers, blocks in order, and they write the
+new tokens' K and V as a step's do. Every layer's result is checked first."""
 
 import json
 import statistics
@@ -24,10 +26,10 @@ SHAPES = {"1 x 8192, 32/8/128 bf16": (1, 8192), "1 x 32768, 32/8/128 bf16": (1, 
 
 def bare(device, shape):
     tsbench = common.first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
-    out = subprocess.run([tsbench, "attend", "--device", device, "--json", "--shape", shape, "--append",
-                          "--layers", str(LAYERS), "--in-order"],
+    out = subprocess.run([tsbench, "attend", "--device", device, "--json", "--shape", shape,
+                          "--append", "--layers", str(LAYERS), "--in-order"],
                          text=True, check=True, stdout=subprocess.PIPE).stdout
-    return json.loads(out)[0]["us"]
+    return json.loads(out)["rows"][0]["us"]
 
 
 def timed(repeats, work):
@@ -41,8 +43,8 @@ def timed(repeats, work):
 
 
 def measure(kv, count, tokens, repeats, graph):
-    """Microseconds of a layer on the GPU when all are queued before it begins, and as it comes; of a
-    layer's call, and of a begin and an abort, on the host."""
+    """Microseconds of a layer on the GPU when all are queued before it begins, and as it comes; of
+    a layer's call, and of a begin and an abort, on the host."""
     seqs = kv.create(count)
     kv.append(seqs, [tokens - 1] * count)
     slots = [slot for s in seqs for slot in kv.slots(s, 0, tokens - 1)[::BLOCK]]
@@ -90,7 +92,8 @@ def measure(kv, count, tokens, repeats, graph):
                     captured.replay()
                     torch.cuda.synchronize()
         for layer in range(LAYERS):
-            assert ((outs[layer] - (layer + 1)).abs() < 1e-2 * (layer + 1)).all(), f"layer {layer} is wrong"
+            assert ((outs[layer] - (layer + 1)).abs() < 1e-2 * (layer + 1)).all(), \
+                f"layer {layer} is wrong"
         for i in range(repeats + 1):
             for queue, times in ((True, ahead), (False, plain)):
                 if queue:
@@ -122,9 +125,10 @@ def main():
     pool = (f"bench:layers={LAYERS},kv_heads={KV},head_dim={DIM},dtype=bf16,block_tokens={BLOCK},"
             f"memory=40G,client_write=all,device={options.device},provider={options.provider}")
     rows = []
+    execution = "daemon" if options.exec == "daemon" else "local"
     with common.Daemon(pool) as daemon, \
             tinyserve.connect(daemon.url, transport=options.transport,
-                              execution="daemon" if options.exec == "daemon" else "local") as client, \
+                              execution=execution) as client, \
             client.pool("bench", writable=True) as kv:
         client.exchange(kv, 64 << 20)
         for name, (count, tokens) in SHAPES.items():
@@ -133,8 +137,8 @@ def main():
             rows.append([name, f"{kernels[name]:.1f}", f"{ahead:.1f}",
                          f"{ahead - kernels[name]:.1f}", f"{plain:.1f}", f"{host:.1f}",
                          f"{opened:.0f}"])
-    print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, {options.exec}, by {options.transport}; "
-          f"µs a layer, medians of {options.repeats}\n")
+    print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, {options.exec}, "
+          f"by {options.transport}; µs a layer, medians of {options.repeats}\n")
     common.table(["shape", "bare kernel", "queued ahead", "over bare", "as it comes",
                   "a call on the host", "begin and abort"], rows)
     return 0

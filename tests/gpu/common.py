@@ -1,7 +1,7 @@
 """What the GPU tests share: where the programs are, a daemon of their own, and tables.
 
-The programs are taken from TS_TEST_DAEMON and TINYSERVE_LIBRARY, or from build/ of this checkout, or
-from the bundle that this file lies in. torch is needed.
+The programs are taken from TS_TEST_DAEMON and TINYSERVE_LIBRARY, or from build/ of this checkout,
+or from the bundle that this file lies in. torch is needed.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """Attention against PyTorch: random q, k and v in non-contiguous blocks, every kernel, through the
-running daemon. Fails where an output differs by more than 1e-3; prints by how much it really does."""
+running daemon. Fails where an output differs by more than 1e-3; prints by how much."""
 
 import sys
 

@@ -2,8 +2,8 @@
 Latency and effective bandwidth of each kernel, through the running daemon, and of PyTorch's masked
 matmul and its scaled_dot_product_attention in the same run. Every result is checked first.
 
-A kernel's latency is the time of a layer on the worker's own CUDA stream, the hand-over of the GPU from
-process to process and back included; MPS makes that cheap (tests/gpu/with-mps python3 ...)."""
+A kernel's latency is the time of a layer on the worker's own CUDA stream, the hand-over of the GPU
+from process to process and back included; MPS makes that cheap (tests/gpu/with-mps python3 ...)."""
 
 import statistics
 import sys
@@ -16,8 +16,8 @@ SEQUENCES, HEADS, DIM, BLOCK = 64, 32, 64, 16
 
 
 def timed(work, repeats):
-    """Milliseconds of each call, by events on the current stream. The caches are flushed between, which
-    takes long enough for the call itself to be queued behind it."""
+    """Milliseconds of each call, by events on the current stream. The caches are flushed between,
+    which takes long enough for the call itself to be queued behind it."""
     flush = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     times = []
     for i in range(repeats + 2):
@@ -47,7 +47,8 @@ def main():
     with common.Daemon(pool) as daemon, tinyserve.connect(daemon.url) as client, \
             client.pool("bench", writable=True) as kv:
         generator = torch.Generator("cuda").manual_seed(1)
-        lengths = torch.randint(1024, 4097, (SEQUENCES,), generator=torch.Generator().manual_seed(1))
+        lengths = torch.randint(1024, 4097, (SEQUENCES,),
+                                generator=torch.Generator().manual_seed(1))
         lengths = lengths.tolist()
         client.exchange(kv, 64 << 20)
         seqs = kv.create(SEQUENCES)
@@ -57,7 +58,8 @@ def main():
             kv.append([seqs[i] for i in there],
                       [min(BLOCK, lengths[i] - 1 - first) for i in there])
         slots = [kv.slots(s, 0, n - 1) for s, n in zip(seqs, lengths)]
-        keys, values = (x.torch() for x in kv.layer(0, [s for some in slots for s in some[::BLOCK]]))
+        firsts = [s for some in slots for s in some[::BLOCK]]
+        keys, values = (x.torch() for x in kv.layer(0, firsts))
         longest = max(lengths)
         k = torch.zeros(SEQUENCES, HEADS, longest, DIM, device="cuda")
         v = torch.zeros_like(k)

@@ -1,7 +1,7 @@
-"""Max concurrency within 23.0 GB: 90 % short (64-512 tokens) and 10 % long (2048-4096) sequences of a
-cache of 32 heads of 64 in fp32. PyTorch gives each sequence a buffer of the longest length; the paged
-pool gives it what it needs. Both hold the tokens for real, and the pool attends over them; sampled
-sequences are compared with PyTorch."""
+"""Max concurrency within 23.0 GB: 90 % short (64-512 tokens) and 10 % long (2048-4096) sequences of
+a cache of 32 heads of 64 in fp32. PyTorch gives each sequence a buffer of the longest length; the
+paged pool gives it what it needs. Both hold the tokens for real, and the pool attends over them;
+sampled sequences are compared with PyTorch."""
 
 import random
 import sys

@@ -201,8 +201,8 @@ def main():
     parser = common.arguments(__doc__)
     parser.add_argument("--kills", type=int, default=12, help="of each kind")
     options = parser.parse_args()
-    pool = (f"kills:layers=2,kv_heads={KV_HEADS},head_dim={DIM},dtype=bf16,memory=4G,block_tokens=16,"
-            f"client_write=all,device={options.device},provider={options.provider}")
+    pool = (f"kills:layers=2,kv_heads={KV_HEADS},head_dim={DIM},dtype=bf16,memory=4G,"
+            f"block_tokens=16,client_write=all,device={options.device},provider={options.provider}")
     print(f"{'with' if common.MPS else 'without'} MPS, {common.device_line()}\n", flush=True)
     scene, rows, harm = Scene(pool), [], False
     kinds = [(execution, length, False) for execution in WATCHERS for length in ("short", "long")]

@@ -1,7 +1,7 @@
 """The original's memory-manager scenario with its exact values, on the GPU: blocks of 4 tokens; 5
-tokens take blocks [0, 1], 3 more take none, 1 more takes block 2; the 4th token's slot is 3, its row is
-where it must be and the other rows are still 0. The contents are read back through the mapping of a
-second process."""
+tokens take blocks [0, 1], 3 more take none, 1 more takes block 2; the 4th token's slot is 3, its
+row is where it must be and the other rows are still 0. The contents are read back through the
+mapping of a second process."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
 """The service on a GPU, with many processes: pytest tests/gpu/test_service.py
 
-Runs once for each memory provider. Under CUDA's multi-process service (tests/gpu/with-mps python3 -m
-pytest ...) it leaves out what MPS can't survive: a worker's illegal access.
+Runs once for each memory provider. Under CUDA's multi-process service (tests/gpu/with-mps python3
+-m pytest ...) it leaves out what MPS can't survive: a worker's illegal access.
 """
 
 import json
@@ -170,7 +170,7 @@ def random_step(kv, seqs, counts, stream, seed, graph=False):
             step.v.torch().copy_(v)
             step.sinks.torch().copy_(rows(HEADS))
             more = {"sinks": True, "window": 50, "lse": True} if layer == 1 else {}
-            for _ in range(2):  # a captured run is replayed: the first result must not be what counts
+            for _ in range(2):  # a captured run is replayed: the first result must not count
                 step.out.torch().fill_(float("nan"))
                 if stream is None:
                     torch.cuda.synchronize()
@@ -301,7 +301,8 @@ with tinyserve.connect(sys.argv[1]) as client, client.pool("p") as kv:
         seq, = kv.fork(kept)
         k, v = k0, v0
         for _ in range(3):
-            k, v = t.one_step(kv, seq, k, v, rng.randint(1, 30), stream if rng.random() < 0.7 else None)
+            k, v = t.one_step(kv, seq, k, v, rng.randint(1, 30),
+                              stream if rng.random() < 0.7 else None)
         kv.free([seq])
         if i == 1:
             print("ready", flush=True)
@@ -474,7 +475,8 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.skipif(common.MPS, reason="under MPS a worker's illegal access ends the daemon's context too")
+@pytest.mark.skipif(common.MPS,
+                    reason="under MPS a worker's illegal access ends the daemon's context too")
 def test_a_write_through_a_read_only_mapping_kills_only_the_writer(client, daemon, provider):
     if provider != "cuda-vmm":
         pytest.skip("cuda-ipc memory can always be written")

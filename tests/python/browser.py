@@ -1,4 +1,4 @@
-"""A headless Chromium that is told what to do through two pipes (the DevTools protocol, without a library)."""
+"""A headless Chromium that is told what to do through two pipes, by the DevTools protocol."""
 
 import json
 import os
@@ -66,7 +66,8 @@ class Browser:
 
     def run(self, script):
         """The value of an expression; a promise is awaited."""
-        answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True,
+                          returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -79,7 +80,8 @@ class Browser:
         code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "ArrowUp": 38, "Escape": 27,
                 "Tab": 9}[key]
         for kind in ("rawKeyDown", "keyUp"):
-            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                     windowsVirtualKeyCode=code)
 
     def accessible(self):
         """What a screen reader is given: (role, name) of everything that isn't hidden from it."""

@@ -1,4 +1,4 @@
-"""A daemon of its own for each test that asks for one. TS_TEST_DAEMON names the program; ctest sets it."""
+"""A daemon of its own for each test that asks for one. ctest names the program: TS_TEST_DAEMON."""
 
 import os
 import signal
@@ -22,6 +22,15 @@ class Daemon:
         for pool in pools:
             arguments += ["--pool", pool if "device=" in pool else f"{pool},device={device}"]
         self.process = subprocess.Popen(arguments)
+
+    def pause(self):
+        """Stops all of its threads, until resume(); returns when they stand still."""
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def resume(self):
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

@@ -125,7 +125,7 @@ def test_tokens_that_no_sequence_may_have_are_refused_before_there_is_memory_for
 def test_types_go_by_their_names(client):
     with client.pool("tiny") as kv:
         with pytest.raises(tinyserve.InvalidError,
-                           match="^io_dtype bf16; it must be fp32 or the pool's own, fp32$"):
+                           match="^io_dtype bf16; beside a pool of fp32 it must be fp32$"):
             kv.step(kv.create(), [1], io_dtype="bf16")
         step = kv.step(kv.create(), [3])
         assert repr(kv) == "<tinyserve.Pool 'tiny' of 64 blocks of fp32 on host>"

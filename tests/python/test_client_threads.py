@@ -1,9 +1,8 @@
-"""A client that threads share: a call beside another one is refused, what is collected is closed."""
+"""A client that threads share: a call beside another is refused, what is collected is closed."""
 
 import gc
 import json
 import os
-import signal
 import subprocess
 import threading
 
@@ -30,13 +29,13 @@ def test_a_call_beside_another_threads_is_refused(daemon, client):
                 except tinyserve.BusyError:
                     pass  # the first thread was inside, for the moment
 
-        os.kill(daemon.process.pid, signal.SIGSTOP)
+        daemon.pause()
         other = threading.Thread(target=ask)
         other.start()
         with pytest.raises(tinyserve.BusyError, match="used by one thread at a time"):
             while True:  # until the other thread is inside
                 kv.kv(slot, 0)
-        os.kill(daemon.process.pid, signal.SIGCONT)
+        daemon.resume()
         other.join()
         assert answers == [[1]]
         assert kv.lengths([seq]) == [1]

@@ -39,7 +39,8 @@ def test_lines_carry_priority_and_what_they_are_about(journal, tmp_path):
         environment = {**os.environ, "JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino}"}
         daemon = subprocess.Popen(
             [os.environ["TS_TEST_DAEMON"], "--socket", str(tmp_path / "s"), "--pool",
-             "tiny:layers=1,kv_heads=1,head_dim=32,blocks=4,device=host"], stderr=out, env=environment)
+             "tiny:layers=1,kv_heads=1,head_dim=32,blocks=4,device=host"],
+            stderr=out, env=environment)
     try:
         pool = entry(journal, "pool 'tiny' on host: ")
         assert (pool["PRIORITY"], pool["TINYSERVE_POOL"]) == ("6", "tiny")
@@ -50,8 +51,8 @@ def test_lines_carry_priority_and_what_they_are_about(journal, tmp_path):
             assert int(session, 16) == client.session
             assert opened["TINYSERVE_PEER_UID"] == "0"
             assert opened["TINYSERVE_PEER_PID"] == str(os.getpid())
-            subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", str(tmp_path / "s"), "--yes", "session",
-                            "kick", session], check=True)
+            subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", str(tmp_path / "s"), "--yes",
+                            "session", "kick", session], check=True)
             ended = entry(journal, f"session {session} is ended by uid 0")
             assert (ended["PRIORITY"], ended["TINYSERVE_SESSION"]) == ("4", session)
     finally:

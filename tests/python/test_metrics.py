@@ -1,4 +1,4 @@
-"""What the daemon tells over HTTP. PROMTOOL names Prometheus' own checker, where it is to be asked."""
+"""What the daemon tells over HTTP. PROMTOOL names Prometheus' own checker, if it shall be asked."""
 
 import contextlib
 import http.client
@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import select
-import signal
 import socket
 import subprocess
 import threading
@@ -122,7 +121,8 @@ def test_scraping_under_load_gives_counters_that_only_grow(served):
     thread = threading.Thread(target=scrape)
     thread.start()
     try:
-        with tinyserve.connect(daemon.url, transport="messages") as client, client.pool("tiny") as kv:
+        with tinyserve.connect(daemon.url, transport="messages") as client, \
+                client.pool("tiny") as kv:
             for _ in range(200):
                 with kv.step(kv.create(1), [3]) as step:
                     step.q[...] = step.k[...] = step.v[...] = 0
@@ -148,7 +148,8 @@ def test_scraping_under_load_gives_counters_that_only_grow(served):
     # What went through the ring is counted apart, entry by entry: begin, run and abort.
     for transport, least in (("message", 200), ("ring", 3 * RING_STEPS)):
         name = "tinyserve_request_duration_seconds"
-        buckets = [v for n, v in last.items() if n.startswith(f'{name}_bucket{{transport="{transport}"')]
+        buckets = [v for n, v in last.items()
+                   if n.startswith(f'{name}_bucket{{transport="{transport}"')]
         assert buckets == sorted(buckets)
         count = last[f'{name}_count{{transport="{transport}"}}']
         assert buckets[-1] == count >= least
@@ -211,7 +212,8 @@ def test_hosts_that_are_configured_may_be_asked_for(start_daemon):
 @pytest.mark.parametrize("hosts", ["a/b", "http://a", "[::1]", "a:0", "a:x"])
 def test_what_is_no_host_is_refused(hosts):
     result = subprocess.run([os.environ["TS_TEST_DAEMON"], "--set", f"metrics_hosts={hosts}",
-                             "--pool", "p:layers=1,kv_heads=1,head_dim=32,memory=1M", "--check-config"],
+                             "--pool", "p:layers=1,kv_heads=1,head_dim=32,memory=1M",
+                             "--check-config"],
                             text=True, stderr=subprocess.PIPE, check=False)
     assert result.returncode == 2
     assert f"metrics_hosts = {hosts}: '{hosts}' is no host's name" in result.stderr
@@ -316,13 +318,13 @@ def test_a_port_that_is_taken_ends_the_daemon_with_a_sentence(tmp_path):
 def test_those_who_ask_together_get_one_answer(served):
     """However many ask for the statistics at once, the engine makes them a few times."""
     daemon, port = served
-    os.kill(daemon.process.pid, signal.SIGSTOP)  # so that all have asked before it looks
+    daemon.pause()  # so that all have asked before it looks
     request = f"GET /stats.json HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
     sockets = []
     for _ in range(60):
         sockets.append(socket.create_connection(("127.0.0.1", port), timeout=30))
         sockets[-1].sendall(request)
-    os.kill(daemon.process.pid, signal.SIGCONT)
+    daemon.resume()
     answers = set()
     for s in sockets:
         with s, s.makefile("rb") as file:

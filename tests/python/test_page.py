@@ -1,4 +1,4 @@
-"""The page at /, in a real browser where there is one (CHROMIUM names it), and what it is drawn from."""
+"""The page at /, in a real browser where there is one (CHROMIUM names it), and its figures."""
 
 import html
 import json
@@ -28,7 +28,7 @@ totals = pytest.mark.parametrize("show", ["totals"], indirect=True)
 
 @pytest.fixture
 def populated(start_daemon, show):
-    """A daemon's address and HTTP port; a session with a kept prefix, two forks of it, and a lone one."""
+    """A daemon's address and HTTP port; a session with a kept prefix, two forks, one alone."""
     port = free_port()
     daemon = start_daemon(*POOLS, settings={"metrics": f"127.0.0.1:{port}", "metrics_show": show})
     with tinyserve.connect(daemon.url, program="<b>one</b>") as one, \
@@ -54,8 +54,8 @@ def populated(start_daemon, show):
 
 
 def tsctl(daemon, *words):
-    result = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--json", *words], check=True,
-                            text=True, stdout=subprocess.PIPE)
+    result = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--json", *words],
+                            check=True, text=True, stdout=subprocess.PIPE)
     return json.loads(result.stdout)
 
 
@@ -181,12 +181,12 @@ def test_the_page_asks_for_nothing_else_and_lets_nothing_else_run(populated):
     assert first.headers["Content-Type"] == "text/html; charset=utf-8"
     assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"] * 2
     assert not re.search(r"<[^>]* (style|on[a-z]+|src|href)=", text)
-    nonces = [re.search(r"script-src 'nonce-([0-9a-f]{32})'", a.headers["Content-Security-Policy"])[1]
-              for a in (first, second)]
+    policies = [a.headers["Content-Security-Policy"] for a in (first, second)]
+    nonces = [re.search(r"script-src 'nonce-([0-9a-f]{32})'", policy)[1] for policy in policies]
     assert nonces[0] != nonces[1] and text.count(nonces[0]) == 3
-    assert first.headers["Content-Security-Policy"] == (
-        f"default-src 'none'; script-src 'nonce-{nonces[0]}'; style-src 'nonce-{nonces[0]}'; connect-src "
-        "'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    assert policies[0] == (
+        f"default-src 'none'; script-src 'nonce-{nonces[0]}'; style-src 'nonce-{nonces[0]}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     assert ask(port, "/", host="tinyserve.example")[0].status == 403
     assert ask(port, "/stats.json", host="tinyserve.example")[0].status == 403
 
@@ -196,8 +196,8 @@ def test_a_browser_shows_tsctls_figures(populated, tmp_path):
     daemon, port = populated
     result = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-         f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", "--enable-logging=stderr",
-         "--dump-dom", f"http://127.0.0.1:{port}/"],
+         f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000",
+         "--enable-logging=stderr", "--dump-dom", f"http://127.0.0.1:{port}/"],
         text=True, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
     assert "CONSOLE" not in result.stderr, result.stderr
     dom = result.stdout
@@ -284,13 +284,15 @@ def test_it_is_used_with_the_keyboard_and_read_by_a_screen_reader(populated, tmp
         assert [p.split(":")[0] for p in picture] == ["Picture of the blocks"] * 2
         assert picture[0].endswith("Arrow keys go from cell to cell.")
         assert {"table", "columnheader", "status"} <= {role for role, _ in tree}
-        assert all(name for role, name in tree if role in ("image", "img", "heading", "application"))
+        assert all(name for role, name in tree
+                   if role in ("image", "img", "heading", "application"))
         assert browser.run("document.querySelector('[data-pool=tiny] [data-is=cell]')"
                            ".getAttribute('aria-live')") == "polite"
         assert browser.run("document.documentElement.lang") == "en"
         # A pool that is made appears, and goes when it is deleted.
         subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "pool", "create", "third",
-                        "layers=1", "kv_heads=1", "head_dim=32", "blocks=8", "device=host"], check=True)
+                        "layers=1", "kv_heads=1", "head_dim=32", "blocks=8", "device=host"],
+                       check=True)
         browser.until("document.querySelector('[data-pool=third]')")
         subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--yes", "pool", "delete",
                         "third"], check=True)

@@ -63,7 +63,8 @@ def test_quotas_change_and_what_cannot_is_named(reloadable):
         assert log("tinyserved: the configuration was read again")
         assert log("tinyserved: warning: to change") == (
             "tinyserved: warning: to change threads, spin_us, the daemon must be started again\n")
-        with pytest.raises(tinyserve.InvalidError, match="a step of 50 new tokens; the limit is 40"):
+        with pytest.raises(tinyserve.InvalidError,
+                           match="a step of 50 new tokens; the limit is 40"):
             kv.step([seq], [50])
         with pytest.raises(tinyserve.QuotaError, match="would pass its limit of 5"):  # of 8 KiB
             kv.step([seq], [24])

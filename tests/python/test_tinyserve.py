@@ -66,7 +66,8 @@ def test_a_step_attends_and_its_tokens_can_be_read_back(client):
 def test_blocks_that_are_longer_than_their_layers_are_found(start_daemon):
     """40 layers, say: tinyserve_types.h, ts_geometry_block_bytes."""
     rng = np.random.default_rng(3)
-    daemon = start_daemon("long:layers=5,kv_heads=8,head_dim=64,dtype=fp32,block_tokens=4,blocks=16")
+    daemon = start_daemon("long:layers=5,kv_heads=8,head_dim=64,dtype=fp32,block_tokens=4,"
+                          "blocks=16")
     with tinyserve.connect(daemon.url) as client, client.pool("long") as kv:
         assert kv.geometry.plane_bytes * 2 * 5 == 80 << 10
         assert kv.geometry.block_bytes == 82 << 10
@@ -125,16 +126,18 @@ def test_variants_of_attention_go_through_the_service(client):
                             total += np.exp(float(sinks[h])) if sink else 0
                             expected = np.exp(s) / total @ v[seen, h // 2]
                             np.testing.assert_allclose(step.out.numpy()[i, h], expected, atol=1e-5)
-                for bad in ({"soft_cap": -1.0}, {"scale": float("inf")}, {"soft_cap": float("nan")}):
-                    with pytest.raises(tinyserve.InvalidError, match="must be finite and not negative"):
+                for bad in ({"soft_cap": -1.0}, {"scale": float("inf")},
+                            {"soft_cap": float("nan")}):
+                    with pytest.raises(tinyserve.InvalidError,
+                                       match="must be finite and not negative"):
                         step.run(1, **bad)
 
 
 @pytest.mark.parametrize("execution", ["daemon", "local"])
 def test_some_sequences_of_a_step_may_get_no_token(start_daemon, execution):
     rng = np.random.default_rng(4)
-    daemon = start_daemon("tiny:layers=1,kv_heads=2,head_dim=64,dtype=fp32,block_tokens=4,blocks=64,"
-                          "client_write=all")
+    daemon = start_daemon("tiny:layers=1,kv_heads=2,head_dim=64,dtype=fp32,block_tokens=4,"
+                          "blocks=64,client_write=all")
     with tinyserve.connect(daemon.url, execution=execution) as client, \
             client.pool("tiny", writable=True) as kv:
         seqs = kv.create(3)
@@ -163,11 +166,13 @@ def test_a_client_that_finds_the_daemon_finds_its_handle_socket_and_its_page(tmp
     for turn in range(10):
         socket, port = tmp_path / f"s{turn}", free_port()
         daemon = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--socket", str(socket), "--set",
-                                   "log_level=warning", "--set", f"metrics=127.0.0.1:{port}", "--pool",
-                                   "p:layers=1,kv_heads=1,head_dim=32,blocks=1,device=host"])
+                                   "log_level=warning", "--set", f"metrics=127.0.0.1:{port}",
+                                   "--pool", "p:layers=1,kv_heads=1,head_dim=32,blocks=1,"
+                                             "device=host"])
         while not socket.exists():
             assert daemon.poll() is None
-        there = pathlib.Path(f"{socket}.handles").exists() and ask(port, "/healthz")[0].status == 200
+        there = pathlib.Path(f"{socket}.handles").exists() and \
+            ask(port, "/healthz")[0].status == 200
         daemon.terminate()
         assert daemon.wait() == 0
         assert there
@@ -192,7 +197,7 @@ def test_an_fp8_pool_keeps_rounded_rows_and_their_scales(start_daemon):
     with tinyserve.connect(daemon.url) as client, client.pool("small") as kv:
         assert kv.geometry.dtype == "fp8_e4m3"
         seq, = kv.create()
-        q, k, v = random_rows(rng, n, 4, dim), random_rows(rng, n, 2, dim), random_rows(rng, n, 2, dim)
+        q, k, v = (random_rows(rng, n, heads, dim) for heads in (4, 2, 2))
         v[3, 1, 5] = 1e6  # becomes 448 times the scale
         scales = np.float32([[0.02, 0.5], [0.1, 3.0]])
         with kv.step([seq], [n], heads=4) as step:
@@ -218,7 +223,7 @@ def test_an_fp8_pool_keeps_rounded_rows_and_their_scales(start_daemon):
             assert step.q.dtype == "bf16"
         with client.pool("plain") as other, other.step(other.create(), [1]) as step:
             with pytest.raises(tinyserve.InvalidError,
-                               match="scales, but the pool is of fp32; fp8_e4m3 has them"):
+                               match="scales, but the pool is of fp32; they are for fp8_e4m3"):
                 step.run(0, scales=True)
 
 

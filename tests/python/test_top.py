@@ -31,8 +31,8 @@ class Terminal:
         self.raw = ""
 
     def wait_for(self, pattern, redraw=True):
-        """Until what is written from now on has the pattern. redraw: the whole screen is asked for, again
-        and again, since else only what changes is written."""
+        """Until what is written from now on has the pattern. redraw: the whole screen is asked for
+        again and again, since else only what changes is written."""
         end = time.monotonic() + 30
         self.raw = ""
         while not re.search(pattern, self.text()):
@@ -70,8 +70,9 @@ def test_it_shows_the_pools_and_ends_with_q(daemon):
         seq, = kv.create()
         kv.append([seq], [10])
         terminal = Terminal(os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "top", "--watch=0.2")
-        terminal.wait_for(r"first on host \(1 of 2\): 3 of 64 blocks used \(5 %\), 0 shared; 1.5 KiB of "
-                          r"32.0 KiB 1 sequences, 0 kept; 0 blocks cached; 0 steps open; ")
+        terminal.wait_for(r"first on host \(1 of 2\): 3 of 64 blocks used \(5 %\), 0 shared; "
+                          r"1.5 KiB of 32.0 KiB 1 sequences, 0 kept; 0 blocks cached; "
+                          r"0 steps open; ")
         terminal.wait_for(rf"{client.session:x} the-worker {os.getpid()} 0 1 3 0")
         terminal.wait_for(r"STEPS REQ/S")
         terminal.press("n")
@@ -88,8 +89,8 @@ def test_it_shows_the_pools_and_ends_with_q(daemon):
 
 def test_where_it_can_t_be_it_says_so(daemon):
     def run(*more):
-        return subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "top", *more], text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "top", *more],
+                              text=True, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert run().returncode == 2
     assert run().stderr == "tsctl: top needs a terminal; elsewhere there is --watch\n"
     terminal = Terminal(os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "top", "-P", "third")
@@ -104,8 +105,8 @@ def test_where_it_can_t_be_it_says_so(daemon):
 
 def test_pools_that_are_deleted_give_way_to_others_and_to_none(daemon):
     def delete(name):
-        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--yes", "pool", "delete", name],
-                       check=True)
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--yes", "pool", "delete",
+                        name], check=True)
 
     terminal = Terminal(os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--watch=0.1", "top")
     terminal.wait_for(r"first on host \(1 of 2\)")

@@ -18,7 +18,7 @@ typedef struct arguments {
 } arguments;
 
 static const struct argp_option argp_options[] = {
-    {"json", 'j', NULL, 0, "Write JSON", 0},
+    {"json", 'j', NULL, 0, "Write JSON: the machine, the date, the command and the figures", 0},
     {"daemon", 'd', "PATH", 0, "tinyserved to measure (default: beside tsbench, or in PATH)", 0},
     {"threads", 't', "N", 0, "Kernel threads of attend (default: all processors)", 0},
     {"size", 'g', "GIB", 0, "Cache that attend reads, beyond the last-level cache (default 1)", 0},
@@ -183,6 +183,8 @@ int main(int argc, char **argv)
     }
     if (a.options.daemon == NULL)
         a.options.daemon = find_daemon(path, sizeof path);
+    double load = 0;
+    (void)getloadavg(&load, 1); /* 0 where it isn't known */
     json_t *rows = json_array();
     int code;
     if (strcmp(a.what, "rpc") == 0) {
@@ -200,8 +202,10 @@ int main(int argc, char **argv)
         code = 2;
     }
     if (a.options.json && code == 0) {
-        json_dumpf(rows, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(5));
+        json_t *report = bench_report(a.what, argc, argv, load, rows);
+        json_dumpf(report, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(5));
         putchar('\n');
+        json_decref(report);
     }
     json_decref(rows);
     return code;

@@ -1,5 +1,7 @@
 #include "shape.h"
 
+#include "dtypes.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,7 +86,7 @@ static bool take_group(reader *r, bench_shape *s)
 
 static bool take_dtype(reader *r, ts_dtype *out)
 {
-    for (int i = TS_DTYPE_FP32; i <= TS_DTYPE_FP8_E4M3; i++)
+    for (int i = 0; i < TS_DTYPE_COUNT; i++)
         if (take_word(r, ts_dtype_name((ts_dtype)i))) {
             *out = (ts_dtype)i;
             return true;

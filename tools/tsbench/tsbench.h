@@ -33,8 +33,11 @@ int bench_rpc(const bench_options *o, json_t *rows);
 int bench_alloc(const bench_options *o, json_t *rows);
 int bench_attend(const bench_options *o, json_t *rows);
 int bench_attend_gpu(const bench_options *o, json_t *rows); /* where there is CUDA */
-
 int bench_step(const bench_options *o, json_t *rows);
+
+/* A run for --json: benchmark, version, date, machine and command, and the rows. The caller's.
+ * load: the machine's load average before the run. */
+json_t *bench_report(const char *benchmark, int argc, char *const *argv, double load, json_t *rows);
 
 /* Processes that benchmarks start: tsbench again, with a name of one of these as first argument. */
 int rpc_echo_server(const char *url, size_t reply_bytes);

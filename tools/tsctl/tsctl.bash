@@ -1,46 +1,35 @@
 # Completion of tsctl for bash: words, and the pools of the daemon that answers.
+
+# Offers those of the words that begin as the one at the cursor does.
+_tsctl_offer() {
+    mapfile -t COMPREPLY < <(compgen -W "$1" -- "${COMP_WORDS[COMP_CWORD]}")
+}
+
+# The names in what `tsctl pools` or `tsctl sessions` lists.
+_tsctl_names() {
+    tsctl "$1" 2>/dev/null | awk 'NR > 1 { print $1 }'
+}
+
 _tsctl() {
-    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
     COMPREPLY=()
-    case $before in
-    --color)
-        mapfile -t COMPREPLY < <(compgen -W 'auto always never' -- "$word")
-        return
+    case ${COMP_WORDS[COMP_CWORD - 1]} in
+    --color) _tsctl_offer 'auto always never' ;;
+    --pool | -P | pools | seqs | frag | map | top | delete | resize)
+        _tsctl_offer "$(_tsctl_names pools)"
         ;;
-    --pool | -P | pools | seqs | frag | map | top)
-        mapfile -t COMPREPLY < <(compgen -W "$(tsctl pools 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
-        return
-        ;;
-    session)
-        mapfile -t COMPREPLY < <(compgen -W kick -- "$word")
-        return
-        ;;
-    pool)
-        mapfile -t COMPREPLY < <(compgen -W 'create delete resize' -- "$word")
-        return
-        ;;
-    delete | resize)
-        mapfile -t COMPREPLY < <(compgen -W "$(tsctl pools 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
-        return
-        ;;
-    seq)
-        mapfile -t COMPREPLY < <(compgen -W free -- "$word")
-        return
-        ;;
-    drain)
-        mapfile -t COMPREPLY < <(compgen -W off -- "$word")
-        return
-        ;;
-    kick)
-        mapfile -t COMPREPLY < <(compgen -W "$(tsctl sessions 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$word")
-        return
+    kick) _tsctl_offer "$(_tsctl_names sessions)" ;;
+    session) _tsctl_offer kick ;;
+    pool) _tsctl_offer 'create delete resize' ;;
+    seq) _tsctl_offer free ;;
+    drain) _tsctl_offer off ;;
+    *)
+        if [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
+            _tsctl_offer '--cells --color --help --json --pool --socket --usage --version --wait
+                --watch --yes'
+        else
+            _tsctl_offer 'status pools sessions seqs frag map check top session seq pool drain'
+        fi
         ;;
     esac
-    if [[ $word == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W '--cells --color --help --json --pool --socket --usage --version --wait
-            --watch --yes' -- "$word")
-    else
-        mapfile -t COMPREPLY < <(compgen -W 'status pools sessions seqs frag map check top session seq pool drain' -- "$word")
-    fi
 }
 complete -F _tsctl tsctl

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
-from ctypes import (POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint32,
-                    c_uint64, c_void_p)
+from ctypes import (POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_size_t, c_uint,
+                    c_uint32, c_uint64, c_void_p)
 from typing import Any
 
 from ._version import __version__
@@ -21,10 +21,10 @@ class _Sized(Structure):
 
 class Options(_Sized):
     """ts_options"""
-    _fields_ = [("size", c_size_t), ("url", c_char_p), ("program", c_char_p), ("timeout_ms", c_uint32),
-                ("retries", c_uint32), ("wait_ms", c_uint32), ("exchange_bytes", c_size_t),
-                ("transport", c_int), ("spin_us", c_uint32), ("exec", c_int),
-                ("threads", c_uint32)]
+    _fields_ = [("size", c_size_t), ("url", c_char_p), ("program", c_char_p),
+                ("timeout_ms", c_uint32), ("retries", c_uint32), ("wait_ms", c_uint32),
+                ("exchange_bytes", c_size_t), ("transport", c_int), ("spin_us", c_uint32),
+                ("exec", c_int), ("threads", c_uint32)]
 
 
 class CGeometry(Structure):
@@ -55,8 +55,9 @@ class CFrameOptions(_Sized):
 
 class CRunOptions(_Sized):
     """ts_run_options"""
-    _fields_ = [("size", c_size_t), ("scale", c_float), ("soft_cap", c_float), ("alibi", c_bool), ("window", c_uint32),
-                ("sinks", c_bool), ("lse", c_bool), ("scales", c_bool), ("rope_theta", c_float),
+    _fields_ = [("size", c_size_t), ("scale", c_float), ("soft_cap", c_float),
+                ("alibi", c_bool), ("window", c_uint32), ("sinks", c_bool), ("lse", c_bool),
+                ("scales", c_bool), ("rope_theta", c_float),
                 ("rope_dims", c_uint32), ("rope_interleaved", c_bool), ("on_stream", c_bool),
                 ("stream", c_void_p)]
 

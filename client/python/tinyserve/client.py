@@ -406,9 +406,9 @@ class Pool:
         heads: query heads, a multiple of kv_heads (None: kv_heads); io_dtype: of q, k, v and out,
         "fp32" or the pool's (beside an fp8 pool "fp16" or "bf16"); scale: of q·k (0:
         1/sqrt(head_dim)); run False: no layer will be run, and this process writes K and V
-        (writable pools); kernel: of a GPU pool, "v1" and so on (None: the pool's); tokens: the ids of
-        all new tokens, in order, -1 where one isn't known: what is committed with them can be found
-        by match()."""
+        (writable pools); kernel: of a GPU pool, "v1" and so on (None: the pool's); tokens: the ids
+        of all new tokens, in order, -1 where one isn't known: what is committed with them can be
+        found by match()."""
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         options = step_options(heads, io_dtype, scale, run, kernel)
         if tokens is not None:

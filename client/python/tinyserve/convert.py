@@ -22,6 +22,8 @@ BITS: dict[str, np.dtype[Any]] = {
     "fp8_e4m3": np.dtype("u1")}
 _NUMPY: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 _ML_DTYPES = {"bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn"}
+#: what _round() needs to know of the types that NumPy doesn't have
+_ROUNDING = {"bf16": (8, -126, 0x7f80, 0x7fc0, 15), "fp8_e4m3": (4, -6, 0x7e, 0x7f, 7)}
 
 
 def array_type(dtype: str) -> np.dtype[Any]:
@@ -62,10 +64,8 @@ def to_bits(value: Any, dtype: str) -> NDArray[Any]:
             bits: NDArray[Any] = flat.astype(_NUMPY[dtype]).view(BITS[dtype])
     elif dtype == "bf16" and array.dtype.itemsize <= 4:
         bits = _fp32_to_bf16(flat.astype(np.float32))
-    elif dtype == "bf16":
-        bits = _round(flat, 8, -126, 0x7f80, 0x7fc0, 15)
     else:
-        bits = _round(flat, 4, -6, 0x7e, 0x7f, 7).astype(np.uint8)
+        bits = _round(flat, *_ROUNDING[dtype]).astype(BITS[dtype])
     return bits.reshape(array.shape)
 
 

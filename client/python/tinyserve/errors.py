@@ -5,9 +5,10 @@ from __future__ import annotations
 
 class Error(Exception):
     """A call failed. `status` is the ts_status's number, `name` its name ("TS_ENOSPC"); the text is
-    the library's sentence, which names the thing, its value and the limit. The same in numbers, in the
-    sentence's units (blocks, sequences, ...; 0 where they do not apply): `needed` is what the call
-    would have taken, `free` what there is of it to be had, `limit` the quota or the pool's size."""
+    the library's sentence, which names the thing, its value and the limit. The same in numbers, in
+    the sentence's units (blocks, sequences, ...; 0 where they do not apply): `needed` is what the
+    call would have taken, `free` what there is of it to be had, `limit` the quota or the pool's
+    size."""
 
     status = 0
     name = ""
