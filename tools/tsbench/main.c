@@ -110,6 +110,7 @@ static const struct argp argp = {
     "Benchmarks:\n"
     "  rpc      round trips through a daemon, and through a bare NNG echo\n"
     "  step     decode steps through rings and through messages, and bare round trips\n"
+    "  cache    matches by token ids, what ids cost a step, room made of cached blocks\n"
     "  alloc    appends, forks and frees inside the engine\n"
     "  attend   the kernels of the processor or of a GPU, and the plain memory read rate\n\n"
     "A shape: COUNT x TOKENS or COUNT x LEAST-MOST [+ more of these], HEADS/KV_HEADS/HEAD_DIM\n"
@@ -193,12 +194,15 @@ int main(int argc, char **argv)
         code = bench_alloc(&a.options, rows);
     } else if (strcmp(a.what, "step") == 0) {
         code = bench_step(&a.options, rows);
+    } else if (strcmp(a.what, "cache") == 0) {
+        code = bench_cache(&a.options, rows);
     } else if (strcmp(a.what, "attend") == 0) {
         code = bench_attend(&a.options, rows);
     } else {
-        fprintf(stderr,
-                "tsbench: there is no benchmark '%s'; there are rpc, step, alloc and attend\n",
-                a.what);
+        fprintf(
+            stderr,
+            "tsbench: there is no benchmark '%s'; there are rpc, step, cache, alloc and attend\n",
+            a.what);
         code = 2;
     }
     if (a.options.json && code == 0) {
