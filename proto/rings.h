@@ -20,8 +20,8 @@
  * completions lie rings again when it has taken some.
  *
  * What doesn't fit an entry lies in the arrays behind: `batch_*` are the client's until it has
- * submitted a begin or a commit, and the daemon's until that is completed; `begun_*` the other way
- * round. So there is one begin or commit at a time.
+ * submitted a begin, a commit or what is done to sequences, and the daemon's until that is
+ * completed; `begun_*` the other way round. So there is one of these at a time.
  */
 #ifndef TS_RINGS_H
 #define TS_RINGS_H
@@ -33,14 +33,25 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 5u
+#define TS_RING_VERSION 6u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of, if the client made room for them */
 #define TS_RING_SLABS 65536u      /* ... and their slabs */
 #define TS_RING_IDS (1u << 20)    /* token ids of a begin, if the client made room for them */
 
-enum ts_ring_op { TS_RING_BEGIN = 1, TS_RING_RUN, TS_RING_COMMIT, TS_RING_ABORT };
+enum ts_ring_op {
+    TS_RING_BEGIN = 1,
+    TS_RING_RUN,
+    TS_RING_COMMIT,
+    TS_RING_ABORT,
+    TS_RING_SEQ_CREATE, /* the answers to these three lie in batch_seqs */
+    TS_RING_SEQ_FORK,
+    TS_RING_SEQ_MATCH,
+    TS_RING_SEQ_FREE, /* of batch_seqs */
+    TS_RING_SEQ_TRUNCATE,
+    TS_RING_OPS
+};
 
 /*
  * Of a begin: the client attends itself and wants the sequences' block tables; else the answer has
@@ -53,6 +64,9 @@ enum { TS_RING_TABLES = 1 };
 
 /* Of a begin: the ids of all its new tokens lie in ts_rings_ids. */
 enum { TS_RING_TOKENS = 2 };
+
+/* Of a fork: it shares the first `length` tokens alone. Of a match: it makes no sequences. */
+enum { TS_RING_HAS_LENGTH = 1, TS_RING_DRY = 2 };
 
 /* Fields as in tinyserve.proto. */
 typedef struct ts_ring_entry {
@@ -69,6 +83,14 @@ typedef struct ts_ring_entry {
         struct {
             uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
         } commit;
+        struct {
+            uint64_t parent; /* of forks */
+            uint32_t pool, count, length, flags;
+            uint32_t space_bytes; /* of a create or a match */
+            uint8_t space[64];
+        } seqs; /* a truncate's lengths, and the tokens of a match's prompts, lie in batch_words;
+                   the prompts' ids in ts_rings_ids; what a match found, in tokens, in begun_starts
+                 */
     };
     uint8_t unused[16];
 } ts_ring_entry;

@@ -201,7 +201,7 @@ static void counts_that_cannot_be_end_the_rings_and_not_the_session(void **state
         for (uint32_t i = 0; i < 100; i++)
             refuse(other, (ts_ring_entry){.op = TS_RING_ABORT, .step = 7}, TS_ENOENT, "no open");
         assert_int_equal(c->rings->completions.tail, 0);
-        OK(ts_seq_create(p, 1, &seq)); /* a message */
+        assert_int_equal(ts_seq_attach(p, "none", &seq, NULL), TS_ENOENT); /* a message */
         check_daemon(c);
         ts_pool_close(p);
         ts_disconnect(c);
@@ -331,8 +331,11 @@ static void scribbler(const char *url, const char *argument)
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
     rng r = {seed};
-    ts_seq seqs[8];
+    ts_seq seqs[8], unused;
     ts_step *s;
+    uint32_t found;
+    OK(ts_seq_match(p, &(uint32_t){7}, &(uint32_t){1}, 1, NULL, &unused,
+                    &found)); /* room for ids */
     OK(ts_seq_create(p, 8, seqs));
     OK(ts_step_begin(p, seqs, &(uint32_t){1}, 1,
                      &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &s));
@@ -347,15 +350,26 @@ static void scribbler(const char *url, const char *argument)
         exchange[rng_next(&r) % (c->exchange_bytes / 4)] = (uint32_t)rng_next(&r);
         if (i % 64 != 0)
             continue;
-        ts_ring_entry e = {.op = 1 + (uint32_t)rng_next(&r) % 4, .step = step};
+        ts_ring_entry e = {.op = 1 + (uint32_t)rng_next(&r) % TS_RING_OPS, .step = step};
         if (e.op == TS_RING_BEGIN) {
             e.begin.count = (uint32_t)rng_next(&r) % 9;
             e.begin.heads = HEADS;
-            e.begin.flags = (uint32_t)rng_next(&r) % 2 * TS_RING_TABLES;
+            e.begin.flags = (uint32_t)rng_next(&r) % 4;
             for (uint32_t n = 0; n < e.begin.count; n++) {
                 m->batch_seqs[n] = seqs[rng_next(&r) % 8];
                 m->batch_known_step[n] = rng_next(&r) % 2 * step;
                 m->batch_words[n] = (uint32_t)rng_next(&r) % 4;
+            }
+        } else if (e.op >= TS_RING_SEQ_CREATE) {
+            e.seqs.pool = rng_next(&r) % 16 == 0;
+            e.seqs.count = (uint32_t)rng_next(&r) % 5;
+            e.seqs.parent = seqs[rng_next(&r) % 8];
+            e.seqs.length = (uint32_t)rng_next(&r) % 4;
+            e.seqs.flags = (uint32_t)rng_next(&r) % 4;
+            e.seqs.space_bytes = (uint32_t)rng_next(&r) % 66;
+            for (uint32_t n = 0; n < e.seqs.count; n++) {
+                m->batch_seqs[n] = rng_next(&r); /* the eight go on */
+                m->batch_words[n] = (uint32_t)rng_next(&r) % 9;
             }
         } else if (e.op == TS_RING_RUN) {
             e.run.layer = (uint32_t)rng_next(&r) % 3;

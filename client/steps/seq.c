@@ -2,6 +2,7 @@
 #include "error.h"
 #include "options.h"
 #include "pool_map.h"
+#include "ring_client.h"
 #include "rpc.h"
 
 #include <stdlib.h>
@@ -31,6 +32,48 @@ static ts_status call_for_seqs(ts_client *c, Tspb__Request *request, uint32_t co
     return status;
 }
 
+/* Whether a call about so many sequences, and the ids of so many tokens, goes by the rings. */
+static ts_status use_rings(ts_client *c, uint32_t count, uint64_t ids, bool *use)
+{
+    *use = false;
+    if (count == 0 || count > TS_RING_BATCH || ids > TS_RING_IDS)
+        return TS_OK; /* a message, whose refusal says more */
+    if (ids > 0)
+        ts_rings_want_ids(c, (uint32_t)ids);
+    ts_status status = ts_rings_use(c, use);
+    *use = *use && ids <= c->ring_ids;
+    return status;
+}
+
+/* Asks by the rings for what is done to sequences; the batch is filled. */
+static ts_status ask_ring(ts_pool *p, ts_ring_entry *entry, uint32_t count)
+{
+    ts_ring_completion done;
+    entry->seqs.pool = p->index;
+    entry->seqs.count = count;
+    return ts_ring_call(p->client, entry, &done);
+}
+
+/* The same; the answer is `count` sequences. */
+static ts_status ask_ring_for_seqs(ts_pool *p, ts_ring_entry *entry, uint32_t count, ts_seq *out)
+{
+    ts_status status = ask_ring(p, entry, count);
+    if (status == TS_OK)
+        memcpy(out, p->client->rings->batch_seqs, count * sizeof *out);
+    return status;
+}
+
+/* False: it is too long, which a message's refusal says. */
+static bool put_space(ts_ring_entry *entry, const ProtobufCBinaryData *space)
+{
+    if (space->len > sizeof entry->seqs.space)
+        return false;
+    entry->seqs.space_bytes = (uint32_t)space->len;
+    if (space->len > 0)
+        memcpy(entry->seqs.space, space->data, space->len);
+    return true;
+}
+
 /* The namespace that the options name, in *space. */
 static ts_status read_space(ts_client *c, const ts_seq_options *options, ProtobufCBinaryData *space)
 {
@@ -48,8 +91,16 @@ static ts_status create(ts_pool *p, uint32_t count, const ts_seq_options *option
     REQUEST(seq_create, SEQ_CREATE);
     body.pool = p->index;
     body.count = count;
+    bool use = false;
+    ts_ring_entry entry = {.op = TS_RING_SEQ_CREATE};
     ts_status status = read_space(p->client, options, &body.space);
-    return status == TS_OK ? call_for_seqs(p->client, &request, count, out, NULL) : status;
+    if (status == TS_OK)
+        status = use_rings(p->client, count, 0, &use);
+    if (status != TS_OK)
+        return status;
+    if (use && put_space(&entry, &body.space))
+        return ask_ring_for_seqs(p, &entry, count, out);
+    return call_for_seqs(p->client, &request, count, out, NULL);
 }
 
 ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
@@ -81,6 +132,23 @@ ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *count
     for (uint32_t i = 0; i < count; i++)
         body.n_tokens += counts[i];
     body.dry = out == NULL;
+    bool use;
+    ts_ring_entry entry = {.op = TS_RING_SEQ_MATCH, .seqs.flags = out == NULL ? TS_RING_DRY : 0u};
+    status = use_rings(p->client, count, body.n_tokens, &use);
+    if (status != TS_OK)
+        return status;
+    if (use && put_space(&entry, &body.space)) {
+        ts_rings_memory *m = p->client->rings;
+        memcpy(m->batch_words, counts, count * sizeof *counts);
+        memcpy(ts_rings_ids(m, p->client->ring_blocks, p->client->ring_slabs), tokens,
+               body.n_tokens * sizeof *tokens);
+        status = ask_ring(p, &entry, count);
+        if (status == TS_OK)
+            memcpy(matched, m->begun_starts, count * sizeof *matched);
+        if (status == TS_OK && out != NULL)
+            memcpy(out, m->batch_seqs, count * sizeof *out);
+        return status;
+    }
     status = ts_call(p->client, &request, &reply);
     if (status != TS_OK)
         return status;
@@ -104,7 +172,14 @@ static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count)
     body.pool = p->index;
     body.seqs = (uint64_t *)seqs;
     body.n_seqs = count;
-    ts_status status = ts_call_plain(p->client, &request);
+    bool use;
+    ts_status status = use_rings(p->client, count, 0, &use);
+    if (status == TS_OK && use) {
+        memcpy(p->client->rings->batch_seqs, seqs, count * sizeof *seqs);
+        status = ask_ring(p, &(ts_ring_entry){.op = TS_RING_SEQ_FREE}, count);
+    } else if (status == TS_OK) {
+        status = ts_call_plain(p->client, &request);
+    }
     if (status == TS_OK)
         ts_tables_forget(p, seqs, count);
     return status;
@@ -139,7 +214,15 @@ static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t l
     body.count = count;
     body.length = length;
     body.has_length = has_length;
-    return call_for_seqs(p->client, &request, count, out, NULL);
+    bool use;
+    ts_status status = use_rings(p->client, count, 0, &use);
+    if (status != TS_OK || !use)
+        return status != TS_OK ? status : call_for_seqs(p->client, &request, count, out, NULL);
+    ts_ring_entry entry = {.op = TS_RING_SEQ_FORK,
+                           .seqs = {.parent = parent,
+                                    .length = length,
+                                    .flags = has_length ? TS_RING_HAS_LENGTH : 0u}};
+    return ask_ring_for_seqs(p, &entry, count, out);
 }
 
 /* Forks in as many calls as it takes: one makes so many block table entries at most. All or none.
@@ -190,7 +273,13 @@ ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *length
     body.seqs = (uint64_t *)seqs;
     body.lengths = (uint32_t *)lengths;
     body.n_seqs = body.n_lengths = count;
-    return ts_call_plain(p->client, &request);
+    bool use;
+    ts_status status = use_rings(p->client, count, 0, &use);
+    if (status != TS_OK || !use)
+        return status != TS_OK ? status : ts_call_plain(p->client, &request);
+    memcpy(p->client->rings->batch_seqs, seqs, count * sizeof *seqs);
+    memcpy(p->client->rings->batch_words, lengths, count * sizeof *lengths);
+    return ask_ring(p, &(ts_ring_entry){.op = TS_RING_SEQ_TRUNCATE}, count);
 }
 
 ts_status ts_seq_free(ts_pool *p, const ts_seq *seqs, uint32_t count)

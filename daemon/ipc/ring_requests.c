@@ -69,9 +69,9 @@ static void copy_batch(ts_ring *r, uint32_t count, bool seqs)
     memcpy(r->rings->words, r->shared->batch_words, count * sizeof *r->rings->words);
 }
 
-/* Copies the ids of a begin's tokens, as copy_batch does. False, and the answer refuses: there are
- * more tokens than room. */
-static bool copy_ids(ts_ring *r, uint32_t count, ts_command *command, ts_answer *a)
+/* Copies the ids of the tokens that the batch's words add up to, as copy_batch does. False, and the
+ * answer refuses: there are more tokens than room. */
+static bool copy_ids(ts_ring *r, uint32_t count, const uint32_t **ids, ts_answer *a)
 {
     uint64_t tokens = 0;
     for (uint32_t i = 0; i < count; i++)
@@ -83,7 +83,7 @@ static bool copy_ids(ts_ring *r, uint32_t count, ts_command *command, ts_answer 
     }
     memcpy(r->rings->ids, ts_rings_ids(r->shared, r->max_blocks, r->max_slabs),
            tokens * sizeof *r->rings->ids);
-    command->step_begin.tokens = r->rings->ids;
+    *ids = r->rings->ids;
     return true;
 }
 
@@ -123,7 +123,8 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
                   (unsigned long long)blocks, r->max_blocks);
         return false;
     }
-    if ((entry->begin.flags & TS_RING_TOKENS) && !copy_ids(r, count, command, a))
+    if ((entry->begin.flags & TS_RING_TOKENS) &&
+        !copy_ids(r, count, &command->step_begin.tokens, a))
         return false;
     command->step_begin.seqs = r->rings->seqs;
     command->step_begin.new_tokens = r->rings->words;
@@ -132,6 +133,62 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     command->step_begin.io_dtype = entry->begin.io_dtype;
     command->step_begin.scale = entry->begin.scale;
     return true;
+}
+
+/* What is done to sequences. */
+static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *command, ts_answer *a)
+{
+    const ts_space_name space = {entry->seqs.space, entry->seqs.space_bytes};
+    uint32_t count = entry->seqs.count;
+    command->pool = entry->seqs.pool;
+    if (count > TS_RING_BATCH || space.count > sizeof entry->seqs.space) {
+        ts_refuse(a, TS_EINVAL,
+                  "%u sequences and a namespace of %zu bytes on a ring; it takes %u and %zu", count,
+                  space.count, TS_RING_BATCH, sizeof entry->seqs.space);
+        return false;
+    }
+    if (entry->op == TS_RING_SEQ_CREATE) {
+        command->op = TS_OP_SEQ_CREATE;
+        command->seq_create.count = count;
+        command->seq_create.space = space;
+        return true;
+    }
+    if (entry->op == TS_RING_SEQ_FORK) {
+        command->op = TS_OP_SEQ_FORK;
+        command->seq_fork.parent = entry->seqs.parent;
+        command->seq_fork.count = count;
+        command->seq_fork.length = entry->seqs.length;
+        command->seq_fork.has_length = entry->seqs.flags & TS_RING_HAS_LENGTH;
+        return true;
+    }
+    copy_batch(r, count, entry->op != TS_RING_SEQ_MATCH);
+    if (entry->op == TS_RING_SEQ_MATCH) {
+        command->op = TS_OP_SEQ_MATCH;
+        command->seq_match.counts = r->rings->words;
+        command->seq_match.count = count;
+        command->seq_match.space = space;
+        command->seq_match.dry = entry->seqs.flags & TS_RING_DRY;
+        return copy_ids(r, count, &command->seq_match.tokens, a);
+    }
+    command->op = entry->op == TS_RING_SEQ_FREE ? TS_OP_SEQ_FREE : TS_OP_SEQ_TRUNCATE;
+    command->seq_batch.seqs = r->rings->seqs;
+    command->seq_batch.lengths = r->rings->words;
+    command->seq_batch.count = count;
+    return true;
+}
+
+/* Lays out what was answered. */
+static void encode_seqs(ts_ring *r, const ts_command *command, const ts_answer *a)
+{
+    ts_rings_memory *m = r->shared;
+    if (command->op == TS_OP_SEQ_CREATE || command->op == TS_OP_SEQ_FORK) {
+        memcpy(m->batch_seqs, a->seqs.seqs, a->seqs.count * sizeof *m->batch_seqs);
+    } else if (command->op == TS_OP_SEQ_MATCH) {
+        const uint32_t count = a->matched.count;
+        memcpy(m->begun_starts, a->matched.lengths, count * sizeof *m->begun_starts);
+        if (a->matched.seqs != NULL)
+            memcpy(m->batch_seqs, a->matched.seqs, count * sizeof *m->batch_seqs);
+    }
 }
 
 static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_command *command,
@@ -162,6 +219,12 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
         command->op = TS_OP_STEP_ABORT;
         command->step_end.step = entry->step;
         return true;
+    case TS_RING_SEQ_CREATE:
+    case TS_RING_SEQ_FORK:
+    case TS_RING_SEQ_MATCH:
+    case TS_RING_SEQ_FREE:
+    case TS_RING_SEQ_TRUNCATE:
+        return decode_seqs(r, entry, command, a);
     default:
         ts_refuse(a, TS_EPROTO, "a ring has no operation %u", entry->op);
         return false;
@@ -257,10 +320,17 @@ static void count_refusal(ts_service *s, const ts_ring_entry *entry, ts_status s
         [TS_RING_RUN] = TSPB__REQUEST__BODY_STEP_RUN,
         [TS_RING_COMMIT] = TSPB__REQUEST__BODY_STEP_COMMIT,
         [TS_RING_ABORT] = TSPB__REQUEST__BODY_STEP_ABORT,
+        [TS_RING_SEQ_CREATE] = TSPB__REQUEST__BODY_SEQ_CREATE,
+        [TS_RING_SEQ_FORK] = TSPB__REQUEST__BODY_SEQ_FORK,
+        [TS_RING_SEQ_MATCH] = TSPB__REQUEST__BODY_SEQ_MATCH,
+        [TS_RING_SEQ_FREE] = TSPB__REQUEST__BODY_SEQ_FREE,
+        [TS_RING_SEQ_TRUNCATE] = TSPB__REQUEST__BODY_SEQ_TRUNCATE,
     };
     bool known = entry->op < sizeof operations / sizeof *operations;
     if (entry->op == TS_RING_BEGIN)
         ts_refused_in(s, TSPB__REQUEST__BODY_STEP_BEGIN, entry->begin.pool, status);
+    else if (known && entry->op >= TS_RING_SEQ_CREATE)
+        ts_refused_in(s, operations[entry->op], entry->seqs.pool, status);
     else
         ts_refused_step(s, known ? operations[entry->op] : TSPB__REQUEST__BODY__NOT_SET,
                         entry->step, status);
@@ -300,6 +370,8 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
             r->begun = done;
             ok = ts_step_work_copy(&s->exec, &completion, &a);
         }
+    } else if (entry->op >= TS_RING_SEQ_CREATE && a.status == TS_OK) {
+        encode_seqs(r, &command, &a);
     }
     if (!ok) {
         ts_step_work_undo(&s->exec, &command, step);

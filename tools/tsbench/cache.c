@@ -97,8 +97,8 @@ static bool matches(const rig *r, const bench_options *o, json_t *rows)
     ok = absent > 0 && matched == 0 && good(r, ts_seq_free(r->pool, &seq, 1));
     if (ok) {
         report(o, rows, "the smallest message", bench_percentile(lengths, ROUNDS, 50), "µs");
-        report(o, rows, "match of a stored prompt of 10240 tokens, by message", there, "µs");
-        report(o, rows, "match of one that isn't stored, by message", absent, "µs");
+        report(o, rows, "match of a stored prompt of 10240 tokens, by ring", there, "µs");
+        report(o, rows, "match of one that isn't stored, by ring", absent, "µs");
     }
     free(prompt);
     return ok;
