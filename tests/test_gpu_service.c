@@ -7,6 +7,7 @@
 #include "log.h"
 #include "pool_memory.h"
 #include "request.h"
+#include "unconst.h"
 
 #include <semaphore.h>
 #include <sys/mman.h>
@@ -355,7 +356,7 @@ static void a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu(
     create_seqs(&seq, 1);
     REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
     begin_body.seqs = &seq;
-    begin_body.new_tokens = (uint32_t *)&new_tokens;
+    begin_body.new_tokens = ts_unconst(&new_tokens);
     begin_body.n_seqs = begin_body.n_new_tokens = 1;
     begin_body.heads = 1;
     begin.step_begin = &begin_body;
