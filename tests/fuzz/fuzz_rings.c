@@ -147,7 +147,7 @@ static void write_begin(client *c, fuzz_input *in, ts_ring_entry *entry)
     for (uint32_t i = 0; i < entry->begin.count && i < 8; i++) {
         m->batch_seqs[i] = fuzz_id(in, c->seqs, 8);
         m->batch_words[i] = fuzz_number(in);
-        m->batch_told[i] = odd & 2 ? fuzz_id(in, c->steps, 4) : 0;
+        m->batch_known_step[i] = odd & 2 ? fuzz_id(in, c->steps, 4) : 0;
     }
 }
 
@@ -171,7 +171,7 @@ static void write_run(fuzz_input *in, ts_layer_run *run)
     run->rope_theta = (float)fuzz_number(in);
     run->rope_dims = fuzz_number(in);
     run->window = fuzz_number(in);
-    run->order = fuzz_number(in);
+    run->number = fuzz_number(in);
 }
 
 static void submit(client *c, fuzz_input *in)
