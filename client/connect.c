@@ -13,6 +13,7 @@
 #include "stream_signals.h"
 #include "tinyserve_version.h"
 #include "unanswered.h"
+#include "unconst.h"
 
 #include <errno.h>
 #include <nng/protocol/reqrep0/req.h>
@@ -134,7 +135,7 @@ static ts_status open_session(ts_client *c, const char *program)
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     open.protocol = TS_PROTOCOL;
-    open.program = (char *)program;
+    open.program = ts_unconst(program);
     open.version = (char *)TS_VERSION;
     request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
     request.session_open = &open;

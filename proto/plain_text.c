@@ -1,5 +1,7 @@
 #include "plain_text.h"
 
+#include "unconst.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -92,7 +94,7 @@ static bool make_plain(char **string)
 static void **values_of(const ProtobufCMessage *message, const ProtobufCFieldDescriptor *f,
                         size_t *count)
 {
-    char *base = (char *)message;
+    char *base = ts_unconst(message);
     void *quantifier = base + f->quantifier_offset, *value = base + f->offset;
     *count = 1;
     if (f->label == PROTOBUF_C_LABEL_REPEATED)

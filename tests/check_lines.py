@@ -11,7 +11,7 @@ MOST = 100
 
 #: what isn't read line by line: data, pictures, and what other programs write or prescribe
 EXCEPTIONS = ("*.bin", "*.json", "*.png", "*.safetensors", "*.svg", "tools/model/prefix.txt",
-              ".git-blame-ignore-revs")
+              ".git-blame-ignore-revs", "tests/abi/*.abi", "tests/fuzz/corpus/*/*")
 
 
 def main(root):

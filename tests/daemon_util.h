@@ -9,6 +9,7 @@
 #include "test_util.h"
 
 #include "rpc.h"
+#include "unconst.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -71,7 +72,7 @@ static inline void daemon_start_with(daemon_process *d, const char *pool, const 
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that crashes leaves no daemon */
         if (getppid() != parent)
             _exit(1);
-        execv(daemon_path(), (char *const *)argv);
+        execv(daemon_path(), ts_unconst(argv));
         perror(daemon_path());
         _exit(127);
     }

@@ -1,6 +1,7 @@
 #include "fake_gpu.h"
 
 #include "attention.h"
+#include "unconst.h"
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -261,7 +262,7 @@ static op *add(ts_gpu_launch *l)
 
 ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t value)
 {
-    *add(l) = (op){.kind = OP_WAIT, .word = (uint32_t *)word, .value = value};
+    *add(l) = (op){.kind = OP_WAIT, .word = ts_unconst(word), .value = value};
     pthread_mutex_lock(&l->gpu->lock);
     l->gpu->log.words++;
     pthread_mutex_unlock(&l->gpu->lock);

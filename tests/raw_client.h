@@ -6,6 +6,7 @@
 #define TS_RAW_CLIENT_H
 
 #include "daemon_util.h"
+#include "unconst.h"
 
 #include <poll.h>
 #include <sys/socket.h>
@@ -37,7 +38,7 @@ static inline ts_handle_request raw_request(uint32_t kind, uint32_t tag)
 /* Sends the bytes with 1 or 2 descriptors. False: they are refused, or the connection has ended. */
 static inline bool raw_pass(int to, const void *bytes, size_t n, const int *fds, size_t num_fds)
 {
-    struct iovec data = {.iov_base = (void *)bytes, .iov_len = n};
+    struct iovec data = {.iov_base = ts_unconst(bytes), .iov_len = n};
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(2 * sizeof(int))];

@@ -3,6 +3,7 @@
 #include "daemon_util.h"
 
 #include "attention.h"
+#include "unconst.h"
 
 #include <math.h>
 #include <sys/mman.h>
@@ -109,7 +110,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
             random_floats(&r, ts_step_q(step), tokens * HEADS * DIM);
             random_floats(&r, ts_step_k(step), tokens * KV * DIM);
             random_floats(&r, ts_step_v(step), tokens * KV * DIM);
-            memset((void *)ts_step_out(step), 0xff, tokens * HEADS * DIM * sizeof *out);
+            memset(ts_unconst(ts_step_out(step)), 0xff, tokens * HEADS * DIM * sizeof *out);
             OK(ts_step_run(step, layer));
             memcpy(q + at, ts_step_q(step), tokens * HEADS * DIM * sizeof *q);
             memcpy(out + at, ts_step_out(step), tokens * HEADS * DIM * sizeof *out);

@@ -4,6 +4,7 @@
 #include "execution_util.h"
 
 #include "ring_client.h"
+#include "unconst.h"
 #define SEQS 3
 
 static void fill(rng *r, void *to, size_t n)
@@ -39,7 +40,7 @@ static size_t varied_step(ts_pool *p, const ts_seq *seqs, const uint32_t *new_to
             fill(&r, ts_step_sinks(s), HEADS);
             for (uint32_t i = 0; i < 2 * KV; i++)
                 ts_step_scales(s)[i] = 0.5f + (float)rng_below(&r, 100) / 100;
-            memset((void *)ts_step_out(s), 0xff, rows * DIM * sizeof(float));
+            memset(ts_unconst(ts_step_out(s)), 0xff, rows * DIM * sizeof(float));
             OK(ts_step_run_with(s, layer, &ways[mode]));
             memcpy(out + n, ts_step_out(s), rows * DIM * sizeof(float));
             n += rows * DIM;

@@ -161,7 +161,7 @@ static void jobs_that_are_ready_together_and_alike_become_one_launch(void **stat
     rig_free(&r);
 }
 
-static void an_ordered_run_starts_when_it_is_submitted_and_says_when_it_is_done(void **state)
+static void a_run_on_a_stream_starts_when_it_is_submitted_and_says_when_it_is_done(void **state)
 {
     (void)state;
     rig r;
@@ -379,7 +379,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(jobs_that_are_ready_together_and_alike_become_one_launch),
-        cmocka_unit_test(an_ordered_run_starts_when_it_is_submitted_and_says_when_it_is_done),
+        cmocka_unit_test(a_run_on_a_stream_starts_when_it_is_submitted_and_says_when_it_is_done),
         cmocka_unit_test(runs_of_one_session_complete_in_order),
         cmocka_unit_test(runs_that_are_queued_ahead_follow_each_other),
         cmocka_unit_test(workers_that_do_not_submit_take_only_their_share),

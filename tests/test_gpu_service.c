@@ -7,6 +7,7 @@
 #include "log.h"
 #include "pool_memory.h"
 #include "request.h"
+#include "unconst.h"
 
 #include <semaphore.h>
 #include <sys/mman.h>
@@ -238,7 +239,7 @@ static void create_seqs(uint64_t *seqs, uint32_t count)
     drop(&t);
 }
 
-static void a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go(void **state)
+static void a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go(void **state)
 {
     (void)state;
     pthread_t engine;
@@ -355,7 +356,7 @@ static void a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu(
     create_seqs(&seq, 1);
     REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
     begin_body.seqs = &seq;
-    begin_body.new_tokens = (uint32_t *)&new_tokens;
+    begin_body.new_tokens = ts_unconst(&new_tokens);
     begin_body.n_seqs = begin_body.n_new_tokens = 1;
     begin_body.heads = 1;
     begin.step_begin = &begin_body;
@@ -436,7 +437,7 @@ static void memory_that_a_tenant_may_still_map_is_not_freed(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(a_commit_waits_for_ordered_runs_and_a_dead_worker_is_let_go),
+        cmocka_unit_test(a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go),
         cmocka_unit_test(a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu),
         cmocka_unit_test(memory_that_a_tenant_may_still_map_is_not_freed),
     };

@@ -3,6 +3,7 @@
 #include "gpu_context.h"
 #include "pool_map.h"
 #include "rpc.h"
+#include "unconst.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,7 +55,7 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     if (flags & ~(unsigned)TS_POOL_WRITABLE)
         return ts_fail(c, TS_EINVAL, "flags %#x; known is TS_POOL_WRITABLE (%#x)", flags,
                        TS_POOL_WRITABLE);
-    open.name = (char *)name;
+    open.name = ts_unconst(name);
     open.writable = flags & TS_POOL_WRITABLE;
     request.body_case = TSPB__REQUEST__BODY_POOL_OPEN;
     request.pool_open = &open;

@@ -4,6 +4,7 @@
 #include "pool_map.h"
 #include "ring_client.h"
 #include "rpc.h"
+#include "unconst.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -170,7 +171,7 @@ static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count)
     Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
     REQUEST(seq_free, SEQ_FREE);
     body.pool = p->index;
-    body.seqs = (uint64_t *)seqs;
+    body.seqs = ts_unconst(seqs);
     body.n_seqs = count;
     bool use;
     ts_status status = use_rings(p->client, count, 0, &use);
@@ -191,7 +192,7 @@ static ts_status get_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uin
     Tspb__Reply *reply;
     REQUEST(seq_lengths, SEQ_LENGTHS);
     body.pool = p->index;
-    body.seqs = (uint64_t *)seqs;
+    body.seqs = ts_unconst(seqs);
     body.n_seqs = count;
     ts_status status = ts_call(p->client, &request, &reply);
     if (status != TS_OK)
@@ -270,8 +271,8 @@ ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *length
     Tspb__SeqTruncate body = TSPB__SEQ_TRUNCATE__INIT;
     REQUEST(seq_truncate, SEQ_TRUNCATE);
     body.pool = p->index;
-    body.seqs = (uint64_t *)seqs;
-    body.lengths = (uint32_t *)lengths;
+    body.seqs = ts_unconst(seqs);
+    body.lengths = ts_unconst(lengths);
     body.n_seqs = body.n_lengths = count;
     bool use;
     ts_status status = use_rings(p->client, count, 0, &use);
@@ -297,7 +298,7 @@ ts_status ts_seq_keep(ts_pool *p, ts_seq seq, const char *name)
         return ts_fail(p->client, TS_EINVAL, "a name has at least 1 byte");
     body.pool = p->index;
     body.seq = seq;
-    body.name = (char *)(name != NULL ? name : "");
+    body.name = ts_unconst(name != NULL ? name : "");
     return ts_call_plain(p->client, &request);
 }
 
@@ -307,7 +308,7 @@ ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *len
     Tspb__SeqAttach body = TSPB__SEQ_ATTACH__INIT;
     REQUEST(seq_attach, SEQ_ATTACH);
     body.pool = p->index;
-    body.name = (char *)name;
+    body.name = ts_unconst(name);
     return call_for_seqs(p->client, &request, 1, out, length);
 }
 

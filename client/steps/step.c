@@ -11,6 +11,7 @@
 #include "ring_client.h"
 #include "rpc.h"
 #include "unanswered.h"
+#include "unconst.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -82,7 +83,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     body.pool = s->pool->index;
-    body.seqs = (uint64_t *)seqs;
+    body.seqs = ts_unconst(seqs);
     body.new_tokens = s->new_tokens;
     body.n_seqs = body.n_new_tokens = s->count;
     body.heads = append || o->no_run ? 0 : o->heads;
@@ -94,7 +95,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
         body.n_tokens = s->tokens;
     }
     if (o->kernel != NULL)
-        body.kernel = (char *)o->kernel;
+        body.kernel = ts_unconst(o->kernel);
     request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
     request.step_begin = &body;
     ts_status status = ts_call(s->pool->client, &request, &reply);
@@ -452,7 +453,7 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
         return ts_ring_call(c, &entry, &done);
     }
     abort.step = body.step = s->id;
-    body.accepted = (uint32_t *)accepted;
+    body.accepted = ts_unconst(accepted);
     body.n_accepted = accepted != NULL ? s->count : 0;
     request.body_case = commit ? TSPB__REQUEST__BODY_STEP_COMMIT : TSPB__REQUEST__BODY_STEP_ABORT;
     if (commit)

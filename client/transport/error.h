@@ -42,6 +42,9 @@ ts_status ts_in_use(ts_client *client);
 /* Sets the error sentence, without numbers, and returns status. */
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+#ifdef __clang_analyzer__ /* which can't see that it returns status */
+#define ts_fail(client, status, ...) (ts_fail(client, status, __VA_ARGS__), (status))
+#endif
 
 /* The sentence and the numbers of a refusal of the daemon's. */
 ts_status ts_fail_refused(ts_client *client, ts_status status, uint64_t needed, uint64_t free,

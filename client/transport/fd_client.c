@@ -151,6 +151,7 @@ static ts_status ask(ts_client *c, ts_handle_request *request, ts_handle_reply *
     request->session = c->session;
     memcpy(request->token, c->token, sizeof request->token);
     ts_status status = call(c, request, reply, fd);
+    /* NOLINTNEXTLINE(clang-analyzer-core.UndefinedBinaryOperatorResult): recvmsg wrote it */
     if (status != TS_OK || reply->status == TS_OK)
         return status;
     if (*fd >= 0)

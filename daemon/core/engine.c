@@ -81,6 +81,7 @@ void ts_engine_free(ts_engine *e)
         ts_sequences_fini(&e->pools[i].seqs);
     }
     for (uint32_t i = 0; i < e->num_sessions; i++)
+        /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): no sessions, no memory of them */
         free(e->sessions[i].owned);
     for (uint32_t i = 0; i < e->num_steps; i++)
         free(e->steps[i].seqs);

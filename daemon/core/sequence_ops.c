@@ -242,6 +242,7 @@ static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_seq
 {
     uint32_t *owned = NULL;
     if (seq->name == NULL) {
+        /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): without a name it has an owner */
         owner->blocks -= seq->num_blocks;
         owner->sequences--;
         owned = &owner->owned[pool];

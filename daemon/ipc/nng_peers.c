@@ -4,6 +4,7 @@
 
 #include "clock.h"
 #include "log.h"
+#include "unconst.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -146,8 +147,9 @@ static void send_answer(ts_nng_server *t, const slot *s, const void *reply, size
 {
     connection *c = s->c;
     uint8_t head[TS_SP_HEAD_BYTES];
-    struct iovec parts[3] = {
-        {head, sizeof head}, {(void *)s->backtrace, s->backtrace_bytes}, {(void *)reply, bytes}};
+    struct iovec parts[3] = {{head, sizeof head},
+                             {ts_unconst(s->backtrace), s->backtrace_bytes},
+                             {ts_unconst(reply), bytes}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
     size_t all = sizeof head + s->backtrace_bytes + bytes;
     ssize_t n = 0;

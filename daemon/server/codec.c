@@ -1,6 +1,7 @@
 #include "codec.h"
 
 #include "plain_text.h"
+#include "unconst.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -254,12 +255,12 @@ static void encode_pool(const ts_engine *e, const ts_command *c, const ts_answer
     p->num_blocks = config->num_blocks;
     p->max_blocks = pool->books.max_blocks;
     p->slab_blocks = config->slab_blocks;
-    p->memory = (char *)config->memory;
-    p->kernel = (char *)ts_kernel_name(config->kernel);
-    p->device = (char *)config->device;
+    p->memory = ts_unconst(config->memory);
+    p->kernel = ts_unconst(ts_kernel_name(config->kernel));
+    p->device = ts_unconst(config->device);
     p->sequence_tokens_max = config->sequence_tokens_max;
     if (config->on_gpu) {
-        p->device_uuid.data = (uint8_t *)config->device_uuid;
+        p->device_uuid.data = ts_unconst(config->device_uuid);
         p->device_uuid.len = sizeof config->device_uuid;
     }
     reply->body_case = TSPB__REPLY__BODY_POOL_OPENED;
@@ -272,7 +273,7 @@ static void encode_seqs(const ts_engine *e, const ts_command *c, const ts_answer
     (void)e;
     (void)c;
     tspb__seqs__init(&body->seqs);
-    body->seqs.seqs = (uint64_t *)a->seqs.seqs;
+    body->seqs.seqs = ts_unconst(a->seqs.seqs);
     body->seqs.n_seqs = a->seqs.count;
     body->seqs.length = a->seqs.length;
     reply->body_case = TSPB__REPLY__BODY_SEQS;
@@ -285,7 +286,7 @@ static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_ans
     (void)e;
     (void)c;
     tspb__lengths__init(&body->lengths);
-    body->lengths.lengths = (uint32_t *)a->lengths.lengths;
+    body->lengths.lengths = ts_unconst(a->lengths.lengths);
     body->lengths.n_lengths = a->lengths.count;
     reply->body_case = TSPB__REPLY__BODY_LENGTHS;
     reply->lengths = &body->lengths;
@@ -312,7 +313,7 @@ static void encode_blocks(const ts_engine *e, const ts_command *c, const ts_answ
     (void)c;
     tspb__blocks__init(&body->blocks);
     body->blocks.length = a->blocks.length;
-    body->blocks.blocks = (uint32_t *)a->blocks.blocks;
+    body->blocks.blocks = ts_unconst(a->blocks.blocks);
     body->blocks.n_blocks = a->blocks.count;
     reply->body_case = TSPB__REPLY__BODY_BLOCKS;
     reply->blocks = &body->blocks;
@@ -324,11 +325,11 @@ static void encode_begun(const ts_engine *e, const ts_command *c, const ts_answe
     (void)e;
     tspb__step_begun__init(&body->step_begun);
     body->step_begun.step = c->step_begin.append ? 0 : a->begun.step->id;
-    body->step_begun.starts = (uint32_t *)a->begun.starts;
+    body->step_begun.starts = ts_unconst(a->begun.starts);
     body->step_begun.n_starts = a->begun.num_seqs;
-    body->step_begun.counts = (uint32_t *)a->begun.counts;
+    body->step_begun.counts = ts_unconst(a->begun.counts);
     body->step_begun.n_counts = a->begun.num_seqs;
-    body->step_begun.blocks = (uint32_t *)a->begun.blocks;
+    body->step_begun.blocks = ts_unconst(a->begun.blocks);
     body->step_begun.n_blocks = a->begun.num_blocks;
     body->step_begun.copied_blocks = a->begun.num_copies;
     reply->body_case = TSPB__REPLY__BODY_STEP_BEGUN;
@@ -382,7 +383,7 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
 void ts_encode_status(const ts_answer *a, Tspb__Reply *reply)
 {
     reply->status = (uint32_t)a->status;
-    reply->message = (char *)a->message;
+    reply->message = ts_unconst(a->message);
     reply->needed = a->amounts.needed;
     reply->free = a->amounts.free;
     reply->limit = a->amounts.limit;

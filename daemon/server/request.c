@@ -9,6 +9,7 @@
 #include "report.h"
 #include "step_work.h"
 #include "tinyserve_version.h"
+#include "unconst.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -183,7 +184,7 @@ static void on_done(const ts_completion *completion, const ts_step_result *resul
         Tspb__Reply reply = TSPB__REPLY__INIT;
         reply.request_id = id;
         reply.status = (uint32_t)result->status;
-        reply.message = result->status == TS_OK ? (char *)"" : (char *)result->why;
+        reply.message = result->status == TS_OK ? "" : ts_unconst(result->why);
         ts_refused(s, request->message, result->status);
         size = finish(s, &reply);
         bytes = s->packed;

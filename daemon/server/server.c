@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "pool_stats_cache.h"
 #include "step_work.h"
+#include "unconst.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -137,7 +138,7 @@ bool ts_service_is_operator(const ts_service *s, uint32_t uid, uint32_t gid)
 {
     if (uid == 0 || uid == s->admin_uid)
         return true;
-    pthread_mutex_t *lock = (pthread_mutex_t *)&s->operators_lock;
+    pthread_mutex_t *lock = ts_unconst(&s->operators_lock);
     pthread_mutex_lock(lock);
     bool is = ts_operators_have(&s->operators, uid, gid);
     pthread_mutex_unlock(lock);

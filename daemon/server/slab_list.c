@@ -1,5 +1,7 @@
 #include "slab_list.h"
 
+#include "unconst.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -43,7 +45,7 @@ bool ts_slab_list_fill(ts_slab_list *l, const ts_exec *x, uint32_t pool, const u
         entry->slab = slab;
         entry->generation = books->slabs[slab].generation;
         if (memory->ipc_handle != NULL) {
-            entry->ipc_handle.data = (uint8_t *)memory->ipc_handle;
+            entry->ipc_handle.data = ts_unconst(memory->ipc_handle);
             entry->ipc_handle.len = TS_IPC_HANDLE_BYTES;
         }
         l->pointers[l->count++] = entry;

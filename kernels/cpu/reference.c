@@ -29,6 +29,7 @@ static void query_row(const ts_attention_call *call, const ts_attention_seq *seq
     for (uint32_t i = 0; r->theta != 0 && i < r->dims / 2; i++) {
         double angle = position * pow((double)r->theta, -2.0 * i / r->dims);
         uint32_t a = ts_rope_first(r, i), b = ts_rope_second(r, i);
+        /* NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): pairs lie in head_dim */
         double x = q[a], y = q[b];
         q[a] = x * cos(angle) - y * sin(angle);
         q[b] = x * sin(angle) + y * cos(angle);

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "model.h"
 
+#include "unconst.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -202,7 +204,7 @@ model *model_load(const char *folder, char *why, size_t why_bytes)
         m->digest = XXH3_64bits(f.bytes, f.size);
     json_decref(f.header);
     if (f.bytes != NULL)
-        munmap((void *)f.bytes, f.size > 0 ? f.size : 1);
+        munmap(ts_unconst(f.bytes), f.size > 0 ? f.size : 1);
     if (!ok) {
         model_free(m);
         return NULL;

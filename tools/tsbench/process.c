@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "tinyserve.h"
 #include "tsbench.h"
+#include "unconst.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -29,9 +30,10 @@ pid_t bench_start(char *const *argv, int in, int out)
 
 pid_t bench_daemon(const bench_options *o, const char *socket, const char *pool, const char *set)
 {
-    char *argv[] = {(char *)o->daemon,   "--socket", (char *)socket, "--set",
-                    "log_level=warning", "--pool",   (char *)pool,   set != NULL ? "--set" : NULL,
-                    (char *)set,         NULL};
+    char *argv[] = {
+        ts_unconst(o->daemon), "--socket", ts_unconst(socket), "--set",
+        "log_level=warning",   "--pool",   ts_unconst(pool),   set != NULL ? "--set" : NULL,
+        ts_unconst(set),       NULL};
     const ts_options options = {.size = sizeof options, .url = socket, .wait_ms = 10000};
     pid_t daemon = bench_start(argv, -1, -1);
     ts_client *client;

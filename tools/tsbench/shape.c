@@ -19,6 +19,7 @@ static bool refuse(reader *r, const char *format, ...)
     char what[160];
     va_list args;
     va_start(args, format);
+    /* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): va_start set it */
     vsnprintf(what, sizeof what, format, args);
     va_end(args);
     snprintf(r->why, r->why_bytes, "shape '%.95s': %s", r->text, what);
@@ -139,8 +140,10 @@ static bool take_part(reader *r, bench_shape *s)
     if (!take_number(r, "tokens", BENCH_TOKENS_MAX, &n))
         return false;
     if (take_word(r, "new"))
+        /* NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): take_number set it */
         s->new_tokens = n;
     else if (take_word(r, "shared"))
+        /* NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): take_number set it */
         s->shared = n;
     else
         return refuse(r, "'%.20s' where 'new' or 'shared' is expected", r->at);

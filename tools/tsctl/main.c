@@ -5,6 +5,7 @@
 #include "error.h"
 #include "plain_text.h"
 #include "tinyserve_version.h"
+#include "unconst.h"
 
 #include <argp.h>
 #include <errno.h>
@@ -216,7 +217,7 @@ static int do_seqs(ts_client *c, const options *o, ts_status *ts)
     Tspb__Reply *reply;
     json_t *list = json_array();
     bool first = true;
-    body.pool = (char *)o->pool;
+    body.pool = ts_unconst(o->pool);
     request.body_case = TSPB__REQUEST__BODY_LIST_SEQS;
     request.list_seqs = &body;
     do {
@@ -247,7 +248,7 @@ static int do_frag(ts_client *c, const options *o, ts_status *ts)
     Tspb__PoolStats body = TSPB__POOL_STATS__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
-    body.pool = (char *)o->pool;
+    body.pool = ts_unconst(o->pool);
     request.body_case = TSPB__REQUEST__BODY_POOL_STATS;
     request.pool_stats = &body;
     *ts = tsctl_ask(c, &request, TSPB__REPLY__BODY_POOL_STATS_REPLY, &reply);
@@ -266,7 +267,7 @@ static int do_map(ts_client *c, const options *o, ts_status *ts)
     Tspb__PoolMap body = TSPB__POOL_MAP__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
-    body.pool = (char *)o->pool;
+    body.pool = ts_unconst(o->pool);
     body.cells = o->cells;
     request.body_case = TSPB__REQUEST__BODY_POOL_MAP;
     request.pool_map = &body;

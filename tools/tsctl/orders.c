@@ -1,6 +1,7 @@
 /* What operators order: each asks before it destroys or refuses something. */
 #include "mps.h"
 #include "options.h"
+#include "unconst.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -102,7 +103,7 @@ int do_free(ts_client *c, const options *o, ts_status *ts)
     Tspb__AdminFree body = TSPB__ADMIN_FREE__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     char question[128];
-    body.pool = (char *)o->pool;
+    body.pool = ts_unconst(o->pool);
     body.seq = id_of(o->words[2]);
     snprintf(question, sizeof question, "Free sequence %s?", o->words[2]);
     if (body.seq == 0 || !sure(o, question))

@@ -191,6 +191,7 @@ static void print_histogram(const uint64_t *bins, size_t count, unsigned lowest)
             printf("\n%14s", "");
             column = 14;
         }
+        /* NOLINTNEXTLINE(clang-analyzer-core.DivideZero): a bin that has some has most */
         printf("%s %s ", label, bins[i] == 0 ? "·" : bars[(bins[i] * 8 - 1) / most]);
         column += (size_t)width + 3;
     }
@@ -261,6 +262,7 @@ void text_map(const Tspb__PoolMapReply *r, const style *s)
         uint64_t last = p->blocks - (uint64_t)i * r->blocks_per_cell;
         uint64_t blocks = last < r->blocks_per_cell ? last : r->blocks_per_cell;
         uint64_t slots = blocks * p->block_tokens;
+        /* NOLINTNEXTLINE(clang-analyzer-core.DivideZero): a cell has blocks */
         uint32_t fill = r->tokens[i] == 0 ? 0 : (uint32_t)((r->tokens[i] * 4ull - 1) / slots);
         bool shared = r->shared[i] > 0;
         if (r->used[i] == 0)

@@ -365,7 +365,7 @@ static void start_screen(double interval)
     start_color();
     use_default_colors();
     init_pair(SHARED_PAIR, COLOR_MAGENTA, -1);
-    for (short i = 0; i < NUM_SESSION_PAIRS; i++)
+    for (int i = 0; i < NUM_SESSION_PAIRS; i++)
         init_pair((short)(SESSION_PAIRS + i), colors[i], -1);
 }
 
