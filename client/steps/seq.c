@@ -80,7 +80,7 @@ static ts_status read_space(ts_client *c, const ts_seq_options *options, Protobu
 {
     ts_seq_options o;
     ts_status status = ts_options_read(c, TS_STRUCT_SEQ_OPTIONS, options, &o);
-    *space = (ProtobufCBinaryData){.len = o.space_bytes, .data = (uint8_t *)o.space};
+    *space = (ProtobufCBinaryData){.len = o.space_bytes, .data = ts_unconst(o.space)};
     if (status == TS_OK && o.space == NULL && o.space_bytes > 0)
         status = ts_fail(c, TS_EINVAL, "a namespace of %zu bytes at NULL", o.space_bytes);
     return status;
@@ -127,8 +127,8 @@ ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *count
     if (status != TS_OK)
         return status;
     body.pool = p->index;
-    body.tokens = (uint32_t *)tokens;
-    body.counts = (uint32_t *)counts;
+    body.tokens = ts_unconst(tokens);
+    body.counts = ts_unconst(counts);
     body.n_counts = count;
     for (uint32_t i = 0; i < count; i++)
         body.n_tokens += counts[i];

@@ -91,7 +91,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     body.scale = o->scale;
     body.append = append;
     if (o->tokens != NULL) {
-        body.tokens = (uint32_t *)o->tokens;
+        body.tokens = ts_unconst(o->tokens);
         body.n_tokens = s->tokens;
     }
     if (o->kernel != NULL)

@@ -134,7 +134,8 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
                       (unsigned long long)id, pool->config.name);
             return i;
         }
-        ids += ids == NULL ? 0 : new_tokens;
+        if (ids != NULL)
+            ids += new_tokens;
         uint32_t more = ts_step_blocks(&pool->seqs, &pool->books, seq, new_tokens);
         if (ts_sequence_reserve(seq, seq->num_blocks + more) != TS_OK) {
             ts_refuse(a, TS_ENOMEM, "no memory for a block table of %u entries",
@@ -334,7 +335,8 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
         ts_step_take(&pool->seqs, &pool->books, part, index, ids);
-        ids += ids == NULL ? 0 : part->new_tokens;
+        if (ids != NULL)
+            ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);
     }
     pool->open_steps++;

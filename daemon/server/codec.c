@@ -298,9 +298,9 @@ static void encode_matched(const ts_engine *e, const ts_command *c, const ts_ans
     (void)e;
     (void)c;
     tspb__matched__init(&body->matched);
-    body->matched.seqs = (uint64_t *)a->matched.seqs;
+    body->matched.seqs = ts_unconst(a->matched.seqs);
     body->matched.n_seqs = a->matched.seqs != NULL ? a->matched.count : 0;
-    body->matched.lengths = (uint32_t *)a->matched.lengths;
+    body->matched.lengths = ts_unconst(a->matched.lengths);
     body->matched.n_lengths = a->matched.count;
     reply->body_case = TSPB__REPLY__BODY_MATCHED;
     reply->matched = &body->matched;

@@ -124,7 +124,7 @@ static void ask(client *c, fuzz_input *in)
     r.kind = fuzz_take(in, 1) % 9;
     r.slab = fuzz_number(in);
     r.writable = odd & 1;
-    r.bytes = r.kind == TS_HANDLE_NEW_RINGS ? ts_rings_bytes(fuzz_number(in), fuzz_number(in))
+    r.bytes = r.kind == TS_HANDLE_NEW_RINGS ? ts_rings_bytes(fuzz_number(in), fuzz_number(in), 0)
                                             : fuzz_number(in) * 4096ull;
     if (odd == 255)
         r.magic = fuzz_number(in);

@@ -24,6 +24,14 @@ static void learn(known *k, const Tspb__Reply *r, uint32_t at)
         k->steps[at % 4] = r->step_begun->step;
 }
 
+/* Ids of 64 tokens, of an alphabet of two, one in sixteen unknown. */
+static void fill_tokens(fuzz_input *in, uint32_t *tokens)
+{
+    uint32_t bits = fuzz_take(in, 4), unknown = fuzz_take(in, 1);
+    for (uint32_t i = 0; i < 64; i++)
+        tokens[i] = i % 16 == unknown ? TS_TOKEN_UNKNOWN : bits >> i % 32 & 1;
+}
+
 static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
 {
     static const char *const names[] = {"", "a", "b", "fuzz", "nope"};
@@ -35,6 +43,7 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
     Tspb__SeqKeep keep = TSPB__SEQ_KEEP__INIT;
     Tspb__SeqAttach attach = TSPB__SEQ_ATTACH__INIT;
     Tspb__SeqBlocks blocks = TSPB__SEQ_BLOCKS__INIT;
+    Tspb__SeqMatch match = TSPB__SEQ_MATCH__INIT;
     Tspb__StepBegin begin = TSPB__STEP_BEGIN__INIT;
     Tspb__StepRun run = TSPB__STEP_RUN__INIT;
     Tspb__StepCommit commit = TSPB__STEP_COMMIT__INIT;
@@ -45,7 +54,7 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
     Tspb__PoolClose close = TSPB__POOL_CLOSE__INIT;
     uint64_t ids[4];
     uint32_t numbers[4], count = fuzz_take(in, 1) % 5;
-    uint32_t kind = fuzz_take(in, 1) % 14;
+    uint32_t kind = fuzz_take(in, 1) % 15, tokens[64];
     for (uint32_t i = 0; i < 4; i++) {
         ids[i] = fuzz_id(in, k->seqs, 8);
         numbers[i] = fuzz_number(in);
@@ -105,6 +114,12 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
         begin.heads = fuzz_number(in);
         begin.io_dtype = fuzz_take(in, 1) % 5;
         begin.append = fuzz_take(in, 1) & 1;
+        if (kind == 8) { /* with ids, of an alphabet of two */
+            fill_tokens(in, tokens);
+            begin.tokens = tokens;
+            for (uint32_t i = 0; i < begin.n_seqs; i++)
+                begin.n_tokens += numbers[i] %= 16;
+        }
         r.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
         r.step_begin = &begin;
         break;
@@ -150,6 +165,20 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
             r.body_case = TSPB__REQUEST__BODY_POOL_OPEN;
             r.pool_open = &open;
         }
+        break;
+    case 13:
+        fill_tokens(in, tokens);
+        match.tokens = tokens;
+        match.counts = numbers;
+        match.n_counts = count > 4 ? 4 : count;
+        for (uint32_t i = 0; i < match.n_counts; i++)
+            match.n_tokens += numbers[i] %= 17;
+        match.n_tokens -= match.n_tokens > 0 && fuzz_take(in, 1) == 255;
+        match.dry = ids[0] & 1;
+        match.space.data = (uint8_t *)tokens;
+        match.space.len = fuzz_take(in, 1) < 240 ? 0 : numbers[3] % 80;
+        r.body_case = TSPB__REQUEST__BODY_SEQ_MATCH;
+        r.seq_match = &match;
         break;
     default:
         if (numbers[0] & 1) {

@@ -33,7 +33,7 @@ typedef struct client {
 
 typedef struct new_rings {
     client *c;
-    uint32_t magic, version, max_blocks, max_slabs;
+    uint32_t magic, version, max_blocks, max_slabs, max_ids;
     uint64_t bytes, allocated;
 } new_rings;
 
@@ -45,7 +45,7 @@ static void make_rings(void *arg)
     char why[256];
     ts_connection *connection = ts_service_connection(&fuzz_service, c->pipe);
     ts_filling *f = &connection->memory.new_rings;
-    const uint32_t head[] = {n->magic, n->version, n->max_blocks, n->max_slabs};
+    const uint32_t head[] = {n->magic, n->version, n->max_blocks, n->max_slabs, n->max_ids};
     if (ts_filling_new(f, n->bytes, why, sizeof why) != TS_OK)
         abort();
     void *shared = mmap(NULL, n->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, f->fd, 0);
@@ -71,12 +71,15 @@ static void open_rings(client *c, fuzz_input *in)
                    .magic = TS_RING_MAGIC,
                    .version = TS_RING_VERSION,
                    .max_blocks = odd < 128 ? 256 : odd,
-                   .max_slabs = odd < 128 ? 64 : odd % 64};
-    n.bytes = n.allocated = ts_rings_bytes(n.max_blocks, n.max_slabs);
+                   .max_slabs = odd < 128 ? 64 : odd % 64,
+                   .max_ids = odd < 128 ? 64 : odd % 32};
+    n.bytes = n.allocated = ts_rings_bytes(n.max_blocks, n.max_slabs, n.max_ids);
     if (odd >= 250)
         n.max_blocks = fuzz_take(in, 4);
     else if (odd >= 245)
         n.max_slabs = fuzz_take(in, 4);
+    else if (odd == 229)
+        n.max_ids = fuzz_take(in, 4);
     else if (odd >= 240)
         n.allocated -= 4096;
     else if (odd >= 235)
@@ -141,7 +144,7 @@ static void write_begin(client *c, fuzz_input *in, ts_ring_entry *entry)
     entry->begin.heads = odd < 200 ? 2 : odd;
     entry->begin.io_dtype = odd < 250 ? 0 : odd - 250;
     entry->begin.scale = odd % 8 == 7 ? (float)fuzz_number(in) : 0;
-    entry->begin.flags = odd & 1 ? TS_RING_TABLES : 0;
+    entry->begin.flags = (odd & 1 ? TS_RING_TABLES : 0u) | (odd & 4 ? TS_RING_TOKENS : 0u);
     if (odd == 201)
         memset(entry->begin.kernel, 'x', sizeof entry->begin.kernel);
     for (uint32_t i = 0; i < entry->begin.count && i < 8; i++) {
@@ -174,12 +177,28 @@ static void write_run(fuzz_input *in, ts_layer_run *run)
     run->number = fuzz_number(in);
 }
 
+static void write_seqs(client *c, fuzz_input *in, ts_ring_entry *entry)
+{
+    ts_rings_memory *m = c->shared;
+    uint32_t count = fuzz_take(in, 1), odd = fuzz_take(in, 1);
+    entry->seqs.pool = odd == 255 ? fuzz_take(in, 4) : 0;
+    entry->seqs.count = count < 240 ? count % 5 : fuzz_take(in, 4);
+    entry->seqs.parent = fuzz_id(in, c->seqs, 8);
+    entry->seqs.length = fuzz_number(in);
+    entry->seqs.flags = odd & 3;
+    entry->seqs.space_bytes = odd < 200 ? 0 : fuzz_number(in);
+    for (uint32_t i = 0; i < entry->seqs.count && i < 8; i++) {
+        m->batch_seqs[i] = fuzz_id(in, c->seqs, 8);
+        m->batch_words[i] = fuzz_number(in);
+    }
+}
+
 static void submit(client *c, fuzz_input *in)
 {
     ts_rings_memory *m = c->shared;
     ts_ring_entry *entry = &m->submitted[c->tail % TS_RING_ENTRIES];
     memset(entry, 0, sizeof *entry);
-    entry->op = fuzz_take(in, 1) % 6;
+    entry->op = fuzz_take(in, 1) % (TS_RING_OPS + 1);
     entry->tag = c->tail;
     if (entry->op != TS_RING_BEGIN)
         entry->step = fuzz_id(in, c->steps, 4);
@@ -187,6 +206,8 @@ static void submit(client *c, fuzz_input *in)
         write_begin(c, in, entry);
     else if (entry->op == TS_RING_RUN)
         write_run(in, &entry->run);
+    else if (entry->op >= TS_RING_SEQ_CREATE)
+        write_seqs(c, in, entry);
     else if (entry->op == TS_RING_COMMIT) {
         uint32_t count = fuzz_take(in, 1);
         entry->commit.count = count < 240 ? count % 5 : fuzz_take(in, 4);

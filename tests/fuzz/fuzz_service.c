@@ -270,6 +270,7 @@ void fuzz_service_start(void)
         .sequence_tokens_max = 64,
         .tenant_blocks_max = 40,
         .client_write = TS_CLIENT_WRITE_ALL,
+        .model = "fuzz",
     };
     config.slab_blocks = ts_geometry_slab_blocks(&config.geometry, 8192, 4096);
     if (s->exec.attention == NULL || s->exec.host == NULL ||

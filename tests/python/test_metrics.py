@@ -145,7 +145,7 @@ def test_scraping_under_load_gives_counters_that_only_grow(served):
             if name.split("{")[0].endswith(("_total", "_count", "_sum", "_bucket")):
                 assert after[name] >= value, name
     text, last = seen[-1]
-    # What went through the ring is counted apart, entry by entry: create, then begin, run and abort.
+    # What went through the ring is counted apart, entry by entry: create; begin, run and abort.
     for transport, least in (("message", 200), ("ring", 1 + 3 * RING_STEPS)):
         name = "tinyserve_request_duration_seconds"
         buckets = [v for n, v in last.items()
