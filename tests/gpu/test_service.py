@@ -246,6 +246,40 @@ def test_a_worker_that_attends_itself_gets_the_daemons_bits(provider):
             assert client.execution == "daemon"
 
 
+def test_a_matched_sequence_has_the_bits_of_one_that_computed_all(provider):
+    prompt = list(range(200))
+    data = [(rows(200, HEADS, DIM), rows(200, KV, DIM), rows(200, KV, DIM)) for _ in range(LAYERS)]
+
+    def add(kv, seq, first, last):
+        results = []
+        with kv.step([seq], [last - first], heads=HEADS, tokens=prompt[first:last]) as step:
+            for layer, (q, k, v) in enumerate(data):
+                step.q.torch().copy_(q[first:last])
+                step.k.torch().copy_(k[first:last])
+                step.v.torch().copy_(v[first:last])
+                step.run(layer, stream=torch.cuda.current_stream())
+                results.append(step.out.torch().clone())
+            step.commit()
+        return results
+
+    with common.Daemon(pool_text(provider, ",client_write=all")) as daemon:
+        with tinyserve.connect(daemon.url) as there, \
+                tinyserve.connect(daemon.url, execution="local") as here:
+            pools = [client.pool("p", writable=True) for client in (there, here)]
+            for pool in pools:
+                pool.client.exchange(pool, 16 << 20)
+            seq, = pools[0].create(namespace=b"m")
+            add(pools[0], seq, 0, 128)
+            whole = add(pools[0], seq, 128, 200)
+            pools[0].free([seq])  # from here on it is cached
+            for pool in pools:
+                found, matched = pool.match(prompt[:129], b"m")
+                assert matched == 128
+                again = add(pool, found, 128, 200)
+                assert all(torch.equal(x, y) for x, y in zip(whole, again, strict=True))
+                assert pool.matching([prompt + [0]], b"m") == [200]
+
+
 def test_runs_that_don_t_fit_in_order_are_refused(client):
     with client.pool("p") as kv, kv.step(kv.create(), [1], heads=HEADS) as step:
         with pytest.raises(tinyserve.InvalidError, match="layer 7; the pool has 2"):
