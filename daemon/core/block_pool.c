@@ -153,6 +153,18 @@ static void evict(ts_pool_books *p, uint32_t block)
     }
 }
 
+/* Evicts a cached block, and before it what hangs from it. */
+static void evict_tree(ts_pool_books *p, uint32_t block)
+{
+    uint32_t at = ts_index_leaf_below(p->index, block);
+    while (at != block) {
+        uint32_t parent = ts_index_parent_of(p->index, at);
+        evict(p, at);
+        at = ts_index_leaf_below(p->index, parent);
+    }
+    evict(p, block);
+}
+
 uint32_t ts_pool_evict(ts_pool_books *p, uint32_t tenant, uint64_t blocks)
 {
     const ts_pool_tenant *t = &p->tenants[tenant];
@@ -167,8 +179,8 @@ void ts_pool_evict_slab(ts_pool_books *p, uint32_t slab)
     const ts_slab *s = &p->slabs[slab];
     assert(s->used == 0);
     for (uint32_t b = slab * p->slab_blocks; s->cached > 0; b++)
-        while (p->refs[b] == CACHED)
-            evict(p, ts_index_leaf_below(p->index, b));
+        if (p->refs[b] == CACHED)
+            evict_tree(p, b);
 }
 
 bool ts_pool_empty_other(ts_pool_books *p, uint32_t tenant)

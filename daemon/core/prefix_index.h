@@ -119,6 +119,12 @@ bool ts_index_add(ts_prefix_index *index, ts_index_parent parent, uint32_t block
 /* Takes out a leaf. */
 void ts_index_remove(ts_prefix_index *index, uint32_t block);
 
+/* The block that this one, which hangs from a block, hangs from. */
+static inline uint32_t ts_index_parent_of(const ts_prefix_index *index, uint32_t block)
+{
+    return index->nodes[block].parent - 1;
+}
+
 /* A leaf below the block, or the block itself: what must go first. */
 uint32_t ts_index_leaf_below(const ts_prefix_index *index, uint32_t block);
 

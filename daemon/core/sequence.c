@@ -140,6 +140,8 @@ void ts_sequence_share(const ts_sequences *s, ts_pool_books *pool, const ts_sequ
         memcpy(child->blocks, parent->blocks, child->num_blocks * sizeof *child->blocks);
     if (tail != TS_NONE && child->num_blocks == parent->num_blocks)
         child->blocks[child->num_blocks - 1] = tail;
+    child->borrowed_tail = pool->index != NULL && length % s->block_tokens != 0 &&
+                           ts_index_has(pool->index, child->blocks[child->num_blocks - 1]);
     for (uint32_t i = 0; i < child->num_blocks; i++)
         ts_pool_ref(pool, child->blocks[i]);
     pool->tenants[child->tenant].entries += child->num_blocks;

@@ -34,7 +34,7 @@ typedef struct ts_sequence {
     uint64_t known_step;       /* the step whose begin told of it; 0: none */
     uint32_t space;            /* its namespace in the pool's index; TS_NONE: it has none */
     uint32_t known;            /* tokens from the start whose ids are known */
-    bool borrowed_tail;        /* a match found its last block, and it uses a part of that alone */
+    bool borrowed_tail; /* it uses a part of its last block, which the index knew before it did */
 } ts_sequence;
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */

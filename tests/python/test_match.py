@@ -81,6 +81,17 @@ def test_a_part_of_a_block_is_shared_and_copied_when_it_is_written(connect):
     assert kv.matching([other + [0]], b"m") == [12]
 
 
+def test_a_block_that_two_computed_is_stored_once(connect):
+    _, kv = connect()
+    a, b = kv.create(2, namespace=b"m")
+    for seq in (a, b):
+        compute(kv, seq, list(range(9)))
+    assert kv.slots(a, 0, 8) == kv.slots(b, 0, 8)
+    assert kv.slots(a, 8, 1) != kv.slots(b, 8, 1)  # the last block isn't full
+    for x, y in zip(compute(kv, a, [1, 2]), compute(kv, b, [1, 2]), strict=True):
+        assert np.array_equal(x, y)
+
+
 def test_rejected_and_unknown_tokens_are_never_found(connect):
     _, kv = connect()
     seq, = kv.create(namespace=b"m")
