@@ -30,7 +30,7 @@ static uint32_t store_ids(const ts_sequences *seqs, const ts_pool_books *pool,
                           const ts_sequence *seq, const ts_step_seq *part, const uint32_t *ids)
 {
     uint32_t n = 0;
-    if (ids == NULL || seq->known != seq->length)
+    if (ids == NULL || pool->index == NULL || seq->known != seq->length)
         return 0;
     for (uint32_t at = part->start; n < part->new_tokens && ids[n] != TS_TOKEN_UNKNOWN; n++, at++)
         ts_index_ids(pool->index, seq->blocks[at / seqs->block_tokens])[at % seqs->block_tokens] =

@@ -329,7 +329,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
     step->tokens = (uint32_t)n.tokens;
     /* An append's K and V are written later: nobody is to find them. */
-    const uint32_t *ids = pool->books.index == NULL || step->append ? NULL : c->step_begin.tokens;
+    const uint32_t *ids = step->append ? NULL : c->step_begin.tokens;
     for (uint32_t i = 0; i < count; i++) {
         ts_step_seq *part = &step->seqs[i];
         part->seq = (uint32_t)c->step_begin.seqs[i];
