@@ -316,7 +316,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
                c->limits.sessions, c->threads);
         goto out;
     }
-    if (ts_devices_start(&s->exec, c) != TS_OK)
+    if (ts_pool_memory_start(&s->exec, c) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
     ts_nng_server_options messages = {.path = c->socket,
@@ -362,7 +362,7 @@ out:
     if (s->exec.attention != NULL)
         ts_attention_cancel(s->exec.attention);
     ts_host_executor_free(s->exec.host);
-    ts_devices_stop(&s->exec);
+    ts_pool_memory_stop(&s->exec);
     ts_queue_close(&s->exec.queue);
     if (engine_runs)
         pthread_join(engine, NULL);
@@ -412,7 +412,7 @@ int main(int argc, char **argv)
         return EXIT_FAILURE;
     ts_status status = read_config(&o, c);
     if (o.check && status != TS_ENOENT)
-        status = ts_devices_check(c);
+        status = ts_pool_memory_check(c);
     ts_log_init(c->log_level);
     if (status != TS_OK) {
         log_problems(c);
@@ -422,7 +422,7 @@ int main(int argc, char **argv)
     if (o.check) {
         for (uint32_t i = 0; i < c->num_pools; i++) {
             char text[320];
-            ts_devices_describe(&c->pools[i].pool, text, sizeof text);
+            ts_pool_memory_describe(&c->pools[i].pool, text, sizeof text);
             puts(text);
         }
         free(c);

@@ -485,14 +485,14 @@ static void a_survey_counts_stored_tokens_once(void **state)
     uint64_t lone = seq_new(e, s);
     uint32_t n = 6;
     assert_int_equal(begin(e, s, &lone, &n, 1, false, &a), TS_OK); /* reserves 2 blocks */
-    ts_survey *walk = ts_survey_new(e, 0);
+    ts_pool_stats *walk = ts_pool_stats_new(e, 0);
     assert_non_null(walk);
     uint32_t bits = 1;
-    for (; !ts_survey_go_on(walk, e, 3); bits++) /* however it is cut */
+    for (; !ts_pool_stats_go_on(walk, e, 3); bits++) /* however it is cut */
         ;
     assert_true(bits > 5);
-    const ts_survey v = *walk;
-    ts_survey_lengths lengths = ts_survey_lengths_of(walk, (ts_view){.all = true});
+    const ts_pool_stats v = *walk;
+    ts_pool_stats_lengths lengths = ts_pool_stats_lengths_of(walk, (ts_view){.all = true});
     assert_int_equal(v.seen_tokens, 10 + 13);
     assert_int_equal(v.stored_tokens, 10 + 2 + 3);
     assert_int_equal(v.used_slots, (3 + 2 + 2) * 4);
@@ -503,7 +503,7 @@ static void a_survey_counts_stored_tokens_once(void **state)
     assert_int_equal(lengths.bins[3], 2);
     assert_int_equal(v.free_runs[3], 1); /* 9 blocks in one run */
     assert_int_equal(v.cells[2].tokens, 2);
-    ts_survey_free(walk);
+    ts_pool_stats_free(walk);
     ts_engine_free(e);
 }
 

@@ -25,62 +25,67 @@ static inline bool ts_view_sees(ts_view view, uint32_t tenant)
 }
 
 /* Lengths of sequences. */
-typedef struct ts_survey_lengths {
+typedef struct ts_pool_stats_lengths {
     uint32_t longest;
     uint64_t bins[TS_HISTOGRAM_BINS]; /* bin i: [2^i, 2^(i+1)); bin 0 has length 0 too */
-} ts_survey_lengths;
+} ts_pool_stats_lengths;
 
 /* Whose a block is, as PoolMapReply (tinyserve.proto) counts owners: who has it in a sequence's
  * table or in an open step's. */
 enum { TS_OWNER_NONE = 0, TS_OWNER_KEPT = 1, TS_OWNER_SEVERAL = 2, TS_OWNER_SESSIONS = 3 };
 
 /* Some blocks that follow one another. */
-typedef struct ts_survey_cell {
+typedef struct ts_pool_stats_cell {
     uint32_t used, shared; /* blocks */
     uint32_t owner;        /* of all of them */
     uint32_t tenant;       /* whose they are; TS_NONE: several tenants' or nobody's */
     uint64_t tokens;       /* stored in them */
-} ts_survey_cell;
+} ts_pool_stats_cell;
 
-#define TS_SURVEY_CELLS_MAX 65536u
+#define TS_POOL_STATS_CELLS_MAX 65536u
 
 /* Where a walk is. */
-typedef struct ts_survey_place {
-    enum { TS_SURVEY_SEQUENCES, TS_SURVEY_STEPS, TS_SURVEY_BLOCKS, TS_SURVEY_DONE } part;
+typedef struct ts_pool_stats_place {
+    enum {
+        TS_POOL_STATS_SEQUENCES,
+        TS_POOL_STATS_STEPS,
+        TS_POOL_STATS_BLOCKS,
+        TS_POOL_STATS_DONE
+    } part;
     uint32_t index; /* of the sequence, the step or the block */
     uint32_t entry; /* of its table */
-} ts_survey_place;
+} ts_pool_stats_place;
 
-typedef struct ts_survey {
+typedef struct ts_pool_stats {
     uint64_t stored_tokens;                /* each token in memory once */
     uint64_t seen_tokens;                  /* sum of the lengths */
     uint64_t used_slots;                   /* slots in used blocks */
     uint64_t reserved_slots;               /* slots in blocks that only open steps hold */
     uint64_t table_blocks;                 /* sum of the block tables */
     uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free blocks, by length */
-    ts_survey_lengths *lengths;            /* by tenant */
+    ts_pool_stats_lengths *lengths;        /* by tenant */
     uint32_t num_tenants, num_blocks;
-    ts_survey_cell *cells; /* of cell_blocks blocks each, the last one of fewer */
+    ts_pool_stats_cell *cells; /* of cell_blocks blocks each, the last one of fewer */
     uint32_t num_cells, cell_blocks;
     /* the walk */
     uint16_t *fill;   /* tokens stored in each block; until it is done */
     uint32_t *owners; /* of each block; the same */
     uint32_t pool, run;
-    ts_survey_place at;
-} ts_survey;
+    ts_pool_stats_place at;
+} ts_pool_stats;
 
 /* A walk that has not begun. NULL: out of memory. */
-ts_survey *ts_survey_new(const ts_engine *engine, uint32_t pool);
-void ts_survey_free(ts_survey *survey);
+ts_pool_stats *ts_pool_stats_new(const ts_engine *engine, uint32_t pool);
+void ts_pool_stats_free(ts_pool_stats *survey);
 
 /* About how many table entries and blocks a walk over the pool looks at. */
-uint64_t ts_survey_cost(const ts_engine *engine, uint32_t pool);
+uint64_t ts_pool_stats_cost(const ts_engine *engine, uint32_t pool);
 
 /* Looks at so many more. True: it is done. */
-bool ts_survey_go_on(ts_survey *survey, const ts_engine *engine, uint32_t entries);
+bool ts_pool_stats_go_on(ts_pool_stats *survey, const ts_engine *engine, uint32_t entries);
 
 /* The lengths of the sequences that may be seen. */
-ts_survey_lengths ts_survey_lengths_of(const ts_survey *survey, ts_view view);
+ts_pool_stats_lengths ts_pool_stats_lengths_of(const ts_pool_stats *survey, ts_view view);
 
 /* The owner of what belongs to both. */
 static inline uint32_t ts_owner_of_both(uint32_t a, uint32_t b)

@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-void ts_devices_describe(const ts_pool_config *p, char *text, size_t bytes)
+void ts_pool_memory_describe(const ts_pool_config *p, char *text, size_t bytes)
 {
     const ts_geometry *g = &p->geometry;
     const uint64_t block_bytes = ts_geometry_block_bytes(g);
@@ -222,8 +222,8 @@ static ts_status new_gpu_memory(const ts_exec *x, const ts_config_pool *wanted, 
     return ts_memory_cuda_ipc_new(gpu, block_bytes * p->num_blocks, out, why, why_bytes);
 }
 
-ts_status ts_devices_check_exchange(const ts_exec *x, uint32_t pool, uint32_t tenant,
-                                    uint64_t bytes, char *why, size_t why_bytes)
+ts_status ts_pool_memory_check_exchange(const ts_exec *x, uint32_t pool, uint32_t tenant,
+                                        uint64_t bytes, char *why, size_t why_bytes)
 {
     const ts_exec_gpu *g = x->gpu_of[pool];
     uint64_t held = __atomic_load_n(&g->exchange_bytes[tenant], __ATOMIC_ACQUIRE);
@@ -240,7 +240,7 @@ ts_status ts_devices_check_exchange(const ts_exec *x, uint32_t pool, uint32_t te
     return TS_EQUOTA;
 }
 
-ts_status ts_devices_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)
+ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)
 {
     ts_pool_config p = wanted->pool;
     const ts_exec_gpu *gpu;
@@ -270,7 +270,7 @@ ts_status ts_devices_add(ts_exec *x, const ts_config_pool *wanted, char *why, si
     x->memory[index] = memory;
     x->gpu_of[index] = gpu;
     char text[320];
-    ts_devices_describe(&p, text, sizeof text);
+    ts_pool_memory_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
     return TS_OK;
 }
@@ -300,7 +300,7 @@ static ts_status check_on_gpu(const ts_pool_config *p, uint32_t ordinal, uint64_
     return status;
 }
 
-ts_status ts_devices_check(ts_config *c)
+ts_status ts_pool_memory_check(ts_config *c)
 {
     uint64_t in_host = 0, on_gpu[TS_GPUS_MAX] = {0};
     for (uint32_t i = 0; i < c->num_pools; i++) {
@@ -331,11 +331,11 @@ ts_status ts_devices_check(ts_config *c)
     return c->num_problems == 0 ? TS_OK : TS_EINVAL;
 }
 
-ts_status ts_devices_start(ts_exec *x, const ts_config *c)
+ts_status ts_pool_memory_start(ts_exec *x, const ts_config *c)
 {
     char why[256];
     for (uint32_t i = 0; i < c->num_pools; i++) {
-        ts_status status = ts_devices_add(x, &c->pools[i], why, sizeof why);
+        ts_status status = ts_pool_memory_add(x, &c->pools[i], why, sizeof why);
         if (status != TS_OK) {
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
                       c->pools[i].pool.name, why);
@@ -345,7 +345,7 @@ ts_status ts_devices_start(ts_exec *x, const ts_config *c)
     return TS_OK;
 }
 
-ts_status ts_devices_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, ts_answer *a)
+ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, ts_answer *a)
 {
     const ts_engine_pool *p = &x->engine->pools[pool];
     ts_memory *memory = x->memory[pool];
@@ -376,7 +376,7 @@ ts_status ts_devices_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, ts_a
     return a->status;
 }
 
-ts_status ts_devices_remove(ts_exec *x, uint32_t pool, ts_answer *a)
+ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
     const ts_engine_pool *p = &x->engine->pools[pool];
@@ -397,7 +397,7 @@ ts_status ts_devices_remove(ts_exec *x, uint32_t pool, ts_answer *a)
     return TS_OK;
 }
 
-void ts_devices_stop(ts_exec *x)
+void ts_pool_memory_stop(ts_exec *x)
 {
     for (uint32_t i = 0; i < x->num_gpus; i++)
         ts_gpu_executor_free(x->gpus[i].executor);

@@ -12,29 +12,31 @@
 
 /* Whether this machine has what the pools need: GPUs, and memory for all of them, as if nothing
  * else took any. Complains of what doesn't fit (config.h). TS_EINVAL: there are problems. */
-ts_status ts_devices_check(ts_config *config);
+ts_status ts_pool_memory_check(ts_config *config);
 
 /* Adds every configured pool to the engine, with its memory and, on a GPU, its executor.
  * What went wrong is logged. */
-ts_status ts_devices_start(ts_exec *exec, const ts_config *config);
+ts_status ts_pool_memory_start(ts_exec *exec, const ts_config *config);
 
 /* Adds one, while the daemon runs too. Where it opens a GPU that had no pool yet, everybody waits
  * for as long as CUDA takes for that. */
-ts_status ts_devices_add(ts_exec *exec, const ts_config_pool *wanted, char *why, size_t why_bytes);
+ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, char *why,
+                             size_t why_bytes);
 
 /* Whether a tenant's exchanges may take so much more of the memory of the pool's GPU: TS_EQUOTA, or
  * TS_ENOMEM if the GPU hasn't that much beside what its pools were promised. */
-ts_status ts_devices_check_exchange(const ts_exec *exec, uint32_t pool, uint32_t tenant,
-                                    uint64_t bytes, char *why, size_t why_bytes);
+ts_status ts_pool_memory_check_exchange(const ts_exec *exec, uint32_t pool, uint32_t tenant,
+                                        uint64_t bytes, char *why, size_t why_bytes);
 
 /* The engine's TS_OP_POOL_RESIZE and TS_OP_POOL_REMOVE, with the pool's memory. */
-ts_status ts_devices_resize(ts_exec *exec, uint32_t pool, uint32_t num_blocks, ts_answer *answer);
-ts_status ts_devices_remove(ts_exec *exec, uint32_t pool, ts_answer *answer);
+ts_status ts_pool_memory_resize(ts_exec *exec, uint32_t pool, uint32_t num_blocks,
+                                ts_answer *answer);
+ts_status ts_pool_memory_remove(ts_exec *exec, uint32_t pool, ts_answer *answer);
 
 /* Ends the GPUs' batches; the GPUs go with the exec. */
-void ts_devices_stop(ts_exec *exec);
+void ts_pool_memory_stop(ts_exec *exec);
 
 /* "pool 'x' on cuda:0: bf16, 32 layers, ...: up to 8192 tokens" */
-void ts_devices_describe(const ts_pool_config *pool, char *text, size_t bytes);
+void ts_pool_memory_describe(const ts_pool_config *pool, char *text, size_t bytes);
 
 #endif

@@ -54,7 +54,7 @@ static const route routes[] = {
  * among the answered ones. */
 typedef struct question {
     ts_work work;
-    ts_survey_waiter waiter; /* for the figures that the route needs */
+    ts_pool_stats_waiter waiter; /* for the figures that the route needs */
     ts_http *http;
     const route *route;
     char *text; /* the answer; NULL: there is none (yet) */
@@ -172,7 +172,7 @@ static enum MHD_Result refuse_host(struct MHD_Connection *connection, const char
 static void answer_question(ts_work *work, void *service);
 
 /* The figures that the question waited for are there, or some of them. */
-static void figures_ready(ts_survey_waiter *waiter, void *service)
+static void figures_ready(ts_pool_stats_waiter *waiter, void *service)
 {
     answer_question(&((question *)((char *)waiter - offsetof(question, waiter)))->work, service);
 }

@@ -65,7 +65,7 @@ static void create_pool(ts_service *s, const ts_connection *by, const char *text
     if (ts_config_add_pool(c, text) != TS_OK || ts_config_finish(c) != TS_OK) {
         ts_refuse(a, TS_EINVAL, "%s", c->problems[0].text);
     } else {
-        ts_status status = ts_devices_add(&s->exec, &c->pools[0], why, sizeof why);
+        ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], why, sizeof why);
         if (status == TS_OK)
             note_pool(by, c->pools[0].pool.name, "made");
         else
@@ -87,7 +87,7 @@ static void delete_pool(ts_service *s, const ts_connection *by, const char *name
 {
     char named[64];
     uint32_t pool = pool_of(s, name, &named, a);
-    if (pool != TS_NONE && ts_devices_remove(&s->exec, pool, a) == TS_OK) {
+    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, a) == TS_OK) {
         ts_refusals_forget_pool(s, pool);
         note_pool(by, named, "deleted");
     }
@@ -107,7 +107,7 @@ static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__Admi
     const ts_pool_config *config = &s->exec.engine->pools[pool].config;
     uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
     uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
-    if (ts_devices_resize(&s->exec, pool, wanted, a) != TS_OK)
+    if (ts_pool_memory_resize(&s->exec, pool, wanted, a) != TS_OK)
         return;
     snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
     note_pool(by, named, what);

@@ -27,7 +27,7 @@ typedef struct ts_connection {
     ts_close_hook *on_end; /* of the session */
     uint64_t requests;
     uint64_t idle_since_ms; /* that it has no session; 0: it has one */
-    ts_replies replies;
+    ts_reply_cache replies;
 } ts_connection;
 
 #endif

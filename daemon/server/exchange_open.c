@@ -57,7 +57,7 @@ static ts_status new_on_device(const ts_exec *x, uint32_t pool, uint32_t tenant,
                                ts_exchange **out, char *why, size_t why_bytes)
 {
     const ts_exec_gpu *g = x->gpu_of[pool];
-    ts_status status = ts_devices_check_exchange(x, pool, tenant, bytes, why, why_bytes);
+    ts_status status = ts_pool_memory_check_exchange(x, pool, tenant, bytes, why, why_bytes);
     return status != TS_OK
                ? status
                : ts_exchange_device_new(g->gpu, x->memory[pool]->ipc_handle == NULL, bytes,

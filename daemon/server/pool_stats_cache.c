@@ -10,13 +10,13 @@
 
 /* Of one pool. */
 typedef struct pool_surveys {
-    ts_survey *walk; /* that is being made; NULL: none */
-    ts_survey *last; /* NULL: none */
+    ts_pool_stats *walk; /* that is being made; NULL: none */
+    ts_pool_stats *last; /* NULL: none */
     uint64_t began_ms, fresh_until_ms;
-    ts_survey_waiter *waiters, **last_waiter;
+    ts_pool_stats_waiter *waiters, **last_waiter;
 } pool_surveys;
 
-struct ts_surveys {
+struct ts_pool_stats_cache {
     ts_exec *exec;
     pool_surveys pools[TS_POOLS_MAX];
     ts_work work;
@@ -25,31 +25,31 @@ struct ts_surveys {
     uint64_t bits;
 };
 
-ts_surveys *ts_surveys_new(ts_exec *exec)
+ts_pool_stats_cache *ts_pool_stats_cache_new(ts_exec *exec)
 {
-    ts_surveys *s = calloc(1, sizeof *s);
+    ts_pool_stats_cache *s = calloc(1, sizeof *s);
     if (s != NULL)
         s->exec = exec;
     return s;
 }
 
-void ts_surveys_free(ts_surveys *s)
+void ts_pool_stats_cache_free(ts_pool_stats_cache *s)
 {
     if (s == NULL)
         return;
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
-        ts_survey_free(s->pools[i].walk);
-        ts_survey_free(s->pools[i].last);
+        ts_pool_stats_free(s->pools[i].walk);
+        ts_pool_stats_free(s->pools[i].last);
     }
     free(s);
 }
 
-static void tell_waiters(ts_surveys *s, pool_surveys *p)
+static void tell_waiters(ts_pool_stats_cache *s, pool_surveys *p)
 {
-    ts_survey_waiter *waiter = p->waiters;
+    ts_pool_stats_waiter *waiter = p->waiters;
     p->waiters = NULL;
     s->telling = true;
-    for (ts_survey_waiter *next; waiter != NULL; waiter = next) {
+    for (ts_pool_stats_waiter *next; waiter != NULL; waiter = next) {
         next = waiter->next;
         waiter->ready(waiter, s->exec->owner);
     }
@@ -59,7 +59,8 @@ static void tell_waiters(ts_surveys *s, pool_surveys *p)
 /* One bit of each walk. */
 static void run_walks(ts_work *work, void *owner)
 {
-    ts_surveys *s = (ts_surveys *)((char *)work - offsetof(ts_surveys, work));
+    ts_pool_stats_cache *s =
+        (ts_pool_stats_cache *)((char *)work - offsetof(ts_pool_stats_cache, work));
     bool more = false;
     (void)owner;
     s->queued = false;
@@ -68,12 +69,12 @@ static void run_walks(ts_work *work, void *owner)
         if (p->walk == NULL)
             continue;
         s->bits++;
-        if (!ts_survey_go_on(p->walk, s->exec->engine, TS_SURVEY_BIT)) {
+        if (!ts_pool_stats_go_on(p->walk, s->exec->engine, TS_POOL_STATS_BIT)) {
             more = true;
             continue;
         }
         uint64_t now = ts_now_ms(), rest = (now - p->began_ms) * REST;
-        ts_survey_free(p->last);
+        ts_pool_stats_free(p->last);
         p->last = p->walk;
         p->walk = NULL;
         p->fresh_until_ms = now + (rest < FRESH_MS ? rest : FRESH_MS);
@@ -85,11 +86,11 @@ static void run_walks(ts_work *work, void *owner)
     }
 }
 
-ts_status ts_surveys_get(ts_surveys *s, uint32_t pool, ts_survey_waiter *waiter,
-                         const ts_survey **out)
+ts_status ts_pool_stats_cache_get(ts_pool_stats_cache *s, uint32_t pool,
+                                  ts_pool_stats_waiter *waiter, const ts_pool_stats **out)
 {
     pool_surveys *p = &s->pools[pool];
-    bool small = ts_survey_cost(s->exec->engine, pool) <= TS_SURVEY_BIT / 2;
+    bool small = ts_pool_stats_cost(s->exec->engine, pool) <= TS_POOL_STATS_BIT / 2;
     bool fits =
         p->last != NULL && p->last->num_blocks == s->exec->engine->pools[pool].books.num_blocks;
     if (!small && fits && (s->telling || ts_now_ms() < p->fresh_until_ms)) {
@@ -97,7 +98,7 @@ ts_status ts_surveys_get(ts_surveys *s, uint32_t pool, ts_survey_waiter *waiter,
         return TS_OK;
     }
     if (p->walk == NULL) {
-        p->walk = ts_survey_new(s->exec->engine, pool);
+        p->walk = ts_pool_stats_new(s->exec->engine, pool);
         if (p->walk == NULL)
             return TS_ENOMEM;
         p->began_ms = ts_now_ms();
@@ -105,9 +106,9 @@ ts_status ts_surveys_get(ts_surveys *s, uint32_t pool, ts_survey_waiter *waiter,
     }
     if (small && p->waiters == NULL) {
         s->bits++;
-        while (!ts_survey_go_on(p->walk, s->exec->engine, TS_SURVEY_BIT))
+        while (!ts_pool_stats_go_on(p->walk, s->exec->engine, TS_POOL_STATS_BIT))
             ;
-        ts_survey_free(p->last);
+        ts_pool_stats_free(p->last);
         *out = p->last = p->walk;
         p->walk = NULL;
         p->fresh_until_ms = 0;
@@ -124,7 +125,7 @@ ts_status ts_surveys_get(ts_surveys *s, uint32_t pool, ts_survey_waiter *waiter,
     return TS_EBUSY;
 }
 
-uint64_t ts_surveys_bits(const ts_surveys *s)
+uint64_t ts_pool_stats_cache_bits(const ts_pool_stats_cache *s)
 {
     return s->bits;
 }

@@ -11,28 +11,28 @@
 #include "exec.h"
 #include "pool_stats.h"
 
-#define TS_SURVEY_BIT (1u << 15) /* table entries and blocks that are looked at in one go */
+#define TS_POOL_STATS_BIT (1u << 15) /* table entries and blocks that are looked at in one go */
 
 /* Somebody who waits for a survey: `ready` is called once, and asks again. */
-typedef struct ts_survey_waiter {
-    struct ts_survey_waiter *next;
-    void (*ready)(struct ts_survey_waiter *waiter, void *owner); /* the exec's owner */
-} ts_survey_waiter;
+typedef struct ts_pool_stats_waiter {
+    struct ts_pool_stats_waiter *next;
+    void (*ready)(struct ts_pool_stats_waiter *waiter, void *owner); /* the exec's owner */
+} ts_pool_stats_waiter;
 
-typedef struct ts_surveys ts_surveys;
+typedef struct ts_pool_stats_cache ts_pool_stats_cache;
 
 /* NULL: out of memory. */
-ts_surveys *ts_surveys_new(ts_exec *exec);
-void ts_surveys_free(ts_surveys *surveys);
+ts_pool_stats_cache *ts_pool_stats_cache_new(ts_exec *exec);
+void ts_pool_stats_cache_free(ts_pool_stats_cache *surveys);
 
 /*
  * The pool's figures, good until this is called again. TS_EBUSY: they aren't there yet, and the
  * waiter is told when they are. TS_ENOMEM.
  */
-ts_status ts_surveys_get(ts_surveys *surveys, uint32_t pool, ts_survey_waiter *waiter,
-                         const ts_survey **out);
+ts_status ts_pool_stats_cache_get(ts_pool_stats_cache *surveys, uint32_t pool,
+                                  ts_pool_stats_waiter *waiter, const ts_pool_stats **out);
 
 /* Bits of walks that were made so far. */
-uint64_t ts_surveys_bits(const ts_surveys *surveys);
+uint64_t ts_pool_stats_cache_bits(const ts_pool_stats_cache *surveys);
 
 #endif

@@ -18,7 +18,7 @@ static void drop(ts_kept_reply *kept)
     kept->bytes = NULL;
 }
 
-bool ts_replies_init(ts_replies *r, ts_reply_account **accounts, uint32_t uid)
+bool ts_reply_cache_init(ts_reply_cache *r, ts_reply_account **accounts, uint32_t uid)
 {
     ts_reply_account *account = *accounts;
     while (account != NULL && account->uid != uid)
@@ -32,11 +32,11 @@ bool ts_replies_init(ts_replies *r, ts_reply_account **accounts, uint32_t uid)
         *accounts = account;
     }
     account->users++;
-    *r = (ts_replies){.account = account};
+    *r = (ts_reply_cache){.account = account};
     return true;
 }
 
-void ts_replies_fini(ts_replies *r, ts_reply_account **accounts)
+void ts_reply_cache_fini(ts_reply_cache *r, ts_reply_account **accounts)
 {
     for (uint32_t i = 0; i < TS_REPLIES_SLOTS; i++)
         drop(&r->slots[i]);
@@ -48,7 +48,7 @@ void ts_replies_fini(ts_replies *r, ts_reply_account **accounts)
     free(r->account);
 }
 
-ts_kept_reply *ts_replies_at(ts_replies *r, uint64_t id)
+ts_kept_reply *ts_reply_cache_at(ts_reply_cache *r, uint64_t id)
 {
     for (uint32_t i = 0; i < TS_REPLIES_SLOTS; i++)
         if (r->slots[i].id == id)
@@ -56,7 +56,7 @@ ts_kept_reply *ts_replies_at(ts_replies *r, uint64_t id)
     return NULL;
 }
 
-ts_kept_reply *ts_replies_start(ts_replies *r, uint64_t id)
+ts_kept_reply *ts_reply_cache_start(ts_reply_cache *r, uint64_t id)
 {
     ts_kept_reply *oldest = NULL;
     uint32_t kept = 0;
@@ -83,7 +83,7 @@ ts_kept_reply *ts_replies_start(ts_replies *r, uint64_t id)
     return oldest;
 }
 
-void ts_replies_keep(ts_replies *r, ts_kept_reply *kept, const void *bytes, size_t size)
+void ts_reply_cache_keep(ts_reply_cache *r, ts_kept_reply *kept, const void *bytes, size_t size)
 {
     ts_reply_account *account = r->account;
     kept->pending = false;

@@ -18,7 +18,7 @@
 #define TS_REPLY_BYTES_UID (16u << 20)
 
 struct ts_request;
-typedef struct ts_replies ts_replies;
+typedef struct ts_reply_cache ts_reply_cache;
 
 typedef struct ts_kept_reply {
     uint64_t id;                /* 0: none */
@@ -26,7 +26,7 @@ typedef struct ts_kept_reply {
     struct ts_request *waiters; /* repeats that came meanwhile */
     unsigned char *bytes;       /* NULL and not pending: no longer kept */
     size_t size;
-    ts_replies *owner;                   /* where bytes are kept: these three */
+    ts_reply_cache *owner;               /* where bytes are kept: these three */
     struct ts_kept_reply *older, *newer; /* of the uid's */
 } ts_kept_reply;
 
@@ -38,7 +38,7 @@ typedef struct ts_reply_account {
     ts_kept_reply *oldest, *newest;
 } ts_reply_account;
 
-struct ts_replies {
+struct ts_reply_cache {
     ts_kept_reply slots[TS_REPLIES_SLOTS];
     size_t bytes;
     uint64_t forgotten; /* the highest id whose place was given to another */
@@ -46,17 +46,18 @@ struct ts_replies {
 };
 
 /* *accounts: the list of all. False: out of memory. */
-bool ts_replies_init(ts_replies *replies, ts_reply_account **accounts, uint32_t uid);
-void ts_replies_fini(ts_replies *replies, ts_reply_account **accounts);
+bool ts_reply_cache_init(ts_reply_cache *replies, ts_reply_account **accounts, uint32_t uid);
+void ts_reply_cache_fini(ts_reply_cache *replies, ts_reply_account **accounts);
 
 /* The place of this id; NULL: it has none. */
-ts_kept_reply *ts_replies_at(ts_replies *replies, uint64_t id);
+ts_kept_reply *ts_reply_cache_at(ts_reply_cache *replies, uint64_t id);
 
 /* Gives a place to an id that has none: an empty one, or that of the oldest answer. NULL: the id
  * may be one whose place was given away. */
-ts_kept_reply *ts_replies_start(ts_replies *replies, uint64_t id);
+ts_kept_reply *ts_reply_cache_start(ts_reply_cache *replies, uint64_t id);
 
 /* Keeps a copy of the answer, dropping the oldest ones where there would be too much. */
-void ts_replies_keep(ts_replies *replies, ts_kept_reply *kept, const void *bytes, size_t size);
+void ts_reply_cache_keep(ts_reply_cache *replies, ts_kept_reply *kept, const void *bytes,
+                         size_t size);
 
 #endif

@@ -184,20 +184,20 @@ static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool 
 }
 
 /* The pool's figures, or refuses (TS_EBUSY: they come later). */
-static ts_status get_survey(ts_service *s, uint32_t pool, ts_survey_waiter *waiter,
-                            const ts_survey **survey, Tspb__Reply *reply)
+static ts_status get_survey(ts_service *s, uint32_t pool, ts_pool_stats_waiter *waiter,
+                            const ts_pool_stats **survey, Tspb__Reply *reply)
 {
-    ts_status status = ts_surveys_get(s->surveys, pool, waiter, survey);
+    ts_status status = ts_pool_stats_cache_get(s->surveys, pool, waiter, survey);
     if (status != TS_OK && status != TS_EBUSY)
         no_memory(reply);
     return status;
 }
 
 static ts_report_state report_stats(ts_service *s, ts_view view, const char *name,
-                                    ts_survey_waiter *waiter, Tspb__Reply *reply)
+                                    ts_pool_stats_waiter *waiter, Tspb__Reply *reply)
 {
     uint32_t index;
-    const ts_survey *survey;
+    const ts_pool_stats *survey;
     if (!find_pool(s, name, &index, reply))
         return TS_REPORT_ANSWER;
     ts_status status = get_survey(s, index, waiter, &survey, reply);
@@ -208,7 +208,7 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
         no_memory(reply);
         return TS_REPORT_ANSWER;
     }
-    ts_survey_lengths lengths = ts_survey_lengths_of(survey, view);
+    ts_pool_stats_lengths lengths = ts_pool_stats_lengths_of(survey, view);
     tspb__pool_stats_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_STATS_REPLY;
     reply->pool_stats_reply = r;
@@ -229,10 +229,10 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
 }
 
 /* Adds the survey's cells up to the map's, which are as many of them each. */
-static void fill_map(const ts_survey *survey, ts_view view, Tspb__PoolMapReply *r)
+static void fill_map(const ts_pool_stats *survey, ts_view view, Tspb__PoolMapReply *r)
 {
     for (uint32_t i = 0; i < survey->num_cells; i++) {
-        const ts_survey_cell *from = &survey->cells[i];
+        const ts_pool_stats_cell *from = &survey->cells[i];
         uint32_t cell = (uint32_t)((uint64_t)i * survey->cell_blocks / r->blocks_per_cell);
         r->used[cell] += from->used;
         if (!ts_view_sees(view, from->tenant)) {
@@ -247,10 +247,10 @@ static void fill_map(const ts_survey *survey, ts_view view, Tspb__PoolMapReply *
 }
 
 static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolMap *request,
-                                  ts_survey_waiter *waiter, Tspb__Reply *reply)
+                                  ts_pool_stats_waiter *waiter, Tspb__Reply *reply)
 {
     uint32_t index, wanted = request->cells;
-    const ts_survey *survey;
+    const ts_pool_stats *survey;
     if (!find_pool(s, request->pool, &index, reply))
         return TS_REPORT_ANSWER;
     if (wanted == 0 || wanted > CELLS_MAX) {
@@ -428,7 +428,7 @@ static void report_check(ts_service *s, ts_view view, Tspb__Reply *reply)
 }
 
 ts_report_state ts_report(ts_service *s, ts_view view, const Tspb__Request *request,
-                          ts_survey_waiter *waiter, Tspb__Reply *reply)
+                          ts_pool_stats_waiter *waiter, Tspb__Reply *reply)
 {
     switch ((int)request->body_case) { /* most requests are no such question */
     case TSPB__REQUEST__BODY_STATUS:
@@ -480,18 +480,18 @@ void ts_report_free(Tspb__Reply *reply)
         free(reply->message);
 }
 
-bool ts_report_http_ready(ts_service *s, ts_survey_waiter *waiter)
+bool ts_report_http_ready(ts_service *s, ts_pool_stats_waiter *waiter)
 {
-    const ts_survey *survey;
+    const ts_pool_stats *survey;
     for (uint32_t i = 0; i < s->exec.engine->num_pools; i++)
         if (ts_engine_has_pool(s->exec.engine, i) &&
-            ts_surveys_get(s->surveys, i, waiter, &survey) == TS_EBUSY)
+            ts_pool_stats_cache_get(s->surveys, i, waiter, &survey) == TS_EBUSY)
             return false;
     return true;
 }
 
 /* The figures came too late for the question. */
-static void told_too_late(ts_survey_waiter *waiter, void *service)
+static void told_too_late(ts_pool_stats_waiter *waiter, void *service)
 {
     (void)service;
     free(waiter);
@@ -499,7 +499,7 @@ static void told_too_late(ts_survey_waiter *waiter, void *service)
 
 bool ts_report_http(ts_service *s, const Tspb__Request *request, Tspb__Reply *reply)
 {
-    ts_survey_waiter *waiter = malloc(sizeof *waiter);
+    ts_pool_stats_waiter *waiter = malloc(sizeof *waiter);
     tspb__reply__init(reply);
     if (waiter == NULL)
         return false;

@@ -31,12 +31,12 @@ typedef enum ts_report_state {
 /* Fills in `reply` if `request` is such a question. What the reply points to is allocated and freed
  * with ts_report_free. */
 ts_report_state ts_report(ts_service *service, ts_view view, const Tspb__Request *request,
-                          ts_survey_waiter *waiter, Tspb__Reply *reply);
+                          ts_pool_stats_waiter *waiter, Tspb__Reply *reply);
 void ts_report_free(Tspb__Reply *reply);
 
 /* Whether all pools' figures are there for ts_report_http; else the waiter is told when some are.
  */
-bool ts_report_http_ready(ts_service *service, ts_survey_waiter *waiter);
+bool ts_report_http_ready(ts_service *service, ts_pool_stats_waiter *waiter);
 
 /* The same for who asks over HTTP, in the same turn. False: there is nothing to free; no memory, or
  * no such question. */

@@ -43,14 +43,14 @@ static size_t finish(ts_service *s, Tspb__Reply *reply)
 static void deliver(ts_connection *c, ts_request *request, uint64_t id, const void *bytes,
                     size_t size)
 {
-    ts_kept_reply *kept = c == NULL ? NULL : ts_replies_at(&c->replies, id);
+    ts_kept_reply *kept = c == NULL ? NULL : ts_reply_cache_at(&c->replies, id);
     if (kept != NULL) { /* else another connection by now */
         for (ts_request *w = kept->waiters, *next; w != NULL; w = next) {
             next = w->next_waiter;
             w->send(w, bytes, size);
         }
         kept->waiters = NULL;
-        ts_replies_keep(&c->replies, kept, bytes, size);
+        ts_reply_cache_keep(&c->replies, kept, bytes, size);
     }
     request->send(request, bytes, size);
 }
@@ -75,10 +75,10 @@ static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const 
 static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *request)
 {
     uint64_t id = request->message->request_id;
-    ts_kept_reply *kept = ts_replies_at(&c->replies, id);
+    ts_kept_reply *kept = ts_reply_cache_at(&c->replies, id);
     ts_answer answer = {0};
     if (kept == NULL) {
-        kept = ts_replies_start(&c->replies, id);
+        kept = ts_reply_cache_start(&c->replies, id);
         if (kept != NULL)
             return kept;
     } else if (kept->pending) {
@@ -312,7 +312,7 @@ static void resume(void *service)
     for (ts_request *request = waiting, *next; request != NULL; request = next) {
         next = request->next_waiter;
         ts_connection *c = ts_service_connection(s, request->pipe);
-        answer(s, c, request, ts_replies_at(&c->replies, request->message->request_id));
+        answer(s, c, request, ts_reply_cache_at(&c->replies, request->message->request_id));
     }
     if (s->resume_rings != NULL)
         s->resume_rings(s->rings);
@@ -320,13 +320,13 @@ static void resume(void *service)
 
 /* A report's request that waits for figures. */
 typedef struct report_waiter {
-    ts_survey_waiter waiter; /* first: surveys hand it back */
+    ts_pool_stats_waiter waiter; /* first: surveys hand it back */
     ts_request *request;
 } report_waiter;
 
 static bool answer_report(ts_service *s, ts_connection *c, ts_request *request);
 
-static void report_ready(ts_survey_waiter *waiter, void *service)
+static void report_ready(ts_pool_stats_waiter *waiter, void *service)
 {
     ts_service *s = service;
     ts_request *request = ((report_waiter *)waiter)->request;
@@ -408,6 +408,6 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     s->exec.resumed = resume;
     s->exec.engine = ts_engine_new(limits);
     s->by_session = calloc(limits->sessions, sizeof *s->by_session);
-    s->surveys = ts_surveys_new(&s->exec);
+    s->surveys = ts_pool_stats_cache_new(&s->exec);
     return s->exec.engine != NULL && s->by_session != NULL && s->surveys != NULL;
 }

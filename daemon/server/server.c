@@ -35,7 +35,7 @@ void ts_service_pipe_added(ts_work *work, void *service)
     ts_service *s = service;
     ts_pipe_event *event = (ts_pipe_event *)work;
     ts_connection *c = calloc(1, sizeof *c);
-    if (c == NULL || !ts_replies_init(&c->replies, &s->reply_accounts, event->uid)) {
+    if (c == NULL || !ts_reply_cache_init(&c->replies, &s->reply_accounts, event->uid)) {
         free(c);
         ts_log(TS_LOG_ERROR, "no memory for a connection from pid %u", event->pid);
         s->end_connection(s->end_connection_arg, event->pipe, false); /* its worker asks again */
@@ -107,7 +107,7 @@ static void connection_free(ts_service *s, ts_connection *c)
             next = w->next_waiter;
             w->send(w, NULL, 0);
         }
-    ts_replies_fini(&c->replies, &s->reply_accounts);
+    ts_reply_cache_fini(&c->replies, &s->reply_accounts);
     free(c);
 }
 
@@ -180,7 +180,7 @@ void ts_service_close_connections(ts_service *s)
 
 void ts_service_fini(ts_service *s)
 {
-    ts_surveys_free(s->surveys);
+    ts_pool_stats_cache_free(s->surveys);
     ts_step_plans_free(&s->exec);
     ts_exec_fini(&s->exec);
     free(s->by_session);

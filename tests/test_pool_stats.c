@@ -50,16 +50,16 @@ static bool run_one(void)
 }
 
 typedef struct asker {
-    ts_survey_waiter waiter;
+    ts_pool_stats_waiter waiter;
     uint32_t told;
-    const ts_survey *survey;
+    const ts_pool_stats *survey;
 } asker;
 
-static void on_ready(ts_survey_waiter *waiter, void *owner)
+static void on_ready(ts_pool_stats_waiter *waiter, void *owner)
 {
     asker *a = (asker *)waiter;
     a->told++;
-    assert_int_equal(ts_surveys_get(((ts_service *)owner)->surveys, 0, waiter, &a->survey),
+    assert_int_equal(ts_pool_stats_cache_get(((ts_service *)owner)->surveys, 0, waiter, &a->survey),
                      TS_OK); /* what all have waited for */
 }
 
@@ -69,9 +69,9 @@ static void a_small_pool_is_surveyed_at_once(void **state)
     service_new(1024);
     asker a = {.waiter.ready = on_ready};
     for (uint64_t i = 1; i <= 3; i++) { /* each time anew: nothing is out of date */
-        assert_int_equal(ts_surveys_get(service.surveys, 0, &a.waiter, &a.survey), TS_OK);
+        assert_int_equal(ts_pool_stats_cache_get(service.surveys, 0, &a.waiter, &a.survey), TS_OK);
         assert_int_equal(a.survey->free_runs[10], 1);
-        assert_int_equal(ts_surveys_bits(service.surveys), i);
+        assert_int_equal(ts_pool_stats_cache_bits(service.surveys), i);
     }
     assert_int_equal(a.told, 0);
     service_free();
@@ -82,25 +82,28 @@ static void all_who_ask_for_a_large_pool_share_a_walk_of_small_bits(void **state
     (void)state;
     service_new(BLOCKS);
     static asker askers[100];
-    const uint64_t bits = BLOCKS / TS_SURVEY_BIT;
+    const uint64_t bits = BLOCKS / TS_POOL_STATS_BIT;
     for (int i = 0; i < 50; i++) {
         askers[i] = (asker){.waiter.ready = on_ready};
-        assert_int_equal(ts_surveys_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
-                         TS_EBUSY);
+        assert_int_equal(
+            ts_pool_stats_cache_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
+            TS_EBUSY);
     }
-    assert_int_equal(ts_surveys_bits(service.surveys), 0); /* none of it in the askers' own turn */
+    assert_int_equal(ts_pool_stats_cache_bits(service.surveys),
+                     0); /* none of it in the askers' own turn */
     for (uint64_t i = 1; i <= bits / 2; i++) {
         assert_true(run_one());
-        assert_int_equal(ts_surveys_bits(service.surveys), i); /* one a turn */
+        assert_int_equal(ts_pool_stats_cache_bits(service.surveys), i); /* one a turn */
     }
     for (int i = 50; i < 100; i++) { /* it is under way */
         askers[i] = (asker){.waiter.ready = on_ready};
-        assert_int_equal(ts_surveys_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
-                         TS_EBUSY);
+        assert_int_equal(
+            ts_pool_stats_cache_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
+            TS_EBUSY);
     }
     while (run_one())
         ;
-    assert_in_range(ts_surveys_bits(service.surveys), bits, bits + 1);
+    assert_in_range(ts_pool_stats_cache_bits(service.surveys), bits, bits + 1);
     for (int i = 0; i < 100; i++) {
         assert_int_equal(askers[i].told, 1);
         assert_non_null(askers[i].survey);
@@ -114,12 +117,12 @@ static void a_pool_that_ends_during_its_walk_ends_it(void **state)
     (void)state;
     service_new(BLOCKS);
     ts_answer answer;
-    ts_survey *walk = ts_survey_new(service.exec.engine, 0);
-    assert_false(ts_survey_go_on(walk, service.exec.engine, 10));
+    ts_pool_stats *walk = ts_pool_stats_new(service.exec.engine, 0);
+    assert_false(ts_pool_stats_go_on(walk, service.exec.engine, 10));
     ts_engine_apply(service.exec.engine, &(ts_command){.op = TS_OP_POOL_REMOVE}, &answer);
     assert_int_equal(answer.status, TS_OK);
-    assert_true(ts_survey_go_on(walk, service.exec.engine, 10));
-    ts_survey_free(walk);
+    assert_true(ts_pool_stats_go_on(walk, service.exec.engine, 10));
+    ts_pool_stats_free(walk);
     service_free();
 }
 
