@@ -1,4 +1,4 @@
-/* Surveys of pools: a large one is walked bit by bit, once for all who ask meanwhile. */
+/* Figures of pools: a large one is walked bit by bit, once for all who ask meanwhile. */
 #include "test_util.h"
 
 #include "log.h"
@@ -52,15 +52,16 @@ static bool run_one(void)
 typedef struct asker {
     ts_pool_stats_waiter waiter;
     uint32_t told;
-    const ts_pool_stats *survey;
+    const ts_pool_stats *stats;
 } asker;
 
 static void on_ready(ts_pool_stats_waiter *waiter, void *owner)
 {
     asker *a = (asker *)waiter;
     a->told++;
-    assert_int_equal(ts_pool_stats_cache_get(((ts_service *)owner)->surveys, 0, waiter, &a->survey),
-                     TS_OK); /* what all have waited for */
+    assert_int_equal(
+        ts_pool_stats_cache_get(((ts_service *)owner)->pool_stats, 0, waiter, &a->stats),
+        TS_OK); /* what all have waited for */
 }
 
 static void a_small_pool_is_surveyed_at_once(void **state)
@@ -69,9 +70,10 @@ static void a_small_pool_is_surveyed_at_once(void **state)
     service_new(1024);
     asker a = {.waiter.ready = on_ready};
     for (uint64_t i = 1; i <= 3; i++) { /* each time anew: nothing is out of date */
-        assert_int_equal(ts_pool_stats_cache_get(service.surveys, 0, &a.waiter, &a.survey), TS_OK);
-        assert_int_equal(a.survey->free_runs[10], 1);
-        assert_int_equal(ts_pool_stats_cache_bits(service.surveys), i);
+        assert_int_equal(ts_pool_stats_cache_get(service.pool_stats, 0, &a.waiter, &a.stats),
+                         TS_OK);
+        assert_int_equal(a.stats->free_runs[10], 1);
+        assert_int_equal(ts_pool_stats_cache_bits(service.pool_stats), i);
     }
     assert_int_equal(a.told, 0);
     service_free();
@@ -86,28 +88,28 @@ static void all_who_ask_for_a_large_pool_share_a_walk_of_small_bits(void **state
     for (int i = 0; i < 50; i++) {
         askers[i] = (asker){.waiter.ready = on_ready};
         assert_int_equal(
-            ts_pool_stats_cache_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
+            ts_pool_stats_cache_get(service.pool_stats, 0, &askers[i].waiter, &askers[i].stats),
             TS_EBUSY);
     }
-    assert_int_equal(ts_pool_stats_cache_bits(service.surveys),
+    assert_int_equal(ts_pool_stats_cache_bits(service.pool_stats),
                      0); /* none of it in the askers' own turn */
     for (uint64_t i = 1; i <= bits / 2; i++) {
         assert_true(run_one());
-        assert_int_equal(ts_pool_stats_cache_bits(service.surveys), i); /* one a turn */
+        assert_int_equal(ts_pool_stats_cache_bits(service.pool_stats), i); /* one a turn */
     }
     for (int i = 50; i < 100; i++) { /* it is under way */
         askers[i] = (asker){.waiter.ready = on_ready};
         assert_int_equal(
-            ts_pool_stats_cache_get(service.surveys, 0, &askers[i].waiter, &askers[i].survey),
+            ts_pool_stats_cache_get(service.pool_stats, 0, &askers[i].waiter, &askers[i].stats),
             TS_EBUSY);
     }
     while (run_one())
         ;
-    assert_in_range(ts_pool_stats_cache_bits(service.surveys), bits, bits + 1);
+    assert_in_range(ts_pool_stats_cache_bits(service.pool_stats), bits, bits + 1);
     for (int i = 0; i < 100; i++) {
         assert_int_equal(askers[i].told, 1);
-        assert_non_null(askers[i].survey);
-        assert_int_equal(askers[i].survey->free_runs[20], 1);
+        assert_non_null(askers[i].stats);
+        assert_int_equal(askers[i].stats->free_runs[20], 1);
     }
     service_free();
 }

@@ -76,16 +76,16 @@ typedef struct ts_pool_stats {
 
 /* A walk that has not begun. NULL: out of memory. */
 ts_pool_stats *ts_pool_stats_new(const ts_engine *engine, uint32_t pool);
-void ts_pool_stats_free(ts_pool_stats *survey);
+void ts_pool_stats_free(ts_pool_stats *stats);
 
 /* About how many table entries and blocks a walk over the pool looks at. */
 uint64_t ts_pool_stats_cost(const ts_engine *engine, uint32_t pool);
 
 /* Looks at so many more. True: it is done. */
-bool ts_pool_stats_go_on(ts_pool_stats *survey, const ts_engine *engine, uint32_t entries);
+bool ts_pool_stats_go_on(ts_pool_stats *stats, const ts_engine *engine, uint32_t entries);
 
 /* The lengths of the sequences that may be seen. */
-ts_pool_stats_lengths ts_pool_stats_lengths_of(const ts_pool_stats *survey, ts_view view);
+ts_pool_stats_lengths ts_pool_stats_lengths_of(const ts_pool_stats *stats, ts_view view);
 
 /* The owner of what belongs to both. */
 static inline uint32_t ts_owner_of_both(uint32_t a, uint32_t b)

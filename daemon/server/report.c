@@ -184,10 +184,10 @@ static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool 
 }
 
 /* The pool's figures, or refuses (TS_EBUSY: they come later). */
-static ts_status get_survey(ts_service *s, uint32_t pool, ts_pool_stats_waiter *waiter,
-                            const ts_pool_stats **survey, Tspb__Reply *reply)
+static ts_status get_stats(ts_service *s, uint32_t pool, ts_pool_stats_waiter *waiter,
+                           const ts_pool_stats **stats, Tspb__Reply *reply)
 {
-    ts_status status = ts_pool_stats_cache_get(s->surveys, pool, waiter, survey);
+    ts_status status = ts_pool_stats_cache_get(s->pool_stats, pool, waiter, stats);
     if (status != TS_OK && status != TS_EBUSY)
         no_memory(reply);
     return status;
@@ -197,10 +197,10 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
                                     ts_pool_stats_waiter *waiter, Tspb__Reply *reply)
 {
     uint32_t index;
-    const ts_pool_stats *survey;
+    const ts_pool_stats *stats;
     if (!find_pool(s, name, &index, reply))
         return TS_REPORT_ANSWER;
-    ts_status status = get_survey(s, index, waiter, &survey, reply);
+    ts_status status = get_stats(s, index, waiter, &stats, reply);
     if (status != TS_OK)
         return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
     Tspb__PoolStatsReply *r = malloc(sizeof *r);
@@ -208,32 +208,32 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
         no_memory(reply);
         return TS_REPORT_ANSWER;
     }
-    ts_pool_stats_lengths lengths = ts_pool_stats_lengths_of(survey, view);
+    ts_pool_stats_lengths lengths = ts_pool_stats_lengths_of(stats, view);
     tspb__pool_stats_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_STATS_REPLY;
     reply->pool_stats_reply = r;
     r->pool = summarise(s, index);
     r->others_hidden = !view.all;
-    r->stored_tokens = survey->stored_tokens;
-    r->seen_tokens = survey->seen_tokens;
-    r->used_slots = survey->used_slots;
-    r->reserved_slots = survey->reserved_slots;
-    r->table_blocks = survey->table_blocks;
+    r->stored_tokens = stats->stored_tokens;
+    r->seen_tokens = stats->seen_tokens;
+    r->used_slots = stats->used_slots;
+    r->reserved_slots = stats->reserved_slots;
+    r->table_blocks = stats->table_blocks;
     r->longest_tokens = lengths.longest;
     r->length_histogram = copy_bins(lengths.bins, &r->n_length_histogram);
-    r->free_run_histogram = copy_bins(survey->free_runs, &r->n_free_run_histogram);
+    r->free_run_histogram = copy_bins(stats->free_runs, &r->n_free_run_histogram);
     if (r->pool == NULL || r->length_histogram == NULL || r->free_run_histogram == NULL ||
         !add_tenants(s, view, &s->exec.engine->pools[index], r))
         no_memory(reply);
     return TS_REPORT_ANSWER;
 }
 
-/* Adds the survey's cells up to the map's, which are as many of them each. */
-static void fill_map(const ts_pool_stats *survey, ts_view view, Tspb__PoolMapReply *r)
+/* Adds the figures' cells up to the map's, which are as many of them each. */
+static void fill_map(const ts_pool_stats *stats, ts_view view, Tspb__PoolMapReply *r)
 {
-    for (uint32_t i = 0; i < survey->num_cells; i++) {
-        const ts_pool_stats_cell *from = &survey->cells[i];
-        uint32_t cell = (uint32_t)((uint64_t)i * survey->cell_blocks / r->blocks_per_cell);
+    for (uint32_t i = 0; i < stats->num_cells; i++) {
+        const ts_pool_stats_cell *from = &stats->cells[i];
+        uint32_t cell = (uint32_t)((uint64_t)i * stats->cell_blocks / r->blocks_per_cell);
         r->used[cell] += from->used;
         if (!ts_view_sees(view, from->tenant)) {
             if (from->used > 0)
@@ -250,14 +250,14 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
                                   ts_pool_stats_waiter *waiter, Tspb__Reply *reply)
 {
     uint32_t index, wanted = request->cells;
-    const ts_pool_stats *survey;
+    const ts_pool_stats *stats;
     if (!find_pool(s, request->pool, &index, reply))
         return TS_REPORT_ANSWER;
     if (wanted == 0 || wanted > CELLS_MAX) {
         refuse(reply, TS_EINVAL, "a map has %s cells", "1..8192");
         return TS_REPORT_ANSWER;
     }
-    ts_status status = get_survey(s, index, waiter, &survey, reply);
+    ts_status status = get_stats(s, index, waiter, &stats, reply);
     if (status != TS_OK)
         return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
     Tspb__PoolMapReply *r = malloc(sizeof *r);
@@ -268,9 +268,9 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     tspb__pool_map_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_MAP_REPLY;
     reply->pool_map_reply = r;
-    uint32_t per_cell = (survey->num_blocks - 1) / wanted + 1; /* in whole cells of the survey */
-    per_cell = (per_cell - 1) / survey->cell_blocks * survey->cell_blocks + survey->cell_blocks;
-    uint32_t cells = (survey->num_blocks - 1) / per_cell + 1;
+    uint32_t per_cell = (stats->num_blocks - 1) / wanted + 1; /* in whole cells of the figures */
+    per_cell = (per_cell - 1) / stats->cell_blocks * stats->cell_blocks + stats->cell_blocks;
+    uint32_t cells = (stats->num_blocks - 1) / per_cell + 1;
     r->blocks_per_cell = per_cell;
     r->others_hidden = !view.all;
     r->pool = summarise(s, index);
@@ -281,7 +281,7 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->tokens != NULL &&
         r->owners != NULL) {
         r->n_used = r->n_shared = r->n_tokens = r->n_owners = cells;
-        fill_map(survey, view, r);
+        fill_map(stats, view, r);
     } else {
         no_memory(reply);
     }
@@ -482,10 +482,10 @@ void ts_report_free(Tspb__Reply *reply)
 
 bool ts_report_http_ready(ts_service *s, ts_pool_stats_waiter *waiter)
 {
-    const ts_pool_stats *survey;
+    const ts_pool_stats *stats;
     for (uint32_t i = 0; i < s->exec.engine->num_pools; i++)
         if (ts_engine_has_pool(s->exec.engine, i) &&
-            ts_pool_stats_cache_get(s->surveys, i, waiter, &survey) == TS_EBUSY)
+            ts_pool_stats_cache_get(s->pool_stats, i, waiter, &stats) == TS_EBUSY)
             return false;
     return true;
 }

@@ -320,7 +320,7 @@ static void resume(void *service)
 
 /* A report's request that waits for figures. */
 typedef struct report_waiter {
-    ts_pool_stats_waiter waiter; /* first: surveys hand it back */
+    ts_pool_stats_waiter waiter; /* first: the cache hands it back */
     ts_request *request;
 } report_waiter;
 
@@ -408,6 +408,6 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     s->exec.resumed = resume;
     s->exec.engine = ts_engine_new(limits);
     s->by_session = calloc(limits->sessions, sizeof *s->by_session);
-    s->surveys = ts_pool_stats_cache_new(&s->exec);
-    return s->exec.engine != NULL && s->by_session != NULL && s->surveys != NULL;
+    s->pool_stats = ts_pool_stats_cache_new(&s->exec);
+    return s->exec.engine != NULL && s->by_session != NULL && s->pool_stats != NULL;
 }

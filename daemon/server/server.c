@@ -180,7 +180,7 @@ void ts_service_close_connections(ts_service *s)
 
 void ts_service_fini(ts_service *s)
 {
-    ts_pool_stats_cache_free(s->surveys);
+    ts_pool_stats_cache_free(s->pool_stats);
     ts_step_plans_free(&s->exec);
     ts_exec_fini(&s->exec);
     free(s->by_session);

@@ -47,9 +47,9 @@ typedef struct ts_refusals ts_refusals; /* refusals.h */
 typedef struct ts_service {
     ts_exec exec;
     ts_reply_account *reply_accounts;
-    struct ts_pool_stats_cache *surveys; /* pool_stats_cache.h */
-    uint64_t check_after_ms;             /* the next check of the books may begin then */
-    ts_request *waiting;                 /* commits and aborts, for their step's runs */
+    struct ts_pool_stats_cache *pool_stats; /* pool_stats_cache.h */
+    uint64_t check_after_ms;                /* the next check of the books may begin then */
+    ts_request *waiting;                    /* commits and aborts, for their step's runs */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
