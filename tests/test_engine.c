@@ -473,7 +473,7 @@ static void an_append_whose_copies_are_not_made_changes_nothing(void **state)
     ts_engine_free(e);
 }
 
-static void a_survey_counts_stored_tokens_once(void **state)
+static void a_walk_counts_stored_tokens_once(void **state)
 {
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
@@ -525,7 +525,7 @@ int main(void)
         cmocka_unit_test(a_run_outside_the_exchange_is_refused),
         cmocka_unit_test(a_million_sequences_cost_what_the_readme_says),
         cmocka_unit_test(an_append_whose_copies_are_not_made_changes_nothing),
-        cmocka_unit_test(a_survey_counts_stored_tokens_once),
+        cmocka_unit_test(a_walk_counts_stored_tokens_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -64,7 +64,7 @@ static void on_ready(ts_pool_stats_waiter *waiter, void *owner)
         TS_OK); /* what all have waited for */
 }
 
-static void a_small_pool_is_surveyed_at_once(void **state)
+static void a_small_pool_is_walked_at_once(void **state)
 {
     (void)state;
     service_new(1024);
@@ -132,7 +132,7 @@ int main(void)
 {
     ts_log_init(TS_LOG_ERROR);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(a_small_pool_is_surveyed_at_once),
+        cmocka_unit_test(a_small_pool_is_walked_at_once),
         cmocka_unit_test(all_who_ask_for_a_large_pool_share_a_walk_of_small_bits),
         cmocka_unit_test(a_pool_that_ends_during_its_walk_ends_it),
     };

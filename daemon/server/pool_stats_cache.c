@@ -9,16 +9,16 @@
     10u /* the figures of a walk serve for so many times as long as it took, at most FRESH_MS */
 
 /* Of one pool. */
-typedef struct pool_surveys {
+typedef struct pool_walks {
     ts_pool_stats *walk; /* that is being made; NULL: none */
     ts_pool_stats *last; /* NULL: none */
     uint64_t began_ms, fresh_until_ms;
     ts_pool_stats_waiter *waiters, **last_waiter;
-} pool_surveys;
+} pool_walks;
 
 struct ts_pool_stats_cache {
     ts_exec *exec;
-    pool_surveys pools[TS_POOLS_MAX];
+    pool_walks pools[TS_POOLS_MAX];
     ts_work work;
     bool queued;
     bool telling; /* waiters are being told: what is there serves them */
@@ -44,7 +44,7 @@ void ts_pool_stats_cache_free(ts_pool_stats_cache *s)
     free(s);
 }
 
-static void tell_waiters(ts_pool_stats_cache *s, pool_surveys *p)
+static void tell_waiters(ts_pool_stats_cache *s, pool_walks *p)
 {
     ts_pool_stats_waiter *waiter = p->waiters;
     p->waiters = NULL;
@@ -65,7 +65,7 @@ static void run_walks(ts_work *work, void *owner)
     (void)owner;
     s->queued = false;
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
-        pool_surveys *p = &s->pools[i];
+        pool_walks *p = &s->pools[i];
         if (p->walk == NULL)
             continue;
         s->bits++;
@@ -89,7 +89,7 @@ static void run_walks(ts_work *work, void *owner)
 ts_status ts_pool_stats_cache_get(ts_pool_stats_cache *s, uint32_t pool,
                                   ts_pool_stats_waiter *waiter, const ts_pool_stats **out)
 {
-    pool_surveys *p = &s->pools[pool];
+    pool_walks *p = &s->pools[pool];
     bool small = ts_pool_stats_cost(s->exec->engine, pool) <= TS_POOL_STATS_BIT / 2;
     bool fits =
         p->last != NULL && p->last->num_blocks == s->exec->engine->pools[pool].books.num_blocks;

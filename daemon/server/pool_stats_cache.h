@@ -1,6 +1,6 @@
 /*
  * Figures of pools for everybody who asks, so that no flood of questions holds the engine: a small
- * pool is surveyed at once; a large one bit by bit, with others' work in between, by one walk for
+ * pool is walked at once; a large one bit by bit, with others' work in between, by one walk for
  * all who ask meanwhile, whose figures then serve for up to a second.
  *
  * Thread: the engine's owner.

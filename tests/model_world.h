@@ -1,0 +1,607 @@
+/* The naive model of test_model.c: its sequences, its steps, and each kind of command on them. */
+#ifndef TS_MODEL_WORLD_H
+#define TS_MODEL_WORLD_H
+
+#include "engine_util.h"
+
+#define BLOCK_TOKENS 3u
+#define NUM_BLOCKS 61u
+#define SLAB_BLOCKS 5u
+#define UIDS 3u
+#define SESSIONS 6u
+#define SEQS 48u
+#define STEPS 6u
+#define LENGTH_MAX 40u
+#define BATCH_MAX 5u
+
+typedef struct model_seq {
+    bool live;
+    uint64_t id;
+    uint32_t uid;
+    int owner; /* slot of its session; -1: kept */
+    int name;  /* 0..7, or -1 */
+    int step;  /* slot of the open step it is in, or -1 */
+    uint32_t length, known;
+    uint32_t tokens[LENGTH_MAX], ids[LENGTH_MAX];
+    int space; /* 1 or 2; 0: none */
+} model_seq;
+
+typedef struct model_step {
+    bool live, copying;
+    uint64_t id;
+    int session;
+    uint32_t count;
+    int seqs[BATCH_MAX];
+    uint32_t new_tokens[BATCH_MAX], known[BATCH_MAX];
+    uint32_t values[BATCH_MAX][LENGTH_MAX], ids[BATCH_MAX][LENGTH_MAX];
+    ts_block_copy copies[BATCH_MAX];
+    uint32_t num_copies;
+} model_step;
+
+typedef struct world {
+    ts_engine *e;
+    rng r;
+    uint64_t sessions[SESSIONS]; /* 0: closed */
+    model_seq seqs[SEQS];
+    model_step steps[STEPS];
+    uint32_t memory[NUM_BLOCKS * BLOCK_TOKENS];
+    uint32_t next_value;
+    uint64_t done[16], refused; /* how often each kind of command succeeded */
+    uint64_t matched;           /* tokens */
+} world;
+
+static uint32_t uid_of(int session)
+{
+    return (uint32_t)session % UIDS;
+}
+
+static void wipe_slab(void *arg, uint32_t pool, uint32_t slab)
+{
+    (void)pool;
+    world *w = arg;
+    for (uint32_t b = slab * SLAB_BLOCKS; b < (slab + 1) * SLAB_BLOCKS && b < NUM_BLOCKS; b++)
+        for (uint32_t t = 0; t < BLOCK_TOKENS; t++)
+            w->memory[b * BLOCK_TOKENS + t] = 0;
+}
+
+static ts_status run(world *w, ts_command c, ts_answer *a)
+{
+    ts_status status = apply_with(w->e, &c, a, wipe_slab, w);
+    w->refused += status != TS_OK;
+    assert_true((status == TS_OK) == (a->message[0] == '\0'));
+    return status;
+}
+
+static const ts_space_name spaces[] = {{NULL, 0}, {"one", 3}, {"t\0w", 3}};
+
+/* What the token at the end of these ids comes to. */
+static uint32_t value_of(uint32_t uid, int space, const uint32_t *ids, uint32_t count)
+{
+    uint64_t h = uid * 977u + (uint64_t)space;
+    for (uint32_t i = 0; i < count; i++)
+        h = (h ^ (ids[i] + 1)) * 1099511628211u + 14695981039346656037u;
+    return (uint32_t)(h >> 32) | 0x80000000u;
+}
+
+/* A session slot that is open, or -1. */
+static int pick_session(world *w)
+{
+    int i = (int)rng_below(&w->r, SESSIONS);
+    return w->sessions[i] != 0 ? i : -1;
+}
+
+static int pick_seq(world *w)
+{
+    int i = (int)rng_below(&w->r, SEQS);
+    return w->seqs[i].live ? i : -1;
+}
+
+static int free_slot(world *w)
+{
+    for (int i = 0; i < (int)SEQS; i++)
+        if (!w->seqs[i].live)
+            return i;
+    return -1;
+}
+
+static bool may_use(const world *w, int session, int seq)
+{
+    const model_seq *s = &w->seqs[seq];
+    return s->uid == uid_of(session) && (s->owner == -1 || s->owner == session);
+}
+
+/* What the model expects of using this sequence. */
+static ts_status expected_use(const world *w, int session, int seq, bool change)
+{
+    const model_seq *s = &w->seqs[seq];
+    if (s->uid != uid_of(session))
+        return TS_ENOENT;
+    if (!may_use(w, session, seq))
+        return TS_EPERM;
+    return change && s->step >= 0 ? TS_EBUSY : TS_OK;
+}
+
+static void verify_seq(world *w, int seq)
+{
+    const model_seq *s = &w->seqs[seq];
+    const ts_sequence *real = ts_sequence_find(&w->e->pools[0].seqs, s->id);
+    assert_non_null(real);
+    assert_int_equal(real->length, s->length);
+    assert_int_equal(real->num_blocks, (s->length + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+    /* In an open step whose copies aren't made yet, the tail is read from the original. */
+    uint32_t original = TS_NONE;
+    if (s->step >= 0 && w->steps[s->step].copying) {
+        const ts_step *step = ts_engine_find_step(w->e, w->steps[s->step].id);
+        for (uint32_t i = 0; i < step->num_seqs; i++)
+            if (w->steps[s->step].seqs[i] == seq)
+                original = step->seqs[i].original;
+    }
+    for (uint32_t t = 0; t < s->length; t++) {
+        uint32_t block = real->blocks[t / BLOCK_TOKENS];
+        if (original != TS_NONE && t / BLOCK_TOKENS == real->num_blocks - 1)
+            block = original;
+        assert_int_equal(w->memory[block * BLOCK_TOKENS + t % BLOCK_TOKENS], s->tokens[t]);
+    }
+}
+
+static void op_session(world *w)
+{
+    ts_answer a;
+    int i = (int)rng_below(&w->r, SESSIONS);
+    if (w->sessions[i] == 0) {
+        w->sessions[i] = session_new(w->e, uid_of(i));
+        w->done[0]++;
+        return;
+    }
+    if (rng_below(&w->r, 8) != 0) /* mostly leave it be */
+        return;
+    assert_int_equal(run(w, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = w->sessions[i]}, &a),
+                     TS_OK);
+    for (int s = 0; s < (int)STEPS; s++) {
+        model_step *step = &w->steps[s];
+        if (!step->live || step->session != i)
+            continue;
+        if (step->copying) { /* the kernel finishes, then the engine lets go */
+            for (uint32_t c = 0; c < step->num_copies; c++)
+                memcpy(&w->memory[step->copies[c].dst * BLOCK_TOKENS],
+                       &w->memory[step->copies[c].src * BLOCK_TOKENS],
+                       BLOCK_TOKENS * sizeof(uint32_t));
+            assert_int_equal(step_done(w->e, step->id, TS_NONE), TS_OK);
+        }
+        step->live = false;
+        for (uint32_t j = 0; j < step->count; j++)
+            w->seqs[step->seqs[j]].step = -1;
+    }
+    for (int s = 0; s < (int)SEQS; s++)
+        if (w->seqs[s].live && w->seqs[s].owner == i)
+            w->seqs[s].live = false;
+    w->sessions[i] = 0;
+    w->done[1]++;
+}
+
+static void op_create(world *w, int session)
+{
+    ts_answer a;
+    int slot = free_slot(w), space = (int)rng_below(&w->r, 3);
+    if (slot < 0)
+        return;
+    assert_int_equal(run(w,
+                         (ts_command){.op = TS_OP_SEQ_CREATE,
+                                      .session = w->sessions[session],
+                                      .seq_create = {.count = 1, .space = spaces[space]}},
+                         &a),
+                     TS_OK);
+    w->seqs[slot] = (model_seq){.live = true,
+                                .id = a.seqs.seqs[0],
+                                .uid = uid_of(session),
+                                .owner = session,
+                                .name = -1,
+                                .step = -1,
+                                .space = space};
+    w->done[2]++;
+}
+
+static void op_fork(world *w, int session)
+{
+    ts_answer a;
+    int slot = free_slot(w), parent = pick_seq(w);
+    if (slot < 0 || parent < 0)
+        return;
+    const model_seq *p = &w->seqs[parent];
+    uint32_t length = rng_below(&w->r, 2) ? rng_below(&w->r, p->length + 2) : p->length;
+    ts_status expected = expected_use(w, session, parent, false);
+    if (expected == TS_OK && length > p->length)
+        expected = TS_EINVAL;
+    ts_status status = run(w,
+                           (ts_command){.op = TS_OP_SEQ_FORK,
+                                        .session = w->sessions[session],
+                                        .seq_fork = {.parent = p->id,
+                                                     .count = 1,
+                                                     .length = length,
+                                                     .has_length = length != p->length}},
+                           &a);
+    assert_int_equal(status, expected);
+    if (status != TS_OK)
+        return;
+    w->seqs[slot] = *p;
+    w->seqs[slot].id = a.seqs.seqs[0];
+    w->seqs[slot].owner = session;
+    w->seqs[slot].name = w->seqs[slot].step = -1;
+    w->seqs[slot].length = length;
+    w->seqs[slot].known = p->known < length ? p->known : length;
+    verify_seq(w, slot);
+    w->done[3]++;
+}
+
+/* A prompt: mostly the beginning of some sequence, and something more. Returns its tokens. */
+static uint32_t make_prompt(world *w, uint32_t *ids)
+{
+    int like = pick_seq(w);
+    uint32_t n = 1 + rng_below(&w->r, LENGTH_MAX), same = 0;
+    if (like >= 0 && w->seqs[like].known > 0)
+        same = rng_below(&w->r, w->seqs[like].known + 1);
+    for (uint32_t i = 0; i < n; i++)
+        ids[i] = i < same ? w->seqs[like].ids[i] : rng_below(&w->r, 2);
+    return n;
+}
+
+/* Tokens of the prompt that live sequences hold in whole blocks. */
+static uint32_t least_match(const world *w, uint32_t uid, int space, const uint32_t *ids,
+                            uint32_t n)
+{
+    uint32_t least = 0;
+    for (int i = 0; i < (int)SEQS; i++) {
+        const model_seq *s = &w->seqs[i];
+        uint32_t same = 0;
+        while (s->live && s->uid == uid && s->space == space && same < s->known && same + 1 < n &&
+               s->ids[same] == ids[same])
+            same++;
+        if (space != 0 && same / BLOCK_TOKENS * BLOCK_TOKENS > least)
+            least = same / BLOCK_TOKENS * BLOCK_TOKENS;
+    }
+    return least;
+}
+
+static void op_match(world *w, int session)
+{
+    ts_answer a;
+    int slot = free_slot(w), space = (int)rng_below(&w->r, 3);
+    uint32_t uid = uid_of(session), ids[LENGTH_MAX], n = make_prompt(w, ids);
+    if (slot < 0)
+        return;
+    ts_command c = {
+        .op = TS_OP_SEQ_MATCH,
+        .session = w->sessions[session],
+        .seq_match = {
+            .tokens = ids, .counts = &n, .count = 1, .space = spaces[space], .dry = true}};
+    assert_int_equal(run(w, c, &a), TS_OK);
+    assert_null(a.matched.seqs);
+    const uint32_t there = a.matched.lengths[0];
+    c.seq_match.dry = false;
+    assert_int_equal(run(w, c, &a), TS_OK);
+    assert_int_equal(a.matched.lengths[0], there);
+    assert_true(there < n && there >= least_match(w, uid, space, ids, n));
+    model_seq *s = &w->seqs[slot];
+    *s = (model_seq){.live = true,
+                     .id = a.matched.seqs[0],
+                     .uid = uid,
+                     .owner = session,
+                     .name = -1,
+                     .step = -1,
+                     .length = there,
+                     .known = there,
+                     .space = space};
+    memcpy(s->ids, ids, there * sizeof *ids);
+    for (uint32_t i = 0; i < there; i++)
+        s->tokens[i] = value_of(uid, space, ids, i + 1);
+    verify_seq(w, slot);
+    w->done[11]++;
+    w->matched += there;
+}
+
+/* References to the block from all sequences' tables, without asking the pool. */
+static uint32_t count_refs(const world *w, uint32_t block)
+{
+    uint32_t refs = 0;
+    const ts_sequences *all = &w->e->pools[0].seqs;
+    for (uint32_t i = 0; i < all->count; i++) {
+        if (all->all[i].tenant == TS_NONE)
+            continue;
+        for (uint32_t b = 0; b < all->all[i].num_blocks; b++)
+            refs += all->all[i].blocks[b] == block;
+    }
+    for (uint32_t i = 0; i < w->e->num_steps; i++) {
+        const ts_step *step = &w->e->steps[i];
+        for (uint32_t j = 0; step->live && j < step->num_seqs; j++) {
+            refs += step->seqs[j].original == block;
+            for (uint32_t b = 0; b < step->seqs[j].reserved; b++)
+                refs += step->seqs[j].table[ts_blocks_for(step->seqs[j].start, BLOCK_TOKENS) + b] ==
+                        block;
+        }
+    }
+    return refs;
+}
+
+/* Blocks the uid could get: in slabs that hold nobody else's block. */
+static uint32_t count_available(const world *w, uint32_t uid)
+{
+    uint32_t available = 0;
+    for (uint32_t slab = 0; slab * SLAB_BLOCKS < NUM_BLOCKS; slab++) {
+        uint32_t free_blocks = 0, used = 0;
+        for (uint32_t b = slab * SLAB_BLOCKS; b < (slab + 1) * SLAB_BLOCKS && b < NUM_BLOCKS; b++)
+            if (count_refs(w, b) == 0)
+                free_blocks++;
+            else
+                used++;
+        uint32_t tenant = w->e->pools[0].books.slabs[slab].tenant;
+        if (used == 0 || w->e->tenants[tenant] == uid)
+            available += free_blocks;
+    }
+    return available;
+}
+
+static void op_begin(world *w, int session)
+{
+    ts_answer a;
+    model_step *step = NULL;
+    for (int i = 0; i < (int)STEPS && step == NULL; i++)
+        if (!w->steps[i].live)
+            step = &w->steps[i];
+    if (step == NULL)
+        return;
+    *step = (model_step){.session = session, .count = 1 + rng_below(&w->r, BATCH_MAX)};
+    uint64_t ids[BATCH_MAX];
+    uint32_t tokens = 0, tokens_given[BATCH_MAX * 8], num_given = 0;
+    bool gives_ids = rng_below(&w->r, 4) != 0;
+    ts_status expected = TS_OK;
+    for (uint32_t i = 0; i < step->count; i++) {
+        int seq = pick_seq(w);
+        if (seq < 0)
+            return;
+        /* Prefer what the session may use: most batches should be good ones. */
+        for (int tries = 0; tries < 12 && (seq < 0 || expected_use(w, session, seq, true)); tries++)
+            seq = pick_seq(w);
+        if (seq < 0)
+            return;
+        const model_seq *s = &w->seqs[seq];
+        step->seqs[i] = seq;
+        step->new_tokens[i] = rng_below(&w->r, 8);
+        ids[i] = s->id;
+        bool leading = s->known == s->length;
+        for (uint32_t t = 0; t < step->new_tokens[i]; t++) {
+            bool unknown = !gives_ids || s->space == 0 || rng_below(&w->r, 30) == 0;
+            step->ids[i][t] = tokens_given[num_given++] =
+                unknown ? TS_TOKEN_UNKNOWN : rng_below(&w->r, 2);
+            leading = leading && !unknown;
+            step->known[i] += leading;
+        }
+        if (s->space == 0 && gives_ids && step->new_tokens[i] > 0 && rng_below(&w->r, 100) == 0)
+            tokens_given[num_given - step->new_tokens[i]] = 1; /* it has no namespace */
+        ts_status one = expected_use(w, session, seq, true);
+        for (uint32_t j = 0; j < i && one == TS_OK; j++)
+            if (step->seqs[j] == seq)
+                one = TS_EINVAL; /* twice */
+        if (one == TS_OK && s->length + step->new_tokens[i] > LENGTH_MAX)
+            one = TS_EINVAL;
+        if (one == TS_OK && s->space == 0 && step->new_tokens[i] > 0 &&
+            tokens_given[num_given - step->new_tokens[i]] != TS_TOKEN_UNKNOWN)
+            one = TS_EINVAL;
+        tokens += step->new_tokens[i];
+        if (expected == TS_OK)
+            expected = one;
+    }
+    if (expected == TS_OK && tokens == 0)
+        expected = TS_EINVAL;
+    uint32_t needed = 0;
+    for (uint32_t i = 0; expected == TS_OK && i < step->count; i++) {
+        const model_seq *s = &w->seqs[step->seqs[i]];
+        const ts_sequence *real = ts_sequence_find(&w->e->pools[0].seqs, s->id);
+        needed += (s->length + step->new_tokens[i] + BLOCK_TOKENS - 1) / BLOCK_TOKENS -
+                  (s->length + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        if (s->length % BLOCK_TOKENS != 0 && step->new_tokens[i] > 0) {
+            uint32_t tail = real->blocks[s->length / BLOCK_TOKENS];
+            needed += count_refs(w, tail) > 1 || real->borrowed_tail ||
+                      !ts_index_is_leaf(w->e->pools[0].books.index, tail);
+        }
+    }
+    if (expected == TS_OK && needed > count_available(w, uid_of(session)))
+        expected = TS_ENOSPC;
+    ts_status status = run(w,
+                           (ts_command){.op = TS_OP_STEP_BEGIN,
+                                        .session = w->sessions[session],
+                                        .step_begin = {.seqs = ids,
+                                                       .new_tokens = step->new_tokens,
+                                                       .count = step->count,
+                                                       .heads = 1,
+                                                       .tokens = gives_ids ? tokens_given : NULL}},
+                           &a);
+    assert_int_equal(status, expected);
+    if (status != TS_OK)
+        return;
+    step->live = true;
+    step->id = a.begun.step->id;
+    step->copying = a.begun.num_copies > 0;
+    step->num_copies = a.begun.num_copies;
+    memcpy(step->copies, a.begun.copies, a.begun.num_copies * sizeof *a.begun.copies);
+    for (uint32_t i = 0; i < step->count; i++)
+        w->seqs[step->seqs[i]].step = (int)(step - w->steps);
+    w->done[4]++;
+}
+
+/* What token t of the step's sequence i comes to. */
+static uint32_t value_in(world *w, const model_step *step, uint32_t i, uint32_t t)
+{
+    const model_seq *s = &w->seqs[step->seqs[i]];
+    uint32_t ids[LENGTH_MAX];
+    if (t >= step->known[i])
+        return ++w->next_value;
+    memcpy(ids, s->ids, s->length * sizeof *ids);
+    memcpy(ids + s->length, step->ids[i], (t + 1) * sizeof *ids);
+    return value_of(s->uid, s->space, ids, s->length + t + 1);
+}
+
+/* Makes a step's copies and writes its tokens into their slots, as kernels would. */
+static void write_step(world *w, model_step *step)
+{
+    if (step->copying) {
+        for (uint32_t c = 0; c < step->num_copies; c++)
+            memcpy(&w->memory[step->copies[c].dst * BLOCK_TOKENS],
+                   &w->memory[step->copies[c].src * BLOCK_TOKENS], BLOCK_TOKENS * sizeof(uint32_t));
+        assert_int_equal(step_done(w->e, step->id, TS_NONE), TS_OK);
+        step->copying = false;
+    }
+    const ts_step *real = ts_engine_find_step(w->e, step->id);
+    for (uint32_t i = 0; i < step->count; i++)
+        for (uint32_t t = 0; t < step->new_tokens[i]; t++) {
+            uint32_t at = real->seqs[i].start + t;
+            step->values[i][t] = value_in(w, step, i, t);
+            w->memory[real->seqs[i].table[at / BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS] =
+                step->values[i][t];
+        }
+}
+
+static void op_end(world *w)
+{
+    model_step *step = &w->steps[rng_below(&w->r, STEPS)];
+    if (!step->live)
+        return;
+    uint64_t session = w->sessions[step->session];
+    if (step->copying && rng_below(&w->r, 4) == 0) {
+        assert_int_equal(step_end(w->e, session, TS_OP_STEP_COMMIT, step->id, NULL, 0), TS_EBUSY);
+        return;
+    }
+    write_step(w, step);
+    bool commit = rng_below(&w->r, 4) != 0;
+    uint32_t accepted[BATCH_MAX];
+    bool all = rng_below(&w->r, 2);
+    for (uint32_t i = 0; i < step->count; i++)
+        accepted[i] = !commit ? 0
+                      : all   ? step->new_tokens[i]
+                              : rng_below(&w->r, step->new_tokens[i] + 1);
+    assert_int_equal(commit ? step_end(w->e, session, TS_OP_STEP_COMMIT, step->id,
+                                       all ? NULL : accepted, step->count)
+                            : step_end(w->e, session, TS_OP_STEP_ABORT, step->id, NULL, 0),
+                     TS_OK);
+    for (uint32_t i = 0; i < step->count; i++) {
+        model_seq *s = &w->seqs[step->seqs[i]];
+        memcpy(s->tokens + s->length, step->values[i], accepted[i] * sizeof(uint32_t));
+        memcpy(s->ids + s->length, step->ids[i], accepted[i] * sizeof(uint32_t));
+        s->known += accepted[i] < step->known[i] ? accepted[i] : step->known[i];
+        s->length += accepted[i];
+        s->step = -1;
+        verify_seq(w, step->seqs[i]);
+    }
+    step->live = false;
+    w->done[commit ? 5 : 6]++;
+}
+
+static void op_truncate_or_free(world *w, int session, bool truncate)
+{
+    ts_answer a;
+    int seqs[BATCH_MAX];
+    uint64_t ids[BATCH_MAX];
+    uint32_t lengths[BATCH_MAX], count = 1 + rng_below(&w->r, 2);
+    ts_status expected = TS_OK;
+    for (uint32_t i = 0; i < count; i++) {
+        seqs[i] = pick_seq(w);
+        if (seqs[i] < 0)
+            return;
+        ids[i] = w->seqs[seqs[i]].id;
+        lengths[i] = rng_below(&w->r, w->seqs[seqs[i]].length + 2);
+        ts_status one = expected_use(w, session, seqs[i], true);
+        for (uint32_t j = 0; j < i && one == TS_OK; j++)
+            if (seqs[j] == seqs[i])
+                one = TS_EINVAL;
+        if (one == TS_OK && truncate && lengths[i] > w->seqs[seqs[i]].length)
+            one = TS_EINVAL;
+        if (expected == TS_OK)
+            expected = one;
+    }
+    ts_status status =
+        run(w,
+            (ts_command){.op = truncate ? TS_OP_SEQ_TRUNCATE : TS_OP_SEQ_FREE,
+                         .session = w->sessions[session],
+                         .seq_batch = {.seqs = ids, .lengths = lengths, .count = count}},
+            &a);
+    assert_int_equal(status, expected);
+    for (uint32_t i = 0; status == TS_OK && i < count; i++) {
+        model_seq *s = &w->seqs[seqs[i]];
+        if (truncate) {
+            s->length = lengths[i];
+            s->known = s->known < s->length ? s->known : s->length;
+            verify_seq(w, seqs[i]);
+        } else {
+            s->live = false;
+            assert_null(ts_sequence_find(&w->e->pools[0].seqs, s->id));
+        }
+    }
+    w->done[truncate ? 7 : 8] += status == TS_OK;
+}
+
+static void op_keep(world *w, int session)
+{
+    static const char *const names[] = {"a", "b", "c", "d", "e", "f", "g", "h"};
+    ts_answer a;
+    int seq = pick_seq(w), name = (int)rng_below(&w->r, 9) - 1; /* -1: forget */
+    if (seq < 0)
+        return;
+    model_seq *s = &w->seqs[seq];
+    ts_status expected = expected_use(w, session, seq, name < 0);
+    if (expected == TS_OK && name < 0 && s->name < 0)
+        expected = TS_ENOENT;
+    for (int i = 0; expected == TS_OK && name >= 0 && i < (int)SEQS; i++)
+        if (i != seq && w->seqs[i].live && w->seqs[i].uid == s->uid && w->seqs[i].name == name)
+            expected = TS_EEXIST;
+    ts_status status =
+        run(w,
+            (ts_command){.op = TS_OP_SEQ_KEEP,
+                         .session = w->sessions[session],
+                         .seq_keep = {.seq = s->id, .name = name < 0 ? "" : names[name]}},
+            &a);
+    assert_int_equal(status, expected);
+    if (status == TS_OK) {
+        s->name = name;
+        s->owner = name < 0 ? session : -1;
+        w->done[9]++;
+    }
+    uint32_t wanted = rng_below(&w->r, 8);
+    uint64_t found = 0;
+    for (int i = 0; i < (int)SEQS; i++)
+        if (w->seqs[i].live && w->seqs[i].uid == uid_of(session) && w->seqs[i].name == (int)wanted)
+            found = w->seqs[i].id;
+    status = run(w,
+                 (ts_command){.op = TS_OP_SEQ_ATTACH,
+                              .session = w->sessions[session],
+                              .seq_keep = {.name = names[wanted]}},
+                 &a);
+    assert_int_equal(status, found == 0 ? TS_ENOENT : TS_OK);
+    if (found != 0)
+        assert_true(a.seqs.seqs[0] == found);
+    w->done[10] += found != 0;
+}
+
+static void one_command(world *w)
+{
+    uint32_t kind = rng_below(&w->r, 100);
+    int session = pick_session(w);
+    if (kind < 4 || session < 0)
+        op_session(w);
+    else if (kind < 10)
+        op_create(w, session);
+    else if (kind < 16)
+        op_match(w, session);
+    else if (kind < 30)
+        op_fork(w, session);
+    else if (kind < 60)
+        op_begin(w, session);
+    else if (kind < 84)
+        op_end(w);
+    else if (kind < 90)
+        op_truncate_or_free(w, session, true);
+    else if (kind < 95)
+        op_truncate_or_free(w, session, false);
+    else
+        op_keep(w, session);
+}
+
+#endif
