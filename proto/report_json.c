@@ -46,16 +46,17 @@ static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:I, s:I, s:i, s:i, s:i, s:I}",
+        "s:I, s:I, s:I, s:i, s:i, s:i, s:I}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
         "kernel", p->kernel, "dtype", report_dtype(p), "layout", layout_of(p), "layers", p->layers,
         "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens", p->block_tokens,
         "block_bytes", integer(p->block_bytes), "blocks", integer(p->blocks), "used_blocks",
-        integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks), "free_blocks",
-        integer(p->blocks - p->used_blocks), "sequences", integer(p->sequences), "kept_sequences",
-        integer(p->kept_sequences), "open_steps", integer(p->open_steps), "slab_blocks",
-        p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs, "max_blocks",
-        integer(p->max_blocks));
+        integer(p->used_blocks), "shared_blocks", integer(p->shared_blocks), "cached_blocks",
+        integer(p->cached_blocks), "free_blocks",
+        integer(p->blocks - p->used_blocks - p->cached_blocks), "sequences", integer(p->sequences),
+        "kept_sequences", integer(p->kept_sequences), "open_steps", integer(p->open_steps),
+        "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
+        "max_blocks", integer(p->max_blocks));
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)
@@ -148,11 +149,11 @@ static json_t *numbers(const uint32_t *values, size_t count)
 
 json_t *json_map(const Tspb__PoolMapReply *r)
 {
-    return json_pack("{s:o, s:i, s:o, s:o, s:o, s:o, s:b}", "pool", summary(r->pool),
+    return json_pack("{s:o, s:i, s:o, s:o, s:o, s:o, s:o, s:b}", "pool", summary(r->pool),
                      "blocks_per_cell", r->blocks_per_cell, "used", numbers(r->used, r->n_used),
-                     "shared", numbers(r->shared, r->n_shared), "tokens",
-                     numbers(r->tokens, r->n_tokens), "owners", numbers(r->owners, r->n_owners),
-                     "others_hidden", r->others_hidden);
+                     "shared", numbers(r->shared, r->n_shared), "cached",
+                     numbers(r->cached, r->n_cached), "tokens", numbers(r->tokens, r->n_tokens),
+                     "owners", numbers(r->owners, r->n_owners), "others_hidden", r->others_hidden);
 }
 
 json_t *json_check(const Tspb__CheckReply *r)

@@ -256,7 +256,7 @@ static uint32_t least_match(const world *w, uint32_t uid, int space, const uint3
         while (s->live && s->uid == uid && s->space == space && same < s->known && same + 1 < n &&
                s->ids[same] == ids[same])
             same++;
-        if (space != 0 && same / BLOCK_TOKENS * BLOCK_TOKENS > least)
+        if (same / BLOCK_TOKENS * BLOCK_TOKENS > least)
             least = same / BLOCK_TOKENS * BLOCK_TOKENS;
     }
     return least;
@@ -265,7 +265,7 @@ static uint32_t least_match(const world *w, uint32_t uid, int space, const uint3
 static void op_match(world *w, int session)
 {
     ts_answer a;
-    int slot = free_slot(w), space = (int)rng_below(&w->r, 3);
+    int slot = free_slot(w), space = 1 + (int)rng_below(&w->r, 2);
     uint32_t uid = uid_of(session), ids[LENGTH_MAX], n = make_prompt(w, ids);
     if (slot < 0)
         return;
@@ -392,7 +392,7 @@ static void op_begin(world *w, int session)
     }
     if (expected == TS_OK && tokens == 0)
         expected = TS_EINVAL;
-    uint32_t needed = 0;
+    uint32_t needed = 0, can_save = 0;
     for (uint32_t i = 0; expected == TS_OK && i < step->count; i++) {
         const model_seq *s = &w->seqs[step->seqs[i]];
         const ts_sequence *real = ts_sequence_find(&w->e->pools[0].seqs, s->id);
@@ -400,12 +400,14 @@ static void op_begin(world *w, int session)
                   (s->length + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
         if (s->length % BLOCK_TOKENS != 0 && step->new_tokens[i] > 0) {
             uint32_t tail = real->blocks[s->length / BLOCK_TOKENS];
-            needed += count_refs(w, tail) > 1 || real->borrowed_tail ||
-                      !ts_index_is_leaf(w->e->pools[0].books.index, tail);
+            bool shared =
+                count_refs(w, tail) > 1 || !ts_index_is_leaf(w->e->pools[0].books.index, tail);
+            needed += shared || real->borrowed_tail;
+            can_save += !shared && real->borrowed_tail;
         }
     }
-    if (expected == TS_OK && needed > count_available(w, uid_of(session)))
-        expected = TS_ENOSPC;
+    if (expected == TS_OK && needed - can_save > count_available(w, uid_of(session)))
+        expected = TS_ENOSPC; /* even if found tails that nobody else uses are written in place */
     ts_status status = run(w,
                            (ts_command){.op = TS_OP_STEP_BEGIN,
                                         .session = w->sessions[session],

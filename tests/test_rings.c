@@ -334,7 +334,8 @@ static void scribbler(const char *url, const char *argument)
     ts_seq seqs[8], unused;
     ts_step *s;
     uint32_t found;
-    OK(ts_seq_match(p, &(uint32_t){7}, &(uint32_t){1}, 1, NULL, &unused,
+    const ts_seq_options space = {sizeof(ts_seq_options), "m", 1};
+    OK(ts_seq_match(p, &(uint32_t){7}, &(uint32_t){1}, 1, &space, &unused,
                     &found)); /* room for ids */
     OK(ts_seq_create(p, 8, seqs));
     OK(ts_step_begin(p, seqs, &(uint32_t){1}, 1,

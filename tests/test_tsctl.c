@@ -80,7 +80,7 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     assert_has(text, "sharing     384.0 KiB stored, 480.0 KiB seen by 3 sequences: 1.2 x");
     assert_has(text,
                "otherwise   414.0 KiB if each sequence had a buffer of the longest length (23)");
-    assert_has(text, "free runs   32 █");
+    assert_has(text, "unused runs 32 █");
     run(text, sizeof text, TS_CTL " frag %s --json", url);
     json_t *frag = json_loads(text, 0, NULL);
     assert_int_equal(number(frag, "stored_tokens"), 28);

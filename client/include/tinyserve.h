@@ -182,7 +182,8 @@ TS_WARN_UNUSED ts_status ts_seq_create(ts_pool *pool, uint32_t count, ts_seq *ou
 typedef struct ts_seq_options {
     size_t size;        /* sizeof(ts_seq_options) */
     const void *space;  /* the sequence's namespace: bytes that name the model, its adapter and
-                           whatever else changes K and V; NULL: the pool's, its `model` */
+                           whatever else changes K and V; NULL: the pool's, its `model`. A
+                           sequence with neither takes no token ids: TS_EINVAL */
     size_t space_bytes; /* at most 64 */
 } ts_seq_options;
 
@@ -200,7 +201,8 @@ TS_WARN_UNUSED ts_status ts_seq_create_with(ts_pool *pool, uint32_t count,
  * pool holds, by its token ids: at most all tokens but the last. matched[i] is how many; nothing is
  * copied. counts[i] tokens of prompt i lie in `tokens`, one prompt after another. The pool holds
  * what was committed with token ids (ts_step_options.tokens) in the same namespace by sessions of
- * the tenant, until it is evicted. out NULL: only tells how much is there.
+ * the tenant, as far as it fills blocks, until it is evicted. out NULL: only tells how much is
+ * there.
  */
 TS_WARN_UNUSED ts_status ts_seq_match(ts_pool *pool, const uint32_t *tokens, const uint32_t *counts,
                                       uint32_t count, const ts_seq_options *options, ts_seq *out,

@@ -77,7 +77,9 @@ static ts_status run_locally(ts_step *s, uint32_t layer, const ts_run_options *o
                               .io_dtype = s->io_dtype,
                               .scale = s->scale,
                               .stream = o->stream};
-    return ts_local_attend(s->pool, s->local, &run);
+    ts_status status = ts_local_attend(s->pool, s->local, &run);
+    ts_layer_set_put(&s->run_here, layer, status == TS_OK);
+    return status;
 }
 
 /* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */

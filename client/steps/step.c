@@ -463,10 +463,26 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     return ts_call_plain(c, &request);
 }
 
+/* Whether the tokens have K and V in all layers. The daemon knows of its own runs, and nobody of
+ * those that a frame's graph replays. */
+static ts_status check_layers(const ts_step *s, const uint32_t *accepted)
+{
+    const uint32_t layers = s->pool->geometry.layers, run = s->run_here.count;
+    bool keeps = accepted == NULL;
+    for (uint32_t i = 0; accepted != NULL && i < s->count; i++)
+        keeps = keeps || accepted[i] > 0;
+    if (!keeps || s->frame != NULL || s->exec != TS_EXEC_LOCAL || run == 0 || run == layers)
+        return TS_OK;
+    return ts_fail(s->pool->client, TS_EINVAL, "only %u of %u layers of step %llx were run", run,
+                   layers, (unsigned long long)s->id);
+}
+
 ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 {
     TS_ENTER(s->pool->client);
-    ts_status status = call_end(s, true, accepted);
+    ts_status status = check_layers(s, accepted);
+    if (status == TS_OK)
+        status = call_end(s, true, accepted);
     if (status != TS_OK)
         return status;
     if (s->exec == TS_EXEC_AUTO)

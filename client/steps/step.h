@@ -24,8 +24,9 @@ struct ts_step {
     ts_exec exec;    /* AUTO: both ways, to see which is quicker */
     ts_local *local; /* NULL: the daemon attends alone */
     ts_autotune autotune;
-    ts_frame *frame; /* NULL: none */
-    bool publishes;  /* this process writes K and V on the GPU, and others may find them */
+    ts_frame *frame;       /* NULL: none */
+    ts_layer_set run_here; /* layers that this process attended */
+    bool publishes;        /* this process writes K and V on the GPU, and others may find them */
 };
 
 struct ts_frame {

@@ -183,6 +183,20 @@ void ts_pool_evict_slab(ts_pool_books *p, uint32_t slab)
             evict_tree(p, b);
 }
 
+bool ts_pool_evict_space(ts_pool_books *p, uint32_t tenant)
+{
+    ts_prefix_index *x = p->index;
+    for (uint32_t tried = 0; tried < x->num_spaces; tried++) {
+        const ts_index_space *space = &x->spaces[x->next_space++ % x->num_spaces];
+        if (!space->live || space->tenant != tenant || space->users > 0)
+            continue;
+        while (space->live) /* which its last block ends */
+            evict_tree(p, space->first_child - 1);
+        return true;
+    }
+    return false;
+}
+
 bool ts_pool_empty_other(ts_pool_books *p, uint32_t tenant)
 {
     uint32_t slab = p->idle_oldest;
@@ -441,6 +455,11 @@ void ts_pool_unpin(ts_pool_books *p, uint32_t tenant, uint32_t block)
 {
     assert(p->pins[block] > 0);
     p->tenants[tenant].pinned -= --p->pins[block] == 0;
+}
+
+bool ts_pool_is_cached(const ts_pool_books *p, uint32_t block)
+{
+    return p->refs[block] == CACHED;
 }
 
 uint32_t ts_pool_refs(const ts_pool_books *p, uint32_t block)

@@ -87,6 +87,9 @@ uint32_t ts_pool_evict(ts_pool_books *pool, uint32_t tenant, uint64_t blocks);
  * use. */
 void ts_pool_evict_slab(ts_pool_books *pool, uint32_t slab);
 
+/* Evicts one of the tenant's namespaces that no sequence uses, in turn. False: there is none. */
+bool ts_pool_evict_space(ts_pool_books *pool, uint32_t tenant);
+
 /* Makes another tenant's slab empty that has cached blocks alone: the one that was last in use
  * longest ago. False: there is none. */
 bool ts_pool_empty_other(ts_pool_books *pool, uint32_t tenant);
@@ -128,6 +131,7 @@ void ts_pool_unpin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
 
 /* References to the block; 0 if it is free or cached. */
 uint32_t ts_pool_refs(const ts_pool_books *pool, uint32_t block);
+bool ts_pool_is_cached(const ts_pool_books *pool, uint32_t block);
 
 /*
  * Holds the books against themselves and against `expected` references of each block. Writes the

@@ -254,6 +254,7 @@ typedef struct ts_engine {
     uint32_t live_pools;       /* pools */
     uint32_t *tenants;         /* uid of each */
     uint32_t *tenant_sessions; /* live ones of each */
+    uint32_t present_tenants;  /* that have any */
     uint32_t num_tenants;
     ts_session *sessions;
     uint32_t num_sessions, live_sessions, free_session;

@@ -27,8 +27,16 @@ ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_exchange
 ts_sequence *ts_engine_sequence(ts_engine *engine, uint32_t pool, const ts_session *session,
                                 uint64_t id, bool to_change, ts_answer *answer);
 
-/* The tenant's namespace of this name in the pool, with one user more; TS_NONE: none is named, or
- * the pool has no index. False, and the answer refuses. */
+/* The name, or the pool's `model` if it is empty. */
+ts_space_name ts_engine_space_name(const ts_engine_pool *pool, const ts_space_name *name);
+
+/* The tenant's namespace of this name in the pool; TS_NONE: it has nothing, or the pool has no
+ * index. False, and the answer refuses. */
+bool ts_engine_find_space(const ts_engine *engine, uint32_t pool, const ts_session *session,
+                          const ts_space_name *name, uint32_t *space, ts_answer *answer);
+
+/* The tenant's namespace of this name, or of the pool's `model`, with one user more; TS_NONE: there
+ * is no name, or the pool has no index. False, and the answer refuses. */
 bool ts_engine_use_space(ts_engine *engine, uint32_t pool, const ts_session *session,
                          const ts_space_name *name, uint32_t *space, ts_answer *answer);
 

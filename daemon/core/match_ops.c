@@ -100,7 +100,13 @@ void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, count + entries,
                         sizeof *e->out_words))
         return ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u prompts", count);
-    if (!ts_engine_use_space(e, c->pool, s, &c->seq_match.space, &space, a))
+    const ts_space_name name = ts_engine_space_name(pool, &c->seq_match.space);
+    if (name.count == 0)
+        return ts_refuse(a, TS_EINVAL,
+                         "a match without a namespace: give one, or set model of pool '%s'",
+                         pool->config.name);
+    if (!c->seq_match.dry ? !ts_engine_use_space(e, c->pool, s, &name, &space, a)
+                          : !ts_engine_find_space(e, c->pool, s, &name, &space, a))
         return;
     uint32_t *lengths = e->out_words, *blocks = lengths + count;
     const uint32_t *tokens = c->seq_match.tokens;
@@ -114,6 +120,6 @@ void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     a->matched.count = count;
     if (!c->seq_match.dry && ts_engine_check_entries(e, s, c->pool, taken, a))
         make_sequences(e, s, c, space, lengths, blocks, a);
-    if (space != TS_NONE) /* the sequences use it now */
+    if (space != TS_NONE && !c->seq_match.dry) /* the sequences use it now */
         ts_index_leave_space(pool->books.index, space);
 }

@@ -113,6 +113,7 @@ static void walk_block(ts_pool_stats *s, const ts_pool_books *books, uint32_t bl
     cell->tenant = b % s->cell_blocks == 0 || cell->tenant == tenant ? tenant : TS_NONE;
     cell->used += refs > 0;
     cell->shared += refs > 1;
+    cell->cached += b < books->num_blocks && ts_pool_is_cached(books, b);
     cell->tokens += s->fill[b];
     cell->owner = ts_owner_of_both(cell->owner, s->owners[b]);
     if (refs == 0) {

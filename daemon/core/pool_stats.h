@@ -37,6 +37,7 @@ enum { TS_OWNER_NONE = 0, TS_OWNER_KEPT = 1, TS_OWNER_SEVERAL = 2, TS_OWNER_SESS
 /* Some blocks that follow one another. */
 typedef struct ts_pool_stats_cell {
     uint32_t used, shared; /* blocks */
+    uint32_t cached;       /* blocks, none of them used */
     uint32_t owner;        /* of all of them */
     uint32_t tenant;       /* whose they are; TS_NONE: several tenants' or nobody's */
     uint64_t tokens;       /* stored in them */
@@ -62,7 +63,7 @@ typedef struct ts_pool_stats {
     uint64_t used_slots;                   /* slots in used blocks */
     uint64_t reserved_slots;               /* slots in blocks that only open steps hold */
     uint64_t table_blocks;                 /* sum of the block tables */
-    uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free blocks, by length */
+    uint64_t free_runs[TS_HISTOGRAM_BINS]; /* runs of free and cached blocks, by length */
     ts_pool_stats_lengths *lengths;        /* by tenant */
     uint32_t num_tenants, num_blocks;
     ts_pool_stats_cell *cells; /* of cell_blocks blocks each, the last one of fewer */

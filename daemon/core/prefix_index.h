@@ -66,6 +66,7 @@ typedef struct ts_prefix_index {
     ts_index_space *spaces;
     uint32_t num_spaces, free_space;
     uint32_t *tenant_spaces; /* live ones, by tenant */
+    uint32_t next_space;     /* where the search for one to evict goes on */
     uint32_t num_tenants;
     ts_names names; /* of namespaces */
 } ts_prefix_index;

@@ -93,24 +93,46 @@ ts_sequence *ts_engine_new_sequence(ts_engine *e, ts_session *s, uint32_t pool, 
     return &seqs->all[index];
 }
 
+ts_space_name ts_engine_space_name(const ts_engine_pool *pool, const ts_space_name *name)
+{
+    const char *model = pool->config.model;
+    return name->count > 0 ? *name : (ts_space_name){model, strlen(model)};
+}
+
+static bool check_space_name(const ts_space_name *name, ts_answer *a)
+{
+    if (name->count > TS_NAMESPACE_BYTES_MAX)
+        ts_refuse(a, TS_EINVAL, "a namespace of %zu bytes; the limit is %u", name->count,
+                  TS_NAMESPACE_BYTES_MAX);
+    return a->status == TS_OK;
+}
+
+bool ts_engine_find_space(const ts_engine *e, uint32_t pool, const ts_session *s,
+                          const ts_space_name *name, uint32_t *space, ts_answer *a)
+{
+    const ts_prefix_index *x = e->pools[pool].books.index;
+    if (!check_space_name(name, a))
+        return false;
+    *space = x == NULL ? TS_NONE : ts_index_find_space(x, s->tenant, name->bytes, name->count);
+    return true;
+}
+
 bool ts_engine_use_space(ts_engine *e, uint32_t pool, const ts_session *s,
                          const ts_space_name *name, uint32_t *space, ts_answer *a)
 {
-    const ts_engine_pool *p = &e->pools[pool];
-    const char *model = p->config.model;
-    ts_space_name used = name->count > 0 ? *name : (ts_space_name){model, strlen(model)};
+    ts_engine_pool *p = &e->pools[pool];
+    const ts_space_name used = ts_engine_space_name(p, name);
     *space = TS_NONE;
-    if (used.count > TS_NAMESPACE_BYTES_MAX) {
-        ts_refuse(a, TS_EINVAL, "a namespace of %zu bytes; the limit is %u", used.count,
-                  TS_NAMESPACE_BYTES_MAX);
+    if (!check_space_name(&used, a))
         return false;
-    }
     if (used.count == 0 || p->books.index == NULL)
         return true;
     ts_status status = ts_index_use_space(p->books.index, s->tenant, used.bytes, used.count, space);
+    if (status == TS_EQUOTA && ts_pool_evict_space(&p->books, s->tenant))
+        status = ts_index_use_space(p->books.index, s->tenant, used.bytes, used.count, space);
     if (status == TS_EQUOTA)
         ts_refuse_more(a, status, TS_NAMESPACES_MAX, 1, TS_NAMESPACES_MAX,
-                       "uid %u has %u namespaces in pool '%s'; that is the limit",
+                       "uid %u has sequences in %u namespaces of pool '%s'; that is the limit",
                        e->tenants[s->tenant], TS_NAMESPACES_MAX, p->config.name);
     else if (status != TS_OK)
         ts_refuse(a, status, "no memory for a namespace");

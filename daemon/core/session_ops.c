@@ -60,7 +60,7 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
                            .owned = owned};
     snprintf(opened->program, sizeof opened->program, "%s", c->session_open.program);
     e->live_sessions++;
-    e->tenant_sessions[tenant]++;
+    e->present_tenants += e->tenant_sessions[tenant]++ == 0;
     a->session = ts_engine_session_id(e, index);
 }
 
@@ -102,7 +102,7 @@ uint32_t ts_engine_reclaim(ts_engine *e, ts_session *s, uint32_t entries)
     s->owned = NULL;
     s->live = false;
     e->live_sessions--;
-    e->tenant_sessions[s->tenant]--;
+    e->present_tenants -= --e->tenant_sessions[s->tenant] == 0;
     if (s->generation < UINT32_MAX) {
         s->next_free = e->free_session;
         e->free_session = index;

@@ -15,6 +15,7 @@
 #define TS_STEP_H
 
 #include "gpu.h"
+#include "layer_run.h"
 #include "sequence.h"
 
 typedef struct ts_step_seq {
@@ -37,11 +38,10 @@ typedef struct ts_step {
     ts_dtype io_dtype;
     float scale;
     ts_kernel kernel;
-    uint32_t tokens; /* new tokens of all sequences */
-    uint32_t layers_run;
-    ts_status failed; /* TS_OK, or what came of a run: such a step keeps no tokens */
+    uint32_t tokens;     /* new tokens of all sequences */
+    ts_layer_set layers; /* that were run */
+    ts_status failed;    /* TS_OK, or what came of a run: such a step keeps no tokens */
     uint32_t failed_layer;
-    uint64_t layer_bits[TS_LAYERS_MAX / 64];
     uint32_t num_seqs;
     ts_step_seq *seqs;
 } ts_step;

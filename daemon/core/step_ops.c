@@ -150,6 +150,43 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
     return i;
 }
 
+/* Whether the blocks can be had at all, sweeping and evicting included. */
+static bool room_for(const ts_engine *e, const ts_session *s, uint32_t index, uint64_t blocks)
+{
+    const ts_engine_pool *pool = &e->pools[index];
+    return pool->books.tenants[s->tenant].used + blocks <= pool->config.tenant_blocks_max &&
+           blocks <= ts_pool_available(&pool->books, s->tenant);
+}
+
+/* Where room is short, tails that the sequence alone uses are written in place: the cache loses
+ * them, and what the batch takes fits. */
+static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, needs *n)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    if (pool->books.index == NULL || room_for(e, s, c->pool, n->blocks))
+        return;
+    for (int pass = 0; pass < 2; pass++) {
+        uint64_t saved = 0;
+        for (uint32_t i = 0; i < c->step_begin.count; i++) {
+            ts_sequence *seq = &pool->seqs.all[(uint32_t)c->step_begin.seqs[i]];
+            if (!seq->borrowed_tail || c->step_begin.new_tokens[i] == 0)
+                continue;
+            uint32_t tail = seq->blocks[seq->num_blocks - 1];
+            if (ts_pool_refs(&pool->books, tail) > 1 || !ts_index_is_leaf(pool->books.index, tail))
+                continue;
+            saved++;
+            if (pass == 1) {
+                seq->borrowed_tail = false;
+                n->pinned -= seq->name != NULL;
+            }
+        }
+        if (saved == 0 || !room_for(e, s, c->pool, n->blocks - saved))
+            return;
+        if (pass == 1)
+            n->blocks -= saved;
+    }
+}
+
 /*
  * Makes room for so many blocks: evicts what is cached, of the tenant's own, then of others where
  * it takes whole slabs. True: the tenant must get slabs too. False: it has the blocks, or the
@@ -186,6 +223,9 @@ static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_
     uint64_t all = (uint64_t)tenant->used + tenant->cached + blocks;
     if (all > most) /* what is cached counts too, and goes */
         (void)ts_pool_evict(books, s->tenant, all - most);
+    /* Beyond its share its own content goes first: the room of others isn't filled with it. */
+    if (tenant->free < blocks && tenant->slabs >= books->num_slabs / e->present_tenants)
+        (void)ts_pool_evict(books, s->tenant, blocks - tenant->free);
     uint64_t grantable = ts_pool_grantable(books, s->tenant);
     if (tenant->free + grantable < blocks)
         (void)ts_pool_evict(books, s->tenant, blocks - tenant->free - grantable);
@@ -195,9 +235,10 @@ static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_
 }
 
 /* Whether the blocks can be had: quotas first, then the pool. */
-static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, const needs *n,
+static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, needs *n,
                         ts_answer *a)
 {
+    save_copies(e, s, c, n);
     uint64_t tokens = n->tokens, blocks = n->blocks;
     if (tokens == 0)
         return ts_refuse(a, TS_EINVAL, "a step of 0 new tokens; one of its %u sequences gets some",
@@ -465,10 +506,10 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          step->failed_layer, (unsigned long long)step->id,
                          ts_status_name(step->failed));
     /* Nobody may see a token whose K and V were not written in every layer. */
-    if (kept > 0 && step->layers_run > 0 && step->layers_run < layers)
+    if (kept > 0 && step->layers.count > 0 && step->layers.count < layers)
         return ts_refuse(a, TS_EINVAL, "only %u of %u layers of step %llx were run",
-                         step->layers_run, layers, (unsigned long long)step->id);
-    if (kept > 0 && step->layers_run == 0 && !(s->writable_pools >> step->pool & 1))
+                         step->layers.count, layers, (unsigned long long)step->id);
+    if (kept > 0 && step->layers.count == 0 && !(s->writable_pools >> step->pool & 1))
         return ts_refuse(a, TS_EPERM,
                          "no layer of step %llx was run, and the session didn't open pool '%s' to "
                          "write: its tokens have no K and V",
@@ -485,16 +526,15 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
         return ts_refuse(a, TS_ENOENT, "no step %llx is in flight",
                          (unsigned long long)c->step_done.step);
     step->in_flight--;
-    if (layer != TS_NONE && c->step_done.status != TS_OK && step->failed == TS_OK) {
-        step->failed = c->step_done.status;
-        step->failed_layer = layer;
-    }
-    if (layer != TS_NONE && c->step_done.status == TS_OK) {
-        if (layer == step->failed_layer)
+    if (layer != TS_NONE) {
+        bool well = c->step_done.status == TS_OK;
+        ts_layer_set_put(&step->layers, layer, well);
+        if (!well && step->failed == TS_OK) {
+            step->failed = c->step_done.status;
+            step->failed_layer = layer;
+        } else if (well && layer == step->failed_layer) {
             step->failed = TS_OK;
-        uint64_t bit = (uint64_t)1 << layer % 64;
-        step->layers_run += !(step->layer_bits[layer / 64] & bit);
-        step->layer_bits[layer / 64] |= bit;
+        }
     }
     ts_session *s = &e->sessions[step->session];
     if (s->closing)

@@ -235,6 +235,7 @@ static void fill_map(const ts_pool_stats *stats, ts_view view, Tspb__PoolMapRepl
         const ts_pool_stats_cell *from = &stats->cells[i];
         uint32_t cell = (uint32_t)((uint64_t)i * stats->cell_blocks / r->blocks_per_cell);
         r->used[cell] += from->used;
+        r->cached[cell] += from->cached;
         if (!ts_view_sees(view, from->tenant)) {
             if (from->used > 0)
                 r->owners[cell] = TS_OWNER_SEVERAL;
@@ -276,11 +277,12 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     r->pool = summarise(s, index);
     r->used = zalloc(cells, sizeof *r->used);
     r->shared = zalloc(cells, sizeof *r->shared);
+    r->cached = zalloc(cells, sizeof *r->cached);
     r->tokens = zalloc(cells, sizeof *r->tokens);
     r->owners = zalloc(cells, sizeof *r->owners);
-    if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->tokens != NULL &&
-        r->owners != NULL) {
-        r->n_used = r->n_shared = r->n_tokens = r->n_owners = cells;
+    if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->cached != NULL &&
+        r->tokens != NULL && r->owners != NULL) {
+        r->n_used = r->n_shared = r->n_cached = r->n_tokens = r->n_owners = cells;
         fill_map(stats, view, r);
     } else {
         no_memory(reply);

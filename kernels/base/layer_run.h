@@ -30,6 +30,21 @@ typedef struct ts_layer_run {
 
 _Static_assert(sizeof(ts_layer_run) == 96, "layout is shared by two programs");
 
+/* Which layers of a step were run. */
+typedef struct ts_layer_set {
+    uint64_t bits[TS_LAYERS_MAX / 64];
+    uint32_t count;
+} ts_layer_set;
+
+/* The layer's last run went well, or failed. */
+static inline void ts_layer_set_put(ts_layer_set *set, uint32_t layer, bool well)
+{
+    uint64_t *bits = &set->bits[layer / 64], bit = (uint64_t)1 << layer % 64;
+    set->count += well && !(*bits & bit);
+    set->count -= !well && (*bits & bit);
+    *bits = well ? *bits | bit : *bits & ~bit;
+}
+
 /* As it is given: scale and rope.dims may be 0. */
 static inline ts_attention_variant ts_layer_run_variant(const ts_layer_run *r)
 {

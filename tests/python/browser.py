@@ -72,9 +72,17 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, condition):
-        """Waits until an expression is true, looked at with each frame that the page draws."""
-        self.run("new Promise(done => { const look = () => { try { if (" + condition +
-                 ") return done(); } catch (e) {} setTimeout(look, 20); }; look(); })")
+        """Waits until an expression is true, a minute at most; fails with what it threw last."""
+        script = """new Promise((done, fail) => {
+            let thrown = null;
+            const last = Date.now() + 60000, look = () => {
+                try { if (CONDITION) return done(); } catch (e) { thrown = e; }
+                if (Date.now() > last) return fail(new Error(`not true after 60 s: ${thrown}`));
+                setTimeout(look, 20);
+            };
+            look();
+        })"""
+        self.run(script.replace("CONDITION", condition))
 
     def press(self, key):
         code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "ArrowUp": 38, "Escape": 27,

@@ -118,9 +118,23 @@ def test_what_is_cached_makes_room_for_what_is_live(connect):
     assert kv.matching([[19] * 17], b"m") == [0]
 
 
+def test_what_was_not_computed_in_all_layers_is_not_found(connect):
+    _, kv = connect()
+    prompt = [1, 2, 3, 4, 5]
+    seq, = kv.create(1, b"m")
+    with kv.step([seq], [5], heads=HEADS, tokens=prompt) as step:
+        step.run(0)
+        with pytest.raises(tinyserve.InvalidError, match="only 1 of 2 layers of step .* were run"):
+            step.commit()
+        step.commit([0])
+    assert kv.matching([prompt], b"m") == [0] and kv.lengths([seq]) == [0]
+
+
 def test_token_ids_need_a_namespace_and_one_for_each_token(connect):
     _, kv = connect()
     seq, = kv.create()
+    with pytest.raises(tinyserve.InvalidError, match="a match without a namespace: give one, or"):
+        kv.match([5])
     with pytest.raises(tinyserve.InvalidError, match="which has no namespace: name one when"):
         kv.step([seq], [1], heads=HEADS, tokens=[5])
     with pytest.raises(ValueError, match="2 new tokens, but 1 tokens"):

@@ -92,7 +92,7 @@ def test_totals_tell_nothing_of_tenants(populated):
         for field in whole.keys() - set(own):
             assert frag[field] == whole[field], field
         map_, all_ = pool["map"], tsctl(daemon, "map", "-P", name)
-        assert map_["used"] == all_["used"]
+        assert map_["used"] == all_["used"] and map_["cached"] == all_["cached"]
         assert map_["owners"] == [2 if used else 0 for used in map_["used"]]
         assert set(map_["tokens"]) == set(map_["shared"]) == {0}
 
@@ -173,6 +173,31 @@ def test_owners_of_blocks_are_told_apart(populated):
     assert owners.count(1) == 1
     assert owners.count(one) == 4 and owners.count(two) == 3, owners
     assert owners.count(0) == tiny["frag"]["pool"]["free_blocks"]
+
+
+def test_what_is_cached_is_shown_apart_from_what_is_free(start_daemon):
+    port = free_port()
+    settings = {"metrics": f"127.0.0.1:{port}", "metrics_show": "all"}
+    daemon = start_daemon(POOLS[0], settings=settings)
+    with tinyserve.connect(daemon.url) as client, client.pool("tiny") as kv:
+        for tokens, frees in (([1] * 10, True), ([2] * 6, False)):
+            seq, = kv.create(namespace=b"m")
+            with kv.step([seq], [len(tokens)], tokens=tokens) as step:
+                step.run(0)
+                step.commit()
+            if frees:
+                kv.free([seq])
+        pool = json.loads(ask(port, "/stats.json")[1])["pools"][0]
+        picture = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "map"],
+                                 check=True, text=True, stdout=subprocess.PIPE).stdout
+        metrics = ask(port, "/metrics")[1]
+    # Of ten tokens two whole blocks stay; that of the rest was free, and is in use again.
+    assert pool["map"]["cached"] == [1, 1] + [0] * 62
+    assert pool["map"]["used"] == [0, 0, 1, 1] + [0] * 60
+    summary = pool["frag"]["pool"]
+    assert (summary["used_blocks"], summary["cached_blocks"], summary["free_blocks"]) == (2, 2, 60)
+    assert "2 used, 0 shared, 2 cached" in picture and " ○○" in picture
+    assert 'state="cached"} 2' in metrics and 'state="free"} 60' in metrics
 
 
 def test_the_page_asks_for_nothing_else_and_lets_nothing_else_run(populated):

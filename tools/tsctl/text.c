@@ -235,7 +235,7 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
            r->longest_tokens);
     printf("  lengths     ");
     print_histogram(r->length_histogram, r->n_length_histogram, 0);
-    printf("  free runs   ");
+    printf("  unused runs ");
     print_histogram(r->free_run_histogram, r->n_free_run_histogram, 1);
     for (size_t i = 0; i < r->n_tenants; i++)
         printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
@@ -244,6 +244,11 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
                r->tenants[i]->slabs);
     if (r->others_hidden)
         printf("  %-11s lengths and tenants are your own: operators see all\n", "");
+}
+
+const char *text_unused(const Tspb__PoolMapReply *r, size_t cell)
+{
+    return cell < r->n_cached && r->cached[cell] > 0 ? "○" : "·";
 }
 
 void text_map(const Tspb__PoolMapReply *r, const style *s)
@@ -266,7 +271,7 @@ void text_map(const Tspb__PoolMapReply *r, const style *s)
         uint32_t fill = r->tokens[i] == 0 ? 0 : (uint32_t)((r->tokens[i] * 4ull - 1) / slots);
         bool shared = r->shared[i] > 0;
         if (r->used[i] == 0)
-            fputs("·", stdout);
+            fputs(text_unused(r, i), stdout);
         else if (r->others_hidden && r->tokens[i] == 0 && r->owners[i] == OWNER_SEVERAL)
             fputs("■", stdout);
         else if (shared && s->color)
@@ -277,11 +282,10 @@ void text_map(const Tspb__PoolMapReply *r, const style *s)
             fputs("\n", stdout);
     }
     if (s->color)
-        printf("%12s · free  ░ ▒ ▓ █ filled to a quarter, half, three quarters, full  " SHARED
-               "█" PLAIN " shared\n",
+        printf("%12s · free  ○ cached  ░ ▒ ▓ █ full by quarters  " SHARED "█" PLAIN " shared\n",
                "");
     else
-        printf("%12s · free   ░ ▒ ▓ █ full by quarters   a b c S the same, shared\n", "");
+        printf("%12s · free ○ cached ░ ▒ ▓ █ full by quarters, a b c S the same, shared\n", "");
     if (r->others_hidden)
         printf("%12s ■ of others, which operators see in full\n", "");
 }

@@ -233,7 +233,7 @@ static void draw_map(const view *v, int top, int columns)
         move(top + (int)(i / (size_t)columns), (int)(i % (size_t)columns));
         attron(COLOR_PAIR(pair));
         bool hidden = m->others_hidden && m->tokens[i] == 0 && m->owners[i] == OWNER_SEVERAL;
-        addstr(m->used[i] == 0 ? "·" : hidden ? "■" : fills[fill > 3 ? 3 : fill]);
+        addstr(m->used[i] == 0 ? text_unused(m, i) : hidden ? "■" : fills[fill > 3 ? 3 : fill]);
         attroff(COLOR_PAIR(pair));
     }
 }

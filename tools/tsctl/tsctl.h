@@ -43,6 +43,8 @@ void text_seqs_head(void);
 void text_seqs(const Tspb__SeqList *r, const style *s);
 void text_frag(const Tspb__PoolStatsReply *r, const style *s);
 void text_map(const Tspb__PoolMapReply *r, const style *s);
+/* How a cell without used blocks is drawn. */
+const char *text_unused(const Tspb__PoolMapReply *r, size_t cell);
 void text_check(const Tspb__CheckReply *r);
 
 #endif

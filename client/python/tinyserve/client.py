@@ -20,8 +20,8 @@ _WRITABLE = 1
 Seq = int  #: a sequence's id: never 0, never used again once it is freed
 
 
-def seq_options(namespace: bytes) -> CSeqOptions:
-    space = check.namespace(namespace)
+def seq_options(namespace: bytes | None) -> CSeqOptions:
+    space = b"" if namespace is None else check.namespace(namespace)
     return CSeqOptions(space if space else None, len(space))
 
 
@@ -263,23 +263,24 @@ class Pool:
 
     # ---- sequences ----
 
-    def create(self, count: int = 1, *, namespace: bytes = b"") -> list[Seq]:
+    def create(self, count: int = 1, namespace: bytes | None = None) -> list[Seq]:
         """Makes empty sequences. The namespace names what their K and V depend on beside their
-        tokens: the model, its adapter (at most 64 bytes; empty: the pool's `model`). Raises
+        tokens: the model, its adapter (at most 64 bytes; None: the pool's `model`). Raises
         QuotaError."""
         out = (c_uint64 * check.integer("count", count, 1, check.BATCH_MAX))()
         options = seq_options(namespace)
         self._check(lib.ts_seq_create_with(self._open(), count, byref(options), out))
         return list(out)
 
-    def match(self, tokens: Iterable[int], namespace: bytes = b"") -> tuple[Seq, int]:
+    def match(self, tokens: Iterable[int],
+              namespace: bytes | None = None) -> tuple[Seq, int]:
         """Makes a sequence that shares the longest beginning of the prompt that the pool holds, and
         tells how many tokens that is: at most all but the last. Nothing is copied. What is in the
         pool was committed by a step with tokens= in the same namespace by sessions of this user."""
         return self.match_many([tokens], namespace)[0]
 
     def match_many(self, prompts: Sequence[Iterable[int]],
-                   namespace: bytes = b"") -> list[tuple[Seq, int]]:
+                   namespace: bytes | None = None) -> list[tuple[Seq, int]]:
         """match() of many prompts, in one call."""
         ids, counts, n = _prompts(prompts)
         out, matched = (c_uint64 * max(n, 1))(), (c_uint32 * max(n, 1))()
@@ -287,7 +288,8 @@ class Pool:
         self._check(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), out, matched))
         return list(zip(out, matched))[:n]
 
-    def matching(self, prompts: Sequence[Iterable[int]], namespace: bytes = b"") -> list[int]:
+    def matching(self, prompts: Sequence[Iterable[int]],
+                 namespace: bytes | None = None) -> list[int]:
         """How many tokens match() would find of each prompt; makes no sequences."""
         ids, counts, n = _prompts(prompts)
         matched = (c_uint32 * max(n, 1))()
