@@ -78,6 +78,20 @@ static void a_prompt_that_fits_fits_again_when_it_is_found(void **state)
     }
 }
 
+static void where_there_is_room_a_found_tail_stays_in_the_cache(void **state)
+{
+    (void)state;
+    const uint32_t ids[8] = {1, 2, 3, 4, 5, 6, 7, 8}, other = 9;
+    ts_engine *e = engine_new(4, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1), seq = create_in(e, s, model);
+    assert_int_equal(add(e, s, seq, 8, ids), TS_OK);
+    assert_int_equal(free_seq(e, s, seq), TS_OK);
+    assert_int_equal(match(e, s, model, ids, 8, &seq), 7);
+    assert_int_equal(add(e, s, seq, 1, &other), TS_OK);
+    assert_int_equal(match(e, s, model, ids, 8, NULL), 7);
+    ts_engine_free(e);
+}
+
 static void what_one_tenant_has_cached_leaves_others_their_share(void **state)
 {
     (void)state;
@@ -172,6 +186,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_prompt_that_fits_fits_again_when_it_is_found),
+        cmocka_unit_test(where_there_is_room_a_found_tail_stays_in_the_cache),
         cmocka_unit_test(what_one_tenant_has_cached_leaves_others_their_share),
         cmocka_unit_test(namespaces_that_nobody_uses_make_room_for_new_ones),
         cmocka_unit_test(a_layer_whose_last_run_failed_is_published_by_nobody),

@@ -50,6 +50,8 @@ static void empty_add(ts_pool_books *p, uint32_t slab)
         p->slabs[p->empty].empty_prev = slab;
     p->empty = slab;
     p->num_empty++;
+    p->empty_blocks += s->blocks;
+    p->tenants[s->tenant].empty_blocks += s->blocks;
 }
 
 static void empty_remove(ts_pool_books *p, uint32_t slab)
@@ -62,6 +64,8 @@ static void empty_remove(ts_pool_books *p, uint32_t slab)
     if (s->empty_next != TS_NONE)
         p->slabs[s->empty_next].empty_prev = s->empty_prev;
     p->num_empty--;
+    p->empty_blocks -= s->blocks;
+    p->tenants[s->tenant].empty_blocks -= s->blocks;
 }
 
 /* ---- cached blocks ---- */
@@ -76,6 +80,8 @@ static void idle_add(ts_pool_books *p, uint32_t slab)
     else
         p->idle_oldest = slab;
     p->idle_newest = slab;
+    p->idle_blocks += s->blocks;
+    p->tenants[s->tenant].idle_blocks += s->blocks;
 }
 
 static void idle_remove(ts_pool_books *p, uint32_t slab)
@@ -89,6 +95,8 @@ static void idle_remove(ts_pool_books *p, uint32_t slab)
         p->slabs[s->idle_next].idle_prev = s->idle_prev;
     else
         p->idle_newest = s->idle_prev;
+    p->idle_blocks -= s->blocks;
+    p->tenants[s->tenant].idle_blocks -= s->blocks;
 }
 
 /* A block has lost its last reference, and the index knows it. */
@@ -325,21 +333,14 @@ static uint64_t ungranted_blocks(const ts_pool_books *p)
 
 uint64_t ts_pool_grantable(const ts_pool_books *p, uint32_t tenant)
 {
-    uint64_t have = ungranted_blocks(p);
-    for (uint32_t s = p->empty; s != TS_NONE; s = p->slabs[s].empty_next)
-        if (p->slabs[s].tenant != tenant)
-            have += p->slabs[s].blocks;
-    return have;
+    return ungranted_blocks(p) + p->empty_blocks - p->tenants[tenant].empty_blocks;
 }
 
 uint64_t ts_pool_available(const ts_pool_books *p, uint32_t tenant)
 {
     const ts_pool_tenant *t = &p->tenants[tenant];
-    uint64_t have = (uint64_t)t->free + t->cached + ts_pool_grantable(p, tenant);
-    for (uint32_t s = p->idle_oldest; s != TS_NONE; s = p->slabs[s].idle_next)
-        if (p->slabs[s].tenant != tenant)
-            have += p->slabs[s].blocks;
-    return have;
+    return (uint64_t)t->free + t->cached + ts_pool_grantable(p, tenant) + p->idle_blocks -
+           t->idle_blocks;
 }
 
 uint32_t ts_pool_next_slab(const ts_pool_books *p, uint32_t tenant)
@@ -543,16 +544,20 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
         listed += p->slabs[i].used == 0 && p->slabs[i].cached > 0;
     if (idle != listed)
         WRONG("%u slabs of cached blocks alone, %u listed", idle, listed);
+    uint64_t all_empty = 0, all_idle = 0;
     for (uint32_t t = 0; t < p->num_tenants; t++) {
         const ts_pool_tenant *tenant = &p->tenants[t];
         uint32_t slabs = 0, tenant_used = 0, tenant_free = 0, avail = 0, on_list = 0,
                  tenant_cached = 0;
+        uint64_t empty_blocks = 0, idle_blocks = 0;
         for (uint32_t i = 0; i < p->num_slabs; i++)
             if (p->slabs[i].tenant == t) {
                 slabs++;
                 tenant_used += p->slabs[i].used;
                 tenant_cached += p->slabs[i].cached;
                 tenant_free += slab_free(&p->slabs[i]);
+                if (p->slabs[i].used == 0)
+                    *(p->slabs[i].cached > 0 ? &idle_blocks : &empty_blocks) += p->slabs[i].blocks;
                 avail += slab_free(&p->slabs[i]) > 0;
             }
         for (uint32_t i = tenant->avail; i != TS_NONE && on_list <= avail;
@@ -564,6 +569,14 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
              b = p->cached_next[b], in_order++)
             if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != t)
                 WRONG("block %u is on tenant %u's list of cached blocks", b, t);
+        if (empty_blocks != tenant->empty_blocks || idle_blocks != tenant->idle_blocks)
+            WRONG("tenant %u: %llu blocks in empty slabs and %llu in idle ones, the counts say "
+                  "%llu and %llu",
+                  t, (unsigned long long)empty_blocks, (unsigned long long)idle_blocks,
+                  (unsigned long long)tenant->empty_blocks,
+                  (unsigned long long)tenant->idle_blocks);
+        all_empty += empty_blocks;
+        all_idle += idle_blocks;
         if (tenant_cached != tenant->cached || in_order != tenant_cached)
             WRONG("tenant %u: %u cached blocks, %u counted, %u listed", t, tenant_cached,
                   tenant->cached, in_order);
@@ -574,5 +587,9 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
                   t, slabs, tenant_used, tenant_free, avail, tenant->slabs, tenant->used,
                   tenant->free, on_list);
     }
+    if (all_empty != p->empty_blocks || all_idle != p->idle_blocks)
+        WRONG("%llu blocks in empty slabs and %llu in idle ones, the counts say %llu and %llu",
+              (unsigned long long)all_empty, (unsigned long long)all_idle,
+              (unsigned long long)p->empty_blocks, (unsigned long long)p->idle_blocks);
     return TS_OK;
 }

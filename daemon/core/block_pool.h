@@ -46,6 +46,7 @@ typedef struct ts_pool_tenant {
     uint32_t used;
     uint32_t cached;                       /* blocks */
     uint32_t cached_oldest, cached_newest; /* of them, as they were released; TS_NONE: none */
+    uint64_t empty_blocks, idle_blocks;    /* in its slabs on those lists */
     uint32_t sequences;
     uint32_t pinned;  /* blocks that its kept sequences refer to, each counted once */
     uint64_t entries; /* in its sequences' block tables, reserved ones included */
@@ -61,6 +62,7 @@ typedef struct ts_pool_books {
     uint32_t num_empty;
     uint32_t cached;                     /* blocks */
     uint32_t idle_oldest, idle_newest;   /* slabs with cached blocks alone; TS_NONE: none */
+    uint64_t empty_blocks, idle_blocks;  /* in the slabs on those lists */
     uint64_t evicted;                    /* blocks, ever */
     ts_prefix_index *index;              /* the caller's; NULL: nothing is cached */
     uint32_t *cached_prev, *cached_next; /* per block, of its tenant's list */
