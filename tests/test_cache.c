@@ -92,6 +92,38 @@ static void where_there_is_room_a_found_tail_stays_in_the_cache(void **state)
     ts_engine_free(e);
 }
 
+static void where_memory_for_a_slab_is_not_to_be_had_what_is_cached_makes_room(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1), seq = create_in(e, s, model);
+    const uint32_t ids[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+    assert_int_equal(add(e, s, seq, 16, ids), TS_OK);
+    assert_int_equal(free_seq(e, s, seq), TS_OK);
+    seq = create_in(e, s, model);
+    ts_answer a;
+    uint32_t n = 20;
+    ts_command c = {.op = TS_OP_STEP_BEGIN,
+                    .session = s,
+                    .step_begin = {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1}};
+    ts_engine_apply(e, &c, &a);
+    assert_int_equal(a.status, TS_NEED_SLABS);
+    c.step_begin.no_new_slabs = true; /* five blocks aren't there, but four are */
+    ts_engine_apply(e, &c, &a);
+    assert_int_equal(a.status, TS_NEED_SLABS);
+    assert_int_equal(match(e, s, model, ids, 16, NULL), 15);
+    n = 16;
+    c.step_begin.no_new_slabs = false;
+    ts_engine_apply(e, &c, &a);
+    assert_int_equal(a.status, TS_NEED_SLABS);
+    c.step_begin.no_new_slabs = true;
+    ts_engine_apply(e, &c, &a);
+    assert_int_equal(a.status, TS_OK);
+    assert_int_equal(match(e, s, model, ids, 16, NULL), 0);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 static void what_one_tenant_has_cached_leaves_others_their_share(void **state)
 {
     (void)state;
@@ -187,6 +219,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_prompt_that_fits_fits_again_when_it_is_found),
         cmocka_unit_test(where_there_is_room_a_found_tail_stays_in_the_cache),
+        cmocka_unit_test(where_memory_for_a_slab_is_not_to_be_had_what_is_cached_makes_room),
         cmocka_unit_test(what_one_tenant_has_cached_leaves_others_their_share),
         cmocka_unit_test(namespaces_that_nobody_uses_make_room_for_new_ones),
         cmocka_unit_test(a_layer_whose_last_run_failed_is_published_by_nobody),

@@ -192,7 +192,7 @@ typedef struct ts_seq_options {
         sizeof(ts_seq_options), NULL, 0                                                            \
     }
 
-/* ts_seq_create with options, which may be NULL. TS_EQUOTA also: 1024 namespaces. */
+/* ts_seq_create with options, which may be NULL. TS_EQUOTA also: 1024 namespaces are in use. */
 TS_WARN_UNUSED ts_status ts_seq_create_with(ts_pool *pool, uint32_t count,
                                             const ts_seq_options *options, ts_seq *out);
 
@@ -202,7 +202,7 @@ TS_WARN_UNUSED ts_status ts_seq_create_with(ts_pool *pool, uint32_t count,
  * copied. counts[i] tokens of prompt i lie in `tokens`, one prompt after another. The pool holds
  * what was committed with token ids (ts_step_options.tokens) in the same namespace by sessions of
  * the tenant, as far as it fills blocks, until it is evicted. out NULL: only tells how much is
- * there.
+ * there. TS_EINVAL: there is no namespace, and the pool has no `model`.
  */
 TS_WARN_UNUSED ts_status ts_seq_match(ts_pool *pool, const uint32_t *tokens, const uint32_t *counts,
                                       uint32_t count, const ts_seq_options *options, ts_seq *out,

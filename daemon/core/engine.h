@@ -121,6 +121,7 @@ typedef struct ts_command {
             bool append;
             ts_kernel kernel;       /* TS_KERNEL_AUTO: the pool's */
             const uint32_t *tokens; /* ids of all new tokens, in order; NULL: none are known */
+            bool no_new_slabs;      /* there is no memory for them: what is cached makes room */
         } step_begin;
         struct {
             uint64_t step;

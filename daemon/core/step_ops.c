@@ -189,11 +189,11 @@ static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, 
 
 /*
  * Makes room for so many blocks: evicts what is cached, of the tenant's own, then of others where
- * it takes whole slabs. True: the tenant must get slabs too. False: it has the blocks, or the
- * answer refuses and nothing was evicted.
+ * it takes whole slabs. True: the tenant must get slabs too, of which there may be no more
+ * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted.
  */
 static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_t blocks,
-                      ts_answer *a)
+                      bool no_new_slabs, ts_answer *a)
 {
     ts_engine_pool *pool = &e->pools[index];
     ts_pool_books *books = &pool->books;
@@ -220,11 +220,14 @@ static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_
         a->amounts = (ts_amounts){blocks, available, books->num_blocks};
         return false;
     }
+    if (no_new_slabs && (uint64_t)tenant->free + tenant->cached < blocks)
+        return true; /* evicting doesn't help */
     uint64_t all = (uint64_t)tenant->used + tenant->cached + blocks;
     if (all > most) /* what is cached counts too, and goes */
         (void)ts_pool_evict(books, s->tenant, all - most);
     /* Beyond its share its own content goes first: the room of others isn't filled with it. */
-    if (tenant->free < blocks && tenant->slabs >= books->num_slabs / e->present_tenants)
+    const bool has_share = tenant->slabs >= books->num_slabs / e->present_tenants;
+    if (tenant->free < blocks && (has_share || no_new_slabs))
         (void)ts_pool_evict(books, s->tenant, blocks - tenant->free);
     uint64_t grantable = ts_pool_grantable(books, s->tenant);
     if (tenant->free + grantable < blocks)
@@ -252,7 +255,7 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
     if (!ts_engine_check_entries(e, s, c->pool, blocks, a) ||
         !ts_engine_check_pinned(e, s, c->pool, n->pinned, a))
         return;
-    if (!make_room(e, s, c->pool, blocks, a))
+    if (!make_room(e, s, c->pool, blocks, c->step_begin.no_new_slabs, a))
         return;
     a->status = TS_NEED_SLABS;
     a->need.pool = c->pool;

@@ -49,6 +49,11 @@ void ts_exec_supply(ts_exec *x, const ts_command *command, ts_answer *a)
         char why[TS_MESSAGE_BYTES];
         ts_status status = make_slab(x, pool, slab, why, sizeof why);
         if (status != TS_OK) {
+            ts_command within = *command;
+            within.step_begin.no_new_slabs = true; /* no other command needs slabs */
+            ts_exec_apply(x, &within, a);
+            if (a->status != TS_NEED_SLABS)
+                return;
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s', slab %u: %s", name,
                       slab, why);
             return ts_refuse(a, status, "pool '%s': %s", name, why);
