@@ -280,6 +280,40 @@ static void local_execution_that_cannot_be_says_why(void **state)
     daemon_stop(&d);
 }
 
+static void tokens_that_some_layers_lack_are_not_committed(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    ts_client *c = connect_by(&d, 0, TS_EXEC_LOCAL, 0);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    const uint32_t one = 1, none = 0, beyond[] = {2, 255, 256, 100000, UINT32_MAX};
+    ts_seq seq;
+    ts_step *s;
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &one, 1, NULL, &s));
+    OK(ts_step_run(s, 0));
+    for (size_t i = 0; i < sizeof beyond / sizeof *beyond; i++)
+        assert_int_equal(ts_step_run(s, beyond[i]), TS_EINVAL);
+    assert_int_equal(ts_step_commit(s, NULL), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "only 1 of 2 layers"));
+    /* A run that is refused changes nothing. */
+    OK(ts_step_run(s, 1));
+    assert_int_equal(
+        ts_step_run_with(s, 1, &(ts_run_options){.size = sizeof(ts_run_options), .soft_cap = -1}),
+        TS_EINVAL);
+    OK(ts_step_commit(s, NULL));
+    OK(ts_step_begin(p, &seq, &one, 1, NULL, &s));
+    OK(ts_step_run(s, 1));
+    OK(ts_step_commit(s, &none));
+    uint32_t length;
+    OK(ts_seq_lengths(p, &seq, 1, &length));
+    assert_int_equal(length, 1);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -289,6 +323,7 @@ int main(void)
         cmocka_unit_test(what_only_the_daemon_has_kernels_for_it_attends),
         cmocka_unit_test(local_execution_maps_what_it_only_reads_to_be_read),
         cmocka_unit_test(local_execution_that_cannot_be_says_why),
+        cmocka_unit_test(tokens_that_some_layers_lack_are_not_committed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

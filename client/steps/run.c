@@ -77,9 +77,7 @@ static ts_status run_locally(ts_step *s, uint32_t layer, const ts_run_options *o
                               .io_dtype = s->io_dtype,
                               .scale = s->scale,
                               .stream = o->stream};
-    ts_status status = ts_local_attend(s->pool, s->local, &run);
-    ts_layer_set_put(&s->run_here, layer, status == TS_OK);
-    return status;
+    return ts_local_attend(s->pool, s->local, &run);
 }
 
 /* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */
@@ -158,9 +156,14 @@ static ts_status run(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
     run_args args = {s, layer, o};
     s->pool->client->last_exec = s->exec;
-    return s->exec == TS_EXEC_AUTO    ? run_both(&args)
-           : s->exec == TS_EXEC_LOCAL ? local_run(&args)
-                                      : daemon_run(&args);
+    if (s->exec == TS_EXEC_DAEMON)
+        return daemon_run(&args);
+    ts_status status = s->exec == TS_EXEC_AUTO ? run_both(&args) : local_run(&args);
+    if (status != TS_EINVAL && layer < s->pool->geometry.layers) { /* it was begun, at least */
+        s->ran_here = true;
+        ts_layer_set_put(&s->run_here, layer, status == TS_OK);
+    }
+    return status;
 }
 
 ts_status ts_step_run_with(ts_step *s, uint32_t layer, const ts_run_options *options)

@@ -471,7 +471,7 @@ static ts_status check_layers(const ts_step *s, const uint32_t *accepted)
     bool keeps = accepted == NULL;
     for (uint32_t i = 0; accepted != NULL && i < s->count; i++)
         keeps = keeps || accepted[i] > 0;
-    if (!keeps || s->frame != NULL || s->exec != TS_EXEC_LOCAL || run == 0 || run == layers)
+    if (!keeps || s->frame != NULL || !s->ran_here || run == layers)
         return TS_OK;
     return ts_fail(s->pool->client, TS_EINVAL, "only %u of %u layers of step %llx were run", run,
                    layers, (unsigned long long)s->id);

@@ -25,7 +25,8 @@ struct ts_step {
     ts_local *local; /* NULL: the daemon attends alone */
     ts_autotune autotune;
     ts_frame *frame;       /* NULL: none */
-    ts_layer_set run_here; /* layers that this process attended */
+    bool ran_here;         /* this process attended, or tried to */
+    ts_layer_set run_here; /* in these layers it did */
     bool publishes;        /* this process writes K and V on the GPU, and others may find them */
 };
 

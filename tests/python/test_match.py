@@ -124,6 +124,9 @@ def test_what_was_not_computed_in_all_layers_is_not_found(connect):
     seq, = kv.create(1, b"m")
     with kv.step([seq], [5], heads=HEADS, tokens=prompt) as step:
         step.run(0)
+        for layer in (LAYERS, 255, 256, 100000, 2**32 - 1):
+            with pytest.raises(tinyserve.InvalidError, match=f"layer {layer}; the pool has 2"):
+                step.run(layer)
         with pytest.raises(tinyserve.InvalidError, match="only 1 of 2 layers of step .* were run"):
             step.commit()
         step.commit([0])
