@@ -59,7 +59,7 @@ static bool check_prompts(const ts_engine *e, const ts_command *c, uint64_t *ent
     return false;
 }
 
-/* Makes the sequences of what was found: blocks one after another, out_words[i] tokens of each. */
+/* Makes the sequences of what was found: lengths[i] tokens of each, in blocks one after another. */
 static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uint32_t space,
                            const uint32_t *lengths, const uint32_t *blocks, ts_answer *a)
 {
