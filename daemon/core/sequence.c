@@ -89,7 +89,8 @@ uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, 
                                   .tenant = tenant,
                                   .owner = owner,
                                   .step = TS_NONE,
-                                  .space = space};
+                                  .space = space,
+                                  .claim = TS_NONE};
     if (space != TS_NONE)
         ts_index_share_space(pool->index, space);
     owner_add(s, index, owned);

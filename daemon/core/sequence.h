@@ -34,6 +34,7 @@ typedef struct ts_sequence {
     uint64_t known_step;       /* the step whose begin told of it; 0: none */
     uint32_t space;            /* its namespace in the pool's index; TS_NONE: it has none */
     uint32_t known;            /* tokens from the start whose ids are known */
+    uint32_t claim;            /* of its next tokens (claims.h); TS_NONE: it has none */
     bool borrowed_tail; /* it uses a part of its last block, which the index knew before it did */
 } ts_sequence;
 

@@ -1,4 +1,5 @@
 /* Sequences: made, forked, freed, cut, kept under names, and told about. */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <assert.h>
@@ -263,6 +264,7 @@ static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_seq
                           uint32_t *entries)
 {
     uint32_t *owned = NULL;
+    ts_claims_end_of(e, pool, ts_sequence_index(&e->pools[pool].seqs, seq));
     if (seq->name == NULL) {
         /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): without a name it has an owner */
         owner->blocks -= seq->num_blocks;
@@ -329,6 +331,8 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
             continue;
         }
         uint32_t before = seq->num_blocks;
+        if (c->seq_batch.lengths[i] < seq->length)
+            ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
         ts_sequence_truncate(&pool->seqs, &pool->books, seq, c->seq_batch.lengths[i]);
         if (seq->name == NULL)
             s->blocks -= before - seq->num_blocks;
@@ -376,6 +380,7 @@ void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     if (ts_sequence_keep(&pool->seqs, &pool->books, seq, replaced_tail(e, c->pool, seq), name,
                          &s->owned[c->pool]) != TS_OK)
         return ts_refuse(a, TS_ENOMEM, "no memory for the name '%s'", name);
+    ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
     if (owned) {
         s->blocks -= seq->num_blocks;
         s->sequences--;

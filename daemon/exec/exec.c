@@ -16,9 +16,26 @@ static void run_sweep(ts_work *work, void *owner)
     x->resumed(x->owner);
 }
 
+static void run_wake(ts_work *work, void *owner)
+{
+    ts_exec *x = (ts_exec *)((char *)work - offsetof(ts_exec, wake));
+    x->waking = false;
+    x->woken(owner);
+}
+
+void ts_exec_look_for_woken(ts_exec *x)
+{
+    if (x->waking || ts_engine_woken(x->engine) == 0)
+        return;
+    x->waking = true;
+    x->wake.run = run_wake;
+    ts_queue_put(&x->queue, &x->wake);
+}
+
 void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
 {
     ts_engine_apply(x->engine, command, a);
+    ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;
     x->sweeping = true;
