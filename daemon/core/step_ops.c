@@ -87,6 +87,7 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
         uint32_t n = accepted != NULL ? accepted[i] : all ? part->new_tokens : 0;
         s->blocks -= part->reserved + (part->original != TS_NONE);
         ts_step_settle(&pool->seqs, &pool->books, part, n);
+        ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (seq->owner == step->session)
             s->blocks += seq->num_blocks - before;
         e->tokens_committed += n;
@@ -379,6 +380,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
         ts_step_take(&pool->seqs, &pool->books, part, index, ids);
+        ts_sequence_refresh_life(&pool->seqs, &pool->seqs.all[part->seq], e->now_ms);
         if (ids != NULL)
             ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);
