@@ -310,6 +310,25 @@ static void a_time_to_live_is_set_anew_and_given_up(void **state)
     ts_engine_free(e);
 }
 
+static void a_name_is_not_forgotten_past_the_limits_of_the_session(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 12);
+    ts_answer a;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    e->limits.session_blocks = 3;
+    uint64_t own = of_length(e, s, 1);
+    assert_int_equal(keep_seq(e, s, seq, ""), TS_EQUOTA);
+    assert_int_equal(attach(e, s, "x"), seq);
+    assert_int_equal(e->pools[0].seqs.num_lives, 1);
+    assert_int_equal(free_seq(e, s, own), TS_OK);
+    assert_int_equal(keep_seq(e, s, seq, ""), TS_OK);
+    assert_int_equal(ts_engine_session(e, s)->blocks, 3);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 /* So many ends at once are more than one turn's. */
 static void many_ends_take_many_turns(void **state)
 {
@@ -348,6 +367,7 @@ int main(void)
         cmocka_unit_test(a_step_whose_session_ends_lets_the_time_end),
         cmocka_unit_test(a_name_whose_time_is_over_is_free_before_it_is_swept),
         cmocka_unit_test(a_time_to_live_is_set_anew_and_given_up),
+        cmocka_unit_test(a_name_is_not_forgotten_past_the_limits_of_the_session),
         cmocka_unit_test(many_ends_take_many_turns),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

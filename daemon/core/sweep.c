@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-#define END_ENTRIES 16u /* of block tables, that ending a sequence costs as much as, beside its own */
+#define END_ENTRIES 16u /* of block tables: what ending a sequence costs beside its own */
 
 /* Sequences of a pool that was removed: only their tables are left to be freed. */
 typedef struct ts_engine_grave {
