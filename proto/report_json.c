@@ -94,12 +94,13 @@ void json_seqs(json_t *list, const Tspb__SeqList *r)
 {
     for (size_t i = 0; i < r->n_seqs; i++) {
         const Tspb__SeqInfo *s = r->seqs[i];
-        json_array_append_new(list,
-                              json_pack("{s:o, s:i, s:i, s:i, s:i, s:o, s:s, s:b}", "seq",
-                                        id(s->seq), "tokens", s->length, "blocks", s->blocks,
-                                        "shared_blocks", s->shared_blocks, "uid", s->uid, "session",
-                                        s->session == 0 ? json_null() : id(s->session), "name",
-                                        s->name, "in_step", s->in_step));
+        json_array_append_new(
+            list,
+            json_pack("{s:o, s:i, s:i, s:i, s:i, s:o, s:s, s:b, s:b, s:o}", "seq", id(s->seq),
+                      "tokens", s->length, "blocks", s->blocks, "shared_blocks", s->shared_blocks,
+                      "uid", s->uid, "session", s->session == 0 ? json_null() : id(s->session),
+                      "name", s->name, "in_step", s->in_step, "on_ticket", s->on_ticket, "left_ms",
+                      s->left_ms == 0 ? json_null() : json_integer(integer(s->left_ms))));
     }
 }
 

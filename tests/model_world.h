@@ -18,12 +18,15 @@ typedef struct model_seq {
     bool live;
     uint64_t id;
     uint32_t uid;
-    int owner; /* slot of its session; -1: kept */
+    int owner; /* slot of its session; -1: kept, or on a ticket */
     int name;  /* 0..7, or -1 */
     int step;  /* slot of the open step it is in, or -1 */
     uint32_t length, known;
     uint32_t tokens[LENGTH_MAX], ids[LENGTH_MAX];
-    int space; /* 1 or 2; 0: none */
+    int space;       /* 1 or 2; 0: none */
+    uint32_t ticket; /* 0: it is on none */
+    uint64_t ttl;    /* 0: its time has no end */
+    uint64_t end;    /* of its time, unless it is in a step */
 } model_seq;
 
 typedef struct model_step {
@@ -46,7 +49,9 @@ typedef struct world {
     model_step steps[STEPS];
     uint32_t memory[NUM_BLOCKS * BLOCK_TOKENS];
     uint32_t next_value;
-    uint64_t done[16], refused; /* how often each kind of command succeeded */
+    uint32_t next_ticket;
+    uint64_t now;
+    uint64_t done[18], refused; /* how often each kind of command succeeded */
     uint64_t matched;           /* tokens */
 } world;
 
@@ -66,6 +71,7 @@ static void wipe_slab(void *arg, uint32_t pool, uint32_t slab)
 
 static ts_status run(world *w, ts_command c, ts_answer *a)
 {
+    c.now_ms = w->now;
     ts_status status = apply_with(w->e, &c, a, wipe_slab, w);
     w->refused += status != TS_OK;
     assert_true((status == TS_OK) == (a->message[0] == '\0'));
@@ -114,11 +120,17 @@ static bool may_use(const world *w, int session, int seq)
 static ts_status expected_use(const world *w, int session, int seq, bool change)
 {
     const model_seq *s = &w->seqs[seq];
-    if (s->uid != uid_of(session))
+    if (s->uid != uid_of(session) || s->ticket != 0)
         return TS_ENOENT;
     if (!may_use(w, session, seq))
         return TS_EPERM;
     return change && s->step >= 0 ? TS_EBUSY : TS_OK;
+}
+
+/* The sequence is used, or its step ends: its time begins anew. */
+static void refresh(const world *w, model_seq *s)
+{
+    s->end = w->now + s->ttl;
 }
 
 static void verify_seq(world *w, int seq)
@@ -169,8 +181,10 @@ static void op_session(world *w)
             assert_int_equal(step_done(w->e, step->id, TS_NONE), TS_OK);
         }
         step->live = false;
-        for (uint32_t j = 0; j < step->count; j++)
+        for (uint32_t j = 0; j < step->count; j++) {
             w->seqs[step->seqs[j]].step = -1;
+            refresh(w, &w->seqs[step->seqs[j]]);
+        }
     }
     for (int s = 0; s < (int)SEQS; s++)
         if (w->seqs[s].live && w->seqs[s].owner == i)
@@ -207,7 +221,7 @@ static void op_fork(world *w, int session)
     int slot = free_slot(w), parent = pick_seq(w);
     if (slot < 0 || parent < 0)
         return;
-    const model_seq *p = &w->seqs[parent];
+    model_seq *p = &w->seqs[parent];
     uint32_t length = rng_below(&w->r, 2) ? rng_below(&w->r, p->length + 2) : p->length;
     ts_status expected = expected_use(w, session, parent, false);
     if (expected == TS_OK && length > p->length)
@@ -227,6 +241,8 @@ static void op_fork(world *w, int session)
     w->seqs[slot].id = a.seqs.seqs[0];
     w->seqs[slot].owner = session;
     w->seqs[slot].name = w->seqs[slot].step = -1;
+    w->seqs[slot].ttl = 0;
+    refresh(w, p);
     w->seqs[slot].length = length;
     w->seqs[slot].known = p->known < length ? p->known : length;
     verify_seq(w, slot);
@@ -491,6 +507,7 @@ static void op_end(world *w)
         s->known += accepted[i] < step->known[i] ? accepted[i] : step->known[i];
         s->length += accepted[i];
         s->step = -1;
+        refresh(w, s);
         verify_seq(w, step->seqs[i]);
     }
     step->live = false;
@@ -540,51 +557,194 @@ static void op_truncate_or_free(world *w, int session, bool truncate)
     w->done[truncate ? 7 : 8] += status == TS_OK;
 }
 
+static const char *const names[] = {"a", "ab", "abc", "b", "c", "ca", "cab", "d"};
+
+/* The uid's sequence of this name, or -1. */
+static int named(const world *w, uint32_t uid, int name)
+{
+    for (int i = 0; i < (int)SEQS; i++)
+        if (w->seqs[i].live && w->seqs[i].uid == uid && w->seqs[i].name == name)
+            return i;
+    return -1;
+}
+
 static void op_keep(world *w, int session)
 {
-    static const char *const names[] = {"a", "b", "c", "d", "e", "f", "g", "h"};
     ts_answer a;
     int seq = pick_seq(w), name = (int)rng_below(&w->r, 9) - 1; /* -1: forget */
+    uint64_t ttl = rng_below(&w->r, 2) ? 1 + rng_below(&w->r, 400) : 0;
+    bool replace = rng_below(&w->r, 3) != 0;
     if (seq < 0)
         return;
     model_seq *s = &w->seqs[seq];
     ts_status expected = expected_use(w, session, seq, name < 0);
     if (expected == TS_OK && name < 0 && s->name < 0)
         expected = TS_ENOENT;
-    for (int i = 0; expected == TS_OK && name >= 0 && i < (int)SEQS; i++)
-        if (i != seq && w->seqs[i].live && w->seqs[i].uid == s->uid && w->seqs[i].name == name)
-            expected = TS_EEXIST;
-    ts_status status =
-        run(w,
-            (ts_command){.op = TS_OP_SEQ_KEEP,
-                         .session = w->sessions[session],
-                         .seq_keep = {.seq = s->id, .name = name < 0 ? "" : names[name]}},
-            &a);
+    int old = name < 0 ? -1 : named(w, s->uid, name);
+    if (old == seq)
+        old = -1;
+    if (expected == TS_OK && old >= 0)
+        expected = !replace ? TS_EEXIST : w->seqs[old].step >= 0 ? TS_EBUSY : TS_OK;
+    ts_status status = run(w,
+                           (ts_command){.op = TS_OP_SEQ_KEEP,
+                                        .session = w->sessions[session],
+                                        .seq_keep = {.seq = s->id,
+                                                     .name = name < 0 ? "" : names[name],
+                                                     .ttl_ms = ttl,
+                                                     .replace = replace}},
+                           &a);
     assert_int_equal(status, expected);
     if (status == TS_OK) {
         s->name = name;
         s->owner = name < 0 ? session : -1;
+        s->ttl = name < 0 ? 0 : ttl;
+        refresh(w, s);
         w->done[9]++;
+        if (old >= 0) {
+            w->seqs[old].live = false;
+            assert_null(ts_sequence_find(&w->e->pools[0].seqs, w->seqs[old].id));
+            w->done[12]++;
+        }
     }
-    uint32_t wanted = rng_below(&w->r, 8);
-    uint64_t found = 0;
+}
+
+static void op_attach(world *w, int session)
+{
+    ts_answer a;
+    int name = (int)rng_below(&w->r, 8), found = named(w, uid_of(session), name);
+    ts_status status = run(w,
+                           (ts_command){.op = TS_OP_SEQ_ATTACH,
+                                        .session = w->sessions[session],
+                                        .seq_keep = {.name = names[name]}},
+                           &a);
+    assert_int_equal(status, found < 0 ? TS_ENOENT : TS_OK);
+    if (found < 0)
+        return;
+    assert_true(a.seqs.seqs[0] == w->seqs[found].id);
+    refresh(w, &w->seqs[found]);
+    w->done[10]++;
+}
+
+/* Page by page, and what is told is what the model has. */
+static void op_list(world *w, int session)
+{
+    ts_answer a;
+    const char *prefix = rng_below(&w->r, 2) ? names[rng_below(&w->r, 8)] : "", *after = "";
+    int name = 0;
+    do {
+        assert_int_equal(run(w,
+                             (ts_command){.op = TS_OP_SEQ_LIST,
+                                          .session = w->sessions[session],
+                                          .seq_list = {.prefix = prefix,
+                                                       .after = after,
+                                                       .limit = 1 + rng_below(&w->r, 3)}},
+                             &a),
+                         TS_OK);
+        for (uint32_t i = 0; i < a.kept.count; i++, name++) {
+            while (strncmp(names[name], prefix, strlen(prefix)) != 0 ||
+                   named(w, uid_of(session), name) < 0)
+                name++;
+            const model_seq *s = &w->seqs[named(w, uid_of(session), name)];
+            assert_string_equal(a.kept.names[i], names[name]);
+            assert_true(a.kept.seqs[i] == s->id);
+            assert_int_equal(a.kept.lengths[i], s->length);
+            assert_int_equal(a.kept.left_ms[i], s->ttl == 0    ? 0
+                                                : s->step >= 0 ? s->ttl
+                                                               : s->end - w->now);
+            w->done[16]++;
+        }
+        for (int i = 0; i < 8; i++)
+            if (strcmp(names[i], a.kept.next) == 0)
+                after = names[i]; /* the engine's own copy may go */
+    } while (a.kept.next[0] != '\0');
+    for (; name < 8; name++) /* nobody was left out */
+        assert_true(strncmp(names[name], prefix, strlen(prefix)) != 0 ||
+                    named(w, uid_of(session), name) < 0);
+}
+
+static void op_ticket(world *w, int session)
+{
+    ts_answer a;
+    int seq = pick_seq(w);
+    for (int tries = 0; tries < 6 && (seq < 0 || w->seqs[seq].owner != session); tries++)
+        seq = pick_seq(w);
+    if (seq < 0)
+        return;
+    model_seq *s = &w->seqs[seq];
+    uint64_t ttl = rng_below(&w->r, 2) ? 1 + rng_below(&w->r, 400) : 0;
+    ts_status expected = expected_use(w, session, seq, true);
+    if (expected == TS_OK && s->name >= 0)
+        expected = TS_EINVAL;
+    ts_command c = {.op = TS_OP_SEQ_TICKET,
+                    .session = w->sessions[session],
+                    .seq_ticket = {.seq = s->id, .ttl_ms = ttl}};
+    w->next_ticket++;
+    memcpy(c.seq_ticket.ticket, &w->next_ticket, sizeof w->next_ticket);
+    assert_int_equal(run(w, c, &a), expected);
+    if (expected != TS_OK)
+        return;
+    assert_null(ts_sequence_find(&w->e->pools[0].seqs, s->id));
+    s->id = ts_sequence_id(&w->e->pools[0].seqs, (uint32_t)s->id); /* which nobody was told of */
+    s->ticket = w->next_ticket;
+    s->owner = -1;
+    s->ttl = ttl == 0 ? TS_TICKET_MS : ttl;
+    refresh(w, s);
+    w->done[13]++;
+}
+
+/* Redeems a ticket that there is, or mostly not any more. */
+static void op_redeem(world *w, int session)
+{
+    ts_answer a;
+    uint32_t ticket = w->next_ticket - rng_below(&w->r, 100);
+    int found = -1;
+    for (int tries = 0; tries < 20; tries++) {
+        int i = pick_seq(w);
+        if (i >= 0 && w->seqs[i].ticket != 0)
+            ticket = w->seqs[i].ticket;
+    }
     for (int i = 0; i < (int)SEQS; i++)
-        if (w->seqs[i].live && w->seqs[i].uid == uid_of(session) && w->seqs[i].name == (int)wanted)
-            found = w->seqs[i].id;
-    status = run(w,
-                 (ts_command){.op = TS_OP_SEQ_ATTACH,
-                              .session = w->sessions[session],
-                              .seq_keep = {.name = names[wanted]}},
-                 &a);
-    assert_int_equal(status, found == 0 ? TS_ENOENT : TS_OK);
-    if (found != 0)
-        assert_true(a.seqs.seqs[0] == found);
-    w->done[10] += found != 0;
+        if (w->seqs[i].live && w->seqs[i].ticket == ticket && ticket != 0 &&
+            w->seqs[i].uid == uid_of(session))
+            found = i;
+    ts_command c = {.op = TS_OP_SEQ_REDEEM, .session = w->sessions[session]};
+    memcpy(c.seq_redeem.ticket, &ticket, sizeof ticket);
+    assert_int_equal(run(w, c, &a), found < 0 ? TS_ENOENT : TS_OK);
+    if (found < 0)
+        return;
+    model_seq *s = &w->seqs[found];
+    assert_true(a.seqs.seqs[0] == s->id);
+    assert_int_equal(a.seqs.length, s->length);
+    s->ticket = 0;
+    s->ttl = 0;
+    s->owner = session;
+    verify_seq(w, found);
+    w->done[14]++;
+}
+
+/* Time goes on. What is over is gone for everybody, whether it is swept at once or not. */
+static void op_clock(world *w, int session)
+{
+    ts_answer a;
+    w->now += rng_below(&w->r, 50);
+    for (int i = 0; i < (int)SEQS; i++) {
+        model_seq *s = &w->seqs[i];
+        if (s->live && s->ttl > 0 && s->step < 0 && s->end <= w->now) {
+            s->live = false;
+            w->done[15]++;
+        }
+    }
+    if (rng_below(&w->r, 2)) {
+        assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
+        w->done[17]++;
+    } else {
+        op_list(w, session);
+    }
 }
 
 static void one_command(world *w)
 {
-    uint32_t kind = rng_below(&w->r, 100);
+    uint32_t kind = rng_below(&w->r, 116);
     int session = pick_session(w);
     if (kind < 4 || session < 0)
         op_session(w);
@@ -602,8 +762,16 @@ static void one_command(world *w)
         op_truncate_or_free(w, session, true);
     else if (kind < 95)
         op_truncate_or_free(w, session, false);
-    else
+    else if (kind < 103)
         op_keep(w, session);
+    else if (kind < 106)
+        op_attach(w, session);
+    else if (kind < 109)
+        op_ticket(w, session);
+    else if (kind < 112)
+        op_redeem(w, session);
+    else
+        op_clock(w, session);
 }
 
 #endif

@@ -434,10 +434,104 @@ static void forks_of_a_long_sequence_take_as_many_calls_as_needed(void **state)
     daemon_stop(&d);
 }
 
+/* Worker: redeems the ticket that it is told in hexadecimal, twice. */
+static void taker(const char *url, const char *argument)
+{
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "small", 0);
+    uint8_t ticket[TS_TICKET_BYTES];
+    ts_seq seq, twice;
+    uint32_t length = 0;
+    uint64_t slot;
+    for (uint32_t i = 0; i < TS_TICKET_BYTES; i++) {
+        unsigned byte;
+        assert_int_equal(sscanf(argument + 2 * (size_t)i, "%2x", &byte), 1);
+        ticket[i] = (uint8_t)byte;
+    }
+    OK(ts_seq_redeem(p, ticket, &seq, &length));
+    assert_int_equal(length, 6);
+    OK(ts_seq_slots(p, seq, 5, 1, &slot));
+    assert_int_equal(ts_seq_redeem(p, ticket, &twice, NULL), TS_ENOENT);
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void a_ticket_hands_a_sequence_to_another_process(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char text[2 * TS_TICKET_BYTES + 1];
+    daemon_start(&d, POOL_SMALL ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "small", TS_POOL_WRITABLE);
+    ts_seq seq;
+    uint32_t n = 6;
+    uint8_t ticket[TS_TICKET_BYTES], other[TS_TICKET_BYTES];
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_append(p, &seq, &n, 1, NULL));
+    assert_int_equal(ts_seq_ticket(p, seq, 3600001, ticket), TS_EINVAL);
+    OK(ts_seq_ticket(p, seq, 0, ticket));
+    assert_int_equal(ts_seq_lengths(p, &seq, 1, &n), TS_ENOENT);
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_seq_ticket(p, seq, 0, other));
+    assert_memory_not_equal(ticket, other, sizeof ticket);
+    for (uint32_t i = 0; i < TS_TICKET_BYTES; i++)
+        snprintf(text + 2 * (size_t)i, 3, "%02x", ticket[i]);
+    join_child(spawn("taker", d.url, text));
+    await_used_blocks(c, 0); /* the taker's session has ended, and with it the sequence */
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void kept_sequences_are_listed_in_pages_and_replaced(void **state)
+{
+    (void)state;
+    enum { N = 450, ROOM = 300 };
+    daemon_process d;
+    char name[16];
+    daemon_start(&d, POOL_SMALL ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "small", 0);
+    ts_seq seqs[N], one;
+    static ts_kept kept[ROOM];
+    uint32_t count;
+    OK(ts_seq_list(p, NULL, NULL, kept, ROOM, &count));
+    assert_int_equal(count, 0);
+    OK(ts_seq_create(p, N, seqs));
+    for (uint32_t i = 0; i < N; i++) {
+        snprintf(name, sizeof name, "n%03u", i);
+        OK(ts_seq_keep(p, seqs[i], name));
+    }
+    OK(ts_seq_list(p, "n", NULL, kept, ROOM, &count)); /* two answers of the daemon's */
+    assert_int_equal(count, ROOM);
+    OK(ts_seq_list(p, "n", kept[ROOM - 1].name, kept, ROOM, &count));
+    assert_int_equal(count, N - ROOM);
+    assert_string_equal(kept[0].name, "n300");
+    assert_int_equal(kept[count - 1].seq, seqs[N - 1]);
+    assert_int_equal(ts_seq_list(p, "", "", kept, 0, &count), TS_EINVAL);
+    memset(kept[0].name, 'x', sizeof kept[0].name - 1);
+    OK(ts_seq_list(p, "", kept[0].name, kept + 1, 1, &count));
+    assert_int_equal(count, 0);
+    const ts_keep_options replace = {.size = sizeof replace, .replace = true};
+    OK(ts_seq_create(p, 1, &one));
+    assert_int_equal(ts_seq_keep_with(p, one, "n000", NULL), TS_EEXIST);
+    OK(ts_seq_keep_with(p, one, "n000", &replace));
+    OK(ts_seq_attach(p, "n000", &seqs[1], NULL));
+    assert_int_equal(seqs[1], one);
+    assert_int_equal(ts_seq_keep_with(p, one, "n000", &(ts_keep_options){0}), TS_EINVAL);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
         {"reader", reader},
+        {"taker", taker},
     };
     if (argc == 4)
         return run_role(argv, roles, sizeof roles / sizeof *roles);
@@ -449,6 +543,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
         cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(forks_of_a_long_sequence_take_as_many_calls_as_needed),
+        cmocka_unit_test(a_ticket_hands_a_sequence_to_another_process),
+        cmocka_unit_test(kept_sequences_are_listed_in_pages_and_replaced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -81,6 +81,25 @@ static void a_run_has_what_its_flags_say(void **state)
     assert_int_equal(decoded->flags, TS_RUN_SINKS | TS_RUN_INTERLEAVED | TS_RUN_ON_STREAM);
 }
 
+static void a_ticket_of_another_size_is_refused(void **state)
+{
+    (void)state;
+    uint8_t bytes[TS_TICKET_BYTES + 1] = {9, 8, 7};
+    Tspb__SeqRedeem redeem = TSPB__SEQ_REDEEM__INIT;
+    Tspb__Request r = TSPB__REQUEST__INIT;
+    redeem.pool = 2;
+    redeem.ticket.data = bytes;
+    r.body_case = TSPB__REQUEST__BODY_SEQ_REDEEM;
+    r.seq_redeem = &redeem;
+    for (redeem.ticket.len = 0; redeem.ticket.len <= sizeof bytes; redeem.ticket.len++) {
+        assert_int_equal(decode(&r), redeem.ticket.len == TS_TICKET_BYTES);
+        if (redeem.ticket.len == TS_TICKET_BYTES)
+            assert_memory_equal(command.seq_redeem.ticket, bytes, TS_TICKET_BYTES);
+    }
+    assert_int_equal(command.pool, 2);
+    assert_string_equal(refusal.message, "a ticket of 17 bytes; it has 16");
+}
+
 static void what_is_no_command_is_left_to_others(void **state)
 {
     (void)state;
@@ -140,6 +159,7 @@ int main(void)
         cmocka_unit_test(a_fork_is_decoded_field_by_field),
         cmocka_unit_test(counts_that_disagree_are_refused),
         cmocka_unit_test(a_run_has_what_its_flags_say),
+        cmocka_unit_test(a_ticket_of_another_size_is_refused),
         cmocka_unit_test(what_is_no_command_is_left_to_others),
         cmocka_unit_test(a_refusal_is_encoded_without_a_body),
         cmocka_unit_test(a_string_with_control_characters_is_named),

@@ -33,18 +33,18 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
             if (w->seqs[s].live)
                 verify_seq(w, s);
     }
-    for (int i = 0; i <= 11; i++)
+    for (size_t i = 0; i < sizeof w->done / sizeof *w->done; i++)
         assert_true(w->done[i] > 1000); /* every kind of command was exercised */
     assert_true(w->matched > 10000 && w->e->pools[0].books.evicted > 5000);
     assert_true(w->refused > 10000);
-    /* Everybody leaves, kept sequences are freed: nothing may be left. */
+    /* Everybody leaves, kept sequences are freed, tickets end: nothing may be left. */
     for (int i = 0; i < (int)SESSIONS; i++)
         while (w->sessions[i] != 0)
             op_session(w);
     for (int i = 0; i < (int)UIDS; i++) {
         uint64_t session = session_new(w->e, (uint32_t)i);
         for (int s = 0; s < (int)SEQS; s++)
-            if (w->seqs[s].live && w->seqs[s].uid == (uint32_t)i) {
+            if (w->seqs[s].live && w->seqs[s].uid == (uint32_t)i && w->seqs[s].ticket == 0) {
                 ts_answer a;
                 assert_int_equal(
                     run(w,
@@ -55,6 +55,12 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
                     TS_OK);
             }
     }
+    ts_answer a;
+    w->now += TS_TICKET_MS;
+    assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
+    assert_false(ts_engine_sweeps(w->e));
+    assert_int_equal(w->e->pools[0].seqs.num_lives, 0);
+    assert_int_equal(w->e->pools[0].seqs.tickets.count, 0);
     assert_int_equal(w->e->pools[0].books.used, 0);
     assert_int_equal(w->e->pools[0].seqs.live, 0);
     check_engine(w->e);
@@ -80,6 +86,12 @@ static uint64_t digest(const ts_engine *e)
         for (uint32_t b = 0; b < (s->tenant == TS_NONE ? 0 : s->num_blocks); b++)
             MIX(s->blocks[b]);
     }
+    for (uint32_t i = 0; i < pool->seqs.num_lives; i++)
+        MIX(pool->seqs.lives[i].seq), MIX(pool->seqs.lives[i].end_ms),
+            MIX(pool->seqs.lives[i].ttl_ms), MIX(pool->seqs.lives[i].ticket != NULL);
+    for (const ts_name_node *n = pool->seqs.order.first[0]; n != NULL; n = n->next[0])
+        MIX(n->tenant), MIX(n->name[0]), MIX(n->height);
+    MIX(e->now_ms), MIX(pool->seqs.tickets.count);
     for (uint32_t b = 0; b < pool->books.num_blocks; b++)
         MIX(pool->books.refs[b]), MIX(pool->books.index->nodes[b].parent);
     for (uint32_t i = 0; i < pool->books.num_slabs; i++)

@@ -96,6 +96,26 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     run(text, sizeof text, TS_CTL " seqs %s", url);
     assert_has(text, "20      2       1");
     assert_has(text, "system-prompt");
+    /* In place of a session: when its time ends. */
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seqs[2];
+    uint8_t ticket[TS_TICKET_BYTES];
+    const ts_keep_options ends = {.size = sizeof ends, .ttl_ms = 3600000ull * 100};
+    OK(ts_seq_create(p, 2, seqs));
+    OK(ts_seq_keep_with(p, seqs[0], "short", &ends));
+    OK(ts_seq_ticket(p, seqs[1], 600000, ticket));
+    run(text, sizeof text, TS_CTL " seqs %s", url);
+    assert_has(text, "ends in 4 days   short");
+    assert_has(text, "ticket: 9 min    -");
+    assert_true(widest(text) <= 80);
+    run(text, sizeof text, TS_CTL " seqs %s --json", url);
+    json_t *all = json_loads(text, 0, NULL), *kept = json_array_get(all, 3);
+    assert_in_range(number(kept, "left_ms"), 1, ends.ttl_ms);
+    assert_false(json_boolean_value(json_object_get(kept, "on_ticket")));
+    assert_true(json_boolean_value(json_object_get(json_array_get(all, 4), "on_ticket")));
+    assert_true(json_is_null(json_object_get(json_array_get(all, 0), "left_ms")));
+    json_decref(all);
+    ts_pool_close(p);
     run(text, sizeof text, TS_CTL " check %s", url);
     assert_has(text, "0 problems");
     assert_int_equal(run(text, sizeof text,

@@ -155,7 +155,7 @@ static void the_first_that_waits_goes_on_where_one_that_ends_left_off(void **sta
         } else { /* ... or does nothing for a while */
             for (uint64_t now = 1; now <= 1 + TS_CLAIM_IDLE_MS; now += TS_CLAIM_IDLE_MS / 2) {
                 assert_true(ts_engine_woken(e) == 0);
-                apply(e, (ts_command){.op = TS_OP_TICK, .now_ms = now}, &a);
+                apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
             }
         }
         assert_true(ts_engine_woken(e) == w[1].session);
@@ -182,14 +182,14 @@ static void a_step_that_only_pauses_keeps_its_claim(void **state)
     worker w[2] = {worker_new(e, 1, ids, PROMPT), worker_new(e, 1, ids, PROMPT)};
     assert_int_equal(ask(&w[0], true, false), TS_OK);
     assert_int_equal(ask(&w[1], true, false), TS_WAITS);
-    apply(e, (ts_command){.op = TS_OP_TICK, .now_ms = 1}, &a);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 1}, &a);
     open_step(&w[0], 8); /* an open step may take as long as it takes */
     for (uint64_t now = 600; now < 10000; now += 600)
-        apply(e, (ts_command){.op = TS_OP_TICK, .now_ms = now}, &a);
+        apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
     commit(&w[0], 8);
-    apply(e, (ts_command){.op = TS_OP_TICK, .now_ms = 10001}, &a);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 10001}, &a);
     assert_true(ts_engine_woken(e) == 0);
-    apply(e, (ts_command){.op = TS_OP_TICK, .now_ms = 11001}, &a);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 11001}, &a);
     assert_int_equal(go_on(e, w, 2), 1);
     assert_int_equal(w[1].has, 8);
     ts_engine_free(e);

@@ -98,7 +98,8 @@ typedef struct ts_options {
  * speaks another version. */
 TS_WARN_UNUSED ts_status ts_connect(const ts_options *options, ts_client **out);
 
-/* Ends the session. Its steps are dropped, its sequences freed, except kept ones. */
+/* Ends the session. Its steps are dropped, its sequences freed, except kept ones and those on
+ * tickets. */
 void ts_disconnect(ts_client *client);
 
 /* Why the last call that failed did so; valid until the next call fails. Never NULL. */
@@ -239,9 +240,57 @@ TS_WARN_UNUSED ts_status ts_seq_free(ts_pool *pool, const ts_seq *seqs, uint32_t
  * sequence this session's own. TS_EEXIST: the tenant has another sequence of this name. */
 TS_WARN_UNUSED ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name);
 
+typedef struct ts_keep_options {
+    size_t size;     /* sizeof(ts_keep_options) */
+    uint64_t ttl_ms; /* the sequence is freed so long after its last use: being kept, attached to or
+                        forked, or a step's end; 0: never */
+    bool replace;    /* the sequence that has the name, if there is one, loses it and is freed, in
+                        the same instant; TS_EBUSY: it is in an open step */
+} ts_keep_options;
+
+#define TS_KEEP_OPTIONS_INIT                                                                       \
+    {                                                                                              \
+        sizeof(ts_keep_options), 0, false                                                          \
+    }
+
+/* ts_seq_keep with options, which may be NULL. Keeping a sequence again under its own name sets its
+ * time to live anew. */
+TS_WARN_UNUSED ts_status ts_seq_keep_with(ts_pool *pool, ts_seq seq, const char *name,
+                                          const ts_keep_options *options);
+
 /* Finds a kept sequence; *length (may be NULL) gets its number of tokens. TS_ENOENT. */
 TS_WARN_UNUSED ts_status ts_seq_attach(ts_pool *pool, const char *name, ts_seq *out,
                                        uint32_t *length);
+
+typedef struct ts_kept {
+    char name[128];
+    ts_seq seq;
+    uint64_t left_ms; /* until it is freed, if it isn't used before; 0: it never is */
+    uint32_t length;  /* tokens */
+    uint32_t blocks;  /* that it refers to */
+} ts_kept;
+
+/* Lists the tenant's kept sequences whose names begin with `prefix` (NULL: all), in the order of
+ * the names' bytes, from the first name after `after` on (NULL: from the beginning), at most `room`
+ * of them. Fewer than `room`: these were the last. `after` may be a name that is gone. */
+TS_WARN_UNUSED ts_status ts_seq_list(ts_pool *pool, const char *prefix, const char *after,
+                                     ts_kept *out, uint32_t room, uint32_t *count);
+
+/*
+ * Puts a sequence on a ticket: bytes that nobody can guess, by which another session of the tenant,
+ * also in another process, makes the sequence its own. `seq` names nothing from now on. The ticket
+ * is good for ttl_ms (0: 30 s; at most an hour), also after this session's end; then the sequence
+ * is freed. TS_EBUSY: it is in an open step. TS_EINVAL: it is kept under a name. TS_EQUOTA: the
+ * tenant has 1024 tickets.
+ */
+TS_WARN_UNUSED ts_status ts_seq_ticket(ts_pool *pool, ts_seq seq, uint32_t ttl_ms,
+                                       uint8_t ticket[TS_TICKET_BYTES]);
+
+/* Makes the ticket's sequence this session's own, with its token ids and namespace; *length (may be
+ * NULL) gets its number of tokens. A ticket serves once. TS_ENOENT: the pool has no such ticket, or
+ * it was redeemed, or its time is over, or it is another tenant's. */
+TS_WARN_UNUSED ts_status ts_seq_redeem(ts_pool *pool, const uint8_t ticket[TS_TICKET_BYTES],
+                                       ts_seq *out, uint32_t *length);
 
 /* Tokens of each sequence. */
 TS_WARN_UNUSED ts_status ts_seq_lengths(ts_pool *pool, const ts_seq *seqs, uint32_t count,

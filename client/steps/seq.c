@@ -4,20 +4,15 @@
 #include "pool_map.h"
 #include "ring_client.h"
 #include "rpc.h"
+#include "seq_calls.h"
 #include "unanswered.h"
 #include "unconst.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define REQUEST(kind, CASE)                                                                        \
-    Tspb__Request request = TSPB__REQUEST__INIT;                                                   \
-    request.body_case = TSPB__REQUEST__BODY_##CASE;                                                \
-    request.kind = &body
-
-/* Calls for an answer of exactly `count` sequences. */
-static ts_status call_for_seqs(ts_pool *p, Tspb__Request *request, uint32_t count, ts_seq *out,
-                               uint32_t *length)
+ts_status ts_call_for_seqs(ts_pool *p, Tspb__Request *request, uint32_t count, ts_seq *out,
+                           uint32_t *length)
 {
     ts_client *c = p->client;
     Tspb__Reply *reply;
@@ -95,7 +90,7 @@ static ts_status read_space(ts_client *c, const ts_seq_options *options, Protobu
 static ts_status create(ts_pool *p, uint32_t count, const ts_seq_options *options, ts_seq *out)
 {
     Tspb__SeqCreate body = TSPB__SEQ_CREATE__INIT;
-    REQUEST(seq_create, SEQ_CREATE);
+    TS_REQUEST(seq_create, SEQ_CREATE);
     body.pool = p->index;
     body.count = count;
     bool use = false;
@@ -107,7 +102,7 @@ static ts_status create(ts_pool *p, uint32_t count, const ts_seq_options *option
         return status;
     if (use && put_space(&entry, &body.space))
         return ask_ring_for_seqs(p, &entry, count, out);
-    return call_for_seqs(p, &request, count, out, NULL);
+    return ts_call_for_seqs(p, &request, count, out, NULL);
 }
 
 ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
@@ -216,7 +211,7 @@ ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *count
 static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count)
 {
     Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
-    REQUEST(seq_free, SEQ_FREE);
+    TS_REQUEST(seq_free, SEQ_FREE);
     body.pool = p->index;
     body.seqs = ts_unconst(seqs);
     body.n_seqs = count;
@@ -237,7 +232,7 @@ static ts_status get_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uin
 {
     Tspb__SeqLengths body = TSPB__SEQ_LENGTHS__INIT;
     Tspb__Reply *reply;
-    REQUEST(seq_lengths, SEQ_LENGTHS);
+    TS_REQUEST(seq_lengths, SEQ_LENGTHS);
     body.pool = p->index;
     body.seqs = ts_unconst(seqs);
     body.n_seqs = count;
@@ -256,7 +251,7 @@ static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t l
                           uint32_t count, ts_seq *out)
 {
     Tspb__SeqFork body = TSPB__SEQ_FORK__INIT;
-    REQUEST(seq_fork, SEQ_FORK);
+    TS_REQUEST(seq_fork, SEQ_FORK);
     body.pool = p->index;
     body.parent = parent;
     body.count = count;
@@ -265,7 +260,7 @@ static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t l
     bool use;
     ts_status status = use_rings(p->client, count, 0, &use);
     if (status != TS_OK || !use)
-        return status != TS_OK ? status : call_for_seqs(p, &request, count, out, NULL);
+        return status != TS_OK ? status : ts_call_for_seqs(p, &request, count, out, NULL);
     ts_ring_entry entry = {.op = TS_RING_SEQ_FORK,
                            .seqs = {.parent = parent,
                                     .length = length,
@@ -316,7 +311,7 @@ ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *length
 {
     TS_ENTER(p->client);
     Tspb__SeqTruncate body = TSPB__SEQ_TRUNCATE__INIT;
-    REQUEST(seq_truncate, SEQ_TRUNCATE);
+    TS_REQUEST(seq_truncate, SEQ_TRUNCATE);
     body.pool = p->index;
     body.seqs = ts_unconst(seqs);
     body.lengths = ts_unconst(lengths);
@@ -336,29 +331,6 @@ ts_status ts_seq_free(ts_pool *p, const ts_seq *seqs, uint32_t count)
     return free_seqs(p, seqs, count);
 }
 
-ts_status ts_seq_keep(ts_pool *p, ts_seq seq, const char *name)
-{
-    TS_ENTER(p->client);
-    Tspb__SeqKeep body = TSPB__SEQ_KEEP__INIT;
-    REQUEST(seq_keep, SEQ_KEEP);
-    if (name != NULL && name[0] == '\0')
-        return ts_fail(p->client, TS_EINVAL, "a name has at least 1 byte");
-    body.pool = p->index;
-    body.seq = seq;
-    body.name = ts_unconst(name != NULL ? name : "");
-    return ts_call_plain(p->client, &request);
-}
-
-ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *length)
-{
-    TS_ENTER(p->client);
-    Tspb__SeqAttach body = TSPB__SEQ_ATTACH__INIT;
-    REQUEST(seq_attach, SEQ_ATTACH);
-    body.pool = p->index;
-    body.name = ts_unconst(name);
-    return call_for_seqs(p, &request, 1, out, length);
-}
-
 ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_t *lengths)
 {
     TS_ENTER(p->client);
@@ -370,7 +342,7 @@ ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t first, uint32_t count, u
     TS_ENTER(p->client);
     Tspb__SeqBlocks body = TSPB__SEQ_BLOCKS__INIT;
     Tspb__Reply *reply;
-    REQUEST(seq_blocks, SEQ_BLOCKS);
+    TS_REQUEST(seq_blocks, SEQ_BLOCKS);
     uint32_t block_tokens = p->geometry.block_tokens;
     if (count == 0)
         return ts_fail(p->client, TS_EINVAL, "0 tokens; at least 1 is needed");

@@ -20,8 +20,10 @@ static const public_struct structs[] = {
     [TS_STRUCT_FRAME_OPTIONS] = {"ts_frame_options", "TS_FRAME_OPTIONS_INIT",
                                  sizeof(ts_frame_options)},
     [TS_STRUCT_SEQ_OPTIONS] = {"ts_seq_options", "TS_SEQ_OPTIONS_INIT", sizeof(ts_seq_options)},
+    [TS_STRUCT_KEEP_OPTIONS] = {"ts_keep_options", "TS_KEEP_OPTIONS_INIT", sizeof(ts_keep_options)},
     {"ts_geometry", NULL, sizeof(ts_geometry)},
     {"ts_kv", NULL, sizeof(ts_kv)},
+    {"ts_kept", NULL, sizeof(ts_kept)},
     {"ts_error_info", NULL, sizeof(ts_error_info)},
 };
 

@@ -12,7 +12,8 @@ typedef enum ts_options_struct {
     TS_STRUCT_STEP_OPTIONS,
     TS_STRUCT_RUN_OPTIONS,
     TS_STRUCT_FRAME_OPTIONS,
-    TS_STRUCT_SEQ_OPTIONS
+    TS_STRUCT_SEQ_OPTIONS,
+    TS_STRUCT_KEEP_OPTIONS
 } ts_options_struct;
 
 /* Copies a caller's options, of whichever size its header gave them, into a struct of this

@@ -48,6 +48,7 @@ typedef struct ts_pool_tenant {
     uint32_t cached_oldest, cached_newest; /* of them, as they were released; TS_NONE: none */
     uint64_t empty_blocks, idle_blocks;    /* in its slabs on those lists */
     uint32_t sequences;
+    uint32_t tickets; /* sequences of those that are on one */
     uint32_t pinned;  /* blocks that its kept sequences refer to, each counted once */
     uint64_t entries; /* in its sequences' block tables, reserved ones included */
 } ts_pool_tenant;

@@ -261,15 +261,15 @@ void ts_claims_end_all(ts_engine *e, const ts_session *s)
             end_claim(e, &e->claims.all[i]);
 }
 
-void ts_claims_tick(ts_engine *e, uint64_t now_ms)
+void ts_claims_end_idle(ts_engine *e)
 {
-    for (uint32_t i = 0; i < e->claims.count; i++) {
+    for (uint32_t i = 0; i < e->claims.count && e->claims.live > 0; i++) {
         ts_claim *c = &e->claims.all[i];
         if (!c->live || sequence_of(e, c)->step != TS_NONE)
             continue;
         if (c->idle_since_ms == 0)
-            c->idle_since_ms = now_ms;
-        else if (now_ms - c->idle_since_ms >= TS_CLAIM_IDLE_MS)
+            c->idle_since_ms = e->now_ms;
+        else if (e->now_ms - c->idle_since_ms >= TS_CLAIM_IDLE_MS)
             end_claim(e, c);
     }
 }

@@ -43,6 +43,6 @@ void ts_claims_end_of(ts_engine *engine, uint32_t pool, uint32_t seq);
 void ts_claims_end_all(ts_engine *engine, const ts_session *session);
 
 /* Ends claims that were idle for too long. */
-void ts_claims_tick(ts_engine *engine, uint64_t now_ms);
+void ts_claims_end_idle(ts_engine *engine);
 
 #endif

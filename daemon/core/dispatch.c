@@ -26,6 +26,9 @@ static const struct operation {
     [TS_OP_SEQ_LENGTHS] = {POOL, ts_engine_seq_lengths},
     [TS_OP_SEQ_BLOCKS] = {POOL, ts_engine_seq_blocks},
     [TS_OP_SEQ_MATCH] = {POOL, ts_engine_seq_match},
+    [TS_OP_SEQ_TICKET] = {POOL, ts_engine_seq_ticket},
+    [TS_OP_SEQ_REDEEM] = {POOL, ts_engine_seq_redeem},
+    [TS_OP_SEQ_LIST] = {POOL, ts_engine_seq_list},
     [TS_OP_STEP_BEGIN] = {POOL, ts_engine_step_begin},
     [TS_OP_STEP_RUN] = {SESSION, ts_engine_step_run},
     [TS_OP_STEP_COMMIT] = {SESSION, ts_engine_step_end},
@@ -37,7 +40,6 @@ static const struct operation {
     [TS_OP_POOL_RESIZE] = {NOTHING, ts_engine_pool_resize},
     [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
     [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
-    [TS_OP_TICK] = {NOTHING, ts_engine_tick},
 };
 
 /* Whether the session may wait for what the command asks for: it waits for one thing at a time. */
@@ -65,6 +67,8 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     if ((size_t)c->op >= sizeof operations / sizeof *operations || operations[c->op].apply == NULL)
         return ts_refuse(a, TS_EINVAL, "there is no command %d", (int)c->op);
     const struct operation *operation = &operations[c->op];
+    if (c->now_ms > e->now_ms)
+        e->now_ms = c->now_ms;
     ts_session *s = NULL;
     if (operation->needs != NOTHING && (s = ts_engine_session(e, c->session)) == NULL)
         return ts_refuse(a, TS_ENOENT, "there is no session %llx: open one first",
@@ -85,11 +89,4 @@ void ts_engine_wait_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     (void)c;
     (void)a;
     ts_waits_end(e, s);
-}
-
-void ts_engine_tick(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
-{
-    (void)none;
-    (void)a;
-    ts_claims_tick(e, c->now_ms);
 }

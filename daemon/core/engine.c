@@ -98,6 +98,7 @@ void ts_engine_free(ts_engine *e)
     free(e->out_ids);
     free(e->out_words);
     free(e->out_copies);
+    free(e->out_names);
     free(e);
 }
 

@@ -36,6 +36,10 @@
 #define TS_SWEEP_ENTRIES (1u << 15)    /* ... that are freed at a time */
 #define TS_ENTRIES_PER_BLOCK 16u       /* of block tables, for each block of a pool */
 #define TS_OPERATOR_SESSIONS 8u        /* the last ones, that are for operators */
+#define TS_TICKETS_MAX 1024u           /* of one tenant */
+#define TS_TICKET_MS 30000u            /* that a ticket is good for, unless another time is named */
+#define TS_TICKET_MS_MAX 3600000u      /* ... at most */
+#define TS_LIST_MAX 200u               /* kept sequences that one answer tells of */
 
 typedef enum ts_op {
     TS_OP_SESSION_OPEN = 1,
@@ -52,6 +56,9 @@ typedef enum ts_op {
     TS_OP_SEQ_LENGTHS,
     TS_OP_SEQ_BLOCKS,
     TS_OP_SEQ_MATCH,
+    TS_OP_SEQ_TICKET,
+    TS_OP_SEQ_REDEEM,
+    TS_OP_SEQ_LIST,
     TS_OP_STEP_BEGIN,
     TS_OP_STEP_RUN,
     TS_OP_STEP_COMMIT,
@@ -61,9 +68,8 @@ typedef enum ts_op {
     TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
     TS_OP_POOL_REMOVE, /* ... ends a pool that no session has open, */
     TS_OP_POOL_RESIZE, /* ... or gives one more blocks or fewer */
-    TS_OP_SWEEP,       /* goes on with what is freed bit by bit (ts_engine_sweeps) */
-    TS_OP_WAIT_END,    /* the session waits no more */
-    TS_OP_TICK,        /* ends what has had its time */
+    TS_OP_SWEEP,    /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
+    TS_OP_WAIT_END, /* the session waits no more */
 } ts_op;
 
 /* A namespace of the prefix index; no bytes: the pool's own, its configuration's `model`. */
@@ -77,7 +83,8 @@ typedef struct ts_command {
     ts_op op;
     uint64_t session; /* who asks; not for SESSION_OPEN, STEP_DONE, SLAB_GRANT */
     uint32_t pool;    /* where the command has one */
-    uint64_t now_ms;  /* of a clock that only goes on */
+    uint64_t now_ms;  /* when it is given, by a clock that only goes on: the engine's time from now
+                       * on, unless that is later already */
     bool again;       /* it was answered TS_WAITS before */
     union {
         struct {
@@ -117,7 +124,21 @@ typedef struct ts_command {
         struct {
             uint64_t seq;
             const char *name;
-        } seq_keep; /* SEQ_ATTACH uses the name */
+            uint64_t ttl_ms; /* 0: for ever */
+            bool replace;    /* what is kept under the name, if anything is, is freed */
+        } seq_keep;          /* SEQ_ATTACH uses the name */
+        struct {
+            uint64_t seq;
+            uint64_t ttl_ms;                 /* 0: TS_TICKET_MS */
+            uint8_t ticket[TS_TICKET_BYTES]; /* random: nobody can guess it */
+        } seq_ticket;
+        struct {
+            uint8_t ticket[TS_TICKET_BYTES];
+        } seq_redeem;
+        struct {
+            const char *prefix, *after; /* of the names to be told; the name to go on after */
+            uint32_t limit;             /* 0: TS_LIST_MAX, the most */
+        } seq_list;
         struct {
             uint64_t seq;
             uint32_t first, count;
@@ -177,7 +198,7 @@ typedef struct ts_answer {
         struct {
             const uint64_t *seqs;
             uint32_t count, length;
-        } seqs; /* SEQ_CREATE, SEQ_FORK, SEQ_ATTACH */
+        } seqs; /* SEQ_CREATE, SEQ_FORK, SEQ_ATTACH, SEQ_REDEEM */
         struct {
             const uint32_t *lengths;
             uint32_t count;
@@ -189,6 +210,13 @@ typedef struct ts_answer {
                                     * compute what it lacks, or itself; NULL: it didn't wait */
             uint32_t count;
         } matched; /* SEQ_MATCH */
+        struct {
+            const char *const *names;
+            const uint64_t *seqs, *left_ms; /* 0: for ever */
+            const uint32_t *lengths, *blocks;
+            uint32_t count;
+            const char *next; /* the name to go on after; empty: these were the last */
+        } kept;               /* SEQ_LIST */
         struct {
             const uint32_t *blocks;
             uint32_t count, length;
@@ -281,13 +309,15 @@ typedef struct ts_engine {
     uint32_t *tenant_claim_ids; /* token ids in the claims of each */
     ts_wait_list woken;
     uint32_t waiting_for_room;      /* sessions */
+    uint64_t now_ms;                /* the latest of the commands' times */
     uint32_t closing;               /* the first session that closes bit by bit; TS_NONE: none */
     struct ts_engine_grave *graves; /* sequences of pools that were removed */
     /* what answers point to */
     uint64_t *out_ids;
     uint32_t *out_words;
     ts_block_copy *out_copies;
-    size_t out_ids_capacity, out_words_capacity, out_copies_capacity;
+    const char **out_names;
+    size_t out_names_capacity, out_ids_capacity, out_words_capacity, out_copies_capacity;
 } ts_engine;
 
 /* Fills in limits that are far from any use's needs but bound the daemon's memory. */
@@ -317,8 +347,12 @@ void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *an
 /* The session whose command is to be applied again next; 0: none is. */
 uint64_t ts_engine_woken(const ts_engine *engine);
 
-/* Whether something is freed bit by bit: TS_OP_SWEEP goes on with it. */
+/* Whether something is freed bit by bit, or the time of something has ended: TS_OP_SWEEP goes on
+ * with it. */
 bool ts_engine_sweeps(const ts_engine *engine);
+
+/* Whether the time of something ends by then. */
+bool ts_engine_ends_by(const ts_engine *engine, uint64_t now_ms);
 
 /* The slab whose memory to renew for TS_NEED_SLABS. */
 uint32_t ts_engine_next_slab(const ts_engine *engine, uint32_t pool, uint32_t tenant);

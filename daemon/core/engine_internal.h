@@ -16,10 +16,10 @@ typedef void ts_engine_op(ts_engine *engine, ts_session *session, const ts_comma
 ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_exchange_open,
     ts_engine_pool_open, ts_engine_pool_close, ts_engine_seq_create, ts_engine_seq_fork,
     ts_engine_seq_change, ts_engine_seq_keep, ts_engine_seq_attach, ts_engine_seq_lengths,
-    ts_engine_seq_blocks, ts_engine_seq_match, ts_engine_step_begin, ts_engine_step_run,
-    ts_engine_step_end, ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove,
-    ts_engine_pool_remove, ts_engine_pool_resize, ts_engine_sweep, ts_engine_wait_end,
-    ts_engine_tick;
+    ts_engine_seq_blocks, ts_engine_seq_match, ts_engine_seq_ticket, ts_engine_seq_redeem,
+    ts_engine_seq_list, ts_engine_step_begin, ts_engine_step_run, ts_engine_step_end,
+    ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove, ts_engine_pool_remove,
+    ts_engine_pool_resize, ts_engine_sweep, ts_engine_wait_end;
 
 /*
  * The sequence with this id if the session may use it: one that it owns, or one that its tenant
@@ -53,6 +53,18 @@ ts_sequence *ts_engine_new_sequence(ts_engine *engine, ts_session *session, uint
 /* Frees what a closing session still has, as far as no kernel works on it, and at most so many
  * block table entries; how many of those are left over. */
 uint32_t ts_engine_reclaim(ts_engine *engine, ts_session *session, uint32_t entries);
+
+/* The sequence's own tail block where an open step has put a copy in its place, else TS_NONE. */
+uint32_t ts_engine_replaced_tail(const ts_engine *engine, uint32_t pool, const ts_sequence *seq);
+
+/* Frees a sequence that is in no open step. What would change more block table entries than
+ * *entries is freed bit by bit. */
+void ts_engine_free_sequence(ts_engine *engine, uint32_t pool, ts_sequence *seq, uint32_t *entries);
+
+/* Whether the session may own one sequence more, of its tenant's, of so many blocks; else the
+ * answer refuses. */
+bool ts_engine_check_owned(const ts_engine *engine, const ts_session *session, uint32_t pool,
+                           uint32_t blocks, ts_answer *answer);
 
 /* Whether the session may have `more` block table entries, or its tenant may pin `more` blocks;
  * else the answer refuses. */

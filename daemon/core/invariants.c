@@ -52,8 +52,19 @@ static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, u
     if (seq->known > seq->length && !dying)
         wrong(c, "%s: sequence %u of %u tokens has %u known ones", name, i, seq->length,
               seq->known);
-    if (!dying && (seq->name == NULL) != (seq->owner != TS_NONE))
-        wrong(c, "%s: sequence %u must be either owned or kept", name, i);
+    const bool ticket = ts_sequence_has_ticket(&pool->seqs, seq);
+    if (!dying && (seq->name != NULL) + (seq->owner != TS_NONE) + ticket != 1)
+        wrong(c, "%s: sequence %u must be either owned or kept or on a ticket", name, i);
+    if (ticket &&
+        ts_names_find(&pool->seqs.tickets, seq->tenant, pool->seqs.lives[seq->life].ticket) != i)
+        wrong(c, "%s: the ticket of sequence %u leads elsewhere", name, i);
+    if (seq->life != TS_NONE &&
+        (dying || seq->owner != TS_NONE || seq->life >= pool->seqs.num_lives ||
+         pool->seqs.lives[seq->life].seq != i))
+        wrong(c, "%s: sequence %u has the life of another, or should have none", name, i);
+    if (seq->life != TS_NONE && seq->step != TS_NONE &&
+        pool->seqs.lives[seq->life].end_ms != UINT64_MAX)
+        wrong(c, "%s: the time of sequence %u ends during its step", name, i);
     if (seq->name != NULL && ts_names_find(&pool->seqs.names, seq->tenant, seq->name) != i)
         wrong(c, "%s: the name of sequence %u leads elsewhere", name, i);
     if (seq->owner != TS_NONE &&
@@ -83,12 +94,13 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
 {
     const ts_pool_books *books = &pool->books;
     ts_pool_tenant *counted = calloc(books->num_tenants + 1, sizeof *counted);
-    uint32_t *pins = calloc(books->num_blocks, sizeof *pins);
+    uint32_t *pins = calloc(books->num_blocks, sizeof *pins), tickets = 0;
     for (uint32_t i = 0; counted != NULL && pins != NULL && i < pool->seqs.count; i++) {
         const ts_sequence *seq = &pool->seqs.all[i];
         if (seq->tenant == TS_NONE)
             continue;
         ts_pool_tenant *t = &counted[seq->tenant];
+        t->tickets += ts_sequence_has_ticket(&pool->seqs, seq);
         bool pinned = seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->known_step != 0);
         t->sequences++;
         t->entries += seq->num_blocks;
@@ -105,6 +117,10 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
     }
     for (uint32_t t = 0; counted != NULL && pins != NULL && t < books->num_tenants; t++) {
         const ts_pool_tenant *x = &counted[t], *y = &books->tenants[t];
+        tickets += x->tickets;
+        if (x->tickets != y->tickets)
+            wrong(c, "%s: tenant %u has %u tickets; the count says %u", pool->config.name, t,
+                  x->tickets, y->tickets);
         if (x->sequences != y->sequences || x->entries != y->entries || x->pinned != y->pinned)
             wrong(
                 c,
@@ -113,12 +129,41 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
                 pool->config.name, t, x->sequences, (unsigned long long)x->entries, x->pinned,
                 y->sequences, (unsigned long long)y->entries, y->pinned);
     }
+    if (counted != NULL && pins != NULL && tickets != pool->seqs.tickets.count)
+        wrong(c, "%s: %u tickets; the table has %u", pool->config.name, tickets,
+              pool->seqs.tickets.count);
     for (uint32_t b = 0; pins != NULL && b < books->num_blocks; b++)
         if (pins[b] != books->pins[b])
             wrong(c, "%s: block %u is pinned %u times; the count says %u", pool->config.name, b,
                   pins[b], books->pins[b]);
     free(counted);
     free(pins);
+}
+
+/* Names in order, and the heap of lives. */
+static void check_names_and_lives(checker *c, const ts_engine_pool *pool)
+{
+    const ts_sequences *seqs = &pool->seqs;
+    const char *name = pool->config.name;
+    uint32_t names = 0, lives = 0;
+    for (const ts_name_node *n = seqs->order.first[0]; n != NULL; n = n->next[0], names++) {
+        const ts_name_node *next = n->next[0];
+        if (ts_names_find(&seqs->names, n->tenant, n->name) == TS_NONE)
+            wrong(c, "%s: nothing is kept as '%s' of tenant %u", name, n->name, n->tenant);
+        if (next != NULL && (next->tenant < n->tenant ||
+                             (next->tenant == n->tenant && strcmp(n->name, next->name) >= 0)))
+            wrong(c, "%s: the names '%s' and '%s' are out of order", name, n->name, next->name);
+    }
+    if (names != seqs->kept)
+        wrong(c, "%s: %u names in order; %u are kept", name, names, seqs->kept);
+    for (uint32_t i = 0; i < seqs->count; i++)
+        lives += seqs->all[i].tenant != TS_NONE && seqs->all[i].life != TS_NONE;
+    for (uint32_t i = 1; i < seqs->num_lives; i++)
+        if (seqs->lives[i].end_ms < seqs->lives[(i - 1) / 2].end_ms)
+            wrong(c, "%s: life %u ends before the one above it", name, i);
+    if (lives != seqs->num_lives)
+        wrong(c, "%s: the time of %u sequences ends; the count says %u", name, lives,
+              seqs->num_lives);
 }
 
 static void check_pool(checker *c, uint32_t index)
@@ -131,6 +176,7 @@ static void check_pool(checker *c, uint32_t index)
     }
     uint32_t live = 0, kept = 0;
     check_shares(c, pool, index);
+    check_names_and_lives(c, pool);
     for (uint32_t i = 0; i < pool->seqs.count; i++) {
         if (pool->seqs.all[i].tenant == TS_NONE)
             continue;

@@ -71,6 +71,11 @@ ts_status ts_names_add(ts_names *n, uint32_t tenant, const char *name, uint32_t 
     return TS_OK;
 }
 
+void ts_names_set(ts_names *n, uint32_t tenant, const char *name, uint32_t value)
+{
+    n->entries[locate(n, tenant, name, hash_of(tenant, name))].value = value;
+}
+
 void ts_names_remove(ts_names *n, uint32_t tenant, const char *name)
 {
     uint32_t mask = n->capacity - 1;

@@ -31,6 +31,9 @@ uint32_t ts_names_find(const ts_names *names, uint32_t tenant, const char *name)
 ts_status ts_names_add(ts_names *names, uint32_t tenant, const char *name, uint32_t value,
                        const char **kept);
 
+/* The name, which is there, stands for another value. */
+void ts_names_set(ts_names *names, uint32_t tenant, const char *name, uint32_t value);
+
 void ts_names_remove(ts_names *names, uint32_t tenant, const char *name);
 
 #endif

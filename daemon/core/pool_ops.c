@@ -63,6 +63,7 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
     pool->room = (ts_wait_list){TS_NONE, TS_NONE};
     ts_sequences_init(&pool->seqs, config->sequences_max, config->geometry.block_tokens,
                       e->limits.first_generation);
+    pool->seqs.order.seed = e->limits.hash_seed;
     e->num_pools += place == e->num_pools;
     e->live_pools++;
     if (index != NULL)
@@ -135,7 +136,7 @@ void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_
                          e->sessions[first].program, e->sessions[first].pid,
                          users == 1 ? "" : ", ...");
     ts_pool_fini(&pool->books);
-    ts_engine_bury(e, &pool->seqs); /* what is left are kept sequences */
+    ts_engine_bury(e, &pool->seqs); /* what is left are kept sequences, and tickets' */
     *pool = (ts_engine_pool){0};
     e->live_pools--;
 }

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-_Static_assert(sizeof(ts_sequence) <= 80, "systemd/README.md says 80 bytes a sequence");
+_Static_assert(sizeof(ts_sequence) <= 88, "systemd/README.md says 88 bytes a sequence");
 
 void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens,
                        uint32_t first_generation)
@@ -22,6 +22,9 @@ void ts_sequences_fini(ts_sequences *s)
         free(s->all[i].blocks);
     free(s->all);
     ts_names_fini(&s->names);
+    ts_name_order_fini(&s->order);
+    ts_names_fini(&s->tickets);
+    free(s->lives);
     *s = (ts_sequences){0};
 }
 
@@ -89,6 +92,7 @@ uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, 
                                   .tenant = tenant,
                                   .owner = owner,
                                   .step = TS_NONE,
+                                  .life = TS_NONE,
                                   .space = space,
                                   .claim = TS_NONE};
     if (space != TS_NONE)
@@ -221,21 +225,25 @@ void ts_sequence_truncate(const ts_sequences *s, ts_pool_books *pool, ts_sequenc
     seq->borrowed_tail = seq->borrowed_tail && blocks == before;
 }
 
-/* Pins or unpins what a kept sequence refers to. `tail`: see ts_sequence_keep. */
-static void change_pins(ts_pool_books *pool, const ts_sequence *seq, uint32_t tail,
-                        void (*change)(ts_pool_books *pool, uint32_t tenant, uint32_t block))
+void ts_sequence_pin(ts_pool_books *pool, const ts_sequence *seq, uint32_t tail, bool pin)
 {
     for (uint32_t i = 0; i < seq->num_blocks; i++)
-        change(pool, seq->tenant,
-               tail != TS_NONE && i + 1 == seq->num_blocks ? tail : seq->blocks[i]);
+        (pin ? ts_pool_pin : ts_pool_unpin)(
+            pool, seq->tenant, tail != TS_NONE && i + 1 == seq->num_blocks ? tail : seq->blocks[i]);
+}
+
+static void remove_name(ts_sequences *s, ts_sequence *seq)
+{
+    ts_name_order_remove(&s->order, seq->tenant, seq->name);
+    ts_names_remove(&s->names, seq->tenant, seq->name);
+    seq->name = NULL;
+    s->kept--;
 }
 
 static void forget_name(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t tail)
 {
-    change_pins(pool, seq, tail, ts_pool_unpin);
-    ts_names_remove(&s->names, seq->tenant, seq->name);
-    seq->name = NULL;
-    s->kept--;
+    ts_sequence_pin(pool, seq, tail, false);
+    remove_name(s, seq);
 }
 
 /* The place is free for another sequence. */
@@ -260,9 +268,10 @@ void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, ui
     uint32_t index = ts_sequence_index(s, seq);
     seq->step = TS_NONE;
     ts_sequence_truncate(s, pool, seq, 0);
+    ts_sequence_end_life(s, pool, seq);
     if (seq->name != NULL)
         forget_name(s, pool, seq, TS_NONE);
-    else
+    else if (owned != NULL)
         owner_remove(s, index, owned);
     give_up(s, pool, seq);
 }
@@ -270,15 +279,12 @@ void ts_sequence_free(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, ui
 void ts_sequence_doom(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned)
 {
     uint32_t index = ts_sequence_index(s, seq);
-    (void)pool;                          /* its books change as the blocks go */
+    ts_sequence_end_life(s, pool, seq);
     seq->known_step = seq->name != NULL; /* from now on: its blocks are pinned still */
-    if (seq->name != NULL) {
-        ts_names_remove(&s->names, seq->tenant, seq->name);
-        seq->name = NULL;
-        s->kept--;
-    } else {
+    if (seq->name != NULL)
+        remove_name(s, seq);
+    else if (owned != NULL)
         owner_remove(s, index, owned);
-    }
     seq->owner = TS_NONE;
     seq->step = TS_SEQUENCE_DYING;
     seq->length = 0;
@@ -326,22 +332,72 @@ ts_status ts_sequence_keep(ts_sequences *s, ts_pool_books *pool, ts_sequence *se
     uint32_t index = ts_sequence_index(s, seq);
     if (ts_names_add(&s->names, seq->tenant, name, index, &kept) != TS_OK)
         return TS_ENOMEM;
+    if (!ts_name_order_add(&s->order, seq->tenant, kept)) {
+        ts_names_remove(&s->names, seq->tenant, name);
+        return TS_ENOMEM;
+    }
     if (seq->name != NULL)
         forget_name(s, pool, seq, tail);
     else
         owner_remove(s, index, owned);
-    change_pins(pool, seq, tail, ts_pool_pin);
+    ts_sequence_pin(pool, seq, tail, true);
     seq->name = kept;
     seq->owner = TS_NONE;
     s->kept++;
     return TS_OK;
 }
 
+void ts_sequence_replace(ts_sequences *s, ts_pool_books *pool, ts_sequence *old, ts_sequence *seq,
+                         uint32_t tail, uint32_t *owned)
+{
+    const uint32_t index = ts_sequence_index(s, seq);
+    assert(old->name != NULL && old->step == TS_NONE && old != seq);
+    ts_sequence_end_life(s, pool, old);
+    ts_sequence_pin(pool, old, TS_NONE, false);
+    if (seq->name != NULL)
+        forget_name(s, pool, seq, tail);
+    else
+        owner_remove(s, index, owned);
+    ts_sequence_pin(pool, seq, tail, true);
+    ts_names_set(&s->names, seq->tenant, old->name, index);
+    seq->name = old->name;
+    seq->owner = TS_NONE;
+    old->name = NULL; /* as many are kept as before */
+}
+
 void ts_sequence_own(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
                      uint32_t *owned)
 {
     assert(seq->name != NULL);
+    ts_sequence_end_life(s, pool, seq);
     forget_name(s, pool, seq, TS_NONE);
+    seq->owner = owner;
+    owner_add(s, ts_sequence_index(s, seq), owned);
+}
+
+ts_status ts_sequence_put_on_ticket(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
+                                    const char *ticket, uint32_t *owned)
+{
+    const uint32_t index = ts_sequence_index(s, seq);
+    const char *kept;
+    assert(seq->life != TS_NONE && seq->name == NULL && seq->step == TS_NONE);
+    if (ts_names_find(&s->tickets, seq->tenant, ticket) != TS_NONE)
+        return TS_EEXIST;
+    if (ts_names_add(&s->tickets, seq->tenant, ticket, index, &kept) != TS_OK)
+        return TS_ENOMEM;
+    s->lives[seq->life].ticket = kept;
+    pool->tenants[seq->tenant].tickets++;
+    owner_remove(s, index, owned);
+    seq->owner = TS_NONE;
+    if (seq->generation < UINT32_MAX)
+        seq->generation++;
+    return TS_OK;
+}
+
+void ts_sequence_take_off_ticket(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
+                                 uint32_t owner, uint32_t *owned)
+{
+    ts_sequence_end_life(s, pool, seq);
     seq->owner = owner;
     owner_add(s, ts_sequence_index(s, seq), owned);
 }

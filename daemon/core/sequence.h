@@ -7,8 +7,8 @@
  * An id is generation << 32 | index: the id of a freed sequence never comes back. Generations begin
  * somewhere else in each daemon, so an id from before a restart names nothing.
  *
- * Cost: 80 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
- * 4).
+ * Cost: 88 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
+ * 4). A sequence whose time ends costs 32 bytes more, a ticket 73, a name about 70 and itself.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
@@ -18,6 +18,9 @@
 #include "block_pool.h"
 #include "blocks.h"
 #include "kept_names.h"
+#include "name_order.h"
+
+#define TS_TICKET_CHARS (2 * TS_TICKET_BYTES) /* of a ticket in hexadecimal */
 
 typedef struct ts_sequence {
     uint32_t *blocks;    /* block table */
@@ -27,7 +30,7 @@ typedef struct ts_sequence {
     uint32_t length;     /* tokens */
     uint32_t generation;
     uint32_t tenant;           /* TS_NONE: not live */
-    uint32_t owner;            /* session index; TS_NONE if kept */
+    uint32_t owner;            /* session index; TS_NONE if kept or on a ticket */
     uint32_t step;             /* index of the open step it is in, TS_NONE, MARKED or DYING */
     uint32_t prev, next;       /* of the same owner; next also links the free ones */
     uint32_t unchanged_prefix; /* entries that are as they were when the table was told of last */
@@ -35,11 +38,20 @@ typedef struct ts_sequence {
     uint32_t space;            /* its namespace in the pool's index; TS_NONE: it has none */
     uint32_t known;            /* tokens from the start whose ids are known */
     uint32_t claim;            /* of its next tokens (claims.h); TS_NONE: it has none */
+    uint32_t life;             /* its place among those whose time ends; TS_NONE: it has no end */
     bool borrowed_tail; /* it uses a part of its last block, which the index knew before it did */
 } ts_sequence;
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
 #define TS_SEQUENCE_DYING (TS_NONE - 2)  /* its blocks are given back bit by bit */
+
+/* When a sequence's time ends: one that is kept with a time to live, or that is on a ticket. */
+typedef struct ts_life {
+    uint64_t end_ms;    /* of the engine's time; UINT64_MAX while it is in an open step */
+    uint64_t ttl_ms;    /* what each use lengthens it to */
+    const char *ticket; /* in hexadecimal, the table's; NULL: it is kept */
+    uint32_t seq;
+} ts_life;
 
 typedef struct ts_sequences {
     ts_sequence *all;
@@ -52,6 +64,10 @@ typedef struct ts_sequences {
     uint32_t dying;            /* the first of those that are freed bit by bit; TS_NONE: none */
     uint32_t block_tokens;
     ts_names names;
+    ts_name_order order; /* of the names */
+    ts_names tickets;
+    ts_life *lives; /* a heap: the first ends first */
+    uint32_t num_lives, lives_capacity;
 } ts_sequences;
 
 /* first_generation: less than 2^31. */
@@ -113,7 +129,8 @@ void ts_sequence_index_blocks(const ts_sequences *seqs, ts_pool_books *pool, ts_
 void ts_sequence_truncate(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
                           uint32_t length);
 
-/* Frees the sequence: blocks, name and id. *owned is its owner's list, NULL if it is kept. */
+/* Frees the sequence: blocks, name or ticket, and id. *owned is its owner's list, NULL if it has
+ * none. */
 void ts_sequence_free(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t *owned);
 
 /*
@@ -135,5 +152,50 @@ ts_status ts_sequence_keep(ts_sequences *seqs, ts_pool_books *pool, ts_sequence 
                            const char *name, uint32_t *owned);
 void ts_sequence_own(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
                      uint32_t *owned);
+
+/* Keeps the sequence under the name of `old`, a kept one, which is left without name and owner, to
+ * be freed. */
+void ts_sequence_replace(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *old,
+                         ts_sequence *seq, uint32_t tail, uint32_t *owned);
+
+/* Pins what the kept sequence refers to, or unpins it. `tail`: see ts_sequence_keep. */
+void ts_sequence_pin(ts_pool_books *pool, const ts_sequence *seq, uint32_t tail, bool pin);
+
+/* ---- ends of lives (sequence_lives.c) ---- */
+
+/* Makes sure that the next ts_sequence_set_life succeeds. TS_ENOMEM. */
+ts_status ts_sequences_reserve_life(ts_sequences *seqs);
+
+/* The sequence's time ends ttl_ms from now; if it is in an open step, from the step's end. Needs
+ * room reserved. */
+void ts_sequence_set_life(ts_sequences *seqs, ts_sequence *seq, uint64_t ttl_ms, uint64_t now_ms);
+
+/* The sequence is used, or its step begins or ends: if its time has an end, it begins anew. */
+void ts_sequence_refresh_life(ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
+
+/* The sequence's time has no end any more. If it was on a ticket, that is gone. */
+void ts_sequence_end_life(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq);
+
+/* Whether the sequence's time has ended; it is as good as freed then. */
+bool ts_sequence_is_over(const ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
+
+/* Milliseconds that are left; 0: its time has no end, or an end at ts_sequence_is_over. */
+uint64_t ts_sequence_left_ms(const ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
+
+/* A sequence whose time has ended, or NULL. */
+ts_sequence *ts_sequences_first_over(const ts_sequences *seqs, uint64_t now_ms);
+
+/*
+ * Takes the sequence from its owner and puts it on a ticket, for which it has a life. Its id leads
+ * nowhere from now on. TS_EEXIST: the tenant has such a ticket. TS_ENOMEM.
+ */
+ts_status ts_sequence_put_on_ticket(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
+                                    const char *ticket, uint32_t *owned);
+
+bool ts_sequence_has_ticket(const ts_sequences *seqs, const ts_sequence *seq);
+
+/* Gives a sequence that is on a ticket to an owner. The ticket is gone. */
+void ts_sequence_take_off_ticket(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
+                                 uint32_t owner, uint32_t *owned);
 
 #endif

@@ -1,4 +1,4 @@
-/* Sequences: made, forked, freed, cut, kept under names, and told about. */
+/* Sequences: made, forked, freed, cut, and told about. */
 #include "claim_ops.h"
 #include "engine_internal.h"
 
@@ -13,7 +13,10 @@ ts_sequence *ts_engine_sequence(ts_engine *e, uint32_t pool, const ts_session *s
                                 bool to_change, ts_answer *a)
 {
     ts_sequence *seq = ts_sequence_find(&e->pools[pool].seqs, id);
-    if (seq == NULL || seq->tenant != s->tenant) { /* a foreign id is as good as none */
+    /* A foreign id is as good as none, and so is that of one on a ticket, or whose time is over. */
+    if (seq == NULL || seq->tenant != s->tenant ||
+        ts_sequence_has_ticket(&e->pools[pool].seqs, seq) ||
+        ts_sequence_is_over(&e->pools[pool].seqs, seq, e->now_ms)) {
         ts_refuse(a, TS_ENOENT, "there is no sequence %llx in pool '%s'", (unsigned long long)id,
                   e->pools[pool].config.name);
         return NULL;
@@ -155,10 +158,9 @@ void ts_engine_seq_create(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     a->seqs.length = 0;
 }
 
-/* False, and the answer refuses, if block tables would get too long: the session's, or all of its
- * tenant's in the pool. */
-bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t pool, uint64_t more,
-                             ts_answer *a)
+/* False, and the answer refuses, if the session's block tables would get too long. */
+static bool check_session_entries(const ts_engine *e, const ts_session *s, uint32_t pool,
+                                  uint64_t more, ts_answer *a)
 {
     const ts_engine_pool *p = &e->pools[pool];
     uint64_t most = e->limits.session_blocks;
@@ -172,8 +174,27 @@ bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t p
                        (unsigned long long)most);
         return false;
     }
-    uint64_t all = p->books.tenants[s->tenant].entries;
-    most = p->config.tenant_entries_max;
+    return true;
+}
+
+bool ts_engine_check_owned(const ts_engine *e, const ts_session *s, uint32_t pool, uint32_t blocks,
+                           ts_answer *a)
+{
+    if (s->sequences == e->limits.session_sequences)
+        ts_refuse_more(a, TS_EQUOTA, s->sequences, 1, e->limits.session_sequences,
+                       "the session owns %u sequences; the limit is %u", s->sequences,
+                       e->limits.session_sequences);
+    return a->status == TS_OK && check_session_entries(e, s, pool, blocks, a);
+}
+
+/* The session's block tables, and all of its tenant's in the pool. */
+bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t pool, uint64_t more,
+                             ts_answer *a)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    if (!check_session_entries(e, s, pool, more, a))
+        return false;
+    uint64_t all = p->books.tenants[s->tenant].entries, most = p->config.tenant_entries_max;
     if (most == 0 || (all <= most && more <= most - all))
         return true;
     ts_refuse_more(
@@ -204,8 +225,7 @@ bool ts_engine_check_pinned(const ts_engine *e, const ts_session *s, uint32_t po
     return false;
 }
 
-/* The sequence's own tail block where an open step has put a copy in its place, else TS_NONE. */
-static uint32_t replaced_tail(const ts_engine *e, uint32_t pool, const ts_sequence *seq)
+uint32_t ts_engine_replaced_tail(const ts_engine *e, uint32_t pool, const ts_sequence *seq)
 {
     if (seq->step == TS_NONE)
         return TS_NONE;
@@ -237,7 +257,7 @@ void ts_engine_seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         !ts_engine_reserve_sequences(e, s, c->pool, count, a))
         return;
     parent = ts_sequence_find(&pool->seqs, c->seq_fork.parent); /* the table may have moved */
-    uint32_t tail = replaced_tail(e, c->pool, parent);
+    uint32_t tail = ts_engine_replaced_tail(e, c->pool, parent);
     for (uint32_t i = 0; i < count; i++) {
         ts_sequence *child = ts_engine_new_sequence(e, s, c->pool, parent->space, i);
         if (ts_sequence_reserve(child, blocks) != TS_OK) {
@@ -253,20 +273,18 @@ void ts_engine_seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         ts_sequence_share(&pool->seqs, &pool->books, parent, length, tail, child);
         s->blocks += blocks;
     }
+    ts_sequence_refresh_life(&pool->seqs, parent, e->now_ms);
     a->seqs.seqs = e->out_ids;
     a->seqs.count = count;
     a->seqs.length = length;
 }
 
-/* `owner` is the session that owns it; a kept one has none. What would change more block table
- * entries than *entries is freed bit by bit. */
-static void free_sequence(ts_engine *e, ts_session *owner, uint32_t pool, ts_sequence *seq,
-                          uint32_t *entries)
+void ts_engine_free_sequence(ts_engine *e, uint32_t pool, ts_sequence *seq, uint32_t *entries)
 {
     uint32_t *owned = NULL;
     ts_claims_end_of(e, pool, ts_sequence_index(&e->pools[pool].seqs, seq));
-    if (seq->name == NULL) {
-        /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): without a name it has an owner */
+    if (seq->owner != TS_NONE) {
+        ts_session *owner = &e->sessions[seq->owner];
         owner->blocks -= seq->num_blocks;
         owner->sequences--;
         owned = &owner->owned[pool];
@@ -289,8 +307,7 @@ void ts_engine_seq_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_a
                          e->pools[c->pool].config.name, (unsigned long long)id);
     if (seq->step != TS_NONE)
         return ts_refuse(a, TS_EBUSY, "sequence %llx is in an open step", (unsigned long long)id);
-    free_sequence(e, seq->owner == TS_NONE ? NULL : &e->sessions[seq->owner], c->pool, seq,
-                  &entries);
+    ts_engine_free_sequence(e, c->pool, seq, &entries);
 }
 
 /* SEQ_FREE and SEQ_TRUNCATE: the whole batch is checked, each sequence being marked, before any is
@@ -327,7 +344,7 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (a->status != TS_OK)
             continue;
         if (c->op == TS_OP_SEQ_FREE) {
-            free_sequence(e, s, c->pool, seq, &entries);
+            ts_engine_free_sequence(e, c->pool, seq, &entries);
             continue;
         }
         uint32_t before = seq->num_blocks;
@@ -337,69 +354,6 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (seq->name == NULL)
             s->blocks -= before - seq->num_blocks;
     }
-}
-
-void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
-{
-    ts_engine_pool *pool = &e->pools[c->pool];
-    const char *name = c->seq_keep.name;
-    /* A step is its session's; a sequence in it may not become another's. */
-    bool forget = name[0] == '\0';
-    ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forget, a);
-    if (seq == NULL)
-        return;
-    if (forget) {
-        if (seq->name == NULL)
-            return ts_refuse(a, TS_ENOENT, "sequence %llx has no name to forget",
-                             (unsigned long long)c->seq_keep.seq);
-        if (!ts_engine_check_entries(e, s, c->pool, 0, a))
-            return;
-        if (s->sequences == e->limits.session_sequences)
-            return ts_refuse_more(a, TS_EQUOTA, s->sequences, 1, e->limits.session_sequences,
-                                  "the session owns %u sequences; the limit is %u", s->sequences,
-                                  e->limits.session_sequences);
-        ts_sequence_own(&pool->seqs, &pool->books, seq, (uint32_t)(s - e->sessions),
-                        &s->owned[c->pool]);
-        s->blocks += seq->num_blocks;
-        s->sequences++;
-        return;
-    }
-    size_t bytes = strlen(name);
-    if (bytes > TS_NAME_BYTES_MAX)
-        return ts_refuse(a, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
-                         TS_NAME_BYTES_MAX);
-    uint32_t taken = ts_names_find(&pool->seqs.names, s->tenant, name);
-    if (taken == ts_sequence_index(&pool->seqs, seq))
-        return;
-    if (taken != TS_NONE)
-        return ts_refuse(a, TS_EEXIST, "sequence %llx is already kept as '%s'",
-                         (unsigned long long)ts_sequence_id(&pool->seqs, taken), name);
-    bool owned = seq->name == NULL;
-    if (!ts_engine_check_pinned(e, s, c->pool, ts_sequence_unpinned(&pool->books, seq), a))
-        return;
-    if (ts_sequence_keep(&pool->seqs, &pool->books, seq, replaced_tail(e, c->pool, seq), name,
-                         &s->owned[c->pool]) != TS_OK)
-        return ts_refuse(a, TS_ENOMEM, "no memory for the name '%s'", name);
-    ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
-    if (owned) {
-        s->blocks -= seq->num_blocks;
-        s->sequences--;
-    }
-}
-
-void ts_engine_seq_attach(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
-{
-    ts_engine_pool *pool = &e->pools[c->pool];
-    uint32_t index = ts_names_find(&pool->seqs.names, s->tenant, c->seq_keep.name);
-    if (index == TS_NONE)
-        return ts_refuse(a, TS_ENOENT, "uid %u keeps no sequence '%.127s' in pool '%s'",
-                         e->tenants[s->tenant], c->seq_keep.name, pool->config.name);
-    if (!ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, 1, sizeof *e->out_ids))
-        return ts_refuse(a, TS_ENOMEM, "no memory for an answer");
-    e->out_ids[0] = ts_sequence_id(&pool->seqs, index);
-    a->seqs.seqs = e->out_ids;
-    a->seqs.count = 1;
-    a->seqs.length = pool->seqs.all[index].length;
 }
 
 void ts_engine_seq_lengths(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -437,7 +391,7 @@ void ts_engine_seq_blocks(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         return;
     a->blocks.blocks = seq->blocks + first;
     a->blocks.count = count;
-    uint32_t tail = replaced_tail(e, c->pool, seq);
+    uint32_t tail = ts_engine_replaced_tail(e, c->pool, seq);
     if (tail == TS_NONE || first + count < seq->num_blocks)
         return;
     if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, count,

@@ -90,6 +90,7 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
         s->blocks -= part->reserved + (part->original != TS_NONE);
         ts_step_settle(&pool->seqs, &pool->books, part, n);
         ts_claims_step_ended(e, step->pool, part->seq);
+        ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (seq->owner == step->session)
             s->blocks += seq->num_blocks - before;
         e->tokens_committed += n;
@@ -203,14 +204,14 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
     const ts_pool_tenant *tenant = &books->tenants[s->tenant];
     const uint64_t most = pool->config.tenant_blocks_max;
     const bool is_small = blocks <= c->step_begin.count, no_new_slabs = c->step_begin.no_new_slabs;
-    const uint64_t withheld = ts_waits_withheld(e, s, c->pool, is_small, c->now_ms);
+    const uint64_t withheld = ts_waits_withheld(e, s, c->pool, is_small);
     const uint64_t all_available = ts_pool_available(books, s->tenant);
     const uint64_t available =
         all_available - (withheld < all_available ? withheld : all_available);
     bool over = tenant->used + blocks > most;
     if ((over || available < blocks) && c->step_begin.wait && blocks <= most &&
         blocks <= books->num_blocks) {
-        ts_waits_for_room(e, s, c->pool, (uint32_t)blocks, c->now_ms);
+        ts_waits_for_room(e, s, c->pool, (uint32_t)blocks);
         ts_refuse(a, TS_WAITS, "it waits for room");
         return false;
     }
@@ -392,6 +393,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         part->new_tokens = c->step_begin.new_tokens[i];
         ts_step_take(&pool->seqs, &pool->books, part, index, ids);
         ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
+        ts_sequence_refresh_life(&pool->seqs, &pool->seqs.all[part->seq], e->now_ms);
         if (ids != NULL)
             ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);

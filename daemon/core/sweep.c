@@ -1,7 +1,11 @@
-/* What is freed bit by bit: sessions that close, sequences without an owner, removed pools. */
+/* What is freed bit by bit: sessions that close, sequences whose time is over or that have no
+ * owner, removed pools. */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <stdlib.h>
+
+#define END_ENTRIES 16u /* of block tables: what ending a sequence costs beside its own */
 
 /* Sequences of a pool that was removed: only their tables are left to be freed. */
 typedef struct ts_engine_grave {
@@ -32,12 +36,33 @@ void ts_engine_bury(ts_engine *e, ts_sequences *seqs)
     e->graves = grave;
 }
 
+bool ts_engine_ends_by(const ts_engine *e, uint64_t now_ms)
+{
+    bool ends = false;
+    for (uint32_t i = 0; i < e->num_pools && !ends; i++)
+        ends =
+            ts_engine_has_pool(e, i) && ts_sequences_first_over(&e->pools[i].seqs, now_ms) != NULL;
+    return ends;
+}
+
 bool ts_engine_sweeps(const ts_engine *e)
 {
-    bool sweeps = e->closing != TS_NONE || e->graves != NULL;
+    bool sweeps = e->closing != TS_NONE || e->graves != NULL || ts_engine_ends_by(e, e->now_ms);
     for (uint32_t i = 0; i < e->num_pools && !sweeps; i++)
         sweeps = ts_engine_has_pool(e, i) && e->pools[i].seqs.dying != TS_NONE;
     return sweeps;
+}
+
+/* Ends what of the pool has had its time; how many of the entries are left over. */
+static uint32_t end_lives(ts_engine *e, uint32_t pool, uint32_t entries)
+{
+    ts_sequence *seq;
+    while (entries > 0 &&
+           (seq = ts_sequences_first_over(&e->pools[pool].seqs, e->now_ms)) != NULL) {
+        ts_engine_free_sequence(e, pool, seq, &entries);
+        entries -= entries < END_ENTRIES ? entries : END_ENTRIES;
+    }
+    return entries;
 }
 
 void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -46,6 +71,7 @@ void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     (void)c;
     (void)a;
     uint32_t left = TS_SWEEP_ENTRIES;
+    ts_claims_end_idle(e);
     while (left > 0 && e->closing != TS_NONE) {
         ts_session *closing = &e->sessions[e->closing];
         e->closing = closing->next_closing;
@@ -53,8 +79,10 @@ void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
         left = ts_engine_reclaim(e, closing, left); /* which puts it back if that isn't enough */
     }
     for (uint32_t i = 0; i < e->num_pools && left > 0; i++)
-        if (ts_engine_has_pool(e, i))
+        if (ts_engine_has_pool(e, i)) {
+            left = end_lives(e, i, left);
             left = ts_sequences_sweep(&e->pools[i].seqs, &e->pools[i].books, left);
+        }
     while (left > 0 && e->graves != NULL) {
         left = ts_sequences_free_some(&e->graves->seqs, left);
         if (left > 0)

@@ -79,10 +79,10 @@ void ts_waits_end(ts_engine *e, ts_session *s)
     s->wait = (ts_wait){0};
 }
 
-void ts_waits_for_room(ts_engine *e, ts_session *s, uint32_t pool, uint32_t blocks, uint64_t now_ms)
+void ts_waits_for_room(ts_engine *e, ts_session *s, uint32_t pool, uint32_t blocks)
 {
     if (s->wait.kind != TS_WAIT_ROOM) {
-        s->wait = (ts_wait){.kind = TS_WAIT_ROOM, .pool = pool, .since_ms = now_ms};
+        s->wait = (ts_wait){.kind = TS_WAIT_ROOM, .pool = pool, .since_ms = e->now_ms};
         ts_waits_add(e, &e->pools[pool].room, (uint32_t)(s - e->sessions));
         e->waiting_for_room++;
         e->pools[pool].waiting++;
@@ -113,15 +113,14 @@ static uint32_t head_of(const ts_engine *e, const ts_engine_pool *pool)
     return head;
 }
 
-uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t index, bool is_small,
-                           uint64_t now_ms)
+uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t index, bool is_small)
 {
     const ts_engine_pool *pool = &e->pools[index];
     const uint32_t head = pool->room.first == TS_NONE ? TS_NONE : head_of(e, pool);
     if (head == TS_NONE || &e->sessions[head] == s)
         return 0;
     const ts_wait *w = &e->sessions[head].wait;
-    if (is_small && now_ms - w->since_ms <= TS_WAIT_OVERTAKEN_MS)
+    if (is_small && e->now_ms - w->since_ms <= TS_WAIT_OVERTAKEN_MS)
         return 0;
     if (e->sessions[head].tenant == s->tenant)
         return w->blocks;

@@ -21,12 +21,11 @@ void ts_waits_answered(ts_engine *engine, ts_session *session);
 void ts_waits_end(ts_engine *engine, ts_session *session);
 
 /* The session waits for so many blocks; in the place that it has already, if it has one. */
-void ts_waits_for_room(ts_engine *engine, ts_session *session, uint32_t pool, uint32_t blocks,
-                       uint64_t now_ms);
+void ts_waits_for_room(ts_engine *engine, ts_session *session, uint32_t pool, uint32_t blocks);
 
 /* Blocks of the pool that a step of this session's may not have, since others wait for them. */
 uint64_t ts_waits_withheld(const ts_engine *engine, const ts_session *session, uint32_t pool,
-                           bool is_small, uint64_t now_ms);
+                           bool is_small);
 
 /* Wakes the heads of queues for which there is room. */
 void ts_waits_look_for_room(ts_engine *engine);

@@ -1,19 +1,31 @@
 #include "exec.h"
 
 #include "cgroup.h"
+#include "clock.h"
 #include "log.h"
 
 #include <stdlib.h>
+
+static void sweep(ts_exec *x)
+{
+    ts_answer a;
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_SWEEP}, &a);
+    x->resumed(x->owner);
+}
 
 /* One bit at a time, and others' work in between. */
 static void run_sweep(ts_work *work, void *owner)
 {
     ts_exec *x = (ts_exec *)((char *)work - offsetof(ts_exec, sweep));
-    ts_answer a;
     (void)owner;
     x->sweeping = false;
-    ts_exec_apply(x, &(ts_command){.op = TS_OP_SWEEP}, &a);
-    x->resumed(x->owner);
+    sweep(x);
+}
+
+void ts_exec_tick(ts_exec *x)
+{
+    if (!x->sweeping && ts_engine_ends_by(x->engine, ts_now_ms()))
+        sweep(x);
 }
 
 static void run_wake(ts_work *work, void *owner)
@@ -34,7 +46,9 @@ void ts_exec_look_for_woken(ts_exec *x)
 
 void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
 {
-    ts_engine_apply(x->engine, command, a);
+    ts_command timed = *command;
+    timed.now_ms = ts_now_ms();
+    ts_engine_apply(x->engine, &timed, a);
     ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;

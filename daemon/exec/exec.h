@@ -46,7 +46,10 @@ typedef struct ts_exec {
     void (*resumed)(void *owner);
 } ts_exec;
 
-/* Applies the command to the engine, and has what is freed bit by bit go on. */
+/* Ends what has had its time, where no command came meanwhile. */
+void ts_exec_tick(ts_exec *exec);
+
+/* Applies the command to the engine, as of now, and has what is freed bit by bit go on. */
 void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
 
 /* Has `woken` called if sessions that waited are woken. */

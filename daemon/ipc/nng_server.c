@@ -183,7 +183,7 @@ refuse:
 static void run_tick(ts_work *work, void *service)
 {
     tick *t = (tick *)work;
-    ts_service_drop_idle(service, t->idle_since_ms);
+    ts_service_tick(service, t->idle_since_ms);
     atomic_store(&t->out, false);
 }
 

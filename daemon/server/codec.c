@@ -129,6 +129,43 @@ static bool decode_seq_keep(const Tspb__Request *r, ts_command *c, ts_answer *a)
     c->pool = m->pool;
     c->seq_keep.seq = m->seq;
     c->seq_keep.name = m->name;
+    c->seq_keep.ttl_ms = m->ttl_ms;
+    c->seq_keep.replace = m->replace;
+    return true;
+}
+
+/* The ticket's bytes are drawn by whoever applies the command. */
+static bool decode_seq_ticket(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqTicket *m = r->seq_ticket;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_ticket.seq = m->seq;
+    c->seq_ticket.ttl_ms = m->ttl_ms;
+    return true;
+}
+
+static bool decode_seq_redeem(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqRedeem *m = r->seq_redeem;
+    c->pool = m->pool;
+    if (m->ticket.len != sizeof c->seq_redeem.ticket) {
+        ts_refuse(a, TS_EINVAL, "a ticket of %zu bytes; it has %zu", m->ticket.len,
+                  sizeof c->seq_redeem.ticket);
+        return false;
+    }
+    memcpy(c->seq_redeem.ticket, m->ticket.data, m->ticket.len);
+    return true;
+}
+
+static bool decode_list_kept(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__ListKept *m = r->list_kept;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_list.prefix = m->prefix;
+    c->seq_list.after = m->after;
+    c->seq_list.limit = m->limit;
     return true;
 }
 
@@ -282,6 +319,36 @@ static void encode_seqs(const ts_engine *e, const ts_command *c, const ts_answer
     reply->seqs = &body->seqs;
 }
 
+static void encode_ticket(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                          Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    (void)a;
+    tspb__ticket__init(&body->ticket);
+    body->ticket.ticket.data = ts_unconst(c->seq_ticket.ticket);
+    body->ticket.ticket.len = sizeof c->seq_ticket.ticket;
+    reply->body_case = TSPB__REPLY__BODY_TICKET;
+    reply->ticket = &body->ticket;
+}
+
+static void encode_kept(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                        Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    (void)c;
+    Tspb__KeptList *m = &body->kept_list;
+    tspb__kept_list__init(m);
+    m->names = ts_unconst(a->kept.names);
+    m->seqs = ts_unconst(a->kept.seqs);
+    m->lengths = ts_unconst(a->kept.lengths);
+    m->blocks = ts_unconst(a->kept.blocks);
+    m->left_ms = ts_unconst(a->kept.left_ms);
+    m->n_names = m->n_seqs = m->n_lengths = m->n_blocks = m->n_left_ms = a->kept.count;
+    m->next = ts_unconst(a->kept.next);
+    reply->body_case = TSPB__REPLY__BODY_KEPT_LIST;
+    reply->kept_list = m;
+}
+
 static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_answer *a,
                            Tspb__Reply *reply, ts_reply_body *body)
 {
@@ -359,6 +426,9 @@ static const struct message {
     [TSPB__REQUEST__BODY_SEQ_LENGTHS] = {TS_OP_SEQ_LENGTHS, decode_seq_lengths, encode_lengths},
     [TSPB__REQUEST__BODY_SEQ_BLOCKS] = {TS_OP_SEQ_BLOCKS, decode_seq_blocks, encode_blocks},
     [TSPB__REQUEST__BODY_SEQ_MATCH] = {TS_OP_SEQ_MATCH, decode_seq_match, encode_matched},
+    [TSPB__REQUEST__BODY_SEQ_TICKET] = {TS_OP_SEQ_TICKET, decode_seq_ticket, encode_ticket},
+    [TSPB__REQUEST__BODY_SEQ_REDEEM] = {TS_OP_SEQ_REDEEM, decode_seq_redeem, encode_seqs},
+    [TSPB__REQUEST__BODY_LIST_KEPT] = {TS_OP_SEQ_LIST, decode_list_kept, encode_kept},
     [TSPB__REQUEST__BODY_STEP_BEGIN] = {TS_OP_STEP_BEGIN, decode_step_begin, encode_begun},
     [TSPB__REQUEST__BODY_STEP_RUN] = {TS_OP_STEP_RUN, decode_step_run, NULL},
     [TSPB__REQUEST__BODY_STEP_COMMIT] = {TS_OP_STEP_COMMIT, decode_step_commit, NULL},

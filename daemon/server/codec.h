@@ -17,6 +17,8 @@ typedef union ts_reply_body {
     Tspb__Seqs seqs;
     Tspb__Lengths lengths;
     Tspb__Matched matched;
+    Tspb__Ticket ticket;
+    Tspb__KeptList kept_list;
     Tspb__Blocks blocks;
     Tspb__StepBegun step_begun;
 } ts_reply_body;

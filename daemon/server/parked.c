@@ -16,7 +16,6 @@ static uint64_t parked_bytes(const ts_service *s, uint32_t uid)
 bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_parked *p,
                        uint32_t wait_ms, ts_command *command, ts_answer *a)
 {
-    command->now_ms = ts_now_ms();
     command->again = p->deadline_ms != 0;
     if (wait_ms == 0)
         return true;
@@ -28,7 +27,7 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
         ts_refuse(a, TS_EBUSY, "the daemon is being drained: nothing waits");
         return false;
     }
-    const bool wait = !command->again || command->now_ms < p->deadline_ms;
+    const bool wait = !command->again || ts_now_ms() < p->deadline_ms;
     if (command->op == TS_OP_SEQ_MATCH)
         command->seq_match.wait = wait;
     else
@@ -68,7 +67,7 @@ static void run_alarm(ts_work *work, void *service)
         if (p->deadline_ms <= now_ms)
             (void)ts_service_go_on(s, p->connection, true);
     }
-    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_TICK, .now_ms = now_ms}, &answer);
+    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SWEEP}, &answer);
     set_alarm(s);
 }
 

@@ -335,7 +335,8 @@ static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListS
         no_memory(reply);
 }
 
-static Tspb__SeqInfo *describe(const ts_engine *e, const ts_engine_pool *pool, uint32_t i)
+static Tspb__SeqInfo *describe(const ts_engine *e, const ts_engine_pool *pool, uint32_t i,
+                               uint64_t now_ms)
 {
     const ts_sequence *seq = &pool->seqs.all[i];
     Tspb__SeqInfo *info = malloc(sizeof *info);
@@ -350,6 +351,8 @@ static Tspb__SeqInfo *describe(const ts_engine *e, const ts_engine_pool *pool, u
     info->uid = e->tenants[seq->tenant];
     info->session = seq->owner == TS_NONE ? 0 : ts_engine_session_id(e, seq->owner);
     info->in_step = seq->step != TS_NONE;
+    info->on_ticket = ts_sequence_has_ticket(&pool->seqs, seq);
+    info->left_ms = ts_sequence_left_ms(&pool->seqs, seq, now_ms);
     info->name = strdup(seq->name != NULL ? seq->name : "");
     if (info->name == NULL) {
         free(info);
@@ -374,6 +377,7 @@ static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs 
     reply->body_case = TSPB__REPLY__BODY_SEQ_LIST;
     reply->seq_list = list;
     list->seqs = zalloc(limit, sizeof *list->seqs);
+    const uint64_t now_ms = ts_now_ms();
     uint64_t entries = 0; /* looked at: a list that would take too many goes on in the next */
     for (uint64_t i = request->after; list->seqs != NULL && i < pool->seqs.count; i++) {
         const ts_sequence *seq = &pool->seqs.all[i];
@@ -383,10 +387,10 @@ static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs 
         }
         entries++;
         if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING ||
-            !ts_view_sees(view, seq->tenant))
+            ts_sequence_is_over(&pool->seqs, seq, now_ms) || !ts_view_sees(view, seq->tenant))
             continue;
         entries += seq->num_blocks;
-        Tspb__SeqInfo *info = describe(e, pool, (uint32_t)i);
+        Tspb__SeqInfo *info = describe(e, pool, (uint32_t)i, now_ms);
         if (info == NULL)
             return no_memory(reply);
         list->seqs[list->n_seqs++] = info;

@@ -221,6 +221,16 @@ static bool hand_on(ts_service *s, ts_connection *c, ts_request *request, const 
     return false;
 }
 
+/* The bytes of a ticket that the command asks for; without an entropy source the answer refuses. */
+static bool draw_ticket(ts_command *command, ts_answer *a)
+{
+    uint8_t *ticket = command->seq_ticket.ticket;
+    if (getrandom(ticket, TS_TICKET_BYTES, 0) == (ssize_t)TS_TICKET_BYTES)
+        return true;
+    ts_refuse(a, TS_ENOMEM, "no randomness for a ticket: %s", strerror(errno));
+    return false;
+}
+
 /*
  * Applies the command and fills in the reply. Returns true if the reply must wait for the kernels,
  * which have the request then.
@@ -232,6 +242,8 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     const bool run = command->op == TS_OP_STEP_RUN;
     if (command->op == TS_OP_EXCHANGE_OPEN)
         ts_exchange_open(s, c, message->exchange_open, command, a);
+    else if (command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, a))
+        ;
     else if (!run || ts_step_work_check_run(&s->exec, &c->memory, command, a))
         ts_exec_supply(&s->exec, command, a);
     ts_encode(s->exec.engine, message, command, a, reply, body);

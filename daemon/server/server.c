@@ -157,11 +157,12 @@ void ts_service_pipe_removed(ts_work *work, void *service)
     free(event);
 }
 
-void ts_service_drop_idle(ts_service *s, uint64_t since_ms)
+void ts_service_tick(ts_service *s, uint64_t idle_since_ms)
 {
+    ts_exec_tick(&s->exec);
     for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
         for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
-            if (c->idle_since_ms != 0 && c->idle_since_ms <= since_ms)
+            if (c->idle_since_ms != 0 && c->idle_since_ms <= idle_since_ms)
                 s->end_connection(s->end_connection_arg, c->pipe, true);
 }
 

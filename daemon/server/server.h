@@ -87,8 +87,9 @@ void ts_service_run(ts_service *service);
 void ts_service_pipe_added(ts_work *work, void *service);
 void ts_service_pipe_removed(ts_work *work, void *service);
 
-/* Has the connections ended that have had no session since then. */
-void ts_service_drop_idle(ts_service *service, uint64_t since_ms);
+/* Now and then: ends sequences whose time is over, and connections that have had no session since
+ * then. */
+void ts_service_tick(ts_service *service, uint64_t idle_since_ms);
 
 /* Whether it may order the daemon about (operators.h). Any thread. */
 bool ts_service_is_operator(const ts_service *service, uint32_t uid, uint32_t gid);

@@ -54,6 +54,8 @@ typedef enum ts_layout {
     TS_LAYOUT_HND = 1  /* [kv_heads][block_tokens][head_dim] */
 } ts_layout;
 
+#define TS_TICKET_BYTES 16u /* of what hands a sequence on: ts_seq_ticket */
+
 #define TS_LAYERS_MAX 256u
 #define TS_HEADS_MAX 1024u
 #define TS_HEAD_DIM_MIN 32u

@@ -96,12 +96,18 @@ def test_refusals_are_counted_by_operation_pool_and_status(start_daemon, capfd, 
         kv.keep(a, "kept")
         with pytest.raises(tinyserve.NotFoundError):
             kv.attach("not kept")
+        with pytest.raises(tinyserve.InvalidError):
+            kv.match([1])
+        with pytest.raises(tinyserve.NotFoundError):
+            kv.redeem(bytes(16))
         got = {n: v for n, v in values(ask(port)[1]).items() if n.startswith(REFUSED)}
         assert got == {
             f'{REFUSED}{{operation="step_begin",pool="one",status="TS_ENOSPC"}}': 3,
             f'{REFUSED}{{operation="step_commit",pool="one",status="TS_EPERM"}}': 1,
             f'{REFUSED}{{operation="pool_open",pool="",status="TS_ENOENT"}}': 1,
             f'{REFUSED}{{operation="seq_attach",pool="one",status="TS_ENOENT"}}': 1,
+            f'{REFUSED}{{operation="seq_match",pool="one",status="TS_EINVAL"}}': 1,
+            f'{REFUSED}{{operation="seq_redeem",pool="one",status="TS_ENOENT"}}': 1,
         }
     told = [line for line in capfd.readouterr().err.splitlines() if "is full" in line]
     assert told == ["tinyserved: warning: pool 'one' is full: 4 of 8 blocks are used, 1 of 1 slabs "

@@ -155,9 +155,12 @@ void text_seqs(const Tspb__SeqList *r, const style *s)
     const size_t most = s->columns == 0 ? 0 : 15 + spare(s, 80);
     for (size_t i = 0; i < r->n_seqs; i++) {
         const Tspb__SeqInfo *n = r->seqs[i];
-        char session[32] = "-";
+        char session[64] = "-", left[32];
         if (n->session != 0)
             snprintf(session, sizeof session, "%llx", (unsigned long long)n->session);
+        else if (n->left_ms != 0)
+            snprintf(session, sizeof session, "%s %s", n->on_ticket ? "ticket:" : "ends in",
+                     text_duration(n->left_ms, left, sizeof left));
         printf("%-16llx %8u %6u %7u %6u %-16s %s%s\n", (unsigned long long)n->seq, n->length,
                n->blocks, n->shared_blocks, n->uid, session,
                text_cell(n->name[0] != '\0' ? n->name : "-", 0, most, name, sizeof name),

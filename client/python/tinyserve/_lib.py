@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
-from ctypes import (POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_size_t, c_uint,
+from ctypes import (POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int, c_size_t, c_uint,
                     c_uint32, c_uint64, c_void_p)
 from typing import Any
 
@@ -46,6 +46,11 @@ class CSeqOptions(_Sized):
                 ("wait_ms", c_uint32), ("twins", POINTER(c_uint32))]
 
 
+class CKeepOptions(_Sized):
+    """ts_keep_options"""
+    _fields_ = [("size", c_size_t), ("ttl_ms", c_uint64), ("replace", c_bool)]
+
+
 class CFrameOptions(_Sized):
     """ts_frame_options"""
     _fields_ = [("size", c_size_t), ("seqs", c_uint32), ("new_tokens", c_uint32),
@@ -75,8 +80,15 @@ class CKv(Structure):
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
 
 
+class CKept(Structure):
+    """ts_kept"""
+    _fields_ = [("name", c_char * 128), ("seq", c_uint64), ("left_ms", c_uint64),
+                ("length", c_uint32), ("blocks", c_uint32)]
+
+
 _STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions,
-                                         CRunOptions, CErrorInfo, CKv, CSeqOptions)
+                                         CRunOptions, CErrorInfo, CKv, CSeqOptions, CKeepOptions,
+                                         CKept)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
@@ -116,8 +128,11 @@ _FUNCTIONS = {
     "ts_seq_fork_at": (c_int, [c_void_p, c_uint64, c_uint32, c_uint32, _u64p]),
     "ts_seq_truncate": (c_int, [c_void_p, _u64p, _u32p, c_uint32]),
     "ts_seq_free": (c_int, [c_void_p, _u64p, c_uint32]),
-    "ts_seq_keep": (c_int, [c_void_p, c_uint64, c_char_p]),
+    "ts_seq_keep_with": (c_int, [c_void_p, c_uint64, c_char_p, POINTER(CKeepOptions)]),
     "ts_seq_attach": (c_int, [c_void_p, c_char_p, _u64p, _u32p]),
+    "ts_seq_list": (c_int, [c_void_p, c_char_p, c_char_p, POINTER(CKept), c_uint32, _u32p]),
+    "ts_seq_ticket": (c_int, [c_void_p, c_uint64, c_uint32, c_char_p]),
+    "ts_seq_redeem": (c_int, [c_void_p, c_char_p, _u64p, _u32p]),
     "ts_seq_lengths": (c_int, [c_void_p, _u64p, c_uint32, _u32p]),
     "ts_seq_slots": (c_int, [c_void_p, c_uint64, c_uint32, c_uint32, _u64p]),
     "ts_slot_kv": (c_int, [c_void_p, c_uint64, c_uint32, POINTER(CKv)]),

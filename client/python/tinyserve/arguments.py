@@ -15,6 +15,9 @@ from typing import Any, Iterable
 U32, U64 = 2**32 - 1, 2**64 - 1
 NAMESPACE_MAX = 64  #: bytes
 BATCH_MAX = 1 << 20  #: sequences of one call, whatever the daemon's own limit (batch) is
+TICKET_BYTES = 16
+TICKET_SECONDS_MAX = 3600
+TTL_SECONDS_MAX = 10**12  #: of a kept sequence
 _SECONDS_MAX = (2**31 - 1) // 1000  # of a timeout in NNG's milliseconds: 24 days
 
 
@@ -65,12 +68,12 @@ def real(name: str, value: float) -> float:
     return float(value)
 
 
-def milliseconds(name: str, value: float, *, may_be_0: bool) -> int:
+def milliseconds(name: str, value: float, *, may_be_0: bool, most: int = _SECONDS_MAX) -> int:
     """Of a time in seconds; at least 1 if it is more than 0."""
     seconds = real(name, value)
-    if not (0 <= seconds <= _SECONDS_MAX and (seconds > 0 or may_be_0)):
+    if not (0 <= seconds <= most and (seconds > 0 or may_be_0)):
         least = "at least" if may_be_0 else "more than"
-        raise ValueError(f"{name} {value} seconds; it must be {least} 0 and at most {_SECONDS_MAX}")
+        raise ValueError(f"{name} {value} seconds; it must be {least} 0 and at most {most}")
     return math.ceil(seconds * 1000)
 
 
@@ -134,6 +137,15 @@ def _iterate(name: str, values: Iterable[int]) -> list[int]:
         return list(values)
     except TypeError:
         raise TypeError(f"{name} must be a list of integers, not {_kind(values)}") from None
+
+
+def ticket(value: bytes) -> bytes:
+    """The bytes of a ticket."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"ticket must be bytes, not {type(value).__name__}")
+    if len(value) != TICKET_BYTES:
+        raise ValueError(f"ticket of {len(value)} bytes; it has {TICKET_BYTES}")
+    return value
 
 
 def namespace(value: bytes) -> bytes:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from ctypes import POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast
+from ctypes import (POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast,
+                    create_string_buffer)
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Callable, Iterable, Sequence
 
 from . import arguments as check
-from ._lib import CErrorInfo, CFrameOptions, CKv, CSeqOptions, Options, lib
+from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CSeqOptions, Options,
+                   lib)
 from .errors import BY_STATUS, DisconnectedError, Error
 from .opened import Memory, Opened
 from .step import DTYPE_NAMES, Frame, Step, step_options
@@ -17,6 +19,7 @@ from .view import DTYPES, View
 
 _LAYOUT_NAMES = ("nhd", "hnd")
 _WRITABLE = 1
+_KEPT_PAGE = 256  # kept sequences that one call lists
 
 Seq = int  #: a sequence's id: never 0, never used again once it is freed
 
@@ -37,6 +40,16 @@ def _prompts(prompts: Sequence[Iterable[int]]) -> tuple[Any, Any, int]:
         ids[at:at + n] = values[:n]
         at += n
     return ids, (c_uint32 * max(len(packed), 1))(*(n for _, n in packed)), len(packed)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kept sequence."""
+    name: str
+    seq: Seq
+    length: int  #: tokens
+    blocks: int  #: that it refers to
+    left: float | None  #: seconds until it is freed, if it isn't used before; None: it never is
 
 
 @dataclass(frozen=True)
@@ -358,11 +371,18 @@ class Pool:
         ids, n = check.integers("seqs", c_uint64, seqs)
         self._check(lib.ts_seq_free(self._open(), ids, n))
 
-    def keep(self, seq: Seq, name: str | None) -> None:
+    def keep(self, seq: Seq, name: str | None, *, ttl: float | None = None,
+             replace: bool = False) -> None:
         """Keeps the sequence under a name: it outlives this session, and any session of the same
-        tenant may attach to it. None forgets the name. Raises ExistsError."""
-        self._check(lib.ts_seq_keep(self._open(), check.integer("seq", seq, 0, check.U64),
-                                    check.text("name", name) if name is not None else None))
+        tenant may attach to it. None forgets the name. ttl: seconds after its last use (it was
+        kept, attached to, forked, or a step with it ended) at which it is freed; None: never.
+        replace: a sequence that has the name loses it and is freed, in the same instant; otherwise
+        ExistsError is raised."""
+        options = CKeepOptions(0 if ttl is None else check.milliseconds(
+            "ttl", ttl, may_be_0=False, most=check.TTL_SECONDS_MAX), replace)
+        self._check(lib.ts_seq_keep_with(self._open(), check.integer("seq", seq, 0, check.U64),
+                                         check.text("name", name) if name is not None else None,
+                                         byref(options)))
 
     def attach(self, name: str) -> tuple[Seq, int]:
         """Finds a kept sequence: its id and its length. Raises NotFoundError."""
@@ -370,6 +390,40 @@ class Pool:
         self._check(lib.ts_seq_attach(self._open(), check.text("name", name), byref(seq),
                                       byref(length)))
         return seq.value, length.value
+
+    def kept(self, prefix: str = "") -> list[Kept]:
+        """This tenant's kept sequences whose names begin with the prefix, in the order of their
+        names' UTF-8. What others keep or free meanwhile may be in the list or not."""
+        begin, after = check.text("prefix", prefix), b""
+        room, count = _KEPT_PAGE, c_uint32()
+        page = (CKept * room)()
+        found: list[Kept] = []
+        while True:
+            self._check(lib.ts_seq_list(self._open(), begin, after, page, room, byref(count)))
+            found += [Kept(k.name.decode(), k.seq, k.length, k.blocks,
+                           k.left_ms / 1000 if k.left_ms else None) for k in page[:count.value]]
+            if count.value < room:
+                return found
+            after = page[room - 1].name
+
+    def ticket(self, seq: Seq, ttl: float = 30.0) -> bytes:
+        """Hands the sequence on: the bytes by which another session of this user, also in another
+        process, makes it its own with redeem(). `seq` names nothing from now on. After ttl seconds
+        (at most an hour) without a redeem() it is freed, whether this session still lives or not.
+        Raises BusyError where it is in an open step, QuotaError at 1024 tickets of this user."""
+        out = create_string_buffer(check.TICKET_BYTES)
+        ms = check.milliseconds("ttl", ttl, may_be_0=False, most=check.TICKET_SECONDS_MAX)
+        self._check(lib.ts_seq_ticket(self._open(), check.integer("seq", seq, 0, check.U64), ms,
+                                      out))
+        return out.raw
+
+    def redeem(self, ticket: bytes) -> Seq:
+        """Makes the ticket's sequence this session's own, once. Raises NotFoundError where the pool
+        has no such ticket, it was redeemed, its time is over, or it is another user's."""
+        seq, length = c_uint64(), c_uint32()
+        self._check(lib.ts_seq_redeem(self._open(), check.ticket(ticket), byref(seq),
+                                      byref(length)))
+        return seq.value
 
     def lengths(self, seqs: Iterable[Seq]) -> list[int]:
         """Tokens of each sequence."""

@@ -1,0 +1,374 @@
+/* Kept sequences as the engine decides it: listed, replaced, and with a time to live. */
+#include "engine_util.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define TENANT(e) ((e)->pools[0].books.tenants[0])
+
+static ts_engine *small_engine(void)
+{
+    return engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
+}
+
+static ts_status keep(ts_engine *e, uint64_t s, uint64_t seq, const char *name, uint64_t ttl_ms,
+                      bool replace, ts_answer *a)
+{
+    return apply(
+        e,
+        (ts_command){.op = TS_OP_SEQ_KEEP,
+                     .session = s,
+                     .seq_keep = {.seq = seq, .name = name, .ttl_ms = ttl_ms, .replace = replace}},
+        a);
+}
+
+/* A sequence of so many tokens. */
+static uint64_t of_length(ts_engine *e, uint64_t s, uint32_t n)
+{
+    uint64_t seq = seq_new(e, s);
+    append(e, s, seq, n);
+    return seq;
+}
+
+static void list(ts_engine *e, uint64_t s, const char *prefix, const char *after, uint32_t limit,
+                 ts_answer *a)
+{
+    apply(e,
+          (ts_command){.op = TS_OP_SEQ_LIST,
+                       .session = s,
+                       .seq_list = {.prefix = prefix, .after = after, .limit = limit}},
+          a);
+    assert_int_equal(a->status, TS_OK);
+}
+
+static void advance(ts_engine *e, uint64_t now_ms)
+{
+    ts_answer a;
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now_ms}, &a), TS_OK);
+    (void)sweep_all(e);
+    check_engine(e);
+}
+
+static void a_tenant_s_names_are_listed_in_order_by_prefix_and_page_by_page(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), other = session_new(e, 2);
+    static const char *const names[] = {"user/9", "sys/b", "user/1", "sys", "user/10", "sys/a"};
+    ts_answer a;
+    for (uint32_t i = 0; i < 6; i++)
+        assert_int_equal(keep(e, s, of_length(e, s, i + 1), names[i], i == 2 ? 5000 : 0, false, &a),
+                         TS_OK);
+    assert_int_equal(keep_seq(e, other, seq_new(e, other), "user/2"), TS_OK);
+    list(e, s, "", "", 0, &a);
+    assert_int_equal(a.kept.count, 6);
+    static const char *const sorted[] = {"sys", "sys/a", "sys/b", "user/1", "user/10", "user/9"};
+    static const uint32_t lengths[] = {4, 6, 2, 3, 5, 1};
+    for (uint32_t i = 0; i < 6; i++) {
+        assert_string_equal(a.kept.names[i], sorted[i]);
+        assert_int_equal(a.kept.lengths[i], lengths[i]);
+        assert_int_equal(a.kept.blocks[i], (lengths[i] + 3) / 4);
+        assert_int_equal(a.kept.left_ms[i], i == 3 ? 5000 : 0);
+        assert_int_equal(a.kept.seqs[i], attach(e, s, sorted[i]));
+        list(e, s, "", "", 0, &a);
+    }
+    assert_string_equal(a.kept.next, "");
+    list(e, s, "user/1", "", 0, &a);
+    assert_int_equal(a.kept.count, 2);
+    list(e, s, "sys/", "", 1, &a);
+    assert_int_equal(a.kept.count, 1);
+    assert_string_equal(a.kept.names[0], "sys/a");
+    assert_string_equal(a.kept.next, "sys/a");
+    list(e, s, "sys/", "sys/a", 1, &a);
+    assert_string_equal(a.kept.names[0], "sys/b");
+    assert_string_equal(a.kept.next, "");
+    list(e, s, "sys/", "sys/aaa", 0, &a); /* a name that isn't there, or not any more */
+    assert_int_equal(a.kept.count, 1);
+    list(e, s, "sys/", "a", 0, &a); /* before the prefix */
+    assert_int_equal(a.kept.count, 2);
+    list(e, s, "sys/", "user/1", 0, &a);
+    assert_int_equal(a.kept.count, 0);
+    list(e, other, "", "", 0, &a);
+    assert_int_equal(a.kept.count, 1);
+    assert_string_equal(a.kept.names[0], "user/2");
+    ts_engine_free(e);
+}
+
+static void an_answer_tells_of_200_at_most_and_walks_over_no_more(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1);
+    char name[16], last[16] = "", after[16] = "";
+    ts_answer a;
+    uint32_t told = 0, answers = 0;
+    for (uint32_t i = 0; i < 1000; i++) { /* of every three, one is over and not swept yet */
+        snprintf(name, sizeof name, "%03u", i * 7 % 1000);
+        assert_int_equal(keep(e, s, seq_new(e, s), name, i * 7 % 1000 % 3 == 0 ? 1 : 0, false, &a),
+                         TS_OK);
+    }
+    e->now_ms = 1;
+    do {
+        list(e, s, "", after, UINT32_MAX, &a);
+        assert_true(a.kept.count <= 200);
+        for (uint32_t i = 0; i < a.kept.count; i++) {
+            assert_true(strcmp(last, a.kept.names[i]) < 0);
+            assert_true(atoi(a.kept.names[i]) % 3 != 0);
+            snprintf(last, sizeof last, "%s", a.kept.names[i]);
+        }
+        told += a.kept.count;
+        answers++;
+        snprintf(after, sizeof after, "%s", a.kept.next);
+    } while (after[0] != '\0');
+    assert_int_equal(told, 666);
+    assert_int_equal(answers, 5);
+    advance(e, 1);
+    assert_int_equal(e->pools[0].seqs.kept, 666);
+    ts_engine_free(e);
+}
+
+static void one_command_gives_a_name_to_another_sequence_and_frees_the_old(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), old = of_length(e, s, 8), new = fork_seq(e, s, old);
+    ts_answer a;
+    append(e, s, new, 5);
+    assert_int_equal(keep_seq(e, s, old, "x"), TS_OK);
+    assert_int_equal(keep(e, s, new, "x", 0, false, &a), TS_EEXIST);
+    assert_int_equal(attach(e, s, "x"), old);
+    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_OK);
+    check_engine(e);
+    assert_int_equal(attach(e, s, "x"), new);
+    assert_int_equal(free_seq(e, s, old), TS_ENOENT);
+    assert_int_equal(e->pools[0].seqs.kept, 1);
+    assert_int_equal(e->pools[0].seqs.live, 1);
+    assert_int_equal(TENANT(e).used, 4);
+    assert_int_equal(TENANT(e).pinned, 4);
+    assert_int_equal(ts_engine_session(e, s)->sequences, 0);
+    assert_int_equal(ts_engine_session(e, s)->blocks, 0);
+    /* Where there is nothing to replace it keeps; replacing itself changes nothing. */
+    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_OK);
+    assert_int_equal(attach(e, s, "x"), new);
+    uint64_t third = of_length(e, s, 1);
+    assert_int_equal(keep(e, s, third, "y", 0, true, &a), TS_OK);
+    /* A kept one may take another's name: its own is free then. */
+    assert_int_equal(keep(e, s, third, "x", 0, true, &a), TS_OK);
+    assert_int_equal(attach(e, s, "x"), third);
+    assert_int_equal(attach(e, s, "y"), 0);
+    assert_int_equal(TENANT(e).used, 1);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void nothing_is_half_replaced_when_it_is_refused(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), other = session_new(e, 1);
+    uint64_t old = of_length(e, s, 8), new = of_length(e, s, 13);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(keep(e, s, old, "x", 7000, false, &a), TS_OK);
+    assert_int_equal(begin(e, other, &old, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_EBUSY);
+    assert_int_equal(step_end(e, other, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
+    e->pools[0].config.tenant_pinned_max = 3;
+    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_EQUOTA);
+    assert_int_equal(keep(e, s, old,
+                          "0123456789012345678901234567890123456789012345678901234567890"
+                          "12345678901234567890123456789012345678901234567890123456789"
+                          "0123456",
+                          0, true, &a),
+                     TS_OK); /* 127 bytes */
+    assert_int_equal(keep(e, s, old, "x", 7000, true, &a), TS_OK);
+    check_engine(e);
+    assert_int_equal(attach(e, s, "x"), old);
+    assert_int_equal(TENANT(e).pinned, 2);
+    assert_int_equal(ts_engine_session(e, s)->sequences, 1);
+    list(e, s, "", "", 0, &a);
+    assert_int_equal(a.kept.left_ms[0], 7000);
+    /* What the old one has pinned makes room for the new one. */
+    assert_int_equal(free_seq(e, s, new), TS_OK);
+    new = fork_seq(e, s, old);
+    append(e, s, new, 4);
+    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_OK);
+    uint64_t third = of_length(e, s, 12);
+    assert_int_equal(keep(e, s, third, "x", 0, true, &a), TS_OK);
+    assert_int_equal(TENANT(e).pinned, 3);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void a_sequence_that_is_in_a_step_may_take_a_name(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), old = of_length(e, s, 6), new = fork_seq(e, s, old);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(keep_seq(e, s, old, "x"), TS_OK);
+    assert_int_equal(begin(e, s, &new, &n, 1, false, &a), TS_OK); /* with a copy of the tail */
+    uint64_t step = a.begun.step->id;
+    assert_int_equal(a.begun.num_copies, 1);
+    assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
+    assert_int_equal(keep(e, s, new, "x", 3000, true, &a), TS_OK);
+    check_engine(e);
+    advance(e, 10000);
+    assert_int_equal(attach(e, s, "x"), new);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
+    advance(e, 12999);
+    assert_int_equal(attach(e, s, "x"), new);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void attach_fork_and_step_make_a_time_to_live_begin_anew(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    advance(e, 999);
+    assert_int_equal(attach(e, s, "x"), seq);
+    advance(e, 1998);
+    (void)fork_seq(e, s, seq);
+    advance(e, 2997);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    uint64_t step = a.begun.step->id;
+    advance(e, 60000); /* it waits for the step */
+    assert_int_equal(length_of(e, s, seq), 4);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
+    advance(e, 60999);
+    assert_int_equal(length_of(e, s, seq), 5); /* a look is no use */
+    advance(e, 61000);
+    assert_int_equal(attach(e, s, "x"), 0);
+    assert_int_equal(free_seq(e, s, seq), TS_ENOENT);
+    assert_int_equal(e->pools[0].seqs.kept, 0);
+    assert_int_equal(e->pools[0].seqs.live, 1); /* the fork */
+    assert_int_equal(TENANT(e).pinned, 0);
+    ts_engine_free(e);
+}
+
+static void a_step_whose_session_ends_lets_the_time_end(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), other = session_new(e, 1), seq = of_length(e, s, 4);
+    ts_answer a;
+    uint32_t n = 1;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    advance(e, 5000);
+    close_session(e, s);
+    assert_int_equal(attach(e, other, "x"), seq);
+    advance(e, 6000);
+    assert_int_equal(attach(e, other, "x"), 0);
+    assert_int_equal(TENANT(e).used, 0);
+    ts_engine_free(e);
+}
+
+static void a_name_whose_time_is_over_is_free_before_it_is_swept(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4), other = of_length(e, s, 4);
+    ts_answer a;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    e->now_ms = 1000;
+    assert_int_equal(attach(e, s, "x"), 0);
+    assert_int_equal(length_of(e, s, other), 4);
+    assert_int_equal(free_seq(e, s, seq), TS_ENOENT);
+    assert_int_equal(keep(e, s, other, "x", 0, false, &a), TS_OK);
+    assert_int_equal(attach(e, s, "x"), other);
+    assert_int_equal(TENANT(e).used, 1);
+    advance(e, 1000000); /* the new one is kept for ever */
+    assert_int_equal(attach(e, s, "x"), other);
+    ts_engine_free(e);
+}
+
+static void a_time_to_live_is_set_anew_and_given_up(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4);
+    ts_answer a;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    assert_int_equal(keep(e, s, seq, "x", 0, false, &a), TS_OK);
+    advance(e, 5000);
+    assert_int_equal(keep(e, s, seq, "x", UINT64_MAX, false, &a), TS_OK);
+    advance(e, 10000);
+    assert_int_equal(keep(e, s, seq, "y", 1000, false, &a), TS_OK);
+    advance(e, 10999);
+    assert_int_equal(keep_seq(e, s, seq, ""), TS_OK); /* the session's own, and no end */
+    advance(e, 100000);
+    assert_int_equal(length_of(e, s, seq), 4);
+    assert_int_equal(e->pools[0].seqs.num_lives, 0);
+    ts_engine_free(e);
+}
+
+static void a_name_is_not_forgotten_past_the_limits_of_the_session(void **state)
+{
+    (void)state;
+    ts_engine *e = small_engine();
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 12);
+    ts_answer a;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    e->limits.session_blocks = 3;
+    uint64_t own = of_length(e, s, 1);
+    assert_int_equal(keep_seq(e, s, seq, ""), TS_EQUOTA);
+    assert_int_equal(attach(e, s, "x"), seq);
+    assert_int_equal(e->pools[0].seqs.num_lives, 1);
+    assert_int_equal(free_seq(e, s, own), TS_OK);
+    assert_int_equal(keep_seq(e, s, seq, ""), TS_OK);
+    assert_int_equal(ts_engine_session(e, s)->blocks, 3);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+/* So many ends at once are more than one turn's. */
+static void many_ends_take_many_turns(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(4096, 64, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4 * 1000);
+    ts_answer a;
+    char name[16];
+    for (uint32_t i = 0; i < 100; i++) {
+        snprintf(name, sizeof name, "%u", i);
+        assert_int_equal(keep(e, s, fork_seq(e, s, seq), name, 1000 + i % 3, false, &a), TS_OK);
+    }
+    assert_false(ts_engine_sweeps(e));
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 5000}, &a), TS_OK);
+    /* 32 of them with their 1000 entries; as many as a turn has room for lose their names alone. */
+    assert_int_equal(e->pools[0].seqs.kept, 100 - 32 - 16);
+    assert_int_equal(e->pools[0].seqs.live, 101 - 32);
+    assert_true(ts_engine_sweeps(e));
+    check_engine(e);
+    assert_int_equal(sweep_all(e), 3);
+    assert_int_equal(e->pools[0].seqs.kept, 0);
+    assert_int_equal(e->pools[0].seqs.live, 1);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_tenant_s_names_are_listed_in_order_by_prefix_and_page_by_page),
+        cmocka_unit_test(an_answer_tells_of_200_at_most_and_walks_over_no_more),
+        cmocka_unit_test(one_command_gives_a_name_to_another_sequence_and_frees_the_old),
+        cmocka_unit_test(nothing_is_half_replaced_when_it_is_refused),
+        cmocka_unit_test(a_sequence_that_is_in_a_step_may_take_a_name),
+        cmocka_unit_test(attach_fork_and_step_make_a_time_to_live_begin_anew),
+        cmocka_unit_test(a_step_whose_session_ends_lets_the_time_end),
+        cmocka_unit_test(a_name_whose_time_is_over_is_free_before_it_is_swept),
+        cmocka_unit_test(a_time_to_live_is_set_anew_and_given_up),
+        cmocka_unit_test(a_name_is_not_forgotten_past_the_limits_of_the_session),
+        cmocka_unit_test(many_ends_take_many_turns),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
