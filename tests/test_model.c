@@ -35,7 +35,7 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
     }
     for (size_t i = 0; i < sizeof w->done / sizeof *w->done; i++)
         assert_true(w->done[i] > 1000); /* every kind of command was exercised */
-    assert_true(w->matched > 10000 && w->e->pools[0].books.evicted > 5000);
+    assert_true(w->matched > 10000 && ts_pool_evicted(&w->e->pools[0].books) > 5000);
     assert_true(w->refused > 10000);
     /* Everybody leaves, kept sequences are freed, tickets end: nothing may be left. */
     for (int i = 0; i < (int)SESSIONS; i++)
@@ -65,7 +65,7 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
     assert_int_equal(w->e->pools[0].seqs.live, 0);
     check_engine(w->e);
     for (uint32_t i = 0; i < w->e->pools[0].books.ungranted; i++)
-        ts_pool_evict_slab(&w->e->pools[0].books, i);
+        ts_pool_evict_slab(&w->e->pools[0].books, i, TS_EVICT_RESIZE, &(uint32_t){UINT32_MAX});
     assert_int_equal(w->e->pools[0].books.index->count, 0);
     for (uint32_t i = 0; i < w->e->pools[0].books.index->num_spaces; i++)
         assert_false(w->e->pools[0].books.index->spaces[i].live);

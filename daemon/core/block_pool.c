@@ -105,13 +105,16 @@ static void cached_add(ts_pool_books *p, uint32_t block)
     ts_slab *s = &p->slabs[slab_of(p, block)];
     ts_pool_tenant *t = &p->tenants[s->tenant];
     p->refs[block] = CACHED;
-    p->cached_prev[block] = t->cached_newest;
+    uint32_t *oldest = &t->cached_oldest[p->classes[block]];
+    uint32_t *newest = &t->cached_newest[p->classes[block]];
+    p->cached_since[block] = p->now_s;
+    p->cached_prev[block] = *newest;
     p->cached_next[block] = TS_NONE;
-    if (t->cached_newest != TS_NONE)
-        p->cached_next[t->cached_newest] = block;
+    if (*newest != TS_NONE)
+        p->cached_next[*newest] = block;
     else
-        t->cached_oldest = block;
-    t->cached_newest = block;
+        *oldest = block;
+    *newest = block;
     t->cached++;
     s->cached++;
     p->cached++;
@@ -125,11 +128,11 @@ static void cached_remove(ts_pool_books *p, uint32_t block)
     if (prev != TS_NONE)
         p->cached_next[prev] = next;
     else
-        t->cached_oldest = next;
+        t->cached_oldest[p->classes[block]] = next;
     if (next != TS_NONE)
         p->cached_prev[next] = prev;
     else
-        t->cached_newest = prev;
+        t->cached_newest[p->classes[block]] = prev;
     t->cached--;
     s->cached--;
     p->cached--;
@@ -147,14 +150,33 @@ static void give_back(ts_pool_books *p, uint32_t block)
     p->tenants[s->tenant].free++;
 }
 
+/* Takes a leaf out of the index. */
+static void index_remove(ts_pool_books *p, uint32_t block)
+{
+    ts_index_remove(p->index, block);
+    p->classes[block] = 0;
+}
+
+static void note_age(ts_pool_books *p, uint32_t block)
+{
+    static const uint32_t bounds[TS_AGE_BINS - 1] = {1, 10, 60, 600, 3600};
+    const uint32_t age = p->now_s - p->cached_since[block];
+    uint32_t bin = 0;
+    while (bin < TS_AGE_BINS - 1 && age > bounds[bin])
+        bin++;
+    p->ages[bin]++;
+    p->age_sum += age;
+}
+
 /* Evicts a cached block that no other hangs from. */
-static void evict(ts_pool_books *p, uint32_t block)
+static void evict(ts_pool_books *p, uint32_t block, ts_evict_cause cause)
 {
     uint32_t slab = slab_of(p, block);
-    ts_index_remove(p->index, block);
     cached_remove(p, block);
+    index_remove(p, block);
     give_back(p, block);
-    p->evicted++;
+    note_age(p, block);
+    p->evicted[cause]++;
     if (p->slabs[slab].used == 0 && p->slabs[slab].cached == 0) {
         idle_remove(p, slab);
         empty_add(p, slab);
@@ -162,58 +184,87 @@ static void evict(ts_pool_books *p, uint32_t block)
 }
 
 /* Evicts a cached block, and before it what hangs from it. */
-static void evict_tree(ts_pool_books *p, uint32_t block)
+static void evict_tree(ts_pool_books *p, uint32_t block, ts_evict_cause cause, uint32_t *budget)
 {
     uint32_t at = ts_index_leaf_below(p->index, block);
-    while (at != block) {
+    for (; *budget > 0 && at != block; --*budget) {
         uint32_t parent = ts_index_parent_of(p->index, at);
-        evict(p, at);
+        evict(p, at, cause);
         at = ts_index_leaf_below(p->index, parent);
     }
-    evict(p, block);
+    if (*budget == 0)
+        return;
+    evict(p, block, cause);
+    --*budget;
 }
 
-uint32_t ts_pool_evict(ts_pool_books *p, uint32_t tenant, uint64_t blocks)
+void ts_pool_evict(ts_pool_books *p, uint32_t tenant, uint64_t blocks, ts_evict_cause cause,
+                   uint32_t *budget)
 {
     const ts_pool_tenant *t = &p->tenants[tenant];
-    uint32_t count = 0;
-    for (; count < blocks && t->cached_oldest != TS_NONE; count++)
-        evict(p, t->cached_oldest);
-    return count;
+    for (uint32_t class = 0; class < TS_CACHE_CLASSES; class ++)
+        for (; blocks > 0 && *budget > 0 && t->cached_oldest[class] != TS_NONE; blocks--) {
+            evict(p, t->cached_oldest[class], cause);
+            --*budget;
+        }
 }
 
-void ts_pool_evict_slab(ts_pool_books *p, uint32_t slab)
+void ts_pool_evict_slab(ts_pool_books *p, uint32_t slab, ts_evict_cause cause, uint32_t *budget)
 {
     const ts_slab *s = &p->slabs[slab];
     assert(s->used == 0);
-    for (uint32_t b = slab * p->slab_blocks; s->cached > 0; b++)
+    for (uint32_t b = slab * p->slab_blocks; s->cached > 0 && *budget > 0; b++)
         if (p->refs[b] == CACHED)
-            evict_tree(p, b);
+            evict_tree(p, b, cause, budget);
 }
 
-bool ts_pool_evict_space(ts_pool_books *p, uint32_t tenant)
-{
-    ts_prefix_index *x = p->index;
-    for (uint32_t tried = 0; tried < x->num_spaces; tried++) {
-        const ts_index_space *space = &x->spaces[x->next_space++ % x->num_spaces];
-        if (!space->live || space->tenant != tenant || space->users > 0)
-            continue;
-        while (space->live) /* which its last block ends */
-            evict_tree(p, space->first_child - 1);
-        return true;
-    }
-    return false;
-}
-
-bool ts_pool_empty_other(ts_pool_books *p, uint32_t tenant)
+bool ts_pool_empty_other(ts_pool_books *p, uint32_t tenant, uint32_t share, bool beyond,
+                         uint32_t *budget)
 {
     uint32_t slab = p->idle_oldest;
-    while (slab != TS_NONE && p->slabs[slab].tenant == tenant)
-        slab = p->slabs[slab].idle_next;
+    for (; slab != TS_NONE; slab = p->slabs[slab].idle_next) {
+        const uint32_t theirs = p->slabs[slab].tenant;
+        if (theirs != tenant && (!beyond || p->tenants[theirs].slabs > share))
+            break;
+    }
     if (slab == TS_NONE)
         return false;
-    ts_pool_evict_slab(p, slab);
+    ts_pool_evict_slab(p, slab, TS_EVICT_OTHERS, budget);
     return true;
+}
+
+void ts_pool_drop_retired(ts_pool_books *p, uint32_t *budget)
+{
+    uint32_t near = TS_NO_BLOCK, block;
+    for (; *budget > 0 && (block = ts_index_retired_leaf(p->index, &near)) != TS_NO_BLOCK;
+         --*budget)
+        if (p->refs[block] == CACHED)
+            evict(p, block, TS_EVICT_DROP);
+        else
+            index_remove(p, block);
+}
+
+bool ts_pool_raise_class(ts_pool_books *p, uint32_t block, uint8_t class)
+{
+    assert(ts_pool_refs(p, block) > 0);
+    if (p->classes[block] >= class)
+        return false;
+    p->classes[block] = class;
+    return true;
+}
+
+void ts_pool_forget(ts_pool_books *p, uint32_t block)
+{
+    assert(ts_pool_refs(p, block) == 1);
+    index_remove(p, block);
+}
+
+uint64_t ts_pool_evicted(const ts_pool_books *p)
+{
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < TS_EVICT_CAUSES; i++)
+        all += p->evicted[i];
+    return all;
 }
 
 ts_status ts_pool_use_index(ts_pool_books *p, uint32_t block_tokens, uint64_t seed)
@@ -221,11 +272,16 @@ ts_status ts_pool_use_index(ts_pool_books *p, uint32_t block_tokens, uint64_t se
     p->index = malloc(sizeof *p->index);
     p->cached_prev = calloc(p->max_blocks, sizeof *p->cached_prev);
     p->cached_next = calloc(p->max_blocks, sizeof *p->cached_next);
+    p->cached_since = calloc(p->max_blocks, sizeof *p->cached_since);
+    p->classes = calloc(p->max_blocks, sizeof *p->classes);
     if (p->index != NULL && !ts_index_init(p->index, p->max_blocks, block_tokens, seed)) {
         free(p->index);
         p->index = NULL;
     }
-    return p->index != NULL && p->cached_prev != NULL && p->cached_next != NULL ? TS_OK : TS_ENOMEM;
+    return p->index != NULL && p->cached_prev != NULL && p->cached_next != NULL &&
+                   p->cached_since != NULL && p->classes != NULL
+               ? TS_OK
+               : TS_ENOMEM;
 }
 
 /* ---- slabs ---- */
@@ -273,6 +329,8 @@ void ts_pool_fini(ts_pool_books *p)
     free(p->index);
     free(p->cached_prev);
     free(p->cached_next);
+    free(p->cached_since);
+    free(p->classes);
     free(p->refs);
     free(p->pins);
     free(p->slabs);
@@ -293,7 +351,7 @@ void ts_pool_resize(ts_pool_books *p, uint32_t num_blocks)
     uint32_t num_slabs = slabs_of(num_blocks, p->slab_blocks);
     for (uint32_t i = num_slabs; i < p->ungranted; i++) {
         ts_slab *s = &p->slabs[i];
-        ts_pool_evict_slab(p, i);
+        assert(s->used == 0 && s->cached == 0);
         avail_remove(p, i);
         empty_remove(p, i);
         p->tenants[s->tenant].slabs--;
@@ -319,7 +377,9 @@ ts_status ts_pool_add_tenant(ts_pool_books *p, uint32_t tenant)
     p->tenants = grown;
     while (p->num_tenants <= tenant)
         p->tenants[p->num_tenants++] =
-            (ts_pool_tenant){.avail = TS_NONE, .cached_oldest = TS_NONE, .cached_newest = TS_NONE};
+            (ts_pool_tenant){.avail = TS_NONE,
+                             .cached_oldest = {TS_NONE, TS_NONE, TS_NONE},
+                             .cached_newest = {TS_NONE, TS_NONE, TS_NONE}};
     return TS_OK;
 }
 
@@ -486,6 +546,10 @@ static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, si
                 ? ts_pool_refs(p, b) == 0 && p->refs[b] != CACHED
                 : p->refs[b] == CACHED)
             WRONG("block %u is in the index and free, or cached and not in the index", b);
+        if (p->index != NULL && ts_index_has(p->index, b) && p->index->nodes[b].parent >> 31 == 0 &&
+            p->classes[ts_index_parent_of(p->index, b)] < p->classes[b])
+            WRONG("block %u is of class %u, and what it hangs from of a lower one", b,
+                  p->classes[b]);
         if (p->refs[b] != 0 && b - first >= s->touched)
             WRONG("block %u is in use, but slab %u says only %u blocks were touched", b, slab,
                   s->touched);
@@ -565,10 +629,13 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
             if (p->slabs[i].tenant != t || slab_free(&p->slabs[i]) == 0)
                 WRONG("slab %u is on tenant %u's list of slabs with free blocks", i, t);
         uint32_t in_order = 0;
-        for (uint32_t b = tenant->cached_oldest; b != TS_NONE && in_order <= tenant_cached;
-             b = p->cached_next[b], in_order++)
-            if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != t)
-                WRONG("block %u is on tenant %u's list of cached blocks", b, t);
+        for (uint32_t class = 0; class < TS_CACHE_CLASSES; class ++)
+            for (uint32_t b = tenant->cached_oldest[class];
+                 b != TS_NONE && in_order <= tenant_cached; b = p->cached_next[b], in_order++)
+                if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != t ||
+                    p->classes[b] != class)
+                    WRONG("block %u is on tenant %u's list of cached blocks of class %u", b, t,
+                          class);
         if (empty_blocks != tenant->empty_blocks || idle_blocks != tenant->idle_blocks)
             WRONG("tenant %u: %llu blocks in empty slabs and %llu in idle ones, the counts say "
                   "%llu and %llu",

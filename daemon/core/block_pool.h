@@ -7,11 +7,13 @@
  * and giving back a block is O(1), granting a slab too.
  *
  * With a prefix index (prefix_index.h), a block that is in it and loses its last reference becomes
- * *cached*: it can be referred to again, and is evicted when room is needed, the one released
- * longest ago first. References go from the last block of a sequence to its first, so a block's
- * descendants in the index are always released, and evicted, before it.
+ * *cached*: it can be referred to again, and is evicted when room is needed: of the tenant's lowest
+ * class that has any, the one released longest ago first. A block's class is at least those of its
+ * descendants in the index. References go from the last block of a sequence to its first, so a
+ * block's descendants in the index are always released, and evicted, before it.
  *
- * Cost: 8 bytes a block and 56 bytes a slab; with an index 8 bytes a block more, and its own.
+ * Cost: 8 bytes a block and 56 bytes a slab, and for what is cached 13 bytes a block more and the
+ * index's own, touched when a block is first cached.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
@@ -25,6 +27,19 @@
 
 #define TS_NONE UINT32_MAX
 #define TS_POOL_BLOCKS_MAX 0x7fffffffu
+#define TS_CACHE_CLASSES 3u /* ts_step_options.priority, from the lowest */
+#define TS_CLASS_NORMAL 1u
+#define TS_AGE_BINS 6u /* of what is evicted: up to 1, 10, 60, 600, 3600 seconds, and more */
+
+/* Why a cached block goes. */
+typedef enum ts_evict_cause {
+    TS_EVICT_ROOM,   /* its tenant's step needs it */
+    TS_EVICT_LIMIT,  /* its tenant would use more than it may */
+    TS_EVICT_OTHERS, /* another tenant needs its slab */
+    TS_EVICT_RESIZE, /* the pool becomes smaller */
+    TS_EVICT_DROP,   /* its namespace is given up */
+    TS_EVICT_CAUSES
+} ts_evict_cause;
 
 typedef struct ts_slab {
     uint32_t tenant;     /* TS_NONE: nobody's */
@@ -44,9 +59,10 @@ typedef struct ts_pool_tenant {
     uint32_t slabs;
     uint32_t free; /* blocks free in its slabs */
     uint32_t used;
-    uint32_t cached;                       /* blocks */
-    uint32_t cached_oldest, cached_newest; /* of them, as they were released; TS_NONE: none */
-    uint64_t empty_blocks, idle_blocks;    /* in its slabs on those lists */
+    uint32_t cached; /* blocks */
+    /* Of them, by class, as they were released; TS_NONE: none. */
+    uint32_t cached_oldest[TS_CACHE_CLASSES], cached_newest[TS_CACHE_CLASSES];
+    uint64_t empty_blocks, idle_blocks; /* in its slabs on those lists */
     uint32_t sequences;
     uint32_t tickets; /* sequences of those that are on one */
     uint32_t pinned;  /* blocks that its kept sequences refer to, each counted once */
@@ -64,9 +80,13 @@ typedef struct ts_pool_books {
     uint32_t cached;                     /* blocks */
     uint32_t idle_oldest, idle_newest;   /* slabs with cached blocks alone; TS_NONE: none */
     uint64_t empty_blocks, idle_blocks;  /* in the slabs on those lists */
-    uint64_t evicted;                    /* blocks, ever */
-    ts_prefix_index *index;              /* the caller's; NULL: nothing is cached */
+    uint64_t evicted[TS_EVICT_CAUSES];   /* blocks, ever */
+    uint64_t ages[TS_AGE_BINS], age_sum; /* of them: how many, and seconds */
+    uint32_t now_s;                      /* the caller's clock */
+    ts_prefix_index *index;              /* NULL: nothing is cached */
     uint32_t *cached_prev, *cached_next; /* per block, of its tenant's list */
+    uint32_t *cached_since;              /* per block: now_s of then */
+    uint8_t *classes;                    /* per block of the index */
     uint32_t *refs; /* per block: references; 0, CACHED, or FREE | next free block */
     uint32_t *pins; /* per block: kept sequences that refer to it */
     ts_slab *slabs;
@@ -83,25 +103,39 @@ void ts_pool_fini(ts_pool_books *pool);
 /* From now on blocks of the index are cached; it is the books', which free it. TS_ENOMEM. */
 ts_status ts_pool_use_index(ts_pool_books *pool, uint32_t block_tokens, uint64_t seed);
 
-/* Evicts the tenant's cached blocks, up to so many; how many it were. */
-uint32_t ts_pool_evict(ts_pool_books *pool, uint32_t tenant, uint64_t blocks);
+/* What follows evicts *budget blocks at most, and takes from it those that it did. */
+
+/* Evicts the tenant's cached blocks, up to so many. */
+void ts_pool_evict(ts_pool_books *pool, uint32_t tenant, uint64_t blocks, ts_evict_cause cause,
+                   uint32_t *budget);
 
 /* Evicts what is cached in the slab, and what hangs from that elsewhere. The slab has no block in
  * use. */
-void ts_pool_evict_slab(ts_pool_books *pool, uint32_t slab);
+void ts_pool_evict_slab(ts_pool_books *pool, uint32_t slab, ts_evict_cause cause, uint32_t *budget);
 
-/* Evicts one of the tenant's namespaces that no sequence uses, in turn. False: there is none. */
-bool ts_pool_evict_space(ts_pool_books *pool, uint32_t tenant);
+/* Evicts what is cached in another tenant's slab that has cached blocks alone: the one that was
+ * last in use longest ago, of tenants with more than `share` slabs, or if not `beyond` of any.
+ * False: there is none. */
+bool ts_pool_empty_other(ts_pool_books *pool, uint32_t tenant, uint32_t share, bool beyond,
+                         uint32_t *budget);
 
-/* Makes another tenant's slab empty that has cached blocks alone: the one that was last in use
- * longest ago. False: there is none. */
-bool ts_pool_empty_other(ts_pool_books *pool, uint32_t tenant);
+/* Takes blocks of retired namespaces out of the index, cached ones and those in use. */
+void ts_pool_drop_retired(ts_pool_books *pool, uint32_t *budget);
+
+/* Makes the class of the block, which the index has, at least this one. False: it was. */
+bool ts_pool_raise_class(ts_pool_books *pool, uint32_t block, uint8_t class);
+
+/* Takes a leaf of the index that one sequence refers to out of it: it won't be cached. */
+void ts_pool_forget(ts_pool_books *pool, uint32_t block);
+
+/* Blocks that were evicted, for any cause. */
+uint64_t ts_pool_evicted(const ts_pool_books *pool);
 
 /* The first block from `first` on that is in use; TS_NONE: none is. */
 uint32_t ts_pool_first_used(const ts_pool_books *pool, uint32_t first);
 
-/* Lets the pool have num_blocks (max_blocks, or whole slabs). Slabs past the last, which have no
- * block in use, are nobody's then, and never granted. */
+/* Lets the pool have num_blocks (max_blocks, or whole slabs). Slabs past the last, which are empty,
+ * are nobody's then, and never granted. */
 void ts_pool_resize(ts_pool_books *pool, uint32_t num_blocks);
 
 /* Makes room for tenants 0..tenant. */

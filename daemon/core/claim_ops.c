@@ -218,7 +218,8 @@ void ts_claims_step_begun(ts_engine *e, ts_session *s, uint32_t pool, uint32_t s
     }
     /* A step of single tokens isn't what anybody waits for. */
     const uint32_t from = start / each * each, end = (start + known) / each * each;
-    if (q->space == TS_NONE || known < each || end <= from || q->known != start)
+    if (e->pools[pool].books.index->off || q->space == TS_NONE || known < each || end <= from ||
+        q->known != start)
         return;
     ts_claim *c = new_claim(e, s, pool, seq, from, end);
     if (c != NULL && !link_claim(e, c))

@@ -20,6 +20,7 @@ static const struct operation {
     [TS_OP_SEQ_CREATE] = {POOL, ts_engine_seq_create},
     [TS_OP_SEQ_FORK] = {POOL, ts_engine_seq_fork},
     [TS_OP_SEQ_FREE] = {POOL, ts_engine_seq_change},
+    [TS_OP_SEQ_SELECT] = {POOL, ts_engine_seq_select},
     [TS_OP_SEQ_TRUNCATE] = {POOL, ts_engine_seq_change},
     [TS_OP_SEQ_KEEP] = {POOL, ts_engine_seq_keep},
     [TS_OP_SEQ_ATTACH] = {POOL, ts_engine_seq_attach},
@@ -38,6 +39,8 @@ static const struct operation {
     [TS_OP_SEQ_REMOVE] = {NOTHING, ts_engine_seq_remove},
     [TS_OP_POOL_REMOVE] = {NOTHING, ts_engine_pool_remove},
     [TS_OP_POOL_RESIZE] = {NOTHING, ts_engine_pool_resize},
+    [TS_OP_CACHE_DROP] = {NOTHING, ts_engine_cache_drop},
+    [TS_OP_CACHE_SET] = {NOTHING, ts_engine_cache_set},
     [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
     [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
 };
@@ -61,14 +64,23 @@ static bool is_final(ts_status status)
     return status != TS_WAITS && status != TS_NEED_SLABS && status != TS_NEED_SWEEP;
 }
 
+static void set_time(ts_engine *e, uint64_t now_ms)
+{
+    const uint32_t was_s = (uint32_t)(e->now_ms / 1000);
+    if (now_ms > e->now_ms)
+        e->now_ms = now_ms;
+    const uint32_t now_s = (uint32_t)(e->now_ms / 1000);
+    for (uint32_t i = 0; i < e->num_pools && now_s != was_s; i++)
+        e->pools[i].books.now_s = now_s;
+}
+
 void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
 {
     memset(a, 0, sizeof *a);
     if ((size_t)c->op >= sizeof operations / sizeof *operations || operations[c->op].apply == NULL)
         return ts_refuse(a, TS_EINVAL, "there is no command %d", (int)c->op);
     const struct operation *operation = &operations[c->op];
-    if (c->now_ms > e->now_ms)
-        e->now_ms = c->now_ms;
+    set_time(e, c->now_ms);
     ts_session *s = NULL;
     if (operation->needs != NOTHING && (s = ts_engine_session(e, c->session)) == NULL)
         return ts_refuse(a, TS_ENOENT, "there is no session %llx: open one first",

@@ -50,6 +50,7 @@ typedef enum ts_op {
     TS_OP_SEQ_CREATE,
     TS_OP_SEQ_FORK,
     TS_OP_SEQ_FREE,
+    TS_OP_SEQ_SELECT,
     TS_OP_SEQ_TRUNCATE,
     TS_OP_SEQ_KEEP,
     TS_OP_SEQ_ATTACH,
@@ -67,7 +68,9 @@ typedef enum ts_op {
     TS_OP_SLAB_GRANT,
     TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
     TS_OP_POOL_REMOVE, /* ... ends a pool that no session has open, */
-    TS_OP_POOL_RESIZE, /* ... or gives one more blocks or fewer */
+    TS_OP_POOL_RESIZE, /* ... gives one more blocks or fewer, */
+    TS_OP_CACHE_DROP,  /* ... has what is cached forgotten, */
+    TS_OP_CACHE_SET,   /* ... or switches the prefix index on or off */
     TS_OP_SWEEP,    /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
     TS_OP_WAIT_END, /* the session waits no more */
 } ts_op;
@@ -120,7 +123,15 @@ typedef struct ts_command {
             const uint64_t *seqs;
             const uint32_t *lengths; /* SEQ_TRUNCATE */
             uint32_t count;
-        } seq_batch; /* SEQ_FREE, SEQ_TRUNCATE, SEQ_LENGTHS */
+            bool by_counts; /* `lengths` are tokens to be dropped */
+            bool forget;    /* SEQ_FREE: what no other sequence uses isn't cached */
+        } seq_batch;        /* SEQ_FREE, SEQ_TRUNCATE, SEQ_LENGTHS */
+        struct {
+            const uint64_t *seqs;
+            uint32_t count;
+            const uint32_t *from; /* which of them each new one continues */
+            uint32_t picked;
+        } seq_select;
         struct {
             uint64_t seq;
             const char *name;
@@ -153,6 +164,7 @@ typedef struct ts_command {
             const uint32_t *tokens; /* ids of all new tokens, in order; NULL: none are known */
             bool no_new_slabs;      /* there is no memory for them: what is cached makes room */
             bool wait;              /* for room */
+            int32_t priority;       /* -1, 0 or 1: of what is cached of it */
         } step_begin;
         struct {
             uint64_t step;
@@ -175,6 +187,14 @@ typedef struct ts_command {
             uint64_t seq;
         } seq_remove;
         struct {
+            bool has_uid, has_space; /* of all else */
+            uint32_t uid;
+            ts_space_name space;
+        } cache_drop;
+        struct {
+            bool on;
+        } cache_set;
+        struct {
             uint32_t num_blocks; /* made whole slabs, or all that the pool may have */
         } pool_resize;
     };
@@ -185,6 +205,9 @@ typedef struct ts_amounts {
     uint64_t needed; /* what the command would take */
     uint64_t free;   /* of it there is to be had */
     uint64_t limit;  /* that would be passed */
+    /* Where a step finds no room: blocks of the tenant's that are cached, and pinned, and that
+     * others use. */
+    uint64_t cached, pinned, others;
 } ts_amounts;
 
 /* Pointers are the engine's and good until the next command is applied. */
@@ -198,7 +221,7 @@ typedef struct ts_answer {
         struct {
             const uint64_t *seqs;
             uint32_t count, length;
-        } seqs; /* SEQ_CREATE, SEQ_FORK, SEQ_ATTACH, SEQ_REDEEM */
+        } seqs; /* SEQ_CREATE, SEQ_FORK, SEQ_SELECT, SEQ_ATTACH, SEQ_REDEEM */
         struct {
             const uint32_t *lengths;
             uint32_t count;
@@ -229,6 +252,7 @@ typedef struct ts_answer {
             uint32_t num_copies;
         } begun;
         const ts_step *step; /* STEP_RUN: in flight until STEP_DONE */
+        uint64_t dropped;    /* CACHE_DROP: blocks that are or will be forgotten */
         struct {
             uint32_t pool, tenant;
         } need; /* TS_NEED_SLABS */
@@ -310,6 +334,7 @@ typedef struct ts_engine {
     ts_wait_list woken;
     uint32_t waiting_for_room;      /* sessions */
     uint64_t now_ms;                /* the latest of the commands' times */
+    bool wants_sweep;               /* a command waits for its next bit */
     uint32_t closing;               /* the first session that closes bit by bit; TS_NONE: none */
     struct ts_engine_grave *graves; /* sequences of pools that were removed */
     /* what answers point to */

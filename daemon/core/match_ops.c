@@ -98,6 +98,8 @@ static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uin
     for (uint32_t i = 0; i < count; i++) {
         pool->asked_tokens += c->seq_match.counts[i];
         pool->found_tokens += lengths[i];
+        pool->books.index->spaces[space].asked_tokens += c->seq_match.counts[i];
+        pool->books.index->spaces[space].found_tokens += lengths[i];
     }
     a->matched.seqs = e->out_ids;
 }
@@ -169,7 +171,7 @@ void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_an
              : !ts_engine_find_space(e, c->pool, s, &name, &space, a))
         return;
     uint32_t *lengths = e->out_words, *twins = lengths + count, *blocks = twins + count;
-    const bool look = wait && space != TS_NONE;
+    const bool look = wait && space != TS_NONE && !pool->books.index->off;
     const uint64_t taken =
         find_all(e, s, c, space, look && e->claims.live > 0, lengths, blocks, &claim);
     a->matched.lengths = lengths;

@@ -50,8 +50,10 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
     uint32_t max =
         config->max_blocks > config->num_blocks ? config->max_blocks : config->num_blocks;
     ts_status books = ts_pool_init(&pool->books, config->num_blocks, max, config->slab_blocks);
-    if (books == TS_OK && config->cache == TS_CACHE_ON)
+    if (books == TS_OK)
         books = ts_pool_use_index(&pool->books, config->geometry.block_tokens, e->limits.hash_seed);
+    if (books == TS_OK)
+        pool->books.index->off = config->cache == TS_CACHE_OFF;
     if (books == TS_OK && e->num_tenants > 0)
         books = ts_pool_add_tenant(&pool->books, e->num_tenants - 1);
     if (books != TS_OK) {
@@ -160,6 +162,11 @@ void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_
             a, TS_EBUSY,
             "pool '%s' can't have %u blocks: block %u is in use, and blocks don't move",
             pool->config.name, (uint32_t)wanted, used);
+    uint32_t budget = TS_SWEEP_ENTRIES;
+    for (uint32_t i = (uint32_t)(wanted / slab); i < books->ungranted && budget > 0; i++)
+        ts_pool_evict_slab(books, i, TS_EVICT_RESIZE, &budget);
+    if (budget == 0)
+        return ts_engine_go_on_later(e, a);
     ts_pool_resize(books, (uint32_t)wanted);
     pool->config.num_blocks = (uint32_t)wanted;
 }

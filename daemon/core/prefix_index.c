@@ -30,7 +30,8 @@ bool ts_index_init(ts_prefix_index *x, uint32_t num_blocks, uint32_t block_token
                            .block_tokens = block_tokens,
                            .seed = seed,
                            .bucket_mask = buckets - 1,
-                           .free_space = TS_NO_BLOCK};
+                           .free_space = TS_NO_BLOCK,
+                           .retired_space = TS_NO_BLOCK};
     x->nodes = map(num_blocks * sizeof *x->nodes);
     x->ids = map((size_t)num_blocks * block_tokens * sizeof *x->ids);
     x->buckets = map(buckets * sizeof *x->buckets);
@@ -49,6 +50,11 @@ void ts_index_fini(ts_prefix_index *x)
     free(x->tenant_spaces);
     ts_names_fini(&x->names);
     *x = (ts_prefix_index){0};
+}
+
+static bool is_root(ts_index_parent parent)
+{
+    return parent >> 31 != 0;
 }
 
 /* ---- namespaces ---- */
@@ -71,6 +77,15 @@ uint32_t ts_index_find_space(const ts_prefix_index *x, uint32_t tenant, const vo
     assert(bytes <= TS_NAMESPACE_BYTES_MAX);
     to_hex(name, bytes, hex);
     return ts_names_find(&x->names, tenant, hex);
+}
+
+bool ts_index_space_is(const ts_prefix_index *x, uint32_t space, const void *name, size_t bytes)
+{
+    char hex[2 * TS_NAMESPACE_BYTES_MAX + 1];
+    if (bytes > TS_NAMESPACE_BYTES_MAX)
+        return false;
+    to_hex(name, bytes, hex);
+    return strcmp(hex, x->spaces[space].name) == 0;
 }
 
 /* Room for one namespace more, and for the tenant's count. */
@@ -128,8 +143,15 @@ static void drop_if_unused(ts_prefix_index *x, uint32_t space)
     ts_index_space *s = &x->spaces[space];
     if (s->users > 0 || s->first_child != 0)
         return;
-    ts_names_remove(&x->names, s->tenant, s->name);
-    x->tenant_spaces[s->tenant]--;
+    if (s->retired) {
+        uint32_t *at = &x->retired_space;
+        while (*at != space)
+            at = &x->spaces[*at].next_free;
+        *at = s->next_free;
+    } else {
+        ts_names_remove(&x->names, s->tenant, s->name);
+        x->tenant_spaces[s->tenant]--;
+    }
     s->live = false;
     s->next_free = x->free_space;
     x->free_space = space;
@@ -148,17 +170,59 @@ void ts_index_leave_space(ts_prefix_index *x, uint32_t space)
     drop_if_unused(x, space);
 }
 
+void ts_index_retire(ts_prefix_index *x, uint32_t space)
+{
+    ts_index_space *s = &x->spaces[space];
+    assert(s->live && !s->retired);
+    ts_names_remove(&x->names, s->tenant, s->name);
+    x->tenant_spaces[s->tenant]--;
+    s->retired = true;
+    s->next_free = x->retired_space;
+    x->retired_space = space;
+    drop_if_unused(x, space);
+}
+
+void ts_index_retire_all(ts_prefix_index *x)
+{
+    for (uint32_t i = 0; i < x->num_spaces; i++)
+        if (x->spaces[i].live && !x->spaces[i].retired)
+            ts_index_retire(x, i);
+}
+
+uint32_t ts_index_unused_space(ts_prefix_index *x, uint32_t tenant)
+{
+    for (uint32_t tried = 0; tried < x->num_spaces; tried++) {
+        const uint32_t space = x->next_space++ % x->num_spaces;
+        const ts_index_space *s = &x->spaces[space];
+        if (s->live && !s->retired && s->tenant == tenant && s->users == 0)
+            return space;
+    }
+    return TS_NO_BLOCK;
+}
+
+uint32_t ts_index_retired_leaf(ts_prefix_index *x, uint32_t *near)
+{
+    uint32_t at = *near;
+    if (at == TS_NO_BLOCK || !ts_index_has(x, at) || !x->spaces[x->nodes[at].space].retired) {
+        uint32_t space = x->retired_space;
+        while (space != TS_NO_BLOCK && x->spaces[space].first_child == 0)
+            space = x->spaces[space].next_free; /* only in use still */
+        if (space == TS_NO_BLOCK)
+            return TS_NO_BLOCK;
+        at = x->spaces[space].first_child - 1;
+    }
+    at = ts_index_leaf_below(x, at);
+    const ts_index_parent parent = x->nodes[at].parent;
+    *near = is_root(parent) ? TS_NO_BLOCK : parent - 1;
+    return at;
+}
+
 /* ---- nodes ---- */
 
 uint32_t ts_index_hash(const ts_prefix_index *x, ts_index_parent parent, const uint32_t *ids)
 {
     uint64_t seed = x->seed + parent * 0x9e3779b97f4a7c15u;
     return (uint32_t)XXH3_64bits_withSeed(ids, x->block_tokens * sizeof *ids, seed);
-}
-
-static bool is_root(ts_index_parent parent)
-{
-    return parent >> 31 != 0;
 }
 
 static uint32_t *children_of(const ts_prefix_index *x, ts_index_parent parent)
@@ -209,16 +273,23 @@ bool ts_index_add(ts_prefix_index *x, ts_index_parent parent, uint32_t block)
     ts_index_node *n = &x->nodes[block];
     uint32_t hash = ts_index_hash(x, parent, ts_index_ids(x, block)), length = 0;
     uint32_t *bucket = &x->buckets[hash & x->bucket_mask], *children = children_of(x, parent);
+    const uint32_t space = is_root(parent) ? parent & 0x7fffffffu : x->nodes[parent - 1].space;
     assert(n->parent == 0);
+    if (x->off || x->spaces[space].retired)
+        return false;
     for (uint32_t at = *bucket; at != 0; at = x->nodes[at - 1].next_in_chain)
         if (++length == TS_INDEX_CHAIN_MAX)
             return false;
-    *n = (ts_index_node){
-        .parent = parent, .older = *children, .hash = hash, .next_in_chain = *bucket};
+    *n = (ts_index_node){.parent = parent,
+                         .older = *children,
+                         .hash = hash,
+                         .next_in_chain = *bucket,
+                         .space = space};
     if (*children != 0)
         x->nodes[*children - 1].newer = block + 1;
     *children = *bucket = block + 1;
     x->count++;
+    x->spaces[space].blocks++;
     return true;
 }
 
@@ -237,6 +308,7 @@ void ts_index_remove(ts_prefix_index *x, uint32_t block)
     if (n->older != 0)
         x->nodes[n->older - 1].newer = n->newer;
     ts_index_parent parent = n->parent;
+    x->spaces[n->space].blocks--;
     *n = (ts_index_node){0};
     x->count--;
     if (is_root(parent))
@@ -271,12 +343,19 @@ ts_status ts_index_check(const ts_prefix_index *x, char *why, size_t why_bytes)
                                      !x->spaces[n->parent & 0x7fffffffu].live
                                : !ts_index_has(x, n->parent - 1))
             WRONG("the parent of block %u in the index isn't there", b);
+        if (!x->spaces[n->space].live ||
+            n->space !=
+                (is_root(n->parent) ? n->parent & 0x7fffffffu : x->nodes[n->parent - 1].space))
+            WRONG("block %u is of namespace %u, and its parent isn't", b, n->space);
         if (ts_index_find(x, n->parent, ts_index_ids(x, b)) != b)
             WRONG("block %u isn't found by its tokens", b);
         for (uint32_t at = n->first_child; at != 0; at = x->nodes[at - 1].older, children++)
             if (x->nodes[at - 1].parent != ts_index_block(b))
                 WRONG("block %u lists block %u, which isn't its child", b, at - 1);
     }
+    uint64_t in_spaces = 0;
+    for (uint32_t i = 0; i < x->num_spaces; i++)
+        in_spaces += x->spaces[i].live ? x->spaces[i].blocks : 0;
     for (uint32_t i = 0; i < x->num_spaces; i++)
         for (uint32_t at = x->spaces[i].live ? x->spaces[i].first_child : 0; at != 0;
              at = x->nodes[at - 1].older, children++)
@@ -285,8 +364,10 @@ ts_status ts_index_check(const ts_prefix_index *x, char *why, size_t why_bytes)
     for (uint32_t i = 0; i <= x->bucket_mask; i++)
         for (uint32_t at = x->buckets[i]; at != 0; at = x->nodes[at - 1].next_in_chain)
             chained++;
-    if (count != x->count || children != count || chained != count)
-        WRONG("the index has %u blocks, %u as children and %u in chains; the count says %u", count,
-              children, chained, x->count);
+    if (count != x->count || children != count || chained != count || in_spaces != count)
+        WRONG(
+            "the index has %u blocks, %u as children, %u in chains, %llu of namespaces; the count "
+            "says %u",
+            count, children, chained, (unsigned long long)in_spaces, x->count);
     return TS_OK;
 }

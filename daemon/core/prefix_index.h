@@ -9,7 +9,10 @@
  * The token id of each slot is stored as soon as it is known, also of blocks that aren't full or
  * not indexed. References to blocks are the books' matter (block_pool.h).
  *
- * Cost: 28 bytes and the token ids a block, touched when a block is first used.
+ * A namespace can be *retired*: its name leads nowhere at once, and its blocks are taken out of the
+ * index bit by bit, those in use too.
+ *
+ * Cost: 32 bytes and the token ids a block, touched when a block is first used.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
@@ -44,14 +47,17 @@ typedef struct ts_index_node {
     uint32_t first_child;  /* the newest; block + 1, as all here; 0: none */
     uint32_t older, newer; /* children of the same parent */
     uint32_t hash, next_in_chain;
+    uint32_t space;
 } ts_index_node;
 
 typedef struct ts_index_space {
     uint32_t tenant;
     uint32_t first_child;
     uint32_t users;     /* sequences; without any and without children it may go */
-    uint32_t next_free; /* TS_NO_BLOCK: in use, or the last that is free */
-    bool live;
+    uint32_t next_free; /* or the next that is retired; TS_NO_BLOCK: in use, or the last */
+    uint32_t blocks;    /* of the index */
+    uint64_t asked_tokens, found_tokens; /* of prompts that were matched */
+    bool live, retired;
     char name[2 * TS_NAMESPACE_BYTES_MAX + 1]; /* in hexadecimal */
 } ts_index_space;
 
@@ -64,9 +70,10 @@ typedef struct ts_prefix_index {
     uint32_t *buckets;    /* block + 1 */
     uint32_t bucket_mask;
     ts_index_space *spaces;
-    uint32_t num_spaces, free_space;
+    uint32_t num_spaces, free_space, retired_space;
     uint32_t *tenant_spaces; /* live ones, by tenant */
-    uint32_t next_space;     /* where the search for one to evict goes on */
+    uint32_t next_space;     /* where the search for one to retire goes on */
+    bool off;                /* nothing is added */
     uint32_t num_tenants;
     ts_names names; /* of namespaces */
 } ts_prefix_index;
@@ -88,6 +95,22 @@ void ts_index_leave_space(ts_prefix_index *index, uint32_t space); /* one less *
 /* The namespace if it is there, else TS_NO_BLOCK; changes nothing. */
 uint32_t ts_index_find_space(const ts_prefix_index *index, uint32_t tenant, const void *name,
                              size_t bytes);
+
+/* Its name leads nowhere from now on, and nothing is added to it. It is in use still, or has
+ * blocks; ts_index_retired_leaf tells these, one by one. */
+void ts_index_retire(ts_prefix_index *index, uint32_t space);
+void ts_index_retire_all(ts_prefix_index *index);
+
+/* A namespace of the tenant's that no sequence uses, in turn; TS_NO_BLOCK: there is none. */
+uint32_t ts_index_unused_space(ts_prefix_index *index, uint32_t tenant);
+
+/* A leaf of a retired namespace, to be removed, below *near if that is one of its blocks;
+ * TS_NO_BLOCK: there is none. *near is for the next call, and TS_NO_BLOCK in the first. */
+uint32_t ts_index_retired_leaf(ts_prefix_index *index, uint32_t *near);
+
+/* Whether that is the namespace's name. */
+bool ts_index_space_is(const ts_prefix_index *index, uint32_t space, const void *name,
+                       size_t bytes);
 
 /* The ids of a block's slots, block_tokens of them. */
 static inline uint32_t *ts_index_ids(const ts_prefix_index *index, uint32_t block)
@@ -121,7 +144,7 @@ uint32_t ts_index_find_part(const ts_prefix_index *index, ts_index_parent parent
                             const uint32_t *ids, uint32_t count, uint32_t *agree);
 
 /* Adds the block, whose ids are stored and whose parent has no such child. False: its chain is full
- * (TS_INDEX_CHAIN_MAX). */
+ * (TS_INDEX_CHAIN_MAX), its namespace is retired, or the index is off. */
 bool ts_index_add(ts_prefix_index *index, ts_index_parent parent, uint32_t block);
 
 /* Takes out a leaf. */

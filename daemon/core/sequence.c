@@ -181,14 +181,20 @@ static void replace_entry(ts_pool_books *pool, ts_sequence *seq, uint32_t entry,
 }
 
 void ts_sequence_index_blocks(const ts_sequences *s, ts_pool_books *pool, ts_sequence *seq,
-                              uint32_t first)
+                              uint32_t first, uint8_t class)
 {
     if (pool->index == NULL || seq->space == TS_NONE)
         return;
+    for (uint32_t i = first; i > 0 && ts_index_has(pool->index, seq->blocks[i - 1]) &&
+                             ts_pool_raise_class(pool, seq->blocks[i - 1], class);
+         i--)
+        ;
     for (uint32_t i = first; i < seq->known / s->block_tokens; i++) {
         uint32_t block = seq->blocks[i];
-        if (ts_index_has(pool->index, block))
+        if (ts_index_has(pool->index, block)) {
+            (void)ts_pool_raise_class(pool, block, class);
             continue;
+        }
         if (i > 0 && !ts_index_has(pool->index, seq->blocks[i - 1]))
             return; /* a block before it was not indexed: nor is what follows */
         ts_index_parent parent =
@@ -198,6 +204,7 @@ void ts_sequence_index_blocks(const ts_sequences *s, ts_pool_books *pool, ts_seq
             replace_entry(pool, seq, i, there);
         else if (!ts_index_add(pool->index, parent, block))
             return;
+        (void)ts_pool_raise_class(pool, seq->blocks[i], class);
     }
 }
 
@@ -209,6 +216,9 @@ static void drop_entries(ts_pool_books *pool, ts_sequence *seq, uint32_t count)
         uint32_t block = seq->blocks[--seq->num_blocks];
         if (seq->name != NULL || (seq->step == TS_SEQUENCE_DYING && seq->known_step != 0))
             ts_pool_unpin(pool, seq->tenant, block);
+        if (seq->forgets && ts_pool_refs(pool, block) == 1 && ts_index_has(pool->index, block) &&
+            ts_index_is_leaf(pool->index, block))
+            ts_pool_forget(pool, block);
         ts_pool_unref(pool, block);
     }
 }

@@ -39,6 +39,7 @@ typedef struct ts_sequence {
     uint32_t known;            /* tokens from the start whose ids are known */
     uint32_t claim;            /* of its next tokens (claims.h); TS_NONE: it has none */
     uint32_t life;             /* its place among those whose time ends; TS_NONE: it has no end */
+    bool forgets;              /* nothing of it alone is to be cached when it is freed */
     bool borrowed_tail; /* it uses a part of its last block, which the index knew before it did */
 } ts_sequence;
 
@@ -121,9 +122,10 @@ void ts_sequence_take_match(const ts_sequences *seqs, ts_pool_books *pool, ts_se
                             const uint32_t *blocks, uint32_t length);
 
 /* Adds the full blocks of the sequence's known tokens to the index, from entry `first` on. Where
- * the index has such a block already, the sequence refers to that one instead. */
+ * the index has such a block already, the sequence refers to that one instead. They, and what they
+ * hang from, are of this class at least. */
 void ts_sequence_index_blocks(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
-                              uint32_t first);
+                              uint32_t first, uint8_t class);
 
 /* Drops the tokens from `length` on. */
 void ts_sequence_truncate(const ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,

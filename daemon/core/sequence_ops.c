@@ -117,7 +117,7 @@ bool ts_engine_find_space(const ts_engine *e, uint32_t pool, const ts_session *s
     const ts_prefix_index *x = e->pools[pool].books.index;
     if (!check_space_name(name, a))
         return false;
-    *space = x == NULL ? TS_NONE : ts_index_find_space(x, s->tenant, name->bytes, name->count);
+    *space = ts_index_find_space(x, s->tenant, name->bytes, name->count);
     return true;
 }
 
@@ -129,11 +129,16 @@ bool ts_engine_use_space(ts_engine *e, uint32_t pool, const ts_session *s,
     *space = TS_NONE;
     if (!check_space_name(&used, a))
         return false;
-    if (used.count == 0 || p->books.index == NULL)
+    if (used.count == 0)
         return true;
     ts_status status = ts_index_use_space(p->books.index, s->tenant, used.bytes, used.count, space);
-    if (status == TS_EQUOTA && ts_pool_evict_space(&p->books, s->tenant))
+    uint32_t unused = TS_NO_BLOCK;
+    if (status == TS_EQUOTA)
+        unused = ts_index_unused_space(p->books.index, s->tenant);
+    if (unused != TS_NO_BLOCK) {
+        ts_index_retire(p->books.index, unused);
         status = ts_index_use_space(p->books.index, s->tenant, used.bytes, used.count, space);
+    }
     if (status == TS_EQUOTA)
         ts_refuse_more(a, status, TS_NAMESPACES_MAX, 1, TS_NAMESPACES_MAX,
                        "uid %u has sequences in %u namespaces of pool '%s'; that is the limit",
@@ -310,6 +315,13 @@ void ts_engine_seq_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     ts_engine_free_sequence(e, c->pool, seq, &entries);
 }
 
+/* Tokens of sequence i of a SEQ_TRUNCATE afterwards. */
+static uint32_t length_after(const ts_command *c, uint32_t i, const ts_sequence *seq)
+{
+    const uint32_t n = c->seq_batch.lengths[i];
+    return c->seq_batch.by_counts ? seq->length - n : n;
+}
+
 /* SEQ_FREE and SEQ_TRUNCATE: the whole batch is checked, each sequence being marked, before any is
  * touched. */
 void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -325,14 +337,16 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (seq == NULL)
             break;
         if (c->op == TS_OP_SEQ_TRUNCATE && c->seq_batch.lengths[marked] > seq->length) {
-            ts_refuse(a, TS_EINVAL, "sequence %llx has %u tokens; it can't be truncated to %u",
-                      (unsigned long long)id, seq->length, c->seq_batch.lengths[marked]);
+            ts_refuse(a, TS_EINVAL, "sequence %llx has %u tokens; it can't %s %u",
+                      (unsigned long long)id, seq->length,
+                      c->seq_batch.by_counts ? "lose" : "be truncated to",
+                      c->seq_batch.lengths[marked]);
             break;
         }
         seq->step = TS_SEQUENCE_MARKED;
         if (c->op == TS_OP_SEQ_TRUNCATE)
             dropped += seq->num_blocks -
-                       ts_blocks_for(c->seq_batch.lengths[marked], pool->seqs.block_tokens);
+                       ts_blocks_for(length_after(c, marked, seq), pool->seqs.block_tokens);
     }
     if (a->status == TS_OK && count > 1 && dropped > TS_COMMAND_ENTRIES)
         ts_refuse(a, TS_EINVAL,
@@ -344,13 +358,15 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (a->status != TS_OK)
             continue;
         if (c->op == TS_OP_SEQ_FREE) {
+            seq->forgets = c->seq_batch.forget;
             ts_engine_free_sequence(e, c->pool, seq, &entries);
             continue;
         }
         uint32_t before = seq->num_blocks;
-        if (c->seq_batch.lengths[i] < seq->length)
+        const uint32_t length = length_after(c, i, seq);
+        if (length < seq->length)
             ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
-        ts_sequence_truncate(&pool->seqs, &pool->books, seq, c->seq_batch.lengths[i]);
+        ts_sequence_truncate(&pool->seqs, &pool->books, seq, length);
         if (seq->name == NULL)
             s->blocks -= before - seq->num_blocks;
     }

@@ -58,7 +58,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
     } else if (pool->index != NULL && part->new_tokens > 0 &&
                seq->length % seqs->block_tokens != 0 &&
                ts_index_has(pool->index, seq->blocks[seq->num_blocks - 1])) {
-        ts_index_remove(pool->index, seq->blocks[seq->num_blocks - 1]); /* it will be written */
+        ts_pool_forget(pool, seq->blocks[seq->num_blocks - 1]); /* it will be written */
     }
     for (uint32_t i = 0; i < part->reserved; i++)
         seq->blocks[seq->num_blocks + i] = ts_pool_take(pool, seq->tenant);
@@ -69,7 +69,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
 }
 
 void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *part,
-                    uint32_t accepted)
+                    uint32_t accepted, uint8_t class)
 {
     ts_sequence *seq = &seqs->all[part->seq];
     assert(accepted <= part->new_tokens && seq->length == part->start);
@@ -99,6 +99,6 @@ void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *
     seq->borrowed_tail = seq->borrowed_tail && accepted == 0;
     if (part->known > 0) {
         seq->known += accepted < part->known ? accepted : part->known;
-        ts_sequence_index_blocks(seqs, pool, seq, part->start / seqs->block_tokens);
+        ts_sequence_index_blocks(seqs, pool, seq, part->start / seqs->block_tokens, class);
     }
 }

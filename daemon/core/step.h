@@ -38,6 +38,7 @@ typedef struct ts_step {
     ts_dtype io_dtype;
     float scale;
     ts_kernel kernel;
+    uint8_t class;       /* of what is cached of it */
     uint32_t tokens;     /* new tokens of all sequences */
     ts_layer_set layers; /* that were run */
     ts_status failed;    /* TS_OK, or what came of a run: such a step keeps no tokens */
@@ -55,9 +56,9 @@ uint32_t ts_step_blocks(const ts_sequences *seqs, const ts_pool_books *pool, con
 void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step,
                   const uint32_t *ids);
 
-/* Keeps the first `accepted` of the new tokens and gives the other blocks back; 0 restores the
- * sequence as it was. */
+/* Keeps the first `accepted` of the new tokens, in this class of what is cached (block_pool.h), and
+ * gives the other blocks back; 0 restores the sequence as it was. */
 void ts_step_settle(ts_sequences *seqs, ts_pool_books *pool, const ts_step_seq *part,
-                    uint32_t accepted);
+                    uint32_t accepted, uint8_t class);
 
 #endif

@@ -88,7 +88,7 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
         uint32_t before = seq->num_blocks;
         uint32_t n = accepted != NULL ? accepted[i] : all ? part->new_tokens : 0;
         s->blocks -= part->reserved + (part->original != TS_NONE);
-        ts_step_settle(&pool->seqs, &pool->books, part, n);
+        ts_step_settle(&pool->seqs, &pool->books, part, n, step->class);
         ts_claims_step_ended(e, step->pool, part->seq);
         ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (seq->owner == step->session)
@@ -131,7 +131,7 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
             return i;
         }
         if (ids != NULL && new_tokens > 0 && *ids != TS_TOKEN_UNKNOWN && seq->space == TS_NONE &&
-            pool->books.index != NULL) {
+            !pool->books.index->off) {
             ts_refuse(a, TS_EINVAL,
                       "token ids for sequence %llx, which has no namespace: name one when it is "
                       "made, or set model = in pool '%s'",
@@ -167,7 +167,7 @@ static bool room_for(const ts_engine *e, const ts_session *s, uint32_t index, ui
 static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, needs *n)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
-    if (pool->books.index == NULL || room_for(e, s, c->pool, n->blocks))
+    if (room_for(e, s, c->pool, n->blocks))
         return;
     for (int pass = 0; pass < 2; pass++) {
         uint64_t saved = 0;
@@ -231,23 +231,39 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
                   "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
                   (unsigned long long)blocks, pool->config.name, (unsigned long long)available,
                   e->tenants[s->tenant], books->num_blocks);
-        a->amounts = (ts_amounts){blocks, available, books->num_blocks};
+        a->amounts = (ts_amounts){.needed = blocks,
+                                  .free = available,
+                                  .limit = books->num_blocks,
+                                  .cached = tenant->cached,
+                                  .pinned = tenant->pinned,
+                                  .others = books->used - tenant->used};
         return false;
     }
     if (no_new_slabs && (uint64_t)tenant->free + tenant->cached < blocks)
         return true; /* evicting doesn't help */
+    uint32_t budget = TS_SWEEP_ENTRIES;
     uint64_t all = (uint64_t)tenant->used + tenant->cached + blocks;
     if (all > most) /* what is cached counts too, and goes */
-        (void)ts_pool_evict(books, s->tenant, all - most);
+        ts_pool_evict(books, s->tenant, all - most, TS_EVICT_LIMIT, &budget);
     /* Beyond its share its own content goes first: the room of others isn't filled with it. */
-    const bool has_share = tenant->slabs >= books->num_slabs / e->present_tenants;
+    const uint32_t share = books->num_slabs / e->present_tenants;
+    const bool has_share = tenant->slabs >= share;
     if (tenant->free < blocks && (has_share || no_new_slabs))
-        (void)ts_pool_evict(books, s->tenant, blocks - tenant->free);
+        ts_pool_evict(books, s->tenant, blocks - tenant->free, TS_EVICT_ROOM, &budget);
     uint64_t grantable = ts_pool_grantable(books, s->tenant);
-    if (tenant->free + grantable < blocks)
-        (void)ts_pool_evict(books, s->tenant, blocks - tenant->free - grantable);
-    while (tenant->free + grantable < blocks && ts_pool_empty_other(books, s->tenant))
+    /* Another tenant's content, beyond that one's share, goes before one's own within it. */
+    while (budget > 0 && tenant->free + grantable < blocks && !has_share &&
+           ts_pool_empty_other(books, s->tenant, share, true, &budget))
         grantable = ts_pool_grantable(books, s->tenant);
+    if (tenant->free + grantable < blocks)
+        ts_pool_evict(books, s->tenant, blocks - tenant->free - grantable, TS_EVICT_ROOM, &budget);
+    while (budget > 0 && tenant->free + grantable < blocks &&
+           ts_pool_empty_other(books, s->tenant, share, false, &budget))
+        grantable = ts_pool_grantable(books, s->tenant);
+    if (budget == 0) {
+        ts_engine_go_on_later(e, a);
+        return false;
+    }
     return tenant->free < blocks;
 }
 
@@ -310,6 +326,8 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
             "a step without query heads leaves K and V to the session, which didn't open pool "
             "'%s' to write",
             e->pools[c->pool].config.name);
+    else if (c->step_begin.priority < -1 || c->step_begin.priority > 1)
+        ts_refuse(a, TS_EINVAL, "a priority of %d; the limits are -1..1", c->step_begin.priority);
     else if (s->steps >= e->limits.session_steps)
         ts_refuse_more(a, TS_EQUOTA, s->steps, 1, e->limits.session_steps,
                        "the session has %u open steps; the limit is %u", s->steps,
@@ -385,6 +403,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     step->kernel =
         c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
     step->tokens = (uint32_t)n.tokens;
+    step->class = (uint8_t)(c->step_begin.priority + (int)TS_CLASS_NORMAL);
     /* An append's K and V are written later: nobody is to find them. */
     const uint32_t *ids = step->append ? NULL : c->step_begin.tokens;
     for (uint32_t i = 0; i < count; i++) {

@@ -45,11 +45,25 @@ bool ts_engine_ends_by(const ts_engine *e, uint64_t now_ms)
     return ends;
 }
 
+static bool has_retired(const ts_pool_books *books)
+{
+    uint32_t near = TS_NO_BLOCK;
+    return books->index != NULL && ts_index_retired_leaf(books->index, &near) != TS_NO_BLOCK;
+}
+
+void ts_engine_go_on_later(ts_engine *e, ts_answer *a)
+{
+    e->wants_sweep = true;
+    ts_refuse(a, TS_NEED_SWEEP, "it goes on bit by bit");
+}
+
 bool ts_engine_sweeps(const ts_engine *e)
 {
-    bool sweeps = e->closing != TS_NONE || e->graves != NULL || ts_engine_ends_by(e, e->now_ms);
+    bool sweeps = e->wants_sweep || e->closing != TS_NONE || e->graves != NULL ||
+                  ts_engine_ends_by(e, e->now_ms);
     for (uint32_t i = 0; i < e->num_pools && !sweeps; i++)
-        sweeps = ts_engine_has_pool(e, i) && e->pools[i].seqs.dying != TS_NONE;
+        sweeps = ts_engine_has_pool(e, i) &&
+                 (e->pools[i].seqs.dying != TS_NONE || has_retired(&e->pools[i].books));
     return sweeps;
 }
 
@@ -71,6 +85,7 @@ void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     (void)c;
     (void)a;
     uint32_t left = TS_SWEEP_ENTRIES;
+    e->wants_sweep = false;
     ts_claims_end_idle(e);
     while (left > 0 && e->closing != TS_NONE) {
         ts_session *closing = &e->sessions[e->closing];
@@ -81,6 +96,8 @@ void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     for (uint32_t i = 0; i < e->num_pools && left > 0; i++)
         if (ts_engine_has_pool(e, i)) {
             left = end_lives(e, i, left);
+            if (e->pools[i].books.index != NULL)
+                ts_pool_drop_retired(&e->pools[i].books, &left);
             left = ts_sequences_sweep(&e->pools[i].seqs, &e->pools[i].books, left);
         }
     while (left > 0 && e->graves != NULL) {

@@ -86,7 +86,7 @@ static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
     p->used_blocks = pool->books.used;
     p->shared_blocks = pool->books.shared;
     p->cached_blocks = pool->books.cached;
-    p->evicted_blocks = pool->books.evicted;
+    p->evicted_blocks = ts_pool_evicted(&pool->books);
     p->asked_tokens = pool->asked_tokens;
     p->found_tokens = pool->found_tokens;
     p->waiting_sessions = pool->waiting;
