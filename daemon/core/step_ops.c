@@ -202,7 +202,7 @@ static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_
     const uint64_t most = pool->config.tenant_blocks_max;
     const uint64_t available = ts_pool_available(books, s->tenant);
     bool over = tenant->used + blocks > most;
-    if ((over || available < blocks) && (pool->seqs.dying != TS_NONE || e->closing != TS_NONE)) {
+    if ((over || available < blocks) && (ts_engine_frees_more(e, index) || e->closing != TS_NONE)) {
         a->status = TS_NEED_SWEEP;
         return false;
     }

@@ -35,6 +35,12 @@ void ts_engine_bury(ts_engine *e, ts_sequences *seqs)
     e->graves = grave;
 }
 
+bool ts_engine_frees_more(const ts_engine *e, uint32_t pool)
+{
+    const ts_sequences *seqs = &e->pools[pool].seqs;
+    return seqs->dying != TS_NONE || ts_sequences_first_over(seqs, e->now_ms) != NULL;
+}
+
 bool ts_engine_ends_by(const ts_engine *e, uint64_t now_ms)
 {
     bool ends = false;
@@ -46,9 +52,9 @@ bool ts_engine_ends_by(const ts_engine *e, uint64_t now_ms)
 
 bool ts_engine_sweeps(const ts_engine *e)
 {
-    bool sweeps = e->closing != TS_NONE || e->graves != NULL || ts_engine_ends_by(e, e->now_ms);
+    bool sweeps = e->closing != TS_NONE || e->graves != NULL;
     for (uint32_t i = 0; i < e->num_pools && !sweeps; i++)
-        sweeps = ts_engine_has_pool(e, i) && e->pools[i].seqs.dying != TS_NONE;
+        sweeps = ts_engine_has_pool(e, i) && ts_engine_frees_more(e, i);
     return sweeps;
 }
 
