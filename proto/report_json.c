@@ -46,7 +46,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:I, s:I, s:I, s:i, s:i, s:i, s:I}",
+        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
         "kernel", p->kernel, "dtype", report_dtype(p), "layout", layout_of(p), "layers", p->layers,
         "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens", p->block_tokens,
@@ -56,7 +56,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
         integer(p->blocks - p->used_blocks - p->cached_blocks), "sequences", integer(p->sequences),
         "kept_sequences", integer(p->kept_sequences), "open_steps", integer(p->open_steps),
         "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
-        "max_blocks", integer(p->max_blocks));
+        "max_blocks", integer(p->max_blocks), "waiting_sessions", p->waiting_sessions);
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)

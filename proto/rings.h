@@ -33,7 +33,7 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 6u
+#define TS_RING_VERSION 7u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of, if the client made room for them */
@@ -78,7 +78,8 @@ typedef struct ts_ring_entry {
             float scale;
             char kernel[20]; /* NUL-terminated; empty: the pool's */
             uint32_t flags;
-        } begin;          /* of sequence batch_seqs[i], batch_words[i] new tokens */
+            uint32_t wait_ms; /* for room */
+        } begin;              /* of sequence batch_seqs[i], batch_words[i] new tokens */
         ts_layer_run run; /* on a stream: completed when it is accepted; signals.h has the rest */
         struct {
             uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
@@ -88,9 +89,10 @@ typedef struct ts_ring_entry {
             uint32_t pool, count, length, flags;
             uint32_t space_bytes; /* of a create or a match */
             uint8_t space[64];
+            uint32_t wait_ms; /* of a match */
         } seqs; /* a truncate's lengths, and the tokens of a match's prompts, lie in batch_words;
-                   the prompts' ids in ts_rings_ids; what a match found, in tokens, in begun_starts
-                 */
+                   the prompts' ids in ts_rings_ids; what a match found, in tokens, in begun_starts,
+                   and what Matched calls twins in begun_counts */
     };
     uint8_t unused[16];
 } ts_ring_entry;

@@ -383,10 +383,10 @@ static void options_may_be_of_an_earlier_or_a_later_header(void **state)
     OK(ts_step_abort(s));
     step.later[3] = 1;
     assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
-    assert_non_null(strstr(ts_error(c), "ts_step_options has 48 bytes"));
-    assert_non_null(strstr(ts_error(c), "knows 40, and byte 43 isn't 0"));
+    assert_non_null(strstr(ts_error(c), "ts_step_options has 56 bytes"));
+    assert_non_null(strstr(ts_error(c), "knows 48, and byte 51 isn't 0"));
     assert_int_equal(ts_frame_new(p, &frame, &f), TS_EINVAL);
-    assert_non_null(strstr(ts_error(c), "and byte 43 isn't 0"));
+    assert_non_null(strstr(ts_error(c), "and byte 51 isn't 0"));
     step.options.size = SIZE_MAX; /* never set */
     assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
     assert_non_null(strstr(ts_error(c), "TS_STEP_OPTIONS_INIT"));

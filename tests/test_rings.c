@@ -334,7 +334,7 @@ static void scribbler(const char *url, const char *argument)
     ts_seq seqs[8], unused;
     ts_step *s;
     uint32_t found;
-    const ts_seq_options space = {sizeof(ts_seq_options), "m", 1};
+    const ts_seq_options space = {.size = sizeof(ts_seq_options), .space = "m", .space_bytes = 1};
     OK(ts_seq_match(p, &(uint32_t){7}, &(uint32_t){1}, 1, &space, &unused,
                     &found)); /* room for ids */
     OK(ts_seq_create(p, 8, seqs));

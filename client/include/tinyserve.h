@@ -129,6 +129,10 @@ ts_transport ts_client_transport(const ts_client *client);
 /* Who attended in the client's last step; TS_EXEC_AUTO: both did, to be timed. */
 ts_exec ts_client_exec(const ts_client *client);
 
+/* Ends the wait (wait_ms) of a call that another thread is in: it returns at once, as if its time
+ * were over. The one call that may be made meanwhile. */
+TS_WARN_UNUSED ts_status ts_wait_end(ts_client *client);
+
 uint64_t ts_session_id(const ts_client *client); /* as operators see it */
 const char *ts_daemon_version(const ts_client *client);
 
@@ -186,11 +190,18 @@ typedef struct ts_seq_options {
                            whatever else changes K and V; NULL: the pool's, its `model`. A
                            sequence with neither takes no token ids: TS_EINVAL */
     size_t space_bytes; /* at most 64 */
+    /* Of ts_seq_match: */
+    uint32_t wait_ms; /* waits so long, beside the call's own time, while another session of the
+                         tenant computes what is missing, or has matched it with a wait and is going
+                         to: that one has a second to begin. 0: it doesn't wait */
+    uint32_t *twins;  /* with wait_ms: gets for each prompt the number of the earlier one in this
+                         call that lacks the same, and so should be computed before it, or its own;
+                         may be NULL */
 } ts_seq_options;
 
 #define TS_SEQ_OPTIONS_INIT                                                                        \
     {                                                                                              \
-        sizeof(ts_seq_options), NULL, 0                                                            \
+        sizeof(ts_seq_options), NULL, 0, 0, NULL                                                   \
     }
 
 /* ts_seq_create with options, which may be NULL. TS_EQUOTA also: 1024 namespaces are in use. */
@@ -339,13 +350,15 @@ typedef struct ts_step_options {
     const uint32_t *tokens; /* ids of all new tokens, in order: what is committed with them can be
                                found (ts_seq_match). TS_TOKEN_UNKNOWN: this one's isn't known.
                                NULL: none are */
+    uint32_t wait_ms; /* waits so long, beside the call's own time, for room: sessions of a pool get
+                         it in their order, tenants in turn. 0: it is refused at once */
 } ts_step_options;
 
 #define TS_TOKEN_UNKNOWN UINT32_MAX
 
 #define TS_STEP_OPTIONS_INIT                                                                       \
     {                                                                                              \
-        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL                            \
+        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL, 0                         \
     }
 
 /*

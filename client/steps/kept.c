@@ -45,7 +45,7 @@ ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *len
     TS_REQUEST(seq_attach, SEQ_ATTACH);
     body.pool = p->index;
     body.name = ts_unconst(name);
-    return ts_call_for_seqs(p->client, &request, 1, out, length);
+    return ts_call_for_seqs(p, &request, 1, out, length);
 }
 
 /* ---- listing ---- */
@@ -155,5 +155,5 @@ ts_status ts_seq_redeem(ts_pool *p, const uint8_t ticket[TS_TICKET_BYTES], ts_se
     body.pool = p->index;
     body.ticket.data = ts_unconst(ticket);
     body.ticket.len = TS_TICKET_BYTES;
-    return ts_call_for_seqs(p->client, &request, 1, out, length);
+    return ts_call_for_seqs(p, &request, 1, out, length);
 }

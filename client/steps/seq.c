@@ -5,16 +5,20 @@
 #include "ring_client.h"
 #include "rpc.h"
 #include "seq_calls.h"
+#include "unanswered.h"
 #include "unconst.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-ts_status ts_call_for_seqs(ts_client *c, Tspb__Request *request, uint32_t count, ts_seq *out,
+ts_status ts_call_for_seqs(ts_pool *p, Tspb__Request *request, uint32_t count, ts_seq *out,
                            uint32_t *length)
 {
+    ts_client *c = p->client;
     Tspb__Reply *reply;
     ts_status status = ts_call(c, request, &reply);
+    if (status == TS_ETIMEOUT && request->body_case != TSPB__REQUEST__BODY_SEQ_ATTACH)
+        ts_unanswered_by_message(c, request, p->index);
     if (status != TS_OK)
         return status;
     if (reply->body_case == TSPB__REPLY__BODY_SEQS && reply->seqs->n_seqs == count) {
@@ -54,6 +58,8 @@ static ts_status ask_ring(ts_pool *p, ts_ring_entry *entry, uint32_t count)
 static ts_status ask_ring_for_seqs(ts_pool *p, ts_ring_entry *entry, uint32_t count, ts_seq *out)
 {
     ts_status status = ask_ring(p, entry, count);
+    if (status == TS_ETIMEOUT)
+        ts_unanswered_by_ring(p->client, p->index, count);
     if (status == TS_OK)
         memcpy(out, p->client->rings->batch_seqs, count * sizeof *out);
     return status;
@@ -96,7 +102,7 @@ static ts_status create(ts_pool *p, uint32_t count, const ts_seq_options *option
         return status;
     if (use && put_space(&entry, &body.space))
         return ask_ring_for_seqs(p, &entry, count, out);
-    return ts_call_for_seqs(p->client, &request, count, out, NULL);
+    return ts_call_for_seqs(p, &request, count, out, NULL);
 }
 
 ts_status ts_seq_create(ts_pool *p, uint32_t count, ts_seq *out)
@@ -111,53 +117,94 @@ ts_status ts_seq_create_with(ts_pool *p, uint32_t count, const ts_seq_options *o
     return create(p, count, options, out);
 }
 
+/* What a match asks for, and where its answer goes. */
+typedef struct match {
+    Tspb__SeqMatch body;
+    ts_seq *out;               /* NULL: it is dry */
+    uint32_t *matched, *twins; /* twins: may be NULL */
+} match;
+
+static ts_status match_by_ring(ts_pool *p, ts_ring_entry *entry, const match *m)
+{
+    ts_client *c = p->client;
+    ts_rings_memory *rings = c->rings;
+    const uint32_t count = (uint32_t)m->body.n_counts;
+    entry->seqs.flags = m->body.dry ? TS_RING_DRY : 0u;
+    entry->seqs.wait_ms = m->body.wait_ms;
+    memcpy(rings->batch_words, m->body.counts, count * sizeof *m->body.counts);
+    memcpy(ts_rings_ids(rings, c->ring_blocks, c->ring_slabs), m->body.tokens,
+           m->body.n_tokens * sizeof *m->body.tokens);
+    ts_status status = ask_ring(p, entry, count);
+    if (status == TS_ETIMEOUT && !m->body.dry)
+        ts_unanswered_by_ring(c, p->index, count);
+    if (status != TS_OK)
+        return status;
+    memcpy(m->matched, rings->begun_starts, count * sizeof *m->matched);
+    if (m->twins != NULL)
+        memcpy(m->twins, rings->begun_counts, count * sizeof *m->twins);
+    if (m->out != NULL)
+        memcpy(m->out, rings->batch_seqs, count * sizeof *m->out);
+    return TS_OK;
+}
+
+static ts_status match_by_message(ts_pool *p, match *m)
+{
+    Tspb__Reply *reply;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    const size_t count = m->body.n_counts;
+    request.body_case = TSPB__REQUEST__BODY_SEQ_MATCH;
+    request.seq_match = &m->body;
+    ts_status status = ts_call(p->client, &request, &reply);
+    if (status == TS_ETIMEOUT && !m->body.dry)
+        ts_unanswered_by_message(p->client, &request, p->index);
+    if (status != TS_OK)
+        return status;
+    const Tspb__Matched *found = reply->matched;
+    if (reply->body_case == TSPB__REPLY__BODY_MATCHED && found->n_lengths == count &&
+        found->n_seqs == (m->out == NULL ? 0 : count) &&
+        (m->twins == NULL || found->n_twins == count)) {
+        memcpy(m->matched, found->lengths, count * sizeof *m->matched);
+        if (m->twins != NULL)
+            memcpy(m->twins, found->twins, count * sizeof *m->twins);
+        if (m->out != NULL)
+            memcpy(m->out, found->seqs, count * sizeof *m->out);
+    } else {
+        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %zu prompts", count);
+    }
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}
+
 ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *counts, uint32_t count,
                        const ts_seq_options *options, ts_seq *out, uint32_t *matched)
 {
-    TS_ENTER(p->client);
-    Tspb__SeqMatch body = TSPB__SEQ_MATCH__INIT;
-    Tspb__Reply *reply;
-    TS_REQUEST(seq_match, SEQ_MATCH);
-    ts_status status = read_space(p->client, options, &body.space);
+    ts_client *c = p->client;
+    TS_ENTER(c);
+    match m = {.body = TSPB__SEQ_MATCH__INIT, .out = out, .matched = matched};
+    ts_seq_options o;
+    ts_status status = read_space(c, options, &m.body.space);
+    if (status == TS_OK)
+        status = ts_options_read(c, TS_STRUCT_SEQ_OPTIONS, options, &o);
     if (status != TS_OK)
         return status;
-    body.pool = p->index;
-    body.tokens = ts_unconst(tokens);
-    body.counts = ts_unconst(counts);
-    body.n_counts = count;
+    m.body.pool = p->index;
+    m.body.tokens = ts_unconst(tokens);
+    m.body.counts = ts_unconst(counts);
+    m.body.n_counts = count;
     for (uint32_t i = 0; i < count; i++)
-        body.n_tokens += counts[i];
-    body.dry = out == NULL;
+        m.body.n_tokens += counts[i];
+    m.body.dry = out == NULL;
+    m.body.wait_ms = m.body.dry ? 0 : o.wait_ms;
+    m.twins = m.body.wait_ms > 0 ? o.twins : NULL;
     bool use;
-    ts_ring_entry entry = {.op = TS_RING_SEQ_MATCH, .seqs.flags = out == NULL ? TS_RING_DRY : 0u};
-    status = use_rings(p->client, count, body.n_tokens, &use);
+    ts_ring_entry entry = {.op = TS_RING_SEQ_MATCH};
+    status = use_rings(c, count, m.body.n_tokens, &use);
     if (status != TS_OK)
         return status;
-    if (use && put_space(&entry, &body.space)) {
-        ts_rings_memory *m = p->client->rings;
-        memcpy(m->batch_words, counts, count * sizeof *counts);
-        memcpy(ts_rings_ids(m, p->client->ring_blocks, p->client->ring_slabs), tokens,
-               body.n_tokens * sizeof *tokens);
-        status = ask_ring(p, &entry, count);
-        if (status == TS_OK)
-            memcpy(matched, m->begun_starts, count * sizeof *matched);
-        if (status == TS_OK && out != NULL)
-            memcpy(out, m->batch_seqs, count * sizeof *out);
-        return status;
-    }
-    status = ts_call(p->client, &request, &reply);
-    if (status != TS_OK)
-        return status;
-    const Tspb__Matched *m = reply->matched;
-    if (reply->body_case == TSPB__REPLY__BODY_MATCHED && m->n_lengths == count &&
-        m->n_seqs == (out == NULL ? 0 : count)) {
-        memcpy(matched, m->lengths, count * sizeof *matched);
-        if (out != NULL)
-            memcpy(out, m->seqs, count * sizeof *out);
-    } else {
-        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u prompts", count);
-    }
-    tspb__reply__free_unpacked(reply, NULL);
+    c->wait_ms = m.body.wait_ms;
+    use = use && put_space(&entry, &m.body.space);
+    status = use ? match_by_ring(p, &entry, &m) : match_by_message(p, &m);
+    c->wait_ms = 0;
     return status;
 }
 
@@ -213,7 +260,7 @@ static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t l
     bool use;
     ts_status status = use_rings(p->client, count, 0, &use);
     if (status != TS_OK || !use)
-        return status != TS_OK ? status : ts_call_for_seqs(p->client, &request, count, out, NULL);
+        return status != TS_OK ? status : ts_call_for_seqs(p, &request, count, out, NULL);
     ts_ring_entry entry = {.op = TS_RING_SEQ_FORK,
                            .seqs = {.parent = parent,
                                     .length = length,

@@ -16,7 +16,7 @@
 
 /* Calls for an answer of exactly `count` sequences; *length, unless that is NULL, is of the first.
  */
-ts_status ts_call_for_seqs(ts_client *client, Tspb__Request *request, uint32_t count, ts_seq *out,
+ts_status ts_call_for_seqs(ts_pool *pool, Tspb__Request *request, uint32_t count, ts_seq *out,
                            uint32_t *length);
 
 #endif

@@ -90,6 +90,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     body.io_dtype = o->io_dtype;
     body.scale = o->scale;
     body.append = append;
+    body.wait_ms = o->wait_ms;
     if (o->tokens != NULL) {
         body.tokens = ts_unconst(o->tokens);
         body.n_tokens = s->tokens;
@@ -100,7 +101,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     request.step_begin = &body;
     ts_status status = ts_call(s->pool->client, &request, &reply);
     if (status == TS_ETIMEOUT && !append)
-        ts_unanswered_by_message(s->pool->client, &request);
+        ts_unanswered_by_message(s->pool->client, &request, s->pool->index);
     if (status != TS_OK)
         return status;
     const Tspb__StepBegun *b = reply->step_begun;
@@ -159,7 +160,8 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                                      .io_dtype = o->io_dtype,
                                      .scale = o->scale,
                                      .flags = (tables ? TS_RING_TABLES : 0u) |
-                                              (o->tokens != NULL ? TS_RING_TOKENS : 0u)}};
+                                              (o->tokens != NULL ? TS_RING_TOKENS : 0u),
+                                     .wait_ms = o->wait_ms}};
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
     if (tables)
@@ -171,7 +173,7 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                s->tokens * sizeof *o->tokens);
     ts_status status = ts_ring_call(c, &entry, &done);
     if (status == TS_ETIMEOUT)
-        ts_unanswered_by_ring(c);
+        ts_unanswered_by_ring(c, s->pool->index, 0);
     if (status != TS_OK)
         return status;
     s->id = done.step;
@@ -320,7 +322,9 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
     s->publishes = o.no_run && o.tokens != NULL && p->on_gpu;
+    p->client->wait_ms = o.wait_ms;
     status = ts_step_call_begin(s, seqs, &o, false);
+    p->client->wait_ms = 0;
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
         ts_step_free(s);

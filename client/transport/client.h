@@ -53,7 +53,8 @@ struct ts_client {
     bool absent;        /* connecting failed for want of a daemon */
     char path[100];     /* of the daemon's socket */
     uint32_t timeout_ms, retries;
-    uint64_t next_id;
+    uint32_t wait_ms; /* that the present call may take beside */
+    atomic_uint_fast64_t next_id;
     uint64_t session;
     uint8_t token[TS_TOKEN_BYTES];
     char version[32];
@@ -78,9 +79,11 @@ struct ts_client {
     bool pools_are_new;                         /* one was opened that they may have no room for */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
-    int spin_luck;             /* how often polling was worth it lately */
-    bool rings_lost;           /* they can't be used, or not any more */
-    bool ring_unanswered;      /* the last entry was a begin whose completion is yet to come */
+    int spin_luck;        /* how often polling was worth it lately */
+    bool rings_lost;      /* they can't be used, or not any more */
+    bool ring_unanswered; /* the last entry was a begin, or a match of so many prompts in this pool,
+                           * whose completion is yet to come */
+    uint32_t unanswered_seqs, unanswered_pool;
     ts_unanswered *unanswered; /* begins by message whose answers are yet to come */
     /* Called before each call, if it isn't NULL: undoes begins whose answers came late. */
     void (*settle)(ts_client *client);

@@ -6,6 +6,7 @@
 #include "error.h"
 #include "fd_client.h"
 #include "host_memory.h"
+#include "rpc.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -142,7 +143,7 @@ static ts_status await_completion(ts_client *c)
 {
     ts_rings_memory *m = c->rings;
     uint32_t seen = c->ring_seen;
-    uint64_t start = ts_now_ns(), until = start + c->timeout_ms * 1000000ull;
+    uint64_t start = ts_now_ns(), until = start + ts_call_time(c) * 1000000ull;
     uint64_t spin_until = start + (spins(c) ? c->spin_us * 1000ull : 0);
     for (uint32_t turn = 1;; turn++) {
         if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen) {
@@ -175,7 +176,7 @@ static ts_status await_completion(ts_client *c)
         if (now >= until) {
             c->rings_lost = true; /* the answer may come any time now, over what is asked next */
             status =
-                ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, c->timeout_ms);
+                ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, ts_call_time(c));
             break;
         }
         struct timespec slice = {.tv_nsec = SLICE_MS * 1000000};

@@ -3,6 +3,7 @@
 
 #include "error.h"
 
+#include <nng/protocol/reqrep0/req.h>
 #include <unistd.h>
 
 /* Sends the packed request and waits for one reply message. */
@@ -13,7 +14,8 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
     if (nng_msg_alloc(&message, bytes) != 0)
         return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
     tspb__request__pack(request, nng_msg_body(message));
-    nng_aio_set_timeout(c->aio, (nng_duration)c->timeout_ms);
+    const uint32_t time_ms = ts_call_time(c);
+    nng_aio_set_timeout(c->aio, (nng_duration)time_ms);
     nng_aio_set_msg(c->aio, message);
     nng_send_aio(c->socket, c->aio);
     if (atomic_load(&c->broken)) /* it may have ended before there was anything to abort */
@@ -36,7 +38,7 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
     if (atomic_load(&c->broken))
         return ts_gone(c);
     if (error == NNG_ETIMEDOUT)
-        return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, c->timeout_ms);
+        return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, time_ms);
     return ts_fail(c, TS_ECONN, "%s: %s", c->path, nng_strerror(error));
 }
 
@@ -46,7 +48,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
     ts_status status = ts_may_ask(c);
     if (status != TS_OK)
         return status;
-    request->request_id = c->next_id++;
+    request->request_id = atomic_fetch_add(&c->next_id, 1);
     status = TS_ETIMEOUT;
     nng_msg *message = NULL;
     for (uint32_t i = 0; status == TS_ETIMEOUT && i <= c->retries; i++)
@@ -77,4 +79,43 @@ ts_status ts_call_plain(ts_client *c, Tspb__Request *request)
     if (status == TS_OK)
         tspb__reply__free_unpacked(reply, NULL);
     return status;
+}
+
+ts_status ts_wait_end(ts_client *c)
+{
+    /* Another thread is in a call: nothing here may be what that one uses, its sentence included.
+     */
+    Tspb__WaitEnd body = TSPB__WAIT_END__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    nng_ctx context;
+    nng_msg *message;
+    request.body_case = TSPB__REQUEST__BODY_WAIT_END;
+    request.wait_end = &body;
+    if (atomic_load(&c->broken) || c->pid != getpid() || nng_ctx_open(&context, c->socket) != 0)
+        return TS_ECONN;
+    request.request_id = atomic_fetch_add(&c->next_id, 1);
+    nng_aio *aio = NULL;
+    int error = nng_aio_alloc(&aio, NULL, NULL);
+    if (error == 0)
+        error = nng_msg_alloc(&message, tspb__request__get_packed_size(&request));
+    if (error == 0) {
+        tspb__request__pack(&request, nng_msg_body(message));
+        nng_ctx_set_ms(context, NNG_OPT_REQ_RESENDTIME, -1);
+        nng_aio_set_timeout(aio, (nng_duration)c->timeout_ms);
+        nng_aio_set_msg(aio, message);
+        nng_ctx_send(context, aio);
+        nng_aio_wait(aio);
+        if ((error = nng_aio_result(aio)) != 0)
+            nng_msg_free(message);
+    }
+    if (error == 0) {
+        nng_ctx_recv(context, aio);
+        nng_aio_wait(aio);
+        if ((error = nng_aio_result(aio)) == 0)
+            nng_msg_free(nng_aio_get_msg(aio));
+    }
+    if (aio != NULL)
+        nng_aio_free(aio);
+    nng_ctx_close(context);
+    return error == 0 ? TS_OK : error == NNG_ETIMEDOUT ? TS_ETIMEOUT : TS_ECONN;
 }

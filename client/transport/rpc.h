@@ -18,4 +18,11 @@ ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
 
+/* Milliseconds that the present call may take. */
+static inline uint32_t ts_call_time(const ts_client *client)
+{
+    uint64_t ms = (uint64_t)client->timeout_ms + client->wait_ms;
+    return ms < INT32_MAX ? (uint32_t)ms : INT32_MAX; /* which is NNG's limit */
+}
+
 #endif

@@ -1,8 +1,9 @@
 /*
- * Begins of steps whose answer didn't come in time. The daemon may have begun such a step, or may
- * yet do so, and its sequences would stay in an open step for as long as the session lasts. So the
- * answer is still waited for, beside what else the session does, and the step is aborted before the
- * next call that finds it there.
+ * Begins of steps, and what makes sequences, whose answer didn't come in time. The daemon may have
+ * begun such a step, or may yet do so, and its sequences would stay in an open step for as long as
+ * the session lasts; new sequences would be nobody's. So the answer is still waited for, beside
+ * what else the session does, and the step is aborted, or the sequences freed, before the next call
+ * that finds the answer there.
  *
  * By messages the same request is sent again, in a context of its own: the daemon applies it once
  * and gives the first answer again. By the rings, which aren't used any more then, the completion
@@ -22,6 +23,7 @@ struct ts_unanswered {
     nng_aio *aio;
     bool sent;       /* the callback's */
     nng_msg *answer; /* NULL: none came */
+    uint32_t pool;   /* of the sequences that it may tell of */
     atomic_bool done;
 };
 
@@ -51,58 +53,76 @@ static void drop(ts_unanswered *u)
     free(u);
 }
 
-/* The step that the answer tells of; 0: none was begun. */
-static uint64_t step_of(nng_msg *answer)
+static void abort_step(ts_client *c, uint64_t step)
+{
+    Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    abort.step = step;
+    request.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
+    request.step_abort = &abort;
+    (void)ts_call_plain(c, &request);
+}
+
+static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count)
+{
+    Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.pool = pool;
+    body.seqs = seqs;
+    body.n_seqs = count;
+    request.body_case = TSPB__REQUEST__BODY_SEQ_FREE;
+    request.seq_free = &body;
+    (void)ts_call_plain(c, &request);
+}
+
+/* Undoes what the answer tells of. */
+static void undo(ts_client *c, nng_msg *answer, uint32_t pool)
 {
     Tspb__Reply *r = answer == NULL
                          ? NULL
                          : tspb__reply__unpack(NULL, nng_msg_len(answer), nng_msg_body(answer));
-    uint64_t step = 0;
-    if (r != NULL && r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
-        step = r->step_begun->step;
-    if (r != NULL)
-        tspb__reply__free_unpacked(r, NULL);
-    return step;
+    if (r == NULL)
+        return;
+    if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
+        abort_step(c, r->step_begun->step);
+    else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_MATCHED)
+        free_seqs(c, pool, r->matched->seqs, r->matched->n_seqs);
+    else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_SEQS)
+        free_seqs(c, pool, r->seqs->seqs, r->seqs->n_seqs);
+    tspb__reply__free_unpacked(r, NULL);
 }
 
-/* Takes an answer that came; false: there is none (yet). */
-static bool take(ts_client *c, uint64_t *step)
+static void settle_ring(ts_client *c)
 {
     ts_ring_completion done;
-    *step = 0;
-    if (c->ring_unanswered && ts_ring_take(c, &done)) {
-        c->ring_unanswered = false;
-        *step = done.tag == c->ring_tag && done.status == TS_OK ? done.step : 0;
-        return true;
-    }
-    for (ts_unanswered **at = &c->unanswered; *at != NULL; at = &(*at)->next) {
-        ts_unanswered *u = *at;
-        if (!atomic_load(&u->done))
-            continue;
-        *at = u->next;
-        *step = step_of(u->answer);
-        drop(u);
-        return true;
-    }
-    return false;
+    if (!c->ring_unanswered || !ts_ring_take(c, &done))
+        return;
+    c->ring_unanswered = false; /* first: what follows are calls, too */
+    if (done.tag != c->ring_tag || done.status != TS_OK)
+        return;
+    if (c->unanswered_seqs > 0)
+        free_seqs(c, c->unanswered_pool, c->rings->batch_seqs, c->unanswered_seqs);
+    else if (done.step != 0)
+        abort_step(c, done.step);
 }
 
 static void settle(ts_client *c)
 {
-    uint64_t step;
-    while (take(c, &step)) {
-        Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
-        Tspb__Request request = TSPB__REQUEST__INIT;
-        if (step == 0)
+    settle_ring(c);
+    for (ts_unanswered **at = &c->unanswered; *at != NULL;) {
+        ts_unanswered *u = *at;
+        if (!atomic_load(&u->done)) {
+            at = &u->next;
             continue;
-        abort.step = step;
-        request.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
-        request.step_abort = &abort;
-        (void)ts_call_plain(c, &request);
+        }
+        *at = u->next;
+        undo(c, u->answer, u->pool);
+        drop(u);
+        at = &c->unanswered; /* which the call may have changed */
     }
 }
 
-void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request)
+void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request, uint32_t pool)
 {
     nng_msg *message;
     ts_unanswered *u = calloc(1, sizeof *u);
@@ -119,6 +139,7 @@ void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request)
     nng_aio_set_timeout(u->aio, NNG_DURATION_INFINITE);
     nng_aio_set_msg(u->aio, message);
     c->settle = settle;
+    u->pool = pool;
     u->next = c->unanswered;
     c->unanswered = u;
     nng_ctx_send(u->context, u->aio);
@@ -131,9 +152,11 @@ no_aio:
     free(u);
 }
 
-void ts_unanswered_by_ring(ts_client *c)
+void ts_unanswered_by_ring(ts_client *c, uint32_t pool, uint32_t seqs)
 {
     c->settle = settle;
+    c->unanswered_pool = pool;
+    c->unanswered_seqs = seqs;
     c->ring_unanswered = true;
 }
 

@@ -1,18 +1,26 @@
 #include "work_queue.h"
 
+#include "clock.h"
+
 #include <semaphore.h>
 #include <stdlib.h>
+#include <time.h>
 
 /* So that a thread of the transport comes back to it soon, whatever the others send. */
 #define RUN_MOST 32
 
 void ts_queue_init(ts_queue *q)
 {
+    pthread_condattr_t by_monotonic;
+    pthread_condattr_init(&by_monotonic);
+    pthread_condattr_setclock(&by_monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&q->lock, NULL);
-    pthread_cond_init(&q->filled, NULL);
+    pthread_cond_init(&q->filled, &by_monotonic);
+    pthread_condattr_destroy(&by_monotonic);
     q->head = NULL;
     q->tail = &q->head;
     q->closed = q->sleeping = q->owned = false;
+    q->alarm_ms = 0;
 }
 
 void ts_queue_fini(ts_queue *q)
@@ -66,14 +74,42 @@ void ts_queue_run(ts_queue *q, ts_work *work, void *service)
     leave(q);
 }
 
+void ts_queue_set_alarm(ts_queue *q, ts_work *work, uint64_t at_ms)
+{
+    pthread_mutex_lock(&q->lock);
+    bool sooner = at_ms != 0 && (q->alarm_ms == 0 || at_ms < q->alarm_ms);
+    q->alarm = work;
+    q->alarm_ms = at_ms;
+    bool wake = sooner && q->sleeping; /* to sleep again, less long */
+    pthread_mutex_unlock(&q->lock);
+    if (wake)
+        pthread_cond_signal(&q->filled);
+}
+
+/* Puts the alarm in if it is time; else waits until then, or for work. */
+static void await(ts_queue *q)
+{
+    const uint64_t ms = q->alarm_ms;
+    if (ms != 0 && ts_now_ms() >= ms) {
+        q->alarm_ms = 0;
+        append(q, q->alarm);
+        return;
+    }
+    q->sleeping = true;
+    if (ms == 0)
+        pthread_cond_wait(&q->filled, &q->lock);
+    else
+        pthread_cond_timedwait(&q->filled, &q->lock,
+                               &(struct timespec){.tv_sec = (time_t)(ms / 1000),
+                                                  .tv_nsec = (long)(ms % 1000) * 1000000});
+}
+
 ts_work *ts_queue_take(ts_queue *q)
 {
     pthread_mutex_lock(&q->lock);
     q->owned = false;
-    while (q->owned || (q->head == NULL && !q->closed)) {
-        q->sleeping = true;
-        pthread_cond_wait(&q->filled, &q->lock);
-    }
+    while (q->owned || (q->head == NULL && !q->closed))
+        await(q);
     q->sleeping = false;
     ts_work *all = q->head;
     q->owned = all != NULL;

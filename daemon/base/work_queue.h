@@ -12,6 +12,7 @@
 
 #include <pthread.h>
 #include <stdbool.h>
+#include <stdint.h>
 
 typedef struct ts_work {
     struct ts_work *next;
@@ -24,6 +25,8 @@ typedef struct ts_queue {
     ts_work *head, **tail;
     bool closed, sleeping;
     bool owned; /* some thread runs work */
+    ts_work *alarm;
+    uint64_t alarm_ms; /* when it is put in; 0: never */
 } ts_queue;
 
 void ts_queue_init(ts_queue *queue);
@@ -35,6 +38,10 @@ void ts_queue_put(ts_queue *queue, ts_work *work);
 /* Runs the work here and now if the engine is idle, and up to 32 pieces that came in meanwhile;
  * else as put. */
 void ts_queue_run(ts_queue *queue, ts_work *work, void *service);
+
+/* Has the taker put the work in at that time of CLOCK_MONOTONIC, or a little later; 0: not any
+ * more. It is the only such work, and not in the queue. */
+void ts_queue_set_alarm(ts_queue *queue, ts_work *work, uint64_t at_ms);
 
 /*
  * All the work there is, linked in order; waits for some. The caller owns the engine until it asks

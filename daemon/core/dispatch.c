@@ -1,5 +1,7 @@
 /* The commands: what each needs to be there, and who carries it out. */
+#include "claim_ops.h"
 #include "engine_internal.h"
+#include "wait_ops.h"
 
 #include <string.h>
 
@@ -37,7 +39,27 @@ static const struct operation {
     [TS_OP_POOL_REMOVE] = {NOTHING, ts_engine_pool_remove},
     [TS_OP_POOL_RESIZE] = {NOTHING, ts_engine_pool_resize},
     [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
+    [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
 };
+
+/* Whether the session may wait for what the command asks for: it waits for one thing at a time. */
+static bool may_wait(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    const bool wait = (c->op == TS_OP_SEQ_MATCH && c->seq_match.wait) ||
+                      (c->op == TS_OP_STEP_BEGIN && c->step_begin.wait);
+    if (c->again && s->wait.kind == TS_WAIT_CLAIM)
+        ts_waits_end(e, s);
+    else if (c->again)
+        ts_waits_answered(e, s); /* and keeps its place */
+    else if (wait && s->wait.kind != TS_WAIT_NONE)
+        ts_refuse(a, TS_EBUSY, "the session waits already, in another call");
+    return a->status == TS_OK;
+}
+
+static bool is_final(ts_status status)
+{
+    return status != TS_WAITS && status != TS_NEED_SLABS && status != TS_NEED_SWEEP;
+}
 
 void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
 {
@@ -53,5 +75,18 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
                          (unsigned long long)c->session);
     if (operation->needs == POOL && (c->pool >= e->num_pools || !(s->opened_pools >> c->pool & 1)))
         return ts_refuse(a, TS_ENOENT, "the session has not opened a pool %u", c->pool);
+    if (s != NULL && !may_wait(e, s, c, a))
+        return;
     operation->apply(e, s, c, a);
+    if (c->again && s != NULL && is_final(a->status))
+        ts_waits_end(e, s);
+    if (e->waiting_for_room > 0)
+        ts_waits_look_for_room(e);
+}
+
+void ts_engine_wait_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)c;
+    (void)a;
+    ts_waits_end(e, s);
 }

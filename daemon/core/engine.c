@@ -59,13 +59,15 @@ ts_engine *ts_engine_new(const ts_engine_limits *limits)
     if (e == NULL)
         return NULL;
     e->limits = *limits;
-    e->free_session = e->free_step = e->closing = TS_NONE;
+    e->free_session = e->free_step = e->closing = e->claims.free_head = TS_NONE;
+    e->woken = (ts_wait_list){TS_NONE, TS_NONE};
     e->pools = calloc(TS_POOLS_MAX, sizeof *e->pools);
     e->tenants = calloc(TS_TENANTS_MAX, sizeof *e->tenants);
     e->tenant_sessions = calloc(TS_TENANTS_MAX, sizeof *e->tenant_sessions);
+    e->tenant_claim_ids = calloc(TS_TENANTS_MAX, sizeof *e->tenant_claim_ids);
     e->sessions = calloc(limits->sessions, sizeof *e->sessions);
     if (e->pools == NULL || e->tenants == NULL || e->tenant_sessions == NULL ||
-        e->sessions == NULL) {
+        e->tenant_claim_ids == NULL || e->sessions == NULL) {
         ts_engine_free(e);
         return NULL;
     }
@@ -88,6 +90,8 @@ void ts_engine_free(ts_engine *e)
     free(e->pools);
     free(e->tenants);
     free(e->tenant_sessions);
+    free(e->tenant_claim_ids);
+    ts_engine_forget_claims(e);
     ts_engine_forget_graves(e);
     free(e->sessions);
     free(e->steps);

@@ -9,6 +9,8 @@
  *   TS_OP_SLAB_GRANT for it, and apply the command again.
  * - TS_NEED_SWEEP: nothing was changed; what is wanted is being freed bit by bit. Apply the command
  *   again after TS_OP_SWEEP.
+ * - TS_WAITS: the command may wait, and does (waits.h): apply it again when ts_engine_woken tells
+ * its session, or without `wait` when its time is over.
  * - a step that was begun with copies, or a run: hand it to the kernels, and apply TS_OP_STEP_DONE
  *   when they are done.
  *
@@ -17,6 +19,7 @@
 #ifndef TS_ENGINE_H
 #define TS_ENGINE_H
 
+#include "claims.h"
 #include "layer_run.h"
 #include "session.h"
 #include "step.h"
@@ -29,6 +32,7 @@
 #define TS_EXCHANGE_ALIGN 64u
 #define TS_NEED_SLABS ((ts_status)100) /* never leaves the daemon */
 #define TS_NEED_SWEEP ((ts_status)101) /* the same */
+#define TS_WAITS ((ts_status)102)      /* the same */
 #define TS_SWEEP_ENTRIES (1u << 15)    /* ... that are freed at a time */
 #define TS_ENTRIES_PER_BLOCK 16u       /* of block tables, for each block of a pool */
 #define TS_OPERATOR_SESSIONS 8u        /* the last ones, that are for operators */
@@ -64,7 +68,8 @@ typedef enum ts_op {
     TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
     TS_OP_POOL_REMOVE, /* ... ends a pool that no session has open, */
     TS_OP_POOL_RESIZE, /* ... or gives one more blocks or fewer */
-    TS_OP_SWEEP, /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
+    TS_OP_SWEEP,    /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
+    TS_OP_WAIT_END, /* the session waits no more */
 } ts_op;
 
 /* A namespace of the prefix index; no bytes: the pool's own, its configuration's `model`. */
@@ -80,6 +85,7 @@ typedef struct ts_command {
     uint32_t pool;    /* where the command has one */
     uint64_t now_ms;  /* when it is given, by a clock that only goes on: the engine's time from now
                        * on, unless that is later already */
+    bool again;       /* it was answered TS_WAITS before */
     union {
         struct {
             uint32_t uid, pid;
@@ -102,7 +108,8 @@ typedef struct ts_command {
             const uint32_t *tokens, *counts; /* of all prompts, one after another; of each */
             uint32_t count;                  /* prompts */
             ts_space_name space;
-            bool dry; /* tells what is there, and makes no sequences */
+            bool dry;  /* tells what is there, and makes no sequences */
+            bool wait; /* for what other sessions compute of it */
         } seq_match;
         struct {
             uint64_t parent;
@@ -145,6 +152,7 @@ typedef struct ts_command {
             ts_kernel kernel;       /* TS_KERNEL_AUTO: the pool's */
             const uint32_t *tokens; /* ids of all new tokens, in order; NULL: none are known */
             bool no_new_slabs;      /* there is no memory for them: what is cached makes room */
+            bool wait;              /* for room */
         } step_begin;
         struct {
             uint64_t step;
@@ -198,6 +206,8 @@ typedef struct ts_answer {
         struct {
             const uint64_t *seqs; /* NULL: of a dry match */
             const uint32_t *lengths;
+            const uint32_t *twins; /* of each prompt, the earlier one of this match that will
+                                    * compute what it lacks, or itself; NULL: it didn't wait */
             uint32_t count;
         } matched; /* SEQ_MATCH */
         struct {
@@ -275,6 +285,9 @@ typedef struct ts_engine_pool {
     ts_pool_books books;
     ts_sequences seqs;
     uint32_t open_steps;
+    uint32_t waiting;                    /* sessions (waits.h) */
+    ts_wait_list room;                   /* those that wait for blocks */
+    uint32_t room_turn;                  /* the tenant whose turn is next */
     uint64_t asked_tokens, found_tokens; /* of prompts that were matched, dry matches aside */
 } ts_engine_pool;
 
@@ -292,6 +305,10 @@ typedef struct ts_engine {
     ts_step *steps; /* an array of entries; a step is told by id */
     uint32_t num_steps, free_step, live_steps;
     uint64_t tokens_committed;
+    ts_claims claims;
+    uint32_t *tenant_claim_ids; /* token ids in the claims of each */
+    ts_wait_list woken;
+    uint32_t waiting_for_room;      /* sessions */
     uint64_t now_ms;                /* the latest of the commands' times */
     uint32_t closing;               /* the first session that closes bit by bit; TS_NONE: none */
     struct ts_engine_grave *graves; /* sequences of pools that were removed */
@@ -326,6 +343,9 @@ bool ts_engine_has_pool(const ts_engine *engine, uint32_t pool);
 uint32_t ts_engine_pool_named(const ts_engine *engine, const char *name, ts_answer *answer);
 
 void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *answer);
+
+/* The session whose command is to be applied again next; 0: none is. */
+uint64_t ts_engine_woken(const ts_engine *engine);
 
 /* Whether something is freed bit by bit, or the time of something has ended: TS_OP_SWEEP goes on
  * with it. */

@@ -19,7 +19,7 @@ ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_exchange
     ts_engine_seq_blocks, ts_engine_seq_match, ts_engine_seq_ticket, ts_engine_seq_redeem,
     ts_engine_seq_list, ts_engine_step_begin, ts_engine_step_run, ts_engine_step_end,
     ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove, ts_engine_pool_remove,
-    ts_engine_pool_resize, ts_engine_sweep;
+    ts_engine_pool_resize, ts_engine_sweep, ts_engine_wait_end;
 
 /*
  * The sequence with this id if the session may use it: one that it owns, or one that its tenant
@@ -81,7 +81,8 @@ void ts_engine_step_abort(ts_engine *engine, ts_step *step);
 /* Keeps a removed pool's sequences until they are freed. */
 void ts_engine_bury(ts_engine *engine, ts_sequences *seqs);
 
-/* Frees all of them at once. */
+/* Frees all of them at once; and the claims. */
 void ts_engine_forget_graves(ts_engine *engine);
+void ts_engine_forget_claims(ts_engine *engine);
 
 #endif

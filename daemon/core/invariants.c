@@ -241,6 +241,84 @@ static void check_session(checker *c, uint32_t index)
     c->checked++;
 }
 
+/* Walks a list of waiting sessions; how many there are. */
+static uint32_t check_list(checker *c, const ts_wait_list *list, ts_wait_kind kind, uint32_t of)
+{
+    uint32_t count = 0, last = TS_NONE;
+    for (uint32_t i = list->first; i != TS_NONE; i = c->e->sessions[i].wait.next, count++) {
+        const ts_session *s = &c->e->sessions[i];
+        if (!s->live || s->closing || s->wait.kind != kind || s->wait.prev != last ||
+            (kind == TS_WAIT_CLAIM ? s->wait.claim : s->wait.pool) != of) {
+            wrong(c, "session %u is in a list of waiting ones, and doesn't wait there", i);
+            return count;
+        }
+        last = i;
+    }
+    if (last != list->last)
+        wrong(c, "a list of waiting sessions ends with %u; it says %u", last, list->last);
+    return count;
+}
+
+/* Claims, and who waits for them or for room. */
+static void check_waits(checker *c)
+{
+    const ts_engine *e = c->e;
+    uint32_t live = 0, listed = 0, in_rooms = 0, waiting = 0, woken = 0, found = 0, by_sequence = 0,
+             in_pools = 0;
+    uint64_t ids = 0, charged = 0;
+    for (uint32_t i = 0; i < e->claims.count; i++) {
+        const ts_claim *claim = &e->claims.all[i];
+        if (!claim->live)
+            continue;
+        const ts_sequence *seq = &e->pools[claim->pool].seqs.all[claim->seq];
+        live++;
+        listed += check_list(c, &claim->waiters, TS_WAIT_CLAIM, i);
+        ids += claim->ids == NULL ? 0 : claim->end - claim->from;
+        if (seq->tenant == TS_NONE || seq->claim != i ||
+            (seq->owner != claim->session && (seq->owner != TS_NONE || claim->ids != NULL)) ||
+            claim->at >= claim->end || (claim->ids == NULL && seq->step == TS_NONE))
+            wrong(c, "claim %u isn't its sequence's", i);
+        uint32_t at = e->claims.buckets[(claim->hash ^ claim->pool) % TS_CLAIM_BUCKETS];
+        while (at != 0 && at != i + 1)
+            at = e->claims.all[at - 1].next;
+        if (at == 0)
+            wrong(c, "claim %u isn't in its bucket", i);
+    }
+    for (uint32_t i = 0; i < TS_CLAIM_BUCKETS; i++)
+        for (uint32_t at = e->claims.buckets[i]; at != 0; at = e->claims.all[at - 1].next)
+            found++;
+    for (uint32_t p = 0; p < e->num_pools; p++) {
+        if (!ts_engine_has_pool(e, p))
+            continue;
+        in_pools += e->pools[p].waiting;
+        in_rooms += check_list(c, &e->pools[p].room, TS_WAIT_ROOM, p);
+        for (uint32_t i = 0; i < e->pools[p].seqs.count; i++)
+            by_sequence += e->pools[p].seqs.all[i].tenant != TS_NONE &&
+                           e->pools[p].seqs.all[i].claim != TS_NONE;
+    }
+    for (uint32_t i = 0; i < e->num_sessions; i++) {
+        const ts_wait *w = &e->sessions[i].wait;
+        waiting += e->sessions[i].live && w->kind != TS_WAIT_NONE;
+        /* Who waits for a claim that has ended, or come so far, is woken. */
+        listed += w->kind == TS_WAIT_CLAIM && w->claim == TS_NONE && w->woken;
+        woken += w->woken;
+    }
+    for (uint32_t i = e->woken.first; i != TS_NONE; i = e->sessions[i].wait.next_woken, woken--)
+        if (!e->sessions[i].wait.woken)
+            wrong(c, "session %u is among the woken, and isn't", i);
+    for (uint32_t t = 0; t < e->num_tenants; t++)
+        charged += e->tenant_claim_ids[t];
+    if (live != e->claims.live || live != found || live != by_sequence || ids != charged ||
+        in_rooms != e->waiting_for_room || listed + in_rooms != waiting || in_pools != waiting ||
+        woken != 0)
+        wrong(c,
+              "%u claims (%u in buckets, %u of sequences) of %llu ids, %u sessions wait for them "
+              "and %u for room; the counts say %u, %llu, %u for room and %u in all",
+              live, found, by_sequence, (unsigned long long)ids, listed, in_rooms, e->claims.live,
+              (unsigned long long)charged, e->waiting_for_room, waiting);
+    c->checked += live;
+}
+
 uint64_t ts_invariants_check(const ts_engine *e, void (*problem)(void *arg, const char *sentence),
                              void *arg)
 {
@@ -256,6 +334,7 @@ uint64_t ts_invariants_check(const ts_engine *e, void (*problem)(void *arg, cons
             live++;
             check_session(&c, i);
         }
+    check_waits(&c);
     if (live != e->live_sessions)
         wrong(&c, "%u live sessions; the count says %u", live, e->live_sessions);
     if (pools != e->live_pools)

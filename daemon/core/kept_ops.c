@@ -1,4 +1,5 @@
 /* Kept sequences: put under names, found by them, and told about. */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <string.h>
@@ -76,6 +77,7 @@ static bool keep(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence *
         ts_refuse(a, TS_ENOMEM, "no memory for the name '%s'", c->seq_keep.name);
         return false;
     }
+    ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
     if (owned) {
         s->blocks -= seq->num_blocks;
         s->sequences--;

@@ -1,20 +1,34 @@
 /* Matching: finding the longest stored beginning of a prompt, and a sequence that shares it. */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <string.h>
+
+/* One prompt, and what was found of it. */
+typedef struct prompt {
+    const uint32_t *tokens;
+    uint32_t count;
+    bool own;              /* look for claims (claims.h) of the session's own, not of others' */
+    ts_claim_found *claim; /* NULL: don't look for claims */
+} prompt;
 
 /*
  * The blocks that hold the longest stored beginning of the prompt, at most all but its last token:
  * whole ones, and one of which a part agrees. Returns the tokens; *blocks has room.
  */
-static uint32_t find_prefix(const ts_prefix_index *x, uint32_t space, const uint32_t *tokens,
-                            uint32_t count, uint32_t *blocks)
+static uint32_t find_prefix(const ts_engine *e, const ts_session *s, uint32_t pool, uint32_t space,
+                            const prompt *p, uint32_t *blocks)
 {
-    const uint32_t each = x->block_tokens, most = count - 1;
+    const ts_prefix_index *x = e->pools[pool].books.index;
+    const uint32_t each = x->block_tokens, most = p->count - 1, *tokens = p->tokens;
     ts_index_parent parent = ts_index_root(space);
     uint32_t found = 0, agree;
     for (; most - found >= each; found += each) {
-        uint32_t block = ts_index_find(x, parent, tokens + found);
+        const uint32_t hash = ts_index_hash(x, parent, tokens + found);
+        if (p->claim != NULL)
+            ts_claims_look(e, s, p->own, pool, parent, hash, found, tokens + found, most - found,
+                           p->claim);
+        uint32_t block = ts_index_find_hashed(x, parent, hash, tokens + found);
         if (block == TS_NO_BLOCK)
             break;
         *blocks++ = block;
@@ -88,16 +102,62 @@ static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uin
     a->matched.seqs = e->out_ids;
 }
 
+/* Looks all prompts up: their lengths and, one after another, their blocks. With `wait` the first
+ * that would share more with another session's claim than it found is in *claim. */
+static uint64_t find_all(const ts_engine *e, const ts_session *s, const ts_command *c,
+                         uint32_t space, bool wait, uint32_t *lengths, uint32_t *blocks,
+                         ts_claim_found *claim)
+{
+    const uint32_t count = c->seq_match.count, each = e->pools[c->pool].seqs.block_tokens;
+    uint64_t taken = 0;
+    prompt p = {.tokens = c->seq_match.tokens};
+    for (uint32_t i = 0; i < count; p.tokens += c->seq_match.counts[i++]) {
+        ts_claim_found found = {.claim = TS_NONE};
+        p.count = c->seq_match.counts[i];
+        p.claim = wait && claim->claim == TS_NONE ? &found : NULL;
+        lengths[i] = space == TS_NONE ? 0 : find_prefix(e, s, c->pool, space, &p, blocks + taken);
+        if (found.claim != TS_NONE && found.tokens > lengths[i])
+            *claim = found;
+        taken += ts_blocks_for(lengths[i], each);
+    }
+    return taken;
+}
+
+/* The sequences that were made are going to get the rest of their prompts; a prompt that shares
+ * what it lacks with an earlier one is its twin. */
+static void claim_rests(ts_engine *e, ts_session *s, const ts_command *c, uint32_t space,
+                        const uint32_t *lengths, uint32_t *twins, uint32_t *unused)
+{
+    prompt p = {.tokens = c->seq_match.tokens, .own = true};
+    const uint32_t first = e->claims.live;
+    for (uint32_t i = 0; i < c->seq_match.count; p.tokens += c->seq_match.counts[i++]) {
+        ts_claim_found found = {.claim = TS_NONE};
+        twins[i] = i;
+        p.count = c->seq_match.counts[i];
+        p.claim = &found;
+        if (e->claims.live > first)
+            (void)find_prefix(e, s, c->pool, space, &p, unused);
+        const ts_claim *claim = found.claim == TS_NONE ? NULL : &e->claims.all[found.claim];
+        if (claim != NULL && found.tokens > lengths[i] && claim->prompt < i &&
+            claim->seq == (uint32_t)e->out_ids[claim->prompt]) /* of this match */
+            twins[i] = claim->prompt;
+        else
+            ts_claims_add_prompt(e, s, c->pool, (uint32_t)e->out_ids[i], p.tokens, p.count, i);
+    }
+}
+
 void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const uint32_t count = c->seq_match.count;
-    uint64_t entries, taken = 0;
+    const bool dry = c->seq_match.dry, wait = c->seq_match.wait && !dry;
+    ts_claim_found claim = {.claim = TS_NONE};
+    uint64_t entries;
     uint32_t space;
     if (!check_prompts(e, c, &entries, a) ||
-        (!c->seq_match.dry && !ts_engine_reserve_sequences(e, s, c->pool, count, a)))
+        (!dry && !ts_engine_reserve_sequences(e, s, c->pool, count, a)))
         return;
-    if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, count + entries,
+    if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, 2ull * count + entries,
                         sizeof *e->out_words))
         return ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u prompts", count);
     const ts_space_name name = ts_engine_space_name(pool, &c->seq_match.space);
@@ -105,21 +165,25 @@ void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_an
         return ts_refuse(a, TS_EINVAL,
                          "a match without a namespace: give one, or set model of pool '%s'",
                          pool->config.name);
-    if (!c->seq_match.dry ? !ts_engine_use_space(e, c->pool, s, &name, &space, a)
-                          : !ts_engine_find_space(e, c->pool, s, &name, &space, a))
+    if (!dry ? !ts_engine_use_space(e, c->pool, s, &name, &space, a)
+             : !ts_engine_find_space(e, c->pool, s, &name, &space, a))
         return;
-    uint32_t *lengths = e->out_words, *blocks = lengths + count;
-    const uint32_t *tokens = c->seq_match.tokens;
-    for (uint32_t i = 0; i < count; tokens += c->seq_match.counts[i++]) {
-        lengths[i] = space == TS_NONE ? 0
-                                      : find_prefix(pool->books.index, space, tokens,
-                                                    c->seq_match.counts[i], blocks + taken);
-        taken += ts_blocks_for(lengths[i], pool->seqs.block_tokens);
-    }
+    uint32_t *lengths = e->out_words, *twins = lengths + count, *blocks = twins + count;
+    const bool look = wait && space != TS_NONE;
+    const uint64_t taken =
+        find_all(e, s, c, space, look && e->claims.live > 0, lengths, blocks, &claim);
     a->matched.lengths = lengths;
     a->matched.count = count;
-    if (!c->seq_match.dry && ts_engine_check_entries(e, s, c->pool, taken, a))
+    if (claim.claim != TS_NONE) {
+        ts_claims_wait(e, s, &claim);
+        ts_refuse(a, TS_WAITS, "it waits for what is being computed");
+    } else if (!dry && ts_engine_check_entries(e, s, c->pool, taken, a)) {
         make_sequences(e, s, c, space, lengths, blocks, a);
-    if (space != TS_NONE && !c->seq_match.dry) /* the sequences use it now */
+        if (look && a->status == TS_OK) {
+            claim_rests(e, s, c, space, lengths, twins, blocks);
+            a->matched.twins = twins;
+        }
+    }
+    if (space != TS_NONE && !dry) /* the sequences use it now */
         ts_index_leave_space(pool->books.index, space);
 }

@@ -60,6 +60,7 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
         return TS_ENOMEM;
     }
     pool->config = *config;
+    pool->room = (ts_wait_list){TS_NONE, TS_NONE};
     ts_sequences_init(&pool->seqs, config->sequences_max, config->geometry.block_tokens,
                       e->limits.first_generation);
     pool->seqs.order.seed = e->limits.hash_seed;

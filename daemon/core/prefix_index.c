@@ -150,7 +150,7 @@ void ts_index_leave_space(ts_prefix_index *x, uint32_t space)
 
 /* ---- nodes ---- */
 
-static uint32_t hash_of(const ts_prefix_index *x, ts_index_parent parent, const uint32_t *ids)
+uint32_t ts_index_hash(const ts_prefix_index *x, ts_index_parent parent, const uint32_t *ids)
 {
     uint64_t seed = x->seed + parent * 0x9e3779b97f4a7c15u;
     return (uint32_t)XXH3_64bits_withSeed(ids, x->block_tokens * sizeof *ids, seed);
@@ -169,7 +169,12 @@ static uint32_t *children_of(const ts_prefix_index *x, ts_index_parent parent)
 
 uint32_t ts_index_find(const ts_prefix_index *x, ts_index_parent parent, const uint32_t *ids)
 {
-    uint32_t hash = hash_of(x, parent, ids);
+    return ts_index_find_hashed(x, parent, ts_index_hash(x, parent, ids), ids);
+}
+
+uint32_t ts_index_find_hashed(const ts_prefix_index *x, ts_index_parent parent, uint32_t hash,
+                              const uint32_t *ids)
+{
     for (uint32_t at = x->buckets[hash & x->bucket_mask]; at != 0;
          at = x->nodes[at - 1].next_in_chain) {
         const ts_index_node *n = &x->nodes[at - 1];
@@ -202,7 +207,7 @@ uint32_t ts_index_find_part(const ts_prefix_index *x, ts_index_parent parent, co
 bool ts_index_add(ts_prefix_index *x, ts_index_parent parent, uint32_t block)
 {
     ts_index_node *n = &x->nodes[block];
-    uint32_t hash = hash_of(x, parent, ts_index_ids(x, block)), length = 0;
+    uint32_t hash = ts_index_hash(x, parent, ts_index_ids(x, block)), length = 0;
     uint32_t *bucket = &x->buckets[hash & x->bucket_mask], *children = children_of(x, parent);
     assert(n->parent == 0);
     for (uint32_t at = *bucket; at != 0; at = x->nodes[at - 1].next_in_chain)

@@ -105,7 +105,14 @@ static inline bool ts_index_is_leaf(const ts_prefix_index *index, uint32_t block
     return index->nodes[block].first_child == 0;
 }
 
-/* The child with these ids (block_tokens of them), or TS_NO_BLOCK. */
+/* The hash by which the parent's child with these ids is found. */
+uint32_t ts_index_hash(const ts_prefix_index *index, ts_index_parent parent, const uint32_t *ids);
+
+/* The child with these ids (block_tokens of them), or TS_NO_BLOCK; the same where the hash is
+ * known.
+ */
+uint32_t ts_index_find_hashed(const ts_prefix_index *index, ts_index_parent parent, uint32_t hash,
+                              const uint32_t *ids);
 uint32_t ts_index_find(const ts_prefix_index *index, ts_index_parent parent, const uint32_t *ids);
 
 /* The child that shares the longest beginning of `count` ids with them, of the newest

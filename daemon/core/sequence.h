@@ -7,7 +7,7 @@
  * An id is generation << 32 | index: the id of a freed sequence never comes back. Generations begin
  * somewhere else in each daemon, so an id from before a restart names nothing.
  *
- * Cost: 80 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
+ * Cost: 88 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
  * 4). A sequence whose time ends costs 32 bytes more, a ticket 73, a name about 70 and itself.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
@@ -37,6 +37,7 @@ typedef struct ts_sequence {
     uint64_t known_step;       /* the step whose begin told of it; 0: none */
     uint32_t space;            /* its namespace in the pool's index; TS_NONE: it has none */
     uint32_t known;            /* tokens from the start whose ids are known */
+    uint32_t claim;            /* of its next tokens (claims.h); TS_NONE: it has none */
     uint32_t life;             /* its place among those whose time ends; TS_NONE: it has no end */
     bool borrowed_tail; /* it uses a part of its last block, which the index knew before it did */
 } ts_sequence;

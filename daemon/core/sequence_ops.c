@@ -1,4 +1,5 @@
 /* Sequences: made, forked, freed, cut, and told about. */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <assert.h>
@@ -283,6 +284,7 @@ void ts_engine_seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
 void ts_engine_free_sequence(ts_engine *e, uint32_t pool, ts_sequence *seq, uint32_t *entries)
 {
     uint32_t *owned = NULL;
+    ts_claims_end_of(e, pool, ts_sequence_index(&e->pools[pool].seqs, seq));
     if (seq->owner != TS_NONE) {
         ts_session *owner = &e->sessions[seq->owner];
         owner->blocks -= seq->num_blocks;
@@ -348,6 +350,8 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
             continue;
         }
         uint32_t before = seq->num_blocks;
+        if (c->seq_batch.lengths[i] < seq->length)
+            ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
         ts_sequence_truncate(&pool->seqs, &pool->books, seq, c->seq_batch.lengths[i]);
         if (seq->name == NULL)
             s->blocks -= before - seq->num_blocks;

@@ -7,7 +7,7 @@
 #ifndef TS_SESSION_H
 #define TS_SESSION_H
 
-#include "block_pool.h"
+#include "waits.h"
 
 #define TS_PROGRAM_BYTES 64
 
@@ -24,7 +24,9 @@ typedef struct ts_session {
     uint32_t step_list;
     uint64_t opened_pools;   /* bit i: pool i */
     uint64_t writable_pools; /* bit i: opened to be written */
-    uint32_t *owned;         /* per pool: head of its sequences */
+    uint32_t claims;         /* of its sequences (claims.h) */
+    ts_wait wait;
+    uint32_t *owned; /* per pool: head of its sequences */
     uint32_t next_free;
     bool in_closing; /* it is in the engine's list, linked by next_closing */
     uint32_t next_closing;

@@ -1,5 +1,7 @@
 /* Sessions: opened, closed, and what they leave reclaimed. */
+#include "claim_ops.h"
 #include "engine_internal.h"
+#include "wait_ops.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -127,6 +129,8 @@ void ts_engine_session_close(ts_engine *e, ts_session *s, const ts_command *c, t
 {
     (void)c;
     (void)a;
+    ts_waits_end(e, s);
+    ts_claims_end_all(e, s);
     s->closing = true;
     (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
 }

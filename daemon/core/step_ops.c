@@ -1,6 +1,8 @@
 /* The engine's commands for steps. */
+#include "claim_ops.h"
 #include "dtypes.h"
 #include "engine_internal.h"
+#include "wait_ops.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -87,6 +89,7 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
         uint32_t n = accepted != NULL ? accepted[i] : all ? part->new_tokens : 0;
         s->blocks -= part->reserved + (part->original != TS_NONE);
         ts_step_settle(&pool->seqs, &pool->books, part, n);
+        ts_claims_step_ended(e, step->pool, part->seq);
         ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (seq->owner == step->session)
             s->blocks += seq->num_blocks - before;
@@ -193,16 +196,27 @@ static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, 
  * it takes whole slabs. True: the tenant must get slabs too, of which there may be no more
  * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted.
  */
-static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_t blocks,
-                      bool no_new_slabs, ts_answer *a)
+static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t blocks,
+                      ts_answer *a)
 {
-    ts_engine_pool *pool = &e->pools[index];
+    ts_engine_pool *pool = &e->pools[c->pool];
     ts_pool_books *books = &pool->books;
     const ts_pool_tenant *tenant = &books->tenants[s->tenant];
     const uint64_t most = pool->config.tenant_blocks_max;
-    const uint64_t available = ts_pool_available(books, s->tenant);
+    const bool is_small = blocks <= c->step_begin.count, no_new_slabs = c->step_begin.no_new_slabs;
+    const uint64_t withheld = ts_waits_withheld(e, s, c->pool, is_small);
+    const uint64_t all_available = ts_pool_available(books, s->tenant);
+    const uint64_t available =
+        all_available - (withheld < all_available ? withheld : all_available);
     bool over = tenant->used + blocks > most;
-    if ((over || available < blocks) && (ts_engine_frees_more(e, index) || e->closing != TS_NONE)) {
+    if ((over || available < blocks) && c->step_begin.wait && blocks <= most &&
+        blocks <= books->num_blocks) {
+        ts_waits_for_room(e, s, c->pool, (uint32_t)blocks);
+        ts_refuse(a, TS_WAITS, "it waits for room");
+        return false;
+    }
+    if ((over || available < blocks) &&
+        (ts_engine_frees_more(e, c->pool) || e->closing != TS_NONE)) {
         a->status = TS_NEED_SWEEP;
         return false;
     }
@@ -239,8 +253,7 @@ static bool make_room(ts_engine *e, const ts_session *s, uint32_t index, uint64_
 }
 
 /* Whether the blocks can be had: quotas first, then the pool. */
-static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, needs *n,
-                        ts_answer *a)
+static void check_space(ts_engine *e, ts_session *s, const ts_command *c, needs *n, ts_answer *a)
 {
     save_copies(e, s, c, n);
     uint64_t tokens = n->tokens, blocks = n->blocks;
@@ -256,7 +269,7 @@ static void check_space(ts_engine *e, const ts_session *s, const ts_command *c, 
     if (!ts_engine_check_entries(e, s, c->pool, blocks, a) ||
         !ts_engine_check_pinned(e, s, c->pool, n->pinned, a))
         return;
-    if (!make_room(e, s, c->pool, blocks, c->step_begin.no_new_slabs, a))
+    if (!make_room(e, s, c, blocks, a))
         return;
     a->status = TS_NEED_SLABS;
     a->need.pool = c->pool;
@@ -380,11 +393,14 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
         ts_step_take(&pool->seqs, &pool->books, part, index, ids);
+        ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
         ts_sequence_refresh_life(&pool->seqs, &pool->seqs.all[part->seq], e->now_ms);
         if (ids != NULL)
             ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);
     }
+    if (s->wait.kind == TS_WAIT_ROOM)
+        pool->room_turn = s->tenant + 1;
     pool->open_steps++;
     fill_answer(e, step, a);
     if (a->begun.num_copies > 0) {

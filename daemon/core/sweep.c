@@ -1,5 +1,6 @@
 /* What is freed bit by bit: sessions that close, sequences whose time is over or that have no
  * owner, removed pools. */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <stdlib.h>
@@ -76,6 +77,7 @@ void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     (void)c;
     (void)a;
     uint32_t left = TS_SWEEP_ENTRIES;
+    ts_claims_end_idle(e);
     while (left > 0 && e->closing != TS_NONE) {
         ts_session *closing = &e->sessions[e->closing];
         e->closing = closing->next_closing;

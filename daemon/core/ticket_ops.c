@@ -7,6 +7,7 @@
  * hash, and nothing from which the other bytes could be found one after another. The tenant is part
  * of the key: the right bytes of another's ticket are as good as any others.
  */
+#include "claim_ops.h"
 #include "engine_internal.h"
 
 #include <stdio.h>
@@ -65,6 +66,7 @@ void ts_engine_seq_ticket(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         return ts_refuse(a, status, "there is such a ticket already: ask for another");
     if (status != TS_OK)
         return ts_refuse(a, status, "no memory for a ticket");
+    ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
     s->blocks -= seq->num_blocks;
     s->sequences--;
 }

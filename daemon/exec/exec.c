@@ -28,11 +28,28 @@ void ts_exec_tick(ts_exec *x)
         sweep(x);
 }
 
+static void run_wake(ts_work *work, void *owner)
+{
+    ts_exec *x = (ts_exec *)((char *)work - offsetof(ts_exec, wake));
+    x->waking = false;
+    x->woken(owner);
+}
+
+void ts_exec_look_for_woken(ts_exec *x)
+{
+    if (x->waking || ts_engine_woken(x->engine) == 0)
+        return;
+    x->waking = true;
+    x->wake.run = run_wake;
+    ts_queue_put(&x->queue, &x->wake);
+}
+
 void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
 {
     ts_command timed = *command;
     timed.now_ms = ts_now_ms();
     ts_engine_apply(x->engine, &timed, a);
+    ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;
     x->sweeping = true;

@@ -39,6 +39,9 @@ typedef struct ts_exec {
     struct ts_step_job *live_jobs; /* with the kernels (step_work.c) */
     ts_work sweep;                 /* goes on with what the engine frees bit by bit */
     bool sweeping;                 /* it is in the queue */
+    ts_work wake;                  /* goes on with sessions that waited and were woken */
+    bool waking;                   /* it is in the queue */
+    void (*woken)(void *owner);
     /* Runs have ended, or something was freed: whoever waited for that may go on. */
     void (*resumed)(void *owner);
 } ts_exec;
@@ -48,6 +51,9 @@ void ts_exec_tick(ts_exec *exec);
 
 /* Applies the command to the engine, as of now, and has what is freed bit by bit go on. */
 void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
+
+/* Has `woken` called if sessions that waited are woken. */
+void ts_exec_look_for_woken(ts_exec *exec);
 
 /* The same, finding memory for slabs until the command has enough. TS_NEED_SWEEP: it must wait for
  * what is freed bit by bit, and be applied again when `resumed` is called. */

@@ -85,7 +85,7 @@ static bool on_message(ts_nng_server *t, connection *c)
     }
     s->server = t;
     s->c = c;
-    s->bytes = c->content_bytes;
+    s->request.wait.bytes = c->content_bytes;
     s->backtrace_bytes = backtrace;
     memcpy(s->backtrace, c->content, backtrace);
     s->request.work.run = run_request;

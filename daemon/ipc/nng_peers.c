@@ -194,7 +194,7 @@ void ts_nng_answer(slot *s, const void *reply, size_t bytes, bool last)
     if (bytes > 0 && !c->ended && !c->doomed && !atomic_load(&t->stopping))
         send_answer(t, s, reply, bytes);
     c->requests--;
-    ts_nng_give_back_request_bytes(t, c->holding, s->bytes);
+    ts_nng_give_back_request_bytes(t, c->holding, s->request.wait.bytes);
     c->told_off |= last;
     ts_nng_look_for(t, c);
     ts_nng_unref(t, c);

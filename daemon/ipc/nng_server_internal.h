@@ -77,7 +77,6 @@ typedef struct slot {
     ts_request request; /* first: the service hands it back */
     ts_nng_server *server;
     connection *c;
-    size_t bytes; /* that it is charged with */
     uint8_t backtrace[TS_SP_BACKTRACE_BYTES];
     size_t backtrace_bytes;
 } slot;

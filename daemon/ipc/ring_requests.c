@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "codec.h"
 #include "log.h"
+#include "parked.h"
 #include "refusals.h"
 #include "ring_server.h"
 #include "step_work.h"
@@ -132,6 +133,7 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     command->step_begin.heads = entry->begin.heads;
     command->step_begin.io_dtype = entry->begin.io_dtype;
     command->step_begin.scale = entry->begin.scale;
+    command->step_begin.wait = entry->begin.wait_ms > 0;
     return true;
 }
 
@@ -168,6 +170,7 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
         command->seq_match.count = count;
         command->seq_match.space = space;
         command->seq_match.dry = entry->seqs.flags & TS_RING_DRY;
+        command->seq_match.wait = entry->seqs.wait_ms > 0;
         return copy_ids(r, count, &command->seq_match.tokens, a);
     }
     command->op = entry->op == TS_RING_SEQ_FREE ? TS_OP_SEQ_FREE : TS_OP_SEQ_TRUNCATE;
@@ -186,6 +189,8 @@ static void encode_seqs(ts_ring *r, const ts_command *command, const ts_answer *
     } else if (command->op == TS_OP_SEQ_MATCH) {
         const uint32_t count = a->matched.count;
         memcpy(m->begun_starts, a->matched.lengths, count * sizeof *m->begun_starts);
+        if (a->matched.twins != NULL)
+            memcpy(m->begun_counts, a->matched.twins, count * sizeof *m->begun_counts);
         if (a->matched.seqs != NULL)
             memcpy(m->batch_seqs, a->matched.seqs, count * sizeof *m->batch_seqs);
     }
@@ -336,6 +341,26 @@ static void count_refusal(ts_service *s, const ts_ring_entry *entry, ts_status s
                         entry->step, status);
 }
 
+/* How long the entry may wait. */
+static uint32_t wait_of(const ts_ring_entry *entry)
+{
+    if (entry->op == TS_RING_BEGIN)
+        return entry->begin.wait_ms;
+    return entry->op == TS_RING_SEQ_MATCH ? entry->seqs.wait_ms : 0;
+}
+
+static void go_on(ts_parked *parked);
+static void drop(ts_parked *parked);
+
+/* The entry waits, and what follows it. */
+static void park(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
+{
+    r->parked = true;
+    r->wait.go_on = go_on;
+    r->wait.drop = drop;
+    ts_parked_add(r->rings->service, c, &r->wait, wait_of(entry));
+}
+
 /* Does what one entry asks for. False: it must wait. */
 static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
 {
@@ -348,14 +373,18 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
                                       .taken_ns = ts_now_ns(),
                                       .tag = entry->tag};
     ts_ring_completion done = {.tag = entry->tag};
-    if (decode(r, c, entry, &command, &a)) {
+    if (decode(r, c, entry, &command, &a) &&
+        ts_parked_prepare(s, c, &r->wait, wait_of(entry), &command, &a)) {
         if (ts_step_work_must_wait(&s->exec, &command))
             return false;
         if (entry->op != TS_RING_RUN || ts_step_work_check_run(&s->exec, &c->memory, &command, &a))
             ts_exec_supply(&s->exec, &command, &a);
-        if (a.status == TS_NEED_SWEEP)
+        if (a.status == TS_WAITS)
+            park(r, c, entry);
+        if (a.status == TS_NEED_SWEEP || a.status == TS_WAITS)
             return false;
     }
+    r->wait.deadline_ms = 0;
     bool ok = true, waits = false;
     uint64_t step = 0;
     if (entry->op == TS_RING_RUN && a.status == TS_OK) {
@@ -396,12 +425,10 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     return true;
 }
 
-void ts_ring_take(ts_work *work, void *service)
+static void take(ts_ring *r)
 {
-    ts_ring *r = (ts_ring *)((char *)work - offsetof(ts_ring, work));
-    ts_connection *c = ts_service_connection(service, r->pipe);
-    atomic_store(&r->queued, false);
-    if (c == NULL || atomic_load(&r->closed) || atomic_load(&r->blocked))
+    ts_connection *c = ts_service_connection(r->rings->service, r->pipe);
+    if (c == NULL || c->session == 0 || atomic_load(&r->closed) || atomic_load(&r->blocked))
         return;
     ts_rings_memory *m = r->shared;
     for (uint32_t i = 0; i < ENTRIES_PER_TURN; i++) {
@@ -427,4 +454,31 @@ void ts_ring_take(ts_work *work, void *service)
         if (entry.op == TS_RING_RUN)
             return;
     }
+}
+
+void ts_ring_take(ts_work *work, void *service)
+{
+    ts_ring *r = (ts_ring *)((char *)work - offsetof(ts_ring, work));
+    (void)service;
+    atomic_store(&r->queued, false);
+    take(r);
+}
+
+static ts_ring *no_longer_parked(ts_parked *parked)
+{
+    ts_ring *r = (ts_ring *)((char *)parked - offsetof(ts_ring, wait));
+    r->parked = false;
+    atomic_store(&r->blocked, false);
+    r->rings->num_blocked--;
+    return r;
+}
+
+static void go_on(ts_parked *parked)
+{
+    take(no_longer_parked(parked));
+}
+
+static void drop(ts_parked *parked)
+{
+    (void)no_longer_parked(parked);
 }

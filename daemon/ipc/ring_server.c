@@ -105,6 +105,7 @@ static void close_ring(ts_close_hook *hook)
 /* The ring takes the place of the connection's, if there is one. */
 static void replace_ring(ts_connection *c, ts_ring *r)
 {
+    (void)ts_service_go_on(r->rings->service, c, true);
     if (c->ring != NULL) {
         ts_close_hook **at = &c->on_end;
         while (*at != &c->ring->hook)
@@ -232,7 +233,7 @@ static void resume(void *arg)
 {
     ts_rings *rings = arg;
     for (ts_ring *r = rings->num_blocked > 0 ? rings->all : NULL; r != NULL; r = r->next)
-        if (atomic_load(&r->blocked)) {
+        if (atomic_load(&r->blocked) && !r->parked) {
             atomic_store(&r->blocked, false);
             rings->num_blocked--;
             call(r);

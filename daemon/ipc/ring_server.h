@@ -40,11 +40,13 @@ typedef struct ts_ring {
     ts_ring_completion begun; /* of a step whose copies are being made; step 0: none is */
     atomic_bool queued;       /* `work` is in the queue */
     atomic_bool closed;  /* the connection has ended, or the client has written what can't be */
-    atomic_bool blocked; /* the next entry waits for runs that are under way */
-    bool polled;         /* the thread knows it */
-    bool asleep;         /* the thread waits for the doorbell; the thread's own */
-    uint64_t used_ns;    /* when there was something last; the thread's own */
-    ts_close_hook hook;  /* of the connection's session */
+    atomic_bool blocked; /* the next entry waits: for runs that are under way, */
+    bool parked;         /* ... or as parked.h has it; the engine's owner's, as is */
+    ts_parked wait;
+    bool polled;        /* the thread knows it */
+    bool asleep;        /* the thread waits for the doorbell; the thread's own */
+    uint64_t used_ns;   /* when there was something last; the thread's own */
+    ts_close_hook hook; /* of the connection's session */
 } ts_ring;
 
 /* What the thread and the engine's owner share; ring_server.c's and ring_requests.c's own. */

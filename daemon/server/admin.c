@@ -1,6 +1,7 @@
 #include "admin.h"
 
 #include "log.h"
+#include "parked.h"
 #include "pool_memory.h"
 #include "refusals.h"
 
@@ -46,6 +47,8 @@ static void drain(ts_service *s, const ts_connection *by, bool on)
                   "%s new sessions, as uid %u (pid %u) says", on ? "taking no" : "taking", by->uid,
                   by->pid);
     s->draining = on;
+    if (on)
+        ts_parked_hurry_all(s);
 }
 
 /* What was done to a pool. */

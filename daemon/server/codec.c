@@ -208,6 +208,7 @@ static bool decode_seq_match(const Tspb__Request *r, ts_command *c, ts_answer *a
     c->seq_match.count = (uint32_t)m->n_counts;
     c->seq_match.space = (ts_space_name){m->space.data, m->space.len};
     c->seq_match.dry = m->dry;
+    c->seq_match.wait = m->wait_ms > 0;
     return ids_agree(m->counts, m->n_counts, m->n_tokens, a);
 }
 
@@ -222,6 +223,7 @@ static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *
     c->step_begin.io_dtype = m->io_dtype;
     c->step_begin.scale = m->scale;
     c->step_begin.append = m->append;
+    c->step_begin.wait = m->wait_ms > 0;
     c->step_begin.tokens = m->n_tokens > 0 ? m->tokens : NULL;
     return ts_decode_kernel(m->kernel, &c->step_begin.kernel, a) &&
            counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, a) &&
@@ -369,6 +371,8 @@ static void encode_matched(const ts_engine *e, const ts_command *c, const ts_ans
     body->matched.n_seqs = a->matched.seqs != NULL ? a->matched.count : 0;
     body->matched.lengths = ts_unconst(a->matched.lengths);
     body->matched.n_lengths = a->matched.count;
+    body->matched.twins = ts_unconst(a->matched.twins);
+    body->matched.n_twins = a->matched.twins != NULL ? a->matched.count : 0;
     reply->body_case = TSPB__REPLY__BODY_MATCHED;
     reply->matched = &body->matched;
 }

@@ -16,6 +16,16 @@ typedef struct ts_close_hook {
     void (*close)(struct ts_close_hook *hook);
 } ts_close_hook;
 
+/* What waits of a connection (parked.h): a request, or an entry of its ring. */
+typedef struct ts_parked {
+    struct ts_parked *next, **at; /* among all that wait */
+    struct ts_connection *connection;
+    uint64_t deadline_ms;                    /* CLOCK_MONOTONIC; 0: it has never waited */
+    size_t bytes;                            /* that are held meanwhile */
+    void (*go_on)(struct ts_parked *parked); /* carries it out again */
+    void (*drop)(struct ts_parked *parked);  /* nobody is there to be answered */
+} ts_parked;
+
 typedef struct ts_connection {
     struct ts_connection *next; /* in its bucket */
     uint32_t pipe, uid, gid, pid;
@@ -25,6 +35,7 @@ typedef struct ts_connection {
     ts_session_memory memory;
     struct ts_ring *ring;  /* of the rings (ring_server.h), which closes by a hook; NULL: none */
     ts_close_hook *on_end; /* of the session */
+    ts_parked *parked;     /* what waits; NULL: nothing does */
     uint64_t requests;
     uint64_t idle_since_ms; /* that it has no session; 0: it has one */
     ts_reply_cache replies;

@@ -89,6 +89,7 @@ static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
     p->evicted_blocks = pool->books.evicted;
     p->asked_tokens = pool->asked_tokens;
     p->found_tokens = pool->found_tokens;
+    p->waiting_sessions = pool->waiting;
     p->sequences = pool->seqs.live;
     p->kept_sequences = pool->seqs.kept;
     p->open_steps = pool->open_steps;

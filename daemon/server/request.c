@@ -4,6 +4,7 @@
 #include "admin.h"
 #include "codec.h"
 #include "exchange_open.h"
+#include "parked.h"
 #include "plain_text.h"
 #include "refusals.h"
 #include "report.h"
@@ -277,6 +278,17 @@ static void wait_on(ts_service *s, ts_request *request, ts_kept_reply *kept)
     *end = request;
 }
 
+/* How long the request may wait. */
+static uint32_t wait_of(const Tspb__Request *m)
+{
+    if (m->body_case == TSPB__REQUEST__BODY_SEQ_MATCH)
+        return m->seq_match->wait_ms;
+    return m->body_case == TSPB__REQUEST__BODY_STEP_BEGIN ? m->step_begin->wait_ms : 0;
+}
+
+static void go_on(ts_parked *parked);
+static void drop(ts_parked *parked);
+
 /* Answers a request whose place among the kept replies is taken. */
 static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept_reply *kept)
 {
@@ -297,12 +309,21 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
         ;
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
-    } else if (ts_decode(message, c->session, &command, &a)) {
+    } else if (message->body_case == TSPB__REQUEST__BODY_WAIT_END) {
+        (void)ts_service_go_on(s, c, true);
+    } else if (ts_decode(message, c->session, &command, &a) &&
+               ts_parked_prepare(s, c, &request->wait, wait_of(message), &command, &a)) {
         if (ts_step_work_must_wait(&s->exec, &command))
             return wait_on(s, request, kept);
         waits = execute(s, c, request, &command, &a, &reply, &body);
         if (a.status == TS_NEED_SWEEP)
             return wait_on(s, request, kept);
+        if (a.status == TS_WAITS) {
+            kept->pending = true;
+            request->wait.go_on = go_on;
+            request->wait.drop = drop;
+            return ts_parked_add(s, c, &request->wait, wait_of(message));
+        }
     } else if (a.status == TS_OK) {
         ts_refuse(&a, TS_EPROTO, "the request has no body that this daemon knows");
     }
@@ -314,6 +335,30 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     ts_refused(s, message, a.status);
     size_t size = finish(s, &reply);
     deliver(c, request, message->request_id, s->packed, size);
+}
+
+static ts_request *request_of(ts_parked *parked)
+{
+    return (ts_request *)((char *)parked - offsetof(ts_request, wait));
+}
+
+static void go_on(ts_parked *parked)
+{
+    ts_request *request = request_of(parked);
+    ts_connection *c = parked->connection;
+    answer(request->service, c, request,
+           ts_reply_cache_at(&c->replies, request->message->request_id));
+}
+
+static void drop(ts_parked *parked)
+{
+    ts_request *request = request_of(parked);
+    request->send(request, NULL, 0);
+}
+
+static void woken(void *service)
+{
+    ts_parked_wake(service);
 }
 
 static void resume(void *service)
@@ -418,6 +463,7 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     ts_queue_init(&s->exec.queue);
     s->exec.owner = s;
     s->exec.resumed = resume;
+    s->exec.woken = woken;
     s->exec.engine = ts_engine_new(limits);
     s->by_session = calloc(limits->sessions, sizeof *s->by_session);
     s->pool_stats = ts_pool_stats_cache_new(&s->exec);

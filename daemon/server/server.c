@@ -60,6 +60,33 @@ ts_log_level ts_service_session_level(const ts_service *s, const ts_connection *
     return look ? TS_LOG_DEBUG : TS_LOG_INFO;
 }
 
+static ts_parked *take_parked(ts_connection *c)
+{
+    ts_parked *p = c->parked;
+    if (p == NULL)
+        return NULL;
+    *p->at = p->next;
+    if (p->next != NULL)
+        p->next->at = p->at;
+    c->parked = NULL;
+    return p;
+}
+
+bool ts_service_go_on(ts_service *s, ts_connection *c, bool is_late)
+{
+    ts_answer answer;
+    const uint64_t session = c->session;
+    ts_parked *p = take_parked(c);
+    if (p == NULL)
+        return false;
+    if (is_late)
+        p->deadline_ms = 1; /* long ago */
+    p->go_on(p);
+    if (c->parked == NULL && session != 0) /* it was answered: its session waits for nothing */
+        ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_WAIT_END, .session = session}, &answer);
+    return true;
+}
+
 void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
@@ -74,6 +101,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
                   c->pid);
         c->session = 0;
         c->idle_since_ms = ts_now_ms();
+        (void)ts_service_go_on(s, c, true);
     }
     ts_filling_end(&c->memory.new_exchange);
     ts_filling_end(&c->memory.new_rings);
@@ -92,6 +120,9 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
 
 static void connection_free(ts_service *s, ts_connection *c)
 {
+    ts_parked *parked = take_parked(c);
+    if (parked != NULL)
+        parked->drop(parked);
     ts_service_end_session(s, c);
     /* Nobody is there to read it, but each request is answered once. */
     for (ts_request **at = &s->waiting, *w; (w = *at) != NULL;) {

@@ -32,6 +32,7 @@ typedef struct ts_request {
     struct ts_request *next_waiter; /* for the same answer, or for a step's runs */
     unsigned char *held; /* the answer, packed, until the kernels are done; NULL: it is empty */
     size_t held_bytes;
+    ts_parked wait; /* its bytes are the message's, and set by the transport */
 } ts_request;
 
 /* A connection came or went (both kinds are freed by the service). */
@@ -50,6 +51,8 @@ typedef struct ts_service {
     struct ts_pool_stats_cache *pool_stats; /* pool_stats_cache.h */
     uint64_t check_after_ms;                /* the next check of the books may begin then */
     ts_request *waiting;                    /* commits and aborts, for their step's runs */
+    ts_parked *parked;                      /* what waits (parked.h) */
+    ts_work alarm;                          /* for the first of the deadlines */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
@@ -97,6 +100,10 @@ void ts_service_close_connections(ts_service *service);
 /* Gives back all that `service` holds but the queue. The connections are closed, the executors
  * free. */
 void ts_service_fini(ts_service *service);
+
+/* Carries out again what waits of the connection (parked.h), as if its time were over if it is
+ * late. False: nothing waits. */
+bool ts_service_go_on(ts_service *service, ts_connection *connection, bool is_late);
 
 /* Ends the connection's session, if it has one, and what belongs to it. */
 void ts_service_end_session(ts_service *service, ts_connection *connection);

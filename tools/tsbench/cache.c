@@ -27,7 +27,7 @@ typedef struct rig {
     ts_pool *pool;
 } rig;
 
-static const ts_seq_options space = {sizeof space, "bench", 5};
+static const ts_seq_options space = {.size = sizeof space, .space = "bench", .space_bytes = 5};
 
 static bool good(const rig *r, ts_status status)
 {

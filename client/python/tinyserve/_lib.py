@@ -36,12 +36,14 @@ class CGeometry(Structure):
 class CStepOptions(_Sized):
     """ts_step_options"""
     _fields_ = [("size", c_size_t), ("heads", c_uint32), ("io_dtype", c_int), ("scale", c_float),
-                ("no_run", c_bool), ("kernel", c_char_p), ("tokens", POINTER(c_uint32))]
+                ("no_run", c_bool), ("kernel", c_char_p), ("tokens", POINTER(c_uint32)),
+                ("wait_ms", c_uint32)]
 
 
 class CSeqOptions(_Sized):
     """ts_seq_options"""
-    _fields_ = [("size", c_size_t), ("space", c_char_p), ("space_bytes", c_size_t)]
+    _fields_ = [("size", c_size_t), ("space", c_char_p), ("space_bytes", c_size_t),
+                ("wait_ms", c_uint32), ("twins", POINTER(c_uint32))]
 
 
 class CKeepOptions(_Sized):
@@ -100,6 +102,7 @@ _FUNCTIONS = {
     "ts_error": (c_char_p, [c_void_p]),
     "ts_error_read": (c_int, [c_void_p, POINTER(CErrorInfo)]),
     "ts_session_id": (c_uint64, [c_void_p]),
+    "ts_wait_end": (c_int, [c_void_p]),
     "ts_client_transport": (c_int, [c_void_p]),
     "ts_client_exec": (c_int, [c_void_p]),
     "ts_daemon_version": (c_char_p, [c_void_p]),

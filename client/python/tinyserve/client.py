@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from ctypes import (POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast,
                     create_string_buffer)
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 from . import arguments as check
 from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CSeqOptions, Options,
@@ -144,6 +145,28 @@ class Client:
         if self._handle is None:
             raise DisconnectedError("the client was closed", 11, "TS_ECONN")
         return self._handle
+
+    def _interruptible(self, wait_ms: int, call: Callable[[], int],
+                       undo: Callable[[], Any]) -> int:
+        """The status of a call that may wait. Ctrl-C ends its wait; what it has made is undone."""
+        if wait_ms == 0 or threading.current_thread() is not threading.main_thread():
+            return call()
+        handle, status, ended = self._open(), [0], threading.Event()
+
+        def run() -> None:
+            status[0] = call()
+            ended.set()
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            ended.wait()  # a signal's handler runs here, and not in a call into C
+        except BaseException:
+            while not ended.wait(0.1):  # its request may not have been sent yet
+                lib.ts_wait_end(handle)
+            if status[0] == 0:
+                undo()
+            raise
+        return status[0]
 
     def _exchange_of(self, ptr: int) -> Memory:
         """The exchange's memory, with a step's buffer at ptr. While the last one is held, no other
@@ -285,20 +308,36 @@ class Pool:
         self._check(lib.ts_seq_create_with(self._open(), count, byref(options), out))
         return list(out)
 
-    def match(self, tokens: Iterable[int],
-              namespace: bytes | None = None) -> tuple[Seq, int]:
+    def match(self, tokens: Iterable[int], namespace: bytes | None = None,
+              wait: float = 0.0) -> tuple[Seq, int]:
         """Makes a sequence that shares the longest beginning of the prompt that the pool holds, and
         tells how many tokens that is: at most all but the last. Nothing is copied. What is in the
-        pool was committed by a step with tokens= in the same namespace by sessions of this user."""
-        return self.match_many([tokens], namespace)[0]
+        pool was committed by a step with tokens= in the same namespace by sessions of this user.
 
-    def match_many(self, prompts: Sequence[Iterable[int]],
-                   namespace: bytes | None = None) -> list[tuple[Seq, int]]:
-        """match() of many prompts, in one call."""
+        wait: seconds to wait while another session of this user computes what is missing, or has
+        matched it with a wait and is going to. So of many workers with one prompt that all match
+        with a wait, one computes it, and the others get it from the pool."""
+        return self.match_many([tokens], namespace, wait)[0]
+
+    def match_many(self, prompts: Sequence[Iterable[int]], namespace: bytes | None = None,
+                   wait: float = 0.0, twins: list[int] | None = None) -> list[tuple[Seq, int]]:
+        """match() of many prompts, in one call. twins: with a wait, is filled with the number of
+        the earlier prompt in this call that lacks the same and so should be computed first, or the
+        prompt's own."""
         ids, counts, n = _prompts(prompts)
         out, matched = (c_uint64 * max(n, 1))(), (c_uint32 * max(n, 1))()
         options = seq_options(namespace)
-        self._check(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), out, matched))
+        options.wait_ms = check.milliseconds("wait", wait, may_be_0=True)
+        found = (c_uint32 * max(n, 1))()
+        if twins is not None:
+            options.twins = found
+        self._check(self.client._interruptible(
+            options.wait_ms,
+            lambda: int(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), out,
+                                         matched)),
+            lambda: lib.ts_seq_free(self._open(), out, n)))
+        if twins is not None:
+            twins[:] = found[:n] if options.wait_ms > 0 else range(n)
         return list(zip(out, matched))[:n]
 
     def matching(self, prompts: Sequence[Iterable[int]],
@@ -454,7 +493,8 @@ class Pool:
 
     def step(self, seqs: Sequence[Seq], new_tokens: Sequence[int], *, heads: int | None = None,
              io_dtype: str = "fp32", scale: float = 0.0, run: bool = True,
-             kernel: str | None = None, tokens: Iterable[int] | None = None) -> "Step":
+             kernel: str | None = None, tokens: Iterable[int] | None = None,
+             wait: float = 0.0) -> "Step":
         """Begins a step that adds new_tokens[i] tokens to sequence i: all of them get their slots,
         or NoSpaceError is raised and nothing was taken. A sequence may get 0, as long as another
         gets some: it takes no block, and nothing is attended for it.
@@ -464,14 +504,19 @@ class Pool:
         1/sqrt(head_dim)); run False: no layer will be run, and this process writes K and V
         (writable pools); kernel: of a GPU pool, "v1" and so on (None: the pool's); tokens: the ids
         of all new tokens, in order, -1 where one isn't known: what is committed with them can be
-        found by match()."""
+        found by match(); wait: seconds to wait for room, in the order of those who wait."""
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         options = step_options(heads, io_dtype, scale, run, kernel)
         if tokens is not None:
             given, _ = check.token_ids("tokens", tokens, sum(numbers[:n]))
             options.tokens = cast(given, POINTER(c_uint32))
+        options.wait_ms = check.milliseconds("wait", wait, may_be_0=True)
         handle = c_void_p()
-        self._check(lib.ts_step_begin(self._open(), ids, numbers, n, byref(options), byref(handle)))
+        self._check(self.client._interruptible(
+            options.wait_ms,
+            lambda: int(lib.ts_step_begin(self._open(), ids, numbers, n, byref(options),
+                                          byref(handle))),
+            lambda: lib.ts_step_abort(handle)))
         return Step(self, handle, n, heads, io_dtype, run)
 
     def frame(self, seqs: int, *, new_tokens: int = 1, tokens: int = 0, heads: int | None = None,

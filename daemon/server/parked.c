@@ -1,0 +1,104 @@
+#include "parked.h"
+
+#include "clock.h"
+
+#define WOKEN_PER_TURN 32 /* others have their turn after so many */
+#define TICK_MS 250u      /* claims are looked at so often, while anybody waits */
+
+static uint64_t parked_bytes(const ts_service *s, uint32_t uid)
+{
+    uint64_t bytes = 0;
+    for (const ts_parked *p = s->parked; p != NULL; p = p->next)
+        bytes += p->connection->uid == uid ? p->bytes : 0;
+    return bytes;
+}
+
+bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_parked *p,
+                       uint32_t wait_ms, ts_command *command, ts_answer *a)
+{
+    command->again = p->deadline_ms != 0;
+    if (wait_ms == 0)
+        return true;
+    if (wait_ms > TS_WAIT_MS_MAX) {
+        ts_refuse(a, TS_EINVAL, "a wait of %u ms; the limit is %u", wait_ms, TS_WAIT_MS_MAX);
+        return false;
+    }
+    if (s->draining) {
+        ts_refuse(a, TS_EBUSY, "the daemon is being drained: nothing waits");
+        return false;
+    }
+    const bool wait = !command->again || ts_now_ms() < p->deadline_ms;
+    if (command->op == TS_OP_SEQ_MATCH)
+        command->seq_match.wait = wait;
+    else
+        command->step_begin.wait = wait;
+    const uint64_t bytes = command->again ? 0 : parked_bytes(s, c->uid);
+    if (p->bytes + bytes > TS_PARKED_BYTES)
+        ts_refuse_more(a, TS_EQUOTA, bytes, p->bytes, TS_PARKED_BYTES,
+                       "a request of %zu bytes may not wait: those of uid %u that do have %llu, "
+                       "and the limit is %u",
+                       p->bytes, c->uid, (unsigned long long)bytes, TS_PARKED_BYTES);
+    return a->status == TS_OK;
+}
+
+static void run_alarm(ts_work *work, void *service);
+
+/* For the first deadline, and for claims that somebody may wait for in vain. */
+static void set_alarm(ts_service *s)
+{
+    uint64_t at = 0;
+    if (s->parked != NULL && s->exec.engine->claims.live > 0)
+        at = ts_now_ms() + TICK_MS;
+    for (const ts_parked *p = s->parked; p != NULL; p = p->next)
+        if (at == 0 || p->deadline_ms < at)
+            at = p->deadline_ms;
+    s->alarm.run = run_alarm;
+    ts_queue_set_alarm(&s->exec.queue, &s->alarm, at);
+}
+
+static void run_alarm(ts_work *work, void *service)
+{
+    (void)work;
+    ts_service *s = service;
+    const uint64_t now_ms = ts_now_ms();
+    ts_answer answer;
+    for (ts_parked *p = s->parked, *next; p != NULL; p = next) {
+        next = p->next;
+        if (p->deadline_ms <= now_ms)
+            (void)ts_service_go_on(s, p->connection, true);
+    }
+    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SWEEP}, &answer);
+    set_alarm(s);
+}
+
+void ts_parked_add(ts_service *s, ts_connection *c, ts_parked *p, uint32_t wait_ms)
+{
+    if (p->deadline_ms == 0)
+        p->deadline_ms = ts_now_ms() + wait_ms;
+    c->parked = p;
+    p->connection = c;
+    p->next = s->parked;
+    p->at = &s->parked;
+    if (s->parked != NULL)
+        s->parked->at = &p->next;
+    s->parked = p;
+    set_alarm(s);
+}
+
+void ts_parked_wake(ts_service *s)
+{
+    uint64_t id;
+    for (int i = 0; i < WOKEN_PER_TURN && (id = ts_engine_woken(s->exec.engine)) != 0; i++) {
+        ts_connection *c = ts_service_connection_of(s, id);
+        ts_answer answer;
+        if (c == NULL || !ts_service_go_on(s, c, false))
+            ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_WAIT_END, .session = id}, &answer);
+    }
+    ts_exec_look_for_woken(&s->exec);
+}
+
+void ts_parked_hurry_all(ts_service *s)
+{
+    while (s->parked != NULL)
+        (void)ts_service_go_on(s, s->parked->connection, true);
+}

@@ -1,0 +1,34 @@
+/*
+ * Requests and rings' entries that wait (core/waits.h): parked until the engine wakes their session
+ * or their time is over, and then carried out again.
+ *
+ * A session has one at most. Those of one user hold TS_PARKED_BYTES at most, a part of what its
+ * requests in progress may hold together, so that what they wait for can still come in.
+ *
+ * Thread: the engine's owner of the moment (work_queue.h).
+ */
+#ifndef TS_PARKED_H
+#define TS_PARKED_H
+
+#include "server.h"
+
+#define TS_PARKED_BYTES (16u << 20)
+#define TS_WAIT_MS_MAX 3600000u
+
+/* Sets the command's time, whether it was tried before, and, as it says that it may wait for
+ * wait_ms, whether it still may. False, and the answer refuses: nothing may wait now. */
+bool ts_parked_prepare(const ts_service *service, const ts_connection *connection,
+                       const ts_parked *parked, uint32_t wait_ms, ts_command *command,
+                       ts_answer *answer);
+
+/* It waits; go_on and drop are set. */
+void ts_parked_add(ts_service *service, ts_connection *connection, ts_parked *parked,
+                   uint32_t wait_ms);
+
+/* Carries out those again whose sessions were woken. */
+void ts_parked_wake(ts_service *service);
+
+/* Carries all out again, as if their time were over. */
+void ts_parked_hurry_all(ts_service *service);
+
+#endif

@@ -1,0 +1,238 @@
+"""Waiting: for what other sessions compute, and for room."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+import tinyserve
+from test_match import BLOCK, HEADS, LAYERS, MORE, POOL, compute
+
+SPACE = b"model"
+LONG = 60.0  # seconds; no test waits that long
+
+
+def tsctl(daemon, *words):
+    result = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--json", *words],
+                            check=True, text=True, stdout=subprocess.PIPE)
+    return json.loads(result.stdout) if result.stdout else None
+
+
+def until_waiting(daemon, count):
+    """Returns when so many sessions wait in the pool."""
+    deadline = time.monotonic() + LONG
+    while tsctl(daemon, "status")["pools"][0]["waiting_sessions"] != count:
+        assert time.monotonic() < deadline
+
+
+class Call(threading.Thread):
+    """A call in a thread of its own."""
+
+    def __init__(self, function, *arguments, **named):
+        super().__init__(daemon=True)
+        self._call = function, arguments, named
+        self._result = None
+        self._error = None
+        self.start()
+
+    def run(self):
+        function, arguments, named = self._call
+        try:
+            self._result = function(*arguments, **named)
+        except Exception as error:
+            self._error = error
+
+    def result(self):
+        self.join(LONG)
+        assert not self.is_alive()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+@pytest.fixture(params=["ring", "messages", "local"])
+def how(request):
+    return {"execution": "local"} if request.param == "local" else {"transport": request.param}
+
+
+@pytest.fixture
+def daemon(start_daemon):
+    return start_daemon(POOL + MORE)
+
+
+@pytest.fixture
+def session(daemon, how):
+    clients = []
+
+    def new():
+        client = tinyserve.connect(daemon.url, **how)
+        clients.append(client)
+        return client.pool("p", writable=True)
+    yield new
+    for client in clients:
+        client.close()
+
+
+def test_of_workers_with_one_prompt_one_computes_it(daemon, session):
+    prompt = list(range(100, 140))
+    pools = [session() for _ in range(8)]
+    first, matched = pools[0].match(prompt, SPACE, wait=LONG)
+    assert matched == 0
+    calls = [Call(pool.match, prompt, SPACE, wait=LONG) for pool in pools[1:]]
+    until_waiting(daemon, 7)
+    for at in range(0, 40, 10):  # in chunks
+        assert all(call.is_alive() for call in calls)
+        compute(pools[0], first, prompt[at:at + 10])
+    assert [call.result()[1] for call in calls] == [39] * 7
+    until_waiting(daemon, 0)
+
+
+def test_the_next_goes_on_where_one_that_dies_left_off(daemon, session, how):
+    prompt = list(range(100, 140))
+    code = """
+import sys, tinyserve
+sys.path.insert(0, sys.argv[2])
+from test_match import compute
+how = {sys.argv[3]: sys.argv[4]}
+client = tinyserve.connect(sys.argv[1], **how)
+pool = client.pool("p", writable=True)
+prompt = list(range(100, 140))
+seq, matched = pool.match(prompt, b"model", wait=60)
+compute(pool, seq, prompt[:20])
+step = pool.step([seq], [10], heads=4, tokens=prompt[20:30])
+print("half", flush=True)
+sys.stdin.read()
+"""
+    import sys
+    (key, value), = how.items()
+    worker = subprocess.Popen([sys.executable, "-c", code, daemon.url, os.path.dirname(__file__),
+                               key, value], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout.readline() == "half\n"
+    pools = [session(), session()]
+    calls = [Call(pool.match, prompt, SPACE, wait=LONG) for pool in pools]
+    until_waiting(daemon, 2)
+    worker.kill()
+    worker.wait()
+    until_waiting(daemon, 1)
+    first = 0 if not calls[0].is_alive() else 1
+    calls[first].join(LONG)
+    seq, matched = calls[first].result()
+    assert matched == 20
+    compute(pools[first], seq, prompt[20:])
+    assert calls[1 - first].result()[1] == 39
+
+
+def test_when_the_time_is_over_a_match_tells_what_there_is(daemon, session):
+    prompt = list(range(100, 140))
+    first, second = session(), session()
+    seq, _ = first.match(prompt, SPACE, wait=LONG)
+    compute(first, seq, prompt[:8])
+    with first.step([seq], [8], heads=HEADS, tokens=prompt[8:16]):
+        assert second.match(prompt, SPACE, wait=0.02)[1] == 8
+    assert second.match(prompt, SPACE)[1] == 8  # and without a wait nobody waits
+
+
+def test_prompts_of_one_call_that_lack_the_same_are_told(session):
+    pool = session()
+    prompt, other, twins = list(range(20)), list(range(50, 70)), []
+    found = pool.match_many([prompt, other, prompt], SPACE, wait=LONG, twins=twins)
+    assert twins == [0, 1, 0] and [n for _, n in found] == [0, 0, 0]
+    found = pool.match_many([prompt, prompt], SPACE, twins=twins)
+    assert twins == [0, 1]
+
+
+def fill(pool, blocks):
+    """A sequence that holds so many blocks."""
+    seq, = pool.create()
+    pool.append([seq], [blocks * BLOCK])
+    return seq
+
+
+def take(pool, seq, blocks, wait):
+    with pool.step([seq], [blocks * BLOCK], heads=HEADS, wait=wait) as step:
+        for layer in range(LAYERS):
+            step.run(layer)
+        step.commit()
+
+
+def test_a_step_waits_for_room_in_its_turn(daemon, session):
+    holder, large, small = session(), session(), session()
+    seq = fill(holder, 60)
+    wants = [large.create()[0], small.create()[0]]
+    first = Call(take, large, wants[0], 20, LONG)
+    until_waiting(daemon, 1)
+    second = Call(take, small, wants[1], 2, LONG)
+    until_waiting(daemon, 2)  # there would be room for it, but the other came first
+    with pytest.raises(tinyserve.NoSpaceError, match="64 blocks|2 blocks are needed"):
+        take(holder, holder.create()[0], 2, 0)
+    holder.truncate([seq], [44 * BLOCK])
+    first.result()
+    until_waiting(daemon, 1)
+    holder.free([seq])
+    second.result()
+    assert large.lengths(wants[:1]) == [20 * BLOCK]
+
+
+def test_who_waits_in_vain_is_refused_with_the_numbers(session):
+    holder, other = session(), session()
+    fill(holder, 60)
+    seq, = other.create()
+    with pytest.raises(tinyserve.NoSpaceError) as error:
+        take(other, seq, 10, 0.02)
+    assert (error.value.needed, error.value.free) == (10, 4)
+    take(other, seq, 4, 0)
+
+
+def test_who_is_killed_gives_up_its_place(daemon, session):
+    holder, other = session(), session()
+    seq = fill(holder, 60)
+    code = """
+import sys, tinyserve
+pool = tinyserve.connect(sys.argv[1]).pool("p")
+pool.step(pool.create(), [80], heads=4, wait=60)
+"""
+    import sys
+    worker = subprocess.Popen([sys.executable, "-c", code, daemon.url])
+    until_waiting(daemon, 1)
+    call = Call(take, other, other.create()[0], 3, LONG)
+    until_waiting(daemon, 2)
+    worker.kill()
+    worker.wait()
+    call.result()
+    holder.free([seq])
+
+
+def test_ctrl_c_ends_a_wait_and_leaves_nothing(daemon, session, how):
+    holder = session()
+    seq = fill(holder, 60)
+    client = tinyserve.connect(daemon.url, **how)
+    pool = client.pool("p", writable=True)
+    want, = pool.create()
+    main = threading.get_ident()
+    press = Call(lambda: (until_waiting(daemon, 1), signal.pthread_kill(main, signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        take(pool, want, 10, LONG)
+    press.result()
+    holder.free([seq])
+    take(pool, want, 10, 0)  # neither its place nor a step is left
+    client.close()
+
+
+def test_a_kick_and_a_drain_end_waits(daemon, session):
+    holder, one, two = session(), session(), session()
+    fill(holder, 60)
+    first = Call(take, one, one.create()[0], 10, LONG)
+    until_waiting(daemon, 1)
+    tsctl(daemon, "--yes", "session", "kick", f"{one.client.session:x}")
+    with pytest.raises(tinyserve.DisconnectedError):
+        first.result()
+    second = Call(take, two, two.create()[0], 10, LONG)
+    until_waiting(daemon, 1)
+    tsctl(daemon, "--yes", "drain")
+    with pytest.raises(tinyserve.BusyError, match="drained"):
+        second.result()
+    tsctl(daemon, "--yes", "drain", "off")

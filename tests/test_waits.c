@@ -1,0 +1,445 @@
+/* Who waits for what others compute, or for room, and when each goes on: as the engine decides it.
+ */
+#include "engine_util.h"
+
+#include <string.h>
+
+enum { BLOCK = 4, PROMPT = 64 };
+
+static const ts_space_name model = {"m", 1};
+
+/* A worker of one session, with what it has asked for. */
+typedef struct worker {
+    ts_engine *e;
+    uint64_t session, seq, step;
+    uint32_t has, computed; /* tokens of its sequence, and of them by itself */
+    const uint32_t *ids;    /* of its prompt */
+    uint32_t count;
+} worker;
+
+static worker worker_new(ts_engine *e, uint32_t uid, const uint32_t *ids, uint32_t count)
+{
+    return (worker){.e = e, .session = session_new(e, uid), .ids = ids, .count = count};
+}
+
+static ts_status ask(worker *w, bool wait, bool again)
+{
+    ts_answer a;
+    ts_command c = {
+        .op = TS_OP_SEQ_MATCH,
+        .session = w->session,
+        .again = again,
+        .seq_match = {
+            .tokens = w->ids, .counts = &w->count, .count = 1, .space = model, .wait = wait}};
+    if (apply(w->e, c, &a) == TS_OK) {
+        w->seq = a.matched.seqs[0];
+        w->has = a.matched.lengths[0];
+    }
+    check_engine(w->e);
+    return a.status;
+}
+
+/* Applies the commands of woken sessions again, in their order, until nobody is woken; how many
+ * were answered. */
+static uint32_t go_on(ts_engine *e, worker *all, uint32_t count)
+{
+    uint32_t answered = 0;
+    for (uint64_t id; (id = ts_engine_woken(e)) != 0;) {
+        uint32_t i = 0;
+        while (i < count && all[i].session != id)
+            i++;
+        assert_true(i < count);
+        answered += ask(&all[i], true, true) == TS_OK;
+        assert_true(ts_engine_woken(e) != id);
+    }
+    return answered;
+}
+
+static void open_step(worker *w, uint32_t n)
+{
+    ts_answer a;
+    ts_command c = {
+        .op = TS_OP_STEP_BEGIN,
+        .session = w->session,
+        .step_begin = {
+            .seqs = &w->seq, .new_tokens = &n, .count = 1, .heads = 1, .tokens = w->ids + w->has}};
+    assert_int_equal(apply(w->e, c, &a), TS_OK);
+    w->step = a.begun.step->id;
+    if (a.begun.num_copies > 0)
+        assert_int_equal(step_done(w->e, w->step, TS_NONE), TS_OK);
+    check_engine(w->e);
+}
+
+static void commit(worker *w, uint32_t n)
+{
+    assert_int_equal(step_end(w->e, w->session, TS_OP_STEP_COMMIT, w->step, NULL, 0), TS_OK);
+    w->has += n;
+    w->computed += n;
+    check_engine(w->e);
+}
+
+static void compute(worker *w, uint32_t n)
+{
+    open_step(w, n);
+    commit(w, n);
+}
+
+static void die(worker *w)
+{
+    ts_answer a;
+    assert_int_equal(
+        apply(w->e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = w->session}, &a), TS_OK);
+    check_engine(w->e);
+}
+
+static void fill_ids(uint32_t *ids, uint32_t count, uint32_t first)
+{
+    for (uint32_t i = 0; i < count; i++)
+        ids[i] = first + i;
+}
+
+static void one_prompt_of_many_workers_is_computed_once(void **state)
+{
+    (void)state;
+    enum { WORKERS = 64 };
+    uint32_t ids[PROMPT];
+    worker w[WORKERS];
+    fill_ids(ids, PROMPT, 100);
+    for (int chunked = 0; chunked < 2; chunked++) {
+        ts_engine *e = engine_new(4096, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+        for (int i = 0; i < WORKERS; i++)
+            w[i] = worker_new(e, 1, ids, PROMPT);
+        /* All ask before anybody has begun. */
+        assert_int_equal(ask(&w[0], true, false), TS_OK);
+        assert_int_equal(w[0].has, 0);
+        for (int i = 1; i < WORKERS; i++)
+            assert_int_equal(ask(&w[i], true, false), TS_WAITS);
+        while (w[0].has < PROMPT)
+            compute(&w[0], chunked ? 24 < PROMPT - w[0].has ? 24 : PROMPT - w[0].has : PROMPT);
+        assert_int_equal(go_on(e, w, WORKERS), WORKERS - 1);
+        for (int i = 1; i < WORKERS; i++) {
+            assert_int_equal(w[i].has, PROMPT - 1);
+            assert_int_equal(w[i].computed, 0);
+        }
+        assert_int_equal(w[0].computed, PROMPT);
+        assert_int_equal(e->claims.live, 0);
+        ts_engine_free(e);
+    }
+}
+
+static void the_first_that_waits_goes_on_where_one_that_ends_left_off(void **state)
+{
+    (void)state;
+    enum { WORKERS = 8 };
+    uint32_t ids[PROMPT];
+    worker w[WORKERS];
+    fill_ids(ids, PROMPT, 7);
+    for (int how = 0; how < 4; how++) {
+        ts_engine *e = engine_new(4096, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+        for (int i = 0; i < WORKERS; i++) {
+            w[i] = worker_new(e, 1, ids, PROMPT);
+            assert_int_equal(ask(&w[i], true, false), i == 0 ? TS_OK : TS_WAITS);
+        }
+        compute(&w[0], 30);
+        assert_true(ts_engine_woken(e) == 0);
+        ts_answer a;
+        if (how == 0) { /* it dies in the middle of a step, */
+            open_step(&w[0], 20);
+            die(&w[0]);
+        } else if (how == 1) { /* ... frees its sequence, */
+            assert_int_equal(free_seq(e, w[0].session, w[0].seq), TS_OK);
+        } else if (how == 2) { /* ... gets other tokens than it said, */
+            static const uint32_t other[PROMPT];
+            w[0].ids = other;
+            compute(&w[0], 4);
+        } else { /* ... or does nothing for a while */
+            for (uint64_t now = 1; now <= 1 + TS_CLAIM_IDLE_MS; now += TS_CLAIM_IDLE_MS / 2) {
+                assert_true(ts_engine_woken(e) == 0);
+                apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
+            }
+        }
+        assert_true(ts_engine_woken(e) == w[1].session);
+        assert_int_equal(go_on(e, w, WORKERS), 1);
+        /* A part of a block is found when the block is whole. */
+        assert_int_equal(w[1].has, how == 2 ? 30 : 30 / BLOCK * BLOCK);
+        for (int i = 2; i < WORKERS; i++)
+            assert_int_equal(e->sessions[(uint32_t)w[i].session].wait.kind, TS_WAIT_CLAIM);
+        compute(&w[1], PROMPT - w[1].has);
+        assert_int_equal(go_on(e, w, WORKERS), WORKERS - 2);
+        for (int i = 2; i < WORKERS; i++)
+            assert_int_equal(w[i].has, PROMPT - 1);
+        ts_engine_free(e);
+    }
+}
+
+static void a_step_that_only_pauses_keeps_its_claim(void **state)
+{
+    (void)state;
+    uint32_t ids[PROMPT];
+    ts_answer a;
+    ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+    fill_ids(ids, PROMPT, 0);
+    worker w[2] = {worker_new(e, 1, ids, PROMPT), worker_new(e, 1, ids, PROMPT)};
+    assert_int_equal(ask(&w[0], true, false), TS_OK);
+    assert_int_equal(ask(&w[1], true, false), TS_WAITS);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 1}, &a);
+    open_step(&w[0], 8); /* an open step may take as long as it takes */
+    for (uint64_t now = 600; now < 10000; now += 600)
+        apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
+    commit(&w[0], 8);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 10001}, &a);
+    assert_true(ts_engine_woken(e) == 0);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 11001}, &a);
+    assert_int_equal(go_on(e, w, 2), 1);
+    assert_int_equal(w[1].has, 8);
+    ts_engine_free(e);
+}
+
+static void a_match_waits_for_the_open_step_of_one_that_did_not_ask(void **state)
+{
+    (void)state;
+    uint32_t ids[PROMPT];
+    ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+    fill_ids(ids, PROMPT, 0);
+    worker w[3] = {worker_new(e, 1, ids, PROMPT), worker_new(e, 1, ids, 40),
+                   worker_new(e, 2, ids, PROMPT)};
+    assert_int_equal(ask(&w[0], false, false), TS_OK);
+    open_step(&w[0], PROMPT);
+    assert_int_equal(ask(&w[2], true, false), TS_OK); /* another user's work is nobody else's */
+    assert_int_equal(w[2].has, 0);
+    assert_int_equal(ask(&w[1], true, false), TS_WAITS);
+    for (int end = 0; end < 2; end++) {
+        if (end == 0) /* without the step's tokens it is the one to compute them */
+            assert_int_equal(step_end(e, w[0].session, TS_OP_STEP_ABORT, w[0].step, NULL, 0),
+                             TS_OK);
+        else
+            commit(&w[0], PROMPT);
+        assert_int_equal(go_on(e, w, 3), 1);
+        assert_int_equal(w[1].has, end == 0 ? 0 : 39);
+        if (end == 0) {
+            assert_int_equal(free_seq(e, w[1].session, w[1].seq), TS_OK);
+            open_step(&w[0], PROMPT);
+            assert_int_equal(ask(&w[1], true, false), TS_WAITS);
+        }
+    }
+    ts_engine_free(e);
+}
+
+static void a_prompt_waits_for_what_it_shares_and_not_for_the_rest(void **state)
+{
+    (void)state;
+    uint32_t ids[PROMPT], other[PROMPT];
+    ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+    fill_ids(ids, PROMPT, 0);
+    fill_ids(other, PROMPT, 0);
+    other[21] = 999; /* in the sixth block */
+    worker w[2] = {worker_new(e, 1, ids, PROMPT), worker_new(e, 1, other, PROMPT)};
+    assert_int_equal(ask(&w[0], true, false), TS_OK);
+    assert_int_equal(ask(&w[1], true, false), TS_WAITS);
+    compute(&w[0], 20);
+    assert_true(ts_engine_woken(e) == 0); /* one token more is shared: its block's first */
+    compute(&w[0], 4);
+    assert_int_equal(go_on(e, w, 2), 1);
+    assert_int_equal(w[1].has, 21);
+    assert_int_equal(e->claims.live, 2); /* each of its own rest */
+    ts_engine_free(e);
+}
+
+static void equal_prompts_of_one_match_are_told_of_each_other(void **state)
+{
+    (void)state;
+    enum { LONG = 16, COUNT = 4 };
+    uint32_t ids[COUNT * LONG];
+    const uint32_t counts[COUNT] = {LONG, LONG, LONG, LONG};
+    for (uint32_t i = 0; i < COUNT; i++)
+        fill_ids(ids + i * LONG, LONG, i == 1 ? 500 : 0);
+    ids[3 * LONG + 14] = 77; /* in its last block alone */
+    ts_answer a;
+    ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1);
+    ts_command c = {.op = TS_OP_SEQ_MATCH,
+                    .session = s,
+                    .seq_match = {.tokens = ids, .counts = counts, .count = COUNT, .space = model}};
+    assert_int_equal(apply(e, c, &a), TS_OK);
+    assert_null(a.matched.twins);
+    c.seq_match.wait = true;
+    assert_int_equal(apply(e, c, &a), TS_OK);
+    static const uint32_t expected[COUNT] = {0, 1, 0, 0};
+    assert_memory_equal(a.matched.twins, expected, sizeof expected);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void a_session_that_waits_loses_what_it_only_said_it_would_compute(void **state)
+{
+    (void)state;
+    uint32_t ids[2][PROMPT];
+    ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+    fill_ids(ids[0], PROMPT, 0);
+    fill_ids(ids[1], PROMPT, 1000);
+    worker w[2] = {worker_new(e, 1, ids[0], PROMPT), worker_new(e, 1, ids[1], PROMPT)};
+    assert_int_equal(ask(&w[0], true, false), TS_OK);
+    assert_int_equal(ask(&w[1], true, false), TS_OK);
+    w[0].ids = ids[1];
+    assert_int_equal(ask(&w[0], true, false), TS_WAITS); /* each for the other would be for ever */
+    w[1].ids = ids[0];
+    assert_int_equal(ask(&w[1], true, false), TS_OK);
+    assert_int_equal(ask(&w[0], true, false), TS_EBUSY); /* one thing at a time */
+    assert_int_equal(ask(&w[0], false, true), TS_OK);    /* its time is over */
+    assert_int_equal(w[0].has, 0);
+    ts_engine_free(e);
+}
+
+/* ---- room ---- */
+
+/* A begin of n tokens for the worker's sequence. */
+static ts_status take(worker *w, uint32_t n, bool wait, bool again, uint64_t now_ms)
+{
+    ts_answer a;
+    ts_command c = {
+        .op = TS_OP_STEP_BEGIN,
+        .session = w->session,
+        .now_ms = now_ms,
+        .again = again,
+        .step_begin = {.seqs = &w->seq, .new_tokens = &n, .count = 1, .heads = 1, .wait = wait}};
+    if (apply(w->e, c, &a) == TS_OK) {
+        assert_int_equal(step_end(w->e, w->session, TS_OP_STEP_COMMIT, a.begun.step->id, NULL, 0),
+                         TS_OK);
+        w->has += n;
+    }
+    check_engine(w->e);
+    return a.status;
+}
+
+static worker holder_new(ts_engine *e, uint32_t uid, uint32_t blocks)
+{
+    worker w = worker_new(e, uid, NULL, 0);
+    w.seq = seq_new(e, w.session);
+    if (blocks > 0)
+        assert_int_equal(take(&w, blocks * BLOCK, false, false, 0), TS_OK);
+    return w;
+}
+
+static void give(worker *w, uint32_t blocks)
+{
+    ts_answer a;
+    w->has -= blocks * BLOCK;
+    apply(w->e,
+          (ts_command){.op = TS_OP_SEQ_TRUNCATE,
+                       .session = w->session,
+                       .seq_batch = {.seqs = &w->seq, .lengths = &w->has, .count = 1}},
+          &a);
+    assert_int_equal(a.status, TS_OK);
+    check_engine(w->e);
+}
+
+static void room_is_given_in_order_and_the_large_are_not_overtaken(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
+    worker all = holder_new(e, 1, 30), large = holder_new(e, 1, 0), small = holder_new(e, 1, 0),
+           one = holder_new(e, 1, 0);
+    assert_int_equal(take(&large, 16 * BLOCK, true, false, 1000), TS_WAITS);
+    assert_int_equal(take(&small, 2 * BLOCK, true, false, 1000),
+                     TS_WAITS); /* there would be room */
+    assert_int_equal(take(&one, 2 * BLOCK, false, false, 1000), TS_ENOSPC);
+    assert_int_equal(take(&one, BLOCK, false, false, 1100), TS_OK); /* small, and soon */
+    give(&one, 1);
+    assert_int_equal(take(&one, BLOCK, false, false, 1101), TS_ENOSPC);
+    give(&all, 13);
+    assert_true(ts_engine_woken(e) == 0);
+    give(&all, 1);
+    assert_true(ts_engine_woken(e) == large.session);
+    assert_int_equal(take(&one, BLOCK, false, false, 1200), TS_ENOSPC); /* it is spoken for */
+    assert_int_equal(take(&large, 16 * BLOCK, true, true, 1200), TS_OK);
+    assert_true(ts_engine_woken(e) == 0); /* nothing is left for the next */
+    give(&all, 2);
+    assert_true(ts_engine_woken(e) == small.session);
+    assert_int_equal(take(&small, 2 * BLOCK, true, true, 1200), TS_OK);
+    assert_int_equal(e->waiting_for_room, 0);
+    ts_engine_free(e);
+}
+
+static void who_goes_or_gives_up_leaves_its_place(void **state)
+{
+    (void)state;
+    for (int how = 0; how < 3; how++) {
+        ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
+        ts_answer a;
+        worker all = holder_new(e, 1, 30), large = holder_new(e, 1, 0), small = holder_new(e, 1, 0);
+        assert_int_equal(take(&large, 16 * BLOCK, true, false, 0), TS_WAITS);
+        assert_int_equal(take(&small, 2 * BLOCK, true, false, 0), TS_WAITS);
+        if (how == 0)
+            die(&large);
+        else if (how == 1)
+            apply(e, (ts_command){.op = TS_OP_WAIT_END, .session = large.session}, &a);
+        else
+            assert_int_equal(take(&large, 16 * BLOCK, false, true, 0), TS_ENOSPC);
+        assert_true(ts_engine_woken(e) == small.session);
+        assert_int_equal(take(&small, 2 * BLOCK, true, true, 0), TS_OK);
+        (void)all;
+        ts_engine_free(e);
+    }
+}
+
+static void what_can_never_be_had_is_not_waited_for(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
+    worker w = holder_new(e, 1, 0);
+    assert_int_equal(take(&w, 33 * BLOCK, true, false, 0), TS_ENOSPC);
+    e->pools[0].config.tenant_blocks_max = 8;
+    assert_int_equal(take(&w, 9 * BLOCK, true, false, 0), TS_EQUOTA);
+    ts_engine_free(e);
+}
+
+static void who_waits_for_its_own_limit_is_in_nobodys_way(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(32, 4, BLOCK, TS_CLIENT_WRITE_ALL);
+    worker a = holder_new(e, 1, 10), b = holder_new(e, 1, 0), other = holder_new(e, 2, 0);
+    e->pools[0].config.tenant_blocks_max = 12;
+    assert_int_equal(take(&b, 3 * BLOCK, true, false, 0), TS_WAITS);
+    assert_int_equal(take(&other, 12 * BLOCK, false, false, 1000), TS_OK);
+    assert_true(ts_engine_woken(e) == 0);
+    give(&a, 1);
+    assert_true(ts_engine_woken(e) == b.session);
+    assert_int_equal(take(&b, 3 * BLOCK, true, true, 1000), TS_OK);
+    ts_engine_free(e);
+}
+
+static void tenants_wait_in_turn(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 4, BLOCK, TS_CLIENT_WRITE_ALL);
+    worker all = holder_new(e, 1, 16),
+           w[3] = {holder_new(e, 2, 0), holder_new(e, 2, 0), holder_new(e, 3, 0)};
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(take(&w[i], 4 * BLOCK, true, false, 0), TS_WAITS);
+    static const int order[] = {0, 2, 1};
+    for (int i = 0; i < 3; i++) {
+        give(&all, 4);
+        assert_true(ts_engine_woken(e) == w[order[i]].session);
+        assert_int_equal(take(&w[order[i]], 4 * BLOCK, true, true, 0), TS_OK);
+    }
+    ts_engine_free(e);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(one_prompt_of_many_workers_is_computed_once),
+        cmocka_unit_test(the_first_that_waits_goes_on_where_one_that_ends_left_off),
+        cmocka_unit_test(a_step_that_only_pauses_keeps_its_claim),
+        cmocka_unit_test(a_match_waits_for_the_open_step_of_one_that_did_not_ask),
+        cmocka_unit_test(a_prompt_waits_for_what_it_shares_and_not_for_the_rest),
+        cmocka_unit_test(equal_prompts_of_one_match_are_told_of_each_other),
+        cmocka_unit_test(a_session_that_waits_loses_what_it_only_said_it_would_compute),
+        cmocka_unit_test(room_is_given_in_order_and_the_large_are_not_overtaken),
+        cmocka_unit_test(who_goes_or_gives_up_leaves_its_place),
+        cmocka_unit_test(what_can_never_be_had_is_not_waited_for),
+        cmocka_unit_test(who_waits_for_its_own_limit_is_in_nobodys_way),
+        cmocka_unit_test(tenants_wait_in_turn),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
