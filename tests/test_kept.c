@@ -351,6 +351,28 @@ static void nothing_is_refused_for_the_sake_of_what_is_over(void **state)
     }
 }
 
+static void who_waits_for_room_has_that_of_what_ends(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 20), other = seq_new(e, s);
+    uint32_t n = 16;
+    ts_answer a;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    ts_command c = {.op = TS_OP_STEP_BEGIN,
+                    .session = s,
+                    .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1, .wait = true}};
+    assert_int_equal(apply(e, c, &a), TS_WAITS);
+    advance(e, 999);
+    assert_int_equal(ts_engine_woken(e), 0);
+    advance(e, 1000);
+    assert_int_equal(ts_engine_woken(e), s);
+    c.again = true;
+    assert_int_equal(apply(e, c, &a), TS_OK);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 static void a_name_is_not_forgotten_past_the_limits_of_the_session(void **state)
 {
     (void)state;
@@ -409,6 +431,7 @@ int main(void)
         cmocka_unit_test(a_name_whose_time_is_over_is_free_before_it_is_swept),
         cmocka_unit_test(a_time_to_live_is_set_anew_and_given_up),
         cmocka_unit_test(nothing_is_refused_for_the_sake_of_what_is_over),
+        cmocka_unit_test(who_waits_for_room_has_that_of_what_ends),
         cmocka_unit_test(a_name_is_not_forgotten_past_the_limits_of_the_session),
         cmocka_unit_test(many_ends_take_many_turns),
     };
