@@ -310,6 +310,69 @@ static void a_time_to_live_is_set_anew_and_given_up(void **state)
     ts_engine_free(e);
 }
 
+/* What is over but not swept yet makes room first, where something is short. */
+static void nothing_is_refused_for_the_sake_of_what_is_over(void **state)
+{
+    (void)state;
+    for (int what = 0; what < 5; what++) {
+        ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
+        ts_pool_config *config = &e->pools[0].config;
+        uint64_t s = session_new(e, 1), other = seq_new(e, s), seq = of_length(e, s, 20);
+        uint32_t n = 16;
+        ts_answer a;
+        assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+        ts_command begins = {.op = TS_OP_STEP_BEGIN,
+                             .session = s,
+                             .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1}};
+        ts_command creates = {.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 1}};
+        ts_command keeps = {
+            .op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = other, .name = "y"}};
+        ts_command c = what < 3 ? begins : what < 4 ? creates : keeps;
+        if (what == 1)
+            config->tenant_blocks_max = 8;
+        if (what == 2)
+            config->tenant_entries_max = 8;
+        if (what == 3)
+            config->tenant_sequences_max = 2;
+        if (what == 4) {
+            append(e, s, other, 1);
+            config->tenant_pinned_max = 5;
+        }
+        ts_engine_apply(e, &c, &a);
+        assert_int_equal(a.status, what == 0 ? TS_ENOSPC : TS_EQUOTA);
+        c.now_ms = 1000;
+        ts_engine_apply(e, &c, &a);
+        assert_int_equal(a.status, TS_NEED_SWEEP);
+        check_engine(e);
+        (void)sweep_all(e);
+        assert_int_equal(apply(e, c, &a), TS_OK);
+        check_engine(e);
+        ts_engine_free(e);
+    }
+}
+
+static void who_waits_for_room_has_that_of_what_ends(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1), seq = of_length(e, s, 20), other = seq_new(e, s);
+    uint32_t n = 16;
+    ts_answer a;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    ts_command c = {.op = TS_OP_STEP_BEGIN,
+                    .session = s,
+                    .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1, .wait = true}};
+    assert_int_equal(apply(e, c, &a), TS_WAITS);
+    advance(e, 999);
+    assert_int_equal(ts_engine_woken(e), 0);
+    advance(e, 1000);
+    assert_int_equal(ts_engine_woken(e), s);
+    c.again = true;
+    assert_int_equal(apply(e, c, &a), TS_OK);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 static void a_name_is_not_forgotten_past_the_limits_of_the_session(void **state)
 {
     (void)state;
@@ -367,6 +430,8 @@ int main(void)
         cmocka_unit_test(a_step_whose_session_ends_lets_the_time_end),
         cmocka_unit_test(a_name_whose_time_is_over_is_free_before_it_is_swept),
         cmocka_unit_test(a_time_to_live_is_set_anew_and_given_up),
+        cmocka_unit_test(nothing_is_refused_for_the_sake_of_what_is_over),
+        cmocka_unit_test(who_waits_for_room_has_that_of_what_ends),
         cmocka_unit_test(a_name_is_not_forgotten_past_the_limits_of_the_session),
         cmocka_unit_test(many_ends_take_many_turns),
     };

@@ -62,6 +62,9 @@ uint32_t ts_engine_replaced_tail(const ts_engine *engine, uint32_t pool, const t
  * *entries is freed bit by bit. */
 void ts_engine_free_sequence(ts_engine *engine, uint32_t pool, ts_sequence *seq, uint32_t *entries);
 
+/* Whether sweeping frees sequences of the pool: what is short may be there afterwards. */
+bool ts_engine_frees_more(const ts_engine *engine, uint32_t pool);
+
 /* Whether the session may own one sequence more, of its tenant's, of so many blocks; else the
  * answer refuses. */
 bool ts_engine_check_owned(const ts_engine *engine, const ts_session *session, uint32_t pool,

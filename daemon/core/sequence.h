@@ -8,7 +8,7 @@
  * somewhere else in each daemon, so an id from before a restart names nothing.
  *
  * Cost: 88 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
- * 4). A sequence whose time ends costs 32 bytes more, a ticket 73, a name about 70 and itself.
+ * 4). One whose time ends costs 32 bytes more, one that is kept or on a ticket about 100 more.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */

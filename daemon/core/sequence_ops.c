@@ -67,12 +67,12 @@ bool ts_engine_reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uin
                        "uid %u has %u sequences in pool '%s'; %u more would pass its limit of %u "
                        "(tenant_sequences)",
                        e->tenants[s->tenant], theirs, config->name, count, most);
-        if (seqs->dying != TS_NONE)
+        if (ts_engine_frees_more(e, pool))
             a->status = TS_NEED_SWEEP;
         return false;
     }
     ts_status status = ts_sequences_reserve(seqs, count);
-    if (status == TS_EQUOTA && seqs->dying != TS_NONE) {
+    if (status == TS_EQUOTA && ts_engine_frees_more(e, pool)) {
         a->status = TS_NEED_SWEEP;
         return false;
     }
@@ -208,7 +208,7 @@ bool ts_engine_check_entries(const ts_engine *e, const ts_session *s, uint32_t p
         "limit of %llu (tenant_entries)",
         e->tenants[s->tenant], p->config.name, (unsigned long long)all, (unsigned long long)more,
         (unsigned long long)most);
-    if (p->seqs.dying != TS_NONE)
+    if (ts_engine_frees_more(e, pool))
         a->status = TS_NEED_SWEEP;
     return false;
 }
@@ -227,6 +227,8 @@ bool ts_engine_check_pinned(const ts_engine *e, const ts_session *s, uint32_t po
         "its limit of %llu (tenant_pinned)",
         e->tenants[s->tenant], (unsigned long long)pinned, p->config.name, (unsigned long long)more,
         (unsigned long long)most);
+    if (ts_engine_frees_more(e, pool))
+        a->status = TS_NEED_SWEEP;
     return false;
 }
 

@@ -215,7 +215,8 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
         ts_refuse(a, TS_WAITS, "it waits for room");
         return false;
     }
-    if ((over || available < blocks) && (pool->seqs.dying != TS_NONE || e->closing != TS_NONE)) {
+    if ((over || available < blocks) &&
+        (ts_engine_frees_more(e, c->pool) || e->closing != TS_NONE)) {
         a->status = TS_NEED_SWEEP;
         return false;
     }

@@ -36,6 +36,12 @@ void ts_engine_bury(ts_engine *e, ts_sequences *seqs)
     e->graves = grave;
 }
 
+bool ts_engine_frees_more(const ts_engine *e, uint32_t pool)
+{
+    const ts_sequences *seqs = &e->pools[pool].seqs;
+    return seqs->dying != TS_NONE || ts_sequences_first_over(seqs, e->now_ms) != NULL;
+}
+
 bool ts_engine_ends_by(const ts_engine *e, uint64_t now_ms)
 {
     bool ends = false;
@@ -59,11 +65,10 @@ void ts_engine_go_on_later(ts_engine *e, ts_answer *a)
 
 bool ts_engine_sweeps(const ts_engine *e)
 {
-    bool sweeps = e->wants_sweep || e->closing != TS_NONE || e->graves != NULL ||
-                  ts_engine_ends_by(e, e->now_ms);
+    bool sweeps = e->wants_sweep || e->closing != TS_NONE || e->graves != NULL;
     for (uint32_t i = 0; i < e->num_pools && !sweeps; i++)
         sweeps = ts_engine_has_pool(e, i) &&
-                 (e->pools[i].seqs.dying != TS_NONE || has_retired(&e->pools[i].books));
+                 (ts_engine_frees_more(e, i) || has_retired(&e->pools[i].books));
     return sweeps;
 }
 

@@ -45,10 +45,14 @@ void ts_engine_seq_ticket(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         return ts_refuse(a, TS_EINVAL, "a ticket good for %llu ms; the limit is %u",
                          (unsigned long long)ttl, TS_TICKET_MS_MAX);
     const uint32_t tickets = count_tickets(e, s->tenant);
-    if (tickets >= TS_TICKETS_MAX)
-        return ts_refuse_more(a, TS_EQUOTA, tickets, 1, TS_TICKETS_MAX,
-                              "uid %u has %u tickets; the limit is %u", e->tenants[s->tenant],
-                              tickets, TS_TICKETS_MAX);
+    if (tickets >= TS_TICKETS_MAX) {
+        ts_refuse_more(a, TS_EQUOTA, tickets, 1, TS_TICKETS_MAX,
+                       "uid %u has %u tickets; the limit is %u", e->tenants[s->tenant], tickets,
+                       TS_TICKETS_MAX);
+        if (ts_engine_ends_by(e, e->now_ms))
+            a->status = TS_NEED_SWEEP;
+        return;
+    }
     to_text(c->seq_ticket.ticket, text);
     ts_status status = ts_sequences_reserve_life(&pool->seqs);
     if (status == TS_OK) {

@@ -2,15 +2,18 @@
  * Fuzz target: requests into the service and its engine, as the transport hands them over: through
  * the queue, run here where the engine is idle and by its own thread where it isn't. An input is a
  * list of requests: bytes to be unpacked as they are, or fields to build a request of, which may
- * name ids that earlier answers gave. After each input the engine's books must agree.
+ * name ids and tickets that earlier answers gave, or let time go on. After each input the engine's
+ * books must agree.
  */
 #include "fuzz_input.h"
 #include "fuzz_service.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 typedef struct known {
     uint64_t seqs[8], steps[4];
+    uint8_t ticket[TS_TICKET_BYTES]; /* the last */
 } known;
 
 static void learn(known *k, const Tspb__Reply *r, uint32_t at)
@@ -20,6 +23,8 @@ static void learn(known *k, const Tspb__Reply *r, uint32_t at)
     if (r->body_case == TSPB__REPLY__BODY_SEQS)
         for (size_t i = 0; i < r->seqs->n_seqs && i < 3; i++)
             k->seqs[(at + i) % 8] = r->seqs->seqs[i];
+    if (r->body_case == TSPB__REPLY__BODY_TICKET)
+        memcpy(k->ticket, r->ticket->ticket.data, sizeof k->ticket);
     if (r->body_case == TSPB__REPLY__BODY_STEP_BEGUN && r->step_begun->step != 0)
         k->steps[at % 4] = r->step_begun->step;
 }
@@ -42,6 +47,9 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
     Tspb__SeqTruncate truncate = TSPB__SEQ_TRUNCATE__INIT;
     Tspb__SeqKeep keep = TSPB__SEQ_KEEP__INIT;
     Tspb__SeqAttach attach = TSPB__SEQ_ATTACH__INIT;
+    Tspb__SeqTicket ticket = TSPB__SEQ_TICKET__INIT;
+    Tspb__SeqRedeem redeem = TSPB__SEQ_REDEEM__INIT;
+    Tspb__ListKept list = TSPB__LIST_KEPT__INIT;
     Tspb__SeqBlocks blocks = TSPB__SEQ_BLOCKS__INIT;
     Tspb__SeqMatch match = TSPB__SEQ_MATCH__INIT;
     Tspb__StepBegin begin = TSPB__STEP_BEGIN__INIT;
@@ -54,7 +62,7 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
     Tspb__PoolClose close = TSPB__POOL_CLOSE__INIT;
     uint64_t ids[4];
     uint32_t numbers[4], count = fuzz_take(in, 1) % 5;
-    uint32_t kind = fuzz_take(in, 1) % 15, tokens[64];
+    uint32_t kind = fuzz_take(in, 1) % 18, tokens[64];
     for (uint32_t i = 0; i < 4; i++) {
         ids[i] = fuzz_id(in, k->seqs, 8);
         numbers[i] = fuzz_number(in);
@@ -91,6 +99,8 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
     case 4:
         keep.seq = ids[0];
         keep.name = (char *)names[numbers[0] % 5];
+        keep.ttl_ms = numbers[1];
+        keep.replace = numbers[2] & 1;
         r.body_case = TSPB__REQUEST__BODY_SEQ_KEEP;
         r.seq_keep = &keep;
         break;
@@ -180,6 +190,27 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
         r.body_case = TSPB__REQUEST__BODY_SEQ_MATCH;
         r.seq_match = &match;
         break;
+    case 14:
+        ticket.seq = ids[0];
+        ticket.ttl_ms = numbers[0];
+        r.body_case = TSPB__REQUEST__BODY_SEQ_TICKET;
+        r.seq_ticket = &ticket;
+        break;
+    case 15:
+        redeem.ticket.data = k->ticket;
+        redeem.ticket.len = numbers[0] < 30 ? sizeof k->ticket : numbers[0] % sizeof k->ticket;
+        k->ticket[0] ^= numbers[1] == 1;
+        r.body_case = TSPB__REQUEST__BODY_SEQ_REDEEM;
+        r.seq_redeem = &redeem;
+        break;
+    case 16:
+        fuzz_wait(numbers[0]);
+        list.prefix = (char *)names[numbers[1] % 5];
+        list.after = (char *)names[numbers[2] % 5];
+        list.limit = numbers[3];
+        r.body_case = TSPB__REQUEST__BODY_LIST_KEPT;
+        r.list_kept = &list;
+        break;
     default:
         if (numbers[0] & 1) {
             exchange.bytes = fuzz_number(in) * 4096ull;
@@ -209,7 +240,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     fuzz_input in = {.at = data, .end = data + size};
-    known k = {{0}, {0}};
+    known k = {{0}, {0}, {0}};
     uint32_t uid = 1000 + fuzz_take(&in, 1) % 3;
     uint32_t pipe = fuzz_connect(uid, fuzz_take(&in, 1) & 1);
     for (uint64_t id = 1; in.at < in.end && id < 200; id++) {

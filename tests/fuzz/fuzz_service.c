@@ -242,6 +242,21 @@ void fuzz_check_books(void)
     fuzz_as_owner(check_books, NULL);
 }
 
+/* ---- time ---- */
+
+static void wait_ms(void *arg)
+{
+    ts_engine *e = fuzz_service.exec.engine;
+    ts_answer a;
+    ts_engine_apply(
+        e, &(ts_command){.op = TS_OP_SWEEP, .now_ms = e->now_ms + *(const uint64_t *)arg}, &a);
+}
+
+void fuzz_wait(uint64_t ms)
+{
+    fuzz_as_owner(wait_ms, &ms);
+}
+
 /* ---- life ---- */
 
 static void *engine_main(void *arg)

@@ -39,4 +39,7 @@ void fuzz_give_exchange(uint32_t pipe, uint64_t bytes);
 /* Aborts if the engine's books don't agree. */
 void fuzz_check_books(void);
 
+/* Lets the engine's time go on, and ends what has had its time. */
+void fuzz_wait(uint64_t ms);
+
 #endif

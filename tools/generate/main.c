@@ -265,10 +265,8 @@ static ts_status start_sequence(const options *o, const model *m, ts_pool *pool,
     char space[32];
     int bytes = snprintf(space, sizeof space, "generate:%016llx", (unsigned long long)m->digest);
     /* What others compute of this prompt just now isn't computed here, too. */
-    const ts_seq_options model = {.size = sizeof model,
-                                  .space = space,
-                                  .space_bytes = (size_t)bytes,
-                                  .wait_ms = 60000};
+    const ts_seq_options model = {
+        .size = sizeof model, .space = space, .space_bytes = (size_t)bytes, .wait_ms = 60000};
     if (o->no_cache && o->prefix_of == NULL)
         return ts_seq_create(pool, 1, seq);
     if (o->prefix_of == NULL)
