@@ -113,11 +113,15 @@ typedef struct ts_error_info {
     uint64_t needed; /* what the call asked for */
     uint64_t free;   /* how much of it is available */
     uint64_t limit;  /* the quota, or the pool's size */
+    /* Of a step that finds no room (TS_ENOSPC), in blocks: */
+    uint64_t cached; /* of `free`, of the tenant's: they would be evicted */
+    uint64_t pinned; /* by the tenant's kept sequences */
+    uint64_t others; /* used by other tenants */
 } ts_error_info;
 
 #define TS_ERROR_INFO_INIT                                                                         \
     {                                                                                              \
-        sizeof(ts_error_info), TS_OK, 0, 0, 0                                                      \
+        sizeof(ts_error_info), TS_OK, 0, 0, 0, 0, 0, 0                                             \
     }
 
 /* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_error_info. */
@@ -155,6 +159,29 @@ void ts_pool_close(ts_pool *pool);
 const ts_geometry *ts_pool_geometry(const ts_pool *pool);
 uint32_t ts_pool_blocks(const ts_pool *pool);       /* the most that it can have */
 uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens of the longest sequence */
+
+/* What the caller's tenant has of a pool. Units: blocks, unless said. */
+typedef struct ts_pool_room {
+    size_t size;        /* sizeof(ts_pool_room) */
+    uint64_t blocks;    /* of the pool */
+    uint64_t available; /* that a step could take now: free ones, and cached ones that would go */
+    uint64_t used;      /* by the tenant's sequences, each counted once */
+    uint64_t cached;    /* of the tenant: no sequence uses them, and a match may find them */
+    uint64_t pinned;    /* of `used`, by kept sequences */
+    uint64_t limit;     /* that the tenant may use */
+    uint64_t others;    /* used by other tenants */
+    uint64_t sequences; /* of the tenant */
+    uint64_t waiting;   /* sessions of all tenants that wait in the pool */
+    uint64_t asked_tokens, found_tokens; /* of the tenant's prompts that were matched */
+} ts_pool_room;
+
+#define TS_POOL_ROOM_INIT                                                                          \
+    {                                                                                              \
+        sizeof(ts_pool_room), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                      \
+    }
+
+/* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_pool_room. */
+TS_WARN_UNUSED ts_status ts_pool_stats(ts_pool *pool, ts_pool_room *out);
 
 /* The pool's device as the daemon counts them ("host", "cuda:0"), and its kind of memory ("host",
  * "cuda-vmm", "cuda-ipc"). */
@@ -232,8 +259,25 @@ TS_WARN_UNUSED ts_status ts_seq_fork_at(ts_pool *pool, ts_seq parent, uint32_t l
 TS_WARN_UNUSED ts_status ts_seq_truncate(ts_pool *pool, const ts_seq *seqs, const uint32_t *lengths,
                                          uint32_t count);
 
-/* Frees the sequences; all or none. TS_EBUSY: one is in an open step. */
+/* The same, by how many of its last tokens each loses. */
+TS_WARN_UNUSED ts_status ts_seq_shorten(ts_pool *pool, const ts_seq *seqs, const uint32_t *counts,
+                                        uint32_t num_seqs);
+
+/* Frees the sequences; all or none. What was committed with token ids stays cached. TS_EBUSY: one
+ * is in an open step. */
 TS_WARN_UNUSED ts_status ts_seq_free(ts_pool *pool, const ts_seq *seqs, uint32_t count);
+
+/* The same, and what no other sequence uses of them isn't cached. */
+TS_WARN_UNUSED ts_status ts_seq_forget(ts_pool *pool, const ts_seq *seqs, uint32_t count);
+
+/*
+ * Goes on with some of `count` sequences, in one call: out[i] continues seqs[from[i]], for i below
+ * `picked`. The first that does is that sequence itself; others are forks. Those that none
+ * continues are freed. It takes no block, so beam search goes on in a full pool. All or none.
+ * TS_EBUSY: one is in an open step. TS_EINVAL: one is there twice, or from[i] isn't below `count`.
+ */
+TS_WARN_UNUSED ts_status ts_seq_select(ts_pool *pool, const ts_seq *seqs, uint32_t count,
+                                       const uint32_t *from, uint32_t picked, ts_seq *out);
 
 /* Keeps a sequence under a name (1 to 127 bytes of UTF-8, no control characters): it outlives the
  * session, and every session of the tenant may attach to it. NULL removes the name and makes the
@@ -352,13 +396,15 @@ typedef struct ts_step_options {
                                NULL: none are */
     uint32_t wait_ms; /* waits so long, beside the call's own time, for room: sessions of a pool get
                          it in their order, tenants in turn. 0: it is refused at once */
+    int32_t priority; /* of what is cached of the step's content: -1 is evicted before 0, and 1
+                         after it, among the tenant's own */
 } ts_step_options;
 
 #define TS_TOKEN_UNKNOWN UINT32_MAX
 
 #define TS_STEP_OPTIONS_INIT                                                                       \
     {                                                                                              \
-        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL, 0                         \
+        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL, 0, 0                      \
     }
 
 /*

@@ -91,6 +91,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     body.scale = o->scale;
     body.append = append;
     body.wait_ms = o->wait_ms;
+    body.priority = o->priority;
     if (o->tokens != NULL) {
         body.tokens = ts_unconst(o->tokens);
         body.n_tokens = s->tokens;
@@ -161,7 +162,8 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                                      .scale = o->scale,
                                      .flags = (tables ? TS_RING_TABLES : 0u) |
                                               (o->tokens != NULL ? TS_RING_TOKENS : 0u),
-                                     .wait_ms = o->wait_ms}};
+                                     .wait_ms = o->wait_ms,
+                                     .priority = o->priority}};
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
     if (tables)
