@@ -256,9 +256,12 @@ static ts_status add_tokens(ts_pool *p, const ts_seq *seqs, const uint32_t *new_
                            "sequence",
                            new_tokens[i], (unsigned long long)seqs[i], p->sequence_tokens_max);
     }
-    if (count == 0 || sum == 0 || sum > UINT32_MAX)
+    if (count == 0 || sum == 0)
         return ts_fail(p->client, TS_EINVAL,
-                       "%llu new tokens for %u sequences; a step has 1..%u, for at least 1",
+                       "0 new tokens for %u sequences; a step adds at least 1 token to at least 1",
+                       count);
+    if (sum > UINT32_MAX)
+        return ts_fail(p->client, TS_EINVAL, "%llu new tokens for %u sequences; the limit is %u",
                        (unsigned long long)sum, count, UINT32_MAX);
     if (sum > slots && sum > ASKED_ANYWAY)
         return ts_fail(p->client, TS_ENOSPC, "%llu new tokens; the pool has %llu slots in all",
