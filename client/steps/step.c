@@ -326,7 +326,8 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->heads = o.heads;
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
-    s->publishes = o.no_run && o.tokens != NULL && p->on_gpu;
+    s->writes_itself = o.no_run && p->on_gpu;
+    s->publishes = o.tokens != NULL;
     p->client->wait_ms = o.wait_ms;
     status = ts_step_call_begin(s, seqs, &o, false);
     p->client->wait_ms = 0;
@@ -443,7 +444,8 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     bool use;
     /* Blocks whose K and V are still being written, or read, are nobody else's yet. */
     ts_status status = TS_OK;
-    if (s->publishes && commit && c->cuda != NULL)
+    if (s->writes_itself && c->cuda != NULL &&
+        (!commit || accepted != NULL || s->publishes)) /* blocks are given back, or found */
         status = ts_cuda_await(c, c->cuda);
     else if (s->local != NULL && s->pool->on_gpu)
         status = ts_local_gpu_await(c);
