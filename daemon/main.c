@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <time.h>
@@ -142,6 +143,7 @@ static void device_failed(const char *why)
 
 static void *engine_main(void *arg)
 {
+    prctl(PR_SET_NAME, "engine");
     ts_service_run(arg);
     return NULL;
 }
@@ -301,6 +303,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     s->operators = c->operators;
     s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
     s->exec.submit_ms = c->submit_ms;
+    s->exec.join_us = c->join_us;
     s->exec.tenant_exchange_bytes = c->tenant_exchange_bytes;
     s->exec.device_failed = device_failed;
     pthread_mutex_init(&s->operators_lock, NULL);

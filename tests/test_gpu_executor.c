@@ -105,20 +105,27 @@ typedef struct rig {
     ts_signals_page *pages[SESSIONS];
 } rig;
 
-static void rig_new(rig *r, uint32_t submit_ms)
+static void rig_new_joining(rig *r, uint32_t submit_ms, uint32_t join_us)
 {
     memset(r, 0, sizeof *r);
     failures = 0;
     sem_init(&failed, 0, 0);
     alarm(120);
     r->gpu = fake_gpu_new();
-    OK(ts_gpu_executor_new(r->gpu, SESSIONS, submit_ms, on_failure, &r->executor, why, sizeof why));
+    OK(ts_gpu_executor_new(r->gpu, SESSIONS, submit_ms, join_us, on_failure, &r->executor, why,
+                           sizeof why));
     for (uint32_t i = 0; i < SESSIONS; i++) {
         uint32_t *done, *there;
         OK(ts_signals_new(&r->pages[i], why, sizeof why));
         ts_gpu_executor_word(r->executor, i, &done, &there);
         OK(ts_signals_reach(r->pages[i], r->gpu, done, there, why, sizeof why));
     }
+}
+
+/* Where each run is launched by itself. */
+static void rig_new(rig *r, uint32_t submit_ms)
+{
+    rig_new_joining(r, submit_ms, 0);
 }
 
 static void rig_free(rig *r)
@@ -325,6 +332,54 @@ static void a_batch_that_ends_lets_go_whoever_waits(void **state)
     }
 }
 
+static void in_a_crowd_no_launch_waits_for_a_worker(void **state)
+{
+    (void)state;
+    enum { RUNS = 8 };
+    for (int joins = 0; joins < 2; joins++) {
+        rig r;
+        rig_new_joining(&r, 3600000, joins ? 4000000 : 0); /* a crowd stays one for long */
+        static test_job jobs[SESSIONS][RUNS];
+        for (uint32_t n = 1; n <= RUNS; n++)
+            for (uint32_t i = 0; i < SESSIONS; i++) {
+                job_init(&jobs[i][n - 1], r.pages[i], n);
+                ts_gpu_executor_submit(r.executor, &jobs[i][n - 1].job);
+            }
+        if (!joins)
+            fake_gpu_await_waiting(r.gpu, 1);
+        for (uint32_t n = 1; n <= RUNS; n++) { /* in an order of their own */
+            for (uint32_t i = 0; i < SESSIONS; i++)
+                submitted(r.pages[i * 7 % SESSIONS], n);
+            for (uint32_t i = 0; i < SESSIONS; i++)
+                await_good(&jobs[i][n - 1]);
+        }
+        if (joins)
+            assert_int_equal(fake_gpu_read(r.gpu).most_waiting, 0);
+        uint64_t runs, launches;
+        ts_gpu_executor_counts(r.executor, &runs, &launches);
+        assert_int_equal(runs, SESSIONS * RUNS);
+        rig_free(&r);
+    }
+}
+
+static void one_or_two_workers_are_queued_ahead_as_ever(void **state)
+{
+    (void)state;
+    rig r;
+    rig_new_joining(&r, 3600000, 4000000);
+    test_job jobs[2];
+    for (uint32_t i = 0; i < 2; i++) {
+        job_init(&jobs[i], r.pages[i], 1);
+        ts_gpu_executor_submit(r.executor, &jobs[i].job);
+    }
+    fake_gpu_await_waiting(r.gpu, 2);
+    for (uint32_t i = 0; i < 2; i++) {
+        submitted(r.pages[i], 1);
+        await_good(&jobs[i]);
+    }
+    rig_free(&r);
+}
+
 static void a_lost_device_fails_every_job_and_is_told_once(void **state)
 {
     (void)state;
@@ -386,6 +441,8 @@ int main(void)
         cmocka_unit_test(not_all_workers_are_waited_for_on_the_device),
         cmocka_unit_test(a_run_that_is_submitted_too_late_fails_alone),
         cmocka_unit_test(a_batch_that_ends_lets_go_whoever_waits),
+        cmocka_unit_test(in_a_crowd_no_launch_waits_for_a_worker),
+        cmocka_unit_test(one_or_two_workers_are_queued_ahead_as_ever),
         cmocka_unit_test(a_lost_device_fails_every_job_and_is_told_once),
         cmocka_unit_test(a_device_that_is_lost_while_nothing_runs_is_told_too),
     };

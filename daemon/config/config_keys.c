@@ -242,6 +242,11 @@ static const ts_config_key daemon_keys[] = {
      .more = "Then the daemon ends it."},
     {DAEMON("submit_seconds", read_seconds, submit_ms), .least = 1, .most = 3600, .preset = "30",
      .help = "Seconds that a worker on a GPU has to submit a run that it has asked for."},
+    {DAEMON("join_us", read_u32, join_us), .least = 0, .most = 1000, .preset = "20",
+     .help =
+         "Microseconds that a run on a GPU waits for others at most, to share a launch with them, "
+         "while three sessions and more are at work. 0: each run is launched by itself.",
+     .more = "It waits only while the GPU has something to do."},
     {DAEMON("metrics", read_metrics, metrics), .preset = "off", .shipped = "127.0.0.1:9470",
      .help = "An address and a port, or off. They serve a page that shows the pools at /, its "
              "figures as /stats.json, Prometheus' figures as /metrics, and /healthz, to everybody "

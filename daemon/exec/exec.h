@@ -31,7 +31,7 @@ typedef struct ts_exec {
     ts_exec_gpu gpus[TS_GPUS_MAX];
     uint32_t num_gpus;
     const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
-    uint32_t submit_ms;                      /* of the GPUs' executors */
+    uint32_t submit_ms, join_us;             /* of the GPUs' executors */
     uint64_t tenant_exchange_bytes;          /* of each GPU's memory; 0: a quarter of it */
     void (*device_failed)(const char *why);
     struct ts_step_plan **step_plans; /* by a step's index; NULL: none yet (step_work.c) */

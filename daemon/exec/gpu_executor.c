@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4)     /* launches that wait for workers */
@@ -15,6 +16,11 @@
 #define WAITING_SESSIONS (TS_GPU_STREAM_SLOTS / 2) /* ... whom they wait for: each has a slot */
 #define HEALTH_MS 1000                             /* the device is looked at so often */
 #define POLL_MS 1                                  /* while jobs wait here for their workers */
+#define CROWD_SESSIONS 3u                          /* that have runs here: so many are a crowd, */
+#define CROWD_JOINS 250u /* ... for so many join_us after such a run came */
+#define JOIN_LAUNCHES 2u /* a ready run waits while these are under way */
+#define SPIN_NS 20000u   /* words are looked at without a pause so long, */
+#define NAP_NS 20000     /* ... and then so often */
 
 /* Whom a launch of one job waits for: its worker, and the session's run before it. */
 typedef enum wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } wait_for;
@@ -30,6 +36,7 @@ typedef struct in_flight {
 struct ts_gpu_executor {
     ts_gpu *gpu;
     uint32_t submit_ms;
+    uint64_t join_ns;
     void (*failed)(const char *why);
     pthread_t thread;
     pthread_mutex_t lock;
@@ -46,6 +53,14 @@ struct ts_gpu_executor {
     ts_gpu_signal *signals;   /* the thread's own: two for each part */
     size_t capacity;
     uint64_t health_ms;            /* the thread's own: when it looks at the device next */
+    uint64_t late_ms;              /* the thread's own: when it looked for late workers last */
+    uint32_t active;               /* under the lock: sessions that have runs here */
+    atomic_uint_fast64_t crowd_ns; /* until then there is a crowd */
+    uint64_t ready_ns;             /* the thread's own: since when a run of a crowd's is ready */
+    struct {
+        const uint32_t *word;
+        uint32_t number;
+    } joined[JOIN_LAUNCHES];       /* the thread's own: what tells that a crowd's launch is over */
     uint32_t *words, *words_there; /* completed runs of each session */
     size_t words_bytes;
     atomic_uint_fast64_t runs, launches;
@@ -70,10 +85,28 @@ static bool alike(const ts_job *a, const ts_job *b)
            ts_attention_same_variant(&a->variant, &b->variant);
 }
 
-static void complete_jobs(ts_job *jobs, ts_status status, const char *why)
+/* A job of the session's comes, or is over. */
+static void count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes)
+{
+    if (page == NULL)
+        return;
+    pthread_mutex_lock(&x->lock);
+    if (comes)
+        x->active += page->jobs++ == 0;
+    else
+        x->active -= --page->jobs == 0;
+    const bool crowd = comes && x->active >= CROWD_SESSIONS && x->join_ns > 0;
+    pthread_mutex_unlock(&x->lock);
+    if (crowd)
+        atomic_store_explicit(&x->crowd_ns, ts_now_ns() + CROWD_JOINS * x->join_ns,
+                              memory_order_relaxed);
+}
+
+static void complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, const char *why)
 {
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
         next = job->next;
+        count_job(x, job->signals, false);
         job->status = status;
         if (status == TS_OK && job->late) {
             job->status = TS_ETIMEOUT;
@@ -141,7 +174,7 @@ static void on_complete(void *arg, ts_status status, const char *why)
     if (f->waits != NULL) /* while the page is there */
         count_waiting(x, f->waits, false);
     pthread_mutex_unlock(&x->lock);
-    complete_jobs(jobs, status, x->why);
+    complete_jobs(x, jobs, status, x->why);
     pthread_mutex_lock(&x->lock); /* until here the executor waits for this launch */
     unlink_launched(x, f);
     free(f);
@@ -181,6 +214,25 @@ static ts_status queue_signals(ts_gpu_executor *x, ts_gpu_launch *l, const ts_jo
     return ts_gpu_launch_signal(l, x->signals, count);
 }
 
+/* Makes the job's plan, unless it is there. False: the job is over, and no other. */
+static bool prepare(ts_gpu_executor *x, ts_job *job)
+{
+    char why[TS_GPU_WHY_BYTES];
+    if (job->num_copies > 0 || job->plan->made)
+        return true;
+    ts_status status =
+        ts_gpu_plan_renew(x->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel, job->seqs,
+                          job->num_seqs, &job->plan->plan, why, sizeof why);
+    job->plan->made = status == TS_OK;
+    if (status == TS_OK)
+        return true;
+    job->next = NULL;
+    complete_jobs(x, job, status, why);
+    if (status == TS_EDEVICE)
+        device_lost(x, why);
+    return false;
+}
+
 /* Why it fails is in `why`. */
 static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs, wait_for wait,
                               char *why, size_t why_bytes)
@@ -191,13 +243,7 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
         return status;
     }
     uint32_t count = 0;
-    for (const ts_job *job = jobs; job != NULL && status == TS_OK; job = job->next) {
-        if (!job->plan->made) {
-            status =
-                ts_gpu_plan_renew(x->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel,
-                                  job->seqs, job->num_seqs, &job->plan->plan, why, why_bytes);
-            job->plan->made = status == TS_OK;
-        }
+    for (const ts_job *job = jobs; job != NULL; job = job->next) {
         const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
         x->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
                                          .layer = s->layer,
@@ -210,8 +256,6 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
                                          .alibi = s->alibi,
                                          .lse = s->lse};
     }
-    if (status != TS_OK)
-        return status;
     if (wait == FOR_BOTH)
         status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->run_number - 1);
     if (wait != FOR_NOBODY && status == TS_OK)
@@ -278,7 +322,7 @@ static bool launch(ts_gpu_executor *x, ts_job *jobs, wait_for wait)
     if (status != TS_OK) {
         (void)ts_gpu_launch_finish(l, NULL, NULL);
         free(f);
-        complete_jobs(jobs, status, why);
+        complete_jobs(x, jobs, status, why);
         if (status == TS_EDEVICE)
             device_lost(x, why);
         return true;
@@ -312,13 +356,15 @@ static bool may_wait(ts_gpu_executor *x, const ts_job *job)
 }
 
 /* Leaves in the list behind `first` the jobs like it that are ready; returns the others. */
-static ts_job *join(ts_job *first)
+static ts_job *join(ts_gpu_executor *x, ts_job *first)
 {
     ts_job **joined_end = &first->next, *rest = NULL, **rest_end = &rest;
     for (ts_job *job = first->next, *next; job != NULL; job = next) {
         next = job->next;
         job->next = NULL;
         if (alike(first, job) && is_ready(job)) {
+            if (!prepare(x, job))
+                continue;
             *joined_end = job;
             joined_end = &job->next;
         } else {
@@ -345,9 +391,71 @@ static bool is_lost(ts_gpu_executor *x)
     return lost;
 }
 
+/* ---- a crowd ----
+ *
+ * Where several sessions have runs here, a launch for each would cost more than its attention. Then
+ * no launch waits on the GPU for a worker: the thread watches their words, and runs that are ready
+ * together become one launch. While JOIN_LAUNCHES are under way a ready run waits a little for
+ * others, so the GPU always has something to do, and the more runs there are the more go into one
+ * launch. */
+
+static bool is_crowd(ts_gpu_executor *x, uint64_t now_ns)
+{
+    return now_ns < atomic_load_explicit(&x->crowd_ns, memory_order_relaxed);
+}
+
+/* Whether ready runs wait for others yet. */
+static bool collects(ts_gpu_executor *x, uint64_t now_ns)
+{
+    if (x->ready_ns == 0 || now_ns - x->ready_ns >= x->join_ns)
+        return false;
+    for (uint32_t i = 0; i < JOIN_LAUNCHES; i++)
+        if (x->joined[i].word == NULL || reached(x->joined[i].word, x->joined[i].number))
+            return false;
+    return true;
+}
+
+/* A launch of a crowd's begins; its last job is over when the launch is. */
+static void note_joined(ts_gpu_executor *x, const ts_job *jobs)
+{
+    uint32_t place = 0;
+    while (jobs->next != NULL)
+        jobs = jobs->next;
+    for (uint32_t i = 0; i < JOIN_LAUNCHES; i++)
+        if (x->joined[i].word == NULL || reached(x->joined[i].word, x->joined[i].number))
+            place = i;
+    if (jobs->signals != NULL) {
+        x->joined[place].word = jobs->signals->done;
+        x->joined[place].number = jobs->run_number;
+    }
+}
+
+/* Watches until a held run can be launched, something comes, or for a millisecond. */
+static void watch(ts_gpu_executor *x)
+{
+    const uint64_t begin_ns = ts_now_ns();
+    for (uint64_t now_ns = begin_ns; now_ns - begin_ns < POLL_MS * 1000000u; now_ns = ts_now_ns()) {
+        bool ready = false;
+        if (__atomic_load_n(&x->head, __ATOMIC_RELAXED) != NULL)
+            return;
+        for (const ts_job *job = x->held; job != NULL && !ready; job = job->next)
+            ready = is_ready(job);
+        if (ready && x->ready_ns == 0)
+            x->ready_ns = now_ns;
+        if (ready && !collects(x, now_ns))
+            return;
+        if (ready || now_ns - begin_ns < SPIN_NS)
+            ts_pause();
+        else
+            nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+    }
+}
+
 /* Launches what can be; the rest is held, in order. */
 static void launch_all(ts_gpu_executor *x)
 {
+    const uint64_t now_ns = ts_now_ns();
+    const bool crowd = is_crowd(x, now_ns), collect = crowd && collects(x, now_ns);
     ts_job *jobs = x->held;
     x->held = NULL;
     x->held_end = &x->held;
@@ -356,18 +464,24 @@ static void launch_all(ts_gpu_executor *x)
         jobs = job->next;
         if (is_lost(x)) {
             job->next = NULL;
-            complete_jobs(job, TS_EDEVICE, x->why);
+            complete_jobs(x, job, TS_EDEVICE, x->why);
             continue;
         }
-        bool ready = is_ready(job);
-        if (!ready && !may_wait(x, job)) {
+        const bool ready = is_ready(job);
+        if (ready ? collect && job->num_copies == 0 : crowd || !may_wait(x, job)) {
             hold(x, job);
             continue;
         }
+        if (!prepare(x, job))
+            continue;
         if (ready && job->num_copies == 0)
-            jobs = join(job);
+            jobs = join(x, job);
         else
             job->next = NULL;
+        if (crowd && ready && job->num_copies == 0) {
+            note_joined(x, job);
+            x->ready_ns = 0;
+        }
         if (launch(x, job, ready ? FOR_NOBODY : FOR_BOTH))
             continue;
         for (ts_job *next; job != NULL; job = next) {
@@ -412,6 +526,7 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
 static uint64_t look_for_late(ts_gpu_executor *x)
 {
     uint64_t now = ts_now_ms(), until = let_go_late(x->held, now, UINT64_MAX);
+    x->late_ms = now;
     for (const in_flight *f = x->launched; f != NULL; f = f->next) {
         if (x->stop)
             release_waiters(f->jobs);
@@ -436,9 +551,14 @@ static void check_health(ts_gpu_executor *x)
 static bool await(ts_gpu_executor *x)
 {
     bool ends, slow = false;
+    const bool watches = x->held != NULL && is_crowd(x, ts_now_ns());
+    if (watches)
+        watch(x);
     pthread_mutex_lock(&x->lock);
-    uint64_t until = look_for_late(x); /* also where there is always something else to do */
-    while (x->head == NULL && !x->completed && !slow &&
+    uint64_t until = UINT64_MAX; /* also where there is always something else to do */
+    if (!watches || ts_now_ms() - x->late_ms >= POLL_MS)
+        until = look_for_late(x);
+    while (!watches && x->head == NULL && !x->completed && !slow &&
            !(x->stop && x->launched == NULL && x->held == NULL)) {
         const bool late = wait_until(x, until < x->health_ms ? until : x->health_ms);
         slow = late && (x->held != NULL || ts_now_ms() >= x->health_ms);
@@ -458,7 +578,9 @@ static bool await(ts_gpu_executor *x)
 static void *batch_main(void *arg)
 {
     ts_gpu_executor *x = arg;
-    check_health(x); /* makes the device this thread's */
+    check_health(x);                  /* makes the device this thread's */
+    prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
+    prctl(PR_SET_NAME, "gpu");
     while (await(x)) {
         launch_all(x);
         if (ts_now_ms() >= x->health_ms)
@@ -469,7 +591,7 @@ static void *batch_main(void *arg)
 
 /* ---- public ---- */
 
-ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms,
+ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms, uint32_t join_us,
                               void (*failed)(const char *why), ts_gpu_executor **out, char *why,
                               size_t why_bytes)
 {
@@ -486,6 +608,7 @@ ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms
         goto fail;
     x->gpu = gpu;
     x->submit_ms = submit_ms;
+    x->join_ns = join_us * 1000ull;
     x->failed = failed;
     x->tail = &x->head;
     x->held_end = &x->held;
@@ -534,6 +657,7 @@ void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)
 {
     job->next = NULL;
     job->deadline_ms = ts_now_ms() + x->submit_ms;
+    count_job(x, job->signals, true);
     pthread_mutex_lock(&x->lock);
     *x->tail = job;
     x->tail = &job->next;

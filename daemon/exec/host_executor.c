@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 
 #define TURN_NS 2000000ull    /* that a long job has while others wait */
 #define COPY_BYTES (4u << 20) /* that are copied between two looks at who waits */
@@ -278,6 +279,7 @@ static void have_turn(ts_host_executor *b)
 
 static void *batch_main(void *arg)
 {
+    prctl(PR_SET_NAME, "kernels");
     ts_host_executor *b = arg;
     pthread_mutex_lock(&b->lock);
     for (;;) {

@@ -52,6 +52,7 @@ typedef struct ts_signals_page {
     ts_gpu_position alone_at; /* the executor's: of run `alone_number`, if it had its own launch */
     uint32_t alone_number;
     uint32_t waiting; /* the executor's: launches that wait for the worker */
+    uint32_t jobs;    /* the executor's: that it has of the session */
 } ts_signals_page;
 
 ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);

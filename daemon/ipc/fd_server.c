@@ -20,6 +20,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -236,6 +237,7 @@ static void on_tick(ts_fd_server *h, uint64_t now_ms)
 
 static void *server_main(void *arg)
 {
+    prctl(PR_SET_NAME, "handles");
     ts_fd_server *h = arg;
     struct epoll_event events[EPOLL_BATCH];
     uint64_t next_tick = ts_now_ms() + TICK_MS;

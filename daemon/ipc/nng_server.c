@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -260,6 +261,7 @@ static void on_event(ts_nng_server *t, const source *s, uint32_t events)
 
 static void *transport_main(void *arg)
 {
+    prctl(PR_SET_NAME, "messages");
     ts_nng_server *t = arg;
     struct epoll_event events[EPOLL_BATCH];
     uint64_t next_tick = ts_now_ms() + TICK_MS;

@@ -13,6 +13,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -364,6 +365,7 @@ static void await_doorbells(ts_rings *rings, bool sleep)
 
 static void *rings_main(void *arg)
 {
+    prctl(PR_SET_NAME, "rings");
     ts_rings *rings = arg;
     for (uint32_t turn = 0; !atomic_load(&rings->stop); turn++) {
         uint64_t now = ts_now_ns();

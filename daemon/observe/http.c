@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <unistd.h>
 
@@ -428,6 +429,7 @@ static int end_late_ones(ts_http *h)
 
 static void *http_main(void *arg)
 {
+    prctl(PR_SET_NAME, "http");
     ts_http *h = arg;
     const union MHD_DaemonInfo *info = MHD_get_daemon_info(h->daemon, MHD_DAEMON_INFO_EPOLL_FD);
     struct pollfd fds[] = {{.fd = h->stop, .events = POLLIN},

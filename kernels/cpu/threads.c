@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 
 /* What the team works on. */
 typedef struct run {
@@ -44,6 +45,7 @@ static void work_on(ts_threads *t, const run *r, uint32_t thread)
 
 static void *thread_main(void *arg)
 {
+    prctl(PR_SET_NAME, "attention");
     ts_threads *t = arg;
     pthread_mutex_lock(&t->lock);
     uint32_t self = ++t->started;

@@ -2,6 +2,7 @@
 #include "device.h"
 
 #include <stdio.h>
+#include <sys/prctl.h>
 
 ts_status ts_gpu_launch_fail(ts_gpu_launch *l, cudaError_t error)
 {
@@ -168,6 +169,7 @@ static void *launch_main(void *thread_arg)
     ts_gpu_launch *l = thread_arg;
     char why[TS_GPU_WHY_BYTES];
     (void)ts_gpu_enter(l->gpu, why, sizeof why);
+    prctl(PR_SET_NAME, "launch");
     for (;;) {
         pthread_mutex_lock(&l->lock);
         while (!l->finished && !l->stop)

@@ -81,7 +81,7 @@ int cache_client(int argc, char **argv)
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     const ts_options options = {.size = sizeof options, .url = argv[2]};
     int out = open(argv[3], O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-    if (out < 0 || !ts_connect(&options, &c) == TS_OK || !good(c, ts_pool_open(c, "bench", 0, &p)))
+    if (out < 0 || ts_connect(&options, &c) != TS_OK || !good(c, ts_pool_open(c, "bench", 0, &p)))
         return 1;
     /* Rings with room for the ids are opened before. */
     if (!good(c, ts_seq_match(p, prompt, &count, 1, &space, NULL, &matched)))
