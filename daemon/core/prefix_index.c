@@ -79,6 +79,20 @@ uint32_t ts_index_find_space(const ts_prefix_index *x, uint32_t tenant, const vo
     return ts_names_find(&x->names, tenant, hex);
 }
 
+static unsigned value_of(char digit)
+{
+    return (unsigned)(digit <= '9' ? digit - '0' : digit - 'a' + 10);
+}
+
+size_t ts_index_space_name(const ts_index_space *space, unsigned char bytes[TS_NAMESPACE_BYTES_MAX])
+{
+    const size_t count = strlen(space->name) / 2;
+    for (size_t i = 0; i < count; i++)
+        bytes[i] =
+            (unsigned char)(value_of(space->name[2 * i]) << 4 | value_of(space->name[2 * i + 1]));
+    return count;
+}
+
 bool ts_index_space_is(const ts_prefix_index *x, uint32_t space, const void *name, size_t bytes)
 {
     char hex[2 * TS_NAMESPACE_BYTES_MAX + 1];

@@ -108,6 +108,10 @@ uint32_t ts_index_unused_space(ts_prefix_index *index, uint32_t tenant);
  * TS_NO_BLOCK: there is none. *near is for the next call, and TS_NO_BLOCK in the first. */
 uint32_t ts_index_retired_leaf(ts_prefix_index *index, uint32_t *near);
 
+/* The namespace's name; how many bytes it has. */
+size_t ts_index_space_name(const ts_index_space *space,
+                           unsigned char bytes[TS_NAMESPACE_BYTES_MAX]);
+
 /* Whether that is the namespace's name. */
 bool ts_index_space_is(const ts_prefix_index *index, uint32_t space, const void *name,
                        size_t bytes);

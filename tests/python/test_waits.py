@@ -110,7 +110,8 @@ sys.stdin.read()
     import sys
     (key, value), = how.items()
     worker = subprocess.Popen([sys.executable, "-c", code, daemon.url, os.path.dirname(__file__),
-                               key, value], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                               key, value], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True)
     assert worker.stdout.readline() == "half\n"
     pools = [session(), session()]
     calls = [Call(pool.match, prompt, SPACE, wait=LONG) for pool in pools]
