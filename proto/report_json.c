@@ -48,7 +48,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i}",
+        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i, s:b, s:I, s:I, s:I}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
         "kernel", p->kernel, "dtype", report_dtype(p), "layout", layout_of(p), "layers", p->layers,
         "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens", p->block_tokens,
@@ -58,7 +58,9 @@ static json_t *summary(const Tspb__PoolSummary *p)
         integer(p->blocks - p->used_blocks - p->cached_blocks), "sequences", integer(p->sequences),
         "kept_sequences", integer(p->kept_sequences), "open_steps", integer(p->open_steps),
         "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
-        "max_blocks", integer(p->max_blocks), "waiting_sessions", p->waiting_sessions);
+        "max_blocks", integer(p->max_blocks), "waiting_sessions", p->waiting_sessions, "cache",
+        !p->cache_off, "asked_tokens", integer(p->asked_tokens), "found_tokens",
+        integer(p->found_tokens), "evicted_blocks", integer(p->evicted_blocks));
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)
@@ -192,13 +194,11 @@ json_t *json_cache(const Tspb__CacheStatsReply *r)
                                integer(u->asked_tokens), "found_tokens", integer(u->found_tokens),
                                "sequences", integer(u->sequences)));
     }
-    return json_pack(
-        "{s:o, s:b, s:I, s:I, s:f, s:I, s:o, s:o, s:f, s:I, s:o, s:b}", "pool", summary(p), "cache",
-        !p->cache_off, "asked_tokens", integer(p->asked_tokens), "found_tokens",
-        integer(p->found_tokens), "hit_rate", ts_cache_hit_rate(p->found_tokens, p->asked_tokens),
-        "evicted_blocks", integer(p->evicted_blocks), "evicted_by_cause", causes(p),
-        "evicted_by_age", ages(p), "evicted_mean_age_s", ts_cache_mean_age(p), "namespaces",
-        integer(r->namespaces), "largest_namespaces", largest, "others_hidden", r->others_hidden);
+    return json_pack("{s:o, s:f, s:o, s:o, s:f, s:I, s:o, s:b}", "pool", summary(p), "hit_rate",
+                     ts_cache_hit_rate(p->found_tokens, p->asked_tokens), "evicted_by_cause",
+                     causes(p), "evicted_by_age", ages(p), "evicted_mean_age_s",
+                     ts_cache_mean_age(p), "namespaces", integer(r->namespaces),
+                     "largest_namespaces", largest, "others_hidden", r->others_hidden);
 }
 
 json_t *json_check(const Tspb__CheckReply *r)

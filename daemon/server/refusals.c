@@ -45,8 +45,10 @@ static void tell_full(const ts_service *s, uint32_t pool)
         told[num_told++] = most;
     }
     ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = name},
-              "pool '%s' is full: %u of %u blocks are used, %u of %u slabs belong to tenants%s",
-              name, books->used, books->num_blocks, books->ungranted, books->num_slabs, holders);
+              "pool '%s' is full: %u of %u blocks are used and %u cached, %u of %u slabs belong to "
+              "tenants%s",
+              name, books->used, books->num_blocks, books->cached, books->ungranted,
+              books->num_slabs, holders);
 }
 
 void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t pool,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,9 @@ import sys
 import pytest
 
 import tinyserve
-from test_match import LAYERS, POOL
+from test_match import POOL
+from test_metrics import ask, free_port, values
+from test_waits import until_waiting
 
 BLOCK = 4
 MORE = ",client_write=all,slab=16K"  # a block is 8 KiB, two to a slab
@@ -70,20 +71,22 @@ def test_what_was_asked_for_and_found_is_told_by_pool_and_namespace(served):
     kv.match([7, 8, 9], b"third")  # nothing is there; the namespace is, while its sequence is
     kv.matching([list(range(20))], b"first")  # a dry match doesn't count
     got = cache(url)
-    assert (got["asked_tokens"], got["found_tokens"]) == (31 + 5 + 3, 30 + 4)
+    pool = got["pool"]
+    assert (pool["asked_tokens"], pool["found_tokens"]) == (31 + 5 + 3, 30 + 4)
     assert got["hit_rate"] == pytest.approx(34 / 39)
-    assert got["namespaces"] == 3 and got["cache"] and not got["others_hidden"]
+    assert got["namespaces"] == 3 and pool["cache"] and not got["others_hidden"]
     assert got["largest_namespaces"] == [
         {"namespace": name, "uid": os.getuid(), "blocks": blocks, "asked_tokens": asked,
          "found_tokens": found, "sequences": sequences}
         for name, blocks, asked, found, sequences in (
             ("first", 10, 31, 30, 1), ("second", 4, 5, 4, 2), ("third", 0, 3, 0, 1))]
-    assert got["pool"]["cached_blocks"] == 2  # of the 40 tokens, 30 are in use again
+    assert pool["cached_blocks"] == 2  # of the 40 tokens, 30 are in use again
     assert kv.lengths([live]) == [16]
     text = tsctl(url, "cache", "p")
     assert "  tokens      34 found of 39 asked for (87.2 %)\n" in text
     assert "  blocks      64 total   12 used   2 cached (16.0 KiB)   50 free\n" in text
-    assert f"\n        10 {os.getuid():10}       1           31           30  96.8%  first\n" in text
+    assert (f"\n        10 {os.getuid():10}       1           31           30  96.8%  first\n"
+            in text)
 
 
 def test_evictions_are_told_by_cause_and_age(start_daemon):
@@ -100,7 +103,7 @@ def test_evictions_are_told_by_cause_and_age(start_daemon):
             "room": 0, "limit": 8, "others": 0, "resize": 0, "drop": 0}
         tsctl(url, "pool", "resize", "p", "128K")  # 16 blocks
         got = cache(url)
-        assert got["pool"]["blocks"] == got["pool"]["cached_blocks"] + got["pool"]["free_blocks"]
+        assert (got["pool"]["blocks"], got["pool"]["used_blocks"]) == (16, 0)
         resized = got["evicted_by_cause"]["resize"]
         assert resized >= 16
         publish(kv, [100] * (16 * BLOCK))  # all of it
@@ -112,16 +115,17 @@ def test_evictions_are_told_by_cause_and_age(start_daemon):
         got = cache(url)
         assert got["evicted_by_cause"] == {
             "room": room, "limit": 8, "others": 0, "resize": resized, "drop": 16}
-        assert got["evicted_blocks"] == 56
+        assert got["pool"]["evicted_blocks"] == 56
         ages = got["evicted_by_age"]
         assert [a["up_to_s"] for a in ages] == [1, 10, 60, 600, 3600, None]
         assert sum(a["blocks"] for a in ages) == 56
         assert sum(a["blocks"] for a in ages[:4]) == 56  # this test takes no ten minutes
         assert 0 <= got["evicted_mean_age_s"] < 600
         text = tsctl(url, "cache")
-        assert (f"  evicted     56 blocks: {room} for room, 8 at a limit, 0 for others, "
-                f"{resized} by resizing, 16 dropped\n") in text
-        assert " up to 1 min " in text and ", up to 1 h 0, longer 0\n" in text
+        assert "  evicted     56 blocks, unused for " in text
+        assert (f"  by cause    room {room}, limit 8, others 0, resize {resized}, drop 16\n"
+                "  by age      up to 1 s ") in text
+        assert ", 10 min " in text and ", 1 h 0, longer 0\n" in text
 
 
 def test_the_largest_namespaces_are_told_and_the_others_counted(start_daemon):
@@ -249,7 +253,167 @@ def test_a_pool_shrinks_though_more_is_cached_there_than_is_evicted_at_once(star
         result = tsctl(daemon.url, "pool", "resize", "large", "64K")
         assert result == "pool large has 1024 blocks of 64 bytes in 1 slabs\n"
         got = cache(daemon.url)
-        assert got["evicted_by_cause"]["resize"] == got["evicted_blocks"]
-        assert got["evicted_blocks"] + got["pool"]["cached_blocks"] == blocks - 1024
-        assert got["evicted_blocks"] > 32768
+        assert got["evicted_by_cause"]["resize"] == got["pool"]["evicted_blocks"]
+        assert got["pool"]["evicted_blocks"] + got["pool"]["cached_blocks"] == blocks - 1024
+        assert got["pool"]["evicted_blocks"] > 32768
         check(daemon.url)
+
+
+def test_metrics_have_evictions_by_cause_and_a_histogram_of_ages(start_daemon):
+    port = free_port()
+    daemon = start_daemon(POOL + MORE + ",tenant_memory=64K",  # 8 blocks
+                          settings={"metrics": f"127.0.0.1:{port}"})
+    with tinyserve.connect(daemon.url) as client, client.pool("p", writable=True) as kv:
+        publish(kv, list(range(20)), b"secret-name")
+        publish(kv, list(range(100, 124)), b"other")
+        kv.match(list(range(100, 120)), b"other")
+        text = ask(port)[1]
+        got = values(text)
+        blocks = {state: got[f'tinyserve_pool_blocks{{pool="p",state="{state}"}}']
+                  for state in ("free", "used", "shared", "cached")}
+        assert blocks == {"free": 56, "used": 5, "shared": 0, "cached": 3}
+        assert {cause: got[f'tinyserve_evicted_blocks_total{{pool="p",cause="{cause}"}}']
+                for cause in ("room", "limit", "others", "resize", "drop")} == {
+                    "room": 0, "limit": 3, "others": 0, "resize": 0, "drop": 0}
+        age = "tinyserve_evicted_block_age_seconds"
+        counts = [got[f'{age}_bucket{{pool="p",le="{le}"}}']
+                  for le in ("1", "10", "60", "600", "3600", "+Inf")]
+        assert counts == sorted(counts) and counts[3] == counts[-1] == 3
+        assert got[f'{age}_count{{pool="p"}}'] == 3
+        assert 0 <= got[f'{age}_sum{{pool="p"}}'] < 3 * 600
+        assert f"# TYPE {age} histogram" in text
+        assert got['tinyserve_prefix_query_tokens_total{pool="p"}'] == 20
+        assert got['tinyserve_prefix_hit_tokens_total{pool="p"}'] == 19
+        assert got['tinyserve_pool_waiting_sessions{pool="p"}'] == 0
+        assert "secret" not in text and b"secret-name".hex() not in text
+        if "PROMTOOL" in os.environ:
+            subprocess.run([os.environ["PROMTOOL"], "check", "metrics"], input=text, text=True,
+                           check=True)
+
+
+OWNER = """if True:
+    import os, sys, threading, tinyserve
+    os.setgroups([]); os.setgid(60001); os.setuid(60001)
+    url, space, first = sys.argv[1], sys.argv[2].encode(), int(sys.argv[3])
+    def publish(kv, tokens):
+        seq, = kv.create(namespace=space)
+        with kv.step([seq], [len(tokens)], run=False, tokens=tokens) as step:
+            step.commit()
+        return seq
+    a, b = tinyserve.connect(url), tinyserve.connect(url)
+    kv, other = a.pool("p", writable=True), b.pool("p", writable=True)
+    kv.free([publish(kv, list(range(first, first + 40)))])
+    kv.keep(publish(kv, list(range(first + 500, first + 508))), f"kept-in-{sys.argv[2]}")
+    # It is going to compute this, and another session waits for it.
+    prompt = list(range(first + 100, first + 120))
+    seq, matched = kv.match(prompt, space, wait=600)
+    step = kv.step([seq], [16], run=False, tokens=prompt[:16])
+    def wait():
+        assert other.match(prompt, space, wait=600)[1] == 16
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    print(matched, flush=True)
+    sys.stdin.readline()
+    step.commit()
+    waiter.join()
+    print(kv.matching([list(range(first + 500, first + 509))], space), flush=True)
+"""
+
+STRANGER = """if True:
+    import json, os, subprocess, sys, tinyserve
+    os.setgroups([]); os.setgid(60002); os.setuid(60002)
+    url, ctl = sys.argv[1:]
+    FIRST = (0, 1000)
+    SPACES = (b"alpha", b"bravo")
+    def refusal(call, *arguments, **named):
+        try:
+            return call(*arguments, **named)
+        except tinyserve.Error as e:
+            return [type(e).__name__, str(e), e.needed, e.free, e.limit]
+    def tsctl(*words):
+        r = subprocess.run([ctl, "-s", url, *words], text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+        return [r.returncode, r.stdout, r.stderr]
+    def reports():
+        seen = {words[0]: json.loads(tsctl("--json", *words)[1]) for words in
+                (["status"], ["pools"], ["frag"], ["map"], ["seqs"], ["cache"])}
+        for name in "pid", "uptime_ms", "requests":  # of the daemon
+            del seen["status"][name]
+        for seq in seen["seqs"]:
+            del seq["seq"], seq["session"]
+        for name in "evicted_by_age", "evicted_mean_age_s":  # by the clock
+            del seen["cache"][name]
+        return seen
+    with tinyserve.connect(url) as client, client.pool("p", writable=True) as kv:
+        told = [reports()]
+        for space in SPACES:
+            for first in FIRST:
+                for start, tokens in ((0, 41), (500, 9), (100, 20)):
+                    prompt = list(range(first + start, first + start + tokens))
+                    told.append(kv.matching([prompt], space))
+                    seq, matched = kv.match(prompt, space)
+                    kv.free([seq])
+                    told.append(matched)
+                    seq, matched = kv.match(prompt, space, wait=600)
+                    kv.free([seq])
+                    told.append(matched)
+        told.append([list(kv.kept(prefix)) for prefix in ("", "kept-in-")])
+        told.append([refusal(kv.attach, f"kept-in-{space.decode()}") for space in SPACES])
+        told.append(reports())
+        for words in ([], ["--namespace=alpha"], ["--namespace=bravo"], ["--namespace=charlie"],
+                      ["--tenant=60001"], ["--tenant=60002"]):
+            told.append(tsctl("--yes", "cache", "drop", *words))
+        told.append(tsctl("cache"))
+        seq, = kv.create(namespace=b"mine")
+        told.append(refusal(kv.step, [seq], [61 * 4], run=False))
+        # All the room that there is: what others have cached goes.
+        tokens = list(range(50 * 4))
+        with kv.step([seq], [len(tokens)], run=False, tokens=tokens) as step:
+            step.commit()
+        told.append(refusal(kv.step, [seq], [61 * 4], run=False))
+        kv.free([seq])
+        told.append(reports())
+    print(json.dumps(told))
+"""
+
+
+def what_a_stranger_is_told(start_daemon, folder, run_worker, space, first):
+    """Of a pool in which another user has so much under the name of that namespace."""
+    daemon = start_daemon(POOL + MORE, settings={"socket_mode": "0666"})
+    open_to_others(folder)
+    ctl = shutil.copy(os.environ["TS_TEST_TSCTL"], folder / "ctl")
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, daemon.url, space, str(first)],
+                             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == "0\n"
+    until_waiting(daemon, 1)
+    told = json.loads(run_worker(STRANGER, daemon.url, str(ctl)))
+    seen = cache(daemon.url)
+    check(daemon.url)
+    assert owner.communicate("go on\n")[0] == "[8]\n" and owner.returncode == 0
+    daemon.stop()
+    return told, seen
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be other tenants")
+def test_nobody_is_told_which_tokens_or_names_others_have_cached(start_daemon, tmp_path,
+                                                                 run_worker):
+    """Two daemons: in one another user has just what is asked for, in the other as much else."""
+    one, seen = what_a_stranger_is_told(start_daemon, tmp_path, run_worker, "alpha", 0)
+    other, _ = what_a_stranger_is_told(start_daemon, tmp_path, run_worker, "bravo", 1000)
+    assert one == other
+    # Operators see all, the stranger its own and totals.
+    assert {(n["uid"], n["namespace"]) for n in seen["largest_namespaces"]} == {
+        (60001, "alpha"), (60002, "mine")}
+    first, last = one[0]["cache"], one[-1]["cache"]
+    assert first["others_hidden"] and first["namespaces"] == 0
+    assert first["pool"]["cached_blocks"] == 10 and first["pool"]["waiting_sessions"] == 1
+    assert first["pool"]["used_blocks"] == 2 + 4 and one[0]["seqs"] == []
+    assert [n["namespace"] for n in last["largest_namespaces"]] == ["mine"]
+    assert last["evicted_by_cause"]["others"] > 0
+    matches = one[1:37]
+    assert matches == [[0], 0, 0] * 12
+    drops = one[40:46]
+    assert {d[0] for d in drops} == {1} and len({d[2] for d in drops}) == 1
+    assert drops[0][2].startswith("tsctl: uid 60002 is no operator: ")
+    for name in ("alpha", "bravo", b"alpha".hex(), "kept-in"):
+        assert name not in json.dumps([one[0], one[39], *one[46:]])

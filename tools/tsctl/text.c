@@ -111,18 +111,19 @@ void text_status(const Tspb__StatusReply *r, const style *s)
 void text_pools(const Tspb__StatusReply *r, const style *s)
 {
     char a[32], b[32], name[CELL_BYTES], device[32];
-    const size_t most = s->columns == 0 ? 0 : 20 + spare(s, 80);
-    printf("%s%-20s %-8s %10s %10s %5s %6s %7s %7s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED",
-           "OF", "LIVE", "CACHED", "SEQS", "SHARED", on(s, PLAIN));
+    const size_t most = s->columns == 0 ? 0 : 15 + spare(s, 80);
+    printf("%s%-15s %-8s %10s %10s %5s %6s %7s %7s %4s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED",
+           "OF", "LIVE", "CACHED", "SEQS", "SHARED", "WAIT", on(s, PLAIN));
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
-        printf("%s %s %10s %10s %4.0f%% %5.0f%% %7llu %6.0f%%\n",
-               text_cell(p->name, 20, most, name, sizeof name),
+        printf("%s %s %10s %10s %4.0f%% %5.0f%% %7llu %6.0f%% %4u\n",
+               text_cell(p->name, 15, most, name, sizeof name),
                text_cell(p->device, 8, 0, device, sizeof device),
                ts_text_bytes(p->used_blocks * p->block_bytes, a, sizeof a),
                ts_text_bytes(p->blocks * p->block_bytes, b, sizeof b),
                percent(p->used_blocks, p->blocks), percent(p->cached_blocks, p->blocks),
-               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks));
+               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks),
+               p->waiting_sessions);
     }
 }
 
@@ -265,29 +266,25 @@ static const char *age_text(uint32_t seconds, char *buffer, size_t size)
 
 static void print_evictions(const Tspb__PoolSummary *p)
 {
-    static const char *const why[] = {"for room", "at a limit", "for others", "by resizing",
-                                      "dropped"};
-    _Static_assert(sizeof why / sizeof *why == TS_CACHE_CAUSES, "words for each cause");
     char age[32];
-    printf("  evicted     %llu blocks", (unsigned long long)p->evicted_blocks);
+    printf("  evicted     %llu blocks, unused for %.1f s on average\n  by cause    ",
+           (unsigned long long)p->evicted_blocks, ts_cache_mean_age(p));
     for (size_t i = 0; i < p->n_evicted_by_cause && i < TS_CACHE_CAUSES; i++)
-        printf("%s %llu %s", i == 0 ? ":" : ",", (unsigned long long)p->evicted_by_cause[i],
-               why[i]);
-    printf("\n  unused for  %.1f s on average", ts_cache_mean_age(p));
+        printf("%s%s %llu", i == 0 ? "" : ", ", ts_cache_causes[i],
+               (unsigned long long)p->evicted_by_cause[i]);
+    printf("\n  by age      ");
     for (size_t i = 0; i < p->n_evicted_by_age && i <= TS_CACHE_AGES; i++)
-        if (i < TS_CACHE_AGES)
-            printf("%s up to %s %llu", i == 0 ? ";" : ",",
-                   age_text(ts_cache_ages[i], age, sizeof age),
-                   (unsigned long long)p->evicted_by_age[i]);
-        else
-            printf(", longer %llu", (unsigned long long)p->evicted_by_age[i]);
+        printf("%s%s %llu", i == 0 ? "up to " : ", ",
+               i < TS_CACHE_AGES ? age_text(ts_cache_ages[i], age, sizeof age) : "longer",
+               (unsigned long long)p->evicted_by_age[i]);
     printf("\n");
 }
 
 void text_cache(const Tspb__CacheStatsReply *r, const style *s)
 {
     const Tspb__PoolSummary *p = r->pool;
-    char a[32], shown[TS_NAMESPACE_TEXT_BYTES];
+    const size_t most = s->columns == 0 ? 0 : 10 + spare(s, 74);
+    char a[32], shown[TS_NAMESPACE_TEXT_BYTES], name[CELL_BYTES];
     printf("%s%s on %s%s: %s\n", on(s, BOLD), p->name, p->device, on(s, PLAIN),
            p->cache_off ? "nothing is cached (cache = off)" : "prefix cache");
     printf("  tokens      %llu found of %llu asked for (%.1f %%)\n",
@@ -309,7 +306,8 @@ void text_cache(const Tspb__CacheStatsReply *r, const style *s)
         printf("%10u %10u %7u %12llu %12llu %5.1f%%  %s\n", u->blocks, u->uid, u->sequences,
                (unsigned long long)u->asked_tokens, (unsigned long long)u->found_tokens,
                100 * ts_cache_hit_rate(u->found_tokens, u->asked_tokens),
-               ts_namespace_show(u->space.data, u->space.len, shown));
+               text_cell(ts_namespace_show(u->space.data, u->space.len, shown), 0, most, name,
+                         sizeof name));
     }
 }
 
