@@ -208,6 +208,7 @@ def test_what_is_dropped_is_found_no_more_and_live_sequences_go_on(served):
         "dropped: 15 blocks are found no more\n")
     assert kv.matching([a + [0], b + [0]], b"m") == [0, 0]
     assert kv.matching([a + [0]], b"other") == [20]
+    assert [n["namespace"] for n in cache(url)["largest_namespaces"]] == ["other"]
     # The live one reads, grows and forks; what it adds isn't found either.
     more = list(range(20, 28))
     with kv.step([live], [8], run=False, tokens=more) as step:
@@ -388,6 +389,11 @@ def what_a_stranger_is_told(start_daemon, folder, run_worker, space, first):
     until_waiting(daemon, 1)
     told = json.loads(run_worker(STRANGER, daemon.url, str(ctl)))
     seen = cache(daemon.url)
+    for uid, blocks in ((60003, 0), (60002, 50)):  # of nobody, and of the stranger alone
+        dropped = json.loads(tsctl(daemon.url, "--yes", "--json", "cache", "drop",
+                                   f"--tenant={uid}"))
+        assert dropped == {"dropped_blocks": blocks}
+    assert [n["uid"] for n in cache(daemon.url)["largest_namespaces"]] == [60001]
     check(daemon.url)
     assert owner.communicate("go on\n")[0] == "[8]\n" and owner.returncode == 0
     daemon.stop()
