@@ -159,6 +159,14 @@ static void who_waits_for_what_is_dropped_computes_it_itself(void **state)
         assert_int_equal(match(e, other, ids, PROMPT, true, true, &a), 0);
         assert_int_equal(a.status, TS_OK);
         assert_true(ts_engine_woken(e) == 0);
+        /* What is only in use costs no command anything. */
+        assert_true(e->pools[0].books.index->retired_space == TS_NO_BLOCK);
+        ts_answer again;
+        apply(e, (ts_command){.op = TS_OP_CACHE_DROP}, &again); /* a namespace without blocks */
+        assert_int_equal(again.status, TS_OK);
+        assert_int_equal(again.dropped, 0);
+        assert_true(e->pools[0].books.index->retired_space == TS_NO_BLOCK);
+        check_engine(e);
         /* The one that was there goes on with all that it has. */
         ts_answer lengths;
         apply(e,
