@@ -50,6 +50,8 @@ enum ts_ring_op {
     TS_RING_SEQ_MATCH,
     TS_RING_SEQ_FREE, /* of batch_seqs */
     TS_RING_SEQ_TRUNCATE,
+    TS_RING_SEQ_SELECT, /* `length` of batch_seqs; of each new one, batch_words; answer: batch_seqs
+                         */
     TS_RING_OPS
 };
 
@@ -65,8 +67,9 @@ enum { TS_RING_TABLES = 1 };
 /* Of a begin: the ids of all its new tokens lie in ts_rings_ids. */
 enum { TS_RING_TOKENS = 2 };
 
-/* Of a fork: it shares the first `length` tokens alone. Of a match: it makes no sequences. */
-enum { TS_RING_HAS_LENGTH = 1, TS_RING_DRY = 2 };
+/* Of a fork: it shares the first `length` tokens alone. Of a match: it makes no sequences. Of a
+ * free and of a truncate: as in tinyserve.proto. */
+enum { TS_RING_HAS_LENGTH = 1, TS_RING_DRY = 2, TS_RING_FORGET = 4, TS_RING_BY_COUNTS = 8 };
 
 /* Fields as in tinyserve.proto. */
 typedef struct ts_ring_entry {
@@ -79,7 +82,8 @@ typedef struct ts_ring_entry {
             char kernel[20]; /* NUL-terminated; empty: the pool's */
             uint32_t flags;
             uint32_t wait_ms; /* for room */
-        } begin;              /* of sequence batch_seqs[i], batch_words[i] new tokens */
+            int32_t priority;
+        } begin;          /* of sequence batch_seqs[i], batch_words[i] new tokens */
         ts_layer_run run; /* on a stream: completed when it is accepted; signals.h has the rest */
         struct {
             uint32_t count; /* 0: all; else of sequence i, batch_words[i] tokens are accepted */
@@ -101,8 +105,8 @@ typedef struct ts_ring_completion {
     uint32_t tag, status; /* ts_status */
     uint64_t step;        /* that was begun */
     uint32_t num_blocks, num_slabs;
-    uint64_t needed, free, limit; /* as a Reply's */
-    char message[232];            /* NUL-terminated; empty if status is TS_OK */
+    uint64_t needed, free, limit, cached, pinned, others; /* as a Reply's */
+    char message[232]; /* NUL-terminated; empty if status is TS_OK */
 } ts_ring_completion;
 
 typedef struct ts_ring_slab {
@@ -170,10 +174,10 @@ static inline size_t ts_rings_bytes(uint32_t max_blocks, uint32_t max_slabs, uin
 _Static_assert((TS_RING_ENTRIES & (TS_RING_ENTRIES - 1)) == 0, "counts wrap around at 2^32");
 _Static_assert(sizeof(ts_ring_entry) == 128, "layout is shared by two programs");
 _Static_assert(offsetof(ts_ring_entry, run) == 16, "layout is shared by two programs");
-_Static_assert(sizeof(ts_ring_completion) == 280, "layout is shared by two programs");
+_Static_assert(sizeof(ts_ring_completion) == 304, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, completions) == 256, "layout is shared by two programs");
 _Static_assert(offsetof(ts_rings_memory, submitted) == 448, "layout is shared by two programs");
-_Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * (128 + 280),
+_Static_assert(offsetof(ts_rings_memory, batch_seqs) == 448 + 64 * (128 + 304),
                "shared by two programs");
 _Static_assert(sizeof(ts_rings_memory) % 64 == 0, "layout is shared by two programs");
 

@@ -11,7 +11,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 interface() { # LIBRARY FILE
     mkdir "$scratch/include"
-    cp "$root/client/include/tinyserve.h" "$root/kernels/base/tinyserve_types.h" "$scratch/include"
+    cp "$root"/client/include/*.h "$root/kernels/base/tinyserve_types.h" "$scratch/include"
     abidw --headers-dir "$scratch/include" --drop-private-types --drop-undefined-syms \
         --type-id-style hash --no-show-locs --no-write-default-sizes --no-corpus-path \
         --no-comp-dir-path --no-parameter-names --out-file "$2" "$1"

@@ -26,7 +26,7 @@ for command in $("$2" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p'
     grep -qE "^\.It Cm $command( |\$)" tools/tsctl/tsctl.1 || fail "tsctl.1 has no $command"
 done
 # Every function that libtinyserve exports has a page that names it, and shows how it is called.
-declared=$(grep -ohE '\bts_[a-z0-9_]+\(' client/include/tinyserve.h kernels/base/tinyserve_types.h |
+declared=$(grep -ohE '\bts_[a-z0-9_]+\(' client/include/*.h kernels/base/tinyserve_types.h |
     tr -d '(' | sort -u)
 named=$(sed -n '/^\.Sh NAME/,/^\.Nd/s/^\.Nm \(ts_[a-z0-9_]*\).*/\1/p' client/man/*.3)
 shown=$(sed -n '/^\.Sh SYNOPSIS/,/^\.Sh DESC/s/^\.Fo \(ts_[a-z0-9_]*\)/\1/p' client/man/*.3)

@@ -41,17 +41,27 @@ typedef struct model_step {
     uint32_t num_copies;
 } model_step;
 
+/* What a session waits for: the command, to be given again. */
+typedef struct model_wait {
+    enum { WAITS_FOR_NOTHING, WAITS_FOR_MATCH, WAITS_FOR_ROOM } kind;
+    uint32_t ids[LENGTH_MAX], count; /* of the prompt */
+    int space;
+    model_step step; /* of a begin: what it adds to which sequences */
+    bool gives_ids;
+} model_wait;
+
 typedef struct world {
     ts_engine *e;
     rng r;
     uint64_t sessions[SESSIONS]; /* 0: closed */
+    model_wait waits[SESSIONS];
     model_seq seqs[SEQS];
     model_step steps[STEPS];
     uint32_t memory[NUM_BLOCKS * BLOCK_TOKENS];
     uint32_t next_value;
     uint32_t next_ticket;
     uint64_t now;
-    uint64_t done[19], refused; /* how often each kind of command succeeded */
+    uint64_t done[24], refused; /* how often each kind of command succeeded */
     uint64_t matched;           /* tokens */
 } world;
 
@@ -89,11 +99,11 @@ static uint32_t value_of(uint32_t uid, int space, const uint32_t *ids, uint32_t 
     return (uint32_t)(h >> 32) | 0x80000000u;
 }
 
-/* A session slot that is open, or -1. */
+/* A session slot that is open and doesn't wait, or -1. */
 static int pick_session(world *w)
 {
     int i = (int)rng_below(&w->r, SESSIONS);
-    return w->sessions[i] != 0 ? i : -1;
+    return w->sessions[i] != 0 && w->waits[i].kind == WAITS_FOR_NOTHING ? i : -1;
 }
 
 static int pick_seq(world *w)
@@ -190,6 +200,7 @@ static void op_session(world *w)
         if (w->seqs[s].live && w->seqs[s].owner == i)
             w->seqs[s].live = false;
     w->sessions[i] = 0;
+    w->waits[i].kind = WAITS_FOR_NOTHING;
     w->done[1]++;
 }
 
@@ -278,25 +289,35 @@ static uint32_t least_match(const world *w, uint32_t uid, int space, const uint3
     return least;
 }
 
-static void op_match(world *w, int session)
+/* A match of the session's wait; it may wait (still) if it says so. */
+static void try_match(world *w, int session, bool wait, bool again)
 {
     ts_answer a;
-    int slot = free_slot(w), space = 1 + (int)rng_below(&w->r, 2);
-    uint32_t uid = uid_of(session), ids[LENGTH_MAX], n = make_prompt(w, ids);
-    if (slot < 0)
-        return;
+    model_wait *m = &w->waits[session];
+    const int slot = free_slot(w);
+    const uint32_t uid = uid_of(session), n = m->count;
     ts_command c = {
         .op = TS_OP_SEQ_MATCH,
         .session = w->sessions[session],
         .seq_match = {
-            .tokens = ids, .counts = &n, .count = 1, .space = spaces[space], .dry = true}};
+            .tokens = m->ids, .counts = &n, .count = 1, .space = spaces[m->space], .dry = true}};
     assert_int_equal(run(w, c, &a), TS_OK);
     assert_null(a.matched.seqs);
     const uint32_t there = a.matched.lengths[0];
     c.seq_match.dry = false;
-    assert_int_equal(run(w, c, &a), TS_OK);
+    c.seq_match.wait = wait;
+    c.again = again;
+    m->kind = WAITS_FOR_NOTHING;
+    const ts_status status = run(w, c, &a);
+    if (status == TS_WAITS) {
+        m->kind = WAITS_FOR_MATCH;
+        assert_true(wait);
+        w->done[19]++;
+        return;
+    }
+    assert_int_equal(status, TS_OK);
     assert_int_equal(a.matched.lengths[0], there);
-    assert_true(there < n && there >= least_match(w, uid, space, ids, n));
+    assert_true(there < n && there >= least_match(w, uid, m->space, m->ids, n));
     model_seq *s = &w->seqs[slot];
     *s = (model_seq){.live = true,
                      .id = a.matched.seqs[0],
@@ -306,226 +327,31 @@ static void op_match(world *w, int session)
                      .step = -1,
                      .length = there,
                      .known = there,
-                     .space = space};
-    memcpy(s->ids, ids, there * sizeof *ids);
+                     .space = m->space};
+    memcpy(s->ids, m->ids, there * sizeof *m->ids);
     for (uint32_t i = 0; i < there; i++)
-        s->tokens[i] = value_of(uid, space, ids, i + 1);
+        s->tokens[i] = value_of(uid, m->space, m->ids, i + 1);
     verify_seq(w, slot);
     w->done[11]++;
+    w->done[20] += again;
     w->matched += there;
 }
 
-/* References to the block from all sequences' tables, without asking the pool. */
-static uint32_t count_refs(const world *w, uint32_t block)
+static void op_match(world *w, int session)
 {
-    uint32_t refs = 0;
-    const ts_sequences *all = &w->e->pools[0].seqs;
-    for (uint32_t i = 0; i < all->count; i++) {
-        if (all->all[i].tenant == TS_NONE)
-            continue;
-        for (uint32_t b = 0; b < all->all[i].num_blocks; b++)
-            refs += all->all[i].blocks[b] == block;
-    }
-    for (uint32_t i = 0; i < w->e->num_steps; i++) {
-        const ts_step *step = &w->e->steps[i];
-        for (uint32_t j = 0; step->live && j < step->num_seqs; j++) {
-            refs += step->seqs[j].original == block;
-            for (uint32_t b = 0; b < step->seqs[j].reserved; b++)
-                refs += step->seqs[j].table[ts_blocks_for(step->seqs[j].start, BLOCK_TOKENS) + b] ==
-                        block;
-        }
-    }
-    return refs;
-}
-
-/* Blocks the uid could get: in slabs that hold nobody else's block. */
-static uint32_t count_available(const world *w, uint32_t uid)
-{
-    uint32_t available = 0;
-    for (uint32_t slab = 0; slab * SLAB_BLOCKS < NUM_BLOCKS; slab++) {
-        uint32_t free_blocks = 0, used = 0;
-        for (uint32_t b = slab * SLAB_BLOCKS; b < (slab + 1) * SLAB_BLOCKS && b < NUM_BLOCKS; b++)
-            if (count_refs(w, b) == 0)
-                free_blocks++;
-            else
-                used++;
-        uint32_t tenant = w->e->pools[0].books.slabs[slab].tenant;
-        if (used == 0 || w->e->tenants[tenant] == uid)
-            available += free_blocks;
-    }
-    return available;
-}
-
-/* Whether there is room for the step, if found tails that nobody else uses are written in place. */
-static bool has_room(const world *w, int session, const model_step *step)
-{
-    uint32_t needed = 0, can_save = 0;
-    for (uint32_t i = 0; i < step->count; i++) {
-        const model_seq *s = &w->seqs[step->seqs[i]];
-        const ts_sequence *real = ts_sequence_find(&w->e->pools[0].seqs, s->id);
-        needed += (s->length + step->new_tokens[i] + BLOCK_TOKENS - 1) / BLOCK_TOKENS -
-                  (s->length + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        if (s->length % BLOCK_TOKENS != 0 && step->new_tokens[i] > 0) {
-            uint32_t tail = real->blocks[s->length / BLOCK_TOKENS];
-            bool shared =
-                count_refs(w, tail) > 1 || !ts_index_is_leaf(w->e->pools[0].books.index, tail);
-            needed += shared || real->borrowed_tail;
-            can_save += !shared && real->borrowed_tail;
-        }
-    }
-    return needed - can_save <= count_available(w, uid_of(session));
-}
-
-static void op_begin(world *w, int session)
-{
-    ts_answer a;
-    model_step *step = NULL;
-    for (int i = 0; i < (int)STEPS && step == NULL; i++)
-        if (!w->steps[i].live)
-            step = &w->steps[i];
-    if (step == NULL)
+    model_wait *m = &w->waits[session];
+    if (free_slot(w) < 0)
         return;
-    *step = (model_step){.session = session, .count = 1 + rng_below(&w->r, BATCH_MAX)};
-    uint64_t ids[BATCH_MAX];
-    uint32_t tokens = 0, tokens_given[BATCH_MAX * 8], num_given = 0;
-    bool gives_ids = rng_below(&w->r, 4) != 0;
-    ts_status expected = TS_OK;
-    for (uint32_t i = 0; i < step->count; i++) {
-        int seq = pick_seq(w);
-        if (seq < 0)
-            return;
-        /* Prefer what the session may use: most batches should be good ones. */
-        for (int tries = 0; tries < 12 && (seq < 0 || expected_use(w, session, seq, true)); tries++)
-            seq = pick_seq(w);
-        if (seq < 0)
-            return;
-        const model_seq *s = &w->seqs[seq];
-        step->seqs[i] = seq;
-        step->new_tokens[i] = rng_below(&w->r, 8);
-        ids[i] = s->id;
-        bool leading = s->known == s->length;
-        for (uint32_t t = 0; t < step->new_tokens[i]; t++) {
-            bool unknown = !gives_ids || s->space == 0 || rng_below(&w->r, 30) == 0;
-            step->ids[i][t] = tokens_given[num_given++] =
-                unknown ? TS_TOKEN_UNKNOWN : rng_below(&w->r, 2);
-            leading = leading && !unknown;
-            step->known[i] += leading;
-        }
-        if (s->space == 0 && gives_ids && step->new_tokens[i] > 0 && rng_below(&w->r, 100) == 0)
-            tokens_given[num_given - step->new_tokens[i]] = 1; /* it has no namespace */
-        ts_status one = expected_use(w, session, seq, true);
-        for (uint32_t j = 0; j < i && one == TS_OK; j++)
-            if (step->seqs[j] == seq)
-                one = TS_EINVAL; /* twice */
-        if (one == TS_OK && s->length + step->new_tokens[i] > LENGTH_MAX)
-            one = TS_EINVAL;
-        if (one == TS_OK && s->space == 0 && step->new_tokens[i] > 0 &&
-            tokens_given[num_given - step->new_tokens[i]] != TS_TOKEN_UNKNOWN)
-            one = TS_EINVAL;
-        tokens += step->new_tokens[i];
-        if (expected == TS_OK)
-            expected = one;
+    m->space = 1 + (int)rng_below(&w->r, 2);
+    m->count = make_prompt(w, m->ids);
+    const model_wait *other = &w->waits[rng_below(&w->r, SESSIONS)];
+    if (other->count > 0 && other->space > 0 &&
+        rng_below(&w->r, 2)) { /* or what another asked for */
+        m->space = other->space;
+        m->count = other->count;
+        memmove(m->ids, other->ids, sizeof m->ids);
     }
-    if (expected == TS_OK && tokens == 0)
-        expected = TS_EINVAL;
-    const bool short_of_room = expected == TS_OK && !has_room(w, session, step);
-    ts_command c = {.op = TS_OP_STEP_BEGIN,
-                    .session = w->sessions[session],
-                    .step_begin = {.seqs = ids,
-                                   .new_tokens = step->new_tokens,
-                                   .count = step->count,
-                                   .heads = 1,
-                                   .tokens = gives_ids ? tokens_given : NULL}};
-    ts_status status = run(w, c, &a);
-    if (status == TS_NEED_SWEEP) { /* what is over makes room */
-        assert_true(short_of_room && ts_engine_sweeps(w->e));
-        assert_int_equal(sweep_all(w->e), 1);
-        if (!has_room(w, session, step))
-            expected = TS_ENOSPC;
-        status = run(w, c, &a);
-        w->done[18]++;
-    } else if (short_of_room) {
-        expected = TS_ENOSPC;
-    }
-    assert_int_equal(status, expected);
-    if (status != TS_OK)
-        return;
-    step->live = true;
-    step->id = a.begun.step->id;
-    step->copying = a.begun.num_copies > 0;
-    step->num_copies = a.begun.num_copies;
-    memcpy(step->copies, a.begun.copies, a.begun.num_copies * sizeof *a.begun.copies);
-    for (uint32_t i = 0; i < step->count; i++)
-        w->seqs[step->seqs[i]].step = (int)(step - w->steps);
-    w->done[4]++;
-}
-
-/* What token t of the step's sequence i comes to. */
-static uint32_t value_in(world *w, const model_step *step, uint32_t i, uint32_t t)
-{
-    const model_seq *s = &w->seqs[step->seqs[i]];
-    uint32_t ids[LENGTH_MAX];
-    if (t >= step->known[i])
-        return ++w->next_value;
-    memcpy(ids, s->ids, s->length * sizeof *ids);
-    memcpy(ids + s->length, step->ids[i], (t + 1) * sizeof *ids);
-    return value_of(s->uid, s->space, ids, s->length + t + 1);
-}
-
-/* Makes a step's copies and writes its tokens into their slots, as kernels would. */
-static void write_step(world *w, model_step *step)
-{
-    if (step->copying) {
-        for (uint32_t c = 0; c < step->num_copies; c++)
-            memcpy(&w->memory[step->copies[c].dst * BLOCK_TOKENS],
-                   &w->memory[step->copies[c].src * BLOCK_TOKENS], BLOCK_TOKENS * sizeof(uint32_t));
-        assert_int_equal(step_done(w->e, step->id, TS_NONE), TS_OK);
-        step->copying = false;
-    }
-    const ts_step *real = ts_engine_find_step(w->e, step->id);
-    for (uint32_t i = 0; i < step->count; i++)
-        for (uint32_t t = 0; t < step->new_tokens[i]; t++) {
-            uint32_t at = real->seqs[i].start + t;
-            step->values[i][t] = value_in(w, step, i, t);
-            w->memory[real->seqs[i].table[at / BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS] =
-                step->values[i][t];
-        }
-}
-
-static void op_end(world *w)
-{
-    model_step *step = &w->steps[rng_below(&w->r, STEPS)];
-    if (!step->live)
-        return;
-    uint64_t session = w->sessions[step->session];
-    if (step->copying && rng_below(&w->r, 4) == 0) {
-        assert_int_equal(step_end(w->e, session, TS_OP_STEP_COMMIT, step->id, NULL, 0), TS_EBUSY);
-        return;
-    }
-    write_step(w, step);
-    bool commit = rng_below(&w->r, 4) != 0;
-    uint32_t accepted[BATCH_MAX];
-    bool all = rng_below(&w->r, 2);
-    for (uint32_t i = 0; i < step->count; i++)
-        accepted[i] = !commit ? 0
-                      : all   ? step->new_tokens[i]
-                              : rng_below(&w->r, step->new_tokens[i] + 1);
-    assert_int_equal(commit ? step_end(w->e, session, TS_OP_STEP_COMMIT, step->id,
-                                       all ? NULL : accepted, step->count)
-                            : step_end(w->e, session, TS_OP_STEP_ABORT, step->id, NULL, 0),
-                     TS_OK);
-    for (uint32_t i = 0; i < step->count; i++) {
-        model_seq *s = &w->seqs[step->seqs[i]];
-        memcpy(s->tokens + s->length, step->values[i], accepted[i] * sizeof(uint32_t));
-        memcpy(s->ids + s->length, step->ids[i], accepted[i] * sizeof(uint32_t));
-        s->known += accepted[i] < step->known[i] ? accepted[i] : step->known[i];
-        s->length += accepted[i];
-        s->step = -1;
-        refresh(w, s);
-        verify_seq(w, step->seqs[i]);
-    }
-    step->live = false;
-    w->done[commit ? 5 : 6]++;
+    try_match(w, session, rng_below(&w->r, 2), false);
 }
 
 static void op_truncate_or_free(world *w, int session, bool truncate)
@@ -754,38 +580,6 @@ static void op_clock(world *w, int session)
     } else {
         op_list(w, session);
     }
-}
-
-static void one_command(world *w)
-{
-    uint32_t kind = rng_below(&w->r, 116);
-    int session = pick_session(w);
-    if (kind < 4 || session < 0)
-        op_session(w);
-    else if (kind < 10)
-        op_create(w, session);
-    else if (kind < 16)
-        op_match(w, session);
-    else if (kind < 30)
-        op_fork(w, session);
-    else if (kind < 60)
-        op_begin(w, session);
-    else if (kind < 84)
-        op_end(w);
-    else if (kind < 90)
-        op_truncate_or_free(w, session, true);
-    else if (kind < 95)
-        op_truncate_or_free(w, session, false);
-    else if (kind < 103)
-        op_keep(w, session);
-    else if (kind < 106)
-        op_attach(w, session);
-    else if (kind < 109)
-        op_ticket(w, session);
-    else if (kind < 112)
-        op_redeem(w, session);
-    else
-        op_clock(w, session);
 }
 
 #endif

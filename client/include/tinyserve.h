@@ -29,6 +29,7 @@
 #ifndef TINYSERVE_H
 #define TINYSERVE_H
 
+#include "tinyserve_sequences.h"
 #include "tinyserve_types.h"
 #include "tinyserve_version.h"
 
@@ -39,11 +40,9 @@ extern "C" {
 #endif
 
 typedef struct ts_client ts_client;
-typedef struct ts_pool ts_pool;
 typedef struct ts_step ts_step;
 typedef struct ts_frame ts_frame;
 typedef struct ts_memory ts_memory;
-typedef uint64_t ts_seq; /* a sequence of one pool; never 0; never used again once freed */
 
 /* How steps reach the daemon. All other calls are messages. Results are the same. */
 typedef enum ts_transport {
@@ -113,11 +112,15 @@ typedef struct ts_error_info {
     uint64_t needed; /* what the call asked for */
     uint64_t free;   /* how much of it is available */
     uint64_t limit;  /* the quota, or the pool's size */
+    /* Of a step that finds no room (TS_ENOSPC), in blocks: */
+    uint64_t cached; /* of `free`, of the tenant's: they would be evicted */
+    uint64_t pinned; /* by the tenant's kept sequences */
+    uint64_t others; /* used by other tenants */
 } ts_error_info;
 
 #define TS_ERROR_INFO_INIT                                                                         \
     {                                                                                              \
-        sizeof(ts_error_info), TS_OK, 0, 0, 0                                                      \
+        sizeof(ts_error_info), TS_OK, 0, 0, 0, 0, 0, 0                                             \
     }
 
 /* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_error_info. */
@@ -156,6 +159,29 @@ const ts_geometry *ts_pool_geometry(const ts_pool *pool);
 uint32_t ts_pool_blocks(const ts_pool *pool);       /* the most that it can have */
 uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens of the longest sequence */
 
+/* What the caller's tenant has of a pool. Units: blocks, unless said. */
+typedef struct ts_pool_room {
+    size_t size;        /* sizeof(ts_pool_room) */
+    uint64_t blocks;    /* of the pool */
+    uint64_t available; /* that a step could take now: free ones, and cached ones that would go */
+    uint64_t used;      /* by the tenant's sequences, each counted once */
+    uint64_t cached;    /* of the tenant: no sequence uses them, and a match may find them */
+    uint64_t pinned;    /* of `used`, by kept sequences */
+    uint64_t limit;     /* that the tenant may use */
+    uint64_t others;    /* used by other tenants */
+    uint64_t sequences; /* of the tenant */
+    uint64_t waiting;   /* sessions of all tenants that wait in the pool */
+    uint64_t asked_tokens, found_tokens; /* of the tenant's prompts that were matched */
+} ts_pool_room;
+
+#define TS_POOL_ROOM_INIT                                                                          \
+    {                                                                                              \
+        sizeof(ts_pool_room), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                      \
+    }
+
+/* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_pool_room. */
+TS_WARN_UNUSED ts_status ts_pool_stats(ts_pool *pool, ts_pool_room *out);
+
 /* The pool's device as the daemon counts them ("host", "cuda:0"), and its kind of memory ("host",
  * "cuda-vmm", "cuda-ipc"). */
 const char *ts_pool_device(const ts_pool *pool);
@@ -179,148 +205,6 @@ TS_WARN_UNUSED ts_status ts_exchange_device(ts_pool *pool, size_t bytes);
  * ends or has another exchange. The daemon can read and write the whole allocation. */
 TS_WARN_UNUSED ts_status ts_exchange_register(ts_pool *pool, void *memory, size_t bytes);
 
-/* ---- sequences ---- */
-
-/* Makes `count` empty sequences. TS_EQUOTA: too many. */
-TS_WARN_UNUSED ts_status ts_seq_create(ts_pool *pool, uint32_t count, ts_seq *out);
-
-typedef struct ts_seq_options {
-    size_t size;        /* sizeof(ts_seq_options) */
-    const void *space;  /* the sequence's namespace: bytes that name the model, its adapter and
-                           whatever else changes K and V; NULL: the pool's, its `model`. A
-                           sequence with neither takes no token ids: TS_EINVAL */
-    size_t space_bytes; /* at most 64 */
-    /* Of ts_seq_match: */
-    uint32_t wait_ms; /* waits so long, beside the call's own time, while another session of the
-                         tenant computes what is missing, or has matched it with a wait and is going
-                         to: that one has a second to begin. 0: it doesn't wait */
-    uint32_t *twins;  /* with wait_ms: gets for each prompt the number of the earlier one in this
-                         call that lacks the same, and so should be computed before it, or its own;
-                         may be NULL */
-} ts_seq_options;
-
-#define TS_SEQ_OPTIONS_INIT                                                                        \
-    {                                                                                              \
-        sizeof(ts_seq_options), NULL, 0, 0, NULL                                                   \
-    }
-
-/* ts_seq_create with options, which may be NULL. TS_EQUOTA also: 1024 namespaces are in use. */
-TS_WARN_UNUSED ts_status ts_seq_create_with(ts_pool *pool, uint32_t count,
-                                            const ts_seq_options *options, ts_seq *out);
-
-/*
- * Makes for each of `count` prompts a sequence that shares the longest beginning of it that the
- * pool holds, by its token ids: at most all tokens but the last. matched[i] is how many; nothing is
- * copied. counts[i] tokens of prompt i lie in `tokens`, one prompt after another. The pool holds
- * what was committed with token ids (ts_step_options.tokens) in the same namespace by sessions of
- * the tenant, as far as it fills blocks, until it is evicted. out NULL: only tells how much is
- * there. TS_EINVAL: there is no namespace, and the pool has no `model`.
- */
-TS_WARN_UNUSED ts_status ts_seq_match(ts_pool *pool, const uint32_t *tokens, const uint32_t *counts,
-                                      uint32_t count, const ts_seq_options *options, ts_seq *out,
-                                      uint32_t *matched);
-
-/* Makes `count` sequences that share the parent's blocks. A shared block is copied when a sequence
- * first writes into it. */
-TS_WARN_UNUSED ts_status ts_seq_fork(ts_pool *pool, ts_seq parent, uint32_t count, ts_seq *out);
-
-/* The same, sharing only the first `length` tokens. TS_EINVAL: the parent has fewer. */
-TS_WARN_UNUSED ts_status ts_seq_fork_at(ts_pool *pool, ts_seq parent, uint32_t length,
-                                        uint32_t count, ts_seq *out);
-
-/* Shortens sequence i to lengths[i] tokens; all or none. TS_EBUSY: one is in an open step. */
-TS_WARN_UNUSED ts_status ts_seq_truncate(ts_pool *pool, const ts_seq *seqs, const uint32_t *lengths,
-                                         uint32_t count);
-
-/* Frees the sequences; all or none. TS_EBUSY: one is in an open step. */
-TS_WARN_UNUSED ts_status ts_seq_free(ts_pool *pool, const ts_seq *seqs, uint32_t count);
-
-/* Keeps a sequence under a name (1 to 127 bytes of UTF-8, no control characters): it outlives the
- * session, and every session of the tenant may attach to it. NULL removes the name and makes the
- * sequence this session's own. TS_EEXIST: the tenant has another sequence of this name. */
-TS_WARN_UNUSED ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name);
-
-typedef struct ts_keep_options {
-    size_t size;     /* sizeof(ts_keep_options) */
-    uint64_t ttl_ms; /* the sequence is freed so long after its last use: being kept, attached to or
-                        forked, or a step's end; 0: never */
-    bool replace;    /* the sequence that has the name, if there is one, loses it and is freed, in
-                        the same instant; TS_EBUSY: it is in an open step */
-} ts_keep_options;
-
-#define TS_KEEP_OPTIONS_INIT                                                                       \
-    {                                                                                              \
-        sizeof(ts_keep_options), 0, false                                                          \
-    }
-
-/* ts_seq_keep with options, which may be NULL. Keeping a sequence again under its own name sets its
- * time to live anew. */
-TS_WARN_UNUSED ts_status ts_seq_keep_with(ts_pool *pool, ts_seq seq, const char *name,
-                                          const ts_keep_options *options);
-
-/* Finds a kept sequence; *length (may be NULL) gets its number of tokens. TS_ENOENT. */
-TS_WARN_UNUSED ts_status ts_seq_attach(ts_pool *pool, const char *name, ts_seq *out,
-                                       uint32_t *length);
-
-typedef struct ts_kept {
-    char name[128];
-    ts_seq seq;
-    uint64_t left_ms; /* until it is freed, if it isn't used before; 0: it never is */
-    uint32_t length;  /* tokens */
-    uint32_t blocks;  /* that it refers to */
-} ts_kept;
-
-/* Lists the tenant's kept sequences whose names begin with `prefix` (NULL: all), in the order of
- * the names' bytes, from the first name after `after` on (NULL: from the beginning), at most `room`
- * of them. Fewer than `room`: these were the last. `after` may be a name that is gone. */
-TS_WARN_UNUSED ts_status ts_seq_list(ts_pool *pool, const char *prefix, const char *after,
-                                     ts_kept *out, uint32_t room, uint32_t *count);
-
-/*
- * Puts a sequence on a ticket: bytes that nobody can guess, by which another session of the tenant,
- * also in another process, makes the sequence its own. `seq` names nothing from now on. The ticket
- * is good for ttl_ms (0: 30 s; at most an hour), also after this session's end; then the sequence
- * is freed. TS_EBUSY: it is in an open step. TS_EINVAL: it is kept under a name. TS_EQUOTA: the
- * tenant has 1024 tickets.
- */
-TS_WARN_UNUSED ts_status ts_seq_ticket(ts_pool *pool, ts_seq seq, uint32_t ttl_ms,
-                                       uint8_t ticket[TS_TICKET_BYTES]);
-
-/* Makes the ticket's sequence this session's own, with its token ids and namespace; *length (may be
- * NULL) gets its number of tokens. A ticket serves once. TS_ENOENT: the pool has no such ticket, or
- * it was redeemed, or its time is over, or it is another tenant's. */
-TS_WARN_UNUSED ts_status ts_seq_redeem(ts_pool *pool, const uint8_t ticket[TS_TICKET_BYTES],
-                                       ts_seq *out, uint32_t *length);
-
-/* Tokens of each sequence. */
-TS_WARN_UNUSED ts_status ts_seq_lengths(ts_pool *pool, const ts_seq *seqs, uint32_t count,
-                                        uint32_t *lengths);
-
-/* ---- slots: where a token's K and V lie ---- */
-
-/* The slots of tokens first to first + count - 1. A slot is block * block_tokens + offset. */
-TS_WARN_UNUSED ts_status ts_seq_slots(ts_pool *pool, ts_seq seq, uint32_t first, uint32_t count,
-                                      uint64_t *slots);
-
-typedef struct ts_kv {
-    void *k, *v;        /* KV head 0; head h lies head_stride * h bytes further */
-    size_t head_stride; /* bytes */
-} ts_kv;
-
-/*
- * Where K and V of one token lie at one layer, in this process; a device address for a GPU pool.
- * Maps the slab if need be. The slot must come from this session's last answer about its sequence.
- * Without TS_POOL_WRITABLE the memory is read-only, and a write ends this process (under CUDA MPS
- * every process of the MPS server). cuda-ipc memory is always writable.
- */
-TS_WARN_UNUSED ts_status ts_slot_kv(ts_pool *pool, uint64_t slot, uint32_t layer, ts_kv *out);
-
-/* Maps the slabs of all the slots and gives the address of block 0; each further block lies
- * ts_geometry_block_bytes further. Slabs that were never mapped can't be read on a GPU, and read as
- * zeros in host memory. */
-TS_WARN_UNUSED ts_status ts_pool_map(ts_pool *pool, const uint64_t *slots, size_t count,
-                                     void **base);
-
 /*
  * Holds host memory for language bindings whose arrays outlive the step or pool they were made
  * from: the exchange, or a pool's slabs, also those mapped later. It stays mapped until
@@ -330,12 +214,6 @@ TS_WARN_UNUSED ts_status ts_pool_map(ts_pool *pool, const uint64_t *slots, size_
 TS_WARN_UNUSED ts_memory *ts_exchange_hold(ts_client *client);
 TS_WARN_UNUSED ts_memory *ts_pool_hold(ts_pool *pool);
 void ts_memory_release(ts_memory *memory);
-
-/* Adds tokens whose K and V the worker writes itself (TS_POOL_WRITABLE). They are part of the
- * sequences at once: write them before another session can attach. slots (may be NULL) gets the new
- * tokens' slots in order. TS_ENOSPC, TS_EQUOTA: nothing was added. */
-TS_WARN_UNUSED ts_status ts_seq_append(ts_pool *pool, const ts_seq *seqs,
-                                       const uint32_t *new_tokens, uint32_t count, uint64_t *slots);
 
 /* ---- steps ---- */
 
@@ -352,13 +230,15 @@ typedef struct ts_step_options {
                                NULL: none are */
     uint32_t wait_ms; /* waits so long, beside the call's own time, for room: sessions of a pool get
                          it in their order, tenants in turn. 0: it is refused at once */
+    int32_t priority; /* of what is cached of the step's content: -1 is evicted before 0, and 1
+                         after it, among the tenant's own */
 } ts_step_options;
 
 #define TS_TOKEN_UNKNOWN UINT32_MAX
 
 #define TS_STEP_OPTIONS_INIT                                                                       \
     {                                                                                              \
-        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL, 0                         \
+        sizeof(ts_step_options), 0, TS_DTYPE_FP32, 0, false, NULL, NULL, 0, 0                      \
     }
 
 /*

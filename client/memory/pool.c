@@ -151,6 +151,43 @@ const char *ts_pool_device(const ts_pool *p)
     return p->device;
 }
 
+ts_status ts_pool_stats(ts_pool *p, ts_pool_room *out)
+{
+    TS_ENTER(p->client);
+    Tspb__PoolRoom body = TSPB__POOL_ROOM__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    const size_t size = out->size;
+    if (size != sizeof *out)
+        return ts_fail(p->client, TS_EINVAL,
+                       "ts_pool_room has a size of %zu: initialise it with TS_POOL_ROOM_INIT",
+                       size);
+    body.pool = p->index;
+    request.body_case = TSPB__REQUEST__BODY_POOL_ROOM;
+    request.pool_room = &body;
+    ts_status status = ts_call(p->client, &request, &reply);
+    if (status != TS_OK)
+        return status;
+    const Tspb__Room *r = reply->room;
+    if (reply->body_case == TSPB__REPLY__BODY_ROOM)
+        *out = (ts_pool_room){.size = size,
+                              .blocks = r->blocks,
+                              .available = r->available,
+                              .used = r->used,
+                              .cached = r->cached,
+                              .pinned = r->pinned,
+                              .limit = r->limit,
+                              .others = r->others,
+                              .sequences = r->sequences,
+                              .waiting = r->waiting,
+                              .asked_tokens = r->asked_tokens,
+                              .found_tokens = r->found_tokens};
+    else
+        status = ts_fail(p->client, TS_EPROTO, "the daemon's answer tells no room");
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}
+
 const char *ts_pool_memory(const ts_pool *p)
 {
     return p->memory;

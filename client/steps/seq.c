@@ -17,7 +17,8 @@ ts_status ts_call_for_seqs(ts_pool *p, Tspb__Request *request, uint32_t count, t
     ts_client *c = p->client;
     Tspb__Reply *reply;
     ts_status status = ts_call(c, request, &reply);
-    if (status == TS_ETIMEOUT && request->body_case != TSPB__REQUEST__BODY_SEQ_ATTACH)
+    if (status == TS_ETIMEOUT && request->body_case != TSPB__REQUEST__BODY_SEQ_ATTACH &&
+        request->body_case != TSPB__REQUEST__BODY_SEQ_SELECT)
         ts_unanswered_by_message(c, request, p->index);
     if (status != TS_OK)
         return status;
@@ -208,18 +209,21 @@ ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *count
     return status;
 }
 
-static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count)
+static ts_status free_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count, bool forget)
 {
     Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
     TS_REQUEST(seq_free, SEQ_FREE);
     body.pool = p->index;
     body.seqs = ts_unconst(seqs);
     body.n_seqs = count;
+    body.forget = forget;
     bool use;
     ts_status status = use_rings(p->client, count, 0, &use);
     if (status == TS_OK && use) {
         memcpy(p->client->rings->batch_seqs, seqs, count * sizeof *seqs);
-        status = ask_ring(p, &(ts_ring_entry){.op = TS_RING_SEQ_FREE}, count);
+        status = ask_ring(
+            p, &(ts_ring_entry){.op = TS_RING_SEQ_FREE, .seqs.flags = forget ? TS_RING_FORGET : 0u},
+            count);
     } else if (status == TS_OK) {
         status = ts_call_plain(p->client, &request);
     }
@@ -283,7 +287,7 @@ static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t 
         char why[sizeof p->client->error];
         memcpy(why, p->client->error, sizeof why);
         if (made > 0)
-            (void)free_seqs(p, out, made);
+            (void)free_seqs(p, out, made, false);
         return ts_fail(p->client, status, "%s", why);
     }
     return TS_OK;
@@ -307,28 +311,95 @@ ts_status ts_seq_fork_at(ts_pool *p, ts_seq parent, uint32_t length, uint32_t co
                       : fork_seqs(p, parent, length, count, out);
 }
 
-ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *lengths, uint32_t count)
+static ts_status truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *words, uint32_t count,
+                          bool by_counts)
 {
-    TS_ENTER(p->client);
     Tspb__SeqTruncate body = TSPB__SEQ_TRUNCATE__INIT;
     TS_REQUEST(seq_truncate, SEQ_TRUNCATE);
     body.pool = p->index;
     body.seqs = ts_unconst(seqs);
-    body.lengths = ts_unconst(lengths);
+    body.lengths = ts_unconst(words);
     body.n_seqs = body.n_lengths = count;
+    body.by_counts = by_counts;
     bool use;
     ts_status status = use_rings(p->client, count, 0, &use);
     if (status != TS_OK || !use)
         return status != TS_OK ? status : ts_call_plain(p->client, &request);
     memcpy(p->client->rings->batch_seqs, seqs, count * sizeof *seqs);
-    memcpy(p->client->rings->batch_words, lengths, count * sizeof *lengths);
-    return ask_ring(p, &(ts_ring_entry){.op = TS_RING_SEQ_TRUNCATE}, count);
+    memcpy(p->client->rings->batch_words, words, count * sizeof *words);
+    return ask_ring(p,
+                    &(ts_ring_entry){.op = TS_RING_SEQ_TRUNCATE,
+                                     .seqs.flags = by_counts ? TS_RING_BY_COUNTS : 0u},
+                    count);
+}
+
+ts_status ts_seq_truncate(ts_pool *p, const ts_seq *seqs, const uint32_t *lengths, uint32_t count)
+{
+    TS_ENTER(p->client);
+    return truncate(p, seqs, lengths, count, false);
+}
+
+ts_status ts_seq_shorten(ts_pool *p, const ts_seq *seqs, const uint32_t *counts, uint32_t num_seqs)
+{
+    TS_ENTER(p->client);
+    return truncate(p, seqs, counts, num_seqs, true);
 }
 
 ts_status ts_seq_free(ts_pool *p, const ts_seq *seqs, uint32_t count)
 {
     TS_ENTER(p->client);
-    return free_seqs(p, seqs, count);
+    return free_seqs(p, seqs, count, false);
+}
+
+ts_status ts_seq_forget(ts_pool *p, const ts_seq *seqs, uint32_t count)
+{
+    TS_ENTER(p->client);
+    return free_seqs(p, seqs, count, true);
+}
+
+/* Forgets the block tables of those sequences of a selection that are gone. */
+static void forget_losers(ts_pool *p, const ts_seq *seqs, uint32_t count, const uint32_t *from,
+                          uint32_t picked)
+{
+    bool *stays = calloc(count, sizeof *stays);
+    for (uint32_t i = 0; stays != NULL && i < picked; i++)
+        stays[from[i]] = true;
+    for (uint32_t i = 0; i < count; i++)
+        if (stays == NULL || !stays[i])
+            ts_tables_forget(p, &seqs[i], 1);
+    free(stays);
+}
+
+ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const uint32_t *from,
+                        uint32_t picked, ts_seq *out)
+{
+    TS_ENTER(p->client);
+    Tspb__SeqSelect body = TSPB__SEQ_SELECT__INIT;
+    TS_REQUEST(seq_select, SEQ_SELECT);
+    body.pool = p->index;
+    body.seqs = ts_unconst(seqs);
+    body.n_seqs = count;
+    body.from = ts_unconst(from);
+    body.n_from = picked;
+    bool use;
+    ts_status status = use_rings(p->client, count > picked ? count : picked, 0, &use);
+    if (status != TS_OK)
+        return status;
+    ts_rings_memory *m = p->client->rings;
+    if (use && count > 0 && picked > 0) {
+        memcpy(m->batch_seqs, seqs, count * sizeof *seqs);
+        memcpy(m->batch_words, from, picked * sizeof *from);
+        ts_ring_entry entry = {.op = TS_RING_SEQ_SELECT, .seqs.length = count};
+        status = ask_ring(p, &entry, picked);
+    } else {
+        status = ts_call_for_seqs(p, &request, picked, out, NULL);
+    }
+    if (status != TS_OK)
+        return status;
+    forget_losers(p, seqs, count, from, picked);
+    if (use)
+        memcpy(out, m->batch_seqs, picked * sizeof *out);
+    return TS_OK;
 }
 
 ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_t *lengths)

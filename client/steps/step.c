@@ -91,6 +91,7 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
     body.scale = o->scale;
     body.append = append;
     body.wait_ms = o->wait_ms;
+    body.priority = o->priority;
     if (o->tokens != NULL) {
         body.tokens = ts_unconst(o->tokens);
         body.n_tokens = s->tokens;
@@ -161,7 +162,8 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
                                      .scale = o->scale,
                                      .flags = (tables ? TS_RING_TABLES : 0u) |
                                               (o->tokens != NULL ? TS_RING_TOKENS : 0u),
-                                     .wait_ms = o->wait_ms}};
+                                     .wait_ms = o->wait_ms,
+                                     .priority = o->priority}};
     if (o->kernel != NULL)
         memcpy(entry.begin.kernel, o->kernel, strlen(o->kernel));
     if (tables)
@@ -254,9 +256,12 @@ static ts_status add_tokens(ts_pool *p, const ts_seq *seqs, const uint32_t *new_
                            "sequence",
                            new_tokens[i], (unsigned long long)seqs[i], p->sequence_tokens_max);
     }
-    if (count == 0 || sum == 0 || sum > UINT32_MAX)
+    if (count == 0 || sum == 0)
         return ts_fail(p->client, TS_EINVAL,
-                       "%llu new tokens for %u sequences; a step has 1..%u, for at least 1",
+                       "0 new tokens for %u sequences; a step adds at least 1 token to at least 1",
+                       count);
+    if (sum > UINT32_MAX)
+        return ts_fail(p->client, TS_EINVAL, "%llu new tokens for %u sequences; the limit is %u",
                        (unsigned long long)sum, count, UINT32_MAX);
     if (sum > slots && sum > ASKED_ANYWAY)
         return ts_fail(p->client, TS_ENOSPC, "%llu new tokens; the pool has %llu slots in all",
@@ -321,7 +326,8 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->heads = o.heads;
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
-    s->publishes = o.no_run && o.tokens != NULL && p->on_gpu;
+    s->writes_itself = o.no_run && p->on_gpu;
+    s->publishes = o.tokens != NULL;
     p->client->wait_ms = o.wait_ms;
     status = ts_step_call_begin(s, seqs, &o, false);
     p->client->wait_ms = 0;
@@ -438,7 +444,8 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     bool use;
     /* Blocks whose K and V are still being written, or read, are nobody else's yet. */
     ts_status status = TS_OK;
-    if (s->publishes && commit && c->cuda != NULL)
+    if (s->writes_itself && c->cuda != NULL &&
+        (!commit || accepted != NULL || s->publishes)) /* blocks are given back, or found */
         status = ts_cuda_await(c, c->cuda);
     else if (s->local != NULL && s->pool->on_gpu)
         status = ts_local_gpu_await(c);

@@ -27,7 +27,8 @@ struct ts_step {
     ts_frame *frame;       /* NULL: none */
     bool ran_here;         /* this process attended, or tried to */
     ts_layer_set run_here; /* in these layers it did */
-    bool publishes;        /* this process writes K and V on the GPU, and others may find them */
+    bool writes_itself;    /* K and V, on a GPU: no layer is run */
+    bool publishes;        /* its token ids, at the commit */
 };
 
 struct ts_frame {

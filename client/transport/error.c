@@ -23,13 +23,11 @@ ts_status(ts_fail)(ts_client *c, ts_status status, const char *format, ...)
     return status;
 }
 
-ts_status ts_fail_refused(ts_client *c, ts_status status, uint64_t needed, uint64_t free,
-                          uint64_t limit, const char *message)
+ts_status ts_fail_refused(ts_client *c, const ts_error_info *info, const char *message)
 {
-    (void)ts_fail(c, status, "%s", message);
-    c->error_info =
-        (ts_error_info){.status = status, .needed = needed, .free = free, .limit = limit};
-    return status;
+    (void)ts_fail(c, info->status, "%s", message);
+    c->error_info = *info;
+    return info->status;
 }
 
 ts_status ts_error_read(const ts_client *c, ts_error_info *out)

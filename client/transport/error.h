@@ -47,8 +47,7 @@ ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
 #endif
 
 /* The sentence and the numbers of a refusal of the daemon's. */
-ts_status ts_fail_refused(ts_client *client, ts_status status, uint64_t needed, uint64_t free,
-                          uint64_t limit, const char *message);
+ts_status ts_fail_refused(ts_client *client, const ts_error_info *info, const char *message);
 
 /* The daemon has said that it ends because a device of it failed. */
 bool ts_device_failed(const ts_client *client);

@@ -25,6 +25,7 @@ static const public_struct structs[] = {
     {"ts_kv", NULL, sizeof(ts_kv)},
     {"ts_kept", NULL, sizeof(ts_kept)},
     {"ts_error_info", NULL, sizeof(ts_error_info)},
+    {"ts_pool_room", NULL, sizeof(ts_pool_room)},
 };
 
 const char *ts_version(void)

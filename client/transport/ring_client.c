@@ -223,7 +223,14 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
                        done->tag, entry->tag);
     if (done->status != TS_OK)
-        return ts_fail_refused(c, (ts_status)done->status, done->needed, done->free, done->limit,
+        return ts_fail_refused(c,
+                               &(ts_error_info){.status = (ts_status)done->status,
+                                                .needed = done->needed,
+                                                .free = done->free,
+                                                .limit = done->limit,
+                                                .cached = done->cached,
+                                                .pinned = done->pinned,
+                                                .others = done->others},
                                done->message);
     return TS_OK;
 }

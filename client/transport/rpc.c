@@ -64,7 +64,15 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
                        (unsigned long long)request->request_id);
     }
     if (r->status != TS_OK) {
-        status = ts_fail_refused(c, (ts_status)r->status, r->needed, r->free, r->limit, r->message);
+        status = ts_fail_refused(c,
+                                 &(ts_error_info){.status = (ts_status)r->status,
+                                                  .needed = r->needed,
+                                                  .free = r->free,
+                                                  .limit = r->limit,
+                                                  .cached = r->cached,
+                                                  .pinned = r->pinned,
+                                                  .others = r->others},
+                                 r->message);
         tspb__reply__free_unpacked(r, NULL);
         return status;
     }

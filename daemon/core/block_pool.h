@@ -67,6 +67,7 @@ typedef struct ts_pool_tenant {
     uint32_t tickets; /* sequences of those that are on one */
     uint32_t pinned;  /* blocks that its kept sequences refer to, each counted once */
     uint64_t entries; /* in its sequences' block tables, reserved ones included */
+    uint64_t asked_tokens, found_tokens; /* of prompts that were matched; the engine's */
 } ts_pool_tenant;
 
 typedef struct ts_pool_books {

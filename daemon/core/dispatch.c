@@ -21,6 +21,7 @@ static const struct operation {
     [TS_OP_SEQ_FORK] = {POOL, ts_engine_seq_fork},
     [TS_OP_SEQ_FREE] = {POOL, ts_engine_seq_change},
     [TS_OP_SEQ_SELECT] = {POOL, ts_engine_seq_select},
+    [TS_OP_POOL_ROOM] = {POOL, ts_engine_pool_room},
     [TS_OP_SEQ_TRUNCATE] = {POOL, ts_engine_seq_change},
     [TS_OP_SEQ_KEEP] = {POOL, ts_engine_seq_keep},
     [TS_OP_SEQ_ATTACH] = {POOL, ts_engine_seq_attach},

@@ -51,6 +51,7 @@ typedef enum ts_op {
     TS_OP_SEQ_FORK,
     TS_OP_SEQ_FREE,
     TS_OP_SEQ_SELECT,
+    TS_OP_POOL_ROOM,
     TS_OP_SEQ_TRUNCATE,
     TS_OP_SEQ_KEEP,
     TS_OP_SEQ_ATTACH,
@@ -210,6 +211,16 @@ typedef struct ts_amounts {
     uint64_t cached, pinned, others;
 } ts_amounts;
 
+/* What a tenant has of a pool, in blocks. */
+typedef struct ts_room {
+    uint64_t blocks;    /* of the pool */
+    uint64_t available; /* that a step could take now, cached ones that it would evict included */
+    uint64_t used, cached, pinned, limit;
+    uint64_t others; /* that other tenants use */
+    uint32_t sequences, waiting;
+    uint64_t asked_tokens, found_tokens; /* of prompts that were matched */
+} ts_room;
+
 /* Pointers are the engine's and good until the next command is applied. */
 typedef struct ts_answer {
     ts_status status;
@@ -252,6 +263,7 @@ typedef struct ts_answer {
             uint32_t num_copies;
         } begun;
         const ts_step *step; /* STEP_RUN: in flight until STEP_DONE */
+        ts_room room;        /* POOL_ROOM */
         uint64_t dropped;    /* CACHE_DROP: blocks that are or will be forgotten */
         struct {
             uint32_t pool, tenant;

@@ -276,7 +276,8 @@ static void check_waits(checker *c)
         ids += claim->ids == NULL ? 0 : claim->end - claim->from;
         if (seq->tenant == TS_NONE || seq->claim != i ||
             (seq->owner != claim->session && (seq->owner != TS_NONE || claim->ids != NULL)) ||
-            claim->at >= claim->end || (claim->ids == NULL && seq->step == TS_NONE))
+            claim->at >= claim->end || claim->at > seq->known ||
+            (claim->ids == NULL && seq->step == TS_NONE))
             wrong(c, "claim %u isn't its sequence's", i);
         uint32_t at = e->claims.buckets[(claim->hash ^ claim->pool) % TS_CLAIM_BUCKETS];
         while (at != 0 && at != i + 1)

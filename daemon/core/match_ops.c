@@ -98,6 +98,8 @@ static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uin
     for (uint32_t i = 0; i < count; i++) {
         pool->asked_tokens += c->seq_match.counts[i];
         pool->found_tokens += lengths[i];
+        pool->books.tenants[s->tenant].asked_tokens += c->seq_match.counts[i];
+        pool->books.tenants[s->tenant].found_tokens += lengths[i];
         pool->books.index->spaces[space].asked_tokens += c->seq_match.counts[i];
         pool->books.index->spaces[space].found_tokens += lengths[i];
     }

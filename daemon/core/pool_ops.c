@@ -124,6 +124,27 @@ void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     s->writable_pools &= ~((uint64_t)1 << c->pool);
 }
 
+void ts_engine_pool_room(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    const ts_engine_pool *pool = &e->pools[c->pool];
+    const ts_pool_books *books = &pool->books;
+    const ts_pool_tenant *tenant = &books->tenants[s->tenant];
+    const uint64_t most = pool->config.tenant_blocks_max;
+    const uint64_t left = most > tenant->used ? most - tenant->used : 0;
+    const uint64_t available = ts_pool_available(books, s->tenant);
+    a->room = (ts_room){.blocks = books->num_blocks,
+                        .available = available < left ? available : left,
+                        .used = tenant->used,
+                        .cached = tenant->cached,
+                        .pinned = tenant->pinned,
+                        .limit = most < books->num_blocks ? most : books->num_blocks,
+                        .others = books->used - tenant->used,
+                        .sequences = tenant->sequences,
+                        .waiting = pool->waiting,
+                        .asked_tokens = tenant->asked_tokens,
+                        .found_tokens = tenant->found_tokens};
+}
+
 void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
     (void)s;

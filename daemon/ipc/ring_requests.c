@@ -134,6 +134,7 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     command->step_begin.io_dtype = entry->begin.io_dtype;
     command->step_begin.scale = entry->begin.scale;
     command->step_begin.wait = entry->begin.wait_ms > 0;
+    command->step_begin.priority = entry->begin.priority;
     return true;
 }
 
@@ -163,6 +164,21 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
         command->seq_fork.has_length = entry->seqs.flags & TS_RING_HAS_LENGTH;
         return true;
     }
+    if (entry->op == TS_RING_SEQ_SELECT) {
+        const uint32_t of = entry->seqs.length;
+        if (of > TS_RING_BATCH) {
+            ts_refuse(a, TS_EINVAL, "a selection of %u sequences on a ring; it takes %u", of,
+                      TS_RING_BATCH);
+            return false;
+        }
+        copy_batch(r, of > count ? of : count, true);
+        command->op = TS_OP_SEQ_SELECT;
+        command->seq_select.seqs = r->rings->seqs;
+        command->seq_select.count = of;
+        command->seq_select.from = r->rings->words;
+        command->seq_select.picked = count;
+        return true;
+    }
     copy_batch(r, count, entry->op != TS_RING_SEQ_MATCH);
     if (entry->op == TS_RING_SEQ_MATCH) {
         command->op = TS_OP_SEQ_MATCH;
@@ -177,6 +193,8 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
     command->seq_batch.seqs = r->rings->seqs;
     command->seq_batch.lengths = r->rings->words;
     command->seq_batch.count = count;
+    command->seq_batch.forget = entry->seqs.flags & TS_RING_FORGET;
+    command->seq_batch.by_counts = entry->seqs.flags & TS_RING_BY_COUNTS;
     return true;
 }
 
@@ -184,7 +202,8 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
 static void encode_seqs(ts_ring *r, const ts_command *command, const ts_answer *a)
 {
     ts_rings_memory *m = r->shared;
-    if (command->op == TS_OP_SEQ_CREATE || command->op == TS_OP_SEQ_FORK) {
+    if (command->op == TS_OP_SEQ_CREATE || command->op == TS_OP_SEQ_FORK ||
+        command->op == TS_OP_SEQ_SELECT) {
         memcpy(m->batch_seqs, a->seqs.seqs, a->seqs.count * sizeof *m->batch_seqs);
     } else if (command->op == TS_OP_SEQ_MATCH) {
         const uint32_t count = a->matched.count;
@@ -229,6 +248,7 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
     case TS_RING_SEQ_MATCH:
     case TS_RING_SEQ_FREE:
     case TS_RING_SEQ_TRUNCATE:
+    case TS_RING_SEQ_SELECT:
         return decode_seqs(r, entry, command, a);
     default:
         ts_refuse(a, TS_EPROTO, "a ring has no operation %u", entry->op);
@@ -330,6 +350,7 @@ static void count_refusal(ts_service *s, const ts_ring_entry *entry, ts_status s
         [TS_RING_SEQ_MATCH] = TSPB__REQUEST__BODY_SEQ_MATCH,
         [TS_RING_SEQ_FREE] = TSPB__REQUEST__BODY_SEQ_FREE,
         [TS_RING_SEQ_TRUNCATE] = TSPB__REQUEST__BODY_SEQ_TRUNCATE,
+        [TS_RING_SEQ_SELECT] = TSPB__REQUEST__BODY_SEQ_SELECT,
     };
     bool known = entry->op < sizeof operations / sizeof *operations;
     if (entry->op == TS_RING_BEGIN)
@@ -420,6 +441,9 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     done.needed = a.amounts.needed;
     done.free = a.amounts.free;
     done.limit = a.amounts.limit;
+    done.cached = a.amounts.cached;
+    done.pinned = a.amounts.pinned;
+    done.others = a.amounts.others;
     memcpy(done.message, a.message, sizeof done.message);
     complete(r, &done, completion.taken_ns);
     return true;

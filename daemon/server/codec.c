@@ -109,6 +109,26 @@ static bool decode_seq_free(const Tspb__Request *r, ts_command *c, ts_answer *a)
     c->pool = m->pool;
     c->seq_batch.seqs = m->seqs;
     c->seq_batch.count = (uint32_t)m->n_seqs;
+    c->seq_batch.forget = m->forget;
+    return true;
+}
+
+static bool decode_seq_select(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    const Tspb__SeqSelect *m = r->seq_select;
+    (void)a;
+    c->pool = m->pool;
+    c->seq_select.seqs = m->seqs;
+    c->seq_select.count = (uint32_t)m->n_seqs;
+    c->seq_select.from = m->from;
+    c->seq_select.picked = (uint32_t)m->n_from;
+    return true;
+}
+
+static bool decode_pool_room(const Tspb__Request *r, ts_command *c, ts_answer *a)
+{
+    (void)a;
+    c->pool = r->pool_room->pool;
     return true;
 }
 
@@ -118,6 +138,7 @@ static bool decode_seq_truncate(const Tspb__Request *r, ts_command *c, ts_answer
     c->pool = m->pool;
     c->seq_batch.seqs = m->seqs;
     c->seq_batch.lengths = m->lengths;
+    c->seq_batch.by_counts = m->by_counts;
     c->seq_batch.count = (uint32_t)m->n_seqs;
     return counts_agree("lengths", m->n_seqs, m->n_lengths, a);
 }
@@ -224,6 +245,7 @@ static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *
     c->step_begin.scale = m->scale;
     c->step_begin.append = m->append;
     c->step_begin.wait = m->wait_ms > 0;
+    c->step_begin.priority = m->priority;
     c->step_begin.tokens = m->n_tokens > 0 ? m->tokens : NULL;
     return ts_decode_kernel(m->kernel, &c->step_begin.kernel, a) &&
            counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, a) &&
@@ -349,6 +371,28 @@ static void encode_kept(const ts_engine *e, const ts_command *c, const ts_answer
     reply->kept_list = m;
 }
 
+static void encode_room(const ts_engine *e, const ts_command *c, const ts_answer *a,
+                        Tspb__Reply *reply, ts_reply_body *body)
+{
+    (void)e;
+    (void)c;
+    Tspb__Room *r = &body->room;
+    tspb__room__init(r);
+    r->blocks = a->room.blocks;
+    r->available = a->room.available;
+    r->used = a->room.used;
+    r->cached = a->room.cached;
+    r->pinned = a->room.pinned;
+    r->limit = a->room.limit;
+    r->others = a->room.others;
+    r->sequences = a->room.sequences;
+    r->waiting = a->room.waiting;
+    r->asked_tokens = a->room.asked_tokens;
+    r->found_tokens = a->room.found_tokens;
+    reply->body_case = TSPB__REPLY__BODY_ROOM;
+    reply->room = r;
+}
+
 static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_answer *a,
                            Tspb__Reply *reply, ts_reply_body *body)
 {
@@ -420,6 +464,8 @@ static const struct message {
     [TSPB__REQUEST__BODY_SEQ_CREATE] = {TS_OP_SEQ_CREATE, decode_seq_create, encode_seqs},
     [TSPB__REQUEST__BODY_SEQ_FORK] = {TS_OP_SEQ_FORK, decode_seq_fork, encode_seqs},
     [TSPB__REQUEST__BODY_SEQ_FREE] = {TS_OP_SEQ_FREE, decode_seq_free, NULL},
+    [TSPB__REQUEST__BODY_SEQ_SELECT] = {TS_OP_SEQ_SELECT, decode_seq_select, encode_seqs},
+    [TSPB__REQUEST__BODY_POOL_ROOM] = {TS_OP_POOL_ROOM, decode_pool_room, encode_room},
     [TSPB__REQUEST__BODY_SEQ_TRUNCATE] = {TS_OP_SEQ_TRUNCATE, decode_seq_truncate, NULL},
     [TSPB__REQUEST__BODY_SEQ_KEEP] = {TS_OP_SEQ_KEEP, decode_seq_keep, NULL},
     [TSPB__REQUEST__BODY_SEQ_ATTACH] = {TS_OP_SEQ_ATTACH, decode_seq_attach, encode_seqs},
@@ -461,6 +507,9 @@ void ts_encode_status(const ts_answer *a, Tspb__Reply *reply)
     reply->needed = a->amounts.needed;
     reply->free = a->amounts.free;
     reply->limit = a->amounts.limit;
+    reply->cached = a->amounts.cached;
+    reply->pinned = a->amounts.pinned;
+    reply->others = a->amounts.others;
 }
 
 void ts_encode(const ts_engine *e, const Tspb__Request *r, const ts_command *c, const ts_answer *a,

@@ -16,6 +16,7 @@ typedef union ts_reply_body {
     Tspb__PoolOpened pool_opened;
     Tspb__Seqs seqs;
     Tspb__Lengths lengths;
+    Tspb__Room room;
     Tspb__Matched matched;
     Tspb__Ticket ticket;
     Tspb__KeptList kept_list;

@@ -54,7 +54,8 @@ static void tell_full(const ts_service *s, uint32_t pool)
 void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t pool,
                    ts_status status)
 {
-    if (status == TS_OK)
+    /* A worker that goes closes its pools, whatever it has in them. */
+    if (status == TS_OK || (operation == TSPB__REQUEST__BODY_POOL_CLOSE && status == TS_EBUSY))
         return;
     s->refused++;
     if (s->refusals == NULL)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -107,11 +108,10 @@ step = pool.step([seq], [10], heads=4, tokens=prompt[20:30])
 print("half", flush=True)
 sys.stdin.read()
 """
-    import sys
     (key, value), = how.items()
     worker = subprocess.Popen([sys.executable, "-c", code, daemon.url, os.path.dirname(__file__),
-                               key, value], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              text=True)
+                               key, value],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert worker.stdout.readline() == "half\n"
     pools = [session(), session()]
     calls = [Call(pool.match, prompt, SPACE, wait=LONG) for pool in pools]
@@ -196,7 +196,6 @@ import sys, tinyserve
 pool = tinyserve.connect(sys.argv[1]).pool("p")
 pool.step(pool.create(), [80], heads=4, wait=60)
 """
-    import sys
     worker = subprocess.Popen([sys.executable, "-c", code, daemon.url])
     until_waiting(daemon, 1)
     call = Call(take, other, other.create()[0], 3, LONG)

@@ -177,6 +177,7 @@ int bench_cache(const bench_options *o, json_t *rows)
         ts_disconnect(r.client);
     bench_end(daemon, SIGTERM);
     rmdir(folder);
+    ok = ok && bench_cache_crowd(o, rows);
     if (!ok)
         fprintf(stderr, "tsbench: something failed: the figures are not complete\n");
     return ok ? 0 : 1;

@@ -166,6 +166,8 @@ int main(int argc, char **argv)
         return rpc_client(argc, argv);
     if (argc > 2 && strcmp(argv[1], "step-client") == 0)
         return step_client(argc, argv);
+    if (argc > 2 && strcmp(argv[1], "cache-client") == 0)
+        return cache_client(argc, argv);
     char path[1024];
     arguments a = {.options = {.gib = 1.0}};
     argp_err_exit_status = 2;

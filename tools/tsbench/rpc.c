@@ -22,7 +22,7 @@
 
 #define CALLS 4000u /* of all clients together, per turn */
 #define TURNS 5
-#define CLIENTS_MAX BENCH_TOGETHER_MAX
+#define CLIENTS_MAX 16u
 #define CONTEXTS 64
 
 /* ---- the echo ---- */

@@ -30,7 +30,7 @@
 #define BATCH 256u
 #define IDLE 100u
 #define IDLE_SECONDS 10u
-#define WORKERS BENCH_TOGETHER_MAX
+#define WORKERS 16u
 #define POOL                                                                                       \
     "bench:layers=32,kv_heads=2,head_dim=64,dtype=fp32,memory=1G,slab=8M,device=host,"             \
     "client_write=all"

@@ -35,6 +35,7 @@ int bench_attend(const bench_options *o, json_t *rows);
 int bench_attend_gpu(const bench_options *o, json_t *rows); /* where there is CUDA */
 int bench_step(const bench_options *o, json_t *rows);
 int bench_cache(const bench_options *o, json_t *rows);
+bool bench_cache_crowd(const bench_options *o, json_t *rows); /* a part of it */
 
 /* A run for --json: benchmark, version, date, machine and command, and the rows. The caller's.
  * load: the machine's load average before the run. */
@@ -44,6 +45,7 @@ json_t *bench_report(const char *benchmark, int argc, char *const *argv, double 
 int rpc_echo_server(const char *url, size_t reply_bytes);
 int rpc_client(int argc, char **argv);
 int step_client(int argc, char **argv);
+int cache_client(int argc, char **argv);
 
 /* Starts a program with these as its stdin and stdout (-1: as ours); 0 or less: it can't be. */
 pid_t bench_start(char *const *argv, int in, int out);
@@ -54,7 +56,7 @@ pid_t bench_daemon(const bench_options *o, const char *socket, const char *pool,
 /* Starts `count` programs, argument list i (NULL at its end) at argvs + i * words; when each has
  * written a byte to its stdout, gives each one on its stdin. The seconds from then to the end of
  * the last; < 0: one failed. */
-#define BENCH_TOGETHER_MAX 16u
+#define BENCH_TOGETHER_MAX 64u
 double bench_together(uint32_t count, char *const *argvs, size_t words);
 
 /* Sends the signal and waits for the end; 0 or less is fine. */

@@ -8,7 +8,7 @@ Errors are exceptions below tinyserve.Error with the daemon's own sentence.
 """
 
 from ._version import __version__
-from .client import Client, Geometry, Kept, Pool, Seq, connect
+from .client import Client, Geometry, Kept, Pool, Room, Seq, connect
 from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Error, ExistsError,
                      InternalError, InvalidError, NoSpaceError, NotFoundError, OutOfMemoryError,
                      ProtocolError, QuotaError, StaleError, TimedOutError)
@@ -19,5 +19,5 @@ __all__ = [
     "BusyError", "Client", "DeniedError", "DeviceError", "DisconnectedError", "Error",
     "ExistsError", "Frame", "Geometry", "InternalError", "InvalidError", "Kept", "NoSpaceError",
     "NotFoundError", "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq",
-    "StaleError", "Step", "TimedOutError", "View", "__version__", "connect",
+    "Room", "StaleError", "Step", "TimedOutError", "View", "__version__", "connect",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
-from ctypes import (POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int, c_size_t, c_uint,
-                    c_uint32, c_uint64, c_void_p)
+from ctypes import (POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int, c_int32,
+                    c_size_t, c_uint, c_uint32, c_uint64, c_void_p)
 from typing import Any
 
 from ._version import __version__
@@ -37,7 +37,7 @@ class CStepOptions(_Sized):
     """ts_step_options"""
     _fields_ = [("size", c_size_t), ("heads", c_uint32), ("io_dtype", c_int), ("scale", c_float),
                 ("no_run", c_bool), ("kernel", c_char_p), ("tokens", POINTER(c_uint32)),
-                ("wait_ms", c_uint32)]
+                ("wait_ms", c_uint32), ("priority", c_int32)]
 
 
 class CSeqOptions(_Sized):
@@ -72,7 +72,15 @@ class CRunOptions(_Sized):
 class CErrorInfo(_Sized):
     """ts_error_info"""
     _fields_ = [("size", c_size_t), ("status", c_int), ("needed", c_uint64), ("free", c_uint64),
-                ("limit", c_uint64)]
+                ("limit", c_uint64), ("cached", c_uint64), ("pinned", c_uint64),
+                ("others", c_uint64)]
+
+
+class CPoolRoom(_Sized):
+    """ts_pool_room"""
+    _fields_ = [("size", c_size_t)] + [(name, c_uint64) for name in (
+        "blocks", "available", "used", "cached", "pinned", "limit", "others", "sequences",
+        "waiting", "asked_tokens", "found_tokens")]
 
 
 class CKv(Structure):
@@ -87,8 +95,8 @@ class CKept(Structure):
 
 
 _STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions,
-                                         CRunOptions, CErrorInfo, CKv, CSeqOptions, CKeepOptions,
-                                         CKept)
+                                         CRunOptions, CErrorInfo, CPoolRoom, CKv, CSeqOptions,
+                                         CKeepOptions, CKept)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
@@ -127,7 +135,11 @@ _FUNCTIONS = {
     "ts_seq_fork": (c_int, [c_void_p, c_uint64, c_uint32, _u64p]),
     "ts_seq_fork_at": (c_int, [c_void_p, c_uint64, c_uint32, c_uint32, _u64p]),
     "ts_seq_truncate": (c_int, [c_void_p, _u64p, _u32p, c_uint32]),
+    "ts_seq_shorten": (c_int, [c_void_p, _u64p, _u32p, c_uint32]),
     "ts_seq_free": (c_int, [c_void_p, _u64p, c_uint32]),
+    "ts_seq_forget": (c_int, [c_void_p, _u64p, c_uint32]),
+    "ts_seq_select": (c_int, [c_void_p, _u64p, c_uint32, _u32p, c_uint32, _u64p]),
+    "ts_pool_stats": (c_int, [c_void_p, POINTER(CPoolRoom)]),
     "ts_seq_keep_with": (c_int, [c_void_p, c_uint64, c_char_p, POINTER(CKeepOptions)]),
     "ts_seq_attach": (c_int, [c_void_p, c_char_p, _u64p, _u32p]),
     "ts_seq_list": (c_int, [c_void_p, c_char_p, c_char_p, POINTER(CKept), c_uint32, _u32p]),

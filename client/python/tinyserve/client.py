@@ -10,8 +10,8 @@ from os import PathLike
 from typing import Any, Callable, Iterable, Sequence
 
 from . import arguments as check
-from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CSeqOptions, Options,
-                   lib)
+from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CPoolRoom, CSeqOptions,
+                   Options, lib)
 from .errors import BY_STATUS, DisconnectedError, Error
 from .opened import Memory, Opened
 from .step import DTYPE_NAMES, Frame, Step, step_options
@@ -50,6 +50,22 @@ class Kept:
     length: int  #: tokens
     blocks: int  #: that it refers to
     left: float | None  #: seconds until it is freed, if it isn't used before; None: it never is
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a user has of a pool, in blocks unless it says otherwise."""
+    blocks: int  #: of the pool
+    available: int  #: that a step could take now: free ones, and cached ones that would go
+    used: int  #: by the user's sequences, each counted once
+    cached: int  #: of the user: no sequence uses them, and a match may find them
+    pinned: int  #: of `used`, by kept sequences
+    limit: int  #: that the user may use
+    others: int  #: used by other users
+    sequences: int  #: of the user
+    waiting: int  #: sessions of all users that wait in the pool
+    asked_tokens: int  #: of the user's prompts that were matched
+    found_tokens: int  #: of those, that were found
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,7 @@ class Client:
             info = CErrorInfo()
             if lib.ts_error_read(self._handle, byref(info)) == 0:
                 raised.needed, raised.free, raised.limit = info.needed, info.free, info.limit
+                raised.cached, raised.pinned, raised.others = info.cached, info.pinned, info.others
             raise raised
 
     def _open(self) -> c_void_p:
@@ -366,8 +383,29 @@ class Pool:
         ids, numbers, n = check.pair("lengths", seqs, lengths)
         self._check(lib.ts_seq_truncate(self._open(), ids, numbers, n))
 
+    def shorten(self, seqs: Iterable[Seq], counts: Iterable[int]) -> None:
+        """Drops so many of each sequence's last tokens; all or none."""
+        ids, numbers, n = check.pair("counts", seqs, counts)
+        self._check(lib.ts_seq_shorten(self._open(), ids, numbers, n))
+
+    def select(self, seqs: Iterable[Seq], picks: Iterable[int]) -> list[Seq]:
+        """Goes on with some of the sequences, in one call: the i-th that is returned continues
+        seqs[picks[i]]. The first that does is that sequence itself, others are forks; sequences
+        that none continues are freed. It takes no block, so beam search goes on in a full pool."""
+        ids, n = check.integers("seqs", c_uint64, seqs)
+        numbers, picked = check.integers("picks", c_uint32, picks)
+        out = (c_uint64 * max(picked, 1))()
+        self._check(lib.ts_seq_select(self._open(), ids, n, numbers, picked, out))
+        return list(out)[:picked]
+
+    def forget(self, seqs: Iterable[Seq]) -> None:
+        """Frees the sequences, and what no other sequence uses of them isn't cached."""
+        ids, n = check.integers("seqs", c_uint64, seqs)
+        self._check(lib.ts_seq_forget(self._open(), ids, n))
+
     def free(self, seqs: Iterable[Seq]) -> None:
-        """Frees the sequences; all or none. Raises BusyError where one is in an open step."""
+        """Frees the sequences; all or none. What was committed with token ids stays cached. Raises
+        BusyError where one is in an open step."""
         ids, n = check.integers("seqs", c_uint64, seqs)
         self._check(lib.ts_seq_free(self._open(), ids, n))
 
@@ -441,6 +479,12 @@ class Pool:
         self._check(lib.ts_seq_append(self._open(), ids, numbers, n, slots))
         return list(slots)
 
+    def stats(self) -> Room:
+        """What this user has of the pool."""
+        room = CPoolRoom()
+        self._check(lib.ts_pool_stats(self._open(), byref(room)))
+        return Room(**{name: getattr(room, name) for name in Room.__annotations__})
+
     # ---- where tokens lie ----
 
     def slots(self, seq: Seq, first: int, count: int) -> list[int]:
@@ -494,7 +538,7 @@ class Pool:
     def step(self, seqs: Sequence[Seq], new_tokens: Sequence[int], *, heads: int | None = None,
              io_dtype: str = "fp32", scale: float = 0.0, run: bool = True,
              kernel: str | None = None, tokens: Iterable[int] | None = None,
-             wait: float = 0.0) -> "Step":
+             wait: float = 0.0, priority: int = 0) -> "Step":
         """Begins a step that adds new_tokens[i] tokens to sequence i: all of them get their slots,
         or NoSpaceError is raised and nothing was taken. A sequence may get 0, as long as another
         gets some: it takes no block, and nothing is attended for it.
@@ -504,13 +548,15 @@ class Pool:
         1/sqrt(head_dim)); run False: no layer will be run, and this process writes K and V
         (writable pools); kernel: of a GPU pool, "v1" and so on (None: the pool's); tokens: the ids
         of all new tokens, in order, -1 where one isn't known: what is committed with them can be
-        found by match(); wait: seconds to wait for room, in the order of those who wait."""
+        found by match(); wait: seconds to wait for room, in the order of those who wait; priority:
+        what is cached of it is evicted before the user's other content (-1), or after it (1)."""
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         options = step_options(heads, io_dtype, scale, run, kernel)
         if tokens is not None:
             given, _ = check.token_ids("tokens", tokens, sum(numbers[:n]))
             options.tokens = cast(given, POINTER(c_uint32))
         options.wait_ms = check.milliseconds("wait", wait, may_be_0=True)
+        options.priority = check.integer("priority", priority, -1, 1)
         handle = c_void_p()
         self._check(self.client._interruptible(
             options.wait_ms,

@@ -8,11 +8,12 @@ class Error(Exception):
     the library's sentence, which names the thing, its value and the limit. The same in numbers, in
     the sentence's units (blocks, sequences, ...; 0 where they do not apply): `needed` is what the
     call would have taken, `free` what there is of it to be had, `limit` the quota or the pool's
-    size."""
+    size; where a step finds no room, in blocks, `cached` how many of `free` are cached, `pinned`
+    what this user's kept sequences hold, and `others` what other users use."""
 
     status = 0
     name = ""
-    needed = free = limit = 0
+    needed = free = limit = cached = pinned = others = 0
 
     def __init__(self, message: str, status: int = 0, name: str = "") -> None:
         super().__init__(message)
