@@ -126,11 +126,12 @@ json_t *json_frag(const Tspb__PoolStatsReply *r)
     json_t *tenants = json_array();
     for (size_t i = 0; i < r->n_tenants; i++)
         json_array_append_new(
-            tenants, json_pack("{s:i, s:I, s:I, s:I, s:i}", "uid", r->tenants[i]->uid, "sequences",
-                               integer(r->tenants[i]->sequences), "used_blocks",
-                               integer(r->tenants[i]->used_blocks), "used_bytes",
-                               integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "slabs",
-                               r->tenants[i]->slabs));
+            tenants,
+            json_pack("{s:I, s:I, s:I, s:I, s:I, s:i}", "uid", integer(r->tenants[i]->uid),
+                      "sequences", integer(r->tenants[i]->sequences), "used_blocks",
+                      integer(r->tenants[i]->used_blocks), "used_bytes",
+                      integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "cached_blocks",
+                      integer(r->tenants[i]->cached_blocks), "slabs", r->tenants[i]->slabs));
     return json_pack(
         "{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o, s:b}", "pool",
         summary(r->pool), "stored_tokens", integer(r->stored_tokens), "seen_tokens",

@@ -82,6 +82,9 @@ def test_what_was_asked_for_and_found_is_told_by_pool_and_namespace(served):
             ("first", 10, 31, 30, 1), ("second", 4, 5, 4, 2), ("third", 0, 3, 0, 1))]
     assert pool["cached_blocks"] == 2  # of the 40 tokens, 30 are in use again
     assert kv.lengths([live]) == [16]
+    tenant, = json.loads(tsctl(url, "--json", "frag"))["tenants"]
+    assert (tenant["used_blocks"], tenant["cached_blocks"]) == (12, 2)
+    assert " 96.0 KiB used, 16.0 KiB cached, 7 slabs\n" in tsctl(url, "frag")
     text = tsctl(url, "cache", "p")
     assert "  tokens      34 found of 39 asked for (87.2 %)\n" in text
     assert "  blocks      64 total   12 used   2 cached (16.0 KiB)   50 free\n" in text
@@ -330,7 +333,8 @@ STRANGER = """if True:
         try:
             return call(*arguments, **named)
         except tinyserve.Error as e:
-            return [type(e).__name__, str(e), e.needed, e.free, e.limit]
+            return [type(e).__name__, str(e), e.needed, e.free, e.limit, e.cached, e.pinned,
+                    e.others]
     def tsctl(*words):
         r = subprocess.run([ctl, "-s", url, *words], text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE)
@@ -364,7 +368,7 @@ STRANGER = """if True:
         for words in ([], ["--namespace=alpha"], ["--namespace=bravo"], ["--namespace=charlie"],
                       ["--tenant=60001"], ["--tenant=60002"]):
             told.append(tsctl("--yes", "cache", "drop", *words))
-        told.append(tsctl("cache"))
+        told += [tsctl("cache"), str(kv.stats())]
         seq, = kv.create(namespace=b"mine")
         told.append(refusal(kv.step, [seq], [61 * 4], run=False))
         # All the room that there is: what others have cached goes.

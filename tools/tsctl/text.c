@@ -244,9 +244,11 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     printf("  unused runs ");
     print_histogram(r->free_run_histogram, r->n_free_run_histogram, 1);
     for (size_t i = 0; i < r->n_tenants; i++)
-        printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
-               r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,
+        printf("  %-11s uid %-10u %7llu seqs   %s used, %s cached, %u slabs\n",
+               i == 0 ? "tenants" : "", r->tenants[i]->uid,
+               (unsigned long long)r->tenants[i]->sequences,
                ts_text_bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
+               ts_text_bytes(r->tenants[i]->cached_blocks * p->block_bytes, b, sizeof b),
                r->tenants[i]->slabs);
     if (r->others_hidden)
         printf("  %-11s lengths and tenants are your own: operators see all\n", "");
