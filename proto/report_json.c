@@ -1,5 +1,7 @@
 #include "report_json.h"
 
+#include "cache_figures.h"
+#include "namespace_text.h"
 #include "tinyserve_types.h"
 
 frag_figures frag_work_out(const Tspb__PoolStatsReply *r)
@@ -46,7 +48,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i}",
+        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i, s:b, s:I, s:I, s:I}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
         "kernel", p->kernel, "dtype", report_dtype(p), "layout", layout_of(p), "layers", p->layers,
         "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens", p->block_tokens,
@@ -56,7 +58,9 @@ static json_t *summary(const Tspb__PoolSummary *p)
         integer(p->blocks - p->used_blocks - p->cached_blocks), "sequences", integer(p->sequences),
         "kept_sequences", integer(p->kept_sequences), "open_steps", integer(p->open_steps),
         "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
-        "max_blocks", integer(p->max_blocks), "waiting_sessions", p->waiting_sessions);
+        "max_blocks", integer(p->max_blocks), "waiting_sessions", p->waiting_sessions, "cache",
+        !p->cache_off, "asked_tokens", integer(p->asked_tokens), "found_tokens",
+        integer(p->found_tokens), "evicted_blocks", integer(p->evicted_blocks));
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)
@@ -122,11 +126,12 @@ json_t *json_frag(const Tspb__PoolStatsReply *r)
     json_t *tenants = json_array();
     for (size_t i = 0; i < r->n_tenants; i++)
         json_array_append_new(
-            tenants, json_pack("{s:i, s:I, s:I, s:I, s:i}", "uid", r->tenants[i]->uid, "sequences",
-                               integer(r->tenants[i]->sequences), "used_blocks",
-                               integer(r->tenants[i]->used_blocks), "used_bytes",
-                               integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "slabs",
-                               r->tenants[i]->slabs));
+            tenants,
+            json_pack("{s:I, s:I, s:I, s:I, s:I, s:i}", "uid", integer(r->tenants[i]->uid),
+                      "sequences", integer(r->tenants[i]->sequences), "used_blocks",
+                      integer(r->tenants[i]->used_blocks), "used_bytes",
+                      integer(r->tenants[i]->used_blocks * r->pool->block_bytes), "cached_blocks",
+                      integer(r->tenants[i]->cached_blocks), "slabs", r->tenants[i]->slabs));
     return json_pack(
         "{s:o, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:f, s:I, s:I, s:o, s:o, s:o, s:b}", "pool",
         summary(r->pool), "stored_tokens", integer(r->stored_tokens), "seen_tokens",
@@ -155,6 +160,46 @@ json_t *json_map(const Tspb__PoolMapReply *r)
                      "shared", numbers(r->shared, r->n_shared), "cached",
                      numbers(r->cached, r->n_cached), "tokens", numbers(r->tokens, r->n_tokens),
                      "owners", numbers(r->owners, r->n_owners), "others_hidden", r->others_hidden);
+}
+
+static json_t *causes(const Tspb__PoolSummary *p)
+{
+    json_t *all = json_object();
+    for (size_t i = 0; i < p->n_evicted_by_cause && i < TS_CACHE_CAUSES; i++)
+        json_object_set_new(all, ts_cache_causes[i], json_integer(integer(p->evicted_by_cause[i])));
+    return all;
+}
+
+static json_t *ages(const Tspb__PoolSummary *p)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < p->n_evicted_by_age && i <= TS_CACHE_AGES; i++)
+        json_array_append_new(
+            list, json_pack("{s:o, s:I}", "up_to_s",
+                            i < TS_CACHE_AGES ? json_integer(ts_cache_ages[i]) : json_null(),
+                            "blocks", integer(p->evicted_by_age[i])));
+    return list;
+}
+
+json_t *json_cache(const Tspb__CacheStatsReply *r)
+{
+    const Tspb__PoolSummary *p = r->pool;
+    char shown[TS_NAMESPACE_TEXT_BYTES];
+    json_t *largest = json_array();
+    for (size_t i = 0; i < r->n_largest; i++) {
+        const Tspb__SpaceUse *u = r->largest[i];
+        json_array_append_new(
+            largest, json_pack("{s:s, s:I, s:I, s:I, s:I, s:I}", "namespace",
+                               ts_namespace_show(u->space.data, u->space.len, shown), "uid",
+                               integer(u->uid), "blocks", integer(u->blocks), "asked_tokens",
+                               integer(u->asked_tokens), "found_tokens", integer(u->found_tokens),
+                               "sequences", integer(u->sequences)));
+    }
+    return json_pack("{s:o, s:f, s:o, s:o, s:f, s:I, s:o, s:b}", "pool", summary(p), "hit_rate",
+                     ts_cache_hit_rate(p->found_tokens, p->asked_tokens), "evicted_by_cause",
+                     causes(p), "evicted_by_age", ages(p), "evicted_mean_age_s",
+                     ts_cache_mean_age(p), "namespaces", integer(r->namespaces),
+                     "largest_namespaces", largest, "others_hidden", r->others_hidden);
 }
 
 json_t *json_check(const Tspb__CheckReply *r)

@@ -16,6 +16,7 @@ void json_seqs(json_t *list, const Tspb__SeqList *r);
 json_t *json_frag(const Tspb__PoolStatsReply *r);
 json_t *json_map(const Tspb__PoolMapReply *r);
 json_t *json_check(const Tspb__CheckReply *r);
+json_t *json_cache(const Tspb__CacheStatsReply *r);
 
 /* The name of a pool's dtype; "unknown" of one that only a newer daemon has. */
 const char *report_dtype(const Tspb__PoolSummary *pool);

@@ -1,6 +1,7 @@
 /* What of other people's text reaches a terminal, a log or a page. */
 #include "test_util.h"
 
+#include "namespace_text.h"
 #include "plain_text.h"
 #include "tinyserve.pb-c.h"
 
@@ -102,6 +103,41 @@ static void sizes_have_a_unit_that_fits(void **state)
         assert_string_equal(ts_text_bytes(cases[i].bytes, to, sizeof to), cases[i].text);
 }
 
+static void a_namespace_has_one_form_for_people_that_is_read_back(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *bytes;
+        size_t count;
+        const char *text;
+    } cases[] = {{"llama-8b", 8, "llama-8b"},
+                 {"gr\xc3\xb6\xc3\x9f"
+                  "e",
+                  7, "größe"},
+                 {"two words", 9, "two words"},
+                 {"\n", 1, "hex:0a"},
+                 {"a\0b", 3, "hex:610062"},
+                 {"a\0", 2, "hex:6100"},
+                 {"\xff\x80", 2, "hex:ff80"},
+                 {"hex:00", 6, "hex:6865783a3030"}};
+    char to[TS_NAMESPACE_TEXT_BYTES], longest[64];
+    unsigned char bytes[64];
+    size_t count;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        assert_string_equal(ts_namespace_show(cases[i].bytes, cases[i].count, to), cases[i].text);
+        assert_true(ts_namespace_read(to, bytes, &count));
+        assert_int_equal(count, cases[i].count);
+        assert_memory_equal(bytes, cases[i].bytes, count);
+    }
+    memset(longest, 0xfe, sizeof longest);
+    assert_int_equal(strlen(ts_namespace_show(longest, sizeof longest, to)), sizeof to - 1);
+    assert_true(ts_namespace_read(to, bytes, &count) && count == 64);
+    assert_true(ts_namespace_read("hex:FfA0", bytes, &count) && bytes[0] == 0xff && count == 2);
+    static const char *const wrong[] = {"", "hex:", "hex:0", "hex:0g", "hex:g0", "hex: 0"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        assert_false(ts_namespace_read(wrong[i], bytes, &count));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -109,6 +145,7 @@ int main(void)
         cmocka_unit_test(escaping_never_cuts_a_character),
         cmocka_unit_test(all_strings_of_a_message_are_found_and_made_plain),
         cmocka_unit_test(sizes_have_a_unit_that_fits),
+        cmocka_unit_test(a_namespace_has_one_form_for_people_that_is_read_back),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -59,7 +59,7 @@ static void every_command_shows_the_exact_figures_within_80_columns(void **state
     populate(c);
     snprintf(url, sizeof url, "--socket=%s", d.url);
     static const char *const commands[] = {"status", "pools", "sessions", "seqs",
-                                           "frag",   "map",   "check"};
+                                           "frag",   "map",   "cache",    "check"};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         assert_int_equal(run(text, sizeof text, TS_CTL " %s %s", commands[i], url), 0);
         if (widest(text) > 80)

@@ -343,10 +343,11 @@ static const ts_config_key pool_keys[] = {
      .preset = "1048576", .help = "Tokens of the longest sequence."},
     {POOL("client_write", read_word, pool.client_write), .words = writers, .preset = "none",
      .help = "all: any tenant may map its slabs writable, to append K and V or to attend itself."},
-    {POOL("cache", read_word, pool.cache), .words = caches, .preset = "on",
+    {POOL("cache", read_word, pool.cache), .words = caches, .preset = "on", .reloads = true,
      .help =
          "on: blocks that no sequence uses any more are found again by their tokens' ids, until "
-         "room is needed; off: they are free at once."},
+         "room is needed; off: they are free at once.",
+     .more = "Switched off while the daemon runs, what is cached is dropped."},
     {POOL("model", read_model, pool.model), .empty = "none",
      .help = "The namespace of sequences that name none: the model, and what else K and V depend "
              "on.",

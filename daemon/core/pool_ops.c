@@ -54,6 +54,7 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
         books = ts_pool_use_index(&pool->books, config->geometry.block_tokens, e->limits.hash_seed);
     if (books == TS_OK)
         pool->books.index->off = config->cache == TS_CACHE_OFF;
+    pool->books.now_s = (uint32_t)(e->now_ms / 1000);
     if (books == TS_OK && e->num_tenants > 0)
         books = ts_pool_add_tenant(&pool->books, e->num_tenants - 1);
     if (books != TS_OK) {

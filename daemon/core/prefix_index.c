@@ -79,6 +79,20 @@ uint32_t ts_index_find_space(const ts_prefix_index *x, uint32_t tenant, const vo
     return ts_names_find(&x->names, tenant, hex);
 }
 
+static unsigned value_of(char digit)
+{
+    return (unsigned)(digit <= '9' ? digit - '0' : digit - 'a' + 10);
+}
+
+size_t ts_index_space_name(const ts_index_space *space, unsigned char bytes[TS_NAMESPACE_BYTES_MAX])
+{
+    const size_t count = strlen(space->name) / 2;
+    for (size_t i = 0; i < count; i++)
+        bytes[i] =
+            (unsigned char)(value_of(space->name[2 * i]) << 4 | value_of(space->name[2 * i + 1]));
+    return count;
+}
+
 bool ts_index_space_is(const ts_prefix_index *x, uint32_t space, const void *name, size_t bytes)
 {
     char hex[2 * TS_NAMESPACE_BYTES_MAX + 1];
@@ -143,12 +157,7 @@ static void drop_if_unused(ts_prefix_index *x, uint32_t space)
     ts_index_space *s = &x->spaces[space];
     if (s->users > 0 || s->first_child != 0)
         return;
-    if (s->retired) {
-        uint32_t *at = &x->retired_space;
-        while (*at != space)
-            at = &x->spaces[*at].next_free;
-        *at = s->next_free;
-    } else {
+    if (!s->retired) {
         ts_names_remove(&x->names, s->tenant, s->name);
         x->tenant_spaces[s->tenant]--;
     }
@@ -177,9 +186,20 @@ void ts_index_retire(ts_prefix_index *x, uint32_t space)
     ts_names_remove(&x->names, s->tenant, s->name);
     x->tenant_spaces[s->tenant]--;
     s->retired = true;
-    s->next_free = x->retired_space;
-    x->retired_space = space;
+    if (s->first_child != 0) {
+        s->next_free = x->retired_space;
+        x->retired_space = space;
+    }
     drop_if_unused(x, space);
+}
+
+/* Nothing of a retired namespace is left to be taken out. */
+static void unlist_retired(ts_prefix_index *x, uint32_t space)
+{
+    uint32_t *at = &x->retired_space;
+    while (*at != space)
+        at = &x->spaces[*at].next_free;
+    *at = x->spaces[space].next_free;
 }
 
 void ts_index_retire_all(ts_prefix_index *x)
@@ -204,12 +224,9 @@ uint32_t ts_index_retired_leaf(ts_prefix_index *x, uint32_t *near)
 {
     uint32_t at = *near;
     if (at == TS_NO_BLOCK || !ts_index_has(x, at) || !x->spaces[x->nodes[at].space].retired) {
-        uint32_t space = x->retired_space;
-        while (space != TS_NO_BLOCK && x->spaces[space].first_child == 0)
-            space = x->spaces[space].next_free; /* only in use still */
-        if (space == TS_NO_BLOCK)
+        if (x->retired_space == TS_NO_BLOCK)
             return TS_NO_BLOCK;
-        at = x->spaces[space].first_child - 1;
+        at = x->spaces[x->retired_space].first_child - 1;
     }
     at = ts_index_leaf_below(x, at);
     const ts_index_parent parent = x->nodes[at].parent;
@@ -311,8 +328,12 @@ void ts_index_remove(ts_prefix_index *x, uint32_t block)
     x->spaces[n->space].blocks--;
     *n = (ts_index_node){0};
     x->count--;
-    if (is_root(parent))
-        drop_if_unused(x, parent & 0x7fffffffu);
+    if (!is_root(parent))
+        return;
+    const uint32_t space = parent & 0x7fffffffu;
+    if (x->spaces[space].retired && x->spaces[space].first_child == 0)
+        unlist_retired(x, space);
+    drop_if_unused(x, space);
 }
 
 uint32_t ts_index_leaf_below(const ts_prefix_index *x, uint32_t block)

@@ -54,7 +54,7 @@ typedef struct ts_index_space {
     uint32_t tenant;
     uint32_t first_child;
     uint32_t users;     /* sequences; without any and without children it may go */
-    uint32_t next_free; /* or the next that is retired; TS_NO_BLOCK: in use, or the last */
+    uint32_t next_free; /* or the next that is retired and has blocks; TS_NO_BLOCK: the last */
     uint32_t blocks;    /* of the index */
     uint64_t asked_tokens, found_tokens; /* of prompts that were matched */
     bool live, retired;
@@ -70,7 +70,8 @@ typedef struct ts_prefix_index {
     uint32_t *buckets;    /* block + 1 */
     uint32_t bucket_mask;
     ts_index_space *spaces;
-    uint32_t num_spaces, free_space, retired_space;
+    uint32_t num_spaces, free_space;
+    uint32_t retired_space;  /* the first of those that have blocks; TS_NO_BLOCK: none has */
     uint32_t *tenant_spaces; /* live ones, by tenant */
     uint32_t next_space;     /* where the search for one to retire goes on */
     bool off;                /* nothing is added */
@@ -107,6 +108,10 @@ uint32_t ts_index_unused_space(ts_prefix_index *index, uint32_t tenant);
 /* A leaf of a retired namespace, to be removed, below *near if that is one of its blocks;
  * TS_NO_BLOCK: there is none. *near is for the next call, and TS_NO_BLOCK in the first. */
 uint32_t ts_index_retired_leaf(ts_prefix_index *index, uint32_t *near);
+
+/* The namespace's name; how many bytes it has. */
+size_t ts_index_space_name(const ts_index_space *space,
+                           unsigned char bytes[TS_NAMESPACE_BYTES_MAX]);
 
 /* Whether that is the namespace's name. */
 bool ts_index_space_is(const ts_prefix_index *index, uint32_t space, const void *name,

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "metrics.h"
 
+#include "cache_figures.h"
 #include "refusals.h"
 #include "report.h"
 
@@ -46,10 +47,40 @@ static void write_refusal(void *arg, const char *operation, const char *pool, co
     fprintf(out, "\",status=\"%s\"} %llu\n", status, (unsigned long long)count);
 }
 
+static void write_evictions(FILE *out, const Tspb__StatusReply *r)
+{
+    char more[48];
+    head(out, "evicted_blocks_total", "counter",
+         "Cached blocks that were given up: for room that their tenant needed, at its limit, for "
+         "others, as the pool became smaller, or dropped.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        for (uint32_t j = 0; j < TS_CACHE_CAUSES; j++) {
+            snprintf(more, sizeof more, ",cause=\"%s\"", ts_cache_causes[j]);
+            of_pool(out, "evicted_blocks_total", r->pools[i], more,
+                    r->pools[i]->evicted_by_cause[j]);
+        }
+    head(out, "evicted_block_age_seconds", "histogram",
+         "Time for which no sequence had used a block when it was evicted.");
+    for (size_t i = 0; i < r->n_pools; i++) {
+        const Tspb__PoolSummary *p = r->pools[i];
+        uint64_t count = 0;
+        for (uint32_t j = 0; j < TS_CACHE_AGES; j++) {
+            count += p->evicted_by_age[j];
+            snprintf(more, sizeof more, ",le=\"%u\"", ts_cache_ages[j]);
+            of_pool(out, "evicted_block_age_seconds_bucket", p, more, count);
+        }
+        count += p->evicted_by_age[TS_CACHE_AGES];
+        of_pool(out, "evicted_block_age_seconds_bucket", p, ",le=\"+Inf\"", count);
+        of_pool(out, "evicted_block_age_seconds_sum", p, "", p->evicted_age_sum_s);
+        of_pool(out, "evicted_block_age_seconds_count", p, "", count);
+    }
+}
+
 static void write_pools(FILE *out, const Tspb__StatusReply *r)
 {
     head(out, "pool_blocks", "gauge",
-         "Blocks of a pool: free, used by one sequence, shared by several, or cached.");
+         "Blocks of a pool: free, used by one sequence, shared by several, or cached, which make "
+         "room when it is needed.");
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
         of_pool(out, "pool_blocks", p, ",state=\"free\"",
@@ -64,9 +95,7 @@ static void write_pools(FILE *out, const Tspb__StatusReply *r)
     head(out, "prefix_hit_tokens_total", "counter", "Of those, the tokens that were in the pool.");
     for (size_t i = 0; i < r->n_pools; i++)
         of_pool(out, "prefix_hit_tokens_total", r->pools[i], "", r->pools[i]->found_tokens);
-    head(out, "evicted_blocks_total", "counter", "Cached blocks that made room for others.");
-    for (size_t i = 0; i < r->n_pools; i++)
-        of_pool(out, "evicted_blocks_total", r->pools[i], "", r->pools[i]->evicted_blocks);
+    write_evictions(out, r);
     head(out, "pool_block_bytes", "gauge", "Size of a block of a pool.");
     for (size_t i = 0; i < r->n_pools; i++)
         of_pool(out, "pool_block_bytes", r->pools[i], "", r->pools[i]->block_bytes);
@@ -76,6 +105,10 @@ static void write_pools(FILE *out, const Tspb__StatusReply *r)
         of_pool(out, "pool_sequences", p, ",kept=\"no\"", p->sequences - p->kept_sequences);
         of_pool(out, "pool_sequences", p, ",kept=\"yes\"", p->kept_sequences);
     }
+    head(out, "pool_waiting_sessions", "gauge",
+         "Sessions that wait for room, or for what others compute.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        of_pool(out, "pool_waiting_sessions", r->pools[i], "", r->pools[i]->waiting_sessions);
     head(out, "pool_open_steps", "gauge", "Steps that are begun and not ended.");
     for (size_t i = 0; i < r->n_pools; i++)
         of_pool(out, "pool_open_steps", r->pools[i], "", r->pools[i]->open_steps);

@@ -1,6 +1,7 @@
 #include "admin.h"
 
 #include "log.h"
+#include "namespace_text.h"
 #include "parked.h"
 #include "pool_memory.h"
 #include "refusals.h"
@@ -116,6 +117,34 @@ static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__Admi
     note_pool(by, named, what);
 }
 
+static void drop_cache(ts_service *s, const ts_connection *by, const Tspb__AdminCacheDrop *body,
+                       ts_answer *a)
+{
+    char named[64], shown[TS_NAMESPACE_TEXT_BYTES], tenant[32] = "", space[160] = "";
+    const uint32_t pool = pool_of(s, body->pool, &named, a);
+    if (pool == TS_NONE)
+        return;
+    if (body->space.len > TS_NAMESPACE_BYTES_MAX)
+        return ts_refuse(a, TS_EINVAL, "a namespace of %zu bytes; the limit is %u", body->space.len,
+                         TS_NAMESPACE_BYTES_MAX);
+    const ts_command command = {
+        .op = TS_OP_CACHE_DROP,
+        .pool = pool,
+        .cache_drop = {.has_uid = body->has_tenant,
+                       .uid = body->tenant,
+                       .has_space = body->space.len > 0,
+                       .space = {.bytes = body->space.data, .count = body->space.len}}};
+    ts_exec_apply(&s->exec, &command, a);
+    if (body->has_tenant)
+        snprintf(tenant, sizeof tenant, " of uid %u", body->tenant);
+    if (body->space.len > 0)
+        snprintf(space, sizeof space, " in namespace '%s'",
+                 ts_namespace_show(body->space.data, body->space.len, shown));
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = named, .uid = by->uid, .pid = by->pid},
+              "the prefix cache of pool '%s'%s%s is dropped by uid %u (pid %u): %llu blocks", named,
+              tenant, space, by->uid, by->pid, (unsigned long long)a->dropped);
+}
+
 /* ---- the orders ---- */
 
 static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
@@ -153,7 +182,26 @@ static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Req
     resize_pool(s, by, r->admin_pool_resize, a);
 }
 
-bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a)
+static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                             ts_answer *a)
+{
+    drop_cache(s, by, r->admin_cache_drop, a);
+}
+
+/* Fills in what the answer has beside its status. */
+static void encode(const Tspb__Request *request, const ts_answer *a, Tspb__Reply *reply,
+                   ts_admin_body *body)
+{
+    if (request->body_case != TSPB__REQUEST__BODY_ADMIN_CACHE_DROP || a->status != TS_OK)
+        return;
+    tspb__cache_dropped__init(&body->cache_dropped);
+    body->cache_dropped.blocks = a->dropped;
+    reply->body_case = TSPB__REPLY__BODY_CACHE_DROPPED;
+    reply->cache_dropped = &body->cache_dropped;
+}
+
+bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a,
+              Tspb__Reply *reply, ts_admin_body *body)
 {
     static const struct {
         Tspb__Request__BodyCase body;
@@ -165,6 +213,7 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
         {TSPB__REQUEST__BODY_ADMIN_POOL_CREATE, order_create},
         {TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, order_delete},
         {TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, order_resize},
+        {TSPB__REQUEST__BODY_ADMIN_CACHE_DROP, order_cache_drop},
     };
     size_t i = 0;
     while (i < sizeof orders / sizeof *orders && orders[i].body != request->body_case)
@@ -173,6 +222,7 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
         return false;
     if (ts_service_is_operator(s, c->uid, c->gid)) {
         orders[i].run(s, c, request, a);
+        encode(request, a, reply, body);
         return true;
     }
     const char *group = s->operators.group;

@@ -1,6 +1,6 @@
 /*
  * What an operator (operators.h) may do to a running daemon: end a session, free a sequence, make,
- * end and resize a pool, take no new sessions.
+ * end and resize a pool, have what is cached forgotten, take no new sessions.
  *
  * Thread: the engine's owner.
  */
@@ -9,8 +9,15 @@
 
 #include "server.h"
 
-/* Does what the request asks for, if it is such a request (true), or refuses. */
+/* What answers have beside a status. */
+typedef union ts_admin_body {
+    Tspb__CacheDropped cache_dropped;
+} ts_admin_body;
+
+/* Does what the request asks for, if it is such a request (true), or refuses. TS_NEED_SWEEP: only a
+ * part of it was done, and it must be asked for again after the next sweep. The reply may point
+ * into `body`. */
 bool ts_admin(ts_service *service, ts_connection *connection, const Tspb__Request *request,
-              ts_answer *answer);
+              ts_answer *answer, Tspb__Reply *reply, ts_admin_body *body);
 
 #endif

@@ -10,7 +10,7 @@
 #define FULL_EVERY_MS 10000u /* a pool that is full is told of so often */
 #define HOLDERS 3u           /* that are named */
 
-enum { OPERATIONS = TSPB__REQUEST__BODY_POOL_ROOM + 1, STATUSES = TS_EINTERNAL + 1 };
+enum { OPERATIONS = TSPB__REQUEST__BODY_ADMIN_CACHE_DROP + 1, STATUSES = TS_EINTERNAL + 1 };
 
 struct ts_refusals {
     /* Operation 0: a message without a known body. Pool TS_POOLS_MAX: none. */
@@ -45,8 +45,10 @@ static void tell_full(const ts_service *s, uint32_t pool)
         told[num_told++] = most;
     }
     ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = name},
-              "pool '%s' is full: %u of %u blocks are used, %u of %u slabs belong to tenants%s",
-              name, books->used, books->num_blocks, books->ungranted, books->num_slabs, holders);
+              "pool '%s' is full: %u of %u blocks are used and %u cached, %u of %u slabs belong to "
+              "tenants%s",
+              name, books->used, books->num_blocks, books->cached, books->ungranted,
+              books->num_slabs, holders);
 }
 
 void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t pool,

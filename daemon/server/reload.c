@@ -19,6 +19,25 @@ static void change_quotas(ts_pool_config *at, const ts_pool_config *to)
     at->tenant_entries_max = to->tenant_entries_max;
 }
 
+static void switch_cache(ts_service *s, uint32_t pool, ts_cache_mode mode)
+{
+    const ts_engine_pool *p = &s->exec.engine->pools[pool];
+    const bool on = mode == TS_CACHE_ON;
+    ts_answer answer;
+    if (p->config.cache == mode)
+        return;
+    const uint32_t cached = p->books.cached;
+    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_CACHE_SET, .pool = pool, .cache_set.on = on},
+                  &answer);
+    if (on)
+        ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->config.name},
+                  "pool '%s': its prefix cache is on", p->config.name);
+    else
+        ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p->config.name},
+                  "pool '%s': its prefix cache is off, and its %u cached blocks are dropped",
+                  p->config.name, cached);
+}
+
 static void apply(ts_work *work, void *service)
 {
     change *ch = (change *)work;
@@ -43,8 +62,10 @@ static void apply(ts_work *work, void *service)
     }
     for (uint32_t i = 0; i < ch->next->num_pools; i++)
         for (uint32_t j = 0; j < e->num_pools; j++)
-            if (strcmp(ch->next->pools[i].pool.name, e->pools[j].config.name) == 0)
+            if (strcmp(ch->next->pools[i].pool.name, e->pools[j].config.name) == 0) {
                 change_quotas(&e->pools[j].config, &ch->next->pools[i].pool);
+                switch_cache(s, j, ch->next->pools[i].pool.cache);
+            }
 }
 
 static const ts_config_pool *find(const ts_config *c, const char *name)
@@ -92,7 +113,8 @@ void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
     change ch = {.work.run = apply, .running = running, .next = next};
     ts_queue_put(&s->exec.queue, &ch.work);
     ts_queue_flush(&s->exec.queue);
-    ts_log(TS_LOG_INFO, "the configuration was read again: log_level and quotas are as it says");
+    ts_log(TS_LOG_INFO,
+           "the configuration was read again: log_level, quotas and caches are as it says");
     if (fixed.text[0] != '\0')
         ts_log(TS_LOG_WARNING, "to change %s, the daemon must be started again", fixed.text);
 }

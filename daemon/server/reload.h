@@ -1,6 +1,7 @@
 /*
- * What a configuration that is read again changes while the daemon runs: the log's level, and the
- * quotas of sessions and tenants. What else differs is named, and stays as it was.
+ * What a configuration that is read again changes while the daemon runs: the log's level, the
+ * quotas of sessions and tenants, and whether pools have a prefix cache. What else differs is
+ * named, and stays as it was.
  *
  * Thread: main's. The engine must run.
  */

@@ -2,9 +2,11 @@
 #include "report.h"
 
 #include "admin.h"
+#include "cache_report.h"
 #include "clock.h"
 #include "invariants.h"
 #include "plain_text.h"
+#include "report_parts.h"
 #include "tinyserve_version.h"
 
 #include <stdio.h>
@@ -35,82 +37,17 @@ ts_view ts_report_view_http(const ts_service *s)
     return (ts_view){.all = s->http_shows_all, .tenant = TS_NONE};
 }
 
-/* Replies are built of malloc'ed parts, so that protobuf-c's own free function fits them. */
-static void *zalloc(size_t count, size_t bytes)
-{
-    return calloc(count > 0 ? count : 1, bytes);
-}
-
-static void refuse(Tspb__Reply *reply, ts_status status, const char *format, const char *word)
-{
-    char *message = NULL;
-    if (asprintf(&message, format, word) < 0)
-        message = strdup("no memory");
-    reply->status = (uint32_t)status;
-    reply->message = message;
-}
-
-static void no_memory(Tspb__Reply *reply)
-{
-    refuse(reply, TS_ENOMEM, "no memory for the %s", "answer");
-}
-
-static Tspb__PoolSummary *summarise(const ts_service *s, uint32_t index)
-{
-    const ts_engine_pool *pool = &s->exec.engine->pools[index];
-    const ts_geometry *g = &pool->config.geometry;
-    Tspb__PoolSummary *p = malloc(sizeof *p);
-    if (p == NULL)
-        return NULL;
-    tspb__pool_summary__init(p);
-    p->name = strdup(pool->config.name);
-    p->device = strdup(pool->config.device);
-    p->memory = strdup(pool->config.memory);
-    p->device_name = strdup(pool->config.device_name);
-    p->kernel = strdup(pool->config.on_gpu ? ts_kernel_name(pool->config.kernel)
-                                           : ts_isa_name(ts_attention_isa(s->exec.attention)));
-    if (p->name == NULL || p->device == NULL || p->memory == NULL || p->device_name == NULL ||
-        p->kernel == NULL) {
-        tspb__pool_summary__free_unpacked(p, NULL);
-        /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): free_unpacked frees it */
-        return NULL;
-    }
-    p->layers = g->layers;
-    p->kv_heads = g->kv_heads;
-    p->head_dim = g->head_dim;
-    p->block_tokens = g->block_tokens;
-    p->dtype = g->dtype;
-    p->layout = g->layout;
-    p->blocks = pool->books.num_blocks;
-    p->max_blocks = pool->books.max_blocks;
-    p->used_blocks = pool->books.used;
-    p->shared_blocks = pool->books.shared;
-    p->cached_blocks = pool->books.cached;
-    p->evicted_blocks = ts_pool_evicted(&pool->books);
-    p->asked_tokens = pool->asked_tokens;
-    p->found_tokens = pool->found_tokens;
-    p->waiting_sessions = pool->waiting;
-    p->sequences = pool->seqs.live;
-    p->kept_sequences = pool->seqs.kept;
-    p->open_steps = pool->open_steps;
-    p->block_bytes = ts_geometry_block_bytes(g);
-    p->slab_blocks = pool->books.slab_blocks;
-    p->slabs = pool->books.num_slabs;
-    p->granted_slabs = pool->books.ungranted;
-    return p;
-}
-
 static void report_status(const ts_service *s, Tspb__Reply *reply)
 {
     Tspb__StatusReply *r = malloc(sizeof *r);
     if (r == NULL)
-        return no_memory(reply);
+        return ts_report_no_memory(reply);
     tspb__status_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_STATUS_REPLY;
     reply->status_reply = r;
     r->version = strdup(TS_VERSION);
     r->kernel = strdup(ts_isa_name(ts_attention_isa(s->exec.attention)));
-    r->pools = zalloc(s->exec.engine->num_pools, sizeof *r->pools);
+    r->pools = ts_report_zalloc(s->exec.engine->num_pools, sizeof *r->pools);
     r->pid = (uint64_t)getpid();
     r->uptime_ms = ts_now_ms() - s->started_ms;
     r->sessions = s->exec.engine->live_sessions;
@@ -130,22 +67,12 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     for (uint32_t i = 0; ok && i < s->exec.engine->num_pools; i++) {
         if (!ts_engine_has_pool(s->exec.engine, i))
             continue;
-        r->pools[r->n_pools] = summarise(s, i);
+        r->pools[r->n_pools] = ts_report_summarise(s, i);
         ok = r->pools[r->n_pools] != NULL;
         r->n_pools += ok;
     }
     if (!ok)
-        no_memory(reply);
-}
-
-/* The pool's index, or refuses. An empty name means the only pool. */
-static bool find_pool(const ts_service *s, const char *name, uint32_t *index, Tspb__Reply *reply)
-{
-    ts_answer a = {0};
-    *index = ts_engine_pool_named(s->exec.engine, name, &a);
-    if (*index == TS_NONE)
-        refuse(reply, a.status, "%s", a.message);
-    return *index != TS_NONE;
+        ts_report_no_memory(reply);
 }
 
 static uint64_t *copy_bins(const uint64_t *bins, size_t *count)
@@ -153,17 +80,14 @@ static uint64_t *copy_bins(const uint64_t *bins, size_t *count)
     *count = TS_HISTOGRAM_BINS;
     while (*count > 0 && bins[*count - 1] == 0)
         (*count)--;
-    uint64_t *copy = zalloc(*count, sizeof *copy);
-    if (copy != NULL && *count > 0)
-        memcpy(copy, bins, *count * sizeof *copy);
-    return copy;
+    return ts_report_copy(bins, *count);
 }
 
 static bool add_tenants(const ts_service *s, ts_view view, const ts_engine_pool *pool,
                         Tspb__PoolStatsReply *r)
 {
     const ts_engine *e = s->exec.engine;
-    r->tenants = zalloc(e->num_tenants, sizeof *r->tenants);
+    r->tenants = ts_report_zalloc(e->num_tenants, sizeof *r->tenants);
     bool ok = r->tenants != NULL;
     for (uint32_t t = 0; ok && t < e->num_tenants; t++) {
         const ts_pool_tenant *use = &pool->books.tenants[t];
@@ -190,7 +114,7 @@ static ts_status get_stats(ts_service *s, uint32_t pool, ts_pool_stats_waiter *w
 {
     ts_status status = ts_pool_stats_cache_get(s->pool_stats, pool, waiter, stats);
     if (status != TS_OK && status != TS_EBUSY)
-        no_memory(reply);
+        ts_report_no_memory(reply);
     return status;
 }
 
@@ -199,21 +123,21 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
 {
     uint32_t index;
     const ts_pool_stats *stats;
-    if (!find_pool(s, name, &index, reply))
+    if (!ts_report_find_pool(s, name, &index, reply))
         return TS_REPORT_ANSWER;
     ts_status status = get_stats(s, index, waiter, &stats, reply);
     if (status != TS_OK)
         return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
     Tspb__PoolStatsReply *r = malloc(sizeof *r);
     if (r == NULL) {
-        no_memory(reply);
+        ts_report_no_memory(reply);
         return TS_REPORT_ANSWER;
     }
     ts_pool_stats_lengths lengths = ts_pool_stats_lengths_of(stats, view);
     tspb__pool_stats_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_POOL_STATS_REPLY;
     reply->pool_stats_reply = r;
-    r->pool = summarise(s, index);
+    r->pool = ts_report_summarise(s, index);
     r->others_hidden = !view.all;
     r->stored_tokens = stats->stored_tokens;
     r->seen_tokens = stats->seen_tokens;
@@ -225,7 +149,7 @@ static ts_report_state report_stats(ts_service *s, ts_view view, const char *nam
     r->free_run_histogram = copy_bins(stats->free_runs, &r->n_free_run_histogram);
     if (r->pool == NULL || r->length_histogram == NULL || r->free_run_histogram == NULL ||
         !add_tenants(s, view, &s->exec.engine->pools[index], r))
-        no_memory(reply);
+        ts_report_no_memory(reply);
     return TS_REPORT_ANSWER;
 }
 
@@ -253,10 +177,10 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
 {
     uint32_t index, wanted = request->cells;
     const ts_pool_stats *stats;
-    if (!find_pool(s, request->pool, &index, reply))
+    if (!ts_report_find_pool(s, request->pool, &index, reply))
         return TS_REPORT_ANSWER;
     if (wanted == 0 || wanted > CELLS_MAX) {
-        refuse(reply, TS_EINVAL, "a map has %s cells", "1..8192");
+        ts_report_refuse(reply, TS_EINVAL, "a map has %s cells", "1..8192");
         return TS_REPORT_ANSWER;
     }
     ts_status status = get_stats(s, index, waiter, &stats, reply);
@@ -264,7 +188,7 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
         return status == TS_EBUSY ? TS_REPORT_LATER : TS_REPORT_ANSWER;
     Tspb__PoolMapReply *r = malloc(sizeof *r);
     if (r == NULL) {
-        no_memory(reply);
+        ts_report_no_memory(reply);
         return TS_REPORT_ANSWER;
     }
     tspb__pool_map_reply__init(r);
@@ -275,18 +199,18 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     uint32_t cells = (stats->num_blocks - 1) / per_cell + 1;
     r->blocks_per_cell = per_cell;
     r->others_hidden = !view.all;
-    r->pool = summarise(s, index);
-    r->used = zalloc(cells, sizeof *r->used);
-    r->shared = zalloc(cells, sizeof *r->shared);
-    r->cached = zalloc(cells, sizeof *r->cached);
-    r->tokens = zalloc(cells, sizeof *r->tokens);
-    r->owners = zalloc(cells, sizeof *r->owners);
+    r->pool = ts_report_summarise(s, index);
+    r->used = ts_report_zalloc(cells, sizeof *r->used);
+    r->shared = ts_report_zalloc(cells, sizeof *r->shared);
+    r->cached = ts_report_zalloc(cells, sizeof *r->cached);
+    r->tokens = ts_report_zalloc(cells, sizeof *r->tokens);
+    r->owners = ts_report_zalloc(cells, sizeof *r->owners);
     if (r->pool != NULL && r->used != NULL && r->shared != NULL && r->cached != NULL &&
         r->tokens != NULL && r->owners != NULL) {
         r->n_used = r->n_shared = r->n_cached = r->n_tokens = r->n_owners = cells;
         fill_map(stats, view, r);
     } else {
-        no_memory(reply);
+        ts_report_no_memory(reply);
     }
     return TS_REPORT_ANSWER;
 }
@@ -298,11 +222,11 @@ static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListS
     uint32_t limit = request->limit == 0 || request->limit > LIST_MAX ? LIST_MAX : request->limit;
     Tspb__SessionList *list = malloc(sizeof *list);
     if (list == NULL)
-        return no_memory(reply);
+        return ts_report_no_memory(reply);
     tspb__session_list__init(list);
     reply->body_case = TSPB__REPLY__BODY_SESSION_LIST;
     reply->session_list = list;
-    list->sessions = zalloc(limit, sizeof *list->sessions);
+    list->sessions = ts_report_zalloc(limit, sizeof *list->sessions);
     /* In order of their place in the table, the low half of an id. */
     for (uint32_t i = request->after == 0 ? 0 : (uint32_t)request->after + 1;
          list->sessions != NULL && i < e->num_sessions; i++) {
@@ -315,7 +239,7 @@ static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListS
         }
         Tspb__SessionInfo *info = malloc(sizeof *info);
         if (info == NULL)
-            return no_memory(reply);
+            return ts_report_no_memory(reply);
         tspb__session_info__init(info);
         list->sessions[list->n_sessions++] = info;
         info->session = ts_engine_session_id(e, i);
@@ -329,10 +253,10 @@ static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListS
         const ts_connection *own = ts_service_connection_of(s, info->session);
         info->requests = own == NULL ? 0 : own->requests;
         if (info->program == NULL)
-            return no_memory(reply);
+            return ts_report_no_memory(reply);
     }
     if (list->sessions == NULL)
-        no_memory(reply);
+        ts_report_no_memory(reply);
 }
 
 static Tspb__SeqInfo *describe(const ts_engine *e, const ts_engine_pool *pool, uint32_t i,
@@ -366,17 +290,17 @@ static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs 
 {
     const ts_engine *e = s->exec.engine;
     uint32_t index;
-    if (!find_pool(s, request->pool, &index, reply))
+    if (!ts_report_find_pool(s, request->pool, &index, reply))
         return;
     const ts_engine_pool *pool = &e->pools[index];
     uint32_t limit = request->limit == 0 || request->limit > LIST_MAX ? LIST_MAX : request->limit;
     Tspb__SeqList *list = malloc(sizeof *list);
     if (list == NULL)
-        return no_memory(reply);
+        return ts_report_no_memory(reply);
     tspb__seq_list__init(list);
     reply->body_case = TSPB__REPLY__BODY_SEQ_LIST;
     reply->seq_list = list;
-    list->seqs = zalloc(limit, sizeof *list->seqs);
+    list->seqs = ts_report_zalloc(limit, sizeof *list->seqs);
     const uint64_t now_ms = ts_now_ms();
     uint64_t entries = 0; /* looked at: a list that would take too many goes on in the next */
     for (uint64_t i = request->after; list->seqs != NULL && i < pool->seqs.count; i++) {
@@ -392,11 +316,11 @@ static void report_seqs(const ts_service *s, ts_view view, const Tspb__ListSeqs 
         entries += seq->num_blocks;
         Tspb__SeqInfo *info = describe(e, pool, (uint32_t)i, now_ms);
         if (info == NULL)
-            return no_memory(reply);
+            return ts_report_no_memory(reply);
         list->seqs[list->n_seqs++] = info;
     }
     if (list->seqs == NULL)
-        no_memory(reply);
+        ts_report_no_memory(reply);
 }
 
 static void add_problem(void *arg, const char *sentence)
@@ -412,21 +336,22 @@ static void report_check(ts_service *s, ts_view view, Tspb__Reply *reply)
     uint64_t now_ms = ts_now_ms();
     char wait[64];
     if (!view.all)
-        return refuse(reply, TS_EPERM, "a check holds up everybody: it is for %s", "operators");
+        return ts_report_refuse(reply, TS_EPERM, "a check holds up everybody: it is for %s",
+                                "operators");
     if (now_ms < s->check_after_ms) {
         snprintf(wait, sizeof wait, "the next may begin in %llu s",
                  (unsigned long long)(s->check_after_ms - now_ms + 999) / 1000);
-        return refuse(reply, TS_EBUSY, "a check has just held up everybody: %s", wait);
+        return ts_report_refuse(reply, TS_EBUSY, "a check has just held up everybody: %s", wait);
     }
     Tspb__CheckReply *r = malloc(sizeof *r);
     if (r == NULL)
-        return no_memory(reply);
+        return ts_report_no_memory(reply);
     tspb__check_reply__init(r);
     reply->body_case = TSPB__REPLY__BODY_CHECK_REPLY;
     reply->check_reply = r;
-    r->problems = zalloc(PROBLEMS_MAX, sizeof *r->problems);
+    r->problems = ts_report_zalloc(PROBLEMS_MAX, sizeof *r->problems);
     if (r->problems == NULL)
-        return no_memory(reply);
+        return ts_report_no_memory(reply);
     uint64_t began_ns = ts_now_ns();
     r->checked = ts_invariants_check(s->exec.engine, add_problem, r);
     r->held_us = (ts_now_ns() - began_ns) / 1000;
@@ -450,6 +375,9 @@ ts_report_state ts_report(ts_service *s, ts_view view, const Tspb__Request *requ
         return TS_REPORT_ANSWER;
     case TSPB__REQUEST__BODY_LIST_SEQS:
         report_seqs(s, view, request->list_seqs, reply);
+        return TS_REPORT_ANSWER;
+    case TSPB__REQUEST__BODY_CACHE_STATS:
+        ts_report_cache(s, view, request->cache_stats, reply);
         return TS_REPORT_ANSWER;
     case TSPB__REQUEST__BODY_CHECK:
         report_check(s, view, reply);
@@ -476,6 +404,9 @@ void ts_report_free(Tspb__Reply *reply)
         break;
     case TSPB__REPLY__BODY_SEQ_LIST:
         tspb__seq_list__free_unpacked(reply->seq_list, NULL);
+        break;
+    case TSPB__REPLY__BODY_CACHE_STATS_REPLY:
+        tspb__cache_stats_reply__free_unpacked(reply->cache_stats_reply, NULL);
         break;
     case TSPB__REPLY__BODY_CHECK_REPLY:
         tspb__check_reply__free_unpacked(reply->check_reply, NULL);

@@ -296,6 +296,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     ts_answer a = {0};
     ts_command command;
     ts_reply_body body;
+    ts_admin_body admin;
     Tspb__SessionOpened opened;
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
@@ -305,8 +306,9 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     } else if (c->kicked != 0) {
         ts_refuse(&a, TS_ECONN, "session %llx was ended by an operator",
                   (unsigned long long)c->kicked);
-    } else if (ts_admin(s, c, message, &a)) {
-        ;
+    } else if (ts_admin(s, c, message, &a, &reply, &admin)) {
+        if (a.status == TS_NEED_SWEEP)
+            return wait_on(s, request, kept);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
     } else if (message->body_case == TSPB__REQUEST__BODY_WAIT_END) {
@@ -395,13 +397,20 @@ static void report_ready(ts_pool_stats_waiter *waiter, void *service)
         (void)answer_report(s, c, request);
 }
 
+/* Whether the request may be for a report; cheaper than to ask ts_report. */
+static bool is_report(const Tspb__Request *message)
+{
+    const int body = (int)message->body_case;
+    return (body >= TSPB__REQUEST__BODY_STATUS && body <= TSPB__REQUEST__BODY_CHECK) ||
+           body == TSPB__REQUEST__BODY_CACHE_STATS;
+}
+
 /* Answers the request, now or later, if it is for a report; such an answer changes nothing, and
  * isn't kept for repeats. */
 static bool answer_report(ts_service *s, ts_connection *c, ts_request *request)
 {
     const Tspb__Request *message = request->message;
-    if (message->body_case < TSPB__REQUEST__BODY_STATUS ||
-        message->body_case > TSPB__REQUEST__BODY_CHECK)
+    if (!is_report(message))
         return false;
     report_waiter *w = malloc(sizeof *w);
     Tspb__Reply reply = TSPB__REPLY__INIT;

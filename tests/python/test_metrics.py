@@ -110,8 +110,8 @@ def test_refusals_are_counted_by_operation_pool_and_status(start_daemon, capfd, 
             f'{REFUSED}{{operation="seq_redeem",pool="one",status="TS_ENOENT"}}': 1,
         }
     told = [line for line in capfd.readouterr().err.splitlines() if "is full" in line]
-    assert told == ["tinyserved: warning: pool 'one' is full: 4 of 8 blocks are used, 1 of 1 slabs "
-                    f"belong to tenants: uid {os.getuid()} holds 4 in 1 slabs"]
+    assert told == ["tinyserved: warning: pool 'one' is full: 4 of 8 blocks are used and 0 cached, "
+                    f"1 of 1 slabs belong to tenants: uid {os.getuid()} holds 4 in 1 slabs"]
 
 
 def test_scraping_under_load_gives_counters_that_only_grow(served):

@@ -237,9 +237,12 @@ def test_a_browser_shows_tsctls_figures(populated, tmp_path):
     for name, section in zip(("tiny", "larger"), sections, strict=True):
         shown = dict(re.findall(r'data-is="([a-z_-]+)"[^>]*>([^<]*)<', section))
         frag = tsctl(daemon, "frag", "-P", name)
-        for field in ("used_blocks", "shared_blocks", "free_blocks", "sequences", "kept_sequences",
-                      "open_steps"):
+        for field in ("used_blocks", "shared_blocks", "cached_blocks", "free_blocks", "sequences",
+                      "kept_sequences", "open_steps", "evicted_blocks", "waiting_sessions"):
             assert shown[field] == f"{frag['pool'][field]:,}", field
+        live = frag["pool"]["used_blocks"] / frag["pool"]["blocks"]
+        assert shown["occupancy"] == f"{100 * live:.1f} %"
+        assert shown["cached_part"] == "0.0 %" and shown["hit_rate"] == "–"
         assert shown["stored_tokens"] == f"{frag['stored_tokens']:,}"
         assert shown["seen_tokens"] == f"{frag['seen_tokens']:,}"
         assert shown["efficiency"] == f"{100 * frag['efficiency']:.1f} %"

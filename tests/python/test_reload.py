@@ -92,3 +92,50 @@ def test_a_file_that_is_wrong_changes_nothing(reloadable):
         assert log("tinyserved: the configuration was read again")
         with pytest.raises(tinyserve.InvalidError, match="a step of 90 new tokens; the limit is"):
             kv.step([seq], [90])
+
+
+def test_a_pools_cache_is_switched_off_and_on(reloadable):
+    write, hang_up, log, url = reloadable
+    with tinyserve.connect(url) as client, client.pool("tiny") as kv:
+        def add(seq, ids):
+            with kv.step([seq], [len(ids)], tokens=ids) as step:
+                for layer in range(2):
+                    step.q[...] = step.k[...] = step.v[...] = 0
+                    step.run(layer)
+                step.commit()
+
+        def publish(first):
+            ids = list(range(first, first + 8))
+            seq, = kv.create(namespace=b"m")
+            add(seq, ids)
+            return seq, [*ids, 0]
+
+        def reload(pool, *told):
+            write(pool=pool)
+            hang_up()
+            for line in (*told, "the configuration was read again: log_level, quotas and caches "
+                         "are as it says"):
+                assert log(("tinyserved: pool 'tiny':",
+                            "tinyserved: the conf")) == f"tinyserved: {line}\n"
+
+        dropped, prompt = publish(0)
+        live, other = publish(100)
+        kv.free([dropped])
+        assert kv.matching([prompt, other], b"m") == [8, 8]
+        reload("cache = off", "pool 'tiny': its prefix cache is off, and its 2 cached blocks are "
+               "dropped")
+        assert kv.matching([prompt, other], b"m") == [0, 0]
+        while_off, unseen = publish(200)
+        kv.free([while_off])
+        assert kv.matching([unseen], b"m") == [0]
+        assert kv.lengths([live]) == [8]
+        reload("cache = off")  # nothing has changed: nothing is told
+        reload("cache = on", "pool 'tiny': its prefix cache is on")
+        add(live, [1, 2, 3, 4])
+        kv.free([live])
+        assert kv.matching([prompt, other, unseen], b"m") == [0, 0, 0]
+        again, prompt = publish(0)
+        kv.free([again])
+        assert kv.matching([prompt], b"m") == [8]
+        reload("")  # on is the default
+        assert kv.matching([prompt], b"m") == [8]

@@ -71,8 +71,8 @@ def test_it_shows_the_pools_and_ends_with_q(daemon):
         kv.append([seq], [10])
         terminal = Terminal(os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "top", "--watch=0.2")
         terminal.wait_for(r"first on host \(1 of 2\): 3 of 64 blocks used \(5 %\), 0 shared; "
-                          r"1.5 KiB of 32.0 KiB 1 sequences, 0 kept; 0 blocks cached; "
-                          r"0 steps open; ")
+                          r"1.5 KiB of 32.0 KiB 1 sequences, 0 kept; 0 blocks cached \(0 %\); "
+                          r"0 steps open, 0 wait; ")
         terminal.wait_for(rf"{client.session:x} the-worker {os.getpid()} 0 1 3 0")
         terminal.wait_for(r"STEPS REQ/S")
         terminal.press("n")

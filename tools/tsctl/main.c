@@ -3,6 +3,7 @@
 #include "options.h"
 
 #include "error.h"
+#include "namespace_text.h"
 #include "plain_text.h"
 #include "tinyserve_version.h"
 #include "unconst.h"
@@ -17,7 +18,7 @@
 
 const char *argp_program_version = "tsctl " TS_VERSION;
 
-enum { OPT_COLOR = 256, OPT_WAIT };
+enum { OPT_COLOR = 256, OPT_WAIT, OPT_TENANT, OPT_NAMESPACE };
 
 static const struct argp_option argp_options[] = {
     {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, or the system's)", 0},
@@ -28,6 +29,8 @@ static const struct argp_option argp_options[] = {
     {"cells", 'c', "N", 0, "Cells of the map (default 1024)", 0},
     {"color", OPT_COLOR, "WHEN", 0, "auto (default), always or never", 0},
     {"yes", 'y', NULL, 0, "Don't ask before something is ended or freed", 0},
+    {"tenant", OPT_TENANT, "UID", 0, "Whose prefixes cache drop forgets (default: everybody's)", 0},
+    {"namespace", OPT_NAMESPACE, "NAME", 0, "In which namespace it does (default: in all)", 0},
     {0},
 };
 
@@ -73,6 +76,19 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         else if (strcmp(arg, "auto") != 0)
             argp_error(state, "--color %s: auto, always or never", arg);
         return 0;
+    case OPT_TENANT: {
+        errno = 0;
+        unsigned long long n = strtoull(arg, &end, 10);
+        if (errno != 0 || end == arg || *end != '\0' || arg[0] == '-' || n > UINT32_MAX)
+            argp_error(state, "--tenant %s: not a uid", arg);
+        o->has_tenant = true;
+        o->tenant = (uint32_t)n;
+        return 0;
+    }
+    case OPT_NAMESPACE:
+        if (!ts_namespace_read(arg, o->space, &o->space_bytes))
+            argp_error(state, "--namespace %s: 1 to 64 bytes, as text or as hex:6d6f64656c", arg);
+        return 0;
     case 'y':
         o->yes = true;
         return 0;
@@ -94,13 +110,15 @@ static const struct argp argp = {
     parse,
     "COMMAND",
     "Shows what a running tinyserved does, and for operators changes it.\v"
-    "Commands (a pool's name may follow pools, seqs, frag, map, top and seq free ID):\n"
+    "Commands (a pool's name may follow pools, seqs, frag, map, cache, top, cache\n"
+    "drop and seq free ID):\n"
     "  status     the daemon and its pools\n"
     "  pools      the pools alone, or one of them\n"
     "  sessions   connected workers\n"
     "  seqs       sequences of a pool (* in an open step)\n"
     "  frag       fragmentation: efficiency, sharing, histograms, tenants\n"
     "  map        a picture of a pool's blocks\n"
+    "  cache      what the prefix cache found and evicted, largest namespaces\n"
     "  check      hold the daemon's books against each other\n"
     "  top        all of it, live; q ends it\n"
     "  session kick ID   end a session: its sequences, except kept ones, are freed\n"
@@ -108,15 +126,16 @@ static const struct argp argp = {
     "  pool create NAME KEY=VALUE ...   make a pool, by the configuration's keys\n"
     "  pool delete NAME                 end one that no session has open\n"
     "  pool resize NAME SIZE            give one more memory, or less\n"
+    "  cache drop        forget cached prefixes: all, or --tenant's, or a --namespace's\n"
     "  drain [off]       take no new sessions, or take them again\n"
     "\n"
-    "The last six are for operators, and ask before they destroy or refuse something.\n"
+    "The last seven are for operators, and ask before they destroy or refuse something.\n"
     "Exit status: 0 fine, 1 refused or check found problems, 2 usage, 3 no daemon.",
     NULL,
     NULL,
     NULL};
 
-static void print_json(const options *o, json_t *value)
+void tsctl_print_json(const options *o, json_t *value)
 {
     json_dumpf(value, stdout, o->watch ? JSON_COMPACT : JSON_INDENT(2));
     putchar('\n');
@@ -168,7 +187,8 @@ static int do_status(ts_client *c, const options *o, ts_status *ts)
         return EXIT_REFUSED;
     }
     if (o->json)
-        print_json(o, pools ? json_pools(reply->status_reply) : json_status(reply->status_reply));
+        tsctl_print_json(o, pools ? json_pools(reply->status_reply)
+                                  : json_status(reply->status_reply));
     else if (pools)
         text_pools(reply->status_reply, &o->style);
     else
@@ -204,7 +224,7 @@ static int do_sessions(ts_client *c, const options *o, ts_status *ts)
         tspb__reply__free_unpacked(reply, NULL);
     }
     if (o->json)
-        print_json(o, list);
+        tsctl_print_json(o, list);
     else
         json_decref(list);
     return EXIT_SUCCESS;
@@ -237,7 +257,7 @@ static int do_seqs(ts_client *c, const options *o, ts_status *ts)
         tspb__reply__free_unpacked(reply, NULL);
     } while (body.after != 0);
     if (o->json)
-        print_json(o, list);
+        tsctl_print_json(o, list);
     else
         json_decref(list);
     return EXIT_SUCCESS;
@@ -255,7 +275,7 @@ static int do_frag(ts_client *c, const options *o, ts_status *ts)
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     if (o->json)
-        print_json(o, json_frag(reply->pool_stats_reply));
+        tsctl_print_json(o, json_frag(reply->pool_stats_reply));
     else
         text_frag(reply->pool_stats_reply, &o->style);
     tspb__reply__free_unpacked(reply, NULL);
@@ -275,7 +295,7 @@ static int do_map(ts_client *c, const options *o, ts_status *ts)
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     if (o->json)
-        print_json(o, json_map(reply->pool_map_reply));
+        tsctl_print_json(o, json_map(reply->pool_map_reply));
     else
         text_map(reply->pool_map_reply, &o->style);
     tspb__reply__free_unpacked(reply, NULL);
@@ -293,7 +313,7 @@ static int do_check(ts_client *c, const options *o, ts_status *ts)
     if (*ts != TS_OK)
         return EXIT_REFUSED;
     if (o->json)
-        print_json(o, json_check(reply->check_reply));
+        tsctl_print_json(o, json_check(reply->check_reply));
     else
         text_check(reply->check_reply);
     int code = reply->check_reply->n_problems == 0 ? EXIT_SUCCESS : EXIT_REFUSED;
@@ -326,6 +346,8 @@ static const command *find_command(const options *o)
                                        {{"seqs"}, 1, 2, do_seqs, true},
                                        {{"frag"}, 1, 2, do_frag, true},
                                        {{"map"}, 1, 2, do_map, true},
+                                       {{"cache", "drop"}, 2, 3, do_cache_drop, true},
+                                       {{"cache"}, 1, 2, do_cache, true},
                                        {{"check"}, 1, 1, do_check, false},
                                        {{"top"}, 1, 2, do_top, true},
                                        {{"session", "kick"}, 3, 3, do_kick, false},
@@ -372,14 +394,18 @@ int main(int argc, char **argv)
         for (uint32_t i = 0; i < o.num_words; i++)
             fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
         fputs("'; there are status, pools [POOL], sessions, seqs [POOL], frag [POOL], map [POOL], "
-              "check, top [POOL], session kick ID, seq free ID [POOL], pool create NAME KEY=VALUE "
-              "..., pool delete NAME, pool resize NAME SIZE "
+              "cache [POOL], check, top [POOL], session kick ID, seq free ID [POOL], pool create "
+              "NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE, cache drop [POOL] "
               "and drain [off]\n",
               stderr);
         return EXIT_USAGE;
     }
     if (!settle_pool(command, &o))
         return EXIT_USAGE;
+    if (command->run != do_cache_drop && (o.has_tenant || o.space_bytes > 0)) {
+        fputs("tsctl: --tenant and --namespace are for cache drop\n", stderr);
+        return EXIT_USAGE;
+    }
     ts_client *client;
     int code = EXIT_REFUSED;
     ts_options connection = {

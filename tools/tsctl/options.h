@@ -18,12 +18,23 @@ typedef struct options {
     double interval;
     uint32_t wait_ms;
     uint32_t cells;
+    bool has_tenant; /* what cache drop forgets */
+    uint32_t tenant;
+    unsigned char space[64];
+    size_t space_bytes; /* 0: in all namespaces */
     style style;
 } options;
 
 /* A command: fetches, and shows what came. Returns an exit status; *ts says if a call failed. */
 typedef int (*command_fn)(ts_client *client, const options *o, ts_status *ts);
 
+void tsctl_print_json(const options *o, json_t *value);
+
+/* Asks on the terminal whether to go on. */
+bool tsctl_sure(const options *o, const char *question);
+
+int do_cache(ts_client *client, const options *o, ts_status *ts);
+int do_cache_drop(ts_client *client, const options *o, ts_status *ts);
 int do_kick(ts_client *client, const options *o, ts_status *ts);
 int do_free(ts_client *client, const options *o, ts_status *ts);
 int do_pool_create(ts_client *client, const options *o, ts_status *ts);

@@ -9,8 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Asks on the terminal whether to go on. */
-static bool sure(const options *o, const char *question)
+bool tsctl_sure(const options *o, const char *question)
 {
     char answer[16];
     if (o->yes)
@@ -86,7 +85,7 @@ int do_kick(ts_client *c, const options *o, ts_status *ts)
     char question[128];
     body.session = id_of(o->words[2]);
     snprintf(question, sizeof question, "End session %s and free its sequences?", o->words[2]);
-    if (body.session == 0 || !sure(o, question))
+    if (body.session == 0 || !tsctl_sure(o, question))
         return EXIT_USAGE;
     if (mps_runs()) {
         *ts = end_kernels(c, body.session);
@@ -106,7 +105,7 @@ int do_free(ts_client *c, const options *o, ts_status *ts)
     body.pool = ts_unconst(o->pool);
     body.seq = id_of(o->words[2]);
     snprintf(question, sizeof question, "Free sequence %s?", o->words[2]);
-    if (body.seq == 0 || !sure(o, question))
+    if (body.seq == 0 || !tsctl_sure(o, question))
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_FREE;
     request.admin_free = &body;
@@ -168,7 +167,7 @@ int do_pool_delete(ts_client *c, const options *o, ts_status *ts)
     snprintf(question, sizeof question, "Delete pool %.64s and its %llu kept sequences?", p->name,
              (unsigned long long)p->kept_sequences);
     tspb__reply__free_unpacked(reply, NULL);
-    if (!sure(o, question))
+    if (!tsctl_sure(o, question))
         return EXIT_USAGE;
     body.pool = o->words[2];
     request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
@@ -205,7 +204,7 @@ int do_drain(ts_client *c, const options *o, ts_status *ts)
         fprintf(stderr, "tsctl: drain %s: drain, or drain off\n", o->words[1]);
         return EXIT_USAGE;
     }
-    if (!body.off && !sure(o, "Take no new sessions until `tsctl drain off`?"))
+    if (!body.off && !tsctl_sure(o, "Take no new sessions until `tsctl drain off`?"))
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
     request.admin_drain = &body;

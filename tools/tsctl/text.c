@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include "tsctl.h"
 
+#include "cache_figures.h"
+#include "namespace_text.h"
 #include "plain_text.h"
 
 #include <langinfo.h>
@@ -109,18 +111,19 @@ void text_status(const Tspb__StatusReply *r, const style *s)
 void text_pools(const Tspb__StatusReply *r, const style *s)
 {
     char a[32], b[32], name[CELL_BYTES], device[32];
-    const size_t most = s->columns == 0 ? 0 : 20 + spare(s, 80);
-    printf("%s%-20s %-8s %10s %10s %5s %6s %7s %7s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED",
-           "OF", "FULL", "CACHED", "SEQS", "SHARED", on(s, PLAIN));
+    const size_t most = s->columns == 0 ? 0 : 15 + spare(s, 80);
+    printf("%s%-15s %-8s %10s %10s %5s %6s %7s %7s %4s%s\n", on(s, BOLD), "POOL", "DEVICE", "USED",
+           "OF", "LIVE", "CACHED", "SEQS", "SHARED", "WAIT", on(s, PLAIN));
     for (size_t i = 0; i < r->n_pools; i++) {
         const Tspb__PoolSummary *p = r->pools[i];
-        printf("%s %s %10s %10s %4.0f%% %5.0f%% %7llu %6.0f%%\n",
-               text_cell(p->name, 20, most, name, sizeof name),
+        printf("%s %s %10s %10s %4.0f%% %5.0f%% %7llu %6.0f%% %4u\n",
+               text_cell(p->name, 15, most, name, sizeof name),
                text_cell(p->device, 8, 0, device, sizeof device),
                ts_text_bytes(p->used_blocks * p->block_bytes, a, sizeof a),
                ts_text_bytes(p->blocks * p->block_bytes, b, sizeof b),
                percent(p->used_blocks, p->blocks), percent(p->cached_blocks, p->blocks),
-               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks));
+               (unsigned long long)p->sequences, percent(p->shared_blocks, p->used_blocks),
+               p->waiting_sessions);
     }
 }
 
@@ -241,12 +244,73 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
     printf("  unused runs ");
     print_histogram(r->free_run_histogram, r->n_free_run_histogram, 1);
     for (size_t i = 0; i < r->n_tenants; i++)
-        printf("  %-11s uid %-10u %7llu seqs %12s in %u slabs\n", i == 0 ? "tenants" : "",
-               r->tenants[i]->uid, (unsigned long long)r->tenants[i]->sequences,
+        printf("  %-11s uid %-10u %7llu seqs   %s used, %s cached, %u slabs\n",
+               i == 0 ? "tenants" : "", r->tenants[i]->uid,
+               (unsigned long long)r->tenants[i]->sequences,
                ts_text_bytes(r->tenants[i]->used_blocks * p->block_bytes, a, sizeof a),
+               ts_text_bytes(r->tenants[i]->cached_blocks * p->block_bytes, b, sizeof b),
                r->tenants[i]->slabs);
     if (r->others_hidden)
         printf("  %-11s lengths and tenants are your own: operators see all\n", "");
+}
+
+/* "1 s", "10 min", of what ts_cache_ages has. */
+static const char *age_text(uint32_t seconds, char *buffer, size_t size)
+{
+    if (seconds < 60)
+        snprintf(buffer, size, "%u s", seconds);
+    else if (seconds < 3600)
+        snprintf(buffer, size, "%u min", seconds / 60);
+    else
+        snprintf(buffer, size, "%u h", seconds / 3600);
+    return buffer;
+}
+
+static void print_evictions(const Tspb__PoolSummary *p)
+{
+    char age[32];
+    printf("  evicted     %llu blocks, unused for %.1f s on average\n  by cause    ",
+           (unsigned long long)p->evicted_blocks, ts_cache_mean_age(p));
+    for (size_t i = 0; i < p->n_evicted_by_cause && i < TS_CACHE_CAUSES; i++)
+        printf("%s%s %llu", i == 0 ? "" : ", ", ts_cache_causes[i],
+               (unsigned long long)p->evicted_by_cause[i]);
+    printf("\n  by age      ");
+    for (size_t i = 0; i < p->n_evicted_by_age && i <= TS_CACHE_AGES; i++)
+        printf("%s%s %llu", i == 0 ? "up to " : ", ",
+               i < TS_CACHE_AGES ? age_text(ts_cache_ages[i], age, sizeof age) : "longer",
+               (unsigned long long)p->evicted_by_age[i]);
+    printf("\n");
+}
+
+void text_cache(const Tspb__CacheStatsReply *r, const style *s)
+{
+    const Tspb__PoolSummary *p = r->pool;
+    const size_t most = s->columns == 0 ? 0 : 10 + spare(s, 74);
+    char a[32], shown[TS_NAMESPACE_TEXT_BYTES], name[CELL_BYTES];
+    printf("%s%s on %s%s: %s\n", on(s, BOLD), p->name, p->device, on(s, PLAIN),
+           p->cache_off ? "nothing is cached (cache = off)" : "prefix cache");
+    printf("  tokens      %llu found of %llu asked for (%.1f %%)\n",
+           (unsigned long long)p->found_tokens, (unsigned long long)p->asked_tokens,
+           100 * ts_cache_hit_rate(p->found_tokens, p->asked_tokens));
+    printf("  blocks      %u total   %u used   %u cached (%s)   %u free\n", p->blocks,
+           p->used_blocks, p->cached_blocks,
+           ts_text_bytes(p->cached_blocks * p->block_bytes, a, sizeof a),
+           p->blocks - p->used_blocks - p->cached_blocks);
+    print_evictions(p);
+    printf("  namespaces  %u%s%s\n", r->namespaces,
+           r->namespaces > r->n_largest ? ", the largest of them:" : "",
+           r->others_hidden ? " of your own: operators see all" : "");
+    if (r->n_largest > 0)
+        printf("%s%10s %10s %7s %12s %12s %6s  %s%s\n", on(s, BOLD), "BLOCKS", "UID", "SEQS",
+               "ASKED", "FOUND", "HIT", "NAMESPACE", on(s, PLAIN));
+    for (size_t i = 0; i < r->n_largest; i++) {
+        const Tspb__SpaceUse *u = r->largest[i];
+        printf("%10u %10u %7u %12llu %12llu %5.1f%%  %s\n", u->blocks, u->uid, u->sequences,
+               (unsigned long long)u->asked_tokens, (unsigned long long)u->found_tokens,
+               100 * ts_cache_hit_rate(u->found_tokens, u->asked_tokens),
+               text_cell(ts_namespace_show(u->space.data, u->space.len, shown), 0, most, name,
+                         sizeof name));
+    }
 }
 
 const char *text_unused(const Tspb__PoolMapReply *r, size_t cell)

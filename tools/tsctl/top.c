@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "tsctl.h"
 
+#include "cache_figures.h"
 #include "error.h"
 #include "plain_text.h"
 
@@ -216,9 +217,16 @@ static void draw_head(const view *v)
              ts_text_bytes((uint64_t)p->used_blocks * p->block_bytes, used, sizeof used),
              ts_text_bytes((uint64_t)p->blocks * p->block_bytes, all, sizeof all));
     put_line(1, line, strlen(p->name));
-    snprintf(line, sizeof line, "%llu sequences, %llu kept; %u blocks cached; %llu steps open; %s",
-             (unsigned long long)p->sequences, (unsigned long long)p->kept_sequences,
-             p->cached_blocks, (unsigned long long)p->open_steps, p->kernel);
+    char hits[32] = "";
+    if (p->asked_tokens > 0)
+        snprintf(hits, sizeof hits, ", %.0f %% hits",
+                 100 * ts_cache_hit_rate(p->found_tokens, p->asked_tokens));
+    snprintf(
+        line, sizeof line,
+        "%llu sequences, %llu kept; %u blocks cached (%.0f %%)%s; %llu steps open, %u wait; %s",
+        (unsigned long long)p->sequences, (unsigned long long)p->kept_sequences, p->cached_blocks,
+        p->blocks == 0 ? 0 : 100.0 * p->cached_blocks / p->blocks, hits,
+        (unsigned long long)p->open_steps, p->waiting_sessions, p->kernel);
     put_line(2, line, 0);
 }
 

@@ -14,20 +14,22 @@ _tsctl() {
     COMPREPLY=()
     case ${COMP_WORDS[COMP_CWORD - 1]} in
     --color) _tsctl_offer 'auto always never' ;;
-    --pool | -P | pools | seqs | frag | map | top | delete | resize)
+    --pool | -P | pools | seqs | frag | map | top | delete | resize | drop)
         _tsctl_offer "$(_tsctl_names pools)"
         ;;
     kick) _tsctl_offer "$(_tsctl_names sessions)" ;;
     session) _tsctl_offer kick ;;
     pool) _tsctl_offer 'create delete resize' ;;
     seq) _tsctl_offer free ;;
+    cache) _tsctl_offer "drop $(_tsctl_names pools)" ;;
     drain) _tsctl_offer off ;;
     *)
         if [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
-            _tsctl_offer '--cells --color --help --json --pool --socket --usage --version --wait
-                --watch --yes'
+            _tsctl_offer '--cells --color --help --json --namespace --pool --socket --tenant --usage
+                --version --wait --watch --yes'
         else
-            _tsctl_offer 'status pools sessions seqs frag map check top session seq pool drain'
+            _tsctl_offer 'status pools sessions seqs frag map cache check top session seq pool
+                drain'
         fi
         ;;
     esac

@@ -45,6 +45,7 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s);
 void text_map(const Tspb__PoolMapReply *r, const style *s);
 /* How a cell without used blocks is drawn. */
 const char *text_unused(const Tspb__PoolMapReply *r, size_t cell);
+void text_cache(const Tspb__CacheStatsReply *r, const style *s);
 void text_check(const Tspb__CheckReply *r);
 
 #endif
