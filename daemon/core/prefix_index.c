@@ -145,7 +145,10 @@ ts_status ts_index_use_space(ts_prefix_index *x, uint32_t tenant, const void *na
         x->num_spaces++;
     else
         x->free_space = x->spaces[at].next_free;
-    x->spaces[at] = (ts_index_space){.tenant = tenant, .users = 1, .live = true};
+    x->spaces[at] = (ts_index_space){.tenant = tenant,
+                                     .users = 1,
+                                     .seed = XXH3_64bits_withSeed(&tenant, sizeof tenant, x->seed),
+                                     .live = true};
     memcpy(x->spaces[at].name, hex, sizeof hex);
     x->tenant_spaces[tenant]++;
     *space = at;
@@ -236,9 +239,15 @@ uint32_t ts_index_retired_leaf(ts_prefix_index *x, uint32_t *near)
 
 /* ---- nodes ---- */
 
+/* The namespace of what hangs from it. */
+static uint32_t space_of(const ts_prefix_index *x, ts_index_parent parent)
+{
+    return is_root(parent) ? parent & 0x7fffffffu : x->nodes[parent - 1].space;
+}
+
 uint32_t ts_index_hash(const ts_prefix_index *x, ts_index_parent parent, const uint32_t *ids)
 {
-    uint64_t seed = x->seed + parent * 0x9e3779b97f4a7c15u;
+    uint64_t seed = x->spaces[space_of(x, parent)].seed + parent * 0x9e3779b97f4a7c15u;
     return (uint32_t)XXH3_64bits_withSeed(ids, x->block_tokens * sizeof *ids, seed);
 }
 
@@ -290,7 +299,7 @@ bool ts_index_add(ts_prefix_index *x, ts_index_parent parent, uint32_t block)
     ts_index_node *n = &x->nodes[block];
     uint32_t hash = ts_index_hash(x, parent, ts_index_ids(x, block)), length = 0;
     uint32_t *bucket = &x->buckets[hash & x->bucket_mask], *children = children_of(x, parent);
-    const uint32_t space = is_root(parent) ? parent & 0x7fffffffu : x->nodes[parent - 1].space;
+    const uint32_t space = space_of(x, parent);
     assert(n->parent == 0);
     if (x->off || x->spaces[space].retired)
         return false;

@@ -53,6 +53,7 @@ typedef struct ts_index_node {
 typedef struct ts_index_space {
     uint32_t tenant;
     uint32_t first_child;
+    uint64_t seed;      /* of its hashes, the tenant's: none can fill another's chains by design */
     uint32_t users;     /* sequences; without any and without children it may go */
     uint32_t next_free; /* or the next that is retired and has blocks; TS_NO_BLOCK: the last */
     uint32_t blocks;    /* of the index */
@@ -63,7 +64,7 @@ typedef struct ts_index_space {
 
 typedef struct ts_prefix_index {
     uint32_t num_blocks, block_tokens;
-    uint64_t seed;        /* of the hashes */
+    uint64_t seed;        /* of the namespaces' */
     uint32_t count;       /* nodes */
     ts_index_node *nodes; /* by block */
     uint32_t *ids;        /* by slot */
