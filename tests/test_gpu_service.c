@@ -9,8 +9,11 @@
 #include "request.h"
 #include "unconst.h"
 
+#include <sched.h>
 #include <semaphore.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define OK(call) assert_int_equal((call), TS_OK)
@@ -103,6 +106,8 @@ static void on_handle(ts_handle_ask *ask)
     Tspb__Request name = TSPB__REQUEST__INIT;                                                      \
     name.body_case = TSPB__REQUEST__BODY_##CASE
 
+static uint32_t worker_pid; /* of the connection */
+
 static void service_start(ts_gpu *gpu, pthread_t *engine)
 {
     ts_engine_limits limits;
@@ -126,6 +131,7 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
                              .sequences_max = 16,
                              .sequence_tokens_max = 64,
                              .tenant_blocks_max = UINT64_MAX,
+                             .client_write = TS_CLIENT_WRITE_ALL,
                              .on_gpu = true,
                              .device = "cuda:0"};
     OK(ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why));
@@ -134,7 +140,7 @@ static void service_start(ts_gpu *gpu, pthread_t *engine)
     service.exec.gpu_of[0] = &service.exec.gpus[0];
     assert_int_equal(pthread_create(engine, NULL, engine_main, &service), 0);
     ts_pipe_event *event = calloc(1, sizeof *event);
-    *event = (ts_pipe_event){.work = {.run = ts_service_pipe_added}, .pipe = 1};
+    *event = (ts_pipe_event){.work = {.run = ts_service_pipe_added}, .pipe = 1, .pid = worker_pid};
     ts_queue_run(&service.exec.queue, &event->work, &service);
 }
 
@@ -199,6 +205,7 @@ static void worker_open(worker *w)
     close(ask.fd);
     REQUEST(pool, PoolOpen, POOL_OPEN, TSPB__POOL_OPEN__INIT);
     pool_body.name = (char *)"p";
+    pool_body.writable = true;
     pool.pool_open = &pool_body;
     call(&t, &pool, TS_OK);
     drop(&t);
@@ -325,6 +332,53 @@ static void a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go(void 
     alarm(0);
 }
 
+/* Blocks that are in use, as the engine's owner sees them. */
+static uint32_t used_blocks(void)
+{
+    ts_queue_flush(&service.exec.queue);
+    return __atomic_load_n(&service.exec.engine->pools[0].books.used, __ATOMIC_SEQ_CST);
+}
+
+static void what_a_dead_worker_may_still_write_is_nobody_elses(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    test_request t;
+    worker w;
+    uint64_t seqs[1];
+    alarm(120);
+    const pid_t process = fork(); /* whose kernels write */
+    if (process == 0) {
+        pause();
+        _exit(0);
+    }
+    worker_pid = (uint32_t)process;
+    ts_gpu *gpu = fake_gpu_new();
+    service_start(gpu, &engine);
+    service.quarantine_ms = 1;
+    worker_open(&w);
+    create_seqs(seqs, 1);
+    uint32_t new_tokens = 9;
+    REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
+    begin_body.seqs = seqs;
+    begin_body.new_tokens = &new_tokens;
+    begin_body.n_seqs = begin_body.n_new_tokens = 1; /* no query heads: it writes K and V itself */
+    begin.step_begin = &begin_body;
+    call(&t, &begin, TS_OK);
+    drop(&t);
+    worker_die(&w);
+    assert_int_equal(used_blocks(), 3); /* the connection is gone, the process isn't */
+    assert_non_null(service.quarantines);
+    kill(process, SIGKILL);
+    while (used_blocks() > 0)
+        sched_yield();
+    assert_null(service.quarantines);
+    assert_int_equal(waitpid(process, NULL, 0), process);
+    worker_pid = 0;
+    service_stop(engine);
+    alarm(0);
+}
+
 /* What a GPU's memory counts for the one tenant. */
 static uint64_t in_exchanges(void)
 {
@@ -438,6 +492,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go),
+        cmocka_unit_test(what_a_dead_worker_may_still_write_is_nobody_elses),
         cmocka_unit_test(a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu),
         cmocka_unit_test(memory_that_a_tenant_may_still_map_is_not_freed),
     };

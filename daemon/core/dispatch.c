@@ -14,6 +14,7 @@ static const struct operation {
 } operations[] = {
     [TS_OP_SESSION_OPEN] = {NOTHING, ts_engine_session_open},
     [TS_OP_SESSION_CLOSE] = {SESSION, ts_engine_session_close},
+    [TS_OP_SESSION_GONE] = {NOTHING, ts_engine_session_gone},
     [TS_OP_EXCHANGE_OPEN] = {SESSION, ts_engine_exchange_open},
     [TS_OP_POOL_OPEN] = {SESSION, ts_engine_pool_open},
     [TS_OP_POOL_CLOSE] = {POOL, ts_engine_pool_close},

@@ -44,6 +44,7 @@
 typedef enum ts_op {
     TS_OP_SESSION_OPEN = 1,
     TS_OP_SESSION_CLOSE,
+    TS_OP_SESSION_GONE, /* a closed session's process has nothing to write any more */
     TS_OP_EXCHANGE_OPEN,
     TS_OP_POOL_OPEN,
     TS_OP_POOL_CLOSE,
@@ -96,6 +97,9 @@ typedef struct ts_command {
             const char *program;
             bool is_operator;
         } session_open;
+        struct {
+            bool quarantine; /* blocks that its kernels may yet write stay until SESSION_GONE */
+        } session_close;
         struct {
             uint64_t bytes;
             bool other_memory; /* than the last one: it may be smaller */
@@ -165,6 +169,7 @@ typedef struct ts_command {
             const uint32_t *tokens; /* ids of all new tokens, in order; NULL: none are known */
             bool no_new_slabs;      /* there is no memory for them: what is cached makes room */
             bool wait;              /* for room */
+            bool by_worker;         /* its own kernels attend */
             int32_t priority;       /* -1, 0 or 1: of what is cached of it */
         } step_begin;
         struct {
@@ -380,6 +385,9 @@ bool ts_engine_has_pool(const ts_engine *engine, uint32_t pool);
 uint32_t ts_engine_pool_named(const ts_engine *engine, const char *name, ts_answer *answer);
 
 void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *answer);
+
+/* Whether kernels of the session's process may be writing into blocks of its open steps. */
+bool ts_engine_session_writes(const ts_engine *engine, uint64_t session);
 
 /* The session whose command is to be applied again next; 0: none is. */
 uint64_t ts_engine_woken(const ts_engine *engine);

@@ -125,12 +125,43 @@ void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, t
     s->exchange_bytes = bytes;
 }
 
+bool ts_engine_session_writes(const ts_engine *e, uint64_t id)
+{
+    const ts_session *s = ts_engine_session(e, id);
+    for (uint32_t i = s == NULL ? TS_NONE : s->step_list; i != TS_NONE; i = e->steps[i].next)
+        if (e->steps[i].by_worker)
+            return true;
+    return false;
+}
+
 void ts_engine_session_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
-    (void)c;
     (void)a;
     ts_waits_end(e, s);
     ts_claims_end_all(e, s);
     s->closing = true;
+    for (uint32_t i = s->step_list; i != TS_NONE && c->session_close.quarantine;
+         i = e->steps[i].next)
+        if (e->steps[i].by_worker) { /* as if a run of the daemon's were under way */
+            e->steps[i].quarantined = true;
+            e->steps[i].in_flight++;
+        }
     (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
+}
+
+void ts_engine_session_gone(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+{
+    (void)none;
+    const uint32_t index = (uint32_t)c->session;
+    ts_session *s = index < e->num_sessions ? &e->sessions[index] : NULL;
+    if (s == NULL || !s->live || !s->closing || s->generation != (uint32_t)(c->session >> 32))
+        return ts_refuse(a, TS_ENOENT, "no session %llx is closing",
+                         (unsigned long long)c->session);
+    for (uint32_t i = s->step_list; i != TS_NONE; i = e->steps[i].next)
+        if (e->steps[i].quarantined) {
+            e->steps[i].quarantined = false;
+            e->steps[i].in_flight--;
+        }
+    if (!s->in_closing) /* else a sweep goes on with it */
+        (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
 }

@@ -404,6 +404,8 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     step->kernel =
         c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
     step->tokens = (uint32_t)n.tokens;
+    step->by_worker =
+        pool->config.on_gpu && (c->step_begin.by_worker || step->heads == 0) && !step->append;
     step->class = (uint8_t)(c->step_begin.priority + (int)TS_CLASS_NORMAL);
     /* An append's K and V are written later: nobody is to find them. */
     const uint32_t *ids = step->append ? NULL : c->step_begin.tokens;

@@ -135,6 +135,7 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     command->step_begin.scale = entry->begin.scale;
     command->step_begin.wait = entry->begin.wait_ms > 0;
     command->step_begin.priority = entry->begin.priority;
+    command->step_begin.by_worker = entry->begin.flags & TS_RING_TABLES;
     return true;
 }
 

@@ -3,7 +3,6 @@
 #include "clock.h"
 
 #define WOKEN_PER_TURN 32 /* others have their turn after so many */
-#define TICK_MS 250u      /* claims are looked at so often, while anybody waits */
 
 static uint64_t parked_bytes(const ts_service *s, uint32_t uid)
 {
@@ -41,22 +40,7 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
     return a->status == TS_OK;
 }
 
-static void run_alarm(ts_work *work, void *service);
-
-/* For the first deadline, and for claims that somebody may wait for in vain. */
-static void set_alarm(ts_service *s)
-{
-    uint64_t at = 0;
-    if (s->parked != NULL && s->exec.engine->claims.live > 0)
-        at = ts_now_ms() + TICK_MS;
-    for (const ts_parked *p = s->parked; p != NULL; p = p->next)
-        if (at == 0 || p->deadline_ms < at)
-            at = p->deadline_ms;
-    s->alarm.run = run_alarm;
-    ts_queue_set_alarm(&s->exec.queue, &s->alarm, at);
-}
-
-static void run_alarm(ts_work *work, void *service)
+void ts_parked_alarm(ts_work *work, void *service)
 {
     (void)work;
     ts_service *s = service;
@@ -68,7 +52,8 @@ static void run_alarm(ts_work *work, void *service)
             (void)ts_service_go_on(s, p->connection, true);
     }
     ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SWEEP}, &answer);
-    set_alarm(s);
+    ts_service_end_quarantines(s, now_ms);
+    ts_service_set_alarm(s);
 }
 
 void ts_parked_add(ts_service *s, ts_connection *c, ts_parked *p, uint32_t wait_ms)
@@ -82,7 +67,7 @@ void ts_parked_add(ts_service *s, ts_connection *c, ts_parked *p, uint32_t wait_
     if (s->parked != NULL)
         s->parked->at = &p->next;
     s->parked = p;
-    set_alarm(s);
+    ts_service_set_alarm(s);
 }
 
 void ts_parked_wake(ts_service *s)

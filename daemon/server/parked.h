@@ -28,6 +28,9 @@ void ts_parked_add(ts_service *service, ts_connection *connection, ts_parked *pa
 /* Carries out those again whose sessions were woken. */
 void ts_parked_wake(ts_service *service);
 
+/* The `run` of the service's alarm: whoever's time is over goes on. */
+void ts_parked_alarm(ts_work *work, void *service);
+
 /* Carries all out again, as if their time were over. */
 void ts_parked_hurry_all(ts_service *service);
 

@@ -473,6 +473,8 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     s->exec.owner = s;
     s->exec.resumed = resume;
     s->exec.woken = woken;
+    s->alarm.run = ts_parked_alarm;
+    s->quarantine_ms = TS_QUARANTINE_MS;
     s->exec.engine = ts_engine_new(limits);
     s->by_session = calloc(limits->sessions, sizeof *s->by_session);
     s->pool_stats = ts_pool_stats_cache_new(&s->exec);

@@ -5,8 +5,15 @@
 #include "step_work.h"
 #include "unconst.h"
 
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define LOOK_MS 250u              /* claims are looked at so often, while anybody waits */
+#define QUARANTINE_LOOK_MS 50u    /* processes, while there are quarantines */
+#define QUARANTINE_MOST_MS 10000u /* for a process that lives on */
 
 /* ---- connections ---- */
 
@@ -87,6 +94,65 @@ bool ts_service_go_on(ts_service *s, ts_connection *c, bool is_late)
     return true;
 }
 
+/* A session that has ended, whose process's kernels may write into its steps' blocks yet. */
+typedef struct ts_quarantine {
+    struct ts_quarantine *next;
+    uint64_t session;
+    int process;                /* a descriptor of it; -1: it is gone, or can't be watched */
+    uint64_t began_ms, gone_ms; /* gone_ms 0: it isn't yet */
+} ts_quarantine;
+
+/* False: out of memory. */
+static bool quarantine(ts_service *s, const ts_connection *c)
+{
+    ts_quarantine *q = malloc(sizeof *q);
+    if (q == NULL)
+        return false;
+    *q = (ts_quarantine){.next = s->quarantines,
+                         .session = c->session,
+                         .process = c->pid == 0 ? -1 : (int)syscall(SYS_pidfd_open, c->pid, 0u),
+                         .began_ms = ts_now_ms()};
+    if (q->process < 0)
+        q->gone_ms = q->began_ms;
+    s->quarantines = q;
+    ts_service_set_alarm(s);
+    return true;
+}
+
+void ts_service_end_quarantines(ts_service *s, uint64_t now_ms)
+{
+    for (ts_quarantine **at = &s->quarantines, *q; (q = *at) != NULL;) {
+        ts_answer answer;
+        if (q->gone_ms == 0 &&
+            poll(&(struct pollfd){.fd = q->process, .events = POLLIN}, 1, 0) != 0)
+            q->gone_ms = now_ms;
+        if ((q->gone_ms == 0 || now_ms - q->gone_ms < s->quarantine_ms) &&
+            now_ms - q->began_ms < QUARANTINE_MOST_MS) {
+            at = &q->next;
+            continue;
+        }
+        ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SESSION_GONE, .session = q->session},
+                      &answer);
+        *at = q->next;
+        if (q->process >= 0)
+            close(q->process);
+        free(q);
+    }
+}
+
+void ts_service_set_alarm(ts_service *s)
+{
+    uint64_t at = 0;
+    if (s->parked != NULL && s->exec.engine->claims.live > 0)
+        at = ts_now_ms() + LOOK_MS;
+    if (s->quarantines != NULL)
+        at = ts_now_ms() + QUARANTINE_LOOK_MS;
+    for (const ts_parked *p = s->parked; p != NULL; p = p->next)
+        if (at == 0 || p->deadline_ms < at)
+            at = p->deadline_ms;
+    ts_queue_set_alarm(&s->exec.queue, &s->alarm, at);
+}
+
 void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
@@ -94,7 +160,11 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         ts_step_work_drop_session(&s->exec, c->session);
         ts_log_level level = ts_service_session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
-        ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SESSION_CLOSE, .session = c->session},
+        const bool writes = ts_engine_session_writes(s->exec.engine, c->session);
+        ts_exec_apply(&s->exec,
+                      &(ts_command){.op = TS_OP_SESSION_CLOSE,
+                                    .session = c->session,
+                                    .session_close.quarantine = writes && quarantine(s, c)},
                       &answer);
         ts_log_on(level, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
@@ -212,6 +282,12 @@ void ts_service_close_connections(ts_service *s)
 
 void ts_service_fini(ts_service *s)
 {
+    for (ts_quarantine *q = s->quarantines, *next; q != NULL; q = next) {
+        next = q->next;
+        if (q->process >= 0)
+            close(q->process);
+        free(q);
+    }
     ts_pool_stats_cache_free(s->pool_stats);
     ts_step_plans_free(&s->exec);
     ts_exec_fini(&s->exec);

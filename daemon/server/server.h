@@ -44,6 +44,7 @@ typedef struct ts_pipe_event {
 typedef struct ts_refusals ts_refusals; /* refusals.h */
 
 #define TS_CONNECTION_BUCKETS 4096u
+#define TS_QUARANTINE_MS 1000u /* under MPS a process's work can outlive it */
 
 typedef struct ts_service {
     ts_exec exec;
@@ -53,6 +54,8 @@ typedef struct ts_service {
     ts_request *waiting;                    /* commits and aborts, for their step's runs */
     ts_parked *parked;                      /* what waits (parked.h) */
     ts_work alarm;                          /* for the first of the deadlines */
+    struct ts_quarantine *quarantines;      /* sessions whose processes may still write */
+    uint32_t quarantine_ms;                 /* ... for so long after the process has ended */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
@@ -104,6 +107,13 @@ void ts_service_fini(ts_service *service);
 /* Carries out again what waits of the connection (parked.h), as if its time were over if it is
  * late. False: nothing waits. */
 bool ts_service_go_on(ts_service *service, ts_connection *connection, bool is_late);
+
+/* Has the alarm run for the first deadline of what waits, and while claims or quarantines are to be
+ * looked at. */
+void ts_service_set_alarm(ts_service *service);
+
+/* Ends quarantines whose time is over. */
+void ts_service_end_quarantines(ts_service *service, uint64_t now_ms);
 
 /* Ends the connection's session, if it has one, and what belongs to it. */
 void ts_service_end_session(ts_service *service, ts_connection *connection);
