@@ -2,6 +2,7 @@
 #ifndef TS_MODEL_WAITS_H
 #define TS_MODEL_WAITS_H
 
+#include "model_sequences.h"
 #include "model_steps.h"
 
 /* Gives the session's command again; if the model has no place for what that makes, the session
@@ -46,9 +47,11 @@ static void op_give_up(world *w)
 static void one_command(world *w)
 {
     go_on(w);
-    uint32_t kind = rng_below(&w->r, 120);
+    uint32_t kind = rng_below(&w->r, 128);
     int session = pick_session(w);
-    if (kind >= 116)
+    if (kind >= 126)
+        op_drop(w);
+    else if (kind >= 116 && kind < 120)
         op_give_up(w);
     else if (kind < 4 || session < 0)
         op_session(w);
@@ -74,6 +77,8 @@ static void one_command(world *w)
         op_ticket(w, session);
     else if (kind < 112)
         op_redeem(w, session);
+    else if (kind >= 120)
+        op_select(w, session);
     else
         op_clock(w, session);
 }

@@ -24,6 +24,7 @@ typedef struct model_seq {
     uint32_t length, known;
     uint32_t tokens[LENGTH_MAX], ids[LENGTH_MAX];
     int space;       /* 1 or 2; 0: none */
+    bool dropped;    /* its namespace was: nothing of it is found */
     uint32_t ticket; /* 0: it is on none */
     uint64_t ttl;    /* 0: its time has no end */
     uint64_t end;    /* of its time, unless it is in a step */
@@ -61,7 +62,7 @@ typedef struct world {
     uint32_t next_value;
     uint32_t next_ticket;
     uint64_t now;
-    uint64_t done[24], refused; /* how often each kind of command succeeded */
+    uint64_t done[27], refused; /* how often each kind of command succeeded */
     uint64_t matched;           /* tokens */
 } world;
 
@@ -280,8 +281,8 @@ static uint32_t least_match(const world *w, uint32_t uid, int space, const uint3
     for (int i = 0; i < (int)SEQS; i++) {
         const model_seq *s = &w->seqs[i];
         uint32_t same = 0;
-        while (s->live && s->uid == uid && s->space == space && same < s->known && same + 1 < n &&
-               s->ids[same] == ids[same])
+        while (s->live && !s->dropped && s->uid == uid && s->space == space && same < s->known &&
+               same + 1 < n && s->ids[same] == ids[same])
             same++;
         if (same / BLOCK_TOKENS * BLOCK_TOKENS > least)
             least = same / BLOCK_TOKENS * BLOCK_TOKENS;
@@ -352,234 +353,6 @@ static void op_match(world *w, int session)
         memmove(m->ids, other->ids, sizeof m->ids);
     }
     try_match(w, session, rng_below(&w->r, 2), false);
-}
-
-static void op_truncate_or_free(world *w, int session, bool truncate)
-{
-    ts_answer a;
-    int seqs[BATCH_MAX];
-    uint64_t ids[BATCH_MAX];
-    uint32_t lengths[BATCH_MAX], count = 1 + rng_below(&w->r, 2);
-    ts_status expected = TS_OK;
-    for (uint32_t i = 0; i < count; i++) {
-        seqs[i] = pick_seq(w);
-        if (seqs[i] < 0)
-            return;
-        ids[i] = w->seqs[seqs[i]].id;
-        lengths[i] = rng_below(&w->r, w->seqs[seqs[i]].length + 2);
-        ts_status one = expected_use(w, session, seqs[i], true);
-        for (uint32_t j = 0; j < i && one == TS_OK; j++)
-            if (seqs[j] == seqs[i])
-                one = TS_EINVAL;
-        if (one == TS_OK && truncate && lengths[i] > w->seqs[seqs[i]].length)
-            one = TS_EINVAL;
-        if (expected == TS_OK)
-            expected = one;
-    }
-    ts_status status =
-        run(w,
-            (ts_command){.op = truncate ? TS_OP_SEQ_TRUNCATE : TS_OP_SEQ_FREE,
-                         .session = w->sessions[session],
-                         .seq_batch = {.seqs = ids, .lengths = lengths, .count = count}},
-            &a);
-    assert_int_equal(status, expected);
-    for (uint32_t i = 0; status == TS_OK && i < count; i++) {
-        model_seq *s = &w->seqs[seqs[i]];
-        if (truncate) {
-            s->length = lengths[i];
-            s->known = s->known < s->length ? s->known : s->length;
-            verify_seq(w, seqs[i]);
-        } else {
-            s->live = false;
-            assert_null(ts_sequence_find(&w->e->pools[0].seqs, s->id));
-        }
-    }
-    w->done[truncate ? 7 : 8] += status == TS_OK;
-}
-
-static const char *const names[] = {"a", "ab", "abc", "b", "c", "ca", "cab", "d"};
-
-/* The uid's sequence of this name, or -1. */
-static int named(const world *w, uint32_t uid, int name)
-{
-    for (int i = 0; i < (int)SEQS; i++)
-        if (w->seqs[i].live && w->seqs[i].uid == uid && w->seqs[i].name == name)
-            return i;
-    return -1;
-}
-
-static void op_keep(world *w, int session)
-{
-    ts_answer a;
-    int seq = pick_seq(w), name = (int)rng_below(&w->r, 9) - 1; /* -1: forget */
-    uint64_t ttl = rng_below(&w->r, 2) ? 1 + rng_below(&w->r, 400) : 0;
-    bool replace = rng_below(&w->r, 3) != 0;
-    if (seq < 0)
-        return;
-    model_seq *s = &w->seqs[seq];
-    ts_status expected = expected_use(w, session, seq, name < 0);
-    if (expected == TS_OK && name < 0 && s->name < 0)
-        expected = TS_ENOENT;
-    int old = name < 0 ? -1 : named(w, s->uid, name);
-    if (old == seq)
-        old = -1;
-    if (expected == TS_OK && old >= 0)
-        expected = !replace ? TS_EEXIST : w->seqs[old].step >= 0 ? TS_EBUSY : TS_OK;
-    ts_status status = run(w,
-                           (ts_command){.op = TS_OP_SEQ_KEEP,
-                                        .session = w->sessions[session],
-                                        .seq_keep = {.seq = s->id,
-                                                     .name = name < 0 ? "" : names[name],
-                                                     .ttl_ms = ttl,
-                                                     .replace = replace}},
-                           &a);
-    assert_int_equal(status, expected);
-    if (status == TS_OK) {
-        s->name = name;
-        s->owner = name < 0 ? session : -1;
-        s->ttl = name < 0 ? 0 : ttl;
-        refresh(w, s);
-        w->done[9]++;
-        if (old >= 0) {
-            w->seqs[old].live = false;
-            assert_null(ts_sequence_find(&w->e->pools[0].seqs, w->seqs[old].id));
-            w->done[12]++;
-        }
-    }
-}
-
-static void op_attach(world *w, int session)
-{
-    ts_answer a;
-    int name = (int)rng_below(&w->r, 8), found = named(w, uid_of(session), name);
-    ts_status status = run(w,
-                           (ts_command){.op = TS_OP_SEQ_ATTACH,
-                                        .session = w->sessions[session],
-                                        .seq_keep = {.name = names[name]}},
-                           &a);
-    assert_int_equal(status, found < 0 ? TS_ENOENT : TS_OK);
-    if (found < 0)
-        return;
-    assert_true(a.seqs.seqs[0] == w->seqs[found].id);
-    refresh(w, &w->seqs[found]);
-    w->done[10]++;
-}
-
-/* Page by page, and what is told is what the model has. */
-static void op_list(world *w, int session)
-{
-    ts_answer a;
-    const char *prefix = rng_below(&w->r, 2) ? names[rng_below(&w->r, 8)] : "", *after = "";
-    int name = 0;
-    do {
-        assert_int_equal(run(w,
-                             (ts_command){.op = TS_OP_SEQ_LIST,
-                                          .session = w->sessions[session],
-                                          .seq_list = {.prefix = prefix,
-                                                       .after = after,
-                                                       .limit = 1 + rng_below(&w->r, 3)}},
-                             &a),
-                         TS_OK);
-        for (uint32_t i = 0; i < a.kept.count; i++, name++) {
-            while (strncmp(names[name], prefix, strlen(prefix)) != 0 ||
-                   named(w, uid_of(session), name) < 0)
-                name++;
-            const model_seq *s = &w->seqs[named(w, uid_of(session), name)];
-            assert_string_equal(a.kept.names[i], names[name]);
-            assert_true(a.kept.seqs[i] == s->id);
-            assert_int_equal(a.kept.lengths[i], s->length);
-            assert_int_equal(a.kept.left_ms[i], s->ttl == 0    ? 0
-                                                : s->step >= 0 ? s->ttl
-                                                               : s->end - w->now);
-            w->done[16]++;
-        }
-        for (int i = 0; i < 8; i++)
-            if (strcmp(names[i], a.kept.next) == 0)
-                after = names[i]; /* the engine's own copy may go */
-    } while (a.kept.next[0] != '\0');
-    for (; name < 8; name++) /* nobody was left out */
-        assert_true(strncmp(names[name], prefix, strlen(prefix)) != 0 ||
-                    named(w, uid_of(session), name) < 0);
-}
-
-static void op_ticket(world *w, int session)
-{
-    ts_answer a;
-    int seq = pick_seq(w);
-    for (int tries = 0; tries < 6 && (seq < 0 || w->seqs[seq].owner != session); tries++)
-        seq = pick_seq(w);
-    if (seq < 0)
-        return;
-    model_seq *s = &w->seqs[seq];
-    uint64_t ttl = rng_below(&w->r, 2) ? 1 + rng_below(&w->r, 400) : 0;
-    ts_status expected = expected_use(w, session, seq, true);
-    if (expected == TS_OK && s->name >= 0)
-        expected = TS_EINVAL;
-    ts_command c = {.op = TS_OP_SEQ_TICKET,
-                    .session = w->sessions[session],
-                    .seq_ticket = {.seq = s->id, .ttl_ms = ttl}};
-    w->next_ticket++;
-    memcpy(c.seq_ticket.ticket, &w->next_ticket, sizeof w->next_ticket);
-    assert_int_equal(run(w, c, &a), expected);
-    if (expected != TS_OK)
-        return;
-    assert_null(ts_sequence_find(&w->e->pools[0].seqs, s->id));
-    s->id = ts_sequence_id(&w->e->pools[0].seqs, (uint32_t)s->id); /* which nobody was told of */
-    s->ticket = w->next_ticket;
-    s->owner = -1;
-    s->ttl = ttl == 0 ? TS_TICKET_MS : ttl;
-    refresh(w, s);
-    w->done[13]++;
-}
-
-/* Redeems a ticket that there is, or mostly not any more. */
-static void op_redeem(world *w, int session)
-{
-    ts_answer a;
-    uint32_t ticket = w->next_ticket - rng_below(&w->r, 100);
-    int found = -1;
-    for (int tries = 0; tries < 20; tries++) {
-        int i = pick_seq(w);
-        if (i >= 0 && w->seqs[i].ticket != 0)
-            ticket = w->seqs[i].ticket;
-    }
-    for (int i = 0; i < (int)SEQS; i++)
-        if (w->seqs[i].live && w->seqs[i].ticket == ticket && ticket != 0 &&
-            w->seqs[i].uid == uid_of(session))
-            found = i;
-    ts_command c = {.op = TS_OP_SEQ_REDEEM, .session = w->sessions[session]};
-    memcpy(c.seq_redeem.ticket, &ticket, sizeof ticket);
-    assert_int_equal(run(w, c, &a), found < 0 ? TS_ENOENT : TS_OK);
-    if (found < 0)
-        return;
-    model_seq *s = &w->seqs[found];
-    assert_true(a.seqs.seqs[0] == s->id);
-    assert_int_equal(a.seqs.length, s->length);
-    s->ticket = 0;
-    s->ttl = 0;
-    s->owner = session;
-    verify_seq(w, found);
-    w->done[14]++;
-}
-
-/* Time goes on. What is over is gone for everybody, whether it is swept at once or not. */
-static void op_clock(world *w, int session)
-{
-    ts_answer a;
-    w->now += rng_below(&w->r, 50);
-    for (int i = 0; i < (int)SEQS; i++) {
-        model_seq *s = &w->seqs[i];
-        if (s->live && s->ttl > 0 && s->step < 0 && s->end <= w->now) {
-            s->live = false;
-            w->done[15]++;
-        }
-    }
-    if (rng_below(&w->r, 2)) {
-        assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
-        w->done[17]++;
-    } else {
-        op_list(w, session);
-    }
 }
 
 #endif

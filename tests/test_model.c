@@ -34,7 +34,7 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
                 verify_seq(w, s);
     }
     for (size_t i = 0; i < sizeof w->done / sizeof *w->done; i++)
-        assert_true(w->done[i] > 500); /* every kind of command was exercised */
+        assert_true(w->done[i] > 200); /* every kind of command was exercised */
     assert_true(w->matched > 10000 && ts_pool_evicted(&w->e->pools[0].books) > 5000);
     assert_true(w->refused > 10000);
     /* Everybody leaves, kept sequences are freed, tickets end: nothing may be left. */
