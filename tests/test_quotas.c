@@ -318,6 +318,50 @@ static void a_removed_pools_tables_are_freed_bit_by_bit(void **state)
     ts_engine_free(e);
 }
 
+static void a_selection_that_gives_up_what_is_kept_gives_up_nothing_of_the_session(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
+    e->limits.session_sequences = 2;
+    uint64_t s = session_new(e, 1000), seqs[2] = {seq_new(e, s), seq_new(e, s)}, more;
+    ts_answer a;
+    assert_int_equal(keep(e, s, seqs[0], "kept", &a), TS_OK);
+    more = seq_new(e, s);
+    static const uint32_t from[] = {1, 1};
+    const ts_command select = {.op = TS_OP_SEQ_SELECT,
+                               .session = s,
+                               .seq_select = {.seqs = seqs, .count = 2, .from = from, .picked = 2}};
+    assert_int_equal(apply(e, select, &a), TS_EQUOTA);
+    assert_string_equal(a.message,
+                        "the session owns 2 sequences; 1 more would pass its limit of 2");
+    assert_int_equal(batch(e, TS_OP_SEQ_FREE, s, &more, NULL, 1, &a), TS_OK);
+    assert_int_equal(apply(e, select, &a), TS_OK);
+    assert_int_equal(
+        apply(e, (ts_command){.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 1}},
+              &a),
+        TS_EQUOTA);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void a_limit_that_is_lowered_under_what_a_session_has_still_holds(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1000), kept = seq_new(e, s);
+    ts_answer a;
+    assert_int_equal(keep(e, s, kept, "kept", &a), TS_OK);
+    for (int i = 0; i < 3; i++)
+        (void)seq_new(e, s);
+    e->limits.session_sequences = 2;
+    assert_int_equal(
+        apply(e, (ts_command){.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 1}},
+              &a),
+        TS_EQUOTA);
+    assert_int_equal(keep(e, s, kept, "", &a), TS_EQUOTA);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -325,6 +369,8 @@ int main(void)
         cmocka_unit_test(a_tenant_has_its_share_of_sessions_and_operators_get_in),
         cmocka_unit_test(a_tenant_has_its_share_of_sequences_and_table_entries),
         cmocka_unit_test(kept_sequences_pin_each_block_once_up_to_a_share),
+        cmocka_unit_test(a_selection_that_gives_up_what_is_kept_gives_up_nothing_of_the_session),
+        cmocka_unit_test(a_limit_that_is_lowered_under_what_a_session_has_still_holds),
         cmocka_unit_test(one_call_changes_so_many_table_entries_at_most),
         cmocka_unit_test(many_sequences_are_freed_bit_by_bit),
         cmocka_unit_test(a_session_ends_bit_by_bit),

@@ -1,6 +1,7 @@
 /* Who waits for what others compute, or for room, and when each goes on: as the engine decides it.
  */
 #include "engine_util.h"
+#include "wait_ops.h"
 
 #include <string.h>
 
@@ -425,6 +426,142 @@ static void tenants_wait_in_turn(void **state)
     ts_engine_free(e);
 }
 
+static worker in_pool(worker w, const char *pool)
+{
+    ts_answer a;
+    assert_int_equal(
+        apply(
+            w.e,
+            (ts_command){.op = TS_OP_POOL_OPEN, .session = w.session, .pool_open = {.name = pool}},
+            &a),
+        TS_OK);
+    return w;
+}
+
+static void a_pool_that_was_removed_is_in_nobodys_way(void **state)
+{
+    (void)state;
+    char why[256];
+    uint32_t other;
+    ts_answer a;
+    ts_engine *e = engine_new(16, 4, BLOCK, TS_CLIENT_WRITE_ALL);
+    ts_pool_config config = e->pools[0].config;
+    strcpy(config.name, "other");
+    assert_int_equal(ts_engine_add_pool(e, &config, &other, why, sizeof why), TS_OK);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_POOL_REMOVE, .pool = other}, &a), TS_OK);
+    worker all = holder_new(e, 1, 16), w = holder_new(e, 1, 0);
+    assert_int_equal(take(&w, BLOCK, true, false, 0), TS_WAITS);
+    give(&all, 1);
+    assert_true(ts_engine_woken(e) == w.session);
+    assert_int_equal(take(&w, BLOCK, true, true, 0), TS_OK);
+    ts_engine_free(e);
+}
+
+static void a_pool_in_which_a_session_waits_stays_open_in_it(void **state)
+{
+    (void)state;
+    uint32_t ids[PROMPT];
+    ts_answer a;
+    ts_engine *e = engine_new(64, 8, BLOCK, TS_CLIENT_WRITE_ALL);
+    fill_ids(ids, PROMPT, 5);
+    worker first = worker_new(e, 1, ids, PROMPT), second = worker_new(e, 1, ids, PROMPT);
+    assert_int_equal(ask(&first, true, false), TS_OK);
+    assert_int_equal(ask(&second, true, false), TS_WAITS);
+    const ts_command close = {.op = TS_OP_POOL_CLOSE, .session = second.session};
+    assert_int_equal(apply(e, close, &a), TS_EBUSY);
+    assert_string_equal(a.message, "the session has a call that waits in pool 'test', which stays "
+                                   "open in it");
+    apply(e, (ts_command){.op = TS_OP_WAIT_END, .session = second.session}, &a);
+    assert_int_equal(apply(e, close, &a), TS_OK);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
+static void who_waits_and_then_asks_for_something_else_has_left_its_place(void **state)
+{
+    (void)state;
+    uint32_t ids[PROMPT];
+    ts_answer a;
+    char why[256];
+    ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
+    ts_pool_config config = e->pools[0].config;
+    strcpy(config.name, "other");
+    assert_int_equal(ts_engine_add_pool(e, &config, NULL, why, sizeof why), TS_OK);
+    fill_ids(ids, PROMPT, 5);
+    worker first = worker_new(e, 1, ids, PROMPT), all = holder_new(e, 1, 32),
+           w = in_pool(holder_new(e, 1, 0), "other");
+    assert_int_equal(ask(&first, true, false), TS_OK);
+    /* What a ring's client writes over the entry that waits. */
+    assert_int_equal(take(&w, 4 * BLOCK, true, false, 0), TS_WAITS);
+    w.ids = ids;
+    w.count = PROMPT;
+    assert_int_equal(ask(&w, true, true), TS_WAITS);
+    assert_int_equal(e->waiting_for_room, 0);
+    const uint32_t n = 33 * BLOCK;
+    uint64_t seqs[2];
+    apply(e,
+          (ts_command){
+              .op = TS_OP_SEQ_CREATE, .session = w.session, .pool = 1, .seq_create = {.count = 2}},
+          &a);
+    memcpy(seqs, a.seqs.seqs, sizeof seqs);
+    e->pools[1].config.tenant_blocks_max = 40;
+    ts_command begin = {
+        .op = TS_OP_STEP_BEGIN,
+        .session = w.session,
+        .pool = 1,
+        .again = true,
+        .step_begin = {.seqs = seqs, .new_tokens = &n, .count = 1, .heads = 1, .wait = true}};
+    assert_int_equal(apply(e, begin, &a), TS_ENOSPC);
+    check_engine(e);
+    assert_int_equal(take(&w, 4 * BLOCK, true, false, 0), TS_WAITS);
+    /* The other pool has no room for it either. */
+    const uint32_t most = 32 * BLOCK, one = BLOCK;
+    begin.again = begin.step_begin.wait = false;
+    begin.step_begin.new_tokens = &most;
+    assert_int_equal(apply(e, begin, &a), TS_OK);
+    begin.again = begin.step_begin.wait = true;
+    begin.step_begin.seqs = seqs + 1;
+    begin.step_begin.new_tokens = &one;
+    assert_int_equal(apply(e, begin, &a), TS_WAITS);
+    check_engine(e);
+    give(&all, 4);
+    assert_true(ts_engine_woken(e) == 0); /* it waits for the other pool now */
+    ts_engine_free(e);
+}
+
+static void who_can_never_have_it_any_more_is_told(void **state)
+{
+    (void)state;
+    ts_answer a;
+    ts_engine *e = engine_new(32, 4, BLOCK, TS_CLIENT_WRITE_ALL);
+    worker all = holder_new(e, 1, 6), large = holder_new(e, 1, 0), small = holder_new(e, 1, 0);
+    assert_int_equal(take(&large, 28 * BLOCK, true, false, 0), TS_WAITS);
+    assert_int_equal(take(&small, 4 * BLOCK, true, false, 0), TS_WAITS);
+    assert_int_equal(
+        apply(e, (ts_command){.op = TS_OP_POOL_RESIZE, .pool_resize.num_blocks = 16}, &a), TS_OK);
+    assert_true(ts_engine_woken(e) == large.session);
+    assert_int_equal(take(&large, 28 * BLOCK, true, true, 0), TS_ENOSPC);
+    assert_true(ts_engine_woken(e) == small.session);
+    assert_int_equal(take(&small, 4 * BLOCK, true, true, 0), TS_OK);
+    (void)all;
+    ts_engine_free(e);
+}
+
+static void a_limit_that_is_lowered_is_told_to_those_that_wait(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(32, 4, BLOCK, TS_CLIENT_WRITE_ALL);
+    worker all = holder_new(e, 1, 30), large = holder_new(e, 1, 0);
+    assert_int_equal(take(&large, 16 * BLOCK, true, false, 0), TS_WAITS);
+    e->pools[0].config.tenant_blocks_max = 8;
+    ts_waits_look_again(e, 0);
+    assert_true(ts_engine_woken(e) == large.session);
+    assert_int_equal(take(&large, 16 * BLOCK, true, true, 0), TS_EQUOTA);
+    assert_true(ts_engine_woken(e) == 0);
+    (void)all;
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -440,6 +577,11 @@ int main(void)
         cmocka_unit_test(what_can_never_be_had_is_not_waited_for),
         cmocka_unit_test(who_waits_for_its_own_limit_is_in_nobodys_way),
         cmocka_unit_test(tenants_wait_in_turn),
+        cmocka_unit_test(a_pool_that_was_removed_is_in_nobodys_way),
+        cmocka_unit_test(a_pool_in_which_a_session_waits_stays_open_in_it),
+        cmocka_unit_test(who_waits_and_then_asks_for_something_else_has_left_its_place),
+        cmocka_unit_test(who_can_never_have_it_any_more_is_told),
+        cmocka_unit_test(a_limit_that_is_lowered_is_told_to_those_that_wait),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -52,10 +52,13 @@ static bool may_wait(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
 {
     const bool wait = (c->op == TS_OP_SEQ_MATCH && c->seq_match.wait) ||
                       (c->op == TS_OP_STEP_BEGIN && c->step_begin.wait);
-    if (c->again && s->wait.kind == TS_WAIT_CLAIM)
+    /* It keeps its place if it still is what waits there: the client may have changed it. */
+    const bool keeps =
+        c->op == TS_OP_STEP_BEGIN && s->wait.kind == TS_WAIT_ROOM && s->wait.pool == c->pool;
+    if (c->again && !keeps)
         ts_waits_end(e, s);
     else if (c->again)
-        ts_waits_answered(e, s); /* and keeps its place */
+        ts_waits_answered(e, s);
     else if (wait && s->wait.kind != TS_WAIT_NONE)
         ts_refuse(a, TS_EBUSY, "the session waits already, in another call");
     return a->status == TS_OK;

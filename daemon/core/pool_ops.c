@@ -1,5 +1,6 @@
 /* Pools: made, found, opened, given more blocks or fewer, and ended. */
 #include "engine_internal.h"
+#include "wait_ops.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -114,12 +115,16 @@ void ts_engine_pool_open(ts_engine *e, ts_session *s, const ts_command *c, ts_an
 
 void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
+    const bool waits = s->wait.kind != TS_WAIT_NONE && s->wait.pool == c->pool;
     bool has_step = false;
     for (uint32_t i = s->step_list; i != TS_NONE && !has_step; i = e->steps[i].next)
         has_step = e->steps[i].pool == c->pool;
-    if (has_step || s->owned[c->pool] != TS_NONE)
+    if (has_step || waits || s->owned[c->pool] != TS_NONE)
         return ts_refuse(a, TS_EBUSY, "the session has %s in pool '%s', which stays open in it",
-                         has_step ? "an open step" : "sequences", e->pools[c->pool].config.name);
+                         has_step ? "an open step"
+                         : waits  ? "a call that waits"
+                                  : "sequences",
+                         e->pools[c->pool].config.name);
     s->opened_pools &= ~((uint64_t)1 << c->pool);
     s->writable_pools &= ~((uint64_t)1 << c->pool);
 }
@@ -161,7 +166,7 @@ void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_
                          users == 1 ? "" : ", ...");
     ts_pool_fini(&pool->books);
     ts_engine_bury(e, &pool->seqs); /* what is left are kept sequences, and tickets' */
-    *pool = (ts_engine_pool){0};
+    *pool = (ts_engine_pool){.room = {TS_NONE, TS_NONE}};
     e->live_pools--;
 }
 
@@ -191,6 +196,7 @@ void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_
         return ts_engine_go_on_later(e, a);
     ts_pool_resize(books, (uint32_t)wanted);
     pool->config.num_blocks = (uint32_t)wanted;
+    ts_waits_look_again(e, c->pool);
 }
 
 uint32_t ts_engine_next_slab(const ts_engine *e, uint32_t pool, uint32_t tenant)

@@ -6,8 +6,9 @@
 
 /* What a selection comes to. */
 typedef struct selection {
-    uint32_t forks, losers;
+    uint32_t forks, given_up;           /* losers of the session's own: a kept one isn't its */
     uint64_t fork_blocks, loser_blocks; /* entries of block tables */
+    uint64_t given_up_blocks;
     uint32_t *uses,
         *first;        /* of each sequence: how often it is picked, and which pick is the first */
     uint32_t **tables; /* of each pick that is a fork */
@@ -43,8 +44,11 @@ static uint32_t mark(ts_engine *e, ts_session *s, const ts_command *c, selection
         seq->step = TS_SEQUENCE_MARKED;
         if (x->uses[marked] > 1)
             x->fork_blocks += (uint64_t)(x->uses[marked] - 1) * seq->num_blocks;
-        x->losers += x->uses[marked] == 0;
         x->loser_blocks += x->uses[marked] == 0 ? seq->num_blocks : 0;
+        if (x->uses[marked] == 0 && seq->owner != TS_NONE) {
+            x->given_up++;
+            x->given_up_blocks += seq->num_blocks;
+        }
     }
     return marked;
 }
@@ -61,8 +65,8 @@ static bool check(ts_engine *e, ts_session *s, const ts_command *c, const select
                   TS_COMMAND_ENTRIES);
         return false;
     }
-    const uint32_t sequences = (uint32_t)more(x->forks, x->losers);
-    if (!ts_engine_check_entries(e, s, c->pool, more(x->fork_blocks, x->loser_blocks), a) ||
+    const uint32_t sequences = (uint32_t)more(x->forks, x->given_up);
+    if (!ts_engine_check_entries(e, s, c->pool, more(x->fork_blocks, x->given_up_blocks), a) ||
         (sequences > 0 && !ts_engine_reserve_sequences(e, s, c->pool, sequences, a)))
         return false;
     if (!ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, c->seq_select.picked,

@@ -53,7 +53,8 @@ bool ts_engine_reserve_sequences(ts_engine *e, ts_session *s, uint32_t pool, uin
     ts_sequences *seqs = &e->pools[pool].seqs;
     if (!check_batch(e, count, a))
         return false;
-    if (count > e->limits.session_sequences - s->sequences) {
+    if (s->sequences > e->limits.session_sequences ||
+        count > e->limits.session_sequences - s->sequences) {
         ts_refuse_more(a, TS_EQUOTA, s->sequences, count, e->limits.session_sequences,
                        "the session owns %u sequences; %u more would pass its limit of %u",
                        s->sequences, count, e->limits.session_sequences);
@@ -185,7 +186,7 @@ static bool check_session_entries(const ts_engine *e, const ts_session *s, uint3
 bool ts_engine_check_owned(const ts_engine *e, const ts_session *s, uint32_t pool, uint32_t blocks,
                            ts_answer *a)
 {
-    if (s->sequences == e->limits.session_sequences)
+    if (s->sequences >= e->limits.session_sequences)
         ts_refuse_more(a, TS_EQUOTA, s->sequences, 1, e->limits.session_sequences,
                        "the session owns %u sequences; the limit is %u", s->sequences,
                        e->limits.session_sequences);

@@ -130,6 +130,12 @@ uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t ind
     return shared < w->blocks ? shared : w->blocks;
 }
 
+void ts_waits_look_again(ts_engine *e, uint32_t pool)
+{
+    for (uint32_t i = e->pools[pool].room.first; i != TS_NONE; i = e->sessions[i].wait.next)
+        ts_waits_wake(e, i);
+}
+
 void ts_waits_look_for_room(ts_engine *e)
 {
     for (uint32_t i = 0; i < e->num_pools && e->waiting_for_room > 0; i++) {

@@ -27,6 +27,10 @@ void ts_waits_for_room(ts_engine *engine, ts_session *session, uint32_t pool, ui
 uint64_t ts_waits_withheld(const ts_engine *engine, const ts_session *session, uint32_t pool,
                            bool is_small);
 
+/* The pool or a limit of its tenants has changed: wakes all that wait for room in it, for some may
+ * never get it now. */
+void ts_waits_look_again(ts_engine *engine, uint32_t pool);
+
 /* Wakes the heads of queues for which there is room. */
 void ts_waits_look_for_room(ts_engine *engine);
 

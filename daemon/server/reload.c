@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "reload.h"
 
+#include "wait_ops.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -64,8 +66,10 @@ static void apply(ts_work *work, void *service)
         for (uint32_t j = 0; j < e->num_pools; j++)
             if (strcmp(ch->next->pools[i].pool.name, e->pools[j].config.name) == 0) {
                 change_quotas(&e->pools[j].config, &ch->next->pools[i].pool);
+                ts_waits_look_again(e, j);
                 switch_cache(s, j, ch->next->pools[i].pool.cache);
             }
+    ts_exec_look_for_woken(&s->exec);
 }
 
 static const ts_config_pool *find(const ts_config *c, const char *name)
