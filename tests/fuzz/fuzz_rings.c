@@ -143,6 +143,8 @@ static void write_begin(client *c, fuzz_input *in, ts_ring_entry *entry)
     entry->begin.count = count < 240 ? count % 5 : fuzz_take(in, 4);
     entry->begin.heads = odd < 200 ? 2 : odd;
     entry->begin.io_dtype = odd < 250 ? 0 : odd - 250;
+    entry->begin.wait_ms = odd & 16 ? 1 + (odd >> 6) : 0;
+    entry->begin.priority = (int32_t)(odd >> 3) % 4 - 1;
     entry->begin.scale = odd % 8 == 7 ? (float)fuzz_number(in) : 0;
     entry->begin.flags = (odd & 1 ? TS_RING_TABLES : 0u) | (odd & 4 ? TS_RING_TOKENS : 0u);
     if (odd == 201)
@@ -185,7 +187,8 @@ static void write_seqs(client *c, fuzz_input *in, ts_ring_entry *entry)
     entry->seqs.count = count < 240 ? count % 5 : fuzz_take(in, 4);
     entry->seqs.parent = fuzz_id(in, c->seqs, 8);
     entry->seqs.length = fuzz_number(in);
-    entry->seqs.flags = odd & 3;
+    entry->seqs.flags = odd & 15;
+    entry->seqs.wait_ms = odd & 16 ? 1 + (odd >> 6) : 0;
     entry->seqs.space_bytes = odd < 200 ? 0 : fuzz_number(in);
     for (uint32_t i = 0; i < entry->seqs.count && i < 8; i++) {
         m->batch_seqs[i] = fuzz_id(in, c->seqs, 8);
