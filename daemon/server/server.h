@@ -53,6 +53,7 @@ typedef struct ts_service {
     ts_request *waiting;                    /* commits and aborts, for their step's runs */
     ts_parked *parked;                      /* what waits (parked.h) */
     ts_work alarm;                          /* for the first of the deadlines */
+    uint64_t look_at_claims_ms;             /* ... and then; 0: nobody may wait for claims */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
