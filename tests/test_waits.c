@@ -562,6 +562,35 @@ static void a_limit_that_is_lowered_is_told_to_those_that_wait(void **state)
     ts_engine_free(e);
 }
 
+static void who_needs_more_than_one_bit_of_evicting_keeps_its_place(void **state)
+{
+    (void)state;
+    enum { CACHED = TS_SWEEP_ENTRIES + 2048, HELD = 4096, ALL = CACHED + HELD };
+    ts_engine *e = engine_new(ALL, 1024, BLOCK, TS_CLIENT_WRITE_ALL);
+    e->limits.step_tokens = ALL * BLOCK;
+    uint32_t *ids = malloc((size_t)CACHED * BLOCK * sizeof *ids);
+    fill_ids(ids, CACHED * BLOCK, 1);
+    worker gone = worker_new(e, 1, ids, CACHED * BLOCK);
+    assert_int_equal(ask(&gone, false, false), TS_OK);
+    compute(&gone, CACHED * BLOCK);
+    worker all = holder_new(e, 1, HELD), large = holder_new(e, 1, 0), small = holder_new(e, 1, 0);
+    die(&gone);
+    sweep_all(e);
+    assert_int_equal(e->pools[0].books.cached, CACHED);
+    assert_int_equal(take(&large, (CACHED + 1024) * BLOCK, true, false, 0), TS_WAITS);
+    give(&all, 1025);
+    assert_true(ts_engine_woken(e) == large.session);
+    assert_int_equal(take(&large, (CACHED + 1024) * BLOCK, true, true, 0), TS_WAITS);
+    assert_true(ts_engine_woken(e) == large.session);
+    assert_int_equal(take(&small, 2 * BLOCK, false, false, 0), TS_ENOSPC);
+    sweep_all(e);
+    assert_int_equal(take(&large, (CACHED + 1024) * BLOCK, true, true, 0), TS_OK);
+    assert_true(ts_engine_woken(e) == 0);
+    assert_int_equal(take(&small, BLOCK, false, false, 0), TS_OK);
+    free(ids);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -582,6 +611,7 @@ int main(void)
         cmocka_unit_test(who_waits_and_then_asks_for_something_else_has_left_its_place),
         cmocka_unit_test(who_can_never_have_it_any_more_is_told),
         cmocka_unit_test(a_limit_that_is_lowered_is_told_to_those_that_wait),
+        cmocka_unit_test(who_needs_more_than_one_bit_of_evicting_keeps_its_place),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

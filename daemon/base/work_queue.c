@@ -19,7 +19,7 @@ void ts_queue_init(ts_queue *q)
     pthread_condattr_destroy(&by_monotonic);
     q->head = NULL;
     q->tail = &q->head;
-    q->closed = q->sleeping = q->owned = false;
+    q->closed = q->sleeping = q->owned = q->has_alarm = false;
     q->alarm_ms = 0;
 }
 
@@ -65,6 +65,7 @@ void ts_queue_run(ts_queue *q, ts_work *work, void *service)
             q->head = work->next;
             if (q->head == NULL)
                 q->tail = &q->head;
+            q->has_alarm = q->has_alarm && work != q->alarm;
             pthread_mutex_unlock(&q->lock);
             work->run(work, service);
             pthread_mutex_lock(&q->lock);
@@ -92,7 +93,9 @@ static void await(ts_queue *q)
     const uint64_t ms = q->alarm_ms;
     if (ms != 0 && ts_now_ms() >= ms) {
         q->alarm_ms = 0;
-        append(q, q->alarm);
+        if (!q->has_alarm)
+            append(q, q->alarm);
+        q->has_alarm = true;
         return;
     }
     q->sleeping = true;
@@ -115,6 +118,7 @@ ts_work *ts_queue_take(ts_queue *q)
     q->owned = all != NULL;
     q->head = NULL;
     q->tail = &q->head;
+    q->has_alarm = false;
     pthread_mutex_unlock(&q->lock);
     return all;
 }

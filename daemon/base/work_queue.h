@@ -27,6 +27,7 @@ typedef struct ts_queue {
     bool owned; /* some thread runs work */
     ts_work *alarm;
     uint64_t alarm_ms; /* when it is put in; 0: never */
+    bool has_alarm;    /* it is in the queue */
 } ts_queue;
 
 void ts_queue_init(ts_queue *queue);
@@ -40,7 +41,8 @@ void ts_queue_put(ts_queue *queue, ts_work *work);
 void ts_queue_run(ts_queue *queue, ts_work *work, void *service);
 
 /* Has the taker put the work in at that time of CLOCK_MONOTONIC, or a little later; 0: not any
- * more. It is the only such work, and not in the queue. */
+ * more. It is the only such work. If it is in the queue at that time, it isn't put in twice: when
+ * it runs it is to set the alarm again. */
 void ts_queue_set_alarm(ts_queue *queue, ts_work *work, uint64_t at_ms);
 
 /*

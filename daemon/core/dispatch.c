@@ -97,6 +97,11 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     operation->apply(e, s, c, a);
     if (c->again && s != NULL && is_final(a->status))
         ts_waits_end(e, s);
+    if (c->again && s != NULL && a->status == TS_NEED_SWEEP && s->wait.kind == TS_WAIT_ROOM &&
+        c->step_begin.wait) { /* it goes on bit by bit in its place, so nobody takes its room */
+        ts_waits_wake(e, (uint32_t)(s - e->sessions));
+        ts_refuse(a, TS_WAITS, "it waits for room");
+    }
     if (e->waiting_for_room > 0)
         ts_waits_look_for_room(e);
 }

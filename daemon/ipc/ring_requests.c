@@ -500,7 +500,9 @@ static ts_ring *no_longer_parked(ts_parked *parked)
 
 static void go_on(ts_parked *parked)
 {
-    take(no_longer_parked(parked));
+    ts_ring *r = no_longer_parked(parked);
+    take(r);
+    ts_ring_look(r); /* the thread may sleep: for what is left */
 }
 
 static void drop(ts_parked *parked)

@@ -31,11 +31,11 @@ static void wake(ts_rings *rings)
 }
 
 /*
- * Has the thread look at the ring, as its doorbell does. The doorbell itself is neither written nor
- * read here: a client can make that wait for ever, since it can fill or empty it, and make it
- * block. Modifying the interest in it reports it anew, for it can always be read or written.
+ * The doorbell itself is neither written nor read here: a client can make that wait for ever, since
+ * it can fill or empty it, and make it block. Modifying the interest in it reports it anew, for it
+ * can always be read or written.
  */
-static void call(ts_ring *r)
+void ts_ring_look(ts_ring *r)
 {
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = r};
     (void)epoll_ctl(r->rings->epoll, EPOLL_CTL_MOD, r->doorbell, &event); /* ENOENT: let go */
@@ -93,7 +93,7 @@ void ts_ring_end(ts_ring *r)
     __atomic_compare_exchange_n(&r->shared->ended, &none, TS_RINGS_ENDED, false, __ATOMIC_RELEASE,
                                 __ATOMIC_RELAXED);
     syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    call(r);
+    ts_ring_look(r);
 }
 
 static void close_ring(ts_close_hook *hook)
@@ -106,8 +106,13 @@ static void close_ring(ts_close_hook *hook)
 /* The ring takes the place of the connection's, if there is one. */
 static void replace_ring(ts_connection *c, ts_ring *r)
 {
-    (void)ts_service_go_on(r->rings->service, c, true);
     if (c->ring != NULL) {
+        ts_service *s = r->rings->service;
+        if (c->parked == &c->ring->wait)
+            (void)ts_service_go_on(s, c, true);
+        atomic_store(&c->ring->closed, true);
+        if (c->parked == &c->ring->wait) /* what followed waits too: it isn't taken any more */
+            (void)ts_service_go_on(s, c, true);
         ts_close_hook **at = &c->on_end;
         while (*at != &c->ring->hook)
             at = &(*at)->next;
@@ -237,7 +242,7 @@ static void resume(void *arg)
         if (atomic_load(&r->blocked) && !r->parked) {
             atomic_store(&r->blocked, false);
             rings->num_blocked--;
-            call(r);
+            ts_ring_look(r);
         }
 }
 
@@ -279,7 +284,7 @@ static void activate(ts_rings *rings, ts_ring *r, uint64_t now)
         uint32_t capacity = rings->active_capacity * 2 + 16;
         ts_ring **grown = realloc(rings->active, capacity * sizeof *grown);
         if (grown == NULL)
-            return call(r); /* tried again at once */
+            return ts_ring_look(r); /* tried again at once */
         rings->active = grown;
         rings->active_capacity = capacity;
     }

@@ -95,6 +95,9 @@ void ts_ring_release(ts_ring *ring);
 /* The `run` of a ring's work: takes up to 8 entries, a run being the last of them. */
 void ts_ring_take(ts_work *work, void *service);
 
+/* Has the thread look at the ring, as its doorbell does. */
+void ts_ring_look(ts_ring *ring);
+
 /* The ring is of no use any more: the thread sees it and lets it go. */
 void ts_ring_end(ts_ring *ring);
 

@@ -15,7 +15,9 @@ static uint64_t parked_bytes(const ts_service *s, uint32_t uid)
 bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_parked *p,
                        uint32_t wait_ms, ts_command *command, ts_answer *a)
 {
-    command->again = p->deadline_ms != 0;
+    const bool before = p->deadline_ms != 0;
+    /* What waited until it had to wait for a sweep has left its place to what waits now. */
+    command->again = before && c->parked == NULL;
     if (wait_ms == 0)
         return true;
     if (wait_ms > TS_WAIT_MS_MAX) {
@@ -26,12 +28,12 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
         ts_refuse(a, TS_EBUSY, "the daemon is being drained: nothing waits");
         return false;
     }
-    const bool wait = !command->again || ts_now_ms() < p->deadline_ms;
+    const bool wait = !before || (command->again && ts_now_ms() < p->deadline_ms);
     if (command->op == TS_OP_SEQ_MATCH)
         command->seq_match.wait = wait;
     else
         command->step_begin.wait = wait;
-    const uint64_t bytes = command->again ? 0 : parked_bytes(s, c->uid);
+    const uint64_t bytes = before ? 0 : parked_bytes(s, c->uid);
     if (p->bytes + bytes > TS_PARKED_BYTES)
         ts_refuse_more(a, TS_EQUOTA, bytes, p->bytes, TS_PARKED_BYTES,
                        "a request of %zu bytes may not wait: those of uid %u that do have %llu, "
@@ -53,6 +55,7 @@ void ts_parked_alarm(ts_work *work, void *service)
     }
     ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SWEEP}, &answer);
     ts_service_end_quarantines(s, now_ms);
+    s->look_ms = 0;
     ts_service_set_alarm(s);
 }
 

@@ -142,11 +142,13 @@ void ts_service_end_quarantines(ts_service *s, uint64_t now_ms)
 
 void ts_service_set_alarm(ts_service *s)
 {
-    uint64_t at = 0;
-    if (s->parked != NULL && s->exec.engine->claims.live > 0)
-        at = ts_now_ms() + LOOK_MS;
-    if (s->quarantines != NULL)
-        at = ts_now_ms() + QUARANTINE_LOOK_MS;
+    const bool claims = s->parked != NULL && s->exec.engine->claims.live > 0;
+    const uint64_t next_ms = ts_now_ms() + (s->quarantines != NULL ? QUARANTINE_LOOK_MS : LOOK_MS);
+    if (!claims && s->quarantines == NULL)
+        s->look_ms = 0;
+    else if (s->look_ms == 0 || s->look_ms > next_ms) /* later ones don't put it off */
+        s->look_ms = next_ms;
+    uint64_t at = s->look_ms;
     for (const ts_parked *p = s->parked; p != NULL; p = p->next)
         if (at == 0 || p->deadline_ms < at)
             at = p->deadline_ms;

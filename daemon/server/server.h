@@ -54,8 +54,9 @@ typedef struct ts_service {
     ts_request *waiting;                    /* commits and aborts, for their step's runs */
     ts_parked *parked;                      /* what waits (parked.h) */
     ts_work alarm;                          /* for the first of the deadlines */
-    struct ts_quarantine *quarantines;      /* sessions whose processes may still write */
-    uint32_t quarantine_ms;                 /* ... for so long after the process has ended */
+    uint64_t look_ms; /* ... and then, at claims and quarantines; 0: there is nothing to look at */
+    struct ts_quarantine *quarantines; /* sessions whose processes may still write */
+    uint32_t quarantine_ms;            /* ... for so long after the process has ended */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
