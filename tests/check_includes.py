@@ -15,6 +15,7 @@ SUFFIXES = (".c", ".cu", ".h", ".cuh")
 
 #: internal headers, and the modules that they are a part of
 PARTS = {
+    "daemon/core/block_pool_internal": "daemon/core/block_pool",
     "daemon/core/engine_internal": "daemon/core/engine",
     "daemon/ipc/nng_server_internal": "daemon/ipc/nng_server",
     "daemon/config/config_keys": "daemon/config/config",

@@ -1,0 +1,137 @@
+/* The books held against themselves. */
+#include "block_pool_internal.h"
+
+#include <stdio.h>
+
+#define WRONG(...)                                                                                 \
+    do {                                                                                           \
+        snprintf(why, why_bytes, __VA_ARGS__);                                                     \
+        return TS_EINTERNAL;                                                                       \
+    } while (0)
+
+static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, size_t why_bytes)
+{
+    const ts_slab *s = &p->slabs[slab];
+    uint32_t first = slab * p->slab_blocks, used = 0, cached = 0, freed = 0, listed = 0;
+    for (uint32_t b = first; b < first + s->blocks; b++) {
+        used += ts_pool_refs(p, b) > 0;
+        cached += p->refs[b] == CACHED;
+        freed += (p->refs[b] & FREE) != 0;
+        if (p->index != NULL && ts_index_has(p->index, b)
+                ? ts_pool_refs(p, b) == 0 && p->refs[b] != CACHED
+                : p->refs[b] == CACHED)
+            WRONG("block %u is in the index and free, or cached and not in the index", b);
+        if (p->index != NULL && ts_index_has(p->index, b) && p->index->nodes[b].parent >> 31 == 0 &&
+            p->classes[ts_index_parent_of(p->index, b)] < p->classes[b])
+            WRONG("block %u is of class %u, and what it hangs from of a lower one", b,
+                  p->classes[b]);
+        if (p->refs[b] != 0 && b - first >= s->touched)
+            WRONG("block %u is in use, but slab %u says only %u blocks were touched", b, slab,
+                  s->touched);
+    }
+    if (used != s->used || cached != s->cached)
+        WRONG("slab %u has %u used and %u cached blocks, its counts say %u and %u", slab, used,
+              cached, s->used, s->cached);
+    if (used + cached + freed != s->touched)
+        WRONG("slab %u: %u used, %u cached and %u freed blocks, but %u touched", slab, used, cached,
+              freed, s->touched);
+    for (uint32_t b = s->free_head; b != TS_NONE && listed <= freed; listed++) {
+        if (b < first || b >= first + s->blocks || !(p->refs[b] & FREE))
+            WRONG("block %u is on slab %u's free list but isn't free there", b, slab);
+        b = (p->refs[b] & LAST) == LAST ? TS_NONE : p->refs[b] & LAST;
+    }
+    if (listed != freed)
+        WRONG("slab %u has %u freed blocks, %u on its list", slab, freed, listed);
+    return TS_OK;
+}
+
+ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *why,
+                        size_t why_bytes)
+{
+    uint32_t used = 0, shared = 0, empty = 0, idle = 0, cached = 0;
+    for (uint32_t b = 0; b < p->num_blocks; b++) {
+        uint32_t refs = ts_pool_refs(p, b);
+        if (refs != expected[b])
+            WRONG("block %u has %u references, its count says %u", b, expected[b], refs);
+        used += refs > 0;
+        shared += refs > 1;
+    }
+    if (used != p->used || shared != p->shared)
+        WRONG("%u used and %u shared blocks, the counts say %u and %u", used, shared, p->used,
+              p->shared);
+    for (uint32_t i = 0; i < p->num_slabs; i++) {
+        const ts_slab *s = &p->slabs[i];
+        if ((s->tenant == TS_NONE) != (i >= p->ungranted))
+            WRONG("slab %u: tenant %u, but %u slabs were granted", i, s->tenant, p->ungranted);
+        if (check_slab(p, i, why, why_bytes) != TS_OK)
+            return TS_EINTERNAL;
+        empty += s->tenant != TS_NONE && s->used == 0 && s->cached == 0;
+        idle += s->used == 0 && s->cached > 0;
+        cached += s->cached;
+    }
+    if (cached != p->cached || (p->index != NULL && p->index->count < cached))
+        WRONG("%u cached blocks, the count says %u", cached, p->cached);
+    if (p->index != NULL && ts_index_check(p->index, why, why_bytes) != TS_OK)
+        return TS_EINTERNAL;
+    uint32_t listed = 0;
+    for (uint32_t i = p->empty; i != TS_NONE && listed <= empty; i = p->slabs[i].empty_next)
+        listed++;
+    if (empty != p->num_empty || empty != listed)
+        WRONG("%u empty slabs, %u counted, %u listed", empty, p->num_empty, listed);
+    listed = 0;
+    for (uint32_t i = p->idle_oldest; i != TS_NONE && listed <= idle; i = p->slabs[i].idle_next)
+        listed += p->slabs[i].used == 0 && p->slabs[i].cached > 0;
+    if (idle != listed)
+        WRONG("%u slabs of cached blocks alone, %u listed", idle, listed);
+    uint64_t all_empty = 0, all_idle = 0;
+    for (uint32_t t = 0; t < p->num_tenants; t++) {
+        const ts_pool_tenant *tenant = &p->tenants[t];
+        uint32_t slabs = 0, tenant_used = 0, tenant_free = 0, avail = 0, on_list = 0,
+                 tenant_cached = 0;
+        uint64_t empty_blocks = 0, idle_blocks = 0;
+        for (uint32_t i = 0; i < p->num_slabs; i++)
+            if (p->slabs[i].tenant == t) {
+                slabs++;
+                tenant_used += p->slabs[i].used;
+                tenant_cached += p->slabs[i].cached;
+                tenant_free += slab_free(&p->slabs[i]);
+                if (p->slabs[i].used == 0)
+                    *(p->slabs[i].cached > 0 ? &idle_blocks : &empty_blocks) += p->slabs[i].blocks;
+                avail += slab_free(&p->slabs[i]) > 0;
+            }
+        for (uint32_t i = tenant->avail; i != TS_NONE && on_list <= avail;
+             i = p->slabs[i].avail_next, on_list++)
+            if (p->slabs[i].tenant != t || slab_free(&p->slabs[i]) == 0)
+                WRONG("slab %u is on tenant %u's list of slabs with free blocks", i, t);
+        uint32_t in_order = 0;
+        for (uint32_t class = 0; class < TS_CACHE_CLASSES; class ++)
+            for (uint32_t b = tenant->cached_oldest[class];
+                 b != TS_NONE && in_order <= tenant_cached; b = p->cached_next[b], in_order++)
+                if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != t ||
+                    p->classes[b] != class)
+                    WRONG("block %u is on tenant %u's list of cached blocks of class %u", b, t,
+                          class);
+        if (empty_blocks != tenant->empty_blocks || idle_blocks != tenant->idle_blocks)
+            WRONG("tenant %u: %llu blocks in empty slabs and %llu in idle ones, the counts say "
+                  "%llu and %llu",
+                  t, (unsigned long long)empty_blocks, (unsigned long long)idle_blocks,
+                  (unsigned long long)tenant->empty_blocks,
+                  (unsigned long long)tenant->idle_blocks);
+        all_empty += empty_blocks;
+        all_idle += idle_blocks;
+        if (tenant_cached != tenant->cached || in_order != tenant_cached)
+            WRONG("tenant %u: %u cached blocks, %u counted, %u listed", t, tenant_cached,
+                  tenant->cached, in_order);
+        if (slabs != tenant->slabs || tenant_used != tenant->used || tenant_free != tenant->free ||
+            avail != on_list)
+            WRONG("tenant %u: %u slabs, %u used, %u free, %u slabs with free blocks; the counts "
+                  "say %u, %u, %u, %u",
+                  t, slabs, tenant_used, tenant_free, avail, tenant->slabs, tenant->used,
+                  tenant->free, on_list);
+    }
+    if (all_empty != p->empty_blocks || all_idle != p->idle_blocks)
+        WRONG("%llu blocks in empty slabs and %llu in idle ones, the counts say %llu and %llu",
+              (unsigned long long)all_empty, (unsigned long long)all_idle,
+              (unsigned long long)p->empty_blocks, (unsigned long long)p->idle_blocks);
+    return TS_OK;
+}
