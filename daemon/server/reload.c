@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "reload.h"
 
+#include "config_keys.h"
+#include "unconst.h"
 #include "wait_ops.h"
 
 #include <stdio.h>
@@ -12,14 +14,6 @@ typedef struct change {
     ts_config *running;
     const ts_config *next;
 } change;
-
-static void change_quotas(ts_pool_config *at, const ts_pool_config *to)
-{
-    at->tenant_blocks_max = to->tenant_blocks_max;
-    at->tenant_pinned_max = to->tenant_pinned_max;
-    at->tenant_sequences_max = to->tenant_sequences_max;
-    at->tenant_entries_max = to->tenant_entries_max;
-}
 
 static void switch_cache(ts_service *s, uint32_t pool, ts_cache_mode mode)
 {
@@ -40,44 +34,159 @@ static void switch_cache(ts_service *s, uint32_t pool, ts_cache_mode mode)
                   p->config.name, cached);
 }
 
-static void apply(ts_work *work, void *service)
-{
-    change *ch = (change *)work;
-    ts_service *s = service;
-    ts_engine *e = s->exec.engine;
-    pthread_mutex_lock(&s->operators_lock);
-    s->operators = ch->next->operators;
-    pthread_mutex_unlock(&s->operators_lock);
-    s->http_shows_all = ch->next->metrics_show == TS_METRICS_ALL;
-    s->exec.tenant_exchange_bytes = ch->next->tenant_exchange_bytes;
-    ch->running->tenant_exchange_bytes = ch->next->tenant_exchange_bytes;
-    const ts_engine_limits *to = &ch->next->limits;
-    ts_engine_limits *at[] = {&e->limits, &ch->running->limits};
-    for (int i = 0; i < 2; i++) {
-        at[i]->tenant_sessions = to->tenant_sessions;
-        at[i]->session_sequences = to->session_sequences;
-        at[i]->session_steps = to->session_steps;
-        at[i]->session_blocks = to->session_blocks;
-        at[i]->batch = to->batch;
-        at[i]->step_tokens = to->step_tokens;
-        at[i]->exchange_bytes = to->exchange_bytes;
-    }
-    for (uint32_t i = 0; i < ch->next->num_pools; i++)
-        for (uint32_t j = 0; j < e->num_pools; j++)
-            if (strcmp(ch->next->pools[i].pool.name, e->pools[j].config.name) == 0) {
-                change_quotas(&e->pools[j].config, &ch->next->pools[i].pool);
-                ts_waits_look_again(e, j);
-                switch_cache(s, j, ch->next->pools[i].pool.cache);
-            }
-    ts_exec_look_for_woken(&s->exec);
-}
-
 static const ts_config_pool *find(const ts_config *c, const char *name)
 {
     for (uint32_t i = 0; i < c->num_pools; i++)
         if (strcmp(c->pools[i].pool.name, name) == 0)
             return &c->pools[i];
     return NULL;
+}
+
+/* ---- what a key that reloads changes ----
+ *
+ * A key in the engine's limits, or in its pools' configurations, is copied there. The others are in
+ * these tables. */
+
+static void take_operators(ts_service *s, const ts_config *next)
+{
+    pthread_mutex_lock(&s->operators_lock);
+    s->operators = next->operators;
+    pthread_mutex_unlock(&s->operators_lock);
+}
+
+static void take_log_level(ts_service *s, const ts_config *next)
+{
+    (void)s;
+    ts_log_show(next->log_level);
+}
+
+static void take_metrics_show(ts_service *s, const ts_config *next)
+{
+    s->http_shows_all = next->metrics_show == TS_METRICS_ALL;
+}
+
+static void take_tenant_exchange(ts_service *s, const ts_config *next)
+{
+    s->exec.tenant_exchange_bytes = next->tenant_exchange_bytes;
+}
+
+static const struct daemon_change {
+    const char *key;
+    void (*take)(ts_service *service, const ts_config *next);
+} daemon_changes[] = {
+    {"operators", take_operators},
+    {"log_level", take_log_level},
+    {"metrics_show", take_metrics_show},
+    {"tenant_exchange", take_tenant_exchange},
+};
+
+static void take_tenant_memory(ts_service *s, uint32_t pool, const ts_config_pool *next)
+{
+    s->exec.engine->pools[pool].config.tenant_blocks_max = next->pool.tenant_blocks_max;
+}
+
+static void take_tenant_pinned(ts_service *s, uint32_t pool, const ts_config_pool *next)
+{
+    s->exec.engine->pools[pool].config.tenant_pinned_max = next->pool.tenant_pinned_max;
+}
+
+static void take_cache(ts_service *s, uint32_t pool, const ts_config_pool *next)
+{
+    switch_cache(s, pool, next->pool.cache);
+}
+
+static const struct pool_change {
+    const char *key;
+    void (*take)(ts_service *service, uint32_t pool, const ts_config_pool *next);
+} pool_changes[] = {
+    {"tenant_memory", take_tenant_memory},
+    {"tenant_pinned", take_tenant_pinned},
+    {"cache", take_cache},
+};
+
+static const struct daemon_change *daemon_change_of(const ts_config_key *key)
+{
+    for (size_t i = 0; i < sizeof daemon_changes / sizeof *daemon_changes; i++)
+        if (strcmp(daemon_changes[i].key, key->name) == 0)
+            return &daemon_changes[i];
+    return NULL;
+}
+
+static const struct pool_change *pool_change_of(const ts_config_key *key)
+{
+    for (size_t i = 0; i < sizeof pool_changes / sizeof *pool_changes; i++)
+        if (strcmp(pool_changes[i].key, key->name) == 0)
+            return &pool_changes[i];
+    return NULL;
+}
+
+static bool lies_in(const ts_config_key *key, size_t offset, size_t bytes)
+{
+    return key->offset >= offset && key->offset + key->bytes <= offset + bytes;
+}
+
+bool ts_reload_takes(const ts_config_section *section, const ts_config_key *key)
+{
+    if (section == &ts_config_daemon)
+        return daemon_change_of(key) != NULL ||
+               lies_in(key, offsetof(ts_config, limits), sizeof(ts_engine_limits));
+    return pool_change_of(key) != NULL ||
+           lies_in(key, offsetof(ts_config_pool, pool), sizeof(ts_pool_config));
+}
+
+/* The key's field, in a struct whose fields begin at `offset` of the section's. */
+static void copy_field(const ts_config_key *key, size_t offset, void *to, const void *from)
+{
+    memcpy((char *)to + (key->offset - offset), (const char *)from + key->offset, key->bytes);
+}
+
+static void change_daemon(ts_service *s, ts_config *running, const ts_config *next)
+{
+    for (uint32_t i = 0; i < ts_config_daemon.num_keys; i++) {
+        const ts_config_key *key = &ts_config_daemon.keys[i];
+        if (!key->reloads)
+            continue;
+        const struct daemon_change *change = daemon_change_of(key);
+        if (change != NULL)
+            change->take(s, next);
+        else
+            copy_field(key, offsetof(ts_config, limits), &s->exec.engine->limits, next);
+        copy_field(key, 0, running, next);
+    }
+}
+
+static void change_pool(ts_service *s, uint32_t pool, ts_config_pool *running,
+                        const ts_config_pool *next)
+{
+    for (uint32_t i = 0; i < ts_config_pools.num_keys; i++) {
+        const ts_config_key *key = &ts_config_pools.keys[i];
+        if (!key->reloads)
+            continue;
+        const struct pool_change *change = pool_change_of(key);
+        if (change != NULL)
+            change->take(s, pool, next);
+        else
+            copy_field(key, offsetof(ts_config_pool, pool), &s->exec.engine->pools[pool].config,
+                       next);
+        if (running != NULL)
+            copy_field(key, 0, running, next);
+    }
+    ts_waits_look_again(s->exec.engine, pool);
+}
+
+static void apply(ts_work *work, void *service)
+{
+    change *ch = (change *)work;
+    ts_service *s = service;
+    const ts_engine *e = s->exec.engine;
+    change_daemon(s, ch->running, ch->next);
+    for (uint32_t i = 0; i < e->num_pools; i++) {
+        const char *name = e->pools[i].config.name;
+        const ts_config_pool *next = find(ch->next, name);
+        if (ts_engine_has_pool(e, i) && next != NULL)
+            change_pool(s, i, ts_unconst(find(ch->running, name)), next);
+    }
+    ts_exec_look_for_woken(&s->exec);
 }
 
 /* What can't be changed, as far as it fits. */
@@ -112,8 +221,6 @@ void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
         if (find(running, next->pools[i].pool.name) == NULL)
             note_pool(&fixed, &next->pools[i]);
 
-    running->log_level = next->log_level;
-    ts_log_show(next->log_level);
     change ch = {.work.run = apply, .running = running, .next = next};
     ts_queue_put(&s->exec.queue, &ch.work);
     ts_queue_flush(&s->exec.queue);

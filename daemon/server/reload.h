@@ -9,7 +9,11 @@
 #define TS_RELOAD_H
 
 #include "config.h"
+#include "config_keys.h"
 #include "server.h"
+
+/* Whether a change of the key would be taken: true of each that reloads. */
+bool ts_reload_takes(const ts_config_section *section, const ts_config_key *key);
 
 /* `running` becomes what runs then. */
 void ts_reload(ts_service *service, ts_config *running, const ts_config *next);
