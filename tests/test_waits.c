@@ -154,7 +154,7 @@ static void the_first_that_waits_goes_on_where_one_that_ends_left_off(void **sta
             w[0].ids = other;
             compute(&w[0], 4);
         } else { /* ... or does nothing for a while */
-            for (uint64_t now = 1; now <= 1 + TS_CLAIM_IDLE_MS; now += TS_CLAIM_IDLE_MS / 2) {
+            for (uint64_t now = 1000; now <= 1000 + TS_CLAIM_IDLE_MS; now += TS_CLAIM_IDLE_MS / 2) {
                 assert_true(ts_engine_woken(e) == 0);
                 apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
             }

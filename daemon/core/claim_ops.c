@@ -66,6 +66,12 @@ static void wake_waiters(ts_engine *e, ts_claim *c, uint32_t there)
     }
 }
 
+/* What the tenant is charged for the claim. */
+static uint32_t cost(uint32_t from, uint32_t end)
+{
+    return end - from + TS_CLAIM_COST;
+}
+
 /* Ends a claim that isn't in the table any more. */
 static void give_up(ts_engine *e, ts_claim *c)
 {
@@ -73,8 +79,13 @@ static void give_up(ts_engine *e, ts_claim *c)
     wake_waiters(e, c, UINT32_MAX);
     sequence_of(e, c)->claim = TS_NONE;
     s->claims--;
-    if (c->ids != NULL)
-        e->tenant_claim_ids[s->tenant] -= c->end - c->from;
+    e->tenant_claim_ids[s->tenant] -= cost(c->from, c->end);
+    if (c->newer != TS_NONE)
+        e->claims.all[c->newer].older = c->older;
+    else
+        s->newest_claim = c->older;
+    if (c->older != TS_NONE)
+        e->claims.all[c->older].newer = c->newer;
     free(c->ids);
     c->ids = NULL;
     c->live = false;
@@ -94,7 +105,8 @@ static ts_claim *new_claim(ts_engine *e, ts_session *s, uint32_t pool, uint32_t 
                            uint32_t end)
 {
     ts_claims *all = &e->claims;
-    if (s->claims == TS_CLAIM_SESSION_CLAIMS)
+    if (s->claims == TS_CLAIM_SESSION_CLAIMS ||
+        cost(from, end) > TS_CLAIM_TENANT_IDS - e->tenant_claim_ids[s->tenant])
         return NULL;
     uint32_t index = all->free_head;
     if (index != TS_NONE)
@@ -110,10 +122,15 @@ static ts_claim *new_claim(ts_engine *e, ts_session *s, uint32_t pool, uint32_t 
                                  .space = e->pools[pool].seqs.all[seq].space,
                                  .seq = seq,
                                  .session = (uint32_t)(s - e->sessions),
+                                 .older = s->claims > 0 ? s->newest_claim : TS_NONE,
+                                 .newer = TS_NONE,
                                  .waiters = {TS_NONE, TS_NONE},
                                  .live = true};
+    if (s->claims++ > 0)
+        all->all[s->newest_claim].newer = index;
+    s->newest_claim = index;
+    e->tenant_claim_ids[s->tenant] += cost(from, end);
     all->live++;
-    s->claims++;
     e->pools[pool].seqs.all[seq].claim = index;
     return &all->all[index];
 }
@@ -166,9 +183,10 @@ void ts_claims_wait(ts_engine *e, ts_session *s, const ts_claim_found *found)
         .kind = TS_WAIT_CLAIM, .pool = c->pool, .claim = found->claim, .until = found->until};
     ts_waits_add(e, &c->waiters, session);
     e->pools[c->pool].waiting++;
-    for (uint32_t i = 0; i < e->claims.count && s->claims > 0; i++) {
+    for (uint32_t i = s->claims > 0 ? s->newest_claim : TS_NONE; i != TS_NONE;) {
         c = &e->claims.all[i];
-        if (c->live && c->session == session && sequence_of(e, c)->step == TS_NONE)
+        i = c->older;
+        if (sequence_of(e, c)->step == TS_NONE)
             end_claim(e, c);
     }
 }
@@ -181,7 +199,7 @@ void ts_claims_add_prompt(ts_engine *e, ts_session *s, uint32_t pool, uint32_t s
     const uint32_t each = e->pools[pool].seqs.block_tokens;
     const uint32_t from = e->pools[pool].seqs.all[seq].length / each * each;
     const uint32_t end = count / each * each;
-    if (end <= from || end - from > TS_CLAIM_TENANT_IDS - e->tenant_claim_ids[s->tenant])
+    if (end <= from)
         return;
     const ts_sequence *q = &e->pools[pool].seqs.all[seq];
     const ts_index_parent parent =
@@ -197,7 +215,6 @@ void ts_claims_add_prompt(ts_engine *e, ts_session *s, uint32_t pool, uint32_t s
     memcpy(copy, ids + from, (end - from) * sizeof *copy);
     c->ids = copy;
     c->prompt = prompt;
-    e->tenant_claim_ids[s->tenant] += end - from;
     if (!link_claim(e, c))
         give_up(e, c);
 }
@@ -257,13 +274,15 @@ void ts_claims_end_of(ts_engine *e, uint32_t pool, uint32_t seq)
 
 void ts_claims_end_all(ts_engine *e, const ts_session *s)
 {
-    for (uint32_t i = 0; i < e->claims.count && s->claims > 0; i++)
-        if (e->claims.all[i].live && &e->sessions[e->claims.all[i].session] == s)
-            end_claim(e, &e->claims.all[i]);
+    while (s->claims > 0)
+        end_claim(e, &e->claims.all[s->newest_claim]);
 }
 
 void ts_claims_end_idle(ts_engine *e)
 {
+    if (e->now_ms - e->claims.looked_ms < TS_CLAIM_IDLE_MS / 8)
+        return;
+    e->claims.looked_ms = e->now_ms;
     for (uint32_t i = 0; i < e->claims.count && e->claims.live > 0; i++) {
         ts_claim *c = &e->claims.all[i];
         if (!c->live || sequence_of(e, c)->step != TS_NONE)

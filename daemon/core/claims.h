@@ -25,8 +25,10 @@
 
 #define TS_CLAIM_IDLE_MS 1000u
 #define TS_CLAIM_BUCKETS 4096u
-#define TS_CLAIM_CHAIN_MAX 32u         /* of one bucket; more aren't looked at */
-#define TS_CLAIM_TENANT_IDS (1u << 22) /* token ids of one tenant's claims */
+#define TS_CLAIM_CHAIN_MAX 32u /* of one bucket; more aren't looked at */
+#define TS_CLAIM_TENANT_IDS                                                                        \
+    (1u << 22) /* token ids of one tenant's claims, each with so many more */
+#define TS_CLAIM_COST 64u
 #define TS_CLAIM_SESSION_CLAIMS (1u << 12)
 
 typedef struct ts_claim {
@@ -37,6 +39,7 @@ typedef struct ts_claim {
     ts_index_parent parent;
     uint32_t hash;
     uint32_t next;          /* in its bucket, or of the free ones */
+    uint32_t older, newer;  /* of the same session */
     uint64_t idle_since_ms; /* 0: a step was open when it was last looked at */
     ts_wait_list waiters;
     bool live;
@@ -45,6 +48,7 @@ typedef struct ts_claim {
 typedef struct ts_claims {
     ts_claim *all;
     uint32_t count, live, free_head;
+    uint64_t looked_ms; /* for idle ones */
     size_t capacity;
     uint32_t buckets[TS_CLAIM_BUCKETS]; /* claim + 1 */
 } ts_claims;

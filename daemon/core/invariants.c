@@ -273,7 +273,7 @@ static void check_waits(checker *c)
         const ts_sequence *seq = &e->pools[claim->pool].seqs.all[claim->seq];
         live++;
         listed += check_list(c, &claim->waiters, TS_WAIT_CLAIM, i);
-        ids += claim->ids == NULL ? 0 : claim->end - claim->from;
+        ids += claim->end - claim->from + TS_CLAIM_COST;
         if (seq->tenant == TS_NONE || seq->claim != i ||
             (seq->owner != claim->session && (seq->owner != TS_NONE || claim->ids != NULL)) ||
             claim->at >= claim->end || claim->at > seq->known ||

@@ -24,7 +24,8 @@ typedef struct ts_session {
     uint32_t step_list;
     uint64_t opened_pools;   /* bit i: pool i */
     uint64_t writable_pools; /* bit i: opened to be written */
-    uint32_t claims;         /* of its sequences (claims.h) */
+    uint32_t claims;         /* of its sequences (claims.h), */
+    uint32_t newest_claim;   /* ... if there are any */
     ts_wait wait;
     uint32_t *owned; /* per pool: head of its sequences */
     uint32_t next_free;
