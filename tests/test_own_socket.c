@@ -55,7 +55,7 @@ static int user_remove(void **state)
         return 0;
     snprintf(command, sizeof command, "rm -rf %s %s /run/tinyserve", u->home, u->in_tmp);
     alarm(0);
-    return system(command);
+    return chdir("/") != 0 ? -1 : system(command);
 }
 
 #define USER(state)                                                                                \
@@ -104,11 +104,12 @@ static pid_t daemon_as(uid_t uid, const char *runtime, int *out)
     return start(daemon_file, uid, runtime, out, argv);
 }
 
-/* Reads until the text is there; fails where it doesn't come. */
-static void await_text(int from, const char *text)
+/* Reads until the text is there; fails where it doesn't come. Returns all that was said. */
+static const char *await_text(int from, const char *text)
 {
-    char said[4096] = "";
+    static char said[4096];
     size_t used = 0;
+    said[0] = '\0';
     while (strstr(said, text) == NULL) {
         ssize_t n = read(from, said + used, sizeof said - 1 - used);
         if (n <= 0)
@@ -116,6 +117,7 @@ static void await_text(int from, const char *text)
         used += (size_t)n;
         said[used] = '\0';
     }
+    return said;
 }
 
 static void ends_with(pid_t pid, int expected)
@@ -139,7 +141,9 @@ static pid_t serve_in(const user *u, const char *runtime, const char *folder, in
     char sentence[192];
     pid_t pid = daemon_as(u->uid, runtime, out);
     snprintf(sentence, sizeof sentence, "listens at %s/tinyserve.sock;", folder);
-    await_text(*out, sentence);
+    const char *said = await_text(*out, " threads");
+    if (strstr(said, sentence) == NULL)
+        fail_msg("'%s' is missing in:\n%s", sentence, said);
     return pid;
 }
 
@@ -249,8 +253,12 @@ static void without_a_runtime_folder_of_the_users_alone_it_is_in_tmp(void **stat
 {
     const user *u = USER(state);
     struct stat about;
-    char absent[80];
+    char absent[80], run[80];
     snprintf(absent, sizeof absent, "%s/absent", u->home);
+    snprintf(run, sizeof run, "%s/run", u->home);
+    assert_int_equal(mkdir(run, 0700), 0); /* theirs, and named by a relative path */
+    assert_int_equal(chown(run, u->uid, u->uid), 0);
+    assert_int_equal(chdir(u->home), 0);
     const char *const runtimes[] = {NULL, "", "run", "/", absent, u->home};
     assert_int_equal(chmod(u->home, 0770), 0); /* the group may write to the last */
     for (size_t i = 0; i < sizeof runtimes / sizeof *runtimes; i++) {
