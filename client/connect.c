@@ -16,6 +16,7 @@
 #include "unconst.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <nng/protocol/reqrep0/req.h>
 #include <poll.h>
 #include <pthread.h>
@@ -174,7 +175,7 @@ static void hang_up(ts_client *c)
 /* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
 static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes)
 {
-    c->absent = false;
+    c->absent = c->met = false;
     c->next_id = 1;
     ts_status status = open_socket(c);
     if (status != TS_OK)
@@ -182,6 +183,7 @@ static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes
     int error = dial(c);
     if (error != 0)
         return cannot_reach(c, error);
+    c->met = true;
     status = open_session(c, program);
     c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
     if (status == TS_OK && exchange_bytes > 0) {
@@ -190,6 +192,56 @@ static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes
         c->absent = status == TS_ECONN || status == TS_EPERM;
     }
     return status;
+}
+
+/*
+ * Puts the user's own socket into c->path. False: there is none, or none to be trusted; `why`
+ * continues the sentence that tells of the system's, and is empty where the user's is that.
+ */
+static bool find_own(ts_client *c, char *why, size_t why_bytes)
+{
+    char socket[PATH_MAX], problem[160];
+    size_t length = ts_own_socket(socket, sizeof socket);
+    why[0] = '\0';
+    if (length == 0)
+        return false;
+    if (length >= sizeof c->path) {
+        snprintf(why, why_bytes,
+                 "; the user's own, by XDG_RUNTIME_DIR, has a path of %zu bytes; the limit is %zu",
+                 length, sizeof c->path - 1);
+        return false;
+    }
+    memcpy(c->path, socket, length + 1);
+    ts_status status = ts_own_folder_check(c->path, problem, sizeof problem);
+    c->absent = status == TS_ENOENT;
+    if (status == TS_ENOENT)
+        snprintf(why, why_bytes, "; nor is there %s", c->path);
+    else if (status != TS_OK)
+        snprintf(why, why_bytes, "; %s", problem);
+    return status == TS_OK;
+}
+
+/* Arrives at the user's own daemon; if there is none, at the system's. */
+static ts_status arrive_by_default(ts_client *c, const char *program, size_t exchange_bytes)
+{
+    char why[192];
+    c->absent = false;
+    if (find_own(c, why, sizeof why)) {
+        ts_status status = arrive(c, program, exchange_bytes);
+        if (status == TS_OK || c->met || !c->absent)
+            return status;
+        hang_up(c);
+        snprintf(why, sizeof why, "; nor is there %s", c->path);
+    }
+    bool own_absent = c->absent;
+    snprintf(c->path, sizeof c->path, "%s", TS_SYSTEM_SOCKET);
+    ts_status status = arrive(c, program, exchange_bytes);
+    if (status == TS_OK || c->met)
+        return status;
+    char first[sizeof c->error];
+    memcpy(first, c->error, sizeof first);
+    c->absent = c->absent || (status == TS_EPERM && own_absent); /* the user's own may come */
+    return ts_fail(c, status, "%s%s", first, why);
 }
 
 /* Takes the daemon's address apart; only sockets of this machine are served. */
@@ -204,7 +256,7 @@ static ts_status set_path(ts_client *c, const char *url)
     const char *path = scheme != NULL ? url + 6 : url;
     if (path[0] != '/')
         return ts_fail(c, TS_EINVAL,
-                       "the address %.100s: an absolute path such as " TS_URL_DEFAULT " is needed",
+                       "the address %.100s: an absolute path such as " TS_URL_SYSTEM " is needed",
                        url);
     if (strlen(path) >= sizeof c->path)
         return ts_fail(c, TS_EINVAL,
@@ -234,10 +286,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->threads = o.threads;
     c->spin_us = o.spin_us != 0 ? o.spin_us : SPIN_DEFAULT_US;
     const char *url = o.url != NULL ? o.url : getenv("TINYSERVE_URL");
-    if (url == NULL || url[0] == '\0')
-        url = TS_URL_DEFAULT;
-    status = set_path(c, url);
-    if (status != TS_OK)
+    bool named = url != NULL && url[0] != '\0';
+    if (named && (status = set_path(c, url)) != TS_OK)
         return status;
 
     pid_t user = 0;
@@ -248,7 +298,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        (int)c->pid, (int)user);
     const char *program = o.program != NULL ? o.program : program_invocation_short_name;
     uint64_t until = ts_now_ms() + o.wait_ms;
-    while ((status = arrive(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
+    ts_status (*const go)(ts_client *, const char *, size_t) = named ? arrive : arrive_by_default;
+    while ((status = go(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
            ts_now_ms() < until) {
         hang_up(c);
         (void)poll(NULL, 0, POLL_MS);

@@ -12,6 +12,7 @@
 #include "ring_server.h"
 #include "server.h"
 #include "socket_path.h"
+#include "socket_place.h"
 #include "tinyserve_version.h"
 
 #include <argp.h>
@@ -51,7 +52,8 @@ typedef struct options {
 
 static const struct argp_option argp_options[] = {
     {"config", 'c', "FILE", 0, "Configuration (default " TS_CONFIG_DEFAULT ")", 0},
-    {"socket", 's', "PATH", 0, "Listen at this Unix socket (default " TS_SOCKET_DEFAULT ")", 0},
+    {"socket", 's', "PATH", 0,
+     "Listen at this Unix socket (default " TS_SYSTEM_SOCKET "; without root the user's own)", 0},
     {"set", 'S', "KEY=VALUE", 0, "Override a key of the [daemon] section", 0},
     {"pool", OPT_POOL, "NAME:KEY=VALUE,...", 0, "Add a pool, with the keys of a [pool] section", 0},
     {"check-config", OPT_CHECK, NULL, 0, "Check the configuration, print its pools and exit", 0},
@@ -389,8 +391,9 @@ static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signal
 {
     char lock_path[128], handles_path[128], why[512];
     int lock, code = EXIT_FAILURE;
-    if (ts_socket_path_lock(c->socket, lock_path, sizeof lock_path, &lock, why, sizeof why) !=
-        TS_OK) {
+    if ((c->socket_is_own && ts_socket_folder_make(c->socket, why, sizeof why) != TS_OK) ||
+        ts_socket_path_lock(c->socket, lock_path, sizeof lock_path, &lock, why, sizeof why) !=
+            TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
         return EXIT_FAILURE;
     }

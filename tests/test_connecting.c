@@ -170,9 +170,9 @@ static void an_address_that_can_be_no_daemons_is_named(void **state)
             "the address tcp://127.0.0.1:80: the daemon is reached by ipc:///PATH alone, on its "
             "own machine");
     refused("run/s", TS_EINVAL,
-            "the address run/s: an absolute path such as " TS_URL_DEFAULT " is needed");
+            "the address run/s: an absolute path such as " TS_URL_SYSTEM " is needed");
     refused("ipc://run/s", TS_EINVAL,
-            "the address ipc://run/s: an absolute path such as " TS_URL_DEFAULT " is needed");
+            "the address ipc://run/s: an absolute path such as " TS_URL_SYSTEM " is needed");
     memset(far, 'x', sizeof far);
     far[0] = '/';
     far[sizeof far - 1] = '\0';

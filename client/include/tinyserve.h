@@ -71,8 +71,9 @@ size_t ts_struct_bytes(const char *name);
 
 typedef struct ts_options {
     size_t size;         /* sizeof(ts_options) */
-    const char *url;     /* "ipc:///path" or "/path"; NULL: TINYSERVE_URL of the environment, or
-                            ipc:///run/tinyserve/tinyserve.sock */
+    const char *url;     /* "ipc:///path" or "/path"; NULL: TINYSERVE_URL of the environment;
+                            without one the user's own daemon, or else the system's, as
+                            ts_connect(3) says */
     const char *program; /* shown to operators; NULL: the process's name */
     uint32_t timeout_ms; /* of one call; 0: 30000 */
     uint32_t retries;    /* a call that timed out is sent again so often; it takes effect once */

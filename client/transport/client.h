@@ -11,6 +11,7 @@
 #include "handle_wire.h"
 #include "rings.h"
 #include "signals.h"
+#include "socket_place.h"
 #include "tinyserve.h"
 #include "tinyserve.pb-c.h"
 
@@ -18,7 +19,7 @@
 #include <stdatomic.h>
 #include <sys/types.h>
 
-#define TS_URL_DEFAULT "ipc:///run/tinyserve/tinyserve.sock"
+#define TS_URL_SYSTEM "ipc://" TS_SYSTEM_SOCKET
 #define TS_EXCHANGE_ALIGN 64u
 #define TS_UUID_BYTES 16
 #define TS_IPC_HANDLE_BYTES 64
@@ -51,6 +52,7 @@ struct ts_client {
     bool open;          /* socket and aio are there */
     atomic_bool broken; /* the connection ended; set on NNG's threads */
     bool absent;        /* connecting failed for want of a daemon */
+    bool met;           /* connecting has reached one */
     char path[100];     /* of the daemon's socket */
     uint32_t timeout_ms, retries;
     uint32_t wait_ms; /* that the present call may take beside */

@@ -3,9 +3,11 @@
 
 #include "config_keys.h"
 #include "plain_text.h"
+#include "socket_place.h"
 
 #include <errno.h>
 #include <ini.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -414,8 +416,27 @@ static void finish_pool(ts_config *c, ts_config_pool *p)
         p->pool.sequence_tokens_max = TS_COMMAND_ENTRIES * p->pool.geometry.block_tokens;
 }
 
+/* A user who isn't the system's has a socket of their own, unless they set one. */
+static void finish_socket(ts_config *c)
+{
+    const ts_config_key *key = ts_config_find_key(&ts_config_daemon, "socket");
+    char own[PATH_MAX];
+    if (c->given.keys >> (key - ts_config_daemon.keys) & 1)
+        return;
+    size_t length = ts_own_socket(own, sizeof own);
+    if (length > TS_CONFIG_SOCKET_MAX)
+        return ts_config_complain(c, 0,
+                                  "socket: by XDG_RUNTIME_DIR it has a path of %zu bytes; the "
+                                  "limit is %zu: set another",
+                                  length, TS_CONFIG_SOCKET_MAX);
+    c->socket_is_own = length > 0;
+    if (c->socket_is_own)
+        memcpy(c->socket, own, length + 1);
+}
+
 ts_status ts_config_finish(ts_config *c)
 {
+    finish_socket(c);
     if (c->num_pools == 0)
         ts_config_complain(c, 0, "no pool is configured: add a [pool NAME] section");
     for (uint32_t i = 0; i < c->num_pools; i++)

@@ -8,10 +8,13 @@
 
 #include "attention.h"
 #include "engine.h"
+#include "handle_wire.h"
 #include "log.h"
 #include "operators.h"
 
-#define TS_SOCKET_DEFAULT "/run/tinyserve/tinyserve.sock"
+#define TS_CONFIG_SOCKET_BYTES 100
+/* Of the path; the handle socket's name is longer by its suffix. */
+#define TS_CONFIG_SOCKET_MAX (TS_CONFIG_SOCKET_BYTES - sizeof TS_HANDLE_SUFFIX)
 #define TS_CONFIG_DEFAULT "/etc/tinyserve/tinyserved.conf"
 
 /* Who provides a pool's memory. */
@@ -55,7 +58,8 @@ typedef struct ts_config_problem {
 typedef enum ts_metrics_show { TS_METRICS_TOTALS, TS_METRICS_ALL } ts_metrics_show;
 
 typedef struct ts_config {
-    char socket[100]; /* with TS_HANDLE_SUFFIX it fits into a sockaddr_un */
+    char socket[TS_CONFIG_SOCKET_BYTES]; /* with TS_HANDLE_SUFFIX it fits into a sockaddr_un */
+    bool socket_is_own; /* nobody has set it, and it is the user's own (socket_place.h) */
     uint32_t socket_mode;
     uint32_t threads; /* 0: all processors */
     ts_isa kernel;

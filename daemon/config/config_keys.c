@@ -3,6 +3,7 @@
 #include "dtypes.h"
 #include "http_address.h"
 #include "plain_text.h"
+#include "socket_place.h"
 
 #include <errno.h>
 #include <stddef.h>
@@ -102,7 +103,7 @@ static ts_status read_socket(const ts_config_key *key, void *field, const char *
                              size_t why_bytes)
 {
     const char *path = strncmp(value, "ipc://", 6) == 0 ? value + 6 : value;
-    const size_t most = key->bytes - 1 - strlen(".handles"); /* the other socket's name is longer */
+    const size_t most = TS_CONFIG_SOCKET_MAX;
     if (path[0] != '/' || strlen(path) > most) {
         snprintf(why, why_bytes, "an absolute path of at most %zu bytes is needed", most);
         return TS_EINVAL;
@@ -219,8 +220,9 @@ _Static_assert(sizeof kernels / sizeof *kernels - 1 == TS_KERNEL_COUNT, "one wor
 
 /* In the order in which tinyserved.conf has them. config_keys.h explains the fields. */
 static const ts_config_key daemon_keys[] = {
-    {DAEMON("socket", read_socket, socket), .preset = TS_SOCKET_DEFAULT,
-     .help = "Where workers connect. The handle socket lies beside it (.handles)."},
+    {DAEMON("socket", read_socket, socket), .preset = TS_SYSTEM_SOCKET,
+     .help = "Where workers connect. The handle socket lies beside it (.handles). Without root the "
+             "default is the user's own, as tinyserved(8) says."},
     {DAEMON("socket_mode", read_u32, socket_mode), .octal = true, .least = 0600, .most = 0666,
      .preset = "0660", .help = "Who may connect: the daemon's user and group."},
     {DAEMON("operators", read_operators, operators), .empty = "none", .reloads = true,

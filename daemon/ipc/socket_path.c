@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "socket_path.h"
 
+#include "socket_place.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -33,6 +35,22 @@ static int connect_error(const char *path)
     close(fd);
     /* A queue that is full, or a socket of another type: somebody has it open. */
     return error == EAGAIN || error == EPROTOTYPE ? 0 : error;
+}
+
+ts_status ts_socket_folder_make(const char *socket, char *why, size_t why_bytes)
+{
+    char folder[sizeof(struct sockaddr_un)];
+    snprintf(folder, sizeof folder, "%.*s", (int)(strrchr(socket, '/') - socket), socket);
+    if (mkdir(folder, 0700) != 0 && errno != EEXIST) {
+        snprintf(why, why_bytes, "%s, the folder of this user's socket: %s", folder,
+                 strerror(errno));
+        return TS_EEXIST;
+    }
+    if (ts_own_folder_check(socket, why, why_bytes) == TS_OK)
+        return TS_OK;
+    size_t used = strlen(why);
+    snprintf(why + used, why_bytes - used, ": the daemon's socket can't be made there");
+    return TS_EEXIST;
 }
 
 ts_status ts_socket_path_clear(const char *path, char *why, size_t why_bytes)

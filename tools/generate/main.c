@@ -39,7 +39,7 @@ typedef struct options {
 } options;
 
 static const struct argp_option argp_options[] = {
-    {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, or the system's)", 0},
+    {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, the user's or the system's)", 0},
     {"pool", 'P', "NAME", 0, "The pool to use (default: tiny)", 0},
     {"model", 'm', "FOLDER", 0, "config.json and model.safetensors (default: tools/model)", 0},
     {"prompt", 'p', "TEXT", 0, "Text to go on from", 0},

@@ -21,7 +21,7 @@ const char *argp_program_version = "tsctl " TS_VERSION;
 enum { OPT_COLOR = 256, OPT_WAIT, OPT_TENANT, OPT_NAMESPACE };
 
 static const struct argp_option argp_options[] = {
-    {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, or the system's)", 0},
+    {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, the user's or the system's)", 0},
     {"pool", 'P', "NAME", 0, "Which pool (needed where there are several)", 0},
     {"json", 'j', NULL, 0, "Write JSON", 0},
     {"watch", 'w', "SECONDS", OPTION_ARG_OPTIONAL, "Again and again, every second or so many", 0},

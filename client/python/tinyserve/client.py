@@ -113,7 +113,8 @@ class Client:
                  timeout: float = 30.0, retries: int = 0, wait: float = 0.0,
                  exchange_bytes: int = 0, transport: str = "auto", spin_us: int | None = None,
                  execution: str = "daemon", threads: int = 0) -> None:
-        """url: "ipc:///path" or "/path", or a Path; None: TINYSERVE_URL, or the system's daemon.
+        """url: "ipc:///path" or "/path", or a Path; None: TINYSERVE_URL, or the user's daemon,
+        or the system's.
         timeout: seconds for one call; wait: seconds to wait for a daemon to appear.
         exchange_bytes: of shared memory for q, k, v and out to start with.
         transport: how steps reach the daemon, "ring", "messages", or "auto": rings if it can.
