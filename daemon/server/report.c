@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define LIST_MAX 200u /* an answer holds up everybody else: it is short */
@@ -331,6 +332,14 @@ static void add_problem(void *arg, const char *sentence)
         r->problems[r->n_problems++] = copy;
 }
 
+/* Processor time of this thread. */
+static uint64_t thread_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 static void report_check(ts_service *s, ts_view view, Tspb__Reply *reply)
 {
     uint64_t now_ms = ts_now_ms();
@@ -352,10 +361,10 @@ static void report_check(ts_service *s, ts_view view, Tspb__Reply *reply)
     r->problems = ts_report_zalloc(PROBLEMS_MAX, sizeof *r->problems);
     if (r->problems == NULL)
         return ts_report_no_memory(reply);
-    uint64_t began_ns = ts_now_ns();
+    const uint64_t began_ns = ts_now_ns(), began_cpu_ns = thread_ns();
     r->checked = ts_invariants_check(s->exec.engine, add_problem, r);
     r->held_us = (ts_now_ns() - began_ns) / 1000;
-    if (r->held_us > CHECK_QUICK_US)
+    if ((thread_ns() - began_cpu_ns) / 1000 > CHECK_QUICK_US) /* others' work aside */
         s->check_after_ms = ts_now_ms() + CHECK_REST_MS;
 }
 
