@@ -246,7 +246,7 @@ typedef struct ts_answer {
             const uint64_t *seqs; /* NULL: of a dry match */
             const uint32_t *lengths;
             const uint32_t *twins; /* of each prompt, the earlier one of this match that will
-                                    * compute what it lacks, or itself; NULL: it didn't wait */
+                                    * compute what it lacks, or itself; NULL: of a dry match */
             uint32_t count;
         } matched; /* SEQ_MATCH */
         struct {

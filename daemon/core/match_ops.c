@@ -183,10 +183,12 @@ void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_an
         ts_refuse(a, TS_WAITS, "it waits for what is being computed");
     } else if (!dry && ts_engine_check_entries(e, s, c->pool, taken, a)) {
         make_sequences(e, s, c, space, lengths, blocks, a);
-        if (look && a->status == TS_OK) {
+        if (look && a->status == TS_OK)
             claim_rests(e, s, c, space, lengths, twins, blocks);
-            a->matched.twins = twins;
-        }
+        else
+            for (uint32_t i = 0; i < count; i++)
+                twins[i] = i;
+        a->matched.twins = twins;
     }
     if (space != TS_NONE && !dry) /* the sequences use it now */
         ts_index_leave_space(pool->books.index, space);

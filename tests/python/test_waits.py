@@ -137,6 +137,17 @@ def test_when_the_time_is_over_a_match_tells_what_there_is(daemon, session):
     assert second.match(prompt, SPACE)[1] == 8  # and without a wait nobody waits
 
 
+def test_after_a_wait_in_vain_each_prompt_is_its_own_twin(daemon, session):
+    prompt = list(range(100, 140))
+    _ = session().match(prompt, SPACE, wait=LONG)
+    pool, twins = session(), []
+    # A ring has something else where it tells of twins.
+    compute(pool, pool.create(namespace=SPACE)[0], list(range(1, 20)))
+    found = pool.match_many([prompt, prompt, prompt], SPACE, wait=0.01, twins=twins)
+    assert [matched for _, matched in found] == [0, 0, 0]
+    assert twins == [0, 1, 2]
+
+
 def test_prompts_of_one_call_that_lack_the_same_are_told(session):
     pool = session()
     prompt, other, twins = list(range(20)), list(range(50, 70)), []
