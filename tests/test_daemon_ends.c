@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include <pthread.h>
 #include <sys/stat.h>
 
 /* Worker: connects, says so through the pipe, and goes on until the daemon is gone. */
@@ -155,6 +156,66 @@ static void a_forked_child_is_refused_and_not_ended(void **state)
     daemon_stop(&d);
 }
 
+/* A call that waits for room. */
+typedef struct waiter {
+    ts_pool *pool;
+    ts_seq seq;
+    ts_status status;
+} waiter;
+
+static void *wait_for_room(void *arg)
+{
+    waiter *w = arg;
+    ts_step *s;
+    w->status =
+        ts_step_begin(w->pool, &w->seq, &(uint32_t){8}, 1,
+                      &(ts_step_options){.size = sizeof(ts_step_options), .wait_ms = 3600000}, &s);
+    return NULL;
+}
+
+static void a_daemon_ends_while_calls_wait(void **state)
+{
+    (void)state;
+    static const ts_transport by[3] = {TS_TRANSPORT_MESSAGES, TS_TRANSPORT_RING};
+    daemon_process d;
+    ts_client *c[3];
+    ts_pool *p[3];
+    waiter w[2];
+    pthread_t threads[2];
+    ts_seq all;
+    ts_step *s;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    for (int i = 0; i < 3; i++) {
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                    .url = d.url,
+                                    .exchange_bytes = 1 << 20,
+                                    .transport = by[i]},
+                      &c[i]));
+        p[i] = open_pool(c[i], "tiny", 0);
+    }
+    OK(ts_seq_create(p[2], 1, &all));
+    OK(ts_step_begin(p[2], &all, &(uint32_t){64}, 1, NULL, &s));
+    for (int i = 0; i < 2; i++) {
+        w[i] = (waiter){.pool = p[i]};
+        OK(ts_seq_create(p[i], 1, &w[i].seq));
+        assert_int_equal(pthread_create(&threads[i], NULL, wait_for_room, &w[i]), 0);
+    }
+    ts_pool_room room = TS_POOL_ROOM_INIT;
+    do
+        OK(ts_pool_stats(p[2], &room));
+    while (room.waiting < 2);
+    daemon_stop(&d); /* with status 0: a sanitizer ends it with another */
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+        assert_true(w[i].status == TS_ECONN || w[i].status == TS_EBUSY);
+    }
+    (void)ts_step_abort(s);
+    for (int i = 0; i < 3; i++) {
+        ts_pool_close(p[i]);
+        ts_disconnect(c[i]);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
@@ -167,6 +228,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status),
         cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
+        cmocka_unit_test(a_daemon_ends_while_calls_wait),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

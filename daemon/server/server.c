@@ -252,7 +252,11 @@ bool ts_service_is_operator(const ts_service *s, uint32_t uid, uint32_t gid)
 static void set_ending(ts_work *work, void *service)
 {
     (void)work;
-    ((ts_service *)service)->ending = true;
+    ts_service *s = service;
+    s->ending = true;
+    while (s->parked !=
+           NULL) /* the transport, which has the requests, goes before connections do */
+        (void)ts_service_go_on(s, s->parked->connection, true);
 }
 
 void ts_service_stop(ts_service *s)
