@@ -120,19 +120,26 @@ static const char *await_text(int from, const char *text)
     return said;
 }
 
-static void ends_with(pid_t pid, int expected)
+/* Reads what the program says until it ends: one that writes to nobody is ended by SIGPIPE. */
+static void ends_with(pid_t pid, int from, int expected)
 {
+    static char said[4096];
     int status;
+    size_t used = 0;
+    for (ssize_t n; (n = read(from, said + used, sizeof said - 1 - used)) > 0;)
+        used += (size_t)n;
+    said[used] = '\0';
+    close(from);
     assert_int_equal(waitpid(pid, &status, 0), pid);
-    assert_true(WIFEXITED(status));
-    assert_int_equal(WEXITSTATUS(status), expected);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != expected)
+        fail_msg("it ended with %#x where %d was expected, and said last:\n%s", (unsigned)status,
+                 expected, said);
 }
 
 static void stop(pid_t pid, int out)
 {
-    close(out);
     kill(pid, SIGTERM);
-    ends_with(pid, 0);
+    ends_with(pid, out, 0);
 }
 
 /* A daemon of the user's, which says that it listens in this folder. */
@@ -153,8 +160,7 @@ static void refuses(const user *u, const char *runtime, int status, const char *
     int out;
     pid_t pid = daemon_as(u->uid, runtime, &out);
     await_text(out, sentence);
-    close(out);
-    ends_with(pid, status);
+    ends_with(pid, out, status);
 }
 
 /* ---- clients ---- */
@@ -175,6 +181,7 @@ static void looks(const char *how, const char *argument)
             OK(ts_seq_create(p, 1, &seq));
             OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &step)); /* by the handle socket */
             OK(ts_step_abort(step));
+            ts_pool_close(p);
             printf("found %llu.\n", (unsigned long long)daemon_status(c).pid);
         } else {
             printf("%s: %s.\n", ts_status_name(status), ts_error(c));
@@ -197,8 +204,7 @@ static void client_says(uid_t uid, const char *runtime, const char *text)
     int out;
     pid_t pid = client_as(uid, runtime, "once", &out);
     await_text(out, text);
-    close(out);
-    ends_with(pid, 0);
+    ends_with(pid, out, 0);
 }
 
 static void client_finds(uid_t uid, const char *runtime, pid_t daemon)
@@ -214,8 +220,7 @@ static void tsctl_finds_pool(uid_t uid, const char *runtime)
     const char *const argv[] = {"tsctl", "pools", NULL};
     pid_t pid = start(ctl_file, uid, runtime, &out, argv);
     await_text(out, "\np ");
-    close(out);
-    ends_with(pid, 0);
+    ends_with(pid, out, 0);
 }
 
 /* The system's daemon: root's, which everybody may reach. */
@@ -393,8 +398,7 @@ static void whoever_waits_finds_the_users_daemon_once_it_is_there(void **state)
         pid_t daemon = serve_in(u, u->home, u->in_home, &out);
         snprintf(text, sizeof text, "found %d.", (int)daemon);
         await_text(told, text);
-        close(told);
-        ends_with(client, 0);
+        ends_with(client, told, 0);
         stop(daemon, out);
     }
 }

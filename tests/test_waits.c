@@ -427,6 +427,36 @@ static void tenants_wait_in_turn(void **state)
     ts_engine_free(e);
 }
 
+static void who_waits_beyond_its_share_is_in_no_other_tenants_way(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL); /* shares of 8 */
+    worker one = holder_new(e, 1, 1), greedy = holder_new(e, 2, 0), fair = holder_new(e, 3, 0),
+           own = holder_new(e, 2, 0), last = holder_new(e, 4, 0);
+    assert_int_equal(take(&greedy, 32 * BLOCK, true, false, 0), TS_WAITS);
+    assert_int_equal(take(&fair, 8 * BLOCK, false, false, 1000), TS_OK);
+    assert_int_equal(take(&fair, BLOCK, false, false, 1000), TS_ENOSPC); /* beyond its share, too */
+    assert_int_equal(take(&own, BLOCK, false, false, 1000), TS_ENOSPC);
+    /* Who waits within its share is the head, though the other was first. */
+    worker rest = holder_new(e, 1, 0);
+    assert_int_equal(take(&rest, 7 * BLOCK, false, false, 1000), TS_OK);
+    assert_int_equal(take(&last, 8 * BLOCK, false, false, 1000), TS_OK);
+    give(&last, 8);
+    give(&fair, 8);
+    give(&rest, 7);
+    give(&one, 1);
+    assert_true(ts_engine_woken(e) == greedy.session);
+    assert_int_equal(take(&greedy, 32 * BLOCK, true, true, 1000), TS_OK);
+    assert_int_equal(take(&own, 4 * BLOCK, true, false, 1000), TS_WAITS);
+    assert_int_equal(take(&fair, 8 * BLOCK, true, false, 1000), TS_WAITS);
+    give(&greedy, 8);
+    assert_true(ts_engine_woken(e) == fair.session);
+    assert_int_equal(take(&fair, 8 * BLOCK, true, true, 1000), TS_OK);
+    give(&greedy, 8);
+    assert_true(ts_engine_woken(e) == own.session);
+    ts_engine_free(e);
+}
+
 static worker in_pool(worker w, const char *pool)
 {
     ts_answer a;
@@ -607,6 +637,7 @@ int main(void)
         cmocka_unit_test(what_can_never_be_had_is_not_waited_for),
         cmocka_unit_test(who_waits_for_its_own_limit_is_in_nobodys_way),
         cmocka_unit_test(tenants_wait_in_turn),
+        cmocka_unit_test(who_waits_beyond_its_share_is_in_no_other_tenants_way),
         cmocka_unit_test(a_pool_that_was_removed_is_in_nobodys_way),
         cmocka_unit_test(a_pool_in_which_a_session_waits_stays_open_in_it),
         cmocka_unit_test(who_waits_and_then_asks_for_something_else_has_left_its_place),

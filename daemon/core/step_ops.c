@@ -204,7 +204,7 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
     const ts_pool_tenant *tenant = &books->tenants[s->tenant];
     const uint64_t most = pool->config.tenant_blocks_max;
     const bool is_small = blocks <= c->step_begin.count, no_new_slabs = c->step_begin.no_new_slabs;
-    const uint64_t withheld = ts_waits_withheld(e, s, c->pool, is_small);
+    const uint64_t withheld = ts_waits_withheld(e, s, c->pool, blocks, is_small);
     const uint64_t all_available = ts_pool_available(books, s->tenant);
     const uint64_t available =
         all_available - (withheld < all_available ? withheld : all_available);

@@ -97,23 +97,46 @@ static bool within_limit(const ts_engine_pool *pool, const ts_session *s)
            pool->config.tenant_blocks_max;
 }
 
-/* The head of the pool's queue; TS_NONE: nobody waits there but at its tenant's limit. */
-static uint32_t head_of(const ts_engine *e, const ts_engine_pool *pool)
+/* Whether the session's tenant would use more than its share of the pool, which is an equal part
+ * for each tenant that has a session, with so many blocks more. */
+static bool is_beyond_share(const ts_engine *e, const ts_engine_pool *pool, const ts_session *s,
+                            uint64_t blocks)
 {
-    uint32_t head = TS_NONE, least = UINT32_MAX;
-    for (uint32_t i = pool->room.first; i != TS_NONE; i = e->sessions[i].wait.next) {
-        const ts_session *s = &e->sessions[i];
-        /* How many tenants' turns come before this one's. */
-        uint32_t turn = (s->tenant + e->num_tenants - pool->room_turn) % e->num_tenants;
-        if (within_limit(pool, s) && turn < least) {
-            head = i;
-            least = turn;
-        }
-    }
-    return head;
+    return pool->books.tenants[s->tenant].used + blocks >
+           pool->books.num_blocks / e->present_tenants;
 }
 
-uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t index, bool is_small)
+/* How many tenants' turns come before the session's. */
+static uint32_t turn_of(const ts_engine *e, const ts_engine_pool *pool, uint32_t session)
+{
+    return (e->sessions[session].tenant + e->num_tenants - pool->room_turn) % e->num_tenants;
+}
+
+/* The first session of the tenant whose turn it is; with `after` set, of the tenants whose turn
+ * comes after that session's. TS_NONE: nobody waits there but at its tenant's limit. */
+static uint32_t next_in_turn(const ts_engine *e, const ts_engine_pool *pool, uint32_t after)
+{
+    uint32_t next = TS_NONE;
+    for (uint32_t i = pool->room.first; i != TS_NONE; i = e->sessions[i].wait.next)
+        if (within_limit(pool, &e->sessions[i]) &&
+            (after == TS_NONE || turn_of(e, pool, i) > turn_of(e, pool, after)) &&
+            (next == TS_NONE || turn_of(e, pool, i) < turn_of(e, pool, next)))
+            next = i;
+    return next;
+}
+
+/* The head of the pool's queue, or TS_NONE. */
+static uint32_t head_of(const ts_engine *e, const ts_engine_pool *pool)
+{
+    const uint32_t first = next_in_turn(e, pool, TS_NONE);
+    for (uint32_t i = first; i != TS_NONE; i = next_in_turn(e, pool, i))
+        if (!is_beyond_share(e, pool, &e->sessions[i], e->sessions[i].wait.blocks))
+            return i;
+    return first;
+}
+
+uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t index, uint64_t blocks,
+                           bool is_small)
 {
     const ts_engine_pool *pool = &e->pools[index];
     const uint32_t head = pool->room.first == TS_NONE ? TS_NONE : head_of(e, pool);
@@ -124,6 +147,9 @@ uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t ind
         return 0;
     if (e->sessions[head].tenant == s->tenant)
         return w->blocks;
+    if (is_beyond_share(e, pool, &e->sessions[head], w->blocks) &&
+        !is_beyond_share(e, pool, s, blocks))
+        return 0;
     /* What lies in slabs that the session's tenant uses is of no use to another. */
     const ts_pool_tenant *t = &pool->books.tenants[s->tenant];
     uint64_t shared = ts_pool_available(&pool->books, s->tenant) - t->free - t->cached;

@@ -23,9 +23,10 @@ void ts_waits_end(ts_engine *engine, ts_session *session);
 /* The session waits for so many blocks; in the place that it has already, if it has one. */
 void ts_waits_for_room(ts_engine *engine, ts_session *session, uint32_t pool, uint32_t blocks);
 
-/* Blocks of the pool that a step of this session's may not have, since others wait for them. */
+/* Blocks of the pool that a step of this session's, which needs so many, may not have, since others
+ * wait for them. */
 uint64_t ts_waits_withheld(const ts_engine *engine, const ts_session *session, uint32_t pool,
-                           bool is_small);
+                           uint64_t blocks, bool is_small);
 
 /* The pool or a limit of its tenants has changed: wakes all that wait for room in it, for some may
  * never get it now. */

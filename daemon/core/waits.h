@@ -8,9 +8,11 @@
  * it had never waited. TS_OP_WAIT_END ends a wait without an answer.
  *
  * For room, a pool's sessions wait in one queue. Its *head* is the first session of the tenant
- * whose turn it is; those whose tenant is at its own limit aren't in the way. What the head needs
- * nobody else gets (ts_waits_withheld), except that for TS_WAIT_OVERTAKEN_MS steps of at most one
- * block a sequence go on: the head may be waiting for just those to end.
+ * whose turn it is; those whose tenant is at its own limit aren't in the way, and those whose
+ * tenant would pass its share come after the others. What the head needs nobody else gets
+ * (ts_waits_withheld), with two exceptions. For TS_WAIT_OVERTAKEN_MS steps of at most one block a
+ * sequence go on: the head may be waiting for just those to end. And what a head beyond its share
+ * needs isn't kept from another tenant within its own.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
