@@ -437,7 +437,6 @@ static void who_waits_beyond_its_share_is_in_no_other_tenants_way(void **state)
     assert_int_equal(take(&fair, 8 * BLOCK, false, false, 1000), TS_OK);
     assert_int_equal(take(&fair, BLOCK, false, false, 1000), TS_ENOSPC); /* beyond its share, too */
     assert_int_equal(take(&own, BLOCK, false, false, 1000), TS_ENOSPC);
-    /* Who waits within its share is the head, though the other was first. */
     worker rest = holder_new(e, 1, 0);
     assert_int_equal(take(&rest, 7 * BLOCK, false, false, 1000), TS_OK);
     assert_int_equal(take(&last, 8 * BLOCK, false, false, 1000), TS_OK);
@@ -447,6 +446,10 @@ static void who_waits_beyond_its_share_is_in_no_other_tenants_way(void **state)
     give(&one, 1);
     assert_true(ts_engine_woken(e) == greedy.session);
     assert_int_equal(take(&greedy, 32 * BLOCK, true, true, 1000), TS_OK);
+    assert_int_equal(take(&last, 8 * BLOCK, true, false, 1000), TS_WAITS);
+    give(&greedy, 8);
+    assert_int_equal(take(&last, 8 * BLOCK, true, true, 1000), TS_OK);
+    /* Now it would be the turn of the second tenant, but it has more than its share. */
     assert_int_equal(take(&own, 4 * BLOCK, true, false, 1000), TS_WAITS);
     assert_int_equal(take(&fair, 8 * BLOCK, true, false, 1000), TS_WAITS);
     give(&greedy, 8);
