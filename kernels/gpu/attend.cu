@@ -2,6 +2,7 @@
  * From runs of planned batches to launches: each list of the plans' items is one kernel launch for
  * up to GPU_RUNS runs.
  */
+#include "box_map.cuh"
 #include "common.cuh"
 
 extern "C" {
@@ -13,6 +14,8 @@ extern "C" {
 
 namespace
 {
+
+#define WGMMA_TICKETS 2u /* the first counters are a launch's tickets: wgmma_call */
 
 divisor divisor_of(uint32_t d)
 {
@@ -71,7 +74,8 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
 {
     const ts_gpu_plan *first = runs[0].plan;
     float *partials = first->persistent ? first->own_partials : l->slot->partials;
-    uint32_t *counters = first->persistent ? first->own_counters : l->slot->counters;
+    uint32_t *counters =
+        first->persistent ? first->own_counters : l->slot->counters + WGMMA_TICKETS;
     c.num_items = 0;
     c.items_there = first->persistent ? (const uint32_t *)first->buffer->device + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
@@ -119,6 +123,37 @@ void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     c.keeps_out = partials + out <= l2 / 4;
 }
 
+/* The cache as the copy engine is told of it; nothing, where rows aren't whole slabs, or blocks
+ * aren't whole boxes. */
+box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
+{
+    const ts_geometry *g = &p->geometry;
+    box_map m = {};
+    uint32_t tokens = wgmma_tokens(g), slabs = wgmma_dims(g) / BOX_SLAB;
+    while (tokens >= BOX_TOKENS_LEAST && g->block_tokens % tokens != 0)
+        tokens /= 2;
+    size_t unit = c.block_bytes | c.plane_bytes | c.head_stride;
+    unit &= ~unit + 1; /* the highest power of 2 that divides them all */
+    if (tokens < BOX_TOKENS_LEAST || g->head_dim % BOX_SLAB != 0 ||
+        p->gpu->info.total_bytes / unit > INT32_MAX)
+        return m;
+    const cuuint64_t sizes[] = {BOX_SLAB, 8, g->head_dim / BOX_SLAB, g->block_tokens / 8,
+                                (cuuint64_t)INT32_MAX + 1};
+    const cuuint64_t strides[] = {c.token_stride, BOX_SLAB * c.cache_bytes, 8 * c.token_stride,
+                                  unit};
+    const cuuint32_t box[] = {BOX_SLAB, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
+    if (p->gpu->driver.encode_map(&m.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, c.base, sizes, strides,
+                                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        return m;
+    m.block_units = (uint32_t)(c.block_bytes / unit);
+    m.plane_units = (uint32_t)(c.plane_bytes / unit);
+    m.head_units = (uint32_t)(c.head_stride / unit);
+    m.tokens = tokens;
+    return m;
+}
+
 /* Of a launch over a persistent plan, on each processor: enough that those which come free take
  * what is left, and few enough that those without a piece cost little. */
 #define PERSISTENT_BLOCKS 12u
@@ -133,6 +168,29 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
         blocks = p->gpu->info.processors * PERSISTENT_BLOCKS;
     return cudaLaunchKernel(kernel.function, dim3((uint32_t)blocks), dim3(kernel.threads),
                             arguments, kernel.bytes, stream);
+}
+
+/* One block on each processor, which takes pieces one after the other. */
+cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, bool varied, uint32_t *tickets,
+                         cudaStream_t stream)
+{
+    const ts_gpu_kernel &kernel = varied ? p->varied_wgmma : p->kernels[LIST_WGMMA];
+    wgmma_call wgmma = {box_map_of(c, p), tickets};
+    void *arguments[] = {(void *)&c, &wgmma};
+    uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
+    if (blocks > p->gpu->info.processors)
+        blocks = p->gpu->info.processors;
+    return cudaLaunchKernel(kernel.function, dim3((uint32_t)blocks), dim3(kernel.threads),
+                            arguments, kernel.bytes, stream);
+}
+
+/* Whether something happens to scores beside scaling by a positive factor. */
+bool is_varied(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    bool varied = c.cap_log2 > 0 || !(c.scale_log2 > 0);
+    for (uint32_t i = 0; i < num_runs; i++)
+        varied = varied || runs[i].alibi != NULL;
+    return varied;
 }
 
 cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p,
@@ -175,6 +233,7 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
         most_records = records > most_records ? records : most_records;
         most_counters = counters > most_counters ? counters : most_counters;
     }
+    most_counters += WGMMA_TICKETS;
     size_t floats = most_records * ts_gpu_record_floats(&runs[0].plan->geometry);
     return ts_gpu_launch_scratch(l, floats * sizeof(float), most_counters);
 }
@@ -186,8 +245,11 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
     set_cache_hints(c, runs, num_runs);
     for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
-        if (c.num_items > 0)
-            error = launch_list(c, (ts_gpu_list)list, p, l->stream);
+        if (c.num_items == 0)
+            continue;
+        error = list == LIST_WGMMA
+                    ? launch_wgmma(c, p, is_varied(c, runs, num_runs), l->slot->counters, l->stream)
+                    : launch_list(c, (ts_gpu_list)list, p, l->stream);
     }
     return error;
 }

@@ -399,8 +399,8 @@ ts_gpu_kernel v5_fp8(uint32_t head_dim, ts_dtype io, uint32_t kind);
 ts_gpu_kernel mma_fp16(uint32_t head_dim, ts_dtype io);
 ts_gpu_kernel mma_bf16(uint32_t head_dim, ts_dtype io);
 ts_gpu_kernel mma_fp8(uint32_t head_dim, ts_dtype io);
-ts_gpu_kernel wgmma_fp16(uint32_t head_dim);
-ts_gpu_kernel wgmma_bf16(uint32_t head_dim);
+ts_gpu_kernel wgmma_fp16(uint32_t head_dim, bool varied); /* varied: scores are capped or sloped */
+ts_gpu_kernel wgmma_bf16(uint32_t head_dim, bool varied);
 ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,
@@ -422,6 +422,17 @@ static inline uint32_t mma_rows(const ts_geometry *g) /* ... of mma */
 
 #define WGMMA_ROWS 128u   /* ... of wgmma */
 #define WGMMA_TOKENS 128u /* of its tiles, at most: chunks are whole ones */
+
+static inline uint32_t
+wgmma_dims(const ts_geometry *g) /* of its rows; behind head_dim they are 0 */
+{
+    return g->head_dim <= 64 ? 64 : g->head_dim <= 128 ? 128 : 256;
+}
+
+static inline uint32_t wgmma_tokens(const ts_geometry *g) /* of its tiles */
+{
+    return g->head_dim > 128 ? WGMMA_TOKENS / 2 : WGMMA_TOKENS;
+}
 
 /* Chunks of a context, at most: for each, every row of a tile has a float in shared memory. */
 #define V5_CHUNKS 128u

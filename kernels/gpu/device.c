@@ -170,6 +170,7 @@ static ts_status find_driver(ts_gpu *gpu, char *why, size_t why_bytes)
         {"cuDeviceGetAttribute", &d->attribute, 2000},
         {"cuStreamWaitValue32", &d->wait_value, 11070},
         {"cuStreamBatchMemOp", &d->batch_ops, 11070},
+        {"cuTensorMapEncodeTiled", &d->encode_map, 12000},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         enum cudaDriverEntryPointQueryResult found;

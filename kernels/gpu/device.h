@@ -26,6 +26,7 @@ typedef struct ts_gpu_driver {
     PFN_cuDeviceGetAttribute_v2000 attribute;
     PFN_cuStreamWaitValue32_v11070 wait_value;
     PFN_cuStreamBatchMemOp_v11070 batch_ops;
+    PFN_cuTensorMapEncodeTiled_v12000 encode_map;
 } ts_gpu_driver;
 
 /* Staging memory that is freed when the device is closed: sizes double, so this is less than what
@@ -46,7 +47,8 @@ typedef struct ts_gpu_buffer {
 
 #define TS_GPU_BUFFER_LOGS 48u
 
-/* A kernel that takes dynamic shared memory; its one argument is a gpu_call (common.cuh). */
+/* A kernel that takes dynamic shared memory; its argument is a gpu_call (common.cuh). wgmma's have
+ * one more (box_map.cuh). */
 typedef struct ts_gpu_kernel {
     const void *function;
     uint32_t threads, bytes; /* of a block */

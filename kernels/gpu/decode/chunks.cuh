@@ -71,13 +71,12 @@ __device__ inline uint32_t place_of(const gpu_call &c, const job &j, uint32_t r)
     return query * c.heads + j.kv_head * c.group + j.first + r - query * c.group;
 }
 
-/* block: a piece's and a KV head's. */
-__device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows, job &j)
+/* A piece of the run's and a KV head. */
+__device__ inline void make_job(const gpu_call &c, const gpu_run &run, const plan_piece &piece,
+                                uint32_t kv_head, uint32_t rows, job &j)
 {
-    uint32_t index = block / c.kv_heads;
-    j.kv_head = block % c.kv_heads;
-    j.run = &run_of(c, &index);
-    plan_piece piece = ((const plan_piece *)j.run->items)[index];
+    j.kv_head = kv_head;
+    j.run = &run;
     j.p = piece.seq;
     j.s = seq_of(c, *j.run, j.p);
     j.chunk = piece.chunk;
@@ -94,6 +93,15 @@ __device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows
     j.clear_begin = first_key(c, highest);
     j.clear_end = lowest + 1;
     j.once = c.alone && piece.alone;
+}
+
+/* block: a piece's and a KV head's. */
+__device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows, job &j)
+{
+    uint32_t index = block / c.kv_heads;
+    const gpu_run &run = run_of(c, &index);
+    plan_piece piece = ((const plan_piece *)run.items)[index];
+    make_job(c, run, piece, block % c.kv_heads, rows, j);
 }
 
 /* Works off a launch's pieces, one for each block of threads; those of a persistent plan, and has
@@ -329,12 +337,22 @@ __device__ inline uint32_t arrive(uint32_t *counter)
     return before;
 }
 
+/* __syncthreads; but for ALL of the block's first threads alone. */
+template <bool ALL> __device__ inline void sync_first(uint32_t threads)
+{
+    if (ALL)
+        __syncthreads();
+    else
+        asm volatile("barrier.sync.aligned 0, %0;" ::"r"(threads) : "memory");
+}
+
 /*
  * The end of a block of `threads` threads: states[w][r] and sums[w][r][d] (rows of `pitch` floats,
  * a multiple of 4) in shared memory are what PARTS warps have for each of ROWS rows. scratch has
- * room for a float for every row and chunk of the sequence; `total` for every row.
+ * room for a float for every row and chunk of the sequence; `total` for every row. ALL: they are
+ * all of the block's threads; else the first of them.
  */
-template <typename T, int DIM, int ROWS, int PARTS>
+template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true>
 __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
                        const row_state (*states)[ROWS], const float *sums, uint32_t pitch,
                        float *scratch, row_state *total)
@@ -344,7 +362,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
     const uint32_t QUADS = DIM / 4, record = c.head_dim + 4, num_chunks = j.p.num_chunks;
     for (uint32_t r = threadIdx.x; r < j.rows; r += threads)
         places[r] = place_of(c, j, r);
-    __syncthreads();
+    sync_first<ALL>(threads);
     uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
     float *records = j.run->partials + j.p.slot * (size_t)record;
     float *ours = records + (size_t)j.chunk * all * record;
@@ -380,7 +398,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
     }
     if (num_chunks == 1)
         return;
-    __syncthreads();
+    sync_first<ALL>(threads);
     if (threadIdx.x == 0) {
         uint32_t tiles = (j.s.q_tokens * c.group + ROWS - 1) / ROWS;
         uint32_t *counter = j.run->counters + j.p.counter + j.kv_head * tiles + j.tile;
@@ -388,7 +406,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         if (last)
             *counter = 0; /* for the next launch */
     }
-    __syncthreads();
+    sync_first<ALL>(threads);
     if (!last)
         return;
 
@@ -428,7 +446,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         if (lane == 0)
             total[r] = row_state{max, sum};
     }
-    __syncthreads();
+    sync_first<ALL>(threads);
     /* Then the sums. A thread adds up some quads of different rows at once, for the same reason. */
     const uint32_t ABREAST = ROWS * QUADS >= 512 ? 4 : 1;
     for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads * ABREAST) {

@@ -11,6 +11,15 @@
 namespace
 {
 
+ts_gpu_kernel wgmma_kernel(const ts_gpu_plan *p, bool varied)
+{
+    uint32_t head_dim = p->geometry.head_dim;
+    ts_dtype dtype = p->geometry.dtype;
+    return !p->gpu->info.warp_groups || dtype == TS_DTYPE_FP8_E4M3 ? ts_gpu_kernel{}
+           : dtype == TS_DTYPE_FP16                                ? wgmma_fp16(head_dim, varied)
+                                                                   : wgmma_bf16(head_dim, varied);
+}
+
 ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
 {
     uint32_t head_dim = p->geometry.head_dim, kind = list - LIST_NARROW;
@@ -20,9 +29,7 @@ ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
     if (!loads_vectors(&p->geometry) || (has_many_rows(list) && dtype == TS_DTYPE_FP32))
         return ts_gpu_kernel{};
     if (list == LIST_WGMMA)
-        return !p->gpu->info.warp_groups || dtype == TS_DTYPE_FP8_E4M3 ? ts_gpu_kernel{}
-               : dtype == TS_DTYPE_FP16                                ? wgmma_fp16(head_dim)
-                                                                       : wgmma_bf16(head_dim);
+        return wgmma_kernel(p, false);
     if (list == LIST_MMA)
         return dtype == TS_DTYPE_FP16   ? mma_fp16(head_dim, io)
                : dtype == TS_DTYPE_BF16 ? mma_bf16(head_dim, io)
@@ -58,6 +65,13 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
             found = found || fits;
             least = bytes < least ? bytes : least;
         }
+    }
+    if (p->kernels[LIST_WGMMA].function != NULL) {
+        size_t bytes;
+        p->varied_wgmma = wgmma_kernel(p, true);
+        ts_status status = ts_gpu_function_find(p->gpu, &p->varied_wgmma, &bytes, why, why_bytes);
+        if (status != TS_OK)
+            return status;
     }
     if (!wanted || found)
         return TS_OK;

@@ -1,7 +1,7 @@
 /* wgmma for bf16 caches: wgmma.cuh. */
 #include "wgmma.cuh"
 
-ts_gpu_kernel wgmma_bf16(uint32_t head_dim)
+ts_gpu_kernel wgmma_bf16(uint32_t head_dim, bool varied)
 {
-    return wgmma::prefill<__nv_bfloat16>(head_dim);
+    return wgmma::prefill<__nv_bfloat16>(head_dim, varied);
 }

@@ -1,7 +1,7 @@
 /* wgmma for fp16 caches: wgmma.cuh. */
 #include "wgmma.cuh"
 
-ts_gpu_kernel wgmma_fp16(uint32_t head_dim)
+ts_gpu_kernel wgmma_fp16(uint32_t head_dim, bool varied)
 {
-    return wgmma::prefill<__half>(head_dim);
+    return wgmma::prefill<__half>(head_dim, varied);
 }

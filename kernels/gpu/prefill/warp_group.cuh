@@ -6,6 +6,9 @@
 #ifndef TS_GPU_WARP_GROUP_CUH
 #define TS_GPU_WARP_GROUP_CUH
 
+#include "box_map.cuh"
+#include "cache_hints.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -26,10 +29,11 @@ __device__ inline void barrier_arrive(uint32_t at)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/* Arrives when the copies that this thread has asked for are there. */
-__device__ inline void barrier_arrive_copied(uint32_t at)
+/* Arrives, and so many bytes are to come besides. */
+__device__ inline void barrier_expect(uint32_t at, uint32_t bytes)
 {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                 : "memory");
 }
 __device__ inline void barrier_await(uint32_t at, uint32_t parity)
 {
@@ -48,6 +52,16 @@ __device__ inline void barrier_await(uint32_t at, uint32_t parity)
 __device__ inline void fence_for_products()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* A box into shared memory, by the copy engine; the barrier gets its bytes. */
+__device__ inline void copy_box(uint32_t to, const box_map *m, uint32_t eight, uint32_t unit,
+                                uint32_t barrier, cache_hints::priority priority)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
+                 "bytes.L2::cache_hint [%0], [%1, {%2, %2, %2, %3, %4}], [%5], %6;" ::"r"(to),
+                 "l"(&m->map), "r"(0), "r"(eight), "r"(unit), "r"(barrier), "l"(priority)
+                 : "memory");
 }
 
 /* Barriers of some of the block's threads, by number. */
@@ -79,6 +93,18 @@ template <int REGISTERS> __device__ inline void give_registers()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+__device__ inline void load_16_bytes(uint32_t *x, uint32_t at)
+{
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(at)
+                 : "memory");
+}
+__device__ inline void clear_16_bytes(uint32_t at)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(at), "r"(0) : "memory");
+}
+
 /* ---- products ---- */
 
 /* What lies in shared memory, for the hardware: 128-byte swizzle; `leading` and `stride` are bytes
@@ -91,7 +117,14 @@ __device__ inline uint64_t matrix(uint32_t at, uint32_t leading, uint32_t stride
 /* The same, `bytes` further. */
 __device__ inline uint64_t further(uint64_t m, uint32_t bytes)
 {
-    return m + (bytes >> 4);
+    return (m & ~(uint64_t)0xffffffff) | ((uint32_t)m + (bytes >> 4));
+}
+/* A number that all lanes have alike, so that the compiler knows it. What tells a product where its
+ * sides lie is in registers of the whole warp; to be moved there before each product would hold it
+ * up. */
+__device__ inline uint32_t uniform(uint32_t x)
+{
+    return __shfl_sync(~0u, x, 0);
 }
 
 __device__ inline void products_begin()
@@ -102,9 +135,10 @@ __device__ inline void products_commit()
 {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-__device__ inline void products_await()
+/* For all but the LATER ones that were committed last. */
+template <int LATER> __device__ inline void products_await()
 {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 }
 /* The compiler is not to move what it does with these registers past here. */
 template <int N> __device__ inline void pin(float (*d)[4])
@@ -114,6 +148,16 @@ template <int N> __device__ inline void pin(float (*d)[4])
 #pragma unroll
         for (int e = 0; e < 4; e++)
             asm volatile("" : "+f"(d[i][e])::"memory");
+}
+
+/* Neither is the assembler to leave what `x` comes from, a number that is never negative, until
+ * after what follows: it would be stored if it were. */
+__device__ inline void finish_before(float x, void *shared)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n"
+                 "@p st.shared.f32 [%1], %0;\n}" ::"f"(x),
+                 "r"((uint32_t)__cvta_generic_to_shared(shared))
+                 : "memory");
 }
 
 #define PRODUCT_FOUR(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])

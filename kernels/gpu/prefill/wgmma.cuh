@@ -18,7 +18,7 @@
 #define TS_GPU_WGMMA_CUH
 
 #include "mma.cuh"
-#include "warp_group.cuh"
+#include "tile_ring.cuh"
 
 namespace wgmma
 {
@@ -26,142 +26,51 @@ namespace wgmma
 using namespace chunks;
 using namespace tensor;
 
-template <typename T, int DIM> struct rows_kernel {
+/* VARIED: scores may be capped or sloped. That takes so many instructions that they would crowd out
+ * the others where a processor keeps them. */
+template <typename T, int DIM, bool VARIED> struct rows_kernel {
+    typedef tile_ring<T, DIM> ring;
     static const uint32_t GROUP_ROWS = 64, ROWS = WGMMA_ROWS;
-    static const uint32_t WORKERS = 256, COPIERS = 128, THREADS = WORKERS + COPIERS;
-    static const uint32_t TOKENS = DIM > 128 ? 64 : WGMMA_TOKENS; /* of a tile */
-    static const uint32_t COLUMNS = TOKENS / 8, SLABS = DIM / 64, PIECES = DIM / 8;
-    static const uint32_t SLAB = TOKENS * 128, PLANE = SLAB * SLABS; /* bytes */
-    static const uint32_t K_STAGES = 2, V_STAGES = DIM > 128 ? 2 : 3, STAGES = K_STAGES + V_STAGES;
-    static const uint32_t Q_SLAB = ROWS * 128, Q_BYTES = Q_SLAB * SLABS;
+    static const uint32_t WORKERS = 256, THREADS = WORKERS + ring::COPIERS;
+    static const uint32_t TOKENS = ring::TOKENS, PLANE = ring::PLANE;
+    static const uint32_t COLUMNS = TOKENS / 8, PIECES = ring::PIECES;
+    static const uint32_t Q_SLAB = ROWS * 128, Q_BYTES = Q_SLAB * ring::SLABS;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
-    static const uint32_t TILES_BYTES = STAGES * PLANE;
     static const uint32_t SUM_BYTES = ROWS * SUM_PITCH * sizeof(float);
-    static const uint32_t WORK_BYTES = TILES_BYTES > SUM_BYTES ? TILES_BYTES : SUM_BYTES;
+    static const uint32_t WORK_BYTES = ring::BYTES > SUM_BYTES ? ring::BYTES : SUM_BYTES;
     static const uint32_t ALIGN = 1024; /* of what is swizzled */
     static const uint32_t BYTES = Q_BYTES + WORK_BYTES + ALIGN;
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= WORK_BYTES,
                   "a float for each row and chunk takes the tiles' place");
+    static const int COPIER_REGISTERS = DIM > 128 ? 40 : 56; /* all have 168 at first */
+    static const int WORKER_REGISTERS = DIM > 128 ? 232 : 224;
     /* Named barriers; 0 is __syncthreads'. */
-    static const uint32_t TOGETHER = 1, TURN = 2; /* and 3 */
+    static const uint32_t TOGETHER = 1, TURN = 2, OWN = 4; /* the latter two of each group */
 
     typedef mma::rows_kernel<T, DIM, 4, 1, 2, false> plain; /* has what a warp does by itself */
     static const uint32_t PART = plain::ABREAST;            /* tokens that it works on at once */
 
-    /* Where a 16-byte piece of a row lies in rows of SLABS slabs of ROWS_OF rows. */
-    template <uint32_t ROWS_OF> struct slabs {
+    struct q_rows {
         __device__ static uint32_t place(uint32_t row, uint32_t piece)
         {
-            return piece / 8 * ROWS_OF * 128 + row * 128 + (piece % 8 ^ (row & 7)) * 16;
+            return piece / 8 * Q_SLAB + row * 128 + (piece % 8 ^ (row & 7)) * 16;
         }
     };
-    typedef slabs<TOKENS> tile_rows;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-    /* The ring's places: K's, then V's. */
-    struct barriers {
-        uint64_t there[STAGES], used[STAGES];
-    };
-    __device__ static uint32_t place_of_tile(uint32_t n, uint32_t v)
-    {
-        return v == 0 ? n % K_STAGES : K_STAGES + n % V_STAGES;
-    }
-    __device__ static uint32_t turns_before(uint32_t n, uint32_t v) /* in the same place */
-    {
-        return n / (v == 0 ? K_STAGES : V_STAGES);
-    }
-
-    /* Tiles of the piece of work. */
-    struct walk {
-        uint32_t first, count;
-    };
-    __device__ static walk walk_of(const job &j)
-    {
-        uint32_t first = j.begin / TOKENS * TOKENS;
-        return walk{first, j.end <= first ? 0 : (j.end - first + TOKENS - 1) / TOKENS};
-    }
-
-    /* ---- the third group ---- */
-
-    static const uint32_t EACH = TOKENS / 4; /* tokens of a tile that a warp copies */
-
-    /* Where the row of this lane's token of a tile starts behind `base`. */
-    __device__ static size_t look_up(const gpu_call &c, const job &j, uint32_t tile)
-    {
-        uint32_t t = tile + threadIdx.x % COPIERS / 32 * EACH + threadIdx.x % 32 % EACH;
-        t = min(t, j.end - 1); /* the last again */
-        uint32_t entry = divide(t, c.block_tokens);
-        return j.s.blocks[entry] * c.block_bytes + (t - entry * c.block_tokens.d) * c.token_stride;
-    }
-
-    /* Copies this warp's rows. What lies past the end is of no sequence's: of V, whose weights of 0
-     * wouldn't hide all, it is made 0. */
-    template <bool ONCE>
-    __device__ static void copy_rows(const gpu_call &c, const unsigned char *base, size_t row,
-                                     uint32_t to, uint32_t wanted)
-    {
-        const uint32_t ABREAST = 32 / PIECES, LOADS = EACH / ABREAST;
-        uint32_t lane = threadIdx.x % 32, warp = threadIdx.x % COPIERS / 32;
-        uint32_t piece = lane % PIECES;
-        bool mine = piece * 16 < c.head_dim * sizeof(T);
-#pragma unroll 8
-        for (uint32_t i = 0; i < LOADS; i++) {
-            uint32_t token = i * ABREAST + lane / PIECES;
-            const unsigned char *from = base + __shfl_sync(~0u, row, (int)token) + piece * 16;
-            token += warp * EACH;
-            if (mine)
-                cache_hints::copy_async(to + tile_rows::place(token, piece), from,
-                                        token < wanted ? 16 : 0, ONCE);
-        }
-    }
-
-    /* Tile n of K or V into the ring, once its place is free. */
-    template <bool ONCE>
-    __device__ static void copy_tile(const gpu_call &c, const job &j, const walk &w,
-                                     const unsigned char *base, size_t row, uint32_t n, uint32_t v,
-                                     uint32_t tiles, barriers *bars)
-    {
-        uint32_t place = place_of_tile(n, v);
-        barrier_await(shared_address(&bars->used[place]), ~turns_before(n, v) & 1);
-        copy_rows<ONCE>(c, base, row, tiles + place * PLANE,
-                        v == 0 ? TOKENS : j.end - w.first - n * TOKENS);
-        barrier_arrive_copied(shared_address(&bars->there[place]));
-    }
-
-    /* ONCE: no other block reads these K and V. */
-    template <bool ONCE>
-    __device__ static void copy_tiles(const gpu_call &c, const job &j, uint32_t tiles,
-                                      barriers *bars)
-    {
-        walk w = walk_of(j);
-        if (w.count == 0)
-            return;
-        const unsigned char *k = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
-        size_t row = look_up(c, j, w.first), next = 0;
-        copy_tile<ONCE>(c, j, w, k, row, 0, 0, tiles, bars);
-        for (uint32_t n = 0; n < w.count; n++, row = next) { /* in the order of their use */
-            if (n + 1 < w.count) {
-                next = look_up(c, j, w.first + (n + 1) * TOKENS);
-                copy_tile<ONCE>(c, j, w, k, next, n + 1, 0, tiles, bars);
-            }
-            copy_tile<ONCE>(c, j, w, k + c.plane_bytes, row, n, 1, tiles, bars);
-        }
-        asm volatile("cp.async.wait_all;" ::: "memory");
-    }
-
-    /* ---- the other two ---- */
+    typedef typename ring::barriers barriers;
 
     struct rows_state {
         typename plain::lane_rows l;
         float max[2], sum[2];
     };
 
-    /* Weights of a tile: scores become them; returns what the sums so far are to be multiplied
-     * by. */
-    __device__ static void softmax_tile(float (*s)[4], float unit, rows_state &r, float *factor)
+    /* What a tile's scores are to be measured from; `factor` becomes what the sums so far are to be
+     * multiplied by. */
+    __device__ static void find_base(const float (*s)[4], float unit, rows_state &r, float *base,
+                                     float *factor)
     {
-        float base[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             float x = -CUDART_INF_F;
@@ -177,8 +86,14 @@ template <typename T, int DIM> struct rows_kernel {
             r.max[e] = x;
             r.sum[e] *= factor[e];
         }
+    }
+
+    /* Scores of columns FROM to TO become weights. */
+    template <uint32_t FROM, uint32_t TO>
+    __device__ static void weigh(float (*s)[4], float unit, const float *base, rows_state &r)
+    {
 #pragma unroll
-        for (uint32_t n = 0; n < COLUMNS; n++)
+        for (uint32_t n = FROM; n < TO; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 s[n][e] = power(fmaf(s[n][e], unit, -base[e / 2]));
@@ -186,40 +101,57 @@ template <typename T, int DIM> struct rows_kernel {
             }
     }
 
-    /* Whether a tile of V has an infinity or NaN, which a weight of 0 wouldn't hide. */
-    __device__ static bool has_nonfinite(uint32_t v)
+    /* Makes 0 what lies behind the end in a tile of V, which is of no sequence's, and says whether
+     * the tokens that some row doesn't see have an infinity or NaN: a weight of 0 wouldn't hide
+     * either. Both groups do, and find the same. */
+    __device__ static bool has_nonfinite(const job &j, uint32_t group, uint32_t tile, uint32_t v)
     {
         bool nonfinite = false;
-#pragma unroll 4
-        for (uint32_t i = threadIdx.x; i < PLANE / 16; i += WORKERS) {
-            uint32_t x[4];
-            asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                         : "r"(v + i * 16));
+        uint32_t from = tile < j.clear_begin || j.clear_end <= tile ? 0 : j.clear_end - tile;
+#pragma unroll 1
+        for (uint32_t i = from / 8 * (ring::EIGHT / 16) + threadIdx.x % 128; i < PLANE / 16;
+             i += 128) {
+            uint32_t x[4], token = tile + ring::token_at(i);
+            if (token >= j.end)
+                clear_16_bytes(v + i * 16);
+            if (token >= j.end || (token >= j.clear_begin && token < j.clear_end))
+                continue;
+            load_16_bytes(x, v + i * 16);
             nonfinite |= any_not_finite<T>(x);
         }
-        return named_any(TOGETHER, WORKERS, nonfinite);
+        fence_for_products();
+        return named_any(OWN + group, 128, nonfinite);
     }
 
     /* Adds such a tile to the sums, by the instructions of a warp alone, and makes it 0, so that it
-     * adds nothing more. */
+     * adds nothing more. Weights and sums are in memory here: this is rare, and is to be short. */
     __device__ static void add_nonfinite(const gpu_call &c, const job &j, const rows_state &r,
                                          uint32_t first_row, uint32_t tile, const uint32_t (*p)[4],
                                          uint32_t v, float (*o)[4])
     {
-        uint32_t lane = threadIdx.x % 32;
+        uint32_t lane = threadIdx.x % 32, weights[SUM_STEPS][4];
+        float sums[DIM / 8][4];
 #pragma unroll
-        for (uint32_t t = 0; t < TOKENS / 16; t++)
+        for (int i = 0; i < SUM_STEPS * 4; i++)
+            weights[i / 4][i % 4] = p[i / 4][i % 4];
 #pragma unroll
-            for (uint32_t d = 0; d < DIM / 16; d++) {
-                uint32_t b[4];
-                load_transposed(b, v + tile_rows::place(t * 16 + lane % 16, d * 2 + lane / 16));
-                for (int e = 0; e < 2; e++)
-                    plain::add_apart(c, j, r.l, first_row, tile + t * 16, p[t], p[t], b[e * 2],
-                                     b[e * 2 + 1], o[d * 2 + e]);
-            }
+        for (int i = 0; i < DIM / 2; i++)
+            sums[i / 4][i % 4] = o[i / 4][i % 4];
+#pragma unroll 1
+        for (uint32_t i = 0; i < TOKENS / 16 * (DIM / 16); i++) {
+            uint32_t t = i / (DIM / 16), d = i % (DIM / 16), b[4];
+            load_transposed(b, v + ring::place(t * 16 + lane % 16, d * 2 + lane / 16));
+#pragma unroll 1
+            for (uint32_t e = 0; e < 2; e++)
+                plain::add_apart(c, j, r.l, first_row, tile + t * 16, weights[t], weights[t],
+                                 e == 0 ? b[0] : b[2], e == 0 ? b[1] : b[3], sums[d * 2 + e]);
+        }
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++)
+            o[i / 4][i % 4] = sums[i / 4][i % 4];
         named_sync(TOGETHER, WORKERS);
-        loader<128, 8>::clear_rows(v, 0, PLANE / 128, threadIdx.x, WORKERS);
+        for (uint32_t i = threadIdx.x; i < PLANE / 16; i += WORKERS)
+            clear_16_bytes(v + i * 16);
         fence_for_products();
         named_sync(TOGETHER, WORKERS);
     }
@@ -229,126 +161,173 @@ template <typename T, int DIM> struct rows_kernel {
     __device__ static void ask_for_scores(uint64_t a, uint64_t k, int d, float (*s)[4])
     {
         add_scores<T, TOKENS>(s, further(a, d / 4 * Q_SLAB + d % 4 * 32),
-                              further(k, d / 4 * SLAB + d % 4 * 32), d > 0);
+                              further(k, d / 4 * ring::ATOM + d % 4 * 32), d > 0);
     }
     __device__ static void ask_for_sums(const uint32_t (*p)[4], uint64_t v, int t, float (*o)[4])
     {
 #pragma unroll
         for (int d = 0; d < DIM; d += 128)
             add_sums < T,
-                DIM<128 ? DIM : 128>(o + d / 8, p[t], further(v, d / 64 * SLAB + t * 2048));
+                DIM<128 ? DIM : 128>(o + d / 8, p[t],
+                                     further(v, t * 2 * ring::EIGHT + d / 64 * ring::ATOM));
+    }
+    __device__ static uint64_t queries_at(uint32_t q)
+    {
+        return matrix(uniform(q), 16, 1024);
     }
     __device__ static uint64_t keys_at(uint32_t k)
     {
-        return matrix(k, 16, 1024);
+        return matrix(uniform(k), 16, ring::EIGHT);
     }
     __device__ static uint64_t values_at(uint32_t v)
     {
-        return matrix(v, SLAB, 1024);
+        return matrix(uniform(v), ring::ATOM, ring::EIGHT);
     }
     static const int SCORE_STEPS = DIM / 16, SUM_STEPS = (int)TOKENS / 16;
 
     /* What the two groups know of their work. */
     struct worker {
         uint32_t group, tiles, first_row; /* 0 or 1; in shared memory; of this warp's 16 */
+        uint32_t base;                    /* tiles that the block had before this piece */
         barriers *bars;
-        uint32_t clear_from, clear_to; /* the tokens that every row of this group sees */
+        uint64_t *q_used;
         bool varied;
         float unit; /* scores are scaled in the exponent, unless something happens to them before */
 
-        __device__ bool is_clear(uint32_t tile) const /* nothing but scaling happens to scores */
-        {
-            return !varied && tile >= clear_from && tile + TOKENS <= clear_to;
-        }
         __device__ uint32_t plane(uint32_t n, uint32_t v) const /* of tile n */
         {
-            return tiles + place_of_tile(n, v) * PLANE;
+            return tiles + ring::place_of_tile(base + n, v) * PLANE;
         }
         __device__ void await(uint32_t n, uint32_t v) const
         {
-            barrier_await(shared_address(&bars->there[place_of_tile(n, v)]),
-                          turns_before(n, v) & 1);
+            barrier_await(shared_address(&bars->there[ring::place_of_tile(base + n, v)]),
+                          ring::turns_before(base + n, v) & 1);
+        }
+        __device__ void used_q() const
+        {
+            if (threadIdx.x % 32 == 0)
+                barrier_arrive(shared_address(q_used));
         }
         __device__ void used(uint32_t n, uint32_t v) const
         {
             if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(&bars->used[place_of_tile(n, v)]));
+                barrier_arrive(shared_address(&bars->used[ring::place_of_tile(base + n, v)]));
         }
     };
 
-    /* Waits for V of tile n, and looks at it. Later, what was waited for is there for the products.
-     */
-    __device__ static void await_values(const gpu_call &c, const job &j, const worker &w,
-                                        const rows_state &r, uint32_t n, uint32_t tile,
-                                        const uint32_t (*p)[4], float (*o)[4])
+    __device__ static void hide_scores(const gpu_call &c, uint32_t tile, const rows_state &r,
+                                       float (*s)[4])
     {
-        w.await(n, 1);
-        fence_for_products();
-        if ((tile < j.clear_begin || tile + TOKENS > j.clear_end) && has_nonfinite(w.plane(n, 1)))
-            add_nonfinite(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int first = (int)(tile + threadIdx.x % 4 * 2); /* this lane's token */
+            int least = (int)first_key(c, r.l.position[e]) - first;
+            int most = (int)r.l.position[e] - first;
+#pragma unroll
+            for (int i = 0; i < (int)COLUMNS * 2; i++) {
+                const int t = i / 2 * 8 + i % 2;
+                float &x = s[i / 2][e * 2 + i % 2];
+                x = t > most || t < least ? -CUDART_INF_F : x;
+            }
+        }
     }
 
-    /* What happens to scores before the softmax, beside scaling. */
+    /* What happens to a tile's scores before the softmax, beside scaling: HIDDEN, some row of the
+     * block doesn't see all of it. */
+    template <bool HIDDEN>
     __device__ static void modify_scores(const gpu_call &c, const job &j, const worker &w,
                                          uint32_t tile, const rows_state &r, float (*s)[4])
     {
+        if (VARIED)
 #pragma unroll
-        for (uint32_t t = 0; t < TOKENS; t += PART)
-            plain::apply_score_mods(c, j, r.l, w.first_row, tile + t, w.varied, s + t / 8);
+            for (uint32_t t = 0; t < TOKENS; t += PART)
+                plain::apply_score_mods(c, j, r.l, w.first_row, tile + t, w.varied, s + t / 8);
+        else if (HIDDEN)
+            hide_scores(c, tile, r, s);
     }
 
-    /* Scores become weights. */
-    __device__ static void softmax_and_scale(const gpu_call &c, const job &j, const worker &w,
-                                             uint32_t tile, rows_state &r, float (*s)[4],
-                                             uint32_t (*p)[4], float (*o)[4])
+    /* Sums so far are multiplied by a factor; they are 0 before the first tile. */
+    __device__ static void rescale_sums(const float *factor, bool first, float (*o)[4])
     {
-        uint32_t rest[4];
-        float factor[2];
-        if (!w.is_clear(tile))
-            modify_scores(c, j, w, tile, r, s);
-        softmax_tile(s, w.unit, r, factor);
         if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) /* soon that becomes rare */
 #pragma unroll
             for (int d = 0; d < DIM / 8; d++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    o[d][e] *= factor[e / 2];
+                    o[d][e] = first ? 0 : o[d][e] * factor[e / 2];
+    }
+
+    /* Weights as the left side of the product with V. */
+    __device__ static void round_weights(const float (*s)[4], uint32_t (*p)[4])
+    {
+        uint32_t rest[4];
 #pragma unroll
         for (int t = 0; t < SUM_STEPS; t++)
             plain::weights_of(s, t, p[t], rest);
     }
 
-    /* Tile n's scores, and the sums with tile n - 1, whose weights p are, and become tile n's. */
-    __device__ static void work_on_tile(const gpu_call &c, const job &j, const worker &w,
-                                        uint32_t n, uint32_t tile, uint64_t a, rows_state &r,
-                                        float (*s)[4], uint32_t (*p)[4], float (*o)[4])
+    /* Tile n's scores, and the sums with tile n - 1, whose weights p are, and become tile n's.
+     * Before the first tile those sums are of whatever lies there, and don't count. No branches
+     * while products are under way: the compiler would wait for each. */
+    template <bool HIDDEN>
+    __device__ static void next_tile(const gpu_call &c, const job &j, const worker &w, uint32_t n,
+                                     uint32_t tile, uint64_t a, rows_state &r, float (*s)[4],
+                                     uint32_t (*p)[4], float (*o)[4])
     {
+        float base[2], factor[2];
         w.await(n, 0);
-        await_values(c, j, w, r, n - 1, tile - TOKENS, p, o);
+        if (!HIDDEN || n > 0)
+            w.await(n - 1, 1);
         uint64_t k = keys_at(w.plane(n, 0)), v = values_at(w.plane(n - 1, 1));
         named_sync(TURN + w.group, WORKERS);
         pin<COLUMNS>(s);
         pin<DIM / 8>(o);
         products_begin();
 #pragma unroll
-        for (int i = 0; i < SCORE_STEPS * SUM_STEPS; i++) { /* the two in turn */
-            if (i % SUM_STEPS == 0)
-                ask_for_scores(a, k, i / SUM_STEPS, s);
-            if (i % SCORE_STEPS == 0)
-                ask_for_sums(p, v, i / SCORE_STEPS, o);
-        }
+        for (int d = 0; d < SCORE_STEPS; d++)
+            ask_for_scores(a, k, d, s);
+        products_commit();
+#pragma unroll
+        for (int t = 0; t < SUM_STEPS; t++)
+            ask_for_sums(p, v, t, o);
         products_commit();
         named_arrive(TURN + (w.group ^ 1), WORKERS);
-        products_await();
+        products_await<VARIED ? 0 : 1>();
         pin<COLUMNS>(s);
-        pin<DIM / 8>(o);
         w.used(n, 0);
-        w.used(n - 1, 1);
-        softmax_and_scale(c, j, w, tile, r, s, p, o);
+        modify_scores<HIDDEN>(c, j, w, tile, r, s);
+        find_base(s, w.unit, r, base, factor);
+        weigh<0, COLUMNS / 2>(s, w.unit, base, r);
+        finish_before(r.sum[0] + r.sum[1], w.bars);
+        products_await<0>();
+        pin<DIM / 8>(o);
+        if (!HIDDEN || n > 0)
+            w.used(n - 1, 1);
+        rescale_sums(factor, HIDDEN && n == 0, o);
+        weigh<COLUMNS / 2, COLUMNS>(s, w.unit, base, r);
+        round_weights(s, p);
     }
 
+    /* The last tile's sums. */
+    __device__ static void last_sums(const worker &w, uint32_t n, const uint32_t (*p)[4],
+                                     float (*o)[4])
+    {
+        w.await(n, 1);
+        uint64_t v = values_at(w.plane(n, 1));
+        pin<DIM / 8>(o);
+        products_begin();
+#pragma unroll
+        for (int t = 0; t < SUM_STEPS; t++)
+            ask_for_sums(p, v, t, o);
+        products_commit();
+        products_await<0>();
+        pin<DIM / 8>(o);
+        w.used(n, 1);
+    }
+
+    /* The piece's tiles; says when q is used, unless it is said later. */
     __device__ static void work(const gpu_call &c, const job &j, uint32_t q, const worker &w,
-                                rows_state &r, float (*o)[4])
+                                bool says, rows_state &r, float (*o)[4])
     {
         uint32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -363,176 +342,360 @@ template <typename T, int DIM> struct rows_kernel {
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 o[d][e] = 0;
-        walk way = walk_of(j);
-        if (way.count == 0)
+        typename ring::walk way = ring::walk_of(j);
+        uint32_t first = way.first, count = uniform(way.count);
+        if (count == 0) {
+            if (says)
+                w.used_q();
             return;
-        uint64_t a = matrix(q + w.group * GROUP_ROWS * 128, 16, 1024);
+        }
+        uint64_t a = queries_at(q + w.group * GROUP_ROWS * 128);
         float s[COLUMNS][4];
-        uint32_t p[SUM_STEPS][4], tile = way.first, last = way.count - 1;
-        w.await(0, 0);
-        fence_for_products();
-        uint64_t k = keys_at(w.plane(0, 0));
-        pin<COLUMNS>(s);
-        products_begin();
-#pragma unroll
-        for (int d = 0; d < SCORE_STEPS; d++)
-            ask_for_scores(a, k, d, s);
-        products_commit();
-        products_await();
-        pin<COLUMNS>(s);
-        w.used(0, 0);
-        softmax_and_scale(c, j, w, tile, r, s, p, o);
+        uint32_t p[SUM_STEPS][4];
+        /* Tiles that every row of the block sees all of. */
+        uint32_t from = first >= j.clear_begin ? 0 : (j.clear_begin - first - 1) / TOKENS + 1;
+        uint32_t to = j.clear_end <= first ? 0 : (j.clear_end - first) / TOKENS;
+        from = uniform(max(from, 1));
+        to = uniform(VARIED ? 0 : min(to, count));
         if (w.group == 1)
             named_arrive(TURN, WORKERS); /* the other is first */
+        uint32_t n = 0;
 #pragma unroll 1
-        for (uint32_t n = 1; n < way.count; n++) {
-            tile += TOKENS;
-            work_on_tile(c, j, w, n, tile, a, r, s, p, o);
+        while (n < count) {
+            uint32_t tile = first + n * TOKENS;
+            next_tile<true>(c, j, w, n, tile, a, r, s, p, o);
+            if (tile < j.clear_begin || tile + TOKENS > j.clear_end) {
+                w.await(n, 1); /* a weight of 0 doesn't hide all there is of V */
+                if (has_nonfinite(j, w.group, tile, w.plane(n, 1)))
+                    add_nonfinite(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
+            }
+            n++;
+            if (!VARIED && n >= from)
+#pragma unroll 1
+                for (; n < to; n++)
+                    next_tile<false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
         }
+        if (says)
+            w.used_q();
         if (w.group == 0)
             named_sync(TURN, WORKERS); /* what the other arrived at last */
-        await_values(c, j, w, r, last, tile, p, o);
-        uint64_t v = values_at(w.plane(last, 1));
-        pin<DIM / 8>(o);
-        products_begin();
+        last_sums(w, count - 1, p, o);
+    }
+
+    /* ---- pieces, one after the other ---- */
+
+    /* What the third group tells of a piece; two of them take turns. */
+    struct told_piece {
+        plan_piece piece;
+        uint32_t run, kv_head, there; /* there 0: no piece is left */
+    };
+    struct pieces {
+        told_piece piece[2];
+        uint64_t told[2], heard[2]; /* barriers */
+        uint64_t q_there, q_used;
+    };
+
+    /* By one thread. */
+    __device__ static void init(pieces *p)
+    {
+        for (int i = 0; i < 2; i++) {
+            barrier_init(shared_address(&p->told[i]), 1);
+            barrier_init(shared_address(&p->heard[i]), THREADS / 32);
+        }
+        barrier_init(shared_address(&p->q_there), ring::COPIERS);
+        barrier_init(shared_address(&p->q_used), WORKERS / 32);
+    }
+
+    /* The block's k-th piece, by one thread. The first is the block's own; others go to whoever
+     * comes first. */
+    __device__ static void tell(const gpu_call &c, uint32_t *tickets, pieces *p, uint32_t k)
+    {
+        uint32_t item = k == 0 ? blockIdx.x : gridDim.x + atomicAdd(tickets, 1);
+        told_piece &to = p->piece[k % 2];
+        if (k >= 2)
+            barrier_await(shared_address(&p->heard[k % 2]), ~(k / 2) & 1);
+        to.there = item < c.num_items * c.kv_heads;
+        if (to.there) {
+            uint32_t index = item / c.kv_heads;
+            const gpu_run &run = run_of(c, &index);
+            to.piece = ((const plan_piece *)run.items)[index];
+            to.run = (uint32_t)(&run - c.runs);
+            to.kv_head = item % c.kv_heads;
+        } else if (atomicAdd(tickets + 1, 1) == gridDim.x - 1) { /* nobody takes any more */
+            tickets[0] = 0;
+            tickets[1] = 0;
+        }
+        barrier_arrive(shared_address(&p->told[k % 2]));
+    }
+
+    /* The k-th piece; false: there is none. */
+    __device__ static bool hear(const gpu_call &c, pieces *p, uint32_t k, job &j)
+    {
+        barrier_await(shared_address(&p->told[k % 2]), k / 2 & 1);
+        const told_piece &from = p->piece[k % 2];
+        bool there = from.there != 0;
+        if (there)
+            make_job(c, c.runs[from.run], from.piece, from.kv_head, ROWS, j);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            barrier_arrive(shared_address(&p->heard[k % 2]));
+        return there;
+    }
+
+    /* q is copied by the third group as it is, or else read by those who multiply. */
+    __device__ static bool copies_q(const gpu_call &c)
+    {
+        return c.io != TS_DTYPE_FP32 && c.rope.theta == 0;
+    }
+
+    __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q)
+    {
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
+            uint32_t row = i / PIECES, piece = i % PIECES;
+            bool there = row < j.rows && piece * 8 < c.head_dim;
+            size_t at = there ? place_of(c, j, row) * (size_t)c.head_dim + piece * 8 : 0;
+            cache_hints::copy_async(q + q_rows::place(row, piece), (const T *)j.s.q + at,
+                                    there ? 16 : 0, false);
+        }
+        commit_copies();
+    }
+    /* When all copies are there but for those of the LATER groups. */
+    template <int LATER> __device__ static void arrive_q(pieces *p)
+    {
+        await_copies<LATER>();
+        fence_for_products();
+        barrier_arrive(shared_address(&p->q_there));
+    }
+
+    /* Whether a piece's rows come together with others', or as fp32, in the tiles' place. */
+    __device__ static bool is_apart(const gpu_call &c, const job &j)
+    {
+        return j.p.num_chunks > 1 || c.io == TS_DTYPE_FP32;
+    }
+
+    /* The third group's part. */
+    __device__ static void run_copiers(const gpu_call &c, const wgmma_call &wc, uint32_t q,
+                                       uint32_t tiles, barriers *bars, pieces *p)
+    {
+        bool first = threadIdx.x % 32 == 0, tells = threadIdx.x == WORKERS, apart = false;
+        uint32_t base = 0;
+        if (tells)
+            tell(c, wc.tickets, p, 0);
+        __syncwarp();
+#pragma unroll 1
+        for (uint32_t k = 0;; k++) {
+            job j;
+            if (!hear(c, p, k, j))
+                return;
+            uint32_t used = shared_address(&p->q_used), before = (k - 1) & 1;
+            if (apart)
+                barrier_await(used, before);
+            typename ring::box_feed feed(wc.boxes, j, base, tiles, bars);
+            if (wc.boxes.tokens > 0 && first)
+                feed.begin(c, j);
+            __syncwarp();
+            if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
+                barrier_await(used, before);
+            if (copies_q(c))
+                copy_q(c, j, q);
+            if (wc.boxes.tokens > 0 && first)
+                feed.step(c, j, 0);
+            __syncwarp();
+            if (copies_q(c))
+                arrive_q<0>(p);
+            if (tells)
+                tell(c, wc.tickets, p, k + 1);
+            __syncwarp();
+            if (wc.boxes.tokens == 0)
+                ring::copy_tiles(c, j, base, tiles, bars);
+            else if (first)
+#pragma unroll 1
+                for (uint32_t n = 1; n < feed.w.count; n++)
+                    feed.step(c, j, n);
+            __syncwarp();
+            base += feed.w.count;
+            apart = is_apart(c, j);
+        }
+    }
+
+    /* The 16-byte pieces of four columns' pairs, which a quad's lanes have a pair each of, so that
+     * each lane has one column's whole. */
+    __device__ static void turn_quad(uint32_t *x)
+    {
+        uint32_t lane = threadIdx.x;
+        bool odd = lane & 1, high = lane & 2;
+        uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1);
+        uint32_t b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+        x[0] = odd ? a : x[0];
+        x[1] = odd ? x[1] : a;
+        x[2] = odd ? b : x[2];
+        x[3] = odd ? x[3] : b;
+        a = __shfl_xor_sync(~0u, high ? x[0] : x[2], 2);
+        b = __shfl_xor_sync(~0u, high ? x[1] : x[3], 2);
+        x[0] = high ? a : x[0];
+        x[1] = high ? b : x[1];
+        x[2] = high ? x[2] : a;
+        x[3] = high ? x[3] : b;
+    }
+
+    /* This lane's part of the output: two rows' sums times a factor. */
+    __device__ static void store_rows(const gpu_call &c, const job &j, uint32_t first_row,
+                                      const rows_state &r, const float (*o)[4])
+    {
+        uint32_t lane = threadIdx.x % 32;
 #pragma unroll
-        for (int t = 0; t < SUM_STEPS; t++)
-            ask_for_sums(p, v, t, o);
-        products_commit();
-        products_await();
-        pin<DIM / 8>(o);
+        for (int e = 0; e < 2; e++) {
+            uint32_t row = first_row + lane / 4 + e * 8, place = 0;
+            bool there = row < j.rows;
+            float factor = 0;
+            if (there) {
+                place = place_of(c, j, row);
+                factor = finish_place(c, j.s, place, r.max[e], r.sum[e]);
+            }
+            T *to = (T *)j.s.out + place * (size_t)c.head_dim;
+#pragma unroll
+            for (uint32_t d = 0; d < DIM / 8; d += 4) {
+                uint32_t x[4];
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++)
+                    x[i] = pack<T>(o[d + i][e * 2] * factor, o[d + i][e * 2 + 1] * factor);
+                turn_quad(x);
+                uint32_t column = (d + lane % 4) * 8;
+                if (there && column < c.head_dim)
+                    __stcg((uint4 *)(to + column), make_uint4(x[0], x[1], x[2], x[3]));
+            }
+        }
+    }
+
+    /* The same by way of the tiles' place. */
+    __device__ static void store_apart(const gpu_call &c, const job &j, const worker &w,
+                                       const rows_state &r, const float (*o)[4],
+                                       row_state (*states)[ROWS], row_state *total, float *sums)
+    {
+        uint32_t lane = threadIdx.x % 32;
+        named_sync(TOGETHER, WORKERS); /* the tiles are used up */
+#pragma unroll
+        for (uint32_t e = 0; e < 2; e++) {
+            uint32_t row = w.first_row + lane / 4 + e * 8;
+            if (lane % 4 == 0)
+                states[0][row] = row_state{r.max[e], r.sum[e]};
+#pragma unroll
+            for (int d = 0; d < DIM / 8; d++)
+                *(float2 *)(sums + row * SUM_PITCH + d * 8 + lane % 4 * 2) =
+                    make_float2(o[d][e * 2], o[d][e * 2 + 1]);
+        }
+        finish<T, DIM, ROWS, 1, false>(c, j, WORKERS, states, sums, SUM_PITCH, sums, total);
+        named_sync(TOGETHER, WORKERS);
+        if (c.head_dim < DIM)
+            clear_tiles(shared_address(sums), WORKERS);
+        fence_for_products();
+        __syncwarp();
+        w.used_q();
+    }
+
+    /* What lies behind shorter rows is to be 0; boxes make it so. */
+    __device__ static void clear_tiles(uint32_t tiles, uint32_t threads)
+    {
+        for (uint32_t i = threadIdx.x; i < ring::BYTES / 16; i += threads)
+            clear_16_bytes(tiles + i * 16);
     }
 
     /* The two groups' part. */
-    __device__ static void run_workers(const gpu_call &c, const job &j, unsigned char *q,
-                                       unsigned char *tiles, barriers *bars, row_state *states)
+    __device__ static void run_workers(const gpu_call &c, unsigned char *q, unsigned char *tiles,
+                                       barriers *bars, pieces *p, row_state (*states)[ROWS],
+                                       row_state *total)
     {
-        uint32_t lane = threadIdx.x % 32;
-        uint32_t group =
-            __shfl_sync(~0u, threadIdx.x / 128, 0); /* uniform: the compiler can't know */
-        load_q<T, slabs<ROWS>, PIECES, ROWS, WORKERS>(c, j, 1, q);
-        fence_for_products();
-        named_sync(TOGETHER, WORKERS);
-        uint32_t low = j.past + query_of(c, j.first + min(group * GROUP_ROWS, j.rows - 1));
-        uint32_t high = j.past + query_of(c, j.first + min((group + 1) * GROUP_ROWS, j.rows) - 1);
         worker w;
-        w.group = group;
+        w.group = uniform(threadIdx.x / 128); /* the compiler can't know */
         w.tiles = shared_address(tiles);
         w.first_row = threadIdx.x / 32 * 16;
         w.bars = bars;
-        w.clear_from = first_key(c, high);
-        w.clear_to = low + 1;
-        w.varied = c.cap_log2 > 0 || j.s.alibi != NULL || !(c.scale_log2 > 0);
-        w.unit = w.varied ? 1 : c.scale_log2;
-        rows_state r;
-        float o[DIM / 8][4];
-        work(c, j, shared_address(q), w, r, o);
-        named_sync(TOGETHER, WORKERS); /* the tiles are used up */
-        float *sums = (float *)tiles + w.first_row * SUM_PITCH;
-        float *to = sums + lane / 4 * SUM_PITCH + lane % 4 * 2, factor[2];
-#pragma unroll
-        for (uint32_t e = 0; e < 2; e++) {
-            float all = r.sum[e];
-            all += __shfl_xor_sync(~0u, all, 1);
-            all += __shfl_xor_sync(~0u, all, 2);
-            uint32_t row = w.first_row + lane / 4 + e * 8;
-            if (lane % 4 == 0)
-                states[row] = row_state{r.max[e], all};
-            factor[e] = 0;
-            if (j.p.num_chunks == 1 && row < j.rows)
-                factor[e] = finish_place(c, j.s, place_of(c, j, row), r.max[e], all);
-#pragma unroll
-            for (int d = 0; d < DIM / 8; d++)
-                *(float2 *)(to + e * 8 * SUM_PITCH + d * 8) =
-                    make_float2(o[d][e * 2], o[d][e * 2 + 1]);
-        }
-        if (j.p.num_chunks == 1)
-            store_rows(c, j, w.first_row, factor, sums);
-    }
-
-    /* A warp's rows of the output: sums times the factor of lane / 4 and of 8 further. */
-    __device__ static void store_rows(const gpu_call &c, const job &j, uint32_t first_row,
-                                      const float *factor, const float *sums)
-    {
-        const uint32_t QUADS = DIM / 4, ABREAST = QUADS < 32 ? 32 / QUADS : 1;
-        uint32_t lane = threadIdx.x % 32;
-        __syncwarp();
-#pragma unroll 4
-        for (uint32_t i = 0; i < 16; i += ABREAST) {
-            uint32_t row = i + lane / QUADS;
-            float low = __shfl_sync(~0u, factor[0], row % 8 * 4);
-            float high = __shfl_sync(~0u, factor[1], row % 8 * 4);
-            float by = row < 8 ? low : high;
-            if (first_row + row >= j.rows)
-                continue;
-            size_t at = place_of(c, j, first_row + row) * (size_t)c.head_dim;
-            for (uint32_t d = lane % QUADS * 4; d < c.head_dim; d += 128) {
-                float4 y = *(const float4 *)&sums[row * SUM_PITCH + d];
-                float x[4] = {y.x * by, y.y * by, y.z * by, y.w * by};
-                io_store_four<T>(c, j.s.out, at + d, x, false);
+        w.q_used = &p->q_used;
+        w.base = 0;
+#pragma unroll 1
+        for (uint32_t k = 0;; k++) {
+            job j;
+            if (!hear(c, p, k, j))
+                return;
+            if (copies_q(c)) {
+                barrier_await(shared_address(&p->q_there), k & 1);
+            } else {
+                named_sync(TOGETHER, WORKERS); /* nobody uses the last piece's */
+                load_q<T, q_rows, PIECES, ROWS, WORKERS>(c, j, 1, q);
+                fence_for_products();
+                named_sync(TOGETHER, WORKERS);
             }
+            w.varied = c.cap_log2 > 0 || j.s.alibi != NULL || !(c.scale_log2 > 0);
+            w.unit = w.varied ? 1 : c.scale_log2;
+            rows_state r;
+            float o[DIM / 8][4];
+            bool apart = is_apart(c, j);
+            work(c, j, shared_address(q), w, !apart, r, o);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 1);
+                r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 2);
+            }
+            if (apart)
+                store_apart(c, j, w, r, o, states, total, (float *)tiles);
+            else
+                store_rows(c, j, w.first_row, r, o);
+            w.base = uniform(w.base + ring::walk_of(j).count);
         }
     }
 
-    __device__ static void run(const gpu_call &c, unsigned char *shared)
+    __device__ static void run(const gpu_call &c, const wgmma_call &wc, unsigned char *shared)
     {
         __shared__ row_state states[1][ROWS], total[ROWS];
         __shared__ barriers bars;
-        job j;
-        find_job(c, blockIdx.x, ROWS, j);
+        __shared__ pieces p;
         shared += (ALIGN - shared_address(shared) % ALIGN) % ALIGN;
-        unsigned char *work_area = shared + Q_BYTES;
-        uint32_t tiles = shared_address(work_area);
+        unsigned char *tiles = shared + Q_BYTES;
         if (threadIdx.x == 0) {
-            for (uint32_t i = 0; i < STAGES; i++) {
-                barrier_init(shared_address(&bars.there[i]), COPIERS);
-                barrier_init(shared_address(&bars.used[i]), WORKERS / 32);
-            }
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            init(&p);
+            ring::init(&bars, wc.boxes.tokens > 0, WORKERS / 32);
         }
-        if (c.head_dim < DIM) /* what lies behind shorter rows is to be 0 */
-            for (uint32_t i = threadIdx.x; i < TILES_BYTES / 16; i += THREADS)
-                *(uint4 *)(work_area + i * 16) = make_uint4(0, 0, 0, 0);
+        if (c.head_dim < DIM)
+            clear_tiles(shared_address(tiles), THREADS);
+        fence_for_products();
         __syncthreads();
         if (threadIdx.x >= WORKERS) {
-            give_registers<40>();
-            if (j.once)
-                copy_tiles<true>(c, j, tiles, &bars);
-            else
-                copy_tiles<false>(c, j, tiles, &bars);
-            return; /* the other threads' __syncthreads don't wait for threads that have ended */
+            give_registers<COPIER_REGISTERS>();
+            run_copiers(c, wc, shared_address(shared), shared_address(tiles), &bars, &p);
+        } else {
+            take_registers<WORKER_REGISTERS>();
+            run_workers(c, shared, tiles, &bars, &p, states, total);
         }
-        take_registers<232>();
-        run_workers(c, j, shared, work_area, &bars, states[0]);
-        if (j.p.num_chunks > 1)
-            finish<T, DIM, ROWS, 1>(c, j, WORKERS, states, (float *)work_area, SUM_PITCH,
-                                    (float *)work_area, total);
     }
 
 #endif
 };
 
 /* Built for other architectures too, where it does nothing and isn't launched (plan.cu). */
-template <typename T, int DIM>
-__global__ void __launch_bounds__(384, 1) attend_wgmma(const __grid_constant__ gpu_call c)
+template <typename T, int DIM, bool VARIED>
+__global__ void __launch_bounds__(384, 1)
+    attend_wgmma(const __grid_constant__ gpu_call c, const __grid_constant__ wgmma_call wc)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(128) unsigned char shared[];
-    rows_kernel<T, DIM>::run(c, shared);
+    rows_kernel<T, DIM, VARIED>::run(c, wc, shared);
 #endif
 }
 
-template <typename T, int DIM> ts_gpu_kernel kernel_dim()
+template <typename T, int DIM> ts_gpu_kernel kernel_dim(bool varied)
 {
-    return ts_gpu_kernel{(const void *)attend_wgmma<T, DIM>, rows_kernel<T, DIM>::THREADS,
-                         rows_kernel<T, DIM>::BYTES};
+    typedef rows_kernel<T, DIM, false> kernel;
+    return ts_gpu_kernel{varied ? (const void *)attend_wgmma<T, DIM, true>
+                                : (const void *)attend_wgmma<T, DIM, false>,
+                         kernel::THREADS, kernel::BYTES};
 }
 
-template <typename T> ts_gpu_kernel prefill(uint32_t head_dim)
+template <typename T> ts_gpu_kernel prefill(uint32_t head_dim, bool varied)
 {
-    return head_dim <= 64    ? kernel_dim<T, 64>()
-           : head_dim <= 128 ? kernel_dim<T, 128>()
-                             : kernel_dim<T, 256>();
+    return head_dim <= 64    ? kernel_dim<T, 64>(varied)
+           : head_dim <= 128 ? kernel_dim<T, 128>(varied)
+                             : kernel_dim<T, 256>(varied);
 }
 
 } // namespace wgmma
