@@ -3,38 +3,28 @@
  * instructions that take both sides from shared memory, or the left one from registers, and are
  * waited for, not executed in turn.
  *
- * A block has three groups of four warps. Two have 64 rows (query token x head of the group) each
- * and multiply; the third copies tiles of K and V, each of which serves both, into rings of two and
- * three places. Barriers in shared memory say when a tile is there and when both have used it. A
- * group asks for a tile's scores and for the weighted sum of the tile before, and waits for both;
- * the two groups take turns at asking, so that one multiplies while the other has a softmax.
- *
- * Tiles lie in planes of 64 dimensions, rows of 128 bytes, swizzled as the hardware's 128-byte mode
- * has it (PTX ISA, "Asynchronous warpgroup-level matrix instructions", matrix descriptors). Weights
- * are rounded to the cache's type, as mma's are. Elements of a product lie as mma's do: of a
- * group's 64 rows, warp w has 16 w to 16 w + 15.
+ * There is a block on each processor, of three groups of four warps. Two have 64 rows (query token
+ * x head of the group) each and multiply (wgmma_tiles.cuh); the third brings tiles of K and V, each
+ * of which serves both (tile_ring.cuh), and q. Blocks take one piece of work after the other, and
+ * the third group is ahead of the others: when they end a piece, the next one's first tiles are
+ * there.
  */
 #ifndef TS_GPU_WGMMA_CUH
 #define TS_GPU_WGMMA_CUH
 
-#include "mma.cuh"
-#include "tile_ring.cuh"
+#include "wgmma_tiles.cuh"
 
 namespace wgmma
 {
 
-using namespace chunks;
-using namespace tensor;
-
-/* VARIED: scores may be capped or sloped. That takes so many instructions that they would crowd out
- * the others where a processor keeps them. */
 template <typename T, int DIM, bool VARIED> struct rows_kernel {
-    typedef tile_ring<T, DIM> ring;
-    static const uint32_t GROUP_ROWS = 64, ROWS = WGMMA_ROWS;
-    static const uint32_t WORKERS = 256, THREADS = WORKERS + ring::COPIERS;
-    static const uint32_t TOKENS = ring::TOKENS, PLANE = ring::PLANE;
-    static const uint32_t COLUMNS = TOKENS / 8, PIECES = ring::PIECES;
-    static const uint32_t Q_SLAB = ROWS * 128, Q_BYTES = Q_SLAB * ring::SLABS;
+    typedef tile_work<T, DIM, VARIED> tiles_of;
+    typedef typename tiles_of::ring ring;
+    typedef typename tiles_of::q_rows q_rows;
+    static const uint32_t ROWS = tiles_of::ROWS, PIECES = ring::PIECES;
+    static const uint32_t WORKERS = tiles_of::WORKERS, THREADS = WORKERS + ring::COPIERS;
+    static const uint32_t Q_BYTES = tiles_of::Q_SLAB * ring::SLABS;
+    static const uint32_t TOGETHER = tiles_of::TOGETHER;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
     static const uint32_t SUM_BYTES = ROWS * SUM_PITCH * sizeof(float);
     static const uint32_t WORK_BYTES = ring::BYTES > SUM_BYTES ? ring::BYTES : SUM_BYTES;
@@ -44,345 +34,12 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                   "a float for each row and chunk takes the tiles' place");
     static const int COPIER_REGISTERS = DIM > 128 ? 40 : 56; /* all have 168 at first */
     static const int WORKER_REGISTERS = DIM > 128 ? 232 : 224;
-    /* Named barriers; 0 is __syncthreads'. */
-    static const uint32_t TOGETHER = 1, TURN = 2, OWN = 4; /* the latter two of each group */
-
-    typedef mma::rows_kernel<T, DIM, 4, 1, 2, false> plain; /* has what a warp does by itself */
-    static const uint32_t PART = plain::ABREAST;            /* tokens that it works on at once */
-
-    struct q_rows {
-        __device__ static uint32_t place(uint32_t row, uint32_t piece)
-        {
-            return piece / 8 * Q_SLAB + row * 128 + (piece % 8 ^ (row & 7)) * 16;
-        }
-    };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
     typedef typename ring::barriers barriers;
-
-    struct rows_state {
-        typename plain::lane_rows l;
-        float max[2], sum[2];
-    };
-
-    /* What a tile's scores are to be measured from; `factor` becomes what the sums so far are to be
-     * multiplied by. */
-    __device__ static void find_base(const float (*s)[4], float unit, rows_state &r, float *base,
-                                     float *factor)
-    {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float x = -CUDART_INF_F;
-#pragma unroll
-            for (uint32_t n = 0; n < COLUMNS; n++)
-                x = fmaxf(x, fmaxf(s[n][e * 2], s[n][e * 2 + 1]));
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-            x *= unit;
-            x = x > r.max[e] + SLACK ? x : r.max[e];
-            base[e] = x == -CUDART_INF_F ? 0 : x;
-            factor[e] = power(r.max[e] - base[e]);
-            r.max[e] = x;
-            r.sum[e] *= factor[e];
-        }
-    }
-
-    /* Scores of columns FROM to TO become weights. */
-    template <uint32_t FROM, uint32_t TO>
-    __device__ static void weigh(float (*s)[4], float unit, const float *base, rows_state &r)
-    {
-#pragma unroll
-        for (uint32_t n = FROM; n < TO; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[n][e] = power(fmaf(s[n][e], unit, -base[e / 2]));
-                r.sum[e / 2] += s[n][e];
-            }
-    }
-
-    /* Makes 0 what lies behind the end in a tile of V, which is of no sequence's, and says whether
-     * the tokens that some row doesn't see have an infinity or NaN: a weight of 0 wouldn't hide
-     * either. Both groups do, and find the same. */
-    __device__ static bool has_nonfinite(const job &j, uint32_t group, uint32_t tile, uint32_t v)
-    {
-        bool nonfinite = false;
-        uint32_t from = tile < j.clear_begin || j.clear_end <= tile ? 0 : j.clear_end - tile;
-#pragma unroll 1
-        for (uint32_t i = from / 8 * (ring::EIGHT / 16) + threadIdx.x % 128; i < PLANE / 16;
-             i += 128) {
-            uint32_t x[4], token = tile + ring::token_at(i);
-            if (token >= j.end)
-                clear_16_bytes(v + i * 16);
-            if (token >= j.end || (token >= j.clear_begin && token < j.clear_end))
-                continue;
-            load_16_bytes(x, v + i * 16);
-            nonfinite |= any_not_finite<T>(x);
-        }
-        fence_for_products();
-        return named_any(OWN + group, 128, nonfinite);
-    }
-
-    /* Adds such a tile to the sums, by the instructions of a warp alone, and makes it 0, so that it
-     * adds nothing more. Weights and sums are in memory here: this is rare, and is to be short. */
-    __device__ static void add_nonfinite(const gpu_call &c, const job &j, const rows_state &r,
-                                         uint32_t first_row, uint32_t tile, const uint32_t (*p)[4],
-                                         uint32_t v, float (*o)[4])
-    {
-        uint32_t lane = threadIdx.x % 32, weights[SUM_STEPS][4];
-        float sums[DIM / 8][4];
-#pragma unroll
-        for (int i = 0; i < SUM_STEPS * 4; i++)
-            weights[i / 4][i % 4] = p[i / 4][i % 4];
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i++)
-            sums[i / 4][i % 4] = o[i / 4][i % 4];
-#pragma unroll 1
-        for (uint32_t i = 0; i < TOKENS / 16 * (DIM / 16); i++) {
-            uint32_t t = i / (DIM / 16), d = i % (DIM / 16), b[4];
-            load_transposed(b, v + ring::place(t * 16 + lane % 16, d * 2 + lane / 16));
-#pragma unroll 1
-            for (uint32_t e = 0; e < 2; e++)
-                plain::add_apart(c, j, r.l, first_row, tile + t * 16, weights[t], weights[t],
-                                 e == 0 ? b[0] : b[2], e == 0 ? b[1] : b[3], sums[d * 2 + e]);
-        }
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i++)
-            o[i / 4][i % 4] = sums[i / 4][i % 4];
-        named_sync(TOGETHER, WORKERS);
-        for (uint32_t i = threadIdx.x; i < PLANE / 16; i += WORKERS)
-            clear_16_bytes(v + i * 16);
-        fence_for_products();
-        named_sync(TOGETHER, WORKERS);
-    }
-
-    /* One of the instructions for scores of the tile of K at `k`, where `a` is the group's rows of
-     * q, or for the sums with the tile of V at `v`. */
-    __device__ static void ask_for_scores(uint64_t a, uint64_t k, int d, float (*s)[4])
-    {
-        add_scores<T, TOKENS>(s, further(a, d / 4 * Q_SLAB + d % 4 * 32),
-                              further(k, d / 4 * ring::ATOM + d % 4 * 32), d > 0);
-    }
-    __device__ static void ask_for_sums(const uint32_t (*p)[4], uint64_t v, int t, float (*o)[4])
-    {
-#pragma unroll
-        for (int d = 0; d < DIM; d += 128)
-            add_sums < T,
-                DIM<128 ? DIM : 128>(o + d / 8, p[t],
-                                     further(v, t * 2 * ring::EIGHT + d / 64 * ring::ATOM));
-    }
-    __device__ static uint64_t queries_at(uint32_t q)
-    {
-        return matrix(uniform(q), 16, 1024);
-    }
-    __device__ static uint64_t keys_at(uint32_t k)
-    {
-        return matrix(uniform(k), 16, ring::EIGHT);
-    }
-    __device__ static uint64_t values_at(uint32_t v)
-    {
-        return matrix(uniform(v), ring::ATOM, ring::EIGHT);
-    }
-    static const int SCORE_STEPS = DIM / 16, SUM_STEPS = (int)TOKENS / 16;
-
-    /* What the two groups know of their work. */
-    struct worker {
-        uint32_t group, tiles, first_row; /* 0 or 1; in shared memory; of this warp's 16 */
-        uint32_t base;                    /* tiles that the block had before this piece */
-        barriers *bars;
-        uint64_t *q_used;
-        bool varied;
-        float unit; /* scores are scaled in the exponent, unless something happens to them before */
-
-        __device__ uint32_t plane(uint32_t n, uint32_t v) const /* of tile n */
-        {
-            return tiles + ring::place_of_tile(base + n, v) * PLANE;
-        }
-        __device__ void await(uint32_t n, uint32_t v) const
-        {
-            barrier_await(shared_address(&bars->there[ring::place_of_tile(base + n, v)]),
-                          ring::turns_before(base + n, v) & 1);
-        }
-        __device__ void used_q() const
-        {
-            if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(q_used));
-        }
-        __device__ void used(uint32_t n, uint32_t v) const
-        {
-            if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(&bars->used[ring::place_of_tile(base + n, v)]));
-        }
-    };
-
-    __device__ static void hide_scores(const gpu_call &c, uint32_t tile, const rows_state &r,
-                                       float (*s)[4])
-    {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int first = (int)(tile + threadIdx.x % 4 * 2); /* this lane's token */
-            int least = (int)first_key(c, r.l.position[e]) - first;
-            int most = (int)r.l.position[e] - first;
-#pragma unroll
-            for (int i = 0; i < (int)COLUMNS * 2; i++) {
-                const int t = i / 2 * 8 + i % 2;
-                float &x = s[i / 2][e * 2 + i % 2];
-                x = t > most || t < least ? -CUDART_INF_F : x;
-            }
-        }
-    }
-
-    /* What happens to a tile's scores before the softmax, beside scaling: HIDDEN, some row of the
-     * block doesn't see all of it. */
-    template <bool HIDDEN>
-    __device__ static void modify_scores(const gpu_call &c, const job &j, const worker &w,
-                                         uint32_t tile, const rows_state &r, float (*s)[4])
-    {
-        if (VARIED)
-#pragma unroll
-            for (uint32_t t = 0; t < TOKENS; t += PART)
-                plain::apply_score_mods(c, j, r.l, w.first_row, tile + t, w.varied, s + t / 8);
-        else if (HIDDEN)
-            hide_scores(c, tile, r, s);
-    }
-
-    /* Sums so far are multiplied by a factor; they are 0 before the first tile. */
-    __device__ static void rescale_sums(const float *factor, bool first, float (*o)[4])
-    {
-        if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) /* soon that becomes rare */
-#pragma unroll
-            for (int d = 0; d < DIM / 8; d++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    o[d][e] = first ? 0 : o[d][e] * factor[e / 2];
-    }
-
-    /* Weights as the left side of the product with V. */
-    __device__ static void round_weights(const float (*s)[4], uint32_t (*p)[4])
-    {
-        uint32_t rest[4];
-#pragma unroll
-        for (int t = 0; t < SUM_STEPS; t++)
-            plain::weights_of(s, t, p[t], rest);
-    }
-
-    /* Tile n's scores, and the sums with tile n - 1, whose weights p are, and become tile n's.
-     * Before the first tile those sums are of whatever lies there, and don't count. No branches
-     * while products are under way: the compiler would wait for each. */
-    template <bool HIDDEN>
-    __device__ static void next_tile(const gpu_call &c, const job &j, const worker &w, uint32_t n,
-                                     uint32_t tile, uint64_t a, rows_state &r, float (*s)[4],
-                                     uint32_t (*p)[4], float (*o)[4])
-    {
-        float base[2], factor[2];
-        w.await(n, 0);
-        if (!HIDDEN || n > 0)
-            w.await(n - 1, 1);
-        uint64_t k = keys_at(w.plane(n, 0)), v = values_at(w.plane(n - 1, 1));
-        named_sync(TURN + w.group, WORKERS);
-        pin<COLUMNS>(s);
-        pin<DIM / 8>(o);
-        products_begin();
-#pragma unroll
-        for (int d = 0; d < SCORE_STEPS; d++)
-            ask_for_scores(a, k, d, s);
-        products_commit();
-#pragma unroll
-        for (int t = 0; t < SUM_STEPS; t++)
-            ask_for_sums(p, v, t, o);
-        products_commit();
-        named_arrive(TURN + (w.group ^ 1), WORKERS);
-        products_await<VARIED ? 0 : 1>();
-        pin<COLUMNS>(s);
-        w.used(n, 0);
-        modify_scores<HIDDEN>(c, j, w, tile, r, s);
-        find_base(s, w.unit, r, base, factor);
-        weigh<0, COLUMNS / 2>(s, w.unit, base, r);
-        finish_before(r.sum[0] + r.sum[1], w.bars);
-        products_await<0>();
-        pin<DIM / 8>(o);
-        if (!HIDDEN || n > 0)
-            w.used(n - 1, 1);
-        rescale_sums(factor, HIDDEN && n == 0, o);
-        weigh<COLUMNS / 2, COLUMNS>(s, w.unit, base, r);
-        round_weights(s, p);
-    }
-
-    /* The last tile's sums. */
-    __device__ static void last_sums(const worker &w, uint32_t n, const uint32_t (*p)[4],
-                                     float (*o)[4])
-    {
-        w.await(n, 1);
-        uint64_t v = values_at(w.plane(n, 1));
-        pin<DIM / 8>(o);
-        products_begin();
-#pragma unroll
-        for (int t = 0; t < SUM_STEPS; t++)
-            ask_for_sums(p, v, t, o);
-        products_commit();
-        products_await<0>();
-        pin<DIM / 8>(o);
-        w.used(n, 1);
-    }
-
-    /* The piece's tiles; says when q is used, unless it is said later. */
-    __device__ static void work(const gpu_call &c, const job &j, uint32_t q, const worker &w,
-                                bool says, rows_state &r, float (*o)[4])
-    {
-        uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-        for (uint32_t e = 0; e < 2; e++) {
-            uint32_t row = j.first + min(w.first_row + lane / 4 + e * 8, j.rows - 1);
-            r.l.position[e] = j.past + query_of(c, row);
-            r.max[e] = -CUDART_INF_F;
-            r.sum[e] = 0;
-        }
-#pragma unroll
-        for (int d = 0; d < DIM / 8; d++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                o[d][e] = 0;
-        typename ring::walk way = ring::walk_of(j);
-        uint32_t first = way.first, count = uniform(way.count);
-        if (count == 0) {
-            if (says)
-                w.used_q();
-            return;
-        }
-        uint64_t a = queries_at(q + w.group * GROUP_ROWS * 128);
-        float s[COLUMNS][4];
-        uint32_t p[SUM_STEPS][4];
-        /* Tiles that every row of the block sees all of. */
-        uint32_t from = first >= j.clear_begin ? 0 : (j.clear_begin - first - 1) / TOKENS + 1;
-        uint32_t to = j.clear_end <= first ? 0 : (j.clear_end - first) / TOKENS;
-        from = uniform(max(from, 1));
-        to = uniform(VARIED ? 0 : min(to, count));
-        if (w.group == 1)
-            named_arrive(TURN, WORKERS); /* the other is first */
-        uint32_t n = 0;
-#pragma unroll 1
-        while (n < count) {
-            uint32_t tile = first + n * TOKENS;
-            next_tile<true>(c, j, w, n, tile, a, r, s, p, o);
-            if (tile < j.clear_begin || tile + TOKENS > j.clear_end) {
-                w.await(n, 1); /* a weight of 0 doesn't hide all there is of V */
-                if (has_nonfinite(j, w.group, tile, w.plane(n, 1)))
-                    add_nonfinite(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
-            }
-            n++;
-            if (!VARIED && n >= from)
-#pragma unroll 1
-                for (; n < to; n++)
-                    next_tile<false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
-        }
-        if (says)
-            w.used_q();
-        if (w.group == 0)
-            named_sync(TURN, WORKERS); /* what the other arrived at last */
-        last_sums(w, count - 1, p, o);
-    }
-
-    /* ---- pieces, one after the other ---- */
+    typedef typename tiles_of::worker worker;
+    typedef typename tiles_of::rows_state rows_state;
 
     /* What the third group tells of a piece; two of them take turns. */
     struct told_piece {
@@ -631,7 +288,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             rows_state r;
             float o[DIM / 8][4];
             bool apart = is_apart(c, j);
-            work(c, j, shared_address(q), w, !apart, r, o);
+            tiles_of::work(c, j, shared_address(q), w, !apart, r, o);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 1);
