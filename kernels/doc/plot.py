@@ -12,7 +12,7 @@ import sys
 from html import escape
 
 COLORS = {"ours": "#2563eb", "flashinfer": "#f59e0b", "sdpa cudnn": "#10b981",
-          "sdpa flash": "#a78bfa"}
+          "sdpa flash": "#a78bfa", "fa3": "#ef4444"}
 LEFT, BAR, GAP, WIDTH = 300, 13, 16, 560
 
 
@@ -54,7 +54,7 @@ def draw(data):
     end = panel(out, end + 14, "bound by arithmetic: TFLOP/s (longer is better)", arithmetic,
                 lambda s, us: s["TFLOP_s"] * s["us"] / us, most, lambda x: f"{x:.0f}")
     peers = [f'torch {data["torch"]}'] + \
-        ([f'flashinfer {data["flashinfer"]}'] if data.get("flashinfer") else [])
+        [f"{peer} {data[peer]}" for peer in ("flashinfer", "fa3") if data.get(peer)]
     head = ", ".join([data["device"], *peers])
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 60}" height="{end}" '
             f'font-family="sans-serif" font-size="12"><style>.title{{font-weight:bold}}'

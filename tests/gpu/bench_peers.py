@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
 """The kernels beside their peers on the same shapes: `tsbench attend`, PyTorch's scaled dot product
-attention over contiguous K and V (its flash and cuDNN backends), and FlashInfer's paged decode and
-prefill where the package flashinfer-python is installed.
+attention over contiguous K and V (its flash and cuDNN backends), FlashInfer's paged decode and
+prefill where the package flashinfer-python is installed, and FlashAttention-3 over contiguous K and
+V where fa3-fwd is: the faster of its two calls, for caches and for whole prompts.
 
-    python3 tests/gpu/bench_peers.py [--device cuda:0] [--json peers.json]
+    python3 tests/gpu/bench_peers.py [--device cuda:0] [--only 'all new'] [--json peers.json]
 
 Times are medians, of the kernels alone; K and V are copied so often, and the copies used in turn,
-that no cache helps. kernels/doc/plot.py draws the JSON.
+that no cache helps. Ours writes the new tokens' K and V too where a shape says so; no peer does. A
+peer's fp8 has q in fp8 as well, ours bf16. kernels/doc/plot.py draws the JSON.
 """
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 
 import common
 import torch
@@ -25,25 +30,69 @@ try:
 except ImportError:
     flashinfer = None
 
+try:
+    import fa3_fwd_interface as fa3
+except ImportError:
+    fa3 = None
+
 REPEATS, WARM = 60, 5
 TURNS_BYTES = 512 << 20  # of copies in turn: well beyond the second-level cache
 BLOCK = 16
 
-#: name as tsbench has it: (lengths, new tokens of each, heads, KV heads, head_dim)
+#: name as tsbench has it, and whether the new tokens' K and V are written
 SHAPES = {
-    "64 x 4096, 32/8/128 bf16": ([4096] * 64, 1, 32, 8, 128),
-    "256 x 1024, 32/8/128 bf16": ([1024] * 256, 1, 32, 8, 128),
-    "1 x 131072, 32/8/128 bf16": ([131072], 1, 32, 8, 128),
-    "1 x 32768, 32/8/128 bf16": ([32768], 1, 32, 8, 128),
-    "1 x 8192, 32/8/128 bf16": ([8192], 1, 32, 8, 128),
-    "512 x 64-512 + 8 x 32768, 64/8/128 bf16":
-        ([64 + 448 * i // 511 for i in range(512)] + [32768] * 8, 1, 64, 8, 128),
-    "64 x 4096, 128/1/128 bf16": ([4096] * 64, 1, 128, 1, 128),
-    "64 x 4096, 32/8/128 bf16, 4 new": ([4096] * 64, 4, 32, 8, 128),
-    "64 x 4096, 32/8/128 bf16, 8 new": ([4096] * 64, 8, 32, 8, 128),
-    "4 x 4096, all new, 32/8/128 bf16": ([4096] * 4, 4096, 32, 8, 128),
-    "8 x 8704, 512 new, 32/8/128 bf16": ([8704] * 8, 512, 32, 8, 128),
+    "64 x 4096, 32/8/128 bf16": False,
+    "256 x 1024, 32/8/128 bf16": False,
+    "1 x 131072, 32/8/128 bf16": False,
+    "1 x 32768, 32/8/128 bf16": False,
+    "1 x 8192, 32/8/128 bf16": False,
+    "512 x 64-512 + 8 x 32768, 64/8/128 bf16": False,
+    "64 x 4096, 128/1/128 bf16": False,
+    "16 x 16384, 64/8/128 bf16": False,
+    "100 x 777, 28/4/128 bf16": False,
+    "64 x 9216, 8192 shared, 32/8/128 bf16": False,
+    "64 x 4096, 32/8/128 fp8": False,
+    "16 x 16384, 64/8/128 fp8": False,
+    "64 x 4096, 32/8/128 bf16, 4 new": False,
+    "64 x 4096, 32/8/128 bf16, 8 new": False,
+    "64 x 4096, 32/8/128 bf16, 16 new": False,
+    "4 x 4096, all new, 32/8/128 bf16": False,
+    "8 x 8704, 512 new, 32/8/128 bf16": False,
+    "1 x 32768, all new, 32/8/128 bf16": False,
+    "2 x 16384, 2048 new, 32/8/128 bf16": False,
+    "16 x 1024, all new, 32/8/128 bf16": True,
+    "32 x 512, all new, 32/8/128 bf16": True,
+    "4 x 4096, all new, 64/8/64 bf16": False,
+    "4 x 4096, all new, 16/16/256 bf16": False,
+    "4 x 4096, all new, 32/8/128 fp8": False,
+    "8 x 8704, 512 new, 32/8/128 fp8": False,
+    "1 x 32768, all new, 32/8/128 fp8": False,
+    "2 x 16384, 2048 new, 32/8/128 fp8": False,
+    "16 x 1024, all new, 32/8/128 fp8": True,
 }
+
+
+@dataclasses.dataclass
+class Shape:
+    """What a name says."""
+    lengths: list
+    new: int
+    heads: int
+    kv_heads: int
+    dim: int
+    fp8: bool
+    shared: bool
+
+
+def shape_of(name):
+    lengths = []
+    for count, least, most in re.findall(r"(\d+) x (\d+)(?:-(\d+))?", name):
+        count, least, most = int(count), int(least), int(most or least)
+        lengths += [least + (most - least) * i // max(count - 1, 1) for i in range(count)]
+    new = re.search(r"(\d+|all) new", name)
+    new = 1 if new is None else lengths[0] if new[1] == "all" else int(new[1])
+    heads, kv_heads, dim = map(int, re.search(r"(\d+)/(\d+)/(\d+)", name).groups())
+    return Shape(lengths, new, heads, kv_heads, dim, "fp8" in name, "shared" in name)
 
 
 def median_us(run, turns):
@@ -68,10 +117,10 @@ def turns_of(num_bytes):
 
 def sdpa(shape, backend):
     """Contiguous [batch, heads, tokens, head_dim]; None: the backend doesn't take the shape."""
-    lengths, new, heads, kv_heads, dim = shape
-    if len(set(lengths)) > 1:
+    if len(set(shape.lengths)) > 1 or shape.fp8 or shape.shared:
         return None  # it has no ragged batches
-    batch, tokens = len(lengths), lengths[0]
+    new, heads, kv_heads, dim = shape.new, shape.heads, shape.kv_heads, shape.dim
+    batch, tokens = len(shape.lengths), shape.lengths[0]
     turns = turns_of(2 * batch * tokens * kv_heads * dim * 2)
     kw = {"device": "cuda", "dtype": torch.bfloat16}
     q = torch.randn(batch, heads, new, dim, **kw)
@@ -92,8 +141,9 @@ def sdpa(shape, backend):
 
 def paged(shape):
     """FlashInfer over blocks of 16 in random order; None: it isn't here, or doesn't take it."""
-    lengths, new, heads, kv_heads, dim = shape
-    if flashinfer is None:
+    lengths, new, heads, kv_heads, dim = (shape.lengths, shape.new, shape.heads, shape.kv_heads,
+                                          shape.dim)
+    if flashinfer is None or shape.fp8 or shape.shared:
         return None
     counts = torch.tensor([-(-n // BLOCK) for n in lengths])
     blocks = int(counts.sum())
@@ -123,42 +173,72 @@ def paged(shape):
         return None
 
 
-def ours(device):
+def flash_attention_3(shape):
+    """Its call for caches, which packs heads, and the one for prompts; the faster. None: it isn't
+    here, or doesn't take it."""
+    if fa3 is None or len(set(shape.lengths)) > 1 or shape.shared:
+        return None
+    batch, tokens = len(shape.lengths), shape.lengths[0]
+    dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
+    turns = turns_of(2 * batch * tokens * shape.kv_heads * shape.dim * (1 if shape.fp8 else 2))
+
+    def random(*size):
+        return torch.rand(*size, device="cuda", dtype=torch.bfloat16).mul_(2).sub_(1).to(dtype)
+
+    q = random(batch, shape.new, shape.heads, shape.dim)
+    k = [random(batch, tokens, shape.kv_heads, shape.dim) for _ in range(turns)]
+    v = [random(batch, tokens, shape.kv_heads, shape.dim) for _ in range(turns)]
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    try:
+        return min(
+            median_us(lambda i: fa3.flash_attn_with_kvcache(q, k[i], v[i], cache_seqlens=lengths,
+                                                            causal=True), turns),
+            median_us(lambda i: fa3.flash_attn_func(q, k[i], v[i], causal=True), turns))
+    except RuntimeError as error:
+        print(f"fa3-fwd: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+
+
+def ours(device, name, append):
     tsbench = common.first(common.ROOT / "bin/tsbench", common.ROOT / "build/tools/tsbench")
-    out = subprocess.run([tsbench, "attend", "--device", device, "--json"], text=True, check=True,
+    command = [tsbench, "attend", "--device", device, "--json", "--shape", name]
+    out = subprocess.run(command + ["--append"] * append, text=True, check=True,
                          stdout=subprocess.PIPE).stdout
-    return {row["shape"]: row for row in json.loads(out)["rows"]}
+    return json.loads(out)["rows"][0]
 
 
 def main():
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--only", default="", help="shapes whose name has this")
     options = parser.parse_args()
     torch.cuda.set_device(options.device)
     torch.manual_seed(1)
-    mine = ours(options.device)
     rows, figures = [], []
-    for name, shape in SHAPES.items():
-        row = mine[name]
+    for name, append in ((n, a) for n, a in SHAPES.items() if options.only in n):
+        row, shape = ours(options.device, name, append), shape_of(name)
         peers = {"sdpa flash": sdpa(shape, SDPBackend.FLASH_ATTENTION),
                  "sdpa cudnn": sdpa(shape, SDPBackend.CUDNN_ATTENTION),
-                 "flashinfer": paged(shape)}
+                 "flashinfer": paged(shape), "fa3": flash_attention_3(shape)}
         torch.cuda.empty_cache()
         known = [us for us in peers.values() if us is not None]
-        rows.append([name, f"{row['us']:.1f}", f"{row['ratio']:.2f}", f"{row['TFLOP_s']:.0f}",
+        rows.append([name + (", written" if append else ""), f"{row['us']:.1f}",
+                     f"{row['ratio']:.2f}", f"{row['TFLOP_s']:.0f}",
                      *("-" if us is None else f"{us:.1f}" for us in peers.values()),
                      f"{min(known) / row['us']:.2f}" if known else "-"])
         figures.append({"shape": name, "us": row["us"], "ratio": row["ratio"],
                         "GB_s": row["GB_s"], "read_GB_s": row["read_GB_s"],
                         "TFLOP_s": row["TFLOP_s"], "peers_us": peers})
     print(f"{common.device_line()}, torch {torch.__version__}, flashinfer "
-          f"{flashinfer.__version__ if flashinfer else 'not installed'}; "
+          f"{flashinfer.__version__ if flashinfer else 'not installed'}, fa3-fwd "
+          f"{metadata.version('fa3-fwd') if fa3 else 'not installed'}; "
           f"µs, medians of {REPEATS}\n")
     common.table(["shape", "ours", "of read rate", "TFLOP/s", *peers, "best peer / ours"], rows)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"device": common.device_line(), "torch": torch.__version__,
                        "flashinfer": flashinfer.__version__ if flashinfer else None,
+                       "fa3": metadata.version("fa3-fwd") if fa3 else None,
                        "shapes": figures}, file, indent=1)
             file.write("\n")
 
