@@ -29,7 +29,7 @@ struct ts_gpu_plan {
     ts_kernel kernel;
     ts_gpu_kernel kernels[LIST_COUNT]; /* of LIST_TILE and later ones; function NULL: the device has
                                           too little shared memory for it */
-    ts_gpu_kernel varied_wgmma; /* LIST_WGMMA's where scores are capped or sloped */
+    ts_gpu_kernel varied_wgmma;        /* LIST_WGMMA's where scores are capped or sloped */
     ts_gpu_buffer *buffer;
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
