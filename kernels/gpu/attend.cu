@@ -39,6 +39,7 @@ gpu_call call_of(const ts_gpu_plan *p, unsigned char *base, const ts_attention_v
     c.group = p->heads / g->kv_heads;
     c.head_dim = g->head_dim;
     c.block_tokens = divisor_of(g->block_tokens);
+    c.groups = divisor_of(c.group);
     c.io = p->io_dtype;
     c.io_bytes = (uint32_t)ts_dtype_bytes(p->io_dtype);
     c.cache_bytes = (uint32_t)ts_dtype_bytes(g->dtype);

@@ -83,7 +83,7 @@ struct gpu_call {
     uint32_t num_items;
     const uint32_t *items_there; /* of a persistent plan: how many it has now; NULL: num_items */
     uint32_t heads, kv_heads, group, head_dim;
-    divisor block_tokens;
+    divisor block_tokens, groups;   /* of `group` heads */
     uint32_t io;                    /* ts_dtype of q, k, v and out */
     uint32_t io_bytes, cache_bytes; /* of an element */
     float scale_log2;

@@ -20,12 +20,6 @@ __device__ inline priority leaves_first()
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
     return p;
 }
-__device__ inline priority leaves_as_usual()
-{
-    priority p;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
-    return p;
-}
 __device__ inline priority leaves_last()
 {
     priority p;

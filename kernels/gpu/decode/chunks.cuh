@@ -54,10 +54,11 @@ template <typename T> __device__ inline float score_scale(const gpu_call &c, con
     return scaled<T>::value ? c.scale_log2 * key_scale<T>(j.s, j.kv_head) : c.scale_log2;
 }
 
-/* Row r of the sequence: which query token, which head. */
-__device__ inline uint32_t query_of(const gpu_call &c, uint32_t row)
+/* Row r of the sequence: which query token, which head. QUICK: by a multiplication, where it is
+ * done for many rows; decode's kernels, which need it once, are 2 % slower by that. */
+template <bool QUICK = false> __device__ inline uint32_t query_of(const gpu_call &c, uint32_t row)
 {
-    return row / c.group;
+    return QUICK ? divide(row, c.groups) : row / c.group;
 }
 __device__ inline uint32_t head_of(const gpu_call &c, const job &j, uint32_t row)
 {
@@ -65,13 +66,15 @@ __device__ inline uint32_t head_of(const gpu_call &c, const job &j, uint32_t row
 }
 
 /* Row r of this tile among all of the sequence's: query token * heads + head. */
+template <bool QUICK = false>
 __device__ inline uint32_t place_of(const gpu_call &c, const job &j, uint32_t r)
 {
-    uint32_t query = query_of(c, j.first + r);
+    uint32_t query = query_of<QUICK>(c, j.first + r);
     return query * c.heads + j.kv_head * c.group + j.first + r - query * c.group;
 }
 
 /* A piece of the run's and a KV head. */
+template <bool QUICK = false>
 __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const plan_piece &piece,
                                 uint32_t kv_head, uint32_t rows, job &j)
 {
@@ -86,8 +89,8 @@ __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const pla
     j.past = j.s.kv_tokens - j.s.q_tokens;
     uint32_t from = j.chunk * j.p.chunk_tokens;
     uint32_t to = min(from + j.p.chunk_tokens, j.s.kv_tokens);
-    uint32_t lowest = j.past + query_of(c, j.first);
-    uint32_t highest = j.past + query_of(c, j.first + j.rows - 1);
+    uint32_t lowest = j.past + query_of<QUICK>(c, j.first);
+    uint32_t highest = j.past + query_of<QUICK>(c, j.first + j.rows - 1);
     j.begin = max(from, first_key(c, lowest));
     j.end = min(to, highest + 1);
     j.clear_begin = first_key(c, highest);

@@ -26,7 +26,7 @@ struct wgmma_call {
     uint32_t *tickets; /* two, 0 between launches: pieces that were taken, blocks that found none */
 };
 
-#define BOX_SLAB 64u        /* dimensions of 16 bits: 128 bytes, as wide as the swizzle */
-#define BOX_TOKENS_LEAST 8u /* the swizzle's rows */
+#define BOX_SLAB 64u         /* dimensions of 16 bits: 128 bytes, as wide as the swizzle */
+#define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */
 
 #endif

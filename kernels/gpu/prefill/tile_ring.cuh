@@ -92,32 +92,46 @@ template <typename T, int DIM> struct tile_ring {
 
     static const uint32_t WARPS = COPIERS / 32;
 
-    /* Where this warp's boxes of a tile lie: tokens' eights of a block, and K's place. */
+    /* Where this warp's boxes of a tile lie: tokens' eights of a block, and K's place. Behind the
+     * end those are asked for that no block has, which are 0. */
     static const int MOST = TOKENS / BOX_TOKENS_LEAST / WARPS;
     struct boxes {
         uint32_t count, eight[MOST], unit[MOST];
     };
 
-    __device__ static void look_up_boxes(const gpu_call &c, const box_map &m, const job &j,
-                                         uint32_t tile, boxes &b)
+    /* The blocks of this warp's boxes of a tile. */
+    struct box_blocks {
+        uint32_t id[MOST];
+    };
+    __device__ static void look_up_blocks(const gpu_call &c, const box_map &m, const job &j,
+                                          uint32_t tile, box_blocks &b)
     {
-        uint32_t warp = threadIdx.x % COPIERS / 32, tokens = m.tokens;
-        uint32_t all = (min(TOKENS, j.end - tile) + tokens - 1) / tokens;
-        b.count = all > warp ? (all - warp + WARPS - 1) / WARPS : 0;
+        uint32_t warp = threadIdx.x % COPIERS / 32;
 #pragma unroll
-        for (int i = 0; i < MOST; i++)
-            if ((uint32_t)i < b.count) {
-                uint32_t t = tile + (i * WARPS + warp) * tokens, entry = divide(t, c.block_tokens);
-                b.unit[i] = j.s.blocks[entry] * m.block_units + j.s.layer * 2 * m.plane_units +
-                            j.kv_head * m.head_units;
-                b.eight[i] = (t - entry * c.block_tokens.d) / 8;
-            }
+        for (int i = 0; i < MOST; i++) {
+            uint32_t t = tile + (i * WARPS + warp) * m.tokens;
+            b.id[i] = t < j.end ? j.s.blocks[divide(t, c.block_tokens)] : 0;
+        }
     }
 
-    /* Asks for this warp's part of tile n of K or V, but not for what lies behind the end. */
+    __device__ static void find_boxes(const gpu_call &c, const box_map &m, const job &j,
+                                      uint32_t tile, const box_blocks &blocks, boxes &b)
+    {
+        uint32_t warp = threadIdx.x % COPIERS / 32, all = TOKENS / m.tokens;
+        b.count = all > warp ? (all - warp + WARPS - 1) / WARPS : 0;
+#pragma unroll
+        for (int i = 0; i < MOST; i++) {
+            uint32_t t = tile + (i * WARPS + warp) * m.tokens;
+            uint32_t token = t - divide(t, c.block_tokens) * c.block_tokens.d;
+            b.unit[i] = blocks.id[i] * m.block_units + j.s.layer * 2 * m.plane_units +
+                        j.kv_head * m.head_units;
+            b.eight[i] = (t < j.end ? token : c.block_tokens.d) / 8;
+        }
+    }
+
+    /* Asks for this warp's part of tile n of K or V. */
     __device__ static void ask_for_boxes(const box_map &m, const boxes &b, uint32_t n, uint32_t v,
-                                         uint32_t tiles, cache_hints::priority priority,
-                                         barriers *bars)
+                                         uint32_t tiles, bool once, barriers *bars)
     {
         uint32_t place = await_place(bars, n, v), there = shared_address(&bars->there[place]);
         uint32_t bytes = m.tokens / 8 * EIGHT, warp = threadIdx.x % COPIERS / 32;
@@ -126,7 +140,7 @@ template <typename T, int DIM> struct tile_ring {
         for (int i = 0; i < MOST; i++)
             if ((uint32_t)i < b.count)
                 copy_box(tiles + place * PLANE + (i * WARPS + warp) * bytes, &m, b.eight[i],
-                         b.unit[i] + v * m.plane_units, there, priority);
+                         b.unit[i] + v * m.plane_units, there, once);
     }
 
     /* A thread's way through a piece's tiles, in the order of their use. n counts tiles since the
@@ -136,21 +150,24 @@ template <typename T, int DIM> struct tile_ring {
         walk w;
         uint32_t base, tiles;
         barriers *bars;
-        cache_hints::priority priority;
-        boxes next; /* the next tile's */
+        bool once;
+        boxes next;       /* the next tile's */
+        box_blocks ahead; /* of the one behind it: looked up early */
 
         __device__ box_feed(const box_map &map, const job &j, uint32_t base, uint32_t tiles,
                             barriers *bars)
-            : m(map), w(walk_of(j)), base(base), tiles(tiles), bars(bars),
-              priority(j.once ? cache_hints::leaves_first() : cache_hints::leaves_as_usual())
+            : m(map), w(walk_of(j)), base(base), tiles(tiles), bars(bars), once(j.once)
         {
         }
         __device__ void begin(const gpu_call &c, const job &j)
         {
             if (w.count == 0)
                 return;
-            look_up_boxes(c, m, j, w.first, next);
-            ask_for_boxes(m, next, base, 0, tiles, priority, bars);
+            box_blocks now;
+            look_up_blocks(c, m, j, w.first, now);
+            look_up_blocks(c, m, j, w.first + TOKENS, ahead);
+            find_boxes(c, m, j, w.first, now, next);
+            ask_for_boxes(m, next, base, 0, tiles, once, bars);
         }
         __device__ void step(const gpu_call &c, const job &j, uint32_t n)
         {
@@ -158,10 +175,11 @@ template <typename T, int DIM> struct tile_ring {
                 return;
             boxes now = next;
             if (n + 1 < w.count) {
-                look_up_boxes(c, m, j, w.first + (n + 1) * TOKENS, next);
-                ask_for_boxes(m, next, base + n + 1, 0, tiles, priority, bars);
+                find_boxes(c, m, j, w.first + (n + 1) * TOKENS, ahead, next);
+                look_up_blocks(c, m, j, w.first + (n + 2) * TOKENS, ahead);
+                ask_for_boxes(m, next, base + n + 1, 0, tiles, once, bars);
             }
-            ask_for_boxes(m, now, base + n, 1, tiles, priority, bars);
+            ask_for_boxes(m, now, base + n, 1, tiles, once, bars);
         }
     };
 
@@ -178,8 +196,9 @@ template <typename T, int DIM> struct tile_ring {
         return j.s.blocks[entry] * c.block_bytes + (t - entry * c.block_tokens.d) * c.token_stride;
     }
 
+    /* Copies this warp's rows; what lies past the end, of no sequence's, is made 0. */
     __device__ static void copy_rows(const gpu_call &c, const unsigned char *base, size_t row,
-                                     uint32_t to, bool once)
+                                     uint32_t to, uint32_t wanted, bool once)
     {
         const uint32_t ABREAST = 32 / PIECES, LOADS = EACH / ABREAST;
         uint32_t lane = threadIdx.x % 32, warp = threadIdx.x % COPIERS / 32;
@@ -189,8 +208,10 @@ template <typename T, int DIM> struct tile_ring {
         for (uint32_t i = 0; i < LOADS; i++) {
             uint32_t token = i * ABREAST + lane / PIECES;
             const unsigned char *from = base + __shfl_sync(~0u, row, (int)token) + piece * 16;
+            token += warp * EACH;
             if (mine)
-                cache_hints::copy_async(to + place(token + warp * EACH, piece), from, once);
+                cache_hints::copy_async(to + place(token, piece), from, token < wanted ? 16 : 0,
+                                        once);
         }
     }
 
@@ -204,11 +225,11 @@ template <typename T, int DIM> struct tile_ring {
     }
 
     __device__ static void copy_tile(const gpu_call &c, const job &j, const unsigned char *base,
-                                     size_t row, uint32_t n, uint32_t v, uint32_t tiles,
-                                     barriers *bars)
+                                     size_t row, uint32_t n, uint32_t v, uint32_t wanted,
+                                     uint32_t tiles, barriers *bars)
     {
         uint32_t place = await_place(bars, n, v);
-        copy_rows(c, base + v * c.plane_bytes, row, tiles + place * PLANE, j.once);
+        copy_rows(c, base + v * c.plane_bytes, row, tiles + place * PLANE, wanted, j.once);
         commit_copies();
     }
 
@@ -221,18 +242,19 @@ template <typename T, int DIM> struct tile_ring {
             return;
         const unsigned char *k = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
         size_t row = look_up(c, j, w.first), next = row;
-        copy_tile(c, j, k, row, base, 0, tiles, bars);
+        copy_tile(c, j, k, row, base, 0, j.end - w.first, tiles, bars);
 #pragma unroll 1
         for (uint32_t n = 0; n < w.count; n++, row = next) { /* in the order of their use */
             if (n + 1 < w.count) {
                 next = look_up(c, j, w.first + (n + 1) * TOKENS);
-                copy_tile(c, j, k, next, base + n + 1, 0, tiles, bars);
+                copy_tile(c, j, k, next, base + n + 1, 0, j.end - w.first - (n + 1) * TOKENS, tiles,
+                          bars);
                 if (n == 0)
                     arrive_there<1>(base, 0, bars);
                 else
                     arrive_there<1>(base + n - 1, 1, bars);
             }
-            copy_tile(c, j, k, row, base + n, 1, tiles, bars);
+            copy_tile(c, j, k, row, base + n, 1, j.end - w.first - n * TOKENS, tiles, bars);
             if (n + 1 < w.count)
                 arrive_there<1>(base + n + 1, 0, bars);
         }

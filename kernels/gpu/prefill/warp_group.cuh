@@ -35,6 +35,11 @@ __device__ inline void barrier_expect(uint32_t at, uint32_t bytes)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
                  : "memory");
 }
+/* Arrives when what this thread has copied before is there. */
+__device__ inline void barrier_arrive_copied(uint32_t at)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
 __device__ inline void barrier_await(uint32_t at, uint32_t parity)
 {
     uint32_t done;
@@ -54,14 +59,22 @@ __device__ inline void fence_for_products()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/* A box into shared memory, by the copy engine; the barrier gets its bytes. */
+/* A box into shared memory, by the copy engine; the barrier gets its bytes. once: it may leave the
+ * second-level cache first. (To name the usual priority is slower than to name none.) */
 __device__ inline void copy_box(uint32_t to, const box_map *m, uint32_t eight, uint32_t unit,
-                                uint32_t barrier, cache_hints::priority priority)
+                                uint32_t barrier, bool once)
 {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
-                 "bytes.L2::cache_hint [%0], [%1, {%2, %2, %2, %3, %4}], [%5], %6;" ::"r"(to),
-                 "l"(&m->map), "r"(0), "r"(eight), "r"(unit), "r"(barrier), "l"(priority)
-                 : "memory");
+    if (once)
+        asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
+                     "bytes.L2::cache_hint [%0], [%1, {%2, %2, %2, %3, %4}], [%5], %6;" ::"r"(to),
+                     "l"(&m->map), "r"(0), "r"(eight), "r"(unit), "r"(barrier),
+                     "l"(cache_hints::leaves_first())
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
+                     "bytes [%0], [%1, {%2, %2, %2, %3, %4}], [%5];" ::"r"(to),
+                     "l"(&m->map), "r"(0), "r"(eight), "r"(unit), "r"(barrier)
+                     : "memory");
 }
 
 /* Barriers of some of the block's threads, by number. */

@@ -92,7 +92,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         const told_piece &from = p->piece[k % 2];
         bool there = from.there != 0;
         if (there)
-            make_job(c, c.runs[from.run], from.piece, from.kv_head, ROWS, j);
+            make_job<true>(c, c.runs[from.run], from.piece, from.kv_head, ROWS, j);
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             barrier_arrive(shared_address(&p->heard[k % 2]));
@@ -111,20 +111,11 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
             bool there = row < j.rows && piece * 8 < c.head_dim;
-            size_t at = there ? place_of(c, j, row) * (size_t)c.head_dim + piece * 8 : 0;
+            size_t at = there ? place_of<true>(c, j, row) * (size_t)c.head_dim + piece * 8 : 0;
             cache_hints::copy_async(q + q_rows::place(row, piece), (const T *)j.s.q + at,
                                     there ? 16 : 0, false);
         }
-        commit_copies();
     }
-    /* When all copies are there but for those of the LATER groups. */
-    template <int LATER> __device__ static void arrive_q(pieces *p)
-    {
-        await_copies<LATER>();
-        fence_for_products();
-        barrier_arrive(shared_address(&p->q_there));
-    }
-
     /* Whether a piece's rows come together with others', or as fp32, in the tiles' place. */
     __device__ static bool is_apart(const gpu_call &c, const job &j)
     {
@@ -154,13 +145,13 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             __syncwarp();
             if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
                 barrier_await(used, before);
-            if (copies_q(c))
+            if (copies_q(c)) {
                 copy_q(c, j, q);
+                barrier_arrive_copied(shared_address(&p->q_there));
+            }
             if (wc.boxes.tokens > 0 && first)
                 feed.step(c, j, 0);
             __syncwarp();
-            if (copies_q(c))
-                arrive_q<0>(p);
             if (tells)
                 tell(c, wc.tickets, p, k + 1);
             __syncwarp();
@@ -207,7 +198,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             bool there = row < j.rows;
             float factor = 0;
             if (there) {
-                place = place_of(c, j, row);
+                place = place_of<true>(c, j, row);
                 factor = finish_place(c, j.s, place, r.max[e], r.sum[e]);
             }
             T *to = (T *)j.s.out + place * (size_t)c.head_dim;
@@ -259,9 +250,9 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     }
 
     /* The two groups' part. */
-    __device__ static void run_workers(const gpu_call &c, unsigned char *q, unsigned char *tiles,
-                                       barriers *bars, pieces *p, row_state (*states)[ROWS],
-                                       row_state *total)
+    __device__ static void run_workers(const gpu_call &c, const wgmma_call &wc, unsigned char *q,
+                                       unsigned char *tiles, barriers *bars, pieces *p,
+                                       row_state (*states)[ROWS], row_state *total)
     {
         worker w;
         w.group = uniform(threadIdx.x / 128); /* the compiler can't know */
@@ -269,6 +260,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         w.first_row = threadIdx.x / 32 * 16;
         w.bars = bars;
         w.q_used = &p->q_used;
+        w.box_tokens = max(wc.boxes.tokens, 1);
         w.base = 0;
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
@@ -277,6 +269,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 return;
             if (copies_q(c)) {
                 barrier_await(shared_address(&p->q_there), k & 1);
+                fence_for_products();
             } else {
                 named_sync(TOGETHER, WORKERS); /* nobody uses the last piece's */
                 load_q<T, q_rows, PIECES, ROWS, WORKERS>(c, j, 1, q);
@@ -288,7 +281,11 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             rows_state r;
             float o[DIM / 8][4];
             bool apart = is_apart(c, j);
-            tiles_of::work(c, j, shared_address(q), w, !apart, r, o);
+            uint32_t count = ring::walk_of(j).count;
+            w.says = apart ? ~0u : count - 1;
+            if (!apart && count == 0)
+                w.used_q();
+            tiles_of::work(c, j, shared_address(q), w, r, o);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 1);
@@ -298,7 +295,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 store_apart(c, j, w, r, o, states, total, (float *)tiles);
             else
                 store_rows(c, j, w.first_row, r, o);
-            w.base = uniform(w.base + ring::walk_of(j).count);
+            w.base = uniform(w.base + count);
         }
     }
 
@@ -322,7 +319,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             run_copiers(c, wc, shared_address(shared), shared_address(tiles), &bars, &p);
         } else {
             take_registers<WORKER_REGISTERS>();
-            run_workers(c, shared, tiles, &bars, &p, states, total);
+            run_workers(c, wc, shared, tiles, &bars, &p, states, total);
         }
     }
 

@@ -55,19 +55,27 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     __device__ static void find_base(const float (*s)[4], float unit, rows_state &r, float *base,
                                      float *factor)
     {
+        float x[2][2] = {{-CUDART_INF_F, -CUDART_INF_F}, {-CUDART_INF_F, -CUDART_INF_F}};
+#pragma unroll
+        for (uint32_t n = 0; n < COLUMNS; n++) /* four chains: each waits for itself alone */
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                x[n % 2][e] = fmaxf(x[n % 2][e], fmaxf(s[n][e * 2], s[n][e * 2 + 1]));
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            x[0][e] = fmaxf(x[0][e], x[1][e]);
+#pragma unroll
+        for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                x[0][e] = fmaxf(x[0][e], __shfl_xor_sync(~0u, x[0][e], lanes));
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float x = -CUDART_INF_F;
-#pragma unroll
-            for (uint32_t n = 0; n < COLUMNS; n++)
-                x = fmaxf(x, fmaxf(s[n][e * 2], s[n][e * 2 + 1]));
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-            x *= unit;
-            x = x > r.max[e] + SLACK ? x : r.max[e];
-            base[e] = x == -CUDART_INF_F ? 0 : x;
+            float higher = x[0][e] * unit;
+            higher = higher > r.max[e] + SLACK ? higher : r.max[e];
+            base[e] = higher == -CUDART_INF_F ? 0 : higher;
             factor[e] = power(r.max[e] - base[e]);
-            r.max[e] = x;
+            r.max[e] = higher;
             r.sum[e] *= factor[e];
         }
     }
@@ -85,16 +93,49 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             }
     }
 
-    /* Makes 0 what lies behind the end in a tile of V, which is of no sequence's, and says whether
-     * the tokens that some row doesn't see have an infinity or NaN: a weight of 0 wouldn't hide
-     * either. Both groups do, and find the same. */
-    __device__ static bool has_nonfinite(const job &j, uint32_t group, uint32_t tile, uint32_t v)
+    /* What the two groups know of their work. */
+    struct worker {
+        uint32_t group, tiles, first_row; /* 0 or 1; in shared memory; of this warp's 16 */
+        uint32_t base;                    /* tiles that the block had before this piece */
+        barriers *bars;
+        uint64_t *q_used;
+        uint32_t box_tokens; /* 1: no boxes */
+        uint32_t says;       /* tile of which it is said that it is the last to use q */
+        bool varied;
+        float unit; /* scores are scaled in the exponent, unless something happens to them before */
+
+        __device__ uint32_t plane(uint32_t n, uint32_t v) const /* of tile n */
+        {
+            return tiles + ring::place_of_tile(base + n, v) * PLANE;
+        }
+        __device__ void await(uint32_t n, uint32_t v) const
+        {
+            barrier_await(shared_address(&bars->there[ring::place_of_tile(base + n, v)]),
+                          ring::turns_before(base + n, v) & 1);
+        }
+        __device__ void used_q() const
+        {
+            if (threadIdx.x % 32 == 0)
+                barrier_arrive(shared_address(q_used));
+        }
+        __device__ void used(uint32_t n, uint32_t v) const
+        {
+            if (threadIdx.x % 32 == 0)
+                barrier_arrive(shared_address(&bars->used[ring::place_of_tile(base + n, v)]));
+        }
+    };
+
+    /* Says whether the tokens of a tile of V that some row doesn't see have an infinity or NaN: a
+     * weight of 0 wouldn't hide either. What a box brought of its block from behind the end, which
+     * is of no sequence's, becomes 0. Both groups do this, and find the same. */
+    __device__ static bool has_nonfinite(const job &j, const worker &w, uint32_t tile, uint32_t v)
     {
+        const uint32_t ROW = ring::EIGHT / 16; /* of eight tokens: 16-byte pieces */
         bool nonfinite = false;
         uint32_t from = tile < j.clear_begin || j.clear_end <= tile ? 0 : j.clear_end - tile;
+        uint32_t to = min(TOKENS, (j.end - tile + w.box_tokens - 1) / w.box_tokens * w.box_tokens);
 #pragma unroll 1
-        for (uint32_t i = from / 8 * (ring::EIGHT / 16) + threadIdx.x % 128; i < PLANE / 16;
-             i += 128) {
+        for (uint32_t i = from / 8 * ROW + threadIdx.x % 128; i < (to + 7) / 8 * ROW; i += 128) {
             uint32_t x[4], token = tile + ring::token_at(i);
             if (token >= j.end)
                 clear_16_bytes(v + i * 16);
@@ -104,7 +145,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             nonfinite |= any_not_finite<T>(x);
         }
         fence_for_products();
-        return named_any(OWN + group, 128, nonfinite);
+        return named_any(OWN + w.group, 128, nonfinite);
     }
 
     /* Adds such a tile to the sums, by the instructions of a warp alone, and makes it 0, so that it
@@ -161,43 +202,13 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     }
     __device__ static uint64_t keys_at(uint32_t k)
     {
-        return matrix(uniform(k), 16, ring::EIGHT);
+        return matrix(k, 16, ring::EIGHT);
     }
     __device__ static uint64_t values_at(uint32_t v)
     {
-        return matrix(uniform(v), ring::ATOM, ring::EIGHT);
+        return matrix(v, ring::ATOM, ring::EIGHT);
     }
     static const int SCORE_STEPS = DIM / 16, SUM_STEPS = (int)TOKENS / 16;
-
-    /* What the two groups know of their work. */
-    struct worker {
-        uint32_t group, tiles, first_row; /* 0 or 1; in shared memory; of this warp's 16 */
-        uint32_t base;                    /* tiles that the block had before this piece */
-        barriers *bars;
-        uint64_t *q_used;
-        bool varied;
-        float unit; /* scores are scaled in the exponent, unless something happens to them before */
-
-        __device__ uint32_t plane(uint32_t n, uint32_t v) const /* of tile n */
-        {
-            return tiles + ring::place_of_tile(base + n, v) * PLANE;
-        }
-        __device__ void await(uint32_t n, uint32_t v) const
-        {
-            barrier_await(shared_address(&bars->there[ring::place_of_tile(base + n, v)]),
-                          ring::turns_before(base + n, v) & 1);
-        }
-        __device__ void used_q() const
-        {
-            if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(q_used));
-        }
-        __device__ void used(uint32_t n, uint32_t v) const
-        {
-            if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(&bars->used[ring::place_of_tile(base + n, v)]));
-        }
-    };
 
     __device__ static void hide_scores(const gpu_call &c, uint32_t tile, const rows_state &r,
                                        float (*s)[4])
@@ -262,7 +273,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         w.await(n, 0);
         if (!HIDDEN || n > 0)
             w.await(n - 1, 1);
-        uint64_t k = keys_at(w.plane(n, 0)), v = values_at(w.plane(n - 1, 1));
+        uint64_t k = keys_at(uniform(w.plane(n, 0))), v = values_at(uniform(w.plane(n - 1, 1)));
         named_sync(TURN + w.group, WORKERS);
         pin<COLUMNS>(s);
         pin<DIM / 8>(o);
@@ -279,6 +290,8 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         products_await<VARIED ? 0 : 1>();
         pin<COLUMNS>(s);
         w.used(n, 0);
+        if (n == w.says)
+            w.used_q();
         modify_scores<HIDDEN>(c, j, w, tile, r, s);
         find_base(s, w.unit, r, base, factor);
         weigh<0, COLUMNS / 2>(s, w.unit, base, r);
@@ -297,7 +310,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
                                      float (*o)[4])
     {
         w.await(n, 1);
-        uint64_t v = values_at(w.plane(n, 1));
+        uint64_t v = values_at(uniform(w.plane(n, 1)));
         pin<DIM / 8>(o);
         products_begin();
 #pragma unroll
@@ -309,15 +322,15 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         w.used(n, 1);
     }
 
-    /* The piece's tiles; says when q is used, unless it is said later. */
+    /* The piece's tiles. */
     __device__ static void work(const gpu_call &c, const job &j, uint32_t q, const worker &w,
-                                bool says, rows_state &r, float (*o)[4])
+                                rows_state &r, float (*o)[4])
     {
         uint32_t lane = threadIdx.x % 32;
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
             uint32_t row = j.first + min(w.first_row + lane / 4 + e * 8, j.rows - 1);
-            r.l.position[e] = j.past + query_of(c, row);
+            r.l.position[e] = j.past + query_of<true>(c, row);
             r.max[e] = -CUDART_INF_F;
             r.sum[e] = 0;
         }
@@ -328,11 +341,8 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
                 o[d][e] = 0;
         typename ring::walk way = ring::walk_of(j);
         uint32_t first = way.first, count = uniform(way.count);
-        if (count == 0) {
-            if (says)
-                w.used_q();
+        if (count == 0)
             return;
-        }
         uint64_t a = queries_at(q + w.group * GROUP_ROWS * 128);
         float s[COLUMNS][4];
         uint32_t p[SUM_STEPS][4];
@@ -350,7 +360,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             next_tile<true>(c, j, w, n, tile, a, r, s, p, o);
             if (tile < j.clear_begin || tile + TOKENS > j.clear_end) {
                 w.await(n, 1); /* a weight of 0 doesn't hide all there is of V */
-                if (has_nonfinite(j, w.group, tile, w.plane(n, 1)))
+                if (has_nonfinite(j, w, tile, w.plane(n, 1)))
                     add_nonfinite(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
             }
             n++;
@@ -359,8 +369,6 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
                 for (; n < to; n++)
                     next_tile<false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
         }
-        if (says)
-            w.used_q();
         if (w.group == 0)
             named_sync(TURN, WORKERS); /* what the other arrived at last */
         last_sums(w, count - 1, p, o);
