@@ -60,11 +60,53 @@ template <typename T, int DIM> struct tile_ring {
         return n / (v == 0 ? K_STAGES : V_STAGES);
     }
 
+    /* Where the next tile of K or V, or the last one of V, lies: kept, since to find it from the
+     * tile's number takes long. FIRST: of COUNT places. */
+    template <uint32_t FIRST, uint32_t COUNT> struct tile_place {
+        uint32_t there;  /* in shared memory: the barrier */
+        uint32_t matrix; /* the low word of what a product is told */
+        uint32_t parity; /* of the barrier's phase */
+
+        /* The ring's first place. */
+        __device__ void init(uint32_t tiles, uint32_t bars, uint32_t first_parity)
+        {
+            there = bars + FIRST * (uint32_t)sizeof(uint64_t);
+            matrix = (tiles & 0x3ffff) >> 4;
+            parity = first_parity;
+        }
+        __device__ void await() const
+        {
+            barrier_await(there, parity);
+        }
+        __device__ bool is_there() const
+        {
+            return barrier_is_past(there, parity);
+        }
+        __device__ uint32_t used() const /* the barrier */
+        {
+            return there + STAGES * (uint32_t)sizeof(uint64_t);
+        }
+        __device__ uint32_t tile() const /* in shared memory */
+        {
+            return (matrix & 0x3fff) << 4;
+        }
+        __device__ void advance(uint32_t bars)
+        {
+            const uint32_t BAR = sizeof(uint64_t), LAST = FIRST + COUNT - 1;
+            bool wraps = there == bars + LAST * BAR;
+            there += wraps ? 0 - (COUNT - 1) * BAR : BAR;
+            matrix += wraps ? 0 - (COUNT - 1) * (PLANE / 16) : PLANE / 16;
+            parity ^= wraps;
+        }
+    };
+    typedef tile_place<0, K_STAGES> k_place;
+    typedef tile_place<K_STAGES, V_STAGES> v_place;
+
     /* By one thread; users: warps. */
     __device__ static void init(barriers *bars, bool by_boxes, uint32_t users)
     {
         for (uint32_t i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&bars->there[i]), by_boxes ? WARPS : COPIERS);
+            barrier_init(shared_address(&bars->there[i]), by_boxes ? FEEDERS : COPIERS);
             barrier_init(shared_address(&bars->used[i]), users);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -88,98 +130,75 @@ template <typename T, int DIM> struct tile_ring {
         return place;
     }
 
-    /* ---- by boxes: a thread of each warp, which has every WARPS-th box of a tile ---- */
+    /* ---- by boxes: two warps for K and two for V, a box for each lane to find ---- */
 
-    static const uint32_t WARPS = COPIERS / 32;
+    static const uint32_t FEEDERS = 2; /* warps, which take turns at a tile's boxes */
 
-    /* Where this warp's boxes of a tile lie: tokens' eights of a block, and K's place. Behind the
-     * end those are asked for that no block has, which are 0. */
-    static const int MOST = TOKENS / BOX_TOKENS_LEAST / WARPS;
-    struct boxes {
-        uint32_t count, eight[MOST], unit[MOST];
-    };
-
-    /* The blocks of this warp's boxes of a tile. */
-    struct box_blocks {
-        uint32_t id[MOST];
-    };
-    __device__ static void look_up_blocks(const gpu_call &c, const box_map &m, const job &j,
-                                          uint32_t tile, box_blocks &b)
-    {
-        uint32_t warp = threadIdx.x % COPIERS / 32;
-#pragma unroll
-        for (int i = 0; i < MOST; i++) {
-            uint32_t t = tile + (i * WARPS + warp) * m.tokens;
-            b.id[i] = t < j.end ? j.s.blocks[divide(t, c.block_tokens)] : 0;
-        }
-    }
-
-    __device__ static void find_boxes(const gpu_call &c, const box_map &m, const job &j,
-                                      uint32_t tile, const box_blocks &blocks, boxes &b)
-    {
-        uint32_t warp = threadIdx.x % COPIERS / 32, all = TOKENS / m.tokens;
-        b.count = all > warp ? (all - warp + WARPS - 1) / WARPS : 0;
-#pragma unroll
-        for (int i = 0; i < MOST; i++) {
-            uint32_t t = tile + (i * WARPS + warp) * m.tokens;
-            uint32_t token = t - divide(t, c.block_tokens) * c.block_tokens.d;
-            b.unit[i] = blocks.id[i] * m.block_units + j.s.layer * 2 * m.plane_units +
-                        j.kv_head * m.head_units;
-            b.eight[i] = (t < j.end ? token : c.block_tokens.d) / 8;
-        }
-    }
-
-    /* Asks for this warp's part of tile n of K or V. */
-    __device__ static void ask_for_boxes(const box_map &m, const boxes &b, uint32_t n, uint32_t v,
-                                         uint32_t tiles, bool once, barriers *bars)
-    {
-        uint32_t place = await_place(bars, n, v), there = shared_address(&bars->there[place]);
-        uint32_t bytes = m.tokens / 8 * EIGHT, warp = threadIdx.x % COPIERS / 32;
-        barrier_expect(there, b.count * bytes);
-#pragma unroll
-        for (int i = 0; i < MOST; i++)
-            if ((uint32_t)i < b.count)
-                copy_box(tiles + place * PLANE + (i * WARPS + warp) * bytes, &m, b.eight[i],
-                         b.unit[i] + v * m.plane_units, there, once);
-    }
-
-    /* A thread's way through a piece's tiles, in the order of their use. n counts tiles since the
-     * block began: `base` came before this piece's. */
-    struct box_feed {
+    /* A warp's way through pieces' tiles. P: k_place or v_place. */
+    template <typename P> struct box_feed {
         const box_map &m;
+        uint32_t bars, plane, warp; /* warp: of the feeders */
+        uint32_t boxes;             /* of a tile, this warp's */
+        P place;                    /* to be filled next */
         walk w;
-        uint32_t base, tiles;
-        barriers *bars;
-        bool once;
-        boxes next;       /* the next tile's */
-        box_blocks ahead; /* of the one behind it: looked up early */
+        uint32_t unit;  /* of the piece's K or V in block 0, in the map */
+        uint32_t block; /* of this lane's box of the next tile: looked up early */
 
-        __device__ box_feed(const box_map &map, const job &j, uint32_t base, uint32_t tiles,
-                            barriers *bars)
-            : m(map), w(walk_of(j)), base(base), tiles(tiles), bars(bars), once(j.once)
+        /* tiles: of this ring. plane: from K's in the map, in its units. */
+        __device__ box_feed(const box_map &map, uint32_t tiles, uint32_t bars, uint32_t plane,
+                            uint32_t warp)
+            : m(map), bars(bars), plane(plane), warp(warp), boxes(0)
         {
+            if (m.tokens > 0)
+                boxes = (TOKENS / m.tokens + FEEDERS - 1 - warp) / FEEDERS;
+            place.init(tiles, bars, 1);
         }
+
+        __device__ uint32_t token_of(uint32_t tile) const /* this lane's box's first */
+        {
+            return tile + (threadIdx.x % 32 * FEEDERS + warp) * m.tokens;
+        }
+        __device__ uint32_t block_of(const gpu_call &c, const job &j, uint32_t tile) const
+        {
+            uint32_t t = token_of(tile);
+            return t < min(tile + TOKENS, j.end) ? j.s.blocks[divide(t, c.block_tokens)] : 0;
+        }
+
+        /* Asks for a tile, of whose boxes each lane knows where one lies. */
+        __device__ void ask(uint32_t eight, uint32_t unit, bool once)
+        {
+            uint32_t bytes = m.tokens / 8 * EIGHT, to = place.tile() + warp * bytes;
+            uint32_t there = place.there;
+            barrier_await(place.used(), place.parity);
+            if (is_elected())
+                barrier_expect(there, boxes * bytes);
+#pragma unroll 1
+            for (uint32_t i = 0; i < boxes; i++, to += FEEDERS * bytes) {
+                uint32_t e = __shfl_sync(~0u, eight, i), u = __shfl_sync(~0u, unit, i);
+                if (is_elected())
+                    copy_box(to, &m, e, u, there, once);
+            }
+            place.advance(bars);
+        }
+
+        /* A piece begins. */
         __device__ void begin(const gpu_call &c, const job &j)
         {
-            if (w.count == 0)
-                return;
-            box_blocks now;
-            look_up_blocks(c, m, j, w.first, now);
-            look_up_blocks(c, m, j, w.first + TOKENS, ahead);
-            find_boxes(c, m, j, w.first, now, next);
-            ask_for_boxes(m, next, base, 0, tiles, once, bars);
+            w = walk_of(j);
+            unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units + plane;
+            block = block_of(c, j, w.first);
         }
-        __device__ void step(const gpu_call &c, const job &j, uint32_t n)
+        /* Its tiles from n to before `to`, as their places become free. Behind the end boxes are
+         * asked for that no block has, which are 0. */
+        __device__ void ask_for(const gpu_call &c, const job &j, uint32_t n, uint32_t to)
         {
-            if (n >= w.count)
-                return;
-            boxes now = next;
-            if (n + 1 < w.count) {
-                find_boxes(c, m, j, w.first + (n + 1) * TOKENS, ahead, next);
-                look_up_blocks(c, m, j, w.first + (n + 2) * TOKENS, ahead);
-                ask_for_boxes(m, next, base + n + 1, 0, tiles, once, bars);
+#pragma unroll 1
+            for (to = min(to, w.count); n < to; n++) {
+                uint32_t tile = w.first + n * TOKENS, t = token_of(tile), now = block;
+                uint32_t token = t - divide(t, c.block_tokens) * c.block_tokens.d;
+                block = block_of(c, j, tile + TOKENS);
+                ask((t < j.end ? token : c.block_tokens.d) / 8, now * m.block_units + unit, j.once);
             }
-            ask_for_boxes(m, now, base + n, 1, tiles, once, bars);
         }
     };
 

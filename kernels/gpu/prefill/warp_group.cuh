@@ -52,11 +52,32 @@ __device__ inline void barrier_await(uint32_t at, uint32_t parity)
                      : "memory");
     while (done == 0);
 }
+/* Whether there is nothing to await. */
+__device__ inline bool barrier_is_past(uint32_t at, uint32_t parity)
+{
+    uint32_t past;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(past)
+                 : "r"(at), "r"(parity)
+                 : "memory");
+    return past != 0;
+}
 
 /* What threads wrote to shared memory, and what copies did, is there for the products. */
 __device__ inline void fence_for_products()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* One lane of a warp, all of which are here: the compiler knows that it is alone. */
+__device__ inline bool is_elected()
+{
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(elected));
+    return elected != 0;
 }
 
 /* A box into shared memory, by the copy engine; the barrier gets its bytes. once: it may leave the
@@ -132,6 +153,17 @@ __device__ inline uint64_t further(uint64_t m, uint32_t bytes)
 {
     return (m & ~(uint64_t)0xffffffff) | ((uint32_t)m + (bytes >> 4));
 }
+/* The high word of the same, which is alike for all tiles of a ring. */
+__device__ inline uint64_t with_high_word(uint32_t low, uint64_t matrix)
+{
+    return (matrix & ~(uint64_t)0xffffffff) | low;
+}
+/* An address that the compiler keeps, and doesn't find anew each time. */
+__device__ inline uint32_t keep(uint32_t x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
 /* A number that all lanes have alike, so that the compiler knows it. What tells a product where its
  * sides lie is in registers of the whole warp; to be moved there before each product would hold it
  * up. */
@@ -165,11 +197,11 @@ template <int N> __device__ inline void pin(float (*d)[4])
 
 /* Neither is the assembler to leave what `x` comes from, a number that is never negative, until
  * after what follows: it would be stored if it were. */
-__device__ inline void finish_before(float x, void *shared)
+__device__ inline void finish_before(float x, uint32_t shared)
 {
     asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n"
                  "@p st.shared.f32 [%1], %0;\n}" ::"f"(x),
-                 "r"((uint32_t)__cvta_generic_to_shared(shared))
+                 "r"(shared)
                  : "memory");
 }
 

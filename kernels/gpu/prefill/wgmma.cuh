@@ -41,23 +41,24 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     typedef typename tiles_of::worker worker;
     typedef typename tiles_of::rows_state rows_state;
 
-    /* What the third group tells of a piece; two of them take turns. */
+    /* What the third group tells of a piece; some of them take turns. */
+    static const uint32_t TOLD = 3;
     struct told_piece {
-        plan_piece piece;
-        uint32_t run, kv_head, there; /* there 0: no piece is left */
+        job j;
+        bool there; /* else no piece is left */
     };
     struct pieces {
-        told_piece piece[2];
-        uint64_t told[2], heard[2]; /* barriers */
+        told_piece piece[TOLD];
+        uint64_t told[TOLD], done[TOLD]; /* barriers */
         uint64_t q_there, q_used;
     };
 
     /* By one thread. */
     __device__ static void init(pieces *p)
     {
-        for (int i = 0; i < 2; i++) {
+        for (uint32_t i = 0; i < TOLD; i++) {
             barrier_init(shared_address(&p->told[i]), 1);
-            barrier_init(shared_address(&p->heard[i]), THREADS / 32);
+            barrier_init(shared_address(&p->done[i]), THREADS / 32);
         }
         barrier_init(shared_address(&p->q_there), ring::COPIERS);
         barrier_init(shared_address(&p->q_used), WORKERS / 32);
@@ -68,35 +69,33 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     __device__ static void tell(const gpu_call &c, uint32_t *tickets, pieces *p, uint32_t k)
     {
         uint32_t item = k == 0 ? blockIdx.x : gridDim.x + atomicAdd(tickets, 1);
-        told_piece &to = p->piece[k % 2];
-        if (k >= 2)
-            barrier_await(shared_address(&p->heard[k % 2]), ~(k / 2) & 1);
+        told_piece &to = p->piece[k % TOLD];
+        if (k >= TOLD)
+            barrier_await(shared_address(&p->done[k % TOLD]), ~(k / TOLD) & 1);
         to.there = item < c.num_items * c.kv_heads;
         if (to.there) {
             uint32_t index = item / c.kv_heads;
             const gpu_run &run = run_of(c, &index);
-            to.piece = ((const plan_piece *)run.items)[index];
-            to.run = (uint32_t)(&run - c.runs);
-            to.kv_head = item % c.kv_heads;
+            plan_piece piece = ((const plan_piece *)run.items)[index];
+            make_job<true>(c, run, piece, item % c.kv_heads, ROWS, to.j);
         } else if (atomicAdd(tickets + 1, 1) == gridDim.x - 1) { /* nobody takes any more */
             tickets[0] = 0;
             tickets[1] = 0;
         }
-        barrier_arrive(shared_address(&p->told[k % 2]));
+        barrier_arrive(shared_address(&p->told[k % TOLD]));
     }
 
-    /* The k-th piece; false: there is none. */
-    __device__ static bool hear(const gpu_call &c, pieces *p, uint32_t k, job &j)
+    /* The k-th piece, until `done`; NULL: there is none. */
+    __device__ static const job *hear(pieces *p, uint32_t k)
     {
-        barrier_await(shared_address(&p->told[k % 2]), k / 2 & 1);
-        const told_piece &from = p->piece[k % 2];
-        bool there = from.there != 0;
-        if (there)
-            make_job<true>(c, c.runs[from.run], from.piece, from.kv_head, ROWS, j);
+        barrier_await(shared_address(&p->told[k % TOLD]), k / TOLD & 1);
+        return p->piece[k % TOLD].there ? &p->piece[k % TOLD].j : NULL;
+    }
+    __device__ static void done(pieces *p, uint32_t k)
+    {
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            barrier_arrive(shared_address(&p->heard[k % 2]));
-        return there;
+            barrier_arrive(shared_address(&p->done[k % TOLD]));
     }
 
     /* q is copied by the third group as it is, or else read by those who multiply. */
@@ -122,48 +121,55 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         return j.p.num_chunks > 1 || c.io == TS_DTYPE_FP32;
     }
 
-    /* The third group's part. */
+    /* The third group's part. Its warps ask for boxes of K and of V by turns; the last one takes
+     * pieces; all copy q, and what doesn't come in boxes. */
     __device__ static void run_copiers(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                        uint32_t tiles, barriers *bars, pieces *p)
     {
-        bool first = threadIdx.x % 32 == 0, tells = threadIdx.x == WORKERS, apart = false;
-        uint32_t base = 0;
+        uint32_t warp = uniform(threadIdx.x / 32 - WORKERS / 32), feeder = warp / 2;
+        uint32_t there = shared_address(bars->there), base = 0;
+        bool by_boxes = wc.boxes.tokens > 0, tells = threadIdx.x == THREADS - 32, apart = false;
+        typename ring::template box_feed<typename ring::k_place> k_feed(wc.boxes, tiles, there, 0,
+                                                                        feeder);
+        typename ring::template box_feed<typename ring::v_place> v_feed(
+            wc.boxes, tiles + ring::K_STAGES * ring::PLANE, there, wc.boxes.plane_units, feeder);
         if (tells)
             tell(c, wc.tickets, p, 0);
         __syncwarp();
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
-            job j;
-            if (!hear(c, p, k, j))
+            const job *told = hear(p, k);
+            if (told == NULL)
                 return;
+            const job &j = *told;
             uint32_t used = shared_address(&p->q_used), before = (k - 1) & 1;
-            if (apart)
+            if (apart) /* the piece before has its sums in the tiles' place */
                 barrier_await(used, before);
-            typename ring::box_feed feed(wc.boxes, j, base, tiles, bars);
-            if (wc.boxes.tokens > 0 && first)
-                feed.begin(c, j);
-            __syncwarp();
+            if (by_boxes && warp % 2 == 0) {
+                k_feed.begin(c, j);
+                k_feed.ask_for(c, j, 0, 1);
+            } else if (by_boxes) {
+                v_feed.begin(c, j);
+                v_feed.ask_for(c, j, 0, 1);
+            }
             if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
                 barrier_await(used, before);
             if (copies_q(c)) {
                 copy_q(c, j, q);
                 barrier_arrive_copied(shared_address(&p->q_there));
             }
-            if (wc.boxes.tokens > 0 && first)
-                feed.step(c, j, 0);
-            __syncwarp();
             if (tells)
                 tell(c, wc.tickets, p, k + 1);
             __syncwarp();
-            if (wc.boxes.tokens == 0)
+            if (!by_boxes)
                 ring::copy_tiles(c, j, base, tiles, bars);
-            else if (first)
-#pragma unroll 1
-                for (uint32_t n = 1; n < feed.w.count; n++)
-                    feed.step(c, j, n);
-            __syncwarp();
-            base += feed.w.count;
+            else if (warp % 2 == 0)
+                k_feed.ask_for(c, j, 1, ~0u);
+            else
+                v_feed.ask_for(c, j, 1, ~0u);
+            base += ring::walk_of(j).count;
             apart = is_apart(c, j);
+            done(p, k);
         }
     }
 
@@ -256,17 +262,17 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     {
         worker w;
         w.group = uniform(threadIdx.x / 128); /* the compiler can't know */
-        w.tiles = shared_address(tiles);
         w.first_row = threadIdx.x / 32 * 16;
-        w.bars = bars;
-        w.q_used = &p->q_used;
+        w.bars = keep(shared_address(bars->there));
+        w.q_used = keep(shared_address(&p->q_used));
+        w.init(shared_address(tiles));
         w.box_tokens = max(wc.boxes.tokens, 1);
-        w.base = 0;
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
-            job j;
-            if (!hear(c, p, k, j))
+            const job *told = hear(p, k);
+            if (told == NULL)
                 return;
+            const job &j = *told;
             if (copies_q(c)) {
                 barrier_await(shared_address(&p->q_there), k & 1);
                 fence_for_products();
@@ -295,7 +301,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 store_apart(c, j, w, r, o, states, total, (float *)tiles);
             else
                 store_rows(c, j, w.first_row, r, o);
-            w.base = uniform(w.base + count);
+            done(p, k);
         }
     }
 

@@ -47,34 +47,41 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
 
     struct rows_state {
         typename plain::lane_rows l;
-        float max[2], sum[2];
+        float max[2], base[2], sum[2]; /* base: what scores are measured from; finite */
     };
 
-    /* What a tile's scores are to be measured from; `factor` becomes what the sums so far are to be
-     * multiplied by. */
-    __device__ static void find_base(const float (*s)[4], float unit, rows_state &r, float *base,
-                                     float *factor)
+    /* The highest of this lane's scores in each of its rows. */
+    __device__ static void find_highest(const float (*s)[4], float unit, float *x)
     {
-        float x[2][2] = {{-CUDART_INF_F, -CUDART_INF_F}, {-CUDART_INF_F, -CUDART_INF_F}};
+        const uint32_t CHAINS = 4; /* each waits for itself alone */
+        float y[CHAINS][2];
 #pragma unroll
-        for (uint32_t n = 0; n < COLUMNS; n++) /* four chains: each waits for itself alone */
+        for (uint32_t n = 0; n < COLUMNS; n++)
 #pragma unroll
-            for (int e = 0; e < 2; e++)
-                x[n % 2][e] = fmaxf(x[n % 2][e], fmaxf(s[n][e * 2], s[n][e * 2 + 1]));
+            for (int e = 0; e < 2; e++) {
+                float pair = fmaxf(s[n][e * 2], s[n][e * 2 + 1]);
+                y[n % CHAINS][e] = n < CHAINS ? pair : fmaxf(y[n % CHAINS][e], pair);
+            }
 #pragma unroll
         for (int e = 0; e < 2; e++)
-            x[0][e] = fmaxf(x[0][e], x[1][e]);
+            x[e] = fmaxf(fmaxf(y[0][e], y[1][e]), fmaxf(y[2][e], y[3][e])) * unit;
+    }
+
+    /* Scores are measured from a row's highest one from now on, where it is so much higher than
+     * that of the tiles before. x: this lane's highest. `factor` becomes what the sums so far are
+     * to be multiplied by. */
+    __device__ static void raise_base(float *x, rows_state &r, float *factor)
+    {
 #pragma unroll
         for (int lanes = 1; lanes < 4; lanes *= 2)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                x[0][e] = fmaxf(x[0][e], __shfl_xor_sync(~0u, x[0][e], lanes));
+                x[e] = fmaxf(x[e], __shfl_xor_sync(~0u, x[e], lanes));
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float higher = x[0][e] * unit;
-            higher = higher > r.max[e] + SLACK ? higher : r.max[e];
-            base[e] = higher == -CUDART_INF_F ? 0 : higher;
-            factor[e] = power(r.max[e] - base[e]);
+            float higher = x[e] > r.max[e] + SLACK ? x[e] : r.max[e];
+            r.base[e] = higher == -CUDART_INF_F ? 0 : higher;
+            factor[e] = power(r.max[e] - r.base[e]);
             r.max[e] = higher;
             r.sum[e] *= factor[e];
         }
@@ -82,46 +89,52 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
 
     /* Scores of columns FROM to TO become weights. */
     template <uint32_t FROM, uint32_t TO>
-    __device__ static void weigh(float (*s)[4], float unit, const float *base, rows_state &r)
+    __device__ static void weigh(float (*s)[4], float unit, rows_state &r)
     {
 #pragma unroll
         for (uint32_t n = FROM; n < TO; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                s[n][e] = power(fmaf(s[n][e], unit, -base[e / 2]));
+                s[n][e] = power(fmaf(s[n][e], unit, -r.base[e / 2]));
                 r.sum[e / 2] += s[n][e];
             }
     }
 
+    __device__ static uint64_t keys_at(uint32_t k)
+    {
+        return matrix(k, 16, ring::EIGHT);
+    }
+    __device__ static uint64_t values_at(uint32_t v)
+    {
+        return matrix(v, ring::ATOM, ring::EIGHT);
+    }
+
     /* What the two groups know of their work. */
     struct worker {
-        uint32_t group, tiles, first_row; /* 0 or 1; in shared memory; of this warp's 16 */
-        uint32_t base;                    /* tiles that the block had before this piece */
-        barriers *bars;
-        uint64_t *q_used;
-        uint32_t box_tokens; /* 1: no boxes */
-        uint32_t says;       /* tile of which it is said that it is the last to use q */
+        uint32_t group, first_row; /* 0 or 1; of this warp's 16 */
+        uint32_t bars, q_used;     /* in shared memory: barriers */
+        typename ring::k_place k;  /* of the next tile */
+        typename ring::v_place v;  /* of the last one, or the next in add_nonfinite's time */
+        uint32_t box_tokens;       /* 1: no boxes */
+        uint32_t says;             /* tile of which it is said that it is the last to use q */
+        bool ready;                /* the next tile of K and the last one of V are there */
         bool varied;
         float unit; /* scores are scaled in the exponent, unless something happens to them before */
 
-        __device__ uint32_t plane(uint32_t n, uint32_t v) const /* of tile n */
+        __device__ void init(uint32_t tiles)
         {
-            return tiles + ring::place_of_tile(base + n, v) * PLANE;
-        }
-        __device__ void await(uint32_t n, uint32_t v) const
-        {
-            barrier_await(shared_address(&bars->there[ring::place_of_tile(base + n, v)]),
-                          ring::turns_before(base + n, v) & 1);
+            const uint32_t BAR = sizeof(uint64_t), LAST = ring::STAGES - 1;
+            k = {bars, (uint32_t)keys_at(tiles), 0};
+            v = {bars + LAST * BAR, (uint32_t)values_at(tiles + LAST * PLANE), 1};
         }
         __device__ void used_q() const
         {
-            if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(q_used));
+            arrive(q_used);
         }
-        __device__ void used(uint32_t n, uint32_t v) const
+        __device__ static void arrive(uint32_t barrier)
         {
             if (threadIdx.x % 32 == 0)
-                barrier_arrive(shared_address(&bars->used[ring::place_of_tile(base + n, v)]));
+                barrier_arrive(barrier);
         }
     };
 
@@ -200,14 +213,6 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     {
         return matrix(uniform(q), 16, 1024);
     }
-    __device__ static uint64_t keys_at(uint32_t k)
-    {
-        return matrix(k, 16, ring::EIGHT);
-    }
-    __device__ static uint64_t values_at(uint32_t v)
-    {
-        return matrix(v, ring::ATOM, ring::EIGHT);
-    }
     static const int SCORE_STEPS = DIM / 16, SUM_STEPS = (int)TOKENS / 16;
 
     __device__ static void hide_scores(const gpu_call &c, uint32_t tile, const rows_state &r,
@@ -244,12 +249,11 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     /* Sums so far are multiplied by a factor; they are 0 before the first tile. */
     __device__ static void rescale_sums(const float *factor, bool first, float (*o)[4])
     {
-        if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) /* soon that becomes rare */
 #pragma unroll
-            for (int d = 0; d < DIM / 8; d++)
+        for (int d = 0; d < DIM / 8; d++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    o[d][e] = first ? 0 : o[d][e] * factor[e / 2];
+            for (int e = 0; e < 4; e++)
+                o[d][e] = first ? 0 : o[d][e] * factor[e / 2];
     }
 
     /* Weights as the left side of the product with V. */
@@ -265,15 +269,18 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
      * Before the first tile those sums are of whatever lies there, and don't count. No branches
      * while products are under way: the compiler would wait for each. */
     template <bool HIDDEN>
-    __device__ static void next_tile(const gpu_call &c, const job &j, const worker &w, uint32_t n,
+    __device__ static void next_tile(const gpu_call &c, const job &j, worker &w, uint32_t n,
                                      uint32_t tile, uint64_t a, rows_state &r, float (*s)[4],
                                      uint32_t (*p)[4], float (*o)[4])
     {
-        float base[2], factor[2];
-        w.await(n, 0);
-        if (!HIDDEN || n > 0)
-            w.await(n - 1, 1);
-        uint64_t k = keys_at(uniform(w.plane(n, 0))), v = values_at(uniform(w.plane(n - 1, 1)));
+        float highest[2], factor[2] = {1, 1};
+        uint64_t k = with_high_word(uniform(w.k.matrix), keys_at(0));
+        uint64_t v = with_high_word(uniform(w.v.matrix), values_at(0));
+        if (!w.ready) {
+            w.k.await();
+            if (!HIDDEN || n > 0)
+                w.v.await();
+        }
         named_sync(TURN + w.group, WORKERS);
         pin<COLUMNS>(s);
         pin<DIM / 8>(o);
@@ -287,30 +294,42 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             ask_for_sums(p, v, t, o);
         products_commit();
         named_arrive(TURN + (w.group ^ 1), WORKERS);
+        uint32_t k_used = w.k.used(), v_used = w.v.used();
+        w.k.advance(w.bars);
+        w.v.advance(w.bars);
         products_await<VARIED ? 0 : 1>();
         pin<COLUMNS>(s);
-        w.used(n, 0);
+        w.arrive(k_used);
         if (n == w.says)
             w.used_q();
         modify_scores<HIDDEN>(c, j, w, tile, r, s);
-        find_base(s, w.unit, r, base, factor);
-        weigh<0, COLUMNS / 2>(s, w.unit, base, r);
+        find_highest(s, w.unit, highest);
+        bool raised = highest[0] > r.max[0] + SLACK || highest[1] > r.max[1] + SLACK;
+        if ((HIDDEN && n == 0) || __any_sync(~0u, raised)) { /* soon that becomes rare */
+            products_await<0>();
+            pin<DIM / 8>(o);
+            raise_base(highest, r, factor);
+            rescale_sums(factor, HIDDEN && n == 0, o);
+            pin<DIM / 8>(o);
+        }
+        weigh<0, COLUMNS / 2>(s, w.unit, r);
         finish_before(r.sum[0] + r.sum[1], w.bars);
         products_await<0>();
         pin<DIM / 8>(o);
         if (!HIDDEN || n > 0)
-            w.used(n - 1, 1);
-        rescale_sums(factor, HIDDEN && n == 0, o);
-        weigh<COLUMNS / 2, COLUMNS>(s, w.unit, base, r);
+            w.arrive(v_used);
+        bool k_ready = w.k.is_there(),
+             v_ready = w.v.is_there(); /* asked early: an answer takes long */
+        weigh<COLUMNS / 2, COLUMNS>(s, w.unit, r);
+        w.ready = k_ready && v_ready;
         round_weights(s, p);
     }
 
     /* The last tile's sums. */
-    __device__ static void last_sums(const worker &w, uint32_t n, const uint32_t (*p)[4],
-                                     float (*o)[4])
+    __device__ static void last_sums(const worker &w, const uint32_t (*p)[4], float (*o)[4])
     {
-        w.await(n, 1);
-        uint64_t v = values_at(uniform(w.plane(n, 1)));
+        w.v.await();
+        uint64_t v = with_high_word(uniform(w.v.matrix), values_at(0));
         pin<DIM / 8>(o);
         products_begin();
 #pragma unroll
@@ -319,11 +338,11 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         products_commit();
         products_await<0>();
         pin<DIM / 8>(o);
-        w.used(n, 1);
+        w.arrive(w.v.used());
     }
 
     /* The piece's tiles. */
-    __device__ static void work(const gpu_call &c, const job &j, uint32_t q, const worker &w,
+    __device__ static void work(const gpu_call &c, const job &j, uint32_t q, worker &w,
                                 rows_state &r, float (*o)[4])
     {
         uint32_t lane = threadIdx.x % 32;
@@ -332,7 +351,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             uint32_t row = j.first + min(w.first_row + lane / 4 + e * 8, j.rows - 1);
             r.l.position[e] = j.past + query_of<true>(c, row);
             r.max[e] = -CUDART_INF_F;
-            r.sum[e] = 0;
+            r.base[e] = r.sum[e] = 0;
         }
 #pragma unroll
         for (int d = 0; d < DIM / 8; d++)
@@ -353,15 +372,16 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         to = uniform(VARIED ? 0 : min(to, count));
         if (w.group == 1)
             named_arrive(TURN, WORKERS); /* the other is first */
+        w.ready = false;
         uint32_t n = 0;
 #pragma unroll 1
         while (n < count) {
             uint32_t tile = first + n * TOKENS;
             next_tile<true>(c, j, w, n, tile, a, r, s, p, o);
             if (tile < j.clear_begin || tile + TOKENS > j.clear_end) {
-                w.await(n, 1); /* a weight of 0 doesn't hide all there is of V */
-                if (has_nonfinite(j, w, tile, w.plane(n, 1)))
-                    add_nonfinite(c, j, r, w.first_row, tile, p, w.plane(n, 1), o);
+                w.v.await(); /* a weight of 0 doesn't hide all there is of V */
+                if (has_nonfinite(j, w, tile, w.v.tile()))
+                    add_nonfinite(c, j, r, w.first_row, tile, p, w.v.tile(), o);
             }
             n++;
             if (!VARIED && n >= from)
@@ -371,7 +391,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         }
         if (w.group == 0)
             named_sync(TURN, WORKERS); /* what the other arrived at last */
-        last_sums(w, count - 1, p, o);
+        last_sums(w, p, o);
     }
 
 #endif
