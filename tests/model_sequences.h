@@ -100,7 +100,8 @@ static void op_select(world *w, int session)
         return;
     bool seen[BATCH_MAX] = {false};
     for (uint32_t i = 0; i < picked; i++) {
-        const model_seq *parent = &w->seqs[seqs[from[i]]];
+        model_seq *parent = &w->seqs[seqs[from[i]]];
+        refresh(w, parent);
         if (!seen[from[i]]) {
             assert_true(a.seqs.seqs[i] == parent->id);
             seen[from[i]] = true;

@@ -224,7 +224,7 @@ static void a_sequence_that_is_in_a_step_may_take_a_name(void **state)
     ts_engine_free(e);
 }
 
-static void attach_fork_and_step_make_a_time_to_live_begin_anew(void **state)
+static void whatever_uses_a_sequence_makes_its_time_to_live_begin_anew(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
@@ -237,6 +237,12 @@ static void attach_fork_and_step_make_a_time_to_live_begin_anew(void **state)
     advance(e, 1998);
     (void)fork_seq(e, s, seq);
     advance(e, 2997);
+    static const uint32_t from[] = {0};
+    const ts_command select = {.op = TS_OP_SEQ_SELECT,
+                               .session = s,
+                               .seq_select = {.seqs = &seq, .count = 1, .from = from, .picked = 1}};
+    assert_int_equal(apply(e, select, &a), TS_OK);
+    advance(e, 3996);
     assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
     uint64_t step = a.begun.step->id;
     advance(e, 60000); /* it waits for the step */
@@ -426,7 +432,7 @@ int main(void)
         cmocka_unit_test(one_command_gives_a_name_to_another_sequence_and_frees_the_old),
         cmocka_unit_test(nothing_is_half_replaced_when_it_is_refused),
         cmocka_unit_test(a_sequence_that_is_in_a_step_may_take_a_name),
-        cmocka_unit_test(attach_fork_and_step_make_a_time_to_live_begin_anew),
+        cmocka_unit_test(whatever_uses_a_sequence_makes_its_time_to_live_begin_anew),
         cmocka_unit_test(a_step_whose_session_ends_lets_the_time_end),
         cmocka_unit_test(a_name_whose_time_is_over_is_free_before_it_is_swept),
         cmocka_unit_test(a_time_to_live_is_set_anew_and_given_up),

@@ -230,7 +230,8 @@ typedef struct ts_step_options {
                                found (ts_seq_match). TS_TOKEN_UNKNOWN: this one's isn't known.
                                NULL: none are */
     uint32_t wait_ms; /* waits so long, beside the call's own time, for room: sessions of a pool get
-                         it in their order, tenants in turn. 0: it is refused at once */
+                         it in their order, tenants in turn, and those first who stay within
+                         an equal share of the pool. 0: it is refused at once */
     int32_t priority; /* of what is cached of the step's content: -1 is evicted before 0, and 1
                          after it, among the tenant's own */
 } ts_step_options;

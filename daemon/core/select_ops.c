@@ -105,10 +105,12 @@ static void carry_out(ts_engine *e, ts_session *s, const ts_command *c, selectio
             ts_engine_free_sequence(e, c->pool, ts_sequence_find(&pool->seqs, seqs[i]), &entries);
     for (uint32_t i = 0; i < c->seq_select.picked; i++) {
         const uint64_t id = seqs[c->seq_select.from[i]];
+        const ts_sequence *picked = ts_sequence_find(&pool->seqs, id);
         e->out_ids[i] = id;
+        ts_sequence_refresh_life(&pool->seqs, picked, e->now_ms);
         if (x->tables[i] == NULL)
             continue;
-        const uint32_t space = ts_sequence_find(&pool->seqs, id)->space;
+        const uint32_t space = picked->space;
         ts_sequence *child = ts_engine_new_sequence(e, s, c->pool, space, i);
         const ts_sequence *parent = ts_sequence_find(&pool->seqs, id);
         child->blocks = x->tables[i];

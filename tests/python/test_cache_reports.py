@@ -11,7 +11,7 @@ import pytest
 import tinyserve
 from test_match import POOL
 from test_metrics import ask, free_port, values
-from test_waits import until_waiting
+from test_waits import open_to_others, until_waiting
 
 BLOCK = 4
 MORE = ",client_write=all,slab=16K"  # a block is 8 KiB, two to a slab
@@ -45,13 +45,6 @@ def publish(kv, tokens, space=b"m", *, keep=False):
 
 def check(url):
     assert ", 0 problems (" in tsctl(url, "check")
-
-
-def open_to_others(folder):
-    for parent in folder.parents:
-        if parent.owner() == "root" and str(parent).startswith("/tmp/"):
-            parent.chmod(0o755)
-    folder.chmod(0o755)
 
 
 @pytest.fixture

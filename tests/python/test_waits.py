@@ -30,6 +30,14 @@ def until_waiting(daemon, count):
         assert time.monotonic() < deadline
 
 
+def open_to_others(folder):
+    """Lets every user into the folder."""
+    for parent in folder.parents:
+        if parent.owner() == "root" and str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    folder.chmod(0o755)
+
+
 class Call(threading.Thread):
     """A call in a thread of its own."""
 
@@ -247,3 +255,60 @@ def test_a_kick_and_a_drain_end_waits(daemon, session):
     with pytest.raises(tinyserve.BusyError, match="drained"):
         second.result()
     tsctl(daemon, "--yes", "drain", "off")
+
+
+USER = """if True:
+    import os, sys, threading, tinyserve
+    url, uid, have, spare, more = sys.argv[1], *map(int, sys.argv[2:])
+    os.setgroups([]); os.setgid(uid); os.setuid(uid)
+    def hold(kv, blocks, wait=0.0):
+        seq, = kv.create()
+        with kv.step([seq], [blocks * 4], run=False, wait=wait) as step:
+            step.commit()
+        return seq
+    a, b = tinyserve.connect(url), tinyserve.connect(url)
+    kv, other = a.pool("p", writable=True), b.pool("p", writable=True)
+    held = [hold(kv, n) for n in (have, spare) if n > 0]
+    waiter = threading.Thread(target=lambda: (hold(other, more, wait=600),
+                                              print("has room", flush=True)))
+    print("holds", flush=True)
+    for line in sys.stdin:
+        if line == "wait\\n":
+            waiter.start()
+        else:
+            kv.free([held.pop()])
+            print("freed", flush=True)
+    waiter.join()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+def test_a_user_within_its_share_gets_room_before_one_beyond_it_that_asked_first(start_daemon,
+                                                                                 tmp_path):
+    daemon = start_daemon(POOL + MORE + ",slab=32K", settings={"socket_mode": "0666"})
+    open_to_others(tmp_path)
+
+    def user(uid, *blocks):
+        return subprocess.Popen([sys.executable, "-c", USER, daemon.url, str(uid),
+                                 *map(str, blocks)],
+                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def tell(process, word):
+        process.stdin.write(word + "\n")
+        process.stdin.flush()
+
+    # Of 64 blocks in slabs of 4, 32 are a user's share. The large one has 40 and wants 24 more, the
+    # small one has 20 and wants 10; 4 are free, and then 12.
+    large, small = user(60001, 32, 8, 24), user(60002, 20, 0, 10)
+    assert [large.stdout.readline(), small.stdout.readline()] == ["holds\n"] * 2
+    tell(large, "wait")
+    until_waiting(daemon, 1)
+    tell(small, "wait")
+    until_waiting(daemon, 2)
+    tell(large, "free")
+    assert large.stdout.readline() == "freed\n"
+    assert small.stdout.readline() == "has room\n"
+    until_waiting(daemon, 1)
+    assert small.communicate("")[0] == "" and small.returncode == 0  # its 30 blocks are free again
+    assert large.stdout.readline() == "has room\n"
+    assert large.communicate("")[0] == "" and large.returncode == 0
