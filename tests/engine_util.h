@@ -147,6 +147,22 @@ static inline ts_status step_done(ts_engine *e, uint64_t step, uint32_t layer)
         e, (ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step, .layer = layer}}, &a);
 }
 
+/* Begins a step of n tokens with these ids, and has its copies done; its id. */
+static inline uint64_t step_of_ids(ts_engine *e, uint64_t session, uint64_t seq,
+                                   const uint32_t *ids, uint32_t n)
+{
+    ts_answer a;
+    ts_command c = {
+        .op = TS_OP_STEP_BEGIN,
+        .session = session,
+        .step_begin = {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1, .tokens = ids}};
+    assert_int_equal(apply(e, c, &a), TS_OK);
+    const uint64_t step = a.begun.step->id;
+    if (a.begun.num_copies > 0)
+        assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
+    return step;
+}
+
 static inline uint32_t length_of(ts_engine *e, uint64_t session, uint64_t seq)
 {
     ts_answer a;

@@ -26,20 +26,6 @@ static uint32_t match(ts_engine *e, uint64_t s, const uint32_t *ids, uint32_t n,
     return a->status == TS_OK ? a->matched.lengths[0] : 0;
 }
 
-static uint64_t open_step(ts_engine *e, uint64_t s, uint64_t seq, const uint32_t *ids, uint32_t n)
-{
-    ts_answer a;
-    apply(
-        e,
-        (ts_command){
-            .op = TS_OP_STEP_BEGIN,
-            .session = s,
-            .step_begin = {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1, .tokens = ids}},
-        &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.begun.step->id;
-}
-
 /* A sequence of the ids. */
 static uint64_t compute(ts_engine *e, uint64_t s, const uint32_t *ids, uint32_t n)
 {
@@ -50,7 +36,7 @@ static uint64_t compute(ts_engine *e, uint64_t s, const uint32_t *ids, uint32_t 
           &a);
     assert_int_equal(a.status, TS_OK);
     const uint64_t seq = a.seqs.seqs[0];
-    const uint64_t step = open_step(e, s, seq, ids, n);
+    const uint64_t step = step_of_ids(e, s, seq, ids, n);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     return seq;
 }
@@ -142,9 +128,9 @@ static void who_waits_for_what_is_dropped_computes_it_itself(void **state)
         const uint64_t one = session_new(e, 1), other = session_new(e, 1);
         assert_int_equal(match(e, one, ids, PROMPT, true, false, &a), 0);
         const uint64_t seq = a.matched.seqs[0];
-        const uint64_t half = open_step(e, one, seq, ids, PROMPT / 2);
+        const uint64_t half = step_of_ids(e, one, seq, ids, PROMPT / 2);
         assert_int_equal(step_end(e, one, TS_OP_STEP_COMMIT, half, NULL, 0), TS_OK);
-        const uint64_t step = open_step(e, one, seq, ids + PROMPT / 2, PROMPT / 2);
+        const uint64_t step = step_of_ids(e, one, seq, ids + PROMPT / 2, PROMPT / 2);
         match(e, other, ids, PROMPT, true, false, &a);
         assert_int_equal(a.status, TS_WAITS);
         if (off)

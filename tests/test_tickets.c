@@ -40,16 +40,8 @@ static uint64_t computed(ts_engine *e, uint64_t s)
           &a);
     assert_int_equal(a.status, TS_OK);
     uint64_t seq = a.seqs.seqs[0];
-    uint32_t n = 8;
-    apply(e,
-          (ts_command){
-              .op = TS_OP_STEP_BEGIN,
-              .session = s,
-              .step_begin =
-                  {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1, .tokens = prompt}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, a.begun.step->id, NULL, 0), TS_OK);
+    const uint64_t step = step_of_ids(e, s, seq, prompt, 8);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     return seq;
 }
 
@@ -97,16 +89,9 @@ static void a_sequence_goes_to_another_session_with_all_that_is_known_of_it(void
     assert_int_equal(ts_engine_session(e, taker)->blocks, 2);
     assert_int_equal(TENANT(e, 0).tickets, 0);
     /* What follows is indexed behind the prompt: ids and namespace went along. */
-    uint32_t n = 4, more[4] = {9, 10, 11, 12};
-    apply(
-        e,
-        (ts_command){
-            .op = TS_OP_STEP_BEGIN,
-            .session = taker,
-            .step_begin = {.seqs = &got, .new_tokens = &n, .count = 1, .heads = 1, .tokens = more}},
-        &a);
-    assert_int_equal(a.status, TS_OK);
-    assert_int_equal(step_end(e, taker, TS_OP_STEP_COMMIT, a.begun.step->id, NULL, 0), TS_OK);
+    static const uint32_t more[4] = {9, 10, 11, 12};
+    const uint64_t step = step_of_ids(e, taker, got, more, 4);
+    assert_int_equal(step_end(e, taker, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     const ts_sequence *real = ts_sequence_find(&e->pools[0].seqs, got);
     assert_int_equal(real->known, 12);
     assert_true(ts_index_has(e->pools[0].books.index, real->blocks[2]));
