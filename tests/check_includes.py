@@ -17,6 +17,7 @@ SUFFIXES = (".c", ".cu", ".h", ".cuh")
 PARTS = {
     "daemon/core/block_pool_internal": "daemon/core/block_pool",
     "daemon/core/engine_internal": "daemon/core/engine",
+    "daemon/exec/gpu_executor_internal": "daemon/exec/gpu_executor",
     "daemon/ipc/nng_server_internal": "daemon/ipc/nng_server",
     "daemon/config/config_keys": "daemon/config/config",
     "kernels/gpu/plan/work_split": "kernels/gpu/plan/plan",

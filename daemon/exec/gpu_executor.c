@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "gpu_executor.h"
+#include "gpu_executor_internal.h"
 
 #include "clock.h"
 
@@ -11,384 +11,16 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4)     /* launches that wait for workers */
-#define WAITING_EACH 8u                            /* ... for the same one */
-#define WAITING_SESSIONS (TS_GPU_STREAM_SLOTS / 2) /* ... whom they wait for: each has a slot */
-#define HEALTH_MS 1000                             /* the device is looked at so often */
-#define POLL_MS 1                                  /* while jobs wait here for their workers */
-#define CROWD_SESSIONS 3u                          /* that have runs here: so many are a crowd, */
-#define CROWD_JOINS 250u /* ... for so many join_us after such a run came */
-#define JOIN_LAUNCHES 2u /* a ready run waits while these are under way */
-#define SPIN_NS 20000u   /* words are looked at without a pause so long, */
-#define NAP_NS 20000     /* ... and then so often */
-
-/* Whom a launch of one job waits for: its worker, and the session's run before it. */
-typedef enum wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } wait_for;
-
-/* A launch under way: the jobs that it serves. */
-typedef struct in_flight {
-    struct in_flight *prev, *next;
-    ts_gpu_executor *executor;
-    ts_job *jobs;           /* NULL: they have been told */
-    ts_signals_page *waits; /* for this session's worker; NULL: for nobody, or not any more */
-} in_flight;
-
-struct ts_gpu_executor {
-    ts_gpu *gpu;
-    uint32_t submit_ms;
-    uint64_t join_ns;
-    void (*failed)(const char *why);
-    pthread_t thread;
-    pthread_mutex_t lock;
-    pthread_cond_t event;
-    ts_job *head, **tail; /* under the lock: what was submitted */
-    in_flight *launched;  /* under the lock */
-    uint32_t waiting;     /* under the lock: launches that wait for workers */
-    uint32_t sessions;    /* under the lock: sessions of those */
-    bool completed, stop; /* under the lock */
-    bool lost;            /* under the lock: the device failed */
-    char why[TS_GPU_WHY_BYTES + 128];
-    ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
-    ts_gpu_run *parts;        /* the thread's own: of a launch */
-    ts_gpu_signal *signals;   /* the thread's own: two for each part */
-    size_t capacity;
-    uint64_t health_ms;            /* the thread's own: when it looks at the device next */
-    uint64_t late_ms;              /* the thread's own: when it looked for late workers last */
-    uint32_t active;               /* under the lock: sessions that have runs here */
-    atomic_uint_fast64_t crowd_ns; /* until then there is a crowd */
-    uint64_t ready_ns;             /* the thread's own: since when a run of a crowd's is ready */
-    struct {
-        const uint32_t *word;
-        uint32_t number;
-    } joined[JOIN_LAUNCHES];       /* the thread's own: what tells that a crowd's launch is over */
-    uint32_t *words, *words_there; /* completed runs of each session */
-    size_t words_bytes;
-    atomic_uint_fast64_t runs, launches;
-};
-
-static bool reached(const uint32_t *word, uint32_t value)
-{
-    return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
-}
-
-/* Nothing on the GPU need be waited for. */
-static bool is_ready(const ts_job *job)
-{
-    return job->signals == NULL || (reached(&job->signals->host->submitted, job->run_number) &&
-                                    reached(job->signals->done, job->run_number - 1));
-}
-
-static bool alike(const ts_job *a, const ts_job *b)
-{
-    return b->num_copies == 0 && a->base == b->base && a->heads == b->heads &&
-           a->io_dtype == b->io_dtype && a->kernel == b->kernel &&
-           ts_attention_same_variant(&a->variant, &b->variant);
-}
-
-/* A job of the session's comes, or is over. */
-static void count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes)
-{
-    if (page == NULL)
-        return;
-    pthread_mutex_lock(&x->lock);
-    if (comes)
-        x->active += page->jobs++ == 0;
-    else
-        x->active -= --page->jobs == 0;
-    const bool crowd = comes && x->active >= CROWD_SESSIONS && x->join_ns > 0;
-    pthread_mutex_unlock(&x->lock);
-    if (crowd)
-        atomic_store_explicit(&x->crowd_ns, ts_now_ns() + CROWD_JOINS * x->join_ns,
-                              memory_order_relaxed);
-}
-
-static void complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, const char *why)
-{
-    for (ts_job *job = jobs, *next; job != NULL; job = next) {
-        next = job->next;
-        count_job(x, job->signals, false);
-        job->status = status;
-        if (status == TS_OK && job->late) {
-            job->status = TS_ETIMEOUT;
-            snprintf(job->why, sizeof job->why, "the worker did not submit run %u in time",
-                     job->run_number);
-        } else if (status != TS_OK) {
-            snprintf(job->why, sizeof job->why, "%s", why);
-            if (job->signals != NULL) { /* nobody else will say that it is over */
-                __atomic_store_n(&job->signals->host->completed, job->run_number, __ATOMIC_RELEASE);
-                __atomic_store_n(job->signals->done, job->run_number, __ATOMIC_RELEASE);
-            }
-        }
-        job->done(job);
-    }
-}
-
-/* ---- launches under way ---- */
-
-static void unlink_launched(ts_gpu_executor *x, in_flight *f)
-{
-    if (f->prev != NULL)
-        f->prev->next = f->next;
-    else
-        x->launched = f->next;
-    if (f->next != NULL)
-        f->next->prev = f->prev;
-}
-
-/* The launch waits for a worker, or doesn't any more. Under the lock. */
-static void count_waiting(ts_gpu_executor *x, ts_signals_page *page, bool begins)
-{
-    uint32_t before = page->waiting;
-    page->waiting += begins ? 1u : -1u;
-    x->waiting += begins ? 1u : -1u;
-    if (before == 0)
-        x->sessions++;
-    else if (page->waiting == 0)
-        x->sessions--;
-}
-
-/* The device is lost. Any thread. */
-static void device_lost(ts_gpu_executor *x, const char *why)
-{
-    pthread_mutex_lock(&x->lock);
-    bool first = !x->lost;
-    if (first)
-        snprintf(x->why, sizeof x->why, "cuda:%u (%s) failed: %s", ts_gpu_get_info(x->gpu)->ordinal,
-                 ts_gpu_get_info(x->gpu)->name, why);
-    x->lost = true;
-    pthread_mutex_unlock(&x->lock);
-    if (first)
-        x->failed(x->why); /* which stays as it is */
-}
-
-/* The device has done it, or has failed. On the launch's thread. */
-static void on_complete(void *arg, ts_status status, const char *why)
-{
-    in_flight *f = arg;
-    ts_gpu_executor *x = f->executor;
-    if (status != TS_OK)
-        device_lost(x, why);
-    pthread_mutex_lock(&x->lock);
-    ts_job *jobs = f->jobs;
-    f->jobs = NULL;
-    if (f->waits != NULL) /* while the page is there */
-        count_waiting(x, f->waits, false);
-    pthread_mutex_unlock(&x->lock);
-    complete_jobs(x, jobs, status, x->why);
-    pthread_mutex_lock(&x->lock); /* until here the executor waits for this launch */
-    unlink_launched(x, f);
-    free(f);
-    x->completed = true;
-    pthread_cond_signal(&x->event);
-    pthread_mutex_unlock(&x->lock);
-}
-
-/* ---- launching ---- */
-
-/* Room for what a launch of all these jobs needs. */
-static bool reserve_parts(ts_gpu_executor *x, const ts_job *jobs)
-{
-    size_t count = 0;
-    for (; jobs != NULL; jobs = jobs->next)
-        count++;
-    if (count <= x->capacity)
-        return true;
-    free(x->parts);
-    free(x->signals);
-    x->parts = malloc(2 * count * sizeof *x->parts);
-    x->signals = malloc(4 * count * sizeof *x->signals);
-    x->capacity = x->parts == NULL || x->signals == NULL ? 0 : 2 * count;
-    return x->capacity > 0;
-}
-
-/* Queues what tells that the jobs are over: the workers, who wait for it, first. */
-static ts_status queue_signals(ts_gpu_executor *x, ts_gpu_launch *l, const ts_job *jobs)
-{
-    uint32_t count = 0;
-    for (const ts_job *job = jobs; job != NULL; job = job->next)
-        if (job->signals != NULL)
-            x->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->run_number};
-    for (const ts_job *job = jobs; job != NULL; job = job->next)
-        if (job->signals != NULL)
-            x->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->run_number};
-    return ts_gpu_launch_signal(l, x->signals, count);
-}
-
-/* Makes the job's plan, unless it is there. False: the job is over, and no other. */
-static bool prepare(ts_gpu_executor *x, ts_job *job)
-{
-    char why[TS_GPU_WHY_BYTES];
-    if (job->num_copies > 0 || job->plan->made)
-        return true;
-    ts_status status =
-        ts_gpu_plan_renew(x->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel, job->seqs,
-                          job->num_seqs, &job->plan->plan, why, sizeof why);
-    job->plan->made = status == TS_OK;
-    if (status == TS_OK)
-        return true;
-    job->next = NULL;
-    complete_jobs(x, job, status, why);
-    if (status == TS_EDEVICE)
-        device_lost(x, why);
-    return false;
-}
-
-/* Why it fails is in `why`. */
-static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs, wait_for wait,
-                              char *why, size_t why_bytes)
-{
-    ts_status status = reserve_parts(x, jobs) ? TS_OK : TS_ENOMEM;
-    if (status != TS_OK) {
-        snprintf(why, why_bytes, "no memory for a launch");
-        return status;
-    }
-    uint32_t count = 0;
-    for (const ts_job *job = jobs; job != NULL; job = job->next) {
-        const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
-        x->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
-                                         .layer = s->layer,
-                                         .q = s->q,
-                                         .k = s->k,
-                                         .v = s->v,
-                                         .out = s->out,
-                                         .sinks = s->sinks,
-                                         .scales = s->scales,
-                                         .alibi = s->alibi,
-                                         .lse = s->lse};
-    }
-    if (wait == FOR_BOTH)
-        status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->run_number - 1);
-    if (wait != FOR_NOBODY && status == TS_OK)
-        status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->run_number);
-    if (status == TS_OK)
-        status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, x->parts, count);
-    if (status == TS_OK)
-        status = queue_signals(x, l, jobs);
-    if (status != TS_OK)
-        snprintf(why, why_bytes, "%s", ts_gpu_launch_why(l));
-    return status;
-}
-
-/* Whether the session's run before this one was launched by itself: queued behind that, this one
- * needs no word to wait for. */
-static bool follows(const ts_job *job)
-{
-    return job->signals->alone_at.epoch != 0 && job->signals->alone_number == job->run_number - 1;
-}
-
-/* A launch for the jobs; NULL: there is none to be had now. */
-static ts_gpu_launch *take(ts_gpu_executor *x, ts_job *jobs)
-{
-    bool alone = jobs->signals != NULL && jobs->next == NULL;
-    ts_gpu_position position = {0};
-    if (alone && follows(jobs))
-        position = jobs->signals->alone_at;
-    ts_gpu_launch *l = ts_gpu_launch_take(x->gpu, &position);
-    for (ts_job *job = jobs; job != NULL && l != NULL; job = job->next)
-        if (job->signals != NULL) { /* behind a launch of several, one would wait for another */
-            job->signals->alone_at = alone ? position : (ts_gpu_position){0};
-            job->signals->alone_number = job->run_number;
-        }
-    return l;
-}
-
-/* Launches the jobs as one; false: there is no launch to be had now. */
-static bool launch(ts_gpu_executor *x, ts_job *jobs, wait_for wait)
-{
-    if (wait == FOR_BOTH && follows(jobs))
-        wait = FOR_WORKER;
-    in_flight *f = malloc(sizeof *f);
-    ts_gpu_launch *l = f == NULL ? NULL : take(x, jobs);
-    if (l == NULL) {
-        free(f);
-        return false;
-    }
-    char why[TS_GPU_WHY_BYTES];
-    ts_status status;
-    if (jobs->num_copies > 0) {
-        status = ts_gpu_launch_copies(l, jobs->base, ts_geometry_block_bytes(&jobs->geometry),
-                                      jobs->copies, jobs->num_copies);
-        snprintf(why, sizeof why, "%s", ts_gpu_launch_why(l));
-    } else {
-        status = queue_attend(x, l, jobs, wait, why, sizeof why);
-    }
-    if (jobs->num_copies == 0) {
-        uint64_t count = 0;
-        for (const ts_job *job = jobs; job != NULL; job = job->next)
-            count++;
-        atomic_fetch_add_explicit(&x->runs, count, memory_order_relaxed);
-        atomic_fetch_add_explicit(&x->launches, 1, memory_order_relaxed);
-    }
-    if (status != TS_OK) {
-        (void)ts_gpu_launch_finish(l, NULL, NULL);
-        free(f);
-        complete_jobs(x, jobs, status, why);
-        if (status == TS_EDEVICE)
-            device_lost(x, why);
-        return true;
-    }
-    *f = (in_flight){
-        .executor = x, .jobs = jobs, .waits = wait != FOR_NOBODY ? jobs->signals : NULL};
-    pthread_mutex_lock(&x->lock);
-    f->next = x->launched;
-    if (f->next != NULL)
-        f->next->prev = f;
-    x->launched = f;
-    if (f->waits != NULL)
-        count_waiting(x, f->waits, true);
-    pthread_mutex_unlock(&x->lock);
-    if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
-        on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
-    return true;
-}
-
-/* Whether one more launch may wait for this job's worker. */
-static bool may_wait(ts_gpu_executor *x, const ts_job *job)
-{
-    if (!ts_gpu_may_wait(x->gpu))
-        return false;
-    const ts_signals_page *page = job->signals;
-    pthread_mutex_lock(&x->lock);
-    bool may = x->waiting < WAITING_MOST && page->waiting < WAITING_EACH &&
-               (page->waiting > 0 || x->sessions < WAITING_SESSIONS);
-    pthread_mutex_unlock(&x->lock);
-    return may;
-}
-
-/* Leaves in the list behind `first` the jobs like it that are ready; returns the others. */
-static ts_job *join(ts_gpu_executor *x, ts_job *first)
-{
-    ts_job **joined_end = &first->next, *rest = NULL, **rest_end = &rest;
-    for (ts_job *job = first->next, *next; job != NULL; job = next) {
-        next = job->next;
-        job->next = NULL;
-        if (alike(first, job) && is_ready(job)) {
-            if (!prepare(x, job))
-                continue;
-            *joined_end = job;
-            joined_end = &job->next;
-        } else {
-            *rest_end = job;
-            rest_end = &job->next;
-        }
-    }
-    *joined_end = NULL;
-    return rest;
-}
+#define HEALTH_MS 1000 /* the device is looked at so often */
+#define POLL_MS 1      /* while jobs wait here for their workers */
+#define SPIN_NS 20000u /* words are looked at without a pause so long, */
+#define NAP_NS 20000   /* ... and then so often */
 
 static void hold(ts_gpu_executor *x, ts_job *job)
 {
     job->next = NULL;
     *x->held_end = job;
     x->held_end = &job->next;
-}
-
-static bool is_lost(ts_gpu_executor *x)
-{
-    pthread_mutex_lock(&x->lock);
-    bool lost = x->lost;
-    pthread_mutex_unlock(&x->lock);
-    return lost;
 }
 
 /* ---- a crowd ----
@@ -410,7 +42,7 @@ static bool collects(ts_gpu_executor *x, uint64_t now_ns)
     if (x->ready_ns == 0 || now_ns - x->ready_ns >= x->join_ns)
         return false;
     for (uint32_t i = 0; i < JOIN_LAUNCHES; i++)
-        if (x->joined[i].word == NULL || reached(x->joined[i].word, x->joined[i].number))
+        if (x->joined[i].word == NULL || ts_gpu_reached(x->joined[i].word, x->joined[i].number))
             return false;
     return true;
 }
@@ -422,7 +54,7 @@ static void note_joined(ts_gpu_executor *x, const ts_job *jobs)
     while (jobs->next != NULL)
         jobs = jobs->next;
     for (uint32_t i = 0; i < JOIN_LAUNCHES; i++)
-        if (x->joined[i].word == NULL || reached(x->joined[i].word, x->joined[i].number))
+        if (x->joined[i].word == NULL || ts_gpu_reached(x->joined[i].word, x->joined[i].number))
             place = i;
     if (jobs->signals != NULL) {
         x->joined[place].word = jobs->signals->done;
@@ -439,7 +71,7 @@ static void watch(ts_gpu_executor *x)
         if (__atomic_load_n(&x->head, __ATOMIC_RELAXED) != NULL)
             return;
         for (const ts_job *job = x->held; job != NULL && !ready; job = job->next)
-            ready = is_ready(job);
+            ready = ts_gpu_is_ready(job);
         if (ready && x->ready_ns == 0)
             x->ready_ns = now_ns;
         if (ready && !collects(x, now_ns))
@@ -462,27 +94,27 @@ static void launch_all(ts_gpu_executor *x)
     while (jobs != NULL) {
         ts_job *job = jobs;
         jobs = job->next;
-        if (is_lost(x)) {
+        if (ts_gpu_device_is_lost(x)) {
             job->next = NULL;
-            complete_jobs(x, job, TS_EDEVICE, x->why);
+            ts_gpu_complete_jobs(x, job, TS_EDEVICE, x->why);
             continue;
         }
-        const bool ready = is_ready(job);
-        if (ready ? collect && job->num_copies == 0 : crowd || !may_wait(x, job)) {
+        const bool ready = ts_gpu_is_ready(job);
+        if (ready ? collect && job->num_copies == 0 : crowd || !ts_gpu_may_wait_for(x, job)) {
             hold(x, job);
             continue;
         }
-        if (!prepare(x, job))
+        if (!ts_gpu_prepare_job(x, job))
             continue;
         if (ready && job->num_copies == 0)
-            jobs = join(x, job);
+            jobs = ts_gpu_join_jobs(x, job);
         else
             job->next = NULL;
         if (crowd && ready && job->num_copies == 0) {
             note_joined(x, job);
             x->ready_ns = 0;
         }
-        if (launch(x, job, ready ? FOR_NOBODY : FOR_BOTH))
+        if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH))
             continue;
         for (ts_job *next; job != NULL; job = next) {
             next = job->next;
@@ -508,7 +140,7 @@ static void release_waiters(const ts_job *jobs)
 static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
 {
     for (ts_job *job = jobs; job != NULL; job = job->next) {
-        if (job->signals == NULL || reached(&job->signals->host->submitted, job->run_number))
+        if (job->signals == NULL || ts_gpu_reached(&job->signals->host->submitted, job->run_number))
             continue;
         if (job->deadline_ms > now) {
             next = job->deadline_ms < next ? job->deadline_ms : next;
@@ -544,7 +176,7 @@ static void check_health(ts_gpu_executor *x)
     char why[TS_GPU_WHY_BYTES];
     x->health_ms = ts_now_ms() + HEALTH_MS;
     if (ts_gpu_health(x->gpu, why, sizeof why) != TS_OK)
-        device_lost(x, why);
+        ts_gpu_device_lost(x, why);
 }
 
 /* Waits for something to do; returns false when all is done and the executor is to end. */
@@ -657,7 +289,7 @@ void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)
 {
     job->next = NULL;
     job->deadline_ms = ts_now_ms() + x->submit_ms;
-    count_job(x, job->signals, true);
+    ts_gpu_count_job(x, job->signals, true);
     pthread_mutex_lock(&x->lock);
     *x->tail = job;
     x->tail = &job->next;

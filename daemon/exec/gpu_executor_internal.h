@@ -1,0 +1,97 @@
+/*
+ * Inside the executor of a GPU: gpu_executor.c has the thread that decides what is launched when,
+ * gpu_launches.c what a launch is made of, what it waits for and tells, and how runs are joined.
+ *
+ * Thread: the executor's, unless a function says otherwise.
+ */
+#ifndef TS_GPU_EXECUTOR_INTERNAL_H
+#define TS_GPU_EXECUTOR_INTERNAL_H
+
+#include "gpu_executor.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define JOIN_LAUNCHES 2u /* a ready run waits while these are under way */
+
+/* Whom a launch of one job waits for: its worker, and the session's run before it. */
+typedef enum ts_gpu_wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } ts_gpu_wait_for;
+
+/* A launch under way: the jobs that it serves. */
+typedef struct in_flight {
+    struct in_flight *prev, *next;
+    ts_gpu_executor *executor;
+    ts_job *jobs;           /* NULL: they have been told */
+    ts_signals_page *waits; /* for this session's worker; NULL: for nobody, or not any more */
+} in_flight;
+
+struct ts_gpu_executor {
+    ts_gpu *gpu;
+    uint32_t submit_ms;
+    uint64_t join_ns;
+    void (*failed)(const char *why);
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t event;
+    ts_job *head, **tail; /* under the lock: what was submitted */
+    in_flight *launched;  /* under the lock */
+    uint32_t waiting;     /* under the lock: launches that wait for workers */
+    uint32_t sessions;    /* under the lock: sessions of those */
+    bool completed, stop; /* under the lock */
+    bool lost;            /* under the lock: the device failed */
+    char why[TS_GPU_WHY_BYTES + 128];
+    ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
+    ts_gpu_run *parts;        /* the thread's own: of a launch */
+    ts_gpu_signal *signals;   /* the thread's own: two for each part */
+    size_t capacity;
+    uint64_t health_ms;            /* the thread's own: when it looks at the device next */
+    uint64_t late_ms;              /* the thread's own: when it looked for late workers last */
+    uint32_t active;               /* under the lock: sessions that have runs here */
+    atomic_uint_fast64_t crowd_ns; /* until then there is a crowd */
+    uint64_t ready_ns;             /* the thread's own: since when a run of a crowd's is ready */
+    struct {
+        const uint32_t *word;
+        uint32_t number;
+    } joined[JOIN_LAUNCHES];       /* the thread's own: what tells that a crowd's launch is over */
+    uint32_t *words, *words_there; /* completed runs of each session */
+    size_t words_bytes;
+    atomic_uint_fast64_t runs, launches;
+};
+
+/* Whether the word, which only grows, has come to the value. Any thread. */
+static inline bool ts_gpu_reached(const uint32_t *word, uint32_t value)
+{
+    return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
+}
+
+/* Whether nothing on the GPU need be waited for. Any thread. */
+static inline bool ts_gpu_is_ready(const ts_job *job)
+{
+    return job->signals == NULL ||
+           (ts_gpu_reached(&job->signals->host->submitted, job->run_number) &&
+            ts_gpu_reached(job->signals->done, job->run_number - 1));
+}
+
+/* A job of the session's comes, or is over. Any thread. */
+void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes);
+
+/* Tells that these jobs are over. Any thread. */
+void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, const char *why);
+
+/* The device is lost: the owner is told once, and nothing is launched any more. Any thread. */
+void ts_gpu_device_lost(ts_gpu_executor *x, const char *why);
+bool ts_gpu_device_is_lost(ts_gpu_executor *x);
+
+/* Makes the job's plan, unless it is there. False: the job is over, and no other. */
+bool ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job);
+
+/* Leaves in the list behind `first` the jobs like it that are ready; returns the others. */
+ts_job *ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
+
+/* Whether one more launch may wait for this job's worker. */
+bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);
+
+/* Launches the jobs as one; false: there is no launch to be had now. */
+bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait);
+
+#endif
