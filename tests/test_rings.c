@@ -1,9 +1,7 @@
 /* Rings in shared memory, against a real daemon: what a client writes there harms nobody else. */
 #define _GNU_SOURCE
-#include "execution_util.h"
-#include <sys/resource.h>
+#include "ring_util.h"
 
-#include "ring_client.h"
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -128,31 +126,6 @@ static void a_ring_refuses_what_a_message_would(void **state)
     ts_pool_close(theirs);
     ts_disconnect(other);
     daemon_stop(&d);
-}
-
-/* Submits an entry without waiting. */
-static void submit(ts_client *c, const ts_ring_entry *entry)
-{
-    c->rings->submitted[c->ring_submitted++ % TS_RING_ENTRIES] = *entry;
-    __atomic_store_n(&c->rings->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&c->rings->submissions.sleeps, __ATOMIC_SEQ_CST) != 0)
-        assert_int_equal(write(c->doorbell, &(uint64_t){1}, 8), 8);
-}
-
-static void await(const uint32_t *word, uint32_t value)
-{
-    while (__atomic_load_n(word, __ATOMIC_SEQ_CST) != value)
-        ;
-}
-
-/* A session whose rings are open. */
-static ts_client *with_rings(const daemon_process *d)
-{
-    bool use;
-    ts_client *c = connect_by(d, TS_TRANSPORT_RING, 0, 0);
-    OK(ts_rings_use(c, &use));
-    assert_true(use);
-    return c;
 }
 
 static void a_client_that_takes_no_answers_is_not_heard_until_it_does(void **state)
@@ -483,99 +456,6 @@ static void a_daemon_that_dies_leaves_no_client_waiting(void **state)
     }
 }
 
-#define SMALL_POOL "tiny:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=1,blocks=16"
-
-/* A begin that waits for room; the sequences of an earlier one that waits may be others by then. */
-static void submit_begin(ts_client *c, ts_seq seq, uint32_t tag)
-{
-    c->rings->batch_seqs[0] = seq;
-    c->rings->batch_words[0] = 4;
-    submit(c, &(ts_ring_entry){.op = TS_RING_BEGIN,
-                               .tag = tag,
-                               .begin = {.count = 1, .heads = 1, .wait_ms = 3600000}});
-}
-
-static uint64_t waiting(ts_pool *p)
-{
-    ts_pool_room room = TS_POOL_ROOM_INIT;
-    OK(ts_pool_stats(p, &room));
-    return room.waiting;
-}
-
-/* A client that takes all blocks, in an open step. */
-static ts_client *hold_all(const daemon_process *d, ts_pool **p, ts_step **s)
-{
-    ts_client *c = connect_by(d, TS_TRANSPORT_RING, 0, 0);
-    ts_seq seq;
-    *p = open_pool(c, "tiny", 0);
-    OK(ts_seq_create(*p, 1, &seq));
-    OK(ts_step_begin(*p, &seq, &(uint32_t){16}, 1, NULL, s));
-    return c;
-}
-
-static void what_follows_an_entry_that_waited_is_taken(void **state)
-{
-    (void)state;
-    enum { FOLLOWING = 40 };
-    daemon_process d;
-    ts_pool *p, *theirs;
-    ts_step *s;
-    ts_seq seq;
-    daemon_start(&d, SMALL_POOL);
-    ts_client *holder = hold_all(&d, &theirs, &s), *c = with_rings(&d);
-    p = open_pool(c, "tiny", 0);
-    OK(ts_seq_create(p, 1, &seq));
-    const uint32_t before = c->ring_seen;
-    ts_rings_memory *m = c->rings;
-    submit_begin(c, seq, 1000);
-    for (uint32_t i = 0; i < FOLLOWING; i++)
-        submit(c, &(ts_ring_entry){.op = TS_RING_ABORT, .tag = 1001 + i, .step = 7});
-    while (waiting(theirs) == 0)
-        ;
-    await(&m->submissions.sleeps, 1); /* nobody looks at the ring any more */
-    assert_int_equal(m->completions.tail, before);
-    OK(ts_step_abort(s));
-    await(&m->completions.tail, before + 1 + FOLLOWING);
-    assert_int_equal(m->completed[before % TS_RING_ENTRIES].status, TS_OK);
-    check_daemon(holder);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    ts_pool_close(theirs);
-    ts_disconnect(holder);
-    daemon_stop(&d);
-}
-
-static void rings_that_are_replaced_leave_nothing_that_waits(void **state)
-{
-    (void)state;
-    daemon_process d;
-    ts_pool *p, *theirs;
-    ts_step *s;
-    ts_seq seqs[2];
-    bool use;
-    daemon_start(&d, SMALL_POOL);
-    ts_client *holder = hold_all(&d, &theirs, &s), *c = with_rings(&d);
-    p = open_pool(c, "tiny", 0);
-    OK(ts_seq_create(p, 2, seqs));
-    for (uint32_t i = 0; i < 3; i++)
-        submit_begin(c, seqs[0], 1000 + i);
-    while (waiting(theirs) == 0)
-        ;
-    ts_rings_want_ids(c, 1 << 16);
-    OK(ts_rings_use(c, &use));
-    assert_true(use);
-    assert_int_equal(waiting(theirs), 0);
-    OK(ts_step_abort(s)); /* who waits would be woken */
-    assert_int_equal(waiting(theirs), 0);
-    OK(ts_seq_free(p, seqs, 2));
-    check_daemon(holder);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    ts_pool_close(theirs);
-    ts_disconnect(holder);
-    daemon_stop(&d);
-}
-
 int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
@@ -593,8 +473,6 @@ int main(int argc, char **argv)
         cmocka_unit_test(counts_that_cannot_be_end_the_rings_and_not_the_session),
         cmocka_unit_test(a_doorbell_that_is_jammed_holds_up_nobody_else),
         cmocka_unit_test(a_client_that_scribbles_over_its_rings_harms_itself_alone),
-        cmocka_unit_test(what_follows_an_entry_that_waited_is_taken),
-        cmocka_unit_test(rings_that_are_replaced_leave_nothing_that_waits),
         cmocka_unit_test(a_daemon_that_dies_leaves_no_client_waiting),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

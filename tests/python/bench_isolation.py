@@ -91,7 +91,8 @@ def main():
     for name, times in (("another user's", theirs), ("nobody's", nobodys),
                         ("nobody's, too", nobodys_too)):
         print(f"{name:16} {statistics.median(times) / 1e3:7.2f} us")
-    for name, first in (("another user's / nobody's", theirs), ("nobody's / nobody's", nobodys_too)):
+    for name, first in (("another user's / nobody's", theirs),
+                        ("nobody's / nobody's", nobodys_too)):
         r = ratios(first, nobodys)
         print(f"{name:26} {statistics.median(r):.3f} ({min(r):.3f}-{max(r):.3f})")
 
