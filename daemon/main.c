@@ -313,7 +313,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     c->limits.first_generation = (uint32_t)(random_number() >> 33);
     c->limits.hash_seed = random_number();
     bool made = ts_service_init(s, &c->limits);
-    s->exec.attention = ts_attention_new(c->threads, c->kernel);
+    s->exec.attention = ts_attention_new(ts_config_threads(c, ts_processors()), c->kernel);
     if (s->exec.attention != NULL)
         s->exec.host = ts_host_executor_new(s->exec.attention);
     if (!made || s->exec.host == NULL || ts_rings_new(s, c->spin_us) == NULL) {

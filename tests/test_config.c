@@ -170,6 +170,18 @@ static void the_daemon_and_its_engine_have_the_same_default_limits(void **state)
     assert_memory_equal(&c.limits, &limits, sizeof limits);
 }
 
+static void workers_keep_an_eighth_of_the_processors(void **state)
+{
+    (void)state;
+    static const uint32_t wanted[][2] = {{1, 1},   {2, 2},   {7, 7},    {8, 7},
+                                         {15, 14}, {16, 14}, {192, 168}};
+    ts_config_init(&c);
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+        assert_int_equal(ts_config_threads(&c, wanted[i][0]), wanted[i][1]);
+    assert_int_equal(ts_config_set(&c, "threads", "16"), TS_OK);
+    assert_int_equal(ts_config_threads(&c, 16), 16);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -180,6 +192,7 @@ int main(void)
         cmocka_unit_test(the_command_line_changes_what_the_file_says),
         cmocka_unit_test(sizes_are_read_with_their_units),
         cmocka_unit_test(a_reload_tells_which_keys_take_a_new_start),
+        cmocka_unit_test(workers_keep_an_eighth_of_the_processors),
         cmocka_unit_test(every_key_has_help_and_values_that_it_can_read),
         cmocka_unit_test(the_daemon_and_its_engine_have_the_same_default_limits),
     };

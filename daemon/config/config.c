@@ -48,6 +48,11 @@ const char *ts_config_problem_text(const ts_config *c, uint32_t problem, char *t
     return text;
 }
 
+uint32_t ts_config_threads(const ts_config *c, uint32_t processors)
+{
+    return c->threads > 0 ? c->threads : processors - processors / 8;
+}
+
 uint32_t ts_config_pool_line(const ts_config_pool *p, const char *name)
 {
     const ts_config_key *key = ts_config_find_key(&ts_config_pools, name);

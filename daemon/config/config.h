@@ -61,7 +61,7 @@ typedef struct ts_config {
     char socket[TS_CONFIG_SOCKET_BYTES]; /* with TS_HANDLE_SUFFIX it fits into a sockaddr_un */
     bool socket_is_own; /* nobody has set it, and it is the user's own (socket_place.h) */
     uint32_t socket_mode;
-    uint32_t threads; /* 0: all processors */
+    uint32_t threads; /* 0: see ts_config_threads */
     ts_isa kernel;
     ts_log_level log_level;
     uint32_t tenant_connections; /* of one uid */
@@ -113,6 +113,9 @@ const char *ts_config_problem_text(const ts_config *config, uint32_t problem, ch
 
 /* The line in which a pool's key was given; else its section's. */
 uint32_t ts_config_pool_line(const ts_config_pool *pool, const char *key);
+
+/* Threads for the processor's kernels on a machine of so many processors. */
+uint32_t ts_config_threads(const ts_config *config, uint32_t processors);
 
 /* A pool's memory in bytes: "8G". TS_EINVAL with a sentence. */
 ts_status ts_config_memory(const char *text, uint64_t *bytes, char *why, size_t why_bytes);

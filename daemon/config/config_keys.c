@@ -229,7 +229,8 @@ static const ts_config_key daemon_keys[] = {
      .help = "A group that may give the orders of tsctl(1), beside root and the daemon's user.",
      .more = "Its members are looked up when the configuration is read."},
     {DAEMON("threads", read_u32, threads), .least = 0, .most = 1024, .preset = "0",
-     .help = "Threads of the attention kernels. 0: one for each processor."},
+     .help = "Threads of the attention kernels. 0: one for each processor, but for an eighth of "
+             "them where there are 8 and more: those are left to the workers."},
     {DAEMON("kernel", read_isa, kernel), .words = isas, .preset = "auto",
      .help = "What the processor's attention kernels use: {words}."},
     {DAEMON("log_level", read_log_level, log_level), .words = levels, .preset = "info",

@@ -67,12 +67,16 @@ static void *thread_main(void *arg)
     return NULL;
 }
 
+uint32_t ts_processors(void)
+{
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
+}
+
 ts_threads *ts_threads_new(uint32_t count)
 {
-    if (count == 0) {
-        cpu_set_t set;
-        count = sched_getaffinity(0, sizeof set, &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
-    }
+    if (count == 0)
+        count = ts_processors();
     ts_threads *t = calloc(1, sizeof *t);
     if (t == NULL)
         return NULL;

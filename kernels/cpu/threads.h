@@ -15,6 +15,9 @@ typedef struct ts_threads ts_threads;
 /* thread: 0..count-1, for scratch memory that is each thread's own. */
 typedef void (*ts_threads_fn)(void *arg, uint32_t item, uint32_t thread);
 
+/* How many processors this process may use; at least 1. */
+uint32_t ts_processors(void);
+
 /* count threads, the caller among them; 0: one for each processor this process may use. NULL if out
  * of memory or threads. */
 ts_threads *ts_threads_new(uint32_t count);
