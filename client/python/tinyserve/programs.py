@@ -52,6 +52,7 @@ def main() -> None:
     if _lib.NATIVE.is_dir():
         print(f"headers       {_lib.NATIVE / 'include'}")
         print(f"manual pages  {_lib.NATIVE / 'share' / 'man'}")
+        print(f"monitoring    {_lib.NATIVE / 'share' / 'tinyserve' / 'monitoring'}")
     for name in PROGRAMS:
         try:
             print(f"{name:13} {find(name)}")
