@@ -1,5 +1,5 @@
-"""The alert rules and the dashboard hold what the daemon serves. PROMTOOL names Prometheus' own
-checker, if it shall be asked."""
+"""The alert rules, the dashboard and the documents name what the daemon serves. PROMTOOL names
+Prometheus' own checker, if it shall be asked."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import tinyserve
 from test_metrics import ask, free_port
 
 FOLDER = pathlib.Path(__file__).parents[2] / "systemd" / "monitoring"
-DOCUMENTS = FOLDER.parent, FOLDER.parents[1] / "tools" / "container"
+DOCUMENTS = FOLDER.parent
 SCRAPED = {"job", "instance", "le"}  # labels that Prometheus adds, and a histogram's
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(),
@@ -95,12 +95,20 @@ def test_a_name_or_a_label_that_is_not_served_is_found(metrics):
 
 def test_documents_name_what_the_daemon_serves(metrics):
     found = 0
-    for document in sorted(p for folder in DOCUMENTS for p in folder.glob("*.md")):
+    for document in sorted(DOCUMENTS.glob("*.md")):
         for name in re.findall(r"\btinyserve_[a-z_]+\b", document.read_text()):
             if not name.startswith("tinyserve_version"):
                 found += 1
                 assert name in metrics or f"{name}_bucket" in metrics, f"{document}: {name}"
-    assert found > 10
+    assert found > 8
+
+
+def test_the_configuration_of_the_page_for_kubernetes_is_one(tmp_path):
+    page = (DOCUMENTS / "kubernetes.md").read_text()
+    block = re.search(r"  tinyserved.conf: \|\n((?: {4}.*\n)+)", page)[1]
+    (tmp_path / "conf").write_text(re.sub("(?m)^ {4}", "", block))
+    subprocess.run([os.environ["TS_TEST_DAEMON"], "--check-config", "--config", tmp_path / "conf"],
+                   check=True, timeout=60)
 
 
 @pytest.mark.skipif("PROMTOOL" not in os.environ, reason="PROMTOOL names no checker")

@@ -38,7 +38,8 @@ class Model:
         probabilities of what follows each: [all tokens][VOCABULARY]."""
         flat = [token for own in tokens for token in own]
         state = self.embedding[flat]
-        with self.kv.step(seqs, [len(own) for own in tokens], heads=self.heads, tokens=flat) as step:
+        counts = [len(own) for own in tokens]
+        with self.kv.step(seqs, counts, heads=self.heads, tokens=flat) as step:
             for layer in range(self.kv.geometry.layers):
                 step.q[...] = state.reshape(len(flat), self.heads, self.dim)
                 step.k[...] = (state @ self.keys[layer]).reshape(len(flat), -1, self.dim)

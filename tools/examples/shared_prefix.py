@@ -14,7 +14,8 @@ import numpy as np
 import tinyserve
 
 NAMESPACE = b"tinyserve/examples/shared_prefix"
-INSTRUCTIONS = b"You are a helpful assistant. Answer in one sentence, and say if you don't know. " * 8
+INSTRUCTIONS = 8 * (b"You are a helpful assistant. Answer in one sentence, and say if you don't "
+                    b"know. ")
 
 
 def compute(kv, seq, tokens, first):
