@@ -26,7 +26,8 @@ log() { "$@" >"$scratch/log" 2>&1 || { tail -n 40 "$scratch/log"; exit 1; }; }
 . /etc/os-release
 mirror=$(apt-get indextargets --format '$(SITE) $(CODENAME)' 'Created-By: Packages' |
     awk -v c="$VERSION_CODENAME" '$2 == c { print $1; exit }')
-debootstrap --variant=minbase "$VERSION_CODENAME" "$scratch/base" "$mirror" >"$scratch/log" 2>&1 || {
+debootstrap --variant=minbase "$VERSION_CODENAME" "$scratch/base" "$mirror" \
+    >"$scratch/log" 2>&1 || {
     tail -n 5 "$scratch/log"
     echo "skipped: no root of its own can be made here"
     exit 77
@@ -41,7 +42,8 @@ rm -rf "$scratch/base"
 
 image() { # TARGET: builds it; its root in $scratch/TARGET.root, which is told
     local container
-    log buildah "${storage[@]}" build --layers --format docker --network host --build-arg BASE=localhost/base \
+    log buildah "${storage[@]}" build --layers --format docker --network host \
+        --build-arg BASE=localhost/base \
         --ignorefile "$source/systemd/container/Containerfile.dockerignore" \
         --file "$source/systemd/container/Containerfile" --target "$1" --tag "localhost/$1" \
         "$source"
@@ -73,7 +75,7 @@ run() {
         mount --bind "$root" "$root" && mount --bind "$socket" "$root/run/tinyserve" &&
         mount -o remount,bind,ro "$root" && mount -t proc proc "$root/proc" &&
         exec chroot "$root" setpriv --reuid "$user" --regid "$user" --groups "$groups" \
-            --bounding-set -all --inh-caps -all --no-new-privs env -i "$@"
+            --bounding-set -all --inh-caps -all --no-new-privs --pdeathsig KILL env -i "$@"
     ' run "$root" "$user" "$groups" "$socket" \
         "$(configured "$image" '.Env[] | select(startswith("PATH="))')" "$@"
 }
