@@ -31,6 +31,13 @@ wheel=$(echo "$wheels"/tinyserve-[0-9]*-py3-none-manylinux_*.whl)
 [ -f "$wheel" ] || fail "there is no wheel in $wheels"
 echo "$(basename "$wheel"): $(stat -c %s "$wheel") bytes"
 
+# Each library from elsewhere comes with its copyright.
+names=$(/usr/bin/python3 -m zipfile --list "$wheel" | awk '{ print $1 }')
+libraries=$(grep -c '^tinyserve.libs/.*\.so' <<<"$names")
+copyrights=$(grep -c '/licenses/.*/copyright$' <<<"$names")
+[ "$libraries" -gt 5 ] && [ "$copyrights" = "$libraries" ] ||
+    fail "$libraries libraries, and the copyrights of $copyrights"
+
 block() { # the first block of this language in README
     awk -v start="^\`\`\`$1\$" '
         !done && $0 ~ start { on = 1; next }
