@@ -187,7 +187,7 @@ static void advance(request **batch, uint32_t *count)
     ts_step *step = begin(batch, count, &rows);
     if (step == NULL)
         return;
-    float *states = malloc((size_t)rows * width() * sizeof *states);
+    float *states = calloc((size_t)rows * width(), sizeof *states);
     if (states == NULL)
         exit(1);
     for (uint32_t i = 0; i < *count; i++)

@@ -22,24 +22,25 @@
 void doctor_found(findings *f, finding_level level, const char *about, const char *format, ...)
 {
     va_list args;
-    if (f->count == FINDINGS_MAX)
-        return;
-    finding *one = &f->all[f->count++];
-    *one = (finding){.level = level};
-    snprintf(one->about, sizeof one->about, "%s", about);
     va_start(args, format);
-    vsnprintf(one->text, sizeof one->text, format, args);
+    if (f->count < FINDINGS_MAX) {
+        finding *one = &f->all[f->count++];
+        one->level = level;
+        one->advice[0] = '\0';
+        snprintf(one->about, sizeof one->about, "%s", about);
+        /* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): va_start set it */
+        vsnprintf(one->text, sizeof one->text, format, args);
+    }
     va_end(args);
 }
 
 void doctor_advise(findings *f, const char *format, ...)
 {
     va_list args;
-    if (f->count == 0)
-        return;
-    finding *one = &f->all[f->count - 1];
     va_start(args, format);
-    vsnprintf(one->advice, sizeof one->advice, format, args);
+    if (f->count > 0)
+        /* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): va_start set it */
+        vsnprintf(f->all[f->count - 1].advice, sizeof f->all[0].advice, format, args);
     va_end(args);
 }
 

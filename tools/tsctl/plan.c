@@ -229,6 +229,7 @@ static void print_text(const plan_options *o, const model_config *m, const pool_
 static void print_json(const plan_options *o, const model_config *m, const pool_plan *p)
 {
     const ts_geometry *g = &p->geometry;
+    const uint64_t node = o->gpus / o->split * p->sequences;
     json_t *choices = json_array();
     for (int i = 0; i < LENGTHS; i++) {
         const pool_plan other = work_out(o, &m->geometry, lengths[i]);
@@ -238,15 +239,15 @@ static void print_json(const plan_options *o, const model_config *m, const pool_
                                (json_int_t)other.padding_bytes, "blocks", (json_int_t)other.blocks,
                                "sequences", (json_int_t)other.sequences));
     }
-    json_t *all = json_pack(
-        "{s:s, s:i, s:i, s:i, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o}",
-        "architecture", m->architecture, "layers", (int)g->layers, "kv_heads", (int)g->kv_heads,
-        "head_dim", (int)g->head_dim, "dtype", ts_dtype_name(g->dtype), "block_tokens",
-        (int)g->block_tokens, "block_bytes", (json_int_t)p->block_bytes, "memory",
-        (json_int_t)o->memory, "tokens", (json_int_t)o->tokens, "blocks", (json_int_t)p->blocks,
-        "sequence_blocks", (json_int_t)p->sequence_blocks, "shared_blocks",
-        (json_int_t)p->shared_blocks, "sequences", (json_int_t)p->sequences, "node_sequences",
-        (json_int_t)(o->gpus / o->split * p->sequences), "choices", choices);
+    json_t *all =
+        json_pack("{s:s, s:i, s:i, s:i, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o}",
+                  "architecture", m->architecture, "layers", (int)g->layers, "kv_heads",
+                  (int)g->kv_heads, "head_dim", (int)g->head_dim, "dtype", ts_dtype_name(g->dtype),
+                  "block_tokens", (int)g->block_tokens, "block_bytes", (json_int_t)p->block_bytes,
+                  "memory", (json_int_t)o->memory, "tokens", (json_int_t)o->tokens, "blocks",
+                  (json_int_t)p->blocks, "sequence_blocks", (json_int_t)p->sequence_blocks,
+                  "shared_blocks", (json_int_t)p->shared_blocks, "sequences",
+                  (json_int_t)p->sequences, "node_sequences", (json_int_t)node, "choices", choices);
     json_dumpf(all, stdout, JSON_INDENT(2));
     putchar('\n');
     json_decref(all);
