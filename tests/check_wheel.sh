@@ -7,6 +7,7 @@
 #     README's worker in C is compiled against its headers.
 # Needs the network: Debian's mirror, and PyPI for numpy and pytest.
 # check_wheel.sh [FOLDER]    a folder that has the wheel already: it isn't built
+# SUITE is the release of Debian in the bare root; without it, this system's.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d /tmp/tinyserve-wheel.XXXXXX)
@@ -47,11 +48,12 @@ block() { # the first block of this language in README
 pool=llama-8b:layers=2,kv_heads=2,head_dim=64,dtype=bf16,memory=8M,device=host
 
 in_a_bare_root() {
-    local root=$scratch/root mirror
+    local root=$scratch/root mirror suite version
     . /etc/os-release
+    suite=${SUITE:-$VERSION_CODENAME}
     mirror=$(apt-get indextargets --format '$(SITE) $(CODENAME)' 'Created-By: Packages' |
         awk -v c="$VERSION_CODENAME" '$2 == c { print $1; exit }')
-    debootstrap --variant=minbase --include=python3-venv "$VERSION_CODENAME" "$root" "$mirror" \
+    debootstrap --variant=minbase --include=python3-venv "$suite" "$root" "$mirror" \
         >"$scratch/log" 2>&1 || {
         tail -n 5 "$scratch/log"
         echo "skipped: no root of its own can be made here"
@@ -59,7 +61,9 @@ in_a_bare_root() {
     }
     mkdir -p "$root/home/user/wheels"
     cp "$wheel" "$root/home/user/wheels"
-    /usr/bin/python3 "${pip[@]}" download --only-binary :all: --dest "$root/home/user/wheels" numpy
+    version=$(chroot "$root" python3 -c 'import sys; print(*sys.version_info[:2], sep=".")')
+    /usr/bin/python3 "${pip[@]}" download --only-binary :all: --python-version "$version" \
+        --dest "$root/home/user/wheels" numpy
     block python >"$root/home/user/example.py"
     cat >"$root/home/user/first-day" <<END
 set -eu
@@ -87,7 +91,7 @@ END
         exec chroot '$root' setpriv --reuid user --regid user --clear-groups --no-new-privs \
             env -i HOME=/home/user PATH=/usr/bin:/bin bash /home/user/first-day" ||
         fail "in a bare root"
-    echo "installed and run in a bare root of $VERSION_CODENAME," \
+    echo "installed and run in a bare root of $suite," \
         "$(chroot "$root" python3 --version), without root and compiler"
 }
 
