@@ -48,7 +48,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
 {
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i, s:b, s:I, s:I, s:I}",
+        "s:I, s:I, s:I, s:i, s:i, s:i, s:I, s:i, s:b, s:I, s:I, s:I, s:b}",
         "name", p->name, "device", p->device, "device_name", p->device_name, "memory", p->memory,
         "kernel", p->kernel, "dtype", report_dtype(p), "layout", layout_of(p), "layers", p->layers,
         "kv_heads", p->kv_heads, "head_dim", p->head_dim, "block_tokens", p->block_tokens,
@@ -60,7 +60,7 @@ static json_t *summary(const Tspb__PoolSummary *p)
         "slab_blocks", p->slab_blocks, "slabs", p->slabs, "granted_slabs", p->granted_slabs,
         "max_blocks", integer(p->max_blocks), "waiting_sessions", p->waiting_sessions, "cache",
         !p->cache_off, "asked_tokens", integer(p->asked_tokens), "found_tokens",
-        integer(p->found_tokens), "evicted_blocks", integer(p->evicted_blocks));
+        integer(p->found_tokens), "evicted_blocks", integer(p->evicted_blocks), "mps", p->mps);
 }
 
 json_t *json_pools(const Tspb__StatusReply *r)
@@ -73,12 +73,13 @@ json_t *json_pools(const Tspb__StatusReply *r)
 
 json_t *json_status(const Tspb__StatusReply *r)
 {
-    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:b, s:o}", "version",
-                     r->version, "pid", integer(r->pid), "uptime_ms", integer(r->uptime_ms),
-                     "sessions", integer(r->sessions), "requests", integer(r->requests), "refused",
-                     integer(r->refused), "runs", integer(r->runs), "launches",
-                     integer(r->launches), "tokens", integer(r->tokens), "kernel", r->kernel,
-                     "threads", r->threads, "draining", r->draining, "pools", json_pools(r));
+    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:b, s:I, s:o}",
+                     "version", r->version, "pid", integer(r->pid), "uptime_ms",
+                     integer(r->uptime_ms), "sessions", integer(r->sessions), "requests",
+                     integer(r->requests), "refused", integer(r->refused), "runs", integer(r->runs),
+                     "launches", integer(r->launches), "tokens", integer(r->tokens), "kernel",
+                     r->kernel, "threads", r->threads, "draining", r->draining, "longest_wait_ms",
+                     integer(r->longest_wait_ms), "pools", json_pools(r));
 }
 
 void json_sessions(json_t *list, const Tspb__SessionList *r)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The units are what systemd understands, and expose no more than they say: systemd/README.md has
-# the figures.
+# The units are what systemd understands, and expose no more than they say: systemd/monitoring.md
+# has the figures.
 # check_units.sh FOLDER-OF-UNITS TINYSERVED
 set -eu
 folder=$(mktemp -d)

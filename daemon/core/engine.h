@@ -314,7 +314,7 @@ typedef struct ts_pool_config {
     char model[TS_NAMESPACE_BYTES_MAX + 1]; /* the namespace of sequences that name none; empty:
                                              * they have none */
     bool warp_groups;                       /* of its GPU: ts_gpu_info */
-    bool on_gpu;
+    bool on_gpu, mps;
     ts_kernel kernel;            /* of a GPU */
     char device[32], memory[16]; /* for people: where the pool is and what provides it */
     char device_name[96];

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-_Static_assert(sizeof(ts_sequence) <= 88, "systemd/README.md says 88 bytes a sequence");
+_Static_assert(sizeof(ts_sequence) <= 88, "systemd/sizing.md says 88 bytes a sequence");
 
 void ts_sequences_init(ts_sequences *s, uint32_t max, uint32_t block_tokens,
                        uint32_t first_generation)

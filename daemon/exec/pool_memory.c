@@ -196,6 +196,7 @@ static ts_status new_gpu_memory(const ts_exec *x, const ts_config_pool *wanted, 
         return status;
     p->on_gpu = true;
     p->warp_groups = info->warp_groups;
+    p->mps = info->mps;
     snprintf(p->device_name, sizeof p->device_name, "%.95s", info->name);
     memcpy(p->device_uuid, info->uuid, sizeof p->device_uuid);
     if (wanted->provider == TS_PROVIDER_CUDA_VMM || (any && info->vmm)) {

@@ -109,6 +109,11 @@ static void write_pools(FILE *out, const Tspb__StatusReply *r)
          "Sessions that wait for room, or for what others compute.");
     for (size_t i = 0; i < r->n_pools; i++)
         of_pool(out, "pool_waiting_sessions", r->pools[i], "", r->pools[i]->waiting_sessions);
+    head(out, "pool_mps", "gauge",
+         "Of a pool on a GPU: 1 if the daemon shares it by CUDA's multi-process service, else 0.");
+    for (size_t i = 0; i < r->n_pools; i++)
+        if (strncmp(r->pools[i]->device, "cuda:", 5) == 0)
+            of_pool(out, "pool_mps", r->pools[i], "", r->pools[i]->mps);
     head(out, "pool_open_steps", "gauge", "Steps that are begun and not ended.");
     for (size_t i = 0; i < r->n_pools; i++)
         of_pool(out, "pool_open_steps", r->pools[i], "", r->pools[i]->open_steps);
@@ -150,6 +155,9 @@ static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r
     single(out, "kernel_launches_total", "counter",
            "Kernel calls that these took; fewer where sessions were joined.", (double)r->launches);
     single(out, "draining", "gauge", "1 while no new sessions are taken.", r->draining);
+    single(out, "longest_wait_seconds", "gauge",
+           "Of the sessions that wait, for how long the first has; 0: none waits.",
+           (double)r->longest_wait_ms / 1000);
     write_pools(out, r);
     head(out, "request_duration_seconds", "histogram",
          "Time from a message's arrival, or from an entry's being taken from a ring, to its "

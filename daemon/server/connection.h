@@ -21,6 +21,7 @@ typedef struct ts_parked {
     struct ts_parked *next, **at; /* among all that wait */
     struct ts_connection *connection;
     uint64_t deadline_ms;                    /* CLOCK_MONOTONIC; 0: it has never waited */
+    uint64_t since_ms;                       /* that it has waited */
     size_t bytes;                            /* that are held meanwhile */
     void (*go_on)(struct ts_parked *parked); /* carries it out again */
     void (*drop)(struct ts_parked *parked);  /* nobody is there to be answered */

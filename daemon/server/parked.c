@@ -62,8 +62,10 @@ void ts_parked_alarm(ts_work *work, void *service)
 
 void ts_parked_add(ts_service *s, ts_connection *c, ts_parked *p, uint32_t wait_ms)
 {
-    if (p->deadline_ms == 0)
-        p->deadline_ms = ts_now_ms() + wait_ms;
+    if (p->deadline_ms == 0) {
+        p->since_ms = ts_now_ms();
+        p->deadline_ms = p->since_ms + wait_ms;
+    }
     c->parked = p;
     p->connection = c;
     p->next = s->parked;
@@ -72,6 +74,15 @@ void ts_parked_add(ts_service *s, ts_connection *c, ts_parked *p, uint32_t wait_
         s->parked->at = &p->next;
     s->parked = p;
     ts_service_set_alarm(s);
+}
+
+uint64_t ts_parked_longest_ms(const ts_service *s)
+{
+    const uint64_t now_ms = ts_now_ms();
+    uint64_t since_ms = now_ms;
+    for (const ts_parked *p = s->parked; p != NULL; p = p->next)
+        since_ms = p->since_ms < since_ms ? p->since_ms : since_ms;
+    return now_ms - since_ms;
 }
 
 void ts_parked_wake(ts_service *s)

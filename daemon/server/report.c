@@ -5,6 +5,7 @@
 #include "cache_report.h"
 #include "clock.h"
 #include "invariants.h"
+#include "parked.h"
 #include "plain_text.h"
 #include "report_parts.h"
 #include "tinyserve_version.h"
@@ -63,6 +64,7 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     }
     r->tokens = s->exec.engine->tokens_committed;
     r->draining = s->draining;
+    r->longest_wait_ms = ts_parked_longest_ms(s);
     r->threads = ts_attention_threads(s->exec.attention);
     bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;
     for (uint32_t i = 0; ok && i < s->exec.engine->num_pools; i++) {

@@ -79,6 +79,7 @@ Tspb__PoolSummary *ts_report_summarise(const ts_service *s, uint32_t index)
     p->block_bytes = ts_geometry_block_bytes(g);
     p->slab_blocks = pool->books.slab_blocks;
     p->slabs = pool->books.num_slabs;
+    p->mps = pool->config.mps;
     p->granted_slabs = pool->books.ungranted;
     return p;
 }

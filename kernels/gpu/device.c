@@ -185,11 +185,14 @@ static ts_status find_driver(ts_gpu *gpu, char *why, size_t why_bytes)
     return TS_OK;
 }
 
+/* CU_DEVICE_ATTRIBUTE_MPS_ENABLED, which older headers lack and older drivers refuse. */
+#define MPS_ENABLED ((CUdevice_attribute)133)
+
 static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
 {
     struct cudaDeviceProp p;
     ts_gpu_info *info = &gpu->info;
-    int vmm = 0;
+    int vmm = 0, mps = 0;
     cudaError_t error = cudaGetDeviceProperties(&p, (int)info->ordinal);
     if (error != cudaSuccess)
         return ts_gpu_fail(error, "asking for the device's properties", 0, why, why_bytes);
@@ -199,6 +202,8 @@ static ts_status find_info(ts_gpu *gpu, char *why, size_t why_bytes)
     info->shared_bytes = p.sharedMemPerBlockOptin;
     info->l2_bytes = (size_t)p.l2CacheSize;
     info->processors = (uint32_t)p.multiProcessorCount;
+    info->mps = gpu->driver.attribute(&mps, MPS_ENABLED, (CUdevice)info->ordinal) == CUDA_SUCCESS &&
+                mps != 0;
     info->warp_groups = TS_WARP_GROUPS && p.major == 9 && p.minor == 0;
     if (gpu->driver.attribute(&vmm, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
                               (CUdevice)info->ordinal) != CUDA_SUCCESS)

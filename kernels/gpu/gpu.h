@@ -65,6 +65,7 @@ typedef struct ts_gpu_info {
     size_t l2_bytes;     /* of the second-level cache */
     uint32_t processors; /* streaming multiprocessors */
     bool warp_groups;    /* has Hopper's warp-group products, and this was built for them */
+    bool mps;            /* this process is a client of CUDA's multi-process service there */
 } ts_gpu_info;
 
 /* Devices there are. 0: none, with the reason in `why`. */

@@ -72,6 +72,39 @@ def test_figures_are_those_of_the_pool(served):
         assert c != a
 
 
+def test_the_longest_wait_grows_while_a_session_waits_and_ends_with_it(start_daemon):
+    port = free_port()
+    daemon = start_daemon(
+        "tiny:layers=1,kv_heads=1,head_dim=32,block_tokens=4,blocks=64,client_write=all",
+        settings={"metrics": f"127.0.0.1:{port}"})
+
+    def longest():
+        return values(ask(port)[1])["tinyserve_longest_wait_seconds"]
+
+    with tinyserve.connect(daemon.url) as holder, tinyserve.connect(daemon.url) as waiter:
+        holding, wanted = (c.pool("tiny", writable=True) for c in (holder, waiter))
+        all_of_it = holding.create(1)
+        with holding.step(all_of_it, [64 * 4], run=False) as step:
+            step.commit()
+        assert longest() == 0
+
+        def wait():
+            with wanted.step(wanted.create(1), [1], run=False, wait=600) as step:
+                step.commit()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while longest() == 0:
+            pass
+        first = longest()
+        while longest() == first:
+            pass
+        assert longest() > first
+        holding.free(all_of_it)
+        thread.join()
+        assert longest() == 0
+
+
 REFUSED = "tinyserve_requests_refused_total"
 
 

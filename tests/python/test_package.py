@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,18 +21,39 @@ def files(folder):
 
 
 @needs_sources
-def test_pip_writes_nothing_beside_the_sources(tmp_path):
-    for needed in "pip", "hatchling":
-        pytest.importorskip(needed)
+def test_pip_makes_a_package_of_python_alone_and_writes_nothing_beside_the_sources(tmp_path):
+    """TS_TEST_BACKEND: the folder that has scikit-build-core, if Python doesn't find it itself."""
+    backend = {**os.environ, "PYTHONPATH": os.environ.get("TS_TEST_BACKEND", "")}
+    for needed in "pip", "scikit_build_core":
+        if subprocess.run([sys.executable, "-c", f"import {needed}"], check=False, env=backend,
+                          stderr=subprocess.DEVNULL).returncode != 0:
+            pytest.skip(f"no {needed}")
     before = files(SOURCES)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps",
-                    "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", tmp_path,
-                    SOURCES], check=True, timeout=120)
+                    "--no-build-isolation", "--disable-pip-version-check",
+                    "--config-settings=wheel.cmake=false", "--wheel-dir", tmp_path, SOURCES],
+                   check=True, timeout=120, env={**backend, "CC": "false", "CXX": "false"})
     assert files(SOURCES) == before
-    wheel, = tmp_path.glob("tinyserve-*.whl")
+    wheel, = tmp_path.glob("tinyserve-*-py3-none-any.whl")
     modules = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tinyserve/")}
-    assert modules == {f"tinyserve/{name}" for name in os.listdir(SOURCES / "tinyserve")
-                       if name != "__pycache__"}
+    assert modules == {f"tinyserve/{name}" for name in files(SOURCES / "tinyserve")
+                       if (SOURCES / "tinyserve" / name).is_file()}
+
+
+@needs_sources
+def test_a_source_build_names_all_that_it_lacks(tmp_path):
+    for needed in "cmake", "ninja":
+        if shutil.which(needed) is None:
+            pytest.skip(f"no {needed}")
+    result = subprocess.run(
+        ["cmake", "-S", SOURCES.parents[1], "-B", tmp_path, "-G", "Ninja", "-DTS_CUDA=OFF",
+         "-DCMAKE_DISABLE_FIND_PACKAGE_nng=ON"], check=False, text=True, timeout=120,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env={**os.environ, "PKG_CONFIG_LIBDIR": "/nowhere"})
+    assert result.returncode == 1
+    told = " ".join(result.stderr.split())
+    assert ("On Debian and Ubuntu: apt install libprotobuf-c-dev libxxhash-dev libinih-dev "
+            "libjansson-dev libncurses-dev libmicrohttpd-dev libnng-dev" in told), told
 
 
 @needs_sources

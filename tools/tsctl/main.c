@@ -1,5 +1,6 @@
 /* tsctl: what the operator asks a running tinyserved. */
 #define _GNU_SOURCE
+#include "doctor.h"
 #include "options.h"
 
 #include "error.h"
@@ -39,6 +40,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     options *o = state->input;
     char *end;
     switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &o->plan;
+        return 0;
     case 's':
         o->url = arg;
         return 0;
@@ -105,6 +109,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     }
 }
 
+static const struct argp_child children[] = {{&plan_argp, 0, NULL, 0}, {0}};
+
 static const struct argp argp = {
     argp_options,
     parse,
@@ -121,6 +127,9 @@ static const struct argp argp = {
     "  cache      what the prefix cache found and evicted, largest namespaces\n"
     "  check      hold the daemon's books against each other\n"
     "  top        all of it, live; q ends it\n"
+    "  doctor     socket, limits, versions and MPS: what is wrong, and what to do\n"
+    "  plan       how many sequences of a model fit; needs no daemon, but --model,\n"
+    "             --memory and --tokens\n"
     "  session kick ID   end a session: its sequences, except kept ones, are freed\n"
     "  seq free ID       free a sequence, whosever it is\n"
     "  pool create NAME KEY=VALUE ...   make a pool, by the configuration's keys\n"
@@ -130,8 +139,9 @@ static const struct argp argp = {
     "  drain [off]       take no new sessions, or take them again\n"
     "\n"
     "The last seven are for operators, and ask before they destroy or refuse something.\n"
-    "Exit status: 0 fine, 1 refused or check found problems, 2 usage, 3 no daemon.",
-    NULL,
+    "Exit status: 0 fine, 1 refused, or check or doctor found problems, 2 usage,\n"
+    "3 no daemon.",
+    children,
     NULL,
     NULL};
 
@@ -335,27 +345,36 @@ typedef struct command {
     const char *words[2]; /* the second NULL: there is none */
     uint32_t least, most; /* words in all */
     command_fn run;
-    bool takes_pool; /* as the last word, if there are `most` */
+    bool takes_pool;                /* as the last word, if there are `most` */
+    int (*alone)(const options *o); /* in place of `run`: it connects by itself, or not at all */
 } command;
+
+static int do_plan(const options *o)
+{
+    return plan_run(&o->plan, o->json);
+}
 
 static const command *find_command(const options *o)
 {
-    static const command commands[] = {{{"status"}, 1, 1, do_status, false},
-                                       {{"pools"}, 1, 2, do_status, true},
-                                       {{"sessions"}, 1, 1, do_sessions, false},
-                                       {{"seqs"}, 1, 2, do_seqs, true},
-                                       {{"frag"}, 1, 2, do_frag, true},
-                                       {{"map"}, 1, 2, do_map, true},
-                                       {{"cache", "drop"}, 2, 3, do_cache_drop, true},
-                                       {{"cache"}, 1, 2, do_cache, true},
-                                       {{"check"}, 1, 1, do_check, false},
-                                       {{"top"}, 1, 2, do_top, true},
-                                       {{"session", "kick"}, 3, 3, do_kick, false},
-                                       {{"seq", "free"}, 3, 4, do_free, true},
-                                       {{"pool", "create"}, 4, WORDS_MAX, do_pool_create, false},
-                                       {{"pool", "delete"}, 3, 3, do_pool_delete, false},
-                                       {{"pool", "resize"}, 4, 4, do_pool_resize, false},
-                                       {{"drain"}, 1, 2, do_drain, false}};
+    static const command commands[] = {
+        {{"status"}, 1, 1, do_status, false, NULL},
+        {{"pools"}, 1, 2, do_status, true, NULL},
+        {{"sessions"}, 1, 1, do_sessions, false, NULL},
+        {{"seqs"}, 1, 2, do_seqs, true, NULL},
+        {{"frag"}, 1, 2, do_frag, true, NULL},
+        {{"map"}, 1, 2, do_map, true, NULL},
+        {{"cache", "drop"}, 2, 3, do_cache_drop, true, NULL},
+        {{"cache"}, 1, 2, do_cache, true, NULL},
+        {{"check"}, 1, 1, do_check, false, NULL},
+        {{"top"}, 1, 2, do_top, true, NULL},
+        {{"session", "kick"}, 3, 3, do_kick, false, NULL},
+        {{"seq", "free"}, 3, 4, do_free, true, NULL},
+        {{"pool", "create"}, 4, WORDS_MAX, do_pool_create, false, NULL},
+        {{"pool", "delete"}, 3, 3, do_pool_delete, false, NULL},
+        {{"pool", "resize"}, 4, 4, do_pool_resize, false, NULL},
+        {{"drain"}, 1, 2, do_drain, false, NULL},
+        {{"doctor"}, 1, 1, NULL, false, doctor_run},
+        {{"plan"}, 1, 1, NULL, false, do_plan}};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         const command *c = &commands[i];
         if (strcmp(c->words[0], o->words[0]) == 0 &&
@@ -380,9 +399,41 @@ static bool settle_pool(const command *c, options *o)
     return true;
 }
 
+/* Runs it on the daemon, again and again if it is to be watched; an exit status. */
+static int run_connected(const command *command, const options *o)
+{
+    ts_client *client;
+    int code = EXIT_REFUSED;
+    ts_options connection = {
+        .size = sizeof(ts_options), .url = o->url, .program = "tsctl", .wait_ms = o->wait_ms};
+    ts_status status = ts_connect(&connection, &client);
+    while (status == TS_OK) {
+        if (o->watch && !o->json && isatty(1) && command->run != do_top)
+            fputs("\033[H\033[2J", stdout);
+        code = command->run(client, o, &status);
+        fflush(stdout);
+        if (!o->watch || status != TS_OK || command->run == do_top)
+            break;
+        struct timespec pause = {.tv_sec = (time_t)o->interval,
+                                 .tv_nsec = (long)((o->interval - (time_t)o->interval) * 1e9)};
+        nanosleep(&pause, NULL);
+    }
+    if (status != TS_OK) {
+        char why[1024];
+        fprintf(stderr, "tsctl: %s\n", ts_text_escape(ts_error(client), why, sizeof why));
+    }
+    if (status == TS_ECONN)
+        code = EXIT_UNREACHABLE;
+    ts_disconnect(client);
+    return code;
+}
+
 int main(int argc, char **argv)
 {
-    options o = {.pool = "", .cells = MAP_CELLS_DEFAULT, .style = {.color = isatty(1)}};
+    options o = {.pool = "",
+                 .cells = MAP_CELLS_DEFAULT,
+                 .style = {.color = isatty(1)},
+                 .plan = PLAN_OPTIONS_INIT};
     argp_err_exit_status = EXIT_USAGE;
     if (getenv("NO_COLOR") != NULL)
         o.style.color = false;
@@ -394,7 +445,8 @@ int main(int argc, char **argv)
         for (uint32_t i = 0; i < o.num_words; i++)
             fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
         fputs("'; there are status, pools [POOL], sessions, seqs [POOL], frag [POOL], map [POOL], "
-              "cache [POOL], check, top [POOL], session kick ID, seq free ID [POOL], pool create "
+              "cache [POOL], check, top [POOL], doctor, plan, session kick ID, seq free ID [POOL], "
+              "pool create "
               "NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE, cache drop [POOL] "
               "and drain [off]\n",
               stderr);
@@ -406,28 +458,14 @@ int main(int argc, char **argv)
         fputs("tsctl: --tenant and --namespace are for cache drop\n", stderr);
         return EXIT_USAGE;
     }
-    ts_client *client;
-    int code = EXIT_REFUSED;
-    ts_options connection = {
-        .size = sizeof(ts_options), .url = o.url, .program = "tsctl", .wait_ms = o.wait_ms};
-    ts_status status = ts_connect(&connection, &client);
-    while (status == TS_OK) {
-        if (o.watch && !o.json && isatty(1) && command->run != do_top)
-            fputs("\033[H\033[2J", stdout);
-        code = command->run(client, &o, &status);
-        fflush(stdout);
-        if (!o.watch || status != TS_OK || command->run == do_top)
-            break;
-        struct timespec pause = {.tv_sec = (time_t)o.interval,
-                                 .tv_nsec = (long)((o.interval - (time_t)o.interval) * 1e9)};
-        nanosleep(&pause, NULL);
+    if (o.plan.given && command->alone != do_plan) {
+        fputs(
+            "tsctl: --model, --memory, --tokens, --shared, --gpus, --tensor-parallel, --dtype and "
+            "--block-tokens are for plan\n",
+            stderr);
+        return EXIT_USAGE;
     }
-    if (status != TS_OK) {
-        char why[1024];
-        fprintf(stderr, "tsctl: %s\n", ts_text_escape(ts_error(client), why, sizeof why));
-    }
-    if (status == TS_ECONN)
-        code = EXIT_UNREACHABLE;
-    ts_disconnect(client);
-    return code;
+    if (command->alone != NULL)
+        return command->alone(&o);
+    return run_connected(command, &o);
 }

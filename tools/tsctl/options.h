@@ -2,9 +2,8 @@
 #ifndef TSCTL_OPTIONS_H
 #define TSCTL_OPTIONS_H
 
+#include "plan.h"
 #include "tsctl.h"
-
-enum { EXIT_REFUSED = 1, EXIT_USAGE = 2, EXIT_UNREACHABLE = 3 };
 
 #define WORDS_MAX 32 /* of a command */
 
@@ -22,6 +21,7 @@ typedef struct options {
     uint32_t tenant;
     unsigned char space[64];
     size_t space_bytes; /* 0: in all namespaces */
+    plan_options plan;
     style style;
 } options;
 

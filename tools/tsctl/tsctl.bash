@@ -14,6 +14,8 @@ _tsctl() {
     COMPREPLY=()
     case ${COMP_WORDS[COMP_CWORD - 1]} in
     --color) _tsctl_offer 'auto always never' ;;
+    --dtype) _tsctl_offer 'fp32 fp16 bf16 fp8_e4m3' ;;
+    --model) mapfile -t COMPREPLY < <(compgen -f -- "${COMP_WORDS[COMP_CWORD]}") ;;
     --pool | -P | pools | seqs | frag | map | top | delete | resize | drop)
         _tsctl_offer "$(_tsctl_names pools)"
         ;;
@@ -25,11 +27,12 @@ _tsctl() {
     drain) _tsctl_offer off ;;
     *)
         if [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
-            _tsctl_offer '--cells --color --help --json --namespace --pool --socket --tenant --usage
-                --version --wait --watch --yes'
+            _tsctl_offer '--block-tokens --cells --color --dtype --gpus --help --json --memory
+                --model --namespace --pool --shared --socket --tenant --tensor-parallel
+                --tokens --usage --version --wait --watch --yes'
         else
-            _tsctl_offer 'status pools sessions seqs frag map cache check top session seq pool
-                drain'
+            _tsctl_offer 'status pools sessions seqs frag map cache check top doctor plan session
+                seq pool drain'
         fi
         ;;
     esac

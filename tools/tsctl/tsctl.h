@@ -10,6 +10,8 @@
 #include "report_json.h"
 #include "rpc.h"
 
+enum { EXIT_REFUSED = 1, EXIT_USAGE = 2, EXIT_UNREACHABLE = 3 };
+
 enum { OWNER_KEPT = 1, OWNER_SEVERAL, OWNER_SESSIONS }; /* as PoolMapReply counts them */
 
 typedef struct style {

@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import pathlib
 from ctypes import (POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int, c_int32,
                     c_size_t, c_uint, c_uint32, c_uint64, c_void_p)
 from typing import Any
 
 from ._version import __version__
+
+# What a wheel has beside the package: bin/, lib/, include/; and that of tinyserve-cuda: bin/, lib/.
+NATIVE = pathlib.Path(__file__).parent / "_native"
+CUDA = NATIVE.parent / "_cuda"
 
 
 class _Sized(Structure):
@@ -192,9 +197,16 @@ def check(lib: Any, name: str) -> None:
                               f"{version}), and {ours} in tinyserve {__version__}")
 
 
+def found() -> str:
+    """Which libtinyserve is loaded: TINYSERVE_LIBRARY, the package's own, or the one that the
+    system finds."""
+    own = NATIVE / "lib" / "libtinyserve.so.0"
+    return os.environ.get("TINYSERVE_LIBRARY") or (str(own) if own.exists() else own.name)
+
+
 def load() -> ctypes.CDLL:
-    """Loads libtinyserve: TINYSERVE_LIBRARY, or libtinyserve.so.0 where the system finds it."""
-    name = os.environ.get("TINYSERVE_LIBRARY", "libtinyserve.so.0")
+    """Loads libtinyserve, and raises ImportError if it doesn't fit."""
+    name = found()
     try:
         lib = ctypes.CDLL(name)
     except OSError as error:
