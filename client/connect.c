@@ -10,6 +10,7 @@
 #include "options.h"
 #include "ring_client.h"
 #include "rpc.h"
+#include "slab_returns.h"
 #include "stream_signals.h"
 #include "tinyserve_version.h"
 #include "unanswered.h"
@@ -317,6 +318,7 @@ void ts_disconnect(ts_client *c)
         hang_up(c);
         (void)ts_local_gpu_await(c); /* they write into the exchange */
     }
+    ts_slab_returns_stop(c);
     ts_exchange_close(c);
     ts_signals_close(c);
     ts_rings_close(c);

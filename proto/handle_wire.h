@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TS_PROTOCOL 6u /* version of the messages, of this layout and of blocks */
+#define TS_PROTOCOL 7u /* version of the messages, of this layout and of blocks */
 #define TS_HANDLE_MAGIC 0x48535354u
 #define TS_TOKEN_BYTES 16
 #define TS_HANDLE_SUFFIX ".handles" /* to the path of NNG's socket: the handle socket's */
@@ -31,6 +31,10 @@ enum ts_handle_kind {
     TS_HANDLE_DOORBELL = 5, /* the eventfd that wakes the daemon */
     TS_HANDLE_NEW_EXCHANGE = 6,
     TS_HANDLE_TAKE_EXCHANGE = 7,
+    /* The page of revocations.h, made at the first asking, and the eventfd that rings for it. Who
+     * has not asked for the page gets no slab of a GPU's. */
+    TS_HANDLE_REVOCATIONS = 8,
+    TS_HANDLE_REVOCATION_BELL = 9,
 };
 
 typedef struct ts_handle_request {

@@ -38,6 +38,7 @@ enum {
     TS_CU_WAIT_GEQ = 0,
     TS_CU_WRITE_DEFAULT = 0,
     TS_CU_EVENT_DEFAULT = 0,
+    TS_CU_CAPTURE_RELAXED = 2,
 };
 
 /* name in the driver, member, arguments */
@@ -70,6 +71,7 @@ enum {
     F("cuStreamWriteValue32_v2", stream_write, (void *, ts_cu_pointer, uint32_t, unsigned))        \
     F("cuStreamWaitValue32_v2", stream_wait, (void *, ts_cu_pointer, uint32_t, unsigned))          \
     F("cuStreamIsCapturing", stream_capture, (void *, int *))                                      \
+    F("cuThreadExchangeStreamCaptureMode", capture_mode, (int *))                                  \
     F("cuEventCreate", event_new, (void **, unsigned))                                             \
     F("cuEventDestroy_v2", event_free, (void *))                                                   \
     F("cuEventRecord", event_record, (void *, void *))                                             \

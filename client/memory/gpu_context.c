@@ -189,6 +189,14 @@ void ts_cuda_unmap(ts_cuda *cuda, unsigned char *at, size_t bytes)
     ts_cuda_leave(cuda);
 }
 
+void ts_cuda_unmap_aside(ts_cuda *cuda, unsigned char *at, size_t bytes)
+{
+    int mode = TS_CU_CAPTURE_RELAXED;
+    (void)cuda->f.capture_mode(&mode);
+    ts_cuda_unmap(cuda, at, bytes);
+    (void)cuda->f.capture_mode(&mode); /* as it was */
+}
+
 ts_status ts_cuda_ipc_open(ts_client *c, ts_cuda *cuda, const uint8_t handle[TS_IPC_HANDLE_BYTES],
                            unsigned char **base)
 {

@@ -35,6 +35,9 @@ ts_status ts_cuda_map(ts_client *client, ts_cuda *cuda, unsigned char *at, size_
                       bool writable);
 void ts_cuda_unmap(ts_cuda *cuda, unsigned char *at, size_t bytes);
 
+/* The same by a thread of the library's own: a graph that another thread captures stays valid. */
+void ts_cuda_unmap_aside(ts_cuda *cuda, unsigned char *at, size_t bytes);
+
 /* Maps another process's cudaMalloc memory, whole. */
 ts_status ts_cuda_ipc_open(ts_client *client, ts_cuda *cuda,
                            const uint8_t handle[TS_IPC_HANDLE_BYTES], unsigned char **base);

@@ -3,6 +3,7 @@
 #include "gpu_context.h"
 #include "pool_map.h"
 #include "rpc.h"
+#include "slab_returns.h"
 #include "unconst.h"
 
 #include <stdio.h>
@@ -15,9 +16,23 @@ static void pool_free(ts_pool *p)
         return;
     ts_tables_fini(p);
     free(p->mapped);
+    free(p->revoked);
     free(p->wanted);
     free(p->written);
     free(p);
+}
+
+/* It isn't among the client's any more, and nothing of it is mapped. */
+static void remove_and_unmap(ts_pool *p)
+{
+    ts_client *c = p->client;
+    ts_pool **at = &c->pools;
+    ts_slab_returns_lock(c);
+    while (*at != p)
+        at = &(*at)->next;
+    *at = p->next;
+    ts_pool_unmap(p);
+    ts_slab_returns_unlock(c);
 }
 
 /* Tells the daemon, unless the session has it open once more. A refusal is as good: sequences stay,
@@ -25,10 +40,6 @@ static void pool_free(ts_pool *p)
 static void close_at_daemon(ts_pool *p)
 {
     ts_client *c = p->client;
-    ts_pool **at = &c->pools;
-    while (*at != p)
-        at = &(*at)->next;
-    *at = p->next;
     for (const ts_pool *other = c->pools; other != NULL; other = other->next)
         if (other->index == p->index)
             return;
@@ -101,9 +112,10 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
         (void)ts_fail(c, status, "%s", why);
     } else {
         p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
+        p->revoked = calloc(p->num_slabs, sizeof *p->revoked);
         p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
         p->written = calloc(p->num_slabs, sizeof *p->written);
-        if (p->mapped == NULL || p->wanted == NULL || p->written == NULL)
+        if (p->mapped == NULL || p->revoked == NULL || p->wanted == NULL || p->written == NULL)
             status = ts_fail(c, TS_ENOMEM, "no memory for a pool of %u slabs", p->num_slabs);
     }
 out:
@@ -112,8 +124,10 @@ out:
         pool_free(p);
         return status;
     }
+    ts_slab_returns_lock(c);
     p->next = c->pools;
     c->pools = p;
+    ts_slab_returns_unlock(c);
     c->pools_are_new = true;
     *out = p;
     return TS_OK;
@@ -124,7 +138,7 @@ void ts_pool_close(ts_pool *p)
     if (p == NULL)
         return;
     TS_ENTER_LAST(p->client);
-    ts_pool_unmap(p);
+    remove_and_unmap(p);
     if (p->client->exchange_pool == p)
         p->client->exchange_pool = NULL;
     close_at_daemon(p);

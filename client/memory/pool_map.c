@@ -5,6 +5,7 @@
 #include "fd_client.h"
 #include "gpu_context.h"
 #include "host_memory.h"
+#include "slab_returns.h"
 
 #include <errno.h>
 #include <string.h>
@@ -25,6 +26,16 @@ static size_t mapped_bytes(const ts_pool *p)
                      : slab_bytes(p);
 }
 
+static uint32_t mapped(const ts_pool *p, uint32_t slab)
+{
+    return __atomic_load_n(&p->mapped[slab], __ATOMIC_ACQUIRE);
+}
+
+static void set_mapped(ts_pool *p, uint32_t slab, uint32_t generation)
+{
+    __atomic_store_n(&p->mapped[slab], generation, __ATOMIC_RELEASE);
+}
+
 static void unmap_gpu(ts_pool *p)
 {
     ts_cuda *cuda = p->client->cuda;
@@ -34,7 +45,7 @@ static void unmap_gpu(ts_pool *p)
         return;
     }
     for (uint32_t i = 0; i < p->num_slabs; i++)
-        if (p->mapped[i] != 0)
+        if (mapped(p, i) != 0)
             ts_cuda_unmap(cuda, p->base + i * slab_bytes(p), mapped_bytes(p));
     ts_cuda_unreserve(cuda, p->base, mapped_bytes(p) * p->num_slabs);
 }
@@ -93,12 +104,47 @@ static ts_status map_ipc(ts_pool *p)
     if (status == TS_OK)
         status = ts_cuda_ipc_open(p->client, cuda, p->ipc_handle, &p->base);
     if (status == TS_OK)
-        p->mapped[0] = p->wanted[0];
+        set_mapped(p, 0, p->wanted[0]);
     p->written[0] = true; /* such memory always is */
     return status;
 }
 
-/* Maps the slab where it belongs, in place of what was there. */
+/* The same of a GPU's memory. Nothing is given back meanwhile. */
+static ts_status map_gpu(ts_pool *p, uint32_t slab, const ts_handle_reply *reply, int fd,
+                         bool writable)
+{
+    ts_client *c = p->client;
+    unsigned char *at = p->base + slab * slab_bytes(p);
+    if (reply->generation <= p->revoked[slab])
+        return ts_fail(c, TS_EPERM, "slab %u has become another user's", slab);
+    if (mapped(p, slab) != 0) {
+        ts_status status = ts_cuda_await(c, c->cuda);
+        ts_cuda_unmap(c->cuda, at, mapped_bytes(p));
+        set_mapped(p, slab, 0);
+        if (status != TS_OK)
+            return status;
+    }
+    return ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, writable);
+}
+
+/* Puts the memory behind the descriptor where the slab belongs, in place of what was there. */
+static ts_status map_fd(ts_pool *p, uint32_t slab, const ts_handle_reply *reply, int fd,
+                        bool writable)
+{
+    ts_client *c = p->client;
+    if (reply->bytes != mapped_bytes(p))
+        return ts_fail(c, TS_EPROTO, "slab %u has %llu bytes, not %zu", slab,
+                       (unsigned long long)reply->bytes, mapped_bytes(p));
+    if (p->on_gpu)
+        return map_gpu(p, slab, reply, fd, writable);
+    if (mmap(p->base + slab * slab_bytes(p), mapped_bytes(p),
+             writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd,
+             0) == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, mapped_bytes(p),
+                       strerror(errno));
+    return TS_OK;
+}
+
 static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
 {
     ts_client *c = p->client;
@@ -107,35 +153,33 @@ static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
     if (p->has_ipc_handle)
         return map_ipc(p);
     ts_status status = p->base == NULL ? reserve(p) : TS_OK;
+    if (status == TS_OK && p->on_gpu)
+        status = ts_slab_returns_start(c);
+    if (status == TS_OK)
+        status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, writable, &reply, &fd);
     if (status != TS_OK)
         return status;
-    status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, writable, &reply, &fd);
-    if (status != TS_OK)
-        return status;
-    unsigned char *at = p->base + slab * slab_bytes(p);
-    if (reply.bytes != mapped_bytes(p)) {
-        status = ts_fail(c, TS_EPROTO, "slab %u has %llu bytes, not %zu", slab,
-                         (unsigned long long)reply.bytes, mapped_bytes(p));
-    } else if (p->on_gpu) {
-        if (p->mapped[slab] != 0) {
-            status = ts_cuda_await(c, c->cuda);
-            ts_cuda_unmap(c->cuda, at, mapped_bytes(p));
-        }
-        p->mapped[slab] = 0;
-        if (status == TS_OK)
-            status = ts_cuda_map(c, c->cuda, at, mapped_bytes(p), fd, writable);
-    } else if (mmap(at, mapped_bytes(p), writable ? PROT_READ | PROT_WRITE : PROT_READ,
-                    MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
-        status = ts_fail(c, TS_ENOMEM, "mapping slab %u of %zu bytes: %s", slab, mapped_bytes(p),
-                         strerror(errno));
+    ts_slab_returns_lock(c);
+    status = map_fd(p, slab, &reply, fd, writable);
+    if (status == TS_OK) {
+        set_mapped(p, slab, reply.generation);
+        p->wanted[slab] = reply.generation;
+        p->written[slab] = writable;
     }
+    ts_slab_returns_unlock(c);
     close(fd);
-    if (status != TS_OK)
-        return status;
-    p->mapped[slab] = reply.generation;
-    p->wanted[slab] = reply.generation;
-    p->written[slab] = writable;
-    return TS_OK;
+    return status;
+}
+
+void ts_pool_give_back(ts_pool *p, uint32_t slab, uint32_t generation)
+{
+    const uint32_t has = mapped(p, slab);
+    if (generation > p->revoked[slab])
+        p->revoked[slab] = generation;
+    if (!p->on_gpu || has == 0 || has > generation)
+        return;
+    ts_cuda_unmap_aside(p->client->cuda, p->base + slab * slab_bytes(p), mapped_bytes(p));
+    set_mapped(p, slab, 0);
 }
 
 ts_status ts_pool_map_block(ts_pool *p, uint64_t block, bool writable)
@@ -144,7 +188,8 @@ ts_status ts_pool_map_block(ts_pool *p, uint64_t block, bool writable)
         return ts_fail(p->client, TS_EINVAL, "a slot of block %llu; the pool has %u blocks",
                        (unsigned long long)block, p->num_blocks);
     uint32_t slab = (uint32_t)(block / p->slab_blocks);
-    bool there = p->mapped[slab] != 0 && p->mapped[slab] == p->wanted[slab];
+    const uint32_t has = mapped(p, slab);
+    bool there = has != 0 && has == p->wanted[slab];
     if (there && (p->written[slab] || !writable))
         return TS_OK;
     return map_slab(p, slab, writable || (there && p->written[slab]));

@@ -69,6 +69,7 @@ struct ts_client {
     ts_pool *exchange_pool;     /* of device memory: the pool it was made for */
     ts_region *regions;
     ts_pool *pools;      /* that are open, linked by next */
+    struct ts_slab_returns *returns; /* slab_returns.h; NULL: no slab of a GPU is mapped */
     ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals; /* mapped and pinned; NULL: no run was on a stream */
     uint64_t signals_there;
@@ -113,7 +114,8 @@ struct ts_pool {
     bool has_ipc_handle;     /* of the only slab */
     unsigned char *base;     /* of block 0; reserved at the first need */
     ts_memory *reserved;     /* of a pool in host memory: what base is the start of */
-    uint32_t *mapped;        /* per slab: generation that is mapped; 0: none */
+    uint32_t *mapped;        /* per slab: generation that is mapped; 0: none; atomic */
+    uint32_t *revoked;       /* per slab: the last generation that is others' */
     bool *written;           /* per slab: it is mapped writable */
     uint32_t *wanted;        /* per slab: generation that the daemon named last */
     struct ts_table *tables; /* by a sequence's index in the daemon; block_table_cache.c's own */

@@ -57,12 +57,19 @@ void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
     ts_queue_put(&x->queue, &x->sweep);
 }
 
+void ts_exec_let_go(ts_exec *x, uint32_t pool, uint32_t slab)
+{
+    if (x->gpu_of[pool] != NULL && x->memory[pool]->ipc_handle == NULL)
+        x->slab_goes(x->owner, pool, slab);
+}
+
 /* Makes the slab's memory. A sentence in `why` if that can't be. */
 static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, size_t why_bytes)
 {
     ts_memory *memory = x->memory[pool];
     if (x->gpu_of[pool] == NULL && !ts_cgroup_allows(memory->export_bytes, why, why_bytes))
         return TS_ENOMEM;
+    ts_exec_let_go(x, pool, slab);
     return ts_memory_renew(memory, slab,
                            x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
                            why_bytes);

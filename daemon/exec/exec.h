@@ -42,6 +42,8 @@ typedef struct ts_exec {
     ts_work wake;                  /* goes on with sessions that waited and were woken */
     bool waking;                   /* it is in the queue */
     void (*woken)(void *owner);
+    /* The slab's memory on a GPU is about to be given up: nobody is to map it any more. */
+    void (*slab_goes)(void *owner, uint32_t pool, uint32_t slab);
     /* Runs have ended, or something was freed: whoever waited for that may go on. */
     void (*resumed)(void *owner);
 } ts_exec;
@@ -58,6 +60,10 @@ void ts_exec_look_for_woken(ts_exec *exec);
 /* The same, finding memory for slabs until the command has enough. TS_NEED_SWEEP: it must wait for
  * what is freed bit by bit, and be applied again when `resumed` is called. */
 void ts_exec_supply(ts_exec *exec, const ts_command *command, ts_answer *answer);
+
+/* Has `slab_goes` called if others may map the slab's memory in such a way that it wouldn't come
+ * free: before it is renewed or dropped. */
+void ts_exec_let_go(ts_exec *exec, uint32_t pool, uint32_t slab);
 
 /* Gives back pools' memory, devices, kernels and the engine. No job is under way, the plans
  * (step_work.h) and the executors are free. */

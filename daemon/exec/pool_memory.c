@@ -372,8 +372,10 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
         }
     }
     ts_exec_apply(x, &command, a);
-    for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++)
+    for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++) {
+        ts_exec_let_go(x, pool, i);
         ts_memory_drop(memory, i);
+    }
     return a->status;
 }
 
@@ -392,6 +394,8 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
     ts_exec_apply(x, &command, a);
     if (a->status != TS_OK)
         return a->status;
+    for (uint32_t i = 0; i < x->memory[pool]->num_slabs; i++)
+        ts_exec_let_go(x, pool, i);
     ts_memory_free(x->memory[pool]);
     x->memory[pool] = NULL;
     x->gpu_of[pool] = NULL;

@@ -68,6 +68,7 @@ void ts_signals_release(ts_signals_page *page);
 
 /* What one session shares with the daemon; all NULL until it is asked for. */
 typedef struct ts_session_memory {
+    struct ts_slab_holder *slabs; /* of GPU pools, that it may map (slab_holder.h) */
     ts_exchange *exchange;
     ts_signals_page *signals;
     struct ts_step_plan *plan;          /* of the step that ran on a GPU last (step_work.h) */

@@ -4,6 +4,7 @@
 
 #include "exchange_open.h"
 #include "ring_server.h"
+#include "slab_holder.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -47,6 +48,20 @@ static ts_status open_doorbell(ts_service *s, ts_connection *c, ts_handle_ask *a
             return status;
     }
     return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
+}
+
+static ts_status hand_out_revocations(ts_connection *c, ts_handle_ask *ask, char *why,
+                                      size_t why_bytes)
+{
+    if (c->memory.slabs == NULL) {
+        ts_status status = ts_slab_holder_new(&c->memory.slabs, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+    }
+    if (ask->request.kind == TS_HANDLE_REVOCATION_BELL)
+        return hand_out(ask, ts_slab_holder_bell(c->memory.slabs), 0, why, why_bytes);
+    return hand_out(ask, ts_slab_holder_page(c->memory.slabs), TS_REVOCATIONS_BYTES, why,
+                    why_bytes);
 }
 
 static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
@@ -96,6 +111,8 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
                    ? status
                    : hand_out(ask, c->memory.signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
     }
+    if (r->kind == TS_HANDLE_REVOCATIONS || r->kind == TS_HANDLE_REVOCATION_BELL)
+        return hand_out_revocations(c, ask, why, why_bytes);
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->exec.engine->num_pools ||
         !(session->opened_pools >> r->pool & 1)) {
         snprintf(why, why_bytes, "the session has not opened a pool %u", r->pool);
@@ -113,6 +130,18 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
     ask->reply.bytes = s->exec.memory[r->pool]->export_bytes;
     ask->reply.generation = books->slabs[r->slab].generation;
     ask->reply.writable = r->writable != 0;
+    const ts_exec_gpu *gpu = s->exec.gpu_of[r->pool];
+    if (gpu != NULL) {
+        if (c->memory.slabs == NULL) {
+            snprintf(why, why_bytes, "the session has not asked for its page of revocations");
+            return TS_EPROTO;
+        }
+        ts_status status = ts_slab_holder_note(
+            c->memory.slabs, r->pool, r->slab, ask->reply.generation, ask->reply.bytes,
+            &gpu->exchange_bytes[session->tenant], why, why_bytes);
+        if (status != TS_OK)
+            return status;
+    }
     return ts_memory_export(s->exec.memory[r->pool], r->slab, r->writable != 0, &ask->fd, why,
                             why_bytes);
 }

@@ -304,8 +304,9 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     if (s->ending) {
         ts_refuse(&a, TS_ECONN, "the daemon ends");
     } else if (c->kicked != 0) {
-        ts_refuse(&a, TS_ECONN, "session %llx was ended by an operator",
-                  (unsigned long long)c->kicked);
+        ts_refuse(&a, TS_ECONN, "session %llx was ended%s", (unsigned long long)c->kicked,
+                  c->kept_slabs ? ": it did not give back GPU memory that is others' now"
+                                : " by an operator");
     } else if (ts_admin(s, c, message, &a, &reply, &admin)) {
         if (a.status == TS_NEED_SWEEP)
             return wait_on(s, request, kept);
@@ -472,9 +473,11 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     ts_queue_init(&s->exec.queue);
     s->exec.owner = s;
     s->exec.resumed = resume;
+    s->exec.slab_goes = ts_service_slab_goes;
     s->exec.woken = woken;
     s->alarm.run = ts_parked_alarm;
     s->quarantine_ms = TS_QUARANTINE_MS;
+    s->return_ms = TS_RETURN_MS;
     s->exec.engine = ts_engine_new(limits);
     s->by_session = calloc(limits->sessions, sizeof *s->by_session);
     s->pool_stats = ts_pool_stats_cache_new(&s->exec);

@@ -2,6 +2,7 @@
 
 #include "clock.h"
 #include "pool_stats_cache.h"
+#include "slab_holder.h"
 #include "step_work.h"
 #include "unconst.h"
 
@@ -181,6 +182,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
     ts_signals_release_waiters(c->memory.signals);
     ts_signals_release(c->memory.signals);
     ts_step_plan_release(c->memory.plan);
+    ts_slab_holder_free(c->memory.slabs);
     c->memory = (ts_session_memory){0};
     for (ts_close_hook *hook = c->on_end, *next; hook != NULL; hook = next) {
         next = hook->next;
@@ -229,9 +231,39 @@ void ts_service_pipe_removed(ts_work *work, void *service)
     free(event);
 }
 
+void ts_service_slab_goes(void *service, uint32_t pool, uint32_t slab)
+{
+    const ts_service *s = service;
+    const uint64_t now_ms = ts_now_ms();
+    for (uint32_t i = 0; i < s->exec.engine->limits.sessions; i++)
+        if (s->by_session[i] != NULL)
+            ts_slab_holder_revoke(s->by_session[i]->memory.slabs, pool, slab, now_ms);
+}
+
+/* Ends sessions that keep what they were to give back. */
+static void look_for_returns(ts_service *s)
+{
+    const uint64_t now_ms = ts_now_ms();
+    for (uint32_t i = 0; i < s->exec.engine->limits.sessions; i++) {
+        ts_connection *c = s->by_session[i];
+        if (c == NULL || !ts_slab_holder_look(c->memory.slabs, now_ms, s->return_ms))
+            continue;
+        ts_log_on(TS_LOG_WARNING,
+                  &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+                  "session %llx (uid %u, pid %u) is ended: it maps %u slabs of GPU memory that are "
+                  "others', and has not given back any for %u s",
+                  (unsigned long long)c->session, c->uid, c->pid,
+                  ts_slab_holder_owes(c->memory.slabs), s->return_ms / 1000);
+        c->kicked = c->session;
+        c->kept_slabs = true;
+        ts_service_end_session(s, c);
+    }
+}
+
 void ts_service_tick(ts_service *s, uint64_t idle_since_ms)
 {
     ts_exec_tick(&s->exec);
+    look_for_returns(s);
     for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
         for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
             if (c->idle_since_ms != 0 && c->idle_since_ms <= idle_since_ms)

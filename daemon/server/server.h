@@ -44,6 +44,7 @@ typedef struct ts_pipe_event {
 typedef struct ts_refusals ts_refusals; /* refusals.h */
 
 #define TS_CONNECTION_BUCKETS 4096u
+#define TS_RETURN_MS 10000u
 #define TS_QUARANTINE_MS 1000u /* under MPS a process's work can outlive it */
 
 typedef struct ts_service {
@@ -57,6 +58,7 @@ typedef struct ts_service {
     uint64_t look_ms; /* ... and then, at claims and quarantines; 0: there is nothing to look at */
     struct ts_quarantine *quarantines; /* sessions whose processes may still write */
     uint32_t quarantine_ms;            /* ... for so long after the process has ended */
+    uint32_t return_ms; /* a session that returns no slab for so long, and owes some, is ended */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;
@@ -91,8 +93,11 @@ void ts_service_run(ts_service *service);
 void ts_service_pipe_added(ts_work *work, void *service);
 void ts_service_pipe_removed(ts_work *work, void *service);
 
-/* Now and then: ends sequences whose time is over, and connections that have had no session since
- * then. */
+/* The exec's `slab_goes`: sessions that may map it are to unmap it. */
+void ts_service_slab_goes(void *service, uint32_t pool, uint32_t slab);
+
+/* Now and then: ends sequences whose time is over, sessions that keep GPU memory that is others',
+ * and connections that have had no session since then. */
 void ts_service_tick(ts_service *service, uint64_t idle_since_ms);
 
 /* Whether it may order the daemon about (operators.h). Any thread. */

@@ -1,0 +1,27 @@
+/*
+ * The return of GPU memory: a thread that unmaps slabs which the daemon gives to others
+ * (proto/revocations.h), also while the worker is idle.
+ *
+ * Nothing that this process has queued on the GPU uses them: a slab goes when none of its blocks is
+ * in use, and a step's blocks are until its kernels are done. What the thread changes of the
+ * client's pools it changes under the lock that is here; there is none, and no thread, before the
+ * first slab of a GPU pool is mapped.
+ */
+#ifndef TS_SLAB_RETURNS_H
+#define TS_SLAB_RETURNS_H
+
+#include "client.h"
+
+typedef struct ts_slab_returns ts_slab_returns;
+
+/* Starts the thread, unless it runs. Thread: the client's. */
+ts_status ts_slab_returns_start(ts_client *client);
+
+/* Ends it. In a forked child, which has no such thread, it is forgotten. Thread: the client's. */
+void ts_slab_returns_stop(ts_client *client);
+
+/* Nothing is unmapped between these two, and the client's list of pools may be changed. */
+void ts_slab_returns_lock(ts_client *client);
+void ts_slab_returns_unlock(ts_client *client);
+
+#endif
