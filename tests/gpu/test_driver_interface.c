@@ -1,6 +1,6 @@
 /*
  * libtinyserve declares the part of CUDA's driver interface that it uses itself
- * (client/cuda_driver.h); here the declarations are held against cuda.h. Compiling is the test: it
+ * (client/memory/cuda_driver.h); here the declarations are held against cuda.h. Compiling is the test: it
  * needs the toolkit, no GPU.
  */
 #include "cuda_driver.h"
@@ -34,6 +34,8 @@ _Static_assert((int)CU_STREAM_WRITE_VALUE_DEFAULT == TS_CU_WRITE_DEFAULT, "");
 _Static_assert((int)CU_EVENT_DEFAULT == TS_CU_EVENT_DEFAULT, "");
 _Static_assert(sizeof(CUstreamCaptureStatus) == sizeof(int), "CUstreamCaptureStatus");
 _Static_assert((int)CU_STREAM_CAPTURE_STATUS_NONE == 0, "");
+_Static_assert(sizeof(CUstreamCaptureMode) == sizeof(int), "CUstreamCaptureMode");
+_Static_assert((int)CU_STREAM_CAPTURE_MODE_RELAXED == TS_CU_CAPTURE_RELAXED, "");
 _Static_assert(sizeof(CUevent) == sizeof(void *), "CUevent");
 
 /* cuda.h's macros give each function the name of its current version: those that are asked for must
@@ -68,6 +70,7 @@ int main(void)
         {CURRENT(cuStreamWriteValue32), "cuStreamWriteValue32_v2"},
         {CURRENT(cuStreamWaitValue32), "cuStreamWaitValue32_v2"},
         {CURRENT(cuStreamIsCapturing), "cuStreamIsCapturing"},
+        {CURRENT(cuThreadExchangeStreamCaptureMode), "cuThreadExchangeStreamCaptureMode"},
         {CURRENT(cuEventCreate), "cuEventCreate"},
         {CURRENT(cuEventDestroy), "cuEventDestroy_v2"},
         {CURRENT(cuEventRecord), "cuEventRecord"},
