@@ -68,10 +68,10 @@ struct ts_client {
     ts_memory *exchange_memory; /* of TS_EXCHANGE_HOST */
     ts_pool *exchange_pool;     /* of device memory: the pool it was made for */
     ts_region *regions;
-    ts_pool *pools;      /* that are open, linked by next */
+    ts_pool *pools;                  /* that are open, linked by next */
     struct ts_slab_returns *returns; /* slab_returns.h; NULL: no slab of a GPU is mapped */
-    ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
-    ts_signals *signals; /* mapped and pinned; NULL: no run was on a stream */
+    ts_cuda *cuda;                   /* the GPU of the session's GPU pools; NULL: none was needed */
+    ts_signals *signals;             /* mapped and pinned; NULL: no run was on a stream */
     uint64_t signals_there;
     atomic_uint runs_on_stream; /* runs that were handed over to the daemon's stream */
     bool order_lost;            /* one may or may not have been */

@@ -1,7 +1,7 @@
 /*
  * libtinyserve declares the part of CUDA's driver interface that it uses itself
- * (client/memory/cuda_driver.h); here the declarations are held against cuda.h. Compiling is the test: it
- * needs the toolkit, no GPU.
+ * (client/memory/cuda_driver.h); here the declarations are held against cuda.h. Compiling is the
+ * test: it needs the toolkit, no GPU.
  */
 #include "cuda_driver.h"
 
