@@ -50,10 +50,18 @@ static inline ts_status apply(ts_engine *e, ts_command c, ts_answer *a)
     return apply_with(e, &c, a, NULL, NULL);
 }
 
+/* Adds a pool; its index. */
+static inline uint32_t pool_add(ts_engine *e, const ts_pool_config *config)
+{
+    ts_answer a;
+    apply(e, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = config}, &a);
+    assert_int_equal(a.status, TS_OK);
+    return a.pool;
+}
+
 static inline ts_engine *engine_new(uint32_t num_blocks, uint32_t slab_blocks,
                                     uint32_t block_tokens, ts_client_write write)
 {
-    char why[256];
     ts_engine_limits limits;
     ts_engine_default_limits(&limits);
     ts_engine *e = ts_engine_new(&limits);
@@ -68,7 +76,7 @@ static inline ts_engine *engine_new(uint32_t num_blocks, uint32_t slab_blocks,
         .tenant_blocks_max = UINT64_MAX,
         .client_write = write,
     };
-    assert_int_equal(ts_engine_add_pool(e, &config, NULL, why, sizeof why), TS_OK);
+    pool_add(e, &config);
     return e;
 }
 

@@ -150,7 +150,10 @@ static inline void service_start(ts_gpu *gpu, pthread_t *engine)
                              .client_write = TS_CLIENT_WRITE_ALL,
                              .on_gpu = true,
                              .device = "cuda:0"};
-    OK(ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why));
+    ts_answer added;
+    ts_engine_apply(service.exec.engine,
+                    &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &added);
+    OK(added.status);
     OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry),
                               &service.exec.memory[0], why, sizeof why));
     service.exec.gpu_of[0] = &service.exec.gpus[0];

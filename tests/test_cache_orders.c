@@ -168,7 +168,6 @@ static void who_waits_for_what_is_dropped_computes_it_itself(void **state)
 static void a_pool_that_is_made_later_counts_ages_from_then_on(void **state)
 {
     (void)state;
-    char why[256];
     const uint32_t ids[4] = {1, 2, 3, 4};
     ts_answer a;
     ts_engine *e = engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
@@ -176,7 +175,7 @@ static void a_pool_that_is_made_later_counts_ages_from_then_on(void **state)
     ts_pool_config config = e->pools[0].config;
     apply(e, (ts_command){.op = TS_OP_POOL_REMOVE}, &a);
     assert_int_equal(a.status, TS_OK);
-    assert_int_equal(ts_engine_add_pool(e, &config, NULL, why, sizeof why), TS_OK);
+    pool_add(e, &config);
     const uint64_t s = session_new(e, 1);
     assert_int_equal(free_seq(e, s, compute(e, s, ids, 4)), TS_OK);
     apply(e, (ts_command){.op = TS_OP_CACHE_DROP, .now_ms = 507000}, &a);

@@ -13,7 +13,6 @@ static ts_service service;
 
 static void service_new(uint32_t blocks)
 {
-    char why[256];
     ts_pool_config config = {
         .name = "test",
         .geometry = {.layers = 1, .kv_heads = 1, .head_dim = 32, .block_tokens = 4},
@@ -27,8 +26,10 @@ static void service_new(uint32_t blocks)
     ts_engine_default_limits(&limits);
     service = (ts_service){0};
     assert_true(ts_service_init(&service, &limits));
-    assert_int_equal(ts_engine_add_pool(service.exec.engine, &config, NULL, why, sizeof why),
-                     TS_OK);
+    ts_answer added;
+    ts_engine_apply(service.exec.engine,
+                    &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &added);
+    assert_int_equal(added.status, TS_OK);
 }
 
 static void service_free(void)

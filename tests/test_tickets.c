@@ -274,10 +274,9 @@ static void a_ticket_is_its_pool_s_and_goes_with_it(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    char why[256];
     ts_pool_config config = e->pools[0].config;
     memcpy(config.name, "two", 4);
-    assert_int_equal(ts_engine_add_pool(e, &config, NULL, why, sizeof why), TS_OK);
+    pool_add(e, &config);
     uint64_t s = session_new(e, 1), seq = computed(e, s);
     ts_answer a;
     apply(e, (ts_command){.op = TS_OP_POOL_OPEN, .session = s, .pool_open = {.name = "two"}}, &a);

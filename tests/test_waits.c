@@ -182,13 +182,12 @@ static worker in_pool(worker w, const char *pool)
 static void a_pool_that_was_removed_is_in_nobodys_way(void **state)
 {
     (void)state;
-    char why[256];
     uint32_t other;
     ts_answer a;
     ts_engine *e = engine_new(16, 4, BLOCK, TS_CLIENT_WRITE_ALL);
     ts_pool_config config = e->pools[0].config;
     strcpy(config.name, "other");
-    assert_int_equal(ts_engine_add_pool(e, &config, &other, why, sizeof why), TS_OK);
+    other = pool_add(e, &config);
     assert_int_equal(apply(e, (ts_command){.op = TS_OP_POOL_REMOVE, .pool = other}, &a), TS_OK);
     worker all = holder_new(e, 1, 16), w = holder_new(e, 1, 0);
     assert_int_equal(take(&w, BLOCK, true, false, 0), TS_WAITS);
@@ -223,11 +222,10 @@ static void who_waits_and_then_asks_for_something_else_has_left_its_place(void *
     (void)state;
     uint32_t ids[PROMPT];
     ts_answer a;
-    char why[256];
     ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
     ts_pool_config config = e->pools[0].config;
     strcpy(config.name, "other");
-    assert_int_equal(ts_engine_add_pool(e, &config, NULL, why, sizeof why), TS_OK);
+    pool_add(e, &config);
     fill_ids(ids, PROMPT, 5);
     worker first = worker_new(e, 1, ids, PROMPT), all = holder_new(e, 1, 32),
            w = in_pool(holder_new(e, 1, 0), "other");

@@ -109,7 +109,7 @@ static ts_status map_ipc(ts_pool *p)
     return status;
 }
 
-/* The same of a GPU's memory. Nothing is given back meanwhile. */
+/* Maps a GPU's memory in place of what was there. Nothing is given back meanwhile. */
 static ts_status map_gpu(ts_pool *p, uint32_t slab, const ts_handle_reply *reply, int fd,
                          bool writable)
 {
@@ -145,6 +145,19 @@ static ts_status map_fd(ts_pool *p, uint32_t slab, const ts_handle_reply *reply,
     return TS_OK;
 }
 
+/* See ts_give_back. */
+static void give_back(ts_pool *p, uint32_t slab, uint32_t generation)
+{
+    const uint32_t has = mapped(p, slab);
+    if (generation > p->revoked[slab])
+        p->revoked[slab] = generation;
+    if (!p->on_gpu || has == 0 || has > generation)
+        return;
+    ts_cuda_unmap_aside(p->client->cuda, p->base + slab * slab_bytes(p), mapped_bytes(p));
+    set_mapped(p, slab, 0);
+}
+
+/* Asks for the slab as it is now, and maps it where it belongs. */
 static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
 {
     ts_client *c = p->client;
@@ -154,7 +167,7 @@ static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
         return map_ipc(p);
     ts_status status = p->base == NULL ? reserve(p) : TS_OK;
     if (status == TS_OK && p->on_gpu)
-        status = ts_slab_returns_start(c);
+        status = ts_slab_returns_start(c, give_back);
     if (status == TS_OK)
         status = ts_handle_get(c, TS_HANDLE_SLAB, p->index, slab, writable, &reply, &fd);
     if (status != TS_OK)
@@ -169,17 +182,6 @@ static ts_status map_slab(ts_pool *p, uint32_t slab, bool writable)
     ts_slab_returns_unlock(c);
     close(fd);
     return status;
-}
-
-void ts_pool_give_back(ts_pool *p, uint32_t slab, uint32_t generation)
-{
-    const uint32_t has = mapped(p, slab);
-    if (generation > p->revoked[slab])
-        p->revoked[slab] = generation;
-    if (!p->on_gpu || has == 0 || has > generation)
-        return;
-    ts_cuda_unmap_aside(p->client->cuda, p->base + slab * slab_bytes(p), mapped_bytes(p));
-    set_mapped(p, slab, 0);
 }
 
 ts_status ts_pool_map_block(ts_pool *p, uint64_t block, bool writable)

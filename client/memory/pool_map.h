@@ -15,10 +15,6 @@ ts_status ts_pool_map_block(ts_pool *pool, uint64_t block, bool writable);
 ts_status ts_pool_note_slab(ts_pool *pool, uint32_t slab, uint32_t generation);
 ts_status ts_pool_note_slabs(ts_pool *pool, Tspb__Slab **slabs, size_t count);
 
-/* The slab in this generation is others': it is unmapped if it is mapped. Thread: that of
- * slab_returns.h, under its lock. */
-void ts_pool_give_back(ts_pool *pool, uint32_t slab, uint32_t generation);
-
 /* Unmaps all of it. */
 void ts_pool_unmap(ts_pool *pool);
 

@@ -3,8 +3,6 @@
 
 #include "error.h"
 #include "fd_client.h"
-#include "gpu_context.h"
-#include "pool_map.h"
 #include "revocations.h"
 
 #include <errno.h>
@@ -20,6 +18,7 @@
 
 struct ts_slab_returns {
     ts_client *client;
+    ts_give_back *give_back;
     ts_revocations *page;
     int bell, stop; /* eventfds */
     pthread_t thread;
@@ -27,12 +26,12 @@ struct ts_slab_returns {
 };
 
 /* Unmaps what the entry names, wherever the client has the pool open. */
-static void give_back(ts_slab_returns *r, const ts_revocation *what)
+static void deal_with(ts_slab_returns *r, const ts_revocation *what)
 {
     pthread_mutex_lock(&r->lock);
     for (ts_pool *p = r->client->pools; p != NULL; p = p->next)
         if (p->index == what->pool && what->slab < p->num_slabs)
-            ts_pool_give_back(p, what->slab, what->generation);
+            r->give_back(p, what->slab, what->generation);
     pthread_mutex_unlock(&r->lock);
 }
 
@@ -52,7 +51,7 @@ static void *returns_main(void *arg)
             return NULL;
         while (returned != __atomic_load_n(&r->page->posted, __ATOMIC_ACQUIRE)) {
             const ts_revocation what = r->page->entries[returned % TS_REVOCATIONS];
-            give_back(r, &what);
+            deal_with(r, &what);
             __atomic_store_n(&r->page->returned, ++returned, __ATOMIC_RELEASE);
         }
     }
@@ -81,14 +80,14 @@ static void returns_free(ts_slab_returns *r)
     free(r);
 }
 
-ts_status ts_slab_returns_start(ts_client *c)
+ts_status ts_slab_returns_start(ts_client *c, ts_give_back *give_back)
 {
     if (c->returns != NULL)
         return TS_OK;
     ts_slab_returns *r = malloc(sizeof *r);
     if (r == NULL)
         return ts_fail(c, TS_ENOMEM, "no memory for the return of GPU memory");
-    *r = (ts_slab_returns){.client = c, .page = MAP_FAILED, .bell = -1};
+    *r = (ts_slab_returns){.client = c, .give_back = give_back, .page = MAP_FAILED, .bell = -1};
     pthread_mutex_init(&r->lock, NULL);
     r->stop = eventfd(0, EFD_CLOEXEC);
     ts_handle_reply reply;

@@ -14,8 +14,11 @@
 
 typedef struct ts_slab_returns ts_slab_returns;
 
-/* Starts the thread, unless it runs. Thread: the client's. */
-ts_status ts_slab_returns_start(ts_client *client);
+/* Unmaps a slab of a pool if it is mapped in this generation or an earlier one: it is others'. */
+typedef void ts_give_back(ts_pool *pool, uint32_t slab, uint32_t generation);
+
+/* Starts the thread, unless it runs; it calls give_back under the lock. Thread: the client's. */
+ts_status ts_slab_returns_start(ts_client *client, ts_give_back *give_back);
 
 /* Ends it. In a forked child, which has no such thread, it is forgotten. Thread: the client's. */
 void ts_slab_returns_stop(ts_client *client);

@@ -69,13 +69,32 @@ typedef enum ts_op {
     TS_OP_STEP_DONE,
     TS_OP_SLAB_GRANT,
     TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
-    TS_OP_POOL_REMOVE, /* ... ends a pool that no session has open, */
+    TS_OP_POOL_ADD,    /* ... makes a pool, */
+    TS_OP_POOL_REMOVE, /* ... ends one that no session has open, */
     TS_OP_POOL_RESIZE, /* ... gives one more blocks or fewer, */
+    TS_OP_POOL_QUOTAS, /* ... changes what tenants may have of one, */
+    TS_OP_LIMITS,      /* ... or sessions of the daemon, */
+    TS_OP_DRAIN,       /* ... has no sessions opened but operators', */
     TS_OP_CACHE_DROP,  /* ... has what is cached forgotten, */
     TS_OP_CACHE_SET,   /* ... or switches the prefix index on or off */
     TS_OP_SWEEP,    /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
     TS_OP_WAIT_END, /* the session waits no more */
 } ts_op;
+
+typedef struct ts_engine_limits {
+    uint32_t sessions;          /* live at once */
+    uint32_t tenant_sessions;   /* ... of one tenant that is no operator; 0: all */
+    uint32_t session_sequences; /* that one session may own */
+    uint32_t session_steps;     /* that one session may have open */
+    uint32_t step_runs;         /* that one step may have in flight */
+    uint64_t session_blocks; /* block table entries of a session's sequences and steps; 0: 16 times
+                              * the blocks of the pool that it asks for more in */
+    uint32_t batch;          /* sequences in one command */
+    uint32_t step_tokens;    /* new tokens in one step */
+    uint64_t exchange_bytes;
+    uint32_t first_generation; /* of ids: random, for each daemon; less than 2^31 */
+    uint64_t hash_seed;        /* of prefix indexes: random, for each daemon */
+} ts_engine_limits;
 
 /* A namespace of the prefix index; no bytes: the pool's own, its configuration's `model`. */
 typedef struct ts_space_name {
@@ -199,7 +218,13 @@ typedef struct ts_command {
         } cache_drop;
         struct {
             bool on;
-        } cache_set;
+        } cache_set, drain;
+        struct {
+            const struct ts_pool_config *config; /* POOL_QUOTAS: what a tenant may have of it */
+        } pool_add, pool_quotas;
+        struct {
+            const ts_engine_limits *limits; /* but for what only a new engine takes */
+        } limits;
         struct {
             uint32_t num_blocks; /* made whole slabs, or all that the pool may have */
         } pool_resize;
@@ -233,7 +258,7 @@ typedef struct ts_answer {
     char message[TS_MESSAGE_BYTES]; /* empty if status is TS_OK */
     union {
         uint64_t session; /* SESSION_OPEN */
-        uint32_t pool;    /* POOL_OPEN */
+        uint32_t pool;    /* POOL_OPEN, POOL_ADD */
         struct {
             const uint64_t *seqs;
             uint32_t count, length;
@@ -275,21 +300,6 @@ typedef struct ts_answer {
         } need; /* TS_NEED_SLABS */
     };
 } ts_answer;
-
-typedef struct ts_engine_limits {
-    uint32_t sessions;          /* live at once */
-    uint32_t tenant_sessions;   /* ... of one tenant that is no operator; 0: all */
-    uint32_t session_sequences; /* that one session may own */
-    uint32_t session_steps;     /* that one session may have open */
-    uint32_t step_runs;         /* that one step may have in flight */
-    uint64_t session_blocks; /* block table entries of a session's sequences and steps; 0: 16 times
-                              * the blocks of the pool that it asks for more in */
-    uint32_t batch;          /* sequences in one command */
-    uint32_t step_tokens;    /* new tokens in one step */
-    uint64_t exchange_bytes;
-    uint32_t first_generation; /* of ids: random, for each daemon; less than 2^31 */
-    uint64_t hash_seed;        /* of prefix indexes: random, for each daemon */
-} ts_engine_limits;
 
 /* Whether clients may map a pool's slabs writable. */
 typedef enum ts_client_write { TS_CLIENT_WRITE_NONE, TS_CLIENT_WRITE_ALL } ts_client_write;
@@ -343,6 +353,7 @@ typedef struct ts_engine {
     uint32_t num_tenants;
     ts_session *sessions;
     uint32_t num_sessions, live_sessions, free_session;
+    bool draining;  /* no sessions are opened but operators' */
     ts_step *steps; /* an array of entries; a step is told by id */
     uint32_t num_steps, free_step, live_steps;
     uint64_t tokens_committed;
@@ -372,11 +383,6 @@ void ts_engine_free(ts_engine *engine);
  */
 ts_status ts_engine_pool_place(const ts_engine *engine, const ts_pool_config *config,
                                uint32_t *index, char *why, size_t why_bytes);
-
-/* Adds a pool, at *index (NULL: never mind). TS_EINVAL, TS_EEXIST or TS_ENOMEM with a sentence in
- * `why`. */
-ts_status ts_engine_add_pool(ts_engine *engine, const ts_pool_config *config, uint32_t *index,
-                             char *why, size_t why_bytes);
 
 /* Whether there is a pool in this place. */
 bool ts_engine_has_pool(const ts_engine *engine, uint32_t pool);

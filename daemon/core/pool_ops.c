@@ -40,28 +40,35 @@ ts_status ts_engine_pool_place(const ts_engine *e, const ts_pool_config *config,
     return TS_OK;
 }
 
-ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_t *index, char *why,
-                             size_t why_bytes)
+/* The books of a pool that isn't there yet. */
+static ts_status make_books(const ts_engine *e, const ts_pool_config *config, ts_pool_books *books)
 {
-    uint32_t place;
-    ts_status status = ts_engine_pool_place(e, config, &place, why, why_bytes);
-    if (status != TS_OK)
-        return status;
-    ts_engine_pool *pool = &e->pools[place];
     uint32_t max =
         config->max_blocks > config->num_blocks ? config->max_blocks : config->num_blocks;
-    ts_status books = ts_pool_init(&pool->books, config->num_blocks, max, config->slab_blocks);
-    if (books == TS_OK)
-        books = ts_pool_use_index(&pool->books, config->geometry.block_tokens, e->limits.hash_seed);
-    if (books == TS_OK)
-        pool->books.index->off = config->cache == TS_CACHE_OFF;
-    pool->books.now_s = (uint32_t)(e->now_ms / 1000);
-    if (books == TS_OK && e->num_tenants > 0)
-        books = ts_pool_add_tenant(&pool->books, e->num_tenants - 1);
-    if (books != TS_OK) {
+    ts_status status = ts_pool_init(books, config->num_blocks, max, config->slab_blocks);
+    if (status == TS_OK)
+        status = ts_pool_use_index(books, config->geometry.block_tokens, e->limits.hash_seed);
+    if (status == TS_OK)
+        books->index->off = config->cache == TS_CACHE_OFF;
+    books->now_s = (uint32_t)(e->now_ms / 1000);
+    if (status == TS_OK && e->num_tenants > 0)
+        status = ts_pool_add_tenant(books, e->num_tenants - 1);
+    return status;
+}
+
+void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+{
+    const ts_pool_config *config = c->pool_add.config;
+    uint32_t place;
+    char why[TS_MESSAGE_BYTES];
+    (void)none;
+    ts_status status = ts_engine_pool_place(e, config, &place, why, sizeof why);
+    if (status != TS_OK)
+        return ts_refuse(a, status, "%s", why);
+    ts_engine_pool *pool = &e->pools[place];
+    if (make_books(e, config, &pool->books) != TS_OK) {
         ts_pool_fini(&pool->books);
-        snprintf(why, why_bytes, "no memory for the books of %u blocks", max);
-        return TS_ENOMEM;
+        return ts_refuse(a, TS_ENOMEM, "no memory for the books of %u blocks", config->num_blocks);
     }
     pool->config = *config;
     pool->room = (ts_wait_list){TS_NONE, TS_NONE};
@@ -70,9 +77,21 @@ ts_status ts_engine_add_pool(ts_engine *e, const ts_pool_config *config, uint32_
     pool->seqs.order.seed = e->limits.hash_seed;
     e->num_pools += place == e->num_pools;
     e->live_pools++;
-    if (index != NULL)
-        *index = place;
-    return TS_OK;
+    a->pool = place;
+}
+
+void ts_engine_pool_quotas(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+{
+    (void)none;
+    if (!ts_engine_has_pool(e, c->pool))
+        return ts_refuse(a, TS_ENOENT, "there is no pool %u", c->pool);
+    const ts_pool_config *next = c->pool_quotas.config;
+    ts_pool_config *config = &e->pools[c->pool].config;
+    config->tenant_blocks_max = next->tenant_blocks_max;
+    config->tenant_sequences_max = next->tenant_sequences_max;
+    config->tenant_entries_max = next->tenant_entries_max;
+    config->tenant_pinned_max = next->tenant_pinned_max;
+    ts_waits_look_again(e, c->pool);
 }
 
 uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *a)

@@ -25,6 +25,8 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
 {
     (void)s;
     bool is_operator = c->session_open.is_operator;
+    if (e->draining && !is_operator)
+        return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
     uint32_t kept =
         !is_operator && e->limits.sessions > 2 * TS_OPERATOR_SESSIONS ? TS_OPERATOR_SESSIONS : 0;
     if (e->live_sessions >= e->limits.sessions - kept)
@@ -64,6 +66,25 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
     e->live_sessions++;
     e->present_tenants += e->tenant_sessions[tenant]++ == 0;
     a->session = ts_engine_session_id(e, index);
+}
+
+void ts_engine_drain(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+{
+    (void)none;
+    (void)a;
+    e->draining = c->drain.on;
+}
+
+/* What its arrays and its ids are made with stays. */
+void ts_engine_set_limits(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+{
+    (void)none;
+    (void)a;
+    ts_engine_limits next = *c->limits.limits;
+    next.sessions = e->limits.sessions;
+    next.first_generation = e->limits.first_generation;
+    next.hash_seed = e->limits.hash_seed;
+    e->limits = next;
 }
 
 uint32_t ts_engine_reclaim(ts_engine *e, ts_session *s, uint32_t entries)

@@ -262,14 +262,18 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
         status = ts_memory_host_new((p.max_blocks - 1) / p.slab_blocks + 1,
                                     ts_geometry_block_bytes(&p.geometry) * p.slab_blocks, &memory,
                                     why, why_bytes);
-    if (status == TS_OK)
-        status = ts_engine_add_pool(x->engine, &p, &index, why, why_bytes);
+    ts_answer added = {0};
+    if (status == TS_OK) {
+        ts_exec_apply(x, &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &p}, &added);
+        status = added.status;
+        snprintf(why, why_bytes, "%s", added.message);
+    }
     if (status != TS_OK) {
         ts_memory_free(memory);
         return status;
     }
-    x->memory[index] = memory;
-    x->gpu_of[index] = gpu;
+    x->memory[added.pool] = memory;
+    x->gpu_of[added.pool] = gpu;
     char text[320];
     ts_pool_memory_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);

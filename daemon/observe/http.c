@@ -38,7 +38,7 @@ typedef struct route {
 /* Where sessions are spread over daemons, one that drains isn't to get any. */
 static char *health(ts_service *s)
 {
-    return s->draining ? NULL : strdup("ok\n");
+    return s->exec.engine->draining ? NULL : strdup("ok\n");
 }
 
 static const route routes[] = {

@@ -43,11 +43,12 @@ static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__Admin
 
 static void drain(ts_service *s, const ts_connection *by, bool on)
 {
-    if (s->draining != on)
+    ts_answer answer;
+    if (s->exec.engine->draining != on)
         ts_log_on(TS_LOG_WARNING, &(ts_log_about){.uid = by->uid, .pid = by->pid},
                   "%s new sessions, as uid %u (pid %u) says", on ? "taking no" : "taking", by->uid,
                   by->pid);
-    s->draining = on;
+    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_DRAIN, .drain.on = on}, &answer);
     if (on)
         ts_parked_hurry_all(s);
 }

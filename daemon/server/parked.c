@@ -24,7 +24,7 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
         ts_refuse(a, TS_EINVAL, "a wait of %u ms; the limit is %u", wait_ms, TS_WAIT_MS_MAX);
         return false;
     }
-    if (s->draining || s->ending) {
+    if (s->exec.engine->draining || s->ending) {
         ts_refuse(a, TS_EBUSY, "the daemon %s: nothing waits",
                   s->ending ? "ends" : "is being drained");
         return false;

@@ -3,7 +3,6 @@
 
 #include "config_keys.h"
 #include "unconst.h"
-#include "wait_ops.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -44,8 +43,8 @@ static const ts_config_pool *find(const ts_config *c, const char *name)
 
 /* ---- what a key that reloads changes ----
  *
- * A key in the engine's limits, or in its pools' configurations, is copied there. The others are in
- * these tables. */
+ * A key in the engine's limits, or in its pools' configurations, is copied into what the engine is
+ * given. The others are in these tables. */
 
 static void take_operators(ts_service *s, const ts_config *next)
 {
@@ -80,24 +79,24 @@ static const struct daemon_change {
     {"tenant_exchange", take_tenant_exchange},
 };
 
-static void take_tenant_memory(ts_service *s, uint32_t pool, const ts_config_pool *next)
+static void take_tenant_memory(ts_pool_config *config, const ts_config_pool *next)
 {
-    s->exec.engine->pools[pool].config.tenant_blocks_max = next->pool.tenant_blocks_max;
+    config->tenant_blocks_max = next->pool.tenant_blocks_max;
 }
 
-static void take_tenant_pinned(ts_service *s, uint32_t pool, const ts_config_pool *next)
+static void take_tenant_pinned(ts_pool_config *config, const ts_config_pool *next)
 {
-    s->exec.engine->pools[pool].config.tenant_pinned_max = next->pool.tenant_pinned_max;
+    config->tenant_pinned_max = next->pool.tenant_pinned_max;
 }
 
-static void take_cache(ts_service *s, uint32_t pool, const ts_config_pool *next)
+static void take_cache(ts_pool_config *config, const ts_config_pool *next)
 {
-    switch_cache(s, pool, next->pool.cache);
+    config->cache = next->pool.cache;
 }
 
 static const struct pool_change {
     const char *key;
-    void (*take)(ts_service *service, uint32_t pool, const ts_config_pool *next);
+    void (*take)(ts_pool_config *config, const ts_config_pool *next);
 } pool_changes[] = {
     {"tenant_memory", take_tenant_memory},
     {"tenant_pinned", take_tenant_pinned},
@@ -142,6 +141,8 @@ static void copy_field(const ts_config_key *key, size_t offset, void *to, const 
 
 static void change_daemon(ts_service *s, ts_config *running, const ts_config *next)
 {
+    ts_engine_limits limits = s->exec.engine->limits;
+    ts_answer answer;
     for (uint32_t i = 0; i < ts_config_daemon.num_keys; i++) {
         const ts_config_key *key = &ts_config_daemon.keys[i];
         if (!key->reloads)
@@ -150,28 +151,34 @@ static void change_daemon(ts_service *s, ts_config *running, const ts_config *ne
         if (change != NULL)
             change->take(s, next);
         else
-            copy_field(key, offsetof(ts_config, limits), &s->exec.engine->limits, next);
+            copy_field(key, offsetof(ts_config, limits), &limits, next);
         copy_field(key, 0, running, next);
     }
+    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_LIMITS, .limits.limits = &limits}, &answer);
 }
 
 static void change_pool(ts_service *s, uint32_t pool, ts_config_pool *running,
                         const ts_config_pool *next)
 {
+    ts_pool_config config = s->exec.engine->pools[pool].config;
+    ts_answer answer;
     for (uint32_t i = 0; i < ts_config_pools.num_keys; i++) {
         const ts_config_key *key = &ts_config_pools.keys[i];
         if (!key->reloads)
             continue;
         const struct pool_change *change = pool_change_of(key);
         if (change != NULL)
-            change->take(s, pool, next);
+            change->take(&config, next);
         else
-            copy_field(key, offsetof(ts_config_pool, pool), &s->exec.engine->pools[pool].config,
-                       next);
+            copy_field(key, offsetof(ts_config_pool, pool), &config, next);
         if (running != NULL)
             copy_field(key, 0, running, next);
     }
-    ts_waits_look_again(s->exec.engine, pool);
+    switch_cache(s, pool, config.cache);
+    ts_exec_apply(
+        &s->exec,
+        &(ts_command){.op = TS_OP_POOL_QUOTAS, .pool = pool, .pool_quotas.config = &config},
+        &answer);
 }
 
 static void apply(ts_work *work, void *service)
@@ -186,7 +193,6 @@ static void apply(ts_work *work, void *service)
         if (ts_engine_has_pool(e, i) && next != NULL)
             change_pool(s, i, ts_unconst(find(ch->running, name)), next);
     }
-    ts_exec_look_for_woken(&s->exec);
 }
 
 /* What can't be changed, as far as it fits. */

@@ -63,7 +63,7 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
         r->launches += launches;
     }
     r->tokens = s->exec.engine->tokens_committed;
-    r->draining = s->draining;
+    r->draining = s->exec.engine->draining;
     r->longest_wait_ms = ts_parked_longest_ms(s);
     r->threads = ts_attention_threads(s->exec.attention);
     bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;

@@ -115,8 +115,6 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
                              : ts_text_escape(open->version, version, sizeof version),
                          TS_PROTOCOL);
     }
-    if (s->draining && !ts_service_is_operator(s, c->uid, c->gid))
-        return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
     if (c->session != 0)
         return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
                          (unsigned long long)c->session);

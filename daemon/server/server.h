@@ -70,7 +70,6 @@ typedef struct ts_service {
     /* Has the transport end it; if for being idle, unless its messages wait there. */
     void (*end_connection)(void *arg, uint32_t pipe, bool idle);
     void *end_connection_arg;
-    bool draining;       /* only operators' sessions are opened */
     bool ending;         /* nothing is asked of the engine or the kernels any more */
     bool http_shows_all; /* and not totals alone */
     uint64_t started_ms, requests, refused;

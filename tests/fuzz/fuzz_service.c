@@ -288,8 +288,10 @@ void fuzz_service_start(void)
         .model = "fuzz",
     };
     config.slab_blocks = ts_geometry_slab_blocks(&config.geometry, 8192, 4096);
-    if (s->exec.attention == NULL || s->exec.host == NULL ||
-        ts_engine_add_pool(s->exec.engine, &config, NULL, why, sizeof why) != TS_OK ||
+    ts_answer added;
+    ts_engine_apply(s->exec.engine, &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config},
+                    &added);
+    if (s->exec.attention == NULL || s->exec.host == NULL || added.status != TS_OK ||
         ts_memory_host_new(s->exec.engine->pools[0].books.num_slabs,
                            ts_geometry_block_bytes(&config.geometry) * config.slab_blocks,
                            &s->exec.memory[0], why, sizeof why) != TS_OK)

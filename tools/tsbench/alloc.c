@@ -49,7 +49,6 @@ static bool apply(storm *s, ts_command c, ts_answer *a)
 
 static bool start(storm *s)
 {
-    char why[256];
     ts_answer a;
     ts_engine_limits limits;
     ts_engine_default_limits(&limits);
@@ -64,7 +63,8 @@ static bool start(storm *s)
         .tenant_blocks_max = UINT64_MAX,
         .client_write = TS_CLIENT_WRITE_ALL,
     };
-    if (s->e == NULL || ts_engine_add_pool(s->e, &config, NULL, why, sizeof why) != TS_OK)
+    if (s->e == NULL ||
+        !apply(s, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &a))
         return false;
     if (!apply(s, (ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.program = "tsbench"}},
                &a))
