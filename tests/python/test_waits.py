@@ -241,6 +241,39 @@ def test_ctrl_c_ends_a_wait_and_leaves_nothing(daemon, session, how):
     client.close()
 
 
+def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
+    prompt = list(range(100, 140))
+    holder = session()
+    held, matched = holder.match(prompt, SPACE, wait=LONG)  # it is going to compute it
+    assert matched == 0
+    client = tinyserve.connect(daemon.url, **how)
+    pool = client.pool("p", writable=True)
+    main = threading.get_ident()
+
+    def press():
+        until_waiting(daemon, 1)
+        daemon.pause()  # nothing can be ended now
+        signal.pthread_kill(main, signal.SIGINT)
+        while not any(t.name == "tinyserve-undo" and t.is_alive() for t in threading.enumerate()):
+            pass
+        signal.pthread_kill(main, signal.SIGINT)
+
+    pressed = Call(press)
+    with pytest.raises(KeyboardInterrupt):
+        pool.match(prompt, SPACE, wait=LONG)
+    pressed.result()
+    assert any(t.name == "tinyserve-undo" for t in threading.enumerate())
+    daemon.resume()
+    for thread in threading.enumerate():
+        if thread.name == "tinyserve-undo":
+            thread.join(LONG)
+    mine, = (s for s in tsctl(daemon, "sessions") if s["session"] == f"{client.session:x}")
+    assert mine["sequences"] == 0
+    assert pool.create(1) != []  # and the session goes on
+    client.close()
+    holder.free([held])
+
+
 def test_a_kick_and_a_drain_end_waits(daemon, session):
     holder, one, two = session(), session(), session()
     fill(holder, 60)

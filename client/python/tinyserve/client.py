@@ -166,23 +166,30 @@ class Client:
 
     def _interruptible(self, wait_ms: int, call: Callable[[], int],
                        undo: Callable[[], Any]) -> int:
-        """The status of a call that may wait. Ctrl-C ends its wait; what it has made is undone."""
+        """The status of a call that may wait. Ctrl-C ends its wait; what it has made is undone, by
+        a thread that goes on with that if Ctrl-C is pressed again."""
         if wait_ms == 0 or threading.current_thread() is not threading.main_thread():
             return call()
-        handle, status, ended = self._open(), [0], threading.Event()
+        handle, status = self._open(), [0]
+        ended, undone = threading.Event(), threading.Event()
 
         def run() -> None:
             status[0] = call()
             ended.set()
 
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            ended.wait()  # a signal's handler runs here, and not in a call into C
-        except BaseException:
+        def end() -> None:
             while not ended.wait(0.1):  # its request may not have been sent yet
                 lib.ts_wait_end(handle)
             if status[0] == 0:
                 undo()
+            undone.set()
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            ended.wait()  # a signal's handler runs here, and not in a call into C
+        except BaseException:
+            threading.Thread(target=end, name="tinyserve-undo", daemon=True).start()
+            undone.wait()  # a join that is interrupted takes the thread for ended
             raise
         return status[0]
 
