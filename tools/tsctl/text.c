@@ -91,6 +91,21 @@ static void print_geometry(const Tspb__PoolSummary *p)
            p->kv_heads, p->head_dim, p->block_tokens);
 }
 
+/* Each GPU once that processes can't share. */
+static void print_without_mps(const Tspb__StatusReply *r)
+{
+    for (size_t i = 0; i < r->n_pools; i++) {
+        const Tspb__PoolSummary *p = r->pools[i];
+        size_t first = 0;
+        while (strcmp(r->pools[first]->device, p->device) != 0)
+            first++;
+        if (first == i && !p->mps && strcmp(p->device, "host") != 0)
+            printf("  %s: MPS is off, and the GPU is handed from process to process: see tsctl "
+                   "doctor\n",
+                   p->device);
+    }
+}
+
 void text_status(const Tspb__StatusReply *r, const style *s)
 {
     char up[32];
@@ -105,6 +120,7 @@ void text_status(const Tspb__StatusReply *r, const style *s)
            (unsigned long long)r->launches);
     if (r->draining)
         puts("  draining: no new sessions are taken");
+    print_without_mps(r);
     text_pools(r, s);
 }
 
