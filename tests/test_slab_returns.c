@@ -72,8 +72,9 @@ static void *serve(void *arg)
 
 static void take_back(uint32_t pool, uint32_t slab)
 {
+    const uint32_t generation = slab < SLABS ? generations[slab] : 1;
     page->entries[page->posted % TS_REVOCATIONS] =
-        (ts_revocation){.pool = pool, .slab = slab, .generation = generations[slab]};
+        (ts_revocation){.pool = pool, .slab = slab, .generation = generation};
     __atomic_store_n(&page->posted, page->posted + 1, __ATOMIC_RELEASE);
     assert_int_equal(write(bell, &(uint64_t){1}, 8), 8);
 }
