@@ -1,0 +1,56 @@
+"""Hugging Face Transformers on a pool of TinyServe.
+
+    import tinyserve.transformers as ts
+    kv = ts.attach(model)
+    out = model.generate(**inputs, past_key_values=kv.cache(**inputs))
+    print(kv.stats)
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import transformers as _transformers
+
+from ..engines.geometry import Unsupported
+
+SUPPORTED = (5, 17), (5, 24)  #: the oldest and the newest Transformers
+
+
+def _version() -> tuple[int, int]:
+    major, minor = _transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+if not SUPPORTED[0] <= _version() <= SUPPORTED[1]:
+    raise ImportError(f"transformers {_transformers.__version__}; tinyserve.transformers supports "
+                      + " to ".join(f"{a}.{b}" for a, b in SUPPORTED))
+
+from .attached import Attached, Options, Stats  # noqa: E402
+from .cache import PooledCache  # noqa: E402
+
+__all__ = ["Attached", "PooledCache", "SUPPORTED", "Stats", "Unsupported", "attach"]
+
+
+def attach(model: Any, *, url: str | PathLike[str] | None = None, pool: str | None = None,
+           execution: str = "daemon", tokens: int = 65536, identity: bytes | None = None,
+           salt: bytes = b"", wait: float = 0.0, share_wait: float = 30.0, timeout: float = 30.0,
+           threads: int = 0) -> Attached:
+    """Makes a Transformers model of text use a pool of TinyServe for the K and V of the caches that
+    kv.cache() makes. With other caches it works as before.
+
+    url: the daemon's, as tinyserve.connect() takes it. pool: its name; None: one that fits is
+    found, or made with room for `tokens` tokens. execution: who attends ("daemon", "local" or
+    "auto"). identity: 16 bytes that tell these weights from all others, if you have them; None: all
+    weights are read once. salt: bytes that keep apart what equal models store. wait: seconds that a
+    forward pass waits for room in the pool. share_wait: seconds that cache() waits for another
+    process that is computing the same beginning. timeout: of one call to the daemon. threads: of
+    local execution on the host.
+
+    Raises Unsupported for models that can't be served, DisconnectedError without a daemon,
+    InvalidError where the pool doesn't fit."""
+    if identity is not None and (not isinstance(identity, bytes) or len(identity) != 16):
+        raise ValueError("identity must be 16 bytes")
+    return Attached(model, Options(url, pool, execution, tokens, identity, salt, wait, share_wait,
+                                   timeout, threads, _version() < (5, 18)))
