@@ -45,7 +45,9 @@ def symbols(file):
 
 
 def source(names):
-    return "".join(f"long {name}(void) {{ return {NO_DEVICE}; }}\n" for name in sorted(names))
+    return "".join(f'const char *{name}(void) {{ return "no device"; }}\n'
+                   if name.endswith(("String", "Name")) else
+                   f"long {name}(void) {{ return {NO_DEVICE}; }}\n" for name in sorted(names))
 
 
 def make(library, versions, folder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..client import Geometry
+from ..records import Geometry
 
 HEAD_DIM_LEAST, HEAD_DIM_MOST = 32, 256
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -66,7 +66,3 @@ def match_columns(pads: list[int], found: list[int]) -> int:
     engine goes on at the same column of all of them."""
     return min((pad + tokens for pad, tokens in zip(pads, found)), default=0)
 
-
-def groups_of(rows: int, batch: int) -> int | None:
-    """How many rows of the batch each of `rows` cached ones has become; None: it fits none."""
-    return batch // rows if rows > 0 and batch % rows == 0 else None

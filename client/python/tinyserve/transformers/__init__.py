@@ -53,4 +53,4 @@ def attach(model: Any, *, url: str | PathLike[str] | None = None, pool: str | No
     if identity is not None and (not isinstance(identity, bytes) or len(identity) != 16):
         raise ValueError("identity must be 16 bytes")
     return Attached(model, Options(url, pool, execution, tokens, identity, salt, wait, share_wait,
-                                   timeout, threads, _version() < (5, 18)))
+                                   timeout, threads, _version() < (5, 18), _version() < (5, 21)))

@@ -18,7 +18,7 @@ from ..engines.rows import Rows, match_columns
 from ..errors import DisconnectedError
 from . import attention, weights
 from .cache import PooledCache
-from .inputs import Inputs, check_mask, refuse_others
+from .inputs import check_mask, refuse_others
 from .pools import find_or_make
 from .sessions import Session, Sessions
 
@@ -75,6 +75,11 @@ class Attached:
             self._before: str = config._attn_implementation
             self._model.set_attn_implementation(attention.register(self._before))
             module.forward = _PooledForward(self, module.forward)
+            if hasattr(self._model, "prepare_inputs_for_generation"):
+                self._model.prepare_inputs_for_generation = \
+                    _NewInputs(self._model.prepare_inputs_for_generation)
+            if how.prefills_whole:
+                self._model._prefill = _WholePrefill(self, self._model._prefill)
         except BaseException:
             self._sessions.close()
             raise
@@ -200,6 +205,8 @@ class Attached:
             return
         self.closed = True
         del self._module.forward  # the class's is there again
+        for name in ("prepare_inputs_for_generation", "_prefill"):
+            vars(self._model).pop(name, None)
         self._model.set_attn_implementation(self._before)
         self._sessions.close()
 
@@ -230,6 +237,7 @@ class Options:
     timeout: float
     threads: int
     crop_to_length: bool
+    prefills_whole: bool
 
 
 class _PooledForward:
@@ -271,7 +279,7 @@ class _PooledForward:
         if given.get("output_attentions") is None and \
                 getattr(self._kv.config, "output_attentions", False):
             given = dict(given, output_attentions=True)
-        return cache.begin(Inputs.of(given, cache.rows.columns, cache.rows.pads))
+        return cache.begin(given)
 
     @torch.compiler.disable
     def _end(self, cache: Any, pass_: Any, complete: bool) -> None:
@@ -283,6 +291,48 @@ class _PooledForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise Unsupported("a copy of an attached model: close() what attach() gave, copy, and "
                           "attach both")
+
+
+class _NewInputs:
+    """generate()'s preparation of a forward pass. Assisted decoding passes the whole prompt in its
+    first pass, whatever the cache has; what it has is left out here, as in other ways of
+    generate()."""
+
+    def __init__(self, prepare: Callable[..., Any]) -> None:
+        self._prepare = prepare
+        functools.update_wrapper(self, prepare)
+
+    def __call__(self, input_ids: Any, next_sequence_length: int | None = None,
+                 **kwargs: Any) -> Any:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        mask = kwargs.get("attention_mask")
+        if isinstance(cache, PooledCache) and next_sequence_length is None and \
+                mask is not None and mask.shape[-1] == input_ids.shape[1]:
+            past = cache.get_seq_length()
+            if 0 < past < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - past
+        return self._prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    __deepcopy__ = _PooledForward.__deepcopy__
+
+
+class _WholePrefill:
+    """generate()'s prefill where Transformers (before 5.21) computes all of a prompt again if it
+    does so in chunks, whatever the cache has: then it begins with nothing."""
+
+    def __init__(self, kv: Attached, prefill: Callable[..., Any]) -> None:
+        self._kv, self._prefill = kv, prefill
+
+    def __call__(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any],
+                 *args: Any, **kwargs: Any) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, PooledCache) and generation_config.prefill_chunk_size is not None:
+            self._kv.count(found=-cache.found)
+            cache.found = 0
+            cache.crop(-cache.get_seq_length())
+        return self._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    __deepcopy__ = _PooledForward.__deepcopy__
 
 
 def _unwrap(model: Any) -> Any:

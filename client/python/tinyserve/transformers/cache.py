@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from ..engines.geometry import Unsupported
-from ..engines.rows import Rows, groups_of
+from ..engines.rows import Rows
 from ..errors import DisconnectedError
 from . import attention
 from .forward import Forward
@@ -28,10 +29,11 @@ class _Layer:
     is_croppable = is_initialized = supports_early_init = True
 
     def __init__(self, cache: "PooledCache") -> None:
-        self._cache = cache
+        self._cache = weakref.ref(cache)  # a cache goes at once when nobody has it any more
 
     def get_seq_length(self) -> int:
-        return self._cache.get_seq_length()
+        cache = self._cache()
+        return cache.get_seq_length() if cache is not None else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -175,12 +177,13 @@ class PooledCache(Cache):
 
     # ---- a forward pass ----
 
-    def begin(self, inputs: Inputs) -> Forward:
-        """Opens the step of a forward pass, and the session until end(). Nothing has changed if it
-        raises."""
+    def begin(self, given: dict[str, Any]) -> Forward:
+        """Opens the step of a forward pass with these arguments, and the session until end().
+        Nothing has changed if it raises."""
         self._check_open()
         self.session.lock.acquire()
         try:
+            inputs = Inputs.of(given, self.rows.columns, self.rows.pads)
             forward = self._begin(inputs)
         except BaseException:
             self.session.lock.release()
@@ -230,10 +233,7 @@ class PooledCache(Cache):
             return inputs.copies
         if len(self.seqs) == inputs.rows:
             return 1
-        copies = groups_of(len(self.seqs), inputs.rows)
-        if copies is None:
-            raise ValueError(f"a batch of {inputs.rows} rows; the cache has {len(self.seqs)} (use "
-                             "batch_select_indices() to go on with some)")
+        copies = inputs.rows // len(self.seqs)
         if copies > 1 and inputs.same(copies):
             return copies
         self.batch_repeat_interleave(copies)

@@ -36,6 +36,9 @@ class Inputs:
         rows, new = (ids if ids is not None else embeds).shape[:2]
         device = (ids if ids is not None else embeds).device
         total = past + new
+        if stored_pads and rows % len(stored_pads) != 0:
+            raise ValueError(f"a batch of {rows} rows; the cache has {len(stored_pads)} (use "
+                             "batch_select_indices() to go on with some)")
         flags = []
         if mask is not None:
             mask = check_mask(mask, rows, total)
