@@ -52,6 +52,20 @@ def test_tokens_are_those_of_dynamic_cache(model, attach, way, lengths, executio
     assert (kv.stats.found == 0) == whole
 
 
+@pytest.mark.parametrize("way", ["greedy", "beams", "returned sequences", "larger chunks",
+                                 "prompt lookup"])
+def test_a_beginning_that_another_prompt_has_left(model, attach, way):
+    how = dict(WAYS, **{"larger chunks": dict(prefill_chunk_size=40),
+                        "prompt lookup": dict(prompt_lookup_num_tokens=3)})[way]
+    first, second = prompts(61), prompts(61, seed=4)
+    second["input_ids"][:, :24] = first["input_ids"][:, :24]
+    want, kv = reference(model, second, **how), attach(model)
+    generate(model, first, kv.cache(**first))
+    cache = kv.cache(**second)
+    assert cache.found == cache.get_seq_length() == 24
+    assert torch.equal(generate(model, second, cache, **how), want)
+
+
 _writable = []
 
 

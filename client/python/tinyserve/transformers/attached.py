@@ -305,13 +305,22 @@ class _NewInputs:
     def __call__(self, input_ids: Any, next_sequence_length: int | None = None,
                  **kwargs: Any) -> Any:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        mask = kwargs.get("attention_mask")
         if isinstance(cache, PooledCache) and next_sequence_length is None and \
-                mask is not None and mask.shape[-1] == input_ids.shape[1]:
+                self._is_whole(input_ids.shape[1], kwargs):
             past = cache.get_seq_length()
             if 0 < past < input_ids.shape[1]:
                 next_sequence_length = input_ids.shape[1] - past
         return self._prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    @staticmethod
+    def _is_whole(columns: int, given: dict[str, Any]) -> bool:
+        """Whether so many ids are all of the prompt, and not what is new. A mask of ones may have
+        been left out; then the positions tell."""
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None:
+            return bool(mask.shape[-1] == columns)
+        return positions is not None and positions.shape[-1] == columns and \
+            int(positions[..., 0].max()) == 0
 
     __deepcopy__ = _PooledForward.__deepcopy__
 
