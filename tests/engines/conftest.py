@@ -80,5 +80,6 @@ def run_worker():
     """Starts Python code in a process of its own; communicate() gives what it prints."""
     def run(code, *arguments):
         return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments], text=True,
-                                stdout=subprocess.PIPE, cwd=os.path.dirname(__file__))
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                cwd=os.path.dirname(__file__))
     return run
