@@ -34,15 +34,15 @@ __all__ = ["Attached", "PooledCache", "SUPPORTED", "Stats", "Unsupported", "atta
 
 
 def attach(model: Any, *, url: str | PathLike[str] | None = None, pool: str | None = None,
-           execution: str = "daemon", tokens: int = 65536, identity: bytes | None = None,
+           execution: str | None = None, tokens: int = 65536, identity: bytes | None = None,
            salt: bytes = b"", wait: float = 0.0, share_wait: float = 30.0, timeout: float = 30.0,
            threads: int = 0) -> Attached:
     """Makes a Transformers model of text use a pool of TinyServe for the K and V of the caches that
     kv.cache() makes. With other caches it works as before.
 
     url: the daemon's, as tinyserve.connect() takes it. pool: its name; None: one that fits is
-    found, or made with room for `tokens` tokens. execution: who attends ("daemon", "local" or
-    "auto"). identity: 16 bytes that tell these weights from all others, if you have them; None: all
+    found, or made with room for `tokens` tokens. execution: who attends, "daemon", "local" or
+    "auto"; None: the daemon in host memory, on a GPU "auto" if the pool allows it. identity: 16 bytes that tell these weights from all others, if you have them; None: all
     weights are read once. salt: bytes that keep apart what equal models store. wait: seconds that a
     forward pass waits for room in the pool. share_wait: seconds that cache() waits for another
     process that is computing the same beginning. timeout: of one call to the daemon. threads: of

@@ -15,7 +15,7 @@ from ..client import Client, Pool, connect
 from ..engines.geometry import Needs, Unsupported, needs_of, share_limit
 from ..engines.identity import namespace_of
 from ..engines.rows import Rows, match_columns
-from ..errors import DisconnectedError
+from ..errors import DeniedError, DisconnectedError
 from . import attention, weights
 from .cache import PooledCache
 from .inputs import check_mask, refuse_others
@@ -92,13 +92,25 @@ class Attached:
         return self.device.type == "cuda"
 
     def _connect(self) -> tuple[Client, Pool]:
+        """Where no execution is named, the daemon attends in host memory. On a GPU it is tried
+        whether this process is quicker, if the pool lets it write."""
         how = self._how
-        client = connect(how.url, execution=how.execution, timeout=how.timeout,
-                         threads=how.threads, program="transformers")
+        execution = how.execution or ("auto" if self.on_gpu else "daemon")
+        try:
+            return self._open(execution)
+        except DeniedError:
+            if how.execution is not None or execution == "daemon":
+                raise
+            return self._open("daemon")
+
+    def _open(self, execution: str) -> tuple[Client, Pool]:
+        how = self._how
+        client = connect(how.url, execution=execution, timeout=how.timeout, threads=how.threads,
+                         program="transformers")
         try:
             pool = find_or_make(client, self.needs, self.pool_name or how.pool,
                                 "host" if not self.on_gpu else f"cuda:{self.device.index or 0}",
-                                how.tokens, how.execution != "daemon")
+                                how.tokens, execution != "daemon")
         except BaseException:
             client.close()
             raise
@@ -228,7 +240,7 @@ class Options:
     """attach()'s arguments."""
     url: Any
     pool: str | None
-    execution: str
+    execution: str | None
     tokens: int
     identity: bytes | None
     salt: bytes

@@ -47,11 +47,14 @@ class Forward:
         self._dtype = _DTYPES[needs.dtype]
         self._index = index
         self._kv_heads = needs.kv_heads
-        self._on_gpu = cache.kv.on_gpu
+        self._stream = torch.cuda.current_stream().cuda_stream if cache.kv.on_gpu else None
         if step is not None:
             self._handle = step._open()
             self._q, self._k, self._v, self._out = (
                 cache.session.tensor(name, getattr(step, name)) for name in ("q", "k", "v", "out"))
+            if index is None:
+                self._q, self._k, self._v, self._out = (
+                    t.unflatten(0, (-1, columns)) for t in (self._q, self._k, self._v, self._out))
 
     def _put(self, name: str, buffer: torch.Tensor, tensor: torch.Tensor, heads: int) -> None:
         """[rows, heads, columns, head_dim] into the step's [tokens, heads, head_dim]."""
@@ -66,7 +69,7 @@ class Forward:
         if self.copies > 1:
             tokens = tokens[::self.copies]
         if self._index is None:
-            buffer.view(-1, columns, heads, dim).copy_(tokens)
+            buffer.copy_(tokens)
         else:
             torch.index_select(tokens.reshape(-1, heads, dim), 0, self._index, out=buffer)
 
@@ -86,8 +89,7 @@ class Forward:
         self._put("v", self._v, value, self._kv_heads)
         if sinks is not None:
             self.step.sinks.torch().copy_(sinks.detach().reshape(-1))
-        stream = torch.cuda.current_stream().cuda_stream if self._on_gpu else None
-        options = _run_options(scaling, softcap, window, sinks is not None, stream)
+        options = _run_options(scaling, softcap, window, sinks is not None, self._stream)
         status = lib.ts_step_run_with(self._handle, layer, byref(options))
         if status != 0:
             self.step.pool._check(status)
@@ -98,6 +100,5 @@ class Forward:
         out = self._out
         if self._index is not None:  # what is padding gets zeros
             out = out.new_zeros(rows // self.copies * columns, heads, dim)
-            out.index_copy_(0, self._index, self._out)
-        out = out.view(-1, columns, heads, dim)
+            out = out.index_copy_(0, self._index, self._out).unflatten(0, (-1, columns))
         return out.repeat_interleave(self.copies, 0) if self.copies > 1 else out
