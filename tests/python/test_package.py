@@ -30,8 +30,9 @@ def test_pip_writes_nothing_beside_the_sources(tmp_path):
     assert files(SOURCES) == before
     wheel, = tmp_path.glob("tinyserve-*.whl")
     modules = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tinyserve/")}
-    assert modules == {f"tinyserve/{name}" for name in os.listdir(SOURCES / "tinyserve")
-                       if name != "__pycache__"}
+    assert modules == {str(path.relative_to(SOURCES)) for path in
+                       (SOURCES / "tinyserve").rglob("*")
+                       if path.is_file() and "__pycache__" not in path.parts}
 
 
 @needs_sources

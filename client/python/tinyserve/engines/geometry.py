@@ -112,7 +112,7 @@ def share_limit(config: Any) -> int | None:
     kinds = rope.values() if all(isinstance(v, dict) for v in rope.values()) and rope else [rope]
     for kind in kinds:
         if kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope"):
-            limit = kind.get("original_max_position_embeddings") or \
+            limit: Any = kind.get("original_max_position_embeddings") or \
                 getattr(config, "original_max_position_embeddings", None) or \
                 getattr(config, "max_position_embeddings", 0)
             return int(limit)

@@ -89,7 +89,7 @@ class Attached:
 
     @property
     def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return bool(self.device.type == "cuda")
 
     def _connect(self) -> tuple[Client, Pool]:
         """Where no execution is named, the daemon attends in host memory. On a GPU it is tried

@@ -109,7 +109,7 @@ def _attend(before: str, module: Any, query: torch.Tensor, key: torch.Tensor, va
             attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
             softcap: float | None = None, s_aux: torch.Tensor | None = None,
             sliding_window: int | None = None, is_causal: bool | None = None,
-            **others: Any) -> tuple[torch.Tensor, None]:
+            **others: Any) -> Any:
     forward = current()
     if forward is None:
         given = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window,

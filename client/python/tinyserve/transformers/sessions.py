@@ -21,7 +21,7 @@ class Session:
         self.lock = threading.RLock()
         self._dropped: deque[int] = deque()  # sequences to be freed, by whichever thread comes next
         self._exchange = 0  # bytes in the GPU's memory
-        self._views: dict[str, tuple[Any, Any]] = {}
+        self._views: dict[str, tuple[Any, Any, Any]] = {}
 
     @property
     def usable(self) -> bool:
@@ -60,9 +60,11 @@ class Session:
         """The view as a torch tensor; steps of one shape in one place get the same one."""
         key = (view.ptr, view.shape, id(view._memory))
         known = self._views.get(name)
-        if known is None or known[0] != key:
-            known = self._views[name] = (key, view.torch(), view._memory)
-        return known[1]
+        if known is not None and known[0] == key:
+            return known[1]
+        tensor = view.torch()
+        self._views[name] = key, tensor, view._memory  # so that no other memory has its address
+        return tensor
 
     def close(self) -> None:
         with self.lock:
