@@ -133,6 +133,38 @@ def test_an_identity_of_ones_own(attach):
         ts.attach(llama(), identity=b"x")
 
 
+def test_an_identity_that_is_remembered_by_files(attach, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    llama().save_pretrained(tmp_path / "model")
+    exact = attach(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), salt=b"").namespace
+    reads = []
+    digest = ts.attached.weights.digest
+    monkeypatch.setattr(ts.attached.weights, "digest", lambda *a: reads.append(1) or digest(*a))
+
+    def space(change=lambda model: None):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        change(model)
+        kv = attach(model, identity="files", salt=b"")
+        before = kv.namespace
+        one_weight(model)  # once attached it is looked at exactly
+        assert kv.namespace != before
+        return before
+
+    assert [space(), space()] == [exact, exact]
+    assert len(reads) == 1 + 2  # the first time, and after each change
+
+    def other_layer(model):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(2)
+
+    assert space(other_layer) != exact
+    llama(seed=1).save_pretrained(tmp_path / "model")
+    assert space() != exact
+    with pytest.raises(ValueError, match="no files of"):
+        attach(llama(), identity="files")
+
+
 # ---- other processes ----
 
 WORKER = """

@@ -211,3 +211,31 @@ def test_without_xxhash(monkeypatch):
     monkeypatch.setitem(sys.modules, "xxhash", None)
     with pytest.raises(ImportError, match="pip install xxhash"):
         identity.digest_of([], {})
+
+
+@needs_xxhash
+def test_a_digest_is_remembered_by_the_files(tmp_path):
+    model, memory = tmp_path / "model", identity.Remembered(tmp_path / "cache")
+    model.mkdir()
+    file = model / "a.safetensors"
+    file.write_bytes(b"1")
+    key = identity.files_key([file], b"s")
+    assert memory.get(key) is None
+    memory.put(key, bytes(16))
+    assert identity.Remembered(tmp_path / "cache").get(key) == bytes(16)
+    assert identity.files_key([file], b"t") != key
+    os.utime(file, ns=(1, 1))
+    changed = identity.files_key([file], b"s")
+    file.unlink()
+    file.write_bytes(b"1")
+    os.utime(file, ns=(1, 1))
+    assert len({key, changed, identity.files_key([file, file], b"s")}) == 3
+    for i in range(70):
+        memory.put(f"{i}", bytes([i] * 16))
+    assert memory.get(key) is None and memory.get("69") == bytes([69] * 16)
+    for broken in ("", "[]", '{"69": 1}', '{"69": "00"}'):
+        (tmp_path / "cache/tinyserve/weights.json").write_text(broken)
+        assert memory.get("69") is None
+    nowhere = identity.Remembered("/proc/nowhere")
+    nowhere.put("69", bytes(16))
+    assert nowhere.get("69") is None

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterable
 
 PIECE_BYTES = 32 << 20
 _FORMAT = b"tinyserve weights 1"
+_REMEMBERED_MOST = 64  #: models
 #: of a configuration: they say where a model came from, or how it is run, and not what it computes
 _IGNORED = ("_name_or_path", "name_or_path", "transformers_version", "_attn_implementation",
             "_attn_implementation_internal", "attn_implementation", "use_cache",
@@ -59,3 +62,50 @@ def namespace_of(digest: bytes, salt: bytes = b"") -> bytes:
     if salt:
         name += b"-" + str(_xxhash().xxh3_64_hexdigest(salt)).encode()
     return name
+
+
+def files_key(paths: Iterable[str | os.PathLike[str]], sample: bytes) -> str:
+    """What tells a model's files from others, and from what they were before: where they are, their
+    inode, size and time of change. sample: a digest of some of the weights in memory."""
+    said = []
+    for path in sorted(os.path.realpath(p) for p in paths):
+        s = os.stat(path)
+        said.append([path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns])
+    return str(_xxhash().xxh3_128_hexdigest(json.dumps([said, sample.hex()]).encode()))
+
+
+class Remembered:
+    """Digests by files_key(), in the user's cache folder. What can't be read or written there is
+    computed again."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        cache = folder or os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        self._path = pathlib.Path(cache, "tinyserve", "weights.json")
+
+    def _read(self) -> dict[str, str]:
+        try:
+            known = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            digest = bytes.fromhex(self._read()[key])
+        except (KeyError, TypeError, ValueError):
+            return None
+        return digest if len(digest) == 16 else None
+
+    def put(self, key: str, digest: bytes) -> None:
+        known = self._read()
+        known.pop(key, None)
+        known[key] = digest.hex()
+        for old in list(known)[:-_REMEMBERED_MOST]:
+            del known[old]
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as new:
+                json.dump(known, new)
+            os.replace(new.name, self._path)
+        except OSError:
+            pass  # then it is computed again

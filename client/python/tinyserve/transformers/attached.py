@@ -18,7 +18,7 @@ from ..engines.rows import Rows, match_columns
 from ..errors import DeniedError, DisconnectedError
 from . import attention, weights
 from .cache import PooledCache
-from .inputs import check_mask, refuse_others
+from .inputs import check_mask, pads_of, refuse_others
 from .pools import find_or_make
 from .sessions import Session, Sessions
 
@@ -129,8 +129,12 @@ class Attached:
         known = self._namespaces.get(seen)
         if known is None:
             how = self._how
-            digest = how.identity if how.identity is not None else \
-                weights.digest(self._model, self.config)
+            if isinstance(how.identity, bytes):
+                digest = how.identity
+            elif how.identity == "files" and not self._namespaces:
+                digest = weights.remembered_digest(self._model, self.config)
+            else:
+                digest = weights.digest(self._model, self.config)
             known = namespace_of(digest, how.salt)
             with self._lock:
                 while len(self._namespaces) >= _DIGESTS_KEPT:
@@ -242,7 +246,7 @@ class Options:
     pool: str | None
     execution: str | None
     tokens: int
-    identity: bytes | None
+    identity: bytes | str | None
     salt: bytes
     wait: float
     share_wait: float
@@ -371,14 +375,13 @@ def _unwrap(model: Any) -> Any:
 
 
 def _pads(mask: Any, rows: int, columns: int) -> list[int]:
-    """Of each row, how many columns are padding."""
+    """Of each row of a prompt, how many columns are padding."""
     if mask is None:
         return [0] * rows
-    mask = check_mask(torch.as_tensor(mask), rows, columns)
-    pads = [columns - int(n) for n in mask.sum(1).tolist()]
+    mask = torch.as_tensor(mask)
+    check_mask(mask, rows, columns)
+    pads = pads_of(mask.cpu())
     for row, pad in enumerate(pads):
-        if not bool(mask[row, pad:].all()):
-            raise Unsupported("attention_mask with holes: padding must be at the left")
         if pad == columns:
             raise ValueError(f"row {row} of input_ids is all padding")
     return pads

@@ -34,34 +34,23 @@ class Inputs:
         if ids is None and embeds is None:
             raise ValueError("neither input_ids nor inputs_embeds")
         rows, new = (ids if ids is not None else embeds).shape[:2]
-        device = (ids if ids is not None else embeds).device
         total = past + new
         if stored_pads and rows % len(stored_pads) != 0:
             raise ValueError(f"a batch of {rows} rows; the cache has {len(stored_pads)} (use "
                              "batch_select_indices() to go on with some)")
-        flags = []
         if mask is not None:
-            mask = check_mask(mask, rows, total)
-            pads_there = total - mask.sum(1, dtype=torch.long)
-            ordered = mask == (torch.arange(total, device=device) >= pads_there[:, None])
-            flags.append(ordered.all().reshape(1))
-        else:
-            if any(stored_pads):
-                raise ValueError("attention_mask is missing, and the cache has padding")
-            pads_there = torch.zeros(rows, dtype=torch.long, device=device)
-        flags.append(_usual_positions(positions, pads_there, past, new, rows))
-        flags_there = torch.cat([f.to(torch.long) for f in flags])
-        parts = [flags_there, pads_there]
-        if ids is not None:
-            parts.append(ids.reshape(-1).to(torch.long))
-        host = torch.cat(parts).tolist()
-        if mask is not None and not host[0]:
-            raise Unsupported("attention_mask with holes: padding must be at the left")
-        known = bool(host[len(flags) - 1]) and ids is not None
-        at = len(flags)
-        pads, flat = host[at:at + rows], host[at + rows:]
-        self = cls([flat[i * new:(i + 1) * new] for i in range(rows)] if ids is not None else [],
-                   new, pads, known)
+            check_mask(mask, rows, total)
+        elif any(stored_pads):
+            raise ValueError("attention_mask is missing, and the cache has padding")
+        if positions is not None and (positions.ndim != 2 or positions.shape[1] != new or
+                                      positions.shape[0] not in (1, rows)):
+            raise Unsupported(f"position_ids of shape {list(positions.shape)}; only "
+                              f"{[rows, new]}")
+        device = (ids if ids is not None else embeds).device
+        ids, mask, positions = _to_host(ids, mask, positions)
+        pads = [0] * rows if mask is None else pads_of(mask)
+        known = ids is not None and _usual(positions, pads, past, new)
+        self = cls(ids.tolist() if ids is not None else [], new, pads, known)
         self._device = device
         return self
 
@@ -111,8 +100,19 @@ def refuse_others(given: dict[str, Any], harmless: frozenset[str]) -> None:
             raise Unsupported(f"{name}: K and V would depend on more than token ids")
 
 
-def check_mask(mask: Any, rows: int, columns: int) -> torch.Tensor:
-    """The mask as booleans. Unsupported: it isn't one of padding."""
+def _to_host(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors of integers on the processor, by one copy."""
+    there = [t for t in tensors if t is not None and t.device.type != "cpu"]
+    if not there:
+        return list(tensors)
+    flat = torch.cat([t.reshape(-1).to(torch.int64) for t in there]).cpu()
+    parts = iter(flat.split([t.numel() for t in there]))
+    return [t if t is None or t.device.type == "cpu" else next(parts).view(t.shape)
+            for t in tensors]
+
+
+def check_mask(mask: Any, rows: int, columns: int) -> None:
+    """Unsupported: it isn't a mask of padding. ValueError: it is one of other columns."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         kind = f"of {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else \
             type(mask).__name__
@@ -120,15 +120,32 @@ def check_mask(mask: Any, rows: int, columns: int) -> torch.Tensor:
     if tuple(mask.shape) != (rows, columns):
         raise ValueError(f"attention_mask of {list(mask.shape)}; with what the cache has, there "
                          f"are {[rows, columns]} rows and columns")
-    return mask if mask.dtype is torch.bool else mask != 0
 
 
-def _usual_positions(positions: Any, pads: torch.Tensor, past: int, new: int,
-                     rows: int) -> torch.Tensor:
-    """Whether each token's position is the number of tokens before it: a tensor of one boolean."""
+def pads_of(mask: torch.Tensor) -> list[int]:
+    """Of each row of a mask on the processor, how many columns are padding. Unsupported: it isn't
+    at the left."""
+    there = mask if mask.dtype is torch.bool else mask != 0
+    rows, columns = there.shape
+    tokens = there.sum(1)
+    pads: list[int] = (columns - tokens).tolist()
+    most = max(pads, default=0)
+    # What comes after the longest padding is all there, and so much before it as counts say.
+    if int(there[:, most:].sum()) != rows * (columns - most) or \
+            any(pad < most and not bool(there[row, pad:most].all())
+                for row, pad in enumerate(pads)):
+        raise Unsupported("attention_mask with holes: padding must be at the left")
+    return pads
+
+
+def _usual(positions: torch.Tensor | None, pads: list[int], past: int, new: int) -> bool:
+    """Whether each token's position is the number of tokens before it."""
     if positions is None:  # then a model counts columns
-        return (pads == 0).all().reshape(1)
-    if positions.ndim != 2 or positions.shape[1] != new:
-        raise Unsupported(f"position_ids of shape {list(positions.shape)}; only [rows, {new}]")
-    usual = torch.arange(past, past + new, device=pads.device) - pads[:, None]
-    return ((positions == usual) | (usual < 0)).all().reshape(1)
+        return not any(pads)
+    said: list[list[int]] = positions.tolist()
+    for row, pad in enumerate(pads):
+        at = said[row if len(said) > 1 else 0]
+        first = min(max(0, pad - past), new)
+        if at[first:] != list(range(past + first - pad, past + new - pad)):
+            return False
+    return True

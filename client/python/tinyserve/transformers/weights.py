@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import pathlib
+import threading
 from typing import Any, Callable, Iterator
 
 import torch
 
-from ..engines.identity import PIECE_BYTES, digest_of
+from ..engines.identity import PIECE_BYTES, Remembered, digest_of, files_key
+
+_SAMPLE_BYTES = 4096  #: of the beginning, the middle and the end of each tensor
+_thread = threading.local()
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -17,23 +22,46 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
+def _on_host(piece: torch.Tensor) -> torch.Tensor:
+    """The piece, or a copy of it in this thread's pinned memory, which the next one overwrites."""
+    if piece.device.type == "cpu":
+        return piece
+    pinned = getattr(_thread, "pinned", None)
+    if pinned is None:
+        pinned = _thread.pinned = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+    copy: torch.Tensor = pinned[:piece.numel()].copy_(piece)
+    return copy
+
+
 def _bytes_of(piece: torch.Tensor) -> Callable[[], Any]:
     def content() -> Any:
-        host = piece if piece.device.type == "cpu" else piece.to("cpu")
+        host = _on_host(piece)
         view = (ctypes.c_char * host.numel()).from_address(host.data_ptr())
         view.tensor = host  # which owns the memory
         return view
     return content
 
 
-def _pieces(model: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _flat(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor's label and bytes."""
     for name, tensor in _tensors(model):
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: it has no content")
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        yield (f"{name} {tensor.dtype} {list(tensor.shape)}",
+               tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+
+
+def _pieces(model: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for label, flat in _flat(model):
         for at in range(0, max(flat.numel(), 1), PIECE_BYTES):
-            yield (f"{name} {tensor.dtype} {list(tensor.shape)} {at:016x}",
-                   _bytes_of(flat[at:at + PIECE_BYTES]))
+            yield f"{label} {at:016x}", _bytes_of(flat[at:at + PIECE_BYTES])
+
+
+def _samples(model: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for label, flat in _flat(model):
+        last = max(0, flat.numel() - _SAMPLE_BYTES)
+        for at in sorted({0, last // 2, last}):
+            yield f"{label} {at:016x}", _bytes_of(flat[at:at + _SAMPLE_BYTES])
 
 
 def _adapters(model: torch.nn.Module) -> list[Any]:
@@ -55,10 +83,44 @@ def fingerprint(model: torch.nn.Module) -> tuple[Any, ...]:
     return (tuple((t.data_ptr(), t._version) for _, t in _tensors(model)), repr(_adapters(model)))
 
 
-def digest(model: torch.nn.Module, config: Any, threads: int | None = None) -> bytes:
-    """16 bytes of the configuration, all parameters and buffers, and the adapters' state."""
+def _said(model: torch.nn.Module, config: Any) -> dict[str, Any]:
     said = dict(config.to_dict())
     adapters = _adapters(model)
     if adapters:
         said["tinyserve adapters"] = adapters
-    return digest_of(_pieces(model), said, threads)
+    return said
+
+
+def digest(model: torch.nn.Module, config: Any, threads: int | None = None) -> bytes:
+    """16 bytes of the configuration, all parameters and buffers, and the adapters' state."""
+    return digest_of(_pieces(model), _said(model, config), threads)
+
+
+def _files_of(config: Any) -> list[pathlib.Path]:
+    """The files that from_pretrained() has read: a folder's, or those of the hub's cache."""
+    name = str(getattr(config, "_name_or_path", "") or "")
+    folder = pathlib.Path(name)
+    if name and not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        at = try_to_load_from_cache(name, "config.json",
+                                    revision=getattr(config, "_commit_hash", None))
+        folder = pathlib.Path(at).parent if isinstance(at, str) else folder
+    files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []
+    if not files:
+        raise ValueError(f"identity=\"files\": no files of {name!r}, from which the model was "
+                         "loaded, are there")
+    return files
+
+
+def remembered_digest(model: torch.nn.Module, config: Any,
+                      memory: Remembered | None = None) -> bytes:
+    """The digest of a model that is as its files say: it is computed once, and then known by the
+    files' identity. A sample of each tensor is looked at. ValueError: there are no files."""
+    memory = memory or Remembered()
+    sample = digest_of(_samples(model), _said(model, config))
+    key = files_key(_files_of(config), sample)
+    known = memory.get(key)
+    if known is None:
+        known = digest(model, config)
+        memory.put(key, known)
+    return known
