@@ -30,8 +30,9 @@ transformers.logging.set_verbosity_error()
 
 def build(a, device):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=8192, hidden_size=a.hidden, intermediate_size=a.hidden * 11 // 4,
-                         num_hidden_layers=a.layers, num_attention_heads=a.hidden // a.head_dim,
+    config = LlamaConfig(vocab_size=8192, hidden_size=a.hidden,
+                         intermediate_size=a.hidden * 11 // 4, num_hidden_layers=a.layers,
+                         num_attention_heads=a.hidden // a.head_dim,
                          num_key_value_heads=a.kv_heads or a.hidden // a.head_dim,
                          head_dim=a.head_dim, max_position_embeddings=32768)
     with torch.device(device):
@@ -122,7 +123,6 @@ def _batch_times(model, ids, cache, count):
 
 def worker(a):
     """One of several processes: waits for "go", and answers a prompt."""
-    torch.set_num_threads(1 if a.device == "cpu" else 4)
     model = build(a, a.device)
     g = torch.Generator().manual_seed(1000 if a.shared else 2000 + a.worker)
     begin = torch.randint(0, 8192, (1, a.prefix), generator=g)
@@ -135,15 +135,16 @@ def worker(a):
     print("ready", flush=True)
     sys.stdin.readline()
     out = generate(model, ids, kv.cache(ids), a.answer)
-    print(json.dumps({"found": kv.stats.found - before.found, "tokens": out[0, a.prompt:].tolist()}),
-          flush=True)
+    print(json.dumps({"found": kv.stats.found - before.found,
+                      "tokens": out[0, a.prompt:].tolist()}), flush=True)
 
 
 def processes(a, arguments, shared):
     """Seconds from the start of all until the last one's end, and tokens that were found."""
     workers = [subprocess.Popen([sys.executable, "-W", "ignore", __file__, *arguments, "--worker",
                                  str(i), *(["--shared"] if shared else [])], text=True,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                env={**os.environ, "OMP_WAIT_POLICY": "passive"})
                for i in range(a.processes)]
     for w in workers:
         if w.stdout.readline() != "ready\n":

@@ -1,5 +1,5 @@
-"""A daemon for all tests of a run, and small models with random weights beside it. Pools are made as
-the models need them."""
+"""A daemon for all tests of a run, and small models with random weights beside it. Pools are made
+as the models need them."""
 
 import os
 import subprocess

@@ -45,8 +45,8 @@ def test_two_servers_share_what_their_prompts_have_in_common(daemon, folder):
     prefix = (ROOT / "tools/model/prefix.txt").read_text()
     prompts = [prefix + end for end in (" Anna", " The dog", " One day", " But")]
     servers = [subprocess.Popen(
-        [sys.executable, "-W", "ignore", ROOT / "tools/examples/transformers_server.py", folder, "0"],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "TINYSERVE_URL": daemon.url})
+        [sys.executable, "-W", "ignore", ROOT / "tools/examples/transformers_server.py", folder,
+         "0"], stdout=subprocess.PIPE, text=True, env={**os.environ, "TINYSERVE_URL": daemon.url})
         for _ in range(2)]
     try:
         urls = [s.stdout.readline().strip() for s in servers]

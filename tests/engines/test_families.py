@@ -64,7 +64,8 @@ def test_16_bit_errors_are_those_of_eager_attention(family, dtype, attach):
     for seed in range(6):
         eager = make(FAMILIES[family](), dtype, seed, attention="eager")
         exact = make(FAMILIES[family](), dtype, seed, attention="eager").float()
-        want = of_tokens(logits_of(exact, inputs, DynamicCache(config=exact.config), CHUNKS), inputs)
+        want = logits_of(exact, inputs, DynamicCache(config=exact.config), CHUNKS)
+        want = of_tokens(want, inputs)
         rough = logits_of(eager, inputs, DynamicCache(config=eager.config), CHUNKS)
         model = make(FAMILIES[family](), dtype, seed)
         got = logits_of(model, inputs, attach(model).cache(), CHUNKS)

@@ -189,7 +189,8 @@ def test_layers_that_attend_by_themselves(attach):
     def own(self, hidden_states, **_):
         return hidden_states, None
 
-    model.model.layers[1].self_attn.forward = own.__get__(model.model.layers[1].self_attn, attention)
+    layer = model.model.layers[1].self_attn
+    layer.forward = own.__get__(layer, attention)
     cache = kv.cache()
     with pytest.raises(ts.Unsupported, match=r"layers \[1\] didn't attend"):
         generate(model, prompts(9), cache)

@@ -101,8 +101,8 @@ class CKept(Structure):
 
 
 _STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions,
-                                         CRunOptions, CErrorInfo, CPoolRoom, CPoolInfo, CKv, CSeqOptions,
-                                         CKeepOptions, CKept)
+                                         CRunOptions, CErrorInfo, CPoolRoom, CPoolInfo, CKv,
+                                         CSeqOptions, CKeepOptions, CKept)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)

@@ -9,8 +9,8 @@ from os import PathLike
 from typing import Any, Callable, Iterable, Sequence
 
 from . import arguments as check
-from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CPoolInfo, CPoolRoom, CSeqOptions,
-                   Options, lib)
+from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CPoolInfo, CPoolRoom,
+                   CSeqOptions, Options, lib)
 from .errors import BY_STATUS, DisconnectedError, Error
 from .opened import Memory, Opened
 from .records import Geometry, Kept, PoolInfo, Room, Seq

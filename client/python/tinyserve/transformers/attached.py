@@ -25,6 +25,7 @@ from .sessions import Session, Sessions
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PROMPT = frozenset(("input_ids", "attention_mask", "position_ids"))
 _DIGESTS_KEPT = 16
+_EXCHANGE_BYTES = 16 << 20  #: in a GPU's memory, to begin with
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,13 @@ class Attached:
             pool = find_or_make(client, self.needs, self.pool_name or how.pool,
                                 "host" if not self.on_gpu else f"cuda:{self.device.index or 0}",
                                 how.tokens, execution != "daemon")
+            if self.on_gpu:
+                client.exchange(pool, _EXCHANGE_BYTES)
         except BaseException:
             client.close()
             raise
         self.pool_name = pool.name
         return client, pool
-
-    def exchange_bytes(self, tokens: int) -> int:
-        """What a step of so many tokens takes of the exchange."""
-        n = self.needs
-        size = 4 if n.dtype == "fp32" else 2
-        return tokens * (2 * (n.heads + n.kv_heads) * n.head_dim * size + 4 * n.heads) + (1 << 16)
 
     def _find_namespace(self) -> bytes:
         """The namespace of the weights as they are; they are read only if they have changed."""

@@ -210,7 +210,6 @@ class PooledCache(Cache):
             total = sum(counts)
             if total > 0:
                 ids = leaders.tokens(counts) if self.known else [UNKNOWN] * total
-                self.session.room_for(self.kv.exchange_bytes(total))
                 step = pool.step(seqs, counts, heads=self.kv.needs.heads,
                                  io_dtype=self.kv.needs.dtype, tokens=ids, wait=self.kv.wait)
                 if total < leaders.rows * inputs.columns:

@@ -32,9 +32,9 @@ def _run_options(scale: float, soft_cap: float, window: int, sinks: bool,
 
 
 class Forward:
-    """shape: [rows, columns, heads, head_dim] of what the model computes. The step has the tokens of
-    every `copies`-th row alone, since rows in between are the same; index: which positions (row *
-    columns + column) of those rows are tokens, in the step's order; None: all of them."""
+    """shape: [rows, columns, heads, head_dim] of what the model computes. The step has the tokens
+    of every `copies`-th row alone, since rows in between are the same; index: which positions
+    (row * columns + column) of those rows are tokens, in the step's order; None: all of them."""
 
     def __init__(self, cache: "PooledCache", rows: int, columns: int, step: Any,
                  index: torch.Tensor | None, copies: int) -> None:
@@ -47,7 +47,8 @@ class Forward:
         self._dtype = _DTYPES[needs.dtype]
         self._index = index
         self._kv_heads = needs.kv_heads
-        self._stream = torch.cuda.current_stream().cuda_stream if cache.kv.on_gpu else None
+        self._stream = torch.cuda.current_stream(cache.kv.device).cuda_stream \
+            if cache.kv.on_gpu else None
         if step is not None:
             self._handle = step._open()
             self._q, self._k, self._v, self._out = (

@@ -10,8 +10,6 @@ from typing import Any, Callable, Iterable
 from ..client import Client, Pool
 from ..errors import DisconnectedError, Error
 
-_EXCHANGE_LEAST = 16 << 20  #: bytes of an exchange in a GPU's memory
-
 
 class Session:
     """A connection and its pool. Whoever uses them holds `lock`."""
@@ -20,7 +18,6 @@ class Session:
         self.client, self.pool = client, pool
         self.lock = threading.RLock()
         self._dropped: deque[int] = deque()  # sequences to be freed, by whichever thread comes next
-        self._exchange = 0  # bytes in the GPU's memory
         self._views: dict[str, tuple[Any, Any, Any]] = {}
 
     @property
@@ -46,15 +43,6 @@ class Session:
                 self.pool.free(seqs)
             except DisconnectedError:
                 pass  # they went with the session
-
-    def room_for(self, nbytes: int) -> None:
-        """On a GPU, makes the exchange large enough for a step. On the host the library does."""
-        if self.pool.memory == "host" or nbytes <= self._exchange:
-            return
-        wanted = max(_EXCHANGE_LEAST, 1 << (nbytes - 1).bit_length())
-        self.client.exchange(self.pool, wanted)
-        self._exchange = wanted
-        self._views.clear()
 
     def tensor(self, name: str, view: Any) -> Any:
         """The view as a torch tensor; steps of one shape in one place get the same one."""
