@@ -28,6 +28,10 @@ FAMILIES = {
     "mistral windows": lambda: MistralConfig(**COMMON, head_dim=32, **WINDOW),
     "phi3": lambda: Phi3Config(**COMMON, sliding_window=None),
     "phi3 windows": lambda: Phi3Config(**COMMON, **WINDOW),
+    "phi3 longrope": lambda: Phi3Config(
+        **COMMON, sliding_window=None, original_max_position_embeddings=48, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16,
+            "long_factor": [3.0] * 16, "original_max_position_embeddings": 48}),
     "granite": lambda: GraniteConfig(**COMMON, attention_multiplier=0.11),
     "olmo": lambda: OlmoConfig(**COMMON, clip_qkv=3.0),
     "cohere": lambda: CohereConfig(**COMMON, use_qk_norm=True, logit_scale=1.0),

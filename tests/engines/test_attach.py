@@ -8,7 +8,7 @@ import torch
 
 import tinyserve
 import tinyserve.transformers as ts
-from models import cache_name, generate, llama, prompts, reference
+from models import FAMILIES, cache_name, generate, llama, make, prompts, reference
 
 POOL = "p:layers=3,kv_heads=2,head_dim=32,dtype=fp32,block_tokens=16,blocks=4096"
 
@@ -98,7 +98,38 @@ def test_weights_that_change_while_attached(attach):
         model.lm_head.weight[0, 0] = old
     assert kv.namespace == before
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
-    assert kv.namespace != before
+    spaces = {before, kv.namespace}
+    assert len(spaces) == 2
+    for factor in (2, 3, 4):  # new memory may lie where the old one lay
+        for _ in range(2):
+            model.lm_head.weight.data = model.lm_head.weight.detach() * factor
+        spaces.add(kv.namespace)
+    assert len(spaces) == 5
+    model.lm_head.weight.data.mul_(2)  # which torch doesn't tell
+    kv.reread()
+    assert kv.namespace not in spaces
+
+
+def test_weights_are_read_once(attach, monkeypatch):
+    """Also of models that write frequencies of their rotary embeddings in each pass."""
+    reads, digest = [], ts.attached.weights.digest
+    monkeypatch.setattr(ts.attached.weights, "digest", lambda *a: reads.append(1) or digest(*a))
+    for family in ("llama", "phi3 longrope"):
+        model, inputs = make(FAMILIES[family]()), prompts(40)
+        kv = attach(model)
+        for _ in range(3):
+            generate(model, inputs, kv.cache(**inputs))
+    assert len(reads) == 2
+
+
+def test_what_others_have_put_there_stays(attach):
+    """As accelerate does: functions of a module replaced by others."""
+    model, calls, inputs = llama(), [], prompts(20)
+    want, inner = reference(model, inputs), model.model.forward
+    model.model.forward = own = lambda *a, **k: calls.append(1) or inner(*a, **k)
+    with attach(model) as kv:
+        assert torch.equal(generate(model, inputs, kv.cache(**inputs)), want)
+    assert model.model.forward is own and len(calls) == 24
 
 
 def test_adapters(attach):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from models import (COMMON, FAMILIES, cache_name, generate, llama, make, prompts, reference)
+from models import FAMILIES, cache_name, generate, llama, make, prompts, reference
 
 TOLERANCE = 1e-4
 
@@ -52,7 +52,7 @@ def test_generate_is_that_of_dynamic_cache(family, attach):
     kv = attach(model)
     for _ in range(2):
         assert torch.equal(generate(model, inputs, kv.cache(**inputs)), want)
-    assert kv.stats.found > 0
+    assert (kv.stats.found == 0) == (family == "phi3 longrope")  # these are too long to be shared
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -75,13 +75,7 @@ def test_16_bit_errors_are_those_of_eager_attention(family, dtype, attach):
 
 
 def test_longrope_is_shared_only_where_k_depends_on_the_tokens_alone(attach):
-    from transformers import Phi3Config
-    half = COMMON["hidden_size"] // COMMON["num_attention_heads"] // 2
-    config = Phi3Config(**COMMON, sliding_window=None, original_max_position_embeddings=48,
-                        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0,
-                                         "short_factor": [1.0] * half, "long_factor": [3.0] * half,
-                                         "original_max_position_embeddings": 48})
-    model = make(config)
+    model = make(FAMILIES["phi3 longrope"]())
     kv = attach(model)
     short, long = prompts(40), prompts(90)
     long["input_ids"][:, :40] = short["input_ids"]

@@ -35,7 +35,7 @@ __all__ = ["Attached", "PooledCache", "SUPPORTED", "Stats", "Unsupported", "atta
 
 def attach(model: Any, *, url: str | PathLike[str] | None = None, pool: str | None = None,
            execution: str | None = None, tokens: int = 65536, identity: bytes | str | None = None,
-           salt: bytes = b"", wait: float = 0.0, share_wait: float = 30.0, timeout: float = 30.0,
+           salt: bytes = b"", wait: float = 0.0, share_wait: float = 600.0, timeout: float = 30.0,
            threads: int = 0) -> Attached:
     """Makes a Transformers model of text use a pool of TinyServe for the K and V of the caches that
     kv.cache() makes. With other caches it works as before.

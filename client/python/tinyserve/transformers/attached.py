@@ -67,24 +67,32 @@ class Attached:
         self.share_limit = share_limit(config)
         self.crop_to_length, self.wait = how.crop_to_length, how.wait
         self.pool_name = ""
-        self._namespaces: dict[Any, bytes] = {}
+        self._namespaces: list[tuple[weights.Fingerprint, bytes]] = []
+        self._as_loaded = True  # for all that is known: no namespace was made yet
         self._stats, self._lock = Stats(), threading.Lock()
+        self._replaced: list[tuple[Any, str, Any]] = []
         self._sessions = Sessions(self._connect)
         self._sessions.mine()  # the daemon and the pool are there, or an error is
         try:
             self._find_namespace()
             self._before: str = config._attn_implementation
             self._model.set_attn_implementation(attention.register(self._before))
-            module.forward = _PooledForward(self, module.forward)
+            self._replace(module, "forward", _PooledForward(self, module.forward))
             if hasattr(self._model, "prepare_inputs_for_generation"):
-                self._model.prepare_inputs_for_generation = \
-                    _NewInputs(self._model.prepare_inputs_for_generation)
-            if how.prefills_whole:
-                self._model._prefill = _WholePrefill(self, self._model._prefill)
+                self._replace(self._model, "prepare_inputs_for_generation",
+                              _NewInputs(self._model.prepare_inputs_for_generation))
+            if how.prefills_whole and hasattr(self._model, "_prefill"):
+                self._replace(self._model, "_prefill",
+                              _WholePrefill(self, self._model._prefill))
         except BaseException:
             self._sessions.close()
             raise
         self.closed = False
+
+    def _replace(self, thing: Any, name: str, function: Any) -> None:
+        """Until close(). Others (accelerate) may have put functions of their own there."""
+        self._replaced.append((thing, name, vars(thing).get(name)))
+        setattr(thing, name, function)
 
     # ---- what it needs of the pool ----
 
@@ -122,22 +130,28 @@ class Attached:
 
     def _find_namespace(self) -> bytes:
         """The namespace of the weights as they are; they are read only if they have changed."""
-        seen = weights.fingerprint(self._model)
-        known = self._namespaces.get(seen)
-        if known is None:
-            how = self._how
-            if isinstance(how.identity, bytes):
-                digest = how.identity
-            elif how.identity == "files" and not self._namespaces:
-                digest = weights.remembered_digest(self._model, self.config)
-            else:
-                digest = weights.digest(self._model, self.config)
-            known = namespace_of(digest, how.salt)
-            with self._lock:
-                while len(self._namespaces) >= _DIGESTS_KEPT:
-                    self._namespaces.pop(next(iter(self._namespaces)))
-                self._namespaces[seen] = known
-        return known
+        seen = weights.Fingerprint(self._model)
+        with self._lock:
+            for known, namespace in self._namespaces:
+                if known == seen:
+                    return namespace
+        how = self._how
+        if isinstance(how.identity, bytes):
+            digest = how.identity
+        elif how.identity == "files" and self._as_loaded:
+            digest = weights.remembered_digest(self._model, self.config)
+        else:
+            digest = weights.digest(self._model, self.config)
+        namespace = namespace_of(digest, how.salt)
+        self._as_loaded = False
+        with self._lock:
+            self._namespaces = [(seen, namespace), *self._namespaces][:_DIGESTS_KEPT]
+        return namespace
+
+    def reread(self) -> None:
+        """Has all weights read again: call it after writing some by `.data`, which isn't seen."""
+        with self._lock:
+            self._namespaces = []
 
     @property
     def namespace(self) -> bytes:
@@ -217,9 +231,11 @@ class Attached:
         if self.closed:
             return
         self.closed = True
-        del self._module.forward  # the class's is there again
-        for name in ("prepare_inputs_for_generation", "_prefill"):
-            vars(self._model).pop(name, None)
+        for thing, name, before in self._replaced:
+            if before is None:
+                delattr(thing, name)  # the class's is there again
+            else:
+                setattr(thing, name, before)
         self._model.set_attn_implementation(self._before)
         self._sessions.close()
 

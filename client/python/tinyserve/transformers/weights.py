@@ -8,6 +8,7 @@ import threading
 from typing import Any, Callable, Iterator
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..engines.identity import PIECE_BYTES, Remembered, digest_of, files_key
 
@@ -16,10 +17,13 @@ _thread = threading.local()
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in model.named_parameters(remove_duplicate=True):
-        yield name, tensor
-    for name, tensor in model.named_buffers(remove_duplicate=True):
-        yield name, tensor
+    """Parameters, and buffers that are saved with them. Others are made of the configuration, and
+    some (frequencies of rotary embeddings) are written in every pass."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", tensor
 
 
 def _on_host(piece: torch.Tensor) -> torch.Tensor:
@@ -77,10 +81,21 @@ def _adapters(model: torch.nn.Module) -> list[Any]:
     return state
 
 
-def fingerprint(model: torch.nn.Module) -> tuple[Any, ...]:
-    """What changes when somebody writes weights by torch, replaces one, or switches an adapter. It
-    takes no look at the weights themselves."""
-    return (tuple((t.data_ptr(), t._version) for _, t in _tensors(model)), repr(_adapters(model)))
+class Fingerprint:
+    """What changes when somebody writes weights by torch's operations, replaces one, or switches an
+    adapter. It takes no look at the weights, so that writing by `.data`, or past torch, isn't seen.
+
+    It holds the tensors' storages weakly: their memory may go, and no later one is taken for
+    them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        tensors = [t for _, t in _tensors(model)]
+        self._storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self._said = ([(s.cdata, t.storage_offset(), t._version)
+                       for s, t in zip(self._storages, tensors)], _adapters(model))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self._said == other._said
 
 
 def _said(model: torch.nn.Module, config: Any) -> dict[str, Any]:
