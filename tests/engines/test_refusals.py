@@ -199,6 +199,15 @@ def test_layers_that_attend_by_themselves(attach):
     assert torch.equal(generate(model, prompts(9), cache), reference(model, prompts(9)))
 
 
+def test_a_layer_that_is_used_twice(attach):
+    model = llama()
+    model.model.layers[2] = model.model.layers[0]
+    cache = attach(model).cache()
+    with pytest.raises(ts.Unsupported, match="layer 0 attends twice"):
+        generate(model, prompts(9), cache)
+    assert cache.get_seq_length() == 0
+
+
 def test_inputs_that_ids_dont_tell(model, attach):
     kv = attach(model)
     with pytest.raises(ts.Unsupported, match="pixel_values: K and V would depend on more"):
