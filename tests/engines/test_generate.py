@@ -66,6 +66,18 @@ def test_a_beginning_that_another_prompt_has_left(model, attach, way):
     assert torch.equal(generate(model, second, cache, **how), want)
 
 
+def test_rows_of_which_different_parts_are_found(model, attach):
+    """All go on at the column that the row with the least has reached."""
+    inputs = prompts(50, 33)
+    want, kv = reference(model, inputs), attach(model)
+    alone = {k: v[:1] for k, v in inputs.items()}
+    generate(model, alone, kv.cache(**alone))
+    cache = kv.cache(**inputs)
+    assert cache.get_seq_length() == 17  # the padding of the second row, which has nothing
+    assert cache.session.pool.lengths(cache.seqs) == [17, 0]
+    assert torch.equal(generate(model, inputs, cache), want)
+
+
 _writable = []
 
 
