@@ -13,7 +13,7 @@ import tinyserve
 import tinyserve.transformers as ts
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are small: more would wait for each other
 
 SMALL = "small:layers=1,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=8"
 

@@ -30,7 +30,8 @@ FAMILIES = {
     "phi3 windows": lambda: Phi3Config(**COMMON, **WINDOW),
     "phi3 longrope": lambda: Phi3Config(
         **COMMON, sliding_window=None, original_max_position_embeddings=48, rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16,
+            "rope_type": "longrope", "rope_theta": 10000.0, "attention_factor": 1.0,
+            "short_factor": [1.0] * 16,
             "long_factor": [3.0] * 16, "original_max_position_embeddings": 48}),
     "granite": lambda: GraniteConfig(**COMMON, attention_multiplier=0.11),
     "olmo": lambda: OlmoConfig(**COMMON, clip_qkv=3.0),

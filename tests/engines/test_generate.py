@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import tinyserve
 import transformers
-from models import cache_name, generate, llama, prompts, reference
+from models import FAMILIES, cache_name, generate, llama, make, prompts, reference
 
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -317,8 +317,10 @@ def test_sequences_go_with_their_caches(model, attach, daemon):
     assert seqs_of(daemon) == held - 3
 
 
-def test_other_caches_work_as_before(model, attach):
-    inputs = prompts(31, 12)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+def test_other_caches_work_as_before(attach, family):
+    model, inputs = make(FAMILIES[family]()), prompts(31, 12)
+    before = model.config._attn_implementation
     want = reference(model, inputs)
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -329,4 +331,4 @@ def test_other_caches_work_as_before(model, attach):
     assert kv.stats.computed == 0
     kv.close()
     assert torch.equal(reference(model, inputs), want)
-    assert model.config._attn_implementation == "sdpa" and "forward" not in vars(model.model)
+    assert model.config._attn_implementation == before and "forward" not in vars(model.model)
