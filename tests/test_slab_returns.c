@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define OK(call) assert_int_equal((call), TS_OK)
@@ -257,6 +258,25 @@ static void what_came_too_late_is_not_mapped(void **state)
     assert_int_equal(mapped(pool, 2), 2);
 }
 
+static void a_forked_child_waits_for_no_lock(void **state)
+{
+    (void)state;
+    map(pool, 0, TS_OK);
+    ts_slab_returns_lock(&client); /* as the thread may have it at any moment */
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        ts_slab_returns_lock(&client);
+        ts_slab_returns_unlock(&client);
+        ts_slab_returns_stop(&client);
+        _exit(client.returns == NULL ? 0 : 1);
+    }
+    ts_slab_returns_unlock(&client);
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
 static void more_than_the_page_has_are_given_back_in_turn(void **state)
 {
     (void)state;
@@ -280,6 +300,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(what_is_anothers_is_unmapped_while_the_worker_is_idle,
                                         start, stop),
         cmocka_unit_test_setup_teardown(what_came_too_late_is_not_mapped, start, stop),
+        cmocka_unit_test_setup_teardown(a_forked_child_waits_for_no_lock, start, stop),
         cmocka_unit_test_setup_teardown(more_than_the_page_has_are_given_back_in_turn, start, stop),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

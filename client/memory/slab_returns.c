@@ -111,14 +111,22 @@ ts_status ts_slab_returns_start(ts_client *c, ts_give_back *give_back)
     return status;
 }
 
+/* A forked child has no such thread, and a lock that may be held for ever. */
+static bool has_thread(const ts_client *c)
+{
+    return c->returns != NULL && c->pid == getpid();
+}
+
 void ts_slab_returns_stop(ts_client *c)
 {
     ts_slab_returns *r = c->returns;
     if (r == NULL)
         return;
-    c->returns = NULL;
-    if (c->pid != getpid()) /* its lock may be held for ever */
+    if (!has_thread(c)) {
+        c->returns = NULL;
         return;
+    }
+    c->returns = NULL;
     ssize_t written = write(r->stop, &(uint64_t){1}, sizeof(uint64_t));
     (void)written; /* an eventfd takes it */
     pthread_join(r->thread, NULL);
@@ -127,12 +135,12 @@ void ts_slab_returns_stop(ts_client *c)
 
 void ts_slab_returns_lock(ts_client *c)
 {
-    if (c->returns != NULL)
+    if (has_thread(c))
         pthread_mutex_lock(&c->returns->lock);
 }
 
 void ts_slab_returns_unlock(ts_client *c)
 {
-    if (c->returns != NULL)
+    if (has_thread(c))
         pthread_mutex_unlock(&c->returns->lock);
 }
