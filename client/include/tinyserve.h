@@ -183,6 +183,24 @@ typedef struct ts_pool_room {
 /* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_pool_room. */
 TS_WARN_UNUSED ts_status ts_pool_stats(ts_pool *pool, ts_pool_room *out);
 
+/* A pool of the daemon, open or not. */
+typedef struct ts_pool_info {
+    char name[64];
+    char device[32]; /* as ts_pool_device */
+    ts_geometry geometry;
+    uint32_t blocks; /* the most that it can have */
+} ts_pool_info;
+
+/* Lists the daemon's pools: the first `room` of them (out may be NULL if it is 0), and in *count
+ * how many there are. */
+TS_WARN_UNUSED ts_status ts_pool_list(ts_client *client, ts_pool_info *out, uint32_t room,
+                                      uint32_t *count);
+
+/* Makes a pool, as the daemon's --pool does: "NAME:key=value,key=value". It is gone when the daemon
+ * ends. TS_EPERM: the caller isn't an operator. TS_EEXIST: there is one of this name. TS_EINVAL,
+ * TS_ENOMEM. */
+TS_WARN_UNUSED ts_status ts_pool_create(ts_client *client, const char *text);
+
 /* The pool's device as the daemon counts them ("host", "cuda:0"), and its kind of memory ("host",
  * "cuda-vmm", "cuda-ipc"). */
 const char *ts_pool_device(const ts_pool *pool);

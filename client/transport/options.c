@@ -26,6 +26,7 @@ static const public_struct structs[] = {
     {"ts_kept", NULL, sizeof(ts_kept)},
     {"ts_error_info", NULL, sizeof(ts_error_info)},
     {"ts_pool_room", NULL, sizeof(ts_pool_room)},
+    {"ts_pool_info", NULL, sizeof(ts_pool_info)},
 };
 
 const char *ts_version(void)

@@ -36,8 +36,9 @@ def test_pip_makes_a_package_of_python_alone_and_writes_nothing_beside_the_sourc
     assert files(SOURCES) == before
     wheel, = tmp_path.glob("tinyserve-*-py3-none-any.whl")
     modules = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tinyserve/")}
-    assert modules == {f"tinyserve/{name}" for name in files(SOURCES / "tinyserve")
-                       if (SOURCES / "tinyserve" / name).is_file()}
+    assert modules == {str(path.relative_to(SOURCES)) for path in
+                       (SOURCES / "tinyserve").rglob("*")
+                       if path.is_file() and "__pycache__" not in path.parts}
 
 
 @needs_sources

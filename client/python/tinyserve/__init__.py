@@ -8,16 +8,17 @@ Errors are exceptions below tinyserve.Error with the daemon's own sentence.
 """
 
 from ._version import __version__
-from .client import Client, Geometry, Kept, Pool, Room, Seq, connect
+from .client import Client, Pool, connect
 from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Error, ExistsError,
                      InternalError, InvalidError, NoSpaceError, NotFoundError, OutOfMemoryError,
                      ProtocolError, QuotaError, StaleError, TimedOutError)
+from .records import Geometry, Kept, PoolInfo, Room, Seq
 from .step import Frame, Step
 from .view import View
 
 __all__ = [
     "BusyError", "Client", "DeniedError", "DeviceError", "DisconnectedError", "Error",
     "ExistsError", "Frame", "Geometry", "InternalError", "InvalidError", "Kept", "NoSpaceError",
-    "NotFoundError", "OutOfMemoryError", "Pool", "ProtocolError", "QuotaError", "Seq",
+    "NotFoundError", "OutOfMemoryError", "Pool", "PoolInfo", "ProtocolError", "QuotaError", "Seq",
     "Room", "StaleError", "Step", "TimedOutError", "View", "__version__", "connect",
 ]

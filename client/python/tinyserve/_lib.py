@@ -88,6 +88,12 @@ class CPoolRoom(_Sized):
         "waiting", "asked_tokens", "found_tokens")]
 
 
+class CPoolInfo(Structure):
+    """ts_pool_info"""
+    _fields_ = [("name", c_char * 64), ("device", c_char * 32), ("geometry", CGeometry),
+                ("blocks", c_uint32)]
+
+
 class CKv(Structure):
     """ts_kv"""
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("head_stride", c_size_t)]
@@ -100,8 +106,8 @@ class CKept(Structure):
 
 
 _STRUCTS: tuple[type[Structure], ...] = (Options, CGeometry, CStepOptions, CFrameOptions,
-                                         CRunOptions, CErrorInfo, CPoolRoom, CKv, CSeqOptions,
-                                         CKeepOptions, CKept)
+                                         CRunOptions, CErrorInfo, CPoolRoom, CPoolInfo, CKv,
+                                         CSeqOptions, CKeepOptions, CKept)
 
 
 _u32p, _u64p = POINTER(c_uint32), POINTER(c_uint64)
@@ -128,6 +134,8 @@ _FUNCTIONS = {
     "ts_pool_device": (c_char_p, [c_void_p]),
     "ts_pool_memory": (c_char_p, [c_void_p]),
     "ts_pool_cuda_device": (c_int, [c_void_p, POINTER(c_int)]),
+    "ts_pool_list": (c_int, [c_void_p, POINTER(CPoolInfo), c_uint32, _u32p]),
+    "ts_pool_create": (c_int, [c_void_p, c_char_p]),
     "ts_pool_map": (c_int, [c_void_p, _u64p, c_size_t, POINTER(c_void_p)]),
     "ts_pool_hold": (c_void_p, [c_void_p]),
     "ts_exchange_hold": (c_void_p, [c_void_p]),

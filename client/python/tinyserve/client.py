@@ -5,24 +5,20 @@ from __future__ import annotations
 import threading
 from ctypes import (POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast,
                     create_string_buffer)
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Callable, Iterable, Sequence
 
 from . import arguments as check
-from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CPoolRoom, CSeqOptions,
-                   Options, lib)
+from ._lib import (CErrorInfo, CFrameOptions, CKeepOptions, CKept, CKv, CPoolInfo, CPoolRoom,
+                   CSeqOptions, Options, lib)
 from .errors import BY_STATUS, DisconnectedError, Error
 from .opened import Memory, Opened
-from .step import DTYPE_NAMES, Frame, Step, step_options
+from .records import Geometry, Kept, PoolInfo, Room, Seq
+from .step import Frame, Step, step_options
 from .view import DTYPES, View
 
-_LAYOUT_NAMES = ("nhd", "hnd")
 _WRITABLE = 1
 _KEPT_PAGE = 256  # kept sequences that one call lists
-
-Seq = int  #: a sequence's id: never 0, never used again once it is freed
-
 
 def seq_options(namespace: bytes | None) -> CSeqOptions:
     space = b"" if namespace is None else check.namespace(namespace)
@@ -40,61 +36,6 @@ def _prompts(prompts: Sequence[Iterable[int]]) -> tuple[Any, Any, int]:
         ids[at:at + n] = values[:n]
         at += n
     return ids, (c_uint32 * max(len(packed), 1))(*(n for _, n in packed)), len(packed)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A kept sequence."""
-    name: str
-    seq: Seq
-    length: int  #: tokens
-    blocks: int  #: that it refers to
-    left: float | None  #: seconds until it is freed, if it isn't used before; None: it never is
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a user has of a pool, in blocks unless it says otherwise."""
-    blocks: int  #: of the pool
-    available: int  #: that a step could take now: free ones, and cached ones that would go
-    used: int  #: by the user's sequences, each counted once
-    cached: int  #: of the user: no sequence uses them, and a match may find them
-    pinned: int  #: of `used`, by kept sequences
-    limit: int  #: that the user may use
-    others: int  #: used by other users
-    sequences: int  #: of the user
-    waiting: int  #: sessions of all users that wait in the pool
-    asked_tokens: int  #: of the user's prompts that were matched
-    found_tokens: int  #: of those, that were found
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Shape of a pool's cache: a block is [layers][2 (K, V)][one layer's tokens]."""
-    layers: int
-    kv_heads: int
-    head_dim: int
-    block_tokens: int
-    dtype: str  #: "fp32", "fp16", "bf16" or "fp8_e4m3"
-    layout: str  #: "nhd": [block_tokens][kv_heads][head_dim] in a layer; "hnd": heads first
-
-    @property
-    def element_bytes(self) -> int:
-        return DTYPES[self.dtype][0]
-
-    @property
-    def plane_bytes(self) -> int:
-        """Bytes of one layer's K (or V) in one block."""
-        return self.block_tokens * self.kv_heads * self.head_dim * self.element_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes from one block to the next, as ts_geometry_block_bytes (tinyserve_types.h)."""
-        size = self.plane_bytes * 2 * self.layers
-        more = 1 << ((size // 32).bit_length() - 1)
-        while size % (80 << 10) == 0 or size % (376 << 10) == 0:
-            size += more
-        return size
 
 
 _TRANSPORTS = ("auto", "ring", "messages")
@@ -218,6 +159,22 @@ class Client:
         Raises NotFoundError, DeniedError."""
         return Pool(self, name, writable)
 
+    def pools(self) -> list[PoolInfo]:
+        """The daemon's pools, open or not."""
+        room, count = 16, c_uint32()
+        while True:
+            out = (CPoolInfo * room)()
+            self._check(lib.ts_pool_list(self._open(), out, room, byref(count)))
+            if count.value <= room:
+                return [PoolInfo(p.name.decode(), p.device.decode(), Geometry.of(p.geometry),
+                                 p.blocks) for p in out[:count.value]]
+            room = count.value
+
+    def create_pool(self, text: str) -> None:
+        """Makes a pool, for operators, as the daemon's --pool does: "NAME:key=value,key=value". It
+        is gone when the daemon ends. Raises DeniedError, ExistsError, InvalidError."""
+        self._check(lib.ts_pool_create(self._open(), check.text("text", text)))
+
     def exchange(self, pool: "Pool", nbytes: int) -> None:
         """Puts the exchange into memory of the pool's GPU. No step may be open."""
         check.integer("nbytes", nbytes, 0, check.U64)
@@ -290,9 +247,7 @@ class Pool:
         self._steps: set[Opened] = set()
         self._frames: list[Frame] = []
         self._slabs: Memory | None = None
-        g = lib.ts_pool_geometry(handle).contents
-        self.geometry = Geometry(g.layers, g.kv_heads, g.head_dim, g.block_tokens,
-                                 DTYPE_NAMES[g.dtype], _LAYOUT_NAMES[g.layout])
+        self.geometry = Geometry.of(lib.ts_pool_geometry(handle).contents)
         self.blocks: int = lib.ts_pool_blocks(handle)  #: that the pool has
         self.sequence_max: int = lib.ts_pool_sequence_max(handle)  #: tokens a sequence may have
         self.device: str = lib.ts_pool_device(handle).decode()  #: "host", "cuda:0" (the daemon's)

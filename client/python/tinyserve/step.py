@@ -10,12 +10,13 @@ from . import arguments as check
 from ._lib import CRunOptions, CStepOptions, lib
 from .errors import DisconnectedError
 from .opened import Memory, Opened
+from .records import DTYPE_NAMES
 from .view import View
 
 if TYPE_CHECKING:
-    from .client import Pool, Seq
+    from .client import Pool
+    from .records import Seq
 
-DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp8_e4m3")
 _BUFFERS = {name: getattr(lib, f"ts_step_{name}")
             for name in ("q", "k", "v", "out", "sinks", "alibi", "scales", "lse")}
 
