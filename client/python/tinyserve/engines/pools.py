@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..client import Client, Pool
-from ..engines.geometry import Needs
+from .geometry import Needs
 from ..errors import DeniedError, ExistsError, InvalidError, NotFoundError
 from ..records import PoolInfo
 

@@ -1,0 +1,67 @@
+"""kv_connector_extra_config: its keys, and what they may be."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Mapping
+
+_IDENTITY_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    url: str | None = None  #: the daemon's, as tinyserve.connect() takes it
+    pool: str | None = None  #: its name; None: one that fits is found, or made
+    tokens: int = 65536  #: that a pool which is made has room for
+    identity: str | None = None  #: of the weights, 32 hexadecimal digits; None: of their files
+    salt: str = ""  #: keeps apart what equal models store
+    timeout: float = 2.0  #: seconds, of one call of a worker to the daemon
+    ticket_ttl: float = 30.0  #: seconds between a match and the load of what it found
+    on_load_failure: str = "recompute"  #: or "fail": the request ends with an error
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any]) -> "Settings":
+        """ValueError, TypeError: an unknown key, or a value that can't be."""
+        known = {f.name: f for f in fields(cls)}
+        for key, value in extra.items():
+            if key not in known:
+                raise ValueError(f"kv_connector_extra_config: no key {key!r}; known are "
+                                 f"{', '.join(known)}")
+            _check_type(key, value, known[key].default)
+        made = cls(**extra)
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        if self.identity is not None:
+            try:
+                right = len(bytes.fromhex(self.identity)) * 2 == _IDENTITY_DIGITS
+            except ValueError:
+                right = False
+            if not right:
+                raise ValueError(f"identity {self.identity!r}; it has {_IDENTITY_DIGITS} "
+                                 "hexadecimal digits")
+        if self.tokens < 1:
+            raise ValueError(f"tokens {self.tokens}; the least is 1")
+        for name, most in ("timeout", 3600), ("ticket_ttl", 3600):
+            value = getattr(self, name)
+            if not 0 < value <= most:
+                raise ValueError(f"{name} {value} seconds; it must be more than 0 and at most "
+                                 f"{most}")
+        if self.on_load_failure not in ("recompute", "fail"):
+            raise ValueError(f"on_load_failure {self.on_load_failure!r}; known are \"recompute\" "
+                             "and \"fail\"")
+
+    @property
+    def where(self) -> str:
+        return self.url or os.environ.get("TINYSERVE_URL") or "the default socket"
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    wanted: tuple[type, ...] = (str,) if default is None else (type(default),)
+    if wanted == (float,):
+        wanted = (float, int)
+    if isinstance(value, bool) or not isinstance(value, wanted) and \
+            not (value is None and default is None):
+        raise TypeError(f"{key} must be of type {wanted[0].__name__}, not {type(value).__name__}")
