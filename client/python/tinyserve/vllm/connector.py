@@ -19,9 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (KVConnectorBase_V
 
 from ..client import Client, Pool, connect
 from ..engines.geometry import Needs, share_limit
-from ..engines.identity import namespace_of
+from ..engines.identity import namespace_of, salted
 from ..engines.pools import find_or_make
-from ..errors import DisconnectedError, TimedOutError
+from ..errors import DisconnectedError, InvalidError, TimedOutError
 from . import weights
 from .finder import Finder
 from .plan import Planner, StepPlan
@@ -54,11 +54,16 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # ---- both ----
 
-    def _open(self, program: str, timeout: float, writable: bool) -> tuple[Client, Pool]:
+    def _open(self, program: str, timeout: float) -> tuple[Client, Pool]:
         client = connect(self._settings.url, program=program, timeout=timeout)
         try:
             pool = find_or_make(client, self._needs, self._pool_name, "host",
-                                self._settings.tokens, writable)
+                                self._settings.tokens, True)
+            if pool.geometry.dtype != self._needs.dtype:
+                raise InvalidError(
+                    f"pool {pool.name!r} has dtype = {pool.geometry.dtype}, and the engine's is "
+                    f"{self._needs.dtype}; this one would fit:\n" + self._needs.stanza(
+                        pool.name, "host", self._settings.tokens, True))
         except BaseException:
             client.close()
             raise
@@ -82,7 +87,7 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
                      self._settings.on_load_failure,
                      "is computed" if self._settings.on_load_failure == "recompute" else "fails")
             transfer.kv_load_failure_policy = self._settings.on_load_failure
-        self._digest = self._find_digest()
+        self._base = self._find_namespace()
         self._share_limit = share_limit(self._config.model_config.hf_text_config)
         self._generation = b""
         session = self._first_session("scheduler", _FINDER_TIMEOUT)
@@ -95,20 +100,22 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """None: there is no daemon yet; it is looked for as long as the engine lives. What doesn't
         fit is an error now."""
         try:
-            return self._open(f"vllm {role}", timeout, True)
+            return self._open(f"vllm {role}", timeout)
         except (DisconnectedError, TimedOutError) as error:
             log.warning("TinyServe: %s; nothing is shared until there is a daemon at %s", error,
                         self._settings.where)
             return None
 
     def _connect_finder(self) -> tuple[Client, Pool]:
-        session = self._open("vllm scheduler", _FINDER_TIMEOUT, True)
+        session = self._open("vllm scheduler", _FINDER_TIMEOUT)
         self._planner.block_tokens = session[1].geometry.block_tokens
         return session
 
-    def _find_digest(self) -> bytes:
+    def _find_namespace(self) -> bytes:
+        if self._settings.namespace is not None:
+            return self._settings.namespace.encode()
         if self._settings.identity is not None:
-            return bytes.fromhex(self._settings.identity)
+            return namespace_of(bytes.fromhex(self._settings.identity))
         model = self._config.model_config
         said = dict(model.hf_config.to_dict())
         said["tinyserve vllm"] = [str(model.dtype), str(model.quantization)]
@@ -117,7 +124,7 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._config.load_config.load_format == "dummy":
             raise ValueError("load_format \"dummy\" has no weights in files: set \"identity\" in "
                              "kv_connector_extra_config (32 hexadecimal digits)")
-        return weights.digest(weights.files_of(model.model, model.revision), said)
+        return namespace_of(weights.digest(weights.files_of(model.model, model.revision), said))
 
     def _namespace(self, request: Any) -> bytes | None:
         """None: K and V of this request depend on more than token ids, weights and salts."""
@@ -130,7 +137,7 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return None
         salts = [s for s in (self._settings.salt.encode(), (request.cache_salt or "").encode(),
                              self._generation) if s]
-        return namespace_of(self._digest, b"\0".join(salts))
+        return salted(self._base, b"\0".join(salts))
 
     def get_num_new_matched_tokens(self, request: Any,
                                    num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -198,7 +205,7 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         from .engine_pages import pages_of
         layers = self._config.compilation_config.static_forward_context
         pages = pages_of(kv_caches, layers, self._needs, self._engine.page_tokens)
-        self._store = Store(lambda: self._open("vllm worker", self._settings.timeout, True), pages)
+        self._store = Store(lambda: self._open("vllm worker", self._settings.timeout), pages)
         session = self._first_session("worker", self._settings.timeout)
         if session is not None:
             self._store.take_session(session)

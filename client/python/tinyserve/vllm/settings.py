@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Mapping
 
 _IDENTITY_DIGITS = 32
+_NAMESPACE_MOST = 47  #: bytes; 64, less room for a salt's digest
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Settings:
     pool: str | None = None  #: its name; None: one that fits is found, or made
     tokens: int = 65536  #: that a pool which is made has room for
     identity: str | None = None  #: of the weights, 32 hexadecimal digits; None: of their files
+    namespace: str | None = None  #: in place of one made of the identity
     salt: str = ""  #: keeps apart what equal models store
     timeout: float = 2.0  #: seconds, of one call of a worker to the daemon
     ticket_ttl: float = 30.0  #: seconds between a match and the load of what it found
@@ -42,6 +44,12 @@ class Settings:
             if not right:
                 raise ValueError(f"identity {self.identity!r}; it has {_IDENTITY_DIGITS} "
                                  "hexadecimal digits")
+            if self.namespace is not None:
+                raise ValueError("identity and namespace; a namespace stands in place of one that "
+                                 "is made of the identity")
+        if self.namespace is not None and not 0 < len(self.namespace.encode()) <= _NAMESPACE_MOST:
+            raise ValueError(f"namespace of {len(self.namespace.encode())} bytes; the limits are "
+                             f"1..{_NAMESPACE_MOST}")
         if self.tokens < 1:
             raise ValueError(f"tokens {self.tokens}; the least is 1")
         for name, most in ("timeout", 3600), ("ticket_ttl", 3600):
