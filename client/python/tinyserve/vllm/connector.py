@@ -183,9 +183,16 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
             computed[name] = before + scheduled[name]
         return Metadata(self._planner.step(computed))
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._block_pool = gpu_block_pool
+
     def update_connector_output(self, connector_output: Any) -> None:
-        if connector_output.invalid_block_ids:
+        failed = connector_output.invalid_block_ids
+        if failed:
             self._planner.load_failed()
+            # vLLM computes these pages again, but meanwhile other requests might find them by their
+            # hash, or find them later if the request ends before.
+            self._block_pool.evict_blocks(failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         assert self._finder is not None
