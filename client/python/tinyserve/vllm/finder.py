@@ -134,7 +134,7 @@ class Finder:
             if question.ticket is None:
                 self._asked.pop(key, None)
             return question.found
-        if now - question.begun > self._patience:
+        if time.monotonic() - question.begun > self._patience:
             self._up.clear()  # until the thread has an answer, or another session
             self.stats.missed_late += 1
             self.drop(key)

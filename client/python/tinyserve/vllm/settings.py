@@ -67,9 +67,10 @@ class Settings:
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:
-    wanted: tuple[type, ...] = (str,) if default is None else (type(default),)
-    if wanted == (float,):
-        wanted = (float, int)
-    if isinstance(value, bool) or not isinstance(value, wanted) and \
-            not (value is None and default is None):
-        raise TypeError(f"{key} must be of type {wanted[0].__name__}, not {type(value).__name__}")
+    if value is None and default is None:
+        return
+    wanted = str if default is None else type(default)
+    if wanted is float and type(value) is int:
+        return
+    if type(value) is not wanted:
+        raise TypeError(f"{key} must be of type {wanted.__name__}, not {type(value).__name__}")
