@@ -69,7 +69,7 @@ class Settings:
 def _check_type(key: str, value: Any, default: Any) -> None:
     if value is None and default is None:
         return
-    wanted = str if default is None else type(default)
+    wanted: type = str if default is None else type(default)
     if wanted is float and type(value) is int:
         return
     if type(value) is not wanted:
