@@ -14,8 +14,9 @@ import tinyserve
 np = pytest.importorskip("numpy")
 
 from tinyserve.vllm import plan, support, weights  # noqa: E402
-from tinyserve.vllm.finder import Backoff, Finder  # noqa: E402
+from tinyserve.vllm.finder import Finder  # noqa: E402
 from tinyserve.vllm.pages import HostPages, cpu_layout, gpu_layout  # noqa: E402
+from tinyserve.vllm.sessions import Backoff  # noqa: E402
 from tinyserve.vllm.settings import Settings  # noqa: E402
 from tinyserve.vllm.store import Store  # noqa: E402
 
@@ -208,6 +209,7 @@ def make_store(daemon):
     def make(isa="vec", page_tokens=32, timeout=5.0):
         pages, layers = host_pages(isa, page_tokens)
         stores.append(Store(Side(daemon.url, timeout), pages))
+        until(stores[-1]._pool)
         return stores[-1], pages
 
     yield make
@@ -488,7 +490,7 @@ def test_an_engine_may_start_before_the_daemon(tmp_path, start_finder, start_dae
 
 def test_pauses_between_attempts_grow():
     backoff = Backoff()
-    assert [backoff.failed() for _ in range(9)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+    assert [backoff.failed() for _ in range(9)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0]
     assert not backoff.over
     backoff.worked()
     assert backoff.over and backoff.failed() == 0.1

@@ -57,6 +57,9 @@ class Engine:
         return {"finder": vars(connector._finder.stats), "waits": waits,
                 "store": vars(get_kv_transfer_group()._store.stats)}
 
+    def clear_waits(self):
+        self._scheduler().connector._finder.waits.clear()
+
     def lose_pins(self, count):
         """The next tickets are good for nothing when the worker has them: as if their time were
         over, or the daemon another one."""

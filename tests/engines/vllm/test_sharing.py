@@ -13,7 +13,7 @@ LONG = (PROMPTS[0] + GENERATED[0] + PROMPTS[1] + GENERATED[1])[:993]
 @pytest.fixture(scope="module")
 def engines(daemon, start_engine):
     """Two, that are started at once."""
-    pair = [start_engine(daemon.url, seed=seed) for seed in ("1", "2")]
+    pair = [start_engine(daemon.url, seed=seed, extra={"ticket_ttl": 5}) for seed in ("1", "2")]
     for engine in pair:
         assert engine.ready() is None
     return pair

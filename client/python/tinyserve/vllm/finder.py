@@ -21,31 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 from ..client import Client, Pool
-from ..errors import DisconnectedError, Error, InternalError, ProtocolError, TimedOutError
+from ..errors import Error
+
+from .sessions import SESSION_ENDS, Backoff
 
 log = logging.getLogger("vllm.tinyserve")
-SESSION_ENDS = (DisconnectedError, TimedOutError, ProtocolError, InternalError)
-PAUSE_LEAST, PAUSE_MOST = 0.1, 10.0  #: seconds between attempts to connect
-
-
-class Backoff:
-    """Pauses between attempts that double as they fail."""
-
-    def __init__(self) -> None:
-        self._pause, self._until = 0.0, 0.0
-
-    def failed(self) -> float:
-        """Seconds to pause."""
-        self._pause = min(PAUSE_MOST, self._pause * 2) if self._pause else PAUSE_LEAST
-        self._until = time.monotonic() + self._pause
-        return self._pause
-
-    def worked(self) -> None:
-        self._pause = self._until = 0.0
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() >= self._until
 
 
 @dataclass
@@ -188,7 +168,7 @@ class Finder:
             self._session = self._connect()
         except (Error, OSError, ValueError) as error:
             pause = backoff.failed()
-            if pause == PAUSE_LEAST:
+            if backoff.failures == 1:
                 log.warning("TinyServe: %s; trying again", error)
             self._forget_work()
             self._stop.wait(pause)

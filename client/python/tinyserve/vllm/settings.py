@@ -18,7 +18,7 @@ class Settings:
     identity: str | None = None  #: of the weights, 32 hexadecimal digits; None: of their files
     namespace: str | None = None  #: in place of one made of the identity
     salt: str = ""  #: keeps apart what equal models store
-    timeout: float = 2.0  #: seconds, of one call of a worker to the daemon
+    timeout: float = 1.0  #: seconds, of one call of a worker to the daemon
     ticket_ttl: float = 30.0  #: seconds between a match and the load of what it found
     on_load_failure: str = "recompute"  #: or "fail": the request ends with an error
 
@@ -69,7 +69,7 @@ class Settings:
 def _check_type(key: str, value: Any, default: Any) -> None:
     if value is None and default is None:
         return
-    wanted: type = str if default is None else type(default)
+    wanted: Any = str if default is None else type(default)
     if wanted is float and type(value) is int:
         return
     if type(value) is not wanted:

@@ -11,8 +11,8 @@ from typing import Any, Callable, Sequence
 
 from ..client import Client, Pool
 from ..errors import Error, NoSpaceError, QuotaError
-from .finder import SESSION_ENDS, Backoff
 from .plan import Load, Save, StepPlan
+from .sessions import SESSION_ENDS, Connecting
 
 log = logging.getLogger("vllm.tinyserve")
 _ANY_ID = 0  #: a match finds all but the last token
@@ -32,9 +32,8 @@ class Store:
     DevicePages."""
 
     def __init__(self, connect: Callable[[], tuple[Client, Pool]], pages: Any) -> None:
-        self._connect, self._pages = connect, pages
+        self._connecting, self._pages = Connecting(connect), pages
         self._session: tuple[Client, Pool] | None = None
-        self._backoff = Backoff()
         self._failures = 0  # steps with failed loads
         self._bad: set[int] = set()
         self._step_failed = False
@@ -45,26 +44,27 @@ class Store:
         self.stats.sessions += 1
 
     def close(self) -> None:
+        self._connecting.close()
         session, self._session = self._session, None
         if session is not None:
             session[0].close()
 
     def _pool(self) -> Pool | None:
         """None: there is no daemon, or was none a moment ago."""
-        if self._session is None and self._backoff.over:
-            try:
-                self.take_session(self._connect())
-                self._backoff.worked()
-            except (Error, OSError, ValueError) as error:
-                log.warning("TinyServe: %s", error)
-                self._backoff.failed()
+        if self._session is None:
+            session = self._connecting.poll()
+            if session is not None:
+                self.take_session(session)
+                if self.stats.sessions > 1:
+                    log.warning("TinyServe: connected again")
         return self._session[1] if self._session is not None else None
 
     def _lost(self, error: Error) -> None:
         log.warning("TinyServe: %s; K and V are neither loaded nor stored until the daemon is "
                     "there again", error)
-        self.close()
-        self._backoff.failed()
+        session, self._session = self._session, None
+        if session is not None:
+            self._connecting.lost(session)
 
     # ---- loads ----
 
