@@ -2,8 +2,8 @@
 """engine.py SETTINGS: a vLLM with the demo's model, that obeys its standard input.
 
 SETTINGS is JSON: "url" of the daemon (none: without the connector), "llm" arguments of vllm.LLM,
-"extra" keys of kv_connector_extra_config. Each line of the input is JSON: {"do": command, ...}; each
-answer is a line of JSON on the standard output."""
+"extra" keys of kv_connector_extra_config. Each line of the input is JSON: {"do": command, ...};
+each answer is a line of JSON on the standard output."""
 
 import json
 import os

@@ -66,8 +66,8 @@ class Layout:
 def cpu_layout(isa: str, page_tokens: int, kv_heads: int, head_dim: int, element_bytes: int,
                page_stride: int, head_stride: int) -> Layout:
     """vLLM's pages on a processor: of each head first K, then V. isa: how its kernels read them.
-    "vec", "vec16": K is [head_dim][tokens], V is [tokens][head_dim]. "amx": both are tiles of 16 (K:
-    tokens, V: dimensions), with elements of 4 bytes together. ValueError: another order."""
+    "vec", "vec16": K is [head_dim][tokens], V is [tokens][head_dim]. "amx": both are tiles of 16
+    (K: tokens, V: dimensions), with elements of 4 bytes together. ValueError: another order."""
     p, d, half = page_tokens, head_dim, page_tokens * head_dim
     if isa in ("vec", "vec16"):
         k = Half(0, page_stride, head_stride, Axis.plain(p, 1), Axis.plain(d, p))
@@ -77,7 +77,8 @@ def cpu_layout(isa: str, page_tokens: int, kv_heads: int, head_dim: int, element
             raise ValueError(f"pages of {p} tokens with heads of {d} in the order \"amx\"; both "
                              f"must be multiples of {_TILE}")
         r = max(1, 4 // element_bytes)
-        k = Half(0, page_stride, head_stride, Axis(p, _TILE, _TILE * d, r), Axis(d, r, _TILE * r, 1))
+        k = Half(0, page_stride, head_stride, Axis(p, _TILE, _TILE * d, r),
+                 Axis(d, r, _TILE * r, 1))
         v = Half(half, page_stride, head_stride, Axis(p, r, _TILE * r, 1),
                  Axis(d, _TILE, _TILE * p, r))
     else:

@@ -6,8 +6,9 @@ Used by the worker's thread alone. Nothing here needs an engine.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from ..client import Client, Pool
 from ..errors import Error, NoSpaceError, QuotaError
@@ -92,10 +93,8 @@ class Store:
             return False
         try:
             seq = pool.redeem(load.ticket)
-            try:
+            with _freed(pool, [seq]):
                 self._copy_in(pool, seq, load)
-            finally:
-                pool.free([seq])
         except SESSION_ENDS as error:
             self._lost(error)
             return False
@@ -151,17 +150,13 @@ class Store:
         except (NoSpaceError, QuotaError) as error:
             self._no_room(len(saves), error)
             return
-        seqs = [seq for seq, _ in matched]
-        try:
-            new = [(save, seq, found) for save, (seq, found) in zip(saves, matched)
-                   if found < len(save.ids)]
+        new = [(save, seq, found) for save, (seq, found) in zip(saves, matched)
+               if found < len(save.ids)]
+        with _freed(pool, [seq for seq, _ in matched]):
             try:
                 self._store(pool, new)
             except (NoSpaceError, QuotaError):  # not all at once: as many as fit
                 self._store_singly(pool, new)
-        finally:
-            if self._session is not None:
-                pool.free(seqs)
 
     def _store_singly(self, pool: Pool, new: list[tuple[Save, int, int]]) -> None:
         for one in new:
@@ -202,6 +197,19 @@ class Store:
             computed = self._pages.read(layer, numbers)
             for stored, row in zip(_bits(pool, layer, slots), computed):
                 stored[block, offset] = row[picked]
+
+
+@contextmanager
+def _freed(pool: Pool, seqs: list[int]) -> Iterator[None]:
+    """Frees the sequences at its end; they go with the session if that ends."""
+    try:
+        yield
+    except SESSION_ENDS:
+        raise
+    except BaseException:
+        pool.free(seqs)
+        raise
+    pool.free(seqs)
 
 
 def _split(slots: Sequence[int], block_tokens: int) -> tuple[Any, Any]:
