@@ -34,10 +34,12 @@ with ts.attach(model, url=url, pool="kv", identity=bytes.fromhex(identity)) as k
 
 @pytest.fixture(scope="module")
 def engines(daemon, start_engine):
-    """Chunks of 64 tokens and pages of 32; pages of 64. The second has ts-generate's namespace."""
+    """Chunks of 64 tokens and pages of 32, so few that requests are preempted; pages of 64. The
+    second has ts-generate's namespace."""
     apart = {"distributed_executor_backend": "mp"}
     pair = [start_engine(daemon.url, processes=True, extra={"identity": IDENTITY},
-                         llm={**apart, "max_num_batched_tokens": 64}),
+                         llm={**apart, "max_num_batched_tokens": 64,
+                              "num_gpu_blocks_override": 50}),
             start_engine(daemon.url, processes=True, extra={"namespace": NAMESPACE},
                          llm={**apart, "block_size": 64})]
     for engine in pair:
@@ -63,7 +65,7 @@ def ts_generate(daemon, index):
     return int(words[words.index("them") - 2])
 
 
-def test_worker_processes_and_chunked_prefill(daemon, engines):
+def test_worker_processes_chunked_prefill_and_preemptions(daemon, engines):
     first = engines[0]
     assert first.generate(PROMPTS, tokens=192)["ids"] == GENERATED
     assert first.ask("forget")
