@@ -58,7 +58,11 @@ def digest_of(pieces: Iterable[tuple[str, Callable[[], Any]]], config: dict[str,
 
 def namespace_of(digest: bytes, salt: bytes = b"") -> bytes:
     """The namespace: "hf-" and the digest in hexadecimal, and the salt's own digest after it."""
-    name = b"hf-" + digest.hex().encode()
+    return salted(b"hf-" + digest.hex().encode(), salt)
+
+
+def salted(name: bytes, salt: bytes) -> bytes:
+    """The name, and 17 bytes more that tell the salt, if there is one."""
     if salt:
         name += b"-" + str(_xxhash().xxh3_64_hexdigest(salt)).encode()
     return name

@@ -19,7 +19,7 @@ from ..errors import DeniedError, DisconnectedError
 from . import attention, weights
 from .cache import PooledCache
 from .inputs import check_mask, pads_of, refuse_others
-from .pools import find_or_make
+from ..engines.pools import find_or_make
 from .sessions import Session, Sessions
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..client import Client, Pool
-from ..engines.geometry import Needs
+from .geometry import Needs
 from ..errors import DeniedError, ExistsError, InvalidError, NotFoundError
 from ..records import PoolInfo
 
@@ -12,23 +12,32 @@ def find_or_make(client: Client, needs: Needs, name: str | None, device: str, to
                  writable: bool) -> Pool:
     """Opens the pool of this name; or one that fits, if there is one on the device ("host", or
     "cuda"); or one that is made. InvalidError: the named one doesn't fit, and what would.
-    NotFoundError: none fits, and none may be made."""
+    NotFoundError: none fits, and none may be made. DeniedError: it may not be written."""
     stanza = needs.stanza(name or needs.pool_name, device, tokens, writable)
-    if name is not None:
-        pool = client.pool(name, writable=writable)
-        misfit = needs.misfit(pool.geometry)
-        if misfit is None and pool.device.split(":")[0] != device.split(":")[0]:
-            misfit = f"device = {pool.device}, and the model is on {device}"
-        if misfit is not None:
-            pool.close()
-            raise InvalidError(f"pool {name!r} has {misfit}; this one would fit:\n{stanza}")
-        return pool
     pools = client.pools()
-    found = _fitting(pools, needs, device)
-    if found is None:
-        _make(client, needs, device, tokens, writable, pools)
-        found = needs.pool_name
-    return client.pool(found, writable=writable)
+    if name is None:
+        name = _fitting(pools, needs, device)
+        if name is None:
+            _make(client, needs, device, tokens, writable, pools)
+            name = needs.pool_name
+    else:
+        _check(next((p for p in pools if p.name == name), None), needs, device, stanza)
+    try:
+        return client.pool(name, writable=writable)
+    except DeniedError as error:
+        raise DeniedError(f"{error}; this one would do:\n{stanza}", error.status,
+                          error.name) from error
+
+
+def _check(pool: PoolInfo | None, needs: Needs, device: str, stanza: str) -> None:
+    """Of a pool that was named. None: there is none, as opening it will tell."""
+    if pool is None:
+        return
+    misfit = needs.misfit(pool.geometry)
+    if misfit is None and pool.device.split(":")[0] != device.split(":")[0]:
+        misfit = f"device = {pool.device}, and the model is on {device}"
+    if misfit is not None:
+        raise InvalidError(f"pool {pool.name!r} has {misfit}; this one would fit:\n{stanza}")
 
 
 def _fitting(pools: list[PoolInfo], needs: Needs, device: str) -> str | None:
