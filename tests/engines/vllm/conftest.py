@@ -86,6 +86,9 @@ class Engine:
     def generate(self, prompts, tokens=48, salt=None):
         return self.ask("generate", prompts=prompts, tokens=tokens, salt=salt)
 
+    def log(self):
+        return pathlib.Path(self._log.name).read_text()
+
     def stop(self):
         if self.process.poll() is None:
             self.process.stdin.close()

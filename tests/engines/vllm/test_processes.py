@@ -34,14 +34,18 @@ with ts.attach(model, url=url, pool="kv", identity=bytes.fromhex(identity)) as k
 
 @pytest.fixture(scope="module")
 def engines(daemon, start_engine):
-    """Chunks of 64 tokens and pages of 32, so few that requests are preempted; pages of 64. The
-    second has ts-generate's namespace."""
+    """Chunks of 64 tokens and pages of 32, so few that requests are preempted; pages of 64, and
+    ts-generate's namespace; and one that schedules ahead and whose tickets' time is over at
+    once."""
     apart = {"distributed_executor_backend": "mp"}
     pair = [start_engine(daemon.url, processes=True, extra={"identity": IDENTITY},
                          llm={**apart, "max_num_batched_tokens": 64,
                               "num_gpu_blocks_override": 50}),
             start_engine(daemon.url, processes=True, extra={"namespace": NAMESPACE},
-                         llm={**apart, "block_size": 64})]
+                         llm={**apart, "block_size": 64}),
+            start_engine(daemon.url, processes=True,
+                         extra={"identity": IDENTITY, "ticket_ttl": 0.001},
+                         llm={**apart, "async_scheduling": True, "max_num_batched_tokens": 128})]
     for engine in pair:
         assert engine.ready() is None
     return pair
@@ -72,6 +76,21 @@ def test_worker_processes_chunked_prefill_and_preemptions(daemon, engines):
     again = first.generate(PROMPTS, tokens=192)
     assert again["ids"] == GENERATED
     assert again["found"][:4] == [len(p) - 1 for p in PROMPTS[:4]]
+
+
+def test_lost_pins_of_an_engine_that_schedules_ahead(daemon, engines):
+    """A step is scheduled before it is known that the loads of the one before it have failed."""
+    first, ahead = engines[0], engines[2]
+    long = (PROMPTS[0] + GENERATED[0] + PROMPTS[1] + GENERATED[1])[:900]
+    cold = first.generate([long], salt="reference")["ids"]
+    first.generate([long[:600]], tokens=1, salt="ahead")
+    first.generate(PROMPTS[:4], tokens=1, salt="ahead")
+    want = cold + [g[:48] for g in GENERATED]
+    assert ahead.generate([long] + PROMPTS, salt="ahead")["ids"] == want
+    assert first.ask("forget")
+    again = first.generate([long] + PROMPTS, salt="ahead")
+    assert again["ids"] == want and again["found"][0] > 600
+    assert "weren't loaded and are computed" in ahead.log()
 
 
 def test_transformers_reads_what_vllm_stored_and_the_other_way_round(daemon, engines):
