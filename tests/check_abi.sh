@@ -15,6 +15,7 @@ interface() { # LIBRARY FILE
     abidw --headers-dir "$scratch/include" --drop-private-types --drop-undefined-syms \
         --type-id-style hash --no-show-locs --no-write-default-sizes --no-corpus-path \
         --no-comp-dir-path --no-parameter-names --out-file "$2" "$1"
+    sed -i "s#path='$root/#path='#" "$2" # wherever the checkout is
 }
 
 if [ "$1" = --renew ]; then
