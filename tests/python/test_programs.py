@@ -51,7 +51,8 @@ def test_what_is_no_program_and_what_is_nowhere_are_told_apart(package):
 
 
 def test_the_library_is_the_named_one_else_the_packages_own_else_the_systems(package, monkeypatch):
-    assert _lib.found() == os.environ["TINYSERVE_LIBRARY"]
+    monkeypatch.setenv("TINYSERVE_LIBRARY", "/somewhere/libtinyserve.so.0")
+    assert _lib.found() == "/somewhere/libtinyserve.so.0"
     monkeypatch.delenv("TINYSERVE_LIBRARY")
     assert _lib.found() == "libtinyserve.so.0"
     (package / "native" / "lib").mkdir(parents=True)
