@@ -9,6 +9,7 @@
 # check_wheel.sh [FOLDER]    a folder that has the wheel already: it isn't built
 # SUITE is the release of Debian in the bare root; without it, this system's.
 set -euo pipefail
+unset PYTHONPATH TINYSERVE_LIBRARY # of a checkout, perhaps
 source=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d /tmp/tinyserve-wheel.XXXXXX)
 chmod 755 "$scratch"
