@@ -107,6 +107,51 @@ static void a_slab_that_goes_to_another_user_is_asked_back(void **state)
     service_stop(engine);
 }
 
+static ts_status no_memory(ts_memory *m, uint32_t slab, bool clients_write, char *text,
+                           size_t text_bytes)
+{
+    (void)m;
+    (void)slab;
+    (void)clients_write;
+    snprintf(text, text_bytes, "there is no memory");
+    return TS_ENOMEM;
+}
+
+static void a_slab_that_cannot_be_made_anew_stays_its_users(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker first, second;
+    test_request t;
+    uint64_t seq;
+    uint32_t n = 4;
+    alarm(120);
+    service_start(fake_gpu_new(), &engine);
+    ts_revocations *page = two_workers(&first, &second);
+    const ts_memory_ops *ops = service.exec.memory[0]->ops;
+    ts_memory_ops failing = *ops;
+    failing.renew = no_memory;
+    service.exec.memory[0]->ops = &failing;
+    pipe_used = 2;
+    create_seqs(&seq, 1);
+    REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
+    begin_body.seqs = &seq;
+    begin_body.new_tokens = &n;
+    begin_body.n_seqs = begin_body.n_new_tokens = 1;
+    begin_body.heads = 1;
+    begin.step_begin = &begin_body;
+    call(&t, &begin, TS_ENOMEM);
+    drop(&t);
+    assert_int_equal(page->posted, 0); /* a client maps no generation that was asked back */
+    assert_int_equal(held_by(0), 0);
+    service.exec.memory[0]->ops = ops;
+    use_and_free(&first);
+    munmap(page, TS_REVOCATIONS_BYTES);
+    worker_die(&first);
+    worker_die(&second);
+    service_stop(engine);
+}
+
 static void who_does_not_give_back_what_is_anothers_is_ended(void **state)
 {
     (void)state;
@@ -140,6 +185,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_slab_that_goes_to_another_user_is_asked_back),
+        cmocka_unit_test(a_slab_that_cannot_be_made_anew_stays_its_users),
         cmocka_unit_test(who_does_not_give_back_what_is_anothers_is_ended),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -69,10 +69,12 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
     ts_memory *memory = x->memory[pool];
     if (x->gpu_of[pool] == NULL && !ts_cgroup_allows(memory->export_bytes, why, why_bytes))
         return TS_ENOMEM;
-    ts_exec_let_go(x, pool, slab);
-    return ts_memory_renew(memory, slab,
-                           x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
-                           why_bytes);
+    ts_status status = ts_memory_renew(
+        memory, slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
+        why_bytes);
+    if (status == TS_OK) /* else the slab stays what it is, and whose it is */
+        ts_exec_let_go(x, pool, slab);
+    return status;
 }
 
 void ts_exec_supply(ts_exec *x, const ts_command *command, ts_answer *a)

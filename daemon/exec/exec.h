@@ -42,7 +42,7 @@ typedef struct ts_exec {
     ts_work wake;                  /* goes on with sessions that waited and were woken */
     bool waking;                   /* it is in the queue */
     void (*woken)(void *owner);
-    /* The slab's memory on a GPU is about to be given up: nobody is to map it any more. */
+    /* The slab's memory on a GPU is given up: nobody is to map it any more. */
     void (*slab_goes)(void *owner, uint32_t pool, uint32_t slab);
     /* Runs have ended, or something was freed: whoever waited for that may go on. */
     void (*resumed)(void *owner);
@@ -62,7 +62,7 @@ void ts_exec_look_for_woken(ts_exec *exec);
 void ts_exec_supply(ts_exec *exec, const ts_command *command, ts_answer *answer);
 
 /* Has `slab_goes` called if others may map the slab's memory in such a way that it wouldn't come
- * free: before it is renewed or dropped. */
+ * free: when it is renewed or dropped. */
 void ts_exec_let_go(ts_exec *exec, uint32_t pool, uint32_t slab);
 
 /* Gives back pools' memory, devices, kernels and the engine. No job is under way, the plans
