@@ -19,6 +19,20 @@ static inline void check_engine(const ts_engine *e)
     assert_true(ts_invariants_check(e, fail_on_problem, NULL) > 0);
 }
 
+/* Called for every command that was applied; NULL: nobody asks. */
+typedef struct applied_hook {
+    void (*call)(void *arg, const ts_engine *e, const ts_command *c, const ts_answer *a);
+    void *arg;
+} applied_hook;
+static applied_hook engine_applied;
+
+static inline void apply_one(ts_engine *e, const ts_command *c, ts_answer *a)
+{
+    ts_engine_apply(e, c, a);
+    if (engine_applied.call != NULL)
+        engine_applied.call(engine_applied.arg, e, c, a);
+}
+
 /* Called for every slab that gets new memory; may be NULL. */
 typedef void (*on_grant)(void *arg, uint32_t pool, uint32_t slab);
 
@@ -27,7 +41,7 @@ static inline ts_status apply_with(ts_engine *e, const ts_command *c, ts_answer 
                                    void *arg)
 {
     for (;;) {
-        ts_engine_apply(e, c, a);
+        apply_one(e, c, a);
         if (a->status != TS_NEED_SLABS)
             return a->status;
         uint32_t pool = a->need.pool, tenant = a->need.tenant;
@@ -36,11 +50,11 @@ static inline ts_status apply_with(ts_engine *e, const ts_command *c, ts_answer 
         if (grant != NULL)
             grant(arg, pool, slab);
         ts_answer granted;
-        ts_engine_apply(e,
-                        &(ts_command){.op = TS_OP_SLAB_GRANT,
-                                      .pool = pool,
-                                      .slab_grant = {.slab = slab, .tenant = tenant}},
-                        &granted);
+        apply_one(e,
+                  &(ts_command){.op = TS_OP_SLAB_GRANT,
+                                .pool = pool,
+                                .slab_grant = {.slab = slab, .tenant = tenant}},
+                  &granted);
         assert_int_equal(granted.status, TS_OK);
     }
 }

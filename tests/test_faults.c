@@ -303,7 +303,7 @@ static void an_abort_after_a_runs_timeout_ends_the_run(void **state)
     for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
         ts_client *c;
         ts_options options = {
-            .size = sizeof(ts_options), .url = d.url, .timeout_ms = 300, .transport = transport};
+            .size = sizeof(ts_options), .url = d.url, .timeout_ms = 1500, .transport = transport};
         OK(ts_connect(&options, &c));
         ts_pool *p = open_pool(c, "tiny", 0);
         ts_seq seq;

@@ -49,6 +49,7 @@ static const struct operation {
     [TS_OP_CACHE_SET] = {NOTHING, ts_engine_cache_set},
     [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
     [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
+    [TS_OP_RESTARTED] = {NOTHING, ts_engine_restarted},
 };
 
 /* Whether the session may wait for what the command asks for: it waits for one thing at a time. */
@@ -101,6 +102,8 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
     operation->apply(e, s, c, a);
     if (c->again && s != NULL && is_final(a->status))
         ts_waits_end(e, s);
+    if (c->call != 0 && s != NULL && a->status == TS_OK)
+        s->call = c->call;
     if (c->again && s != NULL && a->status == TS_NEED_SWEEP && s->wait.kind == TS_WAIT_ROOM &&
         c->step_begin.wait) { /* it goes on bit by bit in its place, so nobody takes its room */
         ts_waits_wake(e, (uint32_t)(s - e->sessions));

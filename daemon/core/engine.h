@@ -79,6 +79,8 @@ typedef enum ts_op {
     TS_OP_CACHE_SET,   /* ... or switches the prefix index on or off */
     TS_OP_SWEEP,    /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
     TS_OP_WAIT_END, /* the session waits no more */
+    TS_OP_RESTARTED, /* who asked is gone, and what was with the kernels: runs are asked for again, no
+                      * session waits, and copies are to be made again */
 } ts_op;
 
 typedef struct ts_engine_limits {
@@ -110,11 +112,14 @@ typedef struct ts_command {
     uint64_t now_ms;  /* when it is given, by a clock that only goes on: the engine's time from now
                        * on, unless that is later already */
     bool again;       /* it was answered TS_WAITS before */
+    uint64_t call;    /* its number by the client's count, which only grows; 0: it has none */
     union {
         struct {
-            uint32_t uid, pid;
+            uint32_t uid, gid, pid;
+            uint64_t process_started;
             const char *program;
             bool is_operator;
+            uint8_t token[TS_SECRET_BYTES], nonce[TS_SECRET_BYTES];
         } session_open;
         struct {
             bool quarantine; /* blocks that its kernels may yet write stay until SESSION_GONE */
@@ -425,6 +430,14 @@ bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes)
 
 /* Runs of the step that may be in flight: on a GPU, all layers at least. */
 uint32_t ts_engine_step_runs_max(const ts_engine *engine, const ts_step *step);
+
+/* The tenant's session whose opening had this nonce (not all 0); NULL: there is none. */
+ts_session *ts_engine_session_of(const ts_engine *engine, uint32_t uid,
+                                 const uint8_t nonce[TS_SECRET_BYTES]);
+
+/* The copies that the step was begun with: those of *count sequences at least fit into `copies`. */
+void ts_engine_step_copies(const ts_engine *engine, const ts_step *step, ts_block_copy *copies,
+                           uint32_t *count);
 
 /* The open step, or NULL. */
 ts_step *ts_engine_find_step(const ts_engine *engine, uint64_t id);

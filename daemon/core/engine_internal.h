@@ -9,6 +9,12 @@
 
 #include "engine.h"
 
+/* Sequences of a pool that was removed: only their tables are left to be freed. */
+typedef struct ts_engine_grave {
+    struct ts_engine_grave *next;
+    ts_sequences seqs;
+} ts_engine_grave;
+
 /* Carries out a command. `session` is NULL where it needs none. */
 typedef void ts_engine_op(ts_engine *engine, ts_session *session, const ts_command *command,
                           ts_answer *answer);
@@ -21,7 +27,8 @@ ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_session_
     ts_engine_seq_redeem, ts_engine_seq_list, ts_engine_step_begin, ts_engine_step_run,
     ts_engine_step_end, ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove,
     ts_engine_pool_add, ts_engine_pool_remove, ts_engine_pool_resize, ts_engine_pool_quotas,
-    ts_engine_set_limits, ts_engine_drain, ts_engine_sweep, ts_engine_wait_end;
+    ts_engine_set_limits, ts_engine_drain, ts_engine_sweep, ts_engine_wait_end,
+    ts_engine_restarted;
 
 /*
  * The sequence with this id if the session may use it: one that it owns, or one that its tenant

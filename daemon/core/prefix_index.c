@@ -137,7 +137,7 @@ ts_status ts_index_use_space(ts_prefix_index *x, uint32_t tenant, const void *na
     if (x->tenant_spaces[tenant] == TS_NAMESPACES_MAX)
         return TS_EQUOTA;
     uint32_t at = x->free_space != TS_NO_BLOCK ? x->free_space : x->num_spaces;
-    char hex[2 * TS_NAMESPACE_BYTES_MAX + 1];
+    char hex[2 * TS_NAMESPACE_BYTES_MAX + 1] = ""; /* all of it is stored */
     to_hex(name, bytes, hex);
     if (ts_names_add(&x->names, tenant, hex, at, &unused) != TS_OK)
         return TS_ENOMEM;

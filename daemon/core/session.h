@@ -10,13 +10,18 @@
 #include "waits.h"
 
 #define TS_PROGRAM_BYTES 64
+#define TS_SECRET_BYTES 16
 
 typedef struct ts_session {
     uint32_t generation;
     bool live, closing;
     uint32_t tenant; /* index */
-    uint32_t pid;
+    uint32_t gid, pid;
+    uint64_t process_started; /* by /proc: tells the process from a later one with its pid */
     char program[TS_PROGRAM_BYTES];
+    uint8_t token[TS_SECRET_BYTES]; /* whoever knows it speaks for the session */
+    uint8_t nonce[TS_SECRET_BYTES]; /* the client's, of its opening; all 0: it gave none */
+    uint64_t call;                  /* the last one that was carried out, by the client's count */
     uint64_t exchange_bytes;
     uint32_t sequences; /* owned */
     uint64_t blocks;    /* entries in their block tables, and what its open steps reserved */

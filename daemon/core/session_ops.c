@@ -5,6 +5,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static uint32_t tenant_of(ts_engine *e, uint32_t uid)
 {
@@ -59,13 +60,50 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
     *opened = (ts_session){.generation = opened->generation + 1,
                            .live = true,
                            .tenant = tenant,
+                           .gid = c->session_open.gid,
                            .pid = c->session_open.pid,
+                           .process_started = c->session_open.process_started,
                            .step_list = TS_NONE,
                            .owned = owned};
     snprintf(opened->program, sizeof opened->program, "%s", c->session_open.program);
+    memcpy(opened->token, c->session_open.token, sizeof opened->token);
+    memcpy(opened->nonce, c->session_open.nonce, sizeof opened->nonce);
     e->live_sessions++;
     e->present_tenants += e->tenant_sessions[tenant]++ == 0;
     a->session = ts_engine_session_id(e, index);
+}
+
+ts_session *ts_engine_session_of(const ts_engine *e, uint32_t uid,
+                                 const uint8_t nonce[TS_SECRET_BYTES])
+{
+    static const uint8_t none[TS_SECRET_BYTES];
+    for (uint32_t i = 0; i < e->num_sessions; i++) {
+        ts_session *s = &e->sessions[i];
+        if (s->live && !s->closing && e->tenants[s->tenant] == uid &&
+            memcmp(s->nonce, nonce, sizeof s->nonce) == 0 &&
+            memcmp(nonce, none, sizeof none) != 0)
+            return s;
+    }
+    return NULL;
+}
+
+/* What a quarantined step's worker may write is still waited for. */
+void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+{
+    (void)none;
+    (void)c;
+    (void)a;
+    for (uint32_t i = 0; i < e->num_steps; i++)
+        if (e->steps[i].live)
+            e->steps[i].in_flight =
+                (e->steps[i].copying ? 1u : 0u) + (e->steps[i].quarantined ? 1u : 0u);
+    for (uint32_t i = 0; i < e->num_sessions; i++) {
+        ts_session *s = &e->sessions[i];
+        if (s->live && !s->closing)
+            ts_waits_end(e, s);
+        else if (s->live && !s->in_closing)
+            (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
+    }
 }
 
 void ts_engine_drain(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)

@@ -346,6 +346,20 @@ static bool reserve_answer(ts_engine *e, uint32_t count, uint64_t blocks)
                           sizeof *e->out_copies);
 }
 
+void ts_engine_step_copies(const ts_engine *e, const ts_step *step, ts_block_copy *copies,
+                           uint32_t *count)
+{
+    const uint32_t block_tokens = e->pools[step->pool].seqs.block_tokens;
+    *count = 0;
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
+        const ts_step_seq *part = &step->seqs[i];
+        if (part->original != TS_NONE)
+            copies[(*count)++] = (ts_block_copy){
+                .src = part->original,
+                .dst = part->table[ts_first_touched(part->start, part->new_tokens, block_tokens)]};
+    }
+}
+
 static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
 {
     const ts_engine_pool *pool = &e->pools[step->pool];
@@ -366,10 +380,8 @@ static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
         counts[i] = end - first;
         for (uint32_t b = first; b < end; b++)
             blocks[a->begun.num_blocks++] = part->table[b];
-        if (part->original != TS_NONE)
-            e->out_copies[a->begun.num_copies++] =
-                (ts_block_copy){.src = part->original, .dst = part->table[first]};
     }
+    ts_engine_step_copies(e, step, e->out_copies, &a->begun.num_copies);
 }
 
 void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -426,6 +438,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     fill_answer(e, step, a);
     if (a->begun.num_copies > 0) {
         step->in_flight = 1;
+        step->copying = true;
     } else if (step->append) {
         settle(e, step, NULL, true);
         a->begun.step = NULL;
@@ -568,6 +581,8 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
         return ts_refuse(a, TS_ENOENT, "no step %llx is in flight",
                          (unsigned long long)c->step_done.step);
     step->in_flight--;
+    if (layer == TS_NONE)
+        step->copying = false;
     if (layer != TS_NONE) {
         bool well = c->step_done.status == TS_OK;
         ts_layer_set_put(&step->layers, layer, well);

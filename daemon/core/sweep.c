@@ -7,12 +7,6 @@
 
 #define END_ENTRIES 16u /* of block tables: what ending a sequence costs beside its own */
 
-/* Sequences of a pool that was removed: only their tables are left to be freed. */
-typedef struct ts_engine_grave {
-    struct ts_engine_grave *next;
-    ts_sequences seqs;
-} ts_engine_grave;
-
 static void grave_free(ts_engine *e)
 {
     ts_engine_grave *grave = e->graves;

@@ -1,0 +1,199 @@
+#include "answers.h"
+
+#include "command_codec.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct ts_kept_answer {
+    ts_stored_answer head;
+    unsigned char *bytes; /* its arrays: ids first */
+} ts_kept_answer;
+
+bool ts_answers_init(ts_answers *t, uint32_t sessions)
+{
+    t->all = calloc(sessions, sizeof *t->all);
+    t->max = t->all == NULL ? 0 : sessions;
+    return t->all != NULL;
+}
+
+void ts_answers_fini(ts_answers *t)
+{
+    for (uint32_t i = 0; i < t->max; i++)
+        free(t->all[i].bytes);
+    free(t->all);
+    *t = (ts_answers){0};
+}
+
+/* A run is done again; what only looks is looked up again; pools and exchanges are opened anew. */
+static bool is_kept(const ts_command *c)
+{
+    return c->call != 0 && c->op != TS_OP_STEP_RUN && c->op != TS_OP_EXCHANGE_OPEN &&
+           c->op != TS_OP_POOL_OPEN && !ts_command_only_looks(c);
+}
+
+static bool has_ids_alone(uint32_t op)
+{
+    return op == TS_OP_SEQ_CREATE || op == TS_OP_SEQ_FORK || op == TS_OP_SEQ_SELECT ||
+           op == TS_OP_SEQ_ATTACH || op == TS_OP_SEQ_REDEEM;
+}
+
+/* Bytes of the arrays of a kept answer. */
+static uint64_t bytes_of(const ts_stored_answer *h)
+{
+    const uint64_t id = sizeof(uint64_t), word = sizeof(uint32_t);
+    if (has_ids_alone(h->op))
+        return h->count * id;
+    if (h->op == TS_OP_SEQ_MATCH)
+        return h->count * (id + 2 * word);
+    return h->op == TS_OP_STEP_BEGIN ? (2ull * h->count + h->blocks) * word : 0;
+}
+
+/* Where they lie. */
+typedef struct parts {
+    uint64_t *ids;
+    uint32_t *first, *second, *third;
+} parts;
+
+static parts parts_of(const ts_stored_answer *h, unsigned char *bytes)
+{
+    const uint64_t n = h->count, ids = n * sizeof(uint64_t), words = n * sizeof(uint32_t);
+    parts p = {.ids = (uint64_t *)(void *)bytes};
+    if (h->op == TS_OP_SEQ_MATCH) {
+        p.first = (uint32_t *)(void *)(bytes + ids);
+        p.second = (uint32_t *)(void *)(bytes + ids + words);
+    } else if (h->op == TS_OP_STEP_BEGIN) {
+        p.first = (uint32_t *)(void *)bytes;
+        p.second = (uint32_t *)(void *)(bytes + words);
+        p.third = (uint32_t *)(void *)(bytes + 2 * words);
+    }
+    return p;
+}
+
+static void copy(void *to, const void *from, uint64_t bytes)
+{
+    if (bytes > 0)
+        memcpy(to, from, bytes);
+}
+
+static ts_stored_answer head_of(const ts_command *c, const ts_answer *a)
+{
+    ts_stored_answer h = {.session = c->session, .call = c->call, .op = c->op, .pool = c->pool};
+    if (has_ids_alone(c->op)) {
+        h.count = a->seqs.count;
+        h.length = a->seqs.length;
+    } else if (c->op == TS_OP_SEQ_MATCH) {
+        h.count = a->matched.count;
+    } else if (c->op == TS_OP_STEP_BEGIN) {
+        h.id = a->begun.step == NULL ? 0 : a->begun.step->id;
+        h.count = a->begun.num_seqs;
+        h.blocks = a->begun.num_blocks;
+    } else if (c->op == TS_OP_SEQ_TICKET) {
+        memcpy(h.ticket, c->seq_ticket.ticket, sizeof h.ticket);
+    }
+    h.bytes = bytes_of(&h);
+    return h;
+}
+
+bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *a)
+{
+    const uint32_t index = (uint32_t)c->session;
+    if (!is_kept(c) || a->status != TS_OK || index >= t->max)
+        return true;
+    ts_kept_answer *kept = &t->all[index];
+    const ts_stored_answer h = head_of(c, a);
+    unsigned char *bytes = malloc(h.bytes + 1);
+    if (bytes == NULL)
+        return false;
+    free(kept->bytes);
+    *kept = (ts_kept_answer){h, bytes};
+    const parts p = parts_of(&h, bytes);
+    const uint64_t n = h.count;
+    if (has_ids_alone(h.op)) {
+        copy(p.ids, a->seqs.seqs, n * sizeof *p.ids);
+    } else if (h.op == TS_OP_SEQ_MATCH) {
+        copy(p.ids, a->matched.seqs, n * sizeof *p.ids);
+        copy(p.first, a->matched.lengths, n * sizeof *p.first);
+        copy(p.second, a->matched.twins, n * sizeof *p.second);
+    } else if (h.op == TS_OP_STEP_BEGIN) {
+        copy(p.first, a->begun.starts, n * sizeof *p.first);
+        copy(p.second, a->begun.counts, n * sizeof *p.second);
+        copy(p.third, a->begun.blocks, h.blocks * sizeof *p.third);
+    }
+    return true;
+}
+
+bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_answer *a)
+{
+    const uint32_t index = (uint32_t)c->session;
+    if (!is_kept(c) || index >= t->max)
+        return false;
+    const ts_kept_answer *kept = &t->all[index];
+    const ts_stored_answer *h = &kept->head;
+    const ts_session *s = ts_engine_session(e, c->session);
+    if (s == NULL || s->call != c->call || h->session != c->session || h->call != c->call ||
+        h->op != (uint32_t)c->op || h->pool != c->pool)
+        return false;
+    const parts p = parts_of(h, kept->bytes);
+    *a = (ts_answer){.status = TS_OK};
+    if (has_ids_alone(h->op)) {
+        a->seqs.seqs = p.ids;
+        a->seqs.count = h->count;
+        a->seqs.length = h->length;
+    } else if (h->op == TS_OP_SEQ_MATCH) {
+        a->matched.seqs = p.ids;
+        a->matched.lengths = p.first;
+        a->matched.twins = p.second;
+        a->matched.count = h->count;
+    } else if (h->op == TS_OP_STEP_BEGIN) {
+        a->begun.step = h->id == 0 ? NULL : ts_engine_find_step(e, h->id);
+        if (h->id != 0 && a->begun.step == NULL)
+            return false;
+        a->begun.starts = p.first;
+        a->begun.counts = p.second;
+        a->begun.blocks = p.third;
+        a->begun.num_seqs = h->count;
+        a->begun.num_blocks = h->blocks;
+    } else if (h->op == TS_OP_SEQ_TICKET) {
+        memcpy(c->seq_ticket.ticket, h->ticket, sizeof h->ticket);
+    }
+    return true;
+}
+
+void ts_answers_write(const ts_answers *t, ts_record_writer *w)
+{
+    uint64_t count = 0;
+    for (uint32_t i = 0; i < t->max; i++)
+        count += t->all[i].head.call != 0;
+    ts_records_put_count(w, TS_RECORD_ANSWER, count);
+    for (uint32_t i = 0; i < t->max; i++)
+        if (t->all[i].head.call != 0)
+            ts_records_put_more(w, TS_RECORD_ANSWER, &t->all[i].head, 1);
+    for (uint32_t i = 0; i < t->max; i++)
+        if (t->all[i].head.call != 0)
+            ts_records_put(w, TS_RECORD_BYTE, t->all[i].bytes, t->all[i].head.bytes);
+}
+
+bool ts_answers_read(ts_answers *t, ts_record_reader *r)
+{
+    const uint64_t count = ts_records_next(r, TS_RECORD_ANSWER);
+    if (r->why != NULL || count > t->max)
+        return false;
+    uint32_t *order = malloc((count + 1) * sizeof *order);
+    bool ok = order != NULL;
+    for (uint64_t i = 0; i < count && ok; i++) {
+        ts_stored_answer h;
+        ok = ts_records_get(r, TS_RECORD_ANSWER, &h, 1) && (uint32_t)h.session < t->max &&
+             h.bytes == bytes_of(&h);
+        if (ok)
+            t->all[order[i] = (uint32_t)h.session].head = h;
+    }
+    for (uint64_t i = 0; i < count && ok; i++) {
+        ts_kept_answer *kept = &t->all[order[i]];
+        kept->bytes = malloc(kept->head.bytes + 1);
+        ok = kept->bytes != NULL &&
+             ts_records_get_all(r, TS_RECORD_BYTE, kept->bytes, kept->head.bytes);
+    }
+    free(order);
+    return ok;
+}

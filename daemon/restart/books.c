@@ -1,0 +1,552 @@
+#define _GNU_SOURCE
+#include "books.h"
+
+#include "clock.h"
+#include "invariants.h"
+#include "log.h"
+#include "snapshot.h"
+#include "tinyserve_version.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#define JOURNAL_BYTES ((uint64_t)64 << 20)
+#define ENTRIES_LEAST 4096u
+#define ENTRY_NS 2000u  /* to apply one again, as a guess before it was measured */
+#define ATTEMPTS_MAX 3u /* to take over the same books */
+
+static const char *const journal_name = "journal";
+static const char *const area_names[TS_AREAS] = {"books.a", "books.b"};
+
+/* A copy of the engine that follows the journal. */
+typedef struct replica {
+    ts_engine *engine;
+    ts_answers answers;
+    uint64_t position;
+} replica;
+
+struct ts_books {
+    ts_keeper keeper;
+    ts_journal journal;
+    int areas[TS_AREAS];
+    uint32_t entries_wanted; /* 0: by what they and a snapshot take */
+    ts_answers answers;      /* of before the restart; the engine's owner's */
+    uint64_t entries;        /* put since the last time that the follower was woken */
+    uint64_t entries_most;   /* ... before it is woken again; atomic */
+    atomic_uint_fast64_t waits;
+    pthread_t thread;
+    bool thread_runs;
+    pthread_mutex_t writing; /* held by who writes a snapshot */
+    pthread_mutex_t lock;
+    pthread_cond_t wake, made; /* the follower; who waits for a snapshot */
+    bool due, ends;            /* under the lock, as what follows */
+    bool broken; /* the follower came to something else: the owner writes a snapshot itself */
+    bool anew;   /* the follower begins from the last snapshot */
+    uint32_t snapshots;
+    uint64_t snapshot_bytes;
+    double snapshot_seconds;
+};
+
+/* ---- snapshots ---- */
+
+static double now_s(void)
+{
+    return (double)ts_now_ns() * 1e-9;
+}
+
+/* Maps `bytes` of an area's file, which it makes as large. NULL: there is no memory. */
+static unsigned char *map_area(int fd, uint64_t bytes)
+{
+    struct stat about;
+    if (fstat(fd, &about) != 0 ||
+        ((uint64_t)about.st_size < bytes && ftruncate(fd, (off_t)bytes) != 0) ||
+        fallocate(fd, 0, 0, (off_t)bytes) != 0)
+        return NULL;
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED)
+        return NULL;
+    (void)madvise(at, bytes, MADV_DONTDUMP);
+    return at;
+}
+
+/* Writes the state as the last snapshot, as of `position`; `writing` is held. False: there is no
+ * memory. */
+static bool write_next(ts_books *b, const ts_engine *engine, const ts_answers *answers,
+                       uint64_t position)
+{
+    const ts_journal_snapshot *last = ts_journal_last(&b->journal);
+    ts_journal_snapshot next = {.position = position, .area = last == NULL ? 0 : 1 - last->area};
+    ts_record_writer w = {0};
+    if (!ts_snapshot_write(engine, answers, &w))
+        return false;
+    unsigned char *at = map_area(b->areas[next.area], w.bytes);
+    if (at == NULL)
+        return false;
+    next.bytes = w.bytes;
+    w = (ts_record_writer){.at = at};
+    const bool written = ts_snapshot_write(engine, answers, &w);
+    next.checksum = XXH3_64bits(at, next.bytes);
+    munmap(at, next.bytes);
+    if (!written)
+        return false;
+    pthread_mutex_lock(&b->lock);
+    ts_journal_snapshot_made(&b->journal, &next);
+    b->snapshots++;
+    b->snapshot_bytes = next.bytes;
+    pthread_cond_broadcast(&b->made);
+    pthread_mutex_unlock(&b->lock);
+    return true;
+}
+
+/* The same; what the follower has is of no use once the owner has written one itself. */
+static bool write_snapshot(ts_books *b, const ts_engine *engine, const ts_answers *answers,
+                           uint64_t position, bool by_owner)
+{
+    pthread_mutex_lock(&b->writing);
+    pthread_mutex_lock(&b->lock);
+    b->anew = b->anew || by_owner;
+    const bool use = by_owner || !b->anew;
+    pthread_mutex_unlock(&b->lock);
+    const bool written = !use || write_next(b, engine, answers, position);
+    pthread_mutex_unlock(&b->writing);
+    return written;
+}
+
+/* The last snapshot's engine and answers. */
+static ts_status read_snapshot(const ts_books *b, replica *r, char *why, size_t why_bytes)
+{
+    const ts_journal_snapshot *last = ts_journal_last(&b->journal);
+    struct stat about;
+    *r = (replica){0};
+    if (last == NULL || last->area >= TS_AREAS) {
+        snprintf(why, why_bytes, "there is no snapshot that is whole");
+        return TS_EPROTO;
+    }
+    const int fd = b->areas[last->area];
+    if (fstat(fd, &about) != 0 || (uint64_t)about.st_size < last->bytes) {
+        snprintf(why, why_bytes, "the snapshot has %lld bytes of %llu", (long long)about.st_size,
+                 (unsigned long long)last->bytes);
+        return TS_EPROTO;
+    }
+    void *at = mmap(NULL, last->bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (at == MAP_FAILED) {
+        snprintf(why, why_bytes, "mapping the snapshot: %s", strerror(errno));
+        return TS_ENOMEM;
+    }
+    if (XXH3_64bits(at, last->bytes) != last->checksum)
+        snprintf(why, why_bytes, "the snapshot's checksum is wrong");
+    else
+        r->engine = ts_snapshot_read(at, last->bytes, &r->answers, why, why_bytes);
+    munmap(at, last->bytes);
+    r->position = last->position;
+    return r->engine != NULL ? TS_OK : TS_EPROTO;
+}
+
+static void replica_free(replica *r)
+{
+    ts_answers_fini(&r->answers);
+    ts_engine_free(r->engine);
+    *r = (replica){0};
+}
+
+/* Applies what is published to the replica; *entries counts. TS_EPROTO: something else comes of it
+ * than came of it before, with a sentence. */
+static ts_status follow(const ts_journal *j, replica *r, uint64_t *entries, char *why,
+                        size_t why_bytes)
+{
+    ts_journal_entry entry;
+    ts_answer a;
+    ts_status status;
+    while ((status = ts_journal_get(j, &r->position, &entry)) == TS_OK) {
+        ts_engine_apply(r->engine, &entry.command, &a);
+        ++*entries;
+        const uint32_t digest = ts_command_digest(&entry.command, &a);
+        if (a.status != entry.status || digest != entry.digest) {
+            snprintf(why, why_bytes,
+                     "operation %u of session %llx gives %s (%x) where it gave %s (%x): %.100s",
+                     (unsigned)entry.command.op, (unsigned long long)entry.command.session,
+                     ts_status_name(a.status), digest, ts_status_name(entry.status), entry.digest,
+                     a.message);
+            return TS_EPROTO;
+        }
+        if (!ts_answers_note(&r->answers, &entry.command, &a)) {
+            snprintf(why, why_bytes, "no memory for an answer");
+            return TS_ENOMEM;
+        }
+    }
+    if (status == TS_ENOENT)
+        return TS_OK;
+    snprintf(why, why_bytes, "what lies at position %llu of the journal is no entry",
+             (unsigned long long)r->position);
+    return status;
+}
+
+/* ---- the follower ---- */
+
+/* Until it is wanted; false: it ends. */
+static bool await_wish(ts_books *b, replica *r)
+{
+    pthread_mutex_lock(&b->lock);
+    while (!b->ends && (!b->due || b->broken))
+        pthread_cond_wait(&b->wake, &b->lock);
+    b->due = false;
+    const bool goes_on = !b->ends, anew = b->anew;
+    b->anew = false;
+    pthread_mutex_unlock(&b->lock);
+    if (anew)
+        replica_free(r);
+    return goes_on;
+}
+
+/* What the follower can't do the owner does, at its next command. */
+static void give_up(ts_books *b, const char *why)
+{
+    ts_log(TS_LOG_ERROR, "the books: %s; a snapshot of the state itself takes their place", why);
+    pthread_mutex_lock(&b->lock);
+    b->broken = true;
+    pthread_cond_broadcast(&b->made);
+    pthread_mutex_unlock(&b->lock);
+}
+
+static void *follower_main(void *arg)
+{
+    prctl(PR_SET_NAME, "books");
+    ts_books *b = arg;
+    replica r = {0};
+    char why[256];
+    while (await_wish(b, &r)) {
+        const double start = now_s();
+        uint64_t entries = 0;
+        ts_status status = TS_OK;
+        if (r.engine == NULL)
+            status = read_snapshot(b, &r, why, sizeof why);
+        const double begun = now_s();
+        if (status == TS_OK)
+            status = follow(&b->journal, &r, &entries, why, sizeof why);
+        const double followed = now_s();
+        if (status == TS_OK && !write_snapshot(b, r.engine, &r.answers, r.position, false)) {
+            snprintf(why, sizeof why, "no memory for a snapshot");
+            status = TS_ENOMEM;
+        }
+        if (status != TS_OK) {
+            replica_free(&r);
+            give_up(b, why);
+            continue;
+        }
+        const double end = now_s();
+        const double each = entries > 0 ? (followed - begun) / (double)entries : ENTRY_NS * 1e-9;
+        double most = each > 0 ? 2 * (end - followed) / each : ENTRIES_LEAST;
+        if (b->entries_wanted != 0)
+            most = b->entries_wanted;
+        else if (most < ENTRIES_LEAST)
+            most = ENTRIES_LEAST;
+        __atomic_store_n(&b->entries_most, (uint64_t)most, __ATOMIC_RELAXED);
+        pthread_mutex_lock(&b->lock);
+        b->snapshot_seconds = end - start;
+        pthread_mutex_unlock(&b->lock);
+    }
+    replica_free(&r);
+    return NULL;
+}
+
+/* ---- the owner ---- */
+
+/* The follower came to something else, or has no memory: what the state is counts. The answers
+ * before are gone, so that a call that is repeated over a restart now is applied again. */
+static void mend(ts_books *b, const ts_engine *engine)
+{
+    ts_answers none = {0};
+    if (!write_snapshot(b, engine, &none, b->journal.head->head, true))
+        ts_log(TS_LOG_ERROR, "the books: no memory for a snapshot: a restart would lose what "
+                             "comes from now on");
+    pthread_mutex_lock(&b->lock);
+    b->broken = false;
+    pthread_mutex_unlock(&b->lock);
+}
+
+static void wake_follower(ts_books *b)
+{
+    b->entries = 0;
+    pthread_mutex_lock(&b->lock);
+    b->due = true;
+    pthread_cond_signal(&b->wake);
+    pthread_mutex_unlock(&b->lock);
+}
+
+/* Waits for room in the journal. */
+static void await_room(ts_books *b, const ts_engine *engine)
+{
+    atomic_fetch_add(&b->waits, 1);
+    const uint64_t used = ts_journal_used(&b->journal);
+    wake_follower(b);
+    pthread_mutex_lock(&b->lock);
+    while (!b->broken && ts_journal_used(&b->journal) == used)
+        pthread_cond_wait(&b->made, &b->lock);
+    const bool broken = b->broken;
+    pthread_mutex_unlock(&b->lock);
+    if (broken)
+        mend(b, engine);
+}
+
+void ts_books_begin(ts_books *b, const ts_command *c)
+{
+    if (b == NULL)
+        return;
+    ts_journal_head *h = b->journal.head;
+    h->session = c->session;
+    h->call = c->call;
+    __atomic_store_n(&h->op, (uint32_t)c->op, __ATOMIC_RELEASE);
+}
+
+void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c, const ts_answer *a)
+{
+    if (b == NULL)
+        return;
+    ts_journal_head *h = b->journal.head;
+    if (!ts_command_only_looks(c) || c->again || engine->waiting_for_room > 0) {
+        const uint32_t digest = ts_command_digest(c, a);
+        bool put;
+        while (!(put = ts_journal_put(&b->journal, c, engine->now_ms, a->status, digest)) &&
+               ts_journal_fits(&b->journal, c))
+            await_room(b, engine);
+        if (!put) /* larger than the journal */
+            mend(b, engine);
+        if (__atomic_load_n(&b->broken, __ATOMIC_RELAXED))
+            mend(b, engine);
+        if (++b->entries >= __atomic_load_n(&b->entries_most, __ATOMIC_RELAXED) ||
+            ts_journal_used(&b->journal) > h->capacity / 4)
+            wake_follower(b);
+    }
+    __atomic_store_n(&h->op, 0, __ATOMIC_RELEASE);
+}
+
+void ts_books_serve(ts_books *b)
+{
+    if (b != NULL)
+        b->journal.head->attempts = 0;
+}
+
+bool ts_books_answered(const ts_books *b, const ts_engine *engine, ts_command *c, ts_answer *a)
+{
+    return b != NULL && ts_answers_find(&b->answers, engine, c, a);
+}
+
+void ts_books_get_figures(const ts_books *books, ts_books_figures *f)
+{
+    ts_books *b = (ts_books *)(uintptr_t)books; /* for its lock */
+    *f = (ts_books_figures){0};
+    if (b == NULL)
+        return;
+    pthread_mutex_lock(&b->lock);
+    f->journal_bytes = b->journal.head->capacity;
+    f->journal_used = ts_journal_used(&b->journal);
+    f->snapshot_bytes = b->snapshot_bytes;
+    f->snapshots = b->snapshots;
+    f->snapshot_seconds = b->snapshot_seconds;
+    pthread_mutex_unlock(&b->lock);
+    f->waits = atomic_load(&b->waits);
+    memcpy(f->epoch, b->journal.head->epoch, sizeof f->epoch);
+}
+
+/* ---- opening ---- */
+
+static void note_problem(void *arg, const char *sentence)
+{
+    char *why = arg;
+    if (why[0] == '\0')
+        snprintf(why, 200, "%s", sentence);
+}
+
+/* Which command was under way at the death, and at how many in a row. */
+static void look_at_death(ts_journal_head *h, ts_books_start *start)
+{
+    const bool same = h->op != 0 && h->op == h->suspect_op && h->session == h->suspect_session &&
+                      h->call == h->suspect_call;
+    h->deaths = h->op == 0 ? 0 : same ? h->deaths + 1 : 1;
+    h->suspect_op = h->op;
+    h->suspect_session = h->session;
+    h->suspect_call = h->call;
+    h->op = 0;
+    start->last_op = h->suspect_op;
+    start->last_session = h->suspect_session;
+    start->deaths = h->deaths;
+}
+
+/* The state as the last daemon left it. */
+static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
+{
+    ts_journal_head *h = b->journal.head;
+    char problem[200] = "";
+    start->failed = h->attempts;
+    if (h->attempts >= ATTEMPTS_MAX) {
+        snprintf(start->why, sizeof start->why, "%u attempts to take them over failed",
+                 h->attempts);
+        return TS_EPROTO;
+    }
+    h->attempts++;
+    ts_status status = read_snapshot(b, r, start->why, sizeof start->why);
+    if (status == TS_OK)
+        status = follow(&b->journal, r, &start->entries, start->why, sizeof start->why);
+    if (status == TS_OK && (ts_invariants_check(r->engine, note_problem, problem) == 0 ||
+                            problem[0] != '\0')) {
+        snprintf(start->why, sizeof start->why, "the books contradict themselves: %s", problem);
+        status = TS_EPROTO;
+    }
+    return status;
+}
+
+/* Takes what the keeper has. False: there is nothing, or it can't be used; then start->why says
+ * why. */
+static bool take_over(ts_books *b, replica *r, ts_books_start *start)
+{
+    const int fd = b->keeper.take(b->keeper.arg, journal_name);
+    for (uint32_t i = 0; i < TS_AREAS; i++)
+        b->areas[i] = b->keeper.take(b->keeper.arg, area_names[i]);
+    if (fd < 0)
+        return false;
+    if (ts_journal_open(&b->journal, fd, start->why, sizeof start->why) != TS_OK)
+        return false;
+    look_at_death(b->journal.head, start);
+    if (restore(b, r, start) == TS_OK) {
+        start->journal_bytes = ts_journal_used(&b->journal);
+        start->snapshot_bytes = ts_journal_last(&b->journal)->bytes;
+        start->restored = true;
+        return true;
+    }
+    replica_free(r);
+    return false;
+}
+
+/* What couldn't be taken over is left for the operator, under another name. */
+static void set_aside(ts_books *b)
+{
+    char name[40], why[160];
+    const char *names[1 + TS_AREAS] = {journal_name, area_names[0], area_names[1]};
+    int fds[1 + TS_AREAS] = {b->journal.fd, b->areas[0], b->areas[1]};
+    for (uint32_t i = 0; i < 1 + TS_AREAS; i++) {
+        if (fds[i] < 0)
+            continue;
+        snprintf(name, sizeof name, "failed.%s", names[i]);
+        b->keeper.forget(b->keeper.arg, name);
+        (void)b->keeper.keep(b->keeper.arg, name, fds[i], why, sizeof why);
+        b->keeper.forget(b->keeper.arg, names[i]);
+        if (i > 0)
+            close(fds[i]);
+    }
+    ts_journal_close(&b->journal);
+}
+
+static int new_area(char *why, size_t why_bytes)
+{
+    const int fd = memfd_create("tinyserve-books", MFD_CLOEXEC);
+    if (fd >= 0 && fchmod(fd, 0400) == 0)
+        return fd;
+    snprintf(why, why_bytes, "memory for the books: %s", strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+/* Begins with nothing. */
+static ts_status begin(ts_books *b, const ts_books_options *o, replica *r, char *why,
+                       size_t why_bytes)
+{
+    const uint64_t bytes = o->journal_bytes != 0 ? o->journal_bytes : JOURNAL_BYTES;
+    ts_status status = ts_journal_new(&b->journal, bytes, why, why_bytes);
+    for (uint32_t i = 0; i < TS_AREAS && status == TS_OK; i++)
+        status = (b->areas[i] = new_area(why, why_bytes)) >= 0 ? TS_OK : TS_ENOMEM;
+    r->engine = ts_engine_new(o->limits);
+    if (status == TS_OK &&
+        (r->engine == NULL || !ts_answers_init(&r->answers, o->limits->sessions) ||
+         !write_snapshot(b, r->engine, &r->answers, 0, true))) {
+        snprintf(why, why_bytes, "no memory for an engine of %u sessions", o->limits->sessions);
+        status = TS_ENOMEM;
+    }
+    if (status == TS_OK)
+        status = b->keeper.keep(b->keeper.arg, journal_name, b->journal.fd, why, why_bytes);
+    for (uint32_t i = 0; i < TS_AREAS && status == TS_OK; i++)
+        status = b->keeper.keep(b->keeper.arg, area_names[i], b->areas[i], why, why_bytes);
+    return status;
+}
+
+ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **engine,
+                        ts_books_start *start, char *why, size_t why_bytes)
+{
+    const double began = now_s();
+    ts_books *b = calloc(1, sizeof *b);
+    replica r = {0};
+    *out = NULL;
+    *engine = NULL;
+    *start = (ts_books_start){0};
+    if (b == NULL) {
+        snprintf(why, why_bytes, "no memory for books");
+        return TS_ENOMEM;
+    }
+    b->keeper = o->keeper;
+    b->journal.fd = b->areas[0] = b->areas[1] = -1;
+    b->entries_wanted = o->entries;
+    b->entries_most = o->entries != 0 ? o->entries : ENTRIES_LEAST;
+    pthread_mutex_init(&b->writing, NULL);
+    pthread_mutex_init(&b->lock, NULL);
+    pthread_cond_init(&b->wake, NULL);
+    pthread_cond_init(&b->made, NULL);
+    ts_status status = TS_OK;
+    if (!take_over(b, &r, start)) {
+        set_aside(b);
+        b->areas[0] = b->areas[1] = -1;
+        status = begin(b, o, &r, why, why_bytes);
+    } else {
+        snprintf(b->journal.head->version, sizeof b->journal.head->version, "%s", TS_VERSION);
+        b->journal.head->restarts++;
+    }
+    if (status == TS_OK &&
+        (errno = pthread_create(&b->thread, NULL, follower_main, b)) != 0) {
+        snprintf(why, why_bytes, "no thread for the books: %s", strerror(errno));
+        status = TS_ENOMEM;
+    }
+    if (status != TS_OK) {
+        replica_free(&r);
+        ts_books_close(b);
+        return status;
+    }
+    b->thread_runs = true;
+    b->answers = r.answers;
+    *engine = r.engine;
+    *out = b;
+    start->restarts = b->journal.head->restarts;
+    start->seconds = now_s() - began;
+    return TS_OK;
+}
+
+void ts_books_close(ts_books *b)
+{
+    if (b == NULL)
+        return;
+    if (b->thread_runs) {
+        pthread_mutex_lock(&b->lock);
+        b->ends = true;
+        pthread_cond_signal(&b->wake);
+        pthread_mutex_unlock(&b->lock);
+        pthread_join(b->thread, NULL);
+    }
+    ts_answers_fini(&b->answers);
+    ts_journal_close(&b->journal);
+    for (uint32_t i = 0; i < TS_AREAS; i++)
+        if (b->areas[i] >= 0)
+            close(b->areas[i]);
+    pthread_mutex_destroy(&b->writing);
+    pthread_mutex_destroy(&b->lock);
+    pthread_cond_destroy(&b->wake);
+    pthread_cond_destroy(&b->made);
+    free(b);
+}

@@ -1,0 +1,92 @@
+/*
+ * The books: what of the daemon's state outlives it. A journal and two areas for snapshots, each a
+ * memfd that a *keeper* holds (in the daemon: store.h), and a thread that follows: it applies what
+ * is in the journal to a copy of the engine, compares what comes of it with what came of it before,
+ * and writes the snapshots. So a snapshot holds up nobody, and what a restart would do is done all
+ * the time.
+ *
+ * The order, on which all depends: a command is applied, then it is in the journal, then anybody is
+ * told, or anything is done that the engine asks for.
+ *
+ * Thread: the engine's owner of the moment (work_queue.h), but for ts_books_open and ts_books_close.
+ */
+#ifndef TS_BOOKS_H
+#define TS_BOOKS_H
+
+#include "answers.h"
+#include "journal.h"
+
+typedef struct ts_books ts_books;
+
+/* Who holds descriptors. */
+typedef struct ts_keeper {
+    void *arg;
+    /* The descriptor that was kept under the name, the caller's from now on; -1: none was. */
+    int (*take)(void *arg, const char *name);
+    /* Keeps a duplicate of the descriptor. */
+    ts_status (*keep)(void *arg, const char *name, int fd, char *why, size_t why_bytes);
+    void (*forget)(void *arg, const char *name);
+} ts_keeper;
+
+typedef struct ts_books_options {
+    ts_keeper keeper;
+    const ts_engine_limits *limits; /* of an engine that starts with nothing */
+    uint64_t journal_bytes;         /* 0: 64 MiB */
+    uint32_t entries;               /* in the journal, after which a snapshot is due; 0: as many as
+                                     * are replayed in the time that a snapshot takes, 4096 at least */
+} ts_books_options;
+
+/* What a start found. */
+typedef struct ts_books_start {
+    bool restored;         /* what an earlier daemon left */
+    uint32_t restarts;     /* that took over, this one included */
+    uint32_t failed;       /* attempts to take over that failed before this one */
+    uint64_t entries;      /* that were replayed */
+    uint64_t snapshot_bytes, journal_bytes;
+    double seconds;
+    uint32_t last_op;      /* that was being applied when the last daemon died; 0: none was */
+    uint64_t last_session;
+    uint32_t deaths;       /* in a row at which that was the same */
+    char why[256];         /* with TS_OK and not restored: why there was nothing to take over, or
+                            * why what there was could not be; empty: there was nothing */
+} ts_books_start;
+
+/*
+ * Takes over what the keeper has, or begins with nothing. *engine is the caller's, to be freed
+ * after ts_books_close. What can't be taken over is kept under other names ("failed.journal", ...),
+ * and begun anew. TS_ENOMEM and others: there are no books, with a sentence.
+ */
+ts_status ts_books_open(const ts_books_options *options, ts_books **books, ts_engine **engine,
+                        ts_books_start *start, char *why, size_t why_bytes);
+
+/* Ends the thread. What the keeper has stays. NULL is fine, as everywhere here. */
+void ts_books_close(ts_books *books);
+
+/* A command is about to be applied. */
+void ts_books_begin(ts_books *books, const ts_command *command);
+
+/* It was applied, and this came of it: it is in the journal when this returns. */
+void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *command,
+                   const ts_answer *answer);
+
+/* The restart was a success: the daemon serves. */
+void ts_books_serve(ts_books *books);
+
+/* Whether the command repeats the last call of its session before a restart; *answer is what it was
+ * answered. See answers.h. */
+bool ts_books_answered(const ts_books *books, const ts_engine *engine, ts_command *command,
+                       ts_answer *answer);
+
+typedef struct ts_books_figures {
+    uint64_t journal_bytes, journal_used; /* the ring's, and what no snapshot covers */
+    uint64_t snapshot_bytes;              /* the last one's */
+    uint32_t snapshots;                   /* made by this daemon */
+    double snapshot_seconds;              /* that the last one took, following included */
+    uint64_t waits;                       /* for a snapshot, since the journal was full */
+    uint8_t epoch[TS_EPOCH_BYTES];
+} ts_books_figures;
+
+/* Any thread. */
+void ts_books_get_figures(const ts_books *books, ts_books_figures *figures);
+
+#endif
