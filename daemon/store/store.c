@@ -19,7 +19,7 @@ static void add_passed(void *arg, const char *name, int fd)
 {
     ts_store *s = arg;
     if (!ts_store_name_ok(name)) {
-        listener *grown = reallocarray(s->listeners, s->num_listeners + 1, sizeof *grown);
+        ts_store_listener *grown = reallocarray(s->listeners, s->num_listeners + 1, sizeof *grown);
         char *copy = strdup(name);
         if (grown != NULL)
             s->listeners = grown;
@@ -29,11 +29,12 @@ static void add_passed(void *arg, const char *name, int fd)
             close(fd);
             return;
         }
-        grown[s->num_listeners++] = (listener){.name = copy, .fd = fd};
+        grown[s->num_listeners++] = (ts_store_listener){.name = copy, .fd = fd};
         s->names_bytes += strlen(name) + 1;
         return;
     }
-    item *i = find(&s->held, name) == NULL ? item_new(s, ITEM_PUT, name, fd) : NULL;
+    ts_store_item *i =
+        ts_store_find(&s->held, name) == NULL ? ts_store_item_new(s, TS_ITEM_PUT, name, fd) : NULL;
     if (i == NULL) {
         ts_log(TS_LOG_ERROR,
                "the stored descriptor %s is there twice, or there is no memory: one "
@@ -43,7 +44,7 @@ static void add_passed(void *arg, const char *name, int fd)
         return;
     }
     i->untaken = true;
-    count(s, name, 1);
+    ts_store_count(s, name, 1);
     TAILQ_INSERT_TAIL(&s->held, i, next);
 }
 
@@ -58,12 +59,12 @@ ts_store *ts_store_open(void)
     s->socket = s->death = -1;
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     ts_store_passed(add_passed, s);
-    find_holder(s);
+    ts_store_find_holder(s);
     (void)unsetenv(TS_ENV_FDSTORE);
     (void)unsetenv(TS_ENV_FDSTORE_OF_UNIT);
     (void)unsetenv(TS_ENV_SUPERVISOR);
     if (s->wake >= 0 && (s->holds || s->supervised))
-        s->runs = pthread_create(&s->thread, NULL, run, s) == 0;
+        s->runs = pthread_create(&s->thread, NULL, ts_store_run, s) == 0;
     if (s->wake < 0 || s->runs != (s->holds || s->supervised)) {
         ts_store_close(s);
         return NULL;
@@ -71,12 +72,12 @@ ts_store *ts_store_open(void)
     return s;
 }
 
-static void free_list(struct item_list *list)
+static void free_list(struct ts_store_items *list)
 {
-    item *i;
+    ts_store_item *i;
     while ((i = TAILQ_FIRST(list)) != NULL) {
         TAILQ_REMOVE(list, i, next);
-        item_free(i);
+        ts_store_item_free(i);
     }
 }
 
@@ -87,11 +88,11 @@ void ts_store_close(ts_store *s)
     if (s->runs) {
         pthread_mutex_lock(&s->lock);
         s->ends = true;
-        wake(s);
+        ts_store_wake(s);
         pthread_mutex_unlock(&s->lock);
         pthread_join(s->thread, NULL);
     }
-    lose(s);
+    ts_store_lose(s);
     free_list(&s->pending);
     for (uint32_t i = 0; i < s->num_listeners; i++) {
         if (s->listeners[i].fd >= 0)
@@ -125,14 +126,14 @@ uint32_t ts_store_fds_max(ts_store *s)
     return most;
 }
 
-static item *find_any(ts_store *s, const char *name)
+static ts_store_item *find_any(ts_store *s, const char *name)
 {
-    item *i = find(&s->held, name);
-    return i != NULL ? i : find(&s->pending, name);
+    ts_store_item *i = ts_store_find(&s->held, name);
+    return i != NULL ? i : ts_store_find(&s->pending, name);
 }
 
 /* A stored one: where another supervisor may want it, the store keeps a duplicate. */
-static int take_item(const ts_store *s, item *i)
+static int take_item(const ts_store *s, ts_store_item *i)
 {
     const int fd = i->fd;
     i->untaken = false;
@@ -149,7 +150,7 @@ int ts_store_take(ts_store *s, const char *name)
     if (s == NULL)
         return -1;
     pthread_mutex_lock(&s->lock);
-    item *i = find_any(s, name);
+    ts_store_item *i = find_any(s, name);
     if (i != NULL && i->untaken)
         fd = take_item(s, i);
     for (uint32_t n = 0; n < s->num_listeners && fd < 0; n++)
@@ -169,12 +170,12 @@ void ts_store_each(ts_store *s, void (*each)(void *arg, const char *name), void 
         return;
     pthread_mutex_lock(&s->lock);
     names = calloc(s->fds + 1, sizeof *names);
-    struct item_list *lists[] = {&s->held, &s->pending};
+    struct ts_store_items *lists[] = {&s->held, &s->pending};
     for (uint32_t l = 0; names != NULL && l < 2; l++) {
-        item *i;
+        ts_store_item *i;
         TAILQ_FOREACH(i, lists[l], next)
         {
-            if (i->kind == ITEM_PUT && i->untaken)
+            if (i->kind == TS_ITEM_PUT && i->untaken)
                 memcpy(names[n++], i->name, sizeof *names);
         }
     }
@@ -232,11 +233,11 @@ ts_status ts_store_put(ts_store *s, const char *name, int fd, char *why, size_t 
     if (status == TS_OK) {
         const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
         const int error = errno;
-        item *i = copy >= 0 ? item_new(s, ITEM_PUT, name, copy) : NULL;
+        ts_store_item *i = copy >= 0 ? ts_store_item_new(s, TS_ITEM_PUT, name, copy) : NULL;
         if (i != NULL) {
-            count(s, name, 1);
+            ts_store_count(s, name, 1);
             TAILQ_INSERT_TAIL(&s->pending, i, next);
-            wake(s);
+            ts_store_wake(s);
         } else {
             status = copy >= 0 || error != EBADF ? TS_ENOMEM : TS_EINVAL;
             snprintf(why, bytes, "descriptor %d can't be stored as '%s': %s", fd, name,
@@ -255,22 +256,22 @@ ts_status ts_store_remove(ts_store *s, const char *name)
     if (s == NULL || !s->runs)
         return TS_ECONN;
     pthread_mutex_lock(&s->lock);
-    item *i = find(&s->held, name);
+    ts_store_item *i = ts_store_find(&s->held, name);
     if (i != NULL) {
         TAILQ_REMOVE(&s->held, i, next);
-        count(s, name, -1);
+        ts_store_count(s, name, -1);
         if (i->fd >= 0)
             close(i->fd);
         i->fd = -1;
-        i->kind = ITEM_REMOVE;
+        i->kind = TS_ITEM_REMOVE;
         i->id = ++s->ids;
         TAILQ_INSERT_TAIL(&s->pending, i, next);
-        wake(s);
+        ts_store_wake(s);
         status = TS_OK;
-    } else if ((i = find(&s->pending, name)) != NULL) { /* no holder has been told of it */
+    } else if ((i = ts_store_find(&s->pending, name)) != NULL) { /* no holder has been told of it */
         TAILQ_REMOVE(&s->pending, i, next);
-        count(s, name, -1);
-        item_free(i);
+        ts_store_count(s, name, -1);
+        ts_store_item_free(i);
         status = TS_OK;
     }
     pthread_mutex_unlock(&s->lock);
@@ -280,13 +281,13 @@ ts_status ts_store_remove(ts_store *s, const char *name)
 /* A barrier that nobody waits for any more needn't be sent. */
 static void forget_barrier(ts_store *s, uint64_t id)
 {
-    item *i;
+    ts_store_item *i;
     pthread_mutex_lock(&s->lock);
     TAILQ_FOREACH(i, &s->pending, next)
     {
         if (i->id == id) {
             TAILQ_REMOVE(&s->pending, i, next);
-            item_free(i);
+            ts_store_item_free(i);
             break;
         }
     }
@@ -317,11 +318,11 @@ bool ts_store_barrier(ts_store *s, uint32_t timeout_ms)
     if (s == NULL || !s->runs || pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0)
         return false;
     pthread_mutex_lock(&s->lock);
-    item *i = s->holds ? item_new(s, ITEM_BARRIER, "", ends[1]) : NULL;
+    ts_store_item *i = s->holds ? ts_store_item_new(s, TS_ITEM_BARRIER, "", ends[1]) : NULL;
     if (i != NULL) {
         id = i->id;
         TAILQ_INSERT_TAIL(&s->pending, i, next);
-        wake(s);
+        ts_store_wake(s);
     } else {
         close(ends[1]);
     }

@@ -3,37 +3,31 @@
 
 #include "clock.h"
 #include "log.h"
-#include "store_wire.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
-#include <sys/queue.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #define RETRY_MS 10       /* the kernel is short of something */
 #define RECONNECT_MS 1000 /* a supervisor is looked for */
 
-static void item_free(item *i)
+void ts_store_item_free(ts_store_item *i)
 {
     if (i->fd >= 0)
         close(i->fd);
     free(i);
 }
 
-static item *item_new(ts_store *s, item_kind kind, const char *name, int fd)
+ts_store_item *ts_store_item_new(ts_store *s, ts_store_item_kind kind, const char *name, int fd)
 {
-    item *i = calloc(1, sizeof *i);
+    ts_store_item *i = calloc(1, sizeof *i);
     if (i == NULL)
         return NULL;
     i->kind = kind;
@@ -43,24 +37,24 @@ static item *item_new(ts_store *s, item_kind kind, const char *name, int fd)
     return i;
 }
 
-static item *find(struct item_list *list, const char *name)
+ts_store_item *ts_store_find(struct ts_store_items *list, const char *name)
 {
-    item *i;
+    ts_store_item *i;
     TAILQ_FOREACH(i, list, next)
     {
-        if (i->kind == ITEM_PUT && strcmp(i->name, name) == 0)
+        if (i->kind == TS_ITEM_PUT && strcmp(i->name, name) == 0)
             return i;
     }
     return NULL;
 }
 
-static void count(ts_store *s, const char *name, int by)
+void ts_store_count(ts_store *s, const char *name, int by)
 {
     s->fds += (uint32_t)by;
     s->names_bytes += (size_t)((ssize_t)(strlen(name) + 1) * by);
 }
 
-static void wake(ts_store *s)
+void ts_store_wake(ts_store *s)
 {
     const uint64_t one = 1;
     if (write(s->wake, &one, sizeof one) < 0) {
@@ -68,10 +62,9 @@ static void wake(ts_store *s)
     }
 }
 
-/* The holder is gone. Puts are kept for the next one; orders to one that is dead are void. */
-static void lose(ts_store *s)
+void ts_store_lose(ts_store *s)
 {
-    item *i, *after;
+    ts_store_item *i, *after;
     if (s->socket >= 0)
         close(s->socket);
     if (s->death >= 0)
@@ -83,21 +76,21 @@ static void lose(ts_store *s)
     TAILQ_CONCAT(&s->pending, &s->held, next);
     for (i = TAILQ_FIRST(&s->pending); i != NULL; i = after) {
         after = TAILQ_NEXT(i, next);
-        if (i->kind == ITEM_PUT && i->fd >= 0)
+        if (i->kind == TS_ITEM_PUT && i->fd >= 0)
             continue;
-        if (i->kind == ITEM_PUT)
-            count(s, i->name, -1);
+        if (i->kind == TS_ITEM_PUT)
+            ts_store_count(s, i->name, -1);
         TAILQ_REMOVE(&s->pending, i, next);
-        item_free(i);
+        ts_store_item_free(i);
     }
 }
 
 /* What was sent is the holder's. */
-static void sent(ts_store *s, item *i)
+static void sent(ts_store *s, ts_store_item *i)
 {
     TAILQ_REMOVE(&s->pending, i, next);
-    if (i->kind != ITEM_PUT) {
-        item_free(i);
+    if (i->kind != TS_ITEM_PUT) {
+        ts_store_item_free(i);
         return;
     }
     if (!s->supervised && !i->untaken) { /* a service manager isn't followed by another */
@@ -107,23 +100,23 @@ static void sent(ts_store *s, item *i)
     TAILQ_INSERT_TAIL(&s->held, i, next);
 }
 
-static int send_item(const ts_store *s, const item *i)
+static int send_item(const ts_store *s, const ts_store_item *i)
 {
     char text[96];
-    if (i->kind == ITEM_BARRIER)
+    if (i->kind == TS_ITEM_BARRIER)
         return ts_store_send(s->socket, "BARRIER=1", i->fd);
-    if (i->kind == ITEM_REMOVE)
+    if (i->kind == TS_ITEM_REMOVE)
         snprintf(text, sizeof text, "FDSTOREREMOVE=1\nFDNAME=%s", i->name);
     else
         snprintf(text, sizeof text, "FDSTORE=1\nFDNAME=%s\nFDPOLL=0", i->name);
-    return ts_store_send(s->socket, text, i->kind == ITEM_PUT ? i->fd : -1);
+    return ts_store_send(s->socket, text, i->kind == TS_ITEM_PUT ? i->fd : -1);
 }
 
 /* Sends what can be sent. Returns for how many ms to wait before the next try (-1: until something
  * happens) and whether that is the socket's having room. */
 static int flush(ts_store *s, bool *room)
 {
-    item *i;
+    ts_store_item *i;
     *room = false;
     while (s->holds && (i = TAILQ_FIRST(&s->pending)) != NULL) {
         const int error = send_item(s, i);
@@ -141,7 +134,7 @@ static int flush(ts_store *s, bool *room)
         default:
             ts_log(TS_LOG_ERROR, "the holder of the daemon's descriptors can't be told: %s",
                    strerror(error));
-            lose(s);
+            ts_store_lose(s);
         }
     }
     return -1;
@@ -190,7 +183,7 @@ static void hear(ts_store *s)
         close(d.fd);
     if (s->holds || most <= 0) {
         const bool was = s->holds;
-        lose(s);
+        ts_store_lose(s);
         if (!was) /* nobody who knows us: not again at once */
             s->look_ms += RECONNECT_MS;
         return;
@@ -231,12 +224,12 @@ static void await(ts_store *s, bool room, int timeout)
     }
     pthread_mutex_lock(&s->lock);
     if (p[DEATH].revents != 0)
-        lose(s);
+        ts_store_lose(s);
     else if (s->supervised && s->death < 0 && (p[SOCKET].revents & ~POLLOUT) != 0)
         hear(s);
 }
 
-static void *run(void *arg)
+void *ts_store_run(void *arg)
 {
     ts_store *s = arg;
     prctl(PR_SET_NAME, "store");
@@ -265,8 +258,7 @@ static void *run(void *arg)
     return NULL;
 }
 
-/* Finds the holder that the environment names. */
-static void find_holder(ts_store *s)
+void ts_store_find_holder(ts_store *s)
 {
     const char *socket = getenv("NOTIFY_SOCKET"), *most = getenv(TS_ENV_FDSTORE),
                *supervisor = getenv(TS_ENV_SUPERVISOR);
@@ -293,5 +285,5 @@ static void find_holder(ts_store *s)
         ts_log(TS_LOG_ERROR, "the holder of the daemon's descriptors can't be reached at %s: %s",
                socket, strerror(errno));
     if (!s->holds)
-        lose(s);
+        ts_store_lose(s);
 }
