@@ -13,6 +13,7 @@
 #include "server.h"
 #include "socket_path.h"
 #include "socket_place.h"
+#include "takeover.h"
 #include "store_wire.h"
 #include "supervisor.h"
 #include "tinyserve_version.h"
@@ -37,6 +38,7 @@
  * exchange's, its rings', the doorbells of 3 rings and its signals'. */
 #define CONNECTION_FDS 9u
 #define CONNECTIONS_MAX 65536u
+#define LEAVE_MS 2000u
 #define KEY_BYTES 64 /* of a key of the configuration, and more: a longer one is unknown anyway */
 
 const char *argp_program_version = "tinyserved " TS_VERSION;
@@ -284,8 +286,17 @@ static uint64_t random_number(void)
     return random;
 }
 
+/* Ends as a kill does, when the holder has what was stored. */
+static void __attribute__((noreturn)) leave(ts_store *store, int code)
+{
+    if (!ts_store_barrier(store, LEAVE_MS))
+        ts_log(TS_LOG_WARNING, "whoever holds the memory hasn't said within %u ms that it does",
+               LEAVE_MS);
+    _exit(code);
+}
+
 /* Everything from here to the signal; returns the exit status. */
-static int serve(ts_config *c, const options *o, const sigset_t *signals)
+static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t *signals)
 {
     ts_service *s = calloc(1, sizeof *s);
     ts_nng_server *server = NULL;
@@ -314,7 +325,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     c->limits.first_generation = (uint32_t)(random_number() >> 33);
     c->limits.hash_seed = random_number();
-    bool made = ts_service_init(s, &c->limits);
+    bool made = ts_takeover_begin(s, store, c);
     s->exec.attention = ts_attention_new(ts_config_threads(c, ts_processors()), c->kernel);
     if (s->exec.attention != NULL)
         s->exec.host = ts_host_executor_new(s->exec.attention);
@@ -323,9 +334,11 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
                c->limits.sessions, c->threads);
         goto out;
     }
-    if (ts_pool_memory_start(&s->exec, c) != TS_OK)
+    if (ts_takeover_pools(s, c) != TS_OK)
         goto out;
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
+    if (engine_runs && s->started.restored)
+        ts_reload_taken_over(s, c);
     ts_nng_server_options messages = {.path = c->socket,
                                       .mode = c->socket_mode,
                                       .connections_max = connections_max(c),
@@ -353,6 +366,7 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", c->socket,
            ts_isa_name(ts_attention_isa(s->exec.attention)),
            ts_attention_threads(s->exec.attention));
+    ts_books_serve(s->exec.books);
     ts_store_notify("READY=1");
     int number = await_signal(s, signals, o, c);
     if (number != SIGUSR1)
@@ -360,6 +374,8 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     /* A supervisor that adopted this daemon can't wait for its status. */
     ts_store_notify(number != SIGUSR1 ? "STOPPING=1" : "STOPPING=1\nEXIT_STATUS=3");
     code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
+    if (s->exec.books != NULL) /* nothing is undone: the next daemon goes on with it */
+        leave(store, code);
 out:
     ts_http_stop(http);
     ts_nng_server_stop(server);
@@ -390,7 +406,8 @@ out:
 }
 
 /* Takes the socket's path, and serves. */
-static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signals)
+static int lock_and_serve(ts_config *c, const options *o, ts_store *store,
+                          const sigset_t *signals)
 {
     char lock_path[128], handles_path[128], why[512];
     int lock, code = EXIT_FAILURE;
@@ -405,7 +422,7 @@ static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signal
         ts_socket_path_clear(handles_path, why, sizeof why) != TS_OK)
         ts_log(TS_LOG_ERROR, "%s", why);
     else
-        code = serve(c, o, signals);
+        code = serve(c, o, store, signals);
     (void)unlink(lock_path);
     close(lock);
     return code;
@@ -475,6 +492,7 @@ int main(int argc, char **argv)
         free(c);
         return code;
     }
+    ts_store *store = ts_store_open(); /* before there are threads */
     /* Every thread leaves these to main's sigwait. */
     sigset_t signals;
     sigemptyset(&signals);
@@ -485,7 +503,8 @@ int main(int argc, char **argv)
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();
-    int code = lock_and_serve(c, &o, &signals);
+    int code = lock_and_serve(c, &o, store, &signals);
+    ts_store_close(store);
     free(c);
     return code;
 }

@@ -33,7 +33,7 @@
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 7u
+#define TS_RING_VERSION 8u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of, if the client made room for them */
@@ -98,7 +98,8 @@ typedef struct ts_ring_entry {
                    the prompts' ids in ts_rings_ids; what a match found, in tokens, in begun_starts,
                    and what Matched calls twins in begun_counts */
     };
-    uint8_t unused[16];
+    uint64_t call; /* its number: a session's calls count on, by message or ring */
+    uint8_t unused[8];
 } ts_ring_entry;
 
 typedef struct ts_ring_completion {

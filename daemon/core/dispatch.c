@@ -49,6 +49,7 @@ static const struct operation {
     [TS_OP_CACHE_SET] = {NOTHING, ts_engine_cache_set},
     [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
     [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
+    [TS_OP_SLAB_LOST] = {NOTHING, ts_engine_slab_lost},
     [TS_OP_RESTARTED] = {NOTHING, ts_engine_restarted},
 };
 

@@ -318,6 +318,53 @@ void ts_engine_seq_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     ts_engine_free_sequence(e, c->pool, seq, &entries);
 }
 
+/* Whether the sequence, with what an open step reserved for it, has a block of the slab. */
+static bool has_block_of(const ts_engine *e, uint32_t pool, uint32_t index, uint32_t slab)
+{
+    const ts_engine_pool *p = &e->pools[pool];
+    const ts_sequence *seq = &p->seqs.all[index];
+    uint32_t entries = seq->num_blocks;
+    bool has = false;
+    const ts_step *step = seq->step < e->num_steps ? &e->steps[seq->step] : NULL;
+    for (uint32_t i = 0; step != NULL && i < step->num_seqs; i++)
+        if (step->seqs[i].seq == index) {
+            entries += step->seqs[i].reserved;
+            has = step->seqs[i].original != TS_NONE &&
+                  step->seqs[i].original / p->books.slab_blocks == slab;
+        }
+    for (uint32_t i = 0; i < entries && !has; i++)
+        has = seq->blocks[i] / p->books.slab_blocks == slab;
+    return has;
+}
+
+void ts_engine_slab_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)s;
+    const uint32_t slab = c->slab_grant.slab;
+    ts_engine_pool *pool = &e->pools[c->pool];
+    uint32_t all = UINT32_MAX;
+    if (!ts_engine_has_pool(e, c->pool) || slab >= pool->books.ungranted)
+        return ts_refuse(a, TS_ENOENT, "there is no slab %u in pool %u", slab, c->pool);
+    (void)ts_sequences_sweep(&pool->seqs, &pool->books, UINT32_MAX);
+    for (uint32_t i = 0; i < pool->seqs.count; i++) {
+        ts_sequence *seq = &pool->seqs.all[i];
+        if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING ||
+            !has_block_of(e, c->pool, i, slab))
+            continue;
+        if (seq->step != TS_NONE && e->steps[seq->step].in_flight > 0)
+            continue; /* of a session that has ended: nobody reads it any more */
+        if (seq->step != TS_NONE)
+            ts_engine_step_abort(e, &e->steps[seq->step]);
+        all = UINT32_MAX;
+        ts_engine_free_sequence(e, c->pool, seq, &all);
+        a->dropped++;
+    }
+    all = UINT32_MAX;
+    if (pool->books.slabs[slab].used == 0)
+        ts_pool_evict_slab(&pool->books, slab, TS_EVICT_DROP, &all);
+    pool->books.slabs[slab].generation++; /* whoever maps it maps it anew */
+}
+
 /* Tokens of sequence i of a SEQ_TRUNCATE afterwards. */
 static uint32_t length_after(const ts_command *c, uint32_t i, const ts_sequence *seq)
 {

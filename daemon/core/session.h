@@ -23,6 +23,7 @@ typedef struct ts_session {
     uint8_t nonce[TS_SECRET_BYTES]; /* the client's, of its opening; all 0: it gave none */
     uint64_t call;                  /* the last one that was carried out, by the client's count */
     uint64_t exchange_bytes;
+    uint32_t exchanges; /* that it has had */
     uint32_t sequences; /* owned */
     uint64_t blocks;    /* entries in their block tables, and what its open steps reserved */
     uint32_t steps;     /* open */

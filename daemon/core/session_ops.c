@@ -182,6 +182,7 @@ void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, t
         return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
     s->exchange_bytes = bytes;
+    s->exchanges++;
 }
 
 bool ts_engine_session_writes(const ts_engine *e, uint64_t id)

@@ -3,6 +3,7 @@
 #include "cgroup.h"
 #include "clock.h"
 #include "log.h"
+#include "stored_memory.h"
 
 #include <stdlib.h>
 
@@ -48,7 +49,9 @@ void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
 {
     ts_command timed = *command;
     timed.now_ms = ts_now_ms();
+    ts_books_begin(x->books, &timed);
     ts_engine_apply(x->engine, &timed, a);
+    ts_books_note(x->books, x->engine, &timed, a);
     ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;
@@ -72,13 +75,17 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
     ts_status status = ts_memory_renew(
         memory, slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
         why_bytes);
-    if (status == TS_OK) /* else the slab stays what it is, and whose it is */
-        ts_exec_let_go(x, pool, slab);
-    return status;
+    if (status != TS_OK) /* the slab stays what it is, and whose it is */
+        return status;
+    ts_exec_let_go(x, pool, slab);
+    return ts_stored_slab_put(x, pool, slab, x->engine->pools[pool].books.slabs[slab].generation + 1,
+                              why, why_bytes);
 }
 
-void ts_exec_supply(ts_exec *x, const ts_command *command, ts_answer *a)
+void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
 {
+    if (ts_books_answered(x->books, x->engine, command, a))
+        return;
     for (;;) {
         ts_exec_apply(x, command, a);
         if (a->status != TS_NEED_SLABS)
@@ -106,6 +113,8 @@ void ts_exec_supply(ts_exec *x, const ts_command *command, ts_answer *a)
                       &granted);
         if (granted.status != TS_OK)
             return ts_refuse(a, TS_EINTERNAL, "%s", granted.message);
+        ts_stored_slab_forget(x, pool, slab,
+                              x->engine->pools[pool].books.slabs[slab].generation - 1);
     }
 }
 

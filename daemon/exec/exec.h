@@ -7,10 +7,12 @@
 #ifndef TS_EXEC_H
 #define TS_EXEC_H
 
+#include "books.h"
 #include "engine.h"
 #include "gpu_executor.h"
 #include "host_executor.h"
 #include "memory.h"
+#include "store.h"
 #include "work_queue.h"
 
 #define TS_GPUS_MAX 16u
@@ -25,6 +27,8 @@ typedef struct ts_exec {
     ts_queue queue;
     void *owner; /* that the queue's work is handed: what the exec lies in */
     ts_engine *engine;
+    ts_store *store; /* NULL: nobody holds anything */
+    ts_books *books; /* NULL: what there is ends with the daemon */
     ts_memory *memory[TS_POOLS_MAX];
     ts_attention *attention;
     ts_host_executor *host;
@@ -58,8 +62,9 @@ void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
 void ts_exec_look_for_woken(ts_exec *exec);
 
 /* The same, finding memory for slabs until the command has enough. TS_NEED_SWEEP: it must wait for
- * what is freed bit by bit, and be applied again when `resumed` is called. */
-void ts_exec_supply(ts_exec *exec, const ts_command *command, ts_answer *answer);
+ * what is freed bit by bit, and be applied again when `resumed` is called. A call that was answered
+ * before the daemon was restarted gets that answer again. */
+void ts_exec_supply(ts_exec *exec, ts_command *command, ts_answer *answer);
 
 /* Has `slab_goes` called if others may map the slab's memory in such a way that it wouldn't come
  * free: when it is renewed or dropped. */

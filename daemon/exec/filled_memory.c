@@ -38,17 +38,20 @@ void ts_filling_end(ts_filling *f)
 }
 
 /* Keeps what is mapped writable, and refuses to free pages. Linux before 5.1 can't do that. */
-static bool seal(int fd)
+static bool seal(int fd, bool outlives)
 {
+    if (outlives)
+        return fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL) == 0;
     return fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) == 0 ||
            (errno == EINVAL && fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL) == 0);
 }
 
 /* Seals the mapped memory. */
-static ts_status seal_and_check(int fd, const char *what, char *why, size_t why_bytes)
+static ts_status seal_and_check(int fd, bool outlives, const char *what, char *why,
+                                size_t why_bytes)
 {
     struct stat about;
-    if (!seal(fd) || fstat(fd, &about) != 0) {
+    if (!seal(fd, outlives) || fstat(fd, &about) != 0) {
         snprintf(why, why_bytes, "%s can't be sealed: the client has sealed it", what);
         return TS_EINVAL;
     }
@@ -61,9 +64,17 @@ static ts_status seal_and_check(int fd, const char *what, char *why, size_t why_
     return TS_OK;
 }
 
-ts_status ts_filling_take(ts_filling *f, const char *what, void **base, uint64_t *bytes, char *why,
-                          size_t why_bytes)
+bool ts_filled_is_whole(int fd)
 {
+    struct stat about;
+    return fstat(fd, &about) == 0 && about.st_blocks * 512 >= about.st_size;
+}
+
+ts_status ts_filling_take(ts_filling *f, const char *what, void **base, uint64_t *bytes, int *fd,
+                          char *why, size_t why_bytes)
+{
+    if (fd != NULL)
+        *fd = -1;
     if (f->bytes == 0) {
         snprintf(why, why_bytes, "the session has asked for no memory for %s", what);
         return TS_EINVAL;
@@ -76,9 +87,14 @@ ts_status ts_filling_take(ts_filling *f, const char *what, void **base, uint64_t
         snprintf(why, why_bytes, "mapping %s of %llu bytes: %s", what, (unsigned long long)*bytes,
                  strerror(errno));
     } else {
-        status = seal_and_check(f->fd, what, why, why_bytes);
+        status = seal_and_check(f->fd, f->outlives, what, why, why_bytes);
         if (status != TS_OK)
             munmap(*base, *bytes);
+    }
+    if (status == TS_OK && fd != NULL && (*fd = fcntl(f->fd, F_DUPFD_CLOEXEC, 0)) < 0) {
+        snprintf(why, why_bytes, "no descriptor for %s: %s", what, strerror(errno));
+        munmap(*base, *bytes);
+        status = TS_ENOMEM;
     }
     ts_filling_end(f);
     return status;

@@ -3,7 +3,8 @@
  * is charged with its pages: the exchange in host memory and the rings. The pages must stay there:
  * one that is freed and then touched by the daemon would be charged to the daemon. So when the
  * client hands the memory over, all of it must be there, and the daemon seals it against what frees
- * pages. (It is the daemon that makes it so that no client has to pass a descriptor: passed_fds.h.)
+ * pages. (Where the next daemon is to map it, it can't be sealed: who frees pages then is found out
+ * by ts_filled_is_whole, and its session ends. It is the daemon that makes it so that no client has to pass a descriptor: passed_fds.h.)
  *
  * Locking: the caller's.
  */
@@ -12,6 +13,7 @@
 
 #include "tinyserve_types.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -19,15 +21,20 @@
 typedef struct ts_filling {
     int fd;
     uint64_t bytes; /* 0: none */
+    bool outlives;  /* the next daemon is to map it: so it can't be sealed against what frees pages */
 } ts_filling;
 
 /* Makes memory of whole pages, in place of what was made before. TS_ENOMEM with a sentence. */
 ts_status ts_filling_new(ts_filling *filling, uint64_t bytes, char *why, size_t why_bytes);
 
 /* Maps what the client has filled; `what` names it in sentences ("the exchange"). In any case the
- * struct is empty then. TS_EINVAL or TS_ENOMEM with a sentence. */
+ * struct is empty then. *fd is the memory's descriptor, the caller's; NULL: it isn't wanted.
+ * TS_EINVAL or TS_ENOMEM with a sentence. */
 ts_status ts_filling_take(ts_filling *filling, const char *what, void **base, uint64_t *bytes,
-                          char *why, size_t why_bytes);
+                          int *fd, char *why, size_t why_bytes);
+
+/* Whether all pages of the memory that the descriptor is of are there. */
+bool ts_filled_is_whole(int fd);
 
 void ts_filling_end(ts_filling *filling);
 

@@ -2,6 +2,8 @@
 
 #include "log.h"
 #include "plain_text.h"
+#include "step_work.h"
+#include "stored_memory.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -264,6 +266,7 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
                                     why, why_bytes);
     ts_answer added = {0};
     if (status == TS_OK) {
+        memory->outlives = ts_stored_outlives(x);
         ts_exec_apply(x, &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &p}, &added);
         status = added.status;
         snprintf(why, why_bytes, "%s", added.message);
@@ -285,6 +288,91 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
             "that the daemon attends takes a fraction of a millisecond less",
             p.name, p.device);
     return TS_OK;
+}
+
+/* The GPU of a pool that an earlier daemon had; NULL with a sentence. It is where it was, or where
+ * the devices' order has put it. */
+static const ts_exec_gpu *find_gpu(ts_exec *x, const ts_pool_config *p, char *why, size_t why_bytes)
+{
+    char reason[128] = "";
+    uint32_t first = 0, count = ts_gpu_count(reason, sizeof reason);
+    (void)sscanf(p->device, "cuda:%u", &first);
+    for (uint32_t i = 0; i < count; i++) {
+        const ts_exec_gpu *g = open_gpu(x, (first + i) % count, why, why_bytes);
+        if (g != NULL && memcmp(ts_gpu_get_info(g->gpu)->uuid, p->device_uuid,
+                                sizeof p->device_uuid) == 0)
+            return g;
+    }
+    snprintf(why, why_bytes, "its GPU, %s, isn't there any more%s%s", p->device_name,
+             reason[0] == '\0' ? "" : ": ", reason);
+    return NULL;
+}
+
+/* A slab whose memory is gone gets new memory, and what it had is lost. */
+static ts_status lose_slab(ts_exec *x, uint32_t pool, uint32_t slab, uint64_t *lost, char *why,
+                           size_t why_bytes)
+{
+    ts_answer a;
+    ts_exec_apply(
+        x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab}, &a);
+    *lost += a.dropped;
+    ts_status status = ts_memory_renew(
+        x->memory[pool], slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE,
+        why, why_bytes);
+    return status != TS_OK
+               ? status
+               : ts_stored_slab_put(x, pool, slab,
+                                    x->engine->pools[pool].books.slabs[slab].generation, why,
+                                    why_bytes);
+}
+
+static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_bytes)
+{
+    const ts_engine_pool *p = &x->engine->pools[pool];
+    const size_t slab_bytes = ts_geometry_block_bytes(&p->config.geometry) * p->config.slab_blocks;
+    const uint32_t slabs = (p->books.max_blocks - 1) / p->books.slab_blocks + 1;
+    const bool ipc = strcmp(p->config.memory, "cuda-ipc") == 0;
+    ts_memory **memory = &x->memory[pool];
+    uint64_t lost = 0;
+    if (p->config.on_gpu && (x->gpu_of[pool] = find_gpu(x, &p->config, why, why_bytes)) == NULL)
+        return TS_EDEVICE;
+    ts_status status =
+        x->gpu_of[pool] == NULL ? ts_memory_host_new(slabs, slab_bytes, memory, why, why_bytes)
+        : ipc ? ts_memory_cuda_ipc_new(x->gpu_of[pool]->gpu, slab_bytes, memory, why, why_bytes)
+              : ts_memory_cuda_vmm_new(x->gpu_of[pool]->gpu, slabs, slab_bytes, memory, why,
+                                       why_bytes);
+    if (status != TS_OK)
+        return status;
+    (*memory)->outlives = true;
+    for (uint32_t i = 0; i < p->books.ungranted && status == TS_OK; i++)
+        if (!ts_stored_slab_take(x, pool, i))
+            status = lose_slab(x, pool, i, &lost, why, why_bytes);
+    if (lost > 0)
+        ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = p->config.name},
+                  "pool '%s': %llu sequences are lost: their memory is gone%s", p->config.name,
+                  (unsigned long long)lost, ipc ? ", as cuda-ipc memory is with its daemon" : "");
+    return status;
+}
+
+ts_status ts_pool_memory_restore(ts_exec *x, char *why, size_t why_bytes)
+{
+    ts_answer a;
+    ts_status status = TS_OK;
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_RESTARTED}, &a);
+    for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK; i++)
+        if (ts_engine_has_pool(x->engine, i))
+            status = restore_pool(x, i, why, why_bytes);
+    for (uint32_t i = 0; i < x->engine->num_steps && status == TS_OK; i++) {
+        const ts_step *step = &x->engine->steps[i];
+        if (!step->live || !step->copying)
+            continue;
+        status = ts_step_work_copy_again(x, step, why, why_bytes);
+        ts_exec_apply(x,
+                      &(ts_command){.op = TS_OP_STEP_DONE,
+                                    .step_done = {.step = step->id, .layer = TS_NONE}},
+                      &a);
+    }
+    return status;
 }
 
 /* Whether a pool of `bytes` fits on its GPU beside others that take *others of it, and can be
@@ -385,6 +473,7 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     ts_exec_apply(x, &command, a);
     for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++) {
         ts_exec_let_go(x, pool, i);
+        ts_stored_slab_forget(x, pool, i, p->books.slabs[i].generation);
         ts_memory_drop(memory, i);
     }
     return a->status;
@@ -402,7 +491,19 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
                   p->config.name);
         return a->status;
     }
+    /* The books go with the pool, and with them the generations, which the names have. */
+    const uint32_t slabs = p->books.ungranted;
+    uint32_t *generations = calloc(slabs + 1ull, sizeof *generations);
+    if (generations == NULL) {
+        ts_refuse(a, TS_ENOMEM, "no memory to end a pool of %u slabs", slabs);
+        return a->status;
+    }
+    for (uint32_t i = 0; i < slabs; i++)
+        generations[i] = p->books.slabs[i].generation;
     ts_exec_apply(x, &command, a);
+    for (uint32_t i = 0; i < slabs && a->status == TS_OK; i++)
+        ts_stored_slab_forget(x, pool, i, generations[i]);
+    free(generations);
     if (a->status != TS_OK)
         return a->status;
     for (uint32_t i = 0; i < x->memory[pool]->num_slabs; i++)

@@ -23,6 +23,13 @@ ts_status ts_pool_memory_start(ts_exec *exec, const ts_config *config);
 ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, char *why,
                              size_t why_bytes);
 
+/*
+ * Gives the pools that the engine has, after a restart, their memory again, and makes the copies
+ * that begun steps lack. What of it isn't there any more is lost: its sequences are freed, which
+ * the log counts. A pool whose GPU isn't there is TS_EDEVICE, with a sentence.
+ */
+ts_status ts_pool_memory_restore(ts_exec *exec, char *why, size_t why_bytes);
+
 /* Whether a tenant's exchanges may take so much more of the memory of the pool's GPU: TS_EQUOTA, or
  * TS_ENOMEM if the GPU hasn't that much beside what its pools were promised. */
 ts_status ts_pool_memory_check_exchange(const ts_exec *exec, uint32_t pool, uint32_t tenant,

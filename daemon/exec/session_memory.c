@@ -1,9 +1,12 @@
 #define _GNU_SOURCE
 #include "session_memory.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static ts_status new_exchange(ts_exchange **out, char *why, size_t why_bytes)
@@ -14,7 +17,7 @@ static ts_status new_exchange(ts_exchange **out, char *why, size_t why_bytes)
         return TS_ENOMEM;
     }
     (*out)->users = 1;
-    (*out)->fd = -1;
+    (*out)->fd = (*out)->kept_fd = -1;
     (*out)->shared.fd = -1;
     return TS_OK;
 }
@@ -32,17 +35,49 @@ ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, si
 {
     void *base;
     uint64_t bytes;
+    int fd;
     *out = NULL;
-    ts_status status = ts_filling_take(filling, "the exchange", &base, &bytes, why, why_bytes);
+    const bool outlives = filling->outlives;
+    ts_status status = ts_filling_take(filling, "the exchange", &base, &bytes,
+                                       outlives ? &fd : NULL, why, why_bytes);
     if (status != TS_OK)
         return status;
     status = new_exchange(out, why, why_bytes);
     if (status != TS_OK) {
         munmap(base, bytes);
+        if (outlives)
+            close(fd);
         return status;
+    }
+    if (outlives)
+        (*out)->kept_fd = fd;
+    (*out)->host = base;
+    (*out)->bytes = bytes;
+    return TS_OK;
+}
+
+ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why, size_t why_bytes)
+{
+    struct stat about;
+    *out = NULL;
+    if (fstat(fd, &about) != 0 || (uint64_t)about.st_size != bytes || !ts_filled_is_whole(fd)) {
+        snprintf(why, why_bytes, "of %llu bytes %lld are there", (unsigned long long)bytes,
+                 (long long)about.st_blocks * 512);
+        close(fd);
+        return TS_EINVAL;
+    }
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED || new_exchange(out, why, why_bytes) != TS_OK) {
+        snprintf(why, why_bytes, "mapping %llu bytes: %s", (unsigned long long)bytes,
+                 strerror(errno));
+        if (base != MAP_FAILED)
+            munmap(base, bytes);
+        close(fd);
+        return TS_ENOMEM;
     }
     (*out)->host = base;
     (*out)->bytes = bytes;
+    (*out)->kept_fd = fd;
     return TS_OK;
 }
 
@@ -97,6 +132,8 @@ void ts_exchange_release(ts_exchange *x)
 {
     if (x == NULL || --x->users > 0)
         return;
+    if (x->kept_fd >= 0)
+        close(x->kept_fd);
     if (x->host == NULL) {
         ts_gpu_shared_free(&x->shared); /* its descriptor too */
     } else {

@@ -16,6 +16,7 @@ typedef struct ts_exchange {
     uint64_t bytes;
     uint32_t users;       /* the connection, and each run in flight */
     int fd;               /* to hand out, of device memory; -1: none */
+    int kept_fd;          /* of host memory that outlives the daemon; else -1 */
     unsigned char *host;  /* where the processor finds it; NULL: device memory */
     ts_gpu *gpu;          /* that can use it too; NULL: none */
     unsigned char *there; /* where that GPU finds it */
@@ -24,6 +25,11 @@ typedef struct ts_exchange {
 
 /* Host memory that the client has filled. TS_EINVAL or TS_ENOMEM with a sentence. */
 ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, size_t why_bytes);
+
+/* Host memory that an earlier daemon took, by its descriptor, which becomes the exchange's or is
+ * closed. TS_EINVAL: it has other than `bytes`, or not all its pages. TS_ENOMEM. */
+ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why,
+                            size_t why_bytes);
 
 /* Memory of the device, shared as the pool's memory is; *held counts it: see ts_gpu_shared_new. */
 ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, uint64_t *held,

@@ -2,6 +2,8 @@
 
 #include "log.h"
 
+#include <semaphore.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -186,6 +188,49 @@ bool ts_step_work_copy(ts_exec *x, const ts_completion *completion, const ts_ans
     j->job.num_copies = a->begun.num_copies;
     submit(x, j);
     return true;
+}
+
+/* A job that a thread waits for. */
+typedef struct awaited_job {
+    ts_job job; /* first: the executor hands it back */
+    sem_t done;
+} awaited_job;
+
+static void awaited(ts_job *job)
+{
+    sem_post(&((awaited_job *)job)->done);
+}
+
+ts_status ts_step_work_copy_again(ts_exec *x, const ts_step *step, char *why, size_t why_bytes)
+{
+    const ts_exec_gpu *gpu = x->gpu_of[step->pool];
+    ts_block_copy *copies = calloc(step->num_seqs + 1ull, sizeof *copies);
+    uint32_t count = 0;
+    if (copies == NULL) {
+        snprintf(why, why_bytes, "no memory for the copies of a step of %u sequences",
+                 step->num_seqs);
+        return TS_ENOMEM;
+    }
+    ts_engine_step_copies(x->engine, step, copies, &count);
+    awaited_job j = {.job = {.geometry = x->engine->pools[step->pool].config.geometry,
+                             .base = x->memory[step->pool]->base,
+                             .done = awaited,
+                             .session = step->session,
+                             .tenant = x->engine->sessions[step->session].tenant,
+                             .copies = copies,
+                             .num_copies = count}};
+    sem_init(&j.done, 0, 0);
+    if (gpu != NULL)
+        ts_gpu_executor_submit(gpu->executor, &j.job);
+    else
+        ts_host_executor_submit(x->host, &j.job);
+    while (sem_wait(&j.done) != 0)
+        ;
+    sem_destroy(&j.done);
+    free(copies);
+    if (j.job.status != TS_OK)
+        snprintf(why, why_bytes, "the copies of a step: %s", j.job.why);
+    return j.job.status;
 }
 
 void ts_step_work_undo(ts_exec *x, const ts_command *command, uint64_t step)

@@ -219,7 +219,7 @@ static void encode_seqs(ts_ring *r, const ts_command *command, const ts_answer *
 static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_command *command,
                    ts_answer *a)
 {
-    *command = (ts_command){.session = c->session};
+    *command = (ts_command){.session = c->session, .call = entry->call};
     switch (entry->op) {
     case TS_RING_BEGIN:
         return decode_begin(r, c, entry, command, a);

@@ -336,6 +336,12 @@ void ts_books_serve(ts_books *b)
         b->journal.head->attempts = 0;
 }
 
+void ts_books_discard(ts_books *b)
+{
+    if (b != NULL)
+        b->journal.head->discard = 1;
+}
+
 bool ts_books_answered(const ts_books *b, const ts_engine *engine, ts_command *c, ts_answer *a)
 {
     return b != NULL && ts_answers_find(&b->answers, engine, c, a);
@@ -416,6 +422,8 @@ static bool take_over(ts_books *b, replica *r, ts_books_start *start)
         return false;
     if (ts_journal_open(&b->journal, fd, start->why, sizeof start->why) != TS_OK)
         return false;
+    if (b->journal.head->discard != 0)
+        return false;
     look_at_death(b->journal.head, start);
     if (restore(b, r, start) == TS_OK) {
         start->journal_bytes = ts_journal_used(&b->journal);
@@ -427,8 +435,9 @@ static bool take_over(ts_books *b, replica *r, ts_books_start *start)
     return false;
 }
 
-/* What couldn't be taken over is left for the operator, under another name. */
-static void set_aside(ts_books *b)
+/* What couldn't be taken over is left for the operator, under another name; what isn't wanted
+ * goes. */
+static void set_aside(ts_books *b, bool keep)
 {
     char name[40], why[160];
     const char *names[1 + TS_AREAS] = {journal_name, area_names[0], area_names[1]};
@@ -437,9 +446,10 @@ static void set_aside(ts_books *b)
         if (fds[i] < 0)
             continue;
         snprintf(name, sizeof name, "failed.%s", names[i]);
+        b->keeper.forget(b->keeper.arg, names[i]); /* first: nobody keeps a file twice */
         b->keeper.forget(b->keeper.arg, name);
-        (void)b->keeper.keep(b->keeper.arg, name, fds[i], why, sizeof why);
-        b->keeper.forget(b->keeper.arg, names[i]);
+        if (keep)
+            (void)b->keeper.keep(b->keeper.arg, name, fds[i], why, sizeof why);
         if (i > 0)
             close(fds[i]);
     }
@@ -502,7 +512,7 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
     pthread_cond_init(&b->made, NULL);
     ts_status status = TS_OK;
     if (!take_over(b, &r, start)) {
-        set_aside(b);
+        set_aside(b, start->why[0] != '\0');
         b->areas[0] = b->areas[1] = -1;
         status = begin(b, o, &r, why, why_bytes);
     } else {

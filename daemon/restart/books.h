@@ -72,6 +72,9 @@ void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *c
 /* The restart was a success: the daemon serves. */
 void ts_books_serve(ts_books *books);
 
+/* The next daemon is to begin with nothing. */
+void ts_books_discard(ts_books *books);
+
 /* Whether the command repeats the last call of its session before a restart; *answer is what it was
  * answered. See answers.h. */
 bool ts_books_answered(const ts_books *books, const ts_engine *engine, ts_command *command,

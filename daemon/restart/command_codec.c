@@ -57,6 +57,7 @@ static const struct shape {
     [TS_OP_DRAIN] = {BODY(drain), 0, {0}},
     [TS_OP_CACHE_DROP] = {BODY(cache_drop), 1, {AT(cache_drop.space.bytes)}},
     [TS_OP_CACHE_SET] = {BODY(cache_set), 0, {0}},
+    [TS_OP_SLAB_LOST] = {BODY(slab_grant), 0, {0}},
     [TS_OP_RESTARTED] = {0, 0, {0}}, /* the last */
 };
 

@@ -496,7 +496,7 @@ bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answe
     a->status = TS_OK;
     if (message == NULL)
         return false;
-    *c = (ts_command){.op = message->op, .session = session};
+    *c = (ts_command){.op = message->op, .session = session, .call = r->request_id};
     return message->decode(r, c, a);
 }
 

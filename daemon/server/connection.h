@@ -32,7 +32,8 @@ typedef struct ts_connection {
     uint32_t pipe, uid, gid, pid;
     uint64_t session; /* 0: none opened */
     uint64_t kicked;  /* the session that was ended though its worker lives; 0: none */
-    bool kept_slabs;  /* ... for want of GPU memory that it was to give back; else by an operator */
+    bool kept_slabs;  /* ... for want of GPU memory that it was to give back, */
+    bool freed_pages; /* ... or of pages of its exchange; else by an operator */
     uint8_t token[TS_TOKEN_BYTES];
     ts_session_memory memory;
     struct ts_ring *ring;  /* of the rings (ring_server.h), which closes by a hook; NULL: none */

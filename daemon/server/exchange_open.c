@@ -2,6 +2,7 @@
 
 #include "pool_memory.h"
 #include "step_work.h"
+#include "stored_memory.h"
 
 #include <stdio.h>
 
@@ -51,6 +52,8 @@ static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
         return ts_exchange_release(x);
     ts_exchange_release(c->memory.exchange);
     c->memory.exchange = x;
+    const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges;
+    ts_stored_exchange_forget(&s->exec, c->session, number - 1);
 }
 
 static ts_status new_on_device(const ts_exec *x, uint32_t pool, uint32_t tenant, uint64_t bytes,
@@ -102,9 +105,17 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
         snprintf(why, why_bytes, "%s", a.message);
         return a.status;
     }
+    c->memory.new_exchange.outlives = ts_stored_outlives(&s->exec);
     ts_status status = ts_exchange_take(&c->memory.new_exchange, &x, why, why_bytes);
     if (status != TS_OK)
         return status;
+    const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges + 1;
+    if (x->kept_fd >= 0 &&
+        (status = ts_stored_exchange_put(&s->exec, c->session, number, x->kept_fd, why,
+                                         why_bytes)) != TS_OK) {
+        ts_exchange_release(x);
+        return status;
+    }
     ts_command command = {.op = TS_OP_EXCHANGE_OPEN,
                           .session = c->session,
                           .exchange_open = {.bytes = x->bytes,
@@ -112,6 +123,8 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
                                                             c->memory.exchange->host == NULL}};
     *bytes = x->bytes;
     replace_exchange(s, c, x, &command, &a);
+    if (a.status != TS_OK)
+        ts_stored_exchange_forget(&s->exec, c->session, number);
     snprintf(why, why_bytes, "%s", a.message);
     return a.status;
 }

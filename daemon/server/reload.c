@@ -214,6 +214,13 @@ static void note_pool(list *l, const ts_config_pool *p)
     note(l, what);
 }
 
+void ts_reload_taken_over(ts_service *s, ts_config *running)
+{
+    change ch = {.work.run = apply, .running = running, .next = running};
+    ts_queue_put(&s->exec.queue, &ch.work);
+    ts_queue_flush(&s->exec.queue);
+}
+
 void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
 {
     list fixed = {""};

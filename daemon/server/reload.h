@@ -18,4 +18,7 @@ bool ts_reload_takes(const ts_config_section *section, const ts_config_key *key)
 /* `running` becomes what runs then. */
 void ts_reload(ts_service *service, ts_config *running, const ts_config *next);
 
+/* What was taken over from an earlier daemon (takeover.h) becomes as the configuration says. */
+void ts_reload_taken_over(ts_service *service, ts_config *running);
+
 #endif

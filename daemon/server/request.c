@@ -8,6 +8,7 @@
 #include "plain_text.h"
 #include "refusals.h"
 #include "report.h"
+#include "resume.h"
 #include "step_work.h"
 #include "tinyserve_version.h"
 #include "unconst.h"
@@ -100,6 +101,25 @@ static ts_kept_reply *reply_slot(ts_service *s, ts_connection *c, ts_request *re
 
 /* ---- requests ---- */
 
+static void encode_opened(ts_service *s, ts_connection *c, Tspb__Reply *reply,
+                          Tspb__SessionOpened *opened)
+{
+    tspb__session_opened__init(opened);
+    opened->session = c->session;
+    opened->token.data = c->token;
+    opened->token.len = sizeof c->token;
+    opened->exchange_bytes_max = s->exec.engine->limits.exchange_bytes;
+    opened->version = (char *)TS_VERSION;
+    opened->tenant_uid = c->uid;
+    opened->message_bytes_max = s->message_bytes_max;
+    opened->epoch.data = s->epoch;
+    opened->epoch.len = sizeof s->epoch;
+    opened->restarts = s->started.restarts;
+    opened->has_exchange = c->memory.exchange != NULL && c->memory.exchange->host != NULL;
+    reply->body_case = TSPB__REPLY__BODY_SESSION_OPENED;
+    reply->session_opened = opened;
+}
+
 static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *request,
                          ts_answer *a, Tspb__Reply *reply, Tspb__SessionOpened *opened)
 {
@@ -118,6 +138,11 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     if (c->session != 0)
         return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
                          (unsigned long long)c->session);
+    const uint64_t before = ts_resume_opened(s, c, &open->nonce);
+    if (before != 0) { /* the answer went with the daemon that gave it */
+        ts_resume_attach(s, c, before);
+        return encode_opened(s, c, reply, opened);
+    }
     if (getrandom(c->token, sizeof c->token, 0) != (ssize_t)sizeof c->token)
         return ts_refuse(a, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
     char program[TS_PROGRAM_BYTES];
@@ -125,9 +150,14 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     ts_command command = {
         .op = TS_OP_SESSION_OPEN,
         .session_open = {.uid = c->uid,
+                         .gid = c->gid,
                          .pid = c->pid,
+                         .process_started = s->exec.books == NULL ? 0 : ts_process_started(c->pid),
                          .program = program,
                          .is_operator = ts_service_is_operator(s, c->uid, c->gid)}};
+    memcpy(command.session_open.token, c->token, sizeof c->token);
+    if (open->nonce.len == sizeof command.session_open.nonce)
+        memcpy(command.session_open.nonce, open->nonce.data, open->nonce.len);
     ts_exec_apply(&s->exec, &command, a);
     if (a->status != TS_OK)
         return;
@@ -138,16 +168,7 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
               &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx opened: %s (uid %u, pid %u)", (unsigned long long)c->session, program,
               c->uid, c->pid);
-    tspb__session_opened__init(opened);
-    opened->session = c->session;
-    opened->token.data = c->token;
-    opened->token.len = sizeof c->token;
-    opened->exchange_bytes_max = s->exec.engine->limits.exchange_bytes;
-    opened->version = (char *)TS_VERSION;
-    opened->tenant_uid = c->uid;
-    opened->message_bytes_max = s->message_bytes_max;
-    reply->body_case = TSPB__REPLY__BODY_SESSION_OPENED;
-    reply->session_opened = opened;
+    encode_opened(s, c, reply, opened);
 }
 
 /* Tells the slabs of the blocks that the reply tells. False: out of memory. */
@@ -303,13 +324,18 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
         ts_refuse(&a, TS_ECONN, "the daemon ends");
     } else if (c->kicked != 0) {
         ts_refuse(&a, TS_ECONN, "session %llx was ended%s", (unsigned long long)c->kicked,
-                  c->kept_slabs ? ": it did not give back GPU memory that is others' now"
-                                : " by an operator");
+                  c->kept_slabs    ? ": it did not give back GPU memory that is others' now"
+                  : c->freed_pages ? ": it has freed pages of its exchange"
+                                   : " by an operator");
     } else if (ts_admin(s, c, message, &a, &reply, &admin)) {
         if (a.status == TS_NEED_SWEEP)
             return wait_on(s, request, kept);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
         open_session(s, c, message, &a, &reply, &opened);
+    } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_RESUME) {
+        ts_resume(s, c, message->session_resume, &a);
+        if (a.status == TS_OK)
+            encode_opened(s, c, &reply, &opened);
     } else if (message->body_case == TSPB__REQUEST__BODY_WAIT_END) {
         (void)ts_service_go_on(s, c, true);
     } else if (ts_decode(message, c->session, &command, &a) &&
@@ -468,6 +494,11 @@ void ts_service_request(ts_work *work, void *service)
 
 bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
 {
+    return ts_service_init_with(s, ts_engine_new(limits));
+}
+
+bool ts_service_init_with(ts_service *s, ts_engine *engine)
+{
     ts_queue_init(&s->exec.queue);
     s->exec.owner = s;
     s->exec.resumed = resume;
@@ -476,8 +507,10 @@ bool ts_service_init(ts_service *s, const ts_engine_limits *limits)
     s->alarm.run = ts_parked_alarm;
     s->quarantine_ms = TS_QUARANTINE_MS;
     s->return_ms = TS_RETURN_MS;
-    s->exec.engine = ts_engine_new(limits);
-    s->by_session = calloc(limits->sessions, sizeof *s->by_session);
+    s->exec.engine = engine;
+    if (engine == NULL)
+        return false;
+    s->by_session = calloc(engine->limits.sessions, sizeof *s->by_session);
     s->pool_stats = ts_pool_stats_cache_new(&s->exec);
-    return s->exec.engine != NULL && s->by_session != NULL && s->pool_stats != NULL;
+    return s->by_session != NULL && s->pool_stats != NULL;
 }

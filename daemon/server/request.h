@@ -13,6 +13,9 @@
  * was made is ts_service_fini's all the same. */
 bool ts_service_init(ts_service *service, const ts_engine_limits *limits);
 
+/* The same with an engine that there is, which is the service's then; NULL: false. */
+bool ts_service_init_with(ts_service *service, ts_engine *engine);
+
 /* The `run` of a ts_request. */
 void ts_service_request(ts_work *work, void *service);
 

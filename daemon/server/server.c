@@ -2,8 +2,10 @@
 
 #include "clock.h"
 #include "pool_stats_cache.h"
+#include "resume.h"
 #include "slab_holder.h"
 #include "step_work.h"
+#include "stored_memory.h"
 #include "unconst.h"
 
 #include <poll.h>
@@ -104,14 +106,14 @@ typedef struct ts_quarantine {
 } ts_quarantine;
 
 /* False: out of memory. */
-static bool quarantine(ts_service *s, const ts_connection *c)
+static bool quarantine(ts_service *s, uint64_t session, uint32_t pid)
 {
     ts_quarantine *q = malloc(sizeof *q);
     if (q == NULL)
         return false;
     *q = (ts_quarantine){.next = s->quarantines,
-                         .session = c->session,
-                         .process = c->pid == 0 ? -1 : (int)syscall(SYS_pidfd_open, c->pid, 0u),
+                         .session = session,
+                         .process = pid == 0 ? -1 : (int)syscall(SYS_pidfd_open, pid, 0u),
                          .began_ms = ts_now_ms()};
     if (q->process < 0)
         q->gone_ms = q->began_ms;
@@ -156,19 +158,35 @@ void ts_service_set_alarm(ts_service *s)
     ts_queue_set_alarm(&s->exec.queue, &s->alarm, at);
 }
 
+void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid)
+{
+    const ts_session *about = ts_engine_session(s->exec.engine, session);
+    ts_answer answer;
+    const bool writes = ts_engine_session_writes(s->exec.engine, session);
+    if (about->exchange_bytes > 0)
+        ts_stored_exchange_forget(&s->exec, session, about->exchanges);
+    ts_exec_apply(&s->exec,
+                  &(ts_command){.op = TS_OP_SESSION_CLOSE,
+                                .session = session,
+                                .session_close.quarantine = writes && quarantine(s, session, pid)},
+                  &answer);
+}
+
+void ts_service_quarantine_again(ts_service *s, uint64_t session, uint32_t pid)
+{
+    ts_answer answer;
+    if (!quarantine(s, session, pid))
+        ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SESSION_GONE, .session = session},
+                      &answer);
+}
+
 void ts_service_end_session(ts_service *s, ts_connection *c)
 {
     if (c->session != 0) {
-        ts_answer answer;
         ts_step_work_drop_session(&s->exec, c->session);
         ts_log_level level = ts_service_session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
-        const bool writes = ts_engine_session_writes(s->exec.engine, c->session);
-        ts_exec_apply(&s->exec,
-                      &(ts_command){.op = TS_OP_SESSION_CLOSE,
-                                    .session = c->session,
-                                    .session_close.quarantine = writes && quarantine(s, c)},
-                      &answer);
+        ts_service_close_session(s, c->session, c->pid);
         ts_log_on(level, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
                   c->pid);
@@ -260,10 +278,31 @@ static void look_for_returns(ts_service *s)
     }
 }
 
+/* Ends sessions that have freed pages of their exchange where that can't be forbidden: the daemon
+ * would be charged with them. */
+static void look_at_exchanges(ts_service *s)
+{
+    for (uint32_t i = 0; i < s->exec.engine->limits.sessions; i++) {
+        ts_connection *c = s->by_session[i];
+        const ts_exchange *x = c == NULL ? NULL : c->memory.exchange;
+        if (x == NULL || x->kept_fd < 0 || ts_filled_is_whole(x->kept_fd))
+            continue;
+        ts_log_on(TS_LOG_WARNING,
+                  &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+                  "session %llx (uid %u, pid %u) is ended: it has freed pages of its exchange",
+                  (unsigned long long)c->session, c->uid, c->pid);
+        c->kicked = c->session;
+        c->freed_pages = true;
+        ts_service_end_session(s, c);
+    }
+}
+
 void ts_service_tick(ts_service *s, uint64_t idle_since_ms)
 {
     ts_exec_tick(&s->exec);
     look_for_returns(s);
+    look_at_exchanges(s);
+    ts_resume_look(s);
     for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
         for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
             if (c->idle_since_ms != 0 && c->idle_since_ms <= idle_since_ms)
@@ -326,6 +365,7 @@ void ts_service_fini(ts_service *s)
             close(q->process);
         free(q);
     }
+    ts_resume_fini(s);
     ts_pool_stats_cache_free(s->pool_stats);
     ts_step_plans_free(&s->exec);
     ts_exec_fini(&s->exec);

@@ -56,6 +56,7 @@ typedef struct ts_service {
     ts_parked *parked;                      /* what waits (parked.h) */
     ts_work alarm;                          /* for the first of the deadlines */
     uint64_t look_ms; /* ... and then, at claims and quarantines; 0: there is nothing to look at */
+    struct ts_absent *absent; /* sessions whose clients have yet to come back (resume.h) */
     struct ts_quarantine *quarantines; /* sessions whose processes may still write */
     uint32_t quarantine_ms;            /* ... for so long after the process has ended */
     uint32_t return_ms; /* a session that returns no slab for so long, and owes some, is ended */
@@ -75,6 +76,8 @@ typedef struct ts_service {
     uint64_t started_ms, requests, refused;
     ts_refusals *refusals; /* NULL: there was none yet */
     double started_unix;   /* seconds */
+    ts_books_start started; /* what it took over */
+    uint8_t epoch[TS_EPOCH_BYTES];
     ts_latency message_times, ring_times;
     ts_slab_list slab_list;
     unsigned char *packed;
@@ -122,6 +125,12 @@ void ts_service_end_quarantines(ts_service *service, uint64_t now_ms);
 
 /* Ends the connection's session, if it has one, and what belongs to it. */
 void ts_service_end_session(ts_service *service, ts_connection *connection);
+
+/* Closes the engine's session, which has no connection (any more), of this process. */
+void ts_service_close_session(ts_service *service, uint64_t session, uint32_t pid);
+
+/* The session closes, and its process's kernels may still write: waits for them anew. */
+void ts_service_quarantine_again(ts_service *service, uint64_t session, uint32_t pid);
 
 /* How much a session's coming and going matters in the log: an operator's look is no event. */
 ts_log_level ts_service_session_level(const ts_service *service, const ts_connection *c);

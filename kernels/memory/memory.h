@@ -24,6 +24,8 @@ typedef struct ts_memory_ops {
     void (*drop)(ts_memory *, uint32_t slab); /* NULL: it keeps what it has */
     ts_status (*export_fd)(ts_memory *, uint32_t slab, bool writable, int *fd, char *why,
                            size_t why_bytes);
+    ts_status (*adopt)(ts_memory *, uint32_t slab, int fd, char *why,
+                       size_t why_bytes); /* NULL: its memory dies with its maker */
     void (*free)(ts_memory *);
 } ts_memory_ops;
 
@@ -34,6 +36,7 @@ struct ts_memory {
     size_t export_bytes;       /* of the memory behind a slab's descriptor: at least slab_bytes */
     const uint8_t *ipc_handle; /* of the only slab, where there is no descriptor; else NULL */
     uint32_t num_slabs;
+    bool outlives; /* set before the first slab: another process will adopt them after this one */
 };
 
 /*
@@ -46,13 +49,21 @@ ts_status ts_memory_host_new(uint32_t num_slabs, size_t slab_bytes, ts_memory **
 /*
  * Gives the slab new memory, all zero. Host memory: the old memory is given back to the system at
  * once, even if another process still maps it, and with clients_write false the new can never be
- * mapped writable by another process. TS_ENOMEM leaves the slab as it was.
+ * mapped writable by another process, unless it outlives this one: then it can by the daemon's user
+ * alone, by mode 0400. TS_ENOMEM leaves the slab as it was.
  */
 static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
                                         size_t why_bytes)
 {
     return m->ops->renew(m, slab, clients_write, why, why_bytes);
 }
+
+/*
+ * Gives the slab the memory behind a descriptor that an earlier process's ts_memory_export gave
+ * (writable, of a provider that outlives). The descriptor is the provider's then, or is closed.
+ * TS_EINVAL: it is none of this size. TS_ENOMEM. TS_EDEVICE: the memory can't outlive its maker.
+ */
+ts_status ts_memory_adopt(ts_memory *memory, uint32_t slab, int fd, char *why, size_t why_bytes);
 
 /* Gives the slab's memory back, as far as nobody else maps it; it can be renewed. */
 static inline void ts_memory_drop(ts_memory *m, uint32_t slab)

@@ -91,10 +91,10 @@ static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, cha
         return status;
     }
     /* Our own writable mapping comes before the seal, so it stays. */
-    int seals =
-        F_SEAL_SHRINK | F_SEAL_GROW | (clients_write ? 0 : F_SEAL_FUTURE_WRITE) | F_SEAL_SEAL;
+    const bool forbid = !clients_write && !m->outlives; /* the next daemon has to map it */
+    int seals = F_SEAL_SHRINK | F_SEAL_GROW | (forbid ? F_SEAL_FUTURE_WRITE : 0) | F_SEAL_SEAL;
     int sealed = fcntl(fd, F_ADD_SEALS, seals);
-    if (sealed != 0 && !clients_write) /* before Linux 5.1 there is no FUTURE_WRITE */
+    if (sealed != 0 && forbid) /* before Linux 5.1 there is no FUTURE_WRITE */
         sealed = fcntl(fd, F_ADD_SEALS, seals & ~F_SEAL_FUTURE_WRITE);
     if (sealed != 0) {
         ts_status status = fail(TS_ENOMEM, why, why_bytes, "sealing a slab", m->slab_bytes);
@@ -112,6 +112,37 @@ static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, cha
     }
     host->fds[slab] = fd;
     return TS_OK;
+}
+
+static ts_status host_adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_t why_bytes)
+{
+    memory_host *host = (memory_host *)m;
+    struct stat about;
+    if (fstat(fd, &about) != 0 || (size_t)about.st_size != m->slab_bytes) {
+        snprintf(why, why_bytes, "a descriptor of %lld bytes for a slab of %zu",
+                 (long long)about.st_size, m->slab_bytes);
+        close(fd);
+        return TS_EINVAL;
+    }
+    if (mmap(m->base + (size_t)slab * m->slab_bytes, m->slab_bytes, PROT_READ | PROT_WRITE,
+             MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        ts_status status = fail(TS_ENOMEM, why, why_bytes, "mapping a slab", m->slab_bytes);
+        close(fd);
+        return status;
+    }
+    if (host->fds[slab] >= 0)
+        close(host->fds[slab]);
+    host->fds[slab] = fd;
+    return TS_OK;
+}
+
+ts_status ts_memory_adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_t why_bytes)
+{
+    if (m->ops->adopt != NULL && slab < m->num_slabs)
+        return m->ops->adopt(m, slab, fd, why, why_bytes);
+    snprintf(why, why_bytes, "slab %u of %s memory can't outlive its maker", slab, m->ops->name);
+    close(fd);
+    return TS_EDEVICE;
 }
 
 static void host_drop(ts_memory *m, uint32_t slab)
@@ -163,6 +194,7 @@ static const ts_memory_ops host_ops = {
     .renew = host_renew,
     .drop = host_drop,
     .export_fd = host_export,
+    .adopt = host_adopt,
     .free = host_free,
 };
 

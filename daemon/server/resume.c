@@ -1,0 +1,197 @@
+#define _GNU_SOURCE
+#include "resume.h"
+
+#include "clock.h"
+#include "stored_memory.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+_Static_assert(TS_SECRET_BYTES == TS_TOKEN_BYTES, "a session's secret is its token");
+
+/* A session without a connection. */
+typedef struct ts_absent {
+    struct ts_absent *next;
+    uint64_t session;
+    int process;          /* a descriptor of it; -1: it can't be seen */
+    uint64_t deadline_ms; /* ... and then */
+} ts_absent;
+
+uint64_t ts_process_started(uint32_t pid)
+{
+    char path[32], text[1024];
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    const int fd = pid == 0 ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    const ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    if (got <= 0)
+        return 0;
+    text[got] = '\0';
+    /* The name, in parentheses, may have any bytes; the field is the 20th after it. */
+    const char *at = strrchr(text, ')');
+    for (int field = 0; at != NULL && field < 20; field++)
+        at = strchr(at + 1, ' ');
+    return at == NULL ? 0 : strtoull(at, NULL, 10);
+}
+
+/* Whether the session's process may live; *process is a descriptor of it, if it can be seen. */
+static bool lives(const ts_session *s, int *process)
+{
+    *process = -1;
+    if (s->pid == 0 || s->process_started == 0)
+        return true;
+    *process = (int)syscall(SYS_pidfd_open, s->pid, 0u);
+    if (*process < 0)
+        return false;
+    if (ts_process_started(s->pid) == s->process_started &&
+        poll(&(struct pollfd){.fd = *process, .events = POLLIN}, 1, 0) == 0)
+        return true;
+    close(*process);
+    *process = -1;
+    return false;
+}
+
+static void end(ts_service *s, uint64_t session, const char *why)
+{
+    const ts_session *about = ts_engine_session(s->exec.engine, session);
+    if (about == NULL)
+        return;
+    ts_log_on(TS_LOG_INFO,
+              &(ts_log_about){.session = session,
+                              .uid = s->exec.engine->tenants[about->tenant],
+                              .pid = about->pid},
+              "session %llx closed (uid %u, pid %u): %s", (unsigned long long)session,
+              s->exec.engine->tenants[about->tenant], about->pid, why);
+    ts_service_close_session(s, session, about->pid);
+}
+
+void ts_resume_start(ts_service *s)
+{
+    const ts_engine *e = s->exec.engine;
+    for (uint32_t i = 0; i < e->num_sessions; i++) {
+        const ts_session *about = &e->sessions[i];
+        const uint64_t session = ts_engine_session_id(e, i);
+        int process;
+        if (!about->live)
+            continue;
+        if (about->closing) {
+            ts_service_quarantine_again(s, session, about->pid);
+            continue;
+        }
+        ts_absent *absent = NULL;
+        if (!lives(about, &process) || (absent = malloc(sizeof *absent)) == NULL) {
+            end(s, session, "its process ended with the daemon before this one");
+            continue;
+        }
+        *absent = (ts_absent){.next = s->absent,
+                              .session = session,
+                              .process = process,
+                              .deadline_ms = ts_now_ms() + TS_RESUME_MS};
+        s->absent = absent;
+    }
+}
+
+/* Takes it off the list. */
+static void remove_absent(ts_absent **at)
+{
+    ts_absent *absent = *at;
+    *at = absent->next;
+    if (absent->process >= 0)
+        close(absent->process);
+    free(absent);
+}
+
+void ts_resume_look(ts_service *s)
+{
+    for (ts_absent **at = &s->absent, *absent; (absent = *at) != NULL;) {
+        const bool gone = absent->process >= 0 &&
+                          poll(&(struct pollfd){.fd = absent->process, .events = POLLIN}, 1, 0) > 0;
+        const bool late = absent->process < 0 && ts_now_ms() >= absent->deadline_ms;
+        const uint64_t session = absent->session;
+        if (!gone && !late) {
+            at = &absent->next;
+            continue;
+        }
+        remove_absent(at);
+        end(s, session, gone ? "its process has ended" : "it did not come back");
+    }
+}
+
+void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
+{
+    const ts_session *about = ts_engine_session(s->exec.engine, session);
+    for (ts_absent **at = &s->absent; *at != NULL; at = &(*at)->next)
+        if ((*at)->session == session) {
+            remove_absent(at);
+            break;
+        }
+    c->session = session;
+    c->idle_since_ms = 0;
+    memcpy(c->token, about->token, sizeof c->token);
+    s->by_session[(uint32_t)session] = c;
+    if (about->exchange_bytes == 0)
+        return;
+    char why[TS_MESSAGE_BYTES] = "it isn't in the store";
+    const int fd = ts_stored_exchange_take(&s->exec, session, about->exchanges);
+    if (fd < 0 || ts_exchange_adopt(fd, about->exchange_bytes, &c->memory.exchange, why,
+                                    sizeof why) != TS_OK)
+        ts_log_on(TS_LOG_WARNING,
+                  &(ts_log_about){.session = session, .uid = c->uid, .pid = c->pid},
+                  "the exchange of session %llx is lost: %s", (unsigned long long)session, why);
+}
+
+void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts_answer *a)
+{
+    const ts_session *about = ts_engine_session(s->exec.engine, r->session);
+    if (r->protocol != TS_PROTOCOL)
+        return ts_refuse(a, TS_EPROTO, "a session of protocol version %u; this daemon speaks %u",
+                         r->protocol, TS_PROTOCOL);
+    if (c->session != 0)
+        return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
+                         (unsigned long long)c->session);
+    if (about == NULL || s->exec.engine->tenants[about->tenant] != c->uid || about->pid != c->pid ||
+        r->token.len != sizeof about->token ||
+        memcmp(r->token.data, about->token, sizeof about->token) != 0)
+        return ts_refuse(a, TS_ENOENT, "uid %u, pid %u has no session %llx with this token", c->uid,
+                         c->pid, (unsigned long long)r->session);
+    if (ts_service_connection_of(s, r->session) != NULL)
+        return ts_refuse(a, TS_EBUSY, "session %llx has a connection",
+                         (unsigned long long)r->session);
+    ts_resume_attach(s, c, r->session);
+    ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
+              "session %llx goes on (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
+              c->pid);
+}
+
+uint64_t ts_resume_opened(const ts_service *s, const ts_connection *c,
+                          const ProtobufCBinaryData *nonce)
+{
+    const ts_engine *e = s->exec.engine;
+    const ts_session *about = nonce->len != TS_SECRET_BYTES
+                                  ? NULL
+                                  : ts_engine_session_of(e, c->uid, nonce->data);
+    if (about == NULL || about->pid != c->pid)
+        return 0;
+    const uint64_t session = ts_engine_session_id(e, (uint32_t)(about - e->sessions));
+    return ts_service_connection_of(s, session) == NULL ? session : 0;
+}
+
+uint32_t ts_resume_absent(const ts_service *s)
+{
+    uint32_t count = 0;
+    for (const ts_absent *absent = s->absent; absent != NULL; absent = absent->next)
+        count++;
+    return count;
+}
+
+void ts_resume_fini(ts_service *s)
+{
+    while (s->absent != NULL)
+        remove_absent(&s->absent);
+}

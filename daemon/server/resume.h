@@ -1,0 +1,43 @@
+/*
+ * Sessions that a restarted daemon has and whose clients have yet to come back. Each goes on when
+ * its process connects anew and proves that it is the session's, and ends with its process. One
+ * whose process can't be seen (it lies in another namespace of pids) ends when it hasn't come back
+ * for TS_RESUME_MS.
+ *
+ * Thread: the engine's owner of the moment (work_queue.h).
+ */
+#ifndef TS_RESUME_H
+#define TS_RESUME_H
+
+#include "server.h"
+
+#define TS_RESUME_MS 60000u
+
+/* When the process began, by /proc (in ticks since the boot): with the pid it tells a process from
+ * all others. 0: it can't be seen. */
+uint64_t ts_process_started(uint32_t pid);
+
+/* After a restart: ends the sessions whose processes are gone, and waits for the others. */
+void ts_resume_start(ts_service *service);
+
+/* Now and then: ends those whose process has gone meanwhile, or whose time is over. */
+void ts_resume_look(ts_service *service);
+
+/* The connection has the session from now on, which has none; its exchange is what it was. */
+void ts_resume_attach(ts_service *service, ts_connection *connection, uint64_t session);
+
+/* Carries out the request. On success the connection has the session. */
+void ts_resume(ts_service *service, ts_connection *connection, const Tspb__SessionResume *resume,
+               ts_answer *answer);
+
+/* The session of this connection's process that was opened with the nonce, and has no connection;
+ * 0: there is none. */
+uint64_t ts_resume_opened(const ts_service *service, const ts_connection *connection,
+                          const ProtobufCBinaryData *nonce);
+
+/* How many have yet to come back. */
+uint32_t ts_resume_absent(const ts_service *service);
+
+void ts_resume_fini(ts_service *service);
+
+#endif

@@ -1,0 +1,140 @@
+#include "takeover.h"
+
+#include "plain_text.h"
+#include "pool_memory.h"
+#include "request.h"
+#include "resume.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ---- the store as the books' keeper ---- */
+
+static int take(void *store, const char *name)
+{
+    return ts_store_take(store, name);
+}
+
+static ts_status keep(void *store, const char *name, int fd, char *why, size_t why_bytes)
+{
+    return ts_store_put(store, name, fd, why, why_bytes);
+}
+
+static void forget(void *store, const char *name)
+{
+    (void)ts_store_remove(store, name);
+}
+
+static void log_start(const ts_books_start *start)
+{
+    char snapshot[32], journal[32];
+    if (start->last_op != 0)
+        ts_log(TS_LOG_WARNING,
+               "the last daemon died while it carried out operation %u of session %llx%s",
+               start->last_op, (unsigned long long)start->last_session,
+               start->deaths > 1 ? ", as the one before did" : "");
+    if (start->restored)
+        ts_log(TS_LOG_INFO,
+               "took over from the last daemon: a snapshot of %s and %llu commands since (%s), "
+               "restart %u",
+               ts_text_bytes(start->snapshot_bytes, snapshot, sizeof snapshot),
+               (unsigned long long)start->entries,
+               ts_text_bytes(start->journal_bytes, journal, sizeof journal), start->restarts);
+    else if (start->why[0] != '\0')
+        ts_log(TS_LOG_ERROR,
+               "what the last daemon left can't be taken over: %s; it is kept as failed.journal, "
+               "failed.books.a and failed.books.b, and this daemon begins with nothing",
+               start->why);
+}
+
+bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
+{
+    char why[TS_MESSAGE_BYTES];
+    s->exec.store = store;
+    if (!ts_store_holds(store)) {
+        ts_log(TS_LOG_INFO, "nobody holds the memory when the daemon ends (systemd with "
+                            "FileDescriptorStoreMax=, or --supervise): what is stored ends with it");
+        return ts_service_init(s, &c->limits);
+    }
+    const ts_books_options options = {.keeper = {store, take, keep, forget},
+                                      .limits = &c->limits,
+                                      .journal_bytes = c->message_bytes * 4 > (64u << 20)
+                                                           ? (c->message_bytes * 4 + 4095) / 4096 *
+                                                                 4096
+                                                           : 0};
+    ts_engine *engine;
+    if (ts_books_open(&options, &s->exec.books, &engine, &s->started, why, sizeof why) != TS_OK) {
+        ts_log(TS_LOG_ERROR, "the books: %s", why);
+        return false;
+    }
+    ts_books_figures figures;
+    ts_books_get_figures(s->exec.books, &figures);
+    memcpy(s->epoch, figures.epoch, sizeof s->epoch);
+    log_start(&s->started);
+    return ts_service_init_with(s, engine);
+}
+
+/* Whether the stored descriptor is one of the state's: an exchange, whose session takes it when it
+ * comes back, or what was set aside. */
+static bool is_known(const ts_service *s, const char *name)
+{
+    unsigned long long session;
+    unsigned number;
+    if (strncmp(name, "failed.", 7) == 0)
+        return true;
+    if (sscanf(name, "x%llx.%x", &session, &number) != 2)
+        return false;
+    const ts_session *about = ts_engine_session(s->exec.engine, session);
+    return about != NULL && about->exchange_bytes > 0 && about->exchanges == number;
+}
+
+static void drop_unknown(void *service, const char *name)
+{
+    ts_service *s = service;
+    if (is_known(s, name))
+        return;
+    ts_log(TS_LOG_DEBUG, "'%s' in the store belongs to nothing: it is dropped", name);
+    (void)ts_store_remove(s->exec.store, name);
+}
+
+static bool has_pool(const ts_engine *e, const char *name)
+{
+    bool has = false;
+    for (uint32_t i = 0; i < e->num_pools && !has; i++)
+        has = strcmp(e->pools[i].config.name, name) == 0;
+    return has;
+}
+
+ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
+{
+    char why[TS_MESSAGE_BYTES];
+    ts_status status = TS_OK;
+    if (s->started.restored) {
+        status = ts_pool_memory_restore(&s->exec, why, sizeof why);
+        if (status != TS_OK) {
+            ts_log(TS_LOG_ERROR, "the pools can't be taken over: %s", why);
+            return status;
+        }
+        ts_resume_start(s);
+    }
+    if (s->exec.books != NULL)
+        ts_store_each(s->exec.store, drop_unknown, s);
+    for (uint32_t i = 0; i < c->num_pools && status == TS_OK; i++) {
+        const char *name = c->pools[i].pool.name;
+        if (has_pool(s->exec.engine, name))
+            continue;
+        status = ts_pool_memory_add(&s->exec, &c->pools[i], why, sizeof why);
+        if (status != TS_OK)
+            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s': %s", name, why);
+    }
+    if (s->started.restored) {
+        uint64_t sequences = 0;
+        for (uint32_t i = 0; i < s->exec.engine->num_pools; i++)
+            sequences += s->exec.engine->pools[i].seqs.live;
+        ts_log(TS_LOG_INFO,
+               "%llu sequences in %u pools are as they were; %u sessions are to come back",
+               (unsigned long long)sequences, s->exec.engine->live_pools, ts_resume_absent(s));
+    }
+    return status;
+}
