@@ -1,5 +1,6 @@
 /* Connects and disconnects: the one file that knows all that a client has. */
 #define _GNU_SOURCE
+#include "arrive.h"
 #include "clock.h"
 #include "error.h"
 #include "exchange.h"
@@ -25,11 +26,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #define TIMEOUT_DEFAULT_MS 30000u
-#define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define POLL_MS 20                  /* between attempts to reach a daemon that is awaited */
 #define SPIN_DEFAULT_US 50u
 
@@ -49,6 +49,11 @@ ts_exec ts_client_exec(const ts_client *c)
     return c->last_exec;
 }
 
+uint32_t ts_client_restarts(const ts_client *c)
+{
+    return c->restarts;
+}
+
 uint64_t ts_session_id(const ts_client *c)
 {
     return c->session;
@@ -57,142 +62,6 @@ uint64_t ts_session_id(const ts_client *c)
 const char *ts_daemon_version(const ts_client *c)
 {
     return c->version;
-}
-
-static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
-{
-    (void)pipe;
-    (void)event;
-    ts_client *c = arg;
-    atomic_store(&c->broken, true);
-    ts_signals_release_waiters(c); /* a stream that waits for the daemon */
-    ts_rings_wake(c);
-    nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
-}
-
-static int dial(ts_client *c)
-{
-    nng_dialer dialer;
-    char url[sizeof c->path + 8];
-    snprintf(url, sizeof url, "ipc://%s", c->path);
-    int error = nng_dialer_create(&dialer, c->socket, url);
-    if (error != 0)
-        return error;
-    /* A session lives and dies with its connection: none is made again behind our back. */
-    nng_dialer_set_ms(dialer, NNG_OPT_RECONNMINT, 3600 * 1000);
-    nng_dialer_set_ms(dialer, NNG_OPT_RECONNMAXT, 3600 * 1000);
-    do
-        error = nng_dialer_start(dialer, 0);
-    while (error == NNG_EINTR);
-    if (error != 0)
-        nng_dialer_close(dialer);
-    return error;
-}
-
-/* Why the daemon can't be reached. c->absent: because there is none (any more). */
-static ts_status cannot_reach(ts_client *c, int error)
-{
-    struct stat about;
-    bool there = stat(c->path, &about) == 0;
-    if (error == NNG_EPERM)
-        return ts_fail(c, TS_EPERM,
-                       "may not connect to %s: is uid %u in the daemon's group (tinyserve)?",
-                       c->path, (unsigned)getuid());
-    if (there && !S_ISSOCK(about.st_mode))
-        return ts_fail(c, TS_EINVAL, "%s is not a socket", c->path);
-    if (error == NNG_ENOFILES || error == NNG_ENOMEM)
-        return ts_fail(c, TS_ENOMEM, "no descriptor or memory for a connection to %s", c->path);
-    c->absent = error == NNG_ECONNREFUSED || error == NNG_ENOENT || error == NNG_ECONNSHUT ||
-                error == NNG_ECONNRESET || error == NNG_ECLOSED;
-    if (error == NNG_ECONNREFUSED || error == NNG_ENOENT)
-        return ts_fail(c, TS_ECONN,
-                       "cannot reach %s: is tinyserved running? (systemctl status tinyserved)",
-                       c->path);
-    return ts_fail(c, TS_ECONN, "cannot reach %s: %s", c->path, nng_strerror(error));
-}
-
-/* Opens NNG's socket. Its threads leave signals to the program's own. */
-static ts_status open_socket(ts_client *c)
-{
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = nng_req0_open(&c->socket);
-    if (error == 0 && (error = nng_aio_alloc(&c->aio, NULL, NULL)) != 0)
-        nng_close(c->socket);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error != 0)
-        return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
-    c->open = true;
-    atomic_store(&c->broken, false);
-    nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
-    nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
-    nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_removed, c);
-    return TS_OK;
-}
-
-static ts_status open_session(ts_client *c, const char *program)
-{
-    Tspb__SessionOpen open = TSPB__SESSION_OPEN__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    Tspb__Reply *reply;
-    open.protocol = TS_PROTOCOL;
-    open.program = ts_unconst(program);
-    open.version = (char *)TS_VERSION;
-    request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
-    request.session_open = &open;
-    ts_status status = ts_call(c, &request, &reply);
-    if (status == TS_EPROTO) { /* the daemon has told its version, unless it is too old for that */
-        char why[sizeof c->error];
-        memcpy(why, c->error, sizeof why);
-        return ts_fail(c, status, "libtinyserve " TS_VERSION ": %s", why);
-    }
-    if (status != TS_OK)
-        return status;
-    const Tspb__SessionOpened *o = reply->session_opened;
-    if (reply->body_case != TSPB__REPLY__BODY_SESSION_OPENED || o->token.len != sizeof c->token) {
-        status = ts_fail(c, TS_EPROTO, "the daemon at %s opened no session", c->path);
-    } else {
-        c->session = o->session;
-        memcpy(c->token, o->token.data, sizeof c->token);
-        snprintf(c->version, sizeof c->version, "%s", o->version);
-        c->exchange_bytes_max = o->exchange_bytes_max;
-    }
-    tspb__reply__free_unpacked(reply, NULL);
-    return status;
-}
-
-static void hang_up(ts_client *c)
-{
-    ts_unanswered_close(c);
-    if (c->open) {
-        nng_close(c->socket);
-        nng_aio_free(c->aio);
-    }
-    c->open = false;
-    ts_handles_close(c);
-}
-
-/* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
-static ts_status arrive(ts_client *c, const char *program, size_t exchange_bytes)
-{
-    c->absent = c->met = false;
-    c->next_id = 1;
-    ts_status status = open_socket(c);
-    if (status != TS_OK)
-        return status;
-    int error = dial(c);
-    if (error != 0)
-        return cannot_reach(c, error);
-    c->met = true;
-    status = open_session(c, program);
-    c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
-    if (status == TS_OK && exchange_bytes > 0) {
-        status = ts_exchange_host(c, exchange_bytes);
-        /* The next daemon, which has taken over meanwhile, doesn't know the session. */
-        c->absent = status == TS_ECONN || status == TS_EPERM;
-    }
-    return status;
 }
 
 /*
@@ -228,15 +97,15 @@ static ts_status arrive_by_default(ts_client *c, const char *program, size_t exc
     char why[192];
     c->absent = false;
     if (find_own(c, why, sizeof why)) {
-        ts_status status = arrive(c, program, exchange_bytes);
+        ts_status status = ts_arrive(c, program, exchange_bytes);
         if (status == TS_OK || c->met || !c->absent)
             return status;
-        hang_up(c);
+        ts_hang_up(c);
         snprintf(why, sizeof why, "; nor is there %s", c->path);
     }
     bool own_absent = c->absent;
     snprintf(c->path, sizeof c->path, "%s", TS_SYSTEM_SOCKET);
-    ts_status status = arrive(c, program, exchange_bytes);
+    ts_status status = ts_arrive(c, program, exchange_bytes);
     if (status == TS_OK || c->met)
         return status;
     char first[sizeof c->error];
@@ -277,6 +146,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
         return TS_ENOMEM;
     c->handle_fd = -1;
     c->pid = getpid();
+    pthread_mutex_init(&c->socket_lock, NULL);
     ts_status status = ts_options_read(c, TS_STRUCT_OPTIONS, options, &o);
     if (status != TS_OK)
         return status;
@@ -285,6 +155,9 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->transport = o.transport;
     c->exec = o.exec;
     c->threads = o.threads;
+    c->reconnect = o.reconnect == TS_RECONNECT_ON ? ts_arrive_again : NULL;
+    if (getrandom(c->nonce, sizeof c->nonce, 0) != (ssize_t)sizeof c->nonce)
+        memset(c->nonce, 0, sizeof c->nonce); /* then an answer that is lost leaves a session */
     c->spin_us = o.spin_us != 0 ? o.spin_us : SPIN_DEFAULT_US;
     const char *url = o.url != NULL ? o.url : getenv("TINYSERVE_URL");
     bool named = url != NULL && url[0] != '\0';
@@ -299,10 +172,10 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        (int)c->pid, (int)user);
     const char *program = o.program != NULL ? o.program : program_invocation_short_name;
     uint64_t until = ts_now_ms() + o.wait_ms;
-    ts_status (*const go)(ts_client *, const char *, size_t) = named ? arrive : arrive_by_default;
+    ts_status (*const go)(ts_client *, const char *, size_t) = named ? ts_arrive : arrive_by_default;
     while ((status = go(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
            ts_now_ms() < until) {
-        hang_up(c);
+        ts_hang_up(c);
         (void)poll(NULL, 0, POLL_MS);
     }
     return status;
@@ -315,7 +188,7 @@ void ts_disconnect(ts_client *c)
     (void)ts_enter_last(c);
     bool ours = c->pid == getpid(); /* a forked child must not touch its parent's */
     if (ours) {
-        hang_up(c);
+        ts_hang_up(c);
         (void)ts_local_gpu_await(c); /* they write into the exchange */
     }
     ts_slab_returns_stop(c);
@@ -329,5 +202,6 @@ void ts_disconnect(ts_client *c)
     }
     ts_cuda_close(c->cuda);
     ts_handles_close(c);
+    pthread_mutex_destroy(&c->socket_lock);
     free(c);
 }

@@ -630,7 +630,7 @@ static void a_thousand_deaths_leak_no_descriptor(void **state)
         meet(w);
         if (i == 0) {
             supervisors = open_fds(w->supervisor);
-            snprintf(daemons, sizeof daemons, "%s", ask(w, "fds"));
+            snprintf(daemons, sizeof daemons, "%.31s", ask(w, "fds"));
         }
     }
     ASK("deaths", "1000 signal 9");

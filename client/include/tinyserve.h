@@ -69,6 +69,13 @@ const char *ts_version(void);
  * 0: there is no such struct. */
 size_t ts_struct_bytes(const char *name);
 
+/* What a call does when the daemon ends, or is killed, and another takes over what it had. */
+typedef enum ts_reconnect {
+    TS_RECONNECT_ON = 0,  /* it goes on with the other one, within its time-out, and takes effect
+                             once; TS_ECONN: there is none, or it doesn't have the session */
+    TS_RECONNECT_OFF = 1, /* TS_ECONN: the session is over */
+} ts_reconnect;
+
 typedef struct ts_options {
     size_t size;         /* sizeof(ts_options) */
     const char *url;     /* "ipc:///path" or "/path"; NULL: TINYSERVE_URL of the environment;
@@ -86,17 +93,22 @@ typedef struct ts_options {
                          TS_SPIN_NONE: it sleeps at once */
     ts_exec exec;
     uint32_t threads; /* for local execution; 0: one for each processor */
+    ts_reconnect reconnect;
 } ts_options;
 
 #define TS_OPTIONS_INIT                                                                            \
     {                                                                                              \
-        sizeof(ts_options), NULL, NULL, 0, 0, 0, 0, TS_TRANSPORT_AUTO, 0, TS_EXEC_DAEMON, 0        \
+        sizeof(ts_options), NULL, NULL, 0, 0, 0, 0, TS_TRANSPORT_AUTO, 0, TS_EXEC_DAEMON, 0,       \
+            TS_RECONNECT_ON                                                                        \
     }
 
 /* Connects and opens a session. options may be NULL. After a failure *out serves ts_error and
  * ts_disconnect alone; it is NULL only after TS_ENOMEM. TS_ECONN: there is no daemon. TS_EPROTO: it
  * speaks another version. */
 TS_WARN_UNUSED ts_status ts_connect(const ts_options *options, ts_client **out);
+
+/* How often the session has gone on with another daemon (TS_RECONNECT_ON). */
+uint32_t ts_client_restarts(const ts_client *client);
 
 /* Ends the session. Its steps are dropped, its sequences freed, except kept ones and those on
  * tickets. */

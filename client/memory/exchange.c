@@ -72,12 +72,10 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
     return status;
 }
 
-ts_status ts_exchange_host(ts_client *c, size_t bytes)
+static ts_status exchange_host(ts_client *c, size_t bytes)
 {
     void *base;
-    ts_status status = check_bytes(c, &bytes, 4096);
-    if (status == TS_OK)
-        status = ts_memory_fill(c, TS_HANDLE_NEW_EXCHANGE, "an exchange", bytes, &base);
+    ts_status status = ts_memory_fill(c, TS_HANDLE_NEW_EXCHANGE, "an exchange", bytes, &base);
     if (status != TS_OK)
         return status;
     ts_memory *memory = ts_memory_new(base, bytes);
@@ -96,6 +94,18 @@ ts_status ts_exchange_host(ts_client *c, size_t bytes)
     c->exchange_bytes = bytes;
     c->exchange_kind = TS_EXCHANGE_HOST;
     return TS_OK;
+}
+
+ts_status ts_exchange_host(ts_client *c, size_t bytes)
+{
+    const uint64_t until_ms = ts_call_end_ms(c);
+    ts_status status = check_bytes(c, &bytes, 4096);
+    if (status != TS_OK)
+        return status;
+    do
+        status = exchange_host(c, bytes);
+    while (ts_goes_on(c, status, until_ms));
+    return status;
 }
 
 static ts_status map_vmm(ts_client *c, size_t bytes, unsigned char **base)

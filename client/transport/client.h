@@ -16,6 +16,7 @@
 #include "tinyserve.pb-c.h"
 
 #include <nng/nng.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <sys/types.h>
 
@@ -51,6 +52,7 @@ struct ts_client {
     pid_t pid;          /* of the process that connected */
     bool open;          /* socket and aio are there */
     atomic_bool broken; /* the connection ended; set on NNG's threads */
+    atomic_int live_socket; /* the id of the socket whose end that is */
     bool absent;        /* connecting failed for want of a daemon */
     bool met;           /* connecting has reached one */
     char path[100];     /* of the daemon's socket */
@@ -60,6 +62,13 @@ struct ts_client {
     uint64_t session;
     uint8_t token[TS_TOKEN_BYTES];
     char version[32];
+    uint8_t nonce[TS_TOKEN_BYTES]; /* of the session's opening */
+    /* Goes on with another daemon; NULL: it isn't to (reconnect.c). */
+    ts_status (*reconnect)(ts_client *client, uint64_t until_ms);
+    bool reconnecting;               /* a thread is at it */
+    bool lost;                       /* the daemon that there is now doesn't have the session */
+    uint32_t restarts;               /* that the session has outlived */
+    pthread_mutex_t socket_lock;     /* for who uses the socket beside the client's thread */
     int handle_fd; /* the connection to the handle socket; -1: there is none */
     uint32_t handle_tag;
     unsigned char *exchange;

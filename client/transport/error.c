@@ -1,11 +1,15 @@
 #include "error.h"
 
+#include "clock.h"
+
 #include <poll.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+
+#define LOOKS 100 /* milliseconds */
 
 /* The client that this thread was refused last, as another one was inside. Its sentence is the
  * constant below and not in the client, where that other thread may be writing one. */
@@ -84,12 +88,37 @@ ts_status ts_gone(ts_client *c)
     return ts_fail(c, TS_ECONN, "the connection to %s ended: the session is over", c->path);
 }
 
+uint64_t ts_call_end_ms(const ts_client *c)
+{
+    return ts_now_ms() + c->timeout_ms + c->wait_ms;
+}
+
+bool ts_goes_on(ts_client *c, ts_status status, uint64_t until_ms)
+{
+    if (status != TS_ECONN || c->reconnect == NULL || c->reconnecting || c->lost ||
+        c->session == 0 || c->pid != getpid())
+        return false;
+    /* Another of its sockets may have ended before NNG's thread has seen that its own has. */
+    for (int i = 0; i < LOOKS && !atomic_load(&c->broken); i++)
+        (void)poll(NULL, 0, 1);
+    return atomic_load(&c->broken) && c->reconnect(c, until_ms) == TS_OK;
+}
+
 ts_status ts_may_ask(ts_client *c)
 {
     if (c->pid != getpid())
         return ts_not_ours(c);
-    if (atomic_load(&c->broken) || !c->open)
-        return ts_gone(c);
+    if (c->lost)
+        return ts_fail(c, TS_ECONN,
+                       "the daemon at %s was started without what the one before it had: the "
+                       "session is over, connect again",
+                       c->path);
+    if (atomic_load(&c->broken) || !c->open) {
+        if (c->reconnect == NULL || c->reconnecting || c->session == 0)
+            return ts_gone(c);
+        if (!ts_goes_on(c, TS_ECONN, ts_call_end_ms(c)))
+            return TS_ECONN;
+    }
     if (c->settle != NULL)
         c->settle(c);
     return TS_OK;

@@ -36,6 +36,14 @@ static inline void ts_leave(ts_client **client)
 
 ts_client *ts_enter_last(ts_client *client);
 
+/* Whether a call that failed with this status is to be made once more: the daemon had gone, and
+ * another one has the session now. It takes until then at most. Else the sentence is the call's, or
+ * says why the session can't go on. */
+bool ts_goes_on(ts_client *client, ts_status status, uint64_t until_ms);
+
+/* When the present call's time is over. */
+uint64_t ts_call_end_ms(const ts_client *client);
+
 /* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
 ts_status ts_in_use(ts_client *client);
 

@@ -172,7 +172,12 @@ ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, u
                         bool writable, ts_handle_reply *reply, int *fd)
 {
     ts_handle_request request = {.kind = kind, .pool = pool, .slab = slab, .writable = writable};
-    return get(c, &request, reply, fd);
+    const uint64_t until_ms = ts_call_end_ms(c);
+    ts_status status;
+    do
+        status = get(c, &request, reply, fd);
+    while (kind == TS_HANDLE_SLAB && ts_goes_on(c, status, until_ms));
+    return status;
 }
 
 ts_status ts_handle_new(ts_client *c, enum ts_handle_kind kind, uint64_t bytes, int *fd)

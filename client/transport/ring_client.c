@@ -38,6 +38,15 @@ static void find_room(const ts_client *c, uint32_t *blocks, uint32_t *slabs)
     *slabs = *slabs < TS_RING_SLABS ? *slabs : TS_RING_SLABS;
 }
 
+static void fill_in(ts_rings_memory *m, uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
+{
+    m->magic = TS_RING_MAGIC;
+    m->version = TS_RING_VERSION;
+    m->max_blocks = max_blocks;
+    m->max_slabs = max_slabs;
+    m->max_ids = max_ids;
+}
+
 /* Fills the memory, and takes the doorbell. They take the place of those
  * that are open, if any are. */
 static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
@@ -50,11 +59,7 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     if (status != TS_OK)
         return status;
     ts_rings_memory *m = memory;
-    m->magic = TS_RING_MAGIC;
-    m->version = TS_RING_VERSION;
-    m->max_blocks = max_blocks;
-    m->max_slabs = max_slabs;
-    m->max_ids = max_ids;
+    fill_in(m, max_blocks, max_slabs, max_ids);
     status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     if (status != TS_OK) {
         munmap(memory, bytes);
@@ -68,6 +73,43 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     c->ring_submitted = c->ring_seen = 0;
     __atomic_store_n(&c->rings, m, __ATOMIC_SEQ_CST); /* ts_rings_wake may be looking */
     return TS_OK;
+}
+
+void ts_rings_reopen(ts_client *c)
+{
+    const uint32_t max_blocks = c->ring_blocks, max_slabs = c->ring_slabs, max_ids = c->ring_ids;
+    const size_t bytes = ts_rings_bytes(max_blocks, max_slabs, max_ids);
+    ts_handle_reply reply;
+    void *memory = NULL;
+    int bell;
+    ts_rings_memory *was = c->rings;
+    c->ring_unanswered = false;
+    if (was == NULL)
+        return;
+    c->rings_lost = ts_memory_fill(c, TS_HANDLE_NEW_RINGS, "rings", bytes, &memory) != TS_OK;
+    if (c->rings_lost)
+        return;
+    ts_rings_memory *m = memory;
+    fill_in(m, max_blocks, max_slabs, max_ids);
+    memcpy(m->batch_seqs, was->batch_seqs, sizeof m->batch_seqs);
+    memcpy(m->batch_words, was->batch_words, sizeof m->batch_words);
+    memcpy(ts_rings_ids(m, max_blocks, max_slabs), ts_rings_ids(was, max_blocks, max_slabs),
+           max_ids * sizeof(uint32_t));
+    if (ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell) != TS_OK) {
+        munmap(memory, bytes);
+        c->rings_lost = true;
+        return;
+    }
+    /* Callers have pointers into it. */
+    if (mremap(memory, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, was) == MAP_FAILED) {
+        munmap(memory, bytes);
+        close(bell);
+        c->rings_lost = true;
+        return;
+    }
+    close(c->doorbell);
+    c->doorbell = bell;
+    c->ring_submitted = c->ring_seen = 0;
 }
 
 static bool has_ended(const ts_rings_memory *m)
@@ -105,7 +147,11 @@ ts_status ts_rings_use(ts_client *c, bool *use)
     *use = false;
     if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid())
         return TS_OK;
-    ts_status status = find_rings(c);
+    const uint64_t until_ms = ts_call_end_ms(c);
+    ts_status status;
+    do
+        status = find_rings(c);
+    while (ts_goes_on(c, status, until_ms));
     *use = status == TS_OK;
     if (status == TS_OK || c->transport == TS_TRANSPORT_RING || status == TS_ECONN)
         return status;
@@ -200,12 +246,10 @@ bool ts_ring_take(ts_client *c, ts_ring_completion *done)
     return true;
 }
 
-ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
+/* Submits the entry, and takes its completion. */
+static ts_status submit(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
 {
     ts_rings_memory *m = c->rings;
-    ts_status status = ts_may_ask(c);
-    if (status != TS_OK)
-        return status;
     entry->tag = ++c->ring_tag;
     m->submitted[c->ring_submitted & MASK] = *entry;
     c->ring_submitted++;
@@ -215,10 +259,24 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         while (write(c->doorbell, &one, sizeof one) < 0 && errno == EINTR)
             ;
     }
-    status = await_completion(c);
+    ts_status status = await_completion(c);
+    if (status == TS_OK)
+        (void)ts_ring_take(c, done);
+    return status;
+}
+
+ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
+{
+    const uint64_t until_ms = ts_call_end_ms(c);
+    ts_status status = ts_may_ask(c);
     if (status != TS_OK)
         return status;
-    (void)ts_ring_take(c, done);
+    entry->call = atomic_fetch_add(&c->next_id, 1);
+    do
+        status = submit(c, entry, done);
+    while (ts_goes_on(c, status, until_ms) && !c->rings_lost); /* the same call: see rpc.c */
+    if (status != TS_OK)
+        return status;
     if (done->tag != entry->tag)
         return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
                        done->tag, entry->tag);

@@ -24,4 +24,8 @@ bool ts_ring_take(ts_client *client, ts_ring_completion *done);
 void ts_rings_wake(ts_client *client);
 void ts_rings_close(ts_client *client);
 
+/* Another daemon has the session now: opens rings anew, in the memory's place and with what a call
+ * has laid out in it. Where that can't be, the session goes on by messages. */
+void ts_rings_reopen(ts_client *client);
+
 #endif

@@ -42,17 +42,27 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
     return ts_fail(c, TS_ECONN, "%s: %s", c->path, nng_strerror(error));
 }
 
+/* One answer of the daemon's, whichever it is. */
+static ts_status ask(ts_client *c, const Tspb__Request *request, nng_msg **message)
+{
+    ts_status status = TS_ETIMEOUT;
+    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= c->retries; i++)
+        status = exchange_messages(c, request, message);
+    return status;
+}
+
 ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
 {
+    const uint64_t until_ms = ts_call_end_ms(c);
     *reply = NULL;
     ts_status status = ts_may_ask(c);
     if (status != TS_OK)
         return status;
     request->request_id = atomic_fetch_add(&c->next_id, 1);
-    status = TS_ETIMEOUT;
     nng_msg *message = NULL;
-    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= c->retries; i++)
-        status = exchange_messages(c, request, &message);
+    do
+        status = ask(c, request, &message);
+    while (ts_goes_on(c, status, until_ms)); /* the same request: it is carried out once */
     if (status != TS_OK)
         return status;
     Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
@@ -99,7 +109,12 @@ ts_status ts_wait_end(ts_client *c)
     nng_msg *message;
     request.body_case = TSPB__REQUEST__BODY_WAIT_END;
     request.wait_end = &body;
-    if (atomic_load(&c->broken) || c->pid != getpid() || nng_ctx_open(&context, c->socket) != 0)
+    if (c->pid != getpid())
+        return TS_ECONN;
+    pthread_mutex_lock(&c->socket_lock);
+    const bool opened = !atomic_load(&c->broken) && nng_ctx_open(&context, c->socket) == 0;
+    pthread_mutex_unlock(&c->socket_lock);
+    if (!opened)
         return TS_ECONN;
     request.request_id = atomic_fetch_add(&c->next_id, 1);
     nng_aio *aio = NULL;

@@ -29,7 +29,7 @@ class Options(_Sized):
     _fields_ = [("size", c_size_t), ("url", c_char_p), ("program", c_char_p),
                 ("timeout_ms", c_uint32), ("retries", c_uint32), ("wait_ms", c_uint32),
                 ("exchange_bytes", c_size_t), ("transport", c_int), ("spin_us", c_uint32),
-                ("exec", c_int), ("threads", c_uint32)]
+                ("exec", c_int), ("threads", c_uint32), ("reconnect", c_int)]
 
 
 class CGeometry(Structure):
@@ -124,6 +124,7 @@ _FUNCTIONS = {
     "ts_wait_end": (c_int, [c_void_p]),
     "ts_client_transport": (c_int, [c_void_p]),
     "ts_client_exec": (c_int, [c_void_p]),
+    "ts_client_restarts": (c_uint32, [c_void_p]),
     "ts_daemon_version": (c_char_p, [c_void_p]),
     "ts_status_name": (c_char_p, [c_int]),
     "ts_pool_open": (c_int, [c_void_p, c_char_p, c_uint, POINTER(c_void_p)]),

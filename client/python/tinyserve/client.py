@@ -53,7 +53,7 @@ class Client:
     def __init__(self, url: str | PathLike[str] | None = None, *, program: str | None = None,
                  timeout: float = 30.0, retries: int = 0, wait: float = 0.0,
                  exchange_bytes: int = 0, transport: str = "auto", spin_us: int | None = None,
-                 execution: str = "daemon", threads: int = 0) -> None:
+                 execution: str = "daemon", threads: int = 0, reconnect: bool = True) -> None:
         """url: "ipc:///path" or "/path", or a Path; None: TINYSERVE_URL, or the user's daemon,
         or the system's.
         timeout: seconds for one call; wait: seconds to wait for a daemon to appear.
@@ -64,6 +64,8 @@ class Client:
         with exchange() or register() in its memory), or "auto": where it can be, the first step
         goes both ways, and the quicker is taken from then on. The results are the same. threads: of
         local execution on the host (0: one for each processor).
+        reconnect: where the daemon is restarted with what it had, calls go on with the next one,
+        within their time; else they raise DisconnectedError.
 
         Raises DisconnectedError where there is no daemon."""
         spin = 0 if spin_us is None else \
@@ -78,7 +80,8 @@ class Client:
             transport=check.choice("transport", transport, _TRANSPORTS),
             spin_us=spin,
             exec=check.choice("execution", execution, _EXECUTIONS),
-            threads=check.integer("threads", threads, 0, _THREADS_MAX))
+            threads=check.integer("threads", threads, 0, _THREADS_MAX),
+            reconnect=0 if reconnect else 1)
         self._handle = c_void_p()
         self._pools = []
         status = lib.ts_connect(byref(options), byref(self._handle))
@@ -155,6 +158,11 @@ class Client:
     def execution(self) -> str:
         """Who attended in the last step: "daemon", "local", or "auto": both, to compare them."""
         return _EXECUTIONS[lib.ts_client_exec(self._open())]
+
+    @property
+    def restarts(self) -> int:
+        """How often the session has gone on with another daemon."""
+        return int(lib.ts_client_restarts(self._open()))
 
     @property
     def daemon_version(self) -> str:
@@ -235,11 +243,11 @@ class Client:
 def connect(url: str | PathLike[str] | None = None, *, program: str | None = None,
             timeout: float = 30.0, retries: int = 0, wait: float = 0.0, exchange_bytes: int = 0,
             transport: str = "auto", spin_us: int | None = None, execution: str = "daemon",
-            threads: int = 0) -> Client:
+            threads: int = 0, reconnect: bool = True) -> Client:
     """Connects to the daemon: Client, which says what the arguments mean."""
     return Client(url, program=program, timeout=timeout, retries=retries, wait=wait,
                   exchange_bytes=exchange_bytes, transport=transport, spin_us=spin_us,
-                  execution=execution, threads=threads)
+                  execution=execution, threads=threads, reconnect=reconnect)
 
 
 class Pool:

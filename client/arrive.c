@@ -1,0 +1,263 @@
+/* A connection and its session. */
+#define _GNU_SOURCE
+#include "arrive.h"
+
+#include "clock.h"
+#include "error.h"
+#include "exchange.h"
+#include "fd_client.h"
+#include "ring_client.h"
+#include "rpc.h"
+#include "stream_signals.h"
+#include "tinyserve_version.h"
+#include "unanswered.h"
+#include "unconst.h"
+
+#include <nng/protocol/reqrep0/req.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
+#define AGAIN_MS 5                  /* between attempts to reach the next daemon */
+
+static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
+{
+    (void)event;
+    ts_client *c = arg;
+    if (nng_socket_id(nng_pipe_socket(pipe)) != atomic_load(&c->live_socket))
+        return; /* of a connection before: this one goes on */
+    atomic_store(&c->broken, true);
+    ts_signals_release_waiters(c); /* a stream that waits for the daemon */
+    ts_rings_wake(c);
+    nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
+}
+
+static int dial(ts_client *c)
+{
+    nng_dialer dialer;
+    char url[sizeof c->path + 8];
+    snprintf(url, sizeof url, "ipc://%s", c->path);
+    int error = nng_dialer_create(&dialer, c->socket, url);
+    if (error != 0)
+        return error;
+    /* A session lives and dies with its connection: none is made again behind our back. */
+    nng_dialer_set_ms(dialer, NNG_OPT_RECONNMINT, 3600 * 1000);
+    nng_dialer_set_ms(dialer, NNG_OPT_RECONNMAXT, 3600 * 1000);
+    do
+        error = nng_dialer_start(dialer, 0);
+    while (error == NNG_EINTR);
+    if (error != 0)
+        nng_dialer_close(dialer);
+    return error;
+}
+
+/* Why the daemon can't be reached. c->absent: because there is none (any more). */
+static ts_status cannot_reach(ts_client *c, int error)
+{
+    struct stat about;
+    bool there = stat(c->path, &about) == 0;
+    if (error == NNG_EPERM)
+        return ts_fail(c, TS_EPERM,
+                       "may not connect to %s: is uid %u in the daemon's group (tinyserve)?",
+                       c->path, (unsigned)getuid());
+    if (there && !S_ISSOCK(about.st_mode))
+        return ts_fail(c, TS_EINVAL, "%s is not a socket", c->path);
+    if (error == NNG_ENOFILES || error == NNG_ENOMEM)
+        return ts_fail(c, TS_ENOMEM, "no descriptor or memory for a connection to %s", c->path);
+    c->absent = error == NNG_ECONNREFUSED || error == NNG_ENOENT || error == NNG_ECONNSHUT ||
+                error == NNG_ECONNRESET || error == NNG_ECLOSED;
+    if (error == NNG_ECONNREFUSED || error == NNG_ENOENT)
+        return ts_fail(c, TS_ECONN,
+                       "cannot reach %s: is tinyserved running? (systemctl status tinyserved)",
+                       c->path);
+    return ts_fail(c, TS_ECONN, "cannot reach %s: %s", c->path, nng_strerror(error));
+}
+
+/* Opens NNG's socket. Its threads leave signals to the program's own. */
+static ts_status open_socket(ts_client *c)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_mutex_lock(&c->socket_lock);
+    int error = nng_req0_open(&c->socket);
+    if (error == 0 && (error = nng_aio_alloc(&c->aio, NULL, NULL)) != 0)
+        nng_close(c->socket);
+    if (error == 0)
+        atomic_store(&c->broken, false);
+    pthread_mutex_unlock(&c->socket_lock);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error != 0)
+        return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
+    c->open = true;
+    atomic_store(&c->live_socket, nng_socket_id(c->socket));
+    nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
+    nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
+    nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_removed, c);
+    return TS_OK;
+}
+
+/* What the daemon says of the session; *has_exchange: the one in host memory is there. */
+static ts_status read_opened(ts_client *c, const Tspb__Reply *reply, bool *has_exchange)
+{
+    const Tspb__SessionOpened *o = reply->session_opened;
+    if (reply->body_case != TSPB__REPLY__BODY_SESSION_OPENED || o->token.len != sizeof c->token)
+        return ts_fail(c, TS_EPROTO, "the daemon at %s opened no session", c->path);
+    c->session = o->session;
+    memcpy(c->token, o->token.data, sizeof c->token);
+    snprintf(c->version, sizeof c->version, "%s", o->version);
+    c->exchange_bytes_max = o->exchange_bytes_max;
+    *has_exchange = o->has_exchange;
+    return TS_OK;
+}
+
+/* Asks for the session, and reads the answer. */
+static ts_status ask_session(ts_client *c, Tspb__Request *request, bool *has_exchange)
+{
+    Tspb__Reply *reply;
+    ts_status status = ts_call(c, request, &reply);
+    if (status == TS_EPROTO) { /* the daemon has told its version, unless it is too old for that */
+        char why[sizeof c->error];
+        memcpy(why, c->error, sizeof why);
+        return ts_fail(c, status, "libtinyserve " TS_VERSION ": %s", why);
+    }
+    if (status != TS_OK)
+        return status;
+    status = read_opened(c, reply, has_exchange);
+    tspb__reply__free_unpacked(reply, NULL);
+    return status;
+}
+
+static ts_status open_session(ts_client *c, const char *program)
+{
+    Tspb__SessionOpen open = TSPB__SESSION_OPEN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    bool has_exchange;
+    open.protocol = TS_PROTOCOL;
+    open.program = ts_unconst(program);
+    open.version = (char *)TS_VERSION;
+    open.nonce.data = c->nonce;
+    open.nonce.len = sizeof c->nonce;
+    request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
+    request.session_open = &open;
+    return ask_session(c, &request, &has_exchange);
+}
+
+static ts_status resume_session(ts_client *c, bool *has_exchange)
+{
+    Tspb__SessionResume resume = TSPB__SESSION_RESUME__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    resume.protocol = TS_PROTOCOL;
+    resume.session = c->session;
+    resume.token.data = c->token;
+    resume.token.len = sizeof c->token;
+    resume.version = (char *)TS_VERSION;
+    request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
+    request.session_resume = &resume;
+    return ask_session(c, &request, has_exchange);
+}
+
+void ts_hang_up(ts_client *c)
+{
+    ts_unanswered_close(c);
+    if (c->open) {
+        atomic_store(&c->live_socket, 0);
+        atomic_store(&c->broken, true);
+        pthread_mutex_lock(&c->socket_lock);
+        nng_close(c->socket);
+        nng_aio_free(c->aio);
+        pthread_mutex_unlock(&c->socket_lock);
+    }
+    c->open = false;
+    ts_handles_close(c);
+}
+
+/* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
+ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes)
+{
+    c->absent = c->met = false;
+    c->session = 0;
+    c->next_id = 1;
+    ts_status status = open_socket(c);
+    if (status != TS_OK)
+        return status;
+    int error = dial(c);
+    if (error != 0)
+        return cannot_reach(c, error);
+    c->met = true;
+    status = open_session(c, program);
+    c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
+    if (status == TS_OK && exchange_bytes > 0) {
+        status = ts_exchange_host(c, exchange_bytes);
+        /* The next daemon, which has taken over meanwhile, doesn't know the session. */
+        c->absent = status == TS_ECONN || status == TS_EPERM;
+    }
+    return status;
+}
+
+/* One attempt. *lost: there is a daemon, and the session can't go on with it. */
+static ts_status resume(ts_client *c, bool *lost)
+{
+    bool has_exchange = false;
+    *lost = false;
+    c->absent = false;
+    ts_status status = open_socket(c);
+    if (status != TS_OK)
+        return status;
+    int error = dial(c);
+    if (error != 0) {
+        status = cannot_reach(c, error);
+        *lost = !c->absent;
+        return status;
+    }
+    status = resume_session(c, &has_exchange);
+    if (status == TS_ENOENT || status == TS_EPROTO) {
+        char why[sizeof c->error];
+        memcpy(why, c->error, sizeof why);
+        *lost = true;
+        return ts_fail(c, TS_ECONN, "the session is over: the daemon at %s was started anew, and %s",
+                       c->path, why);
+    }
+    if (status != TS_OK)
+        return status;
+    if (c->exchange_kind == TS_EXCHANGE_HOST && !has_exchange) {
+        *lost = true;
+        return ts_fail(c, TS_ECONN, "the session is over: its exchange went with the daemon at %s",
+                       c->path);
+    }
+    if (c->cuda != NULL) {
+        *lost = true;
+        return ts_fail(c, TS_ECONN,
+                       "the session is over: what it has on a GPU was the daemon's at %s that ended",
+                       c->path);
+    }
+    return TS_OK;
+}
+
+ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
+{
+    bool lost;
+    ts_status status;
+    c->reconnecting = true;
+    for (;;) {
+        ts_hang_up(c);
+        status = resume(c, &lost);
+        if (status == TS_OK || lost || ts_now_ms() >= until_ms)
+            break;
+        (void)poll(NULL, 0, AGAIN_MS);
+    }
+    if (status == TS_OK) {
+        c->restarts++;
+        ts_rings_reopen(c);
+    } else {
+        ts_hang_up(c);
+        c->lost = lost;
+    }
+    c->reconnecting = false;
+    return status;
+}
