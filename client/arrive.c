@@ -112,6 +112,7 @@ static ts_status read_opened(ts_client *c, const Tspb__Reply *reply, bool *has_e
     memcpy(c->token, o->token.data, sizeof c->token);
     snprintf(c->version, sizeof c->version, "%s", o->version);
     c->exchange_bytes_max = o->exchange_bytes_max;
+    c->outlives = o->epoch.len > 0;
     *has_exchange = o->has_exchange;
     return TS_OK;
 }
@@ -220,8 +221,9 @@ static ts_status resume(ts_client *c, bool *lost)
         char why[sizeof c->error];
         memcpy(why, c->error, sizeof why);
         *lost = true;
-        return ts_fail(c, TS_ECONN, "the session is over: the daemon at %s was started anew, and %s",
-                       c->path, why);
+        return ts_fail(c, TS_ECONN,
+                       "the session is over: the daemon at %s was started anew, and %s", c->path,
+                       why);
     }
     if (status != TS_OK)
         return status;
@@ -232,9 +234,9 @@ static ts_status resume(ts_client *c, bool *lost)
     }
     if (c->cuda != NULL) {
         *lost = true;
-        return ts_fail(c, TS_ECONN,
-                       "the session is over: what it has on a GPU was the daemon's at %s that ended",
-                       c->path);
+        return ts_fail(
+            c, TS_ECONN,
+            "the session is over: what it has on a GPU was the daemon's at %s that ended", c->path);
     }
     return TS_OK;
 }

@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 #define TIMEOUT_DEFAULT_MS 30000u
-#define POLL_MS 20                  /* between attempts to reach a daemon that is awaited */
+#define POLL_MS 20 /* between attempts to reach a daemon that is awaited */
 #define SPIN_DEFAULT_US 50u
 
 /*
@@ -172,7 +172,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        (int)c->pid, (int)user);
     const char *program = o.program != NULL ? o.program : program_invocation_short_name;
     uint64_t until = ts_now_ms() + o.wait_ms;
-    ts_status (*const go)(ts_client *, const char *, size_t) = named ? ts_arrive : arrive_by_default;
+    ts_status (*const go)(ts_client *, const char *, size_t) =
+        named ? ts_arrive : arrive_by_default;
     while ((status = go(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
            ts_now_ms() < until) {
         ts_hang_up(c);

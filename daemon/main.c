@@ -13,9 +13,9 @@
 #include "server.h"
 #include "socket_path.h"
 #include "socket_place.h"
-#include "takeover.h"
 #include "store_wire.h"
 #include "supervisor.h"
+#include "takeover.h"
 #include "tinyserve_version.h"
 
 #include <argp.h>
@@ -406,8 +406,7 @@ out:
 }
 
 /* Takes the socket's path, and serves. */
-static int lock_and_serve(ts_config *c, const options *o, ts_store *store,
-                          const sigset_t *signals)
+static int lock_and_serve(ts_config *c, const options *o, ts_store *store, const sigset_t *signals)
 {
     char lock_path[128], handles_path[128], why[512];
     int lock, code = EXIT_FAILURE;

@@ -178,10 +178,7 @@ static world *world_with_books(shelf *s, uint64_t seed)
     engine_applied = (applied_hook){noted, s};
     ts_pool_config config = {
         .name = "test",
-        .geometry = {.layers = 2,
-                     .kv_heads = 1,
-                     .head_dim = 32,
-                     .block_tokens = BLOCK_TOKENS},
+        .geometry = {.layers = 2, .kv_heads = 1, .head_dim = 32, .block_tokens = BLOCK_TOKENS},
         .num_blocks = NUM_BLOCKS,
         .slab_blocks = SLAB_BLOCKS,
         .sequences_max = 1u << 24,

@@ -183,7 +183,7 @@ static void garbage_is_answered_with_a_refusal(void **state)
     assert_string_equal(
         reply->message,
         "protocol version 77 of libtinyserve (an earlier one); tinyserved " TS_VERSION " "
-        "speaks 7: the older of them must be upgraded, and then started again");
+        "speaks 8: the older of them must be upgraded, and then started again");
     tspb__reply__free_unpacked(reply, NULL);
     open.version = (char *)"9.9\033";
     old.request_id = 10;

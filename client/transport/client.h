@@ -49,13 +49,13 @@ struct ts_client {
     atomic_bool in_call; /* a thread is inside a public call: TS_ENTER */
     nng_socket socket;
     nng_aio *aio;
-    pid_t pid;          /* of the process that connected */
-    bool open;          /* socket and aio are there */
-    atomic_bool broken; /* the connection ended; set on NNG's threads */
+    pid_t pid;              /* of the process that connected */
+    bool open;              /* socket and aio are there */
+    atomic_bool broken;     /* the connection ended; set on NNG's threads */
     atomic_int live_socket; /* the id of the socket whose end that is */
-    bool absent;        /* connecting failed for want of a daemon */
-    bool met;           /* connecting has reached one */
-    char path[100];     /* of the daemon's socket */
+    bool absent;            /* connecting failed for want of a daemon */
+    bool met;               /* connecting has reached one */
+    char path[100];         /* of the daemon's socket */
     uint32_t timeout_ms, retries;
     uint32_t wait_ms; /* that the present call may take beside */
     atomic_uint_fast64_t next_id;
@@ -65,11 +65,12 @@ struct ts_client {
     uint8_t nonce[TS_TOKEN_BYTES]; /* of the session's opening */
     /* Goes on with another daemon; NULL: it isn't to (reconnect.c). */
     ts_status (*reconnect)(ts_client *client, uint64_t until_ms);
-    bool reconnecting;               /* a thread is at it */
-    bool lost;                       /* the daemon that there is now doesn't have the session */
-    uint32_t restarts;               /* that the session has outlived */
-    pthread_mutex_t socket_lock;     /* for who uses the socket beside the client's thread */
-    int handle_fd; /* the connection to the handle socket; -1: there is none */
+    bool reconnecting;           /* a thread is at it */
+    bool outlives;               /* the session, its daemon */
+    bool lost;                   /* the daemon that there is now doesn't have the session */
+    uint32_t restarts;           /* that the session has outlived */
+    pthread_mutex_t socket_lock; /* for who uses the socket beside the client's thread */
+    int handle_fd;               /* the connection to the handle socket; -1: there is none */
     uint32_t handle_tag;
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;

@@ -95,7 +95,7 @@ uint64_t ts_call_end_ms(const ts_client *c)
 
 bool ts_goes_on(ts_client *c, ts_status status, uint64_t until_ms)
 {
-    if (status != TS_ECONN || c->reconnect == NULL || c->reconnecting || c->lost ||
+    if (status != TS_ECONN || c->reconnect == NULL || !c->outlives || c->reconnecting || c->lost ||
         c->session == 0 || c->pid != getpid())
         return false;
     /* Another of its sockets may have ended before NNG's thread has seen that its own has. */
@@ -114,7 +114,7 @@ ts_status ts_may_ask(ts_client *c)
                        "session is over, connect again",
                        c->path);
     if (atomic_load(&c->broken) || !c->open) {
-        if (c->reconnect == NULL || c->reconnecting || c->session == 0)
+        if (c->reconnect == NULL || !c->outlives || c->reconnecting || c->session == 0)
             return ts_gone(c);
         if (!ts_goes_on(c, TS_ECONN, ts_call_end_ms(c)))
             return TS_ECONN;

@@ -77,12 +77,12 @@ typedef enum ts_op {
     TS_OP_DRAIN,       /* ... has no sessions opened but operators', */
     TS_OP_CACHE_DROP,  /* ... has what is cached forgotten, */
     TS_OP_CACHE_SET,   /* ... or switches the prefix index on or off */
-    TS_OP_SWEEP,    /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
-    TS_OP_WAIT_END, /* the session waits no more */
-    TS_OP_SLAB_LOST, /* the slab's memory is gone: what had anything there is freed, and its steps are
-                      * aborted */
-    TS_OP_RESTARTED, /* who asked is gone, and what was with the kernels: runs are asked for again, no
-                      * session waits, and copies are to be made again */
+    TS_OP_SWEEP,     /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
+    TS_OP_WAIT_END,  /* the session waits no more */
+    TS_OP_SLAB_LOST, /* the slab's memory is gone: what had anything there is freed, and its steps
+                      * are aborted */
+    TS_OP_RESTARTED, /* who asked is gone, and what was with the kernels: runs are asked for again,
+                      * no session waits, and copies are to be made again */
 } ts_op;
 
 typedef struct ts_engine_limits {
@@ -301,7 +301,8 @@ typedef struct ts_answer {
         } begun;
         const ts_step *step; /* STEP_RUN: in flight until STEP_DONE */
         ts_room room;        /* POOL_ROOM */
-        uint64_t dropped;    /* CACHE_DROP: blocks that are or will be forgotten; SLAB_LOST: sequences */
+        uint64_t dropped;    /* CACHE_DROP: blocks that are forgotten, or will be; SLAB_LOST:
+                              * sequences */
         struct {
             uint32_t pool, tenant;
         } need; /* TS_NEED_SLABS */

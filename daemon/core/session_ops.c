@@ -80,8 +80,7 @@ ts_session *ts_engine_session_of(const ts_engine *e, uint32_t uid,
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         ts_session *s = &e->sessions[i];
         if (s->live && !s->closing && e->tenants[s->tenant] == uid &&
-            memcmp(s->nonce, nonce, sizeof s->nonce) == 0 &&
-            memcmp(nonce, none, sizeof none) != 0)
+            memcmp(s->nonce, nonce, sizeof s->nonce) == 0 && memcmp(nonce, none, sizeof none) != 0)
             return s;
     }
     return NULL;

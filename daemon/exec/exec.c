@@ -78,8 +78,9 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
     if (status != TS_OK) /* the slab stays what it is, and whose it is */
         return status;
     ts_exec_let_go(x, pool, slab);
-    return ts_stored_slab_put(x, pool, slab, x->engine->pools[pool].books.slabs[slab].generation + 1,
-                              why, why_bytes);
+    const uint32_t next = x->engine->pools[pool].books.slabs[slab].generation + 1;
+    return ts_stored_slab_put(x->store, &(ts_stored_slab){memory, pool, slab, next}, why,
+                              why_bytes);
 }
 
 void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
@@ -113,8 +114,8 @@ void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
                       &granted);
         if (granted.status != TS_OK)
             return ts_refuse(a, TS_EINTERNAL, "%s", granted.message);
-        ts_stored_slab_forget(x, pool, slab,
-                              x->engine->pools[pool].books.slabs[slab].generation - 1);
+        const uint32_t last = x->engine->pools[pool].books.slabs[slab].generation - 1;
+        ts_stored_slab_forget(x->store, &(ts_stored_slab){x->memory[pool], pool, slab, last});
     }
 }
 

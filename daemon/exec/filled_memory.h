@@ -4,7 +4,8 @@
  * one that is freed and then touched by the daemon would be charged to the daemon. So when the
  * client hands the memory over, all of it must be there, and the daemon seals it against what frees
  * pages. (Where the next daemon is to map it, it can't be sealed: who frees pages then is found out
- * by ts_filled_is_whole, and its session ends. It is the daemon that makes it so that no client has to pass a descriptor: passed_fds.h.)
+ * by ts_filled_is_whole, and its session ends. It is the daemon that makes it so that no client has
+ * to pass a descriptor: passed_fds.h.)
  *
  * Locking: the caller's.
  */
@@ -21,7 +22,7 @@
 typedef struct ts_filling {
     int fd;
     uint64_t bytes; /* 0: none */
-    bool outlives;  /* the next daemon is to map it: so it can't be sealed against what frees pages */
+    bool outlives;  /* the next daemon is to map it, so it can't be sealed */
 } ts_filling;
 
 /* Makes memory of whole pages, in place of what was made before. TS_ENOMEM with a sentence. */

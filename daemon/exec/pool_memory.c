@@ -266,7 +266,7 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
                                     why, why_bytes);
     ts_answer added = {0};
     if (status == TS_OK) {
-        memory->outlives = ts_stored_outlives(x);
+        memory->outlives = x->books != NULL;
         ts_exec_apply(x, &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &p}, &added);
         status = added.status;
         snprintf(why, why_bytes, "%s", added.message);
@@ -299,8 +299,8 @@ static const ts_exec_gpu *find_gpu(ts_exec *x, const ts_pool_config *p, char *wh
     (void)sscanf(p->device, "cuda:%u", &first);
     for (uint32_t i = 0; i < count; i++) {
         const ts_exec_gpu *g = open_gpu(x, (first + i) % count, why, why_bytes);
-        if (g != NULL && memcmp(ts_gpu_get_info(g->gpu)->uuid, p->device_uuid,
-                                sizeof p->device_uuid) == 0)
+        if (g != NULL &&
+            memcmp(ts_gpu_get_info(g->gpu)->uuid, p->device_uuid, sizeof p->device_uuid) == 0)
             return g;
     }
     snprintf(why, why_bytes, "its GPU, %s, isn't there any more%s%s", p->device_name,
@@ -313,16 +313,17 @@ static ts_status lose_slab(ts_exec *x, uint32_t pool, uint32_t slab, uint64_t *l
                            size_t why_bytes)
 {
     ts_answer a;
-    ts_exec_apply(
-        x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab}, &a);
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab},
+                  &a);
     *lost += a.dropped;
     ts_status status = ts_memory_renew(
         x->memory[pool], slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE,
         why, why_bytes);
+    const uint32_t generation = x->engine->pools[pool].books.slabs[slab].generation;
     return status != TS_OK
                ? status
-               : ts_stored_slab_put(x, pool, slab,
-                                    x->engine->pools[pool].books.slabs[slab].generation, why,
+               : ts_stored_slab_put(x->store,
+                                    &(ts_stored_slab){x->memory[pool], pool, slab, generation}, why,
                                     why_bytes);
 }
 
@@ -344,9 +345,14 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     if (status != TS_OK)
         return status;
     (*memory)->outlives = true;
-    for (uint32_t i = 0; i < p->books.ungranted && status == TS_OK; i++)
-        if (!ts_stored_slab_take(x, pool, i))
-            status = lose_slab(x, pool, i, &lost, why, why_bytes);
+    for (uint32_t i = 0; i < p->books.ungranted && status == TS_OK; i++) {
+        const ts_stored_slab slab = {*memory, pool, i, p->books.slabs[i].generation};
+        if (ts_stored_slab_take(x->store, &slab, why, why_bytes) == TS_OK)
+            continue;
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = p->config.name}, "pool '%s', slab %u: %s",
+                  p->config.name, i, why);
+        status = lose_slab(x, pool, i, &lost, why, why_bytes);
+    }
     if (lost > 0)
         ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = p->config.name},
                   "pool '%s': %llu sequences are lost: their memory is gone%s", p->config.name,
@@ -367,10 +373,10 @@ ts_status ts_pool_memory_restore(ts_exec *x, char *why, size_t why_bytes)
         if (!step->live || !step->copying)
             continue;
         status = ts_step_work_copy_again(x, step, why, why_bytes);
-        ts_exec_apply(x,
-                      &(ts_command){.op = TS_OP_STEP_DONE,
-                                    .step_done = {.step = step->id, .layer = TS_NONE}},
-                      &a);
+        ts_exec_apply(
+            x,
+            &(ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step->id, .layer = TS_NONE}},
+            &a);
     }
     return status;
 }
@@ -473,7 +479,8 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     ts_exec_apply(x, &command, a);
     for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++) {
         ts_exec_let_go(x, pool, i);
-        ts_stored_slab_forget(x, pool, i, p->books.slabs[i].generation);
+        ts_stored_slab_forget(x->store,
+                              &(ts_stored_slab){memory, pool, i, p->books.slabs[i].generation});
         ts_memory_drop(memory, i);
     }
     return a->status;
@@ -502,7 +509,8 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
         generations[i] = p->books.slabs[i].generation;
     ts_exec_apply(x, &command, a);
     for (uint32_t i = 0; i < slabs && a->status == TS_OK; i++)
-        ts_stored_slab_forget(x, pool, i, generations[i]);
+        ts_stored_slab_forget(x->store,
+                              &(ts_stored_slab){x->memory[pool], pool, i, generations[i]});
     free(generations);
     if (a->status != TS_OK)
         return a->status;

@@ -28,8 +28,7 @@ ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, si
 
 /* Host memory that an earlier daemon took, by its descriptor, which becomes the exchange's or is
  * closed. TS_EINVAL: it has other than `bytes`, or not all its pages. TS_ENOMEM. */
-ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why,
-                            size_t why_bytes);
+ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why, size_t why_bytes);
 
 /* Memory of the device, shared as the pool's memory is; *held counts it: see ts_gpu_shared_new. */
 ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, uint64_t *held,

@@ -63,9 +63,8 @@ void ts_step_plan_release(struct ts_step_plan *plan);
 /* Gives up all that is kept for steps. No job is under way. */
 void ts_step_plans_free(ts_exec *exec);
 
-
-/* Makes the copies that a step was begun with, which an earlier daemon may or may not have made, and
- * waits for them: nobody has run a layer of it. TS_ENOMEM or TS_EDEVICE with a sentence. */
+/* Makes the copies that a step was begun with, which an earlier daemon may or may not have made,
+ * and waits for them: nobody has run a layer of it. TS_ENOMEM or TS_EDEVICE with a sentence. */
 ts_status ts_step_work_copy_again(ts_exec *exec, const ts_step *step, char *why, size_t why_bytes);
 
 #endif

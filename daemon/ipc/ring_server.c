@@ -163,7 +163,8 @@ static ts_status map(ts_ring *r, ts_filling *filling, char *why, size_t why_byte
 {
     void *base;
     uint64_t bytes;
-    ts_status status = ts_filling_take(filling, "the rings' memory", &base, &bytes, NULL, why, why_bytes);
+    ts_status status =
+        ts_filling_take(filling, "the rings' memory", &base, &bytes, NULL, why, why_bytes);
     if (status == TS_OK) {
         r->shared = base;
         r->bytes = bytes;

@@ -403,8 +403,8 @@ static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
     ts_status status = read_snapshot(b, r, start->why, sizeof start->why);
     if (status == TS_OK)
         status = follow(&b->journal, r, &start->entries, start->why, sizeof start->why);
-    if (status == TS_OK && (ts_invariants_check(r->engine, note_problem, problem) == 0 ||
-                            problem[0] != '\0')) {
+    if (status == TS_OK &&
+        (ts_invariants_check(r->engine, note_problem, problem) == 0 || problem[0] != '\0')) {
         snprintf(start->why, sizeof start->why, "the books contradict themselves: %s", problem);
         status = TS_EPROTO;
     }
@@ -519,8 +519,7 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
         snprintf(b->journal.head->version, sizeof b->journal.head->version, "%s", TS_VERSION);
         b->journal.head->restarts++;
     }
-    if (status == TS_OK &&
-        (errno = pthread_create(&b->thread, NULL, follower_main, b)) != 0) {
+    if (status == TS_OK && (errno = pthread_create(&b->thread, NULL, follower_main, b)) != 0) {
         snprintf(why, why_bytes, "no thread for the books: %s", strerror(errno));
         status = TS_ENOMEM;
     }

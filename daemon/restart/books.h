@@ -8,7 +8,8 @@
  * The order, on which all depends: a command is applied, then it is in the journal, then anybody is
  * told, or anything is done that the engine asks for.
  *
- * Thread: the engine's owner of the moment (work_queue.h), but for ts_books_open and ts_books_close.
+ * Thread: the engine's owner of the moment (work_queue.h), but for ts_books_open and
+ * ts_books_close.
  */
 #ifndef TS_BOOKS_H
 #define TS_BOOKS_H
@@ -33,22 +34,22 @@ typedef struct ts_books_options {
     const ts_engine_limits *limits; /* of an engine that starts with nothing */
     uint64_t journal_bytes;         /* 0: 64 MiB */
     uint32_t entries;               /* in the journal, after which a snapshot is due; 0: as many as
-                                     * are replayed in the time that a snapshot takes, 4096 at least */
+                                     * take twice as long as one to replay, 4096 at least */
 } ts_books_options;
 
 /* What a start found. */
 typedef struct ts_books_start {
-    bool restored;         /* what an earlier daemon left */
-    uint32_t restarts;     /* that took over, this one included */
-    uint32_t failed;       /* attempts to take over that failed before this one */
-    uint64_t entries;      /* that were replayed */
+    bool restored;     /* what an earlier daemon left */
+    uint32_t restarts; /* that took over, this one included */
+    uint32_t failed;   /* attempts to take over that failed before this one */
+    uint64_t entries;  /* that were replayed */
     uint64_t snapshot_bytes, journal_bytes;
     double seconds;
-    uint32_t last_op;      /* that was being applied when the last daemon died; 0: none was */
+    uint32_t last_op; /* that was being applied when the last daemon died; 0: none was */
     uint64_t last_session;
-    uint32_t deaths;       /* in a row at which that was the same */
-    char why[256];         /* with TS_OK and not restored: why there was nothing to take over, or
-                            * why what there was could not be; empty: there was nothing */
+    uint32_t deaths; /* in a row at which that was the same */
+    char why[256];   /* with TS_OK and not restored: why there was nothing to take over, or
+                      * why what there was could not be; empty: there was nothing */
 } ts_books_start;
 
 /*

@@ -15,7 +15,7 @@ typedef struct head {
 } head;
 
 #define BODY(member) (uint32_t)sizeof(((ts_command *)0)->member)
-#define AT(member) (uint16_t)offsetof(ts_command, member)
+#define AT(member) (uint16_t) offsetof(ts_command, member)
 
 /* Of each command: its struct, and where in it the pointers are. */
 static const struct shape {

@@ -51,8 +51,7 @@ ts_status ts_journal_new(ts_journal *j, uint64_t capacity, char *why, size_t why
     const uint64_t bytes = HEAD_BYTES + capacity;
     *j = (ts_journal){.fd = memfd_create("tinyserve-journal", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
     if (j->fd < 0 || fchmod(j->fd, 0400) != 0 || ftruncate(j->fd, (off_t)bytes) != 0 ||
-        fcntl(j->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0 ||
-        !map(j, bytes))
+        fcntl(j->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0 || !map(j, bytes))
         return fail(j, TS_ENOMEM, "making it", why, why_bytes);
     ts_journal_head *h = j->head;
     *h = (ts_journal_head){.magic = MAGIC, .format = FORMAT, .capacity = capacity};
@@ -135,10 +134,8 @@ bool ts_journal_put(ts_journal *j, const ts_command *c, uint64_t now_ms, ts_stat
         memcpy(j->ring + at, &skip, sizeof skip);
         at = 0;
     }
-    const entry_head e = {.bytes = (uint32_t)bytes,
-                          .status = (uint32_t)status,
-                          .digest = digest,
-                          .now_ms = now_ms};
+    const entry_head e = {
+        .bytes = (uint32_t)bytes, .status = (uint32_t)status, .digest = digest, .now_ms = now_ms};
     memcpy(j->ring + at, &e, sizeof e);
     ts_command_write(c, j->ring + at + sizeof e);
     __atomic_store_n(&h->head, end, __ATOMIC_RELEASE);
@@ -164,8 +161,7 @@ ts_status ts_journal_get(const ts_journal *j, uint64_t *position, ts_journal_ent
         bytes > end - *position)
         return TS_EPROTO;
     memcpy(&e, j->ring + at, sizeof e);
-    if (!ts_command_read(j->ring + at + sizeof e, bytes - sizeof e, &entry->room,
-                         &entry->command))
+    if (!ts_command_read(j->ring + at + sizeof e, bytes - sizeof e, &entry->room, &entry->command))
         return TS_EPROTO;
     entry->command.now_ms = e.now_ms;
     entry->status = (ts_status)e.status;

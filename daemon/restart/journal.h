@@ -29,18 +29,18 @@ typedef struct ts_journal_snapshot {
 typedef struct ts_journal_head {
     char magic[8];
     uint32_t format, pad;
-    char version[32];               /* of the daemon that wrote last */
-    uint8_t epoch[TS_EPOCH_BYTES];  /* random, of each start with nothing */
-    uint64_t capacity;              /* of the ring, in bytes */
-    uint64_t head;                  /* what is published ends here; atomic */
-    uint32_t snapshots;             /* that were ever whole; the last is at snapshots % 2; atomic */
-    uint32_t restarts;              /* that took over what there was */
-    uint32_t attempts;              /* to take over, since the last that did */
-    uint32_t op;                    /* that is being applied; 0: none is */
-    uint64_t session, call;         /* ... for whom */
+    char version[32];              /* of the daemon that wrote last */
+    uint8_t epoch[TS_EPOCH_BYTES]; /* random, of each start with nothing */
+    uint64_t capacity;             /* of the ring, in bytes */
+    uint64_t head;                 /* what is published ends here; atomic */
+    uint32_t snapshots;            /* that were ever whole; the last is at snapshots % 2; atomic */
+    uint32_t restarts;             /* that took over what there was */
+    uint32_t attempts;             /* to take over, since the last that did */
+    uint32_t op;                   /* that is being applied; 0: none is */
+    uint64_t session, call;        /* ... for whom */
     uint64_t suspect_session, suspect_call; /* that was being applied at the last death */
-    uint32_t suspect_op, deaths;    /* ... and at how many in a row */
-    uint32_t discard, pad2;         /* 1: the next daemon is to begin with nothing */
+    uint32_t suspect_op, deaths;            /* ... and at how many in a row */
+    uint32_t discard, pad2;                 /* 1: the next daemon is to begin with nothing */
     ts_journal_snapshot snapshot[2];
 } ts_journal_head;
 

@@ -4,13 +4,24 @@
 #include <stdio.h>
 #include <string.h>
 
-#define F(type, member) {#member, (uint32_t)offsetof(type, member), sizeof(((type *)0)->member)}
+#define F(type, member)                                                                            \
+    {                                                                                              \
+#member, (uint32_t)offsetof(type, member), sizeof(((type *)0)->member)                     \
+    }
 
 #define S(member) F(ts_engine_limits, member)
 static const ts_field limits_fields[] = {
-    S(sessions),       S(tenant_sessions), S(session_sequences), S(session_steps),
-    S(step_runs),      S(session_blocks),  S(batch),             S(step_tokens),
-    S(exchange_bytes), S(first_generation), S(hash_seed),
+    S(sessions),
+    S(tenant_sessions),
+    S(session_sequences),
+    S(session_steps),
+    S(step_runs),
+    S(session_blocks),
+    S(batch),
+    S(step_tokens),
+    S(exchange_bytes),
+    S(first_generation),
+    S(hash_seed),
 };
 #undef S
 #define S(member) F(ts_engine, member)
@@ -54,36 +65,37 @@ static const ts_field pool_fields[] = {
 #undef S
 #define S(member) F(ts_pool_books, member)
 static const ts_field books_fields[] = {
-    S(num_blocks),   S(slab_blocks), S(num_slabs),   S(max_blocks),   S(used),
-    S(shared),       S(ungranted),   S(empty),       S(num_empty),    S(cached),
-    S(idle_oldest),  S(idle_newest), S(empty_blocks), S(idle_blocks), S(evicted),
-    S(ages),         S(age_sum),     S(now_s),       S(num_tenants),
+    S(num_blocks),  S(slab_blocks), S(num_slabs),    S(max_blocks),  S(used),
+    S(shared),      S(ungranted),   S(empty),        S(num_empty),   S(cached),
+    S(idle_oldest), S(idle_newest), S(empty_blocks), S(idle_blocks), S(evicted),
+    S(ages),        S(age_sum),     S(now_s),        S(num_tenants),
 };
 #undef S
 #define S(member) F(ts_slab, member)
 static const ts_field slab_fields[] = {
-    S(tenant),     S(generation), S(used),       S(cached),     S(touched),   S(free_head), S(blocks),
-    S(avail_prev), S(avail_next), S(empty_prev), S(empty_next), S(idle_prev), S(idle_next),
+    S(tenant),     S(generation), S(used),       S(cached),     S(touched),
+    S(free_head),  S(blocks),     S(avail_prev), S(avail_next), S(empty_prev),
+    S(empty_next), S(idle_prev),  S(idle_next),
 };
 #undef S
 #define S(member) F(ts_pool_tenant, member)
 static const ts_field tenant_fields[] = {
-    S(avail),         S(slabs),        S(free),        S(used),      S(cached),
-    S(cached_oldest), S(cached_newest), S(empty_blocks), S(idle_blocks), S(sequences),
-    S(tickets),       S(pinned),       S(entries),     S(asked_tokens), S(found_tokens),
+    S(avail),         S(slabs),         S(free),         S(used),         S(cached),
+    S(cached_oldest), S(cached_newest), S(empty_blocks), S(idle_blocks),  S(sequences),
+    S(tickets),       S(pinned),        S(entries),      S(asked_tokens), S(found_tokens),
 };
 #undef S
 #define S(member) F(ts_sequences, member)
 static const ts_field sequences_fields[] = {
-    S(count), S(max),   S(live),         S(kept),  S(free_head), S(first_generation),
+    S(count), S(max),          S(live),      S(kept), S(free_head), S(first_generation),
     S(dying), S(block_tokens), S(num_lives),
 };
 #undef S
 #define S(member) F(ts_sequence, member)
 static const ts_field sequence_fields[] = {
-    S(num_blocks), S(length),     S(generation), S(tenant),  S(owner), S(step),
-    S(prev),       S(next),       S(unchanged_prefix), S(known_step), S(space), S(known),
-    S(claim),      S(life),       S(forgets),    S(borrowed_tail),
+    S(num_blocks), S(length), S(generation),       S(tenant),        S(owner), S(step),
+    S(prev),       S(next),   S(unchanged_prefix), S(known_step),    S(space), S(known),
+    S(claim),      S(life),   S(forgets),          S(borrowed_tail),
 };
 #undef S
 #define S(member) F(ts_life, member)
@@ -91,8 +103,8 @@ static const ts_field life_fields[] = {S(end_ms), S(ttl_ms), S(seq)};
 #undef S
 #define S(member) F(ts_prefix_index, member)
 static const ts_field index_fields[] = {
-    S(num_blocks), S(block_tokens), S(seed),          S(count),      S(bucket_mask), S(num_spaces),
-    S(free_space), S(retired_space), S(next_space),   S(off),        S(num_tenants),
+    S(num_blocks), S(block_tokens),  S(seed),       S(count), S(bucket_mask), S(num_spaces),
+    S(free_space), S(retired_space), S(next_space), S(off),   S(num_tenants),
 };
 #undef S
 #define S(member) F(ts_index_node, member)
@@ -102,24 +114,24 @@ static const ts_field node_fields[] = {
 #undef S
 #define S(member) F(ts_index_space, member)
 static const ts_field space_fields[] = {
-    S(tenant), S(first_child),  S(seed),         S(users), S(next_free),
-    S(blocks), S(asked_tokens), S(found_tokens), S(live),  S(retired),   S(name),
+    S(tenant),       S(first_child),  S(seed), S(users),   S(next_free), S(blocks),
+    S(asked_tokens), S(found_tokens), S(live), S(retired), S(name),
 };
 #undef S
 #define S(member) F(ts_session, member)
 static const ts_field session_fields[] = {
-    S(generation),     S(live),      S(closing),        S(tenant),     S(gid),
-    S(pid),            S(process_started), S(program),  S(token),      S(nonce),
-    S(call),           S(exchange_bytes),  S(exchanges), S(sequences), S(blocks),    S(steps),
-    S(step_list),      S(opened_pools),    S(writable_pools), S(claims), S(newest_claim),
-    S(wait),           S(next_free), S(in_closing),     S(next_closing),
+    S(generation),      S(live),      S(closing),      S(tenant), S(gid),       S(pid),
+    S(process_started), S(program),   S(token),        S(nonce),  S(call),      S(exchange_bytes),
+    S(exchanges),       S(sequences), S(blocks),       S(steps),  S(step_list), S(opened_pools),
+    S(writable_pools),  S(claims),    S(newest_claim), S(wait),   S(next_free), S(in_closing),
+    S(next_closing),
 };
 #undef S
 #define S(member) F(ts_step, member)
 static const ts_field step_fields[] = {
-    S(id),     S(session), S(pool),  S(prev),      S(next),        S(in_flight), S(live),
-    S(append), S(copying), S(heads), S(io_dtype),  S(scale),       S(kernel),    S(class),
-    S(by_worker), S(quarantined), S(tokens), S(layers), S(failed), S(failed_layer), S(num_seqs),
+    S(id),        S(session),     S(pool),   S(prev),     S(next),   S(in_flight),    S(live),
+    S(append),    S(copying),     S(heads),  S(io_dtype), S(scale),  S(kernel),       S(class),
+    S(by_worker), S(quarantined), S(tokens), S(layers),   S(failed), S(failed_layer), S(num_seqs),
 };
 #undef S
 #define S(member) F(ts_step_seq, member)
@@ -143,13 +155,18 @@ static const ts_field name_fields[] = {S(tenant), S(value), S(bytes)};
 #undef S
 #define S(member) F(ts_stored_answer, member)
 static const ts_field answer_fields[] = {
-    S(session), S(call), S(id),     S(bytes),  S(op),
-    S(pool),    S(count), S(length), S(blocks), S(ticket),
+    S(session), S(call), S(id), S(bytes), S(op), S(pool), S(count), S(length), S(blocks), S(ticket),
 };
 #undef S
 
-#define TYPE(type, fields) {#type, sizeof(type), sizeof(fields) / sizeof *(fields), fields, false}
-#define ONE(type, fields) {#type, sizeof(type), sizeof(fields) / sizeof *(fields), fields, true}
+#define TYPE(type, fields)                                                                         \
+    {                                                                                              \
+#type, sizeof(type), sizeof(fields) / sizeof *(fields), fields, false                      \
+    }
+#define ONE(type, fields)                                                                          \
+    {                                                                                              \
+#type, sizeof(type), sizeof(fields) / sizeof *(fields), fields, true                       \
+    }
 
 const ts_record_type ts_record_types[TS_RECORDS] = {
     [TS_RECORD_WORD] = {"uint32_t", sizeof(uint32_t), 0, NULL, false},

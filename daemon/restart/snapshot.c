@@ -16,7 +16,8 @@ static uint32_t slabs_of(const ts_pool_books *b)
 
 static int compare_names(const void *a, const void *b)
 {
-    const ts_name_entry *x = *(const ts_name_entry *const *)a, *y = *(const ts_name_entry *const *)b;
+    const ts_name_entry *x = *(const ts_name_entry *const *)a,
+                        *y = *(const ts_name_entry *const *)b;
     return x->tenant != y->tenant ? (x->tenant < y->tenant ? -1 : 1) : strcmp(x->name, y->name);
 }
 
@@ -81,8 +82,7 @@ static void put_blocks_of(ts_record_writer *w, const ts_pool_books *b, bool cach
     ts_records_put_count(w, TS_RECORD_WORD, (uint64_t)b->num_blocks * each);
     for (uint32_t i = 0; none != NULL && i < b->num_blocks; i++) {
         const bool has = cached ? ts_pool_is_cached(b, i) : ts_index_has(b->index, i);
-        ts_records_put_more(w, TS_RECORD_WORD, has ? array + (size_t)i * each : none,
-                            each);
+        ts_records_put_more(w, TS_RECORD_WORD, has ? array + (size_t)i * each : none, each);
     }
     free(none);
 }
@@ -411,8 +411,7 @@ static bool get_pool(ts_record_reader *r, const ts_engine *e, ts_engine_pool *p)
 
 static bool get_sessions(ts_record_reader *r, ts_engine *e, uint32_t count)
 {
-    if (count > e->limits.sessions ||
-        !ts_records_get_all(r, TS_RECORD_SESSION, e->sessions, count))
+    if (count > e->limits.sessions || !ts_records_get_all(r, TS_RECORD_SESSION, e->sessions, count))
         return false;
     uint64_t live = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -455,8 +454,8 @@ static bool get_steps(ts_record_reader *r, ts_engine *e, uint32_t count)
         if (!step->live)
             continue;
         step->seqs = calloc(step->num_seqs + 1ull, sizeof *step->seqs);
-        ok = step->seqs != NULL &&
-             ts_records_get(r, TS_RECORD_STEP_SEQ, step->seqs, step->num_seqs);
+        ok =
+            step->seqs != NULL && ts_records_get(r, TS_RECORD_STEP_SEQ, step->seqs, step->num_seqs);
         for (uint32_t j = 0; j < step->num_seqs && ok; j++)
             ok = point_part(e, step, &step->seqs[j]);
     }
@@ -549,10 +548,10 @@ ts_engine *ts_snapshot_read(const void *bytes, uint64_t count, ts_answers *answe
     ts_engine_limits limits = {0};
     ts_engine *e = NULL;
     *answers = (ts_answers){0};
-    if (ts_records_open(&r, bytes, count) &&
-        ts_records_get_all(&r, TS_RECORD_LIMITS, &limits, 1) && limits.sessions > 0 &&
-        (e = ts_engine_new(&limits)) != NULL && ts_answers_init(answers, limits.sessions) &&
-        get_engine(&r, e) && ts_answers_read(answers, &r))
+    if (ts_records_open(&r, bytes, count) && ts_records_get_all(&r, TS_RECORD_LIMITS, &limits, 1) &&
+        limits.sessions > 0 && (e = ts_engine_new(&limits)) != NULL &&
+        ts_answers_init(answers, limits.sessions) && get_engine(&r, e) &&
+        ts_answers_read(answers, &r))
         return e;
     snprintf(why, why_bytes, "the snapshot can't be read: %s%s",
              r.why != NULL ? "at " : "what it says can't be, or there is no memory",

@@ -53,7 +53,7 @@ static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
     ts_exchange_release(c->memory.exchange);
     c->memory.exchange = x;
     const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges;
-    ts_stored_exchange_forget(&s->exec, c->session, number - 1);
+    ts_stored_exchange_forget(s->exec.store, c->session, number - 1);
 }
 
 static ts_status new_on_device(const ts_exec *x, uint32_t pool, uint32_t tenant, uint64_t bytes,
@@ -105,14 +105,13 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
         snprintf(why, why_bytes, "%s", a.message);
         return a.status;
     }
-    c->memory.new_exchange.outlives = ts_stored_outlives(&s->exec);
+    c->memory.new_exchange.outlives = s->exec.books != NULL;
     ts_status status = ts_exchange_take(&c->memory.new_exchange, &x, why, why_bytes);
     if (status != TS_OK)
         return status;
     const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges + 1;
-    if (x->kept_fd >= 0 &&
-        (status = ts_stored_exchange_put(&s->exec, c->session, number, x->kept_fd, why,
-                                         why_bytes)) != TS_OK) {
+    if (x->kept_fd >= 0 && (status = ts_stored_exchange_put(s->exec.store, c->session, number,
+                                                            x->kept_fd, why, why_bytes)) != TS_OK) {
         ts_exchange_release(x);
         return status;
     }
@@ -124,7 +123,7 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
     *bytes = x->bytes;
     replace_exchange(s, c, x, &command, &a);
     if (a.status != TS_OK)
-        ts_stored_exchange_forget(&s->exec, c->session, number);
+        ts_stored_exchange_forget(s->exec.store, c->session, number);
     snprintf(why, why_bytes, "%s", a.message);
     return a.status;
 }

@@ -112,8 +112,10 @@ static void encode_opened(ts_service *s, ts_connection *c, Tspb__Reply *reply,
     opened->version = (char *)TS_VERSION;
     opened->tenant_uid = c->uid;
     opened->message_bytes_max = s->message_bytes_max;
-    opened->epoch.data = s->epoch;
-    opened->epoch.len = sizeof s->epoch;
+    if (s->exec.books != NULL) {
+        opened->epoch.data = s->epoch;
+        opened->epoch.len = sizeof s->epoch;
+    }
     opened->restarts = s->started.restarts;
     opened->has_exchange = c->memory.exchange != NULL && c->memory.exchange->host != NULL;
     reply->body_case = TSPB__REPLY__BODY_SESSION_OPENED;

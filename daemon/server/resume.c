@@ -71,9 +71,40 @@ static void end(ts_service *s, uint64_t session, const char *why)
     ts_service_close_session(s, session, about->pid);
 }
 
+/* Takes it off the list. */
+static void remove_absent(ts_absent **at)
+{
+    ts_absent *absent = *at;
+    *at = absent->next;
+    if (absent->process >= 0)
+        close(absent->process);
+    free(absent);
+}
+
+/* Ends those whose process has gone meanwhile, or whose time is over; the last time it forgets all.
+ */
+static void look(ts_service *s, bool last)
+{
+    while (last && s->absent != NULL)
+        remove_absent(&s->absent);
+    for (ts_absent **at = &s->absent, *absent; (absent = *at) != NULL;) {
+        const bool gone = absent->process >= 0 &&
+                          poll(&(struct pollfd){.fd = absent->process, .events = POLLIN}, 1, 0) > 0;
+        const bool late = absent->process < 0 && ts_now_ms() >= absent->deadline_ms;
+        const uint64_t session = absent->session;
+        if (!gone && !late) {
+            at = &absent->next;
+            continue;
+        }
+        remove_absent(at);
+        end(s, session, gone ? "its process has ended" : "it did not come back");
+    }
+}
+
 void ts_resume_start(ts_service *s)
 {
     const ts_engine *e = s->exec.engine;
+    s->look_for_absent = look;
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         const ts_session *about = &e->sessions[i];
         const uint64_t session = ts_engine_session_id(e, i);
@@ -97,32 +128,6 @@ void ts_resume_start(ts_service *s)
     }
 }
 
-/* Takes it off the list. */
-static void remove_absent(ts_absent **at)
-{
-    ts_absent *absent = *at;
-    *at = absent->next;
-    if (absent->process >= 0)
-        close(absent->process);
-    free(absent);
-}
-
-void ts_resume_look(ts_service *s)
-{
-    for (ts_absent **at = &s->absent, *absent; (absent = *at) != NULL;) {
-        const bool gone = absent->process >= 0 &&
-                          poll(&(struct pollfd){.fd = absent->process, .events = POLLIN}, 1, 0) > 0;
-        const bool late = absent->process < 0 && ts_now_ms() >= absent->deadline_ms;
-        const uint64_t session = absent->session;
-        if (!gone && !late) {
-            at = &absent->next;
-            continue;
-        }
-        remove_absent(at);
-        end(s, session, gone ? "its process has ended" : "it did not come back");
-    }
-}
-
 void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, session);
@@ -138,11 +143,10 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
     if (about->exchange_bytes == 0)
         return;
     char why[TS_MESSAGE_BYTES] = "it isn't in the store";
-    const int fd = ts_stored_exchange_take(&s->exec, session, about->exchanges);
-    if (fd < 0 || ts_exchange_adopt(fd, about->exchange_bytes, &c->memory.exchange, why,
-                                    sizeof why) != TS_OK)
-        ts_log_on(TS_LOG_WARNING,
-                  &(ts_log_about){.session = session, .uid = c->uid, .pid = c->pid},
+    const int fd = ts_stored_exchange_take(s->exec.store, session, about->exchanges);
+    if (fd < 0 ||
+        ts_exchange_adopt(fd, about->exchange_bytes, &c->memory.exchange, why, sizeof why) != TS_OK)
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session, .uid = c->uid, .pid = c->pid},
                   "the exchange of session %llx is lost: %s", (unsigned long long)session, why);
 }
 
@@ -173,9 +177,8 @@ uint64_t ts_resume_opened(const ts_service *s, const ts_connection *c,
                           const ProtobufCBinaryData *nonce)
 {
     const ts_engine *e = s->exec.engine;
-    const ts_session *about = nonce->len != TS_SECRET_BYTES
-                                  ? NULL
-                                  : ts_engine_session_of(e, c->uid, nonce->data);
+    const ts_session *about =
+        nonce->len != TS_SECRET_BYTES ? NULL : ts_engine_session_of(e, c->uid, nonce->data);
     if (about == NULL || about->pid != c->pid)
         return 0;
     const uint64_t session = ts_engine_session_id(e, (uint32_t)(about - e->sessions));
@@ -188,10 +191,4 @@ uint32_t ts_resume_absent(const ts_service *s)
     for (const ts_absent *absent = s->absent; absent != NULL; absent = absent->next)
         count++;
     return count;
-}
-
-void ts_resume_fini(ts_service *s)
-{
-    while (s->absent != NULL)
-        remove_absent(&s->absent);
 }

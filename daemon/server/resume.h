@@ -17,11 +17,9 @@
  * all others. 0: it can't be seen. */
 uint64_t ts_process_started(uint32_t pid);
 
-/* After a restart: ends the sessions whose processes are gone, and waits for the others. */
+/* After a restart: ends the sessions whose processes are gone, and waits for the others. From now
+ * on the service's tick looks whether one of those has gone, or its time is over. */
 void ts_resume_start(ts_service *service);
-
-/* Now and then: ends those whose process has gone meanwhile, or whose time is over. */
-void ts_resume_look(ts_service *service);
 
 /* The connection has the session from now on, which has none; its exchange is what it was. */
 void ts_resume_attach(ts_service *service, ts_connection *connection, uint64_t session);
@@ -37,7 +35,5 @@ uint64_t ts_resume_opened(const ts_service *service, const ts_connection *connec
 
 /* How many have yet to come back. */
 uint32_t ts_resume_absent(const ts_service *service);
-
-void ts_resume_fini(ts_service *service);
 
 #endif

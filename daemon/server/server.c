@@ -2,7 +2,6 @@
 
 #include "clock.h"
 #include "pool_stats_cache.h"
-#include "resume.h"
 #include "slab_holder.h"
 #include "step_work.h"
 #include "stored_memory.h"
@@ -164,7 +163,7 @@ void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid)
     ts_answer answer;
     const bool writes = ts_engine_session_writes(s->exec.engine, session);
     if (about->exchange_bytes > 0)
-        ts_stored_exchange_forget(&s->exec, session, about->exchanges);
+        ts_stored_exchange_forget(s->exec.store, session, about->exchanges);
     ts_exec_apply(&s->exec,
                   &(ts_command){.op = TS_OP_SESSION_CLOSE,
                                 .session = session,
@@ -302,7 +301,8 @@ void ts_service_tick(ts_service *s, uint64_t idle_since_ms)
     ts_exec_tick(&s->exec);
     look_for_returns(s);
     look_at_exchanges(s);
-    ts_resume_look(s);
+    if (s->look_for_absent != NULL)
+        s->look_for_absent(s, false);
     for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
         for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
             if (c->idle_since_ms != 0 && c->idle_since_ms <= idle_since_ms)
@@ -365,7 +365,8 @@ void ts_service_fini(ts_service *s)
             close(q->process);
         free(q);
     }
-    ts_resume_fini(s);
+    if (s->look_for_absent != NULL)
+        s->look_for_absent(s, true);
     ts_pool_stats_cache_free(s->pool_stats);
     ts_step_plans_free(&s->exec);
     ts_exec_fini(&s->exec);

@@ -56,7 +56,8 @@ typedef struct ts_service {
     ts_parked *parked;                      /* what waits (parked.h) */
     ts_work alarm;                          /* for the first of the deadlines */
     uint64_t look_ms; /* ... and then, at claims and quarantines; 0: there is nothing to look at */
-    struct ts_absent *absent; /* sessions whose clients have yet to come back (resume.h) */
+    void (*look_for_absent)(struct ts_service *service, bool last); /* NULL: none were taken over */
+    struct ts_absent *absent;          /* sessions whose clients have yet to come back (resume.h) */
     struct ts_quarantine *quarantines; /* sessions whose processes may still write */
     uint32_t quarantine_ms;            /* ... for so long after the process has ended */
     uint32_t return_ms; /* a session that returns no slab for so long, and owes some, is ended */
@@ -74,8 +75,8 @@ typedef struct ts_service {
     bool ending;         /* nothing is asked of the engine or the kernels any more */
     bool http_shows_all; /* and not totals alone */
     uint64_t started_ms, requests, refused;
-    ts_refusals *refusals; /* NULL: there was none yet */
-    double started_unix;   /* seconds */
+    ts_refusals *refusals;  /* NULL: there was none yet */
+    double started_unix;    /* seconds */
     ts_books_start started; /* what it took over */
     uint8_t epoch[TS_EPOCH_BYTES];
     ts_latency message_times, ring_times;

@@ -53,16 +53,16 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
     char why[TS_MESSAGE_BYTES];
     s->exec.store = store;
     if (!ts_store_holds(store)) {
-        ts_log(TS_LOG_INFO, "nobody holds the memory when the daemon ends (systemd with "
-                            "FileDescriptorStoreMax=, or --supervise): what is stored ends with it");
+        ts_log(TS_LOG_INFO,
+               "nobody holds the memory when the daemon ends (systemd with "
+               "FileDescriptorStoreMax=, or --supervise): what is stored ends with it");
         return ts_service_init(s, &c->limits);
     }
-    const ts_books_options options = {.keeper = {store, take, keep, forget},
-                                      .limits = &c->limits,
-                                      .journal_bytes = c->message_bytes * 4 > (64u << 20)
-                                                           ? (c->message_bytes * 4 + 4095) / 4096 *
-                                                                 4096
-                                                           : 0};
+    const ts_books_options options = {
+        .keeper = {store, take, keep, forget},
+        .limits = &c->limits,
+        .journal_bytes =
+            c->message_bytes * 4 > (64u << 20) ? (c->message_bytes * 4 + 4095) / 4096 * 4096 : 0};
     ts_engine *engine;
     if (ts_books_open(&options, &s->exec.books, &engine, &s->started, why, sizeof why) != TS_OK) {
         ts_log(TS_LOG_ERROR, "the books: %s", why);
