@@ -1,116 +1,6 @@
 /* The store's side that is in the daemon, with the test itself as its holder. */
 #define _GNU_SOURCE
-#include "test_util.h"
-
-#include "store.h"
-#include "store_wire.h"
-
-#include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#define WATCHDOG_SECONDS 120
-
-/* The holder: a notify socket, and one where a daemon comes whose supervisor died. */
-typedef struct holder {
-    char folder[64], notify[80], adopt[80];
-    int socket, listener;
-    char why[256];
-} holder;
-
-static int listen_in(const char *path, int type)
-{
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
-    int fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
-    assert_true(fd >= 0);
-    assert_int_equal(bind(fd, (struct sockaddr *)&address, sizeof address), 0);
-    if (type != SOCK_DGRAM)
-        assert_int_equal(listen(fd, 8), 0);
-    return fd;
-}
-
-static void holder_make(holder *h, const char *variable, const char *fds)
-{
-    *h = (holder){.listener = -1};
-    strcpy(h->folder, "/tmp/tinyserve-store.XXXXXX");
-    assert_non_null(mkdtemp(h->folder));
-    snprintf(h->notify, sizeof h->notify, "%s/notify", h->folder);
-    snprintf(h->adopt, sizeof h->adopt, "%s/store", h->folder);
-    h->socket = listen_in(h->notify, SOCK_DGRAM);
-    setenv("NOTIFY_SOCKET", h->notify, 1);
-    setenv(variable, fds, 1);
-    alarm(WATCHDOG_SECONDS);
-}
-
-/* One that may be followed by another. */
-static void holder_make_supervisor(holder *h, const char *fds)
-{
-    holder_make(h, TS_ENV_FDSTORE, fds);
-    h->listener = listen_in(h->adopt, SOCK_SEQPACKET);
-    setenv(TS_ENV_SUPERVISOR, h->adopt, 1);
-}
-
-static void holder_end(holder *h)
-{
-    if (h->socket >= 0)
-        close(h->socket);
-    if (h->listener >= 0)
-        close(h->listener);
-    (void)unlink(h->notify);
-    (void)unlink(h->adopt);
-    assert_int_equal(rmdir(h->folder), 0);
-    unsetenv("NOTIFY_SOCKET");
-    alarm(0);
-}
-
-/* The next message that comes to this socket. */
-static void next(int socket, ts_store_datagram *d)
-{
-    struct pollfd p = {.fd = socket, .events = POLLIN};
-    assert_int_equal(poll(&p, 1, -1), 1);
-    assert_int_equal(ts_store_receive(socket, d), 1);
-    assert_null(d->fault);
-}
-
-static void expect(int socket, const char *text)
-{
-    ts_store_datagram d;
-    next(socket, &d);
-    assert_string_equal(d.text, text);
-    assert_int_equal(d.fd, -1);
-}
-
-/* The message, with a duplicate of this descriptor. */
-static void expect_fd(int socket, const char *text, int fd)
-{
-    ts_store_datagram d;
-    struct stat got, put;
-    next(socket, &d);
-    assert_string_equal(d.text, text);
-    assert_int_equal(fstat(d.fd, &got), 0);
-    assert_int_equal(fstat(fd, &put), 0);
-    assert_true(got.st_dev == put.st_dev && got.st_ino == put.st_ino);
-    close(d.fd);
-}
-
-static int make_fd(const char *text)
-{
-    int fd = memfd_create("stored", MFD_CLOEXEC);
-    assert_true(fd >= 0);
-    assert_int_equal(write(fd, text, strlen(text)), (ssize_t)strlen(text));
-    return fd;
-}
+#include "store_util.h"
 
 #define PUT(s, name, fd) ts_store_put(s, name, fd, h.why, sizeof h.why)
 
@@ -304,6 +194,7 @@ static void what_was_never_sent_needs_no_removal(void **state)
         snprintf(text, sizeof text, "n.%d", n);
         assert_int_equal(PUT(s, text, fd), TS_OK);
     }
+    expect_fd(h.socket, "FDSTORE=1\nFDNAME=n.0\nFDPOLL=0", fd); /* this one was sent */
     assert_int_equal(ts_store_remove(s, "n.699"), TS_OK);
     assert_int_equal(ts_store_remove(s, "n.0"), TS_OK);
     barrier_begin(&a, s);
@@ -529,6 +420,37 @@ static void the_next_supervisor_gets_all_again(void **state)
     holder_end(&h);
 }
 
+static void another_users_supervisor_is_told_nothing(void **state)
+{
+    holder h;
+    told t = TOLD_INIT;
+    (void)state;
+    if (geteuid() != 0)
+        skip();
+    holder_make_supervisor(&h, "16");
+    close(h.listener);
+    (void)unlink(h.adopt);
+    assert_int_equal(chmod(h.folder, 0777), 0);
+    assert_int_equal(seteuid(65534), 0);
+    h.listener = listen_in(h.adopt, SOCK_SEQPACKET);
+    assert_int_equal(seteuid(0), 0);
+    ts_store *s = ts_store_open();
+    int fd = make_fd("secret");
+    ts_store_on_change(s, on_change, &t);
+    close(h.socket);
+    h.socket = -1;
+    assert_int_equal(PUT(s, "a", fd), TS_OK);
+    assert_false(await_change(&t, 1));
+    int connection = accept4(h.listener, NULL, NULL, SOCK_CLOEXEC);
+    assert_true(connection >= 0);
+    await_close(connection);
+    assert_false(ts_store_holds(s));
+    close(fd);
+    ts_store_close(s);
+    assert_int_equal(t.times, 1);
+    holder_end(&h);
+}
+
 /* In a process whose descriptors from 3 on are what it was given; 0, or the line of what is wrong.
  */
 #define CHECK(condition)                                                                           \
@@ -645,6 +567,7 @@ int main(void)
         cmocka_unit_test(a_service_manager_that_is_gone_is_said_once),
         cmocka_unit_test(a_supervisor_that_dies_answers_no_barrier),
         cmocka_unit_test(the_next_supervisor_gets_all_again),
+        cmocka_unit_test(another_users_supervisor_is_told_nothing),
         cmocka_unit_test(descriptors_of_the_daemon_before_are_found_by_name),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
