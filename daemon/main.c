@@ -286,12 +286,18 @@ static uint64_t random_number(void)
     return random;
 }
 
-/* Ends as a kill does, when the holder has what was stored. */
-static void __attribute__((noreturn)) leave(ts_store *store, int code)
+/* Ends as a kill does, when the holder has what was stored; only its sockets' paths go. */
+static void __attribute__((noreturn)) leave(const ts_config *c, ts_store *store, int code)
 {
+    static const char *const suffixes[] = {"", TS_HANDLE_SUFFIX, ".lock"};
+    char path[128];
     if (!ts_store_barrier(store, LEAVE_MS))
         ts_log(TS_LOG_WARNING, "whoever holds the memory hasn't said within %u ms that it does",
                LEAVE_MS);
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
+        snprintf(path, sizeof path, "%s%s", c->socket, suffixes[i]);
+        (void)unlink(path);
+    }
     _exit(code);
 }
 
@@ -375,7 +381,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     ts_store_notify(number != SIGUSR1 ? "STOPPING=1" : "STOPPING=1\nEXIT_STATUS=3");
     code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
     if (s->exec.books != NULL) /* nothing is undone: the next daemon goes on with it */
-        leave(store, code);
+        leave(c, store, code);
 out:
     ts_http_stop(http);
     ts_nng_server_stop(server);

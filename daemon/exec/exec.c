@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "log.h"
 #include "stored_memory.h"
+#include "test_point.h"
 
 #include <stdlib.h>
 
@@ -51,7 +52,9 @@ void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
     timed.now_ms = ts_now_ms();
     ts_books_begin(x->books, &timed);
     ts_engine_apply(x->engine, &timed, a);
+    ts_point("applied");
     ts_books_note(x->books, x->engine, &timed, a);
+    ts_point("published");
     ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;

@@ -1,9 +1,13 @@
 #include "stored_memory.h"
 
+#include "log.h"
+#include "test_point.h"
+
 #include <stdio.h>
 #include <unistd.h>
 
 #define NAME_BYTES 33
+#define BARRIER_MS 1000u
 
 static const char *slab_name(char *name, const ts_stored_slab *s)
 {
@@ -17,6 +21,18 @@ static const char *exchange_name(char *name, uint64_t session, uint32_t number)
     return name;
 }
 
+/* Stores it, and waits until the holder has it: what a client is told of must be there after a death
+ * at any instruction. A holder that doesn't answer in time, or has died, is the log's. */
+static ts_status put(ts_store *store, const char *name, int fd, char *why, size_t why_bytes)
+{
+    ts_status status = ts_store_put(store, name, fd, why, why_bytes);
+    if (status == TS_OK && !ts_store_barrier(store, BARRIER_MS) && ts_store_holds(store))
+        ts_log(TS_LOG_WARNING, "whoever holds the memory has not taken '%s' within %u ms", name,
+               BARRIER_MS);
+    ts_point("stored");
+    return status;
+}
+
 ts_status ts_stored_slab_put(ts_store *store, const ts_stored_slab *s, char *why, size_t why_bytes)
 {
     char name[NAME_BYTES];
@@ -26,7 +42,7 @@ ts_status ts_stored_slab_put(ts_store *store, const ts_stored_slab *s, char *why
     ts_status status = ts_memory_export(s->memory, s->slab, true, &fd, why, why_bytes);
     if (status != TS_OK)
         return status;
-    status = ts_store_put(store, slab_name(name, s), fd, why, why_bytes);
+    status = put(store, slab_name(name, s), fd, why, why_bytes);
     close(fd);
     return status;
 }
@@ -52,7 +68,7 @@ ts_status ts_stored_exchange_put(ts_store *store, uint64_t session, uint32_t num
                                  char *why, size_t why_bytes)
 {
     char name[NAME_BYTES];
-    return ts_store_put(store, exchange_name(name, session, number), fd, why, why_bytes);
+    return put(store, exchange_name(name, session, number), fd, why, why_bytes);
 }
 
 void ts_stored_exchange_forget(ts_store *store, uint64_t session, uint32_t number)

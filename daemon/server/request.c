@@ -10,6 +10,7 @@
 #include "report.h"
 #include "resume.h"
 #include "step_work.h"
+#include "test_point.h"
 #include "tinyserve_version.h"
 #include "unconst.h"
 
@@ -54,7 +55,9 @@ static void deliver(ts_connection *c, ts_request *request, uint64_t id, const vo
         kept->waiters = NULL;
         ts_reply_cache_keep(&c->replies, kept, bytes, size);
     }
+    ts_point("answering");
     request->send(request, bytes, size);
+    ts_point("answered");
 }
 
 static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const ts_answer *answer)

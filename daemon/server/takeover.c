@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#define BARRIER_MS 1000u
+
 /* ---- the store as the books' keeper ---- */
 
 static int take(void *store, const char *name)
@@ -18,7 +20,11 @@ static int take(void *store, const char *name)
 
 static ts_status keep(void *store, const char *name, int fd, char *why, size_t why_bytes)
 {
-    return ts_store_put(store, name, fd, why, why_bytes);
+    ts_status status = ts_store_put(store, name, fd, why, why_bytes);
+    if (status == TS_OK && !ts_store_barrier(store, BARRIER_MS))
+        ts_log(TS_LOG_WARNING, "whoever holds the memory has not taken '%s' within %u ms", name,
+               BARRIER_MS);
+    return status;
 }
 
 static void forget(void *store, const char *name)

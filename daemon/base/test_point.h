@@ -1,0 +1,20 @@
+/*
+ * Places where a test ends the daemon. The daemon itself has nothing there: only a program that a
+ * test links with a ts_test_point of its own does.
+ *
+ * Thread: any.
+ */
+#ifndef TS_TEST_POINT_H
+#define TS_TEST_POINT_H
+
+#include <stddef.h>
+
+void ts_test_point(const char *name) __attribute__((weak));
+
+static inline void ts_point(const char *name)
+{
+    if (ts_test_point != NULL)
+        ts_test_point(name);
+}
+
+#endif
