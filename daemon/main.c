@@ -13,6 +13,8 @@
 #include "server.h"
 #include "socket_path.h"
 #include "socket_place.h"
+#include "store_wire.h"
+#include "supervisor.h"
 #include "tinyserve_version.h"
 
 #include <argp.h>
@@ -35,18 +37,20 @@
  * exchange's, its rings', the doorbells of 3 rings and its signals'. */
 #define CONNECTION_FDS 9u
 #define CONNECTIONS_MAX 65536u
+#define KEY_BYTES 64 /* of a key of the configuration, and more: a longer one is unknown anyway */
 
 const char *argp_program_version = "tinyserved " TS_VERSION;
 
-enum { OPT_POOL = 256, OPT_CHECK };
+enum { OPT_POOL = 256, OPT_CHECK, OPT_SUPERVISE };
 enum { EXIT_USAGE = 2, EXIT_DEVICE = 3 };
 
 typedef struct options {
     const char *config_path;
-    bool config_given, check;
+    bool config_given, check, supervise;
     const char *pools[TS_POOLS_MAX];
     uint32_t num_pools;
-    const char *keys[32], *values[32];
+    char keys[32][KEY_BYTES]; /* argv stays as it is, for a daemon that is supervised */
+    const char *values[32];
     uint32_t num_keys;
 } options;
 
@@ -57,14 +61,18 @@ static const struct argp_option argp_options[] = {
     {"set", 'S', "KEY=VALUE", 0, "Override a key of the [daemon] section", 0},
     {"pool", OPT_POOL, "NAME:KEY=VALUE,...", 0, "Add a pool, with the keys of a [pool] section", 0},
     {"check-config", OPT_CHECK, NULL, 0, "Check the configuration, print its pools and exit", 0},
+    {"supervise", OPT_SUPERVISE, NULL, 0,
+     "Start the daemon as a child, hold its memory, and start it again when it dies", 0},
     {0},
 };
 
-static void add_key(struct argp_state *state, options *o, const char *key, const char *value)
+/* The key is `bytes` of it. */
+static void add_key(struct argp_state *state, options *o, const char *key, size_t bytes,
+                    const char *value)
 {
-    if (o->num_keys == sizeof o->keys / sizeof *o->keys)
-        argp_error(state, "more than %zu keys are set", sizeof o->keys / sizeof *o->keys);
-    o->keys[o->num_keys] = key;
+    if (o->num_keys == sizeof o->values / sizeof *o->values)
+        argp_error(state, "more than %zu keys are set", sizeof o->values / sizeof *o->values);
+    snprintf(o->keys[o->num_keys], KEY_BYTES, "%.*s", (int)bytes, key);
     o->values[o->num_keys++] = value;
 }
 
@@ -77,15 +85,14 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         o->config_given = true;
         return 0;
     case 's':
-        add_key(state, o, "socket", arg);
+        add_key(state, o, "socket", strlen("socket"), arg);
         return 0;
     case 'S': {
-        char *equals = strchr(arg, '=');
+        const char *equals = strchr(arg, '=');
         if (equals == NULL)
             argp_error(state, "--set %s: KEY=VALUE is needed", arg);
         else
-            *equals = '\0';
-        add_key(state, o, arg, equals + 1);
+            add_key(state, o, arg, (size_t)(equals - arg), equals + 1);
         return 0;
     }
     case OPT_POOL:
@@ -95,6 +102,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_CHECK:
         o->check = true;
+        return 0;
+    case OPT_SUPERVISE: /* the child's arguments are those without it */
+        o->supervise = true;
+        state->argv[state->next - 1] = NULL;
         return 0;
     case ARGP_KEY_ARG:
         argp_error(state, "'%s' is not an option", arg);
@@ -157,15 +168,6 @@ static void raise_file_limit(void)
         limit.rlim_cur = limit.rlim_max;
         (void)setrlimit(RLIMIT_NOFILE, &limit);
     }
-}
-
-static void notify(const char *state)
-{
-#ifdef TS_HAVE_SYSTEMD
-    sd_notify(0, state);
-#else
-    (void)state;
-#endif
 }
 
 /*
@@ -241,8 +243,8 @@ static int await_signal(ts_service *s, const sigset_t *signals, const options *o
         if (every == 0 || atomic_load(&h.out)) /* an engine that is stuck stays silent */
             continue;
         if (h.status[0] != '\0')
-            notify(h.status);
-        notify("WATCHDOG=1");
+            ts_store_notify(h.status);
+        ts_store_notify("WATCHDOG=1");
         atomic_store(&h.out, true);
         ts_queue_put(&s->exec.queue, &h.work);
     }
@@ -351,11 +353,12 @@ static int serve(ts_config *c, const options *o, const sigset_t *signals)
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", c->socket,
            ts_isa_name(ts_attention_isa(s->exec.attention)),
            ts_attention_threads(s->exec.attention));
-    notify("READY=1");
+    ts_store_notify("READY=1");
     int number = await_signal(s, signals, o, c);
     if (number != SIGUSR1)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
-    notify("STOPPING=1");
+    /* A supervisor that adopted this daemon can't wait for its status. */
+    ts_store_notify(number != SIGUSR1 ? "STOPPING=1" : "STOPPING=1\nEXIT_STATUS=3");
     code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
 out:
     ts_http_stop(http);
@@ -408,6 +411,39 @@ static int lock_and_serve(ts_config *c, const options *o, const sigset_t *signal
     return code;
 }
 
+/* --supervise: the parent of a daemon. Returns the exit status. */
+static int supervise(const ts_config *c, int argc, char **argv)
+{
+    ts_supervise_options options = TS_SUPERVISE_OPTIONS_INIT;
+    char place[128], notify_path[128], lock_path[144], why[512];
+    char **arguments = calloc((size_t)argc + 1, sizeof *arguments);
+    int lock, code = EXIT_FAILURE, n = 0;
+    if (arguments == NULL)
+        return EXIT_FAILURE;
+    for (int i = 0; i < argc; i++)
+        if (argv[i] != NULL)
+            arguments[n++] = argv[i];
+    options.socket = c->socket;
+    options.argv = arguments;
+    snprintf(place, sizeof place, "%s" TS_STORE_SOCKET_SUFFIX, c->socket);
+    snprintf(notify_path, sizeof notify_path, "%s" TS_NOTIFY_SOCKET_SUFFIX, c->socket);
+    if ((c->socket_is_own && ts_socket_folder_make(c->socket, why, sizeof why) != TS_OK) ||
+        ts_socket_path_lock(place, lock_path, sizeof lock_path, &lock, why, sizeof why) != TS_OK) {
+        ts_log(TS_LOG_ERROR, "%s", why);
+        free(arguments);
+        return EXIT_FAILURE;
+    }
+    if (ts_socket_path_clear(place, why, sizeof why) != TS_OK ||
+        ts_socket_path_clear(notify_path, why, sizeof why) != TS_OK)
+        ts_log(TS_LOG_ERROR, "%s", why);
+    else
+        code = ts_supervise(&options);
+    (void)unlink(lock_path);
+    close(lock);
+    free(arguments);
+    return code;
+}
+
 int main(int argc, char **argv)
 {
     options o = {.config_path = TS_CONFIG_DEFAULT};
@@ -433,6 +469,11 @@ int main(int argc, char **argv)
         }
         free(c);
         return EXIT_SUCCESS;
+    }
+    if (o.supervise) {
+        int code = supervise(c, argc, argv);
+        free(c);
+        return code;
     }
     /* Every thread leaves these to main's sigwait. */
     sigset_t signals;
