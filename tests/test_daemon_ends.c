@@ -2,8 +2,12 @@
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include <poll.h>
 #include <pthread.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
 
 /* Worker: connects, says so through the pipe, and goes on until the daemon is gone. */
 static void lasting(const char *url, const char *argument)
@@ -216,6 +220,55 @@ static void a_daemon_ends_while_calls_wait(void **state)
     }
 }
 
+/* Who listens at the daemon's socket, and a descriptor of that process; -1: nobody does. */
+static pid_t listening_process(const daemon_process *d, int *pidfd)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct ucred peer = {.pid = -1};
+    socklen_t length = sizeof peer;
+    snprintf(address.sun_path, sizeof address.sun_path, "%s", d->url);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_true(fd >= 0);
+    if (connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
+        assert_int_equal(getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length), 0);
+    close(fd);
+    *pidfd = peer.pid > 0 ? (int)syscall(SYS_pidfd_open, peer.pid, 0) : -1;
+    return peer.pid;
+}
+
+static void a_supervised_daemon_that_is_killed_serves_the_same_sockets_again(void **state)
+{
+    const char *const supervised[] = {"--supervise", "--set", "submit_seconds=30", NULL};
+    daemon_process d;
+    pid_t last = 0;
+    (void)state;
+    daemon_start_with(&d, POOL_TINY ",blocks=4", supervised);
+    for (int i = 0; i < 3; i++) {
+        ts_client *c;
+        ts_seq seq;
+        ts_step *step;
+        int pidfd;
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url, .wait_ms = 60000},
+                      &c));
+        ts_pool *p = open_pool(c, "tiny", 0);
+        OK(ts_seq_create(p, 1, &seq));
+        OK(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &step)); /* by the handle socket, too */
+        OK(ts_step_abort(step));
+        ts_pool_close(p);
+        ts_disconnect(c);
+        const pid_t daemon = listening_process(&d, &pidfd);
+        assert_true(daemon > 0 && daemon != d.pid && daemon != last);
+        last = daemon;
+        if (i < 2) {
+            struct pollfd end = {.fd = pidfd, .events = POLLIN};
+            assert_int_equal(kill(daemon, SIGKILL), 0);
+            assert_int_equal(poll(&end, 1, -1), 1);
+        }
+        close(pidfd);
+    }
+    daemon_stop(&d); /* both, with status 0, and no file is left */
+}
+
 int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
@@ -227,6 +280,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_worker_gets_TS_ECONN_when_the_daemon_goes),
         cmocka_unit_test(a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status),
         cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
+        cmocka_unit_test(a_supervised_daemon_that_is_killed_serves_the_same_sockets_again),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
         cmocka_unit_test(a_daemon_ends_while_calls_wait),
     };
