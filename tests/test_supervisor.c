@@ -157,6 +157,15 @@ static void send_as_stranger(const world *w, const char *text, int passed)
     close(fd);
 }
 
+/* The supervisor's descriptors when it has done all that it was asked before. */
+static uint32_t settled_fds(world *w)
+{
+    ASK("barrier", "done"); /* it has read all, and is about to close the barrier's pipe */
+    kill(w->supervisor, SIGHUP);
+    assert_string_equal(hear(w), "hangup");
+    return open_fds(w->supervisor);
+}
+
 static void garbage_and_strangers_change_nothing(void **state)
 {
     static const char *const garbage[] = {
@@ -193,8 +202,7 @@ static void garbage_and_strangers_change_nothing(void **state)
     start_supervisor(w, &plain);
     meet(w);
     ASK("put a kept", "ok");
-    ASK("barrier", "done");
-    const uint32_t fds = open_fds(w->supervisor);
+    const uint32_t fds = settled_fds(w);
     for (size_t i = 0; i < sizeof garbage / sizeof *garbage; i++)
         ASK(garbage[i], "sent");
     snprintf(message, sizeof message, "raw 1 FDSTORE=1\nFDNAME=x\nSTATUS=");
@@ -206,8 +214,7 @@ static void garbage_and_strangers_change_nothing(void **state)
     send_as_stranger(w, "FDSTOREREMOVE=1\nFDNAME=a", -1);
     send_as_stranger(w, "STOPPING=1", -1);
     close(memfd);
-    ASK("barrier", "done"); /* all of it has been read */
-    assert_int_equal(open_fds(w->supervisor), fds);
+    assert_int_equal(settled_fds(w), fds);
     say(w, "die 9");
     meet(w);
     ASK("names", "1 a");
