@@ -69,6 +69,17 @@ static inline void world_make(world *w)
     alarm(WATCHDOG_SECONDS);
 }
 
+/* The program in the daemon's place, which lies beside this one. */
+static inline const char *fake_daemon(void)
+{
+    static char path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 32);
+    assert_true(n > 0);
+    path[n] = '\0';
+    strcpy(strrchr(path, '/'), "/supervised_daemon");
+    return path;
+}
+
 static inline void become_supervisor(const world *w, const ways *how)
 {
     if (how->notify != NULL)
@@ -84,7 +95,7 @@ static inline void become_supervisor(const world *w, const ways *how)
         setenv("LISTEN_FDS", "1", 1);
         setenv("LISTEN_FDNAMES", "tinyserved.socket", 1);
     }
-    execl(TS_FAKE_DAEMON, TS_FAKE_DAEMON, "--supervise", how->stable_ms, how->kill_after_ms,
+    execl(fake_daemon(), "supervised_daemon", "--supervise", how->stable_ms, how->kill_after_ms,
           how->adopt_ms, w->socket, w->control_path, NULL);
     _exit(99);
 }

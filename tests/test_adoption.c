@@ -95,7 +95,7 @@ static void a_daemon_that_was_not_supervised_is_left_alone(void **state)
     world_make(w);
     pid_t daemon = fork();
     if (daemon == 0) {
-        execl(TS_FAKE_DAEMON, TS_FAKE_DAEMON, w->socket, w->control_path, NULL);
+        execl(fake_daemon(), "supervised_daemon", w->socket, w->control_path, NULL);
         _exit(99);
     }
     meet(w);

@@ -16,7 +16,7 @@
 
 #define NAME_LETTERS "abcdefghijklmnopqrstuvwxyz0123456789."
 #define LISTENERS_SUFFIX ".socket"
-#define NOTIFY_MS 1000
+#define NOTIFY_MS 5000
 #define FDS_SEEN 4u /* of a message; it may bring one */
 #define FIRST_PASSED_FD 3
 

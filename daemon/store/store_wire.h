@@ -91,7 +91,7 @@ const char *ts_store_parse(const ts_store_datagram *d, ts_store_message *m);
 void ts_store_passed(void (*each)(void *arg, const char *name, int fd), void *arg);
 
 /* Tells whoever started this process something, e.g. "READY=1": to NOTIFY_SOCKET, if it is set.
- * Waits for at most a second where its reader is slow. */
+ * Waits for at most 5 s where its reader is slow. */
 void ts_store_notify(const char *state);
 
 /* The same to this path. */

@@ -28,6 +28,8 @@
 #define MOST_DELAY_MS 1000
 #define LOCK_POLL_MS 100 /* a lock's end can't be waited for together with other things */
 #define OWN_FDS 64u
+#define MESSAGES_PER_TURN 64u /* then signals and other sockets have theirs */
+#define LAST_MESSAGES 65536u  /* more than a socket holds of a daemon that is dead */
 /* Which of the daemon's memory goes into a core dump (core(5)): what is private to it, and the ELF
  * headers. Stored memory, which is shared, has prompts and tokens. */
 #define CORE_FILTER "0x31"
@@ -149,6 +151,8 @@ static bool set_up(supervisor *s)
         return false;
     }
     ts_store_passed(hold_passed, s);
+    (void)unsetenv(TS_ENV_DEATHS); /* of another supervisor */
+    (void)unsetenv(TS_ENV_LAST_DEATH);
     s->signal_fd = signalfd(-1, &s->signals, SFD_CLOEXEC | SFD_NONBLOCK);
     return s->signal_fd >= 0 &&
            name_path(s, s->notify_path, sizeof s->notify_path, TS_NOTIFY_SOCKET_SUFFIX) &&
@@ -283,12 +287,12 @@ static void carry_out(supervisor *s, ts_store_datagram *d)
         tell_upward(s, m.forward);
 }
 
-/* Reads what has come to this socket; false: its connection has ended. */
-static bool read_messages(supervisor *s, int socket)
+/* Reads what has come to this socket, so many messages at most; false: its connection has ended. */
+static bool read_messages(supervisor *s, int socket, uint32_t most)
 {
     ts_store_datagram d;
-    int came;
-    while ((came = ts_store_receive(socket, &d)) > 0) {
+    int came = 1;
+    for (; most > 0 && (came = ts_store_receive(socket, &d)) > 0; most--) {
         if (s->pid != 0 && d.pid == s->pid) {
             carry_out(s, &d);
             continue;
@@ -298,7 +302,7 @@ static bool read_messages(supervisor *s, int socket)
         if (d.fd >= 0)
             close(d.fd);
     }
-    return came < 0 && (errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM);
+    return came > 0 || (came < 0 && (errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM));
 }
 
 static void drop_connection(supervisor *s)
@@ -385,9 +389,9 @@ static uint32_t restart_delay(supervisor *s)
 static bool bury(supervisor *s)
 {
     char status[96];
-    (void)read_messages(s, s->notify);
+    (void)read_messages(s, s->notify, LAST_MESSAGES);
     if (s->connection >= 0)
-        (void)read_messages(s, s->connection);
+        (void)read_messages(s, s->connection, LAST_MESSAGES);
     drop_connection(s);
     if (s->pidfd >= 0)
         close(s->pidfd);
@@ -481,8 +485,8 @@ static void turn(supervisor *s)
     if (poll(p, sizeof p / sizeof *p, timeout(s)) <= 0)
         return;
     if (p[NOTIFY].revents != 0)
-        (void)read_messages(s, s->notify);
-    if (p[CONNECTION].revents != 0 && !read_messages(s, s->connection))
+        (void)read_messages(s, s->notify, MESSAGES_PER_TURN);
+    if (p[CONNECTION].revents != 0 && !read_messages(s, s->connection, MESSAGES_PER_TURN))
         drop_connection(s);
     if (p[PIDFD].revents != 0)
         s->ended = true;
