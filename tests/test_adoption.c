@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "supervisor_util.h"
 
+#include <sys/file.h>
+
 /* Kills the supervisor; the daemon has seen it when this returns. */
 static void kill_supervisor(world *w)
 {
@@ -111,6 +113,111 @@ static void a_daemon_that_was_not_supervised_is_left_alone(void **state)
     world_end(w);
 }
 
+/* As a live daemon has it. */
+static int take_lock(const world *w)
+{
+    char path[96];
+    snprintf(path, sizeof path, "%.79s.lock", w->socket);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) != 0)
+        _exit(99);
+    return fd;
+}
+
+/* Connects to the supervisor as soon as it listens, and reads its greeting. */
+static int come(const world *w)
+{
+    char path[96];
+    ts_store_datagram d;
+    int fd;
+    snprintf(path, sizeof path, "%.79s" TS_STORE_SOCKET_SUFFIX, w->socket);
+    do
+        fd = ts_store_connect(path, SOCK_SEQPACKET);
+    while (fd < 0);
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    if (poll(&p, 1, -1) != 1 || ts_store_receive(fd, &d) != 1 ||
+        strcmp(d.text, "FDSTORE=4096") != 0)
+        _exit(99);
+    return fd;
+}
+
+/* A daemon that comes, loses its connection, comes again and dies. */
+static _Noreturn void come_twice(const world *w)
+{
+    static const char *const texts[] = {"first", "second"};
+    (void)take_lock(w);
+    for (int i = 0; i < 2; i++) {
+        int fd = come(w), memfd = memfd_create("again", MFD_CLOEXEC);
+        if (write(memfd, texts[i], strlen(texts[i])) < 0 ||
+            ts_store_send(fd, "FDSTORE=1\nFDNAME=a", memfd) != 0)
+            _exit(99);
+        close(memfd);
+        close(fd);
+    }
+    _exit(0);
+}
+
+static void a_daemon_that_comes_again_is_asked_for_all_again(void **state)
+{
+    world world, *w = &world;
+    (void)state;
+    world_make(w);
+    pid_t daemon = fork();
+    if (daemon == 0) {
+        const int lock = take_lock(w); /* before the supervisor looks */
+        kill(getpid(), SIGSTOP);
+        close(lock);
+        come_twice(w);
+    }
+    int status;
+    assert_int_equal(waitpid(daemon, &status, WUNTRACED), daemon);
+    start_supervisor(w, &plain);
+    kill(daemon, SIGCONT);
+    assert_int_equal(waitpid(daemon, &status, 0), daemon);
+    assert_int_equal(status, 0);
+    meet(w);
+    ASK("deaths", "1 unknown");
+    ASK("read a", "second");
+    say(w, "exit 0");
+    assert_int_equal(await_end(w), 0);
+    world_end(w);
+}
+
+/* Its socket can't be reached by others at all; were it, they would be refused. */
+static void a_process_of_another_user_is_refused(void **state)
+{
+    world world, *w = &world;
+    char path[96];
+    (void)state;
+    if (geteuid() != 0)
+        skip();
+    world_make(w);
+    int lock = take_lock(w);
+    start_supervisor(w, &plain);
+    snprintf(path, sizeof path, "%.79s" TS_STORE_SOCKET_SUFFIX, w->socket);
+    assert_int_equal(chmod(w->folder, 0755), 0);
+    int fd;
+    while (chmod(path, 0666) != 0) /* until it is there */
+        assert_int_equal(errno, ENOENT);
+    assert_int_equal(seteuid(65534), 0);
+    do
+        fd = ts_store_connect(path, SOCK_SEQPACKET);
+    while (fd < 0);
+    assert_int_equal(seteuid(0), 0);
+    await_line(w, "a process that isn't this user's daemon is refused");
+    ts_store_datagram d;
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    assert_int_equal(poll(&p, 1, -1), 1);
+    assert_int_equal(ts_store_receive(fd, &d), 0);
+    close(fd);
+    close(lock); /* now nobody serves: a daemon is started */
+    meet(w);
+    ASK("names", "0");
+    say(w, "exit 0");
+    assert_int_equal(await_end(w), 0);
+    world_end(w);
+}
+
 static void as_many_as_fit_come_back(void **state)
 {
     world world, *w = &world;
@@ -146,6 +253,8 @@ int main(void)
         cmocka_unit_test(a_daemon_outlives_its_supervisor_and_the_next_one_adopts_it),
         cmocka_unit_test(an_adopted_daemon_is_ended_as_a_child_is),
         cmocka_unit_test(a_daemon_that_was_not_supervised_is_left_alone),
+        cmocka_unit_test(a_daemon_that_comes_again_is_asked_for_all_again),
+        cmocka_unit_test(a_process_of_another_user_is_refused),
         cmocka_unit_test(as_many_as_fit_come_back),
     };
     signal(SIGPIPE, SIG_IGN);

@@ -419,6 +419,37 @@ static void the_next_supervisor_gets_all_again(void **state)
     holder_end(&h);
 }
 
+static void another_users_supervisor_is_told_nothing(void **state)
+{
+    holder h;
+    told t = TOLD_INIT;
+    (void)state;
+    if (geteuid() != 0)
+        skip();
+    holder_make_supervisor(&h, "16");
+    close(h.listener);
+    (void)unlink(h.adopt);
+    assert_int_equal(chmod(h.folder, 0777), 0);
+    assert_int_equal(seteuid(65534), 0);
+    h.listener = listen_in(h.adopt, SOCK_SEQPACKET);
+    assert_int_equal(seteuid(0), 0);
+    ts_store *s = ts_store_open();
+    int fd = make_fd("secret");
+    ts_store_on_change(s, on_change, &t);
+    close(h.socket);
+    h.socket = -1;
+    assert_int_equal(PUT(s, "a", fd), TS_OK);
+    assert_false(await_change(&t, 1));
+    int connection = accept4(h.listener, NULL, NULL, SOCK_CLOEXEC);
+    assert_true(connection >= 0);
+    await_close(connection);
+    assert_false(ts_store_holds(s));
+    close(fd);
+    ts_store_close(s);
+    assert_int_equal(t.times, 1);
+    holder_end(&h);
+}
+
 /* In a process whose descriptors from 3 on are what it was given; 0, or the line of what is wrong.
  */
 #define CHECK(condition)                                                                           \
@@ -535,6 +566,7 @@ int main(void)
         cmocka_unit_test(a_service_manager_that_is_gone_is_said_once),
         cmocka_unit_test(a_supervisor_that_dies_answers_no_barrier),
         cmocka_unit_test(the_next_supervisor_gets_all_again),
+        cmocka_unit_test(another_users_supervisor_is_told_nothing),
         cmocka_unit_test(descriptors_of_the_daemon_before_are_found_by_name),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

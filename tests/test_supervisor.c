@@ -43,6 +43,65 @@ static void a_daemon_that_dies_in_any_way_is_followed_by_one_that_finds_all(void
     world_end(w);
 }
 
+static void what_a_daemon_sent_before_its_death_is_not_lost(void **state)
+{
+    world world, *w = &world;
+    int status;
+    (void)state;
+    world_make(w);
+    start_supervisor(w, &plain);
+    meet(w);
+    ASK("put a b", "ok");
+    ASK("barrier", "done");
+    kill(w->supervisor, SIGSTOP);
+    assert_int_equal(waitpid(w->supervisor, &status, WUNTRACED), w->supervisor);
+    ASK("raw 1 FDSTORE=1\nFDNAME=last", "sent");
+    ASK("raw 0 FDSTOREREMOVE=1\nFDNAME=a", "sent");
+    say(w, "die 9");
+    struct pollfd end = {.fd = w->control, .events = POLLIN};
+    assert_int_equal(poll(&end, 1, -1), 1);
+    assert_int_equal(recv(w->control, &status, sizeof status, 0), 0); /* it is dead */
+    kill(w->supervisor, SIGCONT);
+    meet(w);
+    ASK("names", "1 last");
+    say(w, "exit 0");
+    assert_int_equal(await_end(w), 0);
+    world_end(w);
+}
+
+static void descriptors_keep_their_names_whatever_their_numbers(void **state)
+{
+    enum { MANY = 24 };
+    world world, *w = &world;
+    char order[32], number[16];
+    (void)state;
+    world_make(w);
+    start_supervisor(w, &plain);
+    meet(w);
+    for (int i = 0; i < MANY; i++) { /* as some are removed, later ones take their numbers */
+        snprintf(order, sizeof order, "put n.%d %d", i, i);
+        ASK(order, "ok");
+        if (i % 4 != 3)
+            continue;
+        snprintf(order, sizeof order, "remove n.%d", i - 3);
+        ASK(order, "TS_OK");
+        ASK("barrier", "done");
+    }
+    for (int times = 0; times < 2; times++) {
+        say(w, "die 9");
+        meet(w);
+        for (int i = 0; i < MANY; i++) {
+            snprintf(order, sizeof order, "read n.%d", i);
+            snprintf(number, sizeof number, "%d", i);
+            ASK(order, i % 4 == 0 ? "none" : number);
+        }
+        ASK("names", "0");
+    }
+    say(w, "exit 0");
+    assert_int_equal(await_end(w), 0);
+    world_end(w);
+}
+
 static void told_to_end_it_ends_both_and_has_the_daemons_status(void **state)
 {
     world world, *w = &world;
@@ -328,6 +387,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_daemon_that_dies_in_any_way_is_followed_by_one_that_finds_all),
+        cmocka_unit_test(what_a_daemon_sent_before_its_death_is_not_lost),
+        cmocka_unit_test(descriptors_keep_their_names_whatever_their_numbers),
         cmocka_unit_test(told_to_end_it_ends_both_and_has_the_daemons_status),
         cmocka_unit_test(a_second_order_to_end_kills_a_daemon_that_does_not),
         cmocka_unit_test(what_the_daemon_tells_goes_upward_and_its_orders_do_not),

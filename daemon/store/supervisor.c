@@ -484,6 +484,10 @@ static void turn(supervisor *s)
     struct signalfd_siginfo info;
     if (poll(p, sizeof p / sizeof *p, timeout(s)) <= 0)
         return;
+    while (p[SIGNALS].revents != 0 && read(s->signal_fd, &info, sizeof info) == sizeof info)
+        on_signal(s, (int)info.ssi_signo);
+    if (s->ended)
+        return;
     if (p[NOTIFY].revents != 0)
         (void)read_messages(s, s->notify, MESSAGES_PER_TURN);
     if (p[CONNECTION].revents != 0 && !read_messages(s, s->connection, MESSAGES_PER_TURN))
@@ -492,8 +496,6 @@ static void turn(supervisor *s)
         s->ended = true;
     if (p[LISTENER].revents != 0)
         adopt(s);
-    while (p[SIGNALS].revents != 0 && read(s->signal_fd, &info, sizeof info) == sizeof info)
-        on_signal(s, (int)info.ssi_signo);
 }
 
 /* Without a daemon: whether to go on after it was seen to that there will be one. */
