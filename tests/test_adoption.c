@@ -141,13 +141,34 @@ static int come(const world *w)
     return fd;
 }
 
-/* A daemon that comes, loses its connection, comes again and dies. */
+/* Stops the supervisor, which is at the connection's other end; returns when it stands still. */
+static void stop_supervisor(int connection)
+{
+    struct ucred peer;
+    socklen_t length = sizeof peer;
+    char path[64], stat[512], after = '?';
+    if (getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0 ||
+        kill(peer.pid, SIGSTOP) != 0)
+        _exit(99);
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)peer.pid);
+    while (after != 'T') {
+        FILE *f = fopen(path, "r");
+        if (f == NULL || fgets(stat, sizeof stat, f) == NULL)
+            _exit(99);
+        fclose(f);
+        after = strrchr(stat, ')')[2];
+    }
+}
+
+/* A daemon that comes, loses its connection, comes again and dies before it is heard. */
 static _Noreturn void come_twice(const world *w)
 {
     static const char *const texts[] = {"first", "second"};
     (void)take_lock(w);
     for (int i = 0; i < 2; i++) {
         int fd = come(w), memfd = memfd_create("again", MFD_CLOEXEC);
+        if (i == 1)
+            stop_supervisor(fd);
         if (write(memfd, texts[i], strlen(texts[i])) < 0 ||
             ts_store_send(fd, "FDSTORE=1\nFDNAME=a", memfd) != 0)
             _exit(99);
@@ -175,6 +196,7 @@ static void a_daemon_that_comes_again_is_asked_for_all_again(void **state)
     kill(daemon, SIGCONT);
     assert_int_equal(waitpid(daemon, &status, 0), daemon);
     assert_int_equal(status, 0);
+    kill(w->supervisor, SIGCONT);
     meet(w);
     ASK("deaths", "1 unknown");
     ASK("read a", "second");

@@ -194,6 +194,7 @@ static void what_was_never_sent_needs_no_removal(void **state)
         snprintf(text, sizeof text, "n.%d", n);
         assert_int_equal(PUT(s, text, fd), TS_OK);
     }
+    expect_fd(h.socket, "FDSTORE=1\nFDNAME=n.0\nFDPOLL=0", fd); /* this one was sent */
     assert_int_equal(ts_store_remove(s, "n.699"), TS_OK);
     assert_int_equal(ts_store_remove(s, "n.0"), TS_OK);
     barrier_begin(&a, s);

@@ -486,14 +486,14 @@ static void turn(supervisor *s)
         return;
     while (p[SIGNALS].revents != 0 && read(s->signal_fd, &info, sizeof info) == sizeof info)
         on_signal(s, (int)info.ssi_signo);
+    if (p[PIDFD].revents != 0)
+        s->ended = true;
     if (s->ended)
         return;
     if (p[NOTIFY].revents != 0)
         (void)read_messages(s, s->notify, MESSAGES_PER_TURN);
     if (p[CONNECTION].revents != 0 && !read_messages(s, s->connection, MESSAGES_PER_TURN))
         drop_connection(s);
-    if (p[PIDFD].revents != 0)
-        s->ended = true;
     if (p[LISTENER].revents != 0)
         adopt(s);
 }
