@@ -399,6 +399,7 @@ static bool bury(supervisor *s)
     const pid_t pid = s->pid;
     s->pid = 0;
     s->pidfd = -1;
+    s->ended = false;
     if (s->told_to_end || s->exit_status == 0)
         return false;
     const uint32_t delay = restart_delay(s);
