@@ -447,7 +447,7 @@ static void on_signal(supervisor *s, int number)
     } else if (number == SIGHUP) {
         signal_daemon(s, SIGHUP);
     } else if (!s->told_to_end) {
-        ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
+        ts_log(TS_LOG_INFO, "%s: the daemon is told to end", strsignal(number));
         tell_upward(s, "STOPPING=1");
         s->told_to_end = true;
         s->told_ms = now;
