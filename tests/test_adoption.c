@@ -205,6 +205,44 @@ static void a_daemon_that_comes_again_is_asked_for_all_again(void **state)
     world_end(w);
 }
 
+/* One that had been waiting for a supervisor, while the one that there is had another daemon. */
+static void a_live_daemon_is_adopted_after_a_childs_death(void **state)
+{
+    world world, *w = &world;
+    int status;
+    (void)state;
+    world_make(w);
+    start_supervisor(w, &plain);
+    meet(w);
+    ASK("put of.the.child b", "ok");
+    ASK("barrier", "done");
+    kill(w->supervisor, SIGSTOP);
+    assert_int_equal(waitpid(w->supervisor, &status, WUNTRACED), w->supervisor);
+    struct pollfd end = {.fd = (int)syscall(SYS_pidfd_open, w->daemon, 0), .events = POLLIN};
+    say(w, "die 9");
+    assert_int_equal(poll(&end, 1, -1), 1);
+    close(end.fd);
+    pid_t daemon = fork();
+    if (daemon == 0) {
+        (void)take_lock(w);
+        kill(w->supervisor, SIGCONT);
+        int fd = come(w), memfd = memfd_create("other", MFD_CLOEXEC);
+        if (write(memfd, "its", 3) != 3 ||
+            ts_store_send(fd, "FDSTORE=1\nFDNAME=of.another", memfd) != 0)
+            _exit(99);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(daemon, &status, 0), daemon);
+    assert_int_equal(status, 0);
+    meet(w);
+    ASK("deaths", "2 unknown");
+    ASK("names", "1 of.another");
+    ASK("read of.another", "its");
+    say(w, "exit 0");
+    assert_int_equal(await_end(w), 0);
+    world_end(w);
+}
+
 /* Its socket can't be reached by others at all; were it, they would be refused. */
 static void a_process_of_another_user_is_refused(void **state)
 {
@@ -276,6 +314,7 @@ int main(void)
         cmocka_unit_test(an_adopted_daemon_is_ended_as_a_child_is),
         cmocka_unit_test(a_daemon_that_was_not_supervised_is_left_alone),
         cmocka_unit_test(a_daemon_that_comes_again_is_asked_for_all_again),
+        cmocka_unit_test(a_live_daemon_is_adopted_after_a_childs_death),
         cmocka_unit_test(a_process_of_another_user_is_refused),
         cmocka_unit_test(as_many_as_fit_come_back),
     };

@@ -116,9 +116,10 @@ static int send_item(const ts_store *s, const ts_store_item *i)
  * happens) and whether that is the socket's having room. */
 static int flush(ts_store *s, bool *room)
 {
-    ts_store_item *i;
+    ts_store_item *i, *after;
     *room = false;
-    while (s->holds && (i = TAILQ_FIRST(&s->pending)) != NULL) {
+    for (i = TAILQ_FIRST(&s->pending); s->holds && i != NULL; i = after) {
+        after = TAILQ_NEXT(i, next);
         const int error = send_item(s, i);
         switch (error) {
         case 0:

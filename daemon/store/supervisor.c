@@ -399,6 +399,7 @@ static bool bury(supervisor *s)
     const pid_t pid = s->pid;
     s->pid = 0;
     s->pidfd = -1;
+    s->ended = false;
     if (s->told_to_end || s->exit_status == 0)
         return false;
     const uint32_t delay = restart_delay(s);
@@ -446,7 +447,7 @@ static void on_signal(supervisor *s, int number)
     } else if (number == SIGHUP) {
         signal_daemon(s, SIGHUP);
     } else if (!s->told_to_end) {
-        ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
+        ts_log(TS_LOG_INFO, "%s: the daemon is told to end", strsignal(number));
         tell_upward(s, "STOPPING=1");
         s->told_to_end = true;
         s->told_ms = now;
