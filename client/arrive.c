@@ -249,13 +249,14 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     for (;;) {
         ts_hang_up(c);
         status = resume(c, &lost);
+        if (status == TS_OK && ts_rings_reopen(c) == TS_ECONN)
+            status = TS_ECONN; /* it has gone, too */
         if (status == TS_OK || lost || ts_now_ms() >= until_ms)
             break;
         (void)poll(NULL, 0, AGAIN_MS);
     }
     if (status == TS_OK) {
         c->restarts++;
-        ts_rings_reopen(c);
     } else {
         ts_hang_up(c);
         c->lost = lost;

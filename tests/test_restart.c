@@ -1,18 +1,21 @@
 /*
- * The daemon dies anywhere, and nothing is lost. A daemon under `tinyserved --supervise` is ended by
- * SIGKILL at the n-th time that it comes to a place (kill_points.c), for every n and place of a
+ * The daemon dies anywhere, and nothing is lost. A daemon under `tinyserved --supervise` is ended
+ * by SIGKILL at the n-th time that it comes to a place (kill_points.c), for every n and place of a
  * recorded workload; the worker only calls, and every call must give what it gives with a daemon
  * that lives, every bit of attention included.
  */
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include <dirent.h>
+#include <fcntl.h>
+
 #define LAYERS 2u
 #define DIM 32u
 #define HEADS 2u
 #define BLOCK 16u
 #define POOL                                                                                       \
-    "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=64,slab=64K,"             \
+    "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=64K,"            \
     "device=host,model=m"
 
 /* Starts the daemon under a supervisor. kill_at: see kill_points.c; NULL: nothing ends it. */
@@ -31,8 +34,8 @@ static void start(daemon_process *d, const char *kill_at)
             setenv("TS_TEST_KILL", kill_at, 1);
         if (getenv("TS_TEST_LOG") == NULL) /* it says of each death that it died */
             (void)!freopen("/dev/null", "w", stderr);
-        execl(TS_KILLED_DAEMON, TS_KILLED_DAEMON, "--supervise", "--set", "log_level=error", "--set",
-              "threads=1", "--socket", d->url, "--pool", POOL, NULL);
+        execl(TS_KILLED_DAEMON, TS_KILLED_DAEMON, "--supervise", "--set", "log_level=error",
+              "--set", "threads=1", "--socket", d->url, "--pool", POOL, NULL);
         _exit(127);
     }
 }
@@ -102,8 +105,9 @@ static void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_
     DO(ts_step_commit(step, NULL));
 }
 
-/* Everything that a worker does, and a digest of all that it is told but ids. */
-static uint64_t workload(ts_client *c, uint32_t *restarts)
+/* Everything that a worker does, and a digest of all that it is told but ids. `alone`: nobody else
+ * keeps names or has sequences. */
+static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
 {
     rng r = {42};
     digest d = {1469598103934665603u};
@@ -112,6 +116,7 @@ static uint64_t workload(ts_client *c, uint32_t *restarts)
     uint32_t ids[64], length, matched[2], lengths[4];
     uint8_t ticket[TS_TICKET_BYTES];
     ts_kept list[4];
+    char name[32];
     ts_pool *p = open_pool(c, "p", 0);
     for (uint32_t i = 0; i < 64; i++)
         ids[i] = i % 7;
@@ -120,8 +125,9 @@ static uint64_t workload(ts_client *c, uint32_t *restarts)
     DO(ts_seq_fork(p, seqs[0], 2, forks));
     one_step(c, p, (ts_seq[]){forks[0], forks[1], seqs[1]}, (uint32_t[]){1, 2, 1}, 3, NULL, &r, &d);
     DO(ts_seq_truncate(p, &forks[1], &(uint32_t){10}, 1));
-    DO(ts_seq_keep(p, forks[0], "kept"));
-    DO(ts_seq_attach(p, "kept", &kept, &length));
+    snprintf(name, sizeof name, "k%d", (int)getpid());
+    DO(ts_seq_keep(p, forks[0], name));
+    DO(ts_seq_attach(p, name, &kept, &length));
     mix(&d, &length, sizeof length);
     DO(ts_seq_ticket(p, forks[1], 0, ticket));
     DO(ts_seq_redeem(p, ticket, &own, &length));
@@ -134,15 +140,17 @@ static uint64_t workload(ts_client *c, uint32_t *restarts)
     DO(ts_step_abort(step));
     DO(ts_seq_select(p, found, 2, (uint32_t[]){1, 1}, 2, next));
     one_step(c, p, next, (uint32_t[]){3, 1}, 2, NULL, &r, &d);
-    DO(ts_seq_list(p, "k", NULL, list, 4, &length));
+    DO(ts_seq_list(p, name, NULL, list, 4, &length));
     mix(&d, &length, sizeof length);
     one_step(c, p, (ts_seq[]){own, seqs[0]}, (uint32_t[]){9, 17}, 2, NULL, &r, &d);
     DO(ts_seq_lengths(p, (ts_seq[]){own, seqs[0], next[0], next[1]}, 4, lengths));
     mix(&d, lengths, sizeof lengths);
     DO(ts_seq_keep(p, kept, NULL));
     DO(ts_seq_free(p, (ts_seq[]){own, kept}, 2));
-    check_daemon(c);
-    mix(&d, &(uint64_t){sequences(c)}, sizeof(uint64_t));
+    if (alone) {
+        check_daemon(c);
+        mix(&d, &(uint64_t){sequences(c)}, sizeof(uint64_t));
+    }
     *restarts = ts_client_restarts(c);
     ts_pool_close(p);
     return d.value;
@@ -168,7 +176,7 @@ static uint64_t run_with(const char *kill_at, ts_transport transport, uint32_t *
     daemon_process d;
     start(&d, kill_at);
     ts_client *c = connect_by(&d, transport);
-    const uint64_t digest = workload(c, restarts);
+    const uint64_t digest = workload_of(c, restarts, true);
     ts_disconnect(c);
     stop(&d, kill_at != NULL && *restarts == 0);
     return digest;
@@ -230,8 +238,115 @@ static void killed_under_messages(void **state)
     assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, "answering", 2) > 20);
 }
 
-int main(void)
+/* ---- a crowd, and kills at random times ---- */
+
+#define WORKERS 8
+
+/* Rounds of the workload until the file that the argument names is there: `digest=file`. */
+static void work(const char *url, const char *argument)
 {
+    const uint64_t expected = strtoull(argument, NULL, 16);
+    const char *end = strchr(argument, '=') + 1;
+    uint32_t restarts = 0, rounds = 0;
+    for (; access(end, F_OK) != 0; rounds++) {
+        daemon_process there;
+        snprintf(there.url, sizeof there.url, "%s", url);
+        ts_client *c = connect_by(&there, rounds % 2 ? TS_TRANSPORT_MESSAGES : TS_TRANSPORT_RING);
+        const uint64_t digest = workload_of(c, &restarts, false);
+        if (digest != expected) {
+            fprintf(stderr, "round %u of pid %d was told something else after %u restarts\n",
+                    rounds, (int)getpid(), restarts);
+            _exit(1);
+        }
+        ts_disconnect(c);
+    }
+    if (rounds == 0)
+        _exit(2);
+}
+
+/* The supervisor's child; 0: it has none at the moment. */
+static pid_t daemon_of(const daemon_process *d)
+{
+    char path[64], text[32] = "";
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)d->pid, (int)d->pid);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    (void)!fgets(text, sizeof text, f);
+    (void)fclose(f);
+    return (pid_t)atoi(text);
+}
+
+/* Asks the daemon anything, so that it is known to serve. */
+static void await_answer(ts_client *c)
+{
+    (void)daemon_status(c);
+}
+
+static uint32_t open_descriptors(pid_t pid)
+{
+    char path[64];
+    uint32_t count = 0;
+    snprintf(path, sizeof path, "/proc/%d/fd", (int)pid);
+    DIR *folder = opendir(path);
+    assert_non_null(folder);
+    while (readdir(folder) != NULL)
+        count++;
+    (void)closedir(folder);
+    return count;
+}
+
+static void a_crowd_goes_on_over_kills_at_random_times(void **state)
+{
+    (void)state;
+    const char *wanted = getenv("TS_TEST_KILLS");
+    const uint32_t kills = wanted != NULL ? (uint32_t)atoi(wanted) : 100;
+    daemon_process d;
+    rng r = {7};
+    uint32_t restarts, held = 0;
+    pid_t workers[WORKERS];
+    char end[96], argument[160];
+    start(&d, NULL);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_MESSAGES);
+    const uint64_t expected = workload_of(c, &restarts, false);
+    ts_disconnect(c);
+    c = connect_by(&d, TS_TRANSPORT_MESSAGES);
+    snprintf(end, sizeof end, "%s/end", d.folder);
+    snprintf(argument, sizeof argument, "%llx=%s", (unsigned long long)expected, end);
+    for (int i = 0; i < WORKERS; i++)
+        workers[i] = spawn("work", d.url, argument);
+    for (uint32_t i = 0; i < kills; i++) {
+        await_answer(c);
+        for (uint32_t n = rng_below(&r, 40); n > 0; n--)
+            await_answer(c);
+        const pid_t pid = daemon_of(&d);
+        if (pid > 0)
+            kill(pid, SIGKILL);
+    }
+    const int file = open(end, O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+    assert_true(file >= 0);
+    close(file);
+    for (int i = 0; i < WORKERS; i++)
+        join_child(workers[i]);
+    check_daemon(c);
+    assert_true(ts_client_restarts(c) > kills / 2);
+    /* Every session but this one has ended: what they had is free or cached, and so is what the
+     * supervisor held for them. */
+    ts_pool *p = open_pool(c, "p", 0);
+    await_used_blocks(c, 0);
+    ts_pool_close(p);
+    held = open_descriptors(d.pid);
+    if (held > 64)
+        fail_msg("the supervisor has %u descriptors", held);
+    ts_disconnect(c);
+    unlink(end);
+    stop(&d, false);
+}
+
+int main(int argc, char **argv)
+{
+    static const worker_role roles[] = {{"work", work}};
+    if (argc == 4)
+        return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(killed_between_an_application_and_its_publication),
         cmocka_unit_test(killed_after_a_publication),
@@ -239,6 +354,8 @@ int main(void)
         cmocka_unit_test(killed_after_an_answer),
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
+        cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),
     };
+    cmocka_set_test_filter(getenv("TS_TEST_FILTER"));
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

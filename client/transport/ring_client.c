@@ -75,7 +75,7 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     return TS_OK;
 }
 
-void ts_rings_reopen(ts_client *c)
+ts_status ts_rings_reopen(ts_client *c)
 {
     const uint32_t max_blocks = c->ring_blocks, max_slabs = c->ring_slabs, max_ids = c->ring_ids;
     const size_t bytes = ts_rings_bytes(max_blocks, max_slabs, max_ids);
@@ -84,32 +84,35 @@ void ts_rings_reopen(ts_client *c)
     int bell;
     ts_rings_memory *was = c->rings;
     c->ring_unanswered = false;
-    if (was == NULL)
-        return;
-    c->rings_lost = ts_memory_fill(c, TS_HANDLE_NEW_RINGS, "rings", bytes, &memory) != TS_OK;
-    if (c->rings_lost)
-        return;
+    if (was == NULL || c->rings_lost)
+        return TS_OK;
+    ts_status status = ts_memory_fill(c, TS_HANDLE_NEW_RINGS, "rings", bytes, &memory);
+    if (status != TS_OK) {
+        c->rings_lost = status != TS_ECONN;
+        return status;
+    }
     ts_rings_memory *m = memory;
     fill_in(m, max_blocks, max_slabs, max_ids);
     memcpy(m->batch_seqs, was->batch_seqs, sizeof m->batch_seqs);
     memcpy(m->batch_words, was->batch_words, sizeof m->batch_words);
     memcpy(ts_rings_ids(m, max_blocks, max_slabs), ts_rings_ids(was, max_blocks, max_slabs),
            max_ids * sizeof(uint32_t));
-    if (ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell) != TS_OK) {
-        munmap(memory, bytes);
-        c->rings_lost = true;
-        return;
-    }
+    status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     /* Callers have pointers into it. */
-    if (mremap(memory, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, was) == MAP_FAILED) {
-        munmap(memory, bytes);
+    if (status == TS_OK &&
+        mremap(memory, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, was) == MAP_FAILED) {
         close(bell);
-        c->rings_lost = true;
-        return;
+        status = ts_fail(c, TS_ENOMEM, "the rings' memory can't be put in place");
+    }
+    if (status != TS_OK) {
+        munmap(memory, bytes);
+        c->rings_lost = status != TS_ECONN;
+        return status;
     }
     close(c->doorbell);
     c->doorbell = bell;
     c->ring_submitted = c->ring_seen = 0;
+    return TS_OK;
 }
 
 static bool has_ended(const ts_rings_memory *m)

@@ -25,7 +25,8 @@ void ts_rings_wake(ts_client *client);
 void ts_rings_close(ts_client *client);
 
 /* Another daemon has the session now: opens rings anew, in the memory's place and with what a call
- * has laid out in it. Where that can't be, the session goes on by messages. */
-void ts_rings_reopen(ts_client *client);
+ * has laid out in it. TS_ECONN: that daemon has gone, too. Where rings can't be had else, the
+ * session goes on by messages. */
+ts_status ts_rings_reopen(ts_client *client);
 
 #endif

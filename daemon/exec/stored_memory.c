@@ -21,8 +21,8 @@ static const char *exchange_name(char *name, uint64_t session, uint32_t number)
     return name;
 }
 
-/* Stores it, and waits until the holder has it: what a client is told of must be there after a death
- * at any instruction. A holder that doesn't answer in time, or has died, is the log's. */
+/* Stores it, and waits until the holder has it: what a client is told of must be there after a
+ * death at any instruction. A holder that doesn't answer in time, or has died, is the log's. */
 static ts_status put(ts_store *store, const char *name, int fd, char *why, size_t why_bytes)
 {
     ts_status status = ts_store_put(store, name, fd, why, why_bytes);

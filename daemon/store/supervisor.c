@@ -58,6 +58,7 @@ typedef struct supervisor {
     uint64_t until_ms;
 
     uint32_t deaths, short_lives;
+    bool was_ready; /* the daemon served */
     char last_death[32];
     bool told_to_end;
     uint64_t told_ms;
@@ -283,6 +284,7 @@ static void carry_out(supervisor *s, ts_store_datagram *d)
         s->stops = true;
         s->stops_with = m.exit_status;
     }
+    s->was_ready = s->was_ready || strstr(m.forward, "READY=1") != NULL;
     if (m.forward[0] != '\0')
         tell_upward(s, m.forward);
 }
@@ -379,6 +381,8 @@ static uint32_t restart_delay(supervisor *s)
         s->short_lives = 0;
         return 0;
     }
+    if (s->was_ready) /* what ended it came from outside: others wait for it */
+        s->short_lives = 0;
     for (uint32_t i = 0; i < s->short_lives && delay < MOST_DELAY_MS; i++)
         delay *= 2;
     s->short_lives++;
@@ -403,6 +407,7 @@ static bool bury(supervisor *s)
     if (s->told_to_end || s->exit_status == 0)
         return false;
     const uint32_t delay = restart_delay(s);
+    s->was_ready = false;
     s->deaths++;
     s->until_ms = ts_now_ms() + delay;
     ts_log(TS_LOG_ERROR,
