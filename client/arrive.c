@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
+#define LEAVE_MS 1000u              /* for a session's end */
 #define AGAIN_MS 5                  /* between attempts to reach the next daemon */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
@@ -263,4 +264,18 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     }
     c->reconnecting = false;
     return status;
+}
+
+void ts_leave_session(ts_client *c)
+{
+    Tspb__SessionClose close = TSPB__SESSION_CLOSE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    if (c->session == 0 || !c->outlives || c->lost || c->reconnect == NULL)
+        return;
+    request.body_case = TSPB__REQUEST__BODY_SESSION_CLOSE;
+    request.session_close = &close;
+    c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
+    c->wait_ms = c->retries = 0;
+    c->settle = NULL;
+    (void)ts_call_plain(c, &request); /* else its process's end will tell */
 }

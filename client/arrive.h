@@ -16,6 +16,10 @@ ts_status ts_arrive(ts_client *client, const char *program, size_t exchange_byte
 /* client->reconnect: see client.h. */
 ts_status ts_arrive_again(ts_client *client, uint64_t until_ms);
 
+/* Has the daemon end the session, or the next one, if it outlives daemons: else it ends with its
+ * connection. */
+void ts_leave_session(ts_client *client);
+
 /* Ends the connection, if there is one. */
 void ts_hang_up(ts_client *client);
 

@@ -32,7 +32,6 @@
 #define TIMEOUT_DEFAULT_MS 30000u
 #define POLL_MS 20 /* between attempts to reach a daemon that is awaited */
 #define SPIN_DEFAULT_US 50u
-#define LEAVE_MS 1000 /* for a daemon that is being restarted to hear of a session's end */
 
 /*
  * The process that uses NNG: NNG ends a process that uses it after a fork from one that did, so
@@ -190,9 +189,7 @@ void ts_disconnect(ts_client *c)
     (void)ts_enter_last(c);
     bool ours = c->pid == getpid(); /* a forked child must not touch its parent's */
     if (ours) {
-        /* A daemon that took the session over would keep it for as long as this process lives. */
-        if (c->session != 0 && !c->lost && atomic_load(&c->broken))
-            (void)ts_goes_on(c, TS_ECONN, ts_now_ms() + LEAVE_MS);
+        ts_leave_session(c);
         ts_hang_up(c);
         (void)ts_local_gpu_await(c); /* they write into the exchange */
     }

@@ -165,6 +165,7 @@ static ts_status find_driver(ts_gpu *gpu, char *why, size_t why_bytes)
         {"cuMemUnmap", &d->mem_unmap, 10020},
         {"cuMemSetAccess", &d->set_access, 10020},
         {"cuMemExportToShareableHandle", &d->export_handle, 10020},
+        {"cuMemImportFromShareableHandle", &d->import_handle, 10020},
         {"cuMemGetAllocationGranularity", &d->granularity, 10020},
         {"cuMemGetAddressRange", &d->address_range, 3020},
         {"cuDeviceGetAttribute", &d->attribute, 2000},

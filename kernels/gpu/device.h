@@ -21,6 +21,7 @@ typedef struct ts_gpu_driver {
     PFN_cuMemUnmap_v10020 mem_unmap;
     PFN_cuMemSetAccess_v10020 set_access;
     PFN_cuMemExportToShareableHandle_v10020 export_handle;
+    PFN_cuMemImportFromShareableHandle_v10020 import_handle;
     PFN_cuMemGetAllocationGranularity_v10020 granularity;
     PFN_cuMemGetAddressRange_v3020 address_range;
     PFN_cuDeviceGetAttribute_v2000 attribute;

@@ -12,6 +12,7 @@
 #define _GNU_SOURCE
 #include "device.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,9 +85,18 @@ static ts_status vmm_export(ts_gpu *gpu, CUmemGenericAllocationHandle handle, si
 typedef struct memory_vmm {
     ts_memory memory;
     ts_gpu *gpu;
-    size_t physical_bytes, reserved_bytes;  /* of a slab; of the pool */
+    size_t physical_bytes, reserved_bytes; /* of a slab; of the pool */
+    int *fds; /* of slabs that outlive this process; -1: not backed. An import isn't exported again
+               */
     CUmemGenericAllocationHandle handles[]; /* 0: not backed */
 } memory_vmm;
+
+static void set_fd(memory_vmm *vmm, uint32_t slab, int fd)
+{
+    if (vmm->fds[slab] >= 0)
+        close(vmm->fds[slab]);
+    vmm->fds[slab] = fd;
+}
 
 static ts_status vmm_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
                            size_t why_bytes)
@@ -120,9 +130,42 @@ static ts_status vmm_renew(ts_memory *m, uint32_t slab, bool clients_write, char
         (void)d->mem_release(fresh);
         return status;
     }
+    int fd = -1;
+    if (m->outlives)
+        status = vmm_export(vmm->gpu, fresh, bytes, &fd, why, why_bytes);
     if (old != 0)
         (void)d->mem_release(old);
     vmm->handles[slab] = fresh;
+    set_fd(vmm, slab, fd);
+    return status;
+}
+
+/* Maps what an earlier process made. */
+static ts_status vmm_adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_t why_bytes)
+{
+    memory_vmm *vmm = (memory_vmm *)m;
+    const ts_gpu_driver *d = &vmm->gpu->driver;
+    CUdeviceptr at = (CUdeviceptr)m->base + slab * m->slab_bytes;
+    CUmemGenericAllocationHandle handle = 0;
+    ts_status status = ts_gpu_enter(vmm->gpu, why, why_bytes);
+    if (status == TS_OK) {
+        CUresult error = d->import_handle(&handle, (void *)(uintptr_t)fd,
+                                          CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+        if (error != CUDA_SUCCESS)
+            status = ts_gpu_fail_driver(vmm->gpu, error, "taking over device memory",
+                                        vmm->physical_bytes, why, why_bytes);
+    }
+    if (status == TS_OK) {
+        status = vmm_map(vmm->gpu, at, vmm->physical_bytes, handle, why, why_bytes);
+        if (status != TS_OK)
+            (void)d->mem_release(handle);
+    }
+    if (status != TS_OK) {
+        close(fd);
+        return status;
+    }
+    vmm->handles[slab] = handle;
+    set_fd(vmm, slab, fd);
     return TS_OK;
 }
 
@@ -136,6 +179,7 @@ static void vmm_drop(ts_memory *m, uint32_t slab)
     (void)d->mem_unmap((CUdeviceptr)m->base + slab * m->slab_bytes, vmm->physical_bytes);
     (void)d->mem_release(vmm->handles[slab]);
     vmm->handles[slab] = 0;
+    set_fd(vmm, slab, -1);
 }
 
 static ts_status vmm_export_slab(ts_memory *m, uint32_t slab, bool writable, int *fd, char *why,
@@ -148,6 +192,8 @@ static ts_status vmm_export_slab(ts_memory *m, uint32_t slab, bool writable, int
                  m->num_slabs);
         return TS_ENOENT;
     }
+    if (vmm->fds[slab] >= 0 && (*fd = fcntl(vmm->fds[slab], F_DUPFD_CLOEXEC, 0)) >= 0)
+        return TS_OK;
     ts_status status = ts_gpu_enter(vmm->gpu, why, why_bytes);
     if (status != TS_OK)
         return status;
@@ -167,6 +213,9 @@ static void vmm_free(ts_memory *m)
             }
         (void)d->address_free((CUdeviceptr)m->base, vmm->reserved_bytes);
     }
+    for (uint32_t i = 0; i < m->num_slabs; i++)
+        set_fd(vmm, i, -1);
+    free(vmm->fds);
     free(vmm);
 }
 
@@ -174,6 +223,7 @@ static const ts_memory_ops vmm_ops = {.name = "cuda-vmm",
                                       .renew = vmm_renew,
                                       .drop = vmm_drop,
                                       .export_fd = vmm_export_slab,
+                                      .adopt = vmm_adopt,
                                       .free = vmm_free};
 
 ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_bytes,
@@ -190,10 +240,16 @@ ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_by
         return TS_EINVAL;
     }
     memory_vmm *vmm = calloc(1, sizeof *vmm + num_slabs * sizeof vmm->handles[0]);
-    if (vmm == NULL) {
+    int *fds = malloc((num_slabs + 1ull) * sizeof *fds);
+    if (vmm == NULL || fds == NULL) {
+        free(vmm);
+        free(fds);
         snprintf(why, why_bytes, "no memory for a table of %u slabs", num_slabs);
         return TS_ENOMEM;
     }
+    for (uint32_t i = 0; i < num_slabs; i++)
+        fds[i] = -1;
+    vmm->fds = fds;
     vmm->gpu = gpu;
     vmm->physical_bytes = round_up(slab_bytes, gpu->info.granularity);
     vmm->reserved_bytes = vmm->physical_bytes * num_slabs;
@@ -206,6 +262,7 @@ ts_status ts_memory_cuda_vmm_new(ts_gpu *gpu, uint32_t num_slabs, size_t slab_by
                                         why_bytes);
     }
     if (status != TS_OK) {
+        free(fds);
         free(vmm);
         return status;
     }
