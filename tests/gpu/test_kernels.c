@@ -4,6 +4,8 @@
  */
 #include "device_problem.h"
 
+#include "plan.h"
+
 static double worst; /* over a test, to be printed */
 
 static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint32_t num_seqs,
@@ -310,6 +312,53 @@ static void splitting_a_batch_changes_no_bit(void **state)
     device_problem_free(&d);
 }
 
+/* Each chunk of a sequence in a piece of its own, and all of them in one, as plans for GPUs of many
+ * processors and of one have it. */
+static void chunks_that_are_one_piece_change_no_bit(void **state)
+{
+    (void)state;
+    enum { SEQS = 7 };
+    static const uint32_t lengths[SEQS][2] = {{1000, 4},  {900, 8}, {400, 3}, {2000, 16},
+                                              {1561, 16}, {770, 3}, {500, 5}};
+    static const uint32_t dims[] = {64, 80, 128};
+    const uint32_t processors = gpu->info.processors;
+    for (int i = 0; i < 18; i++) {
+        rng r = {29};
+        device_problem d;
+        const ts_dtype dtypes[] = {TS_DTYPE_BF16, TS_DTYPE_FP16, TS_DTYPE_FP8_E4M3};
+        const shape s = {.dtype = dtypes[i / 6],
+                         .io = i / 6 == 1 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                         .heads = i % 2 ? 8 : 10,
+                         .kv_heads = 2,
+                         .head_dim = dims[i % 3],
+                         .block_tokens = 16,
+                         .layers = 1};
+        device_problem_vary(&d, s, hidden_varieties[i % 5], lengths, SEQS, &r);
+        unsigned char *first = malloc(d.q_bytes);
+        float *lse = malloc(d.p.lse_elements * sizeof *lse);
+        for (uint32_t one = 0; one < 2; one++) {
+            ts_gpu_plan *plan;
+            gpu->info.processors = one ? 1 : 100000;
+            OK(ts_gpu_plan_new(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype, TS_KERNEL_V5,
+                               d.seqs, SEQS, &plan, why, sizeof why));
+            assert_int_equal(plan->records == 0, one);
+            ts_gpu_plan_free(plan);
+            poison_device(&d);
+            run(&d, &d.call, TS_KERNEL_V5);
+            gpu->info.processors = processors;
+            if (one) {
+                assert_memory_equal(d.p.out, first, d.q_bytes);
+                assert_memory_equal(d.p.lse, lse, d.p.lse_elements * sizeof *lse);
+            }
+            memcpy(first, d.p.out, d.q_bytes);
+            memcpy(lse, d.p.lse, d.p.lse_elements * sizeof *lse);
+        }
+        free(lse);
+        free(first);
+        device_problem_free(&d);
+    }
+}
+
 /* In a plan that is new, and in one that is renewed. */
 static void sequences_without_query_tokens_change_no_bit(void **state)
 {
@@ -548,6 +597,7 @@ int main(void)
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(chunks_that_are_one_piece_change_no_bit),
         cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(what_lies_in_unused_slots_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
