@@ -20,7 +20,7 @@
 #ifndef TS_GPU_MMA_CUH
 #define TS_GPU_MMA_CUH
 
-#include "tensor.cuh"
+#include "row_folds.cuh"
 
 namespace mma
 {
@@ -48,12 +48,9 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static const uint32_t STATE_BYTES = SPLIT * ROWS * sizeof(row_state); /* behind the sums */
     static const uint32_t END_BYTES = SUM_BYTES + STATE_BYTES;
     static const uint32_t WORK_BYTES = 2 * TILE > END_BYTES ? 2 * TILE : END_BYTES;
-    /* Sums of a piece of several chunks, of each lane that has rows of its own: behind the tiles.
-     * With rows as long as 256 it would be one block on a processor, not two. */
-    static const uint32_t OWNERS = THREADS / SPLIT, SHARE = DIM / 8 / SPLIT;
-    static const uint32_t FOLD_BYTES =
-        EXACT && DIM <= 128 ? OWNERS * (DIM / 8) * 16 * SPLIT : 0; /* SPLIT: and another warp's */
-    static_assert(SPLIT <= 2, "a row is one warp's, or two's");
+    typedef row_folds<T, DIM, ROWS, SPLIT, THREADS> fold;
+    /* With rows as long as 256 it would be one block on a processor, not two. */
+    static const uint32_t FOLD_BYTES = EXACT && DIM <= 128 ? fold::BYTES : 0;
 
     static_assert(ROWS * (EXACT ? V5_CHUNKS : MMA_CHUNKS) * sizeof(float) <= WORK_BYTES,
                   "a float for each row and chunk takes its place");
@@ -227,148 +224,6 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         }
     }
 
-    /* Nothing has been added up of a lane's rows. */
-    __device__ static void begin_rows(float (*acc)[4], float *max, float *sum)
-    {
-#pragma unroll
-        for (int d = 0; d < DIM / 8; d++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                acc[d][e] = 0;
-        max[0] = max[1] = -CUDART_INF_F;
-        sum[0] = sum[1] = 0;
-    }
-
-    /* This lane's part of a row's sum becomes the row's. */
-    __device__ static float sum_of_row(float x)
-    {
-        x += __shfl_xor_sync(~0u, x, 1);
-        return x + __shfl_xor_sync(~0u, x, 2);
-    }
-
-    /*
-     * A chunk of a piece of several ends: what the warps have of it comes together as `finish` has
-     * it, and is added to what lies in `so_far`, and `total`, as `finish` adds up the chunks'
-     * records (RUNNING). Each of the warps that share rows does so for its SHARE of the dimensions,
-     * and gets the other's part of it behind what there is so far. Then nothing has been added up.
-     */
-    __device__ static void fold_chunk(uint32_t chunk, uint32_t first_row, unsigned char *so_far,
-                                      row_state *total, float (*acc)[4], float *max, float *sum)
-    {
-        __shared__ row_state states[SPLIT][ROWS];
-        uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % SPLIT;
-        uint32_t row = first_row + lane / 4, owner = warp / SPLIT * 32 + lane;
-        float4 *sums = (float4 *)so_far + part * SHARE * OWNERS + owner;
-        float4 *others = (float4 *)so_far + DIM / 8 * OWNERS + owner;
-        row_state before[2], all[2];
-        float factor[2], factors[SPLIT][2];
-        if (SPLIT > 1)
-            __syncthreads(); /* nobody reads another chunk's */
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            before[e] = chunk > 0 ? total[row + e * 8] : row_state{-CUDART_INF_F, 0};
-            all[e] = row_state{max[e], sum_of_row(sum[e])};
-            if (SPLIT > 1 && lane % 4 == 0)
-                states[part][row + e * 8] = all[e];
-        }
-#pragma unroll
-        for (int d = 0; SPLIT > 1 && d < DIM / 8; d++)
-            if (d / SHARE != part)
-                others[d * OWNERS] = make_float4(acc[d][0], acc[d][1], acc[d][2], acc[d][3]);
-        if (SPLIT > 1)
-            __syncthreads();
-        else
-            __syncwarp(); /* the quad's lanes have read `total` */
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float highest = -CUDART_INF_F, weights = 0;
-#pragma unroll
-            for (int w = 0; w < SPLIT; w++)
-                highest = fmaxf(highest, SPLIT > 1 ? states[w][row + e * 8].max : all[e].max);
-#pragma unroll
-            for (int w = 0; w < SPLIT; w++) {
-                row_state s = SPLIT > 1 ? states[w][row + e * 8] : all[e];
-                factors[w][e] = rescale(s.max, highest);
-                weights = __fmaf_rn(s.sum, factors[w][e], weights);
-            }
-            factor[e] = fold_factor(before[e].max, highest);
-            if (part == 0 && lane % 4 == 0)
-                total[row + e * 8] = row_state{fmaxf(before[e].max, highest),
-                                               fold(before[e].sum, weights, factor[e])};
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < SHARE; i++) {
-            float4 y = make_float4(0, 0, 0, 0), x = y;
-            if (SPLIT > 1)
-                y = others[(part * SHARE + i) * OWNERS];
-            if (chunk > 0)
-                x = sums[i * OWNERS];
-            const float theirs[4] = {y.x, y.y, y.z, y.w}, so_far_of[4] = {x.x, x.y, x.z, x.w};
-            float to[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float ours = part == 0 ? acc[i][e] : acc[SHARE * (SPLIT - 1) + i][e];
-                float both = __fmaf_rn(part == 0 ? ours : theirs[e], factors[0][e / 2], 0);
-                if (SPLIT > 1)
-                    both = __fmaf_rn(part == 0 ? theirs[e] : ours, factors[SPLIT - 1][e / 2], both);
-                to[e] = fold(so_far_of[e], both, factor[e / 2]);
-            }
-            sums[i * OWNERS] = make_float4(to[0], to[1], to[2], to[3]);
-        }
-        __syncwarp();
-        begin_rows(acc, max, sum);
-    }
-
-    /* A lane's sums of one of its rows, eight dimensions COUNT times, to where the row's lie in the
-     * order of its dimensions. */
-    template <int COUNT> __device__ static void lay_out(const float (*acc)[4], int e, float *to)
-    {
-        uint32_t lane = threadIdx.x % 32;
-        if (!scaled<T>::value) {
-#pragma unroll
-            for (int d = 0; d < COUNT; d++)
-                *(float2 *)(to + d * 8 + lane % 4 * 2) =
-                    make_float2(acc[d][e * 2], acc[d][e * 2 + 1]);
-        } else { /* two products have 16 dimensions, the even and the odd ones */
-#pragma unroll
-            for (int d = 0; d < COUNT; d += 2)
-                *(float4 *)(to + d * 8 + lane % 4 * 4) = make_float4(
-                    acc[d][e * 2], acc[d + 1][e * 2], acc[d][e * 2 + 1], acc[d + 1][e * 2 + 1]);
-        }
-    }
-
-    /* Rows whose sums over all chunks are there become output, by way of `sums`. */
-    __device__ static void store_folded(const gpu_call &c, const job &j, uint32_t first_row,
-                                        const unsigned char *so_far, float *sums,
-                                        const row_state *total)
-    {
-        uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % SPLIT;
-        const float4 *ours =
-            (const float4 *)so_far + part * SHARE * OWNERS + warp / SPLIT * 32 + lane;
-        float acc[SHARE][4];
-#pragma unroll
-        for (uint32_t i = 0; i < SHARE; i++) {
-            float4 x = ours[i * OWNERS];
-            acc[i][0] = x.x;
-            acc[i][1] = x.y;
-            acc[i][2] = x.z;
-            acc[i][3] = x.w;
-        }
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-            lay_out<SHARE>(acc, e,
-                           sums + (first_row + lane / 4 + e * 8) * SUM_PITCH + part * SHARE * 8);
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < j.rows * (DIM / 4); i += THREADS) {
-            uint32_t r = i / (DIM / 4), d = i % (DIM / 4) * 4;
-            if (d >= c.head_dim)
-                continue;
-            float4 y = *(const float4 *)(sums + r * SUM_PITCH + d);
-            float x[4] = {y.x, y.y, y.z, y.w};
-            store_sums<T>(c, j, place_of(c, j, r), d, total[r], x);
-        }
-    }
-
     __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         job j;
@@ -403,7 +258,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         float acc[FACES][DIM / 8][4], max[FACES][2], sum[FACES][2];
 #pragma unroll
         for (int f = 0; f < FACES; f++)
-            begin_rows(acc[f], max[f], sum[f]);
+            fold::begin_rows(acc[f], max[f], sum[f]);
         lane_rows l[FACES];
 #pragma unroll
         for (uint32_t i = 0; i < FACES * 2; i++) {
@@ -437,7 +292,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                 r.look_up(c, j, next, j.end);
             if constexpr (FOLD_BYTES > 0) /* while the next tile comes */
                 for (; chunk < folds && tile >= (chunk + 1) * j.p.chunk_tokens; chunk++)
-                    fold_chunk(chunk, first_row, folded, total, acc[0], max[0], sum[0]);
+                    fold::fold_chunk(chunk, first_row, folded, total, acc[0], max[0], sum[0]);
             if (tile + TOKENS > j.end) { /* the last */
                 rows::clear_rows(work_at + stage * TILE + PLANE, j.end - tile, TOKENS, threadIdx.x,
                                  THREADS);
@@ -565,18 +420,18 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         if (folds > 0) {
             if constexpr (FOLD_BYTES > 0)
                 for (; chunk < folds; chunk++)
-                    fold_chunk(chunk, first_row, folded, total, acc[0], max[0], sum[0]);
-            store_folded(c, j, first_row, folded, sums, total);
+                    fold::fold_chunk(chunk, first_row, folded, total, acc[0], max[0], sum[0]);
+            fold::store_folded(c, j, first_row, folded, sums, total);
             return;
         }
         row_state(*states)[ROWS] = (row_state(*)[ROWS])(work + SUM_BYTES);
 #pragma unroll
         for (uint32_t i = 0; i < FACES * 2; i++) {
             uint32_t f = i / 2, e = i % 2, row = first_row + f * 16 + lane / 4 + e * 8;
-            float all = sum_of_row(sum[f][e]);
+            float all = fold::sum_of_row(sum[f][e]);
             if (lane % 4 == 0)
                 states[part][row] = row_state{max[f][e], all};
-            lay_out<DIM / 8>(acc[f], e, sums + (part * ROWS + row) * SUM_PITCH);
+            fold::template lay_out<DIM / 8>(acc[f], e, sums + (part * ROWS + row) * SUM_PITCH);
         }
         finish<T, DIM, ROWS, SPLIT, true, EXACT>(c, j, THREADS, states, sums, SUM_PITCH, sums,
                                                  total);

@@ -113,13 +113,19 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
 
     __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q)
     {
+        /* What a copy might change, as far as the compiler knows, is read once. */
+        const uint32_t first = j.first, rows = j.rows, group = c.group, heads = c.heads;
+        const uint32_t head = j.kv_head * group;
+        const T *from = (const T *)j.s.q;
 #pragma unroll 4
         for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
-            bool there = row < j.rows && piece * 8 < c.head_dim;
-            size_t at = there ? place_of<true>(c, j, row) * (size_t)c.head_dim + piece * 8 : 0;
-            cache_hints::copy_async(q + q_rows::place(row, piece), (const T *)j.s.q + at,
-                                    there ? 16 : 0, false);
+            bool there = row < rows && piece * 8 < c.head_dim;
+            uint32_t query = divide(first + row, c.groups);
+            uint32_t place = query * heads + head + first + row - query * group; /* place_of */
+            size_t at = there ? place * (size_t)c.head_dim + piece * 8 : 0;
+            cache_hints::copy_async(q + q_rows::place(row, piece), from + at, there ? 16 : 0,
+                                    false);
         }
     }
     /* Whether a piece's rows come together with others', or as fp32, in the tiles' place. */
@@ -127,10 +133,6 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
     }
-
-    /* Tiles of a piece that are asked for before its q, for their places are free before the last
-     * piece's q is used up, or just then. */
-    static const uint32_t K_EARLY = ring::K_STAGES, V_EARLY = ring::V_STAGES - 1;
 
     /* The third group's part. Its warps ask for boxes of K and of V by turns; the last one takes
      * pieces; all copy q, and what doesn't come in boxes. */
@@ -159,10 +161,10 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 barrier_await(used, before);
             if (by_boxes && warp % 2 == 0) {
                 k_feed.begin(c, j);
-                k_feed.ask_for(c, j, 0, K_EARLY);
+                k_feed.ask_for(c, j, 0, 1);
             } else if (by_boxes) {
                 v_feed.begin(c, j);
-                v_feed.ask_for(c, j, 0, V_EARLY);
+                v_feed.ask_for(c, j, 0, 1);
             }
             if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
                 barrier_await(used, before);
@@ -176,9 +178,9 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             if (!by_boxes)
                 ring::copy_tiles(c, j, base, tiles, bars);
             else if (warp % 2 == 0)
-                k_feed.ask_for(c, j, K_EARLY, ~0u);
+                k_feed.ask_for(c, j, 1, ~0u);
             else
-                v_feed.ask_for(c, j, V_EARLY, ~0u);
+                v_feed.ask_for(c, j, 1, ~0u);
             base += ring::walk_of(j).count;
             apart = is_apart(c, j);
             done(p, k);

@@ -148,20 +148,29 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     __device__ static bool has_nonfinite(const job &j, const worker &w, uint32_t tile, uint32_t v)
     {
         const uint32_t ROW = ring::EIGHT / 16; /* of eight tokens: 16-byte pieces */
+        const uint32_t ABREAST = 4;
+        const uint32_t end = j.end, seen_from = j.clear_begin, seen_to = j.clear_end;
         bool nonfinite = false;
-        uint32_t from = tile < j.clear_begin || j.clear_end <= tile ? 0 : j.clear_end - tile;
-        uint32_t to = min(TOKENS, (j.end - tile + w.box_tokens - 1) / w.box_tokens * w.box_tokens);
+        uint32_t from = tile < seen_from || seen_to <= tile ? 0 : seen_to - tile;
+        uint32_t to = min(TOKENS, (end - tile + w.box_tokens - 1) / w.box_tokens * w.box_tokens);
         to = (to + 7) / 8; /* eights of tokens */
-        bool clears = tile + to * 8 > j.end;
+        bool clears = tile + to * 8 > end;
 #pragma unroll 1
-        for (uint32_t i = from / 8 * ROW + threadIdx.x % 128; i < to * ROW; i += 128) {
-            uint32_t x[4], token = tile + ring::token_at(i);
-            if (token >= j.end)
-                clear_16_bytes(v + i * 16);
-            if (token >= j.end || (token >= j.clear_begin && token < j.clear_end))
-                continue;
-            load_16_bytes(x, v + i * 16);
-            nonfinite |= any_not_finite<T>(x);
+        for (uint32_t i = from / 8 * ROW + threadIdx.x % 128; i < to * ROW; i += 128 * ABREAST) {
+            uint32_t x[ABREAST][4];
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t at = i + a * 128, token = tile + ring::token_at(at);
+                bool seen = token >= seen_from && token < seen_to;
+                load_16_bytes(x[a], v + at * 16, at < to * ROW && token < end && !seen);
+            }
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t at = i + a * 128;
+                nonfinite |= any_not_finite<T>(x[a]);
+                if (at < to * ROW && tile + ring::token_at(at) >= end)
+                    clear_16_bytes(v + at * 16);
+            }
         }
         if (clears)
             fence_for_products();
