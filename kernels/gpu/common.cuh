@@ -42,10 +42,20 @@ struct plan_seq {
 struct alignas(16) plan_piece {
     plan_seq seq;
     uint32_t tile, chunk;
-    uint32_t index;  /* the sequence's, among the plan's */
-    uint16_t chunks; /* from that one on: 1, or all of the sequence's */
-    uint16_t alone;  /* no other piece of the plan reads its K and V, as far as is known */
+    uint32_t index; /* the sequence's, among the plan's */
+    /* Twice its chunks from that one on, 1 or all of the sequence's; and 1, if no other piece of
+     * the plan reads its K and V, as far as is known. (As two numbers it would take v5 registers.)
+     */
+    uint32_t chunks_and_alone;
 };
+static inline __host__ __device__ uint32_t chunks_of(const plan_piece &p)
+{
+    return p.chunks_and_alone / 2;
+}
+static inline __host__ __device__ bool is_alone(const plan_piece &p)
+{
+    return p.chunks_and_alone % 2 != 0;
+}
 
 /* One run of a call. */
 struct gpu_run {

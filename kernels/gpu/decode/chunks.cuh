@@ -88,7 +88,7 @@ __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const pla
     j.first = j.tile * rows;
     j.rows = min(rows, j.s.q_tokens * c.group - j.first);
     j.past = j.s.kv_tokens - j.s.q_tokens;
-    j.chunks = RUNS ? piece.chunks : 1;
+    j.chunks = RUNS ? chunks_of(piece) : 1;
     uint32_t from = j.chunk * j.p.chunk_tokens;
     uint32_t to = min(from + j.chunks * j.p.chunk_tokens, j.s.kv_tokens);
     uint32_t lowest = j.past + query_of<QUICK>(c, j.first);
@@ -97,7 +97,7 @@ __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const pla
     j.end = min(to, highest + 1);
     j.clear_begin = first_key(c, highest);
     j.clear_end = lowest + 1;
-    j.once = c.alone && piece.alone;
+    j.once = c.alone && is_alone(piece);
 }
 
 /* block: a piece's and a KV head's. */

@@ -266,7 +266,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
                     bool alone = shared != NULL && c.tiles == 1 &&
                                  chunk * c.tokens >= shared[i] * p->geometry.block_tokens;
                     pieces[list][so.next[b]++] =
-                        plan_piece{to[i], tile, chunk, i, (uint16_t)c.together, alone};
+                        plan_piece{to[i], tile, chunk, i, c.together * 2 + alone};
                 }
             if (c.chunks > c.together) {
                 slot += c.chunks * s->q_tokens * p->heads;

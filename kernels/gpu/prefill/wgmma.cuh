@@ -3,11 +3,11 @@
  * instructions that take both sides from shared memory, or the left one from registers, and are
  * waited for, not executed in turn.
  *
- * There is a block on each processor, of three groups of four warps. Two have 64 rows (query token
- * x head of the group) each and multiply (wgmma_tiles.cuh); the third brings tiles of K and V, each
- * of which serves both (tile_ring.cuh), and q. Blocks take one piece of work after the other, and
- * the third group is ahead of the others: when they end a piece, the next one's first tiles are
- * there.
+ * There is a block on each processor, of three groups of four warps, or four where rows are short.
+ * All but the last have 64 rows (query token x head of the group) each and multiply
+ * (wgmma_tiles.cuh); the last brings tiles of K and V, each of which serves all of them
+ * (tile_ring.cuh), and q. Blocks take one piece of work after the other, and the last group is
+ * ahead of the others: when they end a piece, the next one's first tiles are there.
  */
 #ifndef TS_GPU_WGMMA_CUH
 #define TS_GPU_WGMMA_CUH
@@ -42,7 +42,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     typedef typename tiles_of::worker worker;
     typedef typename tiles_of::rows_state rows_state;
 
-    /* What the third group tells of a piece; some of them take turns. */
+    /* What the last group tells of a piece; some of them take turns. */
     static const uint32_t TOLD = 3;
     struct told_piece {
         job j;
@@ -83,8 +83,8 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             plan_piece piece = ((const plan_piece *)run.items)[index];
             piece.chunk += chunk;
             make_job<true>(c, run, piece, item % c.kv_heads, ROWS, to.j);
-            to.j.chunks = piece.chunks;
-            chunk = chunk + 1 < piece.chunks ? chunk + 1 : 0;
+            to.j.chunks = chunks_of(piece);
+            chunk = chunk + 1 < chunks_of(piece) ? chunk + 1 : 0;
         } else if (atomicAdd(tickets + 1, 1) == gridDim.x - 1) { /* nobody takes any more */
             tickets[0] = 0;
             tickets[1] = 0;
@@ -105,7 +105,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             barrier_arrive(shared_address(&p->done[k % TOLD]));
     }
 
-    /* q is copied by the third group as it is, or else read by those who multiply. */
+    /* q is copied by the last group as it is, or else read by those who multiply. */
     __device__ static bool copies_q(const gpu_call &c)
     {
         return c.io != TS_DTYPE_FP32 && c.rope.theta == 0;
@@ -134,7 +134,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
     }
 
-    /* The third group's part. Its warps ask for boxes of K and of V by turns; the last one takes
+    /* The last group's part. Its warps ask for boxes of K and of V by turns; the last one takes
      * pieces; all copy q, and what doesn't come in boxes. */
     __device__ static void run_copiers(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                        uint32_t tiles, barriers *bars, pieces *p)
@@ -311,7 +311,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             clear_16_bytes(tiles + i * 16);
     }
 
-    /* The two groups' part. */
+    /* The other groups' part. */
     __device__ static void run_workers(const gpu_call &c, const wgmma_call &wc, unsigned char *q,
                                        unsigned char *tiles, barriers *bars, pieces *p,
                                        row_state (*states)[ROWS], row_state *total)

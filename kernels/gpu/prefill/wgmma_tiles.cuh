@@ -4,7 +4,7 @@
  * w + 15. Weights are rounded to the cache's type, as mma's are.
  *
  * A group asks for a tile's scores and for the weighted sum of the tile before, waits for the
- * scores alone, and has its softmax while the sum is under way. The two groups take turns at
+ * scores alone, and has its softmax while the sum is under way. Groups take turns at
  * asking.
  */
 #ifndef TS_GPU_WGMMA_TILES_CUH
@@ -112,7 +112,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         return matrix(v, ring::ATOM, ring::EIGHT);
     }
 
-    /* What the two groups know of their work. */
+    /* What these groups know of their work. */
     struct worker {
         uint32_t group, first_row; /* of GROUPS; of this warp's 16 */
         uint32_t bars, q_used;     /* in shared memory: barriers */
