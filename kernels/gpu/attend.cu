@@ -173,10 +173,10 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
 
 /* One block on each processor, which takes pieces one after the other. */
 cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, bool varied, uint32_t *tickets,
-                         cudaStream_t stream)
+                         float4 *folds, cudaStream_t stream)
 {
     const ts_gpu_kernel &kernel = varied ? p->varied_wgmma : p->kernels[LIST_WGMMA];
-    wgmma_call wgmma = {box_map_of(c, p), tickets};
+    wgmma_call wgmma = {box_map_of(c, p), tickets, folds};
     void *arguments[] = {(void *)&c, &wgmma};
     uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
     if (blocks > p->gpu->info.processors)
@@ -219,10 +219,19 @@ cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *
     }
 }
 
+/* What wgmma's blocks keep of pieces of several chunks. */
+size_t fold_floats(const ts_gpu_plan *p)
+{
+    const ts_geometry *g = &p->geometry;
+    size_t threads = wgmma_rows(g) * 2;
+    return p->gpu->info.processors * threads * WGMMA_FOLD(wgmma_dims(g)) * 4;
+}
+
 /* Room for the partial results of any GPU_RUNS of the runs that are launched together. */
 ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 {
     size_t most_records = 0, most_counters = 0;
+    bool folds = false;
     for (uint32_t first = 0; first < num_runs; first += GPU_RUNS) {
         size_t records = 0, counters = 0;
         for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++) {
@@ -230,27 +239,36 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
                 continue;
             records += runs[i].plan->records;
             counters += runs[i].plan->counters;
+            folds = folds || runs[i].plan->folds;
         }
         most_records = records > most_records ? records : most_records;
         most_counters = counters > most_counters ? counters : most_counters;
     }
     most_counters += WGMMA_TICKETS;
     size_t floats = most_records * ts_gpu_record_floats(&runs[0].plan->geometry);
+    floats += folds ? fold_floats(runs[0].plan) : 0;
     return ts_gpu_launch_scratch(l, floats * sizeof(float), most_counters);
 }
 
 cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
     const ts_gpu_plan *p = runs[0].plan; /* they are alike */
+    size_t records = 0;
+    for (uint32_t i = 0; i < num_runs; i++)
+        records += runs[i].plan->persistent ? 0 : runs[i].plan->records;
     cudaError_t error = await_plans(l, runs, num_runs);
     set_cache_hints(c, runs, num_runs);
     for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
         if (c.num_items == 0)
             continue;
-        error = list == LIST_WGMMA
-                    ? launch_wgmma(c, p, is_varied(c, runs, num_runs), l->slot->counters, l->stream)
-                    : launch_list(c, (ts_gpu_list)list, p, l->stream);
+        if (list != LIST_WGMMA) {
+            error = launch_list(c, (ts_gpu_list)list, p, l->stream);
+            continue;
+        }
+        float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);
+        error = launch_wgmma(c, p, is_varied(c, runs, num_runs), l->slot->counters, (float4 *)folds,
+                             l->stream);
     }
     return error;
 }

@@ -43,8 +43,19 @@ struct alignas(16) plan_piece {
     plan_seq seq;
     uint32_t tile, chunk;
     uint32_t index; /* the sequence's, among the plan's */
-    uint32_t alone; /* no other piece of the plan reads its K and V, as far as is known */
+    /* Twice its chunks from that one on, 1 or all of the sequence's; and 1, if no other piece of
+     * the plan reads its K and V, as far as is known. (As two numbers it would take v5 registers.)
+     */
+    uint32_t chunks_and_alone;
 };
+static inline __host__ __device__ uint32_t chunks_of(const plan_piece &p)
+{
+    return p.chunks_and_alone / 2;
+}
+static inline __host__ __device__ bool is_alone(const plan_piece &p)
+{
+    return p.chunks_and_alone % 2 != 0;
+}
 
 /* One run of a call. */
 struct gpu_run {
@@ -420,13 +431,18 @@ static inline uint32_t mma_rows(const ts_geometry *g) /* ... of mma */
     return g->head_dim <= 128 ? 128 : 64;
 }
 
-#define WGMMA_ROWS 128u   /* ... of wgmma */
-#define WGMMA_TOKENS 128u /* of its tiles, at most: chunks are whole ones */
+#define WGMMA_TOKENS 128u /* of wgmma's tiles, at most: chunks are whole ones */
 
 static inline uint32_t
 wgmma_dims(const ts_geometry *g) /* of its rows; behind head_dim they are 0 */
 {
     return g->head_dim <= 64 ? 64 : g->head_dim <= 128 ? 128 : 256;
+}
+
+/* Rows of wgmma's tiles: of its groups, which have 64 each, three where registers allow. */
+static inline uint32_t wgmma_rows(const ts_geometry *g)
+{
+    return g->head_dim <= 64 ? 192 : 128;
 }
 
 static inline uint32_t wgmma_tokens(const ts_geometry *g) /* of its tiles */

@@ -261,8 +261,12 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
         gpu->num_functions += error == cudaSuccess;
     }
     if (error == cudaSuccess && !f->allowed && f->shared_bytes <= gpu->info.shared_bytes) {
+        uint32_t bytes = kernel->bytes; /* or what it was allowed before, with other sizes */
+        for (ts_gpu_function *g = gpu->functions; g < gpu->functions + gpu->num_functions; g++)
+            if (g->kernel.function == kernel->function && g->allowed && g->kernel.bytes > bytes)
+                bytes = g->kernel.bytes;
         error = cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     (int)kernel->bytes);
+                                     (int)bytes);
         f->allowed = error == cudaSuccess;
     }
     *shared_bytes = f->shared_bytes;

@@ -53,6 +53,7 @@ typedef struct ts_gpu_buffer {
 typedef struct ts_gpu_kernel {
     const void *function;
     uint32_t threads, bytes; /* of a block */
+    uint32_t fold_bytes;     /* more, for pieces of several chunks; 0: it takes none such */
 } ts_gpu_kernel;
 
 /* What the device says about one. */

@@ -4,6 +4,8 @@
  */
 #include "device_problem.h"
 
+#include "plan.h"
+
 static double worst; /* over a test, to be printed */
 
 static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint32_t num_seqs,
@@ -310,6 +312,53 @@ static void splitting_a_batch_changes_no_bit(void **state)
     device_problem_free(&d);
 }
 
+/* Each chunk of a sequence is a piece of its own where a GPU has many processors; all are one piece
+ * where it has one. */
+static void chunks_that_are_one_piece_change_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{1000, 4},  {900, 8}, {400, 3}, {3000, 16},
+                                          {3100, 12}, {770, 3}, {500, 5}};
+    static const uint32_t dims[] = {64, 80, 128}, n = sizeof lengths / sizeof *lengths;
+    static const ts_dtype dtypes[] = {TS_DTYPE_BF16, TS_DTYPE_FP16, TS_DTYPE_FP8_E4M3};
+    const uint32_t processors = gpu->info.processors;
+    for (int i = 0; i < 27; i++) {
+        bool both = i < 18 && i % 9 >= 6 && warp_groups(); /* kernels */
+        const ts_kernel kernel = both ? TS_KERNEL_AUTO : TS_KERNEL_V5;
+        const shape s = {.dtype = dtypes[i / 9],
+                         .io = i / 9 == 1 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                         .heads = both || i % 2 ? 8 : 10,
+                         .kv_heads = 2,
+                         .head_dim = dims[i % 3],
+                         .block_tokens = 16,
+                         .layers = 1};
+        rng r = {29};
+        device_problem d;
+        device_problem_vary(&d, s, hidden_varieties[i % 5], lengths, n, &r);
+        const size_t lse_bytes = d.p.lse_elements * sizeof *d.p.lse;
+        unsigned char *first = malloc(d.q_bytes + lse_bytes);
+        for (int one = 0; one < 2; one++) {
+            ts_gpu_plan *plan;
+            gpu->info.processors = one ? 1 : 100000;
+            OK(ts_gpu_plan_new(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype, kernel, d.seqs,
+                               n, &plan, why, sizeof why));
+            assert_int_equal(plan->records == 0, one);
+            ts_gpu_plan_free(plan);
+            poison_device(&d);
+            run(&d, &d.call, kernel);
+            gpu->info.processors = processors;
+            if (one) {
+                assert_memory_equal(d.p.out, first, d.q_bytes);
+                assert_memory_equal(d.p.lse, first + d.q_bytes, lse_bytes);
+            }
+            memcpy(first, d.p.out, d.q_bytes);
+            memcpy(first + d.q_bytes, d.p.lse, lse_bytes);
+        }
+        free(first);
+        device_problem_free(&d);
+    }
+}
+
 /* In a plan that is new, and in one that is renewed. */
 static void sequences_without_query_tokens_change_no_bit(void **state)
 {
@@ -456,15 +505,6 @@ static void later_tokens_never_leak_into_earlier_ones(void **state)
     check_leaks(TS_DTYPE_FP32, 3);
 }
 
-static void v4_refuses_rows_that_are_no_whole_vectors_and_names_them(void **state)
-{
-    (void)state;
-    ts_geometry g = {.layers = 1, .kv_heads = 1, .head_dim = 33, .block_tokens = 1};
-    assert_int_equal(ts_kernel_check(TS_KERNEL_V4, &g, false, why, sizeof why), TS_EINVAL);
-    assert_string_equal(why, "kernel v4 loads rows of K and V as 16-byte vectors; a row of "
-                             "head_dim 33 in fp32 has 132 bytes");
-}
-
 /* A device that has less shared memory for a block: what a kernel takes more of isn't chosen, and
  * is refused by name where it is asked for. Results are as good. */
 static void what_doesnt_fit_into_shared_memory_isnt_launched(void **state)
@@ -548,12 +588,12 @@ int main(void)
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
+        cmocka_unit_test(chunks_that_are_one_piece_change_no_bit),
         cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(what_lies_in_unused_slots_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),
         cmocka_unit_test_setup_teardown(what_doesnt_fit_into_shared_memory_isnt_launched,
                                         note_shared_bytes, restore_shared_bytes),
-        cmocka_unit_test(v4_refuses_rows_that_are_no_whole_vectors_and_names_them),
     };
     return run_gpu_tests(tests, sizeof tests / sizeof *tests);
 }

@@ -334,6 +334,15 @@ static void a_renewed_slab_is_wiped(void **state)
     free(zero);
 }
 
+static void v4_refuses_rows_that_are_no_whole_vectors_and_names_them(void **state)
+{
+    (void)state;
+    ts_geometry g = {.layers = 1, .kv_heads = 1, .head_dim = 33, .block_tokens = 1};
+    assert_int_equal(ts_kernel_check(TS_KERNEL_V4, &g, false, why, sizeof why), TS_EINVAL);
+    assert_string_equal(why, "kernel v4 loads rows of K and V as 16-byte vectors; a row of "
+                             "head_dim 33 in fp32 has 132 bytes");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -343,6 +352,7 @@ int main(void)
         cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
         cmocka_unit_test(launches_run_out_and_come_back),
         cmocka_unit_test(more_memory_than_there_is_is_refused_with_the_numbers),
+        cmocka_unit_test(v4_refuses_rows_that_are_no_whole_vectors_and_names_them),
         cmocka_unit_test(a_renewed_slab_is_wiped),
     };
     return run_gpu_tests(tests, sizeof tests / sizeof *tests);

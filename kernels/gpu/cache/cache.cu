@@ -1,6 +1,7 @@
 /*
  * What moves K and V: reshape_and_cache scatters a step's new rows, token-major in the exchange,
- * into their slots (the strides are the pool's); copy_blocks copies whole blocks for copy-on-write.
+ * into their slots (the strides are the pool's), and so does copy_and_cache by whole vectors;
+ * copy_blocks copies whole blocks for copy-on-write.
  * Both are bound by memory and small beside attention.
  */
 #include "common.cuh"
@@ -27,6 +28,42 @@ template <typename T> __global__ void reshape_and_cache(const __grid_constant__ 
     }
 }
 
+const uint32_t APPEND_THREADS = 256, APPEND_WARPS = APPEND_THREADS / 32;
+
+/* The same where elements stay as they are and rows are whole 16-byte vectors: a warp for each
+ * token, which asks for many before it writes one. */
+__global__ void __launch_bounds__(APPEND_THREADS) copy_and_cache(const __grid_constant__ gpu_call c)
+{
+    const uint32_t ABREAST = 4;
+    uint32_t item = blockIdx.x * APPEND_WARPS + threadIdx.x / 32, query;
+    if (item >= c.num_items)
+        return;
+    const gpu_seq s = find_item(c, item, &query);
+    if (s.k == NULL)
+        return;
+    uint32_t lane = threadIdx.x % 32, row_vectors = c.head_dim * c.cache_bytes / 16;
+    unsigned char *to = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + query, 0);
+    uint32_t count = c.kv_heads * row_vectors;
+    const uint4 *k = (const uint4 *)s.k + (size_t)query * count;
+    const uint4 *v = (const uint4 *)s.v + (size_t)query * count;
+    for (uint32_t first = lane; first < count; first += 32 * ABREAST) {
+        uint4 x[ABREAST], y[ABREAST];
+#pragma unroll
+        for (uint32_t i = 0; i < ABREAST; i++) {
+            uint32_t n = min(first + i * 32, count - 1); /* the last again */
+            x[i] = __ldcs(k + n);
+            y[i] = __ldcs(v + n);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < ABREAST; i++) {
+            uint32_t n = min(first + i * 32, count - 1), head = n / row_vectors;
+            unsigned char *row = to + head * c.head_stride + (n - head * row_vectors) * 16;
+            *(uint4 *)row = x[i];
+            *(uint4 *)(row + c.plane_bytes) = y[i];
+        }
+    }
+}
+
 template <typename W>
 __global__ void copy_blocks(unsigned char *base, size_t words, const ts_block_copy *copies)
 {
@@ -40,9 +77,21 @@ __global__ void copy_blocks(unsigned char *base, size_t words, const ts_block_co
 
 } // namespace
 
+/* Whether new rows are copied as they are, by whole 16-byte vectors. */
+static bool copies_vectors(const gpu_call &c, ts_dtype dtype)
+{
+    uintptr_t all = c.head_dim * c.cache_bytes;
+    for (uint32_t r = 0; r == 0 || c.runs[r - 1].end < c.num_items; r++)
+        all |= (uintptr_t)c.runs[r].k | (uintptr_t)c.runs[r].v;
+    return c.io == (uint32_t)dtype && c.rope.theta == 0 && all % 16 == 0;
+}
+
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
-    if (dtype == TS_DTYPE_FP32)
+    if (copies_vectors(c, dtype))
+        copy_and_cache<<<(c.num_items + APPEND_WARPS - 1) / APPEND_WARPS, APPEND_THREADS, 0,
+                         stream>>>(c);
+    else if (dtype == TS_DTYPE_FP32)
         reshape_and_cache<float><<<c.num_items, 256, 0, stream>>>(c);
     else if (dtype == TS_DTYPE_FP16)
         reshape_and_cache<__half><<<c.num_items, 256, 0, stream>>>(c);

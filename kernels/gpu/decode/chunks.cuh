@@ -41,6 +41,7 @@ struct job {
     const gpu_run *run;
     plan_seq p;
     uint32_t kv_head, tile, chunk;
+    uint32_t chunks;                 /* of the piece: 1, or all of the sequence's */
     uint32_t first, rows;            /* of q, in this tile */
     uint32_t past;                   /* position of query token 0 */
     uint32_t begin, end;             /* tokens of the chunk that some row sees */
@@ -73,8 +74,8 @@ __device__ inline uint32_t place_of(const gpu_call &c, const job &j, uint32_t r)
     return query * c.heads + j.kv_head * c.group + j.first + r - query * c.group;
 }
 
-/* A piece of the run's and a KV head. */
-template <bool QUICK = false>
+/* A piece of the run's and a KV head. RUNS: a piece may have several chunks. */
+template <bool QUICK = false, bool RUNS = false>
 __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const plan_piece &piece,
                                 uint32_t kv_head, uint32_t rows, job &j)
 {
@@ -87,24 +88,26 @@ __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const pla
     j.first = j.tile * rows;
     j.rows = min(rows, j.s.q_tokens * c.group - j.first);
     j.past = j.s.kv_tokens - j.s.q_tokens;
+    j.chunks = RUNS ? chunks_of(piece) : 1;
     uint32_t from = j.chunk * j.p.chunk_tokens;
-    uint32_t to = min(from + j.p.chunk_tokens, j.s.kv_tokens);
+    uint32_t to = min(from + j.chunks * j.p.chunk_tokens, j.s.kv_tokens);
     uint32_t lowest = j.past + query_of<QUICK>(c, j.first);
     uint32_t highest = j.past + query_of<QUICK>(c, j.first + j.rows - 1);
     j.begin = max(from, first_key(c, lowest));
     j.end = min(to, highest + 1);
     j.clear_begin = first_key(c, highest);
     j.clear_end = lowest + 1;
-    j.once = c.alone && piece.alone;
+    j.once = c.alone && is_alone(piece);
 }
 
 /* block: a piece's and a KV head's. */
+template <bool RUNS = false>
 __device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows, job &j)
 {
     uint32_t index = block / c.kv_heads;
     const gpu_run &run = run_of(c, &index);
     plan_piece piece = ((const plan_piece *)run.items)[index];
-    make_job(c, run, piece, block % c.kv_heads, rows, j);
+    make_job<false, RUNS>(c, run, piece, block % c.kv_heads, rows, j);
 }
 
 /* Works off a launch's pieces, one for each block of threads; those of a persistent plan, and has
@@ -120,12 +123,12 @@ template <typename K> __device__ inline void run_blocks(const gpu_call &c, unsig
     }
 }
 
-/* Writes the new tokens' K and V that lie in this chunk. Every tile of rows does: the same bytes,
- * and each reads only what it wrote itself. */
+/* Writes the new tokens' K and V that lie in this piece's chunks. Every tile of rows does: the same
+ * bytes, and each reads only what it wrote itself. */
 template <typename T> __device__ void append(const gpu_call &c, const job &j, uint32_t threads)
 {
     uint32_t from = max(j.chunk * j.p.chunk_tokens, j.past);
-    uint32_t to = min((j.chunk + 1) * j.p.chunk_tokens, j.s.kv_tokens);
+    uint32_t to = min((j.chunk + j.chunks) * j.p.chunk_tokens, j.s.kv_tokens);
     if (j.s.k == NULL || from >= to)
         return;
     for (uint32_t i = threadIdx.x; i < (to - from) * c.head_dim; i += threads) {
@@ -340,6 +343,21 @@ __device__ inline uint32_t arrive(uint32_t *counter)
     return before;
 }
 
+/*
+ * How chunks' sums come together one after the other (`finish`'s RUNNING, and mma.cuh's pieces of
+ * several chunks, which are to give the same bits). A factor is the next chunk's, or, if its sign
+ * is set, that of what there is so far; the other one is 1. max: of what there is so far.
+ */
+__device__ inline float fold_factor(float max, float next)
+{
+    return next > max ? -rescale(max, next) : rescale(next, max);
+}
+__device__ inline float fold(float x, float next, float factor)
+{
+    bool rises = signbit(factor);
+    return __fmaf_rn(rises ? x : next, fabsf(factor), rises ? next : x);
+}
+
 /* __syncthreads; but for ALL of the block's first threads alone. */
 template <bool ALL> __device__ inline void sync_first(uint32_t threads)
 {
@@ -349,13 +367,56 @@ template <bool ALL> __device__ inline void sync_first(uint32_t threads)
         asm volatile("barrier.sync.aligned 0, %0;" ::"r"(threads) : "memory");
 }
 
+/* Four of a row's sums, from dimension d on, become output. */
+template <typename T>
+__device__ inline void store_sums(const gpu_call &c, const job &j, uint32_t place, uint32_t d,
+                                  const row_state &row, float *x)
+{
+    float factor =
+        finish_place(c, j.s, place, row.max, row.sum); /* all of the row write the same */
+    factor *= value_scale<T>(c, j.s, j.kv_head);
+    for (uint32_t e = 0; e < 4; e++)
+        x[e] *= factor;
+    io_store_four<T>(c, j.s.out, place * (size_t)c.head_dim + d, x, c.keeps_out);
+}
+
+/* The factors of a row's chunks for `fold`, by `width` lanes of which this is one. first: chunk 0's
+ * record; stride: floats to the next one's. Returns the whole row's state. */
+__device__ inline row_state fold_factors(const float *first, size_t stride, uint32_t num_chunks,
+                                         uint32_t width, uint32_t lane, float *factors)
+{
+    row_state all = {-CUDART_INF_F, 0};
+    for (uint32_t base = 0; base < num_chunks; base += width) {
+        uint32_t i = base + lane;
+        float2 part = make_float2(-CUDART_INF_F, 0);
+        if (i < num_chunks)
+            part = __ldcg((const float2 *)(first + i * stride));
+        float upto = part.x; /* the highest of this chunk's and the earlier ones' */
+        for (uint32_t step = 1; step < width; step *= 2) {
+            float other = __shfl_up_sync(~0u, upto, step, width);
+            upto = lane >= step ? fmaxf(upto, other) : upto;
+        }
+        float before = __shfl_up_sync(~0u, upto, 1, width);
+        before = lane == 0 ? all.max : fmaxf(all.max, before);
+        float factor = fold_factor(before, part.x);
+        if (i < num_chunks)
+            factors[i] = factor;
+        for (uint32_t k = 0; k < width && base + k < num_chunks; k++)
+            all.sum = fold(all.sum, __shfl_sync(~0u, part.y, k, width),
+                           __shfl_sync(~0u, factor, k, width));
+        all.max = fmaxf(all.max, __shfl_sync(~0u, upto, width - 1, width));
+    }
+    return all;
+}
+
 /*
  * The end of a block of `threads` threads: states[w][r] and sums[w][r][d] (rows of `pitch` floats,
  * a multiple of 4) in shared memory are what PARTS warps have for each of ROWS rows. scratch has
  * room for a float for every row and chunk of the sequence; `total` for every row. ALL: they are
- * all of the block's threads; else the first of them.
+ * all of the block's threads; else the first of them. RUNNING: chunks are added up by `fold`; else
+ * each is multiplied by a factor that comes from the highest maximum of all.
  */
-template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true>
+template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true, bool RUNNING = false>
 __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
                        const row_state (*states)[ROWS], const float *sums, uint32_t pitch,
                        float *scratch, row_state *total)
@@ -380,18 +441,14 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         for (uint32_t w = 0; w < PARTS; w++) {
             float factor = rescale(states[w][r].max, max);
             float4 y = *(const float4 *)&sums[((size_t)w * ROWS + r) * pitch + d];
-            sum += states[w][r].sum * factor;
-            x[0] += y.x * factor;
-            x[1] += y.y * factor;
-            x[2] += y.z * factor;
-            x[3] += y.w * factor;
+            sum = __fmaf_rn(states[w][r].sum, factor, sum); /* told whole: mma.cuh has the same */
+            x[0] = __fmaf_rn(y.x, factor, x[0]);
+            x[1] = __fmaf_rn(y.y, factor, x[1]);
+            x[2] = __fmaf_rn(y.z, factor, x[2]);
+            x[3] = __fmaf_rn(y.w, factor, x[3]);
         }
         if (num_chunks == 1) {
-            float factor = finish_place(c, j.s, places[r], max, sum); /* all write the same */
-            factor *= value_scale<T>(c, j.s, j.kv_head);
-            for (uint32_t e = 0; e < 4; e++)
-                x[e] *= factor;
-            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x, c.keeps_out);
+            store_sums<T>(c, j, places[r], d, row_state{max, sum}, x);
             continue;
         }
         float *to = ours + places[r] * (size_t)record;
@@ -433,6 +490,13 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
     for (uint32_t first = 0; first < j.rows; first += threads / width) {
         uint32_t r = min(first + threadIdx.x / width, j.rows - 1); /* the last again */
         const float *from = records + places[r] * (size_t)record;
+        if (RUNNING) {
+            row_state row = fold_factors(from, (size_t)all * record, num_chunks, width, lane,
+                                         scratch + r * num_chunks);
+            if (lane == 0)
+                total[r] = row;
+            continue;
+        }
         float max = -CUDART_INF_F, sum = 0;
         for (uint32_t i = lane; i < num_chunks; i += width)
             max = fmaxf(max, __ldcg(from + (size_t)i * all * record));
@@ -465,6 +529,13 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         }
         auto add = [&](uint32_t a, uint32_t n, const float4 &y) {
             float factor = scratch[quad[a] / QUADS * num_chunks + n];
+            if (RUNNING) {
+                x[a][0] = fold(x[a][0], y.x, factor);
+                x[a][1] = fold(x[a][1], y.y, factor);
+                x[a][2] = fold(x[a][2], y.z, factor);
+                x[a][3] = fold(x[a][3], y.w, factor);
+                return;
+            }
             x[a][0] += y.x * factor;
             x[a][1] += y.y * factor;
             x[a][2] += y.z * factor;
@@ -487,11 +558,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             uint32_t r = quad[a] / QUADS, d = quad[a] % QUADS * 4;
             if (i + a * threads >= j.rows * QUADS || d >= c.head_dim)
                 continue;
-            float factor = finish_place(c, j.s, places[r], total[r].max, total[r].sum);
-            factor *= value_scale<T>(c, j.s, j.kv_head);
-            for (uint32_t e = 0; e < 4; e++)
-                x[a][e] *= factor;
-            io_store_four<T>(c, j.s.out, places[r] * (size_t)c.head_dim + d, x[a], c.keeps_out);
+            store_sums<T>(c, j, places[r], d, total[r], x[a]);
         }
     }
 }

@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : abreast<T>::BLOCKS)
 
 template <typename T, int DIM> ts_gpu_kernel kernel_dim(ts_dtype io)
 {
-    return ts_gpu_kernel{(const void *)decode_v5<T, DIM>, THREADS,
-                         narrow_kernel<T, DIM>::bytes(io)};
+    return ts_gpu_kernel{(const void *)decode_v5<T, DIM>, THREADS, narrow_kernel<T, DIM>::bytes(io),
+                         0};
 }
 
 /* Rows of an fp8 cache are laid out as those of 128 dimensions at least: a row has 8 pieces then.

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(THREADS) decode_v5_fp32(const __grid_constant_
 template <int DIM, int ROWS> ts_gpu_kernel kernel_of()
 {
     return ts_gpu_kernel{(const void *)decode_v5_fp32<DIM, ROWS>, THREADS,
-                         lane_kernel<DIM, ROWS>::BYTES};
+                         lane_kernel<DIM, ROWS>::BYTES, 0};
 }
 
 template <int ROWS> ts_gpu_kernel kernel_of(uint32_t head_dim)

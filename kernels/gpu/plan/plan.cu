@@ -51,10 +51,19 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
         size_t bytes = 0;
         if (kernel.function == NULL)
             continue;
+        kernel.bytes += kernel.fold_bytes;
         ts_status status = ts_gpu_function_find(p->gpu, &kernel, &bytes, why, why_bytes);
         if (status != TS_OK)
             return status;
         bool fits = bytes <= p->gpu->info.shared_bytes;
+        if (!fits && kernel.fold_bytes > 0) { /* then each chunk is a piece of its own */
+            kernel.bytes -= kernel.fold_bytes;
+            kernel.fold_bytes = 0;
+            status = ts_gpu_function_find(p->gpu, &kernel, &bytes, why, why_bytes);
+            if (status != TS_OK)
+                return status;
+            fits = bytes <= p->gpu->info.shared_bytes;
+        }
         if (fits)
             p->kernels[list] = kernel;
         if (p->kernel == (list == LIST_TILE    ? TS_KERNEL_TILE
@@ -94,9 +103,24 @@ size_t table_room(size_t blocks)
     return blocks + blocks / 8 + 8;
 }
 
+/* Finds which sequences' chunks are one piece. */
+void find_whole(ts_gpu_plan *p, const ts_attention_seq *seqs)
+{
+    uint64_t tokens[LIST_COUNT] = {};
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        ts_gpu_list list = list_of(p, &seqs[i]);
+        if (seqs[i].q_tokens > 0 && list >= LIST_NARROW)
+            tokens[list] += (uint64_t)seqs[i].kv_tokens * tiles_of(p, seqs[i].q_tokens, list);
+    }
+    for (uint32_t l = LIST_NARROW; l < LIST_COUNT; l++)
+        p->whole_tokens[l] = whole_tokens(p, (ts_gpu_list)l, tokens[l]);
+}
+
 /* Counts items, records and counters; returns the entries of the block tables. */
 size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
 {
+    find_whole(p, seqs);
+    p->folds = false;
     size_t entries = 0;
     uint32_t counts[SPLIT_LISTS][BUCKETS] = {};
     memset(p->count, 0, sizeof p->count);
@@ -111,10 +135,11 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
         if (list >= LIST_NARROW) {
             work_split c = work_split_of(p, s, list);
             sorter &so = sorters[list - LIST_NARROW];
-            uint32_t longest = c.chunks > 1 ? c.tokens : c.last;
+            uint32_t longest = c.together > 1 ? s->kv_tokens : c.chunks > 1 ? c.tokens : c.last;
             so.longest = longest > so.longest ? longest : so.longest;
-            p->count[list] += c.chunks * c.tiles;
-            if (c.chunks > 1) {
+            p->count[list] += c.chunks / c.together * c.tiles;
+            p->folds = p->folds || (list == LIST_WGMMA && c.together > 1);
+            if (c.chunks > c.together) {
                 p->records += (size_t)c.chunks * s->q_tokens * p->heads;
                 p->counters += p->geometry.kv_heads * c.tiles;
             }
@@ -131,7 +156,7 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
         if (seqs[i].q_tokens == 0 || list < LIST_NARROW)
             continue;
         work_split c = work_split_of(p, &seqs[i], list);
-        for (uint32_t chunk = 0; chunk < c.chunks; chunk++)
+        for (uint32_t chunk = 0; chunk < c.chunks; chunk += c.together)
             for (uint32_t tile = 0; tile < c.tiles; tile++)
                 counts[list - LIST_NARROW][bucket_of(sorters[list - LIST_NARROW],
                                                      rank_of(p, &seqs[i], list, c, tile, chunk))]++;
@@ -233,15 +258,17 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, u
             sorter &so = sorters[list - LIST_NARROW];
             to[i].chunk_tokens = c.tokens;
             to[i].num_chunks = c.chunks;
-            for (uint32_t chunk = 0; chunk < c.chunks; chunk++) /* tiles of a chunk share reads */
-                for (uint32_t n = 0; n < c.tiles; n++) {        /* later ones see more */
+            /* Tiles of a chunk share reads; later ones see more. */
+            for (uint32_t chunk = 0; chunk < c.chunks; chunk += c.together)
+                for (uint32_t n = 0; n < c.tiles; n++) {
                     uint32_t tile = c.tiles - 1 - n;
                     uint32_t b = bucket_of(so, rank_of(p, s, list, c, tile, chunk));
                     bool alone = shared != NULL && c.tiles == 1 &&
                                  chunk * c.tokens >= shared[i] * p->geometry.block_tokens;
-                    pieces[list][so.next[b]++] = plan_piece{to[i], tile, chunk, i, alone};
+                    pieces[list][so.next[b]++] =
+                        plan_piece{to[i], tile, chunk, i, c.together * 2 + alone};
                 }
-            if (c.chunks > 1) {
+            if (c.chunks > c.together) {
                 slot += c.chunks * s->q_tokens * p->heads;
                 counter += p->geometry.kv_heads * c.tiles;
             }

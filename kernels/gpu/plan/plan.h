@@ -36,9 +36,11 @@ struct ts_gpu_plan {
     size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
     size_t entries;                   /* of the block tables, with room in each */
     size_t records;                   /* partial rows of chunks that are to be merged */
+    bool folds;                       /* wgmma has pieces of several chunks */
     uint32_t q_tokens;                /* of all sequences */
     uint32_t counters;
-    uint64_t renewals; /* since it was written whole */
+    uint32_t whole_tokens[LIST_COUNT]; /* of a sequence whose chunks are one piece, at most */
+    uint64_t renewals;                 /* since it was written whole */
     bool persistent;
     ts_gpu_plan_limits limits; /* of a persistent one, as all that follows: */
     uint32_t room[LIST_COUNT]; /* for items */

@@ -52,6 +52,7 @@ uint32_t bucket_of(const sorter &s, uint32_t tokens)
 struct work_split {
     uint32_t rows, tiles;          /* of a tile */
     uint32_t tokens, chunks, last; /* of a chunk, and of the last */
+    uint32_t together;             /* chunks of a piece: 1, or all */
 };
 
 /* Tokens of a chunk, at least, of sequences of up to BATCHED tokens and of longer ones. */
@@ -92,7 +93,7 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
 
 uint32_t rows_of_tile(const ts_gpu_plan *p, ts_gpu_list list)
 {
-    return list == LIST_WGMMA ? WGMMA_ROWS
+    return list == LIST_WGMMA ? wgmma_rows(&p->geometry)
            : list == LIST_MMA ? mma_rows(&p->geometry)
                               : v5_rows(&p->geometry, list - LIST_NARROW);
 }
@@ -100,6 +101,23 @@ uint32_t rows_of_tile(const ts_gpu_plan *p, ts_gpu_list list)
 uint32_t tiles_of(const ts_gpu_plan *p, uint32_t q_tokens, ts_gpu_list list)
 {
     return ceil_div(q_tokens * (p->heads / p->geometry.kv_heads), rows_of_tile(p, list));
+}
+
+/*
+ * Up to how many tokens a sequence's chunks are one piece of work, which adds them up without
+ * writing any of them to memory: its results are the same bits, so this may depend on its company.
+ * It is worth it where there are so many of them that processors have enough work without cutting
+ * them, and a long one doesn't come to be the last. tokens: of the list's pieces.
+ */
+uint32_t whole_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint64_t tokens)
+{
+    bool many = has_many_rows(list);
+    uint64_t abreast = many ? 1 : 2; /* pieces on a processor */
+    uint64_t share = tokens * p->geometry.kv_heads / (p->gpu->info.processors * abreast);
+    uint64_t most = share * 2 / 3;
+    if (list == LIST_WGMMA ? p->io_dtype == TS_DTYPE_FP32 : p->kernels[list].fold_bytes == 0)
+        return 0;
+    return most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
 }
 
 work_split work_split_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list)
@@ -110,6 +128,7 @@ work_split work_split_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu
     c.tokens = chunk_tokens(p, s, list, c.tiles);
     c.chunks = ceil_div(s->kv_tokens, c.tokens);
     c.last = s->kv_tokens - (c.chunks - 1) * c.tokens;
+    c.together = s->kv_tokens <= p->whole_tokens[list] ? c.chunks : 1;
     return c;
 }
 
@@ -121,8 +140,8 @@ uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const work_spl
     uint32_t last_query = ((tile + 1) * c.rows - 1) / group;
     uint32_t past = s->kv_tokens - s->q_tokens;
     uint32_t end = past + (last_query < s->q_tokens ? last_query + 1 : s->q_tokens);
-    uint32_t from = chunk * c.tokens;
-    return end <= from ? 1 : end - from < c.tokens ? end - from : c.tokens;
+    uint32_t from = chunk * c.tokens, most = c.together * c.tokens;
+    return end <= from ? 1 : end - from < most ? end - from : most;
 }
 
 /* What pieces are sorted by, longest first, so that none starts late. With many rows those of a

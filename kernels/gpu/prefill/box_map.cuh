@@ -24,7 +24,12 @@ struct box_map {
 struct wgmma_call {
     box_map boxes;
     uint32_t *tickets; /* two, 0 between launches: pieces that were taken, blocks that found none */
+    float4 *folds;     /* what blocks keep of pieces of several chunks: WGMMA_FOLD each, of each
+                          thread that multiplies */
 };
+
+/* Of a row of DIM dimensions: its sums, of two rows, and their maxima and sums of weights. */
+#define WGMMA_FOLD(DIM) ((DIM) / 8 + 1)
 
 #define BOX_SLAB 64u         /* dimensions of 16 bits: 128 bytes, as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */

@@ -20,7 +20,7 @@
 #ifndef TS_GPU_MMA_CUH
 #define TS_GPU_MMA_CUH
 
-#include "tensor.cuh"
+#include "row_folds.cuh"
 
 namespace mma
 {
@@ -45,7 +45,12 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static const uint32_t PLANE = TOKENS * PITCH, TILE = 2 * PLANE, Q_BYTES = ROWS * Q_PITCH;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
     static const uint32_t SUM_BYTES = SPLIT * ROWS * SUM_PITCH * sizeof(float);
-    static const uint32_t WORK_BYTES = 2 * TILE > SUM_BYTES ? 2 * TILE : SUM_BYTES;
+    static const uint32_t STATE_BYTES = SPLIT * ROWS * sizeof(row_state); /* behind the sums */
+    static const uint32_t END_BYTES = SUM_BYTES + STATE_BYTES;
+    static const uint32_t WORK_BYTES = 2 * TILE > END_BYTES ? 2 * TILE : END_BYTES;
+    typedef row_folds<T, DIM, ROWS, SPLIT, THREADS> fold;
+    /* With rows as long as 256 it would be one block on a processor, not two. */
+    static const uint32_t FOLD_BYTES = EXACT && DIM <= 128 ? fold::BYTES : 0;
 
     static_assert(ROWS * (EXACT ? V5_CHUNKS : MMA_CHUNKS) * sizeof(float) <= WORK_BYTES,
                   "a float for each row and chunk takes its place");
@@ -222,10 +227,10 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         job j;
-        find_job(c, block, ROWS, j);
+        find_job<(FOLD_BYTES > 0)>(c, block, ROWS, j);
         if (EXACT)
             append<T>(c, j, THREADS);
-        __shared__ row_state states[SPLIT][ROWS], total[ROWS];
+        __shared__ row_state total[ROWS];
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         uint32_t part = warp % SPLIT, first_row = warp / SPLIT * WARP_ROWS; /* of the tile's */
         uint32_t num_planes = planes(c.io);
@@ -250,14 +255,16 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             r.look_up(c, j, next, j.end);
         load_q<T, q_rows, Q_PITCH / 16, ROWS, THREADS>(c, j, num_planes, shared);
 
-        float acc[FACES][DIM / 8][4] = {}, max[FACES][2], sum[FACES][2] = {};
+        float acc[FACES][DIM / 8][4], max[FACES][2], sum[FACES][2];
+#pragma unroll
+        for (int f = 0; f < FACES; f++)
+            fold::begin_rows(acc[f], max[f], sum[f]);
         lane_rows l[FACES];
 #pragma unroll
         for (uint32_t i = 0; i < FACES * 2; i++) {
             uint32_t f = i / 2, e = i % 2;
             uint32_t row = j.first + min(first_row + f * 16 + lane / 4 + e * 8, j.rows - 1);
             l[f].position[e] = j.past + query_of(c, row);
-            max[f][e] = -CUDART_INF_F;
         }
         /* The tokens that some row, and that every row, of this warp sees. */
         bool works = first_row < j.rows;
@@ -271,6 +278,9 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         uint32_t k_place = rows::place(part * OURS + lane % 8 + lane / 16 * 8, lane / 8 % 2);
         uint32_t v_place = PLANE + rows::place(part * OURS + lane % 16, lane / 16);
 
+        unsigned char *folded = work + WORK_BYTES;
+        const uint32_t folds = FOLD_BYTES > 0 && j.chunks > 1 ? j.chunks : 0;
+        uint32_t chunk = 0;
         for (; tile < j.end; tile += TOKENS, stage ^= 1) {
             await_copies<0>();
             __syncthreads(); /* the tile is there, and nobody reads the one before it */
@@ -280,6 +290,9 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
             next += TOKENS;
             if (next < j.end)
                 r.look_up(c, j, next, j.end);
+            if constexpr (FOLD_BYTES > 0) /* while the next tile comes */
+                for (; chunk < folds && tile >= (chunk + 1) * j.p.chunk_tokens; chunk++)
+                    fold::fold_chunk(chunk, first_row, folded, total, acc[0], max[0], sum[0]);
             if (tile + TOKENS > j.end) { /* the last */
                 rows::clear_rows(work_at + stage * TILE + PLANE, j.end - tile, TOKENS, threadIdx.x,
                                  THREADS);
@@ -401,32 +414,27 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
                 }
             }
         }
+        float *sums = (float *)work;
         await_copies<0>();
         __syncthreads(); /* the tiles are used up */
-        float *sums = (float *)work;
+        if (folds > 0) {
+            if constexpr (FOLD_BYTES > 0)
+                for (; chunk < folds; chunk++)
+                    fold::fold_chunk(chunk, first_row, folded, total, acc[0], max[0], sum[0]);
+            fold::store_folded(c, j, first_row, folded, sums, total);
+            return;
+        }
+        row_state(*states)[ROWS] = (row_state(*)[ROWS])(work + SUM_BYTES);
 #pragma unroll
         for (uint32_t i = 0; i < FACES * 2; i++) {
             uint32_t f = i / 2, e = i % 2, row = first_row + f * 16 + lane / 4 + e * 8;
-            float all = sum[f][e];
-            all += __shfl_xor_sync(~0u, all, 1);
-            all += __shfl_xor_sync(~0u, all, 2);
+            float all = fold::sum_of_row(sum[f][e]);
             if (lane % 4 == 0)
                 states[part][row] = row_state{max[f][e], all};
-            float *to = sums + (part * ROWS + row) * SUM_PITCH;
-            if (!scaled<T>::value) {
-#pragma unroll
-                for (int d = 0; d < DIM / 8; d++)
-                    *(float2 *)(to + d * 8 + lane % 4 * 2) =
-                        make_float2(acc[f][d][e * 2], acc[f][d][e * 2 + 1]);
-            } else { /* two products have 16 dimensions, the even and the odd ones */
-#pragma unroll
-                for (int d = 0; d < DIM / 8; d += 2)
-                    *(float4 *)(to + d * 8 + lane % 4 * 4) =
-                        make_float4(acc[f][d][e * 2], acc[f][d + 1][e * 2], acc[f][d][e * 2 + 1],
-                                    acc[f][d + 1][e * 2 + 1]);
-            }
+            fold::template lay_out<DIM / 8>(acc[f], e, sums + (part * ROWS + row) * SUM_PITCH);
         }
-        finish<T, DIM, ROWS, SPLIT>(c, j, THREADS, states, sums, SUM_PITCH, sums, total);
+        finish<T, DIM, ROWS, SPLIT, true, EXACT>(c, j, THREADS, states, sums, SUM_PITCH, sums,
+                                                 total);
     }
 };
 
@@ -446,9 +454,11 @@ __global__ void __launch_bounds__(NUM_WARPS * 32,
 template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT>
 ts_gpu_kernel kernel_dim(ts_dtype io)
 {
+    typedef rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT> kernel;
+    uint32_t fold_bytes =
+        kernel::planes(io) == 1 ? kernel::FOLD_BYTES : 0; /* else few blocks fit */
     return ts_gpu_kernel{(const void *)attend_rows<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>,
-                         NUM_WARPS * 32,
-                         rows_kernel<T, DIM, NUM_WARPS, SPLIT, FACES, EXACT>::bytes(io)};
+                         NUM_WARPS * 32, kernel::bytes(io), fold_bytes};
 }
 
 /* Rows of an fp8 cache are laid out as those of 128 dimensions at least: a row has 8 pieces then.

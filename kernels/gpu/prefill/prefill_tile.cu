@@ -157,10 +157,10 @@ __global__ void __launch_bounds__(THREADS) prefill_tile(const __grid_constant__ 
 template <typename T> ts_gpu_kernel kernel_of(uint32_t head_dim)
 {
     return head_dim <= 64
-               ? ts_gpu_kernel{(const void *)prefill_tile<T, 64>, THREADS, layout<64>::BYTES}
+               ? ts_gpu_kernel{(const void *)prefill_tile<T, 64>, THREADS, layout<64>::BYTES, 0}
            : head_dim <= 128
-               ? ts_gpu_kernel{(const void *)prefill_tile<T, 128>, THREADS, layout<128>::BYTES}
-               : ts_gpu_kernel{(const void *)prefill_tile<T, 256>, THREADS, layout<256>::BYTES};
+               ? ts_gpu_kernel{(const void *)prefill_tile<T, 128>, THREADS, layout<128>::BYTES, 0}
+               : ts_gpu_kernel{(const void *)prefill_tile<T, 256>, THREADS, layout<256>::BYTES, 0};
 }
 
 } // namespace

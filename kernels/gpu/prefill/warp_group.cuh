@@ -127,11 +127,14 @@ template <int REGISTERS> __device__ inline void give_registers()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-__device__ inline void load_16_bytes(uint32_t *x, uint32_t at)
+/* 0, where they aren't wanted. */
+__device__ inline void load_16_bytes(uint32_t *x, uint32_t at, bool wanted)
 {
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
+    x[0] = x[1] = x[2] = x[3] = 0;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+                 "@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+                 : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
+                 : "r"(at), "r"((uint32_t)wanted)
                  : "memory");
 }
 __device__ inline void clear_16_bytes(uint32_t at)

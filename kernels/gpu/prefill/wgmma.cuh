@@ -3,11 +3,11 @@
  * instructions that take both sides from shared memory, or the left one from registers, and are
  * waited for, not executed in turn.
  *
- * There is a block on each processor, of three groups of four warps. Two have 64 rows (query token
- * x head of the group) each and multiply (wgmma_tiles.cuh); the third brings tiles of K and V, each
- * of which serves both (tile_ring.cuh), and q. Blocks take one piece of work after the other, and
- * the third group is ahead of the others: when they end a piece, the next one's first tiles are
- * there.
+ * There is a block on each processor, of three groups of four warps, or four where rows are short.
+ * All but the last have 64 rows (query token x head of the group) each and multiply
+ * (wgmma_tiles.cuh); the last brings tiles of K and V, each of which serves all of them
+ * (tile_ring.cuh), and q. Blocks take one piece of work after the other, and the last group is
+ * ahead of the others: when they end a piece, the next one's first tiles are there.
  */
 #ifndef TS_GPU_WGMMA_CUH
 #define TS_GPU_WGMMA_CUH
@@ -32,8 +32,9 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     static const uint32_t BYTES = Q_BYTES + WORK_BYTES + ALIGN;
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= WORK_BYTES,
                   "a float for each row and chunk takes the tiles' place");
-    static const int COPIER_REGISTERS = DIM > 128 ? 40 : 56; /* all have 168 at first */
-    static const int WORKER_REGISTERS = DIM > 128 ? 232 : 224;
+    /* All have 168 at first; 128, if they are four groups. */
+    static const int COPIER_REGISTERS = THREADS > 384 ? 32 : DIM > 128 ? 40 : 56;
+    static const int WORKER_REGISTERS = THREADS > 384 ? 160 : DIM > 128 ? 232 : 224;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -41,7 +42,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     typedef typename tiles_of::worker worker;
     typedef typename tiles_of::rows_state rows_state;
 
-    /* What the third group tells of a piece; some of them take turns. */
+    /* What the last group tells of a piece; some of them take turns. */
     static const uint32_t TOLD = 3;
     struct told_piece {
         job j;
@@ -65,10 +66,13 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     }
 
     /* The block's k-th piece, by one thread. The first is the block's own; others go to whoever
-     * comes first. */
-    __device__ static void tell(const gpu_call &c, uint32_t *tickets, pieces *p, uint32_t k)
+     * comes first. One of several chunks is told as that many, one after the other, which
+     * `job.chunks` says. item: the last told piece's; chunk: its next chunk, 0 if it has none. */
+    __device__ static void tell(const gpu_call &c, uint32_t *tickets, pieces *p, uint32_t k,
+                                uint32_t &item, uint32_t &chunk)
     {
-        uint32_t item = k == 0 ? blockIdx.x : gridDim.x + atomicAdd(tickets, 1);
+        if (chunk == 0)
+            item = k == 0 ? blockIdx.x : gridDim.x + atomicAdd(tickets, 1);
         told_piece &to = p->piece[k % TOLD];
         if (k >= TOLD)
             barrier_await(shared_address(&p->done[k % TOLD]), ~(k / TOLD) & 1);
@@ -77,7 +81,10 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             uint32_t index = item / c.kv_heads;
             const gpu_run &run = run_of(c, &index);
             plan_piece piece = ((const plan_piece *)run.items)[index];
+            piece.chunk += chunk;
             make_job<true>(c, run, piece, item % c.kv_heads, ROWS, to.j);
+            to.j.chunks = chunks_of(piece);
+            chunk = chunk + 1 < chunks_of(piece) ? chunk + 1 : 0;
         } else if (atomicAdd(tickets + 1, 1) == gridDim.x - 1) { /* nobody takes any more */
             tickets[0] = 0;
             tickets[1] = 0;
@@ -98,7 +105,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             barrier_arrive(shared_address(&p->done[k % TOLD]));
     }
 
-    /* q is copied by the third group as it is, or else read by those who multiply. */
+    /* q is copied by the last group as it is, or else read by those who multiply. */
     __device__ static bool copies_q(const gpu_call &c)
     {
         return c.io != TS_DTYPE_FP32 && c.rope.theta == 0;
@@ -106,22 +113,28 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
 
     __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q)
     {
+        /* What a copy might change, as far as the compiler knows, is read once. */
+        const uint32_t first = j.first, rows = j.rows, group = c.group, heads = c.heads;
+        const uint32_t head = j.kv_head * group;
+        const T *from = (const T *)j.s.q;
 #pragma unroll 4
         for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
-            bool there = row < j.rows && piece * 8 < c.head_dim;
-            size_t at = there ? place_of<true>(c, j, row) * (size_t)c.head_dim + piece * 8 : 0;
-            cache_hints::copy_async(q + q_rows::place(row, piece), (const T *)j.s.q + at,
-                                    there ? 16 : 0, false);
+            bool there = row < rows && piece * 8 < c.head_dim;
+            uint32_t query = divide(first + row, c.groups);
+            uint32_t place = query * heads + head + first + row - query * group; /* place_of */
+            size_t at = there ? place * (size_t)c.head_dim + piece * 8 : 0;
+            cache_hints::copy_async(q + q_rows::place(row, piece), from + at, there ? 16 : 0,
+                                    false);
         }
     }
     /* Whether a piece's rows come together with others', or as fp32, in the tiles' place. */
     __device__ static bool is_apart(const gpu_call &c, const job &j)
     {
-        return j.p.num_chunks > 1 || c.io == TS_DTYPE_FP32;
+        return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
     }
 
-    /* The third group's part. Its warps ask for boxes of K and of V by turns; the last one takes
+    /* The last group's part. Its warps ask for boxes of K and of V by turns; the last one takes
      * pieces; all copy q, and what doesn't come in boxes. */
     __device__ static void run_copiers(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                        uint32_t tiles, barriers *bars, pieces *p)
@@ -133,8 +146,9 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                                                                         feeder);
         typename ring::template box_feed<typename ring::v_place> v_feed(
             wc.boxes, tiles + ring::K_STAGES * ring::PLANE, there, wc.boxes.plane_units, feeder);
+        uint32_t item = 0, chunk = 0;
         if (tells)
-            tell(c, wc.tickets, p, 0);
+            tell(c, wc.tickets, p, 0, item, chunk);
         __syncwarp();
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
@@ -159,7 +173,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 barrier_arrive_copied(shared_address(&p->q_there));
             }
             if (tells)
-                tell(c, wc.tickets, p, k + 1);
+                tell(c, wc.tickets, p, k + 1, item, chunk);
             __syncwarp();
             if (!by_boxes)
                 ring::copy_tiles(c, j, base, tiles, bars);
@@ -239,13 +253,55 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 *(float2 *)(sums + row * SUM_PITCH + d * 8 + lane % 4 * 2) =
                     make_float2(o[d][e * 2], o[d][e * 2 + 1]);
         }
-        finish<T, DIM, ROWS, 1, false>(c, j, WORKERS, states, sums, SUM_PITCH, sums, total);
+        finish<T, DIM, ROWS, 1, false, true>(c, j, WORKERS, states, sums, SUM_PITCH, sums, total);
         named_sync(TOGETHER, WORKERS);
         if (c.head_dim < DIM)
             clear_tiles(shared_address(sums), WORKERS);
         fence_for_products();
         __syncwarp();
         w.used_q();
+    }
+
+    /* A chunk of a piece of several ends: what this thread has of it is added to what there is so
+     * far, as the merge of chunks does it (chunks.cuh: finish). That lies in memory, or rather in
+     * the second-level cache, for the block writes there again and again. */
+    __device__ static void fold_chunk(const wgmma_call &wc, uint32_t chunk, rows_state &r,
+                                      float (*o)[4], bool more)
+    {
+        float4 *so_far = wc.folds + blockIdx.x * (size_t)(WORKERS * WGMMA_FOLD(DIM)) + threadIdx.x;
+        float4 state = make_float4(-CUDART_INF_F, 0, -CUDART_INF_F, 0);
+        if (chunk > 0)
+            state = __ldcg(so_far + DIM / 8 * WORKERS);
+        float ours[2], factor[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            row_state before = {e == 0 ? state.x : state.z, e == 0 ? state.y : state.w};
+            ours[e] = rescale(r.max[e], r.max[e]);
+            factor[e] = fold_factor(before.max, r.max[e]);
+            r.sum[e] = fold(before.sum, __fmaf_rn(r.sum[e], ours[e], 0), factor[e]);
+            r.max[e] = fmaxf(before.max, r.max[e]);
+        }
+        state = make_float4(r.max[0], r.sum[0], r.max[1], r.sum[1]);
+        if (more)
+            cache_hints::store((float *)(so_far + DIM / 8 * WORKERS), state, true);
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++) {
+            float4 x = make_float4(0, 0, 0, 0);
+            if (d % 4 == 0)
+                asm volatile("" ::: "memory"); /* so many loads at once, for lack of registers */
+            if (chunk > 0)
+                x = __ldcg(so_far + d * WORKERS);
+            const float before[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                o[d][e] = fold(before[e], __fmaf_rn(o[d][e], ours[e / 2], 0), factor[e / 2]);
+        }
+        if (!more)
+            return;
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++)
+            cache_hints::store((float *)(so_far + d * WORKERS),
+                               make_float4(o[d][0], o[d][1], o[d][2], o[d][3]), true);
     }
 
     /* What lies behind shorter rows is to be 0; boxes make it so. */
@@ -255,7 +311,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             clear_16_bytes(tiles + i * 16);
     }
 
-    /* The two groups' part. */
+    /* The other groups' part. */
     __device__ static void run_workers(const gpu_call &c, const wgmma_call &wc, unsigned char *q,
                                        unsigned char *tiles, barriers *bars, pieces *p,
                                        row_state (*states)[ROWS], row_state *total)
@@ -297,9 +353,11 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 1);
                 r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 2);
             }
+            if (j.chunks > 1 && w.first_row < j.rows)
+                fold_chunk(wc, j.chunk, r, o, j.chunk + 1 < j.chunks);
             if (apart)
                 store_apart(c, j, w, r, o, states, total, (float *)tiles);
-            else
+            else if (j.chunk + 1 >= j.chunks)
                 store_rows(c, j, w.first_row, r, o);
             done(p, k);
         }
@@ -334,7 +392,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
 
 /* Built for other architectures too, where it does nothing and isn't launched (plan.cu). */
 template <typename T, int DIM, bool VARIED>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(rows_kernel<T, DIM, VARIED>::THREADS, 1)
     attend_wgmma(const __grid_constant__ gpu_call c, const __grid_constant__ wgmma_call wc)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -348,7 +406,7 @@ template <typename T, int DIM> ts_gpu_kernel kernel_dim(bool varied)
     typedef rows_kernel<T, DIM, false> kernel;
     return ts_gpu_kernel{varied ? (const void *)attend_wgmma<T, DIM, true>
                                 : (const void *)attend_wgmma<T, DIM, false>,
-                         kernel::THREADS, kernel::BYTES};
+                         kernel::THREADS, kernel::BYTES, 0};
 }
 
 template <typename T> ts_gpu_kernel prefill(uint32_t head_dim, bool varied)

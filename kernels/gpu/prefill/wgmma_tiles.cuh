@@ -4,7 +4,7 @@
  * w + 15. Weights are rounded to the cache's type, as mma's are.
  *
  * A group asks for a tile's scores and for the weighted sum of the tile before, waits for the
- * scores alone, and has its softmax while the sum is under way. The two groups take turns at
+ * scores alone, and has its softmax while the sum is under way. Groups take turns at
  * asking.
  */
 #ifndef TS_GPU_WGMMA_TILES_CUH
@@ -23,13 +23,16 @@ using namespace tensor;
  * the others where a processor keeps them. */
 template <typename T, int DIM, bool VARIED> struct tile_work {
     typedef tile_ring<T, DIM> ring;
-    static const uint32_t GROUP_ROWS = 64, ROWS = WGMMA_ROWS;
-    static const uint32_t WORKERS = 256; /* threads */
+    static const uint32_t GROUPS = DIM <= 64 ? 3 : 2; /* wgmma_rows' */
+    static const uint32_t GROUP_ROWS = 64, ROWS = GROUPS * GROUP_ROWS;
+    static const uint32_t WORKERS = GROUPS * 128; /* threads */
     static const uint32_t TOKENS = ring::TOKENS, PLANE = ring::PLANE;
     static const uint32_t COLUMNS = TOKENS / 8, PIECES = ring::PIECES;
     static const uint32_t Q_SLAB = ROWS * 128; /* bytes */
     /* Named barriers; 0 is __syncthreads'. */
-    static const uint32_t TOGETHER = 1, TURN = 2, OWN = 4; /* the latter two of each group */
+    static const uint32_t TOGETHER = 1, TURN = 2,
+                          OWN = TURN + GROUPS; /* the latter of each group */
+    static const uint32_t TURN_THREADS = 256;  /* who gives a turn, and who gets it */
 
     typedef mma::rows_kernel<T, DIM, 4, 1, 2, false> plain; /* has what a warp does by itself */
     static const uint32_t PART = plain::ABREAST;            /* tokens that it works on at once */
@@ -109,9 +112,9 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         return matrix(v, ring::ATOM, ring::EIGHT);
     }
 
-    /* What the two groups know of their work. */
+    /* What these groups know of their work. */
     struct worker {
-        uint32_t group, first_row; /* 0 or 1; of this warp's 16 */
+        uint32_t group, first_row; /* of GROUPS; of this warp's 16 */
         uint32_t bars, q_used;     /* in shared memory: barriers */
         typename ring::k_place k;  /* of the next tile */
         typename ring::v_place v;  /* of the last one, or the next in add_nonfinite's time */
@@ -140,25 +143,39 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
 
     /* Says whether the tokens of a tile of V that some row doesn't see have an infinity or NaN: a
      * weight of 0 wouldn't hide either. What a box brought of its block from behind the end, which
-     * is of no sequence's, becomes 0. Both groups do this, and find the same. */
+     * is of no sequence's, becomes 0. All groups do this, and find the same; where they write, none
+     * goes on before all have written. */
     __device__ static bool has_nonfinite(const job &j, const worker &w, uint32_t tile, uint32_t v)
     {
         const uint32_t ROW = ring::EIGHT / 16; /* of eight tokens: 16-byte pieces */
+        const uint32_t ABREAST = 4;
+        const uint32_t end = j.end, seen_from = j.clear_begin, seen_to = j.clear_end;
         bool nonfinite = false;
-        uint32_t from = tile < j.clear_begin || j.clear_end <= tile ? 0 : j.clear_end - tile;
-        uint32_t to = min(TOKENS, (j.end - tile + w.box_tokens - 1) / w.box_tokens * w.box_tokens);
+        uint32_t from = tile < seen_from || seen_to <= tile ? 0 : seen_to - tile;
+        uint32_t to = min(TOKENS, (end - tile + w.box_tokens - 1) / w.box_tokens * w.box_tokens);
+        to = (to + 7) / 8; /* eights of tokens */
+        bool clears = tile + to * 8 > end;
 #pragma unroll 1
-        for (uint32_t i = from / 8 * ROW + threadIdx.x % 128; i < (to + 7) / 8 * ROW; i += 128) {
-            uint32_t x[4], token = tile + ring::token_at(i);
-            if (token >= j.end)
-                clear_16_bytes(v + i * 16);
-            if (token >= j.end || (token >= j.clear_begin && token < j.clear_end))
-                continue;
-            load_16_bytes(x, v + i * 16);
-            nonfinite |= any_not_finite<T>(x);
+        for (uint32_t i = from / 8 * ROW + threadIdx.x % 128; i < to * ROW; i += 128 * ABREAST) {
+            uint32_t x[ABREAST][4];
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t at = i + a * 128, token = tile + ring::token_at(at);
+                bool seen = token >= seen_from && token < seen_to;
+                load_16_bytes(x[a], v + at * 16, at < to * ROW && token < end && !seen);
+            }
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t at = i + a * 128;
+                nonfinite |= any_not_finite<T>(x[a]);
+                if (at < to * ROW && tile + ring::token_at(at) >= end)
+                    clear_16_bytes(v + at * 16);
+            }
         }
-        fence_for_products();
-        return named_any(OWN + w.group, 128, nonfinite);
+        if (clears)
+            fence_for_products();
+        return clears ? named_any(TOGETHER, WORKERS, nonfinite)
+                      : named_any(OWN + w.group, 128, nonfinite);
     }
 
     /* Adds such a tile to the sums, by the instructions of a warp alone, and makes it 0, so that it
@@ -192,6 +209,18 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             clear_16_bytes(v + i * 16);
         fence_for_products();
         named_sync(TOGETHER, WORKERS);
+    }
+
+    /* After a tile's scores, before the sums with it. */
+    __device__ static void mind_nonfinite(const gpu_call &c, const job &j, const worker &w,
+                                          const rows_state &r, uint32_t tile,
+                                          const uint32_t (*p)[4], float (*o)[4])
+    {
+        if (tile >= j.clear_begin && tile + TOKENS <= j.clear_end)
+            return;
+        w.v.await(); /* a weight of 0 doesn't hide all there is of V */
+        if (has_nonfinite(j, w, tile, w.v.tile()))
+            add_nonfinite(c, j, r, w.first_row, tile, p, w.v.tile(), o);
     }
 
     /* One of the instructions for scores of the tile of K at `k`, where `a` is the group's rows of
@@ -281,7 +310,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             if (!HIDDEN || n > 0)
                 w.v.await();
         }
-        named_sync(TURN + w.group, WORKERS);
+        named_sync(TURN + w.group, TURN_THREADS);
         pin<COLUMNS>(s);
         pin<DIM / 8>(o);
         products_begin();
@@ -293,7 +322,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         for (int t = 0; t < SUM_STEPS; t++)
             ask_for_sums(p, v, t, o);
         products_commit();
-        named_arrive(TURN + (w.group ^ 1), WORKERS);
+        named_arrive(TURN + (w.group + 1 < GROUPS ? w.group + 1 : 0), TURN_THREADS);
         uint32_t k_used = w.k.used(), v_used = w.v.used();
         w.k.advance(w.bars);
         w.v.advance(w.bars);
@@ -370,19 +399,15 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         uint32_t to = j.clear_end <= first ? 0 : (j.clear_end - first) / TOKENS;
         from = uniform(max(from, 1));
         to = uniform(VARIED ? 0 : min(to, count));
-        if (w.group == 1)
-            named_arrive(TURN, WORKERS); /* the other is first */
+        if (w.group == GROUPS - 1)
+            named_arrive(TURN, TURN_THREADS); /* another is first */
         w.ready = false;
         uint32_t n = 0;
 #pragma unroll 1
         while (n < count) {
             uint32_t tile = first + n * TOKENS;
             next_tile<true>(c, j, w, n, tile, a, r, s, p, o);
-            if (tile < j.clear_begin || tile + TOKENS > j.clear_end) {
-                w.v.await(); /* a weight of 0 doesn't hide all there is of V */
-                if (has_nonfinite(j, w, tile, w.v.tile()))
-                    add_nonfinite(c, j, r, w.first_row, tile, p, w.v.tile(), o);
-            }
+            mind_nonfinite(c, j, w, r, tile, p, o);
             n++;
             if (!VARIED && n >= from)
 #pragma unroll 1
@@ -390,7 +415,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
                     next_tile<false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
         }
         if (w.group == 0)
-            named_sync(TURN, WORKERS); /* what the other arrived at last */
+            named_sync(TURN, TURN_THREADS); /* what the last one arrived at last */
         last_sums(w, p, o);
     }
 
