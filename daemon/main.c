@@ -286,6 +286,26 @@ static uint64_t random_number(void)
     return random;
 }
 
+/* Where a crash is noted for the next daemon. */
+static volatile uint32_t *crash_word;
+
+static void on_crash(int number)
+{
+    if (crash_word != NULL)
+        *crash_word = (uint32_t)number;
+    (void)raise(number); /* whose handler is the default one again */
+}
+
+static void note_crashes(ts_books *books)
+{
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
+    crash_word = ts_books_crash_word(books);
+    for (size_t i = 0; crash_word != NULL && i < sizeof signals / sizeof *signals; i++)
+        (void)sigaction(signals[i],
+                        &(struct sigaction){.sa_handler = on_crash, .sa_flags = SA_RESETHAND},
+                        NULL);
+}
+
 /* Ends as a kill does, when the holder has what was stored; only its sockets' paths go. */
 static void __attribute__((noreturn)) leave(const ts_config *c, ts_store *store, int code)
 {
@@ -332,6 +352,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     c->limits.first_generation = (uint32_t)(random_number() >> 33);
     c->limits.hash_seed = random_number();
     bool made = ts_takeover_begin(s, store, c);
+    note_crashes(s->exec.books);
     s->exec.attention = ts_attention_new(ts_config_threads(c, ts_processors()), c->kernel);
     if (s->exec.attention != NULL)
         s->exec.host = ts_host_executor_new(s->exec.attention);

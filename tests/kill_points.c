@@ -1,29 +1,39 @@
 /*
- * Ends the daemon by SIGKILL at a place of test_point.h: TS_TEST_KILL=NAME:N, at its Nth time. Only
- * the first daemon under a supervisor is ended, so that the next one can go on.
+ * Ends the daemon at a place of test_point.h. TS_TEST_KILL=NAME:N kills it at its Nth time there:
+ * only the first daemon under a supervisor, so that the next one can go on. TS_TEST_CRASH=NAME or
+ * NAME/WHAT has every daemon crash whenever it comes there.
  */
 #include "test_point.h"
 
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-void ts_test_point(const char *name)
+static bool is(const char *wanted, const char *name, unsigned what)
+{
+    char both[64];
+    snprintf(both, sizeof both, "%s/%u", name, what);
+    return wanted != NULL && (strcmp(wanted, name) == 0 || strcmp(wanted, both) == 0);
+}
+
+void ts_test_point(const char *name, unsigned what)
 {
     static atomic_long left = -1;
-    static const char *wanted;
-    static size_t length;
+    static char wanted[64];
     if (atomic_load(&left) == -1) { /* at the first command, which comes before all else */
         const char *deaths = getenv("TINYSERVE_DEATHS"), *kill_at = getenv("TS_TEST_KILL");
         const char *colon = kill_at == NULL ? NULL : strchr(kill_at, ':');
-        const int first = deaths == NULL || strcmp(deaths, "0") == 0;
-        wanted = kill_at;
-        length = colon == NULL ? 0 : (size_t)(colon - kill_at);
+        const bool first = deaths == NULL || strcmp(deaths, "0") == 0;
+        if (colon != NULL)
+            snprintf(wanted, sizeof wanted, "%.*s", (int)(colon - kill_at), kill_at);
         atomic_store(&left, colon == NULL || !first ? 0 : atol(colon + 1));
     }
-    if (length > 0 && strlen(name) == length && memcmp(name, wanted, length) == 0 &&
-        atomic_load(&left) > 0 && atomic_fetch_sub(&left, 1) == 1)
+    if (is(getenv("TS_TEST_CRASH"), name, what))
+        (void)raise(SIGSEGV);
+    if (is(wanted, name, what) && atomic_load(&left) > 0 && atomic_fetch_sub(&left, 1) == 1)
         (void)kill(getpid(), SIGKILL);
 }

@@ -238,6 +238,61 @@ static void killed_under_messages(void **state)
     assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, "answering", 2) > 20);
 }
 
+/* ---- what crashes the daemon again and again ---- */
+
+#define OP_FORK 8 /* TS_OP_SEQ_FORK */
+
+/* A daemon that crashes whenever it comes to the place. */
+static ts_client *start_crashing(daemon_process *d, const char *place)
+{
+    setenv("TS_TEST_CRASH", place, 1);
+    start(d, NULL);
+    unsetenv("TS_TEST_CRASH");
+    return connect_by(d, TS_TRANSPORT_RING);
+}
+
+static void a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char place[32];
+    ts_seq seqs[2], fork;
+    snprintf(place, sizeof place, "applying/%d", OP_FORK);
+    ts_client *c = start_crashing(&d, place), *other = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", 0), *others = open_pool(other, "p", 0);
+    DO(ts_seq_create(p, 1, &seqs[0]));
+    OK(ts_seq_create(others, 1, &seqs[1]));
+    assert_int_equal(ts_seq_fork(p, seqs[0], 1, &fork), TS_ECONN);
+    assert_non_null(strstr(ts_error(c), "the session is over"));
+    assert_int_equal(ts_seq_lengths(others, &seqs[1], 1, &(uint32_t){0}), TS_OK);
+    assert_int_equal(ts_client_restarts(other), 1); /* its only call since, after two deaths */
+    check_daemon(other);
+    ts_disconnect(c);
+    ts_disconnect(other);
+    stop(&d, false);
+}
+
+static void a_run_that_crashes_the_daemon_twice_fails(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_seq seq;
+    ts_step *step;
+    ts_client *c = start_crashing(&d, "running");
+    ts_pool *p = open_pool(c, "p", 0);
+    DO(ts_seq_create(p, 1, &seq));
+    DO(ts_step_begin(p, &seq, &(uint32_t){1}, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step));
+    assert_int_equal(ts_step_run(step, 0), TS_EINTERNAL);
+    assert_non_null(strstr(ts_error(c), "at 2 crashes of the daemon"));
+    assert_int_equal(ts_client_restarts(c), 2);
+    DO(ts_step_abort(step)); /* the session goes on */
+    DO(ts_seq_free(p, &seq, 1));
+    check_daemon(c);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* ---- a crowd, and kills at random times ---- */
 
 #define WORKERS 8
@@ -354,6 +409,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_after_an_answer),
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
+        cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
+        cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));

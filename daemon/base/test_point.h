@@ -9,12 +9,13 @@
 
 #include <stddef.h>
 
-void ts_test_point(const char *name) __attribute__((weak));
+void ts_test_point(const char *name, unsigned what) __attribute__((weak));
 
-static inline void ts_point(const char *name)
+/* `what`: more of where it is, such as the operation. */
+static inline void ts_point(const char *name, unsigned what)
 {
     if (ts_test_point != NULL)
-        ts_test_point(name);
+        ts_test_point(name, what);
 }
 
 #endif

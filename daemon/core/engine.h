@@ -39,6 +39,7 @@
 #define TS_TICKETS_MAX 1024u           /* of one tenant */
 #define TS_TICKET_MS 30000u            /* that a ticket is good for, unless another time is named */
 #define TS_TICKET_MS_MAX 3600000u      /* ... at most */
+#define TS_STEP_CRASHES 2u             /* of the daemon, that runs of a step may be under way at */
 #define TS_LIST_MAX 200u               /* kept sequences that one answer tells of */
 
 typedef enum ts_op {
@@ -215,6 +216,9 @@ typedef struct ts_command {
         struct {
             uint32_t slab, tenant;
         } slab_grant; /* SLAB_LOST uses the slab */
+        struct {
+            bool crashed; /* by what it did itself, and not by a kill */
+        } restarted;
         struct {
             uint64_t seq;
         } seq_remove;

@@ -90,12 +90,16 @@ ts_session *ts_engine_session_of(const ts_engine *e, uint32_t uid,
 void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
 {
     (void)none;
-    (void)c;
     (void)a;
-    for (uint32_t i = 0; i < e->num_steps; i++)
-        if (e->steps[i].live)
-            e->steps[i].in_flight =
-                (e->steps[i].copying ? 1u : 0u) + (e->steps[i].quarantined ? 1u : 0u);
+    for (uint32_t i = 0; i < e->num_steps; i++) {
+        ts_step *step = &e->steps[i];
+        if (!step->live)
+            continue;
+        const uint32_t others = (step->copying ? 1u : 0u) + (step->quarantined ? 1u : 0u);
+        if (step->in_flight > others && c->restarted.crashed)
+            step->crashes++;
+        step->in_flight = others;
+    }
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         ts_session *s = &e->sessions[i];
         if (s->live && !s->closing)

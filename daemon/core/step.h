@@ -34,7 +34,8 @@ typedef struct ts_step {
     uint32_t prev, next;    /* of the same session; next also links free entries */
     uint32_t in_flight;     /* runs and copies that are with the kernels */
     bool live, append;
-    bool copying; /* one of those is the copies that it was begun with */
+    uint8_t crashes; /* of the daemon, one after another, at which a run of it was under way */
+    bool copying;    /* one of those is the copies that it was begun with */
     uint32_t heads;
     ts_dtype io_dtype;
     float scale;

@@ -514,6 +514,11 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          (unsigned long long)step->id);
     if (run->layer >= g->layers)
         return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
+    if (step->crashes >= TS_STEP_CRASHES)
+        return ts_refuse(a, TS_EINTERNAL,
+                         "runs of step %llx were under way at %u crashes of the daemon: it isn't "
+                         "run again",
+                         (unsigned long long)step->id, step->crashes);
     uint32_t most = ts_engine_step_runs_max(e, step);
     if (step->in_flight >= most)
         return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",

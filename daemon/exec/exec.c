@@ -51,10 +51,11 @@ void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
     ts_command timed = *command;
     timed.now_ms = ts_now_ms();
     ts_books_begin(x->books, &timed);
+    ts_point("applying", timed.op);
     ts_engine_apply(x->engine, &timed, a);
-    ts_point("applied");
+    ts_point("applied", 0);
     ts_books_note(x->books, x->engine, &timed, a);
-    ts_point("published");
+    ts_point("published", 0);
     ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;

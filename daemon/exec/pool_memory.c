@@ -360,11 +360,11 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     return status;
 }
 
-ts_status ts_pool_memory_restore(ts_exec *x, char *why, size_t why_bytes)
+ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why_bytes)
 {
     ts_answer a;
     ts_status status = TS_OK;
-    ts_exec_apply(x, &(ts_command){.op = TS_OP_RESTARTED}, &a);
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_RESTARTED, .restarted.crashed = crashed}, &a);
     for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK; i++)
         if (ts_engine_has_pool(x->engine, i))
             status = restore_pool(x, i, why, why_bytes);

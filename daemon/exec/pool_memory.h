@@ -26,9 +26,10 @@ ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, char *
 /*
  * Gives the pools that the engine has, after a restart, their memory again, and makes the copies
  * that begun steps lack. What of it isn't there any more is lost: its sequences are freed, which
- * the log counts. A pool whose GPU isn't there is TS_EDEVICE, with a sentence.
+ * the log counts. crashed: the last daemon ended itself (ts_books_start). A pool whose GPU isn't
+ * there is TS_EDEVICE, with a sentence.
  */
-ts_status ts_pool_memory_restore(ts_exec *exec, char *why, size_t why_bytes);
+ts_status ts_pool_memory_restore(ts_exec *exec, bool crashed, char *why, size_t why_bytes);
 
 /* Whether a tenant's exchanges may take so much more of the memory of the pool's GPU: TS_EQUOTA, or
  * TS_ENOMEM if the GPU hasn't that much beside what its pools were promised. */

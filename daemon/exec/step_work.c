@@ -1,6 +1,7 @@
 #include "step_work.h"
 
 #include "log.h"
+#include "test_point.h"
 
 #include <semaphore.h>
 #include <stdio.h>
@@ -163,6 +164,7 @@ static bool job_drop(step_job *j, void *things)
 
 static void submit(ts_exec *x, step_job *j)
 {
+    ts_point("running", 0);
     j->at_live = &x->live_jobs;
     j->next_live = x->live_jobs;
     if (j->next_live != NULL)

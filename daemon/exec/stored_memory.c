@@ -29,7 +29,7 @@ static ts_status put(ts_store *store, const char *name, int fd, char *why, size_
     if (status == TS_OK && !ts_store_barrier(store, BARRIER_MS) && ts_store_holds(store))
         ts_log(TS_LOG_WARNING, "whoever holds the memory has not taken '%s' within %u ms", name,
                BARRIER_MS);
-    ts_point("stored");
+    ts_point("stored", 0);
     return status;
 }
 

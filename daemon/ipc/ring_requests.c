@@ -23,13 +23,13 @@
 static void complete(ts_ring *r, const ts_ring_completion *c, uint64_t taken_ns)
 {
     ts_latency_add(&r->rings->service->ring_times, ts_now_ns() - taken_ns);
-    ts_point("answering");
+    ts_point("answering", 0);
     r->shared->completed[r->posted & MASK] = *c;
     r->posted++;
     __atomic_store_n(&r->shared->completions.tail, r->posted, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&r->shared->completions.sleeps, __ATOMIC_SEQ_CST) != 0)
         syscall(SYS_futex, &r->shared->completions.tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    ts_point("answered");
+    ts_point("answered", 0);
 }
 
 /* The kernels are done with what an entry asked for. */

@@ -336,6 +336,11 @@ void ts_books_serve(ts_books *b)
         b->journal.head->attempts = 0;
 }
 
+volatile uint32_t *ts_books_crash_word(ts_books *b)
+{
+    return b == NULL ? NULL : &b->journal.head->crash;
+}
+
 void ts_books_discard(ts_books *b)
 {
     if (b != NULL)
@@ -383,6 +388,8 @@ static void look_at_death(ts_journal_head *h, ts_books_start *start)
     h->suspect_session = h->session;
     h->suspect_call = h->call;
     h->op = 0;
+    start->crash = (int)h->crash;
+    h->crash = 0;
     start->last_op = h->suspect_op;
     start->last_session = h->suspect_session;
     start->deaths = h->deaths;

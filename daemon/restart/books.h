@@ -47,6 +47,7 @@ typedef struct ts_books_start {
     double seconds;
     uint32_t last_op; /* that was being applied when the last daemon died; 0: none was */
     uint64_t last_session;
+    int crash;       /* the signal by which the last daemon ended itself; 0: it was ended */
     uint32_t deaths; /* in a row at which that was the same */
     char why[256];   /* with TS_OK and not restored: why there was nothing to take over, or
                       * why what there was could not be; empty: there was nothing */
@@ -72,6 +73,10 @@ void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *c
 
 /* The restart was a success: the daemon serves. */
 void ts_books_serve(ts_books *books);
+
+/* Where a handler of SIGSEGV and the like notes the signal, so that the next daemon knows that this
+ * one ended itself; NULL: nowhere. */
+volatile uint32_t *ts_books_crash_word(ts_books *books);
 
 /* The next daemon is to begin with nothing. */
 void ts_books_discard(ts_books *books);

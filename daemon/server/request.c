@@ -55,9 +55,9 @@ static void deliver(ts_connection *c, ts_request *request, uint64_t id, const vo
         kept->waiters = NULL;
         ts_reply_cache_keep(&c->replies, kept, bytes, size);
     }
-    ts_point("answering");
+    ts_point("answering", 0);
     request->send(request, bytes, size);
-    ts_point("answered");
+    ts_point("answered", 0);
 }
 
 static void send_refusal(ts_service *s, ts_request *request, uint64_t id, const ts_answer *answer)

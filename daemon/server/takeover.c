@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #define BARRIER_MS 1000u
+#define POISON_DEATHS 2u
 
 /* ---- the store as the books' keeper ---- */
 
@@ -40,6 +41,8 @@ static void log_start(const ts_books_start *start)
                "the last daemon died while it carried out operation %u of session %llx%s",
                start->last_op, (unsigned long long)start->last_session,
                start->deaths > 1 ? ", as the one before did" : "");
+    if (start->crash != 0)
+        ts_log(TS_LOG_ERROR, "the last daemon crashed: %s", strsignal(start->crash));
     if (start->restored)
         ts_log(TS_LOG_INFO,
                "took over from the last daemon: a snapshot of %s and %llu commands since (%s), "
@@ -104,6 +107,20 @@ static void drop_unknown(void *service, const char *name)
     (void)ts_store_remove(s->exec.store, name);
 }
 
+/* A session whose command was being carried out at two deaths in a row isn't asked a third time. */
+static void end_poison(ts_service *s)
+{
+    const ts_books_start *start = &s->started;
+    const ts_session *about = ts_engine_session(s->exec.engine, start->last_session);
+    if (start->deaths < POISON_DEATHS || about == NULL)
+        return;
+    ts_log_on(TS_LOG_ERROR, &(ts_log_about){.session = start->last_session, .pid = about->pid},
+              "session %llx (pid %u) is ended: the daemon died %u times while it carried out its "
+              "operation %u",
+              (unsigned long long)start->last_session, about->pid, start->deaths, start->last_op);
+    ts_service_close_session(s, start->last_session, about->pid);
+}
+
 static bool has_pool(const ts_engine *e, const char *name)
 {
     bool has = false;
@@ -117,11 +134,12 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
     char why[TS_MESSAGE_BYTES];
     ts_status status = TS_OK;
     if (s->started.restored) {
-        status = ts_pool_memory_restore(&s->exec, why, sizeof why);
+        status = ts_pool_memory_restore(&s->exec, s->started.crash != 0, why, sizeof why);
         if (status != TS_OK) {
             ts_log(TS_LOG_ERROR, "the pools can't be taken over: %s", why);
             return status;
         }
+        end_poison(s);
         ts_resume_start(s);
     }
     if (s->exec.books != NULL)
