@@ -56,19 +56,32 @@ static bool put_names(ts_record_writer *w, const ts_names *names)
     return true;
 }
 
-/* Of each slab that is granted, what there is of the blocks that were ever used. */
+static bool all_zero(const unsigned char *bytes, size_t count)
+{
+    return count == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, count - 1) == 0);
+}
+
+/* Of each slab that is granted, what there is of the blocks that were ever used; first, for each,
+ * whether there is anything but 0. */
 static void put_blocks(ts_record_writer *w, const ts_pool_books *b, ts_record type,
                        const void *array, uint32_t each)
 {
     const unsigned char *bytes = array;
-    uint64_t count = 0;
-    for (uint32_t i = 0; i < b->ungranted; i++)
-        count += b->slabs[i].touched;
-    ts_records_put_count(w, type, count * each);
     const size_t block = (size_t)ts_record_types[type].bytes * each;
-    for (uint32_t i = 0; i < b->ungranted; i++)
-        ts_records_put_more(w, type, bytes + (size_t)i * b->slab_blocks * block,
-                            (uint64_t)b->slabs[i].touched * each);
+    uint64_t count = 0;
+    ts_records_put_count(w, TS_RECORD_BYTE, b->ungranted);
+    for (uint32_t i = 0; i < b->ungranted; i++) {
+        const unsigned char *slab = bytes + (size_t)i * b->slab_blocks * block;
+        const uint8_t has = !all_zero(slab, b->slabs[i].touched * block);
+        ts_records_put_more(w, TS_RECORD_BYTE, &has, 1);
+        count += has ? b->slabs[i].touched : 0;
+    }
+    ts_records_put_count(w, type, count * each);
+    for (uint32_t i = 0; i < b->ungranted; i++) {
+        const unsigned char *slab = bytes + (size_t)i * b->slab_blocks * block;
+        if (!all_zero(slab, b->slabs[i].touched * block))
+            ts_records_put_more(w, type, slab, (uint64_t)b->slabs[i].touched * each);
+    }
 }
 
 /* The same of what has a meaning for cached blocks alone, or for those of the index. What is plain
@@ -289,15 +302,15 @@ static bool get_blocks(ts_record_reader *r, const ts_pool_books *b, ts_record ty
     const size_t block = (size_t)ts_record_types[type].bytes * each;
     unsigned char *bytes = array;
     uint64_t count = 0;
-    for (uint32_t i = 0; i < b->ungranted; i++)
-        count += b->slabs[i].touched;
-    if (ts_records_next(r, type) != count * each)
-        return false;
-    for (uint32_t i = 0; i < b->ungranted; i++)
-        if (!ts_records_get(r, type, bytes + (size_t)i * b->slab_blocks * block,
-                            (uint64_t)b->slabs[i].touched * each))
-            return false;
-    return true;
+    uint8_t *has = get_array(r, TS_RECORD_BYTE, b->ungranted, 0);
+    for (uint32_t i = 0; has != NULL && i < b->ungranted; i++)
+        count += has[i] ? b->slabs[i].touched : 0;
+    bool ok = has != NULL && ts_records_next(r, type) == count * each;
+    for (uint32_t i = 0; i < b->ungranted && ok; i++)
+        ok = !has[i] || ts_records_get(r, type, bytes + (size_t)i * b->slab_blocks * block,
+                                       (uint64_t)b->slabs[i].touched * each);
+    free(has);
+    return ok;
 }
 
 static uint32_t power_of_two(uint32_t least, uint32_t count)

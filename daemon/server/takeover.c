@@ -45,9 +45,9 @@ static void log_start(const ts_books_start *start)
         ts_log(TS_LOG_ERROR, "the last daemon crashed: %s", strsignal(start->crash));
     if (start->restored)
         ts_log(TS_LOG_INFO,
-               "took over from the last daemon: a snapshot of %s and %llu commands since (%s), "
-               "restart %u",
-               ts_text_bytes(start->snapshot_bytes, snapshot, sizeof snapshot),
+               "took over from the last daemon in %.3f s: a snapshot of %s and %llu commands since "
+               "(%s), restart %u",
+               start->seconds, ts_text_bytes(start->snapshot_bytes, snapshot, sizeof snapshot),
                (unsigned long long)start->entries,
                ts_text_bytes(start->journal_bytes, journal, sizeof journal), start->restarts);
     else if (start->why[0] != '\0')
