@@ -240,11 +240,187 @@ static void a_full_journal_makes_commands_wait(void **state)
     world_end(w, &s);
 }
 
+/* ---- what is wrong with what is found ---- */
+
+/* Some of the model's commands, and the daemon's death. */
+static world *die_after(shelf *s, uint32_t commands)
+{
+    world *w = world_with_books(s, 3);
+    for (uint32_t i = 0; i < commands; i++)
+        one_command(w);
+    ts_books_close(s->books);
+    s->books = NULL;
+    return w;
+}
+
+static void clean_up(world *w, shelf *s, ts_engine *e)
+{
+    ts_engine_free(w->e);
+    w->e = e;
+    world_end(w, s);
+}
+
+/* Changes a byte of what is kept under the name. */
+static void spoil(shelf *s, const char *name, uint64_t at)
+{
+    unsigned char byte;
+    const int fd = take(&s->keeper, name);
+    assert_true(fd >= 0);
+    assert_int_equal(pread(fd, &byte, 1, (off_t)at), 1);
+    byte ^= 1;
+    assert_int_equal(pwrite(fd, &byte, 1, (off_t)at), 1);
+    close(fd);
+}
+
+static void a_snapshot_that_was_changed_is_set_aside(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = die_after(&s, 100);
+    spoil(&s, "books.a", 5000);
+    ts_engine *e = open_books(&s, &start);
+    assert_false(start.restored);
+    assert_non_null(strstr(start.why, "checksum"));
+    assert_int_equal(e->num_pools, 0);
+    assert_true(place_of(&s.keeper, "failed.journal") < KEPT_MAX);
+    assert_true(place_of(&s.keeper, "failed.books.a") < KEPT_MAX);
+    assert_true(place_of(&s.keeper, "journal") < KEPT_MAX); /* anew */
+    clean_up(w, &s, e);
+}
+
+static void an_entry_that_gives_something_else_stops_the_take_over(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = die_after(&s, 100);
+    spoil(&s, "journal", 4096 + 8); /* the first entry's digest */
+    ts_engine *e = open_books(&s, &start);
+    assert_false(start.restored);
+    assert_non_null(strstr(start.why, "where it gave"));
+    clean_up(w, &s, e);
+}
+
+static void three_attempts_that_fail_are_enough(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = die_after(&s, 100);
+    ts_engine *e = NULL;
+    for (uint32_t i = 0; i < 4; i++) { /* each dies before it serves */
+        ts_engine_free(e);
+        e = open_books(&s, &start);
+        assert_int_equal(start.failed, i < 3 ? i : 3);
+        assert_int_equal(start.restored, i < 3);
+        if (i < 3)
+            ts_books_close(s.books);
+    }
+    assert_non_null(strstr(start.why, "3 attempts"));
+    clean_up(w, &s, e);
+}
+
+static void what_is_given_up_on_purpose_is_gone(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = world_with_books(&s, 3);
+    ts_books_discard(s.books);
+    ts_books_close(s.books);
+    ts_engine *e = open_books(&s, &start);
+    assert_false(start.restored);
+    assert_string_equal(start.why, "");
+    assert_int_equal(place_of(&s.keeper, "failed.journal"), KEPT_MAX);
+    clean_up(w, &s, e);
+}
+
+/* The follower comes to something else than the daemon did: the state itself is what counts. */
+static void a_follower_that_differs_is_overruled(void **state)
+{
+    (void)state;
+    shelf s = {.entries = 64};
+    ts_books_start start;
+    ts_books_figures f;
+    world *w = world_with_books(&s, 3);
+    spoil(&s, "journal", 4096 + 8);
+    do {
+        one_command(w);
+        ts_books_get_figures(s.books, &f);
+    } while (f.snapshots < 3);
+    restart(w, &s, &start);
+    world_end(w, &s);
+}
+
+/* A version with a field less wrote it, and one with another. */
+static void a_snapshot_of_other_fields_is_read(void **state)
+{
+    (void)state;
+    ts_record_writer w = {0};
+    ts_record_reader r;
+    const ts_stored_name names[2] = {{1, 2, 3}, {4, 5, 6}};
+    ts_stored_name read[2];
+    unsigned char bytes[1 << 16], *table = NULL;
+    w.at = bytes;
+    ts_records_begin(&w);
+    ts_records_put(&w, TS_RECORD_NAME, names, 2);
+    assert_true(w.bytes < sizeof bytes);
+    for (uint64_t i = 0; i + 5 < w.bytes && table == NULL; i++)
+        if (memcmp(bytes + i, "value", 6) == 0)
+            table = bytes + i;
+    assert_non_null(table);
+    memcpy(table, "other", 6); /* a field that this version doesn't know, in place of one */
+    assert_true(ts_records_open(&r, bytes, w.bytes));
+    assert_true(ts_records_get_all(&r, TS_RECORD_NAME, read, 2));
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(read[i].tenant, names[i].tenant);
+        assert_int_equal(read[i].value, 0);
+        assert_int_equal(read[i].bytes, names[i].bytes);
+    }
+}
+
+/* Every byte of what is stored as a record is a field's, or lies between fields for their
+ * alignment, or is a pointer. */
+static void no_field_of_a_record_was_forgotten(void **state)
+{
+    (void)state;
+    static const uint32_t expected[TS_RECORDS] = {
+        [TS_RECORD_LIMITS] = 8,    [TS_RECORD_POOL_CONFIG] = 8, [TS_RECORD_TENANT] = 8,
+        [TS_RECORD_SEQUENCE] = 26, [TS_RECORD_LIFE] = 12,       [TS_RECORD_SPACE] = 9,
+        [TS_RECORD_SESSION] = 21,  [TS_RECORD_STEP] = 13,       [TS_RECORD_STEP_SEQ] = 8,
+        [TS_RECORD_CLAIM] = 19,    [TS_RECORD_ANSWER] = 4,
+    };
+    for (int t = TS_RECORD_WORD; t < TS_RECORDS; t++) {
+        const ts_record_type *type = &ts_record_types[t];
+        if (type->in_place || type->num_fields == 0)
+            continue;
+        unsigned char *is_field = calloc(type->bytes, 1);
+        uint32_t others = 0;
+        for (uint32_t i = 0; i < type->num_fields; i++)
+            memset(is_field + type->fields[i].offset, 1, type->fields[i].bytes);
+        for (uint32_t i = 0; i < type->bytes; i++)
+            others += is_field[i] == 0;
+        free(is_field);
+        if (others != expected[t])
+            fail_msg("%s: %u bytes are no field's, where %u are pointers or lie between fields: "
+                     "add what is new to records.c",
+                     type->name, others, expected[t]);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(what_a_restart_finds_is_what_there_was),
         cmocka_unit_test(a_full_journal_makes_commands_wait),
+        cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
+        cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),
+        cmocka_unit_test(three_attempts_that_fail_are_enough),
+        cmocka_unit_test(what_is_given_up_on_purpose_is_gone),
+        cmocka_unit_test(a_follower_that_differs_is_overruled),
+        cmocka_unit_test(a_snapshot_of_other_fields_is_read),
+        cmocka_unit_test(no_field_of_a_record_was_forgotten),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -112,6 +112,7 @@ static const struct argp argp = {
     "  step     decode steps through rings and through messages, and bare round trips\n"
     "  cache    matches by token ids, what ids cost a step, room made of cached blocks\n"
     "  alloc    appends, forks and frees inside the engine\n"
+    "  restart  what outliving the daemon costs, and how long taking over takes\n"
     "  attend   the kernels of the processor or of a GPU, and the plain memory read rate\n\n"
     "A shape: COUNT x TOKENS or COUNT x LEAST-MOST [+ more of these], HEADS/KV_HEADS/HEAD_DIM\n"
     "fp32|fp16|bf16|fp8 [nhd|hnd] [, N new | , all new] [, N shared]",
@@ -198,12 +199,15 @@ int main(int argc, char **argv)
         code = bench_step(&a.options, rows);
     } else if (strcmp(a.what, "cache") == 0) {
         code = bench_cache(&a.options, rows);
+    } else if (strcmp(a.what, "restart") == 0) {
+        code = bench_restart(&a.options, rows);
     } else if (strcmp(a.what, "attend") == 0) {
         code = bench_attend(&a.options, rows);
     } else {
         fprintf(
             stderr,
-            "tsbench: there is no benchmark '%s'; there are rpc, step, cache, alloc and attend\n",
+            "tsbench: there is no benchmark '%s'; there are rpc, step, cache, alloc, restart and "
+            "attend\n",
             a.what);
         code = 2;
     }

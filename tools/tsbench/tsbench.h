@@ -34,6 +34,7 @@ int bench_alloc(const bench_options *o, json_t *rows);
 int bench_attend(const bench_options *o, json_t *rows);
 int bench_attend_gpu(const bench_options *o, json_t *rows); /* where there is CUDA */
 int bench_step(const bench_options *o, json_t *rows);
+int bench_restart(const bench_options *o, json_t *rows);
 int bench_cache(const bench_options *o, json_t *rows);
 bool bench_cache_crowd(const bench_options *o, json_t *rows); /* a part of it */
 
