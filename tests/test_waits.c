@@ -330,6 +330,37 @@ static void who_needs_more_than_one_bit_of_evicting_keeps_its_place(void **state
     ts_engine_free(e);
 }
 
+/* Sessions that come back to a restarted daemon have the places that they had, whoever of them
+ * comes first, and until then are in nobody's way. */
+static void a_restart_keeps_the_order(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
+    ts_answer a;
+    worker all = holder_new(e, 1, 30), first = holder_new(e, 1, 0), second = holder_new(e, 1, 0),
+           third = holder_new(e, 1, 0);
+    assert_int_equal(take(&first, 16 * BLOCK, true, false, 0), TS_WAITS);
+    assert_int_equal(take(&second, 8 * BLOCK, true, false, 0), TS_WAITS);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+    check_engine(e);
+    assert_int_equal(e->waiting_for_room, 2);
+    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = third.session}, &a);
+    assert_int_equal(take(&third, 2 * BLOCK, false, false, 0), TS_OK);
+    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = second.session}, &a);
+    assert_int_equal(take(&second, 8 * BLOCK, true, true, 0), TS_WAITS);
+    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = first.session}, &a);
+    assert_int_equal(take(&first, 16 * BLOCK, true, true, 0), TS_WAITS);
+    give(&all, 8); /* enough for the second */
+    assert_true(ts_engine_woken(e) == 0);
+    give(&all, 8);
+    assert_true(ts_engine_woken(e) == first.session);
+    assert_int_equal(take(&first, 16 * BLOCK, true, true, 0), TS_OK);
+    give(&all, 8);
+    assert_true(ts_engine_woken(e) == second.session);
+    assert_int_equal(take(&second, 8 * BLOCK, true, true, 0), TS_OK);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -345,6 +376,7 @@ int main(void)
         cmocka_unit_test(who_can_never_have_it_any_more_is_told),
         cmocka_unit_test(a_limit_that_is_lowered_is_told_to_those_that_wait),
         cmocka_unit_test(who_needs_more_than_one_bit_of_evicting_keeps_its_place),
+        cmocka_unit_test(a_restart_keeps_the_order),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

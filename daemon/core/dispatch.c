@@ -51,6 +51,7 @@ static const struct operation {
     [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
     [TS_OP_SLAB_LOST] = {NOTHING, ts_engine_slab_lost},
     [TS_OP_RESTARTED] = {NOTHING, ts_engine_restarted},
+    [TS_OP_SESSION_BACK] = {SESSION, ts_engine_session_back},
 };
 
 /* Whether the session may wait for what the command asks for: it waits for one thing at a time. */

@@ -83,7 +83,9 @@ typedef enum ts_op {
     TS_OP_SLAB_LOST, /* the slab's memory is gone: what had anything there is freed, and its steps
                       * are aborted */
     TS_OP_RESTARTED, /* who asked is gone, and what was with the kernels: runs are asked for again,
-                      * no session waits, and copies are to be made again */
+                      * copies are to be made again. Sessions keep their places in the queue for
+                      * room, in nobody's way, until they come back */
+    TS_OP_SESSION_BACK, /* ... this one has */
 } ts_op;
 
 typedef struct ts_engine_limits {

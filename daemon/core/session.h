@@ -15,6 +15,7 @@
 typedef struct ts_session {
     uint32_t generation;
     bool live, closing;
+    bool away;       /* its client has yet to come back to a daemon that was restarted */
     uint32_t tenant; /* index */
     uint32_t gid, pid;
     uint64_t process_started; /* by /proc: tells the process from a later one with its pid */

@@ -102,11 +102,24 @@ void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts
     }
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         ts_session *s = &e->sessions[i];
-        if (s->live && !s->closing)
-            ts_waits_end(e, s);
-        else if (s->live && !s->in_closing)
+        if (s->live && s->closing && !s->in_closing)
             (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
+        if (!s->live || s->closing)
+            continue;
+        s->away = true;
+        if (s->wait.kind == TS_WAIT_ROOM)
+            ts_waits_answered(e, s);
+        else
+            ts_waits_end(e, s);
     }
+}
+
+void ts_engine_session_back(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)e;
+    (void)c;
+    (void)a;
+    s->away = false;
 }
 
 void ts_engine_drain(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)

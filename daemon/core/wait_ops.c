@@ -118,7 +118,7 @@ static uint32_t next_in_turn(const ts_engine *e, const ts_engine_pool *pool, uin
 {
     uint32_t next = TS_NONE;
     for (uint32_t i = pool->room.first; i != TS_NONE; i = e->sessions[i].wait.next)
-        if (within_limit(pool, &e->sessions[i]) &&
+        if (!e->sessions[i].away && within_limit(pool, &e->sessions[i]) &&
             (after == TS_NONE || turn_of(e, pool, i) > turn_of(e, pool, after)) &&
             (next == TS_NONE || turn_of(e, pool, i) < turn_of(e, pool, next)))
             next = i;
@@ -159,7 +159,8 @@ uint64_t ts_waits_withheld(const ts_engine *e, const ts_session *s, uint32_t ind
 void ts_waits_look_again(ts_engine *e, uint32_t pool)
 {
     for (uint32_t i = e->pools[pool].room.first; i != TS_NONE; i = e->sessions[i].wait.next)
-        ts_waits_wake(e, i);
+        if (!e->sessions[i].away)
+            ts_waits_wake(e, i);
 }
 
 void ts_waits_look_for_room(ts_engine *e)

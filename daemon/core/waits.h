@@ -12,7 +12,8 @@
  * tenant would pass its share come after the others. What the head needs nobody else gets
  * (ts_waits_withheld), with two exceptions. For TS_WAIT_OVERTAKEN_MS steps of at most one block a
  * sequence go on: the head may be waiting for just those to end. And what a head beyond its share
- * needs isn't kept from another tenant within its own.
+ * needs isn't kept from another tenant within its own. Sessions whose clients have yet to come back
+ * to a daemon that was restarted keep their places, and are in nobody's way.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */

@@ -120,11 +120,13 @@ static const ts_field space_fields[] = {
 #undef S
 #define S(member) F(ts_session, member)
 static const ts_field session_fields[] = {
-    S(generation),      S(live),      S(closing),      S(tenant), S(gid),       S(pid),
-    S(process_started), S(program),   S(token),        S(nonce),  S(call),      S(exchange_bytes),
-    S(exchanges),       S(sequences), S(blocks),       S(steps),  S(step_list), S(opened_pools),
-    S(writable_pools),  S(claims),    S(newest_claim), S(wait),   S(next_free), S(in_closing),
-    S(next_closing),
+    S(generation),     S(live),         S(closing),      S(away),
+    S(tenant),         S(gid),          S(pid),          S(process_started),
+    S(program),        S(token),        S(nonce),        S(call),
+    S(exchange_bytes), S(exchanges),    S(sequences),    S(blocks),
+    S(steps),          S(step_list),    S(opened_pools), S(writable_pools),
+    S(claims),         S(newest_claim), S(wait),         S(next_free),
+    S(in_closing),     S(next_closing),
 };
 #undef S
 #define S(member) F(ts_step, member)

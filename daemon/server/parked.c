@@ -12,12 +12,20 @@ static uint64_t parked_bytes(const ts_service *s, uint32_t uid)
     return bytes;
 }
 
+/* Whether the session has waited since before the daemon was restarted: it is asked again by
+ * whoever waited then. */
+static bool waits_since_before(const ts_service *s, const ts_connection *c)
+{
+    const ts_session *session = ts_engine_session(s->exec.engine, c->session);
+    return session != NULL && session->wait.kind != TS_WAIT_NONE;
+}
+
 bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_parked *p,
                        uint32_t wait_ms, ts_command *command, ts_answer *a)
 {
     const bool before = p->deadline_ms != 0;
     /* What waited until it had to wait for a sweep has left its place to what waits now. */
-    command->again = before && c->parked == NULL;
+    command->again = (before || waits_since_before(s, c)) && c->parked == NULL;
     if (wait_ms == 0)
         return true;
     if (wait_ms > TS_WAIT_MS_MAX) {

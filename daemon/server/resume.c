@@ -140,6 +140,8 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
     c->idle_since_ms = 0;
     memcpy(c->token, about->token, sizeof c->token);
     s->by_session[(uint32_t)session] = c;
+    ts_answer back;
+    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SESSION_BACK, .session = session}, &back);
     if (about->exchange_bytes == 0)
         return;
     char why[TS_MESSAGE_BYTES] = "it isn't in the store";

@@ -250,7 +250,7 @@ static double take_over(uint32_t block_tokens, uint64_t *snapshot_bytes)
 
 int bench_restart(const bench_options *o, json_t *rows)
 {
-    double without[2], with[2];
+    double without[2] = {0}, with[2] = {0};
     static const uint32_t runs[] = {0, 8};
     static const uint32_t block_tokens[] = {16, 256};
     for (int k = 0; k < 2; k++)
@@ -270,7 +270,7 @@ int bench_restart(const bench_options *o, json_t *rows)
                                           (without[1] - without[0]) / runs[1] * 1e9, "ns_more",
                                           run * 1e9));
     for (size_t i = 0; i < sizeof block_tokens / sizeof *block_tokens; i++) {
-        uint64_t bytes;
+        uint64_t bytes = 0;
         const double seconds = take_over(block_tokens[i], &bytes);
         if (seconds < 0)
             return 1;
