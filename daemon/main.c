@@ -44,7 +44,7 @@
 const char *argp_program_version = "tinyserved " TS_VERSION;
 
 enum { OPT_POOL = 256, OPT_CHECK, OPT_SUPERVISE };
-enum { EXIT_USAGE = 2, EXIT_DEVICE = 3 };
+enum { EXIT_USAGE = 2, EXIT_DEVICE = 3, EXIT_AGAIN = 4 };
 
 typedef struct options {
     const char *config_path;
@@ -154,6 +154,12 @@ static void device_failed(const char *why)
 {
     ts_log(TS_LOG_ERROR, "%s: the daemon ends, to be started again", why);
     (void)kill(getpid(), SIGUSR1);
+}
+
+/* An operator wants the daemon to be started again. */
+static void end_to_start_again(void)
+{
+    (void)kill(getpid(), SIGUSR2);
 }
 
 static void *engine_main(void *arg)
@@ -327,6 +333,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     s->exec.join_us = c->join_us;
     s->exec.tenant_exchange_bytes = c->tenant_exchange_bytes;
     s->exec.device_failed = device_failed;
+    s->restart = end_to_start_again;
     pthread_mutex_init(&s->operators_lock, NULL);
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     c->limits.first_generation = (uint32_t)(random_number() >> 33);
@@ -375,11 +382,12 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     ts_books_serve(s->exec.books);
     ts_store_notify("READY=1");
     int number = await_signal(s, signals, o, c);
-    if (number != SIGUSR1)
+    code = number == SIGUSR1 ? EXIT_DEVICE : number == SIGUSR2 ? EXIT_AGAIN : EXIT_SUCCESS;
+    if (code == EXIT_SUCCESS)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     /* A supervisor that adopted this daemon can't wait for its status. */
-    ts_store_notify(number != SIGUSR1 ? "STOPPING=1" : "STOPPING=1\nEXIT_STATUS=3");
-    code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
+    snprintf(why, sizeof why, "STOPPING=1\nEXIT_STATUS=%d", code);
+    ts_store_notify(why);
     if (s->exec.books != NULL) /* nothing is undone: the next daemon goes on with it */
         leave(c, store, code);
 out:
@@ -505,6 +513,7 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGHUP);
     sigaddset(&signals, SIGUSR1); /* device_failed */
+    sigaddset(&signals, SIGUSR2); /* end_to_start_again */
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();
