@@ -276,4 +276,4 @@ def test_a_model_goes_on_byte_for_byte(start_supervised):
         daemon.kill()
         _, told = worker.communicate(timeout=60)
     assert worker.returncode == 0, told
-    assert "verified: 0 of" in told and "restarts of the daemon: 1;" in told
+    assert "verified: 0 of" in told and "restarts of the daemon: 1, waited" in told

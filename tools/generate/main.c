@@ -356,7 +356,7 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
                     ts_client_exec(client) == TS_EXEC_DAEMON ? "daemon" : "worker");
         fputc('\n', stderr);
         if (ts_client_restarts(client) > 0)
-            fprintf(stderr, "restarts of the daemon: %u; the longest step took %.0f ms\n",
+            fprintf(stderr, "restarts of the daemon: %u, waited %.0f ms at most\n",
                     ts_client_restarts(client), j->longest_s * 1e3);
     }
     free(logits);
