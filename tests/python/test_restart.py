@@ -217,12 +217,14 @@ def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_s
     assert before["tinyserve_journal_size_bytes"] >= before["tinyserve_journal_used_bytes"] > 0
     with tinyserve.connect(daemon.url) as client, client.pool("tiny") as kv:
         kv.keep(kv.create(1)[0], "kept")
+        client.create_pool("more:layers=1,kv_heads=1,head_dim=32,blocks=4,device=host")
         first = daemon.pid()
         done = tsctl(daemon.url, "restart")
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"pid {daemon.pid()} follows pid {first}, with 1 sequences\n"
         assert values(ask(port)[1])["tinyserve_awaited_sessions"] >= 1
         assert [k.name for k in kv.kept()] == ["kept"] and client.restarts == 1
+        assert [p.name for p in client.pools()] == ["tiny", "more"]
         after = values(ask(port)[1])
         assert after["tinyserve_restarts_total"] == 1
         assert after["tinyserve_last_restart_duration_seconds"] > 0
@@ -242,6 +244,7 @@ def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_s
     assert values(ask(port)[1])["tinyserve_restarts_total"] == 0
     with tinyserve.connect(daemon.url) as client, client.pool("tiny") as kv:
         assert kv.kept() == []
+        assert [p.name for p in client.pools()] == ["tiny"]
 
 
 def test_a_dead_supervisor_is_told_of_and_a_restart_refused(start_supervised):
