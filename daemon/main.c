@@ -44,7 +44,7 @@
 const char *argp_program_version = "tinyserved " TS_VERSION;
 
 enum { OPT_POOL = 256, OPT_CHECK, OPT_SUPERVISE };
-enum { EXIT_USAGE = 2, EXIT_DEVICE = 3, EXIT_AGAIN = 4 };
+enum { EXIT_USAGE = 2, EXIT_DEVICE = 3 };
 
 typedef struct options {
     const char *config_path;
@@ -382,7 +382,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     ts_books_serve(s->exec.books);
     ts_store_notify("READY=1");
     int number = await_signal(s, signals, o, c);
-    code = number == SIGUSR1 ? EXIT_DEVICE : number == SIGUSR2 ? EXIT_AGAIN : EXIT_SUCCESS;
+    code = number == SIGUSR1 ? EXIT_DEVICE : number == SIGUSR2 ? TS_EXIT_AGAIN : EXIT_SUCCESS;
     if (code == EXIT_SUCCESS)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     /* A supervisor that adopted this daemon can't wait for its status. */
