@@ -505,7 +505,6 @@ int main(int argc, char **argv)
         free(c);
         return code;
     }
-    ts_store *store = ts_store_open(); /* before there are threads */
     /* Every thread leaves these to main's sigwait. */
     sigset_t signals;
     sigemptyset(&signals);
@@ -516,6 +515,7 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGUSR2); /* end_to_start_again */
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
+    ts_store *store = ts_store_open(); /* with the first thread */
     raise_file_limit();
     int code = lock_and_serve(c, &o, store, &signals);
     ts_store_close(store);

@@ -266,6 +266,16 @@ def test_a_dead_supervisor_is_told_of_and_a_restart_refused(start_supervised):
         os.close(process)
 
 
+def test_signals_that_come_while_it_is_busy_wait_for_it(start_supervised):
+    """No thread of the daemon takes one by its default action, which would be its end."""
+    daemon = start_supervised()
+    pid = daemon.pid()
+    for _ in range(300):
+        os.kill(pid, signal.SIGHUP)
+    assert "0 problems" in tsctl(daemon.url, "check").stdout
+    assert daemon.pid() == pid and restart_of(daemon.url)["restarts"] == 0
+
+
 MODEL = pathlib.Path(__file__).parents[2] / "tools" / "model"
 
 
