@@ -156,6 +156,12 @@ static void device_failed(const char *why)
     (void)kill(getpid(), SIGUSR1);
 }
 
+/* An operator wants the daemon to be started again. */
+static void end_to_start_again(void)
+{
+    (void)kill(getpid(), SIGUSR2);
+}
+
 static void *engine_main(void *arg)
 {
     prctl(PR_SET_NAME, "engine");
@@ -347,6 +353,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     s->exec.join_us = c->join_us;
     s->exec.tenant_exchange_bytes = c->tenant_exchange_bytes;
     s->exec.device_failed = device_failed;
+    s->restart = end_to_start_again;
     pthread_mutex_init(&s->operators_lock, NULL);
     snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     c->limits.first_generation = (uint32_t)(random_number() >> 33);
@@ -396,11 +403,12 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     ts_books_serve(s->exec.books);
     ts_store_notify("READY=1");
     int number = await_signal(s, signals, o, c);
-    if (number != SIGUSR1)
+    code = number == SIGUSR1 ? EXIT_DEVICE : number == SIGUSR2 ? TS_EXIT_AGAIN : EXIT_SUCCESS;
+    if (code == EXIT_SUCCESS)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     /* A supervisor that adopted this daemon can't wait for its status. */
-    ts_store_notify(number != SIGUSR1 ? "STOPPING=1" : "STOPPING=1\nEXIT_STATUS=3");
-    code = number != SIGUSR1 ? EXIT_SUCCESS : EXIT_DEVICE;
+    snprintf(why, sizeof why, "STOPPING=1\nEXIT_STATUS=%d", code);
+    ts_store_notify(why);
     if (s->exec.books != NULL) /* nothing is undone: the next daemon goes on with it */
         leave(c, store, code);
 out:
@@ -518,7 +526,6 @@ int main(int argc, char **argv)
         free(c);
         return code;
     }
-    ts_store *store = ts_store_open(); /* before there are threads */
     /* Every thread leaves these to main's sigwait. */
     sigset_t signals;
     sigemptyset(&signals);
@@ -526,8 +533,10 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGHUP);
     sigaddset(&signals, SIGUSR1); /* device_failed */
+    sigaddset(&signals, SIGUSR2); /* end_to_start_again */
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
+    ts_store *store = ts_store_open(); /* with the first thread */
     raise_file_limit();
     int code = lock_and_serve(c, &o, store, &signals);
     ts_store_close(store);

@@ -71,15 +71,45 @@ json_t *json_pools(const Tspb__StatusReply *r)
     return pools;
 }
 
+static const char *holder_of(const Tspb__RestartStatus *r)
+{
+    return r->holder == TSPB__RESTART_STATUS__HOLDER__SYSTEMD      ? "systemd"
+           : r->holder == TSPB__RESTART_STATUS__HOLDER__SUPERVISOR ? "supervisor"
+           : r->holder == TSPB__RESTART_STATUS__HOLDER__NOBODY     ? "nobody"
+                                                                   : "unknown";
+}
+
+/* What the daemon has no figure for is null; all of it, where an older daemon tells nothing. */
+static json_t *restart(const Tspb__RestartStatus *r)
+{
+    if (r == NULL)
+        return json_null();
+    json_t *journal = json_null(), *last = json_null();
+    if (r->journaled)
+        journal =
+            json_pack("{s:I, s:I, s:I, s:i, s:I, s:f}", "bytes", integer(r->journal_bytes),
+                      "used_bytes", integer(r->journal_used_bytes), "waits",
+                      integer(r->journal_waits), "snapshots", (int)r->snapshots, "snapshot_bytes",
+                      integer(r->snapshot_bytes), "snapshot_seconds", r->snapshot_seconds);
+    if (r->took_over)
+        last = json_pack("{s:o, s:f, s:I, s:I, s:i}", "cause",
+                         r->cause[0] == '\0' ? json_null() : json_string(r->cause), "seconds",
+                         r->seconds, "entries", integer(r->entries), "sequences",
+                         integer(r->sequences), "awaited_sessions", (int)r->awaited_sessions);
+    return json_pack("{s:s, s:i, s:o, s:o, s:o}", "holder", holder_of(r), "restarts",
+                     (int)r->restarts, "journal", journal, "last", last, "failure",
+                     r->failure[0] == '\0' ? json_null() : json_string(r->failure));
+}
+
 json_t *json_status(const Tspb__StatusReply *r)
 {
-    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:b, s:I, s:o}",
-                     "version", r->version, "pid", integer(r->pid), "uptime_ms",
-                     integer(r->uptime_ms), "sessions", integer(r->sessions), "requests",
-                     integer(r->requests), "refused", integer(r->refused), "runs", integer(r->runs),
-                     "launches", integer(r->launches), "tokens", integer(r->tokens), "kernel",
-                     r->kernel, "threads", r->threads, "draining", r->draining, "longest_wait_ms",
-                     integer(r->longest_wait_ms), "pools", json_pools(r));
+    return json_pack(
+        "{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:i, s:b, s:I, s:o, s:o}", "version",
+        r->version, "pid", integer(r->pid), "uptime_ms", integer(r->uptime_ms), "sessions",
+        integer(r->sessions), "requests", integer(r->requests), "refused", integer(r->refused),
+        "runs", integer(r->runs), "launches", integer(r->launches), "tokens", integer(r->tokens),
+        "kernel", r->kernel, "threads", r->threads, "draining", r->draining, "longest_wait_ms",
+        integer(r->longest_wait_ms), "restart", restart(r->restart), "pools", json_pools(r));
 }
 
 void json_sessions(json_t *list, const Tspb__SessionList *r)
@@ -87,11 +117,11 @@ void json_sessions(json_t *list, const Tspb__SessionList *r)
     for (size_t i = 0; i < r->n_sessions; i++) {
         const Tspb__SessionInfo *s = r->sessions[i];
         json_array_append_new(
-            list, json_pack("{s:o, s:i, s:i, s:s, s:I, s:I, s:i, s:I, s:I}", "session",
+            list, json_pack("{s:o, s:i, s:i, s:s, s:I, s:I, s:i, s:I, s:I, s:b}", "session",
                             id(s->session), "uid", s->uid, "pid", s->pid, "program", s->program,
                             "sequences", integer(s->sequences), "blocks", integer(s->blocks),
                             "open_steps", s->steps, "exchange_bytes", integer(s->exchange_bytes),
-                            "requests", integer(s->requests)));
+                            "requests", integer(s->requests), "awaited", s->awaited));
     }
 }
 

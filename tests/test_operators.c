@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "daemon_util.h"
 
+#include "rpc.h"
+
 /* 96 KiB a block, four to a slab. */
 #define POOL_SMALL POOL_TINY ",slab=384K,client_write=all"
 
@@ -214,6 +216,10 @@ static void a_group_of_operators_is_configured(void **state)
              "'uid 65534 is no operator: root, uid 0 and group games are'",
              ctl_of_others(&d, "--reuid 65534 --regid 65534"), d.url);
     assert_int_equal(system(command), 0);
+    snprintf(command, sizeof command,
+             "%s --socket=%s --yes restart --empty 2>&1 | grep -q 'uid 65534 is no operator'",
+             ctl_of_others(&d, "--reuid 65534 --regid 65534"), d.url);
+    assert_int_equal(system(command), 0);
     ctl_of_others_remove(&d);
     daemon_stop(&d);
     assert_int_equal(system(TS_DAEMON " --set operators=nosuchgroup --pool " POOL_TINY
@@ -223,12 +229,47 @@ static void a_group_of_operators_is_configured(void **state)
                      0);
 }
 
+static void a_restart_that_would_lose_everything_is_refused_unless_that_is_wanted(void **state)
+{
+    (void)state;
+    int status;
+    daemon_start(&d, POOL_TINY ",blocks=64");
+    SAYS(2, "Restart the daemon? Workers wait", "restart");
+    SAYS(2, "lose all that is stored? Add --yes", "restart --empty");
+    SAYS(2, "--empty is for restart", "--empty status");
+    SAYS(1,
+         "nobody holds the daemon's memory: a restart loses all that is stored, and only one "
+         "with --empty is allowed to",
+         "--yes restart");
+    SAYS(0, "store    nobody: what is stored ends with the daemon", "status");
+    /* Nobody starts this one again: tsctl would wait, so the order comes from here. */
+    ts_client *c = connect_to(&d);
+    Tspb__AdminRestart body = TSPB__ADMIN_RESTART__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_RESTART;
+    request.admin_restart = &body;
+    body.empty = true;
+    body.pid = (uint64_t)d.pid + 1; /* the order was another daemon's, and came again */
+    OK(ts_call_plain(c, &request));
+    SAYS(0, "0 problems", "check");
+    body.pid = (uint64_t)d.pid;
+    const ts_status answer = ts_call_plain(c, &request);
+    assert_true(answer == TS_OK || answer == TS_ECONN);
+    assert_int_equal(waitpid(d.pid, &status, 0), d.pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 4);
+    ts_disconnect(c);
+    assert_int_equal(rmdir(d.folder), 0);
+    alarm(0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pool_is_made_and_deleted_while_the_daemon_runs),
         cmocka_unit_test(a_pool_grows_and_shrinks_under_its_workers),
         cmocka_unit_test(a_group_of_operators_is_configured),
+        cmocka_unit_test(a_restart_that_would_lose_everything_is_refused_unless_that_is_wanted),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

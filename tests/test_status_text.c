@@ -58,10 +58,79 @@ static void each_gpu_without_mps_is_named_once(void **state)
     free(text);
 }
 
+static void what_outlives_the_daemon_is_told(void **state)
+{
+    (void)state;
+    Tspb__PoolSummary pools[2], *list[2];
+    Tspb__RestartStatus restart = TSPB__RESTART_STATUS__INIT;
+    Tspb__StatusReply r = TSPB__STATUS_REPLY__INIT;
+    for (uint32_t i = 0; i < 2; i++) {
+        tspb__pool_summary__init(&pools[i]);
+        pools[i].name = (char *)(i == 0 ? "old" : "new");
+        pools[i].device = (char *)"host";
+        pools[i].memory = (char *)(i == 0 ? "cuda-ipc" : "cuda-vmm");
+        list[i] = &pools[i];
+    }
+    r.version = r.kernel = (char *)"x";
+    r.n_pools = 2;
+    r.pools = list;
+    char *text = printed(&r); /* an older daemon says nothing of it */
+    assert_null(strstr(text, "store"));
+    free(text);
+
+    r.restart = &restart;
+    text = printed(&r);
+    assert_non_null(strstr(text, "  store    nobody: what is stored ends with the daemon\nPOOL "));
+    free(text);
+
+    restart = (Tspb__RestartStatus)TSPB__RESTART_STATUS__INIT;
+    restart.holder = TSPB__RESTART_STATUS__HOLDER__SYSTEMD;
+    restart.journaled = restart.took_over = true;
+    restart.journal_bytes = 64u << 20;
+    restart.journal_used_bytes = 3u << 20;
+    restart.snapshot_bytes = 5u << 20;
+    restart.snapshot_seconds = 0.0625;
+    restart.restarts = 7;
+    restart.seconds = 0.125;
+    restart.sequences = 12;
+    restart.entries = 34;
+    restart.awaited_sessions = 2;
+    restart.cause = (char *)"signal 11";
+    text = printed(&r);
+    assert_non_null(strstr(
+        text, "  store    held by systemd\n"
+              "  store    pool old's memory (cuda-ipc) ends with the daemon\n"
+              "  journal  3.0 MiB of 64.0 MiB in use; the last snapshot: 5.0 MiB in 0.062 s\n"
+              "  restarts 7; the last (signal 11, SIGSEGV) took 0.125 s: 12 sequences,\n"
+              "           34 commands done again, 2 sessions yet to come back\nPOOL "));
+    free(text);
+
+    static const char *const causes[][2] = {{"status 3", "(status 3, a GPU failed)"},
+                                            {"status 4", "(status 4, tsctl restart)"},
+                                            {"unknown", "(unknown)"},
+                                            {"", "(cause unknown)"},
+                                            {"signal 999", "(signal 999)"}};
+    restart.holder = TSPB__RESTART_STATUS__HOLDER__SUPERVISOR;
+    for (size_t i = 0; i < sizeof causes / sizeof *causes; i++) {
+        restart.cause = ts_unconst(causes[i][0]);
+        text = printed(&r);
+        assert_non_null(strstr(text, causes[i][1]));
+        assert_non_null(strstr(text, "  store    held by a supervisor\n"));
+        free(text);
+    }
+    restart.took_over = false;
+    restart.failure = (char *)"a journal of version 9";
+    text = printed(&r);
+    assert_null(strstr(text, "restarts"));
+    assert_non_null(strstr(text, "could not be taken over:\n    a journal of version 9\n"));
+    free(text);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(each_gpu_without_mps_is_named_once),
+        cmocka_unit_test(what_outlives_the_daemon_is_told),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

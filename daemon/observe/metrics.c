@@ -119,6 +119,36 @@ static void write_pools(FILE *out, const Tspb__StatusReply *r)
         of_pool(out, "pool_open_steps", r->pools[i], "", r->pools[i]->open_steps);
 }
 
+/* Where nobody holds the memory the figures are 0. */
+static void write_restart(FILE *out, const Tspb__RestartStatus *r)
+{
+    single(out, "store_held", "gauge",
+           "1 while somebody holds the memory, so that what is stored outlives the daemon.",
+           r->holder != TSPB__RESTART_STATUS__HOLDER__NOBODY);
+    single(out, "restarts_total", "counter",
+           "Daemons that took over what is stored; 0 again after one that began with nothing.",
+           r->restarts);
+    single(out, "last_restart_duration_seconds", "gauge",
+           "Time that this daemon's taking over took; 0: it began with nothing.", r->seconds);
+    single(out, "last_restart_replayed_commands", "gauge",
+           "Commands of the journal that it carried out again.", (double)r->entries);
+    single(out, "awaited_sessions", "gauge",
+           "Sessions from before the restart whose workers have yet to come back.",
+           r->awaited_sessions);
+    single(out, "journal_size_bytes", "gauge", "Size of the journal; 0: there is none.",
+           (double)r->journal_bytes);
+    single(out, "journal_used_bytes", "gauge", "Bytes of it that no snapshot covers.",
+           (double)r->journal_used_bytes);
+    single(out, "journal_waits_total", "counter",
+           "Requests that waited for a snapshot, since the journal was full.",
+           (double)r->journal_waits);
+    single(out, "snapshots_total", "counter", "Snapshots that this daemon made.", r->snapshots);
+    single(out, "last_snapshot_size_bytes", "gauge", "Size of the last snapshot.",
+           (double)r->snapshot_bytes);
+    single(out, "last_snapshot_duration_seconds", "gauge", "Time that the last snapshot took.",
+           r->snapshot_seconds);
+}
+
 static void write_times(FILE *out, const char *transport, const ts_latency *times)
 {
     uint64_t count = 0;
@@ -158,6 +188,7 @@ static void write_all(FILE *out, const ts_service *s, const Tspb__StatusReply *r
     single(out, "longest_wait_seconds", "gauge",
            "Of the sessions that wait, for how long the first has; 0: none waits.",
            (double)r->longest_wait_ms / 1000);
+    write_restart(out, r->restart);
     write_pools(out, r);
     head(out, "request_duration_seconds", "histogram",
          "Time from a message's arrival, or from an entry's being taken from a ring, to its "

@@ -5,14 +5,18 @@
 #include "parked.h"
 #include "pool_memory.h"
 #include "refusals.h"
+#include "resume.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_answer *a)
 {
     ts_connection *c = ts_service_connection_of(s, session);
+    if (c == NULL && ts_resume_end(s, session, "an operator ended it before it came back"))
+        return;
     if (c == NULL)
         return ts_refuse(a, TS_ENOENT, "there is no session %llx", (unsigned long long)session);
     ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session, .uid = by->uid, .pid = by->pid},
@@ -146,6 +150,31 @@ static void drop_cache(ts_service *s, const ts_connection *by, const Tspb__Admin
               tenant, space, by->uid, by->pid, (unsigned long long)a->dropped);
 }
 
+/* The answer is on its way. */
+static void restart_now(ts_work *work, void *service)
+{
+    (void)work;
+    ((ts_service *)service)->restart();
+}
+
+static void restart(ts_service *s, const ts_connection *by, const Tspb__AdminRestart *body,
+                    ts_answer *a)
+{
+    if (body->pid != (uint64_t)getpid() || s->restarting.run != NULL)
+        return; /* it was done */
+    if (!body->empty && (s->exec.books == NULL || !ts_store_holds(s->exec.store)))
+        return ts_refuse(a, TS_EINVAL,
+                         "nobody holds the daemon's memory: a restart loses all that "
+                         "is stored, and only one with --empty is allowed to");
+    if (body->empty)
+        ts_books_discard(s->exec.books);
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.uid = by->uid, .pid = by->pid},
+              "ending, to be started again%s, as uid %u (pid %u) says",
+              body->empty ? " with nothing of what is stored" : "", by->uid, by->pid);
+    s->restarting.run = restart_now;
+    ts_queue_put(&s->exec.queue, &s->restarting);
+}
+
 /* ---- the orders ---- */
 
 static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
@@ -189,6 +218,12 @@ static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb_
     drop_cache(s, by, r->admin_cache_drop, a);
 }
 
+static void order_restart(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                          ts_answer *a)
+{
+    restart(s, by, r->admin_restart, a);
+}
+
 /* Fills in what the answer has beside its status. */
 static void encode(const Tspb__Request *request, const ts_answer *a, Tspb__Reply *reply,
                    ts_admin_body *body)
@@ -215,6 +250,7 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
         {TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, order_delete},
         {TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, order_resize},
         {TSPB__REQUEST__BODY_ADMIN_CACHE_DROP, order_cache_drop},
+        {TSPB__REQUEST__BODY_ADMIN_RESTART, order_restart},
     };
     size_t i = 0;
     while (i < sizeof orders / sizeof *orders && orders[i].body != request->body_case)

@@ -1,6 +1,6 @@
 /*
  * What an operator (operators.h) may do to a running daemon: end a session, free a sequence, make,
- * end and resize a pool, have what is cached forgotten, take no new sessions.
+ * end and resize a pool, have what is cached forgotten, take no new sessions, have it start again.
  *
  * Thread: the engine's owner.
  */

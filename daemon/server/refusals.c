@@ -10,7 +10,7 @@
 #define FULL_EVERY_MS 10000u /* a pool that is full is told of so often */
 #define HOLDERS 3u           /* that are named */
 
-enum { OPERATIONS = TSPB__REQUEST__BODY_ADMIN_CACHE_DROP + 1, STATUSES = TS_EINTERNAL + 1 };
+enum { OPERATIONS = TSPB__REQUEST__BODY_ADMIN_RESTART + 1, STATUSES = TS_EINTERNAL + 1 };
 
 struct ts_refusals {
     /* Operation 0: a message without a known body. Pool TS_POOLS_MAX: none. */

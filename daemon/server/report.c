@@ -8,6 +8,7 @@
 #include "parked.h"
 #include "plain_text.h"
 #include "report_parts.h"
+#include "resume.h"
 #include "tinyserve_version.h"
 
 #include <stdio.h>
@@ -39,6 +40,35 @@ ts_view ts_report_view_http(const ts_service *s)
     return (ts_view){.all = s->http_shows_all, .tenant = TS_NONE};
 }
 
+static Tspb__RestartStatus *describe_restart(const ts_service *s)
+{
+    Tspb__RestartStatus *r = malloc(sizeof *r);
+    ts_books_figures figures;
+    if (r == NULL)
+        return NULL;
+    tspb__restart_status__init(r);
+    ts_books_get_figures(s->exec.books, &figures);
+    r->holder = !ts_store_holds(s->exec.store)       ? TSPB__RESTART_STATUS__HOLDER__NOBODY
+                : ts_store_supervised(s->exec.store) ? TSPB__RESTART_STATUS__HOLDER__SUPERVISOR
+                                                     : TSPB__RESTART_STATUS__HOLDER__SYSTEMD;
+    r->journaled = s->exec.books != NULL;
+    r->journal_bytes = figures.journal_bytes;
+    r->journal_used_bytes = figures.journal_used;
+    r->journal_waits = figures.waits;
+    r->snapshots = figures.snapshots;
+    r->snapshot_bytes = figures.snapshot_bytes;
+    r->snapshot_seconds = figures.snapshot_seconds;
+    r->restarts = s->started.restarts;
+    r->took_over = s->started.restored;
+    r->seconds = s->taken_over.seconds;
+    r->entries = s->started.entries;
+    r->sequences = s->taken_over.sequences;
+    r->awaited_sessions = ts_resume_absent(s);
+    r->cause = strdup(s->taken_over.cause);
+    r->failure = strdup(s->started.restored ? "" : s->started.why);
+    return r;
+}
+
 static void report_status(const ts_service *s, Tspb__Reply *reply)
 {
     Tspb__StatusReply *r = malloc(sizeof *r);
@@ -66,7 +96,9 @@ static void report_status(const ts_service *s, Tspb__Reply *reply)
     r->draining = s->exec.engine->draining;
     r->longest_wait_ms = ts_parked_longest_ms(s);
     r->threads = ts_attention_threads(s->exec.attention);
-    bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL;
+    r->restart = describe_restart(s);
+    bool ok = r->version != NULL && r->kernel != NULL && r->pools != NULL && r->restart != NULL &&
+              r->restart->cause != NULL && r->restart->failure != NULL;
     for (uint32_t i = 0; ok && i < s->exec.engine->num_pools; i++) {
         if (!ts_engine_has_pool(s->exec.engine, i))
             continue;
@@ -255,6 +287,7 @@ static void report_sessions(const ts_service *s, ts_view view, const Tspb__ListS
         info->exchange_bytes = session->exchange_bytes;
         const ts_connection *own = ts_service_connection_of(s, info->session);
         info->requests = own == NULL ? 0 : own->requests;
+        info->awaited = ts_resume_awaits(s, info->session);
         if (info->program == NULL)
             return ts_report_no_memory(reply);
     }

@@ -187,6 +187,26 @@ uint64_t ts_resume_opened(const ts_service *s, const ts_connection *c,
     return ts_service_connection_of(s, session) == NULL ? session : 0;
 }
 
+bool ts_resume_end(ts_service *s, uint64_t session, const char *why)
+{
+    ts_absent **at = &s->absent;
+    while (*at != NULL && (*at)->session != session)
+        at = &(*at)->next;
+    if (*at == NULL)
+        return false;
+    remove_absent(at);
+    end(s, session, why);
+    return true;
+}
+
+bool ts_resume_awaits(const ts_service *s, uint64_t session)
+{
+    const ts_absent *absent = s->absent;
+    while (absent != NULL && absent->session != session)
+        absent = absent->next;
+    return absent != NULL;
+}
+
 uint32_t ts_resume_absent(const ts_service *s)
 {
     uint32_t count = 0;

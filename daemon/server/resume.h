@@ -33,7 +33,13 @@ void ts_resume(ts_service *service, ts_connection *connection, const Tspb__Sessi
 uint64_t ts_resume_opened(const ts_service *service, const ts_connection *connection,
                           const ProtobufCBinaryData *nonce);
 
-/* How many have yet to come back. */
+/* Ends the session, if it has yet to come back. False: it hasn't. */
+bool ts_resume_end(ts_service *service, uint64_t session, const char *why);
+
+/* Whether it has yet to come back. */
+bool ts_resume_awaits(const ts_service *service, uint64_t session);
+
+/* How many have. */
 uint32_t ts_resume_absent(const ts_service *service);
 
 #endif

@@ -43,6 +43,13 @@ typedef struct ts_pipe_event {
 
 typedef struct ts_refusals ts_refusals; /* refusals.h */
 
+/* What this daemon took over, beside ts_books_start. */
+typedef struct ts_taken_over {
+    uint64_t began_ns, sequences;
+    double seconds; /* until books, pools and sessions were there */
+    char cause[32]; /* how the last daemon ended, if the holder says so: "signal 9" */
+} ts_taken_over;
+
 #define TS_CONNECTION_BUCKETS 4096u
 #define TS_RETURN_MS 10000u
 #define TS_QUARANTINE_MS 1000u /* under MPS a process's work can outlive it */
@@ -78,6 +85,9 @@ typedef struct ts_service {
     ts_refusals *refusals;  /* NULL: there was none yet */
     double started_unix;    /* seconds */
     ts_books_start started; /* what it took over */
+    ts_taken_over taken_over;
+    void (*restart)(void); /* has the process end, to be started again */
+    ts_work restarting;    /* admin.c's own */
     uint8_t epoch[TS_EPOCH_BYTES];
     ts_latency message_times, ring_times;
     ts_slab_list slab_list;

@@ -1,11 +1,14 @@
 #include "takeover.h"
 
+#include "clock.h"
 #include "plain_text.h"
 #include "pool_memory.h"
 #include "request.h"
 #include "resume.h"
+#include "store_wire.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -31,6 +34,13 @@ static ts_status keep(void *store, const char *name, int fd, char *why, size_t w
 static void forget(void *store, const char *name)
 {
     (void)ts_store_remove(store, name);
+}
+
+/* As the holder has it in the environment; systemd says nothing. */
+static void read_cause(char *cause, size_t bytes)
+{
+    const char *told = getenv(TS_ENV_LAST_DEATH);
+    snprintf(cause, bytes, "%s", told == NULL ? "" : told);
 }
 
 static void log_start(const ts_books_start *start)
@@ -60,6 +70,8 @@ static void log_start(const ts_books_start *start)
 bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
 {
     char why[TS_MESSAGE_BYTES];
+    s->taken_over.began_ns = ts_now_ns();
+    read_cause(s->taken_over.cause, sizeof s->taken_over.cause);
     s->exec.store = store;
     if (!ts_store_holds(store)) {
         ts_log(TS_LOG_INFO,
@@ -129,6 +141,20 @@ static bool has_pool(const ts_engine *e, const char *name)
     return has;
 }
 
+static void note_taken_over(ts_service *s)
+{
+    ts_taken_over *t = &s->taken_over;
+    const ts_engine *e = s->exec.engine;
+    for (uint32_t i = 0; i < e->num_pools; i++)
+        t->sequences += e->pools[i].seqs.live;
+    t->seconds = (double)(ts_now_ns() - t->began_ns) * 1e-9;
+    ts_log(TS_LOG_INFO,
+           "%llu sequences in %u pools are as they were after %.3f s%s%s; %u sessions are to come "
+           "back",
+           (unsigned long long)t->sequences, e->live_pools, t->seconds,
+           t->cause[0] != '\0' ? "; the last daemon ended by " : "", t->cause, ts_resume_absent(s));
+}
+
 ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
 {
     char why[TS_MESSAGE_BYTES];
@@ -152,13 +178,7 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
         if (status != TS_OK)
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s': %s", name, why);
     }
-    if (s->started.restored) {
-        uint64_t sequences = 0;
-        for (uint32_t i = 0; i < s->exec.engine->num_pools; i++)
-            sequences += s->exec.engine->pools[i].seqs.live;
-        ts_log(TS_LOG_INFO,
-               "%llu sequences in %u pools are as they were; %u sessions are to come back",
-               (unsigned long long)sequences, s->exec.engine->live_pools, ts_resume_absent(s));
-    }
+    if (s->started.restored)
+        note_taken_over(s);
     return status;
 }

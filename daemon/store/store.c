@@ -116,6 +116,11 @@ bool ts_store_holds(ts_store *s)
     return holds;
 }
 
+bool ts_store_supervised(const ts_store *s)
+{
+    return s != NULL && s->supervised;
+}
+
 uint32_t ts_store_fds_max(ts_store *s)
 {
     if (s == NULL)

@@ -41,6 +41,9 @@ void ts_store_close(ts_store *store);
 /* Whether somebody holds what is stored, at this moment. */
 bool ts_store_holds(ts_store *store);
 
+/* Whether the holder is a supervisor, and not systemd; a dead one counts. */
+bool ts_store_supervised(const ts_store *store);
+
 /* How many descriptors the holder takes at most; 0: there is none. */
 uint32_t ts_store_fds_max(ts_store *store);
 

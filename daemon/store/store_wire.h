@@ -41,6 +41,9 @@
 #define TS_ENV_DEATHS "TINYSERVE_DEATHS"         /* how many daemons have died before this one */
 #define TS_ENV_LAST_DEATH "TINYSERVE_LAST_DEATH" /* "signal 9", "status 3" or "unknown" */
 
+/* The exit status of a daemon that wants to be started again: nothing has failed. */
+#define TS_EXIT_AGAIN 4
+
 /* 1 to 32 of [a-z0-9.], and not with ".socket" at the end: systemd calls listening sockets so. */
 bool ts_store_name_ok(const char *name);
 

@@ -377,7 +377,7 @@ static void describe_end(supervisor *s)
 static uint32_t restart_delay(supervisor *s)
 {
     uint32_t delay = FIRST_DELAY_MS;
-    if (ts_now_ms() - s->started_ms >= s->options->stable_ms) {
+    if (s->exit_status == TS_EXIT_AGAIN || ts_now_ms() - s->started_ms >= s->options->stable_ms) {
         s->short_lives = 0;
         return 0;
     }
@@ -410,12 +410,13 @@ static bool bury(supervisor *s)
     s->was_ready = false;
     s->deaths++;
     s->until_ms = ts_now_ms() + delay;
-    ts_log(TS_LOG_ERROR,
-           "the daemon (pid %d) died: %s. It is started again in %u ms with %u "
+    const bool ordered = s->exit_status == TS_EXIT_AGAIN;
+    ts_log(ordered ? TS_LOG_INFO : TS_LOG_ERROR,
+           "the daemon (pid %d) %s: %s. It is started again in %u ms with %u "
            "descriptors; death %u",
-           (int)pid, s->last_death, delay, s->held.count, s->deaths);
-    snprintf(status, sizeof status, "STATUS=The daemon died (%s) and is started again; death %u",
-             s->last_death, s->deaths);
+           (int)pid, ordered ? "ended" : "died", s->last_death, delay, s->held.count, s->deaths);
+    snprintf(status, sizeof status, "STATUS=The daemon %s (%s) and is started again; death %u",
+             ordered ? "ended" : "died", s->last_death, s->deaths);
     tell_upward(s, status);
     return true;
 }

@@ -10,6 +10,7 @@
  * | ends with 0, or after the supervisor was told to end | ends with the daemon's status |
  * | dies by a signal or ends with another status | starts it again at once; if it lived for less
  * than stable_ms: after 10 ms; and if it never served: after 10, 20, 40, ... at most 1 s |
+ * | ends with TS_EXIT_AGAIN | starts it again at once; the log doesn't call it an error |
  *
  * SIGTERM and SIGINT are forwarded, and end both; one that comes later than kill_after_ms kills the
  * daemon. SIGHUP is forwarded. READY=1, RELOADING=1, STATUS= and WATCHDOG=1 go on to the

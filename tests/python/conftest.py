@@ -1,7 +1,10 @@
 """A daemon of its own for each test that asks for one. ctest names the program: TS_TEST_DAEMON."""
 
 import os
+import pathlib
+import select
 import signal
+import socket
 import subprocess
 import sys
 
@@ -35,6 +38,63 @@ class Daemon:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait() == 0
+
+
+class Supervised:
+    """A daemon whose memory a supervisor holds, so that another one follows it. The supervisor has
+    a process group of its own: a test's end reaches its daemon, too."""
+
+    def __init__(self, folder, pools, settings):
+        self.url = str(folder / "s")
+        self.log = folder / "log"
+        arguments = [os.environ["TS_TEST_DAEMON"], "--supervise", "--socket", self.url]
+        for key, value in settings.items():
+            arguments += ["--set", f"{key}={value}"]
+        for pool in pools:
+            arguments += ["--pool", pool if "device=" in pool else f"{pool},device=host"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(arguments, start_new_session=True, stderr=log)
+
+    def pid(self):
+        """The daemon's, once it serves."""
+        while True:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+                if s.connect_ex(self.url) == 0:
+                    break
+            assert self.process.poll() is None, self.log.read_text()
+            os.sched_yield()
+        supervisor = self.process.pid
+        return int(pathlib.Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text())
+
+    def kill(self):
+        """Ends the daemon as it serves, and returns when it has ended."""
+        pid = self.pid()
+        process = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        select.select([process], [], [])
+        os.close(process)
+
+    def stop(self):
+        self.pid()  # between two daemons, it would end with the dead one's status
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=60) == 0, self.log.read_text()
+
+
+@pytest.fixture
+def start_supervised(tmp_path):
+    started = []
+
+    def start(*pools, settings=None):
+        folder = tmp_path / f"supervised-{len(started)}"
+        folder.mkdir()
+        started.append(Supervised(folder, pools or (POOL,), settings or {}))
+        tinyserve.connect(started[-1].url, wait=60).close()
+        return started[-1]
+
+    yield start
+    for supervised in started:
+        if supervised.process.poll() is None:
+            supervised.stop()
 
 
 @pytest.fixture

@@ -149,6 +149,7 @@ typedef struct job {
     uint32_t shared;   /* tokens that were there already */
     float worst_logit;
     uint32_t wrong;
+    double longest_s; /* of the steps, the daemon's restarts included */
 } job;
 
 static double now(void)
@@ -313,7 +314,10 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
         uint32_t count = at < j->prompt ? j->prompt - at : 1;
         if (at + count >= j->total && j->total > j->prompt)
             break; /* the last byte need not be computed further */
+        double begun = now();
         status = forward(o, m, pool, seq, j, at, count, logits);
+        if (now() - begun > j->longest_s)
+            j->longest_s = now() - begun;
         if (status != TS_OK)
             break;
         at += count;
@@ -351,6 +355,9 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
                     ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "nng",
                     ts_client_exec(client) == TS_EXEC_DAEMON ? "daemon" : "worker");
         fputc('\n', stderr);
+        if (ts_client_restarts(client) > 0)
+            fprintf(stderr, "restarts of the daemon: %u, waited %.0f ms at most\n",
+                    ts_client_restarts(client), j->longest_s * 1e3);
     }
     free(logits);
     return status;

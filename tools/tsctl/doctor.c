@@ -161,6 +161,44 @@ static void versions(findings *f, const Tspb__StatusReply *r)
                          "restart tinyserved, and workers after it");
 }
 
+/* Whether the memory outlives the daemon. */
+static void store(findings *f, const Tspb__StatusReply *r)
+{
+    const Tspb__RestartStatus *s = r->restart;
+    if (s == NULL)
+        return; /* an older daemon, which versions() tells of */
+    const bool held = s->holder != TSPB__RESTART_STATUS__HOLDER__NOBODY;
+    if (held && s->journaled)
+        doctor_found(f, FINDING_OK, "store", "%s holds the memory: a restart loses nothing",
+                     s->holder == TSPB__RESTART_STATUS__HOLDER__SYSTEMD ? "systemd"
+                                                                        : "a supervisor");
+    else if (s->journaled) {
+        doctor_found(f, FINDING_WARNING, "store",
+                     "the supervisor is dead: the daemon's end would lose all that is stored");
+        doctor_advise(f, "start tinyserved --supervise again with the same socket: it takes the "
+                         "daemon over");
+    } else {
+        doctor_found(f, FINDING_WARNING, "store",
+                     "nobody holds the memory: what is stored ends with the daemon");
+        doctor_advise(f, "tinyserved --supervise, or systemd's FileDescriptorStoreMax= as in the "
+                         "shipped unit");
+    }
+    for (size_t i = 0; held && i < r->n_pools; i++)
+        if (strcmp(r->pools[i]->memory, "cuda-ipc") == 0) {
+            doctor_found(f, FINDING_WARNING, "store",
+                         "pool %s's memory is of provider cuda-ipc, and ends with the daemon",
+                         r->pools[i]->name);
+            doctor_advise(f, "provider = cuda-vmm, where the driver exports its memory");
+        }
+    if (s->failure[0] != '\0') {
+        doctor_found(f, FINDING_WARNING, "store",
+                     "what the last daemon left could not be taken over: %s", s->failure);
+        doctor_advise(
+            f, "the log says more; journal and snapshots are kept in the store as failed.*, for a "
+               "report");
+    }
+}
+
 static void pools(findings *f, const Tspb__StatusReply *r, doctor_facts *facts)
 {
     facts->pid = r->pid;
@@ -218,6 +256,7 @@ static bool ask_daemon(findings *f, const options *o, doctor_facts *facts, bool 
                              "sides after an upgrade");
     } else if (status == TS_OK) {
         versions(f, reply->status_reply);
+        store(f, reply->status_reply);
         pools(f, reply->status_reply, facts);
         tspb__reply__free_unpacked(reply, NULL);
     }

@@ -19,7 +19,7 @@
 
 const char *argp_program_version = "tsctl " TS_VERSION;
 
-enum { OPT_COLOR = 256, OPT_WAIT, OPT_TENANT, OPT_NAMESPACE };
+enum { OPT_COLOR = 256, OPT_WAIT, OPT_TENANT, OPT_NAMESPACE, OPT_EMPTY };
 
 static const struct argp_option argp_options[] = {
     {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, the user's or the system's)", 0},
@@ -32,6 +32,8 @@ static const struct argp_option argp_options[] = {
     {"yes", 'y', NULL, 0, "Don't ask before something is ended or freed", 0},
     {"tenant", OPT_TENANT, "UID", 0, "Whose prefixes cache drop forgets (default: everybody's)", 0},
     {"namespace", OPT_NAMESPACE, "NAME", 0, "In which namespace it does (default: in all)", 0},
+    {"empty", OPT_EMPTY, NULL, 0, "After restart, begin with nothing: all that is stored is lost",
+     0},
     {0},
 };
 
@@ -93,6 +95,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (!ts_namespace_read(arg, o->space, &o->space_bytes))
             argp_error(state, "--namespace %s: 1 to 64 bytes, as text or as hex:6d6f64656c", arg);
         return 0;
+    case OPT_EMPTY:
+        o->empty = true;
+        return 0;
     case 'y':
         o->yes = true;
         return 0;
@@ -137,8 +142,10 @@ static const struct argp argp = {
     "  pool resize NAME SIZE            give one more memory, or less\n"
     "  cache drop        forget cached prefixes: all, or --tenant's, or a --namespace's\n"
     "  drain [off]       take no new sessions, or take them again\n"
+    "  restart           end the daemon, to be started again with all it has; --empty:\n"
+    "                    with nothing\n"
     "\n"
-    "The last seven are for operators, and ask before they destroy or refuse something.\n"
+    "The last eight are for operators, and ask before they destroy or refuse something.\n"
     "Exit status: 0 fine, 1 refused, or check or doctor found problems, 2 usage,\n"
     "3 no daemon.",
     children,
@@ -373,6 +380,7 @@ static const command *find_command(const options *o)
         {{"pool", "delete"}, 3, 3, do_pool_delete, false, NULL},
         {{"pool", "resize"}, 4, 4, do_pool_resize, false, NULL},
         {{"drain"}, 1, 2, do_drain, false, NULL},
+        {{"restart"}, 1, 1, do_restart, false, NULL},
         {{"doctor"}, 1, 1, NULL, false, doctor_run},
         {{"plan"}, 1, 1, NULL, false, do_plan}};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
@@ -447,8 +455,8 @@ int main(int argc, char **argv)
         fputs("'; there are status, pools [POOL], sessions, seqs [POOL], frag [POOL], map [POOL], "
               "cache [POOL], check, top [POOL], doctor, plan, session kick ID, seq free ID [POOL], "
               "pool create "
-              "NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE, cache drop [POOL] "
-              "and drain [off]\n",
+              "NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE, cache drop [POOL], "
+              "drain [off] and restart\n",
               stderr);
         return EXIT_USAGE;
     }
@@ -456,6 +464,10 @@ int main(int argc, char **argv)
         return EXIT_USAGE;
     if (command->run != do_cache_drop && (o.has_tenant || o.space_bytes > 0)) {
         fputs("tsctl: --tenant and --namespace are for cache drop\n", stderr);
+        return EXIT_USAGE;
+    }
+    if (o.empty && command->run != do_restart) {
+        fputs("tsctl: --empty is for restart\n", stderr);
         return EXIT_USAGE;
     }
     if (o.plan.given && command->alone != do_plan) {

@@ -14,6 +14,7 @@ typedef struct options {
     char *words[WORDS_MAX];
     uint32_t num_words;
     bool json, watch, yes;
+    bool empty; /* what restart leaves */
     double interval;
     uint32_t wait_ms;
     uint32_t cells;
@@ -40,6 +41,7 @@ int do_free(ts_client *client, const options *o, ts_status *ts);
 int do_pool_create(ts_client *client, const options *o, ts_status *ts);
 int do_pool_delete(ts_client *client, const options *o, ts_status *ts);
 int do_pool_resize(ts_client *client, const options *o, ts_status *ts);
+int do_restart(ts_client *client, const options *o, ts_status *ts);
 int do_drain(ts_client *client, const options *o, ts_status *ts);
 
 #endif

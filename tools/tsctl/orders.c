@@ -1,4 +1,5 @@
 /* What operators order: each asks before it destroys or refuses something. */
+#include "clock.h"
 #include "mps.h"
 #include "options.h"
 #include "unconst.h"
@@ -7,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 bool tsctl_sure(const options *o, const char *question)
@@ -193,6 +195,79 @@ int do_pool_resize(ts_client *c, const options *o, ts_status *ts)
                (unsigned long long)p->block_bytes, p->slabs);
     tspb__reply__free_unpacked(reply, NULL);
     return p == NULL ? EXIT_REFUSED : EXIT_SUCCESS;
+}
+
+#define AGAIN_MS 10000u  /* the next daemon has so long to come */
+#define LOOK_NS 10000000 /* between looks for it */
+
+/* The pid of the daemon there is, which waits for one to come, and its sequences. */
+static ts_status look_at_daemon(const options *o, uint64_t *pid, uint64_t *sequences)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    ts_client *c;
+    const ts_options connection = {
+        .size = sizeof(ts_options), .url = o->url, .program = "tsctl", .wait_ms = AGAIN_MS};
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    ts_status status = ts_connect(&connection, &c);
+    if (status == TS_OK)
+        status = tsctl_ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
+    if (status == TS_OK) {
+        const Tspb__StatusReply *r = reply->status_reply;
+        *pid = r->pid;
+        *sequences = 0;
+        for (size_t i = 0; i < r->n_pools; i++)
+            *sequences += r->pools[i]->sequences;
+        tspb__reply__free_unpacked(reply, NULL);
+    }
+    ts_disconnect(c);
+    return status;
+}
+
+/* Until another daemon serves than this one. */
+static int await_next(const options *o, uint64_t before)
+{
+    uint64_t pid = before, sequences = 0;
+    const struct timespec pause = {.tv_nsec = LOOK_NS};
+    ts_status status = TS_OK;
+    for (uint64_t end = ts_now_ms() + AGAIN_MS; pid == before && ts_now_ms() < end;) {
+        nanosleep(&pause, NULL);
+        status = look_at_daemon(o, &pid, &sequences);
+    }
+    if (pid == before) {
+        fprintf(stderr, "tsctl: the daemon (pid %llu) was told to end, and %s within %u s\n",
+                (unsigned long long)before,
+                status == TS_OK ? "has not ended" : "nobody has started another one",
+                AGAIN_MS / 1000);
+        return EXIT_REFUSED;
+    }
+    printf("pid %llu follows pid %llu, with %llu sequences\n", (unsigned long long)pid,
+           (unsigned long long)before, (unsigned long long)sequences);
+    return EXIT_SUCCESS;
+}
+
+int do_restart(ts_client *c, const options *o, ts_status *ts)
+{
+    Tspb__AdminRestart body = TSPB__ADMIN_RESTART__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    uint64_t sequences = 0;
+    if (!tsctl_sure(o, o->empty ? "Restart the daemon, and lose all that is stored?"
+                                : "Restart the daemon? Workers wait, and go on with the next one."))
+        return EXIT_USAGE;
+    *ts = look_at_daemon(o, &body.pid, &sequences);
+    if (*ts != TS_OK)
+        return EXIT_REFUSED;
+    body.empty = o->empty;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_RESTART;
+    request.admin_restart = &body;
+    /* The answer may be lost with the daemon. */
+    *ts = ts_call_plain(c, &request);
+    if (*ts != TS_OK && *ts != TS_ECONN)
+        return EXIT_REFUSED;
+    *ts = TS_OK;
+    return await_next(o, body.pid);
 }
 
 int do_drain(ts_client *c, const options *o, ts_status *ts)

@@ -9,6 +9,7 @@
 
 #include <langinfo.h>
 #include <locale.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -106,6 +107,61 @@ static void print_without_mps(const Tspb__StatusReply *r)
     }
 }
 
+/* "signal 9 (Killed)", of what the holder says of the last daemon's end. */
+static const char *cause_text(const char *cause, char *buffer, size_t size)
+{
+    int signal = 0;
+    if (sscanf(cause, "signal %d", &signal) == 1 && signal > 0 && sigabbrev_np(signal) != NULL)
+        snprintf(buffer, size, "%s, SIG%s", cause, sigabbrev_np(signal));
+    else if (strcmp(cause, "status 3") == 0)
+        snprintf(buffer, size, "%s, a GPU failed", cause);
+    else if (strcmp(cause, "status 4") == 0)
+        snprintf(buffer, size, "%s, tsctl restart", cause);
+    else
+        snprintf(buffer, size, "%s", cause[0] != '\0' ? cause : "cause unknown");
+    return buffer;
+}
+
+static void print_journal(const Tspb__RestartStatus *r)
+{
+    char a[32], b[32], c[32];
+    printf("  journal  %s of %s in use", ts_text_bytes(r->journal_used_bytes, a, sizeof a),
+           ts_text_bytes(r->journal_bytes, b, sizeof b));
+    if (r->snapshot_bytes > 0)
+        printf("; the last snapshot: %s in %.3f s", ts_text_bytes(r->snapshot_bytes, c, sizeof c),
+               r->snapshot_seconds);
+    puts("");
+}
+
+/* What outlives the daemon, and what the last restart did. */
+static void print_restart(const Tspb__StatusReply *all)
+{
+    const Tspb__RestartStatus *r = all->restart;
+    char cause[64];
+    if (r == NULL) /* an older daemon */
+        return;
+    printf("  store    %s\n", r->holder == TSPB__RESTART_STATUS__HOLDER__NOBODY
+                                  ? "nobody: what is stored ends with the daemon"
+                              : r->holder == TSPB__RESTART_STATUS__HOLDER__SYSTEMD
+                                  ? "held by systemd"
+                                  : "held by a supervisor");
+    for (size_t i = 0; i < all->n_pools; i++)
+        if (r->holder != TSPB__RESTART_STATUS__HOLDER__NOBODY &&
+            strcmp(all->pools[i]->memory, "cuda-ipc") == 0)
+            printf("  store    pool %s's memory (cuda-ipc) ends with the daemon\n",
+                   all->pools[i]->name);
+    if (r->journaled)
+        print_journal(r);
+    if (r->took_over)
+        printf("  restarts %u; the last (%s) took %.3f s: %llu sequences,\n"
+               "           %llu commands done again, %u sessions yet to come back\n",
+               r->restarts, cause_text(r->cause, cause, sizeof cause), r->seconds,
+               (unsigned long long)r->sequences, (unsigned long long)r->entries,
+               r->awaited_sessions);
+    if (r->failure[0] != '\0')
+        printf("  LOST: what the last daemon left could not be taken over:\n    %s\n", r->failure);
+}
+
 void text_status(const Tspb__StatusReply *r, const style *s)
 {
     char up[32];
@@ -118,6 +174,7 @@ void text_status(const Tspb__StatusReply *r, const style *s)
     printf("  tokens   %8llu        attends  %llu in %llu launches\n",
            (unsigned long long)r->tokens, (unsigned long long)r->runs,
            (unsigned long long)r->launches);
+    print_restart(r);
     if (r->draining)
         puts("  draining: no new sessions are taken");
     print_without_mps(r);

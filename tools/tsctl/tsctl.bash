@@ -27,12 +27,12 @@ _tsctl() {
     drain) _tsctl_offer off ;;
     *)
         if [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
-            _tsctl_offer '--block-tokens --cells --color --dtype --gpus --help --json --memory
-                --model --namespace --pool --shared --socket --tenant --tensor-parallel
+            _tsctl_offer '--block-tokens --cells --color --dtype --empty --gpus --help --json
+                --memory --model --namespace --pool --shared --socket --tenant --tensor-parallel
                 --tokens --usage --version --wait --watch --yes'
         else
             _tsctl_offer 'status pools sessions seqs frag map cache check top doctor plan session
-                seq pool drain'
+                seq pool drain restart'
         fi
         ;;
     esac

@@ -186,8 +186,8 @@ class Client:
             room = count.value
 
     def create_pool(self, text: str) -> None:
-        """Makes a pool, for operators, as the daemon's --pool does: "NAME:key=value,key=value". It
-        is gone when the daemon ends. Raises DeniedError, ExistsError, InvalidError."""
+        """Makes a pool, for operators, as the daemon's --pool does: "NAME:key=value,key=value". A
+        restart that loses nothing keeps it. Raises DeniedError, ExistsError, InvalidError."""
         self._check(lib.ts_pool_create(self._open(), check.text("text", text)))
 
     def exchange(self, pool: "Pool", nbytes: int) -> None:
