@@ -24,6 +24,7 @@
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define LEAVE_MS 1000u              /* for a session's end */
+#define GIVEN_UP_MOST 64u           /* calls without answers that are told of */
 #define AGAIN_MS 5                  /* between attempts to reach the next daemon */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
@@ -150,7 +151,8 @@ static ts_status open_session(ts_client *c, const char *program)
     return ask_session(c, &request, &has_exchange);
 }
 
-static ts_status resume_session(ts_client *c, bool *has_exchange)
+static ts_status resume_session(ts_client *c, uint64_t *given_up, uint32_t count,
+                                bool *has_exchange)
 {
     Tspb__SessionResume resume = TSPB__SESSION_RESUME__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -159,6 +161,8 @@ static ts_status resume_session(ts_client *c, bool *has_exchange)
     resume.token.data = c->token;
     resume.token.len = sizeof c->token;
     resume.version = (char *)TS_VERSION;
+    resume.given_up = given_up;
+    resume.n_given_up = count;
     request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
     request.session_resume = &resume;
     return ask_session(c, &request, has_exchange);
@@ -203,7 +207,7 @@ ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes)
 }
 
 /* One attempt. *lost: there is a daemon, and the session can't go on with it. */
-static ts_status resume(ts_client *c, bool *lost)
+static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *lost)
 {
     bool has_exchange = false;
     *lost = false;
@@ -217,7 +221,7 @@ static ts_status resume(ts_client *c, bool *lost)
         *lost = !c->absent;
         return status;
     }
-    status = resume_session(c, &has_exchange);
+    status = resume_session(c, given_up, count, &has_exchange);
     if (status == TS_ENOENT || status == TS_EPROTO) {
         char why[sizeof c->error];
         memcpy(why, c->error, sizeof why);
@@ -247,9 +251,11 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     bool lost;
     ts_status status;
     c->reconnecting = true;
+    uint64_t given_up[GIVEN_UP_MOST];
+    const uint32_t count = ts_unanswered_calls(c, given_up, GIVEN_UP_MOST);
     for (;;) {
         ts_hang_up(c);
-        status = resume(c, &lost);
+        status = resume(c, given_up, count, &lost);
         if (status == TS_OK && ts_rings_reopen(c) == TS_ECONN)
             status = TS_ECONN; /* it has gone, too */
         if (status == TS_OK || lost || ts_now_ms() >= until_ms)

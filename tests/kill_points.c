@@ -1,6 +1,7 @@
 /*
  * Ends the daemon at a place of test_point.h. TS_TEST_KILL=NAME:N kills it at its Nth time there:
- * only the first daemon under a supervisor, so that the next one can go on. TS_TEST_CRASH=NAME or
+ * only the first daemon under a supervisor, so that the next one can go on; TS_TEST_STOP=NAME:N
+ * stops that one there until somebody else kills it. TS_TEST_CRASH=NAME or
  * NAME/WHAT has every daemon crash whenever it comes there.
  */
 #include "test_point.h"
@@ -24,8 +25,13 @@ void ts_test_point(const char *name, unsigned what)
 {
     static atomic_long left = -1;
     static char wanted[64];
+    static int action = SIGKILL;
     if (atomic_load(&left) == -1) { /* at the first command, which comes before all else */
         const char *deaths = getenv("TINYSERVE_DEATHS"), *kill_at = getenv("TS_TEST_KILL");
+        if (kill_at == NULL) {
+            kill_at = getenv("TS_TEST_STOP");
+            action = SIGSTOP;
+        }
         const char *colon = kill_at == NULL ? NULL : strchr(kill_at, ':');
         const bool first = deaths == NULL || strcmp(deaths, "0") == 0;
         if (colon != NULL)
@@ -35,5 +41,5 @@ void ts_test_point(const char *name, unsigned what)
     if (is(getenv("TS_TEST_CRASH"), name, what))
         (void)raise(SIGSEGV);
     if (is(wanted, name, what) && atomic_load(&left) > 0 && atomic_fetch_sub(&left, 1) == 1)
-        (void)kill(getpid(), SIGKILL);
+        (void)kill(getpid(), action);
 }

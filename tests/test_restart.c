@@ -245,6 +245,57 @@ static void killed_under_messages(void **state)
     assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, "answering", 2) > 20 / STRIDE);
 }
 
+/* The supervisor's child; 0: it has none at the moment. */
+static pid_t daemon_of(const daemon_process *d)
+{
+    char path[64], text[32] = "";
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)d->pid, (int)d->pid);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    (void)!fgets(text, sizeof text, f);
+    (void)fclose(f);
+    return (pid_t)atoi(text);
+}
+
+/* ---- what is given up ---- */
+
+/* A begin is carried out, its answer doesn't come in time, and the daemon dies: the step, which
+ * nobody knows of, is aborted when the client comes back. */
+static void a_step_whose_begin_was_given_up_is_aborted(void **state)
+{
+    (void)state;
+    for (int t = TS_TRANSPORT_RING; t <= TS_TRANSPORT_MESSAGES; t++) {
+        daemon_process d;
+        ts_client *c;
+        ts_seq seq;
+        ts_step *step;
+        setenv("TS_TEST_STOP", "answering:3", 1); /* the begin */
+        start(&d, NULL);
+        unsetenv("TS_TEST_STOP");
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                    .url = d.url,
+                                    .wait_ms = 60000,
+                                    .timeout_ms = 2000,
+                                    .exchange_bytes = 1u << 20,
+                                    .transport = (ts_transport)t},
+                      &c));
+        ts_pool *p = open_pool(c, "p", 0);
+        DO(ts_seq_create(p, 1, &seq));
+        assert_int_equal(
+            ts_step_begin(p, &seq, &(uint32_t){3}, 1,
+                          &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
+                          &step),
+            TS_ETIMEOUT);
+        assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+        DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
+        assert_int_equal(ts_client_restarts(c), 1);
+        check_daemon(c);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        stop(&d, false);
+    }
+}
+
 /* ---- what crashes the daemon again and again ---- */
 
 #define OP_FORK 8 /* TS_OP_SEQ_FORK */
@@ -329,18 +380,6 @@ static void work(const char *url, const char *argument)
         _exit(2);
 }
 
-/* The supervisor's child; 0: it has none at the moment. */
-static pid_t daemon_of(const daemon_process *d)
-{
-    char path[64], text[32] = "";
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)d->pid, (int)d->pid);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    (void)!fgets(text, sizeof text, f);
-    (void)fclose(f);
-    return (pid_t)atoi(text);
-}
-
 /* Asks the daemon anything, so that it is known to serve. */
 static void await_answer(ts_client *c)
 {
@@ -419,6 +458,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_after_an_answer),
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
+        cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
         cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),

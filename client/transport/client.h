@@ -94,6 +94,7 @@ struct ts_client {
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
     int spin_luck;        /* how often polling was worth it lately */
     bool rings_lost;      /* they can't be used, or not any more */
+    uint64_t ring_call;   /* the number of the last entry */
     bool ring_unanswered; /* the last entry was a begin, or a match of so many prompts in this pool,
                            * whose completion is yet to come */
     uint32_t unanswered_seqs, unanswered_pool;

@@ -274,7 +274,7 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
     ts_status status = ts_may_ask(c);
     if (status != TS_OK)
         return status;
-    entry->call = atomic_fetch_add(&c->next_id, 1);
+    entry->call = c->ring_call = atomic_fetch_add(&c->next_id, 1);
     do
         status = submit(c, entry, done);
     while (ts_goes_on(c, status, until_ms) && !c->rings_lost); /* the same call: see rpc.c */

@@ -23,7 +23,8 @@ struct ts_unanswered {
     nng_aio *aio;
     bool sent;       /* the callback's */
     nng_msg *answer; /* NULL: none came */
-    uint32_t pool;   /* of the sequences that it may tell of */
+    uint64_t call;
+    uint32_t pool; /* of the sequences that it may tell of */
     atomic_bool done;
 };
 
@@ -140,6 +141,7 @@ void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request, uint32
     nng_aio_set_msg(u->aio, message);
     c->settle = settle;
     u->pool = pool;
+    u->call = request->request_id;
     u->next = c->unanswered;
     c->unanswered = u;
     nng_ctx_send(u->context, u->aio);
@@ -167,4 +169,14 @@ void ts_unanswered_close(ts_client *c)
         c->unanswered = u->next;
         drop(u);
     }
+}
+
+uint32_t ts_unanswered_calls(const ts_client *c, uint64_t *calls, uint32_t most)
+{
+    uint32_t count = 0;
+    if (c->ring_unanswered && count < most)
+        calls[count++] = c->ring_call;
+    for (const ts_unanswered *u = c->unanswered; u != NULL && count < most; u = u->next)
+        calls[count++] = u->call;
+    return count;
 }

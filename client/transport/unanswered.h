@@ -14,4 +14,7 @@ void ts_unanswered_by_message(ts_client *client, const Tspb__Request *request, u
 void ts_unanswered_by_ring(ts_client *client, uint32_t pool, uint32_t seqs);
 void ts_unanswered_close(ts_client *client);
 
+/* The numbers of those calls, `most` at most; how many. */
+uint32_t ts_unanswered_calls(const ts_client *client, uint64_t *calls, uint32_t most);
+
 #endif

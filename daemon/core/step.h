@@ -30,6 +30,7 @@ typedef struct ts_step_seq {
 
 typedef struct ts_step {
     uint64_t id;
+    uint64_t call;          /* that began it, by the client's count; 0: it has none */
     uint32_t session, pool; /* indices */
     uint32_t prev, next;    /* of the same session; next also links free entries */
     uint32_t in_flight;     /* runs and copies that are with the kernels */

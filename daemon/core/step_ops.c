@@ -408,6 +408,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
 
     ts_step *step = &e->steps[index];
     step->pool = c->pool;
+    step->call = c->call;
     step->append = c->step_begin.append;
     step->heads = c->step_begin.heads;
     step->io_dtype = (ts_dtype)c->step_begin.io_dtype;

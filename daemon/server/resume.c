@@ -152,6 +152,23 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
                   "the exchange of session %llx is lost: %s", (unsigned long long)session, why);
 }
 
+/* Aborts the session's step that the call began, if there is one. */
+static void abort_steps_of(ts_service *s, const ts_connection *c, uint64_t call)
+{
+    const ts_engine *e = s->exec.engine;
+    ts_answer a;
+    for (uint32_t i = ts_engine_session(e, c->session)->step_list, next; i != TS_NONE && call != 0;
+         i = next) {
+        next = e->steps[i].next;
+        if (e->steps[i].call == call)
+            ts_exec_apply(&s->exec,
+                          &(ts_command){.op = TS_OP_STEP_ABORT,
+                                        .session = c->session,
+                                        .step_end = {.step = e->steps[i].id}},
+                          &a);
+    }
+}
+
 void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts_answer *a)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, r->session);
@@ -170,6 +187,8 @@ void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts
         return ts_refuse(a, TS_EBUSY, "session %llx has a connection",
                          (unsigned long long)r->session);
     ts_resume_attach(s, c, r->session);
+    for (size_t i = 0; i < r->n_given_up; i++)
+        abort_steps_of(s, c, r->given_up[i]);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx goes on (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
               c->pid);
