@@ -269,7 +269,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
         ts_client *c;
         ts_seq seq;
         ts_step *step;
-        setenv("TS_TEST_STOP", "answering:3", 1); /* the begin */
+        setenv("TS_TEST_STOP", "answering:4", 1); /* of session, pool, sequence, step */
         start(&d, NULL);
         unsetenv("TS_TEST_STOP");
         OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
