@@ -328,6 +328,7 @@ static void a_renewed_slab_is_wiped(void **state)
         CUDA_OK(cudaMemcpy(host, m->base + bytes, bytes, cudaMemcpyDeviceToHost));
         assert_memory_equal(host, zero, bytes);
         CUDA_OK(cudaMemset(m->base + bytes, 0xab, bytes));
+        CUDA_OK(cudaDeviceSynchronize()); /* it uses what is unmapped next */
     }
     ts_memory_free(m);
     free(host);
