@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from ctypes import (POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast,
                     create_string_buffer)
@@ -114,7 +115,7 @@ class Client:
         a thread that goes on with that if Ctrl-C is pressed again."""
         if wait_ms == 0 or threading.current_thread() is not threading.main_thread():
             return call()
-        handle, status = self._open(), [0]
+        handle, status = self._open(), [-1]
         ended, undone = threading.Event(), threading.Event()
 
         def run() -> None:
@@ -122,14 +123,17 @@ class Client:
             ended.set()
 
         def end() -> None:
-            while not ended.wait(0.1):  # its request may not have been sent yet
-                lib.ts_wait_end(handle)
+            for turn in itertools.count():
+                if ended.wait(0.1) or (turn > 10 and caller.ident is None):  # it never began
+                    break
+                lib.ts_wait_end(handle)  # its request may not have been sent yet
             if status[0] == 0:
                 undo()
             undone.set()
 
-        threading.Thread(target=run, daemon=True).start()
+        caller = threading.Thread(target=run, daemon=True)
         try:
+            caller.start()
             ended.wait()  # a signal's handler runs here, and not in a call into C
         except BaseException:
             threading.Thread(target=end, name="tinyserve-undo", daemon=True).start()
