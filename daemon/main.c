@@ -35,8 +35,10 @@
 
 #define OWN_FDS 192u /* threads' and sockets' own, the pools' and HTTP's */
 /* Descriptors that a connection may take: its own and its process's, one of the handle socket, its
- * exchange's, its rings', the doorbells of 3 rings and its signals'. */
+ * exchange's, its rings', the doorbells of 3 rings and its signals'; and where memory outlives the
+ * daemon, the exchange's again and the store's duplicate of it. */
 #define CONNECTION_FDS 9u
+#define KEPT_CONNECTION_FDS 11u
 #define CONNECTIONS_MAX 65536u
 #define LEAVE_MS 2000u
 #define KEY_BYTES 64 /* of a key of the configuration, and more: a longer one is unknown anyway */
@@ -260,20 +262,21 @@ static int await_signal(ts_service *s, const sigset_t *signals, const options *o
 
 /* Connections for which there are descriptors: beside them the daemon needs some of its own, and
  * one for each slab in host memory. */
-static uint32_t connections_max(const ts_config *c)
+static uint32_t connections_max(const ts_config *c, bool outlives)
 {
     struct rlimit limit;
     uint64_t own = OWN_FDS, most = CONNECTIONS_MAX;
+    const uint64_t each = outlives ? KEPT_CONNECTION_FDS : CONNECTION_FDS;
     for (uint32_t i = 0; i < c->num_pools; i++)
-        own += c->pools[i].pool.max_blocks / c->pools[i].pool.slab_blocks;
+        own += (outlives ? 2u : 1u) * (c->pools[i].pool.max_blocks / c->pools[i].pool.slab_blocks);
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
-        most = limit.rlim_cur > own ? (limit.rlim_cur - own) / CONNECTION_FDS : 0;
+        most = limit.rlim_cur > own ? (limit.rlim_cur - own) / each : 0;
     if (most < 4 * TS_OPERATOR_CONNECTIONS) {
         most = 4 * TS_OPERATOR_CONNECTIONS;
         ts_log(TS_LOG_WARNING,
                "the process may have %llu descriptors; %llu are wanted for %llu connections",
                (unsigned long long)limit.rlim_cur,
-               (unsigned long long)(own + most * CONNECTION_FDS), (unsigned long long)most);
+               (unsigned long long)(own + most * each), (unsigned long long)most);
     }
     return (uint32_t)(most < CONNECTIONS_MAX ? most : CONNECTIONS_MAX);
 }
@@ -375,7 +378,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
         ts_reload_taken_over(s, c);
     ts_nng_server_options messages = {.path = c->socket,
                                       .mode = c->socket_mode,
-                                      .connections_max = connections_max(c),
+                                      .connections_max = connections_max(c, s->exec.books != NULL),
                                       .tenant_connections_max = c->tenant_connections,
                                       .idle_ms = c->idle_ms,
                                       .message_bytes = c->message_bytes};
