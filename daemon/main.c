@@ -275,8 +275,8 @@ static uint32_t connections_max(const ts_config *c, bool outlives)
         most = 4 * TS_OPERATOR_CONNECTIONS;
         ts_log(TS_LOG_WARNING,
                "the process may have %llu descriptors; %llu are wanted for %llu connections",
-               (unsigned long long)limit.rlim_cur,
-               (unsigned long long)(own + most * each), (unsigned long long)most);
+               (unsigned long long)limit.rlim_cur, (unsigned long long)(own + most * each),
+               (unsigned long long)most);
     }
     return (uint32_t)(most < CONNECTIONS_MAX ? most : CONNECTIONS_MAX);
 }

@@ -61,6 +61,12 @@ ts_status ts_journal_new(ts_journal *j, uint64_t capacity, char *why, size_t why
     return TS_OK;
 }
 
+const ts_journal_snapshot *ts_journal_last(const ts_journal *j)
+{
+    const uint32_t snapshots = __atomic_load_n(&j->head->snapshots, __ATOMIC_ACQUIRE);
+    return snapshots == 0 ? NULL : &j->head->snapshot[snapshots % 2];
+}
+
 ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
 {
     struct stat about;
@@ -77,6 +83,7 @@ ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
         ts_journal_close(j);
         return TS_EPROTO;
     }
+    j->first = ts_journal_last(j) == NULL ? 0 : ts_journal_last(j)->position;
     return TS_OK;
 }
 
@@ -89,23 +96,17 @@ void ts_journal_close(ts_journal *j)
     *j = (ts_journal){.fd = -1};
 }
 
-const ts_journal_snapshot *ts_journal_last(const ts_journal *j)
-{
-    const uint32_t snapshots = __atomic_load_n(&j->head->snapshots, __ATOMIC_ACQUIRE);
-    return snapshots == 0 ? NULL : &j->head->snapshot[snapshots % 2];
-}
-
 void ts_journal_snapshot_made(ts_journal *j, const ts_journal_snapshot *snapshot)
 {
     const uint32_t snapshots = j->head->snapshots + 1;
     j->head->snapshot[snapshots % 2] = *snapshot;
     __atomic_store_n(&j->head->snapshots, snapshots, __ATOMIC_RELEASE);
+    __atomic_store_n(&j->first, snapshot->position, __ATOMIC_RELEASE);
 }
 
 static uint64_t first_position(const ts_journal *j)
 {
-    const ts_journal_snapshot *last = ts_journal_last(j);
-    return last == NULL ? 0 : last->position;
+    return __atomic_load_n(&j->first, __ATOMIC_ACQUIRE);
 }
 
 uint64_t ts_journal_used(const ts_journal *j)

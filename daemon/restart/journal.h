@@ -49,6 +49,7 @@ typedef struct ts_journal {
     int fd;
     ts_journal_head *head;
     unsigned char *ring;
+    uint64_t first; /* position that the last snapshot covers; atomic: the writer looks at it */
 } ts_journal;
 
 /* A new one, with an epoch and no snapshot. capacity: a multiple of 4096. */
