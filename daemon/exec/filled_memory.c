@@ -18,7 +18,7 @@ ts_status ts_filling_new(ts_filling *f, uint64_t bytes, char *why, size_t why_by
 {
     ts_filling_end(f);
     f->fd = memfd_create("tinyserve", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (f->fd >= 0 && ftruncate(f->fd, (off_t)bytes) == 0 &&
+    if (f->fd >= 0 && fchmod(f->fd, 0400) == 0 && ftruncate(f->fd, (off_t)bytes) == 0 &&
         fcntl(f->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0) {
         f->bytes = bytes;
         return TS_OK;

@@ -44,12 +44,15 @@ uint64_t ts_process_started(uint32_t pid)
 static bool lives(const ts_session *s, int *process)
 {
     *process = -1;
-    if (s->pid == 0 || s->process_started == 0)
+    if (s->pid == 0)
         return true;
     *process = (int)syscall(SYS_pidfd_open, s->pid, 0u);
     if (*process < 0)
         return false;
-    if (ts_process_started(s->pid) == s->process_started &&
+    /* Where /proc doesn't show others' processes, the pid must do: for it to be another's by now,
+     * all others would have to have been used while there was no daemon. */
+    const uint64_t started = ts_process_started(s->pid);
+    if ((started == s->process_started || started == 0 || s->process_started == 0) &&
         poll(&(struct pollfd){.fd = *process, .events = POLLIN}, 1, 0) == 0)
         return true;
     close(*process);
