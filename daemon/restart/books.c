@@ -50,8 +50,9 @@ struct ts_books {
     pthread_mutex_t lock;
     pthread_cond_t wake, made; /* the follower; who waits for a snapshot */
     bool due, ends;            /* under the lock, as what follows */
-    bool broken; /* the follower came to something else: the owner writes a snapshot itself */
-    bool anew;   /* the follower begins from the last snapshot */
+    atomic_bool
+        broken; /* the follower came to something else: the owner writes a snapshot itself */
+    bool anew;  /* the follower begins from the last snapshot */
     uint32_t snapshots;
     uint64_t snapshot_bytes;
     double snapshot_seconds;
@@ -321,7 +322,7 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c, co
             await_room(b, engine);
         if (!put) /* larger than the journal */
             mend(b, engine);
-        if (__atomic_load_n(&b->broken, __ATOMIC_RELAXED))
+        if (atomic_load_explicit(&b->broken, memory_order_relaxed))
             mend(b, engine);
         if (++b->entries >= __atomic_load_n(&b->entries_most, __ATOMIC_RELAXED) ||
             ts_journal_used(&b->journal) > h->capacity / 4)
