@@ -50,9 +50,8 @@ struct ts_books {
     pthread_mutex_t lock;
     pthread_cond_t wake, made; /* the follower; who waits for a snapshot */
     bool due, ends;            /* under the lock, as what follows */
-    atomic_bool
-        broken; /* the follower came to something else: the owner writes a snapshot itself */
-    bool anew;  /* the follower begins from the last snapshot */
+    bool anew;                 /* ... the follower begins from the last snapshot */
+    atomic_bool broken;        /* it came to something else: the owner writes one itself */
     uint32_t snapshots;
     uint64_t snapshot_bytes;
     double snapshot_seconds;
