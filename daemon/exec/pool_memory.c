@@ -243,6 +243,20 @@ ts_status ts_pool_memory_check_exchange(const ts_exec *x, uint32_t pool, uint32_
     return TS_EQUOTA;
 }
 
+/* Each slab is a descriptor for whoever holds the memory, who takes so many. */
+static void warn_of_store(const ts_exec *x, const ts_pool_config *p)
+{
+    const uint32_t most = x->books == NULL ? 0 : ts_store_fds_max(x->store);
+    const uint32_t slabs = (p->max_blocks - 1) / p->slab_blocks + 1;
+    if (most == 0 || slabs <= most / 2)
+        return;
+    ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = p->name},
+              "pool '%s' may have %u slabs, each a descriptor to be stored, and whoever holds them "
+              "takes %u of all pools and sessions: beyond that steps are refused; larger slabs "
+              "(slab =) need fewer",
+              p->name, slabs, most);
+}
+
 ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)
 {
     ts_pool_config p = wanted->pool;
@@ -280,6 +294,7 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
     char text[320];
     ts_pool_memory_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
+    warn_of_store(x, &p);
     if (p.on_gpu && !p.mps)
         ts_log_on(
             TS_LOG_WARNING, &(ts_log_about){.pool = p.name},
