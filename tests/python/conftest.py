@@ -37,6 +37,7 @@ class Daemon:
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGCONT)  # a test that fails may leave it paused
         assert self.process.wait() == 0
 
 

@@ -249,12 +249,16 @@ def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
     client = tinyserve.connect(daemon.url, **how)
     pool = client.pool("p", writable=True)
     main = threading.get_ident()
+    before = threading.enumerate()  # another test's may not have ended yet
+
+    def undoing():
+        return [t for t in threading.enumerate() if t.name == "tinyserve-undo" and t not in before]
 
     def press():
         until_waiting(daemon, 1)
         daemon.pause()  # nothing can be ended now
         signal.pthread_kill(main, signal.SIGINT)
-        while not any(t.name == "tinyserve-undo" and t.is_alive() for t in threading.enumerate()):
+        while not any(t.is_alive() for t in undoing()):
             pass
         signal.pthread_kill(main, signal.SIGINT)
 
@@ -262,11 +266,10 @@ def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
     with pytest.raises(KeyboardInterrupt):
         pool.match(prompt, SPACE, wait=LONG)
     pressed.result()
-    assert any(t.name == "tinyserve-undo" for t in threading.enumerate())
+    assert undoing() != []
     daemon.resume()
-    for thread in threading.enumerate():
-        if thread.name == "tinyserve-undo":
-            thread.join(LONG)
+    for thread in undoing():
+        thread.join(LONG)
     mine, = (s for s in tsctl(daemon, "sessions") if s["session"] == f"{client.session:x}")
     assert mine["sequences"] == 0
     assert pool.create(1) != []  # and the session goes on

@@ -136,7 +136,13 @@ class Client:
             caller.start()
             ended.wait()  # a signal's handler runs here, and not in a call into C
         except BaseException:
-            threading.Thread(target=end, name="tinyserve-undo", daemon=True).start()
+            undoing = threading.Thread(target=end, name="tinyserve-undo", daemon=True)
+            try:
+                undoing.start()
+            except KeyboardInterrupt:  # pressed again already
+                if undoing.ident is None:
+                    undoing.start()
+                raise
             undone.wait()  # a join that is interrupted takes the thread for ended
             raise
         return status[0]
