@@ -206,7 +206,7 @@ ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes)
     return status;
 }
 
-/* One attempt. *lost: there is a daemon, and the session can't go on with it. */
+/* One attempt. *lost: the daemon has answered, and the session can't go on with it. */
 static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *lost)
 {
     bool has_exchange = false;
@@ -216,11 +216,8 @@ static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *
     if (status != TS_OK)
         return status;
     int error = dial(c);
-    if (error != 0) {
-        status = cannot_reach(c, error);
-        *lost = !c->absent;
-        return status;
-    }
+    if (error != 0)
+        return cannot_reach(c, error);
     status = resume_session(c, given_up, count, &has_exchange);
     if (status == TS_ENOENT || status == TS_EPROTO) {
         char why[sizeof c->error];

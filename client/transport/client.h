@@ -63,11 +63,11 @@ struct ts_client {
     uint8_t token[TS_TOKEN_BYTES];
     char version[32];
     uint8_t nonce[TS_TOKEN_BYTES]; /* of the session's opening */
-    /* Goes on with another daemon; NULL: it isn't to (reconnect.c). */
+    /* Goes on with another daemon; NULL: it isn't to (arrive.c). */
     ts_status (*reconnect)(ts_client *client, uint64_t until_ms);
     bool reconnecting;           /* a thread is at it */
     bool outlives;               /* the session, its daemon */
-    bool lost;                   /* the daemon that there is now doesn't have the session */
+    bool lost;                   /* the session can't go on with the daemon that there is now */
     uint32_t restarts;           /* that the session has outlived */
     pthread_mutex_t socket_lock; /* for who uses the socket beside the client's thread */
     int handle_fd;               /* the connection to the handle socket; -1: there is none */

@@ -109,9 +109,7 @@ ts_status ts_may_ask(ts_client *c)
     if (c->pid != getpid())
         return ts_not_ours(c);
     if (c->lost)
-        return ts_fail(c, TS_ECONN,
-                       "the daemon at %s was started without what the one before it had: the "
-                       "session is over, connect again",
+        return ts_fail(c, TS_ECONN, "the session is over: connect again to the daemon at %s",
                        c->path);
     if (atomic_load(&c->broken) || !c->open) {
         if (c->reconnect == NULL || !c->outlives || c->reconnecting || c->session == 0)
