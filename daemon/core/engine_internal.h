@@ -88,6 +88,9 @@ bool ts_engine_check_pinned(const ts_engine *engine, const ts_session *session, 
 /* Nothing more can be done in this command: it is applied again after the next TS_OP_SWEEP. */
 void ts_engine_go_on_later(ts_engine *engine, ts_answer *answer);
 
+/* The session's own open step, or NULL and the answer refuses. */
+ts_step *ts_engine_own_step(ts_engine *engine, const ts_session *session, uint64_t id,
+                            ts_answer *answer);
 void ts_engine_step_abort(ts_engine *engine, ts_step *step);
 
 /* Keeps a removed pool's sequences until they are freed. */

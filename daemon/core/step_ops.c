@@ -16,6 +16,16 @@ ts_step *ts_engine_find_step(const ts_engine *e, uint64_t id)
     return &e->steps[index];
 }
 
+ts_step *ts_engine_own_step(ts_engine *e, const ts_session *s, uint64_t id, ts_answer *a)
+{
+    ts_step *step = ts_engine_find_step(e, id);
+    if (step == NULL || &e->sessions[step->session] != s || step->append) {
+        ts_refuse(a, TS_ENOENT, "the session has no open step %llx", (unsigned long long)id);
+        return NULL;
+    }
+    return step;
+}
+
 /* An entry for a new step, linked into the session's list; TS_NONE if out of memory. */
 static uint32_t step_new(ts_engine *e, ts_session *s, uint32_t num_seqs)
 {
@@ -446,98 +456,9 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     }
 }
 
-/* The session's own open step, or NULL and the answer refuses. */
-static ts_step *own_step(ts_engine *e, const ts_session *s, uint64_t id, ts_answer *a)
-{
-    ts_step *step = ts_engine_find_step(e, id);
-    if (step == NULL || &e->sessions[step->session] != s || step->append) {
-        ts_refuse(a, TS_ENOENT, "the session has no open step %llx", (unsigned long long)id);
-        return NULL;
-    }
-    return step;
-}
-
-static bool check_range(const ts_session *s, const char *what, uint64_t offset, uint64_t bytes,
-                        ts_answer *a)
-{
-    if (offset % TS_EXCHANGE_ALIGN == 0 && offset <= s->exchange_bytes &&
-        bytes <= s->exchange_bytes - offset)
-        return true;
-    ts_refuse(a, TS_EINVAL,
-              "%s takes %llu bytes at offset %llu; the exchange has %llu, and offsets must be "
-              "multiples of %u",
-              what, (unsigned long long)bytes, (unsigned long long)offset,
-              (unsigned long long)s->exchange_bytes, TS_EXCHANGE_ALIGN);
-    return false;
-}
-
-uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
-{
-    const ts_pool_config *pool = &e->pools[step->pool].config;
-    return pool->on_gpu && pool->geometry.layers > e->limits.step_runs ? pool->geometry.layers
-                                                                       : e->limits.step_runs;
-}
-
-static bool check_scales(const ts_session *s, const ts_layer_run *run, const ts_geometry *g,
-                         ts_answer *a)
-{
-    if (!(run->flags & TS_RUN_SCALES))
-        return true;
-    char why[160];
-    if (ts_dtype_scales_check(g->dtype, why, sizeof why) == TS_OK)
-        return check_range(s, "scales", run->scales, 2 * g->kv_heads * sizeof(float), a);
-    ts_refuse(a, TS_EINVAL, "%s", why);
-    return false;
-}
-
-static bool check_variant(const ts_session *s, const ts_layer_run *run, const ts_step *step,
-                          const ts_geometry *g, ts_answer *a)
-{
-    const ts_attention_variant v = ts_layer_run_variant(run);
-    uint64_t each_head = step->heads * sizeof(float);
-    a->status = ts_attention_variant_check(&v, g->head_dim, a->message, sizeof a->message);
-    return a->status == TS_OK && check_scales(s, run, g, a) &&
-           (!(run->flags & TS_RUN_SINKS) || check_range(s, "sinks", run->sinks, each_head, a)) &&
-           (!(run->flags & TS_RUN_ALIBI) || check_range(s, "alibi", run->alibi, each_head, a)) &&
-           (!(run->flags & TS_RUN_LSE) ||
-            check_range(s, "lse", run->lse, each_head * step->tokens, a));
-}
-
-void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
-{
-    ts_step *step = own_step(e, s, c->step_run.step, a);
-    if (step == NULL)
-        return;
-    const ts_geometry *g = &e->pools[step->pool].config.geometry;
-    const ts_layer_run *run = &c->step_run.run;
-    if (step->heads == 0)
-        return ts_refuse(a, TS_EINVAL, "step %llx was begun with 0 query heads: it can't be run",
-                         (unsigned long long)step->id);
-    if (run->layer >= g->layers)
-        return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
-    if (step->crashes >= TS_STEP_CRASHES)
-        return ts_refuse(a, TS_EINTERNAL,
-                         "runs of step %llx were under way at %u crashes of the daemon: it isn't "
-                         "run again",
-                         (unsigned long long)step->id, step->crashes);
-    uint32_t most = ts_engine_step_runs_max(e, step);
-    if (step->in_flight >= most)
-        return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
-                         (unsigned long long)step->id, step->in_flight, most);
-    uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
-    if (!check_range(s, "q", run->q, row * step->heads, a) ||
-        !check_range(s, "k", run->k, row * g->kv_heads, a) ||
-        !check_range(s, "v", run->v, row * g->kv_heads, a) ||
-        !check_range(s, "out", run->out, row * step->heads, a) ||
-        !check_variant(s, run, step, g, a))
-        return;
-    step->in_flight++;
-    a->step = step;
-}
-
 void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
-    ts_step *step = own_step(e, s, c->step_end.step, a);
+    ts_step *step = ts_engine_own_step(e, s, c->step_end.step, a);
     if (step == NULL)
         return;
     const ts_engine_pool *pool = &e->pools[step->pool];
