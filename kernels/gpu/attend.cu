@@ -124,8 +124,9 @@ void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     c.keeps_out = partials + out <= l2 / 4;
 }
 
-/* The cache as the copy engine is told of it; nothing, where rows aren't whole slabs, or blocks
- * aren't whole boxes. */
+/* The cache as the copy engine is told of it; nothing, where rows aren't whole slabs, blocks aren't
+ * whole boxes, or a worker launches: it needn't map the pool's first slab, where the map begins,
+ * and such launches have failed with an illegal address (doc/notebook.md). */
 box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
 {
     const ts_geometry *g = &p->geometry;
@@ -135,7 +136,7 @@ box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
         tokens /= 2;
     size_t unit = c.block_bytes | c.plane_bytes | c.head_stride;
     unit &= ~unit + 1; /* the highest power of 2 that divides them all */
-    if (tokens < BOX_TOKENS_LEAST || g->head_dim % BOX_SLAB != 0 ||
+    if (p->gpu->for_streams || tokens < BOX_TOKENS_LEAST || g->head_dim % BOX_SLAB != 0 ||
         p->gpu->info.total_bytes / unit > INT32_MAX)
         return m;
     const cuuint64_t sizes[] = {BOX_SLAB, 8, g->head_dim / BOX_SLAB, g->block_tokens / 8,
