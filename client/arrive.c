@@ -6,8 +6,10 @@
 #include "error.h"
 #include "exchange.h"
 #include "fd_client.h"
+#include "gpu_context.h"
 #include "ring_client.h"
 #include "rpc.h"
+#include "slab_returns.h"
 #include "stream_signals.h"
 #include "tinyserve_version.h"
 #include "unanswered.h"
@@ -34,7 +36,7 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     if (nng_socket_id(nng_pipe_socket(pipe)) != atomic_load(&c->live_socket))
         return; /* of a connection before: this one goes on */
     atomic_store(&c->broken, true);
-    ts_signals_release_waiters(c); /* a stream that waits for the daemon */
+    ts_signals_daemon_gone(c);
     ts_rings_wake(c);
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
 }
@@ -104,8 +106,13 @@ static ts_status open_socket(ts_client *c)
     return TS_OK;
 }
 
-/* What the daemon says of the session; *has_exchange: the one in host memory is there. */
-static ts_status read_opened(ts_client *c, const Tspb__Reply *reply, bool *has_exchange)
+/* What the daemon has of what it shares with the session. */
+typedef struct shared_memory {
+    bool exchange, signals;
+} shared_memory;
+
+/* What the daemon says of the session. */
+static ts_status read_opened(ts_client *c, const Tspb__Reply *reply, shared_memory *has)
 {
     const Tspb__SessionOpened *o = reply->session_opened;
     if (reply->body_case != TSPB__REPLY__BODY_SESSION_OPENED || o->token.len != sizeof c->token)
@@ -115,12 +122,12 @@ static ts_status read_opened(ts_client *c, const Tspb__Reply *reply, bool *has_e
     snprintf(c->version, sizeof c->version, "%s", o->version);
     c->exchange_bytes_max = o->exchange_bytes_max;
     c->outlives = o->epoch.len > 0;
-    *has_exchange = o->has_exchange;
+    *has = (shared_memory){o->has_exchange, o->has_signals};
     return TS_OK;
 }
 
 /* Asks for the session, and reads the answer. */
-static ts_status ask_session(ts_client *c, Tspb__Request *request, bool *has_exchange)
+static ts_status ask_session(ts_client *c, Tspb__Request *request, shared_memory *has)
 {
     Tspb__Reply *reply;
     ts_status status = ts_call(c, request, &reply);
@@ -131,7 +138,7 @@ static ts_status ask_session(ts_client *c, Tspb__Request *request, bool *has_exc
     }
     if (status != TS_OK)
         return status;
-    status = read_opened(c, reply, has_exchange);
+    status = read_opened(c, reply, has);
     tspb__reply__free_unpacked(reply, NULL);
     return status;
 }
@@ -140,7 +147,7 @@ static ts_status open_session(ts_client *c, const char *program)
 {
     Tspb__SessionOpen open = TSPB__SESSION_OPEN__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    bool has_exchange;
+    shared_memory has;
     open.protocol = TS_PROTOCOL;
     open.program = ts_unconst(program);
     open.version = (char *)TS_VERSION;
@@ -148,11 +155,11 @@ static ts_status open_session(ts_client *c, const char *program)
     open.nonce.len = sizeof c->nonce;
     request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
     request.session_open = &open;
-    return ask_session(c, &request, &has_exchange);
+    return ask_session(c, &request, &has);
 }
 
 static ts_status resume_session(ts_client *c, uint64_t *given_up, uint32_t count,
-                                bool *has_exchange)
+                                shared_memory *has)
 {
     Tspb__SessionResume resume = TSPB__SESSION_RESUME__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -165,7 +172,7 @@ static ts_status resume_session(ts_client *c, uint64_t *given_up, uint32_t count
     resume.n_given_up = count;
     request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
     request.session_resume = &resume;
-    return ask_session(c, &request, has_exchange);
+    return ask_session(c, &request, has);
 }
 
 void ts_hang_up(ts_client *c)
@@ -200,16 +207,28 @@ ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes)
     c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
     if (status == TS_OK && exchange_bytes > 0) {
         status = ts_exchange_host(c, exchange_bytes);
-        /* The next daemon, which has taken over meanwhile, doesn't know the session. */
-        c->absent = status == TS_ECONN || status == TS_EPERM;
+        c->absent = status == TS_ECONN;
     }
     return status;
+}
+
+/* What the session had of the last daemon and can't have again; NULL: nothing. */
+static const char *what_is_gone(const ts_client *c, const shared_memory *has)
+{
+    if (c->exchange_kind != TS_EXCHANGE_NONE && !has->exchange)
+        return "its exchange";
+    if (c->signals != NULL && !has->signals)
+        return "its page of signals";
+    for (const ts_pool *p = c->pools; p != NULL; p = p->next)
+        if (p->has_ipc_handle && p->base != NULL)
+            return "the cuda-ipc memory that it maps";
+    return NULL;
 }
 
 /* One attempt. *lost: the daemon has answered, and the session can't go on with it. */
 static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *lost)
 {
-    bool has_exchange = false;
+    shared_memory has = {0};
     *lost = false;
     c->absent = false;
     ts_status status = open_socket(c);
@@ -218,7 +237,7 @@ static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *
     int error = dial(c);
     if (error != 0)
         return cannot_reach(c, error);
-    status = resume_session(c, given_up, count, &has_exchange);
+    status = resume_session(c, given_up, count, &has);
     if (status == TS_ENOENT || status == TS_EPROTO) {
         char why[sizeof c->error];
         memcpy(why, c->error, sizeof why);
@@ -229,31 +248,33 @@ static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *
     }
     if (status != TS_OK)
         return status;
-    if (c->exchange_kind == TS_EXCHANGE_HOST && !has_exchange) {
-        *lost = true;
-        return ts_fail(c, TS_ECONN, "the session is over: its exchange went with the daemon at %s",
-                       c->path);
-    }
-    if (c->cuda != NULL) {
-        *lost = true;
-        return ts_fail(
-            c, TS_ECONN,
-            "the session is over: what it has on a GPU was the daemon's at %s that ended", c->path);
-    }
-    return TS_OK;
+    const char *gone = what_is_gone(c, &has);
+    *lost = gone != NULL;
+    return gone == NULL ? TS_OK
+                        : ts_fail(c, TS_ECONN,
+                                  "the session is over: %s went with the daemon at %s that ended",
+                                  gone, c->path);
 }
 
 ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
 {
-    bool lost;
+    bool lost = false;
     ts_status status;
     c->reconnecting = true;
     uint64_t given_up[GIVEN_UP_MOST];
     const uint32_t count = ts_unanswered_calls(c, given_up, GIVEN_UP_MOST);
     for (;;) {
         ts_hang_up(c);
+        if ((lost = c->cuda != NULL && ts_cuda_is_lost(c->cuda))) {
+            /* Nor is the daemon served by CUDA's multi-process service before this process ends. */
+            status = ts_fail(c, TS_ECONN,
+                             "the session is over: a fault has taken this process's CUDA context, "
+                             "and what the session has on the GPU can't be used any more");
+            break;
+        }
         status = resume(c, given_up, count, &lost);
-        if (status == TS_OK && ts_rings_reopen(c) == TS_ECONN)
+        if (status == TS_OK &&
+            (ts_rings_reopen(c) == TS_ECONN || ts_slab_returns_reopen(c) != TS_OK))
             status = TS_ECONN; /* it has gone, too */
         if (status == TS_OK || lost || ts_now_ms() >= until_ms)
             break;
@@ -265,6 +286,8 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
         ts_hang_up(c);
         c->lost = lost;
     }
+    if (lost)
+        ts_signals_release_waiters(c);
     c->reconnecting = false;
     return status;
 }

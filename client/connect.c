@@ -191,7 +191,8 @@ void ts_disconnect(ts_client *c)
     if (ours) {
         ts_leave_session(c);
         ts_hang_up(c);
-        (void)ts_local_gpu_await(c); /* they write into the exchange */
+        ts_signals_release_waiters(c); /* what is waited for below may wait for the daemon */
+        (void)ts_local_gpu_await(c);   /* they write into the exchange */
     }
     ts_slab_returns_stop(c);
     ts_exchange_close(c);

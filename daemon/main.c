@@ -403,7 +403,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", c->socket,
            ts_isa_name(ts_attention_isa(s->exec.attention)),
            ts_attention_threads(s->exec.attention));
-    ts_books_serve(s->exec.books);
+    ts_books_taken_over(s->exec.books, TS_TAKEOVER_SERVES);
     ts_store_notify("READY=1");
     int number = await_signal(s, signals, o, c);
     code = number == SIGUSR1 ? EXIT_DEVICE : number == SIGUSR2 ? TS_EXIT_AGAIN : EXIT_SUCCESS;

@@ -1,13 +1,19 @@
+#define _GNU_SOURCE
 #include "fake_gpu.h"
 
 #include "attention.h"
+#include "test_point.h"
 #include "unconst.h"
+
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define OPS_MAX 256
 
@@ -50,6 +56,7 @@ ts_gpu *fake_gpu_new(void)
     ts_gpu *g = calloc(1, sizeof *g);
     snprintf(g->info.name, sizeof g->info.name, "a fake");
     g->info.total_bytes = FAKE_GPU_BYTES;
+    g->info.vmm = true;
     pthread_mutex_init(&g->lock, NULL);
     pthread_cond_init(&g->changed, NULL);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
@@ -123,16 +130,17 @@ const ts_gpu_info *ts_gpu_get_info(const ts_gpu *g)
 
 uint32_t ts_gpu_count(char *why, size_t why_bytes)
 {
-    snprintf(why, why_bytes, "a fake is made, not found");
-    return 0;
+    snprintf(why, why_bytes, "a fake is found where TS_TEST_FAKE_GPU is set");
+    return getenv("TS_TEST_FAKE_GPU") != NULL;
 }
 
 ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes)
 {
-    (void)ordinal;
     *out = NULL;
-    (void)ts_gpu_count(why, why_bytes);
-    return TS_EDEVICE;
+    if (ordinal >= ts_gpu_count(why, why_bytes))
+        return TS_EDEVICE;
+    *out = fake_gpu_new();
+    return TS_OK;
 }
 
 void ts_gpu_close(ts_gpu *g)
@@ -184,17 +192,42 @@ ts_status ts_gpu_shared_new(ts_gpu *g, bool vmm, size_t bytes, uint64_t *held, t
     return status;
 }
 
+static uint64_t no_tenant; /* whom imported memory is held by */
+
+/* Maps what the descriptor, which is closed, is of. */
+static ts_status map_shared(ts_gpu_shared *s, int fd, uint64_t offset, char *why, size_t why_bytes)
+{
+    void *base = mmap(NULL, s->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)offset);
+    close(fd);
+    if (base == MAP_FAILED) {
+        snprintf(why, why_bytes, "mapping %zu bytes: %s", s->bytes, strerror(errno));
+        return TS_ENOMEM;
+    }
+    s->base = base;
+    __atomic_add_fetch(s->held, s->bytes, __ATOMIC_RELAXED);
+    return TS_OK;
+}
+
 ts_status ts_gpu_shared_import(ts_gpu *g, const uint8_t handle[TS_IPC_HANDLE_BYTES],
                                uint64_t offset, size_t bytes, ts_gpu_shared *out, char *why,
                                size_t why_bytes)
 {
-    (void)g;
-    (void)handle;
-    (void)offset;
-    (void)bytes;
-    (void)out;
-    snprintf(why, why_bytes, "a fake imports nothing");
-    return TS_EINVAL;
+    /* A fake driver's handle is the path of a file (fake_libcuda.c). */
+    int fd = handle[0] == '/' ? open((const char *)handle, O_RDWR | O_CLOEXEC) : -1;
+    if (fd < 0) {
+        snprintf(why, why_bytes, "a handle that no fake has made");
+        return TS_EINVAL;
+    }
+    *out = (ts_gpu_shared){.gpu = g, .fd = -1, .bytes = bytes, .held = &no_tenant};
+    return map_shared(out, fd, offset, why, why_bytes);
+}
+
+ts_status ts_gpu_shared_adopt(ts_gpu *g, int fd, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                              char *why, size_t why_bytes)
+{
+    *out = (ts_gpu_shared){
+        .gpu = g, .fd = fcntl(fd, F_DUPFD_CLOEXEC, 0), .bytes = bytes, .held = held};
+    return map_shared(out, fd, 0, why, why_bytes);
 }
 
 void ts_gpu_shared_free(ts_gpu_shared *s)
@@ -202,7 +235,7 @@ void ts_gpu_shared_free(ts_gpu_shared *s)
     munmap(s->base, s->bytes);
     __atomic_sub_fetch(s->held, s->bytes, __ATOMIC_RELEASE);
     if (s->fd >= 0)
-        (void)fclose(fdopen(s->fd, "r"));
+        close(s->fd);
 }
 
 ts_status ts_gpu_pin(ts_gpu *g, void *host, size_t bytes, void **device, char *why,
@@ -442,6 +475,7 @@ static void run(ts_attention *attention, op *o)
         break;
     case OP_SIGNAL:
         __atomic_store_n(o->word, o->value, __ATOMIC_RELEASE);
+        ts_point("signalled", 0); /* the worker's word, or the daemon's own */
         break;
     }
 }

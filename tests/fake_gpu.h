@@ -1,7 +1,8 @@
 /*
  * A device of the test's own behind kernels/gpu/gpu.h, so that what the daemon does around a GPU is
  * tested where there is none: launches are threads that wait, attend with the processor's kernels
- * (outputs and all) and signal. "Device" memory is host memory.
+ * (outputs and all) and signal. "Device" memory is host memory. A daemon that is linked with it
+ * finds one device where TS_TEST_FAKE_GPU is set.
  */
 #ifndef TS_FAKE_GPU_H
 #define TS_FAKE_GPU_H

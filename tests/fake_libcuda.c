@@ -1,14 +1,22 @@
 /*
  * A libcuda.so.1 with one device whose memory is this process's own: what the library needs to map
- * slabs of a GPU pool. A descriptor that is imported is mapped as it is. Functions that no test
- * needs fail.
+ * slabs of a GPU pool, and to order its runs on a stream. A descriptor that is imported is mapped
+ * as it is; an IPC handle is the path of the memory's file. There is one stream, whichever is
+ * named: a thread that does what is queued, one after the other. Functions that no test needs fail.
  *
  * fake_unmaps counts cuMemUnmap's calls, and those of threads whose captures aren't relaxed.
+ * fake_stream_call queues a call on the stream, as a kernel would be; fake_stream_await waits until
+ * all that is queued is done. fake_device_new is cudaMalloc. While fake_is_lost the context is one
+ * that a fault has taken.
  */
 #define _GNU_SOURCE
 #include "cuda_driver.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -18,6 +26,9 @@ enum { FAILED = 999 };
 
 extern atomic_uint fake_unmaps, fake_strict_unmaps;
 atomic_uint fake_unmaps, fake_strict_unmaps;
+
+extern atomic_bool fake_is_lost;
+atomic_bool fake_is_lost;
 
 static _Thread_local int capture_mode; /* 0: global, as each thread begins */
 
@@ -29,6 +40,78 @@ static _Thread_local int capture_mode; /* 0: global, as each thread begins */
     {                                                                                              \
         return FAILED;                                                                             \
     }
+
+/* ---- the stream ---- */
+
+enum { QUEUE = 4096 }; /* more than any test queues at a time */
+
+typedef struct queued {
+    void (*call)(void *arg); /* NULL: the word is written, or waited for until it is so much */
+    void *arg;
+    uint32_t *word, value;
+    bool writes;
+} queued;
+
+static queued queue[QUEUE];
+static unsigned long put, done;
+static pthread_mutex_t queue_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t queue_changed = PTHREAD_COND_INITIALIZER;
+
+static void carry_out(const queued *q)
+{
+    if (q->call != NULL)
+        q->call(q->arg);
+    else if (q->writes)
+        __atomic_store_n(q->word, q->value, __ATOMIC_RELEASE);
+    else
+        while ((int32_t)(__atomic_load_n(q->word, __ATOMIC_ACQUIRE) - q->value) < 0)
+            (void)sched_yield();
+}
+
+static void *stream_main(void *arg)
+{
+    (void)arg;
+    pthread_mutex_lock(&queue_lock);
+    for (;;) {
+        while (done == put)
+            pthread_cond_wait(&queue_changed, &queue_lock);
+        const queued next = queue[done % QUEUE];
+        pthread_mutex_unlock(&queue_lock);
+        carry_out(&next);
+        pthread_mutex_lock(&queue_lock);
+        done++;
+        pthread_cond_broadcast(&queue_changed);
+    }
+    return NULL;
+}
+
+static void queue_put(queued q)
+{
+    static pthread_t thread;
+    pthread_mutex_lock(&queue_lock);
+    if ((put == 0 && pthread_create(&thread, NULL, stream_main, NULL) != 0) || put - done == QUEUE)
+        abort();
+    queue[put++ % QUEUE] = q;
+    pthread_cond_broadcast(&queue_changed);
+    pthread_mutex_unlock(&queue_lock);
+}
+
+void fake_stream_call(void (*call)(void *arg), void *arg);
+void fake_stream_call(void (*call)(void *arg), void *arg)
+{
+    queue_put((queued){.call = call, .arg = arg});
+}
+
+void fake_stream_await(void);
+void fake_stream_await(void)
+{
+    pthread_mutex_lock(&queue_lock);
+    while (done != put)
+        pthread_cond_wait(&queue_changed, &queue_lock);
+    pthread_mutex_unlock(&queue_lock);
+}
+
+/* ---- the driver ---- */
 
 FAKE(cuInit, unsigned flags)
 {
@@ -78,6 +161,7 @@ FAKE(cuCtxPopCurrent_v2, void **context)
 }
 FAKE(cuCtxSynchronize, void)
 {
+    fake_stream_await();
     return 0;
 }
 FAKE(cuMemAddressReserve, ts_cu_pointer *at, size_t bytes, size_t align, ts_cu_pointer wanted,
@@ -137,13 +221,74 @@ FAKE(cuThreadExchangeStreamCaptureMode, int *mode)
 }
 NOT_HERE(cuIpcOpenMemHandle_v2)
 NOT_HERE(cuIpcCloseMemHandle)
-NOT_HERE(cuIpcGetMemHandle)
-NOT_HERE(cuMemGetAddressRange_v2)
-NOT_HERE(cuMemHostRegister_v2)
-NOT_HERE(cuMemHostUnregister)
-NOT_HERE(cuMemHostGetDevicePointer_v2)
-NOT_HERE(cuStreamWriteValue32_v2)
-NOT_HERE(cuStreamWaitValue32_v2)
+
+static struct {
+    ts_cu_pointer base;
+    size_t bytes;
+    int fd;
+} device; /* the memory of fake_device_new */
+
+void *fake_device_new(size_t bytes);
+void *fake_device_new(size_t bytes)
+{
+    device.fd = memfd_create("fake device memory", MFD_CLOEXEC);
+    if (device.fd < 0 || ftruncate(device.fd, (off_t)bytes) != 0)
+        abort();
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, device.fd, 0);
+    if (base == MAP_FAILED)
+        abort();
+    device.base = (ts_cu_pointer)base;
+    device.bytes = bytes;
+    return base;
+}
+
+FAKE(cuMemGetAddressRange_v2, ts_cu_pointer *base, size_t *bytes, ts_cu_pointer at)
+{
+    *base = device.base;
+    *bytes = device.bytes;
+    return at >= device.base && at < device.base + device.bytes ? 0 : FAILED;
+}
+FAKE(cuIpcGetMemHandle, ts_cu_ipc_handle *handle, ts_cu_pointer base)
+{
+    memset(handle, 0, sizeof *handle);
+    (void)snprintf((char *)handle, sizeof *handle, "/proc/%d/fd/%d", (int)getpid(), device.fd);
+    return base == device.base ? 0 : FAILED;
+}
+FAKE(cuMemGetInfo_v2, size_t *available, size_t *all)
+{
+    *available = *all = (size_t)1 << 30;
+    return atomic_load(&fake_is_lost) ? FAILED : 0;
+}
+FAKE(cuMemHostRegister_v2, void *host, size_t bytes, unsigned flags)
+{
+    (void)bytes;
+    (void)flags;
+    return host == NULL;
+}
+FAKE(cuMemHostUnregister, void *host)
+{
+    return cuCtxSynchronize() + (host == NULL); /* it waits for the device */
+}
+FAKE(cuMemHostGetDevicePointer_v2, ts_cu_pointer *there, void *host, unsigned flags)
+{
+    (void)flags;
+    *there = (ts_cu_pointer)host;
+    return 0;
+}
+FAKE(cuStreamWriteValue32_v2, void *stream, ts_cu_pointer at, uint32_t value, unsigned flags)
+{
+    (void)stream;
+    (void)flags;
+    queue_put((queued){.word = (uint32_t *)at, .value = value, .writes = true});
+    return 0;
+}
+FAKE(cuStreamWaitValue32_v2, void *stream, ts_cu_pointer at, uint32_t value, unsigned flags)
+{
+    (void)stream;
+    (void)flags;
+    queue_put((queued){.word = (uint32_t *)at, .value = value});
+    return 0;
+}
 NOT_HERE(cuStreamIsCapturing)
 NOT_HERE(cuEventCreate)
 NOT_HERE(cuEventDestroy_v2)

@@ -11,6 +11,7 @@
 #include "snapshot.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -163,7 +164,7 @@ static void restart(world *w, shelf *s, ts_books_start *start)
     assert_string_equal(start->why, "");
     assert_same_state(before, w->e);
     check_engine(w->e);
-    ts_books_serve(s->books);
+    ts_books_taken_over(s->books, TS_TAKEOVER_SERVES);
     ts_engine_free(before);
 }
 
@@ -309,16 +310,45 @@ static void three_attempts_that_fail_are_enough(void **state)
     ts_books_start start;
     world *w = die_after(&s, 100);
     ts_engine *e = NULL;
-    for (uint32_t i = 0; i < 4; i++) { /* each dies before it serves */
+    for (uint32_t i = 0; i < 10;
+         i++) { /* killed before it serves, or without a device: no reason */
+        ts_engine_free(e);
+        e = open_books(&s, &start);
+        assert_true(start.restored);
+        if (i % 2 == 0)
+            ts_books_taken_over(s.books, TS_TAKEOVER_WAITS);
+        ts_books_close(s.books);
+    }
+    for (uint32_t i = 0; i < 4; i++) {
         ts_engine_free(e);
         e = open_books(&s, &start);
         assert_int_equal(start.failed, i < 3 ? i : 3);
         assert_int_equal(start.restored, i < 3);
+        if (i == 1) /* it says so itself; the others crash */
+            ts_books_taken_over(s.books, TS_TAKEOVER_FAILED);
+        else if (i < 3)
+            *ts_books_crash_word(s.books) = SIGSEGV;
         if (i < 3)
             ts_books_close(s.books);
     }
     assert_non_null(strstr(start.why, "3 attempts"));
     clean_up(w, &s, e);
+}
+
+/* The first daemon died before it had a pool. */
+static void books_without_a_pool_are_taken_over(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    ts_engine_default_limits(&s.limits);
+    ts_engine_free(open_books(&s, &start));
+    ts_books_close(s.books);
+    ts_engine *e = open_books(&s, &start);
+    assert_true(start.restored);
+    ts_engine_free(e);
+    ts_books_close(s.books);
+    keeper_end(&s.keeper);
 }
 
 static void what_is_given_up_on_purpose_is_gone(void **state)
@@ -354,6 +384,63 @@ static void a_follower_that_differs_is_overruled(void **state)
 }
 
 /* A version with a field less wrote it, and one with another. */
+/* They are in the journal, then in a snapshot, and are over one after the other. */
+static void runs_on_a_stream_are_what_they_were(void **state)
+{
+    (void)state;
+    shelf s = {.entries = 2};
+    world *w = world_with_books(&s, 3);
+    ts_books_start start;
+    ts_answer a;
+    const uint64_t session = session_new(w->e, 1000), seq = seq_new(w->e, session);
+    uint32_t n = 3;
+    run(w,
+        (ts_command){.op = TS_OP_EXCHANGE_OPEN,
+                     .session = session,
+                     .exchange_open = {.bytes = 1 << 16,
+                                       .source = {.place = TS_EXCHANGE_OF_CLIENT,
+                                                  .offset = 4096,
+                                                  .handle = "a handle"}}},
+        &a);
+    assert_int_equal(begin(w->e, session, &seq, &n, 1, false, &a), TS_OK);
+    const uint64_t step = a.begun.step->id;
+    for (uint32_t number = 1; number <= 3; number++) {
+        run(w,
+            (ts_command){.op = TS_OP_STEP_RUN,
+                         .session = session,
+                         .step_run = {.step = step,
+                                      .run = {.k = 4096,
+                                              .v = 8192,
+                                              .out = 12288,
+                                              .scale = 0.5f,
+                                              .layer = number % 2,
+                                              .flags = TS_RUN_ON_STREAM,
+                                              .number = number}}},
+            &a);
+        assert_int_equal(a.status, TS_OK);
+    }
+    for (uint32_t number = 1; number <= 3; number++) {
+        restart(w, &s, &start);
+        const ts_step *is = ts_engine_find_step(w->e, step);
+        assert_int_equal(is->num_stream_runs, 4 - number);
+        assert_int_equal(is->stream_runs[0].number, number);
+        assert_int_equal(is->stream_runs[0].layer, number % 2);
+        assert_true(is->stream_runs[0].scale == 0.5f);
+        run(w,
+            (ts_command){.op = TS_OP_STEP_DONE,
+                         .step_done = {.step = step,
+                                       .layer = number % 2,
+                                       .on_stream = true,
+                                       .number = number}},
+            &a);
+    }
+    const ts_session *is = ts_engine_session(w->e, session);
+    assert_int_equal(is->stream_number, 3);
+    assert_int_equal(is->exchange.offset, 4096);
+    assert_string_equal((const char *)is->exchange.handle, "a handle");
+    world_end(w, &s);
+}
+
 static void a_snapshot_of_other_fields_is_read(void **state)
 {
     (void)state;
@@ -388,7 +475,7 @@ static void no_field_of_a_record_was_forgotten(void **state)
     static const uint32_t expected[TS_RECORDS] = {
         [TS_RECORD_LIMITS] = 8,    [TS_RECORD_POOL_CONFIG] = 8, [TS_RECORD_TENANT] = 8,
         [TS_RECORD_SEQUENCE] = 26, [TS_RECORD_LIFE] = 12,       [TS_RECORD_SPACE] = 9,
-        [TS_RECORD_SESSION] = 20,  [TS_RECORD_STEP] = 13,       [TS_RECORD_STEP_SEQ] = 8,
+        [TS_RECORD_SESSION] = 20,  [TS_RECORD_STEP] = 25,       [TS_RECORD_STEP_SEQ] = 8,
         [TS_RECORD_CLAIM] = 19,    [TS_RECORD_ANSWER] = 4,
     };
     for (int t = TS_RECORD_WORD; t < TS_RECORDS; t++) {
@@ -416,9 +503,11 @@ int main(void)
         cmocka_unit_test(a_full_journal_makes_commands_wait),
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
         cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),
+        cmocka_unit_test(books_without_a_pool_are_taken_over),
         cmocka_unit_test(three_attempts_that_fail_are_enough),
         cmocka_unit_test(what_is_given_up_on_purpose_is_gone),
         cmocka_unit_test(a_follower_that_differs_is_overruled),
+        cmocka_unit_test(runs_on_a_stream_are_what_they_were),
         cmocka_unit_test(a_snapshot_of_other_fields_is_read),
         cmocka_unit_test(no_field_of_a_record_was_forgotten),
     };

@@ -3,8 +3,6 @@
 
 #include "pool_stats.h"
 
-#include <math.h>
-
 #define BLOCKS(e) ((e)->pools[0].books)
 
 static void the_prototypes_scenario_gives_its_exact_blocks_and_slots(void **state)
@@ -354,121 +352,6 @@ static void tokens_nobody_wrote_cannot_be_committed(void **state)
     ts_engine_free(e);
 }
 
-static void a_run_outside_the_exchange_is_refused(void **state)
-{
-    (void)state;
-    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
-    uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
-    uint32_t n = 2;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
-    ts_command run = {.op = TS_OP_STEP_RUN, .session = s, .step_run = {.step = step}};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL); /* no exchange yet */
-    ts_command open = {.op = TS_OP_EXCHANGE_OPEN, .session = s};
-    static const uint64_t bad[] = {0, 100, UINT64_MAX, ((uint64_t)1 << 30) + 4096};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        open.exchange_open.bytes = bad[i];
-        assert_int_equal(apply(e, open, &a), TS_EINVAL);
-    }
-    open.exchange_open.bytes = 4096;
-    assert_int_equal(apply(e, open, &a), TS_OK);
-    const uint64_t bytes = 2 * 32 * 4; /* tokens * head_dim * fp32, of each of q, k, v and out */
-    const uint64_t offsets[] = {4096 - bytes + 64, 4096, UINT64_MAX, UINT64_MAX - 63, 8, 1};
-    for (size_t i = 0; i < sizeof offsets / sizeof *offsets; i++)
-        for (int which = 0; which < 4; which++) {
-            run.step_run.run.q = which == 0 ? offsets[i] : 0;
-            run.step_run.run.k = which == 1 ? offsets[i] : 0;
-            run.step_run.run.v = which == 2 ? offsets[i] : 0;
-            run.step_run.run.out = which == 3 ? offsets[i] : 0;
-            assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        }
-    run.step_run.run.q = run.step_run.run.k = run.step_run.run.v = run.step_run.run.out = 0;
-    static const float bad_floats[] = {-1.0f, NAN, INFINITY};
-    for (size_t i = 0; i < 3; i++) {
-        run.step_run.run = (ts_layer_run){.scale = bad_floats[i]};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        run.step_run.run = (ts_layer_run){.soft_cap = bad_floats[i]};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        run.step_run.run = (ts_layer_run){.rope_theta = bad_floats[i]};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    }
-    const uint32_t head_dim = e->pools[0].config.geometry.head_dim;
-    for (uint32_t i = 0; i < 2; i++) {
-        run.step_run.run =
-            (ts_layer_run){.rope_theta = 10000, .rope_dims = i == 0 ? 3 : head_dim + 2};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        assert_non_null(strstr(a.message, "it must be even and at most head_dim"));
-    }
-    /* [2 tokens][1 head] of fp32 */
-    run.step_run.run = (ts_layer_run){.flags = TS_RUN_LSE, .lse = 4096};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_string_equal(a.message, "lse takes 8 bytes at offset 4096; the exchange has 4096, and "
-                                   "offsets must be multiples of 64");
-    run.step_run.run = (ts_layer_run){.flags = TS_RUN_SINKS, .sinks = 4094};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    run.step_run.run = (ts_layer_run){.flags = TS_RUN_ALIBI, .alibi = UINT64_MAX - 63};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    run.step_run.run = (ts_layer_run){.q = 4096 - bytes, .out = bytes};
-    assert_int_equal(apply(e, run, &a), TS_OK);
-    for (int i = 1; i < 4; i++)
-        assert_int_equal(apply(e, run, &a), TS_OK);
-    assert_int_equal(apply(e, run, &a), TS_EBUSY); /* four are in flight */
-    ts_engine_free(e);
-}
-
-/* Else it couldn't be done again after the daemon's death. */
-static void a_run_that_writes_where_it_reads_is_refused(void **state)
-{
-    (void)state;
-    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
-    uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
-    uint32_t n = 2;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    ts_command run = {.op = TS_OP_STEP_RUN, .session = s, .step_run = {.step = a.begun.step->id}};
-    apply(e,
-          (ts_command){.op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 4096}},
-          &a);
-    const uint64_t bytes = 2 * 32 * 4; /* tokens * head_dim * fp32, of each of q, k, v and out */
-    ts_layer_run *at = &run.step_run.run;
-    const ts_layer_run apart = {.k = bytes, .v = 2 * bytes, .out = 3 * bytes, .lse = 4 * bytes};
-    const uint64_t by[] = {0, bytes - 64, 2 * bytes - 64, 3 * bytes - 64};
-    static const char *const what[] = {"q", "q", "k", "v"};
-    char overlaps[32];
-    for (int i = 0; i < 4; i++) {
-        *at = apart;
-        at->out = by[i];
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        snprintf(overlaps, sizeof overlaps, "overlaps %s,", what[i]);
-        assert_non_null(strstr(a.message, overlaps));
-        at->out = 1024;
-        at->flags = TS_RUN_LSE;
-        at->lse = by[i];
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        assert_non_null(strstr(a.message, overlaps));
-    }
-    *at = apart;
-    at->flags = TS_RUN_LSE;
-    at->lse = at->out + bytes - 64;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_string_equal(a.message, "out takes 256 bytes at offset 768 and overlaps lse, 8 bytes at "
-                                   "960: what a run writes must lie apart");
-    at->flags = TS_RUN_SINKS | TS_RUN_ALIBI;
-    at->sinks = 3 * bytes;
-    at->alibi = 1024;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_non_null(strstr(a.message, "overlaps sinks,"));
-    at->alibi = 3 * bytes;
-    at->sinks = 1024;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_non_null(strstr(a.message, "overlaps alibi,"));
-    *at = apart; /* what is read may be one and the same */
-    at->q = at->k = at->v = 0;
-    assert_int_equal(apply(e, run, &a), TS_OK);
-    ts_engine_free(e);
-}
-
 static void a_million_sequences_cost_what_the_readme_says(void **state)
 {
     (void)state;
@@ -574,8 +457,6 @@ int main(void)
         cmocka_unit_test(a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were),
         cmocka_unit_test(a_pool_is_closed_when_the_session_has_nothing_in_it),
         cmocka_unit_test(tokens_nobody_wrote_cannot_be_committed),
-        cmocka_unit_test(a_run_outside_the_exchange_is_refused),
-        cmocka_unit_test(a_run_that_writes_where_it_reads_is_refused),
         cmocka_unit_test(a_million_sequences_cost_what_the_readme_says),
         cmocka_unit_test(an_append_whose_copies_are_not_made_changes_nothing),
         cmocka_unit_test(a_walk_counts_stored_tokens_once),

@@ -33,10 +33,10 @@ static void the_handle_socket_gives_nothing_without_a_token(void **state)
     assert_int_equal(close(fd), 0);
     assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, true, &reply, &fd), TS_EPERM);
     c->token[0] ^= 1;
-    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_EPERM);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_ECONN);
     c->token[0] ^= 1;
     c->session ^= 1ull << 32;
-    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_EPERM);
+    assert_int_equal(ts_handle_get(c, TS_HANDLE_SLAB, 0, 0, false, &reply, &fd), TS_ECONN);
     c->session ^= 1ull << 32;
     /* Requests of a wrong size end their connection. */
     int raw = raw_handles(&d);

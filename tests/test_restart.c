@@ -5,86 +5,18 @@
  * that lives, every bit of attention included.
  */
 #define _GNU_SOURCE
-#include "daemon_util.h"
+#include "restart_util.h"
 
 #include <dirent.h>
 #include <fcntl.h>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define STRIDE 11u /* every so many-th place: a daemon takes long to start then */
-#define KILLS 15u
-#else
-#define STRIDE 1u
-#define KILLS 100u
-#endif
 #define LAYERS 2u
 #define DIM 32u
 #define HEADS 2u
 #define BLOCK 16u
 #define POOL                                                                                       \
     "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=64K,"            \
-    "device=host,model=m"
-
-/* Starts the daemon under a supervisor. kill_at: see kill_points.c; NULL: nothing ends it. */
-static void start(daemon_process *d, const char *kill_at)
-{
-    snprintf(d->folder, sizeof d->folder, "/tmp/tinyserve-test.XXXXXX");
-    assert_non_null(mkdtemp(d->folder));
-    snprintf(d->url, sizeof d->url, "%s/s", d->folder);
-    snprintf(d->handles, sizeof d->handles, "%s/s" TS_HANDLE_SUFFIX, d->folder);
-    alarm(WATCHDOG_SECONDS);
-    d->pid = fork();
-    assert_true(d->pid >= 0);
-    if (d->pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        if (kill_at != NULL)
-            setenv("TS_TEST_KILL", kill_at, 1);
-        if (getenv("TS_TEST_LOG") == NULL) /* it says of each death that it died */
-            (void)!freopen("/dev/null", "w", stderr);
-        execl(TS_KILLED_DAEMON, TS_KILLED_DAEMON, "--supervise", "--set", "log_level=error",
-              "--set", "threads=1", "--socket", d->url, "--pool", POOL, NULL);
-        _exit(127);
-    }
-}
-
-static ts_client *connect_by(const daemon_process *d, ts_transport transport)
-{
-    ts_client *c;
-    const ts_options options = {.size = sizeof(ts_options),
-                                .url = d->url,
-                                .wait_ms = 60000,
-                                .timeout_ms = 60000,
-                                .exchange_bytes = 1u << 20,
-                                .transport = transport};
-    ts_status status = ts_connect(&options, &c);
-    if (status != TS_OK)
-        fail_msg("%s: %s", ts_status_name(status), ts_error(c));
-    return c;
-}
-
-/* A call of the worker's, which must succeed. */
-#define DO(call)                                                                                   \
-    do {                                                                                           \
-        ts_status done = (call);                                                                   \
-        if (done != TS_OK)                                                                         \
-            fail_msg("%s: %s: %s", #call, ts_status_name(done), ts_error(c));                      \
-    } while (0)
-
-typedef struct digest {
-    uint64_t value;
-} digest;
-
-static void mix(digest *d, const void *bytes, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        d->value = (d->value ^ ((const unsigned char *)bytes)[i]) * 1099511628211u;
-}
-
-static void fill(rng *r, float *to, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        to[i] = rng_normal(r);
-}
+    "device=host,model=m,client_write=all"
 
 /* Runs all layers of a step with random q, k and v, and mixes what came out. */
 static void run_layers(ts_client *c, ts_step *step, uint32_t tokens, rng *r, digest *d)
@@ -124,7 +56,7 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
     uint8_t ticket[TS_TICKET_BYTES];
     ts_kept list[4];
     char name[32];
-    ts_pool *p = open_pool(c, "p", 0);
+    ts_pool *p = open_pool(c, "p", c->exec == TS_EXEC_LOCAL ? TS_POOL_WRITABLE : 0);
     for (uint32_t i = 0; i < 64; i++)
         ids[i] = i % 7;
     DO(ts_seq_create(p, 2, seqs));
@@ -163,25 +95,10 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
     return d.value;
 }
 
-/* Ends both; nothing may be left of them. `late`: the daemon may come to where it is killed only
- * now. */
-static void stop(daemon_process *d, bool late)
-{
-    int status;
-    kill(d->pid, SIGTERM);
-    assert_int_equal(waitpid(d->pid, &status, 0), d->pid);
-    assert_true(WIFEXITED(status));
-    if (late && WEXITSTATUS(status) == 128 + SIGKILL)
-        return daemon_clean(d);
-    assert_int_equal(WEXITSTATUS(status), 0);
-    assert_int_equal(rmdir(d->folder), 0);
-    alarm(0);
-}
-
 static uint64_t run_with(const char *kill_at, ts_transport transport, uint32_t *restarts)
 {
     daemon_process d;
-    start(&d, kill_at);
+    start(&d, POOL, kill_at);
     ts_client *c = connect_by(&d, transport);
     const uint64_t digest = workload_of(c, restarts, true);
     ts_disconnect(c);
@@ -245,18 +162,6 @@ static void killed_under_messages(void **state)
     assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, "answering", 2) > 20 / STRIDE);
 }
 
-/* The supervisor's child; 0: it has none at the moment. */
-static pid_t daemon_of(const daemon_process *d)
-{
-    char path[64], text[32] = "";
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)d->pid, (int)d->pid);
-    FILE *f = fopen(path, "r");
-    assert_non_null(f);
-    (void)!fgets(text, sizeof text, f);
-    (void)fclose(f);
-    return (pid_t)atoi(text);
-}
-
 /* ---- what is given up ---- */
 
 /* A begin is carried out, its answer doesn't come in time, and the daemon dies: the step, which
@@ -270,7 +175,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
         ts_seq seq;
         ts_step *step;
         setenv("TS_TEST_STOP", "answering:4", 1); /* of session, pool, sequence, step */
-        start(&d, NULL);
+        start(&d, POOL, NULL);
         unsetenv("TS_TEST_STOP");
         OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
                                     .url = d.url,
@@ -304,7 +209,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
 static ts_client *start_crashing(daemon_process *d, const char *place)
 {
     setenv("TS_TEST_CRASH", place, 1);
-    start(d, NULL);
+    start(d, POOL, NULL);
     unsetenv("TS_TEST_CRASH");
     return connect_by(d, TS_TRANSPORT_RING);
 }
@@ -367,7 +272,10 @@ static void work(const char *url, const char *argument)
     do {
         daemon_process there;
         snprintf(there.url, sizeof there.url, "%s", url);
-        ts_client *c = connect_by(&there, rounds % 2 ? TS_TRANSPORT_MESSAGES : TS_TRANSPORT_RING);
+        /* By ring, by message, and attending themselves. */
+        ts_client *c =
+            connect_with(&there, rounds % 3 == 1 ? TS_TRANSPORT_MESSAGES : TS_TRANSPORT_RING,
+                         rounds % 3 == 2 ? TS_EXEC_LOCAL : TS_EXEC_DAEMON);
         const uint64_t digest = workload_of(c, &restarts, false);
         if (digest != expected) {
             fprintf(stderr, "round %u of pid %d was told something else after %u restarts\n",
@@ -423,7 +331,7 @@ static void a_crowd_goes_on_over_kills_at_random_times(void **state)
     uint32_t restarts, held = 0;
     pid_t workers[WORKERS];
     char end[96], argument[160];
-    start(&d, NULL);
+    start(&d, POOL, NULL);
     ts_client *c = connect_by(&d, TS_TRANSPORT_MESSAGES);
     const uint64_t expected = workload_of(c, &restarts, false);
     ts_disconnect(c);

@@ -34,12 +34,14 @@ static char path[100];
 static int listener, page_fd, bell, slab_fds[SLABS];
 static uint32_t generations[SLABS];
 static ts_revocations *page;
+static atomic_uint asked_slabs;
 
 static void reply(int to, const ts_handle_request *r)
 {
     const int fd = r->kind == TS_HANDLE_REVOCATIONS       ? page_fd
                    : r->kind == TS_HANDLE_REVOCATION_BELL ? bell
                                                           : slab_fds[r->slab];
+    atomic_fetch_add(&asked_slabs, r->kind == TS_HANDLE_SLAB);
     ts_handle_reply answer = {.magic = TS_HANDLE_MAGIC,
                               .tag = r->tag,
                               .protocol = TS_PROTOCOL,
@@ -140,6 +142,7 @@ static int start(void **state)
     client = (ts_client){.pid = getpid(), .handle_fd = -1, .timeout_ms = 30000};
     snprintf(client.path, sizeof client.path, "%s", path);
     pool = pool_new(3);
+    atomic_store(&asked_slabs, 0);
     return 0;
 }
 
@@ -294,12 +297,36 @@ static void more_than_the_page_has_are_given_back_in_turn(void **state)
     assert_int_equal(atomic_load(unmaps) - before, (3 * TS_REVOCATIONS + 6) / 7);
 }
 
+/* The next daemon is told of each slab that is mapped, and what has become others' meanwhile goes.
+ */
+static void the_next_daemon_is_told_what_is_mapped(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 3; i++)
+        map(pool, i, TS_OK);
+    OK(ts_slab_returns_reopen(&client));
+    for (uint32_t i = 0; i < 3; i++)
+        assert_int_equal(mapped(pool, i), 1);
+    assert_int_equal(atomic_load(&asked_slabs), 2 * 3);
+    *first_byte(pool, 0) = 5;
+    generations[1] = 2; /* it is somebody else's now */
+    OK(ts_slab_returns_reopen(&client));
+    assert_int_equal(mapped(pool, 0), 1);
+    assert_int_equal(mapped(pool, 1), 0);
+    assert_int_equal(mapped(pool, 2), 1);
+    assert_int_equal(*first_byte(pool, 0), 5);
+    take_back(3, 2); /* the thread works on */
+    until_returned();
+    assert_int_equal(mapped(pool, 2), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(what_is_anothers_is_unmapped_while_the_worker_is_idle,
                                         start, stop),
         cmocka_unit_test_setup_teardown(what_came_too_late_is_not_mapped, start, stop),
+        cmocka_unit_test_setup_teardown(the_next_daemon_is_told_what_is_mapped, start, stop),
         cmocka_unit_test_setup_teardown(a_forked_child_waits_for_no_lock, start, stop),
         cmocka_unit_test_setup_teardown(more_than_the_page_has_are_given_back_in_turn, start, stop),
     };

@@ -96,6 +96,10 @@ ts_status ts_tables_update(ts_pool *p, uint64_t step, const ts_table_delta *d,
                        "the daemon tells of entries from %u on of a block table of which %u are "
                        "known",
                        d->first, known);
+    if (d->count == 0 || d->touched >= d->first + d->count)
+        return ts_fail(p->client, TS_EPROTO,
+                       "the daemon tells of %u entries of a block table; new tokens go to entry %u",
+                       d->first + d->count, d->touched);
     memcpy(t->blocks + d->first, d->blocks, d->count * sizeof *t->blocks);
     t->count = d->first + d->count;
     ts_status status = map(p, t, d->first, d->touched);

@@ -65,6 +65,7 @@ enum {
     F("cuIpcCloseMemHandle", ipc_close, (ts_cu_pointer))                                           \
     F("cuIpcGetMemHandle", ipc_get, (ts_cu_ipc_handle *, ts_cu_pointer))                           \
     F("cuMemGetAddressRange_v2", address_range, (ts_cu_pointer *, size_t *, ts_cu_pointer))        \
+    F("cuMemGetInfo_v2", memory_info, (size_t *, size_t *))                                        \
     F("cuMemHostRegister_v2", host_register, (void *, size_t, unsigned))                           \
     F("cuMemHostUnregister", host_unregister, (void *))                                            \
     F("cuMemHostGetDevicePointer_v2", host_pointer, (ts_cu_pointer *, void *, unsigned))           \

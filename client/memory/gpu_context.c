@@ -124,6 +124,16 @@ void ts_cuda_leave(ts_cuda *cuda)
     (void)cuda->f.context_pop(&context);
 }
 
+bool ts_cuda_is_lost(ts_cuda *cuda)
+{
+    size_t available, all;
+    if (cuda->f.context_push(cuda->context) != 0)
+        return true;
+    const bool lost = cuda->f.memory_info(&available, &all) != 0; /* it tells of earlier failures */
+    ts_cuda_leave(cuda);
+    return lost;
+}
+
 ts_status ts_cuda_await(ts_client *c, ts_cuda *cuda)
 {
     ts_status status = ts_cuda_enter(c, cuda);

@@ -22,6 +22,10 @@ bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES]);
 ts_status ts_cuda_enter(ts_client *client, ts_cuda *cuda);
 void ts_cuda_leave(ts_cuda *cuda);
 
+/* Whether a fault, this process's or under CUDA's multi-process service another one's, has taken
+ * the context. Waits for nothing. */
+bool ts_cuda_is_lost(ts_cuda *cuda);
+
 /* Waits for all that this process has queued on the device, by whatever library: before memory is
  * unmapped that it may use. */
 ts_status ts_cuda_await(ts_client *client, ts_cuda *cuda);

@@ -21,6 +21,7 @@ struct ts_slab_returns {
     ts_give_back *give_back;
     ts_revocations *page;
     int bell, stop; /* eventfds */
+    bool runs;      /* the thread */
     pthread_t thread;
     pthread_mutex_t lock;
 };
@@ -58,26 +59,98 @@ static void *returns_main(void *arg)
 }
 
 /* Signals are for the program's own threads. */
-static int start_thread(ts_slab_returns *r)
+static ts_status start_thread(ts_slab_returns *r)
 {
     sigset_t all, before;
+    r->stop = eventfd(0, EFD_CLOEXEC);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&r->thread, NULL, returns_main, r);
+    int error = r->stop < 0 ? ENOMEM : pthread_create(&r->thread, NULL, returns_main, r);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return error;
+    r->runs = error == 0;
+    return error == 0 ? TS_OK
+                      : ts_fail(r->client, TS_ENOMEM,
+                                "starting the thread that returns GPU memory: %s", strerror(error));
 }
 
-static void returns_free(ts_slab_returns *r)
+static void stop_thread(ts_slab_returns *r)
+{
+    ssize_t written = r->runs ? write(r->stop, &(uint64_t){1}, sizeof(uint64_t)) : 0;
+    (void)written; /* an eventfd takes it */
+    if (r->runs)
+        pthread_join(r->thread, NULL);
+    r->runs = false;
+    if (r->stop >= 0)
+        close(r->stop);
+    r->stop = -1;
+}
+
+static void close_page(ts_slab_returns *r)
 {
     if (r->page != MAP_FAILED)
         munmap(r->page, TS_REVOCATIONS_BYTES);
     if (r->bell >= 0)
         close(r->bell);
-    if (r->stop >= 0)
-        close(r->stop);
+    r->page = MAP_FAILED;
+    r->bell = -1;
+}
+
+/* Maps the page that the daemon writes into. */
+static ts_status open_page(ts_slab_returns *r)
+{
+    ts_client *c = r->client;
+    ts_handle_reply reply;
+    int page;
+    ts_status status = ts_handle_get(c, TS_HANDLE_REVOCATIONS, 0, 0, true, &reply, &page);
+    if (status != TS_OK)
+        return status;
+    r->page = mmap(NULL, TS_REVOCATIONS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
+    const int error = errno;
+    close(page);
+    if (r->page == MAP_FAILED)
+        return ts_fail(c, TS_ENOMEM, "mapping a page of revocations: %s", strerror(error));
+    return ts_handle_get(c, TS_HANDLE_REVOCATION_BELL, 0, 0, true, &reply, &r->bell);
+}
+
+static void returns_free(ts_slab_returns *r)
+{
+    stop_thread(r);
+    close_page(r);
     pthread_mutex_destroy(&r->lock);
     free(r);
+}
+
+/* The daemon is told that the slab is mapped; if it has become others', it is given back. */
+static ts_status tell_mapped(ts_slab_returns *r, ts_pool *p, uint32_t slab)
+{
+    const uint32_t has = __atomic_load_n(&p->mapped[slab], __ATOMIC_ACQUIRE);
+    ts_handle_reply reply;
+    int fd;
+    if (has == 0)
+        return TS_OK;
+    ts_status status =
+        ts_handle_get(r->client, TS_HANDLE_SLAB, p->index, slab, p->written[slab], &reply, &fd);
+    if (status == TS_OK)
+        close(fd);
+    else if (status != TS_EPERM)
+        return status;
+    if (status == TS_EPERM || reply.generation != has)
+        r->give_back(p, slab, has);
+    return TS_OK;
+}
+
+ts_status ts_slab_returns_reopen(ts_client *c)
+{
+    ts_slab_returns *r = c->returns;
+    if (r == NULL)
+        return TS_OK;
+    stop_thread(r);
+    close_page(r);
+    ts_status status = open_page(r);
+    for (ts_pool *p = c->pools; p != NULL && status == TS_OK; p = p->next)
+        for (uint32_t i = 0; p->on_gpu && i < p->num_slabs && status == TS_OK; i++)
+            status = tell_mapped(r, p, i);
+    return status == TS_OK ? start_thread(r) : status;
 }
 
 ts_status ts_slab_returns_start(ts_client *c, ts_give_back *give_back)
@@ -87,23 +160,17 @@ ts_status ts_slab_returns_start(ts_client *c, ts_give_back *give_back)
     ts_slab_returns *r = malloc(sizeof *r);
     if (r == NULL)
         return ts_fail(c, TS_ENOMEM, "no memory for the return of GPU memory");
-    *r = (ts_slab_returns){.client = c, .give_back = give_back, .page = MAP_FAILED, .bell = -1};
+    *r = (ts_slab_returns){
+        .client = c, .give_back = give_back, .page = MAP_FAILED, .bell = -1, .stop = -1};
     pthread_mutex_init(&r->lock, NULL);
-    r->stop = eventfd(0, EFD_CLOEXEC);
-    ts_handle_reply reply;
-    int page;
-    ts_status status = ts_handle_get(c, TS_HANDLE_REVOCATIONS, 0, 0, true, &reply, &page);
-    if (status == TS_OK) {
-        r->page = mmap(NULL, TS_REVOCATIONS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
-        close(page);
-        status = ts_handle_get(c, TS_HANDLE_REVOCATION_BELL, 0, 0, true, &reply, &r->bell);
-    }
-    int error = r->page == MAP_FAILED || r->stop < 0 ? ENOMEM : 0;
-    if (status == TS_OK && error == 0)
-        error = start_thread(r);
-    if (status == TS_OK && error != 0)
-        status = ts_fail(c, TS_ENOMEM, "starting the thread that returns GPU memory: %s",
-                         strerror(error));
+    const uint64_t until_ms = ts_call_end_ms(c);
+    ts_status status;
+    do {
+        close_page(r); /* the last daemon's */
+        status = open_page(r);
+    } while (ts_goes_on(c, status, until_ms));
+    if (status == TS_OK)
+        status = start_thread(r);
     if (status == TS_OK)
         c->returns = r;
     else
@@ -127,9 +194,6 @@ void ts_slab_returns_stop(ts_client *c)
         return;
     }
     c->returns = NULL;
-    ssize_t written = write(r->stop, &(uint64_t){1}, sizeof(uint64_t));
-    (void)written; /* an eventfd takes it */
-    pthread_join(r->thread, NULL);
     returns_free(r);
 }
 

@@ -20,6 +20,10 @@ typedef void ts_give_back(ts_pool *pool, uint32_t slab, uint32_t generation);
 /* Starts the thread, unless it runs; it calls give_back under the lock. Thread: the client's. */
 ts_status ts_slab_returns_start(ts_client *client, ts_give_back *give_back);
 
+/* Goes on with the next daemon, which is told what is mapped; what has become others' meanwhile is
+ * unmapped. TS_ECONN: it has gone, too. Thread: the client's. */
+ts_status ts_slab_returns_reopen(ts_client *client);
+
 /* Ends it. In a forked child, which has no such thread, it is forgotten. Thread: the client's. */
 void ts_slab_returns_stop(ts_client *client);
 

@@ -100,13 +100,13 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
     if (status != TS_OK)
         return status;
     /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
-     * there. If the daemon goes meanwhile, this stream must not wait for it. */
+     * there. If the daemon goes meanwhile, this stream must not wait for it for ever. */
     atomic_store(&c->runs_on_stream, number);
     status =
         ts_cuda_hand_over(c, cuda, o->stream, c->signals_there + offsetof(ts_signals, submitted),
                           c->signals_there + offsetof(ts_signals, completed), number);
     if (atomic_load(&c->broken))
-        ts_signals_release_waiters(c);
+        ts_signals_daemon_gone(c);
     return status;
 }
 

@@ -82,9 +82,11 @@ struct ts_client {
     struct ts_slab_returns *returns; /* slab_returns.h; NULL: no slab of a GPU is mapped */
     ts_cuda *cuda;                   /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals;             /* mapped and pinned; NULL: no run was on a stream */
+    struct ts_signals_watch *signals_watch; /* stream_signals.c's own; NULL without signals */
     uint64_t signals_there;
     atomic_uint runs_on_stream; /* runs that were handed over to the daemon's stream */
     bool order_lost;            /* one may or may not have been */
+    atomic_bool abandoned;      /* streams went on without them, since no daemon was at them */
     ts_transport transport;     /* that was asked for */
     ts_rings_memory *rings;     /* NULL: not open */
     uint32_t ring_blocks, ring_slabs, ring_ids; /* that they have room for */

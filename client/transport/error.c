@@ -108,6 +108,12 @@ ts_status ts_may_ask(ts_client *c)
 {
     if (c->pid != getpid())
         return ts_not_ours(c);
+    if (atomic_load(&c->abandoned))
+        return ts_fail(
+            c, TS_ECONN,
+            "the session is over: no daemon at %s was at its runs on a stream for %u ms, "
+            "and the stream went on without them",
+            c->path, c->timeout_ms);
     if (c->lost)
         return ts_fail(c, TS_ECONN, "the session is over: connect again to the daemon at %s",
                        c->path);

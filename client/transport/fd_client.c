@@ -168,6 +168,13 @@ static ts_status get(ts_client *c, ts_handle_request *request, ts_handle_reply *
     return ts_fail(c, TS_EPROTO, "the daemon at %s has sent no descriptor", c->path);
 }
 
+/* Whether the next daemon can be asked for it as the last one was; the others are steps of
+ * something larger, which is begun again. */
+static bool is_whole(enum ts_handle_kind kind)
+{
+    return kind == TS_HANDLE_SLAB || kind == TS_HANDLE_EXCHANGE || kind == TS_HANDLE_SIGNALS;
+}
+
 ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd)
 {
@@ -176,7 +183,7 @@ ts_status ts_handle_get(ts_client *c, enum ts_handle_kind kind, uint32_t pool, u
     ts_status status;
     do
         status = get(c, &request, reply, fd);
-    while (kind == TS_HANDLE_SLAB && ts_goes_on(c, status, until_ms));
+    while (is_whole(kind) && ts_goes_on(c, status, until_ms));
     return status;
 }
 

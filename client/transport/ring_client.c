@@ -93,10 +93,9 @@ ts_status ts_rings_reopen(ts_client *c)
     }
     ts_rings_memory *m = memory;
     fill_in(m, max_blocks, max_slabs, max_ids);
-    memcpy(m->batch_seqs, was->batch_seqs, sizeof m->batch_seqs);
-    memcpy(m->batch_words, was->batch_words, sizeof m->batch_words);
-    memcpy(ts_rings_ids(m, max_blocks, max_slabs), ts_rings_ids(was, max_blocks, max_slabs),
-           max_ids * sizeof(uint32_t));
+    /* What was asked for, and what was answered: a caller may not have read all of it yet. */
+    const size_t head = offsetof(ts_rings_memory, batch_seqs);
+    memcpy((unsigned char *)m + head, (unsigned char *)was + head, bytes - head);
     status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
     /* Callers have pointers into it. */
     if (status == TS_OK &&
@@ -130,7 +129,7 @@ static ts_status find_rings(ts_client *c)
     bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs &&
                   c->ids_wanted <= c->ring_ids;
     ts_status status = enough ? TS_OK : open_rings(c, blocks, slabs, c->ids_wanted);
-    if (status != TS_OK && c->rings != NULL && !has_ended(c->rings))
+    if (status != TS_OK && status != TS_ECONN && c->rings != NULL && !has_ended(c->rings))
         status = TS_OK; /* larger ones can't be had: what doesn't fit goes as a message */
     c->pools_are_new = status != TS_OK;
     return status;

@@ -85,8 +85,10 @@ void ts_engine_free(ts_engine *e)
     for (uint32_t i = 0; i < e->num_sessions; i++)
         /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): no sessions, no memory of them */
         free(e->sessions[i].owned);
-    for (uint32_t i = 0; i < e->num_steps; i++)
+    for (uint32_t i = 0; i < e->num_steps; i++) {
         free(e->steps[i].seqs);
+        free(e->steps[i].stream_runs);
+    }
     free(e->pools);
     free(e->tenants);
     free(e->tenant_sessions);

@@ -120,7 +120,7 @@ typedef struct ts_command {
     uint64_t call;    /* its number by the client's count, which only grows; 0: it has none */
     union {
         struct {
-            uint32_t uid, gid, pid;
+            uint32_t uid, pid;
             uint64_t process_started;
             const char *program;
             bool is_operator;
@@ -132,6 +132,7 @@ typedef struct ts_command {
         struct {
             uint64_t bytes;
             bool other_memory; /* than the last one: it may be smaller */
+            ts_exchange_source source;
         } exchange_open;
         struct {
             const char *name;
@@ -203,7 +204,7 @@ typedef struct ts_command {
         } step_begin;
         struct {
             uint64_t step;
-            ts_layer_run run; /* what is on a stream is the exec's (signals.h) */
+            ts_layer_run run;
         } step_run;
         struct {
             uint64_t step;
@@ -214,6 +215,9 @@ typedef struct ts_command {
             uint64_t step;
             uint32_t layer;   /* that was run; TS_NONE: the copies were made */
             ts_status status; /* what came of it */
+            bool on_stream;   /* it was a run on a stream, with this number */
+            bool undone;      /* ... that no kernel got: its number is free again */
+            uint32_t number;
         } step_done;
         struct {
             uint32_t slab, tenant;
@@ -438,6 +442,10 @@ void ts_refuse_more(ts_answer *answer, ts_status status, uint64_t used, uint64_t
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);
 
 /* Runs of the step that may be in flight: on a GPU, all layers at least. */
+/* Whether it is the session's last run on a stream, asked for again: its answer was lost with an
+ * earlier daemon. */
+bool ts_engine_run_is_known(const ts_engine *engine, const ts_command *run);
+
 uint32_t ts_engine_step_runs_max(const ts_engine *engine, const ts_step *step);
 
 /* The tenant's session whose opening had this nonce (not all 0); NULL: there is none. */

@@ -166,6 +166,21 @@ static void check_names_and_lives(checker *c, const ts_engine_pool *pool)
               seqs->num_lives);
 }
 
+static void check_stream_runs(checker *c, const ts_step *step, uint32_t index)
+{
+    const uint32_t last = c->e->sessions[step->session].stream_number;
+    const uint32_t others = (step->copying ? 1u : 0u) + (step->quarantined ? 1u : 0u);
+    if (step->in_flight < others + step->num_stream_runs)
+        wrong(c, "step %u has %u runs on a stream, and %u of all in flight", index,
+              step->num_stream_runs, step->in_flight);
+    for (uint32_t i = 0; i < step->num_stream_runs; i++) {
+        const uint32_t number = step->stream_runs[i].number;
+        if ((int32_t)(last - number) < 0 ||
+            (i > 0 && (int32_t)(number - step->stream_runs[i - 1].number) <= 0))
+            wrong(c, "step %u has run number %u; the session's last is %u", index, number, last);
+    }
+}
+
 static void check_pool(checker *c, uint32_t index)
 {
     const ts_engine_pool *pool = &c->e->pools[index];
@@ -189,6 +204,7 @@ static void check_pool(checker *c, uint32_t index)
         if (!step->live || step->pool != index)
             continue;
         c->checked++;
+        check_stream_runs(c, step, i);
         for (uint32_t j = 0; j < step->num_seqs; j++) {
             const ts_step_seq *part = &step->seqs[j];
             const ts_sequence *seq = &pool->seqs.all[part->seq];

@@ -3,6 +3,7 @@
 #include "engine_internal.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 
 static bool check_range(const ts_session *s, const char *what, uint64_t offset, uint64_t bytes,
                         ts_answer *a)
@@ -91,6 +92,36 @@ static bool check_overlap(const ts_layer_run *run, const ts_step *step, const ts
     return true;
 }
 
+bool ts_engine_run_is_known(const ts_engine *e, const ts_command *c)
+{
+    const ts_session *s = ts_engine_session(e, c->session);
+    const ts_layer_run *run = &c->step_run.run;
+    return s != NULL && (run->flags & TS_RUN_ON_STREAM) && run->number == s->stream_number &&
+           c->call != 0 && c->call == s->call;
+}
+
+/* A run on a stream gets its place in the session's order. */
+static bool take_number(ts_session *s, ts_step *step, const ts_layer_run *run, ts_answer *a)
+{
+    const uint32_t n = step->num_stream_runs;
+    if (run->number != s->stream_number + 1) {
+        ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u", run->number,
+                  s->stream_number + 1);
+        return false;
+    }
+    if ((n & (n - 1)) == 0) { /* doubling */
+        ts_layer_run *grown = realloc(step->stream_runs, (n == 0 ? 1 : 2 * n) * sizeof *grown);
+        if (grown == NULL) {
+            ts_refuse(a, TS_ENOMEM, "no memory for %u runs on a stream", n + 1);
+            return false;
+        }
+        step->stream_runs = grown;
+    }
+    step->stream_runs[step->num_stream_runs++] = *run;
+    s->stream_number = run->number;
+    return true;
+}
+
 void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
 {
     ts_step *step = ts_engine_own_step(e, s, c->step_run.step, a);
@@ -118,6 +149,8 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         !check_range(s, "v", run->v, row * g->kv_heads, a) ||
         !check_range(s, "out", run->out, row * step->heads, a) ||
         !check_variant(s, run, step, g, a) || !check_overlap(run, step, g, a))
+        return;
+    if ((run->flags & TS_RUN_ON_STREAM) && !take_number(s, step, run, a))
         return;
     step->in_flight++;
     a->step = step;

@@ -7,17 +7,32 @@
 #ifndef TS_SESSION_H
 #define TS_SESSION_H
 
+#include "gpu.h"
 #include "waits.h"
 
 #define TS_PROGRAM_BYTES 64
 #define TS_SECRET_BYTES 16
+
+/* Where an exchange lies. */
+typedef enum ts_exchange_place {
+    TS_EXCHANGE_IN_HOST,
+    TS_EXCHANGE_ON_DEVICE, /* memory of the daemon's */
+    TS_EXCHANGE_OF_CLIENT  /* memory of its own on a device, by an IPC handle */
+} ts_exchange_place;
+
+typedef struct ts_exchange_source {
+    uint32_t place;  /* ts_exchange_place */
+    uint32_t pool;   /* whose device it is on */
+    uint64_t offset; /* in the allocation that the handle is of */
+    uint8_t handle[TS_IPC_HANDLE_BYTES];
+} ts_exchange_source;
 
 typedef struct ts_session {
     uint32_t generation;
     bool live, closing;
     bool away;       /* its client has yet to come back to a daemon that was restarted */
     uint32_t tenant; /* index */
-    uint32_t gid, pid;
+    uint32_t pid;
     uint64_t process_started; /* by /proc: tells the process from a later one with its pid */
     char program[TS_PROGRAM_BYTES];
     uint8_t token[TS_SECRET_BYTES]; /* whoever knows it speaks for the session */
@@ -25,9 +40,11 @@ typedef struct ts_session {
     uint64_t call;                  /* the last one that was carried out, by the client's count */
     uint64_t exchange_bytes;
     uint32_t exchanges; /* that it has had */
-    uint32_t sequences; /* owned */
-    uint64_t blocks;    /* entries in their block tables, and what its open steps reserved */
-    uint32_t steps;     /* open */
+    ts_exchange_source exchange;
+    uint32_t stream_number; /* of the last run on a stream; 0: there was none */
+    uint32_t sequences;     /* owned */
+    uint64_t blocks;        /* entries in their block tables, and what its open steps reserved */
+    uint32_t steps;         /* open */
     uint32_t step_list;
     uint64_t opened_pools;   /* bit i: pool i */
     uint64_t writable_pools; /* bit i: opened to be written */

@@ -60,7 +60,6 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
     *opened = (ts_session){.generation = opened->generation + 1,
                            .live = true,
                            .tenant = tenant,
-                           .gid = c->session_open.gid,
                            .pid = c->session_open.pid,
                            .process_started = c->session_open.process_started,
                            .step_list = TS_NONE,
@@ -86,7 +85,8 @@ ts_session *ts_engine_session_of(const ts_engine *e, uint32_t uid,
     return NULL;
 }
 
-/* What a quarantined step's worker may write is still waited for. */
+/* What a quarantined step's worker may write is still waited for, and runs on streams, which are
+ * done again without being asked for. */
 void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
 {
     (void)none;
@@ -98,7 +98,9 @@ void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts
         const uint32_t others = (step->copying ? 1u : 0u) + (step->quarantined ? 1u : 0u);
         if (step->in_flight > others && c->restarted.crashed)
             step->crashes++;
-        step->in_flight = others;
+        if (e->sessions[step->session].closing) /* nobody waits for them */
+            step->num_stream_runs = 0;
+        step->in_flight = others + step->num_stream_runs;
     }
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         ts_session *s = &e->sessions[i];
@@ -198,6 +200,7 @@ void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, t
         return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
     s->exchange_bytes = bytes;
+    s->exchange = c->exchange_open.source;
     s->exchanges++;
 }
 

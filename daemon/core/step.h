@@ -50,6 +50,10 @@ typedef struct ts_step {
     uint32_t failed_layer;
     uint32_t num_seqs;
     ts_step_seq *seqs;
+    /* Runs on a stream that are in flight, in the order of their numbers: the next daemon does them
+     * again. Room for a power of two. */
+    uint32_t num_stream_runs;
+    ts_layer_run *stream_runs;
 } ts_step;
 
 /* Blocks that adding new_tokens to the sequence takes, a copy of a shared tail included. */

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 ts_step *ts_engine_find_step(const ts_engine *e, uint64_t id)
 {
@@ -82,6 +83,8 @@ static void step_free(ts_engine *e, ts_step *step)
     e->live_steps--;
     free(step->seqs);
     step->seqs = NULL;
+    free(step->stream_runs);
+    step->stream_runs = NULL;
     step->live = false;
     step->next = e->free_step;
     e->free_step = index;
@@ -499,6 +502,18 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     settle(e, step, accepted, true);
 }
 
+static void forget_stream_run(ts_step *step, uint32_t number)
+{
+    uint32_t i = 0;
+    while (i < step->num_stream_runs && step->stream_runs[i].number != number)
+        i++;
+    if (i == step->num_stream_runs)
+        return;
+    step->num_stream_runs--;
+    memmove(step->stream_runs + i, step->stream_runs + i + 1,
+            (step->num_stream_runs - i) * sizeof *step->stream_runs);
+}
+
 void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
 {
     (void)none;
@@ -508,6 +523,10 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
         return ts_refuse(a, TS_ENOENT, "no step %llx is in flight",
                          (unsigned long long)c->step_done.step);
     step->in_flight--;
+    if (c->step_done.on_stream)
+        forget_stream_run(step, c->step_done.number);
+    if (c->step_done.undone)
+        e->sessions[step->session].stream_number = c->step_done.number - 1;
     if (layer == TS_NONE)
         step->copying = false;
     if (layer != TS_NONE) {

@@ -146,8 +146,9 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
             next = job->deadline_ms < next ? job->deadline_ms : next;
             continue;
         }
-        /* It alone: later runs have their own time. */
+        /* It alone: later runs have their own time. The next daemon is to know, too. */
         job->late = true;
+        __atomic_store_n(&job->signals->host->late, job->run_number, __ATOMIC_RELEASE);
         __atomic_store_n(&job->signals->host->submitted, job->run_number, __ATOMIC_RELEASE);
     }
     return next;

@@ -311,6 +311,7 @@ static const ts_exec_gpu *find_gpu(ts_exec *x, const ts_pool_config *p, char *wh
 {
     char reason[128] = "";
     uint32_t first = 0, count = ts_gpu_count(reason, sizeof reason);
+    why[0] = '\0';
     (void)sscanf(p->device, "cuda:%u", &first);
     for (uint32_t i = 0; i < count; i++) {
         const ts_exec_gpu *g = open_gpu(x, (first + i) % count, why, why_bytes);
@@ -318,8 +319,9 @@ static const ts_exec_gpu *find_gpu(ts_exec *x, const ts_pool_config *p, char *wh
             memcmp(ts_gpu_get_info(g->gpu)->uuid, p->device_uuid, sizeof p->device_uuid) == 0)
             return g;
     }
-    snprintf(why, why_bytes, "its GPU, %s, isn't there any more%s%s", p->device_name,
-             reason[0] == '\0' ? "" : ": ", reason);
+    if (count == 0 || why[0] == '\0')
+        snprintf(why, why_bytes, "its GPU, %s, isn't there%s%s", p->device_name,
+                 reason[0] == '\0' ? "" : ": ", reason);
     return NULL;
 }
 

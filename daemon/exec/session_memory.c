@@ -81,6 +81,28 @@ ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why
     return TS_OK;
 }
 
+ts_status ts_exchange_adopt_device(ts_gpu *gpu, int fd, uint64_t bytes, uint64_t *held,
+                                   ts_exchange **out, char *why, size_t why_bytes)
+{
+    ts_status status = new_exchange(out, why, why_bytes);
+    if (status != TS_OK) {
+        close(fd);
+        return status;
+    }
+    ts_exchange *x = *out;
+    status = ts_gpu_shared_adopt(gpu, fd, bytes, held, &x->shared, why, why_bytes);
+    x->gpu = gpu;
+    x->there = x->shared.base;
+    x->bytes = x->shared.bytes;
+    x->fd = x->shared.fd;
+    return keep_or_free(out, status);
+}
+
+int ts_exchange_descriptor(const ts_exchange *x)
+{
+    return x->kept_fd >= 0 ? x->kept_fd : x->fd;
+}
+
 ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, uint64_t *held,
                                  ts_exchange **out, char *why, size_t why_bytes)
 {
@@ -168,6 +190,53 @@ ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes)
     return TS_OK;
 }
 
+ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, char *why,
+                           size_t why_bytes)
+{
+    struct stat about;
+    ts_signals_page *p = *out = calloc(1, sizeof *p);
+    void *host = MAP_FAILED;
+    const bool whole = fstat(fd, &about) == 0 && about.st_size == TS_SIGNALS_BYTES;
+    if (p != NULL && whole)
+        host = mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (host == MAP_FAILED) {
+        snprintf(why, why_bytes,
+                 whole ? "no memory for a page of signals"
+                       : "the page of signals has other than its size");
+        close(fd);
+        free(p);
+        *out = NULL;
+        return whole ? TS_ENOMEM : TS_EINVAL;
+    }
+    p->users = 1;
+    p->fd = fd;
+    p->host = host;
+    p->last_number = last_number;
+    /* The worker's own word: it is what its stream waits for. Beyond what was asked for it can't
+     * be, unless the worker wrote it. */
+    const uint32_t completed = __atomic_load_n(&p->host->completed, __ATOMIC_ACQUIRE);
+    p->first_done = (int32_t)(completed - last_number) > 0 ? last_number : completed;
+    __atomic_add_fetch(&p->host->daemons, 1, __ATOMIC_RELEASE);
+    return TS_OK;
+}
+
+bool ts_signals_had_completed(const ts_signals_page *p, uint32_t number)
+{
+    return (int32_t)(p->first_done - number) >= 0;
+}
+
+bool ts_signals_had_late(const ts_signals_page *p, uint32_t number)
+{
+    const uint32_t late = __atomic_load_n(&p->host->late, __ATOMIC_ACQUIRE);
+    return late != 0 && (int32_t)(late - number) >= 0;
+}
+
+void ts_signals_give_up(ts_signals_page *p)
+{
+    if (p != NULL)
+        __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
+}
+
 ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
                            char *why, size_t why_bytes)
 {
@@ -186,7 +255,8 @@ ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint
     p->there = there;
     p->done = done;
     p->done_there = done_there;
-    __atomic_store_n(done, 0, __ATOMIC_RELEASE); /* what an earlier session left */
+    /* In place of what an earlier session left. */
+    __atomic_store_n(done, p->first_done, __ATOMIC_RELEASE);
     return TS_OK;
 }
 

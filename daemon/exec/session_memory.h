@@ -30,6 +30,13 @@ ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, si
  * closed. TS_EINVAL: it has other than `bytes`, or not all its pages. TS_ENOMEM. */
 ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why, size_t why_bytes);
 
+/* Memory of a device that an earlier daemon made; the rest as ts_exchange_adopt's. */
+ts_status ts_exchange_adopt_device(ts_gpu *gpu, int fd, uint64_t bytes, uint64_t *held,
+                                   ts_exchange **out, char *why, size_t why_bytes);
+
+/* The descriptor by which the next daemon can have it; -1: there is none. */
+int ts_exchange_descriptor(const ts_exchange *exchange);
+
 /* Memory of the device, shared as the pool's memory is; *held counts it: see ts_gpu_shared_new. */
 ts_status ts_exchange_device_new(ts_gpu *gpu, bool vmm, uint64_t bytes, uint64_t *held,
                                  ts_exchange **out, char *why, size_t why_bytes);
@@ -53,6 +60,7 @@ typedef struct ts_signals_page {
     ts_gpu *gpu;       /* NULL: not pinned yet */
     ts_signals *there; /* where the GPU finds it */
     uint32_t *done, *done_there;
+    uint32_t first_done;      /* `done` begins with it: an earlier daemon's last */
     uint32_t last_number;     /* of the runs asked for; atomic: an executor that ends reads it */
     ts_gpu_position alone_at; /* the executor's: of run `alone_number`, if it had its own launch */
     uint32_t alone_number;
@@ -61,6 +69,19 @@ typedef struct ts_signals_page {
 } ts_signals_page;
 
 ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);
+
+/* The page of an earlier daemon's session, by its descriptor, which becomes the page's or is
+ * closed. `last_number` is of the last run that was asked for. TS_EINVAL or TS_ENOMEM with a
+ * sentence. */
+ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, char *why,
+                           size_t why_bytes);
+
+/* Whether the run was over, or its worker was late with it, at an earlier daemon. */
+bool ts_signals_had_completed(const ts_signals_page *page, uint32_t number);
+bool ts_signals_had_late(const ts_signals_page *page, uint32_t number);
+
+/* No run is to come of those that were asked for: what the worker's stream waits for is over. */
+void ts_signals_give_up(ts_signals_page *page);
 
 /* Lets the device use the page. `done` (here and there) is the session's word of the executor. */
 ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,

@@ -93,6 +93,17 @@ void ts_step_plans_free(ts_exec *x)
     free(x->step_plans);
 }
 
+/* Gives up the job and what it uses. */
+static void job_free(step_job *j)
+{
+    ts_exchange_release(j->exchange);
+    ts_signals_release(j->job.signals);
+    give_back(j->plan);
+    free(j->job.copies);
+    free(j->job.seqs);
+    free(j);
+}
+
 static void job_done(ts_job *job)
 {
     step_job *j = (step_job *)job;
@@ -107,25 +118,23 @@ static void finish_job(ts_work *work, void *owner)
     *j->at_live = j->next_live;
     if (j->next_live != NULL)
         j->next_live->at_live = j->at_live;
-    ts_exec_apply(
-        x,
-        &(ts_command){.op = TS_OP_STEP_DONE,
-                      .step_done = {.step = j->step, .layer = j->layer, .status = j->job.status}},
-        &answer);
+    ts_exec_apply(x,
+                  &(ts_command){.op = TS_OP_STEP_DONE,
+                                .step_done = {.step = j->step,
+                                              .layer = j->layer,
+                                              .status = j->job.status,
+                                              .on_stream = j->job.signals != NULL,
+                                              .number = j->job.run_number}},
+                  &answer);
     if (j->job.status != TS_OK && !j->job.dropped)
         ts_log(TS_LOG_WARNING, "step %llx, layer %d: %s", (unsigned long long)j->step,
                (int)j->layer, j->job.why);
-    ts_exchange_release(j->exchange);
-    ts_signals_release(j->job.signals);
-    give_back(j->plan);
     if (j->completion.done != NULL)
         j->completion.done(&j->completion, &(ts_step_result){.step = j->step,
                                                              .run = j->layer != TS_NONE,
                                                              .status = j->job.status,
                                                              .why = j->job.why});
-    free(j->job.copies);
-    free(j->job.seqs);
-    free(j);
+    job_free(j);
     x->resumed(owner);
 }
 
@@ -152,14 +161,6 @@ static step_job *job_new(ts_exec *x, const ts_completion *completion, const ts_s
     j->step = step->id;
     j->layer = TS_NONE;
     return j;
-}
-
-/* A job that will not be. */
-static bool job_drop(step_job *j, void *things)
-{
-    free(things);
-    free(j);
-    return false;
 }
 
 static void submit(ts_exec *x, step_job *j)
@@ -238,9 +239,16 @@ ts_status ts_step_work_copy_again(ts_exec *x, const ts_step *step, char *why, si
 void ts_step_work_undo(ts_exec *x, const ts_command *command, uint64_t step)
 {
     ts_answer answer;
+    const ts_layer_run *run = &command->step_run.run;
+    const bool on_stream = command->op == TS_OP_STEP_RUN && (run->flags & TS_RUN_ON_STREAM);
     ts_exec_apply(x,
                   &(ts_command){.op = TS_OP_STEP_DONE,
-                                .step_done = {.step = step, .layer = TS_NONE, .status = TS_ENOMEM}},
+                                .step_done = {.step = step,
+                                              .layer = TS_NONE,
+                                              .status = TS_ENOMEM,
+                                              .on_stream = on_stream,
+                                              .undone = on_stream,
+                                              .number = on_stream ? run->number : 0}},
                   &answer);
     if (command->op == TS_OP_STEP_BEGIN)
         ts_exec_apply(x,
@@ -275,7 +283,8 @@ bool ts_step_work_uses_replaced(const ts_exec *x, uint64_t session, const ts_exc
 
 bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
 {
-    bool run = command->op == TS_OP_STEP_RUN && (command->step_run.run.flags & TS_RUN_ON_STREAM);
+    bool run = command->op == TS_OP_STEP_RUN && (command->step_run.run.flags & TS_RUN_ON_STREAM) &&
+               !ts_engine_run_is_known(x->engine, command);
     bool end = command->op == TS_OP_STEP_COMMIT || command->op == TS_OP_STEP_ABORT;
     if (!run && !end)
         return false;
@@ -289,12 +298,23 @@ bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
     return wait;
 }
 
+/* Lets the GPU use what a run of the session's needs of its memory. */
+static ts_status reach(const ts_exec_gpu *gpu, const ts_session_memory *m, uint64_t session,
+                       bool on_stream, char *why, size_t why_bytes)
+{
+    uint32_t *done, *done_there;
+    ts_status status = ts_exchange_reach(m->exchange, gpu->gpu, why, why_bytes);
+    if (status != TS_OK || !on_stream)
+        return status;
+    ts_gpu_executor_word(gpu->executor, (uint32_t)session, &done, &done_there);
+    return ts_signals_reach(m->signals, gpu->gpu, done, done_there, why, why_bytes);
+}
+
 bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_command *run,
                             ts_answer *a)
 {
     char why[TS_MESSAGE_BYTES];
     bool on_stream = run->step_run.run.flags & TS_RUN_ON_STREAM;
-    uint32_t number = run->step_run.run.number;
     const ts_step *step = ts_engine_find_step(x->engine, run->step_run.step);
     if (step == NULL || m->exchange == NULL ||
         ts_engine_session_id(x->engine, step->session) != run->session)
@@ -310,35 +330,34 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
                       "the exchange is device memory, but pool '%s' is in host memory", pool);
         return a->status == TS_OK;
     }
-    status = ts_exchange_reach(m->exchange, gpu->gpu, why, sizeof why);
-    if (status == TS_OK && on_stream) {
-        if (m->signals == NULL || number != m->signals->last_number + 1) {
-            ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u%s", number,
-                      m->signals == NULL ? 1 : m->signals->last_number + 1,
-                      m->signals == NULL ? ", after it has asked for its page of signals" : "");
-            return false;
-        }
-        uint32_t *done, *done_there;
-        ts_gpu_executor_word(gpu->executor, (uint32_t)run->session, &done, &done_there);
-        status = ts_signals_reach(m->signals, gpu->gpu, done, done_there, why, sizeof why);
+    if (on_stream && m->signals == NULL) {
+        ts_refuse(a, TS_EINVAL,
+                  "run number %u; the session's next is 1, after it has asked for its page of "
+                  "signals",
+                  run->step_run.run.number);
+        return false;
     }
+    status = reach(gpu, m, run->session, on_stream, why, sizeof why);
     if (status != TS_OK)
         ts_refuse(a, status, "pool '%s': %s", pool, why);
     return status == TS_OK;
 }
 
-bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
-                      const ts_command *command, const ts_step *step)
+/* A job for a run of the step's; NULL: out of memory. */
+static step_job *job_of_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
+                            const ts_layer_run *run, const ts_step *step)
 {
-    const ts_layer_run *run = &command->step_run.run;
     void *memory;
     step_job *j = job_new(x, completion, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
     if (j == NULL)
-        return false;
+        return NULL;
     if (j->gpu != NULL) {
         j->plan = plan_of(x, m, step);
-        if (j->plan == NULL)
-            return job_drop(j, memory);
+        if (j->plan == NULL) {
+            j->job.seqs = memory;
+            job_free(j);
+            return NULL;
+        }
         j->job.plan = &j->plan->plan;
     }
     ts_attention_seq *seqs = memory;
@@ -364,12 +383,151 @@ bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *com
     j->exchange = m->exchange;
     j->exchange->users++;
     if (run->flags & TS_RUN_ON_STREAM) { /* answered now */
-        __atomic_store_n(&m->signals->last_number, run->number, __ATOMIC_RELEASE);
         j->job.signals = m->signals;
         j->job.run_number = run->number;
         m->signals->users++;
         j->completion.done = NULL;
     }
+    return j;
+}
+
+bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
+                      const ts_command *command, const ts_step *step)
+{
+    const ts_layer_run *run = &command->step_run.run;
+    step_job *j = job_of_run(x, m, completion, run, step);
+    if (j == NULL)
+        return false;
+    if (j->job.signals != NULL)
+        __atomic_store_n(&m->signals->last_number, run->number, __ATOMIC_RELEASE);
     submit(x, j);
     return true;
+}
+
+/* The engine hears what came of a run on a stream that no kernel gets any more. */
+static void tell_over(ts_exec *x, uint64_t step, const ts_layer_run *run, ts_status status)
+{
+    ts_answer answer;
+    ts_exec_apply(x,
+                  &(ts_command){.op = TS_OP_STEP_DONE,
+                                .step_done = {.step = step,
+                                              .layer = run->layer,
+                                              .status = status,
+                                              .on_stream = true,
+                                              .number = run->number}},
+                  &answer);
+}
+
+/* The session's oldest run on a stream that is less than `before` runs older than its last one, and
+ * its step; NULL: there is none. */
+static const ts_step *oldest_run(const ts_engine *e, const ts_session *s, uint32_t before,
+                                 ts_layer_run *run)
+{
+    const ts_step *found = NULL;
+    uint32_t oldest = 0;
+    for (uint32_t i = s->step_list; i != TS_NONE; i = e->steps[i].next)
+        for (uint32_t k = 0; k < e->steps[i].num_stream_runs; k++) {
+            const uint32_t age = s->stream_number - e->steps[i].stream_runs[k].number;
+            if (age >= before || (found != NULL && age <= oldest))
+                continue;
+            found = &e->steps[i];
+            oldest = age;
+            *run = found->stream_runs[k];
+        }
+    return found;
+}
+
+/* A job for a run that an earlier daemon was given; NULL with a sentence. */
+static step_job *job_again(ts_exec *x, ts_session_memory *m, const ts_layer_run *run,
+                           const ts_step *step, char *why, size_t why_bytes)
+{
+    const ts_exec_gpu *gpu = x->gpu_of[step->pool];
+    const uint64_t session = ts_engine_session_id(x->engine, step->session);
+    if (step->crashes >= TS_STEP_CRASHES) {
+        snprintf(why, why_bytes, "runs of its step were under way at %u crashes of the daemon",
+                 step->crashes);
+        return NULL;
+    }
+    if (gpu == NULL || m->exchange == NULL || m->signals == NULL) {
+        snprintf(why, why_bytes, "its exchange or its page of signals is gone");
+        return NULL;
+    }
+    if (reach(gpu, m, session, true, why, why_bytes) != TS_OK)
+        return NULL;
+    step_job *j = job_of_run(x, m, &(ts_completion){0}, run, step);
+    if (j == NULL)
+        snprintf(why, why_bytes, "no memory for it");
+    else
+        j->job.late = ts_signals_had_late(m->signals, run->number);
+    return j;
+}
+
+/* Tells the engine of those that are over; how many runs that leaves. */
+static uint32_t tell_of_done(ts_exec *x, const ts_session *s, const ts_signals_page *page)
+{
+    ts_layer_run run;
+    uint32_t left = 0, before = UINT32_MAX;
+    for (const ts_step *step; (step = oldest_run(x->engine, s, before, &run)) != NULL;) {
+        before = s->stream_number - run.number;
+        if (page == NULL || !ts_signals_had_completed(page, run.number))
+            left++;
+        else
+            tell_over(x, step->id, &run,
+                      ts_signals_had_late(page, run.number) ? TS_ETIMEOUT : TS_OK);
+    }
+    return left;
+}
+
+/* Jobs for all the session's runs on streams, linked by `next_live`, the oldest first; NULL with a
+ * sentence. */
+static step_job *jobs_again(ts_exec *x, const ts_session *s, ts_session_memory *m, char *why,
+                            size_t why_bytes)
+{
+    ts_layer_run run;
+    uint32_t before = UINT32_MAX;
+    step_job *first = NULL, **end = &first;
+    for (const ts_step *step; (step = oldest_run(x->engine, s, before, &run)) != NULL;) {
+        before = s->stream_number - run.number;
+        if ((*end = job_again(x, m, &run, step, why, why_bytes)) == NULL) {
+            for (step_job *next; first != NULL; first = next) {
+                next = first->next_live;
+                job_free(first);
+            }
+            return NULL;
+        }
+        end = &(*end)->next_live;
+    }
+    return first;
+}
+
+void ts_step_work_give_up(ts_exec *x, uint64_t session)
+{
+    const ts_session *s = ts_engine_session(x->engine, session);
+    ts_layer_run run;
+    for (const ts_step *step; (step = oldest_run(x->engine, s, UINT32_MAX, &run)) != NULL;)
+        tell_over(x, step->id, &run, TS_EINTERNAL);
+}
+
+void ts_step_work_resume(ts_exec *x, uint64_t session, ts_session_memory *m)
+{
+    const ts_session *s = ts_engine_session(x->engine, session);
+    char why[TS_MESSAGE_BYTES] = "";
+    const uint32_t left = tell_of_done(x, s, m->signals);
+    if (left == 0)
+        return;
+    step_job *jobs = jobs_again(x, s, m, why, sizeof why);
+    if (jobs == NULL) { /* each waits for the one before it: all or none */
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session},
+                  "%u runs of session %llx aren't done again: %s", left,
+                  (unsigned long long)session, why);
+        ts_step_work_give_up(x, session);
+        return ts_signals_give_up(m->signals);
+    }
+    ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = session},
+              "%u runs on a stream of session %llx are done again", left,
+              (unsigned long long)session);
+    for (step_job *next; jobs != NULL; jobs = next) {
+        next = jobs->next_live;
+        submit(x, jobs);
+    }
 }

@@ -21,6 +21,12 @@ static const char *exchange_name(char *name, uint64_t session, uint32_t number)
     return name;
 }
 
+static const char *signals_name(char *name, uint64_t session)
+{
+    snprintf(name, NAME_BYTES, "s%llx", (unsigned long long)session);
+    return name;
+}
+
 /* Stores it, and waits until the holder has it: what a client is told of must be there after a
  * death at any instruction. A holder that doesn't answer in time, or has died, is the log's. */
 static ts_status put(ts_store *store, const char *name, int fd, char *why, size_t why_bytes)
@@ -82,4 +88,24 @@ int ts_stored_exchange_take(ts_store *store, uint64_t session, uint32_t number)
 {
     char name[NAME_BYTES];
     return ts_store_take(store, exchange_name(name, session, number));
+}
+
+ts_status ts_stored_signals_put(ts_store *store, uint64_t session, int fd, char *why,
+                                size_t why_bytes)
+{
+    char name[NAME_BYTES];
+    return put(store, signals_name(name, session), fd, why, why_bytes);
+}
+
+void ts_stored_signals_forget(ts_store *store, uint64_t session)
+{
+    char name[NAME_BYTES];
+    if (store != NULL)
+        (void)ts_store_remove(store, signals_name(name, session));
+}
+
+int ts_stored_signals_take(ts_store *store, uint64_t session)
+{
+    char name[NAME_BYTES];
+    return ts_store_take(store, signals_name(name, session));
 }

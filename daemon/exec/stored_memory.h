@@ -1,7 +1,7 @@
 /*
- * Pools' slabs and sessions' exchanges in the store, where the next daemon finds them: under names
- * that the books tell (restart/books.h). Memory that doesn't outlive the daemon isn't stored, and
- * nothing is done for it.
+ * Pools' slabs, and sessions' exchanges and pages of signals, in the store, where the next daemon
+ * finds them: under names that the books tell (restart/books.h). Memory that doesn't outlive the
+ * daemon isn't stored, and nothing is done for it.
  *
  * Thread: the engine's owner of the moment (work_queue.h).
  */
@@ -31,5 +31,11 @@ ts_status ts_stored_exchange_put(ts_store *store, uint64_t session, uint32_t num
                                  char *why, size_t why_bytes);
 void ts_stored_exchange_forget(ts_store *store, uint64_t session, uint32_t number);
 int ts_stored_exchange_take(ts_store *store, uint64_t session, uint32_t number);
+
+/* The same of its page of signals, of which it has one. */
+ts_status ts_stored_signals_put(ts_store *store, uint64_t session, int fd, char *why,
+                                size_t why_bytes);
+void ts_stored_signals_forget(ts_store *store, uint64_t session);
+int ts_stored_signals_take(ts_store *store, uint64_t session);
 
 #endif

@@ -5,6 +5,7 @@
 #include "exchange_open.h"
 #include "ring_server.h"
 #include "slab_holder.h"
+#include "stored_memory.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -50,6 +51,25 @@ static ts_status open_doorbell(ts_service *s, ts_connection *c, ts_handle_ask *a
     return hand_out(ask, c->ring->doorbell, 0, why, why_bytes);
 }
 
+/* The session's page of signals, made and stored at the first need. */
+static ts_status hand_out_signals(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                                  size_t why_bytes)
+{
+    ts_signals_page **page = &c->memory.signals;
+    ts_status status = TS_OK;
+    if (*page == NULL) {
+        status = ts_signals_new(page, why, why_bytes);
+        if (status == TS_OK && s->exec.books != NULL)
+            status = ts_stored_signals_put(s->exec.store, c->session, (*page)->fd, why, why_bytes);
+        if (status != TS_OK) {
+            ts_signals_release(*page);
+            *page = NULL;
+            return status;
+        }
+    }
+    return hand_out(ask, (*page)->fd, TS_SIGNALS_BYTES, why, why_bytes);
+}
+
 static ts_status hand_out_revocations(ts_connection *c, ts_handle_ask *ask, char *why,
                                       size_t why_bytes)
 {
@@ -82,7 +102,7 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
         memcmp(c->token, r->token, sizeof c->token) != 0) {
         snprintf(why, why_bytes, "uid %u has no session %llx with this token", ask->uid,
                  (unsigned long long)r->session);
-        return TS_EPERM;
+        return TS_ECONN; /* it may be an earlier daemon's, and come back */
     }
     const ts_session *session = ts_engine_session(s->exec.engine, c->session);
     if (r->kind == TS_HANDLE_EXCHANGE) {
@@ -104,13 +124,8 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
                     ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS, TS_RING_IDS), why, why_bytes);
     if (r->kind == TS_HANDLE_DOORBELL)
         return open_doorbell(s, c, ask, why, why_bytes);
-    if (r->kind == TS_HANDLE_SIGNALS) {
-        ts_status status =
-            c->memory.signals != NULL ? TS_OK : ts_signals_new(&c->memory.signals, why, why_bytes);
-        return status != TS_OK
-                   ? status
-                   : hand_out(ask, c->memory.signals->fd, TS_SIGNALS_BYTES, why, why_bytes);
-    }
+    if (r->kind == TS_HANDLE_SIGNALS)
+        return hand_out_signals(s, c, ask, why, why_bytes);
     if (r->kind == TS_HANDLE_REVOCATIONS || r->kind == TS_HANDLE_REVOCATION_BELL)
         return hand_out_revocations(c, ask, why, why_bytes);
     if (r->kind != TS_HANDLE_SLAB || r->pool >= s->exec.engine->num_pools ||

@@ -330,10 +330,13 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c, co
     __atomic_store_n(&h->op, 0, __ATOMIC_RELEASE);
 }
 
-void ts_books_serve(ts_books *b)
+void ts_books_taken_over(ts_books *b, ts_takeover_end end)
 {
-    if (b != NULL)
-        b->journal.head->attempts = 0;
+    if (b == NULL)
+        return;
+    ts_journal_head *h = b->journal.head;
+    h->attempts = end == TS_TAKEOVER_SERVES ? 0 : h->attempts + (end == TS_TAKEOVER_FAILED);
+    h->taking_over = 0;
 }
 
 volatile uint32_t *ts_books_crash_word(ts_books *b)
@@ -389,6 +392,7 @@ static void look_at_death(ts_journal_head *h, ts_books_start *start)
     h->suspect_call = h->call;
     h->op = 0;
     start->crash = (int)h->crash;
+    h->attempts += h->taking_over != 0 && h->crash != 0;
     h->crash = 0;
     start->last_op = h->suspect_op;
     start->last_session = h->suspect_session;
@@ -406,12 +410,13 @@ static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
                  h->attempts);
         return TS_EPROTO;
     }
-    h->attempts++;
+    h->taking_over = 1;
     ts_status status = read_snapshot(b, r, start->why, sizeof start->why);
     if (status == TS_OK)
         status = follow(&b->journal, r, &start->entries, start->why, sizeof start->why);
-    if (status == TS_OK &&
-        (ts_invariants_check(r->engine, note_problem, problem) == 0 || problem[0] != '\0')) {
+    if (status == TS_OK)
+        (void)ts_invariants_check(r->engine, note_problem, problem);
+    if (status == TS_OK && problem[0] != '\0') {
         snprintf(start->why, sizeof start->why, "the books contradict themselves: %s", problem);
         status = TS_EPROTO;
     }

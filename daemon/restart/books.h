@@ -71,8 +71,15 @@ void ts_books_begin(ts_books *books, const ts_command *command);
 void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *command,
                    const ts_answer *answer);
 
-/* The restart was a success: the daemon serves. */
-void ts_books_serve(ts_books *books);
+/* How an attempt to take over ended. Three that fail, or crash, are enough: then the next daemon
+ * begins with nothing. One that was killed from outside doesn't count. */
+typedef enum ts_takeover_end {
+    TS_TAKEOVER_SERVES,
+    TS_TAKEOVER_FAILED,
+    TS_TAKEOVER_WAITS /* for a device: nothing is wrong with the books */
+} ts_takeover_end;
+
+void ts_books_taken_over(ts_books *books, ts_takeover_end end);
 
 /* Where a handler of SIGSEGV and the like notes the signal, so that the next daemon knows that this
  * one ended itself; NULL: nowhere. */

@@ -35,7 +35,9 @@ typedef struct ts_journal_head {
     uint64_t head;                 /* what is published ends here; atomic */
     uint32_t snapshots;            /* that were ever whole; the last is at snapshots % 2; atomic */
     uint32_t restarts;             /* that took over what there was */
-    uint32_t attempts;             /* to take over, since the last that did */
+    uint32_t attempts;             /* to take over that failed, since the last that did */
+    uint32_t taking_over;          /* 1: an attempt is under way */
+    uint32_t pad2;
     uint32_t op;                   /* that is being applied; 0: none is */
     uint64_t session, call;        /* ... for whom */
     uint64_t suspect_session, suspect_call; /* that was being applied at the last death */

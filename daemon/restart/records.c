@@ -120,13 +120,33 @@ static const ts_field space_fields[] = {
 #undef S
 #define S(member) F(ts_session, member)
 static const ts_field session_fields[] = {
-    S(generation),     S(live),         S(closing),      S(away),
-    S(tenant),         S(gid),          S(pid),          S(process_started),
-    S(program),        S(token),        S(nonce),        S(call),
-    S(exchange_bytes), S(exchanges),    S(sequences),    S(blocks),
-    S(steps),          S(step_list),    S(opened_pools), S(writable_pools),
-    S(claims),         S(newest_claim), S(wait),         S(next_free),
-    S(in_closing),     S(next_closing),
+    S(generation),
+    S(live),
+    S(closing),
+    S(away),
+    S(tenant),
+    S(pid),
+    S(process_started),
+    S(program),
+    S(token),
+    S(nonce),
+    S(call),
+    S(exchange_bytes),
+    S(exchanges),
+    S(exchange),
+    S(stream_number),
+    S(sequences),
+    S(blocks),
+    S(steps),
+    S(step_list),
+    S(opened_pools),
+    S(writable_pools),
+    S(claims),
+    S(newest_claim),
+    S(wait),
+    S(next_free),
+    S(in_closing),
+    S(next_closing),
 };
 #undef S
 #define S(member) F(ts_step, member)
@@ -134,12 +154,18 @@ static const ts_field step_fields[] = {
     S(id),        S(call),   S(session), S(pool),         S(prev),      S(next),
     S(in_flight), S(live),   S(append),  S(copying),      S(crashes),   S(heads),
     S(io_dtype),  S(scale),  S(kernel),  S(class),        S(by_worker), S(quarantined),
-    S(tokens),    S(layers), S(failed),  S(failed_layer), S(num_seqs),
+    S(tokens),    S(layers), S(failed),  S(failed_layer), S(num_seqs),  S(num_stream_runs),
 };
 #undef S
 #define S(member) F(ts_step_seq, member)
 static const ts_field step_seq_fields[] = {
     S(seq), S(start), S(new_tokens), S(reserved), S(original), S(known),
+};
+#undef S
+#define S(member) F(ts_layer_run, member)
+static const ts_field run_fields[] = {
+    S(q),     S(k),        S(v),          S(out),    S(sinks),     S(alibi), S(lse),   S(scales),
+    S(scale), S(soft_cap), S(rope_theta), S(window), S(rope_dims), S(layer), S(flags), S(number),
 };
 #undef S
 #define S(member) F(ts_claims, member)
@@ -195,6 +221,7 @@ const ts_record_type ts_record_types[TS_RECORDS] = {
     [TS_RECORD_CLAIM] = TYPE(ts_claim, claim_fields),
     [TS_RECORD_NAME] = TYPE(ts_stored_name, name_fields),
     [TS_RECORD_ANSWER] = TYPE(ts_stored_answer, answer_fields),
+    [TS_RECORD_RUN] = TYPE(ts_layer_run, run_fields),
 };
 
 /* As they are stored. */
@@ -340,6 +367,11 @@ bool ts_records_open(ts_record_reader *r, const void *bytes, uint64_t count)
         }
     }
     return true;
+}
+
+bool ts_records_has(const ts_record_reader *r, ts_record type)
+{
+    return r->bytes[type] > 0;
 }
 
 uint64_t ts_records_next(ts_record_reader *r, ts_record type)

@@ -39,6 +39,7 @@ typedef enum ts_record {
     TS_RECORD_CLAIM,
     TS_RECORD_NAME,
     TS_RECORD_ANSWER,
+    TS_RECORD_RUN,
     TS_RECORDS
 } ts_record;
 
@@ -96,6 +97,9 @@ typedef struct ts_record_reader {
 
 /* Reads the tables. False: they can't be, and reader->why is set, as by what follows. */
 bool ts_records_open(ts_record_reader *reader, const void *bytes, uint64_t count);
+
+/* Whether whoever wrote it knew of the type. */
+bool ts_records_has(const ts_record_reader *reader, ts_record type);
 
 /* How many records of the type come next; 0 after an error. */
 uint64_t ts_records_next(ts_record_reader *reader, ts_record type);

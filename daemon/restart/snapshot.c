@@ -185,6 +185,14 @@ static void put_steps(ts_record_writer *w, const ts_engine *e)
     for (uint32_t i = 0; i < e->num_steps; i++)
         if (e->steps[i].live)
             ts_records_put_more(w, TS_RECORD_STEP_SEQ, e->steps[i].seqs, e->steps[i].num_seqs);
+    uint64_t runs = 0;
+    for (uint32_t i = 0; i < e->num_steps; i++)
+        runs += e->steps[i].live ? e->steps[i].num_stream_runs : 0;
+    ts_records_put_count(w, TS_RECORD_RUN, runs);
+    for (uint32_t i = 0; i < e->num_steps; i++)
+        if (e->steps[i].live)
+            ts_records_put_more(w, TS_RECORD_RUN, e->steps[i].stream_runs,
+                                e->steps[i].num_stream_runs);
 }
 
 static void put_claims(ts_record_writer *w, const ts_claims *c)
@@ -451,13 +459,35 @@ static bool point_part(const ts_engine *e, const ts_step *step, ts_step_seq *par
     return true;
 }
 
+/* A version before had none. */
+static bool get_stream_runs(ts_record_reader *r, ts_engine *e)
+{
+    uint64_t runs = 0;
+    for (uint32_t i = 0; i < e->num_steps; i++)
+        runs += e->steps[i].live ? e->steps[i].num_stream_runs : 0;
+    if (!ts_records_has(r, TS_RECORD_RUN))
+        return runs == 0;
+    bool ok = ts_records_next(r, TS_RECORD_RUN) == runs;
+    for (uint32_t i = 0; i < e->num_steps && ok; i++) {
+        ts_step *step = &e->steps[i];
+        const uint32_t n = step->live ? step->num_stream_runs : 0;
+        if (n == 0)
+            continue;
+        step->stream_runs = calloc(power_of_two(1, n), sizeof *step->stream_runs);
+        ok = step->stream_runs != NULL && ts_records_get(r, TS_RECORD_RUN, step->stream_runs, n);
+    }
+    return ok;
+}
+
 static bool get_steps(ts_record_reader *r, ts_engine *e, uint32_t count)
 {
     e->steps = get_array(r, TS_RECORD_STEP, count, power_of_two(1, count) - count);
     if (e->steps == NULL)
         return false;
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; i < count; i++) {
         e->steps[i].seqs = NULL;
+        e->steps[i].stream_runs = NULL;
+    }
     e->num_steps = count;
     uint64_t parts = 0;
     for (uint32_t i = 0; i < count; i++)
@@ -473,7 +503,7 @@ static bool get_steps(ts_record_reader *r, ts_engine *e, uint32_t count)
         for (uint32_t j = 0; j < step->num_seqs && ok; j++)
             ok = point_part(e, step, &step->seqs[j]);
     }
-    return ok;
+    return ok && get_stream_runs(r, e);
 }
 
 static bool get_claims(ts_record_reader *r, ts_claims *c)

@@ -5,6 +5,7 @@
 #include "stored_memory.h"
 
 #include <stdio.h>
+#include <string.h>
 
 /* The device that an exchange is to be shared with, or NULL and the answer refuses. */
 static ts_gpu *exchange_gpu(const ts_service *s, const ts_connection *c,
@@ -43,16 +44,29 @@ static bool may_replace(const ts_service *s, const ts_connection *c, ts_answer *
     return false;
 }
 
-/* The memory takes the place of the connection's, unless the engine refuses. */
+/* The memory is stored, and takes the place of the connection's, unless the engine refuses. */
 static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
                              const ts_command *command, ts_answer *a)
 {
+    char why[TS_MESSAGE_BYTES];
+    const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges + 1;
+    const bool stores = s->exec.books != NULL && x != NULL && ts_exchange_descriptor(x) >= 0;
+    ts_status status = TS_OK;
+    if (stores)
+        status = ts_stored_exchange_put(s->exec.store, c->session, number,
+                                        ts_exchange_descriptor(x), why, sizeof why);
+    if (status != TS_OK) {
+        ts_exchange_release(x);
+        return ts_refuse(a, status, "an exchange: %s", why);
+    }
     ts_exec_apply(&s->exec, command, a);
-    if (a->status != TS_OK)
+    if (a->status != TS_OK) {
+        if (stores)
+            ts_stored_exchange_forget(s->exec.store, c->session, number);
         return ts_exchange_release(x);
+    }
     ts_exchange_release(c->memory.exchange);
     c->memory.exchange = x;
-    const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges;
     ts_stored_exchange_forget(s->exec.store, c->session, number - 1);
 }
 
@@ -65,6 +79,18 @@ static ts_status new_on_device(const ts_exec *x, uint32_t pool, uint32_t tenant,
                ? status
                : ts_exchange_device_new(g->gpu, x->memory[pool]->ipc_handle == NULL, bytes,
                                         &g->exchange_bytes[tenant], out, why, why_bytes);
+}
+
+/* What the next daemon needs to find it again. */
+static ts_exchange_source source_of(const Tspb__ExchangeOpen *open)
+{
+    ts_exchange_source from = {.place = TS_EXCHANGE_ON_DEVICE, .pool = open->pool};
+    if (open->ipc_handle.len == sizeof from.handle) {
+        from.place = TS_EXCHANGE_OF_CLIENT;
+        from.offset = open->ipc_offset;
+        memcpy(from.handle, open->ipc_handle.data, sizeof from.handle);
+    }
+    return from;
 }
 
 /* The memory comes first, so that applying the command is all that changes the engine. */
@@ -93,6 +119,7 @@ void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen 
             return ts_refuse(a, status, "an exchange: %s", why);
     }
     command->exchange_open.other_memory = c->memory.exchange != NULL;
+    command->exchange_open.source = source_of(open);
     replace_exchange(s, c, x, command, a);
 }
 
@@ -109,12 +136,6 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
     ts_status status = ts_exchange_take(&c->memory.new_exchange, &x, why, why_bytes);
     if (status != TS_OK)
         return status;
-    const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges + 1;
-    if (x->kept_fd >= 0 && (status = ts_stored_exchange_put(s->exec.store, c->session, number,
-                                                            x->kept_fd, why, why_bytes)) != TS_OK) {
-        ts_exchange_release(x);
-        return status;
-    }
     ts_command command = {.op = TS_OP_EXCHANGE_OPEN,
                           .session = c->session,
                           .exchange_open = {.bytes = x->bytes,
@@ -122,8 +143,6 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
                                                             c->memory.exchange->host == NULL}};
     *bytes = x->bytes;
     replace_exchange(s, c, x, &command, &a);
-    if (a.status != TS_OK)
-        ts_stored_exchange_forget(s->exec.store, c->session, number);
     snprintf(why, why_bytes, "%s", a.message);
     return a.status;
 }

@@ -2,6 +2,7 @@
 #include "resume.h"
 
 #include "clock.h"
+#include "step_work.h"
 #include "stored_memory.h"
 
 #include <fcntl.h>
@@ -18,8 +19,9 @@ _Static_assert(TS_SECRET_BYTES == TS_TOKEN_BYTES, "a session's secret is its tok
 typedef struct ts_absent {
     struct ts_absent *next;
     uint64_t session;
-    int process;          /* a descriptor of it; -1: it can't be seen */
-    uint64_t deadline_ms; /* ... and then */
+    int process;              /* a descriptor of it; -1: it can't be seen */
+    uint64_t deadline_ms;     /* ... and then */
+    ts_session_memory memory; /* taken over for it */
 } ts_absent;
 
 uint64_t ts_process_started(uint32_t pid)
@@ -81,6 +83,7 @@ static void remove_absent(ts_absent **at)
     *at = absent->next;
     if (absent->process >= 0)
         close(absent->process);
+    ts_service_free_memory(&absent->memory);
     free(absent);
 }
 
@@ -99,9 +102,64 @@ static void look(ts_service *s, bool last)
             at = &absent->next;
             continue;
         }
+        ts_step_work_drop_session(&s->exec, session);
         remove_absent(at);
         end(s, session, gone ? "its process has ended" : "it did not come back");
     }
+}
+
+/* A device's exchange of an earlier daemon's session. */
+static ts_status take_device_exchange(const ts_exec *x, uint64_t session, ts_exchange **out,
+                                      char *why, size_t why_bytes)
+{
+    const ts_session *about = ts_engine_session(x->engine, session);
+    const ts_exchange_source *from = &about->exchange;
+    const ts_exec_gpu *gpu = from->pool < TS_POOLS_MAX ? x->gpu_of[from->pool] : NULL;
+    if (gpu == NULL) {
+        snprintf(why, why_bytes, "its GPU isn't there any more");
+        return TS_EDEVICE;
+    }
+    if (from->place == TS_EXCHANGE_OF_CLIENT)
+        return ts_exchange_import(gpu->gpu, from->handle, from->offset, about->exchange_bytes, out,
+                                  why, why_bytes);
+    const int fd = ts_stored_exchange_take(x->store, session, about->exchanges);
+    if (fd < 0) {
+        snprintf(why, why_bytes, "it isn't in the store, where cuda-ipc memory can't be");
+        return TS_ENOENT;
+    }
+    return ts_exchange_adopt_device(gpu->gpu, fd, about->exchange_bytes,
+                                    &gpu->exchange_bytes[about->tenant], out, why, why_bytes);
+}
+
+static ts_status take_exchange(const ts_exec *x, uint64_t session, ts_exchange **out, char *why,
+                               size_t why_bytes)
+{
+    const ts_session *about = ts_engine_session(x->engine, session);
+    if (about->exchange.place != TS_EXCHANGE_IN_HOST)
+        return take_device_exchange(x, session, out, why, why_bytes);
+    const int fd = ts_stored_exchange_take(x->store, session, about->exchanges);
+    if (fd >= 0)
+        return ts_exchange_adopt(fd, about->exchange_bytes, out, why, why_bytes);
+    snprintf(why, why_bytes, "it isn't in the store");
+    return TS_ENOENT;
+}
+
+/* What an earlier daemon's session shared with it, as far as it is there. */
+static void take_memory(const ts_service *s, uint64_t session, ts_session_memory *m)
+{
+    const ts_session *about = ts_engine_session(s->exec.engine, session);
+    const ts_log_about who = {.session = session, .pid = about->pid};
+    char why[TS_MESSAGE_BYTES];
+    *m = (ts_session_memory){0};
+    if (about->exchange_bytes > 0 &&
+        take_exchange(&s->exec, session, &m->exchange, why, sizeof why) != TS_OK)
+        ts_log_on(TS_LOG_WARNING, &who, "the exchange of session %llx is lost: %s",
+                  (unsigned long long)session, why);
+    const int fd = ts_stored_signals_take(s->exec.store, session);
+    if (fd >= 0 &&
+        ts_signals_adopt(fd, about->stream_number, &m->signals, why, sizeof why) != TS_OK)
+        ts_log_on(TS_LOG_WARNING, &who, "the page of signals of session %llx is lost: %s",
+                  (unsigned long long)session, why);
 }
 
 void ts_resume_start(ts_service *s)
@@ -118,16 +176,22 @@ void ts_resume_start(ts_service *s)
             ts_service_quarantine_again(s, session, about->pid);
             continue;
         }
+        ts_session_memory memory;
+        take_memory(s, session, &memory);
         ts_absent *absent = NULL;
         if (!lives(about, &process) || (absent = malloc(sizeof *absent)) == NULL) {
+            ts_step_work_give_up(&s->exec, session);
+            ts_service_free_memory(&memory);
             end(s, session, "its process ended with the daemon before this one");
             continue;
         }
         *absent = (ts_absent){.next = s->absent,
                               .session = session,
                               .process = process,
-                              .deadline_ms = ts_now_ms() + TS_RESUME_MS};
+                              .deadline_ms = ts_now_ms() + TS_RESUME_MS,
+                              .memory = memory};
         s->absent = absent;
+        ts_step_work_resume(&s->exec, session, &absent->memory);
     }
 }
 
@@ -136,6 +200,8 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
     const ts_session *about = ts_engine_session(s->exec.engine, session);
     for (ts_absent **at = &s->absent; *at != NULL; at = &(*at)->next)
         if ((*at)->session == session) {
+            c->memory = (*at)->memory;
+            (*at)->memory = (ts_session_memory){0};
             remove_absent(at);
             break;
         }
@@ -145,14 +211,6 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
     s->by_session[(uint32_t)session] = c;
     ts_answer back;
     ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SESSION_BACK, .session = session}, &back);
-    if (about->exchange_bytes == 0)
-        return;
-    char why[TS_MESSAGE_BYTES] = "it isn't in the store";
-    const int fd = ts_stored_exchange_take(s->exec.store, session, about->exchanges);
-    if (fd < 0 ||
-        ts_exchange_adopt(fd, about->exchange_bytes, &c->memory.exchange, why, sizeof why) != TS_OK)
-        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session, .uid = c->uid, .pid = c->pid},
-                  "the exchange of session %llx is lost: %s", (unsigned long long)session, why);
 }
 
 /* Aborts the session's step that the call began, if there is one. */
@@ -216,6 +274,7 @@ bool ts_resume_end(ts_service *s, uint64_t session, const char *why)
         at = &(*at)->next;
     if (*at == NULL)
         return false;
+    ts_step_work_drop_session(&s->exec, session);
     remove_absent(at);
     end(s, session, why);
     return true;

@@ -157,6 +157,18 @@ void ts_service_set_alarm(ts_service *s)
     ts_queue_set_alarm(&s->exec.queue, &s->alarm, at);
 }
 
+void ts_service_free_memory(ts_session_memory *m)
+{
+    ts_filling_end(&m->new_exchange);
+    ts_filling_end(&m->new_rings);
+    ts_exchange_release(m->exchange);
+    ts_signals_release_waiters(m->signals);
+    ts_signals_release(m->signals);
+    ts_step_plan_release(m->plan);
+    ts_slab_holder_free(m->slabs);
+    *m = (ts_session_memory){0};
+}
+
 void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, session);
@@ -164,6 +176,7 @@ void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid)
     const bool writes = ts_engine_session_writes(s->exec.engine, session);
     if (about->exchange_bytes > 0)
         ts_stored_exchange_forget(s->exec.store, session, about->exchanges);
+    ts_stored_signals_forget(s->exec.store, session);
     ts_exec_apply(&s->exec,
                   &(ts_command){.op = TS_OP_SESSION_CLOSE,
                                 .session = session,
@@ -193,14 +206,7 @@ void ts_service_end_session(ts_service *s, ts_connection *c)
         c->idle_since_ms = ts_now_ms();
         (void)ts_service_go_on(s, c, true);
     }
-    ts_filling_end(&c->memory.new_exchange);
-    ts_filling_end(&c->memory.new_rings);
-    ts_exchange_release(c->memory.exchange);
-    ts_signals_release_waiters(c->memory.signals);
-    ts_signals_release(c->memory.signals);
-    ts_step_plan_release(c->memory.plan);
-    ts_slab_holder_free(c->memory.slabs);
-    c->memory = (ts_session_memory){0};
+    ts_service_free_memory(&c->memory);
     for (ts_close_hook *hook = c->on_end, *next; hook != NULL; hook = next) {
         next = hook->next;
         hook->close(hook);

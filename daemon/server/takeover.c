@@ -96,24 +96,11 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
     return ts_service_init_with(s, engine);
 }
 
-/* Whether the stored descriptor is one of the state's: an exchange, whose session takes it when it
- * comes back, or what was set aside. */
-static bool is_known(const ts_service *s, const char *name)
-{
-    unsigned long long session;
-    unsigned number;
-    if (strncmp(name, "failed.", 7) == 0)
-        return true;
-    if (sscanf(name, "x%llx.%x", &session, &number) != 2)
-        return false;
-    const ts_session *about = ts_engine_session(s->exec.engine, session);
-    return about != NULL && about->exchange_bytes > 0 && about->exchanges == number;
-}
-
+/* What nobody took belongs to nothing. */
 static void drop_unknown(void *service, const char *name)
 {
     ts_service *s = service;
-    if (is_known(s, name))
+    if (strncmp(name, "failed.", 7) == 0) /* set aside for the operator */
         return;
     ts_log(TS_LOG_DEBUG, "'%s' in the store belongs to nothing: it is dropped", name);
     (void)ts_store_remove(s->exec.store, name);
@@ -162,7 +149,14 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
     if (s->started.restored) {
         status = ts_pool_memory_restore(&s->exec, s->started.crash != 0, why, sizeof why);
         if (status != TS_OK) {
-            ts_log(TS_LOG_ERROR, "the pools can't be taken over: %s", why);
+            ts_log(TS_LOG_ERROR, "the pools can't be taken over: %s%s", why,
+                   status == TS_EDEVICE
+                       ? "; what is stored stays, and it is tried again (under CUDA's "
+                         "multi-process service, after a fault, when every process that had "
+                         "a context has ended)"
+                       : "");
+            ts_books_taken_over(s->exec.books,
+                                status == TS_EDEVICE ? TS_TAKEOVER_WAITS : TS_TAKEOVER_FAILED);
             return status;
         }
         end_poison(s);

@@ -117,6 +117,11 @@ typedef struct ts_gpu_shared {
 ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, uint64_t *held, ts_gpu_shared *out,
                             char *why, size_t why_bytes);
 
+/* Maps memory that ts_gpu_shared_new of an earlier process made (vmm), by its descriptor, which
+ * becomes the memory's or is closed. `bytes` are those that were asked for then. */
+ts_status ts_gpu_shared_adopt(ts_gpu *gpu, int fd, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                              char *why, size_t why_bytes);
+
 /* Maps `bytes` from `offset` of another process's cudaMalloc memory. TS_EINVAL: not a handle that
  * this device can map, or the range lies outside of the allocation. */
 ts_status ts_gpu_shared_import(ts_gpu *gpu, const uint8_t handle[TS_IPC_HANDLE_BYTES],

@@ -433,6 +433,40 @@ ts_status ts_gpu_shared_new(ts_gpu *gpu, bool vmm, size_t bytes, uint64_t *held,
     return TS_OK;
 }
 
+ts_status ts_gpu_shared_adopt(ts_gpu *gpu, int fd, size_t bytes, uint64_t *held, ts_gpu_shared *out,
+                              char *why, size_t why_bytes)
+{
+    *out = (ts_gpu_shared){.gpu = gpu, .fd = -1, .held = held};
+    const ts_gpu_driver *d = &gpu->driver;
+    const size_t physical = round_up(bytes, gpu->info.granularity);
+    CUdeviceptr at = 0;
+    CUmemGenericAllocationHandle handle;
+    CUresult error = CUDA_SUCCESS;
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status == TS_OK && (error = d->address_reserve(&at, physical, 0, 0, 0)) != CUDA_SUCCESS)
+        status = ts_gpu_fail_driver(gpu, error, "reserving addresses", physical, why, why_bytes);
+    if (status == TS_OK) {
+        error = d->import_handle(&handle, (void *)(uintptr_t)fd,
+                                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+        if (error != CUDA_SUCCESS) {
+            status = ts_gpu_fail_driver(gpu, error, "taking over device memory", physical, why,
+                                        why_bytes);
+        } else {
+            status = vmm_map(gpu, at, physical, handle, why, why_bytes);
+            (void)d->mem_release(handle); /* the mapping and the descriptor keep it */
+        }
+        if (status != TS_OK)
+            (void)d->address_free(at, physical);
+    }
+    if (status != TS_OK) {
+        close(fd);
+        return status;
+    }
+    out->fd = fd;
+    note_made(out, KIND_VMM, (void *)at, physical);
+    return TS_OK;
+}
+
 ts_status ts_gpu_shared_import(ts_gpu *gpu, const uint8_t handle[TS_IPC_HANDLE_BYTES],
                                uint64_t offset, size_t bytes, ts_gpu_shared *out, char *why,
                                size_t why_bytes)

@@ -64,6 +64,7 @@ int main(void)
         {CURRENT(cuIpcCloseMemHandle), "cuIpcCloseMemHandle"},
         {CURRENT(cuIpcGetMemHandle), "cuIpcGetMemHandle"},
         {CURRENT(cuMemGetAddressRange), "cuMemGetAddressRange_v2"},
+        {CURRENT(cuMemGetInfo), "cuMemGetInfo_v2"},
         {CURRENT(cuMemHostRegister), "cuMemHostRegister_v2"},
         {CURRENT(cuMemHostUnregister), "cuMemHostUnregister"},
         {CURRENT(cuMemHostGetDevicePointer), "cuMemHostGetDevicePointer_v2"},

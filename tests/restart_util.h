@@ -1,0 +1,120 @@
+/*
+ * A daemon of tests under `tinyserved --supervise` that ends at places of kill_points.c, and what a
+ * worker beside it digests of all that it is told.
+ */
+#ifndef TS_RESTART_UTIL_H
+#define TS_RESTART_UTIL_H
+
+#include "daemon_util.h"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define STRIDE 11u /* every so many-th place: a daemon takes long to start then */
+#define KILLS 15u
+#else
+#define STRIDE 1u
+#define KILLS 100u
+#endif
+
+/* Starts the daemon, with one pool and a setting. kill_at: see kill_points.c; NULL: nothing ends
+ * it.
+ */
+static inline void start_with(daemon_process *d, const char *pool, const char *kill_at,
+                              const char *setting)
+{
+    snprintf(d->folder, sizeof d->folder, "/tmp/tinyserve-test.XXXXXX");
+    assert_non_null(mkdtemp(d->folder));
+    snprintf(d->url, sizeof d->url, "%s/s", d->folder);
+    snprintf(d->handles, sizeof d->handles, "%s/s" TS_HANDLE_SUFFIX, d->folder);
+    alarm(WATCHDOG_SECONDS);
+    d->pid = fork();
+    assert_true(d->pid >= 0);
+    if (d->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (kill_at != NULL)
+            setenv("TS_TEST_KILL", kill_at, 1);
+        if (getenv("TS_TEST_LOG") == NULL) /* it says of each death that it died */
+            (void)!freopen("/dev/null", "w", stderr);
+        execl(TS_KILLED_DAEMON, TS_KILLED_DAEMON, "--supervise", "--set", "log_level=error",
+              "--set", "threads=1", "--set", setting, "--socket", d->url, "--pool", pool, NULL);
+        _exit(127);
+    }
+}
+
+static inline void start(daemon_process *d, const char *pool, const char *kill_at)
+{
+    start_with(d, pool, kill_at, "submit_seconds=30");
+}
+
+static inline ts_client *connect_with(const daemon_process *d, ts_transport transport, ts_exec exec)
+{
+    ts_client *c;
+    const ts_options options = {.size = sizeof(ts_options),
+                                .url = d->url,
+                                .wait_ms = 60000,
+                                .timeout_ms = 60000,
+                                .exchange_bytes = 1u << 20,
+                                .transport = transport,
+                                .exec = exec};
+    ts_status status = ts_connect(&options, &c);
+    if (status != TS_OK)
+        fail_msg("%s: %s", ts_status_name(status), ts_error(c));
+    return c;
+}
+
+static inline ts_client *connect_by(const daemon_process *d, ts_transport transport)
+{
+    return connect_with(d, transport, TS_EXEC_DAEMON);
+}
+
+/* A call of the worker's, which must succeed. */
+#define DO(call)                                                                                   \
+    do {                                                                                           \
+        ts_status done = (call);                                                                   \
+        if (done != TS_OK)                                                                         \
+            fail_msg("%s: %s: %s", #call, ts_status_name(done), ts_error(c));                      \
+    } while (0)
+
+typedef struct digest {
+    uint64_t value;
+} digest;
+
+static inline void mix(digest *d, const void *bytes, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        d->value = (d->value ^ ((const unsigned char *)bytes)[i]) * 1099511628211u;
+}
+
+static inline void fill(rng *r, float *to, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        to[i] = rng_normal(r);
+}
+
+/* Ends both; nothing may be left of them. `late`: the daemon may come to where it is killed only
+ * now. */
+static inline void stop(daemon_process *d, bool late)
+{
+    int status;
+    kill(d->pid, SIGTERM);
+    assert_int_equal(waitpid(d->pid, &status, 0), d->pid);
+    assert_true(WIFEXITED(status));
+    if (late && WEXITSTATUS(status) == 128 + SIGKILL)
+        return daemon_clean(d);
+    assert_int_equal(WEXITSTATUS(status), 0);
+    assert_int_equal(rmdir(d->folder), 0);
+    alarm(0);
+}
+
+/* The supervisor's child; 0: it has none at the moment. */
+static inline pid_t daemon_of(const daemon_process *d)
+{
+    char path[64], text[32] = "";
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)d->pid, (int)d->pid);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    (void)!fgets(text, sizeof text, f);
+    (void)fclose(f);
+    return (pid_t)atoi(text);
+}
+
+#endif
