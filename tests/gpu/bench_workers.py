@@ -2,15 +2,21 @@
 worker with all the sequences and beside PyTorch's attention in as many processes.
 
     tests/gpu/with-mps python3 tests/gpu/bench_workers.py [--ways daemon,local,graph,sdpa]
-                                                          [--crowds 1x16,16x1,8x8] [--steps 200]
+        [--crowds 1x16,16x1,8x8,2x8+1] [--steps 1000]
 
 WORKERSxSEQUENCES: so many processes with so many sequences of 4096 tokens each. A step adds one
 token to each sequence: 32 layers (32 query heads, 8 KV heads of 128, bf16) on the worker's stream,
 which it waits for at the end of the step, as one that samples does. Rates are counted while all
-workers run. With daemon, also its processor time over the runs, and the runs of a launch."""
+workers run. With daemon, also its processor time over the runs, and the runs of a launch.
+
+A second table says where the time of slow steps goes: begin, runs, the wait for the stream, commit.
+1000 steps cross borders of blocks (16 tokens) and of slabs (64 MiB: 32 blocks). With +1, one worker
+more comes while the others work: how long it takes from its CUDA context until it is ready. Each
+row has a daemon of its own; the workers' processes stay."""
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,14 +34,19 @@ WARM = 20  # steps before those that are counted
 class Steps:
     """A worker's steps by the daemon, by itself, or by CUDA graph."""
 
-    def __init__(self, url, way, count):
+    def __init__(self, url, way, count, steps):
         self.graph = way == "graph"
+        self.parts = [now()]
         self.client = tinyserve.connect(url, execution="daemon" if way == "daemon" else "local")
         self.kv = self.client.pool("bench", writable=True)
         self.client.exchange(self.kv, 16 << 20)
+        self.parts.append(now())
         self.seqs = self.kv.create(count)
         self.kv.append(self.seqs, [CONTEXT] * count)
+        self.parts.append(now())
         slots = [slot for s in self.seqs for slot in self.kv.slots(s, 0, CONTEXT)[::BLOCK]]
+        self.kv.layer(0, slots)
+        self.parts.append(now())
         blocks = torch.tensor(slots, device="cuda") // BLOCK
         for layer in range(LAYERS):
             for plane in self.kv.layer(layer, slots):
@@ -44,7 +55,10 @@ class Steps:
                                             dtype=torch.bfloat16)
         torch.cuda.synchronize()
         self.captured = None
-        self.frame = self.kv.frame(count, heads=HEADS, io_dtype="bf16") if self.graph else None
+        self.frame = None
+        if self.graph:
+            self.frame = self.kv.frame(count, tokens=count * (CONTEXT + WARM + steps),
+                                       heads=HEADS, io_dtype="bf16")
 
     def _begin(self):
         if self.frame is not None:
@@ -56,7 +70,9 @@ class Steps:
             step.run(layer, stream=torch.cuda.current_stream())
 
     def __call__(self):
+        """A step; when each part of it ended."""
         step = self._begin()
+        begun = now()
         if self.graph and self.captured is None:
             self.captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.captured):
@@ -65,8 +81,17 @@ class Steps:
             self.captured.replay()
         else:
             self._layers(step)
+        ran = now()
         torch.cuda.synchronize()
+        waited = now()
         step.commit()
+        return begun, ran, waited, now()
+
+    def close(self):
+        self.captured = None
+        if self.frame is not None:
+            self.frame.close()
+        self.client.close()
 
 
 class Sdpa:
@@ -80,27 +105,69 @@ class Sdpa:
         self.new = torch.randn(count, KV, DIM, device="cuda", dtype=torch.bfloat16)
 
     def __call__(self):
+        begun = now()
         for layer in range(LAYERS):
             self.k[layer, :, :, CONTEXT] = self.new
             self.v[layer, :, :, CONTEXT] = self.new
             torch.nn.functional.scaled_dot_product_attention(
                 self.q, self.k[layer], self.v[layer], enable_gqa=True)
+        ran = now()
         torch.cuda.synchronize()
+        return begun, ran, now(), now()
+
+    def close(self):
+        self.k = self.v = None
+        torch.cuda.empty_cache()
 
 
-def worker(url, way, count, steps):
-    """Says that it is ready, waits for a line, and prints when it began and each step's end."""
-    work = Sdpa(count) if way == "sdpa" else Steps(url, way, count)
-    for _ in range(WARM):
-        work()
-    print("ready", flush=True)
-    sys.stdin.readline()
-    times = [time.clock_gettime(time.CLOCK_MONOTONIC)]
-    for _ in range(steps):
-        work()
-        times.append(time.clock_gettime(time.CLOCK_MONOTONIC))
-    print(json.dumps(times), flush=True)
-    sys.stdin.readline()  # its end is not to hold up the others
+def now():
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def worker():
+    """For each line that it is told: makes the work ready and says how long that took, waits for a
+    line, and prints when it began and when the parts of each step ended."""
+    torch.zeros(1, device="cuda")
+    print("started", flush=True)
+    for line in sys.stdin:
+        url, way, count, steps = json.loads(line)
+        work = Sdpa(count) if way == "sdpa" else Steps(url, way, count, steps)
+        torch.cuda.synchronize()
+        parts = [*getattr(work, "parts", [now()]), now()]
+        for _ in range(WARM):
+            work()
+        parts.append(now())
+        print(json.dumps([b - a for a, b in zip(parts, parts[1:])]), flush=True)
+        sys.stdin.readline()
+        times = [now()]
+        for _ in range(steps):
+            times.append(work())
+        print(json.dumps(times), flush=True)
+        sys.stdin.readline()  # its end is not to hold up the others
+        work.close()
+        del work
+        print("closed", flush=True)
+
+
+class Worker:
+    """A worker's process, for any number of rows."""
+
+    def __init__(self):
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker"], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors)
+
+    def tell(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def hear(self):
+        line = self.process.stdout.readline()
+        if line == "":
+            self.errors.seek(0)
+            raise SystemExit(f"a worker failed: {self.errors.read().decode()[-2000:]}")
+        return line.strip()
 
 
 def cpu_seconds(pid):
@@ -121,34 +188,61 @@ def status(daemon):
     return found["runs"], found["launches"], cpu_seconds(daemon.process.pid)
 
 
-def measure(daemon, way, workers, count, steps):
-    with tempfile.TemporaryFile() as errors:
-        processes = [subprocess.Popen(
-            [sys.executable, __file__, "--worker", daemon.url, way, str(count), str(steps)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-            for _ in range(workers)]
-        try:
-            for p in processes:
-                line = p.stdout.readline()
-                if line != "ready\n":
-                    errors.seek(0)
-                    raise SystemExit(f"a worker failed: {errors.read().decode()[-2000:]}")
-            before = status(daemon)
-            for p in processes:
-                p.stdin.write("go\n")
-                p.stdin.flush()
-            times = [json.loads(p.stdout.readline()) for p in processes]
-            after = status(daemon)
-            for p in processes:
-                p.stdin.close()
-                p.wait()
-        finally:
-            for p in processes:
-                p.kill()
-    begin, end = max(t[0] for t in times), min(t[-1] for t in times)
-    done = sum(sum(begin < x <= end for x in t[1:]) for t in times)
-    each = sorted(b - a for t in times for a, b in zip(t, t[1:]))
-    row = [way, f"{workers} x {count}", f"{done * count / (end - begin):.0f}",
+PARTS = ["begin", "runs", "wait", "commit"]
+
+
+def where_it_went(way, crowd, times):
+    """A row of the second table: steps beyond twice and five times the median, and the parts of
+    the median step, of those beyond twice the median (their mean), and of the slowest."""
+    steps = []  # (whole, parts, which step)
+    for worker_times in times:
+        ends = [[worker_times[0]] * 4, *worker_times[1:]]
+        for i, (before, at) in enumerate(zip(ends, ends[1:])):
+            marks = [before[3], *at]
+            steps.append((at[3] - before[3], [b - a for a, b in zip(marks, marks[1:])], i))
+    steps.sort()
+    middle = steps[len(steps) // 2][0]
+    slow = [s for s in steps if s[0] > 2 * middle]
+
+    def parts(some):
+        if not some:
+            return "-"
+        return " ".join(f"{statistics.fmean(s[1][i] for s in some) * 1e3:.2f}" for i in range(4))
+
+    return [way, crowd, f"{len(slow)}, {sum(s[0] > 5 * middle for s in steps)} of {len(steps)}",
+            parts(steps[len(steps) // 2 - 8:len(steps) // 2 + 8]), parts(slow), parts(steps[-1:]),
+            " ".join(str(s[2]) for s in steps[:-6:-1])]
+
+
+def measure(daemon, way, workers, comer, count, steps):
+    """The rows of both tables, and what the newcomer's readiness took."""
+    order = json.dumps([daemon.url, way, count, steps])
+    for w in workers:
+        w.tell(order)
+    for w in workers:
+        w.hear()
+    before = status(daemon)
+    for w in workers:
+        w.tell("go")
+    arrival = None
+    if comer is not None:
+        time.sleep(0.3)
+        comer.tell(json.dumps([daemon.url, way, count, 1]))
+        arrival = json.loads(comer.hear())
+    times = [json.loads(w.hear()) for w in workers]
+    after = status(daemon)
+    if comer is not None:
+        comer.tell("go")
+        comer.hear()
+    for w in [*workers, *([comer] if comer is not None else [])]:
+        w.tell("")
+        w.hear()
+    begin, end = max(t[0] for t in times), min(t[-1][3] for t in times)
+    ends = [[t[0], *(at[3] for at in t[1:])] for t in times]
+    done = sum(sum(begin < x <= end for x in t[1:]) for t in ends)
+    each = sorted(b - a for t in ends for a, b in zip(t, t[1:]))
+    crowd = f"{len(workers)} x {count}" + (" + 1" if comer is not None else "")
+    row = [way, crowd, f"{done * count / (end - begin):.0f}",
            f"{statistics.median(each) * 1e3:.2f}", f"{each[int(len(each) * 0.99)] * 1e3:.2f}",
            f"{each[-1] * 1e3:.1f}"]
     runs, launches = (b - a for a, b in zip(before[:2], after[:2]))
@@ -160,33 +254,55 @@ def measure(daemon, way, workers, count, steps):
                 f"{runs / launches:.1f}"]
     else:
         row += ["", ""]
-    return row
+    return row, where_it_went(way, crowd, times), arrival
 
 
 def main():
     if sys.argv[1:2] == ["--worker"]:
-        return worker(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        return worker()
     parser = common.arguments(__doc__)
     parser.add_argument("--ways", default="daemon,graph,local,sdpa")
-    parser.add_argument("--crowds", default="1x8,8x1,1x16,16x1,8x8,32x1")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--crowds", default="1x8,8x1,1x16,16x1,8x8,32x1,2x8+1")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the daemon: join_us=0 launches each run by itself")
     options = parser.parse_args()
     pool = (f"bench:layers={LAYERS},kv_heads={KV},head_dim={DIM},dtype=bf16,block_tokens={BLOCK},"
-            f"memory=40G,client_write=all,device={options.device},provider={options.provider}")
-    rows = []
+            f"memory=60G,client_write=all,device={options.device},provider={options.provider}")
+    rows, parts, arrivals, workers = [], [], [], []
     settings = dict(x.split("=", 1) for x in options.set)
-    with common.Daemon(pool, **settings) as daemon:
-        for crowd in options.crowds.split(","):
-            workers, count = map(int, crowd.split("x"))
+    crowds = [re.fullmatch(r"(\d+)x(\d+)(\+1)?", c).groups() for c in options.crowds.split(",")]
+    workers = [Worker() for _ in range(max(int(n) + (plus is not None) for n, _, plus in crowds))]
+    try:
+        for w in workers:
+            w.hear()
+        for number, count, plus in crowds:
             for way in options.ways.split(","):
-                rows.append(measure(daemon, way, workers, count, options.steps))
-                print(*rows[-1], file=sys.stderr, flush=True)
+                with common.Daemon(pool, **settings) as daemon:
+                    row, part, arrival = measure(daemon, way, workers[:int(number)],
+                                                 workers[int(number)] if plus else None,
+                                                 int(count), options.steps)
+                rows.append(row)
+                parts.append(part)
+                if arrival is not None:
+                    arrivals.append([way, f"{number} x {count}",
+                                     *["-"] * (5 - len(arrival)),
+                                     *(f"{x * 1e3:.0f}" for x in arrival)])
+                print(*row, part[2], file=sys.stderr, flush=True)
+    finally:
+        for w in workers:
+            w.process.kill()
     print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, sequences of "
           f"{CONTEXT} tokens, {options.steps} steps{''.join(', ' + x for x in options.set)}\n")
     common.table(["way", "workers x sequences", "tokens/s", "ms a step: p50", "p99", "slowest",
                   "daemon: µs of processor a run", "runs a launch"], rows)
+    names = "/".join(PARTS)
+    common.table(["way", "workers x sequences", "beyond 2x, 5x the median",
+                  f"ms of {names}: median steps", "beyond 2x", "slowest", "slowest are steps"],
+                 parts)
+    if arrivals:
+        common.table(["a newcomer by", "beside", "ms: connect", "append", "map", "fill",
+                      f"{WARM} steps"], arrivals)
     return 0
 
 
