@@ -191,16 +191,23 @@ def status(daemon):
 PARTS = ["begin", "runs", "wait", "commit"]
 
 
-def where_it_went(way, crowd, times):
+def where_it_went(way, crowd, times, show):
     """A row of the second table: steps beyond twice and five times the median, and the parts of
-    the median step, of those beyond twice the median (their mean), and of the slowest."""
-    steps = []  # (whole, parts, which step)
-    for worker_times in times:
+    the median step, of those beyond twice the median (their mean), and of the slowest; `show` of
+    these are told of one by one."""
+    steps = []  # (whole, parts, which step, whose, when it began)
+    first = min(t[0] for t in times)
+    for number, worker_times in enumerate(times):
         ends = [[worker_times[0]] * 4, *worker_times[1:]]
         for i, (before, at) in enumerate(zip(ends, ends[1:])):
             marks = [before[3], *at]
-            steps.append((at[3] - before[3], [b - a for a, b in zip(marks, marks[1:])], i))
+            steps.append((at[3] - before[3], [b - a for a, b in zip(marks, marks[1:])], i, number,
+                          before[3] - first))
     steps.sort()
+    for whole, parts_of, i, worker_number, at in steps[:-1 - show:-1]:
+        print(f"    worker {worker_number}, step {i}, {at * 1e3:.1f} ms after the first began: "
+              f"{whole * 1e3:.2f} ms ({' '.join(f'{x * 1e3:.2f}' for x in parts_of)})",
+              file=sys.stderr)
     middle = steps[len(steps) // 2][0]
     slow = [s for s in steps if s[0] > 2 * middle]
 
@@ -214,7 +221,7 @@ def where_it_went(way, crowd, times):
             " ".join(str(s[2]) for s in steps[:-6:-1])]
 
 
-def measure(daemon, way, workers, comer, count, steps):
+def measure(daemon, way, workers, comer, count, steps, show):
     """The rows of both tables, and what the newcomer's readiness took."""
     order = json.dumps([daemon.url, way, count, steps])
     for w in workers:
@@ -254,7 +261,7 @@ def measure(daemon, way, workers, comer, count, steps):
                 f"{runs / launches:.1f}"]
     else:
         row += ["", ""]
-    return row, where_it_went(way, crowd, times), arrival
+    return row, where_it_went(way, crowd, times, show), arrival
 
 
 def main():
@@ -264,6 +271,7 @@ def main():
     parser.add_argument("--ways", default="daemon,graph,local,sdpa")
     parser.add_argument("--crowds", default="1x8,8x1,1x16,16x1,8x8,32x1,2x8+1")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--slowest", type=int, default=0, help="steps to tell of, one by one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the daemon: join_us=0 launches each run by itself")
     options = parser.parse_args()
@@ -281,7 +289,7 @@ def main():
                 with common.Daemon(pool, **settings) as daemon:
                     row, part, arrival = measure(daemon, way, workers[:int(number)],
                                                  workers[int(number)] if plus else None,
-                                                 int(count), options.steps)
+                                                 int(count), options.steps, options.slowest)
                 rows.append(row)
                 parts.append(part)
                 if arrival is not None:
