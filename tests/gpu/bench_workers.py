@@ -2,9 +2,10 @@
 worker with all the sequences and beside PyTorch's attention in as many processes.
 
     tests/gpu/with-mps python3 tests/gpu/bench_workers.py [--ways daemon,local,graph,sdpa]
-        [--crowds 1x16,16x1,8x8,2x8+1] [--steps 1000]
+        [--crowds 1x16,16x1,8x8,2x8+1,1x64/15x1] [--steps 1000] [--context 4096]
 
-WORKERSxSEQUENCES: so many processes with so many sequences of 4096 tokens each. A step adds one
+WORKERSxSEQUENCES: so many processes with so many sequences of --context tokens each, and behind a
+slash others beside them. A step adds one
 token to each sequence: 32 layers (32 query heads, 8 KV heads of 128, bf16) on the worker's stream,
 which it waits for at the end of the step, as one that samples does. Rates are counted while all
 workers run. With daemon, also its processor time over the runs, and the runs of a launch.
@@ -16,7 +17,6 @@ row has a daemon of its own; the workers' processes stay."""
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -27,14 +27,14 @@ import common
 import tinyserve
 import torch
 
-LAYERS, HEADS, KV, DIM, BLOCK, CONTEXT = 32, 32, 8, 128, 16, 4096
+LAYERS, HEADS, KV, DIM, BLOCK = 32, 32, 8, 128, 16
 WARM = 20  # steps before those that are counted
 
 
 class Steps:
     """A worker's steps by the daemon, by itself, or by CUDA graph."""
 
-    def __init__(self, url, way, count, steps):
+    def __init__(self, url, way, count, steps, context):
         self.graph = way == "graph"
         self.parts = [now()]
         self.client = tinyserve.connect(url, execution="daemon" if way == "daemon" else "local")
@@ -42,9 +42,9 @@ class Steps:
         self.client.exchange(self.kv, 16 << 20)
         self.parts.append(now())
         self.seqs = self.kv.create(count)
-        self.kv.append(self.seqs, [CONTEXT] * count)
+        self.kv.append(self.seqs, [context] * count)
         self.parts.append(now())
-        slots = [slot for s in self.seqs for slot in self.kv.slots(s, 0, CONTEXT)[::BLOCK]]
+        slots = [slot for s in self.seqs for slot in self.kv.slots(s, 0, context)[::BLOCK]]
         self.kv.layer(0, slots)
         self.parts.append(now())
         blocks = torch.tensor(slots, device="cuda") // BLOCK
@@ -57,7 +57,7 @@ class Steps:
         self.captured = None
         self.frame = None
         if self.graph:
-            self.frame = self.kv.frame(count, tokens=count * (CONTEXT + WARM + steps),
+            self.frame = self.kv.frame(count, tokens=count * (context + WARM + steps),
                                        heads=HEADS, io_dtype="bf16")
 
     def _begin(self):
@@ -97,8 +97,8 @@ class Steps:
 class Sdpa:
     """The same by PyTorch, with caches of the worker's own."""
 
-    def __init__(self, count):
-        shape = (LAYERS, count, KV, CONTEXT + 1, DIM)
+    def __init__(self, count, context):
+        shape = (LAYERS, count, KV, context + 1, DIM)
         self.k, self.v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16)
                           for _ in range(2))
         self.q = torch.randn(count, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
@@ -107,8 +107,8 @@ class Sdpa:
     def __call__(self):
         begun = now()
         for layer in range(LAYERS):
-            self.k[layer, :, :, CONTEXT] = self.new
-            self.v[layer, :, :, CONTEXT] = self.new
+            self.k[layer, :, :, -1] = self.new
+            self.v[layer, :, :, -1] = self.new
             torch.nn.functional.scaled_dot_product_attention(
                 self.q, self.k[layer], self.v[layer], enable_gqa=True)
         ran = now()
@@ -130,8 +130,9 @@ def worker():
     torch.zeros(1, device="cuda")
     print("started", flush=True)
     for line in sys.stdin:
-        url, way, count, steps = json.loads(line)
-        work = Sdpa(count) if way == "sdpa" else Steps(url, way, count, steps)
+        url, way, count, steps, context = json.loads(line)
+        work = (Sdpa(count, context) if way == "sdpa" else
+                Steps(url, way, count, steps, context))
         torch.cuda.synchronize()
         parts = [*getattr(work, "parts", [now()]), now()]
         for _ in range(WARM):
@@ -221,11 +222,14 @@ def where_it_went(way, crowd, times, show):
             " ".join(str(s[2]) for s in steps[:-6:-1])]
 
 
-def measure(daemon, way, workers, comer, count, steps, show):
-    """The rows of both tables, and what the newcomer's readiness took."""
-    order = json.dumps([daemon.url, way, count, steps])
-    for w in workers:
-        w.tell(order)
+def measure(daemon, way, workers, comer, counts, options):
+    """For each number of sequences the rows of both tables; and what the newcomer's readiness
+    took. `counts`: of each worker's sequences."""
+    def order(count, steps):
+        return json.dumps([daemon.url, way, count, steps, options.context])
+
+    for w, count in zip(workers, counts):
+        w.tell(order(count, options.steps))
     for w in workers:
         w.hear()
     before = status(daemon)
@@ -234,7 +238,7 @@ def measure(daemon, way, workers, comer, count, steps, show):
     arrival = None
     if comer is not None:
         time.sleep(0.3)
-        comer.tell(json.dumps([daemon.url, way, count, 1]))
+        comer.tell(order(counts[0], 1))
         arrival = json.loads(comer.hear())
     times = [json.loads(w.hear()) for w in workers]
     after = status(daemon)
@@ -245,23 +249,39 @@ def measure(daemon, way, workers, comer, count, steps, show):
         w.tell("")
         w.hear()
     begin, end = max(t[0] for t in times), min(t[-1][3] for t in times)
-    ends = [[t[0], *(at[3] for at in t[1:])] for t in times]
-    done = sum(sum(begin < x <= end for x in t[1:]) for t in ends)
-    each = sorted(b - a for t in ends for a, b in zip(t, t[1:]))
-    crowd = f"{len(workers)} x {count}" + (" + 1" if comer is not None else "")
-    row = [way, crowd, f"{done * count / (end - begin):.0f}",
-           f"{statistics.median(each) * 1e3:.2f}", f"{each[int(len(each) * 0.99)] * 1e3:.2f}",
-           f"{each[-1] * 1e3:.1f}"]
+    rows = []
+    for count in dict.fromkeys(counts):
+        some = [t for t, n in zip(times, counts) if n == count]
+        crowd = (f"{len(some)} x {count}" + (" + 1" if comer is not None else "")
+                 + (" of " + str(len(counts)) if len(some) < len(counts) else ""))
+        ends = [[t[0], *(at[3] for at in t[1:])] for t in some]
+        done = sum(sum(begin < x <= end for x in t[1:]) for t in ends)
+        each = sorted(b - a for t in ends for a, b in zip(t, t[1:]) if b <= end)
+        row = [way, crowd, f"{done * count / (end - begin):.0f}",
+               f"{statistics.median(each) * 1e3:.2f}", f"{each[int(len(each) * 0.99)] * 1e3:.2f}",
+               f"{each[-1] * 1e3:.1f}", *daemons_part(way, before, after)]
+        rows.append((row, where_it_went(way, crowd, some, options.slowest)))
+    return rows, arrival
+
+
+def daemons_part(way, before, after):
     runs, launches = (b - a for a, b in zip(before[:2], after[:2]))
+    if way != "daemon" or runs == 0:
+        return ["", ""]
     cpu = {name: used - before[2].get(name, 0) for name, used in after[2].items()}
-    if way == "daemon" and runs > 0:
-        most = sorted(cpu, key=cpu.get, reverse=True)[:4]
-        row += [f"{sum(cpu.values()) / runs * 1e6:.1f} ("
-                + ", ".join(f"{name} {cpu[name] / runs * 1e6:.1f}" for name in most) + ")",
-                f"{runs / launches:.1f}"]
-    else:
-        row += ["", ""]
-    return row, where_it_went(way, crowd, times, show), arrival
+    most = sorted(cpu, key=cpu.get, reverse=True)[:4]
+    return [f"{sum(cpu.values()) / runs * 1e6:.1f} ("
+            + ", ".join(f"{name} {cpu[name] / runs * 1e6:.1f}" for name in most) + ")",
+            f"{runs / launches:.1f}"]
+
+
+def parse(crowd):
+    """The workers' numbers of sequences, and whether one more comes."""
+    counts = []
+    for group in crowd.removesuffix("+1").split("/"):
+        workers, count = map(int, group.split("x"))
+        counts += [count] * workers
+    return counts, crowd.endswith("+1")
 
 
 def main():
@@ -271,6 +291,7 @@ def main():
     parser.add_argument("--ways", default="daemon,graph,local,sdpa")
     parser.add_argument("--crowds", default="1x8,8x1,1x16,16x1,8x8,32x1,2x8+1")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--slowest", type=int, default=0, help="steps to tell of, one by one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the daemon: join_us=0 launches each run by itself")
@@ -279,29 +300,30 @@ def main():
             f"memory=60G,client_write=all,device={options.device},provider={options.provider}")
     rows, parts, arrivals, workers = [], [], [], []
     settings = dict(x.split("=", 1) for x in options.set)
-    crowds = [re.fullmatch(r"(\d+)x(\d+)(\+1)?", c).groups() for c in options.crowds.split(",")]
-    workers = [Worker() for _ in range(max(int(n) + (plus is not None) for n, _, plus in crowds))]
+    crowds = [parse(c) for c in options.crowds.split(",")]
+    workers = [Worker() for _ in range(max(len(counts) + plus for counts, plus in crowds))]
     try:
         for w in workers:
             w.hear()
-        for number, count, plus in crowds:
+        for counts, plus in crowds:
             for way in options.ways.split(","):
                 with common.Daemon(pool, **settings) as daemon:
-                    row, part, arrival = measure(daemon, way, workers[:int(number)],
-                                                 workers[int(number)] if plus else None,
-                                                 int(count), options.steps, options.slowest)
-                rows.append(row)
-                parts.append(part)
+                    measured, arrival = measure(daemon, way, workers[:len(counts)],
+                                                workers[len(counts)] if plus else None, counts,
+                                                options)
+                for row, part in measured:
+                    rows.append(row)
+                    parts.append(part)
+                    print(*row, part[2], file=sys.stderr, flush=True)
                 if arrival is not None:
-                    arrivals.append([way, f"{number} x {count}",
+                    arrivals.append([way, f"{len(counts)} x {counts[0]}",
                                      *["-"] * (5 - len(arrival)),
                                      *(f"{x * 1e3:.0f}" for x in arrival)])
-                print(*row, part[2], file=sys.stderr, flush=True)
     finally:
         for w in workers:
             w.process.kill()
     print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, sequences of "
-          f"{CONTEXT} tokens, {options.steps} steps{''.join(', ' + x for x in options.set)}\n")
+          f"{options.context} tokens, {options.steps} steps{''.join(', ' + x for x in options.set)}\n")
     common.table(["way", "workers x sequences", "tokens/s", "ms a step: p50", "p99", "slowest",
                   "daemon: µs of processor a run", "runs a launch"], rows)
     names = "/".join(PARTS)
