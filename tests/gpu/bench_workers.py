@@ -17,6 +17,7 @@ row has a daemon of its own; the workers' processes stay."""
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -124,6 +125,13 @@ def now():
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
+def spent_on():
+    """What the thread has had of the machine: seconds on a processor, page faults, and switches to
+    others while it would have gone on."""
+    used = resource.getrusage(resource.RUSAGE_THREAD)
+    return used.ru_utime + used.ru_stime, used.ru_minflt + used.ru_majflt, used.ru_nivcsw
+
+
 def worker():
     """For each line that it is told: makes the work ready and says how long that took, waits for a
     line, and prints when it began and when the parts of each step ended."""
@@ -140,10 +148,11 @@ def worker():
         parts.append(now())
         print(json.dumps([b - a for a, b in zip(parts, parts[1:])]), flush=True)
         sys.stdin.readline()
-        times = [now()]
+        times, spent = [now()], [spent_on()]
         for _ in range(steps):
             times.append(work())
-        print(json.dumps(times), flush=True)
+            spent.append(spent_on())
+        print(json.dumps([times, spent]), flush=True)
         sys.stdin.readline()  # its end is not to hold up the others
         work.close()
         del work
@@ -192,10 +201,10 @@ def status(daemon):
 PARTS = ["begin", "runs", "wait", "commit"]
 
 
-def where_it_went(way, crowd, times, show):
+def where_it_went(way, crowd, times, spent, show):
     """A row of the second table: steps beyond twice and five times the median, and the parts of
     the median step, of those beyond twice the median (their mean), and of the slowest; `show` of
-    these are told of one by one."""
+    these are told of one by one, with what the thread had of the machine."""
     steps = []  # (whole, parts, which step, whose, when it began)
     first = min(t[0] for t in times)
     for number, worker_times in enumerate(times):
@@ -206,8 +215,10 @@ def where_it_went(way, crowd, times, show):
                           before[3] - first))
     steps.sort()
     for whole, parts_of, i, worker_number, at in steps[:-1 - show:-1]:
+        had = [b - a for a, b in zip(spent[worker_number][i], spent[worker_number][i + 1])]
         print(f"    worker {worker_number}, step {i}, {at * 1e3:.1f} ms after the first began: "
-              f"{whole * 1e3:.2f} ms ({' '.join(f'{x * 1e3:.2f}' for x in parts_of)})",
+              f"{whole * 1e3:.2f} ms ({' '.join(f'{x * 1e3:.2f}' for x in parts_of)}), "
+              f"{had[0] * 1e3:.2f} on a processor, {had[1]} faults, {had[2]} switches",
               file=sys.stderr)
     middle = steps[len(steps) // 2][0]
     slow = [s for s in steps if s[0] > 2 * middle]
@@ -240,7 +251,7 @@ def measure(daemon, way, workers, comer, counts, options):
         time.sleep(0.3)
         comer.tell(order(counts[0], 1))
         arrival = json.loads(comer.hear())
-    times = [json.loads(w.hear()) for w in workers]
+    times, spent = zip(*(json.loads(w.hear()) for w in workers))
     after = status(daemon)
     if comer is not None:
         comer.tell("go")
@@ -252,6 +263,7 @@ def measure(daemon, way, workers, comer, counts, options):
     rows = []
     for count in dict.fromkeys(counts):
         some = [t for t, n in zip(times, counts) if n == count]
+        theirs = [t for t, n in zip(spent, counts) if n == count]
         crowd = (f"{len(some)} x {count}" + (" + 1" if comer is not None else "")
                  + (" of " + str(len(counts)) if len(some) < len(counts) else ""))
         ends = [[t[0], *(at[3] for at in t[1:])] for t in some]
@@ -260,7 +272,7 @@ def measure(daemon, way, workers, comer, counts, options):
         row = [way, crowd, f"{done * count / (end - begin):.0f}",
                f"{statistics.median(each) * 1e3:.2f}", f"{each[int(len(each) * 0.99)] * 1e3:.2f}",
                f"{each[-1] * 1e3:.1f}", *daemons_part(way, before, after)]
-        rows.append((row, where_it_went(way, crowd, some, options.slowest)))
+        rows.append((row, where_it_went(way, crowd, some, theirs, options.slowest)))
     return rows, arrival
 
 
