@@ -373,6 +373,8 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     }
     if (ts_takeover_pools(s, c) != TS_OK)
         goto out;
+    if (s->exec.num_gpus > 0) /* whose workers wait for each run that is taken */
+        ts_rings_go_first(s->rings);
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
     if (engine_runs && s->started.restored)
         ts_reload_taken_over(s, c);

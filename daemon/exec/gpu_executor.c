@@ -2,6 +2,7 @@
 #include "gpu_executor_internal.h"
 
 #include "clock.h"
+#include "thread_first.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -217,6 +218,7 @@ static void *batch_main(void *arg)
     check_health(x);                  /* makes the device this thread's */
     prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
     prctl(PR_SET_NAME, "gpu");
+    ts_thread_first();
     while (await(x)) {
         launch_all(x);
         if (ts_now_ms() >= x->health_ms)
