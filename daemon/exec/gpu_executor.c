@@ -297,7 +297,7 @@ void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)
     job->deadline_ms = ts_now_ms() + x->submit_ms;
     ts_gpu_count_job(x, job->signals, true);
     pthread_mutex_lock(&x->lock);
-    *x->tail = job;
+    __atomic_store_n(x->tail, job, __ATOMIC_RELAXED); /* which `watch` looks at */
     x->tail = &job->next;
     pthread_cond_signal(&x->event);
     pthread_mutex_unlock(&x->lock);
