@@ -42,7 +42,7 @@ struct ts_gpu {
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     uint32_t epochs;
     fake_gpu_log log;
-    bool shut, at_gate, broken, holds_ends;
+    bool shut, at_gate, broken;
 };
 
 ts_gpu *fake_gpu_new(void)
@@ -107,11 +107,6 @@ void fake_gpu_await_at_gate(ts_gpu *g)
     while (!g->at_gate)
         pthread_cond_wait(&g->changed, &g->lock);
     pthread_mutex_unlock(&g->lock);
-}
-
-void fake_gpu_hold_ends(ts_gpu *g, bool hold)
-{
-    set(g, &g->holds_ends, hold);
 }
 
 void fake_gpu_break(ts_gpu *g)
@@ -484,10 +479,6 @@ static void *launch_main(void *arg)
         run(attention, &l->ops[i]);
     }
     ts_attention_free(attention);
-    pthread_mutex_lock(&g->lock);
-    while (g->holds_ends)
-        pthread_cond_wait(&g->changed, &g->lock);
-    pthread_mutex_unlock(&g->lock);
     void (*done)(void *, ts_status, const char *) = l->done;
     void *done_arg = l->arg;
     pthread_mutex_lock(&g->lock);

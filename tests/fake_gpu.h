@@ -33,9 +33,6 @@ void fake_gpu_shut_gate(ts_gpu *gpu);
 void fake_gpu_await_at_gate(ts_gpu *gpu);
 void fake_gpu_open_gate(ts_gpu *gpu);
 
-/* Launches do their work, and nobody is told of their ends until they are let go. */
-void fake_gpu_hold_ends(ts_gpu *gpu, bool hold);
-
 /* From now on every launch fails as if the device were lost. */
 void fake_gpu_break(ts_gpu *gpu);
 

@@ -357,28 +357,6 @@ static void in_a_crowd_no_launch_waits_for_a_worker(void **state)
     rig_free(&r);
 }
 
-static void in_a_crowd_runs_are_told_of_before_their_launches_end(void **state)
-{
-    (void)state;
-    enum { RUNS = 3 };
-    static test_job jobs[SESSIONS][RUNS];
-    rig r;
-    rig_new_joining(&r, 3600000, 4000000);
-    fake_gpu_hold_ends(r.gpu, true);
-    for (uint32_t n = 1; n <= RUNS; n++) {
-        for (uint32_t i = 0; i < SESSIONS; i++) {
-            job_init(&jobs[i][n - 1], r.pages[i], n);
-            ts_gpu_executor_submit(r.executor, &jobs[i][n - 1].job);
-        }
-        for (uint32_t i = 0; i < SESSIONS; i++)
-            submitted(r.pages[i], n);
-        for (uint32_t i = 0; i < SESSIONS; i++)
-            await_good(&jobs[i][n - 1]);
-    }
-    fake_gpu_hold_ends(r.gpu, false);
-    rig_free(&r);
-}
-
 static void one_or_two_workers_are_queued_ahead_as_ever(void **state)
 {
     (void)state;
@@ -459,7 +437,6 @@ int main(void)
         cmocka_unit_test(a_run_that_is_submitted_too_late_fails_alone),
         cmocka_unit_test(a_batch_that_ends_lets_go_whoever_waits),
         cmocka_unit_test(in_a_crowd_no_launch_waits_for_a_worker),
-        cmocka_unit_test(in_a_crowd_runs_are_told_of_before_their_launches_end),
         cmocka_unit_test(one_or_two_workers_are_queued_ahead_as_ever),
         cmocka_unit_test(a_lost_device_fails_every_job_and_is_told_once),
         cmocka_unit_test(a_device_that_is_lost_while_nothing_runs_is_told_too),

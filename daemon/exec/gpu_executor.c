@@ -63,17 +63,13 @@ static void note_joined(ts_gpu_executor *x, const ts_job *jobs)
     }
 }
 
-/* Watches until a held run can be launched, something comes, or for a millisecond. Launches that
- * are over meanwhile are told of. */
+/* Watches until a held run can be launched, something comes, or for a millisecond. */
 static void watch(ts_gpu_executor *x)
 {
     const uint64_t begin_ns = ts_now_ns();
     for (uint64_t now_ns = begin_ns; now_ns - begin_ns < POLL_MS * 1000000u; now_ns = ts_now_ns()) {
         bool ready = false;
-        ts_gpu_complete_by_words(x);
         if (__atomic_load_n(&x->head, __ATOMIC_RELAXED) != NULL)
-            return;
-        if (x->held == NULL && !ts_gpu_has_words(x))
             return;
         for (const ts_job *job = x->held; job != NULL && !ready; job = job->next)
             ready = ts_gpu_is_ready(job);
@@ -188,7 +184,7 @@ static void check_health(ts_gpu_executor *x)
 static bool await(ts_gpu_executor *x)
 {
     bool ends, slow = false;
-    const bool watches = is_crowd(x, ts_now_ns()) && (x->held != NULL || ts_gpu_has_words(x));
+    const bool watches = x->held != NULL && is_crowd(x, ts_now_ns());
     if (watches)
         watch(x);
     pthread_mutex_lock(&x->lock);

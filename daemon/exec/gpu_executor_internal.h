@@ -23,8 +23,6 @@ typedef struct in_flight {
     ts_gpu_executor *executor;
     ts_job *jobs;           /* NULL: they have been told */
     ts_signals_page *waits; /* for this session's worker; NULL: for nobody, or not any more */
-    const uint32_t *word;   /* that comes to the number last of all; NULL: none tells of all jobs */
-    uint32_t number;
 } in_flight;
 
 struct ts_gpu_executor {
@@ -79,13 +77,6 @@ void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes);
 
 /* Tells that these jobs are over. Any thread. */
 void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, const char *why);
-
-/* Completes the jobs of launches whose words say that they are over: a launch's thread is woken for
- * its end later. */
-void ts_gpu_complete_by_words(ts_gpu_executor *x);
-
-/* Whether launches with such words are under way. */
-bool ts_gpu_has_words(ts_gpu_executor *x);
 
 /* The device is lost: the owner is told once, and nothing is launched any more. Any thread. */
 void ts_gpu_device_lost(ts_gpu_executor *x, const char *why);

@@ -117,50 +117,6 @@ static void on_complete(void *arg, ts_status status, const char *why)
     pthread_mutex_unlock(&x->lock);
 }
 
-/* The word that comes last of a launch of the jobs, if each has one. */
-static void find_word(in_flight *f)
-{
-    const ts_job *job = f->jobs;
-    while (job->signals != NULL && job->next != NULL)
-        job = job->next;
-    f->word = job->signals == NULL ? NULL : job->signals->done;
-    f->number = job->run_number;
-}
-
-bool ts_gpu_has_words(ts_gpu_executor *x)
-{
-    bool has = false;
-    pthread_mutex_lock(&x->lock);
-    for (const in_flight *f = x->launched; f != NULL && !has; f = f->next)
-        has = f->jobs != NULL && f->word != NULL;
-    pthread_mutex_unlock(&x->lock);
-    return has;
-}
-
-/* The jobs of a launch that is over by its word; NULL: there is none. */
-static ts_job *take_by_word(ts_gpu_executor *x)
-{
-    ts_job *jobs = NULL;
-    pthread_mutex_lock(&x->lock);
-    for (in_flight *f = x->launched; f != NULL && jobs == NULL; f = f->next) {
-        if (f->jobs == NULL || f->word == NULL || !ts_gpu_reached(f->word, f->number))
-            continue;
-        jobs = f->jobs;
-        f->jobs = NULL;
-        if (f->waits != NULL)
-            count_waiting(x, f->waits, false);
-        f->waits = NULL;
-    }
-    pthread_mutex_unlock(&x->lock);
-    return jobs;
-}
-
-void ts_gpu_complete_by_words(ts_gpu_executor *x)
-{
-    for (ts_job *jobs; (jobs = take_by_word(x)) != NULL;)
-        ts_gpu_complete_jobs(x, jobs, TS_OK, "");
-}
-
 /* ---- launching ---- */
 
 /* Room for what a launch of all these jobs needs. */
@@ -307,7 +263,6 @@ bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait)
     }
     *f = (in_flight){
         .executor = x, .jobs = jobs, .waits = wait != FOR_NOBODY ? jobs->signals : NULL};
-    find_word(f);
     pthread_mutex_lock(&x->lock);
     f->next = x->launched;
     if (f->next != NULL)

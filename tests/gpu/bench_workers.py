@@ -15,6 +15,7 @@ A second table says where the time of slow steps goes: begin, runs, the wait for
 more comes while the others work: how long it takes from its CUDA context until it is ready. Each
 row has a daemon of its own; the workers' processes stay."""
 
+import gc
 import json
 import os
 import resource
@@ -126,16 +127,19 @@ def now():
 
 
 def spent_on():
-    """What the thread has had of the machine: seconds on a processor, page faults, and switches to
-    others while it would have gone on."""
+    """What the thread has had of the machine: seconds on a processor, page faults, switches to
+    others while it would have gone on; and Python's full collections."""
     used = resource.getrusage(resource.RUSAGE_THREAD)
-    return used.ru_utime + used.ru_stime, used.ru_minflt + used.ru_majflt, used.ru_nivcsw
+    return (used.ru_utime + used.ru_stime, used.ru_minflt + used.ru_majflt, used.ru_nivcsw,
+            gc.get_stats()[2]["collections"])
 
 
 def worker():
     """For each line that it is told: makes the work ready and says how long that took, waits for a
     line, and prints when it began and when the parts of each step ended."""
     torch.zeros(1, device="cuda")
+    if sys.argv[2:] == ["--no-gc"]:
+        gc.disable()
     print("started", flush=True)
     for line in sys.stdin:
         url, way, count, steps, context = json.loads(line)
@@ -162,10 +166,10 @@ def worker():
 class Worker:
     """A worker's process, for any number of rows."""
 
-    def __init__(self):
+    def __init__(self, no_gc):
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, __file__, "--worker"], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker"] + ["--no-gc"] * no_gc,
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.errors)
 
     def tell(self, line):
@@ -218,7 +222,8 @@ def where_it_went(way, crowd, times, spent, show):
         had = [b - a for a, b in zip(spent[worker_number][i], spent[worker_number][i + 1])]
         print(f"    worker {worker_number}, step {i}, {at * 1e3:.1f} ms after the first began: "
               f"{whole * 1e3:.2f} ms ({' '.join(f'{x * 1e3:.2f}' for x in parts_of)}), "
-              f"{had[0] * 1e3:.2f} on a processor, {had[1]} faults, {had[2]} switches",
+              f"{had[0] * 1e3:.2f} on a processor, {had[1]} faults, {had[2]} switches, "
+              f"{had[3]} collections",
               file=sys.stderr)
     middle = steps[len(steps) // 2][0]
     slow = [s for s in steps if s[0] > 2 * middle]
@@ -304,6 +309,7 @@ def main():
     parser.add_argument("--crowds", default="1x8,8x1,1x16,16x1,8x8,32x1,2x8+1")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--no-gc", action="store_true", help="workers without Python's collector")
     parser.add_argument("--slowest", type=int, default=0, help="steps to tell of, one by one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the daemon: join_us=0 launches each run by itself")
@@ -313,7 +319,7 @@ def main():
     rows, parts, arrivals, workers = [], [], [], []
     settings = dict(x.split("=", 1) for x in options.set)
     crowds = [parse(c) for c in options.crowds.split(",")]
-    workers = [Worker() for _ in range(max(len(counts) + plus for counts, plus in crowds))]
+    workers = [Worker(options.no_gc) for _ in range(max(len(counts) + plus for counts, plus in crowds))]
     try:
         for w in workers:
             w.hear()
@@ -335,7 +341,8 @@ def main():
         for w in workers:
             w.process.kill()
     print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, sequences of "
-          f"{options.context} tokens, {options.steps} steps{''.join(', ' + x for x in options.set)}\n")
+          f"{options.context} tokens, {options.steps} steps"
+          f"{''.join(', ' + x for x in options.set)}{', no collector' if options.no_gc else ''}\n")
     common.table(["way", "workers x sequences", "tokens/s", "ms a step: p50", "p99", "slowest",
                   "daemon: µs of processor a run", "runs a launch"], rows)
     names = "/".join(PARTS)
