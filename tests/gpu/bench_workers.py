@@ -168,9 +168,9 @@ class Worker:
 
     def __init__(self, no_gc):
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, __file__, "--worker"] + ["--no-gc"] * no_gc,
-                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"] + ["--no-gc"] * no_gc, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
 
     def tell(self, line):
         self.process.stdin.write(line + "\n")
@@ -309,7 +309,8 @@ def main():
     parser.add_argument("--crowds", default="1x8,8x1,1x16,16x1,8x8,32x1,2x8+1")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--no-gc", action="store_true", help="workers without Python's collector")
+    parser.add_argument("--no-gc", action="store_true",
+                        help="workers without Python's collector")
     parser.add_argument("--slowest", type=int, default=0, help="steps to tell of, one by one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the daemon: join_us=0 launches each run by itself")
@@ -319,7 +320,8 @@ def main():
     rows, parts, arrivals, workers = [], [], [], []
     settings = dict(x.split("=", 1) for x in options.set)
     crowds = [parse(c) for c in options.crowds.split(",")]
-    workers = [Worker(options.no_gc) for _ in range(max(len(counts) + plus for counts, plus in crowds))]
+    workers = [Worker(options.no_gc)
+               for _ in range(max(len(counts) + plus for counts, plus in crowds))]
     try:
         for w in workers:
             w.hear()
