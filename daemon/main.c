@@ -16,6 +16,7 @@
 #include "store_wire.h"
 #include "supervisor.h"
 #include "takeover.h"
+#include "thread_first.h"
 #include "tinyserve_version.h"
 
 #include <argp.h>
@@ -166,7 +167,10 @@ static void end_to_start_again(void)
 
 static void *engine_main(void *arg)
 {
+    const ts_service *s = arg;
     prctl(PR_SET_NAME, "engine");
+    if (s->exec.num_gpus > 0)
+        ts_thread_first();
     ts_service_run(arg);
     return NULL;
 }
@@ -373,6 +377,8 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     }
     if (ts_takeover_pools(s, c) != TS_OK)
         goto out;
+    if (s->exec.num_gpus > 0)
+        ts_rings_go_first(s->rings);
     engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
     if (engine_runs && s->started.restored)
         ts_reload_taken_over(s, c);

@@ -10,6 +10,7 @@
 #include "log.h"
 #include "pool_memory.h"
 #include "request.h"
+#include "slab_supply.h"
 #include "unconst.h"
 
 #include <sched.h>
@@ -112,7 +113,8 @@ static inline void on_handle(ts_handle_ask *ask)
     Tspb__Request name = TSPB__REQUEST__INIT;                                                      \
     name.body_case = TSPB__REQUEST__BODY_##CASE
 
-enum { OTHER_UID = 7 }; /* of all connections but the first */
+enum { OTHER_UID = 7 }; /* of all connections but the first, */
+static bool same_user;  /* ... unless they are one user's */
 
 static uint32_t worker_pid; /* of the connections */
 
@@ -124,7 +126,8 @@ static inline void connection_open(uint32_t pipe, uint32_t uid)
     ts_queue_run(&service.exec.queue, &event->work, &service);
 }
 
-static inline void service_start(ts_gpu *gpu, pthread_t *engine)
+static inline void service_start_with(ts_gpu *gpu, pthread_t *engine, uint32_t blocks,
+                                      uint32_t slab_blocks)
 {
     ts_engine_limits limits;
     memset(&service, 0, sizeof service);
@@ -142,10 +145,10 @@ static inline void service_start(ts_gpu *gpu, pthread_t *engine)
     service.exec.num_gpus = 1;
     ts_pool_config config = {.name = "p",
                              .geometry = geometry,
-                             .num_blocks = 16,
-                             .slab_blocks = 16,
+                             .num_blocks = blocks,
+                             .slab_blocks = slab_blocks,
                              .sequences_max = 16,
-                             .sequence_tokens_max = 64,
+                             .sequence_tokens_max = 256,
                              .tenant_blocks_max = UINT64_MAX,
                              .client_write = TS_CLIENT_WRITE_ALL,
                              .on_gpu = true,
@@ -154,15 +157,22 @@ static inline void service_start(ts_gpu *gpu, pthread_t *engine)
     ts_engine_apply(service.exec.engine,
                     &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &added);
     OK(added.status);
-    OK(ts_memory_cuda_vmm_new(gpu, 1, 16 * ts_geometry_block_bytes(&geometry),
+    OK(ts_memory_cuda_vmm_new(gpu, blocks / slab_blocks,
+                              slab_blocks * ts_geometry_block_bytes(&geometry),
                               &service.exec.memory[0], why, sizeof why));
     service.exec.gpu_of[0] = &service.exec.gpus[0];
     assert_int_equal(pthread_create(engine, NULL, engine_main, &service), 0);
     connection_open(1, 0);
 }
 
+static inline void service_start(ts_gpu *gpu, pthread_t *engine)
+{
+    service_start_with(gpu, engine, 16, 16);
+}
+
 static inline void service_stop(pthread_t engine)
 {
+    ts_slab_supply_stop(&service.exec);
     ts_host_executor_free(service.exec.host);
     ts_gpu_executor_free(service.exec.gpus[0].executor);
     ts_queue_close(&service.exec.queue);
@@ -215,7 +225,7 @@ static inline void worker_open(worker *w)
     w->session = opened->session;
     memcpy(w->token, opened->token.data, TS_TOKEN_BYTES);
     w->pipe = pipe_used;
-    w->uid = pipe_used == 1 ? 0 : OTHER_UID;
+    w->uid = pipe_used == 1 || same_user ? 0 : OTHER_UID;
     drop(&t);
     ask_for(w, TS_HANDLE_SIGNALS, 0);
     assert_int_equal(ask.reply.status, TS_OK);

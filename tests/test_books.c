@@ -186,6 +186,7 @@ static world *world_with_books(shelf *s, uint64_t seed)
         .sequence_tokens_max = LENGTH_MAX,
         .tenant_blocks_max = UINT64_MAX,
         .client_write = TS_CLIENT_WRITE_ALL,
+        .on_gpu = true, /* so slabs are sessions' own */
     };
     pool_add(w->e, &config);
     w->r.state = seed;
@@ -473,7 +474,7 @@ static void no_field_of_a_record_was_forgotten(void **state)
 {
     (void)state;
     static const uint32_t expected[TS_RECORDS] = {
-        [TS_RECORD_LIMITS] = 8,    [TS_RECORD_POOL_CONFIG] = 8, [TS_RECORD_TENANT] = 8,
+        [TS_RECORD_LIMITS] = 8,    [TS_RECORD_POOL_CONFIG] = 8, [TS_RECORD_TENANT] = 4,
         [TS_RECORD_SEQUENCE] = 26, [TS_RECORD_LIFE] = 12,       [TS_RECORD_SPACE] = 9,
         [TS_RECORD_SESSION] = 20,  [TS_RECORD_STEP] = 25,       [TS_RECORD_STEP_SEQ] = 8,
         [TS_RECORD_CLAIM] = 19,    [TS_RECORD_ANSWER] = 4,

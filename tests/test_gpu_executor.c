@@ -6,8 +6,15 @@
 
 #include "fake_gpu.h"
 #include "gpu_executor.h"
+#include "thread_first.h"
 
+#include <dirent.h>
+#include <pthread.h>
 #include <semaphore.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define OK(call) assert_int_equal((call), TS_OK)
@@ -357,6 +364,53 @@ static void in_a_crowd_no_launch_waits_for_a_worker(void **state)
     rig_free(&r);
 }
 
+/* The nice value of the process's thread of this name. */
+static int nice_of(const char *wanted)
+{
+    char path[300], name[32];
+    int nice = 99;
+    DIR *tasks = opendir("/proc/self/task");
+    assert_non_null(tasks);
+    for (struct dirent *task; (task = readdir(tasks)) != NULL;) {
+        snprintf(path, sizeof path, "/proc/self/task/%s/comm", task->d_name);
+        FILE *comm = task->d_name[0] == '.' ? NULL : fopen(path, "r");
+        if (comm != NULL && fgets(name, sizeof name, comm) != NULL &&
+            strncmp(name, wanted, strlen(wanted)) == 0 && name[strlen(wanted)] == '\n')
+            nice = getpriority(PRIO_PROCESS, (id_t)atoi(task->d_name));
+        if (comm != NULL)
+            (void)fclose(comm);
+    }
+    (void)closedir(tasks);
+    return nice;
+}
+
+static void *try_it(void *arg)
+{
+    ts_thread_first();
+    *(int *)arg = getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid));
+    return NULL;
+}
+
+static void the_thread_goes_first_where_it_may(void **state)
+{
+    (void)state;
+    rig r;
+    pthread_t thread;
+    test_job job;
+    const int usual = getpriority(PRIO_PROCESS, 0);
+    int can;
+    assert_int_equal(pthread_create(&thread, NULL, try_it, &can), 0);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    assert_true(can == usual || can == TS_NICE_FIRST);
+    rig_new(&r, 3600000);
+    job_init(&job, NULL, 0);
+    ts_gpu_executor_submit(r.executor, &job.job);
+    await_good(&job); /* it has begun */
+    assert_int_equal(nice_of("gpu"), can);
+    assert_int_equal(getpriority(PRIO_PROCESS, 0), usual); /* and no other */
+    rig_free(&r);
+}
+
 static void one_or_two_workers_are_queued_ahead_as_ever(void **state)
 {
     (void)state;
@@ -437,6 +491,7 @@ int main(void)
         cmocka_unit_test(a_run_that_is_submitted_too_late_fails_alone),
         cmocka_unit_test(a_batch_that_ends_lets_go_whoever_waits),
         cmocka_unit_test(in_a_crowd_no_launch_waits_for_a_worker),
+        cmocka_unit_test(the_thread_goes_first_where_it_may),
         cmocka_unit_test(one_or_two_workers_are_queued_ahead_as_ever),
         cmocka_unit_test(a_lost_device_fails_every_job_and_is_told_once),
         cmocka_unit_test(a_device_that_is_lost_while_nothing_runs_is_told_too),

@@ -11,19 +11,21 @@
  */
 #include "model_waits.h"
 
-static world *world_new(uint64_t seed)
+/* With `homes` slabs are sessions' own, as a GPU pool's are. */
+static world *world_new(uint64_t seed, bool homes)
 {
     world *w = calloc(1, sizeof *w);
     w->e = engine_new(NUM_BLOCKS, SLAB_BLOCKS, BLOCK_TOKENS, TS_CLIENT_WRITE_ALL);
     w->e->pools[0].config.sequence_tokens_max = LENGTH_MAX;
     w->r.state = seed;
+    if (homes)
+        assert_int_equal(ts_pool_use_homes(&w->e->pools[0].books, w->e->limits.sessions), TS_OK);
     return w;
 }
 
-static void a_million_random_commands_agree_with_a_naive_model(void **state)
+static void agree(uint64_t seed, bool homes)
 {
-    (void)state;
-    world *w = world_new(20261124);
+    world *w = world_new(seed, homes);
     for (uint32_t i = 1; i <= 1000000; i++) {
         one_command(w);
         if (i % 64 != 0)
@@ -76,6 +78,18 @@ static void a_million_random_commands_agree_with_a_naive_model(void **state)
     free(w);
 }
 
+static void a_million_random_commands_agree_with_a_naive_model(void **state)
+{
+    (void)state;
+    agree(20261124, false);
+}
+
+static void so_they_do_where_slabs_are_sessions_own(void **state)
+{
+    (void)state;
+    agree(20261129, true);
+}
+
 /* Everything in the engine that a later command could see. */
 static uint64_t digest(const ts_engine *e)
 {
@@ -103,7 +117,8 @@ static uint64_t digest(const ts_engine *e)
         MIX(pool->books.refs[b]), MIX(pool->books.index->nodes[b].parent),
             MIX(pool->books.classes[b]);
     for (uint32_t i = 0; i < pool->books.num_slabs; i++)
-        MIX(pool->books.slabs[i].tenant), MIX(pool->books.slabs[i].generation);
+        MIX(pool->books.slabs[i].tenant), MIX(pool->books.slabs[i].generation),
+            MIX(pool->books.slabs[i].home);
     for (uint32_t i = 0; i < e->num_sessions; i++)
         MIX(e->sessions[i].generation), MIX(e->sessions[i].live), MIX(e->sessions[i].blocks);
     MIX(e->tokens_committed), MIX(e->live_steps), MIX(pool->seqs.free_head);
@@ -113,7 +128,7 @@ static uint64_t digest(const ts_engine *e)
 static void the_same_commands_always_give_the_same_state(void **state)
 {
     (void)state;
-    world *a = world_new(7), *b = world_new(7);
+    world *a = world_new(7, true), *b = world_new(7, true);
     for (uint32_t i = 0; i < 20000; i++) {
         one_command(a);
         one_command(b);
@@ -130,6 +145,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_million_random_commands_agree_with_a_naive_model),
+        cmocka_unit_test(so_they_do_where_slabs_are_sessions_own),
         cmocka_unit_test(the_same_commands_always_give_the_same_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -36,7 +36,7 @@ static ts_sequence *make(uint32_t length)
     ts_sequence *s = &seqs.all[ts_sequence_new(&seqs, &books, 0, 0, TS_NONE, &owned)];
     assert_int_equal(ts_sequence_reserve(s, blocks), TS_OK);
     for (uint32_t i = 0; i < blocks; i++)
-        s->blocks[i] = ts_pool_take(&books, 0);
+        s->blocks[i] = ts_pool_take(&books, 0, 0);
     s->num_blocks = blocks;
     s->length = length;
     books.tenants[0].entries += blocks;

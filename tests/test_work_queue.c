@@ -3,6 +3,10 @@
 
 #include "work_queue.h"
 
+#include <sched.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
 static ts_queue queue;
 static ts_work alarm_work, last_work;
 static uint32_t alarms;
@@ -78,10 +82,47 @@ static void an_alarm_that_is_in_the_queue_is_not_put_in_again(void **state)
     ts_queue_fini(&queue);
 }
 
+static atomic_uint stage;
+
+/* Runs until the taker, which comes meanwhile, sleeps. */
+static void run_until_the_taker_sleeps(ts_work *work, void *service)
+{
+    pthread_t *taker = service;
+    (void)work;
+    assert_int_equal(pthread_create(taker, NULL, take_all, NULL), 0);
+    while (!sleeps())
+        ;
+    ts_queue_put(&queue, &last_work);
+    sched_yield();
+    assert_true(queue.owned && queue.head == &last_work); /* it isn't the taker's */
+    atomic_store(&stage, 1);
+}
+
+static void run_second(ts_work *work, void *service)
+{
+    assert_int_equal(atomic_load(&stage), 1);
+    run_last(work, service);
+}
+
+static void a_taker_that_comes_while_another_runs_work_takes_none(void **state)
+{
+    (void)state;
+    pthread_t taker;
+    ts_work work = {.run = run_until_the_taker_sleeps};
+    alarm(60);
+    last_work.run = run_second;
+    ts_queue_init(&queue);
+    ts_queue_run(&queue, &work, &taker);
+    assert_int_equal(pthread_join(taker, NULL), 0);
+    ts_queue_fini(&queue);
+    alarm(0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_alarm_that_is_in_the_queue_is_not_put_in_again),
+        cmocka_unit_test(a_taker_that_comes_while_another_runs_work_takes_none),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -19,7 +19,7 @@ void ts_queue_init(ts_queue *q)
     pthread_condattr_destroy(&by_monotonic);
     q->head = NULL;
     q->tail = &q->head;
-    q->closed = q->sleeping = q->owned = q->has_alarm = false;
+    q->closed = q->sleeping = q->owned = q->taken = q->has_alarm = false;
     q->alarm_ms = 0;
 }
 
@@ -110,12 +110,13 @@ static void await(ts_queue *q)
 ts_work *ts_queue_take(ts_queue *q)
 {
     pthread_mutex_lock(&q->lock);
-    q->owned = false;
+    if (q->taken) /* at first another thread may own it */
+        q->owned = q->taken = false;
     while (q->owned || (q->head == NULL && !q->closed))
         await(q);
     q->sleeping = false;
     ts_work *all = q->head;
-    q->owned = all != NULL;
+    q->owned = q->taken = all != NULL;
     q->head = NULL;
     q->tail = &q->head;
     q->has_alarm = false;

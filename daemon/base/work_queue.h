@@ -24,7 +24,8 @@ typedef struct ts_queue {
     pthread_cond_t filled;
     ts_work *head, **tail;
     bool closed, sleeping;
-    bool owned; /* some thread runs work */
+    bool owned; /* some thread runs work, */
+    bool taken; /* ... which is the taker */
     ts_work *alarm;
     uint64_t alarm_ms; /* when it is put in; 0: never */
     bool has_alarm;    /* it is in the queue */

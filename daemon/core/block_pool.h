@@ -12,7 +12,13 @@
  * descendants in the index. References go from the last block of a sequence to its first, so a
  * block's descendants in the index are always released, and evicted, before it.
  *
- * Cost: 8 bytes a block and 56 bytes a slab, and for what is cached 13 bytes a block more and the
+ * A pool may have slabs that are sessions' own (ts_pool_use_homes): who maps a pool's memory slab
+ * by slab maps fewer of them if its blocks don't lie among everybody's. A session gets blocks of
+ * slabs that are its own, then of the tenant's slabs that are nobody's, one of which becomes its
+ * own, and last of those of the tenant's other sessions. A slab is nobody's again when none of its
+ * blocks is used or cached, or when its session ends.
+ *
+ * Cost: 8 bytes a block and 64 bytes a slab, and for what is cached 13 bytes a block more and the
  * index's own, touched when a block is first cached.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
@@ -52,10 +58,20 @@ typedef struct ts_slab {
     uint32_t avail_prev, avail_next; /* tenant's slabs with free blocks */
     uint32_t empty_prev, empty_next; /* granted slabs without used and cached blocks */
     uint32_t idle_prev, idle_next;   /* slabs with cached blocks alone, the oldest first */
+    uint32_t home;                   /* 1 + the session whose own it is; 0: nobody's */
+    uint32_t home_prev, home_next;   /* that one's slabs: those with free blocks come first */
 } ts_slab;
 
+/* The first and the last of a session's own slabs; TS_NONE: it has none. */
+typedef struct ts_slab_home {
+    uint32_t first, last;
+} ts_slab_home;
+
 typedef struct ts_pool_tenant {
-    uint32_t avail; /* head of its slabs with free blocks */
+    uint32_t avail;      /* head of its slabs with free blocks: first those that are nobody's */
+    uint32_t avail_last; /* the end of that list */
+    uint32_t nobodys;    /* slabs on it that are nobody's */
+    uint32_t homes;      /* its sessions that have slabs of their own */
     uint32_t slabs;
     uint32_t free; /* blocks free in its slabs */
     uint32_t used;
@@ -91,6 +107,8 @@ typedef struct ts_pool_books {
     uint32_t *refs; /* per block: references; 0, CACHED, or FREE | next free block */
     uint32_t *pins; /* per block: kept sequences that refer to it */
     ts_slab *slabs;
+    ts_slab_home *homes; /* by session; NULL: slabs aren't sessions' own */
+    uint32_t num_homes;
     ts_pool_tenant *tenants;
     uint32_t num_tenants;
 } ts_pool_books;
@@ -103,6 +121,20 @@ void ts_pool_fini(ts_pool_books *pool);
 
 /* From now on blocks of the index are cached; it is the books', which free it. TS_ENOMEM. */
 ts_status ts_pool_use_index(ts_pool_books *pool, uint32_t block_tokens, uint64_t seed);
+
+/* From now on slabs are sessions' own, of which there are so many at most. TS_ENOMEM. */
+ts_status ts_pool_use_homes(ts_pool_books *pool, uint32_t sessions);
+
+/* The session has ended: its slabs are nobody's. */
+void ts_pool_leave_home(ts_pool_books *pool, uint32_t session);
+
+/* Finds from the slabs, of a pool that was read, what isn't stored of the lists they are on. */
+void ts_pool_find_homes(ts_pool_books *pool);
+
+/* Whether the tenant should have a slab more before it is needed, of those that were never granted:
+ * as many that are nobody's as it has sessions with slabs of their own, but no more than an eighth
+ * of the pool. Slabs that aren't sessions' own aren't granted ahead. */
+bool ts_pool_wants_spare(const ts_pool_books *pool, uint32_t tenant);
 
 /* What follows evicts *budget blocks at most, and takes from it those that it did. */
 
@@ -155,8 +187,8 @@ uint32_t ts_pool_next_slab(const ts_pool_books *pool, uint32_t tenant);
 /* Gives a slab without used blocks to the tenant; its generation grows. */
 ts_status ts_pool_grant(ts_pool_books *pool, uint32_t slab, uint32_t tenant);
 
-/* A block of the tenant's with one reference. The tenant must have a free one. */
-uint32_t ts_pool_take(ts_pool_books *pool, uint32_t tenant);
+/* A block of the tenant's with one reference, for this session. The tenant must have a free one. */
+uint32_t ts_pool_take(ts_pool_books *pool, uint32_t tenant, uint32_t session);
 
 /* One reference more (also of a cached block), or one less; a block without any is free again, or
  * cached. */

@@ -45,6 +45,52 @@ static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, si
     return TS_OK;
 }
 
+/* The slabs that are a session's own, and those of a tenant that are nobody's. */
+static ts_status check_homes(const ts_pool_books *p, char *why, size_t why_bytes)
+{
+    uint32_t own = 0, listed = 0;
+    for (uint32_t i = 0; i < p->num_slabs; i++) {
+        const ts_slab *s = &p->slabs[i];
+        own += s->home != 0;
+        if (s->home > p->num_homes || (s->home != 0 && s->used == 0 && s->cached == 0))
+            WRONG("slab %u is session %u's own, and empty, or there is no such session", i,
+                  s->home - 1);
+    }
+    for (uint32_t h = 0; h < p->num_homes; h++) {
+        uint32_t last = TS_NONE;
+        for (uint32_t i = p->homes[h].first; i != TS_NONE && listed <= own;
+             last = i, i = p->slabs[i].home_next, listed++)
+            if (p->slabs[i].home != h + 1 || p->slabs[i].home_prev != last ||
+                (last != TS_NONE && slab_free(&p->slabs[i]) > 0 && slab_free(&p->slabs[last]) == 0))
+                WRONG("slab %u is out of its place among session %u's own", i, h);
+        if (p->homes[h].last != last)
+            WRONG("slab %u is the last of session %u's own, not %u", last, h, p->homes[h].last);
+    }
+    if (own != listed)
+        WRONG("%u slabs are sessions' own, %u listed", own, listed);
+    return TS_OK;
+}
+
+/* A tenant's slabs with free blocks: nobody's first. */
+static ts_status check_nobodys(const ts_pool_books *p, uint32_t tenant, char *why, size_t why_bytes)
+{
+    const ts_pool_tenant *t = &p->tenants[tenant];
+    uint32_t nobodys = 0, homes = 0, last = TS_NONE;
+    for (uint32_t i = t->avail; i != TS_NONE; last = i, i = p->slabs[i].avail_next) {
+        if (p->slabs[i].home == 0 && last != TS_NONE && p->slabs[last].home != 0)
+            WRONG("slab %u is nobody's, and behind one of a session's own", i);
+        nobodys += p->slabs[i].home == 0;
+    }
+    for (uint32_t i = 0; i < p->num_slabs; i++)
+        homes += p->slabs[i].tenant == tenant && p->slabs[i].home != 0 &&
+                 p->slabs[i].home_prev == TS_NONE;
+    if (nobodys != t->nobodys || homes != t->homes || last != t->avail_last)
+        WRONG("tenant %u: %u slabs with free blocks are nobody's, %u sessions have their own, the "
+              "last is %u; the counts say %u, %u, %u",
+              tenant, nobodys, homes, last, t->nobodys, t->homes, t->avail_last);
+    return TS_OK;
+}
+
 ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *why,
                         size_t why_bytes)
 {
@@ -128,7 +174,11 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
                   "say %u, %u, %u, %u",
                   t, slabs, tenant_used, tenant_free, avail, tenant->slabs, tenant->used,
                   tenant->free, on_list);
+        if (check_nobodys(p, t, why, why_bytes) != TS_OK)
+            return TS_EINTERNAL;
     }
+    if (check_homes(p, why, why_bytes) != TS_OK)
+        return TS_EINTERNAL;
     if (all_empty != p->empty_blocks || all_idle != p->idle_blocks)
         WRONG("%llu blocks in empty slabs and %llu in idle ones, the counts say %llu and %llu",
               (unsigned long long)all_empty, (unsigned long long)all_idle,

@@ -426,6 +426,9 @@ bool ts_engine_ends_by(const ts_engine *engine, uint64_t now_ms);
 /* The slab whose memory to renew for TS_NEED_SLABS. */
 uint32_t ts_engine_next_slab(const ts_engine *engine, uint32_t pool, uint32_t tenant);
 
+/* Whether the tenant should be granted a slab that nobody had, before it needs one. */
+bool ts_engine_wants_spare(const ts_engine *engine, uint32_t pool, uint32_t tenant);
+
 /* The live session, or NULL. */
 ts_session *ts_engine_session(const ts_engine *engine, uint64_t id);
 uint64_t ts_engine_session_id(const ts_engine *engine, uint32_t index);

@@ -48,6 +48,8 @@ static ts_status make_books(const ts_engine *e, const ts_pool_config *config, ts
     ts_status status = ts_pool_init(books, config->num_blocks, max, config->slab_blocks);
     if (status == TS_OK)
         status = ts_pool_use_index(books, config->geometry.block_tokens, e->limits.hash_seed);
+    if (status == TS_OK && config->on_gpu) /* workers map its memory slab by slab */
+        status = ts_pool_use_homes(books, e->limits.sessions);
     if (status == TS_OK)
         books->index->off = config->cache == TS_CACHE_OFF;
     books->now_s = (uint32_t)(e->now_ms / 1000);
@@ -146,6 +148,7 @@ void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_a
                          e->pools[c->pool].config.name);
     s->opened_pools &= ~((uint64_t)1 << c->pool);
     s->writable_pools &= ~((uint64_t)1 << c->pool);
+    ts_pool_leave_home(&e->pools[c->pool].books, (uint32_t)(s - e->sessions));
 }
 
 void ts_engine_pool_room(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -221,6 +224,11 @@ void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_
 uint32_t ts_engine_next_slab(const ts_engine *e, uint32_t pool, uint32_t tenant)
 {
     return ts_pool_next_slab(&e->pools[pool].books, tenant);
+}
+
+bool ts_engine_wants_spare(const ts_engine *e, uint32_t pool, uint32_t tenant)
+{
+    return ts_engine_has_pool(e, pool) && ts_pool_wants_spare(&e->pools[pool].books, tenant);
 }
 
 void ts_engine_slab_grant(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)

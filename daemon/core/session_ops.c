@@ -177,6 +177,8 @@ uint32_t ts_engine_reclaim(ts_engine *e, ts_session *s, uint32_t entries)
     if (s->steps > 0 || s->in_closing)
         return entries;
     uint32_t index = (uint32_t)(s - e->sessions);
+    for (uint32_t p = 0; p < e->num_pools; p++)
+        ts_pool_leave_home(&e->pools[p].books, index);
     free(s->owned);
     s->owned = NULL;
     s->live = false;

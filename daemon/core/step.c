@@ -39,7 +39,7 @@ static uint32_t store_ids(const ts_sequences *seqs, const ts_pool_books *pool,
 }
 
 void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step,
-                  const uint32_t *ids)
+                  uint32_t session, const uint32_t *ids)
 {
     ts_sequence *seq = &seqs->all[part->seq];
     part->start = seq->length;
@@ -50,7 +50,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
     if (writes_shared_tail(seqs, pool, seq, part->new_tokens)) {
         uint32_t *tail = &seq->blocks[seq->num_blocks - 1];
         part->original = *tail;
-        *tail = ts_pool_take(pool, seq->tenant);
+        *tail = ts_pool_take(pool, seq->tenant, session);
         if (pool->index != NULL)
             memcpy(ts_index_ids(pool->index, *tail), ts_index_ids(pool->index, part->original),
                    seqs->block_tokens * sizeof *ids);
@@ -61,7 +61,7 @@ void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, ui
         ts_pool_forget(pool, seq->blocks[seq->num_blocks - 1]); /* it will be written */
     }
     for (uint32_t i = 0; i < part->reserved; i++)
-        seq->blocks[seq->num_blocks + i] = ts_pool_take(pool, seq->tenant);
+        seq->blocks[seq->num_blocks + i] = ts_pool_take(pool, seq->tenant, session);
     pool->tenants[seq->tenant].entries += part->reserved + (part->original != TS_NONE);
     part->table = seq->blocks;
     part->known = store_ids(seqs, pool, seq, part, ids);

@@ -60,10 +60,11 @@ typedef struct ts_step {
 uint32_t ts_step_blocks(const ts_sequences *seqs, const ts_pool_books *pool, const ts_sequence *seq,
                         uint32_t new_tokens);
 
-/* Takes the blocks of one sequence, which must have room in its table. The tenant must have them.
- * `ids` are those of its new tokens; TS_TOKEN_UNKNOWN, or NULL: not known from there on. */
+/* Takes the blocks of one sequence, which must have room in its table, for this session. The tenant
+ * must have them. `ids` are those of its new tokens; TS_TOKEN_UNKNOWN, or NULL: not known from
+ * there on. */
 void ts_step_take(ts_sequences *seqs, ts_pool_books *pool, ts_step_seq *part, uint32_t step,
-                  const uint32_t *ids);
+                  uint32_t session, const uint32_t *ids);
 
 /* Keeps the first `accepted` of the new tokens, in this class of what is cached (block_pool.h), and
  * gives the other blocks back; 0 restores the sequence as it was. */

@@ -439,7 +439,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         ts_step_seq *part = &step->seqs[i];
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
-        ts_step_take(&pool->seqs, &pool->books, part, index, ids);
+        ts_step_take(&pool->seqs, &pool->books, part, index, (uint32_t)(s - e->sessions), ids);
         ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
         ts_sequence_refresh_life(&pool->seqs, &pool->seqs.all[part->seq], e->now_ms);
         if (ids != NULL)

@@ -35,6 +35,7 @@ typedef struct ts_exec {
     ts_exec_gpu gpus[TS_GPUS_MAX];
     uint32_t num_gpus;
     const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
+    struct ts_slab_supply *slabs;            /* NULL: none was ordered yet (slab_supply.h) */
     uint32_t submit_ms, join_us;             /* of the GPUs' executors */
     uint64_t tenant_exchange_bytes;          /* of each GPU's memory; 0: a quarter of it */
     void (*device_failed)(const char *why);
@@ -60,11 +61,6 @@ void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
 
 /* Has `woken` called if sessions that waited are woken. */
 void ts_exec_look_for_woken(ts_exec *exec);
-
-/* The same, finding memory for slabs until the command has enough. TS_NEED_SWEEP: it must wait for
- * what is freed bit by bit, and be applied again when `resumed` is called. A call that was answered
- * before the daemon was restarted gets that answer again. */
-void ts_exec_supply(ts_exec *exec, ts_command *command, ts_answer *answer);
 
 /* Has `slab_goes` called if others may map the slab's memory in such a way that it wouldn't come
  * free: when it is renewed or dropped. */

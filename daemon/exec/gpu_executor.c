@@ -2,6 +2,7 @@
 #include "gpu_executor_internal.h"
 
 #include "clock.h"
+#include "thread_first.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -214,6 +215,7 @@ static void *batch_main(void *arg)
     check_health(x);                  /* makes the device this thread's */
     prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
     prctl(PR_SET_NAME, "gpu");
+    ts_thread_first();
     while (await(x)) {
         launch_all(x);
         if (ts_now_ms() >= x->health_ms)
@@ -292,7 +294,7 @@ void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)
     job->deadline_ms = ts_now_ms() + x->submit_ms;
     ts_gpu_count_job(x, job->signals, true);
     pthread_mutex_lock(&x->lock);
-    *x->tail = job;
+    __atomic_store_n(x->tail, job, __ATOMIC_RELAXED); /* which `watch` looks at */
     x->tail = &job->next;
     pthread_cond_signal(&x->event);
     pthread_mutex_unlock(&x->lock);

@@ -2,6 +2,7 @@
 
 #include "log.h"
 #include "plain_text.h"
+#include "slab_supply.h"
 #include "step_work.h"
 #include "stored_memory.h"
 
@@ -474,6 +475,7 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     ts_memory *memory = x->memory[pool];
     ts_command command = {
         .op = TS_OP_POOL_RESIZE, .pool = pool, .pool_resize.num_blocks = num_blocks};
+    (void)ts_slab_supply_finish(x);
     uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
     if (memory->ipc_handle != NULL && num_blocks != blocks) {
         ts_refuse(a, TS_EINVAL, "pool '%s' is cuda-ipc memory: one piece, which keeps its size",
@@ -507,6 +509,7 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
     const ts_engine_pool *p = &x->engine->pools[pool];
+    (void)ts_slab_supply_finish(x);
     if (x->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
         /* Freed, it could become somebody else's under the eyes of who keeps it mapped. */
         ts_refuse(a, TS_EPERM,
@@ -541,6 +544,7 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
 
 void ts_pool_memory_stop(ts_exec *x)
 {
+    ts_slab_supply_stop(x);
     for (uint32_t i = 0; i < x->num_gpus; i++)
         ts_gpu_executor_free(x->gpus[i].executor);
 }

@@ -3,7 +3,8 @@
  * finds them: under names that the books tell (restart/books.h). Memory that doesn't outlive the
  * daemon isn't stored, and nothing is done for it.
  *
- * Thread: the engine's owner of the moment (work_queue.h).
+ * Thread: the engine's owner of the moment (work_queue.h); a slab that nobody has yet is put by the
+ * thread that makes it (slab_supply.h).
  */
 #ifndef TS_STORED_MEMORY_H
 #define TS_STORED_MEMORY_H

@@ -7,6 +7,7 @@
 #include "parked.h"
 #include "refusals.h"
 #include "ring_server.h"
+#include "slab_supply.h"
 #include "step_work.h"
 #include "test_point.h"
 

@@ -2,6 +2,7 @@
 #include "ring_server.h"
 
 #include "clock.h"
+#include "thread_first.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -374,6 +375,9 @@ static void *rings_main(void *arg)
     prctl(PR_SET_NAME, "rings");
     ts_rings *rings = arg;
     for (uint32_t turn = 0; !atomic_load(&rings->stop); turn++) {
+        if (atomic_load_explicit(&rings->goes_first, memory_order_relaxed) &&
+            atomic_exchange(&rings->goes_first, false))
+            ts_thread_first();
         uint64_t now = ts_now_ns();
         uint32_t kept = 0;
         for (uint32_t i = 0; i < rings->num_active; i++)
@@ -427,6 +431,11 @@ ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
     service->rings = rings;
     service->resume_rings = resume;
     return rings;
+}
+
+void ts_rings_go_first(ts_rings *rings)
+{
+    atomic_store(&rings->goes_first, true);
 }
 
 void ts_rings_stop(ts_rings *rings)

@@ -65,7 +65,7 @@ struct ts_rings {
     uint32_t *ids; /* of a begin's tokens, copied */
     pthread_mutex_t lock;
     ts_job *jobs, **jobs_tail; /* under the lock */
-    atomic_bool stop, sleeps;
+    atomic_bool stop, sleeps, goes_first;
     ts_ring **active; /* rings that are polled; the thread's own */
     uint32_t num_active, active_capacity;
 };
@@ -73,6 +73,9 @@ struct ts_rings {
 /* Starts the thread, and joins the service: rings go on when runs have ended. spin_us: how long it
  * polls a ring after its last use. NULL: no memory, no thread. */
 ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us);
+
+/* Has the thread go first (thread_first.h). Thread: any. */
+void ts_rings_go_first(ts_rings *rings);
 
 /* Ends the thread; what is submitted after that stays untaken. NULL is fine. */
 void ts_rings_stop(ts_rings *rings);

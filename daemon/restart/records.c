@@ -73,16 +73,16 @@ static const ts_field books_fields[] = {
 #undef S
 #define S(member) F(ts_slab, member)
 static const ts_field slab_fields[] = {
-    S(tenant),     S(generation), S(used),       S(cached),     S(touched),
-    S(free_head),  S(blocks),     S(avail_prev), S(avail_next), S(empty_prev),
-    S(empty_next), S(idle_prev),  S(idle_next),
+    S(tenant),    S(generation), S(used),       S(cached),     S(touched),    S(free_head),
+    S(blocks),    S(avail_prev), S(avail_next), S(empty_prev), S(empty_next), S(idle_prev),
+    S(idle_next), S(home),       S(home_prev),  S(home_next),
 };
 #undef S
 #define S(member) F(ts_pool_tenant, member)
 static const ts_field tenant_fields[] = {
-    S(avail),         S(slabs),         S(free),         S(used),         S(cached),
-    S(cached_oldest), S(cached_newest), S(empty_blocks), S(idle_blocks),  S(sequences),
-    S(tickets),       S(pinned),        S(entries),      S(asked_tokens), S(found_tokens),
+    S(avail),         S(slabs),        S(free),         S(used),       S(cached),  S(cached_oldest),
+    S(cached_newest), S(empty_blocks), S(idle_blocks),  S(sequences),  S(tickets), S(pinned),
+    S(entries),       S(asked_tokens), S(found_tokens), S(avail_last), S(nobodys), S(homes),
 };
 #undef S
 #define S(member) F(ts_sequences, member)

@@ -394,7 +394,8 @@ static bool get_sequences(ts_record_reader *r, const ts_engine *e, ts_sequences 
     return s->lives != NULL && get_names(r, add_kept_name, s) && get_names(r, add_ticket, s);
 }
 
-static bool get_books(ts_record_reader *r, ts_pool_books *b, const ts_geometry *g)
+static bool get_books(ts_record_reader *r, const ts_engine *e, const ts_pool_config *config,
+                      ts_pool_books *b)
 {
     ts_pool_books stored = {0};
     if (!ts_records_get_all(r, TS_RECORD_BOOKS, &stored, 1) || stored.slab_blocks == 0 ||
@@ -415,8 +416,12 @@ static bool get_books(ts_record_reader *r, ts_pool_books *b, const ts_geometry *
         if (b->slabs[i].touched > b->slabs[i].blocks || b->slabs[i].blocks > b->slab_blocks)
             return false;
     b->tenants = get_array(r, TS_RECORD_TENANT, b->num_tenants, 0);
-    return b->tenants != NULL && get_blocks(r, b, TS_RECORD_WORD, b->refs, 1) &&
-           get_blocks(r, b, TS_RECORD_WORD, b->pins, 1) && get_index(r, b, g->block_tokens);
+    if (b->tenants == NULL || (config->on_gpu && ts_pool_use_homes(b, e->limits.sessions) != TS_OK))
+        return false;
+    ts_pool_find_homes(b);
+    return get_blocks(r, b, TS_RECORD_WORD, b->refs, 1) &&
+           get_blocks(r, b, TS_RECORD_WORD, b->pins, 1) &&
+           get_index(r, b, config->geometry.block_tokens);
 }
 
 static bool get_pool(ts_record_reader *r, const ts_engine *e, ts_engine_pool *p)
@@ -428,7 +433,7 @@ static bool get_pool(ts_record_reader *r, const ts_engine *e, ts_engine_pool *p)
     if (p->config.name[0] == '\0')
         return true;
     return ts_geometry_check(&p->config.geometry, why, sizeof why) == TS_OK &&
-           get_books(r, &p->books, &p->config.geometry) && get_sequences(r, e, &p->seqs);
+           get_books(r, e, &p->config, &p->books) && get_sequences(r, e, &p->seqs);
 }
 
 static bool get_sessions(ts_record_reader *r, ts_engine *e, uint32_t count)

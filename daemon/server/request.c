@@ -9,6 +9,7 @@
 #include "refusals.h"
 #include "report.h"
 #include "resume.h"
+#include "slab_supply.h"
 #include "step_work.h"
 #include "test_point.h"
 #include "tinyserve_version.h"

@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "pool_stats_cache.h"
 #include "slab_holder.h"
+#include "slab_supply.h"
 #include "step_work.h"
 #include "stored_memory.h"
 #include "unconst.h"
@@ -375,6 +376,7 @@ void ts_service_fini(ts_service *s)
         s->look_for_absent(s, true);
     ts_pool_stats_cache_free(s->pool_stats);
     ts_step_plans_free(&s->exec);
+    ts_slab_supply_free(&s->exec);
     ts_exec_fini(&s->exec);
     free(s->by_session);
     free(s->refusals);

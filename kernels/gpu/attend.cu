@@ -232,12 +232,13 @@ size_t fold_floats(const ts_gpu_plan *p)
 ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 {
     size_t most_records = 0, most_counters = 0;
-    bool folds = false;
+    bool folds = false, own = true; /* all of them have their own: nothing is taken in a capture */
     for (uint32_t first = 0; first < num_runs; first += GPU_RUNS) {
         size_t records = 0, counters = 0;
         for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++) {
             if (runs[i].plan->persistent) /* it has its own */
                 continue;
+            own = false;
             records += runs[i].plan->records;
             counters += runs[i].plan->counters;
             folds = folds || runs[i].plan->folds;
@@ -245,7 +246,7 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
         most_records = records > most_records ? records : most_records;
         most_counters = counters > most_counters ? counters : most_counters;
     }
-    most_counters += WGMMA_TICKETS;
+    most_counters += own ? 0 : WGMMA_TICKETS;
     size_t floats = most_records * ts_gpu_record_floats(&runs[0].plan->geometry);
     floats += folds ? fold_floats(runs[0].plan) : 0;
     return ts_gpu_launch_scratch(l, floats * sizeof(float), most_counters);

@@ -1,5 +1,6 @@
 /* Launches: the streams that they are queued in, their threads, and waits for workers. */
 #include "device.h"
+#include "thread_first.h"
 
 #include <stdio.h>
 #include <sys/prctl.h>
@@ -170,6 +171,7 @@ static void *launch_main(void *thread_arg)
     char why[TS_GPU_WHY_BYTES];
     (void)ts_gpu_enter(l->gpu, why, sizeof why);
     prctl(PR_SET_NAME, "launch");
+    ts_thread_first();
     for (;;) {
         pthread_mutex_lock(&l->lock);
         while (!l->finished && !l->stop)

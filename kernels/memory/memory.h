@@ -7,7 +7,8 @@
  * still maps the old one sees none of what comes after. This header has the provider of host
  * memory; gpu.h has those of device memory.
  *
- * Thread: one at a time (the engine's); the memory itself may be used by any.
+ * Thread: one at a time (the engine's); the memory itself may be used by any. A slab that has none
+ * may be renewed, and dropped again, by another thread meanwhile.
  */
 #ifndef TS_MEMORY_H
 #define TS_MEMORY_H

@@ -1,0 +1,322 @@
+/* Slabs' memory on a fake GPU: made by a thread while the engine goes on, ahead where sessions have
+ * slabs of their own, and by the engine's owner where it must be. */
+#include "gpu_service_util.h"
+
+#include "slab_supply.h"
+
+enum { SLAB_BLOCKS = 4, SLABS = 24, BLOCK_TOKENS = 4 };
+
+/* ---- a provider whose renewals can be held up, and fail ---- */
+
+static ts_memory_ops ops;
+static const ts_memory_ops *below;
+static sem_t go_on;
+static atomic_bool held, failing;
+static atomic_uint renewals, drops;
+
+static ts_status renew(ts_memory *m, uint32_t slab, bool clients_write, char *text,
+                       size_t text_bytes)
+{
+    atomic_fetch_add(&renewals, 1);
+    while (atomic_load(&held) && sem_wait(&go_on) != 0)
+        ;
+    if (!atomic_load(&failing))
+        return below->renew(m, slab, clients_write, text, text_bytes);
+    snprintf(text, text_bytes, "there is no memory");
+    return TS_ENOMEM;
+}
+
+static void drop_slab(ts_memory *m, uint32_t slab)
+{
+    atomic_fetch_add(&drops, 1);
+    below->drop(m, slab);
+}
+
+static void let_go(void)
+{
+    atomic_store(&held, false);
+    sem_post(&go_on);
+}
+
+/* A service whose pool has 24 slabs of 4 blocks of 4 tokens. */
+static void start(pthread_t *engine)
+{
+    alarm(120);
+    pipe_used = 1;
+    sem_init(&go_on, 0, 0);
+    atomic_store(&held, false);
+    atomic_store(&failing, false);
+    atomic_store(&renewals, 0);
+    atomic_store(&drops, 0);
+    service_start_with(fake_gpu_new(), engine, SLAB_BLOCKS * SLABS, SLAB_BLOCKS);
+    below = service.exec.memory[0]->ops;
+    ops = *below;
+    ops.renew = renew;
+    ops.drop = drop_slab;
+    service.exec.memory[0]->ops = &ops;
+}
+
+static void stop(pthread_t engine)
+{
+    let_go();
+    service_stop(engine);
+    alarm(0);
+}
+
+/* What the engine's owner sees. */
+typedef struct look {
+    ts_work work;
+    ts_pool_tenant tenant;
+    uint32_t granted;
+    char why[200];
+} look;
+
+static void run_look(ts_work *work, void *owner)
+{
+    look *l = (look *)work;
+    ts_pool_books *books = &service.exec.engine->pools[0].books;
+    uint32_t expected[SLAB_BLOCKS * SLABS];
+    (void)owner;
+    l->tenant = books->tenants[0];
+    l->granted = books->ungranted;
+    for (uint32_t i = 0; i < SLAB_BLOCKS * SLABS; i++)
+        expected[i] = ts_pool_refs(books, i);
+    (void)ts_pool_check(books, expected, l->why, sizeof l->why);
+}
+
+static look see(void)
+{
+    look l = {.work.run = run_look};
+    ts_queue_put(&service.exec.queue, &l.work);
+    ts_queue_flush(&service.exec.queue);
+    assert_string_equal(l.why, "");
+    return l;
+}
+
+/* Until so many slabs are granted. */
+static look await_granted(uint32_t granted)
+{
+    look l = see();
+    while (l.granted < granted) {
+        sched_yield();
+        l = see();
+    }
+    return l;
+}
+
+typedef struct begin {
+    test_request t;
+    Tspb__Request message;
+    Tspb__StepBegin body;
+    uint64_t seq;
+    uint32_t tokens;
+} begin;
+
+/* Sends a begin of a step of so many tokens in a new sequence, by the worker's connection. */
+static void send_begin(begin *b, const worker *w, uint32_t tokens)
+{
+    pipe_used = w->pipe;
+    create_seqs(&b->seq, 1);
+    b->tokens = tokens;
+    b->body = (Tspb__StepBegin)TSPB__STEP_BEGIN__INIT;
+    b->message = (Tspb__Request)TSPB__REQUEST__INIT;
+    b->message.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
+    b->message.step_begin = &b->body;
+    b->body.seqs = &b->seq;
+    b->body.new_tokens = &b->tokens;
+    b->body.n_seqs = b->body.n_new_tokens = 1;
+    b->body.heads = 1;
+    send(&b->t, &b->message);
+}
+
+/* It was answered without waiting for anything. */
+static void was_answered(begin *b)
+{
+    ts_queue_flush(&service.exec.queue);
+    assert_true(is_answered(&b->t));
+}
+
+static void end_begin(begin *b, ts_status expected)
+{
+    assert_int_equal(answer(&b->t)->status, expected);
+    drop(&b->t);
+}
+
+static void the_engine_goes_on_while_a_slab_is_made(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker w;
+    begin b;
+    uint64_t seq;
+    start(&engine);
+    worker_open(&w);
+    atomic_store(&held, true);
+    send_begin(&b, &w, 1);
+    while (atomic_load(&renewals) == 0)
+        sched_yield();
+    create_seqs(&seq, 1); /* is answered */
+    assert_int_equal(see().granted, 0);
+    assert_false(is_answered(&b.t));
+    let_go();
+    end_begin(&b, TS_OK);
+    assert_true(see().granted >= 1);
+    worker_die(&w);
+    stop(engine);
+}
+
+/* 24 slabs: 3 ahead at most, and no more than sessions have slabs of their own. */
+static void slabs_are_made_ahead_and_the_next_begins_wait_for_none(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker w[2];
+    begin b[4];
+    start(&engine);
+    worker_open(&w[0]);
+    send_begin(&b[0], &w[0], 1);
+    end_begin(&b[0], TS_OK);
+    look l = await_granted(2);
+    assert_int_equal(l.tenant.homes, 1);
+    assert_int_equal(l.tenant.nobodys, 1);
+    same_user = true;
+    connection_open(2, 0);
+    pipe_used = 2;
+    worker_open(&w[1]);
+    send_begin(&b[1], &w[1], 1);
+    was_answered(&b[1]); /* the slab was there */
+    end_begin(&b[1], TS_OK);
+    l = await_granted(4);
+    assert_int_equal(l.tenant.homes, 2);
+    assert_int_equal(l.tenant.nobodys, 2);
+    atomic_store(&held, true);
+    send_begin(&b[2], &w[0],
+               BLOCK_TOKENS * SLAB_BLOCKS); /* of its own slab and one that was made ahead */
+    send_begin(&b[3], &w[1], BLOCK_TOKENS * SLAB_BLOCKS);
+    was_answered(&b[2]);
+    was_answered(&b[3]);
+    end_begin(&b[2], TS_OK);
+    end_begin(&b[3], TS_OK);
+    l = see();
+    assert_int_equal(l.granted, 4);
+    assert_int_equal(l.tenant.nobodys, 0);
+    let_go();
+    l = await_granted(6);
+    assert_int_equal(atomic_load(&renewals), 6);
+    worker_die(&w[0]);
+    worker_die(&w[1]);
+    stop(engine);
+}
+
+/* A begin of many slabs gets them one after the other. */
+static void a_begin_gets_as_many_slabs_as_it_needs(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker w;
+    begin b;
+    start(&engine);
+    worker_open(&w);
+    send_begin(&b, &w, BLOCK_TOKENS * SLAB_BLOCKS * 10);
+    end_begin(&b, TS_OK);
+    look l = await_granted(11);
+    assert_int_equal(l.tenant.used, SLAB_BLOCKS * 10);
+    worker_die(&w);
+    stop(engine);
+}
+
+static void memory_that_cannot_be_had_refuses_the_begin_and_is_tried_again(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker w;
+    begin b;
+    start(&engine);
+    worker_open(&w);
+    atomic_store(&failing, true);
+    send_begin(&b, &w, 1);
+    Tspb__Reply *reply = answer(&b.t);
+    assert_int_equal(reply->status, TS_ENOMEM);
+    assert_string_equal(reply->message, "pool 'p': there is no memory");
+    drop(&b.t);
+    assert_int_equal(atomic_load(&renewals), 2); /* the thread's, and the owner's */
+    send_begin(&b, &w, 1);
+    was_answered(&b); /* by the owner alone */
+    end_begin(&b, TS_ENOMEM);
+    assert_int_equal(atomic_load(&renewals), 3);
+    atomic_store(&failing, false);
+    send_begin(&b, &w, 1);
+    end_begin(&b, TS_OK);
+    (void)await_granted(2); /* and one ahead, by the thread */
+    worker_die(&w);
+    stop(engine);
+}
+
+/* On the engine's owner: makes the pool smaller, and then as large as it was. */
+typedef struct resize {
+    ts_work work;
+    uint32_t blocks;
+    ts_status status;
+} resize;
+
+static void run_resize(ts_work *work, void *owner)
+{
+    resize *r = (resize *)work;
+    ts_answer a = {0};
+    (void)owner;
+    r->status = ts_pool_memory_resize(&service.exec, 0, r->blocks, &a);
+}
+
+static void resize_to(uint32_t blocks)
+{
+    resize r = {.work.run = run_resize, .blocks = blocks};
+    ts_queue_put(&service.exec.queue, &r.work);
+    ts_queue_flush(&service.exec.queue);
+    assert_int_equal(r.status, TS_OK);
+}
+
+static void a_slab_under_way_is_waited_for_when_the_pool_becomes_smaller(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker w;
+    begin b;
+    start(&engine);
+    worker_open(&w);
+    send_begin(&b, &w, 1);
+    end_begin(&b, TS_OK);
+    (void)await_granted(2);
+    atomic_store(&held, true);
+    send_begin(&b, &w,
+               BLOCK_TOKENS * SLAB_BLOCKS); /* takes the one that was ahead: another is ordered */
+    end_begin(&b, TS_OK);
+    while (atomic_load(&renewals) < 3)
+        sched_yield();
+    resize r = {.work.run = run_resize, .blocks = SLAB_BLOCKS * 2};
+    ts_queue_put(&service.exec.queue, &r.work);
+    sched_yield();
+    let_go();
+    ts_queue_flush(&service.exec.queue);
+    assert_int_equal(r.status, TS_OK);
+    assert_int_equal(see().granted, 2);
+    assert_int_equal(atomic_load(&drops), SLABS - 2); /* the third, too: it was granted first */
+    resize_to(SLAB_BLOCKS * SLABS);
+    assert_int_equal(see().granted, 2);
+    send_begin(&b, &w, BLOCK_TOKENS * SLAB_BLOCKS);
+    end_begin(&b, TS_OK);
+    (void)await_granted(4);
+    worker_die(&w);
+    stop(engine);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_engine_goes_on_while_a_slab_is_made),
+        cmocka_unit_test(slabs_are_made_ahead_and_the_next_begins_wait_for_none),
+        cmocka_unit_test(a_begin_gets_as_many_slabs_as_it_needs),
+        cmocka_unit_test(memory_that_cannot_be_had_refuses_the_begin_and_is_tried_again),
+        cmocka_unit_test(a_slab_under_way_is_waited_for_when_the_pool_becomes_smaller),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
