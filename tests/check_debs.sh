@@ -152,15 +152,25 @@ if booted; then
         [ "$((SECONDS - began))" -lt 300 ] || fail "it wasn't the watchdog"
     done
 
-    # Another version (the same one) takes over what systemd holds.
+    # Another version (the same one) takes over what systemd holds, and a worker that generates text
+    # meanwhile goes on with the model's own bytes.
+    model=/usr/share/tinyserve/model
+    inside tsctl pool create tiny layers=6 kv_heads=2 head_dim=64 dtype=fp32 memory=32M
+    log inside ts-generate -m $model --prompt Once --tokens 32 --keep story
     before=$(property MainPID)
     [ "$(property NFileDescriptorStore)" -gt 0 ] || fail "systemd holds nothing of it"
+    inside sh -c "until test -e /upgraded; do
+        ts-generate -m $model --verify $model/reference.json:0 || exit; done" \
+        >"$scratch/worker" 2>&1 &
+    worker=$!
     install
+    inside touch /upgraded
+    wait "$worker" || fail "a worker: $(tail -n 3 "$scratch/worker")"
     [ "$(property ActiveState)" = active ] && [ "$(property MainPID)" != "$before" ] ||
         fail "an upgrade doesn't restart it"
     grep -q 'tinyserved.service was restarted' "$scratch/log" ||
         fail "an upgrade says: $(cat "$scratch/log")"
-    inside tsctl status | grep -i restart
+    inside tsctl seqs tiny | grep story || fail "what was kept is gone"
     inside tsctl check
     version=$(inside systemctl --version | awk 'NR == 1 { print $2 }')
     echo "under systemd $version: started, reloaded, killed, watched, upgraded"

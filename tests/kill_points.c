@@ -12,6 +12,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+
+/* It dies with its parent, the supervisor or the test: one that was aborted leaves none behind. */
+static void __attribute__((constructor)) die_with_parent(void)
+{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+}
 
 static bool is(const char *wanted, const char *name, unsigned what)
 {

@@ -1,9 +1,13 @@
 """A daemon for all tests of a run, and small models with random weights beside it. Pools are made
-as the models need them."""
+as the models need them. With TS_TEST_KILL_EVERY=SECONDS it runs under --supervise, and is killed so
+often: no test may notice."""
 
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -38,9 +42,40 @@ class Daemon:
         assert self.process.wait() == 0
 
 
+class KilledDaemon(Daemon):
+    """One under --supervise, which a thread kills again and again while it serves."""
+
+    def __init__(self, folder, every):
+        self.kills, self.over = 0, threading.Event()
+        super().__init__(folder)
+        self.killer = threading.Thread(target=self.kill, args=(every,))
+        self.killer.start()
+
+    def start(self):
+        self.arguments.insert(1, "--supervise")
+        super().start()
+
+    def kill(self, every):
+        while not self.over.wait(every):
+            tinyserve.connect(self.url, wait=60, timeout=60).close()
+            pid = self.process.pid
+            children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+                self.kills += 1
+
+    def stop(self):
+        self.over.set()
+        self.killer.join()
+        super().stop()
+        print(f"\nthe daemon was killed {self.kills} times")
+
+
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory):
-    daemon = Daemon(tmp_path_factory.mktemp("daemon"))
+    every = os.environ.get("TS_TEST_KILL_EVERY")
+    folder = tmp_path_factory.mktemp("daemon")
+    daemon = Daemon(folder) if every is None else KilledDaemon(folder, float(every))
     yield daemon
     daemon.stop()
 
