@@ -20,6 +20,7 @@ PARTS = {
     "daemon/exec/gpu_executor_internal": "daemon/exec/gpu_executor",
     "daemon/ipc/nng_server_internal": "daemon/ipc/nng_server",
     "daemon/config/config_keys": "daemon/config/config",
+    "kernels/gpu/plan/batch": "kernels/gpu/plan/plan",
     "kernels/gpu/plan/work_split": "kernels/gpu/plan/plan",
     "kernels/cpu/isa/attention_amx_units": "kernels/cpu/isa/attention_amx",
 }

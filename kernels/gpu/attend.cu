@@ -104,11 +104,22 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     }
 }
 
+/* Whether pieces may be teams'. A persistent plan's launches are repeated when it has other
+ * sequences. */
+bool has_teams(const ts_gpu_run *runs, uint32_t num_runs)
+{
+    bool any = runs[0].plan->persistent && runs[0].plan->team_kernel.function != NULL;
+    for (uint32_t i = 0; i < num_runs; i++)
+        any = any || runs[i].plan->shared != NULL;
+    return any;
+}
+
 /*
  * What the second-level cache is told. It is to keep partial results and outputs if they are few
  * beside it. Where a launch writes so much that the cache can't, K and V aren't to leave it first
  * either: then what was written would be evicted in between, a little here and there, which costs
- * more. Runs may share what they read; that isn't looked for.
+ * more. Beside teams, partial results are most of what is written, and K and V are read once. Runs
+ * may share what they read; that isn't looked for.
  */
 void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
@@ -120,7 +131,7 @@ void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     size_t partials = records * ts_gpu_record_floats(&runs[0].plan->geometry) * sizeof(float);
     size_t out = q_tokens * c.heads * c.head_dim * c.io_bytes;
     c.alone = num_runs == 1 && partials + out <= l2 / 2;
-    c.keeps_partials = partials <= l2 / 4;
+    c.keeps_partials = partials <= (has_teams(runs, num_runs) ? l2 * 2 / 5 : l2 / 4);
     c.keeps_out = partials + out <= l2 / 4;
 }
 
@@ -195,7 +206,7 @@ bool is_varied(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     return varied;
 }
 
-cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p,
+cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p, bool teams,
                         cudaStream_t stream)
 {
     ts_dtype dtype = p->geometry.dtype;
@@ -204,7 +215,8 @@ cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *
     if (list == LIST_TILE)
         return launch_tile(c, p->kernels[list], stream);
     if (list >= LIST_NARROW)
-        return launch_pieces(c, p, p->kernels[list], stream);
+        return launch_pieces(c, p, list == LIST_NARROW && teams ? p->team_kernel : p->kernels[list],
+                             stream);
     ts_kernel kernel = p->kernel;
     if (kernel == TS_KERNEL_AUTO) /* it has nothing better here */
         kernel = loads_vectors(&p->geometry) ? TS_KERNEL_V4 : TS_KERNEL_V3;
@@ -265,7 +277,7 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
         if (c.num_items == 0)
             continue;
         if (list != LIST_WGMMA) {
-            error = launch_list(c, (ts_gpu_list)list, p, l->stream);
+            error = launch_list(c, (ts_gpu_list)list, p, has_teams(runs, num_runs), l->stream);
             continue;
         }
         float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);

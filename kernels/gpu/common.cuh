@@ -13,6 +13,7 @@
 extern "C" {
 #include "attention_call.h"
 #include "device.h"
+#include "pieces.h"
 }
 
 #include <cfloat>
@@ -28,26 +29,7 @@ extern "C" {
 
 #define GPU_RUNS 32u /* of one launch, at most */
 
-/* One sequence of a plan. */
-struct plan_seq {
-    uint32_t table; /* where its block table starts among the plan's */
-    uint32_t kv_tokens, q_tokens;
-    uint32_t first_row;                /* of its query tokens, among the plan's */
-    uint32_t chunk_tokens, num_chunks; /* of its context */
-    uint32_t slot;                     /* of its first partial row among the plan's */
-    uint32_t counter;                  /* of finished chunks: the first of its KV heads' */
-};
-
-/* One piece of a sequence that is cut into chunks: whole, so that a block finds all in one read. */
-struct alignas(16) plan_piece {
-    plan_seq seq;
-    uint32_t tile, chunk;
-    uint32_t index; /* the sequence's, among the plan's */
-    /* Twice its chunks from that one on, 1 or all of the sequence's; and 1, if no other piece of
-     * the plan reads its K and V, as far as is known. (As two numbers it would take v5 registers.)
-     */
-    uint32_t chunks_and_alone;
-};
+/* See plan_piece. */
 static inline __host__ __device__ uint32_t chunks_of(const plan_piece &p)
 {
     return p.chunks_and_alone / 2;
@@ -167,8 +149,8 @@ __device__ inline float modify_score(const gpu_call &c, float score, float slope
                                      uint32_t position)
 {
     if (CAPPED && c.cap_log2 > 0)
-        score = c.cap_log2 * tanhf(score / c.cap_log2);
-    return score + slope * (float)(int32_t)(key - position);
+        score = __fmul_rn(c.cap_log2, tanhf(score / c.cap_log2));
+    return __fmaf_rn(slope, (float)(int32_t)(key - position), score);
 }
 
 /* What the weighted sum of values is to be multiplied by: 1 / sum, or less where there is a sink; 0
@@ -402,7 +384,9 @@ cudaError_t launch_v3(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v4(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_tile(const gpu_call &c, const ts_gpu_kernel &kernel, cudaStream_t stream);
 
-/* Kernels that take more shared memory than every device has. kind: v5_rows'. */
+#define V5_TEAMS 3u /* a kind of v5's kernels: for few rows, and teams' pieces; or it has none */
+
+/* Kernels that take more shared memory than every device has. kind: v5_rows', or V5_TEAMS. */
 ts_gpu_kernel v5_fp32(uint32_t head_dim, uint32_t kind);
 ts_gpu_kernel v5_fp16(uint32_t head_dim, ts_dtype io, uint32_t kind);
 ts_gpu_kernel v5_bf16(uint32_t head_dim, ts_dtype io, uint32_t kind);
@@ -424,6 +408,12 @@ static inline uint32_t v5_rows(const ts_geometry *g, uint32_t kind)
 {
     static const uint32_t rows[2][3] = {{8, 32, 64}, {1, 8, 8}};
     return rows[g->dtype == TS_DTYPE_FP32][kind];
+}
+
+/* Rows of all members of a team. fp8's kernels need more warps, so have fewer registers. */
+static inline uint32_t team_rows(const ts_geometry *g)
+{
+    return g->dtype == TS_DTYPE_FP8_E4M3 ? 16 : 32;
 }
 
 static inline uint32_t mma_rows(const ts_geometry *g) /* ... of mma */

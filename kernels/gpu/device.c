@@ -297,6 +297,7 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
     }
     gpu->info.ordinal = ordinal;
     gpu->for_streams = for_streams;
+    gpu->team_tokens = TS_GPU_TEAM_TOKENS;
     pthread_mutex_init(&gpu->lock, NULL);
     pthread_cond_init(&gpu->changed, NULL);
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);

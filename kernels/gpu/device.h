@@ -102,6 +102,11 @@ typedef struct ts_gpu_deferred_free {
     uint64_t *held; /* counts the bytes until they are free; NULL: nobody does */
 } ts_gpu_deferred_free;
 
+/* Sequences with a prefix in common go through common pieces of work (sharing.h) where that spares
+ * each processor the reading of K and V of so many tokens and KV heads, at least. Less is read as
+ * quickly from the second-level cache, and common pieces take longer. */
+#define TS_GPU_TEAM_TOKENS 3072u
+
 #define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
 
 struct ts_gpu {
@@ -121,6 +126,7 @@ struct ts_gpu {
     ts_gpu_buffer *buffers[TS_GPU_BUFFER_LOGS]; /* under the lock: free ones of 2^i bytes */
     ts_gpu_function functions[TS_GPU_FUNCTIONS]; /* under the lock: those that plans asked about */
     uint32_t num_functions;                      /* under the lock */
+    uint32_t team_tokens;                        /* TS_GPU_TEAM_TOKENS; other in tests */
     bool for_streams; /* there is launches[0] alone, on streams of others */
     bool deferred_runs;
     pthread_t deferred_thread;

@@ -338,28 +338,60 @@ template <typename Work> bool time_each(const device &d, int count, double *ms, 
     return good;
 }
 
-bool measure(const bench_options *o, const device &d, const problem &p, ts_kernel kernel,
-             json_t *rows)
+/* The runs of one launch, each with a plan. */
+struct planned_runs {
+    std::vector<ts_gpu_run> runs;
+
+    ~planned_runs()
+    {
+        for (ts_gpu_run &run : runs)
+            ts_gpu_plan_free((ts_gpu_plan *)run.plan);
+    }
+};
+
+/* The sequences become as many runs as were asked for, one behind the other. */
+bool plan_runs(const bench_options *o, const device &d, const problem &p, ts_kernel kernel,
+               planned_runs &to)
 {
     char why[256];
     const shape *s = p.s;
-    ts_gpu_plan *plan;
-    if (ts_gpu_plan_new(d.gpu, &p.g, s->heads, io_of(s), kernel, p.seqs.data(),
-                        (uint32_t)p.seqs.size(), &plan, why, sizeof why) != TS_OK) {
-        fprintf(stderr, "tsbench: %s\n", why);
-        return false;
+    const size_t count = p.seqs.size(), num_runs = o->runs < count ? o->runs : count;
+    const size_t q_bytes = p.io_bytes / p.q_rows, kv_bytes = p.new_bytes / p.q_rows;
+    for (size_t i = 0, row = 0; i < num_runs; i++) {
+        const size_t first = count * i / num_runs, end = count * (i + 1) / num_runs;
+        ts_gpu_plan *plan;
+        if (ts_gpu_plan_new(d.gpu, &p.g, s->heads, io_of(s), kernel, &p.seqs[first],
+                            (uint32_t)(end - first), &plan, why, sizeof why) != TS_OK) {
+            fprintf(stderr, "tsbench: %s\n", why);
+            return false;
+        }
+        ts_gpu_run run = {};
+        run.plan = plan;
+        run.q = p.q + row * q_bytes;
+        run.k = o->append ? p.kv + row * kv_bytes : NULL;
+        run.v = p.kv + p.new_bytes + row * kv_bytes;
+        run.out = p.out + row * q_bytes;
+        to.runs.push_back(run);
+        for (size_t n = first; n < end; n++)
+            row += p.seqs[n].q_tokens;
     }
+    return true;
+}
+
+bool measure(const bench_options *o, const device &d, const problem &p, ts_kernel kernel,
+             json_t *rows)
+{
+    const shape *s = p.s;
+    planned_runs planned;
+    if (!plan_runs(o, d, p, kernel, planned))
+        return false;
     ts_attention_variant variant = {};
     variant.scale = 1.0f / sqrtf((float)s->head_dim);
     auto attend = [&](int turn) {
-        ts_gpu_run run = {};
-        run.plan = plan;
-        run.layer = (uint32_t)turn % p.layers;
-        run.q = p.q;
-        run.k = o->append ? p.kv : NULL;
-        run.v = p.kv + p.new_bytes;
-        run.out = p.out;
-        bool good = ts_gpu_launch_attend(d.launch, p.cache, &variant, &run, 1) == TS_OK;
+        for (ts_gpu_run &run : planned.runs)
+            run.layer = (uint32_t)turn % p.layers;
+        bool good = ts_gpu_launch_attend(d.launch, p.cache, &variant, planned.runs.data(),
+                                         (uint32_t)planned.runs.size()) == TS_OK;
         if (!good)
             fprintf(stderr, "tsbench: %s\n", ts_gpu_launch_why(d.launch));
         return good;
@@ -399,7 +431,6 @@ bool measure(const bench_options *o, const device &d, const problem &p, ts_kerne
     };
     good = good && time_each(d, 5, read, plain) && time_each(d, repeats, floors, floor) &&
            time_each(d, repeats, times, attend);
-    ts_gpu_plan_free(plan);
     if (!good)
         return false;
     double read_rate = (double)p.cache_bytes * 1e-6 / bench_percentile(read, 5, 50);

@@ -33,6 +33,7 @@ static const struct argp_option argp_options[] = {
     {"append", 'A', NULL, 0, "Attend on a GPU writes the new tokens' K and V too", 0},
     {"layers", 'l', "N", 0, "Layers of attend's cache on a GPU (default: what no cache holds)", 0},
     {"in-order", 'i', NULL, 0, "Attend's blocks on a GPU lie in order, not at random", 0},
+    {"runs", 'r', "N", 0, "Attend's sequences on a GPU are N workers', joined in one launch", 0},
     {0},
 };
 
@@ -87,6 +88,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (*end != '\0' || n == 0 || n > TS_LAYERS_MAX)
             argp_error(state, "--layers %s: 1 to %u are possible", arg, TS_LAYERS_MAX);
         a->options.layers = (uint32_t)n;
+        return 0;
+    }
+    case 'r': {
+        unsigned long n = strtoul(arg, &end, 10);
+        if (*end != '\0' || n == 0 || n > 1024)
+            argp_error(state, "--runs %s: 1 to 1024 are possible", arg);
+        a->options.runs = (uint32_t)n;
         return 0;
     }
     case ARGP_KEY_ARG:
@@ -170,15 +178,16 @@ int main(int argc, char **argv)
     if (argc > 2 && strcmp(argv[1], "cache-client") == 0)
         return cache_client(argc, argv);
     char path[1024];
-    arguments a = {.options = {.gib = 1.0}};
+    arguments a = {.options = {.gib = 1.0, .runs = 1}};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &a);
     bool for_gpu = a.options.kernel != TS_KERNEL_AUTO || a.options.all_kernels ||
-                   a.options.append || a.options.layers != 0 || a.options.in_order;
+                   a.options.append || a.options.layers != 0 || a.options.in_order ||
+                   a.options.runs > 1;
     if (for_gpu && !(a.options.on_gpu && strcmp(a.what, "attend") == 0)) {
         fprintf(stderr,
-                "tsbench: --kernel, --all-kernels, --append, --layers and --in-order are for "
-                "attend --device cuda:N\n");
+                "tsbench: --kernel, --all-kernels, --append, --layers, --in-order and --runs are "
+                "for attend --device cuda:N\n");
         return 2;
     }
     if (a.options.shape != NULL && strcmp(a.what, "attend") != 0) {

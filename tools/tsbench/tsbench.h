@@ -26,6 +26,7 @@ typedef struct bench_options {
     bool append;       /* attend writes the new tokens' K and V too */
     uint32_t layers;   /* of the cache; 0: so many that no cache holds what was read last */
     bool in_order;     /* the cache's blocks */
+    uint32_t runs;     /* that the sequences are, of one launch */
 } bench_options;
 
 /* Each returns an exit status and appends rows to `rows`. */

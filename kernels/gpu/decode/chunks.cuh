@@ -101,12 +101,18 @@ __device__ inline void make_job(const gpu_call &c, const gpu_run &run, const pla
 }
 
 /* block: a piece's and a KV head's. */
-template <bool RUNS = false>
-__device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows, job &j)
+__device__ inline const gpu_run &find_piece(const gpu_call &c, uint32_t block, plan_piece &piece)
 {
     uint32_t index = block / c.kv_heads;
     const gpu_run &run = run_of(c, &index);
-    plan_piece piece = ((const plan_piece *)run.items)[index];
+    piece = ((const plan_piece *)run.items)[index];
+    return run;
+}
+template <bool RUNS = false>
+__device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows, job &j)
+{
+    plan_piece piece;
+    const gpu_run &run = find_piece(c, block, piece);
     make_job<false, RUNS>(c, run, piece, block % c.kv_heads, rows, j);
 }
 
@@ -409,67 +415,23 @@ __device__ inline row_state fold_factors(const float *first, size_t stride, uint
     return all;
 }
 
-/*
- * The end of a block of `threads` threads: states[w][r] and sums[w][r][d] (rows of `pitch` floats,
- * a multiple of 4) in shared memory are what PARTS warps have for each of ROWS rows. scratch has
- * room for a float for every row and chunk of the sequence; `total` for every row. ALL: they are
- * all of the block's threads; else the first of them. RUNNING: chunks are added up by `fold`; else
- * each is multiplied by a factor that comes from the highest maximum of all.
- */
-template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true, bool RUNNING = false>
-__device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
-                       const row_state (*states)[ROWS], const float *sums, uint32_t pitch,
-                       float *scratch, row_state *total)
+/* Where a sequence's partial rows lie, a record for each of its rows and chunks. */
+__device__ inline float *records_of(const gpu_run &run, const plan_seq &p, uint32_t record)
 {
-    __shared__ bool last;
-    __shared__ uint32_t places[ROWS];
-    const uint32_t QUADS = DIM / 4, record = c.head_dim + 4, num_chunks = j.p.num_chunks;
-    for (uint32_t r = threadIdx.x; r < j.rows; r += threads)
-        places[r] = place_of(c, j, r);
-    sync_first<ALL>(threads);
-    uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
-    float *records = j.run->partials + j.p.slot * (size_t)record;
-    float *ours = records + (size_t)j.chunk * all * record;
-    for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads) {
-        uint32_t r = i / QUADS, d = i % QUADS * 4;
-        if (d >= c.head_dim)
-            continue;
-        float max = -CUDART_INF_F, sum = 0, x[4] = {};
-#pragma unroll
-        for (uint32_t w = 0; w < PARTS; w++)
-            max = fmaxf(max, states[w][r].max);
-        for (uint32_t w = 0; w < PARTS; w++) {
-            float factor = rescale(states[w][r].max, max);
-            float4 y = *(const float4 *)&sums[((size_t)w * ROWS + r) * pitch + d];
-            sum = __fmaf_rn(states[w][r].sum, factor, sum); /* told whole: mma.cuh has the same */
-            x[0] = __fmaf_rn(y.x, factor, x[0]);
-            x[1] = __fmaf_rn(y.y, factor, x[1]);
-            x[2] = __fmaf_rn(y.z, factor, x[2]);
-            x[3] = __fmaf_rn(y.w, factor, x[3]);
-        }
-        if (num_chunks == 1) {
-            store_sums<T>(c, j, places[r], d, row_state{max, sum}, x);
-            continue;
-        }
-        float *to = ours + places[r] * (size_t)record;
-        cache_hints::store(to + 4 + d, make_float4(x[0], x[1], x[2], x[3]), c.keeps_partials);
-        if (d == 0)
-            cache_hints::store(to, make_float4(max, sum, 0, 0), c.keeps_partials);
-    }
-    if (num_chunks == 1)
-        return;
-    sync_first<ALL>(threads);
-    if (threadIdx.x == 0) {
-        uint32_t tiles = (j.s.q_tokens * c.group + ROWS - 1) / ROWS;
-        uint32_t *counter = j.run->counters + j.p.counter + j.kv_head * tiles + j.tile;
-        last = arrive(counter) == num_chunks - 1;
-        if (last)
-            *counter = 0; /* for the next launch */
-    }
-    sync_first<ALL>(threads);
-    if (!last)
-        return;
+    return run.partials + p.slot * (size_t)record;
+}
 
+/*
+ * Adds up all chunks of a tile's rows, in order, and writes the output; by a block of `threads`
+ * threads that share scratch, places and total: see `finish`. ALL, RUNNING: likewise.
+ */
+template <typename T, int DIM, int ROWS, bool ALL, bool RUNNING>
+__device__ inline void merge(const gpu_call &c, const job &j, uint32_t threads,
+                             const uint32_t *places, float *scratch, row_state *total)
+{
+    const uint32_t QUADS = DIM / 4, record = c.head_dim + 4, num_chunks = j.p.num_chunks;
+    uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
+    const float *records = records_of(*j.run, j.p, record);
     /* Of few chunks, what this thread is to add up first is asked for now, before the factors are
      * known, where there are registers for it. */
     const int EARLY = ROWS * QUADS >= 512 || scaled<T>::value ? 0 : 4; /* chunks */
@@ -506,7 +468,7 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             float2 part = __ldcg((const float2 *)(from + (size_t)i * all * record));
             float factor = rescale(part.x, max);
             scratch[r * num_chunks + i] = factor;
-            sum += part.y * factor;
+            sum = __fmaf_rn(part.y, factor, sum);
         }
         for (uint32_t step = width / 2; step > 0; step /= 2)
             sum += __shfl_xor_sync(~0u, sum, step);
@@ -536,10 +498,10 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
                 x[a][3] = fold(x[a][3], y.w, factor);
                 return;
             }
-            x[a][0] += y.x * factor;
-            x[a][1] += y.y * factor;
-            x[a][2] += y.z * factor;
-            x[a][3] += y.w * factor;
+            x[a][0] = __fmaf_rn(y.x, factor, x[a][0]);
+            x[a][1] = __fmaf_rn(y.y, factor, x[a][1]);
+            x[a][2] = __fmaf_rn(y.z, factor, x[a][2]);
+            x[a][3] = __fmaf_rn(y.w, factor, x[a][3]);
         };
         if (few && i == threadIdx.x) {
 #pragma unroll
@@ -561,6 +523,84 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
             store_sums<T>(c, j, places[r], d, total[r], x[a]);
         }
     }
+}
+
+/* What PARTS warps have of row r comes together, in order: its state, and its sums from dimension d
+ * on. See `finish`. */
+template <int ROWS, int PARTS>
+__device__ inline row_state add_parts(const row_state (*states)[ROWS], const float *sums,
+                                      uint32_t pitch, uint32_t r, uint32_t d, float *x)
+{
+    row_state row = {-CUDART_INF_F, 0};
+#pragma unroll
+    for (uint32_t w = 0; w < PARTS; w++)
+        row.max = fmaxf(row.max, states[w][r].max);
+    for (uint32_t w = 0; w < PARTS; w++) {
+        float factor = rescale(states[w][r].max, row.max);
+        float4 y = *(const float4 *)&sums[((size_t)w * ROWS + r) * pitch + d];
+        row.sum = __fmaf_rn(states[w][r].sum, factor, row.sum); /* told whole: mma.cuh has it too */
+        x[0] = __fmaf_rn(y.x, factor, x[0]);
+        x[1] = __fmaf_rn(y.y, factor, x[1]);
+        x[2] = __fmaf_rn(y.z, factor, x[2]);
+        x[3] = __fmaf_rn(y.w, factor, x[3]);
+    }
+    return row;
+}
+
+/* A row's record: its state, and four of its sums. */
+__device__ inline void store_record(const gpu_call &c, float *to, uint32_t d, const row_state &row,
+                                    const float *x)
+{
+    cache_hints::store(to + 4 + d, make_float4(x[0], x[1], x[2], x[3]), c.keeps_partials);
+    if (d == 0)
+        cache_hints::store(to, make_float4(row.max, row.sum, 0, 0), c.keeps_partials);
+}
+
+/*
+ * The end of a block of `threads` threads: states[w][r] and sums[w][r][d] (rows of `pitch` floats,
+ * a multiple of 4) in shared memory are what PARTS warps have for each of ROWS rows. scratch has
+ * room for a float for every row and chunk of the sequence; `total` for every row. ALL: they are
+ * all of the block's threads; else the first of them. RUNNING: chunks are added up by `fold`; else
+ * each is multiplied by a factor that comes from the highest maximum of all.
+ */
+template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true, bool RUNNING = false>
+__device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
+                       const row_state (*states)[ROWS], const float *sums, uint32_t pitch,
+                       float *scratch, row_state *total)
+{
+    __shared__ bool last;
+    __shared__ uint32_t places[ROWS];
+    const uint32_t QUADS = DIM / 4, record = c.head_dim + 4, num_chunks = j.p.num_chunks;
+    for (uint32_t r = threadIdx.x; r < j.rows; r += threads)
+        places[r] = place_of(c, j, r);
+    sync_first<ALL>(threads);
+    uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
+    float *ours = records_of(*j.run, j.p, record) + (size_t)j.chunk * all * record;
+    for (uint32_t i = threadIdx.x; i < j.rows * QUADS; i += threads) {
+        uint32_t r = i / QUADS, d = i % QUADS * 4;
+        if (d >= c.head_dim)
+            continue;
+        float x[4] = {};
+        row_state row = add_parts<ROWS, PARTS>(states, sums, pitch, r, d, x);
+        if (num_chunks == 1) {
+            store_sums<T>(c, j, places[r], d, row, x);
+            continue;
+        }
+        store_record(c, ours + places[r] * (size_t)record, d, row, x);
+    }
+    if (num_chunks == 1)
+        return;
+    sync_first<ALL>(threads);
+    if (threadIdx.x == 0) {
+        uint32_t tiles = (j.s.q_tokens * c.group + ROWS - 1) / ROWS;
+        uint32_t *counter = j.run->counters + j.p.counter + j.kv_head * tiles + j.tile;
+        last = arrive(counter) == num_chunks - 1;
+        if (last)
+            *counter = 0; /* for the next launch */
+    }
+    sync_first<ALL>(threads);
+    if (last)
+        merge<T, DIM, ROWS, ALL, RUNNING>(c, j, threads, places, scratch, total);
 }
 
 } // namespace chunks

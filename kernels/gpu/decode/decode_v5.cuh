@@ -20,10 +20,11 @@ namespace v5
 using namespace chunks;
 using namespace tensor;
 
-template <typename T, int DIM> struct narrow_kernel {
+/* MORE: tiles under way. */
+template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
     typedef typename multiplied<T>::type M;
     static const int PITCH = DIM * sizeof(T), STEPS = DIM / 16;
-    static const uint32_t ROWS = 8, TOKENS = 16, STAGES = PITCH > 128 ? 2 : 3;
+    static const uint32_t ROWS = 8, TOKENS = 16, STAGES = (PITCH > 128 ? 2 : 3) + MORE;
     typedef ring<PITCH, TOKENS, STAGES> tiles;
     typedef typename tiles::rows rows;
     typedef loader<DIM * 2, TOKENS> q_rows;
@@ -93,10 +94,129 @@ template <typename T, int DIM> struct narrow_kernel {
         return __all_sync(~0u, finite);
     }
 
-    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
+    /* What a lane has of its two rows, the columns lane % 4 * 2 and the next: of each 16 dimensions
+     * two, see lay_out; what weights are measured from; and this lane's part of their sum. */
+    struct lane_sums {
+        float acc[STEPS][4], max[2], sum[2];
+
+        __device__ void begin()
+        {
+#pragma unroll
+            for (int d = 0; d < STEPS; d++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    acc[d][e] = 0;
+            max[0] = max[1] = -CUDART_INF_F;
+            sum[0] = sum[1] = 0;
+        }
+
+        /* What weights are measured from is raised where a row's scores have gone beyond it: each
+         * row's by its own scores, whoever is in the tile. */
+        __device__ void raise(const float *s)
+        {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float highest = fmaxf(s[e], s[e + 2]);
+#pragma unroll
+                for (int step = 4; step < 32; step *= 2)
+                    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
+                bool moves = highest > max[e] + SLACK;
+                float factor = moves ? rescale(max[e], highest) : 1;
+                max[e] = moves ? highest : max[e];
+                sum[e] = __fmul_rn(sum[e], factor);
+#pragma unroll
+                for (int d = 0; d < STEPS; d++) {
+                    acc[d][e] = __fmul_rn(acc[d][e], factor);
+                    acc[d][e + 2] = __fmul_rn(acc[d][e + 2], factor);
+                }
+            }
+        }
+
+        /* Scores become weights, as the second product takes them: rounded, and what that leaves.
+         */
+        __device__ void weigh(float *s, uint32_t *p)
+        {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                s[e] = power(__fsub_rn(s[e], max[e % 2] == -CUDART_INF_F ? 0 : max[e % 2]));
+                sum[e % 2] += s[e];
+            }
+            uint32_t low = pack<M>(s[0], s[1]), high = pack<M>(s[2], s[3]);
+            take_away<M>(low, &s[0], &s[1]);
+            take_away<M>(high, &s[2], &s[3]);
+            p[0] = transpose(low);
+            p[1] = transpose(high);
+            p[2] = transpose(pack<M>(s[0], s[1]));
+            p[3] = transpose(pack<M>(s[2], s[3]));
+        }
+
+        /* Adds weights times V: of 32 dimensions, whose operands are a. */
+        __device__ void add(int pair, const uint32_t (*a)[4], const uint32_t *p)
+        {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                multiply<M>(acc[pair * 2 + i], a[i], p[0], p[1]);
+                multiply<M>(acc[pair * 2 + i], a[i], p[2], p[3]);
+            }
+        }
+
+        /* This lane's part of a row's weights becomes the row's sum of them. */
+        __device__ void add_up_weights()
+        {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+#pragma unroll
+                for (int step = 4; step < 32; step *= 2)
+                    sum[e] += __shfl_xor_sync(~0u, sum[e], step);
+        }
+
+        /* To where the rows' states lie, and their sums in the order of dimensions. */
+        __device__ void lay_out(row_state *states, float *sums) const
+        {
+            uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                uint32_t r = lane % 4 * 2 + e;
+                if (lane / 4 == 0)
+                    states[r] = row_state{max[e], sum[e]};
+                /* A product's rows g and g + 8 are these dimensions of the 16. */
+                const uint32_t NEXT = scaled<T>::value ? 1 : 8;
+                float *to = sums + r * SUM_PITCH + lane / 4 * (scaled<T>::value ? 2 : 1);
+#pragma unroll
+                for (int d = 0; d < STEPS; d++) {
+                    to[d * 16] = acc[d][e];
+                    to[d * 16 + NEXT] = acc[d][e + 2];
+                }
+            }
+        }
+    };
+
+    /* Where a lane's loads of a tile's K and V start, from the tile's place. */
+    __device__ static uint32_t k_place()
     {
-        job j;
-        find_job(c, block, ROWS, j);
+        uint32_t lane = threadIdx.x % 32;
+        return rows::place(lane % 16, lane / 16);
+    }
+    __device__ static uint32_t v_place()
+    {
+        uint32_t lane = threadIdx.x % 32;
+        return tiles::PLANE + rows::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    }
+
+    /* Adds a tile's scores with one plane of q to two sums: neither waits for the other. */
+    __device__ static void score(uint32_t k, uint32_t (*q)[2], float *s, float *odd)
+    {
+#pragma unroll
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4];
+            operands<T>::template load<false>(a, k, pair, true);
+            multiply<M>(s, a[0], q[pair * 2][0], q[pair * 2][1]);
+            multiply<M>(odd, a[1], q[pair * 2 + 1][0], q[pair * 2 + 1][1]);
+        }
+    }
+
+    __device__ static void work(const gpu_call &c, const job &j, unsigned char *shared)
+    {
         append<T>(c, j, THREADS);
         __shared__ row_state states[WARPS][ROWS], total[ROWS];
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -110,7 +230,8 @@ template <typename T, int DIM> struct narrow_kernel {
         fetch_q(q_at, q);
 
         /* A lane has tokens lane / 4 and 8 more of a tile, and two rows. */
-        float acc[STEPS][4] = {}, max[2] = {-CUDART_INF_F, -CUDART_INF_F}, sum[2] = {};
+        lane_sums l;
+        l.begin();
         float slope[2];
         uint32_t position[2], from[2];
 #pragma unroll
@@ -122,8 +243,7 @@ template <typename T, int DIM> struct narrow_kernel {
         }
         bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
         float scale = score_scale<T>(c, j);
-        uint32_t k_place = rows::place(lane % 16, lane / 16);
-        uint32_t v_place = tiles::PLANE + rows::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        uint32_t to_k = k_place(), to_v = v_place();
 
         for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
              tile += WARPS * TOKENS) {
@@ -132,31 +252,19 @@ template <typename T, int DIM> struct narrow_kernel {
                 rows::clear_rows(at + tiles::PLANE, j.end - tile, TOKENS, lane, 32);
                 __syncwarp();
             }
-            float s[4] = {}, odd[4] = {}; /* two sums: neither waits for the other */
-#pragma unroll
-            for (int pair = 0; pair < STEPS / 2; pair++) {
-                uint32_t a[2][4];
-                operands<T>::template load<false>(a, at + k_place, pair, true);
-                multiply<M>(s, a[0], q[pair * 2][0], q[pair * 2][1]);
-                multiply<M>(odd, a[1], q[pair * 2 + 1][0], q[pair * 2 + 1][1]);
-            }
+            float s[4] = {}, odd[4] = {};
+            score(at + to_k, q, s, odd);
             if (c.io == TS_DTYPE_FP32)
                 for (uint32_t plane = 1; plane < planes; plane++) {
                     uint32_t rest[STEPS][2];
                     fetch_q(q_at + plane * Q_BYTES, rest);
-#pragma unroll
-                    for (int pair = 0; pair < STEPS / 2; pair++) {
-                        uint32_t a[2][4];
-                        operands<T>::template load<false>(a, at + k_place, pair, true);
-                        multiply<M>(s, a[0], rest[pair * 2][0], rest[pair * 2][1]);
-                        multiply<M>(odd, a[1], rest[pair * 2 + 1][0], rest[pair * 2 + 1][1]);
-                    }
+                    score(at + to_k, rest, s, odd);
                 }
             bool clear = tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
             bool passes = false;
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                s[e] = (s[e] + odd[e]) * scale;
+                s[e] = __fmul_rn(s[e] + odd[e], scale);
             if (varied || !clear) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
@@ -168,52 +276,29 @@ template <typename T, int DIM> struct narrow_kernel {
             }
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                passes |= !(s[e] <= max[e % 2] + SLACK); /* NaN too */
-            if (__any_sync(~0u, passes)) {               /* seldom: the first tile, as a rule */
+                passes |= !(s[e] <= l.max[e % 2] + SLACK); /* NaN too */
+            if (__any_sync(~0u, passes)) {                 /* seldom: the first tile, as a rule */
                 /* An infinite element of K times the parts of q may be NaN: the first part decides,
                  * if it is infinite. */
                 bool nan = s[0] != s[0] || s[1] != s[1] || s[2] != s[2] || s[3] != s[3];
                 float first[4] = {};
                 if (planes > 1 && !scaled<T>::value && __any_sync(~0u, nan) &&
-                    score_first(at + k_place, q, first))
+                    score_first(at + to_k, q, first))
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (s[e] != s[e] && isinf(first[e]))
                             s[e] = modify_score(c, first[e] * scale, slope[e % 2],
                                                 tile + lane / 4 + e / 2 * 8, position[e % 2]);
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float higher = fmaxf(max[e], fmaxf(s[e], s[e + 2]));
-#pragma unroll
-                    for (int step = 4; step < 32; step *= 2)
-                        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, step));
-                    float factor = rescale(max[e], higher);
-                    max[e] = higher;
-                    sum[e] *= factor;
-#pragma unroll
-                    for (int d = 0; d < STEPS; d++) {
-                        acc[d][e] *= factor;
-                        acc[d][e + 2] *= factor;
-                    }
-                }
+                l.raise(s);
             }
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[e] = power(s[e] - (max[e % 2] == -CUDART_INF_F ? 0 : max[e % 2]));
-                sum[e % 2] += s[e];
-            }
-            uint32_t low = pack<M>(s[0], s[1]), high = pack<M>(s[2], s[3]);
-            /* Weights, and what rounding them leaves. */
-            take_away<M>(low, &s[0], &s[1]);
-            take_away<M>(high, &s[2], &s[3]);
-            uint32_t p[4] = {transpose(low), transpose(high), transpose(pack<M>(s[0], s[1])),
-                             transpose(pack<M>(s[2], s[3]))};
+            uint32_t p[4];
+            l.weigh(s, p);
             bool nonfinite = false;
             if (!clear) {
 #pragma unroll
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];
-                    operands<T>::template load<true>(a, at + v_place, pair, false);
+                    operands<T>::template load<true>(a, at + to_v, pair, false);
                     nonfinite = nonfinite || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
                 }
                 nonfinite = __any_sync(~0u, nonfinite);
@@ -222,45 +307,32 @@ template <typename T, int DIM> struct narrow_kernel {
 #pragma unroll
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];
-                    operands<T>::template load<true>(a, at + v_place, pair, false);
-                    add_apart(c, j, tile, a[0], p, acc[pair * 2]);
-                    add_apart(c, j, tile, a[1], p, acc[pair * 2 + 1]);
+                    operands<T>::template load<true>(a, at + to_v, pair, false);
+                    add_apart(c, j, tile, a[0], p, l.acc[pair * 2]);
+                    add_apart(c, j, tile, a[1], p, l.acc[pair * 2 + 1]);
                 }
                 continue;
             }
 #pragma unroll
             for (int pair = 0; pair < STEPS / 2; pair++) {
                 uint32_t a[2][4];
-                operands<T>::template load<true>(a, at + v_place, pair, false);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    multiply<M>(acc[pair * 2 + i], a[i], p[0], p[1]);
-                    multiply<M>(acc[pair * 2 + i], a[i], p[2], p[3]);
-                }
+                operands<T>::template load<true>(a, at + to_v, pair, false);
+                l.add(pair, a, p);
             }
         }
         await_copies<0>();
         __syncthreads(); /* the rings are used up */
         float *sums = (float *)rings;
-#pragma unroll
-        for (uint32_t e = 0; e < 2; e++) {
-            uint32_t r = lane % 4 * 2 + e;
-#pragma unroll
-            for (int step = 4; step < 32; step *= 2)
-                sum[e] += __shfl_xor_sync(~0u, sum[e], step);
-            if (lane / 4 == 0)
-                states[warp][r] = row_state{max[e], sum[e]};
-            /* A product's rows g and g + 8 are these dimensions of the 16. */
-            const uint32_t NEXT = scaled<T>::value ? 1 : 8;
-            float *to =
-                sums + (warp * ROWS + r) * SUM_PITCH + lane / 4 * (scaled<T>::value ? 2 : 1);
-#pragma unroll
-            for (int d = 0; d < STEPS; d++) {
-                to[d * 16] = acc[d][e];
-                to[d * 16 + NEXT] = acc[d][e + 2];
-            }
-        }
+        l.add_up_weights();
+        l.lay_out(states[warp], sums + warp * ROWS * SUM_PITCH);
         finish<T, DIM, ROWS, WARPS>(c, j, THREADS, states, sums, SUM_PITCH, sums, total);
+    }
+
+    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
+    {
+        job j;
+        find_job(c, block, ROWS, j);
+        work(c, j, shared);
     }
 };
 

@@ -217,5 +217,7 @@ template <int ROWS> ts_gpu_kernel kernel_of(uint32_t head_dim)
 
 ts_gpu_kernel v5_fp32(uint32_t head_dim, uint32_t kind)
 {
-    return kind == 0 ? kernel_of<1>(head_dim) : kernel_of<8>(head_dim);
+    return kind == V5_TEAMS ? ts_gpu_kernel{}
+           : kind == 0      ? kernel_of<1>(head_dim)
+                            : kernel_of<8>(head_dim);
 }

@@ -1,8 +1,8 @@
 /*
- * Plans: they are counted up, laid out and written, and written anew or in part for the next step.
- * Which kernel a sequence gets, and how its work is split, is in work_split.cuh.
+ * Plans: they are made, and made anew or in part for the next step. What they are written from is
+ * in batch.cuh; which kernel a sequence gets, and how its work is split, in work_split.cuh.
  */
-#include "work_split.cuh"
+#include "batch.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,9 +20,19 @@ ts_gpu_kernel wgmma_kernel(const ts_gpu_plan *p, bool varied)
                                                                    : wgmma_bf16(head_dim, varied);
 }
 
+ts_gpu_kernel v5_kernel(const ts_gpu_plan *p, uint32_t kind)
+{
+    uint32_t head_dim = p->geometry.head_dim;
+    ts_dtype dtype = p->geometry.dtype, io = p->io_dtype;
+    return dtype == TS_DTYPE_FP32   ? v5_fp32(head_dim, kind)
+           : dtype == TS_DTYPE_FP16 ? v5_fp16(head_dim, io, kind)
+           : dtype == TS_DTYPE_BF16 ? v5_bf16(head_dim, io, kind)
+                                    : v5_fp8(head_dim, io, kind);
+}
+
 ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
 {
-    uint32_t head_dim = p->geometry.head_dim, kind = list - LIST_NARROW;
+    uint32_t head_dim = p->geometry.head_dim;
     ts_dtype dtype = p->geometry.dtype, io = p->io_dtype;
     if (list == LIST_TILE)
         return tile_kernel(head_dim, dtype);
@@ -34,10 +44,7 @@ ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
         return dtype == TS_DTYPE_FP16   ? mma_fp16(head_dim, io)
                : dtype == TS_DTYPE_BF16 ? mma_bf16(head_dim, io)
                                         : mma_fp8(head_dim, io);
-    return dtype == TS_DTYPE_FP32   ? v5_fp32(head_dim, kind)
-           : dtype == TS_DTYPE_FP16 ? v5_fp16(head_dim, io, kind)
-           : dtype == TS_DTYPE_BF16 ? v5_bf16(head_dim, io, kind)
-                                    : v5_fp8(head_dim, io, kind);
+    return v5_kernel(p, list - LIST_NARROW);
 }
 
 /* Finds the kernels that the device can launch. TS_EINVAL: the one that was asked for isn't among
@@ -82,208 +89,23 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
         if (status != TS_OK)
             return status;
     }
+    if (p->kernels[LIST_NARROW].function != NULL) {
+        size_t bytes = 0;
+        ts_gpu_kernel kernel = v5_kernel(p, V5_TEAMS);
+        ts_status status = kernel.function == NULL
+                               ? TS_OK
+                               : ts_gpu_function_find(p->gpu, &kernel, &bytes, why, why_bytes);
+        if (status != TS_OK)
+            return status;
+        if (bytes <= p->gpu->info.shared_bytes)
+            p->team_kernel = kernel;
+    }
     if (!wanted || found)
         return TS_OK;
     snprintf(why, why_bytes,
              "kernel %s takes %zu bytes of shared memory for a head_dim of %u; the device has %zu",
              ts_kernel_name(p->kernel), least, p->geometry.head_dim, p->gpu->info.shared_bytes);
     return TS_EINVAL;
-}
-
-/* Query tokens of one tile of the tile kernel. */
-uint32_t tile_tokens(const ts_gpu_plan *p)
-{
-    uint32_t group = p->heads / p->geometry.kv_heads;
-    return group < TILE_ROWS ? TILE_ROWS / group : 1;
-}
-
-/* Entries that a block table of so many gets: tokens are to be added without its moving. */
-size_t table_room(size_t blocks)
-{
-    return blocks + blocks / 8 + 8;
-}
-
-/* Finds which sequences' chunks are one piece. */
-void find_whole(ts_gpu_plan *p, const ts_attention_seq *seqs)
-{
-    uint64_t tokens[LIST_COUNT] = {};
-    for (uint32_t i = 0; i < p->num_seqs; i++) {
-        ts_gpu_list list = list_of(p, &seqs[i]);
-        if (seqs[i].q_tokens > 0 && list >= LIST_NARROW)
-            tokens[list] += (uint64_t)seqs[i].kv_tokens * tiles_of(p, seqs[i].q_tokens, list);
-    }
-    for (uint32_t l = LIST_NARROW; l < LIST_COUNT; l++)
-        p->whole_tokens[l] = whole_tokens(p, (ts_gpu_list)l, tokens[l]);
-}
-
-/* Counts items, records and counters; returns the entries of the block tables. */
-size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters)
-{
-    find_whole(p, seqs);
-    p->folds = false;
-    size_t entries = 0;
-    uint32_t counts[SPLIT_LISTS][BUCKETS] = {};
-    memset(p->count, 0, sizeof p->count);
-    p->records = p->counters = p->q_tokens = 0;
-    for (uint32_t i = 0; i < p->num_seqs; i++) {
-        const ts_attention_seq *s = &seqs[i];
-        if (s->q_tokens == 0) /* nothing is told of it, nor of its table */
-            continue;
-        ts_gpu_list list = list_of(p, s);
-        entries += table_room(ceil_div(s->kv_tokens, p->geometry.block_tokens));
-        p->q_tokens += s->q_tokens;
-        if (list >= LIST_NARROW) {
-            work_split c = work_split_of(p, s, list);
-            sorter &so = sorters[list - LIST_NARROW];
-            uint32_t longest = c.together > 1 ? s->kv_tokens : c.chunks > 1 ? c.tokens : c.last;
-            so.longest = longest > so.longest ? longest : so.longest;
-            p->count[list] += c.chunks / c.together * c.tiles;
-            p->folds = p->folds || (list == LIST_WGMMA && c.together > 1);
-            if (c.chunks > c.together) {
-                p->records += (size_t)c.chunks * s->q_tokens * p->heads;
-                p->counters += p->geometry.kv_heads * c.tiles;
-            }
-        }
-        if (list == LIST_TILE)
-            p->count[list] += ceil_div(s->q_tokens, tile_tokens(p));
-        if (list == LIST_DECODE)
-            p->count[list] += s->q_tokens;
-        if (list == LIST_TILE || list == LIST_DECODE || has_many_rows(list))
-            p->count[LIST_APPEND] += s->q_tokens;
-    }
-    for (uint32_t i = 0; i < p->num_seqs; i++) {
-        ts_gpu_list list = list_of(p, &seqs[i]);
-        if (seqs[i].q_tokens == 0 || list < LIST_NARROW)
-            continue;
-        work_split c = work_split_of(p, &seqs[i], list);
-        for (uint32_t chunk = 0; chunk < c.chunks; chunk += c.together)
-            for (uint32_t tile = 0; tile < c.tiles; tile++)
-                counts[list - LIST_NARROW][bucket_of(sorters[list - LIST_NARROW],
-                                                     rank_of(p, &seqs[i], list, c, tile, chunk))]++;
-    }
-    for (uint32_t l = 0; l < SPLIT_LISTS; l++)
-        for (uint32_t b = 0, at = 0; b < BUCKETS; b++) {
-            sorters[l].next[b] = at;
-            at += counts[l][b];
-        }
-    return entries;
-}
-
-/* Says where everything is to lie that has room for so much, but for the block tables' length;
- * returns where they start. */
-size_t lay_out(ts_gpu_plan *p, uint32_t num_seqs, const uint32_t *items)
-{
-    size_t at = PLAN_SEQS + num_seqs * sizeof(plan_seq);
-    for (uint32_t l = 0; l < LIST_COUNT; l++) {
-        at = (at + 15) / 16 * 16;
-        p->items[l] = at;
-        at += items[l] * (l >= LIST_NARROW ? sizeof(plan_piece) : sizeof(uint2));
-    }
-    return p->tables = at;
-}
-
-/* Blocks that two tables begin with alike. What they share comes first (a fork's, a prefix's), so
- * the place where they part is searched for. */
-uint32_t alike_blocks(const ts_attention_seq *a, const ts_attention_seq *b, uint32_t block_tokens)
-{
-    uint32_t shorter = a->kv_tokens < b->kv_tokens ? a->kv_tokens : b->kv_tokens;
-    uint32_t least = 0, most = ceil_div(shorter, block_tokens);
-    while (least < most) {
-        uint32_t middle = (least + most) / 2;
-        if (a->blocks[middle] == b->blocks[middle])
-            least = middle + 1;
-        else
-            most = middle;
-    }
-    return least;
-}
-
-/*
- * Of each sequence, with how many blocks another one begins too, as far as is known: it is compared
- * with the first that has the same first block. To be freed; NULL: no memory.
- */
-uint32_t *shared_blocks(const ts_gpu_plan *p, const ts_attention_seq *seqs)
-{
-    uint32_t log = 4, bit = 1; /* places: at least twice the sequences */
-    while (bit << log < p->num_seqs * 2)
-        log++;
-    uint32_t places = bit << log;
-    uint32_t *shared = (uint32_t *)calloc(p->num_seqs + places, sizeof *shared);
-    if (shared == NULL)
-        return NULL;
-    uint32_t *found = shared + p->num_seqs; /* by first block: a sequence + 1 */
-    for (uint32_t i = 0; i < p->num_seqs; i++) {
-        if (seqs[i].q_tokens == 0)
-            continue;
-        uint32_t at = seqs[i].blocks[0] * 0x9e3779b1u >> (32 - log);
-        while (found[at] != 0 && seqs[found[at] - 1].blocks[0] != seqs[i].blocks[0])
-            at = (at + 1) % places;
-        if (found[at] == 0) {
-            found[at] = i + 1;
-            continue;
-        }
-        uint32_t other = found[at] - 1;
-        uint32_t n = alike_blocks(&seqs[i], &seqs[other], p->geometry.block_tokens);
-        shared[i] = n;
-        shared[other] = n > shared[other] ? n : shared[other];
-    }
-    return shared;
-}
-
-void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, sorter *sorters, unsigned char *host)
-{
-    memcpy(host, p->count, sizeof p->count);
-    plan_seq *to = (plan_seq *)(host + PLAN_SEQS);
-    uint2 *items[LIST_COUNT];
-    plan_piece *pieces[LIST_COUNT];
-    for (uint32_t l = 0; l < LIST_COUNT; l++) {
-        items[l] = (uint2 *)(host + p->items[l]);
-        pieces[l] = (plan_piece *)(host + p->items[l]);
-    }
-    uint32_t *tables = (uint32_t *)(host + p->tables);
-    uint32_t table = 0, row = 0, slot = 0, counter = 0;
-    uint32_t *shared = shared_blocks(p, seqs);
-    for (uint32_t i = 0; i < p->num_seqs; i++) {
-        const ts_attention_seq *s = &seqs[i];
-        ts_gpu_list list = list_of(p, s);
-        to[i] = plan_seq{table, s->kv_tokens, s->q_tokens, row, s->kv_tokens, 1, slot, counter};
-        if (s->q_tokens == 0)
-            continue;
-        uint32_t blocks = ceil_div(s->kv_tokens, p->geometry.block_tokens);
-        memcpy(tables + table, s->blocks, blocks * sizeof *tables);
-        table += (uint32_t)table_room(blocks);
-        row += s->q_tokens;
-        if (list >= LIST_NARROW) {
-            work_split c = work_split_of(p, s, list);
-            sorter &so = sorters[list - LIST_NARROW];
-            to[i].chunk_tokens = c.tokens;
-            to[i].num_chunks = c.chunks;
-            /* Tiles of a chunk share reads; later ones see more. */
-            for (uint32_t chunk = 0; chunk < c.chunks; chunk += c.together)
-                for (uint32_t n = 0; n < c.tiles; n++) {
-                    uint32_t tile = c.tiles - 1 - n;
-                    uint32_t b = bucket_of(so, rank_of(p, s, list, c, tile, chunk));
-                    bool alone = shared != NULL && c.tiles == 1 &&
-                                 chunk * c.tokens >= shared[i] * p->geometry.block_tokens;
-                    pieces[list][so.next[b]++] =
-                        plan_piece{to[i], tile, chunk, i, c.together * 2 + alone};
-                }
-            if (c.chunks > c.together) {
-                slot += c.chunks * s->q_tokens * p->heads;
-                counter += p->geometry.kv_heads * c.tiles;
-            }
-        }
-        if (list < LIST_NARROW || has_many_rows(list))
-            for (uint32_t q = 0; q < s->q_tokens; q++)
-                *items[LIST_APPEND]++ = make_uint2(i, q);
-        if (list == LIST_TILE)
-            for (uint32_t q = 0; q < s->q_tokens; q += tile_tokens(p))
-                *items[LIST_TILE]++ = make_uint2(i, q);
-        if (list == LIST_DECODE)
-            for (uint32_t q = 0; q < s->q_tokens; q++)
-                *items[LIST_DECODE]++ = make_uint2(i, q);
-    }
-    free(shared);
 }
 
 bool same_geometry(const ts_geometry *a, const ts_geometry *b)
@@ -299,6 +121,17 @@ bool is_cut_alike(const ts_gpu_plan *p, const ts_attention_seq *s, const plan_se
         return true;
     work_split c = work_split_of(p, s, list);
     return c.tokens == before.chunk_tokens && c.chunks == before.num_chunks;
+}
+
+/* Whether a sequence has what it shares with its team by plan: the same blocks, and no new tokens.
+ */
+bool shares_alike(const ts_gpu_plan *p, const ts_attention_seq *s, uint32_t chunks,
+                  const plan_seq &before, const uint32_t *table)
+{
+    uint32_t tokens = chunks * before.chunk_tokens;
+    return s->kv_tokens - s->q_tokens >= tokens &&
+           memcmp(table, s->blocks, ceil_div(tokens, p->geometry.block_tokens) * sizeof *table) ==
+               0;
 }
 
 /* Whether the plan is these sequences', but for lengths and what lies in tables that have room for
@@ -317,7 +150,8 @@ bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_s
             continue;
         if (seqs[i].q_tokens != before[i].q_tokens || seqs[i].blocks[0] != table[0] ||
             ceil_div(seqs[i].kv_tokens, block_tokens) > end - before[i].table ||
-            !is_cut_alike(p, &seqs[i], before[i]))
+            !is_cut_alike(p, &seqs[i], before[i]) ||
+            (p->shared != NULL && !shares_alike(p, &seqs[i], p->shared[i], before[i], table)))
             return false;
     }
     return true;
@@ -348,6 +182,34 @@ size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
             pieces[n].seq.kv_tokens = to[pieces[n].index].kv_tokens;
     }
     return p->tables + entries * sizeof *tables;
+}
+
+/* Works out how the sequences' work is cut and who shares what. The batch is to be given to
+ * batch_fini, also after TS_ENOMEM. */
+ts_status begin_batch(ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_seqs, batch &b,
+                      char *why, size_t why_bytes)
+{
+    p->num_seqs = num_seqs;
+    p->renewals = 0;
+    free(p->shared);
+    p->shared = NULL;
+    bool good = batch_init(b, num_seqs);
+    if (good) {
+        cut(p, seqs, b);
+        find_teams(p, seqs, b);
+        p->entries = count_up(p, seqs, b);
+    }
+    if (good && b.sharing.num_teams > 0) {
+        p->shared = (uint32_t *)malloc(num_seqs * sizeof *p->shared);
+        good = p->shared != NULL;
+        for (uint32_t i = 0; good && i < num_seqs; i++)
+            p->shared[i] = b.sharing.seqs[i].shared;
+    }
+    if (good)
+        return TS_OK;
+    p->num_seqs = 0; /* it has none that the next ones could be like */
+    snprintf(why, why_bytes, "no memory for a plan");
+    return TS_ENOMEM;
 }
 
 /* A plan without sequences. */
@@ -403,7 +265,8 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     p->q_tokens = most->seqs * most->q_tokens;
     p->counters = most->seqs * p->geometry.kv_heads * tiles;
     size_t blocks = most->kv_tokens / p->geometry.block_tokens + most->seqs;
-    *entries = blocks + blocks / 8 + most->seqs * table_room(0);
+    size_t members = p->team_kernel.function == NULL ? 0 : most->seqs + most->seqs / 2;
+    *entries = members + blocks + blocks / 8 + most->seqs * table_room(0);
     return TS_OK;
 }
 
@@ -436,15 +299,18 @@ extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, u
     if (status != TS_OK)
         return status;
     ts_gpu_plan *p = *out;
-    sorter sorters[SPLIT_LISTS] = {};
-    p->num_seqs = num_seqs;
-    p->entries = count_up(p, seqs, sorters);
-    size_t bytes = lay_out(p, num_seqs, p->count) + p->entries * sizeof(uint32_t);
-    status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
+    batch b;
+    size_t bytes = 0;
+    status = begin_batch(p, seqs, num_seqs, b, why, why_bytes);
     if (status == TS_OK) {
-        fill(p, seqs, sorters, p->buffer->host);
+        bytes = lay_out(p, num_seqs, p->count) + p->entries * sizeof(uint32_t);
+        status = ts_gpu_buffer_take(gpu, bytes, &p->buffer, why, why_bytes);
+    }
+    if (status == TS_OK) {
+        fill(p, seqs, b, p->buffer->host);
         status = ts_gpu_buffer_upload(gpu, p->buffer, bytes, why, why_bytes);
     }
+    batch_fini(b);
     if (status != TS_OK) {
         ts_gpu_plan_free(p);
         *out = NULL;
@@ -523,11 +389,13 @@ extern "C" ts_status ts_gpu_plan_set(ts_gpu_plan *p, const ts_attention_seq *seq
     if (is_alike(p, seqs, num_seqs)) {
         bytes = write_lengths(p, seqs);
     } else {
-        sorter sorters[SPLIT_LISTS] = {};
-        p->num_seqs = num_seqs;
-        p->renewals = 0;
-        p->entries = count_up(p, seqs, sorters);
-        fill(p, seqs, sorters, p->buffer->host);
+        batch b;
+        status = begin_batch(p, seqs, num_seqs, b, why, why_bytes);
+        if (status == TS_OK)
+            fill(p, seqs, b, p->buffer->host);
+        batch_fini(b);
+        if (status != TS_OK)
+            return status;
         bytes = p->tables + p->entries * sizeof(uint32_t);
     }
     status = ts_gpu_buffer_upload(p->gpu, p->buffer, bytes, why, why_bytes);
@@ -559,5 +427,6 @@ extern "C" void ts_gpu_plan_free(ts_gpu_plan *p)
     ts_gpu_free_later(p->gpu, p->own_partials);
     ts_gpu_free_later(p->gpu, p->own_counters);
     ts_gpu_buffer_give_back(p->gpu, p->buffer);
+    free(p->shared);
     free(p);
 }

@@ -30,14 +30,17 @@ struct ts_gpu_plan {
     ts_gpu_kernel kernels[LIST_COUNT]; /* of LIST_TILE and later ones; function NULL: the device has
                                           too little shared memory for it */
     ts_gpu_kernel varied_wgmma;        /* LIST_WGMMA's where scores are capped or sloped */
+    ts_gpu_kernel team_kernel; /* LIST_NARROW's where pieces may be teams'; function NULL: none are
+                                  made */
     ts_gpu_buffer *buffer;
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
     size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
-    size_t entries;                   /* of the block tables, with room in each */
-    size_t records;                   /* partial rows of chunks that are to be merged */
-    bool folds;                       /* wgmma has pieces of several chunks */
-    uint32_t q_tokens;                /* of all sequences */
+    size_t entries;    /* of the block tables, with room in each, behind the lists of members */
+    uint32_t *shared;  /* chunks that each sequence shares with its team; NULL: there is no team */
+    size_t records;    /* partial rows of chunks that are to be merged */
+    bool folds;        /* wgmma has pieces of several chunks */
+    uint32_t q_tokens; /* of all sequences */
     uint32_t counters;
     uint32_t whole_tokens[LIST_COUNT]; /* of a sequence whose chunks are one piece, at most */
     uint64_t renewals;                 /* since it was written whole */

@@ -132,6 +132,16 @@ work_split work_split_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu
     return c;
 }
 
+/* Chunks of a sequence, the first ones, that a team may have in common (sharing.h): all rows see
+ * all of them, and no new token lies there. */
+uint32_t team_chunks(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
+                     const work_split &c)
+{
+    if (list != LIST_NARROW || p->team_kernel.function == NULL || c.tiles > 1)
+        return 0;
+    return (s->kv_tokens - s->q_tokens) / c.tokens;
+}
+
 /* Tokens that a piece of work goes over: less where later ones aren't seen. */
 uint32_t work_of(const ts_gpu_plan *p, const ts_attention_seq *s, const work_split &c,
                  uint32_t tile, uint32_t chunk)

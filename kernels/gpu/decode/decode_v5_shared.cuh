@@ -1,0 +1,308 @@
+/*
+ * Pieces that several sequences have in common ("team", sharing.h): a chunk of the context whose K
+ * and V are the same blocks for all of them. A block of threads copies these once and multiplies
+ * them by all members' rows, where decode_v5.cuh would copy them for each sequence.
+ *
+ * A row's bits are those that it has alone: a chunk's tiles are the same warps', the products have
+ * the same operands in the same roles and order, and warps and chunks come together as they do
+ * there. What is loaded of K and V serves several products, each with 8 rows; of a product, a
+ * column doesn't depend on the others; and what a row's weights are measured from is its own.
+ *
+ * Nothing is hidden from any row here, and nothing is appended here: a team's chunks end before its
+ * members' new tokens. Where there is a window, tiles begin elsewhere for each member; then they
+ * are worked on one after the other.
+ */
+#ifndef TS_GPU_DECODE_V5_SHARED_CUH
+#define TS_GPU_DECODE_V5_SHARED_CUH
+
+#include "decode_v5.cuh"
+
+namespace v5
+{
+
+/* GROUPS: of 8 rows. */
+template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
+    typedef narrow_kernel<T, DIM, MORE> narrow;
+    typedef typename narrow::tiles tiles;
+    typedef typename narrow::q_rows q_rows;
+    typedef typename narrow::lane_sums lane_sums;
+    typedef typename narrow::M M;
+    static const uint32_t EACH = narrow::ROWS, ROWS = GROUPS * EACH, TOKENS = narrow::TOKENS;
+    static const uint32_t PIECES = DIM / 8; /* of a row of q */
+    static const uint32_t Q_BYTES = GROUPS * narrow::Q_BYTES, BYTES = Q_BYTES + narrow::RING_BYTES;
+    static const uint32_t SUM_PITCH = narrow::SUM_PITCH;
+    static const int STEPS = narrow::STEPS;
+    static_assert(WARPS * ROWS * SUM_PITCH * sizeof(float) <= narrow::RING_BYTES,
+                  "sums take its place");
+
+    /* Who has which rows. */
+    struct team {
+        uint32_t members, each, rows; /* of a member, and of all */
+        const plan_seq *seqs;
+
+        /* Row r's sequence; r becomes its row there. */
+        __device__ const plan_seq &seq_of_row(uint32_t &r) const
+        {
+            const plan_seq &seq = seqs[r / each];
+            r %= each;
+            return seq;
+        }
+    };
+
+    /* Row r's place among its sequence's; also the sequence. */
+    __device__ static const plan_seq &place_of_row(const gpu_call &c, const job &j, const team &t,
+                                                   uint32_t r, uint32_t *place, uint32_t *query)
+    {
+        const plan_seq &seq = t.seq_of_row(r);
+        *query = query_of(c, r);
+        *place = *query * c.heads + j.kv_head * c.group + r - *query * c.group;
+        return seq;
+    }
+
+    /* All rows of q, turned if the run asks for it; those past the last are 0. As load_q has it. */
+    __device__ static void load_rows(const gpu_call &c, const job &j, const team &t,
+                                     unsigned char *q)
+    {
+        const int TOGETHER = scaled<T>::value ? 2 : 8;
+        const bool as_it_is = !scaled<T>::value && c.rope.theta == 0;
+#pragma unroll
+        for (uint32_t i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+            uint32_t r = i / PIECES, piece = i % PIECES, place, query;
+            uint4 x = make_uint4(0, 0, 0, 0);
+            if (r < t.rows && piece * 8 < c.head_dim) {
+                const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
+                size_t row = ((size_t)seq.first_row * c.heads + place) * c.head_dim;
+                if (as_it_is) {
+                    x = *(const uint4 *)((const T *)j.run->q + row + piece * 8);
+                } else {
+                    uint32_t position = seq.kv_tokens - seq.q_tokens + query;
+                    float y[8];
+#pragma unroll
+                    for (int e = 0; e < 8; e += TOGETHER)
+                        load_turned<T, TOGETHER>(c, j.run->q, row, q_source<T>(piece, e), position,
+                                                 y + e);
+                    x = make_uint4(pack<M>(y[0], y[1]), pack<M>(y[2], y[3]), pack<M>(y[4], y[5]),
+                                   pack<M>(y[6], y[7]));
+                }
+            }
+            *(uint4 *)(q + q_rows::place(r, piece)) = x;
+        }
+    }
+
+    /* Scores of a tile: in each group of rows, as narrow_kernel's `score`. k and q: where the
+     * lane's loads start. */
+    __device__ static void score(uint32_t k, uint32_t q, float (*s)[4], float (*odd)[4])
+    {
+#pragma unroll
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4];
+            operands<T>::template load<false>(a, k, pair, true);
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                uint32_t b[4];
+                load_matrices(b, turn(q + g * narrow::Q_BYTES, pair * 4));
+                multiply<M>(s[g], a[0], b[0], b[1]);
+                multiply<M>(odd[g], a[1], b[2], b[3]);
+            }
+        }
+    }
+
+    /* What happens to scores beside scaling. */
+    __device__ static void vary(const gpu_call &c, const job &j, const team &t, uint32_t tile,
+                                float (*s)[4])
+    {
+        uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (uint32_t i = 0; i < GROUPS * 2; i++) {
+            uint32_t place, query;
+            const uint32_t e = i % 2, r = min(i / 2 * 8 + lane % 4 * 2 + e, t.rows - 1);
+            const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
+            float slope = slope_of(j.s, place % c.heads);
+            uint32_t position = seq.kv_tokens - seq.q_tokens + query, token = tile + lane / 4;
+            s[i / 2][e] = modify_score(c, s[i / 2][e], slope, token, position);
+            s[i / 2][e + 2] = modify_score(c, s[i / 2][e + 2], slope, token + 8, position);
+        }
+    }
+
+    /* A warp's tiles of the chunk. */
+    __device__ static void add_tiles(const gpu_call &c, const job &j, const team &t, tiles &ring,
+                                     uint32_t q, lane_sums *l)
+    {
+        uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
+        float scale = score_scale<T>(c, j);
+        uint32_t to_k = narrow::k_place(), to_v = narrow::v_place();
+        q += q_rows::place(lane % 8, lane / 8);
+        for (uint32_t tile = j.begin + warp * TOKENS; tile < j.end; tile += WARPS * TOKENS) {
+            uint32_t at = ring.take(c, j), p[GROUPS][4];
+            float s[GROUPS][4] = {}, odd[GROUPS][4] = {};
+            score(at + to_k, q, s, odd);
+#pragma unroll
+            for (int i = 0; i < GROUPS * 4; i++)
+                s[i / 4][i % 4] = __fmul_rn(s[i / 4][i % 4] + odd[i / 4][i % 4], scale);
+            if (varied)
+                vary(c, j, t, tile, s);
+            bool passes = false;
+#pragma unroll
+            for (int i = 0; i < GROUPS * 4; i++)
+                passes |= !(s[i / 4][i % 4] <= l[i / 4].max[i % 2] + SLACK);
+            if (__any_sync(~0u, passes))
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++)
+                    l[g].raise(s[g]);
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++)
+                l[g].weigh(s[g], p[g]);
+#pragma unroll
+            for (int pair = 0; pair < STEPS / 2; pair++) {
+                uint32_t a[2][4];
+                operands<T>::template load<true>(a, at + to_v, pair, false);
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++)
+                    l[g].add(pair, a, p[g]);
+            }
+        }
+    }
+
+    /* Writes the rows' records of this chunk. */
+    __device__ static void store_records(const gpu_call &c, const job &j, const team &t,
+                                         const row_state (*states)[ROWS], const float *sums)
+    {
+        const uint32_t QUADS = DIM / 4, record = c.head_dim + 4;
+        for (uint32_t i = threadIdx.x; i < t.rows * QUADS; i += THREADS) {
+            uint32_t r = i / QUADS, d = i % QUADS * 4, place, query;
+            if (d >= c.head_dim)
+                continue;
+            float x[4] = {};
+            row_state row = add_parts<ROWS, WARPS>(states, sums, SUM_PITCH, r, d, x);
+            const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
+            size_t at = (size_t)j.chunk * seq.q_tokens * c.heads + place;
+            store_record(c, records_of(*j.run, seq, record) + at * record, d, row, x);
+        }
+    }
+
+    /* Counts the chunk for each member, and merges those of which it was the last. */
+    __device__ static void end(const gpu_call &c, const job &j, const team &t, float *scratch)
+    {
+        __shared__ bool last[ROWS];
+        __shared__ uint32_t places[EACH];
+        __shared__ row_state total[EACH];
+        __syncthreads(); /* all records are written, and sums are read */
+        if (threadIdx.x < t.members) {
+            const plan_seq &seq = t.seqs[threadIdx.x];
+            uint32_t *counter = j.run->counters + seq.counter + j.kv_head;
+            last[threadIdx.x] = arrive(counter) == seq.num_chunks - 1;
+            if (last[threadIdx.x])
+                *counter = 0; /* for the next launch */
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (uint32_t m = 0; m < t.members; m++) {
+            if (!last[m])
+                continue;
+            job its;
+            make_job(c, *j.run, plan_piece{t.seqs[m], 0, j.chunk, 0, 0}, j.kv_head, EACH, its);
+            if (threadIdx.x < its.rows)
+                places[threadIdx.x] = place_of(c, its, threadIdx.x);
+            __syncthreads();
+            merge<T, DIM, EACH, true, false>(c, its, THREADS, places, scratch, total);
+            __syncthreads();
+        }
+    }
+
+    __device__ static void work(const gpu_call &c, const job &j, const uint32_t *members,
+                                unsigned char *shared)
+    {
+        __shared__ plan_seq seqs[ROWS];
+        __shared__ row_state states[WARPS][ROWS];
+        uint32_t warp = threadIdx.x / 32;
+        unsigned char *rings = shared + Q_BYTES;
+        tiles ring;
+        ring.start(c, j, rings);
+        team t;
+        t.members = members[0];
+        t.seqs = seqs;
+        if (threadIdx.x < t.members)
+            seqs[threadIdx.x] = j.run->seqs[members[1 + threadIdx.x]];
+        __syncthreads();
+        t.each = seqs[0].q_tokens * c.group;
+        t.rows = t.members * t.each;
+        load_rows(c, j, t, shared);
+        __syncthreads();
+        lane_sums l[GROUPS];
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            l[g].begin();
+        add_tiles(c, j, t, ring, shared_address(shared), l);
+        await_copies<0>();
+        __syncthreads(); /* the rings are used up */
+        float *sums = (float *)rings;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            l[g].add_up_weights();
+            l[g].lay_out(states[warp] + g * EACH, sums + (warp * ROWS + g * EACH) * SUM_PITCH);
+        }
+        __syncthreads();
+        store_records(c, j, t, states, sums);
+        end(c, j, t, sums);
+    }
+
+    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
+    {
+        plan_piece piece;
+        const gpu_run &run = find_piece(c, block, piece);
+        const uint32_t *members = NULL; /* of a team whose members are worked on in turn */
+        job j;
+        if (piece.tile & TEAM_PIECE) {
+            members = run.tables + (piece.tile & ~TEAM_PIECE);
+            piece.tile = 0;
+            make_job(c, run, piece, block % c.kv_heads, EACH, j);
+            if (c.window == 0) {
+                work(c, j, members, shared);
+                return;
+            }
+        }
+        for (uint32_t m = 0; m == 0 || (members != NULL && m < members[0]); m++) {
+            if (m > 0)
+                __syncthreads();
+            if (members != NULL)
+                piece.seq = run.seqs[members[1 + m]];
+            make_job(c, run, piece, block % c.kv_heads, EACH, j);
+            narrow::work(c, j, shared);
+        }
+    }
+};
+
+/* How much a block takes on: of 16-bit caches, two of them fill a processor's registers. */
+template <typename T> struct team_size {
+    static const int GROUPS = scaled<T>::value ? 2 : 4, BLOCKS = scaled<T>::value ? 3 : 2;
+};
+
+template <typename T, int DIM> using team_kernel_of = team_kernel<T, DIM, team_size<T>::GROUPS, 1>;
+
+template <typename T, int DIM>
+__global__ void __launch_bounds__(THREADS, team_size<T>::BLOCKS)
+    decode_v5_shared(const __grid_constant__ gpu_call c)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    run_blocks<team_kernel_of<T, DIM>>(c, shared);
+}
+
+template <typename T, int DIM> ts_gpu_kernel team_kernel_dim()
+{
+    return ts_gpu_kernel{(const void *)decode_v5_shared<T, DIM>, THREADS,
+                         team_kernel_of<T, DIM>::BYTES, 0};
+}
+
+/* For q of 16 bits and rows of up to 128 dimensions. */
+template <typename T> ts_gpu_kernel shared_of(uint32_t head_dim, ts_dtype io)
+{
+    const int LEAST = scaled<T>::value ? 128 : 64; /* see kernel_of */
+    return head_dim > 128 || io == TS_DTYPE_FP32 ? ts_gpu_kernel{}
+           : head_dim <= LEAST                   ? team_kernel_dim<T, LEAST>()
+                                                 : team_kernel_dim<T, 128>();
+}
+
+} // namespace v5
+
+#endif

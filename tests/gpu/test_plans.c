@@ -1,0 +1,260 @@
+/*
+ * What a plan holds for kernels: every chunk of every sequence is one piece's, or goes through one
+ * piece of its team, which have the same blocks there. Needs no GPU: what plans ask of a device
+ * stands here.
+ */
+#include "test_util.h"
+
+#include "pieces.h"
+#include "plan.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SEQS 80u
+#define BLOCK 16u
+
+static char why[256];
+static ts_gpu gpu;
+static ts_gpu_buffer buffer;
+
+ts_status ts_gpu_enter(ts_gpu *g, char *w, size_t bytes)
+{
+    (void)g, (void)w, (void)bytes;
+    return TS_OK;
+}
+
+ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t n, char *w, size_t bytes)
+{
+    (void)error, (void)what, (void)n, (void)w, (void)bytes;
+    return TS_EDEVICE;
+}
+
+ts_status ts_gpu_function_find(ts_gpu *g, const ts_gpu_kernel *kernel, size_t *shared, char *w,
+                               size_t bytes)
+{
+    (void)g, (void)w, (void)bytes;
+    *shared = kernel->bytes;
+    return TS_OK;
+}
+
+void ts_gpu_free_later(ts_gpu *g, void *device)
+{
+    (void)g, (void)device;
+}
+
+ts_status ts_gpu_buffer_take(ts_gpu *g, size_t n, ts_gpu_buffer **out, char *w, size_t bytes)
+{
+    (void)g, (void)w, (void)bytes;
+    buffer.host =
+        aligned_alloc(64, (n + 63) / 64 * 64); /* exactly: a sanitizer sees what is more */
+    *out = &buffer;
+    return TS_OK;
+}
+
+ts_status ts_gpu_buffer_upload(ts_gpu *g, ts_gpu_buffer *b, size_t n, char *w, size_t bytes)
+{
+    (void)g, (void)b, (void)n, (void)w, (void)bytes;
+    return TS_OK;
+}
+
+void ts_gpu_buffer_give_back(ts_gpu *g, ts_gpu_buffer *b)
+{
+    (void)g;
+    if (b != NULL)
+        free(b->host);
+}
+
+typedef struct batch {
+    ts_attention_seq seqs[SEQS];
+    uint32_t count, heads;
+    uint32_t *tables[SEQS];
+    ts_geometry geometry;
+} batch;
+
+static void batch_free(batch *b)
+{
+    for (uint32_t i = 0; i < b->count; i++)
+        free(b->tables[i]);
+}
+
+/* Sequences that begin with what others begin with, and go on by themselves. */
+static void batch_new(batch *b, uint32_t count, uint32_t most, rng *r)
+{
+    static const ts_dtype dtypes[] = {TS_DTYPE_BF16, TS_DTYPE_FP16, TS_DTYPE_FP8_E4M3};
+    uint32_t next = 0;
+    b->count = count;
+    b->geometry = (ts_geometry){.layers = 1,
+                                .kv_heads = 1u << rng_below(r, 4),
+                                .head_dim = 64 + rng_below(r, 2) * 64,
+                                .block_tokens = BLOCK,
+                                .dtype = dtypes[rng_below(r, 3)]};
+    b->heads = b->geometry.kv_heads * (1 + rng_below(r, 8));
+    for (uint32_t i = 0; i < count; i++) {
+        ts_attention_seq *s = &b->seqs[i];
+        const uint32_t q = rng_below(r, 8) == 0 ? rng_below(r, 200) : 1 + rng_below(r, 2);
+        *s = (ts_attention_seq){.q_tokens = q, .kv_tokens = q + rng_below(r, most)};
+        const uint32_t blocks = (s->kv_tokens + BLOCK - 1) / BLOCK;
+        b->tables[i] = malloc((blocks + 1) * sizeof(uint32_t));
+        for (uint32_t n = 0; n < blocks; n++)
+            b->tables[i][n] = next++;
+        if (i > 0) {
+            const uint32_t with = rng_below(r, i), past = (s->kv_tokens - q) / BLOCK;
+            const ts_attention_seq *o = &b->seqs[with];
+            const uint32_t its = (o->kv_tokens - o->q_tokens) / BLOCK;
+            const uint32_t all = past < its ? past : its;
+            const uint32_t shared = rng_below(r, 3) == 0 ? rng_below(r, all + 1) : all;
+            memcpy(b->tables[i], b->tables[with], shared * sizeof(uint32_t));
+        }
+        s->blocks = b->tables[i];
+    }
+}
+
+static uint32_t ceil_div(uint32_t a, uint32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/* A piece of one sequence: notes that it has the chunks. */
+static void note(const batch *b, const plan_piece *p, const plan_seq *seqs, uint32_t **seen)
+{
+    assert_true(p->index < b->count);
+    assert_memory_equal(&p->seq, &seqs[p->index], sizeof p->seq);
+    for (uint32_t n = 0; n < p->chunks_and_alone / 2; n++) {
+        assert_true(p->chunk + n < p->seq.num_chunks);
+        seen[p->index][p->chunk + n]++;
+    }
+}
+
+/* A team's: notes its members'; returns how many they are. */
+static uint32_t note_team(const batch *b, const plan_piece *p, const plan_seq *seqs,
+                          const uint32_t *tables, uint32_t **seen)
+{
+    const uint32_t *list = tables + (p->tile & ~TEAM_PIECE), count = list[0];
+    const uint32_t begin = p->chunk * p->seq.chunk_tokens, end = begin + p->seq.chunk_tokens;
+    const uint32_t first = begin / BLOCK, blocks = ceil_div(end, BLOCK) - first;
+    const uint32_t rows = b->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 16 : 32;
+    assert_int_equal(p->index, list[1]);
+    assert_int_equal(p->chunks_and_alone, 2);
+    assert_memory_equal(&p->seq, &seqs[p->index], sizeof p->seq);
+    assert_in_range(count * p->seq.q_tokens * (b->heads / b->geometry.kv_heads), 2, rows);
+    for (uint32_t m = 1; m <= count; m++) {
+        const plan_seq *s = &seqs[list[m]];
+        assert_true(list[m] < b->count);
+        assert_int_equal(s->chunk_tokens, p->seq.chunk_tokens);
+        assert_int_equal(s->q_tokens, p->seq.q_tokens);
+        assert_true(end <= s->kv_tokens - s->q_tokens);
+        assert_memory_equal(tables + s->table + first, tables + p->seq.table + first,
+                            blocks * sizeof(uint32_t));
+        seen[list[m]][p->chunk]++;
+    }
+    return count;
+}
+
+/* Returns how many members' chunks go through teams' pieces. */
+static uint32_t check(const batch *b, const ts_gpu_plan *plan)
+{
+    const unsigned char *host = plan->buffer->host;
+    const plan_seq *seqs = (const plan_seq *)(const void *)(host + PLAN_SEQS);
+    const uint32_t *tables = (const uint32_t *)(const void *)(host + plan->tables);
+    uint32_t *seen[SEQS], tiles[SEQS], common = 0;
+    assert_memory_equal(host, plan->count, sizeof plan->count);
+    for (uint32_t i = 0; i < b->count; i++) {
+        seen[i] = calloc(seqs[i].num_chunks + 1, sizeof(uint32_t));
+        tiles[i] = 0;
+        if (b->seqs[i].q_tokens > 0)
+            assert_memory_equal(tables + seqs[i].table, b->tables[i],
+                                ceil_div(b->seqs[i].kv_tokens, BLOCK) * sizeof(uint32_t));
+    }
+    for (uint32_t l = LIST_NARROW; l < LIST_COUNT; l++) {
+        const plan_piece *pieces = (const plan_piece *)(const void *)(host + plan->items[l]);
+        for (uint32_t n = 0; n < plan->count[l]; n++) {
+            const plan_piece *p = &pieces[n];
+            if (l == LIST_NARROW && (p->tile & TEAM_PIECE) != 0) {
+                common += note_team(b, p, seqs, tables, seen);
+                continue;
+            }
+            note(b, p, seqs, seen);
+            tiles[p->index] = p->tile + 1 > tiles[p->index] ? p->tile + 1 : tiles[p->index];
+        }
+    }
+    for (uint32_t i = 0; i < b->count; i++) {
+        for (uint32_t n = 0; n < seqs[i].num_chunks && b->seqs[i].q_tokens > 0; n++)
+            assert_int_equal(seen[i][n], tiles[i]);
+        free(seen[i]);
+    }
+    return common;
+}
+
+static ts_gpu_plan *plan_of(const batch *b)
+{
+    ts_gpu_plan *plan;
+    if (ts_gpu_plan_new(&gpu, &b->geometry, b->heads,
+                        b->geometry.dtype == TS_DTYPE_FP16 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                        TS_KERNEL_AUTO, b->seqs, b->count, &plan, why, sizeof why) != TS_OK)
+        fail_msg("%s", why);
+    return plan;
+}
+
+static void every_chunk_is_worked_on_once(void **state)
+{
+    (void)state;
+    rng r = {5};
+    uint64_t common = 0;
+    for (int turn = 0; turn < 400; turn++) {
+        batch b;
+        batch_new(&b, 1 + rng_below(&r, SEQS), turn % 4 == 0 ? 20000 : 3000, &r);
+        gpu.info.warp_groups = turn % 3 != 0;
+        ts_gpu_plan *plan = plan_of(&b);
+        common += check(&b, plan);
+        ts_gpu_plan_free(plan);
+        batch_free(&b);
+    }
+    assert_true(common > 10000);
+}
+
+/* Sequences that grow by a token, whose plan is renewed. */
+static void renewed_plans_hold_the_same_pieces(void **state)
+{
+    (void)state;
+    rng r = {6};
+    uint64_t common = 0;
+    for (int turn = 0; turn < 100; turn++) {
+        batch b;
+        batch_new(&b, 1 + rng_below(&r, 40), 3000, &r);
+        for (uint32_t i = 0; i < b.count; i++)
+            b.seqs[i].kv_tokens -= b.seqs[i].kv_tokens > b.seqs[i].q_tokens;
+        ts_gpu_plan *plan = plan_of(&b);
+        (void)check(&b, plan);
+        for (uint32_t i = 0; i < b.count; i++)
+            b.seqs[i].kv_tokens +=
+                ceil_div(b.seqs[i].kv_tokens, BLOCK) * BLOCK != b.seqs[i].kv_tokens;
+        if (ts_gpu_plan_renew(&gpu, &b.geometry, b.heads,
+                              b.geometry.dtype == TS_DTYPE_FP16 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                              TS_KERNEL_AUTO, b.seqs, b.count, &plan, why, sizeof why) != TS_OK)
+            fail_msg("%s", why);
+        common += check(&b, plan);
+        ts_gpu_plan_free(plan);
+        batch_free(&b);
+    }
+    assert_true(common > 1000);
+}
+
+static int make_gpu(void **state)
+{
+    (void)state;
+    gpu.info.shared_bytes = 227 << 10;
+    gpu.info.l2_bytes = 50 << 20;
+    gpu.info.processors = 132;
+    gpu.team_tokens = 0;
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_chunk_is_worked_on_once),
+        cmocka_unit_test(renewed_plans_hold_the_same_pieces),
+    };
+    return cmocka_run_group_tests(tests, make_gpu, NULL);
+}
