@@ -19,7 +19,7 @@ def test_a_pool_is_made_once_and_found_again(attach, start_daemon):
     daemon = start_daemon()
     a, b = attach(llama(), url=daemon.url, tokens=1000), attach(llama(), url=daemon.url)
     assert a.pool_name == b.pool_name == "hf-3x2x32-fp32"
-    with tinyserve.connect(daemon.url) as client:
+    with tinyserve.connect(daemon.url, wait=60) as client:
         made = {p.name: p for p in client.pools()}["hf-3x2x32-fp32"]
     assert (made.blocks, made.device) == (63, "host")
     assert made.geometry == tinyserve.Geometry(3, 2, 32, 16, "fp32", "nhd")
@@ -213,7 +213,7 @@ import tinyserve.transformers as ts
 torch.set_num_threads(1)
 model, inputs = llama(), prompts(200)
 inputs["input_ids"][:, 160:] += int(sys.argv[2])
-with ts.attach(model, url=sys.argv[1]) as kv:
+with ts.attach(model, url=sys.argv[1], wait=60) as kv:
     sys.stdin.readline()
     out = generate(model, inputs, kv.cache(**inputs))
     print(json.dumps({"tokens": out[0].tolist(), "found": kv.stats.found}))
@@ -272,7 +272,7 @@ def test_threads_of_a_server(attach):
         for t in threads:
             t.join()
         assert not errors and len(got) == len(asked)
-    with tinyserve.connect(kv._how.url) as client:
+    with tinyserve.connect(kv._how.url, wait=60) as client:
         assert client.pool(kv.pool_name).stats().sequences == 0
     assert len(connected) <= len(asked)  # ended threads' sessions are used again
 

@@ -20,7 +20,7 @@ def model():
 
 
 def seqs_of(daemon):
-    with tinyserve.connect(daemon.url) as client:
+    with tinyserve.connect(daemon.url, wait=60) as client:
         return sum(client.pool(p.name).stats().sequences for p in client.pools())
 
 
