@@ -102,7 +102,6 @@ def attach(daemon):
 
     def attach_(model, *, url=None, salt=None, **how):
         salt = os.urandom(8) if salt is None else salt
-        how = {"wait": 60, **how}  # it may be the moment between two daemons
         attached.append(ts.attach(model, url=url or daemon.url, salt=salt, **how))
         return attached[-1]
 

@@ -26,6 +26,7 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 _PROMPT = frozenset(("input_ids", "attention_mask", "position_ids"))
 _DIGESTS_KEPT = 16
 _EXCHANGE_BYTES = 16 << 20  #: in a GPU's memory, to begin with
+_RESTART = 2.0  # seconds: a daemon that is restarted is there again by then
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Attached:
     def _open(self, execution: str) -> tuple[Client, Pool]:
         how = self._how
         client = connect(how.url, execution=execution, timeout=how.timeout, threads=how.threads,
-                         program="transformers")
+                         program="transformers", wait=_RESTART)
         try:
             pool = find_or_make(client, self.needs, self.pool_name or how.pool,
                                 "host" if not self.on_gpu else f"cuda:{self.device.index or 0}",
