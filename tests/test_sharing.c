@@ -231,6 +231,55 @@ static void teams_are_as_large_as_it_pays(void **state)
     ts_sharing_fini(&s);
 }
 
+/* The first chunk of one ends in the block where the other's, which is half as long, ends. */
+static void chunks_of_other_lengths_are_not_common(void **state)
+{
+    (void)state;
+    ts_sharing s;
+    fill_tables();
+    share(1, 0, 512);
+    tables[1][63] = tables[0][31];
+    assert_int_equal(ts_sharing_init(&s, 2), 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        s.seqs[i].blocks = tables[i];
+        s.seqs[i].num_blocks = 577;
+    }
+    assert_true(ts_sharing_compare(&s));
+    for (uint32_t i = 0; i < 2; i++) {
+        s.seqs[i].chunk_tokens = (i + 1) * CHUNK;
+        s.seqs[i].chunks = 8;
+        s.seqs[i].rows = 4;
+    }
+    ts_sharing_find(&s, BLOCK, 32);
+    assert_int_equal(s.num_teams, 0);
+    ts_sharing_fini(&s);
+}
+
+/* One has fewer whole chunks before its new tokens than the others. */
+static void a_team_goes_no_further_than_its_members(void **state)
+{
+    (void)state;
+    ts_sharing s;
+    fill_tables();
+    assert_int_equal(ts_sharing_init(&s, 3), 0);
+    for (uint32_t i = 0; i < 3; i++) {
+        share(i, 0, 512);
+        s.seqs[i].blocks = tables[i];
+        s.seqs[i].num_blocks = 577;
+    }
+    assert_true(ts_sharing_compare(&s));
+    for (uint32_t i = 0; i < 3; i++) {
+        s.seqs[i].chunk_tokens = CHUNK;
+        s.seqs[i].chunks = i == 1 ? 12 : 16;
+        s.seqs[i].rows = 4;
+    }
+    ts_sharing_find(&s, BLOCK, 32);
+    check(&s, 4);
+    assert_int_equal(s.seqs[0].shared, 12);
+    assert_int_equal(s.seqs[1].shared, 12);
+    ts_sharing_fini(&s);
+}
+
 static void rows_that_fill_more_than_half_of_a_tile_make_no_team(void **state)
 {
     (void)state;
@@ -291,6 +340,8 @@ int main(void)
         cmocka_unit_test(a_team_takes_nobody_in_who_shares_too_little),
         cmocka_unit_test(sequences_that_are_cut_otherwise_or_want_none_are_in_no_team),
         cmocka_unit_test(teams_are_as_large_as_it_pays),
+        cmocka_unit_test(chunks_of_other_lengths_are_not_common),
+        cmocka_unit_test(a_team_goes_no_further_than_its_members),
         cmocka_unit_test(rows_that_fill_more_than_half_of_a_tile_make_no_team),
         cmocka_unit_test(what_spares_too_little_is_dropped),
         cmocka_unit_test(whatever_is_found_is_shared),

@@ -104,11 +104,10 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     }
 }
 
-/* Whether pieces may be teams'. A persistent plan's launches are repeated when it has other
- * sequences. */
+/* Whether pieces may be teams'. */
 bool has_teams(const ts_gpu_run *runs, uint32_t num_runs)
 {
-    bool any = runs[0].plan->persistent && runs[0].plan->team_kernel.function != NULL;
+    bool any = false;
     for (uint32_t i = 0; i < num_runs; i++)
         any = any || runs[i].plan->shared != NULL;
     return any;

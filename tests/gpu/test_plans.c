@@ -196,6 +196,14 @@ static ts_gpu_plan *plan_of(const batch *b)
     return plan;
 }
 
+static void renew(const batch *b, ts_gpu_plan **plan)
+{
+    if (ts_gpu_plan_renew(&gpu, &b->geometry, b->heads,
+                          b->geometry.dtype == TS_DTYPE_FP16 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                          TS_KERNEL_AUTO, b->seqs, b->count, plan, why, sizeof why) != TS_OK)
+        fail_msg("%s", why);
+}
+
 static void every_chunk_is_worked_on_once(void **state)
 {
     (void)state;
@@ -229,15 +237,48 @@ static void renewed_plans_hold_the_same_pieces(void **state)
         for (uint32_t i = 0; i < b.count; i++)
             b.seqs[i].kv_tokens +=
                 ceil_div(b.seqs[i].kv_tokens, BLOCK) * BLOCK != b.seqs[i].kv_tokens;
-        if (ts_gpu_plan_renew(&gpu, &b.geometry, b.heads,
-                              b.geometry.dtype == TS_DTYPE_FP16 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
-                              TS_KERNEL_AUTO, b.seqs, b.count, &plan, why, sizeof why) != TS_OK)
-            fail_msg("%s", why);
+        renew(&b, &plan);
         common += check(&b, plan);
         ts_gpu_plan_free(plan);
         batch_free(&b);
     }
     assert_true(common > 1000);
+}
+
+/* A member of a team gets a block of its own where it had a common one, or falls back so far that
+ * its new tokens lie where the others go on. */
+static void a_renewed_plan_shares_what_is_still_shared(void **state)
+{
+    (void)state;
+    rng r = {7};
+    uint32_t own = 0, fallen = 0;
+    for (int turn = 0; turn < 300; turn++) {
+        batch b;
+        batch_new(&b, 20, 3000, &r);
+        ts_gpu_plan *plan = plan_of(&b);
+        for (uint32_t i = 0; i < b.count && plan->shared != NULL; i++) {
+            const plan_seq *s =
+                (const plan_seq *)(const void *)(plan->buffer->host + PLAN_SEQS) + i;
+            const uint32_t end = plan->shared[i] * s->chunk_tokens, q = b.seqs[i].q_tokens;
+            if (end == 0)
+                continue;
+            if (turn % 2 == 0) {
+                b.tables[i][1 + rng_below(&r, end / BLOCK - 1)] = 1000000;
+                own++;
+            } else if (q > 1 && b.seqs[i].kv_tokens - q < end + s->chunk_tokens) {
+                b.seqs[i].kv_tokens = end + q - 1; /* as many chunks as before */
+                fallen++;
+            } else {
+                continue;
+            }
+            break;
+        }
+        renew(&b, &plan);
+        (void)check(&b, plan);
+        ts_gpu_plan_free(plan);
+        batch_free(&b);
+    }
+    assert_true(own > 50 && fallen > 20);
 }
 
 static int make_gpu(void **state)
@@ -255,6 +296,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_chunk_is_worked_on_once),
         cmocka_unit_test(renewed_plans_hold_the_same_pieces),
+        cmocka_unit_test(a_renewed_plan_shares_what_is_still_shared),
     };
     return cmocka_run_group_tests(tests, make_gpu, NULL);
 }

@@ -269,8 +269,8 @@ static void runs_of_one_launch_each_share_their_own(void **state)
     device_problem_free(&d);
 }
 
-/* One plan for batches with sharers and without. */
-static void a_persistent_plan_shares_too(void **state)
+/* One plan for batches with sharers and without, which has no teams. */
+static void a_persistent_plan_gives_sharers_the_same_bits(void **state)
 {
     (void)state;
     static const uint32_t some[][2] = {{0, SEQS}, {12, 2}, {5, 1}, {0, 5}, {0, SEQS}};
@@ -292,7 +292,7 @@ static void a_persistent_plan_shares_too(void **state)
         free(expected);
         free(ours);
     }
-    assert_non_null(plan->shared);
+    assert_null(plan->shared);
     ts_gpu_plan_free(plan);
     device_problem_free(&d);
 }
@@ -366,7 +366,7 @@ int main(void)
                                allow_teams),
         cmocka_unit_test_setup(blocks_of_any_size_are_shared, allow_teams),
         cmocka_unit_test_setup(runs_of_one_launch_each_share_their_own, allow_teams),
-        cmocka_unit_test_setup(a_persistent_plan_shares_too, allow_teams),
+        cmocka_unit_test_setup(a_persistent_plan_gives_sharers_the_same_bits, allow_teams),
         cmocka_unit_test_setup(a_renewed_plan_shares_what_is_still_shared, allow_teams),
         cmocka_unit_test_setup(few_sharers_are_no_team, allow_teams),
     };

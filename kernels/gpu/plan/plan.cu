@@ -265,8 +265,7 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     p->q_tokens = most->seqs * most->q_tokens;
     p->counters = most->seqs * p->geometry.kv_heads * tiles;
     size_t blocks = most->kv_tokens / p->geometry.block_tokens + most->seqs;
-    size_t members = p->team_kernel.function == NULL ? 0 : most->seqs + most->seqs / 2;
-    *entries = members + blocks + blocks / 8 + most->seqs * table_room(0);
+    *entries = blocks + blocks / 8 + most->seqs * table_room(0);
     return TS_OK;
 }
 
@@ -354,6 +353,9 @@ extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *
     ts_gpu_plan *p = *out;
     p->persistent = true;
     p->limits = *limits;
+    /* Its launches are repeated for whatever comes, and without teams theirs is the slower kernel.
+     */
+    p->team_kernel = ts_gpu_kernel{};
     status = make_room(p, &entries, why, why_bytes);
     if (status == TS_OK)
         status = take_memory(p, lay_out(p, limits->seqs, p->room) + entries * sizeof(uint32_t), why,
