@@ -42,6 +42,7 @@
 #define KEPT_CONNECTION_FDS 11u
 #define CONNECTIONS_MAX 65536u
 #define LEAVE_MS 2000u
+#define SETTLE_MS 10000u /* for the books' last snapshot */
 #define KEY_BYTES 64 /* of a key of the configuration, and more: a longer one is unknown anyway */
 
 const char *argp_program_version = "tinyserved " TS_VERSION;
@@ -334,6 +335,23 @@ static void __attribute__((noreturn)) leave(const ts_config *c, ts_store *store,
     _exit(code);
 }
 
+/* Leaves in the engine's turn, so that no command comes any more: a snapshot has all of them, and
+ * the next daemon, which may be of another version, has none to apply. */
+typedef struct last_work {
+    ts_work work; /* first */
+    const ts_config *config;
+    ts_store *store;
+    int code;
+} last_work;
+
+static void leave_in_turn(ts_work *work, void *service)
+{
+    const last_work *last = (const last_work *)work;
+    const ts_service *s = service;
+    ts_books_settle(s->exec.books, SETTLE_MS);
+    leave(last->config, last->store, last->code);
+}
+
 /* Everything from here to the signal; returns the exit status. */
 static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t *signals)
 {
@@ -418,8 +436,12 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     /* A supervisor that adopted this daemon can't wait for its status. */
     snprintf(why, sizeof why, "STOPPING=1\nEXIT_STATUS=%d", code);
     ts_store_notify(why);
-    if (s->exec.books != NULL) /* nothing is undone: the next daemon goes on with it */
-        leave(c, store, code);
+    if (s->exec.books != NULL) { /* nothing is undone: the next daemon goes on with it */
+        last_work last = {.work.run = leave_in_turn, .config = c, .store = store, .code = code};
+        ts_queue_put(&s->exec.queue, &last.work);
+        for (;;)
+            (void)pause();
+    }
 out:
     ts_http_stop(http);
     ts_nng_server_stop(server);

@@ -336,6 +336,38 @@ static void three_attempts_that_fail_are_enough(void **state)
     clean_up(w, &s, e);
 }
 
+/* Whoever ends in order leaves a snapshot that has all: no command is applied anew, and a call that
+ * is repeated is answered as it was. */
+static void books_that_were_settled_leave_nothing_to_apply(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = world_with_books(&s, 4);
+    const uint64_t session = session_new(w->e, 1000);
+    ts_command create = {
+        .op = TS_OP_SEQ_CREATE, .session = session, .call = 7, .seq_create = {.count = 2}};
+    ts_answer a, again;
+    for (uint32_t i = 0; i < 1000; i++)
+        one_command(w);
+    run(w, create, &a);
+    assert_int_equal(a.status, TS_OK);
+    const uint64_t seqs[2] = {a.seqs.seqs[0], a.seqs.seqs[1]};
+    ts_books_settle(s.books, 60000);
+    ts_books_close(s.books);
+    ts_engine *before = w->e;
+    w->e = open_books(&s, &start);
+    assert_true(start.restored);
+    assert_int_equal(start.entries, 0);
+    assert_same_state(before, w->e);
+    ts_engine_free(before);
+    assert_true(ts_books_answered(s.books, w->e, &create, &again));
+    assert_int_equal(again.seqs.count, 2);
+    assert_memory_equal(again.seqs.seqs, seqs, sizeof seqs);
+    ts_books_settle(s.books, 60000); /* there is nothing more to be had of it */
+    world_end(w, &s);
+}
+
 /* The first daemon died before it had a pool. */
 static void books_without_a_pool_are_taken_over(void **state)
 {
@@ -504,6 +536,7 @@ int main(void)
         cmocka_unit_test(a_full_journal_makes_commands_wait),
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
         cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),
+        cmocka_unit_test(books_that_were_settled_leave_nothing_to_apply),
         cmocka_unit_test(books_without_a_pool_are_taken_over),
         cmocka_unit_test(three_attempts_that_fail_are_enough),
         cmocka_unit_test(what_is_given_up_on_purpose_is_gone),

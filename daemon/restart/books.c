@@ -330,6 +330,24 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c, co
     __atomic_store_n(&h->op, 0, __ATOMIC_RELEASE);
 }
 
+void ts_books_settle(ts_books *b, uint32_t ms)
+{
+    struct timespec until;
+    if (b == NULL)
+        return;
+    clock_gettime(CLOCK_REALTIME, &until); /* the condition's */
+    until.tv_sec += ms / 1000;
+    until.tv_nsec += (long)(ms % 1000) * 1000000;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    wake_follower(b);
+    pthread_mutex_lock(&b->lock);
+    while (!b->broken && ts_journal_used(&b->journal) > 0 &&
+           pthread_cond_timedwait(&b->made, &b->lock, &until) == 0)
+        ;
+    pthread_mutex_unlock(&b->lock);
+}
+
 void ts_books_taken_over(ts_books *b, ts_takeover_end end)
 {
     if (b == NULL)

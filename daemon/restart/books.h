@@ -71,6 +71,11 @@ void ts_books_begin(ts_books *books, const ts_command *command);
 void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *command,
                    const ts_answer *answer);
 
+/* Has a snapshot made that covers the whole journal, and waits for it, `ms` at most: the next
+ * daemon, which may be of another version, has no command to apply. Thread: the engine's owner, who
+ * applies nothing any more. */
+void ts_books_settle(ts_books *books, uint32_t ms);
+
 /* How an attempt to take over ended. Three that fail, or crash, are enough: then the next daemon
  * begins with nothing. One that was killed from outside doesn't count. */
 typedef enum ts_takeover_end {
