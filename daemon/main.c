@@ -20,6 +20,7 @@
 #include "tinyserve_version.h"
 
 #include <argp.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -348,7 +349,7 @@ static void leave_in_turn(ts_work *work, void *service)
 {
     const last_work *last = (const last_work *)work;
     const ts_service *s = service;
-    ts_books_settle(s->exec.books, SETTLE_MS);
+    ts_books_settle(s->exec.books, s->exec.engine, SETTLE_MS);
     leave(last->config, last->store, last->code);
 }
 
@@ -438,11 +439,20 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     ts_store_notify(why);
     if (s->exec.books != NULL) { /* nothing is undone: the next daemon goes on with it */
         last_work last = {.work.run = leave_in_turn, .config = c, .store = store, .code = code};
-        ts_queue_put(&s->exec.queue, &last.work);
-        for (;;)
-            (void)pause();
+        if (code == EXIT_DEVICE) {
+            if (crash_word != NULL)
+                *crash_word = SIGUSR1; /* a run of it may be why */
+        } else {
+            ts_queue_put(&s->exec.queue, &last.work);
+            (void)poll(NULL, 0, SETTLE_MS + LEAVE_MS + 1000); /* it ends the process */
+            ts_log(TS_LOG_WARNING,
+                   "the engine's turn hasn't come: what is stored needs the journal");
+        }
+        leave(c, store, code);
     }
 out:
+    if (s->exec.books != NULL && s->started.restored) /* so is what it took over */
+        leave(c, store, code);
     ts_http_stop(http);
     ts_nng_server_stop(server);
     ts_fd_server_stop(fd_server);

@@ -353,7 +353,7 @@ static void books_that_were_settled_leave_nothing_to_apply(void **state)
     run(w, create, &a);
     assert_int_equal(a.status, TS_OK);
     const uint64_t seqs[2] = {a.seqs.seqs[0], a.seqs.seqs[1]};
-    ts_books_settle(s.books, 60000);
+    ts_books_settle(s.books, w->e, 60000);
     ts_books_close(s.books);
     ts_engine *before = w->e;
     w->e = open_books(&s, &start);
@@ -364,7 +364,7 @@ static void books_that_were_settled_leave_nothing_to_apply(void **state)
     assert_true(ts_books_answered(s.books, w->e, &create, &again));
     assert_int_equal(again.seqs.count, 2);
     assert_memory_equal(again.seqs.seqs, seqs, sizeof seqs);
-    ts_books_settle(s.books, 60000); /* there is nothing more to be had of it */
+    ts_books_settle(s.books, w->e, 60000); /* there is nothing more to be had of it */
     world_end(w, &s);
 }
 

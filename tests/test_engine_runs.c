@@ -184,6 +184,9 @@ static void runs_on_a_stream_are_numbered_and_outlive_the_daemon(void **state)
     assert_int_equal(is->stream_runs[1].number, 3);
     apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
     assert_int_equal(is->in_flight, 2); /* the next daemon does them again */
+    assert_false(is->stream_runs[0].flags & TS_RUN_REPLACED);
+    assert_int_equal(apply(e, open, &a), TS_OK); /* but not on another exchange */
+    assert_true(is->stream_runs[0].flags & is->stream_runs[1].flags & TS_RUN_REPLACED);
     check_engine(e);
     assert_int_equal(run_on_stream(e, s, step, 4, 6), TS_OK);
     close_session(e, s);

@@ -45,14 +45,14 @@ static void look(void *arg)
         return nng_sleep_aio((nng_duration)c->timeout_ms, w->aio);
     }
     atomic_store(&w->looks, false);
-    if (!stopped && atomic_load(&c->broken) && !atomic_load(&c->abandoned))
-        ts_signals_daemon_gone(c); /* it has broken again just now */
+    if (!stopped && atomic_load(&c->broken))
+        ts_signals_daemon_gone(c); /* it has broken again just now, or one more run waits */
 }
 
 void ts_signals_daemon_gone(ts_client *c)
 {
     ts_signals_watch *w = __atomic_load_n(&c->signals_watch, __ATOMIC_SEQ_CST);
-    if (w == NULL || c->reconnect == NULL || !c->outlives)
+    if (w == NULL || c->reconnect == NULL || !c->outlives || atomic_load(&c->abandoned))
         return ts_signals_release_waiters(c);
     if (atomic_exchange(&w->looks, true))
         return;
@@ -75,7 +75,7 @@ static ts_status watch_new(ts_client *c)
 static void watch_free(ts_client *c)
 {
     ts_signals_watch *w = c->signals_watch;
-    if (w == NULL || c->pid != getpid()) /* NNG's threads aren't in a forked child */
+    if (w == NULL)
         return;
     nng_aio_stop(w->aio);
     nng_aio_free(w->aio);
@@ -123,6 +123,10 @@ void ts_signals_close(ts_client *c)
 {
     if (c->signals == NULL)
         return;
+    if (c->pid != getpid()) { /* the words are the parent's, and its stream waits for them */
+        c->signals = NULL;
+        return;
+    }
     watch_free(c);
     ts_signals_release_waiters(c); /* unpinning waits for the device */
     ts_cuda_unpin(c->cuda, c->signals);

@@ -201,6 +201,9 @@ void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, t
     if (bytes < s->exchange_bytes && !c->exchange_open.other_memory)
         return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
+    for (uint32_t i = s->step_list; i != TS_NONE; i = e->steps[i].next)
+        for (uint32_t k = 0; k < e->steps[i].num_stream_runs; k++)
+            e->steps[i].stream_runs[k].flags |= TS_RUN_REPLACED;
     s->exchange_bytes = bytes;
     s->exchange = c->exchange_open.source;
     s->exchanges++;

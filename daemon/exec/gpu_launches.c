@@ -36,6 +36,17 @@ void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes)
                               memory_order_relaxed);
 }
 
+/* Nobody else will say that it is over. What a lost device left undone the next daemon does; of
+ * anything else it is to know that it failed. */
+static void tell_failed(const ts_signals_page *page, uint32_t number, ts_status status)
+{
+    if (page->outlives && status == TS_EDEVICE)
+        return;
+    __atomic_store_n(&page->host->late, number, __ATOMIC_RELEASE);
+    __atomic_store_n(&page->host->completed, number, __ATOMIC_RELEASE);
+    __atomic_store_n(page->done, number, __ATOMIC_RELEASE);
+}
+
 void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, const char *why)
 {
     for (ts_job *job = jobs, *next; job != NULL; job = next) {
@@ -48,10 +59,8 @@ void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, co
                      job->run_number);
         } else if (status != TS_OK) {
             snprintf(job->why, sizeof job->why, "%s", why);
-            if (job->signals != NULL) { /* nobody else will say that it is over */
-                __atomic_store_n(&job->signals->host->completed, job->run_number, __ATOMIC_RELEASE);
-                __atomic_store_n(job->signals->done, job->run_number, __ATOMIC_RELEASE);
-            }
+            if (job->signals != NULL)
+                tell_failed(job->signals, job->run_number, status);
         }
         job->done(job);
     }

@@ -211,6 +211,7 @@ ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, 
     p->users = 1;
     p->fd = fd;
     p->host = host;
+    p->outlives = true;
     p->last_number = last_number;
     /* The worker's own word: it is what its stream waits for. Beyond what was asked for it can't
      * be, unless the worker wrote it. */
@@ -233,8 +234,17 @@ bool ts_signals_had_late(const ts_signals_page *p, uint32_t number)
 
 void ts_signals_give_up(ts_signals_page *p)
 {
-    if (p != NULL)
-        __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
+    if (p == NULL)
+        return;
+    ts_signals_begin_at(p, p->last_number + 1);
+    __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
+}
+
+void ts_signals_begin_at(ts_signals_page *p, uint32_t number)
+{
+    p->first_done = number - 1;
+    if (p->done != NULL)
+        __atomic_store_n(p->done, p->first_done, __ATOMIC_RELEASE);
 }
 
 ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,

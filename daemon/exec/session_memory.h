@@ -56,6 +56,7 @@ void ts_exchange_release(ts_exchange *exchange);
 typedef struct ts_signals_page {
     uint32_t users;
     int fd;
+    bool outlives; /* the daemon: the next one takes its words for what was done */
     ts_signals *host;
     ts_gpu *gpu;       /* NULL: not pinned yet */
     ts_signals *there; /* where the GPU finds it */
@@ -82,6 +83,9 @@ bool ts_signals_had_late(const ts_signals_page *page, uint32_t number);
 
 /* No run is to come of those that were asked for: what the worker's stream waits for is over. */
 void ts_signals_give_up(ts_signals_page *page);
+
+/* The runs before `number` are over, whatever the worker's word says. */
+void ts_signals_begin_at(ts_signals_page *page, uint32_t number);
 
 /* Lets the device use the page. `done` (here and there) is the session's word of the executor. */
 ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,

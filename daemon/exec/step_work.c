@@ -118,14 +118,17 @@ static void finish_job(ts_work *work, void *owner)
     *j->at_live = j->next_live;
     if (j->next_live != NULL)
         j->next_live->at_live = j->at_live;
-    ts_exec_apply(x,
-                  &(ts_command){.op = TS_OP_STEP_DONE,
-                                .step_done = {.step = j->step,
-                                              .layer = j->layer,
-                                              .status = j->job.status,
-                                              .on_stream = j->job.signals != NULL,
-                                              .number = j->job.run_number}},
-                  &answer);
+    /* A run on a stream that a lost device left undone is the next daemon's. */
+    const bool is_next =
+        j->job.signals != NULL && j->job.signals->outlives && j->job.status == TS_EDEVICE;
+    const ts_command done = {.op = TS_OP_STEP_DONE,
+                             .step_done = {.step = j->step,
+                                           .layer = j->layer,
+                                           .status = j->job.status,
+                                           .on_stream = j->job.signals != NULL,
+                                           .number = j->job.run_number}};
+    if (!is_next)
+        ts_exec_apply(x, &done, &answer);
     if (j->job.status != TS_OK && !j->job.dropped)
         ts_log(TS_LOG_WARNING, "step %llx, layer %d: %s", (unsigned long long)j->step,
                (int)j->layer, j->job.why);
@@ -448,7 +451,8 @@ static step_job *job_again(ts_exec *x, ts_session_memory *m, const ts_layer_run 
                  step->crashes);
         return NULL;
     }
-    if (gpu == NULL || m->exchange == NULL || m->signals == NULL) {
+    if (gpu == NULL || m->exchange == NULL || m->signals == NULL ||
+        (run->flags & TS_RUN_REPLACED)) {
         snprintf(why, why_bytes, "its exchange or its page of signals is gone");
         return NULL;
     }
@@ -513,6 +517,10 @@ void ts_step_work_resume(ts_exec *x, uint64_t session, ts_session_memory *m)
     const ts_session *s = ts_engine_session(x->engine, session);
     char why[TS_MESSAGE_BYTES] = "";
     const uint32_t left = tell_of_done(x, s, m->signals);
+    ts_layer_run oldest = {.number = s->stream_number + 1};
+    (void)oldest_run(x->engine, s, UINT32_MAX, &oldest);
+    if (m->signals != NULL)
+        ts_signals_begin_at(m->signals, oldest.number);
     if (left == 0)
         return;
     step_job *jobs = jobs_again(x, s, m, why, sizeof why);

@@ -59,7 +59,9 @@ static ts_status hand_out_signals(ts_service *s, ts_connection *c, ts_handle_ask
     ts_status status = TS_OK;
     if (*page == NULL) {
         status = ts_signals_new(page, why, why_bytes);
-        if (status == TS_OK && s->exec.books != NULL)
+        if (status == TS_OK)
+            (*page)->outlives = s->exec.books != NULL;
+        if (status == TS_OK && (*page)->outlives)
             status = ts_stored_signals_put(s->exec.store, c->session, (*page)->fd, why, why_bytes);
         if (status != TS_OK) {
             ts_signals_release(*page);

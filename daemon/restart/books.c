@@ -330,7 +330,7 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c, co
     __atomic_store_n(&h->op, 0, __ATOMIC_RELEASE);
 }
 
-void ts_books_settle(ts_books *b, uint32_t ms)
+void ts_books_settle(ts_books *b, const ts_engine *engine, uint32_t ms)
 {
     struct timespec until;
     if (b == NULL)
@@ -345,7 +345,10 @@ void ts_books_settle(ts_books *b, uint32_t ms)
     while (!b->broken && ts_journal_used(&b->journal) > 0 &&
            pthread_cond_timedwait(&b->made, &b->lock, &until) == 0)
         ;
+    const bool broken = b->broken;
     pthread_mutex_unlock(&b->lock);
+    if (broken)
+        mend(b, engine);
 }
 
 void ts_books_taken_over(ts_books *b, ts_takeover_end end)

@@ -74,7 +74,7 @@ void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *c
 /* Has a snapshot made that covers the whole journal, and waits for it, `ms` at most: the next
  * daemon, which may be of another version, has no command to apply. Thread: the engine's owner, who
  * applies nothing any more. */
-void ts_books_settle(ts_books *books, uint32_t ms);
+void ts_books_settle(ts_books *books, const ts_engine *engine, uint32_t ms);
 
 /* How an attempt to take over ended. Three that fail, or crash, are enough: then the next daemon
  * begins with nothing. One that was killed from outside doesn't count. */

@@ -28,7 +28,8 @@ typedef struct ts_journal_snapshot {
 
 typedef struct ts_journal_head {
     char magic[8];
-    uint32_t format, pad;
+    uint32_t format;
+    uint32_t taking_over;          /* 1: an attempt to take over is under way */
     char version[32];              /* of the daemon that wrote last */
     uint8_t epoch[TS_EPOCH_BYTES]; /* random, of each start with nothing */
     uint64_t capacity;             /* of the ring, in bytes */
@@ -36,10 +37,8 @@ typedef struct ts_journal_head {
     uint32_t snapshots;            /* that were ever whole; the last is at snapshots % 2; atomic */
     uint32_t restarts;             /* that took over what there was */
     uint32_t attempts;             /* to take over that failed, since the last that did */
-    uint32_t taking_over;          /* 1: an attempt is under way */
-    uint32_t pad2;
-    uint32_t op;                            /* that is being applied; 0: none is */
-    uint64_t session, call;                 /* ... for whom */
+    uint32_t op;                   /* that is being applied; 0: none is */
+    uint64_t session, call;        /* ... for whom */
     uint64_t suspect_session, suspect_call; /* that was being applied at the last death */
     uint32_t suspect_op, deaths;            /* ... and at how many in a row */
     uint32_t crash;   /* the signal by which the daemon ended itself; 0: none */

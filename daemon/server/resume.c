@@ -103,8 +103,8 @@ static void look(ts_service *s, bool last)
             continue;
         }
         ts_step_work_drop_session(&s->exec, session);
-        remove_absent(at);
         end(s, session, gone ? "its process has ended" : "it did not come back");
+        remove_absent(at); /* what waits for its worker goes on: after its end is in the books */
     }
 }
 
@@ -191,8 +191,25 @@ void ts_resume_start(ts_service *s)
                               .deadline_ms = ts_now_ms() + TS_RESUME_MS,
                               .memory = memory};
         s->absent = absent;
-        ts_step_work_resume(&s->exec, session, &absent->memory);
     }
+}
+
+static void resume_runs(ts_work *work, void *service)
+{
+    ts_service *s = service;
+    for (ts_absent *absent = s->absent; absent != NULL; absent = absent->next)
+        ts_step_work_resume(&s->exec, absent->session, &absent->memory);
+    free(work);
+}
+
+bool ts_resume_runs(ts_service *s)
+{
+    ts_work *work = calloc(1, sizeof *work);
+    if (work == NULL)
+        return false;
+    work->run = resume_runs;
+    ts_queue_put(&s->exec.queue, work);
+    return true;
 }
 
 void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
@@ -275,8 +292,8 @@ bool ts_resume_end(ts_service *s, uint64_t session, const char *why)
     if (*at == NULL)
         return false;
     ts_step_work_drop_session(&s->exec, session);
-    remove_absent(at);
     end(s, session, why);
+    remove_absent(at);
     return true;
 }
 

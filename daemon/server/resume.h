@@ -21,6 +21,10 @@ uint64_t ts_process_started(uint32_t pid);
  * on the service's tick looks whether one of those has gone, or its time is over. */
 void ts_resume_start(ts_service *service);
 
+/* Has the runs on streams of those that came over done again, in the engine's turn: the first work
+ * in the queue. False: out of memory. */
+bool ts_resume_runs(ts_service *service);
+
 /* The connection has the session from now on, which has none; its exchange is what it was. */
 void ts_resume_attach(ts_service *service, ts_connection *connection, uint64_t session);
 

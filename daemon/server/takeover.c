@@ -5,8 +5,10 @@
 #include "pool_memory.h"
 #include "request.h"
 #include "resume.h"
+#include "step_work.h"
 #include "store_wire.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,7 +53,9 @@ static void log_start(const ts_books_start *start)
                "the last daemon died while it carried out operation %u of session %llx%s",
                start->last_op, (unsigned long long)start->last_session,
                start->deaths > 1 ? ", as the one before did" : "");
-    if (start->crash != 0)
+    if (start->crash == SIGUSR1)
+        ts_log(TS_LOG_ERROR, "a GPU of the last daemon failed");
+    else if (start->crash != 0)
         ts_log(TS_LOG_ERROR, "the last daemon crashed: %s", strsignal(start->crash));
     if (start->restored)
         ts_log(TS_LOG_INFO,
@@ -117,6 +121,7 @@ static void end_poison(ts_service *s)
               "session %llx (pid %u) is ended: the daemon died %u times while it carried out its "
               "operation %u",
               (unsigned long long)start->last_session, about->pid, start->deaths, start->last_op);
+    ts_step_work_give_up(&s->exec, start->last_session);
     ts_service_close_session(s, start->last_session, about->pid);
 }
 
@@ -174,5 +179,7 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
     }
     if (s->started.restored)
         note_taken_over(s);
+    if (status == TS_OK && s->started.restored && !ts_resume_runs(s))
+        status = TS_ENOMEM;
     return status;
 }

@@ -16,6 +16,7 @@ enum {
     TS_RUN_INTERLEAVED = 8, /* pairs of rotary embedding are neighbours */
     TS_RUN_ON_STREAM = 16,  /* after the session's run `number` - 1 (proto/signals.h) */
     TS_RUN_SCALES = 32,
+    TS_RUN_REPLACED = 64, /* in the books alone: the exchange isn't the session's any more */
 };
 
 /* Places are bytes from the start of the exchange; rows of the step's sequences follow each other.
