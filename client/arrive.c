@@ -26,7 +26,6 @@
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define LEAVE_MS 1000u              /* for a session's end */
-#define GIVEN_UP_MOST 64u           /* calls without answers that are told of */
 #define AGAIN_MS 5                  /* between attempts to reach the next daemon */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
@@ -158,8 +157,7 @@ static ts_status open_session(ts_client *c, const char *program)
     return ask_session(c, &request, &has);
 }
 
-static ts_status resume_session(ts_client *c, uint64_t *given_up, uint32_t count,
-                                shared_memory *has)
+static ts_status resume_session(ts_client *c, shared_memory *has)
 {
     Tspb__SessionResume resume = TSPB__SESSION_RESUME__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -168,8 +166,8 @@ static ts_status resume_session(ts_client *c, uint64_t *given_up, uint32_t count
     resume.token.data = c->token;
     resume.token.len = sizeof c->token;
     resume.version = (char *)TS_VERSION;
-    resume.given_up = given_up;
-    resume.n_given_up = count;
+    resume.given_up = c->given_up;
+    resume.n_given_up = c->num_given_up;
     request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
     request.session_resume = &resume;
     return ask_session(c, &request, has);
@@ -226,7 +224,7 @@ static const char *what_is_gone(const ts_client *c, const shared_memory *has)
 }
 
 /* One attempt. *lost: the daemon has answered, and the session can't go on with it. */
-static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *lost)
+static ts_status resume(ts_client *c, bool *lost)
 {
     shared_memory has = {0};
     *lost = false;
@@ -237,7 +235,7 @@ static ts_status resume(ts_client *c, uint64_t *given_up, uint32_t count, bool *
     int error = dial(c);
     if (error != 0)
         return cannot_reach(c, error);
-    status = resume_session(c, given_up, count, &has);
+    status = resume_session(c, &has);
     if (status == TS_ENOENT || status == TS_EPROTO) {
         char why[sizeof c->error];
         memcpy(why, c->error, sizeof why);
@@ -261,8 +259,10 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     bool lost = false;
     ts_status status;
     c->reconnecting = true;
-    uint64_t given_up[GIVEN_UP_MOST];
-    const uint32_t count = ts_unanswered_calls(c, given_up, GIVEN_UP_MOST);
+    /* Kept until a daemon has been told, which a later call may be the first to reach. */
+    c->num_given_up +=
+        ts_unanswered_calls(c, c->given_up + c->num_given_up, TS_GIVEN_UP_MOST - c->num_given_up);
+    c->ring_unanswered = false;
     for (;;) {
         ts_hang_up(c);
         if ((lost = c->cuda != NULL && ts_cuda_is_lost(c->cuda))) {
@@ -272,7 +272,7 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
                              "and what the session has on the GPU can't be used any more");
             break;
         }
-        status = resume(c, given_up, count, &lost);
+        status = resume(c, &lost);
         if (status == TS_OK &&
             (ts_rings_reopen(c) == TS_ECONN || ts_slab_returns_reopen(c) != TS_OK))
             status = TS_ECONN; /* it has gone, too */
@@ -282,6 +282,7 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     }
     if (status == TS_OK) {
         c->restarts++;
+        c->num_given_up = 0;
     } else {
         ts_hang_up(c);
         c->lost = lost;

@@ -36,6 +36,8 @@ typedef struct ts_region {
 /* A begin that was sent again, as its answer didn't come in time: unanswered.c's own. */
 typedef struct ts_unanswered ts_unanswered;
 
+#define TS_GIVEN_UP_MOST 64u /* calls whose answers nobody waits for, that a daemon is told of */
+
 /* What the exchange is made of. */
 typedef enum ts_exchange_kind {
     TS_EXCHANGE_NONE,
@@ -101,6 +103,9 @@ struct ts_client {
                            * whose completion is yet to come */
     uint32_t unanswered_seqs, unanswered_pool;
     ts_unanswered *unanswered; /* begins by message whose answers are yet to come */
+    /* The numbers of such calls whose daemon has gone: the next one is told. */
+    uint64_t given_up[TS_GIVEN_UP_MOST];
+    uint32_t num_given_up;
     /* Called before each call, if it isn't NULL: undoes begins whose answers came late. */
     void (*settle)(ts_client *client);
     ts_exec exec; /* that was asked for, or that AUTO has come to */

@@ -83,7 +83,6 @@ ts_status ts_rings_reopen(ts_client *c)
     void *memory = NULL;
     int bell;
     ts_rings_memory *was = c->rings;
-    c->ring_unanswered = false;
     if (was == NULL || c->rings_lost)
         return TS_OK;
     ts_status status = ts_memory_fill(c, TS_HANDLE_NEW_RINGS, "rings", bytes, &memory);

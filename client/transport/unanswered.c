@@ -79,9 +79,7 @@ static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count)
 /* Undoes what the answer tells of. */
 static void undo(ts_client *c, nng_msg *answer, uint32_t pool)
 {
-    Tspb__Reply *r = answer == NULL
-                         ? NULL
-                         : tspb__reply__unpack(NULL, nng_msg_len(answer), nng_msg_body(answer));
+    Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(answer), nng_msg_body(answer));
     if (r == NULL)
         return;
     if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
@@ -112,7 +110,8 @@ static void settle(ts_client *c)
     settle_ring(c);
     for (ts_unanswered **at = &c->unanswered; *at != NULL;) {
         ts_unanswered *u = *at;
-        if (!atomic_load(&u->done)) {
+        /* Without an answer its connection has ended: the next daemon is to be told of it. */
+        if (!atomic_load(&u->done) || u->answer == NULL) {
             at = &u->next;
             continue;
         }
