@@ -489,6 +489,20 @@ static bool is_behind(ts_gpu_launch *l)
     return behind;
 }
 
+/* TS_TEST_GPU_BREAKS=N: the first daemon under a supervisor loses its device at the Nth launch; that
+ * one does nothing any more. */
+static bool breaks_now(ts_gpu *g)
+{
+    const char *at = getenv("TS_TEST_GPU_BREAKS"), *deaths = getenv("TINYSERVE_DEATHS");
+    if (at == NULL || (deaths != NULL && strcmp(deaths, "0") != 0))
+        return false;
+    pthread_mutex_lock(&g->lock);
+    g->broken = g->broken || g->log.launches >= (uint32_t)atoi(at);
+    const bool broken = g->broken;
+    pthread_mutex_unlock(&g->lock);
+    return broken;
+}
+
 static void *launch_main(void *arg)
 {
     ts_gpu_launch *l = arg;
@@ -501,7 +515,8 @@ static void *launch_main(void *arg)
     while (l->behind.epoch != 0 && g->launches[l->behind.slot].ended < l->behind.epoch)
         pthread_cond_wait(&g->changed, &g->lock);
     pthread_mutex_unlock(&g->lock);
-    for (uint32_t i = 0; i < l->num_ops; i++) {
+    const bool is_lost = breaks_now(g);
+    for (uint32_t i = 0; i < l->num_ops && !is_lost; i++) {
         if (l->ops[i].kind == OP_WAIT && !reached(&l->ops[i]) && !waits) {
             waits = true;
             count_waiting(g, 1);

@@ -1,8 +1,9 @@
 /*
  * Ends the daemon at a place of test_point.h. TS_TEST_KILL=NAME:N kills it at its Nth time there:
  * only the first daemon under a supervisor, so that the next one can go on; TS_TEST_STOP=NAME:N
- * stops that one there until somebody else kills it. TS_TEST_CRASH=NAME or
- * NAME/WHAT has every daemon crash whenever it comes there.
+ * stops that one there until somebody else kills it, and if TS_TEST_PART is set ends its handle
+ * connections before. TS_TEST_CRASH=NAME or NAME/WHAT has every daemon crash whenever it comes
+ * there.
  */
 #include "test_point.h"
 
@@ -13,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 
 /* It dies with its parent, the supervisor or the test: one that was aborted leaves none behind. */
 static void __attribute__((constructor)) die_with_parent(void)
@@ -25,6 +27,18 @@ static bool is(const char *wanted, const char *name, unsigned what)
     char both[64];
     snprintf(both, sizeof both, "%s/%u", name, what);
     return wanted != NULL && (strcmp(wanted, name) == 0 || strcmp(wanted, both) == 0);
+}
+
+/* A daemon that dies with a GPU's context closes its sockets one by one, over 0.2 s. */
+static void end_handle_connections(void)
+{
+    for (int fd = 3; fd < 1024; fd++) {
+        int type = 0, listens = 1;
+        socklen_t bytes = sizeof type;
+        if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &bytes) == 0 && type == SOCK_SEQPACKET &&
+            getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &bytes) == 0 && !listens)
+            (void)shutdown(fd, SHUT_RDWR);
+    }
 }
 
 void ts_test_point(const char *name, unsigned what)
@@ -46,6 +60,9 @@ void ts_test_point(const char *name, unsigned what)
     }
     if (is(getenv("TS_TEST_CRASH"), name, what))
         (void)raise(SIGSEGV);
-    if (is(wanted, name, what) && atomic_load(&left) > 0 && atomic_fetch_sub(&left, 1) == 1)
+    if (is(wanted, name, what) && atomic_load(&left) > 0 && atomic_fetch_sub(&left, 1) == 1) {
+        if (getenv("TS_TEST_PART") != NULL)
+            end_handle_connections();
         (void)raise(action); /* before this thread does anything more */
+    }
 }

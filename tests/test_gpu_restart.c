@@ -185,6 +185,71 @@ static void killed_around_an_answer(void **state)
     assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, OF_DAEMON, "answering", 2) > 15 / STRIDE);
 }
 
+/* ---- a device that is lost ---- */
+
+/* A step whose worker waits for each layer. */
+static void awaited_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens,
+                         uint32_t count, rng *random, digest *d)
+{
+    layer_task task = {.random = random, .digest = d};
+    for (uint32_t i = 0; i < count; i++)
+        task.tokens += new_tokens[i];
+    task.step = begin(c, p, seqs, new_tokens, count);
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        fill_inputs(&task);
+        DO(ts_step_run(task.step, layer));
+        read_output(&task);
+    }
+    DO(ts_step_commit(task.step, NULL));
+}
+
+static uint64_t awaited_workload(ts_client *c, uint32_t *restarts)
+{
+    rng r = {43};
+    digest d = {1469598103934665603u};
+    ts_seq seq, fork;
+    ts_pool *p = open_pool(c, "p", 0);
+    DO(ts_seq_create(p, 1, &seq));
+    awaited_step(c, p, &seq, (uint32_t[]){40}, 1, &r, &d);
+    DO(ts_seq_fork(p, seq, 1, &fork));
+    awaited_step(c, p, (ts_seq[]){fork, seq}, (uint32_t[]){1, 2}, 2, &r, &d); /* copies a tail */
+    check_daemon(c);
+    *restarts = ts_client_restarts(c);
+    ts_pool_close(p);
+    return d.value;
+}
+
+/* Under CUDA's multi-process service any client's fault takes the daemon's device: nobody is told.
+ */
+static void what_a_lost_device_left_undone_is_the_next_daemons(void **state)
+{
+    (void)state;
+    for (int on_stream = 0; on_stream < 2; on_stream++) {
+        uint64_t expected = 0;
+        uint32_t restarts = 1, losses = 0;
+        for (uint32_t at = 0; restarts > 0; at++) {
+            daemon_process d;
+            char text[16];
+            snprintf(text, sizeof text, "%u", at);
+            if (at > 0)
+                setenv("TS_TEST_GPU_BREAKS", text, 1);
+            start(&d, POOL, NULL);
+            unsetenv("TS_TEST_GPU_BREAKS");
+            ts_client *c = connect_by(&d, (ts_transport)(TS_TRANSPORT_RING + at % 2));
+            const uint64_t found =
+                on_stream ? workload(c, OF_DAEMON, &restarts) : awaited_workload(c, &restarts);
+            if (at == 0)
+                expected = found;
+            assert_int_equal(found, expected);
+            losses += restarts;
+            restarts = at == 0 ? 1 : restarts;
+            ts_disconnect(c);
+            stop(&d, false);
+        }
+        assert_true(losses > (on_stream ? 8 : 5));
+    }
+}
+
 /* ---- a worker that calls nothing ---- */
 
 static sem_t reached, may_go;
@@ -443,6 +508,7 @@ int main(void)
     setenv("TSAN_OPTIONS", options, 1);
     setenv("TS_TEST_FAKE_GPU", "1", 1);
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(what_a_lost_device_left_undone_is_the_next_daemons),
         cmocka_unit_test(the_next_daemon_does_what_nobody_asks_it_for),
         cmocka_unit_test(killed_between_an_application_and_its_publication),
         cmocka_unit_test(killed_after_a_publication),

@@ -9,7 +9,10 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
 
+#define PARTED_MS 300 /* between the ends of a daemon's sockets */
 #define LAYERS 2u
 #define DIM 32u
 #define HEADS 2u
@@ -201,6 +204,48 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
     }
 }
 
+/* Kills the daemon some time after it has stopped. */
+static void *kill_stopped(void *arg)
+{
+    const daemon_process *d = arg;
+    pid_t pid;
+    char path[64], state = 0;
+    while (state != 'T') {
+        while ((pid = daemon_of(d)) == 0)
+            (void)poll(NULL, 0, 1);
+        snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+        FILE *f = fopen(path, "r");
+        if (f == NULL)
+            continue;
+        (void)!fscanf(f, "%*d (%*[^)]) %c", &state);
+        (void)fclose(f);
+        (void)poll(NULL, 0, 1);
+    }
+    (void)poll(NULL, 0, PARTED_MS);
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    return NULL;
+}
+
+/* A daemon's sockets may end far apart. */
+static void a_handle_connection_may_end_long_before_the_other(void **state)
+{
+    (void)state;
+    daemon_process d;
+    pthread_t killer;
+    setenv("TS_TEST_STOP", "stored:1", 1); /* of the exchange, which the client waits for there */
+    setenv("TS_TEST_PART", "1", 1);
+    start(&d, POOL, NULL);
+    unsetenv("TS_TEST_STOP");
+    unsetenv("TS_TEST_PART");
+    assert_int_equal(pthread_create(&killer, NULL, kill_stopped, &d), 0);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    assert_int_equal(pthread_join(killer, NULL), 0);
+    assert_int_equal(ts_client_restarts(c), 1);
+    check_daemon(c);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* ---- what crashes the daemon again and again ---- */
 
 #define OP_FORK 8 /* TS_OP_SEQ_FORK */
@@ -388,6 +433,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
+        cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
         cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),

@@ -98,10 +98,14 @@ bool ts_goes_on(ts_client *c, ts_status status, uint64_t until_ms)
     if (status != TS_ECONN || c->reconnect == NULL || !c->outlives || c->reconnecting || c->lost ||
         c->session == 0 || c->pid != getpid())
         return false;
-    /* Another of its sockets may have ended before NNG's thread has seen that its own has. */
+    /* Another of its sockets may have ended before NNG's thread has seen that its own has: a daemon
+     * that dies with a GPU's context closes them one by one, for up to 0.2 s. The call is tried
+     * again meanwhile: by a new connection it may be, if that one alone had ended. */
     for (int i = 0; i < LOOKS && !atomic_load(&c->broken); i++)
         (void)poll(NULL, 0, 1);
-    return atomic_load(&c->broken) && c->reconnect(c, until_ms) == TS_OK;
+    if (!atomic_load(&c->broken))
+        return ts_now_ms() < until_ms;
+    return c->reconnect(c, until_ms) == TS_OK;
 }
 
 ts_status ts_may_ask(ts_client *c)

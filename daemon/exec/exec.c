@@ -68,6 +68,12 @@ void ts_exec_let_go(ts_exec *x, uint32_t pool, uint32_t slab)
         x->slab_goes(x->owner, pool, slab);
 }
 
+bool ts_exec_leaves_to_next(ts_exec *x, uint32_t pool)
+{
+    return x->books != NULL && x->gpu_of[pool] != NULL &&
+           ts_gpu_executor_is_lost(x->gpu_of[pool]->executor);
+}
+
 void ts_exec_fini(ts_exec *x)
 {
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)

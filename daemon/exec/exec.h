@@ -66,6 +66,10 @@ void ts_exec_look_for_woken(ts_exec *exec);
  * free: when it is renewed or dropped. */
 void ts_exec_let_go(ts_exec *exec, uint32_t pool, uint32_t slab);
 
+/* Why something couldn't be had for the pool may be that its device is lost. True: what was asked is
+ * the next daemon's, and is to wait, for this one ends. */
+bool ts_exec_leaves_to_next(ts_exec *exec, uint32_t pool);
+
 /* Gives back pools' memory, devices, kernels and the engine. No job is under way, the plans
  * (step_work.h) and the executors are free. */
 void ts_exec_fini(ts_exec *exec);

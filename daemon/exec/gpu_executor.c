@@ -175,10 +175,8 @@ static uint64_t look_for_late(ts_gpu_executor *x)
  * multi-process service nobody is served then before this process has ended. */
 static void check_health(ts_gpu_executor *x)
 {
-    char why[TS_GPU_WHY_BYTES];
     x->health_ms = ts_now_ms() + HEALTH_MS;
-    if (ts_gpu_health(x->gpu, why, sizeof why) != TS_OK)
-        ts_gpu_device_lost(x, why);
+    (void)ts_gpu_executor_is_lost(x);
 }
 
 /* Waits for something to do; returns false when all is done and the executor is to end. */
@@ -286,6 +284,14 @@ void ts_gpu_executor_free(ts_gpu_executor *x)
     free(x->parts);
     free(x->signals);
     free(x);
+}
+
+bool ts_gpu_executor_is_lost(ts_gpu_executor *x)
+{
+    char why[TS_GPU_WHY_BYTES];
+    if (ts_gpu_health(x->gpu, why, sizeof why) != TS_OK)
+        ts_gpu_device_lost(x, why);
+    return ts_gpu_device_is_lost(x);
 }
 
 void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)

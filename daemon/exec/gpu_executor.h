@@ -32,6 +32,9 @@ ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms
                               void (*failed)(const char *why), ts_gpu_executor **out, char *why,
                               size_t why_bytes);
 
+/* Looks whether the device is lost, of which `failed` is told then. Any thread. */
+bool ts_gpu_executor_is_lost(ts_gpu_executor *executor);
+
 /* Lets every waiting launch go on, finishes what was submitted, then ends. */
 void ts_gpu_executor_free(ts_gpu_executor *executor);
 

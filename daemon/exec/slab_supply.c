@@ -234,6 +234,10 @@ void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
         const char *name = x->engine->pools[pool].config.name;
         char why[TS_MESSAGE_BYTES];
         ts_status status = make_slab(x, pool, slab, why, sizeof why);
+        if (status != TS_OK && ts_exec_leaves_to_next(x, pool)) {
+            a->status = TS_NEED_SWEEP;
+            return;
+        }
         if (status != TS_OK) {
             ts_command within = *command;
             within.step_begin.no_new_slabs = true; /* no other command needs slabs */

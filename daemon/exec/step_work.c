@@ -118,9 +118,9 @@ static void finish_job(ts_work *work, void *owner)
     *j->at_live = j->next_live;
     if (j->next_live != NULL)
         j->next_live->at_live = j->at_live;
-    /* A run on a stream that a lost device left undone is the next daemon's. */
-    const bool is_next =
-        j->job.signals != NULL && j->job.signals->outlives && j->job.status == TS_EDEVICE;
+    /* What a lost device left undone is the next daemon's: this one ends, and tells nobody. */
+    const bool outlives = j->job.signals != NULL ? j->job.signals->outlives : x->books != NULL;
+    const bool is_next = outlives && j->job.status == TS_EDEVICE;
     const ts_command done = {.op = TS_OP_STEP_DONE,
                              .step_done = {.step = j->step,
                                            .layer = j->layer,
@@ -129,10 +129,10 @@ static void finish_job(ts_work *work, void *owner)
                                            .number = j->job.run_number}};
     if (!is_next)
         ts_exec_apply(x, &done, &answer);
-    if (j->job.status != TS_OK && !j->job.dropped)
+    if (j->job.status != TS_OK && !j->job.dropped && !is_next)
         ts_log(TS_LOG_WARNING, "step %llx, layer %d: %s", (unsigned long long)j->step,
                (int)j->layer, j->job.why);
-    if (j->completion.done != NULL)
+    if (j->completion.done != NULL && !is_next)
         j->completion.done(&j->completion, &(ts_step_result){.step = j->step,
                                                              .run = j->layer != TS_NONE,
                                                              .status = j->job.status,
@@ -341,7 +341,9 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
         return false;
     }
     status = reach(gpu, m, run->session, on_stream, why, sizeof why);
-    if (status != TS_OK)
+    if (status != TS_OK && ts_exec_leaves_to_next(x, step->pool))
+        a->status = TS_NEED_SWEEP;
+    else if (status != TS_OK)
         ts_refuse(a, status, "pool '%s': %s", pool, why);
     return status == TS_OK;
 }

@@ -30,7 +30,7 @@ typedef struct ts_completion {
 } ts_completion;
 
 /* What the engine doesn't know of a run: whether the session's exchange can be used with the pool,
- * and the order on a GPU. False, and the answer refuses. */
+ * and the order on a GPU. False, and the answer refuses, or says TS_NEED_SWEEP: it must wait. */
 bool ts_step_work_check_run(ts_exec *exec, const ts_session_memory *memory, const ts_command *run,
                             ts_answer *answer);
 

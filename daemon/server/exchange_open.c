@@ -115,6 +115,10 @@ void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen 
                 : new_on_device(&s->exec, open->pool,
                                 ts_engine_session(s->exec.engine, c->session)->tenant, bytes, &x,
                                 why, sizeof why);
+        if (status != TS_OK && ts_exec_leaves_to_next(&s->exec, open->pool)) {
+            a->status = TS_NEED_SWEEP;
+            return;
+        }
         if (status != TS_OK)
             return ts_refuse(a, status, "an exchange: %s", why);
     }

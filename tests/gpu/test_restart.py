@@ -90,7 +90,6 @@ class Story:
             self.client.register(self.kv, torch.empty(16 << 20, dtype=torch.uint8, device="cuda"))
         elif way != "host":
             self.client.exchange(self.kv, 16 << 20)
-        self.stream = None if way == "host" else torch.cuda.current_stream()
         self.random = torch.Generator().manual_seed(7)
         self.frame = self.kv.frame(3, heads=HEADS, io_dtype="bf16") if way == "graph" else None
         self.graph = None
@@ -105,7 +104,9 @@ class Story:
         for layer in range(LAYERS):
             if fills:
                 self.fill(step)
-            step.run(layer, stream=self.stream)
+            # the stream of now: a graph is captured on one of its own
+            stream = None if self.way == "host" else torch.cuda.current_stream()
+            step.run(layer, stream=stream)
             outs.append(step.out.torch().clone())
         return outs
 
@@ -204,34 +205,38 @@ def test_workers_of_every_kind_go_on_over_kills_of_the_daemon():
         running = {name: (way, start(daemon.url, way, name, 4)) for way, name in names}
         done, told = {}, []
         ends = time.monotonic() + 60 + 2 * KILLS
-        while running:
-            time.sleep(draw.uniform(0.02, 0.4))
-            if kills < KILLS:
-                kills += daemon.kill_daemon()
-            if time.monotonic() > ends:  # they say where they are
-                for _, process in running.values():
-                    process.send_signal(signal.SIGABRT)
-                    print(process.communicate()[1])
-                raise AssertionError(f"{sorted(running)} hang after {kills} kills, {lost} lost")
-            for name, (way, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                out, err = process.communicate()
-                del running[name]
-                for line in out.splitlines():
-                    found = json.loads(line)
-                    assert found["sum"] == expected[way], f"{name} was told something else"
-                    told.append(found)
-                if process.returncode == LOST and common.MPS:
-                    lost += 1
-                    again = f"{name}+"
-                    running[again] = (way, start(daemon.url, way, again, 4))
-                else:
-                    assert process.returncode == 0, f"{name}: {err}"
-                    done[name] = way
-                    if kills < KILLS:
-                        again = f"{name}'"
+        try:
+            while running:
+                time.sleep(draw.uniform(0.02, 0.4))
+                if kills < KILLS:
+                    kills += daemon.kill_daemon()
+                if time.monotonic() > ends:  # they say where they are
+                    for _, process in running.values():
+                        process.send_signal(signal.SIGABRT)
+                        print(process.communicate()[1])
+                    raise AssertionError(f"{sorted(running)} hang after {kills} kills, {lost} lost")
+                for name, (way, process) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    out, err = process.communicate()
+                    del running[name]
+                    for line in out.splitlines():
+                        found = json.loads(line)
+                        assert found["sum"] == expected[way], f"{name} was told something else"
+                        told.append(found)
+                    if process.returncode == LOST and common.MPS:
+                        lost += 1
+                        again = f"{name}+"
                         running[again] = (way, start(daemon.url, way, again, 4))
+                    else:
+                        assert process.returncode == 0, f"{name}: {err}"
+                        done[name] = way
+                        if kills < KILLS:
+                            again = f"{name}'"
+                            running[again] = (way, start(daemon.url, way, again, 4))
+        finally:  # none is left behind, which MPS would wait for
+            for _, process in running.values():
+                process.kill()
         assert sum(t["restarts"] for t in told) > 0
         waits = sorted(t["longest"] for t in told)
         print(f"\n{kills} kills, {len(told)} stories, {sum(t['restarts'] for t in told)} restarts "
@@ -361,6 +366,8 @@ assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
 assert cuda.cuCtxSetCurrent(context) == 0
 assert cuda.cuModuleLoadData(ctypes.byref(module), text) == 0
 assert cuda.cuModuleGetFunction(ctypes.byref(kernel), module, b"fault") == 0
+print("ready", flush=True)
+assert sys.stdin.readline() == "now\\n"
 assert cuda.cuLaunchKernel(kernel, 1, 1, 1, 1, 1, 1, 0, None, None, None) == 0
 assert cuda.cuCtxSynchronize() == 700
 print("faulted", flush=True)
@@ -377,15 +384,17 @@ def test_another_clients_fault_under_mps_loses_nothing():
     expected = digests(["host"])["host"]
     with Supervised(f"p:{SHAPE},memory=1G,slab=16M,{ON_GPU}") as daemon:
         for turn in range(faults):
-            host = start(daemon.url, "host", f"host{turn}", 3)
-            while daemon.pid() is None or len(kept(daemon.url)) <= 3 * turn:
-                time.sleep(0.05)  # until it is at work
-            pid = daemon.pid()
             linger = turn == faults - 1  # it doesn't exit: nobody is served before it is ended
             stranger = subprocess.Popen(
                 [sys.executable, "-c", FAULT, *(["stay"] if linger else [])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True)
+            assert stranger.stdout.readline() == "ready\n"
+            host = start(daemon.url, "host", f"host{turn}", 3)
+            while daemon.pid() is None or len(kept(daemon.url)) <= 3 * turn:
+                time.sleep(0.05)  # until it is at work
+            pid = daemon.pid()
+            print("now", file=stranger.stdin, flush=True)
             assert stranger.stdout.readline() == "faulted\n"
             if linger:
                 time.sleep(2)
@@ -395,6 +404,9 @@ def test_another_clients_fault_under_mps_loses_nothing():
             out, err = host.communicate(timeout=120)
             assert host.returncode == 0, err
             assert all(json.loads(line)["sum"] == expected for line in out.splitlines())
+            ends = time.monotonic() + 10  # a daemon that rests looks every second
+            while daemon.pid() == pid and time.monotonic() < ends:
+                time.sleep(0.05)
             assert daemon.pid() != pid, "the fault did not reach the daemon"
         assert len(kept(daemon.url)) == 3 * faults
         print(f"\n{faults} faults: nothing was lost")
