@@ -195,6 +195,8 @@ static ts_status new_gpu_memory(const ts_exec *x, const ts_config_pool *wanted, 
         check_fit(x, g, p->device, (uint64_t)block_bytes * p->num_blocks, why, why_bytes);
     if (status == TS_OK)
         status = ts_kernel_check(p->kernel, &p->geometry, info->warp_groups, why, why_bytes);
+    if (status == TS_OK)
+        status = ts_gpu_load(gpu, &p->geometry, why, why_bytes);
     if (status != TS_OK)
         return status;
     p->on_gpu = true;
@@ -353,13 +355,18 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     const bool ipc = strcmp(p->config.memory, "cuda-ipc") == 0;
     ts_memory **memory = &x->memory[pool];
     uint64_t lost = 0;
-    if (p->config.on_gpu && (x->gpu_of[pool] = find_gpu(x, &p->config, why, why_bytes)) == NULL)
-        return TS_EDEVICE;
-    ts_status status =
-        x->gpu_of[pool] == NULL ? ts_memory_host_new(slabs, slab_bytes, memory, why, why_bytes)
-        : ipc ? ts_memory_cuda_ipc_new(x->gpu_of[pool]->gpu, slab_bytes, memory, why, why_bytes)
-              : ts_memory_cuda_vmm_new(x->gpu_of[pool]->gpu, slabs, slab_bytes, memory, why,
-                                       why_bytes);
+    ts_gpu *gpu = NULL;
+    ts_status status = TS_OK;
+    if (p->config.on_gpu) {
+        if ((x->gpu_of[pool] = find_gpu(x, &p->config, why, why_bytes)) == NULL)
+            return TS_EDEVICE;
+        gpu = x->gpu_of[pool]->gpu;
+        status = ts_gpu_load(gpu, &p->config.geometry, why, why_bytes);
+    }
+    if (status == TS_OK)
+        status = gpu == NULL ? ts_memory_host_new(slabs, slab_bytes, memory, why, why_bytes)
+                 : ipc ? ts_memory_cuda_ipc_new(gpu, slab_bytes, memory, why, why_bytes)
+                       : ts_memory_cuda_vmm_new(gpu, slabs, slab_bytes, memory, why, why_bytes);
     if (status != TS_OK)
         return status;
     (*memory)->outlives = true;

@@ -1,11 +1,12 @@
 /*
  * From runs of planned batches to launches: each list of the plans' items is one kernel launch for
- * up to GPU_RUNS runs.
+ * up to GPU_RUNS runs. And all kernels that those may be are loaded before.
  */
 #include "box_map.cuh"
 #include "common.cuh"
 
 extern "C" {
+#include "dtypes.h"
 #include "plan.h"
 }
 
@@ -286,7 +287,51 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
     return error;
 }
 
+/* Loads the kernels that are no list's own. */
+cudaError_t load_others(const ts_geometry *g)
+{
+    gpu_call c = {};
+    c.head_dim = g->head_dim;
+    cudaError_t error = load_copies();
+    for (int capped = 0; capped < 2 && error == cudaSuccess; capped++) {
+        c.cap_log2 = (float)capped;
+        error = launch_v1(c, g->dtype, NULL);
+    }
+    if (error == cudaSuccess)
+        error = launch_v2(c, g->dtype, NULL);
+    if (error == cudaSuccess)
+        error = launch_v3(c, g->dtype, NULL);
+    if (error == cudaSuccess && loads_vectors(g))
+        error = launch_v4(c, g->dtype, NULL);
+    return error == cudaSuccess ? launch_append(c, g->dtype, NULL) : error;
+}
+
 } // namespace
+
+extern "C" ts_status ts_gpu_load(ts_gpu *gpu, const ts_geometry *geometry, char *why,
+                                 size_t why_bytes)
+{
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status == TS_OK)
+        status = ts_gpu_load_begin(gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    for (uint32_t io = 0; io < TS_DTYPE_COUNT && status == TS_OK; io++) {
+        ts_gpu_plan any = {};
+        any.gpu = gpu;
+        any.geometry = *geometry;
+        any.io_dtype = (ts_dtype)io;
+        if (ts_dtype_is_io(any.io_dtype, geometry->dtype))
+            status = ts_gpu_plan_find_kernels(&any, why, why_bytes);
+    }
+    if (status == TS_OK) {
+        cudaError_t error = load_others(geometry);
+        if (error != cudaSuccess)
+            status = ts_gpu_fail(error, "loading kernels", 0, why, why_bytes);
+    }
+    ts_gpu_load_end(gpu);
+    return status;
+}
 
 extern "C" ts_status ts_gpu_launch_prepare(ts_gpu_launch *l, const ts_gpu_plan *plan)
 {

@@ -377,7 +377,24 @@ __device__ inline float rescale(float a, float b)
  */
 #define SLACK 8.0f
 
-/* The kernels' launchers: the call is checked and num_items > 0. */
+/* Loads the kernel, for ts_gpu_load. */
+template <typename... Parameters> inline cudaError_t load(void (*kernel)(Parameters...))
+{
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, kernel);
+}
+
+/* Launches the kernel, or loads it where the call has no items. */
+inline cudaError_t start(void (*kernel)(gpu_call), const gpu_call &c, dim3 grid, uint32_t threads,
+                         cudaStream_t stream)
+{
+    if (c.num_items == 0)
+        return load(kernel);
+    kernel<<<grid, threads, 0, stream>>>(c);
+    return cudaGetLastError();
+}
+
+/* The kernels' launchers: the call is checked; without items they load what they would launch. */
 cudaError_t launch_v1(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v2(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v3(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
@@ -398,6 +415,7 @@ ts_gpu_kernel wgmma_fp16(uint32_t head_dim, bool varied); /* varied: scores are 
 ts_gpu_kernel wgmma_bf16(uint32_t head_dim, bool varied);
 ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
+cudaError_t load_copies();
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,
                           uint32_t num_copies, cudaStream_t stream);
 

@@ -69,7 +69,7 @@ static void *deferred_main(void *arg)
     (void)ts_gpu_enter(gpu, why, sizeof why);
     pthread_mutex_lock(&gpu->lock);
     for (;;) {
-        while ((gpu->deferred == NULL || gpu->waiting > 0) && !gpu->stop)
+        while ((gpu->deferred == NULL || gpu->waiting > 0 || gpu->loads > 0) && !gpu->stop)
             pthread_cond_wait(&gpu->changed, &gpu->lock);
         ts_gpu_deferred_free *d = gpu->deferred;
         if (d == NULL)
@@ -109,9 +109,49 @@ void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t byt
 bool ts_gpu_may_wait(ts_gpu *gpu)
 {
     pthread_mutex_lock(&gpu->lock);
-    bool may = gpu->deferred == NULL && !gpu->cleaning;
+    bool may = gpu->deferred == NULL && !gpu->cleaning && gpu->loads == 0;
     pthread_mutex_unlock(&gpu->lock);
     return may;
+}
+
+/* ---- loading ---- */
+
+#define LOAD_WAIT_MS 200 /* for launches that wait */
+
+ts_status ts_gpu_load_begin(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += LOAD_WAIT_MS * 1000000;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    bool late = false;
+    pthread_mutex_lock(&gpu->lock);
+    gpu->loads++;
+    while ((gpu->waiting > 0 || gpu->cleaning) && !late)
+        late = pthread_cond_timedwait(&gpu->changed, &gpu->lock, &until) != 0;
+    const bool may = gpu->waiting == 0 && !gpu->cleaning;
+    if (may)
+        gpu->cleaning = true;
+    else
+        gpu->loads--;
+    pthread_cond_broadcast(&gpu->changed);
+    pthread_mutex_unlock(&gpu->lock);
+    if (may)
+        return TS_OK;
+    snprintf(why, why_bytes,
+             "cuda:%u waits for a worker's stream, and loads no kernels meanwhile: try again",
+             gpu->info.ordinal);
+    return TS_EBUSY;
+}
+
+void ts_gpu_load_end(ts_gpu *gpu)
+{
+    pthread_mutex_lock(&gpu->lock);
+    gpu->loads--;
+    gpu->cleaning = false;
+    pthread_cond_broadcast(&gpu->changed);
+    pthread_mutex_unlock(&gpu->lock);
 }
 
 /* ---- what there is ---- */
@@ -121,9 +161,8 @@ static void prepare(void)
 {
     /* Streams share hardware queues: with too few, one that waits for a worker holds up others. */
     (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-    /* A kernel that is loaded at its first launch waits until every stream is done, and lets nobody
-     * launch meanwhile: a stream may be waiting for a worker. */
-    (void)setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+    /* All kernels take half a second; ts_gpu_load has those that are needed. */
+    (void)setenv("CUDA_MODULE_LOADING", "LAZY", 1);
 }
 
 static uint32_t count_devices(char *why, size_t why_bytes)

@@ -121,7 +121,8 @@ struct ts_gpu {
     ts_gpu_launch *free_launch;                 /* under the lock */
     uint32_t waiting;                           /* under the lock: launches that wait for workers */
     ts_gpu_deferred_free *deferred;             /* under the lock; the newest first */
-    bool cleaning, stop;                        /* under the lock */
+    bool cleaning, stop;                        /* under the lock: no launch may wait; the end */
+    uint32_t loads;                             /* under the lock: that are to come, or under way */
     ts_gpu_staging *old;                        /* under the lock: what launches have outgrown */
     ts_gpu_buffer *buffers[TS_GPU_BUFFER_LOGS]; /* under the lock: free ones of 2^i bytes */
     ts_gpu_function functions[TS_GPU_FUNCTIONS]; /* under the lock: those that plans asked about */
@@ -134,6 +135,10 @@ struct ts_gpu {
 
 /* Makes the device the calling thread's; TS_EDEVICE with a sentence if it can't be. */
 ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes);
+
+/* Between the two no launch waits for a worker. TS_EBUSY: one does for too long. */
+ts_status ts_gpu_load_begin(ts_gpu *gpu, char *why, size_t why_bytes);
+void ts_gpu_load_end(ts_gpu *gpu);
 
 /* Writes "WHAT of N bytes failed: CUDA_ERROR_..." and returns the status that fits. */
 ts_status ts_gpu_fail_driver(const ts_gpu *gpu, CUresult error, const char *what, size_t bytes,

@@ -78,6 +78,14 @@ ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_byte
  * are there to be taken. */
 ts_status ts_gpu_open_for_streams(uint32_t ordinal, ts_gpu **out, char *why, size_t why_bytes);
 
+/*
+ * Loads every kernel that caches of this geometry may need, on a device that isn't for streams.
+ * Else each is loaded at its first launch, which waits until no stream waits for anything, and lets
+ * nobody launch meanwhile. TS_EBUSY: a launch that waits for a worker hasn't ended within a fifth
+ * of a second. TS_EDEVICE.
+ */
+ts_status ts_gpu_load(ts_gpu *gpu, const ts_geometry *geometry, char *why, size_t why_bytes);
+
 /* Waits for what was launched, then for deferred frees. */
 void ts_gpu_close(ts_gpu *gpu);
 

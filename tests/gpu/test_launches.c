@@ -267,6 +267,7 @@ static void nothing_waits_for_a_launch_that_waits_for_a_worker(void **state)
                                .block_tokens = 16,
                                .layers = 1},
                        lengths, 2, &r);
+    OK(ts_gpu_load(gpu, &d.call.geometry, why, sizeof why));
     for (size_t i = 0; i < sizeof works / sizeof *works; i++)
         all &= while_a_launch_waits(works[i].what, works[i].work, &d);
     assert_true(all);

@@ -249,7 +249,7 @@ def test_workers_of_every_kind_go_on_over_kills_of_the_daemon():
                 assert there[f"{name}.{turn}"] == 700 + STEPS + 2
         with tinyserve.connect(daemon.url, wait=60, timeout=60) as client, \
                 client.pool("p") as kv:
-            assert kv.match([i % 5 for i in range(33)] + [9])[1] == 33
+            assert kv.match([i % 5 for i in range(33)] + [9])[1] == 32
 
 
 def test_a_stream_that_waits_gets_its_word_from_the_next_daemon():

@@ -88,18 +88,26 @@ static bool copies_vectors(const gpu_call &c, ts_dtype dtype)
 
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
-    if (copies_vectors(c, dtype))
-        copy_and_cache<<<(c.num_items + APPEND_WARPS - 1) / APPEND_WARPS, APPEND_THREADS, 0,
-                         stream>>>(c);
-    else if (dtype == TS_DTYPE_FP32)
-        reshape_and_cache<float><<<c.num_items, 256, 0, stream>>>(c);
-    else if (dtype == TS_DTYPE_FP16)
-        reshape_and_cache<__half><<<c.num_items, 256, 0, stream>>>(c);
-    else if (dtype == TS_DTYPE_FP8_E4M3)
-        reshape_and_cache<__nv_fp8_e4m3><<<c.num_items, 256, 0, stream>>>(c);
-    else
-        reshape_and_cache<__nv_bfloat16><<<c.num_items, 256, 0, stream>>>(c);
-    return cudaGetLastError();
+    const bool loads = c.num_items == 0;
+    if (loads || copies_vectors(c, dtype)) {
+        const uint32_t grid = (c.num_items + APPEND_WARPS - 1) / APPEND_WARPS;
+        cudaError_t error = start(copy_and_cache, c, grid, APPEND_THREADS, stream);
+        if (!loads || error != cudaSuccess)
+            return error;
+    }
+    return start(dtype == TS_DTYPE_FP32       ? reshape_and_cache<float>
+                 : dtype == TS_DTYPE_FP16     ? reshape_and_cache<__half>
+                 : dtype == TS_DTYPE_FP8_E4M3 ? reshape_and_cache<__nv_fp8_e4m3>
+                                              : reshape_and_cache<__nv_bfloat16>,
+                 c, c.num_items, 256, stream);
+}
+
+cudaError_t load_copies()
+{
+    cudaError_t error = load(copy_blocks<uint4>);
+    if (error == cudaSuccess)
+        error = load(copy_blocks<uint32_t>);
+    return error == cudaSuccess ? load(copy_blocks<uint16_t>) : error;
 }
 
 cudaError_t launch_copies(unsigned char *base, size_t block_bytes, const ts_block_copy *copies,

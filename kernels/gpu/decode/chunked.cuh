@@ -90,15 +90,11 @@ template <typename Reduce>
 cudaError_t launch_chunked(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
     dim3 grid(c.num_items, c.heads);
-    if (dtype == TS_DTYPE_FP32)
-        chunked<float, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
-    else if (dtype == TS_DTYPE_FP16)
-        chunked<__half, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
-    else if (dtype == TS_DTYPE_FP8_E4M3)
-        chunked<__nv_fp8_e4m3, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
-    else
-        chunked<__nv_bfloat16, Reduce><<<grid, CHUNKED_THREADS, 0, stream>>>(c);
-    return cudaGetLastError();
+    return start(dtype == TS_DTYPE_FP32       ? chunked<float, Reduce>
+                 : dtype == TS_DTYPE_FP16     ? chunked<__half, Reduce>
+                 : dtype == TS_DTYPE_FP8_E4M3 ? chunked<__nv_fp8_e4m3, Reduce>
+                                              : chunked<__nv_bfloat16, Reduce>,
+                 c, grid, CHUNKED_THREADS, stream);
 }
 
 #endif

@@ -96,8 +96,7 @@ cudaError_t launch_dim(const gpu_call &c, cudaStream_t stream)
 {
     const uint32_t threads = v1_layout<DIM>::THREADS;
     uint32_t grid = (uint32_t)(((uint64_t)c.num_items * c.heads + threads - 1) / threads);
-    decode_v1<T, DIM, CAPPED><<<grid, threads, 0, stream>>>(c);
-    return cudaGetLastError();
+    return start(decode_v1<T, DIM, CAPPED>, c, grid, threads, stream);
 }
 
 template <typename T, bool CAPPED> cudaError_t launch(const gpu_call &c, cudaStream_t stream)

@@ -166,17 +166,12 @@ template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
 {
     dim3 grid(c.num_items, c.heads);
     uint32_t vectors = (uint32_t)(c.head_dim * sizeof(T) / 16);
-    if (vectors <= 4)
-        decode_v4<T, 4><<<grid, WARPS * 32, 0, stream>>>(c);
-    else if (vectors <= 8)
-        decode_v4<T, 8><<<grid, WARPS * 32, 0, stream>>>(c);
-    else if (vectors <= 16)
-        decode_v4<T, 16><<<grid, WARPS * 32, 0, stream>>>(c);
-    else if (vectors <= 32)
-        decode_v4<T, 32><<<grid, WARPS * 32, 0, stream>>>(c);
-    else
-        decode_v4<T, 64><<<grid, WARPS * 32, 0, stream>>>(c);
-    return cudaGetLastError();
+    return start(vectors <= 4    ? decode_v4<T, 4>
+                 : vectors <= 8  ? decode_v4<T, 8>
+                 : vectors <= 16 ? decode_v4<T, 16>
+                 : vectors <= 32 ? decode_v4<T, 32>
+                                 : decode_v4<T, 64>,
+                 c, grid, WARPS * 32, stream);
 }
 
 } // namespace

@@ -289,6 +289,11 @@ ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
 
 } // namespace
 
+extern "C" ts_status ts_gpu_plan_find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
+{
+    return find_kernels(p, why, why_bytes);
+}
+
 extern "C" ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
                                      ts_dtype io_dtype, ts_kernel kernel,
                                      const ts_attention_seq *seqs, uint32_t num_seqs,

@@ -53,6 +53,11 @@ struct ts_gpu_plan {
 
 #define PLAN_SEQS (LIST_COUNT * sizeof(uint32_t)) /* where they are: behind the counts */
 
+/* Finds the kernels that the device can launch for a plan of this device, geometry, io_dtype and
+ * kernel, which are all that was set; they are loaded then. TS_EINVAL: the one that was asked for
+ * isn't among them. */
+ts_status ts_gpu_plan_find_kernels(ts_gpu_plan *plan, char *why, size_t why_bytes);
+
 /* Floats of a partial row: its softmax's maximum and sum, two that are not used, its sums. */
 static inline size_t ts_gpu_record_floats(const ts_geometry *g)
 {
