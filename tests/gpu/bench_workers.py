@@ -166,11 +166,13 @@ def worker():
 class Worker:
     """A worker's process, for any number of rows."""
 
-    def __init__(self, no_gc):
+    def __init__(self, options):
+        command = [sys.executable, __file__, "--worker"] + ["--no-gc"] * options.no_gc
+        if options.c:
+            command = [options.c] + ["--spin"] * options.spin
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"] + ["--no-gc"] * no_gc, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
 
     def tell(self, line):
         self.process.stdin.write(line + "\n")
@@ -311,6 +313,10 @@ def main():
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--no-gc", action="store_true",
                         help="workers without Python's collector")
+    parser.add_argument("--c", metavar="PROGRAM",
+                        help="workers in C: build/tests/crowd_worker, which sleeps while the GPU "
+                             "works; it has no sdpa")
+    parser.add_argument("--spin", action="store_true", help="workers in C spin meanwhile")
     parser.add_argument("--slowest", type=int, default=0, help="steps to tell of, one by one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the daemon: join_us=0 launches each run by itself")
@@ -320,7 +326,7 @@ def main():
     rows, parts, arrivals, workers = [], [], [], []
     settings = dict(x.split("=", 1) for x in options.set)
     crowds = [parse(c) for c in options.crowds.split(",")]
-    workers = [Worker(options.no_gc)
+    workers = [Worker(options)
                for _ in range(max(len(counts) + plus for counts, plus in crowds))]
     try:
         for w in workers:
@@ -344,7 +350,8 @@ def main():
             w.process.kill()
     print(f"{common.device_line()}, {'with' if common.MPS else 'without'} MPS, sequences of "
           f"{options.context} tokens, {options.steps} steps"
-          f"{''.join(', ' + x for x in options.set)}{', no collector' if options.no_gc else ''}\n")
+          f"{''.join(', ' + x for x in options.set)}{', no collector' if options.no_gc else ''}"
+          f"{', workers in C' if options.c else ''}{' that spin' if options.spin else ''}\n")
     common.table(["way", "workers x sequences", "tokens/s", "ms a step: p50", "p99", "slowest",
                   "daemon: µs of processor a run", "runs a launch"], rows)
     names = "/".join(PARTS)
