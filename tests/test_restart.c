@@ -248,7 +248,8 @@ static void a_handle_connection_may_end_long_before_the_other(void **state)
 
 /* ---- what crashes the daemon again and again ---- */
 
-#define OP_FORK 8 /* TS_OP_SEQ_FORK */
+#define OP_FORK 8   /* TS_OP_SEQ_FORK */
+#define OP_GRANT 26 /* TS_OP_SLAB_GRANT */
 
 /* A daemon that crashes whenever it comes to the place. */
 static ts_client *start_crashing(daemon_process *d, const char *place)
@@ -279,6 +280,34 @@ static void a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time(
     ts_pool_close(others);
     ts_disconnect(c);
     ts_disconnect(other);
+    stop(&d, false);
+}
+
+/* No session can be ended for it: the fourth daemon begins with nothing. */
+static void an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothing(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char place[32];
+    ts_seq seq;
+    ts_step *step;
+    snprintf(place, sizeof place, "applying/%d", OP_GRANT);
+    ts_client *c = start_crashing(&d, place);
+    ts_pool *p = open_pool(c, "p", 0);
+    DO(ts_seq_create(p, 1, &seq));
+    assert_int_equal(
+        ts_step_begin(p, &seq, &(uint32_t){1}, 1,
+                      &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step),
+        TS_ECONN);
+    assert_non_null(strstr(ts_error(c), "was started anew"));
+    ts_client *next = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *again = open_pool(next, "p", 0);
+    DO(ts_seq_create(again, 1, &seq));
+    check_daemon(next);
+    ts_pool_close(p);
+    ts_pool_close(again);
+    ts_disconnect(c);
+    ts_disconnect(next);
     stop(&d, false);
 }
 
@@ -435,6 +464,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
+        cmocka_unit_test(an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothing),
         cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),
     };

@@ -24,6 +24,7 @@
 #define ENTRIES_LEAST 4096u
 #define ENTRY_NS 2000u  /* to apply one again, as a guess before it was measured */
 #define ATTEMPTS_MAX 3u /* to take over the same books */
+#define CRASHES_MAX 3u  /* in the same operation that no session asked for */
 
 static const char *const journal_name = "journal";
 static const char *const area_names[TS_AREAS] = {"books.a", "books.b"};
@@ -402,12 +403,14 @@ static void note_problem(void *arg, const char *sentence)
         snprintf(why, 200, "%s", sentence);
 }
 
-/* Which command was under way at the death, and at how many in a row. */
+/* Which command was under way at the death, and at how many in a row. Of a session's each is one of
+ * its own; without a session only crashes count, for the same kind of command comes often. */
 static void look_at_death(ts_journal_head *h, ts_books_start *start)
 {
+    const bool counts = h->op != 0 && (h->session != 0 || h->crash != 0);
     const bool same = h->op != 0 && h->op == h->suspect_op && h->session == h->suspect_session &&
                       h->call == h->suspect_call;
-    h->deaths = h->op == 0 ? 0 : same ? h->deaths + 1 : 1;
+    h->deaths = !counts ? 0 : same ? h->deaths + 1 : 1;
     h->suspect_op = h->op;
     h->suspect_session = h->session;
     h->suspect_call = h->call;
@@ -429,6 +432,12 @@ static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
     if (h->attempts >= ATTEMPTS_MAX) {
         snprintf(start->why, sizeof start->why, "%u attempts to take them over failed",
                  h->attempts);
+        return TS_EPROTO;
+    }
+    if (h->suspect_session == 0 && h->deaths >= CRASHES_MAX) { /* nobody's session can be ended */
+        snprintf(start->why, sizeof start->why,
+                 "the daemon crashed %u times while it carried out operation %u, for no session",
+                 h->deaths, h->suspect_op);
         return TS_EPROTO;
     }
     h->taking_over = 1;
