@@ -168,11 +168,13 @@ static void killed_under_messages(void **state)
 /* ---- what is given up ---- */
 
 /* A begin is carried out, its answer doesn't come in time, and the daemon dies: the step, which
- * nobody knows of, is aborted when the client comes back. */
+ * nobody knows of, is aborted when the client comes back; also if there is no daemon in the time of
+ * the next call, and a later one reaches it. */
 static void a_step_whose_begin_was_given_up_is_aborted(void **state)
 {
     (void)state;
-    for (int t = TS_TRANSPORT_RING; t <= TS_TRANSPORT_MESSAGES; t++) {
+    for (int turn = 0; turn < 3; turn++) {
+        const bool late = turn >= 2;
         daemon_process d;
         ts_client *c;
         ts_seq seq;
@@ -185,7 +187,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
                                     .wait_ms = 60000,
                                     .timeout_ms = 2000,
                                     .exchange_bytes = 1u << 20,
-                                    .transport = (ts_transport)t},
+                                    .transport = (ts_transport)(TS_TRANSPORT_RING + turn % 2)},
                       &c));
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &seq));
@@ -194,7 +196,14 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
                           &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
                           &step),
             TS_ETIMEOUT);
-        assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+        const pid_t daemon = daemon_of(&d);
+        if (late)
+            assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
+        assert_int_equal(kill(daemon, SIGKILL), 0);
+        if (late) {
+            assert_int_equal(ts_seq_free(p, &seq, 1), TS_ECONN);
+            assert_int_equal(kill(d.pid, SIGCONT), 0);
+        }
         DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
         assert_int_equal(ts_client_restarts(c), 1);
         check_daemon(c);
