@@ -495,8 +495,8 @@ static bool is_behind(ts_gpu_launch *l)
     return behind;
 }
 
-/* TS_TEST_GPU_BREAKS=N: the first daemon under a supervisor loses its device at the Nth launch; that
- * one does nothing any more. */
+/* TS_TEST_GPU_BREAKS=N: the first daemon under a supervisor loses its device at the Nth launch, and
+ * that launch does nothing. */
 static bool breaks_now(ts_gpu *g)
 {
     const char *at = getenv("TS_TEST_GPU_BREAKS"), *deaths = getenv("TINYSERVE_DEATHS");

@@ -66,8 +66,8 @@ void ts_exec_look_for_woken(ts_exec *exec);
  * free: when it is renewed or dropped. */
 void ts_exec_let_go(ts_exec *exec, uint32_t pool, uint32_t slab);
 
-/* Why something couldn't be had for the pool may be that its device is lost. True: what was asked is
- * the next daemon's, and is to wait, for this one ends. */
+/* Something couldn't be had for the pool, perhaps because its device is lost. True: the request
+ * waits for the next daemon, since this one ends. */
 bool ts_exec_leaves_to_next(ts_exec *exec, uint32_t pool);
 
 /* Gives back pools' memory, devices, kernels and the engine. No job is under way, the plans

@@ -10,8 +10,7 @@
 
 #include "server.h"
 
-/* Does what the request asks for; `command` is its TS_OP_EXCHANGE_OPEN. TS_NEED_SWEEP: it must wait.
- */
+/* Opens the exchange; `command` is the request's TS_OP_EXCHANGE_OPEN. TS_NEED_SWEEP: it waits. */
 void ts_exchange_open(ts_service *service, ts_connection *connection,
                       const Tspb__ExchangeOpen *open, ts_command *command, ts_answer *answer);
 
