@@ -5,169 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Slabs that are nobody's come first. */
-static void avail_add(ts_pool_books *p, uint32_t slab)
-{
-    ts_slab *s = &p->slabs[slab];
-    ts_pool_tenant *t = &p->tenants[s->tenant];
-    const bool first = s->home == 0;
-    s->avail_prev = first ? TS_NONE : t->avail_last;
-    s->avail_next = first ? t->avail : TS_NONE;
-    if (s->avail_prev != TS_NONE)
-        p->slabs[s->avail_prev].avail_next = slab;
-    else
-        t->avail = slab;
-    if (s->avail_next != TS_NONE)
-        p->slabs[s->avail_next].avail_prev = slab;
-    else
-        t->avail_last = slab;
-    t->nobodys += first;
-}
-
-static void avail_remove(ts_pool_books *p, uint32_t slab)
-{
-    const ts_slab *s = &p->slabs[slab];
-    ts_pool_tenant *t = &p->tenants[s->tenant];
-    if (s->avail_prev != TS_NONE)
-        p->slabs[s->avail_prev].avail_next = s->avail_next;
-    else
-        t->avail = s->avail_next;
-    if (s->avail_next != TS_NONE)
-        p->slabs[s->avail_next].avail_prev = s->avail_prev;
-    else
-        t->avail_last = s->avail_prev;
-    t->nobodys -= s->home == 0;
-}
-
-/* ---- sessions' own slabs ---- */
-
-static void home_add(ts_pool_books *p, uint32_t slab, bool first)
-{
-    ts_slab *s = &p->slabs[slab];
-    ts_slab_home *h = &p->homes[s->home - 1];
-    p->tenants[s->tenant].homes += h->first == TS_NONE;
-    s->home_prev = first ? TS_NONE : h->last;
-    s->home_next = first ? h->first : TS_NONE;
-    if (s->home_prev != TS_NONE)
-        p->slabs[s->home_prev].home_next = slab;
-    else
-        h->first = slab;
-    if (s->home_next != TS_NONE)
-        p->slabs[s->home_next].home_prev = slab;
-    else
-        h->last = slab;
-}
-
-static void home_remove(ts_pool_books *p, uint32_t slab)
-{
-    const ts_slab *s = &p->slabs[slab];
-    ts_slab_home *h = &p->homes[s->home - 1];
-    if (s->home_prev != TS_NONE)
-        p->slabs[s->home_prev].home_next = s->home_next;
-    else
-        h->first = s->home_next;
-    if (s->home_next != TS_NONE)
-        p->slabs[s->home_next].home_prev = s->home_prev;
-    else
-        h->last = s->home_prev;
-    p->tenants[s->tenant].homes -= h->first == TS_NONE;
-}
-
-/* The slab, whose free blocks have just become some or none, goes to its place among its session's
- * own. */
-static void home_move(ts_pool_books *p, uint32_t slab, bool first)
-{
-    if (p->slabs[slab].home == 0)
-        return;
-    home_remove(p, slab);
-    home_add(p, slab, first);
-}
-
-/* The slab becomes the session's own, or with TS_NONE nobody's. */
-static void set_home(ts_pool_books *p, uint32_t slab, uint32_t session)
-{
-    ts_slab *s = &p->slabs[slab];
-    const uint32_t home = session == TS_NONE ? 0 : session + 1;
-    const bool avail = slab_free(s) > 0;
-    if (s->home == home)
-        return;
-    if (avail)
-        avail_remove(p, slab);
-    if (s->home != 0)
-        home_remove(p, slab);
-    s->home = home;
-    if (home != 0)
-        home_add(p, slab, avail);
-    if (avail)
-        avail_add(p, slab);
-}
-
-/* The slab that the session's next block comes from. */
-static uint32_t next_for(ts_pool_books *p, uint32_t tenant, uint32_t session)
-{
-    const ts_pool_tenant *t = &p->tenants[tenant];
-    if (session >= p->num_homes)
-        return t->avail;
-    const uint32_t own = p->homes[session].first;
-    if (own != TS_NONE && slab_free(&p->slabs[own]) > 0)
-        return own;
-    const uint32_t slab = t->avail;
-    if (p->slabs[slab].home == 0)
-        set_home(p, slab, session);
-    return slab;
-}
-
-ts_status ts_pool_use_homes(ts_pool_books *p, uint32_t sessions)
-{
-    p->homes = malloc((sessions + 1ull) * sizeof *p->homes);
-    if (p->homes == NULL)
-        return TS_ENOMEM;
-    p->num_homes = sessions;
-    for (uint32_t i = 0; i < sessions; i++)
-        p->homes[i] = (ts_slab_home){TS_NONE, TS_NONE};
-    return TS_OK;
-}
-
-void ts_pool_leave_home(ts_pool_books *p, uint32_t session)
-{
-    while (session < p->num_homes && p->homes[session].first != TS_NONE)
-        set_home(p, p->homes[session].first, TS_NONE);
-}
-
-void ts_pool_find_homes(ts_pool_books *p)
-{
-    for (uint32_t i = 0; i < p->num_tenants; i++) {
-        ts_pool_tenant *t = &p->tenants[i];
-        t->avail_last = TS_NONE;
-        t->nobodys = t->homes = 0;
-        uint32_t left = p->ungranted;
-        for (uint32_t slab = t->avail; slab < p->ungranted && left > 0;
-             slab = p->slabs[slab].avail_next, left--) {
-            t->avail_last = slab;
-            t->nobodys += p->slabs[slab].home == 0;
-        }
-    }
-    for (uint32_t i = 0; i < p->ungranted; i++) {
-        const ts_slab *s = &p->slabs[i];
-        if (s->home == 0 || s->home > p->num_homes)
-            continue;
-        ts_slab_home *h = &p->homes[s->home - 1];
-        if (s->home_prev == TS_NONE) {
-            h->first = i;
-            p->tenants[s->tenant].homes++;
-        }
-        if (s->home_next == TS_NONE)
-            h->last = i;
-    }
-}
-
-bool ts_pool_wants_spare(const ts_pool_books *p, uint32_t tenant)
-{
-    const ts_pool_tenant *t = &p->tenants[tenant];
-    const uint32_t most = p->num_slabs / 8;
-    return p->ungranted < p->num_slabs && t->nobodys < (t->homes < most ? t->homes : most);
-}
-
 static void empty_add(ts_pool_books *p, uint32_t slab)
 {
     ts_slab *s = &p->slabs[slab];
@@ -180,7 +17,7 @@ static void empty_add(ts_pool_books *p, uint32_t slab)
     p->empty_blocks += s->blocks;
     p->tenants[s->tenant].empty_blocks += s->blocks;
     if (s->home != 0)
-        set_home(p, slab, TS_NONE);
+        ts_pool_set_home(p, slab, TS_NONE);
 }
 
 static void empty_remove(ts_pool_books *p, uint32_t slab)
@@ -275,8 +112,8 @@ static void give_back(ts_pool_books *p, uint32_t block)
     p->refs[block] = FREE | (s->free_head == TS_NONE ? LAST : s->free_head);
     s->free_head = block;
     if (slab_free(s) == 1) {
-        avail_add(p, slab);
-        home_move(p, slab, true);
+        ts_pool_avail_add(p, slab);
+        ts_pool_home_move(p, slab, true);
     }
     p->tenants[s->tenant].free++;
 }
@@ -422,6 +259,11 @@ static uint32_t slabs_of(uint32_t blocks, uint32_t slab_blocks)
     return (uint32_t)(((uint64_t)blocks + slab_blocks - 1) / slab_blocks);
 }
 
+uint32_t ts_pool_slabs_max(const ts_pool_books *p)
+{
+    return slabs_of(p->max_blocks, p->slab_blocks);
+}
+
 ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_blocks,
                        uint32_t slab_blocks)
 {
@@ -484,7 +326,7 @@ void ts_pool_resize(ts_pool_books *p, uint32_t num_blocks)
     for (uint32_t i = num_slabs; i < p->ungranted; i++) {
         ts_slab *s = &p->slabs[i];
         assert(s->used == 0 && s->cached == 0);
-        avail_remove(p, i);
+        ts_pool_avail_remove(p, i);
         empty_remove(p, i);
         p->tenants[s->tenant].slabs--;
         p->tenants[s->tenant].free -= s->blocks;
@@ -558,7 +400,7 @@ ts_status ts_pool_grant(ts_pool_books *p, uint32_t slab, uint32_t tenant)
             return TS_EINVAL;
         p->ungranted++;
     } else {
-        avail_remove(p, slab);
+        ts_pool_avail_remove(p, slab);
         empty_remove(p, slab);
         p->tenants[s->tenant].slabs--;
         p->tenants[s->tenant].free -= s->blocks;
@@ -570,7 +412,7 @@ ts_status ts_pool_grant(ts_pool_books *p, uint32_t slab, uint32_t tenant)
     s->free_head = TS_NONE;
     p->tenants[tenant].slabs++;
     p->tenants[tenant].free += s->blocks;
-    avail_add(p, slab);
+    ts_pool_avail_add(p, slab);
     empty_add(p, slab);
     return TS_OK;
 }
@@ -579,7 +421,7 @@ uint32_t ts_pool_take(ts_pool_books *p, uint32_t tenant, uint32_t session)
 {
     ts_pool_tenant *t = &p->tenants[tenant];
     assert(t->avail != TS_NONE);
-    const uint32_t slab = next_for(p, tenant, session);
+    const uint32_t slab = ts_pool_slab_for(p, tenant, session);
     ts_slab *s = &p->slabs[slab];
     uint32_t block = s->free_head;
     if (block != TS_NONE) {
@@ -595,8 +437,8 @@ uint32_t ts_pool_take(ts_pool_books *p, uint32_t tenant, uint32_t session)
         idle_remove(p, slab);
     s->used++;
     if (slab_free(s) == 0) {
-        avail_remove(p, slab);
-        home_move(p, slab, false);
+        ts_pool_avail_remove(p, slab);
+        ts_pool_home_move(p, slab, false);
     }
     t->free--;
     t->used++;

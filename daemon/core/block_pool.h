@@ -119,6 +119,9 @@ ts_status ts_pool_init(ts_pool_books *pool, uint32_t num_blocks, uint32_t max_bl
                        uint32_t slab_blocks);
 void ts_pool_fini(ts_pool_books *pool);
 
+/* The most slabs that the pool may have. Each keeps its generation while the pool is smaller. */
+uint32_t ts_pool_slabs_max(const ts_pool_books *pool);
+
 /* From now on blocks of the index are cached; it is the books', which free it. TS_ENOMEM. */
 ts_status ts_pool_use_index(ts_pool_books *pool, uint32_t block_tokens, uint64_t seed);
 
