@@ -94,6 +94,38 @@ static void open_exchange(ts_client *c, ts_pool *p, exchange_kind kind)
         DO(ts_exchange_register(p, fake_device_new(bytes), bytes));
 }
 
+/* A worker with one sequence, and the step that it has begun. */
+typedef struct worker {
+    ts_client *client;
+    ts_pool *pool;
+    ts_seq seq;
+    rng random;
+    digest digest;
+    layer_task task;
+} worker;
+
+/* Makes the client a worker whose exchange is the daemon's. */
+static void worker_open(worker *w, ts_client *c)
+{
+    *w = (worker){.client = c, .pool = open_pool(c, "p", 0), .random = {7}, .digest = {1}};
+    open_exchange(c, w->pool, OF_DAEMON);
+    DO(ts_seq_create(w->pool, 1, &w->seq));
+}
+
+static void worker_begin(worker *w, uint32_t tokens)
+{
+    w->task = (layer_task){.step = begin(w->client, w->pool, &w->seq, &tokens, 1),
+                           .tokens = tokens,
+                           .random = &w->random,
+                           .digest = &w->digest};
+}
+
+static void worker_close(worker *w)
+{
+    ts_pool_close(w->pool);
+    ts_disconnect(w->client);
+}
+
 static uint64_t workload(ts_client *c, exchange_kind kind, uint32_t *restarts)
 {
     rng r = {42};
@@ -262,6 +294,14 @@ static void hold_stream(void *arg)
         ;
 }
 
+/* What is queued from now on waits for `may_go`. */
+static void stop_stream(void)
+{
+    sem_init(&reached, 0, 0);
+    sem_init(&may_go, 0, 0);
+    fake_stream_call(hold_stream, NULL);
+}
+
 /* The daemon is killed before the worker's stream has submitted anything of what is queued, and the
  * worker waits for its stream and for nothing else. */
 static void the_next_daemon_does_what_nobody_asks_it_for(void **state)
@@ -270,34 +310,24 @@ static void the_next_daemon_does_what_nobody_asks_it_for(void **state)
     uint64_t found[2] = {0};
     for (int kills = 0; kills < 2; kills++) {
         daemon_process d;
-        ts_seq seq;
-        rng r = {7};
-        digest sum = {1};
+        worker w;
         start(&d, POOL, NULL);
         ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
-        ts_pool *p = open_pool(c, "p", 0);
-        open_exchange(c, p, OF_DAEMON);
-        DO(ts_seq_create(p, 1, &seq));
-        layer_task task = {.step = begin(c, p, &seq, (uint32_t[]){20}, 1),
-                           .tokens = 20,
-                           .random = &r,
-                           .digest = &sum};
-        sem_init(&reached, 0, 0);
-        sem_init(&may_go, 0, 0);
-        fake_stream_call(hold_stream, NULL);
+        worker_open(&w, c);
+        worker_begin(&w, 20);
+        stop_stream();
         while (sem_wait(&reached) != 0)
             ;
-        queue_layers(c, &task);
+        queue_layers(c, &w.task);
         if (kills > 0)
             assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
         sem_post(&may_go);
         fake_stream_await();
         assert_int_equal(ts_client_restarts(c), 0); /* it has called nothing since */
-        DO(ts_step_commit(task.step, NULL));
+        DO(ts_step_commit(w.task.step, NULL));
         assert_int_equal(ts_client_restarts(c), kills);
-        found[kills] = sum.value;
-        ts_pool_close(p);
-        ts_disconnect(c);
+        found[kills] = w.digest.value;
+        worker_close(&w);
         stop(&d, false);
     }
     assert_int_equal(found[0], found[1]);
@@ -310,9 +340,7 @@ static void a_stream_goes_on_when_no_daemon_comes(void **state)
     (void)state;
     daemon_process d;
     ts_client *c;
-    ts_seq seq;
-    rng r = {7};
-    digest sum = {1};
+    worker w;
     start(&d, POOL, NULL);
     OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
                                 .url = d.url,
@@ -320,15 +348,10 @@ static void a_stream_goes_on_when_no_daemon_comes(void **state)
                                 .timeout_ms = 200,
                                 .transport = TS_TRANSPORT_MESSAGES},
                   &c));
-    ts_pool *p = open_pool(c, "p", 0);
-    open_exchange(c, p, OF_DAEMON);
-    DO(ts_seq_create(p, 1, &seq));
-    layer_task task = {
-        .step = begin(c, p, &seq, (uint32_t[]){20}, 1), .tokens = 20, .random = &r, .digest = &sum};
-    sem_init(&reached, 0, 0);
-    sem_init(&may_go, 0, 0);
-    fake_stream_call(hold_stream, NULL);
-    queue_layers(c, &task);
+    worker_open(&w, c);
+    worker_begin(&w, 20);
+    stop_stream();
+    queue_layers(c, &w.task);
     const pid_t daemon = daemon_of(&d);
     struct pollfd gone = {.fd = (int)syscall(SYS_pidfd_open, daemon, 0u), .events = POLLIN};
     int status;
@@ -339,11 +362,10 @@ static void a_stream_goes_on_when_no_daemon_comes(void **state)
     close(gone.fd);
     sem_post(&may_go);
     fake_stream_await();
-    assert_int_equal(ts_step_commit(task.step, NULL), TS_ECONN);
+    assert_int_equal(ts_step_commit(w.task.step, NULL), TS_ECONN);
     assert_non_null(strstr(ts_error(c), "the stream went on without them"));
-    assert_int_equal(ts_step_abort(task.step), TS_ECONN);
-    ts_pool_close(p);
-    ts_disconnect(c);
+    assert_int_equal(ts_step_abort(w.task.step), TS_ECONN);
+    worker_close(&w);
     static const char *const left[] = {".notify", ".store", ".store.lock"}; /* the supervisor's */
     for (uint32_t i = 0; i < sizeof left / sizeof *left; i++) {
         char path[112];
@@ -360,20 +382,17 @@ static void a_worker_without_a_context_waits_for_nobody(void **state)
 {
     (void)state;
     daemon_process d;
-    ts_seq seq;
+    worker w;
     start(&d, POOL, NULL);
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING); /* its calls may take a minute */
-    ts_pool *p = open_pool(c, "p", 0);
-    open_exchange(c, p, OF_DAEMON);
-    DO(ts_seq_create(p, 1, &seq));
+    worker_open(&w, c);
     const pid_t daemon = daemon_of(&d);
     assert_int_equal(kill(d.pid, SIGSTOP), 0); /* no daemon comes */
     assert_int_equal(kill(daemon, SIGKILL), 0);
     atomic_store(&fake_is_lost, true);
-    assert_int_equal(ts_seq_free(p, &seq, 1), TS_ECONN);
+    assert_int_equal(ts_seq_free(w.pool, &w.seq, 1), TS_ECONN);
     assert_non_null(strstr(ts_error(c), "a fault has taken this process's CUDA context"));
-    ts_pool_close(p);
-    ts_disconnect(c);
+    worker_close(&w);
     atomic_store(&fake_is_lost, false);
     assert_int_equal(kill(d.pid, SIGCONT), 0);
     ts_client *next = connect_by(&d, TS_TRANSPORT_RING);
@@ -390,30 +409,22 @@ static void a_late_run_stays_late(void **state)
 {
     (void)state;
     daemon_process d;
-    ts_seq seq;
-    rng r = {7};
-    digest sum = {1};
+    worker w;
     start_with(&d, POOL, "signalled:1", "submit_seconds=1");
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
-    ts_pool *p = open_pool(c, "p", 0);
-    open_exchange(c, p, OF_DAEMON);
-    DO(ts_seq_create(p, 1, &seq));
-    layer_task task = {
-        .step = begin(c, p, &seq, (uint32_t[]){20}, 1), .tokens = 20, .random = &r, .digest = &sum};
-    sem_init(&reached, 0, 0);
-    sem_init(&may_go, 0, 0);
-    fake_stream_call(hold_stream, NULL);
-    DO(ts_step_run_with(task.step, 0,
+    worker_open(&w, c);
+    worker_begin(&w, 20);
+    stop_stream();
+    DO(ts_step_run_with(w.task.step, 0,
                         &(ts_run_options){.size = sizeof(ts_run_options), .on_stream = true}));
     /* The commit waits for the run: for the daemon to be tired of it, to die, and to come back. */
-    assert_int_equal(ts_step_commit(task.step, NULL), TS_ETIMEOUT);
+    assert_int_equal(ts_step_commit(w.task.step, NULL), TS_ETIMEOUT);
     assert_int_equal(ts_client_restarts(c), 1);
     sem_post(&may_go);
     fake_stream_await();
-    DO(ts_step_abort(task.step));
+    DO(ts_step_abort(w.task.step));
     check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
+    worker_close(&w);
     stop(&d, false);
 }
 
@@ -422,28 +433,22 @@ static void a_run_on_a_stream_that_crashes_the_daemon_twice_fails(void **state)
 {
     (void)state;
     daemon_process d;
-    ts_seq seq;
-    rng r = {7};
-    digest sum = {1};
+    worker w;
     setenv("TS_TEST_CRASH", "running", 1);
     start(&d, POOL, NULL);
     unsetenv("TS_TEST_CRASH");
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
-    ts_pool *p = open_pool(c, "p", 0);
-    open_exchange(c, p, OF_DAEMON);
-    DO(ts_seq_create(p, 1, &seq));
-    layer_task task = {
-        .step = begin(c, p, &seq, (uint32_t[]){1}, 1), .tokens = 1, .random = &r, .digest = &sum};
-    fake_stream_call(fill_inputs, &task);
-    DO(ts_step_run_with(task.step, 0,
+    worker_open(&w, c);
+    worker_begin(&w, 1);
+    fake_stream_call(fill_inputs, &w.task);
+    DO(ts_step_run_with(w.task.step, 0,
                         &(ts_run_options){.size = sizeof(ts_run_options), .on_stream = true}));
     fake_stream_await();
-    assert_int_equal(ts_step_commit(task.step, NULL), TS_EINTERNAL);
-    DO(ts_step_abort(task.step)); /* the session goes on */
-    DO(ts_seq_free(p, &seq, 1));
+    assert_int_equal(ts_step_commit(w.task.step, NULL), TS_EINTERNAL);
+    DO(ts_step_abort(w.task.step)); /* the session goes on */
+    DO(ts_seq_free(w.pool, &w.seq, 1));
     check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
+    worker_close(&w);
     stop(&d, false);
 }
 
