@@ -13,9 +13,8 @@
  * session: disconnect and connect again; kept sequences are still there if the daemon is.
  *
  * Threads: one thread at a time may use a client and what was opened from it. For more threads,
- * open more clients. A call while another thread is inside one returns TS_EBUSY and does nothing.
- * Calls that free (ts_disconnect, ts_pool_close, ts_step_abort, ts_frame_free) wait for that
- * thread.
+ * open more clients. A call while another thread is inside one returns TS_EBUSY and does nothing;
+ * one that frees (ts_disconnect, ts_pool_close, ts_step_abort, ts_frame_free) waits for it.
  *
  * fork(): connect in the child, not in the parent before the fork; NNG works on one side alone.
  * Calls that would break this are refused (TS_EPERM, TS_ECONN). fork() with exec is fine.
@@ -23,7 +22,6 @@
  * Options are structs that begin with their size, so that they can grow. Initialise one with its
  * TS_..._INIT, or set .size to its sizeof and the members you need: 0 is the default of each.
  * TS_EINVAL: the size is 0, or a later header's struct asks for what this library doesn't know.
- *
  * Before version 1.0, a library fits headers of the same major and minor version.
  */
 #ifndef TINYSERVE_H
@@ -78,14 +76,12 @@ typedef enum ts_reconnect {
 
 typedef struct ts_options {
     size_t size;         /* sizeof(ts_options) */
-    const char *url;     /* "ipc:///path" or "/path"; NULL: TINYSERVE_URL of the environment;
-                            without one the user's own daemon, or else the system's, as
-                            ts_connect(3) says */
+    const char *url;     /* "ipc:///path" or "/path"; NULL: the environment's TINYSERVE_URL, or the
+                            user's own daemon, or the system's: ts_connect(3) */
     const char *program; /* shown to operators; NULL: the process's name */
     uint32_t timeout_ms; /* of one call; 0: 30000 */
     uint32_t retries;    /* a call that timed out is sent again so often; it takes effect once */
-    uint32_t wait_ms; /* ts_connect waits this long for a daemon to start or to be replaced; 0: it
-                         doesn't wait */
+    uint32_t wait_ms;    /* ts_connect waits so long for a daemon to start or to be replaced */
     size_t exchange_bytes; /* size of the exchange at the start; it grows when a step needs more and
                               no other step is open. 0: what the first step needs */
     ts_transport transport;
@@ -163,9 +159,8 @@ enum { TS_POOL_WRITABLE = 1 };
 TS_WARN_UNUSED ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags,
                                       ts_pool **out);
 
-/* Unmaps the pool; on a GPU it first waits for all work that this process has queued there. End
- * the pool's steps before. Its sequences stay, and while there are any, operators can't delete it.
- */
+/* Unmaps the pool; on a GPU it first waits for all work that this process has queued there. End its
+ * steps before. Its sequences stay, and while there are any, operators can't delete the pool. */
 void ts_pool_close(ts_pool *pool);
 
 const ts_geometry *ts_pool_geometry(const ts_pool *pool);
@@ -222,7 +217,6 @@ const char *ts_pool_memory(const ts_pool *pool);
 TS_WARN_UNUSED ts_status ts_pool_cuda_device(ts_pool *pool, int *ordinal);
 
 /* ---- the exchange ----
- *
  * It is host memory unless one of these calls moves it to a GPU. TS_EBUSY: a step is open, or the
  * GPU still works on runs that use an earlier exchange. TS_EQUOTA, TS_ENOMEM: too much of the GPU's
  * memory. A session uses one GPU. */
@@ -236,12 +230,10 @@ TS_WARN_UNUSED ts_status ts_exchange_device(ts_pool *pool, size_t bytes);
  * ends or has another exchange. The daemon can read and write the whole allocation. */
 TS_WARN_UNUSED ts_status ts_exchange_register(ts_pool *pool, void *memory, size_t bytes);
 
-/*
- * Holds host memory for language bindings whose arrays outlive the step or pool they were made
+/* Holds host memory for language bindings whose arrays outlive the step or pool they were made
  * from: the exchange, or a pool's slabs, also those mapped later. It stays mapped until
  * ts_memory_release, by any thread; its content means nothing once the step or the pool is gone.
- * NULL: it is a GPU's memory, or nothing is mapped yet. Releasing NULL does nothing.
- */
+ * NULL: it is a GPU's memory, or nothing is mapped yet. Releasing NULL does nothing. */
 TS_WARN_UNUSED ts_memory *ts_exchange_hold(ts_client *client);
 TS_WARN_UNUSED ts_memory *ts_pool_hold(ts_pool *pool);
 void ts_memory_release(ts_memory *memory);
@@ -341,8 +333,7 @@ typedef struct ts_run_options {
         sizeof(ts_run_options), 0, 0, false, 0, false, false, false, 0, 0, false, false, NULL      \
     }
 
-/*
- * ts_step_run with options, which may be NULL. If all scores of a token are -infinity, its out is 0
+/* ts_step_run with options, which may be NULL. If all scores of a token are -infinity, its out is 0
  * and its log-sum-exp -infinity. TS_EINVAL: a number is negative, not finite or out of its range,
  * or there are scales and the pool isn't fp8.
  *
@@ -350,8 +341,7 @@ typedef struct ts_run_options {
  * call returns when the daemon has taken the run. The exchange must be device memory, or host
  * memory that the stream writes. The commit reports a run that failed on the GPU. With
  * TS_EXEC_LOCAL a run is kernels on the stream alone, so that it can be captured into a CUDA graph:
- * see ts_step_run(3).
- */
+ * see ts_step_run(3). */
 TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,
                                           const ts_run_options *options);
 
