@@ -48,7 +48,7 @@ bool ts_namespace_read(const char *text, unsigned char bytes[64], size_t *count)
     if (*count == 0 || *count > MOST || (hex && length % 2 != 0))
         return false;
     if (!hex)
-        memcpy(bytes, from, length);
+        memcpy(bytes, from, *count);
     for (size_t i = 0; hex && i < *count; i++) {
         const int high = digit_of(from[2 * i]), low = digit_of(from[2 * i + 1]);
         if (high < 0 || low < 0)

@@ -55,7 +55,7 @@ static void op_truncate_or_free(world *w, int session, bool truncate)
 static void op_select(world *w, int session)
 {
     ts_answer a;
-    int seqs[BATCH_MAX], forks[BATCH_MAX], num_forks = 0;
+    int seqs[BATCH_MAX], forks[BATCH_MAX] = {0}, num_forks = 0;
     uint64_t ids[BATCH_MAX];
     uint32_t from[BATCH_MAX], uses[BATCH_MAX] = {0};
     const uint32_t count = 1 + rng_below(&w->r, 3), picked = 1 + rng_below(&w->r, BATCH_MAX);

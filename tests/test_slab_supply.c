@@ -201,7 +201,7 @@ static void slabs_are_made_ahead_and_the_next_begins_wait_for_none(void **state)
     assert_int_equal(l.granted, 4);
     assert_int_equal(l.tenant.nobodys, 0);
     let_go();
-    l = await_granted(6);
+    await_granted(6);
     assert_int_equal(atomic_load(&renewals), 6);
     worker_die(&w[0]);
     worker_die(&w[1]);

@@ -130,14 +130,15 @@ void ts_engine_seq_select(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     selection x = {.uses = calloc(count, sizeof *x.uses),
                    .first = calloc(count, sizeof *x.first),
                    .tables = calloc(picked, sizeof *x.tables)};
+    const bool has_room = x.uses != NULL && x.first != NULL && x.tables != NULL;
     uint32_t marked = 0;
-    if (x.uses == NULL || x.first == NULL || x.tables == NULL)
-        ts_refuse(a, TS_ENOMEM, "no memory for a selection of %u sequences", count);
-    else
+    if (has_room)
         marked = mark(e, s, c, &x, a);
+    else
+        ts_refuse(a, TS_ENOMEM, "no memory for a selection of %u sequences", count);
     for (uint32_t i = 0; i < marked; i++)
         ts_sequence_find(&e->pools[c->pool].seqs, c->seq_select.seqs[i])->step = TS_NONE;
-    if (a->status == TS_OK && check(e, s, c, &x, a) && make_tables(e, c, &x, a)) {
+    if (has_room && a->status == TS_OK && check(e, s, c, &x, a) && make_tables(e, c, &x, a)) {
         carry_out(e, s, c, &x);
         a->seqs.seqs = e->out_ids;
         a->seqs.count = picked;

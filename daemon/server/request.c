@@ -266,13 +266,12 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
     const Tspb__Request *message = request->message;
     const bool run = command->op == TS_OP_STEP_RUN;
     const bool known = run && ts_engine_run_is_known(s->exec.engine, command);
+    const bool no_ticket = command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, a);
+    /* A run that is known is with the kernels: its answer was lost with an earlier daemon. */
     if (command->op == TS_OP_EXCHANGE_OPEN)
         ts_exchange_open(s, c, message->exchange_open, command, a);
-    else if (command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, a))
-        ;
-    else if (known) /* and with the kernels: its answer was lost with an earlier daemon */
-        ;
-    else if (!run || ts_step_work_check_run(&s->exec, &c->memory, command, a))
+    else if (!no_ticket && !known &&
+             (!run || ts_step_work_check_run(&s->exec, &c->memory, command, a)))
         ts_exec_supply(&s->exec, command, a);
     ts_encode(s->exec.engine, message, command, a, reply, body);
     if (a->status != TS_OK)

@@ -152,7 +152,7 @@ static bool crowds(const bench_options *o, const char *socket, const char *file,
     double one[ROUNDS], all[ROUNDS], ratios[ROUNDS];
     uint32_t most = 0;
     for (uint32_t i = 0; i < ROUNDS; i++) {
-        uint32_t computed;
+        uint32_t computed = 0;
         one[i] = crowd(socket, file, 1, 2 * i + 1, &computed);
         if (one[i] < 0 || computed != PROMPT)
             return false;
