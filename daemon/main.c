@@ -377,6 +377,7 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
     s->exec.submit_ms = c->submit_ms;
     s->exec.join_us = c->join_us;
+    s->exec.verify = c->verify == TS_VERIFY_RESTART;
     s->exec.tenant_exchange_bytes = c->tenant_exchange_bytes;
     s->exec.device_failed = device_failed;
     s->restart = end_to_start_again;

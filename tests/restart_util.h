@@ -7,6 +7,8 @@
 
 #include "daemon_util.h"
 
+#include <poll.h>
+
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define STRIDE 11u /* every so many-th place: a daemon takes long to start then */
 #define KILLS 15u
@@ -115,6 +117,25 @@ static inline pid_t daemon_of(const daemon_process *d)
     (void)!fgets(text, sizeof text, f);
     (void)fclose(f);
     return (pid_t)atoi(text);
+}
+
+/* Waits until the supervisor's child has stopped (TS_TEST_STOP of kill_points.c); which it is. */
+static inline pid_t await_stopped(const daemon_process *d)
+{
+    char path[64], state = 0;
+    pid_t pid = 0;
+    while (state != 'T') {
+        while ((pid = daemon_of(d)) == 0)
+            (void)poll(NULL, 0, 1);
+        snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+        FILE *f = fopen(path, "r");
+        if (f == NULL)
+            continue;
+        (void)!fscanf(f, "%*d (%*[^)]) %c", &state);
+        (void)fclose(f);
+        (void)poll(NULL, 0, 1);
+    }
+    return pid;
 }
 
 #endif

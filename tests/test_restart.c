@@ -216,20 +216,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
 /* Kills the daemon some time after it has stopped. */
 static void *kill_stopped(void *arg)
 {
-    const daemon_process *d = arg;
-    pid_t pid;
-    char path[64], state = 0;
-    while (state != 'T') {
-        while ((pid = daemon_of(d)) == 0)
-            (void)poll(NULL, 0, 1);
-        snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
-        FILE *f = fopen(path, "r");
-        if (f == NULL)
-            continue;
-        (void)!fscanf(f, "%*d (%*[^)]) %c", &state);
-        (void)fclose(f);
-        (void)poll(NULL, 0, 1);
-    }
+    const pid_t pid = await_stopped(arg);
     (void)poll(NULL, 0, PARTED_MS);
     assert_int_equal(kill(pid, SIGKILL), 0);
     return NULL;

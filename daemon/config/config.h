@@ -57,6 +57,9 @@ typedef struct ts_config_problem {
 /* What of tenants is shown over HTTP to everybody who can connect. */
 typedef enum ts_metrics_show { TS_METRICS_TOTALS, TS_METRICS_ALL } ts_metrics_show;
 
+/* Whether a restart holds pools' memory against checksums of it. */
+typedef enum ts_verify { TS_VERIFY_OFF, TS_VERIFY_RESTART } ts_verify;
+
 typedef struct ts_config {
     char socket[TS_CONFIG_SOCKET_BYTES]; /* with TS_HANDLE_SUFFIX it fits into a sockaddr_un */
     bool socket_is_own; /* nobody has set it, and it is the user's own (socket_place.h) */
@@ -67,6 +70,7 @@ typedef struct ts_config {
     uint32_t tenant_connections; /* of one uid */
     uint32_t idle_ms;            /* that a connection has for each of its first steps */
     uint32_t submit_ms;          /* that a worker has to submit a run on a stream */
+    ts_verify verify;
     uint32_t join_us; /* that a GPU's ready run waits for others, among several sessions */
     uint64_t tenant_exchange_bytes; /* of a GPU, in one tenant's exchanges; 0: a quarter of it */
     uint32_t spin_us;               /* that a session's rings are polled after their last use */

@@ -200,6 +200,7 @@ static ts_status read_model(const ts_config_key *key, void *field, const char *v
 
 static const char *const isas[] = {"auto", "portable", "avx2", "avx512", "amx", NULL};
 static const char *const levels[] = {"error", "warning", "info", "debug", NULL};
+static const char *const verifies[] = {"off", "restart", NULL};
 static const char *const shows[] = {"totals", "all", NULL};
 static const char *const dtypes[] = {"fp32", "fp16", "bf16", "fp8_e4m3", NULL};
 static const char *const layouts[] = {"nhd", "hnd", NULL};
@@ -250,6 +251,14 @@ static const ts_config_key daemon_keys[] = {
          "Microseconds that a run on a GPU waits for others at most, to share a launch with them, "
          "while three sessions and more are at work. 0: each run is launched by itself.",
      .more = "It waits only while the GPU has something to do."},
+    {DAEMON("verify", read_word, verify), .words = verifies, .preset = "off",
+     .help = "Whether pools' memory is checked after a restart: {words}.",
+     .more = "With restart each block that a step has filled gets a checksum, by a thread of its "
+             "own, and the daemon that takes over serves nothing before all of them were held "
+             "against the memory. Blocks that don't hold what was stored are forgotten, and the "
+             "sequences that had one are lost; the log says how many. It takes as long as reading "
+             "the memory does. What was committed in the last moments has no checksum yet, nor "
+             "has what workers appended."},
     {DAEMON("metrics", read_metrics, metrics), .preset = "off", .shipped = "127.0.0.1:9470",
      .help = "An address and a port, or off. They serve a page that shows the pools at /, its "
              "figures as /stats.json, Prometheus' figures as /metrics, and /healthz, to everybody "

@@ -212,6 +212,17 @@ void ts_pool_drop_retired(ts_pool_books *p, uint32_t *budget)
             index_remove(p, block);
 }
 
+void ts_pool_drop_block(ts_pool_books *p, uint32_t block)
+{
+    while (p->index != NULL && ts_index_has(p->index, block)) {
+        const uint32_t leaf = ts_index_leaf_below(p->index, block);
+        if (p->refs[leaf] == CACHED)
+            evict(p, leaf, TS_EVICT_DROP);
+        else
+            index_remove(p, leaf);
+    }
+}
+
 bool ts_pool_raise_class(ts_pool_books *p, uint32_t block, uint8_t class)
 {
     assert(ts_pool_refs(p, block) > 0);

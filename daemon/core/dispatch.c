@@ -50,6 +50,7 @@ static const struct operation {
     [TS_OP_SWEEP] = {NOTHING, ts_engine_sweep},
     [TS_OP_WAIT_END] = {SESSION, ts_engine_wait_end},
     [TS_OP_SLAB_LOST] = {NOTHING, ts_engine_slab_lost},
+    [TS_OP_BLOCK_LOST] = {NOTHING, ts_engine_block_lost},
     [TS_OP_RESTARTED] = {NOTHING, ts_engine_restarted},
     [TS_OP_SESSION_BACK] = {SESSION, ts_engine_session_back},
 };

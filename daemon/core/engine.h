@@ -86,6 +86,8 @@ typedef enum ts_op {
                       * copies are to be made again. Sessions keep their places in the queue for
                       * room, in nobody's way, until they come back */
     TS_OP_SESSION_BACK, /* ... this one has */
+    TS_OP_BLOCK_LOST, /* a block doesn't hold what was stored in it: it is forgotten, what had it is
+                       * freed, and its steps are aborted */
 } ts_op;
 
 typedef struct ts_engine_limits {
@@ -223,6 +225,9 @@ typedef struct ts_command {
             uint32_t slab, tenant;
         } slab_grant; /* SLAB_LOST uses the slab */
         struct {
+            uint32_t block;
+        } block_lost;
+        struct {
             bool crashed; /* by what it did itself, and not by a kill */
         } restarted;
         struct {
@@ -311,8 +316,8 @@ typedef struct ts_answer {
         } begun;
         const ts_step *step; /* STEP_RUN: in flight until STEP_DONE */
         ts_room room;        /* POOL_ROOM */
-        uint64_t dropped;    /* CACHE_DROP: blocks that are forgotten, or will be; SLAB_LOST:
-                              * sequences */
+        uint64_t dropped;    /* CACHE_DROP: blocks that are forgotten, or will be; SLAB_LOST,
+                              * BLOCK_LOST: sequences */
         struct {
             uint32_t pool, tenant;
         } need; /* TS_NEED_SLABS */

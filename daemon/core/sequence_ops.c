@@ -318,8 +318,19 @@ void ts_engine_seq_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     ts_engine_free_sequence(e, c->pool, seq, &entries);
 }
 
-/* Whether the sequence, with what an open step reserved for it, has a block of the slab. */
-static bool has_block_of(const ts_engine *e, uint32_t pool, uint32_t index, uint32_t slab)
+/* Some of a pool's blocks. */
+typedef struct block_range {
+    uint32_t first, count;
+} block_range;
+
+static bool is_in(const block_range *range, uint32_t block)
+{
+    return block >= range->first && block - range->first < range->count;
+}
+
+/* Whether the sequence, with what an open step reserved for it, has one of the blocks. */
+static bool has_block_of(const ts_engine *e, uint32_t pool, uint32_t index,
+                         const block_range *range)
 {
     const ts_engine_pool *p = &e->pools[pool];
     const ts_sequence *seq = &p->seqs.all[index];
@@ -329,12 +340,33 @@ static bool has_block_of(const ts_engine *e, uint32_t pool, uint32_t index, uint
     for (uint32_t i = 0; step != NULL && i < step->num_seqs; i++)
         if (step->seqs[i].seq == index) {
             entries += step->seqs[i].reserved;
-            has = step->seqs[i].original != TS_NONE &&
-                  step->seqs[i].original / p->books.slab_blocks == slab;
+            has = step->seqs[i].original != TS_NONE && is_in(range, step->seqs[i].original);
         }
     for (uint32_t i = 0; i < entries && !has; i++)
-        has = seq->blocks[i] / p->books.slab_blocks == slab;
+        has = is_in(range, seq->blocks[i]);
     return has;
+}
+
+/* Frees the sequences that have one of the blocks; how many. */
+static uint64_t free_users(ts_engine *e, uint32_t pool_index, const block_range *range)
+{
+    ts_engine_pool *pool = &e->pools[pool_index];
+    uint64_t freed = 0;
+    (void)ts_sequences_sweep(&pool->seqs, &pool->books, UINT32_MAX);
+    for (uint32_t i = 0; i < pool->seqs.count; i++) {
+        ts_sequence *seq = &pool->seqs.all[i];
+        if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING ||
+            !has_block_of(e, pool_index, i, range))
+            continue;
+        if (seq->step != TS_NONE && e->steps[seq->step].in_flight > 0)
+            continue; /* of a session that has ended: nobody reads it any more */
+        if (seq->step != TS_NONE)
+            ts_engine_step_abort(e, &e->steps[seq->step]);
+        uint32_t all = UINT32_MAX;
+        ts_engine_free_sequence(e, pool_index, seq, &all);
+        freed++;
+    }
+    return freed;
 }
 
 void ts_engine_slab_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
@@ -345,24 +377,22 @@ void ts_engine_slab_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     uint32_t all = UINT32_MAX;
     if (!ts_engine_has_pool(e, c->pool) || slab >= pool->books.ungranted)
         return ts_refuse(a, TS_ENOENT, "there is no slab %u in pool %u", slab, c->pool);
-    (void)ts_sequences_sweep(&pool->seqs, &pool->books, UINT32_MAX);
-    for (uint32_t i = 0; i < pool->seqs.count; i++) {
-        ts_sequence *seq = &pool->seqs.all[i];
-        if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING ||
-            !has_block_of(e, c->pool, i, slab))
-            continue;
-        if (seq->step != TS_NONE && e->steps[seq->step].in_flight > 0)
-            continue; /* of a session that has ended: nobody reads it any more */
-        if (seq->step != TS_NONE)
-            ts_engine_step_abort(e, &e->steps[seq->step]);
-        all = UINT32_MAX;
-        ts_engine_free_sequence(e, c->pool, seq, &all);
-        a->dropped++;
-    }
-    all = UINT32_MAX;
+    const uint32_t blocks = pool->books.slab_blocks;
+    a->dropped = free_users(e, c->pool, &(block_range){slab * blocks, blocks});
     if (pool->books.slabs[slab].used == 0)
         ts_pool_evict_slab(&pool->books, slab, TS_EVICT_DROP, &all);
     pool->books.slabs[slab].generation++; /* whoever maps it maps it anew */
+}
+
+void ts_engine_block_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+{
+    (void)s;
+    const uint32_t block = c->block_lost.block;
+    ts_engine_pool *pool = &e->pools[c->pool];
+    if (!ts_engine_has_pool(e, c->pool) || block >= pool->books.max_blocks)
+        return ts_refuse(a, TS_ENOENT, "there is no block %u in pool %u", block, c->pool);
+    a->dropped = free_users(e, c->pool, &(block_range){block, 1});
+    ts_pool_drop_block(&pool->books, block);
 }
 
 /* Tokens of sequence i of a SEQ_TRUNCATE afterwards. */

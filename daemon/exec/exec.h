@@ -35,6 +35,8 @@ typedef struct ts_exec {
     ts_exec_gpu gpus[TS_GPUS_MAX];
     uint32_t num_gpus;
     const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
+    struct ts_block_sums *sums;              /* NULL: there are none (block_sums.h) */
+    bool verify;                             /* pools have checksums, where there are books */
     struct ts_slab_supply *slabs;            /* NULL: none was ordered yet (slab_supply.h) */
     uint32_t submit_ms, join_us;             /* of the GPUs' executors */
     uint64_t tenant_exchange_bytes;          /* of each GPU's memory; 0: a quarter of it */

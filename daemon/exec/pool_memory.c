@@ -1,5 +1,6 @@
 #include "pool_memory.h"
 
+#include "block_sums.h"
 #include "log.h"
 #include "plain_text.h"
 #include "slab_supply.h"
@@ -298,6 +299,9 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
     ts_pool_memory_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
     warn_of_store(x, &p);
+    if (x->verify && x->books != NULL && ts_block_sums_add(x, added.pool, why, why_bytes) != TS_OK)
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = p.name},
+                  "pool '%s': verify = restart: no restart will check it: %s", p.name, why);
     if (p.on_gpu && !p.mps)
         ts_log_on(
             TS_LOG_WARNING, &(ts_log_about){.pool = p.name},
@@ -365,7 +369,7 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     }
     if (status == TS_OK)
         status = gpu == NULL ? ts_memory_host_new(slabs, slab_bytes, memory, why, why_bytes)
-                 : ipc ? ts_memory_cuda_ipc_new(gpu, slab_bytes, memory, why, why_bytes)
+                 : ipc       ? ts_memory_cuda_ipc_new(gpu, slab_bytes, memory, why, why_bytes)
                        : ts_memory_cuda_vmm_new(gpu, slabs, slab_bytes, memory, why, why_bytes);
     if (status != TS_OK)
         return status;
@@ -385,6 +389,27 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     return status;
 }
 
+/* Holds the pool's memory against its checksums. */
+static ts_status verify_pool(ts_exec *x, uint32_t pool, char *why, size_t why_bytes)
+{
+    const ts_log_about about = {.pool = x->engine->pools[pool].config.name};
+    ts_blocks_checked c;
+    char checked[32];
+    const ts_status status = ts_block_sums_take(x, pool, &c, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    ts_log_on(TS_LOG_INFO, &about,
+              "pool '%s': %llu of %llu full blocks (%s) were checked in %.3f s", about.pool,
+              (unsigned long long)c.checked, (unsigned long long)c.blocks,
+              ts_text_bytes(c.checked * c.block_bytes, checked, sizeof checked), c.seconds);
+    if (c.wrong > 0)
+        ts_log_on(TS_LOG_ERROR, &about,
+                  "pool '%s': %llu blocks don't hold what was stored in them: they are forgotten, "
+                  "and the %llu sequences that had one are lost",
+                  about.pool, (unsigned long long)c.wrong, (unsigned long long)c.lost);
+    return TS_OK;
+}
+
 ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why_bytes)
 {
     ts_answer a;
@@ -393,6 +418,9 @@ ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why
     for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK; i++)
         if (ts_engine_has_pool(x->engine, i))
             status = restore_pool(x, i, why, why_bytes);
+    for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK && x->verify; i++)
+        if (ts_engine_has_pool(x->engine, i))
+            status = verify_pool(x, i, why, why_bytes);
     for (uint32_t i = 0; i < x->engine->num_steps && status == TS_OK; i++) {
         const ts_step *step = &x->engine->steps[i];
         if (!step->live || !step->copying)
@@ -507,6 +535,7 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
         ts_exec_let_go(x, pool, i);
         ts_stored_slab_forget(x->store,
                               &(ts_stored_slab){memory, pool, i, p->books.slabs[i].generation});
+        ts_block_sums_leave_slab(x, pool, i);
         ts_memory_drop(memory, i);
     }
     return a->status;
@@ -543,6 +572,7 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
         return a->status;
     for (uint32_t i = 0; i < x->memory[pool]->num_slabs; i++)
         ts_exec_let_go(x, pool, i);
+    ts_block_sums_remove(x, pool);
     ts_memory_free(x->memory[pool]);
     x->memory[pool] = NULL;
     x->gpu_of[pool] = NULL;

@@ -27,6 +27,12 @@ static const char *signals_name(char *name, uint64_t session)
     return name;
 }
 
+static const char *sums_name(char *name, uint32_t pool)
+{
+    snprintf(name, NAME_BYTES, "c%x", pool);
+    return name;
+}
+
 /* Stores it, and waits until the holder has it: what a client is told of must be there after a
  * death at any instruction. A holder that doesn't answer in time, or has died, is the log's. */
 static ts_status put(ts_store *store, const char *name, int fd, char *why, size_t why_bytes)
@@ -108,4 +114,22 @@ int ts_stored_signals_take(ts_store *store, uint64_t session)
 {
     char name[NAME_BYTES];
     return ts_store_take(store, signals_name(name, session));
+}
+
+ts_status ts_stored_sums_put(ts_store *store, uint32_t pool, int fd, char *why, size_t why_bytes)
+{
+    char name[NAME_BYTES];
+    return put(store, sums_name(name, pool), fd, why, why_bytes);
+}
+
+void ts_stored_sums_forget(ts_store *store, uint32_t pool)
+{
+    char name[NAME_BYTES];
+    (void)ts_store_remove(store, sums_name(name, pool));
+}
+
+int ts_stored_sums_take(ts_store *store, uint32_t pool)
+{
+    char name[NAME_BYTES];
+    return ts_store_take(store, sums_name(name, pool));
 }

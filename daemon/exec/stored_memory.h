@@ -39,4 +39,9 @@ ts_status ts_stored_signals_put(ts_store *store, uint64_t session, int fd, char 
 void ts_stored_signals_forget(ts_store *store, uint64_t session);
 int ts_stored_signals_take(ts_store *store, uint64_t session);
 
+/* The same of a pool's checksums (block_sums.h). */
+ts_status ts_stored_sums_put(ts_store *store, uint32_t pool, int fd, char *why, size_t why_bytes);
+void ts_stored_sums_forget(ts_store *store, uint32_t pool);
+int ts_stored_sums_take(ts_store *store, uint32_t pool);
+
 #endif

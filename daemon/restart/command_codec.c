@@ -58,6 +58,7 @@ static const struct shape {
     [TS_OP_CACHE_DROP] = {BODY(cache_drop), 1, {AT(cache_drop.space.bytes)}},
     [TS_OP_CACHE_SET] = {BODY(cache_set), 0, {0}},
     [TS_OP_SLAB_LOST] = {BODY(slab_grant), 0, {0}},
+    [TS_OP_BLOCK_LOST] = {BODY(block_lost), 0, {0}},
     [TS_OP_RESTARTED] = {BODY(restarted), 0, {0}},
     [TS_OP_SESSION_BACK] = {0, 0, {0}}, /* the last */
 };

@@ -139,6 +139,10 @@ ts_status ts_gpu_shared_import(ts_gpu *gpu, const uint8_t handle[TS_IPC_HANDLE_B
 /* Gives the memory back, some time later. Nothing that was launched may use it any more. */
 void ts_gpu_shared_free(ts_gpu_shared *shared);
 
+/* Copies device memory to the host, and waits for that. TS_EDEVICE. Any thread. */
+ts_status ts_gpu_read(ts_gpu *gpu, const void *device, size_t bytes, void *host, char *why,
+                      size_t why_bytes);
+
 /* Lets the device read and write host memory; *device is its address there. */
 ts_status ts_gpu_pin(ts_gpu *gpu, void *host, size_t bytes, void **device, char *why,
                      size_t why_bytes);

@@ -533,6 +533,21 @@ void ts_gpu_shared_free(ts_gpu_shared *s)
 
 /* ---- pinned host memory ---- */
 
+ts_status ts_gpu_read(ts_gpu *gpu, const void *device, size_t bytes, void *host, char *why,
+                      size_t why_bytes)
+{
+    ts_status status = ts_gpu_enter(gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    cudaError_t error =
+        cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu->memory_stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(gpu->memory_stream);
+    return error == cudaSuccess
+               ? TS_OK
+               : ts_gpu_fail(error, "reading device memory", bytes, why, why_bytes);
+}
+
 ts_status ts_gpu_pin(ts_gpu *gpu, void *host, size_t bytes, void **device, char *why,
                      size_t why_bytes)
 {

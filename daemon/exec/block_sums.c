@@ -1,0 +1,436 @@
+#include "block_sums.h"
+
+#include "clock.h"
+#include "memory.h"
+#include "stored_memory.h"
+#include "test_point.h"
+#include "threads.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#define QUEUE 65536u /* blocks that wait for their checksum; of more than these none is made */
+
+/* Where a pool's blocks lie. */
+typedef struct place {
+    const ts_memory *memory;
+    ts_gpu *gpu; /* NULL: in host memory */
+    size_t block_bytes;
+    uint32_t slab_blocks;
+} place;
+
+typedef struct pool_sums {
+    place place;
+    uint64_t *sums;     /* stored, by block; 0: it has none. Atomic */
+    uint32_t *versions; /* by block: how often it was to be written anew. Under the lock */
+    uint32_t count;     /* blocks; 0: the pool has no checksums */
+} pool_sums;
+
+typedef struct full_block {
+    uint32_t pool, block, version;
+} full_block;
+
+/* A sequence of a step that is about to be committed. */
+typedef struct committed {
+    uint32_t seq, start; /* its index, and tokens before the step */
+} committed;
+
+struct ts_block_sums {
+    ts_exec *exec;
+    pool_sums pools[TS_POOLS_MAX];
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    full_block queue[QUEUE]; /* under the lock, as what follows up to `stop` */
+    uint32_t head, tail;     /* which only grow */
+    uint32_t reading; /* the pool of the block that the thread reads; TS_NONE: it reads none */
+    bool stop;
+    committed *committed; /* of the command that is being applied */
+    uint32_t num_committed, capacity, committed_pool;
+};
+
+/* ---- one checksum ---- */
+
+static place place_of(const ts_exec *x, uint32_t pool)
+{
+    const ts_pool_config *c = &x->engine->pools[pool].config;
+    return (place){.memory = x->memory[pool],
+                   .gpu = x->gpu_of[pool] == NULL ? NULL : x->gpu_of[pool]->gpu,
+                   .block_bytes = ts_geometry_block_bytes(&c->geometry),
+                   .slab_blocks = c->slab_blocks};
+}
+
+/* 0: it can't be read. *copy: room for a block, made where it is NULL and the pool is on a GPU. */
+static uint64_t sum_of(const place *p, uint32_t block, unsigned char **copy)
+{
+    const unsigned char *at = p->memory->base +
+                              (size_t)(block / p->slab_blocks) * p->memory->slab_bytes +
+                              (size_t)(block % p->slab_blocks) * p->block_bytes;
+    char why[TS_GPU_WHY_BYTES];
+    if (p->gpu != NULL) {
+        if (*copy == NULL)
+            *copy = malloc(p->block_bytes);
+        if (*copy == NULL ||
+            ts_gpu_read(p->gpu, at, p->block_bytes, *copy, why, sizeof why) != TS_OK)
+            return 0;
+        at = *copy;
+    }
+    const uint64_t sum = XXH3_64bits(at, p->block_bytes);
+    return sum == 0 ? 1 : sum;
+}
+
+/* ---- the thread ---- */
+
+/* Makes the next checksum. Under the lock, which is open meanwhile. */
+static void make_next(ts_block_sums *s)
+{
+    const full_block b = s->queue[s->head++ % QUEUE];
+    const pool_sums *p = &s->pools[b.pool];
+    if (b.block >= p->count || p->versions[b.block] != b.version)
+        return;
+    const place at = p->place;
+    s->reading = b.pool;
+    pthread_mutex_unlock(&s->lock);
+    unsigned char *copy = NULL;
+    const uint64_t sum = sum_of(&at, b.block, &copy);
+    free(copy);
+    pthread_mutex_lock(&s->lock);
+    s->reading = TS_NONE;
+    if (p->versions[b.block] == b.version)
+        __atomic_store_n(&p->sums[b.block], sum, __ATOMIC_RELEASE);
+    ts_point("summed", 0);
+    pthread_cond_broadcast(&s->changed);
+}
+
+static void *sums_main(void *arg)
+{
+    ts_block_sums *s = arg;
+    prctl(PR_SET_NAME, "checksums");
+    pthread_mutex_lock(&s->lock);
+    while (!s->stop)
+        if (s->head != s->tail)
+            make_next(s);
+        else
+            pthread_cond_wait(&s->changed, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+    return NULL;
+}
+
+/* ---- pools ---- */
+
+static ts_status start(ts_exec *x, char *why, size_t why_bytes)
+{
+    if (x->sums != NULL)
+        return TS_OK;
+    ts_block_sums *s = calloc(1, sizeof *s);
+    if (s != NULL) {
+        s->exec = x;
+        s->reading = TS_NONE;
+        pthread_mutex_init(&s->lock, NULL);
+        pthread_cond_init(&s->changed, NULL);
+        if (pthread_create(&s->thread, NULL, sums_main, s) == 0) {
+            x->sums = s;
+            return TS_OK;
+        }
+        pthread_cond_destroy(&s->changed);
+        pthread_mutex_destroy(&s->lock);
+    }
+    free(s);
+    snprintf(why, why_bytes, "no memory or thread for checksums of blocks");
+    return TS_ENOMEM;
+}
+
+/* The pool has the checksums in `memory`, which are the books' from now on. */
+static ts_status keep(ts_exec *x, uint32_t pool, uint64_t *memory, uint32_t count, char *why,
+                      size_t why_bytes)
+{
+    uint32_t *versions = calloc(count, sizeof *versions);
+    ts_status status = start(x, why, why_bytes);
+    if (status == TS_OK && versions == NULL) {
+        snprintf(why, why_bytes, "no memory for the checksums of %u blocks", count);
+        status = TS_ENOMEM;
+    }
+    if (status != TS_OK) {
+        free(versions);
+        munmap(memory, count * sizeof *memory);
+        return status;
+    }
+    pthread_mutex_lock(&x->sums->lock);
+    x->sums->pools[pool] = (pool_sums){place_of(x, pool), memory, versions, count};
+    pthread_mutex_unlock(&x->sums->lock);
+    return TS_OK;
+}
+
+ts_status ts_block_sums_add(ts_exec *x, uint32_t pool, char *why, size_t why_bytes)
+{
+    const uint32_t count = x->engine->pools[pool].books.max_blocks;
+    void *memory;
+    int fd;
+    ts_status status =
+        ts_memory_shared_new("checksums", count * sizeof(uint64_t), &fd, &memory, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    status = ts_stored_sums_put(x->store, pool, fd, why, why_bytes);
+    close(fd);
+    if (status == TS_OK)
+        return keep(x, pool, memory, count, why, why_bytes);
+    munmap(memory, count * sizeof(uint64_t));
+    return status;
+}
+
+/* Whether a full block is to be there again, by block: those of sequences and those that are
+ * cached. NULL: out of memory. */
+static bool *find_full(const ts_exec *x, uint32_t pool)
+{
+    const ts_engine_pool *p = &x->engine->pools[pool];
+    bool *full = calloc(p->books.max_blocks, sizeof *full);
+    if (full == NULL)
+        return NULL;
+    for (uint32_t i = 0; i < p->seqs.count; i++) {
+        const ts_sequence *seq = &p->seqs.all[i];
+        if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING)
+            continue;
+        for (uint32_t k = 0; k < seq->length / p->seqs.block_tokens; k++)
+            full[seq->blocks[k]] = true;
+    }
+    for (uint32_t block = 0; block < p->books.max_blocks; block++)
+        full[block] = full[block] || ts_pool_is_cached(&p->books, block);
+    return full;
+}
+
+/* What the threads that look at blocks share. */
+typedef struct look {
+    place place;
+    const uint64_t *sums;
+    const uint32_t *blocks; /* to be looked at */
+    bool *wrong;            /* by place in `blocks` */
+    unsigned char **copies; /* each thread's own */
+} look;
+
+static void look_at(void *arg, uint32_t item, uint32_t thread)
+{
+    const look *l = arg;
+    const uint32_t block = l->blocks[item];
+    l->wrong[item] = sum_of(&l->place, block, &l->copies[thread]) != l->sums[block];
+}
+
+/* Looks at the blocks that `full` has and that have a checksum; the others have none from now on.
+ * *blocks: the wrong ones first, *wrong of them. */
+static ts_status compare(const ts_exec *x, uint32_t pool, const bool *full, uint64_t *sums,
+                         uint32_t **blocks, ts_blocks_checked *c)
+{
+    const uint32_t count = x->engine->pools[pool].books.max_blocks;
+    ts_threads *threads = ts_threads_new(0);
+    const uint32_t team = threads == NULL ? 0 : ts_threads_count(threads);
+    look l = {
+        .place = place_of(x, pool), .sums = sums, .copies = calloc(team + 1ull, sizeof *l.copies)};
+    uint32_t *some = calloc(count, sizeof *some), n = 0, wrong = 0;
+    l.wrong = calloc(count, sizeof *l.wrong);
+    const bool can = threads != NULL && l.copies != NULL && some != NULL && l.wrong != NULL;
+    for (uint32_t block = 0; block < count && can; block++) {
+        c->blocks += full[block];
+        if (full[block] && sums[block] != 0)
+            some[n++] = block;
+        else
+            sums[block] = 0;
+    }
+    l.blocks = some;
+    if (can)
+        ts_threads_run(threads, n, look_at, &l);
+    for (uint32_t i = 0; i < n; i++)
+        if (l.wrong[i]) {
+            sums[some[i]] = 0;
+            some[wrong++] = some[i];
+        }
+    for (uint32_t i = 0; l.copies != NULL && i < team; i++)
+        free(l.copies[i]);
+    free(l.copies);
+    free(l.wrong);
+    ts_threads_free(threads);
+    c->checked = n;
+    c->wrong = wrong;
+    *blocks = some;
+    return can ? TS_OK : TS_ENOMEM;
+}
+
+ts_status ts_block_sums_take(ts_exec *x, uint32_t pool, ts_blocks_checked *c, char *why,
+                             size_t why_bytes)
+{
+    const uint64_t began_ns = ts_now_ns();
+    const uint32_t count = x->engine->pools[pool].books.max_blocks;
+    const size_t bytes = count * sizeof(uint64_t);
+    const int fd = ts_stored_sums_take(x->store, pool);
+    *c = (ts_blocks_checked){.block_bytes = place_of(x, pool).block_bytes};
+    if (fd < 0)
+        return ts_block_sums_add(x, pool, why, why_bytes);
+    const off_t has = lseek(fd, 0, SEEK_END);
+    uint64_t *sums = has == (off_t)bytes
+                         ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+                         : MAP_FAILED;
+    close(fd);
+    if (sums == MAP_FAILED) {
+        snprintf(why, why_bytes, "the checksums of %u blocks can't be mapped", count);
+        return TS_ENOMEM;
+    }
+    uint32_t *blocks = NULL;
+    bool *full = find_full(x, pool);
+    ts_status status = full == NULL ? TS_ENOMEM : compare(x, pool, full, sums, &blocks, c);
+    for (uint32_t i = 0; i < c->wrong && status == TS_OK; i++) {
+        ts_answer a;
+        ts_exec_apply(
+            x, &(ts_command){.op = TS_OP_BLOCK_LOST, .pool = pool, .block_lost.block = blocks[i]},
+            &a);
+        c->lost += a.dropped;
+    }
+    free(blocks);
+    free(full);
+    c->seconds = (double)(ts_now_ns() - began_ns) * 1e-9;
+    if (status == TS_OK)
+        return keep(x, pool, sums, count, why, why_bytes);
+    munmap(sums, bytes);
+    snprintf(why, why_bytes, "no memory or threads to check %u blocks", count);
+    return status;
+}
+
+void ts_block_sums_remove(ts_exec *x, uint32_t pool)
+{
+    ts_block_sums *s = x->sums;
+    if (s == NULL || s->pools[pool].count == 0)
+        return;
+    pthread_mutex_lock(&s->lock);
+    const pool_sums gone = s->pools[pool];
+    s->pools[pool] = (pool_sums){0};
+    while (s->reading == pool)
+        pthread_cond_wait(&s->changed, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+    munmap(gone.sums, gone.count * sizeof *gone.sums);
+    free(gone.versions);
+    ts_stored_sums_forget(x->store, pool);
+}
+
+/* ---- what commands change ---- */
+
+/* The block is to be written anew. Under the lock. */
+static void spoil(pool_sums *p, uint32_t block)
+{
+    p->versions[block]++;
+    __atomic_store_n(&p->sums[block], 0, __ATOMIC_RELEASE);
+}
+
+void ts_block_sums_leave_slab(ts_exec *x, uint32_t pool, uint32_t slab)
+{
+    ts_block_sums *s = x->sums;
+    if (s == NULL || s->pools[pool].count == 0)
+        return;
+    pool_sums *p = &s->pools[pool];
+    const uint32_t blocks = x->engine->pools[pool].config.slab_blocks;
+    pthread_mutex_lock(&s->lock);
+    for (uint32_t b = slab * blocks; b < (slab + 1) * blocks && b < p->count; b++)
+        spoil(p, b);
+    while (s->reading == pool)
+        pthread_cond_wait(&s->changed, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+}
+
+void ts_block_sums_before(ts_exec *x, const ts_command *c)
+{
+    ts_block_sums *s = x->sums;
+    if (s == NULL)
+        return;
+    s->num_committed = 0;
+    if (c->op != TS_OP_STEP_COMMIT)
+        return;
+    const ts_step *step = ts_engine_find_step(x->engine, c->step_end.step);
+    if (step == NULL || s->pools[step->pool].count == 0)
+        return;
+    if (step->num_seqs > s->capacity) {
+        committed *larger = realloc(s->committed, step->num_seqs * sizeof *larger);
+        if (larger == NULL)
+            return; /* these blocks have no checksum */
+        s->committed = larger;
+        s->capacity = step->num_seqs;
+    }
+    s->committed_pool = step->pool;
+    for (uint32_t i = 0; i < step->num_seqs; i++)
+        s->committed[s->num_committed++] = (committed){step->seqs[i].seq, step->seqs[i].start};
+}
+
+/* The blocks that the committed tokens have filled get their checksums some time. */
+static void queue_full(ts_block_sums *s)
+{
+    const uint32_t pool = s->committed_pool;
+    const ts_sequences *seqs = &s->exec->engine->pools[pool].seqs;
+    pool_sums *p = &s->pools[pool];
+    pthread_mutex_lock(&s->lock);
+    for (uint32_t i = 0; i < s->num_committed; i++) {
+        const ts_sequence *seq = &seqs->all[s->committed[i].seq];
+        for (uint32_t k = s->committed[i].start / seqs->block_tokens;
+             k < seq->length / seqs->block_tokens && s->tail - s->head < QUEUE; k++) {
+            const uint32_t block = seq->blocks[k];
+            if (p->sums[block] == 0)
+                s->queue[s->tail++ % QUEUE] = (full_block){pool, block, p->versions[block]};
+        }
+    }
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* The blocks that the begun step's new tokens, or the appended ones, are written to. */
+static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *a)
+{
+    const ts_sequences *seqs = &s->exec->engine->pools[c->pool].seqs;
+    pool_sums *p = &s->pools[c->pool];
+    pthread_mutex_lock(&s->lock);
+    for (uint32_t i = 0; i < c->step_begin.count; i++) {
+        const ts_sequence *seq = ts_sequence_find(seqs, c->step_begin.seqs[i]);
+        const uint32_t tokens = c->step_begin.new_tokens[i];
+        if (seq == NULL || tokens == 0)
+            continue;
+        const uint32_t start = seq->length - (a->begun.step == NULL ? tokens : 0);
+        for (uint32_t k = start / seqs->block_tokens;
+             k <= (start + tokens - 1) / seqs->block_tokens; k++)
+            spoil(p, seq->blocks[k]);
+    }
+    pthread_mutex_unlock(&s->lock);
+}
+
+void ts_block_sums_after(ts_exec *x, const ts_command *c, const ts_answer *a)
+{
+    ts_block_sums *s = x->sums;
+    if (s == NULL || a->status != TS_OK)
+        return;
+    if (c->op == TS_OP_STEP_BEGIN && s->pools[c->pool].count > 0)
+        spoil_begun(s, c, a);
+    else if (s->num_committed > 0)
+        queue_full(s);
+}
+
+/* ---- the end ---- */
+
+void ts_block_sums_stop(ts_exec *x)
+{
+    ts_block_sums *s = x->sums;
+    if (s == NULL)
+        return;
+    pthread_mutex_lock(&s->lock);
+    s->stop = true;
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    pthread_join(s->thread, NULL);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->lock);
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
+        if (s->pools[i].count > 0)
+            munmap(s->pools[i].sums, s->pools[i].count * sizeof(uint64_t));
+        free(s->pools[i].versions);
+    }
+    free(s->committed);
+    free(s);
+    x->sums = NULL;
+}

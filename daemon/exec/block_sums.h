@@ -1,0 +1,51 @@
+/*
+ * Checksums of what full blocks hold, so that a restart can hold its memory against them (key
+ * `verify`). They lie in stored memory, 8 bytes for each block of a pool, and are made by a thread
+ * of their own when a step is committed: nobody waits for them, and what was committed in a
+ * daemon's last moments has none yet. A block has one from then until a step may write it anew.
+ *
+ * Thread: the engine's owner of the moment (work_queue.h).
+ */
+#ifndef TS_BLOCK_SUMS_H
+#define TS_BLOCK_SUMS_H
+
+#include "exec.h"
+
+typedef struct ts_block_sums ts_block_sums;
+
+/* What a look at a pool's memory came to. */
+typedef struct ts_blocks_checked {
+    uint64_t blocks;      /* full ones that sequences have, or that are cached */
+    uint64_t checked;     /* ... of them had a checksum */
+    uint64_t wrong;       /* ... that wasn't theirs any more */
+    uint64_t lost;        /* sequences that were freed for it */
+    uint64_t block_bytes; /* of each */
+    double seconds;
+} ts_blocks_checked;
+
+/* Begins to keep checksums of the pool, with none. The exec has books. Else refused as ts_store_put
+ * refuses, or TS_ENOMEM, with a sentence. */
+ts_status ts_block_sums_add(ts_exec *exec, uint32_t pool, char *why, size_t why_bytes);
+
+/*
+ * The same for a pool that an earlier daemon had, whose memory is there: takes its checksums from
+ * the store and holds the memory against them. Blocks that aren't what they were are forgotten, and
+ * the sequences that had one are freed. Without checksums in the store there is nothing to check.
+ */
+ts_status ts_block_sums_take(ts_exec *exec, uint32_t pool, ts_blocks_checked *checked, char *why,
+                             size_t why_bytes);
+
+/* Stands around every command: which blocks it fills, and which are to be written anew. */
+void ts_block_sums_before(ts_exec *exec, const ts_command *command);
+void ts_block_sums_after(ts_exec *exec, const ts_command *command, const ts_answer *answer);
+
+/* The slab's memory goes: nothing is read there any more. */
+void ts_block_sums_leave_slab(ts_exec *exec, uint32_t pool, uint32_t slab);
+
+/* The pool goes. */
+void ts_block_sums_remove(ts_exec *exec, uint32_t pool);
+
+/* Ends the thread, and lets the checksums be. */
+void ts_block_sums_stop(ts_exec *exec);
+
+#endif

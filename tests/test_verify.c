@@ -1,0 +1,210 @@
+/*
+ * `verify = restart`: the daemon that takes over holds its memory against checksums. What somebody
+ * has changed behind its back is found and forgotten, and whatever the last daemon was at when it
+ * died, what is right is never taken for wrong.
+ */
+#define _GNU_SOURCE
+#include "restart_util.h"
+
+#include <pthread.h>
+
+#define LAYERS 2u
+#define DIM 32u
+#define HEADS 2u
+#define BLOCK 16u
+#define TOKENS 48u /* three blocks */
+#define POOL                                                                                       \
+    "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=64K,"            \
+    "device=host,model=m,client_write=all"
+#define ON_GPU                                                                                     \
+    "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=2M,"             \
+    "device=cuda:0,provider=cuda-vmm,model=m,client_write=all"
+
+/* ---- what was changed is found ---- */
+
+/* A daemon that stops, and what is changed then. */
+typedef struct spoiler {
+    const daemon_process *d;
+    float *at;
+} spoiler;
+
+static void *spoil(void *arg)
+{
+    const spoiler *s = arg;
+    const pid_t pid = await_stopped(s->d);
+    s->at[0] += 1;
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    return NULL;
+}
+
+/* A sequence of so many tokens with these ids, whose K and V the worker writes. */
+static ts_seq write_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, rng *r, float **second)
+{
+    ts_seq seq;
+    ts_step *step;
+    uint64_t slots[TOKENS];
+    DO(ts_seq_create(p, 1, &seq));
+    DO(ts_step_begin(
+        p, &seq, &(uint32_t){TOKENS}, 1,
+        &(ts_step_options){.size = sizeof(ts_step_options), .tokens = ids, .no_run = true}, &step));
+    ts_step_slots(step, slots);
+    for (uint32_t i = 0; i < TOKENS * LAYERS; i++) {
+        ts_kv kv;
+        DO(ts_slot_kv(p, slots[i / LAYERS], i % LAYERS, &kv));
+        fill(r, kv.k, DIM);
+        fill(r, kv.v, DIM);
+        if (i / LAYERS == BLOCK)
+            *second = kv.v; /* of the second block */
+    }
+    DO(ts_step_commit(step, NULL));
+    return seq;
+}
+
+static void find(const char *pool)
+{
+    daemon_process d;
+    pthread_t thread;
+    rng r = {3};
+    float *second;
+    uint32_t ids[2][TOKENS], length;
+    for (uint32_t i = 0; i < TOKENS; i++) {
+        ids[0][i] = i;
+        ids[1][i] = i + 1000;
+    }
+    setenv("TS_TEST_STOP", "summed:6", 1); /* when all blocks of both have their checksum */
+    start_with(&d, pool, NULL, "verify=restart");
+    unsetenv("TS_TEST_STOP");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    ts_seq seqs[2] = {write_sequence(c, p, ids[0], &r, &second)};
+    spoiler s = {&d, second};
+    assert_int_equal(pthread_create(&thread, NULL, spoil, &s), 0);
+    seqs[1] = write_sequence(c, p, ids[1], &r, &second);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    DO(ts_seq_lengths(p, &seqs[1], 1, &length));
+    assert_int_equal(length, TOKENS);
+    assert_int_equal(ts_client_restarts(c), 1);
+    assert_int_equal(ts_seq_lengths(p, &seqs[0], 1, &length), TS_ENOENT);
+    /* What hung from the wrong block is forgotten with it, and nothing else. */
+    const uint32_t counts[] = {TOKENS, TOKENS};
+    uint32_t found[2];
+    ts_seq again[2];
+    DO(ts_seq_match(p, ids[0], counts, 2, NULL, again, found));
+    assert_int_equal(found[0], BLOCK);
+    assert_int_equal(found[1], TOKENS - 1);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
+static void a_block_that_was_changed_is_forgotten(void **state)
+{
+    (void)state;
+    find(POOL);
+}
+
+static void a_block_that_was_changed_on_a_gpu_is_forgotten(void **state)
+{
+    (void)state;
+    setenv("TS_TEST_FAKE_GPU", "1", 1);
+    find(ON_GPU);
+    unsetenv("TS_TEST_FAKE_GPU");
+}
+
+/* ---- what is right is never taken for wrong ---- */
+
+static void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens,
+                     uint32_t count, const uint32_t *ids, rng *r)
+{
+    ts_step *step;
+    uint32_t tokens = 0;
+    for (uint32_t i = 0; i < count; i++)
+        tokens += new_tokens[i];
+    DO(ts_step_begin(
+        p, seqs, new_tokens, count,
+        &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS, .tokens = ids}, &step));
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        fill(r, ts_step_q(step), (size_t)tokens * HEADS * DIM);
+        fill(r, ts_step_k(step), (size_t)tokens * DIM);
+        fill(r, ts_step_v(step), (size_t)tokens * DIM);
+        DO(ts_step_run(step, layer));
+    }
+    DO(ts_step_commit(step, NULL));
+}
+
+/* Blocks that are filled, shared, cut and filled again, freed and taken again, appended to, and
+ * found; how many restarts there were. All sequences must be as long as they should. */
+static uint32_t fill_and_cut(const char *kill_at)
+{
+    daemon_process d;
+    rng r = {5};
+    ts_seq seqs[2], fork, found[1];
+    uint32_t ids[64], length, matched;
+    start_with(&d, POOL, kill_at, "verify=restart");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    for (uint32_t i = 0; i < 64; i++)
+        ids[i] = i;
+    for (uint32_t round = 0; round < 3; round++) { /* the same blocks, again and again */
+        DO(ts_seq_create(p, 1, seqs));
+        one_step(c, p, seqs, (uint32_t[]){64}, 1, NULL, &r);
+        DO(ts_seq_free(p, seqs, 1));
+    }
+    DO(ts_seq_create(p, 2, seqs));
+    one_step(c, p, seqs, (uint32_t[]){40, 24}, 2, ids, &r);
+    DO(ts_seq_fork(p, seqs[0], 1, &fork));
+    one_step(c, p, (ts_seq[]){fork, seqs[1]}, (uint32_t[]){9, 20}, 2, NULL, &r);
+    DO(ts_seq_truncate(p, &fork, &(uint32_t){20}, 1));
+    one_step(c, p, &fork, (uint32_t[]){30}, 1, NULL, &r);
+    DO(ts_seq_free(p, &seqs[1], 1));
+    DO(ts_seq_append(p, &seqs[0], &(uint32_t){20}, 1, NULL));
+    one_step(c, p, &seqs[0], (uint32_t[]){10}, 1, NULL, &r);
+    DO(ts_seq_match(p, ids, &(uint32_t){40}, 1, NULL, found, &matched));
+    assert_int_equal(matched, 2 * BLOCK);
+    one_step(c, p, found, (uint32_t[]){30}, 1, NULL, &r);
+    const ts_seq all[] = {seqs[0], fork, found[0]};
+    static const uint32_t lengths[] = {70, 50, 62};
+    for (uint32_t i = 0; i < 3; i++) {
+        DO(ts_seq_lengths(p, &all[i], 1, &length));
+        assert_int_equal(length, lengths[i]);
+    }
+    check_daemon(c);
+    const uint32_t restarts = ts_client_restarts(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(&d, kill_at != NULL && restarts == 0);
+    return restarts;
+}
+
+static void what_is_right_is_never_taken_for_wrong(void **state)
+{
+    static const char *const places[] = {"summed", "published", "applied"};
+    (void)state;
+    assert_int_equal(fill_and_cut(NULL), 0);
+    for (uint32_t i = 0; i < sizeof places / sizeof *places; i++) {
+        uint32_t n = 3;
+        char kill_at[32];
+        do {
+            snprintf(kill_at, sizeof kill_at, "%s:%u", places[i], n);
+            n += STRIDE;
+        } while (fill_and_cut(kill_at) > 0);
+        assert_true(n > 3 + STRIDE);
+    }
+}
+
+int main(void)
+{
+    /* A daemon that is told to end leaves what it has, its threads too. */
+    const char *sanitizer = getenv("TSAN_OPTIONS");
+    char options[1024];
+    snprintf(options, sizeof options, "%s:report_thread_leaks=0", sanitizer ? sanitizer : "");
+    setenv("TSAN_OPTIONS", options, 1);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_block_that_was_changed_is_forgotten),
+        cmocka_unit_test(a_block_that_was_changed_on_a_gpu_is_forgotten),
+        cmocka_unit_test(what_is_right_is_never_taken_for_wrong),
+    };
+    cmocka_set_test_filter(getenv("TS_TEST_FILTER"));
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
