@@ -107,6 +107,46 @@ static inline void stop(daemon_process *d, bool late)
     alarm(0);
 }
 
+/* What a worker does the same way each time, on a daemon with one pool. */
+typedef struct killed_workload {
+    const char *pool;
+    ts_transport transport;
+    int exchange; /* the test's own word for where q, k, v and out lie */
+    /* Returns a digest of all that the worker is told, and how often the daemon was restarted. */
+    uint64_t (*work)(ts_client *client, int exchange, uint32_t *restarts);
+} killed_workload;
+
+static inline uint64_t run_killed(const killed_workload *w, const char *kill_at, uint32_t *restarts)
+{
+    daemon_process d;
+    start(&d, w->pool, kill_at);
+    ts_client *c = connect_by(&d, w->transport);
+    const uint64_t digest = w->work(c, w->exchange, restarts);
+    ts_disconnect(c);
+    stop(&d, kill_at != NULL && *restarts == 0);
+    return digest;
+}
+
+/* Ends the daemon at each of these places in turn, from the one numbered `from` on: the worker must
+ * be told the same. How many kills there were. */
+static inline uint32_t kill_everywhere(const killed_workload *w, const char *place, uint32_t from)
+{
+    uint32_t restarts, kills = 0;
+    const uint64_t expected = run_killed(w, NULL, &restarts);
+    assert_int_equal(restarts, 0);
+    for (uint32_t n = from;; n += STRIDE) {
+        char kill_at[32];
+        snprintf(kill_at, sizeof kill_at, "%s:%u", place, n);
+        const uint64_t digest = run_killed(w, kill_at, &restarts);
+        if (restarts == 0) /* it doesn't come there so often */
+            return kills;
+        kills++;
+        if (digest != expected)
+            fail_msg("ended at %s, a worker with exchange %d by %s was told something else",
+                     kill_at, w->exchange, w->transport == TS_TRANSPORT_RING ? "ring" : "message");
+    }
+}
+
 /* The supervisor's child; 0: it has none at the moment. */
 static inline pid_t daemon_of(const daemon_process *d)
 {

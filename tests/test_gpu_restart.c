@@ -147,74 +147,54 @@ static uint64_t workload(ts_client *c, exchange_kind kind, uint32_t *restarts)
     return d.value;
 }
 
-static uint64_t run_with(const char *kill_at, ts_transport transport, exchange_kind kind,
-                         uint32_t *restarts)
+static uint64_t run_workload(ts_client *c, int exchange, uint32_t *restarts)
 {
-    daemon_process d;
-    start(&d, POOL, kill_at);
-    ts_client *c = connect_by(&d, transport);
-    const uint64_t found = workload(c, kind, restarts);
-    ts_disconnect(c);
-    stop(&d, kill_at != NULL && *restarts == 0);
-    return found;
+    return workload(c, (exchange_kind)exchange, restarts);
 }
 
-/* How many kills there were. */
-static uint32_t kill_everywhere(ts_transport transport, exchange_kind kind, const char *place,
-                                uint32_t from)
+static uint32_t kills_at(ts_transport transport, exchange_kind kind, const char *place,
+                         uint32_t from)
 {
-    uint32_t restarts, kills = 0;
-    const uint64_t expected = run_with(NULL, transport, kind, &restarts);
-    assert_int_equal(restarts, 0);
-    for (uint32_t n = from;; n += STRIDE) {
-        char kill_at[32];
-        snprintf(kill_at, sizeof kill_at, "%s:%u", place, n);
-        const uint64_t found = run_with(kill_at, transport, kind, &restarts);
-        if (restarts == 0) /* it doesn't come there so often */
-            return kills;
-        kills++;
-        if (found != expected)
-            fail_msg("ended at %s, a worker with exchange %d by %s was told something else",
-                     kill_at, (int)kind, transport == TS_TRANSPORT_RING ? "ring" : "message");
-    }
+    return kill_everywhere(&(killed_workload){POOL, transport, (int)kind, run_workload}, place,
+                           from);
 }
 
 static void killed_between_an_application_and_its_publication(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, OF_DAEMON, "applied", 4) > 20 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, OF_DAEMON, "applied", 4) > 20 / STRIDE);
 }
 
 static void killed_after_a_publication(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, OF_WORKER, "published", 4) > 20 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, OF_WORKER, "published", 4) > 20 / STRIDE);
 }
 
 /* The second word of each is the daemon's own. */
 static void killed_between_the_two_words_of_a_run(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, OF_DAEMON, "signalled", 1) > 15 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, OF_DAEMON, "signalled", 1) > 15 / STRIDE);
 }
 
 static void killed_when_a_run_is_handed_on(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, IN_HOST, "running", 1) > 8 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, IN_HOST, "running", 1) > 8 / STRIDE);
 }
 
 static void killed_when_a_descriptor_is_stored(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, OF_DAEMON, "stored", 1) > 2 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, OF_DAEMON, "stored", 1) > 2 / STRIDE);
 }
 
 static void killed_around_an_answer(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, OF_DAEMON, "answered", 2) > 15 / STRIDE);
-    assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, OF_DAEMON, "answering", 2) > 15 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, OF_DAEMON, "answered", 2) > 15 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_MESSAGES, OF_DAEMON, "answering", 2) > 15 / STRIDE);
 }
 
 /* ---- a device that is lost ---- */

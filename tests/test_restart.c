@@ -98,71 +98,52 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
     return d.value;
 }
 
-static uint64_t run_with(const char *kill_at, ts_transport transport, uint32_t *restarts)
+static uint64_t run_workload(ts_client *c, int exchange, uint32_t *restarts)
 {
-    daemon_process d;
-    start(&d, POOL, kill_at);
-    ts_client *c = connect_by(&d, transport);
-    const uint64_t digest = workload_of(c, restarts, true);
-    ts_disconnect(c);
-    stop(&d, kill_at != NULL && *restarts == 0);
-    return digest;
+    (void)exchange;
+    return workload_of(c, restarts, true);
 }
 
-/* How many kills there were. */
-static uint32_t kill_everywhere(ts_transport transport, const char *place, uint32_t from)
+static uint32_t kills_at(ts_transport transport, const char *place, uint32_t from)
 {
-    uint32_t restarts, kills = 0;
-    const uint64_t expected = run_with(NULL, transport, &restarts);
-    assert_int_equal(restarts, 0);
-    for (uint32_t n = from;; n += STRIDE) {
-        char kill_at[32];
-        snprintf(kill_at, sizeof kill_at, "%s:%u", place, n);
-        const uint64_t digest = run_with(kill_at, transport, &restarts);
-        if (restarts == 0) /* it doesn't come there so often */
-            return kills;
-        kills++;
-        if (digest != expected)
-            fail_msg("ended at %s, a worker by %s was told something else", kill_at,
-                     transport == TS_TRANSPORT_RING ? "ring" : "message");
-    }
+    return kill_everywhere(&(killed_workload){POOL, transport, 0, run_workload}, place, from);
 }
 
 static void killed_between_an_application_and_its_publication(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, "applied", 3) > 30 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, "applied", 3) > 30 / STRIDE);
 }
 
 static void killed_after_a_publication(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, "published", 3) > 30 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, "published", 3) > 30 / STRIDE);
 }
 
 static void killed_before_an_answer(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, "answering", 2) > 20 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, "answering", 2) > 20 / STRIDE);
 }
 
 static void killed_after_an_answer(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, "answered", 2) > 20 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, "answered", 2) > 20 / STRIDE);
 }
 
 static void killed_when_a_descriptor_is_stored(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_RING, "stored", 1) > 2 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_RING, "stored", 1) > 2 / STRIDE);
 }
 
 static void killed_under_messages(void **state)
 {
     (void)state;
-    assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, "published", 3) > 30 / STRIDE);
-    assert_true(kill_everywhere(TS_TRANSPORT_MESSAGES, "answering", 2) > 20 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_MESSAGES, "published", 3) > 30 / STRIDE);
+    assert_true(kills_at(TS_TRANSPORT_MESSAGES, "answering", 2) > 20 / STRIDE);
 }
 
 /* ---- what is given up ---- */

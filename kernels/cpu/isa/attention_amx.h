@@ -5,7 +5,7 @@
  * subnormals of bf16 for 0, and an infinite element of the cache comes out as NaN, which
  * attention_tiles.inc.h looks for.
  *
- * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_FOURS, with its unit,
+ * Rows of K and V are in the cache's order; rows of q and acc in that of FP8_QUADS, with its unit,
  * or of BF16_PAIRS (attention_vectors.inc.h). head_dim is a multiple of 64, at most 256; `tokens` a
  * multiple of TS_AMX_TOKENS, at most TS_AMX_RUN. A thread calls ts_amx_begin before and ts_amx_end
  * after the others.

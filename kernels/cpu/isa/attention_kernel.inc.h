@@ -2,7 +2,7 @@
  * The host attention kernels, written once in vectors of VL floats (GCC's and Clang's vector
  * extensions) and compiled once for each instruction set. The including file defines VL,
  * FMA(a,b,c), TS_ATTENTION_OPS, what attention_vectors.inc.h takes beside them, and may define
- * TS_ATTENTION_OTHERS: operations that have all but fp8 in fours, which alone is compiled then; and
+ * TS_ATTENTION_OTHERS: operations that have all but fp8 in quads, which alone is compiled then; and
  * TS_ATTENTION_TILES: the name of operations that use the tile unit where they can.
  *
  * An item goes over its tokens in tiles of 16. For each KV head of a tile: scores = q·K for up to 4
@@ -195,7 +195,7 @@ NOINLINE void attend_tile_fp32(const ts_attention_item *item, const unsigned cha
 }
 
 #ifndef LOOK_UP_FP8
-/* A tile of fp8 in fours in which there is a NaN: as fp32, in the same order. */
+/* A tile of fp8 in quads in which there is a NaN: as fp32, in the same order. */
 NOINLINE void attend_tile_with_nan(const ts_attention_item *item, const unsigned char *const *rows,
                                    size_t k_offset, size_t v_offset, uint32_t tile,
                                    uint32_t first_head, uint32_t first_row, uint32_t end_row,
@@ -209,8 +209,8 @@ NOINLINE void attend_tile_with_nan(const ts_attention_item *item, const unsigned
     for (uint32_t t = 0; t < TS_TILE; t++) {
         wide_rows[t] = (const unsigned char *)wide[0][t];
         for (uint32_t d = 0; d < head_dim; d += VL) {
-            store(wide[0][t] + d, load_fours_with_nan(rows[t] + k_offset, d));
-            store(wide[1][t] + d, load_fours_with_nan(rows[t] + v_offset, d));
+            store(wide[0][t] + d, load_quads_with_nan(rows[t] + k_offset, d));
+            store(wide[1][t] + d, load_quads_with_nan(rows[t] + v_offset, d));
         }
     }
     attend_tile_fp32(item, wide_rows, 0, sizeof wide[0], tile, first_head, first_row, end_row, q,
@@ -231,7 +231,7 @@ INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
     const float *q = scratch->q + (size_t)r * padded;
     float *sums = scratch->sums + (size_t)r * VL, *acc = state->acc + (size_t)r * padded;
 #ifndef LOOK_UP_FP8 /* there it has its place in the tables */
-    if (dtype == FP8_FOURS && has_nan(rows, k, v - k, g->head_dim))
+    if (dtype == FP8_QUADS && has_nan(rows, k, v - k, g->head_dim))
         attend_tile_with_nan(item, rows, k, v, tile, head * group, first_row, end_row, q,
                              scratch->scores, state->max + r, sums, acc);
     else
@@ -244,13 +244,13 @@ INLINE void attend_head(ts_dtype dtype, const ts_attention_item *item,
                     scratch->scores, state->max + r, sums, acc, next);
 }
 
-/* The same of fp8 in fours, which has but one copy. */
+/* The same of fp8 in quads, which has but one copy. */
 NOINLINE void attend_head_fp8_quads(const ts_attention_item *item, const unsigned char *const *rows,
                                     uint32_t h, uint32_t tile, uint32_t first_row, uint32_t end_row,
                                     const ts_attention_scratch *scratch,
                                     const ts_attention_state *state, const fetch *next)
 {
-    attend_head(FP8_FOURS, item, rows, h, tile, first_row, end_row, scratch, state, next);
+    attend_head(FP8_QUADS, item, rows, h, tile, first_row, end_row, scratch, state, next);
 }
 
 /* The first tile of a part that any of the item's rows sees; *end gets the end of what they see of
@@ -339,7 +339,7 @@ INLINE void attend_part(ts_dtype dtype, const ts_attention_item *item, uint32_t 
             if (!is_fp8_quads(dtype) &&
                 next.rows != NULL) /* which waits for arithmetic, not memory */
                 spread_rows(&next, spread, item, rows[turn ^ 1], more, h, plane);
-            if (dtype == FP8_FOURS)
+            if (dtype == FP8_QUADS)
                 attend_head_fp8_quads(item, rows[turn], h, tile, 0, head_rows, scratch, state,
                                       &next);
             else
@@ -419,24 +419,24 @@ static void item_bf16_pairs(const ts_attention_item *item, const ts_attention_sc
 }
 #endif
 
-static void item_fp8_fours(const ts_attention_item *item, const ts_attention_scratch *scratch)
+static void item_fp8_quads(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
-    attend_item(FP8_FOURS, item, scratch);
+    attend_item(FP8_QUADS, item, scratch);
 }
 
 /* How the cache's rows are read. */
 static ts_dtype order_of(const ts_geometry *g)
 {
     return g->dtype == TS_DTYPE_BF16 && g->head_dim % (2 * VL) == 0       ? BF16_PAIRS
-           : g->dtype == TS_DTYPE_FP8_E4M3 && g->head_dim % (4 * VL) == 0 ? FP8_FOURS
+           : g->dtype == TS_DTYPE_FP8_E4M3 && g->head_dim % (4 * VL) == 0 ? FP8_QUADS
                                                                           : g->dtype;
 }
 
 static void run_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
     switch ((int)order_of(&item->call->geometry)) {
-    case FP8_FOURS:
-        item_fp8_fours(item, scratch);
+    case FP8_QUADS:
+        item_fp8_quads(item, scratch);
         break;
 #ifdef TS_ATTENTION_OTHERS
     default:

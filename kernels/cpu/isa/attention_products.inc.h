@@ -94,9 +94,10 @@ INLINE void score_rows(ts_dtype dtype, int NR, uint32_t head_dim, const float *q
 
 /* acc[r] += p[r][t] * V[t] for NR rows, ND vectors of the row from element d; bytes from..to - 1 of
  * the next rows are fetched meanwhile. */
-INLINE void weigh_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tail, const float *p,
-                        const unsigned char *const *v, size_t v_offset, uint32_t tokens, float *acc,
-                        uint32_t padded, const fetch *next, size_t from, size_t to)
+INLINE void accumulate_block(ts_dtype dtype, int NR, int ND, uint32_t d, uint32_t tail,
+                             const float *p, const unsigned char *const *v, size_t v_offset,
+                             uint32_t tokens, float *acc, uint32_t padded, const fetch *next,
+                             size_t from, size_t to)
 {
     vf sums[16];
     _Pragma("GCC unroll 4") for (int r = 0; r < NR; r++)
@@ -138,14 +139,16 @@ INLINE void accumulate_pv(ts_dtype dtype, int NR, uint32_t head_dim, const float
     uint32_t d = 0;
     size_t from = 0; /* what isn't fetched in wide steps is fetched in the next, all of it */
     for (; d + (uint32_t)ND * VL <= head_dim; d += (uint32_t)ND * VL, from += wide)
-        weigh_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
-                    from + wide);
+        accumulate_block(dtype, NR, ND, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
+                         from + wide);
     if (is_fp8_quads(dtype) && ND > 4)
         for (; d < head_dim; d += 4 * VL, from = bytes)
-            weigh_block(dtype, NR, 4, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
+            accumulate_block(dtype, NR, 4, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
+                             bytes);
     for (; d + VL <= head_dim; d += VL, from = bytes)
-        weigh_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, next, from, bytes);
+        accumulate_block(dtype, NR, 1, d, 0, p, v, v_offset, tokens, acc, padded, next, from,
+                         bytes);
     if (has_tails(dtype) && d < head_dim)
-        weigh_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded, next, from,
-                    bytes);
+        accumulate_block(dtype, NR, 1, d, head_dim - d, p, v, v_offset, tokens, acc, padded, next,
+                         from, bytes);
 }

@@ -102,9 +102,9 @@ INLINE vf load_fp16(const void *p)
  * element takes a shift and a mask, and the 2^8 are multiplied once, at the ends (FP8_UNIT). NaN
  * isn't one there; a tile that has any, which is looked for once, is widened to fp32 first.
  */
-#define FP8_FOURS ((ts_dtype)101)
+#define FP8_QUADS ((ts_dtype)101)
 #define FP8_UNIT 256.0f
-/* FP8_FOURS and BF16_PAIRS, 64 tokens and more at once on the tile unit (attention_tiles.inc.h). */
+/* FP8_QUADS and BF16_PAIRS, 64 tokens and more at once on the tile unit (attention_tiles.inc.h). */
 #define FP8_TILES ((ts_dtype)102)
 #define BF16_TILES ((ts_dtype)103)
 
@@ -115,7 +115,7 @@ INLINE bool is_pairs(ts_dtype dtype)
 
 INLINE bool is_fp8_quads(ts_dtype dtype)
 {
-    return dtype == FP8_FOURS || dtype == FP8_TILES;
+    return dtype == FP8_QUADS || dtype == FP8_TILES;
 }
 
 /* Whether a row may have fewer elements left than a vector has. */
@@ -153,8 +153,8 @@ INLINE vf load_fp8(const unsigned char *p)
     return (vf)((vu)finite | (vu)((wide & 0x7fu) == 0x7fu)); /* all ones is NaN */
 }
 
-/* VL elements from place d of a row in fours, over FP8_UNIT, as fp16. */
-INLINE vh fours_at(const unsigned char *row, uint32_t d)
+/* VL elements from place d of a row in quads, over FP8_UNIT, as fp16. */
+INLINE vh quads_at(const unsigned char *row, uint32_t d)
 {
     typedef int16_t vs __attribute__((vector_size(VL * 2)));
     const bool upper = d % (4 * VL) >= 2 * VL;
@@ -165,18 +165,18 @@ INLINE vh fours_at(const unsigned char *row, uint32_t d)
 
 INLINE vf load_fp8_quads(const unsigned char *row, uint32_t d)
 {
-    vh halves = fours_at(row, d);
+    vh halves = quads_at(row, d);
     return LOAD_FP16(&halves);
 }
 
-INLINE vf load_fours_with_nan(const unsigned char *row, uint32_t d)
+INLINE vf load_quads_with_nan(const unsigned char *row, uint32_t d)
 {
-    vu wide = __builtin_convertvector(fours_at(row, d), vu) & 0x3f80u;
+    vu wide = __builtin_convertvector(quads_at(row, d), vu) & 0x3f80u;
     return (vf)((vu)load_fp8_quads(row, d) | (vu)(wide == 0x3f80u)); /* all ones is NaN */
 }
 
 /*
- * Four vectors of a row in fours at once, the first of them at a place that is a multiple of 4 *
+ * Four vectors of a row in quads at once, the first of them at a place that is a multiple of 4 *
  * VL: what they share is done first.
  */
 #ifdef LOOK_UP_FP8
