@@ -7,6 +7,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,7 +43,8 @@ typedef struct committed {
 } committed;
 
 struct ts_block_sums {
-    ts_exec *exec;
+    const ts_engine *engine;
+    ts_store *store;
     pool_sums pools[TS_POOLS_MAX];
     pthread_t thread;
     pthread_mutex_t lock;
@@ -57,13 +59,10 @@ struct ts_block_sums {
 
 /* ---- one checksum ---- */
 
-static place place_of(const ts_exec *x, uint32_t pool)
+static place place_of(const ts_engine *e, uint32_t pool, const ts_memory *memory, ts_gpu *gpu)
 {
-    const ts_pool_config *c = &x->engine->pools[pool].config;
-    return (place){.memory = x->memory[pool],
-                   .gpu = x->gpu_of[pool] == NULL ? NULL : x->gpu_of[pool]->gpu,
-                   .block_bytes = ts_geometry_block_bytes(&c->geometry),
-                   .slab_blocks = c->slab_blocks};
+    const ts_pool_config *c = &e->pools[pool].config;
+    return (place){memory, gpu, ts_geometry_block_bytes(&c->geometry), c->slab_blocks};
 }
 
 /* 0: it can't be read. *copy: room for a block, made where it is NULL and the pool is on a GPU. */
@@ -124,71 +123,64 @@ static void *sums_main(void *arg)
 
 /* ---- pools ---- */
 
-static ts_status start(ts_exec *x, char *why, size_t why_bytes)
+ts_block_sums *ts_block_sums_new(const ts_engine *engine, ts_store *store)
 {
-    if (x->sums != NULL)
-        return TS_OK;
     ts_block_sums *s = calloc(1, sizeof *s);
-    if (s != NULL) {
-        s->exec = x;
-        s->reading = TS_NONE;
-        pthread_mutex_init(&s->lock, NULL);
-        pthread_cond_init(&s->changed, NULL);
-        if (pthread_create(&s->thread, NULL, sums_main, s) == 0) {
-            x->sums = s;
-            return TS_OK;
-        }
-        pthread_cond_destroy(&s->changed);
-        pthread_mutex_destroy(&s->lock);
-    }
+    if (s == NULL)
+        return NULL;
+    s->engine = engine;
+    s->store = store;
+    s->reading = TS_NONE;
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->changed, NULL);
+    if (pthread_create(&s->thread, NULL, sums_main, s) == 0)
+        return s;
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->lock);
     free(s);
-    snprintf(why, why_bytes, "no memory or thread for checksums of blocks");
-    return TS_ENOMEM;
+    return NULL;
 }
 
 /* The pool has the checksums in `memory`, which are the books' from now on. */
-static ts_status keep(ts_exec *x, uint32_t pool, uint64_t *memory, uint32_t count, char *why,
-                      size_t why_bytes)
+static ts_status keep(ts_block_sums *s, uint32_t pool, const place *at, uint64_t *memory,
+                      uint32_t count, char *why, size_t why_bytes)
 {
     uint32_t *versions = calloc(count, sizeof *versions);
-    ts_status status = start(x, why, why_bytes);
-    if (status == TS_OK && versions == NULL) {
-        snprintf(why, why_bytes, "no memory for the checksums of %u blocks", count);
-        status = TS_ENOMEM;
-    }
-    if (status != TS_OK) {
-        free(versions);
+    if (versions == NULL) {
         munmap(memory, count * sizeof *memory);
-        return status;
+        snprintf(why, why_bytes, "no memory for the checksums of %u blocks", count);
+        return TS_ENOMEM;
     }
-    pthread_mutex_lock(&x->sums->lock);
-    x->sums->pools[pool] = (pool_sums){place_of(x, pool), memory, versions, count};
-    pthread_mutex_unlock(&x->sums->lock);
+    pthread_mutex_lock(&s->lock);
+    s->pools[pool] = (pool_sums){*at, memory, versions, count};
+    pthread_mutex_unlock(&s->lock);
     return TS_OK;
 }
 
-ts_status ts_block_sums_add(ts_exec *x, uint32_t pool, char *why, size_t why_bytes)
+ts_status ts_block_sums_add(ts_block_sums *s, uint32_t pool, const ts_memory *of, ts_gpu *gpu,
+                            char *why, size_t why_bytes)
 {
-    const uint32_t count = x->engine->pools[pool].books.max_blocks;
+    const place at = place_of(s->engine, pool, of, gpu);
+    const uint32_t count = s->engine->pools[pool].books.max_blocks;
     void *memory;
     int fd;
     ts_status status =
         ts_memory_shared_new("checksums", count * sizeof(uint64_t), &fd, &memory, why, why_bytes);
     if (status != TS_OK)
         return status;
-    status = ts_stored_sums_put(x->store, pool, fd, why, why_bytes);
+    status = ts_stored_sums_put(s->store, pool, fd, why, why_bytes);
     close(fd);
     if (status == TS_OK)
-        return keep(x, pool, memory, count, why, why_bytes);
+        return keep(s, pool, &at, memory, count, why, why_bytes);
     munmap(memory, count * sizeof(uint64_t));
     return status;
 }
 
 /* Whether a full block is to be there again, by block: those of sequences and those that are
  * cached. NULL: out of memory. */
-static bool *find_full(const ts_exec *x, uint32_t pool)
+static bool *find_full(const ts_engine *e, uint32_t pool)
 {
-    const ts_engine_pool *p = &x->engine->pools[pool];
+    const ts_engine_pool *p = &e->pools[pool];
     bool *full = calloc(p->books.max_blocks, sizeof *full);
     if (full == NULL)
         return NULL;
@@ -211,64 +203,95 @@ typedef struct look {
     const uint32_t *blocks; /* to be looked at */
     bool *wrong;            /* by place in `blocks` */
     unsigned char **copies; /* each thread's own */
+    atomic_bool failed;     /* a block couldn't be read */
 } look;
 
 static void look_at(void *arg, uint32_t item, uint32_t thread)
 {
-    const look *l = arg;
+    look *l = arg;
     const uint32_t block = l->blocks[item];
-    l->wrong[item] = sum_of(&l->place, block, &l->copies[thread]) != l->sums[block];
+    const uint64_t sum = sum_of(&l->place, block, &l->copies[thread]);
+    l->wrong[item] = sum != l->sums[block];
+    if (sum == 0)
+        atomic_store(&l->failed, true);
 }
 
-/* Looks at the blocks that `full` has and that have a checksum; the others have none from now on.
- * *blocks: the wrong ones first, *wrong of them. */
-static ts_status compare(const ts_exec *x, uint32_t pool, const bool *full, uint64_t *sums,
-                         uint32_t **blocks, ts_blocks_checked *c)
+/* Looks at the `num` blocks: of those that are wrong, *num of them, first in `blocks`. */
+static ts_status look_at_all(const place *at, const uint64_t *sums, uint32_t *blocks, uint32_t *num,
+                             char *why, size_t why_bytes)
 {
-    const uint32_t count = x->engine->pools[pool].books.max_blocks;
     ts_threads *threads = ts_threads_new(0);
     const uint32_t team = threads == NULL ? 0 : ts_threads_count(threads);
-    look l = {
-        .place = place_of(x, pool), .sums = sums, .copies = calloc(team + 1ull, sizeof *l.copies)};
-    uint32_t *some = calloc(count, sizeof *some), n = 0, wrong = 0;
-    l.wrong = calloc(count, sizeof *l.wrong);
-    const bool can = threads != NULL && l.copies != NULL && some != NULL && l.wrong != NULL;
-    for (uint32_t block = 0; block < count && can; block++) {
-        c->blocks += full[block];
-        if (full[block] && sums[block] != 0)
-            some[n++] = block;
-        else
-            sums[block] = 0;
-    }
-    l.blocks = some;
+    look l = {.place = *at,
+              .sums = sums,
+              .blocks = blocks,
+              .wrong = calloc(*num + 1ull, sizeof *l.wrong),
+              .copies = calloc(team + 1ull, sizeof *l.copies)};
+    const bool can = threads != NULL && l.copies != NULL && l.wrong != NULL;
+    uint32_t wrong = 0;
     if (can)
-        ts_threads_run(threads, n, look_at, &l);
-    for (uint32_t i = 0; i < n; i++)
-        if (l.wrong[i]) {
-            sums[some[i]] = 0;
-            some[wrong++] = some[i];
-        }
+        ts_threads_run(threads, *num, look_at, &l);
+    else
+        snprintf(why, why_bytes, "no memory or threads to check %u blocks", *num);
+    for (uint32_t i = 0; can && i < *num; i++)
+        if (l.wrong[i])
+            blocks[wrong++] = blocks[i];
     for (uint32_t i = 0; l.copies != NULL && i < team; i++)
         free(l.copies[i]);
     free(l.copies);
     free(l.wrong);
     ts_threads_free(threads);
-    c->checked = n;
-    c->wrong = wrong;
-    *blocks = some;
-    return can ? TS_OK : TS_ENOMEM;
+    *num = wrong;
+    if (!can || !atomic_load(&l.failed))
+        return can ? TS_OK : TS_ENOMEM;
+    snprintf(why, why_bytes, "blocks can't be read to be checked"); /* nothing is wrong with them */
+    return l.place.gpu != NULL ? TS_EDEVICE : TS_ENOMEM;
 }
 
-ts_status ts_block_sums_take(ts_exec *x, uint32_t pool, ts_blocks_checked *c, char *why,
-                             size_t why_bytes)
+/* Looks at the full blocks that have a checksum; the others, and those that are wrong, have none
+ * from now on. *wrong: which these are, the caller's to free. */
+static ts_status compare(const ts_engine *e, uint32_t pool, const place *at, uint64_t *sums,
+                         uint32_t **wrong, ts_blocks_checked *c, char *why, size_t why_bytes)
+{
+    const uint32_t count = e->pools[pool].books.max_blocks;
+    bool *full = find_full(e, pool);
+    uint32_t num = 0, *some = calloc(count, sizeof *some);
+    *wrong = some;
+    if (full == NULL || some == NULL) {
+        free(full);
+        snprintf(why, why_bytes, "no memory to check %u blocks", count);
+        return TS_ENOMEM;
+    }
+    for (uint32_t block = 0; block < count; block++) {
+        c->blocks += full[block];
+        if (full[block] && sums[block] != 0)
+            some[num++] = block;
+        else
+            sums[block] = 0;
+    }
+    free(full);
+    c->checked = num;
+    const ts_status status = look_at_all(at, sums, some, &num, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    c->wrong = num;
+    for (uint32_t i = 0; i < num; i++)
+        sums[some[i]] = 0;
+    return TS_OK;
+}
+
+ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *of, ts_gpu *gpu,
+                             ts_blocks_checked *c, uint32_t **wrong, char *why, size_t why_bytes)
 {
     const uint64_t began_ns = ts_now_ns();
-    const uint32_t count = x->engine->pools[pool].books.max_blocks;
+    const place at = place_of(s->engine, pool, of, gpu);
+    const uint32_t count = s->engine->pools[pool].books.max_blocks;
     const size_t bytes = count * sizeof(uint64_t);
-    const int fd = ts_stored_sums_take(x->store, pool);
-    *c = (ts_blocks_checked){.block_bytes = place_of(x, pool).block_bytes};
+    const int fd = ts_stored_sums_take(s->store, pool);
+    *c = (ts_blocks_checked){.block_bytes = at.block_bytes};
+    *wrong = NULL;
     if (fd < 0)
-        return ts_block_sums_add(x, pool, why, why_bytes);
+        return ts_block_sums_add(s, pool, of, gpu, why, why_bytes);
     const off_t has = lseek(fd, 0, SEEK_END);
     uint64_t *sums = has == (off_t)bytes
                          ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
@@ -278,40 +301,32 @@ ts_status ts_block_sums_take(ts_exec *x, uint32_t pool, ts_blocks_checked *c, ch
         snprintf(why, why_bytes, "the checksums of %u blocks can't be mapped", count);
         return TS_ENOMEM;
     }
-    uint32_t *blocks = NULL;
-    bool *full = find_full(x, pool);
-    ts_status status = full == NULL ? TS_ENOMEM : compare(x, pool, full, sums, &blocks, c);
-    for (uint32_t i = 0; i < c->wrong && status == TS_OK; i++) {
-        ts_answer a;
-        ts_exec_apply(
-            x, &(ts_command){.op = TS_OP_BLOCK_LOST, .pool = pool, .block_lost.block = blocks[i]},
-            &a);
-        c->lost += a.dropped;
-    }
-    free(blocks);
-    free(full);
+    ts_status status = compare(s->engine, pool, &at, sums, wrong, c, why, why_bytes);
     c->seconds = (double)(ts_now_ns() - began_ns) * 1e-9;
     if (status == TS_OK)
-        return keep(x, pool, sums, count, why, why_bytes);
-    munmap(sums, bytes);
-    snprintf(why, why_bytes, "no memory or threads to check %u blocks", count);
+        status = keep(s, pool, &at, sums, count, why, why_bytes);
+    else
+        munmap(sums, bytes);
+    if (status != TS_OK) {
+        free(*wrong);
+        *wrong = NULL;
+    }
     return status;
 }
 
-void ts_block_sums_remove(ts_exec *x, uint32_t pool)
+void ts_block_sums_remove(ts_block_sums *s, uint32_t pool)
 {
-    ts_block_sums *s = x->sums;
     if (s == NULL || s->pools[pool].count == 0)
         return;
     pthread_mutex_lock(&s->lock);
-    const pool_sums gone = s->pools[pool];
-    s->pools[pool] = (pool_sums){0};
     while (s->reading == pool)
         pthread_cond_wait(&s->changed, &s->lock);
+    const pool_sums gone = s->pools[pool];
+    s->pools[pool] = (pool_sums){0};
     pthread_mutex_unlock(&s->lock);
     munmap(gone.sums, gone.count * sizeof *gone.sums);
     free(gone.versions);
-    ts_stored_sums_forget(x->store, pool);
+    ts_stored_sums_forget(s->store, pool);
 }
 
 /* ---- what commands change ---- */
@@ -323,13 +338,12 @@ static void spoil(pool_sums *p, uint32_t block)
     __atomic_store_n(&p->sums[block], 0, __ATOMIC_RELEASE);
 }
 
-void ts_block_sums_leave_slab(ts_exec *x, uint32_t pool, uint32_t slab)
+void ts_block_sums_leave_slab(ts_block_sums *s, uint32_t pool, uint32_t slab)
 {
-    ts_block_sums *s = x->sums;
     if (s == NULL || s->pools[pool].count == 0)
         return;
     pool_sums *p = &s->pools[pool];
-    const uint32_t blocks = x->engine->pools[pool].config.slab_blocks;
+    const uint32_t blocks = p->place.slab_blocks;
     pthread_mutex_lock(&s->lock);
     for (uint32_t b = slab * blocks; b < (slab + 1) * blocks && b < p->count; b++)
         spoil(p, b);
@@ -338,15 +352,14 @@ void ts_block_sums_leave_slab(ts_exec *x, uint32_t pool, uint32_t slab)
     pthread_mutex_unlock(&s->lock);
 }
 
-void ts_block_sums_before(ts_exec *x, const ts_command *c)
+void ts_block_sums_before(ts_block_sums *s, const ts_command *c)
 {
-    ts_block_sums *s = x->sums;
     if (s == NULL)
         return;
     s->num_committed = 0;
     if (c->op != TS_OP_STEP_COMMIT)
         return;
-    const ts_step *step = ts_engine_find_step(x->engine, c->step_end.step);
+    const ts_step *step = ts_engine_find_step(s->engine, c->step_end.step);
     if (step == NULL || s->pools[step->pool].count == 0)
         return;
     if (step->num_seqs > s->capacity) {
@@ -365,7 +378,7 @@ void ts_block_sums_before(ts_exec *x, const ts_command *c)
 static void queue_full(ts_block_sums *s)
 {
     const uint32_t pool = s->committed_pool;
-    const ts_sequences *seqs = &s->exec->engine->pools[pool].seqs;
+    const ts_sequences *seqs = &s->engine->pools[pool].seqs;
     pool_sums *p = &s->pools[pool];
     pthread_mutex_lock(&s->lock);
     for (uint32_t i = 0; i < s->num_committed; i++) {
@@ -384,7 +397,7 @@ static void queue_full(ts_block_sums *s)
 /* The blocks that the begun step's new tokens, or the appended ones, are written to. */
 static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *a)
 {
-    const ts_sequences *seqs = &s->exec->engine->pools[c->pool].seqs;
+    const ts_sequences *seqs = &s->engine->pools[c->pool].seqs;
     pool_sums *p = &s->pools[c->pool];
     pthread_mutex_lock(&s->lock);
     for (uint32_t i = 0; i < c->step_begin.count; i++) {
@@ -400,9 +413,8 @@ static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *
     pthread_mutex_unlock(&s->lock);
 }
 
-void ts_block_sums_after(ts_exec *x, const ts_command *c, const ts_answer *a)
+void ts_block_sums_after(ts_block_sums *s, const ts_command *c, const ts_answer *a)
 {
-    ts_block_sums *s = x->sums;
     if (s == NULL || a->status != TS_OK)
         return;
     if (c->op == TS_OP_STEP_BEGIN && s->pools[c->pool].count > 0)
@@ -413,9 +425,8 @@ void ts_block_sums_after(ts_exec *x, const ts_command *c, const ts_answer *a)
 
 /* ---- the end ---- */
 
-void ts_block_sums_stop(ts_exec *x)
+void ts_block_sums_free(ts_block_sums *s)
 {
-    ts_block_sums *s = x->sums;
     if (s == NULL)
         return;
     pthread_mutex_lock(&s->lock);
@@ -432,5 +443,4 @@ void ts_block_sums_stop(ts_exec *x)
     }
     free(s->committed);
     free(s);
-    x->sums = NULL;
 }

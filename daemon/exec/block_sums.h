@@ -9,7 +9,10 @@
 #ifndef TS_BLOCK_SUMS_H
 #define TS_BLOCK_SUMS_H
 
-#include "exec.h"
+#include "engine.h"
+#include "gpu.h"
+#include "memory.h"
+#include "store.h"
 
 typedef struct ts_block_sums ts_block_sums;
 
@@ -18,34 +21,40 @@ typedef struct ts_blocks_checked {
     uint64_t blocks;      /* full ones that sequences have, or that are cached */
     uint64_t checked;     /* ... of them had a checksum */
     uint64_t wrong;       /* ... that wasn't theirs any more */
-    uint64_t lost;        /* sequences that were freed for it */
     uint64_t block_bytes; /* of each */
     double seconds;
 } ts_blocks_checked;
 
-/* Begins to keep checksums of the pool, with none. The exec has books. Else refused as ts_store_put
- * refuses, or TS_ENOMEM, with a sentence. */
-ts_status ts_block_sums_add(ts_exec *exec, uint32_t pool, char *why, size_t why_bytes);
+/* For the engine's pools; they are stored there. NULL: no memory, or no thread. */
+ts_block_sums *ts_block_sums_new(const ts_engine *engine, ts_store *store);
+
+/* Ends the thread, and lets what is stored be. NULL is fine, here and in all that follows
+ * ts_block_sums_take. */
+void ts_block_sums_free(ts_block_sums *sums);
+
+/* Begins to keep checksums of the pool, whose blocks lie in this memory, with none. gpu NULL: it is
+ * the host's. Refused as ts_store_put refuses, or TS_ENOMEM, with a sentence. */
+ts_status ts_block_sums_add(ts_block_sums *sums, uint32_t pool, const ts_memory *memory,
+                            ts_gpu *gpu, char *why, size_t why_bytes);
 
 /*
  * The same for a pool that an earlier daemon had, whose memory is there: takes its checksums from
- * the store and holds the memory against them. Blocks that aren't what they were are forgotten, and
- * the sequences that had one are freed. Without checksums in the store there is nothing to check.
+ * the store and holds the memory against them. *wrong, the caller's to free, are the blocks that
+ * don't hold what was stored, checked->wrong of them. Without checksums in the store there is
+ * nothing to check. TS_EDEVICE: the GPU can't be read.
  */
-ts_status ts_block_sums_take(ts_exec *exec, uint32_t pool, ts_blocks_checked *checked, char *why,
+ts_status ts_block_sums_take(ts_block_sums *sums, uint32_t pool, const ts_memory *memory,
+                             ts_gpu *gpu, ts_blocks_checked *checked, uint32_t **wrong, char *why,
                              size_t why_bytes);
 
 /* Stands around every command: which blocks it fills, and which are to be written anew. */
-void ts_block_sums_before(ts_exec *exec, const ts_command *command);
-void ts_block_sums_after(ts_exec *exec, const ts_command *command, const ts_answer *answer);
+void ts_block_sums_before(ts_block_sums *sums, const ts_command *command);
+void ts_block_sums_after(ts_block_sums *sums, const ts_command *command, const ts_answer *answer);
 
 /* The slab's memory goes: nothing is read there any more. */
-void ts_block_sums_leave_slab(ts_exec *exec, uint32_t pool, uint32_t slab);
+void ts_block_sums_leave_slab(ts_block_sums *sums, uint32_t pool, uint32_t slab);
 
 /* The pool goes. */
-void ts_block_sums_remove(ts_exec *exec, uint32_t pool);
-
-/* Ends the thread, and lets the checksums be. */
-void ts_block_sums_stop(ts_exec *exec);
+void ts_block_sums_remove(ts_block_sums *sums, uint32_t pool);
 
 #endif

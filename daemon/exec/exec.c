@@ -51,12 +51,12 @@ void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
     timed.now_ms = ts_now_ms();
     ts_books_begin(x->books, &timed);
     ts_point("applying", timed.op);
-    ts_block_sums_before(x, &timed);
+    ts_block_sums_before(x->sums, &timed);
     ts_engine_apply(x->engine, &timed, a);
     ts_point("applied", 0);
     ts_books_note(x->books, x->engine, &timed, a);
     ts_point("published", 0);
-    ts_block_sums_after(x, &timed, a);
+    ts_block_sums_after(x->sums, &timed, a);
     ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;
@@ -79,7 +79,7 @@ bool ts_exec_leaves_to_next(ts_exec *x, uint32_t pool)
 
 void ts_exec_fini(ts_exec *x)
 {
-    ts_block_sums_stop(x);
+    ts_block_sums_free(x->sums);
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(x->memory[i]);
     for (uint32_t i = 0; i < x->num_gpus; i++) {

@@ -192,7 +192,7 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
     ts_memory *memory = x->memory[pool];
     if (x->gpu_of[pool] == NULL && !ts_cgroup_allows(memory->export_bytes, why, why_bytes))
         return TS_ENOMEM;
-    ts_block_sums_leave_slab(x, pool, slab);
+    ts_block_sums_leave_slab(x->sums, pool, slab);
     ts_status status = ts_memory_renew(
         memory, slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
         why_bytes);
