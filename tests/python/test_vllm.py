@@ -206,9 +206,9 @@ def start_finder():
 def make_store(daemon):
     stores = []
 
-    def make(isa="vec", page_tokens=32, timeout=5.0):
+    def make(isa="vec", page_tokens=32, timeout=5.0, url=daemon.url):
         pages, layers = host_pages(isa, page_tokens)
-        stores.append(Store(Side(daemon.url, timeout), pages))
+        stores.append(Store(Side(url, timeout), pages))
         until(stores[-1]._pool)
         return stores[-1], pages
 
@@ -348,6 +348,30 @@ def test_a_worker_goes_on_when_the_daemon_was_killed(make_store, daemon, start_d
         return store.stats.stored == 32 + 96
     until(stored)
     assert store.stats.sessions == 2
+
+
+def test_a_daemon_that_another_takes_over_from_costs_nothing(start_supervised, make_store,
+                                                             start_finder):
+    """Saves, answers, tickets and loads are as if it had lived."""
+    daemon = start_supervised(f"{POOL},device=host")
+    store, pages = make_store(url=daemon.url, timeout=LONG)
+    finder = start_finder(daemon.url, timeout=LONG, patience=LONG)
+    up(finder)
+    rows = fill(pages, 1, [0, 1, 2])
+    save(store, IDS[:64], [0, 1])
+    daemon.kill()
+    save(store, IDS, [0, 1, 2])
+    daemon.kill()
+    assert answer(finder, "load", IDS) == 95
+    first, ticket = finder.take("load")
+    daemon.kill()
+    store.load(plan.StepPlan(loads=[plan.Load("r", ticket, first, 95, [4, 5, 6])]))
+    assert store.failed_pages() == set() and vars(store.stats) == {
+        "loaded": 95, "stored": 96, "failed_loads": 0, "dropped_saves": 0, "sessions": 1}
+    for layer in range(LAYERS):
+        for found, want in zip(pages.read(layer, np.array([4, 5, 6])), rows[layer]):
+            assert (found[:95] == want[:95]).all()
+    assert finder.stats.sessions == 1
 
 
 def test_a_worker_waits_for_a_paused_daemon_no_longer_than_its_timeout(make_store, daemon):
