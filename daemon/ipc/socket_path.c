@@ -93,7 +93,12 @@ ts_status ts_socket_path_lock(const char *socket, char *path, size_t path_bytes,
         struct stat ours, there;
         *fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
         if (*fd < 0 || fstat(*fd, &ours) != 0) {
-            snprintf(why, why_bytes, "%s: %s", path, strerror(errno));
+            if (*fd < 0 && errno == ENOENT)
+                snprintf(why, why_bytes,
+                         "%s: its folder is missing; make it, or name another socket (--socket)",
+                         socket);
+            else
+                snprintf(why, why_bytes, "%s: %s", path, strerror(errno));
             break;
         }
         if (!S_ISREG(ours.st_mode) || ours.st_size != 0) {

@@ -43,6 +43,13 @@ def test_what_is_no_socket_is_named(tmp_path, kind, make):
     assert stat.S_IFMT((tmp_path / "s").lstat().st_mode) == stat.S_IFMT(mode)
 
 
+def test_a_folder_that_is_missing_is_told(tmp_path):
+    result = start(tmp_path / "none" / "s", "--pool", POOL)
+    assert result.returncode == 1
+    assert (f"{tmp_path}/none/s: its folder is missing; make it, or name another socket (--socket)"
+            in result.stderr)
+
+
 @pytest.mark.parametrize("ending", ["", ".handles"])
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 def test_a_socket_that_answers_is_left(tmp_path, ending, kind):
