@@ -5,9 +5,11 @@ import pickle
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, Llama4TextConfig
+from transformers import (AttentionInterface, AutoModelForCausalLM, Llama4TextConfig,
+                          masking_utils)
 
 import tinyserve.transformers as ts
+from tinyserve.transformers.attention import _window_of
 from models import COMMON, FAMILIES, cache_name, generate, llama, make, prompts, reference
 
 
@@ -152,7 +154,6 @@ def test_a_model_that_makes_no_mask(model, attach):
 
 def test_masks_with_overlays(attach):
     """What a model adds to the causal mask is seen, whatever it is called."""
-    from transformers import masking_utils
     model = llama()
     kv = attach(model)
     module = __import__("sys").modules[type(model).__module__]
@@ -171,14 +172,18 @@ def test_masks_with_overlays(attach):
                 generate(model, prompts(9), kv.cache())
         finally:
             module.create_causal_mask = plain
-    window = masking_utils.sliding_window_causal_mask_function(7)
-    from tinyserve.transformers.attention import _window_of
-    assert _window_of(window, 7) == 7 and _window_of(masking_utils.causal_mask_function, None) == 0
     chunked = masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=int))
     with pytest.raises(ts.Unsupported, match="chunked_overlay"):
-        _window_of(chunked, 7)
+        _window_of(chunked)
     with pytest.raises(ts.Unsupported, match="later ones"):
-        _window_of(masking_utils.bidirectional_mask_function, None)
+        _window_of(masking_utils.bidirectional_mask_function)
+
+
+def test_the_smallest_window_of_a_mask_counts():
+    window = masking_utils.sliding_window_causal_mask_function(7)
+    assert _window_of(masking_utils.causal_mask_function) == 0 and _window_of(window) == 7
+    assert _window_of(masking_utils.and_masks(
+        window, masking_utils.sliding_window_overlay(3))) == 3
 
 
 def test_layers_that_attend_by_themselves(attach):

@@ -69,17 +69,21 @@ _SLIDING = _overlay_code(masking_utils.sliding_window_overlay)
 _AND = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 
 
+def _held(function: Any, name: str) -> Any:
+    """What a function that was made within another one keeps of it under this name."""
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+
+
 def _parts(function: Any) -> list[Any]:
     """The mask functions that all must say yes."""
     if getattr(function, "__code__", None) is not _AND:
         return [function]
-    names = function.__code__.co_freevars
-    held = function.__closure__[names.index("mask_functions")].cell_contents
-    return [part for f in held for part in _parts(f)]
+    return [part for f in _held(function, "mask_functions") for part in _parts(f)]
 
 
-def _window_of(function: Any, local_size: int | None) -> int:
-    """The window of a mask function: causal, or causal within a window. Unsupported: another."""
+def _window_of(function: Any) -> int:
+    """The window of a mask function: causal (0), or causal within windows, of which the smallest
+    counts. Unsupported: another."""
     parts = _parts(function)
     rest = [p for p in parts if p is not masking_utils.causal_mask_function]
     if len(rest) == len(parts):
@@ -88,9 +92,7 @@ def _window_of(function: Any, local_size: int | None) -> int:
         if getattr(part, "__code__", None) is not _SLIDING:
             raise Unsupported(f"attention mask: {_name(part)}; supported are causal masks, and "
                               "causal masks within a sliding window")
-    if rest and not local_size:
-        raise Unsupported("attention mask: a sliding window without its size")
-    return int(local_size or 0) if rest else 0
+    return min((int(_held(part, "sliding_window")) for part in rest), default=0)
 
 
 def _name(function: Any) -> str:
@@ -101,7 +103,7 @@ def _mask(before: Any, *, mask_function: Callable[..., Any] = masking_utils.caus
           local_size: int | None = None, **arguments: Any) -> Any:
     if current() is None:
         return before(mask_function=mask_function, local_size=local_size, **arguments)
-    window = _window_of(mask_function, local_size)
+    window = _window_of(mask_function)
     return _MASKS.setdefault(window, Mask(window))
 
 
