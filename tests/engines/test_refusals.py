@@ -179,6 +179,25 @@ def test_masks_with_overlays(attach):
         _window_of(masking_utils.bidirectional_mask_function)
 
 
+@pytest.mark.parametrize("use", [
+    lambda mask: mask.dtype, lambda mask: mask[..., :5], lambda mask: torch.zeros(1) + mask,
+    lambda mask: mask + torch.zeros(1), lambda mask: torch.where(mask, 1.0, 0.0)])
+def test_layers_that_compute_with_the_mask(attach, use):
+    model = llama()
+    kv, layer = attach(model), model.model.layers[1].self_attn
+    forward = layer.forward
+
+    def own(*_, attention_mask, **arguments):
+        use(attention_mask)
+
+    layer.forward = own
+    cache = kv.cache()
+    with pytest.raises(ts.Unsupported, match="a layer that computes with its attention mask"):
+        generate(model, prompts(9), cache)
+    layer.forward = forward
+    assert torch.equal(generate(model, prompts(9), cache), reference(model, prompts(9)))
+
+
 def test_the_smallest_window_of_a_mask_counts():
     window = masking_utils.sliding_window_causal_mask_function(7)
     assert _window_of(masking_utils.causal_mask_function) == 0 and _window_of(window) == 7

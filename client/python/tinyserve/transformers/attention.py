@@ -33,14 +33,30 @@ _HARMLESS = frozenset((
     "num_items_in_batch", "is_first_iteration", "head_mask"))
 
 
+class _NoTensor(Unsupported, AttributeError):
+    """An AttributeError, too, so that hasattr() of a mask says what is so."""
+
+
 class Mask:
     """What the mask function gives the layers in place of a tensor: `window` tokens are seen, the
-    token itself included (0: all that are before it). Padding is no part of it: it isn't stored."""
+    token itself included (0: all that are before it). Padding is no part of it: it isn't stored.
+    A layer that computes with it, as if it were a tensor, is refused."""
 
     __slots__ = ("window",)
 
     def __init__(self, window: int) -> None:
         self.window = window
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NoTensor(f"a layer that computes with its attention mask by itself (mask.{name})")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> Any:
+        name = getattr(function, "__name__", function)
+        raise _NoTensor(f"a layer that computes with its attention mask by itself ({name})")
+
+    def __getitem__(self, key: Any) -> Any:
+        raise _NoTensor("a layer that computes with its attention mask by itself (mask[...])")
 
     def __repr__(self) -> str:
         return f"<tinyserve mask, window {self.window}>"
