@@ -223,6 +223,12 @@ def test_layers_that_attend_by_themselves(attach):
     assert torch.equal(generate(model, prompts(9), cache), reference(model, prompts(9)))
 
 
+def test_models_that_call_their_layers_past_the_base_model(attach):
+    model = build("OPTConfig", ffn_dim=64, word_embed_proj_dim=128)
+    with pytest.raises(ts.Unsupported, match="past its base_model, as OPT does"):
+        generate(model, prompts(9), attach(model).cache())
+
+
 def test_a_layer_that_is_used_twice(attach):
     model = llama()
     model.model.layers[2] = model.model.layers[0]

@@ -108,7 +108,8 @@ class PooledCache(Cache):
         if forward is None or forward.cache is not self:
             raise Unsupported("a cache of tinyserve outside the forward pass of the model that it "
                               "was made for (kv.cache() of another model, or of one that was "
-                              "detached?)")
+                              "detached? a model that calls its layers past its base_model, as OPT "
+                              "does, can't be served)")
         return key_states, value_states
 
     # ---- what changes the sequences ----
