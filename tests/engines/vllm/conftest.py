@@ -60,7 +60,8 @@ class Engine:
         settings = {"url": url, "llm": llm or {}, "extra": extra or {}}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "engine.py"), json.dumps(settings)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment,
+            start_new_session=True)
         self._ready = None
 
     def ready(self):
@@ -89,14 +90,18 @@ class Engine:
     def log(self):
         return pathlib.Path(self._log.name).read_text()
 
+    def kill(self):
+        """With the processes that it has started, which would go on."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
     def stop(self):
         if self.process.poll() is None:
             self.process.stdin.close()
             try:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+                self.kill()
         self._log.close()
 
 

@@ -116,9 +116,10 @@ def test_ts_generate_reads_what_vllm_stored_and_the_other_way_round(daemon, engi
 
 def test_an_engine_that_is_killed_leaves_nothing_behind(daemon, engines):
     first = engines[0]
-    first.begin("generate", prompts=PROMPTS, tokens=192, salt="killed")
-    first.process.kill()  # its own processes end when they notice
-    first.process.wait()
     with tinyserve.connect(daemon.url) as client, client.pool("kv") as pool:
+        before = pool.stats().cached
+        first.begin("generate", prompts=PROMPTS, tokens=192, salt="killed")
+        wait_until(lambda: pool.stats().cached > before)  # it generates, and has stored some
+        first.kill()
         wait_until(lambda: pool.stats().used == 0)  # tickets end with their time
         assert pool.stats().pinned == 0
