@@ -1,6 +1,6 @@
 """The scheduler's questions to the daemon, asked by a thread of their own.
 
-The scheduler never waits longer than its allowance (3 ms for each pass over its queue). What isn't
+The scheduler never waits longer than its allowance (2 ms for each pass over its queue). What isn't
 answered by then is asked for again in the next pass, and after `patience` it is a miss. While the
 daemon can't be reached, or hasn't answered for that long, every question is a miss at once, and
 the thread connects again with growing pauses.
@@ -55,7 +55,7 @@ class Finder:
 
     connect: gives a session and its pool; called by the thread, and again after failures."""
 
-    def __init__(self, connect: Callable[[], tuple[Client, Pool]], *, allowance: float = 0.003,
+    def __init__(self, connect: Callable[[], tuple[Client, Pool]], *, allowance: float = 0.002,
                  patience: float = 0.1, ttl: float = 30.0) -> None:
         self._connect, self._allowance = connect, allowance
         self._patience, self._ttl = patience, ttl
