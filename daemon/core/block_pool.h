@@ -158,8 +158,8 @@ bool ts_pool_empty_other(ts_pool_books *pool, uint32_t tenant, uint32_t share, b
 /* Takes blocks of retired namespaces out of the index, cached ones and those in use. */
 void ts_pool_drop_retired(ts_pool_books *pool, uint32_t *budget);
 
-/* Takes the block out of the index, and before it what hangs from it; what is cached of that is free
- * then. */
+/* Takes the block out of the index, and before it what hangs from it. What is cached of that is
+ * free then. */
 void ts_pool_drop_block(ts_pool_books *pool, uint32_t block);
 
 /* Makes the class of the block, which the index has, at least this one. False: it was. */

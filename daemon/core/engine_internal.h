@@ -27,8 +27,8 @@ ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_session_
     ts_engine_seq_redeem, ts_engine_seq_list, ts_engine_step_begin, ts_engine_step_run,
     ts_engine_step_end, ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove,
     ts_engine_pool_add, ts_engine_pool_remove, ts_engine_pool_resize, ts_engine_pool_quotas,
-    ts_engine_set_limits, ts_engine_drain, ts_engine_sweep, ts_engine_wait_end, ts_engine_slab_lost, ts_engine_block_lost,
-    ts_engine_restarted, ts_engine_session_back;
+    ts_engine_set_limits, ts_engine_drain, ts_engine_sweep, ts_engine_wait_end, ts_engine_slab_lost,
+    ts_engine_block_lost, ts_engine_restarted, ts_engine_session_back;
 
 /*
  * The sequence with this id if the session may use it: one that it owns, or one that its tenant
