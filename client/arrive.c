@@ -290,6 +290,8 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     if (lost)
         ts_signals_release_waiters(c);
     c->reconnecting = false;
+    if (status == TS_OK) /* before whatever is asked again */
+        ts_unanswered_abort_again(c);
     return status;
 }
 

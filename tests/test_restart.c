@@ -194,6 +194,41 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
     }
 }
 
+/* The same of an abort that isn't carried out: the daemon stands still, and dies. */
+static void an_abort_that_was_given_up_is_carried_out(void **state)
+{
+    (void)state;
+    for (int t = TS_TRANSPORT_RING; t <= TS_TRANSPORT_MESSAGES; t++) {
+        daemon_process d;
+        ts_client *c;
+        ts_seq seq;
+        ts_step *step;
+        start(&d, POOL, NULL);
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                    .url = d.url,
+                                    .wait_ms = 60000,
+                                    .timeout_ms = 2000,
+                                    .exchange_bytes = 1u << 20,
+                                    .transport = (ts_transport)t},
+                      &c));
+        ts_pool *p = open_pool(c, "p", 0);
+        DO(ts_seq_create(p, 1, &seq));
+        DO(ts_step_begin(p, &seq, &(uint32_t){3}, 1,
+                         &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
+                         &step));
+        const pid_t daemon = daemon_of(&d);
+        assert_int_equal(kill(daemon, SIGSTOP), 0);
+        assert_int_equal(ts_step_abort(step), TS_ETIMEOUT);
+        assert_int_equal(kill(daemon, SIGKILL), 0);
+        DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
+        assert_int_equal(ts_client_restarts(c), 1);
+        check_daemon(c);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        stop(&d, false);
+    }
+}
+
 /* Kills the daemon some time after it has stopped. */
 static void *kill_stopped(void *arg)
 {
@@ -439,6 +474,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
+        cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
         cmocka_unit_test(an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothing),

@@ -133,6 +133,41 @@ static void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_
     DO(ts_step_commit(step, NULL));
 }
 
+/* A worker writes what it has appended when it likes: no block with some of it is checked. */
+static void what_was_appended_may_be_written_late(void **state)
+{
+    (void)state;
+    daemon_process d;
+    pthread_t thread;
+    rng r = {3};
+    ts_seq seqs[2];
+    uint64_t slots[BLOCK / 2];
+    ts_kv kv;
+    uint32_t length;
+    setenv("TS_TEST_STOP", "summed:1", 1); /* of the second sequence's block */
+    start_with(&d, POOL, NULL, "verify=restart");
+    unsetenv("TS_TEST_STOP");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    DO(ts_seq_create(p, 2, seqs));
+    DO(ts_seq_append(p, &seqs[0], &(uint32_t){BLOCK / 2}, 1, slots));
+    DO(ts_slot_kv(p, slots[0], 0, &kv));
+    one_step(c, p, &seqs[0], (uint32_t[]){BLOCK / 2}, 1, NULL, &r);
+    spoiler s = {&d, kv.k};
+    assert_int_equal(pthread_create(&thread, NULL, spoil, &s), 0);
+    one_step(c, p, &seqs[1], (uint32_t[]){BLOCK}, 1, NULL, &r);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        DO(ts_seq_lengths(p, &seqs[i], 1, &length));
+        assert_int_equal(length, BLOCK);
+    }
+    assert_int_equal(ts_client_restarts(c), 1);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* Blocks that are filled, shared, cut and filled again, freed and taken again, appended to, and
  * found; how many restarts there were. All sequences must be as long as they should. */
 static uint32_t fill_and_cut(const char *kill_at)
@@ -203,6 +238,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_block_that_was_changed_is_forgotten),
         cmocka_unit_test(a_block_that_was_changed_on_a_gpu_is_forgotten),
+        cmocka_unit_test(what_was_appended_may_be_written_late),
         cmocka_unit_test(what_is_right_is_never_taken_for_wrong),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));

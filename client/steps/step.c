@@ -507,7 +507,10 @@ ts_status ts_step_abort(ts_step *s)
     if (s == NULL)
         return TS_OK;
     TS_ENTER_LAST(s->pool->client);
+    ts_client *c = s->pool->client;
     ts_status status = call_end(s, false, NULL);
+    if ((status == TS_ETIMEOUT || status == TS_ECONN) && !c->lost)
+        ts_unanswered_abort(c, s->id);
     step_end(s);
     return status;
 }

@@ -106,6 +106,8 @@ struct ts_client {
     /* The numbers of such calls whose daemon has gone: the next one is told. */
     uint64_t given_up[TS_GIVEN_UP_MOST];
     uint32_t num_given_up;
+    uint64_t unaborted[TS_GIVEN_UP_MOST]; /* steps whose abort had no answer */
+    uint32_t num_unaborted;
     /* Called before each call, if it isn't NULL: undoes begins whose answers came late. */
     void (*settle)(ts_client *client);
     ts_exec exec; /* that was asked for, or that AUTO has come to */

@@ -8,6 +8,9 @@
  * By messages the same request is sent again, in a context of its own: the daemon applies it once
  * and gives the first answer again. By the rings, which aren't used any more then, the completion
  * comes to where the client would have looked for it.
+ *
+ * An abort without an answer is the daemon's to carry out; if it ends before that, the next one is
+ * asked again.
  */
 #include "unanswered.h"
 
@@ -16,6 +19,7 @@
 
 #include <nng/protocol/reqrep0/req.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct ts_unanswered {
     ts_unanswered *next;
@@ -159,6 +163,22 @@ void ts_unanswered_by_ring(ts_client *c, uint32_t pool, uint32_t seqs)
     c->unanswered_pool = pool;
     c->unanswered_seqs = seqs;
     c->ring_unanswered = true;
+}
+
+void ts_unanswered_abort(ts_client *c, uint64_t step)
+{
+    if (c->num_unaborted < TS_GIVEN_UP_MOST)
+        c->unaborted[c->num_unaborted++] = step;
+}
+
+void ts_unanswered_abort_again(ts_client *c)
+{
+    uint64_t steps[TS_GIVEN_UP_MOST];
+    const uint32_t count = c->num_unaborted;
+    memcpy(steps, c->unaborted, count * sizeof *steps);
+    c->num_unaborted = 0; /* first: what follows are calls, too */
+    for (uint32_t i = 0; i < count; i++)
+        abort_step(c, steps[i]);
 }
 
 void ts_unanswered_close(ts_client *c)

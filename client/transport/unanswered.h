@@ -14,6 +14,11 @@ void ts_unanswered_by_message(ts_client *client, const Tspb__Request *request, u
 void ts_unanswered_by_ring(ts_client *client, uint32_t pool, uint32_t seqs);
 void ts_unanswered_close(ts_client *client);
 
+/* The step's abort got no answer. A daemon that lives carries it out some time; the next one is
+ * asked again. */
+void ts_unanswered_abort(ts_client *client, uint64_t step);
+void ts_unanswered_abort_again(ts_client *client);
+
 /* The numbers of those calls, `most` at most; how many. */
 uint32_t ts_unanswered_calls(const ts_client *client, uint64_t *calls, uint32_t most);
 

@@ -253,12 +253,14 @@ static const ts_config_key daemon_keys[] = {
      .more = "It waits only while the GPU has something to do."},
     {DAEMON("verify", read_word, verify), .words = verifies, .preset = "off",
      .help = "Whether pools' memory is checked after a restart: {words}.",
-     .more = "With restart each block that a step has filled gets a checksum, by a thread of its "
-             "own, and the daemon that takes over serves nothing before all of them were held "
-             "against the memory. Blocks that don't hold what was stored are forgotten, and the "
-             "sequences that had one are lost; the log says how many. It takes as long as reading "
-             "the memory does. What was committed in the last moments has no checksum yet, nor "
-             "has what workers appended."},
+     .more =
+         "With restart each block that a step has filled gets a checksum, by a thread of its "
+         "own, and the daemon that takes over serves nothing before all of them were held "
+         "against the memory. Blocks that don't hold what was stored are forgotten, and the "
+         "sequences that had one are lost; the log says how many. It takes as long as reading "
+         "the memory does. Blocks that wait for their checksum at the death aren't checked, nor "
+         "are those that were filled while 65536 waited, and blocks with tokens that a worker "
+         "appended."},
     {DAEMON("metrics", read_metrics, metrics), .preset = "off", .shipped = "127.0.0.1:9470",
      .help = "An address and a port, or off. They serve a page that shows the pools at /, its "
              "figures as /stats.json, Prometheus' figures as /metrics, and /healthz, to everybody "

@@ -30,11 +30,13 @@ typedef struct pool_sums {
     place place;
     uint64_t *sums;     /* stored, by block; 0: it has none. Atomic */
     uint32_t *versions; /* by block: how often it was to be written anew. Under the lock */
+    bool *appended;     /* by block: the worker may write some of it when it likes */
     uint32_t count;     /* blocks; 0: the pool has no checksums */
+    uint32_t life;      /* other pools had the place before */
 } pool_sums;
 
 typedef struct full_block {
-    uint32_t pool, block, version;
+    uint32_t pool, block, version, life;
 } full_block;
 
 /* A sequence of a step that is about to be committed. */
@@ -51,6 +53,8 @@ struct ts_block_sums {
     pthread_cond_t changed;
     full_block queue[QUEUE]; /* under the lock, as what follows up to `stop` */
     uint32_t head, tail;     /* which only grow */
+    uint32_t lives;          /* of pools, so far */
+    uint32_t reading_block;
     uint32_t reading; /* the pool of the block that the thread reads; TS_NONE: it reads none */
     bool stop;
     committed *committed; /* of the command that is being applied */
@@ -91,17 +95,18 @@ static void make_next(ts_block_sums *s)
 {
     const full_block b = s->queue[s->head++ % QUEUE];
     const pool_sums *p = &s->pools[b.pool];
-    if (b.block >= p->count || p->versions[b.block] != b.version)
+    if (p->life != b.life || b.block >= p->count || p->versions[b.block] != b.version)
         return;
     const place at = p->place;
     s->reading = b.pool;
+    s->reading_block = b.block;
     pthread_mutex_unlock(&s->lock);
     unsigned char *copy = NULL;
     const uint64_t sum = sum_of(&at, b.block, &copy);
     free(copy);
     pthread_mutex_lock(&s->lock);
     s->reading = TS_NONE;
-    if (p->versions[b.block] == b.version)
+    if (p->count > 0 && p->versions[b.block] == b.version)
         __atomic_store_n(&p->sums[b.block], sum, __ATOMIC_RELEASE);
     ts_point("summed", 0);
     pthread_cond_broadcast(&s->changed);
@@ -146,13 +151,16 @@ static ts_status keep(ts_block_sums *s, uint32_t pool, const place *at, uint64_t
                       uint32_t count, char *why, size_t why_bytes)
 {
     uint32_t *versions = calloc(count, sizeof *versions);
-    if (versions == NULL) {
+    bool *appended = calloc(count, sizeof *appended);
+    if (versions == NULL || appended == NULL) {
         munmap(memory, count * sizeof *memory);
+        free(versions);
+        free(appended);
         snprintf(why, why_bytes, "no memory for the checksums of %u blocks", count);
         return TS_ENOMEM;
     }
     pthread_mutex_lock(&s->lock);
-    s->pools[pool] = (pool_sums){*at, memory, versions, count};
+    s->pools[pool] = (pool_sums){*at, memory, versions, appended, count, ++s->lives};
     pthread_mutex_unlock(&s->lock);
     return TS_OK;
 }
@@ -280,6 +288,17 @@ static ts_status compare(const ts_engine *e, uint32_t pool, const place *at, uin
     return TS_OK;
 }
 
+/* Who wrote what is in a block that isn't full isn't known: it may have been appended. */
+static void note_tails(pool_sums *p, const ts_sequences *seqs)
+{
+    for (uint32_t i = 0; i < seqs->count; i++) {
+        const ts_sequence *seq = &seqs->all[i];
+        if (seq->tenant != TS_NONE && seq->step != TS_SEQUENCE_DYING &&
+            seq->length % seqs->block_tokens != 0)
+            p->appended[seq->blocks[seq->length / seqs->block_tokens]] = true;
+    }
+}
+
 ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *of, ts_gpu *gpu,
                              ts_blocks_checked *c, uint32_t **wrong, char *why, size_t why_bytes)
 {
@@ -307,6 +326,8 @@ ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *o
         status = keep(s, pool, &at, sums, count, why, why_bytes);
     else
         munmap(sums, bytes);
+    if (status == TS_OK)
+        note_tails(&s->pools[pool], &s->engine->pools[pool].seqs);
     if (status != TS_OK) {
         free(*wrong);
         *wrong = NULL;
@@ -319,13 +340,15 @@ void ts_block_sums_remove(ts_block_sums *s, uint32_t pool)
     if (s == NULL || s->pools[pool].count == 0)
         return;
     pthread_mutex_lock(&s->lock);
+    const pool_sums gone = s->pools[pool];
+    s->pools[pool].count = 0; /* nothing more of it is read */
     while (s->reading == pool)
         pthread_cond_wait(&s->changed, &s->lock);
-    const pool_sums gone = s->pools[pool];
     s->pools[pool] = (pool_sums){0};
     pthread_mutex_unlock(&s->lock);
     munmap(gone.sums, gone.count * sizeof *gone.sums);
     free(gone.versions);
+    free(gone.appended);
     ts_stored_sums_forget(s->store, pool);
 }
 
@@ -347,7 +370,7 @@ void ts_block_sums_leave_slab(ts_block_sums *s, uint32_t pool, uint32_t slab)
     pthread_mutex_lock(&s->lock);
     for (uint32_t b = slab * blocks; b < (slab + 1) * blocks && b < p->count; b++)
         spoil(p, b);
-    while (s->reading == pool)
+    while (s->reading == pool && s->reading_block / blocks == slab)
         pthread_cond_wait(&s->changed, &s->lock);
     pthread_mutex_unlock(&s->lock);
 }
@@ -386,29 +409,43 @@ static void queue_full(ts_block_sums *s)
         for (uint32_t k = s->committed[i].start / seqs->block_tokens;
              k < seq->length / seqs->block_tokens && s->tail - s->head < QUEUE; k++) {
             const uint32_t block = seq->blocks[k];
-            if (p->sums[block] == 0)
-                s->queue[s->tail++ % QUEUE] = (full_block){pool, block, p->versions[block]};
+            if (p->sums[block] == 0 && !p->appended[block])
+                s->queue[s->tail++ % QUEUE] =
+                    (full_block){pool, block, p->versions[block], p->life};
         }
     }
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
 }
 
+/* The sequence's tokens from `start` on are written to these blocks: by a step, or, appended, by
+ * the worker when it likes. `original`: the block whose copy the first one is, or TS_NONE. */
+static void spoil_written(pool_sums *p, const ts_sequence *seq, uint32_t start, uint32_t tokens,
+                          uint32_t block_tokens, bool append, uint32_t original)
+{
+    for (uint32_t k = start / block_tokens; k <= (start + tokens - 1) / block_tokens; k++) {
+        const uint32_t block = seq->blocks[k];
+        const bool whole = k * block_tokens >= start; /* nothing of it is older */
+        const bool before =
+            !whole && p->appended[original != TS_NONE ? original : block]; /* which is its first */
+        spoil(p, block);
+        p->appended[block] = append || before;
+    }
+}
+
 /* The blocks that the begun step's new tokens, or the appended ones, are written to. */
 static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *a)
 {
     const ts_sequences *seqs = &s->engine->pools[c->pool].seqs;
-    pool_sums *p = &s->pools[c->pool];
+    const ts_step *step = a->begun.step;
     pthread_mutex_lock(&s->lock);
     for (uint32_t i = 0; i < c->step_begin.count; i++) {
         const ts_sequence *seq = ts_sequence_find(seqs, c->step_begin.seqs[i]);
         const uint32_t tokens = c->step_begin.new_tokens[i];
-        if (seq == NULL || tokens == 0)
-            continue;
-        const uint32_t start = seq->length - (a->begun.step == NULL ? tokens : 0);
-        for (uint32_t k = start / seqs->block_tokens;
-             k <= (start + tokens - 1) / seqs->block_tokens; k++)
-            spoil(p, seq->blocks[k]);
+        if (seq != NULL && tokens > 0)
+            spoil_written(&s->pools[c->pool], seq, seq->length - (step == NULL ? tokens : 0),
+                          tokens, seqs->block_tokens, step == NULL,
+                          step == NULL ? TS_NONE : step->seqs[i].original);
     }
     pthread_mutex_unlock(&s->lock);
 }
@@ -440,6 +477,7 @@ void ts_block_sums_free(ts_block_sums *s)
         if (s->pools[i].count > 0)
             munmap(s->pools[i].sums, s->pools[i].count * sizeof(uint64_t));
         free(s->pools[i].versions);
+        free(s->pools[i].appended);
     }
     free(s->committed);
     free(s);

@@ -1,8 +1,9 @@
 /*
  * Checksums of what full blocks hold, so that a restart can hold its memory against them (key
  * `verify`). They lie in stored memory, 8 bytes for each block of a pool, and are made by a thread
- * of their own when a step is committed: nobody waits for them, and what was committed in a
- * daemon's last moments has none yet. A block has one from then until a step may write it anew.
+ * of their own when a step is committed: nobody waits for them, and blocks that wait when the
+ * daemon dies have none. A block has one from then until a step may write it anew. Blocks with
+ * appended tokens have none: the worker may write these when it likes.
  *
  * Thread: the engine's owner of the moment (work_queue.h).
  */

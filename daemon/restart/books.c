@@ -22,9 +22,10 @@
 
 #define JOURNAL_BYTES ((uint64_t)64 << 20)
 #define ENTRIES_LEAST 4096u
-#define ENTRY_NS 2000u  /* to apply one again, as a guess before it was measured */
-#define ATTEMPTS_MAX 3u /* to take over the same books */
-#define CRASHES_MAX 3u  /* in the same operation that no session asked for */
+#define ENTRY_NS 2000u    /* to apply one again, as a guess before it was measured */
+#define ATTEMPTS_MAX 3u   /* to take over the same books */
+#define CRASHES_MAX 3u    /* in the same operation that no session asked for, */
+#define CRASHES_MS 60000u /* ... each of them so soon after the one before */
 
 static const char *const journal_name = "journal";
 static const char *const area_names[TS_AREAS] = {"books.a", "books.b"};
@@ -403,13 +404,16 @@ static void note_problem(void *arg, const char *sentence)
         snprintf(why, 200, "%s", sentence);
 }
 
-/* Which command was under way at the death, and at how many in a row. Of a session's each is one of
- * its own; without a session only crashes count, for the same kind of command comes often. */
+/* Which command was under way at the death, and at how many in a row. A session's are told by their
+ * numbers; of others, which come often, crashes of the same kind count, soon after one another. */
 static void look_at_death(ts_journal_head *h, ts_books_start *start)
 {
     const bool counts = h->op != 0 && (h->session != 0 || h->crash != 0);
+    const uint64_t now_ms = ts_now_ms();
     const bool same = h->op != 0 && h->op == h->suspect_op && h->session == h->suspect_session &&
-                      h->call == h->suspect_call;
+                      h->call == h->suspect_call &&
+                      (h->session != 0 || now_ms - h->died_ms < CRASHES_MS);
+    h->died_ms = now_ms;
     h->deaths = !counts ? 0 : same ? h->deaths + 1 : 1;
     h->suspect_op = h->op;
     h->suspect_session = h->session;

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #define MAGIC "tsbooks"
-#define FORMAT 1u
+#define FORMAT 2u
 #define HEAD_BYTES 4096u
 #define SKIP 0x80000000u /* in an entry's bytes: nothing follows up to the ring's end */
 
