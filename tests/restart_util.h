@@ -7,6 +7,7 @@
 
 #include "daemon_util.h"
 
+#include <dirent.h>
 #include <poll.h>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -159,22 +160,36 @@ static inline pid_t daemon_of(const daemon_process *d)
     return (pid_t)atoi(text);
 }
 
-/* Waits until the supervisor's child has stopped (TS_TEST_STOP of kill_points.c); which it is. */
+/* Whether each thread of the process has stopped. */
+static inline bool has_stopped(pid_t pid)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/task", (int)pid);
+    DIR *tasks = opendir(path);
+    bool all = tasks != NULL;
+    for (struct dirent *e; all && (e = readdir(tasks)) != NULL;) {
+        char stat[400], state = 0;
+        if (e->d_name[0] == '.')
+            continue;
+        snprintf(stat, sizeof stat, "/proc/%d/task/%s/stat", (int)pid, e->d_name);
+        FILE *f = fopen(stat, "r");
+        if (f != NULL) {
+            (void)!fscanf(f, "%*d (%*[^)]) %c", &state);
+            (void)fclose(f);
+        }
+        all = state == 'T';
+    }
+    if (tasks != NULL)
+        (void)closedir(tasks);
+    return all;
+}
+
+/* Waits until the supervisor's child has stopped; which it is. */
 static inline pid_t await_stopped(const daemon_process *d)
 {
-    char path[64], state = 0;
-    pid_t pid = 0;
-    while (state != 'T') {
-        while ((pid = daemon_of(d)) == 0)
-            (void)poll(NULL, 0, 1);
-        snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
-        FILE *f = fopen(path, "r");
-        if (f == NULL)
-            continue;
-        (void)!fscanf(f, "%*d (%*[^)]) %c", &state);
-        (void)fclose(f);
+    pid_t pid;
+    while ((pid = daemon_of(d)) == 0 || !has_stopped(pid))
         (void)poll(NULL, 0, 1);
-    }
     return pid;
 }
 

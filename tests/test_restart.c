@@ -216,8 +216,8 @@ static void an_abort_that_was_given_up_is_carried_out(void **state)
         DO(ts_step_begin(p, &seq, &(uint32_t){3}, 1,
                          &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
                          &step));
-        const pid_t daemon = daemon_of(&d);
-        assert_int_equal(kill(daemon, SIGSTOP), 0);
+        assert_int_equal(kill(daemon_of(&d), SIGSTOP), 0);
+        const pid_t daemon = await_stopped(&d);
         assert_int_equal(ts_step_abort(step), TS_ETIMEOUT);
         assert_int_equal(kill(daemon, SIGKILL), 0);
         DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
