@@ -148,6 +148,20 @@ static void killed_under_messages(void **state)
 
 /* ---- what is given up ---- */
 
+/* A client that gives up soon. */
+static ts_client *connect_briefly(const daemon_process *d, ts_transport transport)
+{
+    ts_client *c;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d->url,
+                                .wait_ms = 60000,
+                                .timeout_ms = 2000,
+                                .exchange_bytes = 1u << 20,
+                                .transport = transport},
+                  &c));
+    return c;
+}
+
 /* A begin is carried out, its answer doesn't come in time, and the daemon dies: the step, which
  * nobody knows of, is aborted when the client comes back; also if there is no daemon in the time of
  * the next call, and a later one reaches it. */
@@ -157,19 +171,12 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
     for (int turn = 0; turn < 3; turn++) {
         const bool late = turn >= 2;
         daemon_process d;
-        ts_client *c;
         ts_seq seq;
         ts_step *step;
         setenv("TS_TEST_STOP", "answering:4", 1); /* of session, pool, sequence, step */
         start(&d, POOL, NULL);
         unsetenv("TS_TEST_STOP");
-        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                    .url = d.url,
-                                    .wait_ms = 60000,
-                                    .timeout_ms = 2000,
-                                    .exchange_bytes = 1u << 20,
-                                    .transport = (ts_transport)(TS_TRANSPORT_RING + turn % 2)},
-                      &c));
+        ts_client *c = connect_briefly(&d, (ts_transport)(TS_TRANSPORT_RING + turn % 2));
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &seq));
         assert_int_equal(
@@ -200,17 +207,10 @@ static void an_abort_that_was_given_up_is_carried_out(void **state)
     (void)state;
     for (int t = TS_TRANSPORT_RING; t <= TS_TRANSPORT_MESSAGES; t++) {
         daemon_process d;
-        ts_client *c;
         ts_seq seq;
         ts_step *step;
         start(&d, POOL, NULL);
-        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                    .url = d.url,
-                                    .wait_ms = 60000,
-                                    .timeout_ms = 2000,
-                                    .exchange_bytes = 1u << 20,
-                                    .transport = (ts_transport)t},
-                      &c));
+        ts_client *c = connect_briefly(&d, (ts_transport)t);
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &seq));
         DO(ts_step_begin(p, &seq, &(uint32_t){3}, 1,

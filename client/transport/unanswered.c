@@ -58,14 +58,14 @@ static void drop(ts_unanswered *u)
     free(u);
 }
 
-static void abort_step(ts_client *c, uint64_t step)
+static ts_status abort_step(ts_client *c, uint64_t step)
 {
     Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     abort.step = step;
     request.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
     request.step_abort = &abort;
-    (void)ts_call_plain(c, &request);
+    return ts_call_plain(c, &request);
 }
 
 static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count)
@@ -87,7 +87,7 @@ static void undo(ts_client *c, nng_msg *answer, uint32_t pool)
     if (r == NULL)
         return;
     if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
-        abort_step(c, r->step_begun->step);
+        (void)abort_step(c, r->step_begun->step);
     else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_MATCHED)
         free_seqs(c, pool, r->matched->seqs, r->matched->n_seqs);
     else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_SEQS)
@@ -106,7 +106,7 @@ static void settle_ring(ts_client *c)
     if (c->unanswered_seqs > 0)
         free_seqs(c, c->unanswered_pool, c->rings->batch_seqs, c->unanswered_seqs);
     else if (done.step != 0)
-        abort_step(c, done.step);
+        (void)abort_step(c, done.step);
 }
 
 static void settle(ts_client *c)
@@ -177,8 +177,11 @@ void ts_unanswered_abort_again(ts_client *c)
     const uint32_t count = c->num_unaborted;
     memcpy(steps, c->unaborted, count * sizeof *steps);
     c->num_unaborted = 0; /* first: what follows are calls, too */
-    for (uint32_t i = 0; i < count; i++)
-        abort_step(c, steps[i]);
+    for (uint32_t i = 0; i < count; i++) {
+        const ts_status status = abort_step(c, steps[i]);
+        if (status == TS_ETIMEOUT || status == TS_ECONN)
+            ts_unanswered_abort(c, steps[i]);
+    }
 }
 
 void ts_unanswered_close(ts_client *c)
