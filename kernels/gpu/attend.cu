@@ -135,29 +135,44 @@ void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     c.keeps_out = partials + out <= l2 / 4;
 }
 
-/* The cache as the copy engine is told of it; nothing, where rows aren't whole slabs, blocks aren't
- * whole boxes, or a worker launches: it needn't map the pool's first slab, where the map begins,
- * and such launches have failed with an illegal address (doc/notebook.md). */
+/* Tokens of a box: a 16-bit cache's are as many as blocks allow. 0: rows aren't whole slabs, or
+ * blocks aren't whole boxes. */
+uint32_t tokens_of_box(const ts_geometry *g)
+{
+    if (g->dtype == TS_DTYPE_FP8_E4M3) {
+        uint32_t tokens = WGMMA_FP8_BOX(wgmma_dims(g));
+        return g->head_dim == wgmma_dims(g) && g->block_tokens % tokens == 0 ? tokens : 0;
+    }
+    uint32_t tokens = wgmma_tokens(g);
+    while (tokens >= BOX_TOKENS_LEAST && g->block_tokens % tokens != 0)
+        tokens /= 2;
+    return tokens >= BOX_TOKENS_LEAST && g->head_dim * 2 % BOX_SLAB == 0 ? tokens : 0;
+}
+
+/* The cache as the copy engine is told of it; nothing, where there are no boxes, or a worker
+ * launches: it needn't map the pool's first slab, where the map begins, and such launches have
+ * failed with an illegal address (doc/notebook.md). */
 box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
 {
     const ts_geometry *g = &p->geometry;
     box_map m = {};
-    uint32_t tokens = wgmma_tokens(g), slabs = wgmma_dims(g) / BOX_SLAB;
-    while (tokens >= BOX_TOKENS_LEAST && g->block_tokens % tokens != 0)
-        tokens /= 2;
+    const uint32_t element = sizeof(uint16_t); /* of the map; fp8 are two in one */
+    bool widens = c.cache_bytes < element;
+    uint32_t tokens = tokens_of_box(g), row = g->head_dim * c.cache_bytes;
+    uint32_t slab = row < BOX_SLAB ? row : BOX_SLAB;
+    uint32_t slabs = wgmma_dims(g) * c.cache_bytes / slab;
     size_t unit = c.block_bytes | c.plane_bytes | c.head_stride;
     unit &= ~unit + 1; /* the highest power of 2 that divides them all */
-    if (p->gpu->for_streams || tokens < BOX_TOKENS_LEAST || g->head_dim % BOX_SLAB != 0 ||
-        p->gpu->info.total_bytes / unit > INT32_MAX)
+    if (p->gpu->for_streams || tokens == 0 || p->gpu->info.total_bytes / unit > INT32_MAX)
         return m;
-    const cuuint64_t sizes[] = {BOX_SLAB, 8, g->head_dim / BOX_SLAB, g->block_tokens / 8,
+    const cuuint64_t sizes[] = {slab / element, 8, row / slab, g->block_tokens / 8,
                                 (cuuint64_t)INT32_MAX + 1};
-    const cuuint64_t strides[] = {c.token_stride, BOX_SLAB * c.cache_bytes, 8 * c.token_stride,
-                                  unit};
-    const cuuint32_t box[] = {BOX_SLAB, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
+    const cuuint64_t strides[] = {c.token_stride, slab, 8 * c.token_stride, unit};
+    const cuuint32_t box[] = {slab / element, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
     if (p->gpu->driver.encode_map(&m.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, c.base, sizes, strides,
                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                  widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
         return m;
     m.block_units = (uint32_t)(c.block_bytes / unit);

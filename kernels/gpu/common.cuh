@@ -413,6 +413,7 @@ ts_gpu_kernel mma_bf16(uint32_t head_dim, ts_dtype io);
 ts_gpu_kernel mma_fp8(uint32_t head_dim, ts_dtype io);
 ts_gpu_kernel wgmma_fp16(uint32_t head_dim, bool varied); /* varied: scores are capped or sloped */
 ts_gpu_kernel wgmma_bf16(uint32_t head_dim, bool varied);
+ts_gpu_kernel wgmma_fp8(uint32_t head_dim, bool varied);
 ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t load_copies();

@@ -24,15 +24,10 @@ ts_status ts_kernel_check(ts_kernel kernel, const ts_geometry *g, bool warp_grou
                           size_t why_bytes)
 {
     size_t row = g->head_dim * ts_dtype_bytes(g->dtype);
-    if (kernel == TS_KERNEL_MMA && g->dtype == TS_DTYPE_FP32) {
+    if ((kernel == TS_KERNEL_MMA || kernel == TS_KERNEL_WGMMA) && g->dtype == TS_DTYPE_FP32) {
         snprintf(why, why_bytes,
-                 "kernel mma multiplies on the tensor cores, which have no fp32; the cache is %s",
-                 ts_dtype_name(g->dtype));
-        return TS_EINVAL;
-    }
-    if (kernel == TS_KERNEL_WGMMA && ts_dtype_bytes(g->dtype) != 2) {
-        snprintf(why, why_bytes, "kernel wgmma multiplies 16-bit caches; the cache is %s",
-                 ts_dtype_name(g->dtype));
+                 "kernel %s multiplies on the tensor cores, which have no fp32; the cache is %s",
+                 names[kernel], ts_dtype_name(g->dtype));
         return TS_EINVAL;
     }
     if (kernel == TS_KERNEL_WGMMA && !warp_groups) {

@@ -15,9 +15,10 @@ ts_gpu_kernel wgmma_kernel(const ts_gpu_plan *p, bool varied)
 {
     uint32_t head_dim = p->geometry.head_dim;
     ts_dtype dtype = p->geometry.dtype;
-    return !p->gpu->info.warp_groups || dtype == TS_DTYPE_FP8_E4M3 ? ts_gpu_kernel{}
-           : dtype == TS_DTYPE_FP16                                ? wgmma_fp16(head_dim, varied)
-                                                                   : wgmma_bf16(head_dim, varied);
+    return !p->gpu->info.warp_groups ? ts_gpu_kernel{}
+           : dtype == TS_DTYPE_FP16  ? wgmma_fp16(head_dim, varied)
+           : dtype == TS_DTYPE_BF16  ? wgmma_bf16(head_dim, varied)
+                                     : wgmma_fp8(head_dim, varied);
 }
 
 ts_gpu_kernel v5_kernel(const ts_gpu_plan *p, uint32_t kind)

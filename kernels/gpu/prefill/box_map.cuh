@@ -3,10 +3,11 @@
  * block, whole rows, of one head's K or V in one layer (PTX ISA, "Tensor-map"). A launch of wgmma
  * comes with one.
  *
- * A row is a number of slabs of 64 dimensions. Dimensions of the map: within a slab, within eight
+ * A row is a number of slabs of up to 128 bytes. Dimensions of the map: within a slab, within eight
  * tokens, slabs, eights of tokens, and last the place of a head's K or V in the cache, in units of
  * bytes that blocks, planes and heads are all multiples of. So a box lies in shared memory as the
- * products take it: eights of tokens, in each its slabs, in each eight rows of 128 bytes.
+ * products take it: eights of tokens, in each its slabs, in each eight rows. What is to be widened
+ * first isn't swizzled.
  */
 #ifndef TS_GPU_BOX_MAP_CUH
 #define TS_GPU_BOX_MAP_CUH
@@ -31,7 +32,10 @@ struct wgmma_call {
 /* Of a row of DIM dimensions: its sums, of two rows, and their maxima and sums of weights. */
 #define WGMMA_FOLD(DIM) ((DIM) / 8 + 1)
 
-#define BOX_SLAB 64u         /* dimensions of 16 bits: 128 bytes, as wide as the swizzle */
+#define BOX_SLAB 128u        /* bytes: as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */
+
+/* Tokens of an fp8 cache's boxes: what a warp widens at once (fp8_tiles.cuh). */
+#define WGMMA_FP8_BOX(DIM) ((DIM) > 128 ? 8u : 16u)
 
 #endif

@@ -154,13 +154,14 @@ template <typename T> __host__ __device__ inline uint32_t q_source(uint32_t piec
 
 /* q of a tile of ROWS rows, of PIECES 16-byte pieces each, into `planes` planes of shared memory:
  * rounded, what that leaves, what rounding that leaves. Rows past the last are 0. Laid out as
- * `rows` says; by the block's first THREADS threads.
+ * `rows` says; by the block's first THREADS threads. SORTED: elements in q_source's order.
  */
-template <typename T, typename rows, uint32_t PIECES, int ROWS, int THREADS>
+template <typename T, typename rows, uint32_t PIECES, int ROWS, int THREADS,
+          bool SORTED = scaled<T>::value>
 __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes, unsigned char *q)
 {
     typedef typename multiplied<T>::type M;
-    const int TOGETHER = scaled<T>::value ? 2 : 8; /* elements that lie together in q */
+    const int TOGETHER = SORTED ? 2 : 8; /* elements that lie together in q */
     const uint32_t ALL = ROWS * PIECES;
     const uint32_t ABREAST = ALL / THREADS < 1 ? 1 : ALL / THREADS < 8 ? ALL / THREADS : 8;
     if (!scaled<T>::value && c.io != TS_DTYPE_FP32 && c.rope.theta == 0) { /* as it is: one plane */
@@ -191,7 +192,8 @@ __device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes,
             uint32_t position = j.past + chunks::query_of(c, j.first + r);
 #pragma unroll
             for (int e = 0; e < 8; e += TOGETHER)
-                load_turned<T, TOGETHER>(c, j.s.q, row, q_source<T>(piece, e), position, x + e);
+                load_turned<T, TOGETHER>(
+                    c, j.s.q, row, SORTED ? q_source<T>(piece, e) : piece * 8 + e, position, x + e);
         }
         for (uint32_t plane = 0; plane < planes; plane++) {
             uint4 pairs;

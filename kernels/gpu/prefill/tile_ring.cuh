@@ -26,9 +26,13 @@ template <typename T, int DIM> struct tile_ring {
     static const uint32_t TOKENS = DIM > 128 ? 64 : WGMMA_TOKENS; /* of a tile */
     static const uint32_t SLABS = DIM / 64, PIECES = DIM / 8;     /* PIECES: 16 bytes of a row */
     static const uint32_t PLANE = TOKENS * 128 * SLABS;           /* bytes */
-    static const uint32_t K_STAGES = 2, V_STAGES = DIM > 128 ? 2 : 3, STAGES = K_STAGES + V_STAGES;
+    static const uint32_t K_STAGES = 2, V_STAGES = DIM > 128 || scaled<T>::value ? 2 : 3,
+                          STAGES = K_STAGES + V_STAGES;
     static const uint32_t BYTES = STAGES * PLANE;
-    static const uint32_t COPIERS = 128; /* threads */
+
+    /* Threads that bring tiles: for an fp8 cache twice as many, where registers allow. */
+    static const uint32_t COPIERS = scaled<T>::value && DIM > 64 ? 256 : 128;
+    static const uint32_t EACH = TOKENS / (COPIERS / 32); /* tokens of a tile: a warp's part */
 
     /* Eight tokens' slabs lie one behind the other, then those of the next eight. */
     static const uint32_t ATOM = 8 * 128, EIGHT = ATOM * SLABS; /* bytes */
@@ -102,11 +106,11 @@ template <typename T, int DIM> struct tile_ring {
     typedef tile_place<0, K_STAGES> k_place;
     typedef tile_place<K_STAGES, V_STAGES> v_place;
 
-    /* By one thread; users: warps. */
-    __device__ static void init(barriers *bars, bool by_boxes, uint32_t users)
+    /* By one thread; bringers, users: how many arrive for each tile. */
+    __device__ static void init(barriers *bars, uint32_t bringers, uint32_t users)
     {
         for (uint32_t i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&bars->there[i]), by_boxes ? FEEDERS : COPIERS);
+            barrier_init(shared_address(&bars->there[i]), bringers);
             barrier_init(shared_address(&bars->used[i]), users);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -203,8 +207,6 @@ template <typename T, int DIM> struct tile_ring {
     };
 
     /* ---- by 16 bytes: COPIERS threads ---- */
-
-    static const uint32_t EACH = TOKENS / 4; /* tokens of a tile that a warp copies */
 
     /* Where the row of this lane's token of a tile starts behind `base`. */
     __device__ static size_t look_up(const gpu_call &c, const job &j, uint32_t tile)

@@ -137,9 +137,14 @@ __device__ inline void load_16_bytes(uint32_t *x, uint32_t at, bool wanted)
                  : "r"(at), "r"((uint32_t)wanted)
                  : "memory");
 }
+__device__ inline void store_16_bytes(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
 __device__ inline void clear_16_bytes(uint32_t at)
 {
-    asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(at), "r"(0) : "memory");
+    store_16_bytes(at, 0, 0, 0, 0);
 }
 
 /* ---- products ---- */

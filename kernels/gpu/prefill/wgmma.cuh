@@ -1,5 +1,5 @@
 /*
- * Prefill on Hopper's warp-group products ("wgmma"), for 16-bit caches: what mma does, by
+ * Prefill on Hopper's warp-group products ("wgmma"), for 16-bit and 8-bit caches: what mma does, by
  * instructions that take both sides from shared memory, or the left one from registers, and are
  * waited for, not executed in turn.
  *
@@ -12,6 +12,7 @@
 #ifndef TS_GPU_WGMMA_CUH
 #define TS_GPU_WGMMA_CUH
 
+#include "fp8_tiles.cuh"
 #include "wgmma_tiles.cuh"
 
 namespace wgmma
@@ -21,6 +22,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     typedef tile_work<T, DIM, VARIED> tiles_of;
     typedef typename tiles_of::ring ring;
     typedef typename tiles_of::q_rows q_rows;
+    typedef fp8_portions<DIM> portions; /* for an fp8 cache */
     static const uint32_t ROWS = tiles_of::ROWS, PIECES = ring::PIECES;
     static const uint32_t WORKERS = tiles_of::WORKERS, THREADS = WORKERS + ring::COPIERS;
     static const uint32_t Q_BYTES = tiles_of::Q_SLAB * ring::SLABS;
@@ -29,12 +31,20 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     static const uint32_t SUM_BYTES = ROWS * SUM_PITCH * sizeof(float);
     static const uint32_t WORK_BYTES = ring::BYTES > SUM_BYTES ? ring::BYTES : SUM_BYTES;
     static const uint32_t ALIGN = 1024; /* of what is swizzled */
-    static const uint32_t BYTES = Q_BYTES + WORK_BYTES + ALIGN;
+    static const uint32_t PORTION_BYTES = scaled<T>::value ? portions::ALL_BYTES : 0;
+    static const uint32_t BYTES = Q_BYTES + WORK_BYTES + PORTION_BYTES + ALIGN;
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= WORK_BYTES,
                   "a float for each row and chunk takes the tiles' place");
-    /* All have 168 at first; 128, if they are four groups. */
-    static const int COPIER_REGISTERS = THREADS > 384 ? 32 : DIM > 128 ? 40 : 56;
-    static const int WORKER_REGISTERS = THREADS > 384 ? 160 : DIM > 128 ? 232 : 224;
+    /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
+    static const bool WIDENS = scaled<T>::value;
+    static const int COPIER_REGISTERS = WIDENS          ? (DIM > 64 ? 48 : 56)
+                                        : THREADS > 384 ? 32
+                                        : DIM > 128     ? 40
+                                                        : 56;
+    static const int WORKER_REGISTERS = WIDENS          ? (DIM > 64 ? 208 : 152)
+                                        : THREADS > 384 ? 160
+                                        : DIM > 128     ? 232
+                                                        : 224;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -116,7 +126,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         /* What a copy might change, as far as the compiler knows, is read once. */
         const uint32_t first = j.first, rows = j.rows, group = c.group, heads = c.heads;
         const uint32_t head = j.kv_head * group;
-        const T *from = (const T *)j.s.q;
+        const uint16_t *from = (const uint16_t *)j.s.q;
 #pragma unroll 4
         for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
@@ -132,6 +142,55 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     __device__ static bool is_apart(const gpu_call &c, const job &j)
     {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
+    }
+
+    /* The last group's part, for an fp8 cache: all of it widens tiles and copies q; a thread of the
+     * last warp takes pieces, too. */
+    template <bool BY_BOXES>
+    __device__ static void run_wideners(const gpu_call &c, const wgmma_call &wc, uint32_t q,
+                                        uint32_t tiles, barriers *bars, pieces *p, portions *come)
+    {
+        typedef fp8_widener<DIM, BY_BOXES> widener;
+        uint32_t item = 0, chunk = 0, used = shared_address(&p->q_used);
+        bool tells = threadIdx.x == THREADS - 32, apart = false;
+        widener from(c, wc.boxes, tiles, tiles + WORK_BYTES, bars, come);
+        if (tells)
+            tell(c, wc.tickets, p, 0, item, chunk);
+        __syncwarp();
+#pragma unroll 1
+        for (uint32_t k = 0;; k++) {
+            const job *told = hear(p, k);
+            if (told == NULL)
+                return;
+            const job &j = *told;
+            from.begin(j);
+            if (apart) /* the piece before has its sums in the tiles' place */
+                barrier_await(used, (k - 1) & 1);
+            uint32_t count = ring::walk_of(j).count;
+            if (count > 0)
+                from.widen_k(0);
+            if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
+                barrier_await(used, (k - 1) & 1);
+            if (copies_q(c)) {
+                copy_q(c, j, q);
+                commit_copies();
+                await_copies<0>();
+                if (c.io != TS_DTYPE_FP16)
+                    widener::template halve_q<q_rows, ROWS>(q);
+                barrier_arrive(shared_address(&p->q_there)); /* the others have a fence */
+            }
+            if (tells)
+                tell(c, wc.tickets, p, k + 1, item, chunk);
+            __syncwarp();
+#pragma unroll 1
+            for (uint32_t n = 0; n < count; n++) {
+                if (n + 1 < count)
+                    from.widen_k(n + 1);
+                from.widen_v(n);
+            }
+            apart = is_apart(c, j);
+            done(p, k);
+        }
     }
 
     /* The last group's part. Its warps ask for boxes of K and of V by turns; the last one takes
@@ -207,6 +266,14 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         x[3] = high ? x[3] : b;
     }
 
+    /* Two numbers as the output has them, which is 16-bit. */
+    __device__ static uint32_t pack_out(const gpu_call &c, float x, float y)
+    {
+        if (!scaled<T>::value)
+            return pack<typename multiplied<T>::type>(x, y);
+        return c.io == TS_DTYPE_FP16 ? pack<__half>(x, y) : pack<__nv_bfloat16>(x, y);
+    }
+
     /* This lane's part of the output: two rows' sums times a factor. */
     __device__ static void store_rows(const gpu_call &c, const job &j, uint32_t first_row,
                                       const rows_state &r, const float (*o)[4])
@@ -220,14 +287,15 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             if (there) {
                 place = place_of<true>(c, j, row);
                 factor = finish_place(c, j.s, place, r.max[e], r.sum[e]);
+                factor *= value_scale<T>(c, j.s, j.kv_head);
             }
-            T *to = (T *)j.s.out + place * (size_t)c.head_dim;
+            uint16_t *to = (uint16_t *)j.s.out + place * (size_t)c.head_dim;
 #pragma unroll
             for (uint32_t d = 0; d < DIM / 8; d += 4) {
                 uint32_t x[4];
 #pragma unroll
                 for (uint32_t i = 0; i < 4; i++)
-                    x[i] = pack<T>(o[d + i][e * 2] * factor, o[d + i][e * 2 + 1] * factor);
+                    x[i] = pack_out(c, o[d + i][e * 2] * factor, o[d + i][e * 2 + 1] * factor);
                 turn_quad(x);
                 uint32_t column = (d + lane % 4) * 8;
                 if (there && column < c.head_dim)
@@ -334,12 +402,12 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 fence_for_products();
             } else {
                 named_sync(TOGETHER, WORKERS); /* nobody uses the last piece's */
-                load_q<T, q_rows, PIECES, ROWS, WORKERS>(c, j, 1, q);
+                load_q<T, q_rows, PIECES, ROWS, WORKERS, false>(c, j, 1, q);
                 fence_for_products();
                 named_sync(TOGETHER, WORKERS);
             }
             w.varied = c.cap_log2 > 0 || j.s.alibi != NULL || !(c.scale_log2 > 0);
-            w.unit = w.varied ? 1 : c.scale_log2;
+            w.unit = w.varied ? 1 : score_scale<T>(c, j);
             rows_state r;
             float o[DIM / 8][4];
             bool apart = is_apart(c, j);
@@ -370,9 +438,15 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         __shared__ pieces p;
         shared += (ALIGN - shared_address(shared) % ALIGN) % ALIGN;
         unsigned char *tiles = shared + Q_BYTES;
+        __shared__ portions come;
         if (threadIdx.x == 0) {
             init(&p);
-            ring::init(&bars, wc.boxes.tokens > 0, WORKERS / 32);
+            if (WIDENS)
+                come.init();
+            uint32_t bringers = WIDENS                ? portions::WARPS
+                                : wc.boxes.tokens > 0 ? ring::FEEDERS
+                                                      : ring::COPIERS;
+            ring::init(&bars, bringers, WORKERS / 32);
         }
         if (c.head_dim < DIM)
             clear_tiles(shared_address(tiles), THREADS);
@@ -380,7 +454,13 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         __syncthreads();
         if (threadIdx.x >= WORKERS) {
             give_registers<COPIER_REGISTERS>();
-            run_copiers(c, wc, shared_address(shared), shared_address(tiles), &bars, &p);
+            const uint32_t q = shared_address(shared), at = shared_address(tiles);
+            if constexpr (!WIDENS)
+                run_copiers(c, wc, q, at, &bars, &p);
+            else if (wc.boxes.tokens > 0)
+                run_wideners<true>(c, wc, q, at, &bars, &p, &come);
+            else
+                run_wideners<false>(c, wc, q, at, &bars, &p, &come);
         } else {
             take_registers<WORKER_REGISTERS>();
             run_workers(c, wc, shared, tiles, &bars, &p, states, total);

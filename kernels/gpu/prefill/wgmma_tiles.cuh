@@ -1,7 +1,8 @@
 /*
  * What the groups of wgmma.cuh that multiply do with the tiles of one piece of work: scores,
  * weights, sums. Elements of a product lie as mma's do: of a group's 64 rows, warp w has 16 w to 16
- * w + 15. Weights are rounded to the cache's type, as mma's are.
+ * w + 15. Weights are rounded to the cache's type, of fp8 to fp16, as
+ * mma's are.
  *
  * A group asks for a tile's scores and for the weighted sum of the tile before, waits for the
  * scores alone, and has its softmax while the sum is under way. Groups take turns at
@@ -22,6 +23,7 @@ using namespace tensor;
 /* VARIED: scores may be capped or sloped. That takes so many instructions that they would crowd out
  * the others where a processor keeps them. */
 template <typename T, int DIM, bool VARIED> struct tile_work {
+    typedef typename multiplied<T>::type M; /* of the tiles' elements, and of weights */
     typedef tile_ring<T, DIM> ring;
     static const uint32_t GROUPS = DIM <= 64 ? 3 : 2; /* wgmma_rows' */
     static const uint32_t GROUP_ROWS = 64, ROWS = GROUPS * GROUP_ROWS;
@@ -167,7 +169,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
 #pragma unroll
             for (uint32_t a = 0; a < ABREAST; a++) {
                 uint32_t at = i + a * 128;
-                nonfinite |= any_not_finite<T>(x[a]);
+                nonfinite |= any_not_finite<M>(x[a]);
                 if (at < to * ROW && tile + ring::token_at(at) >= end)
                     clear_16_bytes(v + at * 16);
             }
@@ -227,14 +229,14 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
      * q, or for the sums with the tile of V at `v`. */
     __device__ static void ask_for_scores(uint64_t a, uint64_t k, int d, float (*s)[4])
     {
-        add_scores<T, TOKENS>(s, further(a, d / 4 * Q_SLAB + d % 4 * 32),
+        add_scores<M, TOKENS>(s, further(a, d / 4 * Q_SLAB + d % 4 * 32),
                               further(k, d / 4 * ring::ATOM + d % 4 * 32), d > 0);
     }
     __device__ static void ask_for_sums(const uint32_t (*p)[4], uint64_t v, int t, float (*o)[4])
     {
 #pragma unroll
         for (int d = 0; d < DIM; d += 128)
-            add_sums < T,
+            add_sums < M,
                 DIM<128 ? DIM : 128>(o + d / 8, p[t],
                                      further(v, t * 2 * ring::EIGHT + d / 64 * ring::ATOM));
     }
