@@ -159,8 +159,9 @@ void ts_gpu_load_end(ts_gpu *gpu)
 /* What CUDA reads when it starts: before its first call. */
 static void prepare(void)
 {
-    /* Streams share hardware queues: with too few, one that waits for a worker holds up others. */
-    (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    char queues[16];
+    snprintf(queues, sizeof queues, "%u", TS_GPU_QUEUES);
+    (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues, 0);
     /* All kernels take half a second; ts_gpu_load has those that are needed. */
     (void)setenv("CUDA_MODULE_LOADING", "LAZY", 1);
 }

@@ -17,6 +17,7 @@
 namespace wgmma
 {
 
+/* What those warps share: their number, and the barriers of portions' places. */
 template <int DIM> struct fp8_portions {
     typedef tile_ring<__nv_fp8_e4m3, DIM> ring;
     static const uint32_t WARPS = ring::COPIERS / 32, TOKENS = ring::EACH; /* of a portion */
@@ -122,7 +123,7 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
             if (count <= 1)
                 ask(true, 0, false);
         }
-        place = place_before;
+        place = place_before; /* the first of them is widened first */
         came = came_before;
         parity = parity_before;
     }
@@ -257,7 +258,8 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
             barrier_arrive(bars + to * BAR);
     }
 
-    /* K's tile n, or V's, and asks for what comes PLACES later in the order of their use. */
+    /* K's tile n is widened, or V's, and what comes PLACES later in the order of their use is asked
+     * for: by then its place is free. */
     static const uint32_t AHEAD = (PLACES - 1) / 2;
     __device__ void widen_k(uint32_t n)
     {
@@ -274,7 +276,8 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
         ask_after(n);
         next_place();
     }
-    __device__ void ask_after(uint32_t n) /* tile n of V, or as if one came before the first */
+    /* ... later than V's tile n; ~0: than K's first tile, as if V had one before. */
+    __device__ void ask_after(uint32_t n)
     {
         n += AHEAD + 2;
         bool v = n == count; /* the last */

@@ -7,7 +7,9 @@
  * All but the last have 64 rows (query token x head of the group) each and multiply
  * (wgmma_tiles.cuh); the last brings tiles of K and V, each of which serves all of them
  * (tile_ring.cuh), and q. Blocks take one piece of work after the other, and the last group is
- * ahead of the others: when they end a piece, the next one's first tiles are there.
+ * ahead of the others: when they end a piece, the next one's first tiles are there. For an fp8
+ * cache there are two such groups where rows are longer than 64, for they make fp16 of all tiles
+ * (fp8_tiles.cuh).
  */
 #ifndef TS_GPU_WGMMA_CUH
 #define TS_GPU_WGMMA_CUH

@@ -1,8 +1,8 @@
 /*
  * What the groups of wgmma.cuh that multiply do with the tiles of one piece of work: scores,
  * weights, sums. Elements of a product lie as mma's do: of a group's 64 rows, warp w has 16 w to 16
- * w + 15. Weights are rounded to the cache's type, of fp8 to fp16, as
- * mma's are.
+ * w + 15. Weights are rounded to the cache's type, of fp8
+ * to fp16, as mma's are.
  *
  * A group asks for a tile's scores and for the weighted sum of the tile before, waits for the
  * scores alone, and has its softmax while the sum is under way. Groups take turns at
