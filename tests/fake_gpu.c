@@ -47,6 +47,7 @@ struct ts_gpu {
     pthread_cond_t changed;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     uint32_t epochs;
+    uint32_t reads;
     fake_gpu_log log;
     bool shut, at_gate, broken;
 };
@@ -121,6 +122,30 @@ void fake_gpu_break(ts_gpu *g)
     set(g, &g->broken, true);
 }
 
+/* ---- a device that is lost ---- */
+
+/* TS_TEST_GPU_BREAKS=WHAT:N or WHAT:N:DEATHS: a daemon under a supervisor loses its device at its
+ * Nth launch or read. It is the first daemon, or the one after so many deaths. */
+static bool breaks_at(const char *what, uint32_t count)
+{
+    const char *wanted = getenv("TS_TEST_GPU_BREAKS"), *told = getenv("TINYSERVE_DEATHS");
+    uint32_t at, deaths = 0;
+    char name[16];
+    return wanted != NULL && sscanf(wanted, "%15[^:]:%u:%u", name, &at, &deaths) >= 2 &&
+           strcmp(name, what) == 0 && count >= at &&
+           deaths == (told == NULL ? 0 : (uint32_t)atoi(told));
+}
+
+/* The device is read; *count is how often it was. */
+static ts_status use(ts_gpu *g, const char *what, uint32_t *count, char *why, size_t why_bytes)
+{
+    pthread_mutex_lock(&g->lock);
+    ++*count;
+    g->broken = g->broken || breaks_at(what, *count);
+    pthread_mutex_unlock(&g->lock);
+    return ts_gpu_health(g, why, why_bytes);
+}
+
 /* ---- kernels/gpu/gpu.h ---- */
 
 const ts_gpu_info *ts_gpu_get_info(const ts_gpu *g)
@@ -146,8 +171,10 @@ ts_status ts_gpu_open(uint32_t ordinal, ts_gpu **out, char *why, size_t why_byte
 ts_status ts_gpu_read(ts_gpu *g, const void *device, size_t bytes, void *host, char *why,
                       size_t why_bytes)
 {
-    memcpy(host, device, bytes);
-    return ts_gpu_health(g, why, why_bytes);
+    ts_status status = use(g, "read", &g->reads, why, why_bytes);
+    if (status == TS_OK)
+        memcpy(host, device, bytes);
+    return status;
 }
 
 ts_status ts_gpu_load(ts_gpu *g, const ts_geometry *geometry, char *why, size_t why_bytes)
@@ -502,16 +529,12 @@ static bool is_behind(ts_gpu_launch *l)
     return behind;
 }
 
-/* TS_TEST_GPU_BREAKS=N: the first daemon under a supervisor loses its device at the Nth launch, and
- * that launch does nothing. */
+/* Whether the device is lost, by a launch or before, and launches do nothing. */
 static bool breaks_now(ts_gpu *g)
 {
-    const char *at = getenv("TS_TEST_GPU_BREAKS"), *deaths = getenv("TINYSERVE_DEATHS");
-    if (at == NULL || (deaths != NULL && strcmp(deaths, "0") != 0))
-        return false;
     pthread_mutex_lock(&g->lock);
-    g->broken = g->broken || g->log.launches >= (uint32_t)atoi(at);
-    const bool broken = g->broken;
+    g->broken = g->broken || breaks_at("launch", g->log.launches);
+    const bool broken = g->broken && getenv("TS_TEST_GPU_BREAKS") != NULL;
     pthread_mutex_unlock(&g->lock);
     return broken;
 }

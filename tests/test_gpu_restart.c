@@ -241,8 +241,8 @@ static void what_a_lost_device_left_undone_is_the_next_daemons(void **state)
         uint32_t restarts = 1, losses = 0;
         for (uint32_t at = 0; restarts > 0; at++) {
             daemon_process d;
-            char text[16];
-            snprintf(text, sizeof text, "%u", at);
+            char text[24];
+            snprintf(text, sizeof text, "launch:%u", at);
             if (at > 0)
                 setenv("TS_TEST_GPU_BREAKS", text, 1);
             start(&d, POOL, NULL);
