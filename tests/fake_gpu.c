@@ -47,7 +47,7 @@ struct ts_gpu {
     pthread_cond_t changed;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     uint32_t epochs;
-    uint32_t reads;
+    uint32_t asked, reads; /* how often it was asked for memory, and read */
     fake_gpu_log log;
     bool shut, at_gate, broken;
 };
@@ -125,7 +125,7 @@ void fake_gpu_break(ts_gpu *g)
 /* ---- a device that is lost ---- */
 
 /* TS_TEST_GPU_BREAKS=WHAT:N or WHAT:N:DEATHS: a daemon under a supervisor loses its device at its
- * Nth launch or read. It is the first daemon, or the one after so many deaths. */
+ * Nth launch, memory or read. It is the first daemon, or the one after so many deaths. */
 static bool breaks_at(const char *what, uint32_t count)
 {
     const char *wanted = getenv("TS_TEST_GPU_BREAKS"), *told = getenv("TINYSERVE_DEATHS");
@@ -136,7 +136,7 @@ static bool breaks_at(const char *what, uint32_t count)
            deaths == (told == NULL ? 0 : (uint32_t)atoi(told));
 }
 
-/* The device is read; *count is how often it was. */
+/* The device is read, or asked for memory; *count is how often it was. */
 static ts_status use(ts_gpu *g, const char *what, uint32_t *count, char *why, size_t why_bytes)
 {
     pthread_mutex_lock(&g->lock);
@@ -190,11 +190,8 @@ void ts_gpu_close(ts_gpu *g)
 
 ts_status ts_gpu_free_bytes(ts_gpu *g, uint64_t *bytes, char *why, size_t why_bytes)
 {
-    (void)g;
-    (void)why;
-    (void)why_bytes;
     *bytes = FAKE_GPU_BYTES;
-    return TS_OK;
+    return ts_gpu_health(g, why, why_bytes);
 }
 
 ts_status ts_gpu_health(ts_gpu *g, char *why, size_t why_bytes)
@@ -206,11 +203,28 @@ ts_status ts_gpu_health(ts_gpu *g, char *why, size_t why_bytes)
     return broken ? TS_EDEVICE : TS_OK;
 }
 
+static const ts_memory_ops *host_ops;
+static ts_memory_ops memory_ops; /* the host's, on a device that can be lost */
+static ts_gpu *memory_gpu;       /* of all memory: a process has one device at a time */
+
+static ts_status renew(ts_memory *m, uint32_t slab, bool clients_write, char *why, size_t why_bytes)
+{
+    ts_status status = use(memory_gpu, "memory", &memory_gpu->asked, why, why_bytes);
+    return status != TS_OK ? status : host_ops->renew(m, slab, clients_write, why, why_bytes);
+}
+
 ts_status ts_memory_cuda_vmm_new(ts_gpu *g, uint32_t num_slabs, size_t slab_bytes, ts_memory **out,
                                  char *why, size_t why_bytes)
 {
-    (void)g;
-    return ts_memory_host_new(num_slabs, slab_bytes, out, why, why_bytes);
+    ts_status status = ts_memory_host_new(num_slabs, slab_bytes, out, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    host_ops = (*out)->ops;
+    memory_ops = *host_ops;
+    memory_ops.renew = renew;
+    memory_gpu = g;
+    (*out)->ops = &memory_ops;
+    return TS_OK;
 }
 
 ts_status ts_memory_cuda_ipc_new(ts_gpu *g, size_t bytes, ts_memory **out, char *why,
@@ -224,12 +238,15 @@ ts_status ts_gpu_shared_new(ts_gpu *g, bool vmm, size_t bytes, uint64_t *held, t
 {
     void *base;
     (void)vmm;
+    ts_status status = use(g, "memory", &g->asked, why, why_bytes);
     *out = (ts_gpu_shared){.gpu = g, .bytes = bytes, .held = held};
-    ts_status status = ts_memory_shared_new("fake", bytes, &out->fd, &base, why, why_bytes);
-    out->base = base;
     if (status == TS_OK)
-        __atomic_add_fetch(held, bytes, __ATOMIC_RELAXED);
-    return status;
+        status = ts_memory_shared_new("fake", bytes, &out->fd, &base, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    out->base = base;
+    __atomic_add_fetch(held, bytes, __ATOMIC_RELAXED);
+    return TS_OK;
 }
 
 static uint64_t no_tenant; /* whom imported memory is held by */
@@ -252,6 +269,9 @@ ts_status ts_gpu_shared_import(ts_gpu *g, const uint8_t handle[TS_IPC_HANDLE_BYT
                                uint64_t offset, size_t bytes, ts_gpu_shared *out, char *why,
                                size_t why_bytes)
 {
+    ts_status status = use(g, "memory", &g->asked, why, why_bytes);
+    if (status != TS_OK)
+        return status;
     /* A fake driver's handle is the path of a file (fake_libcuda.c). */
     int fd = handle[0] == '/' ? open((const char *)handle, O_RDWR | O_CLOEXEC) : -1;
     if (fd < 0) {

@@ -262,6 +262,41 @@ static void what_a_lost_device_left_undone_is_the_next_daemons(void **state)
     }
 }
 
+/* The workload with an exchange of this kind, on a device that is lost when it is asked for memory
+ * the `at`th time; 0: never. */
+static uint64_t lose_memory(exchange_kind kind, ts_transport transport, uint32_t at,
+                            uint32_t *restarts)
+{
+    daemon_process d;
+    char text[24];
+    snprintf(text, sizeof text, "memory:%u", at);
+    if (at > 0)
+        setenv("TS_TEST_GPU_BREAKS", text, 1);
+    start(&d, POOL, NULL);
+    unsetenv("TS_TEST_GPU_BREAKS");
+    ts_client *c = connect_by(&d, transport);
+    const uint64_t found = workload(c, kind, restarts);
+    ts_disconnect(c);
+    stop(&d, at > 0 && *restarts == 0);
+    return found;
+}
+
+/* A slab and an exchange, the daemon's or the worker's: the call waits for the next daemon. */
+static void what_a_lost_device_cannot_give_is_the_next_daemons(void **state)
+{
+    (void)state;
+    for (exchange_kind kind = OF_DAEMON; kind <= OF_WORKER; kind++) {
+        uint32_t restarts, at = 0;
+        const uint64_t expected = lose_memory(kind, TS_TRANSPORT_RING, at, &restarts);
+        do {
+            at++;
+            const ts_transport transport = (ts_transport)(TS_TRANSPORT_RING + at % 2);
+            assert_int_equal(lose_memory(kind, transport, at, &restarts), expected);
+        } while (restarts > 0);
+        assert_int_equal(at, 3); /* the exchange was the first, and a slab */
+    }
+}
+
 /* ---- a worker that calls nothing ---- */
 
 static sem_t reached, may_go;
@@ -493,6 +528,7 @@ int main(void)
     setenv("TSAN_OPTIONS", options, 1);
     setenv("TS_TEST_FAKE_GPU", "1", 1);
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(what_a_lost_device_cannot_give_is_the_next_daemons),
         cmocka_unit_test(what_a_lost_device_left_undone_is_the_next_daemons),
         cmocka_unit_test(the_next_daemon_does_what_nobody_asks_it_for),
         cmocka_unit_test(killed_between_an_application_and_its_publication),

@@ -1,5 +1,8 @@
-/* The service around a GPU, on a fake one: what waits for runs, and what isn't freed. */
+/* The service around a GPU, on a fake one: what waits for runs, what isn't freed, and what a lost
+ * device refuses. */
 #include "gpu_service_util.h"
+
+#include "invariants.h"
 
 static void a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go(void **state)
 {
@@ -225,6 +228,130 @@ static void a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu(
     alarm(0);
 }
 
+/* What there is of a session and of the pool. */
+typedef struct books {
+    uint32_t used, granted; /* blocks, slabs */
+    uint32_t steps, tokens; /* open ones; of the session's first sequence */
+    uint64_t exchanges;     /* that the session has had */
+    uint64_t exchange_bytes;
+    const void *exchange;
+} books;
+
+typedef struct books_work {
+    ts_work work;
+    uint64_t session, seq;
+    books *books;
+} books_work;
+
+static void on_problem(void *arg, const char *sentence)
+{
+    (void)arg;
+    fail_msg("%s", sentence);
+}
+
+static void run_read_books(ts_work *work, void *owner)
+{
+    const books_work *w = (const books_work *)work;
+    (void)owner;
+    (void)ts_slab_supply_finish(&service.exec); /* none is under way */
+    const ts_engine *e = service.exec.engine;
+    const ts_session *session = ts_engine_session(e, w->session);
+    const ts_connection *c = ts_service_connection_of(&service, w->session);
+    *w->books = (books){.used = e->pools[0].books.used,
+                        .granted = e->pools[0].books.ungranted,
+                        .steps = e->live_steps,
+                        .tokens = ts_sequence_find(&e->pools[0].seqs, w->seq)->length,
+                        .exchanges = session->exchanges,
+                        .exchange_bytes = session->exchange_bytes,
+                        .exchange = c->memory.exchange};
+    assert_true(ts_invariants_check(e, on_problem, NULL) > 0);
+}
+
+static books read_books(const worker *w, uint64_t seq)
+{
+    books b;
+    books_work work = {.work.run = run_read_books, .session = w->session, .seq = seq, .books = &b};
+    ts_queue_put(&service.exec.queue, &work.work);
+    ts_queue_flush(&service.exec.queue);
+    return b;
+}
+
+/* A begin of a step of so many tokens, which the worker writes itself; the step. */
+static uint64_t begin_tokens(uint64_t seq, uint32_t tokens, uint32_t wait_ms, ts_status expected,
+                             const char *sentence)
+{
+    test_request t;
+    REQUEST(begin, StepBegin, STEP_BEGIN, TSPB__STEP_BEGIN__INIT);
+    begin_body.seqs = &seq;
+    begin_body.new_tokens = &tokens;
+    begin_body.n_seqs = begin_body.n_new_tokens = 1;
+    begin_body.wait_ms = wait_ms;
+    begin.step_begin = &begin_body;
+    const Tspb__Reply *reply = call(&t, &begin, expected);
+    if (expected != TS_OK)
+        assert_string_equal(reply->message, sentence);
+    const uint64_t step = expected == TS_OK ? reply->step_begun->step : 0;
+    drop(&t);
+    return step;
+}
+
+static void commit_step(uint64_t step)
+{
+    test_request t;
+    REQUEST(commit, StepCommit, STEP_COMMIT, TSPB__STEP_COMMIT__INIT);
+    commit_body.step = step;
+    commit.step_commit = &commit_body;
+    call(&t, &commit, TS_OK);
+    drop(&t);
+}
+
+/* The worker's own memory as its exchange. */
+static void register_exchange(ts_status expected, const char *sentence)
+{
+    test_request t;
+    uint8_t handle[TS_IPC_HANDLE_BYTES] = "/dev/zero";
+    REQUEST(exchange, ExchangeOpen, EXCHANGE_OPEN, TSPB__EXCHANGE_OPEN__INIT);
+    exchange_body.bytes = 4096;
+    exchange_body.ipc_handle = (ProtobufCBinaryData){sizeof handle, handle};
+    exchange.exchange_open = &exchange_body;
+    assert_string_equal(call(&t, &exchange, expected)->message, sentence);
+    drop(&t);
+}
+
+/* Nobody holds the daemon's memory, so that no other daemon could do it. */
+static void a_lost_device_gives_no_slab_and_no_exchange_and_the_books_stay(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    worker w;
+    uint64_t seq;
+    alarm(120);
+    ts_gpu *gpu = fake_gpu_new();
+    service_start_with(gpu, &engine, 64, 4);
+    worker_open(&w);
+    open_exchange(8192, TS_OK, NULL);
+    create_seqs(&seq, 1);
+    commit_step(begin_tokens(seq, 3, 0, TS_OK, NULL));
+    const books before = read_books(&w, seq);
+    assert_true(before.granted < 16 && before.tokens == 3 && before.exchange_bytes == 8192);
+    fake_gpu_break(gpu);
+    for (uint32_t wait_ms = 0; wait_ms <= 100000; wait_ms += 100000) {
+        begin_tokens(seq, 200, wait_ms, TS_EDEVICE, "pool 'p': cudaErrorFake");
+        open_exchange(12288, TS_EDEVICE, "an exchange: cudaErrorFake");
+        register_exchange(TS_EDEVICE, "an exchange: cudaErrorFake");
+        const books after = read_books(&w, seq);
+        assert_memory_equal(&after, &before, sizeof before);
+        assert_int_equal(in_exchanges(), 8192);
+    }
+    commit_step(begin_tokens(seq, 1, 0, TS_OK, NULL)); /* of what there is */
+    assert_int_equal(read_books(&w, seq).tokens, 4);
+    assert_true(ts_gpu_executor_is_lost(service.exec.gpus[0].executor));
+    assert_int_equal(atomic_exchange(&failures, 0), 1); /* it is told once */
+    worker_die(&w);
+    service_stop(engine);
+    alarm(0);
+}
+
 /* On the engine's owner: what an operator may not do to cuda-ipc memory. */
 static void keep_ipc_memory(ts_work *work, void *unused)
 {
@@ -267,6 +394,7 @@ int main(void)
         cmocka_unit_test(a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go),
         cmocka_unit_test(what_a_dead_worker_may_still_write_is_nobody_elses),
         cmocka_unit_test(a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu),
+        cmocka_unit_test(a_lost_device_gives_no_slab_and_no_exchange_and_the_books_stay),
         cmocka_unit_test(memory_that_a_tenant_may_still_map_is_not_freed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
