@@ -146,6 +146,22 @@ static ts_status use(ts_gpu *g, const char *what, uint32_t *count, char *why, si
     return ts_gpu_health(g, why, why_bytes);
 }
 
+/* TS_TEST_GPU_READ_WAITS=PATH: where PATH.N is a FIFO, the Nth read waits until its writer has
+ * closed it. */
+static void wait_to_read(ts_gpu *g)
+{
+    const char *path = getenv("TS_TEST_GPU_READ_WAITS");
+    char name[128], byte;
+    pthread_mutex_lock(&g->lock);
+    snprintf(name, sizeof name, "%s.%u", path == NULL ? "" : path, g->reads);
+    pthread_mutex_unlock(&g->lock);
+    int fd = path == NULL ? -1 : open(name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    (void)!read(fd, &byte, 1);
+    close(fd);
+}
+
 /* ---- kernels/gpu/gpu.h ---- */
 
 const ts_gpu_info *ts_gpu_get_info(const ts_gpu *g)
@@ -172,6 +188,7 @@ ts_status ts_gpu_read(ts_gpu *g, const void *device, size_t bytes, void *host, c
                       size_t why_bytes)
 {
     ts_status status = use(g, "read", &g->reads, why, why_bytes);
+    wait_to_read(g);
     if (status == TS_OK)
         memcpy(host, device, bytes);
     return status;

@@ -6,7 +6,9 @@
 #define _GNU_SOURCE
 #include "restart_util.h"
 
+#include <fcntl.h>
 #include <pthread.h>
+#include <sys/stat.h>
 
 #define LAYERS 2u
 #define DIM 32u
@@ -19,6 +21,9 @@
 #define ON_GPU                                                                                     \
     "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=2M,"             \
     "device=cuda:0,provider=cuda-vmm,model=m,client_write=all"
+#define OTHER                                                                                      \
+    "q:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=64K,"            \
+    "device=host,client_write=all"
 
 /* ---- what was changed is found ---- */
 
@@ -38,16 +43,21 @@ static void *spoil(void *arg)
     return NULL;
 }
 
-/* A sequence of so many tokens with these ids, whose K and V the worker writes. */
-static ts_seq write_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, rng *r, float **second)
+/* A new sequence in a step of so many tokens with these ids, whose K and V the worker writes. */
+static ts_step *begin_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, ts_seq *seq)
 {
-    ts_seq seq;
     ts_step *step;
-    uint64_t slots[TOKENS];
-    DO(ts_seq_create(p, 1, &seq));
+    DO(ts_seq_create(p, 1, seq));
     DO(ts_step_begin(
-        p, &seq, &(uint32_t){TOKENS}, 1,
+        p, seq, &(uint32_t){TOKENS}, 1,
         &(ts_step_options){.size = sizeof(ts_step_options), .tokens = ids, .no_run = true}, &step));
+    return step;
+}
+
+/* Writes the step, and commits it. */
+static void write_step(ts_client *c, ts_pool *p, ts_step *step, rng *r, float **second)
+{
+    uint64_t slots[TOKENS];
     ts_step_slots(step, slots);
     for (uint32_t i = 0; i < TOKENS * LAYERS; i++) {
         ts_kv kv;
@@ -58,6 +68,12 @@ static ts_seq write_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, rng 
             *second = kv.v; /* of the second block */
     }
     DO(ts_step_commit(step, NULL));
+}
+
+static ts_seq write_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, rng *r, float **second)
+{
+    ts_seq seq;
+    write_step(c, p, begin_sequence(c, p, ids, &seq), r, second);
     return seq;
 }
 
@@ -232,6 +248,156 @@ static void what_was_appended_may_be_written_late(void **state)
     stop(&d, false);
 }
 
+/* ---- a pool that has another's name and place ---- */
+
+/* An operator's order. The next daemon doesn't know that it was carried out before a death, and
+ * refuses it so. */
+static void order(ts_client *c, Tspb__Request *request, ts_status again)
+{
+    Tspb__Reply *reply;
+    const ts_status status = ts_call(c, request, &reply);
+    if (status != again || ts_client_restarts(c) == 0)
+        DO(status);
+    if (status == TS_OK)
+        tspb__reply__free_unpacked(reply, NULL);
+}
+
+static void make_pool(ts_client *c, const char *text)
+{
+    Tspb__AdminPoolCreate body = TSPB__ADMIN_POOL_CREATE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.text = ts_unconst(text);
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_CREATE;
+    request.admin_pool_create = &body;
+    order(c, &request, TS_EEXIST);
+}
+
+static void delete_pool(ts_client *c, const char *name)
+{
+    Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.pool = ts_unconst(name);
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
+    request.admin_pool_delete = &body;
+    order(c, &request, TS_ENOENT);
+}
+
+/* Waits until the daemon's read of a GPU's block, which the FIFO is for, has come to it; the read
+ * goes on when what is returned is closed. */
+static int await_read(const char *fifo)
+{
+    const int fd = open(fifo, O_WRONLY | O_CLOEXEC);
+    assert_true(fd >= 0);
+    assert_int_equal(unlink(fifo), 0);
+    return fd;
+}
+
+/* The checksums of three blocks wait in the queue when their pool is deleted; the next one of its
+ * name has the same blocks, as often begun and not yet written, when their turn comes. */
+static void a_pool_has_nothing_of_the_checksums_of_the_one_before_it(void **state)
+{
+    (void)state;
+    daemon_process d;
+    pthread_t thread;
+    rng r = {3};
+    float *second;
+    ts_seq old, new, on_gpu[2];
+    uint64_t old_slots[TOKENS], new_slots[TOKENS];
+    uint32_t length;
+    char folder[] = "/tmp/tinyserve-reads.XXXXXX", path[40], first[48], fourth[48];
+    assert_non_null(mkdtemp(folder));
+    snprintf(path, sizeof path, "%s/read", folder);
+    snprintf(first, sizeof first, "%s.1", path);
+    snprintf(fourth, sizeof fourth, "%s.4", path);
+    assert_int_equal(mkfifo(first, 0600), 0);
+    assert_int_equal(mkfifo(fourth, 0600), 0);
+    setenv("TS_TEST_FAKE_GPU", "1", 1);
+    setenv("TS_TEST_GPU_READ_WAITS", path, 1);
+    setenv("TS_TEST_STOP", "summed:9", 1); /* six on the GPU, and the new pool's */
+    start_with(&d, ON_GPU, NULL, "verify=restart");
+    unsetenv("TS_TEST_STOP");
+    unsetenv("TS_TEST_GPU_READ_WAITS");
+    unsetenv("TS_TEST_FAKE_GPU");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    on_gpu[0] = write_sequence(c, p, NULL, &r, &second);
+    int read = await_read(first);
+    make_pool(c, OTHER);
+    ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
+    ts_step *step = begin_sequence(c, q, NULL, &old);
+    ts_step_slots(step, old_slots);
+    write_step(c, q, step, &r, &second); /* these three wait for the read */
+    on_gpu[1] = write_sequence(c, p, NULL, &r, &second);
+    DO(ts_seq_free(q, &old, 1));
+    ts_pool_close(q);
+    delete_pool(c, "q");
+    make_pool(c, OTHER);
+    q = open_pool(c, "q", TS_POOL_WRITABLE);
+    step = begin_sequence(c, q, NULL, &new);
+    ts_step_slots(step, new_slots);
+    assert_memory_equal(new_slots, old_slots, sizeof new_slots);
+    close(read);
+    read = await_read(fourth); /* the old pool's had their turn */
+    write_step(c, q, step, &r, &second);
+    spoiler s = {&d, NULL};
+    assert_int_equal(pthread_create(&thread, NULL, spoil, &s), 0);
+    close(read);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    DO(ts_seq_lengths(q, &new, 1, &length));
+    assert_int_equal(length, TOKENS);
+    DO(ts_seq_lengths(p, on_gpu, 2, (uint32_t[2]){0}));
+    assert_int_equal(ts_client_restarts(c), 1);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_pool_close(q);
+    ts_disconnect(c);
+    stop(&d, false);
+    assert_int_equal(rmdir(folder), 0);
+}
+
+/* A pool is filled, deleted and made anew, three times; how many restarts there were. */
+static uint32_t make_anew(const char *kill_at)
+{
+    daemon_process d;
+    rng r = {5};
+    float *second;
+    uint32_t length;
+    start_with(&d, POOL, kill_at, "verify=restart");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    for (uint32_t round = 0; round < 3; round++) {
+        make_pool(c, OTHER);
+        ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
+        const ts_seq seq = write_sequence(c, q, NULL, &r, &second);
+        DO(ts_seq_lengths(q, &seq, 1, &length));
+        assert_int_equal(length, TOKENS);
+        DO(ts_seq_free(q, &seq, 1));
+        ts_pool_close(q);
+        delete_pool(c, "q");
+    }
+    check_daemon(c);
+    const uint32_t restarts = ts_client_restarts(c);
+    ts_disconnect(c);
+    stop(&d, kill_at != NULL && restarts == 0);
+    return restarts;
+}
+
+/* Wherever the daemon dies, of the old pool's checksums too. */
+static void a_pool_may_be_made_anew_over_a_death(void **state)
+{
+    static const char *const places[] = {"stored", "applied", "published"};
+    (void)state;
+    assert_int_equal(make_anew(NULL), 0);
+    for (uint32_t i = 0; i < sizeof places / sizeof *places; i++) {
+        uint32_t n = 3;
+        char kill_at[32];
+        do {
+            snprintf(kill_at, sizeof kill_at, "%s:%u", places[i], n);
+            n += STRIDE;
+        } while (make_anew(kill_at) > 0);
+        assert_true(n > 3 + STRIDE);
+    }
+}
+
 /* Blocks that are filled, shared, cut and filled again, freed and taken again, appended to, and
  * found; how many restarts there were. All sequences must be as long as they should. */
 static uint32_t fill_and_cut(const char *kill_at)
@@ -303,6 +469,8 @@ int main(void)
         cmocka_unit_test(a_block_that_was_changed_is_forgotten),
         cmocka_unit_test(a_block_that_was_changed_on_a_gpu_is_forgotten),
         cmocka_unit_test(a_block_that_cannot_be_read_is_not_taken_for_wrong),
+        cmocka_unit_test(a_pool_has_nothing_of_the_checksums_of_the_one_before_it),
+        cmocka_unit_test(a_pool_may_be_made_anew_over_a_death),
         cmocka_unit_test(what_was_appended_may_be_written_late),
         cmocka_unit_test(what_is_right_is_never_taken_for_wrong),
     };
