@@ -79,26 +79,43 @@ static const char *holder_of(const Tspb__RestartStatus *r)
                                                                    : "unknown";
 }
 
+static json_t *verify(const Tspb__RestartStatus *r)
+{
+    return r->verify == TSPB__RESTART_STATUS__VERIFY__RESTART ? json_string("restart")
+           : r->verify == TSPB__RESTART_STATUS__VERIFY__OFF   ? json_string("off")
+                                                              : json_null();
+}
+
 /* What the daemon has no figure for is null; all of it, where an older daemon tells nothing. */
 static json_t *restart(const Tspb__RestartStatus *r)
 {
     if (r == NULL)
         return json_null();
-    json_t *journal = json_null(), *last = json_null();
+    json_t *journal = json_null(), *last = json_null(), *check = json_null();
     if (r->journaled)
         journal =
             json_pack("{s:I, s:I, s:I, s:i, s:I, s:f}", "bytes", integer(r->journal_bytes),
                       "used_bytes", integer(r->journal_used_bytes), "waits",
                       integer(r->journal_waits), "snapshots", (int)r->snapshots, "snapshot_bytes",
                       integer(r->snapshot_bytes), "snapshot_seconds", r->snapshot_seconds);
+    if (r->checked)
+        check = json_pack("{s:I, s:I, s:I, s:I, s:f}", "full_blocks", integer(r->full_blocks),
+                          "checked_blocks", integer(r->checked_blocks), "wrong_blocks",
+                          integer(r->wrong_blocks), "lost_sequences", integer(r->lost_sequences),
+                          "seconds", r->check_seconds);
     if (r->took_over)
-        last = json_pack("{s:o, s:f, s:I, s:I, s:i}", "cause",
+        last = json_pack("{s:o, s:f, s:I, s:I, s:i, s:o}", "cause",
                          r->cause[0] == '\0' ? json_null() : json_string(r->cause), "seconds",
                          r->seconds, "entries", integer(r->entries), "sequences",
-                         integer(r->sequences), "awaited_sessions", (int)r->awaited_sessions);
-    return json_pack("{s:s, s:i, s:o, s:o, s:o}", "holder", holder_of(r), "restarts",
+                         integer(r->sequences), "awaited_sessions", (int)r->awaited_sessions,
+                         "check", check);
+    else
+        json_decref(check);
+    return json_pack("{s:s, s:i, s:o, s:o, s:o, s:o, s:i, s:i}", "holder", holder_of(r), "restarts",
                      (int)r->restarts, "journal", journal, "last", last, "failure",
-                     r->failure[0] == '\0' ? json_null() : json_string(r->failure));
+                     r->failure[0] == '\0' ? json_null() : json_string(r->failure), "verify",
+                     verify(r), "unsummed_pools", (int)r->unsummed_pools, "unsummed_blocks",
+                     (int)r->unsummed_blocks);
 }
 
 json_t *json_status(const Tspb__StatusReply *r)

@@ -196,6 +196,49 @@ static void a_socket_that_is_none_or_open_to_all_is_told(void **state)
     assert_found(&f, "is no socket", FINDING_FAULT, "TINYSERVE_URL");
 }
 
+/* Whether anything is found about verify; *f is what is found. */
+static bool verify_is_told(Tspb__RestartStatus *restart, findings *f)
+{
+    Tspb__StatusReply r = TSPB__STATUS_REPLY__INIT;
+    bool told = false;
+    r.restart = restart;
+    f->count = 0;
+    doctor_store(f, &r);
+    for (size_t i = 0; i < f->count; i++)
+        told = told || strcmp(f->all[i].about, "verify") == 0;
+    return told;
+}
+
+static void memory_that_was_wrong_and_is_not_checked_is_told(void **state)
+{
+    (void)state;
+    findings f;
+    Tspb__RestartStatus s = TSPB__RESTART_STATUS__INIT;
+    s.verify = TSPB__RESTART_STATUS__VERIFY__OFF;
+    assert_false(verify_is_told(&s, &f)); /* no fault, whoever holds the memory */
+    s.verify = TSPB__RESTART_STATUS__VERIFY__RESTART;
+    s.unsummed_pools = 2;
+    assert_true(verify_is_told(&s, &f));
+    assert_found(&f, "verify = restart is in vain", FINDING_WARNING, "set verify = off");
+    s.holder = TSPB__RESTART_STATUS__HOLDER__SYSTEMD;
+    s.journaled = true;
+    assert_true(verify_is_told(&s, &f));
+    assert_found(&f, "2 pools have no checksums", FINDING_WARNING, "FileDescriptorStoreMax=");
+    s.unsummed_pools = 0;
+    s.checked = true;
+    s.full_blocks = 9;
+    s.checked_blocks = 8;
+    s.unsummed_blocks = 1;
+    assert_false(verify_is_told(&s, &f));
+    s.wrong_blocks = 3;
+    s.lost_sequences = 1;
+    assert_true(verify_is_told(&s, &f));
+    assert_found(&f,
+                 "the last restart found 3 blocks that didn't hold what was stored in them; 1 "
+                 "sequences are lost",
+                 FINDING_WARNING, "nvidia-smi -q -d ECC");
+}
+
 int main(void)
 {
 #define IN_ROOT(test) cmocka_unit_test_setup_teardown(test, make_root, remove_root)
@@ -206,6 +249,7 @@ int main(void)
         IN_ROOT(another_process_of_that_number_is_not_taken_for_the_daemon),
         IN_ROOT(a_gpu_without_mps_and_a_gpu_without_a_pool_are_told),
         IN_ROOT(a_socket_that_is_none_or_open_to_all_is_told),
+        cmocka_unit_test(memory_that_was_wrong_and_is_not_checked_is_told),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

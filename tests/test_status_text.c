@@ -126,11 +126,65 @@ static void what_outlives_the_daemon_is_told(void **state)
     free(text);
 }
 
+static void whether_a_restart_checks_memory_is_told(void **state)
+{
+    (void)state;
+    Tspb__RestartStatus restart = TSPB__RESTART_STATUS__INIT;
+    Tspb__StatusReply r = TSPB__STATUS_REPLY__INIT;
+    r.version = r.kernel = (char *)"x";
+    r.restart = &restart;
+    restart.holder = TSPB__RESTART_STATUS__HOLDER__SUPERVISOR;
+    restart.journaled = true;
+    char *text = printed(&r); /* an older daemon says nothing of it */
+    assert_null(strstr(text, "verify"));
+    free(text);
+    restart.verify = TSPB__RESTART_STATUS__VERIFY__OFF;
+    text = printed(&r);
+    assert_non_null(strstr(text, "  verify   off: a restart doesn't check memory\n"));
+    free(text);
+
+    restart.verify = TSPB__RESTART_STATUS__VERIFY__RESTART;
+    restart.unsummed_blocks = 5;
+    restart.took_over = restart.checked = true;
+    restart.full_blocks = 40;
+    restart.checked_blocks = 38;
+    restart.check_seconds = 0.125;
+    text = printed(&r);
+    assert_non_null(strstr(text, "  verify   restart: 5 blocks wait for their checksum\n"));
+    assert_null(strstr(text, "no checksums"));
+    assert_non_null(strstr(text, "yet to come back\n"
+                                 "           38 of 40 full blocks were checked in 0.125 s\nPOOL "));
+    free(text);
+    restart.wrong_blocks = 3;
+    restart.lost_sequences = 2;
+    restart.unsummed_pools = 1;
+    text = printed(&r);
+    assert_non_null(strstr(text, "  verify   1 pools have no checksums: see tsctl doctor\n"));
+    assert_non_null(strstr(text, "checked in 0.125 s\n"
+                                 "  LOST: 3 blocks, which didn't hold what was stored in them,\n"
+                                 "    and the 2 sequences that had one\nPOOL "));
+    free(text);
+
+    restart = (Tspb__RestartStatus)TSPB__RESTART_STATUS__INIT; /* nobody holds the memory */
+    restart.verify = TSPB__RESTART_STATUS__VERIFY__RESTART;
+    restart.unsummed_pools = 1;
+    text = printed(&r);
+    assert_non_null(
+        strstr(text, "  verify   restart, in vain: nothing outlives the daemon\nPOOL "));
+    free(text);
+    restart.verify = TSPB__RESTART_STATUS__VERIFY__OFF;
+    restart.unsummed_pools = 0;
+    text = printed(&r);
+    assert_null(strstr(text, "verify"));
+    free(text);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(each_gpu_without_mps_is_named_once),
         cmocka_unit_test(what_outlives_the_daemon_is_told),
+        cmocka_unit_test(whether_a_restart_checks_memory_is_told),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

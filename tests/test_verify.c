@@ -77,6 +77,18 @@ static ts_seq write_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, rng 
     return seq;
 }
 
+/* What status says of the last restart. The caller frees it. */
+static Tspb__Reply *get_status(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    DO(ts_call(c, &request, &reply));
+    return reply;
+}
+
 static void find(const char *pool)
 {
     daemon_process d;
@@ -109,6 +121,15 @@ static void find(const char *pool)
     DO(ts_seq_match(p, ids[0], counts, 2, NULL, again, found));
     assert_int_equal(found[0], BLOCK);
     assert_int_equal(found[1], TOKENS - 1);
+    Tspb__Reply *reply = get_status(c);
+    const Tspb__RestartStatus *told = reply->status_reply->restart;
+    assert_true(told->checked && told->verify == TSPB__RESTART_STATUS__VERIFY__RESTART);
+    assert_int_equal(told->full_blocks, 6);
+    assert_int_equal(told->checked_blocks, 6);
+    assert_int_equal(told->wrong_blocks, 1);
+    assert_int_equal(told->lost_sequences, 1);
+    assert_int_equal(told->unsummed_pools, 0);
+    tspb__reply__free_unpacked(reply, NULL);
     check_daemon(c);
     ts_pool_close(p);
     ts_disconnect(c);
@@ -150,19 +171,6 @@ static void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_
     DO(ts_step_commit(step, NULL));
 }
 
-/* What status says of how the last daemon ended. */
-static void get_cause(ts_client *c, char *cause, size_t bytes)
-{
-    Tspb__Status body = TSPB__STATUS__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    Tspb__Reply *reply;
-    request.body_case = TSPB__REQUEST__BODY_STATUS;
-    request.status = &body;
-    DO(ts_call(c, &request, &reply));
-    snprintf(cause, bytes, "%s", reply->status_reply->restart->cause);
-    tspb__reply__free_unpacked(reply, NULL);
-}
-
 /* The GPU is lost at a read, before (0) or after the daemon's death: whoever reads a block's memory
  * then knows nothing of it. */
 static void lose_gpu(uint32_t deaths, uint32_t at)
@@ -172,7 +180,7 @@ static void lose_gpu(uint32_t deaths, uint32_t at)
     rng r = {3};
     float *second;
     uint32_t length;
-    char text[24], cause[64];
+    char text[24];
     snprintf(text, sizeof text, "read:%u:%u", at, deaths);
     setenv("TS_TEST_GPU_BREAKS", text, 1);
     if (deaths > 0)
@@ -195,8 +203,12 @@ static void lose_gpu(uint32_t deaths, uint32_t at)
             assert_int_equal(length, TOKENS);
         }
     while (ts_client_restarts(c) == 0); /* until it has seen that its device is lost */
-    get_cause(c, cause, sizeof cause);
-    assert_string_equal(cause, deaths > 0 ? "status 1" : "status 3");
+    Tspb__Reply *reply = get_status(c);
+    const Tspb__RestartStatus *told = reply->status_reply->restart;
+    assert_string_equal(told->cause, deaths > 0 ? "status 1" : "status 3");
+    assert_int_equal(told->checked_blocks, deaths > 0 ? 6 : at - 1); /* it was read up to there */
+    assert_int_equal(told->wrong_blocks, 0);
+    tspb__reply__free_unpacked(reply, NULL);
     check_daemon(c);
     ts_pool_close(p);
     ts_disconnect(c);

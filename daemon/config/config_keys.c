@@ -257,7 +257,8 @@ static const ts_config_key daemon_keys[] = {
          "With restart each block that a step has filled gets a checksum, by a thread of its "
          "own, and the daemon that takes over serves nothing before all of them were held "
          "against the memory. Blocks that don't hold what was stored are forgotten, and the "
-         "sequences that had one are lost; the log says how many. It takes as long as reading "
+         "sequences that had one are lost; the log and tsctl status say how many. It takes as long "
+         "as reading "
          "the memory does. Blocks that wait for their checksum at the death aren't checked, nor "
          "are those that were filled while 65536 waited, and blocks with tokens that a worker "
          "appended."},

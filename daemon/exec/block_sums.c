@@ -204,6 +204,17 @@ static bool *find_full(const ts_engine *e, uint32_t pool)
     return full;
 }
 
+/* How many these are; 0 also where there is no memory to count them. */
+static uint32_t count_full(const ts_engine *e, uint32_t pool)
+{
+    bool *full = find_full(e, pool);
+    uint32_t count = 0;
+    for (uint32_t block = 0; full != NULL && block < e->pools[pool].books.max_blocks; block++)
+        count += full[block];
+    free(full);
+    return count;
+}
+
 /* What the threads that look at blocks share. */
 typedef struct look {
     place place;
@@ -309,8 +320,10 @@ ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *o
     const int fd = ts_stored_sums_take(s->store, pool);
     *c = (ts_blocks_checked){.block_bytes = at.block_bytes};
     *wrong = NULL;
-    if (fd < 0)
+    if (fd < 0) {
+        c->blocks = count_full(s->engine, pool);
         return ts_block_sums_add(s, pool, of, gpu, why, why_bytes);
+    }
     const off_t has = lseek(fd, 0, SEEK_END);
     uint64_t *sums = has == (off_t)bytes
                          ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
@@ -350,6 +363,21 @@ void ts_block_sums_remove(ts_block_sums *s, uint32_t pool)
     free(gone.versions);
     free(gone.appended);
     ts_stored_sums_forget(s->store, pool);
+}
+
+uint32_t ts_block_sums_waiting(ts_block_sums *s)
+{
+    if (s == NULL)
+        return 0;
+    pthread_mutex_lock(&s->lock);
+    const uint32_t waiting = s->tail - s->head + (s->reading != TS_NONE);
+    pthread_mutex_unlock(&s->lock);
+    return waiting;
+}
+
+bool ts_block_sums_keeps(const ts_block_sums *s, uint32_t pool)
+{
+    return s != NULL && s->pools[pool].count > 0;
 }
 
 /* ---- what commands change ---- */

@@ -52,6 +52,10 @@ ts_status ts_block_sums_take(ts_block_sums *sums, uint32_t pool, const ts_memory
 void ts_block_sums_before(ts_block_sums *sums, const ts_command *command);
 void ts_block_sums_after(ts_block_sums *sums, const ts_command *command, const ts_answer *answer);
 
+/* How many blocks wait for their checksum; whether the pool's have any. */
+uint32_t ts_block_sums_waiting(ts_block_sums *sums);
+bool ts_block_sums_keeps(const ts_block_sums *sums, uint32_t pool);
+
 /* The slab's memory goes: nothing is read there any more. */
 void ts_block_sums_leave_slab(ts_block_sums *sums, uint32_t pool, uint32_t slab);
 

@@ -17,6 +17,14 @@
 
 #define TS_GPUS_MAX 16u
 
+/* What a restart found when it held all pools' memory against their checksums. */
+typedef struct ts_exec_checked {
+    bool done;
+    uint64_t full, summed, wrong; /* blocks: that were there, of them had a checksum, of these */
+    uint64_t lost;                /* sequences that had a wrong one */
+    double seconds;
+} ts_exec_checked;
+
 typedef struct ts_exec_gpu {
     ts_gpu *gpu;
     ts_gpu_executor *executor;
@@ -37,6 +45,7 @@ typedef struct ts_exec {
     const ts_exec_gpu *gpu_of[TS_POOLS_MAX]; /* by pool; NULL: in host memory */
     struct ts_block_sums *sums;              /* NULL: there are none (block_sums.h) */
     bool verify;                             /* pools have checksums, where there are books */
+    ts_exec_checked checked;                 /* by this daemon when it took over */
     struct ts_slab_supply *slabs;            /* NULL: none was ordered yet (slab_supply.h) */
     uint32_t submit_ms, join_us;             /* of the GPUs' executors */
     uint64_t tenant_exchange_bytes;          /* of each GPU's memory; 0: a quarter of it */

@@ -424,6 +424,11 @@ static ts_status verify_pool(ts_exec *x, uint32_t pool, char *why, size_t why_by
         lost += a.dropped;
     }
     free(wrong);
+    x->checked.full += c.blocks;
+    x->checked.summed += c.checked;
+    x->checked.wrong += c.wrong;
+    x->checked.lost += lost;
+    x->checked.seconds += c.seconds;
     if (c.wrong > 0)
         ts_log_on(TS_LOG_ERROR, &about,
                   "pool '%s': %llu blocks don't hold what was stored in them: they are forgotten, "
@@ -443,6 +448,7 @@ ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why
     for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK && keeps_sums(x); i++)
         if (ts_engine_has_pool(x->engine, i))
             status = verify_pool(x, i, why, why_bytes);
+    x->checked.done = x->sums != NULL;
     for (uint32_t i = 0; i < x->engine->num_steps && status == TS_OK; i++) {
         const ts_step *step = &x->engine->steps[i];
         if (!step->live || !step->copying)

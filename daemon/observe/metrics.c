@@ -135,6 +135,24 @@ static void write_restart(FILE *out, const Tspb__RestartStatus *r)
     single(out, "awaited_sessions", "gauge",
            "Sessions from before the restart whose workers have yet to come back.",
            r->awaited_sessions);
+    single(out, "verify_enabled", "gauge", "1 if blocks get checksums and a restart checks them.",
+           r->verify == TSPB__RESTART_STATUS__VERIFY__RESTART);
+    single(out, "unsummed_pools", "gauge", "Of the pools then, those without checksums.",
+           r->unsummed_pools);
+    single(out, "unsummed_blocks", "gauge", "Full blocks that wait for their checksum.",
+           r->unsummed_blocks);
+    single(out, "last_restart_full_blocks", "gauge",
+           "Full blocks that there were when it checked memory; 0: it didn't.",
+           (double)r->full_blocks);
+    single(out, "last_restart_checked_blocks", "gauge", "Of those, the ones with a checksum.",
+           (double)r->checked_blocks);
+    single(out, "last_restart_wrong_blocks", "gauge",
+           "Of these, the ones that didn't hold what was stored, and were forgotten.",
+           (double)r->wrong_blocks);
+    single(out, "last_restart_lost_sequences", "gauge", "Sequences that had a wrong block.",
+           (double)r->lost_sequences);
+    single(out, "last_restart_check_duration_seconds", "gauge", "Time that checking memory took.",
+           r->check_seconds);
     single(out, "journal_size_bytes", "gauge", "Size of the journal; 0: there is none.",
            (double)r->journal_bytes);
     single(out, "journal_used_bytes", "gauge", "Bytes of it that no snapshot covers.",

@@ -2,6 +2,7 @@
 #include "report.h"
 
 #include "admin.h"
+#include "block_sums.h"
 #include "cache_report.h"
 #include "clock.h"
 #include "invariants.h"
@@ -40,6 +41,22 @@ ts_view ts_report_view_http(const ts_service *s)
     return (ts_view){.all = s->http_shows_all, .tenant = TS_NONE};
 }
 
+/* Whether memory is checked, and what came of it. */
+static void describe_verify(const ts_exec *x, Tspb__RestartStatus *r)
+{
+    r->verify =
+        x->verify ? TSPB__RESTART_STATUS__VERIFY__RESTART : TSPB__RESTART_STATUS__VERIFY__OFF;
+    for (uint32_t i = 0; x->verify && i < x->engine->num_pools; i++)
+        r->unsummed_pools += ts_engine_has_pool(x->engine, i) && !ts_block_sums_keeps(x->sums, i);
+    r->unsummed_blocks = ts_block_sums_waiting(x->sums);
+    r->checked = x->checked.done;
+    r->full_blocks = x->checked.full;
+    r->checked_blocks = x->checked.summed;
+    r->wrong_blocks = x->checked.wrong;
+    r->lost_sequences = x->checked.lost;
+    r->check_seconds = x->checked.seconds;
+}
+
 static Tspb__RestartStatus *describe_restart(const ts_service *s)
 {
     Tspb__RestartStatus *r = malloc(sizeof *r);
@@ -66,6 +83,7 @@ static Tspb__RestartStatus *describe_restart(const ts_service *s)
     r->awaited_sessions = ts_resume_absent(s);
     r->cause = strdup(s->taken_over.cause);
     r->failure = strdup(s->started.restored ? "" : s->started.why);
+    describe_verify(&s->exec, r);
     return r;
 }
 

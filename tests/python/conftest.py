@@ -45,10 +45,12 @@ class Supervised:
     """A daemon whose memory a supervisor holds, so that another one follows it. The supervisor has
     a process group of its own: a test's end reaches its daemon, too."""
 
-    def __init__(self, folder, pools, settings):
+    def __init__(self, folder, pools, settings, config):
         self.url = str(folder / "s")
         self.log = folder / "log"
         arguments = [os.environ["TS_TEST_DAEMON"], "--supervise", "--socket", self.url]
+        if config is not None:
+            arguments += ["--config", str(config)]
         for key, value in settings.items():
             arguments += ["--set", f"{key}={value}"]
         for pool in pools:
@@ -85,10 +87,10 @@ class Supervised:
 def start_supervised(tmp_path):
     started = []
 
-    def start(*pools, settings=None):
+    def start(*pools, settings=None, config=None):
         folder = tmp_path / f"supervised-{len(started)}"
         folder.mkdir()
-        started.append(Supervised(folder, pools or (POOL,), settings or {}))
+        started.append(Supervised(folder, pools or (POOL,), settings or {}, config))
         tinyserve.connect(started[-1].url, wait=60).close()
         return started[-1]
 

@@ -209,11 +209,52 @@ def test_a_worker_that_dies_while_there_is_no_daemon_has_no_session_after(start_
         assert "0 problems" in tsctl(daemon.url, "check").stdout
 
 
+def test_status_and_metrics_tell_what_a_restart_checked(start_supervised, tmp_path):
+    port = free_port()
+    config = tmp_path / "conf"
+    config.write_text(f"[daemon]\nmetrics = 127.0.0.1:{port}\n")
+    daemon = start_supervised(f"{POOL},client_write=all", config=config)
+    with tinyserve.connect(daemon.url) as client, client.pool("tiny", writable=True) as kv:
+        with kv.step(kv.create(1), [3 * 4 + 1], run=False) as step:
+            step.commit()
+
+        def restart():
+            while restart_of(daemon.url)["unsummed_blocks"] > 0:
+                pass
+            assert tsctl(daemon.url, "restart").returncode == 0
+            return restart_of(daemon.url)
+
+        told = restart()
+        assert told["verify"] == "off" and told["last"]["check"] is None
+        with config.open("a") as file:
+            file.write("verify = restart\n")
+        check = restart()["last"]["check"]  # what was filled before has no checksum
+        assert (check["full_blocks"], check["checked_blocks"]) == (3, 0)
+        with kv.step(kv.create(1), [2 * 4], run=False) as step:
+            step.commit()
+        told = restart()
+        check = told["last"]["check"]
+        assert told["verify"] == "restart" and told["unsummed_pools"] == 0
+        assert check.pop("seconds") > 0
+        assert check == {"full_blocks": 5, "checked_blocks": 2, "wrong_blocks": 0,
+                         "lost_sequences": 0}
+        served = values(ask(port)[1])
+        assert served["tinyserve_verify_enabled"] == 1
+        for name, value in check.items():
+            assert served[f"tinyserve_last_restart_{name}"] == value
+        assert served["tinyserve_last_restart_check_duration_seconds"] > 0
+        text = tsctl(daemon.url, "status").stdout
+        assert "  verify   restart: 0 blocks wait for their checksum\n" in text
+        assert " 2 of 5 full blocks were checked in 0." in text
+        assert " verify " not in tsctl(daemon.url, "doctor").stdout
+
+
 def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_supervised):
     port = free_port()
     daemon = start_supervised(settings={"metrics": f"127.0.0.1:{port}"})
     before = values(ask(port)[1])
     assert before["tinyserve_store_held"] == 1 and before["tinyserve_restarts_total"] == 0
+    assert before["tinyserve_verify_enabled"] == before["tinyserve_unsummed_pools"] == 0
     assert before["tinyserve_journal_size_bytes"] >= before["tinyserve_journal_used_bytes"] > 0
     with tinyserve.connect(daemon.url) as client, client.pool("tiny") as kv:
         kv.keep(kv.create(1)[0], "kept")
@@ -231,6 +272,7 @@ def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_s
         assert after["tinyserve_last_restart_replayed_commands"] == 0
         told = restart_of(daemon.url)["last"]
         assert told["cause"] == "status 4" and told["sequences"] == 1 and told["entries"] == 0
+        assert restart_of(daemon.url)["verify"] == "off" and told["check"] is None
         assert "(status 4, tsctl restart)" in tsctl(daemon.url, "status").stdout
         assert "ok       store        a supervisor holds the memory" in \
             tsctl(daemon.url, "doctor").stdout

@@ -161,8 +161,31 @@ static void versions(findings *f, const Tspb__StatusReply *r)
                          "restart tinyserved, and workers after it");
 }
 
-/* Whether the memory outlives the daemon. */
-static void store(findings *f, const Tspb__StatusReply *r)
+/* What of `verify = restart` is wrong. */
+static void verify(findings *f, const Tspb__RestartStatus *s)
+{
+    if (s->verify == TSPB__RESTART_STATUS__VERIFY__RESTART && !s->journaled) {
+        doctor_found(f, FINDING_WARNING, "verify",
+                     "verify = restart is in vain: nothing outlives the daemon");
+        doctor_advise(f, "have somebody hold the memory, or set verify = off");
+    } else if (s->unsummed_pools > 0) {
+        doctor_found(f, FINDING_WARNING, "verify",
+                     "%u pools have no checksums: no restart checks their memory",
+                     s->unsummed_pools);
+        doctor_advise(f, "the log says why; mostly the store has no room for a descriptor "
+                         "(FileDescriptorStoreMax=), or there is no memory: 8 bytes a block");
+    }
+    if (s->wrong_blocks > 0) {
+        doctor_found(f, FINDING_WARNING, "verify",
+                     "the last restart found %llu blocks that didn't hold what was stored in them; "
+                     "%llu sequences are lost",
+                     (unsigned long long)s->wrong_blocks, (unsigned long long)s->lost_sequences);
+        doctor_advise(f, "the log names the pools; memory fails (dmesg, nvidia-smi -q -d ECC), or "
+                         "a worker that maps slabs writable (client_write = all) wrote there");
+    }
+}
+
+void doctor_store(findings *f, const Tspb__StatusReply *r)
 {
     const Tspb__RestartStatus *s = r->restart;
     if (s == NULL)
@@ -197,6 +220,7 @@ static void store(findings *f, const Tspb__StatusReply *r)
             f, "the log says more; journal and snapshots are kept in the store as failed.*, for a "
                "report");
     }
+    verify(f, s);
 }
 
 static void pools(findings *f, const Tspb__StatusReply *r, doctor_facts *facts)
@@ -256,7 +280,7 @@ static bool ask_daemon(findings *f, const options *o, doctor_facts *facts, bool 
                              "sides after an upgrade");
     } else if (status == TS_OK) {
         versions(f, reply->status_reply);
-        store(f, reply->status_reply);
+        doctor_store(f, reply->status_reply);
         pools(f, reply->status_reply, facts);
         tspb__reply__free_unpacked(reply, NULL);
     }

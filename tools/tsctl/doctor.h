@@ -46,6 +46,9 @@ void doctor_descriptors(findings *f, const char *root, const doctor_facts *facts
 /* The socket that clients of this user take, and who may connect. */
 void doctor_socket(findings *f, const char *url);
 
+/* Whether the memory outlives the daemon, and whether the last restart found all of it right. */
+void doctor_store(findings *f, const Tspb__StatusReply *status);
+
 /* Asks all of it, and prints; an exit status. */
 int doctor_run(const options *o);
 

@@ -133,6 +133,32 @@ static void print_journal(const Tspb__RestartStatus *r)
     puts("");
 }
 
+/* Whether a restart checks memory; that it doesn't is told where it could. */
+static void print_verify(const Tspb__RestartStatus *r)
+{
+    if (r->verify == TSPB__RESTART_STATUS__VERIFY__OFF && r->journaled)
+        puts("  verify   off: a restart doesn't check memory");
+    if (r->verify != TSPB__RESTART_STATUS__VERIFY__RESTART)
+        return;
+    if (!r->journaled)
+        puts("  verify   restart, in vain: nothing outlives the daemon");
+    else
+        printf("  verify   restart: %u blocks wait for their checksum\n", r->unsummed_blocks);
+    if (r->journaled && r->unsummed_pools > 0)
+        printf("  verify   %u pools have no checksums: see tsctl doctor\n", r->unsummed_pools);
+}
+
+static void print_check(const Tspb__RestartStatus *r)
+{
+    printf("           %llu of %llu full blocks were checked in %.3f s\n",
+           (unsigned long long)r->checked_blocks, (unsigned long long)r->full_blocks,
+           r->check_seconds);
+    if (r->wrong_blocks > 0)
+        printf("  LOST: %llu blocks, which didn't hold what was stored in them,\n"
+               "    and the %llu sequences that had one\n",
+               (unsigned long long)r->wrong_blocks, (unsigned long long)r->lost_sequences);
+}
+
 /* What outlives the daemon, and what the last restart did. */
 static void print_restart(const Tspb__StatusReply *all)
 {
@@ -150,6 +176,7 @@ static void print_restart(const Tspb__StatusReply *all)
             strcmp(all->pools[i]->memory, "cuda-ipc") == 0)
             printf("  store    pool %s's memory (cuda-ipc) ends with the daemon\n",
                    all->pools[i]->name);
+    print_verify(r);
     if (r->journaled)
         print_journal(r);
     if (r->took_over)
@@ -158,6 +185,8 @@ static void print_restart(const Tspb__StatusReply *all)
                r->restarts, cause_text(r->cause, cause, sizeof cause), r->seconds,
                (unsigned long long)r->sequences, (unsigned long long)r->entries,
                r->awaited_sessions);
+    if (r->checked)
+        print_check(r);
     if (r->failure[0] != '\0')
         printf("  LOST: what the last daemon left could not be taken over:\n    %s\n", r->failure);
 }
