@@ -154,7 +154,9 @@ static double steps(stage *s, uint64_t seq, uint32_t runs)
             return -1;
         const uint64_t step = a.begun.step->id;
         for (uint32_t r = 0; r < runs; r++) {
-            ts_command run = {.op = TS_OP_STEP_RUN, .step_run = {.step = step}};
+            ts_command run = {
+                .op = TS_OP_STEP_RUN,
+                .step_run = {.step = step, .run = {.k = 1024, .v = 2048, .out = 3072}}};
             ts_command done = {.op = TS_OP_STEP_DONE, .step_done = {.step = step}};
             if (!apply(s, run, &a) || !apply(s, done, &a))
                 return -1;
