@@ -120,7 +120,7 @@ static const struct argp argp = {
     "  step     decode steps through rings and through messages, and bare round trips\n"
     "  cache    matches by token ids, what ids cost a step, room made of cached blocks\n"
     "  alloc    appends, forks and frees inside the engine\n"
-    "  restart  what outliving the daemon costs, and how long taking over takes\n"
+    "  restart  what outliving the daemon costs, and how long taking over and workers' steps take\n"
     "  attend   the kernels of the processor or of a GPU, and the plain memory read rate\n\n"
     "A shape: COUNT x TOKENS or COUNT x LEAST-MOST [+ more of these], HEADS/KV_HEADS/HEAD_DIM\n"
     "fp32|fp16|bf16|fp8 [nhd|hnd] [, N new | , all new] [, N shared]",
@@ -177,6 +177,8 @@ int main(int argc, char **argv)
         return step_client(argc, argv);
     if (argc > 2 && strcmp(argv[1], "cache-client") == 0)
         return cache_client(argc, argv);
+    if (argc > 2 && strcmp(argv[1], "restart-client") == 0)
+        return restart_client(argc, argv);
     char path[1024];
     arguments a = {.options = {.gib = 1.0, .runs = 1}};
     argp_err_exit_status = 2;

@@ -1,7 +1,8 @@
 /*
  * What outliving the daemon costs: commands with the books (daemon/restart/) beside the same
- * without, by turns, in one thread and without a daemon; and how long a daemon takes to take over
- * what many sequences left, checked against what there was.
+ * without, by turns, in one thread and without a daemon; how long a daemon takes to take over what
+ * many sequences left, checked against what there was; and what workers see of it
+ * (restart_workers.c).
  */
 #define _GNU_SOURCE
 #include "tsbench.h"
@@ -283,5 +284,5 @@ int bench_restart(const bench_options *o, json_t *rows)
                                               "block_tokens", (int)block_tokens[i], "seconds",
                                               seconds, "MiB", (double)bytes / (1 << 20)));
     }
-    return 0;
+    return bench_restart_workers(o, rows) ? 0 : 1;
 }

@@ -37,7 +37,8 @@ int bench_attend_gpu(const bench_options *o, json_t *rows); /* where there is CU
 int bench_step(const bench_options *o, json_t *rows);
 int bench_restart(const bench_options *o, json_t *rows);
 int bench_cache(const bench_options *o, json_t *rows);
-bool bench_cache_crowd(const bench_options *o, json_t *rows); /* a part of it */
+bool bench_cache_crowd(const bench_options *o, json_t *rows);     /* a part of it */
+bool bench_restart_workers(const bench_options *o, json_t *rows); /* a part of restart */
 
 /* A run for --json: benchmark, version, date, machine and command, and the rows. The caller's.
  * load: the machine's load average before the run. */
@@ -48,6 +49,7 @@ int rpc_echo_server(const char *url, size_t reply_bytes);
 int rpc_client(int argc, char **argv);
 int step_client(int argc, char **argv);
 int cache_client(int argc, char **argv);
+int restart_client(int argc, char **argv);
 
 /* Starts a program with these as its stdin and stdout (-1: as ours); 0 or less: it can't be. */
 pid_t bench_start(char *const *argv, int in, int out);
