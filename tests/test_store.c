@@ -252,6 +252,25 @@ static void ceilings_refuse_with_numbers(void **state)
     ts_store_close(s);
     holder_end(&h);
 
+    holder_make(&h, "FDSTORE", "5");
+    s = ts_store_open();
+    ts_store_reserve(s, 2);
+    for (int i = 0; i < 5; i++) {
+        snprintf(name, sizeof name, "n.%d", i);
+        assert_int_equal(i < 3 ? PUT(s, name, fd)
+                               : ts_store_put_reserved(s, name, fd, h.why, sizeof h.why),
+                         TS_OK);
+        if (i != 2)
+            continue;
+        assert_int_equal(PUT(s, "n.9", fd), TS_ENOSPC);
+        assert_string_equal(h.why, "'n.9' can't be stored: the holder takes 5 descriptors, 2 of "
+                                   "them for the daemon's books, and has 3 "
+                                   "(FileDescriptorStoreMax= of the unit)");
+    }
+    assert_int_equal(ts_store_put_reserved(s, "n.5", fd, h.why, sizeof h.why), TS_ENOSPC);
+    ts_store_close(s);
+    holder_end(&h);
+
     holder_make(&h, "FDSTORE", "100000");
     s = ts_store_open();
     int sockets[] = {h.socket, eventfd(0, EFD_CLOEXEC)};

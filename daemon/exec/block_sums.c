@@ -331,6 +331,7 @@ ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *o
     close(fd);
     if (sums == MAP_FAILED) {
         snprintf(why, why_bytes, "the checksums of %u blocks can't be mapped", count);
+        ts_stored_sums_forget(s->store, pool); /* later blocks mustn't be held against them */
         return TS_ENOMEM;
     }
     ts_status status = compare(s->engine, pool, &at, sums, wrong, c, why, why_bytes);
@@ -345,6 +346,8 @@ ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *o
         free(*wrong);
         *wrong = NULL;
     }
+    if (status != TS_OK && status != TS_EDEVICE)
+        ts_stored_sums_forget(s->store, pool);
     return status;
 }
 

@@ -410,8 +410,16 @@ static ts_status verify_pool(ts_exec *x, uint32_t pool, char *why, size_t why_by
     char checked[32];
     ts_status status =
         ts_block_sums_take(x->sums, pool, x->memory[pool], gpu, &c, &wrong, why, why_bytes);
-    if (status != TS_OK)
+    if (status == TS_EDEVICE) /* the next daemon may read it */
         return status;
+    if (status != TS_OK) {
+        ts_log_on(TS_LOG_ERROR, &about,
+                  "pool '%s': verify = restart: it wasn't checked, and no restart will check it: "
+                  "%s",
+                  about.pool, why);
+        x->checked.full += c.blocks;
+        return TS_OK;
+    }
     ts_log_on(TS_LOG_INFO, &about,
               "pool '%s': %llu of %llu full blocks (%s) were checked in %.3f s", about.pool,
               (unsigned long long)c.checked, (unsigned long long)c.blocks,

@@ -16,6 +16,7 @@
 
 #define BARRIER_MS 1000u
 #define POISON_DEATHS 2u
+#define BOOKS_FDS 6u /* the journal and two areas, and those of books that failed */
 
 /* ---- the store as the books' keeper ---- */
 
@@ -26,7 +27,7 @@ static int take(void *store, const char *name)
 
 static ts_status keep(void *store, const char *name, int fd, char *why, size_t why_bytes)
 {
-    ts_status status = ts_store_put(store, name, fd, why, why_bytes);
+    ts_status status = ts_store_put_reserved(store, name, fd, why, why_bytes);
     if (status == TS_OK && !ts_store_barrier(store, BARRIER_MS))
         ts_log(TS_LOG_WARNING, "whoever holds the memory has not taken '%s' within %u ms", name,
                BARRIER_MS);
@@ -83,6 +84,7 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
                "FileDescriptorStoreMax=, or --supervise): what is stored ends with it");
         return ts_service_init(s, &c->limits);
     }
+    ts_store_reserve(store, BOOKS_FDS);
     const ts_books_options options = {
         .keeper = {store, take, keep, forget},
         .limits = &c->limits,

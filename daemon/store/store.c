@@ -192,21 +192,35 @@ void ts_store_each(ts_store *s, void (*each)(void *arg, const char *name), void 
     free(names);
 }
 
-/* Whether one more of this name goes in. */
-static ts_status check_put(ts_store *s, const char *name, char *why, size_t bytes)
+void ts_store_reserve(ts_store *s, uint32_t fds)
 {
+    if (s == NULL)
+        return;
+    pthread_mutex_lock(&s->lock);
+    s->reserved = fds;
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Whether one more of this name goes in, where so many are reserved for others. */
+static ts_status check_put(ts_store *s, const char *name, uint32_t reserved, char *why,
+                           size_t bytes)
+{
+    const size_t others = reserved * (TS_STORE_NAME_BYTES + 1u);
+    char kept[48] = "";
+    if (reserved > 0)
+        snprintf(kept, sizeof kept, ", %u of them for the daemon's books", reserved);
     if (find_any(s, name) != NULL) {
         snprintf(why, bytes, "a descriptor is stored under '%s' already", name);
         return TS_EEXIST;
     }
-    if (s->fds >= s->fds_max) {
+    if ((uint64_t)s->fds + reserved >= s->fds_max) {
         snprintf(why, bytes,
-                 "'%s' can't be stored: the holder takes %u descriptors, and has %u "
+                 "'%s' can't be stored: the holder takes %u descriptors%s, and has %u "
                  "(FileDescriptorStoreMax= of the unit)",
-                 name, s->fds_max, s->fds);
+                 name, s->fds_max, kept, s->fds);
         return TS_ENOSPC;
     }
-    if (s->names_bytes + strlen(name) + 1 > TS_STORE_NAMES_BYTES) {
+    if (s->names_bytes + strlen(name) + 1 + others > TS_STORE_NAMES_BYTES) {
         snprintf(why, bytes,
                  "'%s' can't be stored: the names of %u descriptors have %zu bytes, and %d are "
                  "the most",
@@ -216,7 +230,7 @@ static ts_status check_put(ts_store *s, const char *name, char *why, size_t byte
     return TS_OK;
 }
 
-ts_status ts_store_put(ts_store *s, const char *name, int fd, char *why, size_t bytes)
+static ts_status put(ts_store *s, const char *name, int fd, bool first, char *why, size_t bytes)
 {
     if (!ts_store_name_ok(name)) {
         snprintf(why, bytes,
@@ -230,7 +244,7 @@ ts_status ts_store_put(ts_store *s, const char *name, int fd, char *why, size_t 
         return TS_ECONN;
     }
     pthread_mutex_lock(&s->lock);
-    ts_status status = check_put(s, name, why, bytes);
+    ts_status status = check_put(s, name, first ? 0 : s->reserved, why, bytes);
     if (status == TS_OK && !s->holds && !s->supervised) {
         snprintf(why, bytes, "'%s' isn't stored: the store was lost", name);
         status = TS_ECONN;
@@ -253,6 +267,16 @@ ts_status ts_store_put(ts_store *s, const char *name, int fd, char *why, size_t 
     }
     pthread_mutex_unlock(&s->lock);
     return status;
+}
+
+ts_status ts_store_put(ts_store *s, const char *name, int fd, char *why, size_t bytes)
+{
+    return put(s, name, fd, false, why, bytes);
+}
+
+ts_status ts_store_put_reserved(ts_store *s, const char *name, int fd, char *why, size_t bytes)
+{
+    return put(s, name, fd, true, why, bytes);
 }
 
 ts_status ts_store_remove(ts_store *s, const char *name)

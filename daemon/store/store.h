@@ -71,6 +71,14 @@ void ts_store_each(ts_store *store, void (*each)(void *arg, const char *name), v
 ts_status ts_store_put(ts_store *store, const char *name, int fd, char *why, size_t why_bytes)
     __attribute__((warn_unused_result));
 
+/*
+ * Keeps room for so many descriptors for ts_store_put_reserved alone: without those the next daemon
+ * could not begin, however full the store is. 0: none.
+ */
+void ts_store_reserve(ts_store *store, uint32_t fds);
+ts_status ts_store_put_reserved(ts_store *store, const char *name, int fd, char *why,
+                                size_t why_bytes) __attribute__((warn_unused_result));
+
 /* Has the holder close the descriptor of this name. TS_ENOENT: none is stored. TS_ECONN: there is
  * no store. */
 ts_status ts_store_remove(ts_store *store, const char *name);

@@ -46,7 +46,7 @@ struct ts_store {
     bool supervised; /* by a supervisor: another one may follow it */
     char supervisor[sizeof(((struct sockaddr_un *)0)->sun_path)];
     uint64_t look_ms; /* when a supervisor is looked for again */
-    uint32_t fds_max, fds;
+    uint32_t fds_max, fds, reserved;
     size_t names_bytes;
     uint64_t ids;
     struct ts_store_items pending; /* to be sent, in order */

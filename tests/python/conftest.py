@@ -45,10 +45,12 @@ class Supervised:
     """A daemon whose memory a supervisor holds, so that another one follows it. The supervisor has
     a process group of its own: a test's end reaches its daemon, too."""
 
-    def __init__(self, folder, pools, settings, config):
+    def __init__(self, folder, pools, settings, config, descriptors):
         self.url = str(folder / "s")
         self.log = folder / "log"
         arguments = [os.environ["TS_TEST_DAEMON"], "--supervise", "--socket", self.url]
+        if descriptors is not None:  # that a process may have
+            arguments = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *arguments]
         if config is not None:
             arguments += ["--config", str(config)]
         for key, value in settings.items():
@@ -87,10 +89,10 @@ class Supervised:
 def start_supervised(tmp_path):
     started = []
 
-    def start(*pools, settings=None, config=None):
+    def start(*pools, settings=None, config=None, descriptors=None):
         folder = tmp_path / f"supervised-{len(started)}"
         folder.mkdir()
-        started.append(Supervised(folder, pools or (POOL,), settings or {}, config))
+        started.append(Supervised(folder, pools or (POOL,), settings or {}, config, descriptors))
         tinyserve.connect(started[-1].url, wait=60).close()
         return started[-1]
 

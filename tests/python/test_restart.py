@@ -249,6 +249,41 @@ def test_status_and_metrics_tell_what_a_restart_checked(start_supervised, tmp_pa
         assert " verify " not in tsctl(daemon.url, "doctor").stdout
 
 
+def test_checksums_that_find_no_room_in_the_store_cost_nothing_else(start_supervised, tmp_path):
+    config = tmp_path / "conf"
+    config.write_text("[daemon]\nverify = off\n")
+    daemon = start_supervised(f"{POOL},slab=16K,client_write=all", config=config,
+                              descriptors=100)
+    with tinyserve.connect(daemon.url) as client, client.pool("tiny", writable=True) as kv:
+        seqs = []
+        with pytest.raises(tinyserve.Error, match="FileDescriptorStoreMax"):
+            while True:
+                seqs += kv.create(1)
+                with kv.step(seqs[-1:], [2 * 4], run=False) as step:
+                    step.commit()
+        lengths = list(kv.lengths(seqs))
+        assert lengths == [2 * 4] * (len(seqs) - 1) + [0] and len(seqs) > 8
+        config.write_text("[daemon]\nverify = restart\n")
+        for _ in range(4):  # three that fail would have the next one begin with nothing
+            daemon.kill()
+            assert list(kv.lengths(seqs)) == lengths
+        told = restart_of(daemon.url)
+        assert told["verify"] == "restart" and told["unsummed_pools"] == 1
+        assert told["last"]["check"]["full_blocks"] == 2 * (len(seqs) - 1)
+        assert "no restart will check it" in daemon.log.read_text()
+    # As full as that, one whose books are spoilt begins with nothing, and has room for its own.
+    supervisor = pathlib.Path(f"/proc/{daemon.process.pid}/fd")
+    books = [fd for fd in supervisor.iterdir() if "tinyserve-books" in os.readlink(fd)]
+    assert len(books) == 2
+    for file in books:
+        with file.open("r+b") as memory:
+            memory.write(bytes(range(256)) * 16)
+    daemon.kill()
+    with tinyserve.connect(daemon.url, wait=60) as client, client.pool("tiny") as kv:
+        assert len(kv.create(2)) == 2
+    assert "begins with nothing" in daemon.log.read_text()
+
+
 def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_supervised):
     port = free_port()
     daemon = start_supervised(settings={"metrics": f"127.0.0.1:{port}"})
