@@ -393,21 +393,29 @@ static uint32_t make_anew(const char *kill_at)
     return restarts;
 }
 
-/* Wherever the daemon dies, of the old pool's checksums too. */
-static void a_pool_may_be_made_anew_over_a_death(void **state)
+/* A story, without a death, and with the daemon killed at each of these places, the third time that
+ * it comes there and later; told NULL or where, it says how many restarts there were. */
+static void over_deaths(uint32_t (*story)(const char *kill_at), const char *const *places,
+                        size_t count)
 {
-    static const char *const places[] = {"stored", "applied", "published"};
-    (void)state;
-    assert_int_equal(make_anew(NULL), 0);
-    for (uint32_t i = 0; i < sizeof places / sizeof *places; i++) {
+    assert_int_equal(story(NULL), 0);
+    for (size_t i = 0; i < count; i++) {
         uint32_t n = 3;
         char kill_at[32];
         do {
             snprintf(kill_at, sizeof kill_at, "%s:%u", places[i], n);
             n += STRIDE;
-        } while (make_anew(kill_at) > 0);
+        } while (story(kill_at) > 0);
         assert_true(n > 3 + STRIDE);
     }
+}
+
+/* Wherever the daemon dies, of the old pool's checksums too. */
+static void a_pool_may_be_made_anew_over_a_death(void **state)
+{
+    static const char *const places[] = {"stored", "applied", "published"};
+    (void)state;
+    over_deaths(make_anew, places, sizeof places / sizeof *places);
 }
 
 /* Blocks that are filled, shared, cut and filled again, freed and taken again, appended to, and
@@ -458,16 +466,7 @@ static void what_is_right_is_never_taken_for_wrong(void **state)
 {
     static const char *const places[] = {"summed", "published", "applied"};
     (void)state;
-    assert_int_equal(fill_and_cut(NULL), 0);
-    for (uint32_t i = 0; i < sizeof places / sizeof *places; i++) {
-        uint32_t n = 3;
-        char kill_at[32];
-        do {
-            snprintf(kill_at, sizeof kill_at, "%s:%u", places[i], n);
-            n += STRIDE;
-        } while (fill_and_cut(kill_at) > 0);
-        assert_true(n > 3 + STRIDE);
-    }
+    over_deaths(fill_and_cut, places, sizeof places / sizeof *places);
 }
 
 int main(void)

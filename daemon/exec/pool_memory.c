@@ -6,6 +6,7 @@
 #include "slab_supply.h"
 #include "step_work.h"
 #include "stored_memory.h"
+#include "verify.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -261,15 +262,6 @@ static void warn_of_store(const ts_exec *x, const ts_pool_config *p)
               p->name, slabs, most);
 }
 
-/* Whether pools have checksums. */
-static bool keeps_sums(ts_exec *x)
-{
-    if (x->sums == NULL && x->verify && x->books != NULL &&
-        (x->sums = ts_block_sums_new(x->engine, x->store)) == NULL)
-        ts_log(TS_LOG_WARNING, "verify = restart: no memory or thread for checksums of blocks");
-    return x->sums != NULL;
-}
-
 ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)
 {
     ts_pool_config p = wanted->pool;
@@ -308,10 +300,7 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
     ts_pool_memory_describe(&p, text, sizeof text);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = p.name}, "%s", text);
     warn_of_store(x, &p);
-    if (keeps_sums(x) && ts_block_sums_add(x->sums, added.pool, memory,
-                                           gpu == NULL ? NULL : gpu->gpu, why, why_bytes) != TS_OK)
-        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = p.name},
-                  "pool '%s': verify = restart: no restart will check it: %s", p.name, why);
+    ts_verify_begin(x, added.pool);
     if (p.on_gpu && !p.mps)
         ts_log_on(
             TS_LOG_WARNING, &(ts_log_about){.pool = p.name},
@@ -399,52 +388,6 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     return status;
 }
 
-/* Holds the pool's memory against its checksums. */
-static ts_status verify_pool(ts_exec *x, uint32_t pool, char *why, size_t why_bytes)
-{
-    const ts_log_about about = {.pool = x->engine->pools[pool].config.name};
-    ts_gpu *gpu = x->gpu_of[pool] == NULL ? NULL : x->gpu_of[pool]->gpu;
-    ts_blocks_checked c;
-    uint32_t *wrong;
-    uint64_t lost = 0;
-    char checked[32];
-    ts_status status =
-        ts_block_sums_take(x->sums, pool, x->memory[pool], gpu, &c, &wrong, why, why_bytes);
-    if (status == TS_EDEVICE) /* the next daemon may read it */
-        return status;
-    if (status != TS_OK) {
-        ts_log_on(TS_LOG_ERROR, &about,
-                  "pool '%s': verify = restart: it wasn't checked, and no restart will check it: "
-                  "%s",
-                  about.pool, why);
-        x->checked.full += c.blocks;
-        return TS_OK;
-    }
-    ts_log_on(TS_LOG_INFO, &about,
-              "pool '%s': %llu of %llu full blocks (%s) were checked in %.3f s", about.pool,
-              (unsigned long long)c.checked, (unsigned long long)c.blocks,
-              ts_text_bytes(c.checked * c.block_bytes, checked, sizeof checked), c.seconds);
-    for (uint32_t i = 0; i < c.wrong; i++) {
-        ts_answer a;
-        ts_exec_apply(
-            x, &(ts_command){.op = TS_OP_BLOCK_LOST, .pool = pool, .block_lost.block = wrong[i]},
-            &a);
-        lost += a.dropped;
-    }
-    free(wrong);
-    x->checked.full += c.blocks;
-    x->checked.summed += c.checked;
-    x->checked.wrong += c.wrong;
-    x->checked.lost += lost;
-    x->checked.seconds += c.seconds;
-    if (c.wrong > 0)
-        ts_log_on(TS_LOG_ERROR, &about,
-                  "pool '%s': %llu blocks don't hold what was stored in them: they are forgotten, "
-                  "and the %llu sequences that had one are lost",
-                  about.pool, (unsigned long long)c.wrong, (unsigned long long)lost);
-    return TS_OK;
-}
-
 ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why_bytes)
 {
     ts_answer a;
@@ -453,10 +396,8 @@ ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why
     for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK; i++)
         if (ts_engine_has_pool(x->engine, i))
             status = restore_pool(x, i, why, why_bytes);
-    for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK && keeps_sums(x); i++)
-        if (ts_engine_has_pool(x->engine, i))
-            status = verify_pool(x, i, why, why_bytes);
-    x->checked.done = x->sums != NULL;
+    if (status == TS_OK)
+        status = ts_verify_all(x, why, why_bytes);
     for (uint32_t i = 0; i < x->engine->num_steps && status == TS_OK; i++) {
         const ts_step *step = &x->engine->steps[i];
         if (!step->live || !step->copying)

@@ -222,8 +222,8 @@ typedef struct ts_gpu_launch ts_gpu_launch;
 /*
  * Launches under way at once, at most, and the slots that they are queued in, one behind the other:
  * a stream each. With the device's two own streams slots are no more than hardware queues: streams
- * that share one wait for each other, and a launch may wait for a worker. Each queue makes the
- * device's context take longer, and so a restart: 17 ms (tests/results/h200.md).
+ * that share one wait for each other, and a launch may wait for a worker. Each queue makes a
+ * context take longer to come, and a restart with it (tests/results/h200.md).
  */
 #define TS_GPU_QUEUES 16u
 #define TS_GPU_STREAM_SLOTS (TS_GPU_QUEUES - 2)

@@ -35,7 +35,7 @@ struct wgmma_call {
 #define BOX_SLAB 128u        /* bytes: as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */
 
-/* Tokens of an fp8 cache's boxes: what a warp widens at once (fp8_tiles.cuh). */
+/* Tokens of an fp8 cache's boxes: a warp widens one or two at once (fp8_tiles.cuh). */
 #define WGMMA_FP8_BOX(DIM) ((DIM) > 128 ? 8u : 16u)
 
 #endif
