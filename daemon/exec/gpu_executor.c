@@ -52,8 +52,7 @@ static bool collects(ts_gpu_executor *x, uint64_t now_ns)
 static void note_joined(ts_gpu_executor *x, const ts_job *jobs)
 {
     uint32_t place = 0;
-    while (jobs->next != NULL)
-        jobs = jobs->next;
+    jobs = ts_gpu_last_job(jobs);
     for (uint32_t i = 0; i < JOIN_LAUNCHES; i++)
         if (x->joined[i].word == NULL || ts_gpu_reached(x->joined[i].word, x->joined[i].number))
             place = i;
@@ -111,11 +110,12 @@ static void launch_all(ts_gpu_executor *x)
             jobs = ts_gpu_join_jobs(x, job);
         else
             job->next = NULL;
-        if (crowd && ready && job->num_copies == 0) {
+        const bool crowds = crowd && ready && job->num_copies == 0;
+        if (crowds) {
             note_joined(x, job);
             x->ready_ns = 0;
         }
-        if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH))
+        if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, crowds))
             continue;
         for (ts_job *next; job != NULL; job = next) {
             next = job->next;

@@ -91,7 +91,15 @@ ts_job *ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 /* Whether one more launch may wait for this job's worker. */
 bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);
 
-/* Launches the jobs as one; false: there is no launch to be had now. */
-bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait);
+/* Launches the jobs as one; false: there is no launch to be had now. crowds: it is one of many. */
+bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool crowds);
+
+/* The jobs' last one. */
+static inline const ts_job *ts_gpu_last_job(const ts_job *jobs)
+{
+    while (jobs->next != NULL)
+        jobs = jobs->next;
+    return jobs;
+}
 
 #endif

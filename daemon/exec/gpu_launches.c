@@ -235,8 +235,17 @@ static ts_gpu_launch *take(ts_gpu_executor *x, ts_job *jobs)
     return l;
 }
 
+/* What was queued calls on_complete when it is over. */
+static void finish(ts_gpu_launch *l, in_flight *f, bool crowds)
+{
+    if (crowds && ts_gpu_last_job(f->jobs)->signals != NULL)
+        ts_gpu_launch_finish_signalled(l, on_complete, f);
+    else if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
+        on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
+}
+
 /* Launches the jobs as one; false: there is no launch to be had now. */
-bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait)
+bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool crowds)
 {
     if (wait == FOR_BOTH && follows(jobs))
         wait = FOR_WORKER;
@@ -280,8 +289,7 @@ bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait)
     if (f->waits != NULL)
         count_waiting(x, f->waits, true);
     pthread_mutex_unlock(&x->lock);
-    if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
-        on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
+    finish(l, f, crowds);
     return true;
 }
 

@@ -363,6 +363,8 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
         status = ts_gpu_slot_init(gpu, &gpu->slots[i], why, why_bytes);
     for (uint32_t i = 0; status == TS_OK && i < (for_streams ? 1 : TS_GPU_LAUNCHES); i++)
         status = ts_gpu_launch_init(gpu, &gpu->launches[i], why, why_bytes);
+    if (status == TS_OK && !for_streams)
+        status = ts_gpu_launch_ends_init(gpu, why, why_bytes);
     if (status != TS_OK) {
         ts_gpu_close(gpu);
         return status;
@@ -390,6 +392,7 @@ void ts_gpu_close(ts_gpu *gpu)
     (void)ts_gpu_enter(gpu, why, sizeof why);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
         ts_gpu_launch_fini(&gpu->launches[i]);
+    ts_gpu_launch_ends_fini(gpu);
     for (uint32_t i = 0; i < TS_GPU_STREAM_SLOTS; i++)
         ts_gpu_slot_fini(&gpu->slots[i]);
     if (gpu->deferred_runs) {

@@ -91,7 +91,22 @@ struct ts_gpu_launch {
     pthread_cond_t event;
     bool runs, finished, stop; /* the thread; the other two under the lock */
     bool marked;               /* `end` was recorded: ts_gpu_launch_mark */
+    /* For ts_gpu_launch_finish_signalled: what its signals write last, and what came of it. */
+    uint32_t *end_word, *end_there; /* NULL: nothing is written */
+    uint32_t end_value;
+    cudaError_t end_error;
+    ts_gpu_launch *next_end;
 };
+
+/* Launches whose ends are seen by words, and the thread that looks at them. */
+typedef struct ts_gpu_launch_ends {
+    pthread_t thread;
+    bool runs;
+    void *words;                  /* the launches', pinned */
+    pthread_cond_t event;         /* there is one, or the end */
+    ts_gpu_launch *first, **last; /* under the device's lock: the oldest first */
+    bool stop;                    /* under the device's lock */
+} ts_gpu_launch_ends;
 
 /* A free that may take long: a thread of its own does it. */
 typedef struct ts_gpu_deferred_free {
@@ -119,6 +134,7 @@ struct ts_gpu {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     ts_gpu_launch *free_launch;                 /* under the lock */
+    ts_gpu_launch_ends ends;                    /* those whose ends are seen by words */
     uint32_t waiting;                           /* under the lock: launches that wait for workers */
     ts_gpu_deferred_free *deferred;             /* under the lock; the newest first */
     bool cleaning, stop;                        /* under the lock: no launch may wait; the end */
@@ -185,6 +201,13 @@ ts_status ts_gpu_slot_init(ts_gpu *gpu, ts_gpu_stream_slot *slot, char *why, siz
 void ts_gpu_slot_fini(ts_gpu_stream_slot *slot);
 ts_status ts_gpu_launch_init(ts_gpu *gpu, ts_gpu_launch *launch, char *why, size_t why_bytes);
 void ts_gpu_launch_fini(ts_gpu_launch *launch);
+
+/* The launch is free, its slot is another's. */
+void ts_gpu_launch_give_back(ts_gpu_launch *launch);
+
+/* What ts_gpu_launch_finish_signalled needs; its thread ends when the last launch has. */
+ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes);
+void ts_gpu_launch_ends_fini(ts_gpu *gpu);
 
 /* Notes the error's name for ts_gpu_launch_why. */
 ts_status ts_gpu_launch_fail(ts_gpu_launch *launch, cudaError_t error);

@@ -64,7 +64,7 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position)
     return l;
 }
 
-static void give_back(ts_gpu_launch *l)
+void ts_gpu_launch_give_back(ts_gpu_launch *l)
 {
     ts_gpu *gpu = l->gpu;
     pthread_mutex_lock(&gpu->lock);
@@ -104,14 +104,18 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, u
 {
     CUstreamBatchMemOpParams ops[32]; /* the driver takes no more than 256 */
     ts_status status = TS_OK;
-    for (uint32_t n = 0; n < count && status == TS_OK;) {
+    const ts_gpu_signal end = {l->end_there, ++l->end_value};
+    const uint32_t all = count + (end.word != NULL);
+    for (uint32_t n = 0; n < all && status == TS_OK;) {
         uint32_t some = 0;
-        for (; n < count && some < sizeof ops / sizeof *ops; n++)
+        for (; n < all && some < sizeof ops / sizeof *ops; n++) {
+            const ts_gpu_signal *s = n < count ? &signals[n] : &end;
             ops[some++].writeValue = (struct CUstreamMemOpWriteValueParams_st){
                 .operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                .address = (CUdeviceptr)signals[n].word,
-                .value = signals[n].value,
+                .address = (CUdeviceptr)s->word,
+                .value = s->value,
                 .flags = CU_STREAM_WRITE_VALUE_DEFAULT};
+        }
         status = stream_op(l, l->gpu->driver.batch_ops((CUstream)l->stream, some, ops, 0));
     }
     return status;
@@ -185,7 +189,7 @@ static void *launch_main(void *thread_arg)
             return NULL;
         cudaError_t error = cudaEventSynchronize(l->end);
         snprintf(why, sizeof why, "%s", cudaGetErrorName(error));
-        give_back(l); /* before: whoever hears of it may take one */
+        ts_gpu_launch_give_back(l); /* before: whoever hears of it may take one */
         if (done != NULL)
             done(arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, why);
     }

@@ -194,6 +194,7 @@ def arguments_of():
     p.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
     a.dtype = a.dtype or ("fp32" if a.device == "cpu" else "bf16")
+    a.device = "cuda:0" if a.device == "cuda" else a.device  # as the daemon has it
     return a
 
 
@@ -209,12 +210,21 @@ def main():
         daemon = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--config", os.devnull, "--socket",
                                    url, "--set", "log_level=warning", "--pool", f"bench:{needs}"])
         try:
-            tinyserve.connect(url, wait=60).close()
+            await_daemon(daemon, url)
             os.environ["TINYSERVE_URL"] = url
             report(a)
         finally:
             daemon.terminate()
             daemon.wait()
+
+
+def await_daemon(daemon, url):
+    while daemon.poll() is None:
+        try:
+            return tinyserve.connect(url, wait=1).close()
+        except tinyserve.DisconnectedError:
+            pass
+    sys.exit("the daemon ended")
 
 
 def report(a):

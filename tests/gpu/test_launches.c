@@ -60,6 +60,38 @@ static void a_launch_waits_for_its_word_and_signals(void **state)
     free(words);
 }
 
+/* Launches whose ends their signals tell end in any order, each behind its signals, and are free
+ * again then. */
+static void a_launchs_end_is_seen_behind_its_signals(void **state)
+{
+    (void)state;
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done[3];
+    for (uint32_t round = 1; round <= 100; round++) { /* more often than there are launches */
+        for (uint32_t i = 0; i < 3; i++) {
+            sem_init(&done[i], 0, 0);
+            ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+            OK(ts_gpu_launch_wait(l, &device[i], round));
+            OK(ts_gpu_launch_signal(l, (ts_gpu_signal[]){{&device[16 + i], round}}, 1));
+            ts_gpu_launch_finish_signalled(l, post, &done[i]);
+        }
+        for (uint32_t n = 0; n < 3; n++) {
+            const uint32_t i = (round + n) % 3;
+            for (uint32_t later = n; later < 3; later++)
+                assert_int_equal(sem_trywait(&done[(round + later) % 3]), -1);
+            __atomic_store_n(&words[i], round, __ATOMIC_RELEASE);
+            while (sem_wait(&done[i]) != 0)
+                ;
+            assert_int_equal(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE), round);
+        }
+    }
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+}
+
 /* A launch starts after the one that it is queued behind, and one that is queued behind what is
  * done starts at once. */
 static void a_launch_follows_the_one_before_it(void **state)
@@ -350,6 +382,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
         cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
+        cmocka_unit_test(a_launchs_end_is_seen_behind_its_signals),
         cmocka_unit_test(a_launch_follows_the_one_before_it),
         cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
         cmocka_unit_test(launches_run_out_and_come_back),

@@ -1,0 +1,147 @@
+/* Launches whose ends are seen by a word that each writes behind its signals, by one thread for all
+ * of them. An event for each would cost an interrupt and the waking of two threads. */
+#include "clock.h"
+#include "device.h"
+#include "thread_first.h"
+
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#define NAP_NS 20000                /* words are looked at so often */
+#define QUERY_NS UINT64_C(10000000) /* streams are asked, where nothing ended for so long */
+#define WORD_BYTES 64u              /* a cache line for each launch's */
+#define ALL_BYTES 4096u
+_Static_assert(ALL_BYTES / WORD_BYTES >= TS_GPU_LAUNCHES, "a page has the words");
+
+static bool is_reached(const ts_gpu_launch *l)
+{
+    return __atomic_load_n(l->end_word, __ATOMIC_ACQUIRE) == l->end_value;
+}
+
+/* Takes those that have ended off the list. asks: also those whose streams have an error, which is
+ * noted. Under the device's lock. */
+static ts_gpu_launch *take_ended(ts_gpu *gpu, bool asks)
+{
+    ts_gpu_launch *ended = NULL, **end = &ended, **at = &gpu->ends.first;
+    while (*at != NULL) {
+        ts_gpu_launch *l = *at;
+        l->end_error = is_reached(l) ? cudaSuccess
+                       : asks        ? cudaStreamQuery(l->stream)
+                                     : cudaErrorNotReady;
+        if (l->end_error == cudaErrorNotReady) {
+            at = &l->next_end;
+            continue;
+        }
+        *at = l->next_end;
+        l->next_end = NULL;
+        *end = l;
+        end = &l->next_end;
+    }
+    gpu->ends.last = at;
+    return ended;
+}
+
+static void *ends_main(void *arg)
+{
+    ts_gpu *gpu = arg;
+    ts_gpu_launch_ends *ends = &gpu->ends;
+    char why[TS_GPU_WHY_BYTES];
+    uint64_t ended_ns = 0; /* when one did last, or the first began to be watched */
+    (void)ts_gpu_enter(gpu, why, sizeof why);
+    prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
+    prctl(PR_SET_NAME, "ends");
+    ts_thread_first();
+    pthread_mutex_lock(&gpu->lock);
+    for (;;) {
+        if (ends->first == NULL && ends->stop)
+            break;
+        if (ends->first == NULL) {
+            pthread_cond_wait(&ends->event, &gpu->lock);
+            ended_ns = ts_now_ns();
+            continue;
+        }
+        const uint64_t now_ns = ts_now_ns();
+        const bool asks = now_ns - ended_ns >= QUERY_NS;
+        ts_gpu_launch *ended = take_ended(gpu, asks);
+        pthread_mutex_unlock(&gpu->lock);
+        if (ended != NULL || asks)
+            ended_ns = now_ns;
+        for (ts_gpu_launch *l = ended, *next; l != NULL; l = next) {
+            next = l->next_end;
+            void (*done)(void *arg, ts_status status, const char *why) = l->done;
+            void *done_arg = l->arg;
+            const cudaError_t error = l->end_error;
+            ts_gpu_launch_give_back(l);
+            if (done != NULL)
+                done(done_arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, cudaGetErrorName(error));
+        }
+        if (ended == NULL)
+            nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+        pthread_mutex_lock(&gpu->lock);
+    }
+    pthread_mutex_unlock(&gpu->lock);
+    return NULL;
+}
+
+void ts_gpu_launch_finish_signalled(ts_gpu_launch *l,
+                                    void (*done)(void *arg, ts_status status, const char *why),
+                                    void *arg)
+{
+    ts_gpu_launch_ends *ends = &l->gpu->ends;
+    l->done = done;
+    l->arg = arg;
+    l->next_end = NULL;
+    pthread_mutex_lock(&l->gpu->lock);
+    const bool sleeps = ends->first == NULL;
+    *ends->last = l;
+    ends->last = &l->next_end;
+    if (sleeps)
+        pthread_cond_signal(&ends->event);
+    pthread_mutex_unlock(&l->gpu->lock);
+}
+
+ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes)
+{
+    ts_gpu_launch_ends *ends = &gpu->ends;
+    void *words = mmap(NULL, ALL_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *there;
+    if (words == MAP_FAILED) {
+        snprintf(why, why_bytes, "no memory for launches' ends");
+        return TS_ENOMEM;
+    }
+    ts_status status = ts_gpu_pin(gpu, words, ALL_BYTES, &there, why, why_bytes);
+    if (status != TS_OK) {
+        munmap(words, ALL_BYTES);
+        return status;
+    }
+    ends->words = words;
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++) {
+        gpu->launches[i].end_word = (uint32_t *)((char *)words + i * WORD_BYTES);
+        gpu->launches[i].end_there = (uint32_t *)((char *)there + i * WORD_BYTES);
+    }
+    ends->last = &ends->first;
+    pthread_cond_init(&ends->event, NULL);
+    ends->runs = pthread_create(&ends->thread, NULL, ends_main, gpu) == 0;
+    if (ends->runs)
+        return TS_OK;
+    pthread_cond_destroy(&ends->event);
+    snprintf(why, why_bytes, "no thread for launches' ends");
+    return TS_ENOMEM;
+}
+
+void ts_gpu_launch_ends_fini(ts_gpu *gpu)
+{
+    ts_gpu_launch_ends *ends = &gpu->ends;
+    if (ends->runs) {
+        pthread_mutex_lock(&gpu->lock);
+        ends->stop = true;
+        pthread_cond_signal(&ends->event);
+        pthread_mutex_unlock(&gpu->lock);
+        pthread_join(ends->thread, NULL);
+        pthread_cond_destroy(&ends->event);
+    }
+    if (ends->words != NULL)
+        ts_gpu_unpin_unmap(gpu, ends->words, ALL_BYTES);
+}
