@@ -368,6 +368,74 @@ static void books_that_were_settled_leave_nothing_to_apply(void **state)
     world_end(w, &s);
 }
 
+/* Whether the books know the order, and nothing like it. */
+static bool knows(const shelf *s, const ts_command *c)
+{
+    ts_answer a;
+    const ts_asker by =
+        c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_asker){c->session, c->call};
+    const ts_asker later = {by.session, by.call + 1}, other = {by.session + (1ull << 32), by.call};
+    assert_false(ts_books_ordered(s->books, &later, c->op, &a));
+    assert_false(ts_books_ordered(s->books, &other, c->op, &a));
+    assert_false(ts_books_ordered(s->books, &by, TS_OP_SEQ_REMOVE, &a));
+    return ts_books_ordered(s->books, &by, c->op, &a) && a.status == TS_OK;
+}
+
+/* Each of an operator's orders is known to have been carried out, whether it is in the journal or
+ * in a snapshot; one that was refused isn't, and nobody's neither. */
+static void an_operators_last_order_is_known(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = world_with_books(&s, 4);
+    ts_answer a;
+    (void)session_new(w->e, 1002); /* the first place, where no answer is kept */
+    const uint64_t session = session_new(w->e, 1000);
+    ts_pool_config made = w->e->pools[0].config;
+    strcpy(made.name, "made");
+    ts_command orders[] = {
+        {.op = TS_OP_POOL_ADD, .pool_add.config = &made},
+        {.op = TS_OP_POOL_RESIZE, .pool_resize.num_blocks = made.num_blocks},
+        {.op = TS_OP_CACHE_DROP},
+        {.op = TS_OP_POOL_REMOVE},
+        {.op = TS_OP_DRAIN},
+        {.op = TS_OP_SESSION_CLOSE},
+    };
+    uint32_t pool = 0;
+    for (uint32_t i = 0; i < sizeof orders / sizeof *orders; i++) {
+        ts_command *c = &orders[i];
+        c->pool = pool;
+        c->session = session;
+        c->call = 10 + i;
+        if (c->op == TS_OP_SESSION_CLOSE) {
+            c->session_close.by = (ts_asker){session, c->call};
+            c->session = session_new(w->e, 1001);
+            c->call = 0;
+        }
+        run(w, *c, &a);
+        if (a.status != TS_OK)
+            fail_msg("operation %d: %s", (int)c->op, a.message);
+        pool = c->op == TS_OP_POOL_ADD ? a.pool : pool;
+        restart(w, &s, &start);
+        assert_true(start.entries > 1); /* that one is restart's own */
+        assert_true(knows(&s, c));
+        ts_books_settle(s.books, w->e, 60000);
+        restart(w, &s, &start);
+        assert_int_equal(start.entries, 1);
+        assert_true(knows(&s, c));
+    }
+    assert_false(knows(&s, &orders[0])); /* the last alone is */
+    ts_command refused = {.op = TS_OP_POOL_RESIZE, .session = session, .call = 20};
+    run(w, refused, &a);
+    assert_int_equal(a.status, TS_EINVAL);
+    run(w, (ts_command){.op = TS_OP_DRAIN}, &a);
+    restart(w, &s, &start);
+    assert_false(knows(&s, &refused));
+    assert_false(ts_books_ordered(s.books, &(ts_asker){0}, (ts_op)0, &a));
+    world_end(w, &s);
+}
+
 /* The first daemon died before it had a pool. */
 static void books_without_a_pool_are_taken_over(void **state)
 {
@@ -537,6 +605,7 @@ int main(void)
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
         cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),
         cmocka_unit_test(books_that_were_settled_leave_nothing_to_apply),
+        cmocka_unit_test(an_operators_last_order_is_known),
         cmocka_unit_test(books_without_a_pool_are_taken_over),
         cmocka_unit_test(three_attempts_that_fail_are_enough),
         cmocka_unit_test(what_is_given_up_on_purpose_is_gone),

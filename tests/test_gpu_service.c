@@ -363,15 +363,15 @@ static void keep_ipc_memory(ts_work *work, void *unused)
     service.exec.memory[0]->ipc_handle = handle;
     OK(ts_pool_add_tenant(books, 0));
     OK(ts_pool_grant(books, 0, 0));
-    assert_int_equal(ts_pool_memory_remove(&service.exec, 0, &a), TS_EPERM);
+    assert_int_equal(ts_pool_memory_remove(&service.exec, 0, NULL, &a), TS_EPERM);
     assert_string_equal(a.message, "pool 'p' is cuda-ipc memory that its tenant may still map: it "
                                    "stays until the daemon is restarted");
-    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 8, &a), TS_EINVAL);
+    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 8, NULL, &a), TS_EINVAL);
     assert_string_equal(a.message, "pool 'p' is cuda-ipc memory: one piece, which keeps its size");
     service.exec.memory[0]->ipc_handle = NULL; /* as it was: of VMM, it goes */
-    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 17, &a), TS_EINVAL);
+    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 17, NULL, &a), TS_EINVAL);
     assert_string_equal(a.message, "17 blocks for pool 'p'; the limits are 1..16, its memory_max");
-    OK(ts_pool_memory_remove(&service.exec, 0, &a));
+    OK(ts_pool_memory_remove(&service.exec, 0, NULL, &a));
     assert_false(ts_engine_has_pool(service.exec.engine, 0));
     assert_null(service.exec.memory[0]);
 }

@@ -146,6 +146,122 @@ static void killed_under_messages(void **state)
     assert_true(kills_at(TS_TRANSPORT_MESSAGES, "answering", 2) > 20 / STRIDE);
 }
 
+/* ---- operators' orders ---- */
+
+/* Gives the order, which must be carried out; of a cache drop, how many blocks it dropped. */
+static uint64_t order(ts_client *c, Tspb__Request__BodyCase body_case, void *body)
+{
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    Tspb__Reply *reply;
+    uint64_t dropped = 0;
+    request.body_case = body_case;
+    request.admin_kick = body; /* where each of the bodies is */
+    DO(ts_call(c, &request, &reply));
+    if (reply->body_case == TSPB__REPLY__BODY_CACHE_DROPPED)
+        dropped = reply->cache_dropped->blocks;
+    tspb__reply__free_unpacked(reply, NULL);
+    return dropped;
+}
+
+static void make_and_end_a_pool(ts_client *c)
+{
+    Tspb__AdminPoolCreate create = TSPB__ADMIN_POOL_CREATE__INIT;
+    Tspb__AdminPoolResize resize = TSPB__ADMIN_POOL_RESIZE__INIT;
+    Tspb__AdminPoolDelete remove = TSPB__ADMIN_POOL_DELETE__INIT;
+    create.text = ts_unconst("made:layers=1,kv_heads=1,head_dim=32,dtype=fp32,blocks=16,"
+                             "memory_max=1M,slab=16K,device=host");
+    resize.pool = remove.pool = ts_unconst("made");
+    resize.memory = ts_unconst("512K");
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_POOL_CREATE, &create);
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, &resize);
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, &remove);
+}
+
+/* Each order is answered as if the daemon had lived: none is carried out twice, and none is refused
+ * since it was carried out before. */
+static uint64_t give_orders(ts_client *c, int exchange, uint32_t *restarts)
+{
+    (void)exchange;
+    rng r = {42};
+    digest d = {1469598103934665603u};
+    ts_seq seqs[2];
+    uint32_t ids[40];
+    ts_client *other;
+    Tspb__AdminFree release = TSPB__ADMIN_FREE__INIT;
+    Tspb__AdminCacheDrop drop = TSPB__ADMIN_CACHE_DROP__INIT;
+    Tspb__AdminDrain drain = TSPB__ADMIN_DRAIN__INIT;
+    Tspb__AdminKick kick = TSPB__ADMIN_KICK__INIT;
+    ts_pool *p = open_pool(c, "p", 0);
+    for (uint32_t i = 0; i < 40; i++)
+        ids[i] = i;
+    DO(ts_seq_create(p, 2, seqs));
+    one_step(c, p, seqs, (uint32_t[]){40}, 1, ids, &r, &d);
+    release.pool = drop.pool = ts_unconst("p");
+    release.seq = seqs[0];
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_FREE, &release);
+    const uint64_t dropped = order(c, TSPB__REQUEST__BODY_ADMIN_CACHE_DROP, &drop);
+    assert_int_equal(dropped, 2);
+    make_and_end_a_pool(c);
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_DRAIN, &drain);
+    drain.off = true;
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_DRAIN, &drain);
+    OK(ts_connect(
+        &(ts_options){
+            .size = sizeof(ts_options), .url = c->path, .wait_ms = 60000, .timeout_ms = 60000},
+        &other));
+    kick.session = other->session;
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_KICK, &kick);
+    ts_disconnect(other);
+    DO(ts_seq_free(p, &seqs[1], 1));
+    check_daemon(c);
+    mix(&d, &(uint64_t){sequences(c)}, sizeof(uint64_t));
+    *restarts = ts_client_restarts(c);
+    ts_pool_close(p);
+    return d.value;
+}
+
+static uint32_t kills_of_orders(const char *place)
+{
+    const killed_workload w = {POOL, TS_TRANSPORT_MESSAGES, 0, give_orders};
+    return kill_everywhere(&w, place, 3);
+}
+
+static void an_operators_order_is_carried_out_once(void **state)
+{
+    (void)state;
+    assert_true(kills_of_orders("applied") > 20 / STRIDE);
+    assert_true(kills_of_orders("published") > 20 / STRIDE);
+    assert_true(kills_of_orders("answering") > 15 / STRIDE);
+}
+
+/* A session that hasn't come back yet is ended, and the daemon dies before it has said so. */
+static void an_order_to_end_an_absent_session_is_carried_out_once(void **state)
+{
+    (void)state;
+    daemon_process d;
+    Tspb__AdminKick end = TSPB__ADMIN_KICK__INIT;
+    setenv("TS_TEST_DEATHS", "1", 1);
+    start(&d, POOL, "answering:2"); /* of the operator's return, and of the order */
+    unsetenv("TS_TEST_DEATHS");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_MESSAGES);
+    ts_client *other = connect_by(&d, TS_TRANSPORT_MESSAGES);
+    const pid_t first = daemon_of(&d);
+    assert_int_equal(kill(first, SIGKILL), 0);
+    end.session = other->session;
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_KICK, &end);
+    assert_int_equal(ts_client_restarts(c), 2);
+    Tspb__Status status = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &status;
+    assert_int_equal(ts_call_plain(other, &request), TS_ECONN);
+    assert_non_null(strstr(ts_error(other), "the session is over"));
+    check_daemon(c);
+    ts_disconnect(other);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* ---- what is given up ---- */
 
 /* A client that gives up soon. */
@@ -262,6 +378,7 @@ static void a_handle_connection_may_end_long_before_the_other(void **state)
 
 #define OP_FORK 8   /* TS_OP_SEQ_FORK */
 #define OP_GRANT 26 /* TS_OP_SLAB_GRANT */
+#define OP_DROP 34  /* TS_OP_CACHE_DROP */
 
 /* A daemon that crashes whenever it comes to the place. */
 static ts_client *start_crashing(daemon_process *d, const char *place)
@@ -289,6 +406,32 @@ static void a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time(
     assert_int_equal(ts_client_restarts(other), 1); /* its only call since, after two deaths */
     check_daemon(other);
     ts_pool_close(p);
+    ts_pool_close(others);
+    ts_disconnect(c);
+    ts_disconnect(other);
+    stop(&d, false);
+}
+
+/* Its operator's session is over, and what is stored is there. */
+static void an_order_that_kills_the_daemon_twice_isnt_carried_out_a_third_time(void **state)
+{
+    (void)state;
+    daemon_process d;
+    char place[32];
+    Tspb__AdminCacheDrop drop = TSPB__ADMIN_CACHE_DROP__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    ts_seq seq;
+    snprintf(place, sizeof place, "applying/%d", OP_DROP);
+    ts_client *c = start_crashing(&d, place), *other = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *others = open_pool(other, "p", 0);
+    OK(ts_seq_create(others, 1, &seq));
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_CACHE_DROP;
+    request.admin_cache_drop = &drop;
+    assert_int_equal(ts_call_plain(c, &request), TS_ECONN);
+    assert_non_null(strstr(ts_error(c), "the session is over"));
+    assert_int_equal(ts_seq_lengths(others, &seq, 1, &(uint32_t){0}), TS_OK);
+    assert_int_equal(ts_client_restarts(other), 1); /* its only call since, after two deaths */
+    check_daemon(other);
     ts_pool_close(others);
     ts_disconnect(c);
     ts_disconnect(other);
@@ -473,10 +616,13 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_after_an_answer),
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
+        cmocka_unit_test(an_operators_order_is_carried_out_once),
+        cmocka_unit_test(an_order_to_end_an_absent_session_is_carried_out_once),
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
+        cmocka_unit_test(an_order_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
         cmocka_unit_test(an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothing),
         cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),

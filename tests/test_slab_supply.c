@@ -264,7 +264,7 @@ static void run_resize(ts_work *work, void *owner)
     resize *r = (resize *)work;
     ts_answer a = {0};
     (void)owner;
-    r->status = ts_pool_memory_resize(&service.exec, 0, r->blocks, &a);
+    r->status = ts_pool_memory_resize(&service.exec, 0, r->blocks, NULL, &a);
 }
 
 static void resize_to(uint32_t blocks)

@@ -111,10 +111,16 @@ typedef struct ts_space_name {
     size_t count;
 } ts_space_name;
 
+/* Who asks for something: a session, and the call's number by its client's count. */
+typedef struct ts_asker {
+    uint64_t session, call; /* 0: nobody, and it has none */
+} ts_asker;
+
 /* Pointers are the caller's and are read only while the command is applied. */
 typedef struct ts_command {
     ts_op op;
-    uint64_t session; /* who asks; not for SESSION_OPEN, STEP_DONE, SLAB_GRANT */
+    uint64_t session; /* who asks, operators for their orders included; not for SESSION_OPEN,
+                       * STEP_DONE, SLAB_GRANT */
     uint32_t pool;    /* where the command has one */
     uint64_t now_ms;  /* when it is given, by a clock that only goes on: the engine's time from now
                        * on, unless that is later already */
@@ -130,6 +136,7 @@ typedef struct ts_command {
         } session_open;
         struct {
             bool quarantine; /* blocks that its kernels may yet write stay until SESSION_GONE */
+            ts_asker by;     /* the operator who ends it; all 0: nobody does */
         } session_close;
         struct {
             uint64_t bytes;

@@ -262,7 +262,15 @@ static void warn_of_store(const ts_exec *x, const ts_pool_config *p)
               p->name, slabs, most);
 }
 
-ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why, size_t why_bytes)
+/* An operator's command is a call of its session. */
+static void set_asker(ts_command *c, const ts_asker *by)
+{
+    c->session = by == NULL ? 0 : by->session;
+    c->call = by == NULL ? 0 : by->call;
+}
+
+ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, const ts_asker *by,
+                             char *why, size_t why_bytes)
 {
     ts_pool_config p = wanted->pool;
     const ts_exec_gpu *gpu;
@@ -286,7 +294,9 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, char *why
     ts_answer added = {0};
     if (status == TS_OK) {
         memory->outlives = x->books != NULL;
-        ts_exec_apply(x, &(ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &p}, &added);
+        ts_command command = {.op = TS_OP_POOL_ADD, .pool_add.config = &p};
+        set_asker(&command, by);
+        ts_exec_apply(x, &command, &added);
         status = added.status;
         snprintf(why, why_bytes, "%s", added.message);
     }
@@ -471,7 +481,7 @@ ts_status ts_pool_memory_start(ts_exec *x, const ts_config *c)
 {
     char why[256];
     for (uint32_t i = 0; i < c->num_pools; i++) {
-        ts_status status = ts_pool_memory_add(x, &c->pools[i], why, sizeof why);
+        ts_status status = ts_pool_memory_add(x, &c->pools[i], NULL, why, sizeof why);
         if (status != TS_OK) {
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
                       c->pools[i].pool.name, why);
@@ -481,12 +491,14 @@ ts_status ts_pool_memory_start(ts_exec *x, const ts_config *c)
     return TS_OK;
 }
 
-ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, ts_answer *a)
+ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, const ts_asker *by,
+                                ts_answer *a)
 {
     const ts_engine_pool *p = &x->engine->pools[pool];
     ts_memory *memory = x->memory[pool];
     ts_command command = {
         .op = TS_OP_POOL_RESIZE, .pool = pool, .pool_resize.num_blocks = num_blocks};
+    set_asker(&command, by);
     (void)ts_slab_supply_finish(x);
     uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
     if (memory->ipc_handle != NULL && num_blocks != blocks) {
@@ -518,9 +530,10 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     return a->status;
 }
 
-ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, ts_answer *a)
+ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_asker *by, ts_answer *a)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
+    set_asker(&command, by);
     const ts_engine_pool *p = &x->engine->pools[pool];
     (void)ts_slab_supply_finish(x);
     if (x->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {

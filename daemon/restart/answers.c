@@ -25,10 +25,16 @@ void ts_answers_fini(ts_answers *t)
     *t = (ts_answers){0};
 }
 
+/* A session that an operator ends isn't who asks for its end. */
+static ts_asker asker_of(const ts_command *c)
+{
+    return c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_asker){c->session, c->call};
+}
+
 /* A run is done again; what only looks is looked up again; pools and exchanges are opened anew. */
 static bool is_kept(const ts_command *c)
 {
-    return c->call != 0 && c->op != TS_OP_STEP_RUN && c->op != TS_OP_EXCHANGE_OPEN &&
+    return asker_of(c).call != 0 && c->op != TS_OP_STEP_RUN && c->op != TS_OP_EXCHANGE_OPEN &&
            c->op != TS_OP_POOL_OPEN && !ts_command_only_looks(c);
 }
 
@@ -78,7 +84,8 @@ static void copy(void *to, const void *from, uint64_t bytes)
 
 static ts_stored_answer head_of(const ts_command *c, const ts_answer *a)
 {
-    ts_stored_answer h = {.session = c->session, .call = c->call, .op = c->op, .pool = c->pool};
+    const ts_asker by = asker_of(c);
+    ts_stored_answer h = {.session = by.session, .call = by.call, .op = c->op, .pool = c->pool};
     if (has_ids_alone(c->op)) {
         h.count = a->seqs.count;
         h.length = a->seqs.length;
@@ -90,6 +97,8 @@ static ts_stored_answer head_of(const ts_command *c, const ts_answer *a)
         h.blocks = a->begun.num_blocks;
     } else if (c->op == TS_OP_SEQ_TICKET) {
         memcpy(h.ticket, c->seq_ticket.ticket, sizeof h.ticket);
+    } else if (c->op == TS_OP_CACHE_DROP) {
+        h.id = a->dropped;
     }
     h.bytes = bytes_of(&h);
     return h;
@@ -97,7 +106,7 @@ static ts_stored_answer head_of(const ts_command *c, const ts_answer *a)
 
 bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *a)
 {
-    const uint32_t index = (uint32_t)c->session;
+    const uint32_t index = (uint32_t)asker_of(c).session;
     if (!is_kept(c) || a->status != TS_OK || index >= t->max)
         return true;
     ts_kept_answer *kept = &t->all[index];
@@ -157,6 +166,20 @@ bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_
     } else if (h->op == TS_OP_SEQ_TICKET) {
         memcpy(c->seq_ticket.ticket, h->ticket, sizeof h->ticket);
     }
+    return true;
+}
+
+bool ts_answers_find_order(const ts_answers *t, const ts_asker *by, ts_op op, ts_answer *a)
+{
+    const uint32_t index = (uint32_t)by->session;
+    if (by->call == 0 || index >= t->max)
+        return false;
+    const ts_stored_answer *h = &t->all[index].head;
+    if (h->session != by->session || h->call != by->call || h->op != (uint32_t)op)
+        return false;
+    *a = (ts_answer){.status = TS_OK};
+    if (op == TS_OP_CACHE_DROP)
+        a->dropped = h->id;
     return true;
 }
 

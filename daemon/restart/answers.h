@@ -3,7 +3,8 @@
  * answer asks again, with the same number, and gets it without the command being applied again.
  *
  * Kept by whoever replays a journal. A client has one call under way, so one answer a session is
- * enough; it is bounded by what one command may ask for.
+ * enough; it is bounded by what one command may ask for. Operators' orders are calls of their
+ * sessions, too.
  *
  * Thread: one at a time.
  */
@@ -29,6 +30,10 @@ bool ts_answers_note(ts_answers *answers, const ts_command *command, const ts_an
  * the table; a ticket is put into the command. */
 bool ts_answers_find(const ts_answers *answers, const ts_engine *engine, ts_command *command,
                      ts_answer *answer);
+
+/* Whether the asker's last call was this order, and was carried out. Then *answer is as it was. */
+bool ts_answers_find_order(const ts_answers *answers, const ts_asker *by, ts_op op,
+                           ts_answer *answer);
 
 void ts_answers_write(const ts_answers *answers, ts_record_writer *writer);
 bool ts_answers_read(ts_answers *answers, ts_record_reader *reader);

@@ -378,6 +378,11 @@ bool ts_books_answered(const ts_books *b, const ts_engine *engine, ts_command *c
     return b != NULL && ts_answers_find(&b->answers, engine, c, a);
 }
 
+bool ts_books_ordered(const ts_books *b, const ts_asker *by, ts_op op, ts_answer *a)
+{
+    return b != NULL && ts_answers_find_order(&b->answers, by, op, a);
+}
+
 void ts_books_get_figures(const ts_books *books, ts_books_figures *f)
 {
     ts_books *b = (ts_books *)(uintptr_t)books; /* for its lock */

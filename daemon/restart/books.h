@@ -98,6 +98,10 @@ void ts_books_discard(ts_books *books);
 bool ts_books_answered(const ts_books *books, const ts_engine *engine, ts_command *command,
                        ts_answer *answer);
 
+/* Whether the asker's last call before a restart was this operator's order, and was carried out;
+ * *answer is what it was answered. */
+bool ts_books_ordered(const ts_books *books, const ts_asker *by, ts_op op, ts_answer *answer);
+
 typedef struct ts_books_figures {
     uint64_t journal_bytes, journal_used; /* the ring's, and what no snapshot covers */
     uint64_t snapshot_bytes;              /* the last one's */

@@ -12,10 +12,19 @@
 #include <string.h>
 #include <unistd.h>
 
-static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_answer *a)
+/* An order, as a call of the operator's session: a restarted daemon that is asked again tells what
+ * came of it. */
+static ts_asker asker_of(const ts_connection *by, const Tspb__Request *r)
 {
+    return (ts_asker){.session = by->session, .call = by->session == 0 ? 0 : r->request_id};
+}
+
+static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+{
+    const ts_asker asker = asker_of(by, r);
+    const uint64_t session = r->admin_kick->session;
     ts_connection *c = ts_service_connection_of(s, session);
-    if (c == NULL && ts_resume_end(s, session, "an operator ended it before it came back"))
+    if (c == NULL && ts_resume_end(s, session, "an operator ended it before it came back", &asker))
         return;
     if (c == NULL)
         return ts_refuse(a, TS_ENOENT, "there is no session %llx", (unsigned long long)session);
@@ -23,14 +32,17 @@ static void kick(ts_service *s, const ts_connection *by, uint64_t session, ts_an
               "session %llx is ended by uid %u (pid %u)", (unsigned long long)session, by->uid,
               by->pid);
     c->kicked = session;
-    ts_service_end_session(s, c);
+    ts_service_end_session(s, c, &asker);
 }
 
-static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__AdminFree *body,
-                       ts_answer *a)
+static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
 {
+    const Tspb__AdminFree *body = r->admin_free;
     const ts_engine *e = s->exec.engine;
+    const ts_asker asker = asker_of(by, r);
     ts_command command = {.op = TS_OP_SEQ_REMOVE,
+                          .session = asker.session,
+                          .call = asker.call,
                           .pool = ts_engine_pool_named(e, body->pool, a),
                           .seq_remove.seq = body->seq};
     if (command.pool == TS_NONE)
@@ -45,14 +57,20 @@ static void remove_seq(ts_service *s, const ts_connection *by, const Tspb__Admin
                   by->pid);
 }
 
-static void drain(ts_service *s, const ts_connection *by, bool on)
+static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                        ts_answer *a)
 {
-    ts_answer answer;
+    const ts_asker asker = asker_of(by, r);
+    const bool on = !r->admin_drain->off;
     if (s->exec.engine->draining != on)
         ts_log_on(TS_LOG_WARNING, &(ts_log_about){.uid = by->uid, .pid = by->pid},
                   "%s new sessions, as uid %u (pid %u) says", on ? "taking no" : "taking", by->uid,
                   by->pid);
-    ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_DRAIN, .drain.on = on}, &answer);
+    ts_exec_apply(
+        &s->exec,
+        &(ts_command){
+            .op = TS_OP_DRAIN, .session = asker.session, .call = asker.call, .drain.on = on},
+        a);
     if (on)
         ts_parked_hurry_all(s);
 }
@@ -64,17 +82,20 @@ static void note_pool(const ts_connection *by, const char *pool, const char *wha
               "pool '%s' is %s by uid %u (pid %u)", pool, what, by->uid, by->pid);
 }
 
-static void create_pool(ts_service *s, const ts_connection *by, const char *text, ts_answer *a)
+static void order_create(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
 {
+    const ts_asker asker = asker_of(by, r);
     char why[TS_MESSAGE_BYTES];
     ts_config *c = malloc(sizeof *c);
     if (c == NULL)
         return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
     ts_config_init(c);
-    if (ts_config_add_pool(c, text) != TS_OK || ts_config_finish(c) != TS_OK) {
+    if (ts_config_add_pool(c, r->admin_pool_create->text) != TS_OK ||
+        ts_config_finish(c) != TS_OK) {
         ts_refuse(a, TS_EINVAL, "%s", c->problems[0].text);
     } else {
-        ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], why, sizeof why);
+        ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], &asker, why, sizeof why);
         if (status == TS_OK)
             note_pool(by, c->pools[0].pool.name, "made");
         else
@@ -92,19 +113,23 @@ static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64]
     return pool;
 }
 
-static void delete_pool(ts_service *s, const ts_connection *by, const char *name, ts_answer *a)
+static void order_delete(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
 {
+    const ts_asker asker = asker_of(by, r);
     char named[64];
-    uint32_t pool = pool_of(s, name, &named, a);
-    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, a) == TS_OK) {
+    uint32_t pool = pool_of(s, r->admin_pool_delete->pool, &named, a);
+    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, &asker, a) == TS_OK) {
         ts_refusals_forget_pool(s, pool);
         note_pool(by, named, "deleted");
     }
 }
 
-static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__AdminPoolResize *body,
-                        ts_answer *a)
+static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                         ts_answer *a)
 {
+    const Tspb__AdminPoolResize *body = r->admin_pool_resize;
+    const ts_asker asker = asker_of(by, r);
     char named[64], what[64];
     uint64_t bytes = 0;
     uint32_t pool = pool_of(s, body->pool, &named, a);
@@ -116,15 +141,17 @@ static void resize_pool(ts_service *s, const ts_connection *by, const Tspb__Admi
     const ts_pool_config *config = &s->exec.engine->pools[pool].config;
     uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
     uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
-    if (ts_pool_memory_resize(&s->exec, pool, wanted, a) != TS_OK)
+    if (ts_pool_memory_resize(&s->exec, pool, wanted, &asker, a) != TS_OK)
         return;
     snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
     note_pool(by, named, what);
 }
 
-static void drop_cache(ts_service *s, const ts_connection *by, const Tspb__AdminCacheDrop *body,
-                       ts_answer *a)
+static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                             ts_answer *a)
 {
+    const Tspb__AdminCacheDrop *body = r->admin_cache_drop;
+    const ts_asker asker = asker_of(by, r);
     char named[64], shown[TS_NAMESPACE_TEXT_BYTES], tenant[32] = "", space[160] = "";
     const uint32_t pool = pool_of(s, body->pool, &named, a);
     if (pool == TS_NONE)
@@ -134,6 +161,8 @@ static void drop_cache(ts_service *s, const ts_connection *by, const Tspb__Admin
                          TS_NAMESPACE_BYTES_MAX);
     const ts_command command = {
         .op = TS_OP_CACHE_DROP,
+        .session = asker.session,
+        .call = asker.call,
         .pool = pool,
         .cache_drop = {.has_uid = body->has_tenant,
                        .uid = body->tenant,
@@ -157,9 +186,10 @@ static void restart_now(ts_work *work, void *service)
     ((ts_service *)service)->restart();
 }
 
-static void restart(ts_service *s, const ts_connection *by, const Tspb__AdminRestart *body,
-                    ts_answer *a)
+static void order_restart(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                          ts_answer *a)
 {
+    const Tspb__AdminRestart *body = r->admin_restart;
     if (body->pid != (uint64_t)getpid() || s->restarting.run != NULL)
         return; /* it was done */
     if (!body->empty && (s->exec.books == NULL || !ts_store_holds(s->exec.store)))
@@ -175,55 +205,6 @@ static void restart(ts_service *s, const ts_connection *by, const Tspb__AdminRes
     ts_queue_put(&s->exec.queue, &s->restarting);
 }
 
-/* ---- the orders ---- */
-
-static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
-{
-    kick(s, by, r->admin_kick->session, a);
-}
-
-static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
-{
-    remove_seq(s, by, r->admin_free, a);
-}
-
-static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                        ts_answer *a)
-{
-    (void)a;
-    drain(s, by, !r->admin_drain->off);
-}
-
-static void order_create(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                         ts_answer *a)
-{
-    create_pool(s, by, r->admin_pool_create->text, a);
-}
-
-static void order_delete(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                         ts_answer *a)
-{
-    delete_pool(s, by, r->admin_pool_delete->pool, a);
-}
-
-static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                         ts_answer *a)
-{
-    resize_pool(s, by, r->admin_pool_resize, a);
-}
-
-static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                             ts_answer *a)
-{
-    drop_cache(s, by, r->admin_cache_drop, a);
-}
-
-static void order_restart(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                          ts_answer *a)
-{
-    restart(s, by, r->admin_restart, a);
-}
-
 /* Fills in what the answer has beside its status. */
 static void encode(const Tspb__Request *request, const ts_answer *a, Tspb__Reply *reply,
                    ts_admin_body *body)
@@ -236,29 +217,34 @@ static void encode(const Tspb__Request *request, const ts_answer *a, Tspb__Reply
     reply->cache_dropped = &body->cache_dropped;
 }
 
+/* `op`: the order's command, by which its answer is found again after a restart; 0: it has none. */
+static const struct order {
+    Tspb__Request__BodyCase body;
+    ts_op op;
+    void (*run)(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a);
+} orders[] = {
+    {TSPB__REQUEST__BODY_ADMIN_KICK, TS_OP_SESSION_CLOSE, order_kick},
+    {TSPB__REQUEST__BODY_ADMIN_FREE, TS_OP_SEQ_REMOVE, order_free},
+    {TSPB__REQUEST__BODY_ADMIN_DRAIN, TS_OP_DRAIN, order_drain},
+    {TSPB__REQUEST__BODY_ADMIN_POOL_CREATE, TS_OP_POOL_ADD, order_create},
+    {TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, TS_OP_POOL_REMOVE, order_delete},
+    {TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, TS_OP_POOL_RESIZE, order_resize},
+    {TSPB__REQUEST__BODY_ADMIN_CACHE_DROP, TS_OP_CACHE_DROP, order_cache_drop},
+    {TSPB__REQUEST__BODY_ADMIN_RESTART, (ts_op)0, order_restart}, /* it names the daemon it means */
+};
+
 bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a,
               Tspb__Reply *reply, ts_admin_body *body)
 {
-    static const struct {
-        Tspb__Request__BodyCase body;
-        void (*run)(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a);
-    } orders[] = {
-        {TSPB__REQUEST__BODY_ADMIN_KICK, order_kick},
-        {TSPB__REQUEST__BODY_ADMIN_FREE, order_free},
-        {TSPB__REQUEST__BODY_ADMIN_DRAIN, order_drain},
-        {TSPB__REQUEST__BODY_ADMIN_POOL_CREATE, order_create},
-        {TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, order_delete},
-        {TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE, order_resize},
-        {TSPB__REQUEST__BODY_ADMIN_CACHE_DROP, order_cache_drop},
-        {TSPB__REQUEST__BODY_ADMIN_RESTART, order_restart},
-    };
     size_t i = 0;
     while (i < sizeof orders / sizeof *orders && orders[i].body != request->body_case)
         i++;
     if (i == sizeof orders / sizeof *orders)
         return false;
     if (ts_service_is_operator(s, c->uid, c->gid)) {
-        orders[i].run(s, c, request, a);
+        const ts_asker asker = asker_of(c, request);
+        if (!ts_books_ordered(s->exec.books, &asker, orders[i].op, a))
+            orders[i].run(s, c, request, a);
         encode(request, a, reply, body);
         return true;
     }

@@ -345,7 +345,7 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
         if (a.status == TS_OK)
             encode_opened(s, c, &reply, &opened);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_CLOSE) {
-        ts_service_end_session(s, c);
+        ts_service_end_session(s, c, NULL);
     } else if (message->body_case == TSPB__REQUEST__BODY_WAIT_END) {
         (void)ts_service_go_on(s, c, true);
     } else if (ts_decode(message, c->session, &command, &a) &&

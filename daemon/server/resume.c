@@ -62,7 +62,7 @@ static bool lives(const ts_session *s, int *process)
     return false;
 }
 
-static void end(ts_service *s, uint64_t session, const char *why)
+static void end(ts_service *s, uint64_t session, const char *why, const ts_asker *by)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, session);
     if (about == NULL)
@@ -73,7 +73,7 @@ static void end(ts_service *s, uint64_t session, const char *why)
                               .pid = about->pid},
               "session %llx closed (uid %u, pid %u): %s", (unsigned long long)session,
               s->exec.engine->tenants[about->tenant], about->pid, why);
-    ts_service_close_session(s, session, about->pid);
+    ts_service_close_session(s, session, about->pid, by);
 }
 
 /* Takes it off the list. */
@@ -103,7 +103,7 @@ static void look(ts_service *s, bool last)
             continue;
         }
         ts_step_work_drop_session(&s->exec, session);
-        end(s, session, gone ? "its process has ended" : "it did not come back");
+        end(s, session, gone ? "its process has ended" : "it did not come back", NULL);
         remove_absent(at); /* what waits for its worker goes on: after its end is in the books */
     }
 }
@@ -182,7 +182,7 @@ void ts_resume_start(ts_service *s)
         if (!lives(about, &process) || (absent = malloc(sizeof *absent)) == NULL) {
             ts_step_work_give_up(&s->exec, session);
             ts_service_free_memory(&memory);
-            end(s, session, "its process ended with the daemon before this one");
+            end(s, session, "its process ended with the daemon before this one", NULL);
             continue;
         }
         *absent = (ts_absent){.next = s->absent,
@@ -284,7 +284,7 @@ uint64_t ts_resume_opened(const ts_service *s, const ts_connection *c,
     return ts_service_connection_of(s, session) == NULL ? session : 0;
 }
 
-bool ts_resume_end(ts_service *s, uint64_t session, const char *why)
+bool ts_resume_end(ts_service *s, uint64_t session, const char *why, const ts_asker *by)
 {
     ts_absent **at = &s->absent;
     while (*at != NULL && (*at)->session != session)
@@ -292,7 +292,7 @@ bool ts_resume_end(ts_service *s, uint64_t session, const char *why)
     if (*at == NULL)
         return false;
     ts_step_work_drop_session(&s->exec, session);
-    end(s, session, why);
+    end(s, session, why, by);
     remove_absent(at);
     return true;
 }

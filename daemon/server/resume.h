@@ -37,8 +37,8 @@ void ts_resume(ts_service *service, ts_connection *connection, const Tspb__Sessi
 uint64_t ts_resume_opened(const ts_service *service, const ts_connection *connection,
                           const ProtobufCBinaryData *nonce);
 
-/* Ends the session, if it has yet to come back. False: it hasn't. */
-bool ts_resume_end(ts_service *service, uint64_t session, const char *why);
+/* Ends the session, as the operator `by` orders, if it has yet to come back. False: it hasn't. */
+bool ts_resume_end(ts_service *service, uint64_t session, const char *why, const ts_asker *by);
 
 /* Whether it has yet to come back. */
 bool ts_resume_awaits(const ts_service *service, uint64_t session);

@@ -170,7 +170,7 @@ void ts_service_free_memory(ts_session_memory *m)
     *m = (ts_session_memory){0};
 }
 
-void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid)
+void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid, const ts_asker *by)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, session);
     ts_answer answer;
@@ -178,11 +178,13 @@ void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid)
     if (about->exchange_bytes > 0)
         ts_stored_exchange_forget(s->exec.store, session, about->exchanges);
     ts_stored_signals_forget(s->exec.store, session);
-    ts_exec_apply(&s->exec,
-                  &(ts_command){.op = TS_OP_SESSION_CLOSE,
-                                .session = session,
-                                .session_close.quarantine = writes && quarantine(s, session, pid)},
-                  &answer);
+    ts_exec_apply(
+        &s->exec,
+        &(ts_command){.op = TS_OP_SESSION_CLOSE,
+                      .session = session,
+                      .session_close = {.quarantine = writes && quarantine(s, session, pid),
+                                        .by = by == NULL ? (ts_asker){0} : *by}},
+        &answer);
 }
 
 void ts_service_quarantine_again(ts_service *s, uint64_t session, uint32_t pid)
@@ -193,13 +195,13 @@ void ts_service_quarantine_again(ts_service *s, uint64_t session, uint32_t pid)
                       &answer);
 }
 
-void ts_service_end_session(ts_service *s, ts_connection *c)
+void ts_service_end_session(ts_service *s, ts_connection *c, const ts_asker *by)
 {
     if (c->session != 0) {
         ts_step_work_drop_session(&s->exec, c->session);
         ts_log_level level = ts_service_session_level(s, c);
         s->by_session[(uint32_t)c->session] = NULL;
-        ts_service_close_session(s, c->session, c->pid);
+        ts_service_close_session(s, c->session, c->pid, by);
         ts_log_on(level, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
                   "session %llx closed (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
                   c->pid);
@@ -221,7 +223,7 @@ static void connection_free(ts_service *s, ts_connection *c)
     ts_parked *parked = take_parked(c);
     if (parked != NULL)
         parked->drop(parked);
-    ts_service_end_session(s, c);
+    ts_service_end_session(s, c, NULL);
     /* Nobody is there to read it, but each request is answered once. */
     for (ts_request **at = &s->waiting, *w; (w = *at) != NULL;) {
         if (w->pipe != c->pipe) {
@@ -280,7 +282,7 @@ static void look_for_returns(ts_service *s)
                   ts_slab_holder_owes(c->memory.slabs), s->return_ms / 1000);
         c->kicked = c->session;
         c->kept_slabs = true;
-        ts_service_end_session(s, c);
+        ts_service_end_session(s, c, NULL);
     }
 }
 
@@ -299,7 +301,7 @@ static void look_at_exchanges(ts_service *s)
                   (unsigned long long)c->session, c->uid, c->pid);
         c->kicked = c->session;
         c->freed_pages = true;
-        ts_service_end_session(s, c);
+        ts_service_end_session(s, c, NULL);
     }
 }
 

@@ -124,7 +124,7 @@ static void end_poison(ts_service *s)
               "operation %u",
               (unsigned long long)start->last_session, about->pid, start->deaths, start->last_op);
     ts_step_work_give_up(&s->exec, start->last_session);
-    ts_service_close_session(s, start->last_session, about->pid);
+    ts_service_close_session(s, start->last_session, about->pid, NULL);
 }
 
 static bool has_pool(const ts_engine *e, const char *name)
@@ -175,7 +175,7 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
         const char *name = c->pools[i].pool.name;
         if (has_pool(s->exec.engine, name))
             continue;
-        status = ts_pool_memory_add(&s->exec, &c->pools[i], why, sizeof why);
+        status = ts_pool_memory_add(&s->exec, &c->pools[i], NULL, why, sizeof why);
         if (status != TS_OK)
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s': %s", name, why);
     }
