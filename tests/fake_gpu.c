@@ -47,7 +47,8 @@ struct ts_gpu {
     pthread_cond_t changed;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     uint32_t epochs;
-    uint32_t asked, reads; /* how often it was asked for memory, and read */
+    uint32_t asked, adopted,
+        reads; /* how often it was asked for memory, to take it over, and read */
     fake_gpu_log log;
     bool shut, at_gate, broken;
 };
@@ -125,7 +126,8 @@ void fake_gpu_break(ts_gpu *g)
 /* ---- a device that is lost ---- */
 
 /* TS_TEST_GPU_BREAKS=WHAT:N or WHAT:N:DEATHS: a daemon under a supervisor loses its device at its
- * Nth launch, memory or read. It is the first daemon, or the one after so many deaths. */
+ * Nth launch, memory, adopt (of a slab) or read. It is the first daemon, or the one after so many
+ * deaths. */
 static bool breaks_at(const char *what, uint32_t count)
 {
     const char *wanted = getenv("TS_TEST_GPU_BREAKS"), *told = getenv("TINYSERVE_DEATHS");
@@ -149,6 +151,11 @@ static ts_status use(ts_gpu *g, const char *what, uint32_t *count, char *why, si
 ts_status fake_gpu_ask_for_memory(ts_gpu *g, char *why, size_t why_bytes)
 {
     return use(g, "memory", &g->asked, why, why_bytes);
+}
+
+ts_status fake_gpu_ask_to_adopt(ts_gpu *g, char *why, size_t why_bytes)
+{
+    return use(g, "adopt", &g->adopted, why, why_bytes);
 }
 
 /* TS_TEST_GPU_READ_WAITS=PATH: where PATH.N is a FIFO, the Nth read waits until its writer has

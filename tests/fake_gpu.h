@@ -38,7 +38,9 @@ void fake_gpu_open_gate(ts_gpu *gpu);
 /* From now on every launch fails as if the device were lost. */
 void fake_gpu_break(ts_gpu *gpu);
 
-/* What stands before memory is given (fake_gpu_memory.c). TS_EDEVICE: the device is lost. */
+/* What stands before memory is given, or taken over (fake_gpu_memory.c). TS_EDEVICE: the device is
+ * lost. */
 ts_status fake_gpu_ask_for_memory(ts_gpu *gpu, char *why, size_t why_bytes);
+ts_status fake_gpu_ask_to_adopt(ts_gpu *gpu, char *why, size_t why_bytes);
 
 #endif

@@ -21,6 +21,15 @@ static ts_status renew(ts_memory *m, uint32_t slab, bool clients_write, char *wh
     return status != TS_OK ? status : host_ops->renew(m, slab, clients_write, why, why_bytes);
 }
 
+static ts_status adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_t why_bytes)
+{
+    ts_status status = fake_gpu_ask_to_adopt(memory_gpu, why, why_bytes);
+    if (status == TS_OK)
+        return host_ops->adopt(m, slab, fd, why, why_bytes);
+    close(fd);
+    return status;
+}
+
 ts_status ts_memory_cuda_vmm_new(ts_gpu *g, uint32_t num_slabs, size_t slab_bytes, ts_memory **out,
                                  char *why, size_t why_bytes)
 {
@@ -30,6 +39,7 @@ ts_status ts_memory_cuda_vmm_new(ts_gpu *g, uint32_t num_slabs, size_t slab_byte
     host_ops = (*out)->ops;
     memory_ops = *host_ops;
     memory_ops.renew = renew;
+    memory_ops.adopt = adopt;
     memory_gpu = g;
     (*out)->ops = &memory_ops;
     return TS_OK;

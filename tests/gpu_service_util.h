@@ -51,7 +51,7 @@ static ts_service service;
 static uint64_t next_id;
 static uint32_t pipe_used = 1; /* the connection that requests come by */
 
-static inline void send(test_request *t, Tspb__Request *message)
+static inline void submit(test_request *t, Tspb__Request *message)
 {
     memset(t, 0, sizeof *t);
     sem_init(&t->answered, 0, 0);
@@ -81,7 +81,7 @@ static inline bool is_answered(test_request *t)
 /* Sends, waits, and expects the status; the body stays with *t until drop. */
 static inline Tspb__Reply *call(test_request *t, Tspb__Request *message, ts_status expected)
 {
-    send(t, message);
+    submit(t, message);
     Tspb__Reply *reply = answer(t);
     if (reply->status != (uint32_t)expected)
         fail_msg("%s: %s", ts_status_name((ts_status)reply->status), reply->message);

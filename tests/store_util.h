@@ -114,4 +114,93 @@ static inline int make_fd(const char *text)
     return fd;
 }
 
+/* ---- a holder that keeps what it is sent ---- */
+
+#define KEPT_BY_HOLDER 16
+
+typedef struct keeping_holder {
+    holder h;
+    pthread_t thread;
+    int end; /* tells the thread to end */
+    pthread_mutex_t lock;
+    ts_store_message kept[KEPT_BY_HOLDER]; /* under the lock, as its descriptors; those with a name
+                                            * are there */
+    int fds[KEPT_BY_HOLDER];
+} keeping_holder;
+
+/* Where this name is; "": the first free place. Under the lock. */
+static inline int kept_place(const keeping_holder *k, const char *name)
+{
+    int i = 0;
+    while (i < KEPT_BY_HOLDER && strcmp(k->kept[i].name, name) != 0)
+        i++;
+    assert_true(i < KEPT_BY_HOLDER || name[0] != '\0');
+    return i;
+}
+
+static inline void keep_message(keeping_holder *k, const ts_store_datagram *d)
+{
+    ts_store_message m;
+    assert_null(ts_store_parse(d, &m));
+    pthread_mutex_lock(&k->lock);
+    const int i = kept_place(k, m.remove ? m.name : "");
+    if (m.store) {
+        k->kept[i] = m;
+        k->fds[i] = d->fd;
+    } else if (m.remove && i < KEPT_BY_HOLDER) {
+        close(k->fds[i]);
+        k->kept[i].name[0] = '\0';
+    }
+    pthread_mutex_unlock(&k->lock);
+    if (m.barrier)
+        close(d->fd); /* systemd's answer */
+}
+
+static inline void *keep_messages(void *arg)
+{
+    keeping_holder *k = arg;
+    for (;;) {
+        struct pollfd p[2] = {{.fd = k->h.socket, .events = POLLIN},
+                              {.fd = k->end, .events = POLLIN}};
+        ts_store_datagram d;
+        if (poll(p, 2, -1) > 0 && p[0].revents != 0 && ts_store_receive(k->h.socket, &d) == 1)
+            keep_message(k, &d);
+        else if (p[1].revents != 0)
+            return NULL;
+    }
+}
+
+/* It takes so many descriptors. Before ts_store_open. */
+static inline void keeping_holder_make(keeping_holder *k, const char *fds)
+{
+    memset(k, 0, sizeof *k);
+    holder_make(&k->h, TS_ENV_FDSTORE, fds);
+    k->end = eventfd(0, EFD_CLOEXEC);
+    pthread_mutex_init(&k->lock, NULL);
+    assert_int_equal(pthread_create(&k->thread, NULL, keep_messages, k), 0);
+}
+
+static inline void keeping_holder_end(keeping_holder *k)
+{
+    assert_int_equal(write(k->end, &(uint64_t){1}, sizeof(uint64_t)), sizeof(uint64_t));
+    assert_int_equal(pthread_join(k->thread, NULL), 0);
+    close(k->end);
+    for (int i = 0; i < KEPT_BY_HOLDER; i++)
+        if (k->kept[i].name[0] != '\0')
+            close(k->fds[i]);
+    holder_end(&k->h);
+}
+
+/* The file that is kept under the name; 0: none is. */
+static inline ino_t kept_file(keeping_holder *k, const char *name)
+{
+    struct stat about = {.st_ino = 0};
+    pthread_mutex_lock(&k->lock);
+    const int i = kept_place(k, name);
+    if (i < KEPT_BY_HOLDER)
+        assert_int_equal(fstat(k->fds[i], &about), 0);
+    pthread_mutex_unlock(&k->lock);
+    return about.st_ino;
+}
+
 #endif

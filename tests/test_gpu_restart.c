@@ -297,6 +297,21 @@ static void what_a_lost_device_cannot_give_is_the_next_daemons(void **state)
     }
 }
 
+/* The daemon after a kill loses its device when it maps the slab that is stored: the one after that
+ * maps it, and nothing in it is lost. */
+static void a_device_that_is_lost_while_slabs_are_taken_over_loses_nothing(void **state)
+{
+    (void)state;
+    uint32_t restarts;
+    const killed_workload w = {POOL, TS_TRANSPORT_RING, IN_HOST, run_workload};
+    const uint64_t expected = run_killed(&w, NULL, &restarts);
+    setenv("TS_TEST_GPU_BREAKS", "adopt:1:1", 1);
+    const uint64_t found = run_killed(&w, "answering:9", &restarts);
+    unsetenv("TS_TEST_GPU_BREAKS");
+    assert_int_equal(found, expected);
+    assert_int_equal(restarts, 1);
+}
+
 /* ---- a worker that calls nothing ---- */
 
 static sem_t reached, may_go;
@@ -530,6 +545,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(what_a_lost_device_cannot_give_is_the_next_daemons),
         cmocka_unit_test(what_a_lost_device_left_undone_is_the_next_daemons),
+        cmocka_unit_test(a_device_that_is_lost_while_slabs_are_taken_over_loses_nothing),
         cmocka_unit_test(the_next_daemon_does_what_nobody_asks_it_for),
         cmocka_unit_test(killed_between_an_application_and_its_publication),
         cmocka_unit_test(killed_after_a_publication),

@@ -47,11 +47,11 @@ static void a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go(void 
     REQUEST(commit, StepCommit, STEP_COMMIT, TSPB__STEP_COMMIT__INIT);
     commit_body.step = step;
     commit.step_commit = &commit_body;
-    send(&commit_request, &commit);
+    submit(&commit_request, &commit);
     REQUEST(abort, StepAbort, STEP_ABORT, TSPB__STEP_ABORT__INIT);
     abort_body.step = step;
     abort.step_abort = &abort_body;
-    send(&abort_request, &abort); /* waits as well, and comes second */
+    submit(&abort_request, &abort); /* waits as well, and comes second */
     REQUEST(lengths, SeqLengths, SEQ_LENGTHS, TSPB__SEQ_LENGTHS__INIT);
     lengths_body.seqs = seqs;
     lengths_body.n_seqs = 1;
@@ -74,7 +74,7 @@ static void a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go(void 
     drop(&t);
     for (uint32_t i = 0; i < 5; i++) {
         run_body.number = 2 + i;
-        send(&more[i], &run);
+        submit(&more[i], &run);
         if (i < 4)
             assert_int_equal(answer(&more[i])->status, TS_OK);
     }

@@ -1,6 +1,8 @@
 /* Slabs' memory on a fake GPU: made by a thread while the engine goes on, ahead where sessions have
  * slabs of their own, and by the engine's owner where it must be. */
+#define _GNU_SOURCE
 #include "gpu_service_util.h"
+#include "store_util.h"
 
 #include "slab_supply.h"
 
@@ -79,7 +81,7 @@ static void run_look(ts_work *work, void *owner)
     (void)owner;
     l->tenant = books->tenants[0];
     l->granted = books->ungranted;
-    for (uint32_t i = 0; i < SLAB_BLOCKS * SLABS; i++)
+    for (uint32_t i = 0; i < books->max_blocks; i++)
         expected[i] = ts_pool_refs(books, i);
     (void)ts_pool_check(books, expected, l->why, sizeof l->why);
 }
@@ -126,7 +128,7 @@ static void send_begin(begin *b, const worker *w, uint32_t tokens)
     b->body.new_tokens = &b->tokens;
     b->body.n_seqs = b->body.n_new_tokens = 1;
     b->body.heads = 1;
-    send(&b->t, &b->message);
+    submit(&b->t, &b->message);
 }
 
 /* It was answered without waiting for anything. */
@@ -309,6 +311,175 @@ static void a_slab_under_way_is_waited_for_when_the_pool_becomes_smaller(void **
     stop(engine);
 }
 
+/* ---- what the store doesn't take ---- */
+
+static atomic_bool keeps; /* a slab has no descriptor to be had: it can't be stored */
+
+static ts_status export_slab(ts_memory *m, uint32_t slab, bool writable, int *fd, char *text,
+                             size_t text_bytes)
+{
+    if (!atomic_load(&keeps))
+        return below->export_fd(m, slab, writable, fd, text, text_bytes);
+    snprintf(text, text_bytes, "there is no descriptor");
+    return TS_ENOMEM;
+}
+
+/* The same service, of `slabs` slabs that are stored with a holder of so many descriptors. */
+static void start_stored(pthread_t *engine, keeping_holder *k, uint32_t slabs, const char *fds)
+{
+    keeping_holder_make(k, fds);
+    pipe_used = 1;
+    same_user = false;
+    sem_init(&go_on, 0, 0);
+    atomic_store(&held, false);
+    atomic_store(&failing, false);
+    atomic_store(&keeps, false);
+    atomic_store(&drops, 0);
+    service_start_with(fake_gpu_new(), engine, SLAB_BLOCKS * slabs, SLAB_BLOCKS);
+    ts_memory *memory = service.exec.memory[0];
+    below = memory->ops;
+    ops = *below;
+    ops.renew = renew;
+    ops.drop = drop_slab;
+    ops.export_fd = export_slab;
+    memory->ops = &ops;
+    memory->outlives = true;
+    service.exec.store = ts_store_open();
+    assert_non_null(service.exec.store);
+}
+
+static void stop_stored(pthread_t engine, keeping_holder *k)
+{
+    ts_store *store = service.exec.store;
+    stop(engine);
+    ts_store_close(store);
+    keeping_holder_end(k);
+}
+
+/* The file of the slab's memory, when the holder has all that it was sent. */
+static ino_t slab_file(uint32_t slab)
+{
+    struct stat about;
+    int fd;
+    char text[64];
+    assert_true(ts_store_barrier(service.exec.store, 60000));
+    OK(below->export_fd(service.exec.memory[0], slab, true, &fd, text, sizeof text));
+    assert_int_equal(fstat(fd, &about), 0);
+    close(fd);
+    return about.st_ino;
+}
+
+static uint32_t generation_of(uint32_t slab)
+{
+    (void)see();
+    return service.exec.engine->pools[0].books.slabs[slab].generation;
+}
+
+/* A worker has had both slabs, and has ended; another user's comes. */
+static void use_both_and_leave(worker *next)
+{
+    worker w;
+    begin b;
+    worker_open(&w);
+    send_begin(&b, &w, BLOCK_TOKENS * SLAB_BLOCKS * 2);
+    end_begin(&b, TS_OK);
+    assert_int_equal(see().granted, 2);
+    worker_die(&w);
+    connection_open(2, OTHER_UID);
+    pipe_used = 2;
+    worker_open(next);
+}
+
+/* The store is full of them: the memory of a slab that changes hands takes the old one's place. */
+static void a_slab_changes_hands_in_a_full_store(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    keeping_holder k;
+    worker w;
+    begin b;
+    start_stored(&engine, &k, 2, "2");
+    use_both_and_leave(&w);
+    const ino_t first = slab_file(0), second = slab_file(1);
+    assert_int_equal(kept_file(&k, "p0.0.1"), first);
+    assert_int_equal(kept_file(&k, "p0.1.1"), second);
+    send_begin(&b, &w, BLOCK_TOKENS * SLAB_BLOCKS * 2);
+    end_begin(&b, TS_OK);
+    for (uint32_t slab = 0; slab < 2; slab++) {
+        char was[16], is[16];
+        snprintf(was, sizeof was, "p0.%u.1", slab);
+        snprintf(is, sizeof is, "p0.%u.2", slab);
+        assert_int_equal(generation_of(slab), 2);
+        assert_int_equal(kept_file(&k, is), slab_file(slab));
+        assert_int_equal(kept_file(&k, was), 0);
+    }
+    assert_int_not_equal(slab_file(0), first);
+    worker_die(&w);
+    stop_stored(engine, &k);
+}
+
+/* Nothing can be stored: the begin is refused, and the store has no other memory under the name
+ * that the slab has now. */
+static void a_slab_that_cannot_be_stored_changes_no_hands(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    keeping_holder k;
+    worker w;
+    begin b;
+    start_stored(&engine, &k, 2, "8");
+    use_both_and_leave(&w);
+    const ino_t first = slab_file(0), second = slab_file(1);
+    const uint32_t one = see().tenant.slabs;
+    assert_int_equal(one, 2);
+    atomic_store(&keeps, true);
+    send_begin(&b, &w, 1);
+    const Tspb__Reply *reply = answer(&b.t);
+    assert_int_equal(reply->status, TS_ENOMEM);
+    assert_string_equal(reply->message, "pool 'p': there is no descriptor");
+    drop(&b.t);
+    assert_int_equal(see().tenant.slabs, 2); /* whose they were */
+    uint32_t changed = slab_file(0) == first ? 1 : 0;
+    char was[16], is[16];
+    snprintf(was, sizeof was, "p0.%u.1", changed);
+    snprintf(is, sizeof is, "p0.%u.2", changed);
+    assert_int_equal(generation_of(changed), 2); /* whoever maps it maps it anew */
+    assert_int_equal(generation_of(1 - changed), 1);
+    assert_int_equal(kept_file(&k, was), 0);
+    assert_int_equal(kept_file(&k, is), 0);
+    assert_int_equal(slab_file(1 - changed), changed == 0 ? second : first);
+    atomic_store(&keeps, false);
+    send_begin(&b, &w, 1);
+    end_begin(&b, TS_OK); /* it is tried again, and is stored */
+    assert_int_equal(generation_of(changed) + generation_of(1 - changed), 4);
+    worker_die(&w);
+    stop_stored(engine, &k);
+}
+
+/* One that nobody has had keeps no memory. */
+static void a_new_slab_that_cannot_be_stored_has_no_memory(void **state)
+{
+    (void)state;
+    pthread_t engine;
+    keeping_holder k;
+    worker w;
+    begin b;
+    start_stored(&engine, &k, 2, "8");
+    worker_open(&w);
+    atomic_store(&keeps, true);
+    send_begin(&b, &w, 1);
+    end_begin(&b, TS_ENOMEM);
+    assert_int_equal(atomic_load(&drops), 2); /* the thread's, and the owner's */
+    assert_int_equal(see().granted, 0);
+    atomic_store(&keeps, false);
+    send_begin(&b, &w, 1);
+    end_begin(&b, TS_OK);
+    assert_int_equal(generation_of(0), 1);
+    assert_int_equal(kept_file(&k, "p0.0.1"), slab_file(0));
+    worker_die(&w);
+    stop_stored(engine, &k);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -317,6 +488,9 @@ int main(void)
         cmocka_unit_test(a_begin_gets_as_many_slabs_as_it_needs),
         cmocka_unit_test(memory_that_cannot_be_had_refuses_the_begin_and_is_tried_again),
         cmocka_unit_test(a_slab_under_way_is_waited_for_when_the_pool_becomes_smaller),
+        cmocka_unit_test(a_slab_changes_hands_in_a_full_store),
+        cmocka_unit_test(a_slab_that_cannot_be_stored_changes_no_hands),
+        cmocka_unit_test(a_new_slab_that_cannot_be_stored_has_no_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

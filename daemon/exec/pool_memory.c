@@ -341,23 +341,29 @@ static const ts_exec_gpu *find_gpu(ts_exec *x, const ts_pool_config *p, char *wh
     return NULL;
 }
 
-/* A slab whose memory is gone gets new memory, and what it had is lost. */
+/* A slab whose memory is gone gets new memory, and what it had is lost. A store that has no room
+ * for that is no reason to lose the rest. */
 static ts_status lose_slab(ts_exec *x, uint32_t pool, uint32_t slab, uint64_t *lost, char *why,
                            size_t why_bytes)
 {
+    const ts_engine_pool *p = &x->engine->pools[pool];
     ts_answer a;
+    ts_stored_slab_forget(
+        x->store, &(ts_stored_slab){x->memory[pool], pool, slab, p->books.slabs[slab].generation});
     ts_exec_apply(x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab},
                   &a);
     *lost += a.dropped;
     ts_status status = ts_memory_renew(
-        x->memory[pool], slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE,
-        why, why_bytes);
-    const uint32_t generation = x->engine->pools[pool].books.slabs[slab].generation;
-    return status != TS_OK
-               ? status
-               : ts_stored_slab_put(x->store,
-                                    &(ts_stored_slab){x->memory[pool], pool, slab, generation}, why,
-                                    why_bytes);
+        x->memory[pool], slab, p->config.client_write != TS_CLIENT_WRITE_NONE, why, why_bytes);
+    if (status != TS_OK)
+        return status;
+    const ts_stored_slab next = {x->memory[pool], pool, slab, p->books.slabs[slab].generation};
+    if (ts_stored_slab_put(x->store, &next, why, why_bytes) != TS_OK)
+        ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = p->config.name},
+                  "pool '%s', slab %u isn't stored: what will lie there is lost at the next "
+                  "restart: %s",
+                  p->config.name, slab, why);
+    return TS_OK;
 }
 
 static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_bytes)
@@ -367,6 +373,7 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
     const uint32_t slabs = (p->books.max_blocks - 1) / p->books.slab_blocks + 1;
     const bool ipc = strcmp(p->config.memory, "cuda-ipc") == 0;
     ts_memory **memory = &x->memory[pool];
+    char health[TS_GPU_WHY_BYTES];
     uint64_t lost = 0;
     ts_gpu *gpu = NULL;
     ts_status status = TS_OK;
@@ -387,6 +394,8 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
         const ts_stored_slab slab = {*memory, pool, i, p->books.slabs[i].generation};
         if (ts_stored_slab_take(x->store, &slab, why, why_bytes) == TS_OK)
             continue;
+        if (gpu != NULL && ts_gpu_health(gpu, health, sizeof health) != TS_OK)
+            return TS_EDEVICE; /* the slab is what it was: the next daemon maps it */
         ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = p->config.name}, "pool '%s', slab %u: %s",
                   p->config.name, i, why);
         status = lose_slab(x, pool, i, &lost, why, why_bytes);

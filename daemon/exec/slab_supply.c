@@ -185,8 +185,37 @@ static void on_made(ts_work *work, void *owner)
     s->exec->resumed(owner);
 }
 
-/* Makes the slab's memory here and now. A sentence in `why` if that can't be: the slab stays what
- * it is, and whose it is. */
+/* Stores the memory that the slab got, under its next generation. Where that can't be, the store
+ * mustn't have other memory under the slab's name, nor clients map other memory: the next daemon
+ * would serve what was there before, and a client would write where nobody reads. */
+static ts_status store_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, size_t why_bytes)
+{
+    ts_memory *memory = x->memory[pool];
+    const ts_engine_pool *p = &x->engine->pools[pool];
+    const ts_stored_slab now = {memory, pool, slab, p->books.slabs[slab].generation};
+    const ts_stored_slab next = {memory, pool, slab, now.generation + 1};
+    char again[TS_MESSAGE_BYTES];
+    ts_answer a;
+    ts_status status = ts_stored_slab_put(x->store, &next, why, why_bytes);
+    if (status == TS_OK)
+        return TS_OK;
+    if (slab == p->books.ungranted) { /* nobody's */
+        ts_memory_drop(memory, slab);
+        return status;
+    }
+    ts_stored_slab_forget(x->store, &now); /* it is empty, and has made room */
+    if (ts_stored_slab_put(x->store, &next, again, sizeof again) == TS_OK)
+        return TS_OK;
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab},
+                  &a);
+    ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = p->config.name},
+              "pool '%s', slab %u isn't stored: what will lie there is lost at the next restart",
+              p->config.name, slab);
+    return status;
+}
+
+/* Makes the slab's memory here and now. A sentence in `why` if that can't be: the slab stays whose
+ * it is. */
 static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, size_t why_bytes)
 {
     ts_memory *memory = x->memory[pool];
@@ -201,9 +230,7 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
     if (x->slabs != NULL) /* it can be had again */
         x->slabs->failed &= ~((uint64_t)1 << pool);
     ts_exec_let_go(x, pool, slab);
-    const uint32_t next = x->engine->pools[pool].books.slabs[slab].generation + 1;
-    return ts_stored_slab_put(x->store, &(ts_stored_slab){memory, pool, slab, next}, why,
-                              why_bytes);
+    return store_slab(x, pool, slab, why, why_bytes);
 }
 
 /* What the begun step's tenant should have ahead. */
