@@ -111,11 +111,12 @@ static json_t *restart(const Tspb__RestartStatus *r)
                          "check", check);
     else
         json_decref(check);
-    return json_pack("{s:s, s:i, s:o, s:o, s:o, s:o, s:i, s:i}", "holder", holder_of(r), "restarts",
-                     (int)r->restarts, "journal", journal, "last", last, "failure",
+    return json_pack("{s:s, s:i, s:o, s:o, s:o, s:o, s:i, s:i, s:I, s:I}", "holder", holder_of(r),
+                     "restarts", (int)r->restarts, "journal", journal, "last", last, "failure",
                      r->failure[0] == '\0' ? json_null() : json_string(r->failure), "verify",
                      verify(r), "unsummed_pools", (int)r->unsummed_pools, "unsummed_blocks",
-                     (int)r->unsummed_blocks);
+                     (int)r->unsummed_blocks, "wrong_blocks", integer(r->all_wrong_blocks),
+                     "lost_sequences", integer(r->all_lost_sequences));
 }
 
 json_t *json_status(const Tspb__StatusReply *r)

@@ -1,9 +1,9 @@
 /*
  * Ends the daemon at a place of test_point.h. TS_TEST_KILL=NAME:N kills it at its Nth time there:
  * only the first daemon under a supervisor, so that the next one can go on, or the one after
- * TS_TEST_DEATHS others; TS_TEST_STOP=NAME:N stops that one there until somebody else kills it, and
- * if TS_TEST_PART is set ends its handle connections before. TS_TEST_CRASH=NAME or NAME/WHAT has
- * every daemon crash whenever it comes there.
+ * TS_TEST_DEATHS others; TS_TEST_STOP=NAME:N stops the first one there until somebody else kills
+ * it, and if TS_TEST_PART is set ends its handle connections before. TS_TEST_CRASH=NAME or
+ * NAME/WHAT has every daemon crash whenever it comes there.
  */
 #include "test_point.h"
 
@@ -41,23 +41,28 @@ static void end_handle_connections(void)
     }
 }
 
+/* Whether so many daemons have died before this one; NULL: none. */
+static bool comes_after(const char *wanted)
+{
+    const char *deaths = getenv("TINYSERVE_DEATHS");
+    return strcmp(deaths == NULL ? "0" : deaths, wanted == NULL ? "0" : wanted) == 0;
+}
+
 void ts_test_point(const char *name, unsigned what)
 {
     static atomic_long left = -1;
     static char wanted[64];
     static int action = SIGKILL;
     if (atomic_load(&left) == -1) { /* at the first command, which comes before all else */
-        const char *deaths = getenv("TINYSERVE_DEATHS"), *kill_at = getenv("TS_TEST_KILL");
-        const char *after = getenv("TS_TEST_DEATHS");
-        if (kill_at == NULL) {
+        const char *kill_at = comes_after(getenv("TS_TEST_DEATHS")) ? getenv("TS_TEST_KILL") : NULL;
+        if (kill_at == NULL && comes_after("0")) {
             kill_at = getenv("TS_TEST_STOP");
             action = SIGSTOP;
         }
         const char *colon = kill_at == NULL ? NULL : strchr(kill_at, ':');
-        const bool is_it = strcmp(deaths == NULL ? "0" : deaths, after == NULL ? "0" : after) == 0;
         if (colon != NULL)
             snprintf(wanted, sizeof wanted, "%.*s", (int)(colon - kill_at), kill_at);
-        atomic_store(&left, colon == NULL || !is_it ? 0 : atol(colon + 1));
+        atomic_store(&left, colon == NULL ? 0 : atol(colon + 1));
     }
     if (is(getenv("TS_TEST_CRASH"), name, what))
         (void)raise(SIGSEGV);

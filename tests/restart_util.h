@@ -35,8 +35,9 @@ static inline void start_with(daemon_process *d, const char *pool, const char *k
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (kill_at != NULL)
             setenv("TS_TEST_KILL", kill_at, 1);
-        if (getenv("TS_TEST_LOG") == NULL) /* it says of each death that it died */
-            (void)!freopen("/dev/null", "w", stderr);
+        const char *log = getenv("TS_TEST_LOG"); /* a path, or anything: what it says is shown */
+        if (log == NULL || log[0] == '/')        /* it says of each death that it died */
+            (void)!freopen(log == NULL ? "/dev/null" : log, "a", stderr);
         execl(TS_KILLED_DAEMON, TS_KILLED_DAEMON, "--supervise", "--set", "log_level=error",
               "--set", "threads=1", "--set", setting, "--socket", d->url, "--pool", pool, NULL);
         _exit(127);
@@ -91,6 +92,20 @@ static inline void fill(rng *r, float *to, size_t count)
 {
     for (size_t i = 0; i < count; i++)
         to[i] = rng_normal(r);
+}
+
+/* What daemons that were started with this TS_TEST_LOG have said; the caller frees it. The file
+ * goes. */
+static inline char *read_log(const char *path)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    assert_true(getdelim(&text, &bytes, '\0', f) >= 0);
+    (void)fclose(f);
+    (void)unlink(path);
+    return text;
 }
 
 /* Ends both; nothing may be left of them. `late`: the daemon may come to where it is killed only

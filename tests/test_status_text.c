@@ -155,14 +155,21 @@ static void whether_a_restart_checks_memory_is_told(void **state)
     assert_non_null(strstr(text, "yet to come back\n"
                                  "           38 of 40 full blocks were checked in 0.125 s\nPOOL "));
     free(text);
-    restart.wrong_blocks = 3;
-    restart.lost_sequences = 2;
+    restart.wrong_blocks = restart.all_wrong_blocks = 3;
+    restart.lost_sequences = restart.all_lost_sequences = 2;
     restart.unsummed_pools = 1;
     text = printed(&r);
     assert_non_null(strstr(text, "  verify   1 pools have no checksums: see tsctl doctor\n"));
     assert_non_null(strstr(text, "checked in 0.125 s\n"
                                  "  LOST: 3 blocks, which didn't hold what was stored in them,\n"
                                  "    and the 2 sequences that had one\nPOOL "));
+    free(text);
+    restart.all_wrong_blocks = 7;
+    restart.all_lost_sequences = 11;
+    text = printed(&r);
+    assert_non_null(strstr(text, "    and the 2 sequences that had one\n"
+                                 "  LOST in all restarts: 7 such blocks, and 11 sequences that had "
+                                 "one,\n    or a block in memory that was gone\nPOOL "));
     free(text);
 
     restart = (Tspb__RestartStatus)TSPB__RESTART_STATUS__INIT; /* nobody holds the memory */

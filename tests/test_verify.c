@@ -89,7 +89,9 @@ static Tspb__Reply *get_status(ts_client *c)
     return reply;
 }
 
-static void find(const char *pool)
+/* kill_at: where the daemon that checks is killed, too; NULL: nowhere. `wrong`: blocks that the
+ * last daemon finds. */
+static void find(const char *pool, const char *kill_at, uint32_t wrong)
 {
     daemon_process d;
     pthread_t thread;
@@ -101,7 +103,9 @@ static void find(const char *pool)
         ids[1][i] = i + 1000;
     }
     setenv("TS_TEST_STOP", "summed:6", 1); /* when all blocks of both have their checksum */
-    start_with(&d, pool, NULL, "verify=restart");
+    setenv("TS_TEST_DEATHS", "1", 1);
+    start_with(&d, pool, kill_at, "verify=restart");
+    unsetenv("TS_TEST_DEATHS");
     unsetenv("TS_TEST_STOP");
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
@@ -124,10 +128,12 @@ static void find(const char *pool)
     Tspb__Reply *reply = get_status(c);
     const Tspb__RestartStatus *told = reply->status_reply->restart;
     assert_true(told->checked && told->verify == TSPB__RESTART_STATUS__VERIFY__RESTART);
-    assert_int_equal(told->full_blocks, 6);
-    assert_int_equal(told->checked_blocks, 6);
-    assert_int_equal(told->wrong_blocks, 1);
-    assert_int_equal(told->lost_sequences, 1);
+    assert_int_equal(told->full_blocks, wrong == 1 ? 6 : 4);
+    assert_int_equal(told->checked_blocks, wrong == 1 ? 6 : 4);
+    assert_int_equal(told->wrong_blocks, wrong);
+    assert_int_equal(told->lost_sequences, wrong);
+    assert_int_equal(told->all_wrong_blocks, 1);
+    assert_int_equal(told->all_lost_sequences, 1);
     assert_int_equal(told->unsummed_pools, 0);
     tspb__reply__free_unpacked(reply, NULL);
     check_daemon(c);
@@ -139,15 +145,27 @@ static void find(const char *pool)
 static void a_block_that_was_changed_is_forgotten(void **state)
 {
     (void)state;
-    find(POOL);
+    find(POOL, NULL, 1);
 }
 
 static void a_block_that_was_changed_on_a_gpu_is_forgotten(void **state)
 {
     (void)state;
     setenv("TS_TEST_FAKE_GPU", "1", 1);
-    find(ON_GPU);
+    find(ON_GPU, NULL, 1);
     unsetenv("TS_TEST_FAKE_GPU");
+}
+
+/* The daemon that checks is killed before it has said what it found: the next one finds it again,
+ * or has the figures. Its first command tells sessions to come back, its second forgets the block.
+ */
+static void what_a_check_found_outlives_the_daemon_that_found_it(void **state)
+{
+    (void)state;
+    find(POOL, "applying:1", 1);
+    find(POOL, "applying:2", 1);
+    find(POOL, "applied:2", 1);
+    find(POOL, "published:2", 0);
 }
 
 /* ---- what is right is never taken for wrong ---- */
@@ -180,14 +198,17 @@ static void lose_gpu(uint32_t deaths, uint32_t at)
     rng r = {3};
     float *second;
     uint32_t length;
-    char text[24];
+    char text[24], log[64] = "/tmp/tinyserve-log.XXXXXX";
     snprintf(text, sizeof text, "read:%u:%u", at, deaths);
+    close(mkstemp(log));
+    setenv("TS_TEST_LOG", log, 1);
     setenv("TS_TEST_GPU_BREAKS", text, 1);
     if (deaths > 0)
         setenv("TS_TEST_STOP", "summed:6", 1);
     start_with(&d, ON_GPU, NULL, "verify=restart");
     unsetenv("TS_TEST_STOP");
     unsetenv("TS_TEST_GPU_BREAKS");
+    unsetenv("TS_TEST_LOG");
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
     spoiler s = {&d, NULL};
@@ -213,6 +234,13 @@ static void lose_gpu(uint32_t deaths, uint32_t at)
     ts_pool_close(p);
     ts_disconnect(c);
     stop(&d, false);
+    char *said = read_log(log);
+    if (deaths > 0)
+        assert_non_null(strstr(said, "the pools can't be taken over: pool 'p': block "));
+    if (deaths > 0)
+        assert_non_null(strstr(said, " can't be read to be checked: cudaErrorFake; what is stored "
+                                     "stays, and it is tried again"));
+    free(said);
 }
 
 static void a_block_that_cannot_be_read_is_not_taken_for_wrong(void **state)
@@ -479,6 +507,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_block_that_was_changed_is_forgotten),
         cmocka_unit_test(a_block_that_was_changed_on_a_gpu_is_forgotten),
+        cmocka_unit_test(what_a_check_found_outlives_the_daemon_that_found_it),
         cmocka_unit_test(a_block_that_cannot_be_read_is_not_taken_for_wrong),
         cmocka_unit_test(a_pool_has_nothing_of_the_checksums_of_the_one_before_it),
         cmocka_unit_test(a_pool_may_be_made_anew_over_a_death),

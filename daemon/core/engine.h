@@ -387,6 +387,9 @@ typedef struct ts_engine {
     ts_step *steps; /* an array of entries; a step is told by id */
     uint32_t num_steps, free_step, live_steps;
     uint64_t tokens_committed;
+    /* Of all that was ever stored: what restarts had to give up. */
+    uint64_t wrong_blocks;   /* that didn't hold what was stored in them */
+    uint64_t lost_sequences; /* that had one, or a block in memory that was gone */
     ts_claims claims;
     uint32_t *tenant_claim_ids; /* token ids in the claims of each */
     ts_wait_list woken;

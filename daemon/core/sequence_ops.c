@@ -379,6 +379,7 @@ void ts_engine_slab_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_an
         return ts_refuse(a, TS_ENOENT, "there is no slab %u in pool %u", slab, c->pool);
     const uint32_t blocks = pool->books.slab_blocks;
     a->dropped = free_users(e, c->pool, &(block_range){slab * blocks, blocks});
+    e->lost_sequences += a->dropped;
     if (pool->books.slabs[slab].used == 0)
         ts_pool_evict_slab(&pool->books, slab, TS_EVICT_DROP, &all);
     pool->books.slabs[slab].generation++; /* whoever maps it maps it anew */
@@ -392,6 +393,8 @@ void ts_engine_block_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     if (!ts_engine_has_pool(e, c->pool) || block >= pool->books.max_blocks)
         return ts_refuse(a, TS_ENOENT, "there is no block %u in pool %u", block, c->pool);
     a->dropped = free_users(e, c->pool, &(block_range){block, 1});
+    e->wrong_blocks++;
+    e->lost_sequences += a->dropped;
     ts_pool_drop_block(&pool->books, block);
 }
 

@@ -69,18 +69,20 @@ static place place_of(const ts_engine *e, uint32_t pool, const ts_memory *memory
     return (place){memory, gpu, ts_geometry_block_bytes(&c->geometry), c->slab_blocks};
 }
 
-/* 0: it can't be read. *copy: room for a block, made where it is NULL and the pool is on a GPU. */
-static uint64_t sum_of(const place *p, uint32_t block, unsigned char **copy)
+/* 0: it can't be read, with a sentence. *copy: room for a block, made where it is NULL and the pool
+ * is on a GPU. */
+static uint64_t sum_of(const place *p, uint32_t block, unsigned char **copy, char *why,
+                       size_t why_bytes)
 {
     const unsigned char *at = p->memory->base +
                               (size_t)(block / p->slab_blocks) * p->memory->slab_bytes +
                               (size_t)(block % p->slab_blocks) * p->block_bytes;
-    char why[TS_GPU_WHY_BYTES];
     if (p->gpu != NULL) {
-        if (*copy == NULL)
-            *copy = malloc(p->block_bytes);
-        if (*copy == NULL ||
-            ts_gpu_read(p->gpu, at, p->block_bytes, *copy, why, sizeof why) != TS_OK)
+        if (*copy == NULL && (*copy = malloc(p->block_bytes)) == NULL) {
+            snprintf(why, why_bytes, "no memory for a copy of its %zu bytes", p->block_bytes);
+            return 0;
+        }
+        if (ts_gpu_read(p->gpu, at, p->block_bytes, *copy, why, why_bytes) != TS_OK)
             return 0;
         at = *copy;
     }
@@ -102,7 +104,8 @@ static void make_next(ts_block_sums *s)
     s->reading_block = b.block;
     pthread_mutex_unlock(&s->lock);
     unsigned char *copy = NULL;
-    const uint64_t sum = sum_of(&at, b.block, &copy);
+    char why[TS_GPU_WHY_BYTES]; /* a GPU that can't be read is lost, which others say */
+    const uint64_t sum = sum_of(&at, b.block, &copy, why, sizeof why);
     free(copy);
     pthread_mutex_lock(&s->lock);
     s->reading = TS_NONE;
@@ -222,17 +225,22 @@ typedef struct look {
     const uint32_t *blocks; /* to be looked at */
     bool *wrong;            /* by place in `blocks` */
     unsigned char **copies; /* each thread's own */
-    atomic_bool failed;     /* a block couldn't be read */
+    atomic_flag failed;     /* a block couldn't be read: the first, whose thread says why */
+    uint32_t unread;        /* TS_NONE: none */
+    char why[TS_GPU_WHY_BYTES];
 } look;
 
 static void look_at(void *arg, uint32_t item, uint32_t thread)
 {
     look *l = arg;
     const uint32_t block = l->blocks[item];
-    const uint64_t sum = sum_of(&l->place, block, &l->copies[thread]);
+    char why[TS_GPU_WHY_BYTES];
+    const uint64_t sum = sum_of(&l->place, block, &l->copies[thread], why, sizeof why);
     l->wrong[item] = sum != l->sums[block];
-    if (sum == 0)
-        atomic_store(&l->failed, true);
+    if (sum != 0 || atomic_flag_test_and_set(&l->failed))
+        return;
+    l->unread = block;
+    memcpy(l->why, why, sizeof l->why);
 }
 
 /* Looks at the `num` blocks: of those that are wrong, *num of them, first in `blocks`. */
@@ -244,6 +252,8 @@ static ts_status look_at_all(const place *at, const uint64_t *sums, uint32_t *bl
     look l = {.place = *at,
               .sums = sums,
               .blocks = blocks,
+              .failed = ATOMIC_FLAG_INIT,
+              .unread = TS_NONE,
               .wrong = calloc(*num + 1ull, sizeof *l.wrong),
               .copies = calloc(team + 1ull, sizeof *l.copies)};
     const bool can = threads != NULL && l.copies != NULL && l.wrong != NULL;
@@ -261,14 +271,15 @@ static ts_status look_at_all(const place *at, const uint64_t *sums, uint32_t *bl
     free(l.wrong);
     ts_threads_free(threads);
     *num = wrong;
-    if (!can || !atomic_load(&l.failed))
+    if (!can || l.unread == TS_NONE)
         return can ? TS_OK : TS_ENOMEM;
-    snprintf(why, why_bytes, "blocks can't be read to be checked"); /* nothing is wrong with them */
+    snprintf(why, why_bytes, "block %u can't be read to be checked: %.120s", l.unread, l.why);
     return l.place.gpu != NULL ? TS_EDEVICE : TS_ENOMEM;
 }
 
-/* Looks at the full blocks that have a checksum; the others, and those that are wrong, have none
- * from now on. *wrong: which these are, the caller's to free. */
+/* Looks at the full blocks that have a checksum; the others have none from now on. *wrong: which
+ * are wrong, the caller's to free. These keep theirs until they are written anew: a daemon that
+ * dies before it has forgotten them leaves it to the next to find them. */
 static ts_status compare(const ts_engine *e, uint32_t pool, const place *at, uint64_t *sums,
                          uint32_t **wrong, ts_blocks_checked *c, char *why, size_t why_bytes)
 {
@@ -294,8 +305,6 @@ static ts_status compare(const ts_engine *e, uint32_t pool, const place *at, uin
     if (status != TS_OK)
         return status;
     c->wrong = num;
-    for (uint32_t i = 0; i < num; i++)
-        sums[some[i]] = 0;
     return TS_OK;
 }
 
@@ -334,20 +343,21 @@ ts_status ts_block_sums_take(ts_block_sums *s, uint32_t pool, const ts_memory *o
         ts_stored_sums_forget(s->store, pool); /* later blocks mustn't be held against them */
         return TS_ENOMEM;
     }
-    ts_status status = compare(s->engine, pool, &at, sums, wrong, c, why, why_bytes);
-    c->seconds = (double)(ts_now_ns() - began_ns) * 1e-9;
-    if (status == TS_OK)
-        status = keep(s, pool, &at, sums, count, why, why_bytes);
-    else
-        munmap(sums, bytes);
-    if (status == TS_OK)
-        note_tails(&s->pools[pool], &s->engine->pools[pool].seqs);
+    ts_status status = keep(s, pool, &at, sums, count, why, why_bytes);
     if (status != TS_OK) {
-        free(*wrong);
-        *wrong = NULL;
-    }
-    if (status != TS_OK && status != TS_EDEVICE)
         ts_stored_sums_forget(s->store, pool);
+        return status;
+    }
+    status = compare(s->engine, pool, &at, sums, wrong, c, why, why_bytes);
+    c->seconds = (double)(ts_now_ns() - began_ns) * 1e-9;
+    if (status == TS_OK) {
+        note_tails(&s->pools[pool], &s->engine->pools[pool].seqs);
+        return TS_OK;
+    }
+    free(*wrong);
+    *wrong = NULL;
+    if (status != TS_EDEVICE) /* else the next daemon goes on with them */
+        ts_block_sums_remove(s, pool);
     return status;
 }
 

@@ -4,6 +4,7 @@
 #include "log.h"
 #include "plain_text.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 /* Whether pools have checksums. */
@@ -40,8 +41,12 @@ static ts_status verify_pool(ts_exec *x, uint32_t pool, char *why, size_t why_by
     char checked[32];
     ts_status status = ts_block_sums_take(x->sums, pool, x->memory[pool], gpu_of(x, pool), &c,
                                           &wrong, why, why_bytes);
-    if (status == TS_EDEVICE) /* the next daemon may read it */
+    if (status == TS_EDEVICE) { /* the next daemon may read it */
+        char unread[TS_MESSAGE_BYTES];
+        snprintf(unread, sizeof unread, "%s", why);
+        snprintf(why, why_bytes, "pool '%s': %.160s", about.pool, unread);
         return status;
+    }
     if (status != TS_OK) {
         ts_log_on(TS_LOG_ERROR, &about,
                   "pool '%s': verify = restart: it wasn't checked, and no restart will check it: "

@@ -151,6 +151,12 @@ static void write_restart(FILE *out, const Tspb__RestartStatus *r)
            (double)r->wrong_blocks);
     single(out, "last_restart_lost_sequences", "gauge", "Sequences that had a wrong block.",
            (double)r->lost_sequences);
+    single(out, "wrong_blocks_total", "counter",
+           "Blocks that all restarts found wrong; 0 again after one that began with nothing.",
+           (double)r->all_wrong_blocks);
+    single(out, "lost_sequences_total", "counter",
+           "Sequences that all restarts gave up: a block of theirs was wrong, or its memory gone.",
+           (double)r->all_lost_sequences);
     single(out, "last_restart_check_duration_seconds", "gauge", "Time that checking memory took.",
            r->check_seconds);
     single(out, "journal_size_bytes", "gauge", "Size of the journal; 0: there is none.",

@@ -29,7 +29,7 @@ static const ts_field engine_fields[] = {
     S(num_pools),     S(live_pools),   S(present_tenants),  S(num_tenants),      S(num_sessions),
     S(live_sessions), S(free_session), S(draining),         S(num_steps),        S(free_step),
     S(live_steps),    S(woken),        S(tokens_committed), S(waiting_for_room), S(now_ms),
-    S(wants_sweep),   S(closing),
+    S(wants_sweep),   S(closing),      S(wrong_blocks),     S(lost_sequences),
 };
 #undef S
 #define S(member) F(ts_pool_config, member)

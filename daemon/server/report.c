@@ -55,6 +55,8 @@ static void describe_verify(const ts_exec *x, Tspb__RestartStatus *r)
     r->wrong_blocks = x->checked.wrong;
     r->lost_sequences = x->checked.lost;
     r->check_seconds = x->checked.seconds;
+    r->all_wrong_blocks = x->engine->wrong_blocks;
+    r->all_lost_sequences = x->engine->lost_sequences;
 }
 
 static Tspb__RestartStatus *describe_restart(const ts_service *s)

@@ -187,6 +187,10 @@ static void print_restart(const Tspb__StatusReply *all)
                r->awaited_sessions);
     if (r->checked)
         print_check(r);
+    if (r->all_wrong_blocks > r->wrong_blocks || r->all_lost_sequences > r->lost_sequences)
+        printf("  LOST in all restarts: %llu such blocks, and %llu sequences that had one,\n"
+               "    or a block in memory that was gone\n",
+               (unsigned long long)r->all_wrong_blocks, (unsigned long long)r->all_lost_sequences);
     if (r->failure[0] != '\0')
         printf("  LOST: what the last daemon left could not be taken over:\n    %s\n", r->failure);
 }
