@@ -116,7 +116,7 @@ static inline int make_fd(const char *text)
 
 /* ---- a holder that keeps what it is sent ---- */
 
-#define KEPT_BY_HOLDER 16
+#define KEPT_BY_HOLDER 64
 
 typedef struct keeping_holder {
     holder h;
@@ -189,6 +189,87 @@ static inline void keeping_holder_end(keeping_holder *k)
         if (k->kept[i].name[0] != '\0')
             close(k->fds[i]);
     holder_end(&k->h);
+}
+
+/* Closes what is kept under the name, as systemd does with what is beyond its limit. */
+static inline void kept_drop(keeping_holder *k, const char *name)
+{
+    pthread_mutex_lock(&k->lock);
+    const int i = kept_place(k, name);
+    assert_true(i < KEPT_BY_HOLDER);
+    close(k->fds[i]);
+    k->kept[i].name[0] = '\0';
+    pthread_mutex_unlock(&k->lock);
+}
+
+/* Until all is done that was sent before, by a daemon that has ended too. */
+static inline void kept_settle(keeping_holder *k)
+{
+    int ends[2];
+    const int to = ts_store_connect(k->h.notify, SOCK_DGRAM);
+    assert_true(to >= 0);
+    assert_int_equal(pipe(ends), 0);
+    while (ts_store_send(to, "BARRIER=1", ends[1]) == EAGAIN)
+        (void)poll(&(struct pollfd){.fd = to, .events = POLLOUT}, 1, -1);
+    close(ends[1]);
+    assert_int_equal(poll(&(struct pollfd){.fd = ends[0], .events = POLLIN}, 1, -1), 1);
+    close(ends[0]);
+    close(to);
+}
+
+/* A duplicate of what is kept under the name, which the caller closes. */
+static inline int kept_open(keeping_holder *k, const char *name)
+{
+    pthread_mutex_lock(&k->lock);
+    const int i = kept_place(k, name);
+    assert_true(i < KEPT_BY_HOLDER);
+    const int fd = fcntl(k->fds[i], F_DUPFD_CLOEXEC, 0);
+    pthread_mutex_unlock(&k->lock);
+    assert_true(fd >= 0);
+    return fd;
+}
+
+/* How many are kept whose names begin so. */
+static inline uint32_t kept_count(keeping_holder *k, const char *beginning)
+{
+    uint32_t count = 0;
+    pthread_mutex_lock(&k->lock);
+    for (int i = 0; i < KEPT_BY_HOLDER; i++)
+        count += k->kept[i].name[0] != '\0' &&
+                 strncmp(k->kept[i].name, beginning, strlen(beginning)) == 0;
+    pthread_mutex_unlock(&k->lock);
+    return count;
+}
+
+/* Until so many are: a daemon that lives may be about to have some closed. */
+static inline void await_kept(keeping_holder *k, const char *beginning, uint32_t count)
+{
+    while (kept_count(k, beginning) != count)
+        (void)poll(NULL, 0, 1);
+}
+
+/* Has this process, which is to become a daemon, the descriptors and what systemd says of them. */
+static inline void kept_pass(const keeping_holder *k, const char *limit)
+{
+    enum { ABOVE = 200 };
+    char names[KEPT_BY_HOLDER * (TS_STORE_NAME_BYTES + 1)] = "", text[16];
+    int count = 0;
+    for (int i = 0; i < KEPT_BY_HOLDER; i++)
+        if (k->kept[i].name[0] != '\0' && dup2(k->fds[i], ABOVE + count) >= 0) {
+            snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s",
+                     count == 0 ? "" : ":", k->kept[i].name);
+            count++;
+        }
+    for (int i = 0; i < count; i++)
+        (void)dup2(ABOVE + i, 3 + i);
+    for (int i = 3 + count; i < ABOVE + count; i++)
+        close(i);
+    snprintf(text, sizeof text, "%d", (int)getpid());
+    setenv("LISTEN_PID", text, 1);
+    snprintf(text, sizeof text, "%d", count);
+    setenv("LISTEN_FDS", text, 1);
+    setenv("LISTEN_FDNAMES", names, 1);
+    setenv(TS_ENV_FDSTORE, limit, 1);
 }
 
 /* The file that is kept under the name; 0: none is. */

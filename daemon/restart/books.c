@@ -135,6 +135,10 @@ static ts_status read_snapshot(const ts_books *b, replica *r, char *why, size_t 
         return TS_EPROTO;
     }
     const int fd = b->areas[last->area];
+    if (fd < 0) {
+        snprintf(why, why_bytes, "the snapshot isn't in the store");
+        return TS_EPROTO;
+    }
     if (fstat(fd, &about) != 0 || (uint64_t)about.st_size < last->bytes) {
         snprintf(why, why_bytes, "the snapshot has %lld bytes of %llu", (long long)about.st_size,
                  (unsigned long long)last->bytes);
@@ -469,11 +473,14 @@ static bool take_over(ts_books *b, replica *r, ts_books_start *start)
     const int fd = b->keeper.take(b->keeper.arg, journal_name);
     for (uint32_t i = 0; i < TS_AREAS; i++)
         b->areas[i] = b->keeper.take(b->keeper.arg, area_names[i]);
+    if (fd < 0 && (b->areas[0] >= 0 || b->areas[1] >= 0))
+        snprintf(start->why, sizeof start->why, "the journal isn't in the store");
     if (fd < 0)
         return false;
     if (ts_journal_open(&b->journal, fd, start->why, sizeof start->why) != TS_OK)
         return false;
-    if (b->journal.head->discard != 0)
+    start->discarded = b->journal.head->discard != 0;
+    if (start->discarded)
         return false;
     look_at_death(b->journal.head, start);
     if (restore(b, r, start) == TS_OK) {
@@ -518,6 +525,30 @@ static int new_area(char *why, size_t why_bytes)
     return -1;
 }
 
+/* The place of the next snapshot may be gone: without it the journal could only grow. */
+static ts_status make_lost_areas(ts_books *b, char *why, size_t why_bytes)
+{
+    ts_status status = TS_OK;
+    for (uint32_t i = 0; i < TS_AREAS && status == TS_OK; i++) {
+        if (b->areas[i] >= 0)
+            continue;
+        ts_log(TS_LOG_WARNING, "'%s' isn't in the store, and is made anew", area_names[i]);
+        b->areas[i] = new_area(why, why_bytes);
+        status = b->areas[i] < 0
+                     ? TS_ENOMEM
+                     : b->keeper.keep(b->keeper.arg, area_names[i], b->areas[i], why, why_bytes);
+    }
+    return status;
+}
+
+/* Nothing of them may be found by the next daemon. */
+static void forget_all(const ts_books *b)
+{
+    b->keeper.forget(b->keeper.arg, journal_name);
+    for (uint32_t i = 0; i < TS_AREAS; i++)
+        b->keeper.forget(b->keeper.arg, area_names[i]);
+}
+
 /* Begins with nothing. */
 static ts_status begin(ts_books *b, const ts_books_options *o, replica *r, char *why,
                        size_t why_bytes)
@@ -537,6 +568,8 @@ static ts_status begin(ts_books *b, const ts_books_options *o, replica *r, char 
         status = b->keeper.keep(b->keeper.arg, journal_name, b->journal.fd, why, why_bytes);
     for (uint32_t i = 0; i < TS_AREAS && status == TS_OK; i++)
         status = b->keeper.keep(b->keeper.arg, area_names[i], b->areas[i], why, why_bytes);
+    if (status != TS_OK)
+        forget_all(b);
     return status;
 }
 
@@ -567,6 +600,7 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
         b->areas[0] = b->areas[1] = -1;
         status = begin(b, o, &r, why, why_bytes);
     } else {
+        status = make_lost_areas(b, why, why_bytes);
         snprintf(b->journal.head->version, sizeof b->journal.head->version, "%s", TS_VERSION);
         b->journal.head->restarts++;
     }

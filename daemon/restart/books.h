@@ -24,7 +24,8 @@ typedef struct ts_keeper {
     void *arg;
     /* The descriptor that was kept under the name, the caller's from now on; -1: none was. */
     int (*take)(void *arg, const char *name);
-    /* Keeps a duplicate of the descriptor. */
+    /* Keeps a duplicate of the descriptor. TS_ENOSPC: there is no room, whatever else goes for it.
+     */
     ts_status (*keep)(void *arg, const char *name, int fd, char *why, size_t why_bytes);
     void (*forget)(void *arg, const char *name);
 } ts_keeper;
@@ -40,6 +41,7 @@ typedef struct ts_books_options {
 /* What a start found. */
 typedef struct ts_books_start {
     bool restored;     /* what an earlier daemon left */
+    bool discarded;    /* what was left, as an operator had ordered (ts_books_discard) */
     uint32_t restarts; /* that took over, this one included */
     uint32_t failed;   /* attempts to take over that failed before this one */
     uint64_t entries;  /* that were replayed */
@@ -56,7 +58,8 @@ typedef struct ts_books_start {
 /*
  * Takes over what the keeper has, or begins with nothing. *engine is the caller's, to be freed
  * after ts_books_close. What can't be taken over is kept under other names ("failed.journal", ...),
- * and begun anew. TS_ENOMEM and others: there are no books, with a sentence.
+ * and begun anew. TS_ENOMEM and others: there are no books, with a sentence; TS_ENOSPC: the keeper
+ * has no room for them, and none of them.
  */
 ts_status ts_books_open(const ts_books_options *options, ts_books **books, ts_engine **engine,
                         ts_books_start *start, char *why, size_t why_bytes);

@@ -25,18 +25,58 @@ static int take(void *store, const char *name)
     return ts_store_take(store, name);
 }
 
+static void forget(void *store, const char *name)
+{
+    (void)ts_store_remove(store, name);
+}
+
+/* What is worth least among what is stored and nobody has taken. */
+typedef struct least {
+    size_t rank;
+    char name[TS_STORE_NAME_BYTES + 1];
+} least;
+
+static void look_for_least(void *arg, const char *name)
+{
+    /* stored_memory.c has the names. */
+    static const char *const kinds[] = {"failed.", "c", "x", "s", "p"};
+    least *l = arg;
+    size_t rank = 0;
+    while (rank < sizeof kinds / sizeof *kinds &&
+           strncmp(name, kinds[rank], strlen(kinds[rank])) != 0)
+        rank++;
+    if (l->name[0] != '\0' && rank >= l->rank)
+        return;
+    l->rank = rank;
+    snprintf(l->name, sizeof l->name, "%s", name);
+}
+
+/* The books come before all else. False: nothing makes room for them. */
+static bool make_room(ts_store *store, const char *for_name)
+{
+    static const char *const evidence[] = {"failed.journal", "failed.books.a", "failed.books.b"};
+    least l = {0};
+    bool made = false;
+    ts_store_each(store, look_for_least, &l);
+    if (l.name[0] != '\0') {
+        ts_log(TS_LOG_WARNING, "'%s' in the store makes room for '%s'", l.name, for_name);
+        return ts_store_remove(store, l.name) == TS_OK;
+    }
+    for (size_t i = 0; i < 3 && strncmp(for_name, "failed.", 7) != 0; i++)
+        made = ts_store_remove(store, evidence[i]) == TS_OK || made;
+    return made;
+}
+
 static ts_status keep(void *store, const char *name, int fd, char *why, size_t why_bytes)
 {
-    ts_status status = ts_store_put_reserved(store, name, fd, why, why_bytes);
+    ts_status status;
+    while ((status = ts_store_put_reserved(store, name, fd, why, why_bytes)) == TS_ENOSPC &&
+           make_room(store, name))
+        ;
     if (status == TS_OK && !ts_store_barrier(store, BARRIER_MS))
         ts_log(TS_LOG_WARNING, "whoever holds the memory has not taken '%s' within %u ms", name,
                BARRIER_MS);
     return status;
-}
-
-static void forget(void *store, const char *name)
-{
-    (void)ts_store_remove(store, name);
 }
 
 /* As the holder has it in the environment; systemd says nothing. */
@@ -67,9 +107,37 @@ static void log_start(const ts_books_start *start)
                ts_text_bytes(start->journal_bytes, journal, sizeof journal), start->restarts);
     else if (start->why[0] != '\0')
         ts_log(TS_LOG_ERROR,
-               "what the last daemon left can't be taken over: %s; it is kept as failed.journal, "
-               "failed.books.a and failed.books.b, and this daemon begins with nothing",
+               "what the last daemon left can't be taken over: %s; what there is of its journal "
+               "and snapshots is kept as failed.journal, failed.books.a and failed.books.b, and "
+               "this daemon begins with nothing",
                start->why);
+}
+
+/* Counts what the books know of. */
+static void count_known(void *count, const char *name)
+{
+    *(uint32_t *)count += strncmp(name, "failed.", 7) != 0;
+}
+
+/* Where memory is stored and no books are, the holder has closed these: that is no first start. */
+static void look_for_lost_books(ts_books_start *start, uint32_t known, uint32_t most)
+{
+    if (known > 0 && !start->restored && !start->discarded && start->why[0] == '\0')
+        snprintf(start->why, sizeof start->why,
+                 "the journal isn't in the store, and %u other descriptors are: the holder takes "
+                 "%u (FileDescriptorStoreMax= of the unit), and has closed what was beyond it",
+                 known, most);
+}
+
+/* A limit that was lowered, or is too low, is told before anything is refused. */
+static void warn_of_room(ts_store *store)
+{
+    const uint32_t fds = ts_store_fds(store), most = ts_store_fds_max(store);
+    if (most > 0 && fds + BOOKS_FDS >= most)
+        ts_log(TS_LOG_WARNING,
+               "the holder has %u descriptors and takes %u, %u of them for the daemon's books "
+               "(FileDescriptorStoreMax= of the unit): new slabs and sessions' buffers are refused",
+               fds, most, BOOKS_FDS);
 }
 
 bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
@@ -91,14 +159,26 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
         .journal_bytes =
             c->message_bytes * 4 > (64u << 20) ? (c->message_bytes * 4 + 4095) / 4096 * 4096 : 0};
     ts_engine *engine;
-    if (ts_books_open(&options, &s->exec.books, &engine, &s->started, why, sizeof why) != TS_OK) {
+    uint32_t known = 0;
+    ts_store_each(store, count_known, &known);
+    const ts_status status =
+        ts_books_open(&options, &s->exec.books, &engine, &s->started, why, sizeof why);
+    if (status == TS_ENOSPC) {
+        ts_log(TS_LOG_ERROR, "the books: %s: what is stored ends with the daemon", why);
+        s->exec.store = NULL;
+        s->started = (ts_books_start){0};
+        return ts_service_init(s, &c->limits);
+    }
+    if (status != TS_OK) {
         ts_log(TS_LOG_ERROR, "the books: %s", why);
         return false;
     }
     ts_books_figures figures;
     ts_books_get_figures(s->exec.books, &figures);
     memcpy(s->epoch, figures.epoch, sizeof s->epoch);
+    look_for_lost_books(&s->started, known, ts_store_fds_max(store));
     log_start(&s->started);
+    warn_of_room(store);
     return ts_service_init_with(s, engine);
 }
 

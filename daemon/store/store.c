@@ -131,6 +131,16 @@ uint32_t ts_store_fds_max(ts_store *s)
     return most;
 }
 
+uint32_t ts_store_fds(ts_store *s)
+{
+    if (s == NULL)
+        return 0;
+    pthread_mutex_lock(&s->lock);
+    const uint32_t fds = s->fds;
+    pthread_mutex_unlock(&s->lock);
+    return fds;
+}
+
 static ts_store_item *find_any(ts_store *s, const char *name)
 {
     ts_store_item *i = ts_store_find(&s->held, name);

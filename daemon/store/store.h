@@ -44,8 +44,9 @@ bool ts_store_holds(ts_store *store);
 /* Whether the holder is a supervisor, and not systemd; a dead one counts. */
 bool ts_store_supervised(const ts_store *store);
 
-/* How many descriptors the holder takes at most; 0: there is none. */
+/* How many descriptors the holder takes at most; 0: there is none. How many are stored. */
 uint32_t ts_store_fds_max(ts_store *store);
+uint32_t ts_store_fds(ts_store *store);
 
 /*
  * The descriptor of this name that was there at start, the caller's from now on; it stays stored.
