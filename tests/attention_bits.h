@@ -46,6 +46,8 @@ static void check_splits(shape s, const variety *variety, ts_isa isa)
     memcpy(first, p.out, bytes);
     ts_attention_free(a);
     for (uint32_t threads = 1; threads <= 5; threads += threads == 2 ? 3 : 1) {
+        if (threads < 5 && !all_cases)
+            continue;
         a = ts_attention_new(threads, isa);
         poison(&p);
         assert_int_equal(ts_attention_run(a, &p.call), TS_OK);

@@ -43,6 +43,16 @@ static inline float get(const unsigned char *from, ts_dtype dtype, size_t i)
     return ts_element(from, dtype, i);
 }
 
+/* K of a cached token, in the cache; V lies a plane further. */
+static inline unsigned char *key_in_cache(const problem *p, const ts_attention_seq *seq, uint32_t t,
+                                          uint32_t h)
+{
+    const ts_geometry *g = &p->call.geometry;
+    return p->cache + seq->blocks[t / g->block_tokens] * ts_geometry_block_bytes(g) +
+           seq->layer * 2 * ts_geometry_plane_bytes(g) +
+           t % g->block_tokens * ts_geometry_token_stride(g) + h * ts_geometry_head_stride(g);
+}
+
 /* Random q, and sequences over blocks in random order; the cached tokens are random numbers, all
  * that no sequence may read (tails, other layers' spare blocks) is NaN. */
 static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2], uint32_t num_seqs,
@@ -92,6 +102,15 @@ static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2]
         for (uint32_t h = 0; h < 2 * s.kv_heads; h++)
             p->scales[h] = 0.25f + (float)rng_below(r, 1000) / 500;
     }
+    p->call = (ts_attention_call){
+        .geometry = g,
+        .base = p->cache,
+        .heads = s.heads,
+        .io_dtype = s.io,
+        .variant.scale = 1.0f / sqrtf((float)s.head_dim),
+        .seqs = p->seqs,
+        .num_seqs = num_seqs,
+    };
     uint32_t next = 0, row = 0;
     size_t plane = ts_geometry_plane_bytes(&g);
     for (uint32_t i = 0; i < num_seqs; i++) {
@@ -113,26 +132,18 @@ static inline void problem_new(problem *p, shape s, const uint32_t (*lengths)[2]
         };
         row += lengths[i][1];
         for (uint32_t t = 0; t < lengths[i][0] - lengths[i][1]; t++)
-            for (uint32_t h = 0; h < s.kv_heads; h++)
+            for (uint32_t h = 0; h < s.kv_heads; h++) {
+                float k[TS_HEAD_DIM_MAX], v[TS_HEAD_DIM_MAX];
                 for (uint32_t d = 0; d < s.head_dim; d++) {
-                    unsigned char *at =
-                        p->cache + p->tables[i][t / s.block_tokens] * ts_geometry_block_bytes(&g) +
-                        layer * 2 * plane + t % s.block_tokens * ts_geometry_token_stride(&g) +
-                        h * ts_geometry_head_stride(&g);
-                    put(at, s.dtype, d, rng_normal(r));
-                    put(at + plane, s.dtype, d, rng_normal(r));
+                    k[d] = rng_normal(r);
+                    v[d] = rng_normal(r);
                 }
+                unsigned char *at = key_in_cache(p, &p->seqs[i], t, h);
+                ts_store_elements(at, s.dtype, 0, s.head_dim, k);
+                ts_store_elements(at + plane, s.dtype, 0, s.head_dim, v);
+            }
     }
     free(order);
-    p->call = (ts_attention_call){
-        .geometry = g,
-        .base = p->cache,
-        .heads = s.heads,
-        .io_dtype = s.io,
-        .variant.scale = 1.0f / sqrtf((float)s.head_dim),
-        .seqs = p->seqs,
-        .num_seqs = num_seqs,
-    };
 }
 
 static inline void problem_free(problem *p)
@@ -317,16 +328,6 @@ static inline double relative_error(const problem *p, const ts_attention_seq *se
         norm += ref[i] * ref[i];
     }
     return sqrt(diff / norm);
-}
-
-/* K of a cached token, in the cache; V lies a plane further. */
-static inline unsigned char *key_in_cache(const problem *p, const ts_attention_seq *seq, uint32_t t,
-                                          uint32_t h)
-{
-    const ts_geometry *g = &p->call.geometry;
-    return p->cache + seq->blocks[t / g->block_tokens] * ts_geometry_block_bytes(g) +
-           seq->layer * 2 * ts_geometry_plane_bytes(g) +
-           t % g->block_tokens * ts_geometry_token_stride(g) + h * ts_geometry_head_stride(g);
 }
 
 /* Gives the first `count` tokens of a sequence scores of -infinity: q[0] is positive everywhere,

@@ -1,4 +1,5 @@
 /* The host attention kernels against the float64 reference, and against themselves bit for bit. */
+#include "attention_amx.h"
 #include "attention_util.h"
 
 #ifdef ONLY_ISA
@@ -17,6 +18,14 @@ static bool has_own_code(ts_dtype dtype)
     return true;
 #endif
 }
+
+/* AddressSanitizer looks at addresses. There, cases are left out that differ from others in numbers
+ * alone, or that cut the same work for fewer threads. */
+#ifdef __SANITIZE_ADDRESS__
+static const bool all_cases = false;
+#else
+static const bool all_cases = true;
+#endif
 
 #include "attention_bits.h" /* uses what is above */
 
@@ -71,7 +80,8 @@ static void every_variant_matches_the_reference(void **state)
     (void)state;
     for (size_t i = 0; i < VARIETIES; i++)
         for (size_t which = 0; which < 3; which++)
-            check_variety(variety_shape(i, which), varieties[i], mixed, MIXED, 1e-5);
+            if (all_cases || which == i % 3)
+                check_variety(variety_shape(i, which), varieties[i], mixed, MIXED, 1e-5);
 }
 
 static void check_hidden(shape s, variety v)
@@ -115,15 +125,16 @@ static void keys_whose_scores_are_minus_infinity_get_no_weight(void **state)
     for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_BF16; dtype++)
         for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
             for (size_t v = 0; v < sizeof hidden_varieties / sizeof *hidden_varieties; v++)
-                check_hidden((shape){.dtype = (ts_dtype)dtype,
-                                     .io = TS_DTYPE_FP32,
-                                     .layout = (ts_layout)(h == 0),
-                                     .heads = heads[h][0],
-                                     .kv_heads = heads[h][1],
-                                     .head_dim = heads[h][2],
-                                     .block_tokens = 16,
-                                     .layers = 1},
-                             hidden_varieties[v]);
+                if (all_cases || v % 3 == (h + (size_t)dtype) % 3)
+                    check_hidden((shape){.dtype = (ts_dtype)dtype,
+                                         .io = TS_DTYPE_FP32,
+                                         .layout = (ts_layout)(h == 0),
+                                         .heads = heads[h][0],
+                                         .kv_heads = heads[h][1],
+                                         .head_dim = heads[h][2],
+                                         .block_tokens = 16,
+                                         .layers = 1},
+                                 hidden_varieties[v]);
 }
 
 /* One key: the log-sum-exp is the capped score. */
@@ -196,15 +207,16 @@ static void every_dtype_and_head_sharing_matches_the_float64_reference(void **st
     for (int dtype = TS_DTYPE_FP32; dtype <= TS_DTYPE_FP8_E4M3; dtype++)
         for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
             for (int layout = TS_LAYOUT_NHD; layout <= TS_LAYOUT_HND; layout++)
-                check_against_reference((shape){.dtype = (ts_dtype)dtype,
-                                                .io = TS_DTYPE_FP32,
-                                                .layout = (ts_layout)layout,
-                                                .heads = heads[h][0],
-                                                .kv_heads = heads[h][1],
-                                                .head_dim = 64,
-                                                .block_tokens = 16,
-                                                .layers = 2},
-                                        mixed, MIXED, 1e-5);
+                if (all_cases || layout == (dtype + (int)h) % 2)
+                    check_against_reference((shape){.dtype = (ts_dtype)dtype,
+                                                    .io = TS_DTYPE_FP32,
+                                                    .layout = (ts_layout)layout,
+                                                    .heads = heads[h][0],
+                                                    .kv_heads = heads[h][1],
+                                                    .head_dim = 64,
+                                                    .block_tokens = 16,
+                                                    .layers = 2},
+                                            mixed, MIXED, 1e-5);
 }
 
 static void every_head_dim_and_block_size_matches_the_reference(void **state)
@@ -330,16 +342,24 @@ static void few_and_many_heads_on_the_tile_unit_match_the_reference(void **state
     static const uint32_t kv_heads[] = {1, 4, 8, 16};
     static const uint32_t lengths[][2] = {{255, 1}, {256, 1}, {321, 5}, {1100, 2}, {530, 530}};
     for (size_t i = 0; i < sizeof kv_heads / sizeof *kv_heads; i++)
-        for (int which = 0; which < 4; which++)
-            check_against_reference((shape){.dtype = which < 2 ? TS_DTYPE_FP8_E4M3 : TS_DTYPE_BF16,
-                                            .io = TS_DTYPE_FP32,
-                                            .layout = (ts_layout)(which % 2),
-                                            .heads = 16,
-                                            .kv_heads = kv_heads[i],
-                                            .head_dim = 128,
-                                            .block_tokens = 16,
-                                            .layers = 1},
-                                    lengths, sizeof lengths / sizeof *lengths, 1e-5);
+        for (int which = 0; which < 4; which++) {
+            const shape s = {.dtype = which < 2 ? TS_DTYPE_FP8_E4M3 : TS_DTYPE_BF16,
+                             .io = TS_DTYPE_FP32,
+                             .layout = (ts_layout)(which % 2),
+                             .heads = 16,
+                             .kv_heads = kv_heads[i],
+                             .head_dim = 128,
+                             .block_tokens = 16,
+                             .layers = 1};
+            const ts_geometry g = {.layers = s.layers,
+                                   .kv_heads = s.kv_heads,
+                                   .head_dim = s.head_dim,
+                                   .block_tokens = s.block_tokens,
+                                   .dtype = s.dtype,
+                                   .layout = s.layout};
+            if (ts_amx_takes(&g, s.heads))
+                check_against_reference(s, lengths, sizeof lengths / sizeof *lengths, 1e-5);
+        }
 }
 
 static void copying_blocks_moves_every_byte_and_no_other(void **state)

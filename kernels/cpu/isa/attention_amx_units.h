@@ -9,7 +9,13 @@
 #include "attention_amx.h"
 #include "fp8_bytes.h"
 
+/* Copies in which constants are folded are fast, and slow to compile. Where tests run the code, one
+ * copy of each function will do: TS_COMPACT. */
+#ifdef TS_COMPACT
+#define INLINE static __attribute__((unused))
+#else
 #define INLINE static inline __attribute__((always_inline))
+#endif
 
 #define TILE 1024 /* bytes: 16 rows of 64 */
 
