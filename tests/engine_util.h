@@ -21,30 +21,30 @@ static inline void check_engine(const ts_engine *e)
 
 /* Called for every command that was applied; NULL: nobody asks. */
 typedef struct applied_hook {
-    void (*call)(void *arg, const ts_engine *e, const ts_command *c, const ts_answer *a);
+    void (*call)(void *arg, const ts_engine *e, const ts_command *c, const ts_answer *answer);
     void *arg;
 } applied_hook;
 static applied_hook engine_applied;
 
-static inline void apply_one(ts_engine *e, const ts_command *c, ts_answer *a)
+static inline void apply_one(ts_engine *e, const ts_command *c, ts_answer *answer)
 {
-    ts_engine_apply(e, c, a);
+    ts_engine_apply(e, c, answer);
     if (engine_applied.call != NULL)
-        engine_applied.call(engine_applied.arg, e, c, a);
+        engine_applied.call(engine_applied.arg, e, c, answer);
 }
 
 /* Called for every slab that gets new memory; may be NULL. */
 typedef void (*on_grant)(void *arg, uint32_t pool, uint32_t slab);
 
 /* Applies as the daemon does: slabs are granted until the command has enough. */
-static inline ts_status apply_with(ts_engine *e, const ts_command *c, ts_answer *a, on_grant grant,
-                                   void *arg)
+static inline ts_status apply_with(ts_engine *e, const ts_command *c, ts_answer *answer,
+                                   on_grant grant, void *arg)
 {
     for (;;) {
-        apply_one(e, c, a);
-        if (a->status != TS_NEED_SLABS)
-            return a->status;
-        uint32_t pool = a->need.pool, tenant = a->need.tenant;
+        apply_one(e, c, answer);
+        if (answer->status != TS_NEED_SLABS)
+            return answer->status;
+        uint32_t pool = answer->need.pool, tenant = answer->need.tenant;
         uint32_t slab = ts_engine_next_slab(e, pool, tenant);
         assert_int_not_equal(slab, TS_NONE);
         if (grant != NULL)
@@ -59,18 +59,18 @@ static inline ts_status apply_with(ts_engine *e, const ts_command *c, ts_answer 
     }
 }
 
-static inline ts_status apply(ts_engine *e, ts_command c, ts_answer *a)
+static inline ts_status apply(ts_engine *e, ts_command c, ts_answer *answer)
 {
-    return apply_with(e, &c, a, NULL, NULL);
+    return apply_with(e, &c, answer, NULL, NULL);
 }
 
 /* Adds a pool; its index. */
 static inline uint32_t pool_add(ts_engine *e, const ts_pool_config *config)
 {
-    ts_answer a;
-    apply(e, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = config}, &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.pool;
+    ts_answer answer;
+    apply(e, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = config}, &answer);
+    assert_int_equal(answer.status, TS_OK);
+    return answer.pool;
 }
 
 static inline ts_engine *engine_new(uint32_t num_blocks, uint32_t slab_blocks,
@@ -97,20 +97,20 @@ static inline ts_engine *engine_new(uint32_t num_blocks, uint32_t slab_blocks,
 /* A session of this uid that has opened pool 0, to write if the pool lets it. */
 static inline uint64_t session_new(ts_engine *e, uint32_t uid)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e,
           (ts_command){.op = TS_OP_SESSION_OPEN,
                        .session_open = {.uid = uid, .pid = 1, .program = "test"}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    uint64_t session = a.session;
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    uint64_t session = answer.session;
     bool write = e->pools[0].config.client_write == TS_CLIENT_WRITE_ALL;
     apply(e,
           (ts_command){.op = TS_OP_POOL_OPEN,
                        .session = session,
                        .pool_open = {.name = "test", .writable = write}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
     return session;
 }
 
@@ -118,10 +118,10 @@ static inline uint64_t session_new(ts_engine *e, uint32_t uid)
 static inline uint32_t sweep_all(ts_engine *e)
 {
     uint32_t bits = 0;
-    ts_answer a;
+    ts_answer answer;
     for (; ts_engine_sweeps(e); bits++) {
         uint32_t used = e->pools[0].books.used;
-        assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
+        assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP}, &answer), TS_OK);
         /* One sequence more than so many at the most. */
         assert_true(used - e->pools[0].books.used <= TS_SWEEP_ENTRIES + TS_COMMAND_ENTRIES);
     }
@@ -130,15 +130,16 @@ static inline uint32_t sweep_all(ts_engine *e)
 
 static inline uint64_t seq_new(ts_engine *e, uint64_t session)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e, (ts_command){.op = TS_OP_SEQ_CREATE, .session = session, .seq_create = {.count = 1}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.seqs.seqs[0];
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    return answer.seqs.seqs[0];
 }
 
 static inline ts_status begin(ts_engine *e, uint64_t session, const uint64_t *seqs,
-                              const uint32_t *new_tokens, uint32_t count, bool append, ts_answer *a)
+                              const uint32_t *new_tokens, uint32_t count, bool append,
+                              ts_answer *answer)
 {
     return apply(e,
                  (ts_command){.op = TS_OP_STEP_BEGIN,
@@ -148,104 +149,107 @@ static inline ts_status begin(ts_engine *e, uint64_t session, const uint64_t *se
                                              .count = count,
                                              .heads = 1,
                                              .append = append}},
-                 a);
+                 answer);
 }
 
 static inline ts_status step_end(ts_engine *e, uint64_t session, ts_op op, uint64_t step,
                                  const uint32_t *accepted, uint32_t count)
 {
-    ts_answer a;
+    ts_answer answer;
     return apply(e,
                  (ts_command){.op = op,
                               .session = session,
                               .step_end = {.step = step, .accepted = accepted, .count = count}},
-                 &a);
+                 &answer);
 }
 
 static inline ts_status step_done(ts_engine *e, uint64_t step, uint32_t layer)
 {
-    ts_answer a;
-    return apply(
-        e, (ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step, .layer = layer}}, &a);
+    ts_answer answer;
+    return apply(e,
+                 (ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step, .layer = layer}},
+                 &answer);
 }
 
 /* Begins a step of n tokens with these ids, and has its copies done; its id. */
 static inline uint64_t step_of_ids(ts_engine *e, uint64_t session, uint64_t seq,
                                    const uint32_t *ids, uint32_t n)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_command c = {
         .op = TS_OP_STEP_BEGIN,
         .session = session,
         .step_begin = {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1, .tokens = ids}};
-    assert_int_equal(apply(e, c, &a), TS_OK);
-    const uint64_t step = a.begun.step->id;
-    if (a.begun.num_copies > 0)
+    assert_int_equal(apply(e, c, &answer), TS_OK);
+    const uint64_t step = answer.begun.step->id;
+    if (answer.begun.num_copies > 0)
         assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
     return step;
 }
 
 static inline uint32_t length_of(ts_engine *e, uint64_t session, uint64_t seq)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_LENGTHS, .session = session, .seq_batch = {.seqs = &seq, .count = 1}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.lengths.lengths[0];
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    return answer.lengths.lengths[0];
 }
 
 /* Appends without anybody writing: what most tests here need. */
 static inline void append(ts_engine *e, uint64_t s, uint64_t seq, uint32_t n)
 {
-    ts_answer a;
-    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
-    if (a.begun.num_copies > 0)
-        assert_int_equal(step_done(e, a.begun.step->id, TS_NONE), TS_OK);
+    ts_answer answer;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &answer), TS_OK);
+    if (answer.begun.num_copies > 0)
+        assert_int_equal(step_done(e, answer.begun.step->id, TS_NONE), TS_OK);
 }
 
 static inline uint64_t fork_seq(ts_engine *e, uint64_t s, uint64_t parent)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_FORK, .session = s, .seq_fork = {.parent = parent, .count = 1}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.seqs.seqs[0];
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    return answer.seqs.seqs[0];
 }
 
 /* Keeps the sequence under a name. */
 static inline ts_status keep_seq(ts_engine *e, uint64_t s, uint64_t seq, const char *name)
 {
-    ts_answer a;
+    ts_answer answer;
     return apply(
         e, (ts_command){.op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = seq, .name = name}},
-        &a);
+        &answer);
 }
 
 /* The sequence that is kept under the name; 0: there is none. */
 static inline uint64_t attach(ts_engine *e, uint64_t s, const char *name)
 {
-    ts_answer a;
-    apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}}, &a);
-    return a.status == TS_OK ? a.seqs.seqs[0] : 0;
+    ts_answer answer;
+    apply(e, (ts_command){.op = TS_OP_SEQ_ATTACH, .session = s, .seq_keep = {.name = name}},
+          &answer);
+    return answer.status == TS_OK ? answer.seqs.seqs[0] : 0;
 }
 
 static inline ts_status free_seq(ts_engine *e, uint64_t s, uint64_t seq)
 {
-    ts_answer a;
+    ts_answer answer;
     return apply(
         e,
         (ts_command){.op = TS_OP_SEQ_FREE, .session = s, .seq_batch = {.seqs = &seq, .count = 1}},
-        &a);
+        &answer);
 }
 
 static inline void close_session(ts_engine *e, uint64_t s)
 {
-    ts_answer a;
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = s}, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = s}, &answer),
+                     TS_OK);
 }
 
 #endif

@@ -6,7 +6,7 @@
 
 static void op_truncate_or_free(world *w, int session, bool truncate)
 {
-    ts_answer a;
+    ts_answer answer;
     int seqs[BATCH_MAX];
     uint64_t ids[BATCH_MAX];
     uint32_t lengths[BATCH_MAX], count = 1 + rng_below(&w->r, 2);
@@ -35,7 +35,7 @@ static void op_truncate_or_free(world *w, int session, bool truncate)
                                                       .count = count,
                                                       .by_counts = by_counts,
                                                       .forget = forget}},
-                           &a);
+                           &answer);
     assert_int_equal(status, expected);
     for (uint32_t i = 0; status == TS_OK && i < count; i++) {
         model_seq *s = &w->seqs[seqs[i]];
@@ -54,7 +54,7 @@ static void op_truncate_or_free(world *w, int session, bool truncate)
 /* Some go on, several times perhaps, and the others are freed. */
 static void op_select(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     int seqs[BATCH_MAX], forks[BATCH_MAX] = {0}, num_forks = 0;
     uint64_t ids[BATCH_MAX];
     uint32_t from[BATCH_MAX], uses[BATCH_MAX] = {0};
@@ -94,7 +94,7 @@ static void op_select(world *w, int session)
         (ts_command){.op = TS_OP_SEQ_SELECT,
                      .session = w->sessions[session],
                      .seq_select = {.seqs = ids, .count = count, .from = from, .picked = picked}},
-        &a);
+        &answer);
     assert_int_equal(status, expected);
     if (status != TS_OK)
         return;
@@ -103,13 +103,13 @@ static void op_select(world *w, int session)
         model_seq *parent = &w->seqs[seqs[from[i]]];
         refresh(w, parent);
         if (!seen[from[i]]) {
-            assert_true(a.seqs.seqs[i] == parent->id);
+            assert_true(answer.seqs.seqs[i] == parent->id);
             seen[from[i]] = true;
             continue;
         }
         const int slot = forks[--num_forks];
         w->seqs[slot] = *parent;
-        w->seqs[slot].id = a.seqs.seqs[i];
+        w->seqs[slot].id = answer.seqs.seqs[i];
         w->seqs[slot].owner = session;
         w->seqs[slot].name = w->seqs[slot].step = -1;
         w->seqs[slot].ttl = 0;
@@ -124,7 +124,7 @@ static void op_select(world *w, int session)
 /* An operator has namespaces forgotten, or switches the index off and on. */
 static void op_drop(world *w)
 {
-    ts_answer a;
+    ts_answer answer;
     const uint32_t uid = rng_below(&w->r, UIDS);
     const int space = (int)rng_below(&w->r, 3); /* 0: all */
     const bool off = rng_below(&w->r, 4) == 0;
@@ -132,8 +132,8 @@ static void op_drop(world *w)
         return;
     if (off) {
         for (int on = 0; on < 2; on++)
-            assert_int_equal(run(w, (ts_command){.op = TS_OP_CACHE_SET, .cache_set.on = on}, &a),
-                             TS_OK);
+            assert_int_equal(
+                run(w, (ts_command){.op = TS_OP_CACHE_SET, .cache_set.on = on}, &answer), TS_OK);
     } else {
         assert_int_equal(run(w,
                              (ts_command){.op = TS_OP_CACHE_DROP,
@@ -141,7 +141,7 @@ static void op_drop(world *w)
                                                          .uid = uid,
                                                          .has_space = space > 0,
                                                          .space = spaces[space]}},
-                             &a),
+                             &answer),
                          TS_OK);
     }
     for (int i = 0; i < (int)SEQS; i++) {
@@ -165,7 +165,7 @@ static int named(const world *w, uint32_t uid, int name)
 
 static void op_keep(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     int seq = pick_seq(w), name = (int)rng_below(&w->r, 9) - 1; /* -1: forget */
     uint64_t ttl = rng_below(&w->r, 2) ? 1 + rng_below(&w->r, 400) : 0;
     bool replace = rng_below(&w->r, 3) != 0;
@@ -187,7 +187,7 @@ static void op_keep(world *w, int session)
                                                      .name = name < 0 ? "" : names[name],
                                                      .ttl_ms = ttl,
                                                      .replace = replace}},
-                           &a);
+                           &answer);
     assert_int_equal(status, expected);
     if (status == TS_OK) {
         s->name = name;
@@ -205,17 +205,17 @@ static void op_keep(world *w, int session)
 
 static void op_attach(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     int name = (int)rng_below(&w->r, 8), found = named(w, uid_of(session), name);
     ts_status status = run(w,
                            (ts_command){.op = TS_OP_SEQ_ATTACH,
                                         .session = w->sessions[session],
                                         .seq_keep = {.name = names[name]}},
-                           &a);
+                           &answer);
     assert_int_equal(status, found < 0 ? TS_ENOENT : TS_OK);
     if (found < 0)
         return;
-    assert_true(a.seqs.seqs[0] == w->seqs[found].id);
+    assert_true(answer.seqs.seqs[0] == w->seqs[found].id);
     refresh(w, &w->seqs[found]);
     w->done[10]++;
 }
@@ -223,7 +223,7 @@ static void op_attach(world *w, int session)
 /* Page by page, and what is told is what the model has. */
 static void op_list(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     const char *prefix = rng_below(&w->r, 2) ? names[rng_below(&w->r, 8)] : "", *after = "";
     int name = 0;
     do {
@@ -233,25 +233,25 @@ static void op_list(world *w, int session)
                                           .seq_list = {.prefix = prefix,
                                                        .after = after,
                                                        .limit = 1 + rng_below(&w->r, 3)}},
-                             &a),
+                             &answer),
                          TS_OK);
-        for (uint32_t i = 0; i < a.kept.count; i++, name++) {
+        for (uint32_t i = 0; i < answer.kept.count; i++, name++) {
             while (strncmp(names[name], prefix, strlen(prefix)) != 0 ||
                    named(w, uid_of(session), name) < 0)
                 name++;
             const model_seq *s = &w->seqs[named(w, uid_of(session), name)];
-            assert_string_equal(a.kept.names[i], names[name]);
-            assert_true(a.kept.seqs[i] == s->id);
-            assert_int_equal(a.kept.lengths[i], s->length);
-            assert_int_equal(a.kept.left_ms[i], s->ttl == 0    ? 0
-                                                : s->step >= 0 ? s->ttl
-                                                               : s->end - w->now);
+            assert_string_equal(answer.kept.names[i], names[name]);
+            assert_true(answer.kept.seqs[i] == s->id);
+            assert_int_equal(answer.kept.lengths[i], s->length);
+            assert_int_equal(answer.kept.left_ms[i], s->ttl == 0    ? 0
+                                                     : s->step >= 0 ? s->ttl
+                                                                    : s->end - w->now);
             w->done[16]++;
         }
         for (int i = 0; i < 8; i++)
-            if (strcmp(names[i], a.kept.next) == 0)
+            if (strcmp(names[i], answer.kept.next) == 0)
                 after = names[i]; /* the engine's own copy may go */
-    } while (a.kept.next[0] != '\0');
+    } while (answer.kept.next[0] != '\0');
     for (; name < 8; name++) /* nobody was left out */
         assert_true(strncmp(names[name], prefix, strlen(prefix)) != 0 ||
                     named(w, uid_of(session), name) < 0);
@@ -259,7 +259,7 @@ static void op_list(world *w, int session)
 
 static void op_ticket(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     int seq = pick_seq(w);
     for (int tries = 0; tries < 6 && (seq < 0 || w->seqs[seq].owner != session); tries++)
         seq = pick_seq(w);
@@ -275,7 +275,7 @@ static void op_ticket(world *w, int session)
                     .seq_ticket = {.seq = s->id, .ttl_ms = ttl}};
     w->next_ticket++;
     memcpy(c.seq_ticket.ticket, &w->next_ticket, sizeof w->next_ticket);
-    assert_int_equal(run(w, c, &a), expected);
+    assert_int_equal(run(w, c, &answer), expected);
     if (expected != TS_OK)
         return;
     assert_null(ts_sequence_find(&w->e->pools[0].seqs, s->id));
@@ -290,7 +290,7 @@ static void op_ticket(world *w, int session)
 /* Redeems a ticket that there is, or mostly not any more. */
 static void op_redeem(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     uint32_t ticket = w->next_ticket - rng_below(&w->r, 100);
     int found = -1;
     for (int tries = 0; tries < 20; tries++) {
@@ -304,12 +304,12 @@ static void op_redeem(world *w, int session)
             found = i;
     ts_command c = {.op = TS_OP_SEQ_REDEEM, .session = w->sessions[session]};
     memcpy(c.seq_redeem.ticket, &ticket, sizeof ticket);
-    assert_int_equal(run(w, c, &a), found < 0 ? TS_ENOENT : TS_OK);
+    assert_int_equal(run(w, c, &answer), found < 0 ? TS_ENOENT : TS_OK);
     if (found < 0)
         return;
     model_seq *s = &w->seqs[found];
-    assert_true(a.seqs.seqs[0] == s->id);
-    assert_int_equal(a.seqs.length, s->length);
+    assert_true(answer.seqs.seqs[0] == s->id);
+    assert_int_equal(answer.seqs.length, s->length);
     s->ticket = 0;
     s->ttl = 0;
     s->owner = session;
@@ -320,7 +320,7 @@ static void op_redeem(world *w, int session)
 /* Time goes on. What is over is gone for everybody, whether it is swept at once or not. */
 static void op_clock(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     w->now += rng_below(&w->r, 50);
     for (int i = 0; i < (int)SEQS; i++) {
         model_seq *s = &w->seqs[i];
@@ -330,7 +330,7 @@ static void op_clock(world *w, int session)
         }
     }
     if (rng_below(&w->r, 2)) {
-        assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
+        assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &answer), TS_OK);
         w->done[17]++;
     } else {
         op_list(w, session);

@@ -110,7 +110,7 @@ static model_step *free_step(world *w)
 /* The begin of the session's wait; it may wait (still) if it says so. */
 static void try_begin(world *w, int session, bool wait, bool again)
 {
-    ts_answer a;
+    ts_answer answer;
     model_wait *m = &w->waits[session];
     model_step *step = free_step(w);
     model_step planned = m->step;
@@ -130,12 +130,12 @@ static void try_begin(world *w, int session, bool wait, bool again)
                                    .wait = wait,
                                    .priority = (int32_t)(planned.new_tokens[0] % 3) - 1}};
     m->kind = WAITS_FOR_NOTHING;
-    ts_status status = run(w, c, &a);
+    ts_status status = run(w, c, &answer);
     if (status == TS_NEED_SWEEP) { /* what is over makes room */
         assert_true((short_of_room || others_wait) && ts_engine_sweeps(w->e));
         assert_int_equal(sweep_all(w->e), 1);
         short_of_room = !has_room(w, session, &planned);
-        status = run(w, c, &a);
+        status = run(w, c, &answer);
         w->done[18]++;
     }
     if (status == TS_WAITS) {
@@ -153,10 +153,11 @@ static void try_begin(world *w, int session, bool wait, bool again)
     *step = planned;
     step->session = session;
     step->live = true;
-    step->id = a.begun.step->id;
-    step->copying = a.begun.num_copies > 0;
-    step->num_copies = a.begun.num_copies;
-    memcpy(step->copies, a.begun.copies, a.begun.num_copies * sizeof *a.begun.copies);
+    step->id = answer.begun.step->id;
+    step->copying = answer.begun.num_copies > 0;
+    step->num_copies = answer.begun.num_copies;
+    memcpy(step->copies, answer.begun.copies,
+           answer.begun.num_copies * sizeof *answer.begun.copies);
     for (uint32_t i = 0; i < step->count; i++)
         w->seqs[step->seqs[i]].step = (int)(step - w->steps);
     w->done[4]++;

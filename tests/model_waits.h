@@ -9,14 +9,15 @@
  * waits no more. */
 static void try_again(world *w, int session, bool wait)
 {
-    ts_answer a;
+    ts_answer answer;
     const bool room = w->waits[session].kind == WAITS_FOR_ROOM;
     if (room && free_step(w) != NULL)
         return try_begin(w, session, wait, true);
     if (!room && free_slot(w) >= 0)
         return try_match(w, session, wait, true);
     assert_int_equal(
-        run(w, (ts_command){.op = TS_OP_WAIT_END, .session = w->sessions[session]}, &a), TS_OK);
+        run(w, (ts_command){.op = TS_OP_WAIT_END, .session = w->sessions[session]}, &answer),
+        TS_OK);
     w->waits[session].kind = WAITS_FOR_NOTHING;
 }
 

@@ -80,12 +80,12 @@ static void wipe_slab(void *arg, uint32_t pool, uint32_t slab)
             w->memory[b * BLOCK_TOKENS + t] = 0;
 }
 
-static ts_status run(world *w, ts_command c, ts_answer *a)
+static ts_status run(world *w, ts_command c, ts_answer *answer)
 {
     c.now_ms = w->now;
-    ts_status status = apply_with(w->e, &c, a, wipe_slab, w);
+    ts_status status = apply_with(w->e, &c, answer, wipe_slab, w);
     w->refused += status != TS_OK;
-    assert_true(status == TS_NEED_SWEEP || (status == TS_OK) == (a->message[0] == '\0'));
+    assert_true(status == TS_NEED_SWEEP || (status == TS_OK) == (answer->message[0] == '\0'));
     return status;
 }
 
@@ -169,7 +169,7 @@ static void verify_seq(world *w, int seq)
 
 static void op_session(world *w)
 {
-    ts_answer a;
+    ts_answer answer;
     int i = (int)rng_below(&w->r, SESSIONS);
     if (w->sessions[i] == 0) {
         w->sessions[i] = session_new(w->e, uid_of(i));
@@ -178,8 +178,8 @@ static void op_session(world *w)
     }
     if (rng_below(&w->r, 8) != 0) /* mostly leave it be */
         return;
-    assert_int_equal(run(w, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = w->sessions[i]}, &a),
-                     TS_OK);
+    assert_int_equal(
+        run(w, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = w->sessions[i]}, &answer), TS_OK);
     for (int s = 0; s < (int)STEPS; s++) {
         model_step *step = &w->steps[s];
         if (!step->live || step->session != i)
@@ -207,7 +207,7 @@ static void op_session(world *w)
 
 static void op_create(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     int slot = free_slot(w), space = (int)rng_below(&w->r, 3);
     if (slot < 0)
         return;
@@ -215,10 +215,10 @@ static void op_create(world *w, int session)
                          (ts_command){.op = TS_OP_SEQ_CREATE,
                                       .session = w->sessions[session],
                                       .seq_create = {.count = 1, .space = spaces[space]}},
-                         &a),
+                         &answer),
                      TS_OK);
     w->seqs[slot] = (model_seq){.live = true,
-                                .id = a.seqs.seqs[0],
+                                .id = answer.seqs.seqs[0],
                                 .uid = uid_of(session),
                                 .owner = session,
                                 .name = -1,
@@ -229,7 +229,7 @@ static void op_create(world *w, int session)
 
 static void op_fork(world *w, int session)
 {
-    ts_answer a;
+    ts_answer answer;
     int slot = free_slot(w), parent = pick_seq(w);
     if (slot < 0 || parent < 0)
         return;
@@ -245,12 +245,12 @@ static void op_fork(world *w, int session)
                                                      .count = 1,
                                                      .length = length,
                                                      .has_length = length != p->length}},
-                           &a);
+                           &answer);
     assert_int_equal(status, expected);
     if (status != TS_OK)
         return;
     w->seqs[slot] = *p;
-    w->seqs[slot].id = a.seqs.seqs[0];
+    w->seqs[slot].id = answer.seqs.seqs[0];
     w->seqs[slot].owner = session;
     w->seqs[slot].name = w->seqs[slot].step = -1;
     w->seqs[slot].ttl = 0;
@@ -293,7 +293,7 @@ static uint32_t least_match(const world *w, uint32_t uid, int space, const uint3
 /* A match of the session's wait; it may wait (still) if it says so. */
 static void try_match(world *w, int session, bool wait, bool again)
 {
-    ts_answer a;
+    ts_answer answer;
     model_wait *m = &w->waits[session];
     const int slot = free_slot(w);
     const uint32_t uid = uid_of(session), n = m->count;
@@ -302,14 +302,14 @@ static void try_match(world *w, int session, bool wait, bool again)
         .session = w->sessions[session],
         .seq_match = {
             .tokens = m->ids, .counts = &n, .count = 1, .space = spaces[m->space], .dry = true}};
-    assert_int_equal(run(w, c, &a), TS_OK);
-    assert_null(a.matched.seqs);
-    const uint32_t there = a.matched.lengths[0];
+    assert_int_equal(run(w, c, &answer), TS_OK);
+    assert_null(answer.matched.seqs);
+    const uint32_t there = answer.matched.lengths[0];
     c.seq_match.dry = false;
     c.seq_match.wait = wait;
     c.again = again;
     m->kind = WAITS_FOR_NOTHING;
-    const ts_status status = run(w, c, &a);
+    const ts_status status = run(w, c, &answer);
     if (status == TS_WAITS) {
         m->kind = WAITS_FOR_MATCH;
         assert_true(wait);
@@ -317,11 +317,11 @@ static void try_match(world *w, int session, bool wait, bool again)
         return;
     }
     assert_int_equal(status, TS_OK);
-    assert_int_equal(a.matched.lengths[0], there);
+    assert_int_equal(answer.matched.lengths[0], there);
     assert_true(there < n && there >= least_match(w, uid, m->space, m->ids, n));
     model_seq *s = &w->seqs[slot];
     *s = (model_seq){.live = true,
-                     .id = a.matched.seqs[0],
+                     .id = answer.matched.seqs[0],
                      .uid = uid,
                      .owner = session,
                      .name = -1,

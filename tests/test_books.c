@@ -80,11 +80,11 @@ typedef struct shelf {
     uint64_t journal_bytes;
 } shelf;
 
-static void noted(void *arg, const ts_engine *e, const ts_command *c, const ts_answer *a)
+static void noted(void *arg, const ts_engine *e, const ts_command *c, const ts_answer *answer)
 {
     shelf *s = arg;
     ts_books_begin(s->books, c);
-    ts_books_note(s->books, e, c, a);
+    ts_books_note(s->books, e, c, answer);
 }
 
 static ts_books_options options_of(shelf *s)
@@ -155,8 +155,8 @@ static void assert_same_state(const ts_engine *a, const ts_engine *b)
 static void restart(world *w, shelf *s, ts_books_start *start)
 {
     ts_engine *before = w->e;
-    ts_answer a; /* what only looks isn't in the journal, but goes on in time */
-    run(w, (ts_command){.op = TS_OP_DRAIN}, &a);
+    ts_answer answer; /* what only looks isn't in the journal, but goes on in time */
+    run(w, (ts_command){.op = TS_OP_DRAIN}, &answer);
     ts_books_close(s->books);
     w->e = open_books(s, start);
     if (!start->restored)
@@ -347,12 +347,12 @@ static void books_that_were_settled_leave_nothing_to_apply(void **state)
     const uint64_t session = session_new(w->e, 1000);
     ts_command create = {
         .op = TS_OP_SEQ_CREATE, .session = session, .call = 7, .seq_create = {.count = 2}};
-    ts_answer a, again;
+    ts_answer answer, again;
     for (uint32_t i = 0; i < 1000; i++)
         one_command(w);
-    run(w, create, &a);
-    assert_int_equal(a.status, TS_OK);
-    const uint64_t seqs[2] = {a.seqs.seqs[0], a.seqs.seqs[1]};
+    run(w, create, &answer);
+    assert_int_equal(answer.status, TS_OK);
+    const uint64_t seqs[2] = {answer.seqs.seqs[0], answer.seqs.seqs[1]};
     ts_books_settle(s.books, w->e, 60000);
     ts_books_close(s.books);
     ts_engine *before = w->e;
@@ -371,14 +371,14 @@ static void books_that_were_settled_leave_nothing_to_apply(void **state)
 /* Whether the books know the order, and nothing like it. */
 static bool knows(const shelf *s, const ts_command *c)
 {
-    ts_answer a;
+    ts_answer answer;
     const ts_asker by =
         c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_asker){c->session, c->call};
     const ts_asker later = {by.session, by.call + 1}, other = {by.session + (1ull << 32), by.call};
-    assert_false(ts_books_ordered(s->books, &later, c->op, &a));
-    assert_false(ts_books_ordered(s->books, &other, c->op, &a));
-    assert_false(ts_books_ordered(s->books, &by, TS_OP_SEQ_REMOVE, &a));
-    return ts_books_ordered(s->books, &by, c->op, &a) && a.status == TS_OK;
+    assert_false(ts_books_ordered(s->books, &later, c->op, &answer));
+    assert_false(ts_books_ordered(s->books, &other, c->op, &answer));
+    assert_false(ts_books_ordered(s->books, &by, TS_OP_SEQ_REMOVE, &answer));
+    return ts_books_ordered(s->books, &by, c->op, &answer) && answer.status == TS_OK;
 }
 
 /* Each of an operator's orders is known to have been carried out, whether it is in the journal or
@@ -389,7 +389,7 @@ static void an_operators_last_order_is_known(void **state)
     shelf s = {.entries = UINT32_MAX};
     ts_books_start start;
     world *w = world_with_books(&s, 4);
-    ts_answer a;
+    ts_answer answer;
     (void)session_new(w->e, 1002); /* the first place, where no answer is kept */
     const uint64_t session = session_new(w->e, 1000);
     ts_pool_config made = w->e->pools[0].config;
@@ -413,10 +413,10 @@ static void an_operators_last_order_is_known(void **state)
             c->session = session_new(w->e, 1001);
             c->call = 0;
         }
-        run(w, *c, &a);
-        if (a.status != TS_OK)
-            fail_msg("operation %d: %s", (int)c->op, a.message);
-        pool = c->op == TS_OP_POOL_ADD ? a.pool : pool;
+        run(w, *c, &answer);
+        if (answer.status != TS_OK)
+            fail_msg("operation %d: %s", (int)c->op, answer.message);
+        pool = c->op == TS_OP_POOL_ADD ? answer.pool : pool;
         restart(w, &s, &start);
         assert_true(start.entries > 1); /* that one is restart's own */
         assert_true(knows(&s, c));
@@ -427,12 +427,12 @@ static void an_operators_last_order_is_known(void **state)
     }
     assert_false(knows(&s, &orders[0])); /* the last alone is */
     ts_command refused = {.op = TS_OP_POOL_RESIZE, .session = session, .call = 20};
-    run(w, refused, &a);
-    assert_int_equal(a.status, TS_EINVAL);
-    run(w, (ts_command){.op = TS_OP_DRAIN}, &a);
+    run(w, refused, &answer);
+    assert_int_equal(answer.status, TS_EINVAL);
+    run(w, (ts_command){.op = TS_OP_DRAIN}, &answer);
     restart(w, &s, &start);
     assert_false(knows(&s, &refused));
-    assert_false(ts_books_ordered(s.books, &(ts_asker){0}, (ts_op)0, &a));
+    assert_false(ts_books_ordered(s.books, &(ts_asker){0}, (ts_op)0, &answer));
     world_end(w, &s);
 }
 
@@ -492,7 +492,7 @@ static void runs_on_a_stream_are_what_they_were(void **state)
     shelf s = {.entries = 2};
     world *w = world_with_books(&s, 3);
     ts_books_start start;
-    ts_answer a;
+    ts_answer answer;
     const uint64_t session = session_new(w->e, 1000), seq = seq_new(w->e, session);
     uint32_t n = 3;
     run(w,
@@ -502,9 +502,9 @@ static void runs_on_a_stream_are_what_they_were(void **state)
                                        .source = {.place = TS_EXCHANGE_OF_CLIENT,
                                                   .offset = 4096,
                                                   .handle = "a handle"}}},
-        &a);
-    assert_int_equal(begin(w->e, session, &seq, &n, 1, false, &a), TS_OK);
-    const uint64_t step = a.begun.step->id;
+        &answer);
+    assert_int_equal(begin(w->e, session, &seq, &n, 1, false, &answer), TS_OK);
+    const uint64_t step = answer.begun.step->id;
     for (uint32_t number = 1; number <= 3; number++) {
         run(w,
             (ts_command){.op = TS_OP_STEP_RUN,
@@ -517,8 +517,8 @@ static void runs_on_a_stream_are_what_they_were(void **state)
                                               .layer = number % 2,
                                               .flags = TS_RUN_ON_STREAM,
                                               .number = number}}},
-            &a);
-        assert_int_equal(a.status, TS_OK);
+            &answer);
+        assert_int_equal(answer.status, TS_OK);
     }
     for (uint32_t number = 1; number <= 3; number++) {
         restart(w, &s, &start);
@@ -533,7 +533,7 @@ static void runs_on_a_stream_are_what_they_were(void **state)
                                        .layer = number % 2,
                                        .on_stream = true,
                                        .number = number}},
-            &a);
+            &answer);
     }
     const ts_session *is = ts_engine_session(w->e, session);
     assert_int_equal(is->stream_number, 3);

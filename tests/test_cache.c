@@ -8,27 +8,27 @@ static const ts_space_name model = {"m", 1};
 
 static uint64_t create_in(ts_engine *e, uint64_t s, ts_space_name space)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 1, .space = space}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.seqs.seqs[0];
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    return answer.seqs.seqs[0];
 }
 
 /* Commits tokens with their ids, NULL: without; what the step began with. */
 static ts_status add(ts_engine *e, uint64_t s, uint64_t seq, uint32_t n, const uint32_t *ids)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_command c = {
         .op = TS_OP_STEP_BEGIN,
         .session = s,
         .step_begin = {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1, .tokens = ids}};
-    if (apply(e, c, &a) != TS_OK)
-        return a.status;
-    const uint64_t step = a.begun.step->id;
-    if (a.begun.num_copies > 0)
+    if (apply(e, c, &answer) != TS_OK)
+        return answer.status;
+    const uint64_t step = answer.begun.step->id;
+    if (answer.begun.num_copies > 0)
         assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     check_engine(e);
@@ -39,18 +39,18 @@ static ts_status add(ts_engine *e, uint64_t s, uint64_t seq, uint32_t n, const u
 static uint32_t match(ts_engine *e, uint64_t s, ts_space_name space, const uint32_t *ids,
                       uint32_t n, uint64_t *seq)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_MATCH,
               .session = s,
               .seq_match =
                   {.tokens = ids, .counts = &n, .count = 1, .space = space, .dry = seq == NULL}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
     if (seq != NULL)
-        *seq = a.matched.seqs[0];
-    return a.matched.lengths[0];
+        *seq = answer.matched.seqs[0];
+    return answer.matched.lengths[0];
 }
 
 static void a_prompt_that_fits_fits_again_when_it_is_found(void **state)
@@ -101,24 +101,24 @@ static void where_memory_for_a_slab_is_not_to_be_had_what_is_cached_makes_room(v
     assert_int_equal(add(e, s, seq, 16, ids), TS_OK);
     assert_int_equal(free_seq(e, s, seq), TS_OK);
     seq = create_in(e, s, model);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 20;
     ts_command c = {.op = TS_OP_STEP_BEGIN,
                     .session = s,
                     .step_begin = {.seqs = &seq, .new_tokens = &n, .count = 1, .heads = 1}};
-    ts_engine_apply(e, &c, &a);
-    assert_int_equal(a.status, TS_NEED_SLABS);
+    ts_engine_apply(e, &c, &answer);
+    assert_int_equal(answer.status, TS_NEED_SLABS);
     c.step_begin.no_new_slabs = true; /* five blocks aren't there, but four are */
-    ts_engine_apply(e, &c, &a);
-    assert_int_equal(a.status, TS_NEED_SLABS);
+    ts_engine_apply(e, &c, &answer);
+    assert_int_equal(answer.status, TS_NEED_SLABS);
     assert_int_equal(match(e, s, model, ids, 16, NULL), 15);
     n = 16;
     c.step_begin.no_new_slabs = false;
-    ts_engine_apply(e, &c, &a);
-    assert_int_equal(a.status, TS_NEED_SLABS);
+    ts_engine_apply(e, &c, &answer);
+    assert_int_equal(answer.status, TS_NEED_SLABS);
     c.step_begin.no_new_slabs = true;
-    ts_engine_apply(e, &c, &a);
-    assert_int_equal(a.status, TS_OK);
+    ts_engine_apply(e, &c, &answer);
+    assert_int_equal(answer.status, TS_OK);
     assert_int_equal(match(e, s, model, ids, 16, NULL), 0);
     check_engine(e);
     ts_engine_free(e);
@@ -176,11 +176,11 @@ static void a_layer_whose_last_run_failed_is_published_by_nobody(void **state)
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
     uint64_t s = session_new(e, 1), seq = create_in(e, s, model);
     const uint32_t ids[5] = {1, 2, 3, 4, 5}, n = 4;
-    ts_answer a;
+    ts_answer answer;
     apply(
         e,
         (ts_command){.op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 16}},
-        &a);
+        &answer);
     assert_int_equal(apply(e,
                            (ts_command){.op = TS_OP_STEP_BEGIN,
                                         .session = s,
@@ -189,9 +189,9 @@ static void a_layer_whose_last_run_failed_is_published_by_nobody(void **state)
                                                        .count = 1,
                                                        .heads = 1,
                                                        .tokens = ids}},
-                           &a),
+                           &answer),
                      TS_OK);
-    const uint64_t step = a.begun.step->id;
+    const uint64_t step = answer.begun.step->id;
     static const struct {
         uint32_t layer;
         ts_status status;
@@ -203,12 +203,12 @@ static void a_layer_whose_last_run_failed_is_published_by_nobody(void **state)
             .step_run = {
                 .step = step,
                 .run = {.q = 0, .k = 4096, .v = 8192, .out = 12288, .layer = runs[i].layer}}};
-        assert_int_equal(apply(e, run, &a), TS_OK);
+        assert_int_equal(apply(e, run, &answer), TS_OK);
         apply(e,
               (ts_command){
                   .op = TS_OP_STEP_DONE,
                   .step_done = {.step = step, .layer = runs[i].layer, .status = runs[i].status}},
-              &a);
+              &answer);
     }
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EINVAL);
     assert_int_equal(match(e, s, model, ids, 5, NULL), 0);

@@ -45,7 +45,7 @@ static void the_first_that_waits_goes_on_where_one_that_ends_left_off(void **sta
         }
         compute(&w[0], 30);
         assert_true(ts_engine_woken(e) == 0);
-        ts_answer a;
+        ts_answer answer;
         if (how == 0) { /* it dies in the middle of a step, */
             open_step(&w[0], 20);
             die(&w[0]);
@@ -58,7 +58,7 @@ static void the_first_that_waits_goes_on_where_one_that_ends_left_off(void **sta
         } else { /* ... or does nothing for a while */
             for (uint64_t now = 1000; now <= 1000 + TS_CLAIM_IDLE_MS; now += TS_CLAIM_IDLE_MS / 2) {
                 assert_true(ts_engine_woken(e) == 0);
-                apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
+                apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &answer);
             }
         }
         assert_true(ts_engine_woken(e) == w[1].session);
@@ -79,20 +79,20 @@ static void a_step_that_only_pauses_keeps_its_claim(void **state)
 {
     (void)state;
     uint32_t ids[PROMPT];
-    ts_answer a;
+    ts_answer answer;
     ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
     fill_ids(ids, PROMPT, 0);
     worker w[2] = {worker_new(e, 1, ids, PROMPT), worker_new(e, 1, ids, PROMPT)};
     assert_int_equal(ask(&w[0], true, false), TS_OK);
     assert_int_equal(ask(&w[1], true, false), TS_WAITS);
-    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 1}, &a);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 1}, &answer);
     open_step(&w[0], 8); /* an open step may take as long as it takes */
     for (uint64_t now = 600; now < 10000; now += 600)
-        apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &a);
+        apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now}, &answer);
     commit(&w[0], 8);
-    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 10001}, &a);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 10001}, &answer);
     assert_true(ts_engine_woken(e) == 0);
-    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 11001}, &a);
+    apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 11001}, &answer);
     assert_int_equal(go_on(e, w, 2), 1);
     assert_int_equal(w[1].has, 8);
     ts_engine_free(e);
@@ -157,19 +157,19 @@ static void equal_prompts_of_one_match_are_told_of_each_other(void **state)
     for (uint32_t i = 0; i < COUNT; i++)
         fill_ids(ids + i * LONG, LONG, i == 1 ? 500 : 0);
     ids[3 * LONG + 14] = 77; /* in its last block alone */
-    ts_answer a;
+    ts_answer answer;
     ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1);
     ts_command c = {.op = TS_OP_SEQ_MATCH,
                     .session = s,
                     .seq_match = {.tokens = ids, .counts = counts, .count = COUNT, .space = model}};
-    assert_int_equal(apply(e, c, &a), TS_OK);
+    assert_int_equal(apply(e, c, &answer), TS_OK);
     static const uint32_t own[] = {0, 1, 2, 3, 4, 5, 6, 7};
-    assert_memory_equal(a.matched.twins, own, a.matched.count * sizeof *own);
+    assert_memory_equal(answer.matched.twins, own, answer.matched.count * sizeof *own);
     c.seq_match.wait = true;
-    assert_int_equal(apply(e, c, &a), TS_OK);
+    assert_int_equal(apply(e, c, &answer), TS_OK);
     static const uint32_t expected[COUNT] = {0, 1, 0, 0};
-    assert_memory_equal(a.matched.twins, expected, sizeof expected);
+    assert_memory_equal(answer.matched.twins, expected, sizeof expected);
     check_engine(e);
     ts_engine_free(e);
 }

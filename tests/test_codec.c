@@ -121,12 +121,12 @@ static void a_refusal_is_encoded_without_a_body(void **state)
     Tspb__Request r = TSPB__REQUEST__INIT;
     Tspb__Reply reply = TSPB__REPLY__INIT;
     ts_reply_body body;
-    ts_answer a = {0};
+    ts_answer answer = {0};
     r.body_case = TSPB__REQUEST__BODY_SEQ_CREATE;
     r.seq_create = &create;
     assert_true(decode(&r));
-    ts_refuse_more(&a, TS_EQUOTA, 3, 2, 4, "%s", "too many");
-    ts_encode(NULL, &r, &command, &a, &reply, &body);
+    ts_refuse_more(&answer, TS_EQUOTA, 3, 2, 4, "%s", "too many");
+    ts_encode(NULL, &r, &command, &answer, &reply, &body);
     assert_int_equal(reply.body_case, TSPB__REPLY__BODY__NOT_SET);
     assert_int_equal(reply.status, TS_EQUOTA);
     assert_string_equal(reply.message, "too many");

@@ -10,22 +10,22 @@ static void the_prototypes_scenario_gives_its_exact_blocks_and_slots(void **stat
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 5;
-    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
-    assert_int_equal(a.begun.num_blocks, 2);
-    assert_int_equal(a.begun.blocks[0], 0);
-    assert_int_equal(a.begun.blocks[1], 1);
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &answer), TS_OK);
+    assert_int_equal(answer.begun.num_blocks, 2);
+    assert_int_equal(answer.begun.blocks[0], 0);
+    assert_int_equal(answer.begun.blocks[1], 1);
     assert_int_equal(BLOCKS(e).used, 2);
-    assert_int_equal(a.begun.blocks[3 / 4] * 4 + 3 % 4, 3); /* the 4th token's slot */
+    assert_int_equal(answer.begun.blocks[3 / 4] * 4 + 3 % 4, 3); /* the 4th token's slot */
     n = 3;
-    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &answer), TS_OK);
     assert_int_equal(BLOCKS(e).used, 2);
-    assert_int_equal(a.begun.starts[0], 5);
+    assert_int_equal(answer.begun.starts[0], 5);
     n = 1;
-    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_OK);
-    assert_int_equal(a.begun.num_blocks, 1);
-    assert_int_equal(a.begun.blocks[0], 2);
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &answer), TS_OK);
+    assert_int_equal(answer.begun.num_blocks, 1);
+    assert_int_equal(answer.begun.blocks[0], 2);
     assert_int_equal(BLOCKS(e).used, 3);
     assert_int_equal(length_of(e, s, seq), 9);
     check_engine(e);
@@ -41,14 +41,14 @@ static void fork_then_append_copies_only_the_tail_block(void **state)
     uint64_t child = fork_seq(e, s, parent);
     assert_int_equal(BLOCKS(e).used, 3);
     assert_int_equal(BLOCKS(e).shared, 3);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 1;
-    assert_int_equal(begin(e, s, &child, &n, 1, true, &a), TS_OK);
-    assert_int_equal(a.begun.num_copies, 1);
-    assert_int_equal(a.begun.copies[0].src, 2);
-    assert_int_equal(a.begun.copies[0].dst, 3);
+    assert_int_equal(begin(e, s, &child, &n, 1, true, &answer), TS_OK);
+    assert_int_equal(answer.begun.num_copies, 1);
+    assert_int_equal(answer.begun.copies[0].src, 2);
+    assert_int_equal(answer.begun.copies[0].dst, 3);
     assert_int_equal(length_of(e, s, child), 10); /* until the copy is made */
-    assert_int_equal(step_done(e, a.begun.step->id, TS_NONE), TS_OK);
+    assert_int_equal(step_done(e, answer.begun.step->id, TS_NONE), TS_OK);
     assert_int_equal(length_of(e, s, child), 11);
     assert_int_equal(BLOCKS(e).used, 4);
     assert_int_equal(BLOCKS(e).shared, 2);
@@ -71,20 +71,20 @@ static void a_sequence_without_new_tokens_takes_no_block_and_no_copy(void **stat
     uint64_t child = fork_seq(e, s, parent), other = seq_new(e, s);
     const uint64_t seqs[] = {empty, parent, other};
     const uint32_t n[] = {0, 0, 5};
-    ts_answer a;
+    ts_answer answer;
     for (int commit = 0; commit < 2; commit++) {
-        assert_int_equal(begin(e, s, seqs, n, 3, false, &a), TS_OK);
-        assert_int_equal(a.begun.num_copies, 0);
-        assert_int_equal(a.begun.num_blocks, 2);
-        assert_int_equal(a.begun.counts[0], 0);
-        assert_int_equal(a.begun.counts[1], 0);
-        assert_int_equal(a.begun.counts[2], 2);
-        assert_int_equal(a.begun.starts[1], 10);
+        assert_int_equal(begin(e, s, seqs, n, 3, false, &answer), TS_OK);
+        assert_int_equal(answer.begun.num_copies, 0);
+        assert_int_equal(answer.begun.num_blocks, 2);
+        assert_int_equal(answer.begun.counts[0], 0);
+        assert_int_equal(answer.begun.counts[1], 0);
+        assert_int_equal(answer.begun.counts[2], 2);
+        assert_int_equal(answer.begun.starts[1], 10);
         assert_int_equal(BLOCKS(e).used, 5);
         assert_int_equal(BLOCKS(e).shared, 3);
         check_engine(e);
         ts_op op = commit ? TS_OP_STEP_COMMIT : TS_OP_STEP_ABORT;
-        assert_int_equal(step_end(e, s, op, a.begun.step->id, NULL, 0), TS_OK);
+        assert_int_equal(step_end(e, s, op, answer.begun.step->id, NULL, 0), TS_OK);
         check_engine(e);
     }
     assert_int_equal(length_of(e, s, empty), 0);
@@ -103,11 +103,11 @@ static void an_aborted_step_leaves_every_sequence_as_it_was(void **state)
     uint64_t s = session_new(e, 1000), seqs[2] = {seq_new(e, s), seq_new(e, s)};
     append(e, s, seqs[0], 6);
     uint64_t child = fork_seq(e, s, seqs[0]);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n[2] = {9, 4};
-    assert_int_equal(begin(e, s, seqs, n, 2, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
-    assert_int_equal(a.begun.num_copies, 1);
+    assert_int_equal(begin(e, s, seqs, n, 2, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
+    assert_int_equal(answer.begun.num_copies, 1);
     assert_int_equal(BLOCKS(e).used, 2 + 1 + 2 + 1);
     check_engine(e);
     assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_EBUSY);
@@ -128,10 +128,10 @@ static void committing_fewer_tokens_gives_the_other_blocks_back(void **state)
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1000), seqs[3] = {seq_new(e, s), seq_new(e, s), seq_new(e, s)};
-    ts_answer a;
+    ts_answer answer;
     uint32_t n[3] = {9, 9, 9}, accepted[3] = {9, 5, 0}, too_many[3] = {9, 10, 0};
-    assert_int_equal(begin(e, s, seqs, n, 3, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, seqs, n, 3, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
     assert_int_equal(BLOCKS(e).used, 9);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, too_many, 3), TS_EINVAL);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, accepted, 2), TS_EINVAL);
@@ -150,15 +150,15 @@ static void a_step_that_does_not_fit_takes_nothing(void **state)
     ts_engine *e = engine_new(7, 3, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1000), seqs[2] = {seq_new(e, s), seq_new(e, s)};
     append(e, s, seqs[0], 8);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n[2] = {4, 20};
-    assert_int_equal(begin(e, s, seqs, n, 2, false, &a), TS_ENOSPC);
-    assert_string_equal(a.message,
+    assert_int_equal(begin(e, s, seqs, n, 2, false, &answer), TS_ENOSPC);
+    assert_string_equal(answer.message,
                         "6 blocks are needed, but pool 'test' has 5 free for uid 1000 (of 7)");
     assert_int_equal(BLOCKS(e).used, 2);
     assert_int_equal(length_of(e, s, seqs[0]), 8);
     n[1] = 16;
-    assert_int_equal(begin(e, s, seqs, n, 2, false, &a), TS_OK);
+    assert_int_equal(begin(e, s, seqs, n, 2, false, &answer), TS_OK);
     assert_int_equal(BLOCKS(e).used, 7);
     check_engine(e);
     ts_engine_free(e);
@@ -169,25 +169,25 @@ static void bad_batches_are_refused_whole_with_a_reason(void **state)
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1000), x = seq_new(e, s), y = seq_new(e, s);
-    ts_answer a;
+    ts_answer answer;
     uint64_t twice[2] = {x, x}, unknown[2] = {x, 12345};
     uint32_t n[2] = {1, 1}, zero[2] = {0, 0}, huge[2] = {UINT32_MAX, UINT32_MAX};
-    assert_int_equal(begin(e, s, twice, n, 2, false, &a), TS_EINVAL);
-    assert_int_equal(begin(e, s, unknown, n, 2, false, &a), TS_ENOENT);
-    assert_string_equal(a.message, "there is no sequence 3039 in pool 'test'");
-    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, zero, 2, false, &a), TS_EINVAL);
-    assert_string_equal(a.message, "a step of 0 new tokens; one of its 2 sequences gets some");
-    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, huge, 2, false, &a), TS_EINVAL);
-    assert_string_equal(a.message,
+    assert_int_equal(begin(e, s, twice, n, 2, false, &answer), TS_EINVAL);
+    assert_int_equal(begin(e, s, unknown, n, 2, false, &answer), TS_ENOENT);
+    assert_string_equal(answer.message, "there is no sequence 3039 in pool 'test'");
+    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, zero, 2, false, &answer), TS_EINVAL);
+    assert_string_equal(answer.message, "a step of 0 new tokens; one of its 2 sequences gets some");
+    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, huge, 2, false, &answer), TS_EINVAL);
+    assert_string_equal(answer.message,
                         "4294967295 new tokens for sequence 100000000 of 0; the pool's limit is "
                         "1048576 tokens a sequence");
-    assert_int_equal(begin(e, s, &x, n, 0, false, &a), TS_EINVAL);
-    assert_int_equal(begin(e, s, &x, n, 65537, false, &a), TS_EINVAL);
+    assert_int_equal(begin(e, s, &x, n, 0, false, &answer), TS_EINVAL);
+    assert_int_equal(begin(e, s, &x, n, 65537, false, &answer), TS_EINVAL);
     assert_int_equal(apply(e,
                            (ts_command){.op = TS_OP_SEQ_FREE,
                                         .session = s,
                                         .seq_batch = {.seqs = twice, .count = 2}},
-                           &a),
+                           &answer),
                      TS_EINVAL);
     uint32_t lengths[2] = {0, 1};
     assert_int_equal(
@@ -196,10 +196,10 @@ static void bad_batches_are_refused_whole_with_a_reason(void **state)
             (ts_command){.op = TS_OP_SEQ_TRUNCATE,
                          .session = s,
                          .seq_batch = {.seqs = (uint64_t[]){x, y}, .lengths = lengths, .count = 2}},
-            &a),
+            &answer),
         TS_EINVAL);
     /* Nothing of all that left a mark. */
-    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, n, 2, false, &a), TS_OK);
+    assert_int_equal(begin(e, s, (uint64_t[]){x, y}, n, 2, false, &answer), TS_OK);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -211,29 +211,32 @@ static void sequences_of_an_open_step_cannot_be_changed_but_forked_as_they_were(
     uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
     append(e, s, seq, 6);
     uint64_t first = fork_seq(e, s, seq); /* so the step will copy the tail */
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 1, length = 2;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
     assert_int_equal(free_seq(e, s, seq), TS_EBUSY);
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_EBUSY);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_EBUSY);
     assert_int_equal(
         apply(e,
               (ts_command){.op = TS_OP_SEQ_TRUNCATE,
                            .session = s,
                            .seq_batch = {.seqs = &seq, .lengths = &length, .count = 1}},
-              &a),
+              &answer),
         TS_EBUSY);
     uint64_t second = fork_seq(e, s, seq); /* shares the original tail, not the copy */
-    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = second}}, &a);
-    assert_int_equal(a.blocks.blocks[1], 1);
-    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = seq}}, &a);
-    assert_int_equal(a.blocks.blocks[1], 1);
+    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = second}},
+          &answer);
+    assert_int_equal(answer.blocks.blocks[1], 1);
+    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = seq}},
+          &answer);
+    assert_int_equal(answer.blocks.blocks[1], 1);
     check_engine(e);
     assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
-    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = seq}}, &a);
-    assert_int_equal(a.blocks.blocks[1], 2);
+    apply(e, (ts_command){.op = TS_OP_SEQ_BLOCKS, .session = s, .seq_blocks = {.seq = seq}},
+          &answer);
+    assert_int_equal(answer.blocks.blocks[1], 2);
     assert_int_equal(length_of(e, s, first), 6);
     check_engine(e);
     ts_engine_free(e);
@@ -246,21 +249,21 @@ static void a_session_that_dies_in_a_step_leaves_kept_sequences_as_they_were(voi
     uint64_t s = session_new(e, 1000), kept = seq_new(e, s), own = seq_new(e, s);
     append(e, s, kept, 6);
     assert_int_equal(keep_seq(e, s, kept, "prompt"), TS_OK);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n[2] = {7, 3};
-    assert_int_equal(begin(e, s, (uint64_t[]){kept, own}, n, 2, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, (uint64_t[]){kept, own}, n, 2, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
     assert_int_equal(apply(e,
                            (ts_command){.op = TS_OP_EXCHANGE_OPEN,
                                         .session = s,
                                         .exchange_open = {.bytes = 1 << 16}},
-                           &a),
+                           &answer),
                      TS_OK);
     ts_command run = {
         .op = TS_OP_STEP_RUN,
         .session = s,
         .step_run = {.step = step, .run = {.q = 0, .k = 4096, .v = 8192, .out = 12288}}};
-    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_OK);
     close_session(e, s); /* while the kernel works */
     assert_int_equal(e->live_sessions, 1);
     assert_int_not_equal(BLOCKS(e).used, 2);
@@ -282,29 +285,29 @@ static void a_pool_is_closed_when_the_session_has_nothing_in_it(void **state)
     uint64_t s = session_new(e, 1000), kept = seq_new(e, s), own = seq_new(e, s);
     ts_command close = {.op = TS_OP_POOL_CLOSE, .session = s},
                again = {.op = TS_OP_POOL_OPEN, .session = s, .pool_open = {.name = "test"}};
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 3;
     assert_int_equal(keep_seq(e, s, kept, "prompt"), TS_OK);
-    assert_int_equal(apply(e, close, &a), TS_EBUSY);
-    assert_string_equal(a.message,
+    assert_int_equal(apply(e, close, &answer), TS_EBUSY);
+    assert_string_equal(answer.message,
                         "the session has sequences in pool 'test', which stays open in it");
     assert_int_equal(apply(e,
                            (ts_command){.op = TS_OP_SEQ_FREE,
                                         .session = s,
                                         .seq_batch = {.seqs = &own, .count = 1}},
-                           &a),
+                           &answer),
                      TS_OK);
-    assert_int_equal(begin(e, s, &kept, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
-    assert_int_equal(apply(e, close, &a), TS_EBUSY);
-    assert_string_equal(a.message,
+    assert_int_equal(begin(e, s, &kept, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
+    assert_int_equal(apply(e, close, &answer), TS_EBUSY);
+    assert_string_equal(answer.message,
                         "the session has an open step in pool 'test', which stays open in it");
     assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
-    assert_int_equal(apply(e, close, &a), TS_OK);
-    assert_int_equal(apply(e, close, &a), TS_ENOENT);
-    assert_int_equal(begin(e, s, &kept, &n, 1, false, &a), TS_ENOENT);
-    assert_int_equal(apply(e, again, &a), TS_OK);
-    assert_int_equal(begin(e, s, &kept, &n, 1, true, &a), TS_EPERM); /* not to write, now */
+    assert_int_equal(apply(e, close, &answer), TS_OK);
+    assert_int_equal(apply(e, close, &answer), TS_ENOENT);
+    assert_int_equal(begin(e, s, &kept, &n, 1, false, &answer), TS_ENOENT);
+    assert_int_equal(apply(e, again, &answer), TS_OK);
+    assert_int_equal(begin(e, s, &kept, &n, 1, true, &answer), TS_EPERM); /* not to write, now */
     check_engine(e);
     ts_engine_free(e);
 }
@@ -314,41 +317,41 @@ static void tokens_nobody_wrote_cannot_be_committed(void **state)
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
     uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 2, none = 0;
-    assert_int_equal(begin(e, s, &seq, &n, 1, true, &a), TS_EPERM);
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, &seq, &n, 1, true, &answer), TS_EPERM);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EPERM);
     apply(
         e,
         (ts_command){.op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 16}},
-        &a);
+        &answer);
     ts_command run = {
         .op = TS_OP_STEP_RUN,
         .session = s,
         .step_run = {.step = step, .run = {.q = 0, .k = 4096, .v = 8192, .out = 12288}}};
-    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_OK);
     assert_int_equal(step_done(e, step, 0), TS_OK);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0),
                      TS_EINVAL); /* 1 of 2 layers */
     run.step_run.run.layer = 1;
-    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_OK);
     /* A run that failed wrote nothing: no commit says so until the layer is run again. */
     apply(e,
           (ts_command){.op = TS_OP_STEP_DONE,
                        .step_done = {.step = step, .layer = 1, .status = TS_EDEVICE}},
-          &a);
+          &answer);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EDEVICE);
-    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_OK);
     assert_int_equal(step_done(e, step, 1), TS_OK);
     run.step_run.run.layer = 2;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     assert_int_equal(length_of(e, s, seq), 2);
     /* Committing none of a step is always possible. */
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, a.begun.step->id, &none, 1), TS_OK);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, answer.begun.step->id, &none, 1), TS_OK);
     ts_engine_free(e);
 }
 
@@ -357,22 +360,22 @@ static void a_million_sequences_cost_what_the_readme_says(void **state)
     (void)state;
     ts_engine *e = engine_new(1u << 24, 1u << 16, 16, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1000);
-    ts_answer a;
+    ts_answer answer;
     ts_command create = {.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 65536}};
     uint64_t *ids = malloc(65536 * sizeof *ids);
     uint32_t *n = malloc(65536 * sizeof *n);
     for (uint32_t i = 0; i < 65536; i++)
         n[i] = 16;
     for (int i = 0; i < 16; i++) {
-        assert_int_equal(apply(e, create, &a), TS_OK);
-        memcpy(ids, a.seqs.seqs, 65536 * sizeof *ids);
+        assert_int_equal(apply(e, create, &answer), TS_OK);
+        memcpy(ids, answer.seqs.seqs, 65536 * sizeof *ids);
         for (int j = 0; j < 16; j++) /* 16 blocks each: all 16 million */
-            assert_int_equal(begin(e, s, ids, n, 65536, true, &a), TS_OK);
+            assert_int_equal(begin(e, s, ids, n, 65536, true, &answer), TS_OK);
     }
     assert_int_equal(e->pools[0].seqs.live, 1u << 20);
     assert_int_equal(BLOCKS(e).used, 1u << 24);
     uint32_t one = 1;
-    assert_int_equal(begin(e, s, ids, &one, 1, true, &a), TS_ENOSPC);
+    assert_int_equal(begin(e, s, ids, &one, 1, true, &answer), TS_ENOSPC);
     check_engine(e);
     close_session(e, s);
     sweep_all(e);
@@ -391,17 +394,17 @@ static void an_append_whose_copies_are_not_made_changes_nothing(void **state)
     uint64_t s = session_new(e, 1000), parent = seq_new(e, s);
     append(e, s, parent, 10);
     uint64_t child = fork_seq(e, s, parent);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 3;
-    assert_int_equal(begin(e, s, &child, &n, 1, true, &a), TS_OK);
-    assert_int_equal(a.begun.num_copies, 1);
-    assert_int_equal(
-        apply(e,
-              (ts_command){
-                  .op = TS_OP_STEP_DONE,
-                  .step_done = {.step = a.begun.step->id, .layer = TS_NONE, .status = TS_ENOMEM}},
-              &a),
-        TS_OK);
+    assert_int_equal(begin(e, s, &child, &n, 1, true, &answer), TS_OK);
+    assert_int_equal(answer.begun.num_copies, 1);
+    assert_int_equal(apply(e,
+                           (ts_command){.op = TS_OP_STEP_DONE,
+                                        .step_done = {.step = answer.begun.step->id,
+                                                      .layer = TS_NONE,
+                                                      .status = TS_ENOMEM}},
+                           &answer),
+                     TS_OK);
     assert_int_equal(length_of(e, s, child), 10);
     append(e, s, child, 3); /* no step is open */
     assert_int_equal(length_of(e, s, child), 13);
@@ -416,10 +419,10 @@ static void a_walk_counts_stored_tokens_once(void **state)
     append(e, s, parent, 10);
     uint64_t child = fork_seq(e, s, parent);
     append(e, s, child, 3); /* its own tail: 2 copied + 3 new, over 2 blocks */
-    ts_answer a;
+    ts_answer answer;
     uint64_t lone = seq_new(e, s);
     uint32_t n = 6;
-    assert_int_equal(begin(e, s, &lone, &n, 1, false, &a), TS_OK); /* reserves 2 blocks */
+    assert_int_equal(begin(e, s, &lone, &n, 1, false, &answer), TS_OK); /* reserves 2 blocks */
     ts_pool_stats *walk = ts_pool_stats_new(e, 0);
     assert_non_null(walk);
     uint32_t bits = 1;

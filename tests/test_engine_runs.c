@@ -8,20 +8,20 @@ static void a_run_outside_the_exchange_is_refused(void **state)
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
     uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 2;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
     ts_command run = {.op = TS_OP_STEP_RUN, .session = s, .step_run = {.step = step}};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL); /* no exchange yet */
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL); /* no exchange yet */
     ts_command open = {.op = TS_OP_EXCHANGE_OPEN, .session = s};
     static const uint64_t bad[] = {0, 100, UINT64_MAX, ((uint64_t)1 << 30) + 4096};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         open.exchange_open.bytes = bad[i];
-        assert_int_equal(apply(e, open, &a), TS_EINVAL);
+        assert_int_equal(apply(e, open, &answer), TS_EINVAL);
     }
     open.exchange_open.bytes = 4096;
-    assert_int_equal(apply(e, open, &a), TS_OK);
+    assert_int_equal(apply(e, open, &answer), TS_OK);
     const uint64_t bytes = 2 * 32 * 4; /* tokens * head_dim * fp32, of each of q, k, v and out */
     const uint64_t offsets[] = {4096 - bytes + 64, 4096, UINT64_MAX, UINT64_MAX - 63, 8, 1};
     for (size_t i = 0; i < sizeof offsets / sizeof *offsets; i++)
@@ -30,39 +30,40 @@ static void a_run_outside_the_exchange_is_refused(void **state)
             run.step_run.run.k = which == 1 ? offsets[i] : 0;
             run.step_run.run.v = which == 2 ? offsets[i] : 0;
             run.step_run.run.out = which == 3 ? offsets[i] : 0;
-            assert_int_equal(apply(e, run, &a), TS_EINVAL);
+            assert_int_equal(apply(e, run, &answer), TS_EINVAL);
         }
     run.step_run.run.q = run.step_run.run.k = run.step_run.run.v = run.step_run.run.out = 0;
     static const float bad_floats[] = {-1.0f, NAN, INFINITY};
     for (size_t i = 0; i < 3; i++) {
         run.step_run.run = (ts_layer_run){.scale = bad_floats[i]};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
         run.step_run.run = (ts_layer_run){.soft_cap = bad_floats[i]};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
         run.step_run.run = (ts_layer_run){.rope_theta = bad_floats[i]};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
     }
     const uint32_t head_dim = e->pools[0].config.geometry.head_dim;
     for (uint32_t i = 0; i < 2; i++) {
         run.step_run.run =
             (ts_layer_run){.rope_theta = 10000, .rope_dims = i == 0 ? 3 : head_dim + 2};
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        assert_non_null(strstr(a.message, "it must be even and at most head_dim"));
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+        assert_non_null(strstr(answer.message, "it must be even and at most head_dim"));
     }
     /* [2 tokens][1 head] of fp32 */
     run.step_run.run = (ts_layer_run){.flags = TS_RUN_LSE, .lse = 4096};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_string_equal(a.message, "lse takes 8 bytes at offset 4096; the exchange has 4096, and "
-                                   "offsets must be multiples of 64");
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+    assert_string_equal(answer.message,
+                        "lse takes 8 bytes at offset 4096; the exchange has 4096, and "
+                        "offsets must be multiples of 64");
     run.step_run.run = (ts_layer_run){.flags = TS_RUN_SINKS, .sinks = 4094};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
     run.step_run.run = (ts_layer_run){.flags = TS_RUN_ALIBI, .alibi = UINT64_MAX - 63};
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
     run.step_run.run = (ts_layer_run){.q = 4096 - bytes, .out = bytes};
-    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_OK);
     for (int i = 1; i < 4; i++)
-        assert_int_equal(apply(e, run, &a), TS_OK);
-    assert_int_equal(apply(e, run, &a), TS_EBUSY); /* four are in flight */
+        assert_int_equal(apply(e, run, &answer), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_EBUSY); /* four are in flight */
     ts_engine_free(e);
 }
 
@@ -72,13 +73,14 @@ static void a_run_that_writes_where_it_reads_is_refused(void **state)
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_NONE);
     uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 2;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    ts_command run = {.op = TS_OP_STEP_RUN, .session = s, .step_run = {.step = a.begun.step->id}};
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    ts_command run = {
+        .op = TS_OP_STEP_RUN, .session = s, .step_run = {.step = answer.begun.step->id}};
     apply(e,
           (ts_command){.op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 4096}},
-          &a);
+          &answer);
     const uint64_t bytes = 2 * 32 * 4; /* tokens * head_dim * fp32, of each of q, k, v and out */
     ts_layer_run *at = &run.step_run.run;
     const ts_layer_run apart = {.k = bytes, .v = 2 * bytes, .out = 3 * bytes, .lse = 4 * bytes};
@@ -88,40 +90,41 @@ static void a_run_that_writes_where_it_reads_is_refused(void **state)
     for (int i = 0; i < 4; i++) {
         *at = apart;
         at->out = by[i];
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
         snprintf(overlaps, sizeof overlaps, "overlaps %s,", what[i]);
-        assert_non_null(strstr(a.message, overlaps));
+        assert_non_null(strstr(answer.message, overlaps));
         at->out = 1024;
         at->flags = TS_RUN_LSE;
         at->lse = by[i];
-        assert_int_equal(apply(e, run, &a), TS_EINVAL);
-        assert_non_null(strstr(a.message, overlaps));
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+        assert_non_null(strstr(answer.message, overlaps));
     }
     *at = apart;
     at->flags = TS_RUN_LSE;
     at->lse = at->out + bytes - 64;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_string_equal(a.message, "out takes 256 bytes at offset 768 and overlaps lse, 8 bytes at "
-                                   "960: what a run writes must lie apart");
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+    assert_string_equal(answer.message,
+                        "out takes 256 bytes at offset 768 and overlaps lse, 8 bytes at "
+                        "960: what a run writes must lie apart");
     at->flags = TS_RUN_SINKS | TS_RUN_ALIBI;
     at->sinks = 3 * bytes;
     at->alibi = 1024;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_non_null(strstr(a.message, "overlaps sinks,"));
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+    assert_non_null(strstr(answer.message, "overlaps sinks,"));
     at->alibi = 3 * bytes;
     at->sinks = 1024;
-    assert_int_equal(apply(e, run, &a), TS_EINVAL);
-    assert_non_null(strstr(a.message, "overlaps alibi,"));
+    assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+    assert_non_null(strstr(answer.message, "overlaps alibi,"));
     *at = apart; /* what is read may be one and the same */
     at->q = at->k = at->v = 0;
-    assert_int_equal(apply(e, run, &a), TS_OK);
+    assert_int_equal(apply(e, run, &answer), TS_OK);
     ts_engine_free(e);
 }
 
 static ts_status run_on_stream(ts_engine *e, uint64_t s, uint64_t step, uint32_t number,
                                uint64_t call)
 {
-    ts_answer a;
+    ts_answer answer;
     return apply(e,
                  (ts_command){.op = TS_OP_STEP_RUN,
                               .session = s,
@@ -132,19 +135,19 @@ static ts_status run_on_stream(ts_engine *e, uint64_t s, uint64_t step, uint32_t
                                                    .out = 12288,
                                                    .flags = TS_RUN_ON_STREAM,
                                                    .number = number}}},
-                 &a);
+                 &answer);
 }
 
 static void stream_run_done(ts_engine *e, uint64_t step, uint32_t number, bool undone)
 {
-    ts_answer a;
+    ts_answer answer;
     assert_int_equal(
         apply(
             e,
             (ts_command){
                 .op = TS_OP_STEP_DONE,
                 .step_done = {.step = step, .on_stream = true, .undone = undone, .number = number}},
-            &a),
+            &answer),
         TS_OK);
 }
 
@@ -153,14 +156,14 @@ static void runs_on_a_stream_are_numbered_and_outlive_the_daemon(void **state)
     (void)state;
     ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
     const uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 3;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    const uint64_t step = a.begun.step->id;
-    const ts_step *is = a.begun.step;
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    const uint64_t step = answer.begun.step->id;
+    const ts_step *is = answer.begun.step;
     ts_command open = {
         .op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 16}};
-    assert_int_equal(apply(e, open, &a), TS_OK);
+    assert_int_equal(apply(e, open, &answer), TS_OK);
     assert_int_equal(run_on_stream(e, s, step, 2, 1), TS_EINVAL); /* it isn't the next */
     for (uint32_t number = 1; number <= 4; number++)
         assert_int_equal(run_on_stream(e, s, step, number, number), TS_OK);
@@ -182,15 +185,15 @@ static void runs_on_a_stream_are_numbered_and_outlive_the_daemon(void **state)
     assert_int_equal(is->num_stream_runs, 2);
     assert_int_equal(is->stream_runs[0].number, 2);
     assert_int_equal(is->stream_runs[1].number, 3);
-    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer);
     assert_int_equal(is->in_flight, 2); /* the next daemon does them again */
     assert_false(is->stream_runs[0].flags & TS_RUN_REPLACED);
-    assert_int_equal(apply(e, open, &a), TS_OK); /* but not on another exchange */
+    assert_int_equal(apply(e, open, &answer), TS_OK); /* but not on another exchange */
     assert_true(is->stream_runs[0].flags & is->stream_runs[1].flags & TS_RUN_REPLACED);
     check_engine(e);
     assert_int_equal(run_on_stream(e, s, step, 4, 6), TS_OK);
     close_session(e, s);
-    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a); /* of those nobody waits for any */
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer); /* of those nobody waits for any */
     assert_int_equal(e->live_sessions, 0);
     check_engine(e);
     ts_engine_free(e);

@@ -359,19 +359,22 @@ static void keep_ipc_memory(ts_work *work, void *unused)
     (void)unused;
     static const uint8_t handle[TS_IPC_HANDLE_BYTES];
     ts_pool_books *books = &service.exec.engine->pools[0].books;
-    ts_answer a = {0};
+    ts_answer answer = {0};
     service.exec.memory[0]->ipc_handle = handle;
     OK(ts_pool_add_tenant(books, 0));
     OK(ts_pool_grant(books, 0, 0));
-    assert_int_equal(ts_pool_memory_remove(&service.exec, 0, NULL, &a), TS_EPERM);
-    assert_string_equal(a.message, "pool 'p' is cuda-ipc memory that its tenant may still map: it "
-                                   "stays until the daemon is restarted");
-    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 8, NULL, &a), TS_EINVAL);
-    assert_string_equal(a.message, "pool 'p' is cuda-ipc memory: one piece, which keeps its size");
+    assert_int_equal(ts_pool_memory_remove(&service.exec, 0, NULL, &answer), TS_EPERM);
+    assert_string_equal(answer.message,
+                        "pool 'p' is cuda-ipc memory that its tenant may still map: it "
+                        "stays until the daemon is restarted");
+    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 8, NULL, &answer), TS_EINVAL);
+    assert_string_equal(answer.message,
+                        "pool 'p' is cuda-ipc memory: one piece, which keeps its size");
     service.exec.memory[0]->ipc_handle = NULL; /* as it was: of VMM, it goes */
-    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 17, NULL, &a), TS_EINVAL);
-    assert_string_equal(a.message, "17 blocks for pool 'p'; the limits are 1..16, its memory_max");
-    OK(ts_pool_memory_remove(&service.exec, 0, NULL, &a));
+    assert_int_equal(ts_pool_memory_resize(&service.exec, 0, 17, NULL, &answer), TS_EINVAL);
+    assert_string_equal(answer.message,
+                        "17 blocks for pool 'p'; the limits are 1..16, its memory_max");
+    OK(ts_pool_memory_remove(&service.exec, 0, NULL, &answer));
     assert_false(ts_engine_has_pool(service.exec.engine, 0));
     assert_null(service.exec.memory[0]);
 }

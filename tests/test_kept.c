@@ -12,14 +12,14 @@ static ts_engine *small_engine(void)
 }
 
 static ts_status keep(ts_engine *e, uint64_t s, uint64_t seq, const char *name, uint64_t ttl_ms,
-                      bool replace, ts_answer *a)
+                      bool replace, ts_answer *answer)
 {
     return apply(
         e,
         (ts_command){.op = TS_OP_SEQ_KEEP,
                      .session = s,
                      .seq_keep = {.seq = seq, .name = name, .ttl_ms = ttl_ms, .replace = replace}},
-        a);
+        answer);
 }
 
 /* A sequence of so many tokens. */
@@ -31,20 +31,20 @@ static uint64_t of_length(ts_engine *e, uint64_t s, uint32_t n)
 }
 
 static void list(ts_engine *e, uint64_t s, const char *prefix, const char *after, uint32_t limit,
-                 ts_answer *a)
+                 ts_answer *answer)
 {
     apply(e,
           (ts_command){.op = TS_OP_SEQ_LIST,
                        .session = s,
                        .seq_list = {.prefix = prefix, .after = after, .limit = limit}},
-          a);
-    assert_int_equal(a->status, TS_OK);
+          answer);
+    assert_int_equal(answer->status, TS_OK);
 }
 
 static void advance(ts_engine *e, uint64_t now_ms)
 {
-    ts_answer a;
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now_ms}, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now_ms}, &answer), TS_OK);
     (void)sweep_all(e);
     check_engine(e);
 }
@@ -55,42 +55,42 @@ static void a_tenant_s_names_are_listed_in_order_by_prefix_and_page_by_page(void
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), other = session_new(e, 2);
     static const char *const names[] = {"user/9", "sys/b", "user/1", "sys", "user/10", "sys/a"};
-    ts_answer a;
+    ts_answer answer;
     for (uint32_t i = 0; i < 6; i++)
-        assert_int_equal(keep(e, s, of_length(e, s, i + 1), names[i], i == 2 ? 5000 : 0, false, &a),
-                         TS_OK);
+        assert_int_equal(
+            keep(e, s, of_length(e, s, i + 1), names[i], i == 2 ? 5000 : 0, false, &answer), TS_OK);
     assert_int_equal(keep_seq(e, other, seq_new(e, other), "user/2"), TS_OK);
-    list(e, s, "", "", 0, &a);
-    assert_int_equal(a.kept.count, 6);
+    list(e, s, "", "", 0, &answer);
+    assert_int_equal(answer.kept.count, 6);
     static const char *const sorted[] = {"sys", "sys/a", "sys/b", "user/1", "user/10", "user/9"};
     static const uint32_t lengths[] = {4, 6, 2, 3, 5, 1};
     for (uint32_t i = 0; i < 6; i++) {
-        assert_string_equal(a.kept.names[i], sorted[i]);
-        assert_int_equal(a.kept.lengths[i], lengths[i]);
-        assert_int_equal(a.kept.blocks[i], (lengths[i] + 3) / 4);
-        assert_int_equal(a.kept.left_ms[i], i == 3 ? 5000 : 0);
-        assert_int_equal(a.kept.seqs[i], attach(e, s, sorted[i]));
-        list(e, s, "", "", 0, &a);
+        assert_string_equal(answer.kept.names[i], sorted[i]);
+        assert_int_equal(answer.kept.lengths[i], lengths[i]);
+        assert_int_equal(answer.kept.blocks[i], (lengths[i] + 3) / 4);
+        assert_int_equal(answer.kept.left_ms[i], i == 3 ? 5000 : 0);
+        assert_int_equal(answer.kept.seqs[i], attach(e, s, sorted[i]));
+        list(e, s, "", "", 0, &answer);
     }
-    assert_string_equal(a.kept.next, "");
-    list(e, s, "user/1", "", 0, &a);
-    assert_int_equal(a.kept.count, 2);
-    list(e, s, "sys/", "", 1, &a);
-    assert_int_equal(a.kept.count, 1);
-    assert_string_equal(a.kept.names[0], "sys/a");
-    assert_string_equal(a.kept.next, "sys/a");
-    list(e, s, "sys/", "sys/a", 1, &a);
-    assert_string_equal(a.kept.names[0], "sys/b");
-    assert_string_equal(a.kept.next, "");
-    list(e, s, "sys/", "sys/aaa", 0, &a); /* a name that isn't there, or not any more */
-    assert_int_equal(a.kept.count, 1);
-    list(e, s, "sys/", "a", 0, &a); /* before the prefix */
-    assert_int_equal(a.kept.count, 2);
-    list(e, s, "sys/", "user/1", 0, &a);
-    assert_int_equal(a.kept.count, 0);
-    list(e, other, "", "", 0, &a);
-    assert_int_equal(a.kept.count, 1);
-    assert_string_equal(a.kept.names[0], "user/2");
+    assert_string_equal(answer.kept.next, "");
+    list(e, s, "user/1", "", 0, &answer);
+    assert_int_equal(answer.kept.count, 2);
+    list(e, s, "sys/", "", 1, &answer);
+    assert_int_equal(answer.kept.count, 1);
+    assert_string_equal(answer.kept.names[0], "sys/a");
+    assert_string_equal(answer.kept.next, "sys/a");
+    list(e, s, "sys/", "sys/a", 1, &answer);
+    assert_string_equal(answer.kept.names[0], "sys/b");
+    assert_string_equal(answer.kept.next, "");
+    list(e, s, "sys/", "sys/aaa", 0, &answer); /* a name that isn't there, or not any more */
+    assert_int_equal(answer.kept.count, 1);
+    list(e, s, "sys/", "a", 0, &answer); /* before the prefix */
+    assert_int_equal(answer.kept.count, 2);
+    list(e, s, "sys/", "user/1", 0, &answer);
+    assert_int_equal(answer.kept.count, 0);
+    list(e, other, "", "", 0, &answer);
+    assert_int_equal(answer.kept.count, 1);
+    assert_string_equal(answer.kept.names[0], "user/2");
     ts_engine_free(e);
 }
 
@@ -100,25 +100,25 @@ static void an_answer_tells_of_200_at_most_and_walks_over_no_more(void **state)
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1);
     char name[16], last[16] = "", after[16] = "";
-    ts_answer a;
+    ts_answer answer;
     uint32_t told = 0, answers = 0;
     for (uint32_t i = 0; i < 1000; i++) { /* of every three, one is over and not swept yet */
         snprintf(name, sizeof name, "%03u", i * 7 % 1000);
-        assert_int_equal(keep(e, s, seq_new(e, s), name, i * 7 % 1000 % 3 == 0 ? 1 : 0, false, &a),
-                         TS_OK);
+        assert_int_equal(
+            keep(e, s, seq_new(e, s), name, i * 7 % 1000 % 3 == 0 ? 1 : 0, false, &answer), TS_OK);
     }
     e->now_ms = 1;
     do {
-        list(e, s, "", after, UINT32_MAX, &a);
-        assert_true(a.kept.count <= 200);
-        for (uint32_t i = 0; i < a.kept.count; i++) {
-            assert_true(strcmp(last, a.kept.names[i]) < 0);
-            assert_true(atoi(a.kept.names[i]) % 3 != 0);
-            snprintf(last, sizeof last, "%s", a.kept.names[i]);
+        list(e, s, "", after, UINT32_MAX, &answer);
+        assert_true(answer.kept.count <= 200);
+        for (uint32_t i = 0; i < answer.kept.count; i++) {
+            assert_true(strcmp(last, answer.kept.names[i]) < 0);
+            assert_true(atoi(answer.kept.names[i]) % 3 != 0);
+            snprintf(last, sizeof last, "%s", answer.kept.names[i]);
         }
-        told += a.kept.count;
+        told += answer.kept.count;
         answers++;
-        snprintf(after, sizeof after, "%s", a.kept.next);
+        snprintf(after, sizeof after, "%s", answer.kept.next);
     } while (after[0] != '\0');
     assert_int_equal(told, 666);
     assert_int_equal(answers, 5);
@@ -132,12 +132,12 @@ static void one_command_gives_a_name_to_another_sequence_and_frees_the_old(void 
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), old = of_length(e, s, 8), new = fork_seq(e, s, old);
-    ts_answer a;
+    ts_answer answer;
     append(e, s, new, 5);
     assert_int_equal(keep_seq(e, s, old, "x"), TS_OK);
-    assert_int_equal(keep(e, s, new, "x", 0, false, &a), TS_EEXIST);
+    assert_int_equal(keep(e, s, new, "x", 0, false, &answer), TS_EEXIST);
     assert_int_equal(attach(e, s, "x"), old);
-    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_OK);
     check_engine(e);
     assert_int_equal(attach(e, s, "x"), new);
     assert_int_equal(free_seq(e, s, old), TS_ENOENT);
@@ -148,12 +148,12 @@ static void one_command_gives_a_name_to_another_sequence_and_frees_the_old(void 
     assert_int_equal(ts_engine_session(e, s)->sequences, 0);
     assert_int_equal(ts_engine_session(e, s)->blocks, 0);
     /* Where there is nothing to replace it keeps; replacing itself changes nothing. */
-    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_OK);
     assert_int_equal(attach(e, s, "x"), new);
     uint64_t third = of_length(e, s, 1);
-    assert_int_equal(keep(e, s, third, "y", 0, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, third, "y", 0, true, &answer), TS_OK);
     /* A kept one may take another's name: its own is free then. */
-    assert_int_equal(keep(e, s, third, "x", 0, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, third, "x", 0, true, &answer), TS_OK);
     assert_int_equal(attach(e, s, "x"), third);
     assert_int_equal(attach(e, s, "y"), 0);
     assert_int_equal(TENANT(e).used, 1);
@@ -167,35 +167,35 @@ static void nothing_is_half_replaced_when_it_is_refused(void **state)
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), other = session_new(e, 1);
     uint64_t old = of_length(e, s, 8), new = of_length(e, s, 13);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 1;
-    assert_int_equal(keep(e, s, old, "x", 7000, false, &a), TS_OK);
-    assert_int_equal(begin(e, other, &old, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
-    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_EBUSY);
+    assert_int_equal(keep(e, s, old, "x", 7000, false, &answer), TS_OK);
+    assert_int_equal(begin(e, other, &old, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
+    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_EBUSY);
     assert_int_equal(step_end(e, other, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
     e->pools[0].config.tenant_pinned_max = 3;
-    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_EQUOTA);
+    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_EQUOTA);
     assert_int_equal(keep(e, s, old,
                           "0123456789012345678901234567890123456789012345678901234567890"
                           "12345678901234567890123456789012345678901234567890123456789"
                           "0123456",
-                          0, true, &a),
+                          0, true, &answer),
                      TS_OK); /* 127 bytes */
-    assert_int_equal(keep(e, s, old, "x", 7000, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, old, "x", 7000, true, &answer), TS_OK);
     check_engine(e);
     assert_int_equal(attach(e, s, "x"), old);
     assert_int_equal(TENANT(e).pinned, 2);
     assert_int_equal(ts_engine_session(e, s)->sequences, 1);
-    list(e, s, "", "", 0, &a);
-    assert_int_equal(a.kept.left_ms[0], 7000);
+    list(e, s, "", "", 0, &answer);
+    assert_int_equal(answer.kept.left_ms[0], 7000);
     /* What the old one has pinned makes room for the new one. */
     assert_int_equal(free_seq(e, s, new), TS_OK);
     new = fork_seq(e, s, old);
     append(e, s, new, 4);
-    assert_int_equal(keep(e, s, new, "x", 0, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_OK);
     uint64_t third = of_length(e, s, 12);
-    assert_int_equal(keep(e, s, third, "x", 0, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, third, "x", 0, true, &answer), TS_OK);
     assert_int_equal(TENANT(e).pinned, 3);
     check_engine(e);
     ts_engine_free(e);
@@ -206,14 +206,14 @@ static void a_sequence_that_is_in_a_step_may_take_a_name(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), old = of_length(e, s, 6), new = fork_seq(e, s, old);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 1;
     assert_int_equal(keep_seq(e, s, old, "x"), TS_OK);
-    assert_int_equal(begin(e, s, &new, &n, 1, false, &a), TS_OK); /* with a copy of the tail */
-    uint64_t step = a.begun.step->id;
-    assert_int_equal(a.begun.num_copies, 1);
+    assert_int_equal(begin(e, s, &new, &n, 1, false, &answer), TS_OK); /* with a copy of the tail */
+    uint64_t step = answer.begun.step->id;
+    assert_int_equal(answer.begun.num_copies, 1);
     assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
-    assert_int_equal(keep(e, s, new, "x", 3000, true, &a), TS_OK);
+    assert_int_equal(keep(e, s, new, "x", 3000, true, &answer), TS_OK);
     check_engine(e);
     advance(e, 10000);
     assert_int_equal(attach(e, s, "x"), new);
@@ -229,9 +229,9 @@ static void whatever_uses_a_sequence_makes_its_time_to_live_begin_anew(void **st
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), seq = of_length(e, s, 4);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 1;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
     advance(e, 999);
     assert_int_equal(attach(e, s, "x"), seq);
     advance(e, 1998);
@@ -241,10 +241,10 @@ static void whatever_uses_a_sequence_makes_its_time_to_live_begin_anew(void **st
     const ts_command select = {.op = TS_OP_SEQ_SELECT,
                                .session = s,
                                .seq_select = {.seqs = &seq, .count = 1, .from = from, .picked = 1}};
-    assert_int_equal(apply(e, select, &a), TS_OK);
+    assert_int_equal(apply(e, select, &answer), TS_OK);
     advance(e, 3996);
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
     advance(e, 60000); /* it waits for the step */
     assert_int_equal(length_of(e, s, seq), 4);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
@@ -264,10 +264,10 @@ static void a_step_whose_session_ends_lets_the_time_end(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), other = session_new(e, 1), seq = of_length(e, s, 4);
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 1;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
     advance(e, 5000);
     close_session(e, s);
     assert_int_equal(attach(e, other, "x"), seq);
@@ -282,13 +282,13 @@ static void a_name_whose_time_is_over_is_free_before_it_is_swept(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), seq = of_length(e, s, 4), other = of_length(e, s, 4);
-    ts_answer a;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
     e->now_ms = 1000;
     assert_int_equal(attach(e, s, "x"), 0);
     assert_int_equal(length_of(e, s, other), 4);
     assert_int_equal(free_seq(e, s, seq), TS_ENOENT);
-    assert_int_equal(keep(e, s, other, "x", 0, false, &a), TS_OK);
+    assert_int_equal(keep(e, s, other, "x", 0, false, &answer), TS_OK);
     assert_int_equal(attach(e, s, "x"), other);
     assert_int_equal(TENANT(e).used, 1);
     advance(e, 1000000); /* the new one is kept for ever */
@@ -301,13 +301,13 @@ static void a_time_to_live_is_set_anew_and_given_up(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), seq = of_length(e, s, 4);
-    ts_answer a;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
-    assert_int_equal(keep(e, s, seq, "x", 0, false, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
+    assert_int_equal(keep(e, s, seq, "x", 0, false, &answer), TS_OK);
     advance(e, 5000);
-    assert_int_equal(keep(e, s, seq, "x", UINT64_MAX, false, &a), TS_OK);
+    assert_int_equal(keep(e, s, seq, "x", UINT64_MAX, false, &answer), TS_OK);
     advance(e, 10000);
-    assert_int_equal(keep(e, s, seq, "y", 1000, false, &a), TS_OK);
+    assert_int_equal(keep(e, s, seq, "y", 1000, false, &answer), TS_OK);
     advance(e, 10999);
     assert_int_equal(keep_seq(e, s, seq, ""), TS_OK); /* the session's own, and no end */
     advance(e, 100000);
@@ -325,8 +325,8 @@ static void nothing_is_refused_for_the_sake_of_what_is_over(void **state)
         ts_pool_config *config = &e->pools[0].config;
         uint64_t s = session_new(e, 1), other = seq_new(e, s), seq = of_length(e, s, 20);
         uint32_t n = 16;
-        ts_answer a;
-        assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+        ts_answer answer;
+        assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
         ts_command begins = {.op = TS_OP_STEP_BEGIN,
                              .session = s,
                              .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1}};
@@ -344,14 +344,14 @@ static void nothing_is_refused_for_the_sake_of_what_is_over(void **state)
             append(e, s, other, 1);
             config->tenant_pinned_max = 5;
         }
-        ts_engine_apply(e, &c, &a);
-        assert_int_equal(a.status, what == 0 ? TS_ENOSPC : TS_EQUOTA);
+        ts_engine_apply(e, &c, &answer);
+        assert_int_equal(answer.status, what == 0 ? TS_ENOSPC : TS_EQUOTA);
         c.now_ms = 1000;
-        ts_engine_apply(e, &c, &a);
-        assert_int_equal(a.status, TS_NEED_SWEEP);
+        ts_engine_apply(e, &c, &answer);
+        assert_int_equal(answer.status, TS_NEED_SWEEP);
         check_engine(e);
         (void)sweep_all(e);
-        assert_int_equal(apply(e, c, &a), TS_OK);
+        assert_int_equal(apply(e, c, &answer), TS_OK);
         check_engine(e);
         ts_engine_free(e);
     }
@@ -363,18 +363,18 @@ static void who_waits_for_room_has_that_of_what_ends(void **state)
     ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1), seq = of_length(e, s, 20), other = seq_new(e, s);
     uint32_t n = 16;
-    ts_answer a;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
     ts_command c = {.op = TS_OP_STEP_BEGIN,
                     .session = s,
                     .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1, .wait = true}};
-    assert_int_equal(apply(e, c, &a), TS_WAITS);
+    assert_int_equal(apply(e, c, &answer), TS_WAITS);
     advance(e, 999);
     assert_int_equal(ts_engine_woken(e), 0);
     advance(e, 1000);
     assert_int_equal(ts_engine_woken(e), s);
     c.again = true;
-    assert_int_equal(apply(e, c, &a), TS_OK);
+    assert_int_equal(apply(e, c, &answer), TS_OK);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -384,8 +384,8 @@ static void a_name_is_not_forgotten_past_the_limits_of_the_session(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), seq = of_length(e, s, 12);
-    ts_answer a;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
     e->limits.session_blocks = 3;
     uint64_t own = of_length(e, s, 1);
     assert_int_equal(keep_seq(e, s, seq, ""), TS_EQUOTA);
@@ -404,14 +404,15 @@ static void many_ends_take_many_turns(void **state)
     (void)state;
     ts_engine *e = engine_new(4096, 64, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1), seq = of_length(e, s, 4 * 1000);
-    ts_answer a;
+    ts_answer answer;
     char name[16];
     for (uint32_t i = 0; i < 100; i++) {
         snprintf(name, sizeof name, "%u", i);
-        assert_int_equal(keep(e, s, fork_seq(e, s, seq), name, 1000 + i % 3, false, &a), TS_OK);
+        assert_int_equal(keep(e, s, fork_seq(e, s, seq), name, 1000 + i % 3, false, &answer),
+                         TS_OK);
     }
     assert_false(ts_engine_sweeps(e));
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 5000}, &a), TS_OK);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 5000}, &answer), TS_OK);
     /* 32 of them with their 1000 entries; as many as a turn has room for lose their names alone. */
     assert_int_equal(e->pools[0].seqs.kept, 100 - 32 - 16);
     assert_int_equal(e->pools[0].seqs.live, 101 - 32);

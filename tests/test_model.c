@@ -49,19 +49,19 @@ static void agree(uint64_t seed, bool homes)
         uint64_t session = session_new(w->e, (uint32_t)i);
         for (int s = 0; s < (int)SEQS; s++)
             if (w->seqs[s].live && w->seqs[s].uid == (uint32_t)i && w->seqs[s].ticket == 0) {
-                ts_answer a;
+                ts_answer answer;
                 assert_int_equal(
                     run(w,
                         (ts_command){.op = TS_OP_SEQ_FREE,
                                      .session = session,
                                      .seq_batch = {.seqs = &w->seqs[s].id, .count = 1}},
-                        &a),
+                        &answer),
                     TS_OK);
             }
     }
-    ts_answer a;
+    ts_answer answer;
     w->now += TS_TICKET_MS;
-    assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &a), TS_OK);
+    assert_int_equal(run(w, (ts_command){.op = TS_OP_SWEEP}, &answer), TS_OK);
     assert_false(ts_engine_sweeps(w->e));
     assert_int_equal(w->e->pools[0].seqs.num_lives, 0);
     assert_int_equal(w->e->pools[0].seqs.tickets.count, 0);

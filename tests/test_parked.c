@@ -42,11 +42,11 @@ static void what_waited_before_does_not_push_out_what_waits_now(void **state)
     ts_parked now = {.go_on = go_on},
               before = {.go_on = go_on, .deadline_ms = ts_now_ms() + 3600000};
     ts_command command = {.op = TS_OP_SEQ_MATCH};
-    ts_answer a = {0};
-    assert_true(ts_parked_prepare(&service, &c, &before, 1000, &command, &a));
+    ts_answer answer = {0};
+    assert_true(ts_parked_prepare(&service, &c, &before, 1000, &command, &answer));
     assert_true(command.again && command.seq_match.wait);
     ts_parked_add(&service, &c, &now, 3600000);
-    assert_true(ts_parked_prepare(&service, &c, &before, 1000, &command, &a));
+    assert_true(ts_parked_prepare(&service, &c, &before, 1000, &command, &answer));
     assert_false(command.again);
     assert_false(command.seq_match.wait);
     assert_true(ts_service_go_on(&service, &c, false));

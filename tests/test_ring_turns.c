@@ -29,7 +29,7 @@ static ts_connection *connection(uint32_t pipe)
 {
     ts_pipe_event *event = calloc(1, sizeof *event);
     char why[256];
-    ts_answer a;
+    ts_answer answer;
     event->pipe = pipe;
     event->uid = 1000;
     event->work.run = ts_service_pipe_added;
@@ -38,10 +38,10 @@ static ts_connection *connection(uint32_t pipe)
     ts_engine_apply(
         service.exec.engine,
         &(ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.uid = 1000, .program = "test"}},
-        &a);
-    assert_int_equal(a.status, TS_OK);
-    c->session = a.session;
-    service.by_session[(uint32_t)a.session] = c;
+        &answer);
+    assert_int_equal(answer.status, TS_OK);
+    c->session = answer.session;
+    service.by_session[(uint32_t)answer.session] = c;
     assert_int_equal(new_ring(c, why, sizeof why), TS_OK);
     return c;
 }

@@ -264,9 +264,9 @@ typedef struct resize {
 static void run_resize(ts_work *work, void *owner)
 {
     resize *r = (resize *)work;
-    ts_answer a = {0};
+    ts_answer answer = {0};
     (void)owner;
-    r->status = ts_pool_memory_resize(&service.exec, 0, r->blocks, NULL, &a);
+    r->status = ts_pool_memory_resize(&service.exec, 0, r->blocks, NULL, &answer);
 }
 
 static void resize_to(uint32_t blocks)

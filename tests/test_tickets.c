@@ -15,31 +15,31 @@ static ts_engine *small_engine(void)
 
 /* Gives the sequence away; the ticket's bytes are all `mark`. */
 static ts_status give(ts_engine *e, uint64_t s, uint64_t seq, uint8_t mark, uint64_t ttl_ms,
-                      ts_answer *a)
+                      ts_answer *answer)
 {
     ts_command c = {
         .op = TS_OP_SEQ_TICKET, .session = s, .seq_ticket = {.seq = seq, .ttl_ms = ttl_ms}};
     memset(c.seq_ticket.ticket, mark, sizeof c.seq_ticket.ticket);
-    return apply(e, c, a);
+    return apply(e, c, answer);
 }
 
-static ts_status redeem(ts_engine *e, uint64_t s, uint8_t mark, uint64_t now_ms, ts_answer *a)
+static ts_status redeem(ts_engine *e, uint64_t s, uint8_t mark, uint64_t now_ms, ts_answer *answer)
 {
     ts_command c = {.op = TS_OP_SEQ_REDEEM, .session = s, .now_ms = now_ms};
     memset(c.seq_redeem.ticket, mark, sizeof c.seq_redeem.ticket);
-    return apply(e, c, a);
+    return apply(e, c, answer);
 }
 
 /* A sequence of the prompt, committed with its ids. */
 static uint64_t computed(ts_engine *e, uint64_t s)
 {
-    ts_answer a;
+    ts_answer answer;
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 1, .space = model}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    uint64_t seq = a.seqs.seqs[0];
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    uint64_t seq = answer.seqs.seqs[0];
     const uint64_t step = step_of_ids(e, s, seq, prompt, 8);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     return seq;
@@ -48,23 +48,23 @@ static uint64_t computed(ts_engine *e, uint64_t s)
 /* How much of the prompt and one token more is found. */
 static uint32_t found(ts_engine *e, uint64_t s)
 {
-    ts_answer a;
+    ts_answer answer;
     uint32_t n = 9, ids[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_MATCH,
               .session = s,
               .seq_match = {.tokens = ids, .counts = &n, .count = 1, .space = model, .dry = true}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
-    return a.matched.lengths[0];
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
+    return answer.matched.lengths[0];
 }
 
 /* The engine's time, and what ends by then. */
 static void advance(ts_engine *e, uint64_t now_ms)
 {
-    ts_answer a;
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now_ms}, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = now_ms}, &answer), TS_OK);
     (void)sweep_all(e);
     check_engine(e);
 }
@@ -74,17 +74,17 @@ static void a_sequence_goes_to_another_session_with_all_that_is_known_of_it(void
     (void)state;
     ts_engine *e = small_engine();
     uint64_t giver = session_new(e, 1), taker = session_new(e, 1), seq = computed(e, giver);
-    ts_answer a;
-    assert_int_equal(give(e, giver, seq, 7, 0, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(give(e, giver, seq, 7, 0, &answer), TS_OK);
     check_engine(e);
     assert_int_equal(ts_engine_session(e, giver)->sequences, 0);
     assert_int_equal(ts_engine_session(e, giver)->blocks, 0);
     assert_int_equal(TENANT(e, 0).used, 2);
     assert_int_equal(TENANT(e, 0).sequences, 1);
-    assert_int_equal(redeem(e, taker, 7, 0, &a), TS_OK);
+    assert_int_equal(redeem(e, taker, 7, 0, &answer), TS_OK);
     check_engine(e);
-    uint64_t got = a.seqs.seqs[0];
-    assert_int_equal(a.seqs.length, 8);
+    uint64_t got = answer.seqs.seqs[0];
+    assert_int_equal(answer.seqs.length, 8);
     assert_int_equal(ts_engine_session(e, taker)->sequences, 1);
     assert_int_equal(ts_engine_session(e, taker)->blocks, 2);
     assert_int_equal(TENANT(e, 0).tickets, 0);
@@ -104,30 +104,30 @@ static void the_givers_handle_leads_nowhere_also_after_the_ticket_was_redeemed(v
     (void)state;
     ts_engine *e = small_engine();
     uint64_t giver = session_new(e, 1), seq = computed(e, giver);
-    ts_answer a;
+    ts_answer answer;
     char unknown[TS_MESSAGE_BYTES];
-    assert_int_equal(give(e, giver, seq, 7, 0, &a), TS_OK);
+    assert_int_equal(give(e, giver, seq, 7, 0, &answer), TS_OK);
     for (int redeemed = 0; redeemed < 2; redeemed++) {
         if (redeemed)
-            assert_int_equal(redeem(e, giver, 7, 0, &a), TS_OK);
+            assert_int_equal(redeem(e, giver, 7, 0, &answer), TS_OK);
         assert_int_equal(free_seq(e, giver, seq), TS_ENOENT);
         assert_int_equal(keep_seq(e, giver, seq, "x"), TS_ENOENT);
-        assert_int_equal(give(e, giver, seq, 8, 0, &a), TS_ENOENT);
+        assert_int_equal(give(e, giver, seq, 8, 0, &answer), TS_ENOENT);
     }
     /* Nor does the id that the sequence has on its ticket. */
-    seq = a.status == TS_ENOENT ? computed(e, giver) : 0;
-    assert_int_equal(give(e, giver, seq, 7, 0, &a), TS_OK);
+    seq = answer.status == TS_ENOENT ? computed(e, giver) : 0;
+    assert_int_equal(give(e, giver, seq, 7, 0, &answer), TS_OK);
     uint64_t hidden = ts_sequence_id(&e->pools[0].seqs, (uint32_t)seq);
     assert_true(hidden != seq);
     ts_command c = {.op = TS_OP_SEQ_FORK, .session = giver, .seq_fork = {hidden, 1, 0, false}};
-    assert_int_equal(apply(e, c, &a), TS_ENOENT);
+    assert_int_equal(apply(e, c, &answer), TS_ENOENT);
     snprintf(unknown, sizeof unknown, "there is no sequence %llx in pool 'test'",
              (unsigned long long)hidden);
-    assert_string_equal(a.message, unknown);
+    assert_string_equal(answer.message, unknown);
     /* But an operator sees it and may free it. */
     c = (ts_command){.op = TS_OP_SEQ_REMOVE, .seq_remove = {hidden}};
-    assert_int_equal(apply(e, c, &a), TS_OK);
-    assert_int_equal(redeem(e, giver, 7, 0, &a), TS_ENOENT);
+    assert_int_equal(apply(e, c, &answer), TS_OK);
+    assert_int_equal(redeem(e, giver, 7, 0, &answer), TS_ENOENT);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -137,22 +137,22 @@ static void a_ticket_is_redeemed_once_and_anothers_is_refused_like_an_unknown_on
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), other = session_new(e, 2), seq = computed(e, s);
-    ts_answer a, unknown;
+    ts_answer answer, unknown;
     assert_int_equal(redeem(e, other, 7, 0, &unknown), TS_ENOENT);
-    assert_int_equal(give(e, s, seq, 7, 0, &a), TS_OK);
-    assert_int_equal(redeem(e, other, 7, 0, &a), TS_ENOENT);
-    assert_memory_equal(&a, &unknown, sizeof a);
-    assert_int_equal(redeem(e, s, 7, 0, &a), TS_OK);
-    assert_int_equal(redeem(e, s, 7, 0, &a), TS_ENOENT);
-    assert_memory_equal(&a, &unknown, sizeof a);
+    assert_int_equal(give(e, s, seq, 7, 0, &answer), TS_OK);
+    assert_int_equal(redeem(e, other, 7, 0, &answer), TS_ENOENT);
+    assert_memory_equal(&answer, &unknown, sizeof answer);
+    assert_int_equal(redeem(e, s, 7, 0, &answer), TS_OK);
+    assert_int_equal(redeem(e, s, 7, 0, &answer), TS_ENOENT);
+    assert_memory_equal(&answer, &unknown, sizeof answer);
     /* And so is one whose time is over, whether it was freed yet or not. */
     seq = computed(e, s);
-    assert_int_equal(give(e, s, seq, 7, 100, &a), TS_OK);
-    assert_int_equal(redeem(e, s, 7, 100, &a), TS_ENOENT);
-    assert_memory_equal(&a, &unknown, sizeof a);
+    assert_int_equal(give(e, s, seq, 7, 100, &answer), TS_OK);
+    assert_int_equal(redeem(e, s, 7, 100, &answer), TS_ENOENT);
+    assert_memory_equal(&answer, &unknown, sizeof answer);
     advance(e, 100);
-    assert_int_equal(redeem(e, s, 7, 100, &a), TS_ENOENT);
-    assert_memory_equal(&a, &unknown, sizeof a);
+    assert_int_equal(redeem(e, s, 7, 100, &answer), TS_ENOENT);
+    assert_memory_equal(&answer, &unknown, sizeof answer);
     ts_engine_free(e);
 }
 
@@ -162,10 +162,10 @@ static void a_ticket_outlives_its_giver_and_is_cached_at_its_time_s_end(void **s
     for (int stays = 0; stays < 2; stays++) {
         ts_engine *e = small_engine();
         uint64_t giver = session_new(e, 1), s = session_new(e, 1), seq = computed(e, giver);
-        ts_answer a;
+        ts_answer answer;
         append(e, giver, seq, 1); /* a block that isn't indexed */
         advance(e, 5000);
-        assert_int_equal(give(e, giver, seq, 7, 0, &a), TS_OK);
+        assert_int_equal(give(e, giver, seq, 7, 0, &answer), TS_OK);
         if (!stays)
             close_session(e, giver);
         advance(e, 34999);
@@ -191,24 +191,24 @@ static void what_can_t_be_given_stays_its_owner_s(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), other = session_new(e, 1), seq = computed(e, s);
-    ts_answer a;
-    assert_int_equal(give(e, other, seq, 7, 0, &a), TS_EPERM);
-    assert_int_equal(give(e, s, seq, 7, 3600001, &a), TS_EINVAL);
-    assert_string_equal(a.message, "a ticket good for 3600001 ms; the limit is 3600000");
+    ts_answer answer;
+    assert_int_equal(give(e, other, seq, 7, 0, &answer), TS_EPERM);
+    assert_int_equal(give(e, s, seq, 7, 3600001, &answer), TS_EINVAL);
+    assert_string_equal(answer.message, "a ticket good for 3600001 ms; the limit is 3600000");
     uint32_t n = 1;
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &a), TS_OK);
-    uint64_t step = a.begun.step->id;
-    assert_int_equal(give(e, s, seq, 7, 0, &a), TS_EBUSY);
+    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    uint64_t step = answer.begun.step->id;
+    assert_int_equal(give(e, s, seq, 7, 0, &answer), TS_EBUSY);
     assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
     assert_int_equal(keep_seq(e, s, seq, "x"), TS_OK);
-    assert_int_equal(give(e, s, seq, 7, 0, &a), TS_EINVAL);
+    assert_int_equal(give(e, s, seq, 7, 0, &answer), TS_EINVAL);
     assert_int_equal(keep_seq(e, s, seq, ""), TS_OK);
     assert_int_equal(length_of(e, s, seq), 8);
     assert_int_equal(e->pools[0].seqs.num_lives, 0);
-    assert_int_equal(give(e, s, seq, 7, 3600000, &a), TS_OK);
+    assert_int_equal(give(e, s, seq, 7, 3600000, &answer), TS_OK);
     /* Bytes that are a ticket's already; a random generator never makes them. */
     seq = computed(e, s);
-    assert_int_equal(give(e, s, seq, 7, 0, &a), TS_EEXIST);
+    assert_int_equal(give(e, s, seq, 7, 0, &answer), TS_EEXIST);
     assert_int_equal(length_of(e, s, seq), 8);
     check_engine(e);
     ts_engine_free(e);
@@ -219,22 +219,22 @@ static void a_tenant_has_1024_tickets_and_no_more(void **state)
     (void)state;
     ts_engine *e = small_engine();
     uint64_t s = session_new(e, 1), other = session_new(e, 2);
-    ts_answer a;
+    ts_answer answer;
     for (uint32_t i = 0; i <= 1024; i++) {
         ts_command c = {.op = TS_OP_SEQ_TICKET,
                         .session = s,
                         .seq_ticket = {.seq = seq_new(e, s), .ttl_ms = 1 + i % 7 * 1000}};
         memcpy(c.seq_ticket.ticket, &i, sizeof i);
-        assert_int_equal(apply(e, c, &a), i < 1024 ? TS_OK : TS_EQUOTA);
+        assert_int_equal(apply(e, c, &answer), i < 1024 ? TS_OK : TS_EQUOTA);
     }
-    assert_string_equal(a.message, "uid 1 has 1024 tickets; the limit is 1024");
-    assert_int_equal(a.amounts.limit, 1024);
-    assert_int_equal(give(e, other, seq_new(e, other), 7, 0, &a), TS_OK);
+    assert_string_equal(answer.message, "uid 1 has 1024 tickets; the limit is 1024");
+    assert_int_equal(answer.amounts.limit, 1024);
+    assert_int_equal(give(e, other, seq_new(e, other), 7, 0, &answer), TS_OK);
     e->now_ms = 1; /* those of 1 ms are over */
-    assert_int_equal(give(e, s, seq_new(e, s), 7, 0, &a), TS_NEED_SWEEP);
+    assert_int_equal(give(e, s, seq_new(e, s), 7, 0, &answer), TS_NEED_SWEEP);
     advance(e, 1);
     assert_int_equal(TENANT(e, 0).tickets, 1024 - 147);
-    assert_int_equal(give(e, s, seq_new(e, s), 7, 0, &a), TS_OK);
+    assert_int_equal(give(e, s, seq_new(e, s), 7, 0, &answer), TS_OK);
     advance(e, 100000);
     assert_int_equal(e->pools[0].seqs.live, 2); /* those that could not be given */
     ts_engine_free(e);
@@ -250,22 +250,22 @@ static void limits_of_a_session_hold_for_what_it_redeems(void **state)
     e->pools[0].config.tenant_sequences_max = 2;
     uint64_t giver = session_new(e, 1), taker = session_new(e, 1), seq = computed(e, giver);
     uint64_t own = seq_new(e, taker);
-    ts_answer a;
-    assert_int_equal(give(e, giver, seq, 7, 0, &a), TS_OK);
+    ts_answer answer;
+    assert_int_equal(give(e, giver, seq, 7, 0, &answer), TS_OK);
     /* It counts for the tenant while it is on the ticket. */
     ts_command create = {.op = TS_OP_SEQ_CREATE, .session = giver, .seq_create = {.count = 1}};
-    assert_int_equal(apply(e, create, &a), TS_EQUOTA);
-    assert_int_equal(redeem(e, taker, 7, 0, &a), TS_EQUOTA);
-    assert_string_equal(a.message, "the session owns 1 sequences; the limit is 1");
+    assert_int_equal(apply(e, create, &answer), TS_EQUOTA);
+    assert_int_equal(redeem(e, taker, 7, 0, &answer), TS_EQUOTA);
+    assert_string_equal(answer.message, "the session owns 1 sequences; the limit is 1");
     e->limits.session_sequences = 2;
     append(e, taker, own, 1);
-    assert_int_equal(redeem(e, taker, 7, 0, &a), TS_EQUOTA);
+    assert_int_equal(redeem(e, taker, 7, 0, &answer), TS_EQUOTA);
     assert_string_equal(
-        a.message,
+        answer.message,
         "the session refers to 1 blocks; 2 more would pass its limit of 2 (session_blocks)");
     assert_int_equal(free_seq(e, taker, own), TS_OK);
-    assert_int_equal(redeem(e, taker, 7, 0, &a), TS_OK); /* the ticket was still good */
-    assert_int_equal(length_of(e, taker, a.seqs.seqs[0]), 8);
+    assert_int_equal(redeem(e, taker, 7, 0, &answer), TS_OK); /* the ticket was still good */
+    assert_int_equal(length_of(e, taker, answer.seqs.seqs[0]), 8);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -278,15 +278,16 @@ static void a_ticket_is_its_pool_s_and_goes_with_it(void **state)
     memcpy(config.name, "two", 4);
     pool_add(e, &config);
     uint64_t s = session_new(e, 1), seq = computed(e, s);
-    ts_answer a;
-    apply(e, (ts_command){.op = TS_OP_POOL_OPEN, .session = s, .pool_open = {.name = "two"}}, &a);
-    assert_int_equal(a.pool, 1);
-    assert_int_equal(give(e, s, seq, 7, 0, &a), TS_OK);
+    ts_answer answer;
+    apply(e, (ts_command){.op = TS_OP_POOL_OPEN, .session = s, .pool_open = {.name = "two"}},
+          &answer);
+    assert_int_equal(answer.pool, 1);
+    assert_int_equal(give(e, s, seq, 7, 0, &answer), TS_OK);
     ts_command c = {.op = TS_OP_SEQ_REDEEM, .session = s, .pool = 1};
     memset(c.seq_redeem.ticket, 7, sizeof c.seq_redeem.ticket);
-    assert_int_equal(apply(e, c, &a), TS_ENOENT);
+    assert_int_equal(apply(e, c, &answer), TS_ENOENT);
     close_session(e, s);
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_POOL_REMOVE}, &a), TS_OK);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_POOL_REMOVE}, &answer), TS_OK);
     assert_false(ts_engine_ends_by(e, UINT64_MAX));
     (void)sweep_all(e);
     check_engine(e);

@@ -4,20 +4,20 @@
 /* A begin of n tokens for the worker's sequence. */
 static ts_status take(worker *w, uint32_t n, bool wait, bool again, uint64_t now_ms)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_command c = {
         .op = TS_OP_STEP_BEGIN,
         .session = w->session,
         .now_ms = now_ms,
         .again = again,
         .step_begin = {.seqs = &w->seq, .new_tokens = &n, .count = 1, .heads = 1, .wait = wait}};
-    if (apply(w->e, c, &a) == TS_OK) {
-        assert_int_equal(step_end(w->e, w->session, TS_OP_STEP_COMMIT, a.begun.step->id, NULL, 0),
-                         TS_OK);
+    if (apply(w->e, c, &answer) == TS_OK) {
+        assert_int_equal(
+            step_end(w->e, w->session, TS_OP_STEP_COMMIT, answer.begun.step->id, NULL, 0), TS_OK);
         w->has += n;
     }
     check_engine(w->e);
-    return a.status;
+    return answer.status;
 }
 
 static worker holder_new(ts_engine *e, uint32_t uid, uint32_t blocks)
@@ -31,14 +31,14 @@ static worker holder_new(ts_engine *e, uint32_t uid, uint32_t blocks)
 
 static void give(worker *w, uint32_t blocks)
 {
-    ts_answer a;
+    ts_answer answer;
     w->has -= blocks * BLOCK;
     apply(w->e,
           (ts_command){.op = TS_OP_SEQ_TRUNCATE,
                        .session = w->session,
                        .seq_batch = {.seqs = &w->seq, .lengths = &w->has, .count = 1}},
-          &a);
-    assert_int_equal(a.status, TS_OK);
+          &answer);
+    assert_int_equal(answer.status, TS_OK);
     check_engine(w->e);
 }
 
@@ -74,14 +74,14 @@ static void who_goes_or_gives_up_leaves_its_place(void **state)
     (void)state;
     for (int how = 0; how < 3; how++) {
         ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
-        ts_answer a;
+        ts_answer answer;
         worker all = holder_new(e, 1, 30), large = holder_new(e, 1, 0), small = holder_new(e, 1, 0);
         assert_int_equal(take(&large, 16 * BLOCK, true, false, 0), TS_WAITS);
         assert_int_equal(take(&small, 2 * BLOCK, true, false, 0), TS_WAITS);
         if (how == 0)
             die(&large);
         else if (how == 1)
-            apply(e, (ts_command){.op = TS_OP_WAIT_END, .session = large.session}, &a);
+            apply(e, (ts_command){.op = TS_OP_WAIT_END, .session = large.session}, &answer);
         else
             assert_int_equal(take(&large, 16 * BLOCK, false, true, 0), TS_ENOSPC);
         assert_true(ts_engine_woken(e) == small.session);
@@ -169,12 +169,12 @@ static void who_waits_beyond_its_share_is_in_no_other_tenants_way(void **state)
 
 static worker in_pool(worker w, const char *pool)
 {
-    ts_answer a;
+    ts_answer answer;
     assert_int_equal(
         apply(
             w.e,
             (ts_command){.op = TS_OP_POOL_OPEN, .session = w.session, .pool_open = {.name = pool}},
-            &a),
+            &answer),
         TS_OK);
     return w;
 }
@@ -183,12 +183,13 @@ static void a_pool_that_was_removed_is_in_nobodys_way(void **state)
 {
     (void)state;
     uint32_t other;
-    ts_answer a;
+    ts_answer answer;
     ts_engine *e = engine_new(16, 4, BLOCK, TS_CLIENT_WRITE_ALL);
     ts_pool_config config = e->pools[0].config;
     strcpy(config.name, "other");
     other = pool_add(e, &config);
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_POOL_REMOVE, .pool = other}, &a), TS_OK);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_POOL_REMOVE, .pool = other}, &answer),
+                     TS_OK);
     worker all = holder_new(e, 1, 16), w = holder_new(e, 1, 0);
     assert_int_equal(take(&w, BLOCK, true, false, 0), TS_WAITS);
     give(&all, 1);
@@ -201,18 +202,19 @@ static void a_pool_in_which_a_session_waits_stays_open_in_it(void **state)
 {
     (void)state;
     uint32_t ids[PROMPT];
-    ts_answer a;
+    ts_answer answer;
     ts_engine *e = engine_new(64, 8, BLOCK, TS_CLIENT_WRITE_ALL);
     fill_ids(ids, PROMPT, 5);
     worker first = worker_new(e, 1, ids, PROMPT), second = worker_new(e, 1, ids, PROMPT);
     assert_int_equal(ask(&first, true, false), TS_OK);
     assert_int_equal(ask(&second, true, false), TS_WAITS);
     const ts_command close = {.op = TS_OP_POOL_CLOSE, .session = second.session};
-    assert_int_equal(apply(e, close, &a), TS_EBUSY);
-    assert_string_equal(a.message, "the session has a call that waits in pool 'test', which stays "
-                                   "open in it");
-    apply(e, (ts_command){.op = TS_OP_WAIT_END, .session = second.session}, &a);
-    assert_int_equal(apply(e, close, &a), TS_OK);
+    assert_int_equal(apply(e, close, &answer), TS_EBUSY);
+    assert_string_equal(answer.message,
+                        "the session has a call that waits in pool 'test', which stays "
+                        "open in it");
+    apply(e, (ts_command){.op = TS_OP_WAIT_END, .session = second.session}, &answer);
+    assert_int_equal(apply(e, close, &answer), TS_OK);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -221,7 +223,7 @@ static void who_waits_and_then_asks_for_something_else_has_left_its_place(void *
 {
     (void)state;
     uint32_t ids[PROMPT];
-    ts_answer a;
+    ts_answer answer;
     ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
     ts_pool_config config = e->pools[0].config;
     strcpy(config.name, "other");
@@ -241,8 +243,8 @@ static void who_waits_and_then_asks_for_something_else_has_left_its_place(void *
     apply(e,
           (ts_command){
               .op = TS_OP_SEQ_CREATE, .session = w.session, .pool = 1, .seq_create = {.count = 2}},
-          &a);
-    memcpy(seqs, a.seqs.seqs, sizeof seqs);
+          &answer);
+    memcpy(seqs, answer.seqs.seqs, sizeof seqs);
     e->pools[1].config.tenant_blocks_max = 40;
     ts_command begin = {
         .op = TS_OP_STEP_BEGIN,
@@ -250,18 +252,18 @@ static void who_waits_and_then_asks_for_something_else_has_left_its_place(void *
         .pool = 1,
         .again = true,
         .step_begin = {.seqs = seqs, .new_tokens = &n, .count = 1, .heads = 1, .wait = true}};
-    assert_int_equal(apply(e, begin, &a), TS_ENOSPC);
+    assert_int_equal(apply(e, begin, &answer), TS_ENOSPC);
     check_engine(e);
     assert_int_equal(take(&w, 4 * BLOCK, true, false, 0), TS_WAITS);
     /* The other pool has no room for it either. */
     const uint32_t most = 32 * BLOCK, one = BLOCK;
     begin.again = begin.step_begin.wait = false;
     begin.step_begin.new_tokens = &most;
-    assert_int_equal(apply(e, begin, &a), TS_OK);
+    assert_int_equal(apply(e, begin, &answer), TS_OK);
     begin.again = begin.step_begin.wait = true;
     begin.step_begin.seqs = seqs + 1;
     begin.step_begin.new_tokens = &one;
-    assert_int_equal(apply(e, begin, &a), TS_WAITS);
+    assert_int_equal(apply(e, begin, &answer), TS_WAITS);
     check_engine(e);
     give(&all, 4);
     assert_true(ts_engine_woken(e) == 0); /* it waits for the other pool now */
@@ -271,13 +273,14 @@ static void who_waits_and_then_asks_for_something_else_has_left_its_place(void *
 static void who_can_never_have_it_any_more_is_told(void **state)
 {
     (void)state;
-    ts_answer a;
+    ts_answer answer;
     ts_engine *e = engine_new(32, 4, BLOCK, TS_CLIENT_WRITE_ALL);
     worker all = holder_new(e, 1, 6), large = holder_new(e, 1, 0), small = holder_new(e, 1, 0);
     assert_int_equal(take(&large, 28 * BLOCK, true, false, 0), TS_WAITS);
     assert_int_equal(take(&small, 4 * BLOCK, true, false, 0), TS_WAITS);
     assert_int_equal(
-        apply(e, (ts_command){.op = TS_OP_POOL_RESIZE, .pool_resize.num_blocks = 16}, &a), TS_OK);
+        apply(e, (ts_command){.op = TS_OP_POOL_RESIZE, .pool_resize.num_blocks = 16}, &answer),
+        TS_OK);
     assert_true(ts_engine_woken(e) == large.session);
     assert_int_equal(take(&large, 28 * BLOCK, true, true, 0), TS_ENOSPC);
     assert_true(ts_engine_woken(e) == small.session);
@@ -336,19 +339,19 @@ static void a_restart_keeps_the_order(void **state)
 {
     (void)state;
     ts_engine *e = engine_new(32, 8, BLOCK, TS_CLIENT_WRITE_ALL);
-    ts_answer a;
+    ts_answer answer;
     worker all = holder_new(e, 1, 30), first = holder_new(e, 1, 0), second = holder_new(e, 1, 0),
            third = holder_new(e, 1, 0);
     assert_int_equal(take(&first, 16 * BLOCK, true, false, 0), TS_WAITS);
     assert_int_equal(take(&second, 8 * BLOCK, true, false, 0), TS_WAITS);
-    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer);
     check_engine(e);
     assert_int_equal(e->waiting_for_room, 2);
-    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = third.session}, &a);
+    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = third.session}, &answer);
     assert_int_equal(take(&third, 2 * BLOCK, false, false, 0), TS_OK);
-    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = second.session}, &a);
+    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = second.session}, &answer);
     assert_int_equal(take(&second, 8 * BLOCK, true, true, 0), TS_WAITS);
-    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = first.session}, &a);
+    apply(e, (ts_command){.op = TS_OP_SESSION_BACK, .session = first.session}, &answer);
     assert_int_equal(take(&first, 16 * BLOCK, true, true, 0), TS_WAITS);
     give(&all, 8); /* enough for the second */
     assert_true(ts_engine_woken(e) == 0);

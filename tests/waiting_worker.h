@@ -28,19 +28,19 @@ static inline worker worker_new(ts_engine *e, uint32_t uid, const uint32_t *ids,
 
 static inline ts_status ask(worker *w, bool wait, bool again)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_command c = {
         .op = TS_OP_SEQ_MATCH,
         .session = w->session,
         .again = again,
         .seq_match = {
             .tokens = w->ids, .counts = &w->count, .count = 1, .space = model, .wait = wait}};
-    if (apply(w->e, c, &a) == TS_OK) {
-        w->seq = a.matched.seqs[0];
-        w->has = a.matched.lengths[0];
+    if (apply(w->e, c, &answer) == TS_OK) {
+        w->seq = answer.matched.seqs[0];
+        w->has = answer.matched.lengths[0];
     }
     check_engine(w->e);
-    return a.status;
+    return answer.status;
 }
 
 /* Applies the commands of woken sessions again, in their order, until nobody is woken; how many
@@ -81,9 +81,10 @@ static inline void compute(worker *w, uint32_t n)
 
 static inline void die(worker *w)
 {
-    ts_answer a;
+    ts_answer answer;
     assert_int_equal(
-        apply(w->e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = w->session}, &a), TS_OK);
+        apply(w->e, (ts_command){.op = TS_OP_SESSION_CLOSE, .session = w->session}, &answer),
+        TS_OK);
     check_engine(w->e);
 }
 

@@ -56,7 +56,7 @@ static const struct operation {
 };
 
 /* Whether the session may wait for what the command asks for: it waits for one thing at a time. */
-static bool may_wait(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+static bool may_wait(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     const bool wait = (c->op == TS_OP_SEQ_MATCH && c->seq_match.wait) ||
                       (c->op == TS_OP_STEP_BEGIN && c->step_begin.wait);
@@ -68,8 +68,8 @@ static bool may_wait(ts_engine *e, ts_session *s, const ts_command *c, ts_answer
     else if (c->again)
         ts_waits_answered(e, s);
     else if (wait && s->wait.kind != TS_WAIT_NONE)
-        ts_refuse(a, TS_EBUSY, "the session waits already, in another call");
-    return a->status == TS_OK;
+        ts_refuse(answer, TS_EBUSY, "the session waits already, in another call");
+    return answer->status == TS_OK;
 }
 
 static bool is_final(ts_status status)
@@ -87,38 +87,38 @@ static void set_time(ts_engine *e, uint64_t now_ms)
         e->pools[i].books.now_s = now_s;
 }
 
-void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *a)
+void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *answer)
 {
-    memset(a, 0, sizeof *a);
+    memset(answer, 0, sizeof *answer);
     if ((size_t)c->op >= sizeof operations / sizeof *operations || operations[c->op].apply == NULL)
-        return ts_refuse(a, TS_EINVAL, "there is no command %d", (int)c->op);
+        return ts_refuse(answer, TS_EINVAL, "there is no command %d", (int)c->op);
     const struct operation *operation = &operations[c->op];
     set_time(e, c->now_ms);
     ts_session *s = NULL;
     if (operation->needs != NOTHING && (s = ts_engine_session(e, c->session)) == NULL)
-        return ts_refuse(a, TS_ENOENT, "there is no session %llx: open one first",
+        return ts_refuse(answer, TS_ENOENT, "there is no session %llx: open one first",
                          (unsigned long long)c->session);
     if (operation->needs == POOL && (c->pool >= e->num_pools || !(s->opened_pools >> c->pool & 1)))
-        return ts_refuse(a, TS_ENOENT, "the session has not opened a pool %u", c->pool);
-    if (s != NULL && !may_wait(e, s, c, a))
+        return ts_refuse(answer, TS_ENOENT, "the session has not opened a pool %u", c->pool);
+    if (s != NULL && !may_wait(e, s, c, answer))
         return;
-    operation->apply(e, s, c, a);
-    if (c->again && s != NULL && is_final(a->status))
+    operation->apply(e, s, c, answer);
+    if (c->again && s != NULL && is_final(answer->status))
         ts_waits_end(e, s);
-    if (c->call != 0 && s != NULL && a->status == TS_OK)
+    if (c->call != 0 && s != NULL && answer->status == TS_OK)
         s->call = c->call;
-    if (c->again && s != NULL && a->status == TS_NEED_SWEEP && s->wait.kind == TS_WAIT_ROOM &&
+    if (c->again && s != NULL && answer->status == TS_NEED_SWEEP && s->wait.kind == TS_WAIT_ROOM &&
         c->step_begin.wait) { /* it goes on bit by bit in its place, so nobody takes its room */
         ts_waits_wake(e, (uint32_t)(s - e->sessions));
-        ts_refuse(a, TS_WAITS, "it waits for room");
+        ts_refuse(answer, TS_WAITS, "it waits for room");
     }
     if (e->waiting_for_room > 0)
         ts_waits_look_for_room(e);
 }
 
-void ts_engine_wait_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_wait_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)c;
-    (void)a;
+    (void)answer;
     ts_waits_end(e, s);
 }

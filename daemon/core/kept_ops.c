@@ -16,13 +16,14 @@ static ts_sequence *find_kept(const ts_engine *e, uint32_t pool, const ts_sessio
 }
 
 /* The name is forgotten; the sequence becomes the session's own. */
-static void forget(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence *seq, ts_answer *a)
+static void forget(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence *seq,
+                   ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     if (seq->name == NULL)
-        return ts_refuse(a, TS_ENOENT, "sequence %llx has no name to forget",
+        return ts_refuse(answer, TS_ENOENT, "sequence %llx has no name to forget",
                          (unsigned long long)c->seq_keep.seq);
-    if (!ts_engine_check_owned(e, s, c->pool, seq->num_blocks, a))
+    if (!ts_engine_check_owned(e, s, c->pool, seq->num_blocks, answer))
         return;
     ts_sequence_own(&pool->seqs, &pool->books, seq, (uint32_t)(s - e->sessions),
                     &s->owned[c->pool]);
@@ -32,7 +33,7 @@ static void forget(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence
 
 /* Whether the sequence may be kept in place of `old` (NULL: of none); else the answer refuses. */
 static bool check_keep(ts_engine *e, const ts_session *s, const ts_command *c,
-                       const ts_sequence *seq, const ts_sequence *old, ts_answer *a)
+                       const ts_sequence *seq, const ts_sequence *old, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const char *name = c->seq_keep.name;
@@ -40,22 +41,24 @@ static bool check_keep(ts_engine *e, const ts_session *s, const ts_command *c,
         old == NULL ? 0 : ts_sequence_id(&pool->seqs, ts_sequence_index(&pool->seqs, old));
     if (old != NULL && !ts_sequence_is_over(&pool->seqs, old, e->now_ms)) {
         if (!c->seq_keep.replace)
-            ts_refuse(a, TS_EEXIST, "sequence %llx is already kept as '%s'",
+            ts_refuse(answer, TS_EEXIST, "sequence %llx is already kept as '%s'",
                       (unsigned long long)old_id, name);
         else if (old->step != TS_NONE)
-            ts_refuse(a, TS_EBUSY, "sequence %llx, which is kept as '%s', is in open step %llx",
+            ts_refuse(answer, TS_EBUSY,
+                      "sequence %llx, which is kept as '%s', is in open step %llx",
                       (unsigned long long)old_id, name, (unsigned long long)e->steps[old->step].id);
     }
-    if (a->status != TS_OK)
+    if (answer->status != TS_OK)
         return false;
     if (c->seq_keep.ttl_ms > 0 && ts_sequences_reserve_life(&pool->seqs) != TS_OK) {
-        ts_refuse(a, TS_ENOMEM, "no memory for a time to live");
+        ts_refuse(answer, TS_ENOMEM, "no memory for a time to live");
         return false;
     }
     /* What the old one alone has pinned makes room. */
     if (old != NULL)
         ts_sequence_pin(&pool->books, old, TS_NONE, false);
-    bool fits = ts_engine_check_pinned(e, s, c->pool, ts_sequence_unpinned(&pool->books, seq), a);
+    bool fits =
+        ts_engine_check_pinned(e, s, c->pool, ts_sequence_unpinned(&pool->books, seq), answer);
     if (old != NULL)
         ts_sequence_pin(&pool->books, old, TS_NONE, true);
     return fits;
@@ -63,7 +66,7 @@ static bool check_keep(ts_engine *e, const ts_session *s, const ts_command *c,
 
 /* Puts the sequence under the name. False: out of memory, and the answer refuses. */
 static bool keep(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence *seq,
-                 ts_sequence *old, ts_answer *a)
+                 ts_sequence *old, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const uint32_t tail = ts_engine_replaced_tail(e, c->pool, seq);
@@ -74,7 +77,7 @@ static bool keep(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence *
         ts_engine_free_sequence(e, c->pool, old, &entries);
     } else if (ts_sequence_keep(&pool->seqs, &pool->books, seq, tail, c->seq_keep.name,
                                 &s->owned[c->pool]) != TS_OK) {
-        ts_refuse(a, TS_ENOMEM, "no memory for the name '%s'", c->seq_keep.name);
+        ts_refuse(answer, TS_ENOMEM, "no memory for the name '%s'", c->seq_keep.name);
         return false;
     }
     ts_claims_end_of(e, c->pool, ts_sequence_index(&pool->seqs, seq));
@@ -85,25 +88,25 @@ static bool keep(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence *
     return true;
 }
 
-void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const char *name = c->seq_keep.name;
     /* A step is its session's; a sequence in it may not become another's. */
     bool forgets = name[0] == '\0';
-    ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forgets, a);
+    ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forgets, answer);
     if (seq == NULL)
         return;
     if (forgets)
-        return forget(e, s, c, seq, a);
+        return forget(e, s, c, seq, answer);
     size_t bytes = strlen(name);
     if (bytes > TS_NAME_BYTES_MAX)
-        return ts_refuse(a, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
+        return ts_refuse(answer, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
                          TS_NAME_BYTES_MAX);
     const uint32_t taken = ts_names_find(&pool->seqs.names, s->tenant, name);
     const bool has_it = taken == ts_sequence_index(&pool->seqs, seq);
     ts_sequence *old = taken == TS_NONE || has_it ? NULL : &pool->seqs.all[taken];
-    if (!check_keep(e, s, c, seq, old, a) || (!has_it && !keep(e, s, c, seq, old, a)))
+    if (!check_keep(e, s, c, seq, old, answer) || (!has_it && !keep(e, s, c, seq, old, answer)))
         return;
     if (c->seq_keep.ttl_ms > 0)
         ts_sequence_set_life(&pool->seqs, seq, c->seq_keep.ttl_ms, e->now_ms);
@@ -111,23 +114,23 @@ void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         ts_sequence_end_life(&pool->seqs, &pool->books, seq);
 }
 
-void ts_engine_seq_attach(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_seq_attach(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const ts_sequence *seq = find_kept(e, c->pool, s, c->seq_keep.name);
     if (seq == NULL)
-        return ts_refuse(a, TS_ENOENT, "uid %u keeps no sequence '%.127s' in pool '%s'",
+        return ts_refuse(answer, TS_ENOENT, "uid %u keeps no sequence '%.127s' in pool '%s'",
                          e->tenants[s->tenant], c->seq_keep.name, pool->config.name);
     if (!ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, 1, sizeof *e->out_ids))
-        return ts_refuse(a, TS_ENOMEM, "no memory for an answer");
+        return ts_refuse(answer, TS_ENOMEM, "no memory for an answer");
     ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
     e->out_ids[0] = ts_sequence_id(&pool->seqs, ts_sequence_index(&pool->seqs, seq));
-    a->seqs.seqs = e->out_ids;
-    a->seqs.count = 1;
-    a->seqs.length = seq->length;
+    answer->seqs.seqs = e->out_ids;
+    answer->seqs.count = 1;
+    answer->seqs.length = seq->length;
 }
 
-void ts_engine_seq_list(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_seq_list(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     const ts_sequences *seqs = &e->pools[c->pool].seqs;
     const char *prefix = c->seq_list.prefix, *after = c->seq_list.after;
@@ -140,18 +143,18 @@ void ts_engine_seq_list(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                         sizeof *e->out_ids) ||
         !ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, 2ull * limit,
                         sizeof *e->out_words))
-        return ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u sequences", limit);
+        return ts_refuse(answer, TS_ENOMEM, "no memory for an answer of %u sequences", limit);
     uint64_t *ids = e->out_ids, *left = ids + limit;
     uint32_t *lengths = e->out_words, *blocks = lengths + limit;
     const bool goes_on = strcmp(after, prefix) >= 0 && after[0] != '\0';
     const ts_name_node *node =
         ts_name_order_from(&seqs->order, s->tenant, goes_on ? after : prefix, goes_on);
-    a->kept.next = "";
+    answer->kept.next = "";
     for (; node != NULL && strncmp(node->name, prefix, prefix_bytes) == 0;
          node = ts_name_order_next(node)) {
         const ts_sequence *seq = find_kept(e, c->pool, s, node->name);
         if (looked_at == limit) {
-            a->kept.next = after;
+            answer->kept.next = after;
             break;
         }
         looked_at++;
@@ -164,10 +167,10 @@ void ts_engine_seq_list(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         lengths[count] = seq->length;
         blocks[count++] = seq->num_blocks;
     }
-    a->kept.names = e->out_names;
-    a->kept.seqs = ids;
-    a->kept.left_ms = left;
-    a->kept.lengths = lengths;
-    a->kept.blocks = blocks;
-    a->kept.count = count;
+    answer->kept.names = e->out_names;
+    answer->kept.seqs = ids;
+    answer->kept.left_ms = left;
+    answer->kept.lengths = lengths;
+    answer->kept.blocks = blocks;
+    answer->kept.count = count;
 }

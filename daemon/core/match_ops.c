@@ -44,20 +44,21 @@ static uint32_t find_prefix(const ts_engine *e, const ts_session *s, uint32_t po
 }
 
 /* Checks the prompts' sizes. *entries: block table entries that they may come to. */
-static bool check_prompts(const ts_engine *e, const ts_command *c, uint64_t *entries, ts_answer *a)
+static bool check_prompts(const ts_engine *e, const ts_command *c, uint64_t *entries,
+                          ts_answer *answer)
 {
     const ts_pool_config *config = &e->pools[c->pool].config;
     uint64_t tokens = 0;
     *entries = 0;
     if (c->seq_match.count == 0 || c->seq_match.count > e->limits.batch) {
-        ts_refuse(a, TS_EINVAL, "a match of %u prompts; the limits are 1..%u", c->seq_match.count,
-                  e->limits.batch);
+        ts_refuse(answer, TS_EINVAL, "a match of %u prompts; the limits are 1..%u",
+                  c->seq_match.count, e->limits.batch);
         return false;
     }
     for (uint32_t i = 0; i < c->seq_match.count; i++) {
         uint32_t n = c->seq_match.counts[i];
         if (n == 0 || n > config->sequence_tokens_max) {
-            ts_refuse(a, TS_EINVAL, "prompt %u has %u tokens; the limits are 1..%u", i, n,
+            ts_refuse(answer, TS_EINVAL, "prompt %u has %u tokens; the limits are 1..%u", i, n,
                       config->sequence_tokens_max);
             return false;
         }
@@ -66,7 +67,7 @@ static bool check_prompts(const ts_engine *e, const ts_command *c, uint64_t *ent
     }
     if (tokens <= e->limits.step_tokens && *entries <= TS_COMMAND_ENTRIES)
         return true;
-    ts_refuse(a, TS_EINVAL,
+    ts_refuse(answer, TS_EINVAL,
               "prompts of %llu tokens and %llu blocks; the limits of one call are %u and %u",
               (unsigned long long)tokens, (unsigned long long)*entries, e->limits.step_tokens,
               TS_COMMAND_ENTRIES);
@@ -75,7 +76,7 @@ static bool check_prompts(const ts_engine *e, const ts_command *c, uint64_t *ent
 
 /* Makes the sequences of what was found: lengths[i] tokens of each, in blocks one after another. */
 static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uint32_t space,
-                           const uint32_t *lengths, const uint32_t *blocks, ts_answer *a)
+                           const uint32_t *lengths, const uint32_t *blocks, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const uint32_t count = c->seq_match.count;
@@ -89,7 +90,7 @@ static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uin
                 s->sequences--;
                 ts_sequence_free(&pool->seqs, &pool->books, seq, &s->owned[c->pool]);
             }
-            return ts_refuse(a, TS_ENOMEM, "no memory for a block table of %u entries", n);
+            return ts_refuse(answer, TS_ENOMEM, "no memory for a block table of %u entries", n);
         }
         ts_sequence_take_match(&pool->seqs, &pool->books, seq, blocks, lengths[i]);
         s->blocks += n;
@@ -103,7 +104,7 @@ static void make_sequences(ts_engine *e, ts_session *s, const ts_command *c, uin
         pool->books.index->spaces[space].asked_tokens += c->seq_match.counts[i];
         pool->books.index->spaces[space].found_tokens += lengths[i];
     }
-    a->matched.seqs = e->out_ids;
+    answer->matched.seqs = e->out_ids;
 }
 
 /* Looks all prompts up: their lengths and, one after another, their blocks. With `wait` the first
@@ -150,7 +151,7 @@ static void claim_rests(ts_engine *e, ts_session *s, const ts_command *c, uint32
     }
 }
 
-void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const uint32_t count = c->seq_match.count;
@@ -158,37 +159,37 @@ void ts_engine_seq_match(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     ts_claim_found claim = {.claim = TS_NONE};
     uint64_t entries;
     uint32_t space;
-    if (!check_prompts(e, c, &entries, a) ||
-        (!dry && !ts_engine_reserve_sequences(e, s, c->pool, count, a)))
+    if (!check_prompts(e, c, &entries, answer) ||
+        (!dry && !ts_engine_reserve_sequences(e, s, c->pool, count, answer)))
         return;
     if (!ts_engine_grow((void **)&e->out_words, &e->out_words_capacity, 2ull * count + entries,
                         sizeof *e->out_words))
-        return ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u prompts", count);
+        return ts_refuse(answer, TS_ENOMEM, "no memory for an answer of %u prompts", count);
     const ts_space_name name = ts_engine_space_name(pool, &c->seq_match.space);
     if (name.count == 0)
-        return ts_refuse(a, TS_EINVAL,
+        return ts_refuse(answer, TS_EINVAL,
                          "a match without a namespace: give one, or set model of pool '%s'",
                          pool->config.name);
-    if (!dry ? !ts_engine_use_space(e, c->pool, s, &name, &space, a)
-             : !ts_engine_find_space(e, c->pool, s, &name, &space, a))
+    if (!dry ? !ts_engine_use_space(e, c->pool, s, &name, &space, answer)
+             : !ts_engine_find_space(e, c->pool, s, &name, &space, answer))
         return;
     uint32_t *lengths = e->out_words, *twins = lengths + count, *blocks = twins + count;
     const bool look = wait && space != TS_NONE && !pool->books.index->off;
     const uint64_t taken =
         find_all(e, s, c, space, look && e->claims.live > 0, lengths, blocks, &claim);
-    a->matched.lengths = lengths;
-    a->matched.count = count;
+    answer->matched.lengths = lengths;
+    answer->matched.count = count;
     if (claim.claim != TS_NONE) {
         ts_claims_wait(e, s, &claim);
-        ts_refuse(a, TS_WAITS, "it waits for what is being computed");
-    } else if (!dry && ts_engine_check_entries(e, s, c->pool, taken, a)) {
-        make_sequences(e, s, c, space, lengths, blocks, a);
-        if (look && a->status == TS_OK)
+        ts_refuse(answer, TS_WAITS, "it waits for what is being computed");
+    } else if (!dry && ts_engine_check_entries(e, s, c->pool, taken, answer)) {
+        make_sequences(e, s, c, space, lengths, blocks, answer);
+        if (look && answer->status == TS_OK)
             claim_rests(e, s, c, space, lengths, twins, blocks);
         else
             for (uint32_t i = 0; i < count; i++)
                 twins[i] = i;
-        a->matched.twins = twins;
+        answer->matched.twins = twins;
     }
     if (space != TS_NONE && !dry) /* the sequences use it now */
         ts_index_leave_space(pool->books.index, space);

@@ -58,7 +58,7 @@ static ts_status make_books(const ts_engine *e, const ts_pool_config *config, ts
     return status;
 }
 
-void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     const ts_pool_config *config = c->pool_add.config;
     uint32_t place;
@@ -66,11 +66,12 @@ void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_
     (void)none;
     ts_status status = ts_engine_pool_place(e, config, &place, why, sizeof why);
     if (status != TS_OK)
-        return ts_refuse(a, status, "%s", why);
+        return ts_refuse(answer, status, "%s", why);
     ts_engine_pool *pool = &e->pools[place];
     if (make_books(e, config, &pool->books) != TS_OK) {
         ts_pool_fini(&pool->books);
-        return ts_refuse(a, TS_ENOMEM, "no memory for the books of %u blocks", config->num_blocks);
+        return ts_refuse(answer, TS_ENOMEM, "no memory for the books of %u blocks",
+                         config->num_blocks);
     }
     pool->config = *config;
     pool->room = (ts_wait_list){TS_NONE, TS_NONE};
@@ -79,14 +80,14 @@ void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_
     pool->seqs.order.seed = e->limits.hash_seed;
     e->num_pools += place == e->num_pools;
     e->live_pools++;
-    a->pool = place;
+    answer->pool = place;
 }
 
-void ts_engine_pool_quotas(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_pool_quotas(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
     if (!ts_engine_has_pool(e, c->pool))
-        return ts_refuse(a, TS_ENOENT, "there is no pool %u", c->pool);
+        return ts_refuse(answer, TS_ENOENT, "there is no pool %u", c->pool);
     const ts_pool_config *next = c->pool_quotas.config;
     ts_pool_config *config = &e->pools[c->pool].config;
     config->tenant_blocks_max = next->tenant_blocks_max;
@@ -96,7 +97,7 @@ void ts_engine_pool_quotas(ts_engine *e, ts_session *none, const ts_command *c, 
     ts_waits_look_again(e, c->pool);
 }
 
-uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *a)
+uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *answer)
 {
     bool only = name[0] == '\0' && e->live_pools == 1;
     char known[128] = "";
@@ -110,38 +111,39 @@ uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *a
                  e->pools[i].config.name);
     }
     if (name[0] == '\0' && e->live_pools > 1)
-        ts_refuse(a, TS_EINVAL, "there are several pools: name one of %s", known);
+        ts_refuse(answer, TS_EINVAL, "there are several pools: name one of %s", known);
     else
-        ts_refuse(a, TS_ENOENT, "there is no pool '%.64s'; there %s %s", name,
+        ts_refuse(answer, TS_ENOENT, "there is no pool '%.64s'; there %s %s", name,
                   e->live_pools == 1 ? "is" : "are", e->live_pools == 0 ? "no pools" : known);
     return TS_NONE;
 }
 
-void ts_engine_pool_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_pool_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
-    uint32_t i = ts_engine_pool_named(e, c->pool_open.name, a);
+    uint32_t i = ts_engine_pool_named(e, c->pool_open.name, answer);
     if (i == TS_NONE)
         return;
     const ts_pool_config *config = &e->pools[i].config;
     if (c->pool_open.writable && config->client_write == TS_CLIENT_WRITE_NONE)
-        return ts_refuse(a, TS_EPERM,
+        return ts_refuse(answer, TS_EPERM,
                          "pool '%s' may not be mapped writable by uid %u: its configuration says "
                          "client_write = none",
                          config->name, e->tenants[s->tenant]);
     s->opened_pools |= (uint64_t)1 << i;
     if (c->pool_open.writable)
         s->writable_pools |= (uint64_t)1 << i;
-    a->pool = i;
+    answer->pool = i;
 }
 
-void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     const bool waits = s->wait.kind != TS_WAIT_NONE && s->wait.pool == c->pool;
     bool has_step = false;
     for (uint32_t i = s->step_list; i != TS_NONE && !has_step; i = e->steps[i].next)
         has_step = e->steps[i].pool == c->pool;
     if (has_step || waits || s->owned[c->pool] != TS_NONE)
-        return ts_refuse(a, TS_EBUSY, "the session has %s in pool '%s', which stays open in it",
+        return ts_refuse(answer, TS_EBUSY,
+                         "the session has %s in pool '%s', which stays open in it",
                          has_step ? "an open step"
                          : waits  ? "a call that waits"
                                   : "sequences",
@@ -151,7 +153,7 @@ void ts_engine_pool_close(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     ts_pool_leave_home(&e->pools[c->pool].books, (uint32_t)(s - e->sessions));
 }
 
-void ts_engine_pool_room(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_pool_room(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     const ts_engine_pool *pool = &e->pools[c->pool];
     const ts_pool_books *books = &pool->books;
@@ -159,20 +161,20 @@ void ts_engine_pool_room(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     const uint64_t most = pool->config.tenant_blocks_max;
     const uint64_t left = most > tenant->used ? most - tenant->used : 0;
     const uint64_t available = ts_pool_available(books, s->tenant);
-    a->room = (ts_room){.blocks = books->num_blocks,
-                        .available = available < left ? available : left,
-                        .used = tenant->used,
-                        .cached = tenant->cached,
-                        .pinned = tenant->pinned,
-                        .limit = most < books->num_blocks ? most : books->num_blocks,
-                        .others = books->used - tenant->used,
-                        .sequences = tenant->sequences,
-                        .waiting = pool->waiting,
-                        .asked_tokens = tenant->asked_tokens,
-                        .found_tokens = tenant->found_tokens};
+    answer->room = (ts_room){.blocks = books->num_blocks,
+                             .available = available < left ? available : left,
+                             .used = tenant->used,
+                             .cached = tenant->cached,
+                             .pinned = tenant->pinned,
+                             .limit = most < books->num_blocks ? most : books->num_blocks,
+                             .others = books->used - tenant->used,
+                             .sequences = tenant->sequences,
+                             .waiting = pool->waiting,
+                             .asked_tokens = tenant->asked_tokens,
+                             .found_tokens = tenant->found_tokens};
 }
 
-void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)s;
     ts_engine_pool *pool = &e->pools[c->pool];
@@ -181,7 +183,7 @@ void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_
         if (e->sessions[i].live && (e->sessions[i].opened_pools >> c->pool & 1) && users++ == 0)
             first = i;
     if (users > 0) /* a session that ends while its runs are under way is one too */
-        return ts_refuse(a, TS_EBUSY, "pool '%s' is open in %u session%s (%llx, %s, pid %u%s)",
+        return ts_refuse(answer, TS_EBUSY, "pool '%s' is open in %u session%s (%llx, %s, pid %u%s)",
                          pool->config.name, users, users == 1 ? "" : "s",
                          (unsigned long long)ts_engine_session_id(e, first),
                          e->sessions[first].program, e->sessions[first].pid,
@@ -192,7 +194,7 @@ void ts_engine_pool_remove(ts_engine *e, ts_session *s, const ts_command *c, ts_
     e->live_pools--;
 }
 
-void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)s;
     ts_engine_pool *pool = &e->pools[c->pool];
@@ -202,20 +204,20 @@ void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_
     if (wanted > books->max_blocks)
         wanted = books->max_blocks;
     if (c->pool_resize.num_blocks == 0 || c->pool_resize.num_blocks > books->max_blocks)
-        return ts_refuse(a, TS_EINVAL,
+        return ts_refuse(answer, TS_EINVAL,
                          "%u blocks for pool '%s'; the limits are 1..%u, its memory_max",
                          c->pool_resize.num_blocks, pool->config.name, books->max_blocks);
     uint32_t used = ts_pool_first_used(books, (uint32_t)wanted);
     if (used != TS_NONE)
         return ts_refuse(
-            a, TS_EBUSY,
+            answer, TS_EBUSY,
             "pool '%s' can't have %u blocks: block %u is in use, and blocks don't move",
             pool->config.name, (uint32_t)wanted, used);
     uint32_t budget = TS_SWEEP_ENTRIES;
     for (uint32_t i = (uint32_t)(wanted / slab); i < books->ungranted && budget > 0; i++)
         ts_pool_evict_slab(books, i, TS_EVICT_RESIZE, &budget);
     if (budget == 0)
-        return ts_engine_go_on_later(e, a);
+        return ts_engine_go_on_later(e, answer);
     ts_pool_resize(books, (uint32_t)wanted);
     pool->config.num_blocks = (uint32_t)wanted;
     ts_waits_look_again(e, c->pool);
@@ -231,14 +233,14 @@ bool ts_engine_wants_spare(const ts_engine *e, uint32_t pool, uint32_t tenant)
     return ts_engine_has_pool(e, pool) && ts_pool_wants_spare(&e->pools[pool].books, tenant);
 }
 
-void ts_engine_slab_grant(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_slab_grant(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)s;
     if (!ts_engine_has_pool(e, c->pool))
-        return ts_refuse(a, TS_ENOENT, "there is no pool %u", c->pool);
+        return ts_refuse(answer, TS_ENOENT, "there is no pool %u", c->pool);
     ts_status status =
         ts_pool_grant(&e->pools[c->pool].books, c->slab_grant.slab, c->slab_grant.tenant);
     if (status != TS_OK)
-        ts_refuse(a, status, "slab %u can't be granted to tenant %u", c->slab_grant.slab,
+        ts_refuse(answer, status, "slab %u can't be granted to tenant %u", c->slab_grant.slab,
                   c->slab_grant.tenant);
 }

@@ -6,12 +6,12 @@
 #include <stdlib.h>
 
 static bool check_range(const ts_session *s, const char *what, uint64_t offset, uint64_t bytes,
-                        ts_answer *a)
+                        ts_answer *answer)
 {
     if (offset % TS_EXCHANGE_ALIGN == 0 && offset <= s->exchange_bytes &&
         bytes <= s->exchange_bytes - offset)
         return true;
-    ts_refuse(a, TS_EINVAL,
+    ts_refuse(answer, TS_EINVAL,
               "%s takes %llu bytes at offset %llu; the exchange has %llu, and offsets must be "
               "multiples of %u",
               what, (unsigned long long)bytes, (unsigned long long)offset,
@@ -27,28 +27,31 @@ uint32_t ts_engine_step_runs_max(const ts_engine *e, const ts_step *step)
 }
 
 static bool check_scales(const ts_session *s, const ts_layer_run *run, const ts_geometry *g,
-                         ts_answer *a)
+                         ts_answer *answer)
 {
     if (!(run->flags & TS_RUN_SCALES))
         return true;
     char why[160];
     if (ts_dtype_scales_check(g->dtype, why, sizeof why) == TS_OK)
-        return check_range(s, "scales", run->scales, 2 * g->kv_heads * sizeof(float), a);
-    ts_refuse(a, TS_EINVAL, "%s", why);
+        return check_range(s, "scales", run->scales, 2 * g->kv_heads * sizeof(float), answer);
+    ts_refuse(answer, TS_EINVAL, "%s", why);
     return false;
 }
 
 static bool check_variant(const ts_session *s, const ts_layer_run *run, const ts_step *step,
-                          const ts_geometry *g, ts_answer *a)
+                          const ts_geometry *g, ts_answer *answer)
 {
     const ts_attention_variant v = ts_layer_run_variant(run);
     uint64_t each_head = step->heads * sizeof(float);
-    a->status = ts_attention_variant_check(&v, g->head_dim, a->message, sizeof a->message);
-    return a->status == TS_OK && check_scales(s, run, g, a) &&
-           (!(run->flags & TS_RUN_SINKS) || check_range(s, "sinks", run->sinks, each_head, a)) &&
-           (!(run->flags & TS_RUN_ALIBI) || check_range(s, "alibi", run->alibi, each_head, a)) &&
+    answer->status =
+        ts_attention_variant_check(&v, g->head_dim, answer->message, sizeof answer->message);
+    return answer->status == TS_OK && check_scales(s, run, g, answer) &&
+           (!(run->flags & TS_RUN_SINKS) ||
+            check_range(s, "sinks", run->sinks, each_head, answer)) &&
+           (!(run->flags & TS_RUN_ALIBI) ||
+            check_range(s, "alibi", run->alibi, each_head, answer)) &&
            (!(run->flags & TS_RUN_LSE) ||
-            check_range(s, "lse", run->lse, each_head * step->tokens, a));
+            check_range(s, "lse", run->lse, each_head * step->tokens, answer));
 }
 
 /* What a run reads or writes in the exchange. */
@@ -59,7 +62,7 @@ typedef struct range {
 
 /* A run that writes where it reads can't be done again after the daemon's death. */
 static bool check_overlap(const ts_layer_run *run, const ts_step *step, const ts_geometry *g,
-                          ts_answer *a)
+                          ts_answer *answer)
 {
     const uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
     const uint64_t each_head = step->heads * sizeof(float);
@@ -82,7 +85,7 @@ static bool check_overlap(const ts_layer_run *run, const ts_step *step, const ts
             const range *x = &ranges[i], *y = &ranges[k];
             if (x->offset >= y->offset + y->bytes || y->offset >= x->offset + x->bytes)
                 continue;
-            ts_refuse(a, TS_EINVAL,
+            ts_refuse(answer, TS_EINVAL,
                       "%s takes %llu bytes at offset %llu and overlaps %s, %llu bytes at %llu: "
                       "what a run writes must lie apart",
                       x->what, (unsigned long long)x->bytes, (unsigned long long)x->offset, y->what,
@@ -101,18 +104,18 @@ bool ts_engine_run_is_known(const ts_engine *e, const ts_command *c)
 }
 
 /* A run on a stream gets its place in the session's order. */
-static bool take_number(ts_session *s, ts_step *step, const ts_layer_run *run, ts_answer *a)
+static bool take_number(ts_session *s, ts_step *step, const ts_layer_run *run, ts_answer *answer)
 {
     const uint32_t n = step->num_stream_runs;
     if (run->number != s->stream_number + 1) {
-        ts_refuse(a, TS_EINVAL, "run number %u; the session's next is %u", run->number,
+        ts_refuse(answer, TS_EINVAL, "run number %u; the session's next is %u", run->number,
                   s->stream_number + 1);
         return false;
     }
     if ((n & (n - 1)) == 0) { /* doubling */
         ts_layer_run *grown = realloc(step->stream_runs, (n == 0 ? 1 : 2 * n) * sizeof *grown);
         if (grown == NULL) {
-            ts_refuse(a, TS_ENOMEM, "no memory for %u runs on a stream", n + 1);
+            ts_refuse(answer, TS_ENOMEM, "no memory for %u runs on a stream", n + 1);
             return false;
         }
         step->stream_runs = grown;
@@ -122,36 +125,37 @@ static bool take_number(ts_session *s, ts_step *step, const ts_layer_run *run, t
     return true;
 }
 
-void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
-    ts_step *step = ts_engine_own_step(e, s, c->step_run.step, a);
+    ts_step *step = ts_engine_own_step(e, s, c->step_run.step, answer);
     if (step == NULL)
         return;
     const ts_geometry *g = &e->pools[step->pool].config.geometry;
     const ts_layer_run *run = &c->step_run.run;
     if (step->heads == 0)
-        return ts_refuse(a, TS_EINVAL, "step %llx was begun with 0 query heads: it can't be run",
+        return ts_refuse(answer, TS_EINVAL,
+                         "step %llx was begun with 0 query heads: it can't be run",
                          (unsigned long long)step->id);
     if (run->layer >= g->layers)
-        return ts_refuse(a, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
+        return ts_refuse(answer, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
     if (step->crashes >= TS_STEP_CRASHES)
-        return ts_refuse(a, TS_EINTERNAL,
+        return ts_refuse(answer, TS_EINTERNAL,
                          "runs of step %llx were under way at %u crashes of the daemon: it isn't "
                          "run again",
                          (unsigned long long)step->id, step->crashes);
     uint32_t most = ts_engine_step_runs_max(e, step);
     if (step->in_flight >= most)
-        return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
+        return ts_refuse(answer, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
                          (unsigned long long)step->id, step->in_flight, most);
     uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
-    if (!check_range(s, "q", run->q, row * step->heads, a) ||
-        !check_range(s, "k", run->k, row * g->kv_heads, a) ||
-        !check_range(s, "v", run->v, row * g->kv_heads, a) ||
-        !check_range(s, "out", run->out, row * step->heads, a) ||
-        !check_variant(s, run, step, g, a) || !check_overlap(run, step, g, a))
+    if (!check_range(s, "q", run->q, row * step->heads, answer) ||
+        !check_range(s, "k", run->k, row * g->kv_heads, answer) ||
+        !check_range(s, "v", run->v, row * g->kv_heads, answer) ||
+        !check_range(s, "out", run->out, row * step->heads, answer) ||
+        !check_variant(s, run, step, g, answer) || !check_overlap(run, step, g, answer))
         return;
-    if ((run->flags & TS_RUN_ON_STREAM) && !take_number(s, step, run, a))
+    if ((run->flags & TS_RUN_ON_STREAM) && !take_number(s, step, run, answer))
         return;
     step->in_flight++;
-    a->step = step;
+    answer->step = step;
 }

@@ -21,13 +21,14 @@ static uint64_t more(uint64_t wanted, uint64_t given_up)
 
 /* Looks all up, marks them, and counts. Returns how many were marked; the answer refuses if that is
  * not all. */
-static uint32_t mark(ts_engine *e, ts_session *s, const ts_command *c, selection *x, ts_answer *a)
+static uint32_t mark(ts_engine *e, ts_session *s, const ts_command *c, selection *x,
+                     ts_answer *answer)
 {
     const uint32_t count = c->seq_select.count;
     uint32_t marked = 0;
     for (uint32_t i = 0; i < c->seq_select.picked; i++) {
         if (c->seq_select.from[i] >= count) {
-            ts_refuse(a, TS_EINVAL, "pick %u is sequence %u of a selection of %u", i,
+            ts_refuse(answer, TS_EINVAL, "pick %u is sequence %u of a selection of %u", i,
                       c->seq_select.from[i], count);
             return 0;
         }
@@ -38,7 +39,8 @@ static uint32_t mark(ts_engine *e, ts_session *s, const ts_command *c, selection
             x->forks++;
     }
     for (; marked < count; marked++) {
-        ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_select.seqs[marked], true, a);
+        ts_sequence *seq =
+            ts_engine_sequence(e, c->pool, s, c->seq_select.seqs[marked], true, answer);
         if (seq == NULL)
             break;
         seq->step = TS_SEQUENCE_MARKED;
@@ -55,10 +57,10 @@ static uint32_t mark(ts_engine *e, ts_session *s, const ts_command *c, selection
 
 /* Whether the quotas allow it, what is given up counted; makes room for ids. */
 static bool check(ts_engine *e, ts_session *s, const ts_command *c, const selection *x,
-                  ts_answer *a)
+                  ts_answer *answer)
 {
     if (x->fork_blocks > TS_COMMAND_ENTRIES || x->loser_blocks > TS_COMMAND_ENTRIES) {
-        ts_refuse(a, TS_EINVAL,
+        ts_refuse(answer, TS_EINVAL,
                   "a selection that makes %llu block table entries and gives up %llu; one call "
                   "makes and gives up to %u",
                   (unsigned long long)x->fork_blocks, (unsigned long long)x->loser_blocks,
@@ -66,13 +68,14 @@ static bool check(ts_engine *e, ts_session *s, const ts_command *c, const select
         return false;
     }
     const uint32_t sequences = (uint32_t)more(x->forks, x->given_up);
-    if (!ts_engine_check_entries(e, s, c->pool, more(x->fork_blocks, x->given_up_blocks), a) ||
-        (sequences > 0 && !ts_engine_reserve_sequences(e, s, c->pool, sequences, a)))
+    if (!ts_engine_check_entries(e, s, c->pool, more(x->fork_blocks, x->given_up_blocks), answer) ||
+        (sequences > 0 && !ts_engine_reserve_sequences(e, s, c->pool, sequences, answer)))
         return false;
     if (!ts_engine_grow((void **)&e->out_ids, &e->out_ids_capacity, c->seq_select.picked,
                         sizeof *e->out_ids))
-        ts_refuse(a, TS_ENOMEM, "no memory for an answer of %u sequences", c->seq_select.picked);
-    return a->status == TS_OK;
+        ts_refuse(answer, TS_ENOMEM, "no memory for an answer of %u sequences",
+                  c->seq_select.picked);
+    return answer->status == TS_OK;
 }
 
 static uint32_t capacity_of(const ts_sequence *parent)
@@ -80,7 +83,7 @@ static uint32_t capacity_of(const ts_sequence *parent)
     return parent->num_blocks < 4 ? 4 : parent->num_blocks;
 }
 
-static bool make_tables(ts_engine *e, const ts_command *c, selection *x, ts_answer *a)
+static bool make_tables(ts_engine *e, const ts_command *c, selection *x, ts_answer *answer)
 {
     for (uint32_t i = 0; i < c->seq_select.picked; i++) {
         const uint32_t from = c->seq_select.from[i];
@@ -90,9 +93,9 @@ static bool make_tables(ts_engine *e, const ts_command *c, selection *x, ts_answ
             ts_sequence_find(&e->pools[c->pool].seqs, c->seq_select.seqs[from]);
         x->tables[i] = malloc(capacity_of(parent) * sizeof **x->tables);
         if (x->tables[i] == NULL)
-            ts_refuse(a, TS_ENOMEM, "no memory for %u block tables", x->forks);
+            ts_refuse(answer, TS_ENOMEM, "no memory for %u block tables", x->forks);
     }
-    return a->status == TS_OK;
+    return answer->status == TS_OK;
 }
 
 static void carry_out(ts_engine *e, ts_session *s, const ts_command *c, selection *x)
@@ -121,27 +124,29 @@ static void carry_out(ts_engine *e, ts_session *s, const ts_command *c, selectio
     }
 }
 
-void ts_engine_seq_select(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_seq_select(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     const uint32_t count = c->seq_select.count, picked = c->seq_select.picked;
     if (count == 0 || count > e->limits.batch || picked == 0 || picked > e->limits.batch)
-        return ts_refuse(a, TS_EINVAL, "a selection of %u of %u sequences; the limits are 1..%u",
-                         picked, count, e->limits.batch);
+        return ts_refuse(answer, TS_EINVAL,
+                         "a selection of %u of %u sequences; the limits are 1..%u", picked, count,
+                         e->limits.batch);
     selection x = {.uses = calloc(count, sizeof *x.uses),
                    .first = calloc(count, sizeof *x.first),
                    .tables = calloc(picked, sizeof *x.tables)};
     const bool has_room = x.uses != NULL && x.first != NULL && x.tables != NULL;
     uint32_t marked = 0;
     if (has_room)
-        marked = mark(e, s, c, &x, a);
+        marked = mark(e, s, c, &x, answer);
     else
-        ts_refuse(a, TS_ENOMEM, "no memory for a selection of %u sequences", count);
+        ts_refuse(answer, TS_ENOMEM, "no memory for a selection of %u sequences", count);
     for (uint32_t i = 0; i < marked; i++)
         ts_sequence_find(&e->pools[c->pool].seqs, c->seq_select.seqs[i])->step = TS_NONE;
-    if (has_room && a->status == TS_OK && check(e, s, c, &x, a) && make_tables(e, c, &x, a)) {
+    if (has_room && answer->status == TS_OK && check(e, s, c, &x, answer) &&
+        make_tables(e, c, &x, answer)) {
         carry_out(e, s, c, &x);
-        a->seqs.seqs = e->out_ids;
-        a->seqs.count = picked;
+        answer->seqs.seqs = e->out_ids;
+        answer->seqs.count = picked;
     }
     for (uint32_t i = 0; x.tables != NULL && i < picked; i++)
         free(x.tables[i]);

@@ -22,33 +22,33 @@ static uint32_t tenant_of(ts_engine *e, uint32_t uid)
     return e->num_tenants++;
 }
 
-void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)s;
     bool is_operator = c->session_open.is_operator;
     if (e->draining && !is_operator)
-        return ts_refuse(a, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
+        return ts_refuse(answer, TS_EBUSY, "the daemon is being drained: it takes no new sessions");
     uint32_t kept =
         !is_operator && e->limits.sessions > 2 * TS_OPERATOR_SESSIONS ? TS_OPERATOR_SESSIONS : 0;
     if (e->live_sessions >= e->limits.sessions - kept)
-        return ts_refuse_more(a, TS_EQUOTA, e->live_sessions, 1, e->limits.sessions - kept,
+        return ts_refuse_more(answer, TS_EQUOTA, e->live_sessions, 1, e->limits.sessions - kept,
                               "%u sessions are open; the limit is %u%s", e->live_sessions,
                               e->limits.sessions,
                               kept == 0 ? "" : ", the last 8 of them for operators");
     uint32_t tenant = tenant_of(e, c->session_open.uid);
     if (tenant == TS_NONE)
-        return ts_refuse_more(a, TS_EQUOTA, e->num_tenants, 1, TS_TENANTS_MAX,
+        return ts_refuse_more(answer, TS_EQUOTA, e->num_tenants, 1, TS_TENANTS_MAX,
                               "uid %u would be tenant %u; the limit is %u", c->session_open.uid,
                               e->num_tenants + 1, TS_TENANTS_MAX);
     if (!is_operator && e->limits.tenant_sessions != 0 &&
         e->tenant_sessions[tenant] >= e->limits.tenant_sessions)
         return ts_refuse_more(
-            a, TS_EQUOTA, e->tenant_sessions[tenant], 1, e->limits.tenant_sessions,
+            answer, TS_EQUOTA, e->tenant_sessions[tenant], 1, e->limits.tenant_sessions,
             "uid %u has %u sessions; the limit is %u (tenant_sessions)", c->session_open.uid,
             e->tenant_sessions[tenant], e->limits.tenant_sessions);
     uint32_t *owned = malloc(TS_POOLS_MAX * sizeof *owned);
     if (owned == NULL)
-        return ts_refuse(a, TS_ENOMEM, "no memory for a session");
+        return ts_refuse(answer, TS_ENOMEM, "no memory for a session");
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         owned[i] = TS_NONE;
     uint32_t index = e->free_session;
@@ -69,7 +69,7 @@ void ts_engine_session_open(ts_engine *e, ts_session *s, const ts_command *c, ts
     memcpy(opened->nonce, c->session_open.nonce, sizeof opened->nonce);
     e->live_sessions++;
     e->present_tenants += e->tenant_sessions[tenant]++ == 0;
-    a->session = ts_engine_session_id(e, index);
+    answer->session = ts_engine_session_id(e, index);
 }
 
 ts_session *ts_engine_session_of(const ts_engine *e, uint32_t uid,
@@ -87,10 +87,10 @@ ts_session *ts_engine_session_of(const ts_engine *e, uint32_t uid,
 
 /* What a quarantined step's worker may write is still waited for, and runs on streams, which are
  * done again without being asked for. */
-void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
-    (void)a;
+    (void)answer;
     for (uint32_t i = 0; i < e->num_steps; i++) {
         ts_step *step = &e->steps[i];
         if (!step->live)
@@ -116,26 +116,26 @@ void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts
     }
 }
 
-void ts_engine_session_back(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_session_back(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)e;
     (void)c;
-    (void)a;
+    (void)answer;
     s->away = false;
 }
 
-void ts_engine_drain(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_drain(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
-    (void)a;
+    (void)answer;
     e->draining = c->drain.on;
 }
 
 /* What its arrays and its ids are made with stays. */
-void ts_engine_set_limits(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_set_limits(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
-    (void)a;
+    (void)answer;
     ts_engine_limits next = *c->limits.limits;
     next.sessions = e->limits.sessions;
     next.first_generation = e->limits.first_generation;
@@ -191,15 +191,15 @@ uint32_t ts_engine_reclaim(ts_engine *e, ts_session *s, uint32_t entries)
     return entries;
 }
 
-void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     uint64_t bytes = c->exchange_open.bytes;
     if (bytes == 0 || bytes > e->limits.exchange_bytes || bytes % 4096 != 0)
-        return ts_refuse(a, TS_EINVAL,
+        return ts_refuse(answer, TS_EINVAL,
                          "an exchange of %llu bytes; it must be a multiple of 4096, at most %llu",
                          (unsigned long long)bytes, (unsigned long long)e->limits.exchange_bytes);
     if (bytes < s->exchange_bytes && !c->exchange_open.other_memory)
-        return ts_refuse(a, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
+        return ts_refuse(answer, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);
     for (uint32_t i = s->step_list; i != TS_NONE; i = e->steps[i].next)
         for (uint32_t k = 0; k < e->steps[i].num_stream_runs; k++)
@@ -218,9 +218,9 @@ bool ts_engine_session_writes(const ts_engine *e, uint64_t id)
     return false;
 }
 
-void ts_engine_session_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_session_close(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
-    (void)a;
+    (void)answer;
     ts_waits_end(e, s);
     ts_claims_end_all(e, s);
     s->closing = true;
@@ -233,13 +233,13 @@ void ts_engine_session_close(ts_engine *e, ts_session *s, const ts_command *c, t
     (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
 }
 
-void ts_engine_session_gone(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_session_gone(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
     const uint32_t index = (uint32_t)c->session;
     ts_session *s = index < e->num_sessions ? &e->sessions[index] : NULL;
     if (s == NULL || !s->live || !s->closing || s->generation != (uint32_t)(c->session >> 32))
-        return ts_refuse(a, TS_ENOENT, "no session %llx is closing",
+        return ts_refuse(answer, TS_ENOENT, "no session %llx is closing",
                          (unsigned long long)c->session);
     for (uint32_t i = s->step_list; i != TS_NONE; i = e->steps[i].next)
         if (e->steps[i].quarantined) {

@@ -17,11 +17,11 @@ ts_step *ts_engine_find_step(const ts_engine *e, uint64_t id)
     return &e->steps[index];
 }
 
-ts_step *ts_engine_own_step(ts_engine *e, const ts_session *s, uint64_t id, ts_answer *a)
+ts_step *ts_engine_own_step(ts_engine *e, const ts_session *s, uint64_t id, ts_answer *answer)
 {
     ts_step *step = ts_engine_find_step(e, id);
     if (step == NULL || &e->sessions[step->session] != s || step->append) {
-        ts_refuse(a, TS_ENOENT, "the session has no open step %llx", (unsigned long long)id);
+        ts_refuse(answer, TS_ENOENT, "the session has no open step %llx", (unsigned long long)id);
         return NULL;
     }
     return step;
@@ -125,7 +125,8 @@ typedef struct needs {
 
 /* Checks everything about the batch but the space, marks its sequences and adds up the tokens and
  * blocks. Returns how many were marked; the answer refuses if that is not all. */
-static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, needs *n, ts_answer *a)
+static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, needs *n,
+                           ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const uint32_t *ids = c->step_begin.tokens;
@@ -133,19 +134,19 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
     for (; i < c->step_begin.count; i++) {
         uint64_t id = c->step_begin.seqs[i];
         uint32_t new_tokens = c->step_begin.new_tokens[i];
-        ts_sequence *seq = ts_engine_sequence(e, c->pool, s, id, true, a);
+        ts_sequence *seq = ts_engine_sequence(e, c->pool, s, id, true, answer);
         if (seq == NULL)
             return i;
         if (new_tokens > pool->config.sequence_tokens_max - seq->length) {
             ts_refuse(
-                a, TS_EINVAL,
+                answer, TS_EINVAL,
                 "%u new tokens for sequence %llx of %u; the pool's limit is %u tokens a sequence",
                 new_tokens, (unsigned long long)id, seq->length, pool->config.sequence_tokens_max);
             return i;
         }
         if (ids != NULL && new_tokens > 0 && *ids != TS_TOKEN_UNKNOWN && seq->space == TS_NONE &&
             !pool->books.index->off) {
-            ts_refuse(a, TS_EINVAL,
+            ts_refuse(answer, TS_EINVAL,
                       "token ids for sequence %llx, which has no namespace: name one when it is "
                       "made, or set model = in pool '%s'",
                       (unsigned long long)id, pool->config.name);
@@ -155,7 +156,7 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
             ids += new_tokens;
         uint32_t more = ts_step_blocks(&pool->seqs, &pool->books, seq, new_tokens);
         if (ts_sequence_reserve(seq, seq->num_blocks + more) != TS_OK) {
-            ts_refuse(a, TS_ENOMEM, "no memory for a block table of %u entries",
+            ts_refuse(answer, TS_ENOMEM, "no memory for a block table of %u entries",
                       seq->num_blocks + more);
             return i;
         }
@@ -210,7 +211,7 @@ static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, 
  * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted.
  */
 static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t blocks,
-                      ts_answer *a)
+                      ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     ts_pool_books *books = &pool->books;
@@ -225,32 +226,32 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
     if ((over || available < blocks) && c->step_begin.wait && blocks <= most &&
         blocks <= books->num_blocks) {
         ts_waits_for_room(e, s, c->pool, (uint32_t)blocks);
-        ts_refuse(a, TS_WAITS, "it waits for room");
+        ts_refuse(answer, TS_WAITS, "it waits for room");
         return false;
     }
     if ((over || available < blocks) &&
         (ts_engine_frees_more(e, c->pool) || e->closing != TS_NONE)) {
-        a->status = TS_NEED_SWEEP;
+        answer->status = TS_NEED_SWEEP;
         return false;
     }
     if (over) {
-        ts_refuse_more(a, TS_EQUOTA, tenant->used, blocks, most,
+        ts_refuse_more(answer, TS_EQUOTA, tenant->used, blocks, most,
                        "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of %llu",
                        e->tenants[s->tenant], tenant->used, pool->config.name,
                        (unsigned long long)blocks, (unsigned long long)most);
         return false;
     }
     if (available < blocks) {
-        ts_refuse(a, TS_ENOSPC,
+        ts_refuse(answer, TS_ENOSPC,
                   "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
                   (unsigned long long)blocks, pool->config.name, (unsigned long long)available,
                   e->tenants[s->tenant], books->num_blocks);
-        a->amounts = (ts_amounts){.needed = blocks,
-                                  .free = available,
-                                  .limit = books->num_blocks,
-                                  .cached = tenant->cached,
-                                  .pinned = tenant->pinned,
-                                  .others = books->used - tenant->used};
+        answer->amounts = (ts_amounts){.needed = blocks,
+                                       .free = available,
+                                       .limit = books->num_blocks,
+                                       .cached = tenant->cached,
+                                       .pinned = tenant->pinned,
+                                       .others = books->used - tenant->used};
         return false;
     }
     if (no_new_slabs && (uint64_t)tenant->free + tenant->cached < blocks)
@@ -275,78 +276,82 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
            ts_pool_empty_other(books, s->tenant, share, false, &budget))
         grantable = ts_pool_grantable(books, s->tenant);
     if (budget == 0) {
-        ts_engine_go_on_later(e, a);
+        ts_engine_go_on_later(e, answer);
         return false;
     }
     return tenant->free < blocks;
 }
 
 /* Whether the blocks can be had: quotas first, then the pool. */
-static void check_space(ts_engine *e, ts_session *s, const ts_command *c, needs *n, ts_answer *a)
+static void check_space(ts_engine *e, ts_session *s, const ts_command *c, needs *n,
+                        ts_answer *answer)
 {
     save_copies(e, s, c, n);
     uint64_t tokens = n->tokens, blocks = n->blocks;
     if (tokens == 0)
-        return ts_refuse(a, TS_EINVAL, "a step of 0 new tokens; one of its %u sequences gets some",
+        return ts_refuse(answer, TS_EINVAL,
+                         "a step of 0 new tokens; one of its %u sequences gets some",
                          c->step_begin.count);
     if (tokens > e->limits.step_tokens)
-        return ts_refuse(a, TS_EINVAL, "a step of %llu new tokens; the limit is %u",
+        return ts_refuse(answer, TS_EINVAL, "a step of %llu new tokens; the limit is %u",
                          (unsigned long long)tokens, e->limits.step_tokens);
     if (blocks > TS_COMMAND_ENTRIES)
-        return ts_refuse(a, TS_EINVAL, "a step that takes %llu blocks; the limit is %u",
+        return ts_refuse(answer, TS_EINVAL, "a step that takes %llu blocks; the limit is %u",
                          (unsigned long long)blocks, TS_COMMAND_ENTRIES);
-    if (!ts_engine_check_entries(e, s, c->pool, blocks, a) ||
-        !ts_engine_check_pinned(e, s, c->pool, n->pinned, a))
+    if (!ts_engine_check_entries(e, s, c->pool, blocks, answer) ||
+        !ts_engine_check_pinned(e, s, c->pool, n->pinned, answer))
         return;
-    if (!make_room(e, s, c, blocks, a))
+    if (!make_room(e, s, c, blocks, answer))
         return;
-    a->status = TS_NEED_SLABS;
-    a->need.pool = c->pool;
-    a->need.tenant = s->tenant;
+    answer->status = TS_NEED_SLABS;
+    answer->need.pool = c->pool;
+    answer->need.tenant = s->tenant;
 }
 
-static bool check_form(const ts_engine *e, const ts_session *s, const ts_command *c, ts_answer *a)
+static bool check_form(const ts_engine *e, const ts_session *s, const ts_command *c,
+                       ts_answer *answer)
 {
     const ts_geometry *g = &e->pools[c->pool].config.geometry;
     uint32_t heads = c->step_begin.heads;
     char why[160];
     if (c->step_begin.count == 0 || c->step_begin.count > e->limits.batch)
-        ts_refuse(a, TS_EINVAL, "a step of %u sequences; the limits are 1..%u", c->step_begin.count,
-                  e->limits.batch);
+        ts_refuse(answer, TS_EINVAL, "a step of %u sequences; the limits are 1..%u",
+                  c->step_begin.count, e->limits.batch);
     else if (heads % g->kv_heads != 0 || heads > TS_HEADS_MAX)
-        ts_refuse(a, TS_EINVAL,
+        ts_refuse(answer, TS_EINVAL,
                   "%u query heads; they must be a multiple of the pool's %u KV heads, "
                   "at most %u",
                   heads, g->kv_heads, TS_HEADS_MAX);
     else if (ts_dtype_io_check(c->step_begin.io_dtype, g->dtype, why, sizeof why) != TS_OK)
-        ts_refuse(a, TS_EINVAL, "%s", why);
+        ts_refuse(answer, TS_EINVAL, "%s", why);
     else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
-        ts_refuse(a, TS_EINVAL, "a scale of %g; it must be finite and not negative",
+        ts_refuse(answer, TS_EINVAL, "a scale of %g; it must be finite and not negative",
                   (double)c->step_begin.scale);
     else if (c->step_begin.kernel != TS_KERNEL_AUTO && !e->pools[c->pool].config.on_gpu)
-        ts_refuse(a, TS_EINVAL, "kernel %s runs on a GPU; pool '%s' is on %s",
+        ts_refuse(answer, TS_EINVAL, "kernel %s runs on a GPU; pool '%s' is on %s",
                   ts_kernel_name(c->step_begin.kernel), e->pools[c->pool].config.name,
                   e->pools[c->pool].config.device);
     else if (ts_kernel_check(c->step_begin.kernel, g, e->pools[c->pool].config.warp_groups,
-                             a->message, sizeof a->message) != TS_OK)
-        a->status = TS_EINVAL;
+                             answer->message, sizeof answer->message) != TS_OK)
+        answer->status = TS_EINVAL;
     else if (c->step_begin.append && !(s->writable_pools >> c->pool & 1))
-        ts_refuse(a, TS_EPERM,
+        ts_refuse(answer, TS_EPERM,
                   "an append leaves K and V to the session, which didn't open pool '%s' to write",
                   e->pools[c->pool].config.name);
     else if (heads == 0 && !(s->writable_pools >> c->pool & 1))
         ts_refuse(
-            a, TS_EPERM,
+            answer, TS_EPERM,
             "a step without query heads leaves K and V to the session, which didn't open pool "
             "'%s' to write",
             e->pools[c->pool].config.name);
     else if (c->step_begin.priority < -1 || c->step_begin.priority > 1)
-        ts_refuse(a, TS_EINVAL, "a priority of %d; the limits are -1..1", c->step_begin.priority);
+        ts_refuse(answer, TS_EINVAL, "a priority of %d; the limits are -1..1",
+                  c->step_begin.priority);
     else if (s->steps >= e->limits.session_steps)
-        ts_refuse_more(a, TS_EQUOTA, s->steps, 1, e->limits.session_steps,
+        ts_refuse_more(answer, TS_EQUOTA, s->steps, 1, e->limits.session_steps,
                        "the session has %u open steps; the limit is %u", s->steps,
                        e->limits.session_steps);
-    return a->status == TS_OK;
+    return answer->status == TS_OK;
 }
 
 /* Room for what the answer will point to: three arrays of words and the copies. */
@@ -373,18 +378,18 @@ void ts_engine_step_copies(const ts_engine *e, const ts_step *step, ts_block_cop
     }
 }
 
-static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
+static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *answer)
 {
     const ts_engine_pool *pool = &e->pools[step->pool];
     uint32_t block_tokens = pool->seqs.block_tokens;
     uint32_t *starts = e->out_words, *counts = starts + step->num_seqs;
     uint32_t *blocks = counts + step->num_seqs;
-    a->begun.step = step;
-    a->begun.starts = starts;
-    a->begun.counts = counts;
-    a->begun.blocks = blocks;
-    a->begun.num_seqs = step->num_seqs;
-    a->begun.copies = e->out_copies;
+    answer->begun.step = step;
+    answer->begun.starts = starts;
+    answer->begun.counts = counts;
+    answer->begun.blocks = blocks;
+    answer->begun.num_seqs = step->num_seqs;
+    answer->begun.copies = e->out_copies;
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         const ts_step_seq *part = &step->seqs[i];
         uint32_t first = ts_first_touched(part->start, part->new_tokens, block_tokens);
@@ -392,31 +397,31 @@ static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *a)
         starts[i] = part->start;
         counts[i] = end - first;
         for (uint32_t b = first; b < end; b++)
-            blocks[a->begun.num_blocks++] = part->table[b];
+            blocks[answer->begun.num_blocks++] = part->table[b];
     }
-    ts_engine_step_copies(e, step, e->out_copies, &a->begun.num_copies);
+    ts_engine_step_copies(e, step, e->out_copies, &answer->begun.num_copies);
 }
 
-void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const uint32_t count = c->step_begin.count;
-    if (!check_form(e, s, c, a))
+    if (!check_form(e, s, c, answer))
         return;
     needs n = {0};
-    uint32_t marked = mark_batch(e, s, c, &n, a);
-    if (a->status == TS_OK)
-        check_space(e, s, c, &n, a);
+    uint32_t marked = mark_batch(e, s, c, &n, answer);
+    if (answer->status == TS_OK)
+        check_space(e, s, c, &n, answer);
     uint32_t index = TS_NONE;
-    if (a->status == TS_OK) {
+    if (answer->status == TS_OK) {
         if (reserve_answer(e, count, n.blocks))
             index = step_new(e, s, count);
         if (index == TS_NONE)
-            ts_refuse(a, TS_ENOMEM, "no memory for a step of %u sequences", count);
+            ts_refuse(answer, TS_ENOMEM, "no memory for a step of %u sequences", count);
     }
     for (uint32_t i = 0; i < marked; i++)
         ts_sequence_find(&pool->seqs, c->step_begin.seqs[i])->step = TS_NONE;
-    if (a->status != TS_OK)
+    if (answer->status != TS_OK)
         return;
 
     ts_step *step = &e->steps[index];
@@ -449,25 +454,25 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     if (s->wait.kind == TS_WAIT_ROOM)
         pool->room_turn = s->tenant + 1;
     pool->open_steps++;
-    fill_answer(e, step, a);
-    if (a->begun.num_copies > 0) {
+    fill_answer(e, step, answer);
+    if (answer->begun.num_copies > 0) {
         step->in_flight = 1;
         step->copying = true;
     } else if (step->append) {
         settle(e, step, NULL, true);
-        a->begun.step = NULL;
+        answer->begun.step = NULL;
     }
 }
 
-void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
-    ts_step *step = ts_engine_own_step(e, s, c->step_end.step, a);
+    ts_step *step = ts_engine_own_step(e, s, c->step_end.step, answer);
     if (step == NULL)
         return;
     const ts_engine_pool *pool = &e->pools[step->pool];
     uint32_t layers = pool->config.geometry.layers;
     if (step->in_flight > 0)
-        return ts_refuse(a, TS_EBUSY, "step %llx has %u runs in flight",
+        return ts_refuse(answer, TS_EBUSY, "step %llx has %u runs in flight",
                          (unsigned long long)step->id, step->in_flight);
     if (c->op == TS_OP_STEP_ABORT)
         return ts_engine_step_abort(e, step);
@@ -475,27 +480,27 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     const uint32_t *accepted = c->step_end.accepted;
     uint64_t kept = 0;
     if (accepted != NULL && c->step_end.count != step->num_seqs)
-        return ts_refuse(a, TS_EINVAL, "%u accepted counts for a step of %u sequences",
+        return ts_refuse(answer, TS_EINVAL, "%u accepted counts for a step of %u sequences",
                          c->step_end.count, step->num_seqs);
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         uint32_t n = accepted != NULL ? accepted[i] : step->seqs[i].new_tokens;
         if (n > step->seqs[i].new_tokens)
-            return ts_refuse(a, TS_EINVAL,
+            return ts_refuse(answer, TS_EINVAL,
                              "%u tokens accepted of the %u that sequence %u of the "
                              "step has",
                              n, step->seqs[i].new_tokens, i);
         kept += n;
     }
     if (kept > 0 && step->failed != TS_OK)
-        return ts_refuse(a, step->failed, "the run of layer %u of step %llx failed: %s",
+        return ts_refuse(answer, step->failed, "the run of layer %u of step %llx failed: %s",
                          step->failed_layer, (unsigned long long)step->id,
                          ts_status_name(step->failed));
     /* Nobody may see a token whose K and V were not written in every layer. */
     if (kept > 0 && step->layers.count > 0 && step->layers.count < layers)
-        return ts_refuse(a, TS_EINVAL, "only %u of %u layers of step %llx were run",
+        return ts_refuse(answer, TS_EINVAL, "only %u of %u layers of step %llx were run",
                          step->layers.count, layers, (unsigned long long)step->id);
     if (kept > 0 && step->layers.count == 0 && !(s->writable_pools >> step->pool & 1))
-        return ts_refuse(a, TS_EPERM,
+        return ts_refuse(answer, TS_EPERM,
                          "no layer of step %llx was run, and the session didn't open pool '%s' to "
                          "write: its tokens have no K and V",
                          (unsigned long long)step->id, pool->config.name);
@@ -514,13 +519,13 @@ static void forget_stream_run(ts_step *step, uint32_t number)
             (step->num_stream_runs - i) * sizeof *step->stream_runs);
 }
 
-void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *a)
+void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
     ts_step *step = ts_engine_find_step(e, c->step_done.step);
     uint32_t layer = c->step_done.layer;
     if (step == NULL || step->in_flight == 0)
-        return ts_refuse(a, TS_ENOENT, "no step %llx is in flight",
+        return ts_refuse(answer, TS_ENOENT, "no step %llx is in flight",
                          (unsigned long long)c->step_done.step);
     step->in_flight--;
     if (c->step_done.on_stream)

@@ -51,10 +51,10 @@ static bool has_retired(const ts_pool_books *books)
     return books->index != NULL && ts_index_retired_leaf(books->index, &near) != TS_NO_BLOCK;
 }
 
-void ts_engine_go_on_later(ts_engine *e, ts_answer *a)
+void ts_engine_go_on_later(ts_engine *e, ts_answer *answer)
 {
     e->wants_sweep = true;
-    ts_refuse(a, TS_NEED_SWEEP, "it goes on bit by bit");
+    ts_refuse(answer, TS_NEED_SWEEP, "it goes on bit by bit");
 }
 
 bool ts_engine_sweeps(const ts_engine *e)
@@ -78,11 +78,11 @@ static uint32_t end_lives(ts_engine *e, uint32_t pool, uint32_t entries)
     return entries;
 }
 
-void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *a)
+void ts_engine_sweep(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
 {
     (void)s;
     (void)c;
-    (void)a;
+    (void)answer;
     uint32_t left = TS_SWEEP_ENTRIES;
     e->wants_sweep = false;
     ts_claims_end_idle(e);

@@ -475,10 +475,10 @@ static void spoil_written(pool_sums *p, const ts_sequence *seq, uint32_t start, 
 }
 
 /* The blocks that the begun step's new tokens, or the appended ones, are written to. */
-static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *a)
+static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *answer)
 {
     const ts_sequences *seqs = &s->engine->pools[c->pool].seqs;
-    const ts_step *step = a->begun.step;
+    const ts_step *step = answer->begun.step;
     pthread_mutex_lock(&s->lock);
     for (uint32_t i = 0; i < c->step_begin.count; i++) {
         const ts_sequence *seq = ts_sequence_find(seqs, c->step_begin.seqs[i]);
@@ -491,12 +491,12 @@ static void spoil_begun(ts_block_sums *s, const ts_command *c, const ts_answer *
     pthread_mutex_unlock(&s->lock);
 }
 
-void ts_block_sums_after(ts_block_sums *s, const ts_command *c, const ts_answer *a)
+void ts_block_sums_after(ts_block_sums *s, const ts_command *c, const ts_answer *answer)
 {
-    if (s == NULL || a->status != TS_OK)
+    if (s == NULL || answer->status != TS_OK)
         return;
     if (c->op == TS_OP_STEP_BEGIN && s->pools[c->pool].count > 0)
-        spoil_begun(s, c, a);
+        spoil_begun(s, c, answer);
     else if (s->num_committed > 0)
         queue_full(s);
 }

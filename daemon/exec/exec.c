@@ -9,8 +9,8 @@
 
 static void sweep(ts_exec *x)
 {
-    ts_answer a;
-    ts_exec_apply(x, &(ts_command){.op = TS_OP_SWEEP}, &a);
+    ts_answer answer;
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_SWEEP}, &answer);
     x->resumed(x->owner);
 }
 
@@ -45,18 +45,18 @@ void ts_exec_look_for_woken(ts_exec *x)
     ts_queue_put(&x->queue, &x->wake);
 }
 
-void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *a)
+void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *answer)
 {
     ts_command timed = *command;
     timed.now_ms = ts_now_ms();
     ts_books_begin(x->books, &timed);
     ts_point("applying", timed.op);
     ts_block_sums_before(x->sums, &timed);
-    ts_engine_apply(x->engine, &timed, a);
+    ts_engine_apply(x->engine, &timed, answer);
     ts_point("applied", 0);
-    ts_books_note(x->books, x->engine, &timed, a);
+    ts_books_note(x->books, x->engine, &timed, answer);
     ts_point("published", 0);
-    ts_block_sums_after(x->sums, &timed, a);
+    ts_block_sums_after(x->sums, &timed, answer);
     ts_exec_look_for_woken(x);
     if (x->sweeping || !ts_engine_sweeps(x->engine))
         return;

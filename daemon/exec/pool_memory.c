@@ -347,12 +347,12 @@ static ts_status lose_slab(ts_exec *x, uint32_t pool, uint32_t slab, uint64_t *l
                            size_t why_bytes)
 {
     const ts_engine_pool *p = &x->engine->pools[pool];
-    ts_answer a;
+    ts_answer answer;
     ts_stored_slab_forget(
         x->store, &(ts_stored_slab){x->memory[pool], pool, slab, p->books.slabs[slab].generation});
     ts_exec_apply(x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab},
-                  &a);
-    *lost += a.dropped;
+                  &answer);
+    *lost += answer.dropped;
     ts_status status = ts_memory_renew(
         x->memory[pool], slab, p->config.client_write != TS_CLIENT_WRITE_NONE, why, why_bytes);
     if (status != TS_OK)
@@ -409,9 +409,9 @@ static ts_status restore_pool(ts_exec *x, uint32_t pool, char *why, size_t why_b
 
 ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why_bytes)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_status status = TS_OK;
-    ts_exec_apply(x, &(ts_command){.op = TS_OP_RESTARTED, .restarted.crashed = crashed}, &a);
+    ts_exec_apply(x, &(ts_command){.op = TS_OP_RESTARTED, .restarted.crashed = crashed}, &answer);
     for (uint32_t i = 0; i < x->engine->num_pools && status == TS_OK; i++)
         if (ts_engine_has_pool(x->engine, i))
             status = restore_pool(x, i, why, why_bytes);
@@ -425,7 +425,7 @@ ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why
         ts_exec_apply(
             x,
             &(ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step->id, .layer = TS_NONE}},
-            &a);
+            &answer);
     }
     return status;
 }
@@ -501,7 +501,7 @@ ts_status ts_pool_memory_start(ts_exec *x, const ts_config *c)
 }
 
 ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, const ts_asker *by,
-                                ts_answer *a)
+                                ts_answer *answer)
 {
     const ts_engine_pool *p = &x->engine->pools[pool];
     ts_memory *memory = x->memory[pool];
@@ -511,9 +511,9 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     (void)ts_slab_supply_finish(x);
     uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
     if (memory->ipc_handle != NULL && num_blocks != blocks) {
-        ts_refuse(a, TS_EINVAL, "pool '%s' is cuda-ipc memory: one piece, which keeps its size",
-                  p->config.name);
-        return a->status;
+        ts_refuse(answer, TS_EINVAL,
+                  "pool '%s' is cuda-ipc memory: one piece, which keeps its size", p->config.name);
+        return answer->status;
     }
     if (num_blocks > blocks && num_blocks <= p->books.max_blocks) {
         char why[TS_MESSAGE_BYTES];
@@ -524,22 +524,22 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
                 ? check_host_fit(host_bytes(x), more, why, sizeof why)
                 : check_fit(x, x->gpu_of[pool], p->config.device, more, why, sizeof why);
         if (status != TS_OK) {
-            ts_refuse(a, status, "pool '%s': %.200s", p->config.name, why);
+            ts_refuse(answer, status, "pool '%s': %.200s", p->config.name, why);
             return status;
         }
     }
-    ts_exec_apply(x, &command, a);
-    for (uint32_t i = p->books.num_slabs; a->status == TS_OK && i < before; i++) {
+    ts_exec_apply(x, &command, answer);
+    for (uint32_t i = p->books.num_slabs; answer->status == TS_OK && i < before; i++) {
         ts_exec_let_go(x, pool, i);
         ts_stored_slab_forget(x->store,
                               &(ts_stored_slab){memory, pool, i, p->books.slabs[i].generation});
         ts_block_sums_leave_slab(x->sums, pool, i);
         ts_memory_drop(memory, i);
     }
-    return a->status;
+    return answer->status;
 }
 
-ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_asker *by, ts_answer *a)
+ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_asker *by, ts_answer *answer)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
     set_asker(&command, by);
@@ -547,28 +547,28 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_asker *by, t
     (void)ts_slab_supply_finish(x);
     if (x->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
         /* Freed, it could become somebody else's under the eyes of who keeps it mapped. */
-        ts_refuse(a, TS_EPERM,
+        ts_refuse(answer, TS_EPERM,
                   "pool '%s' is cuda-ipc memory that its tenant may still map: it stays until the "
                   "daemon is restarted",
                   p->config.name);
-        return a->status;
+        return answer->status;
     }
     /* The books go with the pool, and with them the generations, which the names have. */
     const uint32_t slabs = p->books.ungranted;
     uint32_t *generations = calloc(slabs + 1ull, sizeof *generations);
     if (generations == NULL) {
-        ts_refuse(a, TS_ENOMEM, "no memory to end a pool of %u slabs", slabs);
-        return a->status;
+        ts_refuse(answer, TS_ENOMEM, "no memory to end a pool of %u slabs", slabs);
+        return answer->status;
     }
     for (uint32_t i = 0; i < slabs; i++)
         generations[i] = p->books.slabs[i].generation;
-    ts_exec_apply(x, &command, a);
-    for (uint32_t i = 0; i < slabs && a->status == TS_OK; i++)
+    ts_exec_apply(x, &command, answer);
+    for (uint32_t i = 0; i < slabs && answer->status == TS_OK; i++)
         ts_stored_slab_forget(x->store,
                               &(ts_stored_slab){x->memory[pool], pool, i, generations[i]});
     free(generations);
-    if (a->status != TS_OK)
-        return a->status;
+    if (answer->status != TS_OK)
+        return answer->status;
     for (uint32_t i = 0; i < x->memory[pool]->num_slabs; i++)
         ts_exec_let_go(x, pool, i);
     ts_block_sums_remove(x->sums, pool);

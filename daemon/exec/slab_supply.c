@@ -195,7 +195,7 @@ static ts_status store_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why,
     const ts_stored_slab now = {memory, pool, slab, p->books.slabs[slab].generation};
     const ts_stored_slab next = {memory, pool, slab, now.generation + 1};
     char again[TS_MESSAGE_BYTES];
-    ts_answer a;
+    ts_answer answer;
     ts_status status = ts_stored_slab_put(x->store, &next, why, why_bytes);
     if (status == TS_OK)
         return TS_OK;
@@ -207,7 +207,7 @@ static ts_status store_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why,
     if (ts_stored_slab_put(x->store, &next, again, sizeof again) == TS_OK)
         return TS_OK;
     ts_exec_apply(x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab},
-                  &a);
+                  &answer);
     ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = p->config.name},
               "pool '%s', slab %u isn't stored: what will lie there is lost at the next restart",
               p->config.name, slab);
@@ -241,20 +241,20 @@ static void look_ahead(ts_exec *x, const ts_command *command)
         order_ahead(x, command->pool, session->tenant);
 }
 
-void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
+void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *answer)
 {
-    if (ts_books_answered(x->books, x->engine, command, a))
+    if (ts_books_answered(x->books, x->engine, command, answer))
         return;
     for (;;) {
-        ts_exec_apply(x, command, a);
-        if (a->status == TS_OK && command->op == TS_OP_STEP_BEGIN)
+        ts_exec_apply(x, command, answer);
+        if (answer->status == TS_OK && command->op == TS_OP_STEP_BEGIN)
             look_ahead(x, command);
-        if (a->status != TS_NEED_SLABS)
+        if (answer->status != TS_NEED_SLABS)
             return;
-        const uint32_t pool = a->need.pool, tenant = a->need.tenant;
+        const uint32_t pool = answer->need.pool, tenant = answer->need.tenant;
         /* One that may wait for room has its turn now, which it would lose. */
         if (!command->step_begin.wait && is_threads(x, pool) && order(x, pool, tenant)) {
-            a->status = TS_NEED_SWEEP;
+            answer->status = TS_NEED_SWEEP;
             return;
         }
         if (ts_slab_supply_finish(x))
@@ -264,18 +264,18 @@ void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
         char why[TS_MESSAGE_BYTES];
         ts_status status = make_slab(x, pool, slab, why, sizeof why);
         if (status != TS_OK && ts_exec_leaves_to_next(x, pool)) {
-            a->status = TS_NEED_SWEEP;
+            answer->status = TS_NEED_SWEEP;
             return;
         }
         if (status != TS_OK) {
             ts_command within = *command;
             within.step_begin.no_new_slabs = true; /* no other command needs slabs */
-            ts_exec_apply(x, &within, a);
-            if (a->status != TS_NEED_SLABS)
+            ts_exec_apply(x, &within, answer);
+            if (answer->status != TS_NEED_SLABS)
                 return;
             ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s', slab %u: %s", name,
                       slab, why);
-            return ts_refuse(a, status, "pool '%s': %s", name, why);
+            return ts_refuse(answer, status, "pool '%s': %s", name, why);
         }
         ts_answer granted;
         ts_exec_apply(x,
@@ -284,7 +284,7 @@ void ts_exec_supply(ts_exec *x, ts_command *command, ts_answer *a)
                                     .slab_grant = {.slab = slab, .tenant = tenant}},
                       &granted);
         if (granted.status != TS_OK)
-            return ts_refuse(a, TS_EINTERNAL, "%s", granted.message);
+            return ts_refuse(answer, TS_EINTERNAL, "%s", granted.message);
         const uint32_t last = x->engine->pools[pool].books.slabs[slab].generation - 1;
         ts_stored_slab_forget(x->store, &(ts_stored_slab){x->memory[pool], pool, slab, last});
     }

@@ -182,16 +182,16 @@ static void submit(ts_exec *x, step_job *j)
         ts_host_executor_submit(x->host, &j->job);
 }
 
-bool ts_step_work_copy(ts_exec *x, const ts_completion *completion, const ts_answer *a)
+bool ts_step_work_copy(ts_exec *x, const ts_completion *completion, const ts_answer *answer)
 {
     void *copies;
-    step_job *j =
-        job_new(x, completion, a->begun.step, &copies, a->begun.num_copies, sizeof(ts_block_copy));
+    step_job *j = job_new(x, completion, answer->begun.step, &copies, answer->begun.num_copies,
+                          sizeof(ts_block_copy));
     if (j == NULL)
         return false;
-    memcpy(copies, a->begun.copies, a->begun.num_copies * sizeof(ts_block_copy));
+    memcpy(copies, answer->begun.copies, answer->begun.num_copies * sizeof(ts_block_copy));
     j->job.copies = copies;
-    j->job.num_copies = a->begun.num_copies;
+    j->job.num_copies = answer->begun.num_copies;
     submit(x, j);
     return true;
 }
@@ -314,7 +314,7 @@ static ts_status reach(const ts_exec_gpu *gpu, const ts_session_memory *m, uint6
 }
 
 bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_command *run,
-                            ts_answer *a)
+                            ts_answer *answer)
 {
     char why[TS_MESSAGE_BYTES];
     bool on_stream = run->step_run.run.flags & TS_RUN_ON_STREAM;
@@ -327,14 +327,15 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
     ts_status status = TS_OK;
     if (gpu == NULL) {
         if (on_stream)
-            ts_refuse(a, TS_EINVAL, "a run on a stream, but pool '%s' is in host memory", pool);
+            ts_refuse(answer, TS_EINVAL, "a run on a stream, but pool '%s' is in host memory",
+                      pool);
         else if (m->exchange->host == NULL)
-            ts_refuse(a, TS_EINVAL,
+            ts_refuse(answer, TS_EINVAL,
                       "the exchange is device memory, but pool '%s' is in host memory", pool);
-        return a->status == TS_OK;
+        return answer->status == TS_OK;
     }
     if (on_stream && m->signals == NULL) {
-        ts_refuse(a, TS_EINVAL,
+        ts_refuse(answer, TS_EINVAL,
                   "run number %u; the session's next is 1, after it has asked for its page of "
                   "signals",
                   run->step_run.run.number);
@@ -342,9 +343,9 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
     }
     status = reach(gpu, m, run->session, on_stream, why, sizeof why);
     if (status != TS_OK && ts_exec_leaves_to_next(x, step->pool))
-        a->status = TS_NEED_SWEEP;
+        answer->status = TS_NEED_SWEEP;
     else if (status != TS_OK)
-        ts_refuse(a, status, "pool '%s': %s", pool, why);
+        ts_refuse(answer, status, "pool '%s': %s", pool, why);
     return status == TS_OK;
 }
 

@@ -60,11 +60,11 @@ static ts_status verify_pool(ts_exec *x, uint32_t pool, char *why, size_t why_by
               (unsigned long long)c.checked, (unsigned long long)c.blocks,
               ts_text_bytes(c.checked * c.block_bytes, checked, sizeof checked), c.seconds);
     for (uint32_t i = 0; i < c.wrong; i++) {
-        ts_answer a;
+        ts_answer answer;
         ts_exec_apply(
             x, &(ts_command){.op = TS_OP_BLOCK_LOST, .pool = pool, .block_lost.block = wrong[i]},
-            &a);
-        lost += a.dropped;
+            &answer);
+        lost += answer.dropped;
     }
     free(wrong);
     x->checked.full += c.blocks;

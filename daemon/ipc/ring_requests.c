@@ -76,13 +76,13 @@ static void copy_batch(ts_ring *r, uint32_t count, bool seqs)
 
 /* Copies the ids of the tokens that the batch's words add up to, as copy_batch does. False, and the
  * answer refuses: there are more tokens than room. */
-static bool copy_ids(ts_ring *r, uint32_t count, const uint32_t **ids, ts_answer *a)
+static bool copy_ids(ts_ring *r, uint32_t count, const uint32_t **ids, ts_answer *answer)
 {
     uint64_t tokens = 0;
     for (uint32_t i = 0; i < count; i++)
         tokens += r->rings->words[i];
     if (tokens > r->max_ids) {
-        ts_refuse(a, TS_EINVAL, "%llu token ids on a ring that has room for %u",
+        ts_refuse(answer, TS_EINVAL, "%llu token ids on a ring that has room for %u",
                   (unsigned long long)tokens, r->max_ids);
         return false;
     }
@@ -93,7 +93,7 @@ static bool copy_ids(ts_ring *r, uint32_t count, const uint32_t **ids, ts_answer
 }
 
 static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entry,
-                         ts_command *command, ts_answer *a)
+                         ts_command *command, ts_answer *answer)
 {
     const ts_service *s = r->rings->service;
     const ts_session *session = ts_engine_session(s->exec.engine, c->session);
@@ -103,16 +103,16 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     command->op = TS_OP_STEP_BEGIN;
     command->pool = pool;
     memcpy(kernel, entry->begin.kernel, sizeof entry->begin.kernel);
-    if (!ts_decode_kernel(kernel, &command->step_begin.kernel, a))
+    if (!ts_decode_kernel(kernel, &command->step_begin.kernel, answer))
         return false;
     if (count > TS_RING_BATCH) {
-        ts_refuse(a, TS_EINVAL, "a begin of %u sequences on a ring; it takes %u", count,
+        ts_refuse(answer, TS_EINVAL, "a begin of %u sequences on a ring; it takes %u", count,
                   TS_RING_BATCH);
         return false;
     }
     if (pool < s->exec.engine->num_pools &&
         s->exec.engine->pools[pool].books.num_slabs > r->max_slabs) {
-        ts_refuse(a, TS_EINVAL, "a begin on a ring in a pool of %u slabs; it can tell of %u",
+        ts_refuse(answer, TS_EINVAL, "a begin on a ring in a pool of %u slabs; it can tell of %u",
                   s->exec.engine->pools[pool].books.num_slabs, r->max_slabs);
         return false;
     }
@@ -124,12 +124,13 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
         blocks += ts_ring_blocks(r->rings->words[i],
                                  s->exec.engine->pools[pool].config.geometry.block_tokens);
     if (blocks > r->max_blocks) {
-        ts_refuse(a, TS_EINVAL, "a begin that touches up to %llu blocks on a ring; it takes %u",
+        ts_refuse(answer, TS_EINVAL,
+                  "a begin that touches up to %llu blocks on a ring; it takes %u",
                   (unsigned long long)blocks, r->max_blocks);
         return false;
     }
     if ((entry->begin.flags & TS_RING_TOKENS) &&
-        !copy_ids(r, count, &command->step_begin.tokens, a))
+        !copy_ids(r, count, &command->step_begin.tokens, answer))
         return false;
     command->step_begin.seqs = r->rings->seqs;
     command->step_begin.new_tokens = r->rings->words;
@@ -144,13 +145,14 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
 }
 
 /* What is done to sequences. */
-static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *command, ts_answer *a)
+static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *command,
+                        ts_answer *answer)
 {
     const ts_space_name space = {entry->seqs.space, entry->seqs.space_bytes};
     uint32_t count = entry->seqs.count;
     command->pool = entry->seqs.pool;
     if (count > TS_RING_BATCH || space.count > sizeof entry->seqs.space) {
-        ts_refuse(a, TS_EINVAL,
+        ts_refuse(answer, TS_EINVAL,
                   "%u sequences and a namespace of %zu bytes on a ring; it takes %u and %zu", count,
                   space.count, TS_RING_BATCH, sizeof entry->seqs.space);
         return false;
@@ -172,7 +174,7 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
     if (entry->op == TS_RING_SEQ_SELECT) {
         const uint32_t of = entry->seqs.length;
         if (of > TS_RING_BATCH) {
-            ts_refuse(a, TS_EINVAL, "a selection of %u sequences on a ring; it takes %u", of,
+            ts_refuse(answer, TS_EINVAL, "a selection of %u sequences on a ring; it takes %u", of,
                       TS_RING_BATCH);
             return false;
         }
@@ -192,7 +194,7 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
         command->seq_match.space = space;
         command->seq_match.dry = entry->seqs.flags & TS_RING_DRY;
         command->seq_match.wait = entry->seqs.wait_ms > 0;
-        return copy_ids(r, count, &command->seq_match.tokens, a);
+        return copy_ids(r, count, &command->seq_match.tokens, answer);
     }
     command->op = entry->op == TS_RING_SEQ_FREE ? TS_OP_SEQ_FREE : TS_OP_SEQ_TRUNCATE;
     command->seq_batch.seqs = r->rings->seqs;
@@ -204,29 +206,29 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
 }
 
 /* Lays out what was answered. */
-static void encode_seqs(ts_ring *r, const ts_command *command, const ts_answer *a)
+static void encode_seqs(ts_ring *r, const ts_command *command, const ts_answer *answer)
 {
     ts_rings_memory *m = r->shared;
     if (command->op == TS_OP_SEQ_CREATE || command->op == TS_OP_SEQ_FORK ||
         command->op == TS_OP_SEQ_SELECT) {
-        memcpy(m->batch_seqs, a->seqs.seqs, a->seqs.count * sizeof *m->batch_seqs);
+        memcpy(m->batch_seqs, answer->seqs.seqs, answer->seqs.count * sizeof *m->batch_seqs);
     } else if (command->op == TS_OP_SEQ_MATCH) {
-        const uint32_t count = a->matched.count;
-        memcpy(m->begun_starts, a->matched.lengths, count * sizeof *m->begun_starts);
-        if (a->matched.twins != NULL)
-            memcpy(m->begun_counts, a->matched.twins, count * sizeof *m->begun_counts);
-        if (a->matched.seqs != NULL)
-            memcpy(m->batch_seqs, a->matched.seqs, count * sizeof *m->batch_seqs);
+        const uint32_t count = answer->matched.count;
+        memcpy(m->begun_starts, answer->matched.lengths, count * sizeof *m->begun_starts);
+        if (answer->matched.twins != NULL)
+            memcpy(m->begun_counts, answer->matched.twins, count * sizeof *m->begun_counts);
+        if (answer->matched.seqs != NULL)
+            memcpy(m->batch_seqs, answer->matched.seqs, count * sizeof *m->batch_seqs);
     }
 }
 
 static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_command *command,
-                   ts_answer *a)
+                   ts_answer *answer)
 {
     *command = (ts_command){.session = c->session, .call = entry->call};
     switch (entry->op) {
     case TS_RING_BEGIN:
-        return decode_begin(r, c, entry, command, a);
+        return decode_begin(r, c, entry, command, answer);
     case TS_RING_RUN:
         command->op = TS_OP_STEP_RUN;
         command->step_run.step = entry->step;
@@ -236,7 +238,7 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
         command->op = TS_OP_STEP_COMMIT;
         command->step_end.step = entry->step;
         if (entry->commit.count > TS_RING_BATCH) {
-            ts_refuse(a, TS_EINVAL, "%u accepted counts on a ring; it takes %u",
+            ts_refuse(answer, TS_EINVAL, "%u accepted counts on a ring; it takes %u",
                       entry->commit.count, TS_RING_BATCH);
             return false;
         }
@@ -254,9 +256,9 @@ static bool decode(ts_ring *r, ts_connection *c, const ts_ring_entry *entry, ts_
     case TS_RING_SEQ_FREE:
     case TS_RING_SEQ_TRUNCATE:
     case TS_RING_SEQ_SELECT:
-        return decode_seqs(r, entry, command, a);
+        return decode_seqs(r, entry, command, answer);
     default:
-        ts_refuse(a, TS_EPROTO, "a ring has no operation %u", entry->op);
+        ts_refuse(answer, TS_EPROTO, "a ring has no operation %u", entry->op);
         return false;
     }
 }
@@ -303,14 +305,14 @@ static void note_told(const ts_step *step, ts_sequences *seqs)
 }
 
 /* Lays out what a begin has to tell. False, and the answer refuses: it can't. */
-static bool encode_begin_reply(ts_ring *r, const ts_ring_entry *entry, ts_answer *a,
+static bool encode_begin_reply(ts_ring *r, const ts_ring_entry *entry, ts_answer *answer,
                                ts_ring_completion *done)
 {
     ts_service *s = r->rings->service;
-    const ts_step *step = a->begun.step;
+    const ts_step *step = answer->begun.step;
     ts_sequences *seqs = &s->exec.engine->pools[step->pool].seqs;
-    const uint32_t *blocks = a->begun.blocks, *counts = a->begun.counts;
-    uint64_t num_blocks = a->begun.num_blocks;
+    const uint32_t *blocks = answer->begun.blocks, *counts = answer->begun.counts;
+    uint64_t num_blocks = answer->begun.num_blocks;
     bool tables = entry->begin.flags & TS_RING_TABLES;
     if (tables) {
         num_blocks = copy_tables(r, step, seqs);
@@ -318,19 +320,21 @@ static bool encode_begin_reply(ts_ring *r, const ts_ring_entry *entry, ts_answer
         counts = r->rings->words;
     }
     if (num_blocks > r->max_blocks) {
-        ts_refuse(a, TS_EINVAL, "block tables of %llu entries; a ring can tell of %u",
+        ts_refuse(answer, TS_EINVAL, "block tables of %llu entries; a ring can tell of %u",
                   (unsigned long long)num_blocks, r->max_blocks);
         return false;
     }
     if (!ts_slab_list_fill(&s->slab_list, &s->exec, step->pool, blocks, num_blocks)) {
-        ts_refuse(a, TS_ENOMEM, "no memory for the answer");
+        ts_refuse(answer, TS_ENOMEM, "no memory for the answer");
         return false;
     }
-    memcpy(r->shared->begun_starts, a->begun.starts, a->begun.num_seqs * sizeof(uint32_t));
-    memcpy(r->shared->begun_counts, counts, a->begun.num_seqs * sizeof(uint32_t));
+    memcpy(r->shared->begun_starts, answer->begun.starts,
+           answer->begun.num_seqs * sizeof(uint32_t));
+    memcpy(r->shared->begun_counts, counts, answer->begun.num_seqs * sizeof(uint32_t));
     memcpy(r->blocks, blocks, num_blocks * sizeof(uint32_t));
     if (tables) {
-        memcpy(r->shared->begun_firsts, r->rings->firsts, a->begun.num_seqs * sizeof(uint32_t));
+        memcpy(r->shared->begun_firsts, r->rings->firsts,
+               answer->begun.num_seqs * sizeof(uint32_t));
         note_told(step, seqs);
     }
     for (size_t i = 0; i < s->slab_list.count; i++) {
@@ -391,7 +395,7 @@ static void park(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
 static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
 {
     ts_service *s = r->rings->service;
-    ts_answer a = {0};
+    ts_answer answer = {0};
     ts_command command;
     const ts_completion completion = {.done = on_done,
                                       .submit = submit,
@@ -400,61 +404,61 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
                                       .tag = entry->tag};
     ts_ring_completion done = {.tag = entry->tag};
     bool known = false;
-    if (decode(r, c, entry, &command, &a) &&
-        ts_parked_prepare(s, c, &r->wait, wait_of(entry), &command, &a)) {
+    if (decode(r, c, entry, &command, &answer) &&
+        ts_parked_prepare(s, c, &r->wait, wait_of(entry), &command, &answer)) {
         if (ts_step_work_must_wait(&s->exec, &command))
             return false;
         known = entry->op == TS_RING_RUN && ts_engine_run_is_known(s->exec.engine, &command);
         if (known) /* and with the kernels: its answer was lost with an earlier daemon */
             ;
         else if (entry->op != TS_RING_RUN ||
-                 ts_step_work_check_run(&s->exec, &c->memory, &command, &a))
-            ts_exec_supply(&s->exec, &command, &a);
-        if (a.status == TS_WAITS)
+                 ts_step_work_check_run(&s->exec, &c->memory, &command, &answer))
+            ts_exec_supply(&s->exec, &command, &answer);
+        if (answer.status == TS_WAITS)
             park(r, c, entry);
-        if (a.status == TS_NEED_SWEEP || a.status == TS_WAITS)
+        if (answer.status == TS_NEED_SWEEP || answer.status == TS_WAITS)
             return false;
     }
     r->wait.deadline_ms = 0;
     bool ok = true, waits = false;
     uint64_t step = 0;
-    if (entry->op == TS_RING_RUN && a.status == TS_OK && !known) {
-        step = a.step->id;
+    if (entry->op == TS_RING_RUN && answer.status == TS_OK && !known) {
+        step = answer.step->id;
         waits = !(command.step_run.run.flags & TS_RUN_ON_STREAM);
-        ok = ts_step_work_run(&s->exec, &c->memory, &completion, &command, a.step);
-    } else if (entry->op == TS_RING_BEGIN && a.status == TS_OK) {
-        step = a.begun.step->id;
-        waits = a.begun.num_copies > 0;
-        ok = encode_begin_reply(r, entry, &a, &done);
+        ok = ts_step_work_run(&s->exec, &c->memory, &completion, &command, answer.step);
+    } else if (entry->op == TS_RING_BEGIN && answer.status == TS_OK) {
+        step = answer.begun.step->id;
+        waits = answer.begun.num_copies > 0;
+        ok = encode_begin_reply(r, entry, &answer, &done);
         if (ok && waits) {
             r->begun = done;
-            ok = ts_step_work_copy(&s->exec, &completion, &a);
+            ok = ts_step_work_copy(&s->exec, &completion, &answer);
         }
-    } else if (entry->op >= TS_RING_SEQ_CREATE && a.status == TS_OK) {
-        encode_seqs(r, &command, &a);
+    } else if (entry->op >= TS_RING_SEQ_CREATE && answer.status == TS_OK) {
+        encode_seqs(r, &command, &answer);
     }
     if (!ok) {
         ts_step_work_undo(&s->exec, &command, step);
-        if (a.status == TS_OK)
-            ts_refuse(&a, TS_ENOMEM, "no memory for the answer");
+        if (answer.status == TS_OK)
+            ts_refuse(&answer, TS_ENOMEM, "no memory for the answer");
         done = (ts_ring_completion){.tag = entry->tag};
         waits = false;
     }
     c->requests++;
     s->requests++;
-    count_refusal(s, entry, a.status);
+    count_refusal(s, entry, answer.status);
     if (waits) {
         (void)ts_ring_use(r); /* until on_done */
         return true;
     }
-    done.status = (uint32_t)a.status;
-    done.needed = a.amounts.needed;
-    done.free = a.amounts.free;
-    done.limit = a.amounts.limit;
-    done.cached = a.amounts.cached;
-    done.pinned = a.amounts.pinned;
-    done.others = a.amounts.others;
-    memcpy(done.message, a.message, sizeof done.message);
+    done.status = (uint32_t)answer.status;
+    done.needed = answer.amounts.needed;
+    done.free = answer.amounts.free;
+    done.limit = answer.amounts.limit;
+    done.cached = answer.amounts.cached;
+    done.pinned = answer.amounts.pinned;
+    done.others = answer.amounts.others;
+    memcpy(done.message, answer.message, sizeof done.message);
     complete(r, &done, completion.taken_ns);
     return true;
 }

@@ -82,35 +82,35 @@ static void copy(void *to, const void *from, uint64_t bytes)
         memcpy(to, from, bytes);
 }
 
-static ts_stored_answer head_of(const ts_command *c, const ts_answer *a)
+static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
 {
     const ts_asker by = asker_of(c);
     ts_stored_answer h = {.session = by.session, .call = by.call, .op = c->op, .pool = c->pool};
     if (has_ids_alone(c->op)) {
-        h.count = a->seqs.count;
-        h.length = a->seqs.length;
+        h.count = answer->seqs.count;
+        h.length = answer->seqs.length;
     } else if (c->op == TS_OP_SEQ_MATCH) {
-        h.count = a->matched.count;
+        h.count = answer->matched.count;
     } else if (c->op == TS_OP_STEP_BEGIN) {
-        h.id = a->begun.step == NULL ? 0 : a->begun.step->id;
-        h.count = a->begun.num_seqs;
-        h.blocks = a->begun.num_blocks;
+        h.id = answer->begun.step == NULL ? 0 : answer->begun.step->id;
+        h.count = answer->begun.num_seqs;
+        h.blocks = answer->begun.num_blocks;
     } else if (c->op == TS_OP_SEQ_TICKET) {
         memcpy(h.ticket, c->seq_ticket.ticket, sizeof h.ticket);
     } else if (c->op == TS_OP_CACHE_DROP) {
-        h.id = a->dropped;
+        h.id = answer->dropped;
     }
     h.bytes = bytes_of(&h);
     return h;
 }
 
-bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *a)
+bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer)
 {
     const uint32_t index = (uint32_t)asker_of(c).session;
-    if (!is_kept(c) || a->status != TS_OK || index >= t->max)
+    if (!is_kept(c) || answer->status != TS_OK || index >= t->max)
         return true;
     ts_kept_answer *kept = &t->all[index];
-    const ts_stored_answer h = head_of(c, a);
+    const ts_stored_answer h = head_of(c, answer);
     unsigned char *bytes = malloc(h.bytes + 1);
     if (bytes == NULL)
         return false;
@@ -119,20 +119,20 @@ bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *a)
     const parts p = parts_of(&h, bytes);
     const uint64_t n = h.count;
     if (has_ids_alone(h.op)) {
-        copy(p.ids, a->seqs.seqs, n * sizeof *p.ids);
+        copy(p.ids, answer->seqs.seqs, n * sizeof *p.ids);
     } else if (h.op == TS_OP_SEQ_MATCH) {
-        copy(p.ids, a->matched.seqs, n * sizeof *p.ids);
-        copy(p.first, a->matched.lengths, n * sizeof *p.first);
-        copy(p.second, a->matched.twins, n * sizeof *p.second);
+        copy(p.ids, answer->matched.seqs, n * sizeof *p.ids);
+        copy(p.first, answer->matched.lengths, n * sizeof *p.first);
+        copy(p.second, answer->matched.twins, n * sizeof *p.second);
     } else if (h.op == TS_OP_STEP_BEGIN) {
-        copy(p.first, a->begun.starts, n * sizeof *p.first);
-        copy(p.second, a->begun.counts, n * sizeof *p.second);
-        copy(p.third, a->begun.blocks, h.blocks * sizeof *p.third);
+        copy(p.first, answer->begun.starts, n * sizeof *p.first);
+        copy(p.second, answer->begun.counts, n * sizeof *p.second);
+        copy(p.third, answer->begun.blocks, h.blocks * sizeof *p.third);
     }
     return true;
 }
 
-bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_answer *a)
+bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_answer *answer)
 {
     const uint32_t index = (uint32_t)c->session;
     if (!is_kept(c) || index >= t->max)
@@ -144,32 +144,32 @@ bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_
         h->op != (uint32_t)c->op || h->pool != c->pool)
         return false;
     const parts p = parts_of(h, kept->bytes);
-    *a = (ts_answer){.status = TS_OK};
+    *answer = (ts_answer){.status = TS_OK};
     if (has_ids_alone(h->op)) {
-        a->seqs.seqs = p.ids;
-        a->seqs.count = h->count;
-        a->seqs.length = h->length;
+        answer->seqs.seqs = p.ids;
+        answer->seqs.count = h->count;
+        answer->seqs.length = h->length;
     } else if (h->op == TS_OP_SEQ_MATCH) {
-        a->matched.seqs = p.ids;
-        a->matched.lengths = p.first;
-        a->matched.twins = p.second;
-        a->matched.count = h->count;
+        answer->matched.seqs = p.ids;
+        answer->matched.lengths = p.first;
+        answer->matched.twins = p.second;
+        answer->matched.count = h->count;
     } else if (h->op == TS_OP_STEP_BEGIN) {
-        a->begun.step = h->id == 0 ? NULL : ts_engine_find_step(e, h->id);
-        if (h->id != 0 && a->begun.step == NULL)
+        answer->begun.step = h->id == 0 ? NULL : ts_engine_find_step(e, h->id);
+        if (h->id != 0 && answer->begun.step == NULL)
             return false;
-        a->begun.starts = p.first;
-        a->begun.counts = p.second;
-        a->begun.blocks = p.third;
-        a->begun.num_seqs = h->count;
-        a->begun.num_blocks = h->blocks;
+        answer->begun.starts = p.first;
+        answer->begun.counts = p.second;
+        answer->begun.blocks = p.third;
+        answer->begun.num_seqs = h->count;
+        answer->begun.num_blocks = h->blocks;
     } else if (h->op == TS_OP_SEQ_TICKET) {
         memcpy(c->seq_ticket.ticket, h->ticket, sizeof h->ticket);
     }
     return true;
 }
 
-bool ts_answers_find_order(const ts_answers *t, const ts_asker *by, ts_op op, ts_answer *a)
+bool ts_answers_find_order(const ts_answers *t, const ts_asker *by, ts_op op, ts_answer *answer)
 {
     const uint32_t index = (uint32_t)by->session;
     if (by->call == 0 || index >= t->max)
@@ -177,9 +177,9 @@ bool ts_answers_find_order(const ts_answers *t, const ts_asker *by, ts_op op, ts
     const ts_stored_answer *h = &t->all[index].head;
     if (h->session != by->session || h->call != by->call || h->op != (uint32_t)op)
         return false;
-    *a = (ts_answer){.status = TS_OK};
+    *answer = (ts_answer){.status = TS_OK};
     if (op == TS_OP_CACHE_DROP)
-        a->dropped = h->id;
+        answer->dropped = h->id;
     return true;
 }
 

@@ -171,21 +171,21 @@ static ts_status follow(const ts_journal *j, replica *r, uint64_t *entries, char
                         size_t why_bytes)
 {
     ts_journal_entry entry;
-    ts_answer a;
+    ts_answer answer;
     ts_status status;
     while ((status = ts_journal_get(j, &r->position, &entry)) == TS_OK) {
-        ts_engine_apply(r->engine, &entry.command, &a);
+        ts_engine_apply(r->engine, &entry.command, &answer);
         ++*entries;
-        const uint32_t digest = ts_command_digest(&entry.command, &a);
-        if (a.status != entry.status || digest != entry.digest) {
+        const uint32_t digest = ts_command_digest(&entry.command, &answer);
+        if (answer.status != entry.status || digest != entry.digest) {
             snprintf(why, why_bytes,
                      "operation %u of session %llx gives %s (%x) where it gave %s (%x): %.100s",
                      (unsigned)entry.command.op, (unsigned long long)entry.command.session,
-                     ts_status_name(a.status), digest, ts_status_name(entry.status), entry.digest,
-                     a.message);
+                     ts_status_name(answer.status), digest, ts_status_name(entry.status),
+                     entry.digest, answer.message);
             return TS_EPROTO;
         }
-        if (!ts_answers_note(&r->answers, &entry.command, &a)) {
+        if (!ts_answers_note(&r->answers, &entry.command, &answer)) {
             snprintf(why, why_bytes, "no memory for an answer");
             return TS_ENOMEM;
         }
@@ -314,15 +314,16 @@ void ts_books_begin(ts_books *b, const ts_command *c)
     __atomic_store_n(&h->op, (uint32_t)c->op, __ATOMIC_RELEASE);
 }
 
-void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c, const ts_answer *a)
+void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c,
+                   const ts_answer *answer)
 {
     if (b == NULL)
         return;
     ts_journal_head *h = b->journal.head;
     if (!ts_command_only_looks(c) || c->again || engine->waiting_for_room > 0) {
-        const uint32_t digest = ts_command_digest(c, a);
+        const uint32_t digest = ts_command_digest(c, answer);
         bool put;
-        while (!(put = ts_journal_put(&b->journal, c, engine->now_ms, a->status, digest)) &&
+        while (!(put = ts_journal_put(&b->journal, c, engine->now_ms, answer->status, digest)) &&
                ts_journal_fits(&b->journal, c))
             await_room(b, engine);
         if (!put) /* larger than the journal */
@@ -377,14 +378,14 @@ void ts_books_discard(ts_books *b)
         b->journal.head->discard = 1;
 }
 
-bool ts_books_answered(const ts_books *b, const ts_engine *engine, ts_command *c, ts_answer *a)
+bool ts_books_answered(const ts_books *b, const ts_engine *engine, ts_command *c, ts_answer *answer)
 {
-    return b != NULL && ts_answers_find(&b->answers, engine, c, a);
+    return b != NULL && ts_answers_find(&b->answers, engine, c, answer);
 }
 
-bool ts_books_ordered(const ts_books *b, const ts_asker *by, ts_op op, ts_answer *a)
+bool ts_books_ordered(const ts_books *b, const ts_asker *by, ts_op op, ts_answer *answer)
 {
-    return b != NULL && ts_answers_find_order(&b->answers, by, op, a);
+    return b != NULL && ts_answers_find_order(&b->answers, by, op, answer);
 }
 
 void ts_books_get_figures(const ts_books *books, ts_books_figures *f)

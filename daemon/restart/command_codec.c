@@ -251,34 +251,39 @@ static uint64_t mix(uint64_t hash, const void *bytes, size_t count)
     return bytes == NULL ? hash : XXH3_64bits_withSeed(bytes, count, hash);
 }
 
-uint32_t ts_command_digest(const ts_command *c, const ts_answer *a)
+uint32_t ts_command_digest(const ts_command *c, const ts_answer *answer)
 {
-    uint64_t h = mix(c->op, &a->status, sizeof a->status);
-    if (a->status != TS_OK)
+    uint64_t h = mix(c->op, &answer->status, sizeof answer->status);
+    if (answer->status != TS_OK)
         return (uint32_t)h;
     switch ((int)c->op) { /* the others have none */
     case TS_OP_SESSION_OPEN:
-        h = mix(h, &a->session, sizeof a->session);
+        h = mix(h, &answer->session, sizeof answer->session);
         break;
     case TS_OP_POOL_OPEN:
     case TS_OP_POOL_ADD:
-        h = mix(h, &a->pool, sizeof a->pool);
+        h = mix(h, &answer->pool, sizeof answer->pool);
         break;
     case TS_OP_SEQ_CREATE:
     case TS_OP_SEQ_FORK:
     case TS_OP_SEQ_SELECT:
     case TS_OP_SEQ_ATTACH:
     case TS_OP_SEQ_REDEEM:
-        h = mix(h, a->seqs.seqs, a->seqs.count * sizeof *a->seqs.seqs);
+        h = mix(h, answer->seqs.seqs, answer->seqs.count * sizeof *answer->seqs.seqs);
         break;
     case TS_OP_SEQ_MATCH:
-        h = mix(h, a->matched.seqs,
-                a->matched.seqs == NULL ? 0 : a->matched.count * sizeof *a->matched.seqs);
-        h = mix(h, a->matched.lengths, a->matched.count * sizeof *a->matched.lengths);
+        h = mix(h, answer->matched.seqs,
+                answer->matched.seqs == NULL
+                    ? 0
+                    : answer->matched.count * sizeof *answer->matched.seqs);
+        h = mix(h, answer->matched.lengths,
+                answer->matched.count * sizeof *answer->matched.lengths);
         break;
     case TS_OP_STEP_BEGIN:
-        h = mix(h, a->begun.blocks, a->begun.num_blocks * sizeof *a->begun.blocks);
-        h = a->begun.step == NULL ? h : mix(h, &a->begun.step->id, sizeof a->begun.step->id);
+        h = mix(h, answer->begun.blocks, answer->begun.num_blocks * sizeof *answer->begun.blocks);
+        h = answer->begun.step == NULL
+                ? h
+                : mix(h, &answer->begun.step->id, sizeof answer->begun.step->id);
         break;
     default:
         break;

@@ -19,7 +19,8 @@ static ts_asker asker_of(const ts_connection *by, const Tspb__Request *r)
     return (ts_asker){.session = by->session, .call = by->session == 0 ? 0 : r->request_id};
 }
 
-static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                       ts_answer *answer)
 {
     const ts_asker asker = asker_of(by, r);
     const uint64_t session = r->admin_kick->session;
@@ -27,7 +28,8 @@ static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Reque
     if (c == NULL && ts_resume_end(s, session, "an operator ended it before it came back", &asker))
         return;
     if (c == NULL)
-        return ts_refuse(a, TS_ENOENT, "there is no session %llx", (unsigned long long)session);
+        return ts_refuse(answer, TS_ENOENT, "there is no session %llx",
+                         (unsigned long long)session);
     ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session, .uid = by->uid, .pid = by->pid},
               "session %llx is ended by uid %u (pid %u)", (unsigned long long)session, by->uid,
               by->pid);
@@ -35,7 +37,8 @@ static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Reque
     ts_service_end_session(s, c, &asker);
 }
 
-static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a)
+static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r,
+                       ts_answer *answer)
 {
     const Tspb__AdminFree *body = r->admin_free;
     const ts_engine *e = s->exec.engine;
@@ -43,12 +46,12 @@ static void order_free(ts_service *s, const ts_connection *by, const Tspb__Reque
     ts_command command = {.op = TS_OP_SEQ_REMOVE,
                           .session = asker.session,
                           .call = asker.call,
-                          .pool = ts_engine_pool_named(e, body->pool, a),
+                          .pool = ts_engine_pool_named(e, body->pool, answer),
                           .seq_remove.seq = body->seq};
     if (command.pool == TS_NONE)
         return;
-    ts_exec_apply(&s->exec, &command, a);
-    if (a->status == TS_OK)
+    ts_exec_apply(&s->exec, &command, answer);
+    if (answer->status == TS_OK)
         ts_log_on(TS_LOG_WARNING,
                   &(ts_log_about){
                       .pool = e->pools[command.pool].config.name, .uid = by->uid, .pid = by->pid},
@@ -58,7 +61,7 @@ static void order_free(ts_service *s, const ts_connection *by, const Tspb__Reque
 }
 
 static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                        ts_answer *a)
+                        ts_answer *answer)
 {
     const ts_asker asker = asker_of(by, r);
     const bool on = !r->admin_drain->off;
@@ -70,7 +73,7 @@ static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Requ
         &s->exec,
         &(ts_command){
             .op = TS_OP_DRAIN, .session = asker.session, .call = asker.call, .drain.on = on},
-        a);
+        answer);
     if (on)
         ts_parked_hurry_all(s);
 }
@@ -83,82 +86,82 @@ static void note_pool(const ts_connection *by, const char *pool, const char *wha
 }
 
 static void order_create(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                         ts_answer *a)
+                         ts_answer *answer)
 {
     const ts_asker asker = asker_of(by, r);
     char why[TS_MESSAGE_BYTES];
     ts_config *c = malloc(sizeof *c);
     if (c == NULL)
-        return ts_refuse(a, TS_ENOMEM, "no memory for a configuration");
+        return ts_refuse(answer, TS_ENOMEM, "no memory for a configuration");
     ts_config_init(c);
     if (ts_config_add_pool(c, r->admin_pool_create->text) != TS_OK ||
         ts_config_finish(c) != TS_OK) {
-        ts_refuse(a, TS_EINVAL, "%s", c->problems[0].text);
+        ts_refuse(answer, TS_EINVAL, "%s", c->problems[0].text);
     } else {
         ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], &asker, why, sizeof why);
         if (status == TS_OK)
             note_pool(by, c->pools[0].pool.name, "made");
         else
-            ts_refuse(a, status, "pool '%.64s': %.150s", c->pools[0].pool.name, why);
+            ts_refuse(answer, status, "pool '%.64s': %.150s", c->pools[0].pool.name, why);
     }
     free(c);
 }
 
 /* The pool's index; with the name in `named`, since the pool may go. */
-static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64], ts_answer *a)
+static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64], ts_answer *answer)
 {
-    uint32_t pool = ts_engine_pool_named(s->exec.engine, name, a);
+    uint32_t pool = ts_engine_pool_named(s->exec.engine, name, answer);
     if (pool != TS_NONE)
         memcpy(*named, s->exec.engine->pools[pool].config.name, sizeof *named);
     return pool;
 }
 
 static void order_delete(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                         ts_answer *a)
+                         ts_answer *answer)
 {
     const ts_asker asker = asker_of(by, r);
     char named[64];
-    uint32_t pool = pool_of(s, r->admin_pool_delete->pool, &named, a);
-    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, &asker, a) == TS_OK) {
+    uint32_t pool = pool_of(s, r->admin_pool_delete->pool, &named, answer);
+    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, &asker, answer) == TS_OK) {
         ts_refusals_forget_pool(s, pool);
         note_pool(by, named, "deleted");
     }
 }
 
 static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                         ts_answer *a)
+                         ts_answer *answer)
 {
     const Tspb__AdminPoolResize *body = r->admin_pool_resize;
     const ts_asker asker = asker_of(by, r);
     char named[64], what[64];
     uint64_t bytes = 0;
-    uint32_t pool = pool_of(s, body->pool, &named, a);
+    uint32_t pool = pool_of(s, body->pool, &named, answer);
     if (pool == TS_NONE)
         return;
     char why[TS_MESSAGE_BYTES];
     if (ts_config_memory(body->memory, &bytes, why, sizeof why) != TS_OK)
-        return ts_refuse(a, TS_EINVAL, "%s", why);
+        return ts_refuse(answer, TS_EINVAL, "%s", why);
     const ts_pool_config *config = &s->exec.engine->pools[pool].config;
     uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
     uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
-    if (ts_pool_memory_resize(&s->exec, pool, wanted, &asker, a) != TS_OK)
+    if (ts_pool_memory_resize(&s->exec, pool, wanted, &asker, answer) != TS_OK)
         return;
     snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
     note_pool(by, named, what);
 }
 
 static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                             ts_answer *a)
+                             ts_answer *answer)
 {
     const Tspb__AdminCacheDrop *body = r->admin_cache_drop;
     const ts_asker asker = asker_of(by, r);
     char named[64], shown[TS_NAMESPACE_TEXT_BYTES], tenant[32] = "", space[160] = "";
-    const uint32_t pool = pool_of(s, body->pool, &named, a);
+    const uint32_t pool = pool_of(s, body->pool, &named, answer);
     if (pool == TS_NONE)
         return;
     if (body->space.len > TS_NAMESPACE_BYTES_MAX)
-        return ts_refuse(a, TS_EINVAL, "a namespace of %zu bytes; the limit is %u", body->space.len,
-                         TS_NAMESPACE_BYTES_MAX);
+        return ts_refuse(answer, TS_EINVAL, "a namespace of %zu bytes; the limit is %u",
+                         body->space.len, TS_NAMESPACE_BYTES_MAX);
     const ts_command command = {
         .op = TS_OP_CACHE_DROP,
         .session = asker.session,
@@ -168,7 +171,7 @@ static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb_
                        .uid = body->tenant,
                        .has_space = body->space.len > 0,
                        .space = {.bytes = body->space.data, .count = body->space.len}}};
-    ts_exec_apply(&s->exec, &command, a);
+    ts_exec_apply(&s->exec, &command, answer);
     if (body->has_tenant)
         snprintf(tenant, sizeof tenant, " of uid %u", body->tenant);
     if (body->space.len > 0)
@@ -176,7 +179,7 @@ static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb_
                  ts_namespace_show(body->space.data, body->space.len, shown));
     ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = named, .uid = by->uid, .pid = by->pid},
               "the prefix cache of pool '%s'%s%s is dropped by uid %u (pid %u): %llu blocks", named,
-              tenant, space, by->uid, by->pid, (unsigned long long)a->dropped);
+              tenant, space, by->uid, by->pid, (unsigned long long)answer->dropped);
 }
 
 /* The answer is on its way. */
@@ -187,13 +190,13 @@ static void restart_now(ts_work *work, void *service)
 }
 
 static void order_restart(ts_service *s, const ts_connection *by, const Tspb__Request *r,
-                          ts_answer *a)
+                          ts_answer *answer)
 {
     const Tspb__AdminRestart *body = r->admin_restart;
     if (body->pid != (uint64_t)getpid() || s->restarting.run != NULL)
         return; /* it was done */
     if (!body->empty && (s->exec.books == NULL || !ts_store_holds(s->exec.store)))
-        return ts_refuse(a, TS_EINVAL,
+        return ts_refuse(answer, TS_EINVAL,
                          "nobody holds the daemon's memory: a restart loses all that "
                          "is stored, and only one with --empty is allowed to");
     if (body->empty)
@@ -206,13 +209,13 @@ static void order_restart(ts_service *s, const ts_connection *by, const Tspb__Re
 }
 
 /* Fills in what the answer has beside its status. */
-static void encode(const Tspb__Request *request, const ts_answer *a, Tspb__Reply *reply,
+static void encode(const Tspb__Request *request, const ts_answer *answer, Tspb__Reply *reply,
                    ts_admin_body *body)
 {
-    if (request->body_case != TSPB__REQUEST__BODY_ADMIN_CACHE_DROP || a->status != TS_OK)
+    if (request->body_case != TSPB__REQUEST__BODY_ADMIN_CACHE_DROP || answer->status != TS_OK)
         return;
     tspb__cache_dropped__init(&body->cache_dropped);
-    body->cache_dropped.blocks = a->dropped;
+    body->cache_dropped.blocks = answer->dropped;
     reply->body_case = TSPB__REPLY__BODY_CACHE_DROPPED;
     reply->cache_dropped = &body->cache_dropped;
 }
@@ -221,7 +224,7 @@ static void encode(const Tspb__Request *request, const ts_answer *a, Tspb__Reply
 static const struct order {
     Tspb__Request__BodyCase body;
     ts_op op;
-    void (*run)(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *a);
+    void (*run)(ts_service *s, const ts_connection *by, const Tspb__Request *r, ts_answer *answer);
 } orders[] = {
     {TSPB__REQUEST__BODY_ADMIN_KICK, TS_OP_SESSION_CLOSE, order_kick},
     {TSPB__REQUEST__BODY_ADMIN_FREE, TS_OP_SEQ_REMOVE, order_free},
@@ -233,7 +236,7 @@ static const struct order {
     {TSPB__REQUEST__BODY_ADMIN_RESTART, (ts_op)0, order_restart}, /* it names the daemon it means */
 };
 
-bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *a,
+bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_answer *answer,
               Tspb__Reply *reply, ts_admin_body *body)
 {
     size_t i = 0;
@@ -243,13 +246,13 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
         return false;
     if (ts_service_is_operator(s, c->uid, c->gid)) {
         const ts_asker asker = asker_of(c, request);
-        if (!ts_books_ordered(s->exec.books, &asker, orders[i].op, a))
-            orders[i].run(s, c, request, a);
-        encode(request, a, reply, body);
+        if (!ts_books_ordered(s->exec.books, &asker, orders[i].op, answer))
+            orders[i].run(s, c, request, answer);
+        encode(request, answer, reply, body);
         return true;
     }
     const char *group = s->operators.group;
-    ts_refuse(a, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
+    ts_refuse(answer, TS_EPERM, "uid %u is no operator: root%s uid %u%s%s are", c->uid,
               group[0] == '\0' ? " and" : ",", s->admin_uid, group[0] == '\0' ? "" : " and group ",
               group);
     return true;

@@ -27,7 +27,7 @@ static bool ids_agree(const uint32_t *counts, size_t num_counts, size_t num_ids,
     return false;
 }
 
-bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
+bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *answer)
 {
     *kernel = name[0] == '\0' ? TS_KERNEL_AUTO : ts_kernel_find(name);
     if (*kernel != TS_KERNEL_COUNT)
@@ -38,62 +38,62 @@ bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *a)
         snprintf(known + used, sizeof known - used, "%s%s", i == 0 ? "" : ", ",
                  ts_kernel_name((ts_kernel)i));
     }
-    ts_refuse(a, TS_EINVAL, "there is no kernel '%.32s'; known are %s", name, known);
+    ts_refuse(answer, TS_EINVAL, "there is no kernel '%.32s'; known are %s", name, known);
     return false;
 }
 
-bool ts_decode_plain(const Tspb__Request *r, ts_answer *a)
+bool ts_decode_plain(const Tspb__Request *r, ts_answer *answer)
 {
     const char *string, *field = NULL;
     char shown[160];
     if (r->body_case != TSPB__REQUEST__BODY_SESSION_OPEN)
         field = ts_text_find_not_plain(&r->base, &string);
     if (field != NULL)
-        ts_refuse(a, TS_EINVAL,
+        ts_refuse(answer, TS_EINVAL,
                   "%s '%s' has control characters, or isn't UTF-8: it must be plain text", field,
                   ts_text_escape(string, shown, sizeof shown));
     return field == NULL;
 }
 
-static bool decode_exchange_open(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_exchange_open(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__ExchangeOpen *m = r->exchange_open;
-    (void)a;
+    (void)answer;
     c->exchange_open.bytes = m->bytes;
     return true;
 }
 
-static bool decode_pool_open(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_pool_open(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__PoolOpen *m = r->pool_open;
-    (void)a;
+    (void)answer;
     c->pool_open.name = m->name;
     c->pool_open.writable = m->writable;
     return true;
 }
 
-static bool decode_pool_close(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_pool_close(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__PoolClose *m = r->pool_close;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     return true;
 }
 
-static bool decode_seq_create(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_create(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqCreate *m = r->seq_create;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_create.count = m->count;
     c->seq_create.space = (ts_space_name){m->space.data, m->space.len};
     return true;
 }
 
-static bool decode_seq_fork(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_fork(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqFork *m = r->seq_fork;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_fork.parent = m->parent;
     c->seq_fork.count = m->count;
@@ -102,10 +102,10 @@ static bool decode_seq_fork(const Tspb__Request *r, ts_command *c, ts_answer *a)
     return true;
 }
 
-static bool decode_seq_free(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_free(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqFree *m = r->seq_free;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_batch.seqs = m->seqs;
     c->seq_batch.count = (uint32_t)m->n_seqs;
@@ -113,10 +113,10 @@ static bool decode_seq_free(const Tspb__Request *r, ts_command *c, ts_answer *a)
     return true;
 }
 
-static bool decode_seq_select(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_select(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqSelect *m = r->seq_select;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_select.seqs = m->seqs;
     c->seq_select.count = (uint32_t)m->n_seqs;
@@ -125,14 +125,14 @@ static bool decode_seq_select(const Tspb__Request *r, ts_command *c, ts_answer *
     return true;
 }
 
-static bool decode_pool_room(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_pool_room(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
-    (void)a;
+    (void)answer;
     c->pool = r->pool_room->pool;
     return true;
 }
 
-static bool decode_seq_truncate(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_truncate(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqTruncate *m = r->seq_truncate;
     c->pool = m->pool;
@@ -140,13 +140,13 @@ static bool decode_seq_truncate(const Tspb__Request *r, ts_command *c, ts_answer
     c->seq_batch.lengths = m->lengths;
     c->seq_batch.by_counts = m->by_counts;
     c->seq_batch.count = (uint32_t)m->n_seqs;
-    return counts_agree("lengths", m->n_seqs, m->n_lengths, a);
+    return counts_agree("lengths", m->n_seqs, m->n_lengths, answer);
 }
 
-static bool decode_seq_keep(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_keep(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqKeep *m = r->seq_keep;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_keep.seq = m->seq;
     c->seq_keep.name = m->name;
@@ -156,22 +156,22 @@ static bool decode_seq_keep(const Tspb__Request *r, ts_command *c, ts_answer *a)
 }
 
 /* The ticket's bytes are drawn by whoever applies the command. */
-static bool decode_seq_ticket(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_ticket(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqTicket *m = r->seq_ticket;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_ticket.seq = m->seq;
     c->seq_ticket.ttl_ms = m->ttl_ms;
     return true;
 }
 
-static bool decode_seq_redeem(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_redeem(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqRedeem *m = r->seq_redeem;
     c->pool = m->pool;
     if (m->ticket.len != sizeof c->seq_redeem.ticket) {
-        ts_refuse(a, TS_EINVAL, "a ticket of %zu bytes; it has %zu", m->ticket.len,
+        ts_refuse(answer, TS_EINVAL, "a ticket of %zu bytes; it has %zu", m->ticket.len,
                   sizeof c->seq_redeem.ticket);
         return false;
     }
@@ -179,10 +179,10 @@ static bool decode_seq_redeem(const Tspb__Request *r, ts_command *c, ts_answer *
     return true;
 }
 
-static bool decode_list_kept(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_list_kept(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__ListKept *m = r->list_kept;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_list.prefix = m->prefix;
     c->seq_list.after = m->after;
@@ -190,29 +190,29 @@ static bool decode_list_kept(const Tspb__Request *r, ts_command *c, ts_answer *a
     return true;
 }
 
-static bool decode_seq_attach(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_attach(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqAttach *m = r->seq_attach;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_keep.name = m->name;
     return true;
 }
 
-static bool decode_seq_lengths(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_lengths(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqLengths *m = r->seq_lengths;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_batch.seqs = m->seqs;
     c->seq_batch.count = (uint32_t)m->n_seqs;
     return true;
 }
 
-static bool decode_seq_blocks(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_blocks(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqBlocks *m = r->seq_blocks;
-    (void)a;
+    (void)answer;
     c->pool = m->pool;
     c->seq_blocks.seq = m->seq;
     c->seq_blocks.first = m->first;
@@ -220,7 +220,7 @@ static bool decode_seq_blocks(const Tspb__Request *r, ts_command *c, ts_answer *
     return true;
 }
 
-static bool decode_seq_match(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_seq_match(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__SeqMatch *m = r->seq_match;
     c->pool = m->pool;
@@ -230,10 +230,10 @@ static bool decode_seq_match(const Tspb__Request *r, ts_command *c, ts_answer *a
     c->seq_match.space = (ts_space_name){m->space.data, m->space.len};
     c->seq_match.dry = m->dry;
     c->seq_match.wait = m->wait_ms > 0;
-    return ids_agree(m->counts, m->n_counts, m->n_tokens, a);
+    return ids_agree(m->counts, m->n_counts, m->n_tokens, answer);
 }
 
-static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__StepBegin *m = r->step_begin;
     c->pool = m->pool;
@@ -247,15 +247,15 @@ static bool decode_step_begin(const Tspb__Request *r, ts_command *c, ts_answer *
     c->step_begin.wait = m->wait_ms > 0;
     c->step_begin.priority = m->priority;
     c->step_begin.tokens = m->n_tokens > 0 ? m->tokens : NULL;
-    return ts_decode_kernel(m->kernel, &c->step_begin.kernel, a) &&
-           counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, a) &&
-           (m->n_tokens == 0 || ids_agree(m->new_tokens, m->n_new_tokens, m->n_tokens, a));
+    return ts_decode_kernel(m->kernel, &c->step_begin.kernel, answer) &&
+           counts_agree("new_tokens", m->n_seqs, m->n_new_tokens, answer) &&
+           (m->n_tokens == 0 || ids_agree(m->new_tokens, m->n_new_tokens, m->n_tokens, answer));
 }
 
-static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__StepRun *m = r->step_run;
-    (void)a;
+    (void)answer;
     c->step_run.step = m->step;
     c->step_run.run = (ts_layer_run){
         .q = m->q,
@@ -280,33 +280,33 @@ static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *a)
     return true;
 }
 
-static bool decode_step_commit(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_step_commit(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__StepCommit *m = r->step_commit;
-    (void)a;
+    (void)answer;
     c->step_end.step = m->step;
     c->step_end.accepted = m->n_accepted > 0 ? m->accepted : NULL;
     c->step_end.count = (uint32_t)m->n_accepted;
     return true;
 }
 
-static bool decode_step_abort(const Tspb__Request *r, ts_command *c, ts_answer *a)
+static bool decode_step_abort(const Tspb__Request *r, ts_command *c, ts_answer *answer)
 {
     const Tspb__StepAbort *m = r->step_abort;
-    (void)a;
+    (void)answer;
     c->step_end.step = m->step;
     return true;
 }
 
-static void encode_pool(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_pool(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                         Tspb__Reply *reply, ts_reply_body *body)
 {
-    const ts_engine_pool *pool = &e->pools[a->pool];
+    const ts_engine_pool *pool = &e->pools[answer->pool];
     const ts_pool_config *config = &pool->config;
     Tspb__PoolOpened *p = &body->pool_opened;
     (void)c;
     tspb__pool_opened__init(p);
-    p->pool = a->pool;
+    p->pool = answer->pool;
     p->layers = config->geometry.layers;
     p->kv_heads = config->geometry.kv_heads;
     p->head_dim = config->geometry.head_dim;
@@ -328,24 +328,24 @@ static void encode_pool(const ts_engine *e, const ts_command *c, const ts_answer
     reply->pool_opened = p;
 }
 
-static void encode_seqs(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_seqs(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                         Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     (void)c;
     tspb__seqs__init(&body->seqs);
-    body->seqs.seqs = ts_unconst(a->seqs.seqs);
-    body->seqs.n_seqs = a->seqs.count;
-    body->seqs.length = a->seqs.length;
+    body->seqs.seqs = ts_unconst(answer->seqs.seqs);
+    body->seqs.n_seqs = answer->seqs.count;
+    body->seqs.length = answer->seqs.length;
     reply->body_case = TSPB__REPLY__BODY_SEQS;
     reply->seqs = &body->seqs;
 }
 
-static void encode_ticket(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_ticket(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                           Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
-    (void)a;
+    (void)answer;
     tspb__ticket__init(&body->ticket);
     body->ticket.ticket.data = ts_unconst(c->seq_ticket.ticket);
     body->ticket.ticket.len = sizeof c->seq_ticket.ticket;
@@ -353,100 +353,100 @@ static void encode_ticket(const ts_engine *e, const ts_command *c, const ts_answ
     reply->ticket = &body->ticket;
 }
 
-static void encode_kept(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_kept(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                         Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     (void)c;
     Tspb__KeptList *m = &body->kept_list;
     tspb__kept_list__init(m);
-    m->names = ts_unconst(a->kept.names);
-    m->seqs = ts_unconst(a->kept.seqs);
-    m->lengths = ts_unconst(a->kept.lengths);
-    m->blocks = ts_unconst(a->kept.blocks);
-    m->left_ms = ts_unconst(a->kept.left_ms);
-    m->n_names = m->n_seqs = m->n_lengths = m->n_blocks = m->n_left_ms = a->kept.count;
-    m->next = ts_unconst(a->kept.next);
+    m->names = ts_unconst(answer->kept.names);
+    m->seqs = ts_unconst(answer->kept.seqs);
+    m->lengths = ts_unconst(answer->kept.lengths);
+    m->blocks = ts_unconst(answer->kept.blocks);
+    m->left_ms = ts_unconst(answer->kept.left_ms);
+    m->n_names = m->n_seqs = m->n_lengths = m->n_blocks = m->n_left_ms = answer->kept.count;
+    m->next = ts_unconst(answer->kept.next);
     reply->body_case = TSPB__REPLY__BODY_KEPT_LIST;
     reply->kept_list = m;
 }
 
-static void encode_room(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_room(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                         Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     (void)c;
     Tspb__Room *r = &body->room;
     tspb__room__init(r);
-    r->blocks = a->room.blocks;
-    r->available = a->room.available;
-    r->used = a->room.used;
-    r->cached = a->room.cached;
-    r->pinned = a->room.pinned;
-    r->limit = a->room.limit;
-    r->others = a->room.others;
-    r->sequences = a->room.sequences;
-    r->waiting = a->room.waiting;
-    r->asked_tokens = a->room.asked_tokens;
-    r->found_tokens = a->room.found_tokens;
+    r->blocks = answer->room.blocks;
+    r->available = answer->room.available;
+    r->used = answer->room.used;
+    r->cached = answer->room.cached;
+    r->pinned = answer->room.pinned;
+    r->limit = answer->room.limit;
+    r->others = answer->room.others;
+    r->sequences = answer->room.sequences;
+    r->waiting = answer->room.waiting;
+    r->asked_tokens = answer->room.asked_tokens;
+    r->found_tokens = answer->room.found_tokens;
     reply->body_case = TSPB__REPLY__BODY_ROOM;
     reply->room = r;
 }
 
-static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_lengths(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                            Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     (void)c;
     tspb__lengths__init(&body->lengths);
-    body->lengths.lengths = ts_unconst(a->lengths.lengths);
-    body->lengths.n_lengths = a->lengths.count;
+    body->lengths.lengths = ts_unconst(answer->lengths.lengths);
+    body->lengths.n_lengths = answer->lengths.count;
     reply->body_case = TSPB__REPLY__BODY_LENGTHS;
     reply->lengths = &body->lengths;
 }
 
-static void encode_matched(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_matched(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                            Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     (void)c;
     tspb__matched__init(&body->matched);
-    body->matched.seqs = ts_unconst(a->matched.seqs);
-    body->matched.n_seqs = a->matched.seqs != NULL ? a->matched.count : 0;
-    body->matched.lengths = ts_unconst(a->matched.lengths);
-    body->matched.n_lengths = a->matched.count;
-    body->matched.twins = ts_unconst(a->matched.twins);
-    body->matched.n_twins = a->matched.twins != NULL ? a->matched.count : 0;
+    body->matched.seqs = ts_unconst(answer->matched.seqs);
+    body->matched.n_seqs = answer->matched.seqs != NULL ? answer->matched.count : 0;
+    body->matched.lengths = ts_unconst(answer->matched.lengths);
+    body->matched.n_lengths = answer->matched.count;
+    body->matched.twins = ts_unconst(answer->matched.twins);
+    body->matched.n_twins = answer->matched.twins != NULL ? answer->matched.count : 0;
     reply->body_case = TSPB__REPLY__BODY_MATCHED;
     reply->matched = &body->matched;
 }
 
-static void encode_blocks(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_blocks(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                           Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     (void)c;
     tspb__blocks__init(&body->blocks);
-    body->blocks.length = a->blocks.length;
-    body->blocks.blocks = ts_unconst(a->blocks.blocks);
-    body->blocks.n_blocks = a->blocks.count;
+    body->blocks.length = answer->blocks.length;
+    body->blocks.blocks = ts_unconst(answer->blocks.blocks);
+    body->blocks.n_blocks = answer->blocks.count;
     reply->body_case = TSPB__REPLY__BODY_BLOCKS;
     reply->blocks = &body->blocks;
 }
 
-static void encode_begun(const ts_engine *e, const ts_command *c, const ts_answer *a,
+static void encode_begun(const ts_engine *e, const ts_command *c, const ts_answer *answer,
                          Tspb__Reply *reply, ts_reply_body *body)
 {
     (void)e;
     tspb__step_begun__init(&body->step_begun);
-    body->step_begun.step = c->step_begin.append ? 0 : a->begun.step->id;
-    body->step_begun.starts = ts_unconst(a->begun.starts);
-    body->step_begun.n_starts = a->begun.num_seqs;
-    body->step_begun.counts = ts_unconst(a->begun.counts);
-    body->step_begun.n_counts = a->begun.num_seqs;
-    body->step_begun.blocks = ts_unconst(a->begun.blocks);
-    body->step_begun.n_blocks = a->begun.num_blocks;
-    body->step_begun.copied_blocks = a->begun.num_copies;
+    body->step_begun.step = c->step_begin.append ? 0 : answer->begun.step->id;
+    body->step_begun.starts = ts_unconst(answer->begun.starts);
+    body->step_begun.n_starts = answer->begun.num_seqs;
+    body->step_begun.counts = ts_unconst(answer->begun.counts);
+    body->step_begun.n_counts = answer->begun.num_seqs;
+    body->step_begun.blocks = ts_unconst(answer->begun.blocks);
+    body->step_begun.n_blocks = answer->begun.num_blocks;
+    body->step_begun.copied_blocks = answer->begun.num_copies;
     reply->body_case = TSPB__REPLY__BODY_STEP_BEGUN;
     reply->step_begun = &body->step_begun;
 }
@@ -490,33 +490,33 @@ static const struct message *message_of(const Tspb__Request *r)
     return &messages[index];
 }
 
-bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answer *a)
+bool ts_decode(const Tspb__Request *r, uint64_t session, ts_command *c, ts_answer *answer)
 {
     const struct message *message = message_of(r);
-    a->status = TS_OK;
+    answer->status = TS_OK;
     if (message == NULL)
         return false;
     *c = (ts_command){.op = message->op, .session = session, .call = r->request_id};
-    return message->decode(r, c, a);
+    return message->decode(r, c, answer);
 }
 
-void ts_encode_status(const ts_answer *a, Tspb__Reply *reply)
+void ts_encode_status(const ts_answer *answer, Tspb__Reply *reply)
 {
-    reply->status = (uint32_t)a->status;
-    reply->message = ts_unconst(a->message);
-    reply->needed = a->amounts.needed;
-    reply->free = a->amounts.free;
-    reply->limit = a->amounts.limit;
-    reply->cached = a->amounts.cached;
-    reply->pinned = a->amounts.pinned;
-    reply->others = a->amounts.others;
+    reply->status = (uint32_t)answer->status;
+    reply->message = ts_unconst(answer->message);
+    reply->needed = answer->amounts.needed;
+    reply->free = answer->amounts.free;
+    reply->limit = answer->amounts.limit;
+    reply->cached = answer->amounts.cached;
+    reply->pinned = answer->amounts.pinned;
+    reply->others = answer->amounts.others;
 }
 
-void ts_encode(const ts_engine *e, const Tspb__Request *r, const ts_command *c, const ts_answer *a,
-               Tspb__Reply *reply, ts_reply_body *body)
+void ts_encode(const ts_engine *e, const Tspb__Request *r, const ts_command *c,
+               const ts_answer *answer, Tspb__Reply *reply, ts_reply_body *body)
 {
     const struct message *message = message_of(r);
-    ts_encode_status(a, reply);
-    if (a->status == TS_OK && message->encode != NULL)
-        message->encode(e, c, a, reply, body);
+    ts_encode_status(answer, reply);
+    if (answer->status == TS_OK && message->encode != NULL)
+        message->encode(e, c, answer, reply, body);
 }

@@ -9,23 +9,23 @@
 
 /* The device that an exchange is to be shared with, or NULL and the answer refuses. */
 static ts_gpu *exchange_gpu(const ts_service *s, const ts_connection *c,
-                            const Tspb__ExchangeOpen *open, ts_answer *a)
+                            const Tspb__ExchangeOpen *open, ts_answer *answer)
 {
     const ts_session *session = ts_engine_session(s->exec.engine, c->session);
     if (session == NULL || open->pool >= s->exec.engine->num_pools ||
         !(session->opened_pools >> open->pool & 1)) {
-        ts_refuse(a, TS_ENOENT, "the session has not opened a pool %u", open->pool);
+        ts_refuse(answer, TS_ENOENT, "the session has not opened a pool %u", open->pool);
         return NULL;
     }
     if (s->exec.gpu_of[open->pool] == NULL) {
-        ts_refuse(a, TS_EINVAL,
+        ts_refuse(answer, TS_EINVAL,
                   "pool '%s' is in host memory: there is no device to share an "
                   "exchange with",
                   s->exec.engine->pools[open->pool].config.name);
         return NULL;
     }
     if (open->ipc_handle.len != 0 && open->ipc_handle.len != TS_IPC_HANDLE_BYTES) {
-        ts_refuse(a, TS_EINVAL, "an IPC handle of %zu bytes; it has %u", open->ipc_handle.len,
+        ts_refuse(answer, TS_EINVAL, "an IPC handle of %zu bytes; it has %u", open->ipc_handle.len,
                   TS_IPC_HANDLE_BYTES);
         return NULL;
     }
@@ -34,11 +34,11 @@ static ts_gpu *exchange_gpu(const ts_service *s, const ts_connection *c,
 
 /* Refuses a third exchange beside two that are in use: the connection's, and one that it replaced
  * and that runs still use. */
-static bool may_replace(const ts_service *s, const ts_connection *c, ts_answer *a)
+static bool may_replace(const ts_service *s, const ts_connection *c, ts_answer *answer)
 {
     if (!ts_step_work_uses_replaced(&s->exec, c->session, c->memory.exchange))
         return true;
-    ts_refuse(a, TS_EBUSY,
+    ts_refuse(answer, TS_EBUSY,
               "runs still use the exchange that was replaced last; until they end, it can't be "
               "replaced again");
     return false;
@@ -46,7 +46,7 @@ static bool may_replace(const ts_service *s, const ts_connection *c, ts_answer *
 
 /* The memory is stored, and takes the place of the connection's, unless the engine refuses. */
 static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
-                             const ts_command *command, ts_answer *a)
+                             const ts_command *command, ts_answer *answer)
 {
     char why[TS_MESSAGE_BYTES];
     const uint32_t number = ts_engine_session(s->exec.engine, c->session)->exchanges + 1;
@@ -57,10 +57,10 @@ static void replace_exchange(ts_service *s, ts_connection *c, ts_exchange *x,
                                         ts_exchange_descriptor(x), why, sizeof why);
     if (status != TS_OK) {
         ts_exchange_release(x);
-        return ts_refuse(a, status, "an exchange: %s", why);
+        return ts_refuse(answer, status, "an exchange: %s", why);
     }
-    ts_exec_apply(&s->exec, command, a);
-    if (a->status != TS_OK) {
+    ts_exec_apply(&s->exec, command, answer);
+    if (answer->status != TS_OK) {
         if (stores)
             ts_stored_exchange_forget(s->exec.store, c->session, number);
         return ts_exchange_release(x);
@@ -95,17 +95,17 @@ static ts_exchange_source source_of(const Tspb__ExchangeOpen *open)
 
 /* The memory comes first, so that applying the command is all that changes the engine. */
 void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen *open,
-                      ts_command *command, ts_answer *a)
+                      ts_command *command, ts_answer *answer)
 {
     uint64_t bytes = open->bytes;
     ts_gpu *gpu;
     ts_exchange *x = NULL;
     char why[TS_MESSAGE_BYTES];
     if (!open->on_device && open->ipc_handle.len == 0)
-        return ts_refuse(a, TS_EINVAL,
+        return ts_refuse(answer, TS_EINVAL,
                          "an exchange in host memory is opened at the handle socket, not by a "
                          "message");
-    if ((gpu = exchange_gpu(s, c, open, a)) == NULL || !may_replace(s, c, a))
+    if ((gpu = exchange_gpu(s, c, open, answer)) == NULL || !may_replace(s, c, answer))
         return;
     if (bytes > 0 && bytes <= s->exec.engine->limits.exchange_bytes) { /* else apply says why not */
         ts_status status =
@@ -116,25 +116,25 @@ void ts_exchange_open(ts_service *s, ts_connection *c, const Tspb__ExchangeOpen 
                                 ts_engine_session(s->exec.engine, c->session)->tenant, bytes, &x,
                                 why, sizeof why);
         if (status != TS_OK && ts_exec_leaves_to_next(&s->exec, open->pool)) {
-            a->status = TS_NEED_SWEEP;
+            answer->status = TS_NEED_SWEEP;
             return;
         }
         if (status != TS_OK)
-            return ts_refuse(a, status, "an exchange: %s", why);
+            return ts_refuse(answer, status, "an exchange: %s", why);
     }
     command->exchange_open.other_memory = c->memory.exchange != NULL;
     command->exchange_open.source = source_of(open);
-    replace_exchange(s, c, x, command, a);
+    replace_exchange(s, c, x, command, answer);
 }
 
 ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, char *why,
                             size_t why_bytes)
 {
     ts_exchange *x;
-    ts_answer a = {0};
-    if (!may_replace(s, c, &a)) {
-        snprintf(why, why_bytes, "%s", a.message);
-        return a.status;
+    ts_answer answer = {0};
+    if (!may_replace(s, c, &answer)) {
+        snprintf(why, why_bytes, "%s", answer.message);
+        return answer.status;
     }
     c->memory.new_exchange.outlives = s->exec.books != NULL;
     ts_status status = ts_exchange_take(&c->memory.new_exchange, &x, why, why_bytes);
@@ -146,9 +146,9 @@ ts_status ts_exchange_taken(ts_service *s, ts_connection *c, uint64_t *bytes, ch
                                             .other_memory = c->memory.exchange != NULL &&
                                                             c->memory.exchange->host == NULL}};
     *bytes = x->bytes;
-    replace_exchange(s, c, x, &command, &a);
-    snprintf(why, why_bytes, "%s", a.message);
-    return a.status;
+    replace_exchange(s, c, x, &command, &answer);
+    snprintf(why, why_bytes, "%s", answer.message);
+    return answer.status;
 }
 
 void ts_exchange_encode(const ts_connection *c, Tspb__ExchangeOpened *opened, Tspb__Reply *reply)

@@ -21,7 +21,7 @@ static bool waits_since_before(const ts_service *s, const ts_connection *c)
 }
 
 bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_parked *p,
-                       uint32_t wait_ms, ts_command *command, ts_answer *a)
+                       uint32_t wait_ms, ts_command *command, ts_answer *answer)
 {
     const bool before = p->deadline_ms != 0;
     /* What waited until it had to wait for a sweep has left its place to what waits now. */
@@ -29,11 +29,11 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
     if (wait_ms == 0)
         return true;
     if (wait_ms > TS_WAIT_MS_MAX) {
-        ts_refuse(a, TS_EINVAL, "a wait of %u ms; the limit is %u", wait_ms, TS_WAIT_MS_MAX);
+        ts_refuse(answer, TS_EINVAL, "a wait of %u ms; the limit is %u", wait_ms, TS_WAIT_MS_MAX);
         return false;
     }
     if (s->exec.engine->draining || s->ending) {
-        ts_refuse(a, TS_EBUSY, "the daemon %s: nothing waits",
+        ts_refuse(answer, TS_EBUSY, "the daemon %s: nothing waits",
                   s->ending ? "ends" : "is being drained");
         return false;
     }
@@ -44,11 +44,11 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
         command->step_begin.wait = wait;
     const uint64_t bytes = before ? 0 : parked_bytes(s, c->uid);
     if (p->bytes + bytes > TS_PARKED_BYTES)
-        ts_refuse_more(a, TS_EQUOTA, bytes, p->bytes, TS_PARKED_BYTES,
+        ts_refuse_more(answer, TS_EQUOTA, bytes, p->bytes, TS_PARKED_BYTES,
                        "a request of %zu bytes may not wait: those of uid %u that do have %llu, "
                        "and the limit is %u",
                        p->bytes, c->uid, (unsigned long long)bytes, TS_PARKED_BYTES);
-    return a->status == TS_OK;
+    return answer->status == TS_OK;
 }
 
 void ts_parked_alarm(ts_work *work, void *service)

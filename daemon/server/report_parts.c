@@ -86,9 +86,9 @@ Tspb__PoolSummary *ts_report_summarise(const ts_service *s, uint32_t index)
 
 bool ts_report_find_pool(const ts_service *s, const char *name, uint32_t *index, Tspb__Reply *reply)
 {
-    ts_answer a = {0};
-    *index = ts_engine_pool_named(s->exec.engine, name, &a);
+    ts_answer answer = {0};
+    *index = ts_engine_pool_named(s->exec.engine, name, &answer);
     if (*index == TS_NONE)
-        ts_report_refuse(reply, a.status, "%s", a.message);
+        ts_report_refuse(reply, answer.status, "%s", answer.message);
     return *index != TS_NONE;
 }

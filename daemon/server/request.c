@@ -128,12 +128,12 @@ static void encode_opened(ts_service *s, ts_connection *c, Tspb__Reply *reply,
 }
 
 static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *request,
-                         ts_answer *a, Tspb__Reply *reply, Tspb__SessionOpened *opened)
+                         ts_answer *answer, Tspb__Reply *reply, Tspb__SessionOpened *opened)
 {
     const Tspb__SessionOpen *open = request->session_open;
     if (open->protocol != TS_PROTOCOL) {
         char version[32];
-        return ts_refuse(a, TS_EPROTO,
+        return ts_refuse(answer, TS_EPROTO,
                          "protocol version %u of libtinyserve %s; tinyserved " TS_VERSION
                          " speaks %u: the older of them must be upgraded, and then started again",
                          open->protocol,
@@ -143,7 +143,7 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
                          TS_PROTOCOL);
     }
     if (c->session != 0)
-        return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
+        return ts_refuse(answer, TS_EEXIST, "this connection has session %llx already",
                          (unsigned long long)c->session);
     const uint64_t before = ts_resume_opened(s, c, &open->nonce);
     if (before != 0) { /* the answer went with the daemon that gave it */
@@ -151,7 +151,7 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
         return encode_opened(s, c, reply, opened);
     }
     if (getrandom(c->token, sizeof c->token, 0) != (ssize_t)sizeof c->token)
-        return ts_refuse(a, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
+        return ts_refuse(answer, TS_ENOMEM, "no randomness for a token: %s", strerror(errno));
     char program[TS_PROGRAM_BYTES];
     ts_text_escape(open->program, program, sizeof program);
     ts_command command = {
@@ -164,10 +164,10 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
     memcpy(command.session_open.token, c->token, sizeof c->token);
     if (open->nonce.len == sizeof command.session_open.nonce)
         memcpy(command.session_open.nonce, open->nonce.data, open->nonce.len);
-    ts_exec_apply(&s->exec, &command, a);
-    if (a->status != TS_OK)
+    ts_exec_apply(&s->exec, &command, answer);
+    if (answer->status != TS_OK)
         return;
-    c->session = a->session;
+    c->session = answer->session;
     c->idle_since_ms = 0;
     s->by_session[(uint32_t)c->session] = c;
     ts_log_on(ts_service_session_level(s, c),
@@ -178,17 +178,19 @@ static void open_session(ts_service *s, ts_connection *c, const Tspb__Request *r
 }
 
 /* Tells the slabs of the blocks that the reply tells. False: out of memory. */
-static bool add_slabs(ts_service *s, const ts_command *command, const ts_answer *a,
+static bool add_slabs(ts_service *s, const ts_command *command, const ts_answer *answer,
                       Tspb__Reply *reply)
 {
     ts_slab_list *list = &s->slab_list;
     if (reply->body_case == TSPB__REPLY__BODY_BLOCKS) {
-        if (!ts_slab_list_fill(list, &s->exec, command->pool, a->blocks.blocks, a->blocks.count))
+        if (!ts_slab_list_fill(list, &s->exec, command->pool, answer->blocks.blocks,
+                               answer->blocks.count))
             return false;
         reply->blocks->slabs = list->pointers;
         reply->blocks->n_slabs = list->count;
     } else if (reply->body_case == TSPB__REPLY__BODY_STEP_BEGUN) {
-        if (!ts_slab_list_fill(list, &s->exec, command->pool, a->begun.blocks, a->begun.num_blocks))
+        if (!ts_slab_list_fill(list, &s->exec, command->pool, answer->begun.blocks,
+                               answer->begun.num_blocks))
             return false;
         reply->step_begun->slabs = list->pointers;
         reply->step_begun->n_slabs = list->count;
@@ -232,14 +234,14 @@ static bool hold(ts_service *s, ts_request *request, const Tspb__Reply *reply)
 
 /* Hands what was accepted to the kernels, which complete the request. False: out of memory. */
 static bool hand_on(ts_service *s, ts_connection *c, ts_request *request, const ts_command *command,
-                    const ts_answer *a, const Tspb__Reply *reply)
+                    const ts_answer *answer, const Tspb__Reply *reply)
 {
     const ts_completion completion = {.done = on_done, .context = request};
     if (command->op == TS_OP_STEP_RUN)
-        return ts_step_work_run(&s->exec, &c->memory, &completion, command, a->step);
+        return ts_step_work_run(&s->exec, &c->memory, &completion, command, answer->step);
     if (!hold(s, request, reply))
         return false;
-    if (ts_step_work_copy(&s->exec, &completion, a))
+    if (ts_step_work_copy(&s->exec, &completion, answer))
         return true;
     free(request->held);
     request->held = NULL;
@@ -247,12 +249,12 @@ static bool hand_on(ts_service *s, ts_connection *c, ts_request *request, const 
 }
 
 /* The bytes of a ticket that the command asks for; without an entropy source the answer refuses. */
-static bool draw_ticket(ts_command *command, ts_answer *a)
+static bool draw_ticket(ts_command *command, ts_answer *answer)
 {
     uint8_t *ticket = command->seq_ticket.ticket;
     if (getrandom(ticket, TS_TICKET_BYTES, 0) == (ssize_t)TS_TICKET_BYTES)
         return true;
-    ts_refuse(a, TS_ENOMEM, "no randomness for a ticket: %s", strerror(errno));
+    ts_refuse(answer, TS_ENOMEM, "no randomness for a ticket: %s", strerror(errno));
     return false;
 }
 
@@ -261,35 +263,35 @@ static bool draw_ticket(ts_command *command, ts_answer *a)
  * which have the request then.
  */
 static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_command *command,
-                    ts_answer *a, Tspb__Reply *reply, ts_reply_body *body)
+                    ts_answer *answer, Tspb__Reply *reply, ts_reply_body *body)
 {
     const Tspb__Request *message = request->message;
     const bool run = command->op == TS_OP_STEP_RUN;
     const bool known = run && ts_engine_run_is_known(s->exec.engine, command);
-    const bool no_ticket = command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, a);
+    const bool no_ticket = command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, answer);
     /* A run that is known is with the kernels: its answer was lost with an earlier daemon. */
     if (command->op == TS_OP_EXCHANGE_OPEN)
-        ts_exchange_open(s, c, message->exchange_open, command, a);
+        ts_exchange_open(s, c, message->exchange_open, command, answer);
     else if (!no_ticket && !known &&
-             (!run || ts_step_work_check_run(&s->exec, &c->memory, command, a)))
-        ts_exec_supply(&s->exec, command, a);
-    ts_encode(s->exec.engine, message, command, a, reply, body);
-    if (a->status != TS_OK)
+             (!run || ts_step_work_check_run(&s->exec, &c->memory, command, answer)))
+        ts_exec_supply(&s->exec, command, answer);
+    ts_encode(s->exec.engine, message, command, answer, reply, body);
+    if (answer->status != TS_OK)
         return false;
     if (command->op == TS_OP_EXCHANGE_OPEN)
         ts_exchange_encode(c, &body->exchange_opened, reply);
-    const bool copies = command->op == TS_OP_STEP_BEGIN && a->begun.num_copies > 0;
-    if (add_slabs(s, command, a, reply) &&
-        ((!run && !copies) || known || hand_on(s, c, request, command, a, reply)))
+    const bool copies = command->op == TS_OP_STEP_BEGIN && answer->begun.num_copies > 0;
+    if (add_slabs(s, command, answer, reply) &&
+        ((!run && !copies) || known || hand_on(s, c, request, command, answer, reply)))
         return copies || (run && !(command->step_run.run.flags & TS_RUN_ON_STREAM));
     /* Out of memory for the answer: undo what can be undone. */
     if (run || command->op == TS_OP_STEP_BEGIN)
         ts_step_work_undo(&s->exec, command,
-                          run      ? a->step->id
-                          : copies ? a->begun.step->id
+                          run      ? answer->step->id
+                          : copies ? answer->begun.step->id
                                    : body->step_begun.step);
-    ts_refuse(a, TS_ENOMEM, "no memory for the answer");
-    ts_encode_status(a, reply);
+    ts_refuse(answer, TS_ENOMEM, "no memory for the answer");
+    ts_encode_status(answer, reply);
     return false;
 }
 
@@ -317,10 +319,11 @@ static void go_on(ts_parked *parked);
 static void drop(ts_parked *parked);
 
 /* Answers a request whose place among the kept replies is taken. */
-static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept_reply *kept)
+static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
+                           ts_kept_reply *kept)
 {
     const Tspb__Request *message = request->message;
-    ts_answer a = {0};
+    ts_answer answer = {0};
     ts_command command;
     ts_reply_body body;
     ts_admin_body admin;
@@ -329,47 +332,47 @@ static void answer(ts_service *s, ts_connection *c, ts_request *request, ts_kept
     reply.request_id = message->request_id;
     bool waits = false;
     if (s->ending) {
-        ts_refuse(&a, TS_ECONN, "the daemon ends");
+        ts_refuse(&answer, TS_ECONN, "the daemon ends");
     } else if (c->kicked != 0) {
-        ts_refuse(&a, TS_ECONN, "session %llx was ended%s", (unsigned long long)c->kicked,
+        ts_refuse(&answer, TS_ECONN, "session %llx was ended%s", (unsigned long long)c->kicked,
                   c->kept_slabs    ? ": it did not give back GPU memory that is others' now"
                   : c->freed_pages ? ": it has freed pages of its exchange"
                                    : " by an operator");
-    } else if (ts_admin(s, c, message, &a, &reply, &admin)) {
-        if (a.status == TS_NEED_SWEEP)
+    } else if (ts_admin(s, c, message, &answer, &reply, &admin)) {
+        if (answer.status == TS_NEED_SWEEP)
             return wait_on(s, request, kept);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
-        open_session(s, c, message, &a, &reply, &opened);
+        open_session(s, c, message, &answer, &reply, &opened);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_RESUME) {
-        ts_resume(s, c, message->session_resume, &a);
-        if (a.status == TS_OK)
+        ts_resume(s, c, message->session_resume, &answer);
+        if (answer.status == TS_OK)
             encode_opened(s, c, &reply, &opened);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_CLOSE) {
         ts_service_end_session(s, c, NULL);
     } else if (message->body_case == TSPB__REQUEST__BODY_WAIT_END) {
         (void)ts_service_go_on(s, c, true);
-    } else if (ts_decode(message, c->session, &command, &a) &&
-               ts_parked_prepare(s, c, &request->wait, wait_of(message), &command, &a)) {
+    } else if (ts_decode(message, c->session, &command, &answer) &&
+               ts_parked_prepare(s, c, &request->wait, wait_of(message), &command, &answer)) {
         if (ts_step_work_must_wait(&s->exec, &command))
             return wait_on(s, request, kept);
-        waits = execute(s, c, request, &command, &a, &reply, &body);
-        if (a.status == TS_NEED_SWEEP)
+        waits = execute(s, c, request, &command, &answer, &reply, &body);
+        if (answer.status == TS_NEED_SWEEP)
             return wait_on(s, request, kept);
-        if (a.status == TS_WAITS) {
+        if (answer.status == TS_WAITS) {
             kept->pending = true;
             request->wait.go_on = go_on;
             request->wait.drop = drop;
             return ts_parked_add(s, c, &request->wait, wait_of(message));
         }
-    } else if (a.status == TS_OK) {
-        ts_refuse(&a, TS_EPROTO, "the request has no body that this daemon knows");
+    } else if (answer.status == TS_OK) {
+        ts_refuse(&answer, TS_EPROTO, "the request has no body that this daemon knows");
     }
     if (waits) {
         kept->pending = true;
         return;
     }
-    ts_encode_status(&a, &reply);
-    ts_refused(s, message, a.status);
+    ts_encode_status(&answer, &reply);
+    ts_refused(s, message, answer.status);
     size_t size = finish(s, &reply);
     deliver(c, request, message->request_id, s->packed, size);
 }
@@ -383,8 +386,8 @@ static void go_on(ts_parked *parked)
 {
     ts_request *request = request_of(parked);
     ts_connection *c = parked->connection;
-    answer(request->service, c, request,
-           ts_reply_cache_at(&c->replies, request->message->request_id));
+    answer_request(request->service, c, request,
+                   ts_reply_cache_at(&c->replies, request->message->request_id));
 }
 
 static void drop(ts_parked *parked)
@@ -406,7 +409,7 @@ static void resume(void *service)
     for (ts_request *request = waiting, *next; request != NULL; request = next) {
         next = request->next_waiter;
         ts_connection *c = ts_service_connection(s, request->pipe);
-        answer(s, c, request, ts_reply_cache_at(&c->replies, request->message->request_id));
+        answer_request(s, c, request, ts_reply_cache_at(&c->replies, request->message->request_id));
     }
     if (s->resume_rings != NULL)
         s->resume_rings(s->rings);
@@ -476,7 +479,7 @@ void ts_service_request(ts_work *work, void *service)
     ts_service *s = service;
     ts_request *request = (ts_request *)work;
     ts_connection *c = ts_service_connection(s, request->pipe);
-    ts_answer a = {0};
+    ts_answer answer = {0};
     request->service = s;
     s->requests++;
     if (c == NULL) /* it is gone: nobody will read this */
@@ -485,21 +488,21 @@ void ts_service_request(ts_work *work, void *service)
     const Tspb__Request *message = request->message;
     if (message == NULL || message->request_id == 0 ||
         message->body_case == TSPB__REQUEST__BODY__NOT_SET) {
-        ts_refuse(&a, TS_EPROTO, "%s",
+        ts_refuse(&answer, TS_EPROTO, "%s",
                   message == NULL ? "the message is not a tspb.Request, or is made to take far "
                                     "more memory than its size"
                   : message->request_id == 0 ? "request_id is 0; ids count from 1"
                                              : "the request has no body that this daemon knows");
-        return send_refusal(s, request, message == NULL ? 0 : message->request_id, &a);
+        return send_refusal(s, request, message == NULL ? 0 : message->request_id, &answer);
     }
-    if (!ts_decode_plain(message, &a))
-        return send_refusal(s, request, message->request_id, &a);
+    if (!ts_decode_plain(message, &answer))
+        return send_refusal(s, request, message->request_id, &answer);
 
     if (answer_report(s, c, request))
         return;
     ts_kept_reply *kept = reply_slot(s, c, request);
     if (kept != NULL)
-        answer(s, c, request, kept);
+        answer_request(s, c, request, kept);
 }
 
 bool ts_service_init(ts_service *s, const ts_engine_limits *limits)

@@ -234,7 +234,7 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
 static void abort_steps_of(ts_service *s, const ts_connection *c, uint64_t call)
 {
     const ts_engine *e = s->exec.engine;
-    ts_answer a;
+    ts_answer answer;
     for (uint32_t i = ts_engine_session(e, c->session)->step_list, next; i != TS_NONE && call != 0;
          i = next) {
         next = e->steps[i].next;
@@ -243,26 +243,27 @@ static void abort_steps_of(ts_service *s, const ts_connection *c, uint64_t call)
                           &(ts_command){.op = TS_OP_STEP_ABORT,
                                         .session = c->session,
                                         .step_end = {.step = e->steps[i].id}},
-                          &a);
+                          &answer);
     }
 }
 
-void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts_answer *a)
+void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts_answer *answer)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, r->session);
     if (r->protocol != TS_PROTOCOL)
-        return ts_refuse(a, TS_EPROTO, "a session of protocol version %u; this daemon speaks %u",
-                         r->protocol, TS_PROTOCOL);
+        return ts_refuse(answer, TS_EPROTO,
+                         "a session of protocol version %u; this daemon speaks %u", r->protocol,
+                         TS_PROTOCOL);
     if (c->session != 0)
-        return ts_refuse(a, TS_EEXIST, "this connection has session %llx already",
+        return ts_refuse(answer, TS_EEXIST, "this connection has session %llx already",
                          (unsigned long long)c->session);
     if (about == NULL || s->exec.engine->tenants[about->tenant] != c->uid || about->pid != c->pid ||
         r->token.len != sizeof about->token ||
         memcmp(r->token.data, about->token, sizeof about->token) != 0)
-        return ts_refuse(a, TS_ENOENT, "uid %u, pid %u has no session %llx with this token", c->uid,
-                         c->pid, (unsigned long long)r->session);
+        return ts_refuse(answer, TS_ENOENT, "uid %u, pid %u has no session %llx with this token",
+                         c->uid, c->pid, (unsigned long long)r->session);
     if (ts_service_connection_of(s, r->session) != NULL)
-        return ts_refuse(a, TS_EBUSY, "session %llx has a connection",
+        return ts_refuse(answer, TS_EBUSY, "session %llx has a connection",
                          (unsigned long long)r->session);
     ts_resume_attach(s, c, r->session);
     for (size_t i = 0; i < r->n_given_up; i++)

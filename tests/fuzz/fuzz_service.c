@@ -247,9 +247,9 @@ void fuzz_check_books(void)
 static void wait_ms(void *arg)
 {
     ts_engine *e = fuzz_service.exec.engine;
-    ts_answer a;
+    ts_answer answer;
     ts_engine_apply(
-        e, &(ts_command){.op = TS_OP_SWEEP, .now_ms = e->now_ms + *(const uint64_t *)arg}, &a);
+        e, &(ts_command){.op = TS_OP_SWEEP, .now_ms = e->now_ms + *(const uint64_t *)arg}, &answer);
 }
 
 void fuzz_wait(uint64_t ms)

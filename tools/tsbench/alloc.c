@@ -27,29 +27,29 @@ static void on_problem(void *arg, const char *sentence)
     fprintf(stderr, "tsbench: %s\n", sentence);
 }
 
-static bool apply(storm *s, ts_command c, ts_answer *a)
+static bool apply(storm *s, ts_command c, ts_answer *answer)
 {
     c.session = s->session;
     for (;;) {
-        ts_engine_apply(s->e, &c, a);
-        if (a->status != TS_NEED_SLABS)
+        ts_engine_apply(s->e, &c, answer);
+        if (answer->status != TS_NEED_SLABS)
             break;
         ts_answer granted;
-        ts_command grant = {
-            .op = TS_OP_SLAB_GRANT,
-            .pool = a->need.pool,
-            .slab_grant = {.slab = ts_engine_next_slab(s->e, a->need.pool, a->need.tenant),
-                           .tenant = a->need.tenant}};
+        ts_command grant = {.op = TS_OP_SLAB_GRANT,
+                            .pool = answer->need.pool,
+                            .slab_grant = {.slab = ts_engine_next_slab(s->e, answer->need.pool,
+                                                                       answer->need.tenant),
+                                           .tenant = answer->need.tenant}};
         ts_engine_apply(s->e, &grant, &granted);
     }
-    if (a->status != TS_OK)
-        fprintf(stderr, "tsbench: %s: %s\n", ts_status_name(a->status), a->message);
-    return a->status == TS_OK;
+    if (answer->status != TS_OK)
+        fprintf(stderr, "tsbench: %s: %s\n", ts_status_name(answer->status), answer->message);
+    return answer->status == TS_OK;
 }
 
 static bool start(storm *s)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_engine_limits limits;
     ts_engine_default_limits(&limits);
     s->e = ts_engine_new(&limits);
@@ -64,25 +64,25 @@ static bool start(storm *s)
         .client_write = TS_CLIENT_WRITE_ALL,
     };
     if (s->e == NULL ||
-        !apply(s, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &a))
+        !apply(s, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &answer))
         return false;
     if (!apply(s, (ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.program = "tsbench"}},
-               &a))
+               &answer))
         return false;
-    s->session = a.session;
+    s->session = answer.session;
     return apply(
         s, (ts_command){.op = TS_OP_POOL_OPEN, .pool_open = {.name = "bench", .writable = true}},
-        &a);
+        &answer);
 }
 
 /* One storm; seconds of each kind of command, and whether the counts came out. */
 static bool blow(storm *s, double *append, double *fork, double *release)
 {
-    ts_answer a;
+    ts_answer answer;
     ts_pool_books *books = &s->e->pools[0].books;
-    if (!apply(s, (ts_command){.op = TS_OP_SEQ_CREATE, .seq_create = {.count = SEQS}}, &a))
+    if (!apply(s, (ts_command){.op = TS_OP_SEQ_CREATE, .seq_create = {.count = SEQS}}, &answer))
         return false;
-    memcpy(s->seqs, a.seqs.seqs, sizeof s->seqs);
+    memcpy(s->seqs, answer.seqs.seqs, sizeof s->seqs);
     for (uint32_t i = 0; i < SEQS; i++)
         s->tokens[i] = 16;
     ts_command add = {
@@ -90,26 +90,26 @@ static bool blow(storm *s, double *append, double *fork, double *release)
         .step_begin = {.seqs = s->seqs, .new_tokens = s->tokens, .count = SEQS, .append = true}};
     double t = bench_now();
     for (uint32_t i = 0; i < ROUNDS; i++)
-        if (!apply(s, add, &a))
+        if (!apply(s, add, &answer))
             return false;
     *append = bench_now() - t;
     if (books->used != SEQS * ROUNDS)
         return false;
     ts_command branch = {.op = TS_OP_SEQ_FORK, .seq_fork = {.parent = s->seqs[0], .count = SEQS}};
     t = bench_now();
-    if (!apply(s, branch, &a))
+    if (!apply(s, branch, &answer))
         return false;
     *fork = bench_now() - t;
     uint64_t *forks = malloc(SEQS * sizeof *forks);
     if (forks == NULL || books->used != SEQS * ROUNDS || books->shared != ROUNDS)
         return false;
-    memcpy(forks, a.seqs.seqs, SEQS * sizeof *forks);
+    memcpy(forks, answer.seqs.seqs, SEQS * sizeof *forks);
     ts_command drop = {.op = TS_OP_SEQ_FREE, .seq_batch = {.seqs = forks, .count = SEQS}};
-    bool ok = apply(s, drop, &a);
+    bool ok = apply(s, drop, &answer);
     free(forks);
     drop.seq_batch.seqs = s->seqs;
     t = bench_now();
-    ok = ok && apply(s, drop, &a);
+    ok = ok && apply(s, drop, &answer);
     *release = bench_now() - t;
     return ok && books->used == 0;
 }

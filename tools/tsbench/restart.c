@@ -65,29 +65,29 @@ typedef struct stage {
     uint64_t session;
 } stage;
 
-static bool apply_one(stage *s, ts_command *c, ts_answer *a)
+static bool apply_one(stage *s, ts_command *c, ts_answer *answer)
 {
     c->session = s->session;
     ts_books_begin(s->books, c);
-    ts_engine_apply(s->e, c, a);
-    ts_books_note(s->books, s->e, c, a);
-    return a->status == TS_OK;
+    ts_engine_apply(s->e, c, answer);
+    ts_books_note(s->books, s->e, c, answer);
+    return answer->status == TS_OK;
 }
 
-static bool apply(stage *s, ts_command c, ts_answer *a)
+static bool apply(stage *s, ts_command c, ts_answer *answer)
 {
-    while (!apply_one(s, &c, a) && a->status == TS_NEED_SLABS) {
+    while (!apply_one(s, &c, answer) && answer->status == TS_NEED_SLABS) {
         ts_answer granted;
-        ts_command grant = {
-            .op = TS_OP_SLAB_GRANT,
-            .pool = a->need.pool,
-            .slab_grant = {.slab = ts_engine_next_slab(s->e, a->need.pool, a->need.tenant),
-                           .tenant = a->need.tenant}};
+        ts_command grant = {.op = TS_OP_SLAB_GRANT,
+                            .pool = answer->need.pool,
+                            .slab_grant = {.slab = ts_engine_next_slab(s->e, answer->need.pool,
+                                                                       answer->need.tenant),
+                                           .tenant = answer->need.tenant}};
         (void)apply_one(s, &grant, &granted);
     }
-    if (a->status != TS_OK)
-        fprintf(stderr, "tsbench: %s: %s\n", ts_status_name(a->status), a->message);
-    return a->status == TS_OK;
+    if (answer->status != TS_OK)
+        fprintf(stderr, "tsbench: %s: %s\n", ts_status_name(answer->status), answer->message);
+    return answer->status == TS_OK;
 }
 
 /* Books from what the shelf has, and their engine. */
@@ -107,7 +107,7 @@ static bool set_up(stage *s, bool with_books, uint32_t block_tokens, uint32_t bl
 {
     ts_books_start start;
     ts_engine_limits limits;
-    ts_answer a;
+    ts_answer answer;
     ts_engine_default_limits(&limits);
     if (with_books ? !open_books(s, &start) : (s->e = ts_engine_new(&limits)) == NULL)
         return false;
@@ -121,14 +121,14 @@ static bool set_up(stage *s, bool with_books, uint32_t block_tokens, uint32_t bl
         .tenant_blocks_max = UINT64_MAX,
         .client_write = TS_CLIENT_WRITE_ALL,
     };
-    if (!apply(s, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &a) ||
+    if (!apply(s, (ts_command){.op = TS_OP_POOL_ADD, .pool_add.config = &config}, &answer) ||
         !apply(s, (ts_command){.op = TS_OP_SESSION_OPEN, .session_open = {.program = "tsbench"}},
-               &a))
+               &answer))
         return false;
-    s->session = a.session;
+    s->session = answer.session;
     return apply(
         s, (ts_command){.op = TS_OP_POOL_OPEN, .pool_open = {.name = "bench", .writable = true}},
-        &a);
+        &answer);
 }
 
 static void tear_down(stage *s)
@@ -144,25 +144,25 @@ static void tear_down(stage *s)
  * many runs. < 0: it failed. */
 static double steps(stage *s, uint64_t seq, uint32_t runs)
 {
-    ts_answer a;
+    ts_answer answer;
     const double began = bench_now();
     for (uint32_t i = 0; i < STEPS; i++) {
         ts_command c = {
             .op = TS_OP_STEP_BEGIN,
             .step_begin = {
                 .seqs = &seq, .new_tokens = &(uint32_t){1}, .count = 1, .heads = runs > 0}};
-        if (!apply(s, c, &a))
+        if (!apply(s, c, &answer))
             return -1;
-        const uint64_t step = a.begun.step->id;
+        const uint64_t step = answer.begun.step->id;
         for (uint32_t r = 0; r < runs; r++) {
             ts_command run = {
                 .op = TS_OP_STEP_RUN,
                 .step_run = {.step = step, .run = {.k = 1024, .v = 2048, .out = 3072}}};
             ts_command done = {.op = TS_OP_STEP_DONE, .step_done = {.step = step}};
-            if (!apply(s, run, &a) || !apply(s, done, &a))
+            if (!apply(s, run, &answer) || !apply(s, done, &answer))
                 return -1;
         }
-        if (!apply(s, (ts_command){.op = TS_OP_STEP_ABORT, .step_end = {.step = step}}, &a))
+        if (!apply(s, (ts_command){.op = TS_OP_STEP_ABORT, .step_end = {.step = step}}, &answer))
             return -1;
     }
     return (bench_now() - began) / STEPS;
@@ -173,15 +173,16 @@ static bool compare(uint32_t runs, double *without, double *with)
 {
     stage plain = {0}, kept = {0};
     double took[2][TURNS];
-    ts_answer a;
+    ts_answer answer;
     bool ok = set_up(&plain, false, 16, 1u << 16) && set_up(&kept, true, 16, 1u << 16);
     stage *const both[] = {&plain, &kept};
     uint64_t seqs[2];
     for (int k = 0; k < 2 && ok; k++) {
-        ok = apply(both[k],
-                   (ts_command){.op = TS_OP_EXCHANGE_OPEN, .exchange_open.bytes = 1u << 20}, &a) &&
-             apply(both[k], (ts_command){.op = TS_OP_SEQ_CREATE, .seq_create.count = 1}, &a);
-        seqs[k] = ok ? a.seqs.seqs[0] : 0;
+        ok =
+            apply(both[k], (ts_command){.op = TS_OP_EXCHANGE_OPEN, .exchange_open.bytes = 1u << 20},
+                  &answer) &&
+            apply(both[k], (ts_command){.op = TS_OP_SEQ_CREATE, .seq_create.count = 1}, &answer);
+        seqs[k] = ok ? answer.seqs.seqs[0] : 0;
     }
     for (int t = 0; t < TURNS && ok; t++)
         for (int k = 0; k < 2; k++)
@@ -197,23 +198,23 @@ static bool compare(uint32_t runs, double *without, double *with)
 
 static bool fill(stage *s)
 {
-    ts_answer a;
+    ts_answer answer;
     uint64_t *seqs = malloc(BATCH * sizeof *seqs);
     uint32_t *tokens = malloc(BATCH * sizeof *tokens);
     bool ok = seqs != NULL && tokens != NULL;
     for (uint32_t i = 0; i < BATCH && ok; i++)
         tokens[i] = TOKENS;
     for (uint32_t i = 0; i < SEQUENCES && ok; i += BATCH) {
-        ok = apply(s, (ts_command){.op = TS_OP_SEQ_CREATE, .seq_create.count = BATCH}, &a);
+        ok = apply(s, (ts_command){.op = TS_OP_SEQ_CREATE, .seq_create.count = BATCH}, &answer);
         if (ok)
-            memcpy(seqs, a.seqs.seqs, BATCH * sizeof *seqs);
+            memcpy(seqs, answer.seqs.seqs, BATCH * sizeof *seqs);
         ok = ok && apply(s,
                          (ts_command){.op = TS_OP_STEP_BEGIN,
                                       .step_begin = {.seqs = seqs,
                                                      .new_tokens = tokens,
                                                      .count = BATCH,
                                                      .append = true}},
-                         &a);
+                         &answer);
     }
     free(seqs);
     free(tokens);
@@ -226,12 +227,12 @@ static double take_over(uint32_t block_tokens, uint64_t *snapshot_bytes)
     stage s = {0};
     ts_books_start start = {0};
     ts_books_figures f = {0};
-    ts_answer a;
+    ts_answer answer;
     double best = -1;
     bool ok = set_up(&s, true, block_tokens, SEQUENCES * (TOKENS / block_tokens) + (1u << 12)) &&
               fill(&s);
     for (uint32_t i = 0; ok && f.snapshots < 2 && i < 1u << 20; i++) { /* until one has it all */
-        ok = apply(&s, (ts_command){.op = TS_OP_DRAIN}, &a);
+        ok = apply(&s, (ts_command){.op = TS_OP_DRAIN}, &answer);
         ts_books_get_figures(s.books, &f);
     }
     const uint64_t tokens = s.e == NULL ? 0 : s.e->pools[0].books.used;
