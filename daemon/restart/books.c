@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "invariants.h"
 #include "log.h"
+#include "replica.h"
 #include "snapshot.h"
 #include "tinyserve_version.h"
 
@@ -29,13 +30,6 @@
 
 static const char *const journal_name = "journal";
 static const char *const area_names[TS_AREAS] = {"books.a", "books.b"};
-
-/* A copy of the engine that follows the journal. */
-typedef struct replica {
-    ts_engine *engine;
-    ts_answers answers;
-    uint64_t position;
-} replica;
 
 struct ts_books {
     ts_keeper keeper;
@@ -124,83 +118,10 @@ static bool write_snapshot(ts_books *b, const ts_engine *engine, const ts_answer
     return written;
 }
 
-/* The last snapshot's engine and answers. */
-static ts_status read_snapshot(const ts_books *b, replica *r, char *why, size_t why_bytes)
-{
-    const ts_journal_snapshot *last = ts_journal_last(&b->journal);
-    struct stat about;
-    *r = (replica){0};
-    if (last == NULL || last->area >= TS_AREAS) {
-        snprintf(why, why_bytes, "there is no snapshot that is whole");
-        return TS_EPROTO;
-    }
-    const int fd = b->areas[last->area];
-    if (fd < 0) {
-        snprintf(why, why_bytes, "the snapshot isn't in the store");
-        return TS_EPROTO;
-    }
-    if (fstat(fd, &about) != 0 || (uint64_t)about.st_size < last->bytes) {
-        snprintf(why, why_bytes, "the snapshot has %lld bytes of %llu", (long long)about.st_size,
-                 (unsigned long long)last->bytes);
-        return TS_EPROTO;
-    }
-    void *at = mmap(NULL, last->bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
-    if (at == MAP_FAILED) {
-        snprintf(why, why_bytes, "mapping the snapshot: %s", strerror(errno));
-        return TS_ENOMEM;
-    }
-    if (XXH3_64bits(at, last->bytes) != last->checksum)
-        snprintf(why, why_bytes, "the snapshot's checksum is wrong");
-    else
-        r->engine = ts_snapshot_read(at, last->bytes, &r->answers, why, why_bytes);
-    munmap(at, last->bytes);
-    r->position = last->position;
-    return r->engine != NULL ? TS_OK : TS_EPROTO;
-}
-
-static void replica_free(replica *r)
-{
-    ts_answers_fini(&r->answers);
-    ts_engine_free(r->engine);
-    *r = (replica){0};
-}
-
-/* Applies what is published to the replica; *entries counts. TS_EPROTO: something else comes of it
- * than came of it before, with a sentence. */
-static ts_status follow(const ts_journal *j, replica *r, uint64_t *entries, char *why,
-                        size_t why_bytes)
-{
-    ts_journal_entry entry;
-    ts_answer answer;
-    ts_status status;
-    while ((status = ts_journal_get(j, &r->position, &entry)) == TS_OK) {
-        ts_engine_apply(r->engine, &entry.command, &answer);
-        ++*entries;
-        const uint32_t digest = ts_command_digest(&entry.command, &answer);
-        if (answer.status != entry.status || digest != entry.digest) {
-            snprintf(why, why_bytes,
-                     "operation %u of session %llx gives %s (%x) where it gave %s (%x): %.100s",
-                     (unsigned)entry.command.op, (unsigned long long)entry.command.session,
-                     ts_status_name(answer.status), digest, ts_status_name(entry.status),
-                     entry.digest, answer.message);
-            return TS_EPROTO;
-        }
-        if (!ts_answers_note(&r->answers, &entry.command, &answer)) {
-            snprintf(why, why_bytes, "no memory for an answer");
-            return TS_ENOMEM;
-        }
-    }
-    if (status == TS_ENOENT)
-        return TS_OK;
-    snprintf(why, why_bytes, "what lies at position %llu of the journal is no entry",
-             (unsigned long long)r->position);
-    return status;
-}
-
 /* ---- the follower ---- */
 
 /* Until it is wanted; false: it ends. */
-static bool await_wish(ts_books *b, replica *r)
+static bool await_wish(ts_books *b, ts_replica *r)
 {
     pthread_mutex_lock(&b->lock);
     while (!b->ends && (!b->due || b->broken))
@@ -210,7 +131,7 @@ static bool await_wish(ts_books *b, replica *r)
     b->anew = false;
     pthread_mutex_unlock(&b->lock);
     if (anew)
-        replica_free(r);
+        ts_replica_free(r);
     return goes_on;
 }
 
@@ -228,24 +149,24 @@ static void *follower_main(void *arg)
 {
     prctl(PR_SET_NAME, "books");
     ts_books *b = arg;
-    replica r = {0};
+    ts_replica r = {0};
     char why[256];
     while (await_wish(b, &r)) {
         const double start = now_s();
         uint64_t entries = 0;
         ts_status status = TS_OK;
         if (r.engine == NULL)
-            status = read_snapshot(b, &r, why, sizeof why);
+            status = ts_replica_read(&r, &b->journal, b->areas, why, sizeof why);
         const double begun = now_s();
         if (status == TS_OK)
-            status = follow(&b->journal, &r, &entries, why, sizeof why);
+            status = ts_replica_follow(&r, &b->journal, &entries, why, sizeof why);
         const double followed = now_s();
         if (status == TS_OK && !write_snapshot(b, r.engine, &r.answers, r.position, false)) {
             snprintf(why, sizeof why, "no memory for a snapshot");
             status = TS_ENOMEM;
         }
         if (status != TS_OK) {
-            replica_free(&r);
+            ts_replica_free(&r);
             give_up(b, why);
             continue;
         }
@@ -261,7 +182,7 @@ static void *follower_main(void *arg)
         b->snapshot_seconds = end - start;
         pthread_mutex_unlock(&b->lock);
     }
-    replica_free(&r);
+    ts_replica_free(&r);
     return NULL;
 }
 
@@ -438,7 +359,7 @@ static void look_at_death(ts_journal_head *h, ts_books_start *start)
 }
 
 /* The state as the last daemon left it. */
-static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
+static ts_status restore(ts_books *b, ts_replica *r, ts_books_start *start)
 {
     ts_journal_head *h = b->journal.head;
     char problem[200] = "";
@@ -455,9 +376,9 @@ static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
         return TS_EPROTO;
     }
     h->taking_over = 1;
-    ts_status status = read_snapshot(b, r, start->why, sizeof start->why);
+    ts_status status = ts_replica_read(r, &b->journal, b->areas, start->why, sizeof start->why);
     if (status == TS_OK)
-        status = follow(&b->journal, r, &start->entries, start->why, sizeof start->why);
+        status = ts_replica_follow(r, &b->journal, &start->entries, start->why, sizeof start->why);
     if (status == TS_OK)
         (void)ts_invariants_check(r->engine, note_problem, problem);
     if (status == TS_OK && problem[0] != '\0') {
@@ -469,7 +390,7 @@ static ts_status restore(ts_books *b, replica *r, ts_books_start *start)
 
 /* Takes what the keeper has. False: there is nothing, or it can't be used; then start->why says
  * why. */
-static bool take_over(ts_books *b, replica *r, ts_books_start *start)
+static bool take_over(ts_books *b, ts_replica *r, ts_books_start *start)
 {
     const int fd = b->keeper.take(b->keeper.arg, journal_name);
     for (uint32_t i = 0; i < TS_AREAS; i++)
@@ -490,7 +411,7 @@ static bool take_over(ts_books *b, replica *r, ts_books_start *start)
         start->restored = true;
         return true;
     }
-    replica_free(r);
+    ts_replica_free(r);
     return false;
 }
 
@@ -551,7 +472,7 @@ static void forget_all(const ts_books *b)
 }
 
 /* Begins with nothing. */
-static ts_status begin(ts_books *b, const ts_books_options *o, replica *r, char *why,
+static ts_status begin(ts_books *b, const ts_books_options *o, ts_replica *r, char *why,
                        size_t why_bytes)
 {
     const uint64_t bytes = o->journal_bytes != 0 ? o->journal_bytes : JOURNAL_BYTES;
@@ -579,7 +500,7 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
 {
     const double began = now_s();
     ts_books *b = calloc(1, sizeof *b);
-    replica r = {0};
+    ts_replica r = {0};
     *out = NULL;
     *engine = NULL;
     *start = (ts_books_start){0};
@@ -610,7 +531,7 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
         status = TS_ENOMEM;
     }
     if (status != TS_OK) {
-        replica_free(&r);
+        ts_replica_free(&r);
         ts_books_close(b);
         return status;
     }

@@ -1,0 +1,81 @@
+#include "replica.h"
+
+#include "snapshot.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <xxhash.h>
+
+ts_status ts_replica_read(ts_replica *r, const ts_journal *j, const int areas[TS_AREAS], char *why,
+                          size_t why_bytes)
+{
+    const ts_journal_snapshot *last = ts_journal_last(j);
+    struct stat about;
+    *r = (ts_replica){0};
+    if (last == NULL || last->area >= TS_AREAS) {
+        snprintf(why, why_bytes, "there is no snapshot that is whole");
+        return TS_EPROTO;
+    }
+    const int fd = areas[last->area];
+    if (fd < 0) {
+        snprintf(why, why_bytes, "the snapshot isn't in the store");
+        return TS_EPROTO;
+    }
+    if (fstat(fd, &about) != 0 || (uint64_t)about.st_size < last->bytes) {
+        snprintf(why, why_bytes, "the snapshot has %lld bytes of %llu", (long long)about.st_size,
+                 (unsigned long long)last->bytes);
+        return TS_EPROTO;
+    }
+    void *at = mmap(NULL, last->bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (at == MAP_FAILED) {
+        snprintf(why, why_bytes, "mapping the snapshot: %s", strerror(errno));
+        return TS_ENOMEM;
+    }
+    if (XXH3_64bits(at, last->bytes) != last->checksum)
+        snprintf(why, why_bytes, "the snapshot's checksum is wrong");
+    else
+        r->engine = ts_snapshot_read(at, last->bytes, &r->answers, why, why_bytes);
+    munmap(at, last->bytes);
+    r->position = last->position;
+    return r->engine != NULL ? TS_OK : TS_EPROTO;
+}
+
+ts_status ts_replica_follow(ts_replica *r, const ts_journal *j, uint64_t *entries, char *why,
+                            size_t why_bytes)
+{
+    ts_journal_entry entry;
+    ts_answer answer;
+    ts_status status;
+    while ((status = ts_journal_get(j, &r->position, &entry)) == TS_OK) {
+        ts_engine_apply(r->engine, &entry.command, &answer);
+        ++*entries;
+        const uint32_t digest = ts_command_digest(&entry.command, &answer);
+        if (answer.status != entry.status || digest != entry.digest) {
+            snprintf(why, why_bytes,
+                     "operation %u of session %llx gives %s (%x) where it gave %s (%x): %.100s",
+                     (unsigned)entry.command.op, (unsigned long long)entry.command.session,
+                     ts_status_name(answer.status), digest, ts_status_name(entry.status),
+                     entry.digest, answer.message);
+            return TS_EPROTO;
+        }
+        if (!ts_answers_note(&r->answers, &entry.command, &answer)) {
+            snprintf(why, why_bytes, "no memory for an answer");
+            return TS_ENOMEM;
+        }
+    }
+    if (status == TS_ENOENT)
+        return TS_OK;
+    snprintf(why, why_bytes, "what lies at position %llu of the journal is no entry",
+             (unsigned long long)r->position);
+    return status;
+}
+
+void ts_replica_free(ts_replica *r)
+{
+    ts_answers_fini(&r->answers);
+    ts_engine_free(r->engine);
+    *r = (ts_replica){0};
+}
