@@ -125,7 +125,11 @@ static void victim(const char *url, const char *argument)
 static void workers_killed_at_random_points_take_nothing_with_them(void **state)
 {
     (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    const int kills = 100; /* to start a process takes long */
+#else
     const int kills = 200;
+#endif
     daemon_process d;
     daemon_start(&d, POOL_TINY ",blocks=128");
     ts_client *c = connect_to(&d);
