@@ -42,6 +42,7 @@ static bool map(ts_journal *j, uint64_t bytes)
         return false;
     (void)madvise(at, bytes, MADV_DONTDUMP); /* prompts lie in it */
     j->head = at;
+    j->capacity = bytes - HEAD_BYTES;
     j->ring = (unsigned char *)at + HEAD_BYTES;
     return true;
 }
@@ -90,7 +91,7 @@ ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
 void ts_journal_close(ts_journal *j)
 {
     if (j->head != NULL)
-        munmap(j->head, HEAD_BYTES + j->head->capacity);
+        munmap(j->head, HEAD_BYTES + j->capacity);
     if (j->fd >= 0)
         close(j->fd);
     *j = (ts_journal){.fd = -1};
@@ -111,12 +112,12 @@ static uint64_t first_position(const ts_journal *j)
 
 uint64_t ts_journal_used(const ts_journal *j)
 {
-    return __atomic_load_n(&j->head->head, __ATOMIC_ACQUIRE) - first_position(j);
+    return ts_journal_end(j) - first_position(j);
 }
 
 bool ts_journal_fits(const ts_journal *j, const ts_command *c)
 {
-    return sizeof(entry_head) + ts_command_bytes(c) <= j->head->capacity / 2;
+    return sizeof(entry_head) + ts_command_bytes(c) <= j->capacity / 2;
 }
 
 bool ts_journal_put(ts_journal *j, const ts_command *c, uint64_t now_ms, ts_status status,
@@ -124,11 +125,11 @@ bool ts_journal_put(ts_journal *j, const ts_command *c, uint64_t now_ms, ts_stat
 {
     ts_journal_head *h = j->head;
     const uint64_t bytes = sizeof(entry_head) + ts_command_bytes(c);
-    uint64_t at = h->head % h->capacity, end = h->head + bytes;
-    const bool skips = bytes > h->capacity - at;
+    uint64_t at = h->head % j->capacity, end = h->head + bytes;
+    const bool skips = bytes > j->capacity - at;
     if (skips)
-        end += h->capacity - at;
-    if (end - first_position(j) > h->capacity)
+        end += j->capacity - at;
+    if (end - first_position(j) > j->capacity)
         return false;
     if (skips) {
         const uint32_t skip = SKIP;
@@ -143,22 +144,24 @@ bool ts_journal_put(ts_journal *j, const ts_command *c, uint64_t now_ms, ts_stat
     return true;
 }
 
-ts_status ts_journal_get(const ts_journal *j, uint64_t *position, ts_journal_entry *entry)
+uint64_t ts_journal_end(const ts_journal *j)
 {
-    const ts_journal_head *h = j->head;
-    const uint64_t end = __atomic_load_n(&h->head, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(&j->head->head, __ATOMIC_ACQUIRE);
+}
+
+ts_status ts_journal_get(const ts_journal *j, uint64_t end, uint64_t *position,
+                         ts_journal_entry *entry)
+{
     uint32_t bytes;
-    if (*position == end)
-        return TS_ENOENT;
-    uint64_t at = *position % h->capacity;
+    uint64_t at = *position % j->capacity;
     memcpy(&bytes, j->ring + at, sizeof bytes);
     if (bytes == SKIP) {
-        *position += h->capacity - at;
+        *position += j->capacity - at;
         at = 0;
         memcpy(&bytes, j->ring, sizeof bytes);
     }
     entry_head e;
-    if (bytes < sizeof e || bytes % 8 != 0 || bytes > h->capacity - at || *position > end ||
+    if (bytes < sizeof e || bytes % 8 != 0 || bytes > j->capacity - at || *position > end ||
         bytes > end - *position)
         return TS_EPROTO;
     memcpy(&e, j->ring + at, sizeof e);

@@ -51,6 +51,8 @@ typedef struct ts_journal {
     int fd;
     ts_journal_head *head;
     unsigned char *ring;
+    uint64_t
+        capacity;   /* the head's: who reads doesn't look at what the writer writes all the time */
     uint64_t first; /* position that the last snapshot covers; atomic: the writer looks at it */
 } ts_journal;
 
@@ -81,9 +83,13 @@ typedef struct ts_journal_entry {
     ts_command_room room;
 } ts_journal_entry;
 
-/* Reads the entry at *position, and moves that on. TS_ENOENT: none is published there yet.
- * TS_EPROTO: what lies there is none. */
-ts_status ts_journal_get(const ts_journal *journal, uint64_t *position, ts_journal_entry *entry);
+/* Where what is published ends now. */
+uint64_t ts_journal_end(const ts_journal *journal);
+
+/* Reads the entry at *position, which is before `end`, and moves that on. TS_EPROTO: what lies
+ * there is none. */
+ts_status ts_journal_get(const ts_journal *journal, uint64_t end, uint64_t *position,
+                         ts_journal_entry *entry);
 
 /* The last snapshot; NULL: there is none. */
 const ts_journal_snapshot *ts_journal_last(const ts_journal *journal);
