@@ -3,16 +3,33 @@
 import os
 import pathlib
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 import tinyserve
 
 POOL = "tiny:layers=2,kv_heads=2,head_dim=64,dtype=fp32,block_tokens=4,blocks=64"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Folders of this run's own: tests let other users into theirs, and another pytest would shut
+    those that all of a user's runs lie in."""
+    if config.option.basetemp is None:
+        config.folder = pathlib.Path(tempfile.mkdtemp(prefix="tinyserve-pytest."))
+        config.option.basetemp = str(config.folder / "t")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    folder = getattr(session.config, "folder", None)
+    if folder is not None and exitstatus == 0:  # else it may say why
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Daemon:
