@@ -1,7 +1,9 @@
 /*
- * What workers see of a restart: the daemon is killed under a supervisor, in a host pool of many
- * sequences, while workers make one decode step after the other. How long after the kill the first
- * step ends that the next daemon serves, and how long the longest step of any worker takes.
+ * What workers see of a daemon that outlives its death, in a host pool of many sequences, while
+ * they make one decode step after the other. The daemon is killed under a supervisor: how long
+ * after the kill the first step ends that the next daemon serves, and how long the longest step of
+ * any worker takes. And how long steps take while the books' snapshots are written again and again,
+ * beside a daemon that has no books.
  */
 #define _GNU_SOURCE
 #include "tsbench.h"
@@ -30,6 +32,9 @@
 #define ALLOWED 0.05 /* seconds that the longest step of a restart may take over the first */
 #define DIM 32u
 #define WORKERS_MAX 4u
+#define STEPS_SECONDS 6.0 /* that steps are timed, with books and without, */
+#define STEPS_ROUNDS 2u   /* ... so often by turns */
+#define STEPS_MOST (1u << 22)
 
 /* A step that was slow, or the first over a restart. */
 typedef struct slow_step {
@@ -241,9 +246,10 @@ static bool kill_beside(const bench_options *o, json_t *rows, const char *socket
     return ok;
 }
 
-static bool measure(const bench_options *o, json_t *rows, const char *socket, uint32_t block_tokens)
+/* Starts a daemon with the pool. supervised: it has books. */
+static pid_t start_daemon(const bench_options *o, const char *socket, uint32_t block_tokens,
+                          bool supervised)
 {
-    static const uint32_t workers[] = {1, WORKERS_MAX};
     char pool[192];
     snprintf(
         pool, sizeof pool,
@@ -251,7 +257,7 @@ static bool measure(const bench_options *o, json_t *rows, const char *socket, ui
         "sequences=200000,tenant_sequences=200000,device=host,client_write=all",
         DIM, block_tokens);
     char *argv[] = {ts_unconst(o->daemon),
-                    (char *)"--supervise",
+                    supervised ? (char *)"--supervise" : ts_unconst(o->daemon),
                     (char *)"--socket",
                     ts_unconst(socket),
                     (char *)"--set",
@@ -259,11 +265,17 @@ static bool measure(const bench_options *o, json_t *rows, const char *socket, ui
                     (char *)"--pool",
                     pool,
                     NULL};
+    return bench_start(supervised ? argv : argv + 1, -1, -1);
+}
+
+static bool measure(const bench_options *o, json_t *rows, const char *socket, uint32_t block_tokens)
+{
+    static const uint32_t workers[] = {1, WORKERS_MAX};
     ts_client *c = NULL;
     ts_pool *p;
     ts_seq one;
     uint32_t restarts = 0, length = 0;
-    const pid_t supervisor = bench_start(argv, -1, -1);
+    const pid_t supervisor = start_daemon(o, socket, block_tokens, true);
     bool ok = supervisor > 0 && open_pool(socket, TS_POOL_WRITABLE, &c, &p) && fill(c, p, &one);
     for (uint32_t i = 0; ok && i < sizeof workers / sizeof *workers; i++)
         ok = kill_beside(o, rows, socket, supervisor, workers[i], block_tokens, &restarts);
@@ -273,6 +285,82 @@ static bool measure(const bench_options *o, json_t *rows, const char *socket, ui
     ts_disconnect(c);
     bench_end(supervisor, SIGTERM);
     return ok;
+}
+
+/* ---- steps while snapshots are written ---- */
+
+/* Percentiles of the seconds that steps of one sequence take. */
+typedef struct step_times {
+    double p50, p99;
+} step_times;
+
+static bool time_steps(ts_client *c, ts_pool *p, double *took, step_times *times)
+{
+    ts_seq seq;
+    uint32_t count = 0;
+    if (!good(c, ts_seq_create(p, 1, &seq)))
+        return false;
+    for (uint32_t i = 0; i < WARM; i++)
+        if (!one_step(c, p, &seq, i))
+            return false;
+    double began = bench_now();
+    const double end = began + STEPS_SECONDS;
+    for (; count < STEPS_MOST && began < end; count++) {
+        if (!one_step(c, p, &seq, count))
+            return false;
+        const double ended = bench_now();
+        took[count] = ended - began;
+        began = ended;
+    }
+    times->p50 = bench_percentile(took, count, 50);
+    times->p99 = bench_percentile(took, count, 99);
+    return true;
+}
+
+static bool time_daemon(const bench_options *o, const char *socket, bool supervised, double *took,
+                        step_times *times)
+{
+    ts_client *c = NULL;
+    ts_pool *p;
+    ts_seq one;
+    const pid_t daemon = start_daemon(o, socket, 16, supervised);
+    const bool ok = daemon > 0 && open_pool(socket, TS_POOL_WRITABLE, &c, &p) && fill(c, p, &one) &&
+                    time_steps(c, p, took, times);
+    ts_disconnect(c);
+    bench_end(daemon, SIGTERM);
+    return ok;
+}
+
+static bool compare_steps(const bench_options *o, json_t *rows, const char *socket)
+{
+    double *took = malloc(STEPS_MOST * sizeof *took);
+    double p50[2][STEPS_ROUNDS], p99[2][STEPS_ROUNDS];
+    bool ok = took != NULL;
+    for (uint32_t i = 0; ok && i < STEPS_ROUNDS * 2; i++) {
+        step_times times;
+        ok = time_daemon(o, socket, i % 2 != 0, took, &times);
+        p50[i % 2][i / 2] = times.p50;
+        p99[i % 2][i / 2] = times.p99;
+    }
+    free(took);
+    if (!ok)
+        return false;
+    double medians[2][2];
+    for (uint32_t k = 0; k < 2; k++) {
+        medians[k][0] = bench_percentile(p50[k], STEPS_ROUNDS, 50) * 1e6;
+        medians[k][1] = bench_percentile(p99[k], STEPS_ROUNDS, 50) * 1e6;
+    }
+    if (!o->json)
+        printf("a step beside %u sequences, blocks of 16: p50 %.1f us, p99 %.1f; while snapshots "
+               "are\n  written again and again %.1f and %.1f: p99 %.2f times\n",
+               SEQUENCES, medians[0][0], medians[0][1], medians[1][0], medians[1][1],
+               medians[1][1] / medians[0][1]);
+    (void)fflush(stdout);
+    json_array_append_new(rows,
+                          json_pack("{s:s, s:f, s:f, s:f, s:f}", "what", "snapshots", "p50_us",
+                                    medians[0][0], "p99_us", medians[0][1], "p50_with_us",
+                                    medians[1][0], "p99_with_us", medians[1][1]));
+    return true;
 }
 
 bool bench_restart_workers(const bench_options *o, json_t *rows)
@@ -285,6 +373,7 @@ bool bench_restart_workers(const bench_options *o, json_t *rows)
     bool ok = true;
     for (size_t i = 0; ok && i < sizeof block_tokens / sizeof *block_tokens; i++)
         ok = measure(o, rows, socket, block_tokens[i]);
+    ok = ok && compare_steps(o, rows, socket);
     (void)rmdir(folder);
     return ok;
 }
