@@ -63,8 +63,10 @@ cudaError_t await_plans(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_r
         error = cudaEventQuery(b->there);
         if (error == cudaSuccess)
             __atomic_store_n(&b->is_there, true, __ATOMIC_RELAXED);
-        else if (error == cudaErrorNotReady)
+        else if (error == cudaErrorNotReady) {
+            (void)cudaGetLastError(); /* a launch that looks at the last error isn't to see it */
             error = cudaStreamWaitEvent(l->stream, b->there, 0);
+        }
     }
     return error;
 }

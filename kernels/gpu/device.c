@@ -47,7 +47,10 @@ ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
     if (status != TS_OK)
         return status;
     cudaError_t error = cudaStreamQuery(gpu->memory_stream);
-    if (error == cudaSuccess || error == cudaErrorNotReady)
+    if (error == cudaSuccess)
+        return TS_OK;
+    (void)cudaGetLastError(); /* a launch that looks at the last error isn't to see it */
+    if (error == cudaErrorNotReady)
         return TS_OK;
     snprintf(why, why_bytes, "%s", cudaGetErrorName(error));
     return TS_EDEVICE;
