@@ -401,6 +401,43 @@ static void a_store_that_is_too_small_for_the_books_is_none(void **state)
     world_end(w);
 }
 
+/* Nor have books that were there. They are gone then: a later daemon would take over what has been
+ * nobody's since. */
+static void books_that_have_no_room_any_more_are_never_taken_over(void **state)
+{
+    (void)state;
+    world world, *w = &world;
+    ts_pool *p;
+    world_make(w, "64");
+    ts_client *c = meet(w, &p);
+    Tspb__AdminDrain drain = TSPB__ADMIN_DRAIN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
+    request.admin_drain = &drain;
+    DO(ts_call_plain(c, &request));
+    assert_true(daemon_status(c).draining);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    kill_daemon(w);
+    kept_drop(&w->k, "books.b");
+    start_daemon(w, "2");
+    c = meet(w, &p);
+    was_said(w, "the books: 'books.b' can't be stored: the holder takes 2 descriptors");
+    assert_false(daemon_status(c).draining);
+    await_kept(&w->k, "", 0);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    kill_daemon(w);
+    start_daemon(w, "64");
+    c = meet(w, &p);
+    assert_false(daemon_status(c).draining); /* an order of two daemons before */
+    has_books(w);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    world_end(w);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -413,6 +450,7 @@ int main(void)
         cmocka_unit_test(a_lost_place_for_snapshots_is_made_anew),
         cmocka_unit_test(a_lost_slab_costs_no_other_in_a_full_store),
         cmocka_unit_test(a_store_that_is_too_small_for_the_books_is_none),
+        cmocka_unit_test(books_that_have_no_room_any_more_are_never_taken_over),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));
     return cmocka_run_group_tests(tests, NULL, NULL);

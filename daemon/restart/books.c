@@ -523,6 +523,8 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
         status = begin(b, o, &r, why, why_bytes);
     } else {
         status = make_lost_areas(b, why, why_bytes);
+        if (status == TS_ENOSPC)
+            forget_all(b);
         snprintf(b->journal.head->version, sizeof b->journal.head->version, "%s", TS_VERSION);
         b->journal.head->restarts++;
     }
