@@ -202,6 +202,16 @@ static inline void kept_drop(keeping_holder *k, const char *name)
     pthread_mutex_unlock(&k->lock);
 }
 
+/* What is kept under the name has another from now on, as where it was put in its place. */
+static inline void kept_rename(keeping_holder *k, const char *name, const char *next)
+{
+    pthread_mutex_lock(&k->lock);
+    const int i = kept_place(k, name);
+    assert_true(i < KEPT_BY_HOLDER);
+    snprintf(k->kept[i].name, sizeof k->kept[i].name, "%s", next);
+    pthread_mutex_unlock(&k->lock);
+}
+
 /* Until all is done that was sent before, by a daemon that has ended too. */
 static inline void kept_settle(keeping_holder *k)
 {

@@ -382,6 +382,33 @@ static void a_lost_slab_costs_no_other_in_a_full_store(void **state)
     world_end(w);
 }
 
+/* A daemon whose store was full gave the old memory of a slab for what another tenant was to have,
+ * and was killed before it had granted that. The next one makes the slab's memory anew, and stores
+ * it though there is an entry of that name. */
+static void a_slab_that_was_to_change_hands_is_stored_again(void **state)
+{
+    (void)state;
+    world world, *w = &world;
+    ts_seq seq;
+    ts_pool *p;
+    world_make(w, "64");
+    ts_client *c = meet(w, &p);
+    DO(ts_seq_create(p, 1, &seq));
+    DO(ts_seq_append(p, &seq, &(uint32_t){SLAB_TOKENS}, 1, NULL));
+    DO(ts_seq_free(p, &seq, 1));
+    kill_daemon(w);
+    kept_rename(&w->k, "p0.0.1", "p0.0.2");
+    start_daemon(w, "64");
+    keep_sequence(c, p, 1, "one");
+    kill_daemon(w);
+    start_daemon(w, "64");
+    assert_int_equal(kept_tokens(p, "one"), SLAB_TOKENS);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    world_end(w);
+}
+
 /* Not even the books have room: the daemon serves, and what is stored ends with it. */
 static void a_store_that_is_too_small_for_the_books_is_none(void **state)
 {
@@ -449,6 +476,7 @@ int main(void)
         cmocka_unit_test(what_was_given_up_on_purpose_makes_room_for_the_books),
         cmocka_unit_test(a_lost_place_for_snapshots_is_made_anew),
         cmocka_unit_test(a_lost_slab_costs_no_other_in_a_full_store),
+        cmocka_unit_test(a_slab_that_was_to_change_hands_is_stored_again),
         cmocka_unit_test(a_store_that_is_too_small_for_the_books_is_none),
         cmocka_unit_test(books_that_have_no_room_any_more_are_never_taken_over),
     };

@@ -358,6 +358,7 @@ static ts_status lose_slab(ts_exec *x, uint32_t pool, uint32_t slab, uint64_t *l
     if (status != TS_OK)
         return status;
     const ts_stored_slab next = {x->memory[pool], pool, slab, p->books.slabs[slab].generation};
+    ts_stored_slab_forget(x->store, &next); /* memory that was never granted */
     if (ts_stored_slab_put(x->store, &next, why, why_bytes) != TS_OK)
         ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = p->config.name},
                   "pool '%s', slab %u isn't stored: what will lie there is lost at the next "
