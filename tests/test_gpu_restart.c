@@ -8,6 +8,7 @@
 #include "restart_util.h"
 
 #include <poll.h>
+#include <pthread.h>
 #include <semaphore.h>
 #include <stdatomic.h>
 #include <sys/syscall.h>
@@ -482,6 +483,64 @@ static void a_run_on_a_stream_that_crashes_the_daemon_twice_fails(void **state)
     stop(&d, false);
 }
 
+static void *kill_stopped(void *arg)
+{
+    assert_int_equal(kill(await_stopped(arg), SIGKILL), 0);
+    return NULL;
+}
+
+/* The next daemon finds that a block of the step's sequence isn't what was stored. The step is lost
+ * with it, its runs aren't done, and the stream isn't kept waiting for them; nor are those of
+ * another step, which wait for them, and which fail. */
+static void runs_of_a_step_that_is_lost_are_not_waited_for(void **state)
+{
+    (void)state;
+    daemon_process d;
+    worker w;
+    pthread_t thread;
+    uint64_t slots[16];
+    uint32_t length;
+    ts_kv kv;
+    ts_seq good;
+    setenv("TS_TEST_STOP", "summed:1", 1);
+    start_with(&d, POOL, NULL, "verify=restart");
+    unsetenv("TS_TEST_STOP");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    worker_open(&w, c);
+    assert_int_equal(pthread_create(&thread, NULL, kill_stopped, &d), 0);
+    worker_begin(&w, 16);
+    ts_step_slots(w.task.step, slots);
+    DO(ts_slot_kv(p, slots[0], 0, &kv));
+    queue_layers(c, &w.task);
+    fake_stream_await();
+    DO(ts_step_commit(w.task.step, NULL));
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    DO(ts_seq_create(w.pool, 1, &good));
+    worker_begin(&w, 1);
+    layer_task other = w.task;
+    other.step = begin(c, w.pool, &good, &other.tokens, 1);
+    stop_stream();
+    while (sem_wait(&reached) != 0)
+        ;
+    queue_layers(c, &w.task);
+    queue_layers(c, &other);
+    ((float *)kv.k)[0] += 1;
+    assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+    sem_post(&may_go);
+    fake_stream_await();
+    assert_int_equal(ts_step_commit(w.task.step, NULL), TS_ENOENT);
+    assert_int_equal(ts_client_restarts(c), 2);
+    assert_int_equal(ts_seq_lengths(w.pool, &w.seq, 1, &length), TS_ENOENT);
+    assert_int_equal(ts_step_commit(other.step, NULL), TS_EINTERNAL);
+    DO(ts_step_abort(other.step)); /* the session goes on */
+    stream_step(c, w.pool, &good, (uint32_t[]){16}, 1, &w.random, &w.digest);
+    check_daemon(c);
+    ts_pool_close(p);
+    worker_close(&w);
+    stop(&d, false);
+}
+
 /* ---- a worker that writes K and V itself ---- */
 
 /* What it maps stays where it is, and what it wrote is read by the next daemon's attention. */
@@ -557,6 +616,7 @@ int main(void)
         cmocka_unit_test(a_worker_without_a_context_waits_for_nobody),
         cmocka_unit_test(a_late_run_stays_late),
         cmocka_unit_test(a_run_on_a_stream_that_crashes_the_daemon_twice_fails),
+        cmocka_unit_test(runs_of_a_step_that_is_lost_are_not_waited_for),
         cmocka_unit_test(what_a_worker_wrote_is_there),
     };
     return cmocka_run_group_tests_name("gpu_restart", tests, NULL, NULL);

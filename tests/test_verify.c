@@ -168,6 +168,48 @@ static void what_a_check_found_outlives_the_daemon_that_found_it(void **state)
     find(POOL, "published:2", 0);
 }
 
+/* The daemon dies before it has copied the block that a begun step shares with another sequence.
+ * The step's sequence has a wrong block, too, and isn't left with it. */
+static void a_wrong_block_is_lost_with_a_step_that_waits_for_its_copies(void **state)
+{
+    (void)state;
+    daemon_process d;
+    pthread_t thread;
+    rng r = {3};
+    float *second;
+    ts_seq fork;
+    ts_step *step;
+    uint32_t length;
+    setenv("TS_TEST_STOP", "summed:3", 1);
+    setenv("TS_TEST_DEATHS", "1", 1);
+    start_with(&d, POOL, "running:1", "verify=restart"); /* at the second daemon's copy */
+    unsetenv("TS_TEST_DEATHS");
+    unsetenv("TS_TEST_STOP");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    spoiler s = {&d, NULL};
+    assert_int_equal(pthread_create(&thread, NULL, spoil, &s), 0);
+    const ts_seq seq = write_sequence(c, p, NULL, &r, &second);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    const ts_step_options no_run = {.size = sizeof(ts_step_options), .no_run = true};
+    DO(ts_step_begin(p, &seq, &(uint32_t){1}, 1, &no_run, &step));
+    DO(ts_step_commit(step, NULL));
+    DO(ts_seq_fork(p, seq, 1, &fork));
+    second[0] += 1;
+    assert_int_equal(ts_step_begin(p, &fork, &(uint32_t){1}, 1, &no_run, &step), TS_ENOENT);
+    assert_int_equal(ts_client_restarts(c), 2);
+    assert_int_equal(ts_seq_lengths(p, &fork, 1, &length), TS_ENOENT);
+    assert_int_equal(ts_seq_lengths(p, &seq, 1, &length), TS_ENOENT);
+    Tspb__Reply *reply = get_status(c);
+    assert_int_equal(reply->status_reply->restart->wrong_blocks, 1);
+    assert_int_equal(reply->status_reply->restart->lost_sequences, 2);
+    tspb__reply__free_unpacked(reply, NULL);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* ---- what is right is never taken for wrong ---- */
 
 static void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens,
@@ -508,6 +550,7 @@ int main(void)
         cmocka_unit_test(a_block_that_was_changed_is_forgotten),
         cmocka_unit_test(a_block_that_was_changed_on_a_gpu_is_forgotten),
         cmocka_unit_test(what_a_check_found_outlives_the_daemon_that_found_it),
+        cmocka_unit_test(a_wrong_block_is_lost_with_a_step_that_waits_for_its_copies),
         cmocka_unit_test(a_block_that_cannot_be_read_is_not_taken_for_wrong),
         cmocka_unit_test(a_pool_has_nothing_of_the_checksums_of_the_one_before_it),
         cmocka_unit_test(a_pool_may_be_made_anew_over_a_death),

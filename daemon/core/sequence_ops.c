@@ -359,10 +359,11 @@ static uint64_t free_users(ts_engine *e, uint32_t pool_index, const block_range 
         if (seq->tenant == TS_NONE || seq->step == TS_SEQUENCE_DYING ||
             !has_block_of(e, pool_index, i, range))
             continue;
-        if (seq->step != TS_NONE && e->steps[seq->step].in_flight > 0)
-            continue; /* of a session that has ended: nobody reads it any more */
-        if (seq->step != TS_NONE)
-            ts_engine_step_abort(e, &e->steps[seq->step]);
+        ts_step *step = seq->step == TS_NONE ? NULL : &e->steps[seq->step];
+        if (step != NULL && step->in_flight > 0 && e->sessions[step->session].closing)
+            continue;     /* nobody reads it any more */
+        if (step != NULL) /* what is in flight the daemon before has left: it isn't done again */
+            ts_engine_step_abort(e, step);
         uint32_t all = UINT32_MAX;
         ts_engine_free_sequence(e, pool_index, seq, &all);
         freed++;

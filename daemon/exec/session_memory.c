@@ -232,6 +232,11 @@ bool ts_signals_had_late(const ts_signals_page *p, uint32_t number)
     return late != 0 && (int32_t)(late - number) >= 0;
 }
 
+uint32_t ts_signals_open_runs(const ts_signals_page *p)
+{
+    return p->last_number - p->first_done;
+}
+
 void ts_signals_give_up(ts_signals_page *p)
 {
     if (p == NULL)

@@ -81,6 +81,9 @@ ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, 
 bool ts_signals_had_completed(const ts_signals_page *page, uint32_t number);
 bool ts_signals_had_late(const ts_signals_page *page, uint32_t number);
 
+/* How many runs were asked for and weren't over. */
+uint32_t ts_signals_open_runs(const ts_signals_page *page);
+
 /* No run is to come of those that were asked for: what the worker's stream waits for is over. */
 void ts_signals_give_up(ts_signals_page *page);
 

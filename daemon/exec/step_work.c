@@ -520,13 +520,16 @@ void ts_step_work_resume(ts_exec *x, uint64_t session, ts_session_memory *m)
     const ts_session *s = ts_engine_session(x->engine, session);
     char why[TS_MESSAGE_BYTES] = "";
     const uint32_t left = tell_of_done(x, s, m->signals);
+    const bool gone = m->signals != NULL && left != ts_signals_open_runs(m->signals);
     ts_layer_run oldest = {.number = s->stream_number + 1};
     (void)oldest_run(x->engine, s, UINT32_MAX, &oldest);
     if (m->signals != NULL)
         ts_signals_begin_at(m->signals, oldest.number);
-    if (left == 0)
+    if (left == 0 && !gone)
         return;
-    step_job *jobs = jobs_again(x, s, m, why, sizeof why);
+    if (gone)
+        snprintf(why, sizeof why, "the step of one before them or of the last is lost");
+    step_job *jobs = gone ? NULL : jobs_again(x, s, m, why, sizeof why);
     if (jobs == NULL) { /* each waits for the one before it: all or none */
         ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session},
                   "%u runs of session %llx aren't done again: %s", left,
