@@ -199,12 +199,53 @@ static void runs_on_a_stream_are_numbered_and_outlive_the_daemon(void **state)
     ts_engine_free(e);
 }
 
+/* A restart finds a block wrong, of a kept sequence that a step copies the tail of, and of a fork
+ * of it. Of a session that has ended the step stays until its copy is made, and nobody finds the
+ * sequence, neither until then nor later. */
+static void a_wrong_block_is_nobodys_whatever_its_step_waits_for(void **state)
+{
+    (void)state;
+    for (int closes = 0; closes < 2; closes++) {
+        ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+        const uint64_t s = session_new(e, 1000), other = session_new(e, 1000), seq = seq_new(e, s);
+        ts_answer a;
+        append(e, s, seq, 6);
+        const uint64_t fork = fork_seq(e, s, seq);
+        assert_int_equal(keep_seq(e, s, seq, "k"), TS_OK);
+        assert_int_equal(begin(e, s, &seq, &(uint32_t){1}, 1, false, &a), TS_OK);
+        assert_int_equal(a.begun.num_copies, 1);
+        const uint64_t step = a.begun.step->id;
+        const uint32_t block = e->pools[0].seqs.all[(uint32_t)seq].blocks[0];
+        if (closes)
+            close_session(e, s);
+        apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+        assert_int_equal(attach(e, other, "k"), seq);
+        apply(e, (ts_command){.op = TS_OP_BLOCK_LOST, .block_lost.block = block}, &a);
+        assert_int_equal(a.dropped, closes ? 1 : 2); /* the fork went with its session */
+        assert_int_equal(attach(e, other, "k"), 0);
+        check_engine(e);
+        if (closes) {
+            assert_non_null(ts_engine_find_step(e, step));
+            assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
+            assert_int_equal(e->live_sessions, 1);
+        } else {
+            assert_int_equal(free_seq(e, s, fork), TS_ENOENT);
+        }
+        assert_null(ts_engine_find_step(e, step));
+        assert_int_equal(attach(e, other, "k"), 0);
+        assert_int_equal(e->pools[0].books.used, 0);
+        check_engine(e);
+        ts_engine_free(e);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_run_outside_the_exchange_is_refused),
         cmocka_unit_test(a_run_that_writes_where_it_reads_is_refused),
         cmocka_unit_test(runs_on_a_stream_are_numbered_and_outlive_the_daemon),
+        cmocka_unit_test(a_wrong_block_is_nobodys_whatever_its_step_waits_for),
     };
     return cmocka_run_group_tests_name("engine_runs", tests, NULL, NULL);
 }

@@ -126,7 +126,7 @@ static void a_kept_sequence_has_a_name_and_no_owner(void **state)
     assert_int_equal(books.tenants[0].pinned, 2);
     assert_int_equal(ts_sequence_unpinned(&books, s), 0);
     assert_int_equal(ts_names_find(&seqs.names, 0, "prefix"), ts_sequence_index(&seqs, s));
-    ts_sequence_own(&seqs, &books, s, 7, &owned);
+    ts_sequence_own(&seqs, &books, s, TS_NONE, 7, &owned);
     assert_int_equal(owned, ts_sequence_index(&seqs, s));
     assert_int_equal(s->owner, 7);
     assert_int_equal(books.tenants[0].pinned, 0);

@@ -25,7 +25,7 @@ static void forget(ts_engine *e, ts_session *s, const ts_command *c, ts_sequence
                          (unsigned long long)c->seq_keep.seq);
     if (!ts_engine_check_owned(e, s, c->pool, seq->num_blocks, answer))
         return;
-    ts_sequence_own(&pool->seqs, &pool->books, seq, (uint32_t)(s - e->sessions),
+    ts_sequence_own(&pool->seqs, &pool->books, seq, TS_NONE, (uint32_t)(s - e->sessions),
                     &s->owned[c->pool]);
     s->blocks += seq->num_blocks;
     s->sequences++;

@@ -375,12 +375,12 @@ void ts_sequence_replace(ts_sequences *s, ts_pool_books *pool, ts_sequence *old,
     old->name = NULL; /* as many are kept as before */
 }
 
-void ts_sequence_own(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
-                     uint32_t *owned)
+void ts_sequence_own(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq, uint32_t tail,
+                     uint32_t owner, uint32_t *owned)
 {
     assert(seq->name != NULL);
     ts_sequence_end_life(s, pool, seq);
-    forget_name(s, pool, seq, TS_NONE);
+    forget_name(s, pool, seq, tail);
     seq->owner = owner;
     owner_add(s, ts_sequence_index(s, seq), owned);
 }

@@ -152,8 +152,8 @@ uint32_t ts_sequence_unpinned(const ts_pool_books *pool, const ts_sequence *seq)
  * the sequence's own tail block, where an open step replaced it in the table, or TS_NONE. */
 ts_status ts_sequence_keep(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t tail,
                            const char *name, uint32_t *owned);
-void ts_sequence_own(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t owner,
-                     uint32_t *owned);
+void ts_sequence_own(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq, uint32_t tail,
+                     uint32_t owner, uint32_t *owned);
 
 /* Keeps the sequence under the name of `old`, a kept one, which is left without name and owner, to
  * be freed. */

@@ -348,6 +348,21 @@ static bool has_block_of(const ts_engine *e, uint32_t pool, uint32_t index,
     return has;
 }
 
+/* The sequence is in a step of a session that has ended, whose kernels may write to it yet: it goes
+ * when the step does. Until then nobody finds it under its name. How many that loses. */
+static uint64_t leave_to(ts_engine *e, uint32_t pool_index, ts_sequence *seq, uint32_t session)
+{
+    ts_engine_pool *pool = &e->pools[pool_index];
+    ts_session *s = &e->sessions[session];
+    if (seq->name == NULL) /* it was going anyway */
+        return 0;
+    ts_sequence_own(&pool->seqs, &pool->books, seq, ts_engine_replaced_tail(e, pool_index, seq),
+                    session, &s->owned[pool_index]);
+    s->blocks += seq->num_blocks;
+    s->sequences++;
+    return 1;
+}
+
 /* Frees the sequences that have one of the blocks; how many. */
 static uint64_t free_users(ts_engine *e, uint32_t pool_index, const block_range *range)
 {
@@ -360,8 +375,10 @@ static uint64_t free_users(ts_engine *e, uint32_t pool_index, const block_range 
             !has_block_of(e, pool_index, i, range))
             continue;
         ts_step *step = seq->step == TS_NONE ? NULL : &e->steps[seq->step];
-        if (step != NULL && step->in_flight > 0 && e->sessions[step->session].closing)
-            continue;     /* nobody reads it any more */
+        if (step != NULL && step->in_flight > 0 && e->sessions[step->session].closing) {
+            freed += leave_to(e, pool_index, seq, step->session);
+            continue;
+        }
         if (step != NULL) /* what is in flight the daemon before has left: it isn't done again */
             ts_engine_step_abort(e, step);
         uint32_t all = UINT32_MAX;
