@@ -215,6 +215,43 @@ static void a_layer_whose_last_run_failed_is_published_by_nobody(void **state)
     ts_engine_free(e);
 }
 
+/* A slab's memory is gone at a restart, and a step of a session that has ended waits for its copy:
+ * nothing that lay there is found, whether it was cached or has that step yet. */
+static void of_a_lost_slab_nothing_is_found(void **state)
+{
+    (void)state;
+    enum { CACHED = 9, OPEN = 10 };
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    const uint64_t s = session_new(e, 1), other = session_new(e, 1);
+    uint64_t cached = create_in(e, s, model), open = create_in(e, s, model);
+    uint32_t ids[2][OPEN];
+    ts_answer a;
+    for (uint32_t i = 0; i < OPEN; i++) {
+        ids[0][i] = i;
+        ids[1][i] = i + 100;
+    }
+    assert_int_equal(add(e, s, cached, CACHED, ids[0]), TS_OK);
+    assert_int_equal(add(e, s, open, OPEN, ids[1]), TS_OK);
+    assert_int_equal(free_seq(e, s, cached), TS_OK);
+    (void)fork_seq(e, s, open);
+    assert_int_equal(begin(e, s, &open, &(uint32_t){1}, 1, false, &a), TS_OK);
+    assert_int_equal(a.begun.num_copies, 1);
+    const uint64_t step = a.begun.step->id;
+    close_session(e, s);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+    assert_int_equal(match(e, other, model, ids[0], CACHED, NULL), 8);
+    assert_int_equal(match(e, other, model, ids[1], OPEN, NULL), 8);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SLAB_LOST}, &a), TS_OK);
+    check_engine(e);
+    assert_int_equal(match(e, other, model, ids[0], CACHED, NULL), 0);
+    assert_int_equal(match(e, other, model, ids[1], OPEN, NULL), 0);
+    assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
+    assert_int_equal(e->pools[0].books.used, 0);
+    assert_int_equal(match(e, other, model, ids[1], OPEN, NULL), 0);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -224,6 +261,7 @@ int main(void)
         cmocka_unit_test(what_one_tenant_has_cached_leaves_others_their_share),
         cmocka_unit_test(namespaces_that_nobody_uses_make_room_for_new_ones),
         cmocka_unit_test(a_layer_whose_last_run_failed_is_published_by_nobody),
+        cmocka_unit_test(of_a_lost_slab_nothing_is_found),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -393,14 +393,14 @@ void ts_engine_slab_lost(ts_engine *e, ts_session *s, const ts_command *c, ts_an
     (void)s;
     const uint32_t slab = c->slab_grant.slab;
     ts_engine_pool *pool = &e->pools[c->pool];
-    uint32_t all = UINT32_MAX;
     if (!ts_engine_has_pool(e, c->pool) || slab >= pool->books.ungranted)
         return ts_refuse(answer, TS_ENOENT, "there is no slab %u in pool %u", slab, c->pool);
     const uint32_t blocks = pool->books.slab_blocks;
     answer->dropped = free_users(e, c->pool, &(block_range){slab * blocks, blocks});
     e->lost_sequences += answer->dropped;
-    if (pool->books.slabs[slab].used == 0)
-        ts_pool_evict_slab(&pool->books, slab, TS_EVICT_DROP, &all);
+    /* Also what the step of an ended session has yet may not be found. */
+    for (uint32_t i = 0; i < pool->books.slabs[slab].blocks; i++)
+        ts_pool_drop_block(&pool->books, slab * blocks + i);
     pool->books.slabs[slab].generation++; /* whoever maps it maps it anew */
 }
 
