@@ -488,6 +488,50 @@ static void a_run_that_crashes_the_daemon_twice_fails(void **state)
     stop(&d, false);
 }
 
+/* An operator has deleted a pool of the configuration and made others in its place, so that there
+ * is no room for it: the next daemon serves those. */
+static void a_pool_that_has_no_room_any_more_keeps_no_daemon_from_the_others(void **state)
+{
+    (void)state;
+    daemon_process d;
+    Tspb__AdminPoolDelete remove = TSPB__ADMIN_POOL_DELETE__INIT;
+    Tspb__AdminPoolCreate create = TSPB__ADMIN_POOL_CREATE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    char text[128], log[] = "/tmp/tinyserve-log.XXXXXX";
+    ts_status status = TS_OK;
+    ts_seq seq;
+    close(mkstemp(log));
+    setenv("TS_TEST_LOG", log, 1);
+    start(&d, POOL, NULL);
+    unsetenv("TS_TEST_LOG");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_MESSAGES);
+    remove.pool = ts_unconst("p");
+    (void)order(c, TSPB__REQUEST__BODY_ADMIN_POOL_DELETE, &remove);
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_CREATE;
+    request.admin_pool_create = &create;
+    create.text = text;
+    for (uint32_t i = 0; status == TS_OK; i++) { /* as many as there may be */
+        snprintf(text, sizeof text,
+                 "n%u:layers=1,kv_heads=1,head_dim=32,dtype=fp32,blocks=16,slab=16K,device=host",
+                 i);
+        status = ts_call_plain(c, &request);
+    }
+    assert_int_equal(status, TS_EINVAL);
+    ts_pool *p = open_pool(c, "n0", 0);
+    DO(ts_seq_create(p, 1, &seq));
+    assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+    DO(ts_seq_lengths(p, &seq, 1, &(uint32_t){0}));
+    assert_int_equal(ts_client_restarts(c), 1);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(&d, false);
+    char *said = read_log(log);
+    assert_non_null(strstr(said, "pool 'p': there are "));
+    assert_non_null(strstr(said, "; what was taken over is served without it"));
+    free(said);
+}
+
 /* ---- a crowd, and kills at random times ---- */
 
 #define WORKERS 8
@@ -625,6 +669,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(an_order_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
         cmocka_unit_test(an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothing),
         cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),
+        cmocka_unit_test(a_pool_that_has_no_room_any_more_keeps_no_daemon_from_the_others),
         cmocka_unit_test(a_crowd_goes_on_over_kills_at_random_times),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));

@@ -256,8 +256,12 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
         if (has_pool(s->exec.engine, name))
             continue;
         status = ts_pool_memory_add(&s->exec, &c->pools[i], NULL, why, sizeof why);
-        if (status != TS_OK)
-            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s': %s", name, why);
+        if (status == TS_OK)
+            continue;
+        ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = name}, "pool '%s': %s%s", name, why,
+                  s->started.restored ? "; what was taken over is served without it" : "");
+        if (s->started.restored) /* an operator may have deleted it to make room for others */
+            status = TS_OK;
     }
     if (s->started.restored)
         note_taken_over(s);
