@@ -225,7 +225,7 @@ static void of_a_lost_slab_nothing_is_found(void **state)
     const uint64_t s = session_new(e, 1), other = session_new(e, 1);
     uint64_t cached = create_in(e, s, model), open = create_in(e, s, model);
     uint32_t ids[2][OPEN];
-    ts_answer a;
+    ts_answer answer;
     for (uint32_t i = 0; i < OPEN; i++) {
         ids[0][i] = i;
         ids[1][i] = i + 100;
@@ -234,14 +234,14 @@ static void of_a_lost_slab_nothing_is_found(void **state)
     assert_int_equal(add(e, s, open, OPEN, ids[1]), TS_OK);
     assert_int_equal(free_seq(e, s, cached), TS_OK);
     (void)fork_seq(e, s, open);
-    assert_int_equal(begin(e, s, &open, &(uint32_t){1}, 1, false, &a), TS_OK);
-    assert_int_equal(a.begun.num_copies, 1);
-    const uint64_t step = a.begun.step->id;
+    assert_int_equal(begin(e, s, &open, &(uint32_t){1}, 1, false, &answer), TS_OK);
+    assert_int_equal(answer.begun.num_copies, 1);
+    const uint64_t step = answer.begun.step->id;
     close_session(e, s);
-    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer);
     assert_int_equal(match(e, other, model, ids[0], CACHED, NULL), 8);
     assert_int_equal(match(e, other, model, ids[1], OPEN, NULL), 8);
-    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SLAB_LOST}, &a), TS_OK);
+    assert_int_equal(apply(e, (ts_command){.op = TS_OP_SLAB_LOST}, &answer), TS_OK);
     check_engine(e);
     assert_int_equal(match(e, other, model, ids[0], CACHED, NULL), 0);
     assert_int_equal(match(e, other, model, ids[1], OPEN, NULL), 0);

@@ -208,20 +208,20 @@ static void a_wrong_block_is_nobodys_whatever_its_step_waits_for(void **state)
     for (int closes = 0; closes < 2; closes++) {
         ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
         const uint64_t s = session_new(e, 1000), other = session_new(e, 1000), seq = seq_new(e, s);
-        ts_answer a;
+        ts_answer answer;
         append(e, s, seq, 6);
         const uint64_t fork = fork_seq(e, s, seq);
         assert_int_equal(keep_seq(e, s, seq, "k"), TS_OK);
-        assert_int_equal(begin(e, s, &seq, &(uint32_t){1}, 1, false, &a), TS_OK);
-        assert_int_equal(a.begun.num_copies, 1);
-        const uint64_t step = a.begun.step->id;
+        assert_int_equal(begin(e, s, &seq, &(uint32_t){1}, 1, false, &answer), TS_OK);
+        assert_int_equal(answer.begun.num_copies, 1);
+        const uint64_t step = answer.begun.step->id;
         const uint32_t block = e->pools[0].seqs.all[(uint32_t)seq].blocks[0];
         if (closes)
             close_session(e, s);
-        apply(e, (ts_command){.op = TS_OP_RESTARTED}, &a);
+        apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer);
         assert_int_equal(attach(e, other, "k"), seq);
-        apply(e, (ts_command){.op = TS_OP_BLOCK_LOST, .block_lost.block = block}, &a);
-        assert_int_equal(a.dropped, closes ? 1 : 2); /* the fork went with its session */
+        apply(e, (ts_command){.op = TS_OP_BLOCK_LOST, .block_lost.block = block}, &answer);
+        assert_int_equal(answer.dropped, closes ? 1 : 2); /* the fork went with its session */
         assert_int_equal(attach(e, other, "k"), 0);
         check_engine(e);
         if (closes) {
