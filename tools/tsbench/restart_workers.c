@@ -337,7 +337,7 @@ static bool compare_steps(const bench_options *o, json_t *rows, const char *sock
     double p50[2][STEPS_ROUNDS], p99[2][STEPS_ROUNDS];
     bool ok = took != NULL;
     for (uint32_t i = 0; ok && i < STEPS_ROUNDS * 2; i++) {
-        step_times times;
+        step_times times = {0};
         ok = time_daemon(o, socket, i % 2 != 0, took, &times);
         p50[i % 2][i / 2] = times.p50;
         p99[i % 2][i / 2] = times.p99;
