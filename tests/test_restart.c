@@ -317,6 +317,44 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
     }
 }
 
+/* What makes sequences, and isn't answered in time. */
+static ts_status make_in_vain(ts_pool *p, int how, ts_seq parent)
+{
+    const ts_seq_options space = {.size = sizeof(ts_seq_options), .space = "m", .space_bytes = 1};
+    ts_seq made[2];
+    uint32_t matched;
+    if (how == 0)
+        return ts_seq_create(p, 2, made);
+    if (how == 1)
+        return ts_seq_fork(p, parent, 2, made);
+    return ts_seq_match(p, (uint32_t[]){1, 2, 3}, &(uint32_t){3}, 1, &space, made, &matched);
+}
+
+/* The same of sequences, which nobody knows of: they are freed when the client comes back. */
+static void sequences_whose_making_was_given_up_are_freed(void **state)
+{
+    (void)state;
+    for (int turn = 0; turn < 6; turn++) {
+        daemon_process d;
+        ts_seq parent;
+        setenv("TS_TEST_STOP", "answering:4", 1); /* of session, pool, parent, what is made */
+        start(&d, POOL, NULL);
+        unsetenv("TS_TEST_STOP");
+        ts_client *c = connect_briefly(&d, (ts_transport)(TS_TRANSPORT_RING + turn % 2));
+        ts_pool *p = open_pool(c, "p", 0);
+        DO(ts_seq_create(p, 1, &parent));
+        assert_int_equal(make_in_vain(p, turn / 2, parent), TS_ETIMEOUT);
+        assert_int_equal(kill(await_stopped(&d), SIGKILL), 0);
+        DO(ts_seq_free(p, &parent, 1));
+        assert_int_equal(ts_client_restarts(c), 1);
+        assert_int_equal(sequences(c), 0);
+        check_daemon(c);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        stop(&d, false);
+    }
+}
+
 /* The same of an abort that isn't carried out: the daemon stands still, and dies. */
 static void an_abort_that_was_given_up_is_carried_out(void **state)
 {
@@ -663,6 +701,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(an_operators_order_is_carried_out_once),
         cmocka_unit_test(an_order_to_end_an_absent_session_is_carried_out_once),
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
+        cmocka_unit_test(sequences_whose_making_was_given_up_are_freed),
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),

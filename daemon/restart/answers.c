@@ -169,6 +169,22 @@ bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_
     return true;
 }
 
+const uint64_t *ts_answers_find_made(const ts_answers *t, uint64_t session, uint64_t call,
+                                     uint32_t *pool, uint32_t *count)
+{
+    const uint32_t index = (uint32_t)session;
+    if (call == 0 || index >= t->max)
+        return NULL;
+    const ts_stored_answer *h = &t->all[index].head;
+    if (h->session != session || h->call != call ||
+        (h->op != TS_OP_SEQ_CREATE && h->op != TS_OP_SEQ_FORK && h->op != TS_OP_SEQ_REDEEM &&
+         h->op != TS_OP_SEQ_MATCH))
+        return NULL;
+    *pool = h->pool;
+    *count = h->count;
+    return parts_of(h, t->all[index].bytes).ids;
+}
+
 bool ts_answers_find_order(const ts_answers *t, const ts_asker *by, ts_op op, ts_answer *answer)
 {
     const uint32_t index = (uint32_t)by->session;

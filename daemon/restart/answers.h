@@ -31,6 +31,11 @@ bool ts_answers_note(ts_answers *answers, const ts_command *command, const ts_an
 bool ts_answers_find(const ts_answers *answers, const ts_engine *engine, ts_command *command,
                      ts_answer *answer);
 
+/* The *count new sequences that the session's last call made, if it was this one, and their pool;
+ * NULL: none. */
+const uint64_t *ts_answers_find_made(const ts_answers *answers, uint64_t session, uint64_t call,
+                                     uint32_t *pool, uint32_t *count);
+
 /* Whether the asker's last call was this order, and was carried out. Then *answer is as it was. */
 bool ts_answers_find_order(const ts_answers *answers, const ts_asker *by, ts_op op,
                            ts_answer *answer);

@@ -101,6 +101,11 @@ void ts_books_discard(ts_books *books);
 bool ts_books_answered(const ts_books *books, const ts_engine *engine, ts_command *command,
                        ts_answer *answer);
 
+/* The *count new sequences that the session's last call before a restart made, if it was this one,
+ * and their pool; NULL: none. */
+const uint64_t *ts_books_made(const ts_books *books, uint64_t session, uint64_t call,
+                              uint32_t *pool, uint32_t *count);
+
 /* Whether the asker's last call before a restart was this operator's order, and was carried out;
  * *answer is what it was answered. */
 bool ts_books_ordered(const ts_books *books, const ts_asker *by, ts_op op, ts_answer *answer);

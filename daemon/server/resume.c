@@ -247,6 +247,21 @@ static void abort_steps_of(ts_service *s, const ts_connection *c, uint64_t call)
     }
 }
 
+/* Frees the sequences that the call made: nobody knows of them. */
+static void free_seqs_of(ts_service *s, const ts_connection *c, uint64_t call)
+{
+    uint32_t pool, count;
+    const uint64_t *seqs = ts_books_made(s->exec.books, c->session, call, &pool, &count);
+    ts_answer answer;
+    if (seqs != NULL)
+        ts_exec_apply(&s->exec,
+                      &(ts_command){.op = TS_OP_SEQ_FREE,
+                                    .session = c->session,
+                                    .pool = pool,
+                                    .seq_batch = {.seqs = seqs, .count = count}},
+                      &answer);
+}
+
 void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts_answer *answer)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, r->session);
@@ -266,8 +281,10 @@ void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts
         return ts_refuse(answer, TS_EBUSY, "session %llx has a connection",
                          (unsigned long long)r->session);
     ts_resume_attach(s, c, r->session);
-    for (size_t i = 0; i < r->n_given_up; i++)
+    for (size_t i = 0; i < r->n_given_up; i++) {
         abort_steps_of(s, c, r->given_up[i]);
+        free_seqs_of(s, c, r->given_up[i]);
+    }
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx goes on (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
               c->pid);
