@@ -355,6 +355,38 @@ static void sequences_whose_making_was_given_up_are_freed(void **state)
     }
 }
 
+/* The daemon dies before it has answered, and there is no other in the call's time. */
+static void what_was_done_before_there_was_no_daemon_is_undone(void **state)
+{
+    (void)state;
+    for (int turn = 0; turn < 8; turn++) {
+        daemon_process d;
+        ts_seq seq;
+        ts_step *step;
+        start(&d, POOL, "answering:4"); /* of session, pool, sequence, and what is to be undone */
+        ts_client *c = connect_briefly(&d, (ts_transport)(TS_TRANSPORT_RING + turn % 2));
+        ts_pool *p = open_pool(c, "p", 0);
+        DO(ts_seq_create(p, 1, &seq));
+        assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
+        if (turn / 2 < 3)
+            assert_int_equal(make_in_vain(p, turn / 2, seq), TS_ECONN);
+        else
+            assert_int_equal(
+                ts_step_begin(p, &seq, &(uint32_t){3}, 1,
+                              &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
+                              &step),
+                TS_ECONN);
+        assert_int_equal(kill(d.pid, SIGCONT), 0);
+        DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
+        assert_int_equal(ts_client_restarts(c), 1);
+        assert_int_equal(sequences(c), 0);
+        check_daemon(c);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        stop(&d, false);
+    }
+}
+
 /* The same of an abort that isn't carried out: the daemon stands still, and dies. */
 static void an_abort_that_was_given_up_is_carried_out(void **state)
 {
@@ -702,6 +734,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(an_order_to_end_an_absent_session_is_carried_out_once),
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
         cmocka_unit_test(sequences_whose_making_was_given_up_are_freed),
+        cmocka_unit_test(what_was_done_before_there_was_no_daemon_is_undone),
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),

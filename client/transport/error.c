@@ -108,6 +108,12 @@ bool ts_goes_on(ts_client *c, ts_status status, uint64_t until_ms)
     return c->reconnect(c, until_ms) == TS_OK;
 }
 
+void ts_give_up(ts_client *c, ts_status status, uint64_t call)
+{
+    if (status == TS_ECONN && !c->reconnecting && c->num_given_up < TS_GIVEN_UP_MOST)
+        c->given_up[c->num_given_up++] = call;
+}
+
 ts_status ts_may_ask(ts_client *c)
 {
     if (c->pid != getpid())

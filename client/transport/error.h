@@ -41,6 +41,10 @@ ts_client *ts_enter_last(ts_client *client);
  * says why the session can't go on. */
 bool ts_goes_on(ts_client *client, ts_status status, uint64_t until_ms);
 
+/* The call ends with this status. A daemon that went before it had answered may have carried it
+ * out, and a later call may reach the next one, which is told then. */
+void ts_give_up(ts_client *client, ts_status status, uint64_t call);
+
 /* When the present call's time is over. */
 uint64_t ts_call_end_ms(const ts_client *client);
 

@@ -276,6 +276,7 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
     do
         status = submit(c, entry, done);
     while (ts_goes_on(c, status, until_ms) && !c->rings_lost); /* the same call: see rpc.c */
+    ts_give_up(c, status, c->ring_call);
     if (status != TS_OK)
         return status;
     if (done->tag != entry->tag)

@@ -63,6 +63,7 @@ ts_status ts_call(ts_client *c, Tspb__Request *request, Tspb__Reply **reply)
     do
         status = ask(c, request, &message);
     while (ts_goes_on(c, status, until_ms)); /* the same request: it is carried out once */
+    ts_give_up(c, status, request->request_id);
     if (status != TS_OK)
         return status;
     Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(message), nng_msg_body(message));
