@@ -530,6 +530,7 @@ static void runs_of_a_step_that_is_lost_are_not_waited_for(void **state)
     sem_post(&may_go);
     fake_stream_await();
     assert_int_equal(ts_step_commit(w.task.step, NULL), TS_ENOENT);
+    assert_int_equal(ts_step_abort(w.task.step), TS_ENOENT); /* nothing is left of it here */
     assert_int_equal(ts_client_restarts(c), 2);
     assert_int_equal(ts_seq_lengths(w.pool, &w.seq, 1, &length), TS_ENOENT);
     assert_int_equal(ts_step_commit(other.step, NULL), TS_EINTERNAL);
