@@ -44,6 +44,9 @@ _EXECUTIONS = ("daemon", "local", "auto")
 _SPIN_NONE = check.U32
 _THREADS_MAX = 4096
 
+# A signal that comes just before a wait begins isn't seen by the wait: it is looked for so often.
+_LOOK_S = 0.2
+
 
 class Client:
     """A session with the daemon. Used by one thread at a time; connect after fork(), not before.
@@ -134,7 +137,8 @@ class Client:
         caller = threading.Thread(target=run, daemon=True)
         try:
             caller.start()
-            ended.wait()  # a signal's handler runs here, and not in a call into C
+            while not ended.wait(_LOOK_S):  # a signal's handler runs here, and not in a call into C
+                pass
         except BaseException:
             undoing = threading.Thread(target=end, name="tinyserve-undo", daemon=True)
             try:
@@ -143,7 +147,8 @@ class Client:
                 if undoing.ident is None:
                     undoing.start()
                 raise
-            undone.wait()  # a join that is interrupted takes the thread for ended
+            while not undone.wait(_LOOK_S):  # a join that is interrupted takes it for ended
+                pass
             raise
         return status[0]
 
