@@ -22,7 +22,8 @@ template <int DIM> struct fp8_portions {
     typedef tile_ring<__nv_fp8_e4m3, DIM> ring;
     static const uint32_t WARPS = ring::COPIERS / 32, TOKENS = ring::EACH; /* of a portion */
     static const uint32_t BYTES = TOKENS * DIM;                            /* of a portion */
-    static const uint32_t PLACES = DIM > 128 ? 1 : 3; /* for a warp's portions: all that fit */
+    static const uint32_t PLACES =
+        DIM > 128 ? 2 : 3; /* for a warp's portions; more don't fit at 256 */
     static const uint32_t ALL_BYTES = WARPS * PLACES * BYTES;
 
     /* For boxes: a barrier for each place. */
@@ -97,8 +98,8 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
         }
     }
 
-    /* A piece begins: its first portions are asked for. Tiles are used in this order: K's first,
-     * then K's next and V's by turns, and V's last. */
+    /* A piece begins: its first PLACES portions are asked for, in the order of their use. Tiles are
+     * used in this order: K's first, then K's next and V's by turns, and V's last. */
     __device__ void begin(const job &j)
     {
         typename ring::walk w = ring::walk_of(j);
@@ -113,14 +114,16 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
             k_block = v_block = blocks[divide(token_of(0), c.block_tokens)];
         uint32_t place_before = place, came_before = came, parity_before = parity;
         ask(false, 0, count > 0);
-        if (PLACES > 1) {
-            next_place();
-            if (count > 1) {
-                ask(false, 1, true);
+        next_place();
+        if (count > 1) {
+            ask(false, 1, true);
+            if (PLACES > 2) {
                 next_place();
+                ask(true, 0, true);
             }
+        } else {
             ask(true, 0, count > 0);
-            if (count <= 1)
+            if (PLACES > 2)
                 ask(true, 0, false);
         }
         place = place_before; /* the first of them is widened first */
@@ -167,7 +170,7 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
                 look_up(n + 1, n + 1 < count, k_block);
         }
         if (!BY_BOXES)
-            commit_copies(); /* so that it is known how many come later */
+            commit_copies(); /* wanted or not: the number of groups is what waits count */
     }
 
     /* token: the portion's first; block: of this lane's box. */
@@ -260,46 +263,32 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
 
     /* K's tile n is widened, or V's, and what comes PLACES later in the order of their use is asked
      * for: by then its place is free. */
-    static const uint32_t AHEAD = (PLACES - 1) / 2;
+    static_assert(PLACES == 2 || PLACES == 3, "what comes PLACES later");
     __device__ void widen_k(uint32_t n)
     {
         widen_tile<false>(n);
-        if (n == 0)
-            ask_after(~0u);
+        if (n == 0 && PLACES == 2)
+            ask(true, 0, count > 1);
+        else if (n == 0 || PLACES == 2)
+            ask_for_k(n + PLACES - 1);
         else
-            ask(true, n - 1 + AHEAD, n + AHEAD < count);
+            ask(true, n, n + 1 < count);
         next_place();
     }
     __device__ void widen_v(uint32_t n)
     {
         widen_tile<true>(n);
-        ask_after(n);
+        if (PLACES == 2)
+            ask(true, n + 1, n + 2 < count);
+        else
+            ask_for_k(n + 3);
         next_place();
     }
-    /* ... later than V's tile n; ~0: than K's first tile, as if V had one before. */
-    __device__ void ask_after(uint32_t n)
+    /* ... K's tile n, or V's last one, which is what comes behind K's last. */
+    __device__ void ask_for_k(uint32_t n)
     {
-        n += AHEAD + 2;
-        bool v = n == count; /* the last */
+        bool v = n == count;
         ask(v, v ? n - 1 : n, n <= count);
-    }
-
-    /* q's 16-byte pieces that this thread has copied there become fp16 from bf16. */
-    template <typename q_rows, uint32_t ROWS> __device__ static void halve_q(uint32_t q)
-    {
-        const uint32_t Q_PIECES = ring::PIECES;
-#pragma unroll 4
-        for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * Q_PIECES; i += ring::COPIERS) {
-            uint32_t at = q + q_rows::place(i / Q_PIECES, i % Q_PIECES), x[4];
-            load_16_bytes(x, at, true);
-            store_16_bytes(at, half_pair(x[0]), half_pair(x[1]), half_pair(x[2]), half_pair(x[3]));
-        }
-    }
-
-    /* Two bf16 numbers as fp16. */
-    __device__ static uint32_t half_pair(uint32_t x)
-    {
-        return tensor::pack<__half>(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
     }
 
 #endif

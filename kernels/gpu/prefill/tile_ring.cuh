@@ -136,7 +136,8 @@ template <typename T, int DIM> struct tile_ring {
 
     /* ---- by boxes: two warps for K and two for V, a box for each lane to find ---- */
 
-    static const uint32_t FEEDERS = 2; /* warps, which take turns at a tile's boxes */
+    static const uint32_t FEEDERS =
+        2; /* warps for K, and for V: a tile's boxes go to them in turn */
 
     /* A warp's way through pieces' tiles. P: k_place or v_place. */
     template <typename P> struct box_feed {

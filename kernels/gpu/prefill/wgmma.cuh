@@ -28,15 +28,16 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     static const uint32_t ROWS = tiles_of::ROWS, PIECES = ring::PIECES;
     static const uint32_t WORKERS = tiles_of::WORKERS, THREADS = WORKERS + ring::COPIERS;
     static const uint32_t Q_BYTES = tiles_of::Q_SLAB * ring::SLABS;
-    static const uint32_t TOGETHER = tiles_of::TOGETHER;
+    static const uint32_t TOGETHER = tiles_of::TOGETHER, OWN = tiles_of::OWN;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
     static const uint32_t SUM_BYTES = ROWS * SUM_PITCH * sizeof(float);
-    static const uint32_t WORK_BYTES = ring::BYTES > SUM_BYTES ? ring::BYTES : SUM_BYTES;
+    /* Sums lie in the tiles' place, and begin in q's where that is too small. */
+    static const uint32_t SUMS_IN_Q = SUM_BYTES > ring::BYTES ? SUM_BYTES - ring::BYTES : 0;
     static const uint32_t ALIGN = 1024; /* of what is swizzled */
     static const uint32_t PORTION_BYTES = scaled<T>::value ? portions::ALL_BYTES : 0;
-    static const uint32_t BYTES = Q_BYTES + WORK_BYTES + PORTION_BYTES + ALIGN;
-    static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= WORK_BYTES,
-                  "a float for each row and chunk takes the tiles' place");
+    static const uint32_t BYTES = Q_BYTES + ring::BYTES + PORTION_BYTES + ALIGN;
+    static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= SUM_BYTES,
+                  "a float for each row and chunk takes the sums' place");
     /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
     static const bool WIDENS = scaled<T>::value;
     static const int COPIER_REGISTERS = WIDENS          ? (DIM > 64 ? 48 : 56)
@@ -54,7 +55,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     typedef typename tiles_of::worker worker;
     typedef typename tiles_of::rows_state rows_state;
 
-    /* What the last group tells of a piece; some of them take turns. */
+    /* What the last group tells of a piece, in a ring: piece k lies at k % TOLD. */
     static const uint32_t TOLD = 3;
     struct told_piece {
         job j;
@@ -140,7 +141,8 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                                     false);
         }
     }
-    /* Whether a piece's rows come together with others', or as fp32, in the tiles' place. */
+    /* Whether sums go through shared memory at the end, in the tiles' place and q's: other chunks
+     * are to be merged with them, or the output is fp32. */
     __device__ static bool is_apart(const gpu_call &c, const job &j)
     {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
@@ -155,7 +157,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         typedef fp8_widener<DIM, BY_BOXES> widener;
         uint32_t item = 0, chunk = 0, used = shared_address(&p->q_used);
         bool tells = threadIdx.x == THREADS - 32, apart = false;
-        widener from(c, wc.boxes, tiles, tiles + WORK_BYTES, bars, come);
+        widener from(c, wc.boxes, tiles, tiles + ring::BYTES, bars, come);
         if (tells)
             tell(c, wc.tickets, p, 0, item, chunk);
         __syncwarp();
@@ -166,20 +168,18 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 return;
             const job &j = *told;
             from.begin(j);
-            if (apart) /* the piece before has its sums in the tiles' place */
+            if (apart) /* the piece before has its sums in the tiles' place and q's */
                 barrier_await(used, (k - 1) & 1);
             uint32_t count = ring::walk_of(j).count;
             if (count > 0)
                 from.widen_k(0);
-            if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
+            if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
                 barrier_await(used, (k - 1) & 1);
             if (copies_q(c)) {
                 copy_q(c, j, q);
-                commit_copies();
-                await_copies<0>();
-                if (c.io != TS_DTYPE_FP16)
-                    widener::template halve_q<q_rows, ROWS>(q);
-                barrier_arrive(shared_address(&p->q_there)); /* the others have a fence */
+                barrier_arrive_copied(shared_address(&p->q_there));
+            } else {
+                barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
             }
             if (tells)
                 tell(c, wc.tickets, p, k + 1, item, chunk);
@@ -218,7 +218,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 return;
             const job &j = *told;
             uint32_t used = shared_address(&p->q_used), before = (k - 1) & 1;
-            if (apart) /* the piece before has its sums in the tiles' place */
+            if (apart) /* the piece before has its sums in the tiles' place and q's */
                 barrier_await(used, before);
             if (by_boxes && warp % 2 == 0) {
                 k_feed.begin(c, j);
@@ -227,11 +227,13 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 v_feed.begin(c, j);
                 v_feed.ask_for(c, j, 0, 1);
             }
-            if (k > 0) /* else it wouldn't be known which of two pieces' q is used */
+            if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
                 barrier_await(used, before);
             if (copies_q(c)) {
                 copy_q(c, j, q);
                 barrier_arrive_copied(shared_address(&p->q_there));
+            } else {
+                barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
             }
             if (tells)
                 tell(c, wc.tickets, p, k + 1, item, chunk);
@@ -306,13 +308,18 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         }
     }
 
-    /* The same by way of the tiles' place. */
+    /* The same by way of the tiles' place, and q's. */
     __device__ static void store_apart(const gpu_call &c, const job &j, const worker &w,
                                        const rows_state &r, const float (*o)[4],
-                                       row_state (*states)[ROWS], row_state *total, float *sums)
+                                       unsigned char *tiles)
     {
+        typedef row_state all_rows[ROWS];
+        static_assert(2 * sizeof(all_rows) + SUMS_IN_Q <= Q_BYTES, "q's place");
+        all_rows *states = (all_rows *)(tiles - Q_BYTES);
+        row_state *total = states[1];
+        float *sums = (float *)(tiles - SUMS_IN_Q);
         uint32_t lane = threadIdx.x % 32;
-        named_sync(TOGETHER, WORKERS); /* the tiles are used up */
+        named_sync(TOGETHER, WORKERS); /* the tiles and q are used up */
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
             uint32_t row = w.first_row + lane / 4 + e * 8;
@@ -326,7 +333,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         finish<T, DIM, ROWS, 1, false, true>(c, j, WORKERS, states, sums, SUM_PITCH, sums, total);
         named_sync(TOGETHER, WORKERS);
         if (c.head_dim < DIM)
-            clear_tiles(shared_address(sums), WORKERS);
+            clear_tiles(shared_address(tiles), WORKERS);
         fence_for_products();
         __syncwarp();
         w.used_q();
@@ -374,6 +381,34 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                                make_float4(o[d][0], o[d][1], o[d][2], o[d][3]), true);
     }
 
+    /* q's numbers become fp16 from bf16: each group does so with its own rows. */
+    __device__ static void halve_q(uint32_t q)
+    {
+        const uint32_t ROW = PIECES, group = threadIdx.x / 128 * tiles_of::GROUP_ROWS;
+        const uint32_t ABREAST = 4; /* loads under way */
+        static_assert(tiles_of::GROUP_ROWS * PIECES % (128 * ABREAST) == 0, "whole rounds");
+#pragma unroll 1
+        for (uint32_t i = threadIdx.x % 128; i < tiles_of::GROUP_ROWS * ROW; i += 128 * ABREAST) {
+            uint32_t at[ABREAST], x[ABREAST][4];
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t piece = i + a * 128;
+                at[a] = q + q_rows::place(group + piece / ROW, piece % ROW);
+                load_16_bytes(x[a], at[a], true);
+            }
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++)
+                store_16_bytes(at[a], half_pair(x[a][0]), half_pair(x[a][1]), half_pair(x[a][2]),
+                               half_pair(x[a][3]));
+        }
+    }
+
+    /* Two bf16 numbers as fp16. */
+    __device__ static uint32_t half_pair(uint32_t x)
+    {
+        return tensor::pack<__half>(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+    }
+
     /* What lies behind shorter rows is to be 0; boxes make it so. */
     __device__ static void clear_tiles(uint32_t tiles, uint32_t threads)
     {
@@ -383,8 +418,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
 
     /* The other groups' part. */
     __device__ static void run_workers(const gpu_call &c, const wgmma_call &wc, unsigned char *q,
-                                       unsigned char *tiles, barriers *bars, pieces *p,
-                                       row_state (*states)[ROWS], row_state *total)
+                                       unsigned char *tiles, barriers *bars, pieces *p)
     {
         worker w;
         w.group = uniform(threadIdx.x / 128); /* the compiler can't know */
@@ -393,15 +427,22 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         w.q_used = keep(shared_address(&p->q_used));
         w.init(shared_address(tiles));
         w.box_tokens = max(wc.boxes.tokens, 1);
+        tiles_of::begin_turns(w);
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
             const job *told = hear(p, k);
             if (told == NULL)
                 return;
             const job &j = *told;
+            barrier_await(shared_address(&p->q_there), k & 1);
             if (copies_q(c)) {
-                barrier_await(shared_address(&p->q_there), k & 1);
+                if (WIDENS && c.io != TS_DTYPE_FP16)
+                    halve_q(shared_address(q));
                 fence_for_products();
+                if (WIDENS) {
+                    __syncwarp();
+                    named_sync(OWN + w.group, 128);
+                }
             } else {
                 named_sync(TOGETHER, WORKERS); /* nobody uses the last piece's */
                 load_q<T, q_rows, PIECES, ROWS, WORKERS, false>(c, j, 1, q);
@@ -426,7 +467,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             if (j.chunks > 1 && w.first_row < j.rows)
                 fold_chunk(wc, j.chunk, r, o, j.chunk + 1 < j.chunks);
             if (apart)
-                store_apart(c, j, w, r, o, states, total, (float *)tiles);
+                store_apart(c, j, w, r, o, tiles);
             else if (j.chunk + 1 >= j.chunks)
                 store_rows(c, j, w.first_row, r, o);
             done(p, k);
@@ -435,7 +476,6 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
 
     __device__ static void run(const gpu_call &c, const wgmma_call &wc, unsigned char *shared)
     {
-        __shared__ row_state states[1][ROWS], total[ROWS];
         __shared__ barriers bars;
         __shared__ pieces p;
         shared += (ALIGN - shared_address(shared) % ALIGN) % ALIGN;
@@ -465,7 +505,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
                 run_wideners<false>(c, wc, q, at, &bars, &p, &come);
         } else {
             take_registers<WORKER_REGISTERS>();
-            run_workers(c, wc, shared, tiles, &bars, &p, states, total);
+            run_workers(c, wc, shared, tiles, &bars, &p);
         }
     }
 

@@ -1,12 +1,11 @@
 /*
  * What the groups of wgmma.cuh that multiply do with the tiles of one piece of work: scores,
- * weights, sums. Elements of a product lie as mma's do: of a group's 64 rows, warp w has 16 w to 16
- * w + 15. Weights are rounded to the cache's type, of fp8
- * to fp16, as mma's are.
+ * weights, sums. Elements of a product lie as mma's do: of a group's 64 rows, warp w has 16 w to
+ * 16 w + 15. Weights are rounded to the type that tiles are multiplied in, as mma's are: the
+ * cache's, or fp16 beside fp8.
  *
  * A group asks for a tile's scores and for the weighted sum of the tile before, waits for the
- * scores alone, and has its softmax while the sum is under way. Groups take turns at
- * asking.
+ * scores alone, and has its softmax while the sum is under way. Groups take turns at asking.
  */
 #ifndef TS_GPU_WGMMA_TILES_CUH
 #define TS_GPU_WGMMA_TILES_CUH
@@ -33,8 +32,14 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     static const uint32_t Q_SLAB = ROWS * 128; /* bytes */
     /* Named barriers; 0 is __syncthreads'. */
     static const uint32_t TOGETHER = 1, TURN = 2,
-                          OWN = TURN + GROUPS; /* the latter of each group */
+                          OWN = TURN + GROUPS; /* TURN + g and OWN + g are group g's */
     static const uint32_t TURN_THREADS = 256;  /* who gives a turn, and who gets it */
+    /* A piece's first tile has code of its own, without the product that there is nothing for. With
+     * three groups there are no registers for it. */
+    static const bool FIRST_APART = GROUPS < 3;
+    /* A group that has none of a piece's rows multiplies nothing, where who widens the tiles is
+     * waited for. Elsewhere copies are, and the code for it costs more than it spares. */
+    static const bool SKIPS = scaled<T>::value;
 
     typedef mma::rows_kernel<T, DIM, 4, 1, 2, false> plain; /* has what a warp does by itself */
     static const uint32_t PART = plain::ABREAST;            /* tokens that it works on at once */
@@ -119,10 +124,10 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         uint32_t group, first_row; /* of GROUPS; of this warp's 16 */
         uint32_t bars, q_used;     /* in shared memory: barriers */
         typename ring::k_place k;  /* of the next tile */
-        typename ring::v_place v;  /* of the last one, or the next in add_nonfinite's time */
+        typename ring::v_place v;  /* tile n - 1's until tile n's products are asked for */
         uint32_t box_tokens;       /* 1: no boxes */
-        uint32_t says;             /* tile of which it is said that it is the last to use q */
-        bool ready;                /* the next tile of K and the last one of V are there */
+        uint32_t says; /* the tile after whose scores q is used up; ~0: store_apart says it */
+        bool ready;    /* the next tile of K and the last one of V are there */
         bool varied;
         float unit; /* scores are scaled in the exponent, unless something happens to them before */
 
@@ -297,38 +302,43 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     }
 
     /* Tile n's scores, and the sums with tile n - 1, whose weights p are, and become tile n's.
-     * Before the first tile those sums are of whatever lies there, and don't count. No branches
-     * while products are under way: the compiler would wait for each. */
-    template <bool HIDDEN>
+     * FIRST: there is no tile before. Where !FIRST_APART, tile 0 is like others: weights and V are
+     * what the piece before has left, and the sums are thrown away. No branches while products are
+     * under way: the compiler would wait for each. */
+    template <bool HIDDEN, bool FIRST>
     __device__ static void next_tile(const gpu_call &c, const job &j, worker &w, uint32_t n,
                                      uint32_t tile, uint64_t a, rows_state &r, float (*s)[4],
                                      uint32_t (*p)[4], float (*o)[4])
     {
+        const bool before = FIRST ? false : HIDDEN && !FIRST_APART ? n > 0 : true; /* a tile is */
         float highest[2], factor[2] = {1, 1};
         uint64_t k = with_high_word(uniform(w.k.matrix), keys_at(0));
         uint64_t v = with_high_word(uniform(w.v.matrix), values_at(0));
         if (!w.ready) {
             w.k.await();
-            if (!HIDDEN || n > 0)
+            if (before)
                 w.v.await();
         }
         named_sync(TURN + w.group, TURN_THREADS);
         pin<COLUMNS>(s);
-        pin<DIM / 8>(o);
+        if (!FIRST)
+            pin<DIM / 8>(o);
         products_begin();
 #pragma unroll
         for (int d = 0; d < SCORE_STEPS; d++)
             ask_for_scores(a, k, d, s);
         products_commit();
+        if (!FIRST) {
 #pragma unroll
-        for (int t = 0; t < SUM_STEPS; t++)
-            ask_for_sums(p, v, t, o);
-        products_commit();
+            for (int t = 0; t < SUM_STEPS; t++)
+                ask_for_sums(p, v, t, o);
+            products_commit();
+        }
         named_arrive(TURN + (w.group + 1 < GROUPS ? w.group + 1 : 0), TURN_THREADS);
         uint32_t k_used = w.k.used(), v_used = w.v.used();
         w.k.advance(w.bars);
         w.v.advance(w.bars);
-        products_await<VARIED ? 0 : 1>();
+        products_await<VARIED || FIRST ? 0 : 1>();
         pin<COLUMNS>(s);
         w.arrive(k_used);
         if (n == w.says)
@@ -336,24 +346,58 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         modify_scores<HIDDEN>(c, j, w, tile, r, s);
         find_highest(s, w.unit, highest);
         bool raised = highest[0] > r.max[0] + SLACK || highest[1] > r.max[1] + SLACK;
-        if ((HIDDEN && n == 0) || __any_sync(~0u, raised)) { /* soon that becomes rare */
+        if (FIRST) {
+            raise_base(highest, r, factor);
+        } else if (!before || __any_sync(~0u, raised)) { /* soon that becomes rare */
             products_await<0>();
             pin<DIM / 8>(o);
             raise_base(highest, r, factor);
-            rescale_sums(factor, HIDDEN && n == 0, o);
+            rescale_sums(factor, !before, o);
             pin<DIM / 8>(o);
         }
         weigh<0, COLUMNS / 2>(s, w.unit, r);
         finish_before(r.sum[0] + r.sum[1], w.bars);
-        products_await<0>();
-        pin<DIM / 8>(o);
-        if (!HIDDEN || n > 0)
-            w.arrive(v_used);
+        if (!FIRST) {
+            products_await<0>();
+            pin<DIM / 8>(o);
+            if (before)
+                w.arrive(v_used);
+        }
         bool k_ready = w.k.is_there(),
              v_ready = w.v.is_there(); /* asked early: an answer takes long */
         weigh<COLUMNS / 2, COLUMNS>(s, w.unit, r);
         w.ready = k_ready && v_ready;
         round_weights(s, p);
+    }
+
+    /* A tile's way through a group that has none of the piece's rows: it does what others wait for.
+     * It waits for tiles all the same: else what it says might count for the tile before in the
+     * same place. K is said to be used before `mind_nonfinite`, which may wait for a tile that
+     * needs K's place. What its own weights and sums are doesn't matter. */
+    __device__ static void skip_tile(worker &w, uint32_t n)
+    {
+        w.k.await();
+        if (n > 0)
+            w.v.await();
+        __syncwarp();
+        named_sync(TURN + w.group, TURN_THREADS);
+        named_arrive(TURN + (w.group + 1 < GROUPS ? w.group + 1 : 0), TURN_THREADS);
+        w.arrive(w.k.used());
+        if (n > 0)
+            w.arrive(w.v.used());
+        if (n == w.says)
+            w.used_q();
+        w.k.advance(w.bars);
+        w.v.advance(w.bars);
+    }
+
+    /* Before the first piece: group 0 is the first to have a turn, and others' turns come from the
+     * one before. What the last group gives at a piece's end is group 0's in the next. Nobody gives
+     * a turn twice: who gives one has had one since, which all of the next group had passed. */
+    __device__ static void begin_turns(const worker &w)
+    {
+        if (w.group == GROUPS - 1)
+            named_arrive(TURN, TURN_THREADS);
     }
 
     /* The last tile's sums. */
@@ -396,29 +440,39 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
         uint64_t a = queries_at(q + w.group * GROUP_ROWS * 128);
         float s[COLUMNS][4];
         uint32_t p[SUM_STEPS][4];
-        /* Tiles that every row of the block sees all of. */
+        /* Tiles `from` to `to` - 1: every row of the block sees all of them. */
         uint32_t from = first >= j.clear_begin ? 0 : (j.clear_begin - first - 1) / TOKENS + 1;
         uint32_t to = j.clear_end <= first ? 0 : (j.clear_end - first) / TOKENS;
         from = uniform(max(from, 1));
         to = uniform(VARIED ? 0 : min(to, count));
-        if (w.group == GROUPS - 1)
-            named_arrive(TURN, TURN_THREADS); /* another is first */
         w.ready = false;
+        const bool skips = SKIPS && uniform(w.group * GROUP_ROWS >= j.rows);
+        if (skips)
+            from = count;
         uint32_t n = 0;
 #pragma unroll 1
         while (n < count) {
             uint32_t tile = first + n * TOKENS;
-            next_tile<true>(c, j, w, n, tile, a, r, s, p, o);
+            if (skips)
+                skip_tile(w, n);
+            else if (FIRST_APART && n == 0)
+                next_tile<true, true>(c, j, w, n, tile, a, r, s, p, o);
+            else
+                next_tile<true, false>(c, j, w, n, tile, a, r, s, p, o);
             mind_nonfinite(c, j, w, r, tile, p, o);
             n++;
             if (!VARIED && n >= from)
 #pragma unroll 1
                 for (; n < to; n++)
-                    next_tile<false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
+                    next_tile<false, false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
         }
-        if (w.group == 0)
-            named_sync(TURN, TURN_THREADS); /* what the last one arrived at last */
-        last_sums(w, p, o);
+        if (!skips) {
+            last_sums(w, p, o);
+        } else {
+            w.v.await();
+            __syncwarp();
+            w.arrive(w.v.used());
+        }
     }
 
 #endif
