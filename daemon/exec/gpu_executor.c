@@ -17,13 +17,6 @@
 #define SPIN_NS 20000u /* words are looked at without a pause so long, */
 #define NAP_NS 20000   /* ... and then so often */
 
-static void hold(ts_gpu_executor *x, ts_job *job)
-{
-    job->next = NULL;
-    *x->held_end = job;
-    x->held_end = &job->next;
-}
-
 /* ---- a crowd ----
  *
  * Where several sessions have runs here, a launch for each would cost more than its attention. Then
@@ -70,8 +63,8 @@ static void watch(ts_gpu_executor *x)
         bool ready = false;
         if (__atomic_load_n(&x->head, __ATOMIC_RELAXED) != NULL)
             return;
-        for (const ts_job *job = x->held; job != NULL && !ready; job = job->next)
-            ready = ts_gpu_is_ready(job);
+        for (const ts_held_queue *q = x->held.first; q != NULL && !ready; q = q->next)
+            ready = ts_gpu_is_ready(q->first);
         if (ready && x->ready_ns == 0)
             x->ready_ns = now_ns;
         if (ready && !collects(x, now_ns))
@@ -83,44 +76,47 @@ static void watch(ts_gpu_executor *x)
     }
 }
 
-/* Launches what can be; the rest is held, in order. */
+/* Launches the job, which was taken, with those like it if it is ready. False: there was no launch
+ * to be had, and it is held again. */
+static bool launch(ts_gpu_executor *x, ts_job *job, bool ready, bool crowd)
+{
+    if (!ts_gpu_prepare_job(x, job))
+        return true;
+    const bool crowds = crowd && ready && job->num_copies == 0;
+    if (ready && job->num_copies == 0)
+        ts_gpu_join_jobs(x, job);
+    if (crowds) {
+        note_joined(x, job);
+        x->ready_ns = 0;
+    }
+    if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, crowds))
+        return true;
+    ts_held_put_back(&x->held, job);
+    return false;
+}
+
+/* Launches what can be: of each session in turn, until each has to wait. */
 static void launch_all(ts_gpu_executor *x)
 {
-    const uint64_t now_ns = ts_now_ns();
+    const uint64_t now_ns = ts_now_ns(), round = ++x->round;
     const bool crowd = is_crowd(x, now_ns), collect = crowd && collects(x, now_ns);
-    ts_job *jobs = x->held;
-    x->held = NULL;
-    x->held_end = &x->held;
-    while (jobs != NULL) {
-        ts_job *job = jobs;
-        jobs = job->next;
-        if (ts_gpu_device_is_lost(x)) {
-            job->next = NULL;
+    while (x->held.first != NULL && x->held.first->tried != round) {
+        ts_held_queue *q = x->held.first;
+        ts_job *job = q->first;
+        const bool lost = ts_gpu_device_is_lost(x), ready = ts_gpu_is_ready(job);
+        if (!lost &&
+            (ready ? collect && job->num_copies == 0 : crowd || !ts_gpu_may_wait_for(x, job))) {
+            q->tried = round;
+            ts_held_turn(&x->held);
+            continue;
+        }
+        if (q->first->next != NULL)
+            ts_held_turn(&x->held);
+        ts_held_take(&x->held, NULL, job);
+        if (lost)
             ts_gpu_complete_jobs(x, job, TS_EDEVICE, x->why);
-            continue;
-        }
-        const bool ready = ts_gpu_is_ready(job);
-        if (ready ? collect && job->num_copies == 0 : crowd || !ts_gpu_may_wait_for(x, job)) {
-            hold(x, job);
-            continue;
-        }
-        if (!ts_gpu_prepare_job(x, job))
-            continue;
-        if (ready && job->num_copies == 0)
-            jobs = ts_gpu_join_jobs(x, job);
-        else
-            job->next = NULL;
-        const bool crowds = crowd && ready && job->num_copies == 0;
-        if (crowds) {
-            note_joined(x, job);
-            x->ready_ns = 0;
-        }
-        if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, crowds))
-            continue;
-        for (ts_job *next; job != NULL; job = next) {
-            next = job->next;
-            hold(x, job);
-        }
+        else if (!launch(x, job, ready, crowd))
+            q->tried = round; /* it holds the job again */
     }
 }
 
@@ -159,16 +155,19 @@ static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
  * the latest (UINT64_MAX: when something happens). Under the lock. */
 static uint64_t look_for_late(ts_gpu_executor *x)
 {
-    uint64_t now = ts_now_ms(), until = let_go_late(x->held, now, UINT64_MAX);
+    uint64_t now = ts_now_ms(), until = UINT64_MAX;
     x->late_ms = now;
+    for (ts_held_queue *q = x->held.first; q != NULL; q = q->next)
+        until = let_go_late(q->first, now, until);
     for (const in_flight *f = x->launched; f != NULL; f = f->next) {
         if (x->stop)
             release_waiters(f->jobs);
         until = let_go_late(f->jobs, now, until);
     }
     if (x->stop)
-        release_waiters(x->held);
-    return x->held != NULL ? now + POLL_MS : until;
+        for (const ts_held_queue *q = x->held.first; q != NULL; q = q->next)
+            release_waiters(q->first);
+    return x->held.first != NULL ? now + POLL_MS : until;
 }
 
 /* Another process's fault may have taken the device while nothing runs here. Under CUDA's
@@ -183,7 +182,7 @@ static void check_health(ts_gpu_executor *x)
 static bool await(ts_gpu_executor *x)
 {
     bool ends, slow = false;
-    const bool watches = x->held != NULL && is_crowd(x, ts_now_ns());
+    const bool watches = x->held.first != NULL && is_crowd(x, ts_now_ns());
     if (watches)
         watch(x);
     pthread_mutex_lock(&x->lock);
@@ -191,18 +190,19 @@ static bool await(ts_gpu_executor *x)
     if (!watches || ts_now_ms() - x->late_ms >= POLL_MS)
         until = look_for_late(x);
     while (!watches && x->head == NULL && !x->completed && !slow &&
-           !(x->stop && x->launched == NULL && x->held == NULL)) {
+           !(x->stop && x->launched == NULL && x->held.first == NULL)) {
         const bool late = wait_until(x, until < x->health_ms ? until : x->health_ms);
-        slow = late && (x->held != NULL || ts_now_ms() >= x->health_ms);
+        slow = late && (x->held.first != NULL || ts_now_ms() >= x->health_ms);
         until = look_for_late(x);
     }
-    *x->held_end = x->head;
-    if (x->head != NULL)
-        x->held_end = x->tail;
+    for (ts_job *job = x->head, *next; job != NULL; job = next) {
+        next = job->next;
+        ts_held_add(&x->held, job);
+    }
     x->head = NULL;
     x->tail = &x->head;
     x->completed = false;
-    ends = x->stop && x->launched == NULL && x->held == NULL;
+    ends = x->stop && x->launched == NULL && x->held.first == NULL;
     pthread_mutex_unlock(&x->lock);
     return !ends;
 }
@@ -244,7 +244,6 @@ ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms
     x->join_ns = join_us * 1000ull;
     x->failed = failed;
     x->tail = &x->head;
-    x->held_end = &x->held;
     x->words = words;
     x->words_there = there;
     x->words_bytes = bytes;

@@ -8,11 +8,12 @@
 #define TS_GPU_EXECUTOR_INTERNAL_H
 
 #include "gpu_executor.h"
+#include "held_runs.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 
-#define JOIN_LAUNCHES 2u /* a ready run waits while these are under way */
+#define JOIN_LAUNCHES 4u /* a ready run waits while these are under way */
 
 /* Whom a launch of one job waits for: its worker, and the session's run before it. */
 typedef enum ts_gpu_wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } ts_gpu_wait_for;
@@ -40,9 +41,10 @@ struct ts_gpu_executor {
     bool completed, stop; /* under the lock */
     bool lost;            /* under the lock: the device failed */
     char why[TS_GPU_WHY_BYTES + 128];
-    ts_job *held, **held_end; /* the thread's own: jobs that can't be launched yet */
-    ts_gpu_run *parts;        /* the thread's own: of a launch */
-    ts_gpu_signal *signals;   /* the thread's own: two for each part */
+    ts_held_runs held;      /* the thread's own: jobs that can't be launched yet */
+    uint64_t round;         /* the thread's own: of trying to launch them */
+    ts_gpu_run *parts;      /* the thread's own: of a launch */
+    ts_gpu_signal *signals; /* the thread's own: two for each part */
     size_t capacity;
     uint64_t health_ms;            /* the thread's own: when it looks at the device next */
     uint64_t late_ms;              /* the thread's own: when it looked for late workers last */
@@ -85,8 +87,8 @@ bool ts_gpu_device_is_lost(ts_gpu_executor *x);
 /* Makes the job's plan, unless it is there. False: the job is over, and no other. */
 bool ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job);
 
-/* Leaves in the list behind `first` the jobs like it that are ready; returns the others. */
-ts_job *ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
+/* Appends to `first`, a list of one, the held jobs like it that are ready. */
+void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 
 /* Whether one more launch may wait for this job's worker. */
 bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);

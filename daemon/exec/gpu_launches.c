@@ -306,25 +306,26 @@ bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job)
     return may;
 }
 
-/* Leaves in the list behind `first` the jobs like it that are ready; returns the others. */
-ts_job *ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first)
+/* Appends to `first`, a list of one, the held jobs like it that are ready. */
+void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first)
 {
-    ts_job **joined_end = &first->next, *rest = NULL, **rest_end = &rest;
-    for (ts_job *job = first->next, *next; job != NULL; job = next) {
-        next = job->next;
-        job->next = NULL;
-        if (alike(first, job) && ts_gpu_is_ready(job)) {
+    ts_job **end = &first->next;
+    for (ts_held_queue *q = x->held.first, *next_queue; q != NULL; q = next_queue) {
+        next_queue = q->next; /* the job's session may end, but no other's */
+        ts_job *before = NULL;
+        for (ts_job *job = q->first, *next; job != NULL && ts_gpu_is_ready(job); job = next) {
+            next = job->next;
+            if (!alike(first, job)) {
+                before = job;
+                continue;
+            }
+            ts_held_take(&x->held, before, job);
             if (!ts_gpu_prepare_job(x, job))
                 continue;
-            *joined_end = job;
-            joined_end = &job->next;
-        } else {
-            *rest_end = job;
-            rest_end = &job->next;
+            *end = job;
+            end = &job->next;
         }
     }
-    *joined_end = NULL;
-    return rest;
 }
 
 bool ts_gpu_device_is_lost(ts_gpu_executor *x)

@@ -51,6 +51,13 @@ ts_status ts_exchange_reach(ts_exchange *exchange, ts_gpu *gpu, char *why, size_
 /* One user less. NULL is fine. */
 void ts_exchange_release(ts_exchange *exchange);
 
+/* A session's runs that its GPU's executor holds (held_runs.h). */
+typedef struct ts_held_queue {
+    struct ts_job *first, *last;
+    struct ts_held_queue *prev, *next; /* queues that hold something */
+    uint64_t tried;                    /* the executor's: the last round in which it had to wait */
+} ts_held_queue;
+
 /* A session's signals, and the daemon's own count of what is completed, which no client can write.
  */
 typedef struct ts_signals_page {
@@ -67,6 +74,7 @@ typedef struct ts_signals_page {
     uint32_t alone_number;
     uint32_t waiting; /* the executor's: launches that wait for the worker */
     uint32_t jobs;    /* the executor's: that it has of the session */
+    ts_held_queue held;
 } ts_signals_page;
 
 ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);
