@@ -275,18 +275,14 @@ FAKE(cuMemHostGetDevicePointer_v2, ts_cu_pointer *there, void *host, unsigned fl
     *there = (ts_cu_pointer)host;
     return 0;
 }
-FAKE(cuStreamWriteValue32_v2, void *stream, ts_cu_pointer at, uint32_t value, unsigned flags)
+FAKE(cuStreamBatchMemOp_v2, void *stream, unsigned count, ts_cu_stream_op *ops, unsigned flags)
 {
     (void)stream;
     (void)flags;
-    queue_put((queued){.word = (uint32_t *)at, .value = value, .writes = true});
-    return 0;
-}
-FAKE(cuStreamWaitValue32_v2, void *stream, ts_cu_pointer at, uint32_t value, unsigned flags)
-{
-    (void)stream;
-    (void)flags;
-    queue_put((queued){.word = (uint32_t *)at, .value = value});
+    for (unsigned i = 0; i < count; i++)
+        queue_put((queued){.word = (uint32_t *)ops[i].on.word,
+                           .value = (uint32_t)ops[i].on.value,
+                           .writes = ops[i].on.operation == TS_CU_OP_WRITE});
     return 0;
 }
 NOT_HERE(cuStreamIsCapturing)

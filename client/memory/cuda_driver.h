@@ -27,6 +27,16 @@ typedef struct ts_cu_access {
     int flags;
 } ts_cu_access;
 
+typedef union ts_cu_stream_op {
+    struct {
+        int operation; /* TS_CU_OP_... */
+        ts_cu_pointer word;
+        uint64_t value; /* 32 bits of it */
+        unsigned flags;
+    } on;
+    uint64_t room[6];
+} ts_cu_stream_op;
+
 enum {
     TS_CU_LOCATION_DEVICE = 1,
     TS_CU_ACCESS_READ = 1,
@@ -35,6 +45,8 @@ enum {
     TS_CU_IPC_LAZY_PEER_ACCESS = 1,
     TS_CU_HOST_PORTABLE = 1,
     TS_CU_HOST_DEVICE_MAP = 2,
+    TS_CU_OP_WAIT = 1,
+    TS_CU_OP_WRITE = 2,
     TS_CU_WAIT_GEQ = 0,
     TS_CU_WRITE_DEFAULT = 0,
     TS_CU_EVENT_DEFAULT = 0,
@@ -69,8 +81,7 @@ enum {
     F("cuMemHostRegister_v2", host_register, (void *, size_t, unsigned))                           \
     F("cuMemHostUnregister", host_unregister, (void *))                                            \
     F("cuMemHostGetDevicePointer_v2", host_pointer, (ts_cu_pointer *, void *, unsigned))           \
-    F("cuStreamWriteValue32_v2", stream_write, (void *, ts_cu_pointer, uint32_t, unsigned))        \
-    F("cuStreamWaitValue32_v2", stream_wait, (void *, ts_cu_pointer, uint32_t, unsigned))          \
+    F("cuStreamBatchMemOp_v2", stream_ops, (void *, unsigned, ts_cu_stream_op *, unsigned))        \
     F("cuStreamIsCapturing", stream_capture, (void *, int *))                                      \
     F("cuThreadExchangeStreamCaptureMode", capture_mode, (int *))                                  \
     F("cuEventCreate", event_new, (void **, unsigned))                                             \

@@ -291,9 +291,10 @@ ts_status ts_cuda_hand_over(ts_client *c, ts_cuda *cuda, void *stream, uint64_t 
     ts_status status = ts_cuda_enter(c, cuda);
     if (status != TS_OK)
         return status;
-    ts_cu_result error = cuda->f.stream_write(stream, submitted, value, TS_CU_WRITE_DEFAULT);
-    if (error == 0)
-        error = cuda->f.stream_wait(stream, completed, value, TS_CU_WAIT_GEQ);
+    ts_cu_stream_op ops[] = {/* the device takes them in one go */
+                             {.on = {TS_CU_OP_WRITE, submitted, value, TS_CU_WRITE_DEFAULT}},
+                             {.on = {TS_CU_OP_WAIT, completed, value, TS_CU_WAIT_GEQ}}};
+    ts_cu_result error = cuda->f.stream_ops(stream, 2, ops, 0);
     if (error != 0)
         status = fail(c, cuda, TS_EDEVICE, "queueing on the stream", error);
     ts_cuda_leave(cuda);

@@ -366,6 +366,8 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
         status = ts_gpu_slot_init(gpu, &gpu->slots[i], why, why_bytes);
     for (uint32_t i = 0; status == TS_OK && i < (for_streams ? 1 : TS_GPU_LAUNCHES); i++)
         status = ts_gpu_launch_init(gpu, &gpu->launches[i], why, why_bytes);
+    if (status == TS_OK && !for_streams) /* before anything waits: loading would wait for it */
+        status = ts_gpu_load_words(gpu, why, why_bytes);
     if (status == TS_OK && !for_streams)
         status = ts_gpu_launch_ends_init(gpu, why, why_bytes);
     if (status != TS_OK) {

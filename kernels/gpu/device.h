@@ -209,6 +209,13 @@ void ts_gpu_launch_give_back(ts_gpu_launch *launch);
 ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes);
 void ts_gpu_launch_ends_fini(ts_gpu *gpu);
 
+/* Loads the kernel of ts_gpu_launch_words. */
+ts_status ts_gpu_load_words(ts_gpu *gpu, char *why, size_t why_bytes);
+
+/* Queues a kernel that writes the words, and `end` when they are there (no word: nothing more). */
+ts_status ts_gpu_launch_words(ts_gpu_launch *launch, const ts_gpu_signal *signals, uint32_t count,
+                              const ts_gpu_signal *end);
+
 /* Notes the error's name for ts_gpu_launch_why. */
 ts_status ts_gpu_launch_fail(ts_gpu_launch *launch, cudaError_t error);
 

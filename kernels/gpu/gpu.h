@@ -3,12 +3,12 @@
  * header is plain C and needs no CUDA; without CUDA at build time gpu_none.c stands in and every
  * open says so.
  *
- * A *launch* is one of a fixed number of streams with its own staging memory and its own thread,
- * which sleeps until the device has done all that was queued: take one, give it work in order
- * (waits, one attend or one set of copies, signals), finish it; it is free again when all of it is
- * done. Nothing here waits for the device but what says so. (CUDA's own host functions won't do:
- * those of different streams are called one after another, and a stream may be waiting for a
- * worker.)
+ * A *launch* is what is queued at once on one of a fixed number of streams, which have staging
+ * memory of their own: take one, give it work in order (waits, one attend or one set of copies,
+ * signals), finish it; it is free again when all of it is done. A thread for each launch sleeps
+ * until then, or one thread for all those that are many and short looks for their ends. Nothing
+ * here waits for the device but what says so. (CUDA's own host functions won't do: those of
+ * different streams are called one after another, and a stream may be waiting for a worker.)
  *
  * What gives back cudaMalloc'ed or pinned memory waits until every stream is done and lets nobody
  * launch meanwhile, and a stream may be waiting for a worker. So it is left to a thread of the
@@ -254,8 +254,7 @@ typedef struct ts_gpu_signal {
     uint32_t value;
 } ts_gpu_signal;
 
-/* Writes the words, in that order, when everything before is done and visible to other processes.
- */
+/* Writes the words when everything before is done and visible to other processes. */
 ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, const ts_gpu_signal *signals, uint32_t count);
 
 /*
@@ -272,7 +271,7 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
                                const ts_block_copy *copies, uint32_t num_copies);
 
 /*
- * `done` is called on the launch's thread when all of it is done, or with TS_EDEVICE and the CUDA
+ * `done` is called on the launch's own thread when all of it is done, or with TS_EDEVICE and the CUDA
  * error's name when the device has failed; the launch is free again just before. NULL: nobody is
  * called. If this fails, nothing was queued behind what was there, and nobody is called.
  */

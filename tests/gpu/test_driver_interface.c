@@ -29,6 +29,18 @@ _Static_assert((int)CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR == TS_CU_HANDLE_POS
 _Static_assert((int)CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS == TS_CU_IPC_LAZY_PEER_ACCESS, "");
 _Static_assert(CU_MEMHOSTREGISTER_PORTABLE == TS_CU_HOST_PORTABLE, "");
 _Static_assert(CU_MEMHOSTREGISTER_DEVICEMAP == TS_CU_HOST_DEVICE_MAP, "");
+_Static_assert(sizeof(CUstreamBatchMemOpParams) == sizeof(ts_cu_stream_op), "");
+_Static_assert(offsetof(CUstreamBatchMemOpParams, waitValue.address) ==
+                   offsetof(ts_cu_stream_op, on.word),
+               "");
+_Static_assert(offsetof(CUstreamBatchMemOpParams, writeValue.value) ==
+                   offsetof(ts_cu_stream_op, on.value),
+               "");
+_Static_assert(offsetof(CUstreamBatchMemOpParams, writeValue.flags) ==
+                   offsetof(ts_cu_stream_op, on.flags),
+               "");
+_Static_assert((int)CU_STREAM_MEM_OP_WAIT_VALUE_32 == TS_CU_OP_WAIT, "");
+_Static_assert((int)CU_STREAM_MEM_OP_WRITE_VALUE_32 == TS_CU_OP_WRITE, "");
 _Static_assert((int)CU_STREAM_WAIT_VALUE_GEQ == TS_CU_WAIT_GEQ, "");
 _Static_assert((int)CU_STREAM_WRITE_VALUE_DEFAULT == TS_CU_WRITE_DEFAULT, "");
 _Static_assert((int)CU_EVENT_DEFAULT == TS_CU_EVENT_DEFAULT, "");
@@ -68,8 +80,7 @@ int main(void)
         {CURRENT(cuMemHostRegister), "cuMemHostRegister_v2"},
         {CURRENT(cuMemHostUnregister), "cuMemHostUnregister"},
         {CURRENT(cuMemHostGetDevicePointer), "cuMemHostGetDevicePointer_v2"},
-        {CURRENT(cuStreamWriteValue32), "cuStreamWriteValue32_v2"},
-        {CURRENT(cuStreamWaitValue32), "cuStreamWaitValue32_v2"},
+        {CURRENT(cuStreamBatchMemOp), "cuStreamBatchMemOp_v2"},
         {CURRENT(cuStreamIsCapturing), "cuStreamIsCapturing"},
         {CURRENT(cuThreadExchangeStreamCaptureMode), "cuThreadExchangeStreamCaptureMode"},
         {CURRENT(cuEventCreate), "cuEventCreate"},

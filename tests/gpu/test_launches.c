@@ -60,6 +60,39 @@ static void a_launch_waits_for_its_word_and_signals(void **state)
     free(words);
 }
 
+/* Few signals and many, by whatever way, are all told behind what was queued before. */
+static void any_number_of_signals_is_told(void **state)
+{
+    (void)state;
+    enum { MOST = 200 };
+    uint32_t *words = NULL, *device;
+    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    sem_t done;
+    sem_init(&done, 0, 0);
+    static const uint32_t counts[] = {0, 1, 2, 3, 64, 65, 66, MOST};
+    for (uint32_t round = 1; round <= sizeof counts / sizeof *counts; round++) {
+        const uint32_t count = counts[round - 1];
+        ts_gpu_signal signals[MOST];
+        for (uint32_t i = 0; i < MOST; i++)
+            signals[i] = (ts_gpu_signal){&device[16 + i], round};
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+        OK(ts_gpu_launch_wait(l, &device[0], round));
+        OK(ts_gpu_launch_signal(l, signals, count));
+        ts_gpu_launch_finish_signalled(l, post, &done);
+        for (uint32_t i = 0; i < MOST; i++)
+            assert_true(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE) < round);
+        __atomic_store_n(&words[0], round, __ATOMIC_RELEASE);
+        while (sem_wait(&done) != 0)
+            ;
+        for (uint32_t i = 0; i < MOST; i++)
+            assert_int_equal(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE) == round, i < count);
+    }
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+}
+
 /* Launches whose ends their signals tell end in any order, each behind its signals, and are free
  * again then. */
 static void a_launchs_end_is_seen_behind_its_signals(void **state)
@@ -382,6 +415,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(copying_blocks_moves_every_byte_and_no_other),
         cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
+        cmocka_unit_test(any_number_of_signals_is_told),
         cmocka_unit_test(a_launchs_end_is_seen_behind_its_signals),
         cmocka_unit_test(a_launch_follows_the_one_before_it),
         cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
