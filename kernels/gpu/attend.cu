@@ -16,8 +16,6 @@ extern "C" {
 namespace
 {
 
-#define WGMMA_TICKETS 2u /* the first counters are a launch's tickets: wgmma_call */
-
 divisor divisor_of(uint32_t d)
 {
     uint32_t log = 0;
@@ -71,6 +69,12 @@ cudaError_t await_plans(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_r
     return error;
 }
 
+/* The first counters of a launch; its pieces' counters follow. */
+uint32_t *tickets_of(const ts_gpu_launch *l, const ts_gpu_plan *p)
+{
+    return p->persistent ? p->own_counters : l->slot->counters;
+}
+
 /* The call's runs, over one list of items. Of a persistent plan the device alone knows, when the
  * launch runs, how many there are. */
 void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gpu_run *runs,
@@ -78,8 +82,7 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
 {
     const ts_gpu_plan *first = runs[0].plan;
     float *partials = first->persistent ? first->own_partials : l->slot->partials;
-    uint32_t *counters =
-        first->persistent ? first->own_counters : l->slot->counters + WGMMA_TICKETS;
+    uint32_t *counters = tickets_of(l, first) + WGMMA_TICKETS;
     c.num_items = 0;
     c.items_there = first->persistent ? (const uint32_t *)first->buffer->device + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
@@ -249,14 +252,6 @@ cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *
     }
 }
 
-/* What wgmma's blocks keep of pieces of several chunks. */
-size_t fold_floats(const ts_gpu_plan *p)
-{
-    const ts_geometry *g = &p->geometry;
-    size_t threads = wgmma_rows(g) * 2;
-    return p->gpu->info.processors * threads * WGMMA_FOLD(wgmma_dims(g)) * 4;
-}
-
 /* Room for the partial results of any GPU_RUNS of the runs that are launched together. */
 ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 {
@@ -277,7 +272,7 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
     }
     most_counters += own ? 0 : WGMMA_TICKETS;
     size_t floats = most_records * ts_gpu_record_floats(&runs[0].plan->geometry);
-    floats += folds ? fold_floats(runs[0].plan) : 0;
+    floats += folds ? wgmma_fold_floats(&runs[0].plan->geometry, l->gpu->info.processors) : 0;
     return ts_gpu_launch_scratch(l, floats * sizeof(float), most_counters);
 }
 
@@ -298,8 +293,8 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
             continue;
         }
         float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);
-        error = launch_wgmma(c, p, is_varied(c, runs, num_runs), l->slot->counters, (float4 *)folds,
-                             l->stream);
+        error = launch_wgmma(c, p, is_varied(c, runs, num_runs), tickets_of(l, p),
+                             (float4 *)(p->persistent ? p->own_folds : folds), l->stream);
     }
     return error;
 }

@@ -120,6 +120,12 @@ __device__ inline gpu_seq seq_of(const gpu_call &c, const gpu_run &r, const plan
     return s;
 }
 
+/* Items of the launch. */
+__device__ inline uint32_t items_of(const gpu_call &c)
+{
+    return c.items_there == NULL ? c.num_items : *c.items_there;
+}
+
 /* The sequence of item number `index`, and in *query what the item says beside it. */
 __device__ inline gpu_seq find_item(const gpu_call &c, uint32_t index, uint32_t *query)
 {
@@ -457,6 +463,18 @@ static inline uint32_t wgmma_rows(const ts_geometry *g)
 static inline uint32_t wgmma_tokens(const ts_geometry *g) /* of its tiles */
 {
     return g->head_dim > 128 ? WGMMA_TOKENS / 2 : WGMMA_TOKENS;
+}
+
+#define WGMMA_TICKETS 2u /* a launch's first counters: wgmma_call's tickets */
+
+/* Of a row of DIM dimensions: its sums, of two rows, and their maxima and sums of weights. */
+#define WGMMA_FOLD(DIM) ((DIM) / 8 + 1)
+
+/* What wgmma's blocks, one on each processor, keep of pieces of several chunks. */
+static inline size_t wgmma_fold_floats(const ts_geometry *g, uint32_t processors)
+{
+    size_t threads = wgmma_rows(g) * 2;
+    return processors * threads * WGMMA_FOLD(wgmma_dims(g)) * 4;
 }
 
 /* Chunks of a context, at most: for each, every row of a tile has a float in shared memory. */

@@ -137,7 +137,7 @@ def test_a_frames_limits_are_named_and_a_refused_step_changes_nothing(daemon):
             kv.frame(5000, heads=HEADS)
         with pytest.raises(tinyserve.InvalidError, match="3 query heads; they must be a multiple"):
             kv.frame(4, heads=3)
-        with pytest.raises(tinyserve.InvalidError, match="what kernel v5 decodes"):
+        with pytest.raises(tinyserve.InvalidError, match="what kernels v5 and wgmma decode"):
             kv.frame(4, heads=HEADS, new_tokens=100, io_dtype="bf16")
         with pytest.raises(tinyserve.InvalidError, match=r"io_dtype fp16; beside a pool of bf16"):
             kv.frame(4, heads=HEADS, io_dtype="fp16")

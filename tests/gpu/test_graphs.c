@@ -131,7 +131,7 @@ static void check_batches(shape s, uint32_t q_tokens)
     device_problem_free(&d);
 }
 
-/* Each of v5's kernels, with fewer blocks of threads than pieces and with more. */
+/* Each of v5's kernels and wgmma, with fewer blocks of threads than pieces and with more. */
 static void a_graph_serves_batch_after_batch_with_the_bits_of_each_alone(void **state)
 {
     (void)state;
@@ -195,7 +195,7 @@ static void what_a_persistent_plan_has_no_room_for_is_refused_and_changes_nothin
                      TS_EINVAL);
     assert_null(plan);
     assert_string_equal(why, "100 query tokens of a bf16 cache, head_dim 64: a persistent plan "
-                             "is for what kernel v5 decodes");
+                             "is for what kernels v5 and wgmma decode");
     assert_int_equal(ts_gpu_plan_new_persistent(gpu, &d.call.geometry, 8, TS_DTYPE_BF16,
                                                 TS_KERNEL_V3, &(ts_gpu_plan_limits){2, 1, 1000},
                                                 &plan, why, sizeof why),

@@ -12,6 +12,8 @@ namespace
 template <typename T> __global__ void reshape_and_cache(const __grid_constant__ gpu_call c)
 {
     uint32_t query;
+    if (blockIdx.x >= items_of(c))
+        return;
     const gpu_seq s = find_item(c, blockIdx.x, &query);
     if (s.k == NULL)
         return;
@@ -36,7 +38,7 @@ __global__ void __launch_bounds__(APPEND_THREADS) copy_and_cache(const __grid_co
 {
     const uint32_t ABREAST = 4;
     uint32_t item = blockIdx.x * APPEND_WARPS + threadIdx.x / 32, query;
-    if (item >= c.num_items)
+    if (item >= items_of(c))
         return;
     const gpu_seq s = find_item(c, item, &query);
     if (s.k == NULL)

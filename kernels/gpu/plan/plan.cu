@@ -242,17 +242,18 @@ ts_status begin_plan(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, t
 }
 
 /* What the limits come to: room for pieces, records and counters; returns that for block table
- * entries. TS_EINVAL: the sequences aren't v5's. */
+ * entries. TS_EINVAL: they aren't decoded, or not by v5 or wgmma. */
 ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes)
 {
     const ts_gpu_plan_limits *most = &p->limits;
     ts_attention_seq s = {};
     s.q_tokens = s.kv_tokens = most->q_tokens;
     ts_gpu_list list = list_of(p, &s);
-    if (list < LIST_NARROW || has_many_rows(list)) {
+    const bool many = list == LIST_WGMMA && most->q_tokens <= V5_QUERIES;
+    if (list < LIST_NARROW || (has_many_rows(list) && !many)) {
         snprintf(why, why_bytes,
                  "%u query tokens of a %s cache, head_dim %u: a persistent plan is for what "
-                 "kernel v5 decodes",
+                 "kernels v5 and wgmma decode",
                  most->q_tokens, ts_dtype_name(p->geometry.dtype), p->geometry.head_dim);
         return TS_EINVAL;
     }
@@ -262,6 +263,7 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     uint64_t split = (uint64_t)most->seqs * most_chunks(p, list, tiles);
     chunks = chunks < split ? chunks : split;
     p->room[list] = (uint32_t)chunks * tiles;
+    p->room[LIST_APPEND] = many ? most->seqs * most->q_tokens : 0;
     p->records = chunks * most->q_tokens * p->heads;
     p->q_tokens = most->seqs * most->q_tokens;
     p->counters = most->seqs * p->geometry.kv_heads * tiles;
@@ -273,12 +275,16 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
 /* Its memory: of the limits' size, no items, counters that are 0. */
 ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
 {
-    size_t partials = p->records * ts_gpu_record_floats(&p->geometry) * sizeof(float);
-    size_t counters = p->counters * sizeof *p->own_counters;
+    const size_t floats = p->records * ts_gpu_record_floats(&p->geometry);
+    const size_t folds =
+        p->room[LIST_WGMMA] == 0 ? 0 : wgmma_fold_floats(&p->geometry, p->gpu->info.processors);
+    const size_t partials = (floats + folds) * sizeof(float);
+    const size_t counters = (WGMMA_TICKETS + p->counters) * sizeof *p->own_counters;
     ts_status status = ts_gpu_buffer_take(p->gpu, bytes, &p->buffer, why, why_bytes);
     if (status != TS_OK)
         return status;
     cudaError_t error = cudaMalloc((void **)&p->own_partials, partials);
+    p->own_folds = p->own_partials + floats;
     if (error == cudaSuccess)
         error = cudaMalloc((void **)&p->own_counters, counters);
     if (error == cudaSuccess)

@@ -48,7 +48,8 @@ struct ts_gpu_plan {
     ts_gpu_plan_limits limits; /* of a persistent one, as all that follows: */
     uint32_t room[LIST_COUNT]; /* for items */
     float *own_partials;       /* its own */
-    uint32_t *own_counters;    /* its own, all 0 between launches */
+    float *own_folds;          /* behind them, of wgmma's blocks */
+    uint32_t *own_counters;    /* its own, all 0 between launches; wgmma's tickets first */
 };
 
 #define PLAN_SEQS (LIST_COUNT * sizeof(uint32_t)) /* where they are: behind the counts */

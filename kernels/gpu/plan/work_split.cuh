@@ -183,6 +183,15 @@ ts_gpu_list tile_list(const ts_gpu_plan *p)
     return p->kernels[LIST_TILE].function != NULL ? LIST_TILE : LIST_DECODE;
 }
 
+/* Rows of a 16-bit or fp8 sequence, up to which it is decoded. With several tokens wgmma is faster
+ * than v5 from fewer rows on. */
+uint32_t decoded_rows(const ts_gpu_plan *p, uint32_t q_tokens)
+{
+    if (q_tokens == 1 || p->kernels[LIST_WGMMA].function == NULL)
+        return v5_rows(&p->geometry, 2);
+    return p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 8 : 16;
+}
+
 ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
 {
     const ts_geometry *g = &p->geometry;
@@ -204,7 +213,7 @@ ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
     bool tensors = g->dtype != TS_DTYPE_FP32;
     /* With that many rows the tensor cores are waited for, not memory: then exactness has a price.
      * q in fp32 asks for it. */
-    bool decodes = s->q_tokens <= V5_QUERIES && (!tensors || rows <= v5_rows(g, 2));
+    bool decodes = s->q_tokens <= V5_QUERIES && (!tensors || rows <= decoded_rows(p, s->q_tokens));
     bool exact = decodes || (tensors && p->io_dtype == TS_DTYPE_FP32);
     if (!exact && p->kernels[LIST_WGMMA].function != NULL)
         return LIST_WGMMA;

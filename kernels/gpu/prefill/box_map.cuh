@@ -29,9 +29,6 @@ struct wgmma_call {
                           thread that multiplies */
 };
 
-/* Of a row of DIM dimensions: its sums, of two rows, and their maxima and sums of weights. */
-#define WGMMA_FOLD(DIM) ((DIM) / 8 + 1)
-
 #define BOX_SLAB 128u        /* bytes: as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */
 

@@ -89,7 +89,7 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         told_piece &to = p->piece[k % TOLD];
         if (k >= TOLD)
             barrier_await(shared_address(&p->done[k % TOLD]), ~(k / TOLD) & 1);
-        to.there = item < c.num_items * c.kv_heads;
+        to.there = item < items_of(c) * c.kv_heads;
         if (to.there) {
             uint32_t index = item / c.kv_heads;
             const gpu_run &run = run_of(c, &index);
