@@ -272,9 +272,9 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
                                const ts_block_copy *copies, uint32_t num_copies);
 
 /*
- * `done` is called on the launch's own thread when all of it is done, or with TS_EDEVICE and the CUDA
- * error's name when the device has failed; the launch is free again just before. NULL: nobody is
- * called. If this fails, nothing was queued behind what was there, and nobody is called.
+ * `done` is called on the launch's own thread when all of it is done, or with TS_EDEVICE and the
+ * CUDA error's name when the device has failed; the launch is free again just before. NULL: nobody
+ * is called. If this fails, nothing was queued behind what was there, and nobody is called.
  */
 ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
                                void (*done)(void *arg, ts_status status, const char *why),
