@@ -5,9 +5,10 @@
 #include <stdio.h>
 #include <sys/prctl.h>
 
-/* Stream operations that the device does as fast as one kernel. What hands operations and kernels
- * of all streams and processes to the device takes them one after the other, some 0.7 and 1 us. */
-#define SIGNALS_BY_OPS 2u
+/* What hands operations and kernels of all streams and processes to the device takes them one after
+ * the other, some 0.7 and 1 us. So many words, those of one run, are told by operations all the
+ * same: a kernel may have to wait for others' to leave a processor. */
+#define SIGNALS_BY_OPS 3u
 
 ts_status ts_gpu_launch_fail(ts_gpu_launch *l, cudaError_t error)
 {

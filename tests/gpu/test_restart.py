@@ -154,6 +154,7 @@ def worker(url, way, name, rounds):
             waits, began = [], time.monotonic()
             story = Story(url, way)
             for _ in story.tell(f"{name}.{turn}"):
+                pathlib.Path(f"{url}.{name}").touch()  # it is at work
                 waits.append(time.monotonic() - began)
                 began = time.monotonic()
             print(json.dumps({"sum": story.sum.hexdigest(), "restarts": story.client.restarts,
@@ -203,12 +204,13 @@ def test_workers_of_every_kind_go_on_over_kills_of_the_daemon():
     with Supervised(f"p:{SHAPE},memory=2G,slab=16M,{ON_GPU}") as daemon:
         names = [(way, f"w{i}.{way}") for i, way in enumerate((*WAYS, "stream", "local", "graph"))]
         running = {name: (way, start(daemon.url, way, name, 4)) for way, name in names}
+        begun = [pathlib.Path(f"{daemon.url}.{name}") for _, name in names]
         done, told = {}, []
         ends = time.monotonic() + 60 + 2 * KILLS
         try:
             while running:
                 time.sleep(draw.uniform(0.02, 0.4))
-                if kills < KILLS:
+                if kills < KILLS and all(path.exists() for path in begun):
                     kills += daemon.kill_daemon()
                 if time.monotonic() > ends:  # they say where they are
                     for _, process in running.values():
