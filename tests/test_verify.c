@@ -529,11 +529,7 @@ static void what_is_right_is_never_taken_for_wrong(void **state)
 
 int main(void)
 {
-    /* A daemon that is told to end leaves what it has, its threads too. */
-    const char *sanitizer = getenv("TSAN_OPTIONS");
-    char options[1024];
-    snprintf(options, sizeof options, "%s:report_thread_leaks=0", sanitizer ? sanitizer : "");
-    setenv("TSAN_OPTIONS", options, 1);
+    ignore_threads_left();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_block_that_was_changed_is_forgotten),
         cmocka_unit_test(a_block_that_was_changed_on_a_gpu_is_forgotten),
