@@ -8,10 +8,11 @@ Errors are exceptions below tinyserve.Error with the daemon's own sentence.
 """
 
 from ._version import __version__
-from .client import Client, Pool, connect
+from .client import Client, connect
 from .errors import (BusyError, DeniedError, DeviceError, DisconnectedError, Error, ExistsError,
                      InternalError, InvalidError, NoSpaceError, NotFoundError, OutOfMemoryError,
                      ProtocolError, QuotaError, StaleError, TimedOutError)
+from .pool import Pool
 from .records import Geometry, Kept, PoolInfo, Room, Seq
 from .step import Frame, Step
 from .view import View

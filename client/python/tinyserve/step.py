@@ -14,7 +14,7 @@ from .records import DTYPE_NAMES
 from .view import View
 
 if TYPE_CHECKING:
-    from .client import Pool
+    from .pool import Pool
     from .records import Seq
 
 _BUFFERS = {name: getattr(lib, f"ts_step_{name}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..client import Client, Pool
+from ..client import Client
 from .geometry import Needs
 from ..errors import DeniedError, ExistsError, InvalidError, NotFoundError
+from ..pool import Pool
 from ..records import PoolInfo
 
 

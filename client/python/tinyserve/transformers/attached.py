@@ -11,11 +11,12 @@ from typing import Any, Callable
 import torch
 from transformers.cache_utils import Cache
 
-from ..client import Client, Pool, connect
+from ..client import Client, connect
 from ..engines.geometry import Needs, Unsupported, needs_of, share_limit
 from ..engines.identity import namespace_of
 from ..engines.rows import Rows, match_columns
 from ..errors import DeniedError, DisconnectedError
+from ..pool import Pool
 from . import attention, weights
 from .cache import PooledCache
 from .inputs import check_mask, pads_of, refuse_others

@@ -7,8 +7,9 @@ import weakref
 from collections import deque
 from typing import Any, Callable, Iterable
 
-from ..client import Client, Pool
+from ..client import Client
 from ..errors import DisconnectedError, Error
+from ..pool import Pool
 
 
 class Session:

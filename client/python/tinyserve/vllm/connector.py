@@ -17,11 +17,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (KVConnectorBase_V
                                                                KVConnectorMetadata,
                                                                KVConnectorRole)
 
-from ..client import Client, Pool, connect
+from ..client import Client, connect
 from ..engines.geometry import Needs, share_limit
 from ..engines.identity import namespace_of, salted
 from ..engines.pools import find_or_make
 from ..errors import DisconnectedError, InvalidError, TimedOutError
+from ..pool import Pool
 from . import weights
 from .finder import Finder
 from .plan import Planner, StepPlan

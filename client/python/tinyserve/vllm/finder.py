@@ -20,8 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
-from ..client import Client, Pool
+from ..client import Client
 from ..errors import Error
+from ..pool import Pool
 
 from .sessions import SESSION_ENDS, Backoff
 

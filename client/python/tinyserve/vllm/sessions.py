@@ -7,8 +7,9 @@ import threading
 import time
 from typing import Callable
 
-from ..client import Client, Pool
+from ..client import Client
 from ..errors import DisconnectedError, Error, InternalError, ProtocolError, TimedOutError
+from ..pool import Pool
 
 log = logging.getLogger("vllm.tinyserve")
 SESSION_ENDS = (DisconnectedError, TimedOutError, ProtocolError, InternalError)

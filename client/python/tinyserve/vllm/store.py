@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Sequence
 
-from ..client import Client, Pool
+from ..client import Client
 from ..errors import Error, NoSpaceError, QuotaError
+from ..pool import Pool
 from .plan import Load, Save, StepPlan
 from .sessions import SESSION_ENDS, Connecting
 
