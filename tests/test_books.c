@@ -12,8 +12,6 @@
 
 #include <fcntl.h>
 #include <signal.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 /* ---- a keeper: what is kept lives while the test does ---- */
@@ -484,7 +482,6 @@ static void a_follower_that_differs_is_overruled(void **state)
     world_end(w, &s);
 }
 
-/* A version with a field less wrote it, and one with another. */
 /* They are in the journal, then in a snapshot, and are over one after the other. */
 static void runs_on_a_stream_are_what_they_were(void **state)
 {
@@ -542,61 +539,6 @@ static void runs_on_a_stream_are_what_they_were(void **state)
     world_end(w, &s);
 }
 
-static void a_snapshot_of_other_fields_is_read(void **state)
-{
-    (void)state;
-    ts_record_writer w = {0};
-    ts_record_reader r;
-    const ts_stored_name names[2] = {{1, 2, 3}, {4, 5, 6}};
-    ts_stored_name read[2];
-    unsigned char bytes[1 << 16], *table = NULL;
-    w.at = bytes;
-    ts_records_begin(&w);
-    ts_records_put(&w, TS_RECORD_NAME, names, 2);
-    assert_true(w.bytes < sizeof bytes);
-    for (uint64_t i = 0; i + 5 < w.bytes && table == NULL; i++)
-        if (memcmp(bytes + i, "value", 6) == 0)
-            table = bytes + i;
-    assert_non_null(table);
-    memcpy(table, "other", 6); /* a field that this version doesn't know, in place of one */
-    assert_true(ts_records_open(&r, bytes, w.bytes));
-    assert_true(ts_records_get_all(&r, TS_RECORD_NAME, read, 2));
-    for (int i = 0; i < 2; i++) {
-        assert_int_equal(read[i].tenant, names[i].tenant);
-        assert_int_equal(read[i].value, 0);
-        assert_int_equal(read[i].bytes, names[i].bytes);
-    }
-}
-
-/* Every byte of what is stored as a record is a field's, or lies between fields for their
- * alignment, or is a pointer. */
-static void no_field_of_a_record_was_forgotten(void **state)
-{
-    (void)state;
-    static const uint32_t expected[TS_RECORDS] = {
-        [TS_RECORD_LIMITS] = 8,    [TS_RECORD_POOL_CONFIG] = 8, [TS_RECORD_TENANT] = 4,
-        [TS_RECORD_SEQUENCE] = 26, [TS_RECORD_LIFE] = 12,       [TS_RECORD_SPACE] = 9,
-        [TS_RECORD_SESSION] = 20,  [TS_RECORD_STEP] = 25,       [TS_RECORD_STEP_SEQ] = 8,
-        [TS_RECORD_CLAIM] = 19,    [TS_RECORD_ANSWER] = 4,
-    };
-    for (int t = TS_RECORD_WORD; t < TS_RECORDS; t++) {
-        const ts_record_type *type = &ts_record_types[t];
-        if (type->in_place || type->num_fields == 0)
-            continue;
-        unsigned char *is_field = calloc(type->bytes, 1);
-        uint32_t others = 0;
-        for (uint32_t i = 0; i < type->num_fields; i++)
-            memset(is_field + type->fields[i].offset, 1, type->fields[i].bytes);
-        for (uint32_t i = 0; i < type->bytes; i++)
-            others += is_field[i] == 0;
-        free(is_field);
-        if (others != expected[t])
-            fail_msg("%s: %u bytes are no field's, where %u are pointers or lie between fields: "
-                     "add what is new to records.c",
-                     type->name, others, expected[t]);
-    }
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -611,8 +553,6 @@ int main(void)
         cmocka_unit_test(what_is_given_up_on_purpose_is_gone),
         cmocka_unit_test(a_follower_that_differs_is_overruled),
         cmocka_unit_test(runs_on_a_stream_are_what_they_were),
-        cmocka_unit_test(a_snapshot_of_other_fields_is_read),
-        cmocka_unit_test(no_field_of_a_record_was_forgotten),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
