@@ -12,6 +12,7 @@
 #ifndef TS_GPU_DECODE_V5_CUH
 #define TS_GPU_DECODE_V5_CUH
 
+#include "chunk_sums.cuh"
 #include "tensor.cuh"
 
 namespace v5

@@ -3,7 +3,7 @@
  * as many lanes as it has 16-byte pieces, as in v4, but comes from the ring in shared memory, and
  * every read of it serves all rows of the tile.
  */
-#include "chunks.cuh"
+#include "chunk_sums.cuh"
 
 namespace
 {

@@ -2,11 +2,12 @@
  * What a lane of attend_rows (mma.cuh) has of its two rows, and how a piece of several chunks adds
  * them up: for pieces that nobody else has a part of, so that nothing of them is written to memory.
  * The bits are those of chunks that are pieces of their own and are merged by `finish`
- * (chunks.cuh).
+ * (chunk_sums.cuh).
  */
 #ifndef TS_GPU_ROW_FOLDS_CUH
 #define TS_GPU_ROW_FOLDS_CUH
 
+#include "chunk_sums.cuh"
 #include "tensor.cuh"
 
 namespace mma

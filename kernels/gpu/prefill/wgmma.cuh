@@ -340,8 +340,8 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
     }
 
     /* A chunk of a piece of several ends: what this thread has of it is added to what there is so
-     * far, as the merge of chunks does it (chunks.cuh: finish). That lies in memory, or rather in
-     * the second-level cache, for the block writes there again and again. */
+     * far, as the merge of chunks does it (chunk_sums.cuh: finish). That lies in memory, or rather
+     * in the second-level cache, for the block writes there again and again. */
     __device__ static void fold_chunk(const wgmma_call &wc, uint32_t chunk, rows_state &r,
                                       float (*o)[4], bool more)
     {
