@@ -12,7 +12,7 @@
     "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=64K,"            \
     "device=host,model=m,client_write=all"
 
-/* Runs all layers of a step with random q, k and v, and mixes what came out. */
+/* Runs all layers of a step with random q, k and v, and mixes what came out. d: NULL: it isn't. */
 static inline void run_layers(ts_client *c, ts_step *step, uint32_t tokens, rng *r, digest *d)
 {
     for (uint32_t layer = 0; layer < LAYERS; layer++) {
@@ -20,7 +20,8 @@ static inline void run_layers(ts_client *c, ts_step *step, uint32_t tokens, rng 
         fill(r, ts_step_k(step), (size_t)tokens * DIM);
         fill(r, ts_step_v(step), (size_t)tokens * DIM);
         DO(ts_step_run(step, layer));
-        mix(d, ts_step_out(step), (size_t)tokens * HEADS * DIM * sizeof(float));
+        if (d != NULL)
+            mix(d, ts_step_out(step), (size_t)tokens * HEADS * DIM * sizeof(float));
     }
 }
 
@@ -39,6 +40,13 @@ static inline void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs,
     DO(ts_step_commit(step, NULL));
 }
 
+/* Begins a step of new tokens for one sequence. */
+static inline ts_status begin_step(ts_pool *p, ts_seq seq, uint32_t tokens, ts_step **step)
+{
+    const ts_step_options options = {.size = sizeof(ts_step_options), .heads = HEADS};
+    return ts_step_begin(p, &seq, &tokens, 1, &options, step);
+}
+
 /* Starts a daemon that crashes whenever it comes to the place; a client of it. */
 static inline ts_client *start_crashing(daemon_process *d, const char *place)
 {
@@ -46,6 +54,18 @@ static inline ts_client *start_crashing(daemon_process *d, const char *place)
     start(d, POOL, NULL);
     unsetenv("TS_TEST_CRASH");
     return connect_by(d, TS_TRANSPORT_RING);
+}
+
+/* Two daemons have died of what a client asked for, whose session is over. Another client's isn't:
+ * it has called nothing since, and has its sequence. Ends both clients, and the daemon. */
+static inline void finish_after_crashes(daemon_process *d, ts_client *c, ts_client *other,
+                                        ts_pool *others, ts_seq seq)
+{
+    assert_non_null(strstr(ts_error(c), "the session is over"));
+    assert_int_equal(ts_seq_lengths(others, &seq, 1, &(uint32_t){0}), TS_OK);
+    assert_int_equal(ts_client_restarts(other), 1);
+    ts_disconnect(c);
+    finish(d, other, others);
 }
 
 #endif

@@ -133,9 +133,19 @@ static inline void stop(daemon_process *d, bool late)
     alarm(0);
 }
 
+/* The end of a test: the daemon's books must agree. */
+static inline void finish(daemon_process *d, ts_client *c, ts_pool *p)
+{
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(d, false);
+}
+
 /* What a worker does the same way each time, on a daemon with one pool. */
 typedef struct killed_workload {
     const char *pool;
+    const char *setting; /* of the daemon; NULL: the usual one */
     ts_transport transport;
     int exchange; /* the test's own word for where q, k, v and out lie */
     /* Returns a digest of all that the worker is told, and how often the daemon was restarted. */
@@ -145,7 +155,10 @@ typedef struct killed_workload {
 static inline uint64_t run_killed(const killed_workload *w, const char *kill_at, uint32_t *restarts)
 {
     daemon_process d;
-    start(&d, w->pool, kill_at);
+    if (w->setting != NULL)
+        start_with(&d, w->pool, kill_at, w->setting);
+    else
+        start(&d, w->pool, kill_at);
     ts_client *c = connect_by(&d, w->transport);
     const uint64_t digest = w->work(c, w->exchange, restarts);
     ts_disconnect(c);

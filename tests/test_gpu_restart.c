@@ -35,8 +35,9 @@ static uint64_t run_workload(ts_client *c, int exchange, uint32_t *restarts)
 static uint32_t kills_at(ts_transport transport, exchange_kind kind, const char *place,
                          uint32_t from)
 {
-    return kill_everywhere(&(killed_workload){POOL, transport, (int)kind, run_workload}, place,
-                           from);
+    const killed_workload w = {
+        .pool = POOL, .transport = transport, .exchange = (int)kind, .work = run_workload};
+    return kill_everywhere(&w, place, from);
 }
 
 static void killed_between_an_application_and_its_publication(void **state)
@@ -183,7 +184,8 @@ static void a_device_that_is_lost_while_slabs_are_taken_over_loses_nothing(void 
 {
     (void)state;
     uint32_t restarts;
-    const killed_workload w = {POOL, TS_TRANSPORT_RING, IN_HOST, run_workload};
+    const killed_workload w = {
+        .pool = POOL, .transport = TS_TRANSPORT_RING, .exchange = IN_HOST, .work = run_workload};
     const uint64_t expected = run_killed(&w, NULL, &restarts);
     setenv("TS_TEST_GPU_BREAKS", "adopt:1:1", 1);
     const uint64_t found = run_killed(&w, "answering:9", &restarts);
@@ -195,16 +197,13 @@ static void a_device_that_is_lost_while_slabs_are_taken_over_loses_nothing(void 
 /* ---- a worker that writes K and V itself ---- */
 
 /* What it maps stays where it is, and what it wrote is read by the next daemon's attention. */
-static uint64_t written_by_worker(const char *kill_at, uint32_t *restarts)
+static uint64_t write_and_attend(ts_client *c, int exchange, uint32_t *restarts)
 {
-    daemon_process d;
     ts_seq seq, fork;
     rng r = {9};
     digest sum = {1};
-    start(&d, POOL, kill_at);
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
-    open_exchange(c, p, OF_DAEMON);
+    open_exchange(c, p, (exchange_kind)exchange);
     DO(ts_seq_create(p, 1, &seq));
     for (uint32_t round = 0; round < 3; round++) {
         ts_step *step;
@@ -225,23 +224,17 @@ static uint64_t written_by_worker(const char *kill_at, uint32_t *restarts)
     *restarts = ts_client_restarts(c);
     check_daemon(c);
     ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, kill_at != NULL && *restarts == 0);
     return sum.value;
 }
 
 static void what_a_worker_wrote_is_there(void **state)
 {
     (void)state;
-    uint32_t restarts, n = 5;
-    const uint64_t expected = written_by_worker(NULL, &restarts);
-    do {
-        char kill_at[32];
-        snprintf(kill_at, sizeof kill_at, "published:%u", n);
-        assert_int_equal(written_by_worker(kill_at, &restarts), expected);
-        n += STRIDE;
-    } while (restarts > 0);
-    assert_true(n > 10);
+    const killed_workload w = {.pool = POOL,
+                               .transport = TS_TRANSPORT_RING,
+                               .exchange = OF_DAEMON,
+                               .work = write_and_attend};
+    assert_true(kill_everywhere(&w, "published", 5) > 4 / STRIDE);
 }
 
 int main(void)

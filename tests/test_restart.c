@@ -73,7 +73,8 @@ static uint64_t run_workload(ts_client *c, int exchange, uint32_t *restarts)
 
 static uint32_t kills_at(ts_transport transport, const char *place, uint32_t from)
 {
-    return kill_everywhere(&(killed_workload){POOL, transport, 0, run_workload}, place, from);
+    const killed_workload w = {.pool = POOL, .transport = transport, .work = run_workload};
+    return kill_everywhere(&w, place, from);
 }
 
 static void killed_between_an_application_and_its_publication(void **state)
@@ -146,11 +147,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
         ts_client *c = connect_briefly(&d, (ts_transport)(TS_TRANSPORT_RING + turn % 2));
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &seq));
-        assert_int_equal(
-            ts_step_begin(p, &seq, &(uint32_t){3}, 1,
-                          &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
-                          &step),
-            TS_ETIMEOUT);
+        assert_int_equal(begin_step(p, seq, 3, &step), TS_ETIMEOUT);
         const pid_t daemon = daemon_of(&d);
         if (late)
             assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
@@ -161,10 +158,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
         }
         DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
         assert_int_equal(ts_client_restarts(c), 1);
-        check_daemon(c);
-        ts_pool_close(p);
-        ts_disconnect(c);
-        stop(&d, false);
+        finish(&d, c, p);
     }
 }
 
@@ -209,10 +203,7 @@ static void sequences_whose_making_was_given_up_are_freed(void **state)
         free_after(c, p, parent);
         assert_int_equal(ts_client_restarts(c), 1);
         assert_int_equal(sequences(c), 0);
-        check_daemon(c);
-        ts_pool_close(p);
-        ts_disconnect(c);
-        stop(&d, false);
+        finish(&d, c, p);
     }
 }
 
@@ -232,19 +223,12 @@ static void what_was_done_before_there_was_no_daemon_is_undone(void **state)
         if (turn / 2 < 3)
             assert_int_equal(make_in_vain(p, turn / 2, seq), TS_ECONN);
         else
-            assert_int_equal(
-                ts_step_begin(p, &seq, &(uint32_t){3}, 1,
-                              &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
-                              &step),
-                TS_ECONN);
+            assert_int_equal(begin_step(p, seq, 3, &step), TS_ECONN);
         assert_int_equal(kill(d.pid, SIGCONT), 0);
         free_after(c, p, seq); /* it is in no step */
         assert_int_equal(ts_client_restarts(c), 1);
         assert_int_equal(sequences(c), 0);
-        check_daemon(c);
-        ts_pool_close(p);
-        ts_disconnect(c);
-        stop(&d, false);
+        finish(&d, c, p);
     }
 }
 
@@ -260,19 +244,14 @@ static void an_abort_that_was_given_up_is_carried_out(void **state)
         ts_client *c = connect_briefly(&d, (ts_transport)t);
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &seq));
-        DO(ts_step_begin(p, &seq, &(uint32_t){3}, 1,
-                         &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS},
-                         &step));
+        DO(begin_step(p, seq, 3, &step));
         assert_int_equal(kill(daemon_of(&d), SIGSTOP), 0);
         const pid_t daemon = await_stopped(&d);
         assert_int_equal(ts_step_abort(step), TS_ETIMEOUT);
         assert_int_equal(kill(daemon, SIGKILL), 0);
         DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
         assert_int_equal(ts_client_restarts(c), 1);
-        check_daemon(c);
-        ts_pool_close(p);
-        ts_disconnect(c);
-        stop(&d, false);
+        finish(&d, c, p);
     }
 }
 
@@ -307,30 +286,21 @@ static void a_handle_connection_may_end_long_before_the_other(void **state)
 
 /* ---- what crashes the daemon again and again ---- */
 
-#define OP_FORK 8   /* TS_OP_SEQ_FORK */
-#define OP_GRANT 26 /* TS_OP_SLAB_GRANT */
+#define A_FORK "applying/8"   /* TS_OP_SEQ_FORK */
+#define A_GRANT "applying/26" /* TS_OP_SLAB_GRANT */
 
 static void a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time(void **state)
 {
     (void)state;
     daemon_process d;
-    char place[32];
     ts_seq seqs[2], fork;
-    snprintf(place, sizeof place, "applying/%d", OP_FORK);
-    ts_client *c = start_crashing(&d, place), *other = connect_by(&d, TS_TRANSPORT_RING);
+    ts_client *c = start_crashing(&d, A_FORK), *other = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *p = open_pool(c, "p", 0), *others = open_pool(other, "p", 0);
     DO(ts_seq_create(p, 1, &seqs[0]));
     OK(ts_seq_create(others, 1, &seqs[1]));
     assert_int_equal(ts_seq_fork(p, seqs[0], 1, &fork), TS_ECONN);
-    assert_non_null(strstr(ts_error(c), "the session is over"));
-    assert_int_equal(ts_seq_lengths(others, &seqs[1], 1, &(uint32_t){0}), TS_OK);
-    assert_int_equal(ts_client_restarts(other), 1); /* its only call since, after two deaths */
-    check_daemon(other);
     ts_pool_close(p);
-    ts_pool_close(others);
-    ts_disconnect(c);
-    ts_disconnect(other);
-    stop(&d, false);
+    finish_after_crashes(&d, c, other, others, seqs[1]);
 }
 
 /* No session can be ended for it: the fourth daemon begins with nothing. */
@@ -338,27 +308,19 @@ static void an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothi
 {
     (void)state;
     daemon_process d;
-    char place[32];
     ts_seq seq;
     ts_step *step;
-    snprintf(place, sizeof place, "applying/%d", OP_GRANT);
-    ts_client *c = start_crashing(&d, place);
+    ts_client *c = start_crashing(&d, A_GRANT);
     ts_pool *p = open_pool(c, "p", 0);
     DO(ts_seq_create(p, 1, &seq));
-    assert_int_equal(
-        ts_step_begin(p, &seq, &(uint32_t){1}, 1,
-                      &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step),
-        TS_ECONN);
+    assert_int_equal(begin_step(p, seq, 1, &step), TS_ECONN);
     assert_non_null(strstr(ts_error(c), "was started anew"));
     ts_client *next = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *again = open_pool(next, "p", 0);
     DO(ts_seq_create(again, 1, &seq));
-    check_daemon(next);
     ts_pool_close(p);
-    ts_pool_close(again);
     ts_disconnect(c);
-    ts_disconnect(next);
-    stop(&d, false);
+    finish(&d, next, again);
 }
 
 static void a_run_that_crashes_the_daemon_twice_fails(void **state)
@@ -370,17 +332,13 @@ static void a_run_that_crashes_the_daemon_twice_fails(void **state)
     ts_client *c = start_crashing(&d, "running");
     ts_pool *p = open_pool(c, "p", 0);
     DO(ts_seq_create(p, 1, &seq));
-    DO(ts_step_begin(p, &seq, &(uint32_t){1}, 1,
-                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step));
+    DO(begin_step(p, seq, 1, &step));
     assert_int_equal(ts_step_run(step, 0), TS_EINTERNAL);
     assert_non_null(strstr(ts_error(c), "at 2 crashes of the daemon"));
     assert_int_equal(ts_client_restarts(c), 2);
     DO(ts_step_abort(step)); /* the session goes on */
     DO(ts_seq_free(p, &seq, 1));
-    check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, false);
+    finish(&d, c, p);
 }
 
 /* ---- a crowd, and kills at random times ---- */

@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include "restart_steps.h"
 
-#define OP_DROP 34 /* TS_OP_CACHE_DROP */
+#define A_DROP "applying/34" /* TS_OP_CACHE_DROP */
 
 /* Gives the order, which must be carried out; of a cache drop, how many blocks it dropped. */
 static uint64_t order(ts_client *c, Tspb__Request__BodyCase body_case, void *body)
@@ -81,7 +81,8 @@ static uint64_t give_orders(ts_client *c, int exchange, uint32_t *restarts)
 
 static uint32_t kills_of_orders(const char *place)
 {
-    const killed_workload w = {POOL, TS_TRANSPORT_MESSAGES, 0, give_orders};
+    const killed_workload w = {
+        .pool = POOL, .transport = TS_TRANSPORT_MESSAGES, .work = give_orders};
     return kill_everywhere(&w, place, 3);
 }
 
@@ -126,25 +127,16 @@ static void an_order_that_kills_the_daemon_twice_isnt_carried_out_a_third_time(v
 {
     (void)state;
     daemon_process d;
-    char place[32];
     Tspb__AdminCacheDrop drop = TSPB__ADMIN_CACHE_DROP__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     ts_seq seq;
-    snprintf(place, sizeof place, "applying/%d", OP_DROP);
-    ts_client *c = start_crashing(&d, place), *other = connect_by(&d, TS_TRANSPORT_RING);
+    ts_client *c = start_crashing(&d, A_DROP), *other = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *others = open_pool(other, "p", 0);
     OK(ts_seq_create(others, 1, &seq));
     request.body_case = TSPB__REQUEST__BODY_ADMIN_CACHE_DROP;
     request.admin_cache_drop = &drop;
     assert_int_equal(ts_call_plain(c, &request), TS_ECONN);
-    assert_non_null(strstr(ts_error(c), "the session is over"));
-    assert_int_equal(ts_seq_lengths(others, &seq, 1, &(uint32_t){0}), TS_OK);
-    assert_int_equal(ts_client_restarts(other), 1); /* its only call since, after two deaths */
-    check_daemon(other);
-    ts_pool_close(others);
-    ts_disconnect(c);
-    ts_disconnect(other);
-    stop(&d, false);
+    finish_after_crashes(&d, c, other, others, seq);
 }
 
 /* An operator has deleted a pool of the configuration and made others in its place, so that there
@@ -181,10 +173,7 @@ static void a_pool_that_has_no_room_any_more_keeps_no_daemon_from_the_others(voi
     assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
     DO(ts_seq_lengths(p, &seq, 1, &(uint32_t){0}));
     assert_int_equal(ts_client_restarts(c), 1);
-    check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, false);
+    finish(&d, c, p);
     char *said = read_log(log);
     assert_non_null(strstr(said, "pool 'p': there are "));
     assert_non_null(strstr(said, "; what was taken over is served without it"));

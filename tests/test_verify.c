@@ -4,20 +4,13 @@
  * died, what is right is never taken for wrong.
  */
 #define _GNU_SOURCE
-#include "restart_util.h"
+#include "restart_steps.h"
 
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/stat.h>
 
-#define LAYERS 2u
-#define DIM 32u
-#define HEADS 2u
-#define BLOCK 16u
 #define TOKENS 48u /* three blocks */
-#define POOL                                                                                       \
-    "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=64K,"            \
-    "device=host,model=m,client_write=all"
 #define ON_GPU                                                                                     \
     "p:layers=2,kv_heads=1,head_dim=32,dtype=fp32,block_tokens=16,blocks=512,slab=2M,"             \
     "device=cuda:0,provider=cuda-vmm,model=m,client_write=all"
@@ -136,10 +129,7 @@ static void find(const char *pool, const char *kill_at, uint32_t wrong)
     assert_int_equal(told->all_lost_sequences, 1);
     assert_int_equal(told->unsummed_pools, 0);
     tspb__reply__free_unpacked(reply, NULL);
-    check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, false);
+    finish(&d, c, p);
 }
 
 static void a_block_that_was_changed_is_forgotten(void **state)
@@ -204,32 +194,10 @@ static void a_wrong_block_is_lost_with_a_step_that_waits_for_its_copies(void **s
     assert_int_equal(reply->status_reply->restart->wrong_blocks, 1);
     assert_int_equal(reply->status_reply->restart->lost_sequences, 2);
     tspb__reply__free_unpacked(reply, NULL);
-    check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, false);
+    finish(&d, c, p);
 }
 
 /* ---- what is right is never taken for wrong ---- */
-
-static void one_step(ts_client *c, ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens,
-                     uint32_t count, const uint32_t *ids, rng *r)
-{
-    ts_step *step;
-    uint32_t tokens = 0;
-    for (uint32_t i = 0; i < count; i++)
-        tokens += new_tokens[i];
-    DO(ts_step_begin(
-        p, seqs, new_tokens, count,
-        &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS, .tokens = ids}, &step));
-    for (uint32_t layer = 0; layer < LAYERS; layer++) {
-        fill(r, ts_step_q(step), (size_t)tokens * HEADS * DIM);
-        fill(r, ts_step_k(step), (size_t)tokens * DIM);
-        fill(r, ts_step_v(step), (size_t)tokens * DIM);
-        DO(ts_step_run(step, layer));
-    }
-    DO(ts_step_commit(step, NULL));
-}
 
 /* The GPU is lost at a read, before (0) or after the daemon's death: whoever reads a block's memory
  * then knows nothing of it. */
@@ -272,10 +240,7 @@ static void lose_gpu(uint32_t deaths, uint32_t at)
     assert_int_equal(told->checked_blocks, deaths > 0 ? 6 : at - 1); /* it was read up to there */
     assert_int_equal(told->wrong_blocks, 0);
     tspb__reply__free_unpacked(reply, NULL);
-    check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, false);
+    finish(&d, c, p);
     char *said = read_log(log);
     if (deaths > 0)
         assert_non_null(strstr(said, "the pools can't be taken over: pool 'p': block "));
@@ -314,20 +279,17 @@ static void what_was_appended_may_be_written_late(void **state)
     DO(ts_seq_create(p, 2, seqs));
     DO(ts_seq_append(p, &seqs[0], &(uint32_t){BLOCK / 2}, 1, slots));
     DO(ts_slot_kv(p, slots[0], 0, &kv));
-    one_step(c, p, &seqs[0], (uint32_t[]){BLOCK / 2}, 1, NULL, &r);
+    one_step(c, p, &seqs[0], (uint32_t[]){BLOCK / 2}, 1, NULL, &r, NULL);
     spoiler s = {&d, kv.k};
     assert_int_equal(pthread_create(&thread, NULL, spoil, &s), 0);
-    one_step(c, p, &seqs[1], (uint32_t[]){BLOCK}, 1, NULL, &r);
+    one_step(c, p, &seqs[1], (uint32_t[]){BLOCK}, 1, NULL, &r, NULL);
     assert_int_equal(pthread_join(thread, NULL), 0);
     for (uint32_t i = 0; i < 2; i++) {
         DO(ts_seq_lengths(p, &seqs[i], 1, &length));
         assert_int_equal(length, BLOCK);
     }
     assert_int_equal(ts_client_restarts(c), 1);
-    check_daemon(c);
-    ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, false);
+    finish(&d, c, p);
 }
 
 /* ---- a pool that has another's name and place ---- */
@@ -425,15 +387,13 @@ static void a_pool_has_nothing_of_the_checksums_of_the_one_before_it(void **stat
     assert_int_equal(rmdir(folder), 0);
 }
 
-/* A pool is filled, deleted and made anew, three times; how many restarts there were. */
-static uint32_t make_anew(const char *kill_at)
+/* A pool is filled, deleted and made anew, three times. */
+static uint64_t make_anew(ts_client *c, int exchange, uint32_t *restarts)
 {
-    daemon_process d;
+    (void)exchange;
     rng r = {5};
     float *second;
     uint32_t length;
-    start_with(&d, POOL, kill_at, "verify=restart");
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     for (uint32_t round = 0; round < 3; round++) {
         make_pool(c, OTHER);
         ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
@@ -445,67 +405,56 @@ static uint32_t make_anew(const char *kill_at)
         delete_pool(c, "q");
     }
     check_daemon(c);
-    const uint32_t restarts = ts_client_restarts(c);
-    ts_disconnect(c);
-    stop(&d, kill_at != NULL && restarts == 0);
-    return restarts;
+    *restarts = ts_client_restarts(c);
+    return 0; /* nothing that isn't checked above */
 }
 
-/* A story, without a death, and with the daemon killed at each of these places, the third time that
- * it comes there and later; told NULL or where, it says how many restarts there were. */
-static void over_deaths(uint32_t (*story)(const char *kill_at), const char *const *places,
-                        size_t count)
+/* The work, with the daemon killed at this place, the third time that it comes there and later. */
+static void over_deaths(uint64_t (*work)(ts_client *client, int exchange, uint32_t *restarts),
+                        const char *place)
 {
-    assert_int_equal(story(NULL), 0);
-    for (size_t i = 0; i < count; i++) {
-        uint32_t n = 3;
-        char kill_at[32];
-        do {
-            snprintf(kill_at, sizeof kill_at, "%s:%u", places[i], n);
-            n += STRIDE;
-        } while (story(kill_at) > 0);
-        assert_true(n > 3 + STRIDE);
-    }
+    const killed_workload w = {
+        .pool = POOL, .setting = "verify=restart", .transport = TS_TRANSPORT_RING, .work = work};
+    assert_true(kill_everywhere(&w, place, 3) > 0);
 }
 
 /* Wherever the daemon dies, of the old pool's checksums too. */
 static void a_pool_may_be_made_anew_over_a_death(void **state)
 {
-    static const char *const places[] = {"stored", "applied", "published"};
     (void)state;
-    over_deaths(make_anew, places, sizeof places / sizeof *places);
+    over_deaths(make_anew, "stored");
+    over_deaths(make_anew, "applied");
+    over_deaths(make_anew, "published");
 }
 
 /* Blocks that are filled, shared, cut and filled again, freed and taken again, appended to, and
- * found; how many restarts there were. All sequences must be as long as they should. */
-static uint32_t fill_and_cut(const char *kill_at)
+ * found. All sequences must be as long as they should. */
+static uint64_t fill_and_cut(ts_client *c, int exchange, uint32_t *restarts)
 {
-    daemon_process d;
+    (void)exchange;
     rng r = {5};
     ts_seq seqs[2], fork, found[1];
     uint32_t ids[64], length, matched;
-    start_with(&d, POOL, kill_at, "verify=restart");
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
     for (uint32_t i = 0; i < 64; i++)
         ids[i] = i;
     for (uint32_t round = 0; round < 3; round++) { /* the same blocks, again and again */
         DO(ts_seq_create(p, 1, seqs));
-        one_step(c, p, seqs, (uint32_t[]){64}, 1, NULL, &r);
+        one_step(c, p, seqs, (uint32_t[]){64}, 1, NULL, &r, NULL);
         DO(ts_seq_free(p, seqs, 1));
     }
     DO(ts_seq_create(p, 2, seqs));
-    one_step(c, p, seqs, (uint32_t[]){40, 24}, 2, ids, &r);
+    one_step(c, p, seqs, (uint32_t[]){40, 24}, 2, ids, &r, NULL);
     DO(ts_seq_fork(p, seqs[0], 1, &fork));
-    one_step(c, p, (ts_seq[]){fork, seqs[1]}, (uint32_t[]){9, 20}, 2, NULL, &r);
+    one_step(c, p, (ts_seq[]){fork, seqs[1]}, (uint32_t[]){9, 20}, 2, NULL, &r, NULL);
     DO(ts_seq_truncate(p, &fork, &(uint32_t){20}, 1));
-    one_step(c, p, &fork, (uint32_t[]){30}, 1, NULL, &r);
+    one_step(c, p, &fork, (uint32_t[]){30}, 1, NULL, &r, NULL);
     DO(ts_seq_free(p, &seqs[1], 1));
     DO(ts_seq_append(p, &seqs[0], &(uint32_t){20}, 1, NULL));
-    one_step(c, p, &seqs[0], (uint32_t[]){10}, 1, NULL, &r);
+    one_step(c, p, &seqs[0], (uint32_t[]){10}, 1, NULL, &r, NULL);
     DO(ts_seq_match(p, ids, &(uint32_t){40}, 1, NULL, found, &matched));
     assert_int_equal(matched, 2 * BLOCK);
-    one_step(c, p, found, (uint32_t[]){30}, 1, NULL, &r);
+    one_step(c, p, found, (uint32_t[]){30}, 1, NULL, &r, NULL);
     const ts_seq all[] = {seqs[0], fork, found[0]};
     static const uint32_t lengths[] = {70, 50, 62};
     for (uint32_t i = 0; i < 3; i++) {
@@ -513,18 +462,17 @@ static uint32_t fill_and_cut(const char *kill_at)
         assert_int_equal(length, lengths[i]);
     }
     check_daemon(c);
-    const uint32_t restarts = ts_client_restarts(c);
+    *restarts = ts_client_restarts(c);
     ts_pool_close(p);
-    ts_disconnect(c);
-    stop(&d, kill_at != NULL && restarts == 0);
-    return restarts;
+    return 0; /* nothing that isn't checked above */
 }
 
 static void what_is_right_is_never_taken_for_wrong(void **state)
 {
-    static const char *const places[] = {"summed", "published", "applied"};
     (void)state;
-    over_deaths(fill_and_cut, places, sizeof places / sizeof *places);
+    over_deaths(fill_and_cut, "summed");
+    over_deaths(fill_and_cut, "published");
+    over_deaths(fill_and_cut, "applied");
 }
 
 int main(void)
