@@ -82,14 +82,14 @@ static bool launch(ts_gpu_executor *x, ts_job *job, bool ready, bool crowd)
 {
     if (!ts_gpu_prepare_job(x, job))
         return true;
-    const bool crowds = crowd && ready && job->num_copies == 0;
+    const bool of_crowd = crowd && ready && job->num_copies == 0;
     if (ready && job->num_copies == 0)
         ts_gpu_join_jobs(x, job);
-    if (crowds) {
+    if (of_crowd) {
         note_joined(x, job);
         x->ready_ns = 0;
     }
-    if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, crowds))
+    if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, of_crowd))
         return true;
     ts_held_put_back(&x->held, job);
     return false;

@@ -93,8 +93,10 @@ void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 /* Whether one more launch may wait for this job's worker. */
 bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);
 
-/* Launches the jobs as one; false: there is no launch to be had now. crowds: it is one of many. */
-bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool crowds);
+/* Launches the jobs as one; false: there is no launch to be had now. of_crowd: the launch is one of
+ * many, of runs that were ready (gpu_executor.c: a crowd): where it ends with signals, its end is
+ * seen by them, which is a little late and costs less (ts_gpu_launch_finish_signalled). */
+bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool of_crowd);
 
 /* The jobs' last one. */
 static inline const ts_job *ts_gpu_last_job(const ts_job *jobs)

@@ -236,16 +236,16 @@ static ts_gpu_launch *take(ts_gpu_executor *x, ts_job *jobs)
 }
 
 /* What was queued calls on_complete when it is over. */
-static void finish(ts_gpu_launch *l, in_flight *f, bool crowds)
+static void finish(ts_gpu_launch *l, in_flight *f, bool of_crowd)
 {
-    if (crowds && ts_gpu_last_job(f->jobs)->signals != NULL)
+    if (of_crowd && ts_gpu_last_job(f->jobs)->signals != NULL)
         ts_gpu_launch_finish_signalled(l, on_complete, f);
     else if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
         on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
 }
 
 /* Launches the jobs as one; false: there is no launch to be had now. */
-bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool crowds)
+bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool of_crowd)
 {
     if (wait == FOR_BOTH && follows(jobs))
         wait = FOR_WORKER;
@@ -289,7 +289,7 @@ bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, 
     if (f->waits != NULL)
         count_waiting(x, f->waits, true);
     pthread_mutex_unlock(&x->lock);
-    finish(l, f, crowds);
+    finish(l, f, of_crowd);
     return true;
 }
 
