@@ -51,6 +51,7 @@ struct ts_gpu {
         reads; /* how often it was asked for memory, to take it over, and read */
     fake_gpu_log log;
     bool shut, at_gate, broken;
+    fake_gpu_lack lack;
 };
 
 ts_gpu *fake_gpu_new(void)
@@ -98,6 +99,39 @@ void fake_gpu_await_waiting(ts_gpu *g, uint32_t count)
     while (g->log.waiting != count)
         pthread_cond_wait(&g->changed, &g->lock);
     pthread_mutex_unlock(&g->lock);
+}
+
+void fake_gpu_await_refused(ts_gpu *g, uint32_t count)
+{
+    pthread_mutex_lock(&g->lock);
+    while (g->log.refused < count)
+        pthread_cond_wait(&g->changed, &g->lock);
+    pthread_mutex_unlock(&g->lock);
+}
+
+void fake_gpu_await_idle(ts_gpu *g)
+{
+    pthread_mutex_lock(&g->lock);
+    for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
+        while (g->launches[i].taken)
+            pthread_cond_wait(&g->changed, &g->lock);
+    pthread_mutex_unlock(&g->lock);
+}
+
+void fake_gpu_let_lack(ts_gpu *g, fake_gpu_lack lack)
+{
+    pthread_mutex_lock(&g->lock);
+    g->lack = lack;
+    pthread_mutex_unlock(&g->lock);
+}
+
+static bool lacks(ts_gpu *g, fake_gpu_lack what)
+{
+    pthread_mutex_lock(&g->lock);
+    bool it_does = g->lack == what;
+    g->log.lacked += it_does;
+    pthread_mutex_unlock(&g->lock);
+    return it_does;
 }
 
 void fake_gpu_shut_gate(ts_gpu *g)
@@ -252,6 +286,9 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, ts_gpu_position *position)
         l->behind = position != NULL ? *position : (ts_gpu_position){0};
         if (position != NULL)
             *position = (ts_gpu_position){(uint32_t)(l - g->launches), l->epoch};
+    } else {
+        g->log.refused++;
+        pthread_cond_broadcast(&g->changed);
     }
     pthread_mutex_unlock(&g->lock);
     if (l != NULL && l->joinable)
@@ -305,8 +342,10 @@ ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads
                           ts_kernel kernel, const ts_attention_seq *seqs, uint32_t num_seqs,
                           ts_gpu_plan **out, char *why, size_t why_bytes)
 {
-    (void)why;
-    (void)why_bytes;
+    if (lacks(g, FAKE_LACKS_PLANS)) {
+        snprintf(why, why_bytes, "no memory for a plan");
+        return TS_ENOMEM;
+    }
     ts_gpu_plan *p = malloc(sizeof *p);
     size_t entries = 0;
     for (uint32_t i = 0; i < num_seqs; i++)
@@ -344,6 +383,7 @@ ts_status ts_gpu_plan_renew(ts_gpu *g, const ts_geometry *geometry, uint32_t hea
         pthread_mutex_unlock(&g->lock);
     }
     ts_gpu_plan_free(*plan);
+    *plan = NULL;
     return ts_gpu_plan_new(g, geometry, heads, io_dtype, kernel, seqs, num_seqs, plan, why,
                            why_bytes);
 }
@@ -362,6 +402,8 @@ ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
                                uint32_t num_runs)
 {
     ts_gpu *g = l->gpu;
+    if (lacks(g, FAKE_LACKS_SCRATCH))
+        return TS_ENOMEM;
     op *o = add(l);
     uint32_t total = 0;
     for (uint32_t i = 0; i < num_runs; i++)
@@ -500,6 +542,8 @@ static void *launch_main(void *arg)
         }
         run(attention, &l->ops[i]);
     }
+    if (waits) /* for a worker, and then there was nothing to do */
+        count_waiting(g, -1);
     ts_attention_free(attention);
     void (*done)(void *, ts_status, const char *) = l->done;
     void *done_arg = l->arg;
@@ -550,5 +594,5 @@ void *ts_gpu_launch_stream(ts_gpu_launch *l)
 const char *ts_gpu_launch_why(const ts_gpu_launch *l)
 {
     (void)l;
-    return "a fake never fails to queue";
+    return "no memory for partial results"; /* FAKE_LACKS_SCRATCH */
 }

@@ -20,6 +20,8 @@ typedef struct fake_gpu_log {
     uint32_t waiting;      /* launches that wait for a worker now */
     uint32_t most_waiting; /* ... at the same time */
     uint32_t words;        /* that launches were told to wait for */
+    uint32_t refused;      /* launches that were asked for while all were taken */
+    uint32_t lacked;       /* what was asked for and there was no memory for */
     ts_kernel kernel;      /* of the last attend */
 } fake_gpu_log;
 
@@ -34,6 +36,20 @@ void fake_gpu_await_waiting(ts_gpu *gpu, uint32_t count);
 void fake_gpu_shut_gate(ts_gpu *gpu);
 void fake_gpu_await_at_gate(ts_gpu *gpu);
 void fake_gpu_open_gate(ts_gpu *gpu);
+
+/* Blocks until so many launches were asked for in vain. */
+void fake_gpu_await_refused(ts_gpu *gpu, uint32_t count);
+
+/* Blocks until every launch that was finished has ended. */
+void fake_gpu_await_idle(ts_gpu *gpu);
+
+/* What there is no memory for, from now on. */
+typedef enum fake_gpu_lack {
+    FAKE_LACKS_NOTHING,
+    FAKE_LACKS_PLANS,
+    FAKE_LACKS_SCRATCH
+} fake_gpu_lack;
+void fake_gpu_let_lack(ts_gpu *gpu, fake_gpu_lack lack);
 
 /* From now on every launch fails as if the device were lost. */
 void fake_gpu_break(ts_gpu *gpu);

@@ -41,18 +41,24 @@ static bool collects(ts_gpu_executor *x, uint64_t now_ns)
     return true;
 }
 
-/* A launch of a crowd's begins; its last job is over when the launch is. */
-static void note_joined(ts_gpu_executor *x, const ts_job *jobs)
+/* What tells that a launch of these jobs is over: its last job is when the launch is. */
+static ts_gpu_joined end_of(const ts_job *jobs)
+{
+    jobs = ts_gpu_last_job(jobs);
+    return jobs->signals == NULL ? (ts_gpu_joined){0}
+                                 : (ts_gpu_joined){jobs->signals->done, jobs->run_number};
+}
+
+/* A launch of a crowd's has begun. */
+static void note_joined(ts_gpu_executor *x, ts_gpu_joined end)
 {
     uint32_t place = 0;
-    jobs = ts_gpu_last_job(jobs);
     for (uint32_t i = 0; i < JOIN_LAUNCHES; i++)
         if (x->joined[i].word == NULL || ts_gpu_reached(x->joined[i].word, x->joined[i].number))
             place = i;
-    if (jobs->signals != NULL) {
-        x->joined[place].word = jobs->signals->done;
-        x->joined[place].number = jobs->run_number;
-    }
+    if (end.word != NULL)
+        x->joined[place] = end;
+    x->ready_ns = 0;
 }
 
 /* Watches until a held run can be launched, something comes, or for a millisecond. */
@@ -77,35 +83,46 @@ static void watch(ts_gpu_executor *x)
 }
 
 /* Launches the job, which was taken, with those like it if it is ready. False: there was no launch
- * to be had, and it is held again. */
+ * to be had, or it failed before its turn, and it is held again. */
 static bool launch(ts_gpu_executor *x, ts_job *job, bool ready, bool crowd)
 {
-    if (!ts_gpu_prepare_job(x, job))
-        return true;
-    const bool of_crowd = crowd && ready && job->num_copies == 0;
-    if (ready && job->num_copies == 0)
-        ts_gpu_join_jobs(x, job);
-    if (of_crowd) {
-        note_joined(x, job);
-        x->ready_ns = 0;
+    ts_gpu_tried tried = ts_gpu_prepare_job(x, job);
+    if (tried == TRIED_PLANNED) {
+        const bool of_crowd = crowd && ready && job->num_copies == 0;
+        if (ready && job->num_copies == 0)
+            ts_gpu_join_jobs(x, job);
+        const ts_gpu_joined end = end_of(job);
+        tried = ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, of_crowd);
+        if (tried == TRIED_GONE && of_crowd)
+            note_joined(x, end);
     }
-    if (ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, of_crowd))
+    if (tried == TRIED_GONE)
         return true;
+    x->full = x->full || tried == TRIED_FULL;
     ts_held_put_back(&x->held, job);
     return false;
 }
 
-/* Launches what can be: of each session in turn, until each has to wait. */
+/* Whether the session's first job has to wait here yet. */
+static bool must_wait(ts_gpu_executor *x, const ts_job *job, bool ready, bool crowd, bool collect)
+{
+    if (ready)
+        return collect && job->num_copies == 0;
+    return crowd || job->status != TS_OK || !ts_gpu_may_wait_for(x, job);
+}
+
+/* Launches what can be: of each session in turn, until each has to wait. Where there is no launch
+ * for one of a crowd, nobody else of it is tried. */
 static void launch_all(ts_gpu_executor *x)
 {
     const uint64_t now_ns = ts_now_ns(), round = ++x->round;
     const bool crowd = is_crowd(x, now_ns), collect = crowd && collects(x, now_ns);
-    while (x->held.first != NULL && x->held.first->tried != round) {
+    x->full = false;
+    while (x->held.first != NULL && x->held.first->tried != round && !(crowd && x->full)) {
         ts_held_queue *q = x->held.first;
         ts_job *job = q->first;
         const bool lost = ts_gpu_device_is_lost(x), ready = ts_gpu_is_ready(job);
-        if (!lost &&
-            (ready ? collect && job->num_copies == 0 : crowd || !ts_gpu_may_wait_for(x, job))) {
+        if (!lost && must_wait(x, job, ready, crowd, collect)) {
             q->tried = round;
             ts_held_turn(&x->held);
             continue;
@@ -182,7 +199,7 @@ static void check_health(ts_gpu_executor *x)
 static bool await(ts_gpu_executor *x)
 {
     bool ends, slow = false;
-    const bool watches = x->held.first != NULL && is_crowd(x, ts_now_ns());
+    const bool watches = x->held.first != NULL && !x->full && is_crowd(x, ts_now_ns());
     if (watches)
         watch(x);
     pthread_mutex_lock(&x->lock);

@@ -18,6 +18,20 @@
 /* Whom a launch of one job waits for: its worker, and the session's run before it. */
 typedef enum ts_gpu_wait_for { FOR_NOBODY, FOR_WORKER, FOR_BOTH } ts_gpu_wait_for;
 
+/* What came of trying to launch a job. */
+typedef enum ts_gpu_tried {
+    TRIED_GONE,    /* it is launched or over, and no longer the executor's thread's */
+    TRIED_PLANNED, /* its plan is there */
+    TRIED_FULL,    /* there is no launch to be had now */
+    TRIED_EARLY,   /* it failed before its turn; its status says how */
+} ts_gpu_tried;
+
+/* What tells that a crowd's launch is over; NULL: nothing. */
+typedef struct ts_gpu_joined {
+    const uint32_t *word;
+    uint32_t number;
+} ts_gpu_joined;
+
 /* A launch under way: the jobs that it serves. */
 typedef struct in_flight {
     struct in_flight *prev, *next;
@@ -43,6 +57,7 @@ struct ts_gpu_executor {
     char why[TS_GPU_WHY_BYTES + 128];
     ts_held_runs held;      /* the thread's own: jobs that can't be launched yet */
     uint64_t round;         /* the thread's own: of trying to launch them */
+    bool full;              /* the thread's own: in that round there was no launch for one */
     ts_gpu_run *parts;      /* the thread's own: of a launch */
     ts_gpu_signal *signals; /* the thread's own: two for each part */
     size_t capacity;
@@ -51,11 +66,8 @@ struct ts_gpu_executor {
     uint32_t active;               /* under the lock: sessions that have runs here */
     atomic_uint_fast64_t crowd_ns; /* until then there is a crowd */
     uint64_t ready_ns;             /* the thread's own: since when a run of a crowd's is ready */
-    struct {
-        const uint32_t *word;
-        uint32_t number;
-    } joined[JOIN_LAUNCHES];       /* the thread's own: what tells that a crowd's launch is over */
-    uint32_t *words, *words_there; /* completed runs of each session */
+    ts_gpu_joined joined[JOIN_LAUNCHES]; /* the thread's own: a crowd's last launches */
+    uint32_t *words, *words_there;       /* completed runs of each session */
     size_t words_bytes;
     atomic_uint_fast64_t runs, launches;
 };
@@ -84,8 +96,9 @@ void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, co
 void ts_gpu_device_lost(ts_gpu_executor *x, const char *why);
 bool ts_gpu_device_is_lost(ts_gpu_executor *x);
 
-/* Makes the job's plan, unless it is there. False: the job is over, and no other. */
-bool ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job);
+/* Makes the job's plan, unless it is there. TRIED_PLANNED, TRIED_GONE (the job is over, and no
+ * other), TRIED_EARLY (never of one that is ready). */
+ts_gpu_tried ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job);
 
 /* Appends to `first`, a list of one, the held jobs like it that are ready. */
 void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
@@ -93,10 +106,11 @@ void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 /* Whether one more launch may wait for this job's worker. */
 bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);
 
-/* Launches the jobs as one; false: there is no launch to be had now. of_crowd: the launch is one of
+/* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. of_crowd: the launch is one of
  * many, of runs that were ready (gpu_executor.c: a crowd): where it ends with signals, its end is
  * seen by them, which is a little late and costs less (ts_gpu_launch_finish_signalled). */
-bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool of_crowd);
+ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait,
+                                bool of_crowd);
 
 /* The jobs' last one. */
 static inline const ts_job *ts_gpu_last_job(const ts_job *jobs)

@@ -157,23 +157,38 @@ static ts_status queue_signals(ts_gpu_executor *x, ts_gpu_launch *l, const ts_jo
     return ts_gpu_launch_signal(l, x->signals, count);
 }
 
-/* Makes the job's plan, unless it is there. False: the job is over, and no other. */
-bool ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job)
+/* The jobs fail before they are launched. A run that is early, as others of its session are under
+ * way, does so when its turn comes: told now, it would let go who waits for those, and they would
+ * take the words back again. */
+static ts_gpu_tried fail_jobs(ts_gpu_executor *x, ts_job *jobs, bool early, ts_status status,
+                              const char *why)
+{
+    if (early && status != TS_EDEVICE) {
+        jobs->status = status;
+        return TRIED_EARLY;
+    }
+    ts_gpu_complete_jobs(x, jobs, status, why);
+    if (status == TS_EDEVICE)
+        ts_gpu_device_lost(x, why);
+    return TRIED_GONE;
+}
+
+/* Makes the job's plan, unless it is there. TRIED_PLANNED, TRIED_GONE (the job is over, and no
+ * other), TRIED_EARLY (never of one that is ready). */
+ts_gpu_tried ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job)
 {
     char why[TS_GPU_WHY_BYTES];
     if (job->num_copies > 0 || job->plan->made)
-        return true;
+        return TRIED_PLANNED;
     ts_status status =
         ts_gpu_plan_renew(x->gpu, &job->geometry, job->heads, job->io_dtype, job->kernel, job->seqs,
                           job->num_seqs, &job->plan->plan, why, sizeof why);
     job->plan->made = status == TS_OK;
     if (status == TS_OK)
-        return true;
-    job->next = NULL;
-    ts_gpu_complete_jobs(x, job, status, why);
-    if (status == TS_EDEVICE)
-        ts_gpu_device_lost(x, why);
-    return false;
+        return TRIED_PLANNED;
+    const ts_signals_page *page = job->signals;
+    const bool early = page != NULL && !ts_gpu_reached(page->done, job->run_number - 1);
+    return fail_jobs(x, job, early, status, why);
 }
 
 /* Why it fails is in `why`. */
@@ -244,8 +259,18 @@ static void finish(ts_gpu_launch *l, in_flight *f, bool of_crowd)
         on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
 }
 
-/* Launches the jobs as one; false: there is no launch to be had now. */
-bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, bool of_crowd)
+static void count_runs(ts_gpu_executor *x, const ts_job *jobs)
+{
+    uint64_t count = 0;
+    for (const ts_job *job = jobs; job != NULL; job = job->next)
+        count++;
+    atomic_fetch_add_explicit(&x->runs, count, memory_order_relaxed);
+    atomic_fetch_add_explicit(&x->launches, 1, memory_order_relaxed);
+}
+
+/* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. */
+ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait,
+                                bool of_crowd)
 {
     if (wait == FOR_BOTH && follows(jobs))
         wait = FOR_WORKER;
@@ -253,7 +278,7 @@ bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, 
     ts_gpu_launch *l = f == NULL ? NULL : take(x, jobs);
     if (l == NULL) {
         free(f);
-        return false;
+        return TRIED_FULL;
     }
     char why[TS_GPU_WHY_BYTES];
     ts_status status;
@@ -264,21 +289,13 @@ bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, 
     } else {
         status = queue_attend(x, l, jobs, wait, why, sizeof why);
     }
-    if (jobs->num_copies == 0) {
-        uint64_t count = 0;
-        for (const ts_job *job = jobs; job != NULL; job = job->next)
-            count++;
-        atomic_fetch_add_explicit(&x->runs, count, memory_order_relaxed);
-        atomic_fetch_add_explicit(&x->launches, 1, memory_order_relaxed);
-    }
     if (status != TS_OK) {
         (void)ts_gpu_launch_finish(l, NULL, NULL);
         free(f);
-        ts_gpu_complete_jobs(x, jobs, status, why);
-        if (status == TS_EDEVICE)
-            ts_gpu_device_lost(x, why);
-        return true;
+        return fail_jobs(x, jobs, wait != FOR_NOBODY, status, why);
     }
+    if (jobs->num_copies == 0)
+        count_runs(x, jobs);
     *f = (in_flight){
         .executor = x, .jobs = jobs, .waits = wait != FOR_NOBODY ? jobs->signals : NULL};
     pthread_mutex_lock(&x->lock);
@@ -290,7 +307,7 @@ bool ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait, 
         count_waiting(x, f->waits, true);
     pthread_mutex_unlock(&x->lock);
     finish(l, f, of_crowd);
-    return true;
+    return TRIED_GONE;
 }
 
 /* Whether one more launch may wait for this job's worker. */
@@ -320,7 +337,7 @@ void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first)
                 continue;
             }
             ts_held_take(&x->held, before, job);
-            if (!ts_gpu_prepare_job(x, job))
+            if (ts_gpu_prepare_job(x, job) != TRIED_PLANNED)
                 continue;
             *end = job;
             end = &job->next;
