@@ -377,8 +377,8 @@ typedef struct ts_frame_options {
  * Its steps execute locally and need what TS_EXEC_LOCAL needs. A frame holds device memory and part
  * of the exchange, which can't be replaced before ts_frame_free.
  *
- * TS_EINVAL: the pool is in host memory; more than 4096 sequences or 2^20 blocks; or kernel v5
- * can't be used (ts_frame_new(3) says when it can). TS_ENOMEM.
+ * TS_EINVAL: the pool is in host memory; more than 4096 sequences or 2^20 blocks; or such steps get
+ * neither kernel v5 nor wgmma (ts_frame_new(3) says when they do). TS_ENOMEM.
  */
 TS_WARN_UNUSED ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *options,
                                       ts_frame **out);

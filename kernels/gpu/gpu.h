@@ -178,8 +178,8 @@ ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t h
 /*
  * A persistent plan for one batch after another, which may be other sequences each time: launches
  * over it are alike, so that a CUDA graph of them can be launched again. It has scratch memory of
- * its own. Of decode alone: TS_EINVAL beyond 8 query tokens, or if the sequences get neither v5 nor
- * wgmma.
+ * its own. Of decode alone: TS_EINVAL if the sequences get neither v5 nor, with up to 8 query
+ * tokens, wgmma.
  */
 typedef struct ts_gpu_plan_limits {
     uint32_t seqs;      /* of a batch, at most */

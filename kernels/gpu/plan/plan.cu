@@ -272,6 +272,17 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     return TS_OK;
 }
 
+/* Loads what writes new tokens, if it needs that; the rest is loaded by now. A launch that loads
+ * waits until no stream waits for anything, and may be one that is captured. */
+ts_status load_append(const ts_gpu_plan *p, char *why, size_t why_bytes)
+{
+    gpu_call c = {}; /* without items */
+    cudaError_t error = cudaSuccess;
+    if (p->room[LIST_APPEND] > 0)
+        error = launch_append(c, p->geometry.dtype, NULL);
+    return error == cudaSuccess ? TS_OK : ts_gpu_fail(error, "loading a kernel", 0, why, why_bytes);
+}
+
 /* Its memory: of the limits' size, no items, counters that are 0. */
 ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
 {
@@ -369,6 +380,8 @@ extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *
      */
     p->team_kernel = ts_gpu_kernel{};
     status = make_room(p, &entries, why, why_bytes);
+    if (status == TS_OK)
+        status = load_append(p, why, why_bytes);
     if (status == TS_OK)
         status = take_memory(p, lay_out(p, limits->seqs, p->room) + entries * sizeof(uint32_t), why,
                              why_bytes);
