@@ -314,8 +314,10 @@ __global__ void write_words(const __grid_constant__ words_call c)
         *(volatile uint32_t *)c.words[i].word = c.words[i].value;
     __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0)
-        *(volatile uint32_t *)c.words[c.count - 1].word = c.words[c.count - 1].value;
+    if (threadIdx.x > 0)
+        return;
+    __threadfence_system();
+    *(volatile uint32_t *)c.words[c.count - 1].word = c.words[c.count - 1].value;
 }
 
 /* Loads the kernels that are no list's own. */
