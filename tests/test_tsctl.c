@@ -273,7 +273,12 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes session kick 12345", url), 1);
     assert_has(text, "there is no session 12345");
     assert_int_equal(run(text, sizeof text, TS_CTL " %s session", url), 2);
-    assert_has(text, "there is no command 'session'; there are");
+    assert_has(text, "there is no command 'session'; there is session kick ID\n");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s pool create", url), 2);
+    assert_has(text, "it is used as: tsctl pool create NAME KEY=VALUE ...\n");
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s pool show tiny", url), 2);
+    assert_has(text, "there is no command 'pool show tiny'; there are pool create NAME KEY=VALUE "
+                     "..., pool delete NAME, pool resize NAME SIZE\n");
 
     /* A kept sequence, and one of a session that uses it no more. */
     ts_step *step;

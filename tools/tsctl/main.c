@@ -25,8 +25,8 @@ static const struct argp_option argp_options[] = {
     {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, the user's or the system's)", 0},
     {"pool", 'P', "NAME", 0, "Which pool (needed where there are several)", 0},
     {"json", 'j', NULL, 0, "Write JSON", 0},
-    {"watch", 'w', "SECONDS", OPTION_ARG_OPTIONAL, "Again and again, every second or so many", 0},
-    {"wait", OPT_WAIT, "SECONDS", 0, "Wait so long for a daemon to appear (default 0)", 0},
+    {"watch", 'w', "SECONDS", OPTION_ARG_OPTIONAL, "Repeat, every SECONDS (default 1)", 0},
+    {"wait", OPT_WAIT, "SECONDS", 0, "How long to wait for a daemon to appear (default 0)", 0},
     {"cells", 'c', "N", 0, "Cells of the map (default 1024)", 0},
     {"color", OPT_COLOR, "WHEN", 0, "auto (default), always or never", 0},
     {"yes", 'y', NULL, 0, "Don't ask before something is ended or freed", 0},
@@ -107,7 +107,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         o->words[o->num_words++] = arg;
         return 0;
     case ARGP_KEY_NO_ARGS:
-        argp_error(state, "which command?");
+        argp_error(state, "no command is given, as in: tsctl status");
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -140,12 +140,13 @@ static const struct argp argp = {
     "  pool create NAME KEY=VALUE ...   make a pool, by the configuration's keys\n"
     "  pool delete NAME                 end one that no session has open\n"
     "  pool resize NAME SIZE            give one more memory, or less\n"
-    "  cache drop        forget cached prefixes: all, or --tenant's, or a --namespace's\n"
+    "  cache drop        forget cached prefixes: all, --tenant's or --namespace's\n"
     "  drain [off]       take no new sessions, or take them again\n"
-    "  restart           end the daemon, to be started again with all it has; --empty:\n"
-    "                    with nothing\n"
+    "  restart           end the daemon: the next one has all that is stored, or\n"
+    "                    with --empty nothing\n"
     "\n"
-    "The last eight are for operators, and ask before they destroy or refuse something.\n"
+    "The last eight are for operators. They ask before they destroy or refuse\n"
+    "something.\n"
     "Exit status: 0 fine, 1 refused, or check or doctor found problems, 2 usage,\n"
     "3 no daemon.",
     children,
@@ -350,6 +351,7 @@ static int do_top(ts_client *c, const options *o, ts_status *ts)
 
 typedef struct command {
     const char *words[2]; /* the second NULL: there is none */
+    const char *rest;     /* what follows them, for messages */
     uint32_t least, most; /* words in all */
     command_fn run;
     bool takes_pool;                /* as the last word, if there are `most` */
@@ -361,36 +363,74 @@ static int do_plan(const options *o)
     return plan_run(&o->plan, o->json);
 }
 
+static const command commands[] = {
+    {{"status"}, "", 1, 1, do_status, false, NULL},
+    {{"pools"}, "[POOL]", 1, 2, do_status, true, NULL},
+    {{"sessions"}, "", 1, 1, do_sessions, false, NULL},
+    {{"seqs"}, "[POOL]", 1, 2, do_seqs, true, NULL},
+    {{"frag"}, "[POOL]", 1, 2, do_frag, true, NULL},
+    {{"map"}, "[POOL]", 1, 2, do_map, true, NULL},
+    {{"cache", "drop"}, "[POOL]", 2, 3, do_cache_drop, true, NULL},
+    {{"cache"}, "[POOL]", 1, 2, do_cache, true, NULL},
+    {{"check"}, "", 1, 1, do_check, false, NULL},
+    {{"top"}, "[POOL]", 1, 2, do_top, true, NULL},
+    {{"session", "kick"}, "ID", 3, 3, do_kick, false, NULL},
+    {{"seq", "free"}, "ID [POOL]", 3, 4, do_free, true, NULL},
+    {{"pool", "create"}, "NAME KEY=VALUE ...", 4, WORDS_MAX, do_pool_create, false, NULL},
+    {{"pool", "delete"}, "NAME", 3, 3, do_pool_delete, false, NULL},
+    {{"pool", "resize"}, "NAME SIZE", 4, 4, do_pool_resize, false, NULL},
+    {{"drain"}, "[off]", 1, 2, do_drain, false, NULL},
+    {{"restart"}, "", 1, 1, do_restart, false, NULL},
+    {{"doctor"}, "", 1, 1, NULL, false, doctor_run},
+    {{"plan"}, "--model=FILE --memory=SIZE --tokens=N", 1, 1, NULL, false, do_plan}};
+
+#define NUM_COMMANDS (sizeof commands / sizeof *commands)
+
+/* Whether the command line begins with the command's words. */
+static bool is_called(const command *c, const options *o)
+{
+    return strcmp(c->words[0], o->words[0]) == 0 &&
+           (c->words[1] == NULL || (o->num_words > 1 && strcmp(c->words[1], o->words[1]) == 0));
+}
+
 static const command *find_command(const options *o)
 {
-    static const command commands[] = {
-        {{"status"}, 1, 1, do_status, false, NULL},
-        {{"pools"}, 1, 2, do_status, true, NULL},
-        {{"sessions"}, 1, 1, do_sessions, false, NULL},
-        {{"seqs"}, 1, 2, do_seqs, true, NULL},
-        {{"frag"}, 1, 2, do_frag, true, NULL},
-        {{"map"}, 1, 2, do_map, true, NULL},
-        {{"cache", "drop"}, 2, 3, do_cache_drop, true, NULL},
-        {{"cache"}, 1, 2, do_cache, true, NULL},
-        {{"check"}, 1, 1, do_check, false, NULL},
-        {{"top"}, 1, 2, do_top, true, NULL},
-        {{"session", "kick"}, 3, 3, do_kick, false, NULL},
-        {{"seq", "free"}, 3, 4, do_free, true, NULL},
-        {{"pool", "create"}, 4, WORDS_MAX, do_pool_create, false, NULL},
-        {{"pool", "delete"}, 3, 3, do_pool_delete, false, NULL},
-        {{"pool", "resize"}, 4, 4, do_pool_resize, false, NULL},
-        {{"drain"}, 1, 2, do_drain, false, NULL},
-        {{"restart"}, 1, 1, do_restart, false, NULL},
-        {{"doctor"}, 1, 1, NULL, false, doctor_run},
-        {{"plan"}, 1, 1, NULL, false, do_plan}};
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
-        const command *c = &commands[i];
-        if (strcmp(c->words[0], o->words[0]) == 0 &&
-            (c->words[1] == NULL || (o->num_words > 1 && strcmp(c->words[1], o->words[1]) == 0)) &&
-            o->num_words >= c->least && o->num_words <= c->most)
-            return c;
-    }
+    for (size_t i = 0; i < NUM_COMMANDS; i++)
+        if (is_called(&commands[i], o) && o->num_words >= commands[i].least &&
+            o->num_words <= commands[i].most)
+            return &commands[i];
     return NULL;
+}
+
+static void print_usage(const char *before, const command *c)
+{
+    fprintf(stderr, "%s%s%s%s%s%s", before, c->words[0], c->words[1] == NULL ? "" : " ",
+            c->words[1] == NULL ? "" : c->words[1], c->rest[0] == '\0' ? "" : " ", c->rest);
+}
+
+/* The command line is none: says how its command is used, or which commands there are, those of the
+ * same first word alone if there are such. */
+static void explain_commands(const options *o)
+{
+    size_t alike = 0;
+    for (size_t i = 0; i < NUM_COMMANDS; i++) {
+        if (is_called(&commands[i], o)) {
+            print_usage("tsctl: it is used as: tsctl ", &commands[i]);
+            fputc('\n', stderr);
+            return;
+        }
+        alike += strcmp(commands[i].words[0], o->words[0]) == 0;
+    }
+    fputs("tsctl: there is no command '", stderr);
+    for (uint32_t i = 0; i < o->num_words; i++)
+        fprintf(stderr, "%s%s", i == 0 ? "" : " ", o->words[i]);
+    const char *before = alike == 1 ? "'; there is " : "'; there are ";
+    for (size_t i = 0; i < NUM_COMMANDS; i++)
+        if (alike == 0 || strcmp(commands[i].words[0], o->words[0]) == 0) {
+            print_usage(before, &commands[i]);
+            before = ", ";
+        }
+    fputs(alike == 0 ? " (tsctl --help explains them)\n" : "\n", stderr);
 }
 
 /* The pool that the command line names, as an option or as the last word; false: as two. */
@@ -449,15 +489,7 @@ int main(int argc, char **argv)
     text_start(&o.style);
     const command *command = find_command(&o);
     if (command == NULL) {
-        fputs("tsctl: there is no command '", stderr);
-        for (uint32_t i = 0; i < o.num_words; i++)
-            fprintf(stderr, "%s%s", i == 0 ? "" : " ", o.words[i]);
-        fputs("'; there are status, pools [POOL], sessions, seqs [POOL], frag [POOL], map [POOL], "
-              "cache [POOL], check, top [POOL], doctor, plan, session kick ID, seq free ID [POOL], "
-              "pool create "
-              "NAME KEY=VALUE ..., pool delete NAME, pool resize NAME SIZE, cache drop [POOL], "
-              "drain [off] and restart\n",
-              stderr);
+        explain_commands(&o);
         return EXIT_USAGE;
     }
     if (!settle_pool(command, &o))
