@@ -43,7 +43,8 @@ void ts_exchange_close(ts_client *c)
 static ts_status check_bytes(ts_client *c, size_t *bytes, size_t granule)
 {
     if (*bytes == 0 || *bytes > c->exchange_bytes_max)
-        return ts_fail(c, TS_EINVAL, "an exchange of %zu bytes; the daemon's limits are 1..%zu",
+        return ts_fail(c, TS_EINVAL,
+                       "an exchange of %zu bytes; the daemon's limits are 1..%zu (exchange_max)",
                        *bytes, c->exchange_bytes_max);
     *bytes = (*bytes + granule - 1) / granule * granule;
     return TS_OK;
