@@ -10,6 +10,7 @@
 #include "ring_client.h"
 #include "rpc.h"
 #include "slab_returns.h"
+#include "socket_place.h"
 #include "stream_signals.h"
 #include "tinyserve_version.h"
 #include "unanswered.h"
@@ -75,9 +76,10 @@ static ts_status cannot_reach(ts_client *c, int error)
     c->absent = error == NNG_ECONNREFUSED || error == NNG_ENOENT || error == NNG_ECONNSHUT ||
                 error == NNG_ECONNRESET || error == NNG_ECLOSED;
     if (error == NNG_ECONNREFUSED || error == NNG_ENOENT)
-        return ts_fail(c, TS_ECONN,
-                       "cannot reach %s: is tinyserved running? (systemctl status tinyserved)",
-                       c->path);
+        return ts_fail(c, TS_ECONN, "cannot reach %s: is tinyserved running? (%s)", c->path,
+                       strcmp(c->path, TS_SYSTEM_SOCKET) == 0
+                           ? "systemctl status tinyserved; TINYSERVE_URL names another socket"
+                           : "its log says where it listens");
     return ts_fail(c, TS_ECONN, "cannot reach %s: %s", c->path, nng_strerror(error));
 }
 

@@ -297,7 +297,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
     assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = "/nowhere/s"}, &c),
                      TS_ECONN);
     assert_string_equal(ts_error(c), "cannot reach /nowhere/s: is tinyserved running? "
-                                     "(systemctl status tinyserved)");
+                                     "(its log says where it listens)");
     ts_disconnect(c);
     daemon_stop(&d);
 }

@@ -296,7 +296,7 @@ static void a_folder_that_isnt_the_users_alone_is_refused_by_both_sides(void **s
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         const foreign *f = &all[i];
         struct sockaddr_un address = {.sun_family = AF_UNIX};
-        char sentence[320], socket_path[96];
+        char sentence[400], socket_path[96];
         const char *folder = f->type == S_IFLNK ? u->in_home : u->in_tmp;
         snprintf(socket_path, sizeof socket_path, "%.80s/tinyserve.sock", folder);
         int trap = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -320,7 +320,7 @@ static void a_folder_that_isnt_the_users_alone_is_refused_by_both_sides(void **s
         refuses(u, NULL, 1, sentence);
         snprintf(sentence, sizeof sentence,
                  "TS_ECONN: cannot reach /run/tinyserve/tinyserve.sock: is tinyserved running? "
-                 "(systemctl status tinyserved); %s %s",
+                 "(systemctl status tinyserved; TINYSERVE_URL names another socket); %s %s",
                  u->in_tmp, f->what);
         client_says(u->uid, NULL, sentence);
         assert_int_equal(accept(trap, NULL, NULL), -1); /* nobody has come */
@@ -359,15 +359,16 @@ static void the_address_comes_before_the_users_and_the_users_before_the_systems(
 static void where_there_is_none_the_sentence_names_both_places(void **state)
 {
     const user *u = USER(state);
-    char sentence[320];
+    char sentence[400];
     snprintf(sentence, sizeof sentence,
              "TS_ECONN: cannot reach /run/tinyserve/tinyserve.sock: is tinyserved running? "
-             "(systemctl status tinyserved); nor is there %s/tinyserve.sock.",
+             "(systemctl status tinyserved; TINYSERVE_URL names another socket); nor is there "
+             "%s/tinyserve.sock.",
              u->in_home);
     client_says(u->uid, u->home, sentence);
     client_says(0, u->home,
                 "TS_ECONN: cannot reach /run/tinyserve/tinyserve.sock: is tinyserved running? "
-                "(systemctl status tinyserved).");
+                "(systemctl status tinyserved; TINYSERVE_URL names another socket).");
     int out;
     pid_t own = serve_in(u, u->home, u->in_home, &out); /* and the folder without a daemon */
     stop(own, out);

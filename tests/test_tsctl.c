@@ -406,7 +406,7 @@ static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
     char text[4096];
     assert_int_equal(run(text, sizeof text, TS_CTL " status --socket=/nowhere/s"), 3);
     assert_string_equal(text, "tsctl: cannot reach /nowhere/s: is tinyserved running? "
-                              "(systemctl status tinyserved)\n");
+                              "(its log says where it listens)\n");
     assert_int_equal(run(text, sizeof text, TS_CTL " explode"), 2);
     assert_has(text, "there is no command 'explode'; there are status,");
     assert_int_equal(run(text, sizeof text, TS_CTL " map --cells=0"), 2);
