@@ -62,7 +62,8 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
            "@:7: pool 'p': kernel = v1 runs on a GPU, and the pool is in host memory");
     EXPECT("[daemon]\nsubmit_seconds = 0\n", "@:2: submit_seconds = 0: the limits are 1..3600");
     EXPECT("nonsense\n", "@:1: neither a [section] nor key = value");
-    EXPECT("threads = 1\n", "@:1: a key before the first section: threads");
+    EXPECT("threads = 1\n",
+           "@:1: 'threads' stands before the first section; known are [daemon] and [pool NAME]");
     EXPECT(POOL, "@:1: pool 'p': give either memory or blocks");
     EXPECT(POOL "memory = 1M\nblocks = 3\n", "@:6: pool 'p': give either memory or blocks");
     EXPECT(POOL "memory = 1K\n", "@:5: pool 'p': 0 blocks of 8192 bytes");
@@ -70,7 +71,14 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
     EXPECT("[daemon]\nsocket = \n" POOL "memory = 1M\n", "@:2: socket = : an absolute path");
     char text[4096];
     assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --config /nowhere"), 2);
-    assert_has(text, "/nowhere: No such file or directory");
+    assert_has(text, "/nowhere: No such file or directory\n");
+    if (access("/etc/tinyserve/tinyserved.conf", F_OK) != 0) { /* no daemon is installed here */
+        assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config"), 2);
+        assert_has(
+            text,
+            "/etc/tinyserve/tinyserved.conf: No such file or directory; --config names another "
+            "file, --pool a pool without one\n");
+    }
     assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --pool p:layers=1,x=2"), 2);
     assert_has(text, "there is no key 'x' in a [pool]");
     /* More devices than any machine has, or none at all. */

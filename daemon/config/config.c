@@ -239,7 +239,9 @@ static int on_key(void *user, const char *section, const char *key, const char *
              set_key(c, &ts_config_pools, r->pool, &r->pool->given, r->line, key, value) != TS_OK)
         r->pool->bad = true;
     else if (section[0] == '\0')
-        ts_config_complain(c, r->line, "a key before the first section: %s", key);
+        ts_config_complain(
+            c, r->line, "'%s' stands before the first section; known are [daemon] and [pool NAME]",
+            key);
     return 1;
 }
 
@@ -277,7 +279,9 @@ ts_status ts_config_read(ts_config *c, const char *path)
     reader r = {.c = c, .dry = true};
     c->file = path;
     if (text == NULL) {
-        ts_config_complain(c, 0, "%s: %s", path, strerror(errno));
+        bool named = strcmp(path, TS_CONFIG_DEFAULT) != 0;
+        ts_config_complain(c, 0, "%s: %s%s", path, strerror(errno),
+                           named ? "" : "; --config names another file, --pool a pool without one");
         return TS_ENOENT;
     }
     /* inih tells of the first such line alone: once that is empty, of the next. */
