@@ -87,7 +87,13 @@ _converter: Any = None  # convert.py, which needs NumPy: loaded when an array is
 def _convert() -> Any:
     global _converter
     if _converter is None:
-        from . import convert
+        try:
+            from . import convert
+        except ModuleNotFoundError as error:
+            if error.name != "numpy":
+                raise
+            raise ImportError("a view's numbers need NumPy: pip install 'tinyserve[numpy]', or "
+                              "numpy; .torch() goes without") from error
         _converter = convert
     return _converter
 
