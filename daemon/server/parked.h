@@ -25,7 +25,7 @@ bool ts_parked_prepare(const ts_service *service, const ts_connection *connectio
 void ts_parked_add(ts_service *service, ts_connection *connection, ts_parked *parked,
                    uint32_t wait_ms);
 
-/* For how long the one that has waited longest has; 0: none waits. */
+/* How long the request that has waited longest has waited; 0: none waits. */
 uint64_t ts_parked_longest_ms(const ts_service *service);
 
 /* Carries out those again whose sessions were woken. */
