@@ -347,7 +347,7 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
         if (generated > 0)
             putchar('\n');
         fflush(stdout);
-        fprintf(stderr, "prompt: %u tokens, %u of them found, %u computed, there after %.0f ms",
+        fprintf(stderr, "prompt: %u tokens, %u of them found, %u computed, ready after %.0f ms",
                 j->prompt, j->shared, j->prompt - j->shared, (prefilled - start) * 1e3);
         if (generated > 0)
             fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s, attended by the %s",
