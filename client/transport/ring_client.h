@@ -8,7 +8,7 @@
 
 #include "client.h"
 
-/* The rings that are used next have room for the ids of so many tokens, or of as many as can be. */
+/* Rings without room for `count` token ids (at most TS_RING_IDS) are opened anew when used. */
 void ts_rings_want_ids(ts_client *client, uint32_t count);
 
 /* Whether steps go by the rings, which are opened at the first need. */
@@ -24,9 +24,9 @@ bool ts_ring_take(ts_client *client, ts_ring_completion *done);
 void ts_rings_wake(ts_client *client);
 void ts_rings_close(ts_client *client);
 
-/* Another daemon has the session now: opens rings anew, in the memory's place and with what a call
- * has laid out in it. TS_ECONN: that daemon has gone, too. Where rings can't be had else, the
- * session goes on by messages. */
+/* After a restart: opens rings with the next daemon, at the same address and with the same content,
+ * since calls have pointers into them. TS_ECONN: that daemon has gone, too. After any other error
+ * the session goes on by messages. */
 ts_status ts_rings_reopen(ts_client *client);
 
 #endif

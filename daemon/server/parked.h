@@ -15,8 +15,8 @@
 #define TS_PARKED_BYTES (16u << 20)
 #define TS_WAIT_MS_MAX 3600000u
 
-/* Sets the command's time, whether it was tried before, and, as it says that it may wait for
- * wait_ms, whether it still may. False, and the answer refuses: nothing may wait now. */
+/* Before a command that may wait for wait_ms is carried out: sets whether it was tried before, and
+ * whether it may still wait. False, and the answer says why: it may not wait at all. */
 bool ts_parked_prepare(const ts_service *service, const ts_connection *connection,
                        const ts_parked *parked, uint32_t wait_ms, ts_command *command,
                        ts_answer *answer);
