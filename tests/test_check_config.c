@@ -39,7 +39,14 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
     EXPECT(POOL "memory = 1Q\n",
            "@:5: memory = 1Q: not a size such as 512M, 4G or a number of bytes");
     EXPECT(POOL "memory = -1\n", "@:5: memory = -1: not a size");
-    EXPECT("[daemon]\nthreds = 2\n" POOL, "@:2: there is no key 'threds' in [daemon]");
+    EXPECT("[daemon]\nthreds = 2\n" POOL,
+           "@:2: there is no key 'threds' in [daemon]: is 'threads' meant?\n");
+    EXPECT("[pool p]\nheaddim = 2\n",
+           "@:2: there is no key 'headdim' in a [pool]: is 'head_dim' meant?\n");
+    EXPECT("[pool p]\nspeed = 2\n", "@:2: there is no key 'speed' in a [pool]\n");
+    EXPECT(
+        "[pool p]\na-name-that-is-longer-than-that-of-any-key-by-far = 2\n",
+        "@:2: there is no key 'a-name-that-is-longer-than-that-of-any-key-by-far' in a [pool]\n");
     EXPECT("\n[deamon]\nthreads = 2\n",
            "@:2: there is no section [deamon]; known are [daemon] and [pool NAME]");
     EXPECT("[daemon]\nthreads = 2000\n", "@:2: threads = 2000: the limits are 0..1024");

@@ -76,8 +76,11 @@ static ts_status set_key(ts_config *c, const ts_config_section *section, void *o
     char why[200], shown[100];
     const ts_config_key *key = ts_config_find_key(section, name);
     if (key == NULL) {
-        ts_config_complain(c, line, "there is no key '%s' in %s",
-                           ts_text_escape(name, shown, sizeof shown), section->name);
+        const ts_config_key *nearest = ts_config_nearest_key(section, name);
+        ts_config_complain(c, line, "there is no key '%s' in %s%s%s%s",
+                           ts_text_escape(name, shown, sizeof shown), section->name,
+                           nearest == NULL ? "" : ": is '", nearest == NULL ? "" : nearest->name,
+                           nearest == NULL ? "" : "' meant?");
         return TS_EINVAL;
     }
     uint32_t index = (uint32_t)(key - section->keys);

@@ -384,6 +384,43 @@ const ts_config_key *ts_config_find_key(const ts_config_section *section, const 
     return NULL;
 }
 
+#define NAME_BYTES 32u /* longer than any key */
+
+/* Letters to put in, leave out or change until one is the other; NAME_BYTES: one is too long. */
+static uint32_t edits_between(const char *a, const char *b)
+{
+    const size_t a_bytes = strlen(a), b_bytes = strlen(b);
+    uint32_t row[NAME_BYTES]; /* from what was read of `a` to each beginning of `b` */
+    if (a_bytes >= NAME_BYTES || b_bytes >= NAME_BYTES)
+        return NAME_BYTES;
+    for (uint32_t i = 0; i <= b_bytes; i++)
+        row[i] = i;
+    for (uint32_t n = 1; n <= a_bytes; n++) {
+        uint32_t before = row[0]++;
+        for (uint32_t i = 1; i <= b_bytes; i++) {
+            const uint32_t changed = before + (a[n - 1] != b[i - 1]);
+            const uint32_t fewer = row[i] < row[i - 1] ? row[i] : row[i - 1];
+            before = row[i];
+            row[i] = changed <= fewer ? changed : fewer + 1;
+        }
+    }
+    return row[b_bytes];
+}
+
+const ts_config_key *ts_config_nearest_key(const ts_config_section *section, const char *name)
+{
+    const ts_config_key *nearest = NULL;
+    uint32_t least = (uint32_t)strlen(name) / 3 + 1;
+    for (uint32_t i = 0; i < section->num_keys; i++) {
+        const uint32_t edits = edits_between(name, section->keys[i].name);
+        if (edits >= least)
+            continue;
+        least = edits;
+        nearest = &section->keys[i];
+    }
+    return nearest;
+}
+
 void ts_config_preset(const ts_config_section *section, void *object)
 {
     char why[200];

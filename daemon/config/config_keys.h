@@ -41,6 +41,10 @@ extern const ts_config_section ts_config_daemon, ts_config_pools;
 /* The key of this name; NULL: there is none. */
 const ts_config_key *ts_config_find_key(const ts_config_section *section, const char *name);
 
+/* The key that a name may mean which is none: with edits of a third of its letters at most. NULL:
+ * there is none so near. */
+const ts_config_key *ts_config_nearest_key(const ts_config_section *section, const char *name);
+
 /* Sets every key of a section's struct that has a preset to it. */
 void ts_config_preset(const ts_config_section *section, void *object);
 
