@@ -5,9 +5,10 @@
 #include <stdio.h>
 #include <sys/prctl.h>
 
-/* What hands operations and kernels of all streams and processes to the device takes them one after
- * the other, some 0.7 and 1 us. So many words, those of one run, are told by operations all the
- * same: a kernel may have to wait for others' to leave a processor. */
+/* So many words, those of one run, are told by stream operations; more are by one kernel. The
+ * device takes operations (0.7 us each) and kernels (1 us) of all streams and processes one after
+ * the other, so a kernel costs it less; but that may have to wait until others leave a processor.
+ */
 #define SIGNALS_BY_OPS 3u
 
 ts_status ts_gpu_launch_fail(ts_gpu_launch *l, cudaError_t error)

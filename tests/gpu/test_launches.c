@@ -36,14 +36,27 @@ static void copying_blocks_moves_every_byte_and_no_other(void **state)
     }
 }
 
+/* A page of pinned words, which are 0; *device: where the device finds them. */
+static uint32_t *words_new(uint32_t **device)
+{
+    void *words = NULL;
+    assert_int_equal(posix_memalign(&words, 4096, 4096), 0);
+    memset(words, 0, 4096);
+    OK(ts_gpu_pin(gpu, words, 4096, (void **)device, why, sizeof why));
+    return words;
+}
+
+static void words_free(uint32_t *words)
+{
+    CUDA_OK(cudaHostUnregister(words));
+    free(words);
+}
+
 /* A launch that waits for a word goes on when the host writes it, and its signal comes after. */
 static void a_launch_waits_for_its_word_and_signals(void **state)
 {
     (void)state;
-    uint32_t *words = NULL, *device;
-    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
-    memset(words, 0, 4096);
-    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    uint32_t *device, *words = words_new(&device);
     sem_t done;
     sem_init(&done, 0, 0);
     ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
@@ -56,8 +69,7 @@ static void a_launch_waits_for_its_word_and_signals(void **state)
     while (sem_wait(&done) != 0)
         ;
     assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), 9);
-    CUDA_OK(cudaHostUnregister(words));
-    free(words);
+    words_free(words);
 }
 
 /* Few signals and many, by whatever way, are all told behind what was queued before. */
@@ -65,10 +77,7 @@ static void any_number_of_signals_is_told(void **state)
 {
     (void)state;
     enum { MOST = 200 };
-    uint32_t *words = NULL, *device;
-    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
-    memset(words, 0, 4096);
-    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    uint32_t *device, *words = words_new(&device);
     sem_t done;
     sem_init(&done, 0, 0);
     static const uint32_t counts[] = {0, 1, 2, 3, 64, 65, 66, MOST};
@@ -89,8 +98,7 @@ static void any_number_of_signals_is_told(void **state)
         for (uint32_t i = 0; i < MOST; i++)
             assert_int_equal(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE) == round, i < count);
     }
-    CUDA_OK(cudaHostUnregister(words));
-    free(words);
+    words_free(words);
 }
 
 /* Launches whose ends their signals tell end in any order, each behind its signals, and are free
@@ -98,10 +106,7 @@ static void any_number_of_signals_is_told(void **state)
 static void a_launchs_end_is_seen_behind_its_signals(void **state)
 {
     (void)state;
-    uint32_t *words = NULL, *device;
-    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
-    memset(words, 0, 4096);
-    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    uint32_t *device, *words = words_new(&device);
     sem_t done[3];
     for (uint32_t round = 1; round <= 100; round++) { /* more often than there are launches */
         for (uint32_t i = 0; i < 3; i++) {
@@ -121,8 +126,7 @@ static void a_launchs_end_is_seen_behind_its_signals(void **state)
             assert_int_equal(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE), round);
         }
     }
-    CUDA_OK(cudaHostUnregister(words));
-    free(words);
+    words_free(words);
 }
 
 /* A launch starts after the one that it is queued behind, and one that is queued behind what is
@@ -130,10 +134,7 @@ static void a_launchs_end_is_seen_behind_its_signals(void **state)
 static void a_launch_follows_the_one_before_it(void **state)
 {
     (void)state;
-    uint32_t *words = NULL, *device;
-    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
-    memset(words, 0, 4096);
-    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    uint32_t *device, *words = words_new(&device);
     sem_t done;
     sem_init(&done, 0, 0);
     ts_gpu_position position = {0};
@@ -158,8 +159,7 @@ static void a_launch_follows_the_one_before_it(void **state)
                 ;
         assert_int_equal(__atomic_load_n(&words[16], __ATOMIC_ACQUIRE), round * 2);
     }
-    CUDA_OK(cudaHostUnregister(words));
-    free(words);
+    words_free(words);
 }
 
 /* Ends the wait of a launch if that takes too long. */
@@ -190,10 +190,7 @@ static void *rescue_main(void *arg)
 static bool while_a_launch_waits(const char *what, void (*work)(device_problem *d),
                                  device_problem *d)
 {
-    uint32_t *words = NULL, *device;
-    assert_int_equal(posix_memalign((void **)&words, 4096, 4096), 0);
-    memset(words, 0, 4096);
-    OK(ts_gpu_pin(gpu, words, 4096, (void **)&device, why, sizeof why));
+    uint32_t *device, *words = words_new(&device);
     sem_t done;
     sem_init(&done, 0, 0);
     ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
@@ -213,8 +210,7 @@ static bool while_a_launch_waits(const char *what, void (*work)(device_problem *
     __atomic_store_n(words, 1, __ATOMIC_RELEASE);
     while (sem_wait(&done) != 0)
         ;
-    CUDA_OK(cudaHostUnregister(words));
-    free(words);
+    words_free(words);
     return !r.needed;
 }
 
