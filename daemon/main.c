@@ -487,7 +487,7 @@ static int lock_and_serve(ts_config *c, const options *o, ts_store *store, const
 {
     char lock_path[128], handles_path[128], why[512];
     int lock, code = EXIT_FAILURE;
-    if ((c->socket_is_own && ts_socket_folder_make(c->socket, why, sizeof why) != TS_OK) ||
+    if (ts_socket_folder_make(c->socket, c->socket_is_own, why, sizeof why) != TS_OK ||
         ts_socket_path_lock(c->socket, lock_path, sizeof lock_path, &lock, why, sizeof why) !=
             TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
@@ -520,7 +520,7 @@ static int supervise(const ts_config *c, int argc, char **argv)
     options.argv = arguments;
     snprintf(place, sizeof place, "%s" TS_STORE_SOCKET_SUFFIX, c->socket);
     snprintf(notify_path, sizeof notify_path, "%s" TS_NOTIFY_SOCKET_SUFFIX, c->socket);
-    if ((c->socket_is_own && ts_socket_folder_make(c->socket, why, sizeof why) != TS_OK) ||
+    if (ts_socket_folder_make(c->socket, c->socket_is_own, why, sizeof why) != TS_OK ||
         ts_socket_path_lock(place, lock_path, sizeof lock_path, &lock, why, sizeof why) != TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
         free(arguments);

@@ -1,6 +1,9 @@
 # What tools/demo and tools/test share: installing what is missing, building, and cleaning up.
 # Sourced by bash with the repository's root as working directory.
 
+# show_usage FILE: what the head of a script says of it.
+show_usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; }
+
 say() { printf '\n== %s\n' "$*"; }
 
 # Installs the named packages that are not there yet, through apt, as root or with sudo.

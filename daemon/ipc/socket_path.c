@@ -37,9 +37,14 @@ static int connect_error(const char *path)
     return error == EAGAIN || error == EPROTOTYPE ? 0 : error;
 }
 
-ts_status ts_socket_folder_make(const char *socket, char *why, size_t why_bytes)
+ts_status ts_socket_folder_make(const char *socket, bool own, char *why, size_t why_bytes)
 {
     char folder[sizeof(struct sockaddr_un)];
+    if (!own) { /* where it can't be made, the lock finds no folder and says so */
+        if (strcmp(socket, TS_SYSTEM_SOCKET) == 0)
+            (void)mkdir(TS_SYSTEM_FOLDER, 0755);
+        return TS_OK;
+    }
     snprintf(folder, sizeof folder, "%.*s", (int)(strrchr(socket, '/') - socket), socket);
     if (mkdir(folder, 0700) != 0 && errno != EEXIST) {
         snprintf(why, why_bytes, "%s, the folder of this user's socket: %s", folder,

@@ -9,11 +9,16 @@
 
 #include "tinyserve_types.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 
-/* Makes the folder of the user's own socket (socket_place.h), or takes the one that is there.
- * TS_EEXIST with a sentence: something lies there that isn't this user's alone. */
-ts_status ts_socket_folder_make(const char *socket, char *why, size_t why_bytes);
+/*
+ * Makes the folder of the system's socket (socket_place.h) if it is missing, as it is where root
+ * starts a daemon by hand; any other socket's folder has to be there. own: it is the user's own
+ * socket: its folder is made, or taken as it is. TS_EEXIST with a sentence: something lies there
+ * that isn't this user's alone.
+ */
+ts_status ts_socket_folder_make(const char *socket, bool own, char *why, size_t why_bytes);
 
 /* Removes a stale socket from the path. TS_EEXIST with a sentence: something else lies there. */
 ts_status ts_socket_path_clear(const char *path, char *why, size_t why_bytes);

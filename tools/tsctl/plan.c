@@ -52,16 +52,17 @@ typedef struct pool_plan {
     uint64_t sequences;
 } pool_plan;
 
+static const char size_suffixes[] = "KMGT"; /* each is 1024 of the one before */
+
 /* A whole number, with a suffix of sizes if `size`; complains as argp does. */
 static uint64_t read_number(const char *name, const char *arg, bool size, uint64_t least,
                             uint64_t most, struct argp_state *state)
 {
-    static const char suffixes[] = "KMGT";
     char *end;
     errno = 0;
     unsigned long long n = strtoull(arg, &end, 10);
-    const char *suffix = *end == '\0' || !size ? NULL : strchr(suffixes, *end);
-    const unsigned shift = suffix == NULL ? 0 : 10 * (unsigned)(suffix - suffixes + 1);
+    const char *suffix = *end == '\0' || !size ? NULL : strchr(size_suffixes, *end);
+    const unsigned shift = suffix == NULL ? 0 : 10 * (unsigned)(suffix - size_suffixes + 1);
     if (suffix != NULL)
         end++;
     if (errno != 0 || arg[0] < '0' || arg[0] > '9' || *end != '\0' || n > UINT64_MAX >> shift ||
@@ -166,10 +167,16 @@ static void print_stanza(const plan_options *o, const model_config *m, const poo
 {
     const ts_geometry *g = &p->geometry;
     const bool plain = m->type[0] != '\0' && m->type[strspn(m->type, NAME_LETTERS)] == '\0';
+    uint64_t size = o->memory;
+    char unit[2] = "";
+    for (const char *suffix = size_suffixes; *suffix != '\0' && size % 1024 == 0; suffix++) {
+        size /= 1024;
+        unit[0] = *suffix;
+    }
     printf("\n[pool %s]\nlayers = %u\nkv_heads = %u\nhead_dim = %u\ndtype = %s\n"
-           "block_tokens = %u\nmemory = %llu\n",
+           "block_tokens = %u\nmemory = %llu%s\n",
            plain ? m->type : "model", g->layers, g->kv_heads, g->head_dim, ts_dtype_name(g->dtype),
-           g->block_tokens, (unsigned long long)o->memory);
+           g->block_tokens, (unsigned long long)size, unit);
     if (o->tokens > SEQUENCE_TOKENS_PRESET)
         printf("sequence_tokens = %llu\n", (unsigned long long)o->tokens);
 }
