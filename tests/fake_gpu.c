@@ -447,6 +447,11 @@ ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
     g->log.sequences = total;
     g->log.kernel = runs[0].plan->kernel;
     pthread_mutex_unlock(&g->lock);
+    for (uint32_t word = 0; word < 2; word++)
+        for (uint32_t i = 0; i < num_runs; i++)
+            if (runs[i].words[word] != NULL)
+                (void)ts_gpu_launch_signal(l, &(ts_gpu_signal){runs[i].words[word], runs[i].number},
+                                           1);
     return TS_OK;
 }
 

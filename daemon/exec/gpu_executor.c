@@ -298,7 +298,6 @@ void ts_gpu_executor_free(ts_gpu_executor *x)
     pthread_cond_destroy(&x->event);
     pthread_mutex_destroy(&x->lock);
     free(x->parts);
-    free(x->signals);
     free(x);
 }
 

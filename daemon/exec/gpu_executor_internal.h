@@ -55,11 +55,10 @@ struct ts_gpu_executor {
     bool completed, stop; /* under the lock */
     bool lost;            /* under the lock: the device failed */
     char why[TS_GPU_WHY_BYTES + 128];
-    ts_held_runs held;      /* the thread's own: jobs that can't be launched yet */
-    uint64_t round;         /* the thread's own: of trying to launch them */
-    bool full;              /* the thread's own: in that round there was no launch for one */
-    ts_gpu_run *parts;      /* the thread's own: of a launch */
-    ts_gpu_signal *signals; /* the thread's own: two for each part */
+    ts_held_runs held; /* the thread's own: jobs that can't be launched yet */
+    uint64_t round;    /* the thread's own: of trying to launch them */
+    bool full;         /* the thread's own: in that round there was no launch for one */
+    ts_gpu_run *parts; /* the thread's own: of a launch */
     size_t capacity;
     uint64_t health_ms;            /* the thread's own: when it looks at the device next */
     uint64_t late_ms;              /* the thread's own: when it looked for late workers last */

@@ -137,24 +137,9 @@ static bool reserve_parts(ts_gpu_executor *x, const ts_job *jobs)
     if (count <= x->capacity)
         return true;
     free(x->parts);
-    free(x->signals);
     x->parts = malloc(2 * count * sizeof *x->parts);
-    x->signals = malloc(4 * count * sizeof *x->signals);
-    x->capacity = x->parts == NULL || x->signals == NULL ? 0 : 2 * count;
+    x->capacity = x->parts == NULL ? 0 : 2 * count;
     return x->capacity > 0;
-}
-
-/* Queues what tells that the jobs are over: the workers, who wait for it, first. */
-static ts_status queue_signals(ts_gpu_executor *x, ts_gpu_launch *l, const ts_job *jobs)
-{
-    uint32_t count = 0;
-    for (const ts_job *job = jobs; job != NULL; job = job->next)
-        if (job->signals != NULL)
-            x->signals[count++] = (ts_gpu_signal){&job->signals->there->completed, job->run_number};
-    for (const ts_job *job = jobs; job != NULL; job = job->next)
-        if (job->signals != NULL)
-            x->signals[count++] = (ts_gpu_signal){job->signals->done_there, job->run_number};
-    return ts_gpu_launch_signal(l, x->signals, count);
 }
 
 /* The jobs fail before they are launched. A run that is early, as others of its session are under
@@ -203,6 +188,7 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
     uint32_t count = 0;
     for (const ts_job *job = jobs; job != NULL; job = job->next) {
         const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
+        const ts_signals_page *page = job->signals;
         x->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
                                          .layer = s->layer,
                                          .q = s->q,
@@ -212,7 +198,10 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
                                          .sinks = s->sinks,
                                          .scales = s->scales,
                                          .alibi = s->alibi,
-                                         .lse = s->lse};
+                                         .lse = s->lse,
+                                         .words = {page == NULL ? NULL : &page->there->completed,
+                                                   page == NULL ? NULL : page->done_there},
+                                         .number = job->run_number};
     }
     if (wait == FOR_BOTH)
         status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->run_number - 1);
@@ -220,8 +209,6 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
         status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->run_number);
     if (status == TS_OK)
         status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, x->parts, count);
-    if (status == TS_OK)
-        status = queue_signals(x, l, jobs);
     if (status != TS_OK)
         snprintf(why, why_bytes, "%s", ts_gpu_launch_why(l));
     return status;

@@ -82,7 +82,7 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
 {
     const ts_gpu_plan *first = runs[0].plan;
     float *partials = first->persistent ? first->own_partials : l->slot->partials;
-    uint32_t *counters = tickets_of(l, first) + WGMMA_TICKETS;
+    uint32_t *counters = tickets_of(l, first) + OWN_COUNTERS;
     c.num_items = 0;
     c.items_there = first->persistent ? (const uint32_t *)first->buffer->device + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
@@ -104,7 +104,9 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
                             partials,
                             counters,
                             r->layer,
-                            c.num_items};
+                            c.num_items,
+                            {r->words[0], r->words[1]},
+                            r->number};
         partials += p->records * ts_gpu_record_floats(&p->geometry);
         counters += p->counters;
     }
@@ -270,10 +272,52 @@ ts_status reserve(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
         most_records = records > most_records ? records : most_records;
         most_counters = counters > most_counters ? counters : most_counters;
     }
-    most_counters += own ? 0 : WGMMA_TICKETS;
+    most_counters += own ? 0 : OWN_COUNTERS;
     size_t floats = most_records * ts_gpu_record_floats(&runs[0].plan->geometry);
     floats += folds ? wgmma_fold_floats(&runs[0].plan->geometry, l->gpu->info.processors) : 0;
     return ts_gpu_launch_scratch(l, floats * sizeof(float), most_counters);
+}
+
+bool have_words(const ts_gpu_run *runs, uint32_t num_runs)
+{
+    bool any = false;
+    for (uint32_t i = 0; i < num_runs; i++)
+        any = any || runs[i].words[0] != NULL || runs[i].words[1] != NULL;
+    return any;
+}
+
+/* Whether one kernel does all of it, and it is one whose last block can tell the end. */
+bool tells_end(const ts_gpu_run *runs, uint32_t num_runs)
+{
+    uint32_t lists = 0;
+    if (num_runs > GPU_RUNS)
+        return false;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        if (runs[i].plan->persistent)
+            return false;
+        for (uint32_t list = 0; list < LIST_COUNT; list++)
+            if (runs[i].plan->count[list] > 0)
+                lists |= 1u << list;
+    }
+    return lists == 1u << LIST_NARROW || lists == 1u << LIST_MEDIUM || lists == 1u << LIST_WIDE;
+}
+
+/* The runs' words, by a kernel or stream operations behind what was queued. */
+ts_status tell_runs(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    ts_status status = TS_OK;
+    for (uint32_t first = 0; first < num_runs && status == TS_OK; first += GPU_RUNS) {
+        const ts_gpu_signal nobody = {};
+        ts_gpu_signal signals[2 * GPU_RUNS];
+        uint32_t count = 0;
+        for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++)
+            for (uint32_t j = 0; j < 2; j++)
+                if (runs[i].words[j] != NULL)
+                    signals[count++] = ts_gpu_signal{runs[i].words[j], runs[i].number};
+        status = first + GPU_RUNS < num_runs ? ts_gpu_launch_words(l, signals, count, &nobody)
+                                             : ts_gpu_launch_signal(l, signals, count);
+    }
+    return status;
 }
 
 cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
@@ -394,11 +438,19 @@ extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
         return status;
     gpu_call c = call_of(runs[0].plan, base, variant);
     cudaError_t error = cudaSuccess;
+    const bool told = have_words(runs, num_runs), by_kernel = told && tells_end(runs, num_runs);
+    if (by_kernel) {
+        c.arrived = l->slot->counters + WGMMA_TICKETS;
+        c.num_told = num_runs;
+        c.end_word = l->end_there;
+        c.end_value = ++l->end_value;
+    }
     for (uint32_t first = 0; first < num_runs && error == cudaSuccess; first += GPU_RUNS) {
         uint32_t count = num_runs - first < GPU_RUNS ? num_runs - first : GPU_RUNS;
         error = launch_some(l, c, runs + first, count);
     }
-    return ts_gpu_launch_fail(l, error);
+    status = ts_gpu_launch_fail(l, error);
+    return status == TS_OK && told && !by_kernel ? tell_runs(l, runs, num_runs) : status;
 }
 
 extern "C" ts_status ts_gpu_load_words(ts_gpu *gpu, char *why, size_t why_bytes)

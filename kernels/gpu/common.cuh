@@ -27,7 +27,7 @@ extern "C" {
 #include "cache_hints.cuh"
 #include "fp8_halves.h"
 
-#define GPU_RUNS 32u /* of one launch, at most */
+#define GPU_RUNS 28u /* of one kernel, at most: what its parameters have room for */
 
 /* See plan_piece. */
 static inline __host__ __device__ uint32_t chunks_of(const plan_piece &p)
@@ -52,7 +52,9 @@ struct gpu_run {
     float *partials;            /* what chunks come to, until they are merged */
     uint32_t *counters;         /* all 0 between launches */
     uint32_t layer;
-    uint32_t end; /* items of this run and those before it */
+    uint32_t end;       /* items of this run and those before it */
+    uint32_t *words[2]; /* which get `number` when the launch is over (gpu_call.arrived) */
+    uint32_t number;
 };
 
 /* One sequence of a run; all pointers can be read by the device. */
@@ -86,6 +88,12 @@ struct gpu_call {
     double rope_log2; /* of theta */
     bool alone; /* what it reads of K and V may leave the cache first, where a piece says so */
     bool keeps_partials, keeps_out; /* in the cache, for the next launch to write anew */
+    /* Where the kernel's last block tells the end: how many have come to theirs, 0 between
+     * launches; how many runs have words; and a word that gets end_value behind theirs. Else NULL.
+     */
+    uint32_t *arrived;
+    uint32_t num_told, end_value;
+    uint32_t *end_word;
     gpu_run runs[GPU_RUNS];
 };
 static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");
@@ -465,7 +473,8 @@ static inline uint32_t wgmma_tokens(const ts_geometry *g) /* of its tiles */
     return g->head_dim > 128 ? WGMMA_TOKENS / 2 : WGMMA_TOKENS;
 }
 
-#define WGMMA_TICKETS 2u /* a launch's first counters: wgmma_call's tickets */
+#define WGMMA_TICKETS 2u                  /* a launch's first counters: wgmma_call's tickets, */
+#define OWN_COUNTERS (WGMMA_TICKETS + 1u) /* ... and gpu_call.arrived; then its pieces' */
 
 /* Of a row of DIM dimensions: its sums, of two rows, and their maxima and sums of weights. */
 #define WGMMA_FOLD(DIM) ((DIM) / 8 + 1)

@@ -214,6 +214,8 @@ typedef struct ts_gpu_run {
     const float *sinks, *alibi; /* [heads]; NULL: none */
     const float *scales;        /* [2][kv_heads], of an fp8 cache; NULL: all are 1 */
     float *lse;                 /* NULL: isn't wanted */
+    uint32_t *words[2];         /* get `number` when the launch's runs are over; NULL: none */
+    uint32_t number;
 } ts_gpu_run;
 
 /* ---- launches ---- */
@@ -255,13 +257,15 @@ typedef struct ts_gpu_signal {
     uint32_t value;
 } ts_gpu_signal;
 
-/* Writes the words when everything before is done and visible to other processes. */
+/* Writes the words when everything before is done and visible to other processes. A launch has its
+ * signals at its end, and once: by this or by its runs' words. */
 ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, const ts_gpu_signal *signals, uint32_t count);
 
 /*
  * Writes every run's new K and V (where given), then attends, as ts_attention_run does. The plans
  * are alike in geometry, heads, io_dtype and kernel; they and the memory stay as they are until the
- * launch is done. Addresses are the device's.
+ * launch is done. Addresses are the device's. The runs' words are written when all of it is done
+ * and visible to other processes: where one kernel of v5's does it all, by that.
  */
 ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, unsigned char *base,
                                const ts_attention_variant *variant, const ts_gpu_run *runs,

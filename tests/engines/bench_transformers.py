@@ -35,10 +35,12 @@ def build(a, device):
                          num_attention_heads=a.hidden // a.head_dim,
                          num_key_value_heads=a.kv_heads or a.hidden // a.head_dim,
                          head_dim=a.head_dim, max_position_embeddings=32768)
+    torch.set_default_dtype(DTYPES[a.dtype])
     with torch.device(device):
         model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
-    return model.to(DTYPES[a.dtype]).eval()
+    return model.eval()
 
 
 class Clock:

@@ -162,6 +162,89 @@ static void a_launch_follows_the_one_before_it(void **state)
     words_free(words);
 }
 
+/* Runs of one plan in one launch, which attend into the same place. */
+enum { RUNS_MOST = 70, ROUNDS = 20 };
+
+/* Whoever sees a run's word sees what was attended: all of it, in each of many rounds. Every third
+ * run has one word alone, and the one after it none. */
+static void tell_runs(device_problem *d, ts_kernel kernel, uint32_t num_runs)
+{
+    uint32_t *device, *words = words_new(&device);
+    unsigned char *expected = malloc(d->q_bytes);
+    ts_gpu_plan *plan;
+    ts_gpu_run runs[RUNS_MOST];
+    sem_t done;
+    sem_init(&done, 0, 0);
+    run(d, &d->call, kernel);
+    memcpy(expected, d->p.out, d->q_bytes);
+    OK(ts_gpu_plan_new(gpu, &d->call.geometry, d->call.heads, d->call.io_dtype, kernel, d->seqs,
+                       d->call.num_seqs, &plan, why, sizeof why));
+    for (uint32_t round = 1; round <= ROUNDS; round++) {
+        poison_device(d);
+        for (uint32_t i = 0; i < num_runs; i++)
+            runs[i] = (ts_gpu_run){.plan = plan,
+                                   .q = d->q,
+                                   .k = d->k,
+                                   .v = d->v,
+                                   .out = d->out,
+                                   .words = {i % 3 == 2 ? NULL : &device[16 + 2 * i],
+                                             i % 3 == 0 ? &device[17 + 2 * i] : NULL},
+                                   .number = round * 100 + i};
+        ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
+        OK(ts_gpu_launch_wait(l, &device[0], round));
+        if (ts_gpu_launch_attend(l, d->call.base, &d->call.variant, runs, num_runs) != TS_OK)
+            fail_msg("%s", ts_gpu_launch_why(l));
+        ts_gpu_launch_finish_signalled(l, post, &done);
+        for (uint32_t i = 0; i < 2 * num_runs; i++)
+            assert_true(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE) < round * 100);
+        __atomic_store_n(&words[0], round, __ATOMIC_RELEASE);
+        while (__atomic_load_n(&words[17], __ATOMIC_ACQUIRE) != round * 100)
+            sched_yield();
+        CUDA_OK(cudaMemcpy(d->p.out, d->out, d->q_bytes, cudaMemcpyDeviceToHost));
+        assert_memory_equal(d->p.out, expected, d->q_bytes);
+        while (sem_wait(&done) != 0)
+            ;
+        for (uint32_t i = 0; i < num_runs; i++) {
+            assert_int_equal(words[16 + 2 * i], i % 3 == 2 ? 0 : round * 100 + i);
+            assert_int_equal(words[17 + 2 * i], i % 3 == 0 ? round * 100 + i : 0);
+        }
+    }
+    ts_gpu_plan_free(plan);
+    free(expected);
+    words_free(words);
+}
+
+static void runs_words_are_told_when_all_is_done(void **state)
+{
+    (void)state;
+    /* Few rows, some more, many, prefill, new tokens alone, and a mix that takes several kernels.
+     */
+    static const uint32_t batches[][3][2] = {
+        {{1000, 1}, {33, 1}, {4000, 1}}, {{1000, 4}, {700, 3}, {333, 4}},
+        {{1000, 8}, {700, 7}, {333, 8}}, {{300, 300}, {200, 70}, {90, 90}},
+        {{1, 1}, {2, 1}, {3, 1}},        {{1000, 1}, {300, 300}, {700, 8}}};
+    static const ts_kernel kernels[] = {TS_KERNEL_AUTO, TS_KERNEL_V5, TS_KERNEL_MMA, TS_KERNEL_V3};
+    static const uint32_t counts[] = {1, 2, 28, 29, RUNS_MOST};
+    rng r = {17};
+    for (size_t b = 0; b < sizeof batches / sizeof *batches; b++) {
+        device_problem d;
+        device_problem_new(&d,
+                           (shape){.dtype = TS_DTYPE_BF16,
+                                   .io = TS_DTYPE_BF16,
+                                   .heads = 8,
+                                   .kv_heads = 2,
+                                   .head_dim = 64,
+                                   .block_tokens = 16,
+                                   .layers = 1},
+                           batches[b], 3, &r);
+        OK(ts_gpu_load(gpu, &d.call.geometry, why, sizeof why));
+        for (size_t k = 0; k < sizeof kernels / sizeof *kernels; k++)
+            for (size_t n = 0; n < sizeof counts / sizeof *counts; n++)
+                tell_runs(&d, kernels[k], counts[n]);
+        device_problem_free(&d);
+    }
+}
+
 /* Ends the wait of a launch if that takes too long. */
 typedef struct rescue {
     pthread_mutex_t lock;
@@ -413,6 +496,7 @@ int main(void)
         cmocka_unit_test(a_launch_waits_for_its_word_and_signals),
         cmocka_unit_test(any_number_of_signals_is_told),
         cmocka_unit_test(a_launchs_end_is_seen_behind_its_signals),
+        cmocka_unit_test(runs_words_are_told_when_all_is_done),
         cmocka_unit_test(a_launch_follows_the_one_before_it),
         cmocka_unit_test(nothing_waits_for_a_launch_that_waits_for_a_worker),
         cmocka_unit_test(launches_run_out_and_come_back),

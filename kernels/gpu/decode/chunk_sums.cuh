@@ -16,18 +16,6 @@ struct row_state {
     float max, sum;
 };
 
-/* Counts one chunk more, whose records the whole block has written, before a barrier; returns how
- * many there were, whose records can be read then. */
-__device__ inline uint32_t arrive(uint32_t *counter)
-{
-    uint32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
-                 : "=r"(before)
-                 : "l"(counter)
-                 : "memory");
-    return before;
-}
-
 /*
  * How chunks' sums come together one after the other (`finish`'s RUNNING, and mma.cuh's pieces of
  * several chunks, which are to give the same bits). A factor is the next chunk's, or, if its sign

@@ -114,16 +114,66 @@ __device__ inline void find_job(const gpu_call &c, uint32_t block, uint32_t rows
     make_job<false, RUNS>(c, run, piece, block % c.kv_heads, rows, j);
 }
 
+/* Counts one more that has written something: the whole block, before a barrier. Returns how many
+ * there were, and what those wrote can be read then. */
+__device__ inline uint32_t arrive(uint32_t *counter)
+{
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+}
+
+/* What this thread wrote, or saw another's word of, is seen by whoever sees what it writes next. */
+__device__ inline void fence_system()
+{
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
+/* Behind a barrier, by the block's first warp. In the last block to come here, each run's words get
+ * its number, and then the launch's own: what all blocks wrote is seen by whoever sees a word, in
+ * any process. */
+__device__ inline void tell_end(const gpu_call &c)
+{
+    bool last = threadIdx.x == 0 && arrive(c.arrived) == gridDim.x - 1;
+    if (!__any_sync(~0u, last))
+        return;
+    if (last)
+        *c.arrived = 0; /* for the next launch */
+    __syncwarp();
+    fence_system();
+    if (threadIdx.x < c.num_told) {
+        const gpu_run &run = c.runs[threadIdx.x];
+        for (uint32_t i = 0; i < 2; i++)
+            if (run.words[i] != NULL)
+                *(volatile uint32_t *)run.words[i] = run.number;
+    }
+    __syncwarp();
+    if (last && c.end_word != NULL) {
+        fence_system();
+        *(volatile uint32_t *)c.end_word = c.end_value;
+    }
+}
+static_assert(GPU_RUNS <= 32, "a warp has a lane for each");
+
 /* Works off a launch's pieces, one for each block of threads; those of a persistent plan, and has
  * others when the launch is repeated, in turn. */
 template <typename K> __device__ inline void run_blocks(const gpu_call &c, unsigned char *shared)
 {
+    const bool tells = c.arrived != NULL; /* such a launch is of no persistent plan */
     for (uint32_t block = blockIdx.x; c.items_there == NULL || block < *c.items_there * c.kv_heads;
          block += gridDim.x) {
         K::run(c, block, shared);
-        if (c.items_there == NULL)
+        if (c.items_there == NULL && !tells)
             break;
-        __syncthreads(); /* nobody uses what the next piece takes */
+        __syncthreads(); /* nobody uses what the next piece takes; what the block wrote is told */
+        if (!tells)
+            continue;
+        if (threadIdx.x < 32)
+            tell_end(c);
+        break;
     }
 }
 

@@ -290,7 +290,7 @@ ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
     const size_t folds =
         p->room[LIST_WGMMA] == 0 ? 0 : wgmma_fold_floats(&p->geometry, p->gpu->info.processors);
     const size_t partials = (floats + folds) * sizeof(float);
-    const size_t counters = (WGMMA_TICKETS + p->counters) * sizeof *p->own_counters;
+    const size_t counters = (OWN_COUNTERS + p->counters) * sizeof *p->own_counters;
     ts_status status = ts_gpu_buffer_take(p->gpu, bytes, &p->buffer, why, why_bytes);
     if (status != TS_OK)
         return status;
