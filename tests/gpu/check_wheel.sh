@@ -15,7 +15,10 @@ end() {
 trap end EXIT
 cd "$scratch" # no tree is in Python's path
 unset TINYSERVE_LIBRARY PYTHONPATH
-"$python" -m venv --system-site-packages venv
+"$python" -m venv venv
+# PyTorch of that Python, which may be of a venv itself.
+"$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    >"$(echo venv/lib/python*/site-packages)/outer.pth"
 venv/bin/pip install --quiet --no-index --no-deps --disable-pip-version-check \
     "$wheels"/tinyserve-[0-9]*.whl "$wheels"/tinyserve_cuda-*.whl
 PATH=$scratch/venv/bin:$PATH
