@@ -195,7 +195,7 @@ static const variety varieties[] = {
 static inline shape variety_shape(size_t i, size_t which)
 {
     static const uint32_t heads[][2] = {{4, 4}, {6, 2}, {5, 1}};
-    return (shape){.dtype = (ts_dtype)((i + which) % 4),
+    return (shape){.dtype = (ts_dtype)((i + which) % TS_DTYPE_COUNT),
                    .io = TS_DTYPE_FP32,
                    .layout = (ts_layout)(i % 2),
                    .heads = heads[which][0],
@@ -309,6 +309,7 @@ static inline double key_error(const problem *p, const ts_attention_seq *seq,
 /* What rounding to the type may cost, in that measure. */
 static inline double key_limit(ts_dtype dtype)
 {
+    TS_KNOWS_DTYPES(4);
     static const double limits[TS_DTYPE_COUNT] = {[TS_DTYPE_FP32] = 4e-7,
                                                   [TS_DTYPE_FP16] = 6e-4,
                                                   [TS_DTYPE_BF16] = 4.2e-3,

@@ -11,6 +11,14 @@
 
 #define TS_DTYPE_COUNT 4
 
+/* Stands where types are told apart in a way in which the compiler misses none: a new type doesn't
+ * compile before it is told apart there, too. */
+#ifdef __cplusplus
+#define TS_KNOWS_DTYPES(count) static_assert((count) == TS_DTYPE_COUNT, "a dtype is missing here")
+#else
+#define TS_KNOWS_DTYPES(count) _Static_assert((count) == TS_DTYPE_COUNT, "a dtype is missing here")
+#endif
+
 typedef struct ts_dtype_facts {
     const char *name;
     uint32_t io;    /* bit n: q, k, v and out may be of type n beside a cache of this type */

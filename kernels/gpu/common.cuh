@@ -13,6 +13,7 @@
 extern "C" {
 #include "attention_call.h"
 #include "device.h"
+#include "dtypes.h"
 #include "pieces.h"
 }
 

@@ -6,6 +6,7 @@
 extern "C" {
 #include "attention.h"
 #include "convert.h"
+#include "dtypes.h"
 #include "gpu.h"
 #include "shape.h"
 #include "tsbench.h"
@@ -68,6 +69,7 @@ __device__ uint32_t mix(uint64_t x)
     return (uint32_t)(x >> 32);
 }
 
+TS_KNOWS_DTYPES(4);
 /* Random numbers in -1..1, of the type. */
 __global__ void fill(void *to, size_t n, ts_dtype dtype, uint64_t seed)
 {

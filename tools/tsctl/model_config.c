@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "model_config.h"
 
+#include "dtypes.h"
 #include "plain_text.h"
 
 #include <errno.h>
@@ -156,6 +157,7 @@ static void read_heads(reading *r, ts_geometry *g)
     check_same(r, "num_global_key_value_heads", g->kv_heads);
 }
 
+TS_KNOWS_DTYPES(4);
 static void read_dtype(reading *r, model_config *m)
 {
     static const struct {

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include "dtypes.h"
 #include "model_config.h"
 #include "plain_text.h"
 #include "tsctl.h"
@@ -73,6 +74,7 @@ static uint64_t read_number(const char *name, const char *arg, bool size, uint64
     return n << shift;
 }
 
+TS_KNOWS_DTYPES(4); /* in the help and in the completion, too */
 static int read_dtype(const char *arg, struct argp_state *state)
 {
     for (int i = 0; ts_dtype_name((ts_dtype)i) != NULL; i++)

@@ -432,6 +432,7 @@ static ts_dtype order_of(const ts_geometry *g)
                                                                           : g->dtype;
 }
 
+TS_KNOWS_DTYPES(4);
 static void run_item(const ts_attention_item *item, const ts_attention_scratch *scratch)
 {
     switch ((int)order_of(&item->call->geometry)) {

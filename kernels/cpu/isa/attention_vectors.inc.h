@@ -6,6 +6,8 @@
  */
 #include "attention_item.h"
 
+#include "dtypes.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -227,6 +229,7 @@ INLINE vu nans_of(const unsigned char *row, uint32_t bytes)
     return (vu)(found & 0x80);
 }
 
+TS_KNOWS_DTYPES(4);
 /* VL elements from place d of a cache row, as floats. */
 INLINE vf load_cache(ts_dtype dtype, const unsigned char *row, uint32_t d)
 {

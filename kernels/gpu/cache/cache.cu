@@ -88,6 +88,7 @@ static bool copies_vectors(const gpu_call &c, ts_dtype dtype)
     return c.io == (uint32_t)dtype && c.rope.theta == 0 && all % 16 == 0;
 }
 
+TS_KNOWS_DTYPES(4);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
     const bool loads = c.num_items == 0;

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(CHUNKED_THREADS) chunked(const __grid_constant
         io_store<T>(c, s.out, row + lane + lanes, acc[1] * factor);
 }
 
+TS_KNOWS_DTYPES(4);
 template <typename Reduce>
 cudaError_t launch_chunked(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {

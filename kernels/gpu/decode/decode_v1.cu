@@ -113,6 +113,7 @@ template <typename T> cudaError_t launch(const gpu_call &c, cudaStream_t stream)
 
 } // namespace
 
+TS_KNOWS_DTYPES(4);
 cudaError_t launch_v1(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
     return dtype == TS_DTYPE_FP32   ? launch<float>(c, stream)

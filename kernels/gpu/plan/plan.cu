@@ -11,6 +11,7 @@
 namespace
 {
 
+TS_KNOWS_DTYPES(4);
 ts_gpu_kernel wgmma_kernel(const ts_gpu_plan *p, bool varied)
 {
     uint32_t head_dim = p->geometry.head_dim;

@@ -165,6 +165,7 @@ template <typename T> ts_gpu_kernel kernel_of(uint32_t head_dim)
 
 } // namespace
 
+TS_KNOWS_DTYPES(4);
 ts_gpu_kernel tile_kernel(uint32_t head_dim, ts_dtype dtype)
 {
     return dtype == TS_DTYPE_FP32   ? kernel_of<float>(head_dim)
