@@ -103,6 +103,14 @@ def test_documents_name_what_the_daemon_serves(metrics):
     assert found > 8
 
 
+def test_what_the_daemon_serves_is_named_by_a_document_a_panel_or_an_alert(metrics):
+    said = "".join(d.read_text() for d in (*DOCUMENTS.glob("*.md"), FOLDER / "alerts.yml",
+                                           FOLDER / "dashboard.json"))
+    named = {re.sub("_(bucket|sum|count)$", "", name)
+             for name in re.findall(r"\btinyserve_\w+", said)}
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in metrics} - {"up"} <= named
+
+
 def test_the_configuration_of_the_page_for_kubernetes_is_one(tmp_path):
     page = (DOCUMENTS / "kubernetes.md").read_text()
     block = re.search(r"  tinyserved.conf: \|\n((?: {4}.*\n)+)", page)[1]
