@@ -54,7 +54,7 @@ static void no_field_of_a_record_was_forgotten(void **state)
         free(is_field);
         if (others != expected[t])
             fail_msg("%s: %u bytes are no field's, where %u are pointers or lie between fields: "
-                     "add what is new to records.c",
+                     "add what is new to records.c, or its alignment to this number",
                      type->name, others, expected[t]);
     }
 }
