@@ -52,6 +52,12 @@ static inline bool ts_attention_same_variant(const ts_attention_variant *a,
            ts_rope_same(&a->rope, &b->rope);
 }
 
+/* Whether something happens to scores beside scaling and hiding. */
+static inline bool ts_attention_is_varied(const ts_attention_variant *v, const float *alibi)
+{
+    return v->soft_cap > 0 || alibi != NULL;
+}
+
 /* TS_EINVAL with a sentence in `why`: scale, soft cap or theta is negative or not finite, or the
  * rotary embedding doesn't fit the heads. */
 ts_status ts_attention_variant_check(const ts_attention_variant *variant, uint32_t head_dim,

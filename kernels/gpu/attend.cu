@@ -219,12 +219,12 @@ cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, bool varied, u
                             arguments, kernel.bytes, stream);
 }
 
-/* Whether something happens to scores beside scaling by a positive factor. */
-bool is_varied(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+/* Whether something happens to scores of a run beside scaling by a positive factor. */
+bool any_is_varied(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
-    bool varied = c.cap_log2 > 0 || !(c.scale_log2 > 0);
+    bool varied = !(c.scale_log2 > 0);
     for (uint32_t i = 0; i < num_runs; i++)
-        varied = varied || runs[i].alibi != NULL;
+        varied = varied || is_varied(c, runs[i].alibi);
     return varied;
 }
 
@@ -337,7 +337,7 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
             continue;
         }
         float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);
-        error = launch_wgmma(c, p, is_varied(c, runs, num_runs), tickets_of(l, p),
+        error = launch_wgmma(c, p, any_is_varied(c, runs, num_runs), tickets_of(l, p),
                              (float4 *)(p->persistent ? p->own_folds : folds), l->stream);
     }
     return error;

@@ -156,6 +156,13 @@ __device__ inline float slope_of(const gpu_seq &s, uint32_t head)
     return s.alibi == NULL ? 0 : s.alibi[head] * 1.4426950408889634f;
 }
 
+/* Whether modify_score does anything. wgmma.cuh says it for itself: with a call of this its code
+ * comes out differently. */
+__host__ __device__ inline bool is_varied(const gpu_call &c, const float *const &alibi)
+{
+    return c.cap_log2 > 0 || alibi != NULL;
+}
+
 /* What becomes of a scaled score (attention.h: ts_attention_variant), hiding aside. CAPPED false:
  * there is no soft cap, for a kernel that waits for each load: none is started ahead of a branch.
  */

@@ -72,7 +72,7 @@ INLINE void attend_tile(ts_dtype dtype, const ts_attention_item *item,
                         const fetch *next)
 {
     const ts_attention_variant *variant = &item->call->variant;
-    const bool varied = variant->soft_cap > 0 || item->seq->alibi != NULL;
+    const bool varied = ts_attention_is_varied(variant, item->seq->alibi);
     const uint32_t head_dim = item->call->geometry.head_dim;
     const uint32_t padded = ts_attention_padded(head_dim);
     const uint32_t group = item->call->heads / item->call->geometry.kv_heads;

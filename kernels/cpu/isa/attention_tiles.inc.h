@@ -68,7 +68,7 @@ INLINE void attend_whole(const ts_attention_item *item, uint32_t h, const span *
                          const ts_amx_rows *v, const ts_amx_rows *next_k)
 {
     const ts_attention_call *call = item->call;
-    const bool varied = call->variant.soft_cap > 0 || item->seq->alibi != NULL;
+    const bool varied = ts_attention_is_varied(&call->variant, item->seq->alibi);
     const uint32_t head_dim = call->geometry.head_dim, padded = ts_attention_padded(head_dim);
     const uint32_t group = call->heads / call->geometry.kv_heads, rows = item->q_count * group;
     const uint32_t first = item->seq->kv_tokens - item->seq->q_tokens + item->q_first;

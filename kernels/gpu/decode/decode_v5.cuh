@@ -242,7 +242,7 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
             position[e] = j.past + query_of(c, row);
             from[e] = first_key(c, position[e]);
         }
-        bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
+        bool varied = is_varied(c, j.s.alibi);
         float scale = score_scale<T>(c, j);
         uint32_t to_k = k_place(), to_v = v_place();
 

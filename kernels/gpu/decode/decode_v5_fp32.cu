@@ -64,7 +64,7 @@ template <int DIM, int ROWS> struct lane_kernel {
                                       x[3] * c.scale_log2);
             }
         }
-        bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
+        bool varied = is_varied(c, j.s.alibi);
 
         for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
              tile += WARPS * TOKENS) {

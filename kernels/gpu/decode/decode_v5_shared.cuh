@@ -129,7 +129,7 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
                                      uint32_t q, lane_sums *l)
     {
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        bool varied = c.cap_log2 > 0 || j.s.alibi != NULL;
+        bool varied = is_varied(c, j.s.alibi);
         float scale = score_scale<T>(c, j);
         uint32_t to_k = narrow::k_place(), to_v = narrow::v_place();
         q += q_rows::place(lane % 8, lane / 8);

@@ -272,7 +272,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
         uint32_t high = j.past + query_of(c, j.first + min(first_row + WARP_ROWS, j.rows) - 1);
         uint32_t seen_from = first_key(c, low), clear_from = first_key(c, high);
         /* Scores are scaled in the exponent, unless something else happens to them before. */
-        bool varied = c.cap_log2 > 0 || j.s.alibi != NULL || !(c.scale_log2 > 0);
+        bool varied = is_varied(c, j.s.alibi) || !(c.scale_log2 > 0);
         float unit = varied ? 1 : score_scale<T>(c, j);
         uint32_t q_at = shared_address(shared) + q_rows::place(first_row + lane % 16, lane / 16);
         uint32_t k_place = rows::place(part * OURS + lane % 8 + lane / 16 * 8, lane / 8 % 2);
