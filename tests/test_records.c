@@ -1,6 +1,7 @@
-/* Records: what the journal and snapshots store of the engine's state, field by field. */
+/* What the journal and snapshots store: the engine's state field by field, and commands. */
 #include "test_util.h"
 
+#include "command_codec.h"
 #include "records.h"
 
 /* Another version wrote it, which has a field that this one lacks, and lacks one of its. */
@@ -59,9 +60,71 @@ static void no_field_of_a_record_was_forgotten(void **state)
     }
 }
 
+static void every_command_has_a_row(void **state)
+{
+    (void)state;
+    for (uint32_t op = 1; op < TS_OP_COUNT; op++)
+        if (!ts_command_is_known(op))
+            fail_msg("command %u: add it to command_codec.c", op);
+    assert_false(ts_command_is_known(0));
+    assert_false(ts_command_is_known(TS_OP_COUNT));
+}
+
+/* The command as the journal gives it back. */
+static ts_command stored(const ts_command *c, unsigned char *bytes, size_t room)
+{
+    static ts_command_room outside;
+    ts_command read;
+    assert_true(ts_command_bytes(c) <= room);
+    memset(bytes, 0xa5, room);
+    ts_command_write(c, bytes);
+    assert_true(ts_command_read(bytes, ts_command_bytes(c), &outside, &read));
+    assert_int_equal(read.op, c->op);
+    return read;
+}
+
+static void what_a_command_points_to_is_stored_with_it(void **state)
+{
+    (void)state;
+    unsigned char bytes[1024];
+    const uint32_t counts[] = {2, 0, 3}, tokens[] = {7, 8, 9, 10, 11};
+    const uint64_t seqs[] = {5, 6};
+    ts_command c = {.op = TS_OP_SEQ_MATCH,
+                    .seq_match = {.counts = counts, .tokens = tokens, .count = 3, .dry = true}};
+    c.seq_match.space = (ts_space_name){"space", 5};
+    assert_true(ts_command_only_looks(&c));
+    ts_command is = stored(&c, bytes, sizeof bytes);
+    assert_int_equal(is.seq_match.count, 3);
+    assert_memory_equal(is.seq_match.counts, counts, sizeof counts);
+    assert_memory_equal(is.seq_match.tokens, tokens, sizeof tokens);
+    assert_memory_equal(is.seq_match.space.bytes, "space", 5);
+
+    c = (ts_command){.op = TS_OP_SEQ_TRUNCATE,
+                     .seq_batch = {.seqs = seqs, .lengths = tokens, .count = 2}};
+    is = stored(&c, bytes, sizeof bytes);
+    assert_memory_equal(is.seq_batch.seqs, seqs, sizeof seqs);
+    assert_memory_equal(is.seq_batch.lengths, tokens, 2 * sizeof *tokens);
+
+    c = (ts_command){.op = TS_OP_SEQ_KEEP, .seq_keep = {.seq = 3, .name = "name"}};
+    is = stored(&c, bytes, sizeof bytes);
+    assert_string_equal(is.seq_keep.name, "name");
+    assert_false(ts_command_only_looks(&c));
+
+    c = (ts_command){.op = TS_OP_STEP_BEGIN,
+                     .step_begin = {.seqs = seqs, .new_tokens = counts, .count = 2}};
+    is = stored(&c, bytes, sizeof bytes);
+    assert_memory_equal(is.step_begin.new_tokens, counts, 2 * sizeof *counts);
+    assert_null(is.step_begin.tokens); /* no ids are known */
+    c.step_begin.tokens = tokens;
+    is = stored(&c, bytes, sizeof bytes);
+    assert_memory_equal(is.step_begin.tokens, tokens, 2 * sizeof *tokens);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_command_has_a_row),
+        cmocka_unit_test(what_a_command_points_to_is_stored_with_it),
         cmocka_unit_test(a_snapshot_of_other_fields_is_read),
         cmocka_unit_test(no_field_of_a_record_was_forgotten),
     };

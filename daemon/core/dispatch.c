@@ -11,7 +11,7 @@ typedef enum needs { NOTHING, SESSION, POOL /* a session that has opened it */ }
 static const struct operation {
     needs needs;
     ts_engine_op *apply; /* NULL: there is no such command */
-} operations[] = {
+} operations[TS_OP_COUNT] = {
     [TS_OP_SESSION_OPEN] = {NOTHING, ts_engine_session_open},
     [TS_OP_SESSION_CLOSE] = {SESSION, ts_engine_session_close},
     [TS_OP_SESSION_GONE] = {NOTHING, ts_engine_session_gone},
@@ -90,7 +90,7 @@ static void set_time(ts_engine *e, uint64_t now_ms)
 void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *answer)
 {
     memset(answer, 0, sizeof *answer);
-    if ((size_t)c->op >= sizeof operations / sizeof *operations || operations[c->op].apply == NULL)
+    if ((size_t)c->op >= TS_OP_COUNT || operations[c->op].apply == NULL)
         return ts_refuse(answer, TS_EINVAL, "there is no command %d", (int)c->op);
     const struct operation *operation = &operations[c->op];
     set_time(e, c->now_ms);

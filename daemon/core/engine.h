@@ -88,6 +88,7 @@ typedef enum ts_op {
     TS_OP_SESSION_BACK, /* ... this one has */
     TS_OP_BLOCK_LOST, /* a block doesn't hold what was stored in it: it is forgotten, what had it is
                        * freed, and its steps are aborted */
+    TS_OP_COUNT
 } ts_op;
 
 typedef struct ts_engine_limits {

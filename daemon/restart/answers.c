@@ -38,17 +38,11 @@ static bool is_kept(const ts_command *c)
            c->op != TS_OP_POOL_OPEN && !ts_command_only_looks(c);
 }
 
-static bool has_ids_alone(uint32_t op)
-{
-    return op == TS_OP_SEQ_CREATE || op == TS_OP_SEQ_FORK || op == TS_OP_SEQ_SELECT ||
-           op == TS_OP_SEQ_ATTACH || op == TS_OP_SEQ_REDEEM;
-}
-
 /* Bytes of the arrays of a kept answer. */
 static uint64_t bytes_of(const ts_stored_answer *h)
 {
     const uint64_t id = sizeof(uint64_t), word = sizeof(uint32_t);
-    if (has_ids_alone(h->op))
+    if (ts_command_answers_ids(h->op))
         return h->count * id;
     if (h->op == TS_OP_SEQ_MATCH)
         return h->count * (id + 2 * word);
@@ -86,7 +80,7 @@ static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
 {
     const ts_asker by = asker_of(c);
     ts_stored_answer h = {.session = by.session, .call = by.call, .op = c->op, .pool = c->pool};
-    if (has_ids_alone(c->op)) {
+    if (ts_command_answers_ids(c->op)) {
         h.count = answer->seqs.count;
         h.length = answer->seqs.length;
     } else if (c->op == TS_OP_SEQ_MATCH) {
@@ -118,7 +112,7 @@ bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer
     *kept = (ts_kept_answer){h, bytes};
     const parts p = parts_of(&h, bytes);
     const uint64_t n = h.count;
-    if (has_ids_alone(h.op)) {
+    if (ts_command_answers_ids(h.op)) {
         copy(p.ids, answer->seqs.seqs, n * sizeof *p.ids);
     } else if (h.op == TS_OP_SEQ_MATCH) {
         copy(p.ids, answer->matched.seqs, n * sizeof *p.ids);
@@ -145,7 +139,7 @@ bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_
         return false;
     const parts p = parts_of(h, kept->bytes);
     *answer = (ts_answer){.status = TS_OK};
-    if (has_ids_alone(h->op)) {
+    if (ts_command_answers_ids(h->op)) {
         answer->seqs.seqs = p.ids;
         answer->seqs.count = h->count;
         answer->seqs.length = h->length;

@@ -14,54 +14,127 @@ typedef struct head {
     uint64_t array_bytes[TS_COMMAND_ARRAYS];
 } head;
 
-#define BODY(member) (uint32_t)sizeof(((ts_command *)0)->member)
-#define AT(member) (uint16_t) offsetof(ts_command, member)
+/* How many elements an array has, in which the command's own fields say it. */
+typedef enum array_kind {
+    NO_ARRAY,
+    A_TEXT,   /* up to its NUL */
+    A_STRUCT, /* one of them */
+    A_LIST,   /* as many as a uint32_t says */
+    A_SUM,    /* as many as the numbers of another array, of which a uint32_t says how many */
+    A_SPACE,  /* a ts_space_name's bytes */
+} array_kind;
 
-/* Of each command: its struct, and where in it the pointers are. */
+typedef struct array {
+    array_kind kind;
+    uint16_t at; /* of the pointer to it, in the command */
+    uint16_t element_bytes, count_at, counts_at;
+} array;
+
+#define AT(member) (uint16_t) offsetof(ts_command, member)
+#define ELEMENT(member) (uint16_t)sizeof(*((ts_command *)0)->member)
+#define TEXT(member)                                                                               \
+    {                                                                                              \
+        A_TEXT, AT(member), 1, 0, 0                                                                \
+    }
+#define STRUCT(member)                                                                             \
+    {                                                                                              \
+        A_STRUCT, AT(member), ELEMENT(member), 0, 0                                                \
+    }
+#define LIST(member, count)                                                                        \
+    {                                                                                              \
+        A_LIST, AT(member), ELEMENT(member), AT(count), 0                                          \
+    }
+#define SUM(member, counts, count)                                                                 \
+    {                                                                                              \
+        A_SUM, AT(member), ELEMENT(member), AT(count), AT(counts)                                  \
+    }
+#define SPACE(member)                                                                              \
+    {                                                                                              \
+        A_SPACE, AT(member.bytes), 1, AT(member.count), 0                                          \
+    }
+#define BODY(member) .is_there = true, .body_bytes = (uint32_t)sizeof(((ts_command *)0)->member)
+#define NO_BODY .is_there = true
+#define POINTS_TO(...) .arrays = {__VA_ARGS__}
+#define IDS .answers_ids = true
+#define LOOKS .only_looks = true
+
+/* Of each command: its struct, what that points to, and what comes of it. */
 static const struct shape {
-    uint32_t body_bytes, num_arrays;
-    uint16_t at[TS_COMMAND_ARRAYS];
-} shapes[] = {
-    [TS_OP_SESSION_OPEN] = {BODY(session_open), 1, {AT(session_open.program)}},
-    [TS_OP_SESSION_CLOSE] = {BODY(session_close), 0, {0}},
-    [TS_OP_EXCHANGE_OPEN] = {BODY(exchange_open), 0, {0}},
-    [TS_OP_POOL_OPEN] = {BODY(pool_open), 1, {AT(pool_open.name)}},
-    [TS_OP_SEQ_CREATE] = {BODY(seq_create), 1, {AT(seq_create.space.bytes)}},
-    [TS_OP_SEQ_FORK] = {BODY(seq_fork), 0, {0}},
-    [TS_OP_SEQ_FREE] = {BODY(seq_batch), 2, {AT(seq_batch.seqs), AT(seq_batch.lengths)}},
-    [TS_OP_SEQ_SELECT] = {BODY(seq_select), 2, {AT(seq_select.seqs), AT(seq_select.from)}},
-    [TS_OP_SEQ_TRUNCATE] = {BODY(seq_batch), 2, {AT(seq_batch.seqs), AT(seq_batch.lengths)}},
-    [TS_OP_SEQ_KEEP] = {BODY(seq_keep), 1, {AT(seq_keep.name)}},
-    [TS_OP_SEQ_ATTACH] = {BODY(seq_keep), 1, {AT(seq_keep.name)}},
-    [TS_OP_SEQ_LENGTHS] = {BODY(seq_batch), 1, {AT(seq_batch.seqs)}},
-    [TS_OP_SEQ_BLOCKS] = {BODY(seq_blocks), 0, {0}},
+    bool is_there;
+    uint32_t body_bytes;
+    array arrays[TS_COMMAND_ARRAYS];
+    bool answers_ids; /* sequences, and nothing else */
+    bool only_looks;  /* changes nothing but the engine's time */
+} shapes[TS_OP_COUNT] = {
+    [TS_OP_SESSION_OPEN] = {BODY(session_open), POINTS_TO(TEXT(session_open.program))},
+    [TS_OP_SESSION_CLOSE] = {BODY(session_close)},
+    [TS_OP_SESSION_GONE] = {NO_BODY},
+    [TS_OP_EXCHANGE_OPEN] = {BODY(exchange_open)},
+    [TS_OP_POOL_OPEN] = {BODY(pool_open), POINTS_TO(TEXT(pool_open.name))},
+    [TS_OP_POOL_CLOSE] = {NO_BODY},
+    [TS_OP_SEQ_CREATE] = {BODY(seq_create), POINTS_TO(SPACE(seq_create.space)), IDS},
+    [TS_OP_SEQ_FORK] = {BODY(seq_fork), IDS},
+    [TS_OP_SEQ_FREE] = {BODY(seq_batch), POINTS_TO(LIST(seq_batch.seqs, seq_batch.count))},
+    [TS_OP_SEQ_SELECT] = {BODY(seq_select),
+                          POINTS_TO(LIST(seq_select.seqs, seq_select.count),
+                                    LIST(seq_select.from, seq_select.picked)),
+                          IDS},
+    [TS_OP_POOL_ROOM] = {NO_BODY, LOOKS},
+    [TS_OP_SEQ_TRUNCATE] = {BODY(seq_batch), POINTS_TO(LIST(seq_batch.seqs, seq_batch.count),
+                                                       LIST(seq_batch.lengths, seq_batch.count))},
+    [TS_OP_SEQ_KEEP] = {BODY(seq_keep), POINTS_TO(TEXT(seq_keep.name))},
+    [TS_OP_SEQ_ATTACH] = {BODY(seq_keep), POINTS_TO(TEXT(seq_keep.name)), IDS},
+    [TS_OP_SEQ_LENGTHS] = {BODY(seq_batch), POINTS_TO(LIST(seq_batch.seqs, seq_batch.count)),
+                           LOOKS},
+    [TS_OP_SEQ_BLOCKS] = {BODY(seq_blocks), LOOKS},
     [TS_OP_SEQ_MATCH] = {BODY(seq_match),
-                         3,
-                         {AT(seq_match.counts), AT(seq_match.tokens), AT(seq_match.space.bytes)}},
-    [TS_OP_SEQ_TICKET] = {BODY(seq_ticket), 0, {0}},
-    [TS_OP_SEQ_REDEEM] = {BODY(seq_redeem), 0, {0}},
-    [TS_OP_SEQ_LIST] = {BODY(seq_list), 2, {AT(seq_list.prefix), AT(seq_list.after)}},
-    [TS_OP_STEP_BEGIN] = {BODY(step_begin),
-                          3,
-                          {AT(step_begin.seqs), AT(step_begin.new_tokens), AT(step_begin.tokens)}},
-    [TS_OP_STEP_RUN] = {BODY(step_run), 0, {0}},
-    [TS_OP_STEP_COMMIT] = {BODY(step_end), 1, {AT(step_end.accepted)}},
-    [TS_OP_STEP_ABORT] = {BODY(step_end), 1, {AT(step_end.accepted)}},
-    [TS_OP_STEP_DONE] = {BODY(step_done), 0, {0}},
-    [TS_OP_SLAB_GRANT] = {BODY(slab_grant), 0, {0}},
-    [TS_OP_SEQ_REMOVE] = {BODY(seq_remove), 0, {0}},
-    [TS_OP_POOL_ADD] = {BODY(pool_add), 1, {AT(pool_add.config)}},
-    [TS_OP_POOL_RESIZE] = {BODY(pool_resize), 0, {0}},
-    [TS_OP_POOL_QUOTAS] = {BODY(pool_quotas), 1, {AT(pool_quotas.config)}},
-    [TS_OP_LIMITS] = {BODY(limits), 1, {AT(limits.limits)}},
-    [TS_OP_DRAIN] = {BODY(drain), 0, {0}},
-    [TS_OP_CACHE_DROP] = {BODY(cache_drop), 1, {AT(cache_drop.space.bytes)}},
-    [TS_OP_CACHE_SET] = {BODY(cache_set), 0, {0}},
-    [TS_OP_SLAB_LOST] = {BODY(slab_grant), 0, {0}},
-    [TS_OP_BLOCK_LOST] = {BODY(block_lost), 0, {0}},
-    [TS_OP_RESTARTED] = {BODY(restarted), 0, {0}},
-    [TS_OP_SESSION_BACK] = {0, 0, {0}}, /* the last */
+                         POINTS_TO(LIST(seq_match.counts, seq_match.count),
+                                   SUM(seq_match.tokens, seq_match.counts, seq_match.count),
+                                   SPACE(seq_match.space))},
+    [TS_OP_SEQ_TICKET] = {BODY(seq_ticket)},
+    [TS_OP_SEQ_REDEEM] = {BODY(seq_redeem), IDS},
+    [TS_OP_SEQ_LIST] = {BODY(seq_list), POINTS_TO(TEXT(seq_list.prefix), TEXT(seq_list.after)),
+                        LOOKS},
+    [TS_OP_STEP_BEGIN] = {BODY(step_begin), POINTS_TO(LIST(step_begin.seqs, step_begin.count),
+                                                      LIST(step_begin.new_tokens, step_begin.count),
+                                                      SUM(step_begin.tokens, step_begin.new_tokens,
+                                                          step_begin.count))},
+    [TS_OP_STEP_RUN] = {BODY(step_run)},
+    [TS_OP_STEP_COMMIT] = {BODY(step_end), POINTS_TO(LIST(step_end.accepted, step_end.count))},
+    [TS_OP_STEP_ABORT] = {BODY(step_end), POINTS_TO(LIST(step_end.accepted, step_end.count))},
+    [TS_OP_STEP_DONE] = {BODY(step_done)},
+    [TS_OP_SLAB_GRANT] = {BODY(slab_grant)},
+    [TS_OP_SEQ_REMOVE] = {BODY(seq_remove)},
+    [TS_OP_POOL_ADD] = {BODY(pool_add), POINTS_TO(STRUCT(pool_add.config))},
+    [TS_OP_POOL_REMOVE] = {NO_BODY},
+    [TS_OP_POOL_RESIZE] = {BODY(pool_resize)},
+    [TS_OP_POOL_QUOTAS] = {BODY(pool_quotas), POINTS_TO(STRUCT(pool_quotas.config))},
+    [TS_OP_LIMITS] = {BODY(limits), POINTS_TO(STRUCT(limits.limits))},
+    [TS_OP_DRAIN] = {BODY(drain)},
+    [TS_OP_CACHE_DROP] = {BODY(cache_drop), POINTS_TO(SPACE(cache_drop.space))},
+    [TS_OP_CACHE_SET] = {BODY(cache_set)},
+    [TS_OP_SWEEP] = {NO_BODY},
+    [TS_OP_WAIT_END] = {NO_BODY},
+    [TS_OP_SLAB_LOST] = {BODY(slab_grant)},
+    [TS_OP_RESTARTED] = {BODY(restarted)},
+    [TS_OP_SESSION_BACK] = {NO_BODY},
+    [TS_OP_BLOCK_LOST] = {BODY(block_lost)},
 };
+
+bool ts_command_is_known(uint32_t op)
+{
+    return op < TS_OP_COUNT && shapes[op].is_there;
+}
+
+bool ts_command_answers_ids(uint32_t op)
+{
+    return op < TS_OP_COUNT && shapes[op].answers_ids;
+}
+
+bool ts_command_only_looks(const ts_command *c)
+{
+    return shapes[c->op].only_looks || (c->op == TS_OP_SEQ_MATCH && c->seq_match.dry);
+}
 
 static void *member(ts_command *c, uint16_t at)
 {
@@ -75,86 +148,49 @@ static const void *pointer_at(const ts_command *c, uint16_t at)
     return pointer;
 }
 
-static uint64_t sum(const uint32_t *counts, uint32_t count)
+static uint32_t count_at(const ts_command *c, uint16_t at)
 {
-    uint64_t all = 0;
-    for (uint32_t i = 0; i < count; i++)
-        all += counts[i];
-    return all;
+    uint32_t count;
+    memcpy(&count, (const unsigned char *)c + at, sizeof count);
+    return count;
 }
 
-static uint64_t text_bytes(const char *text)
+/* How many elements of the array the command points to, whose pointer isn't NULL. */
+static uint64_t elements_of(const ts_command *c, const array *a)
 {
-    return text == NULL ? 0 : strlen(text) + 1;
+    const uint32_t *counts;
+    uint64_t all = 0;
+    size_t bytes;
+    switch (a->kind) {
+    case A_TEXT:
+        return strlen(pointer_at(c, a->at)) + 1;
+    case A_STRUCT:
+        return 1;
+    case A_LIST:
+        return count_at(c, a->count_at);
+    case A_SUM:
+        counts = pointer_at(c, a->counts_at);
+        for (uint32_t i = 0; i < count_at(c, a->count_at); i++)
+            all += counts[i];
+        return all;
+    case A_SPACE:
+        memcpy(&bytes, (const unsigned char *)c + a->count_at, sizeof bytes);
+        return bytes;
+    case NO_ARRAY:
+        break;
+    }
+    return 0;
 }
 
 /* Bytes of each array, in the order of its shape. */
 static void sizes_of(const ts_command *c, uint64_t bytes[TS_COMMAND_ARRAYS])
 {
-    const uint64_t word = sizeof(uint32_t), id = sizeof(uint64_t);
-    switch ((int)c->op) { /* the others have none */
-    case TS_OP_SESSION_OPEN:
-        bytes[0] = text_bytes(c->session_open.program);
-        break;
-    case TS_OP_POOL_OPEN:
-        bytes[0] = text_bytes(c->pool_open.name);
-        break;
-    case TS_OP_SEQ_CREATE:
-        bytes[0] = c->seq_create.space.count;
-        break;
-    case TS_OP_SEQ_MATCH:
-        bytes[0] = c->seq_match.count * word;
-        bytes[1] = sum(c->seq_match.counts, c->seq_match.count) * word;
-        bytes[2] = c->seq_match.space.count;
-        break;
-    case TS_OP_SEQ_FREE:
-    case TS_OP_SEQ_LENGTHS:
-        bytes[0] = c->seq_batch.count * id;
-        bytes[1] = 0;
-        break;
-    case TS_OP_SEQ_TRUNCATE:
-        bytes[0] = c->seq_batch.count * id;
-        bytes[1] = c->seq_batch.count * word;
-        break;
-    case TS_OP_SEQ_SELECT:
-        bytes[0] = c->seq_select.count * id;
-        bytes[1] = c->seq_select.picked * word;
-        break;
-    case TS_OP_SEQ_KEEP:
-    case TS_OP_SEQ_ATTACH:
-        bytes[0] = text_bytes(c->seq_keep.name);
-        break;
-    case TS_OP_SEQ_LIST:
-        bytes[0] = text_bytes(c->seq_list.prefix);
-        bytes[1] = text_bytes(c->seq_list.after);
-        break;
-    case TS_OP_STEP_BEGIN:
-        bytes[0] = c->step_begin.count * id;
-        bytes[1] = c->step_begin.count * word;
-        bytes[2] = c->step_begin.tokens == NULL
-                       ? 0
-                       : sum(c->step_begin.new_tokens, c->step_begin.count) * word;
-        break;
-    case TS_OP_STEP_COMMIT:
-    case TS_OP_STEP_ABORT:
-        bytes[0] = c->step_end.count * word;
-        break;
-    case TS_OP_POOL_ADD:
-    case TS_OP_POOL_QUOTAS:
-        bytes[0] = sizeof(ts_pool_config);
-        break;
-    case TS_OP_LIMITS:
-        bytes[0] = sizeof(ts_engine_limits);
-        break;
-    case TS_OP_CACHE_DROP:
-        bytes[0] = c->cache_drop.space.count;
-        break;
-    default:
-        break;
-    }
-    for (uint32_t i = 0; i < shapes[c->op].num_arrays; i++)
-        if (pointer_at(c, shapes[c->op].at[i]) == NULL)
-            bytes[i] = ABSENT;
+    const array *arrays = shapes[c->op].arrays;
+    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS; i++)
+        bytes[i] = arrays[i].kind == NO_ARRAY ? 0
+                   : pointer_at(c, arrays[i].at) == NULL
+                       ? ABSENT
+                       : elements_of(c, &arrays[i]) * arrays[i].element_bytes;
 }
 
 static uint64_t padded(uint64_t bytes)
@@ -166,7 +202,7 @@ size_t ts_command_bytes(const ts_command *c)
 {
     uint64_t sizes[TS_COMMAND_ARRAYS], bytes = sizeof(head) + padded(shapes[c->op].body_bytes);
     sizes_of(c, sizes);
-    for (uint32_t i = 0; i < shapes[c->op].num_arrays; i++)
+    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS; i++)
         bytes += padded(sizes[i]);
     return bytes;
 }
@@ -186,9 +222,9 @@ void ts_command_write(const ts_command *c, void *out)
     at += sizeof h;
     memcpy(at, &c->session_open, h.body_bytes); /* where each of the structs begins */
     at += padded(h.body_bytes);
-    for (uint32_t i = 0; i < shape->num_arrays; i++) {
+    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS && shape->arrays[i].kind != NO_ARRAY; i++) {
         if (h.array_bytes[i] != ABSENT)
-            memcpy(at, pointer_at(c, shape->at[i]), h.array_bytes[i]);
+            memcpy(at, pointer_at(c, shape->arrays[i].at), h.array_bytes[i]);
         at += padded(h.array_bytes[i]);
     }
 }
@@ -221,8 +257,8 @@ bool ts_command_read(const void *in, size_t bytes, ts_command_room *room, ts_com
     if (bytes < sizeof h)
         return false;
     memcpy(&h, at, sizeof h);
-    if (h.op == 0 || h.op >= sizeof shapes / sizeof *shapes ||
-        h.body_bytes > shapes[h.op].body_bytes || padded(h.body_bytes) > bytes - sizeof h)
+    if (!ts_command_is_known(h.op) || h.body_bytes > shapes[h.op].body_bytes ||
+        padded(h.body_bytes) > bytes - sizeof h)
         return false;
     *c = (ts_command){.op = (ts_op)h.op,
                       .session = h.session,
@@ -234,12 +270,12 @@ bool ts_command_read(const void *in, size_t bytes, ts_command_room *room, ts_com
     at += sizeof h;
     memcpy(&c->session_open, at, h.body_bytes);
     at += padded(h.body_bytes);
-    for (uint32_t i = 0; i < shape->num_arrays; i++) {
+    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS && shape->arrays[i].kind != NO_ARRAY; i++) {
         if (h.array_bytes[i] != ABSENT &&
             (h.array_bytes[i] > left || padded(h.array_bytes[i]) > left))
             return false;
         const void *pointer = target(c, at, h.array_bytes[i], room);
-        memcpy(member(c, shape->at[i]), &pointer, sizeof pointer);
+        memcpy(member(c, shape->arrays[i].at), &pointer, sizeof pointer);
         at += padded(h.array_bytes[i]);
         left -= padded(h.array_bytes[i]);
     }
@@ -256,6 +292,8 @@ uint32_t ts_command_digest(const ts_command *c, const ts_answer *answer)
     uint64_t h = mix(c->op, &answer->status, sizeof answer->status);
     if (answer->status != TS_OK)
         return (uint32_t)h;
+    if (shapes[c->op].answers_ids)
+        h = mix(h, answer->seqs.seqs, answer->seqs.count * sizeof *answer->seqs.seqs);
     switch ((int)c->op) { /* the others have none */
     case TS_OP_SESSION_OPEN:
         h = mix(h, &answer->session, sizeof answer->session);
@@ -263,13 +301,6 @@ uint32_t ts_command_digest(const ts_command *c, const ts_answer *answer)
     case TS_OP_POOL_OPEN:
     case TS_OP_POOL_ADD:
         h = mix(h, &answer->pool, sizeof answer->pool);
-        break;
-    case TS_OP_SEQ_CREATE:
-    case TS_OP_SEQ_FORK:
-    case TS_OP_SEQ_SELECT:
-    case TS_OP_SEQ_ATTACH:
-    case TS_OP_SEQ_REDEEM:
-        h = mix(h, answer->seqs.seqs, answer->seqs.count * sizeof *answer->seqs.seqs);
         break;
     case TS_OP_SEQ_MATCH:
         h = mix(h, answer->matched.seqs,
@@ -289,10 +320,4 @@ uint32_t ts_command_digest(const ts_command *c, const ts_answer *answer)
         break;
     }
     return (uint32_t)h;
-}
-
-bool ts_command_only_looks(const ts_command *c)
-{
-    return c->op == TS_OP_POOL_ROOM || c->op == TS_OP_SEQ_LENGTHS || c->op == TS_OP_SEQ_BLOCKS ||
-           c->op == TS_OP_SEQ_LIST || (c->op == TS_OP_SEQ_MATCH && c->seq_match.dry);
 }

@@ -31,6 +31,11 @@ bool ts_command_read(const void *in, size_t bytes, ts_command_room *room, ts_com
  * blocks and lengths that were told. */
 uint32_t ts_command_digest(const ts_command *command, const ts_answer *answer);
 
+/* Whether there is such a command, as far as its bytes go; whether its answer has the ids of
+ * sequences, and nothing else (ts_answer.seqs). */
+bool ts_command_is_known(uint32_t op);
+bool ts_command_answers_ids(uint32_t op);
+
 /* Whether the command only looks: it changes nothing but the engine's time. */
 bool ts_command_only_looks(const ts_command *command);
 
