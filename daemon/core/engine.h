@@ -460,11 +460,11 @@ void ts_refuse_more(ts_answer *answer, ts_status status, uint64_t used, uint64_t
 /* Makes room for `count` things of `bytes` in *memory, which may move. False: no memory. */
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);
 
-/* Runs of the step that may be in flight: on a GPU, all layers at least. */
 /* Whether it is the session's last run on a stream, asked for again: its answer was lost with an
  * earlier daemon. */
 bool ts_engine_run_is_known(const ts_engine *engine, const ts_command *run);
 
+/* Runs of the step that may be in flight: on a GPU, all layers at least. */
 uint32_t ts_engine_step_runs_max(const ts_engine *engine, const ts_step *step);
 
 /* The tenant's session whose opening had this nonce (not all 0); NULL: there is none. */
