@@ -172,16 +172,39 @@ static void free_after(ts_client *c, ts_pool *p, ts_seq seq)
     DO(status);
 }
 
+enum { BY_CREATE, BY_FORK, BY_MATCH, BY_TICKET, WAYS_TO_MAKE };
+typedef struct ticket {
+    uint8_t bytes[TS_TICKET_BYTES];
+} ticket;
+
+/* Which answer is that of what makes sequences: behind session, pool, parent, and the ticket and
+ * another parent. */
+static const char *making(int how)
+{
+    return how == BY_TICKET ? "answering:6" : "answering:4";
+}
+
+/* A ticket takes the parent with it, so there is another. */
+static void get_ready(ts_client *c, ts_pool *p, int how, ts_seq *parent, ticket *t)
+{
+    if (how != BY_TICKET)
+        return;
+    DO(ts_seq_ticket(p, *parent, 0, t->bytes));
+    DO(ts_seq_create(p, 1, parent));
+}
+
 /* What makes sequences, and isn't answered in time. */
-static ts_status make_in_vain(ts_pool *p, int how, ts_seq parent)
+static ts_status make_in_vain(ts_pool *p, int how, ts_seq parent, const ticket *t)
 {
     const ts_seq_options space = {.size = sizeof(ts_seq_options), .space = "m", .space_bytes = 1};
     ts_seq made[2];
     uint32_t matched;
-    if (how == 0)
+    if (how == BY_CREATE)
         return ts_seq_create(p, 2, made);
-    if (how == 1)
+    if (how == BY_FORK)
         return ts_seq_fork(p, parent, 2, made);
+    if (how == BY_TICKET)
+        return ts_seq_redeem(p, t->bytes, made, NULL);
     return ts_seq_match(p, (uint32_t[]){1, 2, 3}, &(uint32_t){3}, 1, &space, made, &matched);
 }
 
@@ -189,16 +212,18 @@ static ts_status make_in_vain(ts_pool *p, int how, ts_seq parent)
 static void sequences_whose_making_was_given_up_are_freed(void **state)
 {
     (void)state;
-    for (int turn = 0; turn < 6; turn++) {
+    for (int turn = 0; turn < 2 * WAYS_TO_MAKE; turn++) {
         daemon_process d;
         ts_seq parent;
-        setenv("TS_TEST_STOP", "answering:4", 1); /* of session, pool, parent, what is made */
+        ticket t;
+        setenv("TS_TEST_STOP", making(turn / 2), 1);
         start(&d, POOL, NULL);
         unsetenv("TS_TEST_STOP");
         ts_client *c = connect_briefly(&d, (ts_transport)(TS_TRANSPORT_RING + turn % 2));
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &parent));
-        assert_int_equal(make_in_vain(p, turn / 2, parent), TS_ETIMEOUT);
+        get_ready(c, p, turn / 2, &parent, &t);
+        assert_int_equal(make_in_vain(p, turn / 2, parent, &t), TS_ETIMEOUT);
         assert_int_equal(kill(await_stopped(&d), SIGKILL), 0);
         free_after(c, p, parent);
         assert_int_equal(ts_client_restarts(c), 1);
@@ -211,17 +236,19 @@ static void sequences_whose_making_was_given_up_are_freed(void **state)
 static void what_was_done_before_there_was_no_daemon_is_undone(void **state)
 {
     (void)state;
-    for (int turn = 0; turn < 8; turn++) {
+    for (int turn = 0; turn < 2 * (WAYS_TO_MAKE + 1); turn++) {
         daemon_process d;
         ts_seq seq;
         ts_step *step;
-        start(&d, POOL, "answering:4"); /* of session, pool, sequence, and what is to be undone */
+        ticket t;
+        start(&d, POOL, making(turn / 2));
         ts_client *c = connect_briefly(&d, (ts_transport)(TS_TRANSPORT_RING + turn % 2));
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &seq));
+        get_ready(c, p, turn / 2, &seq, &t);
         assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
-        if (turn / 2 < 3)
-            assert_int_equal(make_in_vain(p, turn / 2, seq), TS_ECONN);
+        if (turn / 2 < WAYS_TO_MAKE)
+            assert_int_equal(make_in_vain(p, turn / 2, seq, &t), TS_ECONN);
         else
             assert_int_equal(begin_step(p, seq, 3, &step), TS_ECONN);
         assert_int_equal(kill(d.pid, SIGCONT), 0);
