@@ -186,9 +186,9 @@ static uint64_t elements_of(const ts_command *c, const array *a)
 static void sizes_of(const ts_command *c, uint64_t bytes[TS_COMMAND_ARRAYS])
 {
     const array *arrays = shapes[c->op].arrays;
-    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS; i++)
-        bytes[i] = arrays[i].kind == NO_ARRAY ? 0
-                   : pointer_at(c, arrays[i].at) == NULL
+    memset(bytes, 0, TS_COMMAND_ARRAYS * sizeof *bytes);
+    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS && arrays[i].kind != NO_ARRAY; i++)
+        bytes[i] = pointer_at(c, arrays[i].at) == NULL
                        ? ABSENT
                        : elements_of(c, &arrays[i]) * arrays[i].element_bytes;
 }
@@ -200,9 +200,10 @@ static uint64_t padded(uint64_t bytes)
 
 size_t ts_command_bytes(const ts_command *c)
 {
-    uint64_t sizes[TS_COMMAND_ARRAYS], bytes = sizeof(head) + padded(shapes[c->op].body_bytes);
+    const struct shape *shape = &shapes[c->op];
+    uint64_t sizes[TS_COMMAND_ARRAYS], bytes = sizeof(head) + padded(shape->body_bytes);
     sizes_of(c, sizes);
-    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS; i++)
+    for (uint32_t i = 0; i < TS_COMMAND_ARRAYS && shape->arrays[i].kind != NO_ARRAY; i++)
         bytes += padded(sizes[i]);
     return bytes;
 }
