@@ -66,8 +66,7 @@ ts_status ts_in_use(ts_client *c)
 
 ts_client *ts_enter_last(ts_client *c)
 {
-    /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): ts_enter gives NULL of a client */
-    while (ts_enter(c) == NULL && c->pid == getpid())
+    while (!ts_try_enter(c) && c->pid == getpid())
         (void)poll(NULL, 0, 1);
     return c;
 }

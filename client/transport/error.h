@@ -22,10 +22,16 @@
 #define TS_ENTER_LAST(client)                                                                      \
     ts_client *entered __attribute__((cleanup(ts_leave), unused)) = ts_enter_last(client)
 
+/* False: another thread is inside. */
+static inline bool ts_try_enter(ts_client *client)
+{
+    return !atomic_exchange_explicit(&client->in_call, true, memory_order_acquire);
+}
+
 /* NULL: another thread is inside. */
 static inline ts_client *ts_enter(ts_client *client)
 {
-    return atomic_exchange_explicit(&client->in_call, true, memory_order_acquire) ? NULL : client;
+    return ts_try_enter(client) ? client : NULL;
 }
 
 static inline void ts_leave(ts_client **client)

@@ -203,10 +203,14 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
                                                    page == NULL ? NULL : page->done_there},
                                          .number = job->run_number};
     }
-    if (wait == FOR_BOTH)
-        status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->run_number - 1);
-    if (wait != FOR_NOBODY && status == TS_OK)
-        status = ts_gpu_launch_wait(l, &jobs->signals->there->submitted, jobs->run_number);
+    if (wait != FOR_NOBODY) {
+        /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): who is waited for has a page */
+        const ts_signals *there = jobs->signals->there;
+        if (wait == FOR_BOTH)
+            status = ts_gpu_launch_wait(l, jobs->signals->done_there, jobs->run_number - 1);
+        if (status == TS_OK)
+            status = ts_gpu_launch_wait(l, &there->submitted, jobs->run_number);
+    }
     if (status == TS_OK)
         status = ts_gpu_launch_attend(l, jobs->base, &jobs->variant, x->parts, count);
     if (status != TS_OK)

@@ -413,11 +413,12 @@ static void print_calls(const char *title)
     for (unsigned i = 0; i < busy; i++) {
         const uint32_t n = atomic_load(&all->gaps[i].count);
         uint32_t *us = all->gaps[i].us;
+        const size_t p50 = n / 2, p99 = (size_t)n * 99 / 100;
         if (n == 0)
             continue;
         qsort(us, n, sizeof *us, by_us);
         printf("busy %u: from end to end        %9.3f %9.3f %9.3f  (%u kernels of %u us)\n", i,
-               us[n / 2] / 1e3, us[(size_t)n * 99 / 100] / 1e3, us[n - 1] / 1e3, n, kernel_us);
+               us[p50] / 1e3, us[p99] / 1e3, us[n - 1] / 1e3, n, kernel_us);
         atomic_store(&all->gaps[i].count, 0);
     }
     fflush(stdout);

@@ -117,7 +117,8 @@ static void die(page *p, double kernel_ms)
     double reaped = 0, ticked = 0, answered = 0, asked = 0;
     uint32_t ticks = p->ticks, answers = 1;
     kill(child, SIGKILL);
-    for (double now = 0; now < WATCH_MS; now = now_ms() - began) {
+    double now = 0;
+    while (now < WATCH_MS) {
         if (reaped == 0 && waitpid(child, &status, WNOHANG) == child)
             reaped = now_ms() - began;
         const uint32_t t = __atomic_load_n(&p->ticks, __ATOMIC_ACQUIRE);
