@@ -5,14 +5,12 @@
 #include "test_point.h"
 #include "unconst.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #define OPS_MAX 256
@@ -249,12 +247,6 @@ ts_status ts_gpu_load(ts_gpu *g, const ts_geometry *geometry, char *why, size_t 
 void ts_gpu_close(ts_gpu *g)
 {
     fake_gpu_free(g);
-}
-
-ts_status ts_gpu_free_bytes(ts_gpu *g, uint64_t *bytes, char *why, size_t why_bytes)
-{
-    *bytes = FAKE_GPU_BYTES;
-    return ts_gpu_health(g, why, why_bytes);
 }
 
 ts_status ts_gpu_health(ts_gpu *g, char *why, size_t why_bytes)

@@ -51,6 +51,12 @@ ts_status ts_memory_cuda_ipc_new(ts_gpu *g, size_t bytes, ts_memory **out, char 
     return ts_memory_cuda_vmm_new(g, 1, bytes, out, why, why_bytes);
 }
 
+ts_status ts_gpu_free_bytes(ts_gpu *g, uint64_t *bytes, char *why, size_t why_bytes)
+{
+    *bytes = FAKE_GPU_BYTES;
+    return ts_gpu_health(g, why, why_bytes);
+}
+
 ts_status ts_gpu_shared_new(ts_gpu *g, bool vmm, size_t bytes, uint64_t *held, ts_gpu_shared *out,
                             char *why, size_t why_bytes)
 {
