@@ -110,6 +110,158 @@ static void the_check_finds_a_reference_that_nobody_has(void **state)
     assert_true(why[0] != '\0');
 }
 
+static void slabs_are_granted_in_order_and_none_that_is_in_use(void **state)
+{
+    (void)state;
+    assert_int_equal(ts_pool_grant(&books, 1, 0), TS_EINVAL); /* 0 comes first */
+    assert_int_equal(ts_pool_grant(&books, 3, 0), TS_ENOENT);
+    assert_int_equal(ts_pool_grant(&books, 0, 2), TS_ENOENT);
+    grant_next(0);
+    ts_pool_take(&books, 0, 0);
+    assert_int_equal(ts_pool_grant(&books, 0, 1), TS_EBUSY);
+    grant_next(0);
+    assert_int_equal(ts_pool_grantable(&books, 0), 2); /* an empty slab is its tenant's already */
+    assert_int_equal(ts_pool_grantable(&books, 1), 6);
+}
+
+static void a_smaller_pool_has_given_up_its_last_slabs(void **state)
+{
+    (void)state;
+    grant_next(0);
+    ts_pool_take(&books, 0, 0);
+    grant_next(0);
+    grant_next(0);
+    assert_int_equal(books.tenants[0].free, 9);
+    ts_pool_resize(&books, 4);
+    assert_int_equal(books.num_slabs, 1);
+    assert_int_equal(books.tenants[0].slabs, 1);
+    assert_int_equal(books.tenants[0].free, 3);
+    assert_int_equal(ts_pool_next_slab(&books, 0), TS_NONE);
+    const uint32_t generation = books.slabs[2].generation;
+    ts_pool_resize(&books, 10);
+    assert_int_equal(ts_pool_next_slab(&books, 0), 1);
+    grant_next(1);
+    grant_next(1);
+    assert_int_equal(books.slabs[2].generation, generation + 1);
+}
+
+/* ---- cached blocks ---- */
+
+/* The same, with an index of blocks of 4 tokens, and a namespace of tenant 0. */
+static uint32_t space;
+
+static int pool_of_cached_new(void **state)
+{
+    pool_new(state);
+    assert_int_equal(ts_pool_use_index(&books, 4, 1), TS_OK);
+    return ts_index_use_space(books.index, 0, "m", 1, &space);
+}
+
+/* A block that a sequence has and the index knows, behind `parent` or as the first. */
+static uint32_t take_indexed(uint32_t parent, uint32_t id)
+{
+    const uint32_t block = ts_pool_take(&books, 0, 0);
+    const uint32_t ids[4] = {id, id, id, id};
+    memcpy(ts_index_ids(books.index, block), ids, sizeof ids);
+    assert_true(ts_index_add(
+        books.index, parent == TS_NONE ? ts_index_root(space) : ts_index_block(parent), block));
+    return block;
+}
+
+static void a_block_of_the_index_is_cached_until_room_is_needed(void **state)
+{
+    (void)state;
+    uint32_t budget = 10;
+    grant_next(0);
+    const uint32_t block = take_indexed(TS_NONE, 1);
+    ts_pool_unref(&books, block);
+    assert_true(ts_pool_is_cached(&books, block));
+    assert_int_equal(ts_pool_refs(&books, block), 0);
+    assert_int_equal(books.cached, 1);
+    assert_int_equal(books.tenants[0].cached, 1);
+    assert_int_equal(books.idle_blocks, 4); /* the slab has cached blocks alone */
+    assert_int_equal(ts_pool_available(&books, 0), 10);
+    ts_pool_ref(&books, block); /* found again */
+    assert_int_equal(books.cached, 0);
+    assert_int_equal(books.idle_blocks, 0);
+    assert_int_equal(ts_pool_refs(&books, block), 1);
+    ts_pool_unref(&books, block);
+    ts_pool_evict(&books, 0, 5, TS_EVICT_ROOM, &budget);
+    assert_int_equal(budget, 9);
+    assert_false(ts_pool_is_cached(&books, block));
+    assert_int_equal(books.cached, 0);
+    assert_int_equal(books.idle_blocks, 0);
+    assert_int_equal(books.tenants[0].idle_blocks, 0);
+    assert_int_equal(books.evicted[TS_EVICT_ROOM], 1);
+    assert_int_equal(books.tenants[0].free, 4);
+}
+
+static void the_lowest_class_goes_first_and_in_it_the_oldest(void **state)
+{
+    (void)state;
+    uint32_t blocks[4], budget = 10;
+    grant_next(0);
+    for (uint32_t i = 0; i < 4; i++)
+        blocks[i] = take_indexed(TS_NONE, i);
+    assert_true(ts_pool_raise_class(&books, blocks[0], 2));
+    assert_false(ts_pool_raise_class(&books, blocks[0], 2)); /* it was */
+    assert_false(ts_pool_raise_class(&books, blocks[0], 1));
+    for (uint32_t i = 0; i < 4; i++)
+        ts_pool_unref(&books, blocks[i]);
+    static const uint32_t order[4] = {1, 2, 3, 0};
+    for (uint32_t i = 0; i < 4; i++) {
+        ts_pool_evict(&books, 0, 1, TS_EVICT_LIMIT, &budget);
+        for (uint32_t j = 0; j <= i; j++)
+            assert_false(ts_pool_is_cached(&books, blocks[order[j]]));
+        assert_int_equal(books.cached, 3 - i);
+    }
+    assert_int_equal(ts_pool_evicted(&books), 4);
+}
+
+static void ages_of_what_is_evicted_are_counted_up_to_their_bounds(void **state)
+{
+    (void)state;
+    static const uint32_t ages[] = {0, 1, 2, 10, 60, 600, 3600, 3601};
+    static const uint32_t bins[TS_AGE_BINS] = {2, 2, 1, 1, 1, 1};
+    grant_next(0);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < sizeof ages / sizeof *ages; i++) {
+        uint32_t budget = 1;
+        ts_pool_unref(&books, take_indexed(TS_NONE, 1));
+        books.now_s += ages[i];
+        sum += ages[i];
+        ts_pool_evict(&books, 0, 1, TS_EVICT_ROOM, &budget);
+    }
+    for (uint32_t i = 0; i < TS_AGE_BINS; i++)
+        assert_int_equal(books.ages[i], bins[i]);
+    assert_int_equal(books.age_sum, sum);
+}
+
+static void a_slab_of_cached_blocks_goes_to_another_tenant_with_what_hangs_from_them(void **state)
+{
+    (void)state;
+    uint32_t budget = 10, chain[6];
+    grant_next(0);
+    grant_next(0);
+    for (uint32_t i = 0; i < 6; i++)
+        chain[i] = take_indexed(i == 0 ? TS_NONE : chain[i - 1], i);
+    for (uint32_t i = 6; i-- > 0;)
+        ts_pool_unref(&books, chain[i]);
+    assert_false(ts_pool_empty_other(&books, 0, 0, false, &budget)); /* its own aren't another's */
+    assert_false(ts_pool_empty_other(&books, 1, 2, true, &budget));  /* it has no more than 2 */
+    assert_int_equal(books.cached, 6);
+    assert_true(ts_pool_empty_other(&books, 1, 1, true, &budget));
+    /* The slab that became idle first is that of the chain's end. */
+    assert_int_equal(books.cached, 4);
+    assert_int_equal(budget, 8);
+    assert_int_equal(books.evicted[TS_EVICT_OTHERS], 2);
+    assert_true(ts_pool_is_cached(&books, chain[3]));
+    ts_pool_drop_block(&books, chain[1]); /* and what hangs from it */
+    assert_int_equal(books.cached, 1);
+    assert_true(ts_pool_is_cached(&books, chain[0]));
+    assert_int_equal(books.evicted[TS_EVICT_DROP], 3);
+}
+
 /* ---- slabs that are sessions' own ---- */
 
 /* 40 blocks in slabs of 4, for 3 sessions of tenant 0. */
@@ -279,6 +431,19 @@ int main(void)
                                         pool_end),
         cmocka_unit_test_setup_teardown(the_check_finds_a_reference_that_nobody_has, pool_new,
                                         pool_end),
+        cmocka_unit_test_setup_teardown(slabs_are_granted_in_order_and_none_that_is_in_use,
+                                        pool_new, pool_end),
+        cmocka_unit_test_setup_teardown(a_smaller_pool_has_given_up_its_last_slabs, pool_new,
+                                        pool_end),
+        cmocka_unit_test_setup_teardown(a_block_of_the_index_is_cached_until_room_is_needed,
+                                        pool_of_cached_new, pool_end),
+        cmocka_unit_test_setup_teardown(the_lowest_class_goes_first_and_in_it_the_oldest,
+                                        pool_of_cached_new, pool_end),
+        cmocka_unit_test_setup_teardown(ages_of_what_is_evicted_are_counted_up_to_their_bounds,
+                                        pool_of_cached_new, pool_end),
+        cmocka_unit_test_setup_teardown(
+            a_slab_of_cached_blocks_goes_to_another_tenant_with_what_hangs_from_them,
+            pool_of_cached_new, pool_end),
         cmocka_unit_test_setup_teardown(a_session_gets_blocks_of_a_slab_of_its_own,
                                         pool_of_homes_new, pool_end),
         cmocka_unit_test_setup_teardown(blocks_of_other_sessions_slabs_come_last, pool_of_homes_new,

@@ -84,6 +84,8 @@ static void a_comment_may_follow_a_value(void **state)
     assert_int_equal(
         read_text("# first\n[daemon]\nthreads = 3 # of the kernels\n" POOL "memory = 8M\n"), TS_OK);
     assert_int_equal(c.threads, 3);
+    assert_int_equal(read_text(POOL "memory = 8M\nmodel = a#b\t# c\n"), TS_OK);
+    assert_string_equal(c.pools[0].pool.model, "a#b"); /* only behind a blank */
 }
 
 static void the_command_line_changes_what_the_file_says(void **state)
@@ -108,7 +110,8 @@ static void sizes_are_read_with_their_units(void **state)
         uint64_t bytes; /* 0: refused */
     } sizes[] = {
         {"4096", 4096}, {"1K", 1024}, {"3M", 3u << 20}, {"2G", 2ull << 30}, {"1T", 1ull << 40},
-        {"", 0},        {"G", 0},     {"-1", 0},        {"1X", 0},          {"99999999999G", 0}};
+        {"", 0},        {"G", 0},     {"-1", 0},        {"1X", 0},          {"99999999999G", 0},
+        {" 1", 0},      {"+1", 0},    {"1KB", 0},       {"17179869185G", 0}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         char why[200];
         uint64_t bytes = 0;
@@ -117,6 +120,53 @@ static void sizes_are_read_with_their_units(void **state)
         if (status == TS_OK)
             assert_int_equal(bytes, sizes[i].bytes);
     }
+}
+
+static void a_key_is_read_as_what_it_is(void **state)
+{
+    (void)state;
+    ts_config_init(&c);
+    assert_int_equal(ts_config_set(&c, "idle_seconds", "7"), TS_OK);
+    assert_int_equal(c.idle_ms, 7000);
+    assert_int_equal(ts_config_set(&c, "log_level", "debug"), TS_OK);
+    assert_int_equal(c.log_level, TS_LOG_DEBUG);
+    assert_int_equal(ts_config_set(&c, "log_level", "chatty"), TS_EINVAL);
+    assert_non_null(strstr(c.problems[0].text, "known are error, warning, info, debug"));
+    assert_int_equal(ts_config_set(&c, "socket_mode", "0600"), TS_OK);
+    assert_int_equal(c.socket_mode, 0600);
+    assert_int_equal(ts_config_set(&c, "socket", "ipc:///run/x"), TS_OK);
+    assert_string_equal(c.socket, "/run/x");
+    assert_int_equal(ts_config_set(&c, "socket", "run/x"), TS_EINVAL);
+    assert_int_equal(ts_config_set(&c, "metrics", "off"), TS_OK);
+    assert_string_equal(c.metrics, "");
+    assert_int_equal(ts_config_set(&c, "metrics", "9470"), TS_EINVAL);
+}
+
+/* The default of such a key follows from others, and an empty value asks for it. */
+static void a_key_with_a_default_of_its_own_may_be_empty(void **state)
+{
+    (void)state;
+    assert_int_equal(
+        read_text("[daemon]\nsessions = 400\ntenant_sessions =\n" POOL "memory = 8M\n"), TS_OK);
+    assert_int_equal(c.limits.tenant_sessions, 100); /* a quarter of `sessions` */
+    assert_int_equal(read_text("[daemon]\nsessions =\n" POOL "memory = 8M\n"), TS_EINVAL);
+}
+
+static void there_is_a_limit_to_pools_and_each_is_told_once(void **state)
+{
+    (void)state;
+    char text[128];
+    ts_config_init(&c);
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++) {
+        snprintf(text, sizeof text, "p%u:layers=1,kv_heads=1,head_dim=32,blocks=8", i);
+        assert_int_equal(ts_config_add_pool(&c, text), TS_OK);
+    }
+    assert_int_equal(ts_config_add_pool(&c, "one:blocks=8"), TS_EINVAL);
+    assert_int_equal(c.num_pools, TS_POOLS_MAX);
+    snprintf(text, sizeof text, "the limit is %u", TS_POOLS_MAX);
+    assert_non_null(strstr(c.problems[0].text, text));
+    assert_int_equal(ts_config_add_pool(&c, "p3:blocks=8"), TS_EINVAL);
+    assert_string_equal(c.problems[1].text, "pool 'p3' is given twice on the command line");
 }
 
 static void note(void *arg, const char *key)
@@ -191,6 +241,9 @@ int main(void)
         cmocka_unit_test(a_comment_may_follow_a_value),
         cmocka_unit_test(the_command_line_changes_what_the_file_says),
         cmocka_unit_test(sizes_are_read_with_their_units),
+        cmocka_unit_test(a_key_is_read_as_what_it_is),
+        cmocka_unit_test(a_key_with_a_default_of_its_own_may_be_empty),
+        cmocka_unit_test(there_is_a_limit_to_pools_and_each_is_told_once),
         cmocka_unit_test(a_reload_tells_which_keys_take_a_new_start),
         cmocka_unit_test(workers_keep_an_eighth_of_the_processors),
         cmocka_unit_test(every_key_has_help_and_values_that_it_can_read),

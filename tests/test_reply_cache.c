@@ -31,7 +31,9 @@ static void the_last_64_answers_are_kept(void **state)
         answer(&r, id, 8);
     for (uint64_t id = 1; id <= 100; id++)
         assert_int_equal(is_kept(&r, id), id > 100 - TS_REPLIES_KEPT);
-    assert_null(ts_reply_cache_start(&r, 20)); /* it may have been answered */
+    assert_int_equal(r.forgotten, 100 - TS_REPLIES_KEPT);
+    assert_null(ts_reply_cache_start(&r, 100 - TS_REPLIES_KEPT)); /* it was answered */
+    assert_null(ts_reply_cache_start(&r, 20));
     assert_non_null(ts_reply_cache_start(&r, 101));
     ts_reply_cache_fini(&r, &accounts);
     assert_null(accounts);
