@@ -28,14 +28,18 @@ build_packages() {
         libmicrohttpd-dev
 }
 
-# configure_and_build FOLDER [CMake options]: quiet unless it fails. Builds $build_target, or all.
+# configure_and_build FOLDER [CMake options]: quiet unless it fails. Builds $build_target, or all. A
+# developer's folder keeps its compilers' launcher: with another one all would be built anew.
 configure_and_build() {
-    local folder=$1 log
+    local folder=$1 log keeping=()
     shift
     log=$(mktemp)
+    if grep -qs '^TS_WERROR:BOOL=ON' "$folder/CMakeCache.txt"; then
+        keeping=(env -u CMAKE_C_COMPILER_LAUNCHER -u CMAKE_CUDA_COMPILER_LAUNCHER)
+    fi
     # shellcheck disable=SC2086 # targets are words
     if ! {
-        cmake -S . -B "$folder" -G Ninja "$@" &&
+        "${keeping[@]}" cmake -S . -B "$folder" -G Ninja "$@" &&
             cmake --build "$folder" --target ${build_target:-all}
     } >"$log" 2>&1; then
         cat "$log"
