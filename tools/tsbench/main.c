@@ -167,32 +167,60 @@ static const char *find_daemon(char *buffer, size_t bytes)
     return "tinyserved";
 }
 
+static const struct benchmark {
+    const char *name;
+    int (*run)(const bench_options *o, json_t *rows);
+} benchmarks[] = {{"rpc", bench_rpc},     {"step", bench_step},       {"cache", bench_cache},
+                  {"alloc", bench_alloc}, {"restart", bench_restart}, {"attend", bench_attend}};
+
+/* NULL, and it is told: there is none of this name. */
+static const struct benchmark *find_benchmark(const char *name)
+{
+    const size_t count = sizeof benchmarks / sizeof *benchmarks;
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(benchmarks[i].name, name) == 0)
+            return &benchmarks[i];
+    fprintf(stderr, "tsbench: there is no benchmark '%s'; there are ", name);
+    for (size_t i = 0; i < count; i++)
+        fprintf(stderr, "%s%s", benchmarks[i].name,
+                i + 2 < count   ? ", "
+                : i + 1 < count ? " and "
+                                : "\n");
+    return NULL;
+}
+
+/* What this program is when a benchmark starts it; argv[1] is its name. */
+static const struct part {
+    const char *name;
+    int (*run)(int argc, char **argv);
+} parts[] = {{"rpc-echo", rpc_echo_server},
+             {"rpc-client", rpc_client},
+             {"step-client", step_client},
+             {"cache-client", cache_client},
+             {"restart-client", restart_client}};
+
 int main(int argc, char **argv)
 {
-    if (argc == 4 && strcmp(argv[1], "rpc-echo") == 0)
-        return rpc_echo_server(argv[2], strtoul(argv[3], NULL, 10));
-    if (argc > 2 && strcmp(argv[1], "rpc-client") == 0)
-        return rpc_client(argc, argv);
-    if (argc > 2 && strcmp(argv[1], "step-client") == 0)
-        return step_client(argc, argv);
-    if (argc > 2 && strcmp(argv[1], "cache-client") == 0)
-        return cache_client(argc, argv);
-    if (argc > 2 && strcmp(argv[1], "restart-client") == 0)
-        return restart_client(argc, argv);
+    for (size_t i = 0; argc > 2 && i < sizeof parts / sizeof *parts; i++)
+        if (strcmp(argv[1], parts[i].name) == 0)
+            return parts[i].run(argc, argv);
     char path[1024];
     arguments a = {.options = {.gib = 1.0, .runs = 1}};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &a);
+    const struct benchmark *benchmark = find_benchmark(a.what);
+    if (benchmark == NULL)
+        return 2;
     bool for_gpu = a.options.kernel != TS_KERNEL_AUTO || a.options.all_kernels ||
                    a.options.append || a.options.layers != 0 || a.options.in_order ||
                    a.options.runs > 1;
-    if (for_gpu && !(a.options.on_gpu && strcmp(a.what, "attend") == 0)) {
+    if (for_gpu && !(a.options.on_gpu && benchmark->run == bench_attend)) {
         fprintf(stderr,
                 "tsbench: --kernel, --all-kernels, --append, --layers, --in-order and --runs are "
                 "for attend --device cuda:N\n");
         return 2;
     }
-    if (a.options.shape != NULL && strcmp(a.what, "attend") != 0) {
+    if (a.options.shape != NULL && benchmark->run != bench_attend) {
         fprintf(stderr, "tsbench: --shape is for attend\n");
         return 2;
     }
@@ -201,27 +229,7 @@ int main(int argc, char **argv)
     double load = 0;
     (void)getloadavg(&load, 1); /* 0 where it isn't known */
     json_t *rows = json_array();
-    int code;
-    if (strcmp(a.what, "rpc") == 0) {
-        code = bench_rpc(&a.options, rows);
-    } else if (strcmp(a.what, "alloc") == 0) {
-        code = bench_alloc(&a.options, rows);
-    } else if (strcmp(a.what, "step") == 0) {
-        code = bench_step(&a.options, rows);
-    } else if (strcmp(a.what, "cache") == 0) {
-        code = bench_cache(&a.options, rows);
-    } else if (strcmp(a.what, "restart") == 0) {
-        code = bench_restart(&a.options, rows);
-    } else if (strcmp(a.what, "attend") == 0) {
-        code = bench_attend(&a.options, rows);
-    } else {
-        fprintf(
-            stderr,
-            "tsbench: there is no benchmark '%s'; there are rpc, step, cache, alloc, restart and "
-            "attend\n",
-            a.what);
-        code = 2;
-    }
+    const int code = benchmark->run(&a.options, rows);
     if (a.options.json && code == 0) {
         json_t *report = bench_report(a.what, argc, argv, load, rows);
         json_dumpf(report, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(5));

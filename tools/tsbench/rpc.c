@@ -53,10 +53,14 @@ static void echo_event(void *arg)
     nng_ctx_recv(s->ctx, s->aio);
 }
 
-int rpc_echo_server(const char *url, size_t reply_bytes)
+int rpc_echo_server(int argc, char **argv)
 {
     static echo_slot slots[CONTEXTS];
     nng_socket s;
+    if (argc != 4)
+        return 1;
+    const char *url = argv[2];
+    const size_t reply_bytes = strtoul(argv[3], NULL, 10);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (nng_rep0_open(&s) != 0 || nng_listen(s, url, NULL, 0) != 0)
         return 1;

@@ -45,7 +45,7 @@ bool bench_restart_workers(const bench_options *o, json_t *rows); /* a part of r
 json_t *bench_report(const char *benchmark, int argc, char *const *argv, double load, json_t *rows);
 
 /* Processes that benchmarks start: tsbench again, with a name of one of these as first argument. */
-int rpc_echo_server(const char *url, size_t reply_bytes);
+int rpc_echo_server(int argc, char **argv);
 int rpc_client(int argc, char **argv);
 int step_client(int argc, char **argv);
 int cache_client(int argc, char **argv);
