@@ -48,7 +48,7 @@ typedef struct ts_handle_request {
     uint32_t writable;
     uint32_t tag;     /* not 0 */
     char version[20]; /* the client's, for the daemon's log; NUL-terminated */
-    uint64_t bytes;   /* of what is to be made */
+    uint64_t bytes;   /* of the memory that it asks for */
 } ts_handle_request;
 
 typedef struct ts_handle_reply {

@@ -1,5 +1,5 @@
 /*
- * The page in which a session is told which slabs of GPU pools it is to unmap: they become another
+ * The page in which a session is told which slabs of GPU pools it must unmap: they become another
  * tenant's, or the pool gives them up, and a mapping would keep their memory from the GPU. (Host
  * memory is given back to the system whoever maps it.)
  *

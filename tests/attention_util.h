@@ -432,7 +432,7 @@ static inline double worst_ulp(const problem *p, double *score)
 }
 
 /* One query at position 2^24 + 23 that sees 16 keys, with ALiBi. All of the context lies in a few
- * blocks, in turn: *table is to be freed. */
+ * blocks, in turn. Free *table. */
 static inline shape far_problem_new(problem *p, ts_dtype dtype, uint32_t **table)
 {
     enum { TOKENS = (1 << 24) + 24, BLOCK = 8, NEAR = 64, ENTRIES = TOKENS / BLOCK };

@@ -258,7 +258,7 @@ static inline void await_kept(keeping_holder *k, const char *beginning, uint32_t
         (void)poll(NULL, 0, 1);
 }
 
-/* Has this process, which is to become a daemon, the descriptors and what systemd says of them. */
+/* Gives this process, which becomes a daemon, the descriptors and what systemd says of them. */
 static inline void kept_pass(const keeping_holder *k, const char *limit)
 {
     enum { ABOVE = 200 };

@@ -26,8 +26,8 @@ typedef struct ts_local {
     bool plan_is_kept; /* it is a frame's */
 } ts_local;
 
-/* Whether a step in the pool is to be executed here (*local), or both ways. An error: here was
- * asked for, and can't be. */
+/* Who executes a step in the pool (*exec): this process, the daemon, or both, to be timed. An
+ * error: the client asked for this process, and it can't. */
 ts_status ts_local_choose(ts_client *client, const ts_pool *pool, ts_exec *exec);
 
 /* The same where there is no choice: TS_OK, or why it can't be here. */

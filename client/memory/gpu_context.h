@@ -64,7 +64,8 @@ ts_status ts_cuda_hand_over(ts_client *client, ts_cuda *cuda, void *stream, uint
 /* Whether the stream is being captured into a graph. */
 ts_status ts_cuda_is_captured(ts_client *client, ts_cuda *cuda, void *stream, bool *captured);
 
-/* Makes a mark and queues it on the stream. It is to be unmarked even after an error, if any. */
+/* Makes a mark and queues it on the stream. Unmark it also after an
+ * error, unless it is NULL. */
 ts_status ts_cuda_mark(ts_client *client, ts_cuda *cuda, void *stream, void **mark);
 void ts_cuda_unmark(ts_cuda *cuda, void *mark); /* NULL: nothing */
 

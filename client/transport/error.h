@@ -42,9 +42,9 @@ static inline void ts_leave(ts_client **client)
 
 ts_client *ts_enter_last(ts_client *client);
 
-/* Whether a call that failed with this status is to be made once more: the daemon had gone, and
- * another one has the session now. It takes until then at most. Else the sentence is the call's, or
- * says why the session can't go on. */
+/* Whether the caller makes a call that failed with this status once more: the daemon had gone, and
+ * another one has the session now. This waits until `until_ms` at most. If false, the sentence is
+ * the call's, or says why the session can't go on. */
 bool ts_goes_on(ts_client *client, ts_status status, uint64_t until_ms);
 
 /* The call ends with this status. A daemon that went before it had answered may have carried it

@@ -41,9 +41,9 @@ void ts_queue_put(ts_queue *queue, ts_work *work);
  * else as put. */
 void ts_queue_run(ts_queue *queue, ts_work *work, void *service);
 
-/* Has the taker put the work in at that time of CLOCK_MONOTONIC, or a little later; 0: not any
- * more. It is the only such work. If it is in the queue at that time, it isn't put in twice: when
- * it runs it is to set the alarm again. */
+/* The taker puts the work in at that time of CLOCK_MONOTONIC, or a little later; 0 takes the alarm
+ * back. A queue has one such work. It is never in the queue twice: if it is there at that time, it
+ * sets the alarm again when it runs. */
 void ts_queue_set_alarm(ts_queue *queue, ts_work *work, uint64_t at_ms);
 
 /*

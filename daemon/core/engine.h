@@ -82,9 +82,9 @@ typedef enum ts_op {
     TS_OP_WAIT_END,  /* the session waits no more */
     TS_OP_SLAB_LOST, /* the slab's memory is gone: what had anything there is freed, and its steps
                       * are aborted */
-    TS_OP_RESTARTED, /* who asked is gone, and what was with the kernels: runs are asked for again,
-                      * copies are to be made again. Sessions keep their places in the queue for
-                      * room, in nobody's way, until they come back */
+    TS_OP_RESTARTED, /* the daemon before has gone, with what its kernels had: sessions ask for runs
+                      * again, and the caller makes copies again. Sessions keep their places in the
+                      * queue for room, in nobody's way, until they come back */
     TS_OP_SESSION_BACK, /* ... this one has */
     TS_OP_BLOCK_LOST, /* a block doesn't hold what was stored in it: it is forgotten, what had it is
                        * freed, and its steps are aborted */
@@ -264,7 +264,7 @@ typedef struct ts_command {
 /* A refusal in numbers, in the units of its sentence; 0: does not apply. */
 typedef struct ts_amounts {
     uint64_t needed; /* what the command would take */
-    uint64_t free;   /* of it there is to be had */
+    uint64_t free;   /* how much of it is available */
     uint64_t limit;  /* that would be passed */
     /* Where a step finds no room: blocks of the tenant's that are cached, and pinned, and that
      * others use. */
@@ -429,7 +429,7 @@ void ts_engine_apply(ts_engine *engine, const ts_command *command, ts_answer *an
 /* Whether kernels of the session's process may be writing into blocks of its open steps. */
 bool ts_engine_session_writes(const ts_engine *engine, uint64_t session);
 
-/* The session whose command is to be applied again next; 0: none is. */
+/* The session whose command the caller applies again next; 0: there is none. */
 uint64_t ts_engine_woken(const ts_engine *engine);
 
 /* Whether something is freed bit by bit, or the time of something has ended: TS_OP_SWEEP goes on

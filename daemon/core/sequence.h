@@ -39,7 +39,7 @@ typedef struct ts_sequence {
     uint32_t known;            /* tokens from the start whose ids are known */
     uint32_t claim;            /* of its next tokens (claims.h); TS_NONE: it has none */
     uint32_t life;             /* its place among those whose time ends; TS_NONE: it has no end */
-    bool forgets;              /* nothing of it alone is to be cached when it is freed */
+    bool forgets;              /* freed, it leaves nothing cached that it alone uses */
     bool borrowed_tail; /* it uses a part of its last block, which the index knew before it did */
 } ts_sequence;
 

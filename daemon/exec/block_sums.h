@@ -49,7 +49,8 @@ ts_status ts_block_sums_take(ts_block_sums *sums, uint32_t pool, const ts_memory
                              ts_gpu *gpu, ts_blocks_checked *checked, uint32_t **wrong, char *why,
                              size_t why_bytes);
 
-/* Stands around every command: which blocks it fills, and which are to be written anew. */
+/* Called before and after every command: notes which blocks it fills, and which it lets be written
+ * anew. */
 void ts_block_sums_before(ts_block_sums *sums, const ts_command *command);
 void ts_block_sums_after(ts_block_sums *sums, const ts_command *command, const ts_answer *answer);
 

@@ -58,7 +58,7 @@ typedef struct ts_exec {
     ts_work wake;                  /* goes on with sessions that waited and were woken */
     bool waking;                   /* it is in the queue */
     void (*woken)(void *owner);
-    /* The slab's memory on a GPU is given up: nobody is to map it any more. */
+    /* The slab's memory on a GPU is given up: whoever maps it must unmap it. */
     void (*slab_goes)(void *owner, uint32_t pool, uint32_t slab);
     /* Runs have ended, or something was freed: whoever waited for that may go on. */
     void (*resumed)(void *owner);

@@ -3,9 +3,9 @@
  * is charged with its pages: the exchange in host memory and the rings. The pages must stay there:
  * one that is freed and then touched by the daemon would be charged to the daemon. So when the
  * client hands the memory over, all of it must be there, and the daemon seals it against what frees
- * pages. (Where the next daemon is to map it, it can't be sealed: who frees pages then is found out
- * by ts_filled_is_whole, and its session ends. It is the daemon that makes it so that no client has
- * to pass a descriptor: passed_fds.h.)
+ * pages. Memory that the next daemon must map can't be sealed: ts_filled_is_whole finds out who
+ * frees pages of it, and that session ends. The daemon makes the memory, so that no client has to
+ * pass a descriptor (passed_fds.h).
  *
  * Locking: the caller's.
  */
@@ -22,7 +22,7 @@
 typedef struct ts_filling {
     int fd;
     uint64_t bytes; /* 0: none */
-    bool outlives;  /* the next daemon is to map it, so it can't be sealed */
+    bool outlives;  /* the next daemon must map it, so it can't be sealed */
 } ts_filling;
 
 /* Makes memory of whole pages, in place of what was made before. TS_ENOMEM with a sentence. */

@@ -92,7 +92,7 @@ bool ts_signals_had_late(const ts_signals_page *page, uint32_t number);
 /* How many runs were asked for and weren't over. */
 uint32_t ts_signals_open_runs(const ts_signals_page *page);
 
-/* No run is to come of those that were asked for: what the worker's stream waits for is over. */
+/* None of the runs that were asked for will come: the worker's stream waits no longer. */
 void ts_signals_give_up(ts_signals_page *page);
 
 /* The runs before `number` are over, whatever the worker's word says. */
@@ -113,7 +113,7 @@ typedef struct ts_session_memory {
     ts_exchange *exchange;
     ts_signals_page *signals;
     struct ts_step_plan *plan;          /* of the step that ran on a GPU last (step_work.h) */
-    ts_filling new_exchange, new_rings; /* that the client is to fill */
+    ts_filling new_exchange, new_rings; /* that the client fills */
 } ts_session_memory;
 
 #endif

@@ -29,14 +29,14 @@ ts_status ts_slab_holder_note(ts_slab_holder *holder, uint32_t pool, uint32_t sl
                               uint32_t generation, uint64_t bytes, uint64_t *held, char *why,
                               size_t why_bytes);
 
-/* The slab goes: whoever has a descriptor of it is to return it. NULL is fine. */
+/* The slab goes: its holder is told to return its descriptor. NULL is fine. */
 void ts_slab_holder_revoke(ts_slab_holder *holder, uint32_t pool, uint32_t slab, uint64_t now_ms);
 
 /* Looks what was returned, and tells of more where there was no room. True: something that was
  * told of has not been returned, nor anything else, for `most_ms`. NULL is fine. */
 bool ts_slab_holder_look(ts_slab_holder *holder, uint64_t now_ms, uint32_t most_ms);
 
-/* Slabs that are to be returned and aren't yet. NULL: 0. */
+/* Slabs that it was told to return and hasn't yet. NULL: 0. */
 uint32_t ts_slab_holder_owes(const ts_slab_holder *holder);
 
 /* NULL is fine. */

@@ -124,7 +124,7 @@ void ts_nng_look_for(ts_nng_server *t, connection *c);
 
 void ts_nng_wake(const ts_nng_server *t);
 
-/* The connection is to end; the thread does it. */
+/* Has the thread end the connection. */
 void ts_nng_doom(ts_nng_server *t, connection *c);
 
 void ts_nng_give_back_request_bytes(ts_nng_server *t, holding *h, size_t bytes);

@@ -93,7 +93,7 @@ void ts_books_taken_over(ts_books *books, ts_takeover_end end);
  * one ended itself; NULL: nowhere. */
 volatile uint32_t *ts_books_crash_word(ts_books *books);
 
-/* The next daemon is to begin with nothing. */
+/* Has the next daemon begin with nothing. */
 void ts_books_discard(ts_books *books);
 
 /* Whether the command repeats the last call of its session before a restart; *answer is what it was

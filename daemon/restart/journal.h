@@ -43,7 +43,7 @@ typedef struct ts_journal_head {
     uint32_t suspect_op, deaths;            /* ... and at how many in a row */
     uint64_t died_ms;                       /* when that was found; of the clock since boot */
     uint32_t crash;   /* the signal by which the daemon ended itself; 0: none */
-    uint32_t discard; /* 1: the next daemon is to begin with nothing */
+    uint32_t discard; /* 1: the next daemon begins with nothing */
     ts_journal_snapshot snapshot[2];
 } ts_journal_head;
 

@@ -17,7 +17,7 @@ typedef struct ts_replica {
 } ts_replica;
 
 /* The last snapshot's engine and answers; `areas` are the files of snapshots. On an error *why is a
- * sentence. Whatever comes, the replica is to be freed. */
+ * sentence. Free the replica also after an error. */
 ts_status ts_replica_read(ts_replica *replica, const ts_journal *journal, const int areas[TS_AREAS],
                           char *why, size_t why_bytes);
 

@@ -106,7 +106,7 @@ void ts_service_run(ts_service *service);
 void ts_service_pipe_added(ts_work *work, void *service);
 void ts_service_pipe_removed(ts_work *work, void *service);
 
-/* The exec's `slab_goes`: sessions that may map it are to unmap it. */
+/* The exec's `slab_goes`: tells sessions that may map the slab to unmap it. */
 void ts_service_slab_goes(void *service, uint32_t pool, uint32_t slab);
 
 /* Now and then: ends sequences whose time is over, sessions that keep GPU memory that is others',
@@ -127,8 +127,8 @@ void ts_service_fini(ts_service *service);
  * late. False: nothing waits. */
 bool ts_service_go_on(ts_service *service, ts_connection *connection, bool is_late);
 
-/* Has the alarm run for the first deadline of what waits, and while claims or quarantines are to be
- * looked at. */
+/* Sets the alarm to the first deadline of what waits, or sooner while there are claims or
+ * quarantines to look at. */
 void ts_service_set_alarm(ts_service *service);
 
 /* Ends quarantines whose time is over. */

@@ -27,9 +27,9 @@ typedef struct ts_store ts_store;
 
 /*
  * From the environment (store_wire.h): there is a store if NOTIFY_SOCKET is set and FDSTORE (or,
- * for systemd before 254, TINYSERVE_FDSTORE) says how many descriptors it takes. Unsets what only
- * this process is to see; NOTIFY_SOCKET stays, for sd_notify(3). Descriptors that were passed are
- * the store's now, close-on-exec. NULL: no memory or no thread; all calls take a NULL as "no
+ * for systemd before 254, TINYSERVE_FDSTORE) says how many descriptors it takes. Unsets what
+ * concerns this process alone; NOTIFY_SOCKET stays, for sd_notify(3). Descriptors that were passed
+ * are the store's now, close-on-exec. NULL: no memory or no thread; all calls take a NULL as "no
  * store". Before any thread starts: it changes the environment.
  */
 ts_store *ts_store_open(void);

@@ -1,5 +1,5 @@
 /*
- * The way from the store to its holder: what is to be told, and the thread that tells it, sees the
+ * The way from the store to its holder: a list of messages, and a thread that sends them, sees the
  * holder's death and looks for the next one. Inside the store; its users include store.h.
  *
  * The lock guards all fields. The thread sends without blocking while it has it.
