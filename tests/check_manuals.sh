@@ -1,10 +1,9 @@
 #!/bin/bash
 # The manual pages are clean, and name every option that there is; tsctl's completion offers them.
-# check_manuals.sh SOURCE-FOLDER TSCTL TINYSERVED
+# check_manuals.sh SOURCE-FOLDER TSCTL TINYSERVED TSBENCH TS-GENERATE
 set -euo pipefail
 cd "$1"
-mandoc -T lint -W warning tools/tsctl/tsctl.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 \
-    client/man/*.3
+mandoc -T lint -W warning tools/*/*.1 daemon/tinyserved.8 systemd/tinyserved.conf.5 client/man/*.3
 fail() { echo "$*"; exit 1; }
 options() {
     "$1" --help | grep -oE -- '--[a-z-]+' | grep -vE -- '--(help|usage|version)' | sort -u
@@ -16,8 +15,17 @@ for option in $(options "$2"); do
     grep -q -- "Fl -${option#--}" tools/tsctl/tsctl.1 || fail "tsctl.1 has no $option"
     [[ " ${COMPREPLY[*]} " == *" $option "* ]] || fail "the completion has no $option"
 done
-for option in $(options "$3"); do
-    grep -q -- "Fl -${option#--}" daemon/tinyserved.8 || fail "tinyserved.8 has no $option"
+has_all() { # PROGRAM PAGE
+    local option
+    for option in $(options "$1"); do
+        grep -qE -- "Fl -${option#--}( |$)" "$2" || fail "$2 has no $option"
+    done
+}
+has_all "$3" daemon/tinyserved.8
+has_all "$4" tools/tsbench/tsbench.1
+has_all "$5" tools/generate/ts-generate.1
+for benchmark in $("$4" --help | sed -n '/^Benchmarks:/,/^$/s/^  \([a-z]*\) .*/\1/p'); do
+    grep -qE "^\.It Cm $benchmark\$" tools/tsbench/tsbench.1 || fail "tsbench.1 has no $benchmark"
 done
 COMP_WORDS=(tsctl s) COMP_CWORD=1
 _tsctl

@@ -50,9 +50,10 @@ static const struct argp_option argp_options[] = {
      "beginning",
      0},
     {"kernel", OPT_KERNEL, "NAME", 0, "On a GPU: attend with this kernel (default: the pool's)", 0},
-    {"transport", OPT_TRANSPORT, "ring|nng|auto", 0,
-     "How steps reach the daemon: a ring in shared memory, or NNG's messages (default: auto, which "
-     "is the ring if there is one)",
+    {"transport", OPT_TRANSPORT, "ring|messages|auto", 0,
+     "How steps reach the daemon: a ring in shared memory, or messages (default: auto, which is "
+     "the "
+     "ring if there is one)",
      0},
     {"exec", OPT_EXEC, "daemon|local|auto", 0,
      "Who attends: the daemon (default), this process over the mapped pool, or whichever is "
@@ -100,11 +101,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         o->kernel = arg;
         return 0;
     case OPT_TRANSPORT:
-        o->transport = strcmp(arg, "ring") == 0  ? TS_TRANSPORT_RING
-                       : strcmp(arg, "nng") == 0 ? TS_TRANSPORT_MESSAGES
-                                                 : TS_TRANSPORT_AUTO;
+        o->transport = strcmp(arg, "ring") == 0       ? TS_TRANSPORT_RING
+                       : strcmp(arg, "messages") == 0 ? TS_TRANSPORT_MESSAGES
+                                                      : TS_TRANSPORT_AUTO;
         if (o->transport == TS_TRANSPORT_AUTO && strcmp(arg, "auto") != 0)
-            argp_error(state, "--transport %s: ring, nng or auto are possible", arg);
+            argp_error(state, "--transport %s: ring, messages or auto are possible", arg);
         return 0;
     case OPT_EXEC:
         o->exec = strcmp(arg, "local") == 0  ? TS_EXEC_LOCAL
@@ -352,7 +353,7 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
         if (generated > 0)
             fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s, attended by the %s",
                     generated, (double)generated / (end - prefilled),
-                    ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "nng",
+                    ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "messages",
                     ts_client_exec(client) == TS_EXEC_DAEMON ? "daemon" : "worker");
         fputc('\n', stderr);
         if (ts_client_restarts(client) > 0)

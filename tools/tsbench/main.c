@@ -27,8 +27,7 @@ static const struct argp_option argp_options[] = {
     {"all-kernels", 'a', NULL, 0, "Every kernel in turn", 0},
     {"shape", 's', "TEXT", 0,
      "The shape that attend measures, such as '100 x 777, 28/4/128 bf16, 4 new', or those of its "
-     "own "
-     "whose name has this",
+     "own whose name has this",
      0},
     {"append", 'A', NULL, 0, "Attend on a GPU writes the new tokens' K and V too", 0},
     {"layers", 'l', "N", 0, "Layers of attend's cache on a GPU (default: what no cache holds)", 0},
@@ -117,13 +116,14 @@ static const struct argp argp = {
     "Measures TinyServe on this machine.\v"
     "Benchmarks:\n"
     "  rpc      round trips through a daemon, and through a bare NNG echo\n"
-    "  step     decode steps through rings and through messages, and bare round trips\n"
-    "  cache    matches by token ids, what ids cost a step, room made of cached blocks\n"
+    "  step     decode steps through rings and messages, and bare round trips\n"
+    "  cache    matches by token ids, what ids cost a step, and eviction\n"
     "  alloc    appends, forks and frees inside the engine\n"
-    "  restart  what outliving the daemon costs, and how long taking over and workers' steps take\n"
-    "  attend   the kernels of the processor or of a GPU, and the plain memory read rate\n\n"
-    "A shape: COUNT x TOKENS or COUNT x LEAST-MOST [+ more of these], HEADS/KV_HEADS/HEAD_DIM\n"
-    "fp32|fp16|bf16|fp8 [nhd|hnd] [, N new | , all new] [, N shared]",
+    "  restart  what outliving the daemon costs, and how long taking over takes\n"
+    "  attend   kernels of the processor or of a GPU, and the memory's read rate\n\n"
+    "A shape: COUNT x TOKENS or COUNT x LEAST-MOST [+ more of these],\n"
+    "HEADS/KV_HEADS/HEAD_DIM fp32|fp16|bf16|fp8 [nhd|hnd] [, N new | , all new]\n"
+    "[, N shared]; tsbench(1) explains it",
     NULL,
     NULL,
     NULL};
