@@ -5,6 +5,7 @@
 
 #define BIT(dtype) (1u << (dtype))
 
+TS_KNOWS_DTYPES(4); /* and in ts_dtype_bytes, of the public header */
 static const ts_dtype_facts facts[TS_DTYPE_COUNT] = {
     [TS_DTYPE_FP32] = {"fp32", .io = BIT(TS_DTYPE_FP32)},
     [TS_DTYPE_FP16] = {"fp16", .io = BIT(TS_DTYPE_FP32) | BIT(TS_DTYPE_FP16)},
