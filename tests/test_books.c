@@ -370,9 +370,9 @@ static void books_that_were_settled_leave_nothing_to_apply(void **state)
 static bool knows(const shelf *s, const ts_command *c)
 {
     ts_answer answer;
-    const ts_asker by =
-        c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_asker){c->session, c->call};
-    const ts_asker later = {by.session, by.call + 1}, other = {by.session + (1ull << 32), by.call};
+    const ts_caller by =
+        c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_caller){c->session, c->call};
+    const ts_caller later = {by.session, by.call + 1}, other = {by.session + (1ull << 32), by.call};
     assert_false(ts_books_ordered(s->books, &later, c->op, &answer));
     assert_false(ts_books_ordered(s->books, &other, c->op, &answer));
     assert_false(ts_books_ordered(s->books, &by, TS_OP_SEQ_REMOVE, &answer));
@@ -407,7 +407,7 @@ static void an_operators_last_order_is_known(void **state)
         c->session = session;
         c->call = 10 + i;
         if (c->op == TS_OP_SESSION_CLOSE) {
-            c->session_close.by = (ts_asker){session, c->call};
+            c->session_close.by = (ts_caller){session, c->call};
             c->session = session_new(w->e, 1001);
             c->call = 0;
         }
@@ -430,7 +430,7 @@ static void an_operators_last_order_is_known(void **state)
     run(w, (ts_command){.op = TS_OP_DRAIN}, &answer);
     restart(w, &s, &start);
     assert_false(knows(&s, &refused));
-    assert_false(ts_books_ordered(s.books, &(ts_asker){0}, (ts_op)0, &answer));
+    assert_false(ts_books_ordered(s.books, &(ts_caller){0}, (ts_op)0, &answer));
     world_end(w, &s);
 }
 

@@ -50,15 +50,15 @@ static bool run_one(void)
     return true;
 }
 
-typedef struct asker {
+typedef struct caller {
     ts_pool_stats_waiter waiter;
     uint32_t told;
     const ts_pool_stats *stats;
-} asker;
+} caller;
 
 static void on_ready(ts_pool_stats_waiter *waiter, void *owner)
 {
-    asker *a = (asker *)waiter;
+    caller *a = (caller *)waiter;
     a->told++;
     assert_int_equal(
         ts_pool_stats_cache_get(((ts_service *)owner)->pool_stats, 0, waiter, &a->stats),
@@ -69,7 +69,7 @@ static void a_small_pool_is_walked_at_once(void **state)
 {
     (void)state;
     service_new(1024);
-    asker a = {.waiter.ready = on_ready};
+    caller a = {.waiter.ready = on_ready};
     for (uint64_t i = 1; i <= 3; i++) { /* each time anew: nothing is out of date */
         assert_int_equal(ts_pool_stats_cache_get(service.pool_stats, 0, &a.waiter, &a.stats),
                          TS_OK);
@@ -84,33 +84,33 @@ static void all_who_ask_for_a_large_pool_share_a_walk_of_small_bits(void **state
 {
     (void)state;
     service_new(BLOCKS);
-    static asker askers[100];
+    static caller callers[100];
     const uint64_t bits = BLOCKS / TS_POOL_STATS_BIT;
     for (int i = 0; i < 50; i++) {
-        askers[i] = (asker){.waiter.ready = on_ready};
+        callers[i] = (caller){.waiter.ready = on_ready};
         assert_int_equal(
-            ts_pool_stats_cache_get(service.pool_stats, 0, &askers[i].waiter, &askers[i].stats),
+            ts_pool_stats_cache_get(service.pool_stats, 0, &callers[i].waiter, &callers[i].stats),
             TS_EBUSY);
     }
     assert_int_equal(ts_pool_stats_cache_bits(service.pool_stats),
-                     0); /* none of it in the askers' own turn */
+                     0); /* none of it in the callers' own turn */
     for (uint64_t i = 1; i <= bits / 2; i++) {
         assert_true(run_one());
         assert_int_equal(ts_pool_stats_cache_bits(service.pool_stats), i); /* one a turn */
     }
     for (int i = 50; i < 100; i++) { /* it is under way */
-        askers[i] = (asker){.waiter.ready = on_ready};
+        callers[i] = (caller){.waiter.ready = on_ready};
         assert_int_equal(
-            ts_pool_stats_cache_get(service.pool_stats, 0, &askers[i].waiter, &askers[i].stats),
+            ts_pool_stats_cache_get(service.pool_stats, 0, &callers[i].waiter, &callers[i].stats),
             TS_EBUSY);
     }
     while (run_one())
         ;
     assert_in_range(ts_pool_stats_cache_bits(service.pool_stats), bits, bits + 1);
     for (int i = 0; i < 100; i++) {
-        assert_int_equal(askers[i].told, 1);
-        assert_non_null(askers[i].stats);
-        assert_int_equal(askers[i].stats->free_runs[20], 1);
+        assert_int_equal(callers[i].told, 1);
+        assert_non_null(callers[i].stats);
+        assert_int_equal(callers[i].stats->free_runs[20], 1);
     }
     service_free();
 }

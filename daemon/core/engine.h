@@ -113,11 +113,11 @@ typedef struct ts_space_name {
 } ts_space_name;
 
 /* Who asks for something: a session, and the call's number by its client's count. */
-typedef struct ts_asker {
+typedef struct ts_caller {
     uint64_t session, call; /* 0: nobody, and it has none */
-} ts_asker;
+} ts_caller;
 
-/* Pointers are the caller's and are read only while the command is applied. */
+/* Pointers belong to whoever applies it, and are read only meanwhile. */
 typedef struct ts_command {
     ts_op op;
     uint64_t session; /* who asks, operators for their orders included; not for SESSION_OPEN,
@@ -137,7 +137,7 @@ typedef struct ts_command {
         } session_open;
         struct {
             bool quarantine; /* blocks that its kernels may yet write stay until SESSION_GONE */
-            ts_asker by;     /* the operator who ends it; all 0: nobody does */
+            ts_caller by;    /* the operator who ends it; all 0: nobody does */
         } session_close;
         struct {
             uint64_t bytes;

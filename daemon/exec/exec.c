@@ -65,7 +65,7 @@ void ts_exec_apply(ts_exec *x, const ts_command *command, ts_answer *answer)
     ts_queue_put(&x->queue, &x->sweep);
 }
 
-void ts_exec_let_go(ts_exec *x, uint32_t pool, uint32_t slab)
+void ts_exec_slab_goes(ts_exec *x, uint32_t pool, uint32_t slab)
 {
     if (x->gpu_of[pool] != NULL && x->memory[pool]->ipc_handle == NULL)
         x->slab_goes(x->owner, pool, slab);

@@ -75,7 +75,7 @@ void ts_exec_look_for_woken(ts_exec *exec);
 
 /* Has `slab_goes` called if others may map the slab's memory in such a way that it wouldn't come
  * free: when it is renewed or dropped. */
-void ts_exec_let_go(ts_exec *exec, uint32_t pool, uint32_t slab);
+void ts_exec_slab_goes(ts_exec *exec, uint32_t pool, uint32_t slab);
 
 /* Something couldn't be had for the pool, perhaps because its device is lost. True: the request
  * waits for the next daemon, since this one ends. */

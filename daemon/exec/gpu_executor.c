@@ -151,7 +151,7 @@ static void release_waiters(const ts_job *jobs)
 }
 
 /* Lets go those that have waited too long; when the next one will have (UINT64_MAX: none). */
-static uint64_t let_go_late(ts_job *jobs, uint64_t now, uint64_t next)
+static uint64_t release_late(ts_job *jobs, uint64_t now, uint64_t next)
 {
     for (ts_job *job = jobs; job != NULL; job = job->next) {
         if (job->signals == NULL || ts_gpu_reached(&job->signals->host->submitted, job->run_number))
@@ -175,11 +175,11 @@ static uint64_t look_for_late(ts_gpu_executor *x)
     uint64_t now = ts_now_ms(), until = UINT64_MAX;
     x->late_ms = now;
     for (ts_held_queue *q = x->held.first; q != NULL; q = q->next)
-        until = let_go_late(q->first, now, until);
+        until = release_late(q->first, now, until);
     for (const in_flight *f = x->launched; f != NULL; f = f->next) {
         if (x->stop)
             release_waiters(f->jobs);
-        until = let_go_late(f->jobs, now, until);
+        until = release_late(f->jobs, now, until);
     }
     if (x->stop)
         for (const ts_held_queue *q = x->held.first; q != NULL; q = q->next)

@@ -263,13 +263,13 @@ static void warn_of_store(const ts_exec *x, const ts_pool_config *p)
 }
 
 /* An operator's command is a call of its session. */
-static void set_asker(ts_command *c, const ts_asker *by)
+static void set_caller(ts_command *c, const ts_caller *by)
 {
     c->session = by == NULL ? 0 : by->session;
     c->call = by == NULL ? 0 : by->call;
 }
 
-ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, const ts_asker *by,
+ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, const ts_caller *by,
                              char *why, size_t why_bytes)
 {
     ts_pool_config p = wanted->pool;
@@ -295,7 +295,7 @@ ts_status ts_pool_memory_add(ts_exec *x, const ts_config_pool *wanted, const ts_
     if (status == TS_OK) {
         memory->outlives = x->books != NULL;
         ts_command command = {.op = TS_OP_POOL_ADD, .pool_add.config = &p};
-        set_asker(&command, by);
+        set_caller(&command, by);
         ts_exec_apply(x, &command, &added);
         status = added.status;
         snprintf(why, why_bytes, "%s", added.message);
@@ -501,14 +501,14 @@ ts_status ts_pool_memory_start(ts_exec *x, const ts_config *c)
     return TS_OK;
 }
 
-ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, const ts_asker *by,
+ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, const ts_caller *by,
                                 ts_answer *answer)
 {
     const ts_engine_pool *p = &x->engine->pools[pool];
     ts_memory *memory = x->memory[pool];
     ts_command command = {
         .op = TS_OP_POOL_RESIZE, .pool = pool, .pool_resize.num_blocks = num_blocks};
-    set_asker(&command, by);
+    set_caller(&command, by);
     (void)ts_slab_supply_finish(x);
     uint32_t before = p->books.num_slabs, blocks = p->books.num_blocks;
     if (memory->ipc_handle != NULL && num_blocks != blocks) {
@@ -531,7 +531,7 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     }
     ts_exec_apply(x, &command, answer);
     for (uint32_t i = p->books.num_slabs; answer->status == TS_OK && i < before; i++) {
-        ts_exec_let_go(x, pool, i);
+        ts_exec_slab_goes(x, pool, i);
         ts_stored_slab_forget(x->store,
                               &(ts_stored_slab){memory, pool, i, p->books.slabs[i].generation});
         ts_block_sums_leave_slab(x->sums, pool, i);
@@ -540,10 +540,10 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     return answer->status;
 }
 
-ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_asker *by, ts_answer *answer)
+ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_caller *by, ts_answer *answer)
 {
     ts_command command = {.op = TS_OP_POOL_REMOVE, .pool = pool};
-    set_asker(&command, by);
+    set_caller(&command, by);
     const ts_engine_pool *p = &x->engine->pools[pool];
     (void)ts_slab_supply_finish(x);
     if (x->memory[pool]->ipc_handle != NULL && p->books.ungranted > 0) {
@@ -571,7 +571,7 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_asker *by, t
     if (answer->status != TS_OK)
         return answer->status;
     for (uint32_t i = 0; i < x->memory[pool]->num_slabs; i++)
-        ts_exec_let_go(x, pool, i);
+        ts_exec_slab_goes(x, pool, i);
     ts_block_sums_remove(x->sums, pool);
     ts_memory_free(x->memory[pool]);
     x->memory[pool] = NULL;

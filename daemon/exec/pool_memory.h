@@ -21,7 +21,7 @@ ts_status ts_pool_memory_start(ts_exec *exec, const ts_config *config);
 /* Adds one, while the daemon runs too. Where it opens a GPU that had no pool yet, everybody waits
  * for as long as CUDA takes for that. `by`, here and below: the operator who orders it; NULL: none
  * does. */
-ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, const ts_asker *by,
+ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, const ts_caller *by,
                              char *why, size_t why_bytes);
 
 /*
@@ -39,8 +39,8 @@ ts_status ts_pool_memory_check_exchange(const ts_exec *exec, uint32_t pool, uint
 
 /* The engine's TS_OP_POOL_RESIZE and TS_OP_POOL_REMOVE, with the pool's memory. */
 ts_status ts_pool_memory_resize(ts_exec *exec, uint32_t pool, uint32_t num_blocks,
-                                const ts_asker *by, ts_answer *answer);
-ts_status ts_pool_memory_remove(ts_exec *exec, uint32_t pool, const ts_asker *by,
+                                const ts_caller *by, ts_answer *answer);
+ts_status ts_pool_memory_remove(ts_exec *exec, uint32_t pool, const ts_caller *by,
                                 ts_answer *answer);
 
 /* Ends the GPUs' batches; the GPUs go with the exec. */

@@ -229,7 +229,7 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
         return status;
     if (x->slabs != NULL) /* it can be had again */
         x->slabs->failed &= ~((uint64_t)1 << pool);
-    ts_exec_let_go(x, pool, slab);
+    ts_exec_slab_goes(x, pool, slab);
     return store_slab(x, pool, slab, why, why_bytes);
 }
 

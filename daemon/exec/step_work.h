@@ -1,6 +1,6 @@
 /*
  * A step's work for the kernels: what is handed to the executors, and what is told to the engine
- * and to the asker when it is done.
+ * and to the caller when it is done.
  *
  * Thread: the engine's owner of the moment (work_queue.h).
  */
@@ -25,7 +25,7 @@ typedef struct ts_completion {
     /* Takes a job for the processor's kernels, and has it run soon; NULL: the executor's thread. */
     void (*submit)(const struct ts_completion *completion, ts_job *job);
     void *context;
-    uint64_t taken_ns; /* the asker's own, as are `context` and `tag` */
+    uint64_t taken_ns; /* the caller's own, as are `context` and `tag` */
     uint32_t tag;
 } ts_completion;
 

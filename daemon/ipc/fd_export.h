@@ -10,7 +10,7 @@
 #include "handle_wire.h"
 #include "work_queue.h"
 
-/* Asks for a descriptor; `done` is called by the engine's owner, and *fd is then the asker's. */
+/* Asks for a descriptor; `done` is called by the engine's owner, and *fd is then the caller's. */
 typedef struct ts_handle_ask {
     ts_work work;
     ts_handle_request request;

@@ -26,15 +26,15 @@ void ts_answers_fini(ts_answers *t)
 }
 
 /* A session that an operator ends isn't who asks for its end. */
-static ts_asker asker_of(const ts_command *c)
+static ts_caller caller_of(const ts_command *c)
 {
-    return c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_asker){c->session, c->call};
+    return c->op == TS_OP_SESSION_CLOSE ? c->session_close.by : (ts_caller){c->session, c->call};
 }
 
 /* A run is done again; what only looks is looked up again; pools and exchanges are opened anew. */
 static bool is_kept(const ts_command *c)
 {
-    return asker_of(c).call != 0 && c->op != TS_OP_STEP_RUN && c->op != TS_OP_EXCHANGE_OPEN &&
+    return caller_of(c).call != 0 && c->op != TS_OP_STEP_RUN && c->op != TS_OP_EXCHANGE_OPEN &&
            c->op != TS_OP_POOL_OPEN && !ts_command_only_looks(c);
 }
 
@@ -78,7 +78,7 @@ static void copy(void *to, const void *from, uint64_t bytes)
 
 static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
 {
-    const ts_asker by = asker_of(c);
+    const ts_caller by = caller_of(c);
     ts_stored_answer h = {.session = by.session, .call = by.call, .op = c->op, .pool = c->pool};
     if (ts_command_answers_ids(c->op)) {
         h.count = answer->seqs.count;
@@ -100,7 +100,7 @@ static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
 
 bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer)
 {
-    const uint32_t index = (uint32_t)asker_of(c).session;
+    const uint32_t index = (uint32_t)caller_of(c).session;
     if (!is_kept(c) || answer->status != TS_OK || index >= t->max)
         return true;
     ts_kept_answer *kept = &t->all[index];
@@ -179,7 +179,7 @@ const uint64_t *ts_answers_find_made(const ts_answers *t, uint64_t session, uint
     return parts_of(h, t->all[index].bytes).ids;
 }
 
-bool ts_answers_find_order(const ts_answers *t, const ts_asker *by, ts_op op, ts_answer *answer)
+bool ts_answers_find_order(const ts_answers *t, const ts_caller *by, ts_op op, ts_answer *answer)
 {
     const uint32_t index = (uint32_t)by->session;
     if (by->call == 0 || index >= t->max)

@@ -36,8 +36,8 @@ bool ts_answers_find(const ts_answers *answers, const ts_engine *engine, ts_comm
 const uint64_t *ts_answers_find_made(const ts_answers *answers, uint64_t session, uint64_t call,
                                      uint32_t *pool, uint32_t *count);
 
-/* Whether the asker's last call was this order, and was carried out. Then *answer is as it was. */
-bool ts_answers_find_order(const ts_answers *answers, const ts_asker *by, ts_op op,
+/* Whether the caller's last call was this order, and was carried out. Then *answer is as it was. */
+bool ts_answers_find_order(const ts_answers *answers, const ts_caller *by, ts_op op,
                            ts_answer *answer);
 
 void ts_answers_write(const ts_answers *answers, ts_record_writer *writer);

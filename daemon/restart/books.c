@@ -310,7 +310,7 @@ const uint64_t *ts_books_made(const ts_books *b, uint64_t session, uint64_t call
     return b == NULL ? NULL : ts_answers_find_made(&b->answers, session, call, pool, count);
 }
 
-bool ts_books_ordered(const ts_books *b, const ts_asker *by, ts_op op, ts_answer *answer)
+bool ts_books_ordered(const ts_books *b, const ts_caller *by, ts_op op, ts_answer *answer)
 {
     return b != NULL && ts_answers_find_order(&b->answers, by, op, answer);
 }

@@ -106,9 +106,9 @@ bool ts_books_answered(const ts_books *books, const ts_engine *engine, ts_comman
 const uint64_t *ts_books_made(const ts_books *books, uint64_t session, uint64_t call,
                               uint32_t *pool, uint32_t *count);
 
-/* Whether the asker's last call before a restart was this operator's order, and was carried out;
+/* Whether the caller's last call before a restart was this operator's order, and was carried out;
  * *answer is what it was answered. */
-bool ts_books_ordered(const ts_books *books, const ts_asker *by, ts_op op, ts_answer *answer);
+bool ts_books_ordered(const ts_books *books, const ts_caller *by, ts_op op, ts_answer *answer);
 
 typedef struct ts_books_figures {
     uint64_t journal_bytes, journal_used; /* the ring's, and what no snapshot covers */

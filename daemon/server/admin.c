@@ -14,18 +14,18 @@
 
 /* An order, as a call of the operator's session: a restarted daemon that is asked again tells what
  * came of it. */
-static ts_asker asker_of(const ts_connection *by, const Tspb__Request *r)
+static ts_caller caller_of(const ts_connection *by, const Tspb__Request *r)
 {
-    return (ts_asker){.session = by->session, .call = by->session == 0 ? 0 : r->request_id};
+    return (ts_caller){.session = by->session, .call = by->session == 0 ? 0 : r->request_id};
 }
 
 static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Request *r,
                        ts_answer *answer)
 {
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     const uint64_t session = r->admin_kick->session;
     ts_connection *c = ts_service_connection_of(s, session);
-    if (c == NULL && ts_resume_end(s, session, "an operator ended it before it came back", &asker))
+    if (c == NULL && ts_resume_end(s, session, "an operator ended it before it came back", &caller))
         return;
     if (c == NULL)
         return ts_refuse(answer, TS_ENOENT, "there is no session %llx",
@@ -34,7 +34,7 @@ static void order_kick(ts_service *s, const ts_connection *by, const Tspb__Reque
               "session %llx is ended by uid %u (pid %u)", (unsigned long long)session, by->uid,
               by->pid);
     c->kicked = session;
-    ts_service_end_session(s, c, &asker);
+    ts_service_end_session(s, c, &caller);
 }
 
 static void order_free(ts_service *s, const ts_connection *by, const Tspb__Request *r,
@@ -42,10 +42,10 @@ static void order_free(ts_service *s, const ts_connection *by, const Tspb__Reque
 {
     const Tspb__AdminFree *body = r->admin_free;
     const ts_engine *e = s->exec.engine;
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     ts_command command = {.op = TS_OP_SEQ_REMOVE,
-                          .session = asker.session,
-                          .call = asker.call,
+                          .session = caller.session,
+                          .call = caller.call,
                           .pool = ts_engine_pool_named(e, body->pool, answer),
                           .seq_remove.seq = body->seq};
     if (command.pool == TS_NONE)
@@ -63,7 +63,7 @@ static void order_free(ts_service *s, const ts_connection *by, const Tspb__Reque
 static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Request *r,
                         ts_answer *answer)
 {
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     const bool on = !r->admin_drain->off;
     if (s->exec.engine->draining != on)
         ts_log_on(TS_LOG_WARNING, &(ts_log_about){.uid = by->uid, .pid = by->pid},
@@ -72,7 +72,7 @@ static void order_drain(ts_service *s, const ts_connection *by, const Tspb__Requ
     ts_exec_apply(
         &s->exec,
         &(ts_command){
-            .op = TS_OP_DRAIN, .session = asker.session, .call = asker.call, .drain.on = on},
+            .op = TS_OP_DRAIN, .session = caller.session, .call = caller.call, .drain.on = on},
         answer);
     if (on)
         ts_parked_hurry_all(s);
@@ -88,7 +88,7 @@ static void note_pool(const ts_connection *by, const char *pool, const char *wha
 static void order_create(ts_service *s, const ts_connection *by, const Tspb__Request *r,
                          ts_answer *answer)
 {
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     char why[TS_MESSAGE_BYTES];
     ts_config *c = malloc(sizeof *c);
     if (c == NULL)
@@ -98,7 +98,7 @@ static void order_create(ts_service *s, const ts_connection *by, const Tspb__Req
         ts_config_finish(c) != TS_OK) {
         ts_refuse(answer, TS_EINVAL, "%s", c->problems[0].text);
     } else {
-        ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], &asker, why, sizeof why);
+        ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], &caller, why, sizeof why);
         if (status == TS_OK)
             note_pool(by, c->pools[0].pool.name, "made");
         else
@@ -119,10 +119,10 @@ static uint32_t pool_of(const ts_service *s, const char *name, char (*named)[64]
 static void order_delete(ts_service *s, const ts_connection *by, const Tspb__Request *r,
                          ts_answer *answer)
 {
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     char named[64];
     uint32_t pool = pool_of(s, r->admin_pool_delete->pool, &named, answer);
-    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, &asker, answer) == TS_OK) {
+    if (pool != TS_NONE && ts_pool_memory_remove(&s->exec, pool, &caller, answer) == TS_OK) {
         ts_refusals_forget_pool(s, pool);
         note_pool(by, named, "deleted");
     }
@@ -132,7 +132,7 @@ static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Req
                          ts_answer *answer)
 {
     const Tspb__AdminPoolResize *body = r->admin_pool_resize;
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     char named[64], what[64];
     uint64_t bytes = 0;
     uint32_t pool = pool_of(s, body->pool, &named, answer);
@@ -144,7 +144,7 @@ static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Req
     const ts_pool_config *config = &s->exec.engine->pools[pool].config;
     uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
     uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
-    if (ts_pool_memory_resize(&s->exec, pool, wanted, &asker, answer) != TS_OK)
+    if (ts_pool_memory_resize(&s->exec, pool, wanted, &caller, answer) != TS_OK)
         return;
     snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
     note_pool(by, named, what);
@@ -154,7 +154,7 @@ static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb_
                              ts_answer *answer)
 {
     const Tspb__AdminCacheDrop *body = r->admin_cache_drop;
-    const ts_asker asker = asker_of(by, r);
+    const ts_caller caller = caller_of(by, r);
     char named[64], shown[TS_NAMESPACE_TEXT_BYTES], tenant[32] = "", space[160] = "";
     const uint32_t pool = pool_of(s, body->pool, &named, answer);
     if (pool == TS_NONE)
@@ -164,8 +164,8 @@ static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb_
                          body->space.len, TS_NAMESPACE_BYTES_MAX);
     const ts_command command = {
         .op = TS_OP_CACHE_DROP,
-        .session = asker.session,
-        .call = asker.call,
+        .session = caller.session,
+        .call = caller.call,
         .pool = pool,
         .cache_drop = {.has_uid = body->has_tenant,
                        .uid = body->tenant,
@@ -245,8 +245,8 @@ bool ts_admin(ts_service *s, ts_connection *c, const Tspb__Request *request, ts_
     if (i == sizeof orders / sizeof *orders)
         return false;
     if (ts_service_is_operator(s, c->uid, c->gid)) {
-        const ts_asker asker = asker_of(c, request);
-        if (!ts_books_ordered(s->exec.books, &asker, orders[i].op, answer))
+        const ts_caller caller = caller_of(c, request);
+        if (!ts_books_ordered(s->exec.books, &caller, orders[i].op, answer))
             orders[i].run(s, c, request, answer);
         encode(request, answer, reply, body);
         return true;

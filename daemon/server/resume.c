@@ -62,7 +62,7 @@ static bool lives(const ts_session *s, int *process)
     return false;
 }
 
-static void end(ts_service *s, uint64_t session, const char *why, const ts_asker *by)
+static void end(ts_service *s, uint64_t session, const char *why, const ts_caller *by)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, session);
     if (about == NULL)
@@ -302,7 +302,7 @@ uint64_t ts_resume_opened(const ts_service *s, const ts_connection *c,
     return ts_service_connection_of(s, session) == NULL ? session : 0;
 }
 
-bool ts_resume_end(ts_service *s, uint64_t session, const char *why, const ts_asker *by)
+bool ts_resume_end(ts_service *s, uint64_t session, const char *why, const ts_caller *by)
 {
     ts_absent **at = &s->absent;
     while (*at != NULL && (*at)->session != session)

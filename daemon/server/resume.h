@@ -38,7 +38,7 @@ uint64_t ts_resume_opened(const ts_service *service, const ts_connection *connec
                           const ProtobufCBinaryData *nonce);
 
 /* Ends the session, as the operator `by` orders, if it has yet to come back. False: it hasn't. */
-bool ts_resume_end(ts_service *service, uint64_t session, const char *why, const ts_asker *by);
+bool ts_resume_end(ts_service *service, uint64_t session, const char *why, const ts_caller *by);
 
 /* Whether it has yet to come back. */
 bool ts_resume_awaits(const ts_service *service, uint64_t session);

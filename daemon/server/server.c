@@ -170,7 +170,7 @@ void ts_service_free_memory(ts_session_memory *m)
     *m = (ts_session_memory){0};
 }
 
-void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid, const ts_asker *by)
+void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid, const ts_caller *by)
 {
     const ts_session *about = ts_engine_session(s->exec.engine, session);
     ts_answer answer;
@@ -183,7 +183,7 @@ void ts_service_close_session(ts_service *s, uint64_t session, uint32_t pid, con
         &(ts_command){.op = TS_OP_SESSION_CLOSE,
                       .session = session,
                       .session_close = {.quarantine = writes && quarantine(s, session, pid),
-                                        .by = by == NULL ? (ts_asker){0} : *by}},
+                                        .by = by == NULL ? (ts_caller){0} : *by}},
         &answer);
 }
 
@@ -195,7 +195,7 @@ void ts_service_quarantine_again(ts_service *s, uint64_t session, uint32_t pid)
                       &answer);
 }
 
-void ts_service_end_session(ts_service *s, ts_connection *c, const ts_asker *by)
+void ts_service_end_session(ts_service *s, ts_connection *c, const ts_caller *by)
 {
     if (c->session != 0) {
         ts_step_work_drop_session(&s->exec, c->session);

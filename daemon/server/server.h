@@ -136,14 +136,14 @@ void ts_service_end_quarantines(ts_service *service, uint64_t now_ms);
 
 /* Ends the connection's session, if it has one, and what belongs to it. `by`, here and below: the
  * operator who orders it; NULL: none does. */
-void ts_service_end_session(ts_service *service, ts_connection *connection, const ts_asker *by);
+void ts_service_end_session(ts_service *service, ts_connection *connection, const ts_caller *by);
 
 /* Gives up what a session shares with the daemon. What waits on a GPU for its worker goes on. */
 void ts_service_free_memory(ts_session_memory *memory);
 
 /* Closes the engine's session, which has no connection (any more), of this process. */
 void ts_service_close_session(ts_service *service, uint64_t session, uint32_t pid,
-                              const ts_asker *by);
+                              const ts_caller *by);
 
 /* The session closes, and its process's kernels may still write: waits for them anew. */
 void ts_service_quarantine_again(ts_service *service, uint64_t session, uint32_t pid);
