@@ -223,11 +223,14 @@ static void tsctl_finds_pool(uid_t uid, const char *runtime)
     ends_with(pid, out, 0);
 }
 
-/* The system's daemon: root's, which everybody may reach. It makes its folder. */
+/* The system's daemon: root's, which everybody may reach, whatever root's umask is. It makes its
+ * folder. */
 static pid_t system_daemon(int *out)
 {
     struct stat about;
+    const mode_t mask = umask(0077);
     pid_t pid = daemon_as(0, "/tmp", out);
+    umask(mask);
     await_text(*out, "listens at /run/tinyserve/tinyserve.sock;");
     assert_int_equal(lstat(TS_SYSTEM_FOLDER, &about), 0);
     assert_int_equal(about.st_mode, S_IFDIR | 0755);

@@ -41,8 +41,8 @@ ts_status ts_socket_folder_make(const char *socket, bool own, char *why, size_t 
 {
     char folder[sizeof(struct sockaddr_un)];
     if (!own) { /* where it can't be made, the lock finds no folder and says so */
-        if (strcmp(socket, TS_SYSTEM_SOCKET) == 0)
-            (void)mkdir(TS_SYSTEM_FOLDER, 0755);
+        if (strcmp(socket, TS_SYSTEM_SOCKET) == 0 && mkdir(TS_SYSTEM_FOLDER, 0755) == 0)
+            (void)chmod(TS_SYSTEM_FOLDER, 0755); /* whatever the umask: sockets have modes, too */
         return TS_OK;
     }
     snprintf(folder, sizeof folder, "%.*s", (int)(strrchr(socket, '/') - socket), socket);
