@@ -1,4 +1,5 @@
 /* What the journal and snapshots store: the engine's state field by field, and commands. */
+#define _GNU_SOURCE
 #include "test_util.h"
 
 #include "command_codec.h"
@@ -120,11 +121,64 @@ static void what_a_command_points_to_is_stored_with_it(void **state)
     assert_memory_equal(is.step_begin.tokens, tokens, 2 * sizeof *tokens);
 }
 
+/* One field of a command that was stored isn't what it was: the command can't be read. */
+static void spoiled(const ts_command *c, const void *field, size_t field_bytes, uint64_t value)
+{
+    static ts_command_room outside;
+    unsigned char bytes[1024], *at;
+    ts_command read;
+    assert_true(ts_command_bytes(c) <= sizeof bytes);
+    ts_command_write(c, bytes);
+    assert_true(ts_command_read(bytes, ts_command_bytes(c), &outside, &read));
+    /* Its struct is stored as it is, and comes before what it points to. */
+    at = memmem(bytes, sizeof bytes, &c->session_open, 8);
+    assert_non_null(at);
+    at += (const unsigned char *)field - (const unsigned char *)&c->session_open;
+    memcpy(at, &value, field_bytes);
+    if (ts_command_read(bytes, ts_command_bytes(c), &outside, &read))
+        fail_msg("command %u: a field that is %llu", (unsigned)c->op, (unsigned long long)value);
+}
+
+static void a_command_that_speaks_of_more_than_it_points_to_isnt_read(void **state)
+{
+    (void)state;
+    const uint32_t counts[] = {2, 0, 3}, tokens[] = {7, 8, 9, 10, 11};
+    const uint64_t seqs[] = {5, 6};
+    ts_command c = {.op = TS_OP_SEQ_MATCH,
+                    .seq_match = {.counts = counts, .tokens = tokens, .count = 3}};
+    c.seq_match.space = (ts_space_name){"space", 5};
+    spoiled(&c, &c.seq_match.count, sizeof c.seq_match.count, 4);
+    spoiled(&c, &c.seq_match.count, sizeof c.seq_match.count, 2);
+    spoiled(&c, &c.seq_match.count, sizeof c.seq_match.count, UINT32_MAX);
+    spoiled(&c, &c.seq_match.space.count, sizeof c.seq_match.space.count, 6);
+    spoiled(&c, &c.seq_match.space.count, sizeof c.seq_match.space.count, SIZE_MAX);
+
+    c = (ts_command){.op = TS_OP_SEQ_TRUNCATE,
+                     .seq_batch = {.seqs = seqs, .lengths = tokens, .count = 2}};
+    spoiled(&c, &c.seq_batch.count, sizeof c.seq_batch.count, 3);
+    c.op = TS_OP_SEQ_FREE;
+    spoiled(&c, &c.seq_batch.count, sizeof c.seq_batch.count, 0x10002);
+
+    c = (ts_command){.op = TS_OP_STEP_COMMIT,
+                     .step_end = {.step = 77, .accepted = counts, .count = 3}};
+    spoiled(&c, &c.step_end.count, sizeof c.step_end.count, 4);
+
+    c = (ts_command){.op = TS_OP_SEQ_KEEP, .seq_keep = {.seq = 3, .name = "name"}};
+    unsigned char bytes[1024];
+    ts_command_room outside;
+    ts_command read;
+    ts_command_write(&c, bytes);
+    char *name = memmem(bytes, ts_command_bytes(&c), "name", 5);
+    name[4] = 's'; /* no NUL ends it */
+    assert_false(ts_command_read(bytes, ts_command_bytes(&c), &outside, &read));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_command_has_a_row),
         cmocka_unit_test(what_a_command_points_to_is_stored_with_it),
+        cmocka_unit_test(a_command_that_speaks_of_more_than_it_points_to_isnt_read),
         cmocka_unit_test(a_snapshot_of_other_fields_is_read),
         cmocka_unit_test(no_field_of_a_record_was_forgotten),
     };

@@ -251,6 +251,22 @@ static const void *target(const ts_command *c, const unsigned char *at, uint64_t
     return at;
 }
 
+/* Whether the array, which has so many bytes, is what the command's fields speak of; the arrays
+ * before it are. */
+static bool is_whole(const ts_command *c, const array *a, uint64_t bytes)
+{
+    const void *pointer = pointer_at(c, a->at);
+    if (a->kind == A_STRUCT) /* a shorter one was widened */
+        return pointer != NULL;
+    if (pointer == NULL)
+        return true;
+    if (a->kind == A_TEXT)
+        return memchr(pointer, '\0', bytes) != NULL;
+    if (a->kind == A_SUM && pointer_at(c, a->counts_at) == NULL)
+        return false;
+    return elements_of(c, a) * a->element_bytes == bytes;
+}
+
 bool ts_command_read(const void *in, size_t bytes, ts_command_room *room, ts_command *c)
 {
     const unsigned char *at = in;
@@ -277,6 +293,8 @@ bool ts_command_read(const void *in, size_t bytes, ts_command_room *room, ts_com
             return false;
         const void *pointer = target(c, at, h.array_bytes[i], room);
         memcpy(member(c, shape->arrays[i].at), &pointer, sizeof pointer);
+        if (!is_whole(c, &shape->arrays[i], h.array_bytes[i]))
+            return false;
         at += padded(h.array_bytes[i]);
         left -= padded(h.array_bytes[i]);
     }

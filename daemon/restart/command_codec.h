@@ -24,7 +24,8 @@ typedef struct ts_command_room {
     ts_engine_limits limits;
 } ts_command_room;
 
-/* The command in `bytes` bytes at `in`, to which it points, and to *room. False: there is none. */
+/* The command in `bytes` bytes at `in`, to which it points, and to *room. False: there is none, or
+ * one whose fields speak of more or less than it points to. */
 bool ts_command_read(const void *in, size_t bytes, ts_command_room *room, ts_command *command);
 
 /* The same outcome has the same digest, and another most likely another: the status, and the ids,
