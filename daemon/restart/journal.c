@@ -11,6 +11,7 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define MAGIC "tsbooks"
 #define FORMAT 2u
@@ -21,10 +22,19 @@ _Static_assert(sizeof(ts_journal_head) <= HEAD_BYTES, "the head has a page");
 
 /* Before the command. */
 typedef struct entry_head {
-    uint32_t bytes, status; /* bytes: of all of the entry */
-    uint32_t digest, pad;
+    uint32_t bytes, status;    /* bytes: of all of the entry */
+    uint32_t digest, checksum; /* checksum: 0: its writer made none */
     uint64_t now_ms;
 } entry_head;
+
+/* Of all else in the entry; never 0. */
+static uint32_t checksum_of(const entry_head *e, const unsigned char *entry)
+{
+    const size_t from = offsetof(entry_head, now_ms); /* with what is before it as the seed */
+    const uint64_t seed = ((uint64_t)e->status << 32 | e->digest) + e->bytes;
+    const uint32_t sum = (uint32_t)XXH3_64bits_withSeed(entry + from, e->bytes - from, seed);
+    return sum == 0 ? 1 : sum;
+}
 
 static ts_status fail(ts_journal *j, ts_status status, const char *what, char *why,
                       size_t why_bytes)
@@ -76,7 +86,8 @@ ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
         return fail(j, TS_EPROTO, "opening it", why, why_bytes);
     const ts_journal_head *h = j->head;
     if (memcmp(h->magic, MAGIC, sizeof MAGIC) != 0 || h->format != FORMAT ||
-        h->capacity != (uint64_t)about.st_size - HEAD_BYTES || h->capacity % 8 != 0) {
+        h->capacity != (uint64_t)about.st_size - HEAD_BYTES || h->capacity == 0 ||
+        h->capacity % 8 != 0) {
         snprintf(why, why_bytes,
                  "the journal is of format %u, of version %.31s; version " TS_VERSION
                  " reads format %u",
@@ -136,10 +147,12 @@ bool ts_journal_put(ts_journal *j, const ts_command *c, uint64_t now_ms, ts_stat
         memcpy(j->ring + at, &skip, sizeof skip);
         at = 0;
     }
-    const entry_head e = {
+    entry_head e = {
         .bytes = (uint32_t)bytes, .status = (uint32_t)status, .digest = digest, .now_ms = now_ms};
     memcpy(j->ring + at, &e, sizeof e);
     ts_command_write(c, j->ring + at + sizeof e);
+    e.checksum = checksum_of(&e, j->ring + at);
+    memcpy(j->ring + at, &e, sizeof e);
     __atomic_store_n(&h->head, end, __ATOMIC_RELEASE);
     return true;
 }
@@ -154,6 +167,8 @@ ts_status ts_journal_get(const ts_journal *j, uint64_t end, uint64_t *position,
 {
     uint32_t bytes;
     uint64_t at = *position % j->capacity;
+    if (*position % 8 != 0)
+        return TS_EPROTO;
     memcpy(&bytes, j->ring + at, sizeof bytes);
     if (bytes == SKIP) {
         *position += j->capacity - at;
@@ -165,6 +180,8 @@ ts_status ts_journal_get(const ts_journal *j, uint64_t end, uint64_t *position,
         bytes > end - *position)
         return TS_EPROTO;
     memcpy(&e, j->ring + at, sizeof e);
+    if (e.checksum != 0 && e.checksum != checksum_of(&e, j->ring + at))
+        return TS_EPROTO;
     if (!ts_command_read(j->ring + at + sizeof e, bytes - sizeof e, &entry->room, &entry->command))
         return TS_EPROTO;
     entry->command.now_ms = e.now_ms;
