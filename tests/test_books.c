@@ -274,6 +274,23 @@ static void spoil(shelf *s, const char *name, uint64_t at)
     close(fd);
 }
 
+static void a_journal_of_another_format_is_set_aside(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX};
+    ts_books_start start;
+    world *w = die_after(&s, 100);
+    spoil(&s, "journal", offsetof(ts_journal_head, format));
+    ts_engine *e = open_books(&s, &start);
+    assert_false(start.restored);
+    assert_non_null(strstr(start.why, "the journal is of format 3"));
+    assert_int_equal(e->num_pools, 0);
+    assert_true(place_of(&s.keeper, "failed.journal") < KEPT_MAX);
+    assert_true(place_of(&s.keeper, "failed.books.a") < KEPT_MAX);
+    assert_true(place_of(&s.keeper, "journal") < KEPT_MAX); /* anew */
+    clean_up(w, &s, e);
+}
+
 /* The first entry tells of something else, and has no checksum. */
 static void spoil_digest(shelf *s)
 {
@@ -393,6 +410,7 @@ static void a_journal_without_room_or_read_from_between_is_none(void **state)
     assert_int_equal(ftruncate(fd, 4096), 0);
     assert_int_equal(pwrite(fd, &head, sizeof head, 0), sizeof head);
     assert_int_equal(ts_journal_open(&none, fd, why, sizeof why), TS_EPROTO);
+    ts_journal_close(&none);
     ts_journal_close(&j);
 }
 
@@ -639,6 +657,7 @@ int main(void)
         cmocka_unit_test(what_a_restart_finds_is_what_there_was),
         cmocka_unit_test(a_full_journal_makes_commands_wait),
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
+        cmocka_unit_test(a_journal_of_another_format_is_set_aside),
         cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),
         cmocka_unit_test(books_that_were_settled_leave_nothing_to_apply),
         cmocka_unit_test(an_operators_last_order_is_known),

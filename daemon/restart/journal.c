@@ -82,8 +82,10 @@ ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
 {
     struct stat about;
     *j = (ts_journal){.fd = fd};
-    if (fstat(fd, &about) != 0 || about.st_size < HEAD_BYTES || !map(j, (uint64_t)about.st_size))
-        return fail(j, TS_EPROTO, "opening it", why, why_bytes);
+    if (fstat(fd, &about) != 0 || about.st_size < HEAD_BYTES || !map(j, (uint64_t)about.st_size)) {
+        snprintf(why, why_bytes, "the journal: opening it: %s", strerror(errno));
+        return TS_EPROTO;
+    }
     const ts_journal_head *h = j->head;
     if (memcmp(h->magic, MAGIC, sizeof MAGIC) != 0 || h->format != FORMAT ||
         h->capacity != (uint64_t)about.st_size - HEAD_BYTES || h->capacity == 0 ||
@@ -92,7 +94,8 @@ ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
                  "the journal is of format %u, of version %.31s; version " TS_VERSION
                  " reads format %u",
                  h->format, h->version, FORMAT);
-        ts_journal_close(j);
+        munmap(j->head, (size_t)about.st_size);
+        *j = (ts_journal){.fd = fd};
         return TS_EPROTO;
     }
     j->first = ts_journal_last(j) == NULL ? 0 : ts_journal_last(j)->position;

@@ -59,8 +59,9 @@ typedef struct ts_journal {
 /* A new one, with an epoch and no snapshot. capacity: a multiple of 4096. */
 ts_status ts_journal_new(ts_journal *journal, uint64_t capacity, char *why, size_t why_bytes);
 
-/* One that an earlier daemon wrote; the descriptor is the journal's, also in an error.
- * TS_EPROTO: it is none, or of a format that this version doesn't know. */
+/* One that an earlier daemon wrote; the descriptor is the journal's until it is closed, also in an
+ * error: then it has nothing else. TS_EPROTO: it is none, or of a format that this version doesn't
+ * know. */
 ts_status ts_journal_open(ts_journal *journal, int fd, char *why, size_t why_bytes);
 
 void ts_journal_close(ts_journal *journal);
