@@ -302,21 +302,34 @@ bool tells_end(const ts_gpu_run *runs, uint32_t num_runs)
     return lists == 1u << LIST_NARROW || lists == 1u << LIST_MEDIUM || lists == 1u << LIST_WIDE;
 }
 
-/* The runs' words, by a kernel or stream operations behind what was queued. */
+/* Words of the runs, by a kernel or stream operations behind what was queued; `last`: and what
+ * tells the launch's end. */
+ts_status tell(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs, uint32_t from,
+               uint32_t to, bool last)
+{
+    const ts_gpu_signal nobody = {};
+    ts_gpu_signal signals[2 * GPU_RUNS];
+    uint32_t count = 0;
+    for (uint32_t word = from; word < to; word++)
+        for (uint32_t i = 0; i < num_runs; i++)
+            if (runs[i].words[word] != NULL)
+                signals[count++] = ts_gpu_signal{runs[i].words[word], runs[i].number};
+    return last ? ts_gpu_launch_signal(l, signals, count)
+                : ts_gpu_launch_words(l, signals, count, &nobody);
+}
+
+/* All words of all runs, every run's in their order: those of one run are stream operations. */
 ts_status tell_runs(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 {
+    if (num_runs == 1)
+        return tell(l, runs, 1, 0, 2, true);
     ts_status status = TS_OK;
-    for (uint32_t first = 0; first < num_runs && status == TS_OK; first += GPU_RUNS) {
-        const ts_gpu_signal nobody = {};
-        ts_gpu_signal signals[2 * GPU_RUNS];
-        uint32_t count = 0;
-        for (uint32_t i = first; i < num_runs && i < first + GPU_RUNS; i++)
-            for (uint32_t j = 0; j < 2; j++)
-                if (runs[i].words[j] != NULL)
-                    signals[count++] = ts_gpu_signal{runs[i].words[j], runs[i].number};
-        status = first + GPU_RUNS < num_runs ? ts_gpu_launch_words(l, signals, count, &nobody)
-                                             : ts_gpu_launch_signal(l, signals, count);
-    }
+    for (uint32_t word = 0; word < 2; word++)
+        for (uint32_t first = 0; first < num_runs && status == TS_OK; first += GPU_RUNS) {
+            uint32_t count = num_runs - first < GPU_RUNS ? num_runs - first : GPU_RUNS;
+            bool last = word == 1 && first + GPU_RUNS >= num_runs;
+            status = tell(l, runs + first, count, word, word + 1, last);
+        }
     return status;
 }
 

@@ -214,7 +214,8 @@ typedef struct ts_gpu_run {
     const float *sinks, *alibi; /* [heads]; NULL: none */
     const float *scales;        /* [2][kv_heads], of an fp8 cache; NULL: all are 1 */
     float *lse;                 /* NULL: isn't wanted */
-    uint32_t *words[2];         /* get `number` when the launch's runs are over; NULL: none */
+    uint32_t *words[2];         /* get `number`, the first one first, when the launch's runs are
+                                   over; NULL: none */
     uint32_t number;
 } ts_gpu_run;
 

@@ -146,9 +146,12 @@ __device__ inline void tell_end(const gpu_call &c)
     fence_system();
     if (threadIdx.x < c.num_told) {
         const gpu_run &run = c.runs[threadIdx.x];
-        for (uint32_t i = 0; i < 2; i++)
+        for (uint32_t i = 0; i < 2; i++) {
+            if (i > 0)
+                fence_system(); /* in their order */
             if (run.words[i] != NULL)
                 *(volatile uint32_t *)run.words[i] = run.number;
+        }
     }
     __syncwarp();
     if (last && c.end_word != NULL) {
