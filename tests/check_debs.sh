@@ -160,7 +160,7 @@ if booted; then
     before=$(property MainPID)
     [ "$(property NFileDescriptorStore)" -gt 0 ] || fail "systemd holds nothing of it"
     inside sh -c "until test -e /upgraded; do
-        ts-generate -m $model --verify $model/reference.json:0 || exit; done" \
+        ts-generate --wait 60 -m $model --verify $model/reference.json:0 || exit; done" \
         >"$scratch/worker" 2>&1 &
     worker=$!
     install

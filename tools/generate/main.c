@@ -26,13 +26,14 @@ enum {
     OPT_KERNEL,
     OPT_TRANSPORT,
     OPT_EXEC,
-    OPT_NO_CACHE
+    OPT_NO_CACHE,
+    OPT_WAIT
 };
 
 typedef struct options {
     const char *socket, *pool, *folder, *prefix_of, *keep, *verify, *prompt_file, *kernel;
     char *prompt;
-    uint32_t tokens;
+    uint32_t tokens, wait_ms;
     ts_transport transport;
     ts_exec exec;
     bool no_cache;
@@ -62,6 +63,7 @@ static const struct argp_option argp_options[] = {
     {"no-cache", OPT_NO_CACHE, NULL, 0,
      "Compute the whole prompt, whatever of it is in the pool, and leave nothing to be found", 0},
     {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
+    {"wait", OPT_WAIT, "SECONDS", 0, "How long to wait for a daemon to appear (default 0)", 0},
     {"verify", OPT_VERIFY, "FILE:INDEX", 0,
      "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
     {0},
@@ -89,6 +91,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (*end != '\0' || arg[0] == '-' || n > 1u << 20)
             argp_error(state, "--tokens %s: a number up to 1048576 is needed", arg);
         o->tokens = (uint32_t)n;
+        return 0;
+    }
+    case OPT_WAIT: {
+        double seconds = strtod(arg, &end);
+        if (*end != '\0' || !(seconds >= 0 && seconds <= 3600))
+            argp_error(state, "--wait %s: 0 to 3600 seconds are possible", arg);
+        o->wait_ms = (uint32_t)(seconds * 1000);
         return 0;
     }
     case OPT_PROMPT_FILE:
@@ -389,10 +398,12 @@ int main(int argc, char **argv)
         return fail(o.folder, why);
     if (!prepare(&o, m, &j))
         goto out;
-    ts_status status = ts_connect(
-        &(ts_options){
-            .size = sizeof(ts_options), .url = o.socket, .transport = o.transport, .exec = o.exec},
-        &client);
+    ts_status status = ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                                .url = o.socket,
+                                                .wait_ms = o.wait_ms,
+                                                .transport = o.transport,
+                                                .exec = o.exec},
+                                  &client);
     if (status == TS_OK)
         status =
             ts_pool_open(client, o.pool, o.exec != TS_EXEC_DAEMON ? TS_POOL_WRITABLE : 0, &pool);
