@@ -4,7 +4,7 @@
  * copy_blocks copies whole blocks for copy-on-write.
  * Both are bound by memory and small beside attention.
  */
-#include "common.cuh"
+#include "cache.cuh"
 
 namespace
 {

@@ -13,7 +13,7 @@
 #ifndef TS_GPU_CHUNKS_CUH
 #define TS_GPU_CHUNKS_CUH
 
-#include "common.cuh"
+#include "tile_shapes.cuh"
 
 namespace chunks
 {

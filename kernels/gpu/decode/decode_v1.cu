@@ -5,7 +5,7 @@
  * after the other, and neighbouring threads read different rows, so no load is coalesced.
  * Measured: 16.1 ms, 0.06 of the read rate (kernels/doc/).
  */
-#include "common.cuh"
+#include "decode.cuh"
 
 namespace
 {

@@ -6,6 +6,7 @@
  * Bought: 24.2 -> 2.51 ms.
  */
 #include "chunked.cuh"
+#include "decode.cuh"
 
 namespace
 {

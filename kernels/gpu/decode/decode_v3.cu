@@ -4,6 +4,7 @@
  * could be measured (2.48 ms): two reductions in 512 tokens were not what took the time.
  */
 #include "chunked.cuh"
+#include "decode.cuh"
 
 namespace
 {

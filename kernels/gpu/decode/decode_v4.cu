@@ -7,7 +7,7 @@
  * through shared memory. Scores never go through shared memory, and nobody waits inside the walk.
  * Bought: 2.48 -> 0.98 ms, 0.91 of the read rate.
  */
-#include "common.cuh"
+#include "decode.cuh"
 
 namespace
 {

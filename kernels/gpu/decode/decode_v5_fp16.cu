@@ -1,5 +1,6 @@
 /* v5 for fp16 caches: few rows for each KV head in decode_v5.cuh, of several
  * sequences too in decode_v5_shared.cuh; more in mma.cuh. */
+#include "decode.cuh"
 #include "decode_v5_shared.cuh"
 #include "mma.cuh"
 

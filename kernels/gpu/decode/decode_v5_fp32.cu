@@ -4,6 +4,7 @@
  * every read of it serves all rows of the tile.
  */
 #include "chunk_sums.cuh"
+#include "decode.cuh"
 
 namespace
 {

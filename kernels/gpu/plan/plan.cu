@@ -3,6 +3,9 @@
  * in batch.cuh; which kernel a sequence gets, and how its work is split, in work_split.cuh.
  */
 #include "batch.cuh"
+#include "cache.cuh"
+#include "decode.cuh"
+#include "prefill.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>

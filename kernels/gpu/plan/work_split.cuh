@@ -5,7 +5,7 @@
 #ifndef TS_GPU_WORK_SPLIT_CUH
 #define TS_GPU_WORK_SPLIT_CUH
 
-#include "common.cuh"
+#include "tile_shapes.cuh"
 
 extern "C" {
 #include "plan.h"

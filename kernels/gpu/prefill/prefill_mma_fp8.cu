@@ -1,5 +1,6 @@
 /* mma for fp8 caches: mma.cuh. */
 #include "mma.cuh"
+#include "prefill.cuh"
 
 ts_gpu_kernel mma_fp8(uint32_t head_dim, ts_dtype io)
 {

@@ -4,7 +4,8 @@
  * into shared memory and used by all rows. fp32 arithmetic; bound by shared-memory reads. With 4 or
  * more query tokens it replaces one decode kernel's pass over K and V for each of them.
  */
-#include "common.cuh"
+#include "prefill.cuh"
+#include "tile_shapes.cuh"
 
 namespace
 {

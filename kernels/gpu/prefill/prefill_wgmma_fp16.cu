@@ -1,4 +1,5 @@
 /* wgmma for fp16 caches: wgmma.cuh. */
+#include "prefill.cuh"
 #include "wgmma.cuh"
 
 ts_gpu_kernel wgmma_fp16(uint32_t head_dim, bool varied)
