@@ -192,26 +192,37 @@ __device__ inline void merge(const gpu_call &c, const job &j, uint32_t threads,
     }
 }
 
-/* What PARTS warps have of row r comes together, in order: its state, and its sums from dimension d
- * on. See `finish`. */
+/* What PARTS warps have of row r comes together, in order: its state, and what each warp's sums are
+ * multiplied by. */
 template <int ROWS, int PARTS>
-__device__ inline row_state add_parts(const row_state (*states)[ROWS], const float *sums,
-                                      uint32_t pitch, uint32_t r, uint32_t d, float *x)
+__device__ inline row_state add_states(const row_state (*states)[ROWS], uint32_t r, float *factors)
 {
     row_state row = {-CUDART_INF_F, 0};
 #pragma unroll
     for (uint32_t w = 0; w < PARTS; w++)
         row.max = fmaxf(row.max, states[w][r].max);
+#pragma unroll
     for (uint32_t w = 0; w < PARTS; w++) {
-        float factor = rescale(states[w][r].max, row.max);
-        float4 y = *(const float4 *)&sums[((size_t)w * ROWS + r) * pitch + d];
-        row.sum = __fmaf_rn(states[w][r].sum, factor, row.sum); /* told whole: mma.cuh has it too */
-        x[0] = __fmaf_rn(y.x, factor, x[0]);
-        x[1] = __fmaf_rn(y.y, factor, x[1]);
-        x[2] = __fmaf_rn(y.z, factor, x[2]);
-        x[3] = __fmaf_rn(y.w, factor, x[3]);
+        factors[w] = rescale(states[w][r].max, row.max);
+        row.sum =
+            __fmaf_rn(states[w][r].sum, factors[w], row.sum); /* told whole: mma.cuh has it too */
     }
     return row;
+}
+
+/* And its sums from dimension d on, by these factors. See `finish`. */
+template <int ROWS, int PARTS>
+__device__ inline void add_sums(const float *sums, uint32_t pitch, uint32_t r, uint32_t d,
+                                const float *factors, float *x)
+{
+#pragma unroll
+    for (uint32_t w = 0; w < PARTS; w++) {
+        float4 y = *(const float4 *)&sums[((size_t)w * ROWS + r) * pitch + d];
+        x[0] = __fmaf_rn(y.x, factors[w], x[0]);
+        x[1] = __fmaf_rn(y.y, factors[w], x[1]);
+        x[2] = __fmaf_rn(y.z, factors[w], x[2]);
+        x[3] = __fmaf_rn(y.w, factors[w], x[3]);
+    }
 }
 
 /* A row's record: its state, and four of its sums. */
@@ -247,8 +258,9 @@ __device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
         uint32_t r = i / QUADS, d = i % QUADS * 4;
         if (d >= c.head_dim)
             continue;
-        float x[4] = {};
-        row_state row = add_parts<ROWS, PARTS>(states, sums, pitch, r, d, x);
+        float x[4] = {}, factors[PARTS];
+        row_state row = add_states<ROWS, PARTS>(states, r, factors);
+        add_sums<ROWS, PARTS>(sums, pitch, r, d, factors, x);
         if (num_chunks == 1) {
             store_sums<T>(c, j, places[r], d, row, x);
             continue;

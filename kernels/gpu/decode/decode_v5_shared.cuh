@@ -59,9 +59,28 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         return seq;
     }
 
+    /* Where a row of q lies, and what a row's record of this chunk is made of beside the sums. */
+    struct row {
+        size_t q;
+        float *record;
+        row_state state;
+        float factors[WARPS];
+    };
+
+    __device__ static void find_row(const gpu_call &c, const job &j, const team &t, uint32_t r,
+                                    row *to)
+    {
+        const uint32_t record = c.head_dim + 4;
+        uint32_t place, query;
+        const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
+        to->q = ((size_t)seq.first_row * c.heads + place) * c.head_dim;
+        to->record = records_of(*j.run, seq, record) +
+                     ((size_t)j.chunk * seq.q_tokens * c.heads + place) * record;
+    }
+
     /* All rows of q, turned if the run asks for it; those past the last are 0. As load_q has it. */
     __device__ static void load_rows(const gpu_call &c, const job &j, const team &t,
-                                     unsigned char *q)
+                                     const row *rows, unsigned char *q)
     {
         const int TOGETHER = scaled<T>::value ? 2 : 8;
         const bool as_it_is = !scaled<T>::value && c.rope.theta == 0;
@@ -70,17 +89,16 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
             uint32_t r = i / PIECES, piece = i % PIECES, place, query;
             uint4 x = make_uint4(0, 0, 0, 0);
             if (r < t.rows && piece * 8 < c.head_dim) {
-                const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
-                size_t row = ((size_t)seq.first_row * c.heads + place) * c.head_dim;
                 if (as_it_is) {
-                    x = *(const uint4 *)((const T *)j.run->q + row + piece * 8);
+                    x = *(const uint4 *)((const T *)j.run->q + rows[r].q + piece * 8);
                 } else {
+                    const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
                     uint32_t position = seq.kv_tokens - seq.q_tokens + query;
                     float y[8];
 #pragma unroll
                     for (int e = 0; e < 8; e += TOGETHER)
-                        load_turned<T, TOGETHER>(c, j.run->q, row, q_source<T>(piece, e), position,
-                                                 y + e);
+                        load_turned<T, TOGETHER>(c, j.run->q, rows[r].q, q_source<T>(piece, e),
+                                                 position, y + e);
                     x = make_uint4(pack<M>(y[0], y[1]), pack<M>(y[2], y[3]), pack<M>(y[4], y[5]),
                                    pack<M>(y[6], y[7]));
                 }
@@ -165,19 +183,21 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* Writes the rows' records of this chunk. */
-    __device__ static void store_records(const gpu_call &c, const job &j, const team &t,
+    __device__ static void store_records(const gpu_call &c, const team &t, row *rows,
                                          const row_state (*states)[ROWS], const float *sums)
     {
-        const uint32_t QUADS = DIM / 4, record = c.head_dim + 4;
+        const uint32_t QUADS = DIM / 4, r = threadIdx.x;
+        if (r < t.rows)
+            rows[r].state = add_states<ROWS, WARPS>(states, r, rows[r].factors);
+        __syncthreads();
         for (uint32_t i = threadIdx.x; i < t.rows * QUADS; i += THREADS) {
-            uint32_t r = i / QUADS, d = i % QUADS * 4, place, query;
+            const uint32_t d = i % QUADS * 4;
+            const row &its = rows[i / QUADS];
             if (d >= c.head_dim)
                 continue;
             float x[4] = {};
-            row_state row = add_parts<ROWS, WARPS>(states, sums, SUM_PITCH, r, d, x);
-            const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
-            size_t at = (size_t)j.chunk * seq.q_tokens * c.heads + place;
-            store_record(c, records_of(*j.run, seq, record) + at * record, d, row, x);
+            add_sums<ROWS, WARPS>(sums, SUM_PITCH, i / QUADS, d, its.factors, x);
+            store_record(c, its.record, d, its.state, x);
         }
     }
 
@@ -214,6 +234,7 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
                                 unsigned char *shared)
     {
         __shared__ plan_seq seqs[ROWS];
+        __shared__ row rows[ROWS];
         __shared__ row_state states[WARPS][ROWS];
         uint32_t warp = threadIdx.x / 32;
         unsigned char *rings = shared + Q_BYTES;
@@ -227,7 +248,10 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         __syncthreads();
         t.each = seqs[0].q_tokens * c.group;
         t.rows = t.members * t.each;
-        load_rows(c, j, t, shared);
+        if (threadIdx.x < t.rows)
+            find_row(c, j, t, threadIdx.x, &rows[threadIdx.x]);
+        __syncthreads();
+        load_rows(c, j, t, rows, shared);
         __syncthreads();
         lane_sums l[GROUPS];
 #pragma unroll
@@ -243,7 +267,7 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
             l[g].lay_out(states[warp] + g * EACH, sums + (warp * ROWS + g * EACH) * SUM_PITCH);
         }
         __syncthreads();
-        store_records(c, j, t, states, sums);
+        store_records(c, t, rows, states, sums);
         end(c, j, t, sums);
     }
 
