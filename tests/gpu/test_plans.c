@@ -130,15 +130,15 @@ static void note(const batch *b, const plan_piece *p, const plan_seq *seqs, uint
 static uint32_t note_team(const batch *b, const plan_piece *p, const plan_seq *seqs,
                           const uint32_t *tables, uint32_t **seen)
 {
-    const uint32_t *list = tables + (p->tile & ~TEAM_PIECE), count = list[0];
+    const uint32_t *list = tables + TEAM_LIST(p->tile), count = TEAM_SIZE(p->tile);
     const uint32_t begin = p->chunk * p->seq.chunk_tokens, end = begin + p->seq.chunk_tokens;
     const uint32_t first = begin / BLOCK, blocks = ceil_div(end, BLOCK) - first;
     const uint32_t rows = b->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 16 : 32;
-    assert_int_equal(p->index, list[1]);
+    assert_int_equal(p->index, list[0]);
     assert_int_equal(p->chunks_and_alone, 2);
     assert_memory_equal(&p->seq, &seqs[p->index], sizeof p->seq);
     assert_in_range(count * p->seq.q_tokens * (b->heads / b->geometry.kv_heads), 2, rows);
-    for (uint32_t m = 1; m <= count; m++) {
+    for (uint32_t m = 0; m < count; m++) {
         const plan_seq *s = &seqs[list[m]];
         assert_true(list[m] < b->count);
         assert_int_equal(s->chunk_tokens, p->seq.chunk_tokens);

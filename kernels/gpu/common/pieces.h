@@ -18,7 +18,7 @@ typedef struct plan_seq {
 /* One piece of a sequence that is cut into chunks: whole, so that a block finds all in one read. */
 typedef struct plan_piece {
     plan_seq seq;
-    uint32_t tile; /* of rows; or TEAM_PIECE */
+    uint32_t tile; /* of rows; or TEAM_PIECE and more */
     uint32_t chunk;
     uint32_t index; /* the sequence's, among the plan's */
     /* Twice its chunks from that one on, 1 or all of the sequence's; and 1, if no other piece of
@@ -29,9 +29,11 @@ typedef struct plan_piece {
 
 /*
  * In `tile` of v5's pieces for few rows: the piece is a team's, sequences whose chunk has the same
- * K and V (sharing.h). The other bits say where its list of members is among the plan's tables: how
- * many there are, then each one's number among the plan's sequences. `seq` is the first's.
+ * K and V (sharing.h). The next seven bits say how many members it has, the others where their list
+ * is among the plan's tables: each one's number among the plan's sequences. `seq` is the first's.
  */
 #define TEAM_PIECE 0x80000000u
+#define TEAM_SIZE(TILE) ((TILE) >> 24 & 127u)
+#define TEAM_LIST(TILE) ((TILE) & 0xffffffu)
 
 #endif

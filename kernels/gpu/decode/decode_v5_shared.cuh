@@ -230,21 +230,23 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         }
     }
 
+    /* members: their numbers among the run's sequences. */
     __device__ static void work(const gpu_call &c, const job &j, const uint32_t *members,
-                                unsigned char *shared)
+                                uint32_t count, unsigned char *shared)
     {
         __shared__ plan_seq seqs[ROWS];
         __shared__ row rows[ROWS];
         __shared__ row_state states[WARPS][ROWS];
         uint32_t warp = threadIdx.x / 32;
+        uint32_t member = members[min(threadIdx.x, count - 1)]; /* asked for before the tiles */
         unsigned char *rings = shared + Q_BYTES;
         tiles ring;
         ring.start(c, j, rings);
         team t;
-        t.members = members[0];
+        t.members = count;
         t.seqs = seqs;
-        if (threadIdx.x < t.members)
-            seqs[threadIdx.x] = j.run->seqs[members[1 + threadIdx.x]];
+        if (threadIdx.x < count)
+            seqs[threadIdx.x] = j.run->seqs[member];
         __syncthreads();
         t.each = seqs[0].q_tokens * c.group;
         t.rows = t.members * t.each;
@@ -276,21 +278,23 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         plan_piece piece;
         const gpu_run &run = find_piece(c, block, piece);
         const uint32_t *members = NULL; /* of a team whose members are worked on in turn */
+        uint32_t count = 1;
         job j;
         if (piece.tile & TEAM_PIECE) {
-            members = run.tables + (piece.tile & ~TEAM_PIECE);
+            members = run.tables + TEAM_LIST(piece.tile);
+            count = TEAM_SIZE(piece.tile);
             piece.tile = 0;
             make_job(c, run, piece, block % c.kv_heads, EACH, j);
             if (c.window == 0) {
-                work(c, j, members, shared);
+                work(c, j, members, count, shared);
                 return;
             }
         }
-        for (uint32_t m = 0; m == 0 || (members != NULL && m < members[0]); m++) {
+        for (uint32_t m = 0; m < count; m++) {
             if (m > 0)
                 __syncthreads();
             if (members != NULL)
-                piece.seq = run.seqs[members[1 + m]];
+                piece.seq = run.seqs[members[m]];
             make_job(c, run, piece, block % c.kv_heads, EACH, j);
             narrow::work(c, j, shared);
         }

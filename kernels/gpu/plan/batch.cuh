@@ -82,7 +82,7 @@ void find_teams(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
             to[i].blocks = seqs[i].blocks;
             to[i].num_blocks = ceil_div(seqs[i].kv_tokens, p->geometry.block_tokens);
         }
-    if (!ts_sharing_compare(&b.sharing))
+    if (p->num_seqs > TEAM_LIST(~0u) || !ts_sharing_compare(&b.sharing))
         return;
     for (uint32_t i = 0; i < p->num_seqs; i++)
         if (to[i].alike > 0) {
@@ -149,11 +149,11 @@ void sort_pieces(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
         }
 }
 
-/* Counts items, records and counters; returns the entries of the block tables, and of the lists of
- * teams' members before them. */
+/* Counts items, records and counters; returns the entries of the block tables, and of all teams'
+ * members before them. */
 size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
 {
-    size_t entries = b.sharing.num_teams + b.sharing.num_members;
+    size_t entries = b.sharing.num_members;
     p->folds = false;
     memset(p->count, 0, sizeof p->count);
     p->records = p->counters = p->q_tokens = 0;
@@ -181,22 +181,11 @@ size_t lay_out(ts_gpu_plan *p, uint32_t num_seqs, const uint32_t *items)
     return p->tables = at;
 }
 
-/* The lists of teams' members: of each how many they are, then their numbers. */
-void fill_members(const ts_sharing &sharing, uint32_t *to)
-{
-    for (uint32_t t = 0; t < sharing.num_teams; t++) {
-        const ts_team &team = sharing.teams[t];
-        *to++ = team.count;
-        memcpy(to, sharing.members + team.first, team.count * sizeof *to);
-        to += team.count;
-    }
-}
-
 /* The sequences, and their tables. */
 void fill_seqs(const ts_gpu_plan *p, const ts_attention_seq *seqs, const batch &b, plan_seq *to,
                uint32_t *tables)
 {
-    uint32_t table = b.sharing.num_teams + b.sharing.num_members, row = 0, slot = 0, counter = 0;
+    uint32_t table = b.sharing.num_members, row = 0, slot = 0, counter = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         const ts_attention_seq *s = &seqs[i];
         const work_split &c = b.cuts[i].c;
@@ -238,9 +227,9 @@ struct team_writer {
             const ts_team &t = sharing->teams[team];
             if (t.chunks <= chunk)
                 continue;
-            const uint32_t first = sharing->members[t.first], list = team + t.first;
+            const uint32_t first = sharing->members[t.first];
             pieces[order->next[bucket_of(*order, seqs[first].chunk_tokens)]++] =
-                plan_piece{seqs[first], TEAM_PIECE | list, chunk, first, 2};
+                plan_piece{seqs[first], TEAM_PIECE | t.count << 24 | t.first, chunk, first, 2};
             written++;
         }
     }
@@ -277,7 +266,8 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b, unsigned
         pieces[l] = (plan_piece *)(host + p->items[l]);
     }
     memcpy(host, p->count, sizeof p->count);
-    fill_members(sharing, (uint32_t *)(host + p->tables));
+    if (sharing.num_members > 0)
+        memcpy(host + p->tables, sharing.members, sharing.num_members * sizeof(uint32_t));
     fill_seqs(p, seqs, b, to, (uint32_t *)(host + p->tables));
     team_writer teams = {&sharing, to, &b.sorters[0], pieces[LIST_NARROW], 0, 0, 0};
     for (uint32_t i = 0; i < p->num_seqs; i++) {
