@@ -182,7 +182,7 @@ box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
     if (p->gpu->driver.encode_map(&m.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, c.base, sizes, strides,
                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                   widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_NONE,
                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
         return m;
     m.block_units = (uint32_t)(c.block_bytes / unit);
@@ -209,10 +209,9 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
 }
 
 /* One block on each processor, which takes pieces one after the other. */
-cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, bool varied, uint32_t *tickets,
-                         float4 *folds, cudaStream_t stream)
+cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_kernel &kernel,
+                         uint32_t *tickets, float4 *folds, cudaStream_t stream)
 {
-    const ts_gpu_kernel &kernel = varied ? p->varied_wgmma : p->kernels[LIST_WGMMA];
     wgmma_call wgmma = {box_map_of(c, p), tickets, folds};
     void *arguments[] = {(void *)&c, &wgmma};
     uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
@@ -348,12 +347,13 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
         if (c.num_items == 0)
             continue;
-        if (list != LIST_WGMMA) {
+        if (list < LIST_WGMMA) {
             error = launch_list(c, (ts_gpu_list)list, p, has_teams(runs, num_runs), l->stream);
             continue;
         }
         float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);
-        error = launch_wgmma(c, p, any_is_varied(c, runs, num_runs), tickets_of(l, p),
+        bool varied = any_is_varied(c, runs, num_runs);
+        error = launch_wgmma(c, p, varied ? p->varied_wgmma : p->kernels[list], tickets_of(l, p),
                              (float4 *)(p->persistent ? p->own_folds : folds), l->stream);
     }
     return error;

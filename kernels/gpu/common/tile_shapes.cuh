@@ -41,6 +41,8 @@ static inline uint32_t wgmma_rows(const ts_geometry *g)
     return g->head_dim <= 64 ? 192 : 128;
 }
 
+#define WGMMA_FEW_ROWS 64u /* of a sequence, at most, for its kernel for few */
+
 static inline uint32_t wgmma_tokens(const ts_geometry *g) /* of its tiles */
 {
     return g->head_dim > 128 ? WGMMA_TOKENS / 2 : WGMMA_TOKENS;

@@ -108,7 +108,7 @@ void count_seq(ts_gpu_plan *p, const ts_attention_seq *s, const seq_cut &cut, ui
         uint32_t longest = c.together > 1 ? s->kv_tokens : c.chunks > 1 ? c.tokens : c.last;
         so.longest = longest > so.longest ? longest : so.longest;
         p->count[list] += (c.chunks / c.together - shared) * c.tiles;
-        p->folds = p->folds || (list == LIST_WGMMA && c.together > 1);
+        p->folds = p->folds || (is_wgmma(list) && c.together > 1);
         if (c.chunks > c.together) {
             p->records += (size_t)c.chunks * s->q_tokens * p->heads;
             p->counters += p->geometry.kv_heads * c.tiles;

@@ -15,14 +15,14 @@ namespace
 {
 
 TS_KNOWS_DTYPES(4);
-ts_gpu_kernel wgmma_kernel(const ts_gpu_plan *p, bool varied)
+ts_gpu_kernel wgmma_kernel(const ts_gpu_plan *p, wgmma_kind kind)
 {
     uint32_t head_dim = p->geometry.head_dim;
     ts_dtype dtype = p->geometry.dtype;
     return !p->gpu->info.warp_groups ? ts_gpu_kernel{}
-           : dtype == TS_DTYPE_FP16  ? wgmma_fp16(head_dim, varied)
-           : dtype == TS_DTYPE_BF16  ? wgmma_bf16(head_dim, varied)
-                                     : wgmma_fp8(head_dim, varied);
+           : dtype == TS_DTYPE_FP16  ? wgmma_fp16(head_dim, kind)
+           : dtype == TS_DTYPE_BF16  ? wgmma_bf16(head_dim, kind)
+                                     : wgmma_fp8(head_dim, kind);
 }
 
 ts_gpu_kernel v5_kernel(const ts_gpu_plan *p, uint32_t kind)
@@ -43,8 +43,8 @@ ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
         return tile_kernel(head_dim, dtype);
     if (!loads_vectors(&p->geometry) || (has_many_rows(list) && dtype == TS_DTYPE_FP32))
         return ts_gpu_kernel{};
-    if (list == LIST_WGMMA)
-        return wgmma_kernel(p, false);
+    if (is_wgmma(list))
+        return wgmma_kernel(p, list == LIST_FEW ? WGMMA_FEW : WGMMA_MANY);
     if (list == LIST_MMA)
         return dtype == TS_DTYPE_FP16   ? mma_fp16(head_dim, io)
                : dtype == TS_DTYPE_BF16 ? mma_bf16(head_dim, io)
@@ -78,10 +78,10 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
         }
         if (fits)
             p->kernels[list] = kernel;
-        if (p->kernel == (list == LIST_TILE    ? TS_KERNEL_TILE
-                          : list == LIST_MMA   ? TS_KERNEL_MMA
-                          : list == LIST_WGMMA ? TS_KERNEL_WGMMA
-                                               : TS_KERNEL_V5)) {
+        if (p->kernel == (list == LIST_TILE  ? TS_KERNEL_TILE
+                          : list == LIST_MMA ? TS_KERNEL_MMA
+                          : is_wgmma(list)   ? TS_KERNEL_WGMMA
+                                             : TS_KERNEL_V5)) {
             wanted = true;
             found = found || fits;
             least = bytes < least ? bytes : least;
@@ -89,7 +89,7 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
     }
     if (p->kernels[LIST_WGMMA].function != NULL) {
         size_t bytes;
-        p->varied_wgmma = wgmma_kernel(p, true);
+        p->varied_wgmma = wgmma_kernel(p, WGMMA_VARIED);
         ts_status status = ts_gpu_function_find(p->gpu, &p->varied_wgmma, &bytes, why, why_bytes);
         if (status != TS_OK)
             return status;
@@ -253,7 +253,7 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
     ts_attention_seq s = {};
     s.q_tokens = s.kv_tokens = most->q_tokens;
     ts_gpu_list list = list_of(p, &s);
-    const bool many = list == LIST_WGMMA && most->q_tokens <= V5_QUERIES;
+    const bool many = is_wgmma(list) && most->q_tokens <= V5_QUERIES;
     if (list < LIST_NARROW || (has_many_rows(list) && !many)) {
         snprintf(why, why_bytes,
                  "%u query tokens of a %s cache, head_dim %u: a persistent plan is for what "
@@ -291,8 +291,9 @@ ts_status load_append(const ts_gpu_plan *p, char *why, size_t why_bytes)
 ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
 {
     const size_t floats = p->records * ts_gpu_record_floats(&p->geometry);
-    const size_t folds =
-        p->room[LIST_WGMMA] == 0 ? 0 : wgmma_fold_floats(&p->geometry, p->gpu->info.processors);
+    const size_t folds = p->room[LIST_WGMMA] + p->room[LIST_FEW] == 0
+                             ? 0
+                             : wgmma_fold_floats(&p->geometry, p->gpu->info.processors);
     const size_t partials = (floats + folds) * sizeof(float);
     const size_t counters = (OWN_COUNTERS + p->counters) * sizeof *p->own_counters;
     ts_status status = ts_gpu_buffer_take(p->gpu, bytes, &p->buffer, why, why_bytes);

@@ -17,7 +17,8 @@ typedef enum ts_gpu_list {
     LIST_MEDIUM, /* ... for some more, */
     LIST_WIDE,   /* ... and for many */
     LIST_MMA,    /* the same for mma, */
-    LIST_WGMMA,  /* ... and for wgmma */
+    LIST_WGMMA,  /* ... for wgmma, */
+    LIST_FEW,    /* ... and for wgmma's kernel for few rows */
     LIST_COUNT
 } ts_gpu_list;
 
@@ -29,7 +30,7 @@ struct ts_gpu_plan {
     ts_kernel kernel;
     ts_gpu_kernel kernels[LIST_COUNT]; /* of LIST_TILE and later ones; function NULL: the device has
                                           too little shared memory for it */
-    ts_gpu_kernel varied_wgmma;        /* LIST_WGMMA's where scores are capped or sloped */
+    ts_gpu_kernel varied_wgmma;        /* wgmma's lists' where scores are capped or sloped */
     ts_gpu_kernel team_kernel; /* LIST_NARROW's where pieces may be teams'; function NULL: none are
                                   made */
     ts_gpu_buffer *buffer;

@@ -32,10 +32,15 @@ uint32_t clamp(uint32_t x, uint32_t least, uint32_t most)
     return x < least ? least : x > most ? most : x;
 }
 
+bool is_wgmma(uint32_t list)
+{
+    return list == LIST_WGMMA || list == LIST_FEW;
+}
+
 /* Those that prefill takes; they don't write the new tokens' K and V themselves. */
 bool has_many_rows(uint32_t list)
 {
-    return list == LIST_MMA || list == LIST_WGMMA;
+    return list == LIST_MMA || is_wgmma(list);
 }
 
 struct sorter {
@@ -59,9 +64,9 @@ struct work_split {
 uint32_t least_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, bool batch)
 {
     uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
-    uint32_t least = !has_many_rows(list)                         ? (batch ? batched : 512)
-                     : tiles > 1 || (list == LIST_WGMMA && batch) ? 2048
-                                                                  : 1024;
+    uint32_t least = !has_many_rows(list)                     ? (batch ? batched : 512)
+                     : tiles > 1 || (is_wgmma(list) && batch) ? 2048
+                                                              : 1024;
     if (p->geometry.kv_heads < 8 && !has_many_rows(list))
         least = clamp(least * p->geometry.kv_heads / 8, 256, least);
     return least;
@@ -71,7 +76,7 @@ uint32_t least_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, bo
 uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles)
 {
     uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
-    uint32_t blocks = list == LIST_WGMMA ? BLOCKS / 2 : BLOCKS; /* one on a processor */
+    uint32_t blocks = is_wgmma(list) ? BLOCKS / 2 : BLOCKS; /* one on a processor */
     uint32_t most = abreast < blocks ? blocks / (uint32_t)abreast : 1;
     return clamp(most, 1, has_many_rows(list) ? MMA_CHUNKS : V5_CHUNKS);
 }
@@ -87,13 +92,14 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
 {
     uint32_t least = least_tokens(p, list, tiles, s->kv_tokens <= BATCHED);
     uint32_t even = ceil_div(s->kv_tokens, most_chunks(p, list, tiles));
-    uint32_t tile = list == LIST_WGMMA ? WGMMA_TOKENS : TILE_TOKENS;
+    uint32_t tile = is_wgmma(list) ? WGMMA_TOKENS : TILE_TOKENS;
     return ceil_div(even < least ? least : even, tile) * tile;
 }
 
 uint32_t rows_of_tile(const ts_gpu_plan *p, ts_gpu_list list)
 {
     return list == LIST_WGMMA ? wgmma_rows(&p->geometry)
+           : list == LIST_FEW ? WGMMA_FEW_ROWS
            : list == LIST_MMA ? mma_rows(&p->geometry)
                               : v5_rows(&p->geometry, list - LIST_NARROW);
 }
@@ -115,7 +121,7 @@ uint32_t whole_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint64_t tokens)
     uint64_t abreast = many ? 1 : 2; /* pieces on a processor */
     uint64_t share = tokens * p->geometry.kv_heads / (p->gpu->info.processors * abreast);
     uint64_t most = share * 2 / 3;
-    if (list == LIST_WGMMA ? p->io_dtype == TS_DTYPE_FP32 : p->kernels[list].fold_bytes == 0)
+    if (is_wgmma(list) ? p->io_dtype == TS_DTYPE_FP32 : p->kernels[list].fold_bytes == 0)
         return 0;
     return most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
 }
@@ -189,7 +195,13 @@ uint32_t decoded_rows(const ts_gpu_plan *p, uint32_t q_tokens)
 {
     if (q_tokens == 1 || p->kernels[LIST_WGMMA].function == NULL)
         return v5_rows(&p->geometry, 2);
-    return p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 8 : 16;
+    return p->geometry.dtype == TS_DTYPE_FP8_E4M3 || p->kernels[LIST_FEW].function != NULL ? 8 : 16;
+}
+
+/* wgmma's kernel for a sequence of so many rows. */
+ts_gpu_list wgmma_list(const ts_gpu_plan *p, uint32_t rows)
+{
+    return rows <= WGMMA_FEW_ROWS && p->kernels[LIST_FEW].function != NULL ? LIST_FEW : LIST_WGMMA;
 }
 
 ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
@@ -204,7 +216,7 @@ ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
     case TS_KERNEL_MMA:
         return LIST_MMA;
     case TS_KERNEL_WGMMA:
-        return LIST_WGMMA;
+        return wgmma_list(p, rows);
     case TS_KERNEL_TILE:
         return LIST_TILE;
     default:
@@ -216,7 +228,7 @@ ts_gpu_list list_of(const ts_gpu_plan *p, const ts_attention_seq *s)
     bool decodes = s->q_tokens <= V5_QUERIES && (!tensors || rows <= decoded_rows(p, s->q_tokens));
     bool exact = decodes || (tensors && p->io_dtype == TS_DTYPE_FP32);
     if (!exact && p->kernels[LIST_WGMMA].function != NULL)
-        return LIST_WGMMA;
+        return wgmma_list(p, rows);
     if (!exact && p->kernels[LIST_MMA].function != NULL)
         return LIST_MMA;
     ts_gpu_list list = exact || tensors ? v5_list(p, rows) : LIST_COUNT;

@@ -2,7 +2,7 @@
 #include "prefill.cuh"
 #include "wgmma.cuh"
 
-ts_gpu_kernel wgmma_fp16(uint32_t head_dim, bool varied)
+ts_gpu_kernel wgmma_fp16(uint32_t head_dim, wgmma_kind kind)
 {
-    return wgmma::prefill<__half>(head_dim, varied);
+    return wgmma::prefill<__half>(head_dim, kind);
 }

@@ -2,7 +2,7 @@
 #include "prefill.cuh"
 #include "wgmma.cuh"
 
-ts_gpu_kernel wgmma_fp8(uint32_t head_dim, bool varied)
+ts_gpu_kernel wgmma_fp8(uint32_t head_dim, wgmma_kind kind)
 {
-    return wgmma::prefill<__nv_fp8_e4m3>(head_dim, varied);
+    return wgmma::prefill<__nv_fp8_e4m3>(head_dim, kind);
 }

@@ -22,11 +22,12 @@ namespace wgmma
 
 using namespace chunks;
 
-template <typename T, int DIM> struct tile_ring {
+/* FEW: for pieces that take one group's rows. */
+template <typename T, int DIM, bool FEW = false> struct tile_ring {
     static const uint32_t TOKENS = DIM > 128 ? 64 : WGMMA_TOKENS; /* of a tile */
     static const uint32_t SLABS = DIM / 64, PIECES = DIM / 8;     /* PIECES: 16 bytes of a row */
     static const uint32_t PLANE = TOKENS * 128 * SLABS;           /* bytes */
-    static const uint32_t K_STAGES = 2, V_STAGES = DIM > 128 || scaled<T>::value ? 2 : 3,
+    static const uint32_t K_STAGES = FEW ? 3 : 2, V_STAGES = DIM > 128 || scaled<T>::value ? 2 : 3,
                           STAGES = K_STAGES + V_STAGES;
     static const uint32_t BYTES = STAGES * PLANE;
 

@@ -20,8 +20,10 @@
 namespace wgmma
 {
 
-template <typename T, int DIM, bool VARIED> struct rows_kernel {
-    typedef tile_work<T, DIM, VARIED> tiles_of;
+/* FEW: for pieces of at most 64 rows of a 16-bit cache, which is waited for. There is one group
+ * that multiplies, a third place for K in the room of the others' q, and registers for all. */
+template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
+    typedef tile_work<T, DIM, VARIED, FEW> tiles_of;
     typedef typename tiles_of::ring ring;
     typedef typename tiles_of::q_rows q_rows;
     typedef fp8_portions<DIM> portions; /* for an fp8 cache */
@@ -495,7 +497,8 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
         fence_for_products();
         __syncthreads();
         if (threadIdx.x >= WORKERS) {
-            give_registers<COPIER_REGISTERS>();
+            if (!FEW)
+                give_registers<COPIER_REGISTERS>();
             const uint32_t q = shared_address(shared), at = shared_address(tiles);
             if constexpr (!WIDENS)
                 run_copiers(c, wc, q, at, &bars, &p);
@@ -504,7 +507,8 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
             else
                 run_wideners<false>(c, wc, q, at, &bars, &p, &come);
         } else {
-            take_registers<WORKER_REGISTERS>();
+            if (!FEW)
+                take_registers<WORKER_REGISTERS>();
             run_workers(c, wc, shared, tiles, &bars, &p);
         }
     }
@@ -513,29 +517,41 @@ template <typename T, int DIM, bool VARIED> struct rows_kernel {
 };
 
 /* Built for other architectures too, where it does nothing and isn't launched (plan.cu). */
-template <typename T, int DIM, bool VARIED>
-__global__ void __launch_bounds__(rows_kernel<T, DIM, VARIED>::THREADS, 1)
+template <typename T, int DIM, bool VARIED, bool FEW>
+__global__ void __launch_bounds__(rows_kernel<T, DIM, VARIED, FEW>::THREADS, 1)
     attend_wgmma(const __grid_constant__ gpu_call c, const __grid_constant__ wgmma_call wc)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(128) unsigned char shared[];
-    rows_kernel<T, DIM, VARIED>::run(c, wc, shared);
+    rows_kernel<T, DIM, VARIED, FEW>::run(c, wc, shared);
 #endif
 }
 
-template <typename T, int DIM> ts_gpu_kernel kernel_dim(bool varied)
+template <typename T, int DIM, bool VARIED, bool FEW> ts_gpu_kernel kernel_dim()
 {
-    typedef rows_kernel<T, DIM, false> kernel;
-    return ts_gpu_kernel{varied ? (const void *)attend_wgmma<T, DIM, true>
-                                : (const void *)attend_wgmma<T, DIM, false>,
-                         kernel::THREADS, kernel::BYTES, 0};
+    typedef rows_kernel<T, DIM, VARIED, FEW> kernel;
+    return ts_gpu_kernel{(const void *)attend_wgmma<T, DIM, VARIED, FEW>, kernel::THREADS,
+                         kernel::BYTES, 0};
 }
 
-template <typename T> ts_gpu_kernel prefill(uint32_t head_dim, bool varied)
+template <typename T, bool VARIED> ts_gpu_kernel kernel_for(uint32_t head_dim)
 {
-    return head_dim <= 64    ? kernel_dim<T, 64>(varied)
-           : head_dim <= 128 ? kernel_dim<T, 128>(varied)
-                             : kernel_dim<T, 256>(varied);
+    return head_dim <= 64    ? kernel_dim<T, 64, VARIED, false>()
+           : head_dim <= 128 ? kernel_dim<T, 128, VARIED, false>()
+                             : kernel_dim<T, 256, VARIED, false>();
+}
+
+template <typename T> ts_gpu_kernel prefill(uint32_t head_dim, wgmma_kind kind)
+{
+    if (kind == WGMMA_VARIED)
+        return kernel_for<T, true>(head_dim);
+    if (kind == WGMMA_MANY)
+        return kernel_for<T, false>(head_dim);
+    if constexpr (scaled<T>::value)
+        return ts_gpu_kernel{};
+    else
+        return head_dim <= 64 || head_dim > 128 ? ts_gpu_kernel{}
+                                                : kernel_dim<T, 128, false, true>();
 }
 
 } // namespace wgmma

@@ -21,10 +21,10 @@ using namespace tensor;
 
 /* VARIED: scores may be capped or sloped. That takes so many instructions that they would crowd out
  * the others where a processor keeps them. */
-template <typename T, int DIM, bool VARIED> struct tile_work {
+template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
     typedef typename multiplied<T>::type M; /* of the tiles' elements, and of weights */
-    typedef tile_ring<T, DIM> ring;
-    static const uint32_t GROUPS = DIM <= 64 ? 3 : 2; /* wgmma_rows' */
+    typedef tile_ring<T, DIM, FEW> ring;
+    static const uint32_t GROUPS = FEW ? 1 : DIM <= 64 ? 3 : 2; /* wgmma_rows' */
     static const uint32_t GROUP_ROWS = 64, ROWS = GROUPS * GROUP_ROWS;
     static const uint32_t WORKERS = GROUPS * 128; /* threads */
     static const uint32_t TOKENS = ring::TOKENS, PLANE = ring::PLANE;
@@ -34,6 +34,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
     static const uint32_t TOGETHER = 1, TURN = 2,
                           OWN = TURN + GROUPS; /* TURN + g and OWN + g are group g's */
     static const uint32_t TURN_THREADS = 256;  /* who gives a turn, and who gets it */
+    static const bool TURNS = GROUPS > 1;      /* one group alone has no need of any */
     /* A piece's first tile has code of its own, without the product that there is nothing for. With
      * three groups there are no registers for it. */
     static const bool FIRST_APART = GROUPS < 3;
@@ -319,7 +320,8 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
             if (before)
                 w.v.await();
         }
-        named_sync(TURN + w.group, TURN_THREADS);
+        if (TURNS)
+            named_sync(TURN + w.group, TURN_THREADS);
         pin<COLUMNS>(s);
         if (!FIRST)
             pin<DIM / 8>(o);
@@ -334,7 +336,8 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
                 ask_for_sums(p, v, t, o);
             products_commit();
         }
-        named_arrive(TURN + (w.group + 1 < GROUPS ? w.group + 1 : 0), TURN_THREADS);
+        if (TURNS)
+            named_arrive(TURN + (w.group + 1 < GROUPS ? w.group + 1 : 0), TURN_THREADS);
         uint32_t k_used = w.k.used(), v_used = w.v.used();
         w.k.advance(w.bars);
         w.v.advance(w.bars);
@@ -396,7 +399,7 @@ template <typename T, int DIM, bool VARIED> struct tile_work {
      * a turn twice: who gives one has had one since, which all of the next group had passed. */
     __device__ static void begin_turns(const worker &w)
     {
-        if (w.group == GROUPS - 1)
+        if (TURNS && w.group == GROUPS - 1)
             named_arrive(TURN, TURN_THREADS);
     }
 
