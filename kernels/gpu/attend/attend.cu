@@ -159,10 +159,23 @@ uint32_t tokens_of_box(const ts_geometry *g)
     return tokens >= BOX_TOKENS_LEAST && g->head_dim * 2 % BOX_SLAB == 0 ? tokens : 0;
 }
 
-/* The cache as the copy engine is told of it; nothing, where there are no boxes, or a worker
- * launches: it needn't map the pool's first slab, where the map begins, and such launches have
- * failed with an illegal address (doc/notebook.md). */
-box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
+/* The blocks that wgmma's sequences have lie among these. */
+plan_blocks blocks_of(const ts_gpu_run *runs, uint32_t num_runs)
+{
+    plan_blocks all = {UINT32_MAX, 0};
+    for (uint32_t i = 0; i < num_runs; i++) {
+        const ts_gpu_plan *p = runs[i].plan;
+        if (p->count[LIST_WGMMA] + p->count[LIST_FEW] == 0)
+            continue;
+        all.first = p->blocks.first < all.first ? p->blocks.first : all.first;
+        all.last = p->blocks.last > all.last ? p->blocks.last : all.last;
+    }
+    return all;
+}
+
+/* These blocks as the copy engine is told of them; nothing, where there are no boxes, or the launch
+ * is repeated for blocks that aren't known yet. */
+box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p, plan_blocks blocks)
 {
     const ts_geometry *g = &p->geometry;
     box_map m = {};
@@ -173,21 +186,23 @@ box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p)
     uint32_t slabs = wgmma_dims(g) * c.cache_bytes / slab;
     size_t unit = c.block_bytes | c.plane_bytes | c.head_stride;
     unit &= ~unit + 1; /* the highest power of 2 that divides them all */
-    if (p->gpu->for_streams || tokens == 0 || p->gpu->info.total_bytes / unit > INT32_MAX)
+    if (p->persistent || tokens == 0 || p->gpu->info.total_bytes / unit > INT32_MAX)
         return m;
-    const cuuint64_t sizes[] = {slab / element, 8, row / slab, g->block_tokens / 8,
-                                (cuuint64_t)INT32_MAX + 1};
+    const uint32_t block_units = (uint32_t)(c.block_bytes / unit);
+    const cuuint64_t units = (cuuint64_t)(blocks.last - blocks.first + 1) * block_units;
+    const cuuint64_t sizes[] = {slab / element, 8, row / slab, g->block_tokens / 8, units};
     const cuuint64_t strides[] = {c.token_stride, slab, 8 * c.token_stride, unit};
     const cuuint32_t box[] = {slab / element, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
-    if (p->gpu->driver.encode_map(&m.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, c.base, sizes, strides,
-                                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    if (p->gpu->driver.encode_map(
+            &m.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, c.base + blocks.first * c.block_bytes, sizes,
+            strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+            widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+            CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
         return m;
-    m.block_units = (uint32_t)(c.block_bytes / unit);
+    m.block_units = block_units;
     m.plane_units = (uint32_t)(c.plane_bytes / unit);
     m.head_units = (uint32_t)(c.head_stride / unit);
+    m.first_units = blocks.first * block_units;
     m.tokens = tokens;
     return m;
 }
@@ -210,9 +225,9 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
 
 /* One block on each processor, which takes pieces one after the other. */
 cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_kernel &kernel,
-                         uint32_t *tickets, float4 *folds, cudaStream_t stream)
+                         plan_blocks among, uint32_t *tickets, float4 *folds, cudaStream_t stream)
 {
-    wgmma_call wgmma = {box_map_of(c, p), tickets, folds};
+    wgmma_call wgmma = {box_map_of(c, p, among), tickets, folds};
     void *arguments[] = {(void *)&c, &wgmma};
     uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
     if (blocks > p->gpu->info.processors)
@@ -353,7 +368,8 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
         }
         float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);
         bool varied = any_is_varied(c, runs, num_runs);
-        error = launch_wgmma(c, p, varied ? p->varied_wgmma : p->kernels[list], tickets_of(l, p),
+        error = launch_wgmma(c, p, varied ? p->varied_wgmma : p->kernels[list],
+                             blocks_of(runs, num_runs), tickets_of(l, p),
                              (float4 *)(p->persistent ? p->own_folds : folds), l->stream);
     }
     return error;

@@ -162,6 +162,22 @@ bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_s
     return true;
 }
 
+/* Finds among which blocks all lie, where wgmma is to read them in boxes. */
+void find_blocks(ts_gpu_plan *p, const ts_attention_seq *seqs)
+{
+    plan_blocks all = {UINT32_MAX, 0};
+    if (p->count[LIST_WGMMA] + p->count[LIST_FEW] == 0)
+        return;
+    for (uint32_t i = 0; i < p->num_seqs; i++) {
+        uint32_t blocks = ceil_div(seqs[i].kv_tokens, p->geometry.block_tokens);
+        for (uint32_t b = 0; seqs[i].q_tokens > 0 && b < blocks; b++) {
+            all.first = seqs[i].blocks[b] < all.first ? seqs[i].blocks[b] : all.first;
+            all.last = seqs[i].blocks[b] > all.last ? seqs[i].blocks[b] : all.last;
+        }
+    }
+    p->blocks = all;
+}
+
 /* Writes lengths and what of the tables differs; returns the bytes, from the start, that the device
  * is to get. Pieces stay in their order, which is by lengths that have grown alike. */
 size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
@@ -181,6 +197,8 @@ size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
         memcpy(table, seqs[i].blocks, blocks * sizeof *table);
         entries = to[i].table + blocks > entries ? to[i].table + blocks : entries;
     }
+    if (entries > 0)
+        find_blocks(p, seqs);
     for (uint32_t l = LIST_NARROW; l < LIST_COUNT; l++) {
         plan_piece *pieces = (plan_piece *)(p->buffer->host + p->items[l]);
         for (uint32_t n = 0; n < p->count[l]; n++)
@@ -203,6 +221,7 @@ ts_status begin_batch(ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num
         cut(p, seqs, b);
         find_teams(p, seqs, b);
         p->entries = count_up(p, seqs, b);
+        find_blocks(p, seqs);
     }
     if (good && b.sharing.num_teams > 0) {
         p->shared = (uint32_t *)malloc(num_seqs * sizeof *p->shared);

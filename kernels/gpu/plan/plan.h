@@ -22,6 +22,11 @@ typedef enum ts_gpu_list {
     LIST_COUNT
 } ts_gpu_list;
 
+/* The lowest and the highest. */
+typedef struct plan_blocks {
+    uint32_t first, last;
+} plan_blocks;
+
 struct ts_gpu_plan {
     ts_gpu *gpu;
     ts_geometry geometry;
@@ -37,11 +42,12 @@ struct ts_gpu_plan {
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
     size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
-    size_t entries;    /* of the block tables, with room in each, behind the lists of members */
-    uint32_t *shared;  /* chunks that each sequence shares with its team; NULL: there is no team */
-    size_t records;    /* partial rows of chunks that are to be merged */
-    bool folds;        /* wgmma has pieces of several chunks */
-    uint32_t q_tokens; /* of all sequences */
+    size_t entries;     /* of the block tables, with room in each, behind the lists of members */
+    plan_blocks blocks; /* of all tables, where wgmma has work */
+    uint32_t *shared;   /* chunks that each sequence shares with its team; NULL: there is no team */
+    size_t records;     /* partial rows of chunks that are to be merged */
+    bool folds;         /* wgmma has pieces of several chunks */
+    uint32_t q_tokens;  /* of all sequences */
     uint32_t counters;
     uint32_t whole_tokens[LIST_COUNT]; /* of a sequence whose chunks are one piece, at most */
     uint64_t renewals;                 /* since it was written whole */

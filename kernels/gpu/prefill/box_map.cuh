@@ -5,9 +5,9 @@
  *
  * A row is a number of slabs of up to 128 bytes. Dimensions of the map: within a slab, within eight
  * tokens, slabs, eights of tokens, and last the place of a head's K or V in the cache, in units of
- * bytes that blocks, planes and heads are all multiples of. So a box lies in shared memory as the
- * products take it: eights of tokens, in each its slabs, in each eight rows. What is to be widened
- * first isn't swizzled.
+ * bytes that blocks, planes and heads are all multiples of. The map has the blocks that a launch
+ * reads, and those between them. So a box lies in shared memory as the products take it: eights of
+ * tokens, in each its slabs, in each eight rows. What is to be widened first isn't swizzled.
  */
 #ifndef TS_GPU_BOX_MAP_CUH
 #define TS_GPU_BOX_MAP_CUH
@@ -19,6 +19,7 @@ struct box_map {
     CUtensorMap map;
     uint32_t tokens; /* of a box, which divide a block and a tile; 0: there is no map */
     uint32_t block_units, plane_units, head_units;
+    uint32_t first_units; /* from block 0 to where the map begins */
 };
 
 /* What wgmma's launches have beside a gpu_call. */

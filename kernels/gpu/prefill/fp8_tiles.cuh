@@ -108,7 +108,7 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
         first = w.first + warp() * TOKENS;
         end = j.end;
         blocks = j.s.blocks;
-        unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units;
+        unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units - m.first_units;
         rows = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
         if (count > 0)
             k_block = v_block = blocks[divide(token_of(0), c.block_tokens)];

@@ -191,7 +191,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         __device__ void begin(const gpu_call &c, const job &j)
         {
             w = walk_of(j);
-            unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units + plane;
+            unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units + plane - m.first_units;
             block = block_of(c, j, w.first);
         }
         /* Its tiles from n to before `to`, as their places become free. Behind the end boxes are
