@@ -246,6 +246,34 @@ def test_a_worker_that_attends_itself_gets_the_daemons_bits(provider):
             assert client.execution == "daemon"
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_prefill_needs_no_memory_but_its_own(provider, dim):
+    """By a worker that maps none of the pool's first slab, which is another session's."""
+    pool = (f"p:layers=2,kv_heads={KV},head_dim={dim},dtype=bf16,block_tokens={BLOCK},memory=64M,"
+            f"slab=8M,device=cuda:0,provider={provider},client_write=all")
+
+    def prefill(kv):
+        torch.manual_seed(7)
+        results, seqs = [], kv.create(3)
+        for counts in ([700, 33, 256], [3, 8, 5]):
+            with kv.step(seqs, counts, heads=HEADS, io_dtype="bf16") as step:
+                for layer in range(2):
+                    for buffer in (step.q, step.k, step.v):
+                        buffer.torch().normal_()
+                    step.run(layer, stream=torch.cuda.current_stream())
+                    results.append(step.out.torch().clone())
+                step.commit()
+        return results
+
+    with common.Daemon(pool) as daemon, tinyserve.connect(daemon.url) as there, \
+            tinyserve.connect(daemon.url, execution="local") as here, \
+            there.pool("p", writable=True) as first, here.pool("p", writable=True) as second:
+        first.client.exchange(first, 32 << 20)
+        second.client.exchange(second, 32 << 20)
+        for x, y in zip(prefill(first), prefill(second), strict=True):
+            assert torch.equal(x, y)
+
+
 def test_a_matched_sequence_has_the_bits_of_one_that_computed_all(provider):
     prompt = list(range(200))
     data = [(rows(200, HEADS, DIM), rows(200, KV, DIM), rows(200, KV, DIM)) for _ in range(LAYERS)]
