@@ -57,8 +57,8 @@ class Forward:
                 self._q, self._k, self._v, self._out = (
                     t.unflatten(0, (-1, columns)) for t in (self._q, self._k, self._v, self._out))
 
-    def _put(self, name: str, buffer: torch.Tensor, tensor: torch.Tensor, heads: int) -> None:
-        """[rows, heads, columns, head_dim] into the step's [tokens, heads, head_dim]."""
+    def _tokens(self, name: str, tensor: torch.Tensor, heads: int) -> torch.Tensor:
+        """[rows, heads, columns, head_dim] as [rows of the step, columns, heads, head_dim]."""
         rows, columns, _, dim = self.shape
         if tensor.shape != (rows, heads, columns, dim):
             raise Unsupported(f"attention with {name} of shape {list(tensor.shape)}; the model's "
@@ -67,12 +67,19 @@ class Forward:
             raise Unsupported(f"attention with {name} of {tensor.dtype}; the model was attached "
                               f"with {self._dtype} (autocast isn't supported)")
         tokens = tensor.transpose(1, 2)
-        if self.copies > 1:
-            tokens = tokens[::self.copies]
+        return tokens[::self.copies] if self.copies > 1 else tokens
+
+    def _put(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Into the step's [tokens, heads, head_dim]."""
+        heads, kv_heads = self.shape[2], self._kv_heads
+        tokens = [self._tokens("q", query, heads), self._tokens("k", key, kv_heads),
+                  self._tokens("v", value, kv_heads)]
+        buffers = [self._q, self._k, self._v]
         if self._index is None:
-            buffer.copy_(tokens)
+            torch._foreach_copy_(buffers, tokens)  # on a GPU one kernel, where strides are alike
         else:
-            torch.index_select(tokens.reshape(-1, heads, dim), 0, self._index, out=buffer)
+            for buffer, given in zip(buffers, tokens):
+                torch.index_select(given.flatten(0, 1), 0, self._index, out=buffer)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scaling: float, softcap: float, window: int,
@@ -85,9 +92,7 @@ class Forward:
         self.ran |= 1 << layer
         if self.step is None:
             return query.new_zeros(self.shape)
-        self._put("q", self._q, query, self.shape[2])
-        self._put("k", self._k, key, self._kv_heads)
-        self._put("v", self._v, value, self._kv_heads)
+        self._put(query, key, value)
         if sinks is not None:
             self.step.sinks.torch().copy_(sinks.detach().reshape(-1))
         options = _run_options(scaling, softcap, window, sinks is not None, self._stream)
