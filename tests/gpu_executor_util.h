@@ -2,6 +2,7 @@
 #ifndef TS_GPU_EXECUTOR_UTIL_H
 #define TS_GPU_EXECUTOR_UTIL_H
 
+#include "standstill.h"
 #include "test_util.h"
 
 #include "fake_gpu.h"
@@ -112,7 +113,7 @@ static inline void rig_new_joining(rig *r, uint32_t submit_ms, uint32_t join_us)
     memset(r, 0, sizeof *r);
     failures = 0;
     sem_init(&failed, 0, 0);
-    alarm(120);
+    standstill_after(120);
     r->gpu = fake_gpu_new();
     OK(ts_gpu_executor_new(r->gpu, SESSIONS, submit_ms, join_us, on_failure, &r->executor, why,
                            sizeof why));

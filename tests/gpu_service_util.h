@@ -2,6 +2,7 @@
 #ifndef TS_TEST_GPU_SERVICE_UTIL_H
 #define TS_TEST_GPU_SERVICE_UTIL_H
 
+#include "standstill.h"
 #include "test_util.h"
 
 #include "fake_gpu.h"

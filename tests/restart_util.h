@@ -38,7 +38,7 @@ static inline void start_with(daemon_process *d, const char *pool, const char *k
     assert_non_null(mkdtemp(d->folder));
     snprintf(d->url, sizeof d->url, "%s/s", d->folder);
     snprintf(d->handles, sizeof d->handles, "%s/s" TS_HANDLE_SUFFIX, d->folder);
-    alarm(WATCHDOG_SECONDS);
+    standstill_after(WATCHDOG_SECONDS);
     d->pid = fork();
     assert_true(d->pid >= 0);
     if (d->pid == 0) {

@@ -2,6 +2,7 @@
 #ifndef TS_STORE_UTIL_H
 #define TS_STORE_UTIL_H
 
+#include "standstill.h"
 #include "test_util.h"
 
 #include "store.h"
@@ -52,7 +53,7 @@ static inline void holder_make(holder *h, const char *variable, const char *fds)
     h->socket = listen_in(h->notify, SOCK_DGRAM);
     setenv("NOTIFY_SOCKET", h->notify, 1);
     setenv(variable, fds, 1);
-    alarm(WATCHDOG_SECONDS);
+    standstill_after(WATCHDOG_SECONDS);
 }
 
 /* One that may be followed by another. */

@@ -7,6 +7,7 @@
 #ifndef TS_SUPERVISOR_UTIL_H
 #define TS_SUPERVISOR_UTIL_H
 
+#include "standstill.h"
 #include "test_util.h"
 
 #include "store_wire.h"
@@ -67,7 +68,7 @@ static inline void world_make(world *w)
     snprintf(w->socket, sizeof w->socket, "%s/s", w->folder);
     snprintf(w->control_path, sizeof w->control_path, "%s/control", w->folder);
     w->listener = listen_in(w->control_path, SOCK_SEQPACKET);
-    alarm(WATCHDOG_SECONDS);
+    standstill_after(WATCHDOG_SECONDS);
 }
 
 /* The program in the daemon's place, which lies beside this one. */

@@ -137,7 +137,7 @@ static void a_child_forked_under_a_call_is_told_whose_the_session_is(void **stat
     assert_true(child >= 0);
     if (child == 0) {
         uint32_t length;
-        alarm(WATCHDOG_SECONDS);
+        standstill_after(WATCHDOG_SECONDS);
         bool told = ts_seq_lengths(p, &seq, 1, &length) == TS_ECONN &&
                     strstr(ts_error(c), "connect after fork()") != NULL;
         ts_pool_close(p);

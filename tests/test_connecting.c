@@ -165,7 +165,7 @@ static void an_address_that_can_be_no_daemons_is_named(void **state)
     (void)state;
     char path[64], sentence[160], far[160];
     snprintf(path, sizeof path, "/tmp/tinyserve-file.XXXXXX");
-    alarm(WATCHDOG_SECONDS);
+    standstill_after(WATCHDOG_SECONDS);
     refused("tcp://127.0.0.1:80", TS_EINVAL,
             "the address tcp://127.0.0.1:80: the daemon is reached by ipc:///PATH alone, on its "
             "own machine");

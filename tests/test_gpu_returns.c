@@ -81,7 +81,7 @@ static void a_slab_that_goes_to_another_user_is_asked_back(void **state)
     pthread_t engine;
     worker first, second;
     uint64_t rung;
-    alarm(120);
+    standstill_after(120);
     service_start(fake_gpu_new(), &engine);
     ts_revocations *page = two_workers(&first, &second);
     ask_for(&first, TS_HANDLE_REVOCATION_BELL, 0);
@@ -125,7 +125,7 @@ static void a_slab_that_cannot_be_made_anew_stays_its_users(void **state)
     test_request t;
     uint64_t seq;
     uint32_t n = 4;
-    alarm(120);
+    standstill_after(120);
     service_start(fake_gpu_new(), &engine);
     ts_revocations *page = two_workers(&first, &second);
     const ts_memory_ops *ops = service.exec.memory[0]->ops;
@@ -158,7 +158,7 @@ static void who_does_not_give_back_what_is_anothers_is_ended(void **state)
     pthread_t engine;
     worker first, second;
     test_request t;
-    alarm(120);
+    standstill_after(120);
     service_start(fake_gpu_new(), &engine);
     service.return_ms = 0;
     ts_revocations *page = two_workers(&first, &second);

@@ -11,7 +11,7 @@ static void a_commit_waits_for_runs_on_streams_and_a_dead_worker_is_let_go(void 
     test_request t, commit_request, abort_request, more[5];
     worker w;
     uint64_t seqs[2];
-    alarm(120);
+    standstill_after(120);
     ts_gpu *gpu = fake_gpu_new();
     service_start(gpu, &engine);
     worker_open(&w);
@@ -120,7 +120,7 @@ static void what_a_dead_worker_may_still_write_is_nobody_elses(void **state)
     test_request t;
     worker w;
     uint64_t seqs[1];
-    alarm(120);
+    standstill_after(120);
     const pid_t process = fork(); /* whose kernels write */
     if (process == 0) {
         pause();
@@ -170,7 +170,7 @@ static void a_session_has_two_exchanges_at_most_and_a_tenant_its_share_of_a_gpu(
     uint64_t seq;
     const uint32_t new_tokens = 1;
     const uint64_t promised = 16 * ts_geometry_block_bytes(&geometry); /* to the pool, unused yet */
-    alarm(120);
+    standstill_after(120);
     ts_gpu *gpu = fake_gpu_new();
     service_start(gpu, &engine);
     worker_open(&w);
@@ -325,7 +325,7 @@ static void a_lost_device_gives_no_slab_and_no_exchange_and_the_books_stay(void 
     pthread_t engine;
     worker w;
     uint64_t seq;
-    alarm(120);
+    standstill_after(120);
     ts_gpu *gpu = fake_gpu_new();
     service_start_with(gpu, &engine, 64, 4);
     worker_open(&w);
@@ -383,7 +383,7 @@ static void memory_that_a_tenant_may_still_map_is_not_freed(void **state)
 {
     (void)state;
     pthread_t engine;
-    alarm(120);
+    standstill_after(120);
     service_start(fake_gpu_new(), &engine);
     ts_work work = {.run = keep_ipc_memory};
     ts_queue_run(&service.exec.queue, &work, &service);
