@@ -34,6 +34,6 @@ typedef struct plan_piece {
  */
 #define TEAM_PIECE 0x80000000u
 #define TEAM_SIZE(TILE) ((TILE) >> 24 & 127u)
-#define TEAM_LIST(TILE) ((TILE) & 0xffffff)
+#define TEAM_LIST(TILE) ((TILE)&0xffffff)
 
 #endif
