@@ -246,11 +246,11 @@ def test_a_worker_that_attends_itself_gets_the_daemons_bits(provider):
             assert client.execution == "daemon"
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_a_prefill_needs_no_memory_but_its_own(provider, dim):
+@pytest.mark.parametrize("dtype, dim", [("bf16", 64), ("bf16", 128), ("fp8_e4m3", 128)])
+def test_a_prefill_needs_no_memory_but_its_own(provider, dtype, dim):
     """By a worker that maps none of the pool's first slab, which is another session's."""
-    pool = (f"p:layers=2,kv_heads={KV},head_dim={dim},dtype=bf16,block_tokens={BLOCK},memory=64M,"
-            f"slab=8M,device=cuda:0,provider={provider},client_write=all")
+    pool = (f"p:layers=2,kv_heads={KV},head_dim={dim},dtype={dtype},block_tokens={BLOCK},"
+            f"memory=64M,slab=8M,device=cuda:0,provider={provider},client_write=all")
 
     def prefill(kv):
         torch.manual_seed(7)
