@@ -1,7 +1,7 @@
 /*
  * One line per event that an operator cares about: to systemd's journal where stderr leads there,
- * with its priority and with fields that say what it is about, else to stderr. Of each kind of line
- * so many in ten seconds (log_limit.h).
+ * with its priority and with fields that say what it is about, else to stderr. Lines of one
+ * kind are limited to TS_LOG_BURST in ten seconds (log_limit.h).
  *
  * Thread: any.
  */

@@ -118,7 +118,7 @@ const char *ts_config_problem_text(const ts_config *config, uint32_t problem, ch
 /* The line in which a pool's key was given; else its section's. */
 uint32_t ts_config_pool_line(const ts_config_pool *pool, const char *key);
 
-/* Threads for the processor's kernels on a machine of so many processors. */
+/* Threads for the processor's kernels on a machine of `processors` processors. */
 uint32_t ts_config_threads(const ts_config *config, uint32_t processors);
 
 /* A pool's memory in bytes: "8G". TS_EINVAL with a sentence. */

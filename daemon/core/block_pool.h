@@ -125,7 +125,7 @@ uint32_t ts_pool_slabs_max(const ts_pool_books *pool);
 /* From now on blocks of the index are cached; it is the books', which free it. TS_ENOMEM. */
 ts_status ts_pool_use_index(ts_pool_books *pool, uint32_t block_tokens, uint64_t seed);
 
-/* From now on slabs are sessions' own, of which there are so many at most. TS_ENOMEM. */
+/* From now on slabs are sessions' own, of at most `sessions` sessions. TS_ENOMEM. */
 ts_status ts_pool_use_homes(ts_pool_books *pool, uint32_t sessions);
 
 /* The session has ended: its slabs are nobody's. */
@@ -139,9 +139,9 @@ void ts_pool_find_homes(ts_pool_books *pool);
  * of the pool. Slabs that aren't sessions' own aren't granted ahead. */
 bool ts_pool_wants_spare(const ts_pool_books *pool, uint32_t tenant);
 
-/* What follows evicts *budget blocks at most, and takes from it those that it did. */
+/* What follows evicts *budget blocks at most, and lessens it by those that it evicted. */
 
-/* Evicts the tenant's cached blocks, up to so many. */
+/* Evicts up to `blocks` of the tenant's cached blocks. */
 void ts_pool_evict(ts_pool_books *pool, uint32_t tenant, uint64_t blocks, ts_evict_cause cause,
                    uint32_t *budget);
 

@@ -26,8 +26,9 @@
 #define TS_CLAIM_IDLE_MS 1000u
 #define TS_CLAIM_BUCKETS 4096u
 #define TS_CLAIM_CHAIN_MAX 32u /* of one bucket; more aren't looked at */
-#define TS_CLAIM_TENANT_IDS                                                                        \
-    (1u << 22) /* token ids of one tenant's claims, each with so many more */
+/* A tenant's claims have at most TS_CLAIM_TENANT_IDS token ids, where each claim counts for
+ * TS_CLAIM_COST ids more than it has. */
+#define TS_CLAIM_TENANT_IDS (1u << 22)
 #define TS_CLAIM_COST 64u
 #define TS_CLAIM_SESSION_CLAIMS (1u << 12)
 

@@ -59,8 +59,8 @@ bool ts_engine_reserve_sequences(ts_engine *engine, ts_session *session, uint32_
 ts_sequence *ts_engine_new_sequence(ts_engine *engine, ts_session *session, uint32_t pool,
                                     uint32_t space, uint32_t i);
 
-/* Frees what a closing session still has, as far as no kernel works on it, and at most so many
- * block table entries; how many of those are left over. */
+/* Frees what a closing session still has, as far as no kernel works on it: one step or sequence
+ * after another, until these had `entries` block table entries. How many of `entries` are left. */
 uint32_t ts_engine_reclaim(ts_engine *engine, ts_session *session, uint32_t entries);
 
 /* The sequence's own tail block where an open step has put a copy in its place, else TS_NONE. */
@@ -73,8 +73,8 @@ void ts_engine_free_sequence(ts_engine *engine, uint32_t pool, ts_sequence *seq,
 /* Whether sweeping frees sequences of the pool: what is short may be there afterwards. */
 bool ts_engine_frees_more(const ts_engine *engine, uint32_t pool);
 
-/* Whether the session may own one sequence more, of its tenant's, of so many blocks; else the
- * answer refuses. */
+/* Whether the session may own one more of its tenant's sequences, which has `blocks` blocks; else
+ * the answer refuses. */
 bool ts_engine_check_owned(const ts_engine *engine, const ts_session *session, uint32_t pool,
                            uint32_t blocks, ts_answer *answer);
 

@@ -82,7 +82,7 @@ void ts_pool_stats_free(ts_pool_stats *stats);
 /* About how many table entries and blocks a walk over the pool looks at. */
 uint64_t ts_pool_stats_cost(const ts_engine *engine, uint32_t pool);
 
-/* Looks at so many more. True: it is done. */
+/* Looks at up to `entries` more table entries and blocks. True: it is done. */
 bool ts_pool_stats_go_on(ts_pool_stats *stats, const ts_engine *engine, uint32_t entries);
 
 /* The lengths of the sequences that may be seen. */

@@ -24,7 +24,7 @@ typedef struct ts_step_seq {
     uint32_t new_tokens;   /* 0: it is left as it is */
     uint32_t reserved;     /* blocks taken behind the table */
     uint32_t original;     /* the shared tail that was replaced by a copy, or TS_NONE */
-    uint32_t known;        /* the first so many of the new tokens have known ids */
+    uint32_t known;        /* new tokens, from the first on, whose ids are known */
     const uint32_t *table; /* the sequence's, reserved blocks included */
 } ts_step_seq;
 

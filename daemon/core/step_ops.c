@@ -206,9 +206,10 @@ static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, 
 }
 
 /*
- * Makes room for so many blocks: evicts what is cached, of the tenant's own, then of others where
- * it takes whole slabs. True: the tenant must get slabs too, of which there may be no more
- * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted.
+ * Makes room for `blocks` blocks by evicting cached ones: the tenant's own, and others' where that
+ * empties whole slabs. True: the tenant needs new slabs as well, which it may not get
+ * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted, or it is
+ * TS_NEED_SWEEP, since more must be evicted than one command may.
  */
 static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t blocks,
                       ts_answer *answer)

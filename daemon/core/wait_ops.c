@@ -97,8 +97,8 @@ static bool within_limit(const ts_engine_pool *pool, const ts_session *s)
            pool->config.tenant_blocks_max;
 }
 
-/* Whether the session's tenant would use more than its share of the pool, which is an equal part
- * for each tenant that has a session, with so many blocks more. */
+/* Whether the session's tenant would use more than its share of the pool if it had `blocks` blocks
+ * more. The share is an equal part for each tenant that has a session. */
 static bool is_beyond_share(const ts_engine *e, const ts_engine_pool *pool, const ts_session *s,
                             uint64_t blocks)
 {

@@ -20,11 +20,12 @@ void ts_waits_answered(ts_engine *engine, ts_session *session);
 /* The session waits no more. */
 void ts_waits_end(ts_engine *engine, ts_session *session);
 
-/* The session waits for so many blocks; in the place that it has already, if it has one. */
+/* The session waits until the pool has `blocks` blocks for it; if it waits for room already, it
+ * keeps its place. */
 void ts_waits_for_room(ts_engine *engine, ts_session *session, uint32_t pool, uint32_t blocks);
 
-/* Blocks of the pool that a step of this session's, which needs so many, may not have, since others
- * wait for them. */
+/* How many of the pool's blocks a step of this session, which needs `blocks`, may not have, since
+ * others wait for them. */
 uint64_t ts_waits_withheld(const ts_engine *engine, const ts_session *session, uint32_t pool,
                            uint64_t blocks, bool is_small);
 

@@ -26,8 +26,8 @@
 
 typedef enum ts_wait_kind {
     TS_WAIT_NONE,
-    TS_WAIT_CLAIM, /* until a claim (claims.h) has come so far, or ends */
-    TS_WAIT_ROOM,  /* until a pool has so many blocks for the tenant */
+    TS_WAIT_CLAIM, /* until `claim` (claims.h) has got as far as `until`, or ends */
+    TS_WAIT_ROOM,  /* until `pool` has `blocks` blocks for the tenant */
 } ts_wait_kind;
 
 typedef struct ts_wait {

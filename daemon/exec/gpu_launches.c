@@ -9,8 +9,11 @@
 #define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4)     /* launches that wait for workers */
 #define WAITING_EACH 8u                            /* ... for the same one */
 #define WAITING_SESSIONS (TS_GPU_STREAM_SLOTS / 2) /* ... whom they wait for: each has a slot */
-#define CROWD_SESSIONS 3u                          /* that have runs here: so many are a crowd, */
-#define CROWD_JOINS 250u /* ... for so many join_us after such a run came */
+
+/* A run that comes while at least CROWD_SESSIONS sessions have runs here makes them a crowd
+ * (gpu_executor.c) for CROWD_JOINS times join_us. */
+#define CROWD_SESSIONS 3u
+#define CROWD_JOINS 250u
 
 static bool alike(const ts_job *a, const ts_job *b)
 {

@@ -248,7 +248,8 @@ ts_status ts_pool_memory_check_exchange(const ts_exec *x, uint32_t pool, uint32_
     return TS_EQUOTA;
 }
 
-/* Each slab is a descriptor for whoever holds the memory, who takes so many. */
+/* Warns where the pool's slabs may take more than half of the descriptors that the holder of the
+ * memory accepts: each slab is one. */
 static void warn_of_store(const ts_exec *x, const ts_pool_config *p)
 {
     const uint32_t most = x->books == NULL ? 0 : ts_store_fds_max(x->store);

@@ -16,7 +16,8 @@
  * - All requests of a uid that are in progress take TS_UID_BYTES; its answers that wait as much.
  * - A connection has `idle_ms` for its greeting, for each message, for reading an answer, and to
  *   open a session (again, when that has ended).
- * - A uid has so many connections, and the last ones are for operators (peer_limits.h).
+ * - The connections of each uid and of all are limited; the last ones are for operators
+ *   (peer_limits.h).
  *
  * Thread: started and stopped by main, has one of its own. Any thread may answer a request and call
  * ts_nng_server_end.

@@ -1,6 +1,7 @@
 /*
  * Who is connected to a socket: how many connections each uid has, and whether one more may come
- * in. A uid may have so many, all together so many, and the last few are for operators.
+ * in. A uid may have `tenant_max` and all together `max`, of which the last
+ * TS_OPERATOR_CONNECTIONS are for operators. An operator's uid is bound by `max` alone.
  *
  * Locking: the caller's.
  */

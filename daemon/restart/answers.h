@@ -18,7 +18,7 @@ typedef struct ts_answers {
     uint32_t max;
 } ts_answers;
 
-/* Room for so many sessions. False: out of memory. */
+/* Makes room for the answers of `sessions` sessions. False: out of memory. */
 bool ts_answers_init(ts_answers *answers, uint32_t sessions);
 void ts_answers_fini(ts_answers *answers);
 

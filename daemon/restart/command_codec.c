@@ -251,8 +251,8 @@ static const void *target(const ts_command *c, const unsigned char *at, uint64_t
     return at;
 }
 
-/* Whether the array, which has so many bytes, is what the command's fields speak of; the arrays
- * before it are. */
+/* Whether the array, of `bytes` bytes, is as long as the command's fields say; the arrays before it
+ * were checked. */
 static bool is_whole(const ts_command *c, const array *a, uint64_t bytes)
 {
     const void *pointer = pointer_at(c, a->at);

@@ -2,7 +2,7 @@
 
 #include "clock.h"
 
-#define WOKEN_PER_TURN 32 /* others have their turn after so many */
+#define WOKEN_PER_TURN 32 /* woken sessions that go on before other work has its turn */
 
 static uint64_t parked_bytes(const ts_service *s, uint32_t uid)
 {

@@ -4,9 +4,9 @@
 
 #include <stdlib.h>
 
+/* The figures of a walk are reused for REST times as long as it took, at most for FRESH_MS. */
 #define FRESH_MS 1000u
-#define REST                                                                                       \
-    10u /* the figures of a walk serve for so many times as long as it took, at most FRESH_MS */
+#define REST 10u
 
 /* Of one pool. */
 typedef struct pool_walks {

@@ -211,7 +211,7 @@ void ts_store_reserve(ts_store *s, uint32_t fds)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Whether one more of this name goes in, where so many are reserved for others. */
+/* Whether a descriptor of this name may be stored while room for `reserved` others is kept free. */
 static ts_status check_put(ts_store *s, const char *name, uint32_t reserved, char *why,
                            size_t bytes)
 {

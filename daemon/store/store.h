@@ -73,8 +73,8 @@ ts_status ts_store_put(ts_store *store, const char *name, int fd, char *why, siz
     __attribute__((warn_unused_result));
 
 /*
- * Keeps room for so many descriptors for ts_store_put_reserved alone: without those the next daemon
- * could not begin, however full the store is. 0: none.
+ * From now on ts_store_put leaves room for `fds` descriptors, which ts_store_put_reserved alone may
+ * use: those without which the next daemon could not begin, however full the store is. 0: none.
  */
 void ts_store_reserve(ts_store *store, uint32_t fds);
 ts_status ts_store_put_reserved(ts_store *store, const char *name, int fd, char *why,

@@ -130,7 +130,7 @@ static int flush(ts_store *s, bool *room)
             return -1;
         case ENOBUFS:
         case ENOMEM:
-        case ETOOMANYREFS: /* so many descriptors of this user are on their way */
+        case ETOOMANYREFS: /* too many descriptors of this user are on their way */
             return RETRY_MS;
         default:
             ts_log(TS_LOG_ERROR, "the holder of the daemon's descriptors can't be told: %s",

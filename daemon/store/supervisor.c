@@ -289,7 +289,8 @@ static void carry_out(supervisor *s, ts_store_datagram *d)
         tell_upward(s, m.forward);
 }
 
-/* Reads what has come to this socket, so many messages at most; false: its connection has ended. */
+/* Reads at most `most` of the messages that have come to this socket. False: its connection has
+ * ended. */
 static bool read_messages(supervisor *s, int socket, uint32_t most)
 {
     ts_store_datagram d;
