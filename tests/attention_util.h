@@ -370,8 +370,8 @@ static inline double largest_error(const problem *p, const ts_attention_seq *seq
     return worst;
 }
 
-/* Lengths whose first keys are hidden, so many of them: of each border's tile, part and chunk, and
- * all keys of a row. */
+/* Lengths of sequences whose first hidden[i] keys are hidden: up to each border of a tile, part and
+ * chunk, and all keys of a row. */
 static const uint32_t with_hidden[][2] = {
     {17, 1},   {20, 1}, {18, 1},  {65, 1},  {257, 1},  {300, 1},  {513, 1},  {1025, 1}, {2049, 1},
     {2100, 1}, {1, 1},  {16, 16}, {40, 20}, {200, 90}, {1500, 9}, {5000, 1}, {5000, 33}};

@@ -214,7 +214,7 @@ static inline Tspb__StatusReply daemon_status(ts_client *c)
     return answer;
 }
 
-/* Asks until the pool uses so many blocks; the watchdog ends it if that never comes. */
+/* Asks until the pool uses `blocks` blocks; the watchdog ends it if that never comes. */
 static inline void await_used_blocks(ts_client *c, uint32_t blocks)
 {
     while (used_blocks(c) != blocks)

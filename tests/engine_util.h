@@ -122,7 +122,7 @@ static inline uint32_t sweep_all(ts_engine *e)
     for (; ts_engine_sweeps(e); bits++) {
         uint32_t used = e->pools[0].books.used;
         assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP}, &answer), TS_OK);
-        /* One sequence more than so many at the most. */
+        /* The last sequence of a sweep may pass its limit. */
         assert_true(used - e->pools[0].books.used <= TS_SWEEP_ENTRIES + TS_COMMAND_ENTRIES);
     }
     return bits;

@@ -29,7 +29,7 @@ ts_gpu *fake_gpu_new(void);
 void fake_gpu_free(ts_gpu *gpu);
 fake_gpu_log fake_gpu_read(ts_gpu *gpu);
 
-/* Blocks until so many launches wait for workers. */
+/* Blocks until `count` launches wait for workers. */
 void fake_gpu_await_waiting(ts_gpu *gpu, uint32_t count);
 
 /* While the gate is shut, whoever queues an attend stops there; blocks until somebody does. */
@@ -37,7 +37,7 @@ void fake_gpu_shut_gate(ts_gpu *gpu);
 void fake_gpu_await_at_gate(ts_gpu *gpu);
 void fake_gpu_open_gate(ts_gpu *gpu);
 
-/* Blocks until so many launches were asked for in vain. */
+/* Blocks until `count` launches were asked for in vain. */
 void fake_gpu_await_refused(ts_gpu *gpu, uint32_t count);
 
 /* Blocks until every launch that was finished has ended. */

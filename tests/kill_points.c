@@ -41,7 +41,7 @@ static void end_handle_connections(void)
     }
 }
 
-/* Whether so many daemons have died before this one; NULL: none. */
+/* Whether `wanted` daemons have died before this one; NULL: none. */
 static bool comes_after(const char *wanted)
 {
     const char *deaths = getenv("TINYSERVE_DEATHS");

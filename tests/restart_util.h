@@ -11,7 +11,7 @@
 #include <poll.h>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define STRIDE 11u /* every so many-th place: a daemon takes long to start then */
+#define STRIDE 11u /* only every 11th place: a daemon takes long to start then */
 #define KILLS 15u
 #else
 #define STRIDE 1u

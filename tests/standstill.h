@@ -63,7 +63,7 @@ static inline void standstill_end(int number)
     (void)raise(number);
 }
 
-/* The test ends if it isn't done in so many seconds, or before alarm(0). */
+/* The test ends with a report if it is neither over nor calls alarm(0) within `seconds` seconds. */
 static inline void standstill_after(unsigned seconds)
 {
     (void)signal(SIGALRM, standstill_end);

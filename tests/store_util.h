@@ -171,7 +171,7 @@ static inline void *keep_messages(void *arg)
     }
 }
 
-/* It takes so many descriptors. Before ts_store_open. */
+/* Makes a holder that takes `fds` descriptors. Before ts_store_open. */
 static inline void keeping_holder_make(keeping_holder *k, const char *fds)
 {
     memset(k, 0, sizeof *k);
@@ -252,7 +252,7 @@ static inline uint32_t kept_count(keeping_holder *k, const char *beginning)
     return count;
 }
 
-/* Until so many are: a daemon that lives may be about to have some closed. */
+/* Waits until `count` such are kept: a daemon that lives may be about to have some closed. */
 static inline void await_kept(keeping_holder *k, const char *beginning, uint32_t count)
 {
     while (kept_count(k, beginning) != count)

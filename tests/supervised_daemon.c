@@ -181,7 +181,7 @@ static void fds(fake *f, char *argument, char *answer, size_t bytes)
     snprintf(answer, bytes, "%u", n - 3); /* ".", ".." and the folder itself */
 }
 
-/* Sends the text as it is, with so many descriptors. */
+/* "COUNT TEXT": sends the text as it is, with COUNT descriptors. */
 static void raw(fake *f, char *argument, char *answer, size_t bytes)
 {
     const int count = atoi(argument);

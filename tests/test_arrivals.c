@@ -38,7 +38,7 @@ static uint32_t descriptors(const daemon_process *d)
     return n;
 }
 
-/* Until the daemon has so many descriptors; the watchdog ends it if that never comes. */
+/* Waits until the daemon has `count` descriptors; the watchdog ends it if that never comes. */
 static void await_descriptors(const daemon_process *d, uint32_t count)
 {
     while (descriptors(d) != count)
@@ -271,7 +271,7 @@ static void a_client_that_reads_late_gets_every_answer(void **state)
     daemon_start(&d, POOL_TINY ",blocks=10000");
     int fd = raw_connect(&d);
     raw_greet(fd);
-    for (uint32_t id = 1; id <= N; id++) { /* it is not read on while so many are in progress */
+    for (uint32_t id = 1; id <= N; id++) { /* not read on while TS_PEER_REQUESTS are in progress */
         request.request_id = id;
         assert_true(raw_submit(fd, &request, id));
     }

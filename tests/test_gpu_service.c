@@ -276,7 +276,7 @@ static books read_books(const worker *w, uint64_t seq)
     return b;
 }
 
-/* A begin of a step of so many tokens, which the worker writes itself; the step. */
+/* Begins a step of `tokens` tokens, which the worker writes itself; the step, or 0 if refused. */
 static uint64_t begin_tokens(uint64_t seq, uint32_t tokens, uint32_t wait_ms, ts_status expected,
                              const char *sentence)
 {

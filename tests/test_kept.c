@@ -22,7 +22,7 @@ static ts_status keep(ts_engine *e, uint64_t s, uint64_t seq, const char *name, 
         answer);
 }
 
-/* A sequence of so many tokens. */
+/* A sequence of `n` tokens. */
 static uint64_t of_length(ts_engine *e, uint64_t s, uint32_t n)
 {
     uint64_t seq = seq_new(e, s);

@@ -30,7 +30,7 @@ static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
     for (size_t i = 0; i < (size_t)COUNT * 32; i++)
         assert_true(((const float *)ts_step_out(s))[i] == (float)(i % 1000));
     one[COUNT - 1] = 0;
-    OK(ts_step_commit(s, one)); /* by message: so many counts */
+    OK(ts_step_commit(s, one)); /* by message: a ring has no room for COUNT counts */
     assert_int_equal(used_blocks(c), COUNT - 1);
     ts_pool_close(p);
     ts_disconnect(c);

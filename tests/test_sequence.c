@@ -28,7 +28,7 @@ static int end(void **state)
     return 0;
 }
 
-/* A sequence of so many tokens. */
+/* A sequence of `length` tokens. */
 static ts_sequence *make(uint32_t length)
 {
     const uint32_t blocks = (length + BLOCK - 1) / BLOCK;

@@ -95,7 +95,7 @@ static look see(void)
     return l;
 }
 
-/* Until so many slabs are granted. */
+/* Waits until at least `granted` slabs are granted. */
 static look await_granted(uint32_t granted)
 {
     look l = see();
@@ -114,7 +114,7 @@ typedef struct begin {
     uint32_t tokens;
 } begin;
 
-/* Sends a begin of a step of so many tokens in a new sequence, by the worker's connection. */
+/* Sends a begin of a step of `tokens` tokens in a new sequence, by the worker's connection. */
 static void send_begin(begin *b, const worker *w, uint32_t tokens)
 {
     pipe_used = w->pipe;
@@ -324,7 +324,7 @@ static ts_status export_slab(ts_memory *m, uint32_t slab, bool writable, int *fd
     return TS_ENOMEM;
 }
 
-/* The same service, of `slabs` slabs that are stored with a holder of so many descriptors. */
+/* The same service, of `slabs` slabs that are stored with a holder of `fds` descriptors. */
 static void start_stored(pthread_t *engine, keeping_holder *k, uint32_t slabs, const char *fds)
 {
     keeping_holder_make(k, fds);

@@ -227,7 +227,7 @@ static void a_long_job_makes_way_and_ends_when_it_is_dropped(void **state)
 }
 
 /* How often long jobs made way until a tenant's only job, which takes some turns, was done beside
- * so many sessions of another's. */
+ * `sessions` sessions of another's. */
 static uint64_t pauses_beside(uint32_t sessions)
 {
     world w;

@@ -34,7 +34,7 @@ static void start_daemon(world *w, const char *limit)
     _exit(127);
 }
 
-/* The first daemon, whose store takes so many. */
+/* Starts the first daemon, whose store takes `limit` descriptors. */
 static void world_make(world *w, const char *limit)
 {
     memset(w, 0, sizeof *w);
@@ -79,7 +79,7 @@ static ts_status connect_with(const world *w, size_t exchange_bytes, ts_client *
             fail_msg("%s: %s: %s", #call, ts_status_name(done), ts_error(c));                      \
     } while (0)
 
-/* Keeps a sequence of so many slabs under the name. */
+/* Keeps a sequence of `slabs` slabs under the name. */
 static void keep_sequence(ts_client *c, ts_pool *p, uint32_t slabs, const char *name)
 {
     ts_seq seq;

@@ -36,7 +36,7 @@ static void *spoil(void *arg)
     return NULL;
 }
 
-/* A new sequence in a step of so many tokens with these ids, whose K and V the worker writes. */
+/* A new sequence in a step of TOKENS tokens with these ids, whose K and V the worker writes. */
 static ts_step *begin_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, ts_seq *seq)
 {
     ts_step *step;

@@ -73,7 +73,7 @@ ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
     return status;
 }
 
-/* Memory for so many sequences: the last step's, if there is any. NULL: none. */
+/* Memory for `num_seqs` sequences: the last step's, if there is any. NULL: none. */
 static ts_local *take(ts_client *c, size_t num_seqs)
 {
     ts_local *l = c->local_spare != NULL ? c->local_spare : calloc(1, sizeof *l);

@@ -33,7 +33,7 @@ ts_status ts_local_choose(ts_client *client, const ts_pool *pool, ts_exec *exec)
 /* The same where there is no choice: TS_OK, or why it can't be here. */
 ts_status ts_local_require(ts_client *client, const ts_pool *pool);
 
-/* Notes the tables of a step that was begun, with so many new tokens of each sequence, and maps
+/* Notes the tables of a step that was begun, with new_tokens[i] new tokens of seqs[i], and maps
  * what lies in them. */
 ts_status ts_local_new(ts_pool *pool, uint64_t step, const ts_seq *seqs, const uint32_t *new_tokens,
                        const ts_begun *begun, ts_local **out);

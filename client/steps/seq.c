@@ -33,7 +33,7 @@ ts_status ts_call_for_seqs(ts_pool *p, Tspb__Request *request, uint32_t count, t
     return status;
 }
 
-/* Whether a call about so many sequences, and the ids of so many tokens, goes by the rings. */
+/* Whether a call about `count` sequences, and with the ids of `ids` tokens, goes by the rings. */
 static ts_status use_rings(ts_client *c, uint32_t count, uint64_t ids, bool *use)
 {
     *use = false;
@@ -272,8 +272,8 @@ static ts_status fork_seq(ts_pool *p, ts_seq parent, bool has_length, uint32_t l
     return ask_ring_for_seqs(p, &entry, count, out);
 }
 
-/* Forks in as many calls as it takes: one makes so many block table entries at most. All or none.
- */
+/* Forks in as many calls as it takes, each of TS_COMMAND_ENTRIES block table entries at most. All
+ * or none. */
 static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t count, ts_seq *out)
 {
     uint32_t blocks = ts_blocks_for(length, p->geometry.block_tokens);

@@ -240,7 +240,8 @@ ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_optio
     return status;
 }
 
-/* Of so many tokens the daemon is asked even if they can't be had: its sentence says more. */
+/* The daemon is asked for up to this many new tokens even if the pool has no slots for them: its
+ * sentence says more. */
 #define ASKED_ANYWAY (1u << 20)
 
 /* The sum of new_tokens; or refuses, before anything is allocated for them. */

@@ -99,10 +99,10 @@ struct ts_client {
     int spin_luck;        /* how often polling was worth it lately */
     bool rings_lost;      /* they can't be used, or not any more */
     uint64_t ring_call;   /* the number of the last entry */
-    bool ring_unanswered; /* the last entry was a begin, or a match of so many prompts in this pool,
-                           * whose completion is yet to come */
-    uint32_t unanswered_seqs, unanswered_pool;
-    ts_unanswered *unanswered; /* begins by message whose answers are yet to come */
+    bool ring_unanswered; /* the last entry's completion is yet to come: it was a begin, or makes
+                           * `unanswered_seqs` sequences in the pool */
+    uint32_t unanswered_seqs, unanswered_pool; /* 0 sequences: a begin */
+    ts_unanswered *unanswered; /* the same by message, whose answers are yet to come */
     /* The numbers of such calls whose daemon has gone: the next one is told. */
     uint64_t given_up[TS_GIVEN_UP_MOST];
     uint32_t num_given_up;

@@ -8,8 +8,8 @@
 
 #include "client.h"
 
-/* A step's begin, or a request that makes sequences in the pool (by ring: so many), got no answer
- * in time: whatever comes of it is undone before a later call. */
+/* A step's begin, or a request that makes sequences in the pool (by ring: `seqs` of them, 0 for a
+ * begin), got no answer in time: whatever comes of it is undone before a later call. */
 void ts_unanswered_by_message(ts_client *client, const Tspb__Request *request, uint32_t pool);
 void ts_unanswered_by_ring(ts_client *client, uint32_t pool, uint32_t seqs);
 void ts_unanswered_close(ts_client *client);

@@ -12,7 +12,7 @@
 
 typedef struct ts_rope {
     float theta;      /* 0: nothing is turned */
-    uint32_t dims;    /* the first so many dimensions are turned: even, at most head_dim */
+    uint32_t dims;    /* how many are turned, the first ones: even, at most head_dim */
     bool interleaved; /* pairs are (2 i, 2 i + 1); else (i, i + dims / 2) */
 } ts_rope;
 

@@ -20,7 +20,7 @@
 
 #define ITEMS_PER_THREAD 4u
 #define PREFILL_ROWS 32u   /* query rows of one KV head that share each read of K and V */
-#define TOGETHER_TOKENS 8u /* up to so many query tokens an item takes several KV heads */
+#define TOGETHER_TOKENS 8u /* query tokens up to which an item takes several KV heads */
 #define INLINE_WORK 65536u /* rows * tokens * ... under which waking the threads costs more */
 #define APPEND_TOKENS 256u /* new tokens that are written as one piece */
 #define WINDOW_ITEMS 64u   /* of a thread, of TS_ITEM_WORK each: the work of a window */

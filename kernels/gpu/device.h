@@ -118,8 +118,8 @@ typedef struct ts_gpu_deferred_free {
 } ts_gpu_deferred_free;
 
 /* Sequences with a prefix in common go through common pieces of work (sharing.h) where that spares
- * each processor the reading of K and V of so many tokens and KV heads, at least. Less is read as
- * quickly from the second-level cache, and common pieces take longer. */
+ * each processor the reading of K and V of at least this many tokens (times KV heads). Less is read
+ * as quickly from the second-level cache, and common pieces take longer. */
 #define TS_GPU_TEAM_TOKENS 3072u
 
 #define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
@@ -182,7 +182,7 @@ void ts_gpu_free_later(ts_gpu *gpu, void *device);
  * taken without a position. A launch takes one attend, or one set of copies. */
 ts_status ts_gpu_launch_reserve(ts_gpu_launch *launch, size_t bytes);
 
-/* Room for `bytes` of partial results and for so many counters, which are 0. */
+/* Room for `bytes` of partial results and for `counters` counters, which are 0. */
 ts_status ts_gpu_launch_scratch(ts_gpu_launch *launch, size_t bytes, size_t counters);
 
 /* A buffer of at least `bytes`; fill its host side and upload it once. */

@@ -11,7 +11,7 @@ TOLERANCE = 1e-4
 
 
 def logits_of(model, inputs, cache, chunks):
-    """Of all columns, in passes of so many columns."""
+    """The logits of all columns, in passes of chunks[0], chunks[1], ... columns."""
     position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     out, at = [], 0
     with torch.no_grad():

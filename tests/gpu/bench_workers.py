@@ -4,11 +4,11 @@ worker with all the sequences and beside PyTorch's attention in as many processe
     tests/gpu/with-mps python3 tests/gpu/bench_workers.py [--ways daemon,local,graph,sdpa]
         [--crowds 1x16,16x1,8x8,2x8+1,1x64/15x1] [--steps 1000] [--context 4096]
 
-WORKERSxSEQUENCES: so many processes with so many sequences of --context tokens each, and behind a
-slash others beside them. A step adds one
-token to each sequence: 32 layers (32 query heads, 8 KV heads of 128, bf16) on the worker's stream,
-which it waits for at the end of the step, as one that samples does. Rates are counted while all
-workers run. With daemon, also its processor time over the runs, and the runs of a launch.
+WORKERSxSEQUENCES: WORKERS processes, each with SEQUENCES sequences of --context tokens; behind a
+slash, others beside them. A step adds one token to each sequence: 32 layers (32 query heads, 8 KV
+heads of 128, bf16) on the worker's stream, which it waits for at the end of the step, as one that
+samples does. Rates are counted while all workers run. With daemon, also its processor time over the
+runs, and the runs of a launch.
 
 A second table says where the time of slow steps goes: begin, runs, the wait for the stream, commit.
 1000 steps cross borders of blocks (16 tokens) and of slabs (64 MiB: 32 blocks). With +1, one worker

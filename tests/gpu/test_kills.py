@@ -102,7 +102,7 @@ class Process:
             self.changed.notify_all()
 
     def await_lines(self, count, seconds):
-        """Whether it says so many lines more, and nothing bad, within so many seconds."""
+        """Whether it says `count` lines more, and nothing bad, within `seconds` seconds."""
         with self.changed:
             wanted = self.lines + count
             self.changed.wait_for(
@@ -166,7 +166,7 @@ class Scene:
 
 
 def count(scene, execution, length, kicked, kills):
-    """Kills so many; a row of the table, and whether anybody was harmed."""
+    """Kills `kills` victims; a row of the table, and whether anybody was harmed."""
     lost, daemons, first = dict.fromkeys(WATCHERS, 0), 0, "-"
     rng = random.Random(f"{execution} {length}")
     waiting = []

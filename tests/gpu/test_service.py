@@ -400,7 +400,7 @@ def check(daemon):
 
 
 def await_used(daemon, blocks, seconds):
-    """Asks until the pool uses so many blocks; how long that took."""
+    """Asks until the pool uses `blocks` blocks; how long that took, which is under `seconds`."""
     start = time.monotonic()
     while used_blocks(daemon) != blocks:
         assert time.monotonic() - start < 60, "the blocks never came back"

@@ -24,7 +24,7 @@ def tsctl(daemon, *words):
 
 
 def until_waiting(daemon, count):
-    """Returns when so many sessions wait in the pool."""
+    """Returns when `count` sessions wait in the pool."""
     deadline = time.monotonic() + LONG
     while tsctl(daemon, "status")["pools"][0]["waiting_sessions"] != count:
         assert time.monotonic() < deadline
@@ -166,7 +166,7 @@ def test_prompts_of_one_call_that_lack_the_same_are_told(session):
 
 
 def fill(pool, blocks):
-    """A sequence that holds so many blocks."""
+    """A sequence that holds `blocks` blocks."""
     seq, = pool.create()
     pool.append([seq], [blocks * BLOCK])
     return seq

@@ -140,8 +140,8 @@ static void tear_down(stage *s)
     *s = (stage){0};
 }
 
-/* Begins and commits steps of one sequence and token; seconds of each. With `runs`, each has so
- * many runs. < 0: it failed. */
+/* Begins steps of one sequence and token, makes `runs` runs in each and aborts it; seconds of each.
+ * < 0: it failed. */
 static double steps(stage *s, uint64_t seq, uint32_t runs)
 {
     ts_answer answer;
@@ -168,7 +168,7 @@ static double steps(stage *s, uint64_t seq, uint32_t runs)
     return (bench_now() - began) / STEPS;
 }
 
-/* What the journal adds to a step with so many runs, in seconds; < 0: it failed. */
+/* Median seconds of a step with `runs` runs, without and with the journal. False: it failed. */
 static bool compare(uint32_t runs, double *without, double *with)
 {
     stage plain = {0}, kept = {0};

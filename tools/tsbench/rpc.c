@@ -181,7 +181,7 @@ static bool run_turn(const char *kind, const char *url, uint32_t clients, uint32
     return true;
 }
 
-/* Bytes of a request and reply of ts_seq_lengths for so many sequences. */
+/* Bytes of a request and a reply of ts_seq_lengths for `batch` sequences. */
 static void message_sizes(uint32_t batch, size_t *request_bytes, size_t *reply_bytes)
 {
     Tspb__SeqLengths body = TSPB__SEQ_LENGTHS__INIT;

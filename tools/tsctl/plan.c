@@ -121,7 +121,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 const struct argp plan_argp = {.options = argp_options, .parser = parse};
 
-/* What one GPU's pool holds, with blocks of so many tokens. */
+/* What one GPU's pool holds, with blocks of `block_tokens` tokens. */
 static pool_plan work_out(const plan_options *o, const ts_geometry *model, uint32_t block_tokens)
 {
     pool_plan p = {.geometry = *model};

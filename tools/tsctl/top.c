@@ -176,7 +176,7 @@ static ts_status fetch(view *v, uint32_t cells)
 
 /* ---- drawing ---- */
 
-/* The text from here on, as much of it as so many columns hold. */
+/* Adds as much of the text at the cursor as `columns` columns hold. */
 static void add_line(const char *text, int columns)
 {
     char shown[1024];

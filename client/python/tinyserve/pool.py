@@ -138,12 +138,12 @@ class Pool:
         return list(out)
 
     def truncate(self, seqs: Iterable[Seq], lengths: Iterable[int]) -> None:
-        """Cuts each sequence down to so many tokens; all or none."""
+        """Cuts seqs[i] down to lengths[i] tokens; all or none."""
         ids, numbers, n = check.pair("lengths", seqs, lengths)
         self._check(lib.ts_seq_truncate(self._open(), ids, numbers, n))
 
     def shorten(self, seqs: Iterable[Seq], counts: Iterable[int]) -> None:
-        """Drops so many of each sequence's last tokens; all or none."""
+        """Drops the last counts[i] tokens of seqs[i]; all or none."""
         ids, numbers, n = check.pair("counts", seqs, counts)
         self._check(lib.ts_seq_shorten(self._open(), ids, numbers, n))
 

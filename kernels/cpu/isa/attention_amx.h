@@ -25,9 +25,9 @@
 #define TS_AMX_CHUNK_SCORES (TS_AMX_ROWS * TS_AMX_RUN * sizeof(float))
 #define TS_AMX_CHUNK_WEIGHTS (TS_AMX_CHUNK_SCORES / 2 * 3)
 
-/* Whether attention of so many query heads over such a cache is worked on here. bf16 only where
- * there is enough to multiply, and 64 tokens, and the next, fit into the second-level cache: else
- * AVX-512 alone is as fast or faster (kernels/doc/). */
+/* Whether attention of `heads` query heads over such a cache is worked on here. bf16 only where
+ * there is enough to multiply, and TS_AMX_TOKENS tokens and the next ones fit into the second-level
+ * cache: else AVX-512 alone is as fast or faster (kernels/doc/). */
 static inline bool ts_amx_takes(const ts_geometry *g, uint32_t heads)
 {
     const size_t bytes = 2 * (size_t)g->kv_heads * g->head_dim * ts_dtype_bytes(g->dtype);
@@ -37,7 +37,7 @@ static inline bool ts_amx_takes(const ts_geometry *g, uint32_t heads)
              bytes * TS_AMX_TOKENS <= TS_AMX_RUN_BYTES));
 }
 
-/* Rows of q are worked on in so many chunks. */
+/* The chunks in which `rows` rows of q are worked on. */
 static inline uint32_t ts_amx_chunks(uint32_t rows)
 {
     return (rows + TS_AMX_ROWS - 1) / TS_AMX_ROWS;

@@ -77,7 +77,7 @@ INLINE unit values_unit(ts_dtype dtype, const ts_amx_rows *v, uint32_t token, ui
 typedef struct lines {
     __m512i x[16];
 } lines;
-#define LINES_AHEAD 8 /* so many at most are loaded ahead: there are 32 registers */
+#define LINES_AHEAD 8 /* lines that are loaded ahead, at most: there are 32 registers */
 
 INLINE uint32_t lines_of(ts_dtype dtype, unit_kind kind, uint32_t head_dim, uint32_t rows)
 {
@@ -166,7 +166,8 @@ INLINE void widen_unit(ts_dtype dtype, unit_kind kind, ts_fp8_tables w, unit u, 
                     t + 1, next);
 }
 
-/* Step i of so many of a unit, whose lines were loaded in the step before, if they are few. */
+/* Step `i` of the `steps` in which a unit is widened. If its lines are few, they were loaded in the
+ * step before, as those of the next step are in this one. */
 INLINE void widen_step(ts_dtype dtype, unit_kind kind, ts_fp8_tables w, lines *ahead, unit u,
                        uint32_t head_dim, uint32_t i, uint32_t steps, ts_streams *next)
 {

@@ -3,10 +3,10 @@
  * attention_kernel.inc.h, which says how rows and tokens are grouped.
  */
 /*
- * A tile of K and V of one head that will be read soon: fetched while another is worked on, which
- * hides the memory's latency where rows are shorter than the hardware's prefetcher needs. Into the
- * second-level cache, and line by line between the products: the core can't have more than so many
- * lines under way at once, and stands still where it asks for more.
+ * A tile of K and V of one head that will be read soon. It is fetched while another is worked on,
+ * which hides the memory's latency where rows are shorter than the hardware's prefetcher needs. It
+ * goes into the second-level cache, line by line between the products: a core can have only a few
+ * lines under way at once, and stalls when it asks for more.
  */
 typedef struct fetch {
     const unsigned char *const *rows; /* NULL: there is nothing to fetch */

@@ -1,8 +1,8 @@
 /*
  * The next tile of K and V is asked for while one is worked on, into the second-level cache: a few
  * streams in different pages take turns, each going upwards by two lines, which the hardware's
- * prefetcher can join, and not faster than the lines of this tile are used, as a core has but so
- * many requests under way and stands still when it makes more (kernels/doc/).
+ * prefetcher can join, and not faster than the lines of this tile are used, as a core can have
+ * only a few requests under way and stalls when it makes more (kernels/doc/).
  */
 #ifndef TS_ATTENTION_STREAMS_H
 #define TS_ATTENTION_STREAMS_H

@@ -38,7 +38,7 @@ template <typename T, int DIM, int NUM_WARPS, int SPLIT, int FACES, bool EXACT> 
     static const int PITCH = DIM * sizeof(T), Q_PITCH = DIM * 2, STEPS = DIM / 16;
     static const uint32_t EACH = TOKENS / NUM_WARPS;       /* tokens that a warp copies */
     static const uint32_t OURS = TOKENS / SPLIT;           /* ... and works on, */
-    static const uint32_t ABREAST = FACES > 1 ? 32 : OURS; /* ... so many at once */
+    static const uint32_t ABREAST = FACES > 1 ? 32 : OURS; /* ... at once */
     static const int COLUMNS = ABREAST / 8;
     typedef loader<PITCH, EACH> rows;
     typedef loader<Q_PITCH, 16> q_rows;

@@ -49,7 +49,8 @@ uint32_t tile_tokens(const ts_gpu_plan *p)
     return group < TILE_ROWS ? TILE_ROWS / group : 1;
 }
 
-/* Entries that a block table of so many gets: tokens are to be added without its moving. */
+/* Entries that are laid out for a table of `blocks` blocks: more than it has, so that tokens can be
+ * added without moving the tables behind it. */
 size_t table_room(size_t blocks)
 {
     return blocks + blocks / 8 + 8;
@@ -217,7 +218,7 @@ struct team_writer {
     uint32_t team, chunk; /* the next, if the team has it */
     uint64_t written;
 
-    void write(uint64_t upto) /* until there are so many */
+    void write(uint64_t upto) /* until `upto` pieces are written */
     {
         for (; written < upto; team++) {
             if (team == sharing->num_teams) {

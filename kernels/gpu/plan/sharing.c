@@ -98,7 +98,7 @@ bool ts_sharing_compare(ts_sharing *s)
 
 /* ---- teams ---- */
 
-/* Blocks that so many chunks take, the last one in part. */
+/* Blocks that the first `chunks` chunks take; the last block may be taken in part. */
 static uint32_t blocks_of(const ts_sharer *q, uint32_t chunks, uint32_t block_tokens)
 {
     return ceil_div((uint64_t)chunks * q->chunk_tokens, block_tokens);

@@ -45,7 +45,7 @@ typedef struct ts_sharing {
     uint32_t *found, places, *next, *line, *common, *size, *saved;
 } ts_sharing;
 
-/* Room for so many sequences, all fields 0; to be given to ts_sharing_fini. -1: no memory. */
+/* Makes room for `num_seqs` sequences, all fields 0; ts_sharing_fini frees it. -1: no memory. */
 int ts_sharing_init(ts_sharing *s, uint32_t num_seqs);
 
 /* Of the sequences' tables alone: finds `alike`, by comparing each with the first that begins with

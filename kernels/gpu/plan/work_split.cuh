@@ -14,10 +14,10 @@ extern "C" {
 namespace
 {
 
-#define V5_QUERIES 8u /* up to so many query tokens are decode */
+#define V5_QUERIES 8u /* query tokens of a sequence that decodes, at most */
 #define BLOCKS 256u   /* that a long sequence is cut into, about */
 #define BATCHED 4096u
-#define TILE_QUERIES 4u /* where v5 can't, from so many on `auto` takes the tile kernel */
+#define TILE_QUERIES 4u /* query tokens from which on `auto` takes the tile kernel, without v5 */
 #define TILE_TOKENS 64u /* chunks are whole tiles: the largest that a kernel has, wgmma aside */
 #define BUCKETS 64u     /* of lengths of work, for sorting */
 #define SPLIT_LISTS (LIST_COUNT - LIST_NARROW) /* those whose sequences are cut into chunks */
@@ -170,7 +170,7 @@ uint32_t rank_of(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list li
     return work_of(p, s, c, tile, chunk);
 }
 
-/* v5's kernel for so many rows, or the nearest that the device has; LIST_COUNT: none. */
+/* v5's kernel for `rows` rows, or the nearest that the device has; LIST_COUNT: none. */
 ts_gpu_list v5_list(const ts_gpu_plan *p, uint32_t rows)
 {
     uint32_t best = LIST_COUNT;
@@ -198,7 +198,7 @@ uint32_t decoded_rows(const ts_gpu_plan *p, uint32_t q_tokens)
     return p->geometry.dtype == TS_DTYPE_FP8_E4M3 || p->kernels[LIST_FEW].function != NULL ? 8 : 16;
 }
 
-/* wgmma's kernel for a sequence of so many rows. */
+/* wgmma's kernel for a sequence of `rows` rows. */
 ts_gpu_list wgmma_list(const ts_gpu_plan *p, uint32_t rows)
 {
     return rows <= WGMMA_FEW_ROWS && p->kernels[LIST_FEW].function != NULL ? LIST_FEW : LIST_WGMMA;

@@ -29,7 +29,7 @@ __device__ inline void barrier_arrive(uint32_t at)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/* Arrives, and so many bytes are to come besides. */
+/* Arrives, and has the barrier wait for `bytes` bytes of copies besides. */
 __device__ inline void barrier_expect(uint32_t at, uint32_t bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)

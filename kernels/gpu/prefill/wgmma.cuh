@@ -367,7 +367,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         for (int d = 0; d < DIM / 8; d++) {
             float4 x = make_float4(0, 0, 0, 0);
             if (d % 4 == 0)
-                asm volatile("" ::: "memory"); /* so many loads at once, for lack of registers */
+                asm volatile("" ::: "memory"); /* only 4 loads at once, for lack of registers */
             if (chunk > 0)
                 x = __ldcg(so_far + d * WORKERS);
             const float before[4] = {x.x, x.y, x.z, x.w};

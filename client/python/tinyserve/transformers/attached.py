@@ -345,8 +345,8 @@ class _NewInputs:
 
     @staticmethod
     def _is_whole(columns: int, given: dict[str, Any]) -> bool:
-        """Whether so many ids are all of the prompt, and not what is new. A mask of ones may have
-        been left out; then the positions tell."""
+        """Whether `columns` ids are the whole prompt, and not only what is new in it. A mask of
+        ones may have been left out; then the positions tell."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None:
             return bool(mask.shape[-1] == columns)

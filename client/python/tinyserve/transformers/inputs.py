@@ -68,7 +68,7 @@ class Inputs:
         return self.pads[a] == self.pads[b] and self.ids[a] == self.ids[b]
 
     def same(self, copies: int) -> bool:
-        """Whether each group of so many rows is one row repeated."""
+        """Whether each group of `copies` rows is one row repeated."""
         return bool(self.ids) and all(self._equal(i, i - i % copies) for i in range(self.rows))
 
     def every(self, copies: int) -> "Inputs":
