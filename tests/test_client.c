@@ -47,9 +47,9 @@ static void the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zer
     ts_pool *p = open_pool(c, "small", TS_POOL_WRITABLE);
     ts_seq seq;
     uint64_t slots[5];
-    uint32_t n = 5;
+    uint32_t tokens = 5;
     OK(ts_seq_create(p, 1, &seq));
-    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    OK(ts_seq_append(p, &seq, &tokens, 1, slots));
     for (uint64_t i = 0; i < 5; i++)
         assert_int_equal(slots[i], i); /* blocks 0 and 1 */
     assert_int_equal(used_blocks(c), 2);
@@ -59,12 +59,12 @@ static void the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zer
         ((float *)kv.k)[i] = 100.0f + (float)i;
         ((float *)kv.v)[i] = -100.0f - (float)i;
     }
-    n = 3;
-    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    tokens = 3;
+    OK(ts_seq_append(p, &seq, &tokens, 1, slots));
     assert_int_equal(slots[0], 5);
     assert_int_equal(used_blocks(c), 2);
-    n = 1;
-    OK(ts_seq_append(p, &seq, &n, 1, slots));
+    tokens = 1;
+    OK(ts_seq_append(p, &seq, &tokens, 1, slots));
     assert_int_equal(slots[0], 8);
     assert_int_equal(used_blocks(c), 3);
 
@@ -77,10 +77,10 @@ static void the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zer
     daemon_stop(&d);
 }
 
-static void random_floats(rng *r, float *to, size_t n)
+static void random_floats(rng *numbers, float *to, size_t count)
 {
-    for (size_t i = 0; i < n; i++)
-        to[i] = rng_normal(r);
+    for (size_t i = 0; i < count; i++)
+        to[i] = rng_normal(numbers);
 }
 
 /* Sequences of different lengths in one step of several tokens each, prefill then decode, held
@@ -96,7 +96,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
     ts_pool *p = open_pool(c, "p", 0);
     ts_seq seqs[SEQS];
     uint32_t lengths[SEQS] = {0};
-    rng r = {5};
+    rng numbers = {5};
     OK(ts_seq_create(p, SEQS, seqs));
     for (int round = 0; round < 3; round++) {
         ts_step *step;
@@ -107,9 +107,9 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
               *out = malloc(LAYERS * tokens * HEADS * DIM * sizeof *out);
         for (uint32_t layer = 0; layer < LAYERS; layer++) {
             size_t at = layer * tokens * HEADS * DIM;
-            random_floats(&r, ts_step_q(step), tokens * HEADS * DIM);
-            random_floats(&r, ts_step_k(step), tokens * KV * DIM);
-            random_floats(&r, ts_step_v(step), tokens * KV * DIM);
+            random_floats(&numbers, ts_step_q(step), tokens * HEADS * DIM);
+            random_floats(&numbers, ts_step_k(step), tokens * KV * DIM);
+            random_floats(&numbers, ts_step_v(step), tokens * KV * DIM);
             memset(ts_unconst(ts_step_out(step)), 0xff, tokens * HEADS * DIM * sizeof *out);
             OK(ts_step_run(step, layer));
             memcpy(q + at, ts_step_q(step), tokens * HEADS * DIM * sizeof *q);
@@ -129,8 +129,8 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
             }
             for (uint32_t layer = 0; layer < LAYERS; layer++) {
                 size_t at = (layer * tokens + first) * HEADS * DIM,
-                       n = (size_t)rounds[round][i] * HEADS * DIM;
-                double *reference = malloc(n * sizeof *reference), diff = 0, norm = 0;
+                       count = (size_t)rounds[round][i] * HEADS * DIM;
+                double *reference = malloc(count * sizeof *reference), diff = 0, norm = 0;
                 ts_attention_call call = {.geometry = *ts_pool_geometry(p),
                                           .base = p->base,
                                           .heads = HEADS,
@@ -141,7 +141,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
                                         .layer = layer,
                                         .q = q + at};
                 OK(ts_attention_reference(&call, &one, reference, NULL));
-                for (size_t j = 0; j < n; j++) {
+                for (size_t j = 0; j < count; j++) {
                     diff += (out[at + j] - reference[j]) * (out[at + j] - reference[j]);
                     norm += reference[j] * reference[j];
                 }
@@ -170,18 +170,18 @@ static void a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest(void **state
     ts_pool *p = open_pool(c, "small", TS_POOL_WRITABLE);
     ts_seq parent, child;
     uint64_t slots[6], child_slots[7];
-    uint32_t n = 6;
+    uint32_t tokens = 6;
     ts_kv kv;
     OK(ts_seq_create(p, 1, &parent));
-    OK(ts_seq_append(p, &parent, &n, 1, slots));
+    OK(ts_seq_append(p, &parent, &tokens, 1, slots));
     for (int t = 0; t < 6; t++) {
         OK(ts_slot_kv(p, slots[t], 0, &kv));
         ((float *)kv.k)[0] = (float)(t + 1);
     }
     OK(ts_seq_fork(p, parent, 1, &child));
     ts_step *step;
-    n = 1;
-    OK(ts_step_begin(p, &child, &n, 1,
+    tokens = 1;
+    OK(ts_step_begin(p, &child, &tokens, 1,
                      &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step));
     uint64_t slot;
     ts_step_slots(step, &slot);
@@ -222,10 +222,10 @@ static void refusals_name_the_value_and_the_limit(void **state)
     p = open_pool(c, "tiny", 0);
     ts_seq seq, none = 99;
     ts_step *step;
-    uint32_t n = 65, zero = 0, length;
+    uint32_t tokens = 65, zero = 0, length;
     uint64_t slot;
     OK(ts_seq_create(p, 1, &seq));
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ENOSPC);
+    assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, NULL, &step), TS_ENOSPC);
     assert_null(step);
     char expected[128];
     snprintf(expected, sizeof expected,
@@ -242,12 +242,12 @@ static void refusals_name_the_value_and_the_limit(void **state)
     assert_int_equal(ts_error_read(c, &info), TS_EINVAL);
     info.size = sizeof info;
     assert_int_equal(ts_step_begin(p, &seq, &zero, 1, NULL, &step), TS_EINVAL);
-    assert_int_equal(ts_step_begin(p, &none, &n, 1, NULL, &step), TS_ENOENT);
+    assert_int_equal(ts_step_begin(p, &none, &tokens, 1, NULL, &step), TS_ENOENT);
     OK(ts_error_read(c, &info));
     assert_int_equal(info.status, TS_ENOENT);
     assert_int_equal(info.needed | info.free | info.limit, 0);
-    n = UINT32_MAX;
-    assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EINVAL);
+    tokens = UINT32_MAX;
+    assert_int_equal(ts_seq_append(p, &seq, &tokens, 1, NULL), TS_EINVAL);
     snprintf(expected, sizeof expected,
              "4294967295 new tokens for sequence %llx; the pool's limit is 1048576 tokens a "
              "sequence",
@@ -257,35 +257,35 @@ static void refusals_name_the_value_and_the_limit(void **state)
     uint32_t each[2] = {1048576, 1048576};
     assert_int_equal(ts_step_begin(p, twice, each, 2, NULL, &step), TS_ENOSPC);
     assert_string_equal(ts_error(c), "2097152 new tokens; the pool has 64 slots in all");
-    n = 1;
+    tokens = 1;
     assert_int_equal(
-        ts_step_begin(p, &seq, &n, 1,
+        ts_step_begin(p, &seq, &tokens, 1,
                       &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step),
         TS_EPERM);
     assert_string_equal(ts_error(c), "a step without query heads leaves K and V to the session, "
                                      "which didn't open pool 'tiny' to write");
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1,
+    assert_int_equal(ts_step_begin(p, &seq, &tokens, 1,
                                    &(ts_step_options){.size = sizeof(ts_step_options), .heads = 3},
                                    &step),
                      TS_EINVAL);
     assert_string_equal(ts_error(c), "3 query heads; they must be a multiple of the pool's 2 KV "
                                      "heads, at most 1024");
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1,
+    assert_int_equal(ts_step_begin(p, &seq, &tokens, 1,
                                    &(ts_step_options){.size = sizeof(ts_step_options),
                                                       .io_dtype = TS_DTYPE_BF16},
                                    &step),
                      TS_EINVAL);
     assert_string_equal(ts_error(c), "io_dtype bf16; beside a pool of fp32 it must be fp32");
     assert_int_equal(
-        ts_step_begin(p, &seq, &n, 1,
+        ts_step_begin(p, &seq, &tokens, 1,
                       &(ts_step_options){.size = sizeof(ts_step_options), .scale = NAN}, &step),
         TS_EINVAL);
-    assert_int_equal(ts_seq_append(p, &seq, &n, 1, NULL), TS_EPERM);
+    assert_int_equal(ts_seq_append(p, &seq, &tokens, 1, NULL), TS_EPERM);
     assert_int_equal(ts_seq_attach(p, "nobody", &none, &length), TS_ENOENT);
     assert_int_equal(ts_seq_keep(p, seq, ""), TS_EINVAL);
     assert_int_equal(ts_seq_slots(p, seq, 0, 1, &slot), TS_EINVAL);
     assert_int_equal(ts_seq_create(p, 0, &seq), TS_EINVAL);
-    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    OK(ts_step_begin(p, &seq, &tokens, 1, NULL, &step));
     assert_int_equal(ts_step_run(step, 6), TS_EINVAL);
     assert_string_equal(ts_error(c), "layer 6; the pool has 6");
     OK(ts_step_run(step, 0));
@@ -316,24 +316,25 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
         ts_client *c;
         ts_seq seq;
         ts_step *step;
-        uint32_t n = 20, length;
+        uint32_t tokens = 20, length;
         OK(ts_connect(&options, &c));
         ts_pool *p = open_pool(c, "tiny", 0);
         OK(ts_seq_create(p, 1, &seq));
-        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the exchange and the rings are there */
+        /* After this step the exchange and the rings are there. */
+        OK(ts_step_begin(p, &seq, &tokens, 1, NULL, &step));
         OK(ts_step_abort(step));
         daemon_pause(&d);
-        assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
+        assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, NULL, &step), TS_ETIMEOUT);
         daemon_resume(&d);
         await_used_blocks(watcher, 2); /* it was begun, and the client doesn't know the step */
         do
             OK(ts_seq_lengths(p, &seq, 1, &length));
         while (used_blocks(watcher) != 0);
-        OK(ts_step_begin(p, &seq, &n, 1, NULL, &step)); /* the sequence is in no step */
+        OK(ts_step_begin(p, &seq, &tokens, 1, NULL, &step)); /* the sequence is in no step */
         OK(ts_step_abort(step));
 
         daemon_pause(&d); /* a session that ends before the answer comes */
-        assert_int_equal(ts_step_begin(p, &seq, &n, 1, NULL, &step), TS_ETIMEOUT);
+        assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, NULL, &step), TS_ETIMEOUT);
         ts_pool_close(p);
         ts_disconnect(c);
         daemon_resume(&d);
@@ -350,15 +351,16 @@ static void options_may_be_of_an_earlier_or_a_later_header(void **state)
     struct {
         ts_step_options options;
         char later[8]; /* what another version has behind them */
-    } step = {.options = TS_STEP_OPTIONS_INIT};
+    } extended = {.options = TS_STEP_OPTIONS_INIT};
     ts_run_options run = TS_RUN_OPTIONS_INIT;
-    const ts_frame_options frame = {.size = sizeof frame, .seqs = 1, .step = &step.options};
+    const ts_frame_options frame_options = {
+        .size = sizeof frame_options, .seqs = 1, .step = &extended.options};
     daemon_process d;
     ts_client *c;
     ts_seq seq;
-    ts_step *s;
-    ts_frame *f;
-    uint32_t n = 1;
+    ts_step *step;
+    ts_frame *frame;
+    uint32_t tokens = 1;
     daemon_start(&d, POOL_TINY ",blocks=256");
     assert_int_equal(ts_connect(&(ts_options){.url = d.url}, &c), TS_EINVAL);
     assert_string_equal(ts_error(c), "ts_options has a size of 0: initialise it with "
@@ -368,27 +370,27 @@ static void options_may_be_of_an_earlier_or_a_later_header(void **state)
     ts_pool *p = open_pool(c, "tiny", 0);
     OK(ts_seq_create(p, 1, &seq));
 
-    step.options.kernel = "none of that name"; /* behind what the earlier one had */
-    step.options.size = offsetof(ts_step_options, kernel);
-    OK(ts_step_begin(p, &seq, &n, 1, &step.options, &s));
+    extended.options.kernel = "none of that name"; /* behind what the earlier one had */
+    extended.options.size = offsetof(ts_step_options, kernel);
+    OK(ts_step_begin(p, &seq, &tokens, 1, &extended.options, &step));
     run.size = 0;
-    assert_int_equal(ts_step_run_with(s, 0, &run), TS_EINVAL);
+    assert_int_equal(ts_step_run_with(step, 0, &run), TS_EINVAL);
     assert_non_null(strstr(ts_error(c), "ts_run_options has a size of 0"));
-    OK(ts_step_run_with(s, 0, NULL));
-    OK(ts_step_abort(s));
+    OK(ts_step_run_with(step, 0, NULL));
+    OK(ts_step_abort(step));
 
-    step.options.kernel = NULL;
-    step.options.size = sizeof step;
-    OK(ts_step_begin(p, &seq, &n, 1, &step.options, &s));
-    OK(ts_step_abort(s));
-    step.later[3] = 1;
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
+    extended.options.kernel = NULL;
+    extended.options.size = sizeof extended;
+    OK(ts_step_begin(p, &seq, &tokens, 1, &extended.options, &step));
+    OK(ts_step_abort(step));
+    extended.later[3] = 1;
+    assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, &extended.options, &step), TS_EINVAL);
     assert_non_null(strstr(ts_error(c), "ts_step_options has 56 bytes"));
     assert_non_null(strstr(ts_error(c), "knows 48, and byte 51 isn't 0"));
-    assert_int_equal(ts_frame_new(p, &frame, &f), TS_EINVAL);
+    assert_int_equal(ts_frame_new(p, &frame_options, &frame), TS_EINVAL);
     assert_non_null(strstr(ts_error(c), "and byte 51 isn't 0"));
-    step.options.size = SIZE_MAX; /* never set */
-    assert_int_equal(ts_step_begin(p, &seq, &n, 1, &step.options, &s), TS_EINVAL);
+    extended.options.size = SIZE_MAX; /* never set */
+    assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, &extended.options, &step), TS_EINVAL);
     assert_non_null(strstr(ts_error(c), "TS_STEP_OPTIONS_INIT"));
 
     assert_string_equal(ts_version(), TS_VERSION);
@@ -465,13 +467,13 @@ static void a_ticket_hands_a_sequence_to_another_process(void **state)
     ts_client *c = connect_to(&d);
     ts_pool *p = open_pool(c, "small", TS_POOL_WRITABLE);
     ts_seq seq;
-    uint32_t n = 6;
+    uint32_t tokens = 6;
     uint8_t ticket[TS_TICKET_BYTES], other[TS_TICKET_BYTES];
     OK(ts_seq_create(p, 1, &seq));
-    OK(ts_seq_append(p, &seq, &n, 1, NULL));
+    OK(ts_seq_append(p, &seq, &tokens, 1, NULL));
     assert_int_equal(ts_seq_ticket(p, seq, 3600001, ticket), TS_EINVAL);
     OK(ts_seq_ticket(p, seq, 0, ticket));
-    assert_int_equal(ts_seq_lengths(p, &seq, 1, &n), TS_ENOENT);
+    assert_int_equal(ts_seq_lengths(p, &seq, 1, &tokens), TS_ENOENT);
     OK(ts_seq_create(p, 1, &seq));
     OK(ts_seq_ticket(p, seq, 0, other));
     assert_memory_not_equal(ticket, other, sizeof ticket);
@@ -488,28 +490,28 @@ static void a_ticket_hands_a_sequence_to_another_process(void **state)
 static void kept_sequences_are_listed_in_pages_and_replaced(void **state)
 {
     (void)state;
-    enum { N = 450, ROOM = 300 };
+    enum { NAMES = 450, ROOM = 300 };
     daemon_process d;
     char name[16];
     daemon_start(&d, POOL_SMALL ",blocks=64");
     ts_client *c = connect_to(&d);
     ts_pool *p = open_pool(c, "small", 0);
-    ts_seq seqs[N], one;
+    ts_seq seqs[NAMES], one;
     static ts_kept kept[ROOM];
     uint32_t count;
     OK(ts_seq_list(p, NULL, NULL, kept, ROOM, &count));
     assert_int_equal(count, 0);
-    OK(ts_seq_create(p, N, seqs));
-    for (uint32_t i = 0; i < N; i++) {
+    OK(ts_seq_create(p, NAMES, seqs));
+    for (uint32_t i = 0; i < NAMES; i++) {
         snprintf(name, sizeof name, "n%03u", i);
         OK(ts_seq_keep(p, seqs[i], name));
     }
     OK(ts_seq_list(p, "n", NULL, kept, ROOM, &count)); /* two answers of the daemon's */
     assert_int_equal(count, ROOM);
     OK(ts_seq_list(p, "n", kept[ROOM - 1].name, kept, ROOM, &count));
-    assert_int_equal(count, N - ROOM);
+    assert_int_equal(count, NAMES - ROOM);
     assert_string_equal(kept[0].name, "n300");
-    assert_int_equal(kept[count - 1].seq, seqs[N - 1]);
+    assert_int_equal(kept[count - 1].seq, seqs[NAMES - 1]);
     assert_int_equal(ts_seq_list(p, "", "", kept, 0, &count), TS_EINVAL);
     memset(kept[0].name, 'x', sizeof kept[0].name - 1);
     OK(ts_seq_list(p, "", kept[0].name, kept + 1, 1, &count));

@@ -52,7 +52,7 @@ static void in_a_crowd_no_launch_waits_for_a_worker(void **state)
     rig_free(&r);
 }
 
-/* So many of the device's launches are somebody's until they are given back. */
+/* Takes `count` of the device's launches, which nobody else gets until they are given back. */
 static void take_launches(rig *r, ts_gpu_launch **taken, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++)

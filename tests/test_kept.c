@@ -11,31 +11,31 @@ static ts_engine *small_engine(void)
     return engine_new(64, 4, 4, TS_CLIENT_WRITE_ALL);
 }
 
-static ts_status keep(ts_engine *e, uint64_t s, uint64_t seq, const char *name, uint64_t ttl_ms,
-                      bool replace, ts_answer *answer)
+static ts_status keep(ts_engine *e, uint64_t session, uint64_t seq, const char *name,
+                      uint64_t ttl_ms, bool replace, ts_answer *answer)
 {
     return apply(
         e,
         (ts_command){.op = TS_OP_SEQ_KEEP,
-                     .session = s,
+                     .session = session,
                      .seq_keep = {.seq = seq, .name = name, .ttl_ms = ttl_ms, .replace = replace}},
         answer);
 }
 
-/* A sequence of `n` tokens. */
-static uint64_t of_length(ts_engine *e, uint64_t s, uint32_t n)
+/* A sequence of `length` tokens. */
+static uint64_t of_length(ts_engine *e, uint64_t session, uint32_t length)
 {
-    uint64_t seq = seq_new(e, s);
-    append(e, s, seq, n);
+    uint64_t seq = seq_new(e, session);
+    append(e, session, seq, length);
     return seq;
 }
 
-static void list(ts_engine *e, uint64_t s, const char *prefix, const char *after, uint32_t limit,
-                 ts_answer *answer)
+static void list(ts_engine *e, uint64_t session, const char *prefix, const char *after,
+                 uint32_t limit, ts_answer *answer)
 {
     apply(e,
           (ts_command){.op = TS_OP_SEQ_LIST,
-                       .session = s,
+                       .session = session,
                        .seq_list = {.prefix = prefix, .after = after, .limit = limit}},
           answer);
     assert_int_equal(answer->status, TS_OK);
@@ -53,14 +53,15 @@ static void a_tenant_s_names_are_listed_in_order_by_prefix_and_page_by_page(void
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), other = session_new(e, 2);
+    uint64_t session = session_new(e, 1), other = session_new(e, 2);
     static const char *const names[] = {"user/9", "sys/b", "user/1", "sys", "user/10", "sys/a"};
     ts_answer answer;
     for (uint32_t i = 0; i < 6; i++)
-        assert_int_equal(
-            keep(e, s, of_length(e, s, i + 1), names[i], i == 2 ? 5000 : 0, false, &answer), TS_OK);
+        assert_int_equal(keep(e, session, of_length(e, session, i + 1), names[i], i == 2 ? 5000 : 0,
+                              false, &answer),
+                         TS_OK);
     assert_int_equal(keep_seq(e, other, seq_new(e, other), "user/2"), TS_OK);
-    list(e, s, "", "", 0, &answer);
+    list(e, session, "", "", 0, &answer);
     assert_int_equal(answer.kept.count, 6);
     static const char *const sorted[] = {"sys", "sys/a", "sys/b", "user/1", "user/10", "user/9"};
     static const uint32_t lengths[] = {4, 6, 2, 3, 5, 1};
@@ -69,24 +70,24 @@ static void a_tenant_s_names_are_listed_in_order_by_prefix_and_page_by_page(void
         assert_int_equal(answer.kept.lengths[i], lengths[i]);
         assert_int_equal(answer.kept.blocks[i], (lengths[i] + 3) / 4);
         assert_int_equal(answer.kept.left_ms[i], i == 3 ? 5000 : 0);
-        assert_int_equal(answer.kept.seqs[i], attach(e, s, sorted[i]));
-        list(e, s, "", "", 0, &answer);
+        assert_int_equal(answer.kept.seqs[i], attach(e, session, sorted[i]));
+        list(e, session, "", "", 0, &answer);
     }
     assert_string_equal(answer.kept.next, "");
-    list(e, s, "user/1", "", 0, &answer);
+    list(e, session, "user/1", "", 0, &answer);
     assert_int_equal(answer.kept.count, 2);
-    list(e, s, "sys/", "", 1, &answer);
+    list(e, session, "sys/", "", 1, &answer);
     assert_int_equal(answer.kept.count, 1);
     assert_string_equal(answer.kept.names[0], "sys/a");
     assert_string_equal(answer.kept.next, "sys/a");
-    list(e, s, "sys/", "sys/a", 1, &answer);
+    list(e, session, "sys/", "sys/a", 1, &answer);
     assert_string_equal(answer.kept.names[0], "sys/b");
     assert_string_equal(answer.kept.next, "");
-    list(e, s, "sys/", "sys/aaa", 0, &answer); /* a name that isn't there, or not any more */
+    list(e, session, "sys/", "sys/aaa", 0, &answer); /* a name that isn't there, or not any more */
     assert_int_equal(answer.kept.count, 1);
-    list(e, s, "sys/", "a", 0, &answer); /* before the prefix */
+    list(e, session, "sys/", "a", 0, &answer); /* before the prefix */
     assert_int_equal(answer.kept.count, 2);
-    list(e, s, "sys/", "user/1", 0, &answer);
+    list(e, session, "sys/", "user/1", 0, &answer);
     assert_int_equal(answer.kept.count, 0);
     list(e, other, "", "", 0, &answer);
     assert_int_equal(answer.kept.count, 1);
@@ -98,18 +99,19 @@ static void an_answer_tells_of_200_at_most_and_walks_over_no_more(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1);
+    uint64_t session = session_new(e, 1);
     char name[16], last[16] = "", after[16] = "";
     ts_answer answer;
     uint32_t told = 0, answers = 0;
     for (uint32_t i = 0; i < 1000; i++) { /* of every three, one is over and not swept yet */
         snprintf(name, sizeof name, "%03u", i * 7 % 1000);
-        assert_int_equal(
-            keep(e, s, seq_new(e, s), name, i * 7 % 1000 % 3 == 0 ? 1 : 0, false, &answer), TS_OK);
+        assert_int_equal(keep(e, session, seq_new(e, session), name, i * 7 % 1000 % 3 == 0 ? 1 : 0,
+                              false, &answer),
+                         TS_OK);
     }
     e->now_ms = 1;
     do {
-        list(e, s, "", after, UINT32_MAX, &answer);
+        list(e, session, "", after, UINT32_MAX, &answer);
         assert_true(answer.kept.count <= 200);
         for (uint32_t i = 0; i < answer.kept.count; i++) {
             assert_true(strcmp(last, answer.kept.names[i]) < 0);
@@ -131,31 +133,32 @@ static void one_command_gives_a_name_to_another_sequence_and_frees_the_old(void 
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), old = of_length(e, s, 8), new = fork_seq(e, s, old);
+    uint64_t session = session_new(e, 1), old = of_length(e, session, 8),
+             new = fork_seq(e, session, old);
     ts_answer answer;
-    append(e, s, new, 5);
-    assert_int_equal(keep_seq(e, s, old, "x"), TS_OK);
-    assert_int_equal(keep(e, s, new, "x", 0, false, &answer), TS_EEXIST);
-    assert_int_equal(attach(e, s, "x"), old);
-    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_OK);
+    append(e, session, new, 5);
+    assert_int_equal(keep_seq(e, session, old, "x"), TS_OK);
+    assert_int_equal(keep(e, session, new, "x", 0, false, &answer), TS_EEXIST);
+    assert_int_equal(attach(e, session, "x"), old);
+    assert_int_equal(keep(e, session, new, "x", 0, true, &answer), TS_OK);
     check_engine(e);
-    assert_int_equal(attach(e, s, "x"), new);
-    assert_int_equal(free_seq(e, s, old), TS_ENOENT);
+    assert_int_equal(attach(e, session, "x"), new);
+    assert_int_equal(free_seq(e, session, old), TS_ENOENT);
     assert_int_equal(e->pools[0].seqs.kept, 1);
     assert_int_equal(e->pools[0].seqs.live, 1);
     assert_int_equal(TENANT(e).used, 4);
     assert_int_equal(TENANT(e).pinned, 4);
-    assert_int_equal(ts_engine_session(e, s)->sequences, 0);
-    assert_int_equal(ts_engine_session(e, s)->blocks, 0);
+    assert_int_equal(ts_engine_session(e, session)->sequences, 0);
+    assert_int_equal(ts_engine_session(e, session)->blocks, 0);
     /* Where there is nothing to replace it keeps; replacing itself changes nothing. */
-    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_OK);
-    assert_int_equal(attach(e, s, "x"), new);
-    uint64_t third = of_length(e, s, 1);
-    assert_int_equal(keep(e, s, third, "y", 0, true, &answer), TS_OK);
+    assert_int_equal(keep(e, session, new, "x", 0, true, &answer), TS_OK);
+    assert_int_equal(attach(e, session, "x"), new);
+    uint64_t third = of_length(e, session, 1);
+    assert_int_equal(keep(e, session, third, "y", 0, true, &answer), TS_OK);
     /* A kept one may take another's name: its own is free then. */
-    assert_int_equal(keep(e, s, third, "x", 0, true, &answer), TS_OK);
-    assert_int_equal(attach(e, s, "x"), third);
-    assert_int_equal(attach(e, s, "y"), 0);
+    assert_int_equal(keep(e, session, third, "x", 0, true, &answer), TS_OK);
+    assert_int_equal(attach(e, session, "x"), third);
+    assert_int_equal(attach(e, session, "y"), 0);
     assert_int_equal(TENANT(e).used, 1);
     check_engine(e);
     ts_engine_free(e);
@@ -165,37 +168,37 @@ static void nothing_is_half_replaced_when_it_is_refused(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), other = session_new(e, 1);
-    uint64_t old = of_length(e, s, 8), new = of_length(e, s, 13);
+    uint64_t session = session_new(e, 1), other = session_new(e, 1);
+    uint64_t old = of_length(e, session, 8), new = of_length(e, session, 13);
     ts_answer answer;
-    uint32_t n = 1;
-    assert_int_equal(keep(e, s, old, "x", 7000, false, &answer), TS_OK);
-    assert_int_equal(begin(e, other, &old, &n, 1, false, &answer), TS_OK);
+    uint32_t tokens = 1;
+    assert_int_equal(keep(e, session, old, "x", 7000, false, &answer), TS_OK);
+    assert_int_equal(begin(e, other, &old, &tokens, 1, false, &answer), TS_OK);
     uint64_t step = answer.begun.step->id;
-    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_EBUSY);
+    assert_int_equal(keep(e, session, new, "x", 0, true, &answer), TS_EBUSY);
     assert_int_equal(step_end(e, other, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
     e->pools[0].config.tenant_pinned_max = 3;
-    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_EQUOTA);
-    assert_int_equal(keep(e, s, old,
+    assert_int_equal(keep(e, session, new, "x", 0, true, &answer), TS_EQUOTA);
+    assert_int_equal(keep(e, session, old,
                           "0123456789012345678901234567890123456789012345678901234567890"
                           "12345678901234567890123456789012345678901234567890123456789"
                           "0123456",
                           0, true, &answer),
                      TS_OK); /* 127 bytes */
-    assert_int_equal(keep(e, s, old, "x", 7000, true, &answer), TS_OK);
+    assert_int_equal(keep(e, session, old, "x", 7000, true, &answer), TS_OK);
     check_engine(e);
-    assert_int_equal(attach(e, s, "x"), old);
+    assert_int_equal(attach(e, session, "x"), old);
     assert_int_equal(TENANT(e).pinned, 2);
-    assert_int_equal(ts_engine_session(e, s)->sequences, 1);
-    list(e, s, "", "", 0, &answer);
+    assert_int_equal(ts_engine_session(e, session)->sequences, 1);
+    list(e, session, "", "", 0, &answer);
     assert_int_equal(answer.kept.left_ms[0], 7000);
     /* What the old one has pinned makes room for the new one. */
-    assert_int_equal(free_seq(e, s, new), TS_OK);
-    new = fork_seq(e, s, old);
-    append(e, s, new, 4);
-    assert_int_equal(keep(e, s, new, "x", 0, true, &answer), TS_OK);
-    uint64_t third = of_length(e, s, 12);
-    assert_int_equal(keep(e, s, third, "x", 0, true, &answer), TS_OK);
+    assert_int_equal(free_seq(e, session, new), TS_OK);
+    new = fork_seq(e, session, old);
+    append(e, session, new, 4);
+    assert_int_equal(keep(e, session, new, "x", 0, true, &answer), TS_OK);
+    uint64_t third = of_length(e, session, 12);
+    assert_int_equal(keep(e, session, third, "x", 0, true, &answer), TS_OK);
     assert_int_equal(TENANT(e).pinned, 3);
     check_engine(e);
     ts_engine_free(e);
@@ -205,21 +208,23 @@ static void a_sequence_that_is_in_a_step_may_take_a_name(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), old = of_length(e, s, 6), new = fork_seq(e, s, old);
+    uint64_t session = session_new(e, 1), old = of_length(e, session, 6),
+             new = fork_seq(e, session, old);
     ts_answer answer;
-    uint32_t n = 1;
-    assert_int_equal(keep_seq(e, s, old, "x"), TS_OK);
-    assert_int_equal(begin(e, s, &new, &n, 1, false, &answer), TS_OK); /* with a copy of the tail */
+    uint32_t tokens = 1;
+    assert_int_equal(keep_seq(e, session, old, "x"), TS_OK);
+    /* the step copies the tail */
+    assert_int_equal(begin(e, session, &new, &tokens, 1, false, &answer), TS_OK);
     uint64_t step = answer.begun.step->id;
     assert_int_equal(answer.begun.num_copies, 1);
     assert_int_equal(step_done(e, step, TS_NONE), TS_OK);
-    assert_int_equal(keep(e, s, new, "x", 3000, true, &answer), TS_OK);
+    assert_int_equal(keep(e, session, new, "x", 3000, true, &answer), TS_OK);
     check_engine(e);
     advance(e, 10000);
-    assert_int_equal(attach(e, s, "x"), new);
-    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
+    assert_int_equal(attach(e, session, "x"), new);
+    assert_int_equal(step_end(e, session, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     advance(e, 12999);
-    assert_int_equal(attach(e, s, "x"), new);
+    assert_int_equal(attach(e, session, "x"), new);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -228,31 +233,31 @@ static void whatever_uses_a_sequence_makes_its_time_to_live_begin_anew(void **st
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4);
+    uint64_t session = session_new(e, 1), seq = of_length(e, session, 4);
     ts_answer answer;
-    uint32_t n = 1;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
+    uint32_t tokens = 1;
+    assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
     advance(e, 999);
-    assert_int_equal(attach(e, s, "x"), seq);
+    assert_int_equal(attach(e, session, "x"), seq);
     advance(e, 1998);
-    (void)fork_seq(e, s, seq);
+    (void)fork_seq(e, session, seq);
     advance(e, 2997);
     static const uint32_t from[] = {0};
     const ts_command select = {.op = TS_OP_SEQ_SELECT,
-                               .session = s,
+                               .session = session,
                                .seq_select = {.seqs = &seq, .count = 1, .from = from, .picked = 1}};
     assert_int_equal(apply(e, select, &answer), TS_OK);
     advance(e, 3996);
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    assert_int_equal(begin(e, session, &seq, &tokens, 1, false, &answer), TS_OK);
     uint64_t step = answer.begun.step->id;
     advance(e, 60000); /* it waits for the step */
-    assert_int_equal(length_of(e, s, seq), 4);
-    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
+    assert_int_equal(length_of(e, session, seq), 4);
+    assert_int_equal(step_end(e, session, TS_OP_STEP_COMMIT, step, NULL, 0), TS_OK);
     advance(e, 60999);
-    assert_int_equal(length_of(e, s, seq), 5); /* a look is no use */
+    assert_int_equal(length_of(e, session, seq), 5); /* a look is no use */
     advance(e, 61000);
-    assert_int_equal(attach(e, s, "x"), 0);
-    assert_int_equal(free_seq(e, s, seq), TS_ENOENT);
+    assert_int_equal(attach(e, session, "x"), 0);
+    assert_int_equal(free_seq(e, session, seq), TS_ENOENT);
     assert_int_equal(e->pools[0].seqs.kept, 0);
     assert_int_equal(e->pools[0].seqs.live, 1); /* the fork */
     assert_int_equal(TENANT(e).pinned, 0);
@@ -263,13 +268,13 @@ static void a_step_whose_session_ends_lets_the_time_end(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), other = session_new(e, 1), seq = of_length(e, s, 4);
+    uint64_t session = session_new(e, 1), other = session_new(e, 1), seq = of_length(e, session, 4);
     ts_answer answer;
-    uint32_t n = 1;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
-    assert_int_equal(begin(e, s, &seq, &n, 1, false, &answer), TS_OK);
+    uint32_t tokens = 1;
+    assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
+    assert_int_equal(begin(e, session, &seq, &tokens, 1, false, &answer), TS_OK);
     advance(e, 5000);
-    close_session(e, s);
+    close_session(e, session);
     assert_int_equal(attach(e, other, "x"), seq);
     advance(e, 6000);
     assert_int_equal(attach(e, other, "x"), 0);
@@ -281,18 +286,19 @@ static void a_name_whose_time_is_over_is_free_before_it_is_swept(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4), other = of_length(e, s, 4);
+    uint64_t session = session_new(e, 1), seq = of_length(e, session, 4),
+             other = of_length(e, session, 4);
     ts_answer answer;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
+    assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
     e->now_ms = 1000;
-    assert_int_equal(attach(e, s, "x"), 0);
-    assert_int_equal(length_of(e, s, other), 4);
-    assert_int_equal(free_seq(e, s, seq), TS_ENOENT);
-    assert_int_equal(keep(e, s, other, "x", 0, false, &answer), TS_OK);
-    assert_int_equal(attach(e, s, "x"), other);
+    assert_int_equal(attach(e, session, "x"), 0);
+    assert_int_equal(length_of(e, session, other), 4);
+    assert_int_equal(free_seq(e, session, seq), TS_ENOENT);
+    assert_int_equal(keep(e, session, other, "x", 0, false, &answer), TS_OK);
+    assert_int_equal(attach(e, session, "x"), other);
     assert_int_equal(TENANT(e).used, 1);
     advance(e, 1000000); /* the new one is kept for ever */
-    assert_int_equal(attach(e, s, "x"), other);
+    assert_int_equal(attach(e, session, "x"), other);
     ts_engine_free(e);
 }
 
@@ -300,18 +306,18 @@ static void a_time_to_live_is_set_anew_and_given_up(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4);
+    uint64_t session = session_new(e, 1), seq = of_length(e, session, 4);
     ts_answer answer;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
-    assert_int_equal(keep(e, s, seq, "x", 0, false, &answer), TS_OK);
+    assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
+    assert_int_equal(keep(e, session, seq, "x", 0, false, &answer), TS_OK);
     advance(e, 5000);
-    assert_int_equal(keep(e, s, seq, "x", UINT64_MAX, false, &answer), TS_OK);
+    assert_int_equal(keep(e, session, seq, "x", UINT64_MAX, false, &answer), TS_OK);
     advance(e, 10000);
-    assert_int_equal(keep(e, s, seq, "y", 1000, false, &answer), TS_OK);
+    assert_int_equal(keep(e, session, seq, "y", 1000, false, &answer), TS_OK);
     advance(e, 10999);
-    assert_int_equal(keep_seq(e, s, seq, ""), TS_OK); /* the session's own, and no end */
+    assert_int_equal(keep_seq(e, session, seq, ""), TS_OK); /* the session's own, and no end */
     advance(e, 100000);
-    assert_int_equal(length_of(e, s, seq), 4);
+    assert_int_equal(length_of(e, session, seq), 4);
     assert_int_equal(e->pools[0].seqs.num_lives, 0);
     ts_engine_free(e);
 }
@@ -323,17 +329,19 @@ static void nothing_is_refused_for_the_sake_of_what_is_over(void **state)
     for (int what = 0; what < 5; what++) {
         ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
         ts_pool_config *config = &e->pools[0].config;
-        uint64_t s = session_new(e, 1), other = seq_new(e, s), seq = of_length(e, s, 20);
-        uint32_t n = 16;
+        uint64_t session = session_new(e, 1), other = seq_new(e, session),
+                 seq = of_length(e, session, 20);
+        uint32_t tokens = 16;
         ts_answer answer;
-        assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
+        assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
         ts_command begins = {.op = TS_OP_STEP_BEGIN,
-                             .session = s,
-                             .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1}};
-        ts_command creates = {.op = TS_OP_SEQ_CREATE, .session = s, .seq_create = {.count = 1}};
+                             .session = session,
+                             .step_begin = {.seqs = &other, .new_tokens = &tokens, .count = 1}};
+        ts_command creates = {
+            .op = TS_OP_SEQ_CREATE, .session = session, .seq_create = {.count = 1}};
         ts_command keeps = {
-            .op = TS_OP_SEQ_KEEP, .session = s, .seq_keep = {.seq = other, .name = "y"}};
-        ts_command c = what < 3 ? begins : what < 4 ? creates : keeps;
+            .op = TS_OP_SEQ_KEEP, .session = session, .seq_keep = {.seq = other, .name = "y"}};
+        ts_command command = what < 3 ? begins : what < 4 ? creates : keeps;
         if (what == 1)
             config->tenant_blocks_max = 8;
         if (what == 2)
@@ -341,17 +349,17 @@ static void nothing_is_refused_for_the_sake_of_what_is_over(void **state)
         if (what == 3)
             config->tenant_sequences_max = 2;
         if (what == 4) {
-            append(e, s, other, 1);
+            append(e, session, other, 1);
             config->tenant_pinned_max = 5;
         }
-        ts_engine_apply(e, &c, &answer);
+        ts_engine_apply(e, &command, &answer);
         assert_int_equal(answer.status, what == 0 ? TS_ENOSPC : TS_EQUOTA);
-        c.now_ms = 1000;
-        ts_engine_apply(e, &c, &answer);
+        command.now_ms = 1000;
+        ts_engine_apply(e, &command, &answer);
         assert_int_equal(answer.status, TS_NEED_SWEEP);
         check_engine(e);
         (void)sweep_all(e);
-        assert_int_equal(apply(e, c, &answer), TS_OK);
+        assert_int_equal(apply(e, command, &answer), TS_OK);
         check_engine(e);
         ts_engine_free(e);
     }
@@ -361,20 +369,22 @@ static void who_waits_for_room_has_that_of_what_ends(void **state)
 {
     (void)state;
     ts_engine *e = engine_new(8, 4, 4, TS_CLIENT_WRITE_ALL);
-    uint64_t s = session_new(e, 1), seq = of_length(e, s, 20), other = seq_new(e, s);
-    uint32_t n = 16;
+    uint64_t session = session_new(e, 1), seq = of_length(e, session, 20),
+             other = seq_new(e, session);
+    uint32_t tokens = 16;
     ts_answer answer;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
-    ts_command c = {.op = TS_OP_STEP_BEGIN,
-                    .session = s,
-                    .step_begin = {.seqs = &other, .new_tokens = &n, .count = 1, .wait = true}};
-    assert_int_equal(apply(e, c, &answer), TS_WAITS);
+    assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
+    ts_command command = {
+        .op = TS_OP_STEP_BEGIN,
+        .session = session,
+        .step_begin = {.seqs = &other, .new_tokens = &tokens, .count = 1, .wait = true}};
+    assert_int_equal(apply(e, command, &answer), TS_WAITS);
     advance(e, 999);
     assert_int_equal(ts_engine_woken(e), 0);
     advance(e, 1000);
-    assert_int_equal(ts_engine_woken(e), s);
-    c.again = true;
-    assert_int_equal(apply(e, c, &answer), TS_OK);
+    assert_int_equal(ts_engine_woken(e), session);
+    command.again = true;
+    assert_int_equal(apply(e, command, &answer), TS_OK);
     check_engine(e);
     ts_engine_free(e);
 }
@@ -383,33 +393,33 @@ static void a_name_is_not_forgotten_past_the_limits_of_the_session(void **state)
 {
     (void)state;
     ts_engine *e = small_engine();
-    uint64_t s = session_new(e, 1), seq = of_length(e, s, 12);
+    uint64_t session = session_new(e, 1), seq = of_length(e, session, 12);
     ts_answer answer;
-    assert_int_equal(keep(e, s, seq, "x", 1000, false, &answer), TS_OK);
+    assert_int_equal(keep(e, session, seq, "x", 1000, false, &answer), TS_OK);
     e->limits.session_blocks = 3;
-    uint64_t own = of_length(e, s, 1);
-    assert_int_equal(keep_seq(e, s, seq, ""), TS_EQUOTA);
-    assert_int_equal(attach(e, s, "x"), seq);
+    uint64_t own = of_length(e, session, 1);
+    assert_int_equal(keep_seq(e, session, seq, ""), TS_EQUOTA);
+    assert_int_equal(attach(e, session, "x"), seq);
     assert_int_equal(e->pools[0].seqs.num_lives, 1);
-    assert_int_equal(free_seq(e, s, own), TS_OK);
-    assert_int_equal(keep_seq(e, s, seq, ""), TS_OK);
-    assert_int_equal(ts_engine_session(e, s)->blocks, 3);
+    assert_int_equal(free_seq(e, session, own), TS_OK);
+    assert_int_equal(keep_seq(e, session, seq, ""), TS_OK);
+    assert_int_equal(ts_engine_session(e, session)->blocks, 3);
     check_engine(e);
     ts_engine_free(e);
 }
 
-/* So many ends at once are more than one turn's. */
+/* More sequences' times to live end at once than one turn can end. */
 static void many_ends_take_many_turns(void **state)
 {
     (void)state;
     ts_engine *e = engine_new(4096, 64, 4, TS_CLIENT_WRITE_ALL);
-    uint64_t s = session_new(e, 1), seq = of_length(e, s, 4 * 1000);
+    uint64_t session = session_new(e, 1), seq = of_length(e, session, 4 * 1000);
     ts_answer answer;
     char name[16];
     for (uint32_t i = 0; i < 100; i++) {
         snprintf(name, sizeof name, "%u", i);
-        assert_int_equal(keep(e, s, fork_seq(e, s, seq), name, 1000 + i % 3, false, &answer),
-                         TS_OK);
+        assert_int_equal(
+            keep(e, session, fork_seq(e, session, seq), name, 1000 + i % 3, false, &answer), TS_OK);
     }
     assert_false(ts_engine_sweeps(e));
     assert_int_equal(apply(e, (ts_command){.op = TS_OP_SWEEP, .now_ms = 5000}, &answer), TS_OK);

@@ -5,10 +5,10 @@
 #include <stdio.h>
 #include <sys/prctl.h>
 
-/* So many words are told by stream operations, more by a kernel of its own, where the attention's
- * kernel doesn't tell them itself (tells_end in attend.cu). The device takes operations (0.7 us
- * each) and kernels (1 us) of all streams and processes one after the other, so a kernel costs it
- * less; but that may have to wait until others leave a processor. */
+/* Up to this many words are told by stream operations, more by a kernel of its own, where the
+ * attention's kernel doesn't tell them itself (tells_end in attend.cu). The device takes operations
+ * (0.7 us each) and kernels (1 us) of all streams and processes one after the other, so a kernel
+ * costs it less; but that may have to wait until others leave a processor. */
 #define SIGNALS_BY_OPS 3u
 
 ts_status ts_gpu_launch_fail(ts_gpu_launch *l, cudaError_t error)

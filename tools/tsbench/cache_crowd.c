@@ -103,8 +103,8 @@ int cache_client(int argc, char **argv)
     return ok ? 0 : 1;
 }
 
-/* So many workers with one new prompt: seconds until the last has it, and tokens that were
- * computed; < 0: one failed. */
+/* Starts `workers` workers with one new prompt: seconds until the last has it, and *computed, the
+ * tokens that were computed. < 0: one failed. */
 static double crowd(const char *socket, const char *file, uint32_t workers, uint32_t salt,
                     uint32_t *computed)
 {

@@ -207,7 +207,7 @@ static void report(const bench_options *o, json_t *rows, uint32_t workers, uint3
                   more * 1e3, "late", (int)late, "longest_without_ms", before * 1e3));
 }
 
-/* So many workers beside the parent's sequences, and kills. */
+/* Starts `workers` workers beside the parent's sequences, and kills the daemon KILLS times. */
 static bool kill_beside(const bench_options *o, json_t *rows, const char *socket, pid_t supervisor,
                         uint32_t workers, uint32_t block_tokens, uint32_t *restarts)
 {
