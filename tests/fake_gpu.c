@@ -158,8 +158,8 @@ void fake_gpu_break(ts_gpu *g)
 /* ---- a device that is lost ---- */
 
 /* TS_TEST_GPU_BREAKS=WHAT:N or WHAT:N:DEATHS: a daemon under a supervisor loses its device at its
- * Nth launch, memory, adopt (of a slab) or read. That is the first daemon, or the one
- * before which DEATHS others died. */
+ * Nth launch, memory, adopt (of a slab) or read, or a later one. That is the first daemon, or the
+ * one before which DEATHS others died. */
 static bool breaks_at(const char *what, uint32_t count)
 {
     const char *wanted = getenv("TS_TEST_GPU_BREAKS"), *told = getenv("TINYSERVE_DEATHS");

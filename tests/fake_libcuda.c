@@ -46,7 +46,7 @@ static _Thread_local int capture_mode; /* 0: global, as each thread begins */
 enum { QUEUE = 4096 }; /* more than any test queues at a time */
 
 typedef struct queued {
-    void (*call)(void *arg); /* NULL: the word is written, or waited for until it is so much */
+    void (*call)(void *arg); /* NULL: `value` is written to the word, or waited for there */
     void *arg;
     uint32_t *word, value;
     bool writes;

@@ -177,7 +177,7 @@ static inline uint32_t kill_everywhere(const killed_workload *w, const char *pla
         char kill_at[32];
         snprintf(kill_at, sizeof kill_at, "%s:%u", place, n);
         const uint64_t digest = run_killed(w, kill_at, &restarts);
-        if (restarts == 0) /* it doesn't come there so often */
+        if (restarts == 0) /* it comes there fewer than n times */
             return kills;
         kills++;
         if (digest != expected)

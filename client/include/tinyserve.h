@@ -80,8 +80,8 @@ typedef struct ts_options {
                             user's own daemon, or the system's: ts_connect(3) */
     const char *program; /* shown to operators; NULL: the process's name */
     uint32_t timeout_ms; /* of one call; 0: 30000 */
-    uint32_t retries;    /* a call that timed out is sent again so often; it takes effect once */
-    uint32_t wait_ms;    /* ts_connect waits so long for a daemon to start or to be replaced */
+    uint32_t retries;    /* how often a call that timed out is sent again; it takes effect once */
+    uint32_t wait_ms;    /* how long ts_connect waits for a daemon to start or to be replaced */
     size_t exchange_bytes; /* size of the exchange at the start; it grows when a step needs more and
                               no other step is open. 0: what the first step needs */
     ts_transport transport;
@@ -251,9 +251,9 @@ typedef struct ts_step_options {
     const uint32_t *tokens; /* ids of all new tokens, in order: what is committed with them can be
                                found (ts_seq_match). TS_TOKEN_UNKNOWN: this one's isn't known.
                                NULL: none are */
-    uint32_t wait_ms; /* waits so long, beside the call's own time, for room: sessions of a pool get
-                         it in their order, tenants in turn, and those first who stay within
-                         an equal share of the pool. 0: it is refused at once */
+    uint32_t wait_ms; /* it waits this long, beside the call's own time, for room: sessions of a
+                         pool get it in their order, tenants in turn, and those first who stay
+                         within an equal share of the pool. 0: it is refused at once */
     int32_t priority; /* of what is cached of the step's content: -1 is evicted before 0, and 1
                          after it, among the tenant's own */
 } ts_step_options;

@@ -31,7 +31,7 @@ typedef struct ts_seq_options {
                            sequence with neither takes no token ids: TS_EINVAL */
     size_t space_bytes; /* at most 64 */
     /* Of ts_seq_match: */
-    uint32_t wait_ms; /* waits so long, beside the call's own time, while another session of the
+    uint32_t wait_ms; /* it waits this long, beside the call's time, while another session of the
                          tenant computes what is missing, or has matched it with a wait and is going
                          to: that one has a second to begin. 0: it doesn't wait */
     uint32_t *twins;  /* with wait_ms: gets for each prompt the number of the earlier one in this
@@ -99,8 +99,8 @@ TS_WARN_UNUSED ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name
 
 typedef struct ts_keep_options {
     size_t size;     /* sizeof(ts_keep_options) */
-    uint64_t ttl_ms; /* the sequence is freed so long after its last use: being kept, attached to or
-                        forked, or a step's end; 0: never */
+    uint64_t ttl_ms; /* the sequence is freed this long after its last use: being kept, attached to
+                        or forked, or a step's end; 0: never */
     bool replace;    /* the sequence that has the name, if there is one, loses it and is freed, in
                         the same instant; TS_EBUSY: it is in an open step */
 } ts_keep_options;

@@ -35,7 +35,8 @@ void ts_claims_step_begun(ts_engine *engine, ts_session *session, uint32_t pool,
 /* The step that the sequence was in has ended. */
 void ts_claims_step_ended(ts_engine *engine, uint32_t pool, uint32_t seq);
 
-/* The session waits until the claim has come so far. Its own claims without an open step end. */
+/* The session waits until found->claim has come to found->until. Its own claims without an open
+ * step end. */
 void ts_claims_wait(ts_engine *engine, ts_session *session, const ts_claim_found *found);
 
 /* Ends the sequence's claim, if it has one; all of the session's. */

@@ -316,7 +316,7 @@ static void check_waits(checker *c)
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         const ts_wait *w = &e->sessions[i].wait;
         waiting += e->sessions[i].live && w->kind != TS_WAIT_NONE;
-        /* Who waits for a claim that has ended, or come so far, is woken. */
+        /* Who waited for a claim that has ended, or come to `until`, is woken. */
         listed += w->kind == TS_WAIT_CLAIM && w->claim == TS_NONE && w->woken;
         woken += w->woken;
     }

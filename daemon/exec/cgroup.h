@@ -1,6 +1,6 @@
 /*
  * What the memory cgroup that this process is in, and those above it, still allow. A cgroup kills
- * and doesn't refuse, so the daemon looks before it touches memory that clients have it take.
+ * and doesn't refuse, so the daemon looks here before it touches memory that clients make it take.
  *
  * Version 2 of cgroups; where there is none, or it can't be read, there is no limit.
  *

@@ -1,5 +1,5 @@
 /*
- * What the engine's decisions are carried out with: the pools' memory, the processor's and the
+ * What carries out the engine's decisions: the pools' memory, the processor's and the
  * devices' kernels, and the queue of work whose runner owns the engine.
  *
  * Thread: the engine's owner of the moment (work_queue.h), but for the queue itself.
@@ -17,26 +17,26 @@
 
 #define TS_GPUS_MAX 16u
 
-/* What a restart found when it held all pools' memory against their checksums. */
+/* What a restart found when it compared all pools' memory with their checksums. */
 typedef struct ts_exec_checked {
     bool done;
-    uint64_t full, summed, wrong; /* blocks: that were there, of them had a checksum, of these */
-    uint64_t lost;                /* sequences that had a wrong one */
+    uint64_t full, summed, wrong; /* blocks: all, those with a checksum, those that differ */
+    uint64_t lost;                /* sequences that had a wrong block */
     double seconds;
 } ts_exec_checked;
 
 typedef struct ts_exec_gpu {
     ts_gpu *gpu;
     ts_gpu_executor *executor;
-    uint64_t *exchange_bytes; /* atomic; of its memory, by tenant, that exchanges take */
+    uint64_t *exchange_bytes; /* atomic; of its memory: what exchanges take, by tenant */
 } ts_exec_gpu;
 
 typedef struct ts_exec {
     ts_queue queue;
-    void *owner; /* that the queue's work is handed: what the exec lies in */
+    void *owner; /* handed to the queue's work: the struct that the exec lies in */
     ts_engine *engine;
     ts_store *store; /* NULL: nobody holds anything */
-    ts_books *books; /* NULL: what there is ends with the daemon */
+    ts_books *books; /* NULL: the engine's state ends with the daemon */
     ts_memory *memory[TS_POOLS_MAX];
     ts_attention *attention;
     ts_host_executor *host;
@@ -73,8 +73,8 @@ void ts_exec_apply(ts_exec *exec, const ts_command *command, ts_answer *answer);
 /* Has `woken` called if sessions that waited are woken. */
 void ts_exec_look_for_woken(ts_exec *exec);
 
-/* Has `slab_goes` called if others may map the slab's memory in such a way that it wouldn't come
- * free: when it is renewed or dropped. */
+/* Called when the slab's memory is renewed or dropped: has `slab_goes` called if others may map it
+ * in such a way that it wouldn't come free. */
 void ts_exec_slab_goes(ts_exec *exec, uint32_t pool, uint32_t slab);
 
 /* Something couldn't be had for the pool, perhaps because its device is lost. True: the request

@@ -12,10 +12,10 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#define HEALTH_MS 1000 /* the device is looked at so often */
+#define HEALTH_MS 1000 /* between looks at the device */
 #define POLL_MS 1      /* while jobs wait here for their workers */
-#define SPIN_NS 20000u /* words are looked at without a pause so long, */
-#define NAP_NS 20000   /* ... and then so often */
+#define SPIN_NS 20000u /* for which words are looked at without a pause */
+#define NAP_NS 20000   /* the pause between looks after that */
 
 /* ---- a crowd ----
  *

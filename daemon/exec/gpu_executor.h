@@ -1,9 +1,9 @@
 /*
  * The way to a GPU: what host_executor.h is to the processor's kernels. Jobs wait here, and one
- * thread turns them into launches: copies and attends that may start at once, attends of like shape
- * joined into one launch; and attends on streams whose worker has not submitted yet, each as a
- * launch of its own that waits on the GPU. Such waiting launches are few for each session and at
- * most half of all, so that a worker that never submits holds up nobody else; the rest wait here.
+ * thread turns them into launches: copies, and attends that may start at once, those of like shape
+ * as one launch; and attends on streams whose worker has not submitted yet, each as a launch of its
+ * own that waits on the GPU. Such waiting launches are few for each session and at most half of
+ * all, so that a worker that never submits holds up nobody else; the rest wait here.
  * Where several sessions are at work, no launch waits on the GPU: runs wait here for their workers,
  * and those that are ready together, of any layer, are one launch.
  *
@@ -25,14 +25,14 @@ typedef struct ts_gpu_executor ts_gpu_executor;
  * TS_ETIMEOUT. (While a launch waits for a worker nothing can be given back on the device: gpu.h.)
  * Where several sessions are at work, a ready run waits for others for join_us at most; 0: each run
  * is queued ahead, however many sessions there are. `failed` is told once when the device is lost,
- * on any thread; every job fails from then on. sessions: how many words for runs on streams there
- * are. A sentence in `why` if that can't be.
+ * on any thread; every job fails from then on. sessions: how many there can be, each with a word
+ * (ts_gpu_executor_word). On failure a sentence is in `why`.
  */
 ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms, uint32_t join_us,
                               void (*failed)(const char *why), ts_gpu_executor **out, char *why,
                               size_t why_bytes);
 
-/* Looks whether the device is lost, of which `failed` is told then. Any thread. */
+/* Looks whether the device is lost; if it is, `failed` is told. Any thread. */
 bool ts_gpu_executor_is_lost(ts_gpu_executor *executor);
 
 /* Lets every waiting launch go on, finishes what was submitted, then ends. */
@@ -41,11 +41,11 @@ void ts_gpu_executor_free(ts_gpu_executor *executor);
 /* The job is the executor's until it calls done. */
 void ts_gpu_executor_submit(ts_gpu_executor *executor, ts_job *job);
 
-/* The word in which a session's completed runs are counted, here and on the device. */
+/* The word in which a session's completed runs are counted: its address here and on the device. */
 void ts_gpu_executor_word(ts_gpu_executor *executor, uint32_t session, uint32_t **word,
                           uint32_t **word_there);
 
-/* Attends done so far, and the kernel calls that took. Any thread. */
+/* Attends done so far, and how many launches they took. Any thread. */
 void ts_gpu_executor_counts(const ts_gpu_executor *executor, uint64_t *runs, uint64_t *launches);
 
 #endif

@@ -26,7 +26,7 @@ typedef enum ts_gpu_tried {
     TRIED_EARLY,   /* it failed before its turn; its status says how */
 } ts_gpu_tried;
 
-/* What tells that a crowd's launch is over; NULL: nothing. */
+/* The word that tells that a crowd's launch is over (gpu_executor.c: a crowd); NULL: none does. */
 typedef struct ts_gpu_joined {
     const uint32_t *word;
     uint32_t number;
@@ -77,7 +77,7 @@ static inline bool ts_gpu_reached(const uint32_t *word, uint32_t value)
     return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
 }
 
-/* Whether nothing on the GPU need be waited for. Any thread. */
+/* Whether the job need not wait on the GPU. Any thread. */
 static inline bool ts_gpu_is_ready(const ts_job *job)
 {
     return job->signals == NULL ||
@@ -85,7 +85,7 @@ static inline bool ts_gpu_is_ready(const ts_job *job)
             ts_gpu_reached(job->signals->done, job->run_number - 1));
 }
 
-/* A job of the session's comes, or is over. Any thread. */
+/* Counts a job of the session's that comes, or is over. Any thread. */
 void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes);
 
 /* Tells that these jobs are over. Any thread. */

@@ -16,17 +16,17 @@ typedef struct ts_held_runs {
     ts_held_queue others;        /* of no session */
 } ts_held_runs;
 
-/* Behind what the session has here. */
+/* Adds a job, behind those that its session has here. */
 void ts_held_add(ts_held_runs *held, ts_job *job);
 
-/* Before it: a list of jobs that were taken, in order. */
+/* Adds jobs that were taken, a list in order, before those that their sessions have here. */
 void ts_held_put_back(ts_held_runs *held, ts_job *jobs);
 
 /* Takes the job out of its queue, behind `before` (NULL: it is the first). Then the queue's session
  * may end. */
 void ts_held_take(ts_held_runs *held, ts_job *before, ts_job *job);
 
-/* Another queue's turn. */
+/* The next queue has its turn. */
 void ts_held_turn(ts_held_runs *held);
 
 #endif

@@ -2,8 +2,7 @@
  * The way to the processor's kernels: jobs (block copies, and attends of one step at one layer)
  * that are ready wait here, and one thread has them done.
  *
- * - Attends of like shape, whoever sent them, become one kernel call, as long as that is no long
- * one.
+ * - Attends of like shape, whoever sent them, become one kernel call, unless that would be long.
  * - A job that takes long is done bit by bit: after some milliseconds it makes way for others.
  * - Tenants have their turn one after another, and a tenant's sessions.
  * - A job that is dropped (nobody wants its results any more) ends at the next of its items.
@@ -77,10 +76,10 @@ static inline void ts_job_drop(ts_job *job)
 double ts_job_work(const ts_job *job);
 
 /* Runs the jobs (linked by `next`, attends alone) here and now, alike ones together; their `done`
- * is called. False, and they are still the caller's: others' are being run. */
+ * is called. False: other jobs are being run, and these are still the caller's. */
 bool ts_host_executor_try_run(ts_host_executor *executor, ts_job *jobs);
 
-/* Attends done so far, and the kernel calls that took. Any thread. */
+/* Attends done so far, and how many kernel calls they took. Any thread. */
 void ts_host_executor_counts(const ts_host_executor *executor, uint64_t *runs, uint64_t *launches);
 
 /* How often a long job has made way for others. Any thread. */

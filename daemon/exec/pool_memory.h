@@ -18,21 +18,21 @@ ts_status ts_pool_memory_check(ts_config *config);
  * What went wrong is logged. */
 ts_status ts_pool_memory_start(ts_exec *exec, const ts_config *config);
 
-/* Adds one, while the daemon runs too. Where it opens a GPU that had no pool yet, everybody waits
- * for as long as CUDA takes for that. `by`, here and below: the operator who orders it; NULL: none
- * does. */
+/* Adds one pool, also while the daemon runs. Where it opens a GPU that had no pool yet, everybody
+ * waits for as long as CUDA takes for that. `by`, here and below: the operator who orders it; NULL:
+ * none does. */
 ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, const ts_caller *by,
                              char *why, size_t why_bytes);
 
 /*
  * Gives the pools that the engine has, after a restart, their memory again, and makes the copies
- * that begun steps lack. What of it isn't there any more is lost: its sequences are freed, which
- * the log counts. crashed: the last daemon ended itself (ts_books_start). A pool whose GPU isn't
+ * that begun steps lack. Sequences in memory that isn't there any more are freed; the log says how
+ * many. crashed: the last daemon ended itself (ts_books_start). A pool whose GPU isn't
  * there is TS_EDEVICE, with a sentence.
  */
 ts_status ts_pool_memory_restore(ts_exec *exec, bool crashed, char *why, size_t why_bytes);
 
-/* Whether a tenant's exchanges may take so much more of the memory of the pool's GPU: TS_EQUOTA, or
+/* Whether a tenant's exchanges may take `bytes` more of the memory of the pool's GPU: TS_EQUOTA, or
  * TS_ENOMEM if the GPU hasn't that much beside what its pools were promised. */
 ts_status ts_pool_memory_check_exchange(const ts_exec *exec, uint32_t pool, uint32_t tenant,
                                         uint64_t bytes, char *why, size_t why_bytes);
@@ -43,7 +43,7 @@ ts_status ts_pool_memory_resize(ts_exec *exec, uint32_t pool, uint32_t num_block
 ts_status ts_pool_memory_remove(ts_exec *exec, uint32_t pool, const ts_caller *by,
                                 ts_answer *answer);
 
-/* Ends the GPUs' batches; the GPUs go with the exec. */
+/* Ends the thread that makes slabs, and frees the GPUs' executors; the GPUs go with the exec. */
 void ts_pool_memory_stop(ts_exec *exec);
 
 /* "pool 'x' on cuda:0: bf16, 32 layers, ...: up to 8192 tokens" */

@@ -27,7 +27,7 @@ typedef struct ts_exchange {
 ts_status ts_exchange_take(ts_filling *filling, ts_exchange **out, char *why, size_t why_bytes);
 
 /* Host memory that an earlier daemon took, by its descriptor, which becomes the exchange's or is
- * closed. TS_EINVAL: it has other than `bytes`, or not all its pages. TS_ENOMEM. */
+ * closed. TS_EINVAL: its size isn't `bytes`, or pages are missing. TS_ENOMEM. */
 ts_status ts_exchange_adopt(int fd, uint64_t bytes, ts_exchange **out, char *why, size_t why_bytes);
 
 /* Memory of a device that an earlier daemon made; the rest as ts_exchange_adopt's. */
@@ -68,7 +68,7 @@ typedef struct ts_signals_page {
     ts_gpu *gpu;       /* NULL: not pinned yet */
     ts_signals *there; /* where the GPU finds it */
     uint32_t *done, *done_there;
-    uint32_t first_done;      /* `done` begins with it: an earlier daemon's last */
+    uint32_t first_done;      /* what `done` begins with: an earlier daemon's last run */
     uint32_t last_number;     /* of the runs asked for; atomic: an executor that ends reads it */
     ts_gpu_position alone_at; /* the executor's: of run `alone_number`, if it had its own launch */
     uint32_t alone_number;
@@ -80,7 +80,7 @@ typedef struct ts_signals_page {
 ts_status ts_signals_new(ts_signals_page **out, char *why, size_t why_bytes);
 
 /* The page of an earlier daemon's session, by its descriptor, which becomes the page's or is
- * closed. `last_number` is of the last run that was asked for. TS_EINVAL or TS_ENOMEM with a
+ * closed. `last_number` is that of the last run that was asked for. TS_EINVAL or TS_ENOMEM with a
  * sentence. */
 ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, char *why,
                            size_t why_bytes);
@@ -89,7 +89,7 @@ ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, 
 bool ts_signals_had_completed(const ts_signals_page *page, uint32_t number);
 bool ts_signals_had_late(const ts_signals_page *page, uint32_t number);
 
-/* How many runs were asked for and weren't over. */
+/* How many of the runs that were asked for weren't over at an earlier daemon. */
 uint32_t ts_signals_open_runs(const ts_signals_page *page);
 
 /* None of the runs that were asked for will come: the worker's stream waits no longer. */
@@ -102,7 +102,7 @@ void ts_signals_begin_at(ts_signals_page *page, uint32_t number);
 ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
                            char *why, size_t why_bytes);
 
-/* What waits for the session goes on: it won't submit any more. */
+/* The session won't submit any more: what waits for it goes on. */
 void ts_signals_release_waiters(ts_signals_page *page);
 
 void ts_signals_release(ts_signals_page *page);

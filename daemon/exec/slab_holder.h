@@ -16,27 +16,27 @@
 
 typedef struct ts_slab_holder ts_slab_holder;
 
-/* With its page and its bell. TS_ENOMEM with a sentence in `why`. */
+/* A holder with its page and its bell. TS_ENOMEM with a sentence in `why`. */
 ts_status ts_slab_holder_new(ts_slab_holder **out, char *why, size_t why_bytes);
 
 /* The descriptors stay the holder's. */
 int ts_slab_holder_page(const ts_slab_holder *holder);
 int ts_slab_holder_bell(const ts_slab_holder *holder);
 
-/* The session is given a descriptor of this slab. *held counts its bytes while it is being
- * returned; it lives as long as the holder. TS_ENOMEM with a sentence. */
+/* The session is given a descriptor of this slab. *held counts the slab's bytes while it is being
+ * returned, and must live as long as the holder. TS_ENOMEM with a sentence. */
 ts_status ts_slab_holder_note(ts_slab_holder *holder, uint32_t pool, uint32_t slab,
                               uint32_t generation, uint64_t bytes, uint64_t *held, char *why,
                               size_t why_bytes);
 
-/* The slab goes: its holder is told to return its descriptor. NULL is fine. */
+/* The slab goes: the session is told to return its descriptor. NULL is fine. */
 void ts_slab_holder_revoke(ts_slab_holder *holder, uint32_t pool, uint32_t slab, uint64_t now_ms);
 
-/* Looks what was returned, and tells of more where there was no room. True: something that was
- * told of has not been returned, nor anything else, for `most_ms`. NULL is fine. */
+/* Looks what was returned, and tells the session of slabs for which there was no room before. True:
+ * it owes slabs, and has returned none for `most_ms`. NULL is fine. */
 bool ts_slab_holder_look(ts_slab_holder *holder, uint64_t now_ms, uint32_t most_ms);
 
-/* Slabs that it was told to return and hasn't yet. NULL: 0. */
+/* Slabs that the session has yet to return, those that it wasn't told of yet included. NULL: 0. */
 uint32_t ts_slab_holder_owes(const ts_slab_holder *holder);
 
 /* NULL is fine. */

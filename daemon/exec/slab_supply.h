@@ -2,7 +2,7 @@
  * Where slabs' memory comes from.
  *
  * To make a slab of a GPU's memory, to zero it and to store it takes 0.3 to 5 ms, since it waits
- * for the GPU and for whoever holds descriptors. If the engine's owner did so, all workers would
+ * for the GPU and for whoever holds descriptors. If the engine's owner did it, all workers would
  * wait. So a slab that nobody had is made by a thread: when a command needs it, and ahead, so that
  * few commands need one (ts_engine_wants_spare). One is under way at a time. Slabs of host memory,
  * and those that another tenant had, are made by the engine's owner.
@@ -22,10 +22,11 @@ void ts_exec_supply(ts_exec *exec, ts_command *command, ts_answer *answer);
 /* Waits for the slab that is under way, and grants it. False: there was none. */
 bool ts_slab_supply_finish(ts_exec *exec);
 
-/* Ends the thread, when what it has under way is made. Thread: any, before the queue is closed. */
+/* Ends the thread, when the slab that it has under way is made. Thread: any, before the queue is
+ * closed. */
 void ts_slab_supply_stop(ts_exec *exec);
 
-/* Frees it. The queue is closed and empty. */
+/* Frees the supply. The queue is closed and empty. */
 void ts_slab_supply_free(ts_exec *exec);
 
 #endif

@@ -29,8 +29,8 @@ typedef struct ts_completion {
     uint32_t tag;
 } ts_completion;
 
-/* What the engine doesn't know of a run: whether the session's exchange can be used with the pool,
- * and the order on a GPU. False, and the answer refuses, or says TS_NEED_SWEEP: it must wait. */
+/* Checks what the engine doesn't know of a run: whether the session's exchange can be used with the
+ * pool, and the order on a GPU. False: the answer refuses, or is TS_NEED_SWEEP: it must wait. */
 bool ts_step_work_check_run(ts_exec *exec, const ts_session_memory *memory, const ts_command *run,
                             ts_answer *answer);
 
@@ -48,27 +48,27 @@ bool ts_step_work_run(ts_exec *exec, ts_session_memory *memory, const ts_complet
  * asks for anything. What can't be done again fails its step, and the worker's stream goes on. */
 void ts_step_work_resume(ts_exec *exec, uint64_t session, ts_session_memory *memory);
 
-/* The engine is told that none of them comes: the session's worker is gone. */
+/* Tells the engine that none of these runs comes: the session's worker is gone. */
 void ts_step_work_give_up(ts_exec *exec, uint64_t session);
 
 /* Hands the copies of a step that was begun to the kernels, which will complete it. False: out of
  * memory, nothing was done. */
 bool ts_step_work_copy(ts_exec *exec, const ts_completion *completion, const ts_answer *begun);
 
-/* Undoes what the engine was told of a run or of a begin with copies that no kernel gets. */
+/* Undoes what the engine was told of a run, or of a begin with copies, that no kernel will get. */
 void ts_step_work_undo(ts_exec *exec, const ts_command *command, uint64_t step);
 
 /* The results of the session's jobs aren't wanted any more: those on the processor end soon, those
  * on a GPU as ever. */
 void ts_step_work_drop_session(ts_exec *exec, uint64_t session);
 
-/* Whether a run of the session's is with the kernels whose exchange was replaced by this one. */
+/* Whether the kernels have a run of the session's with an exchange that this one has replaced. */
 bool ts_step_work_uses_replaced(const ts_exec *exec, uint64_t session, const ts_exchange *exchange);
 
 /* A session ends: its plan may go. NULL is fine. */
 void ts_step_plan_release(struct ts_step_plan *plan);
 
-/* Gives up all that is kept for steps. No job is under way. */
+/* Frees all that is kept for steps. No job is under way. */
 void ts_step_plans_free(ts_exec *exec);
 
 /* Makes the copies that a step was begun with, which an earlier daemon may or may not have made,

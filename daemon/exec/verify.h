@@ -1,5 +1,5 @@
 /*
- * The key `verify`: a restart holds all pools' memory against checksums of their blocks
+ * The key `verify`: a restart compares all pools' memory with checksums of their blocks
  * (block_sums.h) before anything is served.
  *
  * Thread: the engine's owner of the moment (work_queue.h).

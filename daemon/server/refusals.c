@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FULL_EVERY_MS 10000u /* a pool that is full is told of so often */
+#define FULL_EVERY_MS 10000u /* between two log lines about a full pool, at least */
 #define HOLDERS 3u           /* that are named */
 
 enum { OPERATIONS = TSPB__REQUEST__BODY_ADMIN_RESTART + 1, STATUSES = TS_EINTERNAL + 1 };

@@ -14,8 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define LOOK_MS 250u              /* claims are looked at so often, while anybody waits */
-#define QUARANTINE_LOOK_MS 50u    /* processes, while there are quarantines */
+#define LOOK_MS 250u              /* between looks at claims, while anybody waits */
+#define QUARANTINE_LOOK_MS 50u    /* ... at processes, while there are quarantines */
 #define QUARANTINE_MOST_MS 10000u /* for a process that lives on */
 
 /* ---- connections ---- */

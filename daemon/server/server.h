@@ -66,8 +66,8 @@ typedef struct ts_service {
     void (*look_for_absent)(struct ts_service *service, bool last); /* NULL: none were taken over */
     struct ts_absent *absent;          /* sessions whose clients have yet to come back (resume.h) */
     struct ts_quarantine *quarantines; /* sessions whose processes may still write */
-    uint32_t quarantine_ms;            /* ... for so long after the process has ended */
-    uint32_t return_ms; /* a session that returns no slab for so long, and owes some, is ended */
+    uint32_t quarantine_ms;            /* ... for how long after the process has ended */
+    uint32_t return_ms; /* a session that owes slabs and returns none for this long is ended */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
     uint32_t message_bytes_max;

@@ -30,7 +30,7 @@ typedef struct ts_supervise_options {
     const char *socket;     /* the daemon's */
     char *const *argv;      /* of the daemon, which is this program; NULL at the end */
     uint32_t stable_ms;     /* a daemon that lived for this long is started again at once */
-    uint32_t kill_after_ms; /* a second SIGTERM that comes so late kills */
+    uint32_t kill_after_ms; /* a second SIGTERM kills this long after the first, or later */
     uint32_t adopt_ms;      /* how long a live daemon has to come to be adopted */
 } ts_supervise_options;
 

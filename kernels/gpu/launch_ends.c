@@ -9,8 +9,8 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#define NAP_NS 20000                /* words are looked at so often */
-#define QUERY_NS UINT64_C(10000000) /* streams are asked, where nothing ended for so long */
+#define NAP_NS 20000                /* between looks at the words */
+#define QUERY_NS UINT64_C(10000000) /* without an end, after which streams are asked */
 #define WORD_BYTES 64u              /* a cache line for each launch's */
 #define ALL_BYTES 4096u
 _Static_assert(ALL_BYTES / WORD_BYTES >= TS_GPU_LAUNCHES, "a page has the words");

@@ -1,6 +1,6 @@
 """A daemon for all tests of a run, and small models with random weights beside it. Pools are made
-as the models need them. With TS_TEST_KILL_EVERY=SECONDS it runs under --supervise, and is killed so
-often: no test may notice."""
+as the models need them. With TS_TEST_KILL_EVERY=SECONDS it runs under --supervise, and is killed
+each time that they have passed: no test may notice."""
 
 import os
 import pathlib

@@ -31,7 +31,7 @@
 #define BUSY_MOST 8u
 #define AHEAD 4u /* kernels that are queued */
 
-/* spin(us): every thread waits so long. touch(at): one thread writes a word. */
+/* spin(us): every thread waits `us` microseconds. touch(at): one thread writes a word. */
 static const char kernels[] = ".version 7.0\n.target sm_80\n.address_size 64\n"
                               ".visible .entry spin(.param .u32 us)\n"
                               "{\n.reg .u64 %t<4>;\n.reg .u32 %r<2>;\n.reg .pred %p;\n"

@@ -6,8 +6,8 @@ V where fa3-fwd is: the faster of its two calls, for caches and for whole prompt
 
     python3 tests/gpu/bench_peers.py [--device cuda:0] [--only 'all new'] [--json peers.json]
 
-Times are medians, of the kernels alone; K and V are copied so often, and the copies used in turn,
-that no cache helps. Ours writes the new tokens' K and V too where a shape says so; no peer does. A
+Times are medians, of the kernels alone; there are enough copies of K and V, used in turn, that no
+cache helps. Ours writes the new tokens' K and V too where a shape says so; no peer does. A
 peer's fp8 has q in fp8 as well, ours bf16. kernels/doc/plot.py draws the JSON.
 """
 

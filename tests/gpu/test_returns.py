@@ -14,7 +14,7 @@ import torch
 SLAB, SLABS, BLOCK = 64 << 20, 32, 16
 POOL = (f"p:layers=2,kv_heads=2,head_dim=64,dtype=fp32,block_tokens={BLOCK},memory={SLAB * SLABS},"
         f"slab={SLAB},device=cuda:0,provider=cuda-vmm,client_write=all")
-SECONDS = 10  # after so long the daemon ends who gives nothing back
+SECONDS = 10  # a session that gives nothing back for this long is ended
 
 WORKER = """if True:
     import os, sys, tinyserve

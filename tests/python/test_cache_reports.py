@@ -376,7 +376,7 @@ STRANGER = """if True:
 
 
 def what_a_stranger_is_told(start_daemon, folder, run_worker, space, first):
-    """Of a pool in which another user has so much under the name of that namespace."""
+    """Of a pool where another user has content in a namespace of that name, ids from `first` on."""
     daemon = start_daemon(POOL + MORE, settings={"socket_mode": "0666"})
     open_to_others(folder)
     ctl = shutil.copy(os.environ["TS_TEST_TSCTL"], folder / "ctl")

@@ -33,7 +33,7 @@
 #define DIM 32u
 #define WORKERS_MAX 4u
 #define STEPS_SECONDS 6.0 /* that steps are timed, with books and without, */
-#define STEPS_ROUNDS 2u   /* ... so often by turns */
+#define STEPS_ROUNDS 2u   /* rounds of each, by turns */
 #define STEPS_MOST (1u << 22)
 
 /* A step that was slow, or the first over a restart. */

@@ -197,7 +197,7 @@ int do_pool_resize(ts_client *c, const options *o, ts_status *ts)
     return p == NULL ? EXIT_REFUSED : EXIT_SUCCESS;
 }
 
-#define AGAIN_MS 10000u  /* the next daemon has so long to come */
+#define AGAIN_MS 10000u  /* that the next daemon has to come */
 #define LOOK_NS 10000000 /* between looks for it */
 
 /* The pid of the daemon there is, which waits for one to come, and its sequences. */

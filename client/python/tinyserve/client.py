@@ -20,7 +20,7 @@ _EXECUTIONS = ("daemon", "local", "auto")
 _SPIN_NONE = check.U32
 _THREADS_MAX = 4096
 
-# A signal that comes just before a wait begins isn't seen by the wait: it is looked for so often.
+# A signal that comes just before a wait begins isn't seen by the wait, so waits are this short.
 _LOOK_S = 0.2
 
 

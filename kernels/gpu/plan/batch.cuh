@@ -169,8 +169,8 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
     return entries;
 }
 
-/* Says where everything is to lie that has room for so much, but for the block tables' length;
- * returns where they start. */
+/* Sets where the parts of a plan with room for num_seqs sequences and items[l] items of each list l
+ * lie; returns where the block tables start, whose length is the caller's to add. */
 size_t lay_out(ts_gpu_plan *p, uint32_t num_seqs, const uint32_t *items)
 {
     size_t at = PLAN_SEQS + num_seqs * sizeof(plan_seq);

@@ -130,7 +130,7 @@ def pads_of(mask: torch.Tensor) -> list[int]:
     tokens = there.sum(1)
     pads: list[int] = (columns - tokens).tolist()
     most = max(pads, default=0)
-    # What comes after the longest padding is all there, and so much before it as counts say.
+    # All is there after the longest padding, and in each row from its own padding up to that.
     if int(there[:, most:].sum()) != rows * (columns - most) or \
             any(pad < most and not bool(there[row, pad:most].all())
                 for row, pad in enumerate(pads)):
