@@ -82,7 +82,7 @@ void ts_exec_slab_goes(ts_exec *exec, uint32_t pool, uint32_t slab);
 bool ts_exec_leaves_to_next(ts_exec *exec, uint32_t pool);
 
 /* Gives back pools' memory, devices, kernels and the engine. No job is under way, the plans
- * (step_work.h) and the executors are free. */
+ * (step_work.h) and the executors are freed. */
 void ts_exec_fini(ts_exec *exec);
 
 #endif

@@ -1,5 +1,5 @@
 /*
- * What each session was answered last, told by the call's number: a client that hasn't got the
+ * The last answer of each session, found by its call's number: a client that hasn't got the
  * answer asks again, with the same number, and gets it without the command being applied again.
  *
  * Kept by whoever replays a journal. A client has one call under way, so one answer a session is

@@ -1,12 +1,12 @@
 /*
- * The books: what of the daemon's state outlives it. A journal and two areas for snapshots, each a
- * memfd that a *keeper* holds (in the daemon: store.h), and a thread that follows: it applies what
- * is in the journal to a copy of the engine, compares what comes of it with what came of it before,
- * and writes the snapshots. So a snapshot holds up nobody, and what a restart would do is done all
- * the time.
+ * The books: the part of the daemon's state that outlives it. A journal and two areas for
+ * snapshots, each a memfd that a *keeper* holds (in the daemon: store.h), and a thread that
+ * follows: it applies what is in the journal to a copy of the engine, compares what comes of it
+ * with what came of it before, and writes the snapshots. So a snapshot holds up nobody, and what a
+ * restart would do is done all the time.
  *
- * The order, on which all depends: a command is applied, then it is in the journal, then anybody is
- * told, or anything is done that the engine asks for.
+ * The order, on which all depends: a command is applied, then written to the journal; only then is
+ * anybody told, or anything done that the engine asks for.
  *
  * Thread: the engine's owner of the moment (work_queue.h), but for ts_books_open and
  * ts_books_close.
@@ -35,7 +35,7 @@ typedef struct ts_books_options {
     const ts_engine_limits *limits; /* of an engine that starts with nothing */
     uint64_t journal_bytes;         /* 0: 64 MiB */
     uint32_t entries;               /* in the journal, after which a snapshot is due; 0: as many as
-                                     * take twice as long as one to replay, 4096 at least */
+                                     * take twice a snapshot's time to replay, 4096 at least */
 } ts_books_options;
 
 /* What a start found. */
@@ -50,7 +50,7 @@ typedef struct ts_books_start {
     uint32_t last_op; /* that was being applied when the last daemon died; 0: none was */
     uint64_t last_session;
     int crash;       /* the signal by which the last daemon ended itself; 0: it was ended */
-    uint32_t deaths; /* in a row at which that was the same */
+    uint32_t deaths; /* in a row at which the same was being applied */
     char why[256];   /* with TS_OK and not restored: why there was nothing to take over, or
                       * why what there was could not be; empty: there was nothing */
 } ts_books_start;

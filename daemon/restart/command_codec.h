@@ -18,7 +18,7 @@ size_t ts_command_bytes(const ts_command *command);
 /* Writes it to `out`, which has room for them. */
 void ts_command_write(const ts_command *command, void *out);
 
-/* What of a command that is read lies outside its bytes. */
+/* The parts of a command that is read that don't lie in its bytes. */
 typedef struct ts_command_room {
     ts_pool_config config;
     ts_engine_limits limits;

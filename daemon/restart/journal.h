@@ -2,7 +2,7 @@
  * The journal: the commands that were applied since a snapshot, in memory that outlives the daemon.
  *
  * It is a memfd: a page with a head, and a ring of entries. An entry is written when its command
- * has been applied and before anybody is told: what isn't in the journal nobody knows of. It is
+ * has been applied and before anybody is told: nobody knows of what isn't in the journal. It is
  * *published* by one release store of the ring's end. Entries stay until a snapshot has what they
  * did.
  *
@@ -36,7 +36,7 @@ typedef struct ts_journal_head {
     uint64_t head;                 /* what is published ends here; atomic */
     uint32_t snapshots;            /* that were ever whole; the last is at snapshots % 2; atomic */
     uint32_t restarts;             /* that took over what there was */
-    uint32_t attempts;             /* to take over that failed, since the last that did */
+    uint32_t attempts;             /* to take over that failed since one succeeded */
     uint32_t op;                   /* that is being applied; 0: none is */
     uint64_t session, call;        /* ... for whom */
     uint64_t suspect_session, suspect_call; /* that was being applied at the last death */
@@ -59,9 +59,9 @@ typedef struct ts_journal {
 /* A new one, with an epoch and no snapshot. capacity: a multiple of 4096. */
 ts_status ts_journal_new(ts_journal *journal, uint64_t capacity, char *why, size_t why_bytes);
 
-/* One that an earlier daemon wrote; the descriptor is the journal's until it is closed, also in an
- * error: then it has nothing else. TS_EPROTO: it is none, or of a format that this version doesn't
- * know. */
+/* One that an earlier daemon wrote. The descriptor is the journal's until that is closed, also on
+ * an error: then the journal has nothing else. TS_EPROTO: it is none, or of a format that this
+ * version doesn't know. */
 ts_status ts_journal_open(ts_journal *journal, int fd, char *why, size_t why_bytes);
 
 void ts_journal_close(ts_journal *journal);
@@ -84,11 +84,11 @@ typedef struct ts_journal_entry {
     ts_command_room room;
 } ts_journal_entry;
 
-/* Where what is published ends now. */
+/* The position at which what is published ends now. */
 uint64_t ts_journal_end(const ts_journal *journal);
 
-/* Reads the entry at *position, which is before `end`, and moves that on. TS_EPROTO: what lies
- * there is none. */
+/* Reads the entry at *position, which is before `end`, and moves *position on. TS_EPROTO: what
+ * lies there is none. */
 ts_status ts_journal_get(const ts_journal *journal, uint64_t end, uint64_t *position,
                          ts_journal_entry *entry);
 

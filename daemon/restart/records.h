@@ -69,8 +69,8 @@ typedef struct ts_record_type {
 
 extern const ts_record_type ts_record_types[TS_RECORDS];
 
-/* Bytes that are written. With `at` NULL they are only counted. Of what is `plain` only the fields
- * are written, and 0 between them: of the same state the same bytes. */
+/* Bytes that are written. With `at` NULL they are only counted. With `plain` only fields are
+ * written, and 0 between them: the same state gives the same bytes. */
 typedef struct ts_record_writer {
     unsigned char *at;
     uint64_t bytes;

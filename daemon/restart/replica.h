@@ -21,8 +21,8 @@ typedef struct ts_replica {
 ts_status ts_replica_read(ts_replica *replica, const ts_journal *journal, const int areas[TS_AREAS],
                           char *why, size_t why_bytes);
 
-/* Applies what is published to the replica; *entries counts. TS_EPROTO: something else comes of it
- * than came of it before, with a sentence. */
+/* Applies what is published to the replica; *entries counts. TS_EPROTO, with a sentence: the
+ * outcome of an entry isn't what it was before. */
 ts_status ts_replica_follow(ts_replica *replica, const ts_journal *journal, uint64_t *entries,
                             char *why, size_t why_bytes);
 

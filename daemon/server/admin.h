@@ -14,7 +14,7 @@ typedef union ts_admin_body {
     Tspb__CacheDropped cache_dropped;
 } ts_admin_body;
 
-/* Does what the request asks for, if it is such a request (true), or refuses. TS_NEED_SWEEP: only a
+/* If the request is one of these (true), does what it asks for, or refuses. TS_NEED_SWEEP: only a
  * part of it was done, and it must be asked for again after the next sweep. The reply may point
  * into `body`. */
 bool ts_admin(ts_service *service, ts_connection *connection, const Tspb__Request *request,

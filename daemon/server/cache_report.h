@@ -1,6 +1,6 @@
 /*
  * What a pool's prefix cache does, and for whom: the answer to CacheStats. It looks at a bounded
- * part of the table of namespaces; the caller asks for the others, page by page.
+ * part of the table of namespaces; the caller asks for the rest, page by page.
  *
  * Thread: the engine's.
  */

@@ -29,11 +29,11 @@ typedef union ts_reply_body {
 bool ts_decode(const Tspb__Request *request, uint64_t session, ts_command *command,
                ts_answer *answer);
 
-/* The kernel of this name, an empty one being the pool's; false, and the answer refuses. */
+/* The kernel of this name; empty: the pool's. False, and the answer refuses: there is none. */
 bool ts_decode_kernel(const char *name, ts_kernel *kernel, ts_answer *answer);
 
 /* Whether all of the request's strings are plain text (plain_text.h), but for the program's name,
- * which is made so; else the answer refuses. */
+ * which is made plain; else the answer refuses. */
 bool ts_decode_plain(const Tspb__Request *request, ts_answer *answer);
 
 /* Fills in the reply's status, sentence and numbers, which point into the answer. */

@@ -1,7 +1,7 @@
 /*
- * How a session comes by its exchange: device memory that it asks for or passes by a request, host
- * memory that the daemon makes and it fills, by the handle socket. One takes the place of the one
- * before.
+ * How a session gets its exchange: by a request, device memory that it asks for or passes; by the
+ * handle socket, host memory that the daemon makes and the client fills. A new exchange takes the
+ * place of the one before.
  *
  * Thread: the engine's owner.
  */

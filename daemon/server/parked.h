@@ -21,14 +21,14 @@ bool ts_parked_prepare(const ts_service *service, const ts_connection *connectio
                        const ts_parked *parked, uint32_t wait_ms, ts_command *command,
                        ts_answer *answer);
 
-/* It waits; go_on and drop are set. */
+/* Parks it: it waits. Its go_on and drop are set. */
 void ts_parked_add(ts_service *service, ts_connection *connection, ts_parked *parked,
                    uint32_t wait_ms);
 
 /* How long the request that has waited longest has waited; 0: none waits. */
 uint64_t ts_parked_longest_ms(const ts_service *service);
 
-/* Carries out those again whose sessions were woken. */
+/* Carries out again those whose sessions were woken. */
 void ts_parked_wake(ts_service *service);
 
 /* The `run` of the service's alarm: whoever's time is over goes on. */

@@ -1,7 +1,7 @@
 /*
- * Figures of pools for everybody who asks, so that no flood of questions holds the engine: a small
- * pool is walked at once; a large one bit by bit, with others' work in between, by one walk for
- * all who ask meanwhile, whose figures then serve for up to a second.
+ * Figures of pools for everybody who asks. So that no flood of questions holds up the engine, a
+ * small pool is walked at once; a large one bit by bit, with others' work in between, by one walk
+ * for all who ask meanwhile, whose figures then serve for up to a second.
  *
  * Thread: the engine's owner.
  */
@@ -32,7 +32,7 @@ void ts_pool_stats_cache_free(ts_pool_stats_cache *cache);
 ts_status ts_pool_stats_cache_get(ts_pool_stats_cache *cache, uint32_t pool,
                                   ts_pool_stats_waiter *waiter, const ts_pool_stats **out);
 
-/* Bits of walks that were made so far. */
+/* How many bits of walks were made so far. */
 uint64_t ts_pool_stats_cache_bits(const ts_pool_stats_cache *cache);
 
 #endif

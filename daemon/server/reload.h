@@ -15,7 +15,7 @@
 /* Whether a change of the key would be taken: true of each that reloads. */
 bool ts_reload_takes(const ts_config_section *section, const ts_config_key *key);
 
-/* `running` becomes what runs then. */
+/* Changes what can be changed to what `next` says, in `running` too; logs what can't. */
 void ts_reload(ts_service *service, ts_config *running, const ts_config *next);
 
 /* What was taken over from an earlier daemon (takeover.h) becomes as the configuration says. */

@@ -1,7 +1,7 @@
 /*
  * The answers that a connection got last, by request id, so that a repeated request gets the first
- * answer again and is applied once. Bounded in number and in bytes, those of all connections of a
- * uid together too: an answer that had to go is known to have been given, and no more.
+ * answer again and is applied once. Bounded in number and in bytes, the bytes also for all
+ * connections of a uid together. Of an answer that had to go it is only known that it was given.
  *
  * Thread: the engine's.
  */

@@ -13,8 +13,8 @@
 /*
  * Whose things the connection's peer may see, which is decided here alone: operators see all, other
  * tenants their own. Everybody sees totals: counts of a whole pool or of the whole daemon, and
- * which of a pool's blocks are in use. Somebody else's are sessions (with programs, pids and uids),
- * sequences (with ids, names, lengths), how full a block is, and what a tenant uses.
+ * which of a pool's blocks are in use. What belongs to somebody: sessions (with programs, pids and
+ * uids), sequences (with ids, names, lengths), how full a block is, and what a tenant uses.
  */
 ts_view ts_report_view(const ts_service *service, const ts_connection *connection);
 

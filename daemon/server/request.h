@@ -9,11 +9,11 @@
 
 #include "server.h"
 
-/* Makes the queue, the engine and the tables of a service that is all 0. False: out of memory; what
- * was made is ts_service_fini's all the same. */
+/* Makes the queue, the engine and the tables of a service that is all 0. False: out of memory;
+ * ts_service_fini frees what was made. */
 bool ts_service_init(ts_service *service, const ts_engine_limits *limits);
 
-/* The same with an engine that there is, which is the service's then; NULL: false. */
+/* The same with an engine that exists, which becomes the service's; NULL: false. */
 bool ts_service_init_with(ts_service *service, ts_engine *engine);
 
 /* The `run` of a ts_request. */

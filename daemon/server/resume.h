@@ -18,14 +18,14 @@
 uint64_t ts_process_started(uint32_t pid);
 
 /* After a restart: ends the sessions whose processes are gone, and waits for the others. From now
- * on the service's tick looks whether one of those has gone, or its time is over. */
+ * on the service's tick looks whether one of these processes has gone, or its time is over. */
 void ts_resume_start(ts_service *service);
 
-/* Has the runs on streams of those that came over done again, in the engine's turn: the first work
- * in the queue. False: out of memory. */
+/* Has the runs on streams of the sessions that were taken over done again, by the engine's owner:
+ * the first work in the queue. False: out of memory. */
 bool ts_resume_runs(ts_service *service);
 
-/* The connection has the session from now on, which has none; its exchange is what it was. */
+/* Gives the session to this connection, which has none; the session's exchange is what it was. */
 void ts_resume_attach(ts_service *service, ts_connection *connection, uint64_t session);
 
 /* Carries out the request. On success the connection has the session. */
@@ -37,13 +37,13 @@ void ts_resume(ts_service *service, ts_connection *connection, const Tspb__Sessi
 uint64_t ts_resume_opened(const ts_service *service, const ts_connection *connection,
                           const ProtobufCBinaryData *nonce);
 
-/* Ends the session, as the operator `by` orders, if it has yet to come back. False: it hasn't. */
+/* Ends the session, as the operator `by` orders, if it has yet to come back; else false. */
 bool ts_resume_end(ts_service *service, uint64_t session, const char *why, const ts_caller *by);
 
-/* Whether it has yet to come back. */
+/* Whether the session has yet to come back. */
 bool ts_resume_awaits(const ts_service *service, uint64_t session);
 
-/* How many have. */
+/* How many sessions have yet to come back. */
 uint32_t ts_resume_absent(const ts_service *service);
 
 #endif

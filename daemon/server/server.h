@@ -1,6 +1,6 @@
 /*
- * What is around the engine: connections with their sessions, and what all requests share. What a
- * request does is request.h's.
+ * Around the engine: connections with their sessions, and what all requests share. request.h has
+ * what a request does.
  *
  * Everything in a ts_service belongs to the engine's owner of the moment (work_queue.h); others put
  * ts_work into its queue.
@@ -61,8 +61,8 @@ typedef struct ts_service {
     uint64_t check_after_ms;                /* the next check of the books may begin then */
     ts_request *waiting;                    /* commits and aborts, for their step's runs */
     ts_parked *parked;                      /* what waits (parked.h) */
-    ts_work alarm;                          /* for the first of the deadlines */
-    uint64_t look_ms; /* ... and then, at claims and quarantines; 0: there is nothing to look at */
+    ts_work alarm;                          /* for their first deadline, ... */
+    uint64_t look_ms; /* ... or to look at claims and quarantines; 0: there are none */
     void (*look_for_absent)(struct ts_service *service, bool last); /* NULL: none were taken over */
     struct ts_absent *absent;          /* sessions whose clients have yet to come back (resume.h) */
     struct ts_quarantine *quarantines; /* sessions whose processes may still write */
@@ -76,7 +76,7 @@ typedef struct ts_service {
     pthread_mutex_t operators_lock;    /* for other threads that read */
     void (*resume_rings)(void *rings); /* has them go on with what waited for runs */
     void *rings;
-    /* Has the transport end it; if for being idle, unless its messages wait there. */
+    /* Has the transport end the connection; for being idle, unless its messages wait there. */
     void (*end_connection)(void *arg, uint32_t pipe, bool idle);
     void *end_connection_arg;
     bool ending;         /* nothing is asked of the engine or the kernels any more */
@@ -109,18 +109,18 @@ void ts_service_pipe_removed(ts_work *work, void *service);
 /* The exec's `slab_goes`: tells sessions that may map the slab to unmap it. */
 void ts_service_slab_goes(void *service, uint32_t pool, uint32_t slab);
 
-/* Now and then: ends sequences whose time is over, sessions that keep GPU memory that is others',
- * and connections that have had no session since then. */
+/* Called now and then: ends sequences whose time is over, sessions that keep GPU memory that is
+ * others', and connections that have had no session since idle_since_ms. */
 void ts_service_tick(ts_service *service, uint64_t idle_since_ms);
 
-/* Whether it may order the daemon about (operators.h). Any thread. */
+/* Whether the user is an operator (operators.h). Any thread. */
 bool ts_service_is_operator(const ts_service *service, uint32_t uid, uint32_t gid);
 
 /* Closes every connection with its session. */
 void ts_service_close_connections(ts_service *service);
 
 /* Gives back all that `service` holds but the queue. The connections are closed, the executors
- * free. */
+ * freed. */
 void ts_service_fini(ts_service *service);
 
 /* Carries out again what waits of the connection (parked.h), as if its time were over if it is
@@ -148,7 +148,7 @@ void ts_service_close_session(ts_service *service, uint64_t session, uint32_t pi
 /* The session closes, and its process's kernels may still write: waits for them anew. */
 void ts_service_quarantine_again(ts_service *service, uint64_t session, uint32_t pid);
 
-/* How much a session's coming and going matters in the log: an operator's look is no event. */
+/* The level at which a session's coming and going is logged: an operator's look is no event. */
 ts_log_level ts_service_session_level(const ts_service *service, const ts_connection *c);
 
 ts_connection *ts_service_connection(const ts_service *service, uint32_t pipe);

@@ -14,8 +14,8 @@
  * had. */
 bool ts_takeover_begin(ts_service *service, ts_store *store, const ts_config *config);
 
-/* The pools, those that were taken over first, as the configuration has them; then the sessions.
- * What is stored and belongs to nothing is dropped. Not TS_OK: it is logged. */
+/* Takes over the pools and the sessions, drops what is stored and belongs to nothing, and adds the
+ * pools that only the configuration has. Not TS_OK: it is logged. */
 ts_status ts_takeover_pools(ts_service *service, const ts_config *config);
 
 #endif

@@ -42,8 +42,8 @@ typedef struct ts_gpu_buffer {
     struct ts_gpu_buffer *next;
     unsigned char *host, *device;
     uint32_t log;      /* 2^log bytes */
-    cudaEvent_t there; /* what was uploaded last */
-    bool is_there;     /* atomic: it is known to be */
+    cudaEvent_t there; /* recorded behind the last upload */
+    bool is_there;     /* atomic: what was uploaded is known to be there */
 } ts_gpu_buffer;
 
 #define TS_GPU_BUFFER_LOGS 48u
@@ -56,7 +56,7 @@ typedef struct ts_gpu_kernel {
     uint32_t fold_bytes;     /* more, for pieces of several chunks; 0: it takes none such */
 } ts_gpu_kernel;
 
-/* What the device says about one. */
+/* What the device says about a kernel. */
 typedef struct ts_gpu_function {
     ts_gpu_kernel kernel;
     size_t shared_bytes; /* that a block takes in all */
@@ -152,7 +152,7 @@ struct ts_gpu {
 /* Makes the device the calling thread's; TS_EDEVICE with a sentence if it can't be. */
 ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes);
 
-/* Between the two no launch waits for a worker. TS_EBUSY: one does for too long. */
+/* Between these two calls no launch waits for a worker. TS_EBUSY: one does for too long. */
 ts_status ts_gpu_load_begin(ts_gpu *gpu, char *why, size_t why_bytes);
 void ts_gpu_load_end(ts_gpu *gpu);
 
@@ -172,10 +172,10 @@ ts_status ts_gpu_function_find(ts_gpu *gpu, const ts_gpu_kernel *kernel, size_t 
 void ts_gpu_later(ts_gpu *gpu, void (*run)(ts_gpu *gpu, void *memory, size_t bytes), void *memory,
                   size_t bytes, uint64_t *held);
 
-/* Leaves it device memory of cudaMalloc; NULL: nothing. */
+/* Leaves device memory of cudaMalloc to that thread; NULL: nothing. */
 void ts_gpu_free_later(ts_gpu *gpu, void *device);
 
-/* Of each slot from the start: enough for 8192 copies of blocks. */
+/* Staging memory that each slot has from the start: enough for 8192 copies of blocks. */
 #define TS_GPU_STAGING_BYTES ((size_t)1 << 16)
 
 /* Room for `bytes` of the slot's staging memory, which nobody before may still use: the launch was
@@ -205,7 +205,7 @@ void ts_gpu_launch_fini(ts_gpu_launch *launch);
 /* The launch is free, its slot is another's. */
 void ts_gpu_launch_give_back(ts_gpu_launch *launch);
 
-/* What ts_gpu_launch_finish_signalled needs; its thread ends when the last launch has. */
+/* What ts_gpu_launch_finish_signalled needs; the thread ends when the last launch has. */
 ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes);
 void ts_gpu_launch_ends_fini(ts_gpu *gpu);
 

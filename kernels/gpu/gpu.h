@@ -6,14 +6,14 @@
  * A *launch* is what is queued at once on one of a fixed number of streams, which have staging
  * memory of their own: take one, give it work in order (waits, one attend or one set of copies,
  * signals), finish it; it is free again when all of it is done. A thread for each launch sleeps
- * until then, or one thread for all those that are many and short looks for their ends. Nothing
- * here waits for the device but what says so. (CUDA's own host functions won't do: those of
+ * until then; or, for launches that are many and short, one thread looks for the ends of all. Only
+ * functions that say so wait for the device. (CUDA's own host functions won't do: those of
  * different streams are called one after another, and a stream may be waiting for a worker.)
  *
  * What gives back cudaMalloc'ed or pinned memory waits until every stream is done and lets nobody
  * launch meanwhile, and a stream may be waiting for a worker. So it is left to a thread of the
- * ts_gpu's own, which does such deferred frees when no launch waits. Waits are to be short,
- * therefore: see ts_gpu_may_wait.
+ * ts_gpu's own, which does such deferred frees when no launch waits. So waits must be short:
+ * see ts_gpu_may_wait.
  *
  * Threads: any, except that one launch is used by one thread at a time.
  */
@@ -159,8 +159,8 @@ void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes);
  */
 typedef struct ts_gpu_plan ts_gpu_plan;
 
-/* Of the sequences, blocks, kv_tokens and q_tokens are read; the rest comes with each run. `heads`
- * query heads. TS_EINVAL: the kernel can't do this geometry, or not on this device; TS_ENOMEM,
+/* Reads the sequences' blocks, kv_tokens and q_tokens; the rest comes with each run. `heads`: query
+ * heads. TS_EINVAL: the kernel can't do this geometry, or not on this device; TS_ENOMEM,
  * TS_EDEVICE. */
 ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
                           ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
@@ -168,8 +168,8 @@ ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t hea
 
 /*
  * The same from *plan: NULL, or the plan of an earlier step that no launch uses any more. Where the
- * sequences are that one's with some tokens more, and are cut as they were, lengths and new blocks
- * alone are written; else it is freed and one is made. On failure *plan is NULL.
+ * sequences are the old plan's with some tokens more, and are cut as they were, only lengths and
+ * new blocks are written; else the old plan is freed and one is made. On failure *plan is NULL.
  */
 ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
                             ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
@@ -178,7 +178,7 @@ ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t h
 /*
  * A persistent plan for one batch after another, which may be other sequences each time: launches
  * over it are alike, so that a CUDA graph of them can be launched again. It has scratch memory of
- * its own. Of decode alone: TS_EINVAL if the sequences get neither v5 nor, with up to 8 query
+ * its own. For decode only: TS_EINVAL if the sequences get neither v5 nor, with up to 8 query
  * tokens, wgmma.
  */
 typedef struct ts_gpu_plan_limits {
@@ -225,7 +225,7 @@ typedef struct ts_gpu_launch ts_gpu_launch;
 
 /*
  * Launches under way at once, at most, and the slots that they are queued in, one behind the other:
- * a stream each. With the device's two own streams slots are no more than hardware queues: streams
+ * a stream each. Slots and the device's own two streams are no more than hardware queues: streams
  * that share one wait for each other, and a launch may wait for a worker. Each queue makes a
  * context take longer to come, and a restart with it (tests/results/h200.md).
  */
@@ -239,20 +239,20 @@ typedef struct ts_gpu_position {
 } ts_gpu_position;
 
 /*
- * NULL: all are in use, or all slots are. With a position, this launch starts after the end of the
- * one that was queued there, by the order of the device's queues alone, and *position becomes its
- * own. NULL: after nothing.
+ * NULL: all launches or all slots are in use. With a position, this launch starts after the end of
+ * the one that was queued there, by the order of the device's queues alone, and *position becomes
+ * its own. position NULL: it starts after nothing.
  */
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position);
 
-/* False while frees are deferred: a wait that isn't queued lets it come to that. */
+/* False while frees or loads are due or under way: they are done only while no launch waits. */
 bool ts_gpu_may_wait(ts_gpu *gpu);
 
 /* What follows starts when the 32-bit word (pinned host memory or device memory, 4-byte aligned)
  * has reached `value`: (int32_t)(*word - value) >= 0. Who wrote it wrote everything before it. */
 ts_status ts_gpu_launch_wait(ts_gpu_launch *launch, const uint32_t *word, uint32_t value);
 
-/* A word that is to get a value. */
+/* A word, and the value that it gets. */
 typedef struct ts_gpu_signal {
     uint32_t *word;
     uint32_t value;
@@ -266,7 +266,7 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, const ts_gpu_signal *signa
  * Writes every run's new K and V (where given), then attends, as ts_attention_run does. The plans
  * are alike in geometry, heads, io_dtype and kernel; they and the memory stay as they are until the
  * launch is done. Addresses are the device's. The runs' words are written when all of it is done
- * and visible to other processes: where one kernel of v5's does it all, by that.
+ * and visible to other processes: where one kernel of v5's does it all, by that kernel.
  */
 ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, unsigned char *base,
                                const ts_attention_variant *variant, const ts_gpu_run *runs,
@@ -310,7 +310,7 @@ ts_status ts_gpu_launch_prepare(ts_gpu_launch *launch, const ts_gpu_plan *plan);
 ts_status ts_gpu_launch_mark(ts_gpu_launch *launch);
 ts_status ts_gpu_launch_await_mark(ts_gpu_launch *launch);
 
-/* Its cudaStream_t: to time what is queued. */
+/* The launch's cudaStream_t: to time what is queued. */
 void *ts_gpu_launch_stream(ts_gpu_launch *launch);
 
 /* Why the last call on this launch failed: a CUDA error's name, or a sentence. */
