@@ -5,11 +5,11 @@
  * so the same commands always give the same state and the same answers. What a command needs from
  * outside (memory for a slab, a kernel to run) is in its answer, for the caller to do:
  *
- * - TS_NEED_SLABS: nothing was changed, except that cached content may have been evicted; renew
- *   the memory of ts_engine_next_slab's slab, apply TS_OP_SLAB_GRANT for it, and apply the command
- *   again.
- * - TS_NEED_SWEEP: nothing was changed, with the same exception; what is wanted is being freed bit
- *   by bit. Apply the command again after TS_OP_SWEEP.
+ * - TS_NEED_SLABS: nothing was changed, except that some of what is cached may have been given up;
+ *   renew the memory of ts_engine_next_slab's slab, apply TS_OP_SLAB_GRANT for it, and apply the
+ *   command again.
+ * - TS_NEED_SWEEP: no more than that was changed; what is wanted is being freed bit by bit. Apply
+ *   the command again after TS_OP_SWEEP.
  * - TS_WAITS: the command may wait, and does (waits.h): apply it again when ts_engine_woken tells
  * its session, or without `wait` when its time is over.
  * - a step that was begun with copies, or a run: hand it to the kernels, and apply TS_OP_STEP_DONE

@@ -41,9 +41,9 @@ ts_status ts_block_sums_add(ts_block_sums *sums, uint32_t pool, const ts_memory 
 /*
  * The same for a pool that an earlier daemon had, whose memory is there: takes its checksums from
  * the store and compares the memory with them. *wrong, the caller's to free, are the checked->wrong
- * blocks that don't match. Without checksums in the store there is
- * nothing to check. TS_EDEVICE: the GPU can't be read. Where it fails otherwise, with a sentence,
- * the pool has no checksums from then on.
+ * blocks that don't match. Without checksums in the store there is nothing to check. TS_EDEVICE:
+ * the GPU can't be read. Where it fails otherwise, with a sentence, the pool has no checksums from
+ * then on.
  */
 ts_status ts_block_sums_take(ts_block_sums *sums, uint32_t pool, const ts_memory *memory,
                              ts_gpu *gpu, ts_blocks_checked *checked, uint32_t **wrong, char *why,

@@ -1,6 +1,6 @@
 /*
- * What carries out the engine's decisions: the pools' memory, the processor's and the
- * devices' kernels, and the queue of work whose runner owns the engine.
+ * What carries out the engine's decisions: the pools' memory, the processor's and the devices'
+ * kernels, and the queue of work whose runner owns the engine.
  *
  * Thread: the engine's owner of the moment (work_queue.h), but for the queue itself.
  */

@@ -28,9 +28,9 @@ typedef struct ts_filling {
 /* Makes memory of whole pages, in place of what was made before. TS_ENOMEM with a sentence. */
 ts_status ts_filling_new(ts_filling *filling, uint64_t bytes, char *why, size_t why_bytes);
 
-/* Maps what the client has filled; `what` names it in sentences ("the exchange"). The struct
- * is empty afterwards, also on an error. *fd is the memory's descriptor, the caller's; NULL: it
- * isn't wanted. TS_EINVAL or TS_ENOMEM with a sentence. */
+/* Maps what the client has filled; `what` names it in sentences ("the exchange"). The struct is
+ * empty afterwards, also on an error. *fd is the memory's descriptor, the caller's; NULL: it isn't
+ * wanted. TS_EINVAL or TS_ENOMEM with a sentence. */
 ts_status ts_filling_take(ts_filling *filling, const char *what, void **base, uint64_t *bytes,
                           int *fd, char *why, size_t why_bytes);
 
