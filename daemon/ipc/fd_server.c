@@ -118,6 +118,7 @@ static void drop(ts_fd_server *h, arrival **at)
     /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): an arrival is at *at */
     *at = a->next;
     ts_crowd_leave(&h->crowd, &a->guest);
+    ts_unwatch(h->epoll, a->fd);
     close(a->fd);
     free(a);
 }

@@ -46,11 +46,14 @@ static bool watch(ts_nng_server *t, source *source)
 static void end(ts_nng_server *t, connection *c)
 {
     bool told = c->refusal == NULL;
+    ts_unwatch(t->epoll, c->socket.fd);
     ts_hurry_begin(&t->hurry);
     close(c->socket.fd);
     ts_hurry_end(&t->hurry);
-    if (c->process.fd >= 0)
+    if (c->process.fd >= 0) {
+        ts_unwatch(t->epoll, c->process.fd);
         close(c->process.fd);
+    }
     pthread_mutex_lock(&t->lock);
     c->ended = true;
     if (c->paused)

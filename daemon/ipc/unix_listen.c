@@ -47,3 +47,8 @@ void ts_accept_pause(int epoll, int listener, void *data, bool pause)
     struct epoll_event event = {.events = pause ? 0 : EPOLLIN, .data.ptr = data};
     (void)epoll_ctl(epoll, EPOLL_CTL_MOD, listener, &event);
 }
+
+void ts_unwatch(int epoll, int fd)
+{
+    (void)epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL); /* ENOENT: it never did */
+}

@@ -1,6 +1,7 @@
 /*
- * What the daemon's Unix sockets share: listening at a path, and pausing where accepting fails for
- * want of descriptors or memory (else epoll would tell of the waiting connection again and again).
+ * What the daemon's Unix sockets share: listening at a path, pausing where accepting fails for want
+ * of descriptors or memory (else epoll would tell of the waiting connection again and again), and
+ * the end of a connection.
  */
 #ifndef TS_UNIX_LISTEN_H
 #define TS_UNIX_LISTEN_H
@@ -16,5 +17,9 @@ bool ts_accept_must_pause(int error);
 
 /* Has epoll look for connections or not; `data` is the listener's there. */
 void ts_accept_pause(int epoll, int listener, void *data, bool pause);
+
+/* From now on epoll tells nothing of the descriptor. Closing it would do that only if nobody else
+ * has the same file, and whoever reads /proc/PID/fd has it for a moment. */
+void ts_unwatch(int epoll, int fd);
 
 #endif
