@@ -81,14 +81,34 @@ static void a_prompt_that_fits_fits_again_when_it_is_found(void **state)
 static void where_there_is_room_a_found_tail_stays_in_the_cache(void **state)
 {
     (void)state;
-    const uint32_t ids[8] = {1, 2, 3, 4, 5, 6, 7, 8}, other = 9;
+    const uint32_t ids[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9}, other = 10;
     ts_engine *e = engine_new(4, 4, 4, TS_CLIENT_WRITE_ALL);
     uint64_t s = session_new(e, 1), seq = create_in(e, s, model);
     assert_int_equal(add(e, s, seq, 8, ids), TS_OK);
     assert_int_equal(free_seq(e, s, seq), TS_OK);
     assert_int_equal(match(e, s, model, ids, 8, &seq), 7);
     assert_int_equal(add(e, s, seq, 1, &other), TS_OK);
-    assert_int_equal(match(e, s, model, ids, 8, NULL), 7);
+    assert_int_equal(match(e, s, model, ids, 9, NULL), 8);
+    ts_engine_free(e);
+}
+
+static void a_step_that_is_refused_takes_no_tail_from_the_cache(void **state)
+{
+    (void)state;
+    const uint32_t ids[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9}, other = 10;
+    ts_engine *e = engine_new(4, 4, 4, TS_CLIENT_WRITE_ALL);
+    uint64_t s = session_new(e, 1), seq = create_in(e, s, model), beside = create_in(e, s, model);
+    assert_int_equal(add(e, s, seq, 8, ids), TS_OK);
+    assert_int_equal(free_seq(e, s, seq), TS_OK);
+    assert_int_equal(match(e, s, model, ids, 8, &seq), 7);
+    assert_int_equal(add(e, s, beside, 8, NULL), TS_OK); /* there is no room for a copy */
+    const uint32_t limit = e->limits.step_tokens;
+    e->limits.step_tokens = 0;
+    assert_int_equal(add(e, s, seq, 1, &other), TS_EINVAL);
+    e->limits.step_tokens = limit;
+    assert_int_equal(free_seq(e, s, beside), TS_OK); /* now there is */
+    assert_int_equal(add(e, s, seq, 1, &other), TS_OK);
+    assert_int_equal(match(e, s, model, ids, 9, NULL), 8);
     ts_engine_free(e);
 }
 
@@ -257,6 +277,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_prompt_that_fits_fits_again_when_it_is_found),
         cmocka_unit_test(where_there_is_room_a_found_tail_stays_in_the_cache),
+        cmocka_unit_test(a_step_that_is_refused_takes_no_tail_from_the_cache),
         cmocka_unit_test(where_memory_for_a_slab_is_not_to_be_had_what_is_cached_makes_room),
         cmocka_unit_test(what_one_tenant_has_cached_leaves_others_their_share),
         cmocka_unit_test(namespaces_that_nobody_uses_make_room_for_new_ones),

@@ -45,6 +45,8 @@ typedef struct ts_sequence {
 
 #define TS_SEQUENCE_MARKED (TS_NONE - 1) /* seen already in the batch that is being checked */
 #define TS_SEQUENCE_DYING (TS_NONE - 2)  /* its blocks are given back bit by bit */
+/* Marked, and if the step begins, new tokens are written into its last block in place of a copy. */
+#define TS_SEQUENCE_IN_PLACE (TS_NONE - 3)
 
 /* When a sequence's time ends: one that is kept with a time to live, or that is on a ticket. */
 typedef struct ts_life {

@@ -176,8 +176,8 @@ static bool room_for(const ts_engine *e, const ts_session *s, uint32_t index, ui
            blocks <= ts_pool_available(&pool->books, s->tenant);
 }
 
-/* Where room is short, tails that the sequence alone uses are written in place: the cache loses
- * them, and what the batch takes fits. */
+/* Where room is short, tails that the sequence alone uses are to be written in place: the cache
+ * loses them, and what the batch takes fits. */
 static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, needs *n)
 {
     ts_engine_pool *pool = &e->pools[c->pool];
@@ -194,7 +194,7 @@ static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, 
                 continue;
             saved++;
             if (pass == 1) {
-                seq->borrowed_tail = false;
+                seq->step = TS_SEQUENCE_IN_PLACE;
                 n->pinned -= seq->name != NULL;
             }
         }
@@ -420,8 +420,12 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (index == TS_NONE)
             ts_refuse(answer, TS_ENOMEM, "no memory for a step of %u sequences", count);
     }
-    for (uint32_t i = 0; i < marked; i++)
-        ts_sequence_find(&pool->seqs, c->step_begin.seqs[i])->step = TS_NONE;
+    for (uint32_t i = 0; i < marked; i++) {
+        ts_sequence *seq = ts_sequence_find(&pool->seqs, c->step_begin.seqs[i]);
+        if (seq->step == TS_SEQUENCE_IN_PLACE && answer->status == TS_OK)
+            seq->borrowed_tail = false;
+        seq->step = TS_NONE;
+    }
     if (answer->status != TS_OK)
         return;
 
