@@ -3,13 +3,13 @@
  * instructions that take both sides from shared memory, or the left one from registers, and are
  * waited for, not executed in turn.
  *
- * There is a block on each processor, of three groups of four warps, or four where rows are short.
- * All but the last have 64 rows (query token x head of the group) each and multiply
- * (wgmma_tiles.cuh); the last brings tiles of K and V, each of which serves all of them
- * (tile_ring.cuh), and q. Blocks take one piece of work after the other, and the last group is
- * ahead of the others: when they end a piece, the next one's first tiles are there. For an fp8
- * cache there are two such groups where rows are longer than 64, for they make fp16 of all tiles
- * (fp8_tiles.cuh).
+ * There is a block on each processor, of three groups of four warps, four where rows are short, or
+ * two where a sequence has few rows (FEW). All but the last have 64 rows (query token x head of the
+ * group) each and multiply (wgmma_tiles.cuh); the last brings tiles of K and V, each of which
+ * serves all of them (tile_ring.cuh), and q. Blocks take one piece of work after the other, and the
+ * last group is ahead of the others: when they end a piece, the next one's first tiles are there.
+ * For an fp8 cache there are two such groups where rows are longer than 64, for they make fp16 of
+ * all tiles (fp8_tiles.cuh).
  */
 #ifndef TS_GPU_WGMMA_CUH
 #define TS_GPU_WGMMA_CUH
