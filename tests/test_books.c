@@ -5,69 +5,17 @@
  * was; the model goes on with it.
  */
 #define _GNU_SOURCE
+#include "keeper_util.h"
 #include "model_waits.h"
+#include "standstill.h"
 
 #include "books.h"
 #include "journal.h"
 #include "snapshot.h"
+#include "test_point.h"
 
-#include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
-
-/* ---- a keeper: what is kept lives while the test does ---- */
-
-#define KEPT_MAX 8
-
-typedef struct keeper {
-    char names[KEPT_MAX][32];
-    int fds[KEPT_MAX]; /* with a name */
-} keeper;
-
-static int place_of(const keeper *k, const char *name)
-{
-    int i = 0;
-    while (i < KEPT_MAX && strcmp(k->names[i], name) != 0)
-        i++;
-    return i;
-}
-
-static int take(void *arg, const char *name)
-{
-    const keeper *k = arg;
-    const int i = place_of(k, name);
-    return i == KEPT_MAX ? -1 : fcntl(k->fds[i], F_DUPFD_CLOEXEC, 0);
-}
-
-static ts_status keep(void *arg, const char *name, int fd, char *why, size_t why_bytes)
-{
-    keeper *k = arg;
-    (void)why;
-    (void)why_bytes;
-    assert_int_equal(place_of(k, name), KEPT_MAX);
-    const int i = place_of(k, "");
-    assert_true(i < KEPT_MAX);
-    snprintf(k->names[i], sizeof k->names[i], "%s", name);
-    k->fds[i] = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    return TS_OK;
-}
-
-static void forget(void *arg, const char *name)
-{
-    keeper *k = arg;
-    const int i = place_of(k, name);
-    if (i == KEPT_MAX || name[0] == '\0')
-        return;
-    close(k->fds[i]);
-    k->names[i][0] = '\0';
-}
-
-static void keeper_end(keeper *k)
-{
-    for (int i = 0; i < KEPT_MAX; i++)
-        if (k->names[i][0] != '\0')
-            close(k->fds[i]);
-}
 
 /* ---- a world with books ---- */
 
@@ -238,6 +186,33 @@ static void a_full_journal_makes_commands_wait(void **state)
     ts_books_get_figures(s.books, &f);
     assert_true(f.snapshots > 100);
     restart(w, &s, &start);
+    world_end(w, &s);
+}
+
+/* Where a command has no room in the journal: has the follower make room before anybody waits. */
+static ts_books *drained;
+
+void ts_test_point(const char *name, unsigned what)
+{
+    (void)what;
+    if (drained != NULL && strcmp(name, "no room") == 0)
+        ts_books_settle(drained, NULL, 60000);
+}
+
+static void room_that_is_made_before_anybody_waits_for_it_is_seen(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX, .journal_bytes = 8192};
+    world *w = world_with_books(&s, 5);
+    ts_books_figures f;
+    standstill_after(120);
+    drained = s.books;
+    for (uint32_t i = 1; i <= 2000; i++)
+        one_command(w);
+    drained = NULL;
+    alarm(0);
+    ts_books_get_figures(s.books, &f);
+    assert_true(f.waits > 10);
     world_end(w, &s);
 }
 
@@ -571,6 +546,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(what_a_restart_finds_is_what_there_was),
         cmocka_unit_test(a_full_journal_makes_commands_wait),
+        cmocka_unit_test(room_that_is_made_before_anybody_waits_for_it_is_seen),
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
         cmocka_unit_test(a_journal_of_another_format_is_set_aside),
         cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),

@@ -6,6 +6,7 @@
 #include "log.h"
 #include "replica.h"
 #include "snapshot.h"
+#include "test_point.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -210,11 +211,13 @@ static void wake_follower(ts_books *b)
     pthread_mutex_unlock(&b->lock);
 }
 
-/* Waits for room in the journal. */
-static void await_room(ts_books *b, const ts_engine *engine)
+/* Waits for room in the journal, of which `used` bytes were in use before something had no room. A
+ * snapshot may have made room since: then none to come need change anything, and there is nothing
+ * to wait for. */
+static void await_room(ts_books *b, const ts_engine *engine, uint64_t used)
 {
     atomic_fetch_add(&b->waits, 1);
-    const uint64_t used = ts_journal_used(&b->journal);
+    ts_point("no room", 0);
     wake_follower(b);
     pthread_mutex_lock(&b->lock);
     while (!b->broken && ts_journal_used(&b->journal) == used)
@@ -243,10 +246,13 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c,
     ts_journal_head *h = b->journal.head;
     if (!ts_command_only_looks(c) || c->again || engine->waiting_for_room > 0) {
         const uint32_t digest = ts_command_digest(c, answer);
+        uint64_t used = ts_journal_used(&b->journal);
         bool put;
         while (!(put = ts_journal_put(&b->journal, c, engine->now_ms, answer->status, digest)) &&
-               ts_journal_fits(&b->journal, c))
-            await_room(b, engine);
+               ts_journal_fits(&b->journal, c)) {
+            await_room(b, engine, used);
+            used = ts_journal_used(&b->journal);
+        }
         if (!put) /* larger than the journal */
             mend(b, engine);
         if (atomic_load_explicit(&b->broken, memory_order_relaxed))
