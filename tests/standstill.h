@@ -7,63 +7,31 @@
 #ifndef TS_STANDSTILL_H
 #define TS_STANDSTILL_H
 
-#include <dirent.h>
-#include <fcntl.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-/* The file's first line, or nothing. */
-static inline void standstill_read(const char *path, char *line, size_t bytes)
-{
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    const ssize_t got = fd < 0 ? 0 : read(fd, line, bytes - 1);
-    line[got < 0 ? 0 : got] = '\0';
-    line[strcspn(line, "\n")] = '\0';
-    if (fd >= 0)
-        close(fd);
-}
-
-/* Says where each thread of the process is; `depth`: of its children, and so on, too. */
-static inline void standstill_report(int pid, int depth)
-{
-    char path[96], name[64], where[64], call[256], children[512];
-    snprintf(path, sizeof path, "/proc/%d/task", pid);
-    DIR *tasks = opendir(path);
-    for (const struct dirent *t = NULL; tasks != NULL && (t = readdir(tasks)) != NULL;) {
-        const int tid = atoi(t->d_name);
-        if (tid == 0)
-            continue;
-        snprintf(path, sizeof path, "/proc/%d/task/%d/comm", pid, tid);
-        standstill_read(path, name, sizeof name);
-        snprintf(path, sizeof path, "/proc/%d/task/%d/wchan", pid, tid);
-        standstill_read(path, where, sizeof where);
-        snprintf(path, sizeof path, "/proc/%d/task/%d/syscall", pid, tid);
-        standstill_read(path, call, sizeof call);
-        fprintf(stderr, "%*sprocess %d, thread %d (%s): %s; %s\n", 4 - depth, "", pid, tid, name,
-                where, call);
-        snprintf(path, sizeof path, "/proc/%d/task/%d/children", pid, tid);
-        standstill_read(path, children, sizeof children);
-        char *rest, *child = strtok_r(children, " ", &rest);
-        for (; depth > 0 && child != NULL; child = strtok_r(NULL, " ", &rest))
-            standstill_report(atoi(child), depth - 1);
-    }
-    if (tasks != NULL)
-        closedir(tasks);
-}
+/* By a shell, since a signal's handler may call little. */
+#define STANDSTILL                                                                                 \
+    "show() { for t in /proc/$1/task/*; do "                                                       \
+    "echo \"process $1, thread ${t##*/} ($(cat $t/comm)): $(cat $t/wchan); $(cat $t/syscall)\"; "  \
+    "for child in $(cat $t/children); do [ $child = $$ ] || show $child; done; done; }; "          \
+    "echo 'the test stands still:'; show $PPID"
 
 static inline void standstill_end(int number)
 {
-    static const char said[] = "the test stands still:\n";
-    (void)!write(STDERR_FILENO, said, sizeof said - 1);
-    standstill_report(getpid(), 3);
+    const pid_t teller = fork();
+    if (teller == 0) {
+        (void)dup2(STDERR_FILENO, STDOUT_FILENO);
+        execl("/bin/sh", "sh", "-c", STANDSTILL, (char *)NULL);
+        _exit(127);
+    }
+    (void)waitpid(teller, NULL, 0);
     (void)signal(number, SIG_DFL);
     (void)raise(number);
 }
 
-/* The test ends with a report if it is neither over nor calls alarm(0) within `seconds` seconds. */
+/* The test ends if it isn't done in `seconds` seconds, unless alarm(0) comes before. */
 static inline void standstill_after(unsigned seconds)
 {
     (void)signal(SIGALRM, standstill_end);
