@@ -10,8 +10,8 @@
 
 #define FDS_MAX 1024
 
-/* Which of its descriptors are sockets. */
-static void find_sockets(const daemon_process *d, bool *found)
+/* Which sockets its descriptors are, by inode; 0: none. Numbers of descriptors come again. */
+static void find_sockets(const daemon_process *d, unsigned long *found)
 {
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/fd", (int)d->pid);
@@ -19,34 +19,44 @@ static void find_sockets(const daemon_process *d, bool *found)
     DIR *dir = opendir(path);
     assert_non_null(dir);
     for (const struct dirent *entry; (entry = readdir(dir)) != NULL;) {
-        char target[16] = "";
+        char target[40] = "";
         const int fd = atoi(entry->d_name);
         if (readlinkat(dirfd(dir), entry->d_name, target, sizeof target - 1) > 0 &&
-            strncmp(target, "socket:", 7) == 0 && fd < FDS_MAX)
-            found[fd] = true;
+            strncmp(target, "socket:[", 8) == 0 && fd < FDS_MAX)
+            found[fd] = strtoul(target + 8, NULL, 10);
     }
     closedir(dir);
 }
 
-/* Waits until the daemon has accepted a connection: the descriptor that it has of it. */
-static int await_socket(const daemon_process *d, const bool *before)
+static bool has_socket(const unsigned long *sockets, unsigned long inode)
 {
-    bool now[FDS_MAX];
+    for (int fd = 0; fd < FDS_MAX; fd++)
+        if (sockets[fd] == inode)
+            return true;
+    return false;
+}
+
+/* Waits until the daemon has accepted a connection: the descriptor that it has of it. */
+static int await_socket(const daemon_process *d, const unsigned long *before, unsigned long *inode)
+{
+    unsigned long now[FDS_MAX];
     for (;; sched_yield()) { /* or the watchdog ends the test */
         find_sockets(d, now);
         for (int fd = 0; fd < FDS_MAX; fd++)
-            if (now[fd] && !before[fd])
+            if (now[fd] != 0 && !has_socket(before, now[fd])) {
+                *inode = now[fd];
                 return fd;
+            }
     }
 }
 
-static void await_close(const daemon_process *d, int fd)
+static void await_close(const daemon_process *d, unsigned long inode)
 {
-    bool now[FDS_MAX];
+    unsigned long now[FDS_MAX];
     do {
         sched_yield();
         find_sockets(d, now);
-    } while (now[fd]);
+    } while (has_socket(now, inode));
 }
 
 /* Has both sockets' threads look for events, and the daemon answer. */
@@ -63,14 +73,14 @@ static void a_connection_that_another_process_has_too_is_over_when_the_daemon_en
 {
     (void)state;
     daemon_process d;
-    bool before[FDS_MAX];
+    unsigned long before[FDS_MAX], inode;
     daemon_start(&d, POOL_TINY ",blocks=16");
     const int pidfd = (int)syscall(SYS_pidfd_open, d.pid, 0);
     assert_true(pidfd >= 0);
     for (int handles = 0; handles < 2; handles++) {
         find_sockets(&d, before);
         const int raw = handles ? raw_handles(&d) : raw_connect(&d);
-        const int theirs = await_socket(&d, before);
+        const int theirs = await_socket(&d, before, &inode);
         const int copy = (int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0);
         if (copy < 0 && errno == EPERM) {
             print_message("skipped: this user may not have a descriptor of the daemon's\n");
@@ -79,7 +89,7 @@ static void a_connection_that_another_process_has_too_is_over_when_the_daemon_en
         }
         assert_true(copy >= 0);
         assert_int_equal(send(raw, "no greeting", 11, 0), 11);
-        await_close(&d, theirs); /* it has ended the connection, whose file is there yet */
+        await_close(&d, inode); /* it has ended the connection, whose file is there yet */
         assert_int_equal(send(raw, "and more", 8, 0), 8);
         check_both_serve(&d);
         close(raw);
