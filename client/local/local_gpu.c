@@ -112,7 +112,7 @@ ts_status ts_local_gpu_persistent_new(ts_pool *p, const ts_frame_options *o, ts_
 {
     ts_client *c = p->client;
     char why[TS_GPU_WHY_BYTES];
-    const ts_gpu_plan_limits limits = {o->seqs, o->new_tokens, o->tokens};
+    const ts_gpu_plan_limits limits = {o->seqs, o->new_tokens, o->tokens, p->base};
     *out = NULL;
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)

@@ -49,7 +49,7 @@ typedef struct ts_gpu_buffer {
 #define TS_GPU_BUFFER_LOGS 48u
 
 /* A kernel that takes dynamic shared memory; its argument is a gpu_call (common.cuh). wgmma's have
- * one more (box_map.cuh). */
+ * one more (prefill/box_map.h). */
 typedef struct ts_gpu_kernel {
     const void *function;
     uint32_t threads, bytes; /* of a block */

@@ -182,9 +182,11 @@ ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t h
  * tokens, wgmma.
  */
 typedef struct ts_gpu_plan_limits {
-    uint32_t seqs;      /* of a batch, at most */
-    uint32_t q_tokens;  /* of each sequence */
-    uint64_t kv_tokens; /* of a batch's sequences together, at most */
+    uint32_t seqs;       /* of a batch, at most */
+    uint32_t q_tokens;   /* of each sequence */
+    uint64_t kv_tokens;  /* of a batch's sequences together, at most */
+    unsigned char *base; /* of the cache, in each launch; NULL: not known, and then some copies are
+                            slower */
 } ts_gpu_plan_limits;
 
 /* It has no sequences yet. Errors: ts_gpu_plan_new's. */

@@ -96,7 +96,7 @@ static void check_batches(shape s, uint32_t q_tokens)
     device_problem_new(&d, s, (const uint32_t(*)[2])lengths, SEQS, &r);
     size_t bytes = d.q_bytes + d.p.lse_elements * sizeof(float);
     unsigned char *alone = malloc(bytes), *ours = malloc(bytes);
-    capture(&x, &d, &(ts_gpu_plan_limits){SEQS, q_tokens, all});
+    capture(&x, &d, &(ts_gpu_plan_limits){SEQS, q_tokens, all, d.call.base});
     check_nothing_is_written(&x, &d, ours, bytes);
     for (size_t b = 0; b < sizeof batches / sizeof *batches; b++) {
         ts_attention_call call = d.call;
@@ -172,7 +172,7 @@ static void what_a_persistent_plan_has_no_room_for_is_refused_and_changes_nothin
                        lengths, 3, &r);
     size_t bytes = d.q_bytes + d.p.lse_elements * sizeof(float);
     unsigned char *before = malloc(bytes), *after = malloc(bytes);
-    capture(&x, &d, &(ts_gpu_plan_limits){2, 1, 369});
+    capture(&x, &d, &(ts_gpu_plan_limits){2, 1, 369, NULL});
     OK(ts_gpu_plan_set(x.plan, d.seqs, 1, why, sizeof why));
     poison_device(&d);
     replay(&x);
@@ -189,17 +189,17 @@ static void what_a_persistent_plan_has_no_room_for_is_refused_and_changes_nothin
     graph_free(&x);
 
     ts_gpu_plan *plan = x.plan;
-    assert_int_equal(ts_gpu_plan_new_persistent(gpu, &d.call.geometry, 8, TS_DTYPE_BF16,
-                                                TS_KERNEL_AUTO, &(ts_gpu_plan_limits){2, 100, 1000},
-                                                &plan, why, sizeof why),
+    assert_int_equal(ts_gpu_plan_new_persistent(
+                         gpu, &d.call.geometry, 8, TS_DTYPE_BF16, TS_KERNEL_AUTO,
+                         &(ts_gpu_plan_limits){2, 100, 1000, NULL}, &plan, why, sizeof why),
                      TS_EINVAL);
     assert_null(plan);
     assert_string_equal(why, "100 query tokens of a bf16 cache, head_dim 64: a persistent plan "
                              "is for what kernels v5 and wgmma decode");
-    assert_int_equal(ts_gpu_plan_new_persistent(gpu, &d.call.geometry, 8, TS_DTYPE_BF16,
-                                                TS_KERNEL_V3, &(ts_gpu_plan_limits){2, 1, 1000},
-                                                &plan, why, sizeof why),
-                     TS_EINVAL);
+    assert_int_equal(
+        ts_gpu_plan_new_persistent(gpu, &d.call.geometry, 8, TS_DTYPE_BF16, TS_KERNEL_V3,
+                                   &(ts_gpu_plan_limits){2, 1, 1000, NULL}, &plan, why, sizeof why),
+        TS_EINVAL);
     free(before);
     free(after);
     device_problem_free(&d);
@@ -237,7 +237,7 @@ static void check_growth(shape s, uint32_t q_tokens)
     ts_attention_call call = d.call;
     call.seqs = seqs;
     ts_gpu_plan *plan = NULL;
-    capture(&x, &d, &(ts_gpu_plan_limits){COUNT, q_tokens, all});
+    capture(&x, &d, &(ts_gpu_plan_limits){COUNT, q_tokens, all, d.call.base});
     for (uint32_t t = 0; t <= GROWN; t++) {
         at_time(&d, COUNT, t, seqs);
         if (t == 30) { /* nothing but two blocks of one table change places */

@@ -279,8 +279,8 @@ static void a_persistent_plan_gives_sharers_the_same_bits(void **state)
     size_t bytes;
     family_new(&d, plain, (variety){0}, 1);
     OK(ts_gpu_plan_new_persistent(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype,
-                                  TS_KERNEL_AUTO, &(ts_gpu_plan_limits){SEQS, 1, 30000}, &plan, why,
-                                  sizeof why));
+                                  TS_KERNEL_AUTO, &(ts_gpu_plan_limits){SEQS, 1, 30000, NULL},
+                                  &plan, why, sizeof why));
     for (size_t n = 0; n < sizeof some / sizeof *some; n++) {
         run_some(&d, some[n][0], some[n][1]);
         unsigned char *expected = all_of(&d, &bytes);

@@ -2,13 +2,13 @@
  * From runs of planned batches to launches: each list of the plans' items is one kernel launch for
  * up to GPU_RUNS runs. And all kernels that those may be are loaded before.
  */
-#include "box_map.cuh"
 #include "cache.cuh"
 #include "decode.cuh"
 #include "prefill.cuh"
 #include "tile_shapes.cuh"
 
 extern "C" {
+#include "box_map.h"
 #include "dtypes.h"
 #include "plan.h"
 }
@@ -87,7 +87,8 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     float *partials = first->persistent ? first->own_partials : l->slot->partials;
     uint32_t *counters = tickets_of(l, first) + OWN_COUNTERS;
     c.num_items = 0;
-    c.items_there = first->persistent ? (const uint32_t *)first->buffer->device + list : NULL;
+    c.items_there =
+        first->persistent ? ((const plan_head *)first->buffer->device)->counts + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_run *r = &runs[i];
         const ts_gpu_plan *p = r->plan;
@@ -145,24 +146,10 @@ void set_cache_hints(gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     c.keeps_out = partials + out <= l2 / 4;
 }
 
-/* Tokens of a box: a 16-bit cache's are as many as blocks allow. 0: rows aren't whole slabs, or
- * blocks aren't whole boxes. */
-uint32_t tokens_of_box(const ts_geometry *g)
-{
-    if (g->dtype == TS_DTYPE_FP8_E4M3) {
-        uint32_t tokens = WGMMA_FP8_BOX(wgmma_dims(g));
-        return g->head_dim == wgmma_dims(g) && g->block_tokens % tokens == 0 ? tokens : 0;
-    }
-    uint32_t tokens = wgmma_tokens(g);
-    while (tokens >= BOX_TOKENS_LEAST && g->block_tokens % tokens != 0)
-        tokens /= 2;
-    return tokens >= BOX_TOKENS_LEAST && g->head_dim * 2 % BOX_SLAB == 0 ? tokens : 0;
-}
-
 /* The blocks that wgmma's sequences have lie among these. */
-plan_blocks blocks_of(const ts_gpu_run *runs, uint32_t num_runs)
+block_range blocks_of(const ts_gpu_run *runs, uint32_t num_runs)
 {
-    plan_blocks all = {UINT32_MAX, 0};
+    block_range all = {UINT32_MAX, 0};
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_plan *p = runs[i].plan;
         if (p->count[LIST_WGMMA] + p->count[LIST_FEW] == 0)
@@ -171,40 +158,6 @@ plan_blocks blocks_of(const ts_gpu_run *runs, uint32_t num_runs)
         all.last = p->blocks.last > all.last ? p->blocks.last : all.last;
     }
     return all;
-}
-
-/* These blocks as the copy engine is told of them; nothing, where there are no boxes, or the launch
- * is repeated for blocks that aren't known yet. */
-box_map box_map_of(const gpu_call &c, const ts_gpu_plan *p, plan_blocks blocks)
-{
-    const ts_geometry *g = &p->geometry;
-    box_map m = {};
-    const uint32_t element = sizeof(uint16_t); /* of the map; fp8 are two in one */
-    bool widens = c.cache_bytes < element;
-    uint32_t tokens = tokens_of_box(g), row = g->head_dim * c.cache_bytes;
-    uint32_t slab = row < BOX_SLAB ? row : BOX_SLAB;
-    uint32_t slabs = wgmma_dims(g) * c.cache_bytes / slab;
-    size_t unit = c.block_bytes | c.plane_bytes | c.head_stride;
-    unit &= ~unit + 1; /* the highest power of 2 that divides them all */
-    if (p->persistent || tokens == 0 || p->gpu->info.total_bytes / unit > INT32_MAX)
-        return m;
-    const uint32_t block_units = (uint32_t)(c.block_bytes / unit);
-    const cuuint64_t units = (cuuint64_t)(blocks.last - blocks.first + 1) * block_units;
-    const cuuint64_t sizes[] = {slab / element, 8, row / slab, g->block_tokens / 8, units};
-    const cuuint64_t strides[] = {c.token_stride, slab, 8 * c.token_stride, unit};
-    const cuuint32_t box[] = {slab / element, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
-    if (p->gpu->driver.encode_map(
-            &m.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, c.base + blocks.first * c.block_bytes, sizes,
-            strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-            widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
-            CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        return m;
-    m.block_units = block_units;
-    m.plane_units = (uint32_t)(c.plane_bytes / unit);
-    m.head_units = (uint32_t)(c.head_stride / unit);
-    m.first_units = blocks.first * block_units;
-    m.tokens = tokens;
-    return m;
 }
 
 /* Of a launch over a persistent plan, on each processor: enough that those which come free take
@@ -225,9 +178,14 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
 
 /* One block on each processor, which takes pieces one after the other. */
 cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_kernel &kernel,
-                         plan_blocks among, uint32_t *tickets, float4 *folds, cudaStream_t stream)
+                         block_range blocks_read, uint32_t *tickets, float4 *folds,
+                         cudaStream_t stream)
 {
-    wgmma_call wgmma = {box_map_of(c, p, among), tickets, folds};
+    wgmma_call wgmma = {p->boxes, NULL, tickets, folds};
+    if (p->persistent)
+        wgmma.among = &((const plan_head *)p->buffer->device)->among;
+    else
+        wgmma.boxes = ts_gpu_box_map_of(p->gpu, &p->geometry, c.base, blocks_read);
     void *arguments[] = {(void *)&c, &wgmma};
     uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
     if (blocks > p->gpu->info.processors)

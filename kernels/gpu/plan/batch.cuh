@@ -266,7 +266,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b, unsigned
         items[l] = (uint2 *)(host + p->items[l]);
         pieces[l] = (plan_piece *)(host + p->items[l]);
     }
-    memcpy(host, p->count, sizeof p->count);
+    memcpy(((plan_head *)host)->counts, p->count, sizeof p->count);
     if (sharing.num_members > 0)
         memcpy(host + p->tables, sharing.members, sharing.num_members * sizeof(uint32_t));
     fill_seqs(p, seqs, b, to, (uint32_t *)(host + p->tables));

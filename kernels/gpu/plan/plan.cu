@@ -165,7 +165,7 @@ bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_s
 /* Finds among which blocks all lie, where wgmma is to read them in boxes. */
 void find_blocks(ts_gpu_plan *p, const ts_attention_seq *seqs)
 {
-    plan_blocks all = {UINT32_MAX, 0};
+    block_range all = {UINT32_MAX, 0};
     if (p->count[LIST_WGMMA] + p->count[LIST_FEW] == 0)
         return;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
@@ -403,6 +403,8 @@ extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *
     /* Its launches are repeated for whatever comes, and without teams theirs is the slower kernel.
      */
     p->team_kernel = ts_gpu_kernel{};
+    if (limits->base != NULL)
+        p->boxes = ts_gpu_box_map_of(gpu, geometry, limits->base, block_range{0, 0});
     status = make_room(p, &entries, why, why_bytes);
     if (status == TS_OK)
         status = load_append(p, why, why_bytes);
@@ -448,6 +450,15 @@ extern "C" ts_status ts_gpu_plan_set(ts_gpu_plan *p, const ts_attention_seq *seq
         if (status != TS_OK)
             return status;
         bytes = p->tables + p->entries * sizeof(uint32_t);
+    }
+    if (p->boxes.tokens > 0 && p->blocks.first <= p->blocks.last) {
+        const box_map m = ts_gpu_box_map_of(p->gpu, &p->geometry, most->base, p->blocks);
+        if (m.tokens == 0) {
+            snprintf(why, why_bytes, "the driver makes no map of blocks %u to %u", p->blocks.first,
+                     p->blocks.last);
+            return TS_EDEVICE;
+        }
+        ((plan_head *)p->buffer->host)->among = m.among;
     }
     status = ts_gpu_buffer_upload(p->gpu, p->buffer, bytes, why, why_bytes);
     if (status != TS_OK)

@@ -1,11 +1,12 @@
 /*
- * Inside kernels/gpu: what a plan has on the device. Its memory holds, one after the other, how
- * many items each list has, the sequences, the lists of items and the block tables. In a plan that
- * is kept they have room for what its limits allow, and so stay where they are.
+ * Inside kernels/gpu: what a plan has on the device. Its memory holds, one after the other, its
+ * head, the sequences, the lists of items and the block tables. In a plan that is kept they have
+ * room for what its limits allow, and so stay where they are.
  */
 #ifndef TS_GPU_PLAN_H
 #define TS_GPU_PLAN_H
 
+#include "box_map.h"
 #include "device.h"
 
 /* Who works through a list of items. */
@@ -22,10 +23,10 @@ typedef enum ts_gpu_list {
     LIST_COUNT
 } ts_gpu_list;
 
-/* The lowest and the highest. */
-typedef struct plan_blocks {
-    uint32_t first, last;
-} plan_blocks;
+typedef struct plan_head {
+    box_blocks among;            /* of a persistent plan with boxes: of the blocks that it reads */
+    uint32_t counts[LIST_COUNT]; /* of items */
+} plan_head;
 
 struct ts_gpu_plan {
     ts_gpu *gpu;
@@ -43,7 +44,7 @@ struct ts_gpu_plan {
     uint32_t count[LIST_COUNT];
     size_t items[LIST_COUNT], tables; /* offsets in bytes; the sequences': PLAN_SEQS */
     size_t entries;     /* of the block tables, with room in each, behind the lists of members */
-    plan_blocks blocks; /* of all tables, where wgmma has work */
+    block_range blocks; /* of all tables, where wgmma has work */
     uint32_t *shared;   /* chunks that each sequence shares with its team; NULL: there is no team */
     size_t records;     /* partial rows of chunks that are to be merged */
     bool folds;         /* wgmma has pieces of several chunks */
@@ -53,13 +54,14 @@ struct ts_gpu_plan {
     uint64_t renewals;                 /* since it was written whole */
     bool persistent;
     ts_gpu_plan_limits limits; /* of a persistent one, as all that follows: */
+    box_map boxes;             /* but for `among`, which is on the device */
     uint32_t room[LIST_COUNT]; /* for items */
     float *own_partials;       /* its own */
     float *own_folds;          /* behind them, of wgmma's blocks */
     uint32_t *own_counters;    /* its own, all 0 between launches; wgmma's tickets first */
 };
 
-#define PLAN_SEQS (LIST_COUNT * sizeof(uint32_t)) /* where they are: behind the counts */
+#define PLAN_SEQS sizeof(plan_head) /* where the sequences are */
 
 /* Finds the kernels that the device can launch for a plan of this device, geometry, io_dtype and
  * kernel, which are all that was set; they are loaded then. TS_EINVAL: the one that was asked for

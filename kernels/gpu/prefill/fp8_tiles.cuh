@@ -55,6 +55,8 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
 
     const gpu_call &c;
     const box_map &m;
+    const CUtensorMap *map;
+    uint32_t first_units; /* from block 0 to where the map begins */
     uint32_t bars;        /* in shared memory: the ring's barriers */
     uint32_t tiles[2];    /* ... where this lane's even and odd pieces belong in the first tile */
     uint32_t place, came; /* ... this lane's first piece of the next portion; its barrier */
@@ -68,12 +70,15 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
     const unsigned char *rows; /* its K in block 0 */
     uint32_t k_block, v_block; /* of this lane's token of the next tile of K, and of V */
 
-    /* All but c and m are in shared memory. */
-    __device__ fp8_widener(const gpu_call &c, const box_map &m, uint32_t ring_tiles,
+    /* ring_tiles and what follows are in shared memory. */
+    __device__ fp8_widener(const gpu_call &c, const wgmma_call &wc, uint32_t ring_tiles,
                            uint32_t all_places, const typename ring::barriers *ring_bars,
                            const portions *p)
-        : c(c), m(m), parity(0), base(0), count(0)
+        : c(c), m(wc.boxes), parity(0), base(0), count(0)
     {
+        const box_blocks *among = blocks_of_boxes(wc);
+        map = &among->map;
+        first_units = among->first_units;
         bars = keep(shared_address(ring_bars->there));
         for (uint32_t i = 0; i < 2; i++)
             tiles[i] = keep(ring_tiles + (warp() * PIECES + slab_of(i)) * ring::ATOM +
@@ -108,7 +113,7 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
         first = w.first + warp() * TOKENS;
         end = j.end;
         blocks = j.s.blocks;
-        unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units - m.first_units;
+        unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units - first_units;
         rows = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
         if (count > 0)
             k_block = v_block = blocks[divide(token_of(0), c.block_tokens)];
@@ -187,7 +192,7 @@ template <int DIM, bool BY_BOXES> struct fp8_widener {
             uint32_t e = BOXES > 1 ? __shfl_sync(~0u, eight, (int)i) : eight;
             uint32_t u = BOXES > 1 ? __shfl_sync(~0u, at, (int)i) : at;
             if (is_elected())
-                copy_box(first_of(place) + i * BOX * DIM, &m, e, u, came, false);
+                copy_box(first_of(place) + i * BOX * DIM, map, e, u, came, false);
         }
     }
 

@@ -13,7 +13,6 @@
 #ifndef TS_GPU_TILE_RING_CUH
 #define TS_GPU_TILE_RING_CUH
 
-#include "box_map.cuh"
 #include "chunks.cuh"
 #include "warp_group.cuh"
 
@@ -143,7 +142,9 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
     /* A warp's way through pieces' tiles. P: k_place or v_place. */
     template <typename P> struct box_feed {
         const box_map &m;
-        uint32_t bars, plane, warp; /* warp: of the feeders */
+        const CUtensorMap *map;
+        uint32_t bars, plane, warp; /* plane: K's or V's in block 0, in the map; warp: of the
+                                       feeders */
         uint32_t boxes;             /* of a tile, this warp's */
         P place;                    /* to be filled next */
         walk w;
@@ -151,10 +152,13 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         uint32_t block; /* of this lane's box of the next tile: looked up early */
 
         /* tiles: of this ring. plane: from K's in the map, in its units. */
-        __device__ box_feed(const box_map &map, uint32_t tiles, uint32_t bars, uint32_t plane,
+        __device__ box_feed(const wgmma_call &wc, uint32_t tiles, uint32_t bars, uint32_t plane,
                             uint32_t warp)
-            : m(map), bars(bars), plane(plane), warp(warp), boxes(0)
+            : m(wc.boxes), bars(bars), warp(warp), boxes(0)
         {
+            const box_blocks *among = blocks_of_boxes(wc);
+            map = &among->map;
+            this->plane = plane - among->first_units;
             if (m.tokens > 0)
                 boxes = (TOKENS / m.tokens + FEEDERS - 1 - warp) / FEEDERS;
             place.init(tiles, bars, 1);
@@ -182,7 +186,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
             for (uint32_t i = 0; i < boxes; i++, to += FEEDERS * bytes) {
                 uint32_t e = __shfl_sync(~0u, eight, i), u = __shfl_sync(~0u, unit, i);
                 if (is_elected())
-                    copy_box(to, &m, e, u, there, once);
+                    copy_box(to, map, e, u, there, once);
             }
             place.advance(bars);
         }
@@ -191,7 +195,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         __device__ void begin(const gpu_call &c, const job &j)
         {
             w = walk_of(j);
-            unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units + plane - m.first_units;
+            unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units + plane;
             block = block_of(c, j, w.first);
         }
         /* Its tiles from n to before `to`, as their places become free. Behind the end boxes are

@@ -6,8 +6,11 @@
 #ifndef TS_GPU_WARP_GROUP_CUH
 #define TS_GPU_WARP_GROUP_CUH
 
-#include "box_map.cuh"
 #include "cache_hints.cuh"
+
+extern "C" {
+#include "box_map.h"
+}
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -80,21 +83,32 @@ __device__ inline bool is_elected()
     return elected != 0;
 }
 
+/* The blocks that a launch's boxes lie in. Where the host has written them to memory since the last
+ * launch, this thread's copies see that (PTX ISA, "fence.proxy.tensormap"). */
+__device__ inline const box_blocks *blocks_of_boxes(const wgmma_call &wc)
+{
+    if (wc.among == NULL)
+        return &wc.boxes.among;
+    asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(&wc.among->map)
+                 : "memory");
+    return wc.among;
+}
+
 /* A box into shared memory, by the copy engine; the barrier gets its bytes. once: it may leave the
  * second-level cache first. (To name the usual priority is slower than to name none.) */
-__device__ inline void copy_box(uint32_t to, const box_map *m, uint32_t eight, uint32_t unit,
+__device__ inline void copy_box(uint32_t to, const CUtensorMap *map, uint32_t eight, uint32_t unit,
                                 uint32_t barrier, bool once)
 {
     if (once)
         asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
                      "bytes.L2::cache_hint [%0], [%1, {%2, %2, %2, %3, %4}], [%5], %6;" ::"r"(to),
-                     "l"(&m->map), "r"(0), "r"(eight), "r"(unit), "r"(barrier),
+                     "l"(map), "r"(0), "r"(eight), "r"(unit), "r"(barrier),
                      "l"(cache_hints::leaves_first())
                      : "memory");
     else
         asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
                      "bytes [%0], [%1, {%2, %2, %2, %3, %4}], [%5];" ::"r"(to),
-                     "l"(&m->map), "r"(0), "r"(eight), "r"(unit), "r"(barrier)
+                     "l"(map), "r"(0), "r"(eight), "r"(unit), "r"(barrier)
                      : "memory");
 }
 

@@ -159,7 +159,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         typedef fp8_widener<DIM, BY_BOXES> widener;
         uint32_t item = 0, chunk = 0, used = shared_address(&p->q_used);
         bool tells = threadIdx.x == THREADS - 32, apart = false;
-        widener from(c, wc.boxes, tiles, tiles + ring::BYTES, bars, come);
+        widener from(c, wc, tiles, tiles + ring::BYTES, bars, come);
         if (tells)
             tell(c, wc.tickets, p, 0, item, chunk);
         __syncwarp();
@@ -205,10 +205,10 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         uint32_t warp = uniform(threadIdx.x / 32 - WORKERS / 32), feeder = warp / 2;
         uint32_t there = shared_address(bars->there), base = 0;
         bool by_boxes = wc.boxes.tokens > 0, tells = threadIdx.x == THREADS - 32, apart = false;
-        typename ring::template box_feed<typename ring::k_place> k_feed(wc.boxes, tiles, there, 0,
+        typename ring::template box_feed<typename ring::k_place> k_feed(wc, tiles, there, 0,
                                                                         feeder);
         typename ring::template box_feed<typename ring::v_place> v_feed(
-            wc.boxes, tiles + ring::K_STAGES * ring::PLANE, there, wc.boxes.plane_units, feeder);
+            wc, tiles + ring::K_STAGES * ring::PLANE, there, wc.boxes.plane_units, feeder);
         uint32_t item = 0, chunk = 0;
         if (tells)
             tell(c, wc.tickets, p, 0, item, chunk);

@@ -6,29 +6,48 @@
  * A row is a number of slabs of up to 128 bytes. Dimensions of the map: within a slab, within eight
  * tokens, slabs, eights of tokens, and last the place of a head's K or V in the cache, in units of
  * bytes that blocks, planes and heads are all multiples of. The map has the blocks that a launch
- * reads, and those between them. So a box lies in shared memory as the products take it: eights of
- * tokens, in each its slabs, in each eight rows. What is to be widened first isn't swizzled.
+ * reads, and those between them: where it begins is to be mapped (doc/notebook.md). So a box lies
+ * in shared memory as the products take it: eights of tokens, in each its slabs, in each eight
+ * rows. What is to be widened first isn't swizzled.
  */
-#ifndef TS_GPU_BOX_MAP_CUH
-#define TS_GPU_BOX_MAP_CUH
+#ifndef TS_GPU_BOX_MAP_H
+#define TS_GPU_BOX_MAP_H
+
+#include "device.h"
 
 #include <cuda.h>
 #include <stdint.h>
 
-struct box_map {
+/* The lowest and the highest. */
+typedef struct block_range {
+    uint32_t first, last;
+} block_range;
+
+/* What depends on the blocks. */
+typedef struct box_blocks {
     CUtensorMap map;
+    uint32_t first_units; /* from block 0 to where the map begins */
+} box_blocks;
+
+typedef struct box_map {
+    box_blocks among;
     uint32_t tokens; /* of a box, which divide a block and a tile; 0: there is no map */
     uint32_t block_units, plane_units, head_units;
-    uint32_t first_units; /* from block 0 to where the map begins */
-};
+} box_map;
+
+/* Of these blocks of a cache that begins at `base`, which may be NULL if nobody is to read them.
+ * tokens is 0 where there are no boxes: rows aren't whole slabs, or blocks not whole boxes. */
+box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, unsigned char *base,
+                          block_range blocks);
 
 /* What wgmma's launches have beside a gpu_call. */
-struct wgmma_call {
+typedef struct wgmma_call {
     box_map boxes;
+    const box_blocks *among; /* a persistent plan's, on the device; NULL: boxes.among */
     uint32_t *tickets; /* two, 0 between launches: pieces that were taken, blocks that found none */
     float4 *folds;     /* what blocks keep of pieces of several chunks: WGMMA_FOLD each, of each
                           thread that multiplies */
-};
+} wgmma_call;
 
 #define BOX_SLAB 128u        /* bytes: as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */

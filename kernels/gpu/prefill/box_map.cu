@@ -1,0 +1,56 @@
+/* Makes the maps of box_map.h. Thread: any. */
+#include "tile_shapes.cuh"
+
+extern "C" {
+#include "box_map.h"
+}
+
+/* Tokens of a box: a 16-bit cache's are as many as blocks allow. 0: rows aren't whole slabs, or
+ * blocks aren't whole boxes. */
+static uint32_t tokens_of_box(const ts_geometry *g)
+{
+    if (g->dtype == TS_DTYPE_FP8_E4M3) {
+        uint32_t tokens = WGMMA_FP8_BOX(wgmma_dims(g));
+        return g->head_dim == wgmma_dims(g) && g->block_tokens % tokens == 0 ? tokens : 0;
+    }
+    uint32_t tokens = wgmma_tokens(g);
+    while (tokens >= BOX_TOKENS_LEAST && g->block_tokens % tokens != 0)
+        tokens /= 2;
+    return tokens >= BOX_TOKENS_LEAST && g->head_dim * 2 % BOX_SLAB == 0 ? tokens : 0;
+}
+
+extern "C" box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, unsigned char *base,
+                                     block_range blocks)
+{
+    box_map m = {};
+    const uint32_t element = sizeof(uint16_t); /* of the map; fp8 are two in one */
+    const uint32_t cache_bytes = (uint32_t)ts_dtype_bytes(g->dtype);
+    const bool widens = cache_bytes < element;
+    const uint32_t tokens = tokens_of_box(g), row = g->head_dim * cache_bytes;
+    const uint32_t slab = row < BOX_SLAB ? row : BOX_SLAB;
+    const uint32_t slabs = wgmma_dims(g) * cache_bytes / slab;
+    const size_t block_bytes = ts_geometry_block_bytes(g), plane_bytes = ts_geometry_plane_bytes(g);
+    const size_t head_stride = ts_geometry_head_stride(g);
+    const size_t token_stride = ts_geometry_token_stride(g);
+    size_t unit = block_bytes | plane_bytes | head_stride;
+    unit &= ~unit + 1; /* the highest power of 2 that divides them all */
+    if (tokens == 0 || gpu->info.total_bytes / unit > INT32_MAX)
+        return m;
+    const uint32_t block_units = (uint32_t)(block_bytes / unit);
+    const cuuint64_t units = (cuuint64_t)(blocks.last - blocks.first + 1) * block_units;
+    const cuuint64_t sizes[] = {slab / element, 8, row / slab, g->block_tokens / 8, units};
+    const cuuint64_t strides[] = {token_stride, slab, 8 * token_stride, unit};
+    const cuuint32_t box[] = {slab / element, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
+    if (gpu->driver.encode_map(
+            &m.among.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, base + blocks.first * block_bytes,
+            sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+            widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+            CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        return box_map{};
+    m.block_units = block_units;
+    m.plane_units = (uint32_t)(plane_bytes / unit);
+    m.head_units = (uint32_t)(head_stride / unit);
+    m.among.first_units = blocks.first * block_units;
+    m.tokens = tokens;
+    return m;
+}
