@@ -383,11 +383,12 @@ typedef struct ts_frame_options {
 TS_WARN_UNUSED ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *options,
                                       ts_frame **out);
 
-/* ts_step_begin for the frame, once work launched for its last step is complete. tokens: as
- * ts_step_options.tokens, or NULL. TS_EBUSY: it has a step. TS_EINVAL: more sequences or tokens
- * than it has room for. */
+/* ts_step_begin for the frame, once work launched for its last step is complete. options: this
+ * step's tokens, wait_ms and priority; what is 0 or NULL is the frame's, and the rest may not be
+ * another than the frame's. NULL: all are. TS_EBUSY: it has a step. TS_EINVAL: more sequences or
+ * tokens than it has room for, or an option that its graphs can't follow. */
 TS_WARN_UNUSED ts_status ts_frame_begin(ts_frame *frame, const ts_seq *seqs, uint32_t count,
-                                        const uint32_t *tokens, ts_step **out);
+                                        const ts_step_options *options, ts_step **out);
 
 /* End its step before, don't launch its graphs after, and free it before its pool is closed. */
 void ts_frame_free(ts_frame *frame);

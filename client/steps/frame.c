@@ -108,12 +108,41 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
     return TS_OK;
 }
 
-ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, const uint32_t *ids,
-                         ts_step **out)
+/* The frame's options with what one step may have of its own. */
+static ts_status merge(const ts_frame *f, const ts_step_options *own, ts_step_options *out)
+{
+    const ts_step_options *all = &f->step;
+    const char *what = own->heads != 0 && own->heads != all->heads                  ? "heads"
+                       : own->io_dtype != 0 && own->io_dtype != all->io_dtype       ? "io_dtype"
+                       : own->scale != 0 && own->scale != all->scale                ? "scale"
+                       : own->no_run                                                ? "no_run"
+                       : own->kernel != NULL && strcmp(own->kernel, f->kernel) != 0 ? "kernel"
+                                                                                    : NULL;
+    if (what != NULL)
+        return ts_fail(f->pool->client, TS_EINVAL,
+                       "a step whose %s isn't its frame's, which graphs were captured with", what);
+    *out = *all;
+    if (own->tokens != NULL)
+        out->tokens = own->tokens;
+    if (own->wait_ms != 0)
+        out->wait_ms = own->wait_ms;
+    if (own->priority != 0)
+        out->priority = own->priority;
+    return TS_OK;
+}
+
+ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count,
+                         const ts_step_options *options, ts_step **out)
 {
     ts_client *c = f->pool->client;
+    ts_step_options own, o;
     *out = NULL;
     TS_ENTER(c);
+    ts_status status = ts_options_read(c, TS_STRUCT_STEP_OPTIONS, options, &own);
+    if (status == TS_OK)
+        status = merge(f, &own, &o);
+    if (status != TS_OK)
+        return status;
     if (f->in_use)
         return ts_fail(c, TS_EBUSY, "the frame has a step that hasn't ended");
     if (count == 0 || count > f->options.seqs)
@@ -129,9 +158,7 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count, const 
     s->io_dtype = f->step.io_dtype;
     s->scale = f->step.scale;
     s->exec = TS_EXEC_LOCAL;
-    ts_step_options options = f->step;
-    options.tokens = ids;
-    ts_status status = ts_step_call_begin(s, seqs, &options, false);
+    status = ts_step_call_begin(s, seqs, &o, false);
     if (status != TS_OK) {
         ts_step_free(s);
         return status;

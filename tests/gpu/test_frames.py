@@ -170,3 +170,31 @@ def test_a_frames_limits_are_named_and_a_refused_step_changes_nothing(daemon):
         client.exchange(kv, 4 << 20)
         with pytest.raises(tinyserve.DeniedError, match="TS_POOL_WRITABLE"):
             kv.frame(4, heads=HEADS)
+
+
+def test_each_step_of_a_frame_may_have_tokens_a_wait_and_a_priority(daemon):
+    with tinyserve.connect(daemon.url) as client, client.pool("p", writable=True) as kv:
+        client.exchange(kv, 4 << 20)
+        seq, = kv.create()
+        with kv.frame(1, heads=HEADS, io_dtype="bf16") as frame:
+            for token in range(BLOCK):
+                with frame.step([seq], [1000 + token], priority=1) as step:
+                    for layer in range(LAYERS):
+                        step.run(layer)
+                    step.commit()
+            ids = [1000 + token for token in range(BLOCK)] + [5]
+            found, tokens = kv.match(ids)
+            assert tokens == BLOCK
+            kv.free([found])
+            room = kv.stats()
+            rest, = kv.create()
+            with kv.step([rest], [room.available * BLOCK], heads=HEADS,
+                         io_dtype="bf16", run=False) as step:
+                step.commit()
+            with pytest.raises(tinyserve.NoSpaceError):
+                frame.step([seq], wait=0.05)
+            with pytest.raises(tinyserve.InvalidError, match="priority"):
+                frame.step([seq], priority=2)
+            kv.free([rest])
+            with frame.step([seq], wait=0.05) as step:
+                step.abort()

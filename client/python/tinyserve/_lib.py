@@ -180,7 +180,8 @@ _FUNCTIONS = {
     "ts_step_commit": (c_int, [c_void_p, _u32p]),
     "ts_step_abort": (c_int, [c_void_p]),
     "ts_frame_new": (c_int, [c_void_p, POINTER(CFrameOptions), POINTER(c_void_p)]),
-    "ts_frame_begin": (c_int, [c_void_p, _u64p, c_uint32, _u32p, POINTER(c_void_p)]),
+    "ts_frame_begin": (c_int, [c_void_p, _u64p, c_uint32, POINTER(CStepOptions),
+                               POINTER(c_void_p)]),
     "ts_frame_free": (None, [c_void_p]),
 }
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from ctypes import (POINTER, byref, c_int, c_uint32, c_uint64, c_void_p, cast,
-                    create_string_buffer)
+from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p, create_string_buffer
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from . import arguments as check
 from ._lib import CFrameOptions, CKeepOptions, CKept, CKv, CPoolRoom, CSeqOptions, lib
 from .opened import Memory, Opened
 from .records import Geometry, Kept, Room, Seq
-from .step import Frame, Step, step_options
+from .step import Frame, Step, add_options, step_options
 from .view import View
 
 if TYPE_CHECKING:
@@ -310,12 +309,8 @@ class Pool:
         found by match(); wait: seconds to wait for room, in the order of those who wait; priority:
         what is cached of it is evicted before the user's other content (-1), or after it (1)."""
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
-        options = step_options(heads, io_dtype, scale, run, kernel)
-        if tokens is not None:
-            given, _ = check.token_ids("tokens", tokens, sum(numbers[:n]))
-            options.tokens = cast(given, POINTER(c_uint32))
-        options.wait_ms = check.milliseconds("wait", wait, may_be_0=True)
-        options.priority = check.integer("priority", priority, -1, 1)
+        options = add_options(step_options(heads, io_dtype, scale, run, kernel), sum(numbers[:n]),
+                              tokens, wait, priority)
         handle = c_void_p()
         self._check(self.client._interruptible(
             options.wait_ms,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from ctypes import byref, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_uint32, c_uint64, c_void_p, cast
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from . import arguments as check
@@ -27,6 +27,17 @@ def step_options(heads: int | None, io_dtype: str, scale: float, run: bool,
                         check.choice("io_dtype", io_dtype, DTYPE_NAMES[:3]),
                         check.real("scale", scale), not run,
                         check.text("kernel", kernel) if kernel is not None else None)
+
+
+def add_options(options: CStepOptions, count: int, tokens: Iterable[int] | None, wait: float,
+                priority: int) -> CStepOptions:
+    """With those that each step of a frame may have of its own; count: of new tokens."""
+    if tokens is not None:
+        given, _ = check.token_ids("tokens", tokens, count)
+        options.tokens = cast(given, POINTER(c_uint32))
+    options.wait_ms = check.milliseconds("wait", wait, may_be_0=True)
+    options.priority = check.integer("priority", priority, -1, 1)
+    return options
 
 
 class Step:
@@ -216,20 +227,22 @@ class Frame:
         self._handle: c_void_p | None = handle
         pool._frames.append(self)
 
-    def step(self, seqs: Sequence[Seq], tokens: Iterable[int] | None = None) -> Step:
-        """Begins a step that adds the frame's new_tokens to each sequence; tokens are their ids, as
-        in Pool.step(). q, k, v and out lie
-        where those of the steps before it lay, and have a full step's rows, of which the first
-        `step.tokens` count. Raises BusyError while another one is open, NoSpaceError."""
+    def step(self, seqs: Sequence[Seq], tokens: Iterable[int] | None = None, *,
+             wait: float = 0.0, priority: int = 0) -> Step:
+        """Begins a step that adds the frame's new_tokens to each sequence; tokens, wait and
+        priority are as in Pool.step(). q, k, v and out lie where those of the steps before it lay,
+        and have a full step's rows, of which the first `step.tokens` count. Raises BusyError while
+        another one is open, NoSpaceError."""
         self.pool._open()
         if self._handle is None:
             raise DisconnectedError("the frame was closed", 11, "TS_ECONN")
         ids, n = check.integers("seqs", c_uint64, seqs)
-        given = None
-        if tokens is not None:
-            given, _ = check.token_ids("tokens", tokens, n * self.new_tokens)
+        options = add_options(CStepOptions(), n * self.new_tokens, tokens, wait, priority)
         handle = c_void_p()
-        self.pool._check(lib.ts_frame_begin(self._handle, ids, n, given, byref(handle)))
+        self.pool._check(self.pool.client._interruptible(
+            options.wait_ms,
+            lambda: int(lib.ts_frame_begin(self._handle, ids, n, byref(options), byref(handle))),
+            lambda: lib.ts_step_abort(handle)))
         return Step(self.pool, handle, n, self.heads, self.io_dtype, True, self.rows)
 
     def close(self) -> None:
