@@ -158,7 +158,8 @@ static uint32_t check(const batch *b, const ts_gpu_plan *plan)
     const plan_seq *seqs = (const plan_seq *)(const void *)(host + PLAN_SEQS);
     const uint32_t *tables = (const uint32_t *)(const void *)(host + plan->tables);
     uint32_t *seen[SEQS], tiles[SEQS], common = 0;
-    assert_memory_equal(host, plan->count, sizeof plan->count);
+    assert_memory_equal(((const plan_head *)(const void *)host)->counts, plan->count,
+                        sizeof plan->count);
     for (uint32_t i = 0; i < b->count; i++) {
         seen[i] = calloc(seqs[i].num_chunks + 1, sizeof(uint32_t));
         tiles[i] = 0;
