@@ -160,6 +160,62 @@ block_range blocks_of(const ts_gpu_run *runs, uint32_t num_runs)
     return all;
 }
 
+/* Whether a launch of wgmma may store the sequences itself that are all new: there is one run, and
+ * its new rows are as the cache has them. */
+bool may_store(const wgmma_call &wgmma, const gpu_call &c, const ts_gpu_run *runs,
+               uint32_t num_runs)
+{
+    const ts_gpu_run *r = &runs[0];
+    const ts_gpu_plan *p = r->plan;
+    const bool alike = p->io_dtype == p->geometry.dtype && c.cache_bytes == 2 && c.rope.theta == 0;
+    return num_runs == 1 && p->storable > 0 && r->k != NULL && alike && wgmma.boxes.tokens > 0 &&
+           ((uintptr_t)r->k | (uintptr_t)r->v) % 16 == 0;
+}
+
+/* Gives it the run's own rows, if so. */
+void add_rows(wgmma_call &wgmma, const ts_gpu_run *r)
+{
+    const ts_gpu_plan *p = r->plan;
+    const ts_geometry *g = &p->geometry;
+    const void *const rows[] = {r->k, r->v};
+    wgmma.stores = wgmma.wide = true;
+    for (int i = 0; i < 2; i++) {
+        wgmma.stores =
+            wgmma.stores && ts_gpu_eight_map_of(p->gpu, g, rows[i], p->q_tokens, &wgmma.eight[i]);
+        wgmma.wide = wgmma.wide && ts_gpu_many_map_of(p->gpu, g, rows[i], p->q_tokens,
+                                                      wgmma.boxes.tokens, &wgmma.many[i]);
+    }
+}
+
+/* What launches of the runs' lists that are wgmma's have beside a gpu_call. */
+wgmma_call wgmma_call_of(const gpu_call &c, const ts_gpu_launch *l, const ts_gpu_run *runs,
+                         uint32_t num_runs)
+{
+    const ts_gpu_plan *p = runs[0].plan;
+    wgmma_call wgmma = {};
+    wgmma.tickets = tickets_of(l, p);
+    if (p->persistent) {
+        wgmma.boxes = p->boxes;
+        wgmma.among = &((const plan_head *)p->buffer->device)->among;
+        wgmma.folds = (float4 *)p->own_folds;
+        return wgmma;
+    }
+    size_t records = 0;
+    bool any = false;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        const ts_gpu_plan *its = runs[i].plan;
+        records += its->records;
+        any = any || its->count[LIST_WGMMA] + its->count[LIST_FEW] > 0;
+    }
+    if (!any)
+        return wgmma;
+    wgmma.boxes = ts_gpu_box_map_of(p->gpu, &p->geometry, c.base, blocks_of(runs, num_runs));
+    wgmma.folds = (float4 *)(l->slot->partials + records * ts_gpu_record_floats(&p->geometry));
+    if (may_store(wgmma, c, runs, num_runs))
+        add_rows(wgmma, &runs[0]);
+    return wgmma;
+}
+
 /* Of a launch over a persistent plan, on each processor: enough that those which come free take
  * what is left, and few enough that those without a piece cost little. */
 #define PERSISTENT_BLOCKS 12u
@@ -178,15 +234,9 @@ cudaError_t launch_pieces(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_
 
 /* One block on each processor, which takes pieces one after the other. */
 cudaError_t launch_wgmma(const gpu_call &c, const ts_gpu_plan *p, const ts_gpu_kernel &kernel,
-                         block_range blocks_read, uint32_t *tickets, float4 *folds,
-                         cudaStream_t stream)
+                         const wgmma_call &wgmma, cudaStream_t stream)
 {
-    wgmma_call wgmma = {p->boxes, NULL, tickets, folds};
-    if (p->persistent)
-        wgmma.among = &((const plan_head *)p->buffer->device)->among;
-    else
-        wgmma.boxes = ts_gpu_box_map_of(p->gpu, &p->geometry, c.base, blocks_read);
-    void *arguments[] = {(void *)&c, &wgmma};
+    void *arguments[] = {(void *)&c, (void *)&wgmma};
     uint64_t blocks = (uint64_t)c.num_items * c.kv_heads;
     if (blocks > p->gpu->info.processors)
         blocks = p->gpu->info.processors;
@@ -311,24 +361,22 @@ ts_status tell_runs(ts_gpu_launch *l, const ts_gpu_run *runs, uint32_t num_runs)
 cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
     const ts_gpu_plan *p = runs[0].plan; /* they are alike */
-    size_t records = 0;
-    for (uint32_t i = 0; i < num_runs; i++)
-        records += runs[i].plan->persistent ? 0 : runs[i].plan->records;
     cudaError_t error = await_plans(l, runs, num_runs);
     set_cache_hints(c, runs, num_runs);
+    wgmma_call wgmma = wgmma_call_of(c, l, runs, num_runs);
     for (uint32_t list = 0; list < LIST_COUNT && error == cudaSuccess; list++) {
         set_runs(c, l, (ts_gpu_list)list, runs, num_runs);
+        if (list == LIST_APPEND && wgmma.stores)
+            c.num_items = c.runs[0].end -= p->storable;
         if (c.num_items == 0)
             continue;
         if (list < LIST_WGMMA) {
             error = launch_list(c, (ts_gpu_list)list, p, has_teams(runs, num_runs), l->stream);
             continue;
         }
-        float *folds = l->slot->partials + records * ts_gpu_record_floats(&p->geometry);
+        wgmma.stores = wgmma.stores && list == LIST_WGMMA;
         bool varied = any_is_varied(c, runs, num_runs);
-        error = launch_wgmma(c, p, varied ? p->varied_wgmma : p->kernels[list],
-                             blocks_of(runs, num_runs), tickets_of(l, p),
-                             (float4 *)(p->persistent ? p->own_folds : folds), l->stream);
+        error = launch_wgmma(c, p, varied ? p->varied_wgmma : p->kernels[list], wgmma, l->stream);
     }
     return error;
 }

@@ -45,6 +45,9 @@ struct job {
     uint32_t begin, end;             /* tokens of the chunk that some row sees */
     uint32_t clear_begin, clear_end; /* ... that all rows see */
     bool once;                       /* nobody else reads these K and V in this launch */
+    /* For wgmma: */
+    bool all_new;        /* it stores the sequence */
+    uint32_t box_tokens; /* that tiles come in; 1: no boxes */
 };
 
 /* What scores are multiplied by: an fp8 cache's K has a scale of its own. */

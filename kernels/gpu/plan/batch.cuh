@@ -97,6 +97,13 @@ void find_teams(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
         ts_sharing_drop(&b.sharing);
 }
 
+/* Whether wgmma may store the sequence's K and V itself: all are new, and each piece of work has
+ * all chunks. */
+bool is_storable(const ts_attention_seq *s, const seq_cut &cut)
+{
+    return cut.list == LIST_WGMMA && s->kv_tokens == s->q_tokens && cut.c.together == cut.c.chunks;
+}
+
 /* Counts items, records and counters of a sequence. */
 void count_seq(ts_gpu_plan *p, const ts_attention_seq *s, const seq_cut &cut, uint32_t shared,
                sorter *sorters)
@@ -121,6 +128,8 @@ void count_seq(ts_gpu_plan *p, const ts_attention_seq *s, const seq_cut &cut, ui
         p->count[list] += s->q_tokens;
     if (list == LIST_TILE || list == LIST_DECODE || has_many_rows(list))
         p->count[LIST_APPEND] += s->q_tokens;
+    if (is_storable(s, cut))
+        p->storable += s->q_tokens;
 }
 
 /* Says where each bucket's pieces begin, once the longest piece of each list is known. */
@@ -157,7 +166,7 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
     size_t entries = b.sharing.num_members;
     p->folds = false;
     memset(p->count, 0, sizeof p->count);
-    p->records = p->counters = p->q_tokens = 0;
+    p->records = p->counters = p->q_tokens = p->storable = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         if (seqs[i].q_tokens == 0) /* nothing is told of it, nor of its table */
             continue;
@@ -266,6 +275,7 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b, unsigned
         items[l] = (uint2 *)(host + p->items[l]);
         pieces[l] = (plan_piece *)(host + p->items[l]);
     }
+    uint2 *storable = items[LIST_APPEND] + (p->count[LIST_APPEND] - p->storable);
     memcpy(((plan_head *)host)->counts, p->count, sizeof p->count);
     if (sharing.num_members > 0)
         memcpy(host + p->tables, sharing.members, sharing.num_members * sizeof(uint32_t));
@@ -282,9 +292,10 @@ void fill(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b, unsigned
         teams.write(share < sharing.pieces ? share : sharing.pieces);
         if (list >= LIST_NARROW)
             fill_pieces(p, s, to[i], i, b, pieces[list]);
+        uint2 *&append = is_storable(s, b.cuts[i]) ? storable : items[LIST_APPEND];
         if (list < LIST_NARROW || has_many_rows(list))
             for (uint32_t q = 0; q < s->q_tokens; q++)
-                *items[LIST_APPEND]++ = make_uint2(i, q);
+                *append++ = make_uint2(i, q);
         if (list == LIST_TILE)
             for (uint32_t q = 0; q < s->q_tokens; q += tile_tokens(p))
                 *items[LIST_TILE]++ = make_uint2(i, q);

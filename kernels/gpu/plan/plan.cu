@@ -154,6 +154,8 @@ bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_s
         if (seqs[i].q_tokens == 0 && before[i].q_tokens == 0)
             continue;
         if (seqs[i].q_tokens != before[i].q_tokens || seqs[i].blocks[0] != table[0] ||
+            (seqs[i].kv_tokens == seqs[i].q_tokens) !=
+                (before[i].kv_tokens == before[i].q_tokens) ||
             ceil_div(seqs[i].kv_tokens, block_tokens) > end - before[i].table ||
             !is_cut_alike(p, &seqs[i], before[i]) ||
             (p->shared != NULL && !shares_alike(p, &seqs[i], p->shared[i], before[i], table)))

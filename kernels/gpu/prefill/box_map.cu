@@ -54,3 +54,36 @@ extern "C" box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, un
     m.tokens = tokens;
     return m;
 }
+
+/* A 16-bit map of these sizes and steps in bytes. */
+static bool encode(const ts_gpu *gpu, const void *base, cuuint32_t dims, const cuuint64_t *sizes,
+                   const cuuint64_t *strides, const cuuint32_t *box, CUtensorMap *map)
+{
+    const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+    return gpu->driver.encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, dims, (void *)base, sizes,
+                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+extern "C" bool ts_gpu_eight_map_of(const ts_gpu *gpu, const ts_geometry *g, const void *base,
+                                    uint32_t rows, CUtensorMap *map)
+{
+    const uint32_t row = g->head_dim * 2, slabs = wgmma_dims(g) * 2 / BOX_SLAB;
+    const cuuint64_t sizes[] = {BOX_SLAB / 2, rows, row / BOX_SLAB, g->kv_heads};
+    const cuuint64_t strides[] = {(cuuint64_t)g->kv_heads * row, BOX_SLAB, row};
+    const cuuint32_t box[] = {BOX_SLAB / 2, 8, slabs, 1};
+    return encode(gpu, base, 4, sizes, strides, box, map);
+}
+
+extern "C" bool ts_gpu_many_map_of(const ts_gpu *gpu, const ts_geometry *g, const void *base,
+                                   uint32_t rows, uint32_t tokens, CUtensorMap *map)
+{
+    const uint32_t row = g->head_dim * 2, slabs = row / BOX_SLAB, half = wgmma_tokens(g) / 2;
+    const uint32_t eights = (tokens > half ? tokens : half) / 8;
+    const cuuint64_t whole = (cuuint64_t)g->kv_heads * row; /* a row of all heads */
+    const cuuint64_t sizes[] = {BOX_SLAB / 2, 8, (cuuint64_t)g->kv_heads * slabs, eights, rows};
+    const cuuint64_t strides[] = {whole, BOX_SLAB, 8 * whole, whole};
+    const cuuint32_t box[] = {BOX_SLAB / 2, 8, slabs, eights, 1};
+    return g->head_dim == wgmma_dims(g) && encode(gpu, base, 5, sizes, strides, box, map);
+}

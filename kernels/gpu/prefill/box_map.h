@@ -9,6 +9,10 @@
  * reads, and those between them: where it begins is to be mapped (doc/notebook.md). So a box lies
  * in shared memory as the products take it: eights of tokens, in each its slabs, in each eight
  * rows. What is to be widened first isn't swizzled.
+ *
+ * A sequence that is all new, none of whose tokens was in the cache before, is read from the run's
+ * own k and v, eight tokens at a time, and the copy engine stores its tiles to its blocks, in boxes
+ * of the map. So nobody writes them before the launch.
  */
 #ifndef TS_GPU_BOX_MAP_H
 #define TS_GPU_BOX_MAP_H
@@ -40,10 +44,25 @@ typedef struct box_map {
 box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, unsigned char *base,
                           block_range blocks);
 
+/* A run's rows of k or v, as the copy engine is told of them, for boxes of eight of a head's rows:
+ * [rows][kv_heads][head_dim], aligned to 16 bytes, of a cache's dtype that has boxes and 16 bits.
+ * Returns whether there is a map. */
+bool ts_gpu_eight_map_of(const ts_gpu *gpu, const ts_geometry *g, const void *base, uint32_t rows,
+                         CUtensorMap *map);
+
+/* The same for boxes of all rows that one warp brings of a tile, where a box of the cache has
+ * `tokens`: such a box must not begin so that it ends behind the last row. There is none where rows
+ * are shorter than a tile's. */
+bool ts_gpu_many_map_of(const ts_gpu *gpu, const ts_geometry *g, const void *base, uint32_t rows,
+                        uint32_t tokens, CUtensorMap *map);
+
 /* What wgmma's launches have beside a gpu_call. */
 typedef struct wgmma_call {
     box_map boxes;
-    const box_blocks *among; /* a persistent plan's, on the device; NULL: boxes.among */
+    CUtensorMap eight[2], many[2]; /* the only run's own k and v */
+    bool stores;                   /* sequences that are all new, and so `eight` is there */
+    bool wide;                     /* `many` is there, too */
+    const box_blocks *among;       /* a persistent plan's, on the device; NULL: boxes.among */
     uint32_t *tickets; /* two, 0 between launches: pieces that were taken, blocks that found none */
     float4 *folds;     /* what blocks keep of pieces of several chunks: WGMMA_FOLD each, of each
                           thread that multiplies */

@@ -134,34 +134,70 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         return place;
     }
 
+    /* Whether the block that has piece j stores the tile: it has the last row of the last token. */
+    __device__ static bool is_stored(const gpu_call &c, const job &j, uint32_t tile)
+    {
+        return j.all_new && min(tile + TOKENS, j.s.kv_tokens) * c.group - 1 - j.first < j.rows;
+    }
+
     /* ---- by boxes: two warps for K and two for V, a box for each lane to find ---- */
 
     static const uint32_t FEEDERS =
         2; /* warps for K, and for V: a tile's boxes go to them in turn */
 
-    /* A warp's way through pieces' tiles. P: k_place or v_place. */
-    template <typename P> struct box_feed {
+    /* A warp's way through pieces' tiles of K or of V. */
+    struct box_feed {
+        const wgmma_call &wc;
         const box_map &m;
         const CUtensorMap *map;
-        uint32_t bars, plane, warp; /* plane: K's or V's in block 0, in the map; warp: of the
-                                       feeders */
-        uint32_t boxes;             /* of a tile, this warp's */
-        P place;                    /* to be filled next */
+        uint32_t values;       /* 1: V */
+        uint32_t warp;         /* of FEEDERS */
+        uint32_t plane;        /* K's or V's in block 0, in the map */
+        uint32_t boxes;        /* of a tile, this warp's */
+        uint32_t place, there; /* in shared memory: where the next tile belongs; its barrier */
+        uint32_t parity, last; /* of the barrier's phase; the last place's barrier */
         walk w;
         uint32_t unit;  /* of the piece's K or V in block 0, in the map */
         uint32_t block; /* of this lane's box of the next tile: looked up early */
+        /* Of sequences that are all new: */
+        uint32_t asked; /* the tile that `place` gets, until that is settled; or NONE */
+        bool stores;    /* that tile */
+        uint32_t landed, landed_parity; /* a barrier of this warp's: V is there that it stores */
+        static const uint32_t NONE = ~0u;
 
-        /* tiles: of this ring. plane: from K's in the map, in its units. */
-        __device__ box_feed(const wgmma_call &wc, uint32_t tiles, uint32_t bars, uint32_t plane,
-                            uint32_t warp)
-            : m(wc.boxes), bars(bars), warp(warp), boxes(0)
+        /* tiles: of this ring. number: of the group's warps. */
+        __device__ box_feed(const wgmma_call &wc, uint32_t tiles, uint32_t bars, uint32_t landed,
+                            uint32_t number)
+            : wc(wc), m(wc.boxes), values(number % 2), warp(number / 2), boxes(0), parity(1),
+              asked(NONE), stores(false), landed(landed + number / 2 * (uint32_t)sizeof(uint64_t)),
+              landed_parity(0)
         {
+            const uint32_t BAR = sizeof(uint64_t);
             const box_blocks *among = blocks_of_boxes(wc);
             map = &among->map;
-            this->plane = plane - among->first_units;
+            plane = values * m.plane_units - among->first_units;
             if (m.tokens > 0)
                 boxes = (TOKENS / m.tokens + FEEDERS - 1 - warp) / FEEDERS;
-            place.init(tiles, bars, 1);
+            place = tiles + values * K_STAGES * PLANE;
+            there = bars + values * K_STAGES * BAR;
+            last = there + (places() - 1) * BAR;
+        }
+        __device__ uint32_t places() const
+        {
+            return values ? V_STAGES : K_STAGES;
+        }
+        __device__ void advance()
+        {
+            const uint32_t BAR = sizeof(uint64_t);
+            bool wraps = there == last;
+            there += wraps ? 0 - (places() - 1) * BAR : BAR;
+            place += wraps ? 0 - (places() - 1) * PLANE : PLANE;
+            parity ^= wraps;
+        }
+        /* Waits until nobody uses the tile any more that was in the next one's place. */
+        __device__ void await_used() const
+        {
+            barrier_await(there + STAGES * (uint32_t)sizeof(uint64_t), parity);
         }
 
         __device__ uint32_t token_of(uint32_t tile) const /* this lane's box's first */
@@ -177,9 +213,8 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         /* Asks for a tile, of whose boxes each lane knows where one lies. */
         __device__ void ask(uint32_t eight, uint32_t unit, bool once)
         {
-            uint32_t bytes = m.tokens / 8 * EIGHT, to = place.tile() + warp * bytes;
-            uint32_t there = place.there;
-            barrier_await(place.used(), place.parity);
+            uint32_t bytes = m.tokens / 8 * EIGHT, to = place + warp * bytes;
+            await_used();
             if (is_elected())
                 barrier_expect(there, boxes * bytes);
 #pragma unroll 1
@@ -188,7 +223,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
                 if (is_elected())
                     copy_box(to, map, e, u, there, once);
             }
-            place.advance(bars);
+            advance();
         }
 
         /* A piece begins. */
@@ -202,6 +237,10 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
          * asked for that no block has, which are 0. */
         __device__ void ask_for(const gpu_call &c, const job &j, uint32_t n, uint32_t to)
         {
+            if (!FEW && j.all_new) {
+                ask_for_rows(c, j, n, to);
+                return;
+            }
 #pragma unroll 1
             for (to = min(to, w.count); n < to; n++) {
                 uint32_t tile = w.first + n * TOKENS, t = token_of(tile), now = block;
@@ -209,6 +248,99 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
                 block = block_of(c, j, tile + TOKENS);
                 ask((t < j.end ? token : c.block_tokens.d) / 8, now * m.block_units + unit, j.once);
             }
+        }
+
+        /* Of a tile of a sequence that is all new: this warp's tokens, one behind the other. */
+        __device__ uint32_t own_tokens() const
+        {
+            return boxes * m.tokens;
+        }
+
+        /* The same of a sequence that is all new, by rows of the run's own k or v: all of a warp's
+         * at once, or eights of them. Behind the end rows are asked for that the run doesn't have,
+         * which are 0. */
+        __device__ void ask_for_rows(const gpu_call &c, const job &j, uint32_t n, uint32_t to)
+        {
+#pragma unroll 1
+            for (to = min(to, w.count); n < to; n++) {
+                settle(c, j);
+                asked = w.first + n * TOKENS;
+                stores = is_stored(c, j, asked);
+                uint32_t bar = values && stores ? landed : there, tokens = own_tokens();
+                uint32_t t = asked + warp * tokens, row = j.p.first_row + t;
+                uint32_t at = place + warp * tokens / 8 * EIGHT;
+                await_used();
+                if (is_elected()) {
+                    barrier_expect(bar, tokens / 8 * EIGHT);
+                    if (wc.wide && tokens > 0 && t + tokens <= j.end)
+                        copy_rows_at(at, &wc.many[values], row, j.kv_head * SLABS, bar);
+                    else
+#pragma unroll 1
+                        for (uint32_t e = 0; e < tokens; e += 8, at += EIGHT)
+                            copy_eight(at, &wc.eight[values], t + e < j.end ? row + e : 0 - 8u,
+                                       j.kv_head, bar);
+                }
+                __syncwarp();
+            }
+        }
+
+        /* Stores the tile that was asked for last, if this block does that, and goes on to the next
+         * place. V is told to be there when that has been read, for who multiplies may write to it
+         * (wgmma_tiles.cuh: has_nonfinite). */
+        __device__ void settle(const gpu_call &c, const job &j)
+        {
+            if (FEW || asked == NONE)
+                return;
+            if (stores) {
+                if (values)
+                    barrier_await(landed, landed_parity);
+                else
+                    barrier_await(there, parity ^ 1);
+                store(c, j);
+                if (values) {
+                    landed_parity ^= 1;
+                    fence_for_products();
+                    if (threadIdx.x % 32 == 0)
+                        barrier_arrive(there);
+                }
+            }
+            asked = NONE;
+            advance();
+        }
+
+        /* Whole boxes by the copy engine, and of one that the sequence's end lies in its rows. */
+        __device__ void store(const gpu_call &c, const job &j)
+        {
+            const uint32_t end = j.s.kv_tokens, lane = threadIdx.x % 32;
+            const uint32_t bytes = m.tokens / 8 * EIGHT;
+            uint32_t from = place + warp * boxes * bytes;
+            uint32_t t = asked + warp * own_tokens() + lane * m.tokens;
+            uint32_t entry = divide(t, c.block_tokens), in_block = t - entry * c.block_tokens.d;
+            uint32_t its = t < min(asked + TOKENS, end) ? j.s.blocks[entry] : 0;
+#pragma unroll 1
+            for (uint32_t i = 0; i < boxes; i++, from += bytes) {
+                uint32_t b = __shfl_sync(~0u, its, i), token = __shfl_sync(~0u, t, i);
+                uint32_t first = __shfl_sync(~0u, in_block, i);
+                if (token + m.tokens <= end) {
+                    if (lane == 0)
+                        store_box(map, first / 8, b * m.block_units + unit, from);
+                    continue;
+                }
+                unsigned char *to = c.base + b * c.block_bytes + first * c.token_stride +
+                                    (j.s.layer * 2 + values) * c.plane_bytes +
+                                    j.kv_head * c.head_stride;
+#pragma unroll 1
+                for (uint32_t n = lane; token + n / PIECES < end; n += 32) {
+                    uint32_t x[4], row = n / PIECES, piece = n % PIECES;
+                    load_16_bytes(x, from + tile_ring::place(row, piece), true);
+                    if (piece * 8 < c.head_dim)
+                        *(uint4 *)(to + row * c.token_stride + piece * 16) =
+                            make_uint4(x[0], x[1], x[2], x[3]);
+                }
+            }
+            if (lane == 0)
+                await_boxes_read();
+            __syncwarp();
         }
     };
 

@@ -112,6 +112,45 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap *map, uint32_t ei
                      : "memory");
 }
 
+/* Eight rows of a head's k or v, from `row` on, likewise. */
+__device__ inline void copy_eight(uint32_t to, const CUtensorMap *map, uint32_t row, uint32_t head,
+                                  uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::"
+                 "bytes [%0], [%1, {%2, %3, %2, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(row), "r"(head), "r"(barrier)
+                 : "memory");
+}
+
+/* As many as the map's boxes have; slab: the first of the head's. */
+__device__ inline void copy_rows_at(uint32_t to, const CUtensorMap *map, uint32_t row,
+                                    uint32_t slab, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::"
+                 "bytes [%0], [%1, {%2, %2, %3, %2, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(slab), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+/* A box from shared memory, by the copy engine: this thread waits for all that it has asked for,
+ * until they have been read there or, at the end, are written. */
+__device__ inline void store_box(const CUtensorMap *map, uint32_t eight, uint32_t unit,
+                                 uint32_t from)
+{
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group "
+                 "[%0, {%1, %1, %1, %2, %3}], [%4];" ::"l"(map),
+                 "r"(0), "r"(eight), "r"(unit), "r"(from)
+                 : "memory");
+}
+__device__ inline void await_boxes_read()
+{
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ inline void await_boxes_stored()
+{
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 /* Barriers of some of the block's threads, by number. */
 __device__ inline void named_sync(uint32_t id, uint32_t threads)
 {

@@ -67,6 +67,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         told_piece piece[TOLD];
         uint64_t told[TOLD], done[TOLD]; /* barriers */
         uint64_t q_there, q_used;
+        uint64_t landed[ring::FEEDERS]; /* for box_feed */
     };
 
     /* By one thread. */
@@ -78,14 +79,17 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         }
         barrier_init(shared_address(&p->q_there), ring::COPIERS);
         barrier_init(shared_address(&p->q_used), WORKERS / 32);
+        for (uint32_t i = 0; i < ring::FEEDERS; i++)
+            barrier_init(shared_address(&p->landed[i]), 1);
     }
 
     /* The block's k-th piece, by one thread. The first is the block's own; others go to whoever
      * comes first. One of several chunks is told as that many, one after the other, which
      * `job.chunks` says. item: the last told piece's; chunk: its next chunk, 0 if it has none. */
-    __device__ static void tell(const gpu_call &c, uint32_t *tickets, pieces *p, uint32_t k,
+    __device__ static void tell(const gpu_call &c, const wgmma_call &wc, pieces *p, uint32_t k,
                                 uint32_t &item, uint32_t &chunk)
     {
+        uint32_t *tickets = wc.tickets;
         if (chunk == 0)
             item = k == 0 ? blockIdx.x : gridDim.x + atomicAdd(tickets, 1);
         told_piece &to = p->piece[k % TOLD];
@@ -99,6 +103,8 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             piece.chunk += chunk;
             make_job<true>(c, run, piece, item % c.kv_heads, ROWS, to.j);
             to.j.chunks = chunks_of(piece);
+            to.j.all_new = wc.stores && to.j.past == 0 && to.j.p.num_chunks == to.j.chunks;
+            to.j.box_tokens = to.j.all_new ? 8 : max(wc.boxes.tokens, 1);
             chunk = chunk + 1 < chunks_of(piece) ? chunk + 1 : 0;
         } else if (atomicAdd(tickets + 1, 1) == gridDim.x - 1) { /* nobody takes any more */
             tickets[0] = 0;
@@ -161,7 +167,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         bool tells = threadIdx.x == THREADS - 32, apart = false;
         widener from(c, wc, tiles, tiles + ring::BYTES, bars, come);
         if (tells)
-            tell(c, wc.tickets, p, 0, item, chunk);
+            tell(c, wc, p, 0, item, chunk);
         __syncwarp();
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
@@ -184,7 +190,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
             }
             if (tells)
-                tell(c, wc.tickets, p, k + 1, item, chunk);
+                tell(c, wc, p, k + 1, item, chunk);
             __syncwarp();
 #pragma unroll 1
             for (uint32_t n = 0; n < count; n++) {
@@ -202,50 +208,50 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     __device__ static void run_copiers(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                        uint32_t tiles, barriers *bars, pieces *p)
     {
-        uint32_t warp = uniform(threadIdx.x / 32 - WORKERS / 32), feeder = warp / 2;
-        uint32_t there = shared_address(bars->there), base = 0;
+        uint32_t base = 0, item = 0, chunk = 0;
         bool by_boxes = wc.boxes.tokens > 0, tells = threadIdx.x == THREADS - 32, apart = false;
-        typename ring::template box_feed<typename ring::k_place> k_feed(wc, tiles, there, 0,
-                                                                        feeder);
-        typename ring::template box_feed<typename ring::v_place> v_feed(
-            wc, tiles + ring::K_STAGES * ring::PLANE, there, wc.boxes.plane_units, feeder);
-        uint32_t item = 0, chunk = 0;
+        typename ring::box_feed feed(wc, tiles, shared_address(bars->there),
+                                     shared_address(p->landed),
+                                     uniform(threadIdx.x / 32 - WORKERS / 32));
         if (tells)
-            tell(c, wc.tickets, p, 0, item, chunk);
+            tell(c, wc, p, 0, item, chunk);
         __syncwarp();
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {
             const job *told = hear(p, k);
-            if (told == NULL)
+            if (told == NULL) {
+                await_boxes_stored();
                 return;
+            }
             const job &j = *told;
             uint32_t used = shared_address(&p->q_used), before = (k - 1) & 1;
             if (apart) /* the piece before has its sums in the tiles' place and q's */
                 barrier_await(used, before);
-            if (by_boxes && warp % 2 == 0) {
-                k_feed.begin(c, j);
-                k_feed.ask_for(c, j, 0, 1);
-            } else if (by_boxes) {
-                v_feed.begin(c, j);
-                v_feed.ask_for(c, j, 0, 1);
+            if (by_boxes)
+                feed.begin(c, j);
+                /* The first tile before q, the others after it. */
+#pragma unroll 1
+            for (uint32_t n = 0; n < 2; n++) {
+                if (by_boxes)
+                    feed.ask_for(c, j, n, n == 0 ? 1 : ~0u);
+                if (n > 0)
+                    break;
+                if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
+                    barrier_await(used, before);
+                if (copies_q(c)) {
+                    copy_q(c, j, q);
+                    barrier_arrive_copied(shared_address(&p->q_there));
+                } else {
+                    barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
+                }
+                if (tells)
+                    tell(c, wc, p, k + 1, item, chunk);
+                __syncwarp();
             }
-            if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
-                barrier_await(used, before);
-            if (copies_q(c)) {
-                copy_q(c, j, q);
-                barrier_arrive_copied(shared_address(&p->q_there));
-            } else {
-                barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
-            }
-            if (tells)
-                tell(c, wc.tickets, p, k + 1, item, chunk);
-            __syncwarp();
-            if (!by_boxes)
-                ring::copy_tiles(c, j, base, tiles, bars);
-            else if (warp % 2 == 0)
-                k_feed.ask_for(c, j, 1, ~0u);
+            if (by_boxes)
+                feed.settle(c, j);
             else
-                v_feed.ask_for(c, j, 1, ~0u);
+                ring::copy_tiles(c, j, base, tiles, bars);
             base += ring::walk_of(j).count;
             apart = is_apart(c, j);
             done(p, k);
@@ -428,7 +434,6 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         w.bars = keep(shared_address(bars->there));
         w.q_used = keep(shared_address(&p->q_used));
         w.init(shared_address(tiles));
-        w.box_tokens = max(wc.boxes.tokens, 1);
         tiles_of::begin_turns(w);
 #pragma unroll 1
         for (uint32_t k = 0;; k++) {

@@ -126,7 +126,6 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         uint32_t bars, q_used;     /* in shared memory: barriers */
         typename ring::k_place k;  /* of the next tile */
         typename ring::v_place v;  /* tile n - 1's until tile n's products are asked for */
-        uint32_t box_tokens;       /* 1: no boxes */
         uint32_t says; /* the tile after whose scores q is used up; ~0: store_apart says it */
         bool ready;    /* the next tile of K and the last one of V are there */
         bool varied;
@@ -160,7 +159,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         const uint32_t end = j.end, seen_from = j.clear_begin, seen_to = j.clear_end;
         bool nonfinite = false;
         uint32_t from = tile < seen_from || seen_to <= tile ? 0 : seen_to - tile;
-        uint32_t to = min(TOKENS, (end - tile + w.box_tokens - 1) / w.box_tokens * w.box_tokens);
+        uint32_t to = min(TOKENS, (end - tile + j.box_tokens - 1) / j.box_tokens * j.box_tokens);
         to = (to + 7) / 8; /* eights of tokens */
         bool clears = tile + to * 8 > end;
 #pragma unroll 1
