@@ -194,7 +194,7 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     return status;
 }
 
-ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
+static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
 {
     ts_client *c = s->pool->client;
     bool use = false;
@@ -237,6 +237,16 @@ ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_optio
         status = ts_local_plan(s->pool, s->local, s->heads, s->io_dtype, o->kernel);
     if (status != TS_OK) /* the daemon has begun it */
         (void)call_end(s, false, NULL);
+    return status;
+}
+
+ts_status ts_step_call_begin(ts_step *s, const ts_seq *seqs, const ts_step_options *o, bool append)
+{
+    ts_client *c = s->pool->client;
+    s->publishes = o->tokens != NULL;
+    c->wait_ms = o->wait_ms;
+    ts_status status = call_begin(s, seqs, o, append);
+    c->wait_ms = 0;
     return status;
 }
 
@@ -328,10 +338,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     s->io_dtype = o.io_dtype;
     s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
     s->writes_itself = o.no_run && p->on_gpu;
-    s->publishes = o.tokens != NULL;
-    p->client->wait_ms = o.wait_ms;
     status = ts_step_call_begin(s, seqs, &o, false);
-    p->client->wait_ms = 0;
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
         ts_step_free(s);

@@ -1,0 +1,89 @@
+/* Frames without kernels: what each of their steps may have of its own. Daemon and library have a
+ * GPU of the tests' own each (fake_gpu.c, fake_libcuda.c, fake_local_gpu.c). */
+#define _GNU_SOURCE
+#include "gpu_restart_util.h"
+
+#define BLOCK 16u
+#define CALL_MS 300u /* of a call; tests wait longer for room */
+
+typedef struct worker {
+    daemon_process daemon;
+    ts_client *client;
+    ts_pool *pool;
+    ts_seq seqs[2]; /* the second one has all of the pool that the first has not */
+} worker;
+
+static void commit_of(const worker *w, ts_seq seq, uint32_t tokens)
+{
+    ts_client *c = w->client;
+    ts_step *step;
+    const ts_step_options options = {.size = sizeof options, .no_run = true};
+    DO(ts_step_begin(w->pool, &seq, &tokens, 1, &options, &step));
+    DO(ts_step_commit(step, NULL));
+}
+
+static void worker_open(worker *w)
+{
+    start(&w->daemon, POOL, NULL);
+    const ts_options options = {.size = sizeof options,
+                                .url = w->daemon.url,
+                                .wait_ms = 60000,
+                                .timeout_ms = CALL_MS,
+                                .transport = TS_TRANSPORT_RING};
+    assert_int_equal(ts_connect(&options, &w->client), TS_OK);
+    ts_client *c = w->client;
+    DO(ts_pool_open(c, "p", TS_POOL_WRITABLE, &w->pool));
+    DO(ts_exchange_device(w->pool, 1u << 20));
+    DO(ts_seq_create(w->pool, 2, w->seqs));
+    commit_of(w, w->seqs[0], BLOCK);
+    commit_of(w, w->seqs[1], (ts_pool_blocks(w->pool) - 1) * BLOCK);
+}
+
+static void worker_close(worker *w)
+{
+    ts_pool_close(w->pool);
+    ts_disconnect(w->client);
+    stop(&w->daemon, false);
+}
+
+static ts_frame *frame_of(const worker *w, const ts_step_options *step)
+{
+    ts_client *c = w->client;
+    ts_frame *frame;
+    const ts_frame_options options = {.size = sizeof options, .seqs = 1, .step = step};
+    DO(ts_frame_new(w->pool, &options, &frame));
+    return frame;
+}
+
+/* Its own wait, or the frame's. */
+static void a_step_waits_for_room_beside_the_calls_own_time(void **state)
+{
+    (void)state;
+    const ts_step_options waits = {.size = sizeof waits, .wait_ms = 3 * CALL_MS};
+    worker w;
+    worker_open(&w);
+    ts_client *c = w.client;
+    for (int own = 0; own < 2; own++) {
+        ts_frame *frame = frame_of(&w, own ? NULL : &waits);
+        ts_step *step;
+        const ts_status status = ts_frame_begin(frame, w.seqs, 1, own ? &waits : NULL, &step);
+        if (status != TS_ENOSPC)
+            fail_msg("%s: %s", ts_status_name(status), ts_error(c));
+        DO(ts_seq_truncate(w.pool, &w.seqs[1], &(uint32_t){BLOCK}, 1));
+        DO(ts_frame_begin(frame, w.seqs, 1, NULL, &step));
+        DO(ts_step_abort(step));
+        commit_of(&w, w.seqs[1], (ts_pool_blocks(w.pool) - 2) * BLOCK);
+        ts_frame_free(frame);
+    }
+    worker_close(&w);
+}
+
+int main(void)
+{
+    setenv("TS_TEST_FAKE_GPU", "1", 1);
+    ignore_threads_left();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_step_waits_for_room_beside_the_calls_own_time),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
