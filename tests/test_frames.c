@@ -78,12 +78,46 @@ static void a_step_waits_for_room_beside_the_calls_own_time(void **state)
     worker_close(&w);
 }
 
+/* They would be those of whichever step has none of its own. */
+static void token_ids_are_a_steps_own(void **state)
+{
+    (void)state;
+    uint32_t ids[BLOCK + 1], count = BLOCK + 1, found;
+    for (uint32_t i = 0; i <= BLOCK; i++)
+        ids[i] = i;
+    const ts_step_options names = {.size = sizeof names, .tokens = ids};
+    ts_frame_options options = {
+        .size = sizeof options, .seqs = 1, .new_tokens = BLOCK, .step = &names};
+    worker w;
+    worker_open(&w);
+    ts_client *c = w.client;
+    ts_frame *frame;
+    ts_step *step;
+    ts_seq seqs[2];
+    DO(ts_seq_truncate(w.pool, &w.seqs[1], &(uint32_t){BLOCK}, 1));
+    DO(ts_seq_create(w.pool, 1, seqs));
+    assert_int_equal(ts_frame_new(w.pool, &options, &frame), TS_EINVAL);
+    assert_non_null(strstr(ts_error(c), "each step has its own"));
+    options.step = NULL;
+    DO(ts_frame_new(w.pool, &options, &frame));
+    for (int known = 0; known < 2; known++) {
+        DO(ts_frame_begin(frame, seqs, 1, known ? &names : NULL, &step));
+        DO(ts_step_commit(step, NULL));
+        DO(ts_seq_match(w.pool, ids, &count, 1, NULL, &seqs[1], &found));
+        assert_int_equal(found, known ? BLOCK : 0);
+        DO(ts_seq_truncate(w.pool, seqs, &(uint32_t){0}, 1));
+    }
+    ts_frame_free(frame);
+    worker_close(&w);
+}
+
 int main(void)
 {
     setenv("TS_TEST_FAKE_GPU", "1", 1);
     ignore_threads_left();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_step_waits_for_room_beside_the_calls_own_time),
+        cmocka_unit_test(token_ids_are_a_steps_own),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -360,7 +360,7 @@ typedef struct ts_frame_options {
     uint32_t new_tokens; /* of each sequence in each step; 0: 1 */
     uint64_t tokens; /* the most tokens of a step's sequences together, new ones included, shared
                         ones counted for each; 0: as many as the pool has slots */
-    const ts_step_options *step; /* of each step; NULL: the defaults */
+    const ts_step_options *step; /* of each step, without tokens; NULL: the defaults */
 } ts_frame_options;
 
 #define TS_FRAME_OPTIONS_INIT                                                                      \
@@ -384,8 +384,8 @@ TS_WARN_UNUSED ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *opt
                                       ts_frame **out);
 
 /* ts_step_begin for the frame, once work launched for its last step is complete. options: this
- * step's tokens, wait_ms and priority; what is 0 or NULL is the frame's, and the rest may not be
- * another than the frame's. NULL: all are. TS_EBUSY: it has a step. TS_EINVAL: more sequences or
+ * step's tokens, wait_ms and priority; a wait_ms or priority of 0 is the frame's, and the rest may
+ * be 0, or as the frame's. NULL: all are 0. TS_EBUSY: it has a step. TS_EINVAL: more sequences or
  * tokens than it has room for, or an option that its graphs can't follow. */
 TS_WARN_UNUSED ts_status ts_frame_begin(ts_frame *frame, const ts_seq *seqs, uint32_t count,
                                         const ts_step_options *options, ts_step **out);

@@ -32,6 +32,8 @@ static ts_status check(const ts_pool *p, const ts_frame_options *o)
                        (unsigned long long)o->tokens, UINT32_MAX / 2);
     if (o->step->no_run)
         return ts_fail(c, TS_EINVAL, "a frame whose steps have no layer run");
+    if (o->step->tokens != NULL)
+        return ts_fail(c, TS_EINVAL, "token ids for a frame; each step has its own");
     if (o->step->heads % g->kv_heads != 0 || o->step->heads > TS_HEADS_MAX)
         return ts_fail(c, TS_EINVAL,
                        "%u query heads; they must be a multiple of the pool's %u KV heads, at most "
