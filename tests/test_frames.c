@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include "gpu_restart_util.h"
 
+extern unsigned char *fake_plan_base; /* fake_local_gpu.c */
+
 #define BLOCK 16u
 #define CALL_MS 300u /* of a call; tests wait longer for room */
 
@@ -53,6 +55,21 @@ static ts_frame *frame_of(const worker *w, const ts_step_options *step)
     const ts_frame_options options = {.size = sizeof options, .seqs = 1, .step = step};
     DO(ts_frame_new(w->pool, &options, &frame));
     return frame;
+}
+
+/* Without it, each graph would copy by threads what the copy engine could bring. */
+static void a_frame_that_is_made_before_all_else_knows_the_pools_addresses(void **state)
+{
+    (void)state;
+    worker w;
+    ts_kv kv;
+    worker_open(&w);
+    ts_client *c = w.client;
+    ts_frame *frame = frame_of(&w, NULL);
+    DO(ts_slot_kv(w.pool, 0, 0, &kv));
+    assert_ptr_equal(fake_plan_base, kv.k);
+    ts_frame_free(frame);
+    worker_close(&w);
 }
 
 /* Its own wait, or the frame's. */
@@ -116,6 +133,7 @@ int main(void)
     setenv("TS_TEST_FAKE_GPU", "1", 1);
     ignore_threads_left();
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_frame_that_is_made_before_all_else_knows_the_pools_addresses),
         cmocka_unit_test(a_step_waits_for_room_beside_the_calls_own_time),
         cmocka_unit_test(token_ids_are_a_steps_own),
     };

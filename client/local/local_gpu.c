@@ -5,6 +5,7 @@
 #include "error.h"
 #include "gpu_context.h"
 #include "local_gpu_ops.h"
+#include "pool_map.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -112,11 +113,13 @@ ts_status ts_local_gpu_persistent_new(ts_pool *p, const ts_frame_options *o, ts_
 {
     ts_client *c = p->client;
     char why[TS_GPU_WHY_BYTES];
-    const ts_gpu_plan_limits limits = {o->seqs, o->new_tokens, o->tokens, p->base};
     *out = NULL;
-    ts_status status = ts_cuda_enter(c, c->cuda);
+    ts_status status = ts_pool_reserve(p); /* nothing of it may be mapped yet */
+    if (status == TS_OK)
+        status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;
+    const ts_gpu_plan_limits limits = {o->seqs, o->new_tokens, o->tokens, p->base};
     status = c->local_gpu->ops->persistent_new(
         c->local_gpu->gpu, &p->geometry, o->step->heads, o->step->io_dtype,
         o->step->kernel != NULL ? o->step->kernel : p->kernel, &limits, out, why, sizeof why);

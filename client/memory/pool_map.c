@@ -97,6 +97,12 @@ static ts_status reserve(ts_pool *p)
     return TS_OK;
 }
 
+ts_status ts_pool_reserve(ts_pool *p)
+{
+    const bool is_one = strcmp(p->memory, "cuda-ipc") == 0;
+    return p->base != NULL || is_one ? TS_OK : reserve(p);
+}
+
 static ts_status map_ipc(ts_pool *p)
 {
     ts_cuda *cuda;

@@ -11,6 +11,10 @@
 /* Makes sure that the block's slab is mapped, as the daemon spoke of it last. */
 ts_status ts_pool_map_block(ts_pool *pool, uint64_t block, bool writable);
 
+/* Makes sure that the pool has its addresses, p->base; its slabs may be mapped later. Memory that
+ * is one allocation, cuda-ipc, has them when it is mapped. */
+ts_status ts_pool_reserve(ts_pool *pool);
+
 /* Notes which generation of its slabs an answer speaks of. */
 ts_status ts_pool_note_slab(ts_pool *pool, uint32_t slab, uint32_t generation);
 ts_status ts_pool_note_slabs(ts_pool *pool, Tspb__Slab **slabs, size_t count);
