@@ -282,6 +282,47 @@ static void a_renewed_plan_shares_what_is_still_shared(void **state)
     assert_true(own > 50 && fallen > 20);
 }
 
+/* The blocks that boxes are to be asked for lie among those that the plan knows. */
+static void check_blocks(const ts_gpu_plan *plan, const ts_attention_seq *seqs, uint32_t count)
+{
+    uint32_t first = UINT32_MAX, last = 0;
+    for (uint32_t i = 0; i < count; i++)
+        for (uint32_t n = 0; n < ceil_div(seqs[i].kv_tokens, BLOCK); n++) {
+            first = seqs[i].blocks[n] < first ? seqs[i].blocks[n] : first;
+            last = seqs[i].blocks[n] > last ? seqs[i].blocks[n] : last;
+        }
+    assert_int_equal(plan->blocks.first, first);
+    assert_int_equal(plan->blocks.last, last);
+}
+
+/* A sequence falls back, others' tables change, and it grows again: its table's end is what it was,
+ * and nothing of the tables differs from what the plan has. */
+static void a_renewed_plan_knows_which_blocks_are_read(void **state)
+{
+    (void)state;
+    static const uint32_t ends[][2] = {{0, 9}, {0, 8}, {19, 9}, {19, 8}};
+    const ts_geometry geometry = {
+        .layers = 1, .kv_heads = 2, .head_dim = 128, .block_tokens = BLOCK, .dtype = TS_DTYPE_BF16};
+    gpu.info.warp_groups = true;
+    for (uint32_t e = 0; e < sizeof ends / sizeof *ends; e++) {
+        uint32_t tables[2][2] = {{5, ends[e][0]}, {7, 9}};
+        ts_attention_seq seqs[] = {{.q_tokens = 8, .kv_tokens = 28, .blocks = tables[0]},
+                                   {.q_tokens = 8, .kv_tokens = 28, .blocks = tables[1]}};
+        ts_gpu_plan *plan = NULL;
+        for (int step = 0; step < 4; step++) {
+            seqs[0].kv_tokens = step % 2 == 0 ? 28 : 12;
+            tables[1][1] = step == 0 ? 9 : ends[e][1];
+            assert_int_equal(ts_gpu_plan_renew(&gpu, &geometry, 16, TS_DTYPE_BF16, TS_KERNEL_AUTO,
+                                               seqs, 2, &plan, why, sizeof why),
+                             TS_OK);
+            assert_int_equal(plan->renewals, step);
+            assert_true(plan->count[LIST_WGMMA] + plan->count[LIST_FEW] > 0);
+            check_blocks(plan, seqs, 2);
+        }
+        ts_gpu_plan_free(plan);
+    }
+}
+
 static int make_gpu(void **state)
 {
     (void)state;
@@ -298,6 +339,7 @@ int main(void)
         cmocka_unit_test(every_chunk_is_worked_on_once),
         cmocka_unit_test(renewed_plans_hold_the_same_pieces),
         cmocka_unit_test(a_renewed_plan_shares_what_is_still_shared),
+        cmocka_unit_test(a_renewed_plan_knows_which_blocks_are_read),
     };
     return cmocka_run_group_tests(tests, make_gpu, NULL);
 }

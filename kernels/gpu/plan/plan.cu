@@ -186,11 +186,13 @@ size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
 {
     plan_seq *to = (plan_seq *)(p->buffer->host + PLAN_SEQS);
     uint32_t *tables = (uint32_t *)(p->buffer->host + p->tables);
-    size_t entries = 0; /* up to the last that differs */
+    size_t entries = 0;  /* up to the last that differs */
+    bool others = false; /* blocks are read: an entry that is there may be one that wasn't used */
     p->renewals++;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         uint32_t *table = tables + to[i].table;
         size_t blocks = ceil_div(seqs[i].kv_tokens, p->geometry.block_tokens);
+        others = others || blocks != ceil_div(to[i].kv_tokens, p->geometry.block_tokens);
         to[i].kv_tokens = seqs[i].kv_tokens;
         if (seqs[i].q_tokens == 0)
             continue;
@@ -199,7 +201,7 @@ size_t write_lengths(ts_gpu_plan *p, const ts_attention_seq *seqs)
         memcpy(table, seqs[i].blocks, blocks * sizeof *table);
         entries = to[i].table + blocks > entries ? to[i].table + blocks : entries;
     }
-    if (entries > 0)
+    if (others || entries > 0)
         find_blocks(p, seqs);
     for (uint32_t l = LIST_NARROW; l < LIST_COUNT; l++) {
         plan_piece *pieces = (plan_piece *)(p->buffer->host + p->items[l]);
