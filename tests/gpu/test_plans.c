@@ -46,8 +46,9 @@ void ts_gpu_free_later(ts_gpu *g, void *device)
 ts_status ts_gpu_buffer_take(ts_gpu *g, size_t n, ts_gpu_buffer **out, char *w, size_t bytes)
 {
     (void)g, (void)w, (void)bytes;
-    buffer.host =
-        aligned_alloc(64, (n + 63) / 64 * 64); /* exactly: a sanitizer sees what is more */
+    const size_t align = _Alignof(plan_head);
+    buffer.host = aligned_alloc(align, (n + align - 1) / align * align); /* no more: a sanitizer
+                                                                            sees what is */
     *out = &buffer;
     return TS_OK;
 }

@@ -250,11 +250,13 @@ ts_status begin_plan(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads, t
         status = ts_kernel_check(kernel, geometry, gpu->info.warp_groups, why, why_bytes);
     if (status != TS_OK)
         return status;
-    ts_gpu_plan *p = (ts_gpu_plan *)calloc(1, sizeof *p);
+    /* A map is aligned to more than what malloc gives. */
+    ts_gpu_plan *p = (ts_gpu_plan *)aligned_alloc(alignof(ts_gpu_plan), sizeof *p);
     if (p == NULL) {
         snprintf(why, why_bytes, "no memory for a plan");
         return TS_ENOMEM;
     }
+    memset(p, 0, sizeof *p);
     p->gpu = gpu;
     p->geometry = *geometry;
     p->heads = heads;
