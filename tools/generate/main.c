@@ -7,6 +7,7 @@
 #include "tinyserve_version.h"
 
 #include <argp.h>
+#include <errno.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -88,14 +89,14 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case 'n': {
         unsigned long n = strtoul(arg, &end, 10);
-        if (*end != '\0' || arg[0] == '-' || n > 1u << 20)
+        if (end == arg || *end != '\0' || arg[0] == '-' || n > 1u << 20)
             argp_error(state, "--tokens %s: a number up to 1048576 is needed", arg);
         o->tokens = (uint32_t)n;
         return 0;
     }
     case OPT_WAIT: {
         double seconds = strtod(arg, &end);
-        if (*end != '\0' || !(seconds >= 0 && seconds <= 3600))
+        if (end == arg || *end != '\0' || !(seconds >= 0 && seconds <= 3600))
             argp_error(state, "--wait %s: 0 to 3600 seconds are possible", arg);
         o->wait_ms = (uint32_t)(seconds * 1000);
         return 0;
@@ -192,7 +193,10 @@ static json_t *load_reference(const char *where)
         fail(path, error.text);
         return NULL;
     }
-    json_t *entry = json_array_get(json_object_get(all, "prompts"), strtoul(colon + 1, NULL, 10));
+    char *end;
+    const unsigned long index = strtoul(colon + 1, &end, 10);
+    const bool is_number = end != colon + 1 && *end == '\0' && colon[1] != '-';
+    json_t *entry = is_number ? json_array_get(json_object_get(all, "prompts"), index) : NULL;
     json_incref(entry);
     json_decref(all);
     if (entry == NULL)
@@ -205,8 +209,8 @@ static char *read_file(const char *path, size_t *bytes)
     FILE *f = fopen(path, "rb");
     char *text = malloc(1 << 20);
     *bytes = f != NULL && text != NULL ? fread(text, 1, 1 << 20, f) : 0;
-    if (f == NULL || text == NULL) {
-        perror(path);
+    if (f == NULL || text == NULL || ferror(f)) {
+        fail(path, strerror(errno));
         free(text);
         text = NULL;
     }

@@ -62,7 +62,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_WAIT: {
         double seconds = strtod(arg, &end);
-        if (*end != '\0' || !(seconds >= 0 && seconds <= 3600))
+        if (end == arg || *end != '\0' || !(seconds >= 0 && seconds <= 3600))
             argp_error(state, "--wait %s: 0 to 3600 seconds are possible", arg);
         o->wait_ms = (uint32_t)(seconds * 1000);
         return 0;

@@ -1,0 +1,34 @@
+"""What ts-generate, and tsctl, say of arguments that are none."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+MODEL = pathlib.Path(__file__).parents[2] / "tools" / "model"
+REFERENCE = MODEL / "reference.json"
+
+pytestmark = pytest.mark.skipif("TS_TEST_GENERATE" not in os.environ,
+                                reason="TS_TEST_GENERATE names no worker")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ([f"--verify={REFERENCE}:one"], "reference.json:one: the file has no such prompt"),
+    ([f"--verify={REFERENCE}:"], "reference.json:: the file has no such prompt"),
+    ([f"--verify={REFERENCE}:-1"], "reference.json:-1: the file has no such prompt"),
+    (["--prompt-file=/nonexistent"], "ts-generate: /nonexistent: No such file or directory"),
+    ([f"--prompt-file={MODEL}"], f"ts-generate: {MODEL}: Is a directory"),
+    (["--tokens="], "--tokens : a number up to 1048576 is needed"),
+    (["--wait="], "--wait : 0 to 3600 seconds are possible")])
+def test_arguments_that_are_none_are_named(tmp_path, arguments, sentence):
+    result = subprocess.run([os.environ["TS_TEST_GENERATE"], "-s", str(tmp_path / "s"),
+                             "--model", MODEL, *arguments], stderr=subprocess.PIPE, text=True)
+    assert result.returncode != 0 and sentence in result.stderr
+
+
+def test_no_time_is_no_number_for_tsctl_either(tmp_path):
+    result = subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", str(tmp_path / "s"), "--wait=",
+                             "status"], stderr=subprocess.PIPE, text=True)
+    assert result.returncode != 0
+    assert "--wait : 0 to 3600 seconds are possible" in result.stderr
