@@ -10,7 +10,13 @@
 #include "gpu.h"
 
 #define TS_LOCAL_GPU_LIBRARY "libtinyserve-cuda.so.0"
-#define TS_LOCAL_GPU_VERSION 3u /* of this interface, which is the two libraries' own */
+#define TS_LOCAL_GPU_VERSION 4u /* of this interface, which is the two libraries' own */
+
+/* It has the structs' shapes, too: whatever changes one of them raises it. */
+_Static_assert(sizeof(ts_gpu_plan_limits) == 24 && sizeof(ts_gpu_run) == 104 &&
+                   sizeof(ts_attention_variant) == 24 && sizeof(ts_attention_seq) == 96 &&
+                   sizeof(ts_geometry) == 24,
+               "TS_LOCAL_GPU_VERSION");
 
 typedef struct ts_local_gpu_ops {
     uint32_t version;
