@@ -225,6 +225,7 @@ class Frame:
         self.pool, self.rows, self.heads, self.io_dtype = pool, rows, heads, io_dtype
         self.new_tokens = new_tokens  #: of each sequence in a step
         self._handle: c_void_p | None = handle
+        self._step: Opened | None = None  # the last one
         pool._frames.append(self)
 
     def step(self, seqs: Sequence[Seq], tokens: Iterable[int] | None = None, *,
@@ -243,12 +244,16 @@ class Frame:
             options.wait_ms,
             lambda: int(lib.ts_frame_begin(self._handle, ids, n, byref(options), byref(handle))),
             lambda: lib.ts_step_abort(handle)))
-        return Step(self.pool, handle, n, self.heads, self.io_dtype, True, self.rows)
+        step = Step(self.pool, handle, n, self.heads, self.io_dtype, True, self.rows)
+        self._step = step._opened
+        return step
 
     def close(self) -> None:
-        """Gives its memory back. Its step must have ended. Safe to call twice."""
+        """Drops its open step, if there is one, and gives its memory back. Safe to call twice."""
         handle, self._handle = self._handle, None
         if handle is not None:
+            if self._step is not None:
+                self.pool._abort(self._step)
             self.pool._frames.remove(self)
             lib.ts_frame_free(handle)
 
