@@ -30,10 +30,13 @@ build_packages() {
 
 # configure_and_build FOLDER [CMake options]: quiet unless it fails. Builds $build_target, or all. A
 # developer's folder keeps its compilers' launcher: with another one all would be built anew.
-configure_and_build() {
-    local folder=$1 log keeping=()
+configure_and_build() (
+    folder=$1
+    keeping=()
     shift
     log=$(mktemp)
+    trap 'rm -f "$log"' EXIT # however it ends
+    trap 'exit 130' INT TERM HUP
     if grep -qs '^TS_WERROR:BOOL=ON' "$folder/CMakeCache.txt"; then
         keeping=(env -u CMAKE_C_COMPILER_LAUNCHER -u CMAKE_CUDA_COMPILER_LAUNCHER)
     fi
@@ -43,11 +46,9 @@ configure_and_build() {
             cmake --build "$folder" --target ${build_target:-all}
     } >"$log" 2>&1; then
         cat "$log"
-        rm -f "$log"
-        return 1
+        exit 1
     fi
-    rm -f "$log"
-}
+)
 
 # A folder that goes when the script ends, however it does; what runs in the background goes too.
 make_scratch() {
