@@ -128,6 +128,41 @@ static void token_ids_are_a_steps_own(void **state)
     worker_close(&w);
 }
 
+static void what_graphs_were_captured_with_is_not_a_steps_own(void **state)
+{
+    (void)state;
+    const struct {
+        ts_step_options own;
+        const char *sentence; /* NULL: it is the frame's */
+    } steps[] = {
+        {{.heads = HEADS, .scale = 0.5f}, NULL},
+        {{.heads = 1}, "a step of 1 query heads; its frame has 2"},
+        {{.io_dtype = TS_DTYPE_BF16}, "a step of io_dtype bf16; its frame's is fp32"},
+        {{.scale = 0.25f}, "a step with a scale of 0.25; its frame's is 0.5"},
+        {{.no_run = true}, "a step of a frame that has no layer run"},
+        {{.kernel = "v3"}, "a step with kernel 'v3'; its frame's is the pool's"},
+    };
+    const ts_step_options all = {.size = sizeof all, .heads = HEADS, .scale = 0.5f};
+    worker w;
+    worker_open(&w);
+    ts_client *c = w.client;
+    DO(ts_seq_truncate(w.pool, &w.seqs[1], &(uint32_t){BLOCK}, 1));
+    ts_frame *frame = frame_of(&w, &all);
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        ts_step_options own = steps[i].own;
+        ts_step *step;
+        own.size = sizeof own;
+        ts_status status = ts_frame_begin(frame, w.seqs, 1, &own, &step);
+        assert_int_equal(status, steps[i].sentence == NULL ? TS_OK : TS_EINVAL);
+        if (steps[i].sentence != NULL)
+            assert_string_equal(ts_error(c), steps[i].sentence);
+        else
+            DO(ts_step_abort(step));
+    }
+    ts_frame_free(frame);
+    worker_close(&w);
+}
+
 int main(void)
 {
     setenv("TS_TEST_FAKE_GPU", "1", 1);
@@ -136,6 +171,7 @@ int main(void)
         cmocka_unit_test(a_frame_that_is_made_before_all_else_knows_the_pools_addresses),
         cmocka_unit_test(a_step_waits_for_room_beside_the_calls_own_time),
         cmocka_unit_test(token_ids_are_a_steps_own),
+        cmocka_unit_test(what_graphs_were_captured_with_is_not_a_steps_own),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

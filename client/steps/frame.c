@@ -110,19 +110,35 @@ ts_status ts_frame_new(ts_pool *p, const ts_frame_options *options, ts_frame **o
     return TS_OK;
 }
 
+/* Whether the frame's graphs, which were captured with its options, serve a step with these. */
+static ts_status check_own(const ts_frame *f, const ts_step_options *own)
+{
+    ts_client *c = f->pool->client;
+    const ts_step_options *all = &f->step;
+    if (own->heads != 0 && own->heads != all->heads)
+        return ts_fail(c, TS_EINVAL, "a step of %u query heads; its frame has %u", own->heads,
+                       all->heads);
+    if (own->io_dtype != 0 && own->io_dtype != all->io_dtype)
+        return ts_fail(c, TS_EINVAL, "a step of io_dtype %s; its frame's is %s",
+                       ts_dtype_name(own->io_dtype), ts_dtype_name(all->io_dtype));
+    if (own->scale != 0 && own->scale != all->scale)
+        return ts_fail(c, TS_EINVAL, "a step with a scale of %g; its frame's is %g",
+                       (double)own->scale, (double)all->scale);
+    if (own->no_run)
+        return ts_fail(c, TS_EINVAL, "a step of a frame that has no layer run");
+    if (own->kernel != NULL && strcmp(own->kernel, f->kernel) != 0)
+        return ts_fail(c, TS_EINVAL, "a step with kernel '%.20s'; its frame's is %s", own->kernel,
+                       f->kernel[0] != '\0' ? f->kernel : "the pool's");
+    return TS_OK;
+}
+
 /* The frame's options with what one step may have of its own. */
 static ts_status merge(const ts_frame *f, const ts_step_options *own, ts_step_options *out)
 {
     const ts_step_options *all = &f->step;
-    const char *what = own->heads != 0 && own->heads != all->heads                  ? "heads"
-                       : own->io_dtype != 0 && own->io_dtype != all->io_dtype       ? "io_dtype"
-                       : own->scale != 0 && own->scale != all->scale                ? "scale"
-                       : own->no_run                                                ? "no_run"
-                       : own->kernel != NULL && strcmp(own->kernel, f->kernel) != 0 ? "kernel"
-                                                                                    : NULL;
-    if (what != NULL)
-        return ts_fail(f->pool->client, TS_EINVAL,
-                       "a step whose %s isn't its frame's, which graphs were captured with", what);
+    ts_status status = check_own(f, own);
+    if (status != TS_OK)
+        return status;
     *out = *all;
     if (own->tokens != NULL)
         out->tokens = own->tokens;
