@@ -137,7 +137,8 @@ static void what_graphs_were_captured_with_is_not_a_steps_own(void **state)
     } steps[] = {
         {{.heads = HEADS, .scale = 0.5f}, NULL},
         {{.heads = 1}, "a step of 1 query heads; its frame has 2"},
-        {{.io_dtype = TS_DTYPE_BF16}, "a step of io_dtype bf16; its frame's is fp32"},
+        {{.io_dtype = TS_DTYPE_BF16}, "io_dtype bf16; beside a pool of fp32 it must be fp32"},
+        {{.io_dtype = (ts_dtype)9}, "io_dtype 9; beside a pool of fp32 it must be fp32"},
         {{.scale = 0.25f}, "a step with a scale of 0.25; its frame's is 0.5"},
         {{.no_run = true}, "a step of a frame that has no layer run"},
         {{.kernel = "v3"}, "a step with kernel 'v3'; its frame's is the pool's"},

@@ -115,9 +115,13 @@ static ts_status check_own(const ts_frame *f, const ts_step_options *own)
 {
     ts_client *c = f->pool->client;
     const ts_step_options *all = &f->step;
+    char why[160];
     if (own->heads != 0 && own->heads != all->heads)
         return ts_fail(c, TS_EINVAL, "a step of %u query heads; its frame has %u", own->heads,
                        all->heads);
+    if (own->io_dtype != 0 &&
+        ts_dtype_io_check(own->io_dtype, f->pool->geometry.dtype, why, sizeof why) != TS_OK)
+        return ts_fail(c, TS_EINVAL, "%s", why);
     if (own->io_dtype != 0 && own->io_dtype != all->io_dtype)
         return ts_fail(c, TS_EINVAL, "a step of io_dtype %s; its frame's is %s",
                        ts_dtype_name(own->io_dtype), ts_dtype_name(all->io_dtype));
