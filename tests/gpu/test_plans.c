@@ -94,7 +94,8 @@ static void batch_new(batch *b, uint32_t count, uint32_t most, rng *r)
     for (uint32_t i = 0; i < count; i++) {
         ts_attention_seq *s = &b->seqs[i];
         const uint32_t q = rng_below(r, 8) == 0 ? rng_below(r, 200) : 1 + rng_below(r, 2);
-        *s = (ts_attention_seq){.q_tokens = q, .kv_tokens = q + rng_below(r, most)};
+        const uint32_t past = q > 2 && rng_below(r, 2) == 0 ? 0 : rng_below(r, most);
+        *s = (ts_attention_seq){.q_tokens = q, .kv_tokens = q + past};
         const uint32_t blocks = (s->kv_tokens + BLOCK - 1) / BLOCK;
         b->tables[i] = malloc((blocks + 1) * sizeof(uint32_t));
         for (uint32_t n = 0; n < blocks; n++)
@@ -152,6 +153,34 @@ static uint32_t note_team(const batch *b, const plan_piece *p, const plan_seq *s
     return count;
 }
 
+static uint32_t storable; /* new tokens, over a test */
+
+/* New tokens that are appended: those come last that wgmma may store itself, of sequences that are
+ * all new and have all chunks in each piece. */
+static void check_appends(const batch *b, const ts_gpu_plan *plan)
+{
+    const unsigned char *host = plan->buffer->host;
+    const uint2 *items = (const uint2 *)(const void *)(host + plan->items[LIST_APPEND]);
+    const plan_piece *pieces = (const plan_piece *)(const void *)(host + plan->items[LIST_WGMMA]);
+    const uint32_t count = plan->count[LIST_APPEND];
+    uint32_t next[SEQS] = {0}, last = 0;
+    bool stored[SEQS] = {false};
+    for (uint32_t n = 0; n < plan->count[LIST_WGMMA]; n++) {
+        const plan_seq *s = &pieces[n].seq;
+        stored[pieces[n].index] =
+            s->kv_tokens == s->q_tokens && pieces[n].chunks_and_alone / 2 == s->num_chunks;
+    }
+    for (uint32_t n = 0; n < count; n++) {
+        assert_int_equal(items[n].y, next[items[n].x]++);
+        assert_int_equal(stored[items[n].x], n >= count - plan->storable);
+        last += stored[items[n].x];
+    }
+    for (uint32_t i = 0; i < b->count; i++)
+        assert_true(!stored[i] || next[i] == b->seqs[i].q_tokens);
+    assert_int_equal(last, plan->storable);
+    storable += last;
+}
+
 /* Returns how many members' chunks go through teams' pieces. */
 static uint32_t check(const batch *b, const ts_gpu_plan *plan)
 {
@@ -180,6 +209,7 @@ static uint32_t check(const batch *b, const ts_gpu_plan *plan)
             tiles[p->index] = p->tile + 1 > tiles[p->index] ? p->tile + 1 : tiles[p->index];
         }
     }
+    check_appends(b, plan);
     for (uint32_t i = 0; i < b->count; i++) {
         for (uint32_t n = 0; n < seqs[i].num_chunks && b->seqs[i].q_tokens > 0; n++)
             assert_int_equal(seen[i][n], tiles[i]);
@@ -211,6 +241,7 @@ static void every_chunk_is_worked_on_once(void **state)
     (void)state;
     rng r = {5};
     uint64_t common = 0;
+    storable = 0;
     for (int turn = 0; turn < 400; turn++) {
         batch b;
         batch_new(&b, 1 + rng_below(&r, SEQS), turn % 4 == 0 ? 20000 : 3000, &r);
@@ -220,7 +251,7 @@ static void every_chunk_is_worked_on_once(void **state)
         ts_gpu_plan_free(plan);
         batch_free(&b);
     }
-    assert_true(common > 10000);
+    assert_true(common > 10000 && storable > 10000);
 }
 
 /* Sequences that grow by a token, whose plan is renewed. */
@@ -229,9 +260,10 @@ static void renewed_plans_hold_the_same_pieces(void **state)
     (void)state;
     rng r = {6};
     uint64_t common = 0;
-    for (int turn = 0; turn < 100; turn++) {
+    for (int turn = 0; turn < 200; turn++) {
         batch b;
-        batch_new(&b, 1 + rng_below(&r, 40), 3000, &r);
+        batch_new(&b, 1 + rng_below(&r, turn % 2 ? 4 : 40), 3000, &r);
+        gpu.info.warp_groups = turn % 2;
         for (uint32_t i = 0; i < b.count; i++)
             b.seqs[i].kv_tokens -= b.seqs[i].kv_tokens > b.seqs[i].q_tokens;
         ts_gpu_plan *plan = plan_of(&b);

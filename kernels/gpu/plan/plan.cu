@@ -335,6 +335,20 @@ ts_status take_memory(ts_gpu_plan *p, size_t bytes, char *why, size_t why_bytes)
     return ts_gpu_plan_clear(p, why, why_bytes);
 }
 
+/* Where launches over a persistent plan bring boxes, from now on they are of its blocks. */
+ts_status add_map(ts_gpu_plan *p, char *why, size_t why_bytes)
+{
+    if (p->boxes.tokens == 0 || p->blocks.first > p->blocks.last)
+        return TS_OK;
+    const box_map m = ts_gpu_box_map_of(p->gpu, &p->geometry, p->limits.base, p->blocks);
+    ((plan_head *)p->buffer->host)->among = m.among;
+    if (m.tokens > 0)
+        return TS_OK;
+    snprintf(why, why_bytes, "the driver makes no map of blocks %u to %u", p->blocks.first,
+             p->blocks.last);
+    return TS_EDEVICE;
+}
+
 } // namespace
 
 extern "C" ts_status ts_gpu_plan_find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
@@ -409,9 +423,9 @@ extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *
     /* Its launches are repeated for whatever comes, and without teams theirs is the slower kernel.
      */
     p->team_kernel = ts_gpu_kernel{};
-    if (limits->base != NULL)
-        p->boxes = ts_gpu_box_map_of(gpu, geometry, limits->base, block_range{0, 0});
     status = make_room(p, &entries, why, why_bytes);
+    if (limits->base != NULL && p->room[LIST_WGMMA] + p->room[LIST_FEW] > 0)
+        p->boxes = ts_gpu_box_map_of(gpu, geometry, limits->base, block_range{0, 0});
     if (status == TS_OK)
         status = load_append(p, why, why_bytes);
     if (status == TS_OK)
@@ -457,18 +471,13 @@ extern "C" ts_status ts_gpu_plan_set(ts_gpu_plan *p, const ts_attention_seq *seq
             return status;
         bytes = p->tables + p->entries * sizeof(uint32_t);
     }
-    if (p->boxes.tokens > 0 && p->blocks.first <= p->blocks.last) {
-        const box_map m = ts_gpu_box_map_of(p->gpu, &p->geometry, most->base, p->blocks);
-        if (m.tokens == 0) {
-            snprintf(why, why_bytes, "the driver makes no map of blocks %u to %u", p->blocks.first,
-                     p->blocks.last);
-            return TS_EDEVICE;
-        }
-        ((plan_head *)p->buffer->host)->among = m.among;
-    }
-    status = ts_gpu_buffer_upload(p->gpu, p->buffer, bytes, why, why_bytes);
-    if (status != TS_OK)
+    status = add_map(p, why, why_bytes);
+    if (status == TS_OK)
+        status = ts_gpu_buffer_upload(p->gpu, p->buffer, bytes, why, why_bytes);
+    if (status != TS_OK) {
+        p->num_seqs = 0; /* the device has none that the next ones could be like */
         return status;
+    }
     cudaError_t error = cudaEventSynchronize(p->buffer->there);
     if (error != cudaSuccess)
         return ts_gpu_fail(error, "uploading a plan", 0, why, why_bytes);
