@@ -175,7 +175,7 @@ def test_a_frames_limits_are_named_and_a_refused_step_changes_nothing(daemon):
 def test_each_step_of_a_frame_may_have_tokens_a_wait_and_a_priority(daemon):
     with tinyserve.connect(daemon.url) as client, client.pool("p", writable=True) as kv:
         client.exchange(kv, 4 << 20)
-        seq, = kv.create()
+        seq, = kv.create(namespace=b"m")
         with kv.frame(1, heads=HEADS, io_dtype="bf16") as frame:
             for token in range(BLOCK):
                 with frame.step([seq], [1000 + token], priority=1) as step:
@@ -183,7 +183,7 @@ def test_each_step_of_a_frame_may_have_tokens_a_wait_and_a_priority(daemon):
                         step.run(layer)
                     step.commit()
             ids = [1000 + token for token in range(BLOCK)] + [5]
-            found, tokens = kv.match(ids)
+            found, tokens = kv.match(ids, b"m")
             assert tokens == BLOCK
             kv.free([found])
             room = kv.stats()
