@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TS_PROTOCOL 8u /* version of the messages, of this layout and of blocks */
+#define TS_PROTOCOL 8u /* version of the messages, the rings, this layout and blocks */
 #define TS_HANDLE_MAGIC 0x48535354u
 #define TS_TOKEN_BYTES 16
 #define TS_HANDLE_SUFFIX ".handles" /* to the path of NNG's socket: the handle socket's */

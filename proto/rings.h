@@ -27,13 +27,13 @@
 #define TS_RINGS_H
 
 #include "blocks.h"
+#include "handle_wire.h"
 #include "layer_run.h"
 
 #include <stddef.h>
 #include <stdint.h>
 
 #define TS_RING_MAGIC 0x47525354u
-#define TS_RING_VERSION 8u
 #define TS_RING_ENTRIES 64u
 #define TS_RING_BATCH 4096u       /* sequences of a step that is begun here */
 #define TS_RING_BLOCKS (1u << 20) /* that its answer tells of, if the client made room for them */
@@ -73,8 +73,9 @@ enum { TS_RING_HAS_LENGTH = 1, TS_RING_DRY = 2, TS_RING_FORGET = 4, TS_RING_BY_C
 
 /* Fields as in tinyserve.proto. */
 typedef struct ts_ring_entry {
-    uint32_t op, tag; /* the completion has the same tag */
-    uint64_t step;    /* not of a begin */
+    _Alignas(64) uint32_t op; /* whole cache lines, with room for more fields */
+    uint32_t tag;             /* the completion has the same tag */
+    uint64_t step;            /* not of a begin */
     union {
         struct {
             uint32_t pool, count, heads, io_dtype;
@@ -99,7 +100,6 @@ typedef struct ts_ring_entry {
                    and what Matched calls twins in begun_counts */
     };
     uint64_t call; /* its number: a session's calls count on, by message or ring */
-    uint8_t unused[8];
 } ts_ring_entry;
 
 typedef struct ts_ring_completion {
@@ -132,7 +132,7 @@ typedef enum ts_rings_end_reason {
 } ts_rings_end_reason;
 
 typedef struct ts_rings_memory {
-    uint32_t magic, version;
+    uint32_t magic, version;                 /* TS_PROTOCOL (handle_wire.h) */
     uint32_t max_blocks, max_slabs, max_ids; /* the room behind this struct */
     uint32_t isa;   /* ts_isa of the daemon's host kernels: the same gives the same bits */
     uint32_t ended; /* ts_rings_end_reason; the daemon writes it */

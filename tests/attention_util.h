@@ -163,31 +163,32 @@ static inline void problem_free(problem *p)
     free(p->out);
 }
 
-/* A variant of attention; window 0, cap 0, false: not that. */
+/* A variant of attention; 0 and false: not that. Scale 0: as it is; rope_dims 0: head_dim, 1: half
+ * of it (even). */
 typedef struct variety {
-    uint32_t window;
-    float cap, scale; /* scale 0: as it is */
-    bool sinks, alibi;
-    ts_rope rope; /* dims 0: head_dim, 1: half of it (even) */
+#define NUMBER(type, name, place, most, what) type name;
+    TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
+    bool sinks, alibi, rope_interleaved;
 } variety;
 
 static const variety varieties[] = {
     {.window = 1},
     {.window = 5},
     {.window = 16},
-    {.window = 17, .cap = 30},
+    {.window = 17, .soft_cap = 30},
     {.window = 1000, .sinks = true},
     {.window = 1024, .alibi = true},
     {.window = 1500},
-    {.cap = 20},
-    {.cap = 1.5f, .scale = 0.7f},
+    {.soft_cap = 20},
+    {.soft_cap = 1.5f, .scale = 0.7f},
     {.sinks = true},
     {.alibi = true},
-    {.rope = {.theta = 10000}},
-    {.rope = {.theta = 500000, .interleaved = true}},
-    {.rope = {.theta = 100, .dims = 1}, .window = 100},
-    {.rope = {.theta = 1e6f, .dims = 1, .interleaved = true}},
-    {.window = 200, .cap = 50, .scale = 0.3f, .sinks = true, .alibi = true},
+    {.rope_theta = 10000},
+    {.rope_theta = 500000, .rope_interleaved = true},
+    {.rope_theta = 100, .rope_dims = 1, .window = 100},
+    {.rope_theta = 1e6f, .rope_dims = 1, .rope_interleaved = true},
+    {.window = 200, .soft_cap = 50, .scale = 0.3f, .sinks = true, .alibi = true},
 };
 #define VARIETIES (sizeof varieties / sizeof *varieties)
 
@@ -209,12 +210,12 @@ static inline shape variety_shape(size_t i, size_t which)
 static inline void problem_vary(problem *p, variety v, rng *r)
 {
     uint32_t heads = p->call.heads, head_dim = p->call.geometry.head_dim;
-    p->call.variant.window = v.window;
-    p->call.variant.soft_cap = v.cap;
-    if (v.scale > 0)
-        p->call.variant.scale = v.scale;
-    p->call.variant.rope = v.rope;
-    p->call.variant.rope.dims = v.rope.dims == 0 ? head_dim : head_dim / 4 * 2;
+    v.scale = v.scale > 0 ? v.scale : p->call.variant.scale;
+    v.rope_dims = v.rope_dims == 0 ? head_dim : head_dim / 4 * 2;
+    p->call.variant.rope.interleaved = v.rope_interleaved;
+#define NUMBER(type, name, place, most, what) p->call.variant.place = v.name;
+    TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
     p->lse_elements = p->q_elements / head_dim;
     p->lse = malloc(p->lse_elements * sizeof *p->lse);
     if (v.sinks)
@@ -383,7 +384,7 @@ static const variety hidden_varieties[] = {{0},
                                            {.sinks = true},
                                            {.alibi = true},
                                            {.window = 100},
-                                           {.cap = 5, .window = 1030, .sinks = true}};
+                                           {.soft_cap = 5, .window = 1030, .sinks = true}};
 
 static const float caps[] = {1e-30f, 0.5f, 5,     30,    50,    1000, 1e4f,
                              1e6f,   1e8f, 1e12f, 1e20f, 1e30f, 1e38f};
@@ -400,7 +401,7 @@ static inline shape problem_of_scores(problem *p, float cap)
         lengths[i][0] = lengths[i][1] = 1;
     rng r = {5};
     problem_new(p, s, lengths, SEQS, &r);
-    problem_vary(p, (variety){.cap = cap, .scale = 1}, &r);
+    problem_vary(p, (variety){.soft_cap = cap, .scale = 1}, &r);
     for (size_t i = 0; i < p->q_elements; i++) {
         double x =
             ldexp(1 + rng_below(&r, 1 << 23) / (double)(1 << 23), (int)rng_below(&r, 34) - 30);

@@ -13,12 +13,13 @@ were written.
 """
 
 import argparse
+import inspect
 import os
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from subprocess import Popen
 
@@ -87,25 +88,30 @@ ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8_e4m3": 2.0
 
 @dataclass
 class Variant:
-    """What ts_run_options asks for."""
+    """What Step.run is asked for."""
     scale: float = 0.0
-    cap: float = 0.0
+    soft_cap: float = 0.0
     window: int = 0
     alibi: bool = False
     sinks: bool = False
-    theta: float = 0.0
-    dims: int = 0
-    interleaved: bool = False
+    rope_theta: float = 0.0
+    rope_dims: int = 0
+    rope_interleaved: bool = False
+
+
+OPTIONS = set(inspect.signature(tinyserve.Step.run).parameters) - {"self", "layer", "stream"}
+assert OPTIONS == {f.name for f in fields(Variant)} | {"lse", "scales"}, "an option isn't tried"
 
 
 def turn(x, first, v):
     """Rows [tokens, heads, dim] from position `first` on, turned as rotary embedding has it."""
-    dims = v.dims or x.shape[-1]
-    if v.theta == 0:
+    dims = v.rope_dims or x.shape[-1]
+    if v.rope_theta == 0:
         return x
     pair = np.arange(dims // 2)
-    a, b = (2 * pair, 2 * pair + 1) if v.interleaved else (pair, pair + dims // 2)
-    angle = (first + np.arange(len(x)))[:, None, None] * np.float64(v.theta)**(-2 * pair / dims)
+    a, b = (2 * pair, 2 * pair + 1) if v.rope_interleaved else (pair, pair + dims // 2)
+    turns = np.float64(v.rope_theta)**(-2 * pair / dims)
+    angle = (first + np.arange(len(x)))[:, None, None] * turns
     out = x.copy()
     out[..., a] = x[..., a] * np.cos(angle) - x[..., b] * np.sin(angle)
     out[..., b] = x[..., a] * np.sin(angle) + x[..., b] * np.cos(angle)
@@ -125,8 +131,8 @@ def attend(q, k, v, scales, variant, slopes, sinks):
         unit = float(scale) * scales[0, h // group]
         s = q[:, h] @ k[:, h // group].T * unit
         size = np.abs(q[:, h]) @ np.abs(np.nan_to_num(k[:, h // group], neginf=0)).T * unit
-        if variant.cap:
-            s = variant.cap * np.tanh(s / variant.cap)
+        if variant.soft_cap:
+            s = variant.soft_cap * np.tanh(s / variant.soft_cap)
             size = np.maximum(size, np.abs(s))
         if variant.alibi:
             s = s + slopes[h] * (key - position)
@@ -250,14 +256,15 @@ class Case:
     def variant(self):
         rng = self.rng
         edge = int(pick(rng, self.block, *EDGES)) * int(rng.integers(1, 4))
-        v = Variant(scale=pick(rng, 0.0, 0.0, 0.3), cap=pick(rng, 0.0, 0.0, 5.0, 50.0, 1e6, 1e20),
+        v = Variant(scale=pick(rng, 0.0, 0.0, 0.3),
+                    soft_cap=pick(rng, 0.0, 0.0, 5.0, 50.0, 1e6, 1e20),
                     window=max(0, int(pick(rng, 0, 0, 1, edge - 1, edge, edge + 1,
                                            rng.integers(1, 2000)))),
                     alibi=rng.random() < 0.3, sinks=rng.random() < 0.3)
         if not self.hides and rng.random() < 0.3:
-            v.theta = float(pick(rng, 100, 10000, 500000))
-            v.interleaved = bool(rng.integers(2))
-            v.dims = int(pick(rng, 2 * rng.integers(1, self.dim // 2 + 1), self.dim // 2 * 2))
+            v.rope_theta = float(pick(rng, 100, 10000, 500000))
+            v.rope_interleaved = bool(rng.integers(2))
+            v.rope_dims = int(pick(rng, 2 * rng.integers(1, self.dim // 2 + 1), self.dim // 2 * 2))
         v.scale = float(np.float32(v.scale))
         return v
 
@@ -387,9 +394,7 @@ class Case:
                 if self.dtype == "fp8_e4m3":
                     step.scales[...] = scales
                 elements(step.out)[...] = NAN[self.io]
-                step.run(layer, scale=v.scale, soft_cap=v.cap, window=v.window, alibi=v.alibi,
-                         sinks=v.sinks, lse=True, scales=self.dtype == "fp8_e4m3",
-                         rope_theta=v.theta, rope_dims=v.dims, rope_interleaved=v.interleaved)
+                step.run(layer, lse=True, scales=self.dtype == "fp8_e4m3", **vars(v))
                 found.append((elements(step.out).copy(), step.lse.numpy().copy()))
             for daemon, local in zip(*found):
                 assert daemon.tobytes() == local.tobytes(), f"the two ways differ: {v}"
@@ -405,7 +410,7 @@ class Case:
             part = slice(first, first + n)
             turned[part] = turn(turned[part], sequence.tokens, v)
             first += n
-        if v.theta:
+        if v.rope_theta:
             length = np.maximum(length, np.abs(turned)) * 2
         exact = [encode(decode(x, self.io).astype(np.float32) / by[:, None], self.dtype)
                  for x, by in zip((k, values), scales)]
@@ -414,7 +419,7 @@ class Case:
             stored = np.stack([plane[at // self.block, at % self.block]
                                for plane in self.planes(layer)])
             assert stored[1].tobytes() == exact[1].tobytes(), f"V isn't what was given: {v}"
-            if v.theta == 0:
+            if v.rope_theta == 0:
                 assert stored[0].tobytes() == exact[0].tobytes(), f"K isn't what was given: {v}"
                 continue
             off = np.abs(decode(stored[0], self.dtype) * scales[0][:, None] - turned)

@@ -59,7 +59,7 @@ static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint
                          "window %u, cap %g: relative error %g > %g, or of the log-sum-exp %g",
                          ts_isa_name(isas[i]), ts_dtype_name(s.dtype), s.heads, s.kv_heads,
                          s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1], v.window,
-                         (double)v.cap, error, limit, lse);
+                         (double)v.soft_cap, error, limit, lse);
         }
         ts_attention_free(a);
     }
@@ -73,6 +73,21 @@ static void check_against_reference(shape s, const uint32_t (*lengths)[2], uint3
                                     double limit)
 {
     check_variety(s, (variety){0}, lengths, num_seqs, limit);
+}
+
+static void varieties_try_every_number(void **state)
+{
+    (void)state;
+#define NUMBER(type, name, place, most, what)                                                      \
+    {                                                                                              \
+        bool tried = false;                                                                        \
+        for (size_t i = 0; i < VARIETIES; i++)                                                     \
+            tried |= varieties[i].name != 0;                                                       \
+        if (!tried)                                                                                \
+            fail_msg("no variety of attention_util.h has a %s", #name);                            \
+    }
+    TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
 }
 
 static void every_variant_matches_the_reference(void **state)
@@ -381,6 +396,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_dtype_and_head_sharing_matches_the_float64_reference),
+        cmocka_unit_test(varieties_try_every_number),
         cmocka_unit_test(every_variant_matches_the_reference),
         cmocka_unit_test(keys_whose_scores_are_minus_infinity_get_no_weight),
         cmocka_unit_test(a_capped_score_is_within_4_ulp_whatever_the_cap),

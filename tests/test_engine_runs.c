@@ -35,12 +35,16 @@ static void a_run_outside_the_exchange_is_refused(void **state)
     run.step_run.run.q = run.step_run.run.k = run.step_run.run.v = run.step_run.run.out = 0;
     static const float bad_floats[] = {-1.0f, NAN, INFINITY};
     for (size_t i = 0; i < 3; i++) {
-        run.step_run.run = (ts_layer_run){.scale = bad_floats[i]};
-        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
-        run.step_run.run = (ts_layer_run){.soft_cap = bad_floats[i]};
-        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
-        run.step_run.run = (ts_layer_run){.rope_theta = bad_floats[i]};
-        assert_int_equal(apply(e, run, &answer), TS_EINVAL);
+#define NUMBER(type, name, place, most, what)                                                      \
+    if (_Generic((type)0, float : true, default : false)) {                                        \
+        run.step_run.run = (ts_layer_run){0};                                                      \
+        memcpy(&run.step_run.run.name, &bad_floats[i], sizeof *bad_floats);                        \
+        assert_int_equal(apply(e, run, &answer), TS_EINVAL);                                       \
+        assert_non_null(strstr(answer.message, "a " what " of "));                                 \
+        assert_non_null(strstr(answer.message, "; it must be finite and not negative"));           \
+    }
+        TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
     }
     const uint32_t head_dim = e->pools[0].config.geometry.head_dim;
     for (uint32_t i = 0; i < 2; i++) {

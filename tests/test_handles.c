@@ -83,7 +83,7 @@ static void an_exchange_and_rings_are_memory_that_the_client_has_allocated(void 
 {
     (void)state;
     const size_t bytes = ts_rings_bytes(16, 1, 0);
-    const uint32_t version = TS_RING_VERSION, magic = TS_RING_MAGIC;
+    const uint32_t version = TS_PROTOCOL, magic = TS_RING_MAGIC;
     daemon_process d;
     daemon_start_with(&d, POOL_TINY ",blocks=16",
                       (const char *const[]){"--set", "exchange_max=1M", NULL});

@@ -16,7 +16,7 @@ static ts_service service;
 static ts_status new_ring(ts_connection *c, char *why, size_t why_bytes)
 {
     ts_filling *f = &c->memory.new_rings;
-    const uint32_t head[] = {TS_RING_MAGIC, TS_RING_VERSION, 16, 1};
+    const uint32_t head[] = {TS_RING_MAGIC, TS_PROTOCOL, 16, 1};
     ts_filling_end(f);
     assert_int_equal(ts_filling_new(f, ts_rings_bytes(16, 1, 0), why, why_bytes), TS_OK);
     assert_int_equal(fallocate(f->fd, 0, 0, (off_t)f->bytes), 0);

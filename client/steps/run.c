@@ -13,16 +13,15 @@ static ts_layer_run layer_run(const ts_step *s, uint32_t layer, const ts_run_opt
                               uint32_t number)
 {
     ts_layer_run run = s->at;
-    run.scale = o->scale;
-    run.soft_cap = o->soft_cap;
-    run.rope_theta = o->rope_theta;
-    run.window = o->window;
-    run.rope_dims = o->rope_dims;
     run.layer = layer;
-    run.flags = (o->sinks ? TS_RUN_SINKS : 0u) | (o->alibi ? TS_RUN_ALIBI : 0u) |
-                (o->lse ? TS_RUN_LSE : 0u) | (o->scales ? TS_RUN_SCALES : 0u) |
-                (o->rope_interleaved ? TS_RUN_INTERLEAVED : 0u) |
-                (o->on_stream ? TS_RUN_ON_STREAM : 0u);
+    run.flags = 0;
+#define NUMBER(type, name, place, most, what) run.name = o->name;
+#define FLAG(flag, name) run.flags |= o->name ? TS_RUN_##flag : 0u;
+    TS_RUN_NUMBERS(NUMBER)
+    TS_RUN_ARRAYS(FLAG)
+    TS_RUN_SWITCHES(FLAG)
+#undef NUMBER
+#undef FLAG
     run.number = number;
     return run;
 }
@@ -37,21 +36,17 @@ static ts_status run_by_message(ts_step *s, const ts_layer_run *run)
     body.k = run->k;
     body.v = run->v;
     body.out = run->out;
-    body.scale = run->scale;
-    body.soft_cap = run->soft_cap;
-    body.window = run->window;
-    body.rope_theta = run->rope_theta;
-    body.rope_dims = run->rope_dims;
-    body.rope_interleaved = run->flags & TS_RUN_INTERLEAVED;
-    body.has_sinks = run->flags & TS_RUN_SINKS;
-    body.sinks = run->sinks;
-    body.has_scales = run->flags & TS_RUN_SCALES;
-    body.scales = run->scales;
-    body.has_alibi = run->flags & TS_RUN_ALIBI;
-    body.alibi = run->alibi;
-    body.has_lse = run->flags & TS_RUN_LSE;
-    body.lse = run->lse;
-    body.on_stream = run->flags & TS_RUN_ON_STREAM;
+#define NUMBER(type, name, place, most, what) body.name = run->name;
+#define ARRAY(flag, name)                                                                          \
+    body.has_##name = run->flags & TS_RUN_##flag;                                                  \
+    body.name = run->name;
+#define SWITCH(flag, name) body.name = run->flags & TS_RUN_##flag;
+    TS_RUN_NUMBERS(NUMBER)
+    TS_RUN_ARRAYS(ARRAY)
+    TS_RUN_SWITCHES(SWITCH)
+#undef NUMBER
+#undef ARRAY
+#undef SWITCH
     body.number = run->number;
     request.body_case = TSPB__REQUEST__BODY_STEP_RUN;
     request.step_run = &body;

@@ -41,7 +41,7 @@ static void find_room(const ts_client *c, uint32_t *blocks, uint32_t *slabs)
 static void fill_in(ts_rings_memory *m, uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
 {
     m->magic = TS_RING_MAGIC;
-    m->version = TS_RING_VERSION;
+    m->version = TS_PROTOCOL;
     m->max_blocks = max_blocks;
     m->max_slabs = max_slabs;
     m->max_ids = max_ids;

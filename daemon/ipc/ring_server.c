@@ -133,11 +133,11 @@ static ts_status adopt(ts_ring *r, char *why, size_t why_bytes)
     r->max_blocks = __atomic_load_n(&m->max_blocks, __ATOMIC_RELAXED);
     r->max_slabs = __atomic_load_n(&m->max_slabs, __ATOMIC_RELAXED);
     r->max_ids = __atomic_load_n(&m->max_ids, __ATOMIC_RELAXED);
-    if (magic != TS_RING_MAGIC || version != TS_RING_VERSION) {
+    if (magic != TS_RING_MAGIC || version != TS_PROTOCOL) {
         snprintf(why, why_bytes,
                  "rings of version %u, and magic %x; those of tinyserved " TS_VERSION
                  " are of version %u, and magic %x",
-                 version, magic, TS_RING_VERSION, TS_RING_MAGIC);
+                 version, magic, TS_PROTOCOL, TS_RING_MAGIC);
         return TS_EPROTO;
     }
     if (r->max_blocks > TS_RING_BLOCKS || r->max_slabs > TS_RING_SLABS ||

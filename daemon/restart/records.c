@@ -163,10 +163,14 @@ static const ts_field step_seq_fields[] = {
 };
 #undef S
 #define S(member) F(ts_layer_run, member)
+#define ARRAY(flag, name) S(name),
+#define NUMBER(type, name, place, most, what) S(name),
 static const ts_field run_fields[] = {
-    S(q),     S(k),        S(v),          S(out),    S(sinks),     S(alibi), S(lse),   S(scales),
-    S(scale), S(soft_cap), S(rope_theta), S(window), S(rope_dims), S(layer), S(flags), S(number),
+    S(q),     S(k),      S(v), S(out), TS_RUN_ARRAYS(ARRAY) TS_RUN_NUMBERS(NUMBER) S(layer),
+    S(flags), S(number),
 };
+#undef NUMBER
+#undef ARRAY
 #undef S
 #define S(member) F(ts_claims, member)
 static const ts_field claims_fields[] = {

@@ -256,27 +256,21 @@ static bool decode_step_run(const Tspb__Request *r, ts_command *c, ts_answer *an
 {
     const Tspb__StepRun *m = r->step_run;
     (void)answer;
+    ts_layer_run *run = &c->step_run.run;
     c->step_run.step = m->step;
-    c->step_run.run = (ts_layer_run){
-        .q = m->q,
-        .k = m->k,
-        .v = m->v,
-        .out = m->out,
-        .sinks = m->sinks,
-        .alibi = m->alibi,
-        .lse = m->lse,
-        .scales = m->scales,
-        .scale = m->scale,
-        .soft_cap = m->soft_cap,
-        .rope_theta = m->rope_theta,
-        .window = m->window,
-        .rope_dims = m->rope_dims,
-        .layer = m->layer,
-        .flags = (m->has_sinks ? TS_RUN_SINKS : 0u) | (m->has_alibi ? TS_RUN_ALIBI : 0u) |
-                 (m->has_lse ? TS_RUN_LSE : 0u) | (m->has_scales ? TS_RUN_SCALES : 0u) |
-                 (m->rope_interleaved ? TS_RUN_INTERLEAVED : 0u) |
-                 (m->on_stream ? TS_RUN_ON_STREAM : 0u),
-        .number = m->number};
+    *run = (ts_layer_run){
+        .q = m->q, .k = m->k, .v = m->v, .out = m->out, .layer = m->layer, .number = m->number};
+#define NUMBER(type, name, place, most, what) run->name = m->name;
+#define ARRAY(flag, name)                                                                          \
+    run->name = m->name;                                                                           \
+    run->flags |= m->has_##name ? TS_RUN_##flag : 0u;
+#define SWITCH(flag, name) run->flags |= m->name ? TS_RUN_##flag : 0u;
+    TS_RUN_NUMBERS(NUMBER)
+    TS_RUN_ARRAYS(ARRAY)
+    TS_RUN_SWITCHES(SWITCH)
+#undef NUMBER
+#undef ARRAY
+#undef SWITCH
     return true;
 }
 

@@ -8,6 +8,7 @@
 #include "rope.h"
 #include "tinyserve_types.h"
 
+#include <float.h>
 #include <stdbool.h>
 
 /* One sequence's part of a call. q, k, v and out have rows of [heads or kv_heads][head_dim]. */
@@ -45,11 +46,25 @@ typedef struct ts_attention_variant {
     ts_rope rope;    /* of q before it attends, and of the new k before it is written */
 } ts_attention_variant;
 
+/*
+ * The numbers among a run's options: type, name, place in ts_attention_variant, limit, and what a
+ * refusal calls it. ts_run_options (tinyserve.h), StepRun (tinyserve.proto) and ts_layer_run have
+ * fields of that name. Whatever copies, compares, checks or stores the numbers goes over this
+ * table.
+ */
+#define TS_RUN_NUMBERS(X)                                                                          \
+    X(float, scale, scale, FLT_MAX, "scale")                                                       \
+    X(float, soft_cap, soft_cap, TS_SOFT_CAP_MAX, "soft cap")                                      \
+    X(float, rope_theta, rope.theta, FLT_MAX, "rope theta")                                        \
+    X(uint32_t, window, window, UINT32_MAX, "window")                                              \
+    X(uint32_t, rope_dims, rope.dims, UINT32_MAX, "number of rope dimensions")
+
 static inline bool ts_attention_same_variant(const ts_attention_variant *a,
                                              const ts_attention_variant *b)
 {
-    return a->scale == b->scale && a->soft_cap == b->soft_cap && a->window == b->window &&
-           ts_rope_same(&a->rope, &b->rope);
+#define TS_SAME(type, name, place, most, what) a->place == b->place &&
+    return TS_RUN_NUMBERS(TS_SAME) a->rope.interleaved == b->rope.interleaved;
+#undef TS_SAME
 }
 
 /* Whether something happens to scores beside scaling and hiding. */
@@ -58,7 +73,7 @@ static inline bool ts_attention_is_varied(const ts_attention_variant *v, const f
     return v->soft_cap > 0 || alibi != NULL;
 }
 
-/* TS_EINVAL with a sentence in `why`: scale, soft cap or theta is negative or not finite, or the
+/* TS_EINVAL with a sentence in `why`: a number is negative, not finite or beyond its limit, or the
  * rotary embedding doesn't fit the heads. */
 ts_status ts_attention_variant_check(const ts_attention_variant *variant, uint32_t head_dim,
                                      char *why, size_t why_bytes);

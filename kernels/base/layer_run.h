@@ -19,8 +19,20 @@ enum {
     TS_RUN_REPLACED = 64, /* in the books alone: the exchange isn't the session's any more */
 };
 
+/* Flag and name of the optional arrays (ts_run_options has a bool of that name, StepRun an offset
+ * and has_ before it), and of what is only switched on. */
+#define TS_RUN_ARRAYS(X)                                                                           \
+    X(SINKS, sinks)                                                                                \
+    X(ALIBI, alibi)                                                                                \
+    X(LSE, lse)                                                                                    \
+    X(SCALES, scales)
+#define TS_RUN_SWITCHES(X)                                                                         \
+    X(INTERLEAVED, rope_interleaved)                                                               \
+    X(ON_STREAM, on_stream)
+
 /* Places are bytes from the start of the exchange; rows of the step's sequences follow each other.
- * Values are ts_attention_variant's; scale 0: the step's, rope_dims 0: head_dim. */
+ * Values are ts_attention_variant's; scale 0: the step's, rope_dims 0: head_dim. New fields go to
+ * the end: the journal has the struct as it is. */
 typedef struct ts_layer_run {
     uint64_t q, k, v, out;
     uint64_t sinks, alibi, lse, scales; /* with their flags */
@@ -29,7 +41,7 @@ typedef struct ts_layer_run {
     uint32_t layer, flags, number;
 } ts_layer_run;
 
-_Static_assert(sizeof(ts_layer_run) == 96, "layout is shared by two programs");
+_Static_assert(sizeof(ts_layer_run) == 96, "two programs share it: raise TS_PROTOCOL, too");
 
 /* Which layers of a step were run. */
 typedef struct ts_layer_set {
@@ -49,11 +61,11 @@ static inline void ts_layer_set_put(ts_layer_set *set, uint32_t layer, bool well
 /* As it is given: scale and rope.dims may be 0. */
 static inline ts_attention_variant ts_layer_run_variant(const ts_layer_run *r)
 {
-    return (ts_attention_variant){
-        .scale = r->scale,
-        .soft_cap = r->soft_cap,
-        .window = r->window,
-        .rope = {r->rope_theta, r->rope_dims, (r->flags & TS_RUN_INTERLEAVED) != 0}};
+    ts_attention_variant v = {.rope.interleaved = (r->flags & TS_RUN_INTERLEAVED) != 0};
+#define TS_TAKE(type, name, place, most, what) v.place = r->name;
+    TS_RUN_NUMBERS(TS_TAKE)
+#undef TS_TAKE
+    return v;
 }
 
 /* What 0 stands for is filled in. */

@@ -16,12 +16,6 @@ typedef struct ts_rope {
     bool interleaved; /* pairs are (2 i, 2 i + 1); else (i, i + dims / 2) */
 } ts_rope;
 
-static inline bool ts_rope_same(const ts_rope *a, const ts_rope *b)
-{
-    return a->theta == b->theta &&
-           (a->theta == 0 || (a->dims == b->dims && a->interleaved == b->interleaved));
-}
-
 #if defined(__CUDACC__)
 #define TS_ROPE_INLINE __host__ __device__ static inline
 #else

@@ -164,7 +164,7 @@ static void fill(client *c, fuzz_input *in)
     if (c->memory < 0)
         return;
     if (odd >= 16) {
-        const uint32_t head[] = {TS_RING_MAGIC, TS_RING_VERSION, fuzz_number(in), fuzz_number(in)};
+        const uint32_t head[] = {TS_RING_MAGIC, TS_PROTOCOL, fuzz_number(in), fuzz_number(in)};
         (void)fallocate(c->memory, 0, 0, (off_t)(c->memory_bytes < 8 << 20 ? c->memory_bytes : 0));
         (void)!pwrite(c->memory, head, sizeof head, 0);
     } else if (odd >= 12)

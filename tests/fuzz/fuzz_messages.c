@@ -143,10 +143,9 @@ static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
         run.has_sinks = run.has_alibi = run.has_lse = fuzz_take(in, 1) & 1;
         run.sinks = run.alibi = run.lse = run.scales = fuzz_number(in) * 64ull;
         run.has_scales = fuzz_take(in, 1) & 1;
-        run.window = fuzz_number(in);
-        run.soft_cap = (float)fuzz_number(in);
-        run.rope_theta = (float)fuzz_number(in);
-        run.rope_dims = fuzz_number(in);
+#define NUMBER(type, name, place, most, what) run.name = (type)fuzz_number(in);
+        TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
         run.on_stream = numbers[0] == 1;
         run.number = numbers[1];
         r.body_case = TSPB__REQUEST__BODY_STEP_RUN;

@@ -69,7 +69,7 @@ static void open_rings(client *c, fuzz_input *in)
     uint32_t odd = fuzz_take(in, 1);
     new_rings n = {.c = c,
                    .magic = TS_RING_MAGIC,
-                   .version = TS_RING_VERSION,
+                   .version = TS_PROTOCOL,
                    .max_blocks = odd < 128 ? 256 : odd,
                    .max_slabs = odd < 128 ? 64 : odd % 64,
                    .max_ids = odd < 128 ? 64 : odd % 32};
@@ -171,11 +171,9 @@ static void write_run(fuzz_input *in, ts_layer_run *run)
     run->out = fuzz_number(in) * 64ull;
     run->sinks = run->alibi = run->lse = run->scales = fuzz_number(in) * 64ull;
     run->flags = odd % 64;
-    run->scale = (float)fuzz_number(in);
-    run->soft_cap = (float)fuzz_number(in);
-    run->rope_theta = (float)fuzz_number(in);
-    run->rope_dims = fuzz_number(in);
-    run->window = fuzz_number(in);
+#define NUMBER(type, name, place, most, what) run->name = (type)fuzz_number(in);
+    TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
     run->number = fuzz_number(in);
 }
 

@@ -44,10 +44,10 @@ static void check_variety(shape s, variety v, const uint32_t (*lengths)[2], uint
                          "window %u, cap %g: relative error %g > %g, or of the log-sum-exp %g",
                          ts_kernel_name((ts_kernel)kernel), ts_dtype_name(s.dtype), s.heads,
                          s.kv_heads, s.head_dim, s.block_tokens, lengths[j][0], lengths[j][1],
-                         v.window, (double)v.cap, error, limit, lse);
+                         v.window, (double)v.soft_cap, error, limit, lse);
         }
         CUDA_OK(cudaMemcpy(stored, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
-        if (v.rope.theta == 0) /* else the last bits may differ: of cosine and sine */
+        if (v.rope_theta == 0) /* else the last bits may differ: of cosine and sine */
             assert_memory_equal(stored, d.p.cache, d.p.cache_bytes);
         for (uint32_t j = 0; j < num_seqs; j++) {
             double key = key_error(&d.p, &d.p.seqs[j], stored);
@@ -153,7 +153,7 @@ static void a_capped_score_is_within_4_ulp_whatever_the_cap(void **state)
     for (size_t c = 0; c < sizeof caps / sizeof *caps; c++) {
         device_problem d;
         shape s = problem_of_scores(&d.p, caps[c]);
-        device_problem_upload(&d, s, (variety){.cap = caps[c]});
+        device_problem_upload(&d, s, (variety){.soft_cap = caps[c]});
         for (int k = TS_KERNEL_AUTO; k < TS_KERNEL_COUNT; k++) {
             if (ts_kernel_check((ts_kernel)k, &d.call.geometry, warp_groups(), why, sizeof why) !=
                 TS_OK)

@@ -151,9 +151,9 @@ static void check_family(shape s, variety v, uint32_t q_tokens)
 static const variety shared_varieties[] = {
     {0},
     {.alibi = true, .sinks = true},
-    {.cap = 20, .rope = {.theta = 10000}},
+    {.soft_cap = 20, .rope_theta = 10000},
     {.window = 700},
-    {.cap = 5, .alibi = true, .window = 1030},
+    {.soft_cap = 5, .alibi = true, .window = 1030},
 };
 #define SHARED_VARIETIES (sizeof shared_varieties / sizeof *shared_varieties)
 

@@ -1,12 +1,45 @@
 """What the package checks of the library that it loads."""
 
 import ctypes
+import inspect
+import re
 import types
+from pathlib import Path
 
 import pytest
 
 import tinyserve
 from tinyserve import _lib
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DECLARATION = re.compile(r"^typedef struct (ts_\w+) \{\n(.*?)^\} \1;", re.M | re.S)
+
+
+def declared(text):
+    """The names of each struct's members, by its name."""
+    return {name: re.findall(r"(\w+)(?:\[\w+\])?[,;]", body)
+            for name, body in DECLARATION.findall(re.sub(r"/\*.*?\*/", "", text, flags=re.S))}
+
+
+HEADERS = *(ROOT / "client/include").glob("*.h"), ROOT / "kernels/base/tinyserve_types.h"
+HEADER = declared("".join(header.read_text() for header in HEADERS))
+
+
+@pytest.mark.parametrize("struct", _lib._STRUCTS, ids=lambda struct: struct.__doc__)
+def test_a_structure_has_the_members_of_the_header(struct):
+    assert [name for name, _ in struct._fields_] == HEADER[struct.__doc__]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "client/man").glob("*.3")), ids=lambda p: p.name)
+def test_a_manual_shows_the_members_of_the_header(page):
+    for name, members in declared(page.read_text()).items():
+        assert members == HEADER[name], name
+
+
+def test_a_run_takes_all_options_of_the_header():
+    named = set(inspect.signature(tinyserve.Step.run).parameters) - {"self", "layer"}
+    assert named == set(HEADER["ts_run_options"]) - {"size", "on_stream"}
 
 
 def library(version=tinyserve.__version__, **sizes):

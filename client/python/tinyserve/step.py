@@ -163,11 +163,14 @@ class Step:
         where = getattr(stream, "cuda_stream", stream)
         if where is not None:
             check.integer("stream", where, 0, check.U64)
-        options = CRunOptions(check.real("scale", scale), check.real("soft_cap", soft_cap), alibi,
-                              check.integer("window", window), sinks, lse, scales,
-                              check.real("rope_theta", rope_theta),
-                              check.integer("rope_dims", rope_dims), rope_interleaved,
-                              where is not None, where)
+        options = CRunOptions(scale=check.real("scale", scale),
+                              soft_cap=check.real("soft_cap", soft_cap),
+                              window=check.integer("window", window), alibi=alibi, sinks=sinks,
+                              lse=lse, scales=scales,
+                              rope_theta=check.real("rope_theta", rope_theta),
+                              rope_dims=check.integer("rope_dims", rope_dims),
+                              rope_interleaved=rope_interleaved, on_stream=where is not None,
+                              stream=where)
         self.pool._check(lib.ts_step_run_with(self._open(), check.integer("layer", layer),
                                               byref(options)))
 

@@ -26,8 +26,9 @@ def _run_options(scale: float, soft_cap: float, window: int, sinks: bool,
     if options is None:
         if len(_options) >= _OPTIONS_MOST:
             _options.clear()
-        options = _options[key] = CRunOptions(scale, soft_cap, False, window, sinks, False, False,
-                                              0.0, 0, False, stream is not None, stream)
+        options = _options[key] = CRunOptions(scale=scale, soft_cap=soft_cap, window=window,
+                                              sinks=sinks, on_stream=stream is not None,
+                                              stream=stream)
     return options
 
 
