@@ -61,13 +61,17 @@ static void no_field_of_a_record_was_forgotten(void **state)
     }
 }
 
-static void every_command_has_a_row(void **state)
+/* The books have these numbers: rows of operations.inc.h are added at the end alone. */
+static void commands_keep_their_numbers(void **state)
 {
     (void)state;
-    for (uint32_t op = 1; op < TS_OP_COUNT; op++)
-        if (!ts_command_is_known(op))
-            fail_msg("command %u: add it to command_codec.c", op);
-    assert_false(ts_command_is_known(0));
+    assert_int_equal(TS_OP_SESSION_OPEN, 1);
+    assert_int_equal(TS_OP_SEQ_FORK, 8);
+    assert_int_equal(TS_OP_STEP_BEGIN, 21);
+    assert_int_equal(TS_OP_SLAB_GRANT, 26);
+    assert_int_equal(TS_OP_BLOCK_LOST, 41);
+    assert_false(ts_command_is_known(TS_OP_NONE));
+    assert_true(ts_command_is_known(TS_OP_BLOCK_LOST));
     assert_false(ts_command_is_known(TS_OP_COUNT));
 }
 
@@ -176,7 +180,7 @@ static void a_command_that_speaks_of_more_than_it_points_to_isnt_read(void **sta
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_command_has_a_row),
+        cmocka_unit_test(commands_keep_their_numbers),
         cmocka_unit_test(what_a_command_points_to_is_stored_with_it),
         cmocka_unit_test(a_command_that_speaks_of_more_than_it_points_to_isnt_read),
         cmocka_unit_test(a_snapshot_of_other_fields_is_read),

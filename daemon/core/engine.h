@@ -44,51 +44,10 @@
 #define TS_LIST_MAX 200u               /* kept sequences that one answer tells of */
 
 typedef enum ts_op {
-    TS_OP_SESSION_OPEN = 1,
-    TS_OP_SESSION_CLOSE,
-    TS_OP_SESSION_GONE, /* a closed session's process has nothing to write any more */
-    TS_OP_EXCHANGE_OPEN,
-    TS_OP_POOL_OPEN,
-    TS_OP_POOL_CLOSE,
-    TS_OP_SEQ_CREATE,
-    TS_OP_SEQ_FORK,
-    TS_OP_SEQ_FREE,
-    TS_OP_SEQ_SELECT,
-    TS_OP_POOL_ROOM,
-    TS_OP_SEQ_TRUNCATE,
-    TS_OP_SEQ_KEEP,
-    TS_OP_SEQ_ATTACH,
-    TS_OP_SEQ_LENGTHS,
-    TS_OP_SEQ_BLOCKS,
-    TS_OP_SEQ_MATCH,
-    TS_OP_SEQ_TICKET,
-    TS_OP_SEQ_REDEEM,
-    TS_OP_SEQ_LIST,
-    TS_OP_STEP_BEGIN,
-    TS_OP_STEP_RUN,
-    TS_OP_STEP_COMMIT,
-    TS_OP_STEP_ABORT,
-    TS_OP_STEP_DONE,
-    TS_OP_SLAB_GRANT,
-    TS_OP_SEQ_REMOVE,  /* an operator frees a sequence, whosever it is, */
-    TS_OP_POOL_ADD,    /* ... makes a pool, */
-    TS_OP_POOL_REMOVE, /* ... ends one that no session has open, */
-    TS_OP_POOL_RESIZE, /* ... gives one more blocks or fewer, */
-    TS_OP_POOL_QUOTAS, /* ... changes what tenants may have of one, */
-    TS_OP_LIMITS,      /* ... or sessions of the daemon, */
-    TS_OP_DRAIN,       /* ... has no sessions opened but operators', */
-    TS_OP_CACHE_DROP,  /* ... has what is cached forgotten, */
-    TS_OP_CACHE_SET,   /* ... or switches the prefix index on or off */
-    TS_OP_SWEEP,     /* ends lives, and goes on with what is freed bit by bit (ts_engine_sweeps) */
-    TS_OP_WAIT_END,  /* the session waits no more */
-    TS_OP_SLAB_LOST, /* the slab's memory is gone: what had anything there is freed, and its steps
-                      * are aborted */
-    TS_OP_RESTARTED, /* the daemon before has gone, with what its kernels had: sessions ask for runs
-                      * again, and the caller makes copies again. Sessions keep their places in the
-                      * queue for room, in nobody's way, until they come back */
-    TS_OP_SESSION_BACK, /* ... this one has */
-    TS_OP_BLOCK_LOST, /* a block doesn't hold what was stored in it: it is forgotten, what had it is
-                       * freed, and its steps are aborted */
+    TS_OP_NONE,
+#define OPERATION(name, ...) TS_OP_##name,
+#include "operations.inc.h"
+#undef OPERATION
     TS_OP_COUNT
 } ts_op;
 

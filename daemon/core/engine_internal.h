@@ -19,16 +19,9 @@ typedef struct ts_engine_grave {
 typedef void ts_engine_op(ts_engine *engine, ts_session *session, const ts_command *command,
                           ts_answer *answer);
 
-ts_engine_op ts_engine_session_open, ts_engine_session_close, ts_engine_session_gone,
-    ts_engine_exchange_open, ts_engine_pool_open, ts_engine_pool_close, ts_engine_seq_create,
-    ts_engine_seq_fork, ts_engine_seq_change, ts_engine_seq_select, ts_engine_cache_drop,
-    ts_engine_cache_set, ts_engine_pool_room, ts_engine_seq_keep, ts_engine_seq_attach,
-    ts_engine_seq_lengths, ts_engine_seq_blocks, ts_engine_seq_match, ts_engine_seq_ticket,
-    ts_engine_seq_redeem, ts_engine_seq_list, ts_engine_step_begin, ts_engine_step_run,
-    ts_engine_step_end, ts_engine_step_done, ts_engine_slab_grant, ts_engine_seq_remove,
-    ts_engine_pool_add, ts_engine_pool_remove, ts_engine_pool_resize, ts_engine_pool_quotas,
-    ts_engine_set_limits, ts_engine_drain, ts_engine_sweep, ts_engine_wait_end, ts_engine_slab_lost,
-    ts_engine_block_lost, ts_engine_restarted, ts_engine_session_back;
+#define OPERATION(name, needs, apply, ...) ts_engine_op ts_engine_##apply;
+#include "operations.inc.h"
+#undef OPERATION
 
 /*
  * The sequence with this id if the session may use it: one that it owns, or one that its tenant

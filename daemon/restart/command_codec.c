@@ -52,78 +52,25 @@ typedef struct array {
     {                                                                                              \
         A_SPACE, AT(member.bytes), 1, AT(member.count), 0                                          \
     }
-#define BODY(member) .is_there = true, .body_bytes = (uint32_t)sizeof(((ts_command *)0)->member)
-#define NO_BODY .is_there = true
+#define BODY(member) .body_bytes = (uint32_t)sizeof(((ts_command *)0)->member)
 #define POINTS_TO(...) .arrays = {__VA_ARGS__}
 #define IDS .answers_ids = true
 #define LOOKS .only_looks = true
 
 /* Of each command: its struct, what that points to, and what comes of it. */
 static const struct shape {
-    bool is_there;
     uint32_t body_bytes;
     array arrays[TS_COMMAND_ARRAYS];
-    bool answers_ids; /* sequences, and nothing else */
-    bool only_looks;  /* changes nothing but the engine's time */
+    bool answers_ids, only_looks;
 } shapes[TS_OP_COUNT] = {
-    [TS_OP_SESSION_OPEN] = {BODY(session_open), POINTS_TO(TEXT(session_open.program))},
-    [TS_OP_SESSION_CLOSE] = {BODY(session_close)},
-    [TS_OP_SESSION_GONE] = {NO_BODY},
-    [TS_OP_EXCHANGE_OPEN] = {BODY(exchange_open)},
-    [TS_OP_POOL_OPEN] = {BODY(pool_open), POINTS_TO(TEXT(pool_open.name))},
-    [TS_OP_POOL_CLOSE] = {NO_BODY},
-    [TS_OP_SEQ_CREATE] = {BODY(seq_create), POINTS_TO(SPACE(seq_create.space)), IDS},
-    [TS_OP_SEQ_FORK] = {BODY(seq_fork), IDS},
-    [TS_OP_SEQ_FREE] = {BODY(seq_batch), POINTS_TO(LIST(seq_batch.seqs, seq_batch.count))},
-    [TS_OP_SEQ_SELECT] = {BODY(seq_select),
-                          POINTS_TO(LIST(seq_select.seqs, seq_select.count),
-                                    LIST(seq_select.from, seq_select.picked)),
-                          IDS},
-    [TS_OP_POOL_ROOM] = {NO_BODY, LOOKS},
-    [TS_OP_SEQ_TRUNCATE] = {BODY(seq_batch), POINTS_TO(LIST(seq_batch.seqs, seq_batch.count),
-                                                       LIST(seq_batch.lengths, seq_batch.count))},
-    [TS_OP_SEQ_KEEP] = {BODY(seq_keep), POINTS_TO(TEXT(seq_keep.name))},
-    [TS_OP_SEQ_ATTACH] = {BODY(seq_keep), POINTS_TO(TEXT(seq_keep.name)), IDS},
-    [TS_OP_SEQ_LENGTHS] = {BODY(seq_batch), POINTS_TO(LIST(seq_batch.seqs, seq_batch.count)),
-                           LOOKS},
-    [TS_OP_SEQ_BLOCKS] = {BODY(seq_blocks), LOOKS},
-    [TS_OP_SEQ_MATCH] = {BODY(seq_match),
-                         POINTS_TO(LIST(seq_match.counts, seq_match.count),
-                                   SUM(seq_match.tokens, seq_match.counts, seq_match.count),
-                                   SPACE(seq_match.space))},
-    [TS_OP_SEQ_TICKET] = {BODY(seq_ticket)},
-    [TS_OP_SEQ_REDEEM] = {BODY(seq_redeem), IDS},
-    [TS_OP_SEQ_LIST] = {BODY(seq_list), POINTS_TO(TEXT(seq_list.prefix), TEXT(seq_list.after)),
-                        LOOKS},
-    [TS_OP_STEP_BEGIN] = {BODY(step_begin), POINTS_TO(LIST(step_begin.seqs, step_begin.count),
-                                                      LIST(step_begin.new_tokens, step_begin.count),
-                                                      SUM(step_begin.tokens, step_begin.new_tokens,
-                                                          step_begin.count))},
-    [TS_OP_STEP_RUN] = {BODY(step_run)},
-    [TS_OP_STEP_COMMIT] = {BODY(step_end), POINTS_TO(LIST(step_end.accepted, step_end.count))},
-    [TS_OP_STEP_ABORT] = {BODY(step_end), POINTS_TO(LIST(step_end.accepted, step_end.count))},
-    [TS_OP_STEP_DONE] = {BODY(step_done)},
-    [TS_OP_SLAB_GRANT] = {BODY(slab_grant)},
-    [TS_OP_SEQ_REMOVE] = {BODY(seq_remove)},
-    [TS_OP_POOL_ADD] = {BODY(pool_add), POINTS_TO(STRUCT(pool_add.config))},
-    [TS_OP_POOL_REMOVE] = {NO_BODY},
-    [TS_OP_POOL_RESIZE] = {BODY(pool_resize)},
-    [TS_OP_POOL_QUOTAS] = {BODY(pool_quotas), POINTS_TO(STRUCT(pool_quotas.config))},
-    [TS_OP_LIMITS] = {BODY(limits), POINTS_TO(STRUCT(limits.limits))},
-    [TS_OP_DRAIN] = {BODY(drain)},
-    [TS_OP_CACHE_DROP] = {BODY(cache_drop), POINTS_TO(SPACE(cache_drop.space))},
-    [TS_OP_CACHE_SET] = {BODY(cache_set)},
-    [TS_OP_SWEEP] = {NO_BODY},
-    [TS_OP_WAIT_END] = {NO_BODY},
-    [TS_OP_SLAB_LOST] = {BODY(slab_grant)},
-    [TS_OP_RESTARTED] = {BODY(restarted)},
-    [TS_OP_SESSION_BACK] = {NO_BODY},
-    [TS_OP_BLOCK_LOST] = {BODY(block_lost)},
+#define OPERATION(name, needs, apply, ...) [TS_OP_##name] = {__VA_ARGS__},
+#include "operations.inc.h"
+#undef OPERATION
 };
 
 bool ts_command_is_known(uint32_t op)
 {
-    return op < TS_OP_COUNT && shapes[op].is_there;
+    return op != TS_OP_NONE && op < TS_OP_COUNT;
 }
 
 bool ts_command_answers_ids(uint32_t op)
