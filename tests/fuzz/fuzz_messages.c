@@ -1,13 +1,14 @@
 /*
  * Fuzz target: requests into the service and its engine, as the transport hands them over: through
  * the queue, run here where the engine is idle and by its own thread where it isn't. An input is a
- * list of requests: bytes to be unpacked as they are, or fields to build a request of, which may
- * name ids and tickets that earlier answers gave, or let time go on. After each input the engine's
- * books must agree.
+ * list of requests: bytes to be unpacked as they are, or fields to build a request of, by hand or
+ * by its description, which may name ids and tickets that earlier answers gave, or let time go on.
+ * After each input the engine's books must agree.
  */
 #include "fuzz_input.h"
 #include "fuzz_service.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,9 +38,74 @@ static void fill_tokens(fuzz_input *in, uint32_t *tokens)
         tokens[i] = i % 16 == unknown ? TS_TOKEN_UNKNOWN : bits >> i % 32 & 1;
 }
 
+static const char *const names[] = {"", "a", "b", "fuzz", "nope"};
+
+/* What one_described points to. */
+typedef struct lists {
+    uint64_t ids[4];
+    uint32_t numbers[4], tokens[64];
+} lists;
+
+/* A field of any message; messages in it stay away. */
+static void fill_field(fuzz_input *in, known *k, lists *l, const ProtobufCFieldDescriptor *f,
+                       unsigned char *message)
+{
+    void *at = message + f->offset;
+    const bool many = f->label == PROTOBUF_C_LABEL_REPEATED;
+    size_t count = fuzz_take(in, 1) % 5;
+    if (many && f->type == PROTOBUF_C_TYPE_UINT32)
+        *(void **)at = strcmp(f->name, "tokens") == 0 ? l->tokens : l->numbers;
+    else if (many && f->type == PROTOBUF_C_TYPE_FIXED64)
+        *(void **)at = l->ids;
+    else if (many)
+        return;
+    else if (f->type == PROTOBUF_C_TYPE_FIXED64)
+        *(uint64_t *)at =
+            strcmp(f->name, "step") == 0 ? fuzz_id(in, k->steps, 4) : l->ids[count % 4];
+    else if (f->type == PROTOBUF_C_TYPE_UINT64)
+        *(uint64_t *)at = fuzz_number(in);
+    else if (f->type == PROTOBUF_C_TYPE_UINT32 || f->type == PROTOBUF_C_TYPE_INT32)
+        *(uint32_t *)at = fuzz_number(in);
+    else if (f->type == PROTOBUF_C_TYPE_FLOAT)
+        *(float *)at = (float)fuzz_number(in);
+    else if (f->type == PROTOBUF_C_TYPE_BOOL)
+        *(protobuf_c_boolean *)at = count & 1;
+    else if (f->type == PROTOBUF_C_TYPE_STRING)
+        *(const char **)at = names[count];
+    else if (f->type == PROTOBUF_C_TYPE_BYTES)
+        *(ProtobufCBinaryData *)at = (ProtobufCBinaryData){count * 4, (uint8_t *)l->tokens};
+    if (many)
+        *(size_t *)(void *)(message + f->quantifier_offset) = count > 4 ? 4 : count;
+}
+
+/* Any request that there is, of the fields that its description has. */
+static Tspb__Reply *call_described(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
+{
+    const ProtobufCMessageDescriptor *d = &tspb__request__descriptor;
+    const ProtobufCFieldDescriptor *request = &d->fields[fuzz_take(in, 1) % d->n_fields];
+    const ProtobufCMessageDescriptor *body = request->descriptor;
+    Tspb__Request r = TSPB__REQUEST__INIT;
+    _Alignas(16) unsigned char message[512];
+    lists l;
+    if (request->type != PROTOBUF_C_TYPE_MESSAGE)
+        return NULL;
+    assert(body->sizeof_message <= sizeof message);
+    protobuf_c_message_init(body, (ProtobufCMessage *)(void *)message);
+    fill_tokens(in, l.tokens);
+    for (uint32_t i = 0; i < 4; i++) {
+        l.ids[i] = fuzz_id(in, k->seqs, 8);
+        l.numbers[i] = fuzz_number(in);
+    }
+    for (unsigned i = 0; i < body->n_fields; i++)
+        fill_field(in, k, &l, &body->fields[i], message);
+    r.request_id = id;
+    r.body_case = (Tspb__Request__BodyCase)request->id;
+    *(void **)(void *)((unsigned char *)&r + request->offset) = message;
+    return fuzz_call(pipe, &r);
+}
+
 static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
 {
-    static const char *const names[] = {"", "a", "b", "fuzz", "nope"};
     Tspb__Request r = TSPB__REQUEST__INIT;
     Tspb__SeqCreate create = TSPB__SEQ_CREATE__INIT;
     Tspb__SeqFork fork = TSPB__SEQ_FORK__INIT;
@@ -246,6 +312,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint32_t kind = fuzz_take(&in, 1);
         if (kind < 200) {
             one_built(&in, pipe, &k, kind < 8 ? id - 1 : id);
+            continue;
+        }
+        if (kind >= 224 && kind < 240) {
+            Tspb__Reply *reply = call_described(&in, pipe, &k, id);
+            learn(&k, reply, (uint32_t)id);
+            tspb__reply__free_unpacked(reply, NULL);
             continue;
         }
         size_t bytes = fuzz_take(&in, 1);
