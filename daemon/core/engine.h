@@ -210,7 +210,7 @@ typedef struct ts_command {
             bool on;
         } cache_set, drain;
         struct {
-            const struct ts_pool_config *config; /* POOL_QUOTAS: what a tenant may have of it */
+            const struct ts_pool_config *config; /* POOL_QUOTAS: as it is, with other quotas */
         } pool_add, pool_quotas;
         struct {
             const ts_engine_limits *limits; /* but for what only a new engine takes */

@@ -88,12 +88,9 @@ void ts_engine_pool_quotas(ts_engine *e, ts_session *none, const ts_command *c, 
     (void)none;
     if (!ts_engine_has_pool(e, c->pool))
         return ts_refuse(answer, TS_ENOENT, "there is no pool %u", c->pool);
-    const ts_pool_config *next = c->pool_quotas.config;
-    ts_pool_config *config = &e->pools[c->pool].config;
-    config->tenant_blocks_max = next->tenant_blocks_max;
-    config->tenant_sequences_max = next->tenant_sequences_max;
-    config->tenant_entries_max = next->tenant_entries_max;
-    config->tenant_pinned_max = next->tenant_pinned_max;
+    ts_pool_config *config = &e->pools[c->pool].config, next = *c->pool_quotas.config;
+    next.cache = config->cache; /* TS_OP_CACHE_SET changes it */
+    *config = next;
     ts_waits_look_again(e, c->pool);
 }
 
