@@ -33,6 +33,14 @@ _tsctl
 for command in $("$2" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p'); do
     grep -qE "^\.It Cm $command( |\$)" tools/tsctl/tsctl.1 || fail "tsctl.1 has no $command"
 done
+# Types of elements are offered, and told of.
+COMP_WORDS=(tsctl plan --dtype '') COMP_CWORD=3
+_tsctl
+dtypes=$(sed -n 's/^ *\[TS_DTYPE_[A-Z0-9_]*\] = {"\([a-z0-9_]*\)".*/\1/p' kernels/base/dtypes.c)
+[ "${COMPREPLY[*]}" = "$(xargs <<<"$dtypes")" ] || fail "the completion has not all of $dtypes"
+for dtype in $dtypes; do
+    grep -q "^\.Qq $dtype\b" client/man/ts_geometry_check.3 || fail "ts_geometry_check.3: $dtype"
+done
 # Every function that libtinyserve exports has a page that names it, and shows how it is called.
 declared=$(grep -ohE '\bts_[a-z0-9_]+\(' client/include/*.h kernels/base/tinyserve_types.h |
     tr -d '(' | sort -u)

@@ -31,6 +31,7 @@ os.environ.setdefault("TINYSERVE_LIBRARY", str(ROOT / "build/client/libtinyserve
 sys.path.insert(0, str(ROOT / "client/python"))
 
 import tinyserve  # noqa: E402
+from tinyserve.records import DTYPE_NAMES  # noqa: E402
 
 MEMORY = 4 << 20  # bytes of a pool, about
 STEPS = 6  # of a case
@@ -175,7 +176,7 @@ def pick(rng, *choices):
 class Case:
     def __init__(self, seed, number):
         rng = self.rng = np.random.default_rng([seed, number])
-        self.dtype = pick(rng, "fp32", "fp16", "bf16", "fp8_e4m3")
+        self.dtype = pick(rng, *DTYPE_NAMES)
         self.io = pick(rng, "fp32", "fp32", self.dtype if self.dtype != "fp8_e4m3"
                        else pick(rng, "fp16", "bf16"))
         self.kv_heads, self.group = int(rng.integers(1, 6)), int(pick(rng, 1, 2, 3, 4, 5, 7, 8))

@@ -10,6 +10,9 @@ import pytest
 
 import tinyserve
 from tinyserve import _lib
+from tinyserve.convert import BITS
+from tinyserve.records import DTYPE_NAMES
+from tinyserve.view import DTYPES
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +47,14 @@ def test_a_manual_has_the_members_of_the_header(page):
 def test_a_run_takes_all_options_of_the_header():
     named = set(inspect.signature(tinyserve.Step.run).parameters) - {"self", "layer"}
     assert named == set(HEADER["ts_run_options"]) - {"size", "on_stream"}
+
+
+def test_python_has_the_types_of_the_library():
+    _lib.lib.ts_dtype_name.restype = ctypes.c_char_p
+    names = [_lib.lib.ts_dtype_name(i).decode() for i in range(len(DTYPE_NAMES))]
+    assert list(DTYPE_NAMES) == names == list(BITS)
+    assert _lib.lib.ts_dtype_name(len(names)) is None
+    assert set(names) < set(DTYPES)
 
 
 def library(version=tinyserve.__version__, **sizes):
