@@ -38,7 +38,7 @@ COMP_WORDS=(tsctl plan --dtype '') COMP_CWORD=3
 _tsctl
 dtypes=$(sed -n 's/^ *\[TS_DTYPE_[A-Z0-9_]*\] = {"\([a-z0-9_]*\)".*/\1/p' kernels/base/dtypes.c)
 [ "$(printf '%s\n' "${COMPREPLY[@]}" | sort)" = "$(sort <<<"$dtypes")" ] ||
-    fail "the completion has other types than" $dtypes
+    fail "the completion has other types than $(xargs <<<"$dtypes")"
 for dtype in $dtypes; do
     grep -q "^\.Qq $dtype\b" client/man/ts_geometry_check.3 || fail "ts_geometry_check.3: $dtype"
 done

@@ -10,13 +10,23 @@
 #define FULL_EVERY_MS 10000u /* between two log lines about a full pool, at least */
 #define HOLDERS 3u           /* that are named */
 
-enum { OPERATIONS = TSPB__REQUEST__BODY_ADMIN_RESTART + 1, STATUSES = TS_EINTERNAL + 1 };
+enum { STATUSES = TS_EINTERNAL + 1 };
 
 struct ts_refusals {
-    /* Operation 0: a message without a known body. Pool TS_POOLS_MAX: none. */
-    uint64_t counts[OPERATIONS][TS_POOLS_MAX + 1][STATUSES];
     uint64_t full_ms[TS_POOLS_MAX]; /* when it was told last; 0: never */
+    uint32_t operations;            /* that there are; 0: a message without a known body */
+    uint64_t counts[][TS_POOLS_MAX + 1][STATUSES]; /* pool TS_POOLS_MAX: none */
 };
+
+static ts_refusals *new_refusals(void)
+{
+    const ProtobufCMessageDescriptor *d = &tspb__request__descriptor; /* in the order of numbers */
+    const uint32_t operations = d->fields[d->n_fields - 1].id + 1;
+    ts_refusals *r = calloc(1, sizeof *r + operations * sizeof *r->counts);
+    if (r != NULL)
+        r->operations = operations;
+    return r;
+}
 
 /* Who holds most of the pool, and says so. */
 static void tell_full(const ts_service *s, uint32_t pool)
@@ -59,8 +69,9 @@ void ts_refused_in(ts_service *s, Tspb__Request__BodyCase operation, uint32_t po
         return;
     s->refused++;
     if (s->refusals == NULL)
-        s->refusals = calloc(1, sizeof *s->refusals);
-    if (s->refusals == NULL || (uint32_t)operation >= OPERATIONS || (uint32_t)status >= STATUSES)
+        s->refusals = new_refusals();
+    if (s->refusals == NULL || (uint32_t)operation >= s->refusals->operations ||
+        (uint32_t)status >= STATUSES)
         return;
     bool known = ts_engine_has_pool(s->exec.engine, pool);
     s->refusals->counts[operation][known ? pool : TS_POOLS_MAX][status]++;
@@ -115,7 +126,7 @@ void ts_refusals_forget_pool(ts_service *s, uint32_t pool)
     if (s->refusals == NULL)
         return;
     s->refusals->full_ms[pool] = 0;
-    for (uint32_t o = 0; o < OPERATIONS; o++)
+    for (uint32_t o = 0; o < s->refusals->operations; o++)
         for (uint32_t i = 0; i < STATUSES; i++) {
             s->refusals->counts[o][TS_POOLS_MAX][i] += s->refusals->counts[o][pool][i];
             s->refusals->counts[o][pool][i] = 0;
@@ -127,7 +138,7 @@ void ts_refusals_each(const ts_service *s,
                                    const char *status, uint64_t count),
                       void *arg)
 {
-    for (uint32_t o = 0; s->refusals != NULL && o < OPERATIONS; o++) {
+    for (uint32_t o = 0; s->refusals != NULL && o < s->refusals->operations; o++) {
         const ProtobufCFieldDescriptor *field =
             protobuf_c_message_descriptor_get_field(&tspb__request__descriptor, o);
         for (uint32_t p = 0; p <= TS_POOLS_MAX; p++)
