@@ -156,11 +156,13 @@ __device__ inline float slope_of(const gpu_seq &s, uint32_t head)
     return s.alibi == NULL ? 0 : s.alibi[head] * 1.4426950408889634f;
 }
 
-/* Whether modify_score does anything. wgmma.cuh says it for itself: with a call of this its code
- * comes out differently. */
+/* Whether modify_score does anything. A macro for wgmma.cuh alone: with a call of the function its
+ * code comes out differently. */
+#define IS_VARIED(c, alibi) ((c).cap_log2 > 0 || (alibi) != NULL)
+
 __host__ __device__ inline bool is_varied(const gpu_call &c, const float *const &alibi)
 {
-    return c.cap_log2 > 0 || alibi != NULL;
+    return IS_VARIED(c, alibi);
 }
 
 /* What becomes of a scaled score (attention.h: ts_attention_variant), hiding aside. CAPPED false:

@@ -456,7 +456,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 fence_for_products();
                 named_sync(TOGETHER, WORKERS);
             }
-            w.varied = c.cap_log2 > 0 || j.s.alibi != NULL || !(c.scale_log2 > 0);
+            w.varied = IS_VARIED(c, j.s.alibi) || !(c.scale_log2 > 0);
             w.unit = w.varied ? 1 : score_scale<T>(c, j);
             rows_state r;
             float o[DIM / 8][4];
