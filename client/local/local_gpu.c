@@ -158,16 +158,7 @@ ts_status ts_local_gpu_attend(ts_pool *p, ts_gpu_plan *plan, const ts_local_run 
     ts_attention_seq all; /* rows of all sequences */
     char why[TS_GPU_WHY_BYTES];
     ts_layer_run_point(run, c->exchange, &p->geometry, local->heads, local->io_dtype, 0, &all);
-    const ts_gpu_run there = {.plan = plan,
-                              .layer = all.layer,
-                              .q = all.q,
-                              .k = all.k,
-                              .v = all.v,
-                              .out = all.out,
-                              .sinks = all.sinks,
-                              .alibi = all.alibi,
-                              .scales = all.scales,
-                              .lse = all.lse};
+    const ts_gpu_run there = ts_gpu_run_over(plan, &all);
     ts_status status = ts_cuda_enter(c, c->cuda);
     if (status != TS_OK)
         return status;

@@ -190,21 +190,12 @@ static ts_status queue_attend(ts_gpu_executor *x, ts_gpu_launch *l, ts_job *jobs
     }
     uint32_t count = 0;
     for (const ts_job *job = jobs; job != NULL; job = job->next) {
-        const ts_attention_seq *s = job->seqs; /* the others' rows follow the first's */
         const ts_signals_page *page = job->signals;
-        x->parts[count++] = (ts_gpu_run){.plan = job->plan->plan,
-                                         .layer = s->layer,
-                                         .q = s->q,
-                                         .k = s->k,
-                                         .v = s->v,
-                                         .out = s->out,
-                                         .sinks = s->sinks,
-                                         .scales = s->scales,
-                                         .alibi = s->alibi,
-                                         .lse = s->lse,
-                                         .words = {page == NULL ? NULL : &page->there->completed,
-                                                   page == NULL ? NULL : page->done_there},
-                                         .number = job->run_number};
+        ts_gpu_run *run = &x->parts[count++];
+        *run = ts_gpu_run_over(job->plan->plan, job->seqs);
+        run->words[0] = page == NULL ? NULL : &page->there->completed;
+        run->words[1] = page == NULL ? NULL : page->done_there;
+        run->number = job->run_number;
     }
     if (wait != FOR_NOBODY) {
         /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): who is waited for has a page */

@@ -23,6 +23,8 @@
 #include "attention_call.h"
 #include "memory.h"
 
+#include <string.h>
+
 #define TS_GPU_UUID_BYTES 16
 #define TS_GPU_WHY_BYTES 128
 #define TS_IPC_HANDLE_BYTES 64
@@ -220,6 +222,24 @@ typedef struct ts_gpu_run {
                                    over; NULL: none */
     uint32_t number;
 } ts_gpu_run;
+
+/* The run over a plan whose first sequence this is: the others' rows follow its. */
+static inline ts_gpu_run ts_gpu_run_over(const ts_gpu_plan *plan, const ts_attention_seq *first)
+{
+    ts_gpu_run run;
+    memset(&run, 0, sizeof run);
+    run.plan = plan;
+    run.layer = first->layer;
+    run.q = first->q;
+    run.k = first->k;
+    run.v = first->v;
+    run.out = first->out;
+    run.sinks = first->sinks;
+    run.alibi = first->alibi;
+    run.scales = first->scales;
+    run.lse = first->lse;
+    return run;
+}
 
 /* ---- launches ---- */
 

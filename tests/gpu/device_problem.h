@@ -144,16 +144,7 @@ static inline void attend(const ts_attention_call *call, ts_kernel kernel)
         const ts_attention_seq *s = &call->seqs[i];
         OK(ts_gpu_plan_new(gpu, &call->geometry, call->heads, call->io_dtype, kernel, s,
                            together ? call->num_seqs : 1, &plans[i], why, sizeof why));
-        runs[i] = (ts_gpu_run){.plan = plans[i],
-                               .layer = s->layer,
-                               .q = s->q,
-                               .k = s->k,
-                               .v = s->v,
-                               .out = s->out,
-                               .sinks = s->sinks,
-                               .scales = s->scales,
-                               .alibi = s->alibi,
-                               .lse = s->lse};
+        runs[i] = ts_gpu_run_over(plans[i], s);
     }
     if (ts_gpu_launch_attend(l, call->base, &call->variant, runs, num_runs) != TS_OK)
         fail_msg("%s", ts_gpu_launch_why(l));
