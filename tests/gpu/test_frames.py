@@ -193,7 +193,7 @@ def test_each_step_of_a_frame_may_have_tokens_a_wait_and_a_priority(daemon):
                 step.commit()
             with pytest.raises(tinyserve.NoSpaceError):
                 frame.step([seq], wait=0.05)
-            with pytest.raises(tinyserve.InvalidError, match="priority"):
+            with pytest.raises(ValueError, match="priority"):
                 frame.step([seq], priority=2)
             kv.free([rest])
             with frame.step([seq], wait=0.05) as step:
