@@ -1,8 +1,8 @@
 /*
  * What moves K and V: reshape_and_cache scatters a step's new rows, token-major in the exchange,
- * into their slots (the strides are the pool's), and so does copy_and_cache by whole vectors;
- * copy_blocks copies whole blocks for copy-on-write.
- * Both are bound by memory and small beside attention.
+ * into their slots (the strides are the pool's). So do copy_and_cache, by whole vectors, and
+ * convert_and_cache, from 16-bit vectors to fp8. copy_blocks copies whole blocks for copy-on-write.
+ * All are bound by memory and small beside attention.
  */
 #include "cache.cuh"
 
@@ -66,6 +66,57 @@ __global__ void __launch_bounds__(APPEND_THREADS) copy_and_cache(const __grid_co
     }
 }
 
+const uint32_t FP8_VECTOR = 8; /* elements: 16 bytes of IO, 8 of the cache */
+
+/* A vector as an fp8 cache has it. */
+template <typename IO> __device__ uint2 to_fp8(uint4 x, float scale)
+{
+    const IO *from = (const IO *)&x;
+    uint32_t packed[2] = {0, 0};
+#pragma unroll
+    for (uint32_t e = 0; e < FP8_VECTOR; e++) {
+        const __nv_fp8_e4m3 y = to_cache<__nv_fp8_e4m3>(to_float(from[e]), scale);
+        packed[e / 4] |= (uint32_t)y.__x << e % 4 * 8;
+    }
+    return make_uint2(packed[0], packed[1]);
+}
+
+/* The same from a 16-bit type to fp8. */
+template <typename IO>
+__global__ void __launch_bounds__(APPEND_THREADS)
+    convert_and_cache(const __grid_constant__ gpu_call c)
+{
+    const uint32_t ABREAST = 4;
+    uint32_t item = blockIdx.x * APPEND_WARPS + threadIdx.x / 32, query;
+    if (item >= items_of(c))
+        return;
+    const gpu_seq s = find_item(c, item, &query);
+    if (s.k == NULL)
+        return;
+    uint32_t lane = threadIdx.x % 32, row_vectors = c.head_dim / FP8_VECTOR;
+    unsigned char *to = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + query, 0);
+    uint32_t count = c.kv_heads * row_vectors;
+    const uint4 *k = (const uint4 *)s.k + (size_t)query * count;
+    const uint4 *v = (const uint4 *)s.v + (size_t)query * count;
+    for (uint32_t first = lane; first < count; first += 32 * ABREAST) {
+        uint4 x[ABREAST], y[ABREAST];
+#pragma unroll
+        for (uint32_t i = 0; i < ABREAST; i++) {
+            uint32_t n = min(first + i * 32, count - 1); /* the last again */
+            x[i] = __ldcs(k + n);
+            y[i] = __ldcs(v + n);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < ABREAST; i++) {
+            uint32_t n = min(first + i * 32, count - 1), head = n / row_vectors;
+            unsigned char *row = to + head * c.head_stride + (n - head * row_vectors) * FP8_VECTOR;
+            *(uint2 *)row = to_fp8<IO>(x[i], key_scale<__nv_fp8_e4m3>(s, head));
+            *(uint2 *)(row + c.plane_bytes) =
+                to_fp8<IO>(y[i], value_scale<__nv_fp8_e4m3>(c, s, head));
+        }
+    }
+}
+
 template <typename W>
 __global__ void copy_blocks(unsigned char *base, size_t words, const ts_block_copy *copies)
 {
@@ -79,22 +130,37 @@ __global__ void copy_blocks(unsigned char *base, size_t words, const ts_block_co
 
 } // namespace
 
-/* Whether new rows are copied as they are, by whole 16-byte vectors. */
-static bool copies_vectors(const gpu_call &c, ts_dtype dtype)
+/* Whether new rows are read by whole 16-byte vectors, as they are. */
+static bool reads_vectors(const gpu_call &c)
 {
-    uintptr_t all = c.head_dim * c.cache_bytes;
+    uintptr_t all = c.head_dim * c.io_bytes;
     for (uint32_t r = 0; r == 0 || c.runs[r - 1].end < c.num_items; r++)
         all |= (uintptr_t)c.runs[r].k | (uintptr_t)c.runs[r].v;
-    return c.io == (uint32_t)dtype && c.rope.theta == 0 && all % 16 == 0;
+    return c.rope.theta == 0 && all % 16 == 0;
+}
+
+/* Those kernels: of a launch without items, all are loaded. */
+static cudaError_t start_vectors(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
+{
+    const uint32_t grid = (c.num_items + APPEND_WARPS - 1) / APPEND_WARPS;
+    if (dtype != TS_DTYPE_FP8_E4M3)
+        return start(copy_and_cache, c, grid, APPEND_THREADS, stream);
+    cudaError_t error = cudaSuccess;
+    if (c.num_items == 0 || c.io == TS_DTYPE_BF16)
+        error = start(convert_and_cache<__nv_bfloat16>, c, grid, APPEND_THREADS, stream);
+    if (error == cudaSuccess && (c.num_items == 0 || c.io == TS_DTYPE_FP16))
+        error = start(convert_and_cache<__half>, c, grid, APPEND_THREADS, stream);
+    return error;
 }
 
 TS_KNOWS_DTYPES(4);
 cudaError_t launch_append(const gpu_call &c, ts_dtype dtype, cudaStream_t stream)
 {
     const bool loads = c.num_items == 0;
-    if (loads || copies_vectors(c, dtype)) {
-        const uint32_t grid = (c.num_items + APPEND_WARPS - 1) / APPEND_WARPS;
-        cudaError_t error = start(copy_and_cache, c, grid, APPEND_THREADS, stream);
+    const bool alike =
+        c.io == (uint32_t)dtype || (dtype == TS_DTYPE_FP8_E4M3 && c.io != TS_DTYPE_FP32);
+    if (loads || (alike && reads_vectors(c))) {
+        cudaError_t error = start_vectors(c, dtype, stream);
         if (!loads || error != cudaSuccess)
             return error;
     }
