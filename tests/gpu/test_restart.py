@@ -38,13 +38,13 @@ ON_GPU = "device=cuda:0,provider=cuda-vmm,client_write=all,model=m"
 class Supervised:
     """A daemon under --supervise, in a group of its own."""
 
-    def __init__(self, pool):
+    def __init__(self, pool, *settings):
         self.folder = tempfile.TemporaryDirectory()
         self.url = str(pathlib.Path(self.folder.name) / "s")
         self.log = open(pathlib.Path(self.folder.name) / "log", "w", encoding="utf-8")
         self.process = subprocess.Popen(
             [os.environ["TS_TEST_DAEMON"], "--supervise", "--socket", self.url, "--pool", pool,
-             "--set", "exchange_max=8G"],
+             "--set", "exchange_max=8G", *(x for s in settings for x in ("--set", s))],
             stdout=self.log, stderr=self.log, start_new_session=True)
 
     def pid(self):
@@ -307,6 +307,48 @@ def test_blocks_of_a_run_that_was_under_way_are_another_workers_at_once():
             for plane in planes:
                 assert bool((plane[at] == 3).all())
         victim.wait()
+
+
+def test_memory_that_was_changed_behind_the_daemons_back_is_found():
+    """`verify = restart`: a block that somebody wrote to is forgotten, and what had it."""
+    with Supervised(f"p:{SHAPE},memory=256M,slab=16M,{ON_GPU}", "verify=restart") as daemon, \
+            tinyserve.connect(daemon.url, wait=60, timeout=60) as client, \
+            client.pool("p", writable=True) as kv:
+        client.exchange(kv, 16 << 20)
+        checked, before, turns, restarts = 0, 0, 1, 0
+        while checked - before < 6:  # until the checksums were made before the kill
+            before, restarts, turns = checked, restarts + 1, turns * 4
+            prompts = [[turns * 10000 + p * 1000 + t for t in range(3 * BLOCK)] for p in range(2)]
+            seqs = kv.create(2, namespace=b"m")
+            with kv.step(seqs, [3 * BLOCK] * 2, heads=HEADS, io_dtype="bf16",
+                         tokens=sum(prompts, [])) as step:
+                for view in (step.q, step.k, step.v):
+                    view.torch().normal_()
+                for layer in range(LAYERS):
+                    step.run(layer)
+                step.commit()
+            for _ in range(turns):
+                kv.stats()
+            checked, wrong = restart_checks(daemon, kv, restarts)
+            assert wrong == 0
+        slot, = kv.slots(seqs[0], BLOCK + 3, 1)
+        plane = kv.layer(1, [slot])[0].torch()
+        plane[slot // BLOCK, slot % BLOCK] += 1
+        torch.cuda.synchronize()
+        assert restart_checks(daemon, kv, restarts + 1)[1] == 1
+        assert kv.matching([p + [7] for p in prompts], b"m") == [BLOCK, 3 * BLOCK]
+
+
+def restart_checks(daemon, kv, restarts):
+    """Kills it; returns how many blocks the next one checked, and how many were wrong."""
+    while not daemon.kill_daemon():
+        pass
+    while kv.client.restarts < restarts:
+        kv.stats()
+    told = json.loads(subprocess.run([common.TSCTL, "--socket", daemon.url, "status", "--json"],
+                                     check=True, capture_output=True, text=True).stdout)
+    check = told["restart"]["last"]["check"]
+    return check["checked_blocks"], check["wrong_blocks"]
 
 
 def bare_context_seconds():
