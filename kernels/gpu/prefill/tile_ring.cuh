@@ -142,10 +142,11 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
 
     /* ---- by boxes: two warps for K and two for V, a box for each lane to find ---- */
 
-    static const uint32_t FEEDERS =
-        2; /* warps for K, and for V: a tile's boxes go to them in turn */
+    static const uint32_t FEEDERS = 2; /* warps for K, and for V */
 
-    /* A warp's way through pieces' tiles of K or of V. */
+    /* A warp's way through pieces' tiles of K or of V. Its part of a tile is the same tokens
+     * always, of any sequence: nobody else writes to where it stores from, for who multiplies K may
+     * have used a tile before it is stored. */
     struct box_feed {
         const wgmma_call &wc;
         const box_map &m;
@@ -200,9 +201,14 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
             barrier_await(there + STAGES * (uint32_t)sizeof(uint64_t), parity);
         }
 
+        /* Of a tile: this warp's tokens, one behind the other. */
+        __device__ uint32_t own_tokens() const
+        {
+            return boxes * m.tokens;
+        }
         __device__ uint32_t token_of(uint32_t tile) const /* this lane's box's first */
         {
-            return tile + (threadIdx.x % 32 * FEEDERS + warp) * m.tokens;
+            return tile + warp * own_tokens() + threadIdx.x % 32 * m.tokens;
         }
         __device__ uint32_t block_of(const gpu_call &c, const job &j, uint32_t tile) const
         {
@@ -213,12 +219,12 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         /* Asks for a tile, of whose boxes each lane knows where one lies. */
         __device__ void ask(uint32_t eight, uint32_t unit, bool once)
         {
-            uint32_t bytes = m.tokens / 8 * EIGHT, to = place + warp * bytes;
+            uint32_t bytes = m.tokens / 8 * EIGHT, to = place + warp * boxes * bytes;
             await_used();
             if (is_elected())
                 barrier_expect(there, boxes * bytes);
 #pragma unroll 1
-            for (uint32_t i = 0; i < boxes; i++, to += FEEDERS * bytes) {
+            for (uint32_t i = 0; i < boxes; i++, to += bytes) {
                 uint32_t e = __shfl_sync(~0u, eight, i), u = __shfl_sync(~0u, unit, i);
                 if (is_elected())
                     copy_box(to, map, e, u, there, once);
@@ -248,12 +254,6 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
                 block = block_of(c, j, tile + TOKENS);
                 ask((t < j.end ? token : c.block_tokens.d) / 8, now * m.block_units + unit, j.once);
             }
-        }
-
-        /* Of a tile of a sequence that is all new: this warp's tokens, one behind the other. */
-        __device__ uint32_t own_tokens() const
-        {
-            return boxes * m.tokens;
         }
 
         /* The same of a sequence that is all new, by rows of the run's own k or v: all of a warp's
@@ -314,7 +314,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
             const uint32_t end = j.s.kv_tokens, lane = threadIdx.x % 32;
             const uint32_t bytes = m.tokens / 8 * EIGHT;
             uint32_t from = place + warp * boxes * bytes;
-            uint32_t t = asked + warp * own_tokens() + lane * m.tokens;
+            uint32_t t = token_of(asked);
             uint32_t entry = divide(t, c.block_tokens), in_block = t - entry * c.block_tokens.d;
             uint32_t its = t < min(asked + TOKENS, end) ? j.s.blocks[entry] : 0;
 #pragma unroll 1
