@@ -160,8 +160,19 @@ block_range blocks_of(const ts_gpu_run *runs, uint32_t num_runs)
     return all;
 }
 
+/* Whether it lies in the device's own memory. */
+bool is_on_device(const void *memory)
+{
+    cudaPointerAttributes its = {};
+    if (cudaPointerGetAttributes(&its, memory) == cudaSuccess)
+        return its.type == cudaMemoryTypeDevice;
+    (void)cudaGetLastError(); /* a launch that looks at the last error isn't to see it */
+    return false;
+}
+
 /* Whether a launch of wgmma may store the sequences itself that are all new: there is one run, and
- * its new rows are as the cache has them. */
+ * its new rows are as the cache has them. It reads them once for each tile of q, where an append
+ * does so once: they aren't to come from the host each time. */
 bool may_store(const wgmma_call &wgmma, const gpu_call &c, const ts_gpu_run *runs,
                uint32_t num_runs)
 {
@@ -169,7 +180,8 @@ bool may_store(const wgmma_call &wgmma, const gpu_call &c, const ts_gpu_run *run
     const ts_gpu_plan *p = r->plan;
     const bool alike = p->io_dtype == p->geometry.dtype && c.cache_bytes == 2 && c.rope.theta == 0;
     return num_runs == 1 && p->storable > 0 && r->k != NULL && alike && wgmma.boxes.tokens > 0 &&
-           ((uintptr_t)r->k | (uintptr_t)r->v) % 16 == 0;
+           ((uintptr_t)r->k | (uintptr_t)r->v) % 16 == 0 && is_on_device(r->k) &&
+           is_on_device(r->v);
 }
 
 /* Gives it the run's own rows, if so. */
