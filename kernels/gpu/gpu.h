@@ -285,10 +285,12 @@ typedef struct ts_gpu_signal {
 ts_status ts_gpu_launch_signal(ts_gpu_launch *launch, const ts_gpu_signal *signals, uint32_t count);
 
 /*
- * Writes every run's new K and V (where given), then attends, as ts_attention_run does. The plans
- * are alike in geometry, heads, io_dtype and kernel; they and the memory stay as they are until the
- * launch is done. Addresses are the device's. The runs' words are written when all of it is done
- * and visible to other processes: where one kernel of v5's does it all, by that kernel.
+ * Writes every run's new K and V (where given), and attends, as ts_attention_run does. A sequence
+ * that is all new may be written while others are attended to: no block that one sequence writes is
+ * in another's table, in any of the runs. The plans are alike in geometry, heads, io_dtype and
+ * kernel; they and the memory stay as they are until the launch is done. Addresses are the
+ * device's. The runs' words are written when all of it is done and visible to other processes:
+ * where one kernel of v5's does it all, by that kernel.
  */
 ts_status ts_gpu_launch_attend(ts_gpu_launch *launch, unsigned char *base,
                                const ts_attention_variant *variant, const ts_gpu_run *runs,
