@@ -315,6 +315,46 @@ static void sequences_that_are_all_new_are_stored_as_by_an_append(void **state)
     }
 }
 
+/* Blocks of threads take all-new prompts and others by turns, again and again: nobody brings a tile
+ * to where another's is still stored from. */
+static void what_is_stored_is_read_before_its_place_is_taken(void **state)
+{
+    (void)state;
+    enum { SEQS = 48, TIMES = 60 };
+    static const uint32_t blocks[] = {16, 32, 48};
+    uint32_t lengths[SEQS][2];
+    rng r = {53};
+    for (uint32_t i = 0; i < SEQS; i++) {
+        lengths[i][1] = i % 2 ? 33 : 65 + rng_below(&r, 63);
+        lengths[i][0] = lengths[i][1] + (i % 2 ? 200 + rng_below(&r, 400) : 0);
+    }
+    for (uint32_t b = 0; b < 3; b++) {
+        const shape s = {.dtype = TS_DTYPE_BF16,
+                         .io = TS_DTYPE_BF16,
+                         .heads = 32,
+                         .kv_heads = 8,
+                         .head_dim = 128,
+                         .block_tokens = blocks[b],
+                         .layers = 1};
+        device_problem d;
+        device_problem_new(&d, s, (const uint32_t(*)[2])lengths, SEQS, &r);
+        ts_attention *host = ts_attention_new(0, TS_ISA_AUTO);
+        unsigned char *before = malloc(d.p.cache_bytes), *stored = malloc(d.p.cache_bytes);
+        CUDA_OK(cudaMemcpy(before, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
+        assert_int_equal(ts_attention_run(host, &d.p.call), TS_OK); /* which stores, too */
+        ts_attention_free(host);
+        for (int n = 0; n < TIMES; n++) {
+            to_device(d.memory->base, before, d.p.cache_bytes);
+            run(&d, &d.call, TS_KERNEL_AUTO);
+            CUDA_OK(cudaMemcpy(stored, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
+            assert_memory_equal(stored, d.p.cache, d.p.cache_bytes);
+        }
+        free(before);
+        free(stored);
+        device_problem_free(&d);
+    }
+}
+
 static void an_exchange_of_the_caches_own_type_is_read_and_rounded_once(void **state)
 {
     (void)state;
@@ -665,6 +705,7 @@ int main(void)
         cmocka_unit_test(a_long_prefill_matches_the_reference),
         cmocka_unit_test(an_exchange_of_the_caches_own_type_is_read_and_rounded_once),
         cmocka_unit_test(sequences_that_are_all_new_are_stored_as_by_an_append),
+        cmocka_unit_test(what_is_stored_is_read_before_its_place_is_taken),
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(chunks_that_are_one_piece_change_no_bit),
