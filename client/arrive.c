@@ -264,7 +264,6 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     /* Kept until a daemon has been told, which a later call may be the first to reach. */
     c->num_given_up +=
         ts_unanswered_calls(c, c->given_up + c->num_given_up, TS_GIVEN_UP_MOST - c->num_given_up);
-    c->ring_unanswered = false;
     for (;;) {
         ts_hang_up(c);
         if ((lost = c->cuda != NULL && ts_cuda_is_lost(c->cuda))) {

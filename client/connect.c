@@ -41,7 +41,8 @@ static _Atomic pid_t nng_user;
 
 ts_transport ts_client_transport(const ts_client *c)
 {
-    return c->rings != NULL && !c->rings_lost ? TS_TRANSPORT_RING : TS_TRANSPORT_MESSAGES;
+    return c->rings != NULL && !c->rings_lost && c->ring_late_ms == 0 ? TS_TRANSPORT_RING
+                                                                      : TS_TRANSPORT_MESSAGES;
 }
 
 ts_exec ts_client_exec(const ts_client *c)

@@ -345,6 +345,35 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
     daemon_stop(&d);
 }
 
+/* What a selection picked stays; its forks, which nobody knows of, are freed. */
+static void forks_of_a_selection_that_went_unanswered_are_freed(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
+        const ts_options options = {.size = sizeof options,
+                                    .url = d.url,
+                                    .timeout_ms = 1000,
+                                    .transport = (ts_transport)transport};
+        ts_client *c;
+        ts_seq seqs[3], picked[4];
+        OK(ts_connect(&options, &c));
+        ts_pool *p = open_pool(c, "tiny", 0);
+        OK(ts_seq_create(p, 3, seqs));
+        daemon_pause(&d);
+        assert_int_equal(ts_seq_select(p, seqs, 3, (uint32_t[]){2, 0, 2, 2}, 4, picked),
+                         TS_ETIMEOUT);
+        daemon_resume(&d);
+        while (sequences(c) != 2) /* there were three, and two and two forks then */
+            ;
+        OK(ts_seq_free(p, (ts_seq[]){seqs[0], seqs[2]}, 2));
+        ts_pool_close(p);
+        ts_disconnect(c);
+    }
+    daemon_stop(&d);
+}
+
 static void options_may_be_of_an_earlier_or_a_later_header(void **state)
 {
     (void)state;
@@ -543,6 +572,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
         cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
+        cmocka_unit_test(forks_of_a_selection_that_went_unanswered_are_freed),
         cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(forks_of_a_long_sequence_take_as_many_calls_as_needed),
         cmocka_unit_test(a_ticket_hands_a_sequence_to_another_process),

@@ -283,6 +283,52 @@ static void local_execution_that_cannot_be_says_why(void **state)
     daemon_stop(&d);
 }
 
+/* The rings can't be used until a late answer has come by them, and can from then on. */
+static void local_execution_waits_for_an_answer_that_is_late(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *c;
+    ts_seq seq, none;
+    ts_step *s;
+    ts_status status;
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    OK(ts_connect(
+        &(ts_options){
+            .size = sizeof(ts_options), .url = d.url, .timeout_ms = 1000, .exec = TS_EXEC_LOCAL},
+        &c));
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    OK(ts_seq_create(p, 1, &seq));
+    plain_step(p, seq, 1); /* after this the exchange is there */
+    for (int turn = 0; turn < 2; turn++) {
+        daemon_pause(&d);
+        if (turn == 0)
+            assert_int_equal(ts_seq_fork(p, seq, 1, &none), TS_ETIMEOUT);
+        else
+            assert_int_equal(ts_seq_truncate(p, &seq, &(uint32_t){0}, 1), TS_ETIMEOUT);
+        assert_int_equal(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EBUSY);
+        assert_string_equal(ts_error(c),
+                            "local execution needs the rings, by which the block tables come; they "
+                            "wait for the answer to a call that had none within 1000 ms: begin "
+                            "again when the daemon has answered");
+        assert_int_equal(ts_client_transport(c), TS_TRANSPORT_MESSAGES);
+        daemon_resume(&d);
+        do
+            status = ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s);
+        while (status == TS_EBUSY);
+        OK(status);
+        OK(ts_step_run(s, 0));
+        OK(ts_step_run(s, 1));
+        OK(ts_step_commit(s, NULL));
+        assert_int_equal(ts_client_transport(c), TS_TRANSPORT_RING);
+    }
+    OK(ts_seq_free(p, &seq, 1));
+    assert_int_equal(used_blocks(c), 0);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void tokens_that_some_layers_lack_are_not_committed(void **state)
 {
     (void)state;
@@ -326,6 +372,7 @@ int main(void)
         cmocka_unit_test(what_only_the_daemon_has_kernels_for_it_attends),
         cmocka_unit_test(local_execution_maps_what_it_only_reads_to_be_read),
         cmocka_unit_test(local_execution_that_cannot_be_says_why),
+        cmocka_unit_test(local_execution_waits_for_an_answer_that_is_late),
         cmocka_unit_test(tokens_that_some_layers_lack_are_not_committed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

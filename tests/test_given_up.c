@@ -65,7 +65,7 @@ static void free_after(ts_client *c, ts_pool *p, ts_seq seq)
     DO(status);
 }
 
-enum { BY_CREATE, BY_FORK, BY_MATCH, BY_TICKET, WAYS_TO_MAKE };
+enum { BY_CREATE, BY_FORK, BY_MATCH, BY_SELECT, BY_TICKET, WAYS_TO_MAKE };
 typedef struct ticket {
     uint8_t bytes[TS_TICKET_BYTES];
 } ticket;
@@ -96,6 +96,8 @@ static ts_status make_in_vain(ts_pool *p, int how, ts_seq parent, const ticket *
         return ts_seq_create(p, 2, made);
     if (how == BY_FORK)
         return ts_seq_fork(p, parent, 2, made);
+    if (how == BY_SELECT)
+        return ts_seq_select(p, &parent, 1, (uint32_t[]){0, 0}, 2, made);
     if (how == BY_TICKET)
         return ts_seq_redeem(p, t->bytes, made, NULL);
     return ts_seq_match(p, (uint32_t[]){1, 2, 3}, &(uint32_t){3}, 1, &space, made, &matched);

@@ -9,8 +9,9 @@
  *
  * Errors: functions return TS_OK (0) or what went wrong; ts_error() has the sentence. A call that
  * failed has changed nothing. Two statuses are exceptions. After TS_ETIMEOUT it is unknown whether
- * the call took effect; a step whose begin timed out is dropped by a later call. TS_ECONN ends the
- * session: disconnect and connect again; kept sequences are still there if the daemon is.
+ * the call took effect; a step whose begin timed out is dropped by a later call, and new sequences
+ * whose making did are freed. TS_ECONN ends the session: disconnect and connect again; kept
+ * sequences are still there if the daemon is.
  *
  * Threads: one thread at a time may use a client and what was opened from it. For more threads,
  * open more clients. A call while another thread is inside one returns TS_EBUSY and does nothing;
@@ -272,7 +273,8 @@ typedef struct ts_step_options {
  * TS_EBUSY: a sequence is in an open step, or another step leaves no room in the exchange.
  * TS_EPERM: a sequence is another session's, or no_run or local execution without TS_POOL_WRITABLE.
  * With TS_EXEC_LOCAL, TS_EINVAL: the pool is on a GPU and the exchange isn't, there are no rings,
- * or the block tables have more than 2^20 entries; TS_EDEVICE: libtinyserve-cuda can't be used.
+ * or the block tables have more than 2^20 entries; TS_EBUSY: a call that timed out has yet to be
+ * answered by the rings; TS_EDEVICE: libtinyserve-cuda can't be used.
  */
 TS_WARN_UNUSED ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs,
                                        const uint32_t *new_tokens, uint32_t count,

@@ -28,14 +28,34 @@ static ts_status open_kernels(ts_client *c)
                                 : ts_fail(c, TS_ENOMEM, "no memory or threads to attend with");
 }
 
+static ts_status lacks_rings(ts_client *c)
+{
+    if (c->transport == TS_TRANSPORT_MESSAGES)
+        return ts_fail(
+            c, TS_EINVAL,
+            "local execution needs the rings, by which the block tables come; the client "
+            "was connected with TS_TRANSPORT_MESSAGES");
+    if (c->rings_lost)
+        return ts_fail(
+            c, TS_EINVAL,
+            "local execution needs the rings, by which the block tables come; the daemon "
+            "at %s gives none, or has ended them: its log says why, and a new "
+            "connection may have some",
+            c->path);
+    return ts_fail(c, TS_EBUSY,
+                   "local execution needs the rings, by which the block tables come; they wait for "
+                   "the answer to a call that had none within %u ms: begin again when the daemon "
+                   "has answered",
+                   c->ring_late_ms);
+}
+
 static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)
 {
     if (!p->writable)
         return ts_fail(c, TS_EPERM,
                        "local execution writes K and V: open the pool with TS_POOL_WRITABLE");
     if (!rings)
-        return ts_fail(c, TS_EINVAL,
-                       "local execution needs the rings: the block tables come by them");
+        return lacks_rings(c);
     if (!p->on_gpu)
         return open_kernels(c);
     if (c->exchange_kind == TS_EXCHANGE_HOST || c->exchange_kind == TS_EXCHANGE_NONE)

@@ -17,8 +17,7 @@ ts_status ts_call_for_seqs(ts_pool *p, Tspb__Request *request, uint32_t count, t
     ts_client *c = p->client;
     Tspb__Reply *reply;
     ts_status status = ts_call(c, request, &reply);
-    if (status == TS_ETIMEOUT && request->body_case != TSPB__REQUEST__BODY_SEQ_ATTACH &&
-        request->body_case != TSPB__REQUEST__BODY_SEQ_SELECT)
+    if (status == TS_ETIMEOUT && request->body_case != TSPB__REQUEST__BODY_SEQ_ATTACH)
         ts_unanswered_by_message(c, request, p->index);
     if (status != TS_OK)
         return status;
@@ -391,6 +390,8 @@ ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const ui
         memcpy(m->batch_words, from, picked * sizeof *from);
         ts_ring_entry entry = {.op = TS_RING_SEQ_SELECT, .seqs.length = count};
         status = ask_ring(p, &entry, picked);
+        if (status == TS_ETIMEOUT)
+            ts_unanswered_select_by_ring(p->client, p->index, &body);
     } else {
         status = ts_call_for_seqs(p, &request, picked, out, NULL);
     }

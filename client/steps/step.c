@@ -198,12 +198,14 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
 {
     ts_client *c = s->pool->client;
     bool use = false;
+    ts_status status = TS_OK;
     if (o->tokens != NULL)
         ts_rings_want_ids(c, s->tokens);
-    ts_status status = append ? TS_OK : ts_rings_use(c, &use);
-    if (status == TS_OK && !append && !o->no_run)
+    if (!append && !o->no_run)
         status =
             s->frame != NULL ? ts_local_require(c, s->pool) : ts_local_choose(c, s->pool, &s->exec);
+    if (status == TS_OK && !append) /* last: they may have become free for use just now */
+        status = ts_rings_use(c, &use);
     if (status != TS_OK)
         return status;
     if (s->exec != TS_EXEC_DAEMON && lacks_handle(s->pool)) { /* once: begun and dropped for it */

@@ -96,13 +96,17 @@ struct ts_client {
     bool pools_are_new;                         /* one was opened that they may have no room for */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
-    int spin_luck;        /* how often polling was worth it lately */
-    bool rings_lost;      /* they can't be used, or not any more */
+    int spin_luck;   /* how often polling was worth it lately */
+    bool rings_lost; /* they can't be used, or not any more */
+    /* For so long the last entry's completion was waited for, and it is yet to come: over what
+     * would be asked next. Messages go instead until then. 0: it has come. */
+    uint32_t ring_late_ms;
     uint64_t ring_call;   /* the number of the last entry */
-    bool ring_unanswered; /* the last entry's completion is yet to come: it was a begin, or makes
-                           * `unanswered_seqs` sequences in the pool */
+    bool ring_unanswered; /* the late one is of a begin, or of what makes `unanswered_seqs`
+                           * sequences in the pool, and is to be undone */
     uint32_t unanswered_seqs, unanswered_pool; /* 0 sequences: a begin */
-    ts_unanswered *unanswered; /* the same by message, whose answers are yet to come */
+    uint64_t *unanswered_picks; /* of a selection: which sequence each pick is; NULL: all are new */
+    ts_unanswered *unanswered;  /* the same by message, whose answers are yet to come */
     /* The numbers of such calls whose daemon has gone: the next one is told. */
     uint64_t given_up[TS_GIVEN_UP_MOST];
     uint32_t num_given_up;

@@ -109,7 +109,7 @@ ts_status ts_rings_reopen(ts_client *c)
     }
     close(c->doorbell);
     c->doorbell = bell;
-    c->ring_submitted = c->ring_seen = 0;
+    c->ring_submitted = c->ring_seen = c->ring_late_ms = 0;
     return TS_OK;
 }
 
@@ -122,7 +122,7 @@ static bool has_ended(const ts_rings_memory *m)
 static ts_status find_rings(ts_client *c)
 {
     uint32_t blocks, slabs;
-    if (c->rings != NULL && (!c->pools_are_new || c->ring_unanswered))
+    if (c->rings != NULL && !c->pools_are_new)
         return TS_OK;
     find_room(c, &blocks, &slabs);
     bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs &&
@@ -143,10 +143,21 @@ void ts_rings_want_ids(ts_client *c, uint32_t count)
     c->ids_wanted = room;
 }
 
+/* Whether the rings owe an answer still. */
+static bool are_late(ts_client *c)
+{
+    ts_ring_completion late;
+    if (c->ring_unanswered)
+        c->settle(c);
+    else if (c->ring_late_ms != 0)
+        (void)ts_ring_take_late(c, &late);
+    return c->ring_late_ms != 0 || c->rings_lost;
+}
+
 ts_status ts_rings_use(ts_client *c, bool *use)
 {
     *use = false;
-    if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid())
+    if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid() || are_late(c))
         return TS_OK;
     const uint64_t until_ms = ts_call_end_ms(c);
     ts_status status;
@@ -221,7 +232,7 @@ static ts_status await_completion(ts_client *c)
             break;
         }
         if (now >= until) {
-            c->rings_lost = true; /* the answer may come any time now, over what is asked next */
+            c->ring_late_ms = ts_call_time(c);
             status =
                 ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, ts_call_time(c));
             break;
@@ -244,6 +255,15 @@ bool ts_ring_take(ts_client *c, ts_ring_completion *done)
     c->ring_seen++;
     __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);
     done->message[sizeof done->message - 1] = '\0';
+    return true;
+}
+
+bool ts_ring_take_late(ts_client *c, ts_ring_completion *done)
+{
+    if (c->ring_late_ms == 0 || !ts_ring_take(c, done))
+        return false;
+    c->ring_late_ms = 0;
+    c->rings_lost = c->rings_lost || done->tag != c->ring_tag;
     return true;
 }
 

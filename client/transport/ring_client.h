@@ -11,7 +11,8 @@
 /* Rings without room for `count` token ids (at most TS_RING_IDS) are opened anew when used. */
 void ts_rings_want_ids(ts_client *client, uint32_t count);
 
-/* Whether steps go by the rings, which are opened at the first need. */
+/* Whether steps go by the rings, which are opened at the first need. A call that had no answer in
+ * time keeps them until its answer has come. */
 ts_status ts_rings_use(ts_client *client, bool *use);
 
 /* Submits the entry, sets its tag, and waits for its completion. Else the error sentence is set. */
@@ -19,6 +20,9 @@ ts_status ts_ring_call(ts_client *client, ts_ring_entry *entry, ts_ring_completi
 
 /* The completion that has come to the rings, if one has. */
 bool ts_ring_take(ts_client *client, ts_ring_completion *done);
+
+/* The same of a call that had no answer in time: the rings can be used again then. */
+bool ts_ring_take_late(ts_client *client, ts_ring_completion *done);
 
 /* A call that sleeps looks whether the connection has ended. Any thread. */
 void ts_rings_wake(ts_client *client);

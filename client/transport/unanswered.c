@@ -6,8 +6,8 @@
  * that finds the answer there.
  *
  * By messages the same request is sent again, in a context of its own: the daemon applies it once
- * and gives the first answer again. By the rings, which aren't used any more then, the completion
- * comes to where the client would have looked for it.
+ * and gives the first answer again. By the rings, which nothing else uses until then, the
+ * completion comes to where the client would have looked for it.
  *
  * An abort without an answer is the daemon's to carry out; if it ends before that, the next one is
  * asked again.
@@ -28,7 +28,8 @@ struct ts_unanswered {
     bool sent;       /* the callback's */
     nng_msg *answer; /* NULL: none came */
     uint64_t call;
-    uint32_t pool; /* of the sequences that it may tell of */
+    uint32_t pool;   /* of the sequences that it may tell of */
+    uint64_t *picks; /* of a selection: which sequence each pick is; NULL: all are new */
     atomic_bool done;
 };
 
@@ -55,7 +56,27 @@ static void drop(ts_unanswered *u)
     nng_aio_free(u->aio);
     if (u->answer != NULL)
         nng_msg_free(u->answer);
+    free(u->picks);
     free(u);
+}
+
+/* Which sequence each pick is of, but for forks. NULL: there is no memory. */
+static uint64_t *picks_of(const Tspb__SeqSelect *s)
+{
+    uint64_t *picks = calloc(s->n_from + 1, sizeof *picks);
+    for (size_t i = 0; picks != NULL && i < s->n_from; i++)
+        picks[i] = s->from[i] < s->n_seqs ? s->seqs[s->from[i]] : 0;
+    return picks;
+}
+
+/* Moves those of the sequences that are new to the front; how many. */
+static size_t leave_new(uint64_t *seqs, size_t count, const uint64_t *picks)
+{
+    size_t is_new = 0;
+    for (size_t i = 0; i < count; i++)
+        if (picks == NULL || seqs[i] != picks[i])
+            seqs[is_new++] = seqs[i];
+    return is_new;
 }
 
 static ts_status abort_step(ts_client *c, uint64_t step)
@@ -68,45 +89,49 @@ static ts_status abort_step(ts_client *c, uint64_t step)
     return ts_call_plain(c, &request);
 }
 
-static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count)
+/* Frees those of an answer's sequences that are new. */
+static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count,
+                      const uint64_t *picks)
 {
     Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     body.pool = pool;
     body.seqs = seqs;
-    body.n_seqs = count;
+    body.n_seqs = leave_new(seqs, count, picks);
     request.body_case = TSPB__REQUEST__BODY_SEQ_FREE;
     request.seq_free = &body;
-    (void)ts_call_plain(c, &request);
+    if (body.n_seqs > 0)
+        (void)ts_call_plain(c, &request);
 }
 
 /* Undoes what the answer tells of. */
-static void undo(ts_client *c, nng_msg *answer, uint32_t pool)
+static void undo(ts_client *c, const ts_unanswered *u)
 {
-    Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(answer), nng_msg_body(answer));
+    Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(u->answer), nng_msg_body(u->answer));
     if (r == NULL)
         return;
     if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
         (void)abort_step(c, r->step_begun->step);
     else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_MATCHED)
-        free_seqs(c, pool, r->matched->seqs, r->matched->n_seqs);
+        free_seqs(c, u->pool, r->matched->seqs, r->matched->n_seqs, NULL);
     else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_SEQS)
-        free_seqs(c, pool, r->seqs->seqs, r->seqs->n_seqs);
+        free_seqs(c, u->pool, r->seqs->seqs, r->seqs->n_seqs, u->picks);
     tspb__reply__free_unpacked(r, NULL);
 }
 
 static void settle_ring(ts_client *c)
 {
     ts_ring_completion done;
-    if (!c->ring_unanswered || !ts_ring_take(c, &done))
+    if (!c->ring_unanswered || !ts_ring_take_late(c, &done))
         return;
-    c->ring_unanswered = false; /* first: what follows are calls, too */
-    if (done.tag != c->ring_tag || done.status != TS_OK)
-        return;
-    if (c->unanswered_seqs > 0)
-        free_seqs(c, c->unanswered_pool, c->rings->batch_seqs, c->unanswered_seqs);
-    else if (done.step != 0)
+    uint64_t *picks = c->unanswered_picks;
+    c->unanswered_picks = NULL; /* first: what follows are calls, too */
+    c->ring_unanswered = false;
+    if (done.status == TS_OK && c->unanswered_seqs > 0)
+        free_seqs(c, c->unanswered_pool, c->rings->batch_seqs, c->unanswered_seqs, picks);
+    else if (done.status == TS_OK && done.step != 0)
         (void)abort_step(c, done.step);
+    free(picks);
 }
 
 static void settle(ts_client *c)
@@ -120,7 +145,7 @@ static void settle(ts_client *c)
             continue;
         }
         *at = u->next;
-        undo(c, u->answer, u->pool);
+        undo(c, u);
         drop(u);
         at = &c->unanswered; /* which the call may have changed */
     }
@@ -132,6 +157,9 @@ void ts_unanswered_by_message(ts_client *c, const Tspb__Request *request, uint32
     ts_unanswered *u = calloc(1, sizeof *u);
     if (u == NULL)
         return; /* the step ends with the session */
+    const bool selects = request->body_case == TSPB__REQUEST__BODY_SEQ_SELECT;
+    if (selects && (u->picks = picks_of(request->seq_select)) == NULL)
+        goto no_aio;
     if (nng_aio_alloc(&u->aio, moved_on, u) != 0)
         goto no_aio;
     if (nng_ctx_open(&u->context, c->socket) != 0)
@@ -154,15 +182,30 @@ no_message:
 no_context:
     nng_aio_free(u->aio);
 no_aio:
+    free(u->picks);
     free(u);
 }
 
 void ts_unanswered_by_ring(ts_client *c, uint32_t pool, uint32_t seqs)
 {
+    if (c->ring_late_ms == 0)
+        return; /* the daemon itself has answered so */
     c->settle = settle;
     c->unanswered_pool = pool;
     c->unanswered_seqs = seqs;
     c->ring_unanswered = true;
+}
+
+void ts_unanswered_select_by_ring(ts_client *c, uint32_t pool, const Tspb__SeqSelect *selection)
+{
+    uint64_t *picks = picks_of(selection);
+    if (picks == NULL)
+        return; /* the forks end with the session */
+    ts_unanswered_by_ring(c, pool, (uint32_t)selection->n_from);
+    if (c->ring_unanswered)
+        c->unanswered_picks = picks;
+    else
+        free(picks);
 }
 
 void ts_unanswered_abort(ts_client *c, uint64_t step)
@@ -186,6 +229,9 @@ void ts_unanswered_abort_again(ts_client *c)
 
 void ts_unanswered_close(ts_client *c)
 {
+    free(c->unanswered_picks);
+    c->unanswered_picks = NULL;
+    c->ring_unanswered = false;
     while (c->unanswered != NULL) {
         ts_unanswered *u = c->unanswered;
         c->unanswered = u->next;

@@ -12,6 +12,10 @@
  * begin), got no answer in time: whatever comes of it is undone before a later call. */
 void ts_unanswered_by_message(ts_client *client, const Tspb__Request *request, uint32_t pool);
 void ts_unanswered_by_ring(ts_client *client, uint32_t pool, uint32_t seqs);
+
+/* The same of a selection by ring: what it picked stays, and its forks are freed. */
+void ts_unanswered_select_by_ring(ts_client *client, uint32_t pool,
+                                  const Tspb__SeqSelect *selection);
 void ts_unanswered_close(ts_client *client);
 
 /* The step's abort got no answer. A daemon that lives carries it out some time; the next one is

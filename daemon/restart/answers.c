@@ -7,7 +7,7 @@
 
 typedef struct ts_kept_answer {
     ts_stored_answer head;
-    unsigned char *bytes; /* its arrays: ids first */
+    unsigned char *bytes; /* its arrays: ids first, a selection's with its new ones once more */
 } ts_kept_answer;
 
 bool ts_answers_init(ts_answers *t, uint32_t sessions)
@@ -43,7 +43,7 @@ static uint64_t bytes_of(const ts_stored_answer *h)
 {
     const uint64_t id = sizeof(uint64_t), word = sizeof(uint32_t);
     if (ts_command_answers_ids(h->op))
-        return h->count * id;
+        return (h->count + (uint64_t)h->blocks) * id;
     if (h->op == TS_OP_SEQ_MATCH)
         return h->count * (id + 2 * word);
     return h->op == TS_OP_STEP_BEGIN ? (2ull * h->count + h->blocks) * word : 0;
@@ -76,6 +76,21 @@ static void copy(void *to, const void *from, uint64_t bytes)
         memcpy(to, from, bytes);
 }
 
+/* Puts the new sequences of a selection into `made`, unless that is NULL; how many. */
+static uint32_t forks_of(const ts_command *c, const ts_answer *answer, uint64_t *made)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < answer->seqs.count; i++) {
+        const uint64_t seq = answer->seqs.seqs[i];
+        if (seq == c->seq_select.seqs[c->seq_select.from[i]])
+            continue;
+        if (made != NULL)
+            made[count] = seq;
+        count++;
+    }
+    return count;
+}
+
 static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
 {
     const ts_caller by = caller_of(c);
@@ -83,6 +98,7 @@ static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
     if (ts_command_answers_ids(c->op)) {
         h.count = answer->seqs.count;
         h.length = answer->seqs.length;
+        h.blocks = c->op == TS_OP_SEQ_SELECT ? forks_of(c, answer, NULL) : 0;
     } else if (c->op == TS_OP_SEQ_MATCH) {
         h.count = answer->matched.count;
     } else if (c->op == TS_OP_STEP_BEGIN) {
@@ -114,6 +130,8 @@ bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer
     const uint64_t n = h.count;
     if (ts_command_answers_ids(h.op)) {
         copy(p.ids, answer->seqs.seqs, n * sizeof *p.ids);
+        if (c->op == TS_OP_SEQ_SELECT)
+            (void)forks_of(c, answer, p.ids + n);
     } else if (h.op == TS_OP_SEQ_MATCH) {
         copy(p.ids, answer->matched.seqs, n * sizeof *p.ids);
         copy(p.first, answer->matched.lengths, n * sizeof *p.first);
@@ -172,11 +190,13 @@ const uint64_t *ts_answers_find_made(const ts_answers *t, uint64_t session, uint
     const ts_stored_answer *h = &t->all[index].head;
     if (h->session != session || h->call != call ||
         (h->op != TS_OP_SEQ_CREATE && h->op != TS_OP_SEQ_FORK && h->op != TS_OP_SEQ_REDEEM &&
-         h->op != TS_OP_SEQ_MATCH))
+         h->op != TS_OP_SEQ_MATCH && h->op != TS_OP_SEQ_SELECT))
         return NULL;
+    const uint64_t *ids = parts_of(h, t->all[index].bytes).ids;
+    const bool selects = h->op == TS_OP_SEQ_SELECT;
     *pool = h->pool;
-    *count = h->count;
-    return parts_of(h, t->all[index].bytes).ids;
+    *count = selects ? h->blocks : h->count;
+    return *count == 0 ? NULL : ids + (selects ? h->count : 0);
 }
 
 bool ts_answers_find_order(const ts_answers *t, const ts_caller *by, ts_op op, ts_answer *answer)
