@@ -156,9 +156,14 @@ static void a_pool_grows_and_shrinks_under_its_workers(void **state)
     assert_int_equal(ts_seq_append(p, seqs + 1, &one, 1, NULL), TS_ENOSPC);
 
     /* More, under a session that has it open. */
-    SAYS(1, "22 blocks for pool 'tiny'; the limits are 1..21, its memory_max",
+    SAYS(1,
+         "memory = 2112K: that is 22 blocks of 98304 bytes; pool 'tiny' may have 1 to 21, its "
+         "memory_max",
          "pool resize tiny 2112K");
-    SAYS(1, "0 blocks for pool 'tiny'", "pool resize tiny 1K");
+    SAYS(1,
+         "memory = 999T: that is 11173625856 blocks of 98304 bytes; pool 'tiny' may have 1 to 21",
+         "pool resize tiny 999T");
+    SAYS(1, "memory = 1K: that is 0 blocks", "pool resize tiny 1K");
     SAYS(1, "memory = much: not a size", "pool resize tiny much");
     SAYS(1, "there is no pool 'other'", "pool resize other 1M");
     SAYS(0, "pool tiny has 12 blocks of 98304 bytes in 3 slabs", "pool resize tiny 900K");

@@ -3,6 +3,7 @@
 #include "log.h"
 #include "namespace_text.h"
 #include "parked.h"
+#include "plain_text.h"
 #include "pool_memory.h"
 #include "refusals.h"
 #include "resume.h"
@@ -133,7 +134,7 @@ static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Req
 {
     const Tspb__AdminPoolResize *body = r->admin_pool_resize;
     const ts_caller caller = caller_of(by, r);
-    char named[64], what[64];
+    char named[64], what[64], shown[64];
     uint64_t bytes = 0;
     uint32_t pool = pool_of(s, body->pool, &named, answer);
     if (pool == TS_NONE)
@@ -142,9 +143,16 @@ static void order_resize(ts_service *s, const ts_connection *by, const Tspb__Req
     if (ts_config_memory(body->memory, &bytes, why, sizeof why) != TS_OK)
         return ts_refuse(answer, TS_EINVAL, "%s", why);
     const ts_pool_config *config = &s->exec.engine->pools[pool].config;
-    uint64_t blocks = bytes / ts_geometry_block_bytes(&config->geometry);
-    uint32_t wanted = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t)blocks;
-    if (ts_pool_memory_resize(&s->exec, pool, wanted, &caller, answer) != TS_OK)
+    const uint64_t block_bytes = ts_geometry_block_bytes(&config->geometry);
+    const uint64_t blocks = bytes / block_bytes;
+    const uint32_t most = s->exec.engine->pools[pool].books.max_blocks;
+    if (blocks == 0 || blocks > most)
+        return ts_refuse(answer, TS_EINVAL,
+                         "memory = %.40s: that is %llu blocks of %llu bytes; pool '%s' may have 1 "
+                         "to %u, its memory_max",
+                         ts_text_escape(body->memory, shown, sizeof shown),
+                         (unsigned long long)blocks, (unsigned long long)block_bytes, named, most);
+    if (ts_pool_memory_resize(&s->exec, pool, (uint32_t)blocks, &caller, answer) != TS_OK)
         return;
     snprintf(what, sizeof what, "given %u blocks", config->num_blocks);
     note_pool(by, named, what);
