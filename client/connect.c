@@ -115,10 +115,17 @@ static ts_status arrive_by_default(ts_client *c, const char *program, size_t exc
     return ts_fail(c, status, "%s%s", first, why);
 }
 
-/* Takes the daemon's address apart; only sockets of this machine are served. */
-static ts_status set_path(ts_client *c, const char *url)
+/* Takes the daemon's address apart, which errors call `what`; only sockets of this machine are
+ * served. An empty one may be a variable that isn't set: what was meant for one daemon would be
+ * done to another. */
+static ts_status set_path(ts_client *c, const char *url, const char *what)
 {
     const char *scheme = strstr(url, "://");
+    if (url[0] == '\0')
+        return ts_fail(c, TS_EINVAL,
+                       "%s is empty: ipc:///PATH or /PATH is needed, or none at all for the user's "
+                       "own daemon or the system's",
+                       what);
     if (scheme != NULL && strncmp(url, "ipc://", 6) != 0)
         return ts_fail(c, TS_EINVAL,
                        "the address %.100s: the daemon is reached by ipc:///PATH alone, on its own "
@@ -161,8 +168,9 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
         memset(c->nonce, 0, sizeof c->nonce); /* then an answer that is lost leaves a session */
     c->spin_us = o.spin_us != 0 ? o.spin_us : SPIN_DEFAULT_US;
     const char *url = o.url != NULL ? o.url : getenv("TINYSERVE_URL");
-    bool named = url != NULL && url[0] != '\0';
-    if (named && (status = set_path(c, url)) != TS_OK)
+    const bool named = url != NULL;
+    if (named && (status = set_path(
+                      c, url, o.url != NULL ? "the daemon's address" : "TINYSERVE_URL")) != TS_OK)
         return status;
 
     pid_t user = 0;

@@ -194,6 +194,9 @@ static void a_socket_that_is_none_or_open_to_all_is_told(void **state)
     f.count = 0;
     doctor_socket(&f, path);
     assert_found(&f, "is no socket", FINDING_FAULT, "TINYSERVE_URL");
+    f.count = 0;
+    doctor_socket(&f, "");
+    assert_found(&f, "the daemon's address is empty", FINDING_FAULT, "name a socket");
 }
 
 /* Whether anything is found about verify; *f is what is found. */

@@ -352,7 +352,9 @@ static void the_address_comes_before_the_users_and_the_users_before_the_systems(
     client_finds(u->uid, u->home, systems);
     tsctl_finds_pool(u->uid, u->home);
     url_named = "";
-    client_finds(u->uid, u->home, own);
+    client_says(u->uid, u->home,
+                "TS_EINVAL: TINYSERVE_URL is empty: ipc:///PATH or /PATH is needed, or none at all "
+                "for the user's own daemon or the system's.");
     url_named = NULL;
     kill(own, SIGKILL); /* its socket stays */
     assert_int_equal(waitpid(own, NULL, 0), own);

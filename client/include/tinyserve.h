@@ -78,7 +78,7 @@ typedef enum ts_reconnect {
 typedef struct ts_options {
     size_t size;         /* sizeof(ts_options) */
     const char *url;     /* "ipc:///path" or "/path"; NULL: the environment's TINYSERVE_URL, or the
-                            user's own daemon, or the system's: ts_connect(3) */
+                            user's own daemon, or the system's: ts_connect(3). "": TS_EINVAL */
     const char *program; /* shown to operators; NULL: the process's name */
     uint32_t timeout_ms; /* of one call; 0: 30000 */
     uint32_t retries;    /* how often a call that timed out is sent again; it takes effect once */

@@ -20,11 +20,24 @@ pytestmark = pytest.mark.skipif("TS_TEST_GENERATE" not in os.environ,
     (["--prompt-file=/nonexistent"], "ts-generate: /nonexistent: No such file or directory"),
     ([f"--prompt-file={MODEL}"], f"ts-generate: {MODEL}: Is a directory"),
     (["--tokens="], "--tokens : a number up to 1048576 is needed"),
+    (["--socket="], "the daemon's address is empty: ipc:///PATH or /PATH is needed"),
     (["--wait="], "--wait : 0 to 3600 seconds are possible")])
 def test_arguments_that_are_none_are_named(tmp_path, arguments, sentence):
     result = subprocess.run([os.environ["TS_TEST_GENERATE"], "-s", str(tmp_path / "s"),
                              "--model", MODEL, *arguments], stderr=subprocess.PIPE, text=True)
     assert result.returncode != 0 and sentence in result.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["restart", "-y"], ["pool", "delete", "p", "-y"]])
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_no_address_is_not_the_default_daemons(command, by_environment):
+    named = "TINYSERVE_URL" if by_environment else "the daemon's address"
+    result = subprocess.run(
+        [os.environ["TS_TEST_TSCTL"], *([] if by_environment else ["--socket="]), *command],
+        env={**os.environ, "TINYSERVE_URL": ""}, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == (f"tsctl: {named} is empty: ipc:///PATH or /PATH is needed, or none at "
+                             "all for the user's own daemon or the system's\n")
 
 
 def test_no_time_is_no_number_for_tsctl_either(tmp_path):

@@ -134,7 +134,14 @@ void doctor_socket(findings *f, const char *url)
 {
     char own[PATH_MAX], why[200];
     const char *named = url != NULL ? url : getenv("TINYSERVE_URL");
-    if (named != NULL && named[0] != '\0')
+    if (named != NULL && named[0] == '\0') {
+        doctor_found(f, FINDING_FAULT, "socket", "%s is empty",
+                     url != NULL ? "the daemon's address" : "TINYSERVE_URL");
+        doctor_advise(f,
+                      "name a socket, or leave it out for the user's own daemon or the system's");
+        return;
+    }
+    if (named != NULL)
         return rights(f, strncmp(named, "ipc://", 6) == 0 ? named + 6 : named);
     const size_t length = ts_own_socket(own, sizeof own);
     if (length > 0 && length < sizeof own) {
