@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "model.h"
 #include "tinyserve_version.h"
+#include "wait_option.h"
 
 #include <argp.h>
 #include <errno.h>
@@ -64,7 +65,7 @@ static const struct argp_option argp_options[] = {
     {"no-cache", OPT_NO_CACHE, NULL, 0,
      "Compute the whole prompt, whatever of it is in the pool, and leave nothing to be found", 0},
     {"keep", OPT_KEEP, "NAME", 0, "Keep the sequence under NAME when done", 0},
-    {"wait", OPT_WAIT, "SECONDS", 0, "How long to wait for a daemon to appear (default 0)", 0},
+    TS_WAIT_OPTION(OPT_WAIT),
     {"verify", OPT_VERIFY, "FILE:INDEX", 0,
      "Take the prompt from this reference and compare what comes of it, bytes and logits", 0},
     {0},
@@ -94,13 +95,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         o->tokens = (uint32_t)n;
         return 0;
     }
-    case OPT_WAIT: {
-        double seconds = strtod(arg, &end);
-        if (end == arg || *end != '\0' || !(seconds >= 0 && seconds <= 3600))
-            argp_error(state, "--wait %s: 0 to 3600 seconds are possible", arg);
-        o->wait_ms = (uint32_t)(seconds * 1000);
+    case OPT_WAIT:
+        o->wait_ms = ts_wait_option(arg, state);
         return 0;
-    }
     case OPT_PROMPT_FILE:
         o->prompt_file = arg;
         return 0;

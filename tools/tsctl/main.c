@@ -8,6 +8,7 @@
 #include "plain_text.h"
 #include "tinyserve_version.h"
 #include "unconst.h"
+#include "wait_option.h"
 
 #include <argp.h>
 #include <errno.h>
@@ -26,7 +27,7 @@ static const struct argp_option argp_options[] = {
     {"pool", 'P', "NAME", 0, "Which pool (needed where there are several)", 0},
     {"json", 'j', NULL, 0, "Write JSON", 0},
     {"watch", 'w', "SECONDS", OPTION_ARG_OPTIONAL, "Repeat, every SECONDS (default 1)", 0},
-    {"wait", OPT_WAIT, "SECONDS", 0, "How long to wait for a daemon to appear (default 0)", 0},
+    TS_WAIT_OPTION(OPT_WAIT),
     {"cells", 'c', "N", 0, "Cells of the map (default 1024)", 0},
     {"color", OPT_COLOR, "WHEN", 0, "auto (default), always or never", 0},
     {"yes", 'y', NULL, 0, "Don't ask before something is ended or freed", 0},
@@ -60,13 +61,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (arg != NULL && (*end != '\0' || !(o->interval >= 0.1 && o->interval <= 3600)))
             argp_error(state, "--watch=%s: 0.1 to 3600 seconds are possible", arg);
         return 0;
-    case OPT_WAIT: {
-        double seconds = strtod(arg, &end);
-        if (end == arg || *end != '\0' || !(seconds >= 0 && seconds <= 3600))
-            argp_error(state, "--wait %s: 0 to 3600 seconds are possible", arg);
-        o->wait_ms = (uint32_t)(seconds * 1000);
+    case OPT_WAIT:
+        o->wait_ms = ts_wait_option(arg, state);
         return 0;
-    }
     case 'c': {
         unsigned long n = strtoul(arg, &end, 10);
         if (*end != '\0' || n < 1 || n > 8192)
