@@ -324,7 +324,7 @@ static const ts_config_key pool_keys[] = {
      .help = "How many blocks the pool has, in place of `memory`."},
     {POOL("memory_max", read_size, memory_max), .least = 1, .most = BYTES_MAX, .empty = "`memory`",
      .help = "What `tsctl pool resize` may give the pool while it runs.",
-     .more = "Workers keep addresses free for so much."},
+     .more = "Workers reserve this much of their address space for the pool."},
     {POOL("device", read_device, pool.device), .preset = "auto",
      .help = "Where the pool lies: host, cuda:N, or auto: the first GPU if there is one."},
     {POOL("provider", read_word, provider), .words = providers, .preset = "auto",
