@@ -94,7 +94,9 @@ TS_WARN_UNUSED ts_status ts_seq_select(ts_pool *pool, const ts_seq *seqs, uint32
 
 /* Keeps a sequence under a name (1 to 127 bytes of UTF-8, no control characters): it outlives the
  * session, and every session of the tenant may attach to it. NULL removes the name and makes the
- * sequence this session's own. TS_EEXIST: the tenant has another sequence of this name. */
+ * sequence this session's own. TS_EEXIST: the tenant has another sequence of this name. TS_EINVAL:
+ * a bad name, which is told before anything else. Sequence 0, which is none, asks about the name
+ * alone: TS_ENOENT, if it is a good one. */
 TS_WARN_UNUSED ts_status ts_seq_keep(ts_pool *pool, ts_seq seq, const char *name);
 
 typedef struct ts_keep_options {

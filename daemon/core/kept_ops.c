@@ -92,17 +92,17 @@ void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
 {
     ts_engine_pool *pool = &e->pools[c->pool];
     const char *name = c->seq_keep.name;
+    const bool forgets = name[0] == '\0';
+    const size_t bytes = strlen(name);
+    if (bytes > TS_NAME_BYTES_MAX)
+        return ts_refuse(answer, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
+                         TS_NAME_BYTES_MAX);
     /* A step is its session's; a sequence in it may not become another's. */
-    bool forgets = name[0] == '\0';
     ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forgets, answer);
     if (seq == NULL)
         return;
     if (forgets)
         return forget(e, s, c, seq, answer);
-    size_t bytes = strlen(name);
-    if (bytes > TS_NAME_BYTES_MAX)
-        return ts_refuse(answer, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
-                         TS_NAME_BYTES_MAX);
     const uint32_t taken = ts_names_find(&pool->seqs.names, s->tenant, name);
     const bool has_it = taken == ts_sequence_index(&pool->seqs, seq);
     ts_sequence *old = taken == TS_NONE || has_it ? NULL : &pool->seqs.all[taken];

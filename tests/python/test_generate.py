@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 
+import tinyserve
+
 MODEL = pathlib.Path(__file__).parents[2] / "tools" / "model"
 REFERENCE = MODEL / "reference.json"
 
@@ -26,6 +28,23 @@ def test_arguments_that_are_none_are_named(tmp_path, arguments, sentence):
     result = subprocess.run([os.environ["TS_TEST_GENERATE"], "-s", str(tmp_path / "s"),
                              "--model", MODEL, *arguments], stderr=subprocess.PIPE, text=True)
     assert result.returncode != 0 and sentence in result.stderr
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("", "a name has at least 1 byte"),
+    (128 * "n", "a name of 128 bytes; the limit is 127"),
+    ("a\nb", "name 'a\\x0ab' has control characters, or isn't UTF-8: it must be plain text")])
+def test_a_name_that_is_none_is_refused_before_anything_is_generated(start_daemon, name, sentence):
+    daemon = start_daemon("tiny:layers=6,kv_heads=2,head_dim=64,dtype=fp32,memory=8M,slab=8M")
+    keep = [os.environ["TS_TEST_GENERATE"], "-s", daemon.url, "--model", MODEL, "--tokens=2",
+            "--prompt=a"]
+    result = subprocess.run([*keep, "--keep", name], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"ts-generate: TS_EINVAL: {sentence}\n"
+    result = subprocess.run([*keep, "--keep", 127 * "n"], capture_output=True, text=True)
+    assert result.returncode == 0 and len(result.stdout) == 3, result.stderr
+    with tinyserve.connect(daemon.url) as c:
+        assert [kept.name for kept in c.pool("tiny").kept()] == [127 * "n"]
 
 
 @pytest.mark.parametrize("command", [["status"], ["restart", "-y"], ["pool", "delete", "p", "-y"]])

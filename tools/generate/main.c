@@ -374,6 +374,13 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
     return status;
 }
 
+/* Whether the sequence can be kept under the name, before there is one: 0 is none. */
+static ts_status check_name(ts_pool *pool, const char *name)
+{
+    const ts_status status = ts_seq_keep(pool, 0, name);
+    return status == TS_ENOENT ? TS_OK : status;
+}
+
 static bool fits(const model *m, const ts_geometry *g)
 {
     if (g->layers == m->layers && g->kv_heads == m->kv_heads && g->head_dim == m->head_dim)
@@ -410,6 +417,8 @@ int main(int argc, char **argv)
             ts_pool_open(client, o.pool, o.exec != TS_EXEC_DAEMON ? TS_POOL_WRITABLE : 0, &pool);
     if (status == TS_OK && !fits(m, ts_pool_geometry(pool)))
         goto out;
+    if (status == TS_OK && o.keep != NULL)
+        status = check_name(pool, o.keep);
     if (status == TS_OK)
         status = generate(&o, m, client, pool, &j);
     if (status != TS_OK) {
