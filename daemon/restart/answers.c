@@ -2,12 +2,13 @@
 
 #include "command_codec.h"
 
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
 typedef struct ts_kept_answer {
     ts_stored_answer head;
-    unsigned char *bytes; /* its arrays: ids first, a selection's with its new ones once more */
+    unsigned char *bytes; /* its arrays */
 } ts_kept_answer;
 
 bool ts_answers_init(ts_answers *t, uint32_t sessions)
@@ -38,43 +39,25 @@ static bool is_kept(const ts_command *c)
            c->op != TS_OP_POOL_OPEN && !ts_command_only_looks(c);
 }
 
-/* Bytes of the arrays of a kept answer. */
-static uint64_t bytes_of(const ts_stored_answer *h)
-{
-    const uint64_t id = sizeof(uint64_t), word = sizeof(uint32_t);
-    if (ts_command_answers_ids(h->op))
-        return (h->count + (uint64_t)h->blocks) * id;
-    if (h->op == TS_OP_SEQ_MATCH)
-        return h->count * (id + 2 * word);
-    return h->op == TS_OP_STEP_BEGIN ? (2ull * h->count + h->blocks) * word : 0;
-}
+/* An array that an answer points to. */
+typedef struct kept_array {
+    uint16_t element_bytes;
+    uint16_t answer_at; /* where ts_answer points to it; 0: nowhere */
+    uint16_t count_at;  /* where the head has its length */
+} kept_array;
 
-/* Where they lie. */
-typedef struct parts {
-    uint64_t *ids;
-    uint32_t *first, *second, *third;
-} parts;
+#define KEPT_ARRAYS 3
 
-static parts parts_of(const ts_stored_answer *h, unsigned char *bytes)
-{
-    const uint64_t n = h->count, ids = n * sizeof(uint64_t), words = n * sizeof(uint32_t);
-    parts p = {.ids = (uint64_t *)(void *)bytes};
-    if (h->op == TS_OP_SEQ_MATCH) {
-        p.first = (uint32_t *)(void *)(bytes + ids);
-        p.second = (uint32_t *)(void *)(bytes + ids + words);
-    } else if (h->op == TS_OP_STEP_BEGIN) {
-        p.first = (uint32_t *)(void *)bytes;
-        p.second = (uint32_t *)(void *)(bytes + words);
-        p.third = (uint32_t *)(void *)(bytes + 2 * words);
-    }
-    return p;
-}
-
-static void copy(void *to, const void *from, uint64_t bytes)
-{
-    if (bytes > 0)
-        memcpy(to, from, bytes);
-}
+/* What is kept of an operation's answer, beside that it was given. Places are in ts_answer; 0:
+ * nowhere. */
+typedef struct answer_kind {
+    uint16_t count_at, blocks_at, length_at; /* what the head has under these names */
+    uint16_t made;                  /* which array, from 1 on, has new sequences; 0: none */
+    kept_array arrays[KEPT_ARRAYS]; /* as they lie one behind the other */
+    /* Puts the rest into the head, and back; false: what it refers to is gone. NULL: no more. */
+    void (*keep)(const ts_command *c, const ts_answer *answer, ts_stored_answer *h);
+    bool (*give)(const ts_stored_answer *h, const ts_engine *e, ts_command *c, ts_answer *answer);
+} answer_kind;
 
 /* Puts the new sequences of a selection into `made`, unless that is NULL; how many. */
 static uint32_t forks_of(const ts_command *c, const ts_answer *answer, uint64_t *made)
@@ -91,27 +74,169 @@ static uint32_t forks_of(const ts_command *c, const ts_answer *answer, uint64_t 
     return count;
 }
 
+static void keep_forks(const ts_command *c, const ts_answer *answer, ts_stored_answer *h)
+{
+    h->blocks = forks_of(c, answer, NULL);
+}
+
+static void keep_step(const ts_command *c, const ts_answer *answer, ts_stored_answer *h)
+{
+    (void)c;
+    h->id = answer->begun.step == NULL ? 0 : answer->begun.step->id;
+}
+
+static bool give_step(const ts_stored_answer *h, const ts_engine *e, ts_command *c,
+                      ts_answer *answer)
+{
+    (void)c;
+    answer->begun.step = h->id == 0 ? NULL : ts_engine_find_step(e, h->id);
+    return h->id == 0 || answer->begun.step != NULL;
+}
+
+static void keep_ticket(const ts_command *c, const ts_answer *answer, ts_stored_answer *h)
+{
+    (void)answer;
+    memcpy(h->ticket, c->seq_ticket.ticket, sizeof h->ticket);
+}
+
+static bool give_ticket(const ts_stored_answer *h, const ts_engine *e, ts_command *c,
+                        ts_answer *answer)
+{
+    (void)e;
+    (void)answer;
+    memcpy(c->seq_ticket.ticket, h->ticket, sizeof h->ticket);
+    return true;
+}
+
+static void keep_dropped(const ts_command *c, const ts_answer *answer, ts_stored_answer *h)
+{
+    (void)c;
+    h->id = answer->dropped;
+}
+
+static bool give_dropped(const ts_stored_answer *h, const ts_engine *e, ts_command *c,
+                         ts_answer *answer)
+{
+    (void)e;
+    (void)c;
+    answer->dropped = h->id;
+    return true;
+}
+
+#define IN_ANSWER(member) (uint16_t) offsetof(ts_answer, member)
+#define ARRAY(member, count)                                                                       \
+    {                                                                                              \
+        (uint16_t)sizeof(*((ts_answer *)0)->member), IN_ANSWER(member),                            \
+            (uint16_t)offsetof(ts_stored_answer, count)                                            \
+    }
+#define IDS                                                                                        \
+    .count_at = IN_ANSWER(seqs.count), .length_at = IN_ANSWER(seqs.length),                        \
+    .arrays[0] = ARRAY(seqs.seqs, count)
+
+/* Of operations whose answers are ids, unless they have a row of their own. */
+static const answer_kind new_ids = {IDS, .made = 1};
+
+static const answer_kind kinds[TS_OP_COUNT] = {
+    [TS_OP_SEQ_ATTACH] = {IDS},
+    [TS_OP_SEQ_SELECT] = {IDS, .made = 2,
+                          .arrays[1] = {sizeof(uint64_t), 0, offsetof(ts_stored_answer, blocks)},
+                          .keep = keep_forks},
+    [TS_OP_SEQ_MATCH] = {.count_at = IN_ANSWER(matched.count),
+                         .made = 1,
+                         .arrays = {ARRAY(matched.seqs, count), ARRAY(matched.lengths, count),
+                                    ARRAY(matched.twins, count)}},
+    [TS_OP_STEP_BEGIN] = {.count_at = IN_ANSWER(begun.num_seqs),
+                          .blocks_at = IN_ANSWER(begun.num_blocks),
+                          .arrays = {ARRAY(begun.starts, count), ARRAY(begun.counts, count),
+                                     ARRAY(begun.blocks, blocks)},
+                          .keep = keep_step,
+                          .give = give_step},
+    [TS_OP_SEQ_TICKET] = {.keep = keep_ticket, .give = give_ticket},
+    [TS_OP_CACHE_DROP] = {.keep = keep_dropped, .give = give_dropped},
+};
+
+static const answer_kind *kind_of(uint32_t op)
+{
+    static const answer_kind nothing;
+    if (op >= TS_OP_COUNT)
+        return &nothing;
+    return ts_command_answers_ids(op) && kinds[op].count_at == 0 ? &new_ids : &kinds[op];
+}
+
+static uint32_t word_at(const void *of, uint16_t at)
+{
+    uint32_t word = 0;
+    if (at != 0)
+        memcpy(&word, (const unsigned char *)of + at, sizeof word);
+    return word;
+}
+
+static void put_word(ts_answer *answer, uint16_t at, uint32_t word)
+{
+    if (at != 0)
+        memcpy((unsigned char *)answer + at, &word, sizeof word);
+}
+
+/* Bytes of a kept answer's first `arrays` arrays. */
+static uint64_t bytes_of(const ts_stored_answer *h, uint32_t arrays)
+{
+    const answer_kind *kind = kind_of(h->op);
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < arrays; i++)
+        bytes += (uint64_t)kind->arrays[i].element_bytes * word_at(h, kind->arrays[i].count_at);
+    return bytes;
+}
+
 static ts_stored_answer head_of(const ts_command *c, const ts_answer *answer)
 {
     const ts_caller by = caller_of(c);
-    ts_stored_answer h = {.session = by.session, .call = by.call, .op = c->op, .pool = c->pool};
-    if (ts_command_answers_ids(c->op)) {
-        h.count = answer->seqs.count;
-        h.length = answer->seqs.length;
-        h.blocks = c->op == TS_OP_SEQ_SELECT ? forks_of(c, answer, NULL) : 0;
-    } else if (c->op == TS_OP_SEQ_MATCH) {
-        h.count = answer->matched.count;
-    } else if (c->op == TS_OP_STEP_BEGIN) {
-        h.id = answer->begun.step == NULL ? 0 : answer->begun.step->id;
-        h.count = answer->begun.num_seqs;
-        h.blocks = answer->begun.num_blocks;
-    } else if (c->op == TS_OP_SEQ_TICKET) {
-        memcpy(h.ticket, c->seq_ticket.ticket, sizeof h.ticket);
-    } else if (c->op == TS_OP_CACHE_DROP) {
-        h.id = answer->dropped;
-    }
-    h.bytes = bytes_of(&h);
+    const answer_kind *kind = kind_of(c->op);
+    ts_stored_answer h = {.session = by.session,
+                          .call = by.call,
+                          .op = c->op,
+                          .pool = c->pool,
+                          .count = word_at(answer, kind->count_at),
+                          .blocks = word_at(answer, kind->blocks_at),
+                          .length = word_at(answer, kind->length_at)};
+    if (kind->keep != NULL)
+        kind->keep(c, answer, &h);
+    h.bytes = bytes_of(&h, KEPT_ARRAYS);
     return h;
+}
+
+/* The arrays' bytes, in one piece; NULL: out of memory. */
+static unsigned char *pack(const ts_stored_answer *h, const ts_command *c, const ts_answer *answer)
+{
+    const answer_kind *kind = kind_of(h->op);
+    unsigned char *packed = malloc(h->bytes + 1);
+    for (uint32_t i = 0; packed != NULL && i < KEPT_ARRAYS; i++) {
+        const void *from = NULL;
+        const uint64_t at = bytes_of(h, i), bytes = bytes_of(h, i + 1) - at;
+        if (kind->arrays[i].answer_at != 0)
+            memcpy(&from, (const unsigned char *)answer + kind->arrays[i].answer_at, sizeof from);
+        if (bytes > 0 && kind->arrays[i].answer_at != 0)
+            memcpy(packed + at, from, bytes);
+        else if (bytes > 0) /* an answer doesn't tell a selection's forks from the others */
+            (void)forks_of(c, answer, (uint64_t *)(void *)(packed + at));
+    }
+    return packed;
+}
+
+/* Gives the answer again; false: what it refers to is gone. */
+static bool unpack(const ts_kept_answer *kept, const ts_engine *e, ts_command *c, ts_answer *answer)
+{
+    const ts_stored_answer *h = &kept->head;
+    const answer_kind *kind = kind_of(h->op);
+    *answer = (ts_answer){.status = TS_OK};
+    put_word(answer, kind->count_at, h->count);
+    put_word(answer, kind->blocks_at, h->blocks);
+    put_word(answer, kind->length_at, h->length);
+    for (uint32_t i = 0; i < KEPT_ARRAYS; i++) {
+        const void *array = kept->bytes + bytes_of(h, i);
+        if (kind->arrays[i].answer_at != 0)
+            memcpy((unsigned char *)answer + kind->arrays[i].answer_at, &array, sizeof array);
+    }
+    return kind->give == NULL || kind->give(h, e, c, answer);
 }
 
 bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer)
@@ -121,26 +246,11 @@ bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer
         return true;
     ts_kept_answer *kept = &t->all[index];
     const ts_stored_answer h = head_of(c, answer);
-    unsigned char *bytes = malloc(h.bytes + 1);
+    unsigned char *bytes = pack(&h, c, answer);
     if (bytes == NULL)
         return false;
     free(kept->bytes);
     *kept = (ts_kept_answer){h, bytes};
-    const parts p = parts_of(&h, bytes);
-    const uint64_t n = h.count;
-    if (ts_command_answers_ids(h.op)) {
-        copy(p.ids, answer->seqs.seqs, n * sizeof *p.ids);
-        if (c->op == TS_OP_SEQ_SELECT)
-            (void)forks_of(c, answer, p.ids + n);
-    } else if (h.op == TS_OP_SEQ_MATCH) {
-        copy(p.ids, answer->matched.seqs, n * sizeof *p.ids);
-        copy(p.first, answer->matched.lengths, n * sizeof *p.first);
-        copy(p.second, answer->matched.twins, n * sizeof *p.second);
-    } else if (h.op == TS_OP_STEP_BEGIN) {
-        copy(p.first, answer->begun.starts, n * sizeof *p.first);
-        copy(p.second, answer->begun.counts, n * sizeof *p.second);
-        copy(p.third, answer->begun.blocks, h.blocks * sizeof *p.third);
-    }
     return true;
 }
 
@@ -155,30 +265,7 @@ bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_
     if (s == NULL || s->call != c->call || h->session != c->session || h->call != c->call ||
         h->op != (uint32_t)c->op || h->pool != c->pool)
         return false;
-    const parts p = parts_of(h, kept->bytes);
-    *answer = (ts_answer){.status = TS_OK};
-    if (ts_command_answers_ids(h->op)) {
-        answer->seqs.seqs = p.ids;
-        answer->seqs.count = h->count;
-        answer->seqs.length = h->length;
-    } else if (h->op == TS_OP_SEQ_MATCH) {
-        answer->matched.seqs = p.ids;
-        answer->matched.lengths = p.first;
-        answer->matched.twins = p.second;
-        answer->matched.count = h->count;
-    } else if (h->op == TS_OP_STEP_BEGIN) {
-        answer->begun.step = h->id == 0 ? NULL : ts_engine_find_step(e, h->id);
-        if (h->id != 0 && answer->begun.step == NULL)
-            return false;
-        answer->begun.starts = p.first;
-        answer->begun.counts = p.second;
-        answer->begun.blocks = p.third;
-        answer->begun.num_seqs = h->count;
-        answer->begun.num_blocks = h->blocks;
-    } else if (h->op == TS_OP_SEQ_TICKET) {
-        memcpy(c->seq_ticket.ticket, h->ticket, sizeof h->ticket);
-    }
-    return true;
+    return unpack(kept, e, c, answer);
 }
 
 const uint64_t *ts_answers_find_made(const ts_answers *t, uint64_t session, uint64_t call,
@@ -187,16 +274,15 @@ const uint64_t *ts_answers_find_made(const ts_answers *t, uint64_t session, uint
     const uint32_t index = (uint32_t)session;
     if (call == 0 || index >= t->max)
         return NULL;
-    const ts_stored_answer *h = &t->all[index].head;
-    if (h->session != session || h->call != call ||
-        (h->op != TS_OP_SEQ_CREATE && h->op != TS_OP_SEQ_FORK && h->op != TS_OP_SEQ_REDEEM &&
-         h->op != TS_OP_SEQ_MATCH && h->op != TS_OP_SEQ_SELECT))
+    const ts_kept_answer *kept = &t->all[index];
+    const ts_stored_answer *h = &kept->head;
+    const answer_kind *kind = kind_of(h->op);
+    if (h->session != session || h->call != call || kind->made == 0)
         return NULL;
-    const uint64_t *ids = parts_of(h, t->all[index].bytes).ids;
-    const bool selects = h->op == TS_OP_SEQ_SELECT;
     *pool = h->pool;
-    *count = selects ? h->blocks : h->count;
-    return *count == 0 ? NULL : ids + (selects ? h->count : 0);
+    *count = word_at(h, kind->arrays[kind->made - 1].count_at);
+    const void *made = kept->bytes + bytes_of(h, kind->made - 1u);
+    return *count == 0 ? NULL : made;
 }
 
 bool ts_answers_find_order(const ts_answers *t, const ts_caller *by, ts_op op, ts_answer *answer)
@@ -204,13 +290,10 @@ bool ts_answers_find_order(const ts_answers *t, const ts_caller *by, ts_op op, t
     const uint32_t index = (uint32_t)by->session;
     if (by->call == 0 || index >= t->max)
         return false;
-    const ts_stored_answer *h = &t->all[index].head;
-    if (h->session != by->session || h->call != by->call || h->op != (uint32_t)op)
-        return false;
-    *answer = (ts_answer){.status = TS_OK};
-    if (op == TS_OP_CACHE_DROP)
-        answer->dropped = h->id;
-    return true;
+    const ts_kept_answer *kept = &t->all[index];
+    const ts_stored_answer *h = &kept->head;
+    return h->session == by->session && h->call == by->call && h->op == (uint32_t)op &&
+           unpack(kept, NULL, NULL, answer);
 }
 
 void ts_answers_write(const ts_answers *t, ts_record_writer *w)
@@ -237,7 +320,7 @@ bool ts_answers_read(ts_answers *t, ts_record_reader *r)
     for (uint64_t i = 0; i < count && ok; i++) {
         ts_stored_answer h;
         ok = ts_records_get(r, TS_RECORD_ANSWER, &h, 1) && (uint32_t)h.session < t->max &&
-             h.bytes == bytes_of(&h);
+             h.bytes == bytes_of(&h, KEPT_ARRAYS);
         if (ok)
             t->all[order[i] = (uint32_t)h.session].head = h;
     }
