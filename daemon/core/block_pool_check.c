@@ -91,12 +91,86 @@ static ts_status check_nobodys(const ts_pool_books *p, uint32_t tenant, char *wh
     return TS_OK;
 }
 
-ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *why,
-                        size_t why_bytes)
+/* What the slabs of one tenant add up to. */
+typedef struct tenant_sums {
+    uint32_t slabs, used, free, cached;
+    uint32_t avail; /* slabs with free blocks */
+    uint64_t empty_blocks, idle_blocks;
+} tenant_sums;
+
+static tenant_sums sum_tenant(const ts_pool_books *p, uint32_t tenant)
 {
-    uint32_t used = 0, shared = 0, empty = 0, idle = 0, cached = 0;
+    tenant_sums sums = {0};
+    for (uint32_t i = 0; i < p->num_slabs; i++) {
+        const ts_slab *s = &p->slabs[i];
+        if (s->tenant != tenant)
+            continue;
+        sums.slabs++;
+        sums.used += s->used;
+        sums.cached += s->cached;
+        sums.free += slab_free(s);
+        if (s->used == 0)
+            *(s->cached > 0 ? &sums.idle_blocks : &sums.empty_blocks) += s->blocks;
+        sums.avail += slab_free(s) > 0;
+    }
+    return sums;
+}
+
+/* The blocks that only the cache has, in the order in which they would go; *count is how many. */
+static ts_status check_cached_order(const ts_pool_books *p, uint32_t tenant, uint32_t most,
+                                    uint32_t *count, char *why, size_t why_bytes)
+{
+    const ts_pool_tenant *t = &p->tenants[tenant];
+    *count = 0;
+    for (uint32_t class = 0; class < TS_CACHE_CLASSES; class ++)
+        for (uint32_t b = t->cached_oldest[class]; b != TS_NONE && *count <= most;
+             b = p->cached_next[b], (*count)++)
+            if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != tenant ||
+                p->classes[b] != class)
+                WRONG("block %u is on tenant %u's list of cached blocks of class %u", b, tenant,
+                      class);
+    return TS_OK;
+}
+
+/* Adds what the tenant has in empty and in idle slabs to the two sums. */
+static ts_status check_tenant(const ts_pool_books *p, uint32_t t, uint64_t *all_empty,
+                              uint64_t *all_idle, char *why, size_t why_bytes)
+{
+    const ts_pool_tenant *tenant = &p->tenants[t];
+    const tenant_sums sums = sum_tenant(p, t);
+    uint32_t on_list = 0, in_order;
+    for (uint32_t i = tenant->avail; i != TS_NONE && on_list <= sums.avail;
+         i = p->slabs[i].avail_next, on_list++)
+        if (p->slabs[i].tenant != t || slab_free(&p->slabs[i]) == 0)
+            WRONG("slab %u is on tenant %u's list of slabs with free blocks", i, t);
+    if (check_cached_order(p, t, sums.cached, &in_order, why, why_bytes) != TS_OK)
+        return TS_EINTERNAL;
+    if (sums.empty_blocks != tenant->empty_blocks || sums.idle_blocks != tenant->idle_blocks)
+        WRONG("tenant %u: %llu blocks in empty slabs and %llu in idle ones, the counts say %llu "
+              "and %llu",
+              t, (unsigned long long)sums.empty_blocks, (unsigned long long)sums.idle_blocks,
+              (unsigned long long)tenant->empty_blocks, (unsigned long long)tenant->idle_blocks);
+    *all_empty += sums.empty_blocks;
+    *all_idle += sums.idle_blocks;
+    if (sums.cached != tenant->cached || in_order != sums.cached)
+        WRONG("tenant %u: %u cached blocks, %u counted, %u listed", t, sums.cached, tenant->cached,
+              in_order);
+    if (sums.slabs != tenant->slabs || sums.used != tenant->used || sums.free != tenant->free ||
+        sums.avail != on_list)
+        WRONG("tenant %u: %u slabs, %u used, %u free, %u slabs with free blocks; the counts say "
+              "%u, %u, %u, %u",
+              t, sums.slabs, sums.used, sums.free, sums.avail, tenant->slabs, tenant->used,
+              tenant->free, on_list);
+    return check_nobodys(p, t, why, why_bytes);
+}
+
+/* Each block's references, and how many have some. */
+static ts_status check_blocks(const ts_pool_books *p, const uint32_t *expected, char *why,
+                              size_t why_bytes)
+{
+    uint32_t used = 0, shared = 0;
     for (uint32_t b = 0; b < p->num_blocks; b++) {
-        uint32_t refs = ts_pool_refs(p, b);
+        const uint32_t refs = ts_pool_refs(p, b);
         if (refs != expected[b])
             WRONG("block %u has %u references, its count says %u", b, expected[b], refs);
         used += refs > 0;
@@ -105,6 +179,13 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
     if (used != p->used || shared != p->shared)
         WRONG("%u used and %u shared blocks, the counts say %u and %u", used, shared, p->used,
               p->shared);
+    return TS_OK;
+}
+
+/* Each slab, and the lists of those that are empty or have cached blocks alone. */
+static ts_status check_slabs(const ts_pool_books *p, char *why, size_t why_bytes)
+{
+    uint32_t empty = 0, idle = 0, cached = 0, listed = 0;
     for (uint32_t i = 0; i < p->num_slabs; i++) {
         const ts_slab *s = &p->slabs[i];
         if ((s->tenant == TS_NONE) != (i >= p->ungranted))
@@ -119,7 +200,6 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
         WRONG("%u cached blocks, the count says %u", cached, p->cached);
     if (p->index != NULL && ts_index_check(p->index, why, why_bytes) != TS_OK)
         return TS_EINTERNAL;
-    uint32_t listed = 0;
     for (uint32_t i = p->empty; i != TS_NONE && listed <= empty; i = p->slabs[i].empty_next)
         listed++;
     if (empty != p->num_empty || empty != listed)
@@ -129,56 +209,22 @@ ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *
         listed += p->slabs[i].used == 0 && p->slabs[i].cached > 0;
     if (idle != listed)
         WRONG("%u slabs of cached blocks alone, %u listed", idle, listed);
+    return TS_OK;
+}
+
+ts_status ts_pool_check(const ts_pool_books *p, const uint32_t *expected, char *why,
+                        size_t why_bytes)
+{
     uint64_t all_empty = 0, all_idle = 0;
-    for (uint32_t t = 0; t < p->num_tenants; t++) {
-        const ts_pool_tenant *tenant = &p->tenants[t];
-        uint32_t slabs = 0, tenant_used = 0, tenant_free = 0, avail = 0, on_list = 0,
-                 tenant_cached = 0;
-        uint64_t empty_blocks = 0, idle_blocks = 0;
-        for (uint32_t i = 0; i < p->num_slabs; i++)
-            if (p->slabs[i].tenant == t) {
-                slabs++;
-                tenant_used += p->slabs[i].used;
-                tenant_cached += p->slabs[i].cached;
-                tenant_free += slab_free(&p->slabs[i]);
-                if (p->slabs[i].used == 0)
-                    *(p->slabs[i].cached > 0 ? &idle_blocks : &empty_blocks) += p->slabs[i].blocks;
-                avail += slab_free(&p->slabs[i]) > 0;
-            }
-        for (uint32_t i = tenant->avail; i != TS_NONE && on_list <= avail;
-             i = p->slabs[i].avail_next, on_list++)
-            if (p->slabs[i].tenant != t || slab_free(&p->slabs[i]) == 0)
-                WRONG("slab %u is on tenant %u's list of slabs with free blocks", i, t);
-        uint32_t in_order = 0;
-        for (uint32_t class = 0; class < TS_CACHE_CLASSES; class ++)
-            for (uint32_t b = tenant->cached_oldest[class];
-                 b != TS_NONE && in_order <= tenant_cached; b = p->cached_next[b], in_order++)
-                if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != t ||
-                    p->classes[b] != class)
-                    WRONG("block %u is on tenant %u's list of cached blocks of class %u", b, t,
-                          class);
-        if (empty_blocks != tenant->empty_blocks || idle_blocks != tenant->idle_blocks)
-            WRONG("tenant %u: %llu blocks in empty slabs and %llu in idle ones, the counts say "
-                  "%llu and %llu",
-                  t, (unsigned long long)empty_blocks, (unsigned long long)idle_blocks,
-                  (unsigned long long)tenant->empty_blocks,
-                  (unsigned long long)tenant->idle_blocks);
-        all_empty += empty_blocks;
-        all_idle += idle_blocks;
-        if (tenant_cached != tenant->cached || in_order != tenant_cached)
-            WRONG("tenant %u: %u cached blocks, %u counted, %u listed", t, tenant_cached,
-                  tenant->cached, in_order);
-        if (slabs != tenant->slabs || tenant_used != tenant->used || tenant_free != tenant->free ||
-            avail != on_list)
-            WRONG("tenant %u: %u slabs, %u used, %u free, %u slabs with free blocks; the counts "
-                  "say %u, %u, %u, %u",
-                  t, slabs, tenant_used, tenant_free, avail, tenant->slabs, tenant->used,
-                  tenant->free, on_list);
-        if (check_nobodys(p, t, why, why_bytes) != TS_OK)
-            return TS_EINTERNAL;
-    }
-    if (check_homes(p, why, why_bytes) != TS_OK)
-        return TS_EINTERNAL;
+    ts_status status = check_blocks(p, expected, why, why_bytes);
+    if (status == TS_OK)
+        status = check_slabs(p, why, why_bytes);
+    for (uint32_t t = 0; status == TS_OK && t < p->num_tenants; t++)
+        status = check_tenant(p, t, &all_empty, &all_idle, why, why_bytes);
+    if (status == TS_OK)
+        status = check_homes(p, why, why_bytes);
+    if (status != TS_OK)
+        return status;
     if (all_empty != p->empty_blocks || all_idle != p->idle_blocks)
         WRONG("%llu blocks in empty slabs and %llu in idle ones, the counts say %llu and %llu",
               (unsigned long long)all_empty, (unsigned long long)all_idle,
