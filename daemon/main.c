@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "fd_server.h"
 #include "handle_wire.h"
+#include "handover.h"
 #include "http.h"
 #include "nng_server.h"
 #include "pool_memory.h"
@@ -20,7 +21,6 @@
 #include "tinyserve_version.h"
 
 #include <argp.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -42,8 +42,6 @@
 #define CONNECTION_FDS 9u
 #define KEPT_CONNECTION_FDS 11u
 #define CONNECTIONS_MAX 65536u
-#define LEAVE_MS 2000u
-#define SETTLE_MS 10000u /* for the books' last snapshot */
 #define KEY_BYTES 64 /* of a key of the configuration, and more: a longer one is unknown anyway */
 
 const char *argp_program_version = "tinyserved " TS_VERSION;
@@ -301,72 +299,19 @@ static uint64_t random_number(void)
     return random;
 }
 
-/* Where a crash is noted for the next daemon. */
-static volatile uint32_t *crash_word;
-
-static void on_crash(int number)
-{
-    if (crash_word != NULL)
-        *crash_word = (uint32_t)number;
-    (void)raise(number); /* whose handler is the default one again */
-}
-
-static void note_crashes(ts_books *books)
-{
-    static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
-    crash_word = ts_books_crash_word(books);
-    for (size_t i = 0; crash_word != NULL && i < sizeof signals / sizeof *signals; i++)
-        (void)sigaction(signals[i],
-                        &(struct sigaction){.sa_handler = on_crash, .sa_flags = SA_RESETHAND},
-                        NULL);
-}
-
-/* Ends as a kill does, when the holder has what was stored; only its sockets' paths go. */
-static void __attribute__((noreturn)) leave(const ts_config *c, ts_store *store, int code)
-{
-    static const char *const suffixes[] = {"", TS_HANDLE_SUFFIX, ".lock"};
-    char path[128];
-    if (!ts_store_barrier(store, LEAVE_MS))
-        ts_log(TS_LOG_WARNING, "whoever holds the memory hasn't said within %u ms that it does",
-               LEAVE_MS);
-    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
-        snprintf(path, sizeof path, "%s%s", c->socket, suffixes[i]);
-        (void)unlink(path);
-    }
-    _exit(code);
-}
-
-/* Leaves in the engine's turn, so that no command comes any more: a snapshot has all of them, and
- * the next daemon, which may be of another version, has none to apply. */
-typedef struct last_work {
-    ts_work work; /* first */
-    const ts_config *config;
-    ts_store *store;
-    int code;
-} last_work;
-
-static void leave_in_turn(ts_work *work, void *service)
-{
-    const last_work *last = (const last_work *)work;
-    const ts_service *s = service;
-    ts_books_settle(s->exec.books, s->exec.engine, SETTLE_MS);
-    leave(last->config, last->store, last->code);
-}
-
-/* Everything from here to the signal; returns the exit status. */
-static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t *signals)
-{
-    ts_service *s = calloc(1, sizeof *s);
-    ts_nng_server *server = NULL;
-    ts_fd_server *fd_server = NULL;
-    ts_http *http = NULL;
+/* What serves, as far as it was started. */
+typedef struct serving {
+    ts_service *service;
+    ts_nng_server *messages;
+    ts_fd_server *handles;
+    ts_http *http;
     pthread_t engine;
-    bool engine_runs = false;
-    char why[256] = "out of memory", handles_path[112];
-    int code = EXIT_FAILURE;
-    if (s == NULL)
-        return EXIT_FAILURE;
+    bool engine_runs;
+} serving;
 
+/* What the service knows before it has anything. */
+static void set_up(ts_service *s, ts_config *c)
+{
     struct timespec now;
     s->started_ms = ts_now_ms();
     clock_gettime(CLOCK_REALTIME, &now);
@@ -382,26 +327,36 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
     s->exec.device_failed = device_failed;
     s->restart = end_to_start_again;
     pthread_mutex_init(&s->operators_lock, NULL);
-    snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     c->limits.first_generation = (uint32_t)(random_number() >> 33);
     c->limits.hash_seed = random_number();
-    bool made = ts_takeover_begin(s, store, c);
-    note_crashes(s->exec.books);
+}
+
+/* The engine, the kernels' threads, the rings and the pools. An error is in the log. */
+static bool make_engine(ts_service *s, ts_config *c, ts_store *store)
+{
+    const bool made = ts_takeover_begin(s, store, c);
+    ts_handover_note_crashes(s->exec.books);
     s->exec.attention = ts_attention_new(ts_config_threads(c, ts_processors()), c->kernel);
     if (s->exec.attention != NULL)
         s->exec.host = ts_host_executor_new(s->exec.attention);
     if (!made || s->exec.host == NULL || ts_rings_new(s, c->spin_us) == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
                c->limits.sessions, c->threads);
-        goto out;
+        return false;
     }
     if (ts_takeover_pools(s, c) != TS_OK)
-        goto out;
+        return false;
     if (s->exec.num_gpus > 0)
         ts_rings_go_first(s->rings);
-    engine_runs = pthread_create(&engine, NULL, engine_main, s) == 0;
-    if (engine_runs && s->started.restored)
-        ts_reload_taken_over(s, c);
+    return true;
+}
+
+/* Starts what clients reach. A client that finds the last of it finds all. */
+static ts_status start_servers(serving *v, const ts_config *c, char *why, size_t why_bytes)
+{
+    ts_service *s = v->service;
+    char handles_path[112];
+    snprintf(handles_path, sizeof handles_path, "%s" TS_HANDLE_SUFFIX, c->socket);
     ts_nng_server_options messages = {.path = c->socket,
                                       .mode = c->socket_mode,
                                       .connections_max = connections_max(c, s->exec.books != NULL),
@@ -413,64 +368,70 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
                                     .connections_max = messages.connections_max,
                                     .tenant_connections_max = c->tenant_connections,
                                     .idle_ms = c->idle_ms};
-    if (!engine_runs || ts_nng_server_start(s, &messages, &server, why, sizeof why) != TS_OK)
-        goto fail;
+    ts_status status = ts_nng_server_start(s, &messages, &v->messages, why, why_bytes);
+    if (status != TS_OK)
+        return status;
     s->end_connection = end_connection;
-    s->end_connection_arg = server;
-    if (ts_fd_server_start(s, &handles, &fd_server, why, sizeof why) != TS_OK ||
-        (c->metrics[0] != '\0' &&
-         ts_http_start(s, c->metrics, c->metrics_hosts, &http, why, sizeof why) != TS_OK) ||
-        ts_nng_server_listen(server, why, sizeof why) !=
-            TS_OK) { /* a client that finds it finds all */
-    fail:
-        ts_log(TS_LOG_ERROR, "%s", why);
-        goto out;
-    }
+    s->end_connection_arg = v->messages;
+    status = ts_fd_server_start(s, &handles, &v->handles, why, why_bytes);
+    if (status == TS_OK && c->metrics[0] != '\0')
+        status = ts_http_start(s, c->metrics, c->metrics_hosts, &v->http, why, why_bytes);
+    return status == TS_OK ? ts_nng_server_listen(v->messages, why, why_bytes) : status;
+}
+
+/* Nothing is undone: the next daemon goes on with what is stored. */
+static void __attribute__((noreturn))
+leave_to_the_next(ts_service *s, const ts_config *c, ts_store *store, int code)
+{
+    if (code != EXIT_DEVICE)
+        ts_handover_leave_in_turn(s, c, store, code);
+    ts_handover_note(SIGUSR1); /* a run of it may be why */
+    ts_handover_leave(c, store, code);
+}
+
+/* Serves until a signal; the exit status. */
+static int serve_until_signal(serving *v, ts_config *c, const options *o, const sigset_t *signals)
+{
+    ts_service *s = v->service;
+    char told[64];
     ts_log(TS_LOG_INFO, "version " TS_VERSION " listens at %s; kernels: %s, %u threads", c->socket,
            ts_isa_name(ts_attention_isa(s->exec.attention)),
            ts_attention_threads(s->exec.attention));
     ts_books_taken_over(s->exec.books, TS_TAKEOVER_SERVES);
     ts_store_notify("READY=1");
-    int number = await_signal(s, signals, o, c);
-    code = number == SIGUSR1 ? EXIT_DEVICE : number == SIGUSR2 ? TS_EXIT_AGAIN : EXIT_SUCCESS;
+    const int number = await_signal(s, signals, o, c);
+    const int code = number == SIGUSR1   ? EXIT_DEVICE
+                     : number == SIGUSR2 ? TS_EXIT_AGAIN
+                                         : EXIT_SUCCESS;
     if (code == EXIT_SUCCESS)
         ts_log(TS_LOG_INFO, "%s: stopping", strsignal(number));
     /* A supervisor that adopted this daemon can't wait for its status. */
-    snprintf(why, sizeof why, "STOPPING=1\nEXIT_STATUS=%d", code);
-    ts_store_notify(why);
-    if (s->exec.books != NULL) { /* nothing is undone: the next daemon goes on with it */
-        last_work last = {.work.run = leave_in_turn, .config = c, .store = store, .code = code};
-        if (code == EXIT_DEVICE) {
-            if (crash_word != NULL)
-                *crash_word = SIGUSR1; /* a run of it may be why */
-        } else {
-            ts_queue_put(&s->exec.queue, &last.work);
-            (void)poll(NULL, 0, SETTLE_MS + LEAVE_MS + 1000); /* it ends the process */
-            ts_log(TS_LOG_WARNING,
-                   "the engine's turn hasn't come: what is stored needs the journal");
-        }
-        leave(c, store, code);
-    }
-out:
-    if (s->exec.books != NULL && s->started.restored) /* so is what it took over */
-        leave(c, store, code);
-    ts_http_stop(http);
-    ts_nng_server_stop(server);
-    ts_fd_server_stop(fd_server);
+    snprintf(told, sizeof told, "STOPPING=1\nEXIT_STATUS=%d", code);
+    ts_store_notify(told);
+    return code;
+}
+
+/* Ends the threads, then frees what they used. */
+static void end_serving(serving *v, int code)
+{
+    ts_service *s = v->service;
+    ts_http_stop(v->http);
+    ts_nng_server_stop(v->messages);
+    ts_fd_server_stop(v->handles);
     ts_rings_stop(s->rings);
-    if (engine_runs)
+    if (v->engine_runs)
         ts_service_stop(s); /* no job is begun after this */
     if (s->exec.attention != NULL)
         ts_attention_cancel(s->exec.attention);
     ts_host_executor_free(s->exec.host);
     ts_pool_memory_stop(&s->exec);
     ts_queue_close(&s->exec.queue);
-    if (engine_runs)
-        pthread_join(engine, NULL);
+    if (v->engine_runs)
+        pthread_join(v->engine, NULL);
     if (code == EXIT_DEVICE)
         ts_rings_device_failed(s->rings);
-    ts_nng_server_free(server);    /* clients see the connection end */
-    ts_queue_drop(&s->exec.queue); /* news of connections that nobody needs any more */
+    ts_nng_server_free(v->messages); /* clients see the connection end */
+    ts_queue_drop(&s->exec.queue);   /* news of connections that nobody needs any more */
     if (s->exec.engine != NULL) {
         ts_service_close_connections(s);
         ts_rings_free(s->rings);
@@ -479,6 +440,33 @@ out:
     ts_queue_fini(&s->exec.queue);
     pthread_mutex_destroy(&s->operators_lock);
     free(s);
+}
+
+/* Returns the exit status. */
+static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t *signals)
+{
+    serving v = {.service = calloc(1, sizeof *v.service)};
+    ts_service *s = v.service;
+    char why[256] = "out of memory";
+    int code = EXIT_FAILURE;
+    if (s == NULL)
+        return code;
+    set_up(s, c);
+    if (make_engine(s, c, store)) {
+        v.engine_runs = pthread_create(&v.engine, NULL, engine_main, s) == 0;
+        if (v.engine_runs && s->started.restored)
+            ts_reload_taken_over(s, c);
+        if (v.engine_runs && start_servers(&v, c, why, sizeof why) == TS_OK) {
+            code = serve_until_signal(&v, c, o, signals);
+            if (s->exec.books != NULL)
+                leave_to_the_next(s, c, store, code);
+        } else {
+            ts_log(TS_LOG_ERROR, "%s", why);
+        }
+    }
+    if (s->exec.books != NULL && s->started.restored) /* so is what it took over */
+        ts_handover_leave(c, store, code);
+    end_serving(&v, code);
     return code;
 }
 
