@@ -72,9 +72,10 @@ static ts_status hand_out_signals(ts_service *s, ts_connection *c, ts_handle_ask
     return hand_out(ask, (*page)->fd, TS_SIGNALS_BYTES, why, why_bytes);
 }
 
-static ts_status hand_out_revocations(ts_connection *c, ts_handle_ask *ask, char *why,
-                                      size_t why_bytes)
+static ts_status hand_out_revocations(ts_service *s, ts_connection *c, ts_handle_ask *ask,
+                                      char *why, size_t why_bytes)
 {
+    (void)s;
     if (c->memory.slabs == NULL) {
         ts_status status = ts_slab_holder_new(&c->memory.slabs, why, why_bytes);
         if (status != TS_OK)
@@ -86,52 +87,47 @@ static ts_status hand_out_revocations(ts_connection *c, ts_handle_ask *ask, char
                     why_bytes);
 }
 
-static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
+static ts_status hand_out_exchange(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                                   size_t why_bytes)
+{
+    (void)s;
+    const ts_exchange *exchange = c->memory.exchange;
+    if (exchange == NULL || exchange->fd < 0) {
+        snprintf(why, why_bytes,
+                 exchange == NULL ? "the session has opened no exchange"
+                                  : "the session's exchange has no descriptor");
+        return TS_ENOENT;
+    }
+    return hand_out(ask, exchange->fd, exchange->bytes, why, why_bytes);
+}
+
+static ts_status make_exchange(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                               size_t why_bytes)
+{
+    return make(ask, &c->memory.new_exchange, "an exchange", 4096,
+                s->exec.engine->limits.exchange_bytes, why, why_bytes);
+}
+
+static ts_status take_exchange(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                               size_t why_bytes)
+{
+    return ts_exchange_taken(s, c, &ask->reply.bytes, why, why_bytes);
+}
+
+static ts_status make_rings(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                            size_t why_bytes)
+{
+    (void)s;
+    return make(ask, &c->memory.new_rings, "rings", ts_rings_bytes(0, 0, 0),
+                ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS, TS_RING_IDS), why, why_bytes);
+}
+
+static ts_status hand_out_slab(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                               size_t why_bytes)
 {
     const ts_handle_request *r = &ask->request;
-    ts_connection *c = ts_service_connection_of(s, r->session);
-    if (r->magic != TS_HANDLE_MAGIC) {
-        snprintf(why, why_bytes, "not a handle request");
-        return TS_EPROTO;
-    }
-    if (r->protocol != TS_PROTOCOL) {
-        snprintf(why, why_bytes,
-                 "a handle request of protocol version %u; tinyserved " TS_VERSION " speaks %u",
-                 r->protocol, TS_PROTOCOL);
-        return TS_EPROTO;
-    }
-    if (r->session == 0 || c == NULL || c->uid != ask->uid ||
-        memcmp(c->token, r->token, sizeof c->token) != 0) {
-        snprintf(why, why_bytes, "uid %u has no session %llx with this token", ask->uid,
-                 (unsigned long long)r->session);
-        return TS_ECONN; /* it may be an earlier daemon's, and come back */
-    }
     const ts_session *session = ts_engine_session(s->exec.engine, c->session);
-    if (r->kind == TS_HANDLE_EXCHANGE) {
-        if (c->memory.exchange == NULL || c->memory.exchange->fd < 0) {
-            snprintf(why, why_bytes,
-                     c->memory.exchange == NULL ? "the session has opened no exchange"
-                                                : "the session's exchange has no descriptor");
-            return TS_ENOENT;
-        }
-        return hand_out(ask, c->memory.exchange->fd, c->memory.exchange->bytes, why, why_bytes);
-    }
-    if (r->kind == TS_HANDLE_NEW_EXCHANGE)
-        return make(ask, &c->memory.new_exchange, "an exchange", 4096,
-                    s->exec.engine->limits.exchange_bytes, why, why_bytes);
-    if (r->kind == TS_HANDLE_TAKE_EXCHANGE)
-        return ts_exchange_taken(s, c, &ask->reply.bytes, why, why_bytes);
-    if (r->kind == TS_HANDLE_NEW_RINGS)
-        return make(ask, &c->memory.new_rings, "rings", ts_rings_bytes(0, 0, 0),
-                    ts_rings_bytes(TS_RING_BLOCKS, TS_RING_SLABS, TS_RING_IDS), why, why_bytes);
-    if (r->kind == TS_HANDLE_DOORBELL)
-        return open_doorbell(s, c, ask, why, why_bytes);
-    if (r->kind == TS_HANDLE_SIGNALS)
-        return hand_out_signals(s, c, ask, why, why_bytes);
-    if (r->kind == TS_HANDLE_REVOCATIONS || r->kind == TS_HANDLE_REVOCATION_BELL)
-        return hand_out_revocations(c, ask, why, why_bytes);
-    if (r->kind != TS_HANDLE_SLAB || r->pool >= s->exec.engine->num_pools ||
-        !(session->opened_pools >> r->pool & 1)) {
+    if (r->pool >= s->exec.engine->num_pools || !(session->opened_pools >> r->pool & 1)) {
         snprintf(why, why_bytes, "the session has not opened a pool %u", r->pool);
         return TS_ENOENT;
     }
@@ -161,6 +157,48 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
     }
     return ts_memory_export(s->exec.memory[r->pool], r->slab, r->writable != 0, &ask->fd, why,
                             why_bytes);
+}
+
+/* What is done for each kind of request. */
+static ts_status (*const by_kind[])(ts_service *s, ts_connection *c, ts_handle_ask *ask, char *why,
+                                    size_t why_bytes) = {
+    [TS_HANDLE_EXCHANGE] = hand_out_exchange,
+    [TS_HANDLE_SLAB] = hand_out_slab,
+    [TS_HANDLE_SIGNALS] = hand_out_signals,
+    [TS_HANDLE_NEW_RINGS] = make_rings,
+    [TS_HANDLE_DOORBELL] = open_doorbell,
+    [TS_HANDLE_NEW_EXCHANGE] = make_exchange,
+    [TS_HANDLE_TAKE_EXCHANGE] = take_exchange,
+    [TS_HANDLE_REVOCATIONS] = hand_out_revocations,
+    [TS_HANDLE_REVOCATION_BELL] = hand_out_revocations,
+};
+
+static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_t why_bytes)
+{
+    const ts_handle_request *r = &ask->request;
+    ts_connection *c = ts_service_connection_of(s, r->session);
+    if (r->magic != TS_HANDLE_MAGIC) {
+        snprintf(why, why_bytes, "not a handle request");
+        return TS_EPROTO;
+    }
+    if (r->protocol != TS_PROTOCOL) {
+        snprintf(why, why_bytes,
+                 "a handle request of protocol version %u; tinyserved " TS_VERSION " speaks %u",
+                 r->protocol, TS_PROTOCOL);
+        return TS_EPROTO;
+    }
+    if (r->session == 0 || c == NULL || c->uid != ask->uid ||
+        memcmp(c->token, r->token, sizeof c->token) != 0) {
+        snprintf(why, why_bytes, "uid %u has no session %llx with this token", ask->uid,
+                 (unsigned long long)r->session);
+        return TS_ECONN; /* it may be an earlier daemon's, and come back */
+    }
+    if (r->kind >= sizeof by_kind / sizeof *by_kind || by_kind[r->kind] == NULL) {
+        snprintf(why, why_bytes, "a handle request of kind %u; %zu is the last that is known",
+                 r->kind, sizeof by_kind / sizeof *by_kind - 1);
+        return TS_ENOENT;
+    }
+    return by_kind[r->kind](s, c, ask, why, why_bytes);
 }
 
 void ts_fd_export(ts_work *work, void *service)
