@@ -56,6 +56,48 @@ static void close_at_daemon(ts_pool *p)
     c->error_info = info_before;
 }
 
+/* Fills in the pool as the daemon describes it. */
+static ts_status describe(ts_client *c, ts_pool *p, const Tspb__PoolOpened *o, bool writable)
+{
+    const uint32_t blocks = o->max_blocks > o->num_blocks ? o->max_blocks : o->num_blocks;
+    char why[sizeof c->error];
+    *p = (ts_pool){
+        .client = c,
+        .index = o->pool,
+        .geometry = {.layers = o->layers,
+                     .kv_heads = o->kv_heads,
+                     .head_dim = o->head_dim,
+                     .block_tokens = o->block_tokens,
+                     .dtype = (ts_dtype)o->dtype,
+                     .layout = (ts_layout)o->layout},
+        .num_blocks = blocks,
+        .slab_blocks = o->slab_blocks,
+        .num_slabs = (blocks - 1) / o->slab_blocks + 1,
+        .sequence_tokens_max = o->sequence_tokens_max,
+        .writable = writable,
+        .on_gpu = o->device_uuid.len == TS_UUID_BYTES,
+    };
+    snprintf(p->device, sizeof p->device, "%s", o->device);
+    snprintf(p->memory, sizeof p->memory, "%s", o->memory);
+    snprintf(p->kernel, sizeof p->kernel, "%s", o->kernel);
+    if (p->on_gpu)
+        memcpy(p->uuid, o->device_uuid.data, TS_UUID_BYTES);
+    ts_status status = ts_geometry_check(&p->geometry, why, sizeof why);
+    return status == TS_OK ? TS_OK : ts_fail(c, status, "%s", why);
+}
+
+/* What is known of each slab: nothing yet. */
+static ts_status make_slab_lists(ts_client *c, ts_pool *p)
+{
+    p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
+    p->revoked = calloc(p->num_slabs, sizeof *p->revoked);
+    p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
+    p->written = calloc(p->num_slabs, sizeof *p->written);
+    if (p->mapped != NULL && p->revoked != NULL && p->wanted != NULL && p->written != NULL)
+        return TS_OK;
+    return ts_fail(c, TS_ENOMEM, "no memory for a pool of %u slabs", p->num_slabs);
+}
+
 ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool **out)
 {
     Tspb__PoolOpen open = TSPB__POOL_OPEN__INIT;
@@ -75,50 +117,15 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
         return status;
     ts_pool *p = calloc(1, sizeof *p);
     const Tspb__PoolOpened *o = reply->pool_opened;
-    if (p == NULL) {
+    if (p == NULL)
         status = ts_fail(c, TS_ENOMEM, "no memory for a pool");
-        goto out;
-    }
-    if (reply->body_case != TSPB__REPLY__BODY_POOL_OPENED || o->num_blocks == 0 ||
-        o->slab_blocks == 0) {
+    else if (reply->body_case != TSPB__REPLY__BODY_POOL_OPENED || o->num_blocks == 0 ||
+             o->slab_blocks == 0)
         status = ts_fail(c, TS_EPROTO, "the daemon's answer describes no pool");
-        goto out;
-    }
-    uint32_t blocks = o->max_blocks > o->num_blocks ? o->max_blocks : o->num_blocks;
-    *p = (ts_pool){
-        .client = c,
-        .index = o->pool,
-        .geometry = {.layers = o->layers,
-                     .kv_heads = o->kv_heads,
-                     .head_dim = o->head_dim,
-                     .block_tokens = o->block_tokens,
-                     .dtype = (ts_dtype)o->dtype,
-                     .layout = (ts_layout)o->layout},
-        .num_blocks = blocks,
-        .slab_blocks = o->slab_blocks,
-        .num_slabs = (blocks - 1) / o->slab_blocks + 1,
-        .sequence_tokens_max = o->sequence_tokens_max,
-        .writable = open.writable,
-        .on_gpu = o->device_uuid.len == TS_UUID_BYTES,
-    };
-    snprintf(p->device, sizeof p->device, "%s", o->device);
-    snprintf(p->memory, sizeof p->memory, "%s", o->memory);
-    snprintf(p->kernel, sizeof p->kernel, "%s", o->kernel);
-    if (p->on_gpu)
-        memcpy(p->uuid, o->device_uuid.data, TS_UUID_BYTES);
-    char why[sizeof c->error];
-    status = ts_geometry_check(&p->geometry, why, sizeof why);
-    if (status != TS_OK) {
-        (void)ts_fail(c, status, "%s", why);
-    } else {
-        p->mapped = calloc(p->num_slabs, sizeof *p->mapped);
-        p->revoked = calloc(p->num_slabs, sizeof *p->revoked);
-        p->wanted = calloc(p->num_slabs, sizeof *p->wanted);
-        p->written = calloc(p->num_slabs, sizeof *p->written);
-        if (p->mapped == NULL || p->revoked == NULL || p->wanted == NULL || p->written == NULL)
-            status = ts_fail(c, TS_ENOMEM, "no memory for a pool of %u slabs", p->num_slabs);
-    }
-out:
+    else
+        status = describe(c, p, o, open.writable);
+    if (status == TS_OK)
+        status = make_slab_lists(c, p);
     tspb__reply__free_unpacked(reply, NULL);
     if (status != TS_OK) {
         pool_free(p);
