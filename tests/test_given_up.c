@@ -51,6 +51,7 @@ static void a_step_whose_begin_was_given_up_is_aborted(void **state)
         }
         DO(ts_seq_free(p, &seq, 1)); /* it is in no step */
         assert_int_equal(ts_client_restarts(c), 1);
+        assert_int_equal(ts_client_transport(c), TS_TRANSPORT_RING + turn % 2);
         finish(&d, c, p);
     }
 }
