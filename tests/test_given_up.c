@@ -178,6 +178,43 @@ static void an_abort_that_was_given_up_is_carried_out(void **state)
     }
 }
 
+/* Who waits for a late answer, to attend itself, sees that the daemon has gone, and finds the next.
+ */
+static void local_execution_finds_the_next_daemon_while_an_answer_is_late(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *c;
+    ts_seq seq, fork;
+    ts_step *step;
+    start(&d, POOL, NULL);
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d.url,
+                                .wait_ms = 60000,
+                                .timeout_ms = 2000,
+                                .exchange_bytes = 1u << 20,
+                                .exec = TS_EXEC_LOCAL},
+                  &c));
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
+    DO(ts_seq_create(p, 1, &seq));
+    assert_int_equal(kill(daemon_of(&d), SIGSTOP), 0);
+    const pid_t daemon = await_stopped(&d);
+    assert_int_equal(ts_seq_fork(p, seq, 1, &fork), TS_ETIMEOUT);
+    assert_int_equal(begin_step(p, seq, 3, &step), TS_EBUSY);
+    assert_int_equal(kill(daemon, SIGKILL), 0);
+    ts_status status = TS_EBUSY;
+    for (int i = 0; i < 1000 && (status == TS_EBUSY || status == TS_ECONN); i++) {
+        (void)poll(NULL, 0, 10);
+        status = begin_step(p, seq, 3, &step);
+    }
+    DO(status);
+    assert_int_equal(ts_client_restarts(c), 1);
+    DO(ts_step_abort(step));
+    DO(ts_seq_free(p, &seq, 1));
+    assert_int_equal(sequences(c), 0);
+    finish(&d, c, p);
+}
+
 /* Kills the daemon some time after it has stopped. */
 static void *kill_stopped(void *arg)
 {
@@ -214,6 +251,7 @@ int main(void)
         cmocka_unit_test(sequences_whose_making_was_given_up_are_freed),
         cmocka_unit_test(what_was_done_before_there_was_no_daemon_is_undone),
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
+        cmocka_unit_test(local_execution_finds_the_next_daemon_while_an_answer_is_late),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));

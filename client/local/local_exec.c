@@ -30,6 +30,8 @@ static ts_status open_kernels(ts_client *c)
 
 static ts_status lacks_rings(ts_client *c)
 {
+    if (c->pid != getpid())
+        return ts_not_ours(c);
     if (c->transport == TS_TRANSPORT_MESSAGES)
         return ts_fail(
             c, TS_EINVAL,

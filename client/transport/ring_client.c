@@ -143,22 +143,27 @@ void ts_rings_want_ids(ts_client *c, uint32_t count)
     c->ids_wanted = room;
 }
 
-/* Whether the rings owe an answer still. */
-static bool are_late(ts_client *c)
+/* Looks whether what the rings owe has come. An error: the session has ended, of which who waits
+ * for the rings alone would learn nowhere else. */
+static ts_status look_for_late(ts_client *c)
 {
     ts_ring_completion late;
-    if (c->ring_unanswered)
-        c->settle(c);
-    else if (c->ring_late_ms != 0)
+    if (c->ring_late_ms == 0)
+        return TS_OK;
+    const ts_status status = ts_may_ask(c); /* undoes what is to be undone */
+    if (status == TS_OK && !c->ring_unanswered)
         (void)ts_ring_take_late(c, &late);
-    return c->ring_late_ms != 0 || c->rings_lost;
+    return status;
 }
 
 ts_status ts_rings_use(ts_client *c, bool *use)
 {
     *use = false;
-    if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid() || are_late(c))
+    if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid())
         return TS_OK;
+    const ts_status looked = look_for_late(c);
+    if (looked != TS_OK || c->ring_late_ms != 0 || c->rings_lost)
+        return looked;
     const uint64_t until_ms = ts_call_end_ms(c);
     ts_status status;
     do
