@@ -14,6 +14,7 @@
  */
 #include "unanswered.h"
 
+#include "error.h"
 #include "ring_client.h"
 #include "rpc.h"
 
@@ -90,8 +91,8 @@ static ts_status abort_step(ts_client *c, uint64_t step)
 }
 
 /* Frees those of an answer's sequences that are new. */
-static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count,
-                      const uint64_t *picks)
+static ts_status free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count,
+                           const uint64_t *picks)
 {
     Tspb__SeqFree body = TSPB__SEQ_FREE__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -100,22 +101,31 @@ static void free_seqs(ts_client *c, uint32_t pool, uint64_t *seqs, size_t count,
     body.n_seqs = leave_new(seqs, count, picks);
     request.body_case = TSPB__REQUEST__BODY_SEQ_FREE;
     request.seq_free = &body;
-    if (body.n_seqs > 0)
-        (void)ts_call_plain(c, &request);
+    return body.n_seqs > 0 ? ts_call_plain(c, &request) : TS_OK;
+}
+
+/* What the call made was asked to be undone. A daemon that lives does it some time; the next one is
+ * told of the call. */
+static void note_undone(ts_client *c, ts_status status, uint64_t call)
+{
+    if (status == TS_ETIMEOUT || status == TS_ECONN)
+        ts_give_up(c, TS_ECONN, call);
 }
 
 /* Undoes what the answer tells of. */
 static void undo(ts_client *c, const ts_unanswered *u)
 {
+    ts_status status = TS_OK;
     Tspb__Reply *r = tspb__reply__unpack(NULL, nng_msg_len(u->answer), nng_msg_body(u->answer));
     if (r == NULL)
         return;
     if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_STEP_BEGUN)
-        (void)abort_step(c, r->step_begun->step);
+        status = abort_step(c, r->step_begun->step);
     else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_MATCHED)
-        free_seqs(c, u->pool, r->matched->seqs, r->matched->n_seqs, NULL);
+        status = free_seqs(c, u->pool, r->matched->seqs, r->matched->n_seqs, NULL);
     else if (r->status == TS_OK && r->body_case == TSPB__REPLY__BODY_SEQS)
-        free_seqs(c, u->pool, r->seqs->seqs, r->seqs->n_seqs, u->picks);
+        status = free_seqs(c, u->pool, r->seqs->seqs, r->seqs->n_seqs, u->picks);
+    note_undone(c, status, u->call);
     tspb__reply__free_unpacked(r, NULL);
 }
 
@@ -124,13 +134,16 @@ static void settle_ring(ts_client *c)
     ts_ring_completion done;
     if (!c->ring_unanswered || !ts_ring_take_late(c, &done))
         return;
+    const bool made = done.tag == c->ring_tag && done.status == TS_OK;
     uint64_t *picks = c->unanswered_picks;
+    ts_status status = TS_OK;
     c->unanswered_picks = NULL; /* first: what follows are calls, too */
     c->ring_unanswered = false;
-    if (done.status == TS_OK && c->unanswered_seqs > 0)
-        free_seqs(c, c->unanswered_pool, c->rings->batch_seqs, c->unanswered_seqs, picks);
-    else if (done.status == TS_OK && done.step != 0)
-        (void)abort_step(c, done.step);
+    if (made && c->unanswered_seqs > 0)
+        status = free_seqs(c, c->unanswered_pool, c->rings->batch_seqs, c->unanswered_seqs, picks);
+    else if (made && done.step != 0)
+        status = abort_step(c, done.step);
+    note_undone(c, status, c->ring_call);
     free(picks);
 }
 
