@@ -1,7 +1,7 @@
 /*
  * What moves K and V: reshape_and_cache scatters a step's new rows, token-major in the exchange,
- * into their slots (the strides are the pool's). So do copy_and_cache, by whole vectors, and
- * convert_and_cache, from 16-bit vectors to fp8. copy_blocks copies whole blocks for copy-on-write.
+ * into their slots (the strides are the pool's). So does copy_and_cache by whole vectors, as they
+ * are or rounded to fp8. copy_blocks copies whole blocks for copy-on-write.
  * All are bound by memory and small beside attention.
  */
 #include "cache.cuh"
@@ -32,10 +32,46 @@ template <typename T> __global__ void reshape_and_cache(const __grid_constant__ 
 
 const uint32_t APPEND_THREADS = 256, APPEND_WARPS = APPEND_THREADS / 32;
 
-/* The same where elements stay as they are and rows are whole 16-byte vectors: a warp for each
- * token, which asks for many before it writes one. */
+/* How a 16-byte vector of new elements lies in the cache. As it is: */
+struct as_it_is {
+    static __device__ uint32_t vectors(const gpu_call &c) /* of a head's row */
+    {
+        return c.head_dim * c.cache_bytes / BYTES;
+    }
+    static const uint32_t BYTES = 16; /* in the cache */
+    static const bool SCALED = false;
+    static __device__ uint4 put(uint4 x, float)
+    {
+        return x;
+    }
+};
+
+/* Rounded to fp8: */
+template <typename IO> struct as_fp8 {
+    static __device__ uint32_t vectors(const gpu_call &c)
+    {
+        return c.head_dim / BYTES;
+    }
+    static const uint32_t BYTES = 8;
+    static const bool SCALED = true;
+    static __device__ uint2 put(uint4 x, float scale)
+    {
+        const IO *from = (const IO *)&x;
+        uint32_t packed[2] = {0, 0};
+#pragma unroll
+        for (uint32_t e = 0; e < BYTES; e++) {
+            const __nv_fp8_e4m3 y = to_cache<__nv_fp8_e4m3>(to_float(from[e]), scale);
+            packed[e / 4] |= (uint32_t)y.__x << e % 4 * 8;
+        }
+        return make_uint2(packed[0], packed[1]);
+    }
+};
+
+/* The same by whole vectors: a warp for each token, which asks for many before it writes one. */
+template <typename AS>
 __global__ void __launch_bounds__(APPEND_THREADS) copy_and_cache(const __grid_constant__ gpu_call c)
 {
+    typedef decltype(AS::put(uint4{}, 0.0f)) vector;
     const uint32_t ABREAST = 4;
     uint32_t item = blockIdx.x * APPEND_WARPS + threadIdx.x / 32, query;
     if (item >= items_of(c))
@@ -43,7 +79,7 @@ __global__ void __launch_bounds__(APPEND_THREADS) copy_and_cache(const __grid_co
     const gpu_seq s = find_item(c, item, &query);
     if (s.k == NULL)
         return;
-    uint32_t lane = threadIdx.x % 32, row_vectors = c.head_dim * c.cache_bytes / 16;
+    uint32_t lane = threadIdx.x % 32, row_vectors = AS::vectors(c);
     unsigned char *to = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + query, 0);
     uint32_t count = c.kv_heads * row_vectors;
     const uint4 *k = (const uint4 *)s.k + (size_t)query * count;
@@ -59,60 +95,11 @@ __global__ void __launch_bounds__(APPEND_THREADS) copy_and_cache(const __grid_co
 #pragma unroll
         for (uint32_t i = 0; i < ABREAST; i++) {
             uint32_t n = min(first + i * 32, count - 1), head = n / row_vectors;
-            unsigned char *row = to + head * c.head_stride + (n - head * row_vectors) * 16;
-            *(uint4 *)row = x[i];
-            *(uint4 *)(row + c.plane_bytes) = y[i];
-        }
-    }
-}
-
-const uint32_t FP8_VECTOR = 8; /* elements: 16 bytes of IO, 8 of the cache */
-
-/* A vector as an fp8 cache has it. */
-template <typename IO> __device__ uint2 to_fp8(uint4 x, float scale)
-{
-    const IO *from = (const IO *)&x;
-    uint32_t packed[2] = {0, 0};
-#pragma unroll
-    for (uint32_t e = 0; e < FP8_VECTOR; e++) {
-        const __nv_fp8_e4m3 y = to_cache<__nv_fp8_e4m3>(to_float(from[e]), scale);
-        packed[e / 4] |= (uint32_t)y.__x << e % 4 * 8;
-    }
-    return make_uint2(packed[0], packed[1]);
-}
-
-/* The same from a 16-bit type to fp8. */
-template <typename IO>
-__global__ void __launch_bounds__(APPEND_THREADS)
-    convert_and_cache(const __grid_constant__ gpu_call c)
-{
-    const uint32_t ABREAST = 4;
-    uint32_t item = blockIdx.x * APPEND_WARPS + threadIdx.x / 32, query;
-    if (item >= items_of(c))
-        return;
-    const gpu_seq s = find_item(c, item, &query);
-    if (s.k == NULL)
-        return;
-    uint32_t lane = threadIdx.x % 32, row_vectors = c.head_dim / FP8_VECTOR;
-    unsigned char *to = (unsigned char *)key_of(c, s, s.kv_tokens - s.q_tokens + query, 0);
-    uint32_t count = c.kv_heads * row_vectors;
-    const uint4 *k = (const uint4 *)s.k + (size_t)query * count;
-    const uint4 *v = (const uint4 *)s.v + (size_t)query * count;
-    for (uint32_t first = lane; first < count; first += 32 * ABREAST) {
-        uint4 x[ABREAST], y[ABREAST];
-#pragma unroll
-        for (uint32_t i = 0; i < ABREAST; i++) {
-            uint32_t n = min(first + i * 32, count - 1); /* the last again */
-            x[i] = __ldcs(k + n);
-            y[i] = __ldcs(v + n);
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < ABREAST; i++) {
-            uint32_t n = min(first + i * 32, count - 1), head = n / row_vectors;
-            unsigned char *row = to + head * c.head_stride + (n - head * row_vectors) * FP8_VECTOR;
-            *(uint2 *)row = to_fp8<IO>(x[i], key_scale<__nv_fp8_e4m3>(s, head));
-            *(uint2 *)(row + c.plane_bytes) =
-                to_fp8<IO>(y[i], value_scale<__nv_fp8_e4m3>(c, s, head));
+            unsigned char *row = to + head * c.head_stride + (n - head * row_vectors) * AS::BYTES;
+            float key = AS::SCALED ? key_scale<__nv_fp8_e4m3>(s, head) : 1;
+            *(vector *)row = AS::put(x[i], key);
+            float value = AS::SCALED ? value_scale<__nv_fp8_e4m3>(c, s, head) : 1;
+            *(vector *)(row + c.plane_bytes) = AS::put(y[i], value);
         }
     }
 }
@@ -144,12 +131,12 @@ static cudaError_t start_vectors(const gpu_call &c, ts_dtype dtype, cudaStream_t
 {
     const uint32_t grid = (c.num_items + APPEND_WARPS - 1) / APPEND_WARPS;
     if (dtype != TS_DTYPE_FP8_E4M3)
-        return start(copy_and_cache, c, grid, APPEND_THREADS, stream);
+        return start(copy_and_cache<as_it_is>, c, grid, APPEND_THREADS, stream);
     cudaError_t error = cudaSuccess;
     if (c.num_items == 0 || c.io == TS_DTYPE_BF16)
-        error = start(convert_and_cache<__nv_bfloat16>, c, grid, APPEND_THREADS, stream);
+        error = start(copy_and_cache<as_fp8<__nv_bfloat16>>, c, grid, APPEND_THREADS, stream);
     if (error == cudaSuccess && (c.num_items == 0 || c.io == TS_DTYPE_FP16))
-        error = start(convert_and_cache<__half>, c, grid, APPEND_THREADS, stream);
+        error = start(copy_and_cache<as_fp8<__half>>, c, grid, APPEND_THREADS, stream);
     return error;
 }
 

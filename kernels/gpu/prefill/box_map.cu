@@ -19,6 +19,19 @@ static uint32_t tokens_of_box(const ts_geometry *g)
     return tokens >= BOX_TOKENS_LEAST && g->head_dim * 2 % BOX_SLAB == 0 ? tokens : 0;
 }
 
+/* A 16-bit map of these sizes and steps in bytes. */
+static bool encode(const ts_gpu *gpu, const void *base, cuuint32_t dims, const cuuint64_t *sizes,
+                   const cuuint64_t *strides, const cuuint32_t *box, bool swizzled,
+                   CUtensorMap *map)
+{
+    const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+    return gpu->driver.encode_map(
+               map, CU_TENSOR_MAP_DATA_TYPE_UINT16, dims, (void *)base, sizes, strides, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE,
+               swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 extern "C" box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, unsigned char *base,
                                      block_range blocks)
 {
@@ -40,12 +53,9 @@ extern "C" box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, un
     const cuuint64_t units = (cuuint64_t)(blocks.last - blocks.first + 1) * block_units;
     const cuuint64_t sizes[] = {slab / element, 8, row / slab, g->block_tokens / 8, units};
     const cuuint64_t strides[] = {token_stride, slab, 8 * token_stride, unit};
-    const cuuint32_t box[] = {slab / element, 8, slabs, tokens / 8, 1}, steps[] = {1, 1, 1, 1, 1};
-    if (gpu->driver.encode_map(
-            &m.among.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, base + blocks.first * block_bytes,
-            sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-            widens ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
-            CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    const cuuint32_t box[] = {slab / element, 8, slabs, tokens / 8, 1};
+    if (!encode(gpu, base + blocks.first * block_bytes, 5, sizes, strides, box, !widens,
+                &m.among.map))
         return box_map{};
     m.block_units = block_units;
     m.plane_units = (uint32_t)(plane_bytes / unit);
@@ -55,17 +65,6 @@ extern "C" box_map ts_gpu_box_map_of(const ts_gpu *gpu, const ts_geometry *g, un
     return m;
 }
 
-/* A 16-bit map of these sizes and steps in bytes. */
-static bool encode(const ts_gpu *gpu, const void *base, cuuint32_t dims, const cuuint64_t *sizes,
-                   const cuuint64_t *strides, const cuuint32_t *box, CUtensorMap *map)
-{
-    const cuuint32_t steps[] = {1, 1, 1, 1, 1};
-    return gpu->driver.encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, dims, (void *)base, sizes,
-                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 extern "C" bool ts_gpu_eight_map_of(const ts_gpu *gpu, const ts_geometry *g, const void *base,
                                     uint32_t rows, CUtensorMap *map)
 {
@@ -73,7 +72,7 @@ extern "C" bool ts_gpu_eight_map_of(const ts_gpu *gpu, const ts_geometry *g, con
     const cuuint64_t sizes[] = {BOX_SLAB / 2, rows, row / BOX_SLAB, g->kv_heads};
     const cuuint64_t strides[] = {(cuuint64_t)g->kv_heads * row, BOX_SLAB, row};
     const cuuint32_t box[] = {BOX_SLAB / 2, 8, slabs, 1};
-    return encode(gpu, base, 4, sizes, strides, box, map);
+    return encode(gpu, base, 4, sizes, strides, box, true, map);
 }
 
 extern "C" bool ts_gpu_many_map_of(const ts_gpu *gpu, const ts_geometry *g, const void *base,
@@ -85,5 +84,5 @@ extern "C" bool ts_gpu_many_map_of(const ts_gpu *gpu, const ts_geometry *g, cons
     const cuuint64_t sizes[] = {BOX_SLAB / 2, 8, (cuuint64_t)g->kv_heads * slabs, eights, rows};
     const cuuint64_t strides[] = {whole, BOX_SLAB, 8 * whole, whole};
     const cuuint32_t box[] = {BOX_SLAB / 2, 8, slabs, eights, 1};
-    return g->head_dim == wgmma_dims(g) && encode(gpu, base, 5, sizes, strides, box, map);
+    return g->head_dim == wgmma_dims(g) && encode(gpu, base, 5, sizes, strides, box, true, map);
 }

@@ -11,8 +11,9 @@
  * rows. What is to be widened first isn't swizzled.
  *
  * A sequence that is all new, none of whose tokens was in the cache before, is read from the run's
- * own k and v, eight tokens at a time, and the copy engine stores its tiles to its blocks, in boxes
- * of the map. So nobody writes them before the launch.
+ * own k and v: by a box for all that a warp brings of a tile, or of eight tokens where the sequence
+ * ends in between. The copy engine stores its tiles to its blocks, in boxes of the map. So nobody
+ * writes them before the launch.
  */
 #ifndef TS_GPU_BOX_MAP_H
 #define TS_GPU_BOX_MAP_H
