@@ -26,7 +26,6 @@
 #include <unistd.h>
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
-#define LEAVE_MS 1000u              /* for a session's end */
 #define AGAIN_MS 5                  /* between attempts to reach the next daemon */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
@@ -304,8 +303,6 @@ void ts_leave_session(ts_client *c)
         return;
     request.body_case = TSPB__REQUEST__BODY_SESSION_CLOSE;
     request.session_close = &close;
-    c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
-    c->wait_ms = c->retries = 0;
     c->settle = NULL;
-    (void)ts_call_plain(c, &request); /* else its process's end will tell */
+    ts_call_end(c, &request); /* else its process's end will tell */
 }

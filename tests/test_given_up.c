@@ -215,6 +215,35 @@ static void local_execution_finds_the_next_daemon_while_an_answer_is_late(void *
     finish(&d, c, p);
 }
 
+/* Who leaves waits neither for the daemon's answer nor for the next daemon. */
+static void leaving_waits_for_no_daemon(void **state)
+{
+    (void)state;
+    for (int dead = 0; dead < 2; dead++) {
+        daemon_process d;
+        ts_client *c;
+        start(&d, POOL, NULL);
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                    .url = d.url,
+                                    .wait_ms = 60000,
+                                    .timeout_ms = INT32_MAX}, /* weeks */
+                      &c));
+        ts_pool *p = open_pool(c, "p", 0);
+        const pid_t daemon = daemon_of(&d);
+        assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
+        assert_int_equal(kill(daemon, dead ? SIGKILL : SIGSTOP), 0);
+        ts_pool_close(p);
+        ts_disconnect(c);
+        if (!dead)
+            assert_int_equal(kill(daemon, SIGKILL), 0);
+        assert_int_equal(kill(d.pid, SIGCONT), 0);
+        c = connect_by(&d, TS_TRANSPORT_RING); /* to the next */
+        check_daemon(c);
+        ts_disconnect(c);
+        stop(&d, false);
+    }
+}
+
 /* Kills the daemon some time after it has stopped. */
 static void *kill_stopped(void *arg)
 {
@@ -252,6 +281,7 @@ int main(void)
         cmocka_unit_test(what_was_done_before_there_was_no_daemon_is_undone),
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
         cmocka_unit_test(local_execution_finds_the_next_daemon_while_an_answer_is_late),
+        cmocka_unit_test(leaving_waits_for_no_daemon),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));

@@ -45,15 +45,10 @@ static void close_at_daemon(ts_pool *p)
             return;
     Tspb__PoolClose body = TSPB__POOL_CLOSE__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    char before[sizeof c->error];
-    memcpy(before, c->error, sizeof before);
-    const ts_error_info info_before = c->error_info;
     body.pool = p->index;
     request.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
     request.pool_close = &body;
-    (void)ts_call_plain(c, &request);
-    memcpy(c->error, before, sizeof before); /* this call can't fail */
-    c->error_info = info_before;
+    ts_call_end(c, &request);
 }
 
 /* Fills in the pool as the daemon describes it. */

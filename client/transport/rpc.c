@@ -4,7 +4,10 @@
 #include "error.h"
 
 #include <nng/protocol/reqrep0/req.h>
+#include <string.h>
 #include <unistd.h>
+
+#define END_MS 1000u /* for the word that something has ended */
 
 /* Sends the packed request and waits for one reply message. */
 static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, nng_msg **reply)
@@ -98,6 +101,22 @@ ts_status ts_call_plain(ts_client *c, Tspb__Request *request)
     if (status == TS_OK)
         tspb__reply__free_unpacked(reply, NULL);
     return status;
+}
+
+void ts_call_end(ts_client *c, Tspb__Request *request)
+{
+    const uint32_t timeout_ms = c->timeout_ms, wait_ms = c->wait_ms, retries = c->retries;
+    const ts_error_info info_before = c->error_info;
+    char before[sizeof c->error];
+    memcpy(before, c->error, sizeof before);
+    c->timeout_ms = timeout_ms < END_MS ? timeout_ms : END_MS;
+    c->wait_ms = c->retries = 0;
+    (void)ts_call_plain(c, request);
+    c->timeout_ms = timeout_ms;
+    c->wait_ms = wait_ms;
+    c->retries = retries;
+    memcpy(c->error, before, sizeof before);
+    c->error_info = info_before;
 }
 
 ts_status ts_wait_end(ts_client *c)

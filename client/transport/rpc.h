@@ -18,6 +18,10 @@ ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
 
+/* Tells the daemon that something has ended here, which can't fail: it waits for a second at most,
+ * also for a daemon that is started again, and the last failure stays what ts_error says. */
+void ts_call_end(ts_client *client, Tspb__Request *request);
+
 /* Milliseconds that the present call may take. */
 static inline uint32_t ts_call_time(const ts_client *client)
 {

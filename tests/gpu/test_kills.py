@@ -148,9 +148,10 @@ class Scene:
         said = [self.bystanders[e].last for e in lost]
         for execution in lost:
             self.bystanders.pop(execution).kill()
-        if self.daemon.process.poll() is None:
+        try:  # a daemon that rests looks at its devices every second
+            status = self.daemon.process.wait(10 if lost else 0)
+        except subprocess.TimeoutExpired:
             return lost, None, said
-        status = self.daemon.process.returncode
         self.end()
         return lost, status, said
 

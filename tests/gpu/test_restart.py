@@ -197,6 +197,66 @@ def kept(url):
 
 # ---- tests ----
 
+FAULT = """
+import ctypes, sys
+cuda, context, module, kernel = ctypes.CDLL("libcuda.so.1"), *(ctypes.c_void_p() for _ in range(3))
+text = b'''.version 7.0
+.target sm_70
+.address_size 64
+.visible .entry fault()
+{ .reg .u64 %a; .reg .u32 %v; mov.u64 %a, 64; mov.u32 %v, 1; st.global.u32 [%a], %v; ret; }
+'''
+assert cuda.cuInit(0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+assert cuda.cuCtxSetCurrent(context) == 0
+assert cuda.cuModuleLoadData(ctypes.byref(module), text) == 0
+assert cuda.cuModuleGetFunction(ctypes.byref(kernel), module, b"fault") == 0
+print("ready", flush=True)
+assert sys.stdin.readline() == "now\\n"
+assert cuda.cuLaunchKernel(kernel, 1, 1, 1, 1, 1, 1, 0, None, None, None) == 0
+assert cuda.cuCtxSynchronize() == 700
+print("faulted", flush=True)
+if len(sys.argv) > 1:
+    sys.stdin.read()
+"""
+
+
+def test_another_clients_fault_under_mps_loses_nothing():
+    """An illegal access of a stranger's takes all contexts under the MPS server with it. The first
+    of the tests: MPS would wait for this process, too, had it a context already."""
+    if not common.MPS:
+        return
+    faults = int(os.environ.get("TS_TEST_FAULTS", "3"))
+    expected = digests(["host"])["host"]
+    with Supervised(f"p:{SHAPE},memory=1G,slab=16M,{ON_GPU}") as daemon:
+        for turn in range(faults):
+            linger = turn == faults - 1  # it doesn't exit: nobody is served before it is ended
+            stranger = subprocess.Popen(
+                [sys.executable, "-c", FAULT, *(["stay"] if linger else [])],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                text=True)
+            assert stranger.stdout.readline() == "ready\n"
+            host = start(daemon.url, "host", f"host{turn}", 3)
+            while daemon.pid() is None or len(kept(daemon.url)) <= 3 * turn:
+                time.sleep(0.05)  # until it is at work
+            pid = daemon.pid()
+            print("now", file=stranger.stdin, flush=True)
+            assert stranger.stdout.readline() == "faulted\n"
+            if linger:
+                time.sleep(2)
+                stranger.kill()
+            stranger.stdin.close()
+            stranger.wait()
+            out, err = host.communicate(timeout=120)
+            assert host.returncode == 0, err
+            assert all(json.loads(line)["sum"] == expected for line in out.splitlines())
+            ends = time.monotonic() + 10  # a daemon that rests looks every second
+            while daemon.pid() == pid and time.monotonic() < ends:
+                time.sleep(0.05)
+            assert daemon.pid() != pid, "the fault did not reach the daemon"
+        assert len(kept(daemon.url)) == 3 * faults
+        print(f"\n{faults} faults: nothing was lost")
+
 
 def test_workers_of_every_kind_go_on_over_kills_of_the_daemon():
     expected = digests(WAYS)
@@ -394,66 +454,6 @@ def test_a_large_pool_is_there_again_as_soon_as_a_context_is():
             print(f"\n{GIB} GiB: the first step {min(took):.2f}-{max(took):.2f} s after the kill; "
                   f"a bare context {bare:.2f} s")
             assert kv.lengths(seqs) == [65536 - 16] * len(seqs)
-
-
-FAULT = """
-import ctypes, sys
-cuda, context, module, kernel = ctypes.CDLL("libcuda.so.1"), *(ctypes.c_void_p() for _ in range(3))
-text = b'''.version 7.0
-.target sm_70
-.address_size 64
-.visible .entry fault()
-{ .reg .u64 %a; .reg .u32 %v; mov.u64 %a, 64; mov.u32 %v, 1; st.global.u32 [%a], %v; ret; }
-'''
-assert cuda.cuInit(0) == 0
-assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
-assert cuda.cuCtxSetCurrent(context) == 0
-assert cuda.cuModuleLoadData(ctypes.byref(module), text) == 0
-assert cuda.cuModuleGetFunction(ctypes.byref(kernel), module, b"fault") == 0
-print("ready", flush=True)
-assert sys.stdin.readline() == "now\\n"
-assert cuda.cuLaunchKernel(kernel, 1, 1, 1, 1, 1, 1, 0, None, None, None) == 0
-assert cuda.cuCtxSynchronize() == 700
-print("faulted", flush=True)
-if len(sys.argv) > 1:
-    sys.stdin.read()
-"""
-
-
-def test_another_clients_fault_under_mps_loses_nothing():
-    """An illegal access of a stranger's takes all contexts under the MPS server with it."""
-    if not common.MPS:
-        return
-    faults = int(os.environ.get("TS_TEST_FAULTS", "3"))
-    expected = digests(["host"])["host"]
-    with Supervised(f"p:{SHAPE},memory=1G,slab=16M,{ON_GPU}") as daemon:
-        for turn in range(faults):
-            linger = turn == faults - 1  # it doesn't exit: nobody is served before it is ended
-            stranger = subprocess.Popen(
-                [sys.executable, "-c", FAULT, *(["stay"] if linger else [])],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                text=True)
-            assert stranger.stdout.readline() == "ready\n"
-            host = start(daemon.url, "host", f"host{turn}", 3)
-            while daemon.pid() is None or len(kept(daemon.url)) <= 3 * turn:
-                time.sleep(0.05)  # until it is at work
-            pid = daemon.pid()
-            print("now", file=stranger.stdin, flush=True)
-            assert stranger.stdout.readline() == "faulted\n"
-            if linger:
-                time.sleep(2)
-                stranger.kill()
-            stranger.stdin.close()
-            stranger.wait()
-            out, err = host.communicate(timeout=120)
-            assert host.returncode == 0, err
-            assert all(json.loads(line)["sum"] == expected for line in out.splitlines())
-            ends = time.monotonic() + 10  # a daemon that rests looks every second
-            while daemon.pid() == pid and time.monotonic() < ends:
-                time.sleep(0.05)
-            assert daemon.pid() != pid, "the fault did not reach the daemon"
-        assert len(kept(daemon.url)) == 3 * faults
-        print(f"\n{faults} faults: nothing was lost")
 
 
 if __name__ == "__main__":
