@@ -66,9 +66,8 @@ static void idle_remove(ts_pool_books *p, uint32_t slab)
 }
 
 /* A block has lost its last reference, and the index knows it. */
-static void cached_add(ts_pool_books *p, uint32_t block)
+static void cached_add(ts_pool_books *p, ts_slab *s, uint32_t block)
 {
-    ts_slab *s = &p->slabs[slab_of(p, block)];
     ts_pool_tenant *t = &p->tenants[s->tenant];
     p->refs[block] = CACHED;
     uint32_t *oldest = &t->cached_oldest[p->classes[block]];
@@ -86,9 +85,8 @@ static void cached_add(ts_pool_books *p, uint32_t block)
     p->cached++;
 }
 
-static void cached_remove(ts_pool_books *p, uint32_t block)
+static void cached_remove(ts_pool_books *p, ts_slab *s, uint32_t block)
 {
-    ts_slab *s = &p->slabs[slab_of(p, block)];
     ts_pool_tenant *t = &p->tenants[s->tenant];
     uint32_t prev = p->cached_prev[block], next = p->cached_next[block];
     if (prev != TS_NONE)
@@ -105,9 +103,8 @@ static void cached_remove(ts_pool_books *p, uint32_t block)
 }
 
 /* The block, which is neither used nor cached any more, is free. */
-static void give_back(ts_pool_books *p, uint32_t block)
+static void give_back(ts_pool_books *p, uint32_t slab, uint32_t block)
 {
-    uint32_t slab = slab_of(p, block);
     ts_slab *s = &p->slabs[slab];
     p->refs[block] = FREE | (s->free_head == TS_NONE ? LAST : s->free_head);
     s->free_head = block;
@@ -140,9 +137,9 @@ static void note_age(ts_pool_books *p, uint32_t block)
 static void evict(ts_pool_books *p, uint32_t block, ts_evict_cause cause)
 {
     uint32_t slab = slab_of(p, block);
-    cached_remove(p, block);
+    cached_remove(p, &p->slabs[slab], block);
     index_remove(p, block);
-    give_back(p, block);
+    give_back(p, slab, block);
     note_age(p, block);
     p->evicted[cause]++;
     if (p->slabs[slab].used == 0 && p->slabs[slab].cached == 0) {
@@ -465,7 +462,7 @@ void ts_pool_ref(ts_pool_books *p, uint32_t block)
         ts_slab *s = &p->slabs[slab];
         if (s->used++ == 0)
             idle_remove(p, slab);
-        cached_remove(p, block);
+        cached_remove(p, s, block);
         p->tenants[s->tenant].used++;
         p->used++;
         p->refs[block] = 1;
@@ -488,9 +485,9 @@ void ts_pool_unref(ts_pool_books *p, uint32_t block)
     p->tenants[s->tenant].used--;
     p->used--;
     if (p->index != NULL && ts_index_has(p->index, block))
-        cached_add(p, block);
+        cached_add(p, s, block);
     else
-        give_back(p, block);
+        give_back(p, slab, block);
     if (s->used == 0)
         (s->cached == 0 ? empty_add : idle_add)(p, slab);
 }

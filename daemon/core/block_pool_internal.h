@@ -7,6 +7,7 @@
 #define TS_BLOCK_POOL_INTERNAL_H
 
 #include "block_pool.h"
+#include "blocks.h"
 
 #define FREE 0x80000000u   /* set in refs of a block that was freed; the rest is the next one */
 #define LAST 0x7fffffffu   /* ... or this, at the end of the list */
@@ -14,7 +15,7 @@
 
 static inline uint32_t slab_of(const ts_pool_books *p, uint32_t block)
 {
-    return block / p->slab_blocks;
+    return (uint32_t)ts_whole_blocks(block, p->slab_blocks);
 }
 
 static inline uint32_t slab_free(const ts_slab *s)

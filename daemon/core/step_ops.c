@@ -102,8 +102,10 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
         uint32_t n = accepted != NULL ? accepted[i] : all ? part->new_tokens : 0;
         s->blocks -= part->reserved + (part->original != TS_NONE);
         ts_step_settle(&pool->seqs, &pool->books, part, n, step->class);
-        ts_claims_step_ended(e, step->pool, part->seq);
-        ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
+        if (seq->claim != TS_NONE)
+            ts_claims_step_ended(e, step->pool, part->seq);
+        if (seq->life != TS_NONE)
+            ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (seq->owner == step->session)
             s->blocks += seq->num_blocks - before;
         e->tokens_committed += n;
@@ -420,14 +422,11 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (index == TS_NONE)
             ts_refuse(answer, TS_ENOMEM, "no memory for a step of %u sequences", count);
     }
-    for (uint32_t i = 0; i < marked; i++) {
-        ts_sequence *seq = ts_sequence_find(&pool->seqs, c->step_begin.seqs[i]);
-        if (seq->step == TS_SEQUENCE_IN_PLACE && answer->status == TS_OK)
-            seq->borrowed_tail = false;
-        seq->step = TS_NONE;
-    }
-    if (answer->status != TS_OK)
+    if (answer->status != TS_OK) {
+        for (uint32_t i = 0; i < marked; i++)
+            pool->seqs.all[(uint32_t)c->step_begin.seqs[i]].step = TS_NONE;
         return;
+    }
 
     ts_step *step = &e->steps[index];
     step->pool = c->pool;
@@ -447,11 +446,16 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     const uint32_t *ids = step->append ? NULL : c->step_begin.tokens;
     for (uint32_t i = 0; i < count; i++) {
         ts_step_seq *part = &step->seqs[i];
+        ts_sequence *seq = &pool->seqs.all[(uint32_t)c->step_begin.seqs[i]];
+        if (seq->step == TS_SEQUENCE_IN_PLACE)
+            seq->borrowed_tail = false;
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
         ts_step_take(&pool->seqs, &pool->books, part, index, (uint32_t)(s - e->sessions), ids);
-        ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
-        ts_sequence_refresh_life(&pool->seqs, &pool->seqs.all[part->seq], e->now_ms);
+        if (seq->claim != TS_NONE || part->known > 0)
+            ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
+        if (seq->life != TS_NONE)
+            ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (ids != NULL)
             ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);
