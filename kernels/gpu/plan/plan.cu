@@ -287,9 +287,10 @@ ts_status make_room(ts_gpu_plan *p, size_t *entries, char *why, size_t why_bytes
         return TS_EINVAL;
     }
     uint32_t tiles = tiles_of(p, most->q_tokens, list);
-    uint32_t a = least_tokens(p, list, tiles, false), b = least_tokens(p, list, tiles, true);
+    uint32_t a = least_tokens(p, list, 1, tiles, false), b = least_tokens(p, list, 1, tiles, true);
     uint64_t chunks = most->seqs + most->kv_tokens / (a < b ? a : b);
-    uint64_t split = (uint64_t)most->seqs * most_chunks(p, list, tiles);
+    uint64_t split =
+        (uint64_t)most->seqs * most_chunks(p, list, tiles, is_wgmma(list) ? BLOCKS / 2 : BLOCKS);
     chunks = chunks < split ? chunks : split;
     p->room[list] = (uint32_t)chunks * tiles;
     p->room[LIST_APPEND] = many ? most->seqs * most->q_tokens : 0;

@@ -17,6 +17,7 @@ namespace
 #define V5_QUERIES 8u /* query tokens of a sequence that decodes, at most */
 #define BLOCKS 256u   /* that a long sequence is cut into, about */
 #define BATCHED 4096u
+#define V5_FEW_ROWS 4u  /* of a tile, whose records and merging take little of a chunk's time */
 #define TILE_QUERIES 4u /* query tokens from which on `auto` takes the tile kernel, without v5 */
 #define TILE_TOKENS 64u /* chunks are whole tiles: the largest that a kernel has, wgmma aside */
 #define BUCKETS 64u     /* of lengths of work, for sorting */
@@ -60,23 +61,37 @@ struct work_split {
     uint32_t together;             /* chunks of a piece: 1, or all */
 };
 
-/* Tokens of a chunk, at least, of sequences of up to BATCHED tokens and of longer ones. */
-uint32_t least_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, bool batch)
+/* Whether v5's chunks take long to end. fp32's rows are fewer for as many bytes. */
+bool has_costly_ends(const ts_gpu_plan *p, ts_gpu_list list, uint32_t rows)
+{
+    return !has_many_rows(list) && rows > V5_FEW_ROWS && p->geometry.dtype != TS_DTYPE_FP32;
+}
+
+/* Tokens of a chunk, up to which half as many blocks do: as measured (doc/notebook.md). */
+uint32_t half_most(const ts_geometry *g)
+{
+    return g->head_dim <= 64 ? 768 : g->dtype == TS_DTYPE_FP8_E4M3 ? 1024 : 1536;
+}
+
+/* Tokens of a chunk, at least, of sequences of up to BATCHED tokens and of longer ones. rows: of
+ * the sequence. */
+uint32_t least_tokens(const ts_gpu_plan *p, ts_gpu_list list, uint32_t rows, uint32_t tiles,
+                      bool batch)
 {
     uint32_t batched = p->geometry.dtype == TS_DTYPE_FP8_E4M3 ? 2048 : 1408; /* half the bytes */
     uint32_t least = !has_many_rows(list)                     ? (batch ? batched : 512)
                      : tiles > 1 || (is_wgmma(list) && batch) ? 2048
                                                               : 1024;
-    if (p->geometry.kv_heads < 8 && !has_many_rows(list))
+    if (p->geometry.kv_heads < 8 && !has_many_rows(list) &&
+        (batch || !has_costly_ends(p, list, rows)))
         least = clamp(least * p->geometry.kv_heads / 8, 256, least);
     return least;
 }
 
-/* Chunks of one sequence, at most. */
-uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles)
+/* Chunks of one sequence, at most, that is to be so many blocks of work. */
+uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, uint32_t blocks)
 {
     uint64_t abreast = (uint64_t)p->geometry.kv_heads * tiles;
-    uint32_t blocks = is_wgmma(list) ? BLOCKS / 2 : BLOCKS; /* one on a processor */
     uint32_t most = abreast < blocks ? blocks / (uint32_t)abreast : 1;
     return clamp(most, 1, has_many_rows(list) ? MMA_CHUNKS : V5_CHUNKS);
 }
@@ -84,14 +99,20 @@ uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles)
 /*
  * How many tokens a chunk has. One long sequence is to be some 256 blocks of work (with every KV
  * head and tile), which fill the GPUs of today once, about evenly; a chunk isn't to be so small
- * that merging, or starting a block, would show. A sequence of up to BATCHED tokens seldom comes
- * alone, and many of them are enough work without being cut that finely.
+ * that merging, or starting a block, would show. With more rows it shows sooner, and half as many
+ * blocks, one on a processor, take no longer, but where chunks become so long that the processor's
+ * one block is waited for. A sequence of up to BATCHED tokens seldom comes alone, and many of them
+ * are enough work without being cut that finely.
  */
 uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
                       uint32_t tiles)
 {
-    uint32_t least = least_tokens(p, list, tiles, s->kv_tokens <= BATCHED);
-    uint32_t even = ceil_div(s->kv_tokens, most_chunks(p, list, tiles));
+    uint32_t rows = s->q_tokens * (p->heads / p->geometry.kv_heads);
+    uint32_t least = least_tokens(p, list, rows, tiles, s->kv_tokens <= BATCHED);
+    uint32_t half = ceil_div(s->kv_tokens, most_chunks(p, list, tiles, BLOCKS / 2));
+    bool halves = is_wgmma(list) || /* one block on a processor */
+                  (has_costly_ends(p, list, rows) && half <= half_most(&p->geometry));
+    uint32_t even = halves ? half : ceil_div(s->kv_tokens, most_chunks(p, list, tiles, BLOCKS));
     uint32_t tile = is_wgmma(list) ? WGMMA_TOKENS : TILE_TOKENS;
     return ceil_div(even < least ? least : even, tile) * tile;
 }
