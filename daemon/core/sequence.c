@@ -103,15 +103,6 @@ uint32_t ts_sequence_new(ts_sequences *s, ts_pool_books *pool, uint32_t tenant, 
     return index;
 }
 
-ts_sequence *ts_sequence_find(const ts_sequences *s, uint64_t id)
-{
-    uint32_t index = (uint32_t)id;
-    if (index >= s->count || s->all[index].tenant == TS_NONE ||
-        s->all[index].step == TS_SEQUENCE_DYING || s->all[index].generation != (uint32_t)(id >> 32))
-        return NULL;
-    return &s->all[index];
-}
-
 uint64_t ts_sequence_id(const ts_sequences *s, uint32_t index)
 {
     return (uint64_t)s->all[index].generation << 32 | index;

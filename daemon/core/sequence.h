@@ -87,7 +87,16 @@ uint32_t ts_sequence_new(ts_sequences *seqs, ts_pool_books *pool, uint32_t tenan
                          uint32_t space, uint32_t *owned);
 
 /* The live sequence with this id, or NULL. */
-ts_sequence *ts_sequence_find(const ts_sequences *seqs, uint64_t id);
+static inline ts_sequence *ts_sequence_find(const ts_sequences *seqs, uint64_t id)
+{
+    const uint32_t index = (uint32_t)id;
+    if (index >= seqs->count)
+        return NULL;
+    ts_sequence *seq = &seqs->all[index];
+    const bool lives = seq->tenant != TS_NONE && seq->step != TS_SEQUENCE_DYING;
+    return lives && seq->generation == (uint32_t)(id >> 32) ? seq : NULL;
+}
+
 uint64_t ts_sequence_id(const ts_sequences *seqs, uint32_t index);
 uint32_t ts_sequence_index(const ts_sequences *seqs, const ts_sequence *seq);
 
@@ -175,13 +184,23 @@ ts_status ts_sequences_reserve_life(ts_sequences *seqs);
 void ts_sequence_set_life(ts_sequences *seqs, ts_sequence *seq, uint64_t ttl_ms, uint64_t now_ms);
 
 /* The sequence is used, or its step begins or ends: if its time has an end, it begins anew. */
-void ts_sequence_refresh_life(ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
+void ts_sequence_renew_life(ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
+static inline void ts_sequence_refresh_life(ts_sequences *seqs, const ts_sequence *seq,
+                                            uint64_t now_ms)
+{
+    if (seq->life != TS_NONE)
+        ts_sequence_renew_life(seqs, seq, now_ms);
+}
 
 /* The sequence's time has no end any more. If it was on a ticket, that is gone. */
 void ts_sequence_end_life(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq);
 
 /* Whether the sequence's time has ended; it is as good as freed then. */
-bool ts_sequence_is_over(const ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
+static inline bool ts_sequence_is_over(const ts_sequences *seqs, const ts_sequence *seq,
+                                       uint64_t now_ms)
+{
+    return seq->life != TS_NONE && seqs->lives[seq->life].end_ms <= now_ms;
+}
 
 /* Milliseconds that are left; 0: its time has no end, or an end at ts_sequence_is_over. */
 uint64_t ts_sequence_left_ms(const ts_sequences *seqs, const ts_sequence *seq, uint64_t now_ms);
@@ -196,7 +215,10 @@ ts_sequence *ts_sequences_first_over(const ts_sequences *seqs, uint64_t now_ms);
 ts_status ts_sequence_put_on_ticket(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,
                                     const char *ticket, uint32_t *owned);
 
-bool ts_sequence_has_ticket(const ts_sequences *seqs, const ts_sequence *seq);
+static inline bool ts_sequence_has_ticket(const ts_sequences *seqs, const ts_sequence *seq)
+{
+    return seq->life != TS_NONE && seqs->lives[seq->life].ticket != NULL;
+}
 
 /* Gives a sequence that is on a ticket to an owner. The ticket is gone. */
 void ts_sequence_take_off_ticket(ts_sequences *seqs, ts_pool_books *pool, ts_sequence *seq,

@@ -44,13 +44,11 @@ void ts_sequence_set_life(ts_sequences *s, ts_sequence *seq, uint64_t ttl_ms, ui
     if (seq->life == TS_NONE)
         put(s, s->num_lives++, (ts_life){.end_ms = UINT64_MAX, .seq = ts_sequence_index(s, seq)});
     s->lives[seq->life].ttl_ms = ttl_ms;
-    ts_sequence_refresh_life(s, seq, now_ms);
+    ts_sequence_renew_life(s, seq, now_ms);
 }
 
-void ts_sequence_refresh_life(ts_sequences *s, const ts_sequence *seq, uint64_t now_ms)
+void ts_sequence_renew_life(ts_sequences *s, const ts_sequence *seq, uint64_t now_ms)
 {
-    if (seq->life == TS_NONE)
-        return;
     ts_life *life = &s->lives[seq->life];
     const bool never = seq->step != TS_NONE || life->ttl_ms > UINT64_MAX - now_ms;
     life->end_ms = never ? UINT64_MAX : now_ms + life->ttl_ms;
@@ -73,11 +71,6 @@ void ts_sequence_end_life(ts_sequences *s, ts_pool_books *pool, ts_sequence *seq
     settle(s, place);
 }
 
-bool ts_sequence_is_over(const ts_sequences *s, const ts_sequence *seq, uint64_t now_ms)
-{
-    return seq->life != TS_NONE && s->lives[seq->life].end_ms <= now_ms;
-}
-
 uint64_t ts_sequence_left_ms(const ts_sequences *s, const ts_sequence *seq, uint64_t now_ms)
 {
     if (seq->life == TS_NONE)
@@ -91,9 +84,4 @@ uint64_t ts_sequence_left_ms(const ts_sequences *s, const ts_sequence *seq, uint
 ts_sequence *ts_sequences_first_over(const ts_sequences *s, uint64_t now_ms)
 {
     return s->num_lives > 0 && s->lives[0].end_ms <= now_ms ? &s->all[s->lives[0].seq] : NULL;
-}
-
-bool ts_sequence_has_ticket(const ts_sequences *s, const ts_sequence *seq)
-{
-    return seq->life != TS_NONE && s->lives[seq->life].ticket != NULL;
 }

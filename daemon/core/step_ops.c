@@ -104,8 +104,7 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
         ts_step_settle(&pool->seqs, &pool->books, part, n, step->class);
         if (seq->claim != TS_NONE)
             ts_claims_step_ended(e, step->pool, part->seq);
-        if (seq->life != TS_NONE)
-            ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
+        ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (seq->owner == step->session)
             s->blocks += seq->num_blocks - before;
         e->tokens_committed += n;
@@ -454,8 +453,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         ts_step_take(&pool->seqs, &pool->books, part, index, (uint32_t)(s - e->sessions), ids);
         if (seq->claim != TS_NONE || part->known > 0)
             ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
-        if (seq->life != TS_NONE)
-            ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
+        ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
         if (ids != NULL)
             ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);
