@@ -1,4 +1,5 @@
 #include "block_pool_internal.h"
+#include "large_array.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -136,7 +137,7 @@ static void note_age(ts_pool_books *p, uint32_t block)
 /* Evicts a cached block that no other hangs from. */
 static void evict(ts_pool_books *p, uint32_t block, ts_evict_cause cause)
 {
-    uint32_t slab = slab_of(p, block);
+    uint32_t slab = ts_pool_slab_of(p, block);
     cached_remove(p, &p->slabs[slab], block);
     index_remove(p, block);
     give_back(p, slab, block);
@@ -246,10 +247,10 @@ uint64_t ts_pool_evicted(const ts_pool_books *p)
 ts_status ts_pool_use_index(ts_pool_books *p, uint32_t block_tokens, uint64_t seed)
 {
     p->index = malloc(sizeof *p->index);
-    p->cached_prev = calloc(p->max_blocks, sizeof *p->cached_prev);
-    p->cached_next = calloc(p->max_blocks, sizeof *p->cached_next);
-    p->cached_since = calloc(p->max_blocks, sizeof *p->cached_since);
-    p->classes = calloc(p->max_blocks, sizeof *p->classes);
+    p->cached_prev = ts_large_array_new(p->max_blocks, sizeof *p->cached_prev);
+    p->cached_next = ts_large_array_new(p->max_blocks, sizeof *p->cached_next);
+    p->cached_since = ts_large_array_new(p->max_blocks, sizeof *p->cached_since);
+    p->classes = ts_large_array_new(p->max_blocks, sizeof *p->classes);
     if (p->index != NULL && !ts_index_init(p->index, p->max_blocks, block_tokens, seed)) {
         free(p->index);
         p->index = NULL;
@@ -287,8 +288,8 @@ ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_block
         .idle_oldest = TS_NONE,
         .idle_newest = TS_NONE,
     };
-    p->refs = calloc(max_blocks, sizeof *p->refs);
-    p->pins = calloc(max_blocks, sizeof *p->pins);
+    p->refs = ts_large_array_new(max_blocks, sizeof *p->refs);
+    p->pins = ts_large_array_new(max_blocks, sizeof *p->pins);
     p->slabs = calloc(max_slabs, sizeof *p->slabs);
     if (p->refs == NULL || p->pins == NULL || p->slabs == NULL) {
         ts_pool_fini(p);
@@ -308,12 +309,12 @@ void ts_pool_fini(ts_pool_books *p)
     if (p->index != NULL)
         ts_index_fini(p->index);
     free(p->index);
-    free(p->cached_prev);
-    free(p->cached_next);
-    free(p->cached_since);
-    free(p->classes);
-    free(p->refs);
-    free(p->pins);
+    ts_large_array_free(p->cached_prev, p->max_blocks, sizeof *p->cached_prev);
+    ts_large_array_free(p->cached_next, p->max_blocks, sizeof *p->cached_next);
+    ts_large_array_free(p->cached_since, p->max_blocks, sizeof *p->cached_since);
+    ts_large_array_free(p->classes, p->max_blocks, sizeof *p->classes);
+    ts_large_array_free(p->refs, p->max_blocks, sizeof *p->refs);
+    ts_large_array_free(p->pins, p->max_blocks, sizeof *p->pins);
     free(p->slabs);
     free(p->homes);
     free(p->tenants);
@@ -458,7 +459,7 @@ void ts_pool_ref(ts_pool_books *p, uint32_t block)
 {
     assert(p->refs[block] > 0 && !(p->refs[block] & FREE));
     if (p->refs[block] == CACHED) {
-        uint32_t slab = slab_of(p, block);
+        uint32_t slab = ts_pool_slab_of(p, block);
         ts_slab *s = &p->slabs[slab];
         if (s->used++ == 0)
             idle_remove(p, slab);
@@ -479,7 +480,7 @@ void ts_pool_unref(ts_pool_books *p, uint32_t block)
         p->shared--;
     if (left > 0)
         return;
-    uint32_t slab = slab_of(p, block);
+    uint32_t slab = ts_pool_slab_of(p, block);
     ts_slab *s = &p->slabs[slab];
     s->used--;
     p->tenants[s->tenant].used--;
@@ -506,9 +507,4 @@ void ts_pool_unpin(ts_pool_books *p, uint32_t tenant, uint32_t block)
 bool ts_pool_is_cached(const ts_pool_books *p, uint32_t block)
 {
     return p->refs[block] == CACHED;
-}
-
-uint32_t ts_pool_refs(const ts_pool_books *p, uint32_t block)
-{
-    return p->refs[block] & FREE || p->refs[block] == CACHED ? 0 : p->refs[block];
 }

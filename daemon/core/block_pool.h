@@ -26,6 +26,7 @@
 #ifndef TS_BLOCK_POOL_H
 #define TS_BLOCK_POOL_H
 
+#include "blocks.h"
 #include "prefix_index.h"
 #include "tinyserve_types.h"
 
@@ -33,7 +34,8 @@
 
 #define TS_NONE UINT32_MAX
 #define TS_POOL_BLOCKS_MAX 0x7fffffffu
-#define TS_CACHE_CLASSES 3u /* ts_step_options.priority, from the lowest */
+#define TS_POOL_CACHED 0x7ffffffeu /* refs of a cached block; more: it is free */
+#define TS_CACHE_CLASSES 3u        /* ts_step_options.priority, from the lowest */
 #define TS_CLASS_NORMAL 1u
 #define TS_AGE_BINS 6u /* of what is evicted: up to 1, 10, 60, 600, 3600 seconds, and more */
 
@@ -168,6 +170,11 @@ bool ts_pool_raise_class(ts_pool_books *pool, uint32_t block, uint8_t class);
 /* Takes a leaf of the index that one sequence refers to out of it: it won't be cached. */
 void ts_pool_forget(ts_pool_books *pool, uint32_t block);
 
+static inline uint32_t ts_pool_slab_of(const ts_pool_books *pool, uint32_t block)
+{
+    return (uint32_t)ts_whole_blocks(block, pool->slab_blocks);
+}
+
 /* Blocks that were evicted, for any cause. */
 uint64_t ts_pool_evicted(const ts_pool_books *pool);
 
@@ -207,7 +214,11 @@ void ts_pool_pin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
 void ts_pool_unpin(ts_pool_books *pool, uint32_t tenant, uint32_t block);
 
 /* References to the block; 0 if it is free or cached. */
-uint32_t ts_pool_refs(const ts_pool_books *pool, uint32_t block);
+static inline uint32_t ts_pool_refs(const ts_pool_books *pool, uint32_t block)
+{
+    return pool->refs[block] < TS_POOL_CACHED ? pool->refs[block] : 0;
+}
+
 bool ts_pool_is_cached(const ts_pool_books *pool, uint32_t block);
 
 /*

@@ -13,15 +13,15 @@ static ts_status check_slab(const ts_pool_books *p, uint32_t slab, char *why, si
 {
     const ts_slab *s = &p->slabs[slab];
     uint32_t first = slab * p->slab_blocks, used = 0, cached = 0, freed = 0, listed = 0;
+    const bool indexed = p->index != NULL && p->index->count > 0; /* ts_index_check counts them */
     for (uint32_t b = first; b < first + s->blocks; b++) {
         used += ts_pool_refs(p, b) > 0;
         cached += p->refs[b] == CACHED;
         freed += (p->refs[b] & FREE) != 0;
-        if (p->index != NULL && ts_index_has(p->index, b)
-                ? ts_pool_refs(p, b) == 0 && p->refs[b] != CACHED
-                : p->refs[b] == CACHED)
+        if (indexed && ts_index_has(p->index, b) ? ts_pool_refs(p, b) == 0 && p->refs[b] != CACHED
+                                                 : p->refs[b] == CACHED)
             WRONG("block %u is in the index and free, or cached and not in the index", b);
-        if (p->index != NULL && ts_index_has(p->index, b) && p->index->nodes[b].parent >> 31 == 0 &&
+        if (indexed && ts_index_has(p->index, b) && p->index->nodes[b].parent >> 31 == 0 &&
             p->classes[ts_index_parent_of(p->index, b)] < p->classes[b])
             WRONG("block %u is of class %u, and what it hangs from of a lower one", b,
                   p->classes[b]);
@@ -125,7 +125,7 @@ static ts_status check_cached_order(const ts_pool_books *p, uint32_t tenant, uin
     for (uint32_t class = 0; class < TS_CACHE_CLASSES; class ++)
         for (uint32_t b = t->cached_oldest[class]; b != TS_NONE && *count <= most;
              b = p->cached_next[b], (*count)++)
-            if (p->refs[b] != CACHED || p->slabs[slab_of(p, b)].tenant != tenant ||
+            if (p->refs[b] != CACHED || p->slabs[ts_pool_slab_of(p, b)].tenant != tenant ||
                 p->classes[b] != class)
                 WRONG("block %u is on tenant %u's list of cached blocks of class %u", b, tenant,
                       class);

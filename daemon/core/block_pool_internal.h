@@ -7,16 +7,10 @@
 #define TS_BLOCK_POOL_INTERNAL_H
 
 #include "block_pool.h"
-#include "blocks.h"
 
-#define FREE 0x80000000u   /* set in refs of a block that was freed; the rest is the next one */
-#define LAST 0x7fffffffu   /* ... or this, at the end of the list */
-#define CACHED 0x7ffffffeu /* refs of a block that is cached */
-
-static inline uint32_t slab_of(const ts_pool_books *p, uint32_t block)
-{
-    return (uint32_t)ts_whole_blocks(block, p->slab_blocks);
-}
+#define FREE 0x80000000u /* set in refs of a block that was freed; the rest is the next one */
+#define LAST 0x7fffffffu /* ... or this, at the end of the list */
+#define CACHED TS_POOL_CACHED
 
 static inline uint32_t slab_free(const ts_slab *s)
 {

@@ -1,5 +1,7 @@
 #include "invariants.h"
 
+#include "large_array.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,11 +40,11 @@ static void check_sequence(checker *c, const ts_engine_pool *pool, uint32_t i, u
             continue;
         }
         expected[block]++;
-        if (pool->books.slabs[block / pool->books.slab_blocks].tenant != seq->tenant)
+        if (pool->books.slabs[ts_pool_slab_of(&pool->books, block)].tenant != seq->tenant)
             wrong(c, "%s: sequence %u refers to block %u of another tenant", name, i, block);
     }
     const ts_prefix_index *x = pool->books.index;
-    for (uint32_t b = 0; x != NULL && b < seq->num_blocks; b++) {
+    for (uint32_t b = 0; x != NULL && x->count > 0 && b < seq->num_blocks; b++) {
         bool known = b + 1 < seq->num_blocks || seq->step == TS_NONE; /* else it may be a copy */
         if (known && ts_index_has(x, seq->blocks[b]) &&
             x->nodes[seq->blocks[b]].parent !=
@@ -94,7 +96,7 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
 {
     const ts_pool_books *books = &pool->books;
     ts_pool_tenant *counted = calloc(books->num_tenants + 1, sizeof *counted);
-    uint32_t *pins = calloc(books->num_blocks, sizeof *pins), tickets = 0;
+    uint32_t *pins = ts_large_array_new(books->num_blocks, sizeof *pins), tickets = 0;
     for (uint32_t i = 0; counted != NULL && pins != NULL && i < pool->seqs.count; i++) {
         const ts_sequence *seq = &pool->seqs.all[i];
         if (seq->tenant == TS_NONE)
@@ -137,7 +139,7 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
             wrong(c, "%s: block %u is pinned %u times; the count says %u", pool->config.name, b,
                   pins[b], books->pins[b]);
     free(counted);
-    free(pins);
+    ts_large_array_free(pins, books->num_blocks, sizeof *pins);
 }
 
 /* Names in order, and the heap of lives. */
@@ -184,7 +186,7 @@ static void check_stream_runs(checker *c, const ts_step *step, uint32_t index)
 static void check_pool(checker *c, uint32_t index)
 {
     const ts_engine_pool *pool = &c->e->pools[index];
-    uint32_t *expected = calloc(pool->books.num_blocks, sizeof *expected);
+    uint32_t *expected = ts_large_array_new(pool->books.num_blocks, sizeof *expected);
     if (expected == NULL) {
         wrong(c, "%s: no memory to check %u blocks", pool->config.name, pool->books.num_blocks);
         return;
@@ -225,7 +227,7 @@ static void check_pool(checker *c, uint32_t index)
     if (ts_pool_check(&pool->books, expected, why, sizeof why) != TS_OK)
         wrong(c, "%s: %s", pool->config.name, why);
     c->checked += pool->books.num_blocks;
-    free(expected);
+    ts_large_array_free(expected, pool->books.num_blocks, sizeof *expected);
 }
 
 static void check_session(checker *c, uint32_t index)

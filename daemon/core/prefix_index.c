@@ -1,25 +1,12 @@
 #include "prefix_index.h"
 
+#include "large_array.h"
+
 #include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <xxhash.h>
-
-/* Memory of zeroes that is taken as it is touched. */
-static void *map(size_t bytes)
-{
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return memory == MAP_FAILED ? NULL : memory;
-}
-
-static void unmap(void *memory, size_t bytes)
-{
-    if (memory != NULL)
-        munmap(memory, bytes);
-}
 
 bool ts_index_init(ts_prefix_index *x, uint32_t num_blocks, uint32_t block_tokens, uint64_t seed)
 {
@@ -32,9 +19,9 @@ bool ts_index_init(ts_prefix_index *x, uint32_t num_blocks, uint32_t block_token
                            .bucket_mask = buckets - 1,
                            .free_space = TS_NO_BLOCK,
                            .retired_space = TS_NO_BLOCK};
-    x->nodes = map(num_blocks * sizeof *x->nodes);
-    x->ids = map((size_t)num_blocks * block_tokens * sizeof *x->ids);
-    x->buckets = map(buckets * sizeof *x->buckets);
+    x->nodes = ts_large_array_new(num_blocks, sizeof *x->nodes);
+    x->ids = ts_large_array_new(num_blocks, block_tokens * sizeof *x->ids);
+    x->buckets = ts_large_array_new(buckets, sizeof *x->buckets);
     if (x->nodes != NULL && x->ids != NULL && x->buckets != NULL)
         return true;
     ts_index_fini(x);
@@ -43,9 +30,9 @@ bool ts_index_init(ts_prefix_index *x, uint32_t num_blocks, uint32_t block_token
 
 void ts_index_fini(ts_prefix_index *x)
 {
-    unmap(x->nodes, x->num_blocks * sizeof *x->nodes);
-    unmap(x->ids, (size_t)x->num_blocks * x->block_tokens * sizeof *x->ids);
-    unmap(x->buckets, ((size_t)x->bucket_mask + 1) * sizeof *x->buckets);
+    ts_large_array_free(x->nodes, x->num_blocks, sizeof *x->nodes);
+    ts_large_array_free(x->ids, x->num_blocks, x->block_tokens * sizeof *x->ids);
+    ts_large_array_free(x->buckets, x->bucket_mask + 1ull, sizeof *x->buckets);
     free(x->spaces);
     free(x->tenant_spaces);
     ts_names_fini(&x->names);
