@@ -26,7 +26,7 @@ static void reader(const char *url, const char *argument)
     ts_kv kv;
     OK(ts_seq_attach(p, "rows", &found, &length));
     assert_int_equal(length, 9);
-    OK(ts_seq_slots(p, found, 0, 9, slots));
+    OK(ts_seq_slots(p, found, 0, 0, 9, slots));
     for (uint32_t t = 0; t < 9; t++) {
         OK(ts_slot_kv(p, slots[t], 0, &kv));
         for (int i = 0; i < 32; i++) {
@@ -122,7 +122,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
             uint64_t *slots = malloc(lengths[i] * sizeof *slots);
             uint32_t *blocks = malloc(lengths[i] * sizeof *blocks);
             ts_kv kv;
-            OK(ts_seq_slots(p, seqs[i], 0, lengths[i], slots));
+            OK(ts_seq_slots(p, seqs[i], 0, 0, lengths[i], slots));
             for (uint32_t t = 0; t < lengths[i]; t++) {
                 blocks[t / 16] = (uint32_t)(slots[t] / 16);
                 OK(ts_slot_kv(p, slots[t], 0, &kv)); /* maps the slab */
@@ -131,7 +131,7 @@ static void a_step_attends_over_all_earlier_tokens_as_the_reference_does(void **
                 size_t at = (layer * tokens + first) * HEADS * DIM,
                        count = (size_t)rounds[round][i] * HEADS * DIM;
                 double *reference = malloc(count * sizeof *reference), diff = 0, norm = 0;
-                ts_attention_call call = {.geometry = *ts_pool_geometry(p),
+                ts_attention_call call = {.geometry = *ts_pool_geometry(p, 0),
                                           .base = p->base,
                                           .heads = HEADS,
                                           .variant.scale = 0.125f};
@@ -184,11 +184,11 @@ static void a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest(void **state
     OK(ts_step_begin(p, &child, &tokens, 1,
                      &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step));
     uint64_t slot;
-    ts_step_slots(step, &slot);
+    ts_step_slots(step, 0, &slot);
     OK(ts_slot_kv(p, slot, 0, &kv));
     ((float *)kv.k)[0] = 77;
     OK(ts_step_commit(step, NULL));
-    OK(ts_seq_slots(p, child, 0, 7, child_slots));
+    OK(ts_seq_slots(p, child, 0, 0, 7, child_slots));
     for (int t = 0; t < 4; t++)
         assert_int_equal(child_slots[t], slots[t]);
     for (int t = 4; t < 6; t++)
@@ -224,6 +224,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
     ts_step *step;
     uint32_t tokens = 65, zero = 0, length;
     uint64_t slot;
+    void *base;
     OK(ts_seq_create(p, 1, &seq));
     assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, NULL, &step), TS_ENOSPC);
     assert_null(step);
@@ -283,7 +284,12 @@ static void refusals_name_the_value_and_the_limit(void **state)
     assert_int_equal(ts_seq_append(p, &seq, &tokens, 1, NULL), TS_EPERM);
     assert_int_equal(ts_seq_attach(p, "nobody", &none, &length), TS_ENOENT);
     assert_int_equal(ts_seq_keep(p, seq, ""), TS_EINVAL);
-    assert_int_equal(ts_seq_slots(p, seq, 0, 1, &slot), TS_EINVAL);
+    assert_int_equal(ts_seq_slots(p, seq, 0, 0, 1, &slot), TS_EINVAL);
+    assert_int_equal(ts_seq_slots(p, seq, 6, 0, 1, &slot), TS_EINVAL);
+    assert_string_equal(ts_error(c), "layer 6; the pool has 6");
+    assert_int_equal(ts_pool_map(p, NULL, 0, 6, &base), TS_EINVAL);
+    assert_non_null(ts_pool_geometry(p, 5));
+    assert_null(ts_pool_geometry(p, 6));
     assert_int_equal(ts_seq_create(p, 0, &seq), TS_EINVAL);
     OK(ts_step_begin(p, &seq, &tokens, 1, NULL, &step));
     assert_int_equal(ts_step_run(step, 6), TS_EINVAL);
@@ -481,7 +487,7 @@ static void taker(const char *url, const char *argument)
     }
     OK(ts_seq_redeem(p, ticket, &seq, &length));
     assert_int_equal(length, 6);
-    OK(ts_seq_slots(p, seq, 5, 1, &slot));
+    OK(ts_seq_slots(p, seq, 0, 5, 1, &slot));
     assert_int_equal(ts_seq_redeem(p, ticket, &twice, NULL), TS_ENOENT);
     ts_pool_close(p);
     ts_disconnect(c);
@@ -528,22 +534,34 @@ static void kept_sequences_are_listed_in_pages_and_replaced(void **state)
     ts_seq seqs[NAMES], one;
     static ts_kept kept[ROOM];
     uint32_t count;
-    OK(ts_seq_list(p, NULL, NULL, kept, ROOM, &count));
+    OK(ts_seq_list(p, NULL, NULL, kept, sizeof(ts_kept), ROOM, &count));
     assert_int_equal(count, 0);
     OK(ts_seq_create(p, NAMES, seqs));
     for (uint32_t i = 0; i < NAMES; i++) {
         snprintf(name, sizeof name, "n%03u", i);
         OK(ts_seq_keep(p, seqs[i], name));
     }
-    OK(ts_seq_list(p, "n", NULL, kept, ROOM, &count)); /* two answers of the daemon's */
+    /* two answers of the daemon's */
+    OK(ts_seq_list(p, "n", NULL, kept, sizeof(ts_kept), ROOM, &count));
     assert_int_equal(count, ROOM);
-    OK(ts_seq_list(p, "n", kept[ROOM - 1].name, kept, ROOM, &count));
+    OK(ts_seq_list(p, "n", kept[ROOM - 1].name, kept, sizeof(ts_kept), ROOM, &count));
     assert_int_equal(count, NAMES - ROOM);
     assert_string_equal(kept[0].name, "n300");
     assert_int_equal(kept[count - 1].seq, seqs[NAMES - 1]);
-    assert_int_equal(ts_seq_list(p, "", "", kept, 0, &count), TS_EINVAL);
+    assert_int_equal(ts_seq_list(p, "", "", kept, sizeof(ts_kept), 0, &count), TS_EINVAL);
+    /* A program whose header has more of a ts_kept, and one that has none. */
+    struct {
+        ts_kept known;
+        uint64_t unknown;
+    } later[2] = {{.unknown = 7}, {.unknown = 7}};
+    OK(ts_seq_list(p, "n", "n100", &later[0].known, sizeof later[0], 2, &count));
+    assert_int_equal(count, 2);
+    assert_string_equal(later[1].known.name, "n102");
+    assert_int_equal(later[0].unknown + later[1].unknown, 0);
+    assert_int_equal(ts_seq_list(p, "n", NULL, kept, sizeof(ts_kept) - 1, ROOM, &count), TS_EINVAL);
+    assert_string_equal(ts_error(c), "elements of 151 bytes; a ts_kept has 152");
     memset(kept[0].name, 'x', sizeof kept[0].name - 1);
-    OK(ts_seq_list(p, "", kept[0].name, kept + 1, 1, &count));
+    OK(ts_seq_list(p, "", kept[0].name, kept + 1, sizeof(ts_kept), 1, &count));
     assert_int_equal(count, 0);
     const ts_keep_options replace = {.size = sizeof replace, .replace = true};
     OK(ts_seq_create(p, 1, &one));

@@ -63,7 +63,7 @@ static void a_second_thread_is_refused_by_every_call(void **state)
     REFUSED(ts_pool_open(c, "tiny", 0, &q));
     assert_null(q);
     REFUSED(ts_pool_cuda_device(p, &ordinal));
-    REFUSED(ts_pool_map(p, slots, 1, &base));
+    REFUSED(ts_pool_map(p, slots, 1, 0, &base));
     REFUSED(ts_exchange_device(p, 4096));
     REFUSED(ts_exchange_register(p, slots, 4096));
     REFUSED(ts_seq_create(p, 1, more));
@@ -74,7 +74,7 @@ static void a_second_thread_is_refused_by_every_call(void **state)
     REFUSED(ts_seq_keep(p, seq, "name"));
     REFUSED(ts_seq_attach(p, "name", more, NULL));
     REFUSED(ts_seq_lengths(p, &seq, 1, &n));
-    REFUSED(ts_seq_slots(p, seq, 0, 1, slots));
+    REFUSED(ts_seq_slots(p, seq, 0, 0, 1, slots));
     REFUSED(ts_slot_kv(p, 0, 0, &kv));
     REFUSED(ts_seq_append(p, &seq, &n, 1, slots));
     REFUSED(ts_step_begin(p, &seq, &n, 1, NULL, &other));

@@ -121,7 +121,7 @@ static void has_no_descriptor(const char *url, const char *argument)
     for (uint32_t layer = 0; layer < 2; layer++)
         OK(ts_step_run(step, layer));
     OK(ts_step_commit(step, NULL));
-    OK(ts_seq_slots(p, seq, 0, 1, &slot));
+    OK(ts_seq_slots(p, seq, 0, 0, 1, &slot));
     assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
     none = before;
     none.rlim_cur = 1; /* poll() takes one descriptor still */

@@ -93,7 +93,7 @@ static void held_memory_stays_mapped_when_all_is_closed(void **state)
     for (uint32_t layer = 0; layer < 6; layer++)
         OK(ts_step_run(step, layer));
     OK(ts_step_commit(step, NULL));
-    OK(ts_seq_slots(p, seq, 0, 1, &slot));
+    OK(ts_seq_slots(p, seq, 0, 0, 1, &slot));
     OK(ts_slot_kv(p, slot, 5, &kv));
     ts_memory *exchange = ts_exchange_hold(c), *slabs = ts_pool_hold(p), *again = ts_pool_hold(p);
     assert_ptr_equal(slabs, again);

@@ -29,7 +29,7 @@ static void steady(const char *url, const char *argument)
     const int stop = atoi(argument);
     ts_client *c = connect_url(url);
     ts_pool *p = open_pool(c, "tiny", 0);
-    ts_geometry g = *ts_pool_geometry(p);
+    ts_geometry g = *ts_pool_geometry(p, 0);
     ts_attention *own = ts_attention_new(1, TS_ISA_AUTO);
     unsigned char *cache = malloc(ts_geometry_block_bytes(&g) * ((ROUND + 15) / 16));
     float *out = malloc(HEADS * DIM * sizeof *out);
@@ -116,7 +116,7 @@ static void victim(const char *url, const char *argument)
         for (uint32_t layer = 0; layer < LAYERS; layer++)
             OK(ts_step_run(step, layer));
         OK(with_kept ? ts_step_abort(step) : ts_step_commit(step, NULL));
-        OK(ts_seq_slots(p, forks[0], 0, 1, &slot));
+        OK(ts_seq_slots(p, forks[0], 0, 0, 1, &slot));
         OK(ts_slot_kv(p, slot, 0, &kv));
         OK(ts_seq_free(p, forks, 3));
     }

@@ -210,7 +210,7 @@ static uint64_t write_and_attend(ts_client *c, int exchange, uint32_t *restarts)
         uint64_t slots[10];
         DO(ts_step_begin(p, &seq, (uint32_t[]){10}, 1,
                          &(ts_step_options){.size = sizeof(ts_step_options)}, &step));
-        ts_step_slots(step, slots);
+        ts_step_slots(step, 0, slots);
         for (uint32_t i = 0; i < 10 * LAYERS; i++) {
             ts_kv kv;
             DO(ts_slot_kv(p, slots[i / LAYERS], i % LAYERS, &kv));

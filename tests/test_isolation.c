@@ -36,7 +36,7 @@ static uint64_t write_token(ts_pool *p, ts_seq *seq)
         ((float *)ts_step_k(step))[i] = ((float *)ts_step_v(step))[i] = 42.0f;
     OK(ts_step_run(step, 0));
     OK(ts_step_commit(step, NULL));
-    OK(ts_seq_slots(p, *seq, 0, 1, &slot));
+    OK(ts_seq_slots(p, *seq, 0, 0, 1, &slot));
     return slot;
 }
 

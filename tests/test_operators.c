@@ -106,14 +106,14 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     OK(ts_pool_open(c, "tiny", 0, &q));
     SAYS(0, "", "--yes pool delete b");
     OK(ts_pool_open(c, "", 0, &p)); /* the only one */
-    assert_int_equal(ts_pool_geometry(p)->layers, 6);
+    assert_int_equal(ts_pool_geometry(p, 0)->layers, 6);
     ts_pool_close(p);
     SAYS(0, "0 problems", "check");
     assert_int_equal(ts_pool_open(c, "b", 0, &none), TS_ENOENT);
     SAYS(0, "", "pool create c layers=1 kv_heads=2 head_dim=64 dtype=fp32 blocks=4");
     OK(ts_pool_open(c, "c", 0, &p));
-    assert_int_equal(ts_pool_geometry(p)->kv_heads, 2);
-    assert_int_equal(ts_pool_geometry(q)->layers, 6);
+    assert_int_equal(ts_pool_geometry(p, 0)->kv_heads, 2);
+    assert_int_equal(ts_pool_geometry(q, 0)->layers, 6);
     uint32_t tokens;
     assert_int_equal(ts_seq_attach(p, "kept", &seq, &tokens), TS_ENOENT);
     SAYS(0, "0 problems", "check");
@@ -132,9 +132,9 @@ static void touch(ts_pool *p, ts_seq seq, uint32_t token)
 {
     uint64_t slot;
     void *base;
-    OK(ts_seq_slots(p, seq, token, 1, &slot));
-    OK(ts_pool_map(p, &slot, 1, &base));
-    const ts_geometry *g = ts_pool_geometry(p);
+    OK(ts_seq_slots(p, seq, 0, token, 1, &slot));
+    OK(ts_pool_map(p, &slot, 1, 0, &base));
+    const ts_geometry *g = ts_pool_geometry(p, 0);
     unsigned char *at = (unsigned char *)base + slot / g->block_tokens * ts_geometry_block_bytes(g);
     memset(at, 0x5a, 64);
     assert_int_equal(at[63], 0x5a);
@@ -189,9 +189,9 @@ static void a_pool_grows_and_shrinks_under_its_workers(void **state)
     OK(ts_seq_append(p, seqs + 1, &one, 1, NULL));
     uint64_t slot;
     void *base;
-    OK(ts_seq_slots(p, seqs[1], 0, 1, &slot));
-    OK(ts_pool_map(p, &slot, 1, &base));
-    const ts_geometry *g = ts_pool_geometry(p);
+    OK(ts_seq_slots(p, seqs[1], 0, 0, 1, &slot));
+    OK(ts_pool_map(p, &slot, 1, 0, &base));
+    const ts_geometry *g = ts_pool_geometry(p, 0);
     const unsigned char *at =
         (unsigned char *)base + slot / g->block_tokens * ts_geometry_block_bytes(g);
     for (int i = 0; i < 64; i++)

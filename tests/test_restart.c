@@ -47,7 +47,7 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
     DO(ts_step_abort(step));
     DO(ts_seq_select(p, found, 2, (uint32_t[]){1, 1}, 2, next));
     one_step(c, p, next, (uint32_t[]){3, 1}, 2, NULL, &r, &d);
-    DO(ts_seq_list(p, name, NULL, list, 4, &length));
+    DO(ts_seq_list(p, name, NULL, list, sizeof(ts_kept), 4, &length));
     mix(&d, &length, sizeof length);
     one_step(c, p, (ts_seq[]){own, seqs[0]}, (uint32_t[]){9, 17}, 2, NULL, &r, &d);
     DO(ts_seq_lengths(p, (ts_seq[]){own, seqs[0], next[0], next[1]}, 4, lengths));
@@ -222,7 +222,7 @@ static void free_kept(ts_client *c, ts_pool *p)
     ts_kept kept;
     uint32_t count;
     for (;;) {
-        DO(ts_seq_list(p, "k", NULL, &kept, 1, &count));
+        DO(ts_seq_list(p, "k", NULL, &kept, sizeof(ts_kept), 1, &count));
         if (count == 0)
             return;
         DO(ts_seq_keep(p, kept.seq, NULL));

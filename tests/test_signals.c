@@ -33,10 +33,10 @@ static void work_once(const char *url, ts_transport transport)
     OK(ts_step_begin(p, &seq, &(uint32_t){3}, 1, NULL, &step));
     assert_int_equal(ts_client_transport(c), transport);
     memset(ts_step_q(step), 0, 3 * KV * DIM * sizeof(float));
-    for (uint32_t layer = 0; layer < ts_pool_geometry(p)->layers; layer++)
+    for (uint32_t layer = 0; layer < ts_pool_geometry(p, 0)->layers; layer++)
         OK(ts_step_run(step, layer));
     OK(ts_step_commit(step, NULL));
-    OK(ts_seq_slots(p, seq, 0, 1, &slot));
+    OK(ts_seq_slots(p, seq, 0, 0, 1, &slot));
     OK(ts_slot_kv(p, slot, 0, &kv));
     ts_pool_close(p);
     ts_disconnect(c);

@@ -242,7 +242,7 @@ static void runs_of_a_step_that_is_lost_are_not_waited_for(void **state)
     worker_open(&w, c);
     assert_int_equal(pthread_create(&thread, NULL, kill_stopped, &d), 0);
     worker_begin(&w, 16);
-    ts_step_slots(w.task.step, slots);
+    ts_step_slots(w.task.step, 0, slots);
     DO(ts_slot_kv(p, slots[0], 0, &kv));
     queue_layers(c, &w.task);
     fake_stream_await();

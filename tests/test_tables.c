@@ -142,7 +142,7 @@ static uint32_t whole_blocks(ts_pool *p, ts_seq seq, uint32_t *blocks)
     OK(ts_seq_lengths(p, &seq, 1, &length));
     length -= length % BLOCK_TOKENS;
     if (length > 0)
-        OK(ts_seq_slots(p, seq, 0, length, slots));
+        OK(ts_seq_slots(p, seq, 0, 0, length, slots));
     for (uint32_t i = 0; i < length; i += BLOCK_TOKENS)
         blocks[i / BLOCK_TOKENS] = (uint32_t)(slots[i] / BLOCK_TOKENS);
     return length / BLOCK_TOKENS;
@@ -167,7 +167,7 @@ static void check_step(ts_pool *p, const ts_seq *seqs, rng *r)
     if (count == 0)
         return;
     OK(ts_step_begin(p, batch, new_tokens, count, &four_heads, &s));
-    ts_step_slots(s, slots);
+    ts_step_slots(s, 0, slots);
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t *table = p->tables[(uint32_t)batch[i]].blocks;
         assert_memory_equal(table, whole[i], num_whole[i] * sizeof *table);

@@ -51,7 +51,7 @@ static ts_step *begin_sequence(ts_client *c, ts_pool *p, const uint32_t *ids, ts
 static void write_step(ts_client *c, ts_pool *p, ts_step *step, rng *r, float **second)
 {
     uint64_t slots[TOKENS];
-    ts_step_slots(step, slots);
+    ts_step_slots(step, 0, slots);
     for (uint32_t i = 0; i < TOKENS * LAYERS; i++) {
         ts_kv kv;
         DO(ts_slot_kv(p, slots[i / LAYERS], i % LAYERS, &kv));
@@ -357,7 +357,7 @@ static void a_pool_has_nothing_of_the_checksums_of_the_one_before_it(void **stat
     make_pool(c, OTHER);
     ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
     ts_step *step = begin_sequence(c, q, NULL, &old);
-    ts_step_slots(step, old_slots);
+    ts_step_slots(step, 0, old_slots);
     write_step(c, q, step, &r, &second); /* these three wait for the read */
     on_gpu[1] = write_sequence(c, p, NULL, &r, &second);
     DO(ts_seq_free(q, &old, 1));
@@ -366,7 +366,7 @@ static void a_pool_has_nothing_of_the_checksums_of_the_one_before_it(void **stat
     make_pool(c, OTHER);
     q = open_pool(c, "q", TS_POOL_WRITABLE);
     step = begin_sequence(c, q, NULL, &new);
-    ts_step_slots(step, new_slots);
+    ts_step_slots(step, 0, new_slots);
     assert_memory_equal(new_slots, old_slots, sizeof new_slots);
     close(read);
     read = await_read(fourth); /* the old pool's had their turn */

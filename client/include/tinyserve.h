@@ -23,6 +23,7 @@
  * Options are structs that begin with their size, so that they can grow. Initialise one with its
  * TS_..._INIT, or set .size to its sizeof and the members you need: 0 is the default of each.
  * TS_EINVAL: the size is 0, or a later header's struct asks for what this library doesn't know.
+ * Calls that fill in arrays of structs are told the size of one.
  * Before version 1.0, a library fits headers of the same major and minor version.
  */
 #ifndef TINYSERVE_H
@@ -164,7 +165,8 @@ TS_WARN_UNUSED ts_status ts_pool_open(ts_client *client, const char *name, unsig
  * steps before. Its sequences stay, and while there are any, operators can't delete the pool. */
 void ts_pool_close(ts_pool *pool);
 
-const ts_geometry *ts_pool_geometry(const ts_pool *pool);
+/* The shape of this layer, as of all others today. NULL: the pool has no such layer. */
+const ts_geometry *ts_pool_geometry(const ts_pool *pool, uint32_t layer);
 uint32_t ts_pool_blocks(const ts_pool *pool);       /* the most that it can have */
 uint32_t ts_pool_sequence_max(const ts_pool *pool); /* tokens of the longest sequence */
 
@@ -200,9 +202,9 @@ typedef struct ts_pool_info {
 } ts_pool_info;
 
 /* Lists the daemon's pools: the first `room` of them (out may be NULL if it is 0), and in *count
- * how many there are. */
-TS_WARN_UNUSED ts_status ts_pool_list(ts_client *client, ts_pool_info *out, uint32_t room,
-                                      uint32_t *count);
+ * how many there are. info_bytes: sizeof(ts_pool_info). */
+TS_WARN_UNUSED ts_status ts_pool_list(ts_client *client, ts_pool_info *out, size_t info_bytes,
+                                      uint32_t room, uint32_t *count);
 
 /* Makes a pool, as the daemon's --pool does: "NAME:key=value,key=value". A restart that loses
  * nothing keeps it. TS_EPERM: the caller isn't an operator. TS_EEXIST: there is one of this name.
@@ -272,9 +274,7 @@ typedef struct ts_step_options {
  * sequences can be read and forked as they were, but not changed. options may be NULL.
  * TS_EBUSY: a sequence is in an open step, or another step leaves no room in the exchange.
  * TS_EPERM: a sequence is another session's, or no_run or local execution without TS_POOL_WRITABLE.
- * With TS_EXEC_LOCAL, TS_EINVAL: the pool is on a GPU and the exchange isn't, there are no rings,
- * or the block tables have more than 2^20 entries; TS_EBUSY: a call that timed out has yet to be
- * answered by the rings; TS_EDEVICE: libtinyserve-cuda can't be used.
+ * ts_step_begin(3) says what local execution needs.
  */
 TS_WARN_UNUSED ts_status ts_step_begin(ts_pool *pool, const ts_seq *seqs,
                                        const uint32_t *new_tokens, uint32_t count,
@@ -302,8 +302,8 @@ float *ts_step_alibi(const ts_step *step);
 float *ts_step_scales(const ts_step *step);
 const float *ts_step_lse(const ts_step *step);
 
-/* The slots of all new tokens, in order. */
-void ts_step_slots(const ts_step *step, uint64_t *slots);
+/* The slots of all new tokens at this layer, in order: the same at all layers today. */
+void ts_step_slots(const ts_step *step, uint32_t layer, uint64_t *slots);
 
 /* Writes k and v into the step's slots of this layer, then attends: a token sees all tokens of its
  * sequence up to itself. out is complete when this returns. */
@@ -342,8 +342,7 @@ typedef struct ts_run_options {
  * On a stream, the run comes after the work that is on it already, and before work added later. The
  * call returns when the daemon has taken the run. The exchange must be device memory, or host
  * memory that the stream writes. The commit reports a run that failed on the GPU. With
- * TS_EXEC_LOCAL a run is kernels on the stream alone, so that it can be captured into a CUDA graph:
- * see ts_step_run(3). */
+ * TS_EXEC_LOCAL it is kernels on the stream alone, for CUDA graphs: see ts_step_run(3). */
 TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,
                                           const ts_run_options *options);
 
@@ -379,8 +378,7 @@ typedef struct ts_frame_options {
  * Its steps execute locally and need what TS_EXEC_LOCAL needs. A frame holds device memory and part
  * of the exchange, which can't be replaced before ts_frame_free.
  *
- * TS_EINVAL: the pool is in host memory; more than 4096 sequences or 2^20 blocks; or such steps get
- * neither kernel v5 nor wgmma (ts_frame_new(3) says when they do). TS_ENOMEM.
+ * TS_EINVAL: the pool is in host memory, or its graphs can't have such steps: see ts_frame_new(3).
  */
 TS_WARN_UNUSED ts_status ts_frame_new(ts_pool *pool, const ts_frame_options *options,
                                       ts_frame **out);

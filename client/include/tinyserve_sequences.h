@@ -131,9 +131,11 @@ typedef struct ts_kept {
 
 /* Lists the tenant's kept sequences whose names begin with `prefix` (NULL: all), in the order of
  * the names' bytes, from the first name after `after` on (NULL: from the beginning), at most `room`
- * of them. Fewer than `room`: these were the last. `after` may be a name that is gone. */
+ * of them. Fewer than `room`: these were the last. `after` may be a name that is gone. kept_bytes:
+ * sizeof(ts_kept). */
 TS_WARN_UNUSED ts_status ts_seq_list(ts_pool *pool, const char *prefix, const char *after,
-                                     ts_kept *out, uint32_t room, uint32_t *count);
+                                     ts_kept *out, size_t kept_bytes, uint32_t room,
+                                     uint32_t *count);
 
 /*
  * Puts a sequence on a ticket: bytes that nobody can guess, by which another session of the tenant,
@@ -157,9 +159,10 @@ TS_WARN_UNUSED ts_status ts_seq_lengths(ts_pool *pool, const ts_seq *seqs, uint3
 
 /* ---- slots: where a token's K and V lie ---- */
 
-/* The slots of tokens first to first + count - 1. A slot is block * block_tokens + offset. */
-TS_WARN_UNUSED ts_status ts_seq_slots(ts_pool *pool, ts_seq seq, uint32_t first, uint32_t count,
-                                      uint64_t *slots);
+/* The slots of tokens first to first + count - 1 at this layer: the same at all layers today. A
+ * slot is block * block_tokens + offset. */
+TS_WARN_UNUSED ts_status ts_seq_slots(ts_pool *pool, ts_seq seq, uint32_t layer, uint32_t first,
+                                      uint32_t count, uint64_t *slots);
 
 typedef struct ts_kv {
     void *k, *v;        /* KV head 0; head h lies head_stride * h bytes further */
@@ -174,15 +177,15 @@ typedef struct ts_kv {
  */
 TS_WARN_UNUSED ts_status ts_slot_kv(ts_pool *pool, uint64_t slot, uint32_t layer, ts_kv *out);
 
-/* Maps the slabs of all the slots and gives the address of block 0; each further block lies
- * ts_geometry_block_bytes further. Slabs that were never mapped can't be read on a GPU, and read as
- * zeros in host memory. */
+/* Maps the slabs of all the slots, which are this layer's, and gives the address of block 0; each
+ * further block lies ts_geometry_block_bytes further. Slabs that were never mapped can't be read on
+ * a GPU, and read as zeros in host memory. */
 TS_WARN_UNUSED ts_status ts_pool_map(ts_pool *pool, const uint64_t *slots, size_t count,
-                                     void **base);
+                                     uint32_t layer, void **base);
 
 /* Adds tokens whose K and V the worker writes itself (TS_POOL_WRITABLE). They are part of the
  * sequences at once: write them before another session can attach. slots (may be NULL) gets the new
- * tokens' slots in order. TS_ENOSPC, TS_EQUOTA: nothing was added. */
+ * tokens' slots at layer 0 in order. TS_ENOSPC, TS_EQUOTA: nothing was added. */
 TS_WARN_UNUSED ts_status ts_seq_append(ts_pool *pool, const ts_seq *seqs,
                                        const uint32_t *new_tokens, uint32_t count, uint64_t *slots);
 

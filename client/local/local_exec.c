@@ -5,6 +5,7 @@
 #include "dtypes.h"
 #include "error.h"
 #include "local_gpu.h"
+#include "pool_map.h"
 #include "ring_client.h"
 
 #include <stdlib.h>
@@ -185,12 +186,13 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *local)
     const ts_attention_variant given = ts_layer_run_variant(run);
     if (c->pid != getpid())
         return ts_not_ours(c);
-    if (run->layer >= g->layers)
-        return ts_fail(c, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
+    ts_status status = ts_pool_check_layer(p, run->layer);
+    if (status != TS_OK)
+        return status;
     char why[sizeof c->error];
     if ((run->flags & TS_RUN_SCALES) && ts_dtype_scales_check(g->dtype, why, sizeof why) != TS_OK)
         return ts_fail(c, TS_EINVAL, "%s", why);
-    ts_status status = ts_attention_variant_check(&given, g->head_dim, why, sizeof why);
+    status = ts_attention_variant_check(&given, g->head_dim, why, sizeof why);
     if (status != TS_OK)
         return ts_fail(c, status, "%s", why);
     if (p->on_gpu)

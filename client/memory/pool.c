@@ -147,9 +147,9 @@ void ts_pool_close(ts_pool *p)
     pool_free(p);
 }
 
-const ts_geometry *ts_pool_geometry(const ts_pool *p)
+const ts_geometry *ts_pool_geometry(const ts_pool *p, uint32_t layer)
 {
-    return &p->geometry;
+    return layer < p->geometry.layers ? &p->geometry : NULL;
 }
 
 uint32_t ts_pool_blocks(const ts_pool *p)
@@ -209,11 +209,18 @@ const char *ts_pool_memory(const ts_pool *p)
     return p->memory;
 }
 
-ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, void **base)
+ts_status ts_pool_check_layer(ts_pool *p, uint32_t layer)
+{
+    if (layer < p->geometry.layers)
+        return TS_OK;
+    return ts_fail(p->client, TS_EINVAL, "layer %u; the pool has %u", layer, p->geometry.layers);
+}
+
+ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, uint32_t layer, void **base)
 {
     *base = NULL;
     TS_ENTER(p->client);
-    ts_status status = TS_OK;
+    ts_status status = ts_pool_check_layer(p, layer);
     for (size_t i = 0; i < count && status == TS_OK; i++)
         status = ts_pool_map_block(p, slots[i] / p->geometry.block_tokens, p->writable);
     if (status == TS_OK)
@@ -236,9 +243,10 @@ ts_status ts_slot_kv(ts_pool *p, uint64_t slot, uint32_t layer, ts_kv *out)
     TS_ENTER(p->client);
     const ts_geometry *g = &p->geometry;
     uint64_t block = slot / g->block_tokens;
-    if (layer >= g->layers)
-        return ts_fail(p->client, TS_EINVAL, "layer %u; the pool has %u", layer, g->layers);
-    ts_status status = ts_pool_map_block(p, block, p->writable);
+    ts_status status = ts_pool_check_layer(p, layer);
+    if (status != TS_OK)
+        return status;
+    status = ts_pool_map_block(p, block, p->writable);
     if (status != TS_OK)
         return status;
     size_t plane = ts_geometry_plane_bytes(g);

@@ -1,5 +1,6 @@
 /* Which pools the daemon has, and making one. */
 #include "error.h"
+#include "options.h"
 #include "rpc.h"
 #include "unconst.h"
 
@@ -19,23 +20,29 @@ static ts_pool_info info_of(const Tspb__PoolSummary *p)
     return info;
 }
 
-ts_status ts_pool_list(ts_client *c, ts_pool_info *out, uint32_t room, uint32_t *count)
+ts_status ts_pool_list(ts_client *c, ts_pool_info *out, size_t info_bytes, uint32_t room,
+                       uint32_t *count)
 {
     Tspb__Status body = TSPB__STATUS__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     *count = 0;
     TS_ENTER(c);
+    ts_status status = ts_elements_check(c, "ts_pool_info", info_bytes, sizeof *out);
+    if (status != TS_OK)
+        return status;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
-    ts_status status = ts_call(c, &request, &reply);
+    status = ts_call(c, &request, &reply);
     if (status != TS_OK)
         return status;
     if (reply->body_case == TSPB__REPLY__BODY_STATUS_REPLY) {
         const Tspb__StatusReply *r = reply->status_reply;
         *count = (uint32_t)r->n_pools;
-        for (uint32_t i = 0; i < room && i < *count; i++)
-            out[i] = info_of(r->pools[i]);
+        for (uint32_t i = 0; i < room && i < *count; i++) {
+            const ts_pool_info info = info_of(r->pools[i]);
+            ts_element_put(out, info_bytes, i, &info, sizeof info);
+        }
     } else {
         status = ts_fail(c, TS_EPROTO, "the daemon's answer lists no pools");
     }

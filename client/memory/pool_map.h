@@ -8,6 +8,9 @@
 
 #include "client.h"
 
+/* TS_EINVAL: the pool has no such layer. */
+ts_status ts_pool_check_layer(ts_pool *pool, uint32_t layer);
+
 /* Makes sure that the block's slab is mapped, as the daemon spoke of it last. */
 ts_status ts_pool_map_block(ts_pool *pool, uint64_t block, bool writable);
 

@@ -50,28 +50,35 @@ ts_status ts_seq_attach(ts_pool *p, const char *name, ts_seq *out, uint32_t *len
 
 /* ---- listing ---- */
 
+/* The caller's array, of elements of that many bytes, of which some are told. */
+typedef struct kept_array {
+    ts_kept *first;
+    size_t bytes, told;
+} kept_array;
+
 /* Copies what one answer lists; false: it isn't what was asked for. */
-static bool read_list(const Tspb__KeptList *l, uint32_t most, ts_kept *out)
+static bool read_list(const Tspb__KeptList *l, uint32_t most, kept_array out)
 {
     if (l->n_names > most || l->n_seqs != l->n_names || l->n_lengths != l->n_names ||
         l->n_blocks != l->n_names || l->n_left_ms != l->n_names)
         return false;
     for (size_t i = 0; i < l->n_names; i++) {
+        ts_kept kept = {.seq = l->seqs[i],
+                        .left_ms = l->left_ms[i],
+                        .length = l->lengths[i],
+                        .blocks = l->blocks[i]};
         const size_t bytes = strlen(l->names[i]);
-        if (bytes >= sizeof out->name)
+        if (bytes >= sizeof kept.name)
             return false;
-        memcpy(out[i].name, l->names[i], bytes + 1);
-        out[i].seq = l->seqs[i];
-        out[i].left_ms = l->left_ms[i];
-        out[i].length = l->lengths[i];
-        out[i].blocks = l->blocks[i];
+        memcpy(kept.name, l->names[i], bytes + 1);
+        ts_element_put(out.first, out.bytes, out.told + i, &kept, sizeof kept);
     }
     return true;
 }
 
 /* One answer of at most `most` sequences; *next is the name to go on after, empty at the end. */
-static ts_status list_some(ts_pool *p, const char *prefix, ts_kept *out, uint32_t most,
-                           uint32_t *count, char next[sizeof out->name])
+static ts_status list_some(ts_pool *p, const char *prefix, kept_array out, uint32_t most,
+                           uint32_t *count, char next[sizeof out.first->name])
 {
     Tspb__ListKept body = TSPB__LIST_KEPT__INIT;
     Tspb__Reply *reply;
@@ -85,7 +92,7 @@ static ts_status list_some(ts_pool *p, const char *prefix, ts_kept *out, uint32_
         return status;
     const Tspb__KeptList *l = reply->kept_list;
     if (reply->body_case != TSPB__REPLY__BODY_KEPT_LIST || !read_list(l, most, out) ||
-        strlen(l->next) >= sizeof out->name) {
+        strlen(l->next) >= sizeof out.first->name) {
         status =
             ts_fail(p->client, TS_EPROTO, "the daemon's answer is no list of %u sequences", most);
     } else {
@@ -97,9 +104,12 @@ static ts_status list_some(ts_pool *p, const char *prefix, ts_kept *out, uint32_
 }
 
 ts_status ts_seq_list(ts_pool *p, const char *prefix, const char *after, ts_kept *out,
-                      uint32_t room, uint32_t *count)
+                      size_t kept_bytes, uint32_t room, uint32_t *count)
 {
     TS_ENTER(p->client);
+    ts_status status = ts_elements_check(p->client, "ts_kept", kept_bytes, sizeof *out);
+    if (status != TS_OK)
+        return status;
     char next[sizeof out->name] = "";
     const size_t bytes = after == NULL ? 0 : strlen(after);
     if (room == 0)
@@ -112,8 +122,8 @@ ts_status ts_seq_list(ts_pool *p, const char *prefix, const char *after, ts_kept
     uint32_t told = 0;
     do {
         uint32_t some = 0;
-        ts_status status =
-            list_some(p, prefix == NULL ? "" : prefix, out + told, room - told, &some, next);
+        const kept_array array = {out, kept_bytes, told};
+        status = list_some(p, prefix == NULL ? "" : prefix, array, room - told, &some, next);
         if (status != TS_OK)
             return status;
         told += some;

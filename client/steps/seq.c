@@ -409,13 +409,17 @@ ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_
     return get_lengths(p, seqs, count, lengths);
 }
 
-ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t first, uint32_t count, uint64_t *slots)
+ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t layer, uint32_t first, uint32_t count,
+                       uint64_t *slots)
 {
     TS_ENTER(p->client);
     Tspb__SeqBlocks body = TSPB__SEQ_BLOCKS__INIT;
     Tspb__Reply *reply;
     TS_REQUEST(seq_blocks, SEQ_BLOCKS);
     uint32_t block_tokens = p->geometry.block_tokens;
+    ts_status status = ts_pool_check_layer(p, layer);
+    if (status != TS_OK)
+        return status;
     if (count == 0)
         return ts_fail(p->client, TS_EINVAL, "0 tokens; at least 1 is needed");
     uint32_t first_block = first / block_tokens;
@@ -427,7 +431,7 @@ ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t first, uint32_t count, u
     body.seq = seq;
     body.first = first_block;
     body.count = (uint32_t)end_block - first_block;
-    ts_status status = ts_call(p->client, &request, &reply);
+    status = ts_call(p->client, &request, &reply);
     if (status != TS_OK)
         return status;
     const Tspb__Blocks *b = reply->blocks;

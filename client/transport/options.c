@@ -63,3 +63,17 @@ ts_status ts_options_read(ts_client *c, ts_options_struct which, const void *opt
     memcpy(out, options, size < known->bytes ? size : known->bytes);
     return TS_OK;
 }
+
+ts_status ts_elements_check(ts_client *c, const char *name, size_t bytes, size_t known)
+{
+    if (bytes >= known && bytes <= OPTIONS_BYTES_MAX)
+        return TS_OK;
+    return ts_fail(c, TS_EINVAL, "elements of %zu bytes; a %s has %zu", bytes, name, known);
+}
+
+void ts_element_put(void *array, size_t bytes, size_t i, const void *element, size_t known)
+{
+    unsigned char *to = (unsigned char *)array + i * bytes;
+    memcpy(to, element, known);
+    memset(to + known, 0, bytes - known);
+}

@@ -21,4 +21,11 @@ typedef enum ts_options_struct {
 ts_status ts_options_read(ts_client *client, ts_options_struct which, const void *options,
                           void *out);
 
+/* Elements that a call fills in may be of another header's size, too: `bytes` of each, of which
+ * this library knows `known`. TS_EINVAL: that is no such size. */
+ts_status ts_elements_check(ts_client *client, const char *name, size_t bytes, size_t known);
+
+/* Stores element i of an array of such; what this library doesn't know is 0. */
+void ts_element_put(void *array, size_t bytes, size_t i, const void *element, size_t known);
+
 #endif

@@ -108,7 +108,7 @@ static uint32_t next_pair(void)
 static void fill_sequence(worker *w, ts_seq seq, uint32_t context)
 {
     uint64_t *slots = allocate(context, sizeof *slots);
-    OK(ts_seq_slots(w->pool, seq, 0, context, slots));
+    OK(ts_seq_slots(w->pool, seq, 0, 0, context, slots));
     for (uint32_t i = 0; i < context; i += BLOCK)
         for (uint32_t layer = 0; layer < LAYERS; layer++) {
             ts_kv kv;

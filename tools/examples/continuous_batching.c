@@ -238,7 +238,7 @@ int main(int argc, char **argv)
         return 1;
     check(ts_connect(NULL, &client));
     check(ts_pool_open(client, "", 0, &pool));
-    shape = ts_pool_geometry(pool);
+    shape = ts_pool_geometry(pool, 0);
     for (uint32_t i = 0; i < requests; i++)
         make(&all[i], i);
     while (done < requests) {

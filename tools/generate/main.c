@@ -415,7 +415,7 @@ int main(int argc, char **argv)
     if (status == TS_OK)
         status =
             ts_pool_open(client, o.pool, o.exec != TS_EXEC_DAEMON ? TS_POOL_WRITABLE : 0, &pool);
-    if (status == TS_OK && !fits(m, ts_pool_geometry(pool)))
+    if (status == TS_OK && !fits(m, ts_pool_geometry(pool, 0)))
         goto out;
     if (status == TS_OK && o.keep != NULL)
         status = check_name(pool, o.keep);

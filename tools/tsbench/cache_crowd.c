@@ -48,7 +48,7 @@ static bool compute(ts_client *c, ts_pool *p, const ts_seq *seqs, uint32_t count
                     const uint32_t *ids)
 {
     static uint32_t new_tokens[DECODES];
-    const ts_geometry *g = ts_pool_geometry(p);
+    const ts_geometry *g = ts_pool_geometry(p, 0);
     const ts_step_options options = {.size = sizeof options, .tokens = ids};
     ts_step *step;
     for (uint32_t i = 0; i < count; i++)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from ctypes import byref, c_uint32, c_void_p
+from ctypes import byref, c_uint32, c_void_p, sizeof
 from os import PathLike
 from typing import Any, Callable
 
@@ -170,7 +170,8 @@ class Client:
         room, count = 16, c_uint32()
         while True:
             out = (CPoolInfo * room)()
-            self._check(lib.ts_pool_list(self._open(), out, room, byref(count)))
+            self._check(lib.ts_pool_list(self._open(), out, sizeof(CPoolInfo), room,
+                                         byref(count)))
             if count.value <= room:
                 return [PoolInfo(p.name.decode(), p.device.decode(), Geometry.of(p.geometry),
                                  p.blocks) for p in out[:count.value]]

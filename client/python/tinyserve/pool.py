@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p, create_string_buffer
+from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p, create_string_buffer, sizeof
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from . import arguments as check
@@ -49,7 +49,7 @@ class Pool:
         self._steps: set[Opened] = set()
         self._frames: list[Frame] = []
         self._slabs: Memory | None = None
-        self.geometry = Geometry.of(lib.ts_pool_geometry(handle).contents)
+        self.geometry = Geometry.of(lib.ts_pool_geometry(handle, 0).contents)
         self.blocks: int = lib.ts_pool_blocks(handle)  #: that the pool has
         self.sequence_max: int = lib.ts_pool_sequence_max(handle)  #: tokens a sequence may have
         self.device: str = lib.ts_pool_device(handle).decode()  #: "host", "cuda:0" (the daemon's)
@@ -195,7 +195,8 @@ class Pool:
         page = (CKept * room)()
         found: list[Kept] = []
         while True:
-            self._check(lib.ts_seq_list(self._open(), begin, after, page, room, byref(count)))
+            self._check(lib.ts_seq_list(self._open(), begin, after, page, sizeof(CKept), room,
+                                        byref(count)))
             found += [Kept(k.name.decode(), k.seq, k.length, k.blocks,
                            k.left_ms / 1000 if k.left_ms else None) for k in page[:count.value]]
             if count.value < room:
@@ -249,8 +250,8 @@ class Pool:
         """Slots (block * block_tokens + offset) of tokens first .. first + count - 1."""
         check.integer("first", first)
         out = (c_uint64 * check.integer("count", count, 1, self.sequence_max))()
-        self._check(lib.ts_seq_slots(self._open(), check.integer("seq", seq, 0, check.U64), first,
-                                     count, out))
+        self._check(lib.ts_seq_slots(self._open(), check.integer("seq", seq, 0, check.U64), 0,
+                                     first, count, out))
         return list(out)
 
     def kv(self, slot: int, layer: int) -> tuple[View, View]:
@@ -272,7 +273,7 @@ class Pool:
         numbers, n = check.integers("slots", c_uint64, slots)
         if not 0 <= check.integer("layer", layer, -check.U32) < g.layers:
             raise IndexError(f"layer {layer}; the pool has {g.layers}")
-        self._check(lib.ts_pool_map(self._open(), numbers, n, byref(base)))
+        self._check(lib.ts_pool_map(self._open(), numbers, n, layer % g.layers, byref(base)))
         if base.value is None:
             raise ValueError("no slab of the pool is mapped yet, and slots names none")
         size, row = g.element_bytes, g.head_dim * g.element_bytes

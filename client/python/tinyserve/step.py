@@ -136,7 +136,7 @@ class Step:
     def slots(self) -> list[int]:
         """Slots of all new tokens, in order."""
         out = (c_uint64 * self.tokens)()
-        lib.ts_step_slots(self._open(), out)
+        lib.ts_step_slots(self._open(), 0, out)
         return list(out)
 
     def run(self, layer: int, *, stream: Any = None, scale: float = 0.0, soft_cap: float = 0.0,
