@@ -7,6 +7,7 @@
 #include "exchange.h"
 #include "fd_client.h"
 #include "gpu_context.h"
+#include "pool_map.h"
 #include "ring_client.h"
 #include "rpc.h"
 #include "slab_returns.h"
@@ -27,6 +28,7 @@
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define AGAIN_MS 5                  /* between attempts to reach the next daemon */
+#define LEAVE_MS 1000u              /* for a session's end */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
 {
@@ -290,8 +292,10 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     if (lost)
         ts_signals_release_waiters(c);
     c->reconnecting = false;
-    if (status == TS_OK) /* before whatever is asked again */
+    if (status == TS_OK) { /* before whatever is asked again */
         ts_unanswered_abort_again(c);
+        ts_pools_close_again(c);
+    }
     return status;
 }
 
@@ -303,6 +307,8 @@ void ts_leave_session(ts_client *c)
         return;
     request.body_case = TSPB__REQUEST__BODY_SESSION_CLOSE;
     request.session_close = &close;
+    c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
+    c->wait_ms = c->retries = 0;
     c->settle = NULL;
-    ts_call_end(c, &request); /* else its process's end will tell */
+    (void)ts_call_plain(c, &request); /* else its process's end will tell */
 }

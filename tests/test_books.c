@@ -248,6 +248,26 @@ static void spoil(shelf *s, const char *name, uint64_t at)
     close(fd);
 }
 
+/* An index of another size than the pool's, with arrays of the one in the heap and of the other
+ * not, isn't taken over, and what was made for it is freed. */
+static void a_snapshot_whose_index_has_another_size_isnt_read(void **state)
+{
+    (void)state;
+    uint64_t count;
+    char why[160] = "";
+    ts_answers answers;
+    ts_engine *e = engine_new(1u << 18, 1u << 10, BLOCK_TOKENS, TS_CLIENT_WRITE_ALL);
+    ts_prefix_index *x = e->pools[0].books.index;
+    const uint32_t blocks = x->num_blocks;
+    x->num_blocks = 16;
+    unsigned char *bytes = bytes_of(e, &count);
+    x->num_blocks = blocks;
+    assert_null(ts_snapshot_read(bytes, count, &answers, why, sizeof why));
+    assert_true(why[0] != '\0');
+    free(bytes);
+    ts_engine_free(e);
+}
+
 static void a_journal_of_another_format_is_set_aside(void **state)
 {
     (void)state;
@@ -548,6 +568,7 @@ int main(void)
         cmocka_unit_test(a_full_journal_makes_commands_wait),
         cmocka_unit_test(room_that_is_made_before_anybody_waits_for_it_is_seen),
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
+        cmocka_unit_test(a_snapshot_whose_index_has_another_size_isnt_read),
         cmocka_unit_test(a_journal_of_another_format_is_set_aside),
         cmocka_unit_test(an_entry_that_gives_something_else_stops_the_take_over),
         cmocka_unit_test(books_that_were_settled_leave_nothing_to_apply),

@@ -244,6 +244,44 @@ static void leaving_waits_for_no_daemon(void **state)
     }
 }
 
+static ts_status delete_pool(ts_client *c, const char *name)
+{
+    Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.pool = ts_unconst(name);
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
+    request.admin_pool_delete = &body;
+    return ts_call_plain(c, &request);
+}
+
+/* Closing a pool doesn't wait for another daemon, and that one is told. */
+static void the_next_daemon_hears_which_pools_were_closed(void **state)
+{
+    (void)state;
+    for (int dead = 0; dead < 2; dead++) {
+        daemon_process d;
+        ts_seq seq;
+        start(&d, POOL, NULL);
+        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+        ts_pool *p = open_pool(c, "p", 0);
+        DO(ts_pool_create(c, "q:layers=1,kv_heads=1,head_dim=32,dtype=fp32,blocks=4"));
+        ts_pool *q = open_pool(c, "q", 0), *again = open_pool(c, "p", 0);
+        assert_int_equal(delete_pool(c, "q"), TS_EBUSY);
+        const pid_t daemon = daemon_of(&d);
+        assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
+        assert_int_equal(kill(daemon, dead ? SIGKILL : SIGSTOP), 0);
+        ts_pool_close(q);
+        ts_pool_close(again); /* "p" stays open */
+        if (!dead)
+            assert_int_equal(kill(daemon, SIGKILL), 0);
+        assert_int_equal(kill(d.pid, SIGCONT), 0);
+        DO(ts_seq_create(p, 1, &seq));
+        assert_int_equal(ts_client_restarts(c), 1);
+        DO(delete_pool(c, "q"));
+        finish(&d, c, p);
+    }
+}
+
 /* Kills the daemon some time after it has stopped. */
 static void *kill_stopped(void *arg)
 {
@@ -282,6 +320,7 @@ int main(void)
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),
         cmocka_unit_test(local_execution_finds_the_next_daemon_while_an_answer_is_late),
         cmocka_unit_test(leaving_waits_for_no_daemon),
+        cmocka_unit_test(the_next_daemon_hears_which_pools_were_closed),
         cmocka_unit_test(a_handle_connection_may_end_long_before_the_other),
     };
     cmocka_set_test_filter(getenv("TS_TEST_FILTER"));

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define POOLS_MAX 64u /* of a daemon: each has a bit of unheard_closes */
+
 static void pool_free(ts_pool *p)
 {
     if (p == NULL)
@@ -37,18 +39,28 @@ static void remove_and_unmap(ts_pool *p)
 
 /* Tells the daemon, unless the session has it open once more. A refusal is as good: sequences stay,
  * and the pool with them. */
-static void close_at_daemon(ts_pool *p)
+static void close_at_daemon(ts_client *c, uint32_t index)
 {
-    ts_client *c = p->client;
     for (const ts_pool *other = c->pools; other != NULL; other = other->next)
-        if (other->index == p->index)
+        if (other->index == index)
             return;
     Tspb__PoolClose body = TSPB__POOL_CLOSE__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    body.pool = p->index;
+    body.pool = index;
     request.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
     request.pool_close = &body;
-    ts_call_end(c, &request);
+    const ts_status status = ts_call_briefly(c, &request);
+    if (status == TS_ECONN || status == TS_ETIMEOUT)
+        c->unheard_closes |= 1ull << index;
+}
+
+void ts_pools_close_again(ts_client *c)
+{
+    const uint64_t unheard = c->unheard_closes;
+    c->unheard_closes = 0;
+    for (uint32_t i = 0; i < POOLS_MAX; i++)
+        if (unheard >> i & 1)
+            close_at_daemon(c, i);
 }
 
 /* Fills in the pool as the daemon describes it. */
@@ -115,7 +127,7 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     if (p == NULL)
         status = ts_fail(c, TS_ENOMEM, "no memory for a pool");
     else if (reply->body_case != TSPB__REPLY__BODY_POOL_OPENED || o->num_blocks == 0 ||
-             o->slab_blocks == 0)
+             o->slab_blocks == 0 || o->pool >= POOLS_MAX)
         status = ts_fail(c, TS_EPROTO, "the daemon's answer describes no pool");
     else
         status = describe(c, p, o, open.writable);
@@ -131,6 +143,7 @@ ts_status ts_pool_open(ts_client *c, const char *name, unsigned flags, ts_pool *
     c->pools = p;
     ts_slab_returns_unlock(c);
     c->pools_are_new = true;
+    c->unheard_closes &= ~(1ull << p->index);
     *out = p;
     return TS_OK;
 }
@@ -143,7 +156,7 @@ void ts_pool_close(ts_pool *p)
     remove_and_unmap(p);
     if (p->client->exchange_pool == p)
         p->client->exchange_pool = NULL;
-    close_at_daemon(p);
+    close_at_daemon(p->client, p->index);
     pool_free(p);
 }
 

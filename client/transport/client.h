@@ -60,6 +60,7 @@ struct ts_client {
     char path[100];         /* of the daemon's socket */
     uint32_t timeout_ms, retries;
     uint32_t wait_ms; /* that the present call may take beside */
+    bool brief;       /* the present call waits for no other daemon, and soon no longer */
     atomic_uint_fast64_t next_id;
     uint64_t session;
     uint8_t token[TS_TOKEN_BYTES];
@@ -81,6 +82,7 @@ struct ts_client {
     ts_pool *exchange_pool;     /* of device memory: the pool it was made for */
     ts_region *regions;
     ts_pool *pools;                  /* that are open, linked by next */
+    uint64_t unheard_closes;         /* by pool number: no daemon has answered that it is closed */
     struct ts_slab_returns *returns; /* slab_returns.h; NULL: no slab of a GPU is mapped */
     ts_cuda *cuda;                   /* the GPU of the session's GPU pools; NULL: none was needed */
     ts_signals *signals;             /* mapped and pinned; NULL: no run was on a stream */

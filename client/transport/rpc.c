@@ -7,8 +7,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#define END_MS 1000u /* for the word that something has ended */
-
 /* Sends the packed request and waits for one reply message. */
 static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, nng_msg **reply)
 {
@@ -49,7 +47,7 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
 static ts_status ask(ts_client *c, const Tspb__Request *request, nng_msg **message)
 {
     ts_status status = TS_ETIMEOUT;
-    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= c->retries; i++)
+    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= (c->brief ? 0 : c->retries); i++)
         status = exchange_messages(c, request, message);
     return status;
 }
@@ -103,20 +101,17 @@ ts_status ts_call_plain(ts_client *c, Tspb__Request *request)
     return status;
 }
 
-void ts_call_end(ts_client *c, Tspb__Request *request)
+ts_status ts_call_briefly(ts_client *c, Tspb__Request *request)
 {
-    const uint32_t timeout_ms = c->timeout_ms, wait_ms = c->wait_ms, retries = c->retries;
     const ts_error_info info_before = c->error_info;
     char before[sizeof c->error];
     memcpy(before, c->error, sizeof before);
-    c->timeout_ms = timeout_ms < END_MS ? timeout_ms : END_MS;
-    c->wait_ms = c->retries = 0;
-    (void)ts_call_plain(c, request);
-    c->timeout_ms = timeout_ms;
-    c->wait_ms = wait_ms;
-    c->retries = retries;
+    c->brief = true;
+    const ts_status status = ts_call_plain(c, request);
+    c->brief = false;
     memcpy(c->error, before, sizeof before);
     c->error_info = info_before;
+    return status;
 }
 
 ts_status ts_wait_end(ts_client *c)

@@ -18,13 +18,17 @@ ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
 
-/* Tells the daemon that something has ended here, which can't fail: it waits for a second at most,
- * also for a daemon that is started again, and the last failure stays what ts_error says. */
-void ts_call_end(ts_client *client, Tspb__Request *request);
+/* The same of what has ended here, which nobody asks about: the daemon has a second to answer, no
+ * other one is waited for, and the last failure stays what ts_error says. */
+ts_status ts_call_briefly(ts_client *client, Tspb__Request *request);
+
+#define TS_BRIEF_MS 1000u
 
 /* Milliseconds that the present call may take. */
 static inline uint32_t ts_call_time(const ts_client *client)
 {
+    if (client->brief)
+        return client->timeout_ms < TS_BRIEF_MS ? client->timeout_ms : TS_BRIEF_MS;
     uint64_t ms = (uint64_t)client->timeout_ms + client->wait_ms;
     return ms < INT32_MAX ? (uint32_t)ms : INT32_MAX; /* which is NNG's limit */
 }

@@ -19,7 +19,7 @@
  * blocks is used or cached, or when its session ends.
  *
  * Cost: 8 bytes a block and 64 bytes a slab, and for what is cached 13 bytes a block more and the
- * index's own, touched when a block is first cached.
+ * index's own, touched when a block is first cached (large_array.h: by large pages).
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */

@@ -12,7 +12,8 @@
  * A namespace can be *retired*: its name leads nowhere at once, and its blocks are taken out of the
  * index bit by bit, those in use too.
  *
- * Cost: 32 bytes and the token ids a block, touched when a block is first used.
+ * Cost: 32 bytes and the token ids a block, touched when a block is first used (large_array.h: by
+ * large pages).
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */

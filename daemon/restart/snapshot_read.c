@@ -96,11 +96,12 @@ static bool get_index(ts_record_reader *r, ts_pool_books *b, uint32_t block_toke
 {
     if (ts_pool_use_index(b, block_tokens, 0) != TS_OK)
         return false;
-    ts_prefix_index *x = b->index;
+    ts_prefix_index *x = b->index, stored = *x;
     const uint32_t mask = x->bucket_mask;
-    if (!ts_records_get_all(r, TS_RECORD_INDEX, x, 1) || x->bucket_mask != mask ||
-        x->num_blocks != b->max_blocks || x->block_tokens != block_tokens)
+    if (!ts_records_get_all(r, TS_RECORD_INDEX, &stored, 1) || stored.bucket_mask != mask ||
+        stored.num_blocks != b->max_blocks || stored.block_tokens != block_tokens)
         return false;
+    *x = stored;
     if (!get_blocks(r, b, TS_RECORD_WORD, b->cached_prev, 1) ||
         !get_blocks(r, b, TS_RECORD_WORD, b->cached_next, 1) ||
         !get_blocks(r, b, TS_RECORD_WORD, b->cached_since, 1) ||

@@ -273,7 +273,7 @@ class Pool:
         numbers, n = check.integers("slots", c_uint64, slots)
         if not 0 <= check.integer("layer", layer, -check.U32) < g.layers:
             raise IndexError(f"layer {layer}; the pool has {g.layers}")
-        self._check(lib.ts_pool_map(self._open(), numbers, n, layer % g.layers, byref(base)))
+        self._check(lib.ts_pool_map(self._open(), numbers, n, layer, byref(base)))
         if base.value is None:
             raise ValueError("no slab of the pool is mapped yet, and slots names none")
         size, row = g.element_bytes, g.head_dim * g.element_bytes
