@@ -304,6 +304,18 @@ ts_status ts_pool_init(ts_pool_books *p, uint32_t num_blocks, uint32_t max_block
     return TS_OK;
 }
 
+void ts_pool_use_large_pages(ts_pool_books *p, bool large)
+{
+    ts_large_array_pages(p->refs, p->max_blocks, sizeof *p->refs, large);
+    ts_large_array_pages(p->pins, p->max_blocks, sizeof *p->pins, large);
+    ts_large_array_pages(p->cached_prev, p->max_blocks, sizeof *p->cached_prev, large);
+    ts_large_array_pages(p->cached_next, p->max_blocks, sizeof *p->cached_next, large);
+    ts_large_array_pages(p->cached_since, p->max_blocks, sizeof *p->cached_since, large);
+    ts_large_array_pages(p->classes, p->max_blocks, sizeof *p->classes, large);
+    if (p->index != NULL)
+        ts_index_use_large_pages(p->index, large);
+}
+
 void ts_pool_fini(ts_pool_books *p)
 {
     if (p->index != NULL)

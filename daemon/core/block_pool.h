@@ -19,7 +19,7 @@
  * blocks is used or cached, or when its session ends.
  *
  * Cost: 8 bytes a block and 64 bytes a slab, and for what is cached 13 bytes a block more and the
- * index's own, touched when a block is first cached (large_array.h: by large pages).
+ * index's own, touched when a block is first cached.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
@@ -120,6 +120,10 @@ typedef struct ts_pool_books {
 ts_status ts_pool_init(ts_pool_books *pool, uint32_t num_blocks, uint32_t max_blocks,
                        uint32_t slab_blocks);
 void ts_pool_fini(ts_pool_books *pool);
+
+/* Whether memory of the books, the index's too, that is touched from now on gets large pages
+ * (large_array.h): while a daemon takes the pool over. */
+void ts_pool_use_large_pages(ts_pool_books *pool, bool large);
 
 /* The most slabs that the pool may have. Each keeps its generation while the pool is smaller. */
 uint32_t ts_pool_slabs_max(const ts_pool_books *pool);

@@ -97,6 +97,7 @@ static void check_shares(checker *c, const ts_engine_pool *pool, uint32_t index)
     const ts_pool_books *books = &pool->books;
     ts_pool_tenant *counted = calloc(books->num_tenants + 1, sizeof *counted);
     uint32_t *pins = ts_large_array_new(books->num_blocks, sizeof *pins), tickets = 0;
+    ts_large_array_pages(pins, books->num_blocks, sizeof *pins, true);
     for (uint32_t i = 0; counted != NULL && pins != NULL && i < pool->seqs.count; i++) {
         const ts_sequence *seq = &pool->seqs.all[i];
         if (seq->tenant == TS_NONE)
@@ -187,6 +188,7 @@ static void check_pool(checker *c, uint32_t index)
 {
     const ts_engine_pool *pool = &c->e->pools[index];
     uint32_t *expected = ts_large_array_new(pool->books.num_blocks, sizeof *expected);
+    ts_large_array_pages(expected, pool->books.num_blocks, sizeof *expected, true);
     if (expected == NULL) {
         wrong(c, "%s: no memory to check %u blocks", pool->config.name, pool->books.num_blocks);
         return;

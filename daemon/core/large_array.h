@@ -1,12 +1,14 @@
 /*
- * Arrays of zeroes that may be large: memory is taken as they are touched, in the system's large
- * pages where there are some, so that a million elements aren't thousands of page faults.
+ * Arrays of zeroes that may be large: memory is taken as they are touched. What is about to be
+ * written or read whole may have the system's large pages meanwhile, which spares thousands of page
+ * faults; at other times a large page takes too long to make.
  *
  * Errors: NULL, no memory. Owner: who made one frees it, and says how long it is.
  */
 #ifndef TS_LARGE_ARRAY_H
 #define TS_LARGE_ARRAY_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -20,10 +22,16 @@ static inline void *ts_large_array_new(uint64_t count, size_t element_bytes)
         return calloc(count + 1, element_bytes);
     void *array = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (array == MAP_FAILED)
-        return NULL;
-    (void)madvise(array, bytes, MADV_HUGEPAGE); /* where there are none, without */
-    return array;
+    return array == MAP_FAILED ? NULL : array;
+}
+
+/* Whether what is touched from now on gets large pages, where the system has some. */
+static inline void ts_large_array_pages(void *array, uint64_t count, size_t element_bytes,
+                                        bool large)
+{
+    const uint64_t bytes = count * element_bytes;
+    if (array != NULL && bytes >= TS_LARGE_ARRAY_BYTES)
+        (void)madvise(array, bytes, large ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 }
 
 static inline void ts_large_array_free(void *array, uint64_t count, size_t element_bytes)

@@ -28,6 +28,13 @@ bool ts_index_init(ts_prefix_index *x, uint32_t num_blocks, uint32_t block_token
     return false;
 }
 
+void ts_index_use_large_pages(ts_prefix_index *x, bool large)
+{
+    ts_large_array_pages(x->nodes, x->num_blocks, sizeof *x->nodes, large);
+    ts_large_array_pages(x->ids, x->num_blocks, x->block_tokens * sizeof *x->ids, large);
+    ts_large_array_pages(x->buckets, x->bucket_mask + 1ull, sizeof *x->buckets, large);
+}
+
 void ts_index_fini(ts_prefix_index *x)
 {
     ts_large_array_free(x->nodes, x->num_blocks, sizeof *x->nodes);

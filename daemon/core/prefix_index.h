@@ -12,8 +12,7 @@
  * A namespace can be *retired*: its name leads nowhere at once, and its blocks are taken out of the
  * index bit by bit, those in use too.
  *
- * Cost: 32 bytes and the token ids a block, touched when a block is first used (large_array.h: by
- * large pages).
+ * Cost: 32 bytes and the token ids a block, touched when a block is first used.
  *
  * Locking: none; the engine's owner of the moment (work_queue.h) owns it.
  */
@@ -84,6 +83,7 @@ typedef struct ts_prefix_index {
 /* False: out of memory. */
 bool ts_index_init(ts_prefix_index *index, uint32_t num_blocks, uint32_t block_tokens,
                    uint64_t seed);
+void ts_index_use_large_pages(ts_prefix_index *index, bool large); /* ts_pool_use_large_pages */
 void ts_index_fini(ts_prefix_index *index);
 
 /*

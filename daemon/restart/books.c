@@ -393,6 +393,8 @@ static ts_status restore(ts_books *b, ts_replica *r, ts_books_start *start)
         status = ts_replica_follow(r, &b->journal, &start->entries, start->why, sizeof start->why);
     if (status == TS_OK)
         (void)ts_invariants_check(r->engine, note_problem, problem);
+    for (uint32_t i = 0; status == TS_OK && i < r->engine->num_pools; i++)
+        ts_pool_use_large_pages(&r->engine->pools[i].books, false);
     if (status == TS_OK && problem[0] != '\0') {
         snprintf(start->why, sizeof start->why, "the books contradict themselves: %s", problem);
         status = TS_EPROTO;

@@ -96,6 +96,7 @@ static bool get_index(ts_record_reader *r, ts_pool_books *b, uint32_t block_toke
 {
     if (ts_pool_use_index(b, block_tokens, 0) != TS_OK)
         return false;
+    ts_pool_use_large_pages(b, true);
     ts_prefix_index *x = b->index, stored = *x;
     const uint32_t mask = x->bucket_mask;
     if (!ts_records_get_all(r, TS_RECORD_INDEX, &stored, 1) || stored.bucket_mask != mask ||
@@ -183,6 +184,7 @@ static bool get_books(ts_record_reader *r, const ts_engine *e, const ts_pool_con
     if (b->tenants == NULL || (config->on_gpu && ts_pool_use_homes(b, e->limits.sessions) != TS_OK))
         return false;
     ts_pool_find_homes(b);
+    ts_pool_use_large_pages(b, true); /* until it has been read and checked */
     return get_blocks(r, b, TS_RECORD_WORD, b->refs, 1) &&
            get_blocks(r, b, TS_RECORD_WORD, b->pins, 1) &&
            get_index(r, b, config->geometry.block_tokens);
