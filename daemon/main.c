@@ -528,6 +528,8 @@ static int supervise(const ts_config *c, int argc, char **argv)
 int main(int argc, char **argv)
 {
     options o = {.config_path = TS_CONFIG_DEFAULT};
+    /* What ps and pkill call it: as a supervisor's child it would be "exe". */
+    (void)prctl(PR_SET_NAME, program_invocation_short_name);
     argp_err_exit_status = EXIT_USAGE;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     ts_config *c = malloc(sizeof *c);

@@ -295,6 +295,7 @@ def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_s
         kv.keep(kv.create(1)[0], "kept")
         client.create_pool("more:layers=1,kv_heads=1,head_dim=32,blocks=4,device=host")
         first = daemon.pid()
+        assert pathlib.Path(f"/proc/{first}/comm").read_text() == "tinyserved\n"
         done = tsctl(daemon.url, "restart")
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"pid {daemon.pid()} follows pid {first}, with 1 sequences\n"
