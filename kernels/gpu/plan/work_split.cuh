@@ -17,8 +17,7 @@ namespace
 #define V5_QUERIES 8u /* query tokens of a sequence that decodes, at most */
 #define BLOCKS 256u   /* that a long sequence is cut into, about */
 #define BATCHED 4096u
-#define V5_FEW_ROWS 4u  /* of a sequence, whose records and merging take little of a chunk's time  \
-                         */
+#define V5_FEW_ROWS 4u  /* of a sequence: their records and merging take little time */
 #define TILE_QUERIES 4u /* query tokens from which on `auto` takes the tile kernel, without v5 */
 #define TILE_TOKENS 64u /* chunks are whole tiles: the largest that a kernel has, wgmma aside */
 #define BUCKETS 64u     /* of lengths of work, for sorting */
