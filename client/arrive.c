@@ -7,7 +7,6 @@
 #include "exchange.h"
 #include "fd_client.h"
 #include "gpu_context.h"
-#include "pool_map.h"
 #include "ring_client.h"
 #include "rpc.h"
 #include "slab_returns.h"
@@ -292,10 +291,8 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     if (lost)
         ts_signals_release_waiters(c);
     c->reconnecting = false;
-    if (status == TS_OK) { /* before whatever is asked again */
+    if (status == TS_OK) /* before whatever is asked again */
         ts_unanswered_abort_again(c);
-        ts_pools_close_again(c);
-    }
     return status;
 }
 
@@ -310,5 +307,6 @@ void ts_leave_session(ts_client *c)
     c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
     c->wait_ms = c->retries = 0;
     c->settle = NULL;
-    (void)ts_call_plain(c, &request); /* else its process's end will tell */
+    c->unheard_closes = c->num_unaborted = 0; /* all of it ends */
+    (void)ts_call_plain(c, &request);         /* else its process's end will tell */
 }

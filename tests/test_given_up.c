@@ -215,19 +215,25 @@ static void local_execution_finds_the_next_daemon_while_an_answer_is_late(void *
     finish(&d, c, p);
 }
 
+/* A client whose calls don't end by their time. */
+static ts_client *connect_for_weeks(const daemon_process *d)
+{
+    ts_client *c;
+    OK(ts_connect(
+        &(ts_options){
+            .size = sizeof(ts_options), .url = d->url, .wait_ms = 60000, .timeout_ms = INT32_MAX},
+        &c));
+    return c;
+}
+
 /* Who leaves waits neither for the daemon's answer nor for the next daemon. */
 static void leaving_waits_for_no_daemon(void **state)
 {
     (void)state;
     for (int dead = 0; dead < 2; dead++) {
         daemon_process d;
-        ts_client *c;
         start(&d, POOL, NULL);
-        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                    .url = d.url,
-                                    .wait_ms = 60000,
-                                    .timeout_ms = INT32_MAX}, /* weeks */
-                      &c));
+        ts_client *c = connect_for_weeks(&d);
         ts_pool *p = open_pool(c, "p", 0);
         const pid_t daemon = daemon_of(&d);
         assert_int_equal(kill(d.pid, SIGSTOP), 0); /* it starts no other */
@@ -262,7 +268,7 @@ static void the_next_daemon_hears_which_pools_were_closed(void **state)
         daemon_process d;
         ts_seq seq;
         start(&d, POOL, NULL);
-        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+        ts_client *c = connect_for_weeks(&d);
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_pool_create(c, "q:layers=1,kv_heads=1,head_dim=32,dtype=fp32,blocks=4"));
         ts_pool *q = open_pool(c, "q", 0), *again = open_pool(c, "p", 0);

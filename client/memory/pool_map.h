@@ -22,9 +22,6 @@ ts_status ts_pool_reserve(ts_pool *pool);
 ts_status ts_pool_note_slab(ts_pool *pool, uint32_t slab, uint32_t generation);
 ts_status ts_pool_note_slabs(ts_pool *pool, Tspb__Slab **slabs, size_t count);
 
-/* Tells the daemon, which is another one, which pools were closed and none has heard of. */
-void ts_pools_close_again(ts_client *client);
-
 /* Unmaps all of it. */
 void ts_pool_unmap(ts_pool *pool);
 

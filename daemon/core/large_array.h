@@ -22,7 +22,10 @@ static inline void *ts_large_array_new(uint64_t count, size_t element_bytes)
         return calloc(count + 1, element_bytes);
     void *array = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return array == MAP_FAILED ? NULL : array;
+    if (array == MAP_FAILED)
+        return NULL;
+    (void)madvise(array, bytes, MADV_NOHUGEPAGE);
+    return array;
 }
 
 /* Whether what is touched from now on gets large pages, where the system has some. */

@@ -146,6 +146,13 @@ static void give_up(ts_books *b, const char *why)
     pthread_mutex_unlock(&b->lock);
 }
 
+/* The state has been read: from now on it grows bit by bit. */
+static void use_small_pages(ts_engine *e)
+{
+    for (uint32_t i = 0; i < e->num_pools; i++)
+        ts_pool_use_large_pages(&e->pools[i].books, false);
+}
+
 static void *follower_main(void *arg)
 {
     prctl(PR_SET_NAME, "books");
@@ -156,8 +163,11 @@ static void *follower_main(void *arg)
         const double start = now_s();
         uint64_t entries = 0;
         ts_status status = TS_OK;
-        if (r.engine == NULL)
+        if (r.engine == NULL) {
             status = ts_replica_read(&r, &b->journal, b->areas, why, sizeof why);
+            if (status == TS_OK)
+                use_small_pages(r.engine);
+        }
         const double begun = now_s();
         if (status == TS_OK)
             status = ts_replica_follow(&r, &b->journal, &entries, why, sizeof why);
@@ -393,8 +403,8 @@ static ts_status restore(ts_books *b, ts_replica *r, ts_books_start *start)
         status = ts_replica_follow(r, &b->journal, &start->entries, start->why, sizeof start->why);
     if (status == TS_OK)
         (void)ts_invariants_check(r->engine, note_problem, problem);
-    for (uint32_t i = 0; status == TS_OK && i < r->engine->num_pools; i++)
-        ts_pool_use_large_pages(&r->engine->pools[i].books, false);
+    if (status == TS_OK)
+        use_small_pages(r->engine);
     if (status == TS_OK && problem[0] != '\0') {
         snprintf(start->why, sizeof start->why, "the books contradict themselves: %s", problem);
         status = TS_EPROTO;
