@@ -170,6 +170,7 @@ static ts_status resume_session(ts_client *c, shared_memory *has)
     resume.version = (char *)TS_VERSION;
     resume.given_up = c->given_up;
     resume.n_given_up = c->num_given_up;
+    resume.closed_pools = c->unheard_closes;
     request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
     request.session_resume = &resume;
     return ask_session(c, &request, has);
@@ -284,6 +285,7 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     if (status == TS_OK) {
         c->restarts++;
         c->num_given_up = 0;
+        c->unheard_closes = 0;
     } else {
         ts_hang_up(c);
         c->lost = lost;
@@ -307,6 +309,6 @@ void ts_leave_session(ts_client *c)
     c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
     c->wait_ms = c->retries = 0;
     c->settle = NULL;
-    c->unheard_closes = c->num_unaborted = 0; /* all of it ends */
-    (void)ts_call_plain(c, &request);         /* else its process's end will tell */
+    c->num_unaborted = 0;             /* all of it ends */
+    (void)ts_call_plain(c, &request); /* else its process's end will tell */
 }

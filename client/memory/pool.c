@@ -37,8 +37,6 @@ static void remove_and_unmap(ts_pool *p)
     ts_slab_returns_unlock(c);
 }
 
-static void close_again(ts_client *c);
-
 /* Tells the daemon, unless the session has it open once more. A refusal is as good: sequences stay,
  * and the pool with them. */
 static void close_at_daemon(ts_client *c, uint32_t index)
@@ -51,21 +49,9 @@ static void close_at_daemon(ts_client *c, uint32_t index)
     body.pool = index;
     request.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
     request.pool_close = &body;
-    c->unheard_closes &= ~(1ull << index);
     const ts_status status = ts_call_briefly(c, &request);
-    if (status != TS_ECONN && status != TS_ETIMEOUT)
-        return;
-    c->unheard_closes |= 1ull << index;
-    c->closes_restarts = c->restarts;
-    c->close_again = close_again;
-}
-
-/* Until one is told in vain again. */
-static void close_again(ts_client *c)
-{
-    for (uint32_t i = 0; i < POOLS_MAX && c->restarts != c->closes_restarts; i++)
-        if (c->unheard_closes >> i & 1)
-            close_at_daemon(c, i);
+    if (status == TS_ECONN || status == TS_ETIMEOUT)
+        c->unheard_closes |= 1ull << index;
 }
 
 /* Fills in the pool as the daemon describes it. */

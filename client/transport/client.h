@@ -81,13 +81,11 @@ struct ts_client {
     ts_memory *exchange_memory; /* of TS_EXCHANGE_HOST */
     ts_pool *exchange_pool;     /* of device memory: the pool it was made for */
     ts_region *regions;
-    ts_pool *pools;           /* that are open, linked by next */
-    uint64_t unheard_closes;  /* by pool number: no daemon has answered that it is closed */
-    uint32_t closes_restarts; /* `restarts` when the last of them was told in vain */
-    void (*close_again)(ts_client *client); /* tells another daemon of them */
-    struct ts_slab_returns *returns;        /* slab_returns.h; NULL: no slab of a GPU is mapped */
-    ts_cuda *cuda;       /* the GPU of the session's GPU pools; NULL: none was needed */
-    ts_signals *signals; /* mapped and pinned; NULL: no run was on a stream */
+    ts_pool *pools;                  /* that are open, linked by next */
+    uint64_t unheard_closes;         /* by pool number: the next daemon is told in its resume */
+    struct ts_slab_returns *returns; /* slab_returns.h; NULL: no slab of a GPU is mapped */
+    ts_cuda *cuda;                   /* the GPU of the session's GPU pools; NULL: none was needed */
+    ts_signals *signals;             /* mapped and pinned; NULL: no run was on a stream */
     struct ts_signals_watch *signals_watch; /* stream_signals.c's own; NULL without signals */
     uint64_t signals_there;
     atomic_uint runs_on_stream; /* runs that were handed over to the daemon's stream */

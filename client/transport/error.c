@@ -134,9 +134,6 @@ ts_status ts_may_ask(ts_client *c)
     }
     if (c->settle != NULL)
         c->settle(c);
-    /* Here, where nothing is under way: the daemon keeps the answer to the last call alone. */
-    if (c->unheard_closes != 0 && c->restarts != c->closes_restarts && !c->brief)
-        c->close_again(c);
     return TS_OK;
 }
 

@@ -280,11 +280,17 @@ void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts
     if (ts_service_connection_of(s, r->session) != NULL)
         return ts_refuse(answer, TS_EBUSY, "session %llx has a connection",
                          (unsigned long long)r->session);
+    ts_answer closed; /* or refused, which is as good */
     ts_resume_attach(s, c, r->session);
     for (size_t i = 0; i < r->n_given_up; i++) {
         abort_steps_of(s, c, r->given_up[i]);
         free_seqs_of(s, c, r->given_up[i]);
     }
+    for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
+        if (r->closed_pools >> i & 1)
+            ts_exec_apply(&s->exec,
+                          &(ts_command){.op = TS_OP_POOL_CLOSE, .session = c->session, .pool = i},
+                          &closed);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = c->session, .uid = c->uid, .pid = c->pid},
               "session %llx goes on (uid %u, pid %u)", (unsigned long long)c->session, c->uid,
               c->pid);
