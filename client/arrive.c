@@ -26,8 +26,8 @@
 #include <unistd.h>
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
-#define AGAIN_MS 5                  /* between attempts to reach the next daemon */
 #define LEAVE_MS 1000u              /* for a session's end */
+#define AGAIN_MS 5                  /* between attempts to reach the next daemon */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
 {

@@ -47,6 +47,16 @@ static inline ts_status begin_step(ts_pool *p, ts_seq seq, uint32_t tokens, ts_s
     return ts_step_begin(p, &seq, &tokens, 1, &options, step);
 }
 
+static inline ts_status delete_pool(ts_client *c, const char *name)
+{
+    Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    body.pool = ts_unconst(name);
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
+    request.admin_pool_delete = &body;
+    return ts_call_plain(c, &request);
+}
+
 /* Starts a daemon that crashes whenever it comes to the place; a client of it. */
 static inline ts_client *start_crashing(daemon_process *d, const char *place)
 {

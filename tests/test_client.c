@@ -307,6 +307,16 @@ static void refusals_name_the_value_and_the_limit(void **state)
     daemon_stop(&d);
 }
 
+/* A client that gives up soon. */
+static ts_client *connect_briefly(const daemon_process *d, ts_transport transport)
+{
+    const ts_options options = {
+        .size = sizeof options, .url = d->url, .timeout_ms = 1000, .transport = transport};
+    ts_client *c;
+    OK(ts_connect(&options, &c));
+    return c;
+}
+
 static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
 {
     (void)state;
@@ -314,15 +324,10 @@ static void a_step_whose_begin_went_unanswered_is_dropped(void **state)
     daemon_start(&d, POOL_TINY ",blocks=16");
     ts_client *watcher = connect_to(&d);
     for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
-        const ts_options options = {.size = sizeof options,
-                                    .url = d.url,
-                                    .timeout_ms = 1000,
-                                    .transport = (ts_transport)transport};
-        ts_client *c;
+        ts_client *c = connect_briefly(&d, (ts_transport)transport);
         ts_seq seq;
         ts_step *step;
         uint32_t tokens = 20, length;
-        OK(ts_connect(&options, &c));
         ts_pool *p = open_pool(c, "tiny", 0);
         OK(ts_seq_create(p, 1, &seq));
         /* After this step the exchange and the rings are there. */
@@ -357,13 +362,8 @@ static void forks_of_a_selection_that_went_unanswered_are_freed(void **state)
     daemon_process d;
     daemon_start(&d, POOL_TINY ",blocks=16");
     for (int transport = TS_TRANSPORT_RING; transport <= TS_TRANSPORT_MESSAGES; transport++) {
-        const ts_options options = {.size = sizeof options,
-                                    .url = d.url,
-                                    .timeout_ms = 1000,
-                                    .transport = (ts_transport)transport};
-        ts_client *c;
+        ts_client *c = connect_briefly(&d, (ts_transport)transport);
         ts_seq seqs[3], picked[4];
-        OK(ts_connect(&options, &c));
         ts_pool *p = open_pool(c, "tiny", 0);
         OK(ts_seq_create(p, 3, seqs));
         daemon_pause(&d);

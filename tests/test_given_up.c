@@ -250,16 +250,6 @@ static void leaving_waits_for_no_daemon(void **state)
     }
 }
 
-static ts_status delete_pool(ts_client *c, const char *name)
-{
-    Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    body.pool = ts_unconst(name);
-    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
-    request.admin_pool_delete = &body;
-    return ts_call_plain(c, &request);
-}
-
 /* Closing a pool doesn't wait for another daemon, and that one is told. */
 static void the_next_daemon_hears_which_pools_were_closed(void **state)
 {

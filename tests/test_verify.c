@@ -294,26 +294,6 @@ static void what_was_appended_may_be_written_late(void **state)
 
 /* ---- a pool that has another's name and place ---- */
 
-static void make_pool(ts_client *c, const char *text)
-{
-    Tspb__AdminPoolCreate body = TSPB__ADMIN_POOL_CREATE__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    body.text = ts_unconst(text);
-    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_CREATE;
-    request.admin_pool_create = &body;
-    DO(ts_call_plain(c, &request));
-}
-
-static void delete_pool(ts_client *c, const char *name)
-{
-    Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;
-    Tspb__Request request = TSPB__REQUEST__INIT;
-    body.pool = ts_unconst(name);
-    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
-    request.admin_pool_delete = &body;
-    DO(ts_call_plain(c, &request));
-}
-
 /* Waits until the daemon's read of a GPU's block, which the FIFO is for, has come to it; the read
  * goes on when what is returned is closed. */
 static int await_read(const char *fifo)
@@ -354,7 +334,7 @@ static void a_pool_has_nothing_of_the_checksums_of_the_one_before_it(void **stat
     ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
     on_gpu[0] = write_sequence(c, p, NULL, &r, &second);
     int read = await_read(first);
-    make_pool(c, OTHER);
+    DO(ts_pool_create(c, OTHER));
     ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
     ts_step *step = begin_sequence(c, q, NULL, &old);
     ts_step_slots(step, 0, old_slots);
@@ -362,8 +342,8 @@ static void a_pool_has_nothing_of_the_checksums_of_the_one_before_it(void **stat
     on_gpu[1] = write_sequence(c, p, NULL, &r, &second);
     DO(ts_seq_free(q, &old, 1));
     ts_pool_close(q);
-    delete_pool(c, "q");
-    make_pool(c, OTHER);
+    DO(delete_pool(c, "q"));
+    DO(ts_pool_create(c, OTHER));
     q = open_pool(c, "q", TS_POOL_WRITABLE);
     step = begin_sequence(c, q, NULL, &new);
     ts_step_slots(step, 0, new_slots);
@@ -395,14 +375,14 @@ static uint64_t make_anew(ts_client *c, int exchange, uint32_t *restarts)
     float *second;
     uint32_t length;
     for (uint32_t round = 0; round < 3; round++) {
-        make_pool(c, OTHER);
+        DO(ts_pool_create(c, OTHER));
         ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
         const ts_seq seq = write_sequence(c, q, NULL, &r, &second);
         DO(ts_seq_lengths(q, &seq, 1, &length));
         assert_int_equal(length, TOKENS);
         DO(ts_seq_free(q, &seq, 1));
         ts_pool_close(q);
-        delete_pool(c, "q");
+        DO(delete_pool(c, "q"));
     }
     check_daemon(c);
     *restarts = ts_client_restarts(c);
