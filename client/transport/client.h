@@ -60,7 +60,7 @@ struct ts_client {
     char path[100];         /* of the daemon's socket */
     uint32_t timeout_ms, retries;
     uint32_t wait_ms; /* that the present call may take beside */
-    bool brief;       /* the present call waits for no other daemon, and soon no longer */
+    bool brief;       /* the present call has TS_BRIEF_MS, and waits for no other daemon */
     atomic_uint_fast64_t next_id;
     uint64_t session;
     uint8_t token[TS_TOKEN_BYTES];

@@ -18,11 +18,11 @@ ts_status ts_call(ts_client *client, Tspb__Request *request, Tspb__Reply **reply
 /* The same where the reply has nothing but its status. */
 ts_status ts_call_plain(ts_client *client, Tspb__Request *request);
 
-/* The same of what has ended here, which nobody asks about: the daemon has a second to answer, no
- * other one is waited for, and the last failure stays what ts_error says. */
+/* The same for a request that says what has ended here: the daemon has TS_BRIEF_MS to answer, no
+ * other daemon is waited for, and ts_error keeps its sentence. */
 ts_status ts_call_briefly(ts_client *client, Tspb__Request *request);
 
-#define TS_BRIEF_MS 1000u
+#define TS_BRIEF_MS 1000u /* of the client's time for a call, at most */
 
 /* Milliseconds that the present call may take. */
 static inline uint32_t ts_call_time(const ts_client *client)

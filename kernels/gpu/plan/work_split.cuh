@@ -99,10 +99,10 @@ uint32_t most_chunks(const ts_gpu_plan *p, ts_gpu_list list, uint32_t tiles, uin
 /*
  * How many tokens a chunk has. One long sequence is to be some 256 blocks of work (with every KV
  * head and tile), which fill the GPUs of today once, about evenly; a chunk isn't to be so small
- * that merging, or starting a block, would show. With more rows it shows sooner, and half as many
- * blocks, one on a processor, take no longer, but where chunks become so long that the processor's
- * one block is waited for. A sequence of up to BATCHED tokens seldom comes alone, and many of them
- * are enough work without being cut that finely.
+ * that merging, or starting a block, would show. With more rows the end of a chunk takes longer.
+ * Then half as many blocks, one on each processor, are as fast, up to a length of chunks beyond
+ * which one block can't keep its processor's memory busy. A sequence of up to BATCHED tokens seldom
+ * comes alone, and many of them are enough work without being cut that finely.
  */
 uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_list list,
                       uint32_t tiles)
