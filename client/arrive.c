@@ -171,6 +171,8 @@ static ts_status resume_session(ts_client *c, shared_memory *has)
     resume.given_up = c->given_up;
     resume.n_given_up = c->num_given_up;
     resume.closed_pools = c->unheard_closes;
+    resume.aborted_steps = c->unaborted;
+    resume.n_aborted_steps = c->num_unaborted;
     request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
     request.session_resume = &resume;
     return ask_session(c, &request, has);
@@ -286,6 +288,7 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
         c->restarts++;
         c->num_given_up = 0;
         c->unheard_closes = 0;
+        c->num_unaborted = 0;
     } else {
         ts_hang_up(c);
         c->lost = lost;
@@ -293,8 +296,6 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
     if (lost)
         ts_signals_release_waiters(c);
     c->reconnecting = false;
-    if (status == TS_OK) /* before whatever is asked again */
-        ts_unanswered_abort_again(c);
     return status;
 }
 
@@ -309,6 +310,5 @@ void ts_leave_session(ts_client *c)
     c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
     c->wait_ms = c->retries = 0;
     c->settle = NULL;
-    c->num_unaborted = 0;             /* all of it ends */
     (void)ts_call_plain(c, &request); /* else its process's end will tell */
 }

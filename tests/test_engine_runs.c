@@ -125,6 +125,7 @@ static void a_run_that_writes_where_it_reads_is_refused(void **state)
     ts_engine_free(e);
 }
 
+/* Number 0: on no stream. */
 static ts_status run_on_stream(ts_engine *e, uint64_t s, uint64_t step, uint32_t number,
                                uint64_t call)
 {
@@ -137,7 +138,7 @@ static ts_status run_on_stream(ts_engine *e, uint64_t s, uint64_t step, uint32_t
                                            .run = {.k = 4096,
                                                    .v = 8192,
                                                    .out = 12288,
-                                                   .flags = TS_RUN_ON_STREAM,
+                                                   .flags = number > 0 ? TS_RUN_ON_STREAM : 0,
                                                    .number = number}}},
                  &answer);
 }
@@ -203,6 +204,57 @@ static void runs_on_a_stream_are_numbered_and_outlive_the_daemon(void **state)
     ts_engine_free(e);
 }
 
+static ts_status abort_once_idle(ts_engine *e, uint64_t session, uint64_t step)
+{
+    ts_answer answer;
+    return apply(e,
+                 (ts_command){.op = TS_OP_STEP_ABORT,
+                              .session = session,
+                              .step_end = {.step = step, .once_idle = true}},
+                 &answer);
+}
+
+/* It ends with its last run, or when a daemon takes over that isn't to do its runs. */
+static void a_step_that_is_aborted_once_idle_ends_with_its_runs(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    const uint64_t s = session_new(e, 1000), other = session_new(e, 1000), seq = seq_new(e, s);
+    ts_answer answer;
+    const ts_command open = {
+        .op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 16}};
+    assert_int_equal(apply(e, open, &answer), TS_OK);
+    uint64_t step = step_of_ids(e, s, seq, NULL, 3);
+    assert_int_equal(abort_once_idle(e, other, step), TS_ENOENT);
+    assert_int_equal(abort_once_idle(e, s, step), TS_OK);
+    assert_int_equal(e->live_steps, 0);
+
+    step = step_of_ids(e, s, seq, NULL, 3);
+    assert_int_equal(run_on_stream(e, s, step, 1, 1), TS_OK);
+    assert_int_equal(run_on_stream(e, s, step, 2, 2), TS_OK);
+    assert_int_equal(abort_once_idle(e, s, step), TS_OK);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EBUSY);
+    stream_run_done(e, step, 1, false);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer); /* the next daemon does the other */
+    check_engine(e);
+    assert_int_equal(e->live_steps, 1);
+    stream_run_done(e, step, 2, false);
+    assert_int_equal(e->live_steps, 0);
+
+    step = step_of_ids(e, s, seq, NULL, 3);
+    assert_int_equal(run_on_stream(e, s, step, 0, 0), TS_OK);
+    assert_int_equal(abort_once_idle(e, s, step), TS_OK);
+    check_engine(e);
+    assert_int_equal(e->live_steps, 1);
+    apply(e, (ts_command){.op = TS_OP_RESTARTED}, &answer);
+    assert_int_equal(e->live_steps, 0);
+
+    assert_int_equal(length_of(e, s, seq), 0);
+    assert_int_equal(e->pools[0].books.used, 0);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 /* A restart finds a block wrong, of a kept sequence that a step copies the tail of, and of a fork
  * of it. Of a session that has ended the step stays until its copy is made, and nobody finds the
  * sequence, neither until then nor later. */
@@ -249,6 +301,7 @@ int main(void)
         cmocka_unit_test(a_run_outside_the_exchange_is_refused),
         cmocka_unit_test(a_run_that_writes_where_it_reads_is_refused),
         cmocka_unit_test(runs_on_a_stream_are_numbered_and_outlive_the_daemon),
+        cmocka_unit_test(a_step_that_is_aborted_once_idle_ends_with_its_runs),
         cmocka_unit_test(a_wrong_block_is_nobodys_whatever_its_step_waits_for),
     };
     return cmocka_run_group_tests_name("engine_runs", tests, NULL, NULL);

@@ -39,6 +39,13 @@ static void worker_begin(worker *w, uint32_t tokens)
                            .digest = &w->digest};
 }
 
+/* TS_EBUSY as long as the sequence is in a step. */
+static ts_status begin_another(const worker *w, ts_step **step)
+{
+    const ts_step_options options = {.size = sizeof(ts_step_options), .heads = HEADS};
+    return ts_step_begin(w->pool, &w->seq, &(uint32_t){3}, 1, &options, step);
+}
+
 static void worker_close(worker *w)
 {
     ts_pool_close(w->pool);
@@ -164,6 +171,54 @@ static void a_worker_without_a_context_waits_for_nobody(void **state)
     stop(&d, false);
 }
 
+/* ---- a step that was aborted while its runs wait for the stream ---- */
+
+/* Its abort isn't heard of, and the next call is carried out, but not answered, by a daemon that
+ * dies. The next one does that call once, and ends the step when its runs are over; if it dies
+ * before, the one after it does. */
+static void an_abort_that_waits_for_the_stream_goes_on(void **state)
+{
+    (void)state;
+    for (int more = 0; more < 2; more++) {
+        daemon_process d;
+        ts_client *c;
+        worker w;
+        ts_seq other;
+        ts_step *next;
+        start(&d, POOL, "answering:7"); /* of session, pool, exchange, sequence, step, run */
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                    .url = d.url,
+                                    .wait_ms = 60000,
+                                    .timeout_ms = 2000,
+                                    .transport = TS_TRANSPORT_MESSAGES},
+                      &c));
+        worker_open(&w, c);
+        worker_begin(&w, 20);
+        stop_stream();
+        DO(ts_step_run_with(w.task.step, 0,
+                            &(ts_run_options){.size = sizeof(ts_run_options), .on_stream = true}));
+        assert_int_equal(ts_step_abort(w.task.step), TS_ETIMEOUT);
+        assert_int_equal(ts_client_restarts(c), 0);
+        DO(ts_seq_create(w.pool, 1, &other));
+        assert_int_equal(ts_client_restarts(c), 1);
+        if (more)
+            assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+        assert_int_equal(sequences(c), 2);
+        assert_int_equal(begin_another(&w, &next), TS_EBUSY);
+        sem_post(&may_go);
+        fake_stream_await();
+        while (begin_another(&w, &next) == TS_EBUSY)
+            ; /* its runs are over, which the engine is about to hear */
+        DO(ts_step_abort(next));
+        DO(ts_seq_free(w.pool, &w.seq, 1));
+        assert_int_equal(ts_client_restarts(c), 1 + more);
+        assert_int_equal(sequences(c), 1);
+        check_daemon(c);
+        worker_close(&w);
+        stop(&d, false);
+    }
+}
+
 /* ---- what can't be done again ---- */
 
 /* A run that its worker didn't submit in time isn't taken for done by the next daemon, though its
@@ -282,6 +337,7 @@ int main(void)
         cmocka_unit_test(the_next_daemon_does_what_nobody_asks_it_for),
         cmocka_unit_test(a_stream_goes_on_when_no_daemon_comes),
         cmocka_unit_test(a_worker_without_a_context_waits_for_nobody),
+        cmocka_unit_test(an_abort_that_waits_for_the_stream_goes_on),
         cmocka_unit_test(a_late_run_stays_late),
         cmocka_unit_test(a_run_on_a_stream_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(runs_of_a_step_that_is_lost_are_not_waited_for),

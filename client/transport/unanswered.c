@@ -10,7 +10,7 @@
  * completion comes to where the client would have looked for it.
  *
  * An abort without an answer is the daemon's to carry out; if it ends before that, the next one is
- * asked again.
+ * told of it when the session goes on.
  */
 #include "unanswered.h"
 
@@ -223,21 +223,9 @@ void ts_unanswered_select_by_ring(ts_client *c, uint32_t pool, const Tspb__SeqSe
 
 void ts_unanswered_abort(ts_client *c, uint64_t step)
 {
-    if (c->num_unaborted < TS_GIVEN_UP_MOST)
-        c->unaborted[c->num_unaborted++] = step;
-}
-
-void ts_unanswered_abort_again(ts_client *c)
-{
-    uint64_t steps[TS_GIVEN_UP_MOST];
-    const uint32_t count = c->num_unaborted;
-    memcpy(steps, c->unaborted, count * sizeof *steps);
-    c->num_unaborted = 0; /* first: what follows are calls, too */
-    for (uint32_t i = 0; i < count; i++) {
-        const ts_status status = abort_step(c, steps[i]);
-        if (status == TS_ETIMEOUT || status == TS_ECONN)
-            ts_unanswered_abort(c, steps[i]);
-    }
+    if (c->num_unaborted == TS_GIVEN_UP_MOST) /* the oldest has been carried out long since */
+        memmove(c->unaborted, c->unaborted + 1, --c->num_unaborted * sizeof *c->unaborted);
+    c->unaborted[c->num_unaborted++] = step;
 }
 
 void ts_unanswered_close(ts_client *c)

@@ -19,9 +19,8 @@ void ts_unanswered_select_by_ring(ts_client *client, uint32_t pool,
 void ts_unanswered_close(ts_client *client);
 
 /* The step's abort got no answer. A daemon that lives carries it out some time; the next one is
- * asked again. */
+ * told of it. */
 void ts_unanswered_abort(ts_client *client, uint64_t step);
-void ts_unanswered_abort_again(ts_client *client);
 
 /* The numbers of those calls, `most` at most; how many. */
 uint32_t ts_unanswered_calls(const ts_client *client, uint64_t *calls, uint32_t most);

@@ -180,7 +180,8 @@ typedef struct ts_command {
             uint64_t step;
             const uint32_t *accepted; /* NULL: all */
             uint32_t count;
-        } step_end; /* STEP_COMMIT, STEP_ABORT */
+            bool once_idle; /* an abort: as soon as none of its runs is in flight */
+        } step_end;         /* STEP_COMMIT, STEP_ABORT */
         struct {
             uint64_t step;
             uint32_t layer;   /* that was run; TS_NONE: the copies were made */

@@ -169,8 +169,10 @@ static void check_names_and_lives(checker *c, const ts_engine_pool *pool)
               seqs->num_lives);
 }
 
-static void check_stream_runs(checker *c, const ts_step *step, uint32_t index)
+static void check_runs(checker *c, const ts_step *step, uint32_t index)
 {
+    if (step->aborted && step->in_flight == 0)
+        wrong(c, "step %u is aborted, and nothing of it is in flight, but it hasn't ended", index);
     const uint32_t last = c->e->sessions[step->session].stream_number;
     const uint32_t others = (step->copying ? 1u : 0u) + (step->quarantined ? 1u : 0u);
     if (step->in_flight < others + step->num_stream_runs)
@@ -208,7 +210,7 @@ static void check_pool(checker *c, uint32_t index)
         if (!step->live || step->pool != index)
             continue;
         c->checked++;
-        check_stream_runs(c, step, i);
+        check_runs(c, step, i);
         for (uint32_t j = 0; j < step->num_seqs; j++) {
             const ts_step_seq *part = &step->seqs[j];
             const ts_sequence *seq = &pool->seqs.all[part->seq];

@@ -101,6 +101,8 @@ void ts_engine_restarted(ts_engine *e, ts_session *none, const ts_command *c, ts
         if (e->sessions[step->session].closing) /* nobody waits for them */
             step->num_stream_runs = 0;
         step->in_flight = others + step->num_stream_runs;
+        if (step->aborted && step->in_flight == 0)
+            ts_engine_step_abort(e, step);
     }
     for (uint32_t i = 0; i < e->num_sessions; i++) {
         ts_session *s = &e->sessions[i];

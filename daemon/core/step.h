@@ -44,6 +44,7 @@ typedef struct ts_step {
     uint8_t class;       /* of what is cached of it */
     bool by_worker;      /* its worker's own kernels write into its blocks */
     bool quarantined;    /* ... and may do so yet, though its session has ended */
+    bool aborted;        /* ends when nothing is in flight any more */
     uint32_t tokens;     /* new tokens of all sequences */
     ts_layer_set layers; /* that were run */
     ts_status failed;    /* TS_OK, or what came of a run: such a step keeps no tokens */

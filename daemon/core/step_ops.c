@@ -478,6 +478,10 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         return;
     const ts_engine_pool *pool = &e->pools[step->pool];
     uint32_t layers = pool->config.geometry.layers;
+    if (step->in_flight > 0 && c->step_end.once_idle) {
+        step->aborted = true;
+        return;
+    }
     if (step->in_flight > 0)
         return ts_refuse(answer, TS_EBUSY, "step %llx has %u runs in flight",
                          (unsigned long long)step->id, step->in_flight);
@@ -556,4 +560,6 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
         (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
     else if (step->append)
         settle(e, step, NULL, c->step_done.status == TS_OK);
+    else if (step->aborted && step->in_flight == 0)
+        ts_engine_step_abort(e, step);
 }

@@ -301,6 +301,18 @@ bool ts_step_work_must_wait(ts_exec *x, const ts_command *command)
     return wait;
 }
 
+void ts_step_work_abort(ts_exec *x, uint64_t session, uint64_t step)
+{
+    const ts_command abort = {
+        .op = TS_OP_STEP_ABORT,
+        .session = session,
+        .step_end = {.step = step, .once_idle = true},
+    };
+    ts_answer answer; /* or refused: it has ended */
+    (void)ts_step_work_must_wait(x, &abort);
+    ts_exec_apply(x, &abort, &answer);
+}
+
 /* Lets the GPU use what a run of the session's needs of its memory. */
 static ts_status reach(const ts_exec_gpu *gpu, const ts_session_memory *m, uint64_t session,
                        bool on_stream, char *why, size_t why_bytes)

@@ -38,6 +38,9 @@ bool ts_step_work_check_run(ts_exec *exec, const ts_session_memory *memory, cons
  * more run on a stream behind too many. An abort has the runs dropped. */
 bool ts_step_work_must_wait(ts_exec *exec, const ts_command *command);
 
+/* Aborts the session's step once its runs are over, which are dropped. An unknown step is fine. */
+void ts_step_work_abort(ts_exec *exec, uint64_t session, uint64_t step);
+
 /* Hands the run that the engine has accepted to the kernels. Unless it is on a stream they will
  * complete it. False: out of memory, nothing was done. */
 bool ts_step_work_run(ts_exec *exec, ts_session_memory *memory, const ts_completion *completion,

@@ -234,16 +234,11 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
 static void abort_steps_of(ts_service *s, const ts_connection *c, uint64_t call)
 {
     const ts_engine *e = s->exec.engine;
-    ts_answer answer;
     for (uint32_t i = ts_engine_session(e, c->session)->step_list, next; i != TS_NONE && call != 0;
          i = next) {
         next = e->steps[i].next;
         if (e->steps[i].call == call)
-            ts_exec_apply(&s->exec,
-                          &(ts_command){.op = TS_OP_STEP_ABORT,
-                                        .session = c->session,
-                                        .step_end = {.step = e->steps[i].id}},
-                          &answer);
+            ts_step_work_abort(&s->exec, c->session, e->steps[i].id);
     }
 }
 
@@ -286,6 +281,8 @@ void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts
         abort_steps_of(s, c, r->given_up[i]);
         free_seqs_of(s, c, r->given_up[i]);
     }
+    for (size_t i = 0; i < r->n_aborted_steps; i++)
+        ts_step_work_abort(&s->exec, c->session, r->aborted_steps[i]);
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         if (r->closed_pools >> i & 1)
             ts_exec_apply(&s->exec,
