@@ -206,44 +206,34 @@ static void save_copies(ts_engine *e, const ts_session *s, const ts_command *c, 
     }
 }
 
-/*
- * Makes room for `blocks` blocks by evicting cached ones: the tenant's own, and others' where that
- * empties whole slabs. True: the tenant needs new slabs as well, which it may not get
- * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted, or it is
- * TS_NEED_SWEEP, since more must be evicted than one command may.
- */
-static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t blocks,
-                      ts_answer *answer)
+/* Whether the tenant may have the blocks, what is cached counted as free. False: the answer
+ * refuses, or the session waits for room, or it is TS_NEED_SWEEP: more comes free. */
+static bool may_have(ts_engine *e, ts_session *s, const ts_command *c, uint64_t blocks,
+                     ts_answer *answer)
 {
-    ts_engine_pool *pool = &e->pools[c->pool];
-    ts_pool_books *books = &pool->books;
+    const ts_engine_pool *pool = &e->pools[c->pool];
+    const ts_pool_books *books = &pool->books;
     const ts_pool_tenant *tenant = &books->tenants[s->tenant];
     const uint64_t most = pool->config.tenant_blocks_max;
-    const bool is_small = blocks <= c->step_begin.count, no_new_slabs = c->step_begin.no_new_slabs;
+    const bool is_small = blocks <= c->step_begin.count;
     const uint64_t withheld = ts_waits_withheld(e, s, c->pool, blocks, is_small);
     const uint64_t all_available = ts_pool_available(books, s->tenant);
     const uint64_t available =
         all_available - (withheld < all_available ? withheld : all_available);
-    bool over = tenant->used + blocks > most;
-    if ((over || available < blocks) && c->step_begin.wait && blocks <= most &&
-        blocks <= books->num_blocks) {
+    const bool over = tenant->used + blocks > most;
+    if (!over && available >= blocks)
+        return true;
+    if (c->step_begin.wait && blocks <= most && blocks <= books->num_blocks) {
         ts_waits_for_room(e, s, c->pool, (uint32_t)blocks);
         ts_refuse(answer, TS_WAITS, "it waits for room");
-        return false;
-    }
-    if ((over || available < blocks) &&
-        (ts_engine_frees_more(e, c->pool) || e->closing != TS_NONE)) {
+    } else if (ts_engine_frees_more(e, c->pool) || e->closing != TS_NONE) {
         answer->status = TS_NEED_SWEEP;
-        return false;
-    }
-    if (over) {
+    } else if (over) {
         ts_refuse_more(answer, TS_EQUOTA, tenant->used, blocks, most,
                        "uid %u uses %u blocks of pool '%s'; %llu more would pass its limit of %llu",
                        e->tenants[s->tenant], tenant->used, pool->config.name,
                        (unsigned long long)blocks, (unsigned long long)most);
-        return false;
-    }
-    if (available < blocks) {
+    } else {
         ts_refuse(answer, TS_ENOSPC,
                   "%llu blocks are needed, but pool '%s' has %llu free for uid %u (of %u)",
                   (unsigned long long)blocks, pool->config.name, (unsigned long long)available,
@@ -254,8 +244,25 @@ static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t
                                        .cached = tenant->cached,
                                        .pinned = tenant->pinned,
                                        .others = books->used - tenant->used};
-        return false;
     }
+    return false;
+}
+
+/*
+ * Makes room for `blocks` blocks by evicting cached ones: the tenant's own, and others' where that
+ * empties whole slabs. True: the tenant needs new slabs as well, which it may not get
+ * (no_new_slabs). False: it has the blocks, or the answer refuses and nothing was evicted, or it is
+ * TS_NEED_SWEEP, since more must be evicted than one command may.
+ */
+static bool make_room(ts_engine *e, ts_session *s, const ts_command *c, uint64_t blocks,
+                      ts_answer *answer)
+{
+    ts_pool_books *books = &e->pools[c->pool].books;
+    const ts_pool_tenant *tenant = &books->tenants[s->tenant];
+    const uint64_t most = e->pools[c->pool].config.tenant_blocks_max;
+    const bool no_new_slabs = c->step_begin.no_new_slabs;
+    if (!may_have(e, s, c, blocks, answer))
+        return false;
     if (no_new_slabs && (uint64_t)tenant->free + tenant->cached < blocks)
         return true; /* evicting doesn't help */
     uint32_t budget = TS_SWEEP_ENTRIES;
@@ -404,29 +411,18 @@ static void fill_answer(ts_engine *e, const ts_step *step, ts_answer *answer)
     ts_engine_step_copies(e, step, e->out_copies, &answer->begun.num_copies);
 }
 
-void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
+/* Makes the step that was checked, of the sequences that were marked; NULL: the answer refuses. */
+static ts_step *make_step(ts_engine *e, ts_session *s, const ts_command *c, const needs *n,
+                          ts_answer *answer)
 {
-    ts_engine_pool *pool = &e->pools[c->pool];
-    const uint32_t count = c->step_begin.count;
-    if (!check_form(e, s, c, answer))
-        return;
-    needs n = {0};
-    uint32_t marked = mark_batch(e, s, c, &n, answer);
-    if (answer->status == TS_OK)
-        check_space(e, s, c, &n, answer);
+    const ts_pool_config *config = &e->pools[c->pool].config;
     uint32_t index = TS_NONE;
-    if (answer->status == TS_OK) {
-        if (reserve_answer(e, count, n.blocks))
-            index = step_new(e, s, count);
-        if (index == TS_NONE)
-            ts_refuse(answer, TS_ENOMEM, "no memory for a step of %u sequences", count);
+    if (reserve_answer(e, c->step_begin.count, n->blocks))
+        index = step_new(e, s, c->step_begin.count);
+    if (index == TS_NONE) {
+        ts_refuse(answer, TS_ENOMEM, "no memory for a step of %u sequences", c->step_begin.count);
+        return NULL;
     }
-    if (answer->status != TS_OK) {
-        for (uint32_t i = 0; i < marked; i++)
-            pool->seqs.all[(uint32_t)c->step_begin.seqs[i]].step = TS_NONE;
-        return;
-    }
-
     ts_step *step = &e->steps[index];
     step->pool = c->pool;
     step->call = c->call;
@@ -434,23 +430,30 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
     step->heads = c->step_begin.heads;
     step->io_dtype = (ts_dtype)c->step_begin.io_dtype;
     step->scale = c->step_begin.scale > 0 ? c->step_begin.scale
-                                          : 1.0f / sqrtf((float)pool->config.geometry.head_dim);
-    step->kernel =
-        c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : pool->config.kernel;
-    step->tokens = (uint32_t)n.tokens;
+                                          : 1.0f / sqrtf((float)config->geometry.head_dim);
+    step->kernel = c->step_begin.kernel != TS_KERNEL_AUTO ? c->step_begin.kernel : config->kernel;
+    step->tokens = (uint32_t)n->tokens;
     step->by_worker =
-        pool->config.on_gpu && (c->step_begin.by_worker || step->heads == 0) && !step->append;
+        config->on_gpu && (c->step_begin.by_worker || step->heads == 0) && !step->append;
     step->class = (uint8_t)(c->step_begin.priority + (int)TS_CLASS_NORMAL);
+    return step;
+}
+
+/* Takes the blocks of all the step's sequences. */
+static void take_blocks(ts_engine *e, ts_session *s, const ts_command *c, ts_step *step)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
     /* An append's K and V are written later: nobody is to find them. */
     const uint32_t *ids = step->append ? NULL : c->step_begin.tokens;
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < step->num_seqs; i++) {
         ts_step_seq *part = &step->seqs[i];
         ts_sequence *seq = &pool->seqs.all[(uint32_t)c->step_begin.seqs[i]];
         if (seq->step == TS_SEQUENCE_IN_PLACE)
             seq->borrowed_tail = false;
         part->seq = (uint32_t)c->step_begin.seqs[i];
         part->new_tokens = c->step_begin.new_tokens[i];
-        ts_step_take(&pool->seqs, &pool->books, part, index, (uint32_t)(s - e->sessions), ids);
+        ts_step_take(&pool->seqs, &pool->books, part, (uint32_t)(step - e->steps),
+                     (uint32_t)(s - e->sessions), ids);
         if (seq->claim != TS_NONE || part->known > 0)
             ts_claims_step_begun(e, s, c->pool, part->seq, ids, part->known, part->new_tokens);
         ts_sequence_refresh_life(&pool->seqs, seq, e->now_ms);
@@ -458,6 +461,26 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
             ids += part->new_tokens;
         s->blocks += part->reserved + (part->original != TS_NONE);
     }
+}
+
+void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_answer *answer)
+{
+    ts_engine_pool *pool = &e->pools[c->pool];
+    if (!check_form(e, s, c, answer))
+        return;
+    needs n = {0};
+    ts_step *step = NULL;
+    const uint32_t marked = mark_batch(e, s, c, &n, answer);
+    if (answer->status == TS_OK)
+        check_space(e, s, c, &n, answer);
+    if (answer->status == TS_OK)
+        step = make_step(e, s, c, &n, answer);
+    if (step == NULL) {
+        for (uint32_t i = 0; i < marked; i++)
+            pool->seqs.all[(uint32_t)c->step_begin.seqs[i]].step = TS_NONE;
+        return;
+    }
+    take_blocks(e, s, c, step);
     if (s->wait.kind == TS_WAIT_ROOM)
         pool->room_turn = s->tenant + 1;
     pool->open_steps++;

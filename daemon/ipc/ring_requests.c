@@ -391,75 +391,115 @@ static void park(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     ts_parked_add(r->rings->service, c, &r->wait, wait_of(entry));
 }
 
+/* An entry on its way to its completion. */
+typedef struct entry_call {
+    ts_ring *ring;
+    ts_connection *connection;
+    const ts_ring_entry *entry;
+    ts_command command;
+    ts_answer answer;
+    ts_completion completion;
+    ts_ring_completion done;
+    bool known; /* a run that the kernels have: its answer was lost with an earlier daemon */
+    bool waits; /* for the kernels, which complete it */
+} entry_call;
+
+/* Applies what the entry asks for, or refuses it. False: it must wait. */
+static bool apply(entry_call *call)
+{
+    ts_ring *r = call->ring;
+    ts_connection *c = call->connection;
+    const ts_ring_entry *entry = call->entry;
+    ts_service *s = r->rings->service;
+    ts_command *command = &call->command;
+    ts_answer *answer = &call->answer;
+    if (!decode(r, c, entry, command, answer) ||
+        !ts_parked_prepare(s, c, &r->wait, wait_of(entry), command, answer))
+        return true;
+    if (ts_step_work_must_wait(&s->exec, command))
+        return false;
+    const bool run = entry->op == TS_RING_RUN;
+    call->known = run && ts_engine_run_is_known(s->exec.engine, command);
+    if (!call->known && (!run || ts_step_work_check_run(&s->exec, &c->memory, command, answer)))
+        ts_exec_supply(&s->exec, command, answer);
+    if (answer->status == TS_WAITS)
+        park(r, c, entry);
+    return answer->status != TS_NEED_SWEEP && answer->status != TS_WAITS;
+}
+
+/* Hands what was accepted to the kernels, and lays out what it is answered. Without memory it is
+ * undone and refused. */
+static void hand_on(entry_call *call)
+{
+    ts_ring *r = call->ring;
+    ts_exec *x = &r->rings->service->exec;
+    const ts_ring_entry *entry = call->entry;
+    ts_answer *answer = &call->answer;
+    bool well = true;
+    uint64_t step = 0;
+    if (entry->op == TS_RING_RUN && !call->known) {
+        step = answer->step->id;
+        call->waits = !(call->command.step_run.run.flags & TS_RUN_ON_STREAM);
+        well = ts_step_work_run(x, &call->connection->memory, &call->completion, &call->command,
+                                answer->step);
+    } else if (entry->op == TS_RING_BEGIN) {
+        step = answer->begun.step->id;
+        call->waits = answer->begun.num_copies > 0;
+        well = encode_begin_reply(r, entry, answer, &call->done);
+        if (well && call->waits) {
+            r->begun = call->done;
+            well = ts_step_work_copy(x, &call->completion, answer);
+        }
+    } else if (entry->op >= TS_RING_SEQ_CREATE) {
+        encode_seqs(r, &call->command, answer);
+    }
+    if (well)
+        return;
+    ts_step_work_undo(x, &call->command, step);
+    if (answer->status == TS_OK)
+        ts_refuse(answer, TS_ENOMEM, "no memory for the answer");
+    call->done = (ts_ring_completion){.tag = entry->tag};
+    call->waits = false;
+}
+
 /* Does what one entry asks for. False: it must wait. */
 static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
 {
-    ts_service *s = r->rings->service;
-    ts_answer answer = {0};
-    ts_command command;
-    const ts_completion completion = {.done = on_done,
+    entry_call call;
+    call.ring = r;
+    call.connection = c;
+    call.entry = entry;
+    call.answer = (ts_answer){0};
+    call.completion = (ts_completion){.done = on_done,
                                       .submit = submit,
                                       .context = r,
                                       .taken_ns = ts_now_ns(),
                                       .tag = entry->tag};
-    ts_ring_completion done = {.tag = entry->tag};
-    bool known = false;
-    if (decode(r, c, entry, &command, &answer) &&
-        ts_parked_prepare(s, c, &r->wait, wait_of(entry), &command, &answer)) {
-        if (ts_step_work_must_wait(&s->exec, &command))
-            return false;
-        known = entry->op == TS_RING_RUN && ts_engine_run_is_known(s->exec.engine, &command);
-        if (known) /* and with the kernels: its answer was lost with an earlier daemon */
-            ;
-        else if (entry->op != TS_RING_RUN ||
-                 ts_step_work_check_run(&s->exec, &c->memory, &command, &answer))
-            ts_exec_supply(&s->exec, &command, &answer);
-        if (answer.status == TS_WAITS)
-            park(r, c, entry);
-        if (answer.status == TS_NEED_SWEEP || answer.status == TS_WAITS)
-            return false;
-    }
+    call.done = (ts_ring_completion){.tag = entry->tag};
+    call.known = call.waits = false;
+    if (!apply(&call))
+        return false;
     r->wait.deadline_ms = 0;
-    bool ok = true, waits = false;
-    uint64_t step = 0;
-    if (entry->op == TS_RING_RUN && answer.status == TS_OK && !known) {
-        step = answer.step->id;
-        waits = !(command.step_run.run.flags & TS_RUN_ON_STREAM);
-        ok = ts_step_work_run(&s->exec, &c->memory, &completion, &command, answer.step);
-    } else if (entry->op == TS_RING_BEGIN && answer.status == TS_OK) {
-        step = answer.begun.step->id;
-        waits = answer.begun.num_copies > 0;
-        ok = encode_begin_reply(r, entry, &answer, &done);
-        if (ok && waits) {
-            r->begun = done;
-            ok = ts_step_work_copy(&s->exec, &completion, &answer);
-        }
-    } else if (entry->op >= TS_RING_SEQ_CREATE && answer.status == TS_OK) {
-        encode_seqs(r, &command, &answer);
-    }
-    if (!ok) {
-        ts_step_work_undo(&s->exec, &command, step);
-        if (answer.status == TS_OK)
-            ts_refuse(&answer, TS_ENOMEM, "no memory for the answer");
-        done = (ts_ring_completion){.tag = entry->tag};
-        waits = false;
-    }
+    if (call.answer.status == TS_OK)
+        hand_on(&call);
     c->requests++;
-    s->requests++;
-    count_refusal(s, entry, answer.status);
-    if (waits) {
+    r->rings->service->requests++;
+    count_refusal(r->rings->service, entry, call.answer.status);
+    if (call.waits) {
         (void)ts_ring_use(r); /* until on_done */
         return true;
     }
-    done.status = (uint32_t)answer.status;
-    done.needed = answer.amounts.needed;
-    done.free = answer.amounts.free;
-    done.limit = answer.amounts.limit;
-    done.cached = answer.amounts.cached;
-    done.pinned = answer.amounts.pinned;
-    done.others = answer.amounts.others;
-    memcpy(done.message, answer.message, sizeof done.message);
-    complete(r, &done, completion.taken_ns);
+    const ts_amounts *amounts = &call.answer.amounts;
+    ts_ring_completion *done = &call.done;
+    done->status = (uint32_t)call.answer.status;
+    done->needed = amounts->needed;
+    done->free = amounts->free;
+    done->limit = amounts->limit;
+    done->cached = amounts->cached;
+    done->pinned = amounts->pinned;
+    done->others = amounts->others;
+    memcpy(done->message, call.answer.message, sizeof done->message);
+    complete(r, done, call.completion.taken_ns);
     return true;
 }
 

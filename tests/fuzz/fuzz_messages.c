@@ -55,7 +55,7 @@ static void fill_field(fuzz_input *in, known *k, lists *l, const ProtobufCFieldD
     size_t count = fuzz_take(in, 1) % 5;
     if (many && f->type == PROTOBUF_C_TYPE_UINT32)
         *(void **)at = strcmp(f->name, "tokens") == 0 ? l->tokens : l->numbers;
-    else if (many && f->type == PROTOBUF_C_TYPE_FIXED64)
+    else if (many && (f->type == PROTOBUF_C_TYPE_FIXED64 || f->type == PROTOBUF_C_TYPE_UINT64))
         *(void **)at = l->ids;
     else if (many)
         return;
@@ -104,192 +104,236 @@ static Tspb__Reply *call_described(fuzz_input *in, uint32_t pipe, known *k, uint
     return fuzz_call(pipe, &r);
 }
 
+/* A request that is built by hand, and what it points to. */
+typedef struct built {
+    fuzz_input *in;
+    uint32_t pipe;
+    known *k;
+    Tspb__Request request;
+    uint64_t ids[4];
+    uint32_t numbers[4], tokens[64];
+    uint32_t count; /* 0 to 4 */
+    union {
+        Tspb__SeqCreate seq_create;
+        Tspb__SeqFork seq_fork;
+        Tspb__SeqFree seq_free;
+        Tspb__SeqTruncate seq_truncate;
+        Tspb__SeqKeep seq_keep;
+        Tspb__SeqAttach seq_attach;
+        Tspb__SeqTicket seq_ticket;
+        Tspb__SeqRedeem seq_redeem;
+        Tspb__ListKept list_kept;
+        Tspb__SeqBlocks seq_blocks;
+        Tspb__SeqMatch seq_match;
+        Tspb__StepBegin step_begin;
+        Tspb__StepRun step_run;
+        Tspb__StepCommit step_commit;
+        Tspb__StepAbort step_abort;
+        Tspb__ExchangeOpen exchange_open;
+        Tspb__PoolMap pool_map;
+        Tspb__PoolOpen pool_open;
+        Tspb__PoolClose pool_close;
+    } body;
+} built;
+
+/* Makes the request one of this kind; its body, empty. */
+#define BODY(b, Type, NAME, name)                                                                  \
+    (b->body.name = (Tspb__##Type)TSPB__##NAME##__INIT,                                            \
+     b->request.body_case = TSPB__REQUEST__BODY_##NAME, b->request.name = &b->body.name)
+
+static void build_create(built *b)
+{
+    Tspb__SeqCreate *body = BODY(b, SeqCreate, SEQ_CREATE, seq_create);
+    body->count = b->count;
+}
+
+static void build_fork(built *b)
+{
+    Tspb__SeqFork *body = BODY(b, SeqFork, SEQ_FORK, seq_fork);
+    body->parent = b->ids[0];
+    body->count = b->count;
+    body->length = b->numbers[0];
+    body->has_length = b->numbers[1] & 1;
+}
+
+static void build_free(built *b)
+{
+    Tspb__SeqFree *body = BODY(b, SeqFree, SEQ_FREE, seq_free);
+    body->seqs = b->ids;
+    body->n_seqs = b->count;
+}
+
+static void build_truncate(built *b)
+{
+    Tspb__SeqTruncate *body = BODY(b, SeqTruncate, SEQ_TRUNCATE, seq_truncate);
+    body->seqs = b->ids;
+    body->lengths = b->numbers;
+    body->n_seqs = b->count;
+    body->n_lengths = b->numbers[3] == 1 ? 1 : b->count;
+}
+
+static void build_keep(built *b)
+{
+    Tspb__SeqKeep *body = BODY(b, SeqKeep, SEQ_KEEP, seq_keep);
+    body->seq = b->ids[0];
+    body->name = (char *)names[b->numbers[0] % 5];
+    body->ttl_ms = b->numbers[1];
+    body->replace = b->numbers[2] & 1;
+}
+
+static void build_attach(built *b)
+{
+    Tspb__SeqAttach *body = BODY(b, SeqAttach, SEQ_ATTACH, seq_attach);
+    body->name = (char *)names[b->numbers[0] % 5];
+}
+
+static void build_blocks(built *b)
+{
+    Tspb__SeqBlocks *body = BODY(b, SeqBlocks, SEQ_BLOCKS, seq_blocks);
+    body->seq = b->ids[0];
+    body->first = b->numbers[0];
+    body->count = b->numbers[1];
+}
+
+static void build_begin(built *b)
+{
+    Tspb__StepBegin *body = BODY(b, StepBegin, STEP_BEGIN, step_begin);
+    body->seqs = b->ids;
+    body->new_tokens = b->numbers;
+    body->n_seqs = body->n_new_tokens = b->count;
+    body->heads = fuzz_number(b->in);
+    body->io_dtype = fuzz_take(b->in, 1) % 5;
+    body->append = fuzz_take(b->in, 1) & 1;
+}
+
+/* With ids, of an alphabet of two. */
+static void build_begin_of_ids(built *b)
+{
+    build_begin(b);
+    fill_tokens(b->in, b->tokens);
+    b->body.step_begin.tokens = b->tokens;
+    for (uint32_t i = 0; i < b->count; i++)
+        b->body.step_begin.n_tokens += b->numbers[i] %= 16;
+}
+
+static void build_run(built *b)
+{
+    Tspb__StepRun *body = BODY(b, StepRun, STEP_RUN, step_run);
+    body->step = fuzz_id(b->in, b->k->steps, 4);
+    body->layer = fuzz_number(b->in) % 4;
+    body->q = fuzz_number(b->in) * 64ull;
+    body->k = fuzz_number(b->in) * 64ull;
+    body->v = fuzz_number(b->in) * 64ull;
+    body->out = fuzz_number(b->in) * 64ull;
+    body->has_sinks = body->has_alibi = body->has_lse = fuzz_take(b->in, 1) & 1;
+    body->sinks = body->alibi = body->lse = body->scales = fuzz_number(b->in) * 64ull;
+    body->has_scales = fuzz_take(b->in, 1) & 1;
+#define NUMBER(type, name, place, most, what) body->name = (type)fuzz_number(b->in);
+    TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
+    body->on_stream = b->numbers[0] == 1;
+    body->number = b->numbers[1];
+}
+
+static void build_commit(built *b)
+{
+    Tspb__StepCommit *body = BODY(b, StepCommit, STEP_COMMIT, step_commit);
+    body->step = fuzz_id(b->in, b->k->steps, 4);
+    body->accepted = b->numbers;
+    body->n_accepted = b->count;
+}
+
+static void build_abort(built *b)
+{
+    BODY(b, StepAbort, STEP_ABORT, step_abort)->step = fuzz_id(b->in, b->k->steps, 4);
+}
+
+static void build_close_or_open(built *b)
+{
+    if (b->numbers[0] & 1) {
+        BODY(b, PoolClose, POOL_CLOSE, pool_close)->pool = b->numbers[1];
+        return;
+    }
+    Tspb__PoolOpen *body = BODY(b, PoolOpen, POOL_OPEN, pool_open);
+    body->name = (char *)names[3];
+    body->writable = b->numbers[1] & 1;
+}
+
+static void build_match(built *b)
+{
+    Tspb__SeqMatch *body = BODY(b, SeqMatch, SEQ_MATCH, seq_match);
+    fill_tokens(b->in, b->tokens);
+    body->tokens = b->tokens;
+    body->counts = b->numbers;
+    body->n_counts = b->count;
+    for (uint32_t i = 0; i < body->n_counts; i++)
+        body->n_tokens += b->numbers[i] %= 17;
+    body->n_tokens -= body->n_tokens > 0 && fuzz_take(b->in, 1) == 255;
+    body->dry = b->ids[0] & 1;
+    body->space.data = (uint8_t *)b->tokens;
+    body->space.len = fuzz_take(b->in, 1) < 240 ? 0 : b->numbers[3] % 80;
+}
+
+static void build_ticket(built *b)
+{
+    Tspb__SeqTicket *body = BODY(b, SeqTicket, SEQ_TICKET, seq_ticket);
+    body->seq = b->ids[0];
+    body->ttl_ms = b->numbers[0];
+}
+
+static void build_redeem(built *b)
+{
+    Tspb__SeqRedeem *body = BODY(b, SeqRedeem, SEQ_REDEEM, seq_redeem);
+    uint8_t *ticket = b->k->ticket;
+    body->ticket.data = ticket;
+    body->ticket.len = b->numbers[0] < 30 ? TS_TICKET_BYTES : b->numbers[0] % TS_TICKET_BYTES;
+    ticket[0] ^= b->numbers[1] == 1;
+}
+
+static void build_list(built *b)
+{
+    Tspb__ListKept *body = BODY(b, ListKept, LIST_KEPT, list_kept);
+    fuzz_wait(b->numbers[0]);
+    body->prefix = (char *)names[b->numbers[1] % 5];
+    body->after = (char *)names[b->numbers[2] % 5];
+    body->limit = b->numbers[3];
+}
+
+static void build_exchange_or_map(built *b)
+{
+    if (b->numbers[0] & 1) {
+        Tspb__ExchangeOpen *body = BODY(b, ExchangeOpen, EXCHANGE_OPEN, exchange_open);
+        body->bytes = fuzz_number(b->in) * 4096ull;
+        fuzz_give_exchange(b->pipe, body->bytes % (2 << 20));
+        return;
+    }
+    Tspb__PoolMap *body = BODY(b, PoolMap, POOL_MAP, pool_map);
+    body->pool = (char *)names[3];
+    body->cells = b->numbers[1];
+}
+
+static void (*const builders[])(built *b) = {
+    build_create,        build_fork,   build_free,
+    build_truncate,      build_keep,   build_attach,
+    build_blocks,        build_begin,  build_begin_of_ids,
+    build_run,           build_commit, build_abort,
+    build_close_or_open, build_match,  build_ticket,
+    build_redeem,        build_list,   build_exchange_or_map,
+};
+
+/* One of those, with some ids and numbers for it. */
 static void one_built(fuzz_input *in, uint32_t pipe, known *k, uint64_t id)
 {
-    Tspb__Request r = TSPB__REQUEST__INIT;
-    Tspb__SeqCreate create = TSPB__SEQ_CREATE__INIT;
-    Tspb__SeqFork fork = TSPB__SEQ_FORK__INIT;
-    Tspb__SeqFree release = TSPB__SEQ_FREE__INIT;
-    Tspb__SeqTruncate truncate = TSPB__SEQ_TRUNCATE__INIT;
-    Tspb__SeqKeep keep = TSPB__SEQ_KEEP__INIT;
-    Tspb__SeqAttach attach = TSPB__SEQ_ATTACH__INIT;
-    Tspb__SeqTicket ticket = TSPB__SEQ_TICKET__INIT;
-    Tspb__SeqRedeem redeem = TSPB__SEQ_REDEEM__INIT;
-    Tspb__ListKept list = TSPB__LIST_KEPT__INIT;
-    Tspb__SeqBlocks blocks = TSPB__SEQ_BLOCKS__INIT;
-    Tspb__SeqMatch match = TSPB__SEQ_MATCH__INIT;
-    Tspb__StepBegin begin = TSPB__STEP_BEGIN__INIT;
-    Tspb__StepRun run = TSPB__STEP_RUN__INIT;
-    Tspb__StepCommit commit = TSPB__STEP_COMMIT__INIT;
-    Tspb__StepAbort drop = TSPB__STEP_ABORT__INIT;
-    Tspb__ExchangeOpen exchange = TSPB__EXCHANGE_OPEN__INIT;
-    Tspb__PoolMap map = TSPB__POOL_MAP__INIT;
-    Tspb__PoolOpen open = TSPB__POOL_OPEN__INIT;
-    Tspb__PoolClose close = TSPB__POOL_CLOSE__INIT;
-    uint64_t ids[4];
-    uint32_t numbers[4], count = fuzz_take(in, 1) % 5;
-    uint32_t kind = fuzz_take(in, 1) % 18, tokens[64];
+    built b = {.in = in, .pipe = pipe, .k = k, .request = TSPB__REQUEST__INIT};
+    b.request.request_id = id;
+    b.count = fuzz_take(in, 1) % 5;
+    const uint32_t kind = fuzz_take(in, 1) % (sizeof builders / sizeof *builders);
     for (uint32_t i = 0; i < 4; i++) {
-        ids[i] = fuzz_id(in, k->seqs, 8);
-        numbers[i] = fuzz_number(in);
+        b.ids[i] = fuzz_id(in, k->seqs, 8);
+        b.numbers[i] = fuzz_number(in);
     }
-    r.request_id = id;
-    switch (kind) {
-    case 0:
-        create.count = count;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_CREATE;
-        r.seq_create = &create;
-        break;
-    case 1:
-        fork.parent = ids[0];
-        fork.count = count;
-        fork.length = numbers[0];
-        fork.has_length = numbers[1] & 1;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_FORK;
-        r.seq_fork = &fork;
-        break;
-    case 2:
-        release.seqs = ids;
-        release.n_seqs = count > 4 ? 4 : count;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_FREE;
-        r.seq_free = &release;
-        break;
-    case 3:
-        truncate.seqs = ids;
-        truncate.lengths = numbers;
-        truncate.n_seqs = count > 4 ? 4 : count;
-        truncate.n_lengths = numbers[3] == 1 ? 1 : truncate.n_seqs;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_TRUNCATE;
-        r.seq_truncate = &truncate;
-        break;
-    case 4:
-        keep.seq = ids[0];
-        keep.name = (char *)names[numbers[0] % 5];
-        keep.ttl_ms = numbers[1];
-        keep.replace = numbers[2] & 1;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_KEEP;
-        r.seq_keep = &keep;
-        break;
-    case 5:
-        attach.name = (char *)names[numbers[0] % 5];
-        r.body_case = TSPB__REQUEST__BODY_SEQ_ATTACH;
-        r.seq_attach = &attach;
-        break;
-    case 6:
-        blocks.seq = ids[0];
-        blocks.first = numbers[0];
-        blocks.count = numbers[1];
-        r.body_case = TSPB__REQUEST__BODY_SEQ_BLOCKS;
-        r.seq_blocks = &blocks;
-        break;
-    case 7:
-    case 8:
-        begin.seqs = ids;
-        begin.new_tokens = numbers;
-        begin.n_seqs = begin.n_new_tokens = count > 4 ? 4 : count;
-        begin.heads = fuzz_number(in);
-        begin.io_dtype = fuzz_take(in, 1) % 5;
-        begin.append = fuzz_take(in, 1) & 1;
-        if (kind == 8) { /* with ids, of an alphabet of two */
-            fill_tokens(in, tokens);
-            begin.tokens = tokens;
-            for (uint32_t i = 0; i < begin.n_seqs; i++)
-                begin.n_tokens += numbers[i] %= 16;
-        }
-        r.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
-        r.step_begin = &begin;
-        break;
-    case 9:
-        run.step = fuzz_id(in, k->steps, 4);
-        run.layer = fuzz_number(in) % 4;
-        run.q = fuzz_number(in) * 64ull;
-        run.k = fuzz_number(in) * 64ull;
-        run.v = fuzz_number(in) * 64ull;
-        run.out = fuzz_number(in) * 64ull;
-        run.has_sinks = run.has_alibi = run.has_lse = fuzz_take(in, 1) & 1;
-        run.sinks = run.alibi = run.lse = run.scales = fuzz_number(in) * 64ull;
-        run.has_scales = fuzz_take(in, 1) & 1;
-#define NUMBER(type, name, place, most, what) run.name = (type)fuzz_number(in);
-        TS_RUN_NUMBERS(NUMBER)
-#undef NUMBER
-        run.on_stream = numbers[0] == 1;
-        run.number = numbers[1];
-        r.body_case = TSPB__REQUEST__BODY_STEP_RUN;
-        r.step_run = &run;
-        break;
-    case 10:
-        commit.step = fuzz_id(in, k->steps, 4);
-        commit.accepted = numbers;
-        commit.n_accepted = count > 4 ? 4 : count;
-        r.body_case = TSPB__REQUEST__BODY_STEP_COMMIT;
-        r.step_commit = &commit;
-        break;
-    case 11:
-        drop.step = fuzz_id(in, k->steps, 4);
-        r.body_case = TSPB__REQUEST__BODY_STEP_ABORT;
-        r.step_abort = &drop;
-        break;
-    case 12:
-        if (numbers[0] & 1) {
-            close.pool = numbers[1];
-            r.body_case = TSPB__REQUEST__BODY_POOL_CLOSE;
-            r.pool_close = &close;
-        } else {
-            open.name = (char *)names[3];
-            open.writable = numbers[1] & 1;
-            r.body_case = TSPB__REQUEST__BODY_POOL_OPEN;
-            r.pool_open = &open;
-        }
-        break;
-    case 13:
-        fill_tokens(in, tokens);
-        match.tokens = tokens;
-        match.counts = numbers;
-        match.n_counts = count > 4 ? 4 : count;
-        for (uint32_t i = 0; i < match.n_counts; i++)
-            match.n_tokens += numbers[i] %= 17;
-        match.n_tokens -= match.n_tokens > 0 && fuzz_take(in, 1) == 255;
-        match.dry = ids[0] & 1;
-        match.space.data = (uint8_t *)tokens;
-        match.space.len = fuzz_take(in, 1) < 240 ? 0 : numbers[3] % 80;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_MATCH;
-        r.seq_match = &match;
-        break;
-    case 14:
-        ticket.seq = ids[0];
-        ticket.ttl_ms = numbers[0];
-        r.body_case = TSPB__REQUEST__BODY_SEQ_TICKET;
-        r.seq_ticket = &ticket;
-        break;
-    case 15:
-        redeem.ticket.data = k->ticket;
-        redeem.ticket.len = numbers[0] < 30 ? sizeof k->ticket : numbers[0] % sizeof k->ticket;
-        k->ticket[0] ^= numbers[1] == 1;
-        r.body_case = TSPB__REQUEST__BODY_SEQ_REDEEM;
-        r.seq_redeem = &redeem;
-        break;
-    case 16:
-        fuzz_wait(numbers[0]);
-        list.prefix = (char *)names[numbers[1] % 5];
-        list.after = (char *)names[numbers[2] % 5];
-        list.limit = numbers[3];
-        r.body_case = TSPB__REQUEST__BODY_LIST_KEPT;
-        r.list_kept = &list;
-        break;
-    default:
-        if (numbers[0] & 1) {
-            exchange.bytes = fuzz_number(in) * 4096ull;
-            fuzz_give_exchange(pipe, exchange.bytes % (2 << 20));
-            r.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
-            r.exchange_open = &exchange;
-        } else {
-            map.pool = (char *)names[3];
-            map.cells = numbers[1];
-            r.body_case = TSPB__REQUEST__BODY_POOL_MAP;
-            r.pool_map = &map;
-        }
-    }
-    Tspb__Reply *reply = fuzz_call(pipe, &r);
+    builders[kind](&b);
+    Tspb__Reply *reply = fuzz_call(pipe, &b.request);
     learn(k, reply, (uint32_t)id);
     tspb__reply__free_unpacked(reply, NULL);
 }
