@@ -65,7 +65,8 @@ find_package(TinyServe 0.1 REQUIRED)
 add_executable(worker worker.c)
 target_link_libraries(worker PRIVATE TinyServe::tinyserve)
 END
-"$2" -S "$folder" -B "$folder/build" -DCMAKE_PREFIX_PATH="$folder/there" >"$folder/log" 2>&1 &&
+"$2" -S "$folder" -B "$folder/build" -G Ninja -DCMAKE_PREFIX_PATH="$folder/there" \
+    >"$folder/log" 2>&1 &&
     "$2" --build "$folder/build" >>"$folder/log" 2>&1 || {
     cat "$folder/log"
     exit 1
@@ -86,4 +87,6 @@ EOF
     g++ -std=c++17 -pedantic -Wall -Wextra -Werror -I"$folder/there/include" -fsyntax-only \
         "$folder/worker.cpp"
     echo "the header is C++17"
+else
+    echo "whether the header is C++17 wasn't checked: there is no g++"
 fi
