@@ -144,6 +144,25 @@ static ts_status set_path(ts_client *c, const char *url, const char *what)
     return TS_OK;
 }
 
+/* Whether members that are one of a few words are. */
+static ts_status check_words(ts_client *c, const ts_options *o)
+{
+    const struct {
+        const char *name;
+        int is, last;
+        const char *last_name;
+    } words[] = {
+        {"transport", (int)o->transport, TS_TRANSPORT_MESSAGES, "TS_TRANSPORT_MESSAGES"},
+        {"exec", (int)o->exec, TS_EXEC_AUTO, "TS_EXEC_AUTO"},
+        {"reconnect", (int)o->reconnect, TS_RECONNECT_OFF, "TS_RECONNECT_OFF"},
+    };
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (words[i].is < 0 || words[i].is > words[i].last)
+            return ts_fail(c, TS_EINVAL, "ts_options.%s is %d; the last one is %d, %s",
+                           words[i].name, words[i].is, words[i].last, words[i].last_name);
+    return TS_OK;
+}
+
 ts_status ts_connect(const ts_options *options, ts_client **out)
 {
     ts_options o;
@@ -156,6 +175,8 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->pid = getpid();
     pthread_mutex_init(&c->socket_lock, NULL);
     ts_status status = ts_options_read(c, TS_STRUCT_OPTIONS, options, &o);
+    if (status == TS_OK)
+        status = check_words(c, &o);
     if (status != TS_OK)
         return status;
     c->timeout_ms = o.timeout_ms != 0 ? o.timeout_ms : TIMEOUT_DEFAULT_MS;

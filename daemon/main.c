@@ -316,7 +316,6 @@ static void set_up(ts_service *s, ts_config *c)
     s->started_ms = ts_now_ms();
     clock_gettime(CLOCK_REALTIME, &now);
     s->started_unix = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-    s->message_bytes_max = (uint32_t)c->message_bytes;
     s->admin_uid = getuid();
     s->operators = c->operators;
     s->http_shows_all = c->metrics_show == TS_METRICS_ALL;
@@ -334,14 +333,17 @@ static void set_up(ts_service *s, ts_config *c)
 /* The engine, the kernels' threads, the rings and the pools. An error is in the log. */
 static bool make_engine(ts_service *s, ts_config *c, ts_store *store)
 {
+    const uint32_t threads = ts_config_threads(c, ts_processors());
     const bool made = ts_takeover_begin(s, store, c);
     ts_handover_note_crashes(s->exec.books);
-    s->exec.attention = ts_attention_new(ts_config_threads(c, ts_processors()), c->kernel);
+    s->exec.attention = ts_attention_new(threads, c->kernel);
     if (s->exec.attention != NULL)
         s->exec.host = ts_host_executor_new(s->exec.attention);
-    if (!made || s->exec.host == NULL || ts_rings_new(s, c->spin_us) == NULL) {
+    if (!made) /* which is in the log */
+        return false;
+    if (s->exec.host == NULL || ts_rings_new(s, c->spin_us) == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
-               c->limits.sessions, c->threads);
+               c->limits.sessions, threads);
         return false;
     }
     if (ts_takeover_pools(s, c) != TS_OK)

@@ -43,6 +43,38 @@ static void a_pools_memory_becomes_blocks_and_slabs(void **state)
     assert_int_equal(p->max_blocks, 512);
 }
 
+/* A sequence's block table has a limit. A length that was asked for isn't cut silently; the default
+ * is. */
+static void a_sequences_tokens_are_as_many_as_its_blocks_hold(void **state)
+{
+    (void)state;
+    assert_int_equal(read_text(POOL "block_tokens = 16\nmemory = 1M\nsequence_tokens = 4194304\n"),
+                     TS_OK);
+    assert_int_equal(c.pools[0].pool.sequence_tokens_max, 4194304);
+    assert_int_equal(read_text(POOL "block_tokens = 16\nmemory = 1M\nsequence_tokens = 4194305\n"),
+                     TS_EINVAL);
+    assert_int_equal(c.problems[0].line, 7);
+    assert_string_equal(c.problems[0].text,
+                        "pool 'p': sequence_tokens = 4194305: with blocks of 16 tokens the limit "
+                        "is 4194304, 262144 blocks");
+    assert_int_equal(read_text(POOL "block_tokens = 1\nmemory = 1M\n"), TS_OK);
+    assert_int_equal(c.pools[0].pool.sequence_tokens_max, 262144);
+}
+
+/* A pool that an operator makes is looked at by itself. */
+static void pools_are_finished_without_the_daemons_keys(void **state)
+{
+    (void)state;
+    ts_config_init(&c);
+    assert_int_equal(ts_config_finish_pools(&c), TS_OK); /* none */
+    assert_int_equal(ts_config_add_pool(&c, "p:layers=1,kv_heads=1,head_dim=32,blocks=4"), TS_OK);
+    assert_int_equal(ts_config_finish_pools(&c), TS_OK);
+    assert_int_equal(c.pools[0].pool.num_blocks, 4);
+    ts_config_init(&c);
+    assert_int_equal(ts_config_add_pool(&c, "p:layers=1,kv_heads=1,head_dim=32"), TS_OK);
+    assert_int_equal(ts_config_finish_pools(&c), TS_EINVAL);
+}
+
 static void every_problem_is_told_with_its_line(void **state)
 {
     (void)state;
@@ -236,6 +268,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pools_memory_becomes_blocks_and_slabs),
+        cmocka_unit_test(a_sequences_tokens_are_as_many_as_its_blocks_hold),
+        cmocka_unit_test(pools_are_finished_without_the_daemons_keys),
         cmocka_unit_test(every_problem_is_told_with_its_line),
         cmocka_unit_test(a_key_or_a_pool_given_twice_is_a_problem),
         cmocka_unit_test(a_comment_may_follow_a_value),

@@ -180,7 +180,8 @@ static void bad_batches_are_refused_whole_with_a_reason(void **state)
     assert_string_equal(answer.message, "there is no sequence 3039 in pool 'test'");
     assert_int_equal(begin(e, session, (uint64_t[]){first, second}, zero, 2, false, &answer),
                      TS_EINVAL);
-    assert_string_equal(answer.message, "a step of 0 new tokens; one of its 2 sequences gets some");
+    assert_string_equal(answer.message,
+                        "a step of 2 sequences has 0 new tokens; it needs at least 1");
     assert_int_equal(begin(e, session, (uint64_t[]){first, second}, huge, 2, false, &answer),
                      TS_EINVAL);
     assert_string_equal(answer.message,

@@ -66,6 +66,28 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     daemon_stop(&d);
 }
 
+/* A limit that isn't a whole number of pages allows the whole pages in it. */
+static void the_limit_of_an_exchange_counts_pages(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *c;
+    daemon_start_with(&d, POOL_TINY ",blocks=64",
+                      (const char *const[]){"--set", "exchange_max=9000", NULL});
+    ts_options options = {.size = sizeof options, .url = d.url, .exchange_bytes = 8192};
+    OK(ts_connect(&options, &c));
+    ts_disconnect(c);
+    options.exchange_bytes = 4097;
+    OK(ts_connect(&options, &c));
+    ts_disconnect(c);
+    options.exchange_bytes = 8193;
+    assert_int_equal(ts_connect(&options, &c), TS_EINVAL);
+    assert_string_equal(ts_error(c), "an exchange of 8193 bytes; the daemon's limits are 1..8192 "
+                                     "(exchange_max)");
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void held_memory_stays_mapped_when_all_is_closed(void **state)
 {
     (void)state;
@@ -155,6 +177,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
+        cmocka_unit_test(the_limit_of_an_exchange_counts_pages),
         cmocka_unit_test(held_memory_stays_mapped_when_all_is_closed),
         cmocka_unit_test(host_memory_lies_on_all_nodes_in_turn),
     };

@@ -58,8 +58,8 @@ typedef enum ts_exec {
     TS_EXEC_DAEMON, /* the daemon, which joins the runs of several sessions into one launch */
     TS_EXEC_LOCAL,  /* this process, with the same kernels over the mapped pool. Requires
                        TS_POOL_WRITABLE; on a GPU also ts_exchange_device and libtinyserve-cuda */
-    TS_EXEC_AUTO    /* the faster of both, timed in the session's first step; the daemon where local
-                       execution can't be. Runs captured into a CUDA graph are local */
+    TS_EXEC_AUTO    /* the faster of both, timed in the session's first step; if local execution is
+                       not possible, the daemon. Runs captured into a CUDA graph are local */
 } ts_exec;
 
 /* The version of the library that was loaded; TS_VERSION is the header's: "0.1.0". */
@@ -134,7 +134,7 @@ typedef struct ts_error_info {
         sizeof(ts_error_info), TS_OK, 0, 0, 0, 0, 0, 0                                             \
     }
 
-/* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_error_info. */
+/* Fills in out->size bytes. TS_EINVAL: no version's ts_error_info has that size. */
 TS_WARN_UNUSED ts_status ts_error_read(const ts_client *client, ts_error_info *out);
 
 /* How the client's last step reached the daemon: TS_TRANSPORT_RING or TS_TRANSPORT_MESSAGES. */
@@ -190,7 +190,7 @@ typedef struct ts_pool_room {
         sizeof(ts_pool_room), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                      \
     }
 
-/* Fills in out->size bytes. TS_EINVAL: that isn't the size of a ts_pool_room. */
+/* Fills in out->size bytes. TS_EINVAL: no version's ts_pool_room has that size. */
 TS_WARN_UNUSED ts_status ts_pool_stats(ts_pool *pool, ts_pool_room *out);
 
 /* A pool of the daemon, open or not. */
@@ -220,9 +220,9 @@ const char *ts_pool_memory(const ts_pool *pool);
 TS_WARN_UNUSED ts_status ts_pool_cuda_device(ts_pool *pool, int *ordinal);
 
 /* ---- the exchange ----
- * It is host memory unless one of these calls moves it to a GPU. TS_EBUSY: a step is open, or the
- * GPU still works on runs that use an earlier exchange. TS_EQUOTA, TS_ENOMEM: too much of the GPU's
- * memory. A session uses one GPU. */
+ * It is host memory unless one of these calls moves it to a GPU. TS_EBUSY: a step or a frame is
+ * open, or the GPU still works on runs that use an earlier exchange. TS_EQUOTA, TS_ENOMEM: too much
+ * of the GPU's memory. A session uses one GPU. */
 
 /* Puts the exchange into memory of the pool's GPU, which the daemon owns. The pointers of later
  * steps are device addresses. */
@@ -254,9 +254,8 @@ typedef struct ts_step_options {
     const uint32_t *tokens; /* ids of all new tokens, in order: what is committed with them can be
                                found (ts_seq_match). TS_TOKEN_UNKNOWN: this one's isn't known.
                                NULL: none are */
-    uint32_t wait_ms; /* it waits this long, beside the call's own time, for room: sessions of a
-                         pool get it in their order, tenants in turn, and those first who stay
-                         within an equal share of the pool. 0: it is refused at once */
+    uint32_t wait_ms;       /* how long to wait for free blocks, in addition to timeout_ms; in which
+                               order, ts_step_begin(3) says. 0: it is refused at once */
     int32_t priority; /* of what is cached of the step's content: -1 is evicted before 0, and 1
                          after it, among the tenant's own */
 } ts_step_options;

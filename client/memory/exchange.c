@@ -39,14 +39,16 @@ void ts_exchange_close(ts_client *c)
     c->exchange_kind = TS_EXCHANGE_NONE;
 }
 
-/* Checks the size and rounds it up. */
+/* Checks the size and rounds it up, as far as the daemon's limit allows. */
 static ts_status check_bytes(ts_client *c, size_t *bytes, size_t granule)
 {
-    if (*bytes == 0 || *bytes > c->exchange_bytes_max)
+    const size_t most = c->exchange_bytes_max / 4096 * 4096;
+    if (*bytes == 0 || *bytes > most)
         return ts_fail(c, TS_EINVAL,
                        "an exchange of %zu bytes; the daemon's limits are 1..%zu (exchange_max)",
-                       *bytes, c->exchange_bytes_max);
+                       *bytes, most);
     *bytes = (*bytes + granule - 1) / granule * granule;
+    *bytes = *bytes < most ? *bytes : most;
     return TS_OK;
 }
 
@@ -60,8 +62,6 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
     if (wrong != TS_OK)
         return wrong;
     open->bytes = bytes;
-    if (open->bytes > c->exchange_bytes_max)
-        open->bytes = c->exchange_bytes_max / 4096 * 4096;
     request.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
     request.exchange_open = open;
     ts_status status = ts_call(c, &request, reply);

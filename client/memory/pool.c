@@ -1,6 +1,7 @@
 #include "block_table_cache.h"
 #include "error.h"
 #include "gpu_context.h"
+#include "options.h"
 #include "pool_map.h"
 #include "rpc.h"
 #include "slab_returns.h"
@@ -178,30 +179,30 @@ ts_status ts_pool_stats(ts_pool *p, ts_pool_room *out)
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     const size_t size = out->size;
-    if (size != sizeof *out)
-        return ts_fail(p->client, TS_EINVAL,
-                       "ts_pool_room has a size of %zu: initialise it with TS_POOL_ROOM_INIT",
-                       size);
+    ts_status status = ts_result_check(p->client, TS_STRUCT_POOL_ROOM, size);
+    if (status != TS_OK)
+        return status;
     body.pool = p->index;
     request.body_case = TSPB__REQUEST__BODY_POOL_ROOM;
     request.pool_room = &body;
-    ts_status status = ts_call(p->client, &request, &reply);
+    status = ts_call(p->client, &request, &reply);
     if (status != TS_OK)
         return status;
     const Tspb__Room *r = reply->room;
     if (reply->body_case == TSPB__REPLY__BODY_ROOM)
-        *out = (ts_pool_room){.size = size,
-                              .blocks = r->blocks,
-                              .available = r->available,
-                              .used = r->used,
-                              .cached = r->cached,
-                              .pinned = r->pinned,
-                              .limit = r->limit,
-                              .others = r->others,
-                              .sequences = r->sequences,
-                              .waiting = r->waiting,
-                              .asked_tokens = r->asked_tokens,
-                              .found_tokens = r->found_tokens};
+        ts_result_put(TS_STRUCT_POOL_ROOM, out, size,
+                      &(ts_pool_room){.size = size,
+                                      .blocks = r->blocks,
+                                      .available = r->available,
+                                      .used = r->used,
+                                      .cached = r->cached,
+                                      .pinned = r->pinned,
+                                      .limit = r->limit,
+                                      .others = r->others,
+                                      .sequences = r->sequences,
+                                      .waiting = r->waiting,
+                                      .asked_tokens = r->asked_tokens,
+                                      .found_tokens = r->found_tokens});
     else
         status = ts_fail(p->client, TS_EPROTO, "the daemon's answer tells no room");
     tspb__reply__free_unpacked(reply, NULL);

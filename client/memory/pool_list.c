@@ -28,7 +28,7 @@ ts_status ts_pool_list(ts_client *c, ts_pool_info *out, size_t info_bytes, uint3
     Tspb__Reply *reply;
     *count = 0;
     TS_ENTER(c);
-    ts_status status = ts_elements_check(c, "ts_pool_info", info_bytes, sizeof *out);
+    ts_status status = ts_result_check(c, TS_STRUCT_POOL_INFO, info_bytes);
     if (status != TS_OK)
         return status;
     request.body_case = TSPB__REQUEST__BODY_STATUS;
@@ -41,7 +41,8 @@ ts_status ts_pool_list(ts_client *c, ts_pool_info *out, size_t info_bytes, uint3
         *count = (uint32_t)r->n_pools;
         for (uint32_t i = 0; i < room && i < *count; i++) {
             const ts_pool_info info = info_of(r->pools[i]);
-            ts_element_put(out, info_bytes, i, &info, sizeof info);
+            ts_result_put(TS_STRUCT_POOL_INFO, (unsigned char *)out + i * info_bytes, info_bytes,
+                          &info);
         }
     } else {
         status = ts_fail(c, TS_EPROTO, "the daemon's answer lists no pools");

@@ -71,7 +71,8 @@ static bool read_list(const Tspb__KeptList *l, uint32_t most, kept_array out)
         if (bytes >= sizeof kept.name)
             return false;
         memcpy(kept.name, l->names[i], bytes + 1);
-        ts_element_put(out.first, out.bytes, out.told + i, &kept, sizeof kept);
+        ts_result_put(TS_STRUCT_KEPT, (unsigned char *)out.first + (out.told + i) * out.bytes,
+                      out.bytes, &kept);
     }
     return true;
 }
@@ -107,7 +108,7 @@ ts_status ts_seq_list(ts_pool *p, const char *prefix, const char *after, ts_kept
                       size_t kept_bytes, uint32_t room, uint32_t *count)
 {
     TS_ENTER(p->client);
-    ts_status status = ts_elements_check(p->client, "ts_kept", kept_bytes, sizeof *out);
+    ts_status status = ts_result_check(p->client, TS_STRUCT_KEPT, kept_bytes);
     if (status != TS_OK)
         return status;
     char next[sizeof out->name] = "";

@@ -384,6 +384,7 @@ ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const ui
     ts_status status = use_rings(p->client, count > picked ? count : picked, 0, &use);
     if (status != TS_OK)
         return status;
+    forget_losers(p, seqs, count, from, picked); /* first: `out` may be `seqs` */
     ts_rings_memory *m = p->client->rings;
     if (use && count > 0 && picked > 0) {
         memcpy(m->batch_seqs, seqs, count * sizeof *seqs);
@@ -397,7 +398,6 @@ ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const ui
     }
     if (status != TS_OK)
         return status;
-    forget_losers(p, seqs, count, from, picked);
     if (use)
         memcpy(out, m->batch_seqs, picked * sizeof *out);
     return TS_OK;

@@ -271,8 +271,7 @@ static ts_status add_tokens(ts_pool *p, const ts_seq *seqs, const uint32_t *new_
     }
     if (count == 0 || sum == 0)
         return ts_fail(p->client, TS_EINVAL,
-                       "0 new tokens for %u sequences; a step adds at least 1 token to at least 1",
-                       count);
+                       "a step of %u sequences has 0 new tokens; it needs at least 1", count);
     if (sum > UINT32_MAX)
         return ts_fail(p->client, TS_EINVAL, "%llu new tokens for %u sequences; the limit is %u",
                        (unsigned long long)sum, count, UINT32_MAX);

@@ -1,6 +1,6 @@
 /*
- * Inside libtinyserve: what a client and a pool are. Each field is used by the file that it is
- * named for; what other files may do with it, that file's header says.
+ * Inside libtinyserve: what a client and a pool are. A field belongs to the file whose task it is
+ * part of; what other files may do with it, that file's header says.
  *
  * Thread: the client's, one at a time (error.h), but for what is atomic.
  */
@@ -33,7 +33,8 @@ typedef struct ts_region {
     size_t offset, bytes;
 } ts_region;
 
-/* A begin that was sent again, as its answer didn't come in time: unanswered.c's own. */
+/* A begin, or what makes sequences, that was sent again, as its answer didn't come in time:
+ * unanswered.c's own. */
 typedef struct ts_unanswered ts_unanswered;
 
 #define TS_GIVEN_UP_MOST 64u /* calls whose answers nobody waits for, that a daemon is told of */

@@ -1,6 +1,7 @@
 #include "error.h"
 
 #include "clock.h"
+#include "public_structs.h"
 
 #include <poll.h>
 #include <stdarg.h>
@@ -9,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define LOOKS 100 /* milliseconds */
+#define LOOKS 100 /* of a millisecond each */
 
 /* The client that this thread was refused last, as another one was inside. Its sentence is the
  * constant below and not in the client, where that other thread may be writing one. */
@@ -38,12 +39,12 @@ ts_status ts_error_read(const ts_client *c, ts_error_info *out)
 {
     const size_t size = out->size;
     ts_error_info info = c->error_info;
-    if (size < offsetof(ts_error_info, limit) + sizeof info.limit)
+    if (!ts_result_fits(TS_STRUCT_ERROR_INFO, size))
         return TS_EINVAL;
     if (c == refused)
         info = (ts_error_info){.status = TS_EBUSY};
-    info.size = size < sizeof info ? size : sizeof info;
-    memcpy(out, &info, info.size);
+    info.size = size;
+    ts_result_put(TS_STRUCT_ERROR_INFO, out, size, &info);
     return TS_OK;
 }
 

@@ -1,4 +1,3 @@
-/* The public structs' sizes, and the version: what a program and the library it loads agree on. */
 #include "options.h"
 
 #include "error.h"
@@ -6,52 +5,16 @@
 
 #include <string.h>
 
-#define OPTIONS_BYTES_MAX 4096u /* no header's struct has more: a size beyond was never set */
-
-typedef struct public_struct {
-    const char *name, *init; /* the initialiser of options */
-    size_t bytes;
-} public_struct;
-
-static const public_struct structs[] = {
-    [TS_STRUCT_OPTIONS] = {"ts_options", "TS_OPTIONS_INIT", sizeof(ts_options)},
-    [TS_STRUCT_STEP_OPTIONS] = {"ts_step_options", "TS_STEP_OPTIONS_INIT", sizeof(ts_step_options)},
-    [TS_STRUCT_RUN_OPTIONS] = {"ts_run_options", "TS_RUN_OPTIONS_INIT", sizeof(ts_run_options)},
-    [TS_STRUCT_FRAME_OPTIONS] = {"ts_frame_options", "TS_FRAME_OPTIONS_INIT",
-                                 sizeof(ts_frame_options)},
-    [TS_STRUCT_SEQ_OPTIONS] = {"ts_seq_options", "TS_SEQ_OPTIONS_INIT", sizeof(ts_seq_options)},
-    [TS_STRUCT_KEEP_OPTIONS] = {"ts_keep_options", "TS_KEEP_OPTIONS_INIT", sizeof(ts_keep_options)},
-    {"ts_geometry", NULL, sizeof(ts_geometry)},
-    {"ts_kv", NULL, sizeof(ts_kv)},
-    {"ts_kept", NULL, sizeof(ts_kept)},
-    {"ts_error_info", NULL, sizeof(ts_error_info)},
-    {"ts_pool_room", NULL, sizeof(ts_pool_room)},
-    {"ts_pool_info", NULL, sizeof(ts_pool_info)},
-};
-
-const char *ts_version(void)
+ts_status ts_options_read(ts_client *c, ts_public_struct which, const void *options, void *out)
 {
-    return TS_VERSION;
-}
-
-size_t ts_struct_bytes(const char *name)
-{
-    for (size_t i = 0; i < sizeof structs / sizeof *structs; i++)
-        if (strcmp(structs[i].name, name) == 0)
-            return structs[i].bytes;
-    return 0;
-}
-
-ts_status ts_options_read(ts_client *c, ts_options_struct which, const void *options, void *out)
-{
-    const public_struct *known = &structs[which];
+    const ts_public_struct_info *known = &ts_public_structs[which];
     const unsigned char *bytes = options;
     size_t size;
     memset(out, 0, known->bytes);
     if (options == NULL)
         return TS_OK;
     memcpy(&size, options, sizeof size);
-    if (size < sizeof size || size > OPTIONS_BYTES_MAX)
+    if (size < sizeof size || size > TS_STRUCT_BYTES_MAX)
         return ts_fail(c, TS_EINVAL, "%s has a size of %zu: initialise it with %s", known->name,
                        size, known->init);
     for (size_t i = known->bytes; i < size; i++)
@@ -64,16 +27,14 @@ ts_status ts_options_read(ts_client *c, ts_options_struct which, const void *opt
     return TS_OK;
 }
 
-ts_status ts_elements_check(ts_client *c, const char *name, size_t bytes, size_t known)
+ts_status ts_result_check(ts_client *c, ts_public_struct which, size_t bytes)
 {
-    if (bytes >= known && bytes <= OPTIONS_BYTES_MAX)
+    const ts_public_struct_info *known = &ts_public_structs[which];
+    if (ts_result_fits(which, bytes))
         return TS_OK;
-    return ts_fail(c, TS_EINVAL, "elements of %zu bytes; a %s has %zu", bytes, name, known);
-}
-
-void ts_element_put(void *array, size_t bytes, size_t i, const void *element, size_t known)
-{
-    unsigned char *to = (unsigned char *)array + i * bytes;
-    memcpy(to, element, known);
-    memset(to + known, 0, bytes - known);
+    if (known->init != NULL)
+        return ts_fail(c, TS_EINVAL, "%s has a size of %zu: initialise it with %s", known->name,
+                       bytes, known->init);
+    return ts_fail(c, TS_EINVAL, "elements of %zu bytes; a %s has %zu", bytes, known->name,
+                   known->bytes);
 }

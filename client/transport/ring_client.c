@@ -47,8 +47,8 @@ static void fill_in(ts_rings_memory *m, uint32_t max_blocks, uint32_t max_slabs,
     m->max_ids = max_ids;
 }
 
-/* Fills the memory, and takes the doorbell. They take the place of those
- * that are open, if any are. */
+/* Fills the memory, and takes the doorbell. The new rings take the place of those that are open, if
+ * any are. */
 static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
 {
     size_t bytes = ts_rings_bytes(max_blocks, max_slabs, max_ids);
@@ -223,11 +223,7 @@ static ts_status await_completion(ts_client *c)
     __atomic_store_n(&m->completions.sleeps, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) == seen) {
         uint64_t now = ts_now_ns();
-        if (atomic_load(&c->broken)) {
-            status = ts_gone(c);
-            break;
-        }
-        if (ts_device_failed(c)) {
+        if (atomic_load(&c->broken) || ts_device_failed(c)) {
             status = ts_gone(c);
             break;
         }

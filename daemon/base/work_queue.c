@@ -1,6 +1,7 @@
 #include "work_queue.h"
 
 #include "clock.h"
+#include "timed_wait.h"
 
 #include <semaphore.h>
 #include <stdlib.h>
@@ -11,12 +12,8 @@
 
 void ts_queue_init(ts_queue *q)
 {
-    pthread_condattr_t by_monotonic;
-    pthread_condattr_init(&by_monotonic);
-    pthread_condattr_setclock(&by_monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&q->lock, NULL);
-    pthread_cond_init(&q->filled, &by_monotonic);
-    pthread_condattr_destroy(&by_monotonic);
+    ts_timed_wait_init(&q->filled);
     q->head = NULL;
     q->tail = &q->head;
     q->closed = q->sleeping = q->owned = q->taken = q->has_alarm = false;
@@ -102,9 +99,7 @@ static void await(ts_queue *q)
     if (ms == 0)
         pthread_cond_wait(&q->filled, &q->lock);
     else
-        pthread_cond_timedwait(&q->filled, &q->lock,
-                               &(struct timespec){.tv_sec = (time_t)(ms / 1000),
-                                                  .tv_nsec = (long)(ms % 1000) * 1000000});
+        (void)ts_timed_wait(&q->filled, &q->lock, ms);
 }
 
 ts_work *ts_queue_take(ts_queue *q)

@@ -371,6 +371,21 @@ static bool complete(ts_config *c, const ts_config_pool *p)
     return ok;
 }
 
+/* One request gives a whole sequence back, so its block table has a limit. */
+static void finish_sequence_tokens(ts_config *c, ts_config_pool *p)
+{
+    const uint32_t most = TS_COMMAND_ENTRIES * p->pool.geometry.block_tokens;
+    if (p->pool.sequence_tokens_max <= most)
+        return;
+    if (has(p, "sequence_tokens"))
+        ts_config_complain(c, ts_config_pool_line(p, "sequence_tokens"),
+                           "pool '%s': sequence_tokens = %u: with blocks of %u tokens the limit is "
+                           "%u, %u blocks",
+                           p->pool.name, p->pool.sequence_tokens_max, p->pool.geometry.block_tokens,
+                           most, TS_COMMAND_ENTRIES);
+    p->pool.sequence_tokens_max = most;
+}
+
 static void finish_pool(ts_config *c, ts_config_pool *p)
 {
     char why[160];
@@ -424,8 +439,7 @@ static void finish_pool(ts_config *c, ts_config_pool *p)
         p->pool.tenant_sequences_max = (p->pool.sequences_max + 3) / 4;
     if (p->pool.tenant_entries_max == 0)
         p->pool.tenant_entries_max = TS_ENTRIES_PER_BLOCK * (uint64_t)p->pool.max_blocks;
-    if (p->pool.sequence_tokens_max / p->pool.geometry.block_tokens > TS_COMMAND_ENTRIES)
-        p->pool.sequence_tokens_max = TS_COMMAND_ENTRIES * p->pool.geometry.block_tokens;
+    finish_sequence_tokens(c, p);
 }
 
 /* A user who isn't the system's has a socket of their own, unless they set one. */
@@ -446,13 +460,19 @@ static void finish_socket(ts_config *c)
         memcpy(c->socket, own, length + 1);
 }
 
+ts_status ts_config_finish_pools(ts_config *c)
+{
+    for (uint32_t i = 0; i < c->num_pools; i++)
+        finish_pool(c, &c->pools[i]);
+    return c->num_problems == 0 ? TS_OK : TS_EINVAL;
+}
+
 ts_status ts_config_finish(ts_config *c)
 {
     finish_socket(c);
     if (c->num_pools == 0)
         ts_config_complain(c, 0, "no pool is configured: add a [pool NAME] section");
-    for (uint32_t i = 0; i < c->num_pools; i++)
-        finish_pool(c, &c->pools[i]);
+    (void)ts_config_finish_pools(c);
     if (c->limits.tenant_sessions == 0)
         c->limits.tenant_sessions = (c->limits.sessions + 3) / 4;
     return c->num_problems == 0 ? TS_OK : TS_EINVAL;

@@ -104,8 +104,10 @@ ts_status ts_config_add_pool(ts_config *config, const char *text);
 /* Sets one key of the [daemon] section. */
 ts_status ts_config_set(ts_config *config, const char *key, const char *value);
 
-/* Works out blocks and slabs; checks what only all keys together can show. */
+/* Works out blocks and slabs; checks what only all keys together can show. Of pools alone: the rest
+ * of the configuration isn't looked at. */
 ts_status ts_config_finish(ts_config *config);
+ts_status ts_config_finish_pools(ts_config *config);
 
 /* One more problem of a line, or of none. */
 void ts_config_complain(ts_config *config, uint32_t line, const char *format, ...)

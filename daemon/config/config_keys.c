@@ -355,7 +355,9 @@ static const ts_config_key pool_keys[] = {
     {POOL("sequences", read_u32, pool.sequences_max), .least = 1, .most = 1u << 24,
      .preset = "1048576", .help = "Sequences live at a time."},
     {POOL("sequence_tokens", read_u32, pool.sequence_tokens_max), .least = 1, .most = 1u << 30,
-     .preset = "1048576", .help = "Tokens of the longest sequence."},
+     .preset = "1048576",
+     .help = "Tokens of the longest sequence; at most 262144 blocks, which is 4194304 tokens in "
+             "blocks of 16."},
     {POOL("client_write", read_word, pool.client_write), .words = writers, .preset = "none",
      .help = "all: any tenant may map its slabs writable, to append K and V or to attend itself."},
     {POOL("cache", read_word, pool.cache), .words = caches, .preset = "on", .reloads = true,

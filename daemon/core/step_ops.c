@@ -299,7 +299,7 @@ static void check_space(ts_engine *e, ts_session *s, const ts_command *c, needs 
     uint64_t tokens = n->tokens, blocks = n->blocks;
     if (tokens == 0)
         return ts_refuse(answer, TS_EINVAL,
-                         "a step of 0 new tokens; one of its %u sequences gets some",
+                         "a step of %u sequences has 0 new tokens; it needs at least 1",
                          c->step_begin.count);
     if (tokens > e->limits.step_tokens)
         return ts_refuse(answer, TS_EINVAL, "a step of %llu new tokens; the limit is %u",

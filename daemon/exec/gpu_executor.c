@@ -3,6 +3,7 @@
 
 #include "clock.h"
 #include "thread_first.h"
+#include "timed_wait.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -140,8 +141,7 @@ static void launch_all(ts_gpu_executor *x)
 /* True: it is that late. Under the lock. */
 static bool wait_until(ts_gpu_executor *x, uint64_t ms)
 {
-    struct timespec until = {.tv_sec = (time_t)(ms / 1000), .tv_nsec = (long)(ms % 1000) * 1000000};
-    return pthread_cond_timedwait(&x->event, &x->lock, &until) != 0;
+    return ts_timed_wait(&x->event, &x->lock, ms);
 }
 
 static void release_waiters(const ts_job *jobs)
@@ -264,12 +264,8 @@ ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms
     x->words = words;
     x->words_there = there;
     x->words_bytes = bytes;
-    pthread_condattr_t attributes;
-    pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_mutex_init(&x->lock, NULL);
-    pthread_cond_init(&x->event, &attributes);
-    pthread_condattr_destroy(&attributes);
+    ts_timed_wait_init(&x->event);
     if (pthread_create(&x->thread, NULL, batch_main, x) != 0) {
         snprintf(why, why_bytes, "no thread for a GPU");
         ts_gpu_unpin_unmap(gpu, words, bytes);

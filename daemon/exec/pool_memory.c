@@ -459,7 +459,8 @@ static ts_status check_on_gpu(const ts_pool_config *p, uint32_t ordinal, uint64_
 
 ts_status ts_pool_memory_check(ts_config *c)
 {
-    uint64_t in_host = 0, on_gpu[TS_GPUS_MAX] = {0};
+    uint64_t in_host = 0, on_gpus[TS_POOLS_MAX] = {0};
+    uint32_t ordinals[TS_POOLS_MAX], num_gpus = 0; /* which GPUs those are */
     for (uint32_t i = 0; i < c->num_pools; i++) {
         const ts_config_pool *p = &c->pools[i];
         const uint64_t bytes =
@@ -476,7 +477,12 @@ ts_status ts_pool_memory_check(ts_config *c)
                                why);
             continue;
         }
-        uint64_t *others = host ? &in_host : &on_gpu[ordinal < TS_GPUS_MAX ? ordinal : 0];
+        uint32_t gpu = 0;
+        while (!host && gpu < num_gpus && ordinals[gpu] != ordinal)
+            gpu++;
+        if (!host && gpu == num_gpus)
+            ordinals[num_gpus++] = ordinal;
+        uint64_t *others = host ? &in_host : &on_gpus[gpu];
         ts_status status = host ? check_host_fit(*others, bytes, why, sizeof why)
                                 : check_on_gpu(&p->pool, ordinal, *others, bytes, why, sizeof why);
         const char *key = status == TS_ENOMEM ? "memory" : "device";
@@ -486,20 +492,6 @@ ts_status ts_pool_memory_check(ts_config *c)
             *others += bytes;
     }
     return c->num_problems == 0 ? TS_OK : TS_EINVAL;
-}
-
-ts_status ts_pool_memory_start(ts_exec *x, const ts_config *c)
-{
-    char why[256];
-    for (uint32_t i = 0; i < c->num_pools; i++) {
-        ts_status status = ts_pool_memory_add(x, &c->pools[i], NULL, why, sizeof why);
-        if (status != TS_OK) {
-            ts_log_on(TS_LOG_ERROR, &(ts_log_about){.pool = c->pools[i].pool.name}, "pool '%s': %s",
-                      c->pools[i].pool.name, why);
-            return status;
-        }
-    }
-    return TS_OK;
 }
 
 ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, const ts_caller *by,

@@ -14,11 +14,8 @@
  * else took any. Complains of what doesn't fit (config.h). TS_EINVAL: there are problems. */
 ts_status ts_pool_memory_check(ts_config *config);
 
-/* Adds every configured pool to the engine, with its memory and, on a GPU, its executor.
- * What went wrong is logged. */
-ts_status ts_pool_memory_start(ts_exec *exec, const ts_config *config);
-
-/* Adds one pool, also while the daemon runs. Where it opens a GPU that had no pool yet, everybody
+/* Adds one pool to the engine, with its memory and, on a GPU, its executor; also while the daemon
+ * runs. Where it opens a GPU that had no pool yet, everybody
  * waits for as long as CUDA takes for that. `by`, here and below: the operator who orders it; NULL:
  * none does. */
 ts_status ts_pool_memory_add(ts_exec *exec, const ts_config_pool *wanted, const ts_caller *by,

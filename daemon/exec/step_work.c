@@ -348,8 +348,8 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
     }
     if (on_stream && m->signals == NULL) {
         ts_refuse(answer, TS_EINVAL,
-                  "run number %u; the session's next is 1, after it has asked for its page of "
-                  "signals",
+                  "run %u on a stream: the session must get its page of signals first, and its "
+                  "first run is number 1",
                   run->step_run.run.number);
         return false;
     }

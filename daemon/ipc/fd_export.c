@@ -177,16 +177,6 @@ static ts_status find_handle(ts_service *s, ts_handle_ask *ask, char *why, size_
 {
     const ts_handle_request *r = &ask->request;
     ts_connection *c = ts_service_connection_of(s, r->session);
-    if (r->magic != TS_HANDLE_MAGIC) {
-        snprintf(why, why_bytes, "not a handle request");
-        return TS_EPROTO;
-    }
-    if (r->protocol != TS_PROTOCOL) {
-        snprintf(why, why_bytes,
-                 "a handle request of protocol version %u; tinyserved " TS_VERSION " speaks %u",
-                 r->protocol, TS_PROTOCOL);
-        return TS_EPROTO;
-    }
     if (r->session == 0 || c == NULL || c->uid != ask->uid ||
         memcmp(c->token, r->token, sizeof c->token) != 0) {
         snprintf(why, why_bytes, "uid %u has no session %llx with this token", ask->uid,

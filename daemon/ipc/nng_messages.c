@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #define MESSAGES_PER_TURN 4u /* that a uid gives before the others have their turn */
-#define UID_QUEUED 4u        /* requests of one uid that the engine has yet to begin */
 
 /*
  * What unpacking one message may take: some times its size. Messages of this protocol need less

@@ -14,8 +14,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define UID_QUEUED 4u /* requests of one uid that the engine has yet to begin */
-
 /* ---- connections; under the lock ---- */
 
 holding *ts_nng_holding_of(ts_nng_server *t, uint32_t uid)
@@ -163,12 +161,19 @@ static void send_answer(ts_nng_server *t, const slot *s, const void *reply, size
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
         return ts_nng_doom(t, c);
     size_t sent = n < 0 ? 0 : (size_t)n;
-    unsent *u = NULL;
-    if (c->holding->answer_bytes + all <= TS_UID_BYTES || c->holding->answer_bytes == 0)
-        u = malloc(sizeof *u + all);
+    const size_t others = c->holding->answer_bytes;
+    const bool fits = others + all <= TS_UID_BYTES || others == 0;
+    unsent *u = fits ? malloc(sizeof *u + all) : NULL;
     if (u == NULL) { /* a peer that reads asks again */
-        ts_log(TS_LOG_WARNING, "a connection of uid %u is ended: it doesn't read its answers",
-               c->guest.uid);
+        if (fits)
+            ts_log(TS_LOG_WARNING,
+                   "a connection of uid %u is ended: no memory for an answer of %zu bytes",
+                   c->guest.uid, all);
+        else
+            ts_log(TS_LOG_WARNING,
+                   "a connection of uid %u is ended: %zu bytes of answers to this user aren't "
+                   "read; the limit is %u",
+                   c->guest.uid, others, TS_UID_BYTES);
         return ts_nng_doom(t, c);
     }
     *u = (unsent){.bytes = all, .sent = sent};

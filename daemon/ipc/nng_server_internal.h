@@ -18,6 +18,7 @@
 #include <sys/uio.h>
 
 #define BUCKETS 4096u
+#define UID_QUEUED 4u /* requests of one uid that the engine has yet to begin */
 
 /* What one uid's connections hold together. */
 typedef struct holding {

@@ -7,6 +7,7 @@
 #include "replica.h"
 #include "snapshot.h"
 #include "test_point.h"
+#include "timed_wait.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -276,18 +277,13 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c,
 
 void ts_books_settle(ts_books *b, const ts_engine *engine, uint32_t ms)
 {
-    struct timespec until;
     if (b == NULL)
         return;
-    clock_gettime(CLOCK_REALTIME, &until); /* the condition's */
-    until.tv_sec += ms / 1000;
-    until.tv_nsec += (long)(ms % 1000) * 1000000;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
+    const uint64_t until_ms = ts_now_ms() + ms;
     wake_follower(b);
     pthread_mutex_lock(&b->lock);
     while (!b->broken && ts_journal_used(&b->journal) > 0 &&
-           pthread_cond_timedwait(&b->made, &b->lock, &until) == 0)
+           !ts_timed_wait(&b->made, &b->lock, until_ms))
         ;
     const bool broken = b->broken;
     pthread_mutex_unlock(&b->lock);
@@ -539,7 +535,7 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
     pthread_mutex_init(&b->writing, NULL);
     pthread_mutex_init(&b->lock, NULL);
     pthread_cond_init(&b->wake, NULL);
-    pthread_cond_init(&b->made, NULL);
+    ts_timed_wait_init(&b->made);
     ts_status status = TS_OK;
     if (!take_over(b, &r, start)) {
         set_aside(b, start->why[0] != '\0');

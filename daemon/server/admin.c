@@ -96,7 +96,7 @@ static void order_create(ts_service *s, const ts_connection *by, const Tspb__Req
         return ts_refuse(answer, TS_ENOMEM, "no memory for a configuration");
     ts_config_init(c);
     if (ts_config_add_pool(c, r->admin_pool_create->text) != TS_OK ||
-        ts_config_finish(c) != TS_OK) {
+        ts_config_finish_pools(c) != TS_OK) {
         ts_refuse(answer, TS_EINVAL, "%s", c->problems[0].text);
     } else {
         ts_status status = ts_pool_memory_add(&s->exec, &c->pools[0], &caller, why, sizeof why);

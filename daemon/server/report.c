@@ -235,7 +235,9 @@ static ts_report_state report_map(ts_service *s, ts_view view, const Tspb__PoolM
     if (!ts_report_find_pool(s, request->pool, &index, reply))
         return TS_REPORT_ANSWER;
     if (wanted == 0 || wanted > CELLS_MAX) {
-        ts_report_refuse(reply, TS_EINVAL, "a map has %s cells", "1..8192");
+        char cells[48];
+        snprintf(cells, sizeof cells, "%u cells; the limits are 1..%u", wanted, CELLS_MAX);
+        ts_report_refuse(reply, TS_EINVAL, "a map of %s", cells);
         return TS_REPORT_ANSWER;
     }
     ts_status status = get_stats(s, index, waiter, &stats, reply);

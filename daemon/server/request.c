@@ -114,13 +114,10 @@ static void encode_opened(ts_service *s, ts_connection *c, Tspb__Reply *reply,
     opened->token.len = sizeof c->token;
     opened->exchange_bytes_max = s->exec.engine->limits.exchange_bytes;
     opened->version = (char *)TS_VERSION;
-    opened->tenant_uid = c->uid;
-    opened->message_bytes_max = s->message_bytes_max;
     if (s->exec.books != NULL) {
         opened->epoch.data = s->epoch;
         opened->epoch.len = sizeof s->epoch;
     }
-    opened->restarts = s->started.restarts;
     opened->has_exchange = c->memory.exchange != NULL;
     opened->has_signals = c->memory.signals != NULL;
     reply->body_case = TSPB__REPLY__BODY_SESSION_OPENED;

@@ -334,8 +334,8 @@ static void set_ending(ts_work *work, void *service)
     (void)work;
     ts_service *s = service;
     s->ending = true;
-    while (s->parked !=
-           NULL) /* the transport, which has the requests, goes before connections do */
+    /* The transport, which has the requests, goes before connections do. */
+    while (s->parked != NULL)
         (void)ts_service_go_on(s, s->parked->connection, true);
 }
 

@@ -59,7 +59,7 @@ typedef struct ts_service {
     ts_reply_account *reply_accounts;
     struct ts_pool_stats_cache *pool_stats; /* pool_stats_cache.h */
     uint64_t check_after_ms;                /* the next check of the books may begin then */
-    ts_request *waiting;                    /* commits and aborts, for their step's runs */
+    ts_request *waiting;                    /* for their step's runs, or for more sweeping */
     ts_parked *parked;                      /* what waits (parked.h) */
     ts_work alarm;                          /* for their first deadline, ... */
     uint64_t look_ms; /* ... or to look at claims and quarantines; 0: there are none */
@@ -70,7 +70,6 @@ typedef struct ts_service {
     uint32_t return_ms; /* a session that owes slabs and returns none for this long is ended */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
-    uint32_t message_bytes_max;
     uint32_t admin_uid;                /* beside root */
     ts_operators operators;            /* changed under the lock; its owner reads without */
     pthread_mutex_t operators_lock;    /* for other threads that read */

@@ -140,6 +140,14 @@ static void warn_of_room(ts_store *store)
                fds, most, BOOKS_FDS);
 }
 
+/* Whether there is a service; else the log says why. */
+static bool made(bool is_there, const ts_config *c)
+{
+    if (!is_there)
+        ts_log(TS_LOG_ERROR, "no memory for %u sessions", c->limits.sessions);
+    return is_there;
+}
+
 bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
 {
     char why[TS_MESSAGE_BYTES];
@@ -150,7 +158,7 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
         ts_log(TS_LOG_INFO,
                "nobody holds the memory when the daemon ends (systemd with "
                "FileDescriptorStoreMax=, or --supervise): what is stored ends with it");
-        return ts_service_init(s, &c->limits);
+        return made(ts_service_init(s, &c->limits), c);
     }
     ts_store_reserve(store, BOOKS_FDS);
     const ts_books_options options = {
@@ -167,7 +175,7 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
         ts_log(TS_LOG_ERROR, "the books: %s: what is stored ends with the daemon", why);
         s->exec.store = NULL;
         s->started = (ts_books_start){0};
-        return ts_service_init(s, &c->limits);
+        return made(ts_service_init(s, &c->limits), c);
     }
     if (status != TS_OK) {
         ts_log(TS_LOG_ERROR, "the books: %s", why);
@@ -179,7 +187,7 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
     look_for_lost_books(&s->started, known, ts_store_fds_max(store));
     log_start(&s->started);
     warn_of_room(store);
-    return ts_service_init_with(s, engine);
+    return made(ts_service_init_with(s, engine), c);
 }
 
 /* What nobody took belongs to nothing. */

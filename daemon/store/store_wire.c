@@ -248,7 +248,7 @@ const char *ts_store_parse(const ts_store_datagram *d, ts_store_message *m)
     memcpy(text, d->text, d->bytes + 1);
     while ((line = strsep(&rest, "\n")) != NULL)
         if ((*line != '\0' || rest != NULL || line == text) && !parse_line(m, line))
-            return "a line isn't a KEY=VALUE that is known";
+            return "a line isn't a KEY=VALUE, or the value can't be one of its key";
     if (m->store + m->remove + m->barrier > 1)
         return "it is more than one order";
     if ((m->store || m->remove) != (m->name[0] != '\0'))

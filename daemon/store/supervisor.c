@@ -284,7 +284,7 @@ static void carry_out(supervisor *s, ts_store_datagram *d)
         s->stops = true;
         s->stops_with = m.exit_status;
     }
-    s->was_ready = s->was_ready || strstr(m.forward, "READY=1") != NULL;
+    s->was_ready = s->was_ready || m.ready;
     if (m.forward[0] != '\0')
         tell_upward(s, m.forward);
 }

@@ -1,6 +1,9 @@
 #define _GNU_SOURCE
 #include "device.h"
 
+#include "clock.h"
+#include "timed_wait.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -123,16 +126,12 @@ bool ts_gpu_may_wait(ts_gpu *gpu)
 
 ts_status ts_gpu_load_begin(ts_gpu *gpu, char *why, size_t why_bytes)
 {
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += LOAD_WAIT_MS * 1000000;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
+    const uint64_t until_ms = ts_now_ms() + LOAD_WAIT_MS;
     bool late = false;
     pthread_mutex_lock(&gpu->lock);
     gpu->loads++;
     while ((gpu->waiting > 0 || gpu->cleaning) && !late)
-        late = pthread_cond_timedwait(&gpu->changed, &gpu->lock, &until) != 0;
+        late = ts_timed_wait(&gpu->changed, &gpu->lock, until_ms);
     const bool may = gpu->waiting == 0 && !gpu->cleaning;
     if (may)
         gpu->cleaning = true;
@@ -342,7 +341,7 @@ static ts_status open_device(uint32_t ordinal, bool for_streams, ts_gpu **out, c
     gpu->for_streams = for_streams;
     gpu->team_tokens = TS_GPU_TEAM_TOKENS;
     pthread_mutex_init(&gpu->lock, NULL);
-    pthread_cond_init(&gpu->changed, NULL);
+    ts_timed_wait_init(&gpu->changed);
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
     if (status == TS_OK)
         status = find_driver(gpu, why, why_bytes);

@@ -118,7 +118,12 @@ static ts_status host_adopt(ts_memory *m, uint32_t slab, int fd, char *why, size
 {
     memory_host *host = (memory_host *)m;
     struct stat about;
-    if (fstat(fd, &about) != 0 || (size_t)about.st_size != m->slab_bytes) {
+    if (fstat(fd, &about) != 0) {
+        snprintf(why, why_bytes, "a slab's descriptor: %s", strerror(errno));
+        close(fd);
+        return TS_EINVAL;
+    }
+    if ((size_t)about.st_size != m->slab_bytes) {
         snprintf(why, why_bytes, "a descriptor of %lld bytes for a slab of %zu",
                  (long long)about.st_size, m->slab_bytes);
         close(fd);

@@ -164,3 +164,10 @@ def test_files_and_requests_that_make_no_sense_are_refused(plan, tmp_path):
         2, "tsctl: 8 GPUs can't be shared by models that take 3 each")
     assert error(*of_folder, "--memory=1G", "--tensor-parallel=3") == (
         2, "tsctl: 8 KV heads can't be shared by 3 GPUs")
+    assert error(*of_folder[:3], "--tokens=5000000", "--memory=1T", "--block-tokens=16") == (
+        1, "tsctl: --tokens 5000000 makes 312500 blocks of 16; a sequence has 262144 at most")
+
+
+def test_a_long_sequence_gets_blocks_that_its_table_has_room_for(plan):
+    got = figures(plan(LLAMA, "--json", memory="2T", tokens=5000000))
+    assert got["block_tokens"] == 32 and got["sequence_blocks"] == 156250

@@ -158,7 +158,7 @@ def test_some_sequences_of_a_step_may_get_no_token(start_daemon, execution):
                     first += n
                 step.commit()
             assert kv.lengths(seqs) == [s.shape[1] for s in stored]
-        with pytest.raises(tinyserve.InvalidError, match="0 new tokens for 3 sequences"):
+        with pytest.raises(tinyserve.InvalidError, match="a step of 3 sequences has 0 new tokens"):
             kv.step(seqs, (0, 0, 0))
 
 

@@ -152,12 +152,14 @@ static const struct argp argp = {
 typedef struct job {
     uint8_t *tokens; /* bos and prompt, then what was generated */
     uint32_t *ids;   /* the same, for the pool */
+    float *logits;   /* of the last token that was computed */
     uint32_t prompt, total;
     json_t *reference; /* NULL: nothing to compare with */
     uint32_t shared;   /* tokens that were there already */
     float worst_logit;
     uint32_t wrong;
-    double longest_s; /* of the steps, the daemon's restarts included */
+    double prompt_s, answer_s; /* until the prompt was computed, and what came after took */
+    double longest_s;          /* of the steps, the daemon's restarts included */
 } job;
 
 static double now(void)
@@ -243,7 +245,11 @@ static bool prepare(const options *o, const model *m, job *j)
     j->total = j->prompt + tokens;
     j->tokens = calloc(ok ? j->total : 1, 1);
     j->ids = calloc(ok ? j->total : 1, sizeof *j->ids);
-    ok = ok && j->tokens != NULL && j->ids != NULL;
+    j->logits = malloc(m->vocab * sizeof *j->logits);
+    if (ok && (j->tokens == NULL || j->ids == NULL || j->logits == NULL)) {
+        fprintf(stderr, "ts-generate: no memory for %u tokens\n", j->total);
+        ok = false;
+    }
     if (ok) {
         j->tokens[0] = (uint8_t)m->bos;
         if (bytes > 0)
@@ -312,21 +318,28 @@ static ts_status forward(const options *o, const model *m, ts_pool *pool, ts_seq
     return status;
 }
 
-static ts_status generate(const options *o, const model *m, ts_client *client, ts_pool *pool,
-                          job *j)
+static uint32_t most_likely(const float *logits, uint32_t vocab)
 {
-    float *logits = malloc(m->vocab * sizeof *logits);
-    if (logits == NULL)
-        return TS_ENOMEM;
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < vocab; i++)
+        if (logits[i] > logits[best])
+            best = i;
+    return best;
+}
+
+/* Computes the prompt and generates, a byte after the other, which are printed. */
+static ts_status generate(const options *o, const model *m, ts_pool *pool, job *j)
+{
     ts_seq seq;
-    double start = now(), prefilled = start;
+    const double start = now();
+    double prefilled = start;
     ts_status status = start_sequence(o, m, pool, j, &seq);
     for (uint32_t at = j->shared; status == TS_OK && at < j->total;) {
-        uint32_t count = at < j->prompt ? j->prompt - at : 1;
+        const uint32_t count = at < j->prompt ? j->prompt - at : 1;
         if (at + count >= j->total && j->total > j->prompt)
             break; /* the last byte need not be computed further */
-        double begun = now();
-        status = forward(o, m, pool, seq, j, at, count, logits);
+        const double begun = now();
+        status = forward(o, m, pool, seq, j, at, count, j->logits);
         if (now() - begun > j->longest_s)
             j->longest_s = now() - begun;
         if (status != TS_OK)
@@ -335,43 +348,40 @@ static ts_status generate(const options *o, const model *m, ts_client *client, t
         if (at == j->prompt) {
             prefilled = now();
             if (j->reference != NULL)
-                compare_logits(j, logits, m->vocab);
+                compare_logits(j, j->logits, m->vocab);
         }
         if (at == j->total)
             break;
-        uint32_t best = 0;
-        for (uint32_t i = 1; i < m->vocab; i++)
-            if (logits[i] > logits[best])
-                best = i;
-        j->tokens[at] = (uint8_t)best;
-        j->ids[at] = best;
+        j->ids[at] = most_likely(j->logits, m->vocab);
+        j->tokens[at] = (uint8_t)j->ids[at];
         if (j->reference != NULL)
             compare_byte(j, at);
-        putchar((int)best);
+        putchar((int)j->ids[at]);
         fflush(stdout);
     }
-    double end = now();
-    if (status == TS_OK && o->keep != NULL)
-        status = ts_seq_keep(pool, seq, o->keep);
-    if (status == TS_OK) {
-        uint32_t generated = j->total - j->prompt;
-        if (generated > 0)
-            putchar('\n');
-        fflush(stdout);
-        fprintf(stderr, "prompt: %u tokens, %u of them found, %u computed, ready after %.0f ms",
-                j->prompt, j->shared, j->prompt - j->shared, (prefilled - start) * 1e3);
-        if (generated > 0)
-            fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s, attended by the %s",
-                    generated, (double)generated / (end - prefilled),
-                    ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "messages",
-                    ts_client_exec(client) == TS_EXEC_DAEMON ? "daemon" : "worker");
-        fputc('\n', stderr);
-        if (ts_client_restarts(client) > 0)
-            fprintf(stderr, "restarts of the daemon: %u, waited %.0f ms at most\n",
-                    ts_client_restarts(client), j->longest_s * 1e3);
-    }
-    free(logits);
-    return status;
+    j->prompt_s = prefilled - start;
+    j->answer_s = now() - prefilled;
+    return status == TS_OK && o->keep != NULL ? ts_seq_keep(pool, seq, o->keep) : status;
+}
+
+/* Says what was computed, how fast, and by whom. */
+static void report(const job *j, const ts_client *client)
+{
+    const uint32_t generated = j->total - j->prompt;
+    if (generated > 0)
+        putchar('\n');
+    fflush(stdout);
+    fprintf(stderr, "prompt: %u tokens, %u of them found, %u computed, ready after %.0f ms",
+            j->prompt, j->shared, j->prompt - j->shared, j->prompt_s * 1e3);
+    if (generated > 0)
+        fprintf(stderr, "; generated: %u tokens, %.1f tokens/s by %s, attended by the %s",
+                generated, (double)generated / j->answer_s,
+                ts_client_transport(client) == TS_TRANSPORT_RING ? "ring" : "messages",
+                ts_client_exec(client) == TS_EXEC_DAEMON ? "daemon" : "worker");
+    fputc('\n', stderr);
+    if (ts_client_restarts(client) > 0)
+        fprintf(stderr, "restarts of the daemon: %u, waited %.0f ms at most\n",
+                ts_client_restarts(client), j->longest_s * 1e3);
 }
 
 /* Whether the sequence can be kept under the name, before there is one: 0 is none. */
@@ -420,11 +430,12 @@ int main(int argc, char **argv)
     if (status == TS_OK && o.keep != NULL)
         status = check_name(pool, o.keep);
     if (status == TS_OK)
-        status = generate(&o, m, client, pool, &j);
+        status = generate(&o, m, pool, &j);
     if (status != TS_OK) {
         fail(ts_status_name(status), ts_error(client));
         goto out;
     }
+    report(&j, client);
     code = EXIT_SUCCESS;
     if (j.reference != NULL) {
         bool same = j.wrong == 0 && j.worst_logit <= LOGITS_TOLERANCE;
@@ -438,6 +449,7 @@ out:
     json_decref(j.reference);
     free(j.tokens);
     free(j.ids);
+    free(j.logits);
     model_free(m);
     return code;
 }

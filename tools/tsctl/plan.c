@@ -139,12 +139,17 @@ static pool_plan work_out(const plan_options *o, const ts_geometry *model, uint3
 }
 
 /* 16 tokens are what kernels are measured with. Where sequences are so short that their last blocks
- * waste more than a twentieth of the sequences, 8. */
+ * waste more than a twentieth of the sequences, 8; where they take more blocks than a sequence may
+ * have, more. */
 static pool_plan recommend(const plan_options *o, const ts_geometry *model)
 {
     if (o->block_tokens != 0)
         return work_out(o, model, (uint32_t)o->block_tokens);
-    const pool_plan usual = work_out(o, model, 16), half = work_out(o, model, 8);
+    pool_plan usual = work_out(o, model, 16);
+    const pool_plan half = work_out(o, model, 8);
+    while (usual.sequence_blocks > TS_COMMAND_ENTRIES &&
+           usual.geometry.block_tokens < TS_BLOCK_TOKENS_MAX)
+        usual = work_out(o, model, usual.geometry.block_tokens * 2);
     return half.sequences * 19 > usual.sequences * 20 ? half : usual;
 }
 
@@ -290,6 +295,12 @@ int plan_run(const plan_options *given, bool json)
     if (p.blocks > BLOCKS_MAX) {
         fprintf(stderr, "tsctl: --memory makes %llu blocks of %u tokens; a pool has %d at most\n",
                 (unsigned long long)p.blocks, p.geometry.block_tokens, BLOCKS_MAX);
+        return EXIT_REFUSED;
+    }
+    if (p.sequence_blocks > TS_COMMAND_ENTRIES) {
+        fprintf(stderr, "tsctl: --tokens %llu makes %llu blocks of %u; a sequence has %u at most\n",
+                (unsigned long long)o.tokens, (unsigned long long)p.sequence_blocks,
+                p.geometry.block_tokens, TS_COMMAND_ENTRIES);
         return EXIT_REFUSED;
     }
     if (p.sequences == 0) {

@@ -332,10 +332,13 @@ void text_frag(const Tspb__PoolStatsReply *r, const style *s)
                "evicted\n",
                (unsigned long long)p->found_tokens, (unsigned long long)p->asked_tokens,
                percent(p->found_tokens, p->asked_tokens), (unsigned long long)p->evicted_blocks);
-    printf("  tokens      %llu stored in %llu slots: %.1f %% efficient, %s of tails unused\n",
-           (unsigned long long)r->stored_tokens,
-           (unsigned long long)(r->used_slots - r->reserved_slots), 100 * f.efficiency,
-           ts_text_bytes(f.tail_bytes, a, sizeof a));
+    const unsigned long long slots = r->used_slots - r->reserved_slots;
+    if (slots == 0)
+        puts("  tokens      none stored");
+    else
+        printf("  tokens      %llu stored in %llu slots: %.1f %% efficient, %s of tails unused\n",
+               (unsigned long long)r->stored_tokens, slots, 100 * f.efficiency,
+               ts_text_bytes(f.tail_bytes, a, sizeof a));
     if (r->reserved_slots > 0)
         printf("  reserved    %llu slots by %llu open steps\n",
                (unsigned long long)r->reserved_slots, (unsigned long long)p->open_steps);
