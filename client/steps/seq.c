@@ -76,14 +76,14 @@ static bool put_space(ts_ring_entry *entry, const ProtobufCBinaryData *space)
     return true;
 }
 
-/* The namespace that the options name, in *space. */
-static ts_status read_space(ts_client *c, const ts_seq_options *options, ProtobufCBinaryData *space)
+/* Reads the options, and the namespace that they name into *space. */
+static ts_status read_options(ts_client *c, const ts_seq_options *options, ts_seq_options *o,
+                              ProtobufCBinaryData *space)
 {
-    ts_seq_options o;
-    ts_status status = ts_options_read(c, TS_STRUCT_SEQ_OPTIONS, options, &o);
-    *space = (ProtobufCBinaryData){.len = o.space_bytes, .data = ts_unconst(o.space)};
-    if (status == TS_OK && o.space == NULL && o.space_bytes > 0)
-        status = ts_fail(c, TS_EINVAL, "a namespace of %zu bytes at NULL", o.space_bytes);
+    ts_status status = ts_options_read(c, TS_STRUCT_SEQ_OPTIONS, options, o);
+    *space = (ProtobufCBinaryData){.len = o->space_bytes, .data = ts_unconst(o->space)};
+    if (status == TS_OK && o->space == NULL && o->space_bytes > 0)
+        status = ts_fail(c, TS_EINVAL, "a namespace of %zu bytes at NULL", o->space_bytes);
     return status;
 }
 
@@ -95,7 +95,8 @@ static ts_status create(ts_pool *p, uint32_t count, const ts_seq_options *option
     body.count = count;
     bool use = false;
     ts_ring_entry entry = {.op = TS_RING_SEQ_CREATE};
-    ts_status status = read_space(p->client, options, &body.space);
+    ts_seq_options o;
+    ts_status status = read_options(p->client, options, &o, &body.space);
     if (status == TS_OK)
         status = use_rings(p->client, count, 0, &use);
     if (status != TS_OK)
@@ -182,9 +183,7 @@ ts_status ts_seq_match(ts_pool *p, const uint32_t *tokens, const uint32_t *count
     TS_ENTER(c);
     match m = {.body = TSPB__SEQ_MATCH__INIT, .out = out, .matched = matched};
     ts_seq_options o;
-    ts_status status = read_space(c, options, &m.body.space);
-    if (status == TS_OK)
-        status = ts_options_read(c, TS_STRUCT_SEQ_OPTIONS, options, &o);
+    ts_status status = read_options(c, options, &o, &m.body.space);
     if (status != TS_OK)
         return status;
     m.body.pool = p->index;

@@ -386,23 +386,12 @@ static void finish_sequence_tokens(ts_config *c, ts_config_pool *p)
     p->pool.sequence_tokens_max = most;
 }
 
-static void finish_pool(ts_config *c, ts_config_pool *p)
+/* Keys that can't go together. */
+static void check_place(ts_config *c, const ts_config_pool *p)
 {
-    char why[160];
     const char *name = p->pool.name;
-    if (!complete(c, p))
-        return;
-    if (ts_geometry_check(&p->pool.geometry, why, sizeof why) != TS_OK)
-        return ts_config_complain(c, p->given.line, "pool '%s': %s", name, why);
-    size_t block_bytes = ts_geometry_block_bytes(&p->pool.geometry);
-    uint64_t blocks = p->blocks != 0 ? p->blocks : p->memory / block_bytes;
-    if (blocks == 0 || blocks > TS_POOL_BLOCKS_MAX)
-        return ts_config_complain(
-            c, ts_config_pool_line(p, "memory"),
-            "pool '%s': %llu blocks of %zu bytes; the limits are 1..%u blocks", name,
-            (unsigned long long)blocks, block_bytes, TS_POOL_BLOCKS_MAX);
-    bool host = strcmp(p->pool.device, "host") == 0;
-    bool cuda = strncmp(p->pool.device, "cuda:", 5) == 0;
+    const bool host = strcmp(p->pool.device, "host") == 0;
+    const bool cuda = strncmp(p->pool.device, "cuda:", 5) == 0;
     if ((host && p->provider > TS_PROVIDER_HOST) || (cuda && p->provider == TS_PROVIDER_HOST))
         ts_config_complain(c, ts_config_pool_line(p, "provider"),
                            "pool '%s': provider = %s can't be used with device = %s", name,
@@ -411,26 +400,51 @@ static void finish_pool(ts_config *c, ts_config_pool *p)
         ts_config_complain(c, ts_config_pool_line(p, "kernel"),
                            "pool '%s': kernel = %s runs on a GPU, and the pool is in host memory",
                            name, ts_kernel_name(p->pool.kernel));
+}
+
+/* Blocks, slabs and what the pool may grow to. False: they can't be. */
+static bool finish_memory(ts_config *c, ts_config_pool *p)
+{
+    const char *name = p->pool.name;
+    const size_t block_bytes = ts_geometry_block_bytes(&p->pool.geometry);
+    const bool host = strcmp(p->pool.device, "host") == 0;
+    const uint32_t max_line = ts_config_pool_line(p, "memory_max");
+    uint64_t blocks = p->blocks != 0 ? p->blocks : p->memory / block_bytes;
+    if (blocks == 0 || blocks > TS_POOL_BLOCKS_MAX) {
+        ts_config_complain(c, ts_config_pool_line(p, "memory"),
+                           "pool '%s': %llu blocks of %zu bytes; the limits are 1..%u blocks", name,
+                           (unsigned long long)blocks, block_bytes, TS_POOL_BLOCKS_MAX);
+        return false;
+    }
     p->pool.num_blocks = (uint32_t)blocks;
     p->pool.slab_blocks =
         ts_geometry_slab_blocks(&p->pool.geometry, p->slab, host ? HOST_GRANULE : DEVICE_GRANULE);
     if (!host && p->pool.slab_blocks > blocks &&
         p->memory_max == 0) /* one slab need not be whole granules */
         p->pool.slab_blocks = (uint32_t)blocks;
-    uint64_t max = p->memory_max / block_bytes, slab = p->pool.slab_blocks;
-    uint32_t max_line = ts_config_pool_line(p, "memory_max");
-    if (p->memory_max != 0 && max < blocks)
-        return ts_config_complain(c, max_line, "pool '%s': memory_max is less than its memory",
-                                  name);
-    if (max > TS_POOL_BLOCKS_MAX)
-        return ts_config_complain(c, max_line,
-                                  "pool '%s': memory_max would be %llu blocks; the limit is %u",
-                                  name, (unsigned long long)max, TS_POOL_BLOCKS_MAX);
+    const uint64_t max = p->memory_max / block_bytes, slab = p->pool.slab_blocks;
+    if (p->memory_max != 0 && max < blocks) {
+        ts_config_complain(c, max_line, "pool '%s': memory_max is less than its memory", name);
+        return false;
+    }
+    if (max > TS_POOL_BLOCKS_MAX) {
+        ts_config_complain(c, max_line,
+                           "pool '%s': memory_max would be %llu blocks; the limit is %u", name,
+                           (unsigned long long)max, TS_POOL_BLOCKS_MAX);
+        return false;
+    }
     p->pool.max_blocks = (uint32_t)(max > blocks ? max : blocks);
     if (max > blocks) { /* whole slabs, up to the last */
         blocks = (blocks + slab - 1) / slab * slab;
         p->pool.num_blocks = (uint32_t)(blocks < max ? blocks : max);
     }
+    return true;
+}
+
+/* What tenants may have of it. */
+static void finish_quotas(ts_config_pool *p)
+{
+    const size_t block_bytes = ts_geometry_block_bytes(&p->pool.geometry);
     p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
     p->pool.tenant_pinned_max = p->tenant_pinned / block_bytes;
     if (p->tenant_pinned == 0)
@@ -439,6 +453,19 @@ static void finish_pool(ts_config *c, ts_config_pool *p)
         p->pool.tenant_sequences_max = (p->pool.sequences_max + 3) / 4;
     if (p->pool.tenant_entries_max == 0)
         p->pool.tenant_entries_max = TS_ENTRIES_PER_BLOCK * (uint64_t)p->pool.max_blocks;
+}
+
+static void finish_pool(ts_config *c, ts_config_pool *p)
+{
+    char why[160];
+    if (!complete(c, p))
+        return;
+    if (ts_geometry_check(&p->pool.geometry, why, sizeof why) != TS_OK)
+        return ts_config_complain(c, p->given.line, "pool '%s': %s", p->pool.name, why);
+    check_place(c, p);
+    if (!finish_memory(c, p))
+        return;
+    finish_quotas(p);
     finish_sequence_tokens(c, p);
 }
 

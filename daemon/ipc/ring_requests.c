@@ -144,12 +144,43 @@ static bool decode_begin(ts_ring *r, ts_connection *c, const ts_ring_entry *entr
     return true;
 }
 
+static bool decode_select(ts_ring *r, const ts_ring_entry *entry, ts_command *command,
+                          ts_answer *answer)
+{
+    const uint32_t of = entry->seqs.length, picked = entry->seqs.count;
+    if (of > TS_RING_BATCH) {
+        ts_refuse(answer, TS_EINVAL, "a selection of %u sequences on a ring; it takes %u", of,
+                  TS_RING_BATCH);
+        return false;
+    }
+    copy_batch(r, of > picked ? of : picked, true);
+    command->op = TS_OP_SEQ_SELECT;
+    command->seq_select.seqs = r->rings->seqs;
+    command->seq_select.count = of;
+    command->seq_select.from = r->rings->words;
+    command->seq_select.picked = picked;
+    return true;
+}
+
+static bool decode_match(ts_ring *r, const ts_ring_entry *entry, ts_command *command,
+                         ts_answer *answer)
+{
+    copy_batch(r, entry->seqs.count, false);
+    command->op = TS_OP_SEQ_MATCH;
+    command->seq_match.counts = r->rings->words;
+    command->seq_match.count = entry->seqs.count;
+    command->seq_match.space = (ts_space_name){entry->seqs.space, entry->seqs.space_bytes};
+    command->seq_match.dry = entry->seqs.flags & TS_RING_DRY;
+    command->seq_match.wait = entry->seqs.wait_ms > 0;
+    return copy_ids(r, entry->seqs.count, &command->seq_match.tokens, answer);
+}
+
 /* What is done to sequences. */
 static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *command,
                         ts_answer *answer)
 {
     const ts_space_name space = {entry->seqs.space, entry->seqs.space_bytes};
-    uint32_t count = entry->seqs.count;
+    const uint32_t count = entry->seqs.count;
     command->pool = entry->seqs.pool;
     if (count > TS_RING_BATCH || space.count > sizeof entry->seqs.space) {
         ts_refuse(answer, TS_EINVAL,
@@ -157,52 +188,33 @@ static bool decode_seqs(ts_ring *r, const ts_ring_entry *entry, ts_command *comm
                   space.count, TS_RING_BATCH, sizeof entry->seqs.space);
         return false;
     }
-    if (entry->op == TS_RING_SEQ_CREATE) {
+    switch (entry->op) {
+    case TS_RING_SEQ_CREATE:
         command->op = TS_OP_SEQ_CREATE;
         command->seq_create.count = count;
         command->seq_create.space = space;
         return true;
-    }
-    if (entry->op == TS_RING_SEQ_FORK) {
+    case TS_RING_SEQ_FORK:
         command->op = TS_OP_SEQ_FORK;
         command->seq_fork.parent = entry->seqs.parent;
         command->seq_fork.count = count;
         command->seq_fork.length = entry->seqs.length;
         command->seq_fork.has_length = entry->seqs.flags & TS_RING_HAS_LENGTH;
         return true;
-    }
-    if (entry->op == TS_RING_SEQ_SELECT) {
-        const uint32_t of = entry->seqs.length;
-        if (of > TS_RING_BATCH) {
-            ts_refuse(answer, TS_EINVAL, "a selection of %u sequences on a ring; it takes %u", of,
-                      TS_RING_BATCH);
-            return false;
-        }
-        copy_batch(r, of > count ? of : count, true);
-        command->op = TS_OP_SEQ_SELECT;
-        command->seq_select.seqs = r->rings->seqs;
-        command->seq_select.count = of;
-        command->seq_select.from = r->rings->words;
-        command->seq_select.picked = count;
+    case TS_RING_SEQ_SELECT:
+        return decode_select(r, entry, command, answer);
+    case TS_RING_SEQ_MATCH:
+        return decode_match(r, entry, command, answer);
+    default:
+        copy_batch(r, count, true);
+        command->op = entry->op == TS_RING_SEQ_FREE ? TS_OP_SEQ_FREE : TS_OP_SEQ_TRUNCATE;
+        command->seq_batch.seqs = r->rings->seqs;
+        command->seq_batch.lengths = r->rings->words;
+        command->seq_batch.count = count;
+        command->seq_batch.forget = entry->seqs.flags & TS_RING_FORGET;
+        command->seq_batch.by_counts = entry->seqs.flags & TS_RING_BY_COUNTS;
         return true;
     }
-    copy_batch(r, count, entry->op != TS_RING_SEQ_MATCH);
-    if (entry->op == TS_RING_SEQ_MATCH) {
-        command->op = TS_OP_SEQ_MATCH;
-        command->seq_match.counts = r->rings->words;
-        command->seq_match.count = count;
-        command->seq_match.space = space;
-        command->seq_match.dry = entry->seqs.flags & TS_RING_DRY;
-        command->seq_match.wait = entry->seqs.wait_ms > 0;
-        return copy_ids(r, count, &command->seq_match.tokens, answer);
-    }
-    command->op = entry->op == TS_RING_SEQ_FREE ? TS_OP_SEQ_FREE : TS_OP_SEQ_TRUNCATE;
-    command->seq_batch.seqs = r->rings->seqs;
-    command->seq_batch.lengths = r->rings->words;
-    command->seq_batch.count = count;
-    command->seq_batch.forget = entry->seqs.flags & TS_RING_FORGET;
-    command->seq_batch.by_counts = entry->seqs.flags & TS_RING_BY_COUNTS;
-    return true;
 }
 
 /* Lays out what was answered. */

@@ -51,6 +51,12 @@ static void look_for_least(void *arg, const char *name)
     snprintf(l->name, sizeof l->name, "%s", name);
 }
 
+/* Whether it is of books that could not be read, which are set aside for the operator. */
+static bool is_evidence(const char *name)
+{
+    return strncmp(name, "failed.", 7) == 0;
+}
+
 /* The books come before all else. False: nothing makes room for them. */
 static bool make_room(ts_store *store, const char *for_name)
 {
@@ -62,7 +68,7 @@ static bool make_room(ts_store *store, const char *for_name)
         ts_log(TS_LOG_WARNING, "'%s' in the store makes room for '%s'", l.name, for_name);
         return ts_store_remove(store, l.name) == TS_OK;
     }
-    for (size_t i = 0; i < 3 && strncmp(for_name, "failed.", 7) != 0; i++)
+    for (size_t i = 0; i < 3 && !is_evidence(for_name); i++)
         made = ts_store_remove(store, evidence[i]) == TS_OK || made;
     return made;
 }
@@ -116,7 +122,7 @@ static void log_start(const ts_books_start *start)
 /* Counts what the books know of. */
 static void count_known(void *count, const char *name)
 {
-    *(uint32_t *)count += strncmp(name, "failed.", 7) != 0;
+    *(uint32_t *)count += !is_evidence(name);
 }
 
 /* Where memory is stored and no books are, the holder has closed these: that is no first start. */
@@ -194,7 +200,7 @@ bool ts_takeover_begin(ts_service *s, ts_store *store, const ts_config *c)
 static void drop_unknown(void *service, const char *name)
 {
     ts_service *s = service;
-    if (strncmp(name, "failed.", 7) == 0) /* set aside for the operator */
+    if (is_evidence(name))
         return;
     ts_log(TS_LOG_DEBUG, "'%s' in the store belongs to nothing: it is dropped", name);
     (void)ts_store_remove(s->exec.store, name);

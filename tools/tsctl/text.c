@@ -204,7 +204,7 @@ void text_status(const Tspb__StatusReply *r, const style *s)
            r->kernel, r->threads);
     printf("  requests %8llu        refused  %llu\n", (unsigned long long)r->requests,
            (unsigned long long)r->refused);
-    printf("  tokens   %8llu        attends  %llu in %llu launches\n",
+    printf("  tokens   %8llu        runs     %llu in %llu launches\n",
            (unsigned long long)r->tokens, (unsigned long long)r->runs,
            (unsigned long long)r->launches);
     print_restart(r);
