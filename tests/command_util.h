@@ -9,7 +9,7 @@
 #include <string.h>
 #include <sys/wait.h>
 
-/* Runs a shell command; its output (stdout and stderr) and exit status. */
+/* Runs a shell command; its output (stdout and stderr), as far as there is room, and exit status. */
 static inline int run(char *output, size_t bytes, const char *format, ...)
 {
     char command[1024];
@@ -22,6 +22,8 @@ static inline int run(char *output, size_t bytes, const char *format, ...)
     assert_non_null(f);
     size_t n = fread(output, 1, bytes - 1, f);
     output[n] = '\0';
+    while (fgetc(f) != EOF) /* else the command may be ended by a signal */
+        ;
     int status = pclose(f);
     assert_true(WIFEXITED(status));
     return WEXITSTATUS(status);
