@@ -236,5 +236,6 @@ void ts_disconnect(ts_client *c)
     ts_cuda_close(c->cuda);
     ts_handles_close(c);
     pthread_mutex_destroy(&c->socket_lock);
+    free(c->unaborted);
     free(c);
 }

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <sys/wait.h>
 
-/* Runs a shell command; its output (stdout and stderr), as far as there is room, and exit status. */
+/* Runs a shell command; its output (stdout and stderr) as far as there is room, its exit status. */
 static inline int run(char *output, size_t bytes, const char *format, ...)
 {
     char command[1024];

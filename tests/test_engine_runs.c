@@ -255,6 +255,52 @@ static void a_step_that_is_aborted_once_idle_ends_with_its_runs(void **state)
     ts_engine_free(e);
 }
 
+/* Its session ends bit by bit meanwhile: the books agree all the time. */
+static void a_step_that_is_aborted_once_idle_goes_with_its_session(void **state)
+{
+    (void)state;
+    for (int quarantine = 0; quarantine < 2; quarantine++) {
+        ts_engine *e = engine_new(200000, 100, 4, TS_CLIENT_WRITE_ALL);
+        const uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+        ts_answer answer;
+        e->pools[0].config.on_gpu = quarantine;
+        const ts_command open = {
+            .op = TS_OP_EXCHANGE_OPEN, .session = s, .exchange_open = {.bytes = 1 << 20}};
+        assert_int_equal(apply(e, open, &answer), TS_OK);
+        const ts_command own = {.op = TS_OP_STEP_BEGIN,
+                                .session = s,
+                                .step_begin = {.seqs = &seq,
+                                               .new_tokens = &(uint32_t){3},
+                                               .count = 1,
+                                               .heads = 1,
+                                               .by_worker = quarantine}};
+        assert_int_equal(apply(e, own, &answer), TS_OK);
+        const uint64_t step = answer.begun.step->id;
+        assert_int_equal(run_on_stream(e, s, step, 0, 0), TS_OK);
+        for (int i = 0; i < 6; i++) { /* of 20000 blocks each: more than one sweep frees */
+            const uint64_t large = seq_new(e, s);
+            assert_int_equal(begin(e, s, &large, &(uint32_t){80000}, 1, false, &answer), TS_OK);
+        }
+        assert_int_equal(abort_once_idle(e, s, step), TS_OK);
+        apply(e,
+              (ts_command){.op = TS_OP_SESSION_CLOSE,
+                           .session = s,
+                           .session_close = {.quarantine = quarantine}},
+              &answer);
+        check_engine(e);
+        assert_int_equal(step_done(e, step, 0), TS_OK);
+        check_engine(e);
+        if (quarantine)
+            apply(e, (ts_command){.op = TS_OP_SESSION_GONE, .session = s}, &answer);
+        check_engine(e);
+        (void)sweep_all(e);
+        assert_int_equal(e->live_sessions, 0);
+        assert_int_equal(e->pools[0].books.used, 0);
+        check_engine(e);
+        ts_engine_free(e);
+    }
+}
+
 /* A restart finds a block wrong, of a kept sequence that a step copies the tail of, and of a fork
  * of it. Of a session that has ended the step stays until its copy is made, and nobody finds the
  * sequence, neither until then nor later. */
@@ -302,6 +348,7 @@ int main(void)
         cmocka_unit_test(a_run_that_writes_where_it_reads_is_refused),
         cmocka_unit_test(runs_on_a_stream_are_numbered_and_outlive_the_daemon),
         cmocka_unit_test(a_step_that_is_aborted_once_idle_ends_with_its_runs),
+        cmocka_unit_test(a_step_that_is_aborted_once_idle_goes_with_its_session),
         cmocka_unit_test(a_wrong_block_is_nobodys_whatever_its_step_waits_for),
     };
     return cmocka_run_group_tests_name("engine_runs", tests, NULL, NULL);

@@ -238,10 +238,41 @@ static void garbage_is_answered_with_a_refusal(void **state)
     daemon_stop(&d);
 }
 
+/* What a session that goes on tells of has limits, which its process keeps. */
+static void a_resume_of_too_much_is_refused(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    nng_socket s = raw_open(&d);
+    Tspb__SessionResume resume = TSPB__SESSION_RESUME__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    uint64_t given_up[TS_GIVEN_UP_MOST + 1] = {0};
+    resume.protocol = TS_PROTOCOL;
+    resume.given_up = given_up;
+    resume.n_given_up = TS_GIVEN_UP_MOST + 1;
+    request.request_id = 1;
+    request.body_case = TSPB__REQUEST__BODY_SESSION_RESUME;
+    request.session_resume = &resume;
+    Tspb__Reply *reply = raw_call(s, &request);
+    assert_int_equal(reply->status, TS_EINVAL);
+    assert_string_equal(reply->message, "a resume that gives up 65 calls and 0 steps; the limits "
+                                        "are 64 and 4096");
+    tspb__reply__free_unpacked(reply, NULL);
+    resume.n_given_up--;
+    request.request_id = 2;
+    reply = raw_call(s, &request);
+    assert_int_equal(reply->status, TS_ENOENT); /* there is no such session */
+    tspb__reply__free_unpacked(reply, NULL);
+    nng_close(s);
+    daemon_stop(&d);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
+        cmocka_unit_test(a_resume_of_too_much_is_refused),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -18,13 +18,13 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
 {
     rng r = {42};
     digest d = {1469598103934665603u};
-    ts_seq seqs[2], forks[2], found[2], kept, own, next[2];
+    ts_seq seqs[2], forks[2], found[2], kept, own, next[2], longer;
     ts_step *step;
     uint32_t ids[64], length, matched[2], lengths[4];
     uint8_t ticket[TS_TICKET_BYTES];
     ts_kept list[4];
     char name[32];
-    ts_pool *p = open_pool(c, "p", c->exec == TS_EXEC_LOCAL ? TS_POOL_WRITABLE : 0);
+    ts_pool *p = open_pool(c, "p", TS_POOL_WRITABLE);
     for (uint32_t i = 0; i < 64; i++)
         ids[i] = i % 7;
     DO(ts_seq_create(p, 2, seqs));
@@ -32,6 +32,15 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
     DO(ts_seq_fork(p, seqs[0], 2, forks));
     one_step(c, p, (ts_seq[]){forks[0], forks[1], seqs[1]}, (uint32_t[]){1, 2, 1}, 3, NULL, &r, &d);
     DO(ts_seq_truncate(p, &forks[1], &(uint32_t){10}, 1));
+    DO(ts_seq_fork(p, seqs[0], 1, &longer));
+    DO(ts_seq_append(p, &longer, &(uint32_t){3}, 1, NULL)); /* it gets a copy of the tail */
+    DO(ts_step_begin(p, &longer, &(uint32_t){4}, 1,
+                     &(ts_step_options){.size = sizeof(ts_step_options), .heads = HEADS}, &step));
+    run_layers(c, step, 4, &r, NULL); /* over tokens that nobody has written */
+    DO(ts_step_commit(step, &(uint32_t){2}));
+    DO(ts_seq_lengths(p, &longer, 1, lengths));
+    mix(&d, lengths, sizeof *lengths);
+    DO(ts_seq_forget(p, &longer, 1));
     snprintf(name, sizeof name, "k%d", (int)getpid());
     DO(ts_seq_keep(p, forks[0], name));
     DO(ts_seq_attach(p, name, &kept, &length));

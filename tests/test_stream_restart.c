@@ -219,6 +219,49 @@ static void an_abort_that_waits_for_the_stream_goes_on(void **state)
     }
 }
 
+/* However many there are. */
+static void all_aborts_that_wait_for_the_stream_go_on(void **state)
+{
+    (void)state;
+    enum { STEPS = 70 };
+    daemon_process d;
+    ts_client *c;
+    ts_seq seqs[STEPS];
+    ts_step *steps[STEPS];
+    start(&d, POOL, NULL);
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d.url,
+                                .wait_ms = 60000,
+                                .timeout_ms = 2000,
+                                .transport = TS_TRANSPORT_MESSAGES},
+                  &c));
+    ts_pool *p = open_pool(c, "p", 0);
+    open_exchange(c, p, OF_DAEMON);
+    DO(ts_seq_create(p, STEPS, seqs));
+    for (uint32_t i = 0; i < STEPS; i++)
+        steps[i] = begin(c, p, &seqs[i], &(uint32_t){3}, 1);
+    stop_stream();
+    for (uint32_t i = 0; i < STEPS; i++)
+        DO(ts_step_run_with(steps[i], 0,
+                            &(ts_run_options){.size = sizeof(ts_run_options), .on_stream = true}));
+    c->timeout_ms = 20; /* the aborts alone are given up */
+    for (uint32_t i = 0; i < STEPS; i++)
+        assert_int_equal(ts_step_abort(steps[i]), TS_ETIMEOUT);
+    c->timeout_ms = 60000;
+    assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+    assert_int_equal(sequences(c), STEPS);
+    assert_int_equal(ts_client_restarts(c), 1);
+    sem_post(&may_go);
+    fake_stream_await();
+    while (ts_seq_free(p, seqs, STEPS) == TS_EBUSY)
+        ; /* their runs are over, which the engine is about to hear */
+    assert_int_equal(sequences(c), 0);
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* ---- what can't be done again ---- */
 
 /* A run that its worker didn't submit in time isn't taken for done by the next daemon, though its
@@ -338,6 +381,7 @@ int main(void)
         cmocka_unit_test(a_stream_goes_on_when_no_daemon_comes),
         cmocka_unit_test(a_worker_without_a_context_waits_for_nobody),
         cmocka_unit_test(an_abort_that_waits_for_the_stream_goes_on),
+        cmocka_unit_test(all_aborts_that_wait_for_the_stream_go_on),
         cmocka_unit_test(a_late_run_stays_late),
         cmocka_unit_test(a_run_on_a_stream_that_crashes_the_daemon_twice_fails),
         cmocka_unit_test(runs_of_a_step_that_is_lost_are_not_waited_for),

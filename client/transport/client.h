@@ -37,8 +37,6 @@ typedef struct ts_region {
  * unanswered.c's own. */
 typedef struct ts_unanswered ts_unanswered;
 
-#define TS_GIVEN_UP_MOST 64u /* calls whose answers nobody waits for, that a daemon is told of */
-
 /* What the exchange is made of. */
 typedef enum ts_exchange_kind {
     TS_EXCHANGE_NONE,
@@ -113,8 +111,8 @@ struct ts_client {
     /* The numbers of such calls whose daemon has gone: the next one is told. */
     uint64_t given_up[TS_GIVEN_UP_MOST];
     uint32_t num_given_up;
-    uint64_t unaborted[TS_GIVEN_UP_MOST]; /* steps whose abort had no answer */
-    uint32_t num_unaborted;
+    uint64_t *unaborted; /* steps whose abort had no answer, the newest last */
+    uint32_t num_unaborted, room_unaborted;
     /* Called before each call, if it isn't NULL: undoes begins whose answers came late. */
     void (*settle)(ts_client *client);
     ts_exec exec; /* that was asked for, or that AUTO has come to */

@@ -1,22 +1,22 @@
 #define _GNU_SOURCE
 #include "rpc.h"
 
+#include "clock.h"
 #include "error.h"
 
 #include <nng/protocol/reqrep0/req.h>
 #include <string.h>
 #include <unistd.h>
 
-/* Sends the packed request and waits for one reply message. */
-static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, nng_msg **reply)
+/* Sends the packed request and waits for one reply message; NNG's error. */
+static int try_exchange(ts_client *c, const Tspb__Request *request, size_t bytes, uint32_t ms,
+                        nng_msg **reply)
 {
     nng_msg *message;
-    size_t bytes = tspb__request__get_packed_size(request);
     if (nng_msg_alloc(&message, bytes) != 0)
-        return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
+        return NNG_ENOMEM;
     tspb__request__pack(request, nng_msg_body(message));
-    const uint32_t time_ms = ts_call_time(c);
-    nng_aio_set_timeout(c->aio, (nng_duration)time_ms);
+    nng_aio_set_timeout(c->aio, (nng_duration)ms);
     nng_aio_set_msg(c->aio, message);
     nng_send_aio(c->socket, c->aio);
     if (atomic_load(&c->broken)) /* it may have ended before there was anything to abort */
@@ -32,10 +32,30 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
         nng_aio_wait(c->aio);
         error = nng_aio_result(c->aio);
     }
-    if (error == 0) {
+    if (error == 0)
         *reply = nng_aio_get_msg(c->aio);
+    return error;
+}
+
+/* The same, for as long as the call may take. What NNG says is late may be the call before, which
+ * had the same aio and was answered in its last moment: then this one is asked again, and is
+ * carried out once. */
+static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, nng_msg **reply)
+{
+    const size_t bytes = tspb__request__get_packed_size(request);
+    const uint32_t time_ms = ts_call_time(c);
+    const uint64_t until_ms = ts_now_ms() + time_ms;
+    uint32_t left_ms = time_ms;
+    int error;
+    do {
+        error = try_exchange(c, request, bytes, left_ms, reply);
+        const uint64_t now_ms = ts_now_ms();
+        left_ms = now_ms < until_ms ? (uint32_t)(until_ms - now_ms) : 0;
+    } while (error == NNG_ETIMEDOUT && left_ms > 1);
+    if (error == 0)
         return TS_OK;
-    }
+    if (error == NNG_ENOMEM)
+        return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
     if (atomic_load(&c->broken))
         return ts_gone(c);
     if (error == NNG_ETIMEDOUT)

@@ -223,7 +223,15 @@ void ts_unanswered_select_by_ring(ts_client *c, uint32_t pool, const Tspb__SeqSe
 
 void ts_unanswered_abort(ts_client *c, uint64_t step)
 {
-    if (c->num_unaborted == TS_GIVEN_UP_MOST) /* the oldest has been carried out long since */
+    if (c->num_unaborted == c->room_unaborted && c->room_unaborted < TS_ABORTED_STEPS_MOST) {
+        const uint32_t room = c->room_unaborted == 0 ? 16 : c->room_unaborted * 2;
+        uint64_t *larger = realloc(c->unaborted, room * sizeof *larger);
+        if (larger == NULL)
+            return; /* the step ends with the session */
+        c->unaborted = larger;
+        c->room_unaborted = room;
+    }
+    if (c->num_unaborted == c->room_unaborted) /* a daemon that lives has carried out the oldest */
         memmove(c->unaborted, c->unaborted + 1, --c->num_unaborted * sizeof *c->unaborted);
     c->unaborted[c->num_unaborted++] = step;
 }

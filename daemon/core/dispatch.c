@@ -67,7 +67,7 @@ void ts_engine_apply(ts_engine *e, const ts_command *c, ts_answer *answer)
     operation->apply(e, s, c, answer);
     if (c->again && s != NULL && is_final(answer->status))
         ts_waits_end(e, s);
-    if (c->call != 0 && s != NULL && answer->status == TS_OK)
+    if (s != NULL && c->call > s->call && answer->status == TS_OK) /* one may be late */
         s->call = c->call;
     if (c->again && s != NULL && answer->status == TS_NEED_SWEEP && s->wait.kind == TS_WAIT_ROOM &&
         c->step_begin.wait) { /* it goes on bit by bit in its place, so nobody takes its room */

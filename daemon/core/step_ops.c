@@ -501,7 +501,7 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
         return;
     const ts_engine_pool *pool = &e->pools[step->pool];
     uint32_t layers = pool->config.geometry.layers;
-    if (step->in_flight > 0 && c->step_end.once_idle) {
+    if (step->in_flight > 0 && c->op == TS_OP_STEP_ABORT && c->step_end.once_idle) {
         step->aborted = true;
         return;
     }

@@ -308,7 +308,10 @@ void ts_step_work_abort(ts_exec *x, uint64_t session, uint64_t step)
         .session = session,
         .step_end = {.step = step, .once_idle = true},
     };
-    ts_answer answer; /* or refused: it has ended */
+    ts_answer answer;
+    const ts_step *its = ts_engine_find_step(x->engine, step);
+    if (its == NULL || ts_engine_session_id(x->engine, its->session) != session)
+        return;
     (void)ts_step_work_must_wait(x, &abort);
     ts_exec_apply(x, &abort, &answer);
 }

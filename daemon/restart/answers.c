@@ -82,7 +82,8 @@ static void keep_forks(const ts_command *c, const ts_answer *answer, ts_stored_a
 static void keep_step(const ts_command *c, const ts_answer *answer, ts_stored_answer *h)
 {
     (void)c;
-    h->id = answer->begun.step == NULL ? 0 : answer->begun.step->id;
+    const ts_step *step = answer->begun.step;
+    h->id = step == NULL || step->append ? 0 : step->id; /* an append ends when it has its copies */
 }
 
 static bool give_step(const ts_stored_answer *h, const ts_engine *e, ts_command *c,
@@ -245,6 +246,8 @@ bool ts_answers_note(ts_answers *t, const ts_command *c, const ts_answer *answer
     if (!is_kept(c) || answer->status != TS_OK || index >= t->max)
         return true;
     ts_kept_answer *kept = &t->all[index];
+    if (kept->head.session == caller_of(c).session && kept->head.call > caller_of(c).call)
+        return true; /* it was given up before the one whose answer is kept, which may come again */
     const ts_stored_answer h = head_of(c, answer);
     unsigned char *bytes = pack(&h, c, answer);
     if (bytes == NULL)

@@ -264,6 +264,11 @@ void ts_resume(ts_service *s, ts_connection *c, const Tspb__SessionResume *r, ts
         return ts_refuse(answer, TS_EPROTO,
                          "a session of protocol version %u; this daemon speaks %u", r->protocol,
                          TS_PROTOCOL);
+    if (r->n_given_up > TS_GIVEN_UP_MOST || r->n_aborted_steps > TS_ABORTED_STEPS_MOST)
+        return ts_refuse(answer, TS_EINVAL,
+                         "a resume that gives up %zu calls and %zu steps; the limits are %u and %u",
+                         r->n_given_up, r->n_aborted_steps, TS_GIVEN_UP_MOST,
+                         TS_ABORTED_STEPS_MOST);
     if (c->session != 0)
         return ts_refuse(answer, TS_EEXIST, "this connection has session %llx already",
                          (unsigned long long)c->session);
