@@ -18,9 +18,9 @@
 #define TS_HANDLE_MAGIC 0x48535354u
 #define TS_TOKEN_BYTES 16
 
-/* What a SessionResume tells of at most. */
+/* What a SessionResume tells of at most: it fits into the shortest message_max. */
 #define TS_GIVEN_UP_MOST 64u
-#define TS_ABORTED_STEPS_MOST 4096u
+#define TS_ABORTED_STEPS_MOST 256u
 #define TS_HANDLE_SUFFIX ".handles" /* to the path of NNG's socket: the handle socket's */
 
 enum ts_handle_kind {

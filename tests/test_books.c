@@ -515,32 +515,6 @@ static void a_follower_that_differs_is_overruled(void **state)
 }
 
 /* They are in the journal, then in a snapshot, and are over one after the other. */
-/* A call that was given up may be carried out behind the one after it, which may come again. */
-static void a_late_call_hides_no_answer(void **state)
-{
-    (void)state;
-    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
-    ts_answers answers;
-    ts_answer answer;
-    const uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
-    ts_command create = {
-        .op = TS_OP_SEQ_CREATE, .session = s, .call = 5, .seq_create = {.count = 1}};
-    const ts_command late = {
-        .op = TS_OP_SEQ_FREE, .session = s, .call = 4, .seq_batch = {.seqs = &seq, .count = 1}};
-    assert_true(ts_answers_init(&answers, 8));
-    assert_int_equal(apply(e, create, &answer), TS_OK);
-    const uint64_t made = answer.seqs.seqs[0];
-    assert_true(ts_answers_note(&answers, &create, &answer));
-    assert_int_equal(apply(e, late, &answer), TS_OK);
-    assert_true(ts_answers_note(&answers, &late, &answer));
-    assert_true(ts_answers_find(&answers, e, &create, &answer));
-    assert_int_equal(answer.seqs.seqs[0], made);
-    create.call = 6;
-    assert_false(ts_answers_find(&answers, e, &create, &answer));
-    ts_answers_fini(&answers);
-    ts_engine_free(e);
-}
-
 static void runs_on_a_stream_are_what_they_were(void **state)
 {
     (void)state;
@@ -613,7 +587,6 @@ int main(void)
         cmocka_unit_test(three_attempts_that_fail_are_enough),
         cmocka_unit_test(what_is_given_up_on_purpose_is_gone),
         cmocka_unit_test(a_follower_that_differs_is_overruled),
-        cmocka_unit_test(a_late_call_hides_no_answer),
         cmocka_unit_test(runs_on_a_stream_are_what_they_were),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -242,14 +242,6 @@ static void refusals_name_the_value_and_the_limit(void **state)
     info.size = sizeof info - 8; /* the first version had all */
     assert_int_equal(ts_error_read(c, &info), TS_EINVAL);
     info.size = sizeof info;
-    struct {
-        ts_error_info info;
-        uint64_t more;
-    } later = {.info.size = sizeof later, .more = 7};
-    OK(ts_error_read(c, &later.info));
-    assert_int_equal(later.info.size, sizeof later);
-    assert_int_equal(later.info.needed, 5);
-    assert_int_equal(later.more, 0);
     assert_int_equal(ts_step_begin(p, &seq, &zero, 1, NULL, &step), TS_EINVAL);
     assert_int_equal(ts_step_begin(p, &none, &tokens, 1, NULL, &step), TS_ENOENT);
     OK(ts_error_read(c, &info));
@@ -408,24 +400,6 @@ static void options_may_be_of_an_earlier_or_a_later_header(void **state)
     assert_string_equal(ts_error(c), "ts_options has a size of 0: initialise it with "
                                      "TS_OPTIONS_INIT");
     ts_disconnect(c);
-    ts_options options = {.size = sizeof options, .url = d.url};
-    const struct {
-        int *member;
-        const char *error;
-    } words[] = {
-        {(int *)(void *)&options.transport,
-         "ts_options.transport is 3; the last one is 2, TS_TRANSPORT_MESSAGES"},
-        {(int *)(void *)&options.exec, "ts_options.exec is 3; the last one is 2, TS_EXEC_AUTO"},
-        {(int *)(void *)&options.reconnect,
-         "ts_options.reconnect is 3; the last one is 1, TS_RECONNECT_OFF"},
-    };
-    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
-        *words[i].member = 3;
-        assert_int_equal(ts_connect(&options, &c), TS_EINVAL);
-        assert_string_equal(ts_error(c), words[i].error);
-        ts_disconnect(c);
-        *words[i].member = 0;
-    }
     c = connect_to(&d);
     ts_pool *p = open_pool(c, "tiny", 0);
     OK(ts_seq_create(p, 1, &seq));

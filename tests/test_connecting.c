@@ -187,6 +187,39 @@ static void an_address_that_can_be_no_daemons_is_named(void **state)
     alarm(0);
 }
 
+/* Members of ts_options that are one of a few words. A later header's errors have more numbers. */
+static void words_that_do_not_exist_are_refused(void **state)
+{
+    (void)state;
+    ts_client *c;
+    ts_options options = {.size = sizeof options, .url = "/nowhere/at/all"};
+    const struct {
+        int *member;
+        const char *error;
+    } words[] = {
+        {(int *)(void *)&options.transport,
+         "ts_options.transport is 3; the last one is 2, TS_TRANSPORT_MESSAGES"},
+        {(int *)(void *)&options.exec, "ts_options.exec is 3; the last one is 2, TS_EXEC_AUTO"},
+        {(int *)(void *)&options.reconnect,
+         "ts_options.reconnect is 3; the last one is 1, TS_RECONNECT_OFF"},
+    };
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        *words[i].member = 3;
+        assert_int_equal(ts_connect(&options, &c), TS_EINVAL);
+        assert_string_equal(ts_error(c), words[i].error);
+        struct {
+            ts_error_info info;
+            uint64_t more;
+        } later = {.info.size = sizeof later, .more = 7};
+        OK(ts_error_read(c, &later.info));
+        assert_int_equal(later.info.size, sizeof later);
+        assert_int_equal(later.info.status, TS_EINVAL);
+        assert_int_equal(later.more, 0);
+        ts_disconnect(c);
+        *words[i].member = 0;
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
@@ -201,6 +234,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(whoever_waits_outwaits_a_drain),
         cmocka_unit_test(a_client_without_descriptors_is_told_so),
         cmocka_unit_test(an_address_that_can_be_no_daemons_is_named),
+        cmocka_unit_test(words_that_do_not_exist_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

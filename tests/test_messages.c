@@ -257,7 +257,7 @@ static void a_resume_of_too_much_is_refused(void **state)
     Tspb__Reply *reply = raw_call(s, &request);
     assert_int_equal(reply->status, TS_EINVAL);
     assert_string_equal(reply->message, "a resume that gives up 65 calls and 0 steps; the limits "
-                                        "are 64 and 4096");
+                                        "are 64 and 256");
     tspb__reply__free_unpacked(reply, NULL);
     resume.n_given_up--;
     request.request_id = 2;

@@ -1,7 +1,8 @@
 /* What the journal and snapshots store: the engine's state field by field, and commands. */
 #define _GNU_SOURCE
-#include "test_util.h"
+#include "engine_util.h"
 
+#include "answers.h"
 #include "command_codec.h"
 #include "records.h"
 
@@ -177,6 +178,32 @@ static void a_command_that_speaks_of_more_than_it_points_to_isnt_read(void **sta
     assert_false(ts_command_read(bytes, ts_command_bytes(&c), &outside, &read));
 }
 
+/* A call that was given up may be carried out behind the one after it, which may come again. */
+static void a_late_call_hides_no_answer(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    ts_answers answers;
+    ts_answer answer;
+    const uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+    ts_command create = {
+        .op = TS_OP_SEQ_CREATE, .session = s, .call = 5, .seq_create = {.count = 1}};
+    const ts_command late = {
+        .op = TS_OP_SEQ_FREE, .session = s, .call = 4, .seq_batch = {.seqs = &seq, .count = 1}};
+    assert_true(ts_answers_init(&answers, 8));
+    assert_int_equal(apply(e, create, &answer), TS_OK);
+    const uint64_t made = answer.seqs.seqs[0];
+    assert_true(ts_answers_note(&answers, &create, &answer));
+    assert_int_equal(apply(e, late, &answer), TS_OK);
+    assert_true(ts_answers_note(&answers, &late, &answer));
+    assert_true(ts_answers_find(&answers, e, &create, &answer));
+    assert_int_equal(answer.seqs.seqs[0], made);
+    create.call = 6;
+    assert_false(ts_answers_find(&answers, e, &create, &answer));
+    ts_answers_fini(&answers);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -185,6 +212,7 @@ int main(void)
         cmocka_unit_test(a_command_that_speaks_of_more_than_it_points_to_isnt_read),
         cmocka_unit_test(a_snapshot_of_other_fields_is_read),
         cmocka_unit_test(no_field_of_a_record_was_forgotten),
+        cmocka_unit_test(a_late_call_hides_no_answer),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -368,10 +368,9 @@ static void forget_losers(ts_pool *p, const ts_seq *seqs, uint32_t count, const 
     free(stays);
 }
 
-ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const uint32_t *from,
-                        uint32_t picked, ts_seq *out)
+static ts_status select_seqs(ts_pool *p, const ts_seq *seqs, uint32_t count, const uint32_t *from,
+                             uint32_t picked, ts_seq *out)
 {
-    TS_ENTER(p->client);
     Tspb__SeqSelect body = TSPB__SEQ_SELECT__INIT;
     TS_REQUEST(seq_select, SEQ_SELECT);
     body.pool = p->index;
@@ -383,7 +382,6 @@ ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const ui
     ts_status status = use_rings(p->client, count > picked ? count : picked, 0, &use);
     if (status != TS_OK)
         return status;
-    forget_losers(p, seqs, count, from, picked); /* first: `out` may be `seqs` */
     ts_rings_memory *m = p->client->rings;
     if (use && count > 0 && picked > 0) {
         memcpy(m->batch_seqs, seqs, count * sizeof *seqs);
@@ -400,6 +398,21 @@ ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const ui
     if (use)
         memcpy(out, m->batch_seqs, picked * sizeof *out);
     return TS_OK;
+}
+
+ts_status ts_seq_select(ts_pool *p, const ts_seq *seqs, uint32_t count, const uint32_t *from,
+                        uint32_t picked, ts_seq *out)
+{
+    TS_ENTER(p->client);
+    ts_seq *before = malloc((count + 1ull) * sizeof *before); /* `out` may be `seqs` */
+    if (before == NULL)
+        return ts_fail(p->client, TS_ENOMEM, "no memory for a selection of %u sequences", count);
+    memcpy(before, seqs, count * sizeof *before);
+    const ts_status status = select_seqs(p, before, count, from, picked, out);
+    if (status == TS_OK)
+        forget_losers(p, before, count, from, picked);
+    free(before);
+    return status;
 }
 
 ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_t *lengths)

@@ -8,13 +8,15 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Sends the packed request and waits for one reply message; NNG's error. */
+#define NO_MEMORY (-1) /* nothing was sent */
+
+/* Sends the packed request and waits for one reply message; NNG's error, or NO_MEMORY. */
 static int try_exchange(ts_client *c, const Tspb__Request *request, size_t bytes, uint32_t ms,
                         nng_msg **reply)
 {
     nng_msg *message;
     if (nng_msg_alloc(&message, bytes) != 0)
-        return NNG_ENOMEM;
+        return NO_MEMORY;
     tspb__request__pack(request, nng_msg_body(message));
     nng_aio_set_timeout(c->aio, (nng_duration)ms);
     nng_aio_set_msg(c->aio, message);
@@ -54,7 +56,7 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
     } while (error == NNG_ETIMEDOUT && left_ms > 1);
     if (error == 0)
         return TS_OK;
-    if (error == NNG_ENOMEM)
+    if (error == NO_MEMORY)
         return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
     if (atomic_load(&c->broken))
         return ts_gone(c);

@@ -581,7 +581,7 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
     ts_session *s = &e->sessions[step->session];
     if (s->closing)
         (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
-    else if (step->append)
+    else if (step->append) /* which nobody can abort */
         settle(e, step, NULL, c->step_done.status == TS_OK);
     else if (step->aborted && step->in_flight == 0)
         ts_engine_step_abort(e, step);

@@ -158,22 +158,21 @@ size_t ts_command_bytes(const ts_command *c)
 void ts_command_write(const ts_command *c, void *out)
 {
     const struct shape *shape = &shapes[c->op];
-    unsigned char *at = out;
-    head h = {.op = c->op,
-              .pool = c->pool,
-              .session = c->session,
-              .call = c->call,
-              .again = c->again,
-              .body_bytes = shape->body_bytes};
-    sizes_of(c, h.array_bytes);
-    memcpy(at, &h, sizeof h);
-    at += sizeof h;
-    memcpy(at, &c->session_open, h.body_bytes); /* where each of the structs begins */
-    at += padded(h.body_bytes);
+    head *h = out; /* in place: to copy what was just written waits for it */
+    h->op = c->op;
+    h->pool = c->pool;
+    h->session = c->session;
+    h->call = c->call;
+    h->again = c->again;
+    h->body_bytes = shape->body_bytes;
+    sizes_of(c, h->array_bytes);
+    unsigned char *at = (unsigned char *)(h + 1);
+    memcpy(at, &c->session_open, shape->body_bytes); /* where each of the structs begins */
+    at += padded(shape->body_bytes);
     for (uint32_t i = 0; i < TS_COMMAND_ARRAYS && shape->arrays[i].kind != NO_ARRAY; i++) {
-        if (h.array_bytes[i] != ABSENT)
-            memcpy(at, pointer_at(c, shape->arrays[i].at), h.array_bytes[i]);
-        at += padded(h.array_bytes[i]);
+        if (h->array_bytes[i] != ABSENT)
+            memcpy(at, pointer_at(c, shape->arrays[i].at), h->array_bytes[i]);
+        at += padded(h->array_bytes[i]);
     }
 }
 

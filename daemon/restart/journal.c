@@ -150,12 +150,13 @@ bool ts_journal_put(ts_journal *j, const ts_command *c, uint64_t now_ms, ts_stat
         memcpy(j->ring + at, &skip, sizeof skip);
         at = 0;
     }
-    entry_head e = {
-        .bytes = (uint32_t)bytes, .status = (uint32_t)status, .digest = digest, .now_ms = now_ms};
-    memcpy(j->ring + at, &e, sizeof e);
-    ts_command_write(c, j->ring + at + sizeof e);
-    e.checksum = checksum_of(&e, j->ring + at);
-    memcpy(j->ring + at, &e, sizeof e);
+    entry_head *e = (entry_head *)(void *)(j->ring + at);
+    e->bytes = (uint32_t)bytes;
+    e->status = (uint32_t)status;
+    e->digest = digest;
+    e->now_ms = now_ms;
+    ts_command_write(c, e + 1);
+    e->checksum = checksum_of(e, j->ring + at);
     __atomic_store_n(&h->head, end, __ATOMIC_RELEASE);
     return true;
 }

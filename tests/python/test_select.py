@@ -44,7 +44,8 @@ def test_a_selection_takes_no_room(kv):
 
 
 @pytest.mark.parametrize(("picks", "message"), [
-    ([0, 2], "pick 1 is sequence 2 of a selection of 2"), ([], "a selection of 0 of 2 sequences")])
+    ([0, 2], "pick 1 is sequence 2 of a selection of 2"), ([], "a selection of 0 of 2 sequences"),
+    ([10**7], "pick 0 is sequence 10000000 of a selection of 2")])
 def test_what_a_selection_is_refused_for_changes_nothing(kv, picks, message):
     beams = kv.create(2)
     with pytest.raises(tinyserve.InvalidError, match=message):

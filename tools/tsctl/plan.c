@@ -150,7 +150,9 @@ static pool_plan recommend(const plan_options *o, const ts_geometry *model)
     while (usual.sequence_blocks > TS_COMMAND_ENTRIES &&
            usual.geometry.block_tokens < TS_BLOCK_TOKENS_MAX)
         usual = work_out(o, model, usual.geometry.block_tokens * 2);
-    return half.sequences * 19 > usual.sequences * 20 ? half : usual;
+    return half.sequence_blocks <= TS_COMMAND_ENTRIES && half.sequences * 19 > usual.sequences * 20
+               ? half
+               : usual;
 }
 
 /* The part of the heads that one GPU has; false, and a sentence is printed: it has none. */
