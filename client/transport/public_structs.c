@@ -2,18 +2,26 @@
 
 #include <string.h>
 
+#define OPTIONS(type, init)                                                                        \
+    {                                                                                              \
+#type, #init, sizeof(type), 0                                                              \
+    }
+#define RESULT(type, init, first_bytes)                                                            \
+    {                                                                                              \
+#type, init, sizeof(type), first_bytes                                                     \
+    }
+
 const ts_public_struct_info ts_public_structs[] = {
-    [TS_STRUCT_OPTIONS] = {"ts_options", "TS_OPTIONS_INIT", sizeof(ts_options)},
-    [TS_STRUCT_STEP_OPTIONS] = {"ts_step_options", "TS_STEP_OPTIONS_INIT", sizeof(ts_step_options)},
-    [TS_STRUCT_RUN_OPTIONS] = {"ts_run_options", "TS_RUN_OPTIONS_INIT", sizeof(ts_run_options)},
-    [TS_STRUCT_FRAME_OPTIONS] = {"ts_frame_options", "TS_FRAME_OPTIONS_INIT",
-                                 sizeof(ts_frame_options)},
-    [TS_STRUCT_SEQ_OPTIONS] = {"ts_seq_options", "TS_SEQ_OPTIONS_INIT", sizeof(ts_seq_options)},
-    [TS_STRUCT_KEEP_OPTIONS] = {"ts_keep_options", "TS_KEEP_OPTIONS_INIT", sizeof(ts_keep_options)},
-    [TS_STRUCT_KEPT] = {"ts_kept", NULL, sizeof(ts_kept), 152},
-    [TS_STRUCT_POOL_INFO] = {"ts_pool_info", NULL, sizeof(ts_pool_info), 124},
-    [TS_STRUCT_ERROR_INFO] = {"ts_error_info", "TS_ERROR_INFO_INIT", sizeof(ts_error_info), 64},
-    [TS_STRUCT_POOL_ROOM] = {"ts_pool_room", "TS_POOL_ROOM_INIT", sizeof(ts_pool_room), 96},
+    [TS_STRUCT_OPTIONS] = OPTIONS(ts_options, TS_OPTIONS_INIT),
+    [TS_STRUCT_STEP_OPTIONS] = OPTIONS(ts_step_options, TS_STEP_OPTIONS_INIT),
+    [TS_STRUCT_RUN_OPTIONS] = OPTIONS(ts_run_options, TS_RUN_OPTIONS_INIT),
+    [TS_STRUCT_FRAME_OPTIONS] = OPTIONS(ts_frame_options, TS_FRAME_OPTIONS_INIT),
+    [TS_STRUCT_SEQ_OPTIONS] = OPTIONS(ts_seq_options, TS_SEQ_OPTIONS_INIT),
+    [TS_STRUCT_KEEP_OPTIONS] = OPTIONS(ts_keep_options, TS_KEEP_OPTIONS_INIT),
+    [TS_STRUCT_KEPT] = RESULT(ts_kept, NULL, 152),
+    [TS_STRUCT_POOL_INFO] = RESULT(ts_pool_info, NULL, 124),
+    [TS_STRUCT_ERROR_INFO] = RESULT(ts_error_info, "TS_ERROR_INFO_INIT", 64),
+    [TS_STRUCT_POOL_ROOM] = RESULT(ts_pool_room, "TS_POOL_ROOM_INIT", 96),
     {"ts_geometry", NULL, sizeof(ts_geometry), 0},
     {"ts_kv", NULL, sizeof(ts_kv), 0},
 };
