@@ -23,6 +23,19 @@ typedef struct worker {
     layer_task task;
 } worker;
 
+/* A client by messages; timeout_ms: of each of its calls. */
+static ts_client *connect_for(const daemon_process *d, uint32_t timeout_ms)
+{
+    ts_client *c;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                .url = d->url,
+                                .wait_ms = 60000,
+                                .timeout_ms = timeout_ms,
+                                .transport = TS_TRANSPORT_MESSAGES},
+                  &c));
+    return c;
+}
+
 /* Makes the client a worker whose exchange is the daemon's. */
 static void worker_open(worker *w, ts_client *c)
 {
@@ -109,15 +122,9 @@ static void a_stream_goes_on_when_no_daemon_comes(void **state)
 {
     (void)state;
     daemon_process d;
-    ts_client *c;
     worker w;
     start(&d, POOL, NULL);
-    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                .url = d.url,
-                                .wait_ms = 60000,
-                                .timeout_ms = 200,
-                                .transport = TS_TRANSPORT_MESSAGES},
-                  &c));
+    ts_client *c = connect_for(&d, 200);
     worker_open(&w, c);
     worker_begin(&w, 20);
     stop_stream();
@@ -181,17 +188,11 @@ static void an_abort_that_waits_for_the_stream_goes_on(void **state)
     (void)state;
     for (int more = 0; more < 2; more++) {
         daemon_process d;
-        ts_client *c;
         worker w;
         ts_seq other;
         ts_step *next;
         start(&d, POOL, "answering:7"); /* of session, pool, exchange, sequence, step, run */
-        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                    .url = d.url,
-                                    .wait_ms = 60000,
-                                    .timeout_ms = 2000,
-                                    .transport = TS_TRANSPORT_MESSAGES},
-                      &c));
+        ts_client *c = connect_for(&d, 2000);
         worker_open(&w, c);
         worker_begin(&w, 20);
         stop_stream();
@@ -225,16 +226,10 @@ static void all_aborts_that_wait_for_the_stream_go_on(void **state)
     (void)state;
     enum { STEPS = 70 };
     daemon_process d;
-    ts_client *c;
     ts_seq seqs[STEPS];
     ts_step *steps[STEPS];
     start(&d, POOL, NULL);
-    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                .url = d.url,
-                                .wait_ms = 60000,
-                                .timeout_ms = 2000,
-                                .transport = TS_TRANSPORT_MESSAGES},
-                  &c));
+    ts_client *c = connect_for(&d, 2000);
     ts_pool *p = open_pool(c, "p", 0);
     open_exchange(c, p, OF_DAEMON);
     DO(ts_seq_create(p, STEPS, seqs));
