@@ -136,7 +136,8 @@ typedef struct ts_rings_memory {
     uint32_t max_blocks, max_slabs, max_ids; /* the room behind this struct */
     uint32_t isa;   /* ts_isa of the daemon's host kernels: the same gives the same bits */
     uint32_t ended; /* ts_rings_end_reason; the daemon writes it */
-    uint32_t pad[9];
+    uint32_t posts; /* 1: the daemon takes posted runs (signals.h); it writes it */
+    uint32_t pad[8];
     ts_ring_counts submissions, completions;
     ts_ring_entry submitted[TS_RING_ENTRIES];
     ts_ring_completion completed[TS_RING_ENTRIES];

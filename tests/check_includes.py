@@ -18,6 +18,7 @@ PARTS = {
     "daemon/core/block_pool_internal": "daemon/core/block_pool",
     "daemon/core/engine_internal": "daemon/core/engine",
     "daemon/exec/gpu_executor_internal": "daemon/exec/gpu_executor",
+    "daemon/exec/step_work_internal": "daemon/exec/step_work",
     "daemon/ipc/nng_server_internal": "daemon/ipc/nng_server",
     "daemon/config/config_keys": "daemon/config/config",
     "kernels/gpu/plan/batch": "kernels/gpu/plan/plan",

@@ -204,6 +204,65 @@ static void runs_on_a_stream_are_numbered_and_outlive_the_daemon(void **state)
     ts_engine_free(e);
 }
 
+static ts_status refuse_posted(ts_engine *e, uint64_t session, uint64_t step, uint32_t layer,
+                               uint32_t number)
+{
+    ts_answer answer;
+    return apply(e,
+                 (ts_command){.op = TS_OP_STEP_DONE,
+                              .session = session,
+                              .step_done = {.step = step,
+                                            .layer = layer,
+                                            .status = TS_EINVAL,
+                                            .on_stream = true,
+                                            .number = number,
+                                            .refused = true}},
+                 &answer);
+}
+
+/* ... and fails the step of its session, if that has it. */
+static void a_posted_run_that_is_refused_keeps_its_number(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    const uint64_t s = session_new(e, 1000), other = session_new(e, 1000), seq = seq_new(e, s);
+    ts_answer answer;
+    assert_int_equal(apply(e,
+                           (ts_command){.op = TS_OP_EXCHANGE_OPEN,
+                                        .session = s,
+                                        .exchange_open = {.bytes = 1 << 16}},
+                           &answer),
+                     TS_OK);
+    const uint64_t step = step_of_ids(e, s, seq, NULL, 3);
+    const ts_step *is = ts_engine_find_step(e, step);
+    assert_int_equal(run_on_stream(e, s, step, 1, 1), TS_OK);
+    assert_int_equal(refuse_posted(e, s, step, 0, 3), TS_ENOENT); /* it isn't the next */
+    assert_int_equal(refuse_posted(e, s + 7, step, 0, 1), TS_ENOENT);
+    assert_int_equal(refuse_posted(e, other, step, 0, 1), TS_OK); /* but of another's step */
+    assert_int_equal(refuse_posted(e, s, step + 7, 0, 2), TS_OK); /* of none */
+    assert_int_equal(is->failed, TS_OK);
+    assert_int_equal(refuse_posted(e, s, step, UINT32_MAX, 3), TS_OK);
+    assert_int_equal(is->failed, TS_EINVAL);
+    assert_int_equal(is->in_flight, 1);
+    check_engine(e);
+    ts_command again = {
+        .op = TS_OP_STEP_RUN,
+        .session = s,
+        .call = 9,
+        .step_run.run = {.flags = TS_RUN_ON_STREAM | TS_RUN_POSTED, .number = 3},
+    };
+    assert_true(ts_engine_run_is_known(e, &again)); /* whichever call was the last */
+    again.step_run.run.number = 4;
+    assert_false(ts_engine_run_is_known(e, &again));
+    assert_int_equal(run_on_stream(e, s, step, 4, 4), TS_OK);
+    stream_run_done(e, step, 1, false);
+    stream_run_done(e, step, 4, false);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EINVAL);
+    assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
+    check_engine(e);
+    ts_engine_free(e);
+}
+
 static ts_status abort_once_idle(ts_engine *e, uint64_t session, uint64_t step)
 {
     ts_answer answer;
@@ -347,6 +406,7 @@ int main(void)
         cmocka_unit_test(a_run_outside_the_exchange_is_refused),
         cmocka_unit_test(a_run_that_writes_where_it_reads_is_refused),
         cmocka_unit_test(runs_on_a_stream_are_numbered_and_outlive_the_daemon),
+        cmocka_unit_test(a_posted_run_that_is_refused_keeps_its_number),
         cmocka_unit_test(a_step_that_is_aborted_once_idle_ends_with_its_runs),
         cmocka_unit_test(a_step_that_is_aborted_once_idle_goes_with_its_session),
         cmocka_unit_test(a_wrong_block_is_nobodys_whatever_its_step_waits_for),

@@ -23,17 +23,22 @@ typedef struct worker {
     layer_task task;
 } worker;
 
-/* A client by messages; timeout_ms: of each of its calls. */
-static ts_client *connect_for(const daemon_process *d, uint32_t timeout_ms)
+static ts_client *connect_as(const daemon_process *d, uint32_t timeout_ms, ts_transport transport)
 {
     ts_client *c;
     OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
                                 .url = d->url,
                                 .wait_ms = 60000,
                                 .timeout_ms = timeout_ms,
-                                .transport = TS_TRANSPORT_MESSAGES},
+                                .transport = transport},
                   &c));
     return c;
+}
+
+/* A client by messages; timeout_ms: of each of its calls. */
+static ts_client *connect_for(const daemon_process *d, uint32_t timeout_ms)
+{
+    return connect_as(d, timeout_ms, TS_TRANSPORT_MESSAGES);
 }
 
 /* Makes the client a worker whose exchange is the daemon's. */
@@ -114,6 +119,167 @@ static void the_next_daemon_does_what_nobody_asks_it_for(void **state)
         stop(&d, false);
     }
     assert_int_equal(found[0], found[1]);
+}
+
+/* ---- runs that are posted: those after the first of their kind in a step ---- */
+
+static ts_status run_layer(worker *w, uint32_t layer)
+{
+    const ts_run_options options = {.size = sizeof(ts_run_options), .on_stream = true};
+    fake_stream_call(fill_inputs, &w->task);
+    const ts_status status = ts_step_run_with(w->task.step, layer, &options);
+    if (status == TS_OK)
+        fake_stream_call(read_output, &w->task);
+    return status;
+}
+
+/* The run that was posted last can't be done, as the daemon that takes it finds. */
+static void spoil_posted(const ts_client *c)
+{
+    const uint64_t beyond = UINT64_MAX / 64 * 64;
+    c->rings->submitted[(c->ring_submitted - 1) % TS_RING_ENTRIES].run.q = beyond;
+    c->signals->posted.run.q = beyond;
+}
+
+static pid_t stop_daemon(const daemon_process *d)
+{
+    assert_int_equal(kill(daemon_of(d), SIGSTOP), 0);
+    return await_stopped(d);
+}
+
+/* The daemon stands still, and is killed before it has taken the worker's second run. The next one
+ * finds it, and the worker only waits for its stream. */
+static void the_next_daemon_does_what_no_daemon_has_taken(void **state)
+{
+    (void)state;
+    uint64_t found[2] = {0};
+    for (int kills = 0; kills < 2; kills++) {
+        daemon_process d;
+        worker w;
+        start(&d, POOL, NULL);
+        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+        worker_open(&w, c);
+        worker_begin(&w, 20);
+        DO(run_layer(&w, 0));
+        const pid_t daemon = stop_daemon(&d);
+        DO(run_layer(&w, 1));
+        assert_int_equal(kill(daemon, kills > 0 ? SIGKILL : SIGCONT), 0);
+        fake_stream_await();
+        assert_int_equal(ts_client_restarts(c), 0); /* it has called nothing since */
+        DO(run_layer(&w, 2));
+        assert_int_equal(ts_client_restarts(c), kills);
+        fake_stream_await();
+        DO(ts_step_commit(w.task.step, NULL));
+        found[kills] = w.digest.value;
+        check_daemon(c);
+        worker_close(&w);
+        stop(&d, false);
+    }
+    assert_int_equal(found[0], found[1]);
+}
+
+/* By the daemon that took it, or by the next one, or with one more after that: the stream goes on
+ * behind the runs before it, the step has failed, and the session's next step is as ever. */
+static void a_posted_run_that_is_refused_holds_up_no_stream(void **state)
+{
+    (void)state;
+    for (int kills = 0; kills < 3; kills++) {
+        daemon_process d;
+        worker w;
+        start(&d, POOL, NULL);
+        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+        worker_open(&w, c);
+        worker_begin(&w, 20);
+        stop_stream();
+        while (sem_wait(&reached) != 0)
+            ;
+        DO(run_layer(&w, 0));
+        const pid_t daemon = stop_daemon(&d);
+        DO(run_layer(&w, 1));
+        spoil_posted(c);
+        assert_int_equal(kill(daemon, kills > 0 ? SIGKILL : SIGCONT), 0);
+        if (kills == 0) {
+            assert_int_equal(run_layer(&w, 2), TS_EINVAL);
+            assert_non_null(strstr(ts_error(c), "q takes 5120 bytes at offset 184467440737095515"));
+        }
+        DO(run_layer(&w, 2)); /* it is told once */
+        if (kills > 1)
+            assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+        sem_post(&may_go);
+        fake_stream_await();
+        assert_int_equal(ts_step_commit(w.task.step, NULL), TS_EINVAL);
+        assert_non_null(strstr(ts_error(c), "the run of layer 1 of step"));
+        assert_int_equal(ts_client_restarts(c), kills);
+        DO(ts_step_abort(w.task.step));
+        stream_step(c, w.pool, &w.seq, (uint32_t[]){16}, 1, &w.random, &w.digest);
+        check_daemon(c);
+        worker_close(&w);
+        stop(&d, false);
+    }
+}
+
+/* A worker that posts what is refused and never submits it: the daemon holds 16 such runs of it,
+ * and takes more as they are late. */
+static void refused_runs_are_bounded(void **state)
+{
+    (void)state;
+    enum { MOST = 16, POSTED = 20 };
+    daemon_process d;
+    worker w;
+    start_with(&d, POOL, NULL, "submit_seconds=1");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    worker_open(&w, c);
+    worker_begin(&w, 20);
+    DO(run_layer(&w, 0));
+    fake_stream_await();
+    ts_rings_memory *m = c->rings;
+    for (uint32_t i = 0; i < POSTED; i++)
+        m->submitted[c->ring_submitted++ % TS_RING_ENTRIES] =
+            (ts_ring_entry){.op = TS_RING_RUN,
+                            .step = 1, /* which there isn't */
+                            .run = {.flags = TS_RUN_ON_STREAM | TS_RUN_POSTED, .number = 2 + i}};
+    __atomic_store_n(&m->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
+    assert_int_equal(write(c->doorbell, &(uint64_t){1}, 8), 8);
+    while (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) - c->ring_seen <= MOST)
+        sched_yield();
+    assert_true(__atomic_load_n(&c->signals->completed, __ATOMIC_ACQUIRE) >= 2);
+    while (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) - c->ring_seen < POSTED)
+        sched_yield();
+    c->ring_seen += POSTED;
+    __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);
+    atomic_store(&c->runs_on_stream, 1 + POSTED);
+    DO(ts_step_abort(w.task.step));
+    stream_step(c, w.pool, &w.seq, (uint32_t[]){16}, 1, &w.random, &w.digest);
+    check_daemon(c);
+    worker_close(&w);
+    stop(&d, false);
+}
+
+/* Nothing is lost, and calls are tried again, when the daemon stands still for longer than they
+ * take. */
+static void a_posted_run_may_be_answered_late(void **state)
+{
+    (void)state;
+    daemon_process d;
+    worker w;
+    start(&d, POOL, NULL);
+    ts_client *c = connect_as(&d, 200, TS_TRANSPORT_RING);
+    worker_open(&w, c);
+    worker_begin(&w, 20);
+    DO(run_layer(&w, 0));
+    const pid_t daemon = stop_daemon(&d);
+    DO(run_layer(&w, 1));
+    assert_int_equal(run_layer(&w, 2), TS_ETIMEOUT);
+    assert_non_null(strstr(ts_error(c), "run 2 has no answer from"));
+    assert_int_equal(ts_step_commit(w.task.step, NULL), TS_ETIMEOUT);
+    assert_int_equal(kill(daemon, SIGCONT), 0);
+    c->timeout_ms = 60000;
+    DO(run_layer(&w, 2));
+    fake_stream_await();
+    DO(ts_step_commit(w.task.step, NULL));
+    check_daemon(c);
+    worker_close(&w);
+    stop(&d, false);
 }
 
 /* Daemon and supervisor are gone: the stream goes on when the client's time is over, and nothing of
@@ -315,8 +481,8 @@ static void *kill_stopped(void *arg)
 }
 
 /* The next daemon finds that a block of the step's sequence isn't what was stored. The step is lost
- * with it, its runs aren't done, and the stream isn't kept waiting for them; nor are those of
- * another step, which wait for them, and which fail. */
+ * with it, its runs aren't done, and the stream isn't kept waiting for them; those of another step,
+ * which come behind them, are done. */
 static void runs_of_a_step_that_is_lost_are_not_waited_for(void **state)
 {
     (void)state;
@@ -358,8 +524,9 @@ static void runs_of_a_step_that_is_lost_are_not_waited_for(void **state)
     assert_int_equal(ts_step_abort(w.task.step), TS_ENOENT); /* nothing is left of it here */
     assert_int_equal(ts_client_restarts(c), 2);
     assert_int_equal(ts_seq_lengths(w.pool, &w.seq, 1, &length), TS_ENOENT);
-    assert_int_equal(ts_step_commit(other.step, NULL), TS_EINTERNAL);
-    DO(ts_step_abort(other.step)); /* the session goes on */
+    DO(ts_step_commit(other.step, NULL));
+    DO(ts_seq_lengths(w.pool, &good, 1, &length));
+    assert_int_equal(length, 1);
     stream_step(c, w.pool, &good, (uint32_t[]){16}, 1, &w.random, &w.digest);
     check_daemon(c);
     ts_pool_close(p);
@@ -373,6 +540,10 @@ int main(void)
     setenv("TS_TEST_FAKE_GPU", "1", 1);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_next_daemon_does_what_nobody_asks_it_for),
+        cmocka_unit_test(the_next_daemon_does_what_no_daemon_has_taken),
+        cmocka_unit_test(a_posted_run_that_is_refused_holds_up_no_stream),
+        cmocka_unit_test(refused_runs_are_bounded),
+        cmocka_unit_test(a_posted_run_may_be_answered_late),
         cmocka_unit_test(a_stream_goes_on_when_no_daemon_comes),
         cmocka_unit_test(a_worker_without_a_context_waits_for_nobody),
         cmocka_unit_test(an_abort_that_waits_for_the_stream_goes_on),

@@ -338,10 +338,12 @@ typedef struct ts_run_options {
  * and its log-sum-exp -infinity. TS_EINVAL: a number is negative, not finite or out of its range,
  * or there are scales and the pool isn't fp8.
  *
- * On a stream, the run comes after the work that is on it already, and before work added later. The
- * call returns when the daemon has taken the run. The exchange must be device memory, or host
- * memory that the stream writes. The commit reports a run that failed on the GPU. With
- * TS_EXEC_LOCAL it is kernels on the stream alone, for CUDA graphs: see ts_step_run(3). */
+ * On a stream, the run comes after the work that is on it already, and before work added later.
+ * The call waits for no GPU, and for the daemon only where it took no run of the step before that
+ * differs in its layer alone. What is refused later the step's next run or its commit tells, as the
+ * commit does of a run that failed on the GPU. The exchange must be device memory, or host memory
+ * that the stream writes. With TS_EXEC_LOCAL it is kernels on the stream alone, for CUDA graphs:
+ * see ts_step_run(3). */
 TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,
                                           const ts_run_options *options);
 

@@ -53,16 +53,53 @@ static ts_status run_by_message(ts_step *s, const ts_layer_run *run)
     return ts_call_plain(s->pool->client, &request);
 }
 
+/* Whether two runs of a step differ in layer and number alone. */
+static bool is_alike(const ts_layer_run *a, const ts_layer_run *b)
+{
+    bool alike = a->flags == b->flags;
+#define NUMBER(type, name, place, most, what) alike = alike && a->name == b->name;
+    TS_RUN_NUMBERS(NUMBER)
+#undef NUMBER
+    return alike;
+}
+
+/* Whether the run needs no answer before its worker goes on: one like it was accepted. */
+static bool may_post(const ts_step *s, const ts_layer_run *run)
+{
+    bool accepted = false;
+    for (uint32_t i = 0; i < s->num_accepted; i++)
+        accepted = accepted || is_alike(run, &s->accepted[i]);
+    return accepted && run->layer < s->pool->geometry.layers && ts_rings_post(s->pool->client);
+}
+
+/* The two kinds that came last are remembered. */
+static void note_accepted(ts_step *s, const ts_layer_run *run)
+{
+    s->accepted[1] = s->accepted[0];
+    s->accepted[0] = *run;
+    s->num_accepted += s->num_accepted < 2;
+}
+
 static ts_status run_by_daemon(ts_step *s, uint32_t layer, const ts_run_options *o, uint32_t number)
 {
+    ts_client *c = s->pool->client;
     const ts_layer_run run = layer_run(s, layer, o, number);
     ts_ring_entry entry = {.op = TS_RING_RUN, .step = s->id, .run = run};
     ts_ring_completion done;
     bool use;
-    ts_status status = ts_rings_use(s->pool->client, &use);
+    ts_status status = ts_rings_use(c, &use);
+    if (status == TS_OK)
+        status = ts_ring_posted_status(c, s->id);
     if (status != TS_OK)
         return status;
-    return use ? ts_ring_call(s->pool->client, &entry, &done) : run_by_message(s, &run);
+    if (!use)
+        return run_by_message(s, &run);
+    if (o->on_stream && may_post(s, &run))
+        return ts_ring_post(c, &entry);
+    status = ts_ring_call(c, &entry, &done);
+    if (status == TS_OK && o->on_stream)
+        note_accepted(s, &run);
+    return status;
 }
 
 static ts_status run_locally(ts_step *s, uint32_t layer, const ts_run_options *o)
@@ -75,7 +112,7 @@ static ts_status run_locally(ts_step *s, uint32_t layer, const ts_run_options *o
     return ts_local_attend(s->pool, s->local, &run);
 }
 
-/* Asks for the run and, when the daemon has taken it, hands over to its stream and back. */
+/* Asks for the run, and hands over to the daemon's stream and back. */
 static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options *o)
 {
     ts_pool *p = s->pool;
@@ -91,11 +128,11 @@ static ts_status run_on_stream(ts_step *s, uint32_t layer, const ts_run_options 
                        "an earlier run went unanswered: the number is lost, connect again");
     uint32_t number = atomic_load(&c->runs_on_stream) + 1;
     status = run_by_daemon(s, layer, o, number);
-    c->order_lost = status == TS_ETIMEOUT;
+    c->order_lost = status == TS_ETIMEOUT && c->posted.op == 0;
     if (status != TS_OK)
         return status;
-    /* The daemon's stream waits already; what is queued now lets it go on when q, k and v are
-     * there. If the daemon goes meanwhile, this stream must not wait for it for ever. */
+    /* The daemon's stream waits already, or will; what is queued now lets it go on when q, k and v
+     * are there. If the daemon goes meanwhile, this stream must not wait for it for ever. */
     atomic_store(&c->runs_on_stream, number);
     status =
         ts_cuda_hand_over(c, cuda, o->stream, c->signals_there + offsetof(ts_signals, submitted),

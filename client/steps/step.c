@@ -462,6 +462,8 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     if (status != TS_OK && commit)
         return status;
     status = ts_rings_use(c, &use);
+    if (status == TS_OK && commit)
+        status = ts_ring_posted_status(c, s->id);
     if (status != TS_OK)
         return status;
     if (use && (accepted == NULL || s->count <= TS_RING_BATCH)) {

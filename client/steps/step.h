@@ -29,6 +29,10 @@ struct ts_step {
     ts_layer_set run_here; /* in these layers it did */
     bool writes_itself;    /* K and V, on a GPU: no layer is run */
     bool publishes;        /* its token ids, at the commit */
+    /* Runs on a stream that the daemon has accepted: models have layers of one kind or two. Those
+     * like them are posted. */
+    ts_layer_run accepted[2];
+    uint32_t num_accepted;
 };
 
 struct ts_frame {

@@ -102,6 +102,10 @@ struct ts_client {
     /* For so long the last entry's completion was waited for, and it is yet to come: over what
      * would be asked next. Messages go instead until then. 0: it has come. */
     uint32_t ring_late_ms;
+    ts_ring_entry posted;  /* the run that was posted last and is unanswered; op 0: none is */
+    bool posted_unsent;    /* ... and is in no ring: the daemon that had it has gone */
+    uint64_t refused_step; /* of a posted run that was refused, of which the caller hasn't heard */
+    ts_ring_completion refusal;
     uint64_t ring_call;   /* the number of the last entry */
     bool ring_unanswered; /* the late one is of a begin, or of what makes `unanswered_seqs`
                            * sequences in the pool, and is to be undone */

@@ -110,6 +110,7 @@ ts_status ts_rings_reopen(ts_client *c)
     close(c->doorbell);
     c->doorbell = bell;
     c->ring_submitted = c->ring_seen = c->ring_late_ms = 0;
+    c->posted_unsent = c->posted.op != 0;
     return TS_OK;
 }
 
@@ -156,12 +157,16 @@ static ts_status look_for_late(ts_client *c)
     return status;
 }
 
+static ts_status await_posted(ts_client *c);
+
 ts_status ts_rings_use(ts_client *c, bool *use)
 {
     *use = false;
     if (c->transport == TS_TRANSPORT_MESSAGES || c->rings_lost || c->pid != getpid())
         return TS_OK;
-    const ts_status looked = look_for_late(c);
+    ts_status looked = look_for_late(c);
+    if (looked == TS_OK && c->posted.op != 0 && c->ring_late_ms == 0)
+        looked = await_posted(c);
     if (looked != TS_OK || c->ring_late_ms != 0 || c->rings_lost)
         return looked;
     const uint64_t until_ms = ts_call_end_ms(c);
@@ -259,17 +264,29 @@ bool ts_ring_take(ts_client *c, ts_ring_completion *done)
     return true;
 }
 
+/* The posted run is answered. */
+static void note_posted(ts_client *c, const ts_ring_completion *done)
+{
+    if (done->status != TS_OK) {
+        c->refused_step = c->posted.step;
+        c->refusal = *done;
+    }
+    c->posted.op = 0;
+}
+
 bool ts_ring_take_late(ts_client *c, ts_ring_completion *done)
 {
     if (c->ring_late_ms == 0 || !ts_ring_take(c, done))
         return false;
     c->ring_late_ms = 0;
     c->rings_lost = c->rings_lost || done->tag != c->ring_tag;
+    if (c->posted.op != 0)
+        note_posted(c, done);
     return true;
 }
 
-/* Submits the entry, and takes its completion. */
-static ts_status submit(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
+/* Submits the entry, and sets its tag. */
+static void put(ts_client *c, ts_ring_entry *entry)
 {
     ts_rings_memory *m = c->rings;
     entry->tag = ++c->ring_tag;
@@ -281,10 +298,39 @@ static ts_status submit(ts_client *c, ts_ring_entry *entry, ts_ring_completion *
         while (write(c->doorbell, &one, sizeof one) < 0 && errno == EINTR)
             ;
     }
+}
+
+/* Waits for the completion of the entry that was submitted last. */
+static ts_status get(ts_client *c, ts_ring_completion *done)
+{
     ts_status status = await_completion(c);
-    if (status == TS_OK)
-        (void)ts_ring_take(c, done);
-    return status;
+    if (status != TS_OK)
+        return status;
+    *done = (ts_ring_completion){0};
+    if (ts_ring_take(c, done) && done->tag == c->ring_tag)
+        return TS_OK;
+    c->rings_lost = true; /* what is answered next can't be told */
+    return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
+                   done->tag, c->ring_tag);
+}
+
+static ts_status submit(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
+{
+    put(c, entry);
+    return get(c, done);
+}
+
+static ts_status fail_as(ts_client *c, const ts_ring_completion *done)
+{
+    return ts_fail_refused(c,
+                           &(ts_error_info){.status = (ts_status)done->status,
+                                            .needed = done->needed,
+                                            .free = done->free,
+                                            .limit = done->limit,
+                                            .cached = done->cached,
+                                            .pinned = done->pinned,
+                                            .others = done->others},
+                           done->message);
 }
 
 ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
@@ -298,20 +344,69 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         status = submit(c, entry, done);
     while (ts_goes_on(c, status, until_ms) && !c->rings_lost); /* the same call: see rpc.c */
     ts_give_up(c, status, c->ring_call);
+    if (status == TS_OK && done->status != TS_OK)
+        status = fail_as(c, done);
+    return status;
+}
+
+/* ---- posted runs ---- */
+
+bool ts_rings_post(const ts_client *c)
+{
+    return __atomic_load_n(&c->rings->posts, __ATOMIC_RELAXED) != 0;
+}
+
+ts_status ts_ring_post(ts_client *c, const ts_ring_entry *run)
+{
+    ts_posted_run *there = &c->signals->posted;
+    const ts_status status = ts_may_ask(c);
     if (status != TS_OK)
         return status;
-    if (done->tag != entry->tag)
-        return ts_fail(c, TS_EPROTO, "the daemon answers entry %u of the ring in place of %u",
-                       done->tag, entry->tag);
-    if (done->status != TS_OK)
-        return ts_fail_refused(c,
-                               &(ts_error_info){.status = (ts_status)done->status,
-                                                .needed = done->needed,
-                                                .free = done->free,
-                                                .limit = done->limit,
-                                                .cached = done->cached,
-                                                .pinned = done->pinned,
-                                                .others = done->others},
-                               done->message);
+    c->posted = *run;
+    c->posted.run.flags |= TS_RUN_POSTED;
+    c->posted.call = c->ring_call = atomic_fetch_add(&c->next_id, 1);
+    there->step = c->posted.step;
+    there->call = c->posted.call;
+    there->run = c->posted.run;
+    __atomic_store_n(&there->number, c->posted.run.number, __ATOMIC_RELEASE);
+    put(c, &c->posted);
     return TS_OK;
+}
+
+/* Waits until the posted run is answered. Where it isn't in time the rings are late; where they are
+ * lost, the daemon that there is then has found it in the page of signals. */
+static ts_status await_posted(ts_client *c)
+{
+    const uint64_t until_ms = ts_call_end_ms(c);
+    ts_ring_completion done;
+    ts_status status;
+    do {
+        if (c->posted_unsent)
+            put(c, &c->posted);
+        c->posted_unsent = false;
+        status = get(c, &done);
+    } while (ts_goes_on(c, status, until_ms) && !c->rings_lost);
+    if (status == TS_OK)
+        note_posted(c, &done);
+    else if (c->rings_lost)
+        c->posted.op = 0;
+    const bool goes_on = status == TS_ECONN && c->rings_lost && !atomic_load(&c->broken);
+    return status == TS_ETIMEOUT || goes_on ? TS_OK : status;
+}
+
+ts_status ts_ring_posted_status(ts_client *c, uint64_t step)
+{
+    if (c->posted.op != 0) { /* it is late: it alone may take this call's time, too */
+        c->ring_late_ms = 0;
+        const ts_status status = await_posted(c);
+        if (status != TS_OK)
+            return status;
+    }
+    if (c->posted.op != 0)
+        return ts_fail(c, TS_ETIMEOUT, "run %u has no answer from %s yet", c->posted.run.number,
+                       c->path);
+    if (c->refused_step != step)
+        return TS_OK;
+    c->refused_step = 0;
+    return fail_as(c, &c->refusal);
 }

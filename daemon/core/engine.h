@@ -189,6 +189,8 @@ typedef struct ts_command {
             bool on_stream;   /* it was a run on a stream, with this number */
             bool undone;      /* ... that no kernel got: its number is free again */
             uint32_t number;
+            bool refused; /* it was posted by the session (proto/signals.h) and isn't accepted: it
+                             keeps its number, and its step, if there is one, has failed */
         } step_done;
         struct {
             uint32_t slab, tenant;

@@ -100,7 +100,7 @@ bool ts_engine_run_is_known(const ts_engine *e, const ts_command *c)
     const ts_session *s = ts_engine_session(e, c->session);
     const ts_layer_run *run = &c->step_run.run;
     return s != NULL && (run->flags & TS_RUN_ON_STREAM) && run->number == s->stream_number &&
-           c->call != 0 && c->call == s->call;
+           (run->flags & TS_RUN_POSTED || (c->call != 0 && c->call == s->call));
 }
 
 /* A run on a stream gets its place in the session's order. */

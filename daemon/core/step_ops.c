@@ -553,9 +553,37 @@ static void forget_stream_run(ts_step *step, uint32_t number)
             (step->num_stream_runs - i) * sizeof *step->stream_runs);
 }
 
+/* The step has no K and V of the layer. */
+static void note_failed(ts_step *step, uint32_t layer, ts_status status)
+{
+    if (layer < TS_LAYERS_MAX)
+        ts_layer_set_put(&step->layers, layer, false);
+    if (step->failed == TS_OK) {
+        step->failed = status;
+        step->failed_layer = layer;
+    }
+}
+
+/* A posted run that isn't accepted takes its place in the session's order all the same. */
+static void note_refused(ts_engine *e, const ts_command *c, ts_answer *answer)
+{
+    ts_session *s = ts_engine_session(e, c->session);
+    ts_step *step = ts_engine_find_step(e, c->step_done.step);
+    if (s == NULL || c->step_done.number != s->stream_number + 1)
+        return ts_refuse(answer, TS_ENOENT, "run number %u isn't the next of session %llx",
+                         c->step_done.number, (unsigned long long)c->session);
+    s->stream_number = c->step_done.number;
+    if (c->call > s->call)
+        s->call = c->call;
+    if (step != NULL && &e->sessions[step->session] == s)
+        note_failed(step, c->step_done.layer, c->step_done.status);
+}
+
 void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     (void)none;
+    if (c->step_done.refused)
+        return note_refused(e, c, answer);
     ts_step *step = ts_engine_find_step(e, c->step_done.step);
     uint32_t layer = c->step_done.layer;
     if (step == NULL || step->in_flight == 0)
@@ -568,15 +596,12 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
         e->sessions[step->session].stream_number = c->step_done.number - 1;
     if (layer == TS_NONE)
         step->copying = false;
-    if (layer != TS_NONE) {
-        bool well = c->step_done.status == TS_OK;
-        ts_layer_set_put(&step->layers, layer, well);
-        if (!well && step->failed == TS_OK) {
-            step->failed = c->step_done.status;
-            step->failed_layer = layer;
-        } else if (well && layer == step->failed_layer) {
+    if (layer != TS_NONE && c->step_done.status != TS_OK) {
+        note_failed(step, layer, c->step_done.status);
+    } else if (layer != TS_NONE) {
+        ts_layer_set_put(&step->layers, layer, true);
+        if (layer == step->failed_layer)
             step->failed = TS_OK;
-        }
     }
     ts_session *s = &e->sessions[step->session];
     if (s->closing)

@@ -166,6 +166,8 @@ static ts_gpu_tried fail_jobs(ts_gpu_executor *x, ts_job *jobs, bool early, ts_s
 ts_gpu_tried ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job)
 {
     char why[TS_GPU_WHY_BYTES];
+    if (ts_job_is_refused(job))
+        return fail_jobs(x, job, false, job->status, "the run was refused");
     if (job->num_copies > 0 || job->plan->made)
         return TRIED_PLANNED;
     ts_status status =

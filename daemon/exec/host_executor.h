@@ -48,10 +48,17 @@ typedef struct ts_job {
     uint32_t run_number;
     uint64_t deadline_ms;       /* CLOCK_MONOTONIC: until then the worker must have submitted */
     bool late;                  /* it has not */
-    ts_status status;           /* what came of it */
+    ts_status status;           /* what came of it; of a refused run, from the start */
     char why[TS_GPU_WHY_BYTES]; /* ... unless TS_OK */
     void (*done)(struct ts_job *job);
 } ts_job;
+
+/* Whether the job, on a GPU, is a posted run that was refused: there is nothing to be done, but in
+ * its turn. */
+static inline bool ts_job_is_refused(const ts_job *job)
+{
+    return job->num_seqs == 0 && job->num_copies == 0;
+}
 
 typedef struct ts_host_executor ts_host_executor;
 

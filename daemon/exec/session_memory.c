@@ -232,6 +232,16 @@ bool ts_signals_had_late(const ts_signals_page *p, uint32_t number)
     return late != 0 && (int32_t)(late - number) >= 0;
 }
 
+bool ts_signals_posted(const ts_signals_page *p, uint32_t number, ts_posted_run *run)
+{
+    if (__atomic_load_n(&p->host->posted.number, __ATOMIC_ACQUIRE) != number)
+        return false;
+    *run = p->host->posted; /* its own words are checked as a ring entry's are */
+    run->run.number = number;
+    run->run.flags |= TS_RUN_ON_STREAM;
+    return true;
+}
+
 uint32_t ts_signals_open_runs(const ts_signals_page *p)
 {
     return p->last_number - p->first_done;
@@ -241,15 +251,10 @@ void ts_signals_give_up(ts_signals_page *p)
 {
     if (p == NULL)
         return;
-    ts_signals_begin_at(p, p->last_number + 1);
-    __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
-}
-
-void ts_signals_begin_at(ts_signals_page *p, uint32_t number)
-{
-    p->first_done = number - 1;
+    p->first_done = p->last_number;
     if (p->done != NULL)
         __atomic_store_n(p->done, p->first_done, __ATOMIC_RELEASE);
+    __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
 }
 
 ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,

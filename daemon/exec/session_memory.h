@@ -74,6 +74,7 @@ typedef struct ts_signals_page {
     uint32_t alone_number;
     uint32_t waiting; /* the executor's: launches that wait for the worker */
     uint32_t jobs;    /* the executor's: that it has of the session */
+    uint32_t refused; /* posted runs that were refused and whose turn is yet to come */
     ts_held_queue held;
 } ts_signals_page;
 
@@ -89,14 +90,14 @@ ts_status ts_signals_adopt(int fd, uint32_t last_number, ts_signals_page **out, 
 bool ts_signals_had_completed(const ts_signals_page *page, uint32_t number);
 bool ts_signals_had_late(const ts_signals_page *page, uint32_t number);
 
+/* Whether the worker has posted the run of this number (proto/signals.h), which then is *run. */
+bool ts_signals_posted(const ts_signals_page *page, uint32_t number, ts_posted_run *run);
+
 /* How many of the runs that were asked for weren't over at an earlier daemon. */
 uint32_t ts_signals_open_runs(const ts_signals_page *page);
 
 /* None of the runs that were asked for will come: the worker's stream waits no longer. */
 void ts_signals_give_up(ts_signals_page *page);
-
-/* The runs before `number` are over, whatever the worker's word says. */
-void ts_signals_begin_at(ts_signals_page *page, uint32_t number);
 
 /* Lets the device use the page. `done` (here and there) is the session's word of the executor. */
 ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,

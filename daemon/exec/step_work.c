@@ -1,4 +1,4 @@
-#include "step_work.h"
+#include "step_work_internal.h"
 
 #include "log.h"
 #include "test_point.h"
@@ -7,20 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* A job of a step, who waits for it, and what to tell the engine afterwards. */
-typedef struct ts_step_job {
-    ts_job job;
-    ts_work work;
-    ts_exec *exec;
-    const ts_exec_gpu *gpu; /* NULL: the processor's kernels */
-    ts_completion completion;
-    uint64_t step;
-    uint32_t layer; /* TS_NONE: a begin's copies */
-    ts_exchange *exchange;
-    struct ts_step_plan *plan;                /* on a GPU, of a run */
-    struct ts_step_job *next_live, **at_live; /* of those that are with the kernels */
-} step_job;
 
 /* What attends of a step need on a GPU, made by the first of its runs (gpu.h). */
 typedef struct ts_step_plan {
@@ -93,9 +79,10 @@ void ts_step_plans_free(ts_exec *x)
     free(x->step_plans);
 }
 
-/* Gives up the job and what it uses. */
-static void job_free(step_job *j)
+void ts_step_job_free(ts_step_job *j)
 {
+    if (ts_step_job_is_refused(j) && j->job.signals != NULL) /* which it has */
+        j->job.signals->refused--;
     ts_exchange_release(j->exchange);
     ts_signals_release(j->job.signals);
     give_back(j->plan);
@@ -106,13 +93,13 @@ static void job_free(step_job *j)
 
 static void job_done(ts_job *job)
 {
-    step_job *j = (step_job *)job;
+    ts_step_job *j = (ts_step_job *)job;
     ts_queue_run(&j->exec->queue, &j->work, j->exec->owner);
 }
 
 static void finish_job(ts_work *work, void *owner)
 {
-    step_job *j = (step_job *)((char *)work - offsetof(step_job, work));
+    ts_step_job *j = (ts_step_job *)((char *)work - offsetof(ts_step_job, work));
     ts_exec *x = j->exec;
     ts_answer answer;
     *j->at_live = j->next_live;
@@ -127,9 +114,9 @@ static void finish_job(ts_work *work, void *owner)
                                            .status = j->job.status,
                                            .on_stream = j->job.signals != NULL,
                                            .number = j->job.run_number}};
-    if (!is_next)
+    if (!is_next && !ts_step_job_is_refused(j))
         ts_exec_apply(x, &done, &answer);
-    if (j->job.status != TS_OK && !j->job.dropped && !is_next)
+    if (j->job.status != TS_OK && !j->job.dropped && !is_next && !ts_step_job_is_refused(j))
         ts_log(TS_LOG_WARNING, "step %llx, layer %d: %s", (unsigned long long)j->step,
                (int)j->layer, j->job.why);
     if (j->completion.done != NULL && !is_next)
@@ -137,15 +124,15 @@ static void finish_job(ts_work *work, void *owner)
                                                              .run = j->layer != TS_NONE,
                                                              .status = j->job.status,
                                                              .why = j->job.why});
-    job_free(j);
+    ts_step_job_free(j);
     x->resumed(owner);
 }
 
 /* A job of the step's, with room for `count` things of `bytes` in *things. */
-static step_job *job_new(ts_exec *x, const ts_completion *completion, const ts_step *step,
-                         void **things, size_t count, size_t bytes)
+static ts_step_job *job_new(ts_exec *x, const ts_completion *completion, const ts_step *step,
+                            void **things, size_t count, size_t bytes)
 {
-    step_job *j = calloc(1, sizeof *j);
+    ts_step_job *j = calloc(1, sizeof *j);
     *things = malloc(count * bytes);
     if (j == NULL || *things == NULL) {
         free(j);
@@ -166,9 +153,10 @@ static step_job *job_new(ts_exec *x, const ts_completion *completion, const ts_s
     return j;
 }
 
-static void submit(ts_exec *x, step_job *j)
+void ts_step_job_submit(ts_exec *x, ts_step_job *j)
 {
-    ts_point("running", 0);
+    if (!ts_step_job_is_refused(j))
+        ts_point("running", 0);
     j->at_live = &x->live_jobs;
     j->next_live = x->live_jobs;
     if (j->next_live != NULL)
@@ -185,14 +173,14 @@ static void submit(ts_exec *x, step_job *j)
 bool ts_step_work_copy(ts_exec *x, const ts_completion *completion, const ts_answer *answer)
 {
     void *copies;
-    step_job *j = job_new(x, completion, answer->begun.step, &copies, answer->begun.num_copies,
-                          sizeof(ts_block_copy));
+    ts_step_job *j = job_new(x, completion, answer->begun.step, &copies, answer->begun.num_copies,
+                             sizeof(ts_block_copy));
     if (j == NULL)
         return false;
     memcpy(copies, answer->begun.copies, answer->begun.num_copies * sizeof(ts_block_copy));
     j->job.copies = copies;
     j->job.num_copies = answer->begun.num_copies;
-    submit(x, j);
+    ts_step_job_submit(x, j);
     return true;
 }
 
@@ -263,21 +251,21 @@ void ts_step_work_undo(ts_exec *x, const ts_command *command, uint64_t step)
 
 static void drop_step(ts_exec *x, uint64_t step)
 {
-    for (step_job *j = x->live_jobs; j != NULL; j = j->next_live)
+    for (ts_step_job *j = x->live_jobs; j != NULL; j = j->next_live)
         if (j->step == step)
             ts_job_drop(&j->job);
 }
 
 void ts_step_work_drop_session(ts_exec *x, uint64_t session)
 {
-    for (step_job *j = x->live_jobs; j != NULL; j = j->next_live)
+    for (ts_step_job *j = x->live_jobs; j != NULL; j = j->next_live)
         if (ts_engine_session_id(x->engine, j->job.session) == session)
             ts_job_drop(&j->job);
 }
 
 bool ts_step_work_uses_replaced(const ts_exec *x, uint64_t session, const ts_exchange *exchange)
 {
-    for (const step_job *j = x->live_jobs; j != NULL; j = j->next_live)
+    for (const ts_step_job *j = x->live_jobs; j != NULL; j = j->next_live)
         if (j->exchange != NULL && j->exchange != exchange &&
             ts_engine_session_id(x->engine, j->job.session) == session)
             return true;
@@ -316,9 +304,8 @@ void ts_step_work_abort(ts_exec *x, uint64_t session, uint64_t step)
     ts_exec_apply(x, &abort, &answer);
 }
 
-/* Lets the GPU use what a run of the session's needs of its memory. */
-static ts_status reach(const ts_exec_gpu *gpu, const ts_session_memory *m, uint64_t session,
-                       bool on_stream, char *why, size_t why_bytes)
+ts_status ts_step_work_reach(const ts_exec_gpu *gpu, const ts_session_memory *m, uint64_t session,
+                             bool on_stream, char *why, size_t why_bytes)
 {
     uint32_t *done, *done_there;
     ts_status status = ts_exchange_reach(m->exchange, gpu->gpu, why, why_bytes);
@@ -356,7 +343,7 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
                   run->step_run.run.number);
         return false;
     }
-    status = reach(gpu, m, run->session, on_stream, why, sizeof why);
+    status = ts_step_work_reach(gpu, m, run->session, on_stream, why, sizeof why);
     if (status != TS_OK && ts_exec_leaves_to_next(x, step->pool))
         answer->status = TS_NEED_SWEEP;
     else if (status != TS_OK)
@@ -364,19 +351,19 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
     return status == TS_OK;
 }
 
-/* A job for a run of the step's; NULL: out of memory. */
-static step_job *job_of_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
-                            const ts_layer_run *run, const ts_step *step)
+ts_step_job *ts_step_job_of_run(ts_exec *x, ts_session_memory *m, const ts_completion *completion,
+                                const ts_layer_run *run, const ts_step *step)
 {
     void *memory;
-    step_job *j = job_new(x, completion, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
+    ts_step_job *j =
+        job_new(x, completion, step, &memory, step->num_seqs, sizeof(ts_attention_seq));
     if (j == NULL)
         return NULL;
     if (j->gpu != NULL) {
         j->plan = plan_of(x, m, step);
         if (j->plan == NULL) {
             j->job.seqs = memory;
-            job_free(j);
+            ts_step_job_free(j);
             return NULL;
         }
         j->job.plan = &j->plan->plan;
@@ -416,147 +403,34 @@ bool ts_step_work_run(ts_exec *x, ts_session_memory *m, const ts_completion *com
                       const ts_command *command, const ts_step *step)
 {
     const ts_layer_run *run = &command->step_run.run;
-    step_job *j = job_of_run(x, m, completion, run, step);
+    ts_step_job *j = ts_step_job_of_run(x, m, completion, run, step);
     if (j == NULL)
         return false;
     if (j->job.signals != NULL)
         __atomic_store_n(&m->signals->last_number, run->number, __ATOMIC_RELEASE);
-    submit(x, j);
+    ts_step_job_submit(x, j);
     return true;
 }
 
-/* The engine hears what came of a run on a stream that no kernel gets any more. */
-static void tell_over(ts_exec *x, uint64_t step, const ts_layer_run *run, ts_status status)
+ts_step_job *ts_step_job_in_turn(ts_exec *x, ts_signals_page *page, uint64_t session,
+                                 uint32_t number, ts_status status)
 {
-    ts_answer answer;
-    ts_exec_apply(x,
-                  &(ts_command){.op = TS_OP_STEP_DONE,
-                                .step_done = {.step = step,
-                                              .layer = run->layer,
-                                              .status = status,
-                                              .on_stream = true,
-                                              .number = run->number}},
-                  &answer);
-}
-
-/* The session's oldest run on a stream that is less than `before` runs older than its last one, and
- * its step; NULL: there is none. */
-static const ts_step *oldest_run(const ts_engine *e, const ts_session *s, uint32_t before,
-                                 ts_layer_run *run)
-{
-    const ts_step *found = NULL;
-    uint32_t oldest = 0;
-    for (uint32_t i = s->step_list; i != TS_NONE; i = e->steps[i].next)
-        for (uint32_t k = 0; k < e->steps[i].num_stream_runs; k++) {
-            const uint32_t age = s->stream_number - e->steps[i].stream_runs[k].number;
-            if (age >= before || (found != NULL && age <= oldest))
-                continue;
-            found = &e->steps[i];
-            oldest = age;
-            *run = found->stream_runs[k];
-        }
-    return found;
-}
-
-/* A job for a run that an earlier daemon was given; NULL with a sentence. */
-static step_job *job_again(ts_exec *x, ts_session_memory *m, const ts_layer_run *run,
-                           const ts_step *step, char *why, size_t why_bytes)
-{
-    const ts_exec_gpu *gpu = x->gpu_of[step->pool];
-    const uint64_t session = ts_engine_session_id(x->engine, step->session);
-    if (step->crashes >= TS_STEP_CRASHES) {
-        snprintf(why, why_bytes, "runs of its step were under way at %u crashes of the daemon",
-                 step->crashes);
-        return NULL;
-    }
-    if (gpu == NULL || m->exchange == NULL || m->signals == NULL ||
-        (run->flags & TS_RUN_REPLACED)) {
-        snprintf(why, why_bytes, "its exchange or its page of signals is gone");
-        return NULL;
-    }
-    if (reach(gpu, m, session, true, why, why_bytes) != TS_OK)
-        return NULL;
-    step_job *j = job_of_run(x, m, &(ts_completion){0}, run, step);
+    ts_step_job *j = calloc(1, sizeof *j);
     if (j == NULL)
-        snprintf(why, why_bytes, "no memory for it");
-    else
-        j->job.late = ts_signals_had_late(m->signals, run->number);
+        return NULL;
+    j->job.session = (uint32_t)session;
+    j->job.tenant = x->engine->sessions[j->job.session].tenant;
+    j->job.signals = page;
+    page->users++;
+    page->refused++;
+    j->job.run_number = number;
+    j->job.status = status == TS_EDEVICE ? TS_EINTERNAL : status; /* the next daemon has no part */
+    j->job.done = job_done;
+    j->work.run = finish_job;
+    j->exec = x;
+    j->layer = TS_NONE;
+    for (uint32_t i = 0; i < x->num_gpus; i++)
+        if (x->gpus[i].gpu == page->gpu)
+            j->gpu = &x->gpus[i];
     return j;
-}
-
-/* Tells the engine of those that are over; how many runs that leaves. */
-static uint32_t tell_of_done(ts_exec *x, const ts_session *s, const ts_signals_page *page)
-{
-    ts_layer_run run;
-    uint32_t left = 0, before = UINT32_MAX;
-    for (const ts_step *step; (step = oldest_run(x->engine, s, before, &run)) != NULL;) {
-        before = s->stream_number - run.number;
-        if (page == NULL || !ts_signals_had_completed(page, run.number))
-            left++;
-        else
-            tell_over(x, step->id, &run,
-                      ts_signals_had_late(page, run.number) ? TS_ETIMEOUT : TS_OK);
-    }
-    return left;
-}
-
-/* Jobs for all the session's runs on streams, linked by `next_live`, the oldest first; NULL with a
- * sentence. */
-static step_job *jobs_again(ts_exec *x, const ts_session *s, ts_session_memory *m, char *why,
-                            size_t why_bytes)
-{
-    ts_layer_run run;
-    uint32_t before = UINT32_MAX;
-    step_job *first = NULL, **end = &first;
-    for (const ts_step *step; (step = oldest_run(x->engine, s, before, &run)) != NULL;) {
-        before = s->stream_number - run.number;
-        if ((*end = job_again(x, m, &run, step, why, why_bytes)) == NULL) {
-            for (step_job *next; first != NULL; first = next) {
-                next = first->next_live;
-                job_free(first);
-            }
-            return NULL;
-        }
-        end = &(*end)->next_live;
-    }
-    return first;
-}
-
-void ts_step_work_give_up(ts_exec *x, uint64_t session)
-{
-    const ts_session *s = ts_engine_session(x->engine, session);
-    ts_layer_run run;
-    for (const ts_step *step; (step = oldest_run(x->engine, s, UINT32_MAX, &run)) != NULL;)
-        tell_over(x, step->id, &run, TS_EINTERNAL);
-}
-
-void ts_step_work_resume(ts_exec *x, uint64_t session, ts_session_memory *m)
-{
-    const ts_session *s = ts_engine_session(x->engine, session);
-    char why[TS_MESSAGE_BYTES] = "";
-    const uint32_t left = tell_of_done(x, s, m->signals);
-    const bool gone = m->signals != NULL && left != ts_signals_open_runs(m->signals);
-    ts_layer_run oldest = {.number = s->stream_number + 1};
-    (void)oldest_run(x->engine, s, UINT32_MAX, &oldest);
-    if (m->signals != NULL)
-        ts_signals_begin_at(m->signals, oldest.number);
-    if (left == 0 && !gone)
-        return;
-    if (gone)
-        snprintf(why, sizeof why, "the step of one before them or of the last is lost");
-    step_job *jobs = gone ? NULL : jobs_again(x, s, m, why, sizeof why);
-    if (jobs == NULL) { /* each waits for the one before it: all or none */
-        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.session = session},
-                  "%u runs of session %llx aren't done again: %s", left,
-                  (unsigned long long)session, why);
-        ts_step_work_give_up(x, session);
-        return ts_signals_give_up(m->signals);
-    }
-    ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = session},
-              "%u runs on a stream of session %llx are done again", left,
-              (unsigned long long)session);
-    for (step_job *next; jobs != NULL; jobs = next) {
-        next = jobs->next_live;
-        submit(x, jobs);
-    }
 }

@@ -46,14 +46,6 @@ void ts_step_work_abort(ts_exec *exec, uint64_t session, uint64_t step);
 bool ts_step_work_run(ts_exec *exec, ts_session_memory *memory, const ts_completion *completion,
                       const ts_command *command, const ts_step *step);
 
-/* Runs on streams of a session's that an earlier daemon didn't finish, or didn't tell the engine
- * of: those that are over are told now, the others handed to the kernels again, before their worker
- * asks for anything. What can't be done again fails its step, and the worker's stream goes on. */
-void ts_step_work_resume(ts_exec *exec, uint64_t session, ts_session_memory *memory);
-
-/* Tells the engine that none of these runs comes: the session's worker is gone. */
-void ts_step_work_give_up(ts_exec *exec, uint64_t session);
-
 /* Hands the copies of a step that was begun to the kernels, which will complete it. False: out of
  * memory, nothing was done. */
 bool ts_step_work_copy(ts_exec *exec, const ts_completion *completion, const ts_answer *begun);

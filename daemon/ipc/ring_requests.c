@@ -9,6 +9,7 @@
 #include "ring_server.h"
 #include "slab_supply.h"
 #include "step_work.h"
+#include "stream_runs.h"
 #include "test_point.h"
 
 #include <limits.h>
@@ -416,6 +417,13 @@ typedef struct entry_call {
     bool waits; /* for the kernels, which complete it */
 } entry_call;
 
+/* A run that its worker doesn't wait for. */
+static bool is_posted(const ts_ring_entry *entry)
+{
+    const uint32_t both = TS_RUN_ON_STREAM | TS_RUN_POSTED;
+    return entry->op == TS_RING_RUN && (entry->run.flags & both) == both;
+}
+
 /* Applies what the entry asks for, or refuses it. False: it must wait. */
 static bool apply(entry_call *call)
 {
@@ -436,6 +444,8 @@ static bool apply(entry_call *call)
         ts_exec_supply(&s->exec, command, answer);
     if (answer->status == TS_WAITS)
         park(r, c, entry);
+    if (answer->status != TS_OK && is_posted(entry) && ts_stream_run_refusal_waits(&c->memory))
+        return false;
     return answer->status != TS_NEED_SWEEP && answer->status != TS_WAITS;
 }
 
@@ -494,6 +504,8 @@ static bool execute(ts_ring *r, ts_connection *c, const ts_ring_entry *entry)
     r->wait.deadline_ms = 0;
     if (call.answer.status == TS_OK)
         hand_on(&call);
+    if (call.answer.status != TS_OK && is_posted(entry))
+        ts_stream_run_refuse(&r->rings->service->exec, &c->memory, &call.command, &call.answer);
     c->requests++;
     r->rings->service->requests++;
     count_refusal(r->rings->service, entry, call.answer.status);

@@ -155,6 +155,7 @@ static ts_status adopt(ts_ring *r, char *why, size_t why_bytes)
     r->blocks = ts_rings_blocks(m, r->max_slabs);
     if (r->rings->service->exec.attention != NULL)
         m->isa = (uint32_t)ts_attention_isa(r->rings->service->exec.attention);
+    m->posts = 1;
     m->submissions.sleeps = 1;
     return TS_OK;
 }

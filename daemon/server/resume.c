@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "step_work.h"
 #include "stored_memory.h"
+#include "stream_runs.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -87,8 +88,8 @@ static void remove_absent(ts_absent **at)
     free(absent);
 }
 
-/* Ends those whose process has gone meanwhile, or whose time is over; the last time it forgets all.
- */
+/* Ends those whose process has gone meanwhile, or whose time is over, and takes what those that
+ * live have posted; the last time it forgets all. */
 static void look(ts_service *s, bool last)
 {
     while (last && s->absent != NULL)
@@ -99,6 +100,7 @@ static void look(ts_service *s, bool last)
         const bool late = absent->process < 0 && ts_now_ms() >= absent->deadline_ms;
         const uint64_t session = absent->session;
         if (!gone && !late) {
+            ts_stream_run_take_posted(&s->exec, session, &absent->memory);
             at = &absent->next;
             continue;
         }
@@ -180,7 +182,7 @@ void ts_resume_start(ts_service *s)
         take_memory(s, session, &memory);
         ts_absent *absent = NULL;
         if (!lives(about, &process) || (absent = malloc(sizeof *absent)) == NULL) {
-            ts_step_work_give_up(&s->exec, session);
+            ts_stream_runs_give_up(&s->exec, session);
             ts_service_free_memory(&memory);
             end(s, session, "its process ended with the daemon before this one", NULL);
             continue;
@@ -197,8 +199,10 @@ void ts_resume_start(ts_service *s)
 static void resume_runs(ts_work *work, void *service)
 {
     ts_service *s = service;
-    for (ts_absent *absent = s->absent; absent != NULL; absent = absent->next)
-        ts_step_work_resume(&s->exec, absent->session, &absent->memory);
+    for (ts_absent *absent = s->absent; absent != NULL; absent = absent->next) {
+        ts_stream_runs_resume(&s->exec, absent->session, &absent->memory);
+        ts_stream_run_take_posted(&s->exec, absent->session, &absent->memory);
+    }
     free(work);
 }
 

@@ -5,8 +5,8 @@
 #include "pool_memory.h"
 #include "request.h"
 #include "resume.h"
-#include "step_work.h"
 #include "store_wire.h"
+#include "stream_runs.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -217,7 +217,7 @@ static void end_poison(ts_service *s)
               "session %llx (pid %u) is ended: the daemon died %u times while it carried out its "
               "operation %u",
               (unsigned long long)start->last_session, about->pid, start->deaths, start->last_op);
-    ts_step_work_give_up(&s->exec, start->last_session);
+    ts_stream_runs_give_up(&s->exec, start->last_session);
     ts_service_close_session(s, start->last_session, about->pid, NULL);
 }
 
