@@ -17,10 +17,11 @@
  * knows, too.
  *
  * A worker need not wait until a run is answered (TS_RUN_POSTED in its ring's entry): then `posted`
- * has the run before the ring has it. Where the daemon goes without having taken it, the next one
- * finds it there and does it, though its worker may be asleep until its stream is done. A posted
- * run that the daemon refuses keeps its number: `completed` comes to it in its turn, and its step
- * fails.
+ * has the run before the ring has it. Where the daemon goes without having taken it, or the ring
+ * does, the daemon finds it there, though its worker may be asleep until its stream is done: when
+ * it takes over, when the session's worker is back or has a run that comes next, and each second. A
+ * posted run that the daemon refuses keeps its number: `completed` comes to it in its turn, and its
+ * step fails.
  */
 #ifndef TS_SIGNALS_H
 #define TS_SIGNALS_H

@@ -115,13 +115,10 @@ static inline void rig_new_joining(rig *r, uint32_t submit_ms, uint32_t join_us)
     sem_init(&failed, 0, 0);
     standstill_after(120);
     r->gpu = fake_gpu_new();
-    OK(ts_gpu_executor_new(r->gpu, SESSIONS, submit_ms, join_us, on_failure, &r->executor, why,
-                           sizeof why));
+    OK(ts_gpu_executor_new(r->gpu, submit_ms, join_us, on_failure, &r->executor, why, sizeof why));
     for (uint32_t i = 0; i < SESSIONS; i++) {
-        uint32_t *done, *there;
         OK(ts_signals_new(&r->pages[i], why, sizeof why));
-        ts_gpu_executor_word(r->executor, i, &done, &there);
-        OK(ts_signals_reach(r->pages[i], r->gpu, done, there, why, sizeof why));
+        OK(ts_signals_reach(r->pages[i], r->gpu, why, sizeof why));
     }
 }
 

@@ -259,6 +259,16 @@ static void a_posted_run_that_is_refused_keeps_its_number(void **state)
     stream_run_done(e, step, 4, false);
     assert_int_equal(step_end(e, s, TS_OP_STEP_COMMIT, step, NULL, 0), TS_EINVAL);
     assert_int_equal(step_end(e, s, TS_OP_STEP_ABORT, step, NULL, 0), TS_OK);
+
+    const uint64_t next = step_of_ids(e, s, seq, NULL, 3);
+    is = ts_engine_find_step(e, next);
+    assert_int_equal(run_on_stream(e, s, next, 5, 5), TS_OK);
+    assert_int_equal(refuse_posted(e, s, next, 0, 6), TS_OK); /* of the same layer */
+    stream_run_done(e, next, 5, false);
+    assert_int_equal(is->failed, TS_EINVAL); /* which the run before doesn't mend */
+    assert_int_equal(run_on_stream(e, s, next, 7, 7), TS_OK);
+    stream_run_done(e, next, 7, false);
+    assert_int_equal(is->failed, TS_OK);
     check_engine(e);
     ts_engine_free(e);
 }

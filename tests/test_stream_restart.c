@@ -3,59 +3,14 @@
  * next daemon does what nobody asks it for, and no stream is kept waiting for what can't be done.
  */
 #define _GNU_SOURCE
-#include "gpu_restart_util.h"
+#include "stream_worker.h"
 
 #include <poll.h>
 #include <pthread.h>
-#include <semaphore.h>
 #include <stdatomic.h>
 #include <sys/syscall.h>
 
 extern atomic_bool fake_is_lost; /* fake_libcuda.c */
-
-/* A worker with one sequence, and the step that it has begun. */
-typedef struct worker {
-    ts_client *client;
-    ts_pool *pool;
-    ts_seq seq;
-    rng random;
-    digest digest;
-    layer_task task;
-} worker;
-
-static ts_client *connect_as(const daemon_process *d, uint32_t timeout_ms, ts_transport transport)
-{
-    ts_client *c;
-    OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
-                                .url = d->url,
-                                .wait_ms = 60000,
-                                .timeout_ms = timeout_ms,
-                                .transport = transport},
-                  &c));
-    return c;
-}
-
-/* A client by messages; timeout_ms: of each of its calls. */
-static ts_client *connect_for(const daemon_process *d, uint32_t timeout_ms)
-{
-    return connect_as(d, timeout_ms, TS_TRANSPORT_MESSAGES);
-}
-
-/* Makes the client a worker whose exchange is the daemon's. */
-static void worker_open(worker *w, ts_client *c)
-{
-    *w = (worker){.client = c, .pool = open_pool(c, "p", 0), .random = {7}, .digest = {1}};
-    open_exchange(c, w->pool, OF_DAEMON);
-    DO(ts_seq_create(w->pool, 1, &w->seq));
-}
-
-static void worker_begin(worker *w, uint32_t tokens)
-{
-    w->task = (layer_task){.step = begin(w->client, w->pool, &w->seq, &tokens, 1),
-                           .tokens = tokens,
-                           .random = &w->random,
-                           .digest = &w->digest};
-}
 
 /* TS_EBUSY as long as the sequence is in a step. */
 static ts_status begin_another(const worker *w, ts_step **step)
@@ -64,31 +19,7 @@ static ts_status begin_another(const worker *w, ts_step **step)
     return ts_step_begin(w->pool, &w->seq, &(uint32_t){3}, 1, &options, step);
 }
 
-static void worker_close(worker *w)
-{
-    ts_pool_close(w->pool);
-    ts_disconnect(w->client);
-}
-
 /* ---- a worker that calls nothing ---- */
-
-static sem_t reached, may_go;
-
-static void hold_stream(void *arg)
-{
-    (void)arg;
-    sem_post(&reached);
-    while (sem_wait(&may_go) != 0)
-        ;
-}
-
-/* What is queued from now on waits for `may_go`. */
-static void stop_stream(void)
-{
-    sem_init(&reached, 0, 0);
-    sem_init(&may_go, 0, 0);
-    fake_stream_call(hold_stream, NULL);
-}
 
 /* The daemon is killed before the worker's stream has submitted anything of what is queued, and the
  * worker waits for its stream and for nothing else. */
@@ -119,167 +50,6 @@ static void the_next_daemon_does_what_nobody_asks_it_for(void **state)
         stop(&d, false);
     }
     assert_int_equal(found[0], found[1]);
-}
-
-/* ---- runs that are posted: those after the first of their kind in a step ---- */
-
-static ts_status run_layer(worker *w, uint32_t layer)
-{
-    const ts_run_options options = {.size = sizeof(ts_run_options), .on_stream = true};
-    fake_stream_call(fill_inputs, &w->task);
-    const ts_status status = ts_step_run_with(w->task.step, layer, &options);
-    if (status == TS_OK)
-        fake_stream_call(read_output, &w->task);
-    return status;
-}
-
-/* The run that was posted last can't be done, as the daemon that takes it finds. */
-static void spoil_posted(const ts_client *c)
-{
-    const uint64_t beyond = UINT64_MAX / 64 * 64;
-    c->rings->submitted[(c->ring_submitted - 1) % TS_RING_ENTRIES].run.q = beyond;
-    c->signals->posted.run.q = beyond;
-}
-
-static pid_t stop_daemon(const daemon_process *d)
-{
-    assert_int_equal(kill(daemon_of(d), SIGSTOP), 0);
-    return await_stopped(d);
-}
-
-/* The daemon stands still, and is killed before it has taken the worker's second run. The next one
- * finds it, and the worker only waits for its stream. */
-static void the_next_daemon_does_what_no_daemon_has_taken(void **state)
-{
-    (void)state;
-    uint64_t found[2] = {0};
-    for (int kills = 0; kills < 2; kills++) {
-        daemon_process d;
-        worker w;
-        start(&d, POOL, NULL);
-        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
-        worker_open(&w, c);
-        worker_begin(&w, 20);
-        DO(run_layer(&w, 0));
-        const pid_t daemon = stop_daemon(&d);
-        DO(run_layer(&w, 1));
-        assert_int_equal(kill(daemon, kills > 0 ? SIGKILL : SIGCONT), 0);
-        fake_stream_await();
-        assert_int_equal(ts_client_restarts(c), 0); /* it has called nothing since */
-        DO(run_layer(&w, 2));
-        assert_int_equal(ts_client_restarts(c), kills);
-        fake_stream_await();
-        DO(ts_step_commit(w.task.step, NULL));
-        found[kills] = w.digest.value;
-        check_daemon(c);
-        worker_close(&w);
-        stop(&d, false);
-    }
-    assert_int_equal(found[0], found[1]);
-}
-
-/* By the daemon that took it, or by the next one, or with one more after that: the stream goes on
- * behind the runs before it, the step has failed, and the session's next step is as ever. */
-static void a_posted_run_that_is_refused_holds_up_no_stream(void **state)
-{
-    (void)state;
-    for (int kills = 0; kills < 3; kills++) {
-        daemon_process d;
-        worker w;
-        start(&d, POOL, NULL);
-        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
-        worker_open(&w, c);
-        worker_begin(&w, 20);
-        stop_stream();
-        while (sem_wait(&reached) != 0)
-            ;
-        DO(run_layer(&w, 0));
-        const pid_t daemon = stop_daemon(&d);
-        DO(run_layer(&w, 1));
-        spoil_posted(c);
-        assert_int_equal(kill(daemon, kills > 0 ? SIGKILL : SIGCONT), 0);
-        if (kills == 0) {
-            assert_int_equal(run_layer(&w, 2), TS_EINVAL);
-            assert_non_null(strstr(ts_error(c), "q takes 5120 bytes at offset 184467440737095515"));
-        }
-        DO(run_layer(&w, 2)); /* it is told once */
-        if (kills > 1)
-            assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
-        sem_post(&may_go);
-        fake_stream_await();
-        assert_int_equal(ts_step_commit(w.task.step, NULL), TS_EINVAL);
-        assert_non_null(strstr(ts_error(c), "the run of layer 1 of step"));
-        assert_int_equal(ts_client_restarts(c), kills);
-        DO(ts_step_abort(w.task.step));
-        stream_step(c, w.pool, &w.seq, (uint32_t[]){16}, 1, &w.random, &w.digest);
-        check_daemon(c);
-        worker_close(&w);
-        stop(&d, false);
-    }
-}
-
-/* A worker that posts what is refused and never submits it: the daemon holds 16 such runs of it,
- * and takes more as they are late. */
-static void refused_runs_are_bounded(void **state)
-{
-    (void)state;
-    enum { MOST = 16, POSTED = 20 };
-    daemon_process d;
-    worker w;
-    start_with(&d, POOL, NULL, "submit_seconds=1");
-    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
-    worker_open(&w, c);
-    worker_begin(&w, 20);
-    DO(run_layer(&w, 0));
-    fake_stream_await();
-    ts_rings_memory *m = c->rings;
-    for (uint32_t i = 0; i < POSTED; i++)
-        m->submitted[c->ring_submitted++ % TS_RING_ENTRIES] =
-            (ts_ring_entry){.op = TS_RING_RUN,
-                            .step = 1, /* which there isn't */
-                            .run = {.flags = TS_RUN_ON_STREAM | TS_RUN_POSTED, .number = 2 + i}};
-    __atomic_store_n(&m->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
-    assert_int_equal(write(c->doorbell, &(uint64_t){1}, 8), 8);
-    while (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) - c->ring_seen <= MOST)
-        sched_yield();
-    assert_true(__atomic_load_n(&c->signals->completed, __ATOMIC_ACQUIRE) >= 2);
-    while (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) - c->ring_seen < POSTED)
-        sched_yield();
-    c->ring_seen += POSTED;
-    __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);
-    atomic_store(&c->runs_on_stream, 1 + POSTED);
-    DO(ts_step_abort(w.task.step));
-    stream_step(c, w.pool, &w.seq, (uint32_t[]){16}, 1, &w.random, &w.digest);
-    check_daemon(c);
-    worker_close(&w);
-    stop(&d, false);
-}
-
-/* Nothing is lost, and calls are tried again, when the daemon stands still for longer than they
- * take. */
-static void a_posted_run_may_be_answered_late(void **state)
-{
-    (void)state;
-    daemon_process d;
-    worker w;
-    start(&d, POOL, NULL);
-    ts_client *c = connect_as(&d, 200, TS_TRANSPORT_RING);
-    worker_open(&w, c);
-    worker_begin(&w, 20);
-    DO(run_layer(&w, 0));
-    const pid_t daemon = stop_daemon(&d);
-    DO(run_layer(&w, 1));
-    assert_int_equal(run_layer(&w, 2), TS_ETIMEOUT);
-    assert_non_null(strstr(ts_error(c), "run 2 has no answer from"));
-    assert_int_equal(ts_step_commit(w.task.step, NULL), TS_ETIMEOUT);
-    assert_int_equal(kill(daemon, SIGCONT), 0);
-    c->timeout_ms = 60000;
-    DO(run_layer(&w, 2));
-    fake_stream_await();
-    DO(ts_step_commit(w.task.step, NULL));
-    check_daemon(c);
-    worker_close(&w);
-    stop(&d, false);
 }
 
 /* Daemon and supervisor are gone: the stream goes on when the client's time is over, and nothing of
@@ -540,10 +310,6 @@ int main(void)
     setenv("TS_TEST_FAKE_GPU", "1", 1);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_next_daemon_does_what_nobody_asks_it_for),
-        cmocka_unit_test(the_next_daemon_does_what_no_daemon_has_taken),
-        cmocka_unit_test(a_posted_run_that_is_refused_holds_up_no_stream),
-        cmocka_unit_test(refused_runs_are_bounded),
-        cmocka_unit_test(a_posted_run_may_be_answered_late),
         cmocka_unit_test(a_stream_goes_on_when_no_daemon_comes),
         cmocka_unit_test(a_worker_without_a_context_waits_for_nobody),
         cmocka_unit_test(an_abort_that_waits_for_the_stream_goes_on),

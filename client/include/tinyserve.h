@@ -339,9 +339,10 @@ typedef struct ts_run_options {
  * or there are scales and the pool isn't fp8.
  *
  * On a stream, the run comes after the work that is on it already, and before work added later.
- * The call waits for no GPU, and for the daemon only where it took no run of the step before that
- * differs in its layer alone. What is refused later the step's next run or its commit tells, as the
- * commit does of a run that failed on the GPU. The exchange must be device memory, or host memory
+ * The call returns when the daemon has taken the run. If it took one of the step that differs in
+ * its layer alone, the call returns when the daemon has taken the run before, so the worker is one
+ * ahead; a refusal is told by the step's next run or its commit. So is a failure on the GPU, by the
+ * commit. The exchange must be device memory, or host memory
  * that the stream writes. With TS_EXEC_LOCAL it is kernels on the stream alone, for CUDA graphs:
  * see ts_step_run(3). */
 TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,

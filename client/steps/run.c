@@ -69,7 +69,7 @@ static bool may_post(const ts_step *s, const ts_layer_run *run)
     bool accepted = false;
     for (uint32_t i = 0; i < s->num_accepted; i++)
         accepted = accepted || is_alike(run, &s->accepted[i]);
-    return accepted && run->layer < s->pool->geometry.layers && ts_rings_post(s->pool->client);
+    return accepted && run->layer < s->pool->geometry.layers && run->number != 0;
 }
 
 /* The two kinds that came last are remembered. */
@@ -92,10 +92,15 @@ static ts_status run_by_daemon(ts_step *s, uint32_t layer, const ts_run_options 
         status = ts_ring_posted_status(c, s->id);
     if (status != TS_OK)
         return status;
+    if (use && may_post(s, &run)) {
+        bool posted;
+        status = ts_ring_post(c, &entry, &posted);
+        if (status != TS_OK || posted)
+            return status;
+        use = !c->rings_lost;
+    }
     if (!use)
         return run_by_message(s, &run);
-    if (o->on_stream && may_post(s, &run))
-        return ts_ring_post(c, &entry);
     status = ts_ring_call(c, &entry, &done);
     if (status == TS_OK && o->on_stream)
         note_accepted(s, &run);

@@ -464,7 +464,7 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     status = ts_rings_use(c, &use);
     if (status == TS_OK && commit)
         status = ts_ring_posted_status(c, s->id);
-    if (status != TS_OK)
+    if (status != TS_OK && (commit || status != TS_ETIMEOUT)) /* an abort must be asked for */
         return status;
     if (use && (accepted == NULL || s->count <= TS_RING_BATCH)) {
         ts_ring_completion done;

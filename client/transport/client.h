@@ -103,7 +103,6 @@ struct ts_client {
      * would be asked next. Messages go instead until then. 0: it has come. */
     uint32_t ring_late_ms;
     ts_ring_entry posted;  /* the run that was posted last and is unanswered; op 0: none is */
-    bool posted_unsent;    /* ... and is in no ring: the daemon that had it has gone */
     uint64_t refused_step; /* of a posted run that was refused, of which the caller hasn't heard */
     ts_ring_completion refusal;
     uint64_t ring_call;   /* the number of the last entry */

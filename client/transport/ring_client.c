@@ -75,6 +75,21 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     return TS_OK;
 }
 
+/* Submits the entry, and sets its tag. */
+static void put(ts_client *c, ts_ring_entry *entry)
+{
+    ts_rings_memory *m = c->rings;
+    entry->tag = ++c->ring_tag;
+    m->submitted[c->ring_submitted & MASK] = *entry;
+    c->ring_submitted++;
+    __atomic_store_n(&m->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&m->submissions.sleeps, __ATOMIC_SEQ_CST) != 0) {
+        uint64_t one = 1;
+        while (write(c->doorbell, &one, sizeof one) < 0 && errno == EINTR)
+            ;
+    }
+}
+
 ts_status ts_rings_reopen(ts_client *c)
 {
     const uint32_t max_blocks = c->ring_blocks, max_slabs = c->ring_slabs, max_ids = c->ring_ids;
@@ -110,7 +125,8 @@ ts_status ts_rings_reopen(ts_client *c)
     close(c->doorbell);
     c->doorbell = bell;
     c->ring_submitted = c->ring_seen = c->ring_late_ms = 0;
-    c->posted_unsent = c->posted.op != 0;
+    if (c->posted.op != 0)
+        put(c, &c->posted);
     return TS_OK;
 }
 
@@ -285,21 +301,6 @@ bool ts_ring_take_late(ts_client *c, ts_ring_completion *done)
     return true;
 }
 
-/* Submits the entry, and sets its tag. */
-static void put(ts_client *c, ts_ring_entry *entry)
-{
-    ts_rings_memory *m = c->rings;
-    entry->tag = ++c->ring_tag;
-    m->submitted[c->ring_submitted & MASK] = *entry;
-    c->ring_submitted++;
-    __atomic_store_n(&m->submissions.tail, c->ring_submitted, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&m->submissions.sleeps, __ATOMIC_SEQ_CST) != 0) {
-        uint64_t one = 1;
-        while (write(c->doorbell, &one, sizeof one) < 0 && errno == EINTR)
-            ;
-    }
-}
-
 /* Waits for the completion of the entry that was submitted last. */
 static ts_status get(ts_client *c, ts_ring_completion *done)
 {
@@ -351,17 +352,20 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
 
 /* ---- posted runs ---- */
 
-bool ts_rings_post(const ts_client *c)
+/* Whether the daemon knows what that is. */
+static bool takes_posted(const ts_client *c)
 {
     return __atomic_load_n(&c->rings->posts, __ATOMIC_RELAXED) != 0;
 }
 
-ts_status ts_ring_post(ts_client *c, const ts_ring_entry *run)
+ts_status ts_ring_post(ts_client *c, const ts_ring_entry *run, bool *posted)
 {
     ts_posted_run *there = &c->signals->posted;
+    *posted = false;
     const ts_status status = ts_may_ask(c);
-    if (status != TS_OK)
+    if (status != TS_OK || c->rings_lost || !takes_posted(c))
         return status;
+    *posted = true;
     c->posted = *run;
     c->posted.run.flags |= TS_RUN_POSTED;
     c->posted.call = c->ring_call = atomic_fetch_add(&c->next_id, 1);
@@ -373,38 +377,40 @@ ts_status ts_ring_post(ts_client *c, const ts_ring_entry *run)
     return TS_OK;
 }
 
-/* Waits until the posted run is answered. Where it isn't in time the rings are late; where they are
- * lost, the daemon that there is then has found it in the page of signals. */
+/* Waits until the posted run is answered. TS_ETIMEOUT: the rings are late. Where they are lost, the
+ * daemon finds it in the page of signals, and the commit says what came of it. */
 static ts_status await_posted(ts_client *c)
 {
     const uint64_t until_ms = ts_call_end_ms(c);
     ts_ring_completion done;
     ts_status status;
-    do {
-        if (c->posted_unsent)
-            put(c, &c->posted);
-        c->posted_unsent = false;
+    if (c->rings_lost) {
+        c->posted.op = 0;
+        return TS_OK;
+    }
+    do
         status = get(c, &done);
-    } while (ts_goes_on(c, status, until_ms) && !c->rings_lost);
+    while (ts_goes_on(c, status, until_ms) && !c->rings_lost);
     if (status == TS_OK)
         note_posted(c, &done);
+    else if (status == TS_ETIMEOUT)
+        return ts_fail(c, TS_ETIMEOUT, "no answer from %s to run %u within %u ms", c->path,
+                       c->posted.run.number, ts_call_time(c));
     else if (c->rings_lost)
         c->posted.op = 0;
-    const bool goes_on = status == TS_ECONN && c->rings_lost && !atomic_load(&c->broken);
-    return status == TS_ETIMEOUT || goes_on ? TS_OK : status;
+    return status == TS_ECONN && c->rings_lost && !atomic_load(&c->broken) ? TS_OK : status;
 }
 
 ts_status ts_ring_posted_status(ts_client *c, uint64_t step)
 {
-    if (c->posted.op != 0) { /* it is late: it alone may take this call's time, too */
+    if (c->pid != getpid())
+        return TS_OK;        /* the call is refused */
+    if (c->posted.op != 0) { /* it was late before this call */
         c->ring_late_ms = 0;
         const ts_status status = await_posted(c);
         if (status != TS_OK)
             return status;
     }
-    if (c->posted.op != 0)
-        return ts_fail(c, TS_ETIMEOUT, "run %u has no answer from %s yet", c->posted.run.number,
-                       c->path);
     if (c->refused_step != step)
         return TS_OK;
     c->refused_step = 0;

@@ -12,22 +12,23 @@
 void ts_rings_want_ids(ts_client *client, uint32_t count);
 
 /* Whether steps go by the rings, which are opened at the first need. A call that had no answer in
- * time keeps them until its answer has come; a posted run is waited for. */
+ * time keeps them until its answer has come. A posted run is waited for first; TS_ETIMEOUT if that
+ * has no answer in this call's time. */
 ts_status ts_rings_use(ts_client *client, bool *use);
 
 /* Submits the entry, sets its tag, and waits for its completion. Else the error sentence is set. */
 ts_status ts_ring_call(ts_client *client, ts_ring_entry *entry, ts_ring_completion *done);
 
-/* Whether the daemon takes posted runs (proto/signals.h) by the rings, which are open. */
-bool ts_rings_post(const ts_client *client);
-
-/* Posts the entry, a run on a stream with its number: it is answered before the rings are used
- * next. The page of signals is open. */
-ts_status ts_ring_post(ts_client *client, const ts_ring_entry *run);
+/* Posts the entry (proto/signals.h), a run on a stream with its number, which isn't 0: it is
+ * answered before the rings are used next. The page of signals is open, and so are the rings.
+ * *posted: else the daemon that there is now takes none, or not by these rings; nothing was done.
+ */
+ts_status ts_ring_post(ts_client *client, const ts_ring_entry *run, bool *posted);
 
 /*
  * What the caller must hear before the step goes on: that a posted run of it was refused, which is
- * told once, or TS_ETIMEOUT: a posted run is unanswered yet. After ts_rings_use.
+ * told once, or TS_ETIMEOUT: one that was late before has no answer in this call's time either.
+ * After ts_rings_use.
  */
 ts_status ts_ring_posted_status(ts_client *client, uint64_t step);
 

@@ -554,13 +554,15 @@ static void forget_stream_run(ts_step *step, uint32_t number)
 }
 
 /* The step has no K and V of the layer. */
-static void note_failed(ts_step *step, uint32_t layer, ts_status status)
+static void note_failed(ts_step *step, const ts_command *c)
 {
+    const uint32_t layer = c->step_done.layer;
     if (layer < TS_LAYERS_MAX)
         ts_layer_set_put(&step->layers, layer, false);
     if (step->failed == TS_OK) {
-        step->failed = status;
+        step->failed = c->step_done.status;
         step->failed_layer = layer;
+        step->failed_number = c->step_done.on_stream ? c->step_done.number : 0;
     }
 }
 
@@ -576,7 +578,17 @@ static void note_refused(ts_engine *e, const ts_command *c, ts_answer *answer)
     if (c->call > s->call)
         s->call = c->call;
     if (step != NULL && &e->sessions[step->session] == s)
-        note_failed(step, c->step_done.layer, c->step_done.status);
+        note_failed(step, c);
+}
+
+/* It has, by a later run than the one that failed if both were on streams. */
+static void note_run(ts_step *step, const ts_command *c)
+{
+    const bool later = step->failed_number == 0 || !c->step_done.on_stream ||
+                       (int32_t)(c->step_done.number - step->failed_number) > 0;
+    ts_layer_set_put(&step->layers, c->step_done.layer, true);
+    if (c->step_done.layer == step->failed_layer && later)
+        step->failed = TS_OK;
 }
 
 void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
@@ -597,11 +609,9 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
     if (layer == TS_NONE)
         step->copying = false;
     if (layer != TS_NONE && c->step_done.status != TS_OK) {
-        note_failed(step, layer, c->step_done.status);
+        note_failed(step, c);
     } else if (layer != TS_NONE) {
-        ts_layer_set_put(&step->layers, layer, true);
-        if (layer == step->failed_layer)
-            step->failed = TS_OK;
+        note_run(step, c);
     }
     ts_session *s = &e->sessions[step->session];
     if (s->closing)

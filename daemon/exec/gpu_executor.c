@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
 
@@ -241,43 +240,27 @@ static void *batch_main(void *arg)
 
 /* ---- public ---- */
 
-ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms, uint32_t join_us,
+ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t submit_ms, uint32_t join_us,
                               void (*failed)(const char *why), ts_gpu_executor **out, char *why,
                               size_t why_bytes)
 {
-    *out = NULL;
-    ts_gpu_executor *x = calloc(1, sizeof *x);
-    size_t bytes = (sessions * sizeof(uint32_t) + 4095) / 4096 * 4096;
-    void *words = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (x == NULL || words == MAP_FAILED) {
-        snprintf(why, why_bytes, "no memory for the words of %u sessions", sessions);
-        goto fail;
+    ts_gpu_executor *x = *out = calloc(1, sizeof *x);
+    if (x == NULL) {
+        snprintf(why, why_bytes, "no memory for a GPU's executor");
+        return TS_ENOMEM;
     }
-    void *there;
-    if (ts_gpu_pin(gpu, words, bytes, &there, why, why_bytes) != TS_OK)
-        goto fail;
     x->gpu = gpu;
     x->submit_ms = submit_ms;
     x->join_ns = join_us * 1000ull;
     x->failed = failed;
     x->tail = &x->head;
-    x->words = words;
-    x->words_there = there;
-    x->words_bytes = bytes;
     pthread_mutex_init(&x->lock, NULL);
     ts_timed_wait_init(&x->event);
-    if (pthread_create(&x->thread, NULL, batch_main, x) != 0) {
-        snprintf(why, why_bytes, "no thread for a GPU");
-        ts_gpu_unpin_unmap(gpu, words, bytes);
-        free(x);
-        return TS_ENOMEM;
-    }
-    *out = x;
-    return TS_OK;
-fail:
-    if (words != MAP_FAILED)
-        munmap(words, bytes);
+    if (pthread_create(&x->thread, NULL, batch_main, x) == 0)
+        return TS_OK;
+    snprintf(why, why_bytes, "no thread for a GPU");
     free(x);
+    *out = NULL;
     return TS_ENOMEM;
 }
 
@@ -290,7 +273,6 @@ void ts_gpu_executor_free(ts_gpu_executor *x)
     pthread_cond_signal(&x->event);
     pthread_mutex_unlock(&x->lock);
     pthread_join(x->thread, NULL);
-    ts_gpu_unpin_unmap(x->gpu, x->words, x->words_bytes);
     pthread_cond_destroy(&x->event);
     pthread_mutex_destroy(&x->lock);
     free(x->parts);
@@ -315,13 +297,6 @@ void ts_gpu_executor_submit(ts_gpu_executor *x, ts_job *job)
     x->tail = &job->next;
     pthread_cond_signal(&x->event);
     pthread_mutex_unlock(&x->lock);
-}
-
-void ts_gpu_executor_word(ts_gpu_executor *x, uint32_t session, uint32_t **word,
-                          uint32_t **word_there)
-{
-    *word = x->words + session;
-    *word_there = x->words_there + session;
 }
 
 void ts_gpu_executor_counts(const ts_gpu_executor *x, uint64_t *runs, uint64_t *launches)

@@ -25,10 +25,9 @@ typedef struct ts_gpu_executor ts_gpu_executor;
  * TS_ETIMEOUT. (While a launch waits for a worker nothing can be given back on the device: gpu.h.)
  * Where several sessions are at work, a ready run waits for others for join_us at most; 0: each run
  * is queued ahead, however many sessions there are. `failed` is told once when the device is lost,
- * on any thread; every job fails from then on. sessions: how many there can be, each with a word
- * (ts_gpu_executor_word). On failure a sentence is in `why`.
+ * on any thread; every job fails from then on. On failure a sentence is in `why`.
  */
-ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t sessions, uint32_t submit_ms, uint32_t join_us,
+ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t submit_ms, uint32_t join_us,
                               void (*failed)(const char *why), ts_gpu_executor **out, char *why,
                               size_t why_bytes);
 
@@ -40,10 +39,6 @@ void ts_gpu_executor_free(ts_gpu_executor *executor);
 
 /* The job is the executor's until it calls done. */
 void ts_gpu_executor_submit(ts_gpu_executor *executor, ts_job *job);
-
-/* The word in which a session's completed runs are counted: its address here and on the device. */
-void ts_gpu_executor_word(ts_gpu_executor *executor, uint32_t session, uint32_t **word,
-                          uint32_t **word_there);
 
 /* Attends done so far, and how many launches they took. Any thread. */
 void ts_gpu_executor_counts(const ts_gpu_executor *executor, uint64_t *runs, uint64_t *launches);

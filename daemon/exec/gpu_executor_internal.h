@@ -66,8 +66,6 @@ struct ts_gpu_executor {
     atomic_uint_fast64_t crowd_ns; /* until then there is a crowd */
     uint64_t ready_ns;             /* the thread's own: since when a run of a crowd's is ready */
     ts_gpu_joined joined[JOIN_LAUNCHES]; /* the thread's own: a crowd's last launches */
-    uint32_t *words, *words_there;       /* completed runs of each session */
-    size_t words_bytes;
     atomic_uint_fast64_t runs, launches;
 };
 

@@ -40,12 +40,16 @@ void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes)
 }
 
 /* Nobody else will say that it is over. What a lost device left undone the next daemon does; of
- * anything else it is to know that it failed. */
-static void tell_failed(const ts_signals_page *page, uint32_t number, ts_status status)
+ * anything else it is to know that it failed, but for a refused run, which it knows of. */
+static void tell_failed(const ts_job *job, ts_status status)
 {
+    const ts_signals_page *page = job->signals;
+    const uint32_t number = job->run_number;
     if (page->outlives && status == TS_EDEVICE)
         return;
-    __atomic_store_n(&page->host->late, number, __ATOMIC_RELEASE);
+    const uint32_t late = __atomic_load_n(&page->host->late, __ATOMIC_RELAXED);
+    if (!ts_job_is_refused(job) && (late == 0 || (int32_t)(number - late) > 0))
+        __atomic_store_n(&page->host->late, number, __ATOMIC_RELEASE);
     __atomic_store_n(&page->host->completed, number, __ATOMIC_RELEASE);
     __atomic_store_n(page->done, number, __ATOMIC_RELEASE);
 }
@@ -63,7 +67,7 @@ void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, co
         } else if (status != TS_OK) {
             snprintf(job->why, sizeof job->why, "%s", why);
             if (job->signals != NULL)
-                tell_failed(job->signals, job->run_number, status);
+                tell_failed(job, status);
         }
         job->done(job);
     }

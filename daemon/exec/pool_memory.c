@@ -79,8 +79,8 @@ static const ts_exec_gpu *open_gpu(ts_exec *x, uint32_t ordinal, char *why, size
     g->exchange_bytes = calloc(TS_TENANTS_MAX, sizeof *g->exchange_bytes);
     if (g->exchange_bytes == NULL) {
         snprintf(why, why_bytes, "no memory for a table of %u tenants", TS_TENANTS_MAX);
-    } else if (ts_gpu_executor_new(g->gpu, x->engine->limits.sessions, x->submit_ms, x->join_us,
-                                   x->device_failed, &g->executor, why, why_bytes) == TS_OK) {
+    } else if (ts_gpu_executor_new(g->gpu, x->submit_ms, x->join_us, x->device_failed, &g->executor,
+                                   why, why_bytes) == TS_OK) {
         x->num_gpus++;
         return g;
     }

@@ -234,7 +234,7 @@ bool ts_signals_had_late(const ts_signals_page *p, uint32_t number)
 
 bool ts_signals_posted(const ts_signals_page *p, uint32_t number, ts_posted_run *run)
 {
-    if (__atomic_load_n(&p->host->posted.number, __ATOMIC_ACQUIRE) != number)
+    if (number == 0 || __atomic_load_n(&p->host->posted.number, __ATOMIC_ACQUIRE) != number)
         return false;
     *run = p->host->posted; /* its own words are checked as a ring entry's are */
     run->run.number = number;
@@ -257,8 +257,22 @@ void ts_signals_give_up(ts_signals_page *p)
     __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
 }
 
-ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint32_t *done_there,
-                           char *why, size_t why_bytes)
+/* Memory that the device can use and no client. */
+static ts_status new_word(ts_gpu *gpu, void **word, void **there, char *why, size_t why_bytes)
+{
+    *word =
+        mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*word == MAP_FAILED) {
+        snprintf(why, why_bytes, "no memory for a session's word");
+        return TS_ENOMEM;
+    }
+    ts_status status = ts_gpu_pin(gpu, *word, TS_SIGNALS_BYTES, there, why, why_bytes);
+    if (status != TS_OK)
+        munmap(*word, TS_SIGNALS_BYTES);
+    return status;
+}
+
+ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, char *why, size_t why_bytes)
 {
     if (p->gpu == gpu)
         return TS_OK;
@@ -267,16 +281,20 @@ ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, uint32_t *done, uint
                  ts_gpu_get_info(p->gpu)->ordinal, ts_gpu_get_info(gpu)->ordinal);
         return TS_EINVAL;
     }
-    void *there;
-    ts_status status = ts_gpu_pin(gpu, p->host, TS_SIGNALS_BYTES, &there, why, why_bytes);
+    void *there, *done, *done_there;
+    ts_status status = new_word(gpu, &done, &done_there, why, why_bytes);
     if (status != TS_OK)
         return status;
+    status = ts_gpu_pin(gpu, p->host, TS_SIGNALS_BYTES, &there, why, why_bytes);
+    if (status != TS_OK) {
+        ts_gpu_unpin_unmap(gpu, done, TS_SIGNALS_BYTES);
+        return status;
+    }
     p->gpu = gpu;
     p->there = there;
     p->done = done;
     p->done_there = done_there;
-    /* In place of what an earlier session left. */
-    __atomic_store_n(done, p->first_done, __ATOMIC_RELEASE);
+    __atomic_store_n(p->done, p->first_done, __ATOMIC_RELEASE);
     return TS_OK;
 }
 
@@ -291,10 +309,12 @@ void ts_signals_release(ts_signals_page *p)
 {
     if (p == NULL || --p->users > 0)
         return;
-    if (p->gpu != NULL)
+    if (p->gpu != NULL) {
         ts_gpu_unpin_unmap(p->gpu, p->host, TS_SIGNALS_BYTES);
-    else
+        ts_gpu_unpin_unmap(p->gpu, p->done, TS_SIGNALS_BYTES);
+    } else {
         munmap(p->host, TS_SIGNALS_BYTES);
+    }
     close(p->fd);
     free(p);
 }

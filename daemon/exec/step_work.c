@@ -304,15 +304,13 @@ void ts_step_work_abort(ts_exec *x, uint64_t session, uint64_t step)
     ts_exec_apply(x, &abort, &answer);
 }
 
-ts_status ts_step_work_reach(const ts_exec_gpu *gpu, const ts_session_memory *m, uint64_t session,
-                             bool on_stream, char *why, size_t why_bytes)
+ts_status ts_step_work_reach(const ts_exec_gpu *gpu, const ts_session_memory *m, bool on_stream,
+                             char *why, size_t why_bytes)
 {
-    uint32_t *done, *done_there;
     ts_status status = ts_exchange_reach(m->exchange, gpu->gpu, why, why_bytes);
     if (status != TS_OK || !on_stream)
         return status;
-    ts_gpu_executor_word(gpu->executor, (uint32_t)session, &done, &done_there);
-    return ts_signals_reach(m->signals, gpu->gpu, done, done_there, why, why_bytes);
+    return ts_signals_reach(m->signals, gpu->gpu, why, why_bytes);
 }
 
 bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_command *run,
@@ -343,7 +341,7 @@ bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_com
                   run->step_run.run.number);
         return false;
     }
-    status = ts_step_work_reach(gpu, m, run->session, on_stream, why, sizeof why);
+    status = ts_step_work_reach(gpu, m, on_stream, why, sizeof why);
     if (status != TS_OK && ts_exec_leaves_to_next(x, step->pool))
         answer->status = TS_NEED_SWEEP;
     else if (status != TS_OK)

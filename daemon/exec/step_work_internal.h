@@ -46,6 +46,6 @@ void ts_step_job_free(ts_step_job *job);
 
 /* Lets the GPU use what a run of the session's needs of its memory. */
 ts_status ts_step_work_reach(const ts_exec_gpu *gpu, const ts_session_memory *memory,
-                             uint64_t session, bool on_stream, char *why, size_t why_bytes);
+                             bool on_stream, char *why, size_t why_bytes);
 
 #endif

@@ -50,7 +50,7 @@ void ts_stream_run_take_posted(ts_exec *x, uint64_t session, ts_session_memory *
     const ts_session *s = ts_engine_session(x->engine, session);
     ts_posted_run posted;
     ts_answer answer = {0};
-    if (s == NULL || m->signals == NULL ||
+    if (s == NULL || m->signals == NULL || ts_stream_run_refusal_waits(m) ||
         !ts_signals_posted(m->signals, s->stream_number + 1, &posted))
         return;
     const ts_command run = {.op = TS_OP_STEP_RUN,
@@ -112,7 +112,6 @@ static ts_step_job *job_again(ts_exec *x, ts_session_memory *m, const ts_layer_r
                               const ts_step *step, char *why, size_t why_bytes)
 {
     const ts_exec_gpu *gpu = x->gpu_of[step->pool];
-    const uint64_t session = ts_engine_session_id(x->engine, step->session);
     if (step->crashes >= TS_STEP_CRASHES) {
         snprintf(why, why_bytes, "runs of its step were under way at %u crashes of the daemon",
                  step->crashes);
@@ -123,7 +122,7 @@ static ts_step_job *job_again(ts_exec *x, ts_session_memory *m, const ts_layer_r
         snprintf(why, why_bytes, "its exchange or its page of signals is gone");
         return NULL;
     }
-    if (ts_step_work_reach(gpu, m, session, true, why, why_bytes) != TS_OK)
+    if (ts_step_work_reach(gpu, m, true, why, why_bytes) != TS_OK)
         return NULL;
     ts_step_job *j = ts_step_job_of_run(x, m, &(ts_completion){0}, run, step);
     if (j == NULL)
@@ -150,18 +149,15 @@ static uint32_t tell_of_done(ts_exec *x, const ts_session *s, const ts_signals_p
 }
 
 /* Lets a GPU use the page, if one has a pool of the runs'. */
-static bool reach_page(ts_exec *x, const ts_session *s, uint64_t session, ts_session_memory *m)
+static bool reach_page(const ts_exec *x, const ts_session *s, const ts_session_memory *m)
 {
     ts_layer_run run;
     char why[TS_MESSAGE_BYTES];
-    uint32_t *done, *done_there, before = UINT32_MAX;
+    uint32_t before = UINT32_MAX;
     for (const ts_step *step; (step = oldest_run(x->engine, s, before, &run)) != NULL;) {
         const ts_exec_gpu *gpu = x->gpu_of[step->pool];
         before = s->stream_number - run.number;
-        if (gpu == NULL)
-            continue;
-        ts_gpu_executor_word(gpu->executor, (uint32_t)session, &done, &done_there);
-        if (ts_signals_reach(m->signals, gpu->gpu, done, done_there, why, sizeof why) == TS_OK)
+        if (gpu != NULL && ts_signals_reach(m->signals, gpu->gpu, why, sizeof why) == TS_OK)
             return true;
     }
     return false;
@@ -182,7 +178,7 @@ static ts_step_job *job_of_number(ts_exec *x, uint64_t session, ts_session_memor
             return j;
         tell_over(x, id, &run, TS_EINTERNAL);
     } else {
-        snprintf(why, why_bytes, "its step is lost");
+        snprintf(why, why_bytes, "its step is lost, or it was refused");
     }
     return ts_step_job_in_turn(x, m->signals, session, number, TS_EINTERNAL);
 }
@@ -200,8 +196,7 @@ void ts_stream_runs_resume(ts_exec *x, uint64_t session, ts_session_memory *m)
     const ts_session *s = ts_engine_session(x->engine, session);
     const uint32_t left = tell_of_done(x, s, m->signals);
     const uint32_t open = m->signals == NULL ? left : ts_signals_open_runs(m->signals);
-    bool well =
-        left > 0 && m->signals != NULL && open - left <= LOST_MOST && reach_page(x, s, session, m);
+    bool well = left > 0 && m->signals != NULL && open - left <= LOST_MOST && reach_page(x, s, m);
     ts_step_job *jobs = NULL, **end = &jobs; /* linked by next_live, the oldest first */
     char why[TS_MESSAGE_BYTES] = "all are";
     uint32_t again = 0;

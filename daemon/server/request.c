@@ -11,6 +11,7 @@
 #include "resume.h"
 #include "slab_supply.h"
 #include "step_work.h"
+#include "stream_runs.h"
 #include "test_point.h"
 #include "tinyserve_version.h"
 #include "unconst.h"
@@ -264,6 +265,8 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
 {
     const Tspb__Request *message = request->message;
     const bool run = command->op == TS_OP_STEP_RUN;
+    if (run) /* one before it may have been posted by rings that are lost */
+        ts_stream_run_take_posted(&s->exec, c->session, &c->memory);
     const bool known = run && ts_engine_run_is_known(s->exec.engine, command);
     const bool no_ticket = command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, answer);
     /* A run that is known is with the kernels: its answer was lost with an earlier daemon. */

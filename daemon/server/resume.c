@@ -232,6 +232,7 @@ void ts_resume_attach(ts_service *s, ts_connection *c, uint64_t session)
     s->by_session[(uint32_t)session] = c;
     ts_answer back;
     ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_SESSION_BACK, .session = session}, &back);
+    ts_stream_run_take_posted(&s->exec, session, &c->memory);
 }
 
 /* Aborts the session's step that the call began, if there is one. */

@@ -6,6 +6,7 @@
 #include "slab_supply.h"
 #include "step_work.h"
 #include "stored_memory.h"
+#include "stream_runs.h"
 #include "unconst.h"
 
 #include <poll.h>
@@ -313,9 +314,11 @@ void ts_service_tick(ts_service *s, uint64_t idle_since_ms)
     if (s->look_for_absent != NULL)
         s->look_for_absent(s, false);
     for (uint32_t i = 0; i < TS_CONNECTION_BUCKETS; i++)
-        for (const ts_connection *c = s->connections[i]; c != NULL; c = c->next)
+        for (ts_connection *c = s->connections[i]; c != NULL; c = c->next) {
+            ts_stream_run_take_posted(&s->exec, c->session, &c->memory);
             if (c->idle_since_ms != 0 && c->idle_since_ms <= idle_since_ms)
                 s->end_connection(s->end_connection_arg, c->pipe, true);
+        }
 }
 
 bool ts_service_is_operator(const ts_service *s, uint32_t uid, uint32_t gid)
