@@ -311,7 +311,8 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 turn_quad(x);
                 uint32_t column = (d + lane % 4) * 8;
                 if (there && column < c.head_dim)
-                    __stcg((uint4 *)(to + column), make_uint4(x[0], x[1], x[2], x[3]));
+                    cache_hints::store(to + column, make_uint4(x[0], x[1], x[2], x[3]),
+                                       FEW && c.keeps_out);
             }
         }
     }
