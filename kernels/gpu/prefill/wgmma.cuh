@@ -97,11 +97,14 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             barrier_await(shared_address(&p->done[k % TOLD]), ~(k / TOLD) & 1);
         to.there = item < items_of(c) * c.kv_heads;
         if (to.there) {
-            uint32_t index = item / c.kv_heads;
+            const uint32_t items = items_of(c);
+            const bool by_heads = !FEW && wc.by_heads;
+            uint32_t index = by_heads ? item % items : item / c.kv_heads;
+            const uint32_t kv_head = by_heads ? item / items : item % c.kv_heads;
             const gpu_run &run = run_of(c, &index);
             plan_piece piece = ((const plan_piece *)run.items)[index];
             piece.chunk += chunk;
-            make_job<true>(c, run, piece, item % c.kv_heads, ROWS, to.j);
+            make_job<true>(c, run, piece, kv_head, ROWS, to.j);
             to.j.chunks = chunks_of(piece);
             to.j.all_new = wc.stores && to.j.past == 0 && to.j.p.num_chunks == to.j.chunks;
             to.j.box_tokens = to.j.all_new ? 8 : max(wc.boxes.tokens, 1);
