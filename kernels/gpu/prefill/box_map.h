@@ -73,7 +73,6 @@ typedef struct wgmma_call {
 #define BOX_SLAB 128u        /* bytes: as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */
 
-/* Tokens of an fp8 cache's boxes: a warp widens one or two at once (fp8_tiles.cuh). */
-#define WGMMA_FP8_BOX(DIM) ((DIM) > 128 ? 8u : 16u)
+#define WGMMA_FP8_BOX 16u /* tokens of an fp8 cache's boxes: a warp widens one or two at once */
 
 #endif

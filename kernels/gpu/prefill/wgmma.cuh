@@ -40,16 +40,12 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     static const uint32_t BYTES = Q_BYTES + ring::BYTES + PORTION_BYTES + ALIGN;
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= SUM_BYTES,
                   "a float for each row and chunk takes the sums' place");
-    /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
     static const bool WIDENS = scaled<T>::value;
-    static const int COPIER_REGISTERS = WIDENS          ? (DIM > 64 ? 48 : 56)
-                                        : THREADS > 384 ? 32
-                                        : DIM > 128     ? 40
-                                                        : 56;
-    static const int WORKER_REGISTERS = WIDENS          ? (DIM > 64 ? 208 : 152)
-                                        : THREADS > 384 ? 160
-                                        : DIM > 128     ? 232
-                                                        : 224;
+    static const uint32_t Q_COPIERS = ring::COPIERS - (WIDENS ? 32 : 0); /* run_wideners */
+    /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
+    static const bool FOUR = THREADS > 384, THREE_MULTIPLY = tiles_of::GROUPS > 2;
+    static const int COPIER_REGISTERS = THREE_MULTIPLY ? 32 : FOUR ? 48 : DIM > 128 ? 40 : 56;
+    static const int WORKER_REGISTERS = THREE_MULTIPLY ? 160 : FOUR ? 208 : DIM > 128 ? 232 : 224;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -77,7 +73,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             barrier_init(shared_address(&p->told[i]), 1);
             barrier_init(shared_address(&p->done[i]), THREADS / 32);
         }
-        barrier_init(shared_address(&p->q_there), ring::COPIERS);
+        barrier_init(shared_address(&p->q_there), Q_COPIERS);
         barrier_init(shared_address(&p->q_used), WORKERS / 32);
         for (uint32_t i = 0; i < ring::FEEDERS; i++)
             barrier_init(shared_address(&p->landed[i]), 1);
@@ -135,14 +131,15 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         return c.io != TS_DTYPE_FP32 && c.rope.theta == 0;
     }
 
-    __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q)
+    /* By Q_COPIERS threads, of which this is one. */
+    __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q, uint32_t thread)
     {
         /* What a copy might change, as far as the compiler knows, is read once. */
         const uint32_t first = j.first, rows = j.rows, group = c.group, heads = c.heads;
         const uint32_t head = j.kv_head * group;
         const uint16_t *from = (const uint16_t *)j.s.q;
 #pragma unroll 4
-        for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
+        for (uint32_t i = thread; i < ROWS * PIECES; i += Q_COPIERS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
             bool there = row < rows && piece * 8 < c.head_dim;
             uint32_t query = divide(first + row, c.groups);
@@ -152,6 +149,18 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                                     false);
         }
     }
+    /* Does so, and tells those who multiply; or tells them that they may read it. */
+    __device__ static void bring_q(const gpu_call &c, const job &j, uint32_t q, pieces *p,
+                                   uint32_t thread)
+    {
+        uint32_t there = shared_address(&p->q_there);
+        if (copies_q(c)) {
+            copy_q(c, j, q, thread);
+            barrier_arrive_copied(there);
+        } else {
+            barrier_arrive(there); /* the wait for `used` is over */
+        }
+    }
     /* Whether sums go through shared memory at the end, in the tiles' place and q's: other chunks
      * are to be merged with them, or the output is fp32. */
     __device__ static bool is_apart(const gpu_call &c, const job &j)
@@ -159,16 +168,17 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
     }
 
-    /* The last group's part, for an fp8 cache: all of it widens tiles and copies q; a thread of the
-     * last warp takes pieces, too. */
+    /* The last group's part, for an fp8 cache: half of its warps widen K's tiles, half V's. All but
+     * one copy q. That one, the first of V's, takes pieces, for V is wanted last. */
     template <bool BY_BOXES>
     __device__ static void run_wideners(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                         uint32_t tiles, barriers *bars, pieces *p, portions *come)
     {
-        typedef fp8_widener<DIM, BY_BOXES> widener;
+        const uint32_t number = uniform((threadIdx.x - WORKERS) / 32), lane = threadIdx.x % 32;
+        const bool takes = number == portions::EACH, tells = takes && lane == 0;
         uint32_t item = 0, chunk = 0, used = shared_address(&p->q_used);
-        bool tells = threadIdx.x == THREADS - 32, apart = false;
-        widener from(c, wc, tiles, tiles + ring::BYTES, bars, come);
+        bool apart = false;
+        fp8_widener<DIM, BY_BOXES> from(c, wc, tiles, tiles + ring::BYTES, bars, come, number);
         if (tells)
             tell(c, wc, p, 0, item, chunk);
         __syncwarp();
@@ -179,27 +189,29 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 return;
             const job &j = *told;
             from.begin(j);
-            if (apart) /* the piece before has its sums in the tiles' place and q's */
-                barrier_await(used, (k - 1) & 1);
-            uint32_t count = ring::walk_of(j).count;
-            if (count > 0)
-                from.widen_k(0);
-            if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
-                barrier_await(used, (k - 1) & 1);
-            if (copies_q(c)) {
-                copy_q(c, j, q);
-                barrier_arrive_copied(shared_address(&p->q_there));
-            } else {
-                barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
-            }
             if (tells)
                 tell(c, wc, p, k + 1, item, chunk);
             __syncwarp();
+            if (apart) /* the piece before has its sums in the tiles' place and q's */
+                barrier_await(used, (k - 1) & 1);
+            /* Tiles behind q, which comes behind K's first one. */
+            uint32_t last = uniform(ring::walk_of(j).count), n = 0;
+            if (from.values == 0 && last > 0) {
+                n = ~0u;
+                last--;
+            }
 #pragma unroll 1
-            for (uint32_t n = 0; n < count; n++) {
-                if (n + 1 < count)
-                    from.widen_k(n + 1);
-                from.widen_v(n);
+            for (;; n++) {
+                if (n == 0) {
+                    if (k > 0) /* a phase is awaited by its parity: nobody may be two behind */
+                        barrier_await(used, (k - 1) & 1);
+                    if (!takes)
+                        bring_q(c, j, q, p, (number - (number > portions::EACH)) * 32 + lane);
+                    from.look_up(); /* anew, so that it needn't be kept in between */
+                }
+                if (n == last)
+                    break;
+                from.widen_tile();
             }
             apart = is_apart(c, j);
             done(p, k);
@@ -241,12 +253,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                     break;
                 if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
                     barrier_await(used, before);
-                if (copies_q(c)) {
-                    copy_q(c, j, q);
-                    barrier_arrive_copied(shared_address(&p->q_there));
-                } else {
-                    barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
-                }
+                bring_q(c, j, q, p, threadIdx.x % ring::COPIERS);
                 if (tells)
                     tell(c, wc, p, k + 1, item, chunk);
                 __syncwarp();
@@ -496,7 +503,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             init(&p);
             if (WIDENS)
                 come.init();
-            uint32_t bringers = WIDENS                ? portions::WARPS
+            uint32_t bringers = WIDENS                ? portions::EACH
                                 : wc.boxes.tokens > 0 ? ring::FEEDERS
                                                       : ring::COPIERS;
             ring::init(&bars, bringers, WORKERS / 32);
