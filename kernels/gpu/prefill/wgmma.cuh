@@ -41,7 +41,6 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= SUM_BYTES,
                   "a float for each row and chunk takes the sums' place");
     static const bool WIDENS = scaled<T>::value;
-    static const uint32_t Q_COPIERS = ring::COPIERS - (WIDENS ? 32 : 0); /* run_wideners */
     /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
     static const bool FOUR = THREADS > 384, THREE_MULTIPLY = tiles_of::GROUPS > 2;
     static const int COPIER_REGISTERS = THREE_MULTIPLY ? 32 : FOUR ? 48 : DIM > 128 ? 40 : 56;
@@ -73,7 +72,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             barrier_init(shared_address(&p->told[i]), 1);
             barrier_init(shared_address(&p->done[i]), THREADS / 32);
         }
-        barrier_init(shared_address(&p->q_there), Q_COPIERS);
+        barrier_init(shared_address(&p->q_there), ring::COPIERS);
         barrier_init(shared_address(&p->q_used), WORKERS / 32);
         for (uint32_t i = 0; i < ring::FEEDERS; i++)
             barrier_init(shared_address(&p->landed[i]), 1);
@@ -131,15 +130,15 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         return c.io != TS_DTYPE_FP32 && c.rope.theta == 0;
     }
 
-    /* By Q_COPIERS threads, of which this is one. */
-    __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q, uint32_t thread)
+    /* By the last group's threads. */
+    __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q)
     {
         /* What a copy might change, as far as the compiler knows, is read once. */
         const uint32_t first = j.first, rows = j.rows, group = c.group, heads = c.heads;
         const uint32_t head = j.kv_head * group;
         const uint16_t *from = (const uint16_t *)j.s.q;
 #pragma unroll 4
-        for (uint32_t i = thread; i < ROWS * PIECES; i += Q_COPIERS) {
+        for (uint32_t i = threadIdx.x % ring::COPIERS; i < ROWS * PIECES; i += ring::COPIERS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
             bool there = row < rows && piece * 8 < c.head_dim;
             uint32_t query = divide(first + row, c.groups);
@@ -150,12 +149,11 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         }
     }
     /* Does so, and tells those who multiply; or tells them that they may read it. */
-    __device__ static void bring_q(const gpu_call &c, const job &j, uint32_t q, pieces *p,
-                                   uint32_t thread)
+    __device__ static void bring_q(const gpu_call &c, const job &j, uint32_t q, pieces *p)
     {
         uint32_t there = shared_address(&p->q_there);
         if (copies_q(c)) {
-            copy_q(c, j, q, thread);
+            copy_q(c, j, q);
             barrier_arrive_copied(there);
         } else {
             barrier_arrive(there); /* the wait for `used` is over */
@@ -168,17 +166,16 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
     }
 
-    /* The last group's part, for an fp8 cache: half of its warps widen K's tiles, half V's. All but
-     * one copy q. That one, the first of V's, takes pieces, for V is wanted last. */
+    /* The last group's part, for an fp8 cache: half of its warps widen K's tiles, half V's, and all
+     * copy q. A thread of K's takes pieces when K's places are full. */
     template <bool BY_BOXES>
     __device__ static void run_wideners(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                         uint32_t tiles, barriers *bars, pieces *p, portions *come)
     {
-        const uint32_t number = uniform((threadIdx.x - WORKERS) / 32), lane = threadIdx.x % 32;
-        const bool takes = number == portions::EACH, tells = takes && lane == 0;
         uint32_t item = 0, chunk = 0, used = shared_address(&p->q_used);
-        bool apart = false;
-        fp8_widener<DIM, BY_BOXES> from(c, wc, tiles, tiles + ring::BYTES, bars, come, number);
+        bool tells = threadIdx.x == WORKERS, apart = false;
+        fp8_widener<DIM, BY_BOXES> from(c, wc, tiles, tiles + ring::BYTES, bars, come,
+                                        uniform((threadIdx.x - WORKERS) / 32));
         if (tells)
             tell(c, wc, p, 0, item, chunk);
         __syncwarp();
@@ -189,9 +186,6 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 return;
             const job &j = *told;
             from.begin(j);
-            if (tells)
-                tell(c, wc, p, k + 1, item, chunk);
-            __syncwarp();
             if (apart) /* the piece before has its sums in the tiles' place and q's */
                 barrier_await(used, (k - 1) & 1);
             /* Tiles behind q, which comes behind K's first one. */
@@ -205,14 +199,20 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 if (n == 0) {
                     if (k > 0) /* a phase is awaited by its parity: nobody may be two behind */
                         barrier_await(used, (k - 1) & 1);
-                    if (!takes)
-                        bring_q(c, j, q, p, (number - (number > portions::EACH)) * 32 + lane);
+                    bring_q(c, j, q, p);
                     from.look_up(); /* anew, so that it needn't be kept in between */
                 }
-                if (n == last)
+                if (n == min(1, last))
                     break;
                 from.widen_tile();
             }
+            if (tells)
+                tell(c, wc, p, k + 1, item, chunk);
+            __syncwarp();
+            from.look_up(); /* likewise */
+#pragma unroll 1
+            for (; n < last; n++)
+                from.widen_tile();
             apart = is_apart(c, j);
             done(p, k);
         }
@@ -253,7 +253,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                     break;
                 if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
                     barrier_await(used, before);
-                bring_q(c, j, q, p, threadIdx.x % ring::COPIERS);
+                bring_q(c, j, q, p);
                 if (tells)
                     tell(c, wc, p, k + 1, item, chunk);
                 __syncwarp();
