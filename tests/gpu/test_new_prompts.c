@@ -33,7 +33,9 @@ static void check_all_new(shape s, variety v, bool nonfinite)
     CUDA_OK(cudaMemcpy(k + e, d.k, d.kv_bytes, cudaMemcpyDeviceToDevice));
     CUDA_OK(cudaMemcpy(values + e, d.v, d.kv_bytes, cudaMemcpyDeviceToDevice));
     CUDA_OK(cudaMemcpy(before, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
+    const size_t l2_bytes = gpu->info.l2_bytes;
     for (int apart = 0; apart < 2; apart++) {
+        gpu->info.l2_bytes = apart ? 1 : l2_bytes; /* 1: one head after the other */
         to_device(d.memory->base, before, d.p.cache_bytes);
         poison_device(&d);
         for (uint32_t i = 0; apart && i < SEQS; i++) {
@@ -47,6 +49,7 @@ static void check_all_new(shape s, variety v, bool nonfinite)
         CUDA_OK(
             cudaMemcpy(to + out_bytes, d.memory->base, d.p.cache_bytes, cudaMemcpyDeviceToHost));
     }
+    gpu->info.l2_bytes = l2_bytes;
     assert_memory_equal(results[0], results[1], out_bytes);
     assert_memory_equal(results[0] + out_bytes, results[1] + out_bytes, d.p.cache_bytes);
     assert_memory_not_equal(results[0] + out_bytes, before, d.p.cache_bytes);

@@ -199,6 +199,16 @@ void add_rows(wgmma_call &wgmma, const ts_gpu_run *r)
     }
 }
 
+/* Whether K and V of a sequence's heads are so much more than the second-level cache has that
+ * blocks of threads are to work on one head after the other: then those of one are read by all at
+ * about the same time. Where they are less that only costs (doc/notebook.md). */
+bool keeps_no_heads(const ts_gpu_plan *p, size_t tokens)
+{
+    const ts_geometry *g = &p->geometry;
+    const size_t bytes = tokens * 2 * g->kv_heads * g->head_dim * ts_dtype_bytes(g->dtype);
+    return bytes > 2 * p->gpu->info.l2_bytes;
+}
+
 /* What launches of the runs' lists that are wgmma's have beside a gpu_call. */
 wgmma_call wgmma_call_of(const gpu_call &c, const ts_gpu_launch *l, const ts_gpu_run *runs,
                          uint32_t num_runs)
@@ -212,15 +222,17 @@ wgmma_call wgmma_call_of(const gpu_call &c, const ts_gpu_launch *l, const ts_gpu
         wgmma.folds = (float4 *)p->own_folds;
         return wgmma;
     }
-    size_t records = 0;
+    size_t records = 0, longest = 0;
     bool any = false;
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_plan *its = runs[i].plan;
         records += its->records;
+        longest = its->longest > longest ? its->longest : longest;
         any = any || its->count[LIST_WGMMA] + its->count[LIST_FEW] > 0;
     }
     if (!any)
         return wgmma;
+    wgmma.by_heads = keeps_no_heads(p, longest);
     wgmma.boxes = ts_gpu_box_map_of(p->gpu, &p->geometry, c.base, blocks_of(runs, num_runs));
     wgmma.folds = (float4 *)(l->slot->partials + records * ts_gpu_record_floats(&p->geometry));
     if (may_store(wgmma, c, runs, num_runs))

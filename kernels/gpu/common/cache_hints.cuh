@@ -59,6 +59,15 @@ __device__ inline void store(float *to, float4 x, bool keep)
     else
         __stcg((float4 *)to, x);
 }
+__device__ inline void store(void *to, uint4 x, bool keep)
+{
+    if (keep)
+        asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+                     "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(leaves_last())
+                     : "memory");
+    else
+        __stcg((uint4 *)to, x);
+}
 __device__ inline void store(void *to, ushort4 x, bool keep)
 {
     if (keep)

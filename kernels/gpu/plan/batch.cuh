@@ -128,6 +128,8 @@ void count_seq(ts_gpu_plan *p, const ts_attention_seq *s, const seq_cut &cut, ui
         p->count[list] += s->q_tokens;
     if (list == LIST_TILE || list == LIST_DECODE || has_many_rows(list))
         p->count[LIST_APPEND] += s->q_tokens;
+    if (list == LIST_WGMMA && s->kv_tokens > p->longest)
+        p->longest = s->kv_tokens;
     if (is_storable(s, cut))
         p->storable += s->q_tokens;
 }
@@ -166,7 +168,7 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
     size_t entries = b.sharing.num_members;
     p->folds = false;
     memset(p->count, 0, sizeof p->count);
-    p->records = p->counters = p->q_tokens = p->storable = 0;
+    p->records = p->counters = p->q_tokens = p->storable = p->longest = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         if (seqs[i].q_tokens == 0) /* nothing is told of it, nor of its table */
             continue;

@@ -51,6 +51,7 @@ struct ts_gpu_plan {
     uint32_t q_tokens;  /* of all sequences */
     uint32_t storable; /* items of LIST_APPEND, its last: wgmma may store them itself (box_map.h) */
     uint32_t counters;
+    uint32_t longest;                  /* of LIST_WGMMA's sequences: tokens */
     uint32_t whole_tokens[LIST_COUNT]; /* of a sequence whose chunks are one piece, at most */
     uint64_t renewals;                 /* since it was written whole */
     bool persistent;

@@ -10,8 +10,8 @@ extern "C" {
 static uint32_t tokens_of_box(const ts_geometry *g)
 {
     if (g->dtype == TS_DTYPE_FP8_E4M3) {
-        uint32_t tokens = WGMMA_FP8_BOX(wgmma_dims(g));
-        return g->head_dim == wgmma_dims(g) && g->block_tokens % tokens == 0 ? tokens : 0;
+        const bool whole = g->head_dim == wgmma_dims(g) && g->block_tokens % WGMMA_FP8_BOX == 0;
+        return whole ? WGMMA_FP8_BOX : 0;
     }
     uint32_t tokens = wgmma_tokens(g);
     while (tokens >= BOX_TOKENS_LEAST && g->block_tokens % tokens != 0)

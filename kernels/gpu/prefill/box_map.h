@@ -63,7 +63,8 @@ typedef struct wgmma_call {
     CUtensorMap eight[2], many[2]; /* the only run's own k and v */
     bool stores;                   /* sequences that are all new, and so `eight` is there */
     bool wide;                     /* `many` is there, too */
-    const box_blocks *among;       /* a persistent plan's, on the device; NULL: boxes.among */
+    bool by_heads;           /* all pieces of a KV head, then the next one's; not LIST_FEW's */
+    const box_blocks *among; /* a persistent plan's, on the device; NULL: boxes.among */
     uint32_t *tickets; /* two, 0 between launches: pieces that were taken, blocks that found none */
     float4 *folds;     /* what blocks keep of pieces of several chunks: WGMMA_FOLD each, of each
                           thread that multiplies */
@@ -72,7 +73,6 @@ typedef struct wgmma_call {
 #define BOX_SLAB 128u        /* bytes: as wide as the swizzle */
 #define BOX_TOKENS_LEAST 16u /* fewer would be many boxes */
 
-/* Tokens of an fp8 cache's boxes: a warp widens one or two at once (fp8_tiles.cuh). */
-#define WGMMA_FP8_BOX(DIM) ((DIM) > 128 ? 8u : 16u)
+#define WGMMA_FP8_BOX 16u /* tokens of an fp8 cache's boxes: a warp widens one or two at once */
 
 #endif

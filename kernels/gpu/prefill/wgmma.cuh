@@ -40,16 +40,11 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     static const uint32_t BYTES = Q_BYTES + ring::BYTES + PORTION_BYTES + ALIGN;
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= SUM_BYTES,
                   "a float for each row and chunk takes the sums' place");
-    /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
     static const bool WIDENS = scaled<T>::value;
-    static const int COPIER_REGISTERS = WIDENS          ? (DIM > 64 ? 48 : 56)
-                                        : THREADS > 384 ? 32
-                                        : DIM > 128     ? 40
-                                                        : 56;
-    static const int WORKER_REGISTERS = WIDENS          ? (DIM > 64 ? 208 : 152)
-                                        : THREADS > 384 ? 160
-                                        : DIM > 128     ? 232
-                                                        : 224;
+    /* All have 168 at first; 128, if they are four groups. Who widens needs more. */
+    static const bool FOUR = THREADS > 384, THREE_MULTIPLY = tiles_of::GROUPS > 2;
+    static const int COPIER_REGISTERS = THREE_MULTIPLY ? 32 : FOUR ? 48 : DIM > 128 ? 40 : 56;
+    static const int WORKER_REGISTERS = THREE_MULTIPLY ? 160 : FOUR ? 208 : DIM > 128 ? 232 : 224;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -97,11 +92,14 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             barrier_await(shared_address(&p->done[k % TOLD]), ~(k / TOLD) & 1);
         to.there = item < items_of(c) * c.kv_heads;
         if (to.there) {
-            uint32_t index = item / c.kv_heads;
+            const uint32_t items = items_of(c);
+            const bool by_heads = !FEW && wc.by_heads;
+            uint32_t index = by_heads ? item % items : item / c.kv_heads;
+            const uint32_t kv_head = by_heads ? item / items : item % c.kv_heads;
             const gpu_run &run = run_of(c, &index);
             plan_piece piece = ((const plan_piece *)run.items)[index];
             piece.chunk += chunk;
-            make_job<true>(c, run, piece, item % c.kv_heads, ROWS, to.j);
+            make_job<true>(c, run, piece, kv_head, ROWS, to.j);
             to.j.chunks = chunks_of(piece);
             to.j.all_new = wc.stores && to.j.past == 0 && to.j.p.num_chunks == to.j.chunks;
             to.j.box_tokens = to.j.all_new ? 8 : max(wc.boxes.tokens, 1);
@@ -132,6 +130,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         return c.io != TS_DTYPE_FP32 && c.rope.theta == 0;
     }
 
+    /* By the last group's threads. */
     __device__ static void copy_q(const gpu_call &c, const job &j, uint32_t q)
     {
         /* What a copy might change, as far as the compiler knows, is read once. */
@@ -149,6 +148,17 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                                     false);
         }
     }
+    /* Does so, and tells those who multiply; or tells them that they may read it. */
+    __device__ static void bring_q(const gpu_call &c, const job &j, uint32_t q, pieces *p)
+    {
+        uint32_t there = shared_address(&p->q_there);
+        if (copies_q(c)) {
+            copy_q(c, j, q);
+            barrier_arrive_copied(there);
+        } else {
+            barrier_arrive(there); /* the wait for `used` is over */
+        }
+    }
     /* Whether sums go through shared memory at the end, in the tiles' place and q's: other chunks
      * are to be merged with them, or the output is fp32. */
     __device__ static bool is_apart(const gpu_call &c, const job &j)
@@ -156,16 +166,16 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         return j.p.num_chunks > j.chunks || c.io == TS_DTYPE_FP32;
     }
 
-    /* The last group's part, for an fp8 cache: all of it widens tiles and copies q; a thread of the
-     * last warp takes pieces, too. */
+    /* The last group's part, for an fp8 cache: half of its warps widen K's tiles, half V's, and all
+     * copy q. A thread of K's takes pieces when K's places are full. */
     template <bool BY_BOXES>
     __device__ static void run_wideners(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                         uint32_t tiles, barriers *bars, pieces *p, portions *come)
     {
-        typedef fp8_widener<DIM, BY_BOXES> widener;
         uint32_t item = 0, chunk = 0, used = shared_address(&p->q_used);
-        bool tells = threadIdx.x == THREADS - 32, apart = false;
-        widener from(c, wc, tiles, tiles + ring::BYTES, bars, come);
+        bool tells = threadIdx.x == WORKERS, apart = false;
+        fp8_widener<DIM, BY_BOXES> from(c, wc, tiles, tiles + ring::BYTES, bars, come,
+                                        uniform((threadIdx.x - WORKERS) / 32));
         if (tells)
             tell(c, wc, p, 0, item, chunk);
         __syncwarp();
@@ -178,26 +188,31 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             from.begin(j);
             if (apart) /* the piece before has its sums in the tiles' place and q's */
                 barrier_await(used, (k - 1) & 1);
-            uint32_t count = ring::walk_of(j).count;
-            if (count > 0)
-                from.widen_k(0);
-            if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
-                barrier_await(used, (k - 1) & 1);
-            if (copies_q(c)) {
-                copy_q(c, j, q);
-                barrier_arrive_copied(shared_address(&p->q_there));
-            } else {
-                barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
+            /* Tiles behind q, which comes behind K's first one. */
+            uint32_t last = uniform(ring::walk_of(j).count), n = 0;
+            if (from.values == 0 && last > 0) {
+                n = ~0u;
+                last--;
+            }
+#pragma unroll 1
+            for (;; n++) {
+                if (n == 0) {
+                    if (k > 0) /* a phase is awaited by its parity: nobody may be two behind */
+                        barrier_await(used, (k - 1) & 1);
+                    bring_q(c, j, q, p);
+                    from.look_up(); /* anew, so that it needn't be kept in between */
+                }
+                if (n == min(1, last))
+                    break;
+                from.widen_tile();
             }
             if (tells)
                 tell(c, wc, p, k + 1, item, chunk);
             __syncwarp();
+            from.look_up(); /* likewise */
 #pragma unroll 1
-            for (uint32_t n = 0; n < count; n++) {
-                if (n + 1 < count)
-                    from.widen_k(n + 1);
-                from.widen_v(n);
-            }
+            for (; n < last; n++)
+                from.widen_tile();
             apart = is_apart(c, j);
             done(p, k);
         }
@@ -238,12 +253,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                     break;
                 if (k > 0) /* a phase is awaited by its parity, so nobody may be two behind */
                     barrier_await(used, before);
-                if (copies_q(c)) {
-                    copy_q(c, j, q);
-                    barrier_arrive_copied(shared_address(&p->q_there));
-                } else {
-                    barrier_arrive(shared_address(&p->q_there)); /* the wait for `used` is over */
-                }
+                bring_q(c, j, q, p);
                 if (tells)
                     tell(c, wc, p, k + 1, item, chunk);
                 __syncwarp();
@@ -311,7 +321,8 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 turn_quad(x);
                 uint32_t column = (d + lane % 4) * 8;
                 if (there && column < c.head_dim)
-                    __stcg((uint4 *)(to + column), make_uint4(x[0], x[1], x[2], x[3]));
+                    cache_hints::store(to + column, make_uint4(x[0], x[1], x[2], x[3]),
+                                       FEW && c.keeps_out);
             }
         }
     }
@@ -492,7 +503,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             init(&p);
             if (WIDENS)
                 come.init();
-            uint32_t bringers = WIDENS                ? portions::WARPS
+            uint32_t bringers = WIDENS                ? portions::EACH
                                 : wc.boxes.tokens > 0 ? ring::FEEDERS
                                                       : ring::COPIERS;
             ring::init(&bars, bringers, WORKERS / 32);
