@@ -105,6 +105,7 @@ static inline void on_failure(const char *sentence)
 typedef struct rig {
     ts_gpu *gpu;
     ts_gpu_executor *executor;
+    ts_done_words *words;
     ts_signals_page *pages[SESSIONS];
 } rig;
 
@@ -116,9 +117,10 @@ static inline void rig_new_joining(rig *r, uint32_t submit_ms, uint32_t join_us)
     standstill_after(120);
     r->gpu = fake_gpu_new();
     OK(ts_gpu_executor_new(r->gpu, submit_ms, join_us, on_failure, &r->executor, why, sizeof why));
+    OK(ts_done_words_new(r->gpu, SESSIONS, &r->words, why, sizeof why));
     for (uint32_t i = 0; i < SESSIONS; i++) {
         OK(ts_signals_new(&r->pages[i], why, sizeof why));
-        OK(ts_signals_reach(r->pages[i], r->gpu, why, sizeof why));
+        OK(ts_signals_reach(r->pages[i], r->gpu, r->words, why, sizeof why));
     }
 }
 
@@ -131,6 +133,7 @@ static inline void rig_new(rig *r, uint32_t submit_ms)
 static inline void rig_free(rig *r)
 {
     ts_gpu_executor_free(r->executor);
+    ts_done_words_release(r->words);
     for (uint32_t i = 0; i < SESSIONS; i++)
         ts_signals_release(r->pages[i]);
     fake_gpu_free(r->gpu);

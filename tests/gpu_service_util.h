@@ -141,6 +141,7 @@ static inline void service_start_with(ts_gpu *gpu, pthread_t *engine, uint32_t b
     service.exec.host = ts_host_executor_new(service.exec.attention);
     service.exec.gpus[0].gpu = gpu;
     service.exec.gpus[0].exchange_bytes = calloc(TS_TENANTS_MAX, sizeof(uint64_t));
+    OK(ts_done_words_new(gpu, limits.sessions, &service.exec.gpus[0].words, why, sizeof why));
     OK(ts_gpu_executor_new(gpu, 3600000, 20, on_failure, &service.exec.gpus[0].executor, why,
                            sizeof why));
     service.exec.num_gpus = 1;

@@ -18,23 +18,17 @@ typedef struct worker {
     layer_task task;
 } worker;
 
-static inline ts_client *connect_as(const daemon_process *d, uint32_t timeout_ms,
-                                    ts_transport transport)
+/* A client by messages; timeout_ms: of each of its calls. */
+static inline ts_client *connect_for(const daemon_process *d, uint32_t timeout_ms)
 {
     ts_client *c;
     OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
                                 .url = d->url,
                                 .wait_ms = 60000,
                                 .timeout_ms = timeout_ms,
-                                .transport = transport},
+                                .transport = TS_TRANSPORT_MESSAGES},
                   &c));
     return c;
-}
-
-/* A client by messages; timeout_ms: of each of its calls. */
-static inline ts_client *connect_for(const daemon_process *d, uint32_t timeout_ms)
-{
-    return connect_as(d, timeout_ms, TS_TRANSPORT_MESSAGES);
 }
 
 /* Makes the client a worker whose exchange is the daemon's. */

@@ -267,8 +267,13 @@ static void a_posted_run_that_is_refused_keeps_its_number(void **state)
     stream_run_done(e, next, 5, false);
     assert_int_equal(is->failed, TS_EINVAL); /* which the run before doesn't mend */
     assert_int_equal(run_on_stream(e, s, next, 7, 7), TS_OK);
+    assert_int_equal(refuse_posted(e, s, next, 0, 8), TS_OK);
     stream_run_done(e, next, 7, false);
+    assert_int_equal(is->failed, TS_EINVAL);
+    assert_int_equal(run_on_stream(e, s, next, 9, 9), TS_OK);
+    stream_run_done(e, next, 9, false);
     assert_int_equal(is->failed, TS_OK);
+    assert_int_equal(is->layers.count, 1);
     check_engine(e);
     ts_engine_free(e);
 }

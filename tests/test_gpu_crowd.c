@@ -216,9 +216,35 @@ static void a_run_that_can_not_be_launched_fails_in_its_turn(void **state)
     }
 }
 
+/* The executor looks at words of runs that are over, also when their sessions are gone. */
+static void sessions_of_a_crowd_end(void **state)
+{
+    (void)state;
+    static test_job jobs[SESSIONS][2];
+    rig r;
+    rig_new_joining(&r, 3600000, 4000000);
+    for (uint32_t number = 1; number <= 2; number++) {
+        const uint32_t first = number == 1 ? 0 : SESSIONS / 2;
+        for (uint32_t i = first; i < SESSIONS; i++) {
+            job_init(&jobs[i][number - 1], r.pages[i], number);
+            ts_gpu_executor_submit(r.executor, &jobs[i][number - 1].job);
+        }
+        for (uint32_t i = SESSIONS; i-- > first;) {
+            submitted(r.pages[i], number);
+            await_good(&jobs[i][number - 1]);
+        }
+        for (uint32_t i = 0; number == 1 && i < SESSIONS / 2; i++) {
+            ts_signals_release(r.pages[i]);
+            r.pages[i] = NULL;
+        }
+    }
+    rig_free(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(sessions_of_a_crowd_end),
         cmocka_unit_test(in_a_crowd_no_launch_waits_for_a_worker),
         cmocka_unit_test(what_finds_no_launch_is_held_and_goes_when_there_is_one),
         cmocka_unit_test(sessions_take_turns_at_the_launches_that_there_are),

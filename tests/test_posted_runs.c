@@ -132,11 +132,12 @@ static void a_posted_run_may_be_answered_late(void **state)
     daemon_process d;
     worker w;
     start(&d, POOL, NULL);
-    ts_client *c = connect_as(&d, 200, TS_TRANSPORT_RING);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     worker_open(&w, c);
     worker_begin(&w, 20);
     DO(run_layer(&w, 0));
     const pid_t daemon = stop_daemon(&d);
+    c->timeout_ms = 200;
     DO(run_layer(&w, 1));
     assert_int_equal(run_layer(&w, 2), TS_ETIMEOUT);
     assert_non_null(strstr(ts_error(c), "to run 2 within 200 ms"));
@@ -212,6 +213,35 @@ static void runs_go_on_without_rings(void **state)
     }
 }
 
+/* The same where as many runs are under way as may be: the one that comes by message waits for the
+ * one that was posted, and both for room. */
+static void a_run_by_message_waits_for_a_posted_one(void **state)
+{
+    (void)state;
+    daemon_process d;
+    worker w;
+    start(&d, POOL, NULL);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_AUTO);
+    worker_open(&w, c);
+    worker_begin(&w, 20);
+    stop_stream();
+    while (sem_wait(&reached) != 0)
+        ;
+    for (uint32_t i = 0; i < 5; i++) /* of which 4 may be under way */
+        DO(run_layer(&w, i % LAYERS));
+    c->ring_ids = UINT32_MAX / 2;
+    assert_int_equal(kill(daemon_of(&d), SIGKILL), 0);
+    sem_post(&may_go);
+    DO(run_layer(&w, 0));
+    assert_true(c->rings_lost);
+    c->ring_ids = 0;
+    fake_stream_await();
+    DO(ts_step_commit(w.task.step, NULL));
+    check_daemon(c);
+    worker_close(&w);
+    stop(&d, false);
+}
+
 /* A child that inherits a posted run has nothing to do with its parent's rings. */
 static void a_forked_child_waits_for_no_posted_run(void **state)
 {
@@ -250,6 +280,7 @@ int main(void)
         cmocka_unit_test(a_posted_run_may_be_answered_late),
         cmocka_unit_test(a_run_that_no_daemon_could_take_is_done),
         cmocka_unit_test(runs_go_on_without_rings),
+        cmocka_unit_test(a_run_by_message_waits_for_a_posted_one),
         cmocka_unit_test(a_forked_child_waits_for_no_posted_run),
     };
     return cmocka_run_group_tests_name("posted_runs", tests, NULL, NULL);

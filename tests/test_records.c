@@ -41,7 +41,7 @@ static void no_field_of_a_record_was_forgotten(void **state)
     static const uint32_t expected[TS_RECORDS] = {
         [TS_RECORD_LIMITS] = 8,    [TS_RECORD_POOL_CONFIG] = 8, [TS_RECORD_TENANT] = 4,
         [TS_RECORD_SEQUENCE] = 26, [TS_RECORD_LIFE] = 12,       [TS_RECORD_SPACE] = 9,
-        [TS_RECORD_SESSION] = 20,  [TS_RECORD_STEP] = 20,       [TS_RECORD_STEP_SEQ] = 8,
+        [TS_RECORD_SESSION] = 20,  [TS_RECORD_STEP] = 24,       [TS_RECORD_STEP_SEQ] = 8,
         [TS_RECORD_CLAIM] = 19,    [TS_RECORD_ANSWER] = 4,
     };
     for (int t = TS_RECORD_WORD; t < TS_RECORDS; t++) {

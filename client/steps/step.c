@@ -451,7 +451,7 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
     Tspb__StepCommit body = TSPB__STEP_COMMIT__INIT;
     Tspb__StepAbort abort = TSPB__STEP_ABORT__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
-    bool use;
+    bool use = false;
     /* Blocks whose K and V are still being written, or read, are nobody else's yet. */
     ts_status status = TS_OK;
     if (s->writes_itself && c->cuda != NULL &&
@@ -461,10 +461,11 @@ static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted)
         status = ts_local_gpu_await(c);
     if (status != TS_OK && commit)
         return status;
-    status = ts_rings_use(c, &use);
+    if (commit || c->posted.op == 0) /* an abort waits for no run */
+        status = ts_rings_use(c, &use);
     if (status == TS_OK && commit)
         status = ts_ring_posted_status(c, s->id);
-    if (status != TS_OK && (commit || status != TS_ETIMEOUT)) /* an abort must be asked for */
+    if (status != TS_OK)
         return status;
     if (use && (accepted == NULL || s->count <= TS_RING_BATCH)) {
         ts_ring_completion done;

@@ -49,7 +49,6 @@ typedef struct ts_step {
     ts_layer_set layers; /* that were run */
     ts_status failed;    /* TS_OK, or what came of a run: such a step keeps no tokens */
     uint32_t failed_layer;
-    uint32_t failed_number; /* of that run, if it was on a stream; else 0 */
     uint32_t num_seqs;
     ts_step_seq *seqs;
     /* Runs on a stream that are in flight, in the order of their numbers: the next daemon does them

@@ -541,16 +541,19 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     settle(e, step, accepted, true);
 }
 
-static void forget_stream_run(ts_step *step, uint32_t number)
+/* The run, if it is on a stream, isn't in flight any more. True: it counts as one of its layer. */
+static bool end_stream_run(ts_step *step, const ts_command *c)
 {
     uint32_t i = 0;
-    while (i < step->num_stream_runs && step->stream_runs[i].number != number)
+    while (i < step->num_stream_runs && step->stream_runs[i].number != c->step_done.number)
         i++;
-    if (i == step->num_stream_runs)
-        return;
+    if (!c->step_done.on_stream || i == step->num_stream_runs)
+        return true;
+    const bool counts = !(step->stream_runs[i].flags & TS_RUN_OUTDATED);
     step->num_stream_runs--;
     memmove(step->stream_runs + i, step->stream_runs + i + 1,
             (step->num_stream_runs - i) * sizeof *step->stream_runs);
+    return counts;
 }
 
 /* The step has no K and V of the layer. */
@@ -562,7 +565,6 @@ static void note_failed(ts_step *step, const ts_command *c)
     if (step->failed == TS_OK) {
         step->failed = c->step_done.status;
         step->failed_layer = layer;
-        step->failed_number = c->step_done.on_stream ? c->step_done.number : 0;
     }
 }
 
@@ -577,18 +579,12 @@ static void note_refused(ts_engine *e, const ts_command *c, ts_answer *answer)
     s->stream_number = c->step_done.number;
     if (c->call > s->call)
         s->call = c->call;
-    if (step != NULL && &e->sessions[step->session] == s)
-        note_failed(step, c);
-}
-
-/* It has, by a later run than the one that failed if both were on streams. */
-static void note_run(ts_step *step, const ts_command *c)
-{
-    const bool later = step->failed_number == 0 || !c->step_done.on_stream ||
-                       (int32_t)(c->step_done.number - step->failed_number) > 0;
-    ts_layer_set_put(&step->layers, c->step_done.layer, true);
-    if (c->step_done.layer == step->failed_layer && later)
-        step->failed = TS_OK;
+    if (step == NULL || &e->sessions[step->session] != s)
+        return;
+    note_failed(step, c);
+    for (uint32_t i = 0; i < step->num_stream_runs; i++) /* which say nothing of the layer now */
+        if (step->stream_runs[i].layer == c->step_done.layer)
+            step->stream_runs[i].flags |= TS_RUN_OUTDATED;
 }
 
 void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
@@ -602,16 +598,17 @@ void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts
         return ts_refuse(answer, TS_ENOENT, "no step %llx is in flight",
                          (unsigned long long)c->step_done.step);
     step->in_flight--;
-    if (c->step_done.on_stream)
-        forget_stream_run(step, c->step_done.number);
+    const bool counts = end_stream_run(step, c);
     if (c->step_done.undone)
         e->sessions[step->session].stream_number = c->step_done.number - 1;
     if (layer == TS_NONE)
         step->copying = false;
     if (layer != TS_NONE && c->step_done.status != TS_OK) {
         note_failed(step, c);
-    } else if (layer != TS_NONE) {
-        note_run(step, c);
+    } else if (layer != TS_NONE && counts) {
+        ts_layer_set_put(&step->layers, layer, true);
+        if (layer == step->failed_layer)
+            step->failed = TS_OK;
     }
     ts_session *s = &e->sessions[step->session];
     if (s->closing)

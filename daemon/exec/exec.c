@@ -83,6 +83,7 @@ void ts_exec_fini(ts_exec *x)
     for (uint32_t i = 0; i < TS_POOLS_MAX; i++)
         ts_memory_free(x->memory[i]);
     for (uint32_t i = 0; i < x->num_gpus; i++) {
+        ts_done_words_release(x->gpus[i].words);
         ts_gpu_close(x->gpus[i].gpu);
         free(x->gpus[i].exchange_bytes);
     }

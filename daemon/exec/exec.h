@@ -8,6 +8,7 @@
 #define TS_EXEC_H
 
 #include "books.h"
+#include "done_words.h"
 #include "engine.h"
 #include "gpu_executor.h"
 #include "host_executor.h"
@@ -28,6 +29,7 @@ typedef struct ts_exec_checked {
 typedef struct ts_exec_gpu {
     ts_gpu *gpu;
     ts_gpu_executor *executor;
+    ts_done_words *words;     /* of sessions with runs on streams */
     uint64_t *exchange_bytes; /* atomic; of its memory: what exchanges take, by tenant */
 } ts_exec_gpu;
 

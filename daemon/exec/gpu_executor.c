@@ -161,7 +161,7 @@ static uint64_t release_late(ts_job *jobs, uint64_t now, uint64_t next)
         }
         /* It alone: later runs have their own time. The next daemon is to know, too. */
         job->late = true;
-        __atomic_store_n(&job->signals->host->late, job->run_number, __ATOMIC_RELEASE);
+        ts_gpu_note_late(job);
         __atomic_store_n(&job->signals->host->submitted, job->run_number, __ATOMIC_RELEASE);
     }
     return next;

@@ -83,6 +83,10 @@ static inline bool ts_gpu_is_ready(const ts_job *job)
             ts_gpu_reached(job->signals->done, job->run_number - 1));
 }
 
+/* The next daemon is to know that the job's run failed, or was late; of a refused one it does. Any
+ * thread. */
+void ts_gpu_note_late(const ts_job *job);
+
 /* Counts a job of the session's that comes, or is over. Any thread. */
 void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes);
 

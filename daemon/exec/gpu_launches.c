@@ -39,17 +39,23 @@ void ts_gpu_count_job(ts_gpu_executor *x, ts_signals_page *page, bool comes)
                               memory_order_relaxed);
 }
 
+void ts_gpu_note_late(const ts_job *job)
+{
+    uint32_t *word = &job->signals->host->late;
+    const uint32_t late = __atomic_load_n(word, __ATOMIC_RELAXED);
+    if (!ts_job_is_refused(job) && (late == 0 || (int32_t)(job->run_number - late) > 0))
+        __atomic_store_n(word, job->run_number, __ATOMIC_RELEASE);
+}
+
 /* Nobody else will say that it is over. What a lost device left undone the next daemon does; of
- * anything else it is to know that it failed, but for a refused run, which it knows of. */
+ * anything else it is to know that it failed. */
 static void tell_failed(const ts_job *job, ts_status status)
 {
     const ts_signals_page *page = job->signals;
     const uint32_t number = job->run_number;
     if (page->outlives && status == TS_EDEVICE)
         return;
-    const uint32_t late = __atomic_load_n(&page->host->late, __ATOMIC_RELAXED);
-    if (!ts_job_is_refused(job) && (late == 0 || (int32_t)(number - late) > 0))
-        __atomic_store_n(&page->host->late, number, __ATOMIC_RELEASE);
+    ts_gpu_note_late(job);
     __atomic_store_n(&page->host->completed, number, __ATOMIC_RELEASE);
     __atomic_store_n(page->done, number, __ATOMIC_RELEASE);
 }

@@ -62,6 +62,11 @@ static uint64_t host_bytes(const ts_exec *x)
     return bytes;
 }
 
+/* A session's runs that were refused may be over after it; the next one in its place has a word,
+ * too.
+ */
+#define WORDS_EACH 2u
+
 /* The GPU, opened at its first mention; NULL with a sentence. */
 static const ts_exec_gpu *open_gpu(ts_exec *x, uint32_t ordinal, char *why, size_t why_bytes)
 {
@@ -77,13 +82,21 @@ static const ts_exec_gpu *open_gpu(ts_exec *x, uint32_t ordinal, char *why, size
     if (ts_gpu_open(ordinal, &g->gpu, why, why_bytes) != TS_OK)
         return NULL;
     g->exchange_bytes = calloc(TS_TENANTS_MAX, sizeof *g->exchange_bytes);
-    if (g->exchange_bytes == NULL) {
+    ts_status status = TS_ENOMEM;
+    if (g->exchange_bytes == NULL)
         snprintf(why, why_bytes, "no memory for a table of %u tenants", TS_TENANTS_MAX);
-    } else if (ts_gpu_executor_new(g->gpu, x->submit_ms, x->join_us, x->device_failed, &g->executor,
-                                   why, why_bytes) == TS_OK) {
+    else
+        status = ts_done_words_new(g->gpu, WORDS_EACH * x->engine->limits.sessions, &g->words, why,
+                                   why_bytes);
+    if (status == TS_OK)
+        status = ts_gpu_executor_new(g->gpu, x->submit_ms, x->join_us, x->device_failed,
+                                     &g->executor, why, why_bytes);
+    if (status == TS_OK) {
         x->num_gpus++;
         return g;
     }
+    ts_done_words_release(g->words);
+    g->words = NULL;
     free(g->exchange_bytes);
     ts_gpu_close(g->gpu);
     return NULL;

@@ -257,22 +257,8 @@ void ts_signals_give_up(ts_signals_page *p)
     __atomic_store_n(&p->host->completed, p->last_number, __ATOMIC_RELEASE);
 }
 
-/* Memory that the device can use and no client. */
-static ts_status new_word(ts_gpu *gpu, void **word, void **there, char *why, size_t why_bytes)
-{
-    *word =
-        mmap(NULL, TS_SIGNALS_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (*word == MAP_FAILED) {
-        snprintf(why, why_bytes, "no memory for a session's word");
-        return TS_ENOMEM;
-    }
-    ts_status status = ts_gpu_pin(gpu, *word, TS_SIGNALS_BYTES, there, why, why_bytes);
-    if (status != TS_OK)
-        munmap(*word, TS_SIGNALS_BYTES);
-    return status;
-}
-
-ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, char *why, size_t why_bytes)
+ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, ts_done_words *words, char *why,
+                           size_t why_bytes)
 {
     if (p->gpu == gpu)
         return TS_OK;
@@ -281,17 +267,21 @@ ts_status ts_signals_reach(ts_signals_page *p, ts_gpu *gpu, char *why, size_t wh
                  ts_gpu_get_info(p->gpu)->ordinal, ts_gpu_get_info(gpu)->ordinal);
         return TS_EINVAL;
     }
-    void *there, *done, *done_there;
-    ts_status status = new_word(gpu, &done, &done_there, why, why_bytes);
-    if (status != TS_OK)
-        return status;
-    status = ts_gpu_pin(gpu, p->host, TS_SIGNALS_BYTES, &there, why, why_bytes);
+    void *there;
+    uint32_t *done, *done_there;
+    if (!ts_done_words_take(words, &done, &done_there)) {
+        snprintf(why, why_bytes, "all words of cuda:%u for sessions with runs on streams are taken",
+                 ts_gpu_get_info(gpu)->ordinal);
+        return TS_ENOMEM;
+    }
+    ts_status status = ts_gpu_pin(gpu, p->host, TS_SIGNALS_BYTES, &there, why, why_bytes);
     if (status != TS_OK) {
-        ts_gpu_unpin_unmap(gpu, done, TS_SIGNALS_BYTES);
+        ts_done_words_give(words, done);
         return status;
     }
     p->gpu = gpu;
     p->there = there;
+    p->words = words;
     p->done = done;
     p->done_there = done_there;
     __atomic_store_n(p->done, p->first_done, __ATOMIC_RELEASE);
@@ -311,7 +301,7 @@ void ts_signals_release(ts_signals_page *p)
         return;
     if (p->gpu != NULL) {
         ts_gpu_unpin_unmap(p->gpu, p->host, TS_SIGNALS_BYTES);
-        ts_gpu_unpin_unmap(p->gpu, p->done, TS_SIGNALS_BYTES);
+        ts_done_words_give(p->words, p->done);
     } else {
         munmap(p->host, TS_SIGNALS_BYTES);
     }

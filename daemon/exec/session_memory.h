@@ -8,6 +8,7 @@
 #ifndef TS_SESSION_MEMORY_H
 #define TS_SESSION_MEMORY_H
 
+#include "done_words.h"
 #include "filled_memory.h"
 #include "gpu.h"
 #include "signals.h"
@@ -65,11 +66,12 @@ typedef struct ts_signals_page {
     int fd;
     bool outlives; /* the daemon: the next one takes its words for what was done */
     ts_signals *host;
-    ts_gpu *gpu;                 /* NULL: not pinned yet */
-    ts_signals *there;           /* where the GPU finds it */
-    uint32_t *done, *done_there; /* the last run that is done, in memory of its own */
-    uint32_t first_done;         /* what `done` begins with: an earlier daemon's last run */
-    uint32_t last_number;        /* of the runs asked for; atomic: an executor that ends reads it */
+    ts_gpu *gpu;          /* NULL: not pinned yet */
+    ts_signals *there;    /* where the GPU finds it */
+    ts_done_words *words; /* of the GPU, of which `done` is one: the last run that is done */
+    uint32_t *done, *done_there;
+    uint32_t first_done;      /* what `done` begins with: an earlier daemon's last run */
+    uint32_t last_number;     /* of the runs asked for; atomic: an executor that ends reads it */
     ts_gpu_position alone_at; /* the executor's: of run `alone_number`, if it had its own launch */
     uint32_t alone_number;
     uint32_t waiting; /* the executor's: launches that wait for the worker */
@@ -99,9 +101,10 @@ uint32_t ts_signals_open_runs(const ts_signals_page *page);
 /* None of the runs that were asked for will come: the worker's stream waits no longer. */
 void ts_signals_give_up(ts_signals_page *page);
 
-/* Lets the device use the page, and its word `done`. TS_EINVAL: another device does. TS_ENOMEM, or
- * what ts_gpu_pin returns. */
-ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, char *why, size_t why_bytes);
+/* Lets the device, whose words these are, use the page. TS_EINVAL: another device does. TS_ENOMEM,
+ * or what ts_gpu_pin returns. */
+ts_status ts_signals_reach(ts_signals_page *page, ts_gpu *gpu, ts_done_words *words, char *why,
+                           size_t why_bytes);
 
 /* The session won't submit any more: what waits for it goes on. */
 void ts_signals_release_waiters(ts_signals_page *page);

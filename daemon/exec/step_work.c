@@ -310,7 +310,7 @@ ts_status ts_step_work_reach(const ts_exec_gpu *gpu, const ts_session_memory *m,
     ts_status status = ts_exchange_reach(m->exchange, gpu->gpu, why, why_bytes);
     if (status != TS_OK || !on_stream)
         return status;
-    return ts_signals_reach(m->signals, gpu->gpu, why, why_bytes);
+    return ts_signals_reach(m->signals, gpu->gpu, gpu->words, why, why_bytes);
 }
 
 bool ts_step_work_check_run(ts_exec *x, const ts_session_memory *m, const ts_command *run,

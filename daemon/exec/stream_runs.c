@@ -70,8 +70,19 @@ void ts_stream_run_take_posted(ts_exec *x, uint64_t session, ts_session_memory *
     if (answer.status != TS_OK)
         ts_stream_run_refuse(x, m, &run, &answer);
     ts_log_on(TS_LOG_INFO, &(ts_log_about){.session = session},
-              "run %u of session %llx, which no daemon had taken, is %s", posted.number,
+              "run %u of session %llx, found in its page of signals, is %s", posted.number,
               (unsigned long long)session, answer.status == TS_OK ? "done" : answer.message);
+}
+
+bool ts_stream_run_comes_before(ts_exec *x, ts_session_memory *m, const ts_command *c)
+{
+    const ts_session *s = ts_engine_session(x->engine, c->session);
+    ts_posted_run posted;
+    if (c->op != TS_OP_STEP_RUN || !(c->step_run.run.flags & TS_RUN_ON_STREAM) || s == NULL)
+        return false;
+    ts_stream_run_take_posted(x, c->session, m);
+    return m->signals != NULL && ts_signals_posted(m->signals, s->stream_number + 1, &posted) &&
+           (int32_t)(c->step_run.run.number - posted.number) > 0;
 }
 
 /* The engine hears what came of a run on a stream that no kernel gets any more. */
@@ -157,7 +168,8 @@ static bool reach_page(const ts_exec *x, const ts_session *s, const ts_session_m
     for (const ts_step *step; (step = oldest_run(x->engine, s, before, &run)) != NULL;) {
         const ts_exec_gpu *gpu = x->gpu_of[step->pool];
         before = s->stream_number - run.number;
-        if (gpu != NULL && ts_signals_reach(m->signals, gpu->gpu, why, sizeof why) == TS_OK)
+        if (gpu != NULL &&
+            ts_signals_reach(m->signals, gpu->gpu, gpu->words, why, sizeof why) == TS_OK)
             return true;
     }
     return false;

@@ -21,6 +21,10 @@ bool ts_stream_run_refusal_waits(const ts_session_memory *memory);
 /* Does the run that the session's worker has posted and no daemon has taken, if there is one. */
 void ts_stream_run_take_posted(ts_exec *exec, uint64_t session, ts_session_memory *memory);
 
+/* Does it where a run that isn't posted comes behind it. True: it can't be taken yet, and this one
+ * must wait. */
+bool ts_stream_run_comes_before(ts_exec *exec, ts_session_memory *memory, const ts_command *run);
+
 /* Runs on streams of a session's that an earlier daemon didn't finish, or didn't tell the engine
  * of: those that are over are told now, the others handed to the kernels again, before their worker
  * asks for anything. What can't be done again fails its step, and the worker's stream goes on. */

@@ -151,11 +151,10 @@ static const ts_field session_fields[] = {
 #undef S
 #define S(member) F(ts_step, member)
 static const ts_field step_fields[] = {
-    S(id),      S(call),         S(session),       S(pool),     S(prev),
-    S(next),    S(in_flight),    S(live),          S(append),   S(copying),
-    S(crashes), S(heads),        S(io_dtype),      S(scale),    S(kernel),
-    S(class),   S(by_worker),    S(quarantined),   S(tokens),   S(layers),
-    S(failed),  S(failed_layer), S(failed_number), S(num_seqs), S(num_stream_runs),
+    S(id),        S(call),   S(session), S(pool),         S(prev),      S(next),
+    S(in_flight), S(live),   S(append),  S(copying),      S(crashes),   S(heads),
+    S(io_dtype),  S(scale),  S(kernel),  S(class),        S(by_worker), S(quarantined),
+    S(tokens),    S(layers), S(failed),  S(failed_layer), S(num_seqs),  S(num_stream_runs),
     S(aborted),
 };
 #undef S

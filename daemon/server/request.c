@@ -265,8 +265,6 @@ static bool execute(ts_service *s, ts_connection *c, ts_request *request, ts_com
 {
     const Tspb__Request *message = request->message;
     const bool run = command->op == TS_OP_STEP_RUN;
-    if (run) /* one before it may have been posted by rings that are lost */
-        ts_stream_run_take_posted(&s->exec, c->session, &c->memory);
     const bool known = run && ts_engine_run_is_known(s->exec.engine, command);
     const bool no_ticket = command->op == TS_OP_SEQ_TICKET && !draw_ticket(command, answer);
     /* A run that is known is with the kernels: its answer was lost with an earlier daemon. */
@@ -353,7 +351,8 @@ static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
         (void)ts_service_go_on(s, c, true);
     } else if (ts_decode(message, c->session, &command, &answer) &&
                ts_parked_prepare(s, c, &request->wait, wait_of(message), &command, &answer)) {
-        if (ts_step_work_must_wait(&s->exec, &command))
+        if (ts_stream_run_comes_before(&s->exec, &c->memory, &command) || /* by rings, now lost */
+            ts_step_work_must_wait(&s->exec, &command))
             return wait_on(s, request, kept);
         waits = execute(s, c, request, &command, &answer, &reply, &body);
         if (answer.status == TS_NEED_SWEEP)

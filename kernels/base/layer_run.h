@@ -16,8 +16,9 @@ enum {
     TS_RUN_INTERLEAVED = 8, /* pairs of rotary embedding are neighbours */
     TS_RUN_ON_STREAM = 16,  /* after the session's run `number` - 1 (proto/signals.h) */
     TS_RUN_SCALES = 32,
-    TS_RUN_REPLACED = 64, /* in the books alone: the exchange isn't the session's any more */
-    TS_RUN_POSTED = 128,  /* on a stream: its worker goes on before it is answered */
+    TS_RUN_REPLACED = 64,  /* in the books alone: the exchange isn't the session's any more */
+    TS_RUN_POSTED = 128,   /* on a stream: its worker goes on before it is answered */
+    TS_RUN_OUTDATED = 256, /* in the books alone: a later run of the layer was refused */
 };
 
 /* Flag and name of the optional arrays (ts_run_options has a bool of that name, StepRun an offset
