@@ -16,6 +16,10 @@ from tinyserve.view import DTYPES
 
 
 ROOT = Path(__file__).resolve().parents[2]
+IS_TREE = (ROOT / "client/include").is_dir()  # else the package is installed, with all of it
+HEADERS = [*(ROOT / "client/include").glob("*.h"), ROOT / "kernels/base/tinyserve_types.h"] \
+    if IS_TREE else [*(_lib.NATIVE / "include").rglob("*.h")]
+PAGES = (ROOT / "client/man" if IS_TREE else _lib.NATIVE / "share/man/man3").glob("*.3")
 DECLARATION = re.compile(r"^typedef struct (ts_\w+) \{\n(.*?)^\} \1;", re.M | re.S)
 
 
@@ -25,7 +29,6 @@ def declared(text):
             for name, body in DECLARATION.findall(re.sub(r"/\*.*?\*/", "", text, flags=re.S))}
 
 
-HEADERS = *(ROOT / "client/include").glob("*.h"), ROOT / "kernels/base/tinyserve_types.h"
 HEADER = declared("".join(header.read_text() for header in HEADERS))
 
 
@@ -34,7 +37,7 @@ def test_a_structure_has_the_members_of_the_header(struct):
     assert [name for name, _ in struct._fields_] == HEADER[struct.__doc__]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "client/man").glob("*.3")), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda p: p.name)
 def test_a_manual_has_the_members_of_the_header(page):
     text = page.read_text()
     told = set(re.findall(r"\w+", " ".join(re.findall(r"^\.(?:It )?Va (.*)", text, re.M))))
