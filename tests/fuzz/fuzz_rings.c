@@ -170,7 +170,7 @@ static void write_run(fuzz_input *in, ts_layer_run *run)
     run->v = fuzz_number(in) * 64ull;
     run->out = fuzz_number(in) * 64ull;
     run->sinks = run->alibi = run->lse = run->scales = fuzz_number(in) * 64ull;
-    run->flags = odd % 64;
+    run->flags = odd % 64 | (odd & 64 ? TS_RUN_POSTED : 0u);
 #define NUMBER(type, name, place, most, what) run->name = (type)fuzz_number(in);
     TS_RUN_NUMBERS(NUMBER)
 #undef NUMBER
