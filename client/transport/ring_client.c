@@ -307,7 +307,7 @@ static ts_status get(ts_client *c, ts_ring_completion *done)
     ts_status status = await_completion(c);
     if (status != TS_OK)
         return status;
-    *done = (ts_ring_completion){0};
+    done->tag = c->ring_tag - 1;
     if (ts_ring_take(c, done) && done->tag == c->ring_tag)
         return TS_OK;
     c->rings_lost = true; /* what is answered next can't be told */
@@ -403,8 +403,9 @@ static ts_status await_posted(ts_client *c)
 
 ts_status ts_ring_posted_status(ts_client *c, uint64_t step)
 {
-    if (c->pid != getpid())
-        return TS_OK;        /* the call is refused */
+    const bool hears = c->posted.op != 0 || c->refused_step == step;
+    if (!hears || c->pid != getpid()) /* a child's call is refused */
+        return TS_OK;
     if (c->posted.op != 0) { /* it was late before this call */
         c->ring_late_ms = 0;
         const ts_status status = await_posted(c);
