@@ -86,6 +86,9 @@ ts_step *ts_engine_own_step(ts_engine *engine, const ts_session *session, uint64
                             ts_answer *answer);
 void ts_engine_step_abort(ts_engine *engine, ts_step *step);
 
+/* Ends the step: sequence i keeps accepted[i] of its new tokens; NULL keeps `all` or none. */
+void ts_engine_step_settle(ts_engine *engine, ts_step *step, const uint32_t *accepted, bool all);
+
 /* Keeps a removed pool's sequences until they are freed. */
 void ts_engine_bury(ts_engine *engine, ts_sequences *seqs);
 

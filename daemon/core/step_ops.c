@@ -90,8 +90,7 @@ static void step_free(ts_engine *e, ts_step *step)
     e->free_step = index;
 }
 
-/* Ends the step: sequence i keeps accepted[i] of its new tokens; NULL keeps `all` or none. */
-static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool all)
+void ts_engine_step_settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool all)
 {
     ts_engine_pool *pool = &e->pools[step->pool];
     ts_session *s = &e->sessions[step->session];
@@ -115,7 +114,7 @@ static void settle(ts_engine *e, ts_step *step, const uint32_t *accepted, bool a
 
 void ts_engine_step_abort(ts_engine *e, ts_step *step)
 {
-    settle(e, step, NULL, false);
+    ts_engine_step_settle(e, step, NULL, false);
 }
 
 /* What a step takes. */
@@ -489,7 +488,7 @@ void ts_engine_step_begin(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         step->in_flight = 1;
         step->copying = true;
     } else if (step->append) {
-        settle(e, step, NULL, true);
+        ts_engine_step_settle(e, step, NULL, true);
         answer->begun.step = NULL;
     }
 }
@@ -538,83 +537,5 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          "no layer of step %llx was run, and the session didn't open pool '%s' to "
                          "write: its tokens have no K and V",
                          (unsigned long long)step->id, pool->config.name);
-    settle(e, step, accepted, true);
-}
-
-/* The run, if it is on a stream, isn't in flight any more. True: it counts as one of its layer. */
-static bool end_stream_run(ts_step *step, const ts_command *c)
-{
-    uint32_t i = 0;
-    while (i < step->num_stream_runs && step->stream_runs[i].number != c->step_done.number)
-        i++;
-    if (!c->step_done.on_stream || i == step->num_stream_runs)
-        return true;
-    const bool counts = !(step->stream_runs[i].flags & TS_RUN_OUTDATED);
-    step->num_stream_runs--;
-    memmove(step->stream_runs + i, step->stream_runs + i + 1,
-            (step->num_stream_runs - i) * sizeof *step->stream_runs);
-    return counts;
-}
-
-/* The step has no K and V of the layer. */
-static void note_failed(ts_step *step, const ts_command *c)
-{
-    const uint32_t layer = c->step_done.layer;
-    if (layer < TS_LAYERS_MAX)
-        ts_layer_set_put(&step->layers, layer, false);
-    if (step->failed == TS_OK) {
-        step->failed = c->step_done.status;
-        step->failed_layer = layer;
-    }
-}
-
-/* A posted run that isn't accepted takes its place in the session's order all the same. */
-static void note_refused(ts_engine *e, const ts_command *c, ts_answer *answer)
-{
-    ts_session *s = ts_engine_session(e, c->session);
-    ts_step *step = ts_engine_find_step(e, c->step_done.step);
-    if (s == NULL || c->step_done.number != s->stream_number + 1)
-        return ts_refuse(answer, TS_ENOENT, "run number %u isn't the next of session %llx",
-                         c->step_done.number, (unsigned long long)c->session);
-    s->stream_number = c->step_done.number;
-    if (c->call > s->call)
-        s->call = c->call;
-    if (step == NULL || &e->sessions[step->session] != s)
-        return;
-    note_failed(step, c);
-    for (uint32_t i = 0; i < step->num_stream_runs; i++) /* which say nothing of the layer now */
-        if (step->stream_runs[i].layer == c->step_done.layer)
-            step->stream_runs[i].flags |= TS_RUN_OUTDATED;
-}
-
-void ts_engine_step_done(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
-{
-    (void)none;
-    if (c->step_done.refused)
-        return note_refused(e, c, answer);
-    ts_step *step = ts_engine_find_step(e, c->step_done.step);
-    uint32_t layer = c->step_done.layer;
-    if (step == NULL || step->in_flight == 0)
-        return ts_refuse(answer, TS_ENOENT, "no step %llx is in flight",
-                         (unsigned long long)c->step_done.step);
-    step->in_flight--;
-    const bool counts = end_stream_run(step, c);
-    if (c->step_done.undone)
-        e->sessions[step->session].stream_number = c->step_done.number - 1;
-    if (layer == TS_NONE)
-        step->copying = false;
-    if (layer != TS_NONE && c->step_done.status != TS_OK) {
-        note_failed(step, c);
-    } else if (layer != TS_NONE && counts) {
-        ts_layer_set_put(&step->layers, layer, true);
-        if (layer == step->failed_layer)
-            step->failed = TS_OK;
-    }
-    ts_session *s = &e->sessions[step->session];
-    if (s->closing)
-        (void)ts_engine_reclaim(e, s, TS_SWEEP_ENTRIES);
-    else if (step->append) /* which nobody can abort */
-        settle(e, step, NULL, c->step_done.status == TS_OK);
-    else if (step->aborted && step->in_flight == 0)
-        ts_engine_step_abort(e, step);
+    ts_engine_step_settle(e, step, accepted, true);
 }
