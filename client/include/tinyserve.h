@@ -340,11 +340,10 @@ typedef struct ts_run_options {
  *
  * On a stream, the run comes after the work that is on it already, and before work added later.
  * The call returns when the daemon has taken the run. If it took one of the step that differs in
- * its layer alone, the call returns when the daemon has taken the run before, so the worker is one
- * ahead; a refusal is told by the step's next run or its commit. So is a failure on the GPU, by the
- * commit. The exchange must be device memory, or host memory
- * that the stream writes. With TS_EXEC_LOCAL it is kernels on the stream alone, for CUDA graphs:
- * see ts_step_run(3). */
+ * its layer alone, the call returns when the daemon has taken the run before: the worker is one
+ * ahead, and the step's next run or its commit tells of a refusal. The commit tells of a failure on
+ * the GPU. The exchange must be device memory, or host memory that the stream writes. With
+ * TS_EXEC_LOCAL a run is kernels on the stream alone, for CUDA graphs: see ts_step_run(3). */
 TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,
                                           const ts_run_options *options);
 
