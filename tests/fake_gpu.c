@@ -570,18 +570,6 @@ ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
     return TS_OK;
 }
 
-void ts_gpu_launch_finish_signalled(ts_gpu_launch *l,
-                                    void (*done)(void *arg, ts_status status, const char *why),
-                                    void *arg)
-{
-    if (l->num_ops == 0 || l->ops[l->num_ops - 1].kind != OP_SIGNAL)
-        abort(); /* its end would not be seen */
-    pthread_mutex_lock(&l->gpu->lock);
-    l->gpu->log.signalled++;
-    pthread_mutex_unlock(&l->gpu->lock);
-    (void)ts_gpu_launch_finish(l, done, arg);
-}
-
 void *ts_gpu_launch_stream(ts_gpu_launch *l)
 {
     (void)l;

@@ -13,7 +13,6 @@
 
 typedef struct fake_gpu_log {
     uint32_t launches;     /* finished or under way */
-    uint32_t signalled;    /* of those: whose ends are seen behind their signals */
     uint32_t plans;        /* made */
     uint32_t renewals;     /* of them, from an earlier step's */
     uint32_t sequences;    /* of the last attend */

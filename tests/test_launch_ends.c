@@ -27,6 +27,7 @@ static struct stream {
     atomic_int answer;
 } streams[LAUNCHES];
 static bool pins;
+static ts_status signals; /* what comes of a launch's signals */
 
 /* ---- the device ---- */
 
@@ -59,6 +60,15 @@ void ts_gpu_launch_give_back(ts_gpu_launch *l)
     atomic_store(&all[l - gpu->launches].is_free, true);
 }
 
+ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *words, uint32_t count)
+{
+    (void)words;
+    assert_int_equal(count, 0);
+    if (signals == TS_OK)
+        l->end_value++;
+    return signals;
+}
+
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
     return (cudaError_t)atomic_load(&((struct stream *)stream)->answer);
@@ -88,12 +98,14 @@ static int set_up(void **state)
     assert_non_null(gpu);
     pthread_mutex_init(&gpu->lock, NULL);
     pins = true;
+    signals = TS_OK;
     assert_int_equal(ts_gpu_launch_ends_init(gpu, why, sizeof why), TS_OK);
     for (uint32_t i = 0; i < LAUNCHES; i++) {
         ts_gpu_launch *l = &gpu->launches[i];
         l->gpu = gpu;
         l->stream = (cudaStream_t)&streams[i];
         l->end_value = 7; /* as after seven signals */
+        l->tells_end = true;
         atomic_store(&streams[i].answer, cudaErrorNotReady);
         memset(&all[i], 0, sizeof all[i]);
         sem_init(&all[i].done, 0, 0);
@@ -112,7 +124,7 @@ static int tear_down(void **state)
 
 static void finish(uint32_t i)
 {
-    ts_gpu_launch_finish_signalled(&gpu->launches[i], note, &all[i]);
+    assert_int_equal(ts_gpu_launch_finish(&gpu->launches[i], note, &all[i]), TS_OK);
 }
 
 /* As the device does behind the launch's signals. */
@@ -155,6 +167,34 @@ static void each_launch_ends_with_its_word(void **state)
         for (uint32_t i = 0; i < LAUNCHES; i++)
             atomic_store(&all[i].is_free, false);
     }
+}
+
+/* What was queued last may have no signals. */
+static void a_launch_that_tells_no_end_is_made_to(void **state)
+{
+    (void)state;
+    gpu->launches[0].tells_end = false;
+    write_word(0, 7);
+    finish(0);
+    finish(1);
+    write_word(1, 7);
+    await(1, TS_OK, "cudaSuccess");
+    assert_false(is_told(0));
+    write_word(0, 8);
+    await(0, TS_OK, "cudaSuccess");
+}
+
+static void nobody_is_told_of_a_launch_that_cant_be_finished(void **state)
+{
+    (void)state;
+    gpu->launches[0].tells_end = false;
+    signals = TS_EDEVICE;
+    assert_int_equal(ts_gpu_launch_finish(&gpu->launches[0], note, &all[0]), TS_EDEVICE);
+    write_word(0, 7);
+    finish(1);
+    write_word(1, 7);
+    await(1, TS_OK, "cudaSuccess");
+    assert_false(is_told(0));
 }
 
 static void a_word_that_wraps_round_is_seen(void **state)
@@ -230,6 +270,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(each_launch_ends_with_its_word, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_launch_that_tells_no_end_is_made_to, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(nobody_is_told_of_a_launch_that_cant_be_finished, set_up,
+                                        tear_down),
         cmocka_unit_test_setup_teardown(a_word_that_wraps_round_is_seen, set_up, tear_down),
         cmocka_unit_test_setup_teardown(an_error_ends_the_launches_of_its_stream, set_up,
                                         tear_down),

@@ -88,12 +88,12 @@ static bool launch(ts_gpu_executor *x, ts_job *job, bool ready, bool crowd)
 {
     ts_gpu_tried tried = ts_gpu_prepare_job(x, job);
     if (tried == TRIED_PLANNED) {
-        const bool of_crowd = crowd && ready && job->num_copies == 0;
-        if (ready && job->num_copies == 0)
+        const bool joins = ready && job->num_copies == 0;
+        if (joins)
             ts_gpu_join_jobs(x, job);
         const ts_gpu_joined end = end_of(job);
-        tried = ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH, of_crowd);
-        if (tried == TRIED_GONE && of_crowd)
+        tried = ts_gpu_launch_jobs(x, job, ready ? FOR_NOBODY : FOR_BOTH);
+        if (tried == TRIED_GONE && crowd && joins)
             note_joined(x, end);
     }
     if (tried == TRIED_GONE)
@@ -205,6 +205,7 @@ static bool await(ts_gpu_executor *x)
     uint64_t until = UINT64_MAX; /* also where there is always something else to do */
     if (!watches || ts_now_ms() - x->late_ms >= POLL_MS)
         until = look_for_late(x);
+    x->holds = x->held.first != NULL;
     while (!watches && x->head == NULL && !x->completed && !slow &&
            !(x->stop && x->launched == NULL && x->held.first == NULL)) {
         const bool late = wait_until(x, until < x->health_ms ? until : x->health_ms);
@@ -218,6 +219,7 @@ static bool await(ts_gpu_executor *x)
     x->head = NULL;
     x->tail = &x->head;
     x->completed = false;
+    x->holds = x->held.first != NULL;
     ends = x->stop && x->launched == NULL && x->held.first == NULL;
     pthread_mutex_unlock(&x->lock);
     return !ends;

@@ -7,8 +7,8 @@
  * Where several sessions are at work, no launch waits on the GPU: runs wait here for their workers,
  * and those that are ready together, of any layer, are one launch.
  *
- * Nothing here waits for the device. A job's `done` is called when the device has done it, on the
- * launch's own thread.
+ * Nothing here waits for the device. A job's `done` is called when the device has done it, by one
+ * thread for all launches.
  *
  * Thread: the engine's owner submits.
  */

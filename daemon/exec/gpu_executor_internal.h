@@ -52,7 +52,8 @@ struct ts_gpu_executor {
     in_flight *launched;  /* under the lock */
     uint32_t waiting;     /* under the lock: launches that wait for workers */
     uint32_t sessions;    /* under the lock: sessions of those */
-    bool completed, stop; /* under the lock */
+    bool completed, stop; /* under the lock; the first: a launch, while `holds` */
+    bool holds;           /* under the lock: jobs wait here, maybe for a launch to be over */
     bool lost;            /* under the lock: the device failed */
     char why[TS_GPU_WHY_BYTES + 128];
     ts_held_runs held; /* the thread's own: jobs that can't be launched yet */
@@ -107,11 +108,8 @@ void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 /* Whether one more launch may wait for this job's worker. */
 bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);
 
-/* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. of_crowd: the launch is one of
- * many, of runs that were ready (gpu_executor.c: a crowd): where it ends with signals, its end is
- * seen by them, which is a little late and costs less (ts_gpu_launch_finish_signalled). */
-ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait,
-                                bool of_crowd);
+/* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. */
+ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait);
 
 /* The jobs' last one. */
 static inline const ts_job *ts_gpu_last_job(const ts_job *jobs)

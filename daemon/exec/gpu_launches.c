@@ -117,7 +117,7 @@ void ts_gpu_device_lost(ts_gpu_executor *x, const char *why)
         x->failed(x->why); /* which stays as it is */
 }
 
-/* The device has done it, or has failed. On the launch's thread. */
+/* The device has done it, or has failed. On the thread that sees launches' ends. */
 static void on_complete(void *arg, ts_status status, const char *why)
 {
     in_flight *f = arg;
@@ -134,8 +134,10 @@ static void on_complete(void *arg, ts_status status, const char *why)
     pthread_mutex_lock(&x->lock); /* until here the executor waits for this launch */
     unlink_launched(x, f);
     free(f);
-    x->completed = true;
-    pthread_cond_signal(&x->event);
+    if (x->holds || x->stop) {
+        x->completed = true;
+        pthread_cond_signal(&x->event);
+    }
     pthread_mutex_unlock(&x->lock);
 }
 
@@ -247,15 +249,6 @@ static ts_gpu_launch *take(ts_gpu_executor *x, ts_job *jobs)
     return l;
 }
 
-/* What was queued calls on_complete when it is over. */
-static void finish(ts_gpu_launch *l, in_flight *f, bool of_crowd)
-{
-    if (of_crowd && ts_gpu_last_job(f->jobs)->signals != NULL)
-        ts_gpu_launch_finish_signalled(l, on_complete, f);
-    else if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
-        on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
-}
-
 static void count_runs(ts_gpu_executor *x, const ts_job *jobs)
 {
     uint64_t count = 0;
@@ -266,8 +259,7 @@ static void count_runs(ts_gpu_executor *x, const ts_job *jobs)
 }
 
 /* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. */
-ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait,
-                                bool of_crowd)
+ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait)
 {
     if (wait == FOR_BOTH && follows(jobs))
         wait = FOR_WORKER;
@@ -303,7 +295,8 @@ ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_fo
     if (f->waits != NULL)
         count_waiting(x, f->waits, true);
     pthread_mutex_unlock(&x->lock);
-    finish(l, f, of_crowd);
+    if (ts_gpu_launch_finish(l, on_complete, f) != TS_OK)
+        on_complete(f, TS_EDEVICE, ts_gpu_launch_why(l));
     return TRIED_GONE;
 }
 

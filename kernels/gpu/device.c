@@ -394,9 +394,9 @@ void ts_gpu_close(ts_gpu *gpu)
     if (gpu == NULL)
         return;
     (void)ts_gpu_enter(gpu, why, sizeof why);
+    ts_gpu_launch_ends_fini(gpu);
     for (uint32_t i = 0; i < TS_GPU_LAUNCHES; i++)
         ts_gpu_launch_fini(&gpu->launches[i]);
-    ts_gpu_launch_ends_fini(gpu);
     for (uint32_t i = 0; i < TS_GPU_STREAM_SLOTS; i++)
         ts_gpu_slot_fini(&gpu->slots[i]);
     if (gpu->deferred_runs) {

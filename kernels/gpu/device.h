@@ -85,20 +85,17 @@ struct ts_gpu_launch {
     void (*done)(void *arg, ts_status status, const char *why);
     void *arg;
     char why[TS_GPU_WHY_BYTES];
-    cudaEvent_t end; /* of what was queued */
-    pthread_t thread;
-    pthread_mutex_t lock;
-    pthread_cond_t event;
-    bool runs, finished, stop; /* the thread; the other two under the lock */
-    bool marked;               /* `end` was recorded: ts_gpu_launch_mark */
-    /* For ts_gpu_launch_finish_signalled: what its signals write last, and what came of it. */
-    uint32_t *end_word, *end_there; /* NULL: nothing is written */
+    cudaEvent_t mark; /* of a device opened for streams: what was queued (ts_gpu_launch_mark) */
+    bool marked;      /* it was recorded */
+    /* By what its end is seen, and what came of it. */
+    uint32_t *end_word, *end_there; /* of a device opened for streams NULL: nothing is written */
     uint32_t end_value;
+    bool tells_end; /* the last that was queued writes the value */
     cudaError_t end_error;
     ts_gpu_launch *next_end;
 };
 
-/* Launches whose ends are seen by words, and the thread that looks at them. */
+/* Launches that were finished, and the thread that looks at their words. */
 typedef struct ts_gpu_launch_ends {
     pthread_t thread;
     bool runs;
@@ -205,7 +202,7 @@ void ts_gpu_launch_fini(ts_gpu_launch *launch);
 /* The launch is free, its slot is another's. */
 void ts_gpu_launch_give_back(ts_gpu_launch *launch);
 
-/* What ts_gpu_launch_finish_signalled needs; the thread ends when the last launch has. */
+/* What ts_gpu_launch_finish needs; the thread ends when the last launch has. */
 ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes);
 void ts_gpu_launch_ends_fini(ts_gpu *gpu);
 

@@ -216,15 +216,6 @@ ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
     return TS_EDEVICE;
 }
 
-void ts_gpu_launch_finish_signalled(ts_gpu_launch *launch,
-                                    void (*done)(void *arg, ts_status status, const char *why),
-                                    void *arg)
-{
-    (void)launch;
-    (void)done;
-    (void)arg;
-}
-
 void *ts_gpu_launch_stream(ts_gpu_launch *launch)
 {
     (void)launch;

@@ -1,9 +1,7 @@
-/* Launches: the streams that they are queued in, their threads, and waits for workers. */
+/* Launches: the streams that they are queued in, waits for workers, and what tells them. */
 #include "device.h"
-#include "thread_first.h"
 
 #include <stdio.h>
-#include <sys/prctl.h>
 
 /* Up to this many words are told by stream operations, more by a kernel of its own, where the
  * attention's kernel doesn't tell them itself (tells_end in attend.cu). The device takes operations
@@ -59,7 +57,7 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position)
         l = NULL;
     } else {
         gpu->free_launch = l->next_free;
-        l->done = NULL;
+        l->tells_end = false;
         l->slot = slot;
         l->slot->users++;
         l->stream = l->slot->stream;
@@ -101,6 +99,7 @@ ts_status ts_gpu_launch_wait(ts_gpu_launch *l, const uint32_t *word, uint32_t va
         pthread_cond_wait(&gpu->changed, &gpu->lock);
     gpu->waiting += !l->waits;
     l->waits = true;
+    l->tells_end = false;
     pthread_mutex_unlock(&gpu->lock);
     return stream_op(l, l->gpu->driver.wait_value((CUstream)l->stream, (CUdeviceptr)word, value,
                                                   CU_STREAM_WAIT_VALUE_GEQ));
@@ -111,6 +110,7 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, u
     CUstreamBatchMemOpParams ops[SIGNALS_BY_OPS];
     const ts_gpu_signal end = {l->end_there, ++l->end_value};
     const uint32_t all = count + (end.word != NULL);
+    l->tells_end = end.word != NULL;
     if (all > SIGNALS_BY_OPS)
         return ts_gpu_launch_words(l, signals, count, &end);
     for (uint32_t n = 0; n < all; n++) {
@@ -122,22 +122,6 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, u
                                                       .flags = CU_STREAM_WRITE_VALUE_DEFAULT};
     }
     return stream_op(l, l->gpu->driver.batch_ops((CUstream)l->stream, all, ops, 0));
-}
-
-ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
-                               void (*done)(void *arg, ts_status status, const char *why),
-                               void *arg)
-{
-    cudaError_t error = cudaEventRecord(l->end, l->stream);
-    if (error != cudaSuccess)
-        return ts_gpu_launch_fail(l, error);
-    pthread_mutex_lock(&l->lock);
-    l->done = done;
-    l->arg = arg;
-    l->finished = true;
-    pthread_cond_signal(&l->event);
-    pthread_mutex_unlock(&l->lock);
-    return TS_OK;
 }
 
 ts_gpu_launch *ts_gpu_launch_on(ts_gpu *gpu, void *stream)
@@ -156,7 +140,7 @@ ts_status ts_gpu_launch_mark(ts_gpu_launch *l)
     enum cudaStreamCaptureStatus capture;
     cudaError_t error = cudaStreamIsCapturing(l->stream, &capture);
     if (error == cudaSuccess && capture == cudaStreamCaptureStatusNone) {
-        error = cudaEventRecord(l->end, l->stream);
+        error = cudaEventRecord(l->mark, l->stream);
         l->marked = error == cudaSuccess;
     }
     return ts_gpu_launch_fail(l, error);
@@ -166,36 +150,9 @@ ts_status ts_gpu_launch_await_mark(ts_gpu_launch *l)
 {
     if (!l->marked)
         return TS_OK;
-    cudaError_t error = cudaEventSynchronize(l->end);
+    cudaError_t error = cudaEventSynchronize(l->mark);
     l->marked = error != cudaSuccess;
     return ts_gpu_launch_fail(l, error);
-}
-
-/* Waits for what was queued, again and again. */
-static void *launch_main(void *thread_arg)
-{
-    ts_gpu_launch *l = thread_arg;
-    char why[TS_GPU_WHY_BYTES];
-    (void)ts_gpu_enter(l->gpu, why, sizeof why);
-    prctl(PR_SET_NAME, "launch");
-    ts_thread_first();
-    for (;;) {
-        pthread_mutex_lock(&l->lock);
-        while (!l->finished && !l->stop)
-            pthread_cond_wait(&l->event, &l->lock);
-        bool finished = l->finished;
-        void (*done)(void *arg, ts_status status, const char *why) = l->done;
-        void *arg = l->arg;
-        l->finished = false;
-        pthread_mutex_unlock(&l->lock);
-        if (!finished)
-            return NULL;
-        cudaError_t error = cudaEventSynchronize(l->end);
-        snprintf(why, sizeof why, "%s", cudaGetErrorName(error));
-        ts_gpu_launch_give_back(l); /* before: whoever hears of it may take one */
-        if (done != NULL)
-            done(arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, why);
-    }
 }
 
 ts_status ts_gpu_slot_init(ts_gpu *gpu, ts_gpu_stream_slot *slot, char *why, size_t why_bytes)
@@ -225,39 +182,19 @@ ts_status ts_gpu_launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t wh
     l->gpu = gpu;
     l->slot = gpu->slots;
     l->stream = gpu->memory_stream;
-    pthread_mutex_init(&l->lock, NULL);
-    pthread_cond_init(&l->event, NULL);
-    cudaError_t error =
-        cudaEventCreateWithFlags(&l->end, cudaEventBlockingSync | cudaEventDisableTiming);
-    if (error != cudaSuccess)
-        return ts_gpu_fail(error, "making an event", 0, why, why_bytes);
-    if (gpu->for_streams) /* nobody waits for it but who asks */
-        return TS_OK;
-    l->runs = pthread_create(&l->thread, NULL, launch_main, l) == 0;
-    if (!l->runs) {
-        snprintf(why, why_bytes, "no thread for a launch");
-        return TS_ENOMEM;
+    if (gpu->for_streams) {
+        cudaError_t error =
+            cudaEventCreateWithFlags(&l->mark, cudaEventBlockingSync | cudaEventDisableTiming);
+        return error == cudaSuccess ? TS_OK
+                                    : ts_gpu_fail(error, "making an event", 0, why, why_bytes);
     }
-    pthread_mutex_lock(&gpu->lock);
     l->next_free = gpu->free_launch;
     gpu->free_launch = l;
-    pthread_mutex_unlock(&gpu->lock);
     return TS_OK;
 }
 
 void ts_gpu_launch_fini(ts_gpu_launch *l)
 {
-    if (l->gpu == NULL)
-        return;
-    if (l->runs) {
-        pthread_mutex_lock(&l->lock);
-        l->stop = true;
-        pthread_cond_signal(&l->event);
-        pthread_mutex_unlock(&l->lock);
-        pthread_join(l->thread, NULL);
-    }
-    if (l->end != NULL)
-        (void)cudaEventDestroy(l->end);
-    pthread_cond_destroy(&l->event);
-    pthread_mutex_destroy(&l->lock);
+    if (l->mark != NULL)
+        (void)cudaEventDestroy(l->mark);
 }

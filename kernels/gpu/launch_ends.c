@@ -1,5 +1,5 @@
-/* Launches whose ends are seen by a word that each writes behind its signals, by one thread for all
- * of them. An event for each would cost an interrupt and the waking of two threads. */
+/* How a launch's end is seen: by a word that it writes last, and one thread that looks at the words
+ * of all. An event for each would cost an interrupt and the waking of two threads. */
 #include "clock.h"
 #include "device.h"
 #include "thread_first.h"
@@ -9,8 +9,9 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#define NAP_NS 20000                /* between looks at the words */
-#define QUERY_NS UINT64_C(10000000) /* without an end, after which streams are asked */
+#define NAP_NS UINT64_C(20000)        /* between looks at the words, at least */
+#define NAP_MOST_NS UINT64_C(1000000) /* ... and at most: an eighth of the time without an end */
+#define QUERY_NS UINT64_C(10000000)   /* without an end, after which streams are asked */
 #define WORD_BYTES 64u              /* a cache line for each launch's */
 #define ALL_BYTES 4096u
 _Static_assert(ALL_BYTES / WORD_BYTES >= TS_GPU_LAUNCHES, "a page has the words");
@@ -43,12 +44,21 @@ static ts_gpu_launch *take_ended(ts_gpu *gpu, bool asks)
     return ended;
 }
 
+/* Pauses between two looks, when none has ended for so long. */
+static void nap(uint64_t without_ns)
+{
+    uint64_t ns = without_ns / 8;
+    ns = ns < NAP_NS ? NAP_NS : ns > NAP_MOST_NS ? NAP_MOST_NS : ns;
+    nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);
+}
+
 static void *ends_main(void *arg)
 {
     ts_gpu *gpu = arg;
     ts_gpu_launch_ends *ends = &gpu->ends;
     char why[TS_GPU_WHY_BYTES];
     uint64_t ended_ns = 0; /* when one did last, or the first began to be watched */
+    uint64_t asked_ns = 0; /* the same, or when streams were asked last */
     (void)ts_gpu_enter(gpu, why, sizeof why);
     prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
     prctl(PR_SET_NAME, "ends");
@@ -59,15 +69,17 @@ static void *ends_main(void *arg)
             break;
         if (ends->first == NULL) {
             pthread_cond_wait(&ends->event, &gpu->lock);
-            ended_ns = ts_now_ns();
+            ended_ns = asked_ns = ts_now_ns();
             continue;
         }
         const uint64_t now_ns = ts_now_ns();
-        const bool asks = now_ns - ended_ns >= QUERY_NS;
+        const bool asks = now_ns - asked_ns >= QUERY_NS;
         ts_gpu_launch *ended = take_ended(gpu, asks);
         pthread_mutex_unlock(&gpu->lock);
-        if (ended != NULL || asks)
+        if (ended != NULL)
             ended_ns = now_ns;
+        if (ended != NULL || asks)
+            asked_ns = now_ns;
         for (ts_gpu_launch *l = ended, *next; l != NULL; l = next) {
             next = l->next_end;
             void (*done)(void *arg, ts_status status, const char *why) = l->done;
@@ -78,18 +90,21 @@ static void *ends_main(void *arg)
                 done(done_arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, cudaGetErrorName(error));
         }
         if (ended == NULL)
-            nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+            nap(now_ns - ended_ns);
         pthread_mutex_lock(&gpu->lock);
     }
     pthread_mutex_unlock(&gpu->lock);
     return NULL;
 }
 
-void ts_gpu_launch_finish_signalled(ts_gpu_launch *l,
-                                    void (*done)(void *arg, ts_status status, const char *why),
-                                    void *arg)
+ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
+                               void (*done)(void *arg, ts_status status, const char *why),
+                               void *arg)
 {
     ts_gpu_launch_ends *ends = &l->gpu->ends;
+    const ts_status status = l->tells_end ? TS_OK : ts_gpu_launch_signal(l, NULL, 0);
+    if (status != TS_OK)
+        return status;
     l->done = done;
     l->arg = arg;
     l->next_end = NULL;
@@ -100,6 +115,7 @@ void ts_gpu_launch_finish_signalled(ts_gpu_launch *l,
     if (sleeps)
         pthread_cond_signal(&ends->event);
     pthread_mutex_unlock(&l->gpu->lock);
+    return TS_OK;
 }
 
 ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes)

@@ -89,7 +89,7 @@ static void any_number_of_signals_is_told(void **state)
         ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
         OK(ts_gpu_launch_wait(l, &device[0], round));
         OK(ts_gpu_launch_signal(l, signals, count));
-        ts_gpu_launch_finish_signalled(l, post, &done);
+        OK(ts_gpu_launch_finish(l, post, &done));
         for (uint32_t i = 0; i < MOST; i++)
             assert_true(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE) < round);
         __atomic_store_n(&words[0], round, __ATOMIC_RELEASE);
@@ -114,7 +114,7 @@ static void a_launchs_end_is_seen_behind_its_signals(void **state)
             ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
             OK(ts_gpu_launch_wait(l, &device[i], round));
             OK(ts_gpu_launch_signal(l, (ts_gpu_signal[]){{&device[16 + i], round}}, 1));
-            ts_gpu_launch_finish_signalled(l, post, &done[i]);
+            OK(ts_gpu_launch_finish(l, post, &done[i]));
         }
         for (uint32_t n = 0; n < 3; n++) {
             const uint32_t i = (round + n) % 3;
@@ -195,7 +195,7 @@ static void tell_runs(device_problem *d, ts_kernel kernel, uint32_t num_runs)
         OK(ts_gpu_launch_wait(l, &device[0], round));
         if (ts_gpu_launch_attend(l, d->call.base, &d->call.variant, runs, num_runs) != TS_OK)
             fail_msg("%s", ts_gpu_launch_why(l));
-        ts_gpu_launch_finish_signalled(l, post, &done);
+        OK(ts_gpu_launch_finish(l, post, &done));
         for (uint32_t i = 0; i < 2 * num_runs; i++)
             assert_true(__atomic_load_n(&words[16 + i], __ATOMIC_ACQUIRE) < round * 100);
         __atomic_store_n(&words[0], round, __ATOMIC_RELEASE);

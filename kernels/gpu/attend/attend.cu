@@ -479,6 +479,7 @@ extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
         return status;
     gpu_call c = call_of(runs[0].plan, base, variant);
     cudaError_t error = cudaSuccess;
+    l->tells_end = false;
     const bool told = have_words(runs, num_runs), by_kernel = told && tells_end(runs, num_runs);
     if (by_kernel) {
         c.arrived = l->slot->counters + WGMMA_TICKETS;
@@ -491,7 +492,10 @@ extern "C" ts_status ts_gpu_launch_attend(ts_gpu_launch *l, unsigned char *base,
         error = launch_some(l, c, runs + first, count);
     }
     status = ts_gpu_launch_fail(l, error);
-    return status == TS_OK && told && !by_kernel ? tell_runs(l, runs, num_runs) : status;
+    if (status == TS_OK && told && !by_kernel)
+        return tell_runs(l, runs, num_runs);
+    l->tells_end = status == TS_OK && by_kernel;
+    return status;
 }
 
 extern "C" ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base, size_t block_bytes,
@@ -503,6 +507,7 @@ extern "C" ts_status ts_gpu_launch_copies(ts_gpu_launch *l, unsigned char *base,
         status = ts_gpu_launch_reserve(l, bytes);
     if (status != TS_OK)
         return status;
+    l->tells_end = false;
     memcpy(l->slot->host, copies, bytes);
     cudaError_t error =
         cudaMemcpyAsync(l->slot->device, l->slot->host, bytes, cudaMemcpyHostToDevice, l->stream);
