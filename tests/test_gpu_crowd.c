@@ -7,28 +7,32 @@
 
 #include "clock.h"
 
-static void one_or_two_workers_are_queued_ahead_as_ever(void **state)
+static void few_workers_are_queued_ahead(void **state)
 {
     (void)state;
+    enum { FEW = 5, RUNS = 3 };
     rig r;
     rig_new_joining(&r, 3600000, 4000000);
-    test_job jobs[2];
-    for (uint32_t i = 0; i < 2; i++) {
-        job_init(&jobs[i], r.pages[i], 1);
-        ts_gpu_executor_submit(r.executor, &jobs[i].job);
-    }
-    fake_gpu_await_waiting(r.gpu, 2);
-    for (uint32_t i = 0; i < 2; i++) {
-        submitted(r.pages[i], 1);
-        await_good(&jobs[i]);
+    test_job jobs[FEW][RUNS];
+    for (uint32_t n = 0; n < RUNS; n++)
+        for (uint32_t i = 0; i < FEW; i++) {
+            job_init(&jobs[i][n], r.pages[i], n + 1);
+            ts_gpu_executor_submit(r.executor, &jobs[i][n].job);
+        }
+    fake_gpu_await_waiting(r.gpu, FEW * RUNS);
+    for (uint32_t i = 0; i < FEW; i++) {
+        submitted(r.pages[i], RUNS);
+        for (uint32_t n = 0; n < RUNS; n++)
+            await_good(&jobs[i][n]);
     }
     rig_free(&r);
 }
 
-static void in_a_crowd_no_launch_waits_for_a_worker(void **state)
+/* Of a crowd as many sessions have launches that wait as may, two each, and the others none. */
+static void of_a_crowd_few_launches_wait_for_workers(void **state)
 {
     (void)state;
-    enum { RUNS = 8 };
+    enum { RUNS = 8, WAITING = TS_GPU_STREAM_SLOTS / 2 };
     static test_job jobs[SESSIONS][RUNS];
     rig r;
     rig_new_joining(&r, 3600000, 4000000); /* a crowd stays one for long */
@@ -37,13 +41,20 @@ static void in_a_crowd_no_launch_waits_for_a_worker(void **state)
             job_init(&jobs[i][n - 1], r.pages[i], n);
             ts_gpu_executor_submit(r.executor, &jobs[i][n - 1].job);
         }
+    fake_gpu_await_waiting(r.gpu, 2 * WAITING);
+    uint32_t sessions = 0;
+    for (uint32_t i = 0; i < SESSIONS; i++) {
+        assert_true(r.pages[i]->waiting == 0 || r.pages[i]->waiting == 2);
+        sessions += r.pages[i]->waiting > 0;
+    }
+    assert_int_equal(sessions, WAITING);
     for (uint32_t n = 1; n <= RUNS; n++) { /* in an order of their own */
         for (uint32_t i = 0; i < SESSIONS; i++)
             submitted(r.pages[i * 7 % SESSIONS], n);
         for (uint32_t i = 0; i < SESSIONS; i++)
             await_good(&jobs[i][n - 1]);
     }
-    assert_true(fake_gpu_read(r.gpu).most_waiting <= 2); /* the first that came weren't a crowd */
+    assert_int_equal(fake_gpu_read(r.gpu).most_waiting, 2 * WAITING);
     uint64_t runs, launches;
     ts_gpu_executor_counts(r.executor, &runs, &launches);
     assert_int_equal(runs, SESSIONS * RUNS);
@@ -147,7 +158,7 @@ static void sessions_take_turns_at_the_launches_that_there_are(void **state)
 static void where_there_is_no_launch_a_crowd_does_not_keep_the_thread_busy(void **state)
 {
     (void)state;
-    enum { CROWD = 4, REFUSALS = 100 };
+    enum { CROWD = 6, REFUSALS = 100 };
     rig r;
     test_job jobs[CROWD];
     ts_gpu_launch *taken[TS_GPU_LAUNCHES];
@@ -243,12 +254,12 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sessions_of_a_crowd_end),
-        cmocka_unit_test(in_a_crowd_no_launch_waits_for_a_worker),
+        cmocka_unit_test(of_a_crowd_few_launches_wait_for_workers),
         cmocka_unit_test(what_finds_no_launch_is_held_and_goes_when_there_is_one),
         cmocka_unit_test(sessions_take_turns_at_the_launches_that_there_are),
         cmocka_unit_test(where_there_is_no_launch_a_crowd_does_not_keep_the_thread_busy),
         cmocka_unit_test(a_run_that_can_not_be_launched_fails_in_its_turn),
-        cmocka_unit_test(one_or_two_workers_are_queued_ahead_as_ever),
+        cmocka_unit_test(few_workers_are_queued_ahead),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

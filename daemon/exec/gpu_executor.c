@@ -19,11 +19,12 @@
 
 /* ---- a crowd ----
  *
- * Where several sessions have runs here, a launch for each would cost more than its attention. Then
- * no launch waits on the GPU for a worker: the thread watches their words, and runs that are ready
- * together become one launch. While JOIN_LAUNCHES are under way a ready run waits a little for
- * others, so the GPU always has something to do, and the more runs there are the more go into one
- * launch. */
+ * Where many sessions have runs here, a launch for each would cost more than its attention. Then
+ * the thread watches their words, and runs that are ready together become one launch. While
+ * JOIN_LAUNCHES are under way a ready run waits a little for others, so the GPU always has
+ * something to do, and the more runs there are the more go into one launch. While none is ready the
+ * thread has time: it launches runs ahead of their workers, a few of each, whose words the GPU
+ * waits for. */
 
 static bool is_crowd(ts_gpu_executor *x, uint64_t now_ns)
 {
@@ -61,7 +62,8 @@ static void note_joined(ts_gpu_executor *x, ts_gpu_joined end)
     x->ready_ns = 0;
 }
 
-/* Watches until a held run can be launched, something comes, or for a millisecond. */
+/* Watches until a held run can be launched, something comes, or for a millisecond. Not at all: one
+ * may be launched ahead. */
 static void watch(ts_gpu_executor *x)
 {
     const uint64_t begin_ns = ts_now_ns();
@@ -73,7 +75,7 @@ static void watch(ts_gpu_executor *x)
             ready = ts_gpu_is_ready(q->first);
         if (ready && x->ready_ns == 0)
             x->ready_ns = now_ns;
-        if (ready && !collects(x, now_ns))
+        if (ready ? !collects(x, now_ns) : x->ahead)
             return;
         if (ready || now_ns - begin_ns < SPIN_NS)
             ts_pause();
@@ -108,7 +110,7 @@ static bool must_wait(ts_gpu_executor *x, const ts_job *job, bool ready, bool cr
 {
     if (ready)
         return collect && job->num_copies == 0;
-    return crowd || job->status != TS_OK || !ts_gpu_may_wait_for(x, job);
+    return crowd || job->status != TS_OK || !ts_gpu_may_wait_for(x, job, false);
 }
 
 /* Launches what can be: of each session in turn, until each has to wait. Where there is no launch
@@ -135,6 +137,25 @@ static void launch_all(ts_gpu_executor *x)
         else if (!launch(x, job, ready, crowd))
             q->tried = round; /* it holds the job again */
     }
+}
+
+/* Launches one of a crowd's runs ahead of its worker, unless one is ready. */
+static void launch_ahead(ts_gpu_executor *x)
+{
+    x->ahead = false;
+    if (x->full || !is_crowd(x, ts_now_ns()))
+        return;
+    ts_job *found = NULL;
+    for (const ts_held_queue *q = x->held.first; q != NULL; q = q->next) {
+        if (ts_gpu_is_ready(q->first))
+            return;
+        if (found == NULL && q->first->status == TS_OK && ts_gpu_may_wait_for(x, q->first, true))
+            found = q->first;
+    }
+    if (found == NULL)
+        return;
+    ts_held_take(&x->held, NULL, found);
+    x->ahead = launch(x, found, false, true);
 }
 
 /* True: it is that late. Under the lock. */
@@ -234,6 +255,7 @@ static void *batch_main(void *arg)
     ts_thread_first();
     while (await(x)) {
         launch_all(x);
+        launch_ahead(x);
         if (ts_now_ms() >= x->health_ms)
             check_health(x);
     }

@@ -4,8 +4,8 @@
  * as one launch; and attends on streams whose worker has not submitted yet, each as a launch of its
  * own that waits on the GPU. Such waiting launches are few for each session and at most half of
  * all, so that a worker that never submits holds up nobody else; the rest wait here.
- * Where several sessions are at work, no launch waits on the GPU: runs wait here for their workers,
- * and those that are ready together, of any layer, are one launch.
+ * Where many sessions are at work, most runs wait here for their workers, and those that are ready
+ * together, of any layer, are one launch.
  *
  * Nothing here waits for the device. A job's `done` is called when the device has done it, by one
  * thread for all launches.
@@ -23,7 +23,7 @@ typedef struct ts_gpu_executor ts_gpu_executor;
 /*
  * A worker has submit_ms to submit a run that it has asked for; after that the run fails with
  * TS_ETIMEOUT. (While a launch waits for a worker nothing can be given back on the device: gpu.h.)
- * Where several sessions are at work, a ready run waits for others for join_us at most; 0: each run
+ * Where many sessions are at work, a ready run waits for others for join_us at most; 0: each run
  * is queued ahead, however many sessions there are. `failed` is told once when the device is lost,
  * on any thread; every job fails from then on. On failure a sentence is in `why`.
  */

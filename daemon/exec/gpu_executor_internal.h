@@ -59,6 +59,7 @@ struct ts_gpu_executor {
     ts_held_runs held; /* the thread's own: jobs that can't be launched yet */
     uint64_t round;    /* the thread's own: of trying to launch them */
     bool full;         /* the thread's own: in that round there was no launch for one */
+    bool ahead;        /* the thread's own: one of a crowd's runs may be launched ahead */
     ts_gpu_run *parts; /* the thread's own: of a launch */
     size_t capacity;
     uint64_t health_ms;            /* the thread's own: when it looks at the device next */
@@ -105,8 +106,8 @@ ts_gpu_tried ts_gpu_prepare_job(ts_gpu_executor *x, ts_job *job);
 /* Appends to `first`, a list of one, the held jobs like it that are ready. */
 void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 
-/* Whether one more launch may wait for this job's worker. */
-bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job);
+/* Whether one more launch may wait for this job's worker, who is one of a crowd or isn't. */
+bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job, bool crowd);
 
 /* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. */
 ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait);

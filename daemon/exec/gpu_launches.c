@@ -8,11 +8,13 @@
 
 #define WAITING_MOST (TS_GPU_LAUNCHES * 3 / 4)     /* launches that wait for workers */
 #define WAITING_EACH 8u                            /* ... for the same one */
+#define WAITING_EACH_CROWD 2u                      /* ... of a crowd (gpu_executor.c) */
 #define WAITING_SESSIONS (TS_GPU_STREAM_SLOTS / 2) /* ... whom they wait for: each has a slot */
 
 /* A run that comes while at least CROWD_SESSIONS sessions have runs here makes them a crowd
- * (gpu_executor.c) for CROWD_JOINS times join_us. */
-#define CROWD_SESSIONS 3u
+ * (gpu_executor.c) for CROWD_JOINS times join_us. Fewer are faster queued ahead
+ * (tests/results/h200.md). */
+#define CROWD_SESSIONS 6u
 #define CROWD_JOINS 250u
 
 static bool alike(const ts_job *a, const ts_job *b)
@@ -300,14 +302,14 @@ ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_fo
     return TRIED_GONE;
 }
 
-/* Whether one more launch may wait for this job's worker. */
-bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job)
+bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job, bool crowd)
 {
     if (!ts_gpu_may_wait(x->gpu))
         return false;
     const ts_signals_page *page = job->signals;
     pthread_mutex_lock(&x->lock);
-    bool may = x->waiting < WAITING_MOST && page->waiting < WAITING_EACH &&
+    const uint32_t each = crowd ? WAITING_EACH_CROWD : WAITING_EACH;
+    bool may = x->waiting < WAITING_MOST && page->waiting < each &&
                (page->waiting > 0 || x->sessions < WAITING_SESSIONS);
     pthread_mutex_unlock(&x->lock);
     return may;
