@@ -54,7 +54,7 @@ struct ts_gpu_executor {
     uint32_t sessions;    /* under the lock: sessions of those */
     bool completed, stop; /* under the lock; the first: a launch, while `holds` */
     bool holds;           /* under the lock: jobs wait here, maybe for a launch to be over */
-    bool lost;            /* under the lock: the device failed */
+    atomic_bool lost;     /* written under the lock: the device failed; `why` stays then */
     char why[TS_GPU_WHY_BYTES + 128];
     ts_held_runs held; /* the thread's own: jobs that can't be launched yet */
     uint64_t round;    /* the thread's own: of trying to launch them */
@@ -97,7 +97,7 @@ void ts_gpu_complete_jobs(ts_gpu_executor *x, ts_job *jobs, ts_status status, co
 
 /* The device is lost: the owner is told once, and nothing is launched any more. Any thread. */
 void ts_gpu_device_lost(ts_gpu_executor *x, const char *why);
-bool ts_gpu_device_is_lost(ts_gpu_executor *x);
+bool ts_gpu_device_is_lost(const ts_gpu_executor *x);
 
 /* Makes the job's plan, unless it is there. TRIED_PLANNED, TRIED_GONE (the job is over, and no
  * other), TRIED_EARLY (never of one that is ready). */

@@ -109,11 +109,11 @@ static void count_waiting(ts_gpu_executor *x, ts_signals_page *page, bool begins
 void ts_gpu_device_lost(ts_gpu_executor *x, const char *why)
 {
     pthread_mutex_lock(&x->lock);
-    bool first = !x->lost;
+    bool first = !atomic_load(&x->lost);
     if (first)
         snprintf(x->why, sizeof x->why, "cuda:%u (%s) failed: %s", ts_gpu_get_info(x->gpu)->ordinal,
                  ts_gpu_get_info(x->gpu)->name, why);
-    x->lost = true;
+    atomic_store(&x->lost, true);
     pthread_mutex_unlock(&x->lock);
     if (first)
         x->failed(x->why); /* which stays as it is */
@@ -337,10 +337,7 @@ void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first)
     }
 }
 
-bool ts_gpu_device_is_lost(ts_gpu_executor *x)
+bool ts_gpu_device_is_lost(const ts_gpu_executor *x)
 {
-    pthread_mutex_lock(&x->lock);
-    bool lost = x->lost;
-    pthread_mutex_unlock(&x->lock);
-    return lost;
+    return atomic_load(&x->lost);
 }
