@@ -197,6 +197,50 @@ static void nobody_is_told_of_a_launch_that_cant_be_finished(void **state)
     assert_false(is_told(0));
 }
 
+/* Waits until the test lets it go on. */
+static void stay(void *arg, ts_status status, const char *why)
+{
+    (void)status;
+    (void)why;
+    sem_t *both = arg;
+    sem_post(&both[0]);
+    while (sem_wait(&both[1]) != 0)
+        ;
+}
+
+static uint32_t count_over(void)
+{
+    pthread_mutex_lock(&gpu->lock);
+    const uint32_t over = ts_gpu_launches_over(gpu);
+    pthread_mutex_unlock(&gpu->lock);
+    return over;
+}
+
+/* Who is told of an end may do other work meanwhile, which isn't to wait for what is over. */
+static void a_launch_is_over_before_it_is_told(void **state)
+{
+    (void)state;
+    sem_t both[2];
+    for (uint32_t i = 0; i < 2; i++)
+        sem_init(&both[i], 0, 0);
+    gpu->launches[0].waits = gpu->launches[1].waits = gpu->launches[2].waits = true;
+    assert_int_equal(ts_gpu_launch_finish(&gpu->launches[0], stay, both), TS_OK);
+    finish(1);
+    finish(2);
+    write_word(0, 7);
+    while (sem_wait(&both[0]) != 0)
+        ;
+    assert_int_equal(count_over(), 0);
+    write_word(1, 7);
+    assert_int_equal(count_over(), 1);
+    assert_false(is_told(1));
+    sem_post(&both[1]);
+    await(1, TS_OK, "cudaSuccess");
+    assert_int_equal(count_over(), 0);
+    write_word(2, 7);
+    await(2, TS_OK, "cudaSuccess");
+}
+
 static void a_word_that_wraps_round_is_seen(void **state)
 {
     (void)state;
@@ -273,6 +317,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_launch_that_tells_no_end_is_made_to, set_up, tear_down),
         cmocka_unit_test_setup_teardown(nobody_is_told_of_a_launch_that_cant_be_finished, set_up,
                                         tear_down),
+        cmocka_unit_test_setup_teardown(a_launch_is_over_before_it_is_told, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_word_that_wraps_round_is_seen, set_up, tear_down),
         cmocka_unit_test_setup_teardown(an_error_ends_the_launches_of_its_stream, set_up,
                                         tear_down),

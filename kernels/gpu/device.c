@@ -124,15 +124,21 @@ bool ts_gpu_may_wait(ts_gpu *gpu)
 
 #define LOAD_WAIT_MS 200 /* for launches that wait */
 
+/* Whether kernels may be loaded now. Under the lock. */
+static bool may_load(const ts_gpu *gpu)
+{
+    return gpu->waiting == ts_gpu_launches_over(gpu) && !gpu->cleaning;
+}
+
 ts_status ts_gpu_load_begin(ts_gpu *gpu, char *why, size_t why_bytes)
 {
     const uint64_t until_ms = ts_now_ms() + LOAD_WAIT_MS;
-    bool late = false;
     pthread_mutex_lock(&gpu->lock);
     gpu->loads++;
-    while ((gpu->waiting > 0 || gpu->cleaning) && !late)
-        late = ts_timed_wait(&gpu->changed, &gpu->lock, until_ms);
-    const bool may = gpu->waiting == 0 && !gpu->cleaning;
+    /* This thread may be the one that tells of launches' ends: so words are looked at here. */
+    while (!may_load(gpu) && ts_now_ms() < until_ms)
+        (void)ts_timed_wait(&gpu->changed, &gpu->lock, ts_now_ms() + 1);
+    const bool may = may_load(gpu);
     if (may)
         gpu->cleaning = true;
     else

@@ -91,7 +91,6 @@ struct ts_gpu_launch {
     uint32_t *end_word, *end_there; /* of a device opened for streams NULL: nothing is written */
     uint32_t end_value;
     bool tells_end; /* the last that was queued writes the value */
-    cudaError_t end_error;
     ts_gpu_launch *next_end;
 };
 
@@ -199,8 +198,11 @@ void ts_gpu_slot_fini(ts_gpu_stream_slot *slot);
 ts_status ts_gpu_launch_init(ts_gpu *gpu, ts_gpu_launch *launch, char *why, size_t why_bytes);
 void ts_gpu_launch_fini(ts_gpu_launch *launch);
 
-/* The launch is free, its slot is another's. */
+/* The launch is free, its slot is another's. Under the device's lock. */
 void ts_gpu_launch_give_back(ts_gpu_launch *launch);
+
+/* How many launches that wait for workers are over, and not free yet. Under the device's lock. */
+uint32_t ts_gpu_launches_over(const ts_gpu *gpu);
 
 /* What ts_gpu_launch_finish needs; the thread ends when the last launch has. */
 ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes);

@@ -71,7 +71,6 @@ ts_gpu_launch *ts_gpu_launch_take(ts_gpu *gpu, ts_gpu_position *position)
 void ts_gpu_launch_give_back(ts_gpu_launch *l)
 {
     ts_gpu *gpu = l->gpu;
-    pthread_mutex_lock(&gpu->lock);
     l->next_free = gpu->free_launch;
     gpu->free_launch = l;
     l->slot->users--;
@@ -80,7 +79,6 @@ void ts_gpu_launch_give_back(ts_gpu_launch *l)
         gpu->waiting--;
         pthread_cond_broadcast(&gpu->changed);
     }
-    pthread_mutex_unlock(&gpu->lock);
 }
 
 static ts_status stream_op(ts_gpu_launch *l, CUresult error)

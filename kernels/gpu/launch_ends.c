@@ -12,7 +12,7 @@
 #define NAP_NS UINT64_C(20000)        /* between looks at the words, at least */
 #define NAP_MOST_NS UINT64_C(1000000) /* ... and at most: an eighth of the time without an end */
 #define QUERY_NS UINT64_C(10000000)   /* without an end, after which streams are asked */
-#define WORD_BYTES 64u              /* a cache line for each launch's */
+#define WORD_BYTES 64u                /* a cache line for each launch's */
 #define ALL_BYTES 4096u
 _Static_assert(ALL_BYTES / WORD_BYTES >= TS_GPU_LAUNCHES, "a page has the words");
 
@@ -21,27 +21,42 @@ static bool is_reached(const ts_gpu_launch *l)
     return __atomic_load_n(l->end_word, __ATOMIC_ACQUIRE) == l->end_value;
 }
 
-/* Takes those that have ended off the list. asks: also those whose streams have an error, which is
- * noted. Under the device's lock. */
-static ts_gpu_launch *take_ended(ts_gpu *gpu, bool asks)
+/* What is to be told of a launch that has ended. */
+typedef struct ended_launch {
+    void (*done)(void *arg, ts_status status, const char *why); /* NULL: nobody is told */
+    void *arg;
+    cudaError_t error;
+} ended_launch;
+
+/* Gives back those that have ended, into `ended`; how many. asks: also those whose streams have an
+ * error. Under the device's lock. */
+static uint32_t take_ended(ts_gpu *gpu, bool asks, ended_launch ended[TS_GPU_LAUNCHES])
 {
-    ts_gpu_launch *ended = NULL, **end = &ended, **at = &gpu->ends.first;
+    uint32_t count = 0;
+    ts_gpu_launch **at = &gpu->ends.first;
     while (*at != NULL) {
         ts_gpu_launch *l = *at;
-        l->end_error = is_reached(l) ? cudaSuccess
-                       : asks        ? cudaStreamQuery(l->stream)
-                                     : cudaErrorNotReady;
-        if (l->end_error == cudaErrorNotReady) {
+        const cudaError_t error = is_reached(l) ? cudaSuccess
+                                  : asks        ? cudaStreamQuery(l->stream)
+                                                : cudaErrorNotReady;
+        if (error == cudaErrorNotReady) {
             at = &l->next_end;
             continue;
         }
         *at = l->next_end;
-        l->next_end = NULL;
-        *end = l;
-        end = &l->next_end;
+        ended[count++] = (ended_launch){l->done, l->arg, error};
+        ts_gpu_launch_give_back(l);
     }
     gpu->ends.last = at;
-    return ended;
+    return count;
+}
+
+uint32_t ts_gpu_launches_over(const ts_gpu *gpu)
+{
+    uint32_t over = 0;
+    for (const ts_gpu_launch *l = gpu->ends.first; l != NULL; l = l->next_end)
+        over += l->waits && is_reached(l);
+    return over;
 }
 
 /* Pauses between two looks, when none has ended for so long. */
@@ -74,22 +89,18 @@ static void *ends_main(void *arg)
         }
         const uint64_t now_ns = ts_now_ns();
         const bool asks = now_ns - asked_ns >= QUERY_NS;
-        ts_gpu_launch *ended = take_ended(gpu, asks);
+        ended_launch ended[TS_GPU_LAUNCHES];
+        const uint32_t count = take_ended(gpu, asks, ended);
         pthread_mutex_unlock(&gpu->lock);
-        if (ended != NULL)
+        if (count > 0)
             ended_ns = now_ns;
-        if (ended != NULL || asks)
+        if (count > 0 || asks)
             asked_ns = now_ns;
-        for (ts_gpu_launch *l = ended, *next; l != NULL; l = next) {
-            next = l->next_end;
-            void (*done)(void *arg, ts_status status, const char *why) = l->done;
-            void *done_arg = l->arg;
-            const cudaError_t error = l->end_error;
-            ts_gpu_launch_give_back(l);
-            if (done != NULL)
-                done(done_arg, error == cudaSuccess ? TS_OK : TS_EDEVICE, cudaGetErrorName(error));
-        }
-        if (ended == NULL)
+        for (const ended_launch *e = ended; e < ended + count; e++)
+            if (e->done != NULL)
+                e->done(e->arg, e->error == cudaSuccess ? TS_OK : TS_EDEVICE,
+                        cudaGetErrorName(e->error));
+        if (count == 0)
             nap(now_ns - ended_ns);
         pthread_mutex_lock(&gpu->lock);
     }
