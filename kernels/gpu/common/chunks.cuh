@@ -213,15 +213,16 @@ __device__ inline uint32_t turn(uint32_t at, uint32_t n)
  * How a warp copies TOKENS tokens' rows of K and V, of PITCH bytes each, into shared memory. The
  * 16-byte pieces of a row are swizzled (piece p of token t lies at p ^ (t & 7)) so that neither
  * copies nor matrix loads have bank conflicts. Places are multiples of 128 bytes, so a piece
- * further by n is found by turning bits 4 to 6 of the address: see `turn`.
+ * further by n is found by turning bits 4 to 6 of the address: see `turn`. EARLY: see look_up.
  */
-template <int PITCH, int TOKENS> struct loader {
+template <int PITCH, int TOKENS, bool EARLY = false> struct loader {
     static const uint32_t PIECES = PITCH / 16, LOADS = TOKENS * PIECES / 32; /* of a lane */
     static const bool IN_BLOCKS =
         PIECES <= 32; /* can take rows of one block without looking up each */
 
     const unsigned char *base; /* of the head's K in block 0 */
-    size_t row;                /* behind it: this lane's first copy of the next tokens */
+    uint32_t block, offset;    /* of the next tokens: where this lane's first one lies; tokens */
+    size_t found;              /* EARLY: behind `base` */
     uint32_t pieces, place_of_lane;
     bool in_block; /* TOKENS tokens lie in one block */
 
@@ -239,44 +240,54 @@ template <int PITCH, int TOKENS> struct loader {
         place_of_lane = place(lane / PIECES, lane % PIECES);
     }
 
+    /* Behind `base`: this lane's first copy of what was looked up. */
+    __device__ size_t row(const gpu_call &c) const
+    {
+        size_t at = block * c.block_bytes + offset * c.token_stride;
+        return in_block ? at + threadIdx.x % 32 % PIECES * 16 : at;
+    }
+
     /* Finds the rows of the TOKENS tokens from `token` on, a multiple of TOKENS; `end` is past the
-     * last that is wanted. */
+     * last that is wanted. The block's number is used when they are copied, so nobody waits for it
+     * here; EARLY: it is used at once. */
     __device__ void look_up(const gpu_call &c, const job &j, uint32_t token, uint32_t end)
     {
         uint32_t lane = threadIdx.x % 32;
         uint32_t t = in_block ? token : min(token + lane % TOKENS, end - 1); /* the last again */
-        uint32_t entry = divide(t, c.block_tokens), offset = t - entry * c.block_tokens.d;
+        uint32_t entry = divide(t, c.block_tokens);
+        offset = t - entry * c.block_tokens.d;
         if (in_block)
             offset += lane / PIECES;
-        row = j.s.blocks[entry] * c.block_bytes + offset * c.token_stride;
-        if (in_block)
-            row += lane % PIECES * 16;
+        block = j.s.blocks[entry];
+        if (EARLY)
+            found = row(c);
     }
 
-    /* A lane's pieces of tokens that lie in one block, ABREAST of them at once. */
-    template <uint32_t ABREAST, bool ONCE>
+    /* A lane's pieces of tokens that lie in one block, ABREAST of them at once. K, V: see issue. */
+    template <uint32_t ABREAST, bool ONCE, bool K, bool V>
     __device__ static void copy_rows(const gpu_call &c, uint32_t to, uint32_t plane,
                                      const unsigned char *k, const unsigned char *v, bool mine)
     {
 #pragma unroll
         for (uint32_t i = 0; i < LOADS; i++) {
             uint32_t at = (to ^ (i * ABREAST & 7) * 16) + i * ABREAST * PITCH;
-            if (mine) {
+            if (K && mine)
                 cache_hints::copy_async(at, k, ONCE);
+            if (V && mine)
                 cache_hints::copy_async(at + plane, v, ONCE);
-            }
             k += ABREAST * c.token_stride;
             v += ABREAST * c.token_stride;
         }
     }
 
-    /* Copies what was looked up to `to`, and V `plane` bytes further. What of a block lies past the
-     * end comes along. HINTS: the second-level cache may be told that it is read once; only where
-     * that is worth the registers. */
-    template <bool HINTS>
+    /* Copies what was looked up to `to`, and V `plane` bytes further; or K alone, or V. What of a
+     * block lies past the end comes along. HINTS: the second-level cache may be told that it is
+     * read once; only where that is worth the registers. */
+    template <bool HINTS, bool K = true, bool V = true>
     __device__ void issue(const gpu_call &c, const job &j, uint32_t to, uint32_t plane) const
     {
         uint32_t lane = threadIdx.x % 32;
+        const size_t row = EARLY ? found : this->row(c);
         if (in_block) {
             const uint32_t ABREAST =
                 IN_BLOCKS ? 32 / PIECES : 1; /* rows that a warp copies at once */
@@ -284,9 +295,9 @@ template <int PITCH, int TOKENS> struct loader {
             bool mine = lane % PIECES < pieces;
             to += place_of_lane;
             if (HINTS && j.once)
-                copy_rows<ABREAST, true>(c, to, plane, k, v, mine);
+                copy_rows<ABREAST, true, K, V>(c, to, plane, k, v, mine);
             else
-                copy_rows<ABREAST, false>(c, to, plane, k, v, mine);
+                copy_rows<ABREAST, false, K, V>(c, to, plane, k, v, mine);
             return;
         }
 #pragma unroll 4
@@ -295,8 +306,10 @@ template <int PITCH, int TOKENS> struct loader {
             const unsigned char *from = base + __shfl_sync(~0u, row, (int)token) + piece * 16;
             if (piece < pieces) {
                 uint32_t at = to + place(token, piece);
-                cache_hints::copy_async(at, from, HINTS && j.once);
-                cache_hints::copy_async(at + plane, from + c.plane_bytes, HINTS && j.once);
+                if (K)
+                    cache_hints::copy_async(at, from, HINTS && j.once);
+                if (V)
+                    cache_hints::copy_async(at + plane, from + c.plane_bytes, HINTS && j.once);
             }
         }
     }
@@ -322,9 +335,10 @@ template <int PITCH, int TOKENS> struct loader {
     }
 };
 
-/* A warp's way through its own tiles of the chunk: every WARPS-th. */
-template <int PITCH, int TOKENS, int STAGES> struct ring {
-    typedef loader<PITCH, TOKENS> rows;
+/* A warp's way through its own tiles of the chunk: every WARPS-th. HINTS: see loader's issue;
+ * EARLY: its look_up. */
+template <int PITCH, int TOKENS, int STAGES, bool HINTS = true, bool EARLY = false> struct ring {
+    typedef loader<PITCH, TOKENS, EARLY> rows;
     static const uint32_t PLANE = TOKENS * PITCH, TILE = 2 * PLANE, BYTES = TILE * STAGES;
 
     rows r;
@@ -340,7 +354,7 @@ template <int PITCH, int TOKENS, int STAGES> struct ring {
     __device__ void issue(const gpu_call &c, const job &j)
     {
         if (next < end) {
-            r.template issue<true>(c, j, to, PLANE);
+            r.template issue<HINTS>(c, j, to, PLANE);
             to = after(to);
             next += WARPS * TOKENS;
             if (next < end)
@@ -365,13 +379,93 @@ template <int PITCH, int TOKENS, int STAGES> struct ring {
             issue(c, j);
     }
 
-    /* Waits for the next tile, whose K lies at the returned address and V one PLANE further, and
-     * asks for one more. */
-    __device__ uint32_t take(const gpu_call &c, const job &j)
+    /* Waits for the next tile, whose K lies at the returned address, and asks for one more. */
+    __device__ uint32_t take_k(const gpu_call &c, const job &j)
     {
         await_copies<STAGES - 2>();
         __syncwarp(); /* all lanes' copies are there, and nobody reads the tile before this one */
         issue(c, j);
+        uint32_t at = from;
+        from = after(from);
+        return at;
+    }
+
+    /* Where the V is of the tile whose K is at `k`. */
+    __device__ uint32_t take_v(const gpu_call &, const job &, uint32_t k) const
+    {
+        return k + PLANE;
+    }
+};
+
+/* The same in less room: three places, each of a tile's K or of its V, which are asked for and
+ * waited for one after the other. While one is worked on, the next two are under way. */
+template <int PITCH, int TOKENS> struct plane_ring {
+    typedef loader<PITCH, TOKENS> rows;
+    static const uint32_t PLANE = TOKENS * PITCH, BYTES = 3 * PLANE;
+
+    rows r;
+    uint32_t first, last; /* places in shared memory */
+    uint32_t from, to;    /* where the next is taken from, copied to */
+    uint32_t next, end;   /* tokens */
+
+    __device__ uint32_t after(uint32_t at) const
+    {
+        return at == last ? first : at + PLANE;
+    }
+
+    __device__ void issue_k(const gpu_call &c, const job &j)
+    {
+        if (next < end) {
+            r.template issue<true, true, false>(c, j, to, 0);
+            to = after(to);
+        }
+        commit_copies();
+    }
+
+    __device__ void issue_v(const gpu_call &c, const job &j)
+    {
+        if (next < end) {
+            r.template issue<true, false, true>(c, j, to, 0);
+            to = after(to);
+            next += WARPS * TOKENS;
+            if (next < end)
+                r.look_up(c, j, next, end);
+        }
+        commit_copies();
+    }
+
+    __device__ void start(const gpu_call &c, const job &j, unsigned char *shared)
+    {
+        uint32_t warp = threadIdx.x / 32;
+        r.start(c, j);
+        r.clear(shared + warp * BYTES, BYTES, threadIdx.x % 32, 32);
+        __syncwarp();
+        from = to = first = shared_address(shared + warp * BYTES);
+        last = first + BYTES - PLANE;
+        next = j.begin / TOKENS * TOKENS + warp * TOKENS;
+        end = j.end;
+        if (next < end)
+            r.look_up(c, j, next, end);
+        issue_k(c, j);
+        issue_v(c, j);
+    }
+
+    /* Wait for the next tile's K, which lies at the returned address, or its V, and ask for the
+     * one behind it. */
+    __device__ uint32_t take_k(const gpu_call &c, const job &j)
+    {
+        await_copies<1>();
+        __syncwarp();
+        issue_k(c, j);
+        uint32_t at = from;
+        from = after(from);
+        return at;
+    }
+    __device__ uint32_t take_v(const gpu_call &c, const job &j, uint32_t)
+    {
+        await_copies<1>();
+        __syncwarp();
+        issue_v(c, j);
         uint32_t at = from;
         from = after(from);
         return at;

@@ -12,9 +12,11 @@ cudaError_t launch_v2(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v3(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 cudaError_t launch_v4(const gpu_call &c, ts_dtype dtype, cudaStream_t stream);
 
-#define V5_TEAMS 3u /* a kind of v5's kernels: for few rows, and teams' pieces; or it has none */
+/* Kinds of v5's kernels for few rows, which not every cache has: */
+#define V5_TEAMS 3u /* for teams' pieces as well */
+#define V5_CLOSE 4u /* of V5_CLOSE_BLOCKS blocks on a processor, in place of V5_BLOCKS */
 
-/* They take more shared memory than every device has. kind: v5_rows', or V5_TEAMS. */
+/* They take more shared memory than every device has. kind: v5_rows', or one of these. */
 ts_gpu_kernel v5_fp32(uint32_t head_dim, uint32_t kind);
 ts_gpu_kernel v5_fp16(uint32_t head_dim, ts_dtype io, uint32_t kind);
 ts_gpu_kernel v5_bf16(uint32_t head_dim, ts_dtype io, uint32_t kind);

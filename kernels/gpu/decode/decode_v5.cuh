@@ -15,18 +15,23 @@
 #include "chunk_sums.cuh"
 #include "tensor.cuh"
 
+extern "C" {
+#include "waves.h"
+}
+
 namespace v5
 {
 
 using namespace chunks;
 using namespace tensor;
 
-/* MORE: tiles under way. */
-template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
+/* MORE: tiles under way. CLOSE: in less shared memory, so that four blocks share a processor. */
+template <typename T, int DIM, int MORE = 0, bool CLOSE = false> struct narrow_kernel {
     typedef typename multiplied<T>::type M;
     static const int PITCH = DIM * sizeof(T), STEPS = DIM / 16;
     static const uint32_t ROWS = 8, TOKENS = 16, STAGES = (PITCH > 128 ? 2 : 3) + MORE;
-    typedef ring<PITCH, TOKENS, STAGES> tiles;
+    typedef typename std::conditional<CLOSE, plane_ring<PITCH, TOKENS>,
+                                      ring<PITCH, TOKENS, STAGES>>::type tiles;
     typedef typename tiles::rows rows;
     typedef loader<DIM * 2, TOKENS> q_rows;
     static const uint32_t Q_BYTES = ROWS * DIM * 2, RING_BYTES = WARPS * tiles::BYTES;
@@ -201,7 +206,7 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
     __device__ static uint32_t v_place()
     {
         uint32_t lane = threadIdx.x % 32;
-        return tiles::PLANE + rows::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        return rows::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     }
 
     /* Adds a tile's scores with one plane of q to two sums: neither waits for the other. */
@@ -216,6 +221,19 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
         }
     }
 
+    /* The same with the first plane, whose operands are at q: fewer registers. */
+    __device__ static void score_there(uint32_t k, uint32_t q, float *s, float *odd)
+    {
+#pragma unroll
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4], b[4];
+            operands<T>::template load<false>(a, k, pair, true);
+            load_matrices(b, turn(q, pair * 4));
+            multiply<M>(s, a[0], b[0], b[1]);
+            multiply<M>(odd, a[1], b[2], b[3]);
+        }
+    }
+
     __device__ static void work(const gpu_call &c, const job &j, unsigned char *shared)
     {
         append<T>(c, j, THREADS);
@@ -227,8 +245,10 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
         ring.start(c, j, rings);
         load_q<T, q_rows, DIM / 8, ROWS, THREADS>(c, j, planes, shared);
         __syncthreads();
-        uint32_t q_at = shared_address(shared), q[STEPS][2];
-        fetch_q(q_at, q);
+        uint32_t q_at = shared_address(shared), to_q = q_at + q_rows::place(lane % 8, lane / 8);
+        uint32_t q[STEPS][2]; /* CLOSE: it has no registers for it */
+        if (!CLOSE)
+            fetch_q(q_at, q);
 
         /* A lane has tokens lane / 4 and 8 more of a tile, and two rows. */
         lane_sums l;
@@ -248,18 +268,17 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
 
         for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
              tile += WARPS * TOKENS) {
-            uint32_t at = ring.take(c, j);
-            if (tile + TOKENS > j.end) { /* the last */
-                rows::clear_rows(at + tiles::PLANE, j.end - tile, TOKENS, lane, 32);
-                __syncwarp();
-            }
+            uint32_t k = ring.take_k(c, j);
             float s[4] = {}, odd[4] = {};
-            score(at + to_k, q, s, odd);
+            if (CLOSE)
+                score_there(k + to_k, to_q, s, odd);
+            else
+                score(k + to_k, q, s, odd);
             if (c.io == TS_DTYPE_FP32)
                 for (uint32_t plane = 1; plane < planes; plane++) {
                     uint32_t rest[STEPS][2];
                     fetch_q(q_at + plane * Q_BYTES, rest);
-                    score(at + to_k, rest, s, odd);
+                    score(k + to_k, rest, s, odd);
                 }
             bool clear = tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
             bool passes = false;
@@ -283,8 +302,10 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
                  * if it is infinite. */
                 bool nan = s[0] != s[0] || s[1] != s[1] || s[2] != s[2] || s[3] != s[3];
                 float first[4] = {};
+                if (CLOSE)
+                    fetch_q(q_at, q);
                 if (planes > 1 && !scaled<T>::value && __any_sync(~0u, nan) &&
-                    score_first(at + to_k, q, first))
+                    score_first(k + to_k, q, first))
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (s[e] != s[e] && isinf(first[e]))
@@ -294,12 +315,17 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
             }
             uint32_t p[4];
             l.weigh(s, p);
+            uint32_t v = ring.take_v(c, j, k);
+            if (tile + TOKENS > j.end) { /* the last */
+                rows::clear_rows(v, j.end - tile, TOKENS, lane, 32);
+                __syncwarp();
+            }
             bool nonfinite = false;
             if (!clear) {
 #pragma unroll
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];
-                    operands<T>::template load<true>(a, at + to_v, pair, false);
+                    operands<T>::template load<true>(a, v + to_v, pair, false);
                     nonfinite = nonfinite || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
                 }
                 nonfinite = __any_sync(~0u, nonfinite);
@@ -308,7 +334,7 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
 #pragma unroll
                 for (int pair = 0; pair < STEPS / 2; pair++) {
                     uint32_t a[2][4];
-                    operands<T>::template load<true>(a, at + to_v, pair, false);
+                    operands<T>::template load<true>(a, v + to_v, pair, false);
                     add_apart(c, j, tile, a[0], p, l.acc[pair * 2]);
                     add_apart(c, j, tile, a[1], p, l.acc[pair * 2 + 1]);
                 }
@@ -317,7 +343,7 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
 #pragma unroll
             for (int pair = 0; pair < STEPS / 2; pair++) {
                 uint32_t a[2][4];
-                operands<T>::template load<true>(a, at + to_v, pair, false);
+                operands<T>::template load<true>(a, v + to_v, pair, false);
                 l.add(pair, a, p);
             }
         }
@@ -340,12 +366,12 @@ template <typename T, int DIM, int MORE = 0> struct narrow_kernel {
 /* Blocks that share a processor: while one starts or ends, the others keep memory busy. A row of
  * fp8 takes as many instructions as one of twice the bytes, so it takes more warps to keep it so.
  */
-template <typename T> struct abreast {
-    static const int BLOCKS = scaled<T>::value ? 4 : 3;
+template <typename T, int DIM> struct abreast {
+    static const int BLOCKS = DIM > 128 ? 1 : scaled<T>::value || DIM <= 64 ? 4 : V5_BLOCKS;
 };
 
 template <typename T, int DIM>
-__global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : abreast<T>::BLOCKS)
+__global__ void __launch_bounds__(THREADS, abreast<T, DIM>::BLOCKS)
     decode_v5(const __grid_constant__ gpu_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -365,6 +391,25 @@ template <typename T> ts_gpu_kernel kernel_of(uint32_t head_dim, ts_dtype io)
     return head_dim <= 64 && !scaled<T>::value ? kernel_dim < T, scaled<T>::value ? 128 : 64 > (io)
        : head_dim <= 128 ? kernel_dim<T, 128>(io)
                                                : kernel_dim<T, 256>(io);
+}
+
+/* Blocks that take less of a processor, so that V5_CLOSE_BLOCKS share it: a little slower, but not
+ * where they spare a launch its last wave. The bits are the same. */
+template <typename T, int DIM>
+__global__ void __launch_bounds__(THREADS, V5_CLOSE_BLOCKS)
+    decode_v5_close(const __grid_constant__ gpu_call c)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    run_blocks<narrow_kernel<T, DIM, 0, true>>(c, shared);
+}
+
+/* For 16-bit caches, and rows of which not as many blocks share a processor anyway. */
+template <typename T> ts_gpu_kernel close_of(uint32_t head_dim, ts_dtype io)
+{
+    if (head_dim <= 64 || head_dim > 128 || io == TS_DTYPE_FP32)
+        return ts_gpu_kernel{};
+    return ts_gpu_kernel{(const void *)decode_v5_close<T, 128>, THREADS,
+                         narrow_kernel<T, 128, 0, true>::bytes(io), 0};
 }
 
 } // namespace v5

@@ -6,8 +6,9 @@
 
 ts_gpu_kernel v5_bf16(uint32_t head_dim, ts_dtype io, uint32_t kind)
 {
-    return kind == 0   ? v5::kernel_of<__nv_bfloat16>(head_dim, io)
-           : kind == 1 ? mma::medium<__nv_bfloat16>(head_dim, io)
-           : kind == 2 ? mma::wide<__nv_bfloat16>(head_dim, io)
-                       : v5::shared_of<__nv_bfloat16>(head_dim, io);
+    return kind == 0          ? v5::kernel_of<__nv_bfloat16>(head_dim, io)
+           : kind == 1        ? mma::medium<__nv_bfloat16>(head_dim, io)
+           : kind == 2        ? mma::wide<__nv_bfloat16>(head_dim, io)
+           : kind == V5_CLOSE ? v5::close_of<__nv_bfloat16>(head_dim, io)
+                              : v5::shared_of<__nv_bfloat16>(head_dim, io);
 }

@@ -14,7 +14,7 @@ using namespace chunks;
 template <int DIM, int ROWS> struct lane_kernel {
     static const int PITCH = DIM * 4, STAGES = 3;
     static const uint32_t TOKENS = DIM > 128 ? 8 : 16;
-    typedef ring<PITCH, TOKENS, STAGES> tokens;
+    typedef ring<PITCH, TOKENS, STAGES, true, true> tokens; /* later it is 0.6 % slower */
     static const int LANES =
         tokens::rows::PIECES < 32 ? tokens::rows::PIECES : 32; /* that share a row */
     static const int EACH = tokens::rows::PIECES / LANES, GROUPS = 32 / LANES;
@@ -69,7 +69,7 @@ template <int DIM, int ROWS> struct lane_kernel {
 
         for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
              tile += WARPS * TOKENS) {
-            uint32_t k = tiles.take(c, j), v = k + tokens::PLANE;
+            uint32_t k = tiles.take_k(c, j), v = k + tokens::PLANE;
             bool clear = tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
             const int TURNS = TOKENS / GROUPS; /* of a group of lanes, each with its tokens */
 #pragma unroll
@@ -218,7 +218,7 @@ template <int ROWS> ts_gpu_kernel kernel_of(uint32_t head_dim)
 
 ts_gpu_kernel v5_fp32(uint32_t head_dim, uint32_t kind)
 {
-    return kind == V5_TEAMS ? ts_gpu_kernel{}
+    return kind >= V5_TEAMS ? ts_gpu_kernel{}
            : kind == 0      ? kernel_of<1>(head_dim)
                             : kernel_of<8>(head_dim);
 }

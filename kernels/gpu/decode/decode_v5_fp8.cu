@@ -6,8 +6,9 @@
 
 ts_gpu_kernel v5_fp8(uint32_t head_dim, ts_dtype io, uint32_t kind)
 {
-    return kind == 0   ? v5::kernel_of<__nv_fp8_e4m3>(head_dim, io)
-           : kind == 1 ? mma::medium<__nv_fp8_e4m3>(head_dim, io)
-           : kind == 2 ? mma::wide<__nv_fp8_e4m3>(head_dim, io)
-                       : v5::shared_of<__nv_fp8_e4m3>(head_dim, io);
+    return kind == 0          ? v5::kernel_of<__nv_fp8_e4m3>(head_dim, io)
+           : kind == 1        ? mma::medium<__nv_fp8_e4m3>(head_dim, io)
+           : kind == 2        ? mma::wide<__nv_fp8_e4m3>(head_dim, io)
+           : kind == V5_CLOSE ? ts_gpu_kernel{}
+                              : v5::shared_of<__nv_fp8_e4m3>(head_dim, io);
 }

@@ -23,7 +23,8 @@ namespace v5
 /* GROUPS: of 8 rows. */
 template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     typedef narrow_kernel<T, DIM, MORE> narrow;
-    typedef typename narrow::tiles tiles;
+    /* Other teams may read the same: the cache is told nothing of it. */
+    typedef ring<narrow::PITCH, narrow::TOKENS, narrow::STAGES, false> tiles;
     typedef typename narrow::q_rows q_rows;
     typedef typename narrow::lane_sums lane_sums;
     typedef typename narrow::M M;
@@ -83,25 +84,37 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
                                      const row *rows, unsigned char *q)
     {
         const int TOGETHER = scaled<T>::value ? 2 : 8;
-        const bool as_it_is = !scaled<T>::value && c.rope.theta == 0;
+        const uint32_t ABREAST = ROWS * PIECES / THREADS;
+        if (!scaled<T>::value && c.rope.theta == 0) { /* as it is: all are asked for at once */
+            uint4 x[ABREAST];
 #pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t i = threadIdx.x + a * THREADS, r = i / PIECES, piece = i % PIECES;
+                x[a] = make_uint4(0, 0, 0, 0);
+                if (r < t.rows && piece * 8 < c.head_dim)
+                    x[a] = *(const uint4 *)((const T *)j.run->q + rows[r].q + piece * 8);
+            }
+#pragma unroll
+            for (uint32_t a = 0; a < ABREAST; a++) {
+                uint32_t i = threadIdx.x + a * THREADS;
+                *(uint4 *)(q + q_rows::place(i / PIECES, i % PIECES)) = x[a];
+            }
+            return;
+        }
+#pragma unroll 1
         for (uint32_t i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
             uint32_t r = i / PIECES, piece = i % PIECES, place, query;
             uint4 x = make_uint4(0, 0, 0, 0);
             if (r < t.rows && piece * 8 < c.head_dim) {
-                if (as_it_is) {
-                    x = *(const uint4 *)((const T *)j.run->q + rows[r].q + piece * 8);
-                } else {
-                    const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
-                    uint32_t position = seq.kv_tokens - seq.q_tokens + query;
-                    float y[8];
+                const plan_seq &seq = place_of_row(c, j, t, r, &place, &query);
+                uint32_t position = seq.kv_tokens - seq.q_tokens + query;
+                float y[8];
 #pragma unroll
-                    for (int e = 0; e < 8; e += TOGETHER)
-                        load_turned<T, TOGETHER>(c, j.run->q, rows[r].q, q_source<T>(piece, e),
-                                                 position, y + e);
-                    x = make_uint4(pack<M>(y[0], y[1]), pack<M>(y[2], y[3]), pack<M>(y[4], y[5]),
-                                   pack<M>(y[6], y[7]));
-                }
+                for (int e = 0; e < 8; e += TOGETHER)
+                    load_turned<T, TOGETHER>(c, j.run->q, rows[r].q, q_source<T>(piece, e),
+                                             position, y + e);
+                x = make_uint4(pack<M>(y[0], y[1]), pack<M>(y[2], y[3]), pack<M>(y[4], y[5]),
+                               pack<M>(y[6], y[7]));
             }
             *(uint4 *)(q + q_rows::place(r, piece)) = x;
         }
@@ -152,9 +165,9 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         uint32_t to_k = narrow::k_place(), to_v = narrow::v_place();
         q += q_rows::place(lane % 8, lane / 8);
         for (uint32_t tile = j.begin + warp * TOKENS; tile < j.end; tile += WARPS * TOKENS) {
-            uint32_t at = ring.take(c, j), p[GROUPS][4];
+            uint32_t k = ring.take_k(c, j), v = ring.take_v(c, j, k), p[GROUPS][4];
             float s[GROUPS][4] = {}, odd[GROUPS][4] = {};
-            score(at + to_k, q, s, odd);
+            score(k + to_k, q, s, odd);
 #pragma unroll
             for (int i = 0; i < GROUPS * 4; i++)
                 s[i / 4][i % 4] = __fmul_rn(s[i / 4][i % 4] + odd[i / 4][i % 4], scale);
@@ -174,7 +187,7 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
 #pragma unroll
             for (int pair = 0; pair < STEPS / 2; pair++) {
                 uint32_t a[2][4];
-                operands<T>::template load<true>(a, at + to_v, pair, false);
+                operands<T>::template load<true>(a, v + to_v, pair, false);
 #pragma unroll
                 for (int g = 0; g < GROUPS; g++)
                     l[g].add(pair, a, p[g]);
