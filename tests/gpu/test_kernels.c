@@ -5,6 +5,7 @@
 #include "device_problem.h"
 
 #include "plan.h"
+#include "waves.h"
 
 static double worst; /* over a test, to be printed */
 
@@ -362,6 +363,52 @@ static void chunks_that_are_one_piece_change_no_bit(void **state)
     }
 }
 
+/* A launch's blocks are a wave and a little more where a GPU has three processors, so they take the
+ * kernel of which one more shares each. */
+static void blocks_that_lie_closer_change_no_bit(void **state)
+{
+    (void)state;
+    static const uint32_t lengths[][2] = {{352, 1}, {340, 2}, {390, 1}, {700, 2}, {300, 1}};
+    static const uint32_t dims[] = {72, 96, 128}, n = sizeof lengths / sizeof *lengths;
+    const uint32_t processors = gpu->info.processors;
+    for (int i = 0; i < 30; i++) {
+        const shape s = {.dtype = i % 2 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                         .io = i % 2 ? TS_DTYPE_FP16 : TS_DTYPE_BF16,
+                         .heads = 8,
+                         .kv_heads = 2,
+                         .head_dim = dims[i % 3],
+                         .block_tokens = i % 7 == 0 ? 24 : 16,
+                         .layers = 1};
+        rng r = {31};
+        device_problem d;
+        device_problem_vary(&d, s, hidden_varieties[i % 5], lengths, n, &r);
+        const size_t lse_bytes = d.p.lse_elements * sizeof *d.p.lse;
+        unsigned char *first = malloc(d.q_bytes + lse_bytes);
+        for (int close = 0; close < 2; close++) {
+            ts_gpu_plan *plan;
+            gpu->info.processors = close ? 3 : 100000;
+            OK(ts_gpu_plan_new(gpu, &d.call.geometry, d.call.heads, d.call.io_dtype, TS_KERNEL_V5,
+                               d.seqs, n, &plan, why, sizeof why));
+            const uint32_t blocks = plan->count[LIST_NARROW] * s.kv_heads;
+            assert_int_equal(is_close_faster(blocks, gpu->info.processors, plan->shortest_piece,
+                                             plan->longest_piece),
+                             close);
+            ts_gpu_plan_free(plan);
+            poison_device(&d);
+            run(&d, &d.call, TS_KERNEL_V5);
+            gpu->info.processors = processors;
+            if (close) {
+                assert_memory_equal(d.p.out, first, d.q_bytes);
+                assert_memory_equal(d.p.lse, first + d.q_bytes, lse_bytes);
+            }
+            memcpy(first, d.p.out, d.q_bytes);
+            memcpy(first + d.q_bytes, d.p.lse, lse_bytes);
+        }
+        free(first);
+        device_problem_free(&d);
+    }
+}
+
 /* In a plan that is new, and in one that is renewed. */
 static void sequences_without_query_tokens_change_no_bit(void **state)
 {
@@ -593,6 +640,7 @@ int main(void)
         cmocka_unit_test(a_context_of_131072_tokens_matches_the_reference),
         cmocka_unit_test(splitting_a_batch_changes_no_bit),
         cmocka_unit_test(chunks_that_are_one_piece_change_no_bit),
+        cmocka_unit_test(blocks_that_lie_closer_change_no_bit),
         cmocka_unit_test(sequences_without_query_tokens_change_no_bit),
         cmocka_unit_test(what_lies_in_unused_slots_changes_no_bit),
         cmocka_unit_test(later_tokens_never_leak_into_earlier_ones),

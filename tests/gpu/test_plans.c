@@ -7,6 +7,7 @@
 
 #include "pieces.h"
 #include "plan.h"
+#include "waves.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -356,6 +357,49 @@ static void a_renewed_plan_knows_which_blocks_are_read(void **state)
     }
 }
 
+/* A launch takes the kernel of which more blocks share a processor where that spares it a wave. */
+static void blocks_lie_closer_where_that_spares_a_wave(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t blocks, shortest, longest;
+        bool close;
+    } cases[] = {
+        {4, 777, 777, false},    {396, 777, 777, false}, {397, 777, 777, true},
+        {528, 777, 777, true},   {529, 777, 777, false}, {792, 777, 777, false},
+        {793, 777, 777, true},   {1056, 777, 777, true}, {1057, 777, 777, false},
+        {1200, 777, 777, false}, {400, 400, 800, true},  {400, 399, 800, false},
+        {1000000, 1, 1, false},
+    };
+    for (uint32_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        assert_int_equal(is_close_faster(cases[i].blocks, 132, cases[i].shortest, cases[i].longest),
+                         cases[i].close);
+}
+
+/* What is little more than a chunk is one; what is more, as it was, a whole chunk and a rest. */
+static void a_sequence_of_little_more_than_a_chunk_is_one(void **state)
+{
+    (void)state;
+    static const uint32_t cases[][3] = {/* tokens, then the first piece's and the last one's */
+                                        {700, 700, 700},  {704, 704, 704}, {705, 705, 705},
+                                        {777, 777, 777},  {792, 792, 792}, {793, 704, 89},
+                                        {1408, 704, 704}, {1409, 704, 1}};
+    const ts_geometry geometry = {
+        .layers = 1, .kv_heads = 4, .head_dim = 128, .block_tokens = BLOCK, .dtype = TS_DTYPE_BF16};
+    uint32_t table[100] = {0};
+    for (uint32_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const ts_attention_seq seq = {.q_tokens = 1, .kv_tokens = cases[i][0], .blocks = table};
+        ts_gpu_plan *plan;
+        assert_int_equal(ts_gpu_plan_new(&gpu, &geometry, 28, TS_DTYPE_BF16, TS_KERNEL_AUTO, &seq,
+                                         1, &plan, why, sizeof why),
+                         TS_OK);
+        assert_int_equal(plan->count[LIST_NARROW], ceil_div(cases[i][0], cases[i][1]));
+        assert_int_equal(plan->longest_piece, cases[i][1]);
+        assert_int_equal(plan->shortest_piece, cases[i][2]);
+        ts_gpu_plan_free(plan);
+    }
+}
+
 static int make_gpu(void **state)
 {
     (void)state;
@@ -373,6 +417,8 @@ int main(void)
         cmocka_unit_test(renewed_plans_hold_the_same_pieces),
         cmocka_unit_test(a_renewed_plan_shares_what_is_still_shared),
         cmocka_unit_test(a_renewed_plan_knows_which_blocks_are_read),
+        cmocka_unit_test(blocks_lie_closer_where_that_spares_a_wave),
+        cmocka_unit_test(a_sequence_of_little_more_than_a_chunk_is_one),
     };
     return cmocka_run_group_tests(tests, make_gpu, NULL);
 }

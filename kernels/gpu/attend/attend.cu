@@ -11,6 +11,7 @@ extern "C" {
 #include "box_map.h"
 #include "dtypes.h"
 #include "plan.h"
+#include "waves.h"
 }
 
 #include <math.h>
@@ -277,7 +278,26 @@ bool any_is_varied(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     return varied;
 }
 
-cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p, bool teams,
+/* v5's kernel for few rows that a launch of the runs takes. */
+const ts_gpu_kernel &narrow_kernel(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    const ts_gpu_plan *p = runs[0].plan;
+    uint32_t shortest = UINT32_MAX, longest = 0;
+    if (has_teams(runs, num_runs))
+        return p->team_kernel;
+    for (uint32_t i = 0; i < num_runs; i++) {
+        const ts_gpu_plan *its = runs[i].plan;
+        shortest = its->shortest_piece < shortest ? its->shortest_piece : shortest;
+        longest = its->longest_piece > longest ? its->longest_piece : longest;
+    }
+    return p->close_kernel.function != NULL &&
+                   is_close_faster((uint64_t)c.num_items * c.kv_heads, p->gpu->info.processors,
+                                   shortest, longest)
+               ? p->close_kernel
+               : p->kernels[LIST_NARROW];
+}
+
+cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p,
                         cudaStream_t stream)
 {
     ts_dtype dtype = p->geometry.dtype;
@@ -286,8 +306,7 @@ cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *
     if (list == LIST_TILE)
         return launch_tile(c, p->kernels[list], stream);
     if (list >= LIST_NARROW)
-        return launch_pieces(c, p, list == LIST_NARROW && teams ? p->team_kernel : p->kernels[list],
-                             stream);
+        return launch_pieces(c, p, p->kernels[list], stream);
     ts_kernel kernel = p->kernel;
     if (kernel == TS_KERNEL_AUTO) /* it has nothing better here */
         kernel = loads_vectors(&p->geometry) ? TS_KERNEL_V4 : TS_KERNEL_V3;
@@ -394,8 +413,12 @@ cudaError_t launch_some(ts_gpu_launch *l, gpu_call &c, const ts_gpu_run *runs, u
             c.num_items = c.runs[0].end -= p->storable;
         if (c.num_items == 0)
             continue;
+        if (list == LIST_NARROW) {
+            error = launch_pieces(c, p, narrow_kernel(c, runs, num_runs), l->stream);
+            continue;
+        }
         if (list < LIST_WGMMA) {
-            error = launch_list(c, (ts_gpu_list)list, p, has_teams(runs, num_runs), l->stream);
+            error = launch_list(c, (ts_gpu_list)list, p, l->stream);
             continue;
         }
         wgmma.stores = wgmma.stores && list == LIST_WGMMA;

@@ -115,6 +115,10 @@ void count_seq(ts_gpu_plan *p, const ts_attention_seq *s, const seq_cut &cut, ui
         sorter &so = sorters[list - LIST_NARROW];
         uint32_t longest = c.together > 1 ? s->kv_tokens : c.chunks > 1 ? c.tokens : c.last;
         so.longest = longest > so.longest ? longest : so.longest;
+        if (list == LIST_NARROW) {
+            p->longest_piece = so.longest;
+            p->shortest_piece = c.last < p->shortest_piece ? c.last : p->shortest_piece;
+        }
         p->count[list] += (c.chunks / c.together - shared) * c.tiles;
         p->folds = p->folds || (is_wgmma(list) && c.together > 1);
         if (c.chunks > c.together) {
@@ -168,7 +172,8 @@ size_t count_up(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
     size_t entries = b.sharing.num_members;
     p->folds = false;
     memset(p->count, 0, sizeof p->count);
-    p->records = p->counters = p->q_tokens = p->storable = p->longest = 0;
+    p->records = p->counters = p->q_tokens = p->storable = p->longest = p->longest_piece = 0;
+    p->shortest_piece = UINT32_MAX;
     for (uint32_t i = 0; i < p->num_seqs; i++) {
         if (seqs[i].q_tokens == 0) /* nothing is told of it, nor of its table */
             continue;

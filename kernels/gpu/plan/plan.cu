@@ -7,6 +7,10 @@
 #include "decode.cuh"
 #include "prefill.cuh"
 
+extern "C" {
+#include "waves.h"
+}
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,6 +56,23 @@ ts_gpu_kernel kernel_of(const ts_gpu_plan *p, uint32_t list)
     return v5_kernel(p, list - LIST_NARROW);
 }
 
+#define OWN_BYTES 1024u /* that the device adds to each block's shared memory */
+
+/* Finds another of v5's kernels for few rows, if there is one of which so many blocks' shared
+ * memory fits on a processor. */
+ts_status find_narrow(const ts_gpu_plan *p, uint32_t kind, uint32_t blocks, ts_gpu_kernel *to,
+                      char *why, size_t why_bytes)
+{
+    ts_gpu_kernel kernel = v5_kernel(p, kind);
+    size_t bytes = 0;
+    if (kernel.function == NULL)
+        return TS_OK;
+    ts_status status = ts_gpu_function_find(p->gpu, &kernel, &bytes, why, why_bytes);
+    if (status == TS_OK && blocks * (bytes + OWN_BYTES) <= p->gpu->info.shared_bytes + OWN_BYTES)
+        *to = kernel;
+    return status;
+}
+
 /* Finds the kernels that the device can launch. TS_EINVAL: the one that was asked for isn't among
  * them. */
 ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
@@ -95,15 +116,11 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
             return status;
     }
     if (p->kernels[LIST_NARROW].function != NULL) {
-        size_t bytes = 0;
-        ts_gpu_kernel kernel = v5_kernel(p, V5_TEAMS);
-        ts_status status = kernel.function == NULL
-                               ? TS_OK
-                               : ts_gpu_function_find(p->gpu, &kernel, &bytes, why, why_bytes);
+        ts_status status = find_narrow(p, V5_TEAMS, 1, &p->team_kernel, why, why_bytes);
+        if (status == TS_OK)
+            status = find_narrow(p, V5_CLOSE, V5_CLOSE_BLOCKS, &p->close_kernel, why, why_bytes);
         if (status != TS_OK)
             return status;
-        if (bytes <= p->gpu->info.shared_bytes)
-            p->team_kernel = kernel;
     }
     if (!wanted || found)
         return TS_OK;
@@ -423,7 +440,7 @@ extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *
     p->limits = *limits;
     /* Its launches are repeated for whatever comes, and without teams theirs is the slower kernel.
      */
-    p->team_kernel = ts_gpu_kernel{};
+    p->team_kernel = p->close_kernel = ts_gpu_kernel{};
     status = make_room(p, &entries, why, why_bytes);
     if (limits->base != NULL && p->room[LIST_WGMMA] + p->room[LIST_FEW] > 0)
         p->boxes = ts_gpu_box_map_of(gpu, geometry, limits->base, block_range{0, 0});

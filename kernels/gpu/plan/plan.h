@@ -37,8 +37,9 @@ struct ts_gpu_plan {
     ts_gpu_kernel kernels[LIST_COUNT]; /* of LIST_TILE and later ones; function NULL: the device has
                                           too little shared memory for it */
     ts_gpu_kernel varied_wgmma;        /* wgmma's lists' where scores are capped or sloped */
-    ts_gpu_kernel team_kernel; /* LIST_NARROW's where pieces may be teams'; function NULL: none are
-                                  made */
+    ts_gpu_kernel team_kernel;  /* LIST_NARROW's where pieces may be teams'; function NULL: none are
+                                   made */
+    ts_gpu_kernel close_kernel; /* LIST_NARROW's, where waves.h says so; function NULL: none */
     ts_gpu_buffer *buffer;
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
@@ -51,9 +52,10 @@ struct ts_gpu_plan {
     uint32_t q_tokens;  /* of all sequences */
     uint32_t storable; /* items of LIST_APPEND, its last: wgmma may store them itself (box_map.h) */
     uint32_t counters;
-    uint32_t longest;                  /* of LIST_WGMMA's sequences: tokens */
-    uint32_t whole_tokens[LIST_COUNT]; /* of a sequence whose chunks are one piece, at most */
-    uint64_t renewals;                 /* since it was written whole */
+    uint32_t longest;                       /* of LIST_WGMMA's sequences: tokens */
+    uint32_t shortest_piece, longest_piece; /* of LIST_NARROW's: tokens */
+    uint32_t whole_tokens[LIST_COUNT];      /* of a sequence whose chunks are one piece, at most */
+    uint64_t renewals;                      /* since it was written whole */
     bool persistent;
     ts_gpu_plan_limits limits; /* of a persistent one, as all that follows: */
     box_map boxes;             /* but for `among`, which is on the device */

@@ -114,7 +114,11 @@ uint32_t chunk_tokens(const ts_gpu_plan *p, const ts_attention_seq *s, ts_gpu_li
                   (has_costly_ends(p, list, rows) && half <= half_most(&p->geometry));
     uint32_t even = halves ? half : ceil_div(s->kv_tokens, most_chunks(p, list, tiles, BLOCKS));
     uint32_t tile = is_wgmma(list) ? WGMMA_TOKENS : TILE_TOKENS;
-    return ceil_div(even < least ? least : even, tile) * tile;
+    uint32_t tokens = ceil_div(even < least ? least : even, tile) * tile;
+    /* What is little more than a chunk is one: two would be merged. */
+    if (!has_many_rows(list) && s->kv_tokens > tokens && s->kv_tokens <= tokens + tokens / 8)
+        tokens = ceil_div(s->kv_tokens, tile) * tile;
+    return tokens;
 }
 
 uint32_t rows_of_tile(const ts_gpu_plan *p, ts_gpu_list list)
