@@ -99,9 +99,9 @@ typedef struct ts_gpu_launch_ends {
     pthread_t thread;
     bool runs;
     void *words;                  /* the launches', pinned */
-    pthread_cond_t event;         /* there is one, or the end */
+    pthread_cond_t event;         /* there is one, or one more while `dozes`, or the end */
     ts_gpu_launch *first, **last; /* under the device's lock: the oldest first */
-    bool stop;                    /* under the device's lock */
+    bool dozes, stop;             /* under the device's lock */
 } ts_gpu_launch_ends;
 
 /* A free that may take long: a thread of its own does it. */

@@ -3,16 +3,19 @@
 #include "clock.h"
 #include "device.h"
 #include "thread_first.h"
+#include "timed_wait.h"
 
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
 
-#define NAP_NS UINT64_C(20000)        /* between looks at the words, at least */
-#define NAP_MOST_NS UINT64_C(1000000) /* ... and at most: an eighth of the time without an end */
-#define QUERY_NS UINT64_C(10000000)   /* without an end, after which streams are asked */
-#define WORD_BYTES 64u                /* a cache line for each launch's */
+#define NAP_NS UINT64_C(20000)       /* between looks at the words, at least */
+#define NAP_MOST_NS UINT64_C(100000) /* ... and at most: an eighth of the time without an end */
+#define DOZE_NS UINT64_C(1000000)    /* without an end, after which looks are DOZE_MS apart */
+#define DOZE_MS 1
+#define QUERY_NS UINT64_C(10000000) /* without an end, after which streams are asked */
+#define WORD_BYTES 64u              /* a cache line for each launch's */
 #define ALL_BYTES 4096u
 _Static_assert(ALL_BYTES / WORD_BYTES >= TS_GPU_LAUNCHES, "a page has the words");
 
@@ -59,12 +62,22 @@ uint32_t ts_gpu_launches_over(const ts_gpu *gpu)
     return over;
 }
 
-/* Pauses between two looks, when none has ended for so long. */
-static void nap(uint64_t without_ns)
+/* Pauses between two looks, when none has ended for so long. False: one was finished meanwhile. */
+static bool pause_for(ts_gpu *gpu, uint64_t without_ns)
 {
-    uint64_t ns = without_ns / 8;
-    ns = ns < NAP_NS ? NAP_NS : ns > NAP_MOST_NS ? NAP_MOST_NS : ns;
-    nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);
+    ts_gpu_launch_ends *ends = &gpu->ends;
+    if (without_ns < DOZE_NS) {
+        uint64_t ns = without_ns / 8;
+        ns = ns < NAP_NS ? NAP_NS : ns > NAP_MOST_NS ? NAP_MOST_NS : ns;
+        nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);
+        return true;
+    }
+    pthread_mutex_lock(&gpu->lock);
+    ends->dozes = true;
+    const bool alone = ts_timed_wait(&ends->event, &gpu->lock, ts_now_ms() + DOZE_MS);
+    ends->dozes = false;
+    pthread_mutex_unlock(&gpu->lock);
+    return alone;
 }
 
 static void *ends_main(void *arg)
@@ -72,7 +85,7 @@ static void *ends_main(void *arg)
     ts_gpu *gpu = arg;
     ts_gpu_launch_ends *ends = &gpu->ends;
     char why[TS_GPU_WHY_BYTES];
-    uint64_t ended_ns = 0; /* when one did last, or the first began to be watched */
+    uint64_t ended_ns = 0; /* when one did last, or one began to be watched after a pause */
     uint64_t asked_ns = 0; /* the same, or when streams were asked last */
     (void)ts_gpu_enter(gpu, why, sizeof why);
     prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
@@ -100,8 +113,8 @@ static void *ends_main(void *arg)
             if (e->done != NULL)
                 e->done(e->arg, e->error == cudaSuccess ? TS_OK : TS_EDEVICE,
                         cudaGetErrorName(e->error));
-        if (count == 0)
-            nap(now_ns - ended_ns);
+        if (count == 0 && !pause_for(gpu, now_ns - ended_ns))
+            ended_ns = ts_now_ns();
         pthread_mutex_lock(&gpu->lock);
     }
     pthread_mutex_unlock(&gpu->lock);
@@ -120,7 +133,7 @@ ts_status ts_gpu_launch_finish(ts_gpu_launch *l,
     l->arg = arg;
     l->next_end = NULL;
     pthread_mutex_lock(&l->gpu->lock);
-    const bool sleeps = ends->first == NULL;
+    const bool sleeps = ends->first == NULL || ends->dozes;
     *ends->last = l;
     ends->last = &l->next_end;
     if (sleeps)
@@ -149,7 +162,7 @@ ts_status ts_gpu_launch_ends_init(ts_gpu *gpu, char *why, size_t why_bytes)
         gpu->launches[i].end_there = (uint32_t *)((char *)there + i * WORD_BYTES);
     }
     ends->last = &ends->first;
-    pthread_cond_init(&ends->event, NULL);
+    ts_timed_wait_init(&ends->event);
     ends->runs = pthread_create(&ends->thread, NULL, ends_main, gpu) == 0;
     if (ends->runs)
         return TS_OK;
