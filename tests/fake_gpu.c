@@ -48,7 +48,7 @@ struct ts_gpu {
     uint32_t asked, adopted,
         reads; /* how often it was asked for memory, to take it over, and read */
     fake_gpu_log log;
-    bool shut, at_gate, broken;
+    bool shut, at_gate, broken, refuses_waits;
     fake_gpu_lack lack;
 };
 
@@ -258,10 +258,17 @@ ts_status ts_gpu_health(ts_gpu *g, char *why, size_t why_bytes)
     return broken ? TS_EDEVICE : TS_OK;
 }
 
+void fake_gpu_refuse_waits(ts_gpu *g, bool refuses)
+{
+    set(g, &g->refuses_waits, refuses);
+}
+
 bool ts_gpu_may_wait(ts_gpu *g)
 {
-    (void)g;
-    return true;
+    pthread_mutex_lock(&g->lock);
+    bool may = !g->refuses_waits;
+    pthread_mutex_unlock(&g->lock);
+    return may;
 }
 
 ts_gpu_launch *ts_gpu_launch_take(ts_gpu *g, ts_gpu_position *position)

@@ -31,6 +31,9 @@ fake_gpu_log fake_gpu_read(ts_gpu *gpu);
 /* Blocks until `count` launches wait for workers. */
 void fake_gpu_await_waiting(ts_gpu *gpu, uint32_t count);
 
+/* From now on no launch may wait for a worker, as while frees are due; or one may again. */
+void fake_gpu_refuse_waits(ts_gpu *gpu, bool refuses);
+
 /* While the gate is shut, whoever queues an attend stops there; blocks until somebody does. */
 void fake_gpu_shut_gate(ts_gpu *gpu);
 void fake_gpu_await_at_gate(ts_gpu *gpu);

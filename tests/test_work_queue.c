@@ -140,7 +140,7 @@ static void a_taker_that_sleeps_for_an_alarm_is_woken_for_a_sooner_one(void **st
 enum { MANY = 40 };
 
 static ts_work many[MANY];
-static uint32_t order[MANY], num_run;
+static uint32_t order[2 * MANY], num_run;
 
 static void note(ts_work *work, void *service)
 {
@@ -248,6 +248,19 @@ static void an_alarm_comes_when_it_is_time_and_is_taken_back_with_0(void **state
     assert_int_equal(order[2], 1);
 }
 
+static void what_came_meanwhile_is_left_by_who_runs_its_own_alone(void **state)
+{
+    (void)state;
+    many[0].run = put_the_others;
+    ts_queue_run_alone(&queue, &many[0], NULL);
+    assert_int_equal(num_run, 1);
+    ts_queue_run_alone(&queue, &many[0], NULL); /* behind others */
+    assert_int_equal(num_run, 1);
+    many[0].run = note;
+    assert_int_equal(take_and_run(), MANY);
+    assert_int_equal(order[MANY], 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -256,6 +269,8 @@ int main(void)
         cmocka_unit_test(a_taker_that_sleeps_for_an_alarm_is_woken_for_a_sooner_one),
         cmocka_unit_test_setup_teardown(work_is_run_in_the_order_in_which_it_came, queue_new,
                                         queue_end),
+        cmocka_unit_test_setup_teardown(what_came_meanwhile_is_left_by_who_runs_its_own_alone,
+                                        queue_new, queue_end),
         cmocka_unit_test_setup_teardown(whoever_runs_its_work_runs_32_pieces_at_most, queue_new,
                                         queue_end),
         cmocka_unit_test_setup_teardown(a_closed_queue_gives_what_it_has_and_then_nothing,

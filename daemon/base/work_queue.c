@@ -51,13 +51,14 @@ void ts_queue_put(ts_queue *q, ts_work *work)
     leave(q);
 }
 
-void ts_queue_run(ts_queue *q, ts_work *work, void *service)
+/* Runs the work if the engine is idle, and what came in meanwhile: `most` pieces in all. */
+static void run_some(ts_queue *q, ts_work *work, void *service, int most)
 {
     pthread_mutex_lock(&q->lock);
     append(q, work);
     if (!q->owned && !q->closed && q->head == work) {
         q->owned = true;
-        for (int i = 0; i < RUN_MOST && q->head != NULL; i++) {
+        for (int i = 0; i < most && q->head != NULL; i++) {
             work = q->head;
             q->head = work->next;
             if (q->head == NULL)
@@ -70,6 +71,16 @@ void ts_queue_run(ts_queue *q, ts_work *work, void *service)
         q->owned = false;
     }
     leave(q);
+}
+
+void ts_queue_run(ts_queue *q, ts_work *work, void *service)
+{
+    run_some(q, work, service, RUN_MOST);
+}
+
+void ts_queue_run_alone(ts_queue *q, ts_work *work, void *service)
+{
+    run_some(q, work, service, 1);
 }
 
 void ts_queue_set_alarm(ts_queue *q, ts_work *work, uint64_t at_ms)

@@ -41,6 +41,9 @@ void ts_queue_put(ts_queue *queue, ts_work *work);
  * else as put. */
 void ts_queue_run(ts_queue *queue, ts_work *work, void *service);
 
+/* The same without what came in meanwhile: for a thread for which others wait. */
+void ts_queue_run_alone(ts_queue *queue, ts_work *work, void *service);
+
 /* The taker puts the work in at that time of CLOCK_MONOTONIC, or a little later; 0 takes the alarm
  * back. A queue has one such work. It is never in the queue twice: if it is there at that time, it
  * sets the alarm again when it runs. */

@@ -249,7 +249,7 @@ static const ts_config_key daemon_keys[] = {
     {DAEMON("join_us", read_u32, join_us), .least = 0, .most = 1000, .preset = "20",
      .help =
          "Microseconds that a run on a GPU waits for others at most, to share a launch with them, "
-         "while six sessions and more are at work. 0: each run is launched by itself.",
+         "while six sessions and more are at work. 0: none waits.",
      .more = "It waits only while the GPU has something to do."},
     {DAEMON("verify", read_word, verify), .words = verifies, .preset = "off",
      .help = "Whether pools' memory is checked after a restart: {words}.",

@@ -12,10 +12,11 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#define HEALTH_MS 1000 /* between looks at the device */
-#define POLL_MS 1      /* while jobs wait here for their workers */
-#define SPIN_NS 20000u /* for which words are looked at without a pause */
-#define NAP_NS 20000   /* the pause between looks after that */
+#define HEALTH_MS 1000     /* between looks at the device */
+#define POLL_MS 1          /* while jobs wait here for their workers */
+#define SPIN_NS 20000u     /* for which words are looked at without a pause */
+#define NAP_NS 20000       /* the pause between looks after that */
+#define LATELY_NS 5000000u /* after a launch: words that no launch waits for are looked at */
 
 /* ---- a crowd ----
  *
@@ -98,8 +99,10 @@ static bool launch(ts_gpu_executor *x, ts_job *job, bool ready, bool crowd)
         if (tried == TRIED_GONE && crowd && joins)
             note_joined(x, end);
     }
-    if (tried == TRIED_GONE)
+    if (tried == TRIED_GONE) {
+        x->gone_ns = ts_now_ns();
         return true;
+    }
     x->full = x->full || tried == TRIED_FULL;
     ts_held_put_back(&x->held, job);
     return false;
@@ -110,7 +113,10 @@ static bool must_wait(ts_gpu_executor *x, const ts_job *job, bool ready, bool cr
 {
     if (ready)
         return collect && job->num_copies == 0;
-    return crowd || job->status != TS_OK || !ts_gpu_may_wait_for(x, job, false);
+    if (!crowd && job->status == TS_OK && ts_gpu_may_wait_for(x, job, false))
+        return false;
+    x->unseen = x->unseen || !ts_gpu_is_waited_for(x, job);
+    return true;
 }
 
 /* Launches what can be: of each session in turn, until each has to wait. Where there is no launch
@@ -119,7 +125,7 @@ static void launch_all(ts_gpu_executor *x)
 {
     const uint64_t now_ns = ts_now_ns(), round = ++x->round;
     const bool crowd = is_crowd(x, now_ns), collect = crowd && collects(x, now_ns);
-    x->full = false;
+    x->full = x->unseen = false;
     while (x->held.first != NULL && x->held.first->tried != round && !(crowd && x->full)) {
         ts_held_queue *q = x->held.first;
         ts_job *job = q->first;
@@ -215,11 +221,20 @@ static void check_health(ts_gpu_executor *x)
     (void)ts_gpu_executor_is_lost(x);
 }
 
+/* Whether words of held runs are to be looked at all the time: of a crowd's, and of those whose
+ * session has no launch under way whose end would tell, while others have. */
+static bool is_to_watch(ts_gpu_executor *x)
+{
+    const uint64_t now_ns = ts_now_ns();
+    return x->held.first != NULL && !x->full &&
+           (is_crowd(x, now_ns) || (x->unseen && now_ns - x->gone_ns < LATELY_NS));
+}
+
 /* Waits for something to do; returns false when all is done and the executor is to end. */
 static bool await(ts_gpu_executor *x)
 {
     bool ends, slow = false;
-    const bool watches = x->held.first != NULL && !x->full && is_crowd(x, ts_now_ns());
+    const bool watches = is_to_watch(x);
     if (watches)
         watch(x);
     pthread_mutex_lock(&x->lock);

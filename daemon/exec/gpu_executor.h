@@ -2,8 +2,8 @@
  * The way to a GPU: what host_executor.h is to the processor's kernels. Jobs wait here, and one
  * thread turns them into launches: copies, and attends that may start at once, those of like shape
  * as one launch; and attends on streams whose worker has not submitted yet, each as a launch of its
- * own that waits on the GPU. Such waiting launches are few for each session and at most half of
- * all, so that a worker that never submits holds up nobody else; the rest wait here.
+ * own that waits on the GPU. Such waiting launches are few for each session and not all that there
+ * are, so that a worker that never submits holds up nobody else; the rest wait here.
  * Where many sessions are at work, most runs wait here for their workers, and those that are ready
  * together, of any layer, are one launch.
  *

@@ -59,6 +59,8 @@ struct ts_gpu_executor {
     ts_held_runs held; /* the thread's own: jobs that can't be launched yet */
     uint64_t round;    /* the thread's own: of trying to launch them */
     bool full;         /* the thread's own: in that round there was no launch for one */
+    bool unseen;       /* the thread's own: nobody tells when a held run's worker submits */
+    uint64_t gone_ns;  /* the thread's own: when it launched something last */
     bool ahead;        /* the thread's own: one of a crowd's runs may be launched ahead */
     ts_gpu_run *parts; /* the thread's own: of a launch */
     size_t capacity;
@@ -108,6 +110,9 @@ void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first);
 
 /* Whether one more launch may wait for this job's worker, who is one of a crowd or isn't. */
 bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job, bool crowd);
+
+/* Whether a launch waits for this job's worker. */
+bool ts_gpu_is_waited_for(ts_gpu_executor *x, const ts_job *job);
 
 /* Launches the jobs as one. TRIED_GONE, TRIED_FULL, TRIED_EARLY. */
 ts_gpu_tried ts_gpu_launch_jobs(ts_gpu_executor *x, ts_job *jobs, ts_gpu_wait_for wait);

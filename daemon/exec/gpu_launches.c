@@ -315,6 +315,14 @@ bool ts_gpu_may_wait_for(ts_gpu_executor *x, const ts_job *job, bool crowd)
     return may;
 }
 
+bool ts_gpu_is_waited_for(ts_gpu_executor *x, const ts_job *job)
+{
+    pthread_mutex_lock(&x->lock);
+    const bool is = job->signals != NULL && job->signals->waiting > 0;
+    pthread_mutex_unlock(&x->lock);
+    return is;
+}
+
 /* Appends to `first`, a list of one, the held jobs like it that are ready. */
 void ts_gpu_join_jobs(ts_gpu_executor *x, ts_job *first)
 {

@@ -303,9 +303,9 @@ ts_status ts_gpu_launch_copies(ts_gpu_launch *launch, unsigned char *base, size_
 /*
  * `done` is called when all of it is done, or with TS_EDEVICE and the CUDA error's name when the
  * device has failed; the launch is free again just before. It is called by one thread for all
- * launches, which sees an end some 20 µs late, and up to 1 ms where for as long none has ended and
- * none was finished. NULL: nobody is called. If this fails, nothing was queued behind what was
- * there, and nobody is called.
+ * launches, which sees an end up to 0.1 ms late, and up to 1 ms where for 20 ms none has ended and
+ * none was finished; so it may wait for no launch. NULL: nobody is called. If this fails, nothing
+ * was queued behind what was there, and nobody is called.
  */
 ts_status ts_gpu_launch_finish(ts_gpu_launch *launch,
                                void (*done)(void *arg, ts_status status, const char *why),

@@ -108,10 +108,9 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, u
     CUstreamBatchMemOpParams ops[SIGNALS_BY_OPS];
     const ts_gpu_signal end = {l->end_there, ++l->end_value};
     const uint32_t all = count + (end.word != NULL);
-    l->tells_end = end.word != NULL;
-    if (all > SIGNALS_BY_OPS)
-        return ts_gpu_launch_words(l, signals, count, &end);
-    for (uint32_t n = 0; n < all; n++) {
+    ts_status status;
+    l->tells_end = false;
+    for (uint32_t n = 0; n < all && all <= SIGNALS_BY_OPS; n++) {
         const ts_gpu_signal *s = n < count ? &signals[n] : &end;
         ops[n].writeValue =
             (struct CUstreamMemOpWriteValueParams_st){.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
@@ -119,7 +118,12 @@ ts_status ts_gpu_launch_signal(ts_gpu_launch *l, const ts_gpu_signal *signals, u
                                                       .value = s->value,
                                                       .flags = CU_STREAM_WRITE_VALUE_DEFAULT};
     }
-    return stream_op(l, l->gpu->driver.batch_ops((CUstream)l->stream, all, ops, 0));
+    if (all > SIGNALS_BY_OPS)
+        status = ts_gpu_launch_words(l, signals, count, &end);
+    else
+        status = stream_op(l, l->gpu->driver.batch_ops((CUstream)l->stream, all, ops, 0));
+    l->tells_end = status == TS_OK && end.word != NULL;
+    return status;
 }
 
 ts_gpu_launch *ts_gpu_launch_on(ts_gpu *gpu, void *stream)

@@ -12,7 +12,7 @@
 
 #define NAP_NS UINT64_C(20000)       /* between looks at the words, at least */
 #define NAP_MOST_NS UINT64_C(100000) /* ... and at most: an eighth of the time without an end */
-#define DOZE_NS UINT64_C(1000000)    /* without an end, after which looks are DOZE_MS apart */
+#define DOZE_NS UINT64_C(20000000)   /* without an end, after which looks are DOZE_MS apart */
 #define DOZE_MS 1
 #define QUERY_NS UINT64_C(10000000) /* without an end, after which streams are asked */
 #define WORD_BYTES 64u              /* a cache line for each launch's */
@@ -62,8 +62,9 @@ uint32_t ts_gpu_launches_over(const ts_gpu *gpu)
     return over;
 }
 
-/* Pauses between two looks, when none has ended for so long. False: one was finished meanwhile. */
-static bool pause_for(ts_gpu *gpu, uint64_t without_ns)
+/* Pauses between two looks, when none has ended for so long. False: one was finished since the list
+ * ended at `last`. */
+static bool pause_for(ts_gpu *gpu, uint64_t without_ns, ts_gpu_launch **last)
 {
     ts_gpu_launch_ends *ends = &gpu->ends;
     if (without_ns < DOZE_NS) {
@@ -74,8 +75,10 @@ static bool pause_for(ts_gpu *gpu, uint64_t without_ns)
     }
     pthread_mutex_lock(&gpu->lock);
     ends->dozes = true;
-    const bool alone = ts_timed_wait(&ends->event, &gpu->lock, ts_now_ms() + DOZE_MS);
+    if (ends->last == last)
+        (void)ts_timed_wait(&ends->event, &gpu->lock, ts_now_ms() + DOZE_MS);
     ends->dozes = false;
+    const bool alone = ends->last == last;
     pthread_mutex_unlock(&gpu->lock);
     return alone;
 }
@@ -102,8 +105,11 @@ static void *ends_main(void *arg)
         }
         const uint64_t now_ns = ts_now_ns();
         const bool asks = now_ns - asked_ns >= QUERY_NS;
+        if (asks) /* who was told of an end may have made another device this thread's */
+            (void)ts_gpu_enter(gpu, why, sizeof why);
         ended_launch ended[TS_GPU_LAUNCHES];
         const uint32_t count = take_ended(gpu, asks, ended);
+        ts_gpu_launch **const last = ends->last;
         pthread_mutex_unlock(&gpu->lock);
         if (count > 0)
             ended_ns = now_ns;
@@ -113,7 +119,7 @@ static void *ends_main(void *arg)
             if (e->done != NULL)
                 e->done(e->arg, e->error == cudaSuccess ? TS_OK : TS_EDEVICE,
                         cudaGetErrorName(e->error));
-        if (count == 0 && !pause_for(gpu, now_ns - ended_ns))
+        if (count == 0 && !pause_for(gpu, now_ns - ended_ns, last))
             ended_ns = ts_now_ns();
         pthread_mutex_lock(&gpu->lock);
     }

@@ -319,7 +319,7 @@ def main():
     parser.add_argument("--spin", action="store_true", help="workers in C spin meanwhile")
     parser.add_argument("--slowest", type=int, default=0, help="steps to tell of, one by one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="of the daemon: join_us=0 launches each run by itself")
+                        help="of the daemon: with join_us=0 no run waits for others")
     options = parser.parse_args()
     pool = (f"bench:layers={LAYERS},kv_heads={KV},head_dim={DIM},dtype=bf16,block_tokens={BLOCK},"
             f"memory=60G,client_write=all,device={options.device},provider={options.provider}")
