@@ -402,8 +402,13 @@ def test_views_speak_dlpack(client):
         assert array[2, 1, 63] == -1  # the same memory
         assert step.k.__dlpack_device__() == (1, 0)
         unused = step.k.__dlpack__()
-        del unused  # lets go what it holds
-        del array
+        del unused, array
+        np.from_dlpack(step.k)  # lets go what a capsule holds that nobody took
         assert set(view._exported) == before
         with pytest.raises(AttributeError):
             step.k.__cuda_array_interface__
+
+
+def test_memory_of_no_gpu_is_not_registered(client):
+    with pytest.raises(TypeError, match=r"register\(\) of a ndarray.* pool 'tiny' \(host\)"):
+        client.register(client.pool("tiny"), np.zeros(4096))

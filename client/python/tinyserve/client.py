@@ -6,14 +6,15 @@ import itertools
 import threading
 from ctypes import byref, c_uint32, c_void_p, sizeof
 from os import PathLike
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 from . import arguments as check
 from ._lib import CErrorInfo, CPoolInfo, Options, lib
 from .errors import BY_STATUS, DisconnectedError, Error
-from .opened import Memory
+from .opened import Memory, OfOneProcess, Opened
 from .pool import Pool
 from .records import Geometry, PoolInfo
+from .view import forget_untaken
 
 _TRANSPORTS = ("auto", "ring", "messages")
 _EXECUTIONS = ("daemon", "local", "auto")
@@ -23,12 +24,16 @@ _THREADS_MAX = 4096
 # A signal that comes just before a wait begins isn't seen by the wait, so waits are this short.
 _LOOK_S = 0.2
 
+_T = TypeVar("_T")
 
-class Client:
+
+class Client(OfOneProcess):
     """A session with the daemon. Used by one thread at a time; connect after fork(), not before.
 
     Leaving its `with` block ends the session: its sequences, except kept ones, are freed.
     """
+
+    _instead = "connect() in the other process, or once more in this one"
 
     def __init__(self, url: str | PathLike[str] | None = None, *, program: str | None = None,
                  timeout: float = 30.0, retries: int = 0, wait: float = 0.0,
@@ -62,53 +67,66 @@ class Client:
             exec=check.choice("execution", execution, _EXECUTIONS),
             threads=check.integer("threads", threads, 0, _THREADS_MAX),
             reconnect=0 if reconnect else 1)
-        self._handle = c_void_p()
         self._pools = []
-        status = lib.ts_connect(byref(options), byref(self._handle))
+        handle = c_void_p()
+        self._opened = Opened(handle, "the client was closed")
+        status = lib.ts_connect(byref(options), byref(handle))
         if status != 0:
             try:
                 self._check(status)
             finally:
-                lib.ts_disconnect(self._handle)
-                self._handle = None
+                self.close()
 
     def _check(self, status: int) -> None:
+        """Raises the error of the last call. The caller has been inside since then."""
         if status != 0:
+            handle = self._opened.handle
             error = BY_STATUS.get(status, Error)
             name = lib.ts_status_name(status).decode()
-            raised = error(lib.ts_error(self._handle).decode(errors="replace"), status, name)
+            raised = error(lib.ts_error(handle).decode(errors="replace"), status, name)
             info = CErrorInfo()
-            if lib.ts_error_read(self._handle, byref(info)) == 0:
+            if handle and lib.ts_error_read(handle, byref(info)) == 0:
                 raised.needed, raised.free, raised.limit = info.needed, info.free, info.limit
                 raised.cached, raised.pinned, raised.others = info.cached, info.pinned, info.others
             raise raised
 
     def _open(self) -> c_void_p:
-        if self._handle is None:
-            raise DisconnectedError("the client was closed", 11, "TS_ECONN")
-        return self._handle
+        return self._opened.get()
 
-    def _interruptible(self, wait_ms: int, call: Callable[[], int],
-                       undo: Callable[[], Any]) -> int:
-        """The status of a call that may wait. Ctrl-C ends its wait; what it has made is undone, by
+    def _call(self, function: Callable[..., int], *arguments: Any) -> None:
+        """Calls a function of the client's, and raises its error."""
+        with self._opened as handle:
+            self._check(function(handle, *arguments))
+
+    def _waiting(self, wait_ms: int, call: Callable[[], _T], undo: Callable[[_T], Any]) -> _T:
+        """The result of a call that may wait. Ctrl-C ends its wait; what it has made is undone, by
         a thread that goes on with that if Ctrl-C is pressed again."""
         if wait_ms == 0 or threading.current_thread() is not threading.main_thread():
-            return call()
-        handle, status = self._open(), [-1]
+            with self._opened:
+                return call()
+        made: list[_T] = []
+        failed: list[BaseException] = []
         ended, undone = threading.Event(), threading.Event()
 
         def run() -> None:
-            status[0] = call()
-            ended.set()
+            try:
+                with self._opened:
+                    made.append(call())
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                ended.set()
 
         def end() -> None:
-            for turn in itertools.count():
-                if ended.wait(0.1) or (turn > 10 and caller.ident is None):  # it never began
-                    break
-                lib.ts_wait_end(handle)  # its request may not have been sent yet
-            if status[0] == 0:
-                undo()
-            undone.set()
+            try:
+                for turn in itertools.count():
+                    if ended.wait(0.1) or (turn > 10 and caller.ident is None):  # it never began
+                        break
+                    self._end_wait()  # its request may not have been sent yet
+                for result in made:
+                    undo(result)
+            finally:
+                undone.set()
 
         caller = threading.Thread(target=run, daemon=True)
         try:
@@ -126,38 +144,50 @@ class Client:
             while not undone.wait(_LOOK_S):  # a join that is interrupted takes it for ended
                 pass
             raise
-        return status[0]
+        if not failed:
+            return made[0]
+        try:
+            raise failed.pop()
+        finally:
+            del caller, run, end  # which the error's frames refer to
+
+    def _end_wait(self) -> None:
+        with self._opened.calls.ending:
+            handle = self._opened.handle
+            if handle is not None:
+                lib.ts_wait_end(handle)
 
     def _exchange_of(self, ptr: int) -> Memory:
         """The exchange's memory, with a step's buffer at ptr. While the last one is held, no other
-        memory has its addresses."""
+        memory has its addresses. The caller is `looking`, and the step can't end meanwhile."""
         if self._exchange is None or self._exchange[0] != ptr:
-            self._exchange = ptr, Memory(lib.ts_exchange_hold, self._open())
+            self._exchange = ptr, Memory(self._opened.look(lib.ts_exchange_hold))
         return self._exchange[1]
 
     @property
     def session(self) -> int:
         """This session's id, as `tsctl sessions` shows it in hexadecimal."""
-        return int(lib.ts_session_id(self._open()))
+        return int(self._opened.look(lib.ts_session_id))
 
     @property
     def transport(self) -> str:
         """What the last step went by: "ring" or "messages"."""
-        return _TRANSPORTS[lib.ts_client_transport(self._open())]
+        return _TRANSPORTS[self._opened.look(lib.ts_client_transport)]
 
     @property
     def execution(self) -> str:
         """Who attended in the last step: "daemon", "local", or "auto": both, to compare them."""
-        return _EXECUTIONS[lib.ts_client_exec(self._open())]
+        return _EXECUTIONS[self._opened.look(lib.ts_client_exec)]
 
     @property
     def restarts(self) -> int:
         """How often the session has gone on with another daemon."""
-        return int(lib.ts_client_restarts(self._open()))
+        return int(self._opened.look(lib.ts_client_restarts))
 
     @property
     def daemon_version(self) -> str:
-        return str(lib.ts_daemon_version(self._open()).decode())
+        """The version of the daemon that has the session now, as "0.1.0"."""
+        return str(self._opened.look(lib.ts_daemon_version).decode())
 
     def pool(self, name: str, *, writable: bool = False) -> "Pool":
         """Opens a pool. writable: map slabs writable, where the configuration allows it.
@@ -170,8 +200,7 @@ class Client:
         room, count = 16, c_uint32()
         while True:
             out = (CPoolInfo * room)()
-            self._check(lib.ts_pool_list(self._open(), out, sizeof(CPoolInfo), room,
-                                         byref(count)))
+            self._call(lib.ts_pool_list, out, sizeof(CPoolInfo), room, byref(count))
             if count.value <= room:
                 return [PoolInfo(p.name.decode(), p.device.decode(), Geometry.of(p.geometry),
                                  p.blocks) for p in out[:count.value]]
@@ -180,42 +209,54 @@ class Client:
     def create_pool(self, text: str) -> None:
         """Makes a pool, for operators, as the daemon's --pool does: "NAME:key=value,key=value". A
         restart that loses nothing keeps it. Raises DeniedError, ExistsError, InvalidError."""
-        self._check(lib.ts_pool_create(self._open(), check.text("text", text)))
+        self._call(lib.ts_pool_create, check.text("text", text))
 
     def exchange(self, pool: "Pool", nbytes: int) -> None:
         """Puts the exchange into memory of the pool's GPU. No step may be open."""
         check.integer("nbytes", nbytes, 0, check.U64)
-        self._check(lib.ts_exchange_device(pool._open(), nbytes))
-        self._registered = self._exchange = None
-        self.exchange_device = pool.cuda_device
+        with self._opened:
+            pool._call(lib.ts_exchange_device, nbytes)
+            self._registered = self._exchange = None
+            self.exchange_device = pool.cuda_device
 
     def register(self, pool: "Pool", tensor: Any) -> None:
         """Makes a CUDA tensor's memory the exchange, in place. It must be contiguous and was made
         on the pool's GPU by cudaMalloc, as PyTorch's allocator does unless expandable segments are
         on; it is kept alive. The daemon can then read and write all of it. No step may be open."""
-        interface = tensor.__cuda_array_interface__
+        interface = getattr(tensor, "__cuda_array_interface__", None)
+        if interface is None:
+            raise TypeError(f"register() of a {type(tensor).__name__}, which isn't in a GPU's "
+                            f"memory: a CUDA tensor on the GPU of pool {pool.name!r} "
+                            f"({pool.device}) is needed")
         if interface.get("strides") is not None:
             raise ValueError("the tensor isn't contiguous")
         nbytes = int(tensor.nbytes) // 4096 * 4096
-        self._check(lib.ts_exchange_register(pool._open(), interface["data"][0], nbytes))
-        self._registered, self._exchange = tensor, None
-        self.exchange_device = pool.cuda_device
+        with self._opened:
+            pool._call(lib.ts_exchange_register, interface["data"][0], nbytes)
+            self._registered, self._exchange = tensor, None
+            self.exchange_device = pool.cuda_device
 
-    _handle: c_void_p | None = None
+    _opened: Opened
     _pools: list["Pool"]
     _exchange: tuple[int, Memory] | None = None  #: a buffer in it, and what holds it
     _registered: Any = None
     exchange_device: int | None = None  #: the CUDA device of the exchange; None: host memory
 
     def close(self) -> None:
-        """Ends the session. Safe to call twice."""
-        handle, self._handle = self._handle, None
-        self._exchange = None
-        if handle is None:
-            return
+        """Ends the session, and first the pools, steps and frames that are open. Safe to call
+        twice. Waits until the call that another thread may be in has returned; its next one raises
+        DisconnectedError."""
+        self._opened.end(self._disconnect)
+
+    def _disconnect(self) -> None:
         for pool in list(self._pools):
-            pool._close()
-        lib.ts_disconnect(handle)
+            pool.close()
+        self._exchange = None
+        forget_untaken()
+        with self._opened.calls.ending:
+            handle = self._opened.take()
+            if handle is not None:
+                lib.ts_disconnect(handle)
 
     def __enter__(self) -> "Client":
         return self
@@ -224,12 +265,14 @@ class Client:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_opened"):  # else its arguments were refused
+            self.close()
 
     def __repr__(self) -> str:
-        if self._handle is None:
+        try:
+            return f"<tinyserve.Client of session {self.session:x}>"
+        except DisconnectedError:
             return "<tinyserve.Client, closed>"
-        return f"<tinyserve.Client of session {self.session:x}>"
 
 
 def connect(url: str | PathLike[str] | None = None, *, program: str | None = None,

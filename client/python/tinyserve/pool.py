@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p, create_string_buffer, sizeof
-from typing import TYPE_CHECKING, Any, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
 from . import arguments as check
 from ._lib import CFrameOptions, CKeepOptions, CKept, CKv, CPoolRoom, CSeqOptions, lib
-from .opened import Memory, Opened
+from .opened import Memory, OfOneProcess, Opened
 from .records import Geometry, Kept, Room, Seq
 from .step import Frame, Step, add_options, step_options
 from .view import View
@@ -37,31 +37,37 @@ def _prompts(prompts: Sequence[Iterable[int]]) -> tuple[Any, Any, int]:
     return ids, (c_uint32 * max(len(packed), 1))(*(n for _, n in packed)), len(packed)
 
 
-class Pool:
+class Pool(OfOneProcess):
     """A paged KV cache on one device, shared with other processes."""
 
+    _instead = "open it from the other process's client, by its name"
+
     def __init__(self, client: Client, name: str, writable: bool = False) -> None:
-        handle = c_void_p()
-        client._check(lib.ts_pool_open(client._open(), check.text("pool name", name),
-                                       _WRITABLE if writable else 0, byref(handle)))
+        handle, encoded = c_void_p(), check.text("pool name", name)
         self.client, self.name, self.writable = client, name, writable
-        self._opened = Opened(handle, f"pool '{name}' was closed")
         self._steps: set[Opened] = set()
         self._frames: list[Frame] = []
         self._slabs: Memory | None = None
+        with client._opened:
+            client._call(lib.ts_pool_open, encoded, _WRITABLE if writable else 0, byref(handle))
+            self._opened = Opened(handle, f"pool '{name}' was closed", client._opened)
+            client._pools.append(self)
+            self._describe(handle)
+
+    def _describe(self, handle: c_void_p) -> None:
         self.geometry = Geometry.of(lib.ts_pool_geometry(handle, 0).contents)
         self.blocks: int = lib.ts_pool_blocks(handle)  #: that the pool has
         self.sequence_max: int = lib.ts_pool_sequence_max(handle)  #: tokens a sequence may have
         self.device: str = lib.ts_pool_device(handle).decode()  #: "host", "cuda:0" (the daemon's)
         self.memory: str = lib.ts_pool_memory(handle).decode()  #: "host", "cuda-vmm", "cuda-ipc"
-        client._pools.append(self)
 
     def _open(self) -> c_void_p:
-        self.client._open()
         return self._opened.get()
 
-    def _check(self, status: int) -> None:
-        self.client._check(status)
+    def _call(self, function: Callable[..., int], *arguments: Any) -> None:
+        """Calls a function of the pool's, and raises its error."""
+        with self._opened as handle:
+            self.client._check(function(handle, *arguments))
 
     @property
     def cuda_device(self) -> int | None:
@@ -69,7 +75,7 @@ class Pool:
         if self.memory == "host":
             return None
         ordinal = c_int()
-        self._check(lib.ts_pool_cuda_device(self._open(), byref(ordinal)))
+        self._call(lib.ts_pool_cuda_device, byref(ordinal))
         return ordinal.value
 
     # ---- sequences ----
@@ -80,7 +86,7 @@ class Pool:
         QuotaError."""
         out = (c_uint64 * check.integer("count", count, 1, check.BATCH_MAX))()
         options = seq_options(namespace)
-        self._check(lib.ts_seq_create_with(self._open(), count, byref(options), out))
+        self._call(lib.ts_seq_create_with, count, byref(options), out)
         return list(out)
 
     def match(self, tokens: Iterable[int], namespace: bytes | None = None,
@@ -106,14 +112,19 @@ class Pool:
         found = (c_uint32 * max(n, 1))()
         if twins is not None:
             options.twins = found
-        self._check(self.client._interruptible(
+        self.client._waiting(
             options.wait_ms,
-            lambda: int(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), out,
-                                         matched)),
-            lambda: lib.ts_seq_free(self._open(), out, n)))
+            lambda: self._call(lib.ts_seq_match, ids, counts, n, byref(options), out, matched),
+            lambda _: self._undo(lib.ts_seq_free, out, n))
         if twins is not None:
             twins[:] = found[:n] if options.wait_ms > 0 else range(n)
         return list(zip(out, matched))[:n]
+
+    def _undo(self, function: Callable[..., int], *arguments: Any) -> None:
+        with self._opened.calls.lock:
+            handle = self._opened.handle
+            if handle is not None:  # else what is undone went with it
+                function(handle, *arguments)
 
     def matching(self, prompts: Sequence[Iterable[int]],
                  namespace: bytes | None = None) -> list[int]:
@@ -121,7 +132,7 @@ class Pool:
         ids, counts, n = _prompts(prompts)
         matched = (c_uint32 * max(n, 1))()
         options = seq_options(namespace)
-        self._check(lib.ts_seq_match(self._open(), ids, counts, n, byref(options), None, matched))
+        self._call(lib.ts_seq_match, ids, counts, n, byref(options), None, matched)
         return list(matched)[:n]
 
     def fork(self, parent: Seq, count: int = 1, *, length: int | None = None) -> list[Seq]:
@@ -130,21 +141,20 @@ class Pool:
         out = (c_uint64 * check.integer("count", count, 1, check.BATCH_MAX))()
         check.integer("parent", parent, 0, check.U64)
         if length is None:
-            self._check(lib.ts_seq_fork(self._open(), parent, count, out))
+            self._call(lib.ts_seq_fork, parent, count, out)
         else:
-            self._check(lib.ts_seq_fork_at(self._open(), parent, check.integer("length", length),
-                                           count, out))
+            self._call(lib.ts_seq_fork_at, parent, check.integer("length", length), count, out)
         return list(out)
 
     def truncate(self, seqs: Iterable[Seq], lengths: Iterable[int]) -> None:
         """Cuts seqs[i] down to lengths[i] tokens; all or none."""
         ids, numbers, n = check.pair("lengths", seqs, lengths)
-        self._check(lib.ts_seq_truncate(self._open(), ids, numbers, n))
+        self._call(lib.ts_seq_truncate, ids, numbers, n)
 
     def shorten(self, seqs: Iterable[Seq], counts: Iterable[int]) -> None:
         """Drops the last counts[i] tokens of seqs[i]; all or none."""
         ids, numbers, n = check.pair("counts", seqs, counts)
-        self._check(lib.ts_seq_shorten(self._open(), ids, numbers, n))
+        self._call(lib.ts_seq_shorten, ids, numbers, n)
 
     def select(self, seqs: Iterable[Seq], picks: Iterable[int]) -> list[Seq]:
         """Goes on with some of the sequences, in one call: the i-th that is returned continues
@@ -153,19 +163,19 @@ class Pool:
         ids, n = check.integers("seqs", c_uint64, seqs)
         numbers, picked = check.integers("picks", c_uint32, picks)
         out = (c_uint64 * max(picked, 1))()
-        self._check(lib.ts_seq_select(self._open(), ids, n, numbers, picked, out))
+        self._call(lib.ts_seq_select, ids, n, numbers, picked, out)
         return list(out)[:picked]
 
     def forget(self, seqs: Iterable[Seq]) -> None:
         """Frees the sequences, and what no other sequence uses of them isn't cached."""
         ids, n = check.integers("seqs", c_uint64, seqs)
-        self._check(lib.ts_seq_forget(self._open(), ids, n))
+        self._call(lib.ts_seq_forget, ids, n)
 
     def free(self, seqs: Iterable[Seq]) -> None:
         """Frees the sequences; all or none. What was committed with token ids stays cached. Raises
         BusyError where one is in an open step."""
         ids, n = check.integers("seqs", c_uint64, seqs)
-        self._check(lib.ts_seq_free(self._open(), ids, n))
+        self._call(lib.ts_seq_free, ids, n)
 
     def keep(self, seq: Seq, name: str | None, *, ttl: float | None = None,
              replace: bool = False) -> None:
@@ -176,15 +186,13 @@ class Pool:
         ExistsError is raised."""
         options = CKeepOptions(0 if ttl is None else check.milliseconds(
             "ttl", ttl, may_be_0=False, most=check.TTL_SECONDS_MAX), replace)
-        self._check(lib.ts_seq_keep_with(self._open(), check.integer("seq", seq, 0, check.U64),
-                                         check.text("name", name) if name is not None else None,
-                                         byref(options)))
+        self._call(lib.ts_seq_keep_with, check.integer("seq", seq, 0, check.U64),
+                   check.text("name", name) if name is not None else None, byref(options))
 
     def attach(self, name: str) -> tuple[Seq, int]:
         """Finds a kept sequence: its id and its length. Raises NotFoundError."""
         seq, length = c_uint64(), c_uint32()
-        self._check(lib.ts_seq_attach(self._open(), check.text("name", name), byref(seq),
-                                      byref(length)))
+        self._call(lib.ts_seq_attach, check.text("name", name), byref(seq), byref(length))
         return seq.value, length.value
 
     def kept(self, prefix: str = "") -> list[Kept]:
@@ -195,8 +203,7 @@ class Pool:
         page = (CKept * room)()
         found: list[Kept] = []
         while True:
-            self._check(lib.ts_seq_list(self._open(), begin, after, page, sizeof(CKept), room,
-                                        byref(count)))
+            self._call(lib.ts_seq_list, begin, after, page, sizeof(CKept), room, byref(count))
             found += [Kept(k.name.decode(), k.seq, k.length, k.blocks,
                            k.left_ms / 1000 if k.left_ms else None) for k in page[:count.value]]
             if count.value < room:
@@ -210,23 +217,21 @@ class Pool:
         Raises BusyError where it is in an open step, QuotaError at 1024 tickets of this user."""
         out = create_string_buffer(check.TICKET_BYTES)
         ms = check.milliseconds("ttl", ttl, may_be_0=False, most=check.TICKET_SECONDS_MAX)
-        self._check(lib.ts_seq_ticket(self._open(), check.integer("seq", seq, 0, check.U64), ms,
-                                      out))
+        self._call(lib.ts_seq_ticket, check.integer("seq", seq, 0, check.U64), ms, out)
         return out.raw
 
     def redeem(self, ticket: bytes) -> Seq:
         """Makes the ticket's sequence this session's own, once. Raises NotFoundError where the pool
         has no such ticket, it was redeemed, its time is over, or it is another user's."""
         seq, length = c_uint64(), c_uint32()
-        self._check(lib.ts_seq_redeem(self._open(), check.ticket(ticket), byref(seq),
-                                      byref(length)))
+        self._call(lib.ts_seq_redeem, check.ticket(ticket), byref(seq), byref(length))
         return seq.value
 
     def lengths(self, seqs: Iterable[Seq]) -> list[int]:
         """Tokens of each sequence."""
         ids, n = check.integers("seqs", c_uint64, seqs)
         out = (c_uint32 * max(n, 1))()
-        self._check(lib.ts_seq_lengths(self._open(), ids, n, out))
+        self._call(lib.ts_seq_lengths, ids, n, out)
         return list(out)[:n]
 
     def append(self, seqs: Iterable[Seq], new_tokens: Iterable[int]) -> list[int]:
@@ -235,13 +240,13 @@ class Pool:
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         total = min(sum(numbers[:n]), self.blocks * self.geometry.block_tokens)  # more are refused
         slots = (c_uint64 * max(total, 1))()
-        self._check(lib.ts_seq_append(self._open(), ids, numbers, n, slots))
+        self._call(lib.ts_seq_append, ids, numbers, n, slots)
         return list(slots)
 
     def stats(self) -> Room:
         """What this user has of the pool."""
         room = CPoolRoom()
-        self._check(lib.ts_pool_stats(self._open(), byref(room)))
+        self._call(lib.ts_pool_stats, byref(room))
         return Room(**{name: getattr(room, name) for name in Room.__annotations__})
 
     # ---- where tokens lie ----
@@ -250,8 +255,7 @@ class Pool:
         """Slots (block * block_tokens + offset) of tokens first .. first + count - 1."""
         check.integer("first", first)
         out = (c_uint64 * check.integer("count", count, 1, self.sequence_max))()
-        self._check(lib.ts_seq_slots(self._open(), check.integer("seq", seq, 0, check.U64), 0,
-                                     first, count, out))
+        self._call(lib.ts_seq_slots, check.integer("seq", seq, 0, check.U64), 0, first, count, out)
         return list(out)
 
     def kv(self, slot: int, layer: int) -> tuple[View, View]:
@@ -259,10 +263,12 @@ class Pool:
         read-only unless the pool was opened writable. The slot must come from this session's last
         answer about its sequence."""
         g, at = self.geometry, CKv()
-        self._check(lib.ts_slot_kv(self._open(), check.integer("slot", slot, 0, check.U64),
-                                   check.integer("layer", layer), byref(at)))
-        return self._views((at.k, at.v), (g.kv_heads, g.head_dim),
-                           (at.head_stride, g.element_bytes))
+        check.integer("slot", slot, 0, check.U64)
+        check.integer("layer", layer)
+        with self._opened:
+            self._call(lib.ts_slot_kv, slot, layer, byref(at))
+            return self._views((at.k, at.v), (g.kv_heads, g.head_dim),
+                               (at.head_stride, g.element_bytes))
 
     def layer(self, layer: int, slots: Iterable[int]) -> tuple[View, View]:
         """K and V of one layer of the whole pool: two views [blocks, block_tokens, kv_heads,
@@ -273,20 +279,21 @@ class Pool:
         numbers, n = check.integers("slots", c_uint64, slots)
         if not 0 <= check.integer("layer", layer, -check.U32) < g.layers:
             raise IndexError(f"layer {layer}; the pool has {g.layers}")
-        self._check(lib.ts_pool_map(self._open(), numbers, n, layer, byref(base)))
-        if base.value is None:
-            raise ValueError("no slab of the pool is mapped yet, and slots names none")
         size, row = g.element_bytes, g.head_dim * g.element_bytes
         token = row * g.kv_heads if g.layout == "nhd" else row
         head = row if g.layout == "nhd" else row * g.block_tokens
         shape = (self.blocks, g.block_tokens, g.kv_heads, g.head_dim)
-        k = base.value + layer * 2 * g.plane_bytes
-        return self._views((k, k + g.plane_bytes), shape, (g.block_bytes, token, head, size))
+        with self._opened:
+            self._call(lib.ts_pool_map, numbers, n, layer, byref(base))
+            if base.value is None:
+                raise ValueError("no slab of the pool is mapped yet, and slots names none")
+            k = base.value + layer * 2 * g.plane_bytes
+            return self._views((k, k + g.plane_bytes), shape, (g.block_bytes, token, head, size))
 
     def _views(self, at: tuple[int, int], shape: tuple[int, ...],
                strides: tuple[int, ...]) -> tuple[View, View]:
         if self._slabs is None:
-            self._slabs = Memory(lib.ts_pool_hold, self._open())
+            self._slabs = Memory(self._opened.look(lib.ts_pool_hold))
         device, dtype = self.cuda_device, self.geometry.dtype
         k, v = (View(ptr, shape, dtype, device, self._opened, self._slabs, strides, self.writable)
                 for ptr in at)
@@ -312,13 +319,12 @@ class Pool:
         ids, numbers, n = check.pair("new_tokens", seqs, new_tokens)
         options = add_options(step_options(heads, io_dtype, scale, run, kernel), sum(numbers[:n]),
                               tokens, wait, priority)
-        handle = c_void_p()
-        self._check(self.client._interruptible(
-            options.wait_ms,
-            lambda: int(lib.ts_step_begin(self._open(), ids, numbers, n, byref(options),
-                                          byref(handle))),
-            lambda: lib.ts_step_abort(handle)))
-        return Step(self, handle, n, heads, io_dtype, run)
+
+        def begin(handle: c_void_p) -> None:
+            self._call(lib.ts_step_begin, ids, numbers, n, byref(options), byref(handle))
+
+        return self.client._waiting(options.wait_ms,
+                                    lambda: Step(self, begin, n, heads, io_dtype, run), Step._drop)
 
     def frame(self, seqs: int, *, new_tokens: int = 1, tokens: int = 0, heads: int | None = None,
               io_dtype: str = "fp32", scale: float = 0.0, kernel: str | None = None) -> "Frame":
@@ -331,35 +337,35 @@ class Pool:
                                 check.integer("tokens", tokens, 0, check.U64),
                                 step_options(heads, io_dtype, scale, True, kernel))
         handle = c_void_p()
-        self._check(lib.ts_frame_new(self._open(), byref(options), byref(handle)))
-        return Frame(self, handle, seqs * (new_tokens or 1), new_tokens or 1, heads, io_dtype)
+        with self._opened:
+            self._call(lib.ts_frame_new, byref(options), byref(handle))
+            return Frame(self, handle, seqs * (new_tokens or 1), new_tokens or 1, heads, io_dtype)
+
+    def _abort(self, step: Opened) -> int:
+        """Ends the step, unless it has ended. The caller has the lock."""
+        self._steps.discard(step)
+        handle = step.take()
+        return int(lib.ts_step_abort(handle)) if handle is not None else 0
+
+    def close(self) -> None:
+        """Unmaps the pool and drops its open steps; sequences stay. Safe to call twice. Waits until
+        the call that another thread may be in has returned; its next one raises
+        DisconnectedError."""
+        self._opened.end(self._close)
 
     def _close(self) -> None:
-        handle = self._opened.take()
-        if handle is None:
-            return
         for step in list(self._steps):
             self._abort(step)
         for frame in list(self._frames):
             frame.close()
-        lib.ts_pool_close(handle)
-        self.client._pools.remove(self)
-
-    def _end(self, step: Opened) -> c_void_p | None:
-        self._steps.discard(step)
-        return step.take()
-
-    def _abort(self, step: Opened) -> None:
-        handle = self._end(step)
+        if self in self.client._pools:
+            self.client._pools.remove(self)
+        handle = self._opened.take()
         if handle is not None:
-            lib.ts_step_abort(handle)
-
-    def close(self) -> None:
-        """Unmaps the pool and drops its open steps; sequences stay. Safe to call twice."""
-        self._close()
+            lib.ts_pool_close(handle)
 
     def __repr__(self) -> str:
-        closed = "" if self._opened.handle is not None else ", closed"
+        closed = ", closed" if self._opened.closed else ""
         return (f"<tinyserve.Pool {self.name!r} of {self.blocks} blocks of {self.geometry.dtype} "
                 f"on {self.device}{closed}>")
 

@@ -56,6 +56,7 @@ class Geometry:
 
     @property
     def element_bytes(self) -> int:
+        """Bytes of one number of K or V as the cache holds it."""
         return DTYPES[self.dtype][0]
 
     @property

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from ctypes import POINTER, byref, c_uint32, c_uint64, c_void_p, cast
-from typing import TYPE_CHECKING, Any, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
 from . import arguments as check
 from ._lib import CRunOptions, CStepOptions, lib
 from .errors import DisconnectedError
-from .opened import Memory, Opened
+from .opened import Memory, OfOneProcess, Opened
 from .records import DTYPE_NAMES
 from .view import View
 
@@ -40,28 +40,36 @@ def add_options(options: CStepOptions, count: int, tokens: Iterable[int] | None,
     return options
 
 
-class Step:
+class Step(OfOneProcess):
     """A transaction that adds tokens to a batch of sequences; nobody sees them before commit().
     Leaving its `with` block without a commit drops them. A step that is forgotten without either is
     dropped too, with a ResourceWarning."""
 
     _opened: Opened
+    _instead = "begin another step"
 
-    def __init__(self, pool: Pool, handle: c_void_p, count: int, heads: int | None, io_dtype: str,
-                 run: bool, rows: int | None = None) -> None:
+    def __init__(self, pool: Pool, begin: Callable[[c_void_p], None], count: int,
+                 heads: int | None, io_dtype: str, run: bool, rows: int | None = None) -> None:
+        """begin: puts the step that it begins into what it is given. The caller has the lock."""
         self.pool, self.io_dtype = pool, io_dtype
         self.heads = heads or pool.geometry.kv_heads
-        self._opened = Opened(handle, "the step has ended")
         self._memory: Memory | None = None
         self._views: dict[str, View] = {}
         self._count = count
         self._runs = run
-        self.tokens: int = lib.ts_step_tokens(handle)  #: new tokens of all its sequences
-        self.rows: int = rows or self.tokens  #: of q, k, v, out, lse; of a frame: a full step's
-        pool._steps.add(self._opened)
+        handle = c_void_p()
+        opened = Opened(handle, "the step has ended", pool._opened)
+        try:
+            begin(handle)
+            self.tokens: int = lib.ts_step_tokens(handle)  #: new tokens of all its sequences
+            self.rows: int = rows or self.tokens  #: of q, k, v, out, lse; a frame: a full step's
+            pool._steps.add(opened)
+            self._opened = opened
+        except BaseException:  # also Ctrl-C, once it has begun
+            pool._abort(opened)
+            raise
 
     def _open(self) -> c_void_p:
-        self.pool._open()
         return self._opened.get()
 
     def _view(self, name: str, shape: tuple[int, ...], dtype: str | None = None,
@@ -70,16 +78,17 @@ class Step:
         view = self._views.get(name)
         if view is not None:
             return view
-        handle = self._open()
-        if not self._runs:
-            raise ValueError("the step was begun with run=False: it has no buffers")
-        ptr: int = _BUFFERS[name](handle)
-        if self._memory is None:
-            self._memory = self.pool.client._exchange_of(ptr)
-        view = View(ptr, shape, dtype or self.io_dtype, self.pool.client.exchange_device,
-                    self._opened, self._memory, None, writable)
-        self._views[name] = view
-        return view
+        with self._opened.calls.looking:
+            handle = self._open()
+            if not self._runs:
+                raise ValueError("the step was begun with run=False: it has no buffers")
+            ptr: int = _BUFFERS[name](handle)
+            if self._memory is None:
+                self._memory = self.pool.client._exchange_of(ptr)
+            view = View(ptr, shape, dtype or self.io_dtype, self.pool.client.exchange_device,
+                        self._opened, self._memory, None, writable)
+            self._views[name] = view
+            return view
 
     def _rows(self, heads: int) -> tuple[int, int, int]:
         return self.rows, heads, self.pool.geometry.head_dim
@@ -130,13 +139,13 @@ class Step:
         """Tokens that sequence i had: the position of its first new token."""
         if not 0 <= i < self._count:
             raise IndexError(f"sequence {i}; the step has {self._count}")
-        return int(lib.ts_step_start(self._open(), check.integer("i", i)))
+        return int(self._opened.look(lib.ts_step_start, check.integer("i", i)))
 
     @property
     def slots(self) -> list[int]:
         """Slots of all new tokens, in order."""
         out = (c_uint64 * self.tokens)()
-        lib.ts_step_slots(self._open(), 0, out)
+        self._opened.look(lib.ts_step_slots, 0, out)
         return list(out)
 
     def run(self, layer: int, *, stream: Any = None, scale: float = 0.0, soft_cap: float = 0.0,
@@ -171,8 +180,13 @@ class Step:
                               rope_dims=check.integer("rope_dims", rope_dims),
                               rope_interleaved=rope_interleaved, on_stream=where is not None,
                               stream=where)
-        self.pool._check(lib.ts_step_run_with(self._open(), check.integer("layer", layer),
-                                              byref(options)))
+        self._run(check.integer("layer", layer), options)
+
+    def _run(self, layer: int, options: CRunOptions) -> None:
+        with self._opened as handle:
+            status = lib.ts_step_run_with(handle, layer, byref(options))
+            if status != 0:
+                self.pool.client._check(status)
 
     def commit(self, accepted: Iterable[int] | None = None) -> None:
         """Makes the first accepted[i] new tokens part of sequence i (None: all) and drops the rest.
@@ -182,25 +196,45 @@ class Step:
             numbers, n = check.integers("accepted", c_uint32, accepted)
             if n != self._count:
                 raise ValueError(f"{n} accepted counts for a step of {self._count} sequences")
-        self.pool._check(lib.ts_step_commit(self._open(), numbers))
-        self.pool._end(self._opened)
+        with self._opened as handle:
+            self._opened.take()  # which is gone if this succeeds: nobody looks at it
+            status = -1  # Ctrl-C, and it isn't known which
+            try:
+                status = lib.ts_step_commit(handle, numbers)
+            finally:
+                if status > 0:
+                    self._opened.handle = handle
+                else:
+                    self.pool._steps.discard(self._opened)
+            self.pool.client._check(status)
 
     def abort(self) -> None:
-        """Drops the step: every sequence is as it was."""
-        handle = self._open()
-        self.pool._end(self._opened)
-        self.pool._check(lib.ts_step_abort(handle))
+        """Drops the step: every sequence is as it was. Waits until the call that another thread may
+        be in has returned."""
+        self._open()
+        self._opened.end(self._abort)
+
+    def _abort(self) -> None:
+        if self._opened.handle is None:  # another thread was quicker
+            raise DisconnectedError("the step has ended", 11, "TS_ECONN")
+        self.pool.client._check(self.pool._abort(self._opened))
+
+    def _drop(self) -> None:
+        """The same, whether it has ended or not."""
+        with self._opened.calls.lock:
+            self.pool._abort(self._opened)
 
     def __del__(self) -> None:
         opened = getattr(self, "_opened", None)  # none if it never was one
         if opened is None or opened.handle is None:
             return
-        self.pool._abort(opened)  # waits for the call that another thread may be in
+        pool = self.pool
+        opened.calls.drop(lambda: pool._abort(opened))
         warnings.warn(f"a step of {self.tokens} tokens in {self.pool.name!r} was dropped without "
                       "commit() or abort(): it is aborted", ResourceWarning, source=self)
 
     def __repr__(self) -> str:
-        ended = "" if self._opened.handle is not None else ", ended"
+        ended = ", ended" if self._opened.closed else ""
         return (f"<tinyserve.Step of {self.tokens} tokens in {self.pool.name!r}, io_dtype "
                 f"{self.io_dtype}{ended}>")
 
@@ -216,18 +250,20 @@ class Step:
             pass  # the step went with the session
 
 
-class Frame:
+class Frame(OfOneProcess):
     """Where steps lie, one after the other: Pool.frame().
 
     A CUDA graph of one step's run(..., stream=...) runs the same layers of whichever step is open
     when it is replayed, and changes nothing while none is. Wait for a replay before the step
     ends."""
 
+    _instead = "make another one by Pool.frame()"
+
     def __init__(self, pool: Pool, handle: c_void_p, rows: int, new_tokens: int,
                  heads: int | None, io_dtype: str) -> None:
         self.pool, self.rows, self.heads, self.io_dtype = pool, rows, heads, io_dtype
         self.new_tokens = new_tokens  #: of each sequence in a step
-        self._handle: c_void_p | None = handle
+        self._opened = Opened(handle, "the frame was closed", pool._opened)
         self._step: Opened | None = None  # the last one
         pool._frames.append(self)
 
@@ -237,31 +273,38 @@ class Frame:
         priority are as in Pool.step(). q, k, v and out lie where those of the steps before it lay,
         and have a full step's rows, of which the first `step.tokens` count. Raises BusyError while
         another one is open, NoSpaceError."""
-        self.pool._open()
-        if self._handle is None:
-            raise DisconnectedError("the frame was closed", 11, "TS_ECONN")
+        self._opened.get()
         ids, n = check.integers("seqs", c_uint64, seqs)
         options = add_options(CStepOptions(), n * self.new_tokens, tokens, wait, priority)
-        handle = c_void_p()
-        self.pool._check(self.pool.client._interruptible(
-            options.wait_ms,
-            lambda: int(lib.ts_frame_begin(self._handle, ids, n, byref(options), byref(handle))),
-            lambda: lib.ts_step_abort(handle)))
-        step = Step(self.pool, handle, n, self.heads, self.io_dtype, True, self.rows)
-        self._step = step._opened
-        return step
+
+        def begin(handle: c_void_p) -> None:
+            with self._opened as frame:
+                self.pool.client._check(lib.ts_frame_begin(frame, ids, n, byref(options),
+                                                           byref(handle)))
+
+        def made() -> Step:
+            step = Step(self.pool, begin, n, self.heads, self.io_dtype, True, self.rows)
+            self._step = step._opened
+            return step
+
+        return self.pool.client._waiting(options.wait_ms, made, Step._drop)
 
     def close(self) -> None:
-        """Drops its open step, if there is one, and gives its memory back. Safe to call twice."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            if self._step is not None:
-                self.pool._abort(self._step)
+        """Drops its open step, if there is one, and gives its memory back. Safe to call twice.
+        Waits until the call that another thread may be in has returned."""
+        self._opened.end(self._close)
+
+    def _close(self) -> None:
+        if self._step is not None:
+            self.pool._abort(self._step)
+        if self in self.pool._frames:
             self.pool._frames.remove(self)
+        handle = self._opened.take()
+        if handle is not None:
             lib.ts_frame_free(handle)
 
     def __repr__(self) -> str:
-        closed = "" if self._handle is not None else ", closed"
+        closed = ", closed" if self._opened.closed else ""
         return (f"<tinyserve.Frame of {self.rows} rows in {self.pool.name!r}, io_dtype "
                 f"{self.io_dtype}{closed}>")
 

@@ -7,7 +7,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .opened import Memory, Opened
+from .opened import Memory, OfOneProcess, Opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,9 @@ _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
 _DLManagedTensor._fields_ = [("dl_tensor", _DLTensor), ("manager_ctx", ctypes.c_void_p),
                              ("deleter", _Deleter)]
 
-_exported: dict[int, Any] = {}  # what tensors made of views hold on to, by address
+# What tensors made of views hold on to, by address, and the capsules that may yet be taken.
+_exported: dict[int, Any] = {}
+_capsules: dict[int, Any] = {}
 
 
 def _forget(managed: Any, exported: dict[int, Any] = _exported,
@@ -54,31 +56,38 @@ def _forget(managed: Any, exported: dict[int, Any] = _exported,
 _delete = _Deleter(_forget)
 
 
+# A tensor may be freed after this module is, as the interpreter ends: its function has all that it
+# needs as defaults, and is never freed.
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_delete))
+
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.restype = ctypes.c_int
-_capsule_is.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_capsule_get = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_get.restype = ctypes.c_void_p
-_capsule_get.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_Destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+_capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
-def _forget_untaken(capsule: Any, exported: dict[int, Any] = _exported, is_: Any = _capsule_is,
-                    get: Any = _capsule_get) -> None:
-    """A capsule that nobody took lets go what it holds; one that was taken has another name."""
-    if is_(capsule, b"dltensor"):
-        exported.pop(get(capsule, b"dltensor"), None)
+def _references(capsules: dict[int, Any], address: int) -> int:
+    return sys.getrefcount(capsules[address])
 
 
-_drop_capsule = _Destructor(_forget_untaken)
+_UNREFERENCED = _references({0: object()}, 0)  # beside that dictionary, which differs by version
 
-# Tensors and capsules may be freed after this module is, as the interpreter ends: their functions
-# have all that they need as defaults, and are never freed.
-for _function in _delete, _drop_capsule:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_function))
+
+def forget_untaken() -> None:
+    """Lets go what capsules hold that nobody took and nobody has any more; one that was taken has
+    another name. They have no destructor, which would run Python while the exception is set for
+    which a consumer gave its capsule up, and lose it."""
+    for address in list(_capsules):
+        try:
+            taken = not _capsule_is(_capsules[address], b"dltensor")
+            if taken or _references(_capsules, address) <= _UNREFERENCED:
+                del _capsules[address]
+                if not taken:
+                    _exported.pop(address, None)
+        except KeyError:
+            pass  # another thread has let it go
 
 
 _converter: Any = None  # convert.py, which needs NumPy: loaded when an array is first needed
@@ -98,7 +107,7 @@ def _convert() -> Any:
     return _converter
 
 
-class _Interface:
+class _Interface(OfOneProcess):
     """What NumPy makes an array of, and keeps as the array's base: it holds the memory."""
 
     __slots__ = ("__array_interface__", "memory")
@@ -108,7 +117,7 @@ class _Interface:
         self.memory = memory
 
 
-class View:
+class View(OfOneProcess):
     """An array of shared memory: nothing is copied.
 
     shape     elements in each dimension
@@ -133,6 +142,8 @@ class View:
     __slots__ = ("ptr", "shape", "dtype", "device", "writable", "_strides", "_opened", "_memory",
                  "_bits", "_numpy", "_torch")
 
+    _instead = "copy its numbers, by float32() or numpy().copy() or torch().clone()"
+
     def __init__(self, ptr: int, shape: tuple[int, ...], dtype: str, device: int | None,
                  opened: Opened, memory: Memory, strides: tuple[int, ...] | None = None,
                  writable: bool = True) -> None:
@@ -146,6 +157,7 @@ class View:
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """Bytes from one element to the next in each dimension."""
         if self._strides is None:
             size, n = DTYPES[self.dtype][0], len(self.shape)
             self._strides = tuple(math.prod(self.shape[i + 1:]) * size for i in range(n))
@@ -153,7 +165,7 @@ class View:
 
     def __repr__(self) -> str:
         where = "host" if self.device is None else f"cuda:{self.device}"
-        ended = "" if self._opened.handle is not None else ", ended"
+        ended = ", ended" if self._opened.closed else ""
         return (f"<tinyserve.View {self.dtype} {list(self.shape)} on {where} at {self.ptr:#x}"
                 f"{ended}>")
 
@@ -178,7 +190,7 @@ class View:
             raise AttributeError("host memory has no __cuda_array_interface__: use numpy()")
         if typestr is None:
             raise AttributeError(f"__cuda_array_interface__ has no {self.dtype}: use torch()")
-        self._opened.get()
+        self._opened.check()
         return self._interface(typestr)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -186,7 +198,8 @@ class View:
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
         """A DLPack capsule. Nothing is synchronised: order the streams yourself."""
-        self._opened.get()
+        self._opened.check()
+        forget_untaken()
         size, code, _name = DTYPES[self.dtype]
         n = len(self.shape)
         shape = (ctypes.c_int64 * n)(*self.shape)
@@ -199,11 +212,12 @@ class View:
         managed.deleter = _delete
         address = ctypes.addressof(managed)
         _exported[address] = (managed, shape, strides, self._memory)
-        return _new_capsule(address, b"dltensor", ctypes.cast(_drop_capsule, ctypes.c_void_p))
+        capsule = _capsules[address] = _new_capsule(address, b"dltensor", None)
+        return capsule
 
     def bits(self) -> NDArray[Any]:
         """The same memory as a NumPy array of unsigned integers of the elements' size (host)."""
-        self._opened.get()
+        self._opened.check()
         if self._bits is None:
             self._bits = self._array(f"<u{DTYPES[self.dtype][0]}")
         return self._bits[...]  # a new array object each time: its shape may be set
@@ -211,7 +225,7 @@ class View:
     def numpy(self) -> NDArray[Any]:
         """The same memory as a NumPy array (host): of float32, float16, or for bf16 and fp8 of
         ml_dtypes' types. TypeError: that isn't installed."""
-        self._opened.get()
+        self._opened.check()
         if self._numpy is None:
             typestr = DTYPES[self.dtype][2]
             self._numpy = self._array(typestr) if typestr is not None else \
@@ -225,7 +239,7 @@ class View:
 
     def torch(self) -> torch.Tensor:
         """The same memory as a torch tensor. Writing to a read-only view through it is a fault."""
-        self._opened.get()
+        self._opened.check()
         if self._torch is None:
             import torch
             if self.dtype == "fp8_e4m3":  # newer than many a DLPack
@@ -250,7 +264,7 @@ class View:
         return self.numpy()[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._opened.get()
+        self._opened.check()
         if not self.writable:
             raise ValueError("the view is read-only")
         if isinstance(value, View):

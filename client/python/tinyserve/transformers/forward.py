@@ -3,12 +3,11 @@ after its last."""
 
 from __future__ import annotations
 
-from ctypes import byref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._lib import CRunOptions, lib
+from .._lib import CRunOptions
 from ..engines.geometry import Unsupported
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ class Forward:
         self._stream = torch.cuda.current_stream(cache.kv.device).cuda_stream \
             if cache.kv.on_gpu else None
         if step is not None:
-            self._handle = step._open()
             self._q, self._k, self._v, self._out = (
                 cache.session.tensor(name, getattr(step, name)) for name in ("q", "k", "v", "out"))
             if index is None:
@@ -97,9 +95,7 @@ class Forward:
         if sinks is not None:
             self.step.sinks.torch().copy_(sinks.detach().reshape(-1))
         options = _run_options(scaling, softcap, window, sinks is not None, self._stream)
-        status = lib.ts_step_run_with(self._handle, layer, byref(options))
-        if status != 0:
-            self.step.pool._check(status)
+        self.step._run(layer, options)
         return self._result()
 
     def _result(self) -> torch.Tensor:

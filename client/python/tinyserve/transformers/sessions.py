@@ -23,7 +23,7 @@ class Session:
 
     @property
     def usable(self) -> bool:
-        return self.client._handle is not None
+        return not self.client._opened.closed
 
     def drop(self, seqs: Iterable[int]) -> None:
         """Frees sequences; at once, unless another thread is using the session."""
