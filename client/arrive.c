@@ -41,27 +41,64 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
 }
 
-static int dial(ts_client *c)
-{
+/* What ends an attempt to connect: NNG waits for ten seconds, whatever the caller's time, where the
+ * kernel has taken the connection and the daemon doesn't. */
+typedef struct time_limit {
     nng_dialer dialer;
+    nng_aio *aio;
+    atomic_bool is_over;
+} time_limit;
+
+static void time_is_over(void *arg) /* on one of NNG's threads */
+{
+    time_limit *limit = arg;
+    if (nng_aio_result(limit->aio) != 0)
+        return; /* the attempt has ended before */
+    atomic_store(&limit->is_over, true);
+    nng_dialer_close(limit->dialer);
+}
+
+/* One attempt, of so many milliseconds at most: NNG_ETIMEDOUT. */
+static int dial_once(ts_client *c, nng_duration ms)
+{
+    time_limit limit = {.is_over = false};
     char url[sizeof c->path + 8];
     snprintf(url, sizeof url, "ipc://%s", c->path);
-    int error = nng_dialer_create(&dialer, c->socket, url);
+    int error = nng_aio_alloc(&limit.aio, time_is_over, &limit);
     if (error != 0)
         return error;
-    /* A session lives and dies with its connection: none is made again behind our back. */
-    nng_dialer_set_ms(dialer, NNG_OPT_RECONNMINT, 3600 * 1000);
-    nng_dialer_set_ms(dialer, NNG_OPT_RECONNMAXT, 3600 * 1000);
-    do
-        error = nng_dialer_start(dialer, 0);
-    while (error == NNG_EINTR);
+    error = nng_dialer_create(&limit.dialer, c->socket, url);
+    if (error == 0) {
+        /* A session lives and dies with its connection: none is made again behind our back. */
+        nng_dialer_set_ms(limit.dialer, NNG_OPT_RECONNMINT, 3600 * 1000);
+        nng_dialer_set_ms(limit.dialer, NNG_OPT_RECONNMAXT, 3600 * 1000);
+        nng_sleep_aio(ms, limit.aio);
+        do
+            error = nng_dialer_start(limit.dialer, 0);
+        while (error == NNG_EINTR);
+    }
+    nng_aio_free(limit.aio); /* and it has ended, if it was on */
+    if (atomic_load(&limit.is_over))
+        return NNG_ETIMEDOUT;
     if (error != 0)
-        nng_dialer_close(dialer);
+        nng_dialer_close(limit.dialer);
+    return error;
+}
+
+static int dial(ts_client *c, uint64_t until_ms)
+{
+    int error;
+    uint64_t now_ms = ts_now_ms();
+    do {
+        const uint64_t left_ms = now_ms < until_ms ? until_ms - now_ms : 1;
+        error = dial_once(c, left_ms < INT32_MAX ? (nng_duration)left_ms : INT32_MAX);
+        now_ms = ts_now_ms();
+    } while (error == NNG_ETIMEDOUT && now_ms < until_ms); /* NNG's own time was over */
     return error;
 }
 
 /* Why the daemon can't be reached. c->absent: because there is none (any more). */
-static ts_status cannot_reach(ts_client *c, int error)
+static ts_status cannot_reach(ts_client *c, int error, uint64_t since_ms)
 {
     struct stat about;
     bool there = stat(c->path, &about) == 0;
@@ -73,6 +110,11 @@ static ts_status cannot_reach(ts_client *c, int error)
         return ts_fail(c, TS_EINVAL, "%s is not a socket", c->path);
     if (error == NNG_ENOFILES || error == NNG_ENOMEM)
         return ts_fail(c, TS_ENOMEM, "no descriptor or memory for a connection to %s", c->path);
+    if (error == NNG_ETIMEDOUT)
+        return ts_fail(c, TS_ETIMEOUT,
+                       "no answer from %s within %llu ms: tinyserved is there, and takes no "
+                       "connection",
+                       c->path, (unsigned long long)(ts_now_ms() - since_ms));
     c->absent = error == NNG_ECONNREFUSED || error == NNG_ENOENT || error == NNG_ECONNSHUT ||
                 error == NNG_ECONNRESET || error == NNG_ECLOSED;
     if (error == NNG_ECONNREFUSED || error == NNG_ENOENT)
@@ -194,18 +236,19 @@ void ts_hang_up(ts_client *c)
 }
 
 /* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
-ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes)
+ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes, uint64_t until_ms)
 {
+    const uint64_t since_ms = ts_now_ms();
     c->absent = c->met = false;
     c->session = 0;
     c->next_id = 1;
     ts_status status = open_socket(c);
     if (status != TS_OK)
         return status;
-    int error = dial(c);
+    int error = dial(c, until_ms);
+    c->met = error == 0 || error == NNG_ETIMEDOUT;
     if (error != 0)
-        return cannot_reach(c, error);
-    c->met = true;
+        return cannot_reach(c, error, since_ms);
     status = open_session(c, program);
     c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
     if (status == TS_OK && exchange_bytes > 0) {
@@ -229,17 +272,18 @@ static const char *what_is_gone(const ts_client *c, const shared_memory *has)
 }
 
 /* One attempt. *lost: the daemon has answered, and the session can't go on with it. */
-static ts_status resume(ts_client *c, bool *lost)
+static ts_status resume(ts_client *c, uint64_t until_ms, bool *lost)
 {
     shared_memory has = {0};
+    const uint64_t since_ms = ts_now_ms();
     *lost = false;
     c->absent = false;
     ts_status status = open_socket(c);
     if (status != TS_OK)
         return status;
-    int error = dial(c);
+    int error = dial(c, until_ms);
     if (error != 0)
-        return cannot_reach(c, error);
+        return cannot_reach(c, error, since_ms);
     status = resume_session(c, &has);
     if (status == TS_ENOENT || status == TS_EPROTO) {
         char why[sizeof c->error];
@@ -276,7 +320,7 @@ ts_status ts_arrive_again(ts_client *c, uint64_t until_ms)
                              "and what the session has on the GPU can't be used any more");
             break;
         }
-        status = resume(c, &lost);
+        status = resume(c, until_ms, &lost);
         if (status == TS_OK &&
             (ts_rings_reopen(c) == TS_ECONN || ts_slab_returns_reopen(c) != TS_OK))
             status = TS_ECONN; /* it has gone, too */

@@ -10,8 +10,10 @@
 #include "client.h"
 
 /* Connects to the daemon at client->path, opens the session and, if one is wanted, the exchange.
- * client->met says whether there was a daemon, client->absent whether to try again is worth it. */
-ts_status ts_arrive(ts_client *client, const char *program, size_t exchange_bytes);
+ * client->met says whether there was a daemon, client->absent whether to try again is worth it.
+ * TS_ETIMEOUT: it has not taken the connection until then. */
+ts_status ts_arrive(ts_client *client, const char *program, size_t exchange_bytes,
+                    uint64_t until_ms);
 
 /* client->reconnect: see client.h. */
 ts_status ts_arrive_again(ts_client *client, uint64_t until_ms);

@@ -93,12 +93,13 @@ static bool find_own(ts_client *c, char *why, size_t why_bytes)
 }
 
 /* Arrives at the user's own daemon; if there is none, at the system's. */
-static ts_status arrive_by_default(ts_client *c, const char *program, size_t exchange_bytes)
+static ts_status arrive_by_default(ts_client *c, const char *program, size_t exchange_bytes,
+                                   uint64_t until_ms)
 {
     char why[192];
     c->absent = false;
     if (find_own(c, why, sizeof why)) {
-        ts_status status = ts_arrive(c, program, exchange_bytes);
+        ts_status status = ts_arrive(c, program, exchange_bytes, until_ms);
         if (status == TS_OK || c->met || !c->absent)
             return status;
         ts_hang_up(c);
@@ -106,7 +107,7 @@ static ts_status arrive_by_default(ts_client *c, const char *program, size_t exc
     }
     bool own_absent = c->absent;
     snprintf(c->path, sizeof c->path, "%s", TS_SYSTEM_SOCKET);
-    ts_status status = ts_arrive(c, program, exchange_bytes);
+    ts_status status = ts_arrive(c, program, exchange_bytes, until_ms);
     if (status == TS_OK || c->met)
         return status;
     char first[sizeof c->error];
@@ -201,15 +202,19 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
                        "child alone, or exec",
                        (int)c->pid, (int)user);
     const char *program = o.program != NULL ? o.program : program_invocation_short_name;
-    uint64_t until = ts_now_ms() + o.wait_ms;
-    ts_status (*const go)(ts_client *, const char *, size_t) =
+    const uint64_t until = ts_now_ms() + o.wait_ms;
+    ts_status (*const go)(ts_client *, const char *, size_t, uint64_t) =
         named ? ts_arrive : arrive_by_default;
-    while ((status = go(c, program, o.exchange_bytes)) != TS_OK && c->absent &&
-           ts_now_ms() < until) {
+    for (;;) {
+        /* A daemon that is there has a call's time, or what is left of the wait, if that is more:
+         * it may be the next one's socket that has taken the connection. */
+        const uint64_t call_ends = ts_now_ms() + c->timeout_ms;
+        status = go(c, program, o.exchange_bytes, call_ends > until ? call_ends : until);
+        if (status == TS_OK || !c->absent || ts_now_ms() >= until)
+            return status;
         ts_hang_up(c);
         (void)poll(NULL, 0, POLL_MS);
     }
-    return status;
 }
 
 void ts_disconnect(ts_client *c)

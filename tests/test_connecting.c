@@ -187,6 +187,76 @@ static void an_address_that_can_be_no_daemons_is_named(void **state)
     alarm(0);
 }
 
+/* Stops all of the daemon's threads; returns when they stand still. */
+static void stop(const daemon_process *d)
+{
+    int status;
+    assert_int_equal(kill(d->pid, SIGSTOP), 0);
+    assert_int_equal(waitpid(d->pid, &status, WUNTRACED), d->pid);
+    assert_true(WIFSTOPPED(status));
+}
+
+static void times_out(const char *url, uint32_t timeout_ms, uint32_t wait_ms)
+{
+    ts_client *c;
+    const ts_options options = {
+        .size = sizeof options, .url = url, .timeout_ms = timeout_ms, .wait_ms = wait_ms};
+    char sentence[160];
+    assert_int_equal(ts_connect(&options, &c), TS_ETIMEOUT);
+    snprintf(sentence, sizeof sentence, "no answer from %s within ", url);
+    assert_memory_equal(ts_error(c), sentence, strlen(sentence));
+    ts_disconnect(c);
+}
+
+static void a_daemon_that_takes_no_connection_has_the_callers_time(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *c;
+    standstill_after(WATCHDOG_SECONDS);
+    daemon_start(&d, POOL);
+    stop(&d);
+    times_out(d.url, 20, 0);
+    times_out(d.url, 10, 40);
+    times_out(d.url, 40, 10);
+    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    const ts_options options = {.size = sizeof options, .url = d.url};
+    OK(ts_connect(&options, &c));
+    ts_disconnect(c);
+    daemon_stop(&d);
+    alarm(0);
+}
+
+/* Worker: connects to a daemon that goes on meanwhile. */
+static void outlasts_a_stop(const char *url, const char *argument)
+{
+    const int tell = atoi(argument);
+    const ts_options options = {.size = sizeof options, .url = url, .wait_ms = 120000};
+    ts_client *c;
+    assert_int_equal(write(tell, "c", 1), 1);
+    OK(ts_connect(&options, &c));
+    ts_disconnect(c);
+}
+
+static void a_daemon_that_goes_on_in_time_is_connected_to(void **state)
+{
+    (void)state;
+    daemon_process d;
+    int told[2];
+    char number[16], byte;
+    daemon_start(&d, POOL);
+    assert_int_equal(pipe(told), 0);
+    snprintf(number, sizeof number, "%d", told[1]);
+    stop(&d);
+    pid_t worker = spawn("outlasts_a_stop", d.url, number);
+    assert_int_equal(read(told[0], &byte, 1), 1);
+    assert_int_equal(kill(d.pid, SIGCONT), 0);
+    join_child(worker);
+    close(told[0]);
+    close(told[1]);
+    daemon_stop(&d);
+}
+
 /* Members of ts_options that are one of a few words. A later header's errors have more numbers. */
 static void words_that_do_not_exist_are_refused(void **state)
 {
@@ -226,6 +296,7 @@ int main(int argc, char **argv)
         {"connects", connects},
         {"waits", waits},
         {"has_no_descriptor", has_no_descriptor},
+        {"outlasts_a_stop", outlasts_a_stop},
     };
     if (argc == 4)
         return run_role(argv, roles, sizeof roles / sizeof *roles);
@@ -234,6 +305,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(whoever_waits_outwaits_a_drain),
         cmocka_unit_test(a_client_without_descriptors_is_told_so),
         cmocka_unit_test(an_address_that_can_be_no_daemons_is_named),
+        cmocka_unit_test(a_daemon_that_takes_no_connection_has_the_callers_time),
+        cmocka_unit_test(a_daemon_that_goes_on_in_time_is_connected_to),
         cmocka_unit_test(words_that_do_not_exist_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -57,6 +57,9 @@ static ts_status connect_handles(ts_client *c)
         return TS_OK;
     }
     close(fd);
+    if (error == EAGAIN)
+        return ts_fail(c, TS_ETIMEOUT, "%s takes no connection within %u ms", address.sun_path,
+                       c->timeout_ms);
     return ts_fail(c, TS_ECONN, "cannot reach %s: %s", address.sun_path, strerror(error));
 }
 
