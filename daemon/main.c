@@ -14,6 +14,7 @@
 #include "server.h"
 #include "socket_path.h"
 #include "socket_place.h"
+#include "standard_output.h"
 #include "store_wire.h"
 #include "supervisor.h"
 #include "takeover.h"
@@ -533,6 +534,7 @@ int main(int argc, char **argv)
     /* What ps and pkill call it: as a supervisor's child it would be "exe". */
     (void)prctl(PR_SET_NAME, program_invocation_short_name);
     argp_err_exit_status = EXIT_USAGE;
+    ts_output_close_at_exit();
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     ts_config *c = malloc(sizeof *c);
     if (c == NULL)

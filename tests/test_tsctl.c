@@ -429,6 +429,60 @@ static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
     daemon_stop(&d);
 }
 
+static void options_that_a_command_makes_no_use_of_are_refused(void **state)
+{
+    (void)state;
+    char text[4096];
+    /* Nothing is asked: there is no daemon. */
+    static const char *const changing[] = {"session kick 1",
+                                           "seq free 1",
+                                           "pool create p layers=1",
+                                           "pool delete p",
+                                           "drain",
+                                           "pool resize p 1M",
+                                           "restart",
+                                           "cache drop",
+                                           "doctor",
+                                           "plan"};
+    for (size_t i = 0; i < sizeof changing / sizeof *changing; i++) {
+        assert_int_equal(run(text, sizeof text, TS_CTL " -y -w -s /nowhere/s %s", changing[i]), 2);
+        assert_string_equal(text, "tsctl: --watch is for status, pools, sessions, seqs, frag, map, "
+                                  "cache, check and top\n");
+    }
+    assert_int_equal(run(text, sizeof text, TS_CTL " -y -P a -s /nowhere/s pool delete b"), 2);
+    assert_has(text, "tsctl: --pool is for pools, seqs,");
+    assert_int_equal(run(text, sizeof text, TS_CTL " -c 8 -s /nowhere/s frag"), 2);
+    assert_string_equal(text, "tsctl: --cells is for map\n");
+    assert_int_equal(run(text, sizeof text, TS_CTL " -s tcp://x status"), 2);
+    assert_has(text, "tsctl: the address tcp://x: the daemon is reached by ipc:///PATH alone");
+}
+
+static void what_nobody_could_read_is_an_error(void **state)
+{
+    (void)state;
+    char text[4096];
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    static const char *const commands[] = {"status", "status --json", "sessions", "doctor",
+                                           "map",    "--help",        "--version"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        assert_int_equal(
+            run(text, sizeof text, "{ " TS_CTL " -s %s %s >/dev/full; }", d.url, commands[i]), 1);
+        assert_has(text, "tsctl: standard output can't be written: No space left on device");
+    }
+    assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s -w status >/dev/full; }", d.url),
+                     1);
+    assert_string_equal(text, "tsctl: standard output can't be written: part of it is lost\n");
+    assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s status >&-; }", d.url), 1);
+    assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s --yes drain >&-; }", d.url), 0);
+    assert_int_equal(run(text, sizeof text,
+                         "{ " TS_DAEMON " --check-config --pool " POOL_TINY
+                         ",blocks=4 >/dev/full; }"),
+                     1);
+    assert_has(text, "tinyserved: standard output can't be written: No space left on device");
+    daemon_stop(&d);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -438,6 +492,8 @@ int main(void)
         cmocka_unit_test(operators_end_sessions_free_sequences_and_drain),
         cmocka_unit_test(a_kick_first_ends_the_processes_work_on_the_gpu_where_mps_runs),
         cmocka_unit_test(errors_say_what_to_do_and_have_their_own_exit_status),
+        cmocka_unit_test(options_that_a_command_makes_no_use_of_are_refused),
+        cmocka_unit_test(what_nobody_could_read_is_an_error),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -44,6 +44,17 @@ def test_no_daemon_is_told_once_and_has_its_own_status(tmp_path):
     assert "tinyserved --pool" in faults[0]["advice"]
 
 
+def test_a_daemon_that_is_stopped_is_found(start_daemon):
+    daemon = start_daemon(POOL)
+    daemon.pause()
+    result = doctor(daemon.url, "--json")
+    daemon.resume()
+    assert result.returncode == 3
+    fault, = (f for f in json.loads(result.stdout) if f["level"] == "fault")
+    assert fault["text"].startswith(f"no answer from {daemon.url} within ")
+    assert "kill -CONT" in fault["advice"]
+
+
 def test_a_full_pool_and_a_drained_daemon_are_found(start_daemon):
     daemon = start_daemon(POOL)
     with tinyserve.connect(daemon.url) as client, client.pool("p", writable=True) as kv:

@@ -54,7 +54,7 @@ def test_no_address_is_not_the_default_daemons(command, by_environment):
     result = subprocess.run(
         [os.environ["TS_TEST_TSCTL"], *([] if by_environment else ["--socket="]), *command],
         env={**os.environ, "TINYSERVE_URL": ""}, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == (f"tsctl: {named} is empty: ipc:///PATH or /PATH is needed, or none at "
                              "all for the user's own daemon or the system's\n")
 

@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #include "model.h"
+#include "standard_output.h"
 #include "tinyserve_version.h"
 #include "wait_option.h"
 
@@ -405,6 +406,7 @@ int main(int argc, char **argv)
 {
     options o = {.pool = "tiny", .folder = "tools/model", .tokens = 192};
     argp_err_exit_status = 2;
+    ts_output_close_at_exit();
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     char why[512];
     job j = {0};

@@ -1,4 +1,6 @@
 /* tsbench: measures the service's parts beside the machine's own limits. */
+#define _GNU_SOURCE
+#include "standard_output.h"
 #include "tinyserve_version.h"
 #include "tsbench.h"
 
@@ -207,6 +209,7 @@ int main(int argc, char **argv)
     char path[1024];
     arguments a = {.options = {.gib = 1.0, .runs = 1}};
     argp_err_exit_status = 2;
+    ts_output_close_at_exit();
     argp_parse(&argp, argc, argv, 0, NULL, &a);
     const struct benchmark *benchmark = find_benchmark(a.what);
     if (benchmark == NULL)

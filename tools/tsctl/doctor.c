@@ -158,6 +158,8 @@ void doctor_socket(findings *f, const char *url)
 
 /* ---- the daemon ---- */
 
+#define PATIENCE_MS 5000u /* with a daemon that may be stopped: that is a finding */
+
 static void versions(findings *f, const Tspb__StatusReply *r)
 {
     const bool same = strcmp(r->version, TS_VERSION) == 0;
@@ -270,19 +272,26 @@ static bool ask_daemon(findings *f, const options *o, doctor_facts *facts, bool 
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply;
     char why[1024];
-    const ts_options connection = {
-        .size = sizeof(ts_options), .url = o->url, .program = "tsctl", .wait_ms = o->wait_ms};
+    const ts_options connection = {.size = sizeof(ts_options),
+                                   .url = o->url,
+                                   .program = "tsctl",
+                                   .timeout_ms = PATIENCE_MS,
+                                   .wait_ms = o->wait_ms};
     ts_status status = ts_connect(&connection, &c);
     request.body_case = TSPB__REQUEST__BODY_STATUS;
     request.status = &body;
     if (status == TS_OK)
         status = tsctl_ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
-    *reached = status != TS_ECONN;
+    *reached = status != TS_ECONN && status != TS_ETIMEOUT;
     const bool told = f->count > 0 && f->all[f->count - 1].level == FINDING_FAULT;
     if (status != TS_OK && !(told && (status == TS_ECONN || status == TS_EPERM))) {
         doctor_found(f, FINDING_FAULT, status == TS_EPROTO ? "versions" : "daemon", "%.340s",
                      ts_text_escape(ts_error(c), why, sizeof why));
-        if (status == TS_EPROTO)
+        if (status == TS_ETIMEOUT)
+            doctor_advise(f, "the daemon's process is stopped or doesn't get to run: look at its "
+                             "STAT in `ps -C tinyserved u` (T: kill -CONT PID) and at `systemctl "
+                             "status tinyserved`");
+        else if (status == TS_EPROTO)
             doctor_advise(f, "install daemon, library and tools of one version; restart both "
                              "sides after an upgrade");
     } else if (status == TS_OK) {

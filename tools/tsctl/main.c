@@ -6,6 +6,7 @@
 #include "error.h"
 #include "namespace_text.h"
 #include "plain_text.h"
+#include "standard_output.h"
 #include "tinyserve_version.h"
 #include "unconst.h"
 #include "wait_option.h"
@@ -69,6 +70,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (*end != '\0' || n < 1 || n > 8192)
             argp_error(state, "--cells %s: 1 to 8192 are possible", arg);
         o->cells = (uint32_t)n;
+        o->has_cells = true;
         return 0;
     }
     case OPT_COLOR:
@@ -351,7 +353,8 @@ typedef struct command {
     const char *rest;     /* what follows them, for messages */
     uint32_t least, most; /* words in all */
     command_fn run;
-    bool takes_pool;                /* as the last word, if there are `most` */
+    bool takes_pool;                /* by --pool, or as the last word, if there are `most` */
+    bool shows;                     /* and changes nothing: --watch may repeat it */
     int (*alone)(const options *o); /* in place of `run`: it connects by itself, or not at all */
 } command;
 
@@ -361,25 +364,25 @@ static int do_plan(const options *o)
 }
 
 static const command commands[] = {
-    {{"status"}, "", 1, 1, do_status, false, NULL},
-    {{"pools"}, "[POOL]", 1, 2, do_status, true, NULL},
-    {{"sessions"}, "", 1, 1, do_sessions, false, NULL},
-    {{"seqs"}, "[POOL]", 1, 2, do_seqs, true, NULL},
-    {{"frag"}, "[POOL]", 1, 2, do_frag, true, NULL},
-    {{"map"}, "[POOL]", 1, 2, do_map, true, NULL},
-    {{"cache", "drop"}, "[POOL]", 2, 3, do_cache_drop, true, NULL},
-    {{"cache"}, "[POOL]", 1, 2, do_cache, true, NULL},
-    {{"check"}, "", 1, 1, do_check, false, NULL},
-    {{"top"}, "[POOL]", 1, 2, do_top, true, NULL},
-    {{"session", "kick"}, "ID", 3, 3, do_kick, false, NULL},
-    {{"seq", "free"}, "ID [POOL]", 3, 4, do_free, true, NULL},
-    {{"pool", "create"}, "NAME KEY=VALUE ...", 4, WORDS_MAX, do_pool_create, false, NULL},
-    {{"pool", "delete"}, "NAME", 3, 3, do_pool_delete, false, NULL},
-    {{"pool", "resize"}, "NAME SIZE", 4, 4, do_pool_resize, false, NULL},
-    {{"drain"}, "[off]", 1, 2, do_drain, false, NULL},
-    {{"restart"}, "", 1, 1, do_restart, false, NULL},
-    {{"doctor"}, "", 1, 1, NULL, false, doctor_run},
-    {{"plan"}, "--model=FILE --memory=SIZE --tokens=N", 1, 1, NULL, false, do_plan}};
+    {{"status"}, "", 1, 1, do_status, false, true, NULL},
+    {{"pools"}, "[POOL]", 1, 2, do_status, true, true, NULL},
+    {{"sessions"}, "", 1, 1, do_sessions, false, true, NULL},
+    {{"seqs"}, "[POOL]", 1, 2, do_seqs, true, true, NULL},
+    {{"frag"}, "[POOL]", 1, 2, do_frag, true, true, NULL},
+    {{"map"}, "[POOL]", 1, 2, do_map, true, true, NULL},
+    {{"cache", "drop"}, "[POOL]", 2, 3, do_cache_drop, true, false, NULL},
+    {{"cache"}, "[POOL]", 1, 2, do_cache, true, true, NULL},
+    {{"check"}, "", 1, 1, do_check, false, true, NULL},
+    {{"top"}, "[POOL]", 1, 2, do_top, true, true, NULL},
+    {{"session", "kick"}, "ID", 3, 3, do_kick, false, false, NULL},
+    {{"seq", "free"}, "ID [POOL]", 3, 4, do_free, true, false, NULL},
+    {{"pool", "create"}, "NAME KEY=VALUE ...", 4, WORDS_MAX, do_pool_create, false, false, NULL},
+    {{"pool", "delete"}, "NAME", 3, 3, do_pool_delete, false, false, NULL},
+    {{"pool", "resize"}, "NAME SIZE", 4, 4, do_pool_resize, false, false, NULL},
+    {{"drain"}, "[off]", 1, 2, do_drain, false, false, NULL},
+    {{"restart"}, "", 1, 1, do_restart, false, false, NULL},
+    {{"doctor"}, "", 1, 1, NULL, false, false, doctor_run},
+    {{"plan"}, "--model=FILE --memory=SIZE --tokens=N", 1, 1, NULL, false, false, do_plan}};
 
 #define NUM_COMMANDS (sizeof commands / sizeof *commands)
 
@@ -452,13 +455,18 @@ static int run_connected(const command *command, const options *o)
     ts_options connection = {
         .size = sizeof(ts_options), .url = o->url, .program = "tsctl", .wait_ms = o->wait_ms};
     ts_status status = ts_connect(&connection, &client);
+    if (status == TS_EINVAL) /* what --socket or TINYSERVE_URL names can be no daemon's */
+        code = EXIT_USAGE;
+    else if (status == TS_ETIMEOUT)
+        code = EXIT_UNREACHABLE;
     while (status == TS_OK) {
         if (o->watch && !o->json && isatty(1) && command->run != do_top)
             fputs("\033[H\033[2J", stdout);
         code = command->run(client, o, &status);
-        fflush(stdout);
         if (!o->watch || status != TS_OK || command->run == do_top)
             break;
+        if (fflush(stdout) != 0)
+            break; /* ts_output_close tells of it */
         struct timespec pause = {.tv_sec = (time_t)o->interval,
                                  .tv_nsec = (long)((o->interval - (time_t)o->interval) * 1e9)};
         nanosleep(&pause, NULL);
@@ -473,6 +481,25 @@ static int run_connected(const command *command, const options *o)
     return code;
 }
 
+/* What this command makes no use of; NULL: there is no such option. */
+static const char *misplaced_option(const command *c, const options *o)
+{
+    if (c->run != do_cache_drop && (o->has_tenant || o->space_bytes > 0))
+        return "--tenant and --namespace are for cache drop";
+    if (c->run != do_restart && o->empty)
+        return "--empty is for restart";
+    if (c->alone != do_plan && o->plan.given)
+        return "--model, --memory, --tokens, --shared, --gpus, --tensor-parallel, --dtype and "
+               "--block-tokens are for plan";
+    if (!c->shows && o->watch)
+        return "--watch is for status, pools, sessions, seqs, frag, map, cache, check and top";
+    if (!c->takes_pool && o->pool[0] != '\0')
+        return "--pool is for pools, seqs, frag, map, cache, top, cache drop and seq free";
+    if (c->run != do_map && o->has_cells)
+        return "--cells is for map";
+    return NULL;
+}
+
 int main(int argc, char **argv)
 {
     options o = {.pool = "",
@@ -480,6 +507,7 @@ int main(int argc, char **argv)
                  .style = {.color = isatty(1)},
                  .plan = PLAN_OPTIONS_INIT};
     argp_err_exit_status = EXIT_USAGE;
+    ts_output_close_at_exit();
     if (getenv("NO_COLOR") != NULL)
         o.style.color = false;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
@@ -491,19 +519,9 @@ int main(int argc, char **argv)
     }
     if (!settle_pool(command, &o))
         return EXIT_USAGE;
-    if (command->run != do_cache_drop && (o.has_tenant || o.space_bytes > 0)) {
-        fputs("tsctl: --tenant and --namespace are for cache drop\n", stderr);
-        return EXIT_USAGE;
-    }
-    if (o.empty && command->run != do_restart) {
-        fputs("tsctl: --empty is for restart\n", stderr);
-        return EXIT_USAGE;
-    }
-    if (o.plan.given && command->alone != do_plan) {
-        fputs(
-            "tsctl: --model, --memory, --tokens, --shared, --gpus, --tensor-parallel, --dtype and "
-            "--block-tokens are for plan\n",
-            stderr);
+    const char *misplaced = misplaced_option(command, &o);
+    if (misplaced != NULL) {
+        fprintf(stderr, "tsctl: %s\n", misplaced);
         return EXIT_USAGE;
     }
     if (command->alone != NULL)

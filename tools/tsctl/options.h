@@ -18,6 +18,7 @@ typedef struct options {
     double interval;
     uint32_t wait_ms;
     uint32_t cells;
+    bool has_cells;
     bool has_tenant; /* what cache drop forgets */
     uint32_t tenant;
     unsigned char space[64];
