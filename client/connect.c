@@ -138,9 +138,9 @@ static ts_status set_path(ts_client *c, const char *url, const char *what)
                        "the address %.100s: an absolute path such as " TS_URL_SYSTEM " is needed",
                        url);
     if (strlen(path) >= sizeof c->path)
-        return ts_fail(c, TS_EINVAL,
-                       "the daemon's socket has a path of %zu bytes; the limit is %zu",
-                       strlen(path), sizeof c->path - 1);
+        return ts_fail_beyond(c, TS_EINVAL, strlen(path), sizeof c->path - 1,
+                              "the daemon's socket has a path of %zu bytes; the limit is %zu",
+                              strlen(path), sizeof c->path - 1);
     snprintf(c->path, sizeof c->path, "%s", path);
     return TS_OK;
 }

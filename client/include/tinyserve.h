@@ -122,7 +122,7 @@ typedef struct ts_error_info {
     ts_status status;
     uint64_t needed; /* what the call asked for */
     uint64_t free;   /* how much of it is available */
-    uint64_t limit;  /* the quota, or the pool's size */
+    uint64_t limit;  /* the quota, the pool's size, or the most that is allowed */
     /* Of a step that finds no room (TS_ENOSPC), in blocks: */
     uint64_t cached; /* of `free`, of the tenant's: they would be evicted */
     uint64_t pinned; /* by the tenant's kept sequences */

@@ -44,9 +44,10 @@ static ts_status check_bytes(ts_client *c, size_t *bytes, size_t granule)
 {
     const size_t most = c->exchange_bytes_max / 4096 * 4096;
     if (*bytes == 0 || *bytes > most)
-        return ts_fail(c, TS_EINVAL,
-                       "an exchange of %zu bytes; the daemon's limits are 1..%zu (exchange_max)",
-                       *bytes, most);
+        return ts_fail_beyond(
+            c, TS_EINVAL, *bytes, most,
+            "an exchange of %zu bytes; the daemon's limits are 1..%zu (exchange_max)", *bytes,
+            most);
     *bytes = (*bytes + granule - 1) / granule * granule;
     *bytes = *bytes < most ? *bytes : most;
     return TS_OK;

@@ -218,7 +218,8 @@ ts_status ts_pool_check_layer(ts_pool *p, uint32_t layer)
 {
     if (layer < p->geometry.layers)
         return TS_OK;
-    return ts_fail(p->client, TS_EINVAL, "layer %u; the pool has %u", layer, p->geometry.layers);
+    return ts_fail_beyond(p->client, TS_EINVAL, layer, p->geometry.layers,
+                          "layer %u; the pool has %u", layer, p->geometry.layers);
 }
 
 ts_status ts_pool_map(ts_pool *p, const uint64_t *slots, size_t count, uint32_t layer, void **base)

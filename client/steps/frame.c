@@ -20,25 +20,29 @@ static ts_status check(const ts_pool *p, const ts_frame_options *o)
     if (!p->on_gpu)
         return ts_fail(c, TS_EINVAL, "a frame is for CUDA graphs, and the pool is in host memory");
     if (o->seqs == 0 || o->seqs > TS_RING_BATCH)
-        return ts_fail(c, TS_EINVAL, "a frame of %u sequences; the limits are 1..%u", o->seqs,
-                       TS_RING_BATCH);
+        return ts_fail_beyond(c, TS_EINVAL, o->seqs, TS_RING_BATCH,
+                              "a frame of %u sequences; the limits are 1..%u", o->seqs,
+                              TS_RING_BATCH);
     if (blocks > TS_RING_BLOCKS)
-        return ts_fail(c, TS_EINVAL,
-                       "a frame of %u sequences with %u new tokens: their %llu blocks are more "
-                       "than the %u that a ring tells of",
-                       o->seqs, o->new_tokens, (unsigned long long)blocks, TS_RING_BLOCKS);
+        return ts_fail_beyond(
+            c, TS_EINVAL, blocks, TS_RING_BLOCKS,
+            "a frame of %u sequences with %u new tokens: their %llu blocks are more "
+            "than the %u that a ring tells of",
+            o->seqs, o->new_tokens, (unsigned long long)blocks, TS_RING_BLOCKS);
     if (o->tokens > (uint64_t)UINT32_MAX / 2)
-        return ts_fail(c, TS_EINVAL, "a frame of %llu tokens; the limit is %u",
-                       (unsigned long long)o->tokens, UINT32_MAX / 2);
+        return ts_fail_beyond(c, TS_EINVAL, o->tokens, UINT32_MAX / 2,
+                              "a frame of %llu tokens; the limit is %u",
+                              (unsigned long long)o->tokens, UINT32_MAX / 2);
     if (o->step->no_run)
         return ts_fail(c, TS_EINVAL, "a frame whose steps have no layer run");
     if (o->step->tokens != NULL)
         return ts_fail(c, TS_EINVAL, "token ids for a frame; each step has its own");
     if (o->step->heads % g->kv_heads != 0 || o->step->heads > TS_HEADS_MAX)
-        return ts_fail(c, TS_EINVAL,
-                       "%u query heads; they must be a multiple of the pool's %u KV heads, at most "
-                       "%u",
-                       o->step->heads, g->kv_heads, TS_HEADS_MAX);
+        return ts_fail_beyond(
+            c, TS_EINVAL, o->step->heads, TS_HEADS_MAX,
+            "%u query heads; they must be a multiple of the pool's %u KV heads, at most "
+            "%u",
+            o->step->heads, g->kv_heads, TS_HEADS_MAX);
     char why[160];
     if (ts_dtype_io_check(o->step->io_dtype, g->dtype, why, sizeof why) != TS_OK)
         return ts_fail(c, TS_EINVAL, "%s", why);
@@ -168,8 +172,9 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count,
     if (f->in_use)
         return ts_fail(c, TS_EBUSY, "the frame has a step that hasn't ended");
     if (count == 0 || count > f->options.seqs)
-        return ts_fail(c, TS_EINVAL, "a step of %u sequences; the frame's limits are 1..%u", count,
-                       f->options.seqs);
+        return ts_fail_beyond(c, TS_EINVAL, count, f->options.seqs,
+                              "a step of %u sequences; the frame's limits are 1..%u", count,
+                              f->options.seqs);
     uint32_t tokens = count * f->options.new_tokens;
     ts_step *s = ts_step_new(f->pool, f->new_tokens, count, tokens);
     if (s == NULL)

@@ -116,8 +116,8 @@ ts_status ts_seq_list(ts_pool *p, const char *prefix, const char *after, ts_kept
     if (room == 0)
         return ts_fail(p->client, TS_EINVAL, "room for 0 sequences; at least 1 is needed");
     if (bytes >= sizeof next)
-        return ts_fail(p->client, TS_EINVAL, "a name of %zu bytes; the limit is %zu", bytes,
-                       sizeof next - 1);
+        return ts_fail_beyond(p->client, TS_EINVAL, bytes, sizeof next - 1,
+                              "a name of %zu bytes; the limit is %zu", bytes, sizeof next - 1);
     if (bytes > 0)
         memcpy(next, after, bytes + 1);
     uint32_t told = 0;

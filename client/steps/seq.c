@@ -283,10 +283,11 @@ static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t 
         if (status == TS_OK)
             continue;
         char why[sizeof p->client->error];
+        const ts_error_info info = p->client->error_info;
         memcpy(why, p->client->error, sizeof why);
         if (made > 0)
             (void)free_seqs(p, out, made, false);
-        return ts_fail(p->client, status, "%s", why);
+        return ts_fail_refused(p->client, &info, why);
     }
     return TS_OK;
 }
@@ -421,6 +422,15 @@ ts_status ts_seq_lengths(ts_pool *p, const ts_seq *seqs, uint32_t count, uint32_
     return get_lengths(p, seqs, count, lengths);
 }
 
+static ts_status beyond(const ts_pool *p, ts_seq seq, uint32_t first, uint32_t count,
+                        uint32_t length)
+{
+    const uint64_t end = (uint64_t)first + count;
+    return ts_fail_beyond(p->client, TS_EINVAL, end, length,
+                          "tokens %u to %llu of sequence %llx, which has %u", first,
+                          (unsigned long long)end, (unsigned long long)seq, length);
+}
+
 ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t layer, uint32_t first, uint32_t count,
                        uint64_t *slots)
 {
@@ -444,15 +454,18 @@ ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t layer, uint32_t first, u
     body.first = first_block;
     body.count = (uint32_t)end_block - first_block;
     status = ts_call(p->client, &request, &reply);
+    if (status == TS_EINVAL && p->client->error_info.needed == end_block) {
+        uint32_t length; /* the daemon speaks of blocks */
+        status = get_lengths(p, &seq, 1, &length);
+        return status != TS_OK ? status : beyond(p, seq, first, count, length);
+    }
     if (status != TS_OK)
         return status;
     const Tspb__Blocks *b = reply->blocks;
     if (reply->body_case != TSPB__REPLY__BODY_BLOCKS || b->n_blocks != body.count)
         status = ts_fail(p->client, TS_EPROTO, "the daemon's answer has not %u blocks", body.count);
     else if ((uint64_t)first + count > b->length)
-        status =
-            ts_fail(p->client, TS_EINVAL, "tokens %u to %llu of sequence %llx, which has %u", first,
-                    (unsigned long long)first + count, (unsigned long long)seq, b->length);
+        status = beyond(p, seq, first, count, b->length);
     else
         status = ts_pool_note_slabs(p, b->slabs, b->n_slabs);
     for (uint32_t i = 0; status == TS_OK && i < count; i++) {

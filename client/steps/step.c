@@ -264,20 +264,23 @@ static ts_status add_tokens(ts_pool *p, const ts_seq *seqs, const uint32_t *new_
     for (uint32_t i = 0; i < count; i++) {
         sum += new_tokens[i];
         if (new_tokens[i] > p->sequence_tokens_max)
-            return ts_fail(p->client, TS_EINVAL,
-                           "%u new tokens for sequence %llx; the pool's limit is %u tokens a "
-                           "sequence",
-                           new_tokens[i], (unsigned long long)seqs[i], p->sequence_tokens_max);
+            return ts_fail_beyond(
+                p->client, TS_EINVAL, new_tokens[i], p->sequence_tokens_max,
+                "%u new tokens for sequence %llx; the pool's limit is %u tokens a "
+                "sequence",
+                new_tokens[i], (unsigned long long)seqs[i], p->sequence_tokens_max);
     }
     if (count == 0 || sum == 0)
         return ts_fail(p->client, TS_EINVAL,
                        "a step of %u sequences has 0 new tokens; it needs at least 1", count);
     if (sum > UINT32_MAX)
-        return ts_fail(p->client, TS_EINVAL, "%llu new tokens for %u sequences; the limit is %u",
-                       (unsigned long long)sum, count, UINT32_MAX);
+        return ts_fail_beyond(p->client, TS_EINVAL, sum, UINT32_MAX,
+                              "%llu new tokens for %u sequences; the limit is %u",
+                              (unsigned long long)sum, count, UINT32_MAX);
     if (sum > slots && sum > ASKED_ANYWAY)
-        return ts_fail(p->client, TS_ENOSPC, "%llu new tokens; the pool has %llu slots in all",
-                       (unsigned long long)sum, (unsigned long long)slots);
+        return ts_fail_beyond(p->client, TS_ENOSPC, sum, slots,
+                              "%llu new tokens; the pool has %llu slots in all",
+                              (unsigned long long)sum, (unsigned long long)slots);
     *tokens = (uint32_t)sum;
     return TS_OK;
 }
@@ -318,8 +321,8 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     if (o.heads == 0)
         o.heads = g->kv_heads;
     if (o.heads > TS_HEADS_MAX)
-        return ts_fail(p->client, TS_EINVAL, "%u query heads; the limit is %u", o.heads,
-                       TS_HEADS_MAX);
+        return ts_fail_beyond(p->client, TS_EINVAL, o.heads, TS_HEADS_MAX,
+                              "%u query heads; the limit is %u", o.heads, TS_HEADS_MAX);
     status = add_tokens(p, seqs, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;

@@ -16,15 +16,32 @@
  * constant below and not in the client, where that other thread may be writing one. */
 static _Thread_local const ts_client *refused;
 
+static ts_status fail(ts_client *c, const ts_error_info *info, const char *format, va_list args)
+{
+    if (refused == c)
+        refused = NULL;
+    vsnprintf(c->error, sizeof c->error, format, args);
+    c->error_info = *info;
+    return info->status;
+}
+
 ts_status(ts_fail)(ts_client *c, ts_status status, const char *format, ...)
 {
     va_list args;
-    if (refused == c)
-        refused = NULL;
     va_start(args, format);
-    vsnprintf(c->error, sizeof c->error, format, args);
+    (void)fail(c, &(ts_error_info){.status = status}, format, args);
     va_end(args);
-    c->error_info = (ts_error_info){.status = status};
+    return status;
+}
+
+ts_status(ts_fail_beyond)(ts_client *c, ts_status status, uint64_t needed, uint64_t limit,
+                          const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    (void)fail(c, &(ts_error_info){.status = status, .needed = needed, .limit = limit}, format,
+               args);
+    va_end(args);
     return status;
 }
 

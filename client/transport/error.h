@@ -64,6 +64,13 @@ ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
 #define ts_fail(client, status, ...) (ts_fail(client, status, __VA_ARGS__), (status))
 #endif
 
+/* The same with numbers: of what the caller asked for, and the most that it may. */
+ts_status ts_fail_beyond(ts_client *client, ts_status status, uint64_t needed, uint64_t limit,
+                         const char *format, ...) __attribute__((format(printf, 5, 6)));
+#ifdef __clang_analyzer__
+#define ts_fail_beyond(client, status, ...) (ts_fail_beyond(client, status, __VA_ARGS__), (status))
+#endif
+
 /* The sentence and the numbers of a refusal of the daemon's. */
 ts_status ts_fail_refused(ts_client *client, const ts_error_info *info, const char *message);
 

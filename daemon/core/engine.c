@@ -25,6 +25,17 @@ void ts_refuse_more(ts_answer *answer, ts_status status, uint64_t used, uint64_t
     va_end(args);
 }
 
+void ts_refuse_beyond(ts_answer *answer, ts_status status, uint64_t needed, uint64_t limit,
+                      const char *format, ...)
+{
+    answer->status = status;
+    answer->amounts = (ts_amounts){.needed = needed, .limit = limit};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(answer->message, sizeof answer->message, format, args);
+    va_end(args);
+}
+
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes)
 {
     if (count <= *capacity)

@@ -420,6 +420,10 @@ void ts_refuse(ts_answer *answer, ts_status status, const char *format, ...)
 void ts_refuse_more(ts_answer *answer, ts_status status, uint64_t used, uint64_t needed,
                     uint64_t limit, const char *format, ...) __attribute__((format(printf, 6, 7)));
 
+/* The same of a number, `needed`, that is out of its range, whose most is `limit`. */
+void ts_refuse_beyond(ts_answer *answer, ts_status status, uint64_t needed, uint64_t limit,
+                      const char *format, ...) __attribute__((format(printf, 5, 6)));
+
 /* Makes room for `count` things of `bytes` in *memory, which may move. False: no memory. */
 bool ts_engine_grow(void **memory, size_t *capacity, size_t count, size_t bytes);
 

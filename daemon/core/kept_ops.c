@@ -95,8 +95,8 @@ void ts_engine_seq_keep(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     const bool forgets = name[0] == '\0';
     const size_t bytes = strlen(name);
     if (bytes > TS_NAME_BYTES_MAX)
-        return ts_refuse(answer, TS_EINVAL, "a name of %zu bytes; the limit is %u", bytes,
-                         TS_NAME_BYTES_MAX);
+        return ts_refuse_beyond(answer, TS_EINVAL, bytes, TS_NAME_BYTES_MAX,
+                                "a name of %zu bytes; the limit is %u", bytes, TS_NAME_BYTES_MAX);
     /* A step is its session's; a sequence in it may not become another's. */
     ts_sequence *seq = ts_engine_sequence(e, c->pool, s, c->seq_keep.seq, forgets, answer);
     if (seq == NULL)

@@ -51,15 +51,17 @@ static bool check_prompts(const ts_engine *e, const ts_command *c, uint64_t *ent
     uint64_t tokens = 0;
     *entries = 0;
     if (c->seq_match.count == 0 || c->seq_match.count > e->limits.batch) {
-        ts_refuse(answer, TS_EINVAL, "a match of %u prompts; the limits are 1..%u",
-                  c->seq_match.count, e->limits.batch);
+        ts_refuse_beyond(answer, TS_EINVAL, c->seq_match.count, e->limits.batch,
+                         "a match of %u prompts; the limits are 1..%u", c->seq_match.count,
+                         e->limits.batch);
         return false;
     }
     for (uint32_t i = 0; i < c->seq_match.count; i++) {
         uint32_t n = c->seq_match.counts[i];
         if (n == 0 || n > config->sequence_tokens_max) {
-            ts_refuse(answer, TS_EINVAL, "prompt %u has %u tokens; the limits are 1..%u", i, n,
-                      config->sequence_tokens_max);
+            ts_refuse_beyond(answer, TS_EINVAL, n, config->sequence_tokens_max,
+                             "prompt %u has %u tokens; the limits are 1..%u", i, n,
+                             config->sequence_tokens_max);
             return false;
         }
         tokens += n;

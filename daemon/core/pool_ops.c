@@ -201,9 +201,9 @@ void ts_engine_pool_resize(ts_engine *e, ts_session *s, const ts_command *c, ts_
     if (wanted > books->max_blocks)
         wanted = books->max_blocks;
     if (c->pool_resize.num_blocks == 0 || c->pool_resize.num_blocks > books->max_blocks)
-        return ts_refuse(answer, TS_EINVAL,
-                         "%u blocks for pool '%s'; the limits are 1..%u, its memory_max",
-                         c->pool_resize.num_blocks, pool->config.name, books->max_blocks);
+        return ts_refuse_beyond(answer, TS_EINVAL, c->pool_resize.num_blocks, books->max_blocks,
+                                "%u blocks for pool '%s'; the limits are 1..%u, its memory_max",
+                                c->pool_resize.num_blocks, pool->config.name, books->max_blocks);
     uint32_t used = ts_pool_first_used(books, (uint32_t)wanted);
     if (used != TS_NONE)
         return ts_refuse(

@@ -138,7 +138,8 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          "step %llx was begun with 0 query heads: it can't be run",
                          (unsigned long long)step->id);
     if (run->layer >= g->layers)
-        return ts_refuse(answer, TS_EINVAL, "layer %u; the pool has %u", run->layer, g->layers);
+        return ts_refuse_beyond(answer, TS_EINVAL, run->layer, g->layers,
+                                "layer %u; the pool has %u", run->layer, g->layers);
     if (step->crashes >= TS_STEP_CRASHES)
         return ts_refuse(answer, TS_EINTERNAL,
                          "runs of step %llx were under way at %u crashes of the daemon: it isn't "
@@ -146,8 +147,9 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
                          (unsigned long long)step->id, step->crashes);
     uint32_t most = ts_engine_step_runs_max(e, step);
     if (step->in_flight >= most)
-        return ts_refuse(answer, TS_EBUSY, "step %llx has %u runs in flight; the limit is %u",
-                         (unsigned long long)step->id, step->in_flight, most);
+        return ts_refuse_more(answer, TS_EBUSY, step->in_flight, 1, most,
+                              "step %llx has %u runs in flight; the limit is %u",
+                              (unsigned long long)step->id, step->in_flight, most);
     uint64_t row = g->head_dim * ts_dtype_bytes(step->io_dtype) * (uint64_t)step->tokens;
     if (!check_range(s, "q", run->q, row * step->heads, answer) ||
         !check_range(s, "k", run->k, row * g->kv_heads, answer) ||

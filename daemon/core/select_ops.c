@@ -128,9 +128,9 @@ void ts_engine_seq_select(ts_engine *e, ts_session *s, const ts_command *c, ts_a
 {
     const uint32_t count = c->seq_select.count, picked = c->seq_select.picked;
     if (count == 0 || count > e->limits.batch || picked == 0 || picked > e->limits.batch)
-        return ts_refuse(answer, TS_EINVAL,
-                         "a selection of %u of %u sequences; the limits are 1..%u", picked, count,
-                         e->limits.batch);
+        return ts_refuse_beyond(answer, TS_EINVAL, count > picked ? count : picked, e->limits.batch,
+                                "a selection of %u of %u sequences; the limits are 1..%u", picked,
+                                count, e->limits.batch);
     selection x = {.uses = calloc(count, sizeof *x.uses),
                    .first = calloc(count, sizeof *x.first),
                    .tables = calloc(picked, sizeof *x.tables)};

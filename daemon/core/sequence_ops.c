@@ -42,8 +42,8 @@ static bool check_batch(const ts_engine *e, uint32_t count, ts_answer *answer)
 {
     if (count >= 1 && count <= e->limits.batch)
         return true;
-    ts_refuse(answer, TS_EINVAL, "a batch of %u sequences; the limits are 1..%u", count,
-              e->limits.batch);
+    ts_refuse_beyond(answer, TS_EINVAL, count, e->limits.batch,
+                     "a batch of %u sequences; the limits are 1..%u", count, e->limits.batch);
     return false;
 }
 
@@ -107,8 +107,9 @@ ts_space_name ts_engine_space_name(const ts_engine_pool *pool, const ts_space_na
 static bool check_space_name(const ts_space_name *name, ts_answer *answer)
 {
     if (name->count > TS_NAMESPACE_BYTES_MAX)
-        ts_refuse(answer, TS_EINVAL, "a namespace of %zu bytes; the limit is %u", name->count,
-                  TS_NAMESPACE_BYTES_MAX);
+        ts_refuse_beyond(answer, TS_EINVAL, name->count, TS_NAMESPACE_BYTES_MAX,
+                         "a namespace of %zu bytes; the limit is %u", name->count,
+                         TS_NAMESPACE_BYTES_MAX);
     return answer->status == TS_OK;
 }
 
@@ -253,13 +254,15 @@ void ts_engine_seq_fork(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     uint32_t count = c->seq_fork.count;
     uint32_t length = c->seq_fork.has_length ? c->seq_fork.length : parent->length;
     if (length > parent->length)
-        return ts_refuse(answer, TS_EINVAL, "a fork at token %u of sequence %llx, which has %u",
-                         length, (unsigned long long)c->seq_fork.parent, parent->length);
+        return ts_refuse_beyond(answer, TS_EINVAL, length, parent->length,
+                                "a fork at token %u of sequence %llx, which has %u", length,
+                                (unsigned long long)c->seq_fork.parent, parent->length);
     uint32_t blocks = ts_blocks_for(length, pool->seqs.block_tokens);
     if (count > 1 && (uint64_t)blocks * count > TS_COMMAND_ENTRIES)
-        return ts_refuse(answer, TS_EINVAL,
-                         "%u forks of %u blocks each; one call makes up to %u block table entries",
-                         count, blocks, TS_COMMAND_ENTRIES);
+        return ts_refuse_beyond(
+            answer, TS_EINVAL, (uint64_t)blocks * count, TS_COMMAND_ENTRIES,
+            "%u forks of %u blocks each; one call makes up to %u block table entries", count,
+            blocks, TS_COMMAND_ENTRIES);
     if (!check_batch(e, count, answer) ||
         !ts_engine_check_entries(e, s, c->pool, (uint64_t)blocks * count, answer) ||
         !ts_engine_reserve_sequences(e, s, c->pool, count, answer))
@@ -439,10 +442,10 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         if (seq == NULL)
             break;
         if (c->op == TS_OP_SEQ_TRUNCATE && c->seq_batch.lengths[marked] > seq->length) {
-            ts_refuse(answer, TS_EINVAL, "sequence %llx has %u tokens; it can't %s %u",
-                      (unsigned long long)id, seq->length,
-                      c->seq_batch.by_counts ? "lose" : "be truncated to",
-                      c->seq_batch.lengths[marked]);
+            ts_refuse_beyond(answer, TS_EINVAL, c->seq_batch.lengths[marked], seq->length,
+                             "sequence %llx has %u tokens; it can't %s %u", (unsigned long long)id,
+                             seq->length, c->seq_batch.by_counts ? "lose" : "be truncated to",
+                             c->seq_batch.lengths[marked]);
             break;
         }
         seq->step = TS_SEQUENCE_MARKED;
@@ -451,9 +454,9 @@ void ts_engine_seq_change(ts_engine *e, ts_session *s, const ts_command *c, ts_a
                        ts_blocks_for(length_after(c, marked, seq), pool->seqs.block_tokens);
     }
     if (answer->status == TS_OK && count > 1 && dropped > TS_COMMAND_ENTRIES)
-        ts_refuse(answer, TS_EINVAL,
-                  "a truncation of %u sequences by %llu blocks; one call drops up to %u", count,
-                  (unsigned long long)dropped, TS_COMMAND_ENTRIES);
+        ts_refuse_beyond(answer, TS_EINVAL, dropped, TS_COMMAND_ENTRIES,
+                         "a truncation of %u sequences by %llu blocks; one call drops up to %u",
+                         count, (unsigned long long)dropped, TS_COMMAND_ENTRIES);
     for (uint32_t i = 0; i < marked; i++) {
         ts_sequence *seq = ts_sequence_find(&pool->seqs, c->seq_batch.seqs[i]);
         seq->step = TS_NONE;
@@ -500,9 +503,10 @@ void ts_engine_seq_blocks(ts_engine *e, ts_session *s, const ts_command *c, ts_a
         return;
     uint32_t first = c->seq_blocks.first, count = c->seq_blocks.count;
     if (first > seq->num_blocks || count > seq->num_blocks - first)
-        return ts_refuse(answer, TS_EINVAL, "blocks %u to %llu of sequence %llx, which has %u",
-                         first, (unsigned long long)first + count,
-                         (unsigned long long)c->seq_blocks.seq, seq->num_blocks);
+        return ts_refuse_beyond(answer, TS_EINVAL, (uint64_t)first + count, seq->num_blocks,
+                                "blocks %u to %llu of sequence %llx, which has %u", first,
+                                (unsigned long long)first + count,
+                                (unsigned long long)c->seq_blocks.seq, seq->num_blocks);
     if (count == 0)
         count = seq->num_blocks - first;
     answer->blocks.length = seq->length;

@@ -197,9 +197,10 @@ void ts_engine_exchange_open(ts_engine *e, ts_session *s, const ts_command *c, t
 {
     uint64_t bytes = c->exchange_open.bytes;
     if (bytes == 0 || bytes > e->limits.exchange_bytes || bytes % 4096 != 0)
-        return ts_refuse(answer, TS_EINVAL,
-                         "an exchange of %llu bytes; it must be a multiple of 4096, at most %llu",
-                         (unsigned long long)bytes, (unsigned long long)e->limits.exchange_bytes);
+        return ts_refuse_beyond(
+            answer, TS_EINVAL, bytes, e->limits.exchange_bytes,
+            "an exchange of %llu bytes; it must be a multiple of 4096, at most %llu",
+            (unsigned long long)bytes, (unsigned long long)e->limits.exchange_bytes);
     if (bytes < s->exchange_bytes && !c->exchange_open.other_memory)
         return ts_refuse(answer, TS_EINVAL, "an exchange of %llu bytes would replace one of %llu",
                          (unsigned long long)bytes, (unsigned long long)s->exchange_bytes);

@@ -138,8 +138,8 @@ static uint32_t mark_batch(ts_engine *e, ts_session *s, const ts_command *c, nee
         if (seq == NULL)
             return i;
         if (new_tokens > pool->config.sequence_tokens_max - seq->length) {
-            ts_refuse(
-                answer, TS_EINVAL,
+            ts_refuse_more(
+                answer, TS_EINVAL, seq->length, new_tokens, pool->config.sequence_tokens_max,
                 "%u new tokens for sequence %llx of %u; the pool's limit is %u tokens a sequence",
                 new_tokens, (unsigned long long)id, seq->length, pool->config.sequence_tokens_max);
             return i;
@@ -301,11 +301,13 @@ static void check_space(ts_engine *e, ts_session *s, const ts_command *c, needs 
                          "a step of %u sequences has 0 new tokens; it needs at least 1",
                          c->step_begin.count);
     if (tokens > e->limits.step_tokens)
-        return ts_refuse(answer, TS_EINVAL, "a step of %llu new tokens; the limit is %u",
-                         (unsigned long long)tokens, e->limits.step_tokens);
+        return ts_refuse_beyond(answer, TS_EINVAL, tokens, e->limits.step_tokens,
+                                "a step of %llu new tokens; the limit is %u",
+                                (unsigned long long)tokens, e->limits.step_tokens);
     if (blocks > TS_COMMAND_ENTRIES)
-        return ts_refuse(answer, TS_EINVAL, "a step that takes %llu blocks; the limit is %u",
-                         (unsigned long long)blocks, TS_COMMAND_ENTRIES);
+        return ts_refuse_beyond(answer, TS_EINVAL, blocks, TS_COMMAND_ENTRIES,
+                                "a step that takes %llu blocks; the limit is %u",
+                                (unsigned long long)blocks, TS_COMMAND_ENTRIES);
     if (!ts_engine_check_entries(e, s, c->pool, blocks, answer) ||
         !ts_engine_check_pinned(e, s, c->pool, n->pinned, answer))
         return;
@@ -323,13 +325,14 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
     uint32_t heads = c->step_begin.heads;
     char why[160];
     if (c->step_begin.count == 0 || c->step_begin.count > e->limits.batch)
-        ts_refuse(answer, TS_EINVAL, "a step of %u sequences; the limits are 1..%u",
-                  c->step_begin.count, e->limits.batch);
+        ts_refuse_beyond(answer, TS_EINVAL, c->step_begin.count, e->limits.batch,
+                         "a step of %u sequences; the limits are 1..%u", c->step_begin.count,
+                         e->limits.batch);
     else if (heads % g->kv_heads != 0 || heads > TS_HEADS_MAX)
-        ts_refuse(answer, TS_EINVAL,
-                  "%u query heads; they must be a multiple of the pool's %u KV heads, "
-                  "at most %u",
-                  heads, g->kv_heads, TS_HEADS_MAX);
+        ts_refuse_beyond(answer, TS_EINVAL, heads, TS_HEADS_MAX,
+                         "%u query heads; they must be a multiple of the pool's %u KV heads, "
+                         "at most %u",
+                         heads, g->kv_heads, TS_HEADS_MAX);
     else if (ts_dtype_io_check(c->step_begin.io_dtype, g->dtype, why, sizeof why) != TS_OK)
         ts_refuse(answer, TS_EINVAL, "%s", why);
     else if (!isfinite(c->step_begin.scale) || c->step_begin.scale < 0)
@@ -513,15 +516,16 @@ void ts_engine_step_end(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     const uint32_t *accepted = c->step_end.accepted;
     uint64_t kept = 0;
     if (accepted != NULL && c->step_end.count != step->num_seqs)
-        return ts_refuse(answer, TS_EINVAL, "%u accepted counts for a step of %u sequences",
-                         c->step_end.count, step->num_seqs);
+        return ts_refuse_beyond(answer, TS_EINVAL, c->step_end.count, step->num_seqs,
+                                "%u accepted counts for a step of %u sequences", c->step_end.count,
+                                step->num_seqs);
     for (uint32_t i = 0; i < step->num_seqs; i++) {
         uint32_t n = accepted != NULL ? accepted[i] : step->seqs[i].new_tokens;
         if (n > step->seqs[i].new_tokens)
-            return ts_refuse(answer, TS_EINVAL,
-                             "%u tokens accepted of the %u that sequence %u of the "
-                             "step has",
-                             n, step->seqs[i].new_tokens, i);
+            return ts_refuse_beyond(answer, TS_EINVAL, n, step->seqs[i].new_tokens,
+                                    "%u tokens accepted of the %u that sequence %u of the "
+                                    "step has",
+                                    n, step->seqs[i].new_tokens, i);
         kept += n;
     }
     if (kept > 0 && step->failed != TS_OK)

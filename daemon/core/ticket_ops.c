@@ -42,8 +42,9 @@ void ts_engine_seq_ticket(ts_engine *e, ts_session *s, const ts_command *c, ts_a
                          "ticket, or forget the name",
                          (unsigned long long)id, seq->name);
     if (ttl > TS_TICKET_MS_MAX)
-        return ts_refuse(answer, TS_EINVAL, "a ticket good for %llu ms; the limit is %u",
-                         (unsigned long long)ttl, TS_TICKET_MS_MAX);
+        return ts_refuse_beyond(answer, TS_EINVAL, ttl, TS_TICKET_MS_MAX,
+                                "a ticket good for %llu ms; the limit is %u",
+                                (unsigned long long)ttl, TS_TICKET_MS_MAX);
     const uint32_t tickets = count_tickets(e, s->tenant);
     if (tickets >= TS_TICKETS_MAX) {
         ts_refuse_more(answer, TS_EQUOTA, tickets, 1, TS_TICKETS_MAX,

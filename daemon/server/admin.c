@@ -168,8 +168,9 @@ static void order_cache_drop(ts_service *s, const ts_connection *by, const Tspb_
     if (pool == TS_NONE)
         return;
     if (body->space.len > TS_NAMESPACE_BYTES_MAX)
-        return ts_refuse(answer, TS_EINVAL, "a namespace of %zu bytes; the limit is %u",
-                         body->space.len, TS_NAMESPACE_BYTES_MAX);
+        return ts_refuse_beyond(answer, TS_EINVAL, body->space.len, TS_NAMESPACE_BYTES_MAX,
+                                "a namespace of %zu bytes; the limit is %u", body->space.len,
+                                TS_NAMESPACE_BYTES_MAX);
     const ts_command command = {
         .op = TS_OP_CACHE_DROP,
         .session = caller.session,

@@ -29,7 +29,8 @@ bool ts_parked_prepare(const ts_service *s, const ts_connection *c, const ts_par
     if (wait_ms == 0)
         return true;
     if (wait_ms > TS_WAIT_MS_MAX) {
-        ts_refuse(answer, TS_EINVAL, "a wait of %u ms; the limit is %u", wait_ms, TS_WAIT_MS_MAX);
+        ts_refuse_beyond(answer, TS_EINVAL, wait_ms, TS_WAIT_MS_MAX,
+                         "a wait of %u ms; the limit is %u", wait_ms, TS_WAIT_MS_MAX);
         return false;
     }
     if (s->exec.engine->draining || s->ending) {

@@ -7,9 +7,9 @@ class Error(Exception):
     """A call failed. `status` is the ts_status's number, `name` its name ("TS_ENOSPC"); the text is
     the library's sentence, which names the thing, its value and the limit. The same in numbers, in
     the sentence's units (blocks, sequences, ...; 0 where they do not apply): `needed` is what the
-    call would have taken, `free` what there is of it to be had, `limit` the quota or the pool's
-    size; where a step finds no room, in blocks, `cached` how many of `free` are cached, `pinned`
-    what this user's kept sequences hold, and `others` what other users use."""
+    call asked for, `free` what there is of it to be had, `limit` the quota, the pool's size or the
+    most that is allowed; where a step finds no room, in blocks, `cached` how many of `free` are
+    cached, `pinned` what this user's kept sequences hold, and `others` what other users use."""
 
     status = 0
     name = ""
