@@ -143,8 +143,8 @@ ts_transport ts_client_transport(const ts_client *client);
 /* Who attended in the client's last step; TS_EXEC_AUTO: both did, to be timed. */
 ts_exec ts_client_exec(const ts_client *client);
 
-/* Ends the wait (wait_ms) of a call that another thread is in: it returns at once, as if its time
- * were over. The one call that may be made meanwhile. */
+/* Has the daemon end the wait (wait_ms) of a call that another thread is in; if the daemon doesn't
+ * answer, TS_ETIMEOUT, and that call goes on. The one call that may be made meanwhile. */
 TS_WARN_UNUSED ts_status ts_wait_end(ts_client *client);
 
 uint64_t ts_session_id(const ts_client *client); /* as operators see it */

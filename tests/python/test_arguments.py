@@ -169,8 +169,7 @@ def test_a_pool_that_was_closed_can_be_deleted(client, daemon):
 
 def test_what_is_out_of_range_is_told_in_numbers(start_daemon):
     daemon = start_daemon(settings={"batch": 4, "exchange_max": "4M", "step_tokens": 40})
-    with pytest.raises(tinyserve.InvalidError, match="an exchange of 8388608 bytes; .* 1..4194304") \
-            as far:
+    with pytest.raises(tinyserve.InvalidError, match="an exchange of 8388608 bytes") as far:
         tinyserve.connect(daemon.url, exchange_bytes=1 << 23)
     assert (far.value.needed, far.value.limit) == (1 << 23, 1 << 22)
     with tinyserve.connect(daemon.url, transport="messages") as client:
@@ -192,8 +191,8 @@ def test_what_is_out_of_range_is_told_in_numbers(start_daemon):
                 (lambda: kv.step([seq], [most + 1]), "new tokens for sequence", most + 1, most),
                 (lambda: kv.truncate([seq], [7]), "sequence .* has 6 tokens", 7, 6),
                 (lambda: kv.fork(seq, length=7), "a fork at token 7", 7, 6),
-                (lambda: kv.slots(seq, 4, 5), "tokens 4 to 9 of sequence .*, which has 6", 9, 6),
-                (lambda: kv.slots(seq, 4, 3), "tokens 4 to 7 of sequence .*, which has 6", 7, 6),
+                (lambda: kv.slots(seq, 4, 5), "tokens 4 to 9 .*, which has 6", 9, 6),
+                (lambda: kv.slots(seq, 4, 3), "tokens 4 to 7 .*, which has 6", 7, 6),
                 (lambda: kv.kv(0, 2), "layer 2; the pool has 2", 2, 2),
                 (lambda: kv.step([seq], [1]).commit([2]), "2 tokens accepted of the 1", 2, 1)):
             with pytest.raises(tinyserve.InvalidError, match=sentence) as refused:

@@ -66,7 +66,8 @@ def test_a_full_pool_and_a_drained_daemon_are_found(start_daemon):
         assert doctor(daemon.url).returncode == 0  # a warning isn't a fault
         subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "-y", "drain"], check=True)
     result = doctor(daemon.url, "--json")
-    drained = found(result)["pools: the daemon is drained: it takes no new sessions"]
+    drained = found(result)[
+        "pools: the daemon is drained: it takes no new sessions, but operators'"]
     assert result.returncode == 1 and drained["advice"] == "tsctl drain off"
 
 

@@ -165,9 +165,17 @@ static void versions(findings *f, const Tspb__StatusReply *r)
     const bool same = strcmp(r->version, TS_VERSION) == 0;
     doctor_found(f, same ? FINDING_OK : FINDING_WARNING, "versions", "tsctl %s, tinyserved %s",
                  TS_VERSION, r->version);
-    if (!same)
-        doctor_advise(f, "an upgrade leaves a running daemon alone: tsctl drain, then systemctl "
-                         "restart tinyserved, and workers after it");
+    if (same)
+        return;
+    const bool held = r->restart != NULL && r->restart->journaled &&
+                      r->restart->holder == TSPB__RESTART_STATUS__HOLDER__SYSTEMD;
+    doctor_advise(f,
+                  held ? "an upgrade of the package restarts a daemon whose memory systemd holds, "
+                         "as this one's; it came otherwise: systemctl restart tinyserved loses "
+                         "nothing; then restart workers"
+                       : "an upgrade doesn't restart a daemon whose memory systemd doesn't hold: "
+                         "tsctl drain; once tsctl sessions lists no worker, end the daemon "
+                         "(systemctl restart tinyserved) and restart workers");
 }
 
 /* What of `verify = restart` is wrong. */
@@ -259,7 +267,8 @@ static void pools(findings *f, const Tspb__StatusReply *r, doctor_facts *facts)
         doctor_advise(f, "a [pool NAME] section, or tsctl pool create; tsctl plan works it out");
     }
     if (r->draining) {
-        doctor_found(f, FINDING_FAULT, "pools", "the daemon is drained: it takes no new sessions");
+        doctor_found(f, FINDING_FAULT, "pools",
+                     "the daemon is drained: it takes no new sessions, but operators'");
         doctor_advise(f, "tsctl drain off");
     }
 }

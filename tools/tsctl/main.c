@@ -140,7 +140,7 @@ static const struct argp argp = {
     "  pool delete NAME                 end one that no session has open\n"
     "  pool resize NAME SIZE            give one more memory, or less\n"
     "  cache drop        forget cached prefixes: all, --tenant's or --namespace's\n"
-    "  drain [off]       take no new sessions, or take them again\n"
+    "  drain [off]       take no new sessions but operators', or take all again\n"
     "  restart           end the daemon: the next one has all that is stored, or\n"
     "                    with --empty nothing\n"
     "\n"
@@ -353,7 +353,7 @@ typedef struct command {
     const char *rest;     /* what follows them, for messages */
     uint32_t least, most; /* words in all */
     command_fn run;
-    bool takes_pool;                /* by --pool, or as the last word, if there are `most` */
+    bool takes_pool;                /* as the last word, if there are `most` */
     bool shows;                     /* and changes nothing: --watch may repeat it */
     int (*alone)(const options *o); /* in place of `run`: it connects by itself, or not at all */
 } command;
@@ -493,8 +493,6 @@ static const char *misplaced_option(const command *c, const options *o)
                "--block-tokens are for plan";
     if (!c->shows && o->watch)
         return "--watch is for status, pools, sessions, seqs, frag, map, cache, check and top";
-    if (!c->takes_pool && o->pool[0] != '\0')
-        return "--pool is for pools, seqs, frag, map, cache, top, cache drop and seq free";
     if (c->run != do_map && o->has_cells)
         return "--cells is for map";
     return NULL;

@@ -279,7 +279,8 @@ int do_drain(ts_client *c, const options *o, ts_status *ts)
         fprintf(stderr, "tsctl: drain %s: drain, or drain off\n", o->words[1]);
         return EXIT_USAGE;
     }
-    if (!body.off && !tsctl_sure(o, "Take no new sessions until `tsctl drain off`?"))
+    if (!body.off &&
+        !tsctl_sure(o, "Take no new sessions, but operators', until `tsctl drain off`?"))
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
     request.admin_drain = &body;

@@ -209,7 +209,7 @@ void text_status(const Tspb__StatusReply *r, const style *s)
            (unsigned long long)r->launches);
     print_restart(r);
     if (r->draining)
-        puts("  draining: no new sessions are taken");
+        puts("  draining: no new sessions are taken, but operators'");
     print_without_mps(r);
     text_pools(r, s);
 }
