@@ -16,6 +16,7 @@
 #include "unanswered.h"
 #include "unconst.h"
 
+#include <grp.h>
 #include <nng/protocol/reqrep0/req.h>
 #include <poll.h>
 #include <pthread.h>
@@ -97,15 +98,37 @@ static int dial(ts_client *c, uint64_t until_ms)
     return error;
 }
 
+/* The group that may connect, in parentheses, as the socket or its folder has it; empty: neither
+ * can be looked at. */
+static void name_group(const char *path, char *name, size_t bytes)
+{
+    struct stat about;
+    struct group group, *found = NULL;
+    char folder[sizeof((ts_client *)0)->path], text[1024];
+    name[0] = '\0';
+    if (stat(path, &about) != 0) {
+        snprintf(folder, sizeof folder, "%s", path);
+        *strrchr(folder, '/') = '\0';
+        if (stat(folder, &about) != 0)
+            return;
+    }
+    if (getgrgid_r(about.st_gid, &group, text, sizeof text, &found) == 0 && found != NULL)
+        snprintf(name, bytes, " (%.32s)", group.gr_name);
+    else
+        snprintf(name, bytes, " (gid %u)", (unsigned)about.st_gid);
+}
+
 /* Why the daemon can't be reached. c->absent: because there is none (any more). */
 static ts_status cannot_reach(ts_client *c, int error, uint64_t since_ms)
 {
     struct stat about;
     bool there = stat(c->path, &about) == 0;
-    if (error == NNG_EPERM)
-        return ts_fail(c, TS_EPERM,
-                       "may not connect to %s: is uid %u in the daemon's group (tinyserve)?",
-                       c->path, (unsigned)getuid());
+    if (error == NNG_EPERM) {
+        char group[48];
+        name_group(c->path, group, sizeof group);
+        return ts_fail(c, TS_EPERM, "may not connect to %s: is uid %u in the daemon's group%s?",
+                       c->path, (unsigned)getuid(), group);
+    }
     if (there && !S_ISSOCK(about.st_mode))
         return ts_fail(c, TS_EINVAL, "%s is not a socket", c->path);
     if (error == NNG_ENOFILES || error == NNG_ENOMEM)

@@ -102,8 +102,8 @@ static void all_problems_of_a_configuration_are_told_at_once_in_order(void **sta
     (void)state;
     EXPECT("[daemon]\nthreads = many\nnonsense\nthreads = 2\n[pool p]\nlayers = 2\nlayers = 3\n"
            "more nonsense\n[pool p]\nlayers = 4\n[pool q]\nkv_heads = 1\n[daemon]\n[pol]\nx = 1\n",
-           "@:2: threads = many: not a number", "@:3: neither a [section] nor key = value",
-           "@:4: threads is given twice: in line 2 too",
+           "@:2: threads = many: not a number; the limits are 0..1024",
+           "@:3: neither a [section] nor key = value", "@:4: threads is given twice: in line 2 too",
            "@:5: pool 'p': kv_heads is missing: it is 1..1024",
            "@:5: pool 'p': head_dim is missing: it is 32..256",
            "@:7: layers is given twice: in line 6 too", "@:8: neither a [section] nor key = value",

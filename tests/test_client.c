@@ -263,7 +263,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
         ts_step_begin(p, &seq, &tokens, 1,
                       &(ts_step_options){.size = sizeof(ts_step_options), .no_run = true}, &step),
         TS_EPERM);
-    assert_string_equal(ts_error(c), "a step without query heads leaves K and V to the session, "
+    assert_string_equal(ts_error(c), "a step with no_run leaves K and V to the session, "
                                      "which didn't open pool 'tiny' to write");
     assert_int_equal(ts_step_begin(p, &seq, &tokens, 1,
                                    &(ts_step_options){.size = sizeof(ts_step_options), .heads = 3},

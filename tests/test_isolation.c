@@ -267,11 +267,16 @@ static void stranger(const char *url, const char *argument)
     (void)argument;
     ts_client *c;
     char expected[256];
+    struct stat about;
+    assert_int_equal(stat(url, &about), 0);
+    const struct group *group = getgrgid(about.st_gid);
+    assert_non_null(group);
     become(UID_B);
     assert_int_equal(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = url}, &c),
                      TS_EPERM);
     snprintf(expected, sizeof expected,
-             "may not connect to %s: is uid %d in the daemon's group (tinyserve)?", url, UID_B);
+             "may not connect to %s: is uid %d in the daemon's group (%s)?", url, UID_B,
+             group->gr_name);
     assert_string_equal(ts_error(c), expected);
     ts_disconnect(c);
 }

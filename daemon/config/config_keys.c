@@ -35,14 +35,15 @@ static ts_status read_number(const ts_config_key *key, const char *value, bool u
         n <<= shift;
         end++;
     }
-    if (bad || *end != '\0') {
-        snprintf(why, why_bytes, "%s",
-                 units ? "not a size such as 512M, 4G or a number of bytes" : "not a number");
+    bad = bad || *end != '\0';
+    if (bad && units) {
+        snprintf(why, why_bytes, "not a size such as 512M, 4G or a number of bytes");
         return TS_EINVAL;
     }
-    if (n < key->least || n > key->most) {
+    if (bad || n < key->least || n > key->most) {
+        const char *what = !bad ? "" : key->octal ? "not an octal number; " : "not a number; ";
         snprintf(why, why_bytes,
-                 key->octal ? "the limits are %llo..%llo" : "the limits are %llu..%llu",
+                 key->octal ? "%sthe limits are %llo..%llo" : "%sthe limits are %llu..%llu", what,
                  (unsigned long long)key->least, (unsigned long long)key->most);
         return TS_EINVAL;
     }

@@ -94,19 +94,32 @@ void ts_engine_pool_quotas(ts_engine *e, ts_session *none, const ts_command *c, 
     ts_waits_look_again(e, c->pool);
 }
 
-uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *answer)
+/* The pools' names, as many as there is room for, and then "...". */
+static void list_pools(const ts_engine *e, char *list, size_t bytes)
 {
-    bool only = name[0] == '\0' && e->live_pools == 1;
-    char known[128] = "";
+    static const char more[] = ", ...";
+    size_t used = 0;
+    list[0] = '\0';
     for (uint32_t i = 0; i < e->num_pools; i++) {
-        size_t used = strlen(known);
         if (!ts_engine_has_pool(e, i))
             continue;
-        if (only || strcmp(e->pools[i].config.name, name) == 0)
-            return i;
-        snprintf(known + used, sizeof known - used, "%s'%s'", used == 0 ? "" : ", ",
-                 e->pools[i].config.name);
+        const char *name = e->pools[i].config.name, *comma = used == 0 ? "" : ", ";
+        if (used + strlen(comma) + strlen(name) + 2 + sizeof more > bytes) {
+            snprintf(list + used, bytes - used, "%s", used == 0 ? "..." : more);
+            return;
+        }
+        used += (size_t)snprintf(list + used, bytes - used, "%s'%s'", comma, name);
     }
+}
+
+uint32_t ts_engine_pool_named(const ts_engine *e, const char *name, ts_answer *answer)
+{
+    const bool only = name[0] == '\0' && e->live_pools == 1;
+    char known[128];
+    for (uint32_t i = 0; i < e->num_pools; i++)
+        if (ts_engine_has_pool(e, i) && (only || strcmp(e->pools[i].config.name, name) == 0))
+            return i;
+    list_pools(e, known, sizeof known);
     if (name[0] == '\0' && e->live_pools > 1)
         ts_refuse(answer, TS_EINVAL, "there are several pools: name one of %s", known);
     else

@@ -134,8 +134,7 @@ void ts_engine_step_run(ts_engine *e, ts_session *s, const ts_command *c, ts_ans
     const ts_geometry *g = &e->pools[step->pool].config.geometry;
     const ts_layer_run *run = &c->step_run.run;
     if (step->heads == 0)
-        return ts_refuse(answer, TS_EINVAL,
-                         "step %llx was begun with 0 query heads: it can't be run",
+        return ts_refuse(answer, TS_EINVAL, "step %llx was begun with no_run: it can't be run",
                          (unsigned long long)step->id);
     if (run->layer >= g->layers)
         return ts_refuse_beyond(answer, TS_EINVAL, run->layer, g->layers,

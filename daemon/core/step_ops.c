@@ -352,8 +352,8 @@ static bool check_form(const ts_engine *e, const ts_session *s, const ts_command
     else if (heads == 0 && !(s->writable_pools >> c->pool & 1))
         ts_refuse(
             answer, TS_EPERM,
-            "a step without query heads leaves K and V to the session, which didn't open pool "
-            "'%s' to write",
+            "a step with no_run leaves K and V to the session, which didn't open pool '%s' to "
+            "write",
             e->pools[c->pool].config.name);
     else if (c->step_begin.priority < -1 || c->step_begin.priority > 1)
         ts_refuse(answer, TS_EINVAL, "a priority of %d; the limits are -1..1",

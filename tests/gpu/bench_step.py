@@ -52,7 +52,6 @@ def measure(kv, count, tokens, repeats, graph):
         _, values = (x.torch() for x in kv.layer(layer, slots))
         values[torch.tensor(slots, device="cuda") // BLOCK] = float(layer + 1)
     wait = torch.empty(8 << 30, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.current_stream()
     frame = kv.frame(count, heads=HEADS, io_dtype="bf16") if graph else None
 
     def begin():

@@ -10,7 +10,6 @@ it bare and by ./with-mps.
 Ends with 1 if anybody was harmed, but by a kill that MPS' clients are known not to stand: of a
 worker that attends itself and whose work nobody ended first."""
 
-import os
 import random
 import signal
 import subprocess

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 
 import pytest
@@ -64,3 +65,13 @@ def test_no_time_is_no_number_for_tsctl_either(tmp_path):
                              "status"], stderr=subprocess.PIPE, text=True)
     assert result.returncode != 0
     assert "--wait : 0 to 3600 seconds are possible" in result.stderr
+
+
+def test_without_a_model_it_takes_the_installed_one(tmp_path):
+    for folder in "bin", "share/tinyserve/model":
+        (tmp_path / folder).mkdir(parents=True)
+    program = tmp_path / "bin" / "ts-generate"
+    shutil.copy(os.environ["TS_TEST_GENERATE"], program)
+    result = subprocess.run([program, "--prompt=a"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"ts-generate: {tmp_path}/share/tinyserve/model: ")

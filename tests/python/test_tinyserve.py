@@ -412,3 +412,13 @@ def test_views_speak_dlpack(client):
 def test_memory_of_no_gpu_is_not_registered(client):
     with pytest.raises(TypeError, match=r"register\(\) of a ndarray.* pool 'tiny' \(host\)"):
         client.register(client.pool("tiny"), np.zeros(4096))
+
+
+def test_a_list_of_pools_that_is_cut_says_so(start_daemon):
+    names = [letter * 40 for letter in "abcd"]
+    daemon = start_daemon(*(f"{n}:layers=1,kv_heads=1,head_dim=32,blocks=4" for n in names))
+    with tinyserve.connect(daemon.url) as c:
+        with pytest.raises(tinyserve.NotFoundError) as missing:
+            c.pool("x")
+        assert str(missing.value) == \
+            f"there is no pool 'x'; there are '{names[0]}', '{names[1]}', ..."

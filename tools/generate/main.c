@@ -11,11 +11,13 @@
 #include <argp.h>
 #include <errno.h>
 #include <jansson.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 const char *argp_program_version = "ts-generate " TS_VERSION;
 
@@ -45,7 +47,8 @@ typedef struct options {
 static const struct argp_option argp_options[] = {
     {"socket", 's', "URL", 0, "The daemon (default: TINYSERVE_URL, the user's or the system's)", 0},
     {"pool", 'P', "NAME", 0, "The pool to use (default: tiny)", 0},
-    {"model", 'm', "FOLDER", 0, "config.json and model.safetensors (default: tools/model)", 0},
+    {"model", 'm', "FOLDER", 0,
+     "config.json and model.safetensors (default: tools/model, or what is installed)", 0},
     {"prompt", 'p', "TEXT", 0, "Text to go on from", 0},
     {"prompt-file", OPT_PROMPT_FILE, "FILE", 0, "The prompt is this file's contents", 0},
     {"tokens", 'n', "N", 0, "How many bytes to generate (default: 192)", 0},
@@ -402,9 +405,27 @@ static bool fits(const model *m, const ts_geometry *g)
     return false;
 }
 
+#define CHECKOUTS "tools/model"
+
+/* The checkout's model, if this is the folder of one; or what is installed beside the program. */
+static const char *default_folder(char *folder, size_t bytes)
+{
+    char program[PATH_MAX];
+    const ssize_t length = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (access(CHECKOUTS "/config.json", R_OK) == 0 || length < 0)
+        return CHECKOUTS;
+    program[length] = '\0';
+    for (int up = 0; up < 2; up++) /* of bin/ts-generate */
+        if (strrchr(program, '/') != NULL)
+            *strrchr(program, '/') = '\0';
+    snprintf(folder, bytes, "%s/share/tinyserve/model", program);
+    return access(folder, X_OK) == 0 ? folder : CHECKOUTS;
+}
+
 int main(int argc, char **argv)
 {
-    options o = {.pool = "tiny", .folder = "tools/model", .tokens = 192};
+    char folder[PATH_MAX + 32];
+    options o = {.pool = "tiny", .folder = default_folder(folder, sizeof folder), .tokens = 192};
     argp_err_exit_status = 2;
     ts_output_close_at_exit();
     argp_parse(&argp, argc, argv, 0, NULL, &o);
