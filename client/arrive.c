@@ -3,6 +3,7 @@
 #include "arrive.h"
 
 #include "clock.h"
+#include "dial.h"
 #include "error.h"
 #include "exchange.h"
 #include "fd_client.h"
@@ -40,62 +41,6 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
     ts_signals_daemon_gone(c);
     ts_rings_wake(c);
     nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
-}
-
-/* What ends an attempt to connect: NNG waits for ten seconds, whatever the caller's time, where the
- * kernel has taken the connection and the daemon doesn't. */
-typedef struct time_limit {
-    nng_dialer dialer;
-    nng_aio *aio;
-    atomic_bool is_over;
-} time_limit;
-
-static void time_is_over(void *arg) /* on one of NNG's threads */
-{
-    time_limit *limit = arg;
-    if (nng_aio_result(limit->aio) != 0)
-        return; /* the attempt has ended before */
-    atomic_store(&limit->is_over, true);
-    nng_dialer_close(limit->dialer);
-}
-
-/* One attempt, of so many milliseconds at most: NNG_ETIMEDOUT. */
-static int dial_once(ts_client *c, nng_duration ms)
-{
-    time_limit limit = {.is_over = false};
-    char url[sizeof c->path + 8];
-    snprintf(url, sizeof url, "ipc://%s", c->path);
-    int error = nng_aio_alloc(&limit.aio, time_is_over, &limit);
-    if (error != 0)
-        return error;
-    error = nng_dialer_create(&limit.dialer, c->socket, url);
-    if (error == 0) {
-        /* A session lives and dies with its connection: none is made again behind our back. */
-        nng_dialer_set_ms(limit.dialer, NNG_OPT_RECONNMINT, 3600 * 1000);
-        nng_dialer_set_ms(limit.dialer, NNG_OPT_RECONNMAXT, 3600 * 1000);
-        nng_sleep_aio(ms, limit.aio);
-        do
-            error = nng_dialer_start(limit.dialer, 0);
-        while (error == NNG_EINTR);
-    }
-    nng_aio_free(limit.aio); /* and it has ended, if it was on */
-    if (atomic_load(&limit.is_over))
-        return NNG_ETIMEDOUT;
-    if (error != 0)
-        nng_dialer_close(limit.dialer);
-    return error;
-}
-
-static int dial(ts_client *c, uint64_t until_ms)
-{
-    int error;
-    uint64_t now_ms = ts_now_ms();
-    do {
-        const uint64_t left_ms = now_ms < until_ms ? until_ms - now_ms : 1;
-        error = dial_once(c, left_ms < INT32_MAX ? (nng_duration)left_ms : INT32_MAX);
-        now_ms = ts_now_ms();
-    } while (error == NNG_ETIMEDOUT && now_ms < until_ms); /* NNG's own time was over */
-    return error;
 }
 
 /* The group that may connect, in parentheses, as the socket or its folder has it; empty: neither
@@ -170,6 +115,18 @@ static ts_status open_socket(ts_client *c)
     nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
     nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_removed, c);
     return TS_OK;
+}
+
+/* Opens the socket, and connects it to the daemon. *error: NNG's, if that is what failed. */
+static ts_status reach(ts_client *c, uint64_t until_ms, int *error)
+{
+    const uint64_t since_ms = ts_now_ms();
+    *error = 0;
+    const ts_status status = open_socket(c);
+    if (status != TS_OK)
+        return status;
+    *error = ts_dial(c, until_ms);
+    return *error == 0 ? TS_OK : cannot_reach(c, *error, since_ms);
 }
 
 /* What the daemon has of what it shares with the session. */
@@ -261,17 +218,14 @@ void ts_hang_up(ts_client *c)
 /* Connects to the daemon, opens the session and, if one is wanted, the exchange. */
 ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes, uint64_t until_ms)
 {
-    const uint64_t since_ms = ts_now_ms();
+    int error;
     c->absent = c->met = false;
     c->session = 0;
     c->next_id = 1;
-    ts_status status = open_socket(c);
+    ts_status status = reach(c, until_ms, &error);
+    c->met = status == TS_OK || error == NNG_ETIMEDOUT;
     if (status != TS_OK)
         return status;
-    int error = dial(c, until_ms);
-    c->met = error == 0 || error == NNG_ETIMEDOUT;
-    if (error != 0)
-        return cannot_reach(c, error, since_ms);
     status = open_session(c, program);
     c->absent = status == TS_ECONN || status == TS_EBUSY; /* it ends, or is being drained */
     if (status == TS_OK && exchange_bytes > 0) {
@@ -298,15 +252,12 @@ static const char *what_is_gone(const ts_client *c, const shared_memory *has)
 static ts_status resume(ts_client *c, uint64_t until_ms, bool *lost)
 {
     shared_memory has = {0};
-    const uint64_t since_ms = ts_now_ms();
+    int error;
     *lost = false;
     c->absent = false;
-    ts_status status = open_socket(c);
+    ts_status status = reach(c, until_ms, &error);
     if (status != TS_OK)
         return status;
-    int error = dial(c, until_ms);
-    if (error != 0)
-        return cannot_reach(c, error, since_ms);
     status = resume_session(c, &has);
     if (status == TS_ENOENT || status == TS_EPROTO) {
         char why[sizeof c->error];
