@@ -35,12 +35,21 @@ static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
 {
     (void)event;
     ts_client *c = arg;
-    if (nng_socket_id(nng_pipe_socket(pipe)) != atomic_load(&c->live_socket))
-        return; /* of a connection before: this one goes on */
-    atomic_store(&c->broken, true);
-    ts_signals_daemon_gone(c);
-    ts_rings_wake(c);
-    nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
+    pthread_mutex_lock(&c->live_lock);
+    if (nng_socket_id(nng_pipe_socket(pipe)) == c->live_socket) { /* else of one before */
+        atomic_store(&c->broken, true);
+        ts_signals_daemon_gone(c);
+        ts_rings_wake(c);
+        nng_aio_abort(c->aio, NNG_ECONNRESET); /* whoever waits for an answer */
+    }
+    pthread_mutex_unlock(&c->live_lock);
+}
+
+static void set_live_socket(ts_client *c, int socket)
+{
+    pthread_mutex_lock(&c->live_lock);
+    c->live_socket = socket;
+    pthread_mutex_unlock(&c->live_lock);
 }
 
 /* The group that may connect, in parentheses, as the socket or its folder has it; empty: neither
@@ -110,7 +119,7 @@ static ts_status open_socket(ts_client *c)
     if (error != 0)
         return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
     c->open = true;
-    atomic_store(&c->live_socket, nng_socket_id(c->socket));
+    set_live_socket(c, nng_socket_id(c->socket));
     nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
     nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
     nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_removed, c);
@@ -204,11 +213,13 @@ void ts_hang_up(ts_client *c)
 {
     ts_unanswered_close(c);
     if (c->open) {
-        atomic_store(&c->live_socket, 0);
+        set_live_socket(c, 0);
         atomic_store(&c->broken, true);
         pthread_mutex_lock(&c->socket_lock);
-        nng_close(c->socket);
+        /* First: an answer may have come in the last moment, and NNG's thread for what is late be
+         * about to tell the socket. To free waits for that. */
         nng_aio_free(c->aio);
+        nng_close(c->socket);
         pthread_mutex_unlock(&c->socket_lock);
     }
     c->open = false;

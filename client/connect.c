@@ -175,6 +175,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->handle_fd = -1;
     c->pid = getpid();
     pthread_mutex_init(&c->socket_lock, NULL);
+    pthread_mutex_init(&c->live_lock, NULL);
     ts_status status = ts_options_read(c, TS_STRUCT_OPTIONS, options, &o);
     if (status == TS_OK)
         status = check_words(c, &o);
@@ -241,6 +242,7 @@ void ts_disconnect(ts_client *c)
     ts_cuda_close(c->cuda);
     ts_handles_close(c);
     pthread_mutex_destroy(&c->socket_lock);
+    pthread_mutex_destroy(&c->live_lock);
     free(c->unaborted);
     free(c);
 }

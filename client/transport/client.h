@@ -50,13 +50,13 @@ struct ts_client {
     atomic_bool in_call; /* a thread is inside a public call: TS_ENTER */
     nng_socket socket;
     nng_aio *aio;
-    pid_t pid;              /* of the process that connected */
-    bool open;              /* socket and aio are there */
-    atomic_bool broken;     /* the connection ended; set on NNG's threads */
-    atomic_int live_socket; /* the id of the socket whose end that is */
-    bool absent;            /* connecting failed for want of a daemon */
-    bool met;               /* connecting has reached one */
-    char path[100];         /* of the daemon's socket */
+    pid_t pid;          /* of the process that connected */
+    bool open;          /* socket and aio are there */
+    atomic_bool broken; /* the connection ended; set on NNG's threads */
+    int live_socket; /* under live_lock: the id of the socket whose end that is, and `aio` there */
+    bool absent;     /* connecting failed for want of a daemon */
+    bool met;        /* connecting has reached one */
+    char path[100];  /* of the daemon's socket */
     uint32_t timeout_ms, retries;
     uint32_t wait_ms; /* that the present call may take beside */
     bool brief;       /* the present call has TS_BRIEF_MS, and waits for no other daemon */
@@ -72,6 +72,7 @@ struct ts_client {
     bool lost;                   /* the session can't go on with the daemon that there is now */
     uint32_t restarts;           /* that the session has outlived */
     pthread_mutex_t socket_lock; /* for who uses the socket beside the client's thread */
+    pthread_mutex_t live_lock;   /* for NNG's thread, which tells of a connection's end */
     int handle_fd;               /* the connection to the handle socket; -1: there is none */
     uint32_t handle_tag;
     unsigned char *exchange;

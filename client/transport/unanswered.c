@@ -53,8 +53,8 @@ static void moved_on(void *arg)
 static void drop(ts_unanswered *u)
 {
     nng_aio_stop(u->aio);
+    nng_aio_free(u->aio); /* before the context: arrive.c, ts_hang_up */
     nng_ctx_close(u->context);
-    nng_aio_free(u->aio);
     if (u->answer != NULL)
         nng_msg_free(u->answer);
     free(u->picks);
