@@ -29,7 +29,8 @@
 
 #define REPLY_BYTES_MAX (64u << 20) /* an answer never needs more */
 #define LEAVE_MS 1000u              /* for a session's end */
-#define AGAIN_MS 5                  /* between attempts to reach the next daemon */
+#define LATE_MS 20 /* for an answer that is late, before the connection is closed */
+#define AGAIN_MS 5 /* between attempts to reach the next daemon */
 
 static void pipe_removed(nng_pipe pipe, nng_pipe_ev event, void *arg)
 {
@@ -119,6 +120,7 @@ static ts_status open_socket(ts_client *c)
     if (error != 0)
         return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
     c->open = true;
+    c->late = false;
     set_live_socket(c, nng_socket_id(c->socket));
     nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
     nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
@@ -219,6 +221,8 @@ void ts_hang_up(ts_client *c)
         /* First: an answer may have come in the last moment, and NNG's thread for what is late be
          * about to tell the socket. To free waits for that. */
         nng_aio_free(c->aio);
+        if (c->late) /* a connection whose answer comes as it is closed may never end (NNG 1.5) */
+            (void)poll(NULL, 0, LATE_MS);
         nng_close(c->socket);
         pthread_mutex_unlock(&c->socket_lock);
     }

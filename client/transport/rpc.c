@@ -60,7 +60,8 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
         return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
     if (atomic_load(&c->broken))
         return ts_gone(c);
-    if (error == NNG_ETIMEDOUT)
+    c->late = error == NNG_ETIMEDOUT;
+    if (c->late)
         return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, time_ms);
     return ts_fail(c, TS_ECONN, "%s: %s", c->path, nng_strerror(error));
 }
