@@ -52,7 +52,7 @@ struct ts_client {
     nng_aio *aio;
     pid_t pid;          /* of the process that connected */
     bool open;          /* socket and aio are there */
-    bool late;          /* the last answer didn't come in time, and may come yet */
+    bool late;          /* an answer didn't come in time, and may come yet */
     atomic_bool broken; /* the connection ended; set on NNG's threads */
     int live_socket; /* under live_lock: the id of the socket whose end that is, and `aio` there */
     bool absent;     /* connecting failed for want of a daemon */
