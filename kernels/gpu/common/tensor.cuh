@@ -145,6 +145,18 @@ template <typename T> __device__ inline bool any_not_finite(const uint32_t *x)
     return any;
 }
 
+/* A pair's numbers times 0, added to a pair: NaN stays in it where one was infinite or NaN, and
+ * else it stays 0. Takes one instruction, where any_not_finite takes four. */
+template <typename T> __device__ inline uint32_t add_times_zero(uint32_t pair, uint32_t to)
+{
+    uint32_t sum;
+    if (std::is_same<T, __half>::value)
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(pair), "r"(0), "r"(to));
+    else
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(pair), "r"(0), "r"(to));
+    return sum;
+}
+
 /* Where element e of eight that lie together in q's row comes from: `piece` is which eight. Beside
  * an fp8 cache in the order that K's operands come in. */
 template <typename T> __host__ __device__ inline uint32_t q_source(uint32_t piece, uint32_t e)

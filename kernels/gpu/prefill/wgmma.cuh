@@ -15,6 +15,7 @@
 #define TS_GPU_WGMMA_CUH
 
 #include "fp8_tiles.cuh"
+#include "wgmma_ends.cuh"
 #include "wgmma_tiles.cuh"
 
 namespace wgmma
@@ -26,6 +27,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     typedef tile_work<T, DIM, VARIED, FEW> tiles_of;
     typedef typename tiles_of::ring ring;
     typedef typename tiles_of::q_rows q_rows;
+    typedef piece_ends<T, DIM, VARIED, FEW> ends_of;
     typedef fp8_portions<DIM> portions; /* for an fp8 cache */
     static const uint32_t ROWS = tiles_of::ROWS, PIECES = ring::PIECES;
     static const uint32_t WORKERS = tiles_of::WORKERS, THREADS = WORKERS + ring::COPIERS;
@@ -268,66 +270,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         }
     }
 
-    /* The 16-byte pieces of four columns' pairs, which a quad's lanes have a pair each of, so that
-     * each lane has one column's whole. */
-    __device__ static void turn_quad(uint32_t *x)
-    {
-        uint32_t lane = threadIdx.x;
-        bool odd = lane & 1, high = lane & 2;
-        uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1);
-        uint32_t b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
-        x[0] = odd ? a : x[0];
-        x[1] = odd ? x[1] : a;
-        x[2] = odd ? b : x[2];
-        x[3] = odd ? x[3] : b;
-        a = __shfl_xor_sync(~0u, high ? x[0] : x[2], 2);
-        b = __shfl_xor_sync(~0u, high ? x[1] : x[3], 2);
-        x[0] = high ? a : x[0];
-        x[1] = high ? b : x[1];
-        x[2] = high ? x[2] : a;
-        x[3] = high ? x[3] : b;
-    }
-
-    /* Two numbers as the output has them, which is 16-bit. */
-    __device__ static uint32_t pack_out(const gpu_call &c, float x, float y)
-    {
-        if (!scaled<T>::value)
-            return pack<typename multiplied<T>::type>(x, y);
-        return c.io == TS_DTYPE_FP16 ? pack<__half>(x, y) : pack<__nv_bfloat16>(x, y);
-    }
-
-    /* This lane's part of the output: two rows' sums times a factor. */
-    __device__ static void store_rows(const gpu_call &c, const job &j, uint32_t first_row,
-                                      const rows_state &r, const float (*o)[4])
-    {
-        uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            uint32_t row = first_row + lane / 4 + e * 8, place = 0;
-            bool there = row < j.rows;
-            float factor = 0;
-            if (there) {
-                place = place_of<true>(c, j, row);
-                factor = finish_place(c, j.s, place, r.max[e], r.sum[e]);
-                factor *= value_scale<T>(c, j.s, j.kv_head);
-            }
-            uint16_t *to = (uint16_t *)j.s.out + place * (size_t)c.head_dim;
-#pragma unroll
-            for (uint32_t d = 0; d < DIM / 8; d += 4) {
-                uint32_t x[4];
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++)
-                    x[i] = pack_out(c, o[d + i][e * 2] * factor, o[d + i][e * 2 + 1] * factor);
-                turn_quad(x);
-                uint32_t column = (d + lane % 4) * 8;
-                if (there && column < c.head_dim)
-                    cache_hints::store(to + column, make_uint4(x[0], x[1], x[2], x[3]),
-                                       FEW && c.keeps_out);
-            }
-        }
-    }
-
-    /* The same by way of the tiles' place, and q's. */
+    /* The output, or records, by way of the tiles' place, and q's. */
     __device__ static void store_apart(const gpu_call &c, const job &j, const worker &w,
                                        const rows_state &r, const float (*o)[4],
                                        unsigned char *tiles)
@@ -356,48 +299,6 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         fence_for_products();
         __syncwarp();
         w.used_q();
-    }
-
-    /* A chunk of a piece of several ends: what this thread has of it is added to what there is so
-     * far, as the merge of chunks does it (chunk_sums.cuh: finish). That lies in memory, or rather
-     * in the second-level cache, for the block writes there again and again. */
-    __device__ static void fold_chunk(const wgmma_call &wc, uint32_t chunk, rows_state &r,
-                                      float (*o)[4], bool more)
-    {
-        float4 *so_far = wc.folds + blockIdx.x * (size_t)(WORKERS * WGMMA_FOLD(DIM)) + threadIdx.x;
-        float4 state = make_float4(-CUDART_INF_F, 0, -CUDART_INF_F, 0);
-        if (chunk > 0)
-            state = __ldcg(so_far + DIM / 8 * WORKERS);
-        float ours[2], factor[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            row_state before = {e == 0 ? state.x : state.z, e == 0 ? state.y : state.w};
-            ours[e] = rescale(r.max[e], r.max[e]);
-            factor[e] = fold_factor(before.max, r.max[e]);
-            r.sum[e] = fold(before.sum, __fmaf_rn(r.sum[e], ours[e], 0), factor[e]);
-            r.max[e] = fmaxf(before.max, r.max[e]);
-        }
-        state = make_float4(r.max[0], r.sum[0], r.max[1], r.sum[1]);
-        if (more)
-            cache_hints::store((float *)(so_far + DIM / 8 * WORKERS), state, true);
-#pragma unroll
-        for (int d = 0; d < DIM / 8; d++) {
-            float4 x = make_float4(0, 0, 0, 0);
-            if (d % 4 == 0)
-                asm volatile("" ::: "memory"); /* only 4 loads at once, for lack of registers */
-            if (chunk > 0)
-                x = __ldcg(so_far + d * WORKERS);
-            const float before[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                o[d][e] = fold(before[e], __fmaf_rn(o[d][e], ours[e / 2], 0), factor[e / 2]);
-        }
-        if (!more)
-            return;
-#pragma unroll
-        for (int d = 0; d < DIM / 8; d++)
-            cache_hints::store((float *)(so_far + d * WORKERS),
-                               make_float4(o[d][0], o[d][1], o[d][2], o[d][3]), true);
     }
 
     /* q's numbers become fp16 from bf16: each group does so with its own rows. */
@@ -476,18 +377,15 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             w.says = apart ? ~0u : count - 1;
             if (!apart && count == 0)
                 w.used_q();
-            tiles_of::work(c, j, shared_address(q), w, r, o);
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 1);
-                r.sum[e] += __shfl_xor_sync(~0u, r.sum[e], 2);
-            }
+            typename ends_of::rows rows;
+            tiles_of::work(c, j, shared_address(q), w, r, o,
+                           [&] { ends_of::find(c, j, w.first_row, r, apart, rows); });
             if (j.chunks > 1 && w.first_row < j.rows)
-                fold_chunk(wc, j.chunk, r, o, j.chunk + 1 < j.chunks);
+                ends_of::fold_chunk(wc, j.chunk, r, o, j.chunk + 1 < j.chunks);
             if (apart)
                 store_apart(c, j, w, r, o, tiles);
             else if (j.chunk + 1 >= j.chunks)
-                store_rows(c, j, w.first_row, r, o);
+                ends_of::store(c, j, w.first_row, r, rows, o);
             done(p, k);
         }
     }

@@ -157,9 +157,10 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         const uint32_t ROW = ring::EIGHT / 16; /* of eight tokens: 16-byte pieces */
         const uint32_t ABREAST = 4;
         const uint32_t end = j.end, seen_from = j.clear_begin, seen_to = j.clear_end;
-        bool nonfinite = false;
+        uint32_t nonfinite[ABREAST] = {}; /* not 0: there is one */
         uint32_t from = tile < seen_from || seen_to <= tile ? 0 : seen_to - tile;
-        uint32_t to = min(TOKENS, (end - tile + j.box_tokens - 1) / j.box_tokens * j.box_tokens);
+        /* Boxes have a power of 2 of tokens. */
+        uint32_t to = min(TOKENS, (end - tile + j.box_tokens - 1) & (0 - j.box_tokens));
         to = (to + 7) / 8; /* eights of tokens */
         bool clears = tile + to * 8 > end;
 #pragma unroll 1
@@ -174,15 +175,18 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
 #pragma unroll
             for (uint32_t a = 0; a < ABREAST; a++) {
                 uint32_t at = i + a * 128;
-                nonfinite |= any_not_finite<M>(x[a]);
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    nonfinite[a] = add_times_zero<M>(x[a][n], nonfinite[a]);
                 if (at < to * ROW && tile + ring::token_at(at) >= end)
                     clear_16_bytes(v + at * 16);
             }
         }
+        const uint32_t all = nonfinite[0] | nonfinite[1] | nonfinite[2] | nonfinite[3];
+        const bool any = (all & 0x7fff7fffu) != 0;
         if (clears)
             fence_for_products();
-        return clears ? named_any(TOGETHER, WORKERS, nonfinite)
-                      : named_any(OWN + w.group, 128, nonfinite);
+        return clears ? named_any(TOGETHER, WORKERS, any) : named_any(OWN + w.group, 128, any);
     }
 
     /* Adds such a tile to the sums, by the instructions of a warp alone, and makes it 0, so that it
@@ -223,7 +227,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
                                           const rows_state &r, uint32_t tile,
                                           const uint32_t (*p)[4], float (*o)[4])
     {
-        if (tile >= j.clear_begin && tile + TOKENS <= j.clear_end)
+        if (is_seen(j, tile))
             return;
         w.v.await(); /* a weight of 0 doesn't hide all there is of V */
         if (has_nonfinite(j, w, tile, w.v.tile()))
@@ -268,9 +272,15 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         }
     }
 
+    /* Whether all rows of the block see all of the tile. */
+    __device__ static bool is_seen(const job &j, uint32_t tile)
+    {
+        return tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
+    }
+
     /* What happens to a tile's scores before the softmax, beside scaling: HIDDEN, some row of the
      * block doesn't see all of it. */
-    template <bool HIDDEN>
+    template <bool HIDDEN, bool FIRST>
     __device__ static void modify_scores(const gpu_call &c, const job &j, const worker &w,
                                          uint32_t tile, const rows_state &r, float (*s)[4])
     {
@@ -278,7 +288,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
 #pragma unroll
             for (uint32_t t = 0; t < TOKENS; t += PART)
                 plain::apply_score_mods(c, j, r.l, w.first_row, tile + t, w.varied, s + t / 8);
-        else if (HIDDEN)
+        else if (HIDDEN && !(FIRST && is_seen(j, tile))) /* nothing is under way if FIRST */
             hide_scores(c, tile, r, s);
     }
 
@@ -345,7 +355,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         w.arrive(k_used);
         if (n == w.says)
             w.used_q();
-        modify_scores<HIDDEN>(c, j, w, tile, r, s);
+        modify_scores<HIDDEN, FIRST>(c, j, w, tile, r, s);
         find_highest(s, w.unit, highest);
         bool raised = highest[0] > r.max[0] + SLACK || highest[1] > r.max[1] + SLACK;
         if (FIRST) {
@@ -402,8 +412,10 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
             named_arrive(TURN, TURN_THREADS);
     }
 
-    /* The last tile's sums. */
-    __device__ static void last_sums(const worker &w, const uint32_t (*p)[4], float (*o)[4])
+    /* The last tile's sums, and meanwhile something without branches. */
+    template <typename MEANWHILE>
+    __device__ static void last_sums(const worker &w, const uint32_t (*p)[4], float (*o)[4],
+                                     const MEANWHILE &meanwhile)
     {
         w.v.await();
         uint64_t v = with_high_word(uniform(w.v.matrix), values_at(0));
@@ -413,14 +425,16 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         for (int t = 0; t < SUM_STEPS; t++)
             ask_for_sums(p, v, t, o);
         products_commit();
+        meanwhile();
         products_await<0>();
         pin<DIM / 8>(o);
         w.arrive(w.v.used());
     }
 
-    /* The piece's tiles. */
+    /* The piece's tiles. meanwhile: done when all weights have been found. */
+    template <typename MEANWHILE>
     __device__ static void work(const gpu_call &c, const job &j, uint32_t q, worker &w,
-                                rows_state &r, float (*o)[4])
+                                rows_state &r, float (*o)[4], const MEANWHILE &meanwhile)
     {
         uint32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -437,8 +451,10 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
                 o[d][e] = 0;
         typename ring::walk way = ring::walk_of(j);
         uint32_t first = way.first, count = uniform(way.count);
-        if (count == 0)
+        if (count == 0) {
+            meanwhile();
             return;
+        }
         uint64_t a = queries_at(q + w.group * GROUP_ROWS * 128);
         float s[COLUMNS][4];
         uint32_t p[SUM_STEPS][4];
@@ -469,8 +485,9 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
                     next_tile<false, false>(c, j, w, n, first + n * TOKENS, a, r, s, p, o);
         }
         if (!skips) {
-            last_sums(w, p, o);
+            last_sums(w, p, o, meanwhile);
         } else {
+            meanwhile();
             w.v.await();
             __syncwarp();
             w.arrive(w.v.used());
