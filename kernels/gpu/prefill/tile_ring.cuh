@@ -159,7 +159,11 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         uint32_t parity, last; /* of the barrier's phase; the last place's barrier */
         walk w;
         uint32_t unit;  /* of the piece's K or V in block 0, in the map */
-        uint32_t block; /* of this lane's box of the next tile: looked up early */
+        uint32_t block; /* of this lane's box of the next tile, or tiles: looked up early */
+        /* FEW looks up BATCH tiles' boxes at once: lane l has box l % MOST of tile l / MOST. */
+        static const uint32_t MOST = 4, BATCH = 32 / MOST;
+        static_assert(!FEW || TOKENS / BOX_TOKENS_LEAST <= MOST * FEEDERS, "a lane for each box");
+        uint32_t eights, units; /* of this lane's box of those that are asked for now */
         /* Of sequences that are all new: */
         uint32_t asked; /* the tile that `place` gets, until that is settled; or NONE */
         bool stores;    /* that tile */
@@ -216,8 +220,8 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
             return t < min(tile + TOKENS, j.end) ? j.s.blocks[divide(t, c.block_tokens)] : 0;
         }
 
-        /* Asks for a tile, of whose boxes each lane knows where one lies. */
-        __device__ void ask(uint32_t eight, uint32_t unit, bool once)
+        /* Asks for a tile: the lanes from `lane` on know where its boxes lie. */
+        __device__ void ask(uint32_t eight, uint32_t unit, bool once, uint32_t lane = 0)
         {
             uint32_t bytes = m.tokens / 8 * EIGHT, to = place + warp * boxes * bytes;
             await_used();
@@ -225,11 +229,34 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
                 barrier_expect(there, boxes * bytes);
 #pragma unroll 1
             for (uint32_t i = 0; i < boxes; i++, to += bytes) {
-                uint32_t e = __shfl_sync(~0u, eight, i), u = __shfl_sync(~0u, unit, i);
+                uint32_t e = __shfl_sync(~0u, eight, lane + i);
+                uint32_t u = __shfl_sync(~0u, unit, lane + i);
                 if (is_elected())
                     copy_box(to, map, e, u, there, once);
             }
             advance();
+        }
+
+        /* The same of BATCH tiles from that one on, each lane's box's first token. */
+        __device__ uint32_t batch_token(uint32_t tile) const
+        {
+            const uint32_t lane = threadIdx.x % 32;
+            return tile + lane / MOST * TOKENS + warp * own_tokens() + lane % MOST * m.tokens;
+        }
+        __device__ void look_up_batch(const gpu_call &c, const job &j, uint32_t tile)
+        {
+            const uint32_t t = batch_token(tile);
+            const bool wanted = threadIdx.x % MOST < boxes && t < j.end;
+            block = wanted ? j.s.blocks[divide(t, c.block_tokens)] : 0;
+        }
+        /* Where those boxes lie; the next ones are looked up. */
+        __device__ void take_batch(const gpu_call &c, const job &j, uint32_t tile)
+        {
+            const uint32_t t = batch_token(tile);
+            const uint32_t token = t - divide(t, c.block_tokens) * c.block_tokens.d;
+            eights = (t < j.end ? token : c.block_tokens.d) / 8;
+            units = block * m.block_units + unit;
+            look_up_batch(c, j, tile + BATCH * TOKENS);
         }
 
         /* A piece begins. */
@@ -237,13 +264,25 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         {
             w = walk_of(j);
             unit = j.s.layer * 2 * m.plane_units + j.kv_head * m.head_units + plane;
-            block = block_of(c, j, w.first);
+            if (FEW)
+                look_up_batch(c, j, w.first);
+            else
+                block = block_of(c, j, w.first);
         }
         /* Its tiles from n to before `to`, as their places become free. Behind the end boxes are
          * asked for that no block has, which are 0. */
         __device__ void ask_for(const gpu_call &c, const job &j, uint32_t n, uint32_t to)
         {
-            if (!FEW && j.all_new) {
+            if (FEW) {
+#pragma unroll 1
+                for (to = min(to, w.count); n < to; n++) {
+                    if (n % BATCH == 0)
+                        take_batch(c, j, w.first + n * TOKENS);
+                    ask(eights, units, j.once, n % BATCH * MOST);
+                }
+                return;
+            }
+            if (j.all_new) {
                 ask_for_rows(c, j, n, to);
                 return;
             }

@@ -22,7 +22,8 @@ namespace wgmma
 {
 
 /* FEW: for pieces of at most 64 rows of a 16-bit cache, which is waited for. There is one group
- * that multiplies, a third place for K in the room of the others' q, and registers for all. */
+ * that multiplies; a third place for K, and one for half of what chunks before have come to, in the
+ * room that others' q would take; and registers for all. */
 template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     typedef tile_work<T, DIM, VARIED, FEW> tiles_of;
     typedef typename tiles_of::ring ring;
@@ -39,7 +40,7 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
     static const uint32_t SUMS_IN_Q = SUM_BYTES > ring::BYTES ? SUM_BYTES - ring::BYTES : 0;
     static const uint32_t ALIGN = 1024; /* of what is swizzled */
     static const uint32_t PORTION_BYTES = scaled<T>::value ? portions::ALL_BYTES : 0;
-    static const uint32_t BYTES = Q_BYTES + ring::BYTES + PORTION_BYTES + ALIGN;
+    static const uint32_t BYTES = Q_BYTES + ring::BYTES + PORTION_BYTES + ends_of::BYTES + ALIGN;
     static_assert(ROWS * MMA_CHUNKS * sizeof(float) <= SUM_BYTES,
                   "a float for each row and chunk takes the sums' place");
     static const bool WIDENS = scaled<T>::value;
@@ -378,10 +379,13 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
             if (!apart && count == 0)
                 w.used_q();
             typename ends_of::rows rows;
-            tiles_of::work(c, j, shared_address(q), w, r, o,
-                           [&] { ends_of::find(c, j, w.first_row, r, apart, rows); });
+            typename ends_of::folds folds;
+            tiles_of::work(c, j, shared_address(q), w, r, o, [&] {
+                ends_of::find(c, j, w.first_row, r, apart, rows);
+                ends_of::ask_for_folds(wc, j, w.first_row, folds);
+            });
             if (j.chunks > 1 && w.first_row < j.rows)
-                ends_of::fold_chunk(wc, j.chunk, r, o, j.chunk + 1 < j.chunks);
+                ends_of::fold_chunk(wc, j, r, o, folds, tiles + ring::BYTES);
             if (apart)
                 store_apart(c, j, w, r, o, tiles);
             else if (j.chunk + 1 >= j.chunks)

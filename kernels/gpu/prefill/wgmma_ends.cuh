@@ -18,6 +18,14 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct piece_ends {
     typedef tile_work<T, DIM, VARIED, FEW> tiles_of;
     static const uint32_t WORKERS = tiles_of::WORKERS;
 
+    /* What a thread has of a piece of several chunks so far: a vector for each eight dimensions,
+     * and its rows' states. FEW has room for the first NEAR of them in shared memory, BYTES of it.
+     * The others lie in memory, or rather in the second-level cache, for a block writes there again
+     * and again. */
+    static const int VECTORS = DIM / 8, NEAR = FEW ? VECTORS / 2 : 0;
+    static const uint32_t BYTES = NEAR * WORKERS * sizeof(float4);
+    static_assert(VECTORS + 1 == WGMMA_FOLD(DIM), "and the states");
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
     typedef typename tiles_of::rows_state rows_state;
@@ -137,16 +145,47 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct piece_ends {
 
     /* ---- chunks of one piece ---- */
 
-    /* A chunk of a piece of several ends: what this thread has of it is added to what there is so
-     * far, as the merge of chunks does it (chunk_sums.cuh: finish). That lies in memory, or rather
-     * in the second-level cache, for the block writes there again and again. */
-    __device__ static void fold_chunk(const wgmma_call &wc, uint32_t chunk, rows_state &r,
-                                      float (*o)[4], bool more)
+    /* FEW has registers for all that doesn't lie near, the states last. Others load it where it is
+     * wanted. */
+    static const int FAR = FEW ? VECTORS - NEAR + 1 : 0;
+    struct folds {
+        float4 far[FAR > 0 ? FAR : 1];
+    };
+
+    /* Where this thread's vectors and, behind them, states lie in memory. */
+    __device__ static float4 *folds_of(const wgmma_call &wc)
     {
-        float4 *so_far = wc.folds + blockIdx.x * (size_t)(WORKERS * WGMMA_FOLD(DIM)) + threadIdx.x;
+        return wc.folds + blockIdx.x * (size_t)(WORKERS * WGMMA_FOLD(DIM)) + threadIdx.x;
+    }
+
+    __device__ static void ask_for_folds(const wgmma_call &wc, const job &j, uint32_t first_row,
+                                         folds &x)
+    {
+        const float4 *from = folds_of(wc) + NEAR * WORKERS;
+        const uint32_t wanted = j.chunks > 1 && j.chunk > 0 && first_row < j.rows;
+#pragma unroll
+        for (int i = 0; i < FAR; i++) {
+            float4 &y = x.far[i];
+            y = make_float4(0, 0, 0, 0);
+            asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+                         "@p ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+                         : "+f"(y.x), "+f"(y.y), "+f"(y.z), "+f"(y.w)
+                         : "l"(from + i * WORKERS), "r"(wanted)
+                         : "memory");
+        }
+    }
+
+    /* A chunk of a piece of several ends: what this thread has of it is added to what there is so
+     * far, as the merge of chunks does it (chunk_sums.cuh: finish). near: in shared memory. */
+    __device__ static void fold_chunk(const wgmma_call &wc, const job &j, rows_state &r,
+                                      float (*o)[4], const folds &asked, unsigned char *near)
+    {
+        const uint32_t chunk = j.chunk;
+        const bool more = chunk + 1 < j.chunks;
+        float4 *so_far = folds_of(wc), *nearer = (float4 *)near + threadIdx.x;
         float4 state = make_float4(-CUDART_INF_F, 0, -CUDART_INF_F, 0);
         if (chunk > 0)
-            state = __ldcg(so_far + DIM / 8 * WORKERS);
+            state = FEW ? asked.far[FAR - 1] : __ldcg(so_far + VECTORS * WORKERS);
         float ours[2], factor[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
@@ -158,14 +197,16 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct piece_ends {
         }
         state = make_float4(r.max[0], r.sum[0], r.max[1], r.sum[1]);
         if (more)
-            cache_hints::store((float *)(so_far + DIM / 8 * WORKERS), state, true);
+            cache_hints::store((float *)(so_far + VECTORS * WORKERS), state, true);
 #pragma unroll
-        for (int d = 0; d < DIM / 8; d++) {
+        for (int d = 0; d < VECTORS; d++) {
             float4 x = make_float4(0, 0, 0, 0);
-            if (d % 4 == 0)
+            if (!FEW && d % 4 == 0)
                 asm volatile("" ::: "memory"); /* only 4 loads at once, for lack of registers */
-            if (chunk > 0)
-                x = __ldcg(so_far + d * WORKERS);
+            if (FEW && d >= NEAR)
+                x = asked.far[d - NEAR];
+            else if (chunk > 0)
+                x = FEW ? nearer[d * WORKERS] : __ldcg(so_far + d * WORKERS);
             const float before[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
             for (int e = 0; e < 4; e++)
@@ -174,9 +215,13 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct piece_ends {
         if (!more)
             return;
 #pragma unroll
-        for (int d = 0; d < DIM / 8; d++)
-            cache_hints::store((float *)(so_far + d * WORKERS),
-                               make_float4(o[d][0], o[d][1], o[d][2], o[d][3]), true);
+        for (int d = 0; d < VECTORS; d++) {
+            float4 x = make_float4(o[d][0], o[d][1], o[d][2], o[d][3]);
+            if (d < NEAR)
+                nearer[d * WORKERS] = x;
+            else
+                cache_hints::store((float *)(so_far + d * WORKERS), x, true);
+        }
     }
 
 #endif
