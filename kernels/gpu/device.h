@@ -85,8 +85,10 @@ struct ts_gpu_launch {
     void (*done)(void *arg, ts_status status, const char *why);
     void *arg;
     char why[TS_GPU_WHY_BYTES];
-    cudaEvent_t mark; /* of a device opened for streams: what was queued (ts_gpu_launch_mark) */
-    bool marked;      /* it was recorded */
+    /* Of a device opened for streams: behind what was queued (ts_gpu_launch_mark), and what a
+     * thread that waits for it is woken by. Recording the former wakes nobody. */
+    cudaEvent_t mark, waker;
+    bool marked; /* the mark was recorded */
     /* By what its end is seen, and what came of it. */
     uint32_t *end_word, *end_there; /* of a device opened for streams NULL: nothing is written */
     uint32_t end_value;
