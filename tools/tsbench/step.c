@@ -426,6 +426,21 @@ static bool by_both_ways(const bench_options *o, const char *socket, double poll
     return ok;
 }
 
+/* Tokens a second of one worker with `count` sequences, and of as many workers with one each. */
+static bool crowd_rows(const bench_options *o, const char *socket, uint32_t count, json_t *rows)
+{
+    char what[64];
+    double one = workers_rate(socket, 1, count, 100);
+    double many = one > 0 ? workers_rate(socket, count, 1, 100) : -1;
+    if (many <= 0)
+        return false;
+    snprintf(what, sizeof what, "one worker with %u sequences of 256 tokens", count);
+    row(o, rows, what, one, "/s", NULL, 0);
+    snprintf(what, sizeof what, "%u workers with one each", count);
+    row(o, rows, what, many, "/s", "one worker", one);
+    return true;
+}
+
 int bench_step(const bench_options *o, json_t *rows)
 {
     char folder[] = "/tmp/tsbench.XXXXXX", socket[64];
@@ -461,11 +476,7 @@ int bench_step(const bench_options *o, json_t *rows)
 
     daemon = ok ? bench_daemon(o, socket, POOL, NULL) : -1;
     if (ok && daemon > 0) {
-        double one = workers_rate(socket, 1, WORKERS, 100);
-        double many = workers_rate(socket, WORKERS, 1, 100);
-        ok = one > 0 && many > 0;
-        row(o, rows, "one worker with 16 sequences of 256 tokens", one, "/s", NULL, 0);
-        row(o, rows, "16 workers with one each", many, "/s", "one worker", one);
+        ok = crowd_rows(o, socket, WORKERS / 2, rows) && crowd_rows(o, socket, WORKERS, rows);
         double share = idle_share(socket, daemon);
         ok = ok && share >= 0;
         row(o, rows, "daemon's processor time a second, 100 idle sessions", share, "µs", NULL, 0);
