@@ -2,11 +2,14 @@
  * engine's queue. */
 #include "test_util.h"
 
+#include "clock.h"
 #include "host_executor.h"
+#include "threads.h"
 #include "work_queue.h"
 
 #include <math.h>
 #include <semaphore.h>
+#include <stdatomic.h>
 
 #define ITEMS 37u
 
@@ -41,6 +44,30 @@ static void every_item_runs_once_in_every_round(void **state)
         ts_threads_run(t, 0, count_item, &c);
         ts_threads_free(t);
     }
+}
+
+/* One bit for each thread that took an item of the round. */
+static void note_thread(void *arg, uint32_t item, uint32_t thread)
+{
+    atomic_fetch_or((atomic_uint *)arg, 1u << thread);
+    for (uint32_t i = 0; i < 20 * (item % 8); i++)
+        ts_pause();
+}
+
+static void no_more_threads_take_part_than_are_wanted(void **state)
+{
+    (void)state;
+    ts_threads *t = ts_threads_new(5);
+    assert_non_null(t);
+    for (uint32_t round = 0; round < 3000; round++) { /* by turns all: they are awake, then */
+        atomic_uint seen = 0;
+        const uint32_t at_most = round % 2 == 0 ? 5 : 1 + round / 2 % 3;
+        const ts_threads_work work = {note_thread, &seen, ITEMS, at_most, NULL, NULL};
+        assert_int_equal(ts_threads_run_from(t, &work, 0), ITEMS);
+        assert_in_range(__builtin_popcount(seen), 1, at_most);
+        assert_true(at_most > 1 || seen == 1); /* the caller */
+    }
+    ts_threads_free(t);
 }
 
 /* ---- the batch ---- */
@@ -131,6 +158,91 @@ static void jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result(vo
     free(jobs);
     sem_destroy(&all);
     ts_attention_free(a);
+}
+
+/* Four sequences of one call, the second of which is long enough to be cut and merged. */
+enum { TOLD = 4, LONG_TOKENS = 4096, TOLD_DIM = 32, TOLD_BLOCK = 4 };
+
+typedef struct told {
+    float out[TOLD][TOLD_DIM];
+    uint32_t count, seqs[TOLD];
+    uint32_t undone[TOLD]; /* sequences not written yet when each was told of: by one thread */
+    uint32_t threads;
+    bool drops; /* the last one, when the first is told of */
+    bool dropped;
+} told;
+
+static bool is_written(const told *t, uint32_t seq)
+{
+    return t->out[seq][0] == t->out[seq][0]; /* not NaN */
+}
+
+static void note_told(void *arg, uint32_t seq)
+{
+    told *t = arg;
+    for (uint32_t i = 0; i < TOLD && t->threads == 1; i++)
+        t->undone[t->count] += !is_written(t, i);
+    assert_true(t->dropped || is_written(t, seq));
+    t->seqs[t->count++] = seq;
+    if (t->drops)
+        __atomic_store_n(&t->dropped, true, __ATOMIC_RELAXED);
+}
+
+static void run_told(told *t, uint32_t threads)
+{
+    t->threads = threads;
+    static uint32_t table[LONG_TOKENS / TOLD_BLOCK]; /* all of it is block 0 */
+    static float cache[2 * TOLD_BLOCK * TOLD_DIM], q[TOLD_DIM];
+    ts_attention_seq seqs[TOLD];
+    for (uint32_t i = 0; i < TOLD; i++) {
+        seqs[i] = (ts_attention_seq){.blocks = table,
+                                     .kv_tokens = i == 1 ? LONG_TOKENS : 8,
+                                     .q_tokens = 1,
+                                     .q = q,
+                                     .out = t->out[i],
+                                     .dropped = i == TOLD - 1 ? &t->dropped : NULL};
+        for (uint32_t d = 0; d < TOLD_DIM; d++)
+            t->out[i][d] = NAN;
+    }
+    ts_attention_call call = {
+        .geometry = {.layers = 1, .kv_heads = 1, .head_dim = TOLD_DIM, .block_tokens = TOLD_BLOCK},
+        .base = (unsigned char *)cache,
+        .heads = 1,
+        .variant.scale = 1.0f,
+        .seqs = seqs,
+        .num_seqs = TOLD,
+        .seq_done = note_told,
+        .seq_done_arg = t};
+    ts_attention *a = ts_attention_new(threads, TS_ISA_AUTO);
+    assert_non_null(a);
+    assert_int_equal(ts_attention_run(a, &call), TS_OK);
+    ts_attention_free(a);
+}
+
+static void a_sequence_that_is_done_is_told_of_before_the_others_are(void **state)
+{
+    (void)state;
+    told one = {0};
+    run_told(&one, 1); /* in order, and none is cut */
+    assert_int_equal(one.count, TOLD);
+    for (uint32_t i = 0; i < TOLD; i++) {
+        assert_int_equal(one.seqs[i], i);
+        assert_int_equal(one.undone[i], TOLD - 1 - i);
+    }
+    told dropped = {.drops = true};
+    run_told(&dropped, 1); /* what was dropped meanwhile isn't attended, but over */
+    assert_int_equal(dropped.count, TOLD);
+    assert_int_equal(dropped.undone[TOLD - 1], 1);
+    assert_false(is_written(&dropped, TOLD - 1));
+    for (uint32_t round = 0; round < 200; round++) {
+        told many = {0};
+        run_told(&many, 3);
+        for (uint32_t i = 0; i < TOLD; i++)
+            assert_true(is_written(&many, i));
+        assert_in_range(many.count, 0, TOLD - 1); /* never of the one that is merged */
+        for (uint32_t i = 0; i < many.count; i++)
+            assert_int_not_equal(many.seqs[i], 1);
+    }
 }
 
 static void what_is_cancelled_says_so(void **state)
@@ -266,7 +378,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_item_runs_once_in_every_round),
+        cmocka_unit_test(no_more_threads_take_part_than_are_wanted),
         cmocka_unit_test(jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result),
+        cmocka_unit_test(a_sequence_that_is_done_is_told_of_before_the_others_are),
         cmocka_unit_test(what_is_cancelled_says_so),
         cmocka_unit_test(work_is_run_once_in_order_by_one_thread_at_a_time),
         cmocka_unit_test(an_idle_queue_runs_work_on_the_thread_that_brings_it),

@@ -13,6 +13,12 @@
 #define COPY_BYTES (4u << 20) /* that are copied between two looks at who waits */
 #define STAMPS 4096u          /* of tenants and of sessions; some may share one */
 
+/* One of the jobs that a launch joins. */
+typedef struct joined_job {
+    ts_job *job;   /* NULL: it was told */
+    uint32_t left; /* sequences that aren't done, as far as is known */
+} joined_job;
+
 struct ts_host_executor {
     ts_attention *attention;
     double long_work; /* multiplications beyond which an attend is long */
@@ -22,8 +28,12 @@ struct ts_host_executor {
     ts_job *head, **tail;    /* under the lock, in order of arrival */
     bool stop;               /* under the lock */
     pthread_mutex_t running; /* held by the thread that uses what follows, and the attention */
-    ts_attention_seq *seqs;  /* of a launch that joins jobs */
-    size_t capacity;
+    /* of a launch that joins jobs */
+    ts_attention_seq *seqs;
+    uint32_t *job_of; /* of each sequence: an index into `joined` */
+    size_t seqs_capacity;
+    joined_job *joined;
+    size_t joined_capacity;
     uint64_t turn;                                        /* counts */
     uint64_t tenant_turns[STAMPS], session_turns[STAMPS]; /* the last one of each */
     /* of the long job that is being done; atomic: kernels' threads look */
@@ -74,40 +84,82 @@ static void tell(ts_job *job, ts_status status)
     job->done(job);
 }
 
+static void tell_run(ts_job *job, ts_status status)
+{
+    tell(job, status == TS_OK && is_dropped(job) ? TS_ECONN : status);
+}
+
+/* A sequence of a launch is done: so may its job be, which others' work is not to hold up. */
+static void note_seq_done(void *arg, uint32_t seq)
+{
+    ts_host_executor *b = arg;
+    joined_job *j = &b->joined[b->job_of[seq]];
+    if (--j->left > 0)
+        return;
+    ts_job *job = j->job;
+    j->job = NULL;
+    tell_run(job, TS_OK);
+}
+
+static bool reserve_joined(ts_host_executor *b, size_t jobs, size_t seqs)
+{
+    if (seqs > b->seqs_capacity) {
+        free(b->seqs);
+        free(b->job_of);
+        b->seqs = malloc(seqs * sizeof *b->seqs);
+        b->job_of = malloc(seqs * sizeof *b->job_of);
+        b->seqs_capacity = b->seqs == NULL || b->job_of == NULL ? 0 : seqs;
+    }
+    if (jobs > b->joined_capacity) {
+        free(b->joined);
+        b->joined = malloc(jobs * sizeof *b->joined);
+        b->joined_capacity = b->joined == NULL ? 0 : jobs;
+    }
+    return seqs <= b->seqs_capacity && jobs <= b->joined_capacity;
+}
+
+/* The call that has all of them, which are `count` jobs (more than one). False: no memory. */
+static bool join(ts_host_executor *b, ts_job *jobs, size_t count, ts_attention_call *call)
+{
+    size_t seqs = 0, at = 0, number = 0;
+    for (const ts_job *job = jobs; job != NULL; job = job->next)
+        seqs += job->num_seqs;
+    if (!reserve_joined(b, count, seqs))
+        return false;
+    for (ts_job *job = jobs; job != NULL; job = job->next) {
+        memcpy(b->seqs + at, job->seqs, job->num_seqs * sizeof *b->seqs);
+        for (uint32_t i = 0; i < job->num_seqs; i++)
+            b->job_of[at++] = (uint32_t)number;
+        b->joined[number++] = (joined_job){.job = job, .left = job->num_seqs};
+    }
+    call->seqs = b->seqs;
+    call->num_seqs = (uint32_t)seqs;
+    call->seq_done = note_seq_done;
+    call->seq_done_arg = b;
+    return true;
+}
+
 /* Runs jobs that are alike (linked by `next`) as one call, and tells them. */
 static void launch(ts_host_executor *b, ts_job *like)
 {
     ts_attention_call call = call_of(like);
-    size_t total = 0;
-    uint64_t jobs = 0;
-    ts_status status = TS_OK;
-    for (const ts_job *job = like; job != NULL; job = job->next) {
-        total += job->num_seqs;
-        jobs++;
-    }
-    if (jobs > 1) {
-        if (total > b->capacity) {
-            free(b->seqs);
-            b->seqs = malloc(total * sizeof *b->seqs);
-            b->capacity = b->seqs == NULL ? 0 : total;
-        }
-        if (b->seqs == NULL)
-            status = TS_ENOMEM;
-        size_t at = 0;
-        for (const ts_job *job = like; job != NULL && status == TS_OK; job = job->next) {
-            memcpy(b->seqs + at, job->seqs, job->num_seqs * sizeof *b->seqs);
-            at += job->num_seqs;
-        }
-        call.seqs = b->seqs;
-        call.num_seqs = (uint32_t)total;
-    }
-    if (status == TS_OK)
-        status = ts_attention_run(b->attention, &call);
-    atomic_fetch_add_explicit(&b->runs, jobs, memory_order_relaxed);
+    size_t count = 0;
+    for (const ts_job *job = like; job != NULL; job = job->next)
+        count++;
+    atomic_fetch_add_explicit(&b->runs, count, memory_order_relaxed);
     atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
-    for (ts_job *job = like, *next; job != NULL; job = next) {
-        next = job->next;
-        tell(job, status == TS_OK && is_dropped(job) ? TS_ECONN : status);
+    if (count == 1) {
+        tell_run(like, ts_attention_run(b->attention, &call));
+    } else if (join(b, like, count, &call)) {
+        ts_status status = ts_attention_run(b->attention, &call);
+        for (size_t i = 0; i < count; i++)
+            if (b->joined[i].job != NULL)
+                tell_run(b->joined[i].job, status);
+    } else {
+        for (ts_job *job = like, *next; job != NULL; job = next) {
+            next = job->next;
+            tell(job, TS_ENOMEM);
+        }
     }
 }
 
@@ -329,6 +381,8 @@ void ts_host_executor_free(ts_host_executor *b)
     pthread_mutex_destroy(&b->lock);
     pthread_mutex_destroy(&b->running);
     free(b->seqs);
+    free(b->job_of);
+    free(b->joined);
     free(b);
 }
 

@@ -19,11 +19,14 @@
 #endif
 
 #define ITEMS_PER_THREAD 4u
-#define PREFILL_ROWS 32u   /* query rows of one KV head that share each read of K and V */
-#define TOGETHER_TOKENS 8u /* query tokens up to which an item takes several KV heads */
-#define INLINE_WORK 65536u /* rows * tokens * ... under which waking the threads costs more */
-#define APPEND_TOKENS 256u /* new tokens that are written as one piece */
-#define WINDOW_ITEMS 64u   /* of a thread, of TS_ITEM_WORK each: the work of a window */
+#define PREFILL_ROWS 32u         /* query rows of one KV head that share each read of K and V */
+#define TOGETHER_TOKENS 8u       /* query tokens up to which an item takes several KV heads */
+#define THREAD_WORK (1u << 17)   /* multiplications for which it is worth waking one thread more */
+#define THREAD_FLOATS (1u << 15) /* new ones to write, or partial results to merge, likewise */
+#define APPEND_TOKENS 256u       /* new tokens that are written as one piece */
+#define WINDOW_ITEMS 64u         /* of a thread, of TS_ITEM_WORK each: the work of a window */
+
+#define MERGED (1u << 30) /* among a sequence's items left: it has to be merged, too */
 
 /* Memory that grows as it is needed. */
 typedef struct buffer {
@@ -41,7 +44,9 @@ typedef struct place {
 struct ts_attention_task {
     ts_attention *attention;
     ts_attention_call call;
-    ts_threads *threads;
+    uint32_t team;          /* threads that attend, */
+    uint32_t append_team;   /* and that write new tokens */
+    uint32_t merge_team;    /* of the window */
     uint64_t budget;        /* of an item: tokens * KV heads * query tokens */
     size_t rows, head_rows; /* of the largest item: all, and of one KV head */
     size_t pieces_count; /* of new tokens to write; `pieces` is empty where it is a sequence each */
@@ -51,11 +56,14 @@ struct ts_attention_task {
         merged; /* how far it has come: pieces, items, merges of the window */
     buffer pieces, items, merges,
         partials; /* merges: indices of the first item of each cut row set */
+    /* Where somebody is told of sequences, and the call is one window: */
+    bool tells;
+    buffer lefts;  /* atomic_uint of each sequence: items that aren't done */
+    uint32_t told; /* sequences that were looked at, and told of if they were done */
 };
 
 struct ts_attention {
     ts_threads *threads;
-    ts_threads *alone; /* just the caller */
     ts_isa isa;
     const ts_attention_isa_ops *ops;
     ts_attention_scratch *scratch; /* one per thread */
@@ -127,12 +135,11 @@ ts_attention *ts_attention_new(uint32_t threads, ts_isa isa)
     a->isa = ts_isa_resolve(isa);
     a->ops = isa_ops(a->isa);
     a->threads = ts_threads_new(threads);
-    a->alone = ts_threads_new(1);
     if (a->threads != NULL) {
         a->scratch = calloc(ts_threads_count(a->threads), sizeof *a->scratch);
         a->scratch_memory = calloc(ts_threads_count(a->threads), sizeof *a->scratch_memory);
     }
-    if (a->alone == NULL || a->scratch == NULL || a->scratch_memory == NULL) {
+    if (a->scratch == NULL || a->scratch_memory == NULL) {
         ts_attention_free(a);
         return NULL;
     }
@@ -145,6 +152,7 @@ static void task_fini(ts_attention_task *t)
     free(t->items.memory);
     free(t->merges.memory);
     free(t->partials.memory);
+    free(t->lefts.memory);
 }
 
 void ts_attention_free(ts_attention *a)
@@ -157,7 +165,6 @@ void ts_attention_free(ts_attention *a)
     free(a->scratch_memory);
     free(a->scratch);
     task_fini(&a->whole);
-    ts_threads_free(a->alone);
     ts_threads_free(a->threads);
     free(a);
 }
@@ -330,7 +337,7 @@ static void list_rows(ts_attention_task *t, const ts_attention_seq *seq, row_spl
 /* Counts the items of the window that begins at *at, which becomes the next one's beginning. */
 static list count_window(ts_attention_task *t, place *at)
 {
-    uint64_t most = t->budget * WINDOW_ITEMS * ts_threads_count(t->threads);
+    uint64_t most = t->budget * WINDOW_ITEMS * t->team;
     list l = {0};
     for (; at->seq < t->call.num_seqs && l.work < most; *at = (place){at->seq + 1, 0}) {
         const ts_attention_seq *seq = &t->call.seqs[at->seq];
@@ -361,13 +368,32 @@ static list fill_window(ts_attention_task *t, place at, place end)
     return l;
 }
 
+/* Tells of the sequences that are done, up to the first that isn't. */
+static void tell_done(ts_attention_task *t)
+{
+    const atomic_uint *lefts = t->lefts.memory;
+    for (; t->told < t->call.num_seqs; t->told++) {
+        uint32_t left = atomic_load_explicit(&lefts[t->told], memory_order_acquire);
+        if (left == 0)
+            t->call.seq_done(t->call.seq_done_arg, t->told);
+        else if (left < MERGED)
+            return;
+    }
+}
+
 static void run_one(void *arg, uint32_t item, uint32_t thread)
 {
     ts_attention_task *t = arg;
     const ts_attention_item *i = (ts_attention_item *)t->items.memory + item;
-    if (!atomic_load_explicit(&t->attention->cancelled, memory_order_relaxed) &&
-        !is_dropped(i->seq))
+    if (atomic_load_explicit(&t->attention->cancelled, memory_order_relaxed))
+        return;
+    atomic_uint *left = t->tells ? (atomic_uint *)t->lefts.memory + (i->seq - t->call.seqs) : NULL;
+    if (!is_dropped(i->seq))
         t->attention->ops->item(i, &t->attention->scratch[thread]);
+    if (left != NULL)
+        atomic_fetch_sub_explicit(left, 1, memory_order_release);
+    if (left != NULL && thread == 0)
+        tell_done(t);
 }
 
 static void merge_one(void *arg, uint32_t merge, uint32_t thread)
@@ -435,10 +461,39 @@ double ts_attention_work(const ts_attention_call *call)
     return work;
 }
 
+/* Threads for work of which each wants `share` at least, to be worth its waking. */
+static uint32_t team_for(const ts_attention *a, uint64_t work, uint64_t share)
+{
+    uint32_t all = ts_threads_count(a->threads);
+    uint64_t team = work / share;
+    return team < 1 ? 1 : team < all ? (uint32_t)team : all;
+}
+
+/* Counts each sequence's items, if the window has all of them and somebody is to be told. */
+static bool count_lefts(ts_attention_task *t, bool whole)
+{
+    t->tells = whole && t->call.seq_done != NULL;
+    if (!t->tells)
+        return true;
+    if (!reserve(&t->lefts, t->call.num_seqs, sizeof(atomic_uint)))
+        return false;
+    atomic_uint *lefts = t->lefts.memory;
+    const ts_attention_item *items = t->items.memory;
+    for (uint32_t i = 0; i < t->call.num_seqs; i++)
+        atomic_init(&lefts[i], 0);
+    for (uint32_t i = 0; i < t->num_items; i++) {
+        atomic_uint *left = &lefts[items[i].seq - t->call.seqs];
+        const bool merged = items[i].partials != NULL && atomic_load(left) < MERGED;
+        atomic_fetch_add(left, merged ? MERGED + 1 : 1);
+    }
+    return true;
+}
+
 /* Lists the next window. False: out of memory. */
 static bool next_window(ts_attention_task *t)
 {
     place end = t->next;
+    const bool first = end.seq == 0 && end.q == 0;
     list l = count_window(t, &end);
     if (!reserve(&t->items, l.items, sizeof(ts_attention_item)) ||
         !reserve(&t->merges, l.merges, sizeof(uint32_t)) ||
@@ -448,8 +503,9 @@ static bool next_window(ts_attention_task *t)
     t->next = end;
     t->num_items = (uint32_t)l.items;
     t->num_merges = (uint32_t)l.merges;
+    t->merge_team = team_for(t->attention, l.partial_floats, THREAD_FLOATS);
     t->attended = t->merged = 0;
-    return true;
+    return count_lefts(t, first && end.seq == t->call.num_seqs);
 }
 
 /* Begins the call in the task, whose buffers stay. False: out of memory. */
@@ -457,18 +513,21 @@ static bool begin(ts_attention *a, const ts_attention_call *call, ts_attention_t
 {
     const ts_geometry *g = &call->geometry;
     uint32_t group = call->heads / g->kv_heads;
-    uint64_t work = 0;
+    uint64_t work = 0, new_tokens = 0;
     t->attention = a;
     t->call = *call;
     t->rows = t->head_rows = 0;
     t->next = (place){0, 0};
     t->num_items = t->num_merges = 0;
     t->appended = t->attended = t->merged = 0;
+    t->tells = false;
+    t->told = 0;
     for (uint32_t i = 0; i < call->num_seqs; i++) {
         const ts_attention_seq *seq = &call->seqs[i];
         if (seq->q_tokens == 0)
             continue;
         row_split c = split_rows(call, seq);
+        new_tokens += seq->q_tokens;
         work +=
             (uint64_t)(seq->kv_tokens - first_token(call, seq, 0)) * g->kv_heads * seq->q_tokens;
         if ((size_t)c.q_count * group > t->head_rows)
@@ -476,11 +535,14 @@ static bool begin(ts_attention *a, const ts_attention_call *call, ts_attention_t
         if ((size_t)c.q_count * group * c.head_count > t->rows)
             t->rows = (size_t)c.q_count * group * c.head_count;
     }
-    bool small = work * group * g->head_dim <= INLINE_WORK * 16ull;
-    t->threads = small ? a->alone : a->threads;
-    t->budget = work / (ts_threads_count(t->threads) * ITEMS_PER_THREAD) + 1;
+    t->team = team_for(a, work * group * g->head_dim * 2, THREAD_WORK);
+    t->append_team = team_for(a, new_tokens * g->kv_heads * g->head_dim * 2, THREAD_FLOATS);
+    t->budget = work / ((uint64_t)t->team * ITEMS_PER_THREAD) + 1;
+    uint64_t least = THREAD_WORK / 2 / ((uint64_t)group * g->head_dim * 2);
+    if (t->budget < least)
+        t->budget = least;
     uint64_t most = TS_ITEM_WORK / ((uint64_t)group * g->head_dim * 2);
-    if (t->budget > most || ts_threads_count(t->threads) == 1)
+    if (t->budget > most || t->team == 1)
         t->budget = most > 0 ? most : 1;
     return list_pieces(t);
 }
@@ -511,15 +573,16 @@ ts_status ts_attention_task_run(ts_attention_task *t, ts_threads_pause_fn pause,
     *done = false;
     if (!reserve_scratch(a, &t->call.geometry, t->call.heads, t->rows, t->head_rows))
         return TS_ENOMEM;
-    t->appended =
-        ts_threads_run_from(t->threads, t->appended, pieces, append_one, t, pause, pause_arg);
+    const ts_threads_work append = {append_one, t, pieces, t->append_team, pause, pause_arg};
+    t->appended = ts_threads_run_from(a->threads, &append, t->appended);
     while (t->appended == pieces) {
-        t->attended = ts_threads_run_from(t->threads, t->attended, t->num_items, run_one, t, pause,
-                                          pause_arg);
+        const ts_threads_work attend = {run_one, t, t->num_items, t->team, pause, pause_arg},
+                              merge = {merge_one,     t,     t->num_merges,
+                                       t->merge_team, pause, pause_arg};
+        t->attended = ts_threads_run_from(a->threads, &attend, t->attended);
         if (t->attended < t->num_items)
             break;
-        t->merged = ts_threads_run_from(t->threads, t->merged, t->num_merges, merge_one, t, pause,
-                                        pause_arg);
+        t->merged = ts_threads_run_from(a->threads, &merge, t->merged);
         if (t->merged < t->num_merges)
             break;
         if (t->next.seq == t->call.num_seqs) {
@@ -558,6 +621,10 @@ void ts_attention_copy_blocks(ts_attention *a, unsigned char *base, size_t block
                               const ts_block_copy *copies, uint32_t num_copies)
 {
     copy_job job = {.base = base, .block_bytes = block_bytes, .copies = copies};
-    bool small = block_bytes * num_copies <= 65536;
-    ts_threads_run(small ? a->alone : a->threads, num_copies, copy_one, &job);
+    const ts_threads_work copy = {
+        .fn = copy_one,
+        .arg = &job,
+        .items = num_copies,
+        .at_most = team_for(a, block_bytes * num_copies / sizeof(float), THREAD_FLOATS)};
+    (void)ts_threads_run_from(a->threads, &copy, 0);
 }

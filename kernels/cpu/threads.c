@@ -9,37 +9,28 @@
 #include <stdlib.h>
 #include <sys/prctl.h>
 
-/* What the team works on. */
-typedef struct run {
-    ts_threads_fn fn;
-    void *arg;
-    uint32_t items;
-    ts_threads_pause_fn pause;
-    void *pause_arg;
-} run;
-
 struct ts_threads {
     uint32_t count;
     pthread_t *others; /* count - 1 */
     pthread_mutex_t lock;
     pthread_cond_t work, idle;
     /* under the lock */
-    uint64_t round;
-    uint32_t busy; /* others that have not finished this round */
+    uint32_t wanted; /* others that may still come to this round's work; 0: it is over */
+    uint32_t busy;   /* others that came and have not finished */
     bool stop;
-    run what;
+    ts_threads_work what;
     uint32_t started; /* gives each thread its number */
     /* not under the lock */
     atomic_uint next;
 };
 
-static void work_on(ts_threads *t, const run *r, uint32_t thread)
+static void work_on(ts_threads *t, const ts_threads_work *w, uint32_t thread)
 {
-    while (r->pause == NULL || !r->pause(r->pause_arg)) {
+    while (w->pause == NULL || !w->pause(w->pause_arg)) {
         uint32_t item = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
-        if (item >= r->items)
+        if (item >= w->items)
             return;
-        r->fn(r->arg, item, thread);
+        w->fn(w->arg, item, thread);
     }
 }
 
@@ -49,17 +40,18 @@ static void *thread_main(void *arg)
     ts_threads *t = arg;
     pthread_mutex_lock(&t->lock);
     uint32_t self = ++t->started;
-    uint64_t seen = 0;
     for (;;) {
-        while (t->round == seen && !t->stop)
+        while (t->wanted == 0 && !t->stop)
             pthread_cond_wait(&t->work, &t->lock);
         if (t->stop)
             break;
-        seen = t->round;
-        run what = t->what;
+        t->wanted--;
+        t->busy++;
+        ts_threads_work what = t->what;
         pthread_mutex_unlock(&t->lock);
         work_on(t, &what, self);
         pthread_mutex_lock(&t->lock);
+        t->wanted = 0; /* no item is left, or all pause */
         if (--t->busy == 0)
             pthread_cond_signal(&t->idle);
     }
@@ -125,33 +117,44 @@ uint32_t ts_threads_count(const ts_threads *t)
     return t->count;
 }
 
-uint32_t ts_threads_run_from(ts_threads *t, uint32_t first, uint32_t items, ts_threads_fn fn,
-                             void *arg, ts_threads_pause_fn pause, void *pause_arg)
+/* Wakes as many as the work wants, works, and waits for those who came: one that the system lets
+ * run late, when no item is left, holds nobody up. */
+static void work_together(ts_threads *t, const ts_threads_work *w, uint32_t others)
 {
-    run what = {fn, arg, items, pause, pause_arg};
-    if (first >= items)
-        return items;
-    atomic_store_explicit(&t->next, first, memory_order_relaxed);
-    if (items - first == 1 || t->count == 1) {
-        work_on(t, &what, 0);
-    } else {
-        pthread_mutex_lock(&t->lock);
-        t->what = what;
-        t->busy = t->count - 1;
-        t->round++;
+    pthread_mutex_lock(&t->lock);
+    t->what = *w;
+    t->wanted = others;
+    if (others + 1 == t->count)
         pthread_cond_broadcast(&t->work);
-        pthread_mutex_unlock(&t->lock);
-        work_on(t, &what, 0);
-        pthread_mutex_lock(&t->lock);
-        while (t->busy != 0)
-            pthread_cond_wait(&t->idle, &t->lock);
-        pthread_mutex_unlock(&t->lock);
-    }
+    else
+        for (uint32_t i = 0; i < others; i++)
+            pthread_cond_signal(&t->work);
+    pthread_mutex_unlock(&t->lock);
+    work_on(t, w, 0);
+    pthread_mutex_lock(&t->lock);
+    t->wanted = 0;
+    while (t->busy != 0)
+        pthread_cond_wait(&t->idle, &t->lock);
+    pthread_mutex_unlock(&t->lock);
+}
+
+uint32_t ts_threads_run_from(ts_threads *t, const ts_threads_work *w, uint32_t first)
+{
+    if (first >= w->items)
+        return w->items;
+    uint32_t team = w->at_most == 0 || w->at_most > t->count ? t->count : w->at_most;
+    if (team > w->items - first)
+        team = w->items - first;
+    atomic_store_explicit(&t->next, first, memory_order_relaxed);
+    if (team == 1)
+        work_on(t, w, 0);
+    else
+        work_together(t, w, team - 1);
     uint32_t next = atomic_load_explicit(&t->next, memory_order_relaxed);
-    return next < items ? next : items;
+    return next < w->items ? next : w->items;
 }
 
 void ts_threads_run(ts_threads *t, uint32_t items, ts_threads_fn fn, void *arg)
 {
-    (void)ts_threads_run_from(t, 0, items, fn, arg, NULL, NULL);
+    (void)ts_threads_run_from(t, &(ts_threads_work){.fn = fn, .arg = arg, .items = items}, 0);
 }

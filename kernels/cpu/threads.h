@@ -28,9 +28,17 @@ void ts_threads_run(ts_threads *threads, uint32_t items, ts_threads_fn fn, void 
 /* Asked before each item, by whichever thread is about to take it: whether to stop there. */
 typedef bool (*ts_threads_pause_fn)(void *arg);
 
-/* The same for items first..items-1, until `pause` says so (NULL: never). Returns the item to go on
- * with later; `items` when all are done. */
-uint32_t ts_threads_run_from(ts_threads *threads, uint32_t first, uint32_t items, ts_threads_fn fn,
-                             void *arg, ts_threads_pause_fn pause, void *pause_arg);
+typedef struct ts_threads_work {
+    ts_threads_fn fn;
+    void *arg;
+    uint32_t items;
+    uint32_t at_most;          /* threads that take part, the caller among them; 0: all */
+    ts_threads_pause_fn pause; /* NULL: never */
+    void *pause_arg;
+} ts_threads_work;
+
+/* The same for items first..items-1, until `pause` says so. Returns the item to go on with later;
+ * `items` when all are done. */
+uint32_t ts_threads_run_from(ts_threads *threads, const ts_threads_work *work, uint32_t first);
 
 #endif
