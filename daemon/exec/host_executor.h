@@ -3,6 +3,7 @@
  * that are ready wait here, and one thread has them done.
  *
  * - Attends of like shape, whoever sent them, become one kernel call, unless that would be long.
+ *   Each of them ends when its own sequences are done.
  * - A job that takes long is done bit by bit: after some milliseconds it makes way for others.
  * - Tenants have their turn one after another, and a tenant's sessions.
  * - A job that is dropped (nobody wants its results any more) ends at the next of its items.
