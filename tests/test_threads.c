@@ -62,7 +62,8 @@ static void no_more_threads_take_part_than_are_wanted(void **state)
     for (uint32_t round = 0; round < 3000; round++) { /* by turns all: they are awake, then */
         atomic_uint seen = 0;
         const uint32_t at_most = round % 2 == 0 ? 5 : 1 + round / 2 % 3;
-        const ts_threads_work work = {note_thread, &seen, ITEMS, at_most, NULL, NULL};
+        const ts_threads_work work = {
+            .fn = note_thread, .arg = &seen, .items = ITEMS, .at_most = at_most};
         assert_int_equal(ts_threads_run_from(t, &work, 0), ITEMS);
         assert_in_range(__builtin_popcount(seen), 1, at_most);
         assert_true(at_most > 1 || seen == 1); /* the caller */
@@ -245,6 +246,119 @@ static void a_sequence_that_is_done_is_told_of_before_the_others_are(void **stat
     }
 }
 
+/* Jobs of one launch, which are freed as soon as they are told. */
+enum { JOINED = 5, JOINED_SEQS = 3, JOINED_TOKENS = 8 };
+
+typedef struct joined_test joined_test;
+
+typedef struct joined {
+    ts_job job;
+    joined_test *test;
+    uint32_t number;
+    ts_attention_seq seqs[JOINED_SEQS];
+    uint32_t blocks[LONG_TOKENS / TOLD_BLOCK];
+    float q[TOLD_DIM];
+} joined;
+
+struct joined_test {
+    joined *jobs[JOINED]; /* NULL: told, and freed */
+    float out[JOINED][JOINED_SEQS][TOLD_DIM];
+    uint32_t told, order[JOINED], undone[JOINED]; /* jobs that have an unwritten row, at each */
+    bool watches;                                 /* no other thread writes */
+};
+
+static bool is_whole(const joined_test *t, uint32_t job)
+{
+    const joined *j = t->jobs[job];
+    for (uint32_t i = 0; i < j->job.num_seqs; i++)
+        if (j->seqs[i].q_tokens > 0 && t->out[job][i][0] != t->out[job][i][0])
+            return false;
+    return true;
+}
+
+static void on_joined_done(ts_job *job)
+{
+    joined *j = (joined *)job;
+    joined_test *t = j->test;
+    assert_int_equal(job->status, job->dropped ? TS_ECONN : TS_OK);
+    assert_true(job->dropped || is_whole(t, j->number));
+    for (uint32_t i = 0; i < JOINED && t->watches; i++)
+        t->undone[t->told] += t->jobs[i] != NULL && !is_whole(t, i);
+    t->order[t->told++] = j->number;
+    t->jobs[j->number] = NULL;
+    memset(j, 0x5a, sizeof *j); /* what is still read of it goes wrong */
+    free(j);
+}
+
+/* Job 0 is the longest; the second of its sequences, with several threads, is cut. Job 2 was
+ * dropped, and job 3's first sequence has no query. */
+static void run_joined(joined_test *t, uint32_t threads)
+{
+    static float cache[2 * TOLD_BLOCK * TOLD_DIM];
+    const uint32_t counts[JOINED] = {3, 1, 2, 3, 2};
+    ts_job *first = NULL;
+    for (uint32_t n = JOINED; n-- > 0;) {
+        joined *j = t->jobs[n] = calloc(1, sizeof *j);
+        assert_non_null(j);
+        *j = (joined){.test = t, .number = n};
+        for (uint32_t i = 0; i < counts[n]; i++) {
+            j->seqs[i] = (ts_attention_seq){.blocks = j->blocks,
+                                            .kv_tokens = JOINED_TOKENS,
+                                            .q_tokens = n == 3 && i == 0 ? 0 : 1,
+                                            .q = j->q,
+                                            .out = t->out[n][i],
+                                            .dropped = &j->job.dropped};
+            for (uint32_t d = 0; d < TOLD_DIM; d++)
+                t->out[n][i][d] = NAN;
+        }
+        if (n == 0)
+            j->seqs[1].kv_tokens = LONG_TOKENS;
+        j->job = (ts_job){.next = first,
+                          .dropped = n == 2,
+                          .geometry = {.layers = 1,
+                                       .kv_heads = 1,
+                                       .head_dim = TOLD_DIM,
+                                       .block_tokens = TOLD_BLOCK},
+                          .base = (unsigned char *)cache,
+                          .seqs = j->seqs,
+                          .num_seqs = counts[n],
+                          .heads = 1,
+                          .variant.scale = 1.0f,
+                          .done = on_joined_done};
+        first = &j->job;
+    }
+    t->watches = threads == 1;
+    ts_attention *a = ts_attention_new(threads, TS_ISA_AUTO);
+    ts_host_executor *executor = ts_host_executor_new(a);
+    assert_non_null(executor);
+    assert_true(ts_host_executor_try_run(executor, first));
+    uint64_t runs, launches;
+    ts_host_executor_counts(executor, &runs, &launches);
+    assert_int_equal(runs, JOINED);
+    assert_int_equal(launches, 1);
+    assert_int_equal(t->told, JOINED);
+    ts_host_executor_free(executor);
+    ts_attention_free(a);
+}
+
+static void a_joined_job_is_told_when_its_own_sequences_are_done_the_shortest_first(void **state)
+{
+    (void)state;
+    joined_test one = {0};
+    run_joined(&one, 1);
+    const uint32_t order[JOINED] = {1, 2, 3, 4, 0};  /* by work, and then as they came */
+    const uint32_t undone[JOINED] = {4, 4, 2, 1, 0}; /* the dropped one never is whole */
+    for (uint32_t i = 0; i < JOINED; i++) {
+        assert_int_equal(one.order[i], order[i]);
+        assert_int_equal(one.undone[i], undone[i]);
+    }
+    for (uint32_t round = 0; round < 300; round++) {
+        joined_test many = {0};
+        run_joined(&many, 3);
+        assert_int_equal(many.order[JOINED - 1], 0); /* its cut sequence is merged last */
+    }
+}
+
 static void what_is_cancelled_says_so(void **state)
 {
     (void)state;
@@ -381,6 +495,7 @@ int main(void)
         cmocka_unit_test(no_more_threads_take_part_than_are_wanted),
         cmocka_unit_test(jobs_of_many_are_joined_and_each_is_done_once_with_its_own_result),
         cmocka_unit_test(a_sequence_that_is_done_is_told_of_before_the_others_are),
+        cmocka_unit_test(a_joined_job_is_told_when_its_own_sequences_are_done_the_shortest_first),
         cmocka_unit_test(what_is_cancelled_says_so),
         cmocka_unit_test(work_is_run_once_in_order_by_one_thread_at_a_time),
         cmocka_unit_test(an_idle_queue_runs_work_on_the_thread_that_brings_it),

@@ -15,8 +15,10 @@
 
 /* One of the jobs that a launch joins. */
 typedef struct joined_job {
-    ts_job *job;   /* NULL: it was told */
-    uint32_t left; /* sequences that aren't done, as far as is known */
+    ts_job *job; /* NULL: it was told */
+    double work;
+    uint32_t number; /* in order of arrival */
+    uint32_t left;   /* sequences that aren't done, as far as is known */
 } joined_job;
 
 struct ts_host_executor {
@@ -89,7 +91,7 @@ static void tell_run(ts_job *job, ts_status status)
     tell(job, status == TS_OK && is_dropped(job) ? TS_ECONN : status);
 }
 
-/* A sequence of a launch is done: so may its job be, which others' work is not to hold up. */
+/* A sequence of a launch is done: so may its job be, which later ones are not to hold up. */
 static void note_seq_done(void *arg, uint32_t seq)
 {
     ts_host_executor *b = arg;
@@ -118,19 +120,32 @@ static bool reserve_joined(ts_host_executor *b, size_t jobs, size_t seqs)
     return seqs <= b->seqs_capacity && jobs <= b->joined_capacity;
 }
 
-/* The call that has all of them, which are `count` jobs (more than one). False: no memory. */
-static bool join(ts_host_executor *b, ts_job *jobs, size_t count, ts_attention_call *call)
+static int by_work(const void *x, const void *y)
 {
-    size_t seqs = 0, at = 0, number = 0;
+    const joined_job *a = x, *b = y;
+    if (a->work != b->work)
+        return a->work < b->work ? -1 : 1;
+    return a->number < b->number ? -1 : 1;
+}
+
+/* The call that has all of them, which are `count` jobs (more than one): the shortest come first,
+ * and so are told first. False: no memory. */
+static bool join(ts_host_executor *b, ts_job *jobs, uint32_t count, ts_attention_call *call)
+{
+    size_t seqs = 0, at = 0;
     for (const ts_job *job = jobs; job != NULL; job = job->next)
         seqs += job->num_seqs;
     if (!reserve_joined(b, count, seqs))
         return false;
-    for (ts_job *job = jobs; job != NULL; job = job->next) {
+    joined_job *j = b->joined;
+    for (ts_job *job = jobs; job != NULL; job = job->next, j++)
+        *j = (joined_job){job, ts_job_work(job), (uint32_t)(j - b->joined), job->num_seqs};
+    qsort(b->joined, count, sizeof *b->joined, by_work);
+    for (uint32_t n = 0; n < count; n++) {
+        const ts_job *job = b->joined[n].job;
         memcpy(b->seqs + at, job->seqs, job->num_seqs * sizeof *b->seqs);
         for (uint32_t i = 0; i < job->num_seqs; i++)
-            b->job_of[at++] = (uint32_t)number;
-        b->joined[number++] = (joined_job){.job = job, .left = job->num_seqs};
+            b->job_of[at++] = n;
     }
     call->seqs = b->seqs;
     call->num_seqs = (uint32_t)seqs;
@@ -139,27 +154,33 @@ static bool join(ts_host_executor *b, ts_job *jobs, size_t count, ts_attention_c
     return true;
 }
 
+/* Before it begins: who is told of a run finds it counted. */
+static void count_launch(ts_host_executor *b, uint32_t runs)
+{
+    atomic_fetch_add_explicit(&b->runs, runs, memory_order_relaxed);
+    atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
+}
+
 /* Runs jobs that are alike (linked by `next`) as one call, and tells them. */
 static void launch(ts_host_executor *b, ts_job *like)
 {
     ts_attention_call call = call_of(like);
-    size_t count = 0;
+    uint32_t count = 0;
     for (const ts_job *job = like; job != NULL; job = job->next)
         count++;
-    atomic_fetch_add_explicit(&b->runs, count, memory_order_relaxed);
-    atomic_fetch_add_explicit(&b->launches, 1, memory_order_relaxed);
-    if (count == 1) {
-        tell_run(like, ts_attention_run(b->attention, &call));
-    } else if (join(b, like, count, &call)) {
+    if (count > 1 && join(b, like, count, &call)) {
+        count_launch(b, count);
         ts_status status = ts_attention_run(b->attention, &call);
-        for (size_t i = 0; i < count; i++)
+        for (uint32_t i = 0; i < count; i++)
             if (b->joined[i].job != NULL)
                 tell_run(b->joined[i].job, status);
-    } else {
-        for (ts_job *job = like, *next; job != NULL; job = next) {
-            next = job->next;
-            tell(job, TS_ENOMEM);
-        }
+        return;
+    }
+    for (ts_job *job = like, *next; job != NULL; job = next) { /* or there is no memory to join */
+        next = job->next;
+        call = call_of(job);
+        count_launch(b, 1);
+        tell_run(job, ts_attention_run(b->attention, &call));
     }
 }
 

@@ -8,7 +8,9 @@
  * - Tenants have their turn one after another, and a tenant's sessions.
  * - A job that is dropped (nobody wants its results any more) ends at the next of its items.
  *
- * Thread: the engine's owner submits and drops; `done` is called on the executor's own.
+ * Thread: the engine's owner submits and drops. `done` is called on the executor's own thread, or
+ * on that of ts_host_executor_try_run, and others of its launch may not be done then: it must
+ * neither wait for the executor nor call ts_host_executor_try_run.
  */
 #ifndef TS_HOST_EXECUTOR_H
 #define TS_HOST_EXECUTOR_H
@@ -87,7 +89,7 @@ double ts_job_work(const ts_job *job);
  * is called. False: other jobs are being run, and these are still the caller's. */
 bool ts_host_executor_try_run(ts_host_executor *executor, ts_job *jobs);
 
-/* Attends done so far, and how many kernel calls they took. Any thread. */
+/* Attends done or begun so far, and how many kernel calls they took. Any thread. */
 void ts_host_executor_counts(const ts_host_executor *executor, uint64_t *runs, uint64_t *launches);
 
 /* How often a long job has made way for others. Any thread. */

@@ -93,9 +93,10 @@ typedef struct ts_attention_call {
     ts_attention_variant variant;
     const ts_attention_seq *seqs;
     uint32_t num_seqs;
-    /* Called on the thread that runs the call, between two of its items, for sequences that are
-     * done while others are not: once for each, in their order, as far as they come in it; what
-     * they point to isn't read any more. NULL: nobody is told. Not on a GPU. */
+    /* Called at most once for a sequence, on the thread that runs the call, between two of its
+     * items, when the sequence is done: nothing that it points to is read any more. Those that it
+     * isn't called for are done when the call returns. It must not use the attention. NULL: nobody
+     * is told. Not on a GPU. */
     void (*seq_done)(void *arg, uint32_t seq);
     void *seq_done_arg;
 } ts_attention_call;

@@ -15,7 +15,7 @@ struct ts_threads {
     pthread_mutex_t lock;
     pthread_cond_t work, idle;
     /* under the lock */
-    uint32_t wanted; /* others that may still come to this round's work; 0: it is over */
+    uint32_t wanted; /* others that may still come to this round's work */
     uint32_t busy;   /* others that came and have not finished */
     bool stop;
     ts_threads_work what;

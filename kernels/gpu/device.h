@@ -127,7 +127,7 @@ struct ts_gpu {
     ts_gpu_driver driver;
     ts_gpu_launch launches[TS_GPU_LAUNCHES];
     ts_gpu_stream_slot slots[TS_GPU_STREAM_SLOTS];
-    cudaStream_t memory_stream; /* for zeroing */
+    cudaStream_t memory_stream; /* for zeroing, and for a worker's runs on no stream of its own */
     cudaStream_t upload_stream; /* for plans */
     pthread_mutex_t lock;
     pthread_cond_t changed;
