@@ -24,7 +24,7 @@ static ts_status new_ring(ts_connection *c, char *why, size_t why_bytes)
     return ts_ring_new(service.rings, c, why, why_bytes);
 }
 
-/* The rings' thread never hears of these rings: turns are made by hand. */
+/* The rings' thread hears of these rings' ends alone: turns are made by hand. */
 static ts_connection *connection(uint32_t pipe)
 {
     ts_pipe_event *event = calloc(1, sizeof *event);
@@ -111,6 +111,32 @@ static void rings_that_were_replaced_in_the_middle_of_a_run_are_few(void **state
     assert_int_equal(new_ring(other, why, sizeof why), TS_OK);
 }
 
+static void nothing(ts_work *work, void *owner)
+{
+    (void)work;
+    (void)owner;
+}
+
+/* From here on this thread owns the engine: what the rings' thread brings waits. */
+static void own_engine(void)
+{
+    static ts_work work = {.run = nothing};
+    ts_queue_put(&service.exec.queue, &work);
+    if (ts_queue_take(&service.exec.queue) != &work)
+        abort();
+}
+
+/* Does what was brought meanwhile. */
+static void give_engine_back(void)
+{
+    ts_queue_close(&service.exec.queue);
+    for (ts_work *work; (work = ts_queue_take(&service.exec.queue)) != NULL;)
+        for (ts_work *next; work != NULL; work = next) {
+            next = work->next;
+            work->run(work, &service);
+        }
+}
+
 int main(void)
 {
     ts_engine_limits limits;
@@ -123,8 +149,10 @@ int main(void)
         cmocka_unit_test(a_turn_stops_where_answers_would_not_fit),
         cmocka_unit_test(rings_that_were_replaced_in_the_middle_of_a_run_are_few),
     };
+    own_engine();
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ts_rings_stop(service.rings);
+    give_engine_back();
     for (uint32_t i = 0; i < 2; i++)
         ts_ring_release(replaced[i]);
     ts_service_close_connections(&service);
