@@ -534,7 +534,7 @@ int main(int argc, char **argv)
     /* What ps and pkill call it: as a supervisor's child it would be "exe". */
     (void)prctl(PR_SET_NAME, program_invocation_short_name);
     argp_err_exit_status = EXIT_USAGE;
-    ts_output_close_at_exit();
+    ts_output_begin();
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     ts_config *c = malloc(sizeof *c);
     if (c == NULL)

@@ -471,8 +471,14 @@ static void what_nobody_could_read_is_an_error(void **state)
     assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s -w status >/dev/full; }", d.url),
                      1);
     assert_string_equal(text, "tsctl: standard output can't be written: part of it is lost\n");
+    /* Begun without a descriptor, whose number no socket may get: what is printed would go there.
+     */
     assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s status >&-; }", d.url), 1);
-    assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s --yes drain >&-; }", d.url), 0);
+    assert_string_equal(text, "tsctl: standard output can't be written: Bad file descriptor\n");
+    assert_int_equal(run(text, sizeof text, "{ " TS_CTL " -s %s --yes drain <&- >&-; }", d.url), 0);
+    assert_int_equal(run(text, sizeof text, TS_CTL " -s %s 2>&- status | grep -c '^POOL'", d.url),
+                     0);
+    assert_string_equal(text, "1\n");
     assert_int_equal(run(text, sizeof text,
                          "{ " TS_DAEMON " --check-config --pool " POOL_TINY
                          ",blocks=4 >/dev/full; }"),

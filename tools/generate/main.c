@@ -427,7 +427,7 @@ int main(int argc, char **argv)
     char folder[PATH_MAX + 32];
     options o = {.pool = "tiny", .folder = default_folder(folder, sizeof folder), .tokens = 192};
     argp_err_exit_status = 2;
-    ts_output_close_at_exit();
+    ts_output_begin();
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     char why[512];
     job j = {0};

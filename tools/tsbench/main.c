@@ -209,7 +209,7 @@ int main(int argc, char **argv)
     char path[1024];
     arguments a = {.options = {.gib = 1.0, .runs = 1}};
     argp_err_exit_status = 2;
-    ts_output_close_at_exit();
+    ts_output_begin();
     argp_parse(&argp, argc, argv, 0, NULL, &a);
     const struct benchmark *benchmark = find_benchmark(a.what);
     if (benchmark == NULL)

@@ -505,7 +505,7 @@ int main(int argc, char **argv)
                  .style = {.color = isatty(1)},
                  .plan = PLAN_OPTIONS_INIT};
     argp_err_exit_status = EXIT_USAGE;
-    ts_output_close_at_exit();
+    ts_output_begin();
     if (getenv("NO_COLOR") != NULL)
         o.style.color = false;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
