@@ -211,6 +211,8 @@ static void take_gift(void *arg)
     char why[256];
     uint64_t bytes;
     ts_connection *c = ts_service_connection(&fuzz_service, g->pipe);
+    if (c->session == 0) /* the handle socket finds connections by their sessions */
+        return;
     if (g->bytes > 0 &&
         (ts_filling_new(&c->memory.new_exchange, g->bytes, why, sizeof why) != TS_OK ||
          fallocate(c->memory.new_exchange.fd, 0, 0, (off_t)g->bytes) != 0))
