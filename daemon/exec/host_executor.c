@@ -139,7 +139,10 @@ static bool join(ts_host_executor *b, ts_job *jobs, uint32_t count, ts_attention
         return false;
     joined_job *j = b->joined;
     for (ts_job *job = jobs; job != NULL; job = job->next, j++)
-        *j = (joined_job){job, ts_job_work(job), (uint32_t)(j - b->joined), job->num_seqs};
+        *j = (joined_job){.job = job,
+                          .work = ts_job_work(job),
+                          .number = (uint32_t)(j - b->joined),
+                          .left = job->num_seqs};
     qsort(b->joined, count, sizeof *b->joined, by_work);
     for (uint32_t n = 0; n < count; n++) {
         const ts_job *job = b->joined[n].job;

@@ -193,8 +193,9 @@ ts_status ts_gpu_launch_init(ts_gpu *gpu, ts_gpu_launch *l, char *why, size_t wh
     l->slot = gpu->slots;
     l->stream = gpu->memory_stream;
     if (gpu->for_streams) {
-        /* An event that threads sleep for interrupts the processor when it is recorded. Where each
-         * layer of eight workers did, other sleepers of theirs were woken up to 0.2 s late. */
+        /* An event that threads sleep for interrupts the processor when the device reaches it,
+         * whether one sleeps or not. With one at each layer, workers that slept for their streams
+         * were woken late (tests/results/h200.md). */
         cudaError_t error = cudaEventCreateWithFlags(&l->mark, cudaEventDisableTiming);
         if (error == cudaSuccess)
             error =

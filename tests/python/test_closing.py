@@ -10,7 +10,7 @@ import pytest
 
 import tinyserve
 from test_match import BLOCK, HEADS, MORE, POOL
-from test_waits import LONG, Call, fill, tsctl, until_waiting
+from test_waits import LONG, Call, fill, interrupt_twice, tsctl, until_waiting
 
 SPACE = b"model"
 
@@ -111,29 +111,12 @@ def test_a_client_is_closed_after_its_wait_was_undone(daemon, connect):
     assert matched == 0
     client = connect()
     session, pool = client.session, client.pool("p")
-    main = threading.get_ident()
-    before = threading.enumerate()
-
-    def undoing():
-        return [t for t in threading.enumerate() if t.name == "tinyserve-undo" and t not in before]
-
-    def press():
-        until_waiting(daemon, 1)
-        daemon.pause()  # nothing can be ended now
-        signal.pthread_kill(main, signal.SIGINT)
-        while not any(t.is_alive() for t in undoing()):
-            pass
-        signal.pthread_kill(main, signal.SIGINT)
-
-    pressed = Call(press)
-    with pytest.raises(KeyboardInterrupt):
-        pool.match(prompt, SPACE, wait=LONG)
-    pressed.result()
+    undoing = interrupt_twice(daemon, pool, prompt)
     closing = close_beside_a_call(daemon, client)
-    assert undoing() != []
+    assert any(t.is_alive() for t in undoing)
     daemon.resume()
     closing.result()
-    for thread in undoing():
+    for thread in undoing:
         thread.join(LONG)
     while session in sessions(daemon):
         pass

@@ -241,13 +241,10 @@ def test_ctrl_c_ends_a_wait_and_leaves_nothing(daemon, session, how):
     client.close()
 
 
-def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
-    prompt = list(range(100, 140))
-    holder = session()
-    held, matched = holder.match(prompt, SPACE, wait=LONG)  # it is going to compute it
-    assert matched == 0
-    client = tinyserve.connect(daemon.url, **how)
-    pool = client.pool("p", writable=True)
+def interrupt_twice(daemon, pool, prompt):
+    """Waits for a prompt that another session computes, and presses Ctrl+C twice, the second time
+    while the daemon stands still and the first one's wait can't be undone. Returns the threads that
+    go on undoing it; the daemon still stands still."""
     main = threading.get_ident()
     before = threading.enumerate()  # another test's may not have ended yet
 
@@ -256,7 +253,7 @@ def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
 
     def press():
         until_waiting(daemon, 1)
-        daemon.pause()  # nothing can be ended now
+        daemon.pause()
         signal.pthread_kill(main, signal.SIGINT)
         while not any(t.is_alive() for t in undoing()):
             pass
@@ -267,8 +264,19 @@ def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
         pool.match(prompt, SPACE, wait=LONG)
     pressed.result()
     assert undoing() != []
+    return undoing()
+
+
+def test_a_second_ctrl_c_leaves_nothing_either(daemon, session, how):
+    prompt = list(range(100, 140))
+    holder = session()
+    held, matched = holder.match(prompt, SPACE, wait=LONG)  # it is going to compute it
+    assert matched == 0
+    client = tinyserve.connect(daemon.url, **how)
+    pool = client.pool("p", writable=True)
+    undoing = interrupt_twice(daemon, pool, prompt)
     daemon.resume()
-    for thread in undoing():
+    for thread in undoing:
         thread.join(LONG)
     mine, = (s for s in tsctl(daemon, "sessions") if s["session"] == f"{client.session:x}")
     assert mine["sequences"] == 0

@@ -426,7 +426,8 @@ static bool by_both_ways(const bench_options *o, const char *socket, double poll
     return ok;
 }
 
-/* Tokens a second of one worker with `count` sequences, and of as many workers with one each. */
+/* Tokens a second of one worker with `count` sequences, and of as many workers with one each.
+ * False: a worker failed. */
 static bool crowd_rows(const bench_options *o, const char *socket, uint32_t count, json_t *rows)
 {
     char what[64];
