@@ -65,17 +65,6 @@ static void family_new(device_problem *d, shape s, variety v, uint32_t q_tokens)
     device_problem_upload(d, s, v);
 }
 
-/* What the sequence's rows came to: its output, and behind it its log-sum-exps. */
-static size_t result_of(const device_problem *d, uint32_t i, unsigned char *to)
-{
-    const ts_attention_seq *s = &d->p.seqs[i];
-    const size_t rows = (size_t)s->q_tokens * d->p.call.heads;
-    const size_t bytes = rows * d->p.call.geometry.head_dim * ts_dtype_bytes(d->p.call.io_dtype);
-    memcpy(to, s->out, bytes);
-    memcpy(to + bytes, s->lse, rows * sizeof *s->lse);
-    return bytes + rows * sizeof *s->lse;
-}
-
 static void run_some(device_problem *d, uint32_t first, uint32_t count)
 {
     ts_attention_call call = d->call;
@@ -205,23 +194,6 @@ static ts_gpu_run run_over(const device_problem *d, const ts_gpu_plan *plan, uin
                         .out = s->out,
                         .scales = s->scales,
                         .lse = s->lse};
-}
-
-static void launch_runs(device_problem *d, const ts_gpu_run *runs, uint32_t num_runs)
-{
-    sem_t done;
-    sem_init(&done, 0, 0);
-    ts_gpu_launch *l = ts_gpu_launch_take(gpu, NULL);
-    poison_device(d);
-    if (ts_gpu_launch_attend(l, d->call.base, &d->call.variant, runs, num_runs) != TS_OK)
-        fail_msg("%s", ts_gpu_launch_why(l));
-    assert_int_equal(ts_gpu_launch_finish(l, post, &done), TS_OK);
-    while (sem_wait(&done) != 0)
-        ;
-    CUDA_OK(cudaDeviceSynchronize());
-    CUDA_OK(cudaMemcpy(d->p.out, d->out, d->q_bytes, cudaMemcpyDeviceToHost));
-    CUDA_OK(
-        cudaMemcpy(d->p.lse, d->lse, d->p.lse_elements * sizeof(float), cudaMemcpyDeviceToHost));
 }
 
 static const shape plain = {.dtype = TS_DTYPE_BF16,
