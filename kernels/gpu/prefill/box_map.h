@@ -63,8 +63,8 @@ typedef struct wgmma_call {
     CUtensorMap eight[2], many[2]; /* the only run's own k and v */
     bool stores;                   /* sequences that are all new, and so `eight` is there */
     bool wide;                     /* `many` is there, too */
-    bool by_heads;           /* all pieces of a KV head, then the next one's; not LIST_FEW's */
-    const box_blocks *among; /* a persistent plan's, on the device; NULL: boxes.among */
+    bool by_heads;                 /* all pieces of a KV head, then the next one's; not FEW's */
+    const box_blocks *among;       /* a persistent plan's, on the device; NULL: boxes.among */
     uint32_t *tickets; /* two, 0 between launches: pieces that were taken, blocks that found none */
     float4 *folds;     /* what blocks keep of pieces of several chunks: WGMMA_FOLD each, of each
                           thread that multiplies */

@@ -7,8 +7,8 @@
  * rings of places for K and for V. `there` of a place tells that a tile is there, `used` that every
  * warp that multiplies has used it.
  *
- * Where blocks allow it one warp asks the copy engine for boxes of some tokens and 64 dimensions,
- * through a map that the launch comes with; else 128 threads copy 16 bytes at a time.
+ * Where blocks allow it four warps ask the copy engine for boxes of some tokens' rows, through a
+ * map that the launch comes with (box_map.h); else 128 threads copy 16 bytes at a time.
  */
 #ifndef TS_GPU_TILE_RING_CUH
 #define TS_GPU_TILE_RING_CUH
@@ -140,7 +140,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         return j.all_new && min(tile + TOKENS, j.s.kv_tokens) * c.group - 1 - j.first < j.rows;
     }
 
-    /* ---- by boxes: two warps for K and two for V, a box for each lane to find ---- */
+    /* ---- by boxes: two warps for K and two for V, whose lanes find a box each ---- */
 
     static const uint32_t FEEDERS = 2; /* warps for K, and for V */
 
@@ -160,7 +160,8 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
         walk w;
         uint32_t unit;  /* of the piece's K or V in block 0, in the map */
         uint32_t block; /* of this lane's box of the next tile, or tiles: looked up early */
-        /* FEW looks up BATCH tiles' boxes at once: lane l has box l % MOST of tile l / MOST. */
+        /* FEW looks up BATCH tiles' boxes at once: lane l has box l % MOST of tile l / MOST. The
+         * numbers of the blocks of the next BATCH are on their way meanwhile, in `block`. */
         static const uint32_t MOST = 4, BATCH = 32 / MOST;
         static_assert(!FEW || TOKENS / BOX_TOKENS_LEAST <= MOST * FEEDERS, "a lane for each box");
         uint32_t eights, units; /* of this lane's box of those that are asked for now */
@@ -237,7 +238,7 @@ template <typename T, int DIM, bool FEW = false> struct tile_ring {
             advance();
         }
 
-        /* The same of BATCH tiles from that one on, each lane's box's first token. */
+        /* FEW: the first token of this lane's box of BATCH tiles, from that tile on. */
         __device__ uint32_t batch_token(uint32_t tile) const
         {
             const uint32_t lane = threadIdx.x % 32;

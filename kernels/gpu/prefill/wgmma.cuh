@@ -221,8 +221,8 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
         }
     }
 
-    /* The last group's part. Its warps ask for boxes of K and of V by turns; the last one takes
-     * pieces; all copy q, and what doesn't come in boxes. */
+    /* The last group's part. Of its warps two ask for boxes of K and two for boxes of V; the last
+     * one takes pieces; all copy q, and what doesn't come in boxes. */
     __device__ static void run_copiers(const gpu_call &c, const wgmma_call &wc, uint32_t q,
                                        uint32_t tiles, barriers *bars, pieces *p)
     {
@@ -247,9 +247,8 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct rows_kernel {
                 barrier_await(used, before);
             if (by_boxes)
                 feed.begin(c, j);
-                /* The first tile before q, the others after it. */
 #pragma unroll 1
-            for (uint32_t n = 0; n < 2; n++) {
+            for (uint32_t n = 0; n < 2; n++) { /* the first tile before q, the others after it */
                 if (by_boxes)
                     feed.ask_for(c, j, n, n == 0 ? 1 : ~0u);
                 if (n > 0)
