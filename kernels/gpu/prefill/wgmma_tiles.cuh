@@ -313,8 +313,12 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
 
     /* Tile n's scores, and the sums with tile n - 1, whose weights p are, and become tile n's.
      * FIRST: there is no tile before. Where !FIRST_APART, tile 0 is like others: weights and V are
-     * what the piece before has left, and the sums are thrown away. No branches while products are
-     * under way: the compiler would wait for each. */
+     * what the piece before has left, and the sums are thrown away.
+     *
+     * Products are asked for and waited for where all of a group's warps come by: in what only some
+     * of them do, as where the base is raised, neither may be done (PTX ISA, "wgmma.wait_group"). A
+     * branch there that touches registers of products under way would make the compiler wait for
+     * each of these, so sums are multiplied by their factor at the end. */
     template <bool HIDDEN, bool FIRST>
     __device__ static void next_tile(const gpu_call &c, const job &j, worker &w, uint32_t n,
                                      uint32_t tile, uint64_t a, rows_state &r, float (*s)[4],
@@ -358,15 +362,9 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         modify_scores<HIDDEN, FIRST>(c, j, w, tile, r, s);
         find_highest(s, w.unit, highest);
         bool raised = highest[0] > r.max[0] + SLACK || highest[1] > r.max[1] + SLACK;
-        if (FIRST) {
+        const bool raises = FIRST || !before || __any_sync(~0u, raised); /* soon that is rare */
+        if (raises)
             raise_base(highest, r, factor);
-        } else if (!before || __any_sync(~0u, raised)) { /* soon that becomes rare */
-            products_await<0>();
-            pin<DIM / 8>(o);
-            raise_base(highest, r, factor);
-            rescale_sums(factor, !before, o);
-            pin<DIM / 8>(o);
-        }
         weigh<0, COLUMNS / 2>(s, w.unit, r);
         finish_before(r.sum[0] + r.sum[1], w.bars);
         if (!FIRST) {
@@ -380,6 +378,8 @@ template <typename T, int DIM, bool VARIED, bool FEW> struct tile_work {
         weigh<COLUMNS / 2, COLUMNS>(s, w.unit, r);
         w.ready = k_ready && v_ready;
         round_weights(s, p);
+        if (!FIRST && raises)
+            rescale_sums(factor, !before, o);
     }
 
     /* A tile's way through a group that has none of the piece's rows: it does what others wait for.
