@@ -335,6 +335,7 @@ static void set_up(ts_service *s, ts_config *c)
 static bool make_engine(ts_service *s, ts_config *c, ts_store *store)
 {
     const uint32_t threads = ts_config_threads(c, ts_processors());
+    const uint32_t join_us = ts_processors() < TS_RING_JOINS_PROCESSORS ? 0 : c->join_us;
     const bool made = ts_takeover_begin(s, store, c);
     ts_handover_note_crashes(s->exec.books);
     s->exec.attention = ts_attention_new(threads, c->kernel);
@@ -342,7 +343,7 @@ static bool make_engine(ts_service *s, ts_config *c, ts_store *store)
         s->exec.host = ts_host_executor_new(s->exec.attention);
     if (!made) /* which is in the log */
         return false;
-    if (s->exec.host == NULL || ts_rings_new(s, c->spin_us) == NULL) {
+    if (s->exec.host == NULL || ts_rings_new(s, c->spin_us, join_us) == NULL) {
         ts_log(TS_LOG_ERROR, "no memory or threads for %u sessions and %u kernel threads",
                c->limits.sessions, threads);
         return false;

@@ -142,7 +142,7 @@ int main(void)
     ts_engine_limits limits;
     ts_log_init(TS_LOG_ERROR);
     ts_engine_default_limits(&limits);
-    if (!ts_service_init(&service, &limits) || ts_rings_new(&service, 0) == NULL)
+    if (!ts_service_init(&service, &limits) || ts_rings_new(&service, 0, 0) == NULL)
         return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_turn_takes_eight_entries_or_up_to_a_run),

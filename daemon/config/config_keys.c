@@ -248,10 +248,11 @@ static const ts_config_key daemon_keys[] = {
     {DAEMON("submit_seconds", read_seconds, submit_ms), .least = 1, .most = 3600, .preset = "30",
      .help = "Seconds that a worker on a GPU has to submit a run that it has asked for."},
     {DAEMON("join_us", read_u32, join_us), .least = 0, .most = 1000, .preset = "20",
-     .help =
-         "Microseconds that a run on a GPU waits for others at most, to share a launch with them, "
-         "while six sessions and more are at work. 0: none waits.",
-     .more = "It waits only while the GPU has something to do."},
+     .help = "Microseconds that a run waits for others at most, to share a launch with them, while "
+             "many sessions are at work. 0: none waits.",
+     .more = "On a GPU it waits while six sessions and more are at work and the GPU has something "
+             "to do. On the machine's processors, where there are four and more, it waits until as "
+             "many have come as shared the last launch."},
     {DAEMON("verify", read_word, verify), .words = verifies, .preset = "off",
      .help = "Whether pools' memory is checked after a restart: {words}.",
      .more =

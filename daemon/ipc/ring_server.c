@@ -257,6 +257,7 @@ void ts_rings_submit(ts_rings *rings, ts_job *job)
     if (here) {
         *rings->jobs_tail = job;
         rings->jobs_tail = &job->next;
+        atomic_fetch_add(&rings->num_jobs, 1);
     }
     pthread_mutex_unlock(&rings->lock);
     if (!here)
@@ -335,6 +336,7 @@ static ts_job *take_jobs(ts_rings *rings)
     ts_job *jobs = rings->jobs;
     rings->jobs = NULL;
     rings->jobs_tail = &rings->jobs;
+    ts_ring_joins_taken(&rings->joins, atomic_exchange(&rings->num_jobs, 0));
     pthread_mutex_unlock(&rings->lock);
     return jobs;
 }
@@ -347,12 +349,13 @@ static void hand_on(ts_rings *rings, ts_job *jobs)
     }
 }
 
-/* Runs, or hands on, the attends that have come together. */
-static void run_jobs(ts_rings *rings)
+/* Runs, or hands on, the attends that have come together, unless they wait for more. */
+static void run_jobs(ts_rings *rings, uint64_t now)
 {
-    ts_job *jobs = take_jobs(rings);
-    if (jobs == NULL)
+    const uint32_t count = atomic_load(&rings->num_jobs);
+    if (count == 0 || ts_ring_joins_wait(&rings->joins, count, now))
         return;
+    ts_job *jobs = take_jobs(rings);
     if (work_of(jobs) > INLINE_WORK || !ts_host_executor_try_run(rings->service->exec.host, jobs))
         hand_on(rings, jobs);
 }
@@ -385,8 +388,8 @@ static void *rings_main(void *arg)
             if (poll_ring(rings, rings->active[i], now))
                 rings->active[kept++] = rings->active[i];
         rings->num_active = kept;
-        run_jobs(rings);
-        if (kept > 0) {
+        run_jobs(rings, now);
+        if (kept > 0 || atomic_load(&rings->num_jobs) > 0) {
             if (turn % 64 == 0) /* those that sleep want to be seen too */
                 await_doorbells(rings, false);
             ts_pause();
@@ -394,7 +397,7 @@ static void *rings_main(void *arg)
         }
         atomic_store(&rings->sleeps, true);
         pthread_mutex_lock(&rings->lock);
-        bool idle = rings->jobs == NULL && !atomic_load(&rings->stop);
+        bool idle = atomic_load(&rings->num_jobs) == 0 && !atomic_load(&rings->stop);
         pthread_mutex_unlock(&rings->lock);
         if (idle)
             await_doorbells(rings, true);
@@ -403,13 +406,14 @@ static void *rings_main(void *arg)
     return NULL;
 }
 
-ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us)
+ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us, uint32_t join_us)
 {
     ts_rings *rings = calloc(1, sizeof *rings);
     if (rings == NULL)
         return NULL;
     rings->service = service;
     rings->spin_ns = spin_us * 1000ull;
+    rings->joins.join_ns = join_us * 1000ull;
     rings->jobs_tail = &rings->jobs;
     pthread_mutex_init(&rings->lock, NULL);
     rings->seqs = malloc(TS_RING_BATCH * sizeof *rings->seqs);

@@ -2,8 +2,8 @@
  * The daemon's side of the rings (proto/rings.h): a thread of its own looks after all of them. It
  * polls those that were used a moment ago, and sleeps on the doorbells of the others. What it finds
  * it hands to the engine's owner like any request; attends of the processor's that have come
- * together by then it runs as one call, unless the executor's thread is at work or they are long:
- * then they join what waits there.
+ * together by then, or soon will have (ring_joins.h), it runs as one call, unless the executor's
+ * thread is at work or they are long: then they join what waits there.
  *
  * A ring gives 8 entries a turn, and at most one of them a run: so a session waits for no more
  * than that from each other session, however much that has submitted.
@@ -13,6 +13,7 @@
 #ifndef TS_RING_SERVER_H
 #define TS_RING_SERVER_H
 
+#include "ring_joins.h"
 #include "rings.h"
 #include "server.h"
 #include "step_work.h"
@@ -65,14 +66,17 @@ struct ts_rings {
     uint32_t *ids; /* of a begin's tokens, copied */
     pthread_mutex_t lock;
     ts_job *jobs, **jobs_tail; /* under the lock */
+    atomic_uint num_jobs;      /* of them; changed under the lock */
+    ts_ring_joins joins;       /* the thread's own, until it has ended */
     atomic_bool stop, sleeps, goes_first;
     ts_ring **active; /* rings that are polled; the thread's own */
     uint32_t num_active, active_capacity;
 };
 
 /* Starts the thread, and joins the service: rings go on when runs have ended. spin_us: how long it
- * polls a ring after its last use. NULL: no memory, no thread. */
-ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us);
+ * polls a ring after its last use. join_us: how long a run waits for others at most (ring_joins.h).
+ * NULL: no memory, no thread. */
+ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us, uint32_t join_us);
 
 /* Has the thread go first (thread_first.h). Thread: any. */
 void ts_rings_go_first(ts_rings *rings);

@@ -269,7 +269,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     char why[256];
     ts_fd_server *server;
     fuzz_service_start();
-    if (mkdtemp(folder) == NULL || ts_rings_new(&fuzz_service, 0) == NULL)
+    if (mkdtemp(folder) == NULL || ts_rings_new(&fuzz_service, 0, 0) == NULL)
         abort();
     snprintf(address.sun_path, sizeof address.sun_path, "%s/s", folder);
     atexit(remove_folder);

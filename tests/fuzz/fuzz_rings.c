@@ -277,7 +277,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     (void)argc;
     (void)argv;
     fuzz_service_start();
-    if (ts_rings_new(&fuzz_service, 0) == NULL)
+    if (ts_rings_new(&fuzz_service, 0, 0) == NULL)
         abort();
     return 0;
 }
