@@ -99,7 +99,7 @@ struct ts_client {
     bool pools_are_new;                         /* one was opened that they may have no room for */
     int doorbell;
     uint32_t ring_submitted, ring_seen, ring_tag, spin_us;
-    int spin_luck;   /* how often polling was worth it lately */
+    int spin_luck;   /* how often polling was worth it lately; -1: it wasn't */
     bool rings_lost; /* they can't be used, or not any more */
     /* For so long the last entry's completion was waited for, and it is yet to come: over what
      * would be asked next. Messages go instead until then. 0: it has come. */

@@ -19,8 +19,8 @@
 
 #define MASK (TS_RING_ENTRIES - 1)
 #define SPIN_LUCK_MAX 16
-#define SPIN_SELDOM 32
-#define SLICE_MS 100 /* of a sleep: a wake-up that came too early costs no more */
+#define SPIN_SELDOM 251 /* calls: a prime, so that it isn't the same layer each time */
+#define SLICE_MS 100    /* of a sleep: a wake-up that came too early costs no more */
 
 /*
  * The room for what begins in the open pools are answered: the block tables that a session may own
@@ -215,11 +215,32 @@ void ts_rings_close(ts_client *c)
 
 /*
  * Whether polling is worth it. Where answers take longer than that, because the kernels do or
- * because other processes want the processor, it only keeps them from it: then it is tried seldom.
+ * because other processes want the processor, it only keeps them from it: then it is tried seldom,
+ * until it was worth it again.
  */
-static bool spins(ts_client *c)
+static bool polls(const ts_client *c)
 {
     return c->spin_us != TS_SPIN_NONE && (c->spin_luck >= 0 || c->ring_tag % SPIN_SELDOM == 0);
+}
+
+static void note_poll(ts_client *c, bool worth_it)
+{
+    if (!worth_it)
+        c->spin_luck = c->spin_luck >= 2 ? c->spin_luck - 2 : -1;
+    else if (c->spin_luck < SPIN_LUCK_MAX)
+        c->spin_luck++;
+}
+
+/* Polls for a while. False: there is no completion yet. */
+static bool poll_completions(const ts_client *c, uint64_t until_ns)
+{
+    const ts_rings_memory *m = c->rings;
+    for (uint32_t turn = 1; turn % 16 != 0 || (!has_ended(m) && ts_now_ns() < until_ns); turn++) {
+        ts_pause();
+        if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != c->ring_seen)
+            return true;
+    }
+    return false;
 }
 
 /* Waits until there is a completion: polls for a while, then sleeps. */
@@ -228,18 +249,14 @@ static ts_status await_completion(ts_client *c)
     ts_rings_memory *m = c->rings;
     uint32_t seen = c->ring_seen;
     uint64_t start = ts_now_ns(), until = start + ts_call_time(c) * 1000000ull;
-    uint64_t spin_until = start + (spins(c) ? c->spin_us * 1000ull : 0);
-    for (uint32_t turn = 1;; turn++) {
-        if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen) {
-            c->spin_luck += c->spin_luck < SPIN_LUCK_MAX;
+    if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen)
+        return TS_OK;
+    if (polls(c)) {
+        const bool worth_it = poll_completions(c, start + c->spin_us * 1000ull);
+        note_poll(c, worth_it);
+        if (worth_it)
             return TS_OK;
-        }
-        if (turn % 16 == 0 && (has_ended(m) || ts_now_ns() >= spin_until))
-            break;
-        ts_pause();
     }
-    if (c->spin_luck > -SPIN_LUCK_MAX && spin_until > start)
-        c->spin_luck -= 2;
     ts_status status = TS_OK;
     __atomic_store_n(&m->completions.sleeps, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&m->completions.tail, __ATOMIC_SEQ_CST) == seen) {
