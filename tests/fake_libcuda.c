@@ -4,10 +4,11 @@
  * as it is; an IPC handle is the path of the memory's file. There is one stream, whichever is
  * named: a thread that does what is queued, one after the other. Functions that no test needs fail.
  *
- * fake_unmaps counts cuMemUnmap's calls, and those of threads whose captures aren't relaxed.
- * fake_stream_call queues a call on the stream, as a kernel would be; fake_stream_await waits until
- * all that is queued is done. fake_device_new is cudaMalloc. While fake_is_lost the context is one
- * that a fault has taken.
+ * fake_unmaps counts cuMemUnmap's calls, and fake_strict_calls those, of whatever would spoil
+ * another thread's capture, by threads whose captures aren't relaxed; fake_capture_mode is the
+ * calling thread's. fake_stream_call queues a call on the stream, as a kernel would be;
+ * fake_stream_await waits until all that is queued is done. fake_device_new is cudaMalloc. While
+ * fake_is_lost the context is one that a fault has taken.
  */
 #define _GNU_SOURCE
 #include "cuda_driver.h"
@@ -24,13 +25,19 @@
 
 enum { FAILED = 999 };
 
-extern atomic_uint fake_unmaps, fake_strict_unmaps;
-atomic_uint fake_unmaps, fake_strict_unmaps;
+extern atomic_uint fake_unmaps, fake_strict_calls;
+atomic_uint fake_unmaps, fake_strict_calls;
 
 extern atomic_bool fake_is_lost;
 atomic_bool fake_is_lost;
 
 static _Thread_local int capture_mode; /* 0: global, as each thread begins */
+
+int fake_capture_mode(void);
+int fake_capture_mode(void)
+{
+    return capture_mode;
+}
 
 #define FAKE(name, ...)                                                                            \
     ts_cu_result name(__VA_ARGS__);                                                                \
@@ -40,6 +47,11 @@ static _Thread_local int capture_mode; /* 0: global, as each thread begins */
     {                                                                                              \
         return FAILED;                                                                             \
     }
+
+static void note_unsafe(void)
+{
+    atomic_fetch_add(&fake_strict_calls, capture_mode != TS_CU_CAPTURE_RELAXED);
+}
 
 /* ---- the stream ---- */
 
@@ -161,12 +173,14 @@ FAKE(cuCtxPopCurrent_v2, void **context)
 }
 FAKE(cuCtxSynchronize, void)
 {
+    note_unsafe();
     fake_stream_await();
     return 0;
 }
 FAKE(cuMemAddressReserve, ts_cu_pointer *at, size_t bytes, size_t align, ts_cu_pointer wanted,
      unsigned long long flags)
 {
+    note_unsafe();
     (void)align;
     (void)wanted;
     (void)flags;
@@ -176,21 +190,25 @@ FAKE(cuMemAddressReserve, ts_cu_pointer *at, size_t bytes, size_t align, ts_cu_p
 }
 FAKE(cuMemAddressFree, ts_cu_pointer at, size_t bytes)
 {
+    note_unsafe();
     return munmap((void *)at, bytes);
 }
 FAKE(cuMemImportFromShareableHandle, ts_cu_memory *memory, void *fd, int kind)
 {
+    note_unsafe();
     (void)kind;
     *memory = (ts_cu_memory)dup((int)(intptr_t)fd);
     return 0;
 }
 FAKE(cuMemRelease, ts_cu_memory memory)
 {
+    note_unsafe();
     return close((int)memory);
 }
 FAKE(cuMemMap, ts_cu_pointer at, size_t bytes, size_t offset, ts_cu_memory memory,
      unsigned long long flags)
 {
+    note_unsafe();
     (void)flags;
     return mmap((void *)at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, (int)memory, (off_t)offset) ==
                    MAP_FAILED
@@ -199,8 +217,8 @@ FAKE(cuMemMap, ts_cu_pointer at, size_t bytes, size_t offset, ts_cu_memory memor
 }
 FAKE(cuMemUnmap, ts_cu_pointer at, size_t bytes)
 {
+    note_unsafe();
     atomic_fetch_add(&fake_unmaps, 1);
-    atomic_fetch_add(&fake_strict_unmaps, capture_mode != TS_CU_CAPTURE_RELAXED);
     return mmap((void *)at, bytes, PROT_NONE,
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED
                ? FAILED
@@ -208,6 +226,7 @@ FAKE(cuMemUnmap, ts_cu_pointer at, size_t bytes)
 }
 FAKE(cuMemSetAccess, ts_cu_pointer at, size_t bytes, const ts_cu_access *access, size_t count)
 {
+    note_unsafe();
     (void)count;
     return mprotect((void *)at, bytes,
                     access->flags == TS_CU_ACCESS_READ ? PROT_READ : PROT_READ | PROT_WRITE);
@@ -244,39 +263,46 @@ void *fake_device_new(size_t bytes)
 
 FAKE(cuMemGetAddressRange_v2, ts_cu_pointer *base, size_t *bytes, ts_cu_pointer at)
 {
+    note_unsafe();
     *base = device.base;
     *bytes = device.bytes;
     return at >= device.base && at < device.base + device.bytes ? 0 : FAILED;
 }
 FAKE(cuIpcGetMemHandle, ts_cu_ipc_handle *handle, ts_cu_pointer base)
 {
+    note_unsafe();
     memset(handle, 0, sizeof *handle);
     (void)snprintf((char *)handle, sizeof *handle, "/proc/%d/fd/%d", (int)getpid(), device.fd);
     return base == device.base ? 0 : FAILED;
 }
 FAKE(cuMemGetInfo_v2, size_t *available, size_t *all)
 {
+    note_unsafe();
     *available = *all = (size_t)1 << 30;
     return atomic_load(&fake_is_lost) ? FAILED : 0;
 }
 FAKE(cuMemHostRegister_v2, void *host, size_t bytes, unsigned flags)
 {
+    note_unsafe();
     (void)bytes;
     (void)flags;
     return host == NULL;
 }
 FAKE(cuMemHostUnregister, void *host)
 {
+    note_unsafe();
     return cuCtxSynchronize() + (host == NULL); /* it waits for the device */
 }
 FAKE(cuMemHostGetDevicePointer_v2, ts_cu_pointer *there, void *host, unsigned flags)
 {
+    note_unsafe();
     (void)flags;
     *there = (ts_cu_pointer)host;
     return 0;
 }
 FAKE(cuStreamBatchMemOp_v2, void *stream, unsigned count, ts_cu_stream_op *ops, unsigned flags)
 {
+    note_unsafe();
     (void)stream;
     (void)flags;
     for (unsigned i = 0; i < count; i++)

@@ -112,22 +112,36 @@ bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES])
     return memcmp(cuda->uuid, uuid, TS_UUID_BYTES) == 0;
 }
 
-ts_status ts_cuda_enter(ts_client *c, ts_cuda *cuda)
+/* What the calling thread had when it entered. */
+static _Thread_local int capture_mode_before;
+
+static ts_cu_result enter(ts_cuda *cuda)
 {
     ts_cu_result error = cuda->f.context_push(cuda->context);
+    if (error != 0)
+        return error;
+    capture_mode_before = TS_CU_CAPTURE_RELAXED;
+    (void)cuda->f.capture_mode(&capture_mode_before);
+    return 0;
+}
+
+ts_status ts_cuda_enter(ts_client *c, ts_cuda *cuda)
+{
+    ts_cu_result error = enter(cuda);
     return error == 0 ? TS_OK : fail(c, cuda, TS_EDEVICE, "using the GPU", error);
 }
 
 void ts_cuda_leave(ts_cuda *cuda)
 {
     void *context;
+    (void)cuda->f.capture_mode(&capture_mode_before);
     (void)cuda->f.context_pop(&context);
 }
 
 bool ts_cuda_is_lost(ts_cuda *cuda)
 {
     size_t available, all;
-    if (cuda->f.context_push(cuda->context) != 0)
+    if (enter(cuda) != 0)
         return true;
     const bool lost = cuda->f.memory_info(&available, &all) != 0; /* it tells of earlier failures */
     ts_cuda_leave(cuda);
@@ -160,7 +174,7 @@ ts_status ts_cuda_reserve(ts_client *c, ts_cuda *cuda, size_t bytes, unsigned ch
 
 void ts_cuda_unreserve(ts_cuda *cuda, unsigned char *base, size_t bytes)
 {
-    if (cuda->f.context_push(cuda->context) != 0)
+    if (enter(cuda) != 0)
         return;
     (void)cuda->f.address_free((ts_cu_pointer)base, bytes);
     ts_cuda_leave(cuda);
@@ -193,18 +207,10 @@ ts_status ts_cuda_map(ts_client *c, ts_cuda *cuda, unsigned char *at, size_t byt
 
 void ts_cuda_unmap(ts_cuda *cuda, unsigned char *at, size_t bytes)
 {
-    if (cuda->f.context_push(cuda->context) != 0)
+    if (enter(cuda) != 0)
         return;
     (void)cuda->f.unmap((ts_cu_pointer)at, bytes);
     ts_cuda_leave(cuda);
-}
-
-void ts_cuda_unmap_aside(ts_cuda *cuda, unsigned char *at, size_t bytes)
-{
-    int mode = TS_CU_CAPTURE_RELAXED;
-    (void)cuda->f.capture_mode(&mode);
-    ts_cuda_unmap(cuda, at, bytes);
-    (void)cuda->f.capture_mode(&mode); /* as it was */
 }
 
 ts_status ts_cuda_ipc_open(ts_client *c, ts_cuda *cuda, const uint8_t handle[TS_IPC_HANDLE_BYTES],
@@ -226,7 +232,7 @@ ts_status ts_cuda_ipc_open(ts_client *c, ts_cuda *cuda, const uint8_t handle[TS_
 
 void ts_cuda_ipc_close(ts_cuda *cuda, unsigned char *base)
 {
-    if (cuda->f.context_push(cuda->context) != 0)
+    if (enter(cuda) != 0)
         return;
     (void)cuda->f.ipc_close((ts_cu_pointer)base);
     ts_cuda_leave(cuda);
@@ -279,7 +285,7 @@ ts_status ts_cuda_pin(ts_client *c, ts_cuda *cuda, void *host, size_t bytes, uin
 
 void ts_cuda_unpin(ts_cuda *cuda, void *host)
 {
-    if (cuda->f.context_push(cuda->context) != 0)
+    if (enter(cuda) != 0)
         return;
     (void)cuda->f.host_unregister(host);
     ts_cuda_leave(cuda);
@@ -331,7 +337,7 @@ ts_status ts_cuda_mark(ts_client *c, ts_cuda *cuda, void *stream, void **mark)
 
 void ts_cuda_unmark(ts_cuda *cuda, void *mark)
 {
-    if (mark == NULL || cuda->f.context_push(cuda->context) != 0)
+    if (mark == NULL || enter(cuda) != 0)
         return;
     (void)cuda->f.event_free(mark);
     ts_cuda_leave(cuda);

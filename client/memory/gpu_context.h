@@ -18,7 +18,9 @@ void ts_cuda_close(ts_cuda *cuda);
 int ts_cuda_ordinal(const ts_cuda *cuda);
 bool ts_cuda_is(const ts_cuda *cuda, const uint8_t uuid[TS_UUID_BYTES]);
 
-/* Makes the device's primary context the calling thread's, and undoes it. */
+/* Makes the device's primary context the calling thread's, and undoes it. In between, as within
+ * each function here, no call spoils a CUDA graph that another thread captures, whatever the mode
+ * of that capture is: the calling thread's is relaxed. Not nested. */
 ts_status ts_cuda_enter(ts_client *client, ts_cuda *cuda);
 void ts_cuda_leave(ts_cuda *cuda);
 
@@ -38,9 +40,6 @@ void ts_cuda_unreserve(ts_cuda *cuda, unsigned char *base, size_t bytes);
 ts_status ts_cuda_map(ts_client *client, ts_cuda *cuda, unsigned char *at, size_t bytes, int fd,
                       bool writable);
 void ts_cuda_unmap(ts_cuda *cuda, unsigned char *at, size_t bytes);
-
-/* The same by a thread of the library's own: a graph that another thread captures stays valid. */
-void ts_cuda_unmap_aside(ts_cuda *cuda, unsigned char *at, size_t bytes);
 
 /* Maps another process's cudaMalloc memory, whole. */
 ts_status ts_cuda_ipc_open(ts_client *client, ts_cuda *cuda,

@@ -159,7 +159,7 @@ static void give_back(ts_pool *p, uint32_t slab, uint32_t generation)
         p->revoked[slab] = generation;
     if (!p->on_gpu || has == 0 || has > generation)
         return;
-    ts_cuda_unmap_aside(p->client->cuda, p->base + slab * slab_bytes(p), mapped_bytes(p));
+    ts_cuda_unmap(p->client->cuda, p->base + slab * slab_bytes(p), mapped_bytes(p));
     set_mapped(p, slab, 0);
 }
 

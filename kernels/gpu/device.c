@@ -44,6 +44,14 @@ ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes)
     return error == cudaSuccess ? TS_OK : ts_gpu_fail(error, "using the device", 0, why, why_bytes);
 }
 
+void ts_gpu_begin_thread(ts_gpu *gpu)
+{
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    char why[TS_GPU_WHY_BYTES];
+    (void)ts_gpu_enter(gpu, why, sizeof why);
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+}
+
 ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
 {
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);
@@ -71,8 +79,7 @@ static void free_now(ts_gpu *gpu, const ts_gpu_deferred_free *d)
 static void *deferred_main(void *arg)
 {
     ts_gpu *gpu = arg;
-    char why[TS_GPU_WHY_BYTES];
-    (void)ts_gpu_enter(gpu, why, sizeof why);
+    ts_gpu_begin_thread(gpu);
     pthread_mutex_lock(&gpu->lock);
     for (;;) {
         while ((gpu->deferred == NULL || gpu->waiting > 0 || gpu->loads > 0) && !gpu->stop)

@@ -150,6 +150,10 @@ struct ts_gpu {
 /* Makes the device the calling thread's; TS_EDEVICE with a sentence if it can't be. */
 ts_status ts_gpu_enter(ts_gpu *gpu, char *why, size_t why_bytes);
 
+/* The same for a thread of the library's own, once: and none of its calls spoils a CUDA graph that
+ * another thread of the process captures. */
+void ts_gpu_begin_thread(ts_gpu *gpu);
+
 /* Between these two calls no launch waits for a worker. TS_EBUSY: one does for too long. */
 ts_status ts_gpu_load_begin(ts_gpu *gpu, char *why, size_t why_bytes);
 void ts_gpu_load_end(ts_gpu *gpu);

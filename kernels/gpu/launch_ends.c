@@ -90,7 +90,7 @@ static void *ends_main(void *arg)
     char why[TS_GPU_WHY_BYTES];
     uint64_t ended_ns = 0; /* when one did last, or one began to be watched after a pause */
     uint64_t asked_ns = 0; /* the same, or when streams were asked last */
-    (void)ts_gpu_enter(gpu, why, sizeof why);
+    ts_gpu_begin_thread(gpu);
     prctl(PR_SET_TIMERSLACK, 1000ul); /* for naps */
     prctl(PR_SET_NAME, "ends");
     ts_thread_first();
