@@ -203,25 +203,27 @@ def test_each_step_of_a_frame_may_have_tokens_a_wait_and_a_priority(daemon):
 
 @pytest.mark.parametrize("execution", ["daemon", "local"])
 def test_a_capture_of_another_thread_stays_valid(daemon, execution):
-    def work(stream):
-        with tinyserve.connect(daemon.url, execution=execution) as client, \
-                client.pool("p", writable=execution == "local") as kv:
-            client.exchange(kv, 16 << 20)
-            seqs = kv.create(2)
-            for count in (1500, 1, 1):  # slabs are mapped; the last one waits for the one before
-                with kv.step(seqs, [count] * 2, heads=HEADS, io_dtype="bf16") as step:
-                    for layer in range(LAYERS):
-                        step.run(layer, stream=stream)
-                    step.commit()
-            kv.free(seqs)
-            return client.execution
+    x, stream, graph = torch.zeros(1, device="cuda"), torch.cuda.Stream(), torch.cuda.CUDAGraph()
 
-    x, stream = torch.zeros(1, device="cuda"), torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with ThreadPoolExecutor(1) as other, torch.cuda.graph(graph, capture_error_mode="global"):
-        x += 1
-        assert other.submit(work, stream).result() == execution
-        x += 1
+    def work(kv):
+        seqs = kv.create(2)
+        for count in (1500, 1, 1):  # slabs are mapped; each step waits for the one before
+            with kv.step(seqs, [count] * 2, heads=HEADS, io_dtype="bf16") as step:
+                for layer in range(LAYERS):
+                    step.run(layer, stream=stream)
+                step.commit()
+        kv.fork(seqs[0])
+        kv.free(seqs)
+
+    with tinyserve.connect(daemon.url, execution=execution) as client, \
+            client.pool("p", writable=execution == "local") as kv, ThreadPoolExecutor(1) as other:
+        client.exchange(kv, 16 << 20)
+        other.submit(work, kv).result()
+        with torch.cuda.graph(graph, capture_error_mode="global"):
+            x += 1
+            other.submit(work, kv).result()
+            x += 1
+        assert client.execution == execution
     graph.replay()
     torch.cuda.synchronize()
     assert x.item() == 2
