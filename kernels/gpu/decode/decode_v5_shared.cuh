@@ -286,10 +286,37 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         end(c, j, t, sums);
     }
 
+    /* Runs' pieces are taken by turns, as far as all of them have some: so runs that share a prefix
+     * read the same blocks at about the same time. */
+    __device__ static const gpu_run &find_piece_by_turns(const gpu_call &c, uint32_t block,
+                                                         plan_piece &piece)
+    {
+        uint32_t index = block / c.kv_heads, runs = 0, least = ~0u, before = 0, r = 0;
+        do {
+            const uint32_t end = c.runs[runs++].end;
+            least = min(least, end - before);
+            before = end;
+        } while (before < c.num_items);
+        if (index < least * runs) {
+            r = index % runs;
+            index /= runs;
+        } else { /* behind those: run after run */
+            index -= least * runs;
+            before = 0;
+            for (uint32_t rest; index >= (rest = c.runs[r].end - before - least); r++) {
+                index -= rest;
+                before = c.runs[r].end;
+            }
+            index += least;
+        }
+        piece = ((const plan_piece *)c.runs[r].items)[index];
+        return c.runs[r];
+    }
+
     __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
     {
         plan_piece piece;
-        const gpu_run &run = find_piece(c, block, piece);
+        const gpu_run &run = find_piece_by_turns(c, block, piece);
         const uint32_t *members = NULL; /* of a team whose members are worked on in turn */
         uint32_t count = 1;
         job j;
