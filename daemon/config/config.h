@@ -71,7 +71,7 @@ typedef struct ts_config {
     uint32_t idle_ms;            /* that a connection has for each of its first steps */
     uint32_t submit_ms;          /* that a worker has to submit a run on a stream */
     ts_verify verify;
-    uint32_t join_us; /* that a ready run waits for others, among many sessions */
+    uint32_t join_us;               /* that a ready run waits for others, among many sessions */
     uint64_t tenant_exchange_bytes; /* of a GPU, in one tenant's exchanges; 0: a quarter of it */
     uint32_t spin_us;               /* that a session's rings are polled after their last use */
     ts_operators operators;
