@@ -155,6 +155,7 @@ static ts_status read_opened(ts_client *c, const Tspb__Reply *reply, shared_memo
     memcpy(c->token, o->token.data, sizeof c->token);
     snprintf(c->version, sizeof c->version, "%s", o->version);
     c->exchange_bytes_max = o->exchange_bytes_max;
+    c->message_bytes_max = o->message_bytes_max;
     c->outlives = o->epoch.len > 0;
     *has = (shared_memory){o->has_exchange, o->has_signals};
     return TS_OK;
@@ -279,8 +280,9 @@ static ts_status resume(ts_client *c, uint64_t until_ms, bool *lost)
         memcpy(why, c->error, sizeof why);
         *lost = true;
         return ts_fail(c, TS_ECONN,
-                       "the session is over: the daemon at %s was started anew, and %s", c->path,
-                       why);
+                       "the session is over: the daemon at %s was started anew, or has ended it: "
+                       "%s",
+                       c->path, why);
     }
     if (status != TS_OK)
         return status;

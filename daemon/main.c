@@ -317,6 +317,7 @@ static void set_up(ts_service *s, ts_config *c)
     s->started_ms = ts_now_ms();
     clock_gettime(CLOCK_REALTIME, &now);
     s->started_unix = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+    s->message_bytes = c->message_bytes;
     s->admin_uid = getuid();
     s->operators = c->operators;
     s->http_shows_all = c->metrics_show == TS_METRICS_ALL;

@@ -268,12 +268,79 @@ static void a_resume_of_too_much_is_refused(void **state)
     daemon_stop(&d);
 }
 
+/* A prompt of `count` token ids that take five bytes each; *found: what is stored of it. */
+static ts_status match_long(ts_pool *p, uint32_t count, uint32_t *found)
+{
+    const ts_seq_options in_a_space = {.size = sizeof in_a_space, .space = "m", .space_bytes = 1};
+    uint32_t *ids = malloc(count * sizeof *ids);
+    ts_seq seq;
+    for (uint32_t i = 0; i < count; i++)
+        ids[i] = UINT32_MAX - 1 - i;
+    const ts_status status = ts_seq_match(p, ids, &count, 1, &in_a_space, &seq, found);
+    if (status == TS_OK)
+        OK(ts_seq_free(p, &seq, 1));
+    free(ids);
+    return status;
+}
+
+static void as_many_token_ids_as_the_limits_allow_fit_into_a_message(void **state)
+{
+    (void)state;
+    daemon_process d;
+    uint32_t found = 1;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *c;
+    OK(ts_connect(
+        &(ts_options){.size = sizeof(ts_options), .url = d.url, .transport = TS_TRANSPORT_MESSAGES},
+        &c));
+    ts_pool *p = open_pool(c, "tiny", 0);
+    OK(match_long(p, 1u << 20, &found));
+    assert_int_equal(found, 0);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
+static void a_request_that_is_too_long_is_refused_and_the_session_goes_on(void **state)
+{
+    (void)state;
+    daemon_process d;
+    uint32_t found = 1, length = 1;
+    ts_seq seq;
+    daemon_start_with(&d, POOL_TINY ",blocks=16",
+                      (const char *const[]){"--set", "message_max=4096", NULL});
+    ts_client *c;
+    OK(ts_connect(
+        &(ts_options){.size = sizeof(ts_options), .url = d.url, .transport = TS_TRANSPORT_MESSAGES},
+        &c));
+    ts_pool *p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+    OK(match_long(p, 800, &found)); /* 4000 bytes, and some */
+    assert_int_equal(match_long(p, 820, &found), TS_EINVAL);
+    char sentence[256];
+    snprintf(sentence, sizeof sentence,
+             "a request of 4116 bytes; %s takes messages of up to 4096 (message_max)", d.url);
+    assert_string_equal(ts_error(c), sentence);
+    ts_error_info info = {.size = sizeof info};
+    OK(ts_error_read(c, &info));
+    assert_int_equal(info.status, TS_EINVAL);
+    assert_int_equal(info.needed, 4116);
+    assert_int_equal(info.limit, 4096);
+    OK(ts_seq_lengths(p, &seq, 1, &length));
+    assert_int_equal(length, 0);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
         cmocka_unit_test(a_resume_of_too_much_is_refused),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
+        cmocka_unit_test(as_many_token_ids_as_the_limits_allow_fit_into_a_message),
+        cmocka_unit_test(a_request_that_is_too_long_is_refused_and_the_session_goes_on),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -78,6 +78,7 @@ struct ts_client {
     uint32_t handle_tag;
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;
+    uint64_t message_bytes_max; /* 0: not known yet */
     ts_exchange_kind exchange_kind;
     ts_memory *exchange_memory; /* of TS_EXCHANGE_HOST */
     ts_pool *exchange_pool;     /* of device memory: the pool it was made for */

@@ -5,6 +5,7 @@
 #include "error.h"
 
 #include <nng/protocol/reqrep0/req.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -39,6 +40,18 @@ static int try_exchange(ts_client *c, const Tspb__Request *request, size_t bytes
     return error;
 }
 
+/* The daemon would end the connection, and the session with it. */
+static ts_status fail_too_long(ts_client *c, size_t bytes)
+{
+    char why[sizeof c->error];
+    snprintf(why, sizeof why,
+             "a request of %zu bytes; %s takes messages of up to %llu (message_max)", bytes,
+             c->path, (unsigned long long)c->message_bytes_max);
+    return ts_fail_refused(
+        c, &(ts_error_info){.status = TS_EINVAL, .needed = bytes, .limit = c->message_bytes_max},
+        why);
+}
+
 /* The same, for as long as the call may take. What NNG says is late may be the call before, which
  * had the same aio and was answered in its last moment: then this one is asked again, and is
  * carried out once. */
@@ -49,6 +62,8 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
     const uint64_t until_ms = ts_now_ms() + time_ms;
     uint32_t left_ms = time_ms;
     int error;
+    if (c->message_bytes_max != 0 && bytes > c->message_bytes_max)
+        return fail_too_long(c, bytes);
     do {
         error = try_exchange(c, request, bytes, left_ms, reply);
         const uint64_t now_ms = ts_now_ms();

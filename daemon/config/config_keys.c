@@ -285,7 +285,12 @@ static const ts_config_key daemon_keys[] = {
      .help = "Microseconds that a session's rings are polled after their last use. Longer is "
              "quicker for workers that do much between two layers, and costs a processor."},
     {DAEMON("message_max", read_size, message_bytes), .least = 4096, .most = 1u << 30,
-     .preset = "1M", .help = "The longest message. A longer one ends its connection."},
+     .preset = "8M",
+     .help =
+         "The longest message. libtinyserve refuses to send a longer one; another client's ends "
+         "its connection.",
+     .more = "A step of as many new tokens as `step_tokens` allows by default, with their ids, "
+             "fits into 8M."},
     {DAEMON("exchange_max", read_size, limits.exchange_bytes), .least = 4096, .most = BYTES_MAX,
      .preset = "1G", .reloads = true, .help = "Shared memory for q, k, v and out of one session."},
     {DAEMON("tenant_exchange", read_size, tenant_exchange_bytes), .least = 4096, .most = BYTES_MAX,

@@ -136,9 +136,15 @@ static progress receive(const ts_nng_server *t, connection *c, void *to, size_t 
 static progress begin_content(ts_nng_server *t, connection *c)
 {
     uint64_t bytes;
-    if (!ts_sp_length(c->head, &bytes) || bytes < 4 ||
-        bytes > t->options.message_bytes + TS_SP_BACKTRACE_BYTES)
+    if (!ts_sp_length(c->head, &bytes) || bytes < 4)
         return OVER;
+    if (bytes > t->options.message_bytes + TS_SP_BACKTRACE_BYTES) {
+        ts_log(TS_LOG_WARNING,
+               "a connection of uid %u, pid %u is ended: a message of %llu bytes; message_max is "
+               "%zu",
+               c->guest.uid, c->guest.pid, (unsigned long long)bytes, t->options.message_bytes);
+        return OVER;
+    }
     pthread_mutex_lock(&t->lock);
     holding *h = c->holding;
     bool room = h->request_bytes == 0 || h->request_bytes + bytes <= TS_UID_BYTES;

@@ -114,6 +114,7 @@ static void encode_opened(ts_service *s, ts_connection *c, Tspb__Reply *reply,
     opened->token.data = c->token;
     opened->token.len = sizeof c->token;
     opened->exchange_bytes_max = s->exec.engine->limits.exchange_bytes;
+    opened->message_bytes_max = s->message_bytes;
     opened->version = (char *)TS_VERSION;
     if (s->exec.books != NULL) {
         opened->epoch.data = s->epoch;

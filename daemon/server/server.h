@@ -70,6 +70,7 @@ typedef struct ts_service {
     uint32_t return_ms; /* a session that owes slabs and returns none for this long is ended */
     ts_connection *connections[TS_CONNECTION_BUCKETS]; /* by pipe */
     ts_connection **by_session;                        /* by a session's index */
+    uint64_t message_bytes;                            /* of a request, at most */
     uint32_t admin_uid;                                /* beside root */
     ts_operators operators;            /* changed under the lock; its owner reads without */
     pthread_mutex_t operators_lock;    /* for other threads that read */
