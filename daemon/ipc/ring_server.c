@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -309,6 +310,8 @@ static bool poll_ring(ts_rings *rings, ts_ring *r, uint64_t now)
         r->used_ns = now;
         if (!atomic_exchange(&r->queued, true))
             ts_queue_run(&rings->service->exec.queue, &r->work, rings->service);
+        else
+            rings->waits_for_owner = true;
         return true;
     }
     if (now - r->used_ns < rings->spin_ns)
@@ -384,6 +387,7 @@ static void *rings_main(void *arg)
             ts_thread_first();
         uint64_t now = ts_now_ns();
         uint32_t kept = 0;
+        rings->waits_for_owner = false;
         for (uint32_t i = 0; i < rings->num_active; i++)
             if (poll_ring(rings, rings->active[i], now))
                 rings->active[kept++] = rings->active[i];
@@ -392,7 +396,10 @@ static void *rings_main(void *arg)
         if (kept > 0 || atomic_load(&rings->num_jobs) > 0) {
             if (turn % 64 == 0) /* those that sleep want to be seen too */
                 await_doorbells(rings, false);
-            ts_pause();
+            if (rings->waits_for_owner)
+                (void)sched_yield(); /* it may be this processor that the owner wants */
+            else
+                ts_pause();
             continue;
         }
         atomic_store(&rings->sleeps, true);

@@ -71,6 +71,7 @@ struct ts_rings {
     atomic_bool stop, sleeps, goes_first;
     ts_ring **active; /* rings that are polled; the thread's own */
     uint32_t num_active, active_capacity;
+    bool waits_for_owner; /* likewise: entries lie in a ring that only the engine's owner takes */
 };
 
 /* Starts the thread, and joins the service: rings go on when runs have ended. spin_us: how long it
