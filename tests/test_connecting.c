@@ -8,6 +8,8 @@
 #include <sys/un.h>
 
 enum { WORKERS = 3, CONNECTS = 60, REPLACEMENTS = 12 };
+enum { CROWD = 16, ROUNDS = 20 };
+#define NOBODY 65534
 
 /* Worker: connects many times, each with an exchange, and tells of each through the pipe. */
 static void connects(const char *url, const char *argument)
@@ -257,6 +259,129 @@ static void a_daemon_that_goes_on_in_time_is_connected_to(void **state)
     daemon_stop(&d);
 }
 
+/* ---- as many connections as a user may have ---- */
+
+/* With an exchange: there is one to the handle socket, too. */
+static ts_status connect_as_one_of_many(const char *url, ts_client **c)
+{
+    const ts_options options = {.size = sizeof options, .url = url, .exchange_bytes = 4096};
+    return ts_connect(&options, c);
+}
+
+static void is_one_too_many(const char *url)
+{
+    char sentence[128];
+    ts_client *c;
+    snprintf(sentence, sizeof sentence,
+             "uid %d has %d connections; the limit is %d (tenant_connections)", NOBODY, CROWD,
+             CROWD);
+    assert_int_equal(connect_as_one_of_many(url, &c), TS_EQUOTA);
+    assert_string_equal(ts_error(c), sentence);
+    ts_disconnect(c);
+}
+
+static void daemon_start_for_a_crowd(daemon_process *d)
+{
+    char limit[32];
+    snprintf(limit, sizeof limit, "tenant_connections=%d", CROWD);
+    standstill_after(WATCHDOG_SECONDS);
+    daemon_start_with(d, POOL,
+                      (const char *const[]){"--set", "socket_mode=0666", "--set", limit, NULL});
+}
+
+/* What all of a crowd do in turn. For each there is a pipe, through which they are told to. */
+enum { CONNECT, DISCONNECT, TURNS };
+
+/* Worker: connects when told to, and disconnects when told to. */
+static void is_of_a_crowd(const char *url, const char *pipes)
+{
+    int tell, told[TURNS];
+    char byte;
+    ts_client *c;
+    assert_int_equal(sscanf(pipes, "%d,%d,%d", &tell, &told[CONNECT], &told[DISCONNECT]), 3);
+    assert_int_equal(setuid(NOBODY), 0);
+    while (read(told[CONNECT], &byte, 1) == 1) {
+        const bool connected = connect_as_one_of_many(url, &c) == TS_OK;
+        assert_int_equal(write(tell, connected ? "y" : "n", 1), 1);
+        if (!connected)
+            fail_msg("%s", ts_error(c));
+        assert_int_equal(read(told[DISCONNECT], &byte, 1), 1);
+        ts_disconnect(c);
+        assert_int_equal(write(tell, "y", 1), 1);
+    }
+}
+
+/* All are told, by a byte for each, and have done it. */
+static void all_do(int tell, int told)
+{
+    char bytes[CROWD] = "";
+    assert_int_equal(write(tell, bytes, CROWD), CROWD);
+    for (int i = 0; i < CROWD; i++)
+        if (read(told, bytes, 1) != 1 || bytes[0] != 'y')
+            fail_msg("one of them has failed");
+}
+
+static void as_many_as_may_connect_at_the_same_moment(void **state)
+{
+    (void)state;
+    daemon_process d;
+    pid_t workers[CROWD];
+    int out[TURNS][2], in[2];
+    char pipes[48];
+    if (geteuid() != 0)
+        skip();
+    daemon_start_for_a_crowd(&d);
+    assert_int_equal(pipe(in), 0);
+    fcntl(in[0], F_SETFD, FD_CLOEXEC);
+    for (int turn = 0; turn < TURNS; turn++) {
+        assert_int_equal(pipe(out[turn]), 0);
+        fcntl(out[turn][1], F_SETFD, FD_CLOEXEC);
+    }
+    snprintf(pipes, sizeof pipes, "%d,%d,%d", in[1], out[CONNECT][0], out[DISCONNECT][0]);
+    for (int i = 0; i < CROWD; i++)
+        workers[i] = spawn("is_of_a_crowd", d.url, pipes);
+    close(in[1]);
+    for (int round = 0; round < ROUNDS; round++) {
+        all_do(out[CONNECT][1], in[0]);
+        assert_int_equal(seteuid(NOBODY), 0);
+        is_one_too_many(d.url);
+        assert_int_equal(seteuid(0), 0);
+        all_do(out[DISCONNECT][1], in[0]);
+    }
+    for (int turn = 0; turn < TURNS; turn++)
+        close(out[turn][1]);
+    for (int i = 0; i < CROWD; i++)
+        join_child(workers[i]);
+    for (int turn = 0; turn < TURNS; turn++)
+        close(out[turn][0]);
+    close(in[0]);
+    daemon_stop(&d);
+    alarm(0);
+}
+
+static void a_process_has_all_the_connections_that_it_may(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *clients[CROWD];
+    if (geteuid() != 0)
+        skip();
+    daemon_start_for_a_crowd(&d);
+    assert_int_equal(seteuid(NOBODY), 0);
+    for (int i = 0; i < CROWD; i++)
+        OK(connect_as_one_of_many(d.url, &clients[i]));
+    is_one_too_many(d.url);
+    for (int i = 0; i < ROUNDS * CROWD; i++) { /* what is given back may be taken at once */
+        ts_disconnect(clients[i % CROWD]);
+        OK(connect_as_one_of_many(d.url, &clients[i % CROWD]));
+    }
+    for (int i = 0; i < CROWD; i++)
+        ts_disconnect(clients[i]);
+    assert_int_equal(seteuid(0), 0);
+    daemon_stop(&d);
+    alarm(0);
+}
+
 /* Members of ts_options that are one of a few words. A later header's errors have more numbers. */
 static void words_that_do_not_exist_are_refused(void **state)
 {
@@ -297,6 +422,7 @@ int main(int argc, char **argv)
         {"waits", waits},
         {"has_no_descriptor", has_no_descriptor},
         {"outlasts_a_stop", outlasts_a_stop},
+        {"is_of_a_crowd", is_of_a_crowd},
     };
     if (argc == 4)
         return run_role(argv, roles, sizeof roles / sizeof *roles);
@@ -307,6 +433,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(an_address_that_can_be_no_daemons_is_named),
         cmocka_unit_test(a_daemon_that_takes_no_connection_has_the_callers_time),
         cmocka_unit_test(a_daemon_that_goes_on_in_time_is_connected_to),
+        cmocka_unit_test(as_many_as_may_connect_at_the_same_moment),
+        cmocka_unit_test(a_process_has_all_the_connections_that_it_may),
         cmocka_unit_test(words_that_do_not_exist_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -26,6 +26,7 @@
 
 #define TICK_MS 1000
 #define EPOLL_BATCH 64
+#define CLOSED_BATCH 4096 /* all that there is to see, as a rule */
 #define UNREAD_MOST 2u
 
 /* A connection of a client. */
@@ -187,10 +188,35 @@ static bool serve(ts_fd_server *h, arrival *a)
         close(ask->fd);
     return stays;
 }
+
 static void pause_accepting(ts_fd_server *h, bool pause)
 {
     h->paused = pause;
     ts_accept_pause(h->epoll, h->listener, &h->listener, pause);
+}
+
+/* Ends what has closed by now, which epoll may yet have to tell. Between the events of one turn
+ * and the next, since those may name what this frees. */
+static void end_closed(ts_fd_server *h)
+{
+    struct epoll_event events[CLOSED_BATCH];
+    int n = epoll_wait(h->epoll, events, CLOSED_BATCH, 0);
+    for (int i = 0; i < n; i++) {
+        arrival *a = events[i].data.ptr;
+        if ((void *)a != &h->stop && (void *)a != &h->listener &&
+            (events[i].events & (EPOLLHUP | EPOLLERR)) != 0)
+            drop(h, find(h, a));
+    }
+}
+
+/* A client may have closed one connection before it made this one: before this is turned away,
+ * the daemon looks whether it has. */
+static bool may_enter(ts_fd_server *h, const ts_guest *guest, char *why, size_t why_bytes)
+{
+    if (ts_crowd_enter(&h->crowd, guest, why, why_bytes))
+        return true;
+    end_closed(h);
+    return ts_crowd_enter(&h->crowd, guest, why, why_bytes);
 }
 
 static void accept_one(ts_fd_server *h)
@@ -207,7 +233,7 @@ static void accept_one(ts_fd_server *h)
     if (a == NULL || !ts_guest_of(fd, &a->guest))
         goto refuse;
     a->guest.is_operator = ts_service_is_operator(h->service, a->guest.uid, a->guest.gid);
-    if (!ts_crowd_enter(&h->crowd, &a->guest, why, sizeof why)) {
+    if (!may_enter(h, &a->guest, why, sizeof why)) {
         ts_log(TS_LOG_WARNING, "a connection of uid %u was turned away: %s", a->guest.uid, why);
         send_off(fd, TS_EQUOTA, why);
         goto refuse;

@@ -83,6 +83,13 @@ static void end(ts_nng_server *t, connection *c)
         ts_queue_put(&t->service->exec.queue, &end_event(pipe)->work);
 }
 
+/* Whether this event is a connection's end. A peer that has gone reads nothing, and what it has
+ * sent is of no use to it. */
+static bool is_end(const source *s, uint32_t events)
+{
+    return s->kind == PROCESS || (s->kind == SOCKET && (events & (EPOLLHUP | EPOLLERR)) != 0);
+}
+
 /* Ends those that are to end. */
 static void end_doomed(ts_nng_server *t)
 {
@@ -96,16 +103,49 @@ static void end_doomed(ts_nng_server *t)
     }
 }
 
+/* Ends what has closed by now, which epoll may yet have to tell. Between the events of one turn
+ * and the next, since those may name what this frees. */
+static void end_closed(ts_nng_server *t)
+{
+    struct epoll_event events[EPOLL_BATCH];
+    int n = epoll_wait(t->epoll, events, EPOLL_BATCH, 0);
+    pthread_mutex_lock(&t->lock);
+    for (int i = 0; i < n; i++) {
+        const source *s = events[i].data.ptr;
+        if (is_end(s, events[i].events))
+            ts_nng_doom(t, s->c);
+    }
+    pthread_mutex_unlock(&t->lock);
+    end_doomed(t);
+}
+
+/* A client may have closed one connection before it made this one: before this is turned away,
+ * the daemon looks whether it has. */
+static bool may_enter(ts_nng_server *t, const connection *c, char *why, size_t why_bytes)
+{
+    for (bool again = false;; again = true) {
+        pthread_mutex_lock(&t->lock);
+        const bool may = ts_crowd_enter(&t->crowd, &c->guest, why, why_bytes);
+        pthread_mutex_unlock(&t->lock);
+        if (may || again)
+            return may;
+        end_closed(t);
+    }
+}
+
 /* Lets the connection in, or has it told why not. False: neither can be done. */
 static bool enter(ts_nng_server *t, connection *c)
 {
     char why[TS_MESSAGE_BYTES];
     bool ok = true;
+    const bool may = may_enter(t, c, why, sizeof why);
     pthread_mutex_lock(&t->lock);
     c->holding = ts_nng_holding_of(t, c->guest.uid);
     if (c->holding == NULL) {
+        if (may)
+            ts_crowd_leave(&t->crowd, &c->guest);
         ok = false;
-    } else if (!ts_crowd_enter(&t->crowd, &c->guest, why, sizeof why)) {
+    } else if (!may) {
         if (t->turned_away == TURNED_AWAY_MAX || (c->refusal = strdup(why)) == NULL) {
             ts_nng_leave_holding(t, c->holding);
             ok = false;
@@ -224,34 +264,22 @@ static void on_tick(ts_nng_server *t, uint64_t now_ms)
     }
 }
 
+static void on_wake(ts_nng_server *t)
+{
+    uint64_t times;
+    while (read(t->wake.fd, &times, sizeof times) < 0 && errno == EINTR)
+        ;
+    pthread_mutex_lock(&t->lock);
+    ts_nng_resume_paused(t);
+    pthread_mutex_unlock(&t->lock);
+}
+
+/* Of a connection: its end, or what it can do. */
 static void on_event(ts_nng_server *t, const source *s, uint32_t events)
 {
     connection *c = s->c;
-    switch (s->kind) {
-    case LISTENER:
-        for (uint32_t i = 0; i < ACCEPTS_PER_TURN && accept_one(t); i++)
-            ;
-        return;
-    case WAKE: {
-        uint64_t times;
-        while (read(s->fd, &times, sizeof times) < 0 && errno == EINTR)
-            ;
-        pthread_mutex_lock(&t->lock);
-        ts_nng_resume_paused(t);
-        pthread_mutex_unlock(&t->lock);
-        return;
-    }
-    case PROCESS:
-        pthread_mutex_lock(&t->lock);
-        ts_nng_doom(t, c);
-        pthread_mutex_unlock(&t->lock);
-        return;
-    case SOCKET:
-        break;
-    }
     pthread_mutex_lock(&t->lock);
-    /* A peer that has gone reads nothing, and what it has sent is of no use to it. */
-    if ((events & (EPOLLHUP | EPOLLERR)) != 0)
+    if (is_end(s, events))
         ts_nng_doom(t, c);
     else if ((events & EPOLLOUT) != 0)
         ts_nng_send_unsent(t, c);
@@ -277,10 +305,20 @@ static void *transport_main(void *arg)
             next_tick = now + TICK_MS;
         }
         int n = epoll_wait(t->epoll, events, EPOLL_BATCH, (int)(next_tick - now));
+        bool arrive = false;
         t->turn++;
-        for (int i = 0; i < n; i++)
-            on_event(t, events[i].data.ptr, events[i].events);
+        for (int i = 0; i < n; i++) {
+            const source *s = events[i].data.ptr;
+            if (s->kind == LISTENER)
+                arrive = true;
+            else if (s->kind == WAKE)
+                on_wake(t);
+            else
+                on_event(t, s, events[i].events);
+        }
         end_doomed(t); /* after the events of this turn, which may name them */
+        for (uint32_t i = 0; arrive && i < ACCEPTS_PER_TURN && accept_one(t); i++)
+            ;
     }
     ts_hurry_fini(&t->hurry);
     return NULL;
