@@ -11,18 +11,23 @@
 
 static ts_config c;
 
-/* Reads the text as a file; the problems are in c. */
-static ts_status read_text(const char *text)
+/* Reads the bytes as a file; the problems are in c. */
+static ts_status read_bytes(const char *text, size_t bytes)
 {
     char path[] = "/tmp/tinyserve-config.XXXXXX";
     int fd = mkstemp(path);
     assert_true(fd >= 0);
-    assert_int_equal(write(fd, text, strlen(text)), (ssize_t)strlen(text));
+    assert_int_equal(write(fd, text, bytes), (ssize_t)bytes);
     close(fd);
     ts_config_init(&c);
     const ts_status read = ts_config_read(&c, path), finished = ts_config_finish(&c);
     unlink(path);
     return read != TS_OK ? read : finished;
+}
+
+static ts_status read_text(const char *text)
+{
+    return read_bytes(text, strlen(text));
 }
 
 #define POOL "[pool p]\nlayers = 2\nkv_heads = 2\nhead_dim = 64\n"
@@ -73,6 +78,56 @@ static void pools_are_finished_without_the_daemons_keys(void **state)
     ts_config_init(&c);
     assert_int_equal(ts_config_add_pool(&c, "p:layers=1,kv_heads=1,head_dim=32"), TS_OK);
     assert_int_equal(ts_config_finish_pools(&c), TS_EINVAL);
+}
+
+static void a_byte_order_mark_is_no_part_of_the_first_section(void **state)
+{
+    (void)state;
+    assert_int_equal(read_text("\xef\xbb\xbf[daemon]\nthreads = 3\n" POOL "memory = 1M\n"), TS_OK);
+    assert_int_equal(c.threads, 3);
+    assert_int_equal(read_text("\xef\xbb\xbf[daemon]\nthreads = none\n" POOL "memory = 1M\n"),
+                     TS_EINVAL);
+    assert_int_equal(c.num_problems, 1);
+    assert_int_equal(c.problems[0].line, 2);
+    /* A second one is, and then inih sees a section where there is none. */
+    assert_int_equal(
+        read_text("\xef\xbb\xbf\xef\xbb\xbf[daemon]\nthreads = 3\n" POOL "memory = 1M"), TS_EINVAL);
+    assert_int_equal(c.problems[0].line, 2);
+    assert_string_equal(
+        c.problems[0].text,
+        "'threads' stands before the first section; known are [daemon] and [pool NAME]");
+}
+
+static void a_nul_byte_is_told_and_what_is_behind_it_is_read(void **state)
+{
+    static const char text[] =
+        POOL "memory = 1M\nlayout\0 = hnd\ndtype = \0int4\n[daemon]\nx = 1\n";
+    (void)state;
+    assert_int_equal(read_bytes(text, sizeof text - 1), TS_EINVAL);
+    assert_int_equal(c.num_problems, 3);
+    assert_int_equal(c.problems[0].line, 6);
+    assert_string_equal(c.problems[0].text, "a NUL byte: the file must be text in UTF-8");
+    assert_int_equal(c.problems[1].line, 7); /* int4 */
+    assert_int_equal(c.problems[2].line, 9); /* x */
+    assert_int_equal(read_bytes("\0", 1), TS_EINVAL);
+    assert_int_equal(c.problems[0].line, 1);
+}
+
+/* inih skips blanks of all kinds before a section, and all that is behind it. */
+static void no_key_is_passed_over_silently(void **state)
+{
+    (void)state;
+    assert_int_equal(read_text("\v\f[daemon]\nthreads = 3\n" POOL "memory = 1M\n"), TS_OK);
+    assert_int_equal(c.threads, 3);
+    assert_int_equal(read_text("[daemon] ; so\n[pool p] # too\nlayers = 2\nkv_heads = 2\n"
+                               "head_dim = 64\nmemory = 1M\n"),
+                     TS_OK);
+    assert_int_equal(read_text("[daemon] threads = 3\n" POOL "memory = 1M\n"), TS_EINVAL);
+    assert_int_equal(c.num_problems, 1);
+    assert_int_equal(c.problems[0].line, 1);
+    assert_string_equal(c.problems[0].text,
+                        "'threads = 3' stands behind a section: it needs its own line");
+    assert_int_equal(read_text("[daemon]\rthreads = 3\r" POOL "memory = 1M\n"), TS_EINVAL);
 }
 
 static void every_problem_is_told_with_its_line(void **state)
@@ -270,6 +325,9 @@ int main(void)
         cmocka_unit_test(a_pools_memory_becomes_blocks_and_slabs),
         cmocka_unit_test(a_sequences_tokens_are_as_many_as_its_blocks_hold),
         cmocka_unit_test(pools_are_finished_without_the_daemons_keys),
+        cmocka_unit_test(a_byte_order_mark_is_no_part_of_the_first_section),
+        cmocka_unit_test(a_nul_byte_is_told_and_what_is_behind_it_is_read),
+        cmocka_unit_test(no_key_is_passed_over_silently),
         cmocka_unit_test(every_problem_is_told_with_its_line),
         cmocka_unit_test(a_key_or_a_pool_given_twice_is_a_problem),
         cmocka_unit_test(a_comment_may_follow_a_value),

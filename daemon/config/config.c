@@ -154,8 +154,14 @@ typedef struct reader {
     bool dry;         /* only what inih can't read is looked for */
     uint32_t malformed[TS_CONFIG_PROBLEMS_MAX], num_malformed; /* inih sees these lines empty */
     bool in_daemon;
-    ts_config_pool *pool; /* whose section it is; NULL: none's */
+    ts_config_pool *pool;  /* whose section it is; NULL: none's */
+    bool in_wrong_section; /* which was complained of */
 } reader;
+
+/* What inih takes for blanks. */
+#define BLANKS " \t\r\v\f"
+/* Some editors begin a file with it: it says that the text is UTF-8. */
+#define BYTE_ORDER_MARK "\xef\xbb\xbf"
 
 /* A line [NAME]: which section it begins. */
 static void begin_section(reader *r, const char *name)
@@ -181,12 +187,23 @@ static void begin_section(reader *r, const char *name)
                            "there is no section [%s]; known are [daemon] and [pool NAME]",
                            ts_text_escape(name, shown, sizeof shown));
     }
+    r->in_wrong_section = !r->in_daemon && r->pool == NULL;
+}
+
+/* Complains of what stands in the line of a section, behind it, where inih doesn't look. */
+static void check_behind_section(reader *r, const char *rest)
+{
+    char shown[100];
+    rest += strspn(rest, BLANKS);
+    if (rest[0] != '\0' && rest[0] != '#' && rest[0] != ';')
+        ts_config_complain(r->c, r->line, "'%s' stands behind a section: it needs its own line",
+                           ts_text_escape(rest, shown, sizeof shown));
 }
 
 /* Takes a comment off the line's end, and blanks off both. */
 static void trim(char *line)
 {
-    size_t start = strspn(line, " \t\r"), length = strlen(line + start);
+    size_t start = strspn(line, BLANKS), length = strlen(line + start);
     memmove(line, line + start, length + 1);
     for (char *hash = line; (hash = strchr(hash, '#')) != NULL; hash++)
         if (hash == line || hash[-1] == ' ' || hash[-1] == '\t') {
@@ -194,7 +211,7 @@ static void trim(char *line)
             break;
         }
     length = strlen(line);
-    while (length > 0 && strchr(" \t\r", line[length - 1]) != NULL)
+    while (length > 0 && strchr(BLANKS, line[length - 1]) != NULL)
         line[--length] = '\0';
 }
 
@@ -225,6 +242,7 @@ static char *read_line(char *to, int size, void *user)
     if (bracket != NULL && !r->dry && !skip) {
         *bracket = '\0';
         begin_section(r, line + 1);
+        check_behind_section(r, bracket + 1);
     }
     free(line);
     return to;
@@ -234,6 +252,8 @@ static int on_key(void *user, const char *section, const char *key, const char *
 {
     reader *r = user;
     ts_config *c = r->c;
+    char shown[100];
+    (void)section; /* begin_section knows more of it */
     if (r->dry)
         return 1;
     if (r->in_daemon)
@@ -241,22 +261,23 @@ static int on_key(void *user, const char *section, const char *key, const char *
     else if (r->pool != NULL &&
              set_key(c, &ts_config_pools, r->pool, &r->pool->given, r->line, key, value) != TS_OK)
         r->pool->bad = true;
-    else if (section[0] == '\0')
+    else if (r->pool == NULL && !r->in_wrong_section)
         ts_config_complain(
             c, r->line, "'%s' stands before the first section; known are [daemon] and [pool NAME]",
-            key);
+            ts_text_escape(key, shown, sizeof shown));
     return 1;
 }
 
 static int parse(reader *r, const char *text)
 {
-    r->rest = text;
+    const size_t mark = strlen(BYTE_ORDER_MARK);
+    r->rest = strncmp(text, BYTE_ORDER_MARK, mark) == 0 ? text + mark : text;
     r->line = 0;
     return ini_parse_stream(read_line, r, on_key, r);
 }
 
-/* The whole file; NULL, and errno says why not. */
-static char *slurp(const char *path)
+/* The whole file, of `*bytes_out`; NULL, and errno says why not. */
+static char *slurp(const char *path, size_t *bytes_out)
 {
     FILE *file = fopen(path, "re");
     char *text = calloc(1, FILE_BYTES_MAX + 1);
@@ -269,16 +290,36 @@ static char *slurp(const char *path)
     }
     if (file != NULL)
         (void)fclose(file); /* only read */
-    if (ok)
+    if (ok) {
+        *bytes_out = bytes;
         return text;
+    }
     free(text);
     errno = error;
     return NULL;
 }
 
+/* A NUL byte would end the text before the file's end: complains of the first one, and makes all of
+ * them blanks, so that what is behind them is checked too. */
+static void replace_nuls(ts_config *c, char *text, size_t bytes)
+{
+    uint32_t line = 1;
+    bool told = false;
+    for (size_t i = 0; i < bytes; i++) {
+        line += text[i] == '\n';
+        if (text[i] != '\0')
+            continue;
+        if (!told)
+            ts_config_complain(c, line, "a NUL byte: the file must be text in UTF-8");
+        told = true;
+        text[i] = ' ';
+    }
+}
+
 ts_status ts_config_read(ts_config *c, const char *path)
 {
-    char *text = slurp(path);
+    size_t bytes = 0;
+    char *text = slurp(path, &bytes);
     reader r = {.c = c, .dry = true};
     c->file = path;
     if (text == NULL) {
@@ -287,6 +328,7 @@ ts_status ts_config_read(ts_config *c, const char *path)
                            named ? "" : "; --config names another file, --pool a pool without one");
         return TS_ENOENT;
     }
+    replace_nuls(c, text, bytes);
     /* inih tells of the first such line alone: once that is empty, of the next. */
     int line;
     while (r.num_malformed < TS_CONFIG_PROBLEMS_MAX && (line = parse(&r, text)) > 0) {
