@@ -574,6 +574,7 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGUSR2); /* end_to_start_again */
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);          /* a limit on files' sizes refuses memory, and ends nobody */
     ts_store *store = ts_store_open(); /* with the first thread */
     raise_file_limit();
     int code = lock_and_serve(c, &o, store, &signals);

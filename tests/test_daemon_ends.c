@@ -4,6 +4,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -269,6 +270,33 @@ static void a_supervised_daemon_that_is_killed_serves_the_same_sockets_again(voi
     daemon_stop(&d); /* both, with status 0, and no file is left */
 }
 
+/* Memory is files, and SIGXFSZ's default is death. */
+static void a_limit_on_files_sizes_refuses_memory_and_ends_no_daemon(void **state)
+{
+    const struct rlimit small = {.rlim_cur = 1 << 18, .rlim_max = RLIM_INFINITY};
+    struct rlimit before;
+    daemon_process d;
+    ts_seq seq;
+    ts_step *step;
+    (void)state;
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &before), 0);
+    if (before.rlim_max != RLIM_INFINITY)
+        skip();
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    daemon_start(&d, POOL_TINY ",memory=1M,slab=1M,device=host");
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &before), 0);
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+    assert_int_equal(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &step), TS_ENOMEM);
+    assert_non_null(strstr(ts_error(c),
+                           "File too large: the limit for a file of this process is 262144 bytes"));
+    check_daemon(c);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
@@ -281,6 +309,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_daemon_that_lost_its_gpu_says_so_to_workers_and_by_its_status),
         cmocka_unit_test(a_new_daemon_takes_over_the_sockets_of_a_killed_one),
         cmocka_unit_test(a_supervised_daemon_that_is_killed_serves_the_same_sockets_again),
+        cmocka_unit_test(a_limit_on_files_sizes_refuses_memory_and_ends_no_daemon),
         cmocka_unit_test(a_forked_child_is_refused_and_not_ended),
         cmocka_unit_test(a_daemon_ends_while_calls_wait),
     };

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "filled_memory.h"
 
+#include "file_error.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
@@ -16,6 +18,7 @@
 
 ts_status ts_filling_new(ts_filling *f, uint64_t bytes, char *why, size_t why_bytes)
 {
+    char error[TS_FILE_ERROR_BYTES];
     ts_filling_end(f);
     f->fd = memfd_create("tinyserve", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (f->fd >= 0 && fchmod(f->fd, 0400) == 0 && ftruncate(f->fd, (off_t)bytes) == 0 &&
@@ -24,7 +27,7 @@ ts_status ts_filling_new(ts_filling *f, uint64_t bytes, char *why, size_t why_by
         return TS_OK;
     }
     snprintf(why, why_bytes, "shared memory of %llu bytes: %s", (unsigned long long)bytes,
-             strerror(errno));
+             ts_file_error(errno, error));
     if (f->fd >= 0)
         close(f->fd);
     return TS_ENOMEM;

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "journal.h"
 
+#include "file_error.h"
 #include "tinyserve_version.h"
 
 #include <errno.h>
@@ -39,7 +40,8 @@ static uint32_t checksum_of(const entry_head *e, const unsigned char *entry)
 static ts_status fail(ts_journal *j, ts_status status, const char *what, char *why,
                       size_t why_bytes)
 {
-    snprintf(why, why_bytes, "the journal: %s: %s", what, strerror(errno));
+    char error[TS_FILE_ERROR_BYTES];
+    snprintf(why, why_bytes, "the journal: %s: %s", what, ts_file_error(errno, error));
     ts_journal_close(j);
     return status;
 }

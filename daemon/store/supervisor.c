@@ -144,6 +144,7 @@ static bool set_up(supervisor *s)
         sigaddset(&s->signals, signals[i]);
     sigprocmask(SIG_BLOCK, &s->signals, &s->former);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* of the log, where that is a file */
     signal(SIGCHLD, SIG_DFL); /* ignored, it would take the daemon's status with it */
     leave_out_of_dumps();
     if (!ts_held_fds_init(&s->held, fds_max()) ||
@@ -218,6 +219,7 @@ static bool set_environment(const supervisor *s)
 static _Noreturn void become_daemon(supervisor *s)
 {
     signal(SIGPIPE, SIG_DFL);
+    signal(SIGXFSZ, SIG_DFL);
     sigprocmask(SIG_SETMASK, &s->former, NULL);
     if (set_environment(s) && ts_held_fds_pass(&s->held))
         execv("/proc/self/exe", s->options->argv);

@@ -10,6 +10,8 @@
 #define _GNU_SOURCE
 #include "memory.h"
 
+#include "file_error.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mempolicy.h>
@@ -32,7 +34,9 @@ typedef struct memory_host {
 
 static ts_status fail(ts_status status, char *why, size_t why_bytes, const char *what, size_t bytes)
 {
-    snprintf(why, why_bytes, "%s of %zu bytes failed: %s", what, bytes, strerror(errno));
+    char error[TS_FILE_ERROR_BYTES];
+    snprintf(why, why_bytes, "%s of %zu bytes failed: %s", what, bytes,
+             ts_file_error(errno, error));
     return status;
 }
 
