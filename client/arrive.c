@@ -13,6 +13,7 @@
 #include "slab_returns.h"
 #include "socket_place.h"
 #include "stream_signals.h"
+#include "thread_trial.h"
 #include "tinyserve_version.h"
 #include "unanswered.h"
 #include "unconst.h"
@@ -103,20 +104,48 @@ static ts_status cannot_reach(ts_client *c, int error, uint64_t since_ms)
     return ts_fail(c, TS_ECONN, "cannot reach %s: %s", c->path, nng_strerror(error));
 }
 
+/* Whether NNG can start its threads, which it does once in a process, in its first call. The lock
+ * is held until it has them: what another thread of the process tries would take them away. */
+static pthread_mutex_t first_lock = PTHREAD_MUTEX_INITIALIZER;
+static bool nng_runs; /* under the lock */
+
+static ts_status open_first(ts_client *c, int *error)
+{
+    uint32_t started;
+    *error = 0;
+    if (!nng_runs) {
+        const uint32_t wanted = ts_nng_threads();
+        const int lack = ts_threads_try(wanted, &started);
+        if (lack != 0)
+            return ts_fail_beyond(c, TS_ENOMEM, wanted, started,
+                                  "the messages' library needs %u threads, and %u could be "
+                                  "started: %s (ulimit -u, ulimit -v, pids.max)",
+                                  wanted, started, strerror(lack));
+    }
+    *error = nng_req0_open(&c->socket);
+    nng_runs |= *error == 0;
+    return TS_OK;
+}
+
 /* Opens NNG's socket. Its threads leave signals to the program's own. */
 static ts_status open_socket(ts_client *c)
 {
     sigset_t all, before;
+    int error;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&c->socket_lock);
-    int error = nng_req0_open(&c->socket);
-    if (error == 0 && (error = nng_aio_alloc(&c->aio, NULL, NULL)) != 0)
+    pthread_mutex_lock(&first_lock);
+    ts_status status = open_first(c, &error);
+    pthread_mutex_unlock(&first_lock);
+    if (status == TS_OK && error == 0 && (error = nng_aio_alloc(&c->aio, NULL, NULL)) != 0)
         nng_close(c->socket);
-    if (error == 0)
+    if (status == TS_OK && error == 0)
         atomic_store(&c->broken, false);
     pthread_mutex_unlock(&c->socket_lock);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (status != TS_OK)
+        return status;
     if (error != 0)
         return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
     c->open = true;

@@ -2,7 +2,11 @@
 #define _GNU_SOURCE
 #include "execution_util.h"
 
+#include "thread_trial.h"
+
+#include <dirent.h>
 #include <fcntl.h>
+#include <nng/nng.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -382,6 +386,146 @@ static void a_process_has_all_the_connections_that_it_may(void **state)
     alarm(0);
 }
 
+/* ---- where threads or memory are short ---- */
+
+/* What came of connecting. */
+typedef struct outcome {
+    ts_status status;
+    uint64_t wanted, started; /* threads, where they were too few */
+    bool about_threads;       /* the sentence is */
+} outcome;
+
+static uint32_t own_threads(void)
+{
+    uint32_t n = 0;
+    DIR *dir = opendir("/proc/self/task");
+    assert_non_null(dir);
+    for (struct dirent *entry; (entry = readdir(dir)) != NULL;)
+        n += entry->d_name[0] != '.';
+    closedir(dir);
+    return n;
+}
+
+/* Worker's: connects, the first time in this process, and tells what came of it. */
+static void tell_outcome(const char *url, int tell)
+{
+    ts_client *c;
+    const ts_options options = {.size = sizeof options, .url = url, .timeout_ms = 120000};
+    ts_error_info info = TS_ERROR_INFO_INIT;
+    alarm(60);
+    outcome o = {.status = ts_connect(&options, &c)};
+    if (c != NULL) {
+        OK(ts_error_read(c, &info));
+        o.wanted = info.needed;
+        o.started = info.limit;
+        o.about_threads = strstr(ts_error(c), "the messages' library needs ") == ts_error(c);
+    }
+    ts_disconnect(c);
+    assert_int_equal(write(tell, &o, sizeof o), sizeof o);
+}
+
+/* Worker: has a user of its own, who may have so many threads. */
+static void has_few_threads(const char *url, const char *argument)
+{
+    int tell, limit;
+    assert_int_equal(sscanf(argument, "%d,%d", &tell, &limit), 2);
+    const struct rlimit threads = {(rlim_t)limit, (rlim_t)limit};
+    assert_int_equal(setrlimit(RLIMIT_NPROC, &threads), 0);
+    assert_int_equal(setuid(20000 + (uid_t)getpid() % 40000), 0);
+    tell_outcome(url, tell);
+}
+
+/* Worker: may have so many MiB more than it has now. */
+static void has_little_memory(const char *url, const char *argument)
+{
+    int tell, more_mib;
+    unsigned long pages;
+    assert_int_equal(sscanf(argument, "%d,%d", &tell, &more_mib), 2);
+    FILE *f = fopen("/proc/self/statm", "r");
+    assert_non_null(f);
+    assert_int_equal(fscanf(f, "%lu", &pages), 1);
+    fclose(f);
+    const rlim_t bytes = pages * (rlim_t)sysconf(_SC_PAGESIZE) + ((rlim_t)more_mib << 20);
+    assert_int_equal(setrlimit(RLIMIT_AS, &(struct rlimit){bytes, bytes}), 0);
+    tell_outcome(url, tell);
+}
+
+/* Worker: counts NNG's threads. */
+static void has_nngs_threads(const char *url, const char *argument)
+{
+    (void)argument;
+    const uint32_t before = own_threads();
+    ts_client *c = connect_url(url);
+    if (strncmp(nng_version(), "1.5.", 4) == 0)
+        assert_int_equal(own_threads() - before, ts_nng_threads());
+    ts_disconnect(c);
+}
+
+static outcome outcome_with(const char *role, const char *url, int limit)
+{
+    int told[2];
+    char argument[32];
+    outcome o;
+    assert_int_equal(pipe(told), 0);
+    snprintf(argument, sizeof argument, "%d,%d", told[1], limit);
+    const pid_t worker = spawn(role, url, argument);
+    close(told[1]);
+    join_child(worker);
+    assert_int_equal(read(told[0], &o, sizeof o), sizeof o);
+    close(told[0]);
+    return o;
+}
+
+static void as_many_threads_are_tried_as_nng_starts(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL);
+    join_child(spawn("has_nngs_threads", d.url, ""));
+    daemon_stop(&d);
+}
+
+static void whoever_has_too_few_threads_is_told_so(void **state)
+{
+    (void)state;
+    daemon_process d;
+    const uint32_t wanted = ts_nng_threads();
+    uint64_t started = 0;
+    int limit = 1;
+    if (geteuid() != 0)
+        skip();
+    daemon_start_with(&d, POOL, (const char *const[]){"--set", "socket_mode=0666", NULL});
+    for (outcome o; (o = outcome_with("has_few_threads", d.url, limit)).status != TS_OK; limit++) {
+        assert_int_equal(o.status, TS_ENOMEM);
+        assert_true(o.about_threads);
+        assert_int_equal(o.wanted, wanted);
+        if (started > 0) /* before, all are its own process's */
+            assert_int_equal(o.started, started + 1);
+        started = o.started;
+    }
+    assert_int_equal(started, wanted - 1);
+    assert_int_equal(outcome_with("has_few_threads", d.url, limit + 1).status, TS_OK);
+    daemon_stop(&d);
+}
+
+static void whoever_has_too_little_memory_for_threads_is_told_so(void **state)
+{
+    (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    skip(); /* they have terabytes */
+#else
+    daemon_process d;
+    outcome o;
+    int mib = 0;
+    daemon_start(&d, POOL);
+    for (; (o = outcome_with("has_little_memory", d.url, mib)).status != TS_OK; mib += 3)
+        assert_int_equal(o.status, TS_ENOMEM);
+    assert_true(mib > 0);
+    assert_int_equal(outcome_with("has_little_memory", d.url, mib + 64).status, TS_OK);
+    daemon_stop(&d);
+#endif
+}
+
 /* Members of ts_options that are one of a few words. A later header's errors have more numbers. */
 static void words_that_do_not_exist_are_refused(void **state)
 {
@@ -423,6 +567,9 @@ int main(int argc, char **argv)
         {"has_no_descriptor", has_no_descriptor},
         {"outlasts_a_stop", outlasts_a_stop},
         {"is_of_a_crowd", is_of_a_crowd},
+        {"has_few_threads", has_few_threads},
+        {"has_little_memory", has_little_memory},
+        {"has_nngs_threads", has_nngs_threads},
     };
     if (argc == 4)
         return run_role(argv, roles, sizeof roles / sizeof *roles);
@@ -435,6 +582,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_daemon_that_goes_on_in_time_is_connected_to),
         cmocka_unit_test(as_many_as_may_connect_at_the_same_moment),
         cmocka_unit_test(a_process_has_all_the_connections_that_it_may),
+        cmocka_unit_test(as_many_threads_are_tried_as_nng_starts),
+        cmocka_unit_test(whoever_has_too_few_threads_is_told_so),
+        cmocka_unit_test(whoever_has_too_little_memory_for_threads_is_told_so),
         cmocka_unit_test(words_that_do_not_exist_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
