@@ -41,8 +41,7 @@ static _Atomic pid_t nng_user;
 
 ts_transport ts_client_transport(const ts_client *c)
 {
-    return c->rings != NULL && !c->rings_lost && c->ring_late_ms == 0 ? TS_TRANSPORT_RING
-                                                                      : TS_TRANSPORT_MESSAGES;
+    return c->last_transport;
 }
 
 ts_exec ts_client_exec(const ts_client *c)
@@ -184,6 +183,7 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
     c->timeout_ms = o.timeout_ms != 0 ? o.timeout_ms : TIMEOUT_DEFAULT_MS;
     c->retries = o.retries;
     c->transport = o.transport;
+    c->last_transport = TS_TRANSPORT_MESSAGES;
     c->exec = o.exec;
     c->threads = o.threads;
     c->reconnect = o.reconnect == TS_RECONNECT_ON ? ts_arrive_again : NULL;

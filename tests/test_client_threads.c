@@ -208,6 +208,46 @@ static void threads_that_try_again_get_through(void **state)
     daemon_stop(&d);
 }
 
+static void *end_wait(void *client)
+{
+    static ts_status status;
+    status = ts_wait_end(client);
+    return &status;
+}
+
+/* NNG's time for an answer is an int, and a negative one is over at once. */
+static void the_end_of_a_wait_has_the_client_s_time_however_long_that_is(void **state)
+{
+    (void)state;
+    static const uint32_t times_ms[] = {1u << 31, UINT32_MAX - 2, INT32_MAX};
+    daemon_process d;
+    uint32_t length;
+    daemon_start(&d, POOL);
+    ts_client *brief;
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url, .timeout_ms = 200},
+                  &brief));
+    ts_pool *p = open_pool(brief, "tiny", 0);
+    ts_seq seq;
+    OK(ts_seq_create(p, 1, &seq));
+    for (size_t i = 0; i < sizeof times_ms / sizeof *times_ms; i++) {
+        const ts_options o = {.size = sizeof(ts_options), .url = d.url, .timeout_ms = times_ms[i]};
+        pthread_t thread;
+        void *status;
+        ts_client *c;
+        OK(ts_connect(&o, &c));
+        daemon_pause(&d);
+        assert_int_equal(pthread_create(&thread, NULL, end_wait, c), 0);
+        assert_int_equal(ts_seq_lengths(p, &seq, 1, &length), TS_ETIMEOUT); /* 200 ms later */
+        daemon_resume(&d);
+        pthread_join(thread, &status);
+        assert_int_equal(*(ts_status *)status, TS_OK);
+        ts_disconnect(c);
+    }
+    ts_pool_close(p);
+    ts_disconnect(brief);
+    daemon_stop(&d);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -215,6 +255,7 @@ int main(void)
         cmocka_unit_test(a_client_is_not_freed_under_a_thread_that_is_inside),
         cmocka_unit_test(a_child_forked_under_a_call_is_told_whose_the_session_is),
         cmocka_unit_test(threads_that_try_again_get_through),
+        cmocka_unit_test(the_end_of_a_wait_has_the_client_s_time_however_long_that_is),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

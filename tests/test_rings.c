@@ -252,6 +252,34 @@ static void rings_grow_for_a_larger_pool_while_a_step_is_open(void **state)
     daemon_stop(&d);
 }
 
+/* Steps of one session may go either way. */
+static void a_client_knows_how_its_last_step_went(void **state)
+{
+    (void)state;
+    enum { MANY = TS_RING_BATCH + 1 };
+    static ts_seq seqs[MANY];
+    static uint32_t ones[MANY];
+    daemon_process d;
+    ts_step *step;
+    daemon_start(&d, "p:layers=1,kv_heads=1,head_dim=32,block_tokens=1,blocks=8192");
+    ts_client *c = connect_to(&d);
+    assert_int_equal(ts_client_transport(c), TS_TRANSPORT_MESSAGES);
+    ts_pool *p = open_pool(c, "p", 0);
+    OK(ts_seq_create(p, MANY, seqs));
+    for (uint32_t i = 0; i < MANY; i++)
+        ones[i] = 1;
+    for (uint32_t i = 0; i < 3; i++) {
+        const bool all = i == 1;
+        OK(ts_step_begin(p, seqs, ones, all ? MANY : MANY - 1, NULL, &step));
+        assert_int_equal(ts_client_transport(c), all ? TS_TRANSPORT_MESSAGES : TS_TRANSPORT_RING);
+        OK(ts_step_abort(step)); /* by a ring */
+        assert_int_equal(ts_client_transport(c), all ? TS_TRANSPORT_MESSAGES : TS_TRANSPORT_RING);
+    }
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 /* Worker: it can't receive the larger rings' memory, so it goes on with those that it has. */
 static void cannot_grow(const char *url, const char *argument)
 {
@@ -466,6 +494,7 @@ int main(int argc, char **argv)
     if (argc == 4)
         return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_client_knows_how_its_last_step_went),
         cmocka_unit_test(a_begin_that_is_too_large_for_a_ring_goes_as_a_message),
         cmocka_unit_test(a_ring_refuses_what_a_message_would),
         cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),

@@ -32,6 +32,7 @@ static void the_next_daemon_does_what_nobody_asks_it_for(void **state)
         worker w;
         start(&d, POOL, NULL);
         ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+        c->timeout_ms = 1u << 31; /* for so long it waits for the next one: NNG's time is an int */
         worker_open(&w, c);
         worker_begin(&w, 20);
         stop_stream();

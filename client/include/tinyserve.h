@@ -44,7 +44,7 @@ typedef struct ts_step ts_step;
 typedef struct ts_frame ts_frame;
 typedef struct ts_memory ts_memory;
 
-/* How steps reach the daemon. All other calls are messages. Results are the same. */
+/* How steps and most calls on sequences reach the daemon (ts_connect(3)). Results are the same. */
 typedef enum ts_transport {
     TS_TRANSPORT_AUTO,    /* rings, or messages if rings can't be had */
     TS_TRANSPORT_RING,    /* rings in memory shared with the daemon: microseconds */
@@ -137,7 +137,7 @@ typedef struct ts_error_info {
 /* Fills in out->size bytes. TS_EINVAL: no version's ts_error_info has that size. */
 TS_WARN_UNUSED ts_status ts_error_read(const ts_client *client, ts_error_info *out);
 
-/* How the client's last step reached the daemon: TS_TRANSPORT_RING or TS_TRANSPORT_MESSAGES. */
+/* How the last step was begun: TS_TRANSPORT_RING or, also before any, TS_TRANSPORT_MESSAGES. */
 ts_transport ts_client_transport(const ts_client *client);
 
 /* Who attended in the client's last step; TS_EXEC_AUTO: both did, to be timed. */

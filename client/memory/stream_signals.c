@@ -42,7 +42,7 @@ static void look(void *arg)
         atomic_store(&c->abandoned, true);
         ts_signals_release_waiters(c);
     } else if (!stopped && atomic_load(&c->broken)) {
-        return nng_sleep_aio((nng_duration)c->timeout_ms, w->aio);
+        return nng_sleep_aio(ts_int_ms(c->timeout_ms), w->aio);
     }
     atomic_store(&w->looks, false);
     if (!stopped && atomic_load(&c->broken))
@@ -57,7 +57,7 @@ void ts_signals_daemon_gone(ts_client *c)
     if (atomic_exchange(&w->looks, true))
         return;
     (void)is_abandoned(w); /* from now on */
-    nng_sleep_aio((nng_duration)c->timeout_ms, w->aio);
+    nng_sleep_aio(ts_int_ms(c->timeout_ms), w->aio);
 }
 
 static ts_status watch_new(ts_client *c)

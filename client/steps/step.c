@@ -100,6 +100,8 @@ static ts_status begin_by_message(ts_step *s, const ts_seq *seqs, const ts_step_
         body.kernel = ts_unconst(o->kernel);
     request.body_case = TSPB__REQUEST__BODY_STEP_BEGIN;
     request.step_begin = &body;
+    if (!append)
+        s->pool->client->last_transport = TS_TRANSPORT_MESSAGES;
     ts_status status = ts_call(s->pool->client, &request, &reply);
     if (status == TS_ETIMEOUT && !append)
         ts_unanswered_by_message(s->pool->client, &request, s->pool->index);
@@ -173,6 +175,7 @@ static ts_status begin_by_ring(ts_step *s, const ts_seq *seqs, const ts_step_opt
     if (o->tokens != NULL)
         memcpy(ts_rings_ids(m, c->ring_blocks, c->ring_slabs), o->tokens,
                s->tokens * sizeof *o->tokens);
+    c->last_transport = TS_TRANSPORT_RING;
     ts_status status = ts_ring_call(c, &entry, &done);
     if (status == TS_ETIMEOUT)
         ts_unanswered_by_ring(c, s->pool->index, 0);

@@ -90,11 +90,12 @@ struct ts_client {
     ts_signals *signals;             /* mapped and pinned; NULL: no run was on a stream */
     struct ts_signals_watch *signals_watch; /* stream_signals.c's own; NULL without signals */
     uint64_t signals_there;
-    atomic_uint runs_on_stream; /* runs that were handed over to the daemon's stream */
-    bool order_lost;            /* one may or may not have been */
-    atomic_bool abandoned;      /* streams went on without them, since no daemon was at them */
-    ts_transport transport;     /* that was asked for */
-    ts_rings_memory *rings;     /* NULL: not open */
+    atomic_uint runs_on_stream;  /* runs that were handed over to the daemon's stream */
+    bool order_lost;             /* one may or may not have been */
+    atomic_bool abandoned;       /* streams went on without them, since no daemon was at them */
+    ts_transport transport;      /* that was asked for */
+    ts_transport last_transport; /* of the last step's begin; of none: messages */
+    ts_rings_memory *rings;      /* NULL: not open */
     uint32_t ring_blocks, ring_slabs, ring_ids; /* that they have room for */
     uint32_t ids_wanted;                        /* of tokens, by the largest begin so far */
     bool pools_are_new;                         /* one was opened that they may have no room for */
@@ -131,6 +132,13 @@ struct ts_client {
     char error[256];
     ts_error_info error_info; /* the same in numbers */
 };
+
+/* What NNG and poll() take as a time: theirs end at INT32_MAX, 24 days, and a negative one is none.
+ */
+static inline int ts_int_ms(uint64_t ms)
+{
+    return ms < INT32_MAX ? (int)ms : INT32_MAX;
+}
 
 struct ts_pool {
     ts_client *client;

@@ -21,7 +21,7 @@ static bool await(int fd, short what, uint64_t deadline_ms)
     for (;;) {
         uint64_t now = ts_now_ms();
         struct pollfd p = {.fd = fd, .events = what};
-        int n = poll(&p, 1, now < deadline_ms ? (int)(deadline_ms - now) : 0);
+        int n = poll(&p, 1, now < deadline_ms ? ts_int_ms(deadline_ms - now) : 0);
         if (n > 0)
             return true;
         if (now >= deadline_ms)

@@ -177,7 +177,7 @@ ts_status ts_wait_end(ts_client *c)
     if (error == 0) {
         tspb__request__pack(&request, nng_msg_body(message));
         nng_ctx_set_ms(context, NNG_OPT_REQ_RESENDTIME, -1);
-        nng_aio_set_timeout(aio, (nng_duration)c->timeout_ms);
+        nng_aio_set_timeout(aio, ts_int_ms(c->timeout_ms));
         nng_aio_set_msg(aio, message);
         nng_ctx_send(context, aio);
         nng_aio_wait(aio);

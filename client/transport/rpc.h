@@ -29,8 +29,7 @@ static inline uint32_t ts_call_time(const ts_client *client)
 {
     if (client->brief)
         return client->timeout_ms < TS_BRIEF_MS ? client->timeout_ms : TS_BRIEF_MS;
-    uint64_t ms = (uint64_t)client->timeout_ms + client->wait_ms;
-    return ms < INT32_MAX ? (uint32_t)ms : INT32_MAX; /* which is NNG's limit */
+    return (uint32_t)ts_int_ms((uint64_t)client->timeout_ms + client->wait_ms);
 }
 
 #endif

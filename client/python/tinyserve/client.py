@@ -171,7 +171,7 @@ class Client(OfOneProcess):
 
     @property
     def transport(self) -> str:
-        """What the last step went by: "ring" or "messages"."""
+        """How the last step was begun: by "ring" or by "messages", also before the first."""
         return _TRANSPORTS[self._opened.look(lib.ts_client_transport)]
 
     @property
