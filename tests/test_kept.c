@@ -192,6 +192,10 @@ static void nothing_is_half_replaced_when_it_is_refused(void **state)
     assert_int_equal(ts_engine_session(e, session)->sequences, 1);
     list(e, session, "", "", 0, &answer);
     assert_int_equal(answer.kept.left_ms[0], 7000);
+    /* A time beyond all clocks is none. */
+    assert_int_equal(keep(e, session, old, "x", UINT64_MAX, true, &answer), TS_OK);
+    list(e, session, "", "", 0, &answer);
+    assert_true(answer.kept.left_ms[0] == 0);
     /* What the old one has pinned makes room for the new one. */
     assert_int_equal(free_seq(e, session, new), TS_OK);
     new = fork_seq(e, session, old);

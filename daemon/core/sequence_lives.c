@@ -76,8 +76,10 @@ uint64_t ts_sequence_left_ms(const ts_sequences *s, const ts_sequence *seq, uint
     if (seq->life == TS_NONE)
         return 0;
     const ts_life *life = &s->lives[seq->life];
-    if (seq->step != TS_NONE)
-        return life->ttl_ms; /* from the step's end on */
+    if (seq->step != TS_NONE) /* from the step's end on */
+        return life->ttl_ms >= UINT64_MAX - now_ms ? 0 : life->ttl_ms;
+    if (life->end_ms == UINT64_MAX) /* never, as without a life */
+        return 0;
     return life->end_ms > now_ms ? life->end_ms - now_ms : 0;
 }
 
