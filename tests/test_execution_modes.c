@@ -100,6 +100,36 @@ static void check_ways(const char *pool, bool fp8)
     daemon_stop(&d);
 }
 
+/* That AUTO came to the daemon, and why, is no failure. */
+static void a_step_that_succeeds_keeps_the_error_of_the_last_that_failed(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_client *c;
+    ts_seq seq;
+    ts_step *step;
+    ts_error_info before = TS_ERROR_INFO_INIT, after = TS_ERROR_INFO_INIT;
+    char text[256];
+    daemon_start(&d, POOL ",client_write=all,device=host");
+    OK(ts_connect(&(ts_options){.size = sizeof(ts_options), .url = d.url, .exec = TS_EXEC_AUTO},
+                  &c));
+    ts_pool *p = open_pool(c, "tiny", 0);
+    OK(ts_seq_create(p, 1, &seq));
+    assert_int_equal(ts_step_begin(p, &seq, &(uint32_t){UINT32_MAX}, 1, NULL, &step), TS_EINVAL);
+    snprintf(text, sizeof text, "%s", ts_error(c));
+    OK(ts_error_read(c, &before));
+    assert_true(before.needed == UINT32_MAX);
+    OK(ts_step_begin(p, &seq, &(uint32_t){3}, 1, NULL, &step));
+    assert_string_equal(ts_error(c), text);
+    OK(ts_error_read(c, &after));
+    assert_memory_equal(&before, &after, sizeof before);
+    OK(ts_step_abort(step));
+    assert_string_equal(ts_error(c), text);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void every_way_gives_the_same_bits(void **state)
 {
     (void)state;
@@ -367,6 +397,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_way_gives_the_same_bits),
+        cmocka_unit_test(a_step_that_succeeds_keeps_the_error_of_the_last_that_failed),
         cmocka_unit_test(rings_and_messages_give_the_same_bits),
         cmocka_unit_test(auto_goes_both_ways_once_and_then_one),
         cmocka_unit_test(what_only_the_daemon_has_kernels_for_it_attends),

@@ -79,18 +79,21 @@ ts_status ts_local_require(ts_client *c, const ts_pool *p)
 ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
 {
     bool rings;
+    ts_last_error last;
     *exec = TS_EXEC_DAEMON;
     if (c->exec == TS_EXEC_DAEMON)
         return TS_OK;
     ts_status status = ts_rings_use(c, &rings);
     if (status != TS_OK)
         return status;
+    ts_error_keep(c, &last);
     status = can_attend(c, p, rings);
     if (status == TS_OK)
         *exec = c->exec;
     else if (c->exec == TS_EXEC_AUTO) {
         if (status == TS_EPROTO) /* which won't change, and costs a while to find out */
             c->exec = TS_EXEC_DAEMON;
+        ts_error_put_back(c, &last);
         status = TS_OK;
     }
     return status;

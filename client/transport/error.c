@@ -52,6 +52,18 @@ ts_status ts_fail_refused(ts_client *c, const ts_error_info *info, const char *m
     return info->status;
 }
 
+void ts_error_keep(const ts_client *c, ts_last_error *last)
+{
+    memcpy(last->text, c->error, sizeof last->text);
+    last->info = c->error_info;
+}
+
+void ts_error_put_back(ts_client *c, const ts_last_error *last)
+{
+    memcpy(c->error, last->text, sizeof c->error);
+    c->error_info = last->info;
+}
+
 ts_status ts_error_read(const ts_client *c, ts_error_info *out)
 {
     const size_t size = out->size;

@@ -57,6 +57,16 @@ uint64_t ts_call_end_ms(const ts_client *client);
 /* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
 ts_status ts_in_use(ts_client *client);
 
+/* What ts_error says, to be put back when the failure of an attempt is none of the call's: it is
+ * valid until a call fails. */
+typedef struct ts_last_error {
+    char text[sizeof((ts_client *)0)->error];
+    ts_error_info info;
+} ts_last_error;
+
+void ts_error_keep(const ts_client *client, ts_last_error *last);
+void ts_error_put_back(ts_client *client, const ts_last_error *last);
+
 /* Sets the error sentence, without numbers, and returns status. */
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

@@ -135,11 +135,17 @@ static bool has_ended(const ts_rings_memory *m)
     return __atomic_load_n(&m->ended, __ATOMIC_ACQUIRE) != TS_RINGS_GO_ON;
 }
 
+/* Whether there are rings that were opened with the open pools. */
+static bool fit_pools(const ts_client *c)
+{
+    return c->rings != NULL && !c->pools_are_new;
+}
+
 /* Opens rings with room for the open pools, unless there are such. */
 static ts_status find_rings(ts_client *c)
 {
     uint32_t blocks, slabs;
-    if (c->rings != NULL && !c->pools_are_new)
+    if (fit_pools(c))
         return TS_OK;
     find_room(c, &blocks, &slabs);
     bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs &&
@@ -185,15 +191,22 @@ ts_status ts_rings_use(ts_client *c, bool *use)
         looked = await_posted(c);
     if (looked != TS_OK || c->ring_late_ms != 0 || c->rings_lost)
         return looked;
+    if (fit_pools(c)) {
+        *use = true;
+        return TS_OK;
+    }
     const uint64_t until_ms = ts_call_end_ms(c);
+    ts_last_error last;
     ts_status status;
+    ts_error_keep(c, &last);
     do
         status = find_rings(c);
     while (ts_goes_on(c, status, until_ms));
     *use = status == TS_OK;
-    if (status == TS_OK || c->transport == TS_TRANSPORT_RING || status == TS_ECONN)
+    if (status != TS_OK && (c->transport == TS_TRANSPORT_RING || status == TS_ECONN))
         return status;
-    c->rings_lost = true; /* messages do the same */
+    c->rings_lost = c->rings_lost || status != TS_OK; /* messages do the same */
+    ts_error_put_back(c, &last);
     return TS_OK;
 }
 
