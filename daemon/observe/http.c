@@ -113,7 +113,8 @@ static enum MHD_Result answer(struct MHD_Connection *connection, unsigned status
                    {"Cache-Control", "no-store"},
                    {"X-Content-Type-Options", "nosniff"},
                    {"Referrer-Policy", "no-referrer"},
-                   {"Connection", "close"}};
+                   {"Connection", "close"},
+                   {"Allow", status == MHD_HTTP_METHOD_NOT_ALLOWED ? "GET, HEAD" : NULL}};
     if (text == NULL)
         return MHD_NO; /* ends the connection */
     struct MHD_Response *response =
@@ -124,7 +125,8 @@ static enum MHD_Result answer(struct MHD_Connection *connection, unsigned status
     }
     enum MHD_Result result = MHD_YES;
     for (size_t i = 0; i < sizeof headers / sizeof *headers && result == MHD_YES; i++)
-        result = MHD_add_response_header(response, headers[i].name, headers[i].value);
+        if (headers[i].value != NULL)
+            result = MHD_add_response_header(response, headers[i].name, headers[i].value);
     if (result == MHD_YES)
         result = MHD_queue_response(connection, status, response);
     MHD_destroy_response(response);

@@ -220,7 +220,10 @@ def test_who_asks_otherwise_is_refused(served):
         assert "\x9b" not in text
     assert ask(port, "/metricsx")[0].status == 404
     assert ask(port, "/nothing")[0].status == 404
-    assert ask(port, method="POST")[0].status == 405
+    answer, text = ask(port, method="POST")
+    assert (answer.status, text) == (405, "Only GET and HEAD are.\n")
+    assert answer.headers["Allow"] == "GET, HEAD"
+    assert ask(port)[0].headers["Allow"] is None
 
 
 def test_a_daemon_that_is_drained_is_not_healthy(served):
