@@ -104,6 +104,7 @@ static void a_daemon_that_was_not_supervised_is_left_alone(void **state)
     ASK("put a b", "'a' isn't stored: there is no store");
     ASK("barrier", "not done");
     start_supervisor(w, &how);
+    await_line(w, "already: it is taken over if it comes within 1 ms");
     await_line(w, "was not started by --supervise");
     assert_int_equal(await_end(w), 1);
     ASK("names", "0"); /* it is alive */

@@ -234,6 +234,10 @@ static void start(supervisor *s)
     if (daemon_lives(s)) {
         s->adopting = true;
         s->until_ms = now + s->options->adopt_ms;
+        ts_log(TS_LOG_INFO,
+               "a daemon serves %s already: it is taken over if it comes within %u ms, as one does "
+               "whose supervisor died",
+               s->options->socket, s->options->adopt_ms);
         return;
     }
     s->started_ms = now;
