@@ -481,8 +481,8 @@ static int lock_and_serve(ts_config *c, const options *o, ts_store *store, const
     char lock_path[128], handles_path[128], why[512];
     int lock, code = EXIT_FAILURE;
     if (ts_socket_folder_make(c->socket, c->socket_is_own, why, sizeof why) != TS_OK ||
-        ts_socket_path_lock(c->socket, lock_path, sizeof lock_path, &lock, why, sizeof why) !=
-            TS_OK) {
+        ts_socket_path_lock(c->socket, "tinyserved", lock_path, sizeof lock_path, &lock, why,
+                            sizeof why) != TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
         return EXIT_FAILURE;
     }
@@ -514,7 +514,8 @@ static int supervise(const ts_config *c, int argc, char **argv)
     snprintf(place, sizeof place, "%s" TS_STORE_SOCKET_SUFFIX, c->socket);
     snprintf(notify_path, sizeof notify_path, "%s" TS_NOTIFY_SOCKET_SUFFIX, c->socket);
     if (ts_socket_folder_make(c->socket, c->socket_is_own, why, sizeof why) != TS_OK ||
-        ts_socket_path_lock(place, lock_path, sizeof lock_path, &lock, why, sizeof why) != TS_OK) {
+        ts_socket_path_lock(place, "supervisor (tinyserved --supervise)", lock_path,
+                            sizeof lock_path, &lock, why, sizeof why) != TS_OK) {
         ts_log(TS_LOG_ERROR, "%s", why);
         free(arguments);
         return EXIT_FAILURE;

@@ -277,7 +277,8 @@ static int serve(const char *socket, const char *control)
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
-    if (ts_socket_path_lock(socket, lock_path, sizeof lock_path, &lock, why, sizeof why) != TS_OK)
+    if (ts_socket_path_lock(socket, "daemon", lock_path, sizeof lock_path, &lock, why,
+                            sizeof why) != TS_OK)
         return 98; /* another one lives */
     f.store = ts_store_open();
     ts_store_on_change(f.store, on_change, &f);
@@ -321,7 +322,8 @@ static int supervise(char **argv)
                                           .adopt_ms = (uint32_t)atoi(argv[4])};
     snprintf(place, sizeof place, "%s" TS_STORE_SOCKET_SUFFIX, options.socket);
     snprintf(notify_path, sizeof notify_path, "%s" TS_NOTIFY_SOCKET_SUFFIX, options.socket);
-    if (ts_socket_path_lock(place, lock_path, sizeof lock_path, &lock, why, sizeof why) != TS_OK ||
+    if (ts_socket_path_lock(place, "supervisor", lock_path, sizeof lock_path, &lock, why,
+                            sizeof why) != TS_OK ||
         ts_socket_path_clear(place, why, sizeof why) != TS_OK ||
         ts_socket_path_clear(notify_path, why, sizeof why) != TS_OK) {
         fprintf(stderr, "%s\n", why);

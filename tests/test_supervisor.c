@@ -302,7 +302,7 @@ static void a_second_supervisor_is_refused(void **state)
     meet(w);
     const pid_t first = w->supervisor;
     start_supervisor(w, &plain);
-    await_line(w, "another tinyserved serves this socket");
+    await_line(w, "another supervisor serves this socket");
     assert_int_equal(await_end(w), 99);
     w->supervisor = first;
     ASK("put a b", "ok");

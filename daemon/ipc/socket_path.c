@@ -90,20 +90,31 @@ ts_status ts_socket_path_clear(const char *path, char *why, size_t why_bytes)
     return TS_EEXIST;
 }
 
-ts_status ts_socket_path_lock(const char *socket, char *path, size_t path_bytes, int *fd, char *why,
-                              size_t why_bytes)
+/* Whether the folder of this path is there. */
+static bool has_folder(const char *path)
+{
+    char folder[sizeof(struct sockaddr_un)];
+    struct stat st;
+    snprintf(folder, sizeof folder, "%.*s", (int)(strrchr(path, '/') - path), path);
+    return stat(folder[0] != '\0' ? folder : "/", &st) == 0;
+}
+
+ts_status ts_socket_path_lock(const char *socket, const char *who, char *path, size_t path_bytes,
+                              int *fd, char *why, size_t why_bytes)
 {
     snprintf(path, path_bytes, "%s.lock", socket);
     for (;;) {
         struct stat ours, there;
         *fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
         if (*fd < 0 || fstat(*fd, &ours) != 0) {
-            if (*fd < 0 && errno == ENOENT)
+            const int error = errno;
+            if (*fd < 0 && error == ENOENT && !has_folder(socket))
                 snprintf(why, why_bytes,
                          "%s: its folder is missing; make it, or name another socket (--socket)",
                          socket);
             else
-                snprintf(why, why_bytes, "%s: %s", path, strerror(errno));
+                snprintf(why, why_bytes, "%s: the socket's lock can't be made: %s", path,
+                         strerror(error));
             break;
         }
         if (!S_ISREG(ours.st_mode) || ours.st_size != 0) {
@@ -112,8 +123,8 @@ ts_status ts_socket_path_lock(const char *socket, char *path, size_t path_bytes,
             break;
         }
         if (flock(*fd, LOCK_EX | LOCK_NB) != 0) {
-            snprintf(why, why_bytes, "%s: another tinyserved serves this socket (%s is locked)",
-                     socket, path);
+            snprintf(why, why_bytes, "%s: another %s serves this socket (%s is locked)", socket,
+                     who, path);
             break;
         }
         /* Its last holder may have removed it between our two calls: then it locks nothing. */

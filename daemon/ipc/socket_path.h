@@ -24,11 +24,11 @@ ts_status ts_socket_folder_make(const char *socket, bool own, char *why, size_t 
 ts_status ts_socket_path_clear(const char *path, char *why, size_t why_bytes);
 
 /*
- * Makes sure that no other daemon serves this socket, without touching the socket. *fd is the
- * lock's, and `path` its file, SOCKET.lock. The lock ends with the process. TS_EEXIST with a
- * sentence: another daemon has it, or the file isn't a lock.
+ * Makes sure that no other daemon serves this socket, without touching the socket. `who` is what
+ * serves it: "tinyserved". *fd is the lock's, and `path` its file, SOCKET.lock. The lock ends with
+ * the process. TS_EEXIST with a sentence: another daemon has it, or the file isn't a lock.
  */
-ts_status ts_socket_path_lock(const char *socket, char *path, size_t path_bytes, int *fd, char *why,
-                              size_t why_bytes);
+ts_status ts_socket_path_lock(const char *socket, const char *who, char *path, size_t path_bytes,
+                              int *fd, char *why, size_t why_bytes);
 
 #endif

@@ -50,6 +50,12 @@ def test_a_folder_that_is_missing_is_told(tmp_path):
             in result.stderr)
 
 
+def test_a_folder_that_takes_no_file_isnt_called_missing():
+    result = start("/proc/s", "--pool", POOL)
+    assert result.returncode == 1
+    assert "/proc/s.lock: the socket's lock can't be made: No such file" in result.stderr
+
+
 @pytest.mark.parametrize("ending", ["", ".handles"])
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 def test_a_socket_that_answers_is_left(tmp_path, ending, kind):
