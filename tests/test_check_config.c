@@ -38,7 +38,15 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
                   NULL);
     EXPECT(POOL "memory = 1Q\n",
            "@:5: memory = 1Q: not a size such as 512M, 4G or a number of bytes");
-    EXPECT(POOL "memory = -1\n", "@:5: memory = -1: not a size");
+    EXPECT(POOL "memory = -1\n", "@:5: memory = -1: the limits are 1..9223372036854775807\n");
+    EXPECT(POOL "memory = 99999999999999999999G\n",
+           "@:5: memory = 99999999999999999999G: the limits are 1..9223372036854775807\n");
+    EXPECT(POOL "memory = 99999999999T\n",
+           "@:5: memory = 99999999999T: the limits are 1..9223372036854775807\n");
+    EXPECT(POOL "memory = --1\n", "@:5: memory = --1: not a size");
+    EXPECT("[daemon]\nthreads = -1\n", "@:2: threads = -1: the limits are 0..1024\n");
+    EXPECT("[daemon]\nthreads = 99999999999999999999\n",
+           "@:2: threads = 99999999999999999999: the limits are 0..1024\n");
     EXPECT("[daemon]\nthreds = 2\n" POOL,
            "@:2: there is no key 'threds' in [daemon]: is 'threads' meant?\n");
     EXPECT("[pool p]\nheaddim = 2\n",
@@ -87,7 +95,11 @@ static void a_wrong_configuration_is_refused_with_file_line_and_reason(void **st
             "file, --pool a pool without one\n");
     }
     assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --pool p:layers=1,x=2"), 2);
-    assert_has(text, "there is no key 'x' in a [pool]");
+    assert_has(text, "pool 'p': there is no key 'x' in a [pool]");
+    assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --pool p:layers=0"), 2);
+    assert_has(text, "error: pool 'p': layers = 0: the limits are 1..256\n");
+    assert_int_equal(run(text, sizeof text, TS_DAEMON " --check-config --config ''"), 2);
+    assert_has(text, "error: --config names no file\n");
     /* More devices than any machine has, or none at all. */
     assert_int_equal(run(text, sizeof text,
                          TS_DAEMON

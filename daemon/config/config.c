@@ -73,11 +73,13 @@ void ts_config_init(ts_config *c)
 static ts_status set_key(ts_config *c, const ts_config_section *section, void *object,
                          ts_config_given *given, uint32_t line, const char *name, const char *value)
 {
-    char why[200], shown[100];
+    char why[200], shown[100], whose[160] = "";
     const ts_config_key *key = ts_config_find_key(section, name);
+    if (line == 0 && section == &ts_config_pools) /* no line says whose key it is */
+        snprintf(whose, sizeof whose, "pool '%s': ", ((const ts_config_pool *)object)->pool.name);
     if (key == NULL) {
         const ts_config_key *nearest = ts_config_nearest_key(section, name);
-        ts_config_complain(c, line, "there is no key '%s' in %s%s%s%s",
+        ts_config_complain(c, line, "%sthere is no key '%s' in %s%s%s%s", whose,
                            ts_text_escape(name, shown, sizeof shown), section->name,
                            nearest == NULL ? "" : ": is '", nearest == NULL ? "" : nearest->name,
                            nearest == NULL ? "" : "' meant?");
@@ -94,8 +96,8 @@ static ts_status set_key(ts_config *c, const ts_config_section *section, void *o
         return TS_OK;
     if (key->read(key, (char *)object + key->offset, value, why, sizeof why) == TS_OK)
         return TS_OK;
-    ts_config_complain(c, line, "%s = %s: %s", name, ts_text_escape(value, shown, sizeof shown),
-                       why);
+    ts_config_complain(c, line, "%s%s = %s: %s", whose, name,
+                       ts_text_escape(value, shown, sizeof shown), why);
     return TS_EINVAL;
 }
 
@@ -322,6 +324,10 @@ ts_status ts_config_read(ts_config *c, const char *path)
     char *text = slurp(path, &bytes);
     reader r = {.c = c, .dry = true};
     c->file = path;
+    if (text == NULL && path[0] == '\0') {
+        ts_config_complain(c, 0, "--config names no file");
+        return TS_ENOENT;
+    }
     if (text == NULL) {
         bool named = strcmp(path, TS_CONFIG_DEFAULT) != 0;
         ts_config_complain(c, 0, "%s: %s%s", path, strerror(errno),

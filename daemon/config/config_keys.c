@@ -23,15 +23,19 @@ static void put_text(const ts_config_key *key, void *field, const char *text)
 static ts_status read_number(const ts_config_key *key, const char *value, bool units, uint64_t *out,
                              char *why, size_t why_bytes)
 {
+    const bool negative = value[0] == '-';
+    const char *digits = value + negative;
     char *end;
     errno = 0;
-    uint64_t n = strtoull(value, &end, key->octal ? 8 : 10);
-    bool bad = errno != 0 || end == value || strspn(value, "0123456789") == 0;
+    uint64_t n = strtoull(digits, &end, key->octal ? 8 : 10);
+    bool bad = end == digits || strspn(digits, "0123456789") == 0;
+    bool beyond = negative || errno == ERANGE;
     if (units && *end != '\0') {
         static const char letters[] = "KMGT";
         const char *letter = strchr(letters, *end);
         unsigned shift = letter == NULL ? 0 : 10 * (unsigned)(letter - letters + 1);
-        bad = bad || letter == NULL || n > UINT64_MAX >> shift;
+        bad = bad || letter == NULL;
+        beyond = beyond || n > UINT64_MAX >> shift;
         n <<= shift;
         end++;
     }
@@ -40,7 +44,7 @@ static ts_status read_number(const ts_config_key *key, const char *value, bool u
         snprintf(why, why_bytes, "not a size such as 512M, 4G or a number of bytes");
         return TS_EINVAL;
     }
-    if (bad || n < key->least || n > key->most) {
+    if (bad || beyond || n < key->least || n > key->most) {
         const char *what = !bad ? "" : key->octal ? "not an octal number; " : "not a number; ";
         snprintf(why, why_bytes,
                  key->octal ? "%sthe limits are %llo..%llo" : "%sthe limits are %llu..%llu", what,
