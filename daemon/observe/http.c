@@ -359,12 +359,22 @@ static void connection_event(void *http, struct MHD_Connection *connection, void
         release(http, q);
 }
 
+static place *free_place(ts_http *h)
+{
+    for (uint32_t i = 0; i < TS_HTTP_CONNECTIONS; i++)
+        if (h->places[i].fd < 0)
+            return &h->places[i];
+    return NULL;
+}
+
 static void add(ts_http *h, int fd, const struct sockaddr *address, socklen_t bytes)
 {
-    place *p = h->places;
-    while (p < h->places + TS_HTTP_CONNECTIONS && p->fd >= 0)
-        p++;
-    if (p == h->places + TS_HTTP_CONNECTIONS) {
+    place *p = free_place(h);
+    if (p == NULL) {
+        MHD_run(h->daemon); /* one may have been closed by now */
+        p = free_place(h);
+    }
+    if (p == NULL) {
         close(fd);
         return;
     }

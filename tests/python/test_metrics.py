@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import select
+import signal
 import socket
 import subprocess
 import threading
@@ -276,21 +277,23 @@ def connect(port, text=b""):
 
 
 def test_unfinished_requests_take_64_places_and_no_more(served):
-    _, port = served
+    daemon, port = served
     head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
     held = [connect(port, head) for _ in range(64)]
     for _ in range(3):  # the daemon has taken the others by then: they came in order
         with connect(port) as s:
             assert s.recv(1) == b""
-    # One that goes makes room; the others are answered when they come to their end, unless this
-    # machine is so slow that their time is over.
-    held.pop().close()
-    while True:  # until the daemon has seen it go
-        try:
-            assert ask(port, "/healthz")[0].status == 200
-            break
-        except (http.client.HTTPException, ConnectionError):
-            pass
+    # One that goes makes room, also before the daemon has seen it go; the others are answered when
+    # they come to their end, unless this machine is so slow that their time is over.
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    os.waitpid(daemon.process.pid, os.WUNTRACED)  # until it stands still
+    with held.pop() as s:
+        s.shutdown(socket.SHUT_WR)
+        while s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x05":
+            pass  # until it is FIN_WAIT2: its end is at the daemon's side
+    with connect(port, head + b"Connection: close\r\n\r\n") as s:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+        assert s.makefile("rb").read()[:15] == b"HTTP/1.1 200 OK"
     for s in held:
         with contextlib.suppress(ConnectionError):
             s.sendall(b"\r\n")
