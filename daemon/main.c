@@ -458,7 +458,10 @@ static int serve(ts_config *c, const options *o, ts_store *store, const sigset_t
         return code;
     set_up(s, c);
     if (make_engine(s, c, store)) {
-        v.engine_runs = pthread_create(&v.engine, NULL, engine_main, s) == 0;
+        const int error = pthread_create(&v.engine, NULL, engine_main, s);
+        v.engine_runs = error == 0;
+        if (error != 0)
+            snprintf(why, sizeof why, "no thread for the engine: %s", strerror(error));
         if (v.engine_runs && s->started.restored)
             ts_reload_taken_over(s, c);
         if (v.engine_runs && start_servers(&v, c, why, sizeof why) == TS_OK) {
