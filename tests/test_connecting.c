@@ -429,10 +429,15 @@ static void has_few_threads(const char *url, const char *argument)
 {
     int tell, limit;
     assert_int_equal(sscanf(argument, "%d,%d", &tell, &limit), 2);
-    const struct rlimit threads = {(rlim_t)limit, (rlim_t)limit};
+    struct rlimit before, threads;
+    assert_int_equal(getrlimit(RLIMIT_NPROC, &before), 0);
+    threads = before;
+    threads.rlim_cur = (rlim_t)limit;
     assert_int_equal(setrlimit(RLIMIT_NPROC, &threads), 0);
     assert_int_equal(setuid(20000 + (uid_t)getpid() % 40000), 0);
+    prctl(PR_SET_DUMPABLE, 1); /* as a program that was started as this user */
     tell_outcome(url, tell);
+    assert_int_equal(setrlimit(RLIMIT_NPROC, &before), 0); /* a sanitizer needs one at the end */
 }
 
 /* Worker: may have so many MiB more than it has now. */
