@@ -191,7 +191,8 @@ static void gpus(findings *f, const char *root, const doctor_facts *facts)
     } else if (driver && facts->pid != 0) {
         doctor_found(f, FINDING_WARNING, "GPU", "this machine has a GPU, and no pool is on one");
         doctor_advise(f, "if one should be: the daemon's log says why device = auto took host "
-                         "memory (a build without CUDA, or a GPU that it may not open)");
+                         "memory (a build without CUDA, or a GPU that it may not open: the unit "
+                         "tinyserved.service opens none, tinyserved@0.service does)");
     }
 }
 
