@@ -90,3 +90,17 @@ EOF
 else
     echo "whether the header is C++17 wasn't checked: there is no g++"
 fi
+
+# Below /usr the configuration goes to /etc, and one that is there stays.
+install_to_usr() {
+    DESTDIR="$folder/root" "$2" --install "$1" --prefix /usr >"$folder/log" 2>&1 || {
+        cat "$folder/log"
+        exit 1
+    }
+}
+[ -f "$folder/there/etc/tinyserve/tinyserved.conf" ]
+install_to_usr "$1" "$2"
+[ ! -e "$folder/root/usr/etc" ]
+echo '# mine' >>"$folder/root/etc/tinyserve/tinyserved.conf"
+install_to_usr "$1" "$2"
+grep -q '# mine' "$folder/root/etc/tinyserve/tinyserved.conf"

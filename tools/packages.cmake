@@ -1,8 +1,24 @@
 # `cpack` in a build folder makes Debian packages: tinyserved, libtinyserve0, libtinyserve-cuda0
 # (where the CUDA compiler was found), libtinyserve-dev and tinyserve-tools. tests/check_debs.sh
 # installs them.
-install(FILES systemd/tinyserved.conf DESTINATION ${CMAKE_INSTALL_SYSCONFDIR}/tinyserve
-        COMPONENT daemon)
+
+# Below the prefix /usr it goes to /etc, as GNUInstallDirs has it; `cmake --install` alone knows the
+# prefix. A file that is in /etc stays: it is the machine's own.
+set(conf ${PROJECT_SOURCE_DIR}/systemd/tinyserved.conf)
+install(
+  CODE "
+  set(etc \"${CMAKE_INSTALL_SYSCONFDIR}\")
+  if(CMAKE_INSTALL_PREFIX MATCHES \"^/usr/?$\" AND etc STREQUAL \"etc\")
+    set(etc /etc)
+  elseif(NOT IS_ABSOLUTE \"\${etc}\")
+    set(etc \"\${CMAKE_INSTALL_PREFIX}/\${etc}\")
+  endif()
+  if(etc STREQUAL \"/etc\" AND EXISTS \"\$ENV{DESTDIR}/etc/tinyserve/tinyserved.conf\")
+    message(STATUS \"Kept: \$ENV{DESTDIR}/etc/tinyserve/tinyserved.conf\")
+  else()
+    file(INSTALL DESTINATION \"\${etc}/tinyserve\" TYPE FILE FILES \"${conf}\")
+  endif()"
+  COMPONENT daemon)
 
 foreach(of daemon:tinyserved library:libtinyserve0 development:libtinyserve-dev
         tools:tinyserve-tools)
