@@ -261,7 +261,7 @@ static bool await(ts_gpu_executor *x)
     return !ends;
 }
 
-static void *batch_main(void *arg)
+static void *executor_main(void *arg)
 {
     ts_gpu_executor *x = arg;
     check_health(x);                  /* makes the device this thread's */
@@ -295,7 +295,7 @@ ts_status ts_gpu_executor_new(ts_gpu *gpu, uint32_t submit_ms, uint32_t join_us,
     x->tail = &x->head;
     pthread_mutex_init(&x->lock, NULL);
     ts_timed_wait_init(&x->event);
-    if (pthread_create(&x->thread, NULL, batch_main, x) == 0)
+    if (pthread_create(&x->thread, NULL, executor_main, x) == 0)
         return TS_OK;
     snprintf(why, why_bytes, "no thread for a GPU");
     free(x);
