@@ -450,6 +450,17 @@ static void check_place(ts_config *c, const ts_config_pool *p)
                            name, ts_kernel_name(p->pool.kernel));
 }
 
+/* Blocks of a slab. It is no larger than a pool that can't grow. */
+static uint32_t slab_blocks_of(const ts_config_pool *p, uint32_t blocks, bool host)
+{
+    const size_t granule = host ? HOST_GRANULE : DEVICE_GRANULE;
+    const uint32_t wanted = ts_geometry_slab_blocks(&p->pool.geometry, p->slab, granule);
+    const uint32_t least = ts_geometry_slab_blocks(&p->pool.geometry, 1, granule);
+    /* One slab of a GPU need not be whole granules; one of host memory has whole pages. */
+    const uint64_t all = host ? ((uint64_t)blocks + least - 1) / least * least : blocks;
+    return p->memory_max == 0 && wanted > all ? (uint32_t)all : wanted;
+}
+
 /* Blocks, slabs and what the pool may grow to. False: they can't be. */
 static bool finish_memory(ts_config *c, ts_config_pool *p)
 {
@@ -465,11 +476,7 @@ static bool finish_memory(ts_config *c, ts_config_pool *p)
         return false;
     }
     p->pool.num_blocks = (uint32_t)blocks;
-    p->pool.slab_blocks =
-        ts_geometry_slab_blocks(&p->pool.geometry, p->slab, host ? HOST_GRANULE : DEVICE_GRANULE);
-    if (!host && p->pool.slab_blocks > blocks &&
-        p->memory_max == 0) /* one slab need not be whole granules */
-        p->pool.slab_blocks = (uint32_t)blocks;
+    p->pool.slab_blocks = slab_blocks_of(p, (uint32_t)blocks, host);
     const uint64_t max = p->memory_max / block_bytes, slab = p->pool.slab_blocks;
     if (p->memory_max != 0 && max < blocks) {
         ts_config_complain(c, max_line, "pool '%s': memory_max is less than its memory", name);

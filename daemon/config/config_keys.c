@@ -352,8 +352,9 @@ static const ts_config_key pool_keys[] = {
              "[head][token][dim]."},
     {POOL("slab", read_size, slab), .least = 4096, .most = BYTES_MAX, .preset = "64M",
      .help = "The unit of memory that is exported, and that one tenant has to itself. It is cut "
-             "down to whole blocks that fill a multiple of 2M (of 4K with `device = host`), and is "
-             "one such multiple at least."},
+             "down to whole blocks that fill a multiple of 2M, or of 4K with `device = host`, but "
+             "to no less than one such multiple. One of a pool without `memory_max` is no larger "
+             "than the pool."},
     {POOL("tenant_memory", read_size, tenant_memory), .least = 1, .most = BYTES_MAX,
      .empty = "no limit", .reloads = true, .help = "The most that one tenant may use."},
     {POOL("tenant_pinned", read_size, tenant_pinned), .least = 1, .most = BYTES_MAX,
