@@ -56,6 +56,8 @@ def integer(name: str, value: int, least: int = 0, most: int = U32) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {_kind(value)}") from None
+    if number < least and most in (U32, U64, BATCH_MAX):  # others have limits that are less
+        raise ValueError(f"{name} {number}; at least {least} is needed")
     if not least <= number <= most:
         raise ValueError(f"{name} {number}; the limits are {least}..{most}")
     return number
