@@ -5,9 +5,9 @@
 
 #include "error.h"
 #include "fd_client.h"
+#include "file_pages.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -37,9 +37,7 @@ ts_status ts_memory_fill(ts_client *c, enum ts_handle_kind kind, const char *wha
     ts_status status = ts_handle_new(c, kind, bytes, &fd);
     if (status != TS_OK)
         return status;
-    do
-        error = fallocate(fd, 0, 0, (off_t)bytes) == 0 ? 0 : errno;
-    while (error == EINTR);
+    error = ts_file_take_pages(fd, bytes);
     if (error == 0) {
         *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
         error = *base == MAP_FAILED ? errno : 0;

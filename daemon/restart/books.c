@@ -2,6 +2,7 @@
 #include "books.h"
 
 #include "clock.h"
+#include "file_pages.h"
 #include "invariants.h"
 #include "log.h"
 #include "replica.h"
@@ -68,7 +69,7 @@ static unsigned char *map_area(int fd, uint64_t bytes)
     struct stat about;
     if (fstat(fd, &about) != 0 ||
         ((uint64_t)about.st_size < bytes && ftruncate(fd, (off_t)bytes) != 0) ||
-        fallocate(fd, 0, 0, (off_t)bytes) != 0)
+        ts_file_take_pages(fd, bytes) != 0)
         return NULL;
     void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED)

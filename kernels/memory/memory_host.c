@@ -11,6 +11,7 @@
 #include "memory.h"
 
 #include "file_error.h"
+#include "file_pages.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -82,7 +83,8 @@ static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, cha
 
     interleave(fd, m->slab_bytes);
     /* Take the pages now: a full /dev/shm or cgroup is an error here and a SIGBUS later. */
-    if (fallocate(fd, 0, 0, (off_t)m->slab_bytes) != 0) {
+    errno = ts_file_take_pages(fd, m->slab_bytes);
+    if (errno != 0) {
         ts_status status = fail(TS_ENOMEM, why, why_bytes, "taking a slab", m->slab_bytes);
         close(fd);
         return status;
