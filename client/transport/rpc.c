@@ -6,7 +6,6 @@
 
 #include <nng/protocol/reqrep0/req.h>
 #include <stdio.h>
-#include <string.h>
 #include <unistd.h>
 
 #define NO_MEMORY (-1) /* nothing was sent */
@@ -141,14 +140,12 @@ ts_status ts_call_plain(ts_client *c, Tspb__Request *request)
 
 ts_status ts_call_briefly(ts_client *c, Tspb__Request *request)
 {
-    const ts_error_info info_before = c->error_info;
-    char before[sizeof c->error];
-    memcpy(before, c->error, sizeof before);
+    ts_last_error before;
+    ts_error_keep(c, &before);
     c->brief = true;
     const ts_status status = ts_call_plain(c, request);
     c->brief = false;
-    memcpy(c->error, before, sizeof before);
-    c->error_info = info_before;
+    ts_error_put_back(c, &before);
     return status;
 }
 
