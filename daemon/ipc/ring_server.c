@@ -23,6 +23,8 @@
 /* Multiplications up to which calls are made on the rings' thread. */
 #define INLINE_WORK ((double)TS_ITEM_WORK)
 #define EPOLL_BATCH 64 /* of one epoll_wait */
+/* For so long the engine's owner may have a ring's entries to take before the thread gives way. */
+#define OWNER_NS 50000u
 
 /* Wakes the thread by its own eventfd. */
 static void wake(ts_rings *rings)
@@ -381,6 +383,7 @@ static void *rings_main(void *arg)
 {
     prctl(PR_SET_NAME, "rings");
     ts_rings *rings = arg;
+    uint64_t waits_since = 0; /* for the owner: when it didn't last */
     for (uint32_t turn = 0; !atomic_load(&rings->stop); turn++) {
         if (atomic_load_explicit(&rings->goes_first, memory_order_relaxed) &&
             atomic_exchange(&rings->goes_first, false))
@@ -396,7 +399,9 @@ static void *rings_main(void *arg)
         if (kept > 0 || atomic_load(&rings->num_jobs) > 0) {
             if (turn % 64 == 0) /* those that sleep want to be seen too */
                 await_doorbells(rings, false);
-            if (rings->waits_for_owner)
+            if (!rings->waits_for_owner)
+                waits_since = now;
+            if (now - waits_since > OWNER_NS)
                 (void)sched_yield(); /* it may be this processor that the owner wants */
             else
                 ts_pause();
