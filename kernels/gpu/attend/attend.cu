@@ -88,13 +88,17 @@ void set_runs(gpu_call &c, const ts_gpu_launch *l, ts_gpu_list list, const ts_gp
     float *partials = first->persistent ? first->own_partials : l->slot->partials;
     uint32_t *counters = tickets_of(l, first) + OWN_COUNTERS;
     c.num_items = 0;
+    c.num_runs = num_runs;
+    c.least_items = ~0u;
     c.items_there =
         first->persistent ? ((const plan_head *)first->buffer->device)->counts + list : NULL;
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_run *r = &runs[i];
         const ts_gpu_plan *p = r->plan;
         const unsigned char *at = p->buffer->device;
-        c.num_items += p->persistent ? p->room[list] : p->count[list];
+        const uint32_t items = p->persistent ? p->room[list] : p->count[list];
+        c.num_items += items;
+        c.least_items = items < c.least_items ? items : c.least_items;
         c.runs[i] = gpu_run{at + p->items[list],
                             (const plan_seq *)(at + PLAN_SEQS),
                             (const uint32_t *)(at + p->tables),

@@ -95,6 +95,7 @@ struct gpu_call {
     uint32_t *arrived;
     uint32_t num_told, end_value;
     uint32_t *end_word;
+    uint32_t num_runs, least_items; /* that each of them has */
     gpu_run runs[GPU_RUNS];
 };
 static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");

@@ -291,23 +291,18 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     __device__ static const gpu_run &find_piece_by_turns(const gpu_call &c, uint32_t block,
                                                          plan_piece &piece)
     {
-        uint32_t index = block / c.kv_heads, runs = 0, least = ~0u, before = 0, r = 0;
-        do {
-            const uint32_t end = c.runs[runs++].end;
-            least = min(least, end - before);
-            before = end;
-        } while (before < c.num_items);
-        if (index < least * runs) {
-            r = index % runs;
-            index /= runs;
+        uint32_t index = block / c.kv_heads, r = 0;
+        if (index < c.least_items * c.num_runs) {
+            r = index % c.num_runs;
+            index /= c.num_runs;
         } else { /* behind those: run after run */
-            index -= least * runs;
-            before = 0;
-            for (uint32_t rest; index >= (rest = c.runs[r].end - before - least); r++) {
+            index -= c.least_items * c.num_runs;
+            uint32_t before = 0;
+            for (uint32_t rest; index >= (rest = c.runs[r].end - before - c.least_items); r++) {
                 index -= rest;
                 before = c.runs[r].end;
             }
-            index += least;
+            index += c.least_items;
         }
         piece = ((const plan_piece *)c.runs[r].items)[index];
         return c.runs[r];
