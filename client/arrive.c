@@ -196,8 +196,8 @@ static ts_status ask_session(ts_client *c, Tspb__Request *request, shared_memory
     Tspb__Reply *reply;
     ts_status status = ts_call(c, request, &reply);
     if (status == TS_EPROTO) { /* the daemon has told its version, unless it is too old for that */
-        char why[sizeof c->error];
-        memcpy(why, c->error, sizeof why);
+        char why[sizeof c->error.text];
+        memcpy(why, c->error.text, sizeof why);
         return ts_fail(c, status, "libtinyserve " TS_VERSION ": %s", why);
     }
     if (status != TS_OK)
@@ -305,8 +305,8 @@ static ts_status resume(ts_client *c, uint64_t until_ms, bool *lost)
         return status;
     status = resume_session(c, &has);
     if (status == TS_ENOENT || status == TS_EPROTO) {
-        char why[sizeof c->error];
-        memcpy(why, c->error, sizeof why);
+        char why[sizeof c->error.text];
+        memcpy(why, c->error.text, sizeof why);
         *lost = true;
         return ts_fail(c, TS_ECONN,
                        "the session is over: the daemon at %s was started anew, or has ended it: "

@@ -109,8 +109,8 @@ static ts_status arrive_by_default(ts_client *c, const char *program, size_t exc
     ts_status status = ts_arrive(c, program, exchange_bytes, until_ms);
     if (status == TS_OK || c->met)
         return status;
-    char first[sizeof c->error];
-    memcpy(first, c->error, sizeof first);
+    char first[sizeof c->error.text];
+    memcpy(first, c->error.text, sizeof first);
     c->absent = c->absent || (status == TS_EPERM && own_absent); /* the user's own may come */
     return ts_fail(c, status, "%s%s", first, why);
 }
@@ -211,7 +211,11 @@ ts_status ts_connect(const ts_options *options, ts_client **out)
          * it may be the next one's socket that has taken the connection. */
         const uint64_t call_ends = ts_now_ms() + c->timeout_ms;
         status = go(c, program, o.exchange_bytes, call_ends > until ? call_ends : until);
-        if (status == TS_OK || !c->absent || ts_now_ms() >= until)
+        if (status == TS_OK) {
+            c->error = (ts_last_error){0}; /* of attempts that failed */
+            return status;
+        }
+        if (!c->absent || ts_now_ms() >= until)
             return status;
         ts_hang_up(c);
         (void)poll(NULL, 0, POLL_MS);

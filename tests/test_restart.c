@@ -67,6 +67,7 @@ static uint64_t workload_of(ts_client *c, uint32_t *restarts, bool alone)
         check_daemon(c);
         mix(&d, &(uint64_t){sequences(c)}, sizeof(uint64_t));
     }
+    mix(&d, ts_error(c), strlen(ts_error(c))); /* no call has failed, whatever its attempts did */
     *restarts = ts_client_restarts(c);
     ts_pool_close(p);
     return d.value;

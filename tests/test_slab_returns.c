@@ -253,7 +253,7 @@ static void what_came_too_late_is_not_mapped(void **state)
     take_back(3, 2);
     until_returned();
     map(pool, 2, TS_EPERM); /* the daemon had answered before */
-    assert_string_equal(client.error, "slab 2 has become another user's");
+    assert_string_equal(client.error.text, "slab 2 has become another user's");
     assert_int_equal(mapped(pool, 2), 0);
     generations[2] = 2;
     map(pool, 2, TS_OK);

@@ -79,21 +79,20 @@ ts_status ts_local_require(ts_client *c, const ts_pool *p)
 ts_status ts_local_choose(ts_client *c, const ts_pool *p, ts_exec *exec)
 {
     bool rings;
-    ts_last_error last;
     *exec = TS_EXEC_DAEMON;
     if (c->exec == TS_EXEC_DAEMON)
         return TS_OK;
     ts_status status = ts_rings_use(c, &rings);
     if (status != TS_OK)
         return status;
-    ts_error_keep(c, &last);
+    const ts_last_error last = c->error;
     status = can_attend(c, p, rings);
     if (status == TS_OK)
         *exec = c->exec;
     else if (c->exec == TS_EXEC_AUTO) {
         if (status == TS_EPROTO) /* which won't change, and costs a while to find out */
             c->exec = TS_EXEC_DAEMON;
-        ts_error_put_back(c, &last);
+        c->error = last;
         status = TS_OK;
     }
     return status;
@@ -192,7 +191,7 @@ ts_status ts_local_attend(ts_pool *p, ts_local *l, const ts_local_run *local)
     ts_status status = ts_pool_check_layer(p, run->layer);
     if (status != TS_OK)
         return status;
-    char why[sizeof c->error];
+    char why[sizeof c->error.text];
     if ((run->flags & TS_RUN_SCALES) && ts_dtype_scales_check(g->dtype, why, sizeof why) != TS_OK)
         return ts_fail(c, TS_EINVAL, "%s", why);
     status = ts_attention_variant_check(&given, g->head_dim, why, sizeof why);

@@ -59,7 +59,7 @@ static void close_at_daemon(ts_client *c, uint32_t index)
 static ts_status describe(ts_client *c, ts_pool *p, const Tspb__PoolOpened *o, bool writable)
 {
     const uint32_t blocks = o->max_blocks > o->num_blocks ? o->max_blocks : o->num_blocks;
-    char why[sizeof c->error];
+    char why[sizeof c->error.text];
     *p = (ts_pool){
         .client = c,
         .index = o->pool,

@@ -50,14 +50,13 @@ ts_status ts_autotune_run_on_stream(ts_client *c, ts_cuda *cuda, ts_autotune *t,
 
 void ts_autotune_settle(ts_client *c, ts_autotune *t)
 {
-    ts_last_error last;
-    ts_error_keep(c, &last);
+    const ts_last_error last = c->error;
     for (uint32_t i = 0; i < t->num_marks; i++) {
         uint64_t local = 0, daemon = 0;
         if (t->marks[i][2] == NULL || /* the run failed */
             ts_cuda_between(c, t->cuda, t->marks[i][0], t->marks[i][1], &local) != TS_OK ||
             ts_cuda_between(c, t->cuda, t->marks[i][1], t->marks[i][2], &daemon) != TS_OK) {
-            ts_error_put_back(c, &last); /* it isn't timed, and that is all */
+            c->error = last; /* it isn't timed, and that is all */
             continue;
         }
         t->local_ns += local;

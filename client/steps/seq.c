@@ -282,12 +282,11 @@ static ts_status fork_seqs(ts_pool *p, ts_seq parent, uint32_t length, uint32_t 
         ts_status status = fork_seq(p, parent, true, length, some, out + made);
         if (status == TS_OK)
             continue;
-        char why[sizeof p->client->error];
-        const ts_error_info info = p->client->error_info;
-        memcpy(why, p->client->error, sizeof why);
+        const ts_last_error why = p->client->error;
         if (made > 0)
             (void)free_seqs(p, out, made, false);
-        return ts_fail_refused(p->client, &info, why);
+        p->client->error = why;
+        return status;
     }
     return TS_OK;
 }
@@ -454,7 +453,7 @@ ts_status ts_seq_slots(ts_pool *p, ts_seq seq, uint32_t layer, uint32_t first, u
     body.first = first_block;
     body.count = (uint32_t)end_block - first_block;
     status = ts_call(p->client, &request, &reply);
-    if (status == TS_EINVAL && p->client->error_info.needed == end_block) {
+    if (status == TS_EINVAL && p->client->error.info.needed == end_block) {
         uint32_t length; /* the daemon speaks of blocks */
         status = get_lengths(p, &seq, 1, &length);
         return status != TS_OK ? status : beyond(p, seq, first, count, length);

@@ -228,13 +228,10 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
         return begin_by_message(s, seqs, o, append);
     }
     ts_begun b;
-    ts_last_error last;
-    const bool tries = s->exec != TS_EXEC_DAEMON && c->exec == TS_EXEC_AUTO;
-    if (tries)
-        ts_error_keep(c, &last);
+    const ts_last_error last = c->error;
     status = begin_by_ring(s, seqs, o, &b);
-    if (status == TS_EINVAL && tries) {
-        ts_error_put_back(c, &last);
+    if (status == TS_EINVAL && s->exec != TS_EXEC_DAEMON && c->exec == TS_EXEC_AUTO) {
+        c->error = last;
         s->exec = TS_EXEC_DAEMON; /* the block tables may be more than a ring can tell of */
         status = begin_by_ring(s, seqs, o, &b);
     }

@@ -46,6 +46,13 @@ typedef enum ts_exchange_kind {
     TS_EXCHANGE_OWN  /* device memory of this process's */
 } ts_exchange_kind;
 
+/* What ts_error says, and the same in numbers. What fails and is none of a call's failure puts the
+ * last one back. */
+typedef struct ts_last_error {
+    char text[256];
+    ts_error_info info;
+} ts_last_error;
+
 struct ts_client {
     atomic_bool in_call; /* a thread is inside a public call: TS_ENTER */
     nng_socket socket;
@@ -129,8 +136,9 @@ struct ts_client {
     ts_attention *attention;        /* of local execution; NULL: none yet */
     struct ts_local *local_spare;   /* the last step's; NULL: none */
     struct ts_local_gpu *local_gpu; /* the same on a GPU */
-    char error[256];
-    ts_error_info error_info; /* the same in numbers */
+    ts_last_error error;
+    ts_last_error error_before; /* the call that is made, once `has_failed` */
+    bool has_failed;            /* an attempt of the call */
 };
 
 /* What NNG and poll() take as a time: theirs end at INT32_MAX, 24 days, and a negative one is none.

@@ -20,8 +20,12 @@ static ts_status fail(ts_client *c, const ts_error_info *info, const char *forma
 {
     if (refused == c)
         refused = NULL;
-    vsnprintf(c->error, sizeof c->error, format, args);
-    c->error_info = *info;
+    if (!c->has_failed) { /* the first time in this call */
+        c->error_before = c->error;
+        c->has_failed = true;
+    }
+    vsnprintf(c->error.text, sizeof c->error.text, format, args);
+    c->error.info = *info;
     return info->status;
 }
 
@@ -48,26 +52,14 @@ ts_status(ts_fail_beyond)(ts_client *c, ts_status status, uint64_t needed, uint6
 ts_status ts_fail_refused(ts_client *c, const ts_error_info *info, const char *message)
 {
     (void)ts_fail(c, info->status, "%s", message);
-    c->error_info = *info;
+    c->error.info = *info;
     return info->status;
-}
-
-void ts_error_keep(const ts_client *c, ts_last_error *last)
-{
-    memcpy(last->text, c->error, sizeof last->text);
-    last->info = c->error_info;
-}
-
-void ts_error_put_back(ts_client *c, const ts_last_error *last)
-{
-    memcpy(c->error, last->text, sizeof c->error);
-    c->error_info = last->info;
 }
 
 ts_status ts_error_read(const ts_client *c, ts_error_info *out)
 {
     const size_t size = out->size;
-    ts_error_info info = c->error_info;
+    ts_error_info info = c->error.info;
     if (!ts_result_fits(TS_STRUCT_ERROR_INFO, size))
         return TS_EINVAL;
     if (c == refused)
@@ -83,7 +75,7 @@ const char *ts_error(const ts_client *c)
         return "out of memory";
     return c == refused ? "another thread is inside a call on this client: a client, and what was "
                           "opened from it, is used by one thread at a time"
-                        : c->error;
+                        : c->error.text;
 }
 
 ts_status ts_in_use(ts_client *c)
@@ -98,6 +90,7 @@ ts_client *ts_enter_last(ts_client *c)
 {
     while (!ts_try_enter(c) && c->pid == getpid())
         (void)poll(NULL, 0, 1);
+    c->has_failed = false;
     return c;
 }
 
@@ -132,9 +125,13 @@ bool ts_goes_on(ts_client *c, ts_status status, uint64_t until_ms)
      * again meanwhile: by a new connection it may be, if that one alone had ended. */
     for (int i = 0; i < LOOKS && !atomic_load(&c->broken); i++)
         (void)poll(NULL, 0, 1);
-    if (!atomic_load(&c->broken))
-        return ts_now_ms() < until_ms;
-    return c->reconnect(c, until_ms) == TS_OK;
+    const bool again =
+        atomic_load(&c->broken) ? c->reconnect(c, until_ms) == TS_OK : ts_now_ms() < until_ms;
+    if (again && c->has_failed) {
+        c->error = c->error_before;
+        c->has_failed = false;
+    }
+    return again;
 }
 
 void ts_give_up(ts_client *c, ts_status status, uint64_t call)

@@ -31,7 +31,10 @@ static inline bool ts_try_enter(ts_client *client)
 /* NULL: another thread is inside. */
 static inline ts_client *ts_enter(ts_client *client)
 {
-    return ts_try_enter(client) ? client : NULL;
+    if (!ts_try_enter(client))
+        return NULL;
+    client->has_failed = false;
+    return client;
 }
 
 static inline void ts_leave(ts_client **client)
@@ -43,8 +46,8 @@ static inline void ts_leave(ts_client **client)
 ts_client *ts_enter_last(ts_client *client);
 
 /* Whether the caller makes a call that failed with this status once more: the daemon had gone, and
- * another one has the session now. This waits until `until_ms` at most. If false, the sentence is
- * the call's, or says why the session can't go on. */
+ * another one has the session now. This waits until `until_ms` at most. The sentence is then what
+ * it was before the call; if false, the call's, or why the session can't go on. */
 bool ts_goes_on(ts_client *client, ts_status status, uint64_t until_ms);
 
 /* The call ends with this status. A daemon that went before it had answered may have carried it
@@ -56,16 +59,6 @@ uint64_t ts_call_end_ms(const ts_client *client);
 
 /* Why the client can't be entered: TS_EBUSY; in a forked child TS_ECONN. */
 ts_status ts_in_use(ts_client *client);
-
-/* What ts_error says, to be put back when the failure of an attempt is none of the call's: it is
- * valid until a call fails. */
-typedef struct ts_last_error {
-    char text[sizeof((ts_client *)0)->error];
-    ts_error_info info;
-} ts_last_error;
-
-void ts_error_keep(const ts_client *client, ts_last_error *last);
-void ts_error_put_back(ts_client *client, const ts_last_error *last);
 
 /* Sets the error sentence, without numbers, and returns status. */
 ts_status ts_fail(ts_client *client, ts_status status, const char *format, ...)

@@ -196,9 +196,8 @@ ts_status ts_rings_use(ts_client *c, bool *use)
         return TS_OK;
     }
     const uint64_t until_ms = ts_call_end_ms(c);
-    ts_last_error last;
     ts_status status;
-    ts_error_keep(c, &last);
+    const ts_last_error last = c->error;
     do
         status = find_rings(c);
     while (ts_goes_on(c, status, until_ms));
@@ -206,7 +205,7 @@ ts_status ts_rings_use(ts_client *c, bool *use)
     if (status != TS_OK && (c->transport == TS_TRANSPORT_RING || status == TS_ECONN))
         return status;
     c->rings_lost = c->rings_lost || status != TS_OK; /* messages do the same */
-    ts_error_put_back(c, &last);
+    c->error = last;
     return TS_OK;
 }
 

@@ -42,7 +42,7 @@ static int try_exchange(ts_client *c, const Tspb__Request *request, size_t bytes
 /* The daemon would end the connection, and the session with it. */
 static ts_status fail_too_long(ts_client *c, size_t bytes)
 {
-    char why[sizeof c->error];
+    char why[sizeof c->error.text];
     snprintf(why, sizeof why,
              "a request of %zu bytes; %s takes messages of up to %llu (message_max)", bytes,
              c->path, (unsigned long long)c->message_bytes_max);
@@ -140,12 +140,11 @@ ts_status ts_call_plain(ts_client *c, Tspb__Request *request)
 
 ts_status ts_call_briefly(ts_client *c, Tspb__Request *request)
 {
-    ts_last_error before;
-    ts_error_keep(c, &before);
+    const ts_last_error before = c->error;
     c->brief = true;
     const ts_status status = ts_call_plain(c, request);
     c->brief = false;
-    ts_error_put_back(c, &before);
+    c->error = before;
     return status;
 }
 
