@@ -204,6 +204,50 @@ static void a_late_call_hides_no_answer(void **state)
     ts_engine_free(e);
 }
 
+/* Its answer wouldn't fit what asks now: a ring has room for less than a message. */
+static void a_number_that_is_used_for_something_else_is_told_no_answer(void **state)
+{
+    (void)state;
+    ts_engine *e = engine_new(16, 16, 4, TS_CLIENT_WRITE_ALL);
+    ts_answers answers;
+    ts_answer answer;
+    const uint64_t s = session_new(e, 1000), seq = seq_new(e, s);
+    const uint32_t ones[] = {1, 1}, zeros[] = {0, 0};
+    assert_true(ts_answers_init(&answers, 8));
+    ts_command calls[] = {
+        {.op = TS_OP_SEQ_CREATE, .seq_create = {.count = 2}},
+        {.op = TS_OP_SEQ_FORK, .seq_fork = {.parent = seq, .count = 2}},
+        {.op = TS_OP_SEQ_SELECT,
+         .seq_select = {.seqs = &seq, .count = 1, .from = zeros, .picked = 2}},
+        {.op = TS_OP_SEQ_MATCH,
+         .seq_match = {.counts = ones, .tokens = ones, .count = 2, .space = {"m", 1}}},
+        {.op = TS_OP_STEP_BEGIN,
+         .step_begin = {.seqs = &seq, .new_tokens = ones, .count = 1, .heads = 1, .append = true}},
+    };
+    uint32_t *const counts[] = {&calls[0].seq_create.count, &calls[1].seq_fork.count,
+                                &calls[2].seq_select.picked, &calls[3].seq_match.count,
+                                &calls[4].step_begin.count};
+    for (uint32_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        ts_command *c = &calls[i];
+        c->session = s;
+        c->call = i + 1;
+        if (apply(e, *c, &answer) != TS_OK)
+            fail_msg("%u: %s", i, answer.message);
+        assert_true(ts_answers_note(&answers, c, &answer));
+        assert_true(ts_answers_find(&answers, e, c, &answer));
+        *counts[i] += 1;
+        assert_false(ts_answers_find(&answers, e, c, &answer));
+        *counts[i] -= 2;
+        assert_false(ts_answers_find(&answers, e, c, &answer));
+        *counts[i] += 1;
+        if (c->op == TS_OP_STEP_BEGIN)
+            c->step_begin.append = false; /* an append has no step by now */
+        assert_int_equal(ts_answers_find(&answers, e, c, &answer), c->op != TS_OP_STEP_BEGIN);
+    }
+    ts_answers_fini(&answers);
+    ts_engine_free(e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -213,6 +257,7 @@ int main(void)
         cmocka_unit_test(a_snapshot_of_other_fields_is_read),
         cmocka_unit_test(no_field_of_a_record_was_forgotten),
         cmocka_unit_test(a_late_call_hides_no_answer),
+        cmocka_unit_test(a_number_that_is_used_for_something_else_is_told_no_answer),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

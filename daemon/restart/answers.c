@@ -48,9 +48,10 @@ typedef struct kept_array {
 
 #define KEPT_ARRAYS 3
 
-/* What is kept of an operation's answer, beside that it was given. Places are in ts_answer; 0:
- * nowhere. */
+/* What is kept of an operation's answer, beside that it was given. Places are in ts_answer, the
+ * first one in ts_command; 0: nowhere. */
 typedef struct answer_kind {
+    uint16_t asked_at; /* how many the command asked for: the answer's count */
     uint16_t count_at, blocks_at, length_at; /* what the head has under these names */
     uint16_t made;                  /* which array, from 1 on, has new sequences; 0: none */
     kept_array arrays[KEPT_ARRAYS]; /* as they lie one behind the other */
@@ -89,7 +90,8 @@ static void keep_step(const ts_command *c, const ts_answer *answer, ts_stored_an
 static bool give_step(const ts_stored_answer *h, const ts_engine *e, ts_command *c,
                       ts_answer *answer)
 {
-    (void)c;
+    if (c->step_begin.append != (h->id == 0)) /* it isn't the same call */
+        return false;
     answer->begun.step = h->id == 0 ? NULL : ts_engine_find_step(e, h->id);
     return h->id == 0 || answer->begun.step != NULL;
 }
@@ -134,24 +136,26 @@ static bool give_dropped(const ts_stored_answer *h, const ts_engine *e, ts_comma
     .count_at = IN_ANSWER(seqs.count), .length_at = IN_ANSWER(seqs.length),                        \
     .arrays[0] = ARRAY(seqs.seqs, count)
 
+#define ASKED(member) .asked_at = (uint16_t)offsetof(ts_command, member)
+
 /* Of operations whose answers are ids, unless they have a row of their own. */
 static const answer_kind new_ids = {IDS, .made = 1};
 
 static const answer_kind kinds[TS_OP_COUNT] = {
+    [TS_OP_SEQ_CREATE] = {ASKED(seq_create.count), IDS, .made = 1},
+    [TS_OP_SEQ_FORK] = {ASKED(seq_fork.count), IDS, .made = 1},
     [TS_OP_SEQ_ATTACH] = {IDS},
-    [TS_OP_SEQ_SELECT] = {IDS, .made = 2,
+    [TS_OP_SEQ_SELECT] = {ASKED(seq_select.picked), IDS, .made = 2,
                           .arrays[1] = {sizeof(uint64_t), 0, offsetof(ts_stored_answer, blocks)},
                           .keep = keep_forks},
-    [TS_OP_SEQ_MATCH] = {.count_at = IN_ANSWER(matched.count),
-                         .made = 1,
+    [TS_OP_SEQ_MATCH] = {ASKED(seq_match.count), .count_at = IN_ANSWER(matched.count), .made = 1,
                          .arrays = {ARRAY(matched.seqs, count), ARRAY(matched.lengths, count),
                                     ARRAY(matched.twins, count)}},
-    [TS_OP_STEP_BEGIN] = {.count_at = IN_ANSWER(begun.num_seqs),
+    [TS_OP_STEP_BEGIN] = {ASKED(step_begin.count), .count_at = IN_ANSWER(begun.num_seqs),
                           .blocks_at = IN_ANSWER(begun.num_blocks),
                           .arrays = {ARRAY(begun.starts, count), ARRAY(begun.counts, count),
                                      ARRAY(begun.blocks, blocks)},
-                          .keep = keep_step,
-                          .give = give_step},
+                          .keep = keep_step, .give = give_step},
     [TS_OP_SEQ_TICKET] = {.keep = keep_ticket, .give = give_ticket},
     [TS_OP_CACHE_DROP] = {.keep = keep_dropped, .give = give_dropped},
 };
@@ -267,6 +271,10 @@ bool ts_answers_find(const ts_answers *t, const ts_engine *e, ts_command *c, ts_
     const ts_session *s = ts_engine_session(e, c->session);
     if (s == NULL || s->call != c->call || h->session != c->session || h->call != c->call ||
         h->op != (uint32_t)c->op || h->pool != c->pool)
+        return false;
+    /* A client that reuses a number for something else isn't told what has no room in its ring. */
+    const uint16_t asked_at = kind_of(h->op)->asked_at;
+    if (asked_at != 0 && word_at(c, asked_at) != h->count)
         return false;
     return unpack(kept, e, c, answer);
 }
