@@ -3,7 +3,8 @@
  * only the first daemon under a supervisor, so that the next one can go on, or the one after
  * TS_TEST_DEATHS others; TS_TEST_STOP=NAME:N stops the first one there until somebody else kills
  * it, and if TS_TEST_PART is set ends its handle connections before. TS_TEST_CRASH=NAME or
- * NAME/WHAT has every daemon crash whenever it comes there.
+ * NAME/WHAT has every daemon crash whenever it comes there. TS_TEST_FAIL=NAME: what is there fails
+ * in the daemon after the first one.
  */
 #include "test_point.h"
 
@@ -46,6 +47,11 @@ static bool comes_after(const char *wanted)
 {
     const char *deaths = getenv("TINYSERVE_DEATHS");
     return strcmp(deaths == NULL ? "0" : deaths, wanted == NULL ? "0" : wanted) == 0;
+}
+
+bool ts_test_fails(const char *name)
+{
+    return is(getenv("TS_TEST_FAIL"), name, 0) && comes_after("1");
 }
 
 void ts_test_point(const char *name, unsigned what)

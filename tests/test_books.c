@@ -268,7 +268,9 @@ static void a_snapshot_whose_index_has_another_size_isnt_read(void **state)
         assert_true(ts_snapshot_write(e, &none, &w));
         x->num_blocks = blocks;
         x->bucket_mask = mask;
-        ts_engine *read = ts_snapshot_read(bytes, w.bytes, &answers, why, sizeof why);
+        ts_engine *read;
+        assert_int_equal(ts_snapshot_read(bytes, w.bytes, &read, &answers, why, sizeof why),
+                         turn == 0 ? TS_OK : TS_EPROTO);
         assert_int_equal(read != NULL, turn == 0);
         assert_int_equal(why[0] == '\0', turn == 0);
         ts_engine_free(read);

@@ -122,6 +122,63 @@ static void killed_under_messages(void **state)
     assert_true(kills_at(TS_TRANSPORT_MESSAGES, "answering", 2) > 20 / STRIDE);
 }
 
+/* ---- a take-over without memory ---- */
+
+static float k_of(ts_client *c, ts_pool *p, ts_seq seq, uint32_t token)
+{
+    uint64_t slot;
+    ts_kv kv;
+    DO(ts_seq_slots(p, seq, 0, token, 1, &slot));
+    DO(ts_slot_kv(p, slot, 0, &kv));
+    return *(float *)kv.k;
+}
+
+static void step_of_ones(ts_client *c, ts_pool *p, ts_seq seq, uint32_t tokens, float k)
+{
+    ts_step *step;
+    DO(begin_step(p, seq, tokens, &step));
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        for (uint32_t i = 0; i < tokens * DIM; i++)
+            ((float *)ts_step_k(step))[i] = k;
+        DO(ts_step_run(step, layer));
+    }
+    DO(ts_step_commit(step, NULL));
+}
+
+/* The first daemon is killed where a fork's step has its copy to come, and the second has no memory
+ * at some place: the third one does what that couldn't. */
+static void what_has_no_memory_for_a_take_over_is_tried_again(void **state)
+{
+    (void)state;
+    static const char *const places[] = {"reading the books", "copying again"};
+    for (uint32_t i = 0; i < sizeof places / sizeof *places; i++) {
+        daemon_process d;
+        ts_seq parent, child;
+        char log[64];
+        snprintf(log, sizeof log, "/tmp/tinyserve-no-memory.%d", (int)getpid());
+        setenv("TS_TEST_FAIL", places[i], 1);
+        setenv("TS_TEST_LOG", log, 1);
+        start(&d, POOL, "running:3");
+        unsetenv("TS_TEST_FAIL");
+        unsetenv("TS_TEST_LOG");
+        ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+        ts_pool *p = open_pool(c, "p", 0);
+        DO(ts_seq_create(p, 1, &parent));
+        step_of_ones(c, p, parent, 5, 7);
+        DO(ts_seq_fork(p, parent, 1, &child));
+        step_of_ones(c, p, child, 1, 9);
+        for (uint32_t t = 0; t < 5; t++) {
+            assert_true(k_of(c, p, parent, t) == 7);
+            assert_true(k_of(c, p, child, t) == 7);
+        }
+        assert_true(k_of(c, p, child, 5) == 9);
+        finish(&d, c, p);
+        char *said = read_log(log);
+        assert_non_null(strstr(said, "what is stored stays, and it is tried again"));
+        free(said);
+    }
+}
+
 /* ---- what crashes the daemon again and again ---- */
 
 #define A_FORK "applying/8"   /* TS_OP_SEQ_FORK */
@@ -307,6 +364,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_after_an_answer),
         cmocka_unit_test(killed_when_a_descriptor_is_stored),
         cmocka_unit_test(killed_under_messages),
+        cmocka_unit_test(what_has_no_memory_for_a_take_over_is_tried_again),
         cmocka_unit_test(a_command_that_kills_the_daemon_twice_isnt_carried_out_a_third_time),
         cmocka_unit_test(an_operation_of_its_own_that_crashes_the_daemon_thrice_ends_in_nothing),
         cmocka_unit_test(a_run_that_crashes_the_daemon_twice_fails),

@@ -436,11 +436,11 @@ ts_status ts_pool_memory_restore(ts_exec *x, bool crashed, char *why, size_t why
         const ts_step *step = &x->engine->steps[i];
         if (!step->live || !step->copying)
             continue;
+        const ts_command made = {.op = TS_OP_STEP_DONE,
+                                 .step_done = {.step = step->id, .layer = TS_NONE}};
         status = ts_step_work_copy_again(x, step, why, why_bytes);
-        ts_exec_apply(
-            x,
-            &(ts_command){.op = TS_OP_STEP_DONE, .step_done = {.step = step->id, .layer = TS_NONE}},
-            &answer);
+        if (status == TS_OK) /* else it is for the next daemon */
+            ts_exec_apply(x, &made, &answer);
     }
     return status;
 }

@@ -201,7 +201,8 @@ static void awaited(ts_job *job)
 ts_status ts_step_work_copy_again(ts_exec *x, const ts_step *step, char *why, size_t why_bytes)
 {
     const ts_exec_gpu *gpu = x->gpu_of[step->pool];
-    ts_block_copy *copies = calloc(step->num_seqs + 1ull, sizeof *copies);
+    ts_block_copy *copies =
+        ts_point_fails("copying again") ? NULL : calloc(step->num_seqs + 1ull, sizeof *copies);
     uint32_t count = 0;
     if (copies == NULL) {
         snprintf(why, why_bytes, "no memory for the copies of a step of %u sequences",

@@ -409,9 +409,9 @@ static ts_status restore(ts_books *b, ts_replica *r, ts_books_start *start)
     return status;
 }
 
-/* Takes what the keeper has. False: there is nothing, or it can't be used; then start->why says
- * why. */
-static bool take_over(ts_books *b, ts_replica *r, ts_books_start *start)
+/* Takes what the keeper has. TS_ENOENT: there is nothing, or it can't be used; then start->why says
+ * why. TS_ENOMEM: it may be read later. */
+static ts_status take_over(ts_books *b, ts_replica *r, ts_books_start *start)
 {
     const int fd = b->keeper.take(b->keeper.arg, journal_name);
     for (uint32_t i = 0; i < TS_AREAS; i++)
@@ -419,21 +419,25 @@ static bool take_over(ts_books *b, ts_replica *r, ts_books_start *start)
     if (fd < 0 && (b->areas[0] >= 0 || b->areas[1] >= 0))
         snprintf(start->why, sizeof start->why, "the journal isn't in the store");
     if (fd < 0)
-        return false;
-    if (ts_journal_open(&b->journal, fd, start->why, sizeof start->why) != TS_OK)
-        return false;
+        return TS_ENOENT;
+    ts_status status = ts_journal_open(&b->journal, fd, start->why, sizeof start->why);
+    if (status != TS_OK)
+        return status == TS_ENOMEM ? TS_ENOMEM : TS_ENOENT;
     start->discarded = b->journal.head->discard != 0;
     if (start->discarded)
-        return false;
+        return TS_ENOENT;
     look_at_death(b->journal.head, start);
-    if (restore(b, r, start) == TS_OK) {
+    status = restore(b, r, start);
+    if (status == TS_OK) {
         start->journal_bytes = ts_journal_used(&b->journal);
         start->snapshot_bytes = ts_journal_last(&b->journal)->bytes;
         start->restored = true;
-        return true;
+        return TS_OK;
     }
     ts_replica_free(r);
-    return false;
+    if (status == TS_ENOMEM)
+        ts_books_taken_over(b, TS_TAKEOVER_WAITS);
+    return status == TS_ENOMEM ? TS_ENOMEM : TS_ENOENT;
 }
 
 /* What couldn't be taken over is left for the operator, under another name; what isn't wanted
@@ -537,8 +541,10 @@ ts_status ts_books_open(const ts_books_options *o, ts_books **out, ts_engine **e
     pthread_mutex_init(&b->lock, NULL);
     pthread_cond_init(&b->wake, NULL);
     ts_timed_wait_init(&b->made);
-    ts_status status = TS_OK;
-    if (!take_over(b, &r, start)) {
+    ts_status status = take_over(b, &r, start);
+    if (status == TS_ENOMEM) {
+        snprintf(why, why_bytes, "%s; what is stored stays, and it is tried again", start->why);
+    } else if (status == TS_ENOENT) {
         set_aside(b, start->why[0] != '\0');
         b->areas[0] = b->areas[1] = -1;
         status = begin(b, o, &r, why, why_bytes);

@@ -58,7 +58,7 @@ typedef struct ts_books_start {
 /*
  * Takes over what the keeper has, or begins with nothing. *engine is the caller's, to be freed
  * after ts_books_close. What can't be taken over is kept under other names ("failed.journal", ...),
- * and begun anew. TS_ENOMEM and others: there are no books, with a sentence; TS_ENOSPC: the keeper
+ * and begun anew; where there is no memory to read it, it stays. TS_ENOMEM and others: there are no books, with a sentence; TS_ENOSPC: the keeper
  * has no room for them, and none of them.
  */
 ts_status ts_books_open(const ts_books_options *options, ts_books **books, ts_engine **engine,
@@ -84,7 +84,7 @@ void ts_books_settle(ts_books *books, const ts_engine *engine, uint32_t ms);
 typedef enum ts_takeover_end {
     TS_TAKEOVER_SERVES,
     TS_TAKEOVER_FAILED,
-    TS_TAKEOVER_WAITS /* for a device: nothing is wrong with the books */
+    TS_TAKEOVER_WAITS /* for a device or memory: nothing is wrong with the books */
 } ts_takeover_end;
 
 void ts_books_taken_over(ts_books *books, ts_takeover_end end);

@@ -84,9 +84,13 @@ ts_status ts_journal_open(ts_journal *j, int fd, char *why, size_t why_bytes)
 {
     struct stat about;
     *j = (ts_journal){.fd = fd};
-    if (fstat(fd, &about) != 0 || about.st_size < HEAD_BYTES || !map(j, (uint64_t)about.st_size)) {
-        snprintf(why, why_bytes, "the journal: opening it: %s", strerror(errno));
+    if (fstat(fd, &about) != 0 || about.st_size < HEAD_BYTES) {
+        snprintf(why, why_bytes, "the journal's file isn't one");
         return TS_EPROTO;
+    }
+    if (!map(j, (uint64_t)about.st_size)) {
+        snprintf(why, why_bytes, "mapping the journal: %s", strerror(errno));
+        return TS_ENOMEM;
     }
     const ts_journal_head *h = j->head;
     if (memcmp(h->magic, MAGIC, sizeof MAGIC) != 0 || h->format != FORMAT ||

@@ -1,6 +1,7 @@
 #include "replica.h"
 
 #include "snapshot.h"
+#include "test_point.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -29,18 +30,21 @@ ts_status ts_replica_read(ts_replica *r, const ts_journal *j, const int areas[TS
                  (unsigned long long)last->bytes);
         return TS_EPROTO;
     }
-    void *at = mmap(NULL, last->bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    void *at = ts_point_fails("reading the books")
+                   ? MAP_FAILED
+                   : mmap(NULL, last->bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
     if (at == MAP_FAILED) {
         snprintf(why, why_bytes, "mapping the snapshot: %s", strerror(errno));
         return TS_ENOMEM;
     }
+    ts_status status = TS_EPROTO;
     if (XXH3_64bits(at, last->bytes) != last->checksum)
         snprintf(why, why_bytes, "the snapshot's checksum is wrong");
     else
-        r->engine = ts_snapshot_read(at, last->bytes, &r->answers, why, why_bytes);
+        status = ts_snapshot_read(at, last->bytes, &r->engine, &r->answers, why, why_bytes);
     munmap(at, last->bytes);
     r->position = last->position;
-    return r->engine != NULL ? TS_OK : TS_EPROTO;
+    return status;
 }
 
 /* Applies the entry at the replica's position, which is before `end`. */
@@ -63,7 +67,7 @@ static ts_status apply_next(ts_replica *r, const ts_journal *j, uint64_t end, ch
                  (unsigned)entry.command.op, (unsigned long long)entry.command.session,
                  ts_status_name(answer.status), digest, ts_status_name(entry.status), entry.digest,
                  answer.message);
-        return TS_EPROTO;
+        return answer.status == TS_ENOMEM ? TS_ENOMEM : TS_EPROTO;
     }
     if (ts_answers_note(&r->answers, &entry.command, &answer))
         return TS_OK;

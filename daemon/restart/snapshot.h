@@ -13,9 +13,9 @@
 bool ts_snapshot_write(const ts_engine *engine, const ts_answers *answers,
                        ts_record_writer *writer);
 
-/* The engine and the answers (which this initialises) of a snapshot; NULL, and a sentence in `why`:
- * it can't be read, or there is no memory. */
-ts_engine *ts_snapshot_read(const void *bytes, uint64_t count, ts_answers *answers, char *why,
-                            size_t why_bytes);
+/* The engine and the answers (which this initialises) of a snapshot. Else *engine is NULL, with a
+ * sentence in `why`: TS_EPROTO, it can't be read; TS_ENOMEM. */
+ts_status ts_snapshot_read(const void *bytes, uint64_t count, ts_engine **engine,
+                           ts_answers *answers, char *why, size_t why_bytes);
 
 #endif

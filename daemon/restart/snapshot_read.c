@@ -2,6 +2,7 @@
 
 #include "engine_internal.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -356,22 +357,29 @@ static bool get_engine(ts_record_reader *r, ts_engine *e)
            get_steps(r, e, stored.num_steps) && get_claims(r, &e->claims) && get_graves(r, e);
 }
 
-ts_engine *ts_snapshot_read(const void *bytes, uint64_t count, ts_answers *answers, char *why,
-                            size_t why_bytes)
+ts_status ts_snapshot_read(const void *bytes, uint64_t count, ts_engine **out, ts_answers *answers,
+                           char *why, size_t why_bytes)
 {
     ts_record_reader r;
     ts_engine_limits limits = {0};
     ts_engine *e = NULL;
+    *out = NULL;
     *answers = (ts_answers){0};
+    errno = 0; /* what has no memory sets it */
     if (ts_records_open(&r, bytes, count) && ts_records_get_all(&r, TS_RECORD_LIMITS, &limits, 1) &&
         limits.sessions > 0 && (e = ts_engine_new(&limits)) != NULL &&
         ts_answers_init(answers, limits.sessions) && get_engine(&r, e) &&
-        ts_answers_read(answers, &r))
-        return e;
+        ts_answers_read(answers, &r)) {
+        *out = e;
+        return TS_OK;
+    }
+    const bool no_memory = r.why == NULL && errno == ENOMEM;
     snprintf(why, why_bytes, "the snapshot can't be read: %s%s",
-             r.why != NULL ? "at " : "what it says can't be, or there is no memory",
+             r.why != NULL ? "at "
+             : no_memory   ? "there is no memory"
+                           : "what it says can't be",
              r.why != NULL ? r.why : "");
     ts_answers_fini(answers);
     ts_engine_free(e);
-    return NULL;
+    return no_memory ? TS_ENOMEM : TS_EPROTO;
 }

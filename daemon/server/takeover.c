@@ -250,14 +250,14 @@ ts_status ts_takeover_pools(ts_service *s, const ts_config *c)
     if (s->started.restored) {
         status = ts_pool_memory_restore(&s->exec, s->started.crash != 0, why, sizeof why);
         if (status != TS_OK) {
-            ts_log(TS_LOG_ERROR, "the pools can't be taken over: %s%s", why,
+            const bool waits = status == TS_EDEVICE || status == TS_ENOMEM;
+            ts_log(TS_LOG_ERROR, "the pools can't be taken over: %s%s%s", why,
+                   waits ? "; what is stored stays, and it is tried again" : "",
                    status == TS_EDEVICE
-                       ? "; what is stored stays, and it is tried again (under CUDA's "
-                         "multi-process service, after a fault, when every process that had "
-                         "a context has ended)"
+                       ? " (under CUDA's multi-process service, after a fault, when every process "
+                         "that had a context has ended)"
                        : "");
-            ts_books_taken_over(s->exec.books,
-                                status == TS_EDEVICE ? TS_TAKEOVER_WAITS : TS_TAKEOVER_FAILED);
+            ts_books_taken_over(s->exec.books, waits ? TS_TAKEOVER_WAITS : TS_TAKEOVER_FAILED);
             return status;
         }
         end_poison(s);
