@@ -112,9 +112,16 @@ static ts_status vmm_renew(ts_memory *m, uint32_t slab, bool clients_write, char
      * old memory keeps it alive until it maps the slab anew or ends. */
     CUmemGenericAllocationHandle old = vmm->handles[slab], fresh;
     size_t bytes = vmm->physical_bytes;
+    int fd = -1;
     status = vmm_create(vmm->gpu, bytes, &fresh, why, why_bytes);
     if (status != TS_OK)
         return status;
+    if (m->outlives)
+        status = vmm_export(vmm->gpu, fresh, bytes, &fd, why, why_bytes);
+    if (status != TS_OK) {
+        (void)d->mem_release(fresh);
+        return status;
+    }
     if (old != 0)
         (void)d->mem_unmap(at, bytes);
     status = vmm_map(vmm->gpu, at, bytes, fresh, why, why_bytes);
@@ -128,16 +135,15 @@ static ts_status vmm_renew(ts_memory *m, uint32_t slab, bool clients_write, char
         if (old != 0)
             (void)vmm_map(vmm->gpu, at, bytes, old, ignored, sizeof ignored);
         (void)d->mem_release(fresh);
+        if (fd >= 0)
+            close(fd);
         return status;
     }
-    int fd = -1;
-    if (m->outlives)
-        status = vmm_export(vmm->gpu, fresh, bytes, &fd, why, why_bytes);
     if (old != 0)
         (void)d->mem_release(old);
     vmm->handles[slab] = fresh;
     set_fd(vmm, slab, fd);
-    return status;
+    return TS_OK;
 }
 
 /* Maps what an earlier process made. */
