@@ -283,7 +283,7 @@ ts_status ts_arrive(ts_client *c, const char *program, size_t exchange_bytes, ui
 /* What the session had of the last daemon and can't have again; NULL: nothing. */
 static const char *what_is_gone(const ts_client *c, const shared_memory *has)
 {
-    if (c->exchange_kind != TS_EXCHANGE_NONE && !has->exchange)
+    if (c->exchange != NULL && !has->exchange)
         return "its exchange";
     if (c->signals != NULL && !has->signals)
         return "its page of signals";

@@ -47,6 +47,29 @@ static inline ts_status begin_step(ts_pool *p, ts_seq seq, uint32_t tokens, ts_s
     return ts_step_begin(p, &seq, &tokens, 1, &options, step);
 }
 
+/* Layer 0's K of the token, its first element. */
+static inline float k_of(ts_client *c, ts_pool *p, ts_seq seq, uint32_t token)
+{
+    uint64_t slot;
+    ts_kv kv;
+    DO(ts_seq_slots(p, seq, 0, token, 1, &slot));
+    DO(ts_slot_kv(p, slot, 0, &kv));
+    return *(float *)kv.k;
+}
+
+/* A step whose K is the same everywhere. */
+static inline void step_of_k(ts_client *c, ts_pool *p, ts_seq seq, uint32_t tokens, float k)
+{
+    ts_step *step;
+    DO(begin_step(p, seq, tokens, &step));
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        for (uint32_t i = 0; i < tokens * DIM; i++)
+            ((float *)ts_step_k(step))[i] = k;
+        DO(ts_step_run(step, layer));
+    }
+    DO(ts_step_commit(step, NULL));
+}
+
 static inline ts_status delete_pool(ts_client *c, const char *name)
 {
     Tspb__AdminPoolDelete body = TSPB__ADMIN_POOL_DELETE__INIT;

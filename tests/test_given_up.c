@@ -66,6 +66,29 @@ static void free_after(ts_client *c, ts_pool *p, ts_seq seq)
     DO(status);
 }
 
+/* The daemon takes another exchange, and its answer doesn't come in time: what the next step puts
+ * into its own is what the daemon reads. */
+static void an_exchange_whose_offer_was_given_up_is_made_anew(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_seq seqs[2];
+    ts_step *step;
+    setenv("TS_TEST_STOP", "applying/4:2", 1); /* the second TS_OP_EXCHANGE_OPEN */
+    start(&d, POOL, NULL);
+    unsetenv("TS_TEST_STOP");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", 0);
+    DO(ts_seq_create(p, 2, seqs));
+    step_of_k(c, p, seqs[0], 5, 7);
+    assert_int_equal(WITHIN(UNANSWERED_MS, c, begin_step(p, seqs[0], 4000, &step)), TS_ETIMEOUT);
+    assert_int_equal(kill(await_stopped(&d), SIGCONT), 0);
+    step_of_k(c, p, seqs[1], 5, 9);
+    assert_true(k_of(c, p, seqs[0], 0) == 7);
+    assert_true(k_of(c, p, seqs[1], 0) == 9);
+    finish(&d, c, p);
+}
+
 enum { BY_CREATE, BY_FORK, BY_MATCH, BY_SELECT, BY_TICKET, WAYS_TO_MAKE };
 typedef struct ticket {
     uint8_t bytes[TS_TICKET_BYTES];
@@ -305,6 +328,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
+        cmocka_unit_test(an_exchange_whose_offer_was_given_up_is_made_anew),
         cmocka_unit_test(sequences_whose_making_was_given_up_are_freed),
         cmocka_unit_test(what_was_done_before_there_was_no_daemon_is_undone),
         cmocka_unit_test(an_abort_that_was_given_up_is_carried_out),

@@ -124,27 +124,6 @@ static void killed_under_messages(void **state)
 
 /* ---- a take-over without memory ---- */
 
-static float k_of(ts_client *c, ts_pool *p, ts_seq seq, uint32_t token)
-{
-    uint64_t slot;
-    ts_kv kv;
-    DO(ts_seq_slots(p, seq, 0, token, 1, &slot));
-    DO(ts_slot_kv(p, slot, 0, &kv));
-    return *(float *)kv.k;
-}
-
-static void step_of_ones(ts_client *c, ts_pool *p, ts_seq seq, uint32_t tokens, float k)
-{
-    ts_step *step;
-    DO(begin_step(p, seq, tokens, &step));
-    for (uint32_t layer = 0; layer < LAYERS; layer++) {
-        for (uint32_t i = 0; i < tokens * DIM; i++)
-            ((float *)ts_step_k(step))[i] = k;
-        DO(ts_step_run(step, layer));
-    }
-    DO(ts_step_commit(step, NULL));
-}
-
 /* The first daemon is killed where a fork's step has its copy to come, and the second has no memory
  * at some place: the third one does what that couldn't. */
 static void what_has_no_memory_for_a_take_over_is_tried_again(void **state)
@@ -164,9 +143,9 @@ static void what_has_no_memory_for_a_take_over_is_tried_again(void **state)
         ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
         ts_pool *p = open_pool(c, "p", 0);
         DO(ts_seq_create(p, 1, &parent));
-        step_of_ones(c, p, parent, 5, 7);
+        step_of_k(c, p, parent, 5, 7);
         DO(ts_seq_fork(p, parent, 1, &child));
-        step_of_ones(c, p, child, 1, 9);
+        step_of_k(c, p, child, 1, 9);
         for (uint32_t t = 0; t < 5; t++) {
             assert_true(k_of(c, p, parent, t) == 7);
             assert_true(k_of(c, p, child, t) == 7);

@@ -14,9 +14,10 @@
 
 #define DEVICE_GRANULE ((size_t)2 << 20) /* of VMM memory */
 
-void ts_exchange_close(ts_client *c)
+/* The memory goes, and the kind stays: the next step that needs one has another made. */
+static void empty(ts_client *c)
 {
-    switch (c->exchange_kind) {
+    switch (c->exchange == NULL ? TS_EXCHANGE_NONE : c->exchange_kind) {
     case TS_EXCHANGE_HOST:
         ts_memory_release(c->exchange_memory);
         c->exchange_memory = NULL;
@@ -36,7 +37,25 @@ void ts_exchange_close(ts_client *c)
     }
     c->exchange = NULL;
     c->exchange_bytes = 0;
+}
+
+void ts_exchange_close(ts_client *c)
+{
+    empty(c);
     c->exchange_kind = TS_EXCHANGE_NONE;
+}
+
+/* What came of offering the daemon another exchange. Where no answer came, it may have that or may
+ * take it yet: what a step put into the old one would be read by nobody. The next one that is
+ * offered is as large, for none is replaced by a smaller one. */
+static ts_status offered(ts_client *c, size_t bytes, ts_status status)
+{
+    if (status == TS_ETIMEOUT || status == TS_ECONN || status == TS_EPROTO) {
+        const size_t most = bytes > c->exchange_bytes ? bytes : c->exchange_bytes;
+        c->exchange_least = most > c->exchange_least ? most : c->exchange_least;
+        empty(c);
+    }
+    return status;
 }
 
 /* Checks the size and rounds it up, as far as the daemon's limit allows. */
@@ -65,11 +84,11 @@ static ts_status ask(ts_client *c, Tspb__ExchangeOpen *open, size_t granule, Tsp
     open->bytes = bytes;
     request.body_case = TSPB__REQUEST__BODY_EXCHANGE_OPEN;
     request.exchange_open = open;
-    ts_status status = ts_call(c, &request, reply);
+    ts_status status = offered(c, bytes, ts_call(c, &request, reply));
     if (status == TS_OK && (*reply)->body_case != TSPB__REPLY__BODY_EXCHANGE_OPENED) {
         tspb__reply__free_unpacked(*reply, NULL);
         *reply = NULL;
-        status = ts_fail(c, TS_EPROTO, "the daemon's answer opens no exchange");
+        status = offered(c, bytes, ts_fail(c, TS_EPROTO, "the daemon's answer opens no exchange"));
     }
     return status;
 }
@@ -85,7 +104,7 @@ static ts_status exchange_host(ts_client *c, size_t bytes)
         munmap(base, bytes);
         return ts_fail(c, TS_ENOMEM, "no memory for an exchange");
     }
-    status = ts_handle_tell(c, TS_HANDLE_TAKE_EXCHANGE);
+    status = offered(c, bytes, ts_handle_tell(c, TS_HANDLE_TAKE_EXCHANGE));
     if (status != TS_OK) {
         ts_memory_release(memory);
         return status;
@@ -155,7 +174,7 @@ static ts_status exchange_device(ts_pool *p, size_t bytes)
         status = ask(c, &open, DEVICE_GRANULE, &opened);
     if (status != TS_OK)
         return status;
-    ts_exchange_close(c); /* the daemon has another one now, whatever becomes of this */
+    empty(c); /* the daemon has another one now, whatever becomes of this */
     const Tspb__ExchangeOpened *o = opened->exchange_opened;
     bool vmm = o->has_descriptor;
     if (vmm)
@@ -218,12 +237,16 @@ ts_status ts_exchange_register(ts_pool *p, void *memory, size_t bytes)
 /* A larger exchange of the kind that there is, of at least `bytes`. */
 static ts_status grow(ts_client *c, size_t bytes)
 {
-    size_t wanted = c->exchange_bytes * 2 > bytes ? c->exchange_bytes * 2 : bytes;
+    const size_t least = c->exchange_bytes > 0 ? c->exchange_bytes * 2 : c->exchange_least;
+    size_t wanted = least > bytes ? least : bytes;
     if (wanted > c->exchange_bytes_max)
         wanted = bytes;
     if (c->exchange_kind == TS_EXCHANGE_OWN)
-        return ts_fail(c, TS_ENOMEM, "the registered memory has %zu bytes; the step needs %zu",
-                       c->exchange_bytes, bytes);
+        return ts_fail(c, TS_ENOMEM, "the registered memory has %zu bytes; the step needs %zu%s",
+                       c->exchange_bytes, bytes,
+                       c->exchange == NULL ? ": register it again, for no answer came to a call "
+                                             "that offered the daemon another"
+                                           : "");
     if (c->exchange_kind != TS_EXCHANGE_NONE && c->exchange_kind != TS_EXCHANGE_HOST) {
         if (c->exchange_pool == NULL)
             return ts_fail(c, TS_EINVAL, "the pool that the exchange was made for is closed");

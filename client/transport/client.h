@@ -85,10 +85,11 @@ struct ts_client {
     uint32_t handle_tag;
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;
+    size_t exchange_least;      /* of the next one, where the daemon may have one that is larger */
     uint64_t message_bytes_max; /* 0: not known yet */
-    ts_exchange_kind exchange_kind;
-    ts_memory *exchange_memory; /* of TS_EXCHANGE_HOST */
-    ts_pool *exchange_pool;     /* of device memory: the pool it was made for */
+    ts_exchange_kind exchange_kind; /* if it is NULL: of the one that is to be made */
+    ts_memory *exchange_memory;     /* of TS_EXCHANGE_HOST */
+    ts_pool *exchange_pool;         /* of device memory: the pool it was made for */
     ts_region *regions;
     ts_pool *pools;                  /* that are open, linked by next */
     uint64_t unheard_closes;         /* by pool number: the next daemon is told in its resume */
