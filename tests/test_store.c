@@ -166,7 +166,9 @@ static void a_full_socket_blocks_nobody_and_loses_nothing(void **state)
         snprintf(text, sizeof text, "n.%d", i);
         assert_int_equal(PUT(s, text, fd), TS_OK);
     }
+    assert_false(ts_store_lags(s));
     assert_false(ts_store_barrier(s, 0)); /* and is forgotten */
+    assert_true(ts_store_lags(s));
     barrier_begin(&a, s);
     for (int i = 0; i < MANY; i++) {
         snprintf(text, sizeof text, "FDSTORE=1\nFDNAME=n.%d\nFDPOLL=0", i);
@@ -174,6 +176,7 @@ static void a_full_socket_blocks_nobody_and_loses_nothing(void **state)
     }
     close(next_barrier(h.socket));
     assert_true(barrier_answer(&a));
+    assert_false(ts_store_lags(s));
     close(fd);
     ts_store_close(s);
     holder_end(&h);

@@ -58,8 +58,8 @@ typedef struct ts_books_start {
 /*
  * Takes over what the keeper has, or begins with nothing. *engine is the caller's, to be freed
  * after ts_books_close. What can't be taken over is kept under other names ("failed.journal", ...),
- * and begun anew; where there is no memory to read it, it stays. TS_ENOMEM and others: there are no books, with a sentence; TS_ENOSPC: the keeper
- * has no room for them, and none of them.
+ * and begun anew; where there is no memory to read it, it stays. TS_ENOMEM and others: there are no
+ * books, with a sentence; TS_ENOSPC: the keeper has no room for them, and none of them.
  */
 ts_status ts_books_open(const ts_books_options *options, ts_books **books, ts_engine **engine,
                         ts_books_start *start, char *why, size_t why_bytes);

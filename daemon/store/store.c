@@ -116,6 +116,11 @@ bool ts_store_holds(ts_store *s)
     return holds;
 }
 
+bool ts_store_lags(const ts_store *s)
+{
+    return s != NULL && atomic_load(&s->lags);
+}
+
 bool ts_store_supervised(const ts_store *s)
 {
     return s != NULL && s->supervised;
@@ -369,6 +374,8 @@ bool ts_store_barrier(ts_store *s, uint32_t timeout_ms)
     bool done = i != NULL && await_pipe(ends[0], timeout_ms);
     if (i != NULL && !done)
         forget_barrier(s, id);
+    if (i != NULL)
+        atomic_store(&s->lags, !done);
     if (done) {
         /* A dying supervisor closes the pipe, too: only its byte is an answer. systemd has none. */
         const ssize_t n = read(ends[0], &byte, 1);

@@ -90,6 +90,9 @@ ts_status ts_store_remove(ts_store *store, const char *name);
  */
 bool ts_store_barrier(ts_store *store, uint32_t timeout_ms) __attribute__((warn_unused_result));
 
+/* Whether the last barrier wasn't reached in its time: the holder is slow, or stands still. */
+bool ts_store_lags(const ts_store *store);
+
 /*
  * Has a thread of the store tell when the holder is lost (false) and when a new one has been found
  * (true). The log has said so already. NULL: nobody is told any more.

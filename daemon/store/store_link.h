@@ -2,7 +2,8 @@
  * The way from the store to its holder: a list of messages, and a thread that sends them, sees the
  * holder's death and looks for the next one. Inside the store; its users include store.h.
  *
- * The lock guards all fields. The thread sends without blocking while it has it.
+ * The lock guards all fields but for what is atomic. The thread sends without blocking while it has
+ * it.
  */
 #ifndef TS_STORE_LINK_H
 #define TS_STORE_LINK_H
@@ -10,6 +11,7 @@
 #include "store_wire.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -39,11 +41,12 @@ struct ts_store {
     pthread_mutex_t lock;
     pthread_t thread;
     bool runs, ends;
-    int wake;        /* an eventfd */
-    int socket;      /* to the holder; -1: none */
-    int death;       /* readable when the supervisor, our parent, is dead; -1: none */
-    bool holds;      /* the holder lives and takes messages */
-    bool supervised; /* by a supervisor: another one may follow it */
+    atomic_bool lags; /* the last barrier wasn't reached */
+    int wake;         /* an eventfd */
+    int socket;       /* to the holder; -1: none */
+    int death;        /* readable when the supervisor, our parent, is dead; -1: none */
+    bool holds;       /* the holder lives and takes messages */
+    bool supervised;  /* by a supervisor: another one may follow it */
     char supervisor[sizeof(((struct sockaddr_un *)0)->sun_path)];
     uint64_t look_ms; /* when a supervisor is looked for again */
     uint32_t fds_max, fds, reserved;
