@@ -49,6 +49,7 @@ ts_step *ts_step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uin
 }
 
 static ts_status call_end(ts_step *s, bool commit, const uint32_t *accepted);
+static ts_status call_abort(ts_step *s);
 
 /* Notes starts and slots, after checking that they add up. */
 static ts_status fill_step(ts_step *s, const ts_begun *b)
@@ -214,7 +215,7 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
     if (s->exec != TS_EXEC_DAEMON && lacks_handle(s->pool)) { /* once: begun and dropped for it */
         status = begin_by_message(s, seqs, o, false);
         if (status == TS_OK)
-            status = call_end(s, false, NULL);
+            status = call_abort(s);
         if (status != TS_OK)
             return status;
     }
@@ -242,8 +243,11 @@ static ts_status call_begin(ts_step *s, const ts_seq *seqs, const ts_step_option
         status = ts_local_plan_in(s->pool, s->local, s->frame->plan);
     else if (status == TS_OK && s->pool->on_gpu)
         status = ts_local_plan(s->pool, s->local, s->heads, s->io_dtype, o->kernel);
-    if (status != TS_OK) /* the daemon has begun it */
-        (void)call_end(s, false, NULL);
+    if (status != TS_OK) { /* the daemon has begun it */
+        const ts_last_error why = c->error;
+        (void)call_abort(s);
+        c->error = why;
+    }
     return status;
 }
 
@@ -523,15 +527,22 @@ ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
     return TS_OK;
 }
 
+/* Without an answer, the step is aborted by a later call or by the next daemon. */
+static ts_status call_abort(ts_step *s)
+{
+    ts_client *c = s->pool->client;
+    const ts_status status = call_end(s, false, NULL);
+    if ((status == TS_ETIMEOUT || status == TS_ECONN) && !c->lost)
+        ts_unanswered_abort(c, s->id);
+    return status;
+}
+
 ts_status ts_step_abort(ts_step *s)
 {
     if (s == NULL)
         return TS_OK;
     TS_ENTER_LAST(s->pool->client);
-    ts_client *c = s->pool->client;
-    ts_status status = call_end(s, false, NULL);
-    if ((status == TS_ETIMEOUT || status == TS_ECONN) && !c->lost)
-        ts_unanswered_abort(c, s->id);
+    const ts_status status = call_abort(s);
     step_end(s);
     return status;
 }
