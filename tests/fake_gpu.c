@@ -372,6 +372,13 @@ ts_status ts_gpu_plan_new(ts_gpu *g, const ts_geometry *geometry, uint32_t heads
     return TS_OK;
 }
 
+void ts_gpu_expect_company(ts_gpu *g, uint32_t sessions)
+{
+    pthread_mutex_lock(&g->lock);
+    g->log.company = sessions;
+    pthread_mutex_unlock(&g->lock);
+}
+
 ts_status ts_gpu_plan_renew(ts_gpu *g, const ts_geometry *geometry, uint32_t heads,
                             ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
                             uint32_t num_seqs, ts_gpu_plan **plan, char *why, size_t why_bytes)

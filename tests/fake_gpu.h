@@ -21,6 +21,7 @@ typedef struct fake_gpu_log {
     uint32_t words;        /* that launches were told to wait for */
     uint32_t refused;      /* launches that were asked for while all were taken */
     uint32_t lacked;       /* what was asked for and there was no memory for */
+    uint32_t company;      /* that is expected */
     ts_kernel kernel;      /* of the last attend */
 } fake_gpu_log;
 

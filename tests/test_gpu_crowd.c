@@ -25,6 +25,7 @@ static void few_workers_are_queued_ahead(void **state)
         for (uint32_t n = 0; n < RUNS; n++)
             await_good(&jobs[i][n]);
     }
+    assert_int_equal(fake_gpu_read(r.gpu).company, 1);
     rig_free(&r);
 }
 
@@ -247,6 +248,7 @@ static void sessions_of_a_crowd_end(void **state)
             r.pages[i] = NULL;
         }
     }
+    assert_true(fake_gpu_read(r.gpu).company > 1);
     rig_free(&r);
 }
 

@@ -126,6 +126,7 @@ static void launch_all(ts_gpu_executor *x)
     const uint64_t now_ns = ts_now_ns(), round = ++x->round;
     const bool crowd = is_crowd(x, now_ns), collect = crowd && collects(x, now_ns);
     x->full = x->unseen = false;
+    ts_gpu_expect_company(x->gpu, crowd ? CROWD_SESSIONS : 1);
     while (x->held.first != NULL && x->held.first->tried != round && !(crowd && x->full)) {
         ts_held_queue *q = x->held.first;
         ts_job *job = q->first;

@@ -13,6 +13,10 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+/* A crowd: at least so many sessions have runs here. Fewer are faster queued ahead
+ * (tests/results/h200.md). */
+#define CROWD_SESSIONS 6u
+
 #define JOIN_LAUNCHES 4u /* a ready run waits while these are under way */
 
 /* Whom a launch of one job waits for: its worker, and the session's run before it. */

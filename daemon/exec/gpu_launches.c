@@ -11,10 +11,7 @@
 #define WAITING_EACH_CROWD 2u                      /* ... of a crowd (gpu_executor.c) */
 #define WAITING_SESSIONS (TS_GPU_STREAM_SLOTS / 2) /* ... whom they wait for: each has a slot */
 
-/* A run that comes while at least CROWD_SESSIONS sessions have runs here makes them a crowd
- * (gpu_executor.c) for CROWD_JOINS times join_us. Fewer are faster queued ahead
- * (tests/results/h200.md). */
-#define CROWD_SESSIONS 6u
+/* A run that comes to a crowd makes it one (gpu_executor.c) for CROWD_JOINS times join_us. */
 #define CROWD_JOINS 250u
 
 static bool alike(const ts_job *a, const ts_job *b)

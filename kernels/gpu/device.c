@@ -52,6 +52,11 @@ void ts_gpu_begin_thread(ts_gpu *gpu)
     (void)cudaThreadExchangeStreamCaptureMode(&mode);
 }
 
+void ts_gpu_expect_company(ts_gpu *gpu, uint32_t sessions)
+{
+    __atomic_store_n(&gpu->company, sessions, __ATOMIC_RELAXED);
+}
+
 ts_status ts_gpu_health(ts_gpu *gpu, char *why, size_t why_bytes)
 {
     ts_status status = ts_gpu_enter(gpu, why, why_bytes);

@@ -116,9 +116,12 @@ typedef struct ts_gpu_deferred_free {
 } ts_gpu_deferred_free;
 
 /* Sequences with a prefix in common go through common pieces of work (sharing.h) where that spares
- * each processor the reading of K and V of at least this many tokens (times KV heads). Less is read
- * as quickly from the second-level cache, and common pieces take longer. */
-#define TS_GPU_TEAM_TOKENS 3072u
+ * each processor the reading of K and V of at least TEAM_TOKENS tokens (times KV heads, and the
+ * sessions that are expected in a launch), and of at least one in TEAM_PART of all. Less is read as
+ * quickly from the second-level cache, common pieces take longer, and their kernel is slower over
+ * others. As measured (doc/notebook.md). */
+#define TS_GPU_TEAM_TOKENS 2816u
+#define TS_GPU_TEAM_PART 32u
 
 #define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
 
@@ -142,6 +145,7 @@ struct ts_gpu {
     ts_gpu_function functions[TS_GPU_FUNCTIONS]; /* under the lock: those that plans asked about */
     uint32_t num_functions;                      /* under the lock */
     uint32_t team_tokens;                        /* TS_GPU_TEAM_TOKENS; other in tests */
+    uint32_t company; /* atomic: sessions whose runs are likely to be launched together; 0: one */
     bool for_streams; /* there is launches[0] alone, on streams of others */
     bool deferred_runs;
     pthread_t deferred_thread;

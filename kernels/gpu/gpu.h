@@ -161,6 +161,10 @@ void ts_gpu_unpin_unmap(ts_gpu *gpu, void *host, size_t bytes);
  */
 typedef struct ts_gpu_plan ts_gpu_plan;
 
+/* How many sessions' runs are likely to be launched together from now on. Where they are many,
+ * plans share more of what a session's sequences have in common, with the same bits. Any thread. */
+void ts_gpu_expect_company(ts_gpu *gpu, uint32_t sessions);
+
 /* Reads the sequences' blocks, kv_tokens and q_tokens; the rest comes with each run. `heads`: query
  * heads. TS_EINVAL: the kernel can't do this geometry, or not on this device; TS_ENOMEM,
  * TS_EDEVICE. */

@@ -170,6 +170,12 @@ ts_status ts_gpu_plan_new(ts_gpu *gpu, const ts_geometry *geometry, uint32_t hea
     return ts_gpu_health(gpu, why, why_bytes);
 }
 
+void ts_gpu_expect_company(ts_gpu *gpu, uint32_t sessions)
+{
+    (void)gpu;
+    (void)sessions;
+}
+
 ts_status ts_gpu_plan_renew(ts_gpu *gpu, const ts_geometry *geometry, uint32_t heads,
                             ts_dtype io_dtype, ts_kernel kernel, const ts_attention_seq *seqs,
                             uint32_t num_seqs, ts_gpu_plan **plan, char *why, size_t why_bytes)

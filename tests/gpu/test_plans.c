@@ -400,6 +400,75 @@ static void a_sequence_of_little_more_than_a_chunk_is_one(void **state)
     }
 }
 
+/* Two sequences of one token each, that have all else in common. */
+static batch two_alike(uint32_t length)
+{
+    batch b = {.count = 2,
+               .heads = 32,
+               .geometry = {.layers = 1,
+                            .kv_heads = 8,
+                            .head_dim = 128,
+                            .block_tokens = BLOCK,
+                            .dtype = TS_DTYPE_BF16}};
+    for (uint32_t i = 0; i < 2; i++) {
+        b.tables[i] = calloc(length / BLOCK + 1, sizeof(uint32_t));
+        for (uint32_t n = 0; n <= length / BLOCK; n++)
+            b.tables[i][n] = n + (n == length / BLOCK ? i : 0);
+        b.seqs[i] = (ts_attention_seq){.q_tokens = 1, .kv_tokens = length, .blocks = b.tables[i]};
+    }
+    return b;
+}
+
+/* What spares too little for a launch of its own is worth it in a crowd's; a plan that is renewed
+ * gets its team then, and keeps it. */
+static void in_company_fewer_sharers_are_a_team(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t company;
+        bool shares;
+    } turns[] = {{0, false}, {1, false}, {4, false}, {6, true}, {1, true}};
+    batch b = two_alike(9217);
+    ts_gpu_plan *plan = NULL;
+    gpu.team_tokens = TS_GPU_TEAM_TOKENS;
+    for (uint32_t i = 0; i < sizeof turns / sizeof *turns; i++) {
+        gpu.company = turns[i].company;
+        renew(&b, &plan);
+        assert_int_equal(plan->shared != NULL, turns[i].shares);
+        (void)check(&b, plan);
+    }
+    ts_gpu_plan_free(plan);
+    plan = plan_of(&b); /* alone again */
+    assert_null(plan->shared);
+    ts_gpu_plan_free(plan);
+    gpu.team_tokens = gpu.company = 0;
+    batch_free(&b);
+}
+
+/* Two of them have a chunk's worth in common; a launch with teams is slower for the others. */
+static void few_sharers_among_many_are_no_team(void **state)
+{
+    (void)state;
+    enum { LENGTH = 2817, LEAST = TS_GPU_TEAM_PART };
+    static uint32_t tables[SEQS][LENGTH / BLOCK + 1];
+    batch b = {.heads = 32,
+               .geometry = {.layers = 1,
+                            .kv_heads = 8,
+                            .head_dim = 128,
+                            .block_tokens = BLOCK,
+                            .dtype = TS_DTYPE_BF16}};
+    for (uint32_t i = 0; i < SEQS; i++) {
+        for (uint32_t n = 0; n <= LENGTH / BLOCK; n++)
+            tables[i][n] = (i == 1 && n < LENGTH / BLOCK ? 0 : i) * (LENGTH / BLOCK + 1) + n;
+        b.seqs[i] = (ts_attention_seq){.q_tokens = 1, .kv_tokens = LENGTH, .blocks = tables[i]};
+    }
+    for (b.count = LEAST - 1; b.count <= LEAST + 1; b.count += 2) {
+        ts_gpu_plan *plan = plan_of(&b);
+        assert_int_equal(plan->shared != NULL, b.count < LEAST);
+        ts_gpu_plan_free(plan);
+    }
+}
+
 static int make_gpu(void **state)
 {
     (void)state;
@@ -419,6 +488,8 @@ int main(void)
         cmocka_unit_test(a_renewed_plan_knows_which_blocks_are_read),
         cmocka_unit_test(blocks_lie_closer_where_that_spares_a_wave),
         cmocka_unit_test(a_sequence_of_little_more_than_a_chunk_is_one),
+        cmocka_unit_test(few_sharers_among_many_are_no_team),
+        cmocka_unit_test(in_company_fewer_sharers_are_a_team),
     };
     return cmocka_run_group_tests(tests, make_gpu, NULL);
 }

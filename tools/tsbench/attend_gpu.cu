@@ -359,6 +359,7 @@ bool plan_runs(const bench_options *o, const device &d, const problem &p, ts_ker
     const shape *s = p.s;
     const size_t count = p.seqs.size(), num_runs = o->runs < count ? o->runs : count;
     const size_t q_bytes = p.io_bytes / p.q_rows, kv_bytes = p.new_bytes / p.q_rows;
+    ts_gpu_expect_company(d.gpu, (uint32_t)num_runs);
     for (size_t i = 0, row = 0; i < num_runs; i++) {
         const size_t first = count * i / num_runs, end = count * (i + 1) / num_runs;
         ts_gpu_plan *plan;

@@ -74,14 +74,25 @@ void cut(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
             b.cuts[i].c = work_split_of(p, &seqs[i], b.cuts[i].list);
 }
 
+/* Whether teams are worth their pieces (TS_GPU_TEAM_TOKENS). */
+bool are_teams_worth_it(const ts_gpu_plan *p)
+{
+    const uint32_t company = __atomic_load_n(&p->gpu->company, __ATOMIC_RELAXED);
+    const uint64_t spared = p->spared * p->geometry.kv_heads * (company > 0 ? company : 1);
+    return spared >= (uint64_t)p->gpu->team_tokens * p->gpu->info.processors &&
+           p->spared >= p->kv_tokens / TS_GPU_TEAM_PART;
+}
+
 /* Finds teams (sharing.h). */
-void find_teams(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
+void find_teams(ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
 {
     ts_sharer *to = b.sharing.seqs;
+    p->spared = p->kv_tokens = 0;
     for (uint32_t i = 0; i < p->num_seqs; i++)
         if (seqs[i].q_tokens > 0) {
             to[i].blocks = seqs[i].blocks;
             to[i].num_blocks = ceil_div(seqs[i].kv_tokens, p->geometry.block_tokens);
+            p->kv_tokens += seqs[i].kv_tokens;
         }
     if (p->num_seqs > TEAM_LIST(~0u) || !ts_sharing_compare(&b.sharing))
         return;
@@ -92,8 +103,8 @@ void find_teams(const ts_gpu_plan *p, const ts_attention_seq *seqs, batch &b)
             to[i].rows = seqs[i].q_tokens * (p->heads / p->geometry.kv_heads);
         }
     ts_sharing_find(&b.sharing, p->geometry.block_tokens, team_rows(&p->geometry));
-    const uint64_t spared = b.sharing.spared * p->geometry.kv_heads;
-    if (spared < (uint64_t)p->gpu->team_tokens * p->gpu->info.processors)
+    p->spared = b.sharing.spared;
+    if (!are_teams_worth_it(p))
         ts_sharing_drop(&b.sharing);
 }
 

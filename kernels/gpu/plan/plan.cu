@@ -162,7 +162,7 @@ bool shares_alike(const ts_gpu_plan *p, const ts_attention_seq *s, uint32_t chun
 bool is_alike(const ts_gpu_plan *p, const ts_attention_seq *seqs, uint32_t num_seqs)
 {
     const plan_seq *before = (const plan_seq *)(p->buffer->host + PLAN_SEQS);
-    if (num_seqs != p->num_seqs)
+    if (num_seqs != p->num_seqs || (p->shared == NULL && p->spared > 0 && are_teams_worth_it(p)))
         return false;
     for (uint32_t i = 0; i < num_seqs; i++) {
         uint32_t block_tokens = p->geometry.block_tokens;

@@ -47,9 +47,11 @@ struct ts_gpu_plan {
     size_t entries;     /* of the block tables, with room in each, behind the lists of members */
     block_range blocks; /* of all tables, where wgmma has work */
     uint32_t *shared;   /* chunks that each sequence shares with its team; NULL: there is no team */
-    size_t records;     /* partial rows of chunks that are to be merged */
-    bool folds;         /* wgmma has pieces of several chunks */
-    uint32_t q_tokens;  /* of all sequences */
+    uint64_t spared;    /* tokens that teams don't read, or wouldn't, of sequences with so many: */
+    uint64_t kv_tokens;
+    size_t records;    /* partial rows of chunks that are to be merged */
+    bool folds;        /* wgmma has pieces of several chunks */
+    uint32_t q_tokens; /* of all sequences */
     uint32_t storable; /* items of LIST_APPEND, its last: wgmma may store them itself (box_map.h) */
     uint32_t counters;
     uint32_t longest;                       /* of LIST_WGMMA's sequences: tokens */
