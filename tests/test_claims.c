@@ -148,6 +148,37 @@ static void a_prompt_waits_for_what_it_shares_and_not_for_the_rest(void **state)
     ts_engine_free(e);
 }
 
+/* A prompt that ends with a block: that is found, but for its last token, however many others
+ * follow the same beginning; and it is waited for. */
+static void the_last_block_of_a_prompt_is_found_and_waited_for(void **state)
+{
+    (void)state;
+    enum { LONG = 3 * BLOCK, OTHERS = 20 };
+    uint32_t ids[LONG], other[LONG];
+    ts_engine *e = engine_new(256, 64, BLOCK, TS_CLIENT_WRITE_ALL);
+    fill_ids(ids, LONG, 0);
+    worker w[2] = {worker_new(e, 1, ids, LONG), worker_new(e, 1, ids, LONG)};
+    assert_int_equal(ask(&w[0], true, false), TS_OK);
+    compute(&w[0], LONG - BLOCK);
+    open_step(&w[0], BLOCK);
+    assert_int_equal(ask(&w[1], true, false), TS_WAITS);
+    commit(&w[0], BLOCK);
+    assert_int_equal(go_on(e, w, 2), 1);
+    assert_int_equal(w[1].has, LONG - 1);
+    fill_ids(other, LONG, 0);
+    for (uint32_t i = 0; i < OTHERS; i++) {
+        other[LONG - BLOCK] = 1000 + i;
+        worker o = worker_new(e, 1, other, LONG);
+        assert_int_equal(ask(&o, false, false), TS_OK);
+        assert_int_equal(o.has, LONG - BLOCK);
+        compute(&o, BLOCK);
+    }
+    worker again = worker_new(e, 1, ids, LONG);
+    assert_int_equal(ask(&again, true, false), TS_OK);
+    assert_int_equal(again.has, LONG - 1);
+    ts_engine_free(e);
+}
+
 static void equal_prompts_of_one_match_are_told_of_each_other(void **state)
 {
     (void)state;
@@ -202,6 +233,7 @@ int main(void)
         cmocka_unit_test(a_step_that_only_pauses_keeps_its_claim),
         cmocka_unit_test(a_match_waits_for_the_open_step_of_one_that_did_not_ask),
         cmocka_unit_test(a_prompt_waits_for_what_it_shares_and_not_for_the_rest),
+        cmocka_unit_test(the_last_block_of_a_prompt_is_found_and_waited_for),
         cmocka_unit_test(equal_prompts_of_one_match_are_told_of_each_other),
         cmocka_unit_test(a_session_that_waits_loses_what_it_only_said_it_would_compute),
     };

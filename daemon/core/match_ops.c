@@ -23,7 +23,7 @@ static uint32_t find_prefix(const ts_engine *e, const ts_session *s, uint32_t po
     const uint32_t each = x->block_tokens, most = p->count - 1, *tokens = p->tokens;
     ts_index_parent parent = ts_index_root(space);
     uint32_t found = 0, agree;
-    for (; most - found >= each; found += each) {
+    for (; p->count - found >= each; found += each) {
         const uint32_t hash = ts_index_hash(x, parent, tokens + found);
         if (p->claim != NULL)
             ts_claims_look(e, s, p->own, pool, parent, hash, found, tokens + found, most - found,
@@ -32,6 +32,8 @@ static uint32_t find_prefix(const ts_engine *e, const ts_session *s, uint32_t po
         if (block == TS_NO_BLOCK)
             break;
         *blocks++ = block;
+        if (most - found < each) /* the prompt's last block, of which its last token isn't taken */
+            return most;
         parent = ts_index_block(block);
     }
     if (found == most)
