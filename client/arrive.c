@@ -149,7 +149,7 @@ static ts_status open_socket(ts_client *c)
     if (error != 0)
         return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
     c->open = true;
-    c->late = false;
+    c->late = c->unanswered_message = false;
     set_live_socket(c, nng_socket_id(c->socket));
     nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
     nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);

@@ -89,6 +89,36 @@ static void an_exchange_whose_offer_was_given_up_is_made_anew(void **state)
     finish(&d, c, p);
 }
 
+/* A message has no answer in time: what is asked next goes as a message, too, behind it, until one
+ * is answered. */
+static void what_follows_a_late_message_is_none_by_ring(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_seq seq;
+    uint32_t length;
+    start(&d, POOL, NULL);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", 0);
+    DO(ts_seq_create(p, 1, &seq));
+    step_of_k(c, p, seq, 5, 7);
+    const uint32_t submitted = c->ring_submitted;
+    const pid_t daemon = daemon_of(&d);
+    assert_int_equal(kill(daemon, SIGSTOP), 0);
+    assert_int_equal(await_stopped(&d), daemon);
+    assert_int_equal(WITHIN(UNANSWERED_MS, c, ts_seq_append(p, &seq, &(uint32_t){4}, 1, NULL)),
+                     TS_ETIMEOUT);
+    assert_int_equal(WITHIN(UNANSWERED_MS, c, ts_seq_truncate(p, &seq, &(uint32_t){3}, 1)),
+                     TS_ETIMEOUT);
+    assert_int_equal(c->ring_submitted, submitted);
+    assert_int_equal(kill(daemon, SIGCONT), 0);
+    DO(ts_seq_lengths(p, &seq, 1, &length));
+    assert_int_equal(length, 3);
+    DO(ts_seq_truncate(p, &seq, &(uint32_t){2}, 1));
+    assert_true(c->ring_submitted > submitted);
+    finish(&d, c, p);
+}
+
 enum { BY_CREATE, BY_FORK, BY_MATCH, BY_SELECT, BY_TICKET, WAYS_TO_MAKE };
 typedef struct ticket {
     uint8_t bytes[TS_TICKET_BYTES];
@@ -328,6 +358,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
+        cmocka_unit_test(what_follows_a_late_message_is_none_by_ring),
         cmocka_unit_test(an_exchange_whose_offer_was_given_up_is_made_anew),
         cmocka_unit_test(sequences_whose_making_was_given_up_are_freed),
         cmocka_unit_test(what_was_done_before_there_was_no_daemon_is_undone),

@@ -91,6 +91,34 @@ static void a_turn_stops_where_answers_would_not_fit(void **state)
     assert_int_equal(c->ring->shared->completed[2].tag, TS_RING_ENTRIES + 3);
 }
 
+static uint32_t carried_out; /* entries of the ring, when the message was answered */
+
+static void note_answer(ts_request *request, const void *bytes, size_t size)
+{
+    (void)bytes;
+    assert_true(size > 0);
+    carried_out = ts_service_connection(&service, request->pipe)->ring->shared->completions.tail;
+}
+
+/* A worker that was answered too late by ring goes on by message, behind what it has submitted. */
+static void a_message_comes_behind_what_was_submitted_before(void **state)
+{
+    (void)state;
+    ts_connection *c = connection(5);
+    Tspb__SeqLengths lengths = TSPB__SEQ_LENGTHS__INIT;
+    Tspb__Request message = TSPB__REQUEST__INIT;
+    message.request_id = 1;
+    message.body_case = TSPB__REQUEST__BODY_SEQ_LENGTHS;
+    message.seq_lengths = &lengths;
+    ts_request request = {.work = {.run = ts_service_request},
+                          .pipe = c->pipe,
+                          .message = &message,
+                          .send = note_answer};
+    submit(c, TS_RING_ABORT, 20);
+    request.work.run(&request.work, &service);
+    assert_int_equal(carried_out, 20);
+}
+
 static ts_ring *replaced[2];
 
 static void rings_that_were_replaced_in_the_middle_of_a_run_are_few(void **state)
@@ -147,6 +175,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_turn_takes_eight_entries_or_up_to_a_run),
         cmocka_unit_test(a_turn_stops_where_answers_would_not_fit),
+        cmocka_unit_test(a_message_comes_behind_what_was_submitted_before),
         cmocka_unit_test(rings_that_were_replaced_in_the_middle_of_a_run_are_few),
     };
     own_engine();

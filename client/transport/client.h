@@ -57,10 +57,11 @@ struct ts_client {
     atomic_bool in_call; /* a thread is inside a public call: TS_ENTER */
     nng_socket socket;
     nng_aio *aio;
-    pid_t pid;          /* of the process that connected */
-    bool open;          /* socket and aio are there */
-    bool late;          /* an answer didn't come in time, and may come yet */
-    atomic_bool broken; /* the connection ended; set on NNG's threads */
+    pid_t pid;               /* of the process that connected */
+    bool open;               /* socket and aio are there */
+    bool late;               /* an answer didn't come in time, and may come yet */
+    bool unanswered_message; /* it was the last message's: it may be carried out yet */
+    atomic_bool broken;      /* the connection ended; set on NNG's threads */
     int live_socket; /* under live_lock: the id of the socket whose end that is, and `aio` there */
     bool absent;     /* connecting failed for want of a daemon */
     bool met;        /* connecting has reached one */

@@ -189,8 +189,8 @@ ts_status ts_rings_use(ts_client *c, bool *use)
     ts_status looked = look_for_late(c);
     if (looked == TS_OK && c->posted.op != 0 && c->ring_late_ms == 0)
         looked = await_posted(c);
-    if (looked != TS_OK || c->ring_late_ms != 0 || c->rings_lost)
-        return looked;
+    if (looked != TS_OK || c->ring_late_ms != 0 || c->rings_lost || c->unanswered_message)
+        return looked; /* what comes behind a message that is yet to be answered is one, too */
     if (fit_pools(c)) {
         *use = true;
         return TS_OK;

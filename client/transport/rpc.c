@@ -68,13 +68,14 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
         const uint64_t now_ms = ts_now_ms();
         left_ms = now_ms < until_ms ? (uint32_t)(until_ms - now_ms) : 0;
     } while (error == NNG_ETIMEDOUT && left_ms > 1);
+    c->unanswered_message = error == NNG_ETIMEDOUT;
     if (error == 0)
         return TS_OK;
     if (error == NO_MEMORY)
         return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
     if (atomic_load(&c->broken))
         return ts_gone(c);
-    c->late = error == NNG_ETIMEDOUT;
+    c->late = c->unanswered_message;
     if (c->late)
         return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, time_ms);
     return ts_fail(c, TS_ECONN, "%s: %s", c->path, nng_strerror(error));

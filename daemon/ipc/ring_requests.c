@@ -546,7 +546,10 @@ static void take(ts_ring *r)
         ts_ring_entry entry;
         memcpy(&entry, &m->submitted[taken & MASK], sizeof entry);
         __asm__ volatile("" ::: "memory"); /* checks below look at the copy */
-        if (!execute(r, c, &entry)) {
+        r->taking = true;
+        const bool done = execute(r, c, &entry);
+        r->taking = false;
+        if (!done) {
             atomic_store(&r->blocked, true);
             r->rings->num_blocked++;
             return;
@@ -555,6 +558,16 @@ static void take(ts_ring *r)
         __atomic_store_n(&m->submissions.head, taken + 1, __ATOMIC_RELEASE);
         if (entry.op == TS_RING_RUN)
             return;
+    }
+}
+
+void ts_ring_take_all(ts_ring *r)
+{
+    const uint32_t tail = __atomic_load_n(&r->shared->submissions.tail, __ATOMIC_ACQUIRE);
+    for (uint32_t taken = tail + 1; !r->taking && taken != atomic_load(&r->taken);) {
+        taken = atomic_load(&r->taken);
+        if ((int32_t)(tail - taken) > 0)
+            take(r);
     }
 }
 

@@ -447,6 +447,7 @@ ts_rings *ts_rings_new(ts_service *service, uint32_t spin_us, uint32_t join_us)
     rings->ended = false;
     service->rings = rings;
     service->resume_rings = resume;
+    service->take_ring = ts_ring_take_all;
     return rings;
 }
 

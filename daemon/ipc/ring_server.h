@@ -40,6 +40,7 @@ typedef struct ts_ring {
     uint32_t posted;          /* completions */
     ts_ring_completion begun; /* of a step whose copies are being made; step 0: none is */
     atomic_bool queued;       /* `work` is in the queue */
+    bool taking;              /* an entry is being carried out; the engine's owner's */
     atomic_bool closed;  /* the connection has ended, or the client has written what can't be */
     atomic_bool blocked; /* the next entry waits: for runs that are under way, */
     bool parked;         /* ... or as parked.h has it; the engine's owner's, as is */
@@ -102,6 +103,10 @@ void ts_ring_release(ts_ring *ring);
 
 /* The `run` of a ring's work: takes up to 8 entries, a run being the last of them. */
 void ts_ring_take(ts_work *work, void *service);
+
+/* Takes all that was submitted by now, as far as nothing waits: what its client asks for by message
+ * comes behind. */
+void ts_ring_take_all(ts_ring *ring);
 
 /* Has the thread look at the ring, as its doorbell does. */
 void ts_ring_look(ts_ring *ring);

@@ -330,6 +330,8 @@ static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
     Tspb__Reply reply = TSPB__REPLY__INIT;
     reply.request_id = message->request_id;
     bool waits = false;
+    if (c->ring != NULL && s->take_ring != NULL) /* its client has submitted that before */
+        s->take_ring(c->ring);
     if (s->ending) {
         ts_refuse(&answer, TS_ECONN, "the daemon ends");
     } else if (c->kicked != 0) {
@@ -406,13 +408,13 @@ static void resume(void *service)
     ts_service *s = service;
     ts_request *waiting = s->waiting;
     s->waiting = NULL;
+    if (s->resume_rings != NULL)
+        s->resume_rings(s->rings);
     for (ts_request *request = waiting, *next; request != NULL; request = next) {
         next = request->next_waiter;
         ts_connection *c = ts_service_connection(s, request->pipe);
         answer_request(s, c, request, ts_reply_cache_at(&c->replies, request->message->request_id));
     }
-    if (s->resume_rings != NULL)
-        s->resume_rings(s->rings);
 }
 
 /* A report's request that waits for figures. */

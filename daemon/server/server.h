@@ -72,9 +72,10 @@ typedef struct ts_service {
     ts_connection **by_session;                        /* by a session's index */
     uint64_t message_bytes;                            /* of a request, at most */
     uint32_t admin_uid;                                /* beside root */
-    ts_operators operators;            /* changed under the lock; its owner reads without */
-    pthread_mutex_t operators_lock;    /* for other threads that read */
-    void (*resume_rings)(void *rings); /* has them go on with what waited for runs */
+    ts_operators operators;                  /* changed under the lock; its owner reads without */
+    pthread_mutex_t operators_lock;          /* for other threads that read */
+    void (*resume_rings)(void *rings);       /* has them go on with what waited for runs */
+    void (*take_ring)(struct ts_ring *ring); /* takes what was submitted by now */
     void *rings;
     /* Has the transport end the connection; for being idle, unless its messages wait there. */
     void (*end_connection)(void *arg, uint32_t pipe, bool idle);
