@@ -162,6 +162,52 @@ static void silent_connections_disturb_nobody_and_are_ended(void **state)
     daemon_stop(&d);
 }
 
+/* Opens a session on a connection of its own, which is ended for being without one otherwise. */
+static int raw_worker(const daemon_process *d)
+{
+    Tspb__SessionOpen open = TSPB__SESSION_OPEN__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    int fd = raw_connect(d);
+    raw_greet(fd);
+    open.protocol = TS_PROTOCOL;
+    open.program = ts_unconst("raw");
+    request.request_id = 1;
+    request.body_case = TSPB__REQUEST__BODY_SESSION_OPEN;
+    request.session_open = &open;
+    assert_true(raw_submit(fd, &request, 1));
+    Tspb__Reply *reply = raw_answer(fd);
+    assert_non_null(reply);
+    assert_int_equal(reply->status, TS_OK);
+    tspb__reply__free_unpacked(reply, NULL);
+    return fd;
+}
+
+/* More half-sent messages than their user has room for: those that waited for room are ended as the
+ * ones before them, and the room is there again. */
+static void half_sent_messages_are_ended_also_after_they_waited_for_room(void **state)
+{
+    (void)state;
+    daemon_process d;
+    enum { N = 20 }; /* of 8 MiB each; 64 MiB may be in progress */
+    int fds[N];
+    daemon_start_with(&d, POOL_TINY ",blocks=16", impatient);
+    for (int i = 0; i < N; i++)
+        fds[i] = raw_worker(&d);
+    for (int i = 0; i < N; i++) { /* every other one goes on with a byte */
+        static const unsigned char head[10] = {1, 0, 0, 0, 0, 0, 0x80, 0, 0, 0};
+        const ssize_t bytes = 9 + i % 2;
+        assert_int_equal(send(fds[i], head, (size_t)bytes, MSG_NOSIGNAL), bytes);
+    }
+    for (int i = 0; i < N; i++) { /* the watchdog ends the test if the daemon doesn't end one */
+        char byte;
+        while (recv(fds[i], &byte, 1, 0) > 0)
+            ;
+        close(fds[i]);
+    }
+    a_worker_works(&d);
+    daemon_stop(&d);
+}
+
 /* What the daemon says of itself is asked for, as request 1. */
 static Tspb__Request status_request(void)
 {
@@ -561,6 +607,7 @@ int main(void)
         cmocka_unit_test(what_is_no_greeting_or_no_request_ends_its_connection),
         cmocka_unit_test(requests_that_come_byte_by_byte_are_answered),
         cmocka_unit_test(silent_connections_disturb_nobody_and_are_ended),
+        cmocka_unit_test(half_sent_messages_are_ended_also_after_they_waited_for_room),
         cmocka_unit_test(a_client_that_breaks_off_leaves_nothing),
         cmocka_unit_test(another_version_is_told_both),
         cmocka_unit_test(unread_answers_hold_nobody_up),

@@ -151,9 +151,8 @@ static progress begin_content(ts_nng_server *t, connection *c)
     if (room) {
         h->request_bytes += bytes;
     } else {
-        c->paused = true;
+        c->paused = true; /* and has its time anew when it is read on: is_held */
         h->paused++;
-        c->deadline_ms = 0; /* it isn't the client that is slow */
     }
     pthread_mutex_unlock(&t->lock);
     if (!room)

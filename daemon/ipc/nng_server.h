@@ -15,7 +15,8 @@
  *   messages a turn, and no more while the engine has yet to begin 4 of its requests.
  * - All requests of a uid that are in progress take TS_UID_BYTES; its answers that wait as much.
  * - A connection has `idle_ms` for its greeting, for each message, for reading an answer, and to
- *   open a session (again, when that has ended).
+ *   open a session (again, when that has ended). One that is left unread for its user's other
+ *   messages has them anew when it is read on.
  * - The connections of each uid and of all are limited; the last ones are for operators
  *   (peer_limits.h).
  *

@@ -62,7 +62,7 @@ struct connection {
     bool told_off;        /* why it was turned away */
     uint32_t requests;    /* in progress */
     uint64_t deadline_ms; /* of the greeting or message that has begun to come; 0: none has */
-    uint64_t held_ms;     /* when it was last left unread while its user's others had their turn */
+    uint64_t held_ms;     /* when it was last left unread for its user's other messages */
     uint64_t unread_ms;   /* since when the first unsent answer waits */
     unsent *first_unsent, **last_unsent;
     /* what has come of a greeting or a message */
