@@ -15,10 +15,10 @@ static const ts_memory_ops *host_ops;
 static ts_memory_ops memory_ops; /* the host's, on a device that can be lost */
 static ts_gpu *memory_gpu;       /* of all memory: a process has one device at a time */
 
-static ts_status renew(ts_memory *m, uint32_t slab, bool clients_write, char *why, size_t why_bytes)
+static ts_status renew(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
     ts_status status = fake_gpu_ask_for_memory(memory_gpu, why, why_bytes);
-    return status != TS_OK ? status : host_ops->renew(m, slab, clients_write, why, why_bytes);
+    return status != TS_OK ? status : host_ops->renew(m, slab, why, why_bytes);
 }
 
 static ts_status adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_t why_bytes)

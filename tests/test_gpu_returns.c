@@ -107,12 +107,10 @@ static void a_slab_that_goes_to_another_user_is_asked_back(void **state)
     service_stop(engine);
 }
 
-static ts_status no_memory(ts_memory *m, uint32_t slab, bool clients_write, char *text,
-                           size_t text_bytes)
+static ts_status no_memory(ts_memory *m, uint32_t slab, char *text, size_t text_bytes)
 {
     (void)m;
     (void)slab;
-    (void)clients_write;
     snprintf(text, text_bytes, "there is no memory");
     return TS_ENOMEM;
 }

@@ -61,6 +61,7 @@ static void tenant_a(const char *url, const char *pipes)
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     assert_int_equal(open(path, O_RDWR), -1); /* not even its own for writing */
     assert_int_equal(errno, EACCES);
+    assert_int_equal(fchmod(fd, 0600), -1);
     assert_ptr_equal(mmap(NULL, reply.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0),
                      MAP_FAILED);
     void *map = mmap(NULL, reply.bytes, PROT_READ, MAP_SHARED, fd, 0);
@@ -222,30 +223,98 @@ static void a_slab_is_wiped_before_the_next_tenant_gets_it(void **state)
     daemon_stop(&d);
 }
 
-static void a_pool_that_clients_may_not_write_is_sealed_even_against_root(void **state)
+/* ---- descriptors that are kept ---- */
+
+#define KEPT_SLABS 16 /* of POOL_RO: all that it has */
+
+/* Takes the whole pool, notes its slabs' descriptors where they are wanted, and frees all. */
+static void take_all(ts_pool *p, int *fds)
+{
+    ts_seq seq;
+    ts_step *step;
+    ts_handle_reply reply;
+    uint32_t n = 64 * 4;
+    assert_int_equal(p->num_slabs, KEPT_SLABS);
+    OK(ts_seq_create(p, 1, &seq));
+    OK(ts_step_begin(p, &seq, &n, 1, NULL, &step));
+    for (uint32_t i = 0; fds != NULL && i < KEPT_SLABS; i++)
+        OK(ts_handle_get(p->client, TS_HANDLE_SLAB, p->index, i, false, &reply, &fds[i]));
+    OK(ts_step_abort(step));
+    OK(ts_seq_free(p, &seq, 1));
+}
+
+/* How much memory is behind the descriptors. */
+static uint64_t memory_of(const int *fds)
+{
+    uint64_t bytes = 0;
+    for (int i = 0; i < KEPT_SLABS; i++) {
+        struct stat about;
+        assert_int_equal(fstat(fds[i], &about), 0);
+        bytes += (uint64_t)about.st_blocks * 512;
+    }
+    return bytes;
+}
+
+static void close_all(const int *fds)
+{
+    for (int i = 0; i < KEPT_SLABS; i++)
+        close(fds[i]);
+}
+
+/* Worker: takes the whole pool and lets go of it. */
+static void passer_by(const char *url, const char *argument)
+{
+    (void)argument;
+    become(UID_B);
+    ts_client *c = connect_url(url);
+    ts_pool *p = open_pool(c, "ro", 0);
+    take_all(p, NULL);
+    ts_pool_close(p);
+    ts_disconnect(c);
+}
+
+static void order(ts_client *c, Tspb__Request *request)
+{
+    Tspb__Reply *reply;
+    ts_status status = ts_call(c, request, &reply);
+    if (status != TS_OK)
+        fail_msg("%s", ts_error(c));
+    tspb__reply__free_unpacked(reply, NULL);
+}
+
+static void whoever_keeps_descriptors_keeps_no_memory(void **state)
 {
     (void)state;
     if (getuid() != 0)
         skip();
     daemon_process d;
-    ts_handle_reply reply;
-    ts_seq seq;
-    int fd;
-    char path[64];
-    daemon_start(&d, POOL_RO);
+    int fds[KEPT_SLABS];
+    daemon_start_with(&d, POOL_RO, (const char *const[]){"--set", "socket_mode=0666", NULL});
     ts_client *c = connect_to(&d);
     ts_pool *p = open_pool(c, "ro", 0);
-    write_token(p, &seq);
-    OK(ts_handle_get(c, TS_HANDLE_SLAB, p->index, 0, false, &reply, &fd));
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    int again = open(path, O_RDWR); /* file modes don't stop root */
-    assert_true(again >= 0);
-    assert_ptr_equal(mmap(NULL, reply.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, again, 0),
-                     MAP_FAILED);
-    assert_int_equal(write(again, "x", 1), -1);
-    close(again);
-    close(fd);
+    take_all(p, fds);
+    const uint64_t all = memory_of(fds);
+    assert_true(all >= KEPT_SLABS * 4096);
+    join_child(spawn("passer-by", d.url, "")); /* the slabs become another tenant's */
+    assert_int_equal(memory_of(fds), 0);
+    close_all(fds);
+    take_all(p, fds);
+    Tspb__AdminPoolResize resize = TSPB__ADMIN_POOL_RESIZE__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE;
+    request.admin_pool_resize = &resize;
+    resize.pool = ts_unconst("ro");
+    resize.memory = ts_unconst("32K");
+    order(c, &request);
+    assert_int_equal(memory_of(fds), all / 2);
     ts_pool_close(p);
+    Tspb__AdminPoolDelete delete = TSPB__ADMIN_POOL_DELETE__INIT;
+    request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
+    request.admin_pool_delete = &delete;
+    delete.pool = ts_unconst("ro");
+    order(c, &request);
+    assert_int_equal(memory_of(fds), 0);
+    close_all(fds);
     ts_disconnect(c);
     daemon_stop(&d);
 }
@@ -285,14 +354,14 @@ int main(int argc, char **argv)
 {
     static const worker_role roles[] = {
         {"a", tenant_a},      {"b", tenant_b},        {"former", former_owner},
-        {"next", next_owner}, {"stranger", stranger},
+        {"next", next_owner}, {"stranger", stranger}, {"passer-by", passer_by},
     };
     if (argc == 4)
         return run_role(argv, roles, sizeof roles / sizeof *roles);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(neither_of_two_uids_reaches_the_others_slabs),
         cmocka_unit_test(a_slab_is_wiped_before_the_next_tenant_gets_it),
-        cmocka_unit_test(a_pool_that_clients_may_not_write_is_sealed_even_against_root),
+        cmocka_unit_test(whoever_keeps_descriptors_keeps_no_memory),
         cmocka_unit_test(who_may_not_connect_is_told_why),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

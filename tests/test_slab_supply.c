@@ -16,22 +16,21 @@ static sem_t go_on;
 static atomic_bool held, failing;
 static atomic_uint renewals, drops;
 
-static ts_status renew(ts_memory *m, uint32_t slab, bool clients_write, char *text,
-                       size_t text_bytes)
+static ts_status renew(ts_memory *m, uint32_t slab, char *text, size_t text_bytes)
 {
     atomic_fetch_add(&renewals, 1);
     while (atomic_load(&held) && sem_wait(&go_on) != 0)
         ;
     if (!atomic_load(&failing))
-        return below->renew(m, slab, clients_write, text, text_bytes);
+        return below->renew(m, slab, text, text_bytes);
     snprintf(text, text_bytes, "there is no memory");
     return TS_ENOMEM;
 }
 
-static void drop_slab(ts_memory *m, uint32_t slab)
+static ts_status drop_slab(ts_memory *m, uint32_t slab, char *text, size_t text_bytes)
 {
     atomic_fetch_add(&drops, 1);
-    below->drop(m, slab);
+    return below->drop(m, slab, text, text_bytes);
 }
 
 static void let_go(void)

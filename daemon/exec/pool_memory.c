@@ -367,8 +367,7 @@ static ts_status lose_slab(ts_exec *x, uint32_t pool, uint32_t slab, uint64_t *l
     ts_exec_apply(x, &(ts_command){.op = TS_OP_SLAB_LOST, .pool = pool, .slab_grant.slab = slab},
                   &answer);
     *lost += answer.dropped;
-    ts_status status = ts_memory_renew(
-        x->memory[pool], slab, p->config.client_write != TS_CLIENT_WRITE_NONE, why, why_bytes);
+    ts_status status = ts_memory_renew(x->memory[pool], slab, why, why_bytes);
     if (status != TS_OK)
         return status;
     const ts_stored_slab next = {x->memory[pool], pool, slab, p->books.slabs[slab].generation};
@@ -538,10 +537,10 @@ ts_status ts_pool_memory_resize(ts_exec *x, uint32_t pool, uint32_t num_blocks, 
     ts_exec_apply(x, &command, answer);
     for (uint32_t i = p->books.num_slabs; answer->status == TS_OK && i < before; i++) {
         ts_exec_slab_goes(x, pool, i);
-        ts_stored_slab_forget(x->store,
-                              &(ts_stored_slab){memory, pool, i, p->books.slabs[i].generation});
+        const ts_stored_slab slab = {memory, pool, i, p->books.slabs[i].generation};
+        ts_stored_slab_forget(x->store, &slab);
         ts_block_sums_leave_slab(x->sums, pool, i);
-        ts_memory_drop(memory, i);
+        ts_slab_drop(&slab);
     }
     return answer->status;
 }
@@ -570,14 +569,16 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_caller *by, 
     for (uint32_t i = 0; i < slabs; i++)
         generations[i] = p->books.slabs[i].generation;
     ts_exec_apply(x, &command, answer);
-    for (uint32_t i = 0; i < slabs && answer->status == TS_OK; i++)
-        ts_stored_slab_forget(x->store,
-                              &(ts_stored_slab){x->memory[pool], pool, i, generations[i]});
+    for (uint32_t i = 0; i < x->memory[pool]->num_slabs && answer->status == TS_OK; i++)
+        ts_exec_slab_goes(x, pool, i);
+    for (uint32_t i = 0; i < slabs && answer->status == TS_OK; i++) {
+        const ts_stored_slab slab = {x->memory[pool], pool, i, generations[i]};
+        ts_stored_slab_forget(x->store, &slab);
+        ts_slab_drop(&slab); /* freed with the pool, it would stay for whoever maps it */
+    }
     free(generations);
     if (answer->status != TS_OK)
         return answer->status;
-    for (uint32_t i = 0; i < x->memory[pool]->num_slabs; i++)
-        ts_exec_slab_goes(x, pool, i);
     ts_block_sums_remove(x->sums, pool);
     ts_memory_free(x->memory[pool]);
     x->memory[pool] = NULL;

@@ -3,7 +3,6 @@
 #include "block_sums.h"
 #include "cgroup.h"
 #include "log.h"
-#include "stored_memory.h"
 
 #include <stdlib.h>
 #include <sys/prctl.h>
@@ -22,23 +21,29 @@ typedef struct ts_slab_supply {
     /* The slab, which is the thread's while it is ordered, and whom it is for. */
     ts_stored_slab slab;
     uint32_t tenant;
-    bool clients_write;
     ts_status status;
     char why[TS_MESSAGE_BYTES];
     uint64_t failed; /* bit i: pool i's memory couldn't be had */
 } ts_slab_supply;
+
+void ts_slab_drop(const ts_stored_slab *s)
+{
+    char why[TS_MESSAGE_BYTES];
+    if (ts_memory_drop(s->memory, s->slab, why, sizeof why) != TS_OK)
+        ts_log(TS_LOG_ERROR, "the memory of pool %u's slab %u stays: %s", s->pool, s->slab, why);
+}
 
 /* ---- the thread ---- */
 
 static void make_ordered(ts_slab_supply *s)
 {
     ts_memory *memory = s->slab.memory;
-    s->status = ts_memory_renew(memory, s->slab.slab, s->clients_write, s->why, sizeof s->why);
+    s->status = ts_memory_renew(memory, s->slab.slab, s->why, sizeof s->why);
     if (s->status != TS_OK)
         return;
     s->status = ts_stored_slab_put(s->exec->store, &s->slab, s->why, sizeof s->why);
     if (s->status != TS_OK)
-        ts_memory_drop(memory, s->slab.slab);
+        ts_slab_drop(&s->slab);
 }
 
 static void *supply_main(void *arg)
@@ -91,7 +96,7 @@ static void take_in(ts_slab_supply *s)
     if (granted.status == TS_OK)
         return;
     ts_stored_slab_forget(x->store, &s->slab);
-    ts_memory_drop(s->slab.memory, slab);
+    ts_slab_drop(&s->slab);
 }
 
 /* Waits until nothing is under way, and takes in what was. False: nothing was. */
@@ -159,7 +164,6 @@ static bool order(ts_exec *x, uint32_t pool, uint32_t tenant)
         s->slab =
             (ts_stored_slab){x->memory[pool], pool, slab, p->books.slabs[slab].generation + 1};
         s->tenant = tenant;
-        s->clients_write = p->config.client_write != TS_CLIENT_WRITE_NONE;
         s->state = ORDERED;
         pthread_cond_broadcast(&s->changed);
     }
@@ -200,7 +204,7 @@ static ts_status store_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why,
     if (status == TS_OK)
         return TS_OK;
     if (slab == p->books.ungranted) { /* nobody's */
-        ts_memory_drop(memory, slab);
+        ts_slab_drop(&next);
         return status;
     }
     ts_stored_slab_forget(x->store, &now); /* it is empty, and has made room */
@@ -222,9 +226,7 @@ static ts_status make_slab(ts_exec *x, uint32_t pool, uint32_t slab, char *why, 
     if (x->gpu_of[pool] == NULL && !ts_cgroup_allows(memory->export_bytes, why, why_bytes))
         return TS_ENOMEM;
     ts_block_sums_leave_slab(x->sums, pool, slab);
-    ts_status status = ts_memory_renew(
-        memory, slab, x->engine->pools[pool].config.client_write != TS_CLIENT_WRITE_NONE, why,
-        why_bytes);
+    ts_status status = ts_memory_renew(memory, slab, why, why_bytes);
     if (status != TS_OK)
         return status;
     if (x->slabs != NULL) /* it can be had again */

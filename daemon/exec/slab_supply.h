@@ -13,11 +13,16 @@
 #define TS_SLAB_SUPPLY_H
 
 #include "exec.h"
+#include "stored_memory.h"
 
 /* ts_exec_apply, finding memory for slabs until the command has enough. TS_NEED_SWEEP: it must wait
  * for what is freed bit by bit, or for a slab, and be applied again when `resumed` is called. A
  * call that was answered before the daemon was restarted gets that answer again. */
 void ts_exec_supply(ts_exec *exec, ts_command *command, ts_answer *answer);
+
+/* Gives the slab's memory back (ts_memory_drop). The log says where that fails. Thread: also the
+ * supply's. */
+void ts_slab_drop(const ts_stored_slab *slab);
 
 /* Waits for the slab that is under way, and grants it. False: there was none. */
 bool ts_slab_supply_finish(ts_exec *exec);

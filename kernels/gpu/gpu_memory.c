@@ -98,10 +98,8 @@ static void set_fd(memory_vmm *vmm, uint32_t slab, int fd)
     vmm->fds[slab] = fd;
 }
 
-static ts_status vmm_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
-                           size_t why_bytes)
+static ts_status vmm_renew(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
-    (void)clients_write; /* the importer decides: see the top of this file */
     memory_vmm *vmm = (memory_vmm *)m;
     const ts_gpu_driver *d = &vmm->gpu->driver;
     CUdeviceptr at = (CUdeviceptr)m->base + slab * m->slab_bytes;
@@ -175,17 +173,23 @@ static ts_status vmm_adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_
     return TS_OK;
 }
 
-static void vmm_drop(ts_memory *m, uint32_t slab)
+static ts_status vmm_drop(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
     memory_vmm *vmm = (memory_vmm *)m;
-    char why[TS_GPU_WHY_BYTES];
-    if (vmm->handles[slab] == 0 || ts_gpu_enter(vmm->gpu, why, sizeof why) != TS_OK)
-        return;
+    if (vmm->handles[slab] == 0)
+        return TS_OK;
+    ts_status status = ts_gpu_enter(vmm->gpu, why, why_bytes);
+    if (status != TS_OK)
+        return status;
     const ts_gpu_driver *d = &vmm->gpu->driver;
-    (void)d->mem_unmap((CUdeviceptr)m->base + slab * m->slab_bytes, vmm->physical_bytes);
-    (void)d->mem_release(vmm->handles[slab]);
+    CUresult error = d->mem_unmap((CUdeviceptr)m->base + slab * m->slab_bytes, vmm->physical_bytes);
+    if (error == CUDA_SUCCESS)
+        error = d->mem_release(vmm->handles[slab]);
     vmm->handles[slab] = 0;
     set_fd(vmm, slab, -1);
+    return error == CUDA_SUCCESS ? TS_OK
+                                 : ts_gpu_fail_driver(vmm->gpu, error, "giving device memory back",
+                                                      vmm->physical_bytes, why, why_bytes);
 }
 
 static ts_status vmm_export_slab(ts_memory *m, uint32_t slab, bool writable, int *fd, char *why,
@@ -292,11 +296,9 @@ typedef struct memory_ipc {
 
 _Static_assert(sizeof(cudaIpcMemHandle_t) == TS_IPC_HANDLE_BYTES, "what goes into messages");
 
-static ts_status ipc_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
-                           size_t why_bytes)
+static ts_status ipc_renew(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
     (void)slab;
-    (void)clients_write;
     memory_ipc *ipc = (memory_ipc *)m;
     if (!ipc->granted) { /* zeroed when it was made */
         ipc->granted = true;

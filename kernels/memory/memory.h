@@ -21,8 +21,9 @@ typedef struct ts_memory ts_memory;
 
 typedef struct ts_memory_ops {
     const char *name;
-    ts_status (*renew)(ts_memory *, uint32_t slab, bool clients_write, char *why, size_t why_bytes);
-    void (*drop)(ts_memory *, uint32_t slab); /* NULL: it keeps what it has */
+    ts_status (*renew)(ts_memory *, uint32_t slab, char *why, size_t why_bytes);
+    ts_status (*drop)(ts_memory *, uint32_t slab, char *why,
+                      size_t why_bytes); /* NULL: it keeps what it has */
     ts_status (*export_fd)(ts_memory *, uint32_t slab, bool writable, int *fd, char *why,
                            size_t why_bytes);
     ts_status (*adopt)(ts_memory *, uint32_t slab, int fd, char *why,
@@ -49,14 +50,11 @@ ts_status ts_memory_host_new(uint32_t num_slabs, size_t slab_bytes, ts_memory **
 
 /*
  * Gives the slab new memory, all zero. Host memory: the old memory is given back to the system at
- * once, even if another process still maps it, and with clients_write false the new can never be
- * mapped writable by another process, unless it outlives this one: then it can by the daemon's user
- * alone, by mode 0400. TS_ENOMEM leaves the slab as it was.
+ * once, even if another process still maps it. TS_ENOMEM leaves the slab as it was.
  */
-static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
-                                        size_t why_bytes)
+static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
-    return m->ops->renew(m, slab, clients_write, why, why_bytes);
+    return m->ops->renew(m, slab, why, why_bytes);
 }
 
 /*
@@ -66,14 +64,16 @@ static inline ts_status ts_memory_renew(ts_memory *m, uint32_t slab, bool client
  */
 ts_status ts_memory_adopt(ts_memory *memory, uint32_t slab, int fd, char *why, size_t why_bytes);
 
-/* Gives the slab's memory back, as far as nobody else maps it; it can be renewed. */
-static inline void ts_memory_drop(ts_memory *m, uint32_t slab)
+/* Gives the slab's memory back: a GPU's as far as nobody else maps it, the host's in any case. The
+ * slab can be renewed, also after an error, which is told in `why`. */
+__attribute__((warn_unused_result)) static inline ts_status
+ts_memory_drop(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
-    if (m->ops->drop != NULL)
-        m->ops->drop(m, slab);
+    return m->ops->drop == NULL ? TS_OK : m->ops->drop(m, slab, why, why_bytes);
 }
 
-/* A new descriptor of the slab's memory, read-only unless `writable`; the caller closes it. */
+/* A new descriptor of the slab's memory, which the caller closes. Read-only unless `writable`: of
+ * host memory only the daemon's user and root can make it more. */
 static inline ts_status ts_memory_export(ts_memory *m, uint32_t slab, bool writable, int *fd,
                                          char *why, size_t why_bytes)
 {

@@ -1,8 +1,11 @@
 /*
  * Slabs as memfds. The size is sealed, so no holder of a descriptor can shrink the file under the
  * daemon. The file's mode is 0400: a receiver that is neither the daemon's user nor root can't open
- * its read-only descriptor again for writing through /proc; where clients may not write at all,
- * F_SEAL_FUTURE_WRITE forbids it to everybody.
+ * its read-only descriptor again for writing through /proc.
+ *
+ * F_SEAL_FUTURE_WRITE, which forbids writing to everybody, isn't used: it forbids to free pages,
+ * too. A client that keeps a descriptor or a mapping would keep the pages of slabs that aren't its
+ * any more, and so any amount of the daemon's memory.
  *
  * Their pages lie on all NUMA nodes in turn. Whoever takes them all at once would have them on its
  * own node otherwise, and all processors would read from there.
@@ -24,10 +27,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#ifndef F_SEAL_FUTURE_WRITE
-#define F_SEAL_FUTURE_WRITE 0x0010
-#endif
-
 typedef struct memory_host {
     ts_memory memory;
     int fds[]; /* -1: not backed */
@@ -41,13 +40,14 @@ static ts_status fail(ts_status status, char *why, size_t why_bytes, const char 
     return status;
 }
 
-/* A memfd of `bytes` that nobody else may open for writing, its size not sealed yet. */
+/* A memfd of `bytes`, which stay its size, that nobody else may open for writing. */
 static int memfd_new(const char *name, size_t bytes)
 {
     int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return -1;
-    if (fchmod(fd, 0400) != 0 || ftruncate(fd, (off_t)bytes) != 0) {
+    if (fchmod(fd, 0400) != 0 || ftruncate(fd, (off_t)bytes) != 0 ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
         int saved = errno;
         close(fd);
         errno = saved;
@@ -73,8 +73,15 @@ static void interleave(int fd, size_t bytes)
     munmap(address, bytes);
 }
 
-static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, char *why,
-                            size_t why_bytes)
+/* Gives the file's pages back to the system, whoever has it open or mapped. */
+static ts_status give_pages_back(int fd, size_t bytes, char *why, size_t why_bytes)
+{
+    if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes) == 0)
+        return TS_OK;
+    return fail(TS_ENOMEM, why, why_bytes, "giving a slab back", bytes);
+}
+
+static ts_status host_renew(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
     memory_host *host = (memory_host *)m;
     int fd = memfd_new("tinyserve-slab", m->slab_bytes);
@@ -96,26 +103,15 @@ static ts_status host_renew(ts_memory *m, uint32_t slab, bool clients_write, cha
         close(fd);
         return status;
     }
-    /* Our own writable mapping comes before the seal, so it stays. */
-    const bool forbid = !clients_write && !m->outlives; /* the next daemon has to map it */
-    int seals = F_SEAL_SHRINK | F_SEAL_GROW | (forbid ? F_SEAL_FUTURE_WRITE : 0) | F_SEAL_SEAL;
-    int sealed = fcntl(fd, F_ADD_SEALS, seals);
-    if (sealed != 0 && forbid) /* before Linux 5.1 there is no FUTURE_WRITE */
-        sealed = fcntl(fd, F_ADD_SEALS, seals & ~F_SEAL_FUTURE_WRITE);
-    if (sealed != 0) {
-        ts_status status = fail(TS_ENOMEM, why, why_bytes, "sealing a slab", m->slab_bytes);
-        /* The old mapping is gone already: map the old file back, or leave the range reserved. */
-        if (host->fds[slab] >= 0)
-            (void)mmap(address, m->slab_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-                       host->fds[slab], 0);
-        close(fd);
+    const int old = host->fds[slab];
+    ts_status status = old < 0 ? TS_OK : give_pages_back(old, m->slab_bytes, why, why_bytes);
+    if (status != TS_OK && mmap(address, m->slab_bytes, PROT_READ | PROT_WRITE,
+                                MAP_SHARED | MAP_FIXED, old, 0) != MAP_FAILED) {
+        close(fd); /* it is as it was */
         return status;
     }
-    if (host->fds[slab] >= 0) {
-        (void)fallocate(host->fds[slab], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
-                        (off_t)m->slab_bytes);
-        close(host->fds[slab]);
-    }
+    if (old >= 0)
+        close(old);
     host->fds[slab] = fd;
     return TS_OK;
 }
@@ -156,17 +152,20 @@ ts_status ts_memory_adopt(ts_memory *m, uint32_t slab, int fd, char *why, size_t
     return TS_EDEVICE;
 }
 
-static void host_drop(ts_memory *m, uint32_t slab)
+static ts_status host_drop(ts_memory *m, uint32_t slab, char *why, size_t why_bytes)
 {
     memory_host *host = (memory_host *)m;
     if (host->fds[slab] < 0)
-        return;
-    (void)mmap(m->base + (size_t)slab * m->slab_bytes, m->slab_bytes, PROT_NONE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    (void)fallocate(host->fds[slab], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
-                    (off_t)m->slab_bytes);
+        return TS_OK;
+    ts_status status = give_pages_back(host->fds[slab], m->slab_bytes, why, why_bytes);
+    if (mmap(m->base + (size_t)slab * m->slab_bytes, m->slab_bytes, PROT_NONE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+        status = fail(TS_ENOMEM, why, why_bytes, "unmapping a slab", m->slab_bytes);
+    if (status != TS_OK)
+        return status;
     close(host->fds[slab]);
     host->fds[slab] = -1;
+    return TS_OK;
 }
 
 static ts_status host_export(ts_memory *m, uint32_t slab, bool writable, int *fd, char *why,
@@ -242,11 +241,8 @@ ts_status ts_memory_shared_new(const char *name, size_t bytes, int *fd, void **a
     if (*fd < 0)
         return fail(TS_ENOMEM, why, why_bytes, "memfd", bytes);
     *address = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-    if (*address == MAP_FAILED ||
-        fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+    if (*address == MAP_FAILED) {
         ts_status status = fail(TS_ENOMEM, why, why_bytes, "mapping shared memory", bytes);
-        if (*address != MAP_FAILED)
-            munmap(*address, bytes);
         close(*fd);
         return status;
     }

@@ -64,7 +64,7 @@ static inline void device_problem_upload(device_problem *d, shape s, variety v)
     d->q_bytes = d->p.q_elements * e;
     d->kv_bytes = d->p.kv_elements * e;
     OK(ts_memory_cuda_vmm_new(gpu, 1, d->p.cache_bytes, &d->memory, why, sizeof why));
-    OK(ts_memory_renew(d->memory, 0, false, why, sizeof why));
+    OK(ts_memory_renew(d->memory, 0, why, sizeof why));
     to_device(d->memory->base, d->p.cache, d->p.cache_bytes);
     unsigned char **to[] = {&d->q, &d->k, &d->v, &d->out};
     unsigned char *from[] = {d->p.q, d->p.k, d->p.v, NULL};

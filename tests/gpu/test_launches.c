@@ -397,7 +397,7 @@ static void do_share_malloc(device_problem *d)
 static void do_renew(device_problem *d)
 {
     int fd;
-    OK(ts_memory_renew(d->memory, 0, false, why, sizeof why));
+    OK(ts_memory_renew(d->memory, 0, why, sizeof why));
     OK(ts_memory_export(d->memory, 0, false, &fd, why, sizeof why));
     close(fd);
 }
@@ -472,7 +472,7 @@ static void more_memory_than_there_is_is_refused_with_the_numbers(void **state)
     assert_string_equal(
         why, "taking device memory of 1099511627776 bytes failed: cudaErrorMemoryAllocation");
     OK(ts_memory_cuda_vmm_new(gpu, 1, bytes, &m, why, sizeof why)); /* addresses alone */
-    assert_int_equal(ts_memory_renew(m, 0, false, why, sizeof why), TS_ENOMEM);
+    assert_int_equal(ts_memory_renew(m, 0, why, sizeof why), TS_ENOMEM);
     assert_string_equal(
         why, "taking device memory of 1099511627776 bytes failed: CUDA_ERROR_OUT_OF_MEMORY");
     ts_memory_free(m);
@@ -488,7 +488,7 @@ static void a_renewed_slab_is_wiped(void **state)
     unsigned char *host = malloc(bytes), *zero = calloc(1, bytes);
     OK(ts_memory_cuda_vmm_new(gpu, 3, bytes, &m, why, sizeof why));
     for (int round = 0; round < 2; round++) {
-        OK(ts_memory_renew(m, 1, false, why, sizeof why));
+        OK(ts_memory_renew(m, 1, why, sizeof why));
         CUDA_OK(cudaMemcpy(host, m->base + bytes, bytes, cudaMemcpyDeviceToHost));
         assert_memory_equal(host, zero, bytes);
         CUDA_OK(cudaMemset(m->base + bytes, 0xab, bytes));

@@ -318,7 +318,7 @@ static int measure_all(const bench_options *o, const bench_shape *shapes, uint32
     if (threads == NULL || a == NULL)
         snprintf(why, why_bytes, "no memory or threads");
     else if (ts_memory_host_new(1, m.size, &slab, why, why_bytes) == TS_OK &&
-             ts_memory_renew(slab, 0, true, why, why_bytes) == TS_OK) {
+             ts_memory_renew(slab, 0, why, why_bytes) == TS_OK) {
         m.bytes = slab->base;
         code = 0;
         if (!o->json)
