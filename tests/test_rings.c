@@ -3,9 +3,11 @@
 #include "ring_util.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 
 static void a_begin_that_is_too_large_for_a_ring_goes_as_a_message(void **state)
 {
@@ -325,6 +327,81 @@ static void rings_that_cannot_grow_stay(void **state)
     daemon_stop(&d);
 }
 
+/* ---- a doorbell that doesn't come ---- */
+
+static ts_client *grower; /* whose rings' memory is being filled, and whose doorbell won't come */
+static enum no_doorbell { TOO_LATE, NO_DESCRIPTOR } why_none;
+static bool asks; /* for the doorbell */
+static struct rlimit files;
+
+/* The library's: memory that the rings lie in is taken. */
+int fallocate(int fd, int mode, off_t at, off_t bytes)
+{
+    if (grower != NULL && !asks) {
+        asks = true;
+        if (why_none == TOO_LATE)
+            grower->timeout_ms = 20;
+        else
+            assert_int_equal(setrlimit(RLIMIT_NOFILE, &(struct rlimit){1, files.rlim_max}), 0);
+    }
+    return (int)syscall(SYS_fallocate, fd, mode, at, bytes);
+}
+
+/* The library's: the doorbell's answer is there, and isn't seen before the call's time is over. */
+int poll(struct pollfd *fds, nfds_t n, int timeout)
+{
+    const struct timespec time = {timeout / 1000, timeout % 1000 * 1000000};
+    struct pollfd *volatile asked = fds; /* which the compiler takes for an answer alone */
+    const bool hides = asks && why_none == TOO_LATE && asked->fd == grower->handle_fd;
+    const int ready = ppoll(fds, n, timeout < 0 || hides ? NULL : &time, NULL);
+    if (!hides)
+        return ready;
+    grower->timeout_ms = 120000; /* of what comes next */
+    return 0;
+}
+
+/* The daemon has the larger rings, and the client doesn't get their doorbell. */
+static void rings_without_a_doorbell_are_not_waited_for(void **state)
+{
+    (void)state;
+    static const ts_transport ways[] = {TS_TRANSPORT_AUTO, TS_TRANSPORT_RING};
+    daemon_process d;
+    daemon_start_with(&d, POOL_TINY ",blocks=16",
+                      (const char *const[]){"--pool",
+                                            "large:layers=6,kv_heads=2,head_dim=64,dtype=fp32"
+                                            ",blocks=20000,device=host",
+                                            NULL});
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
+    for (int i = 0; i < 4; i++) {
+        const bool by_ring = i % 2 == 1;
+        ts_client *c = connect_by(&d, ways[i % 2], 0, 0);
+        ts_pool *tiny = open_pool(c, "tiny", 0);
+        ts_seq seq, other;
+        why_none = i < 2 ? TOO_LATE : NO_DESCRIPTOR;
+        OK(ts_seq_create(tiny, 1, &seq));
+        assert_non_null(c->rings);
+        ts_pool *large = open_pool(c, "large", 0);
+        grower = c;
+        const ts_status status = ts_seq_create(large, 1, &other); /* or by message */
+        const ts_status expected = why_none == TOO_LATE ? TS_ETIMEOUT : TS_ENOMEM;
+        grower = NULL;
+        asks = false;
+        assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
+        assert_int_equal(status, by_ring ? expected : TS_OK);
+        assert_null(c->rings); /* the daemon doesn't hear the old ones any more */
+        if (!by_ring)
+            OK(ts_seq_free(large, &other, 1));
+        OK(ts_seq_create(large, 1, &other));
+        assert_int_equal(c->rings != NULL, by_ring || why_none == TOO_LATE);
+        OK(ts_seq_free(large, &other, 1));
+        OK(ts_seq_free(tiny, &seq, 1));
+        ts_pool_close(large);
+        ts_pool_close(tiny);
+        ts_disconnect(c);
+    }
+    daemon_stop(&d);
+}
+
 /* Worker: writes random words all over its rings and its exchange while the daemon reads them. */
 static void scribbler(const char *url, const char *argument)
 {
@@ -500,6 +577,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_client_that_takes_no_answers_is_not_heard_until_it_does),
         cmocka_unit_test(rings_grow_for_a_larger_pool_while_a_step_is_open),
         cmocka_unit_test(rings_that_cannot_grow_stay),
+        cmocka_unit_test(rings_without_a_doorbell_are_not_waited_for),
         cmocka_unit_test(counts_that_cannot_be_end_the_rings_and_not_the_session),
         cmocka_unit_test(a_doorbell_that_is_jammed_holds_up_nobody_else),
         cmocka_unit_test(a_client_that_scribbles_over_its_rings_harms_itself_alone),

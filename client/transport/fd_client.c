@@ -101,13 +101,15 @@ static ts_status ended(ts_client *c)
     return ts_fail(c, TS_ECONN, "the daemon at %s has ended the handle connection", c->path);
 }
 
-/* One request and its reply. The reply's status is the caller's to look at. */
+/* One request and its reply. The reply's status is the caller's to look at. After an error the
+ * reply is all 0, unless this request has one. */
 static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply *reply, int *fd)
 {
     uint64_t deadline_ms = ts_now_ms() + c->timeout_ms;
     ssize_t sent;
     bool cut;
     *fd = -1;
+    *reply = (ts_handle_reply){0};
     if (c->pid != getpid())
         return ts_not_ours(c);
     if (c->handle_fd < 0) {
@@ -138,7 +140,8 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
         }
         if (reply->tag == request->tag)
             break;
-        if (*fd >= 0) /* of a call that had run out of time */
+        *reply = (ts_handle_reply){0}; /* of a call that had run out of time */
+        if (*fd >= 0)
             close(*fd);
     }
     if (cut)

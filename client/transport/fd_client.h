@@ -8,7 +8,9 @@
 
 #include "client.h"
 
-/* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. */
+/* A descriptor from the handle socket; the caller's. pool and slab for TS_HANDLE_SLAB. After an
+ * error reply->status is TS_OK, unless the daemon has refused it: it may have done its part, or may
+ * do it yet. */
 ts_status ts_handle_get(ts_client *client, enum ts_handle_kind kind, uint32_t pool, uint32_t slab,
                         bool writable, ts_handle_reply *reply, int *fd);
 

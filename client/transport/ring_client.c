@@ -48,7 +48,8 @@ static void fill_in(ts_rings_memory *m, uint32_t max_blocks, uint32_t max_slabs,
 }
 
 /* Fills the memory, and takes the doorbell. The new rings take the place of those that are open, if
- * any are. */
+ * any are. An error leaves those, unless the daemon may have the new ones for all that: no answer
+ * came, or this process can't receive the doorbell. */
 static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slabs, uint32_t max_ids)
 {
     size_t bytes = ts_rings_bytes(max_blocks, max_slabs, max_ids);
@@ -61,11 +62,12 @@ static ts_status open_rings(ts_client *c, uint32_t max_blocks, uint32_t max_slab
     ts_rings_memory *m = memory;
     fill_in(m, max_blocks, max_slabs, max_ids);
     status = ts_handle_get(c, TS_HANDLE_DOORBELL, 0, 0, true, &reply, &bell);
+    if (status == TS_OK || reply.status == TS_OK) /* else the daemon keeps what it has */
+        ts_rings_close(c);
     if (status != TS_OK) {
         munmap(memory, bytes);
         return status;
     }
-    ts_rings_close(c);
     c->doorbell = bell;
     c->ring_blocks = max_blocks;
     c->ring_slabs = max_slabs;
@@ -204,8 +206,9 @@ ts_status ts_rings_use(ts_client *c, bool *use)
     *use = status == TS_OK;
     if (status != TS_OK && (c->transport == TS_TRANSPORT_RING || status == TS_ECONN))
         return status;
-    c->rings_lost = c->rings_lost || status != TS_OK; /* messages do the same */
-    c->error = last;
+    if (status != TS_OK && status != TS_ETIMEOUT) /* else they are tried at the next call */
+        c->rings_lost = true;
+    c->error = last; /* messages do the same */
     return TS_OK;
 }
 
