@@ -14,7 +14,9 @@
 #include "snapshot.h"
 #include "test_point.h"
 
+#include <semaphore.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <unistd.h>
 
 /* ---- a world with books ---- */
@@ -191,12 +193,31 @@ static void a_full_journal_makes_commands_wait(void **state)
 
 /* Where a command has no room in the journal: has the follower make room before anybody waits. */
 static ts_books *drained;
+/* Has the follower do nothing before that. */
+static atomic_bool follower_waits;
+static sem_t no_room;
 
 void ts_test_point(const char *name, unsigned what)
 {
     (void)what;
     if (drained != NULL && strcmp(name, "no room") == 0)
         ts_books_settle(drained, NULL, 60000);
+    if (follower_waits && strcmp(name, "follows") == 0)
+        while (sem_wait(&no_room) != 0)
+            ;
+    if (follower_waits && strcmp(name, "no room") == 0)
+        sem_post(&no_room);
+}
+
+/* Snapshots that there is no memory for, and how many were tried. */
+static atomic_bool no_snapshots;
+static atomic_uint tries;
+
+bool ts_test_fails(const char *name)
+{
+    const bool fails = atomic_load(&no_snapshots) && strcmp(name, "snapshot") == 0;
+    atomic_fetch_add(&tries, fails);
+    return fails;
 }
 
 static void room_that_is_made_before_anybody_waits_for_it_is_seen(void **state)
@@ -499,6 +520,93 @@ static void what_is_given_up_on_purpose_is_gone(void **state)
     clean_up(w, &s, e);
 }
 
+/* A world whose journal is full, and which has no memory for snapshots. */
+static world *fall_behind(shelf *s)
+{
+    ts_books_figures f;
+    world *w = world_with_books(s, 7);
+    standstill_after(120);
+    atomic_store(&no_snapshots, true);
+    do {
+        one_command(w);
+        ts_books_get_figures(s->books, &f);
+    } while (!f.behind);
+    for (uint32_t i = 0; i < 500; i++) /* nobody waits for memory */
+        one_command(w);
+    return w;
+}
+
+static bool are_behind(const shelf *s)
+{
+    ts_books_figures f;
+    ts_books_get_figures(s->books, &f);
+    return f.behind;
+}
+
+static void books_that_are_behind_are_not_taken_over(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX, .journal_bytes = 8192};
+    ts_books_start start;
+    world *w = fall_behind(&s);
+    atomic_store(&no_snapshots, false);
+    ts_books_close(s.books);
+    ts_engine *e = open_books(&s, &start);
+    alarm(0);
+    assert_false(start.restored || start.discarded);
+    assert_string_equal(start.why, "its journal was full, and it had no memory for a snapshot");
+    assert_true(place_of(&s.keeper, "failed.journal") < KEPT_MAX);
+    clean_up(w, &s, e);
+}
+
+static void books_that_are_behind_catch_up_when_there_is_memory(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX, .journal_bytes = 8192};
+    ts_books_start start;
+    ts_answer answer;
+    const ts_command command = {.op = TS_OP_DRAIN};
+    world *w = fall_behind(&s);
+    const unsigned before = atomic_load(&tries);
+    while (atomic_load(&tries) == before) /* until one was tried again, in vain */
+        one_command(w);
+    const uint64_t tried_ms = w->now;
+    for (uint32_t i = 0; i < 100; i++) /* in no time */
+        run(w, command, &answer);
+    assert_int_equal(atomic_load(&tries), before + 1);
+    atomic_store(&no_snapshots, false);
+    run(w, command, &answer);
+    assert_true(are_behind(&s));
+    while (are_behind(&s))
+        one_command(w);
+    alarm(0);
+    assert_true(w->now >= tried_ms + TS_BOOKS_RETRY_MS);
+    for (uint32_t i = 0; i < 100; i++)
+        one_command(w);
+    restart(w, &s, &start);
+    world_end(w, &s);
+}
+
+static void books_that_are_behind_are_settled_whole(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX, .journal_bytes = 8192};
+    ts_books_start start;
+    world *w = fall_behind(&s);
+    atomic_store(&no_snapshots, false);
+    ts_books_settle(s.books, w->e, 60000);
+    alarm(0);
+    assert_false(are_behind(&s));
+    ts_books_close(s.books);
+    ts_engine *before = w->e;
+    w->e = open_books(&s, &start);
+    assert_true(start.restored);
+    assert_int_equal(start.entries, 0);
+    assert_same_state(before, w->e);
+    ts_engine_free(before);
+    world_end(w, &s);
+}
+
 /* The follower comes to something else than the daemon did: the state itself is what counts. */
 static void a_follower_that_differs_is_overruled(void **state)
 {
@@ -513,6 +621,40 @@ static void a_follower_that_differs_is_overruled(void **state)
         ts_books_get_figures(s.books, &f);
     } while (f.snapshots < 3);
     restart(w, &s, &start);
+    world_end(w, &s);
+}
+
+/* The same while a command waits for room in the journal. The snapshot has what it did: a restart
+ * doesn't apply it again. */
+static void what_a_snapshot_has_in_place_of_the_journal_is_applied_once(void **state)
+{
+    (void)state;
+    shelf s = {.entries = UINT32_MAX, .journal_bytes = 8192};
+    ts_books_start start;
+    ts_books_figures f, before;
+    ts_answer answer;
+    uint64_t each;
+    standstill_after(120);
+    assert_int_equal(sem_init(&no_room, 0, 0), 0);
+    atomic_store(&follower_waits, true);
+    world *w = world_with_books(&s, 3);
+    const uint64_t session = session_new(w->e, 1000);
+    spoil_digest(&s);
+    do { /* to the journal's end */
+        ts_books_get_figures(s.books, &before);
+        run(w, (ts_command){.op = TS_OP_DRAIN}, &answer);
+        ts_books_get_figures(s.books, &f);
+        each = f.journal_used - before.journal_used;
+    } while (f.journal_bytes - f.journal_used >= each);
+    assert_int_equal(f.waits, 0);
+    run(w, (ts_command){.op = TS_OP_SEQ_CREATE, .session = session, .seq_create = {.count = 2}},
+        &answer);
+    assert_int_equal(answer.status, TS_OK);
+    ts_books_get_figures(s.books, &f);
+    assert_int_equal(f.waits, 1);
+    atomic_store(&follower_waits, false);
+    restart(w, &s, &start);
+    alarm(0);
     world_end(w, &s);
 }
 
@@ -579,6 +721,9 @@ int main(void)
         cmocka_unit_test(what_a_restart_finds_is_what_there_was),
         cmocka_unit_test(a_full_journal_makes_commands_wait),
         cmocka_unit_test(room_that_is_made_before_anybody_waits_for_it_is_seen),
+        cmocka_unit_test(books_that_are_behind_are_not_taken_over),
+        cmocka_unit_test(books_that_are_behind_catch_up_when_there_is_memory),
+        cmocka_unit_test(books_that_are_behind_are_settled_whole),
         cmocka_unit_test(a_snapshot_that_was_changed_is_set_aside),
         cmocka_unit_test(a_snapshot_whose_index_has_another_size_isnt_read),
         cmocka_unit_test(a_journal_of_another_format_is_set_aside),
@@ -589,6 +734,7 @@ int main(void)
         cmocka_unit_test(three_attempts_that_fail_are_enough),
         cmocka_unit_test(what_is_given_up_on_purpose_is_gone),
         cmocka_unit_test(a_follower_that_differs_is_overruled),
+        cmocka_unit_test(what_a_snapshot_has_in_place_of_the_journal_is_applied_once),
         cmocka_unit_test(runs_on_a_stream_are_what_they_were),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

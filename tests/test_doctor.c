@@ -242,6 +242,24 @@ static void memory_that_was_wrong_and_is_not_checked_is_told(void **state)
                  FINDING_WARNING, "nvidia-smi -q -d ECC");
 }
 
+static void books_that_are_behind_are_a_fault(void **state)
+{
+    (void)state;
+    findings f = {0};
+    Tspb__RestartStatus s = TSPB__RESTART_STATUS__INIT;
+    Tspb__StatusReply r = TSPB__STATUS_REPLY__INIT;
+    r.restart = &s;
+    s.holder = TSPB__RESTART_STATUS__HOLDER__SYSTEMD;
+    s.journaled = true;
+    doctor_store(&f, &r);
+    assert_int_equal(f.count, 1);
+    assert_int_equal(f.all[0].level, FINDING_OK);
+    s.behind = true;
+    f.count = 0;
+    doctor_store(&f, &r);
+    assert_found(&f, "a restart would begin with nothing", FINDING_FAULT, "MemoryMax=");
+}
+
 int main(void)
 {
 #define IN_ROOT(test) cmocka_unit_test_setup_teardown(test, make_root, remove_root)
@@ -253,6 +271,7 @@ int main(void)
         IN_ROOT(a_gpu_without_mps_and_a_gpu_without_a_pool_are_told),
         IN_ROOT(a_socket_that_is_none_or_open_to_all_is_told),
         cmocka_unit_test(memory_that_was_wrong_and_is_not_checked_is_told),
+        cmocka_unit_test(books_that_are_behind_are_a_fault),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -118,7 +118,14 @@ static void what_outlives_the_daemon_is_told(void **state)
         assert_non_null(strstr(text, "  store    held by a supervisor\n"));
         free(text);
     }
-    restart.took_over = false;
+    assert_null(strstr(text = printed(&r), "BEHIND"));
+    free(text);
+    restart.behind = true;
+    text = printed(&r);
+    assert_non_null(strstr(text, "  BEHIND: the journal is full, and there is no memory for a "
+                                 "snapshot:\n    a restart would begin with nothing\n"));
+    free(text);
+    restart.took_over = restart.behind = false;
     restart.failure = (char *)"a journal of version 9";
     text = printed(&r);
     assert_null(strstr(text, "restarts"));

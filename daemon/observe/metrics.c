@@ -166,6 +166,10 @@ static void write_restart(FILE *out, const Tspb__RestartStatus *r)
     single(out, "journal_waits_total", "counter",
            "Requests that waited for a snapshot, since the journal was full.",
            (double)r->journal_waits);
+    single(out, "journal_behind", "gauge",
+           "1 while the journal is full and there is no memory for a snapshot: a restart would "
+           "begin with nothing.",
+           r->behind);
     single(out, "snapshots_total", "counter", "Snapshots that this daemon made.", r->snapshots);
     single(out, "last_snapshot_size_bytes", "gauge", "Size of the last snapshot.",
            (double)r->snapshot_bytes);

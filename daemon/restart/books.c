@@ -43,6 +43,9 @@ struct ts_books {
     uint64_t entries;        /* put since the last time that the follower was woken */
     uint64_t entries_most;   /* ... before it is woken again; atomic */
     atomic_uint_fast64_t waits;
+    atomic_uint_fast64_t retry_ms; /* there was no memory for a snapshot; until then none is tried.
+                                    * By the engine's clock; 0: the last one was written */
+    atomic_bool behind;            /* books.h; the owner's to change */
     pthread_t thread;
     bool thread_runs;
     pthread_mutex_t writing; /* held by who writes a snapshot */
@@ -67,7 +70,7 @@ static double now_s(void)
 static unsigned char *map_area(int fd, uint64_t bytes)
 {
     struct stat about;
-    if (fstat(fd, &about) != 0 ||
+    if (ts_point_fails("snapshot") || fstat(fd, &about) != 0 ||
         ((uint64_t)about.st_size < bytes && ftruncate(fd, (off_t)bytes) != 0) ||
         ts_file_take_pages(fd, bytes) != 0)
         return NULL;
@@ -102,6 +105,7 @@ static bool write_next(ts_books *b, const ts_engine *engine, const ts_answers *a
     ts_journal_snapshot_made(&b->journal, &next);
     b->snapshots++;
     b->snapshot_bytes = next.bytes;
+    atomic_store(&b->retry_ms, 0);
     pthread_cond_broadcast(&b->made);
     pthread_mutex_unlock(&b->lock);
     return true;
@@ -138,10 +142,13 @@ static bool await_wish(ts_books *b, ts_replica *r)
     return goes_on;
 }
 
-/* What the follower can't do the owner does, at its next command. */
-static void give_up(ts_books *b, const char *why)
+/* What the follower can't do the owner does, at its next command. What is tried again is told once.
+ */
+static void give_up(ts_books *b, ts_status status, const char *why)
 {
-    ts_log(TS_LOG_ERROR, "the books: %s; a snapshot of the state itself takes their place", why);
+    if (status != TS_ENOMEM || atomic_load(&b->retry_ms) == 0)
+        ts_log(TS_LOG_ERROR, "the books: %s; a snapshot of the state itself takes their place",
+               why);
     pthread_mutex_lock(&b->lock);
     b->broken = true;
     pthread_cond_broadcast(&b->made);
@@ -162,6 +169,7 @@ static void *follower_main(void *arg)
     ts_replica r = {0};
     char why[256];
     while (await_wish(b, &r)) {
+        ts_point("follows", 0);
         const double start = now_s();
         uint64_t entries = 0;
         ts_status status = TS_OK;
@@ -180,7 +188,7 @@ static void *follower_main(void *arg)
         }
         if (status != TS_OK) {
             ts_replica_free(&r);
-            give_up(b, why);
+            give_up(b, status, why);
             continue;
         }
         const double end = now_s();
@@ -202,16 +210,45 @@ static void *follower_main(void *arg)
 /* ---- the owner ---- */
 
 /* The follower came to something else, or has no memory: what the state is counts. The answers
- * before are gone, so that a call that is repeated over a restart now is applied again. */
-static void mend(ts_books *b, const ts_engine *engine)
+ * before are gone, so that a call that is repeated over a restart now is applied again. False:
+ * there is no memory for the owner, either. */
+static bool mend(ts_books *b, const ts_engine *engine)
 {
     ts_answers none = {0};
-    if (!write_snapshot(b, engine, &none, b->journal.head->head, true))
-        ts_log(TS_LOG_ERROR, "the books: no memory for a snapshot: a restart would lose what "
-                             "comes from now on");
+    const bool written = write_snapshot(b, engine, &none, b->journal.head->head, true);
+    if (!written && atomic_exchange(&b->retry_ms, engine->now_ms + TS_BOOKS_RETRY_MS) == 0)
+        ts_log(TS_LOG_ERROR,
+               "the books: no memory for a snapshot: it is tried again every %u s, and %llu of the "
+               "journal's %llu bytes are in use",
+               TS_BOOKS_RETRY_MS / 1000, (unsigned long long)ts_journal_used(&b->journal),
+               (unsigned long long)b->journal.capacity);
     pthread_mutex_lock(&b->lock);
     b->broken = false;
     pthread_mutex_unlock(&b->lock);
+    return written;
+}
+
+/* Whether a snapshot may be tried. */
+static bool is_due(const ts_books *b, const ts_engine *engine)
+{
+    const uint64_t retry_ms = atomic_load(&b->retry_ms);
+    return retry_ms == 0 || engine->now_ms >= retry_ms;
+}
+
+/* The books lack what was applied, or have all again. What they have wouldn't fit the pools' memory
+ * then, of which blocks are others' by now. */
+static void set_behind(ts_books *b, bool behind)
+{
+    uint32_t *discard = &b->journal.head->discard;
+    if (*discard != TS_DISCARD_ORDERED)
+        __atomic_store_n(discard, behind ? TS_DISCARD_BEHIND : TS_DISCARD_NOT, __ATOMIC_RELEASE);
+    atomic_store(&b->behind, behind);
+    if (behind)
+        ts_log(TS_LOG_ERROR, "the books: the journal is full, and there is no memory for a "
+                             "snapshot: until there is, a restart begins with nothing");
+    else
+        ts_log(TS_LOG_WARNING, "the books: there was memory for a snapshot: a restart loses "
+                               "nothing from now on");
 }
 
 static void wake_follower(ts_books *b)
@@ -225,8 +262,8 @@ static void wake_follower(ts_books *b)
 
 /* Waits for room in the journal, of which `used` bytes were in use before something had no room. A
  * snapshot may have made room since: then none to come need change anything, and there is nothing
- * to wait for. */
-static void await_room(ts_books *b, const ts_engine *engine, uint64_t used)
+ * to wait for. False: the follower makes none. */
+static bool await_room(ts_books *b, uint64_t used)
 {
     atomic_fetch_add(&b->waits, 1);
     ts_point("no room", 0);
@@ -236,8 +273,30 @@ static void await_room(ts_books *b, const ts_engine *engine, uint64_t used)
         pthread_cond_wait(&b->made, &b->lock);
     const bool broken = b->broken;
     pthread_mutex_unlock(&b->lock);
-    if (broken)
-        mend(b, engine);
+    return !broken;
+}
+
+/* Puts the command, which was applied, into the journal; a snapshot in its place has what it did.
+ * False: neither can be. */
+static bool put(ts_books *b, const ts_engine *engine, const ts_command *c, const ts_answer *answer)
+{
+    const uint32_t digest = ts_command_digest(c, answer);
+    for (;;) {
+        const uint64_t used = ts_journal_used(&b->journal);
+        if (ts_journal_put(&b->journal, c, engine->now_ms, answer->status, digest))
+            return true;
+        if (!is_due(b, engine))
+            return false;
+        /* What is larger than the journal never has room. */
+        if (!ts_journal_fits(&b->journal, c) || !await_room(b, used))
+            return mend(b, engine);
+    }
+}
+
+/* Books that are behind catch up, if it is time and there is memory. */
+static bool catch_up(ts_books *b, const ts_engine *engine)
+{
+    return is_due(b, engine) && mend(b, engine);
 }
 
 void ts_books_begin(ts_books *b, const ts_command *c)
@@ -257,20 +316,15 @@ void ts_books_note(ts_books *b, const ts_engine *engine, const ts_command *c,
         return;
     ts_journal_head *h = b->journal.head;
     if (!ts_command_only_looks(c) || c->again || engine->waiting_for_room > 0) {
-        const uint32_t digest = ts_command_digest(c, answer);
-        uint64_t used = ts_journal_used(&b->journal);
-        bool put;
-        while (!(put = ts_journal_put(&b->journal, c, engine->now_ms, answer->status, digest)) &&
-               ts_journal_fits(&b->journal, c)) {
-            await_room(b, engine, used);
-            used = ts_journal_used(&b->journal);
-        }
-        if (!put) /* larger than the journal */
-            mend(b, engine);
-        if (atomic_load_explicit(&b->broken, memory_order_relaxed))
-            mend(b, engine);
-        if (++b->entries >= __atomic_load_n(&b->entries_most, __ATOMIC_RELAXED) ||
-            ts_journal_used(&b->journal) > h->capacity / 4)
+        const bool was_behind = b->behind;
+        const bool has = was_behind ? catch_up(b, engine) : put(b, engine, c, answer);
+        if (has == was_behind)
+            set_behind(b, !has);
+        if (has && atomic_load_explicit(&b->broken, memory_order_relaxed) && is_due(b, engine))
+            (void)mend(b, engine); /* the journal has it meanwhile */
+        if ((++b->entries >= __atomic_load_n(&b->entries_most, __ATOMIC_RELAXED) ||
+             ts_journal_used(&b->journal) > h->capacity / 4) &&
+            has && is_due(b, engine))
             wake_follower(b);
     }
     __atomic_store_n(&h->op, 0, __ATOMIC_RELEASE);
@@ -281,6 +335,11 @@ void ts_books_settle(ts_books *b, const ts_engine *engine, uint32_t ms)
     if (b == NULL)
         return;
     const uint64_t until_ms = ts_now_ms() + ms;
+    if (b->behind) { /* no follower knows what the journal lacks */
+        if (mend(b, engine))
+            set_behind(b, false);
+        return;
+    }
     wake_follower(b);
     pthread_mutex_lock(&b->lock);
     while (!b->broken && ts_journal_used(&b->journal) > 0 &&
@@ -289,7 +348,7 @@ void ts_books_settle(ts_books *b, const ts_engine *engine, uint32_t ms)
     const bool broken = b->broken;
     pthread_mutex_unlock(&b->lock);
     if (broken)
-        mend(b, engine);
+        (void)mend(b, engine); /* else the next daemon has the journal to apply */
 }
 
 void ts_books_taken_over(ts_books *b, ts_takeover_end end)
@@ -309,7 +368,7 @@ volatile uint32_t *ts_books_crash_word(ts_books *b)
 void ts_books_discard(ts_books *b)
 {
     if (b != NULL)
-        b->journal.head->discard = 1;
+        b->journal.head->discard = TS_DISCARD_ORDERED;
 }
 
 bool ts_books_answered(const ts_books *b, const ts_engine *engine, ts_command *c, ts_answer *answer)
@@ -342,6 +401,7 @@ void ts_books_get_figures(const ts_books *books, ts_books_figures *f)
     f->snapshot_seconds = b->snapshot_seconds;
     pthread_mutex_unlock(&b->lock);
     f->waits = atomic_load(&b->waits);
+    f->behind = atomic_load(&b->behind);
     memcpy(f->epoch, b->journal.head->epoch, sizeof f->epoch);
 }
 
@@ -423,8 +483,12 @@ static ts_status take_over(ts_books *b, ts_replica *r, ts_books_start *start)
     ts_status status = ts_journal_open(&b->journal, fd, start->why, sizeof start->why);
     if (status != TS_OK)
         return status == TS_ENOMEM ? TS_ENOMEM : TS_ENOENT;
-    start->discarded = b->journal.head->discard != 0;
-    if (start->discarded)
+    const uint32_t discard = b->journal.head->discard;
+    start->discarded = discard == TS_DISCARD_ORDERED;
+    if (discard == TS_DISCARD_BEHIND)
+        snprintf(start->why, sizeof start->why,
+                 "its journal was full, and it had no memory for a snapshot");
+    if (discard != TS_DISCARD_NOT)
         return TS_ENOENT;
     look_at_death(b->journal.head, start);
     status = restore(b, r, start);

@@ -8,6 +8,10 @@
  * The order, on which all depends: a command is applied, then written to the journal; only then is
  * anybody told, or anything done that the engine asks for.
  *
+ * Where there is no memory for a snapshot, it is tried again every TS_BOOKS_RETRY_MS. Once the
+ * journal is full meanwhile, commands go on without it, and the books are *behind*: the next daemon
+ * would begin with nothing, until a snapshot has all again.
+ *
  * Thread: the engine's owner of the moment (work_queue.h), but for ts_books_open and
  * ts_books_close.
  */
@@ -16,6 +20,8 @@
 
 #include "answers.h"
 #include "journal.h"
+
+#define TS_BOOKS_RETRY_MS 5000u /* by the commands' clock */
 
 typedef struct ts_books ts_books;
 
@@ -70,7 +76,8 @@ void ts_books_close(ts_books *books);
 /* A command is about to be applied. */
 void ts_books_begin(ts_books *books, const ts_command *command);
 
-/* It was applied, and this came of it: it is in the journal when this returns. */
+/* It was applied, and this came of it: it is in the journal, or in a snapshot, when this returns,
+ * unless the books are behind. */
 void ts_books_note(ts_books *books, const ts_engine *engine, const ts_command *command,
                    const ts_answer *answer);
 
@@ -116,6 +123,7 @@ typedef struct ts_books_figures {
     uint32_t snapshots;                   /* made by this daemon */
     double snapshot_seconds;              /* that the last one took, following included */
     uint64_t waits;                       /* for a snapshot, since the journal was full */
+    bool behind;
     uint8_t epoch[TS_EPOCH_BYTES];
 } ts_books_figures;
 

@@ -26,6 +26,13 @@ typedef struct ts_journal_snapshot {
     uint32_t pad;
 } ts_journal_snapshot;
 
+/* Why nothing is taken over. */
+typedef enum ts_discard {
+    TS_DISCARD_NOT,
+    TS_DISCARD_ORDERED,
+    TS_DISCARD_BEHIND /* commands are in neither journal nor snapshot */
+} ts_discard;
+
 typedef struct ts_journal_head {
     char magic[8];
     uint32_t format;
@@ -43,7 +50,7 @@ typedef struct ts_journal_head {
     uint32_t suspect_op, deaths;            /* ... and at how many in a row */
     uint64_t died_ms;                       /* when that was found; of the clock since boot */
     uint32_t crash;   /* the signal by which the daemon ended itself; 0: none */
-    uint32_t discard; /* 1: the next daemon begins with nothing */
+    uint32_t discard; /* the next daemon begins with nothing: ts_discard */
     ts_journal_snapshot snapshot[2];
 } ts_journal_head;
 

@@ -74,6 +74,7 @@ static Tspb__RestartStatus *describe_restart(const ts_service *s)
     r->journal_bytes = figures.journal_bytes;
     r->journal_used_bytes = figures.journal_used;
     r->journal_waits = figures.waits;
+    r->behind = figures.behind;
     r->snapshots = figures.snapshots;
     r->snapshot_bytes = figures.snapshot_bytes;
     r->snapshot_seconds = figures.snapshot_seconds;

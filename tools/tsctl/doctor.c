@@ -208,7 +208,13 @@ void doctor_store(findings *f, const Tspb__StatusReply *r)
     if (s == NULL)
         return; /* an older daemon, which versions() tells of */
     const bool held = s->holder != TSPB__RESTART_STATUS__HOLDER__NOBODY;
-    if (held && s->journaled)
+    if (held && s->behind) {
+        doctor_found(f, FINDING_FAULT, "store",
+                     "the journal is full, and the daemon has no memory for a snapshot: a restart "
+                     "would begin with nothing");
+        doctor_advise(f, "give its control group more memory (MemoryMax=), or raise its limit on "
+                         "files' sizes (ulimit -f); it tries again every 5 s");
+    } else if (held && s->journaled)
         doctor_found(f, FINDING_OK, "store", "%s holds the memory: a restart loses nothing",
                      s->holder == TSPB__RESTART_STATUS__HOLDER__SYSTEMD ? "systemd"
                                                                         : "a supervisor");

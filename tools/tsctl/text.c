@@ -131,6 +131,9 @@ static void print_journal(const Tspb__RestartStatus *r)
         printf("; the last snapshot: %s in %.3f s", ts_text_bytes(r->snapshot_bytes, c, sizeof c),
                r->snapshot_seconds);
     puts("");
+    if (r->behind)
+        puts("  BEHIND: the journal is full, and there is no memory for a snapshot:\n"
+             "    a restart would begin with nothing");
 }
 
 /* Whether a restart checks memory; that it doesn't is told where it could. */
