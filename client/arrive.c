@@ -150,6 +150,7 @@ static ts_status open_socket(ts_client *c)
         return ts_fail(c, TS_ENOMEM, "no socket: %s", nng_strerror(error));
     c->open = true;
     c->late = c->unanswered_message = false;
+    ts_note_heard(c);
     set_live_socket(c, nng_socket_id(c->socket));
     nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, -1);
     nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, REPLY_BYTES_MAX);
@@ -371,7 +372,8 @@ void ts_leave_session(ts_client *c)
         return;
     request.body_case = TSPB__REQUEST__BODY_SESSION_CLOSE;
     request.session_close = &close;
-    c->timeout_ms = c->timeout_ms < LEAVE_MS ? c->timeout_ms : LEAVE_MS;
+    const uint32_t most = c->end_unheard && !atomic_load(&c->broken) ? TS_TELL_MS : LEAVE_MS;
+    c->timeout_ms = c->timeout_ms < most ? c->timeout_ms : most;
     c->wait_ms = c->retries = 0;
     c->settle = NULL;
     (void)ts_call_plain(c, &request); /* else its process's end will tell */

@@ -379,6 +379,51 @@ static void forks_of_a_selection_that_went_unanswered_are_freed(void **state)
     daemon_stop(&d);
 }
 
+/* Where the daemon stands still, one abort waits for its time; the others are told, and so is the
+ * pool's end. The watchdog ends the test if each waits. */
+static void closing_what_is_open_waits_for_one_answer_at_most(void **state)
+{
+    (void)state;
+    enum { STEPS = 6 };
+    static const ts_transport ways[] = {TS_TRANSPORT_RING, TS_TRANSPORT_MESSAGES};
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    ts_client *other = connect_to(&d);
+    for (int i = 0; i < 2; i++) {
+        ts_client *c;
+        ts_seq seqs[STEPS];
+        ts_step *steps[STEPS], *step;
+        uint32_t one = 1;
+        OK(ts_connect(&(ts_options){.size = sizeof(ts_options),
+                                    .url = d.url,
+                                    .timeout_ms = 120000,
+                                    .transport = ways[i],
+                                    .exchange_bytes = 1 << 20},
+                      &c));
+        ts_pool *p = open_pool(c, "tiny", 0);
+        OK(ts_seq_create(p, STEPS, seqs));
+        for (int s = 0; s < STEPS; s++)
+            OK(ts_step_begin(p, &seqs[s], &one, 1, NULL, &steps[s]));
+        assert_int_equal(used_blocks(other), STEPS);
+        daemon_pause(&d);
+        c->timeout_ms = 100;
+        assert_int_equal(ts_step_abort(steps[0]), TS_ETIMEOUT);
+        c->timeout_ms = 120000;
+        for (int s = 1; s < STEPS; s++)
+            assert_int_equal(ts_step_abort(steps[s]), TS_ETIMEOUT);
+        ts_pool_close(p);
+        daemon_resume(&d);
+        await_used_blocks(other, 0); /* it has heard all of it */
+        p = open_pool(c, "tiny", 0);
+        OK(ts_step_begin(p, seqs, &one, 1, NULL, &step));
+        OK(ts_step_abort(step)); /* which is answered again */
+        ts_pool_close(p);
+        ts_disconnect(c);
+    }
+    ts_disconnect(other);
+    daemon_stop(&d);
+}
+
 static void options_may_be_of_an_earlier_or_a_later_header(void **state)
 {
     (void)state;
@@ -590,6 +635,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
         cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
         cmocka_unit_test(forks_of_a_selection_that_went_unanswered_are_freed),
+        cmocka_unit_test(closing_what_is_open_waits_for_one_answer_at_most),
         cmocka_unit_test(options_may_be_of_an_earlier_or_a_later_header),
         cmocka_unit_test(forks_of_a_long_sequence_take_as_many_calls_as_needed),
         cmocka_unit_test(a_ticket_hands_a_sequence_to_another_process),

@@ -351,7 +351,9 @@ TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,
  * the step, if it returns TS_OK. TS_EINVAL: some layers were run and others not. */
 TS_WARN_UNUSED ts_status ts_step_commit(ts_step *step, const uint32_t *accepted);
 
-/* Drops the step: its sequences are as they were. The step is freed whatever this returns. */
+/* Drops the step: its sequences are as they were. The step is freed whatever this returns. After
+ * TS_ETIMEOUT or TS_ECONN the daemon drops it when it goes on, and the next aborts don't wait for
+ * their answer, until the daemon has answered something. */
 ts_status ts_step_abort(ts_step *step);
 
 /* ---- frames: CUDA graphs that serve many steps ---- */

@@ -531,7 +531,10 @@ ts_status ts_step_commit(ts_step *s, const uint32_t *accepted)
 static ts_status call_abort(ts_step *s)
 {
     ts_client *c = s->pool->client;
+    c->aborts = true;
     const ts_status status = call_end(s, false, NULL);
+    c->aborts = false;
+    ts_note_end(c, status);
     if ((status == TS_ETIMEOUT || status == TS_ECONN) && !c->lost)
         ts_unanswered_abort(c, s->id);
     return status;

@@ -69,6 +69,9 @@ struct ts_client {
     uint32_t timeout_ms, retries;
     uint32_t wait_ms; /* that the present call may take beside */
     bool brief;       /* the present call has TS_BRIEF_MS, and waits for no other daemon */
+    bool aborts;      /* the present call is an abort */
+    bool unheard;     /* a call had no answer in time, and none was answered since */
+    bool end_unheard; /* the same of an abort, or of a brief call: the next is told, at most */
     atomic_uint_fast64_t next_id;
     uint64_t session;
     uint8_t token[TS_TOKEN_BYTES];
@@ -142,6 +145,24 @@ struct ts_client {
     ts_last_error error_before; /* the call that is made, once `has_failed` */
     bool has_failed;            /* an attempt of the call */
 };
+
+/* A call was answered. */
+static inline void ts_note_heard(ts_client *client)
+{
+    client->unheard = client->end_unheard = false;
+}
+
+/* Whether the present call tells an end that others of its kind had no answer to. */
+static inline bool ts_only_tells(const ts_client *client)
+{
+    return client->end_unheard && (client->brief || client->aborts);
+}
+
+/* Whether it waits for no other daemon, and isn't asked again. */
+static inline bool ts_is_brief(const ts_client *client)
+{
+    return client->brief || ts_only_tells(client);
+}
 
 /* What NNG and poll() take as a time: theirs end at INT32_MAX, 24 days, and a negative one is none.
  */

@@ -117,8 +117,8 @@ uint64_t ts_call_end_ms(const ts_client *c)
 
 bool ts_goes_on(ts_client *c, ts_status status, uint64_t until_ms)
 {
-    if (status != TS_ECONN || c->reconnect == NULL || !c->outlives || c->reconnecting || c->brief ||
-        c->lost || c->session == 0 || c->pid != getpid())
+    if (status != TS_ECONN || c->reconnect == NULL || !c->outlives || c->reconnecting ||
+        ts_is_brief(c) || c->lost || c->session == 0 || c->pid != getpid())
         return false;
     /* Another of its sockets may have ended before NNG's thread has seen that its own has: a daemon
      * that dies with a GPU's context closes them one by one, for up to 0.2 s. The call is tried
@@ -154,7 +154,8 @@ ts_status ts_may_ask(ts_client *c)
         return ts_fail(c, TS_ECONN, "the session is over: connect again to the daemon at %s",
                        c->path);
     if (atomic_load(&c->broken) || !c->open) {
-        if (c->reconnect == NULL || !c->outlives || c->reconnecting || c->brief || c->session == 0)
+        if (c->reconnect == NULL || !c->outlives || c->reconnecting || ts_is_brief(c) ||
+            c->session == 0)
             return ts_gone(c);
         if (!ts_goes_on(c, TS_ECONN, ts_call_end_ms(c)))
             return TS_ECONN;

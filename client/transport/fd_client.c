@@ -129,15 +129,18 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
         return ts_fail(c, TS_ETIMEOUT, "%s takes no request within %u ms", c->path, c->timeout_ms);
     /* A connection that was ended may have said why. */
     for (;;) {
-        if (!await(c->handle_fd, POLLIN, deadline_ms))
+        if (!await(c->handle_fd, POLLIN, deadline_ms)) {
+            c->unheard = true;
             return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path,
                            c->timeout_ms);
+        }
         if (!receive(c, reply, fd, &cut))
             return ended(c);
         if (reply->tag == 0) { /* it may not stay */
             ts_handles_close(c);
             return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
         }
+        ts_note_heard(c);
         if (reply->tag == request->tag)
             break;
         *reply = (ts_handle_reply){0}; /* of a call that had run out of time */

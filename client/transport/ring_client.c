@@ -183,6 +183,11 @@ static ts_status look_for_late(ts_client *c)
 
 static ts_status await_posted(ts_client *c);
 
+static bool needs_rings(const ts_client *c)
+{
+    return c->transport == TS_TRANSPORT_RING || c->exec == TS_EXEC_LOCAL;
+}
+
 ts_status ts_rings_use(ts_client *c, bool *use)
 {
     *use = false;
@@ -197,6 +202,9 @@ ts_status ts_rings_use(ts_client *c, bool *use)
         *use = true;
         return TS_OK;
     }
+    /* Local execution, or one who wants rings alone, has nothing else to be heard by. */
+    if (ts_only_tells(c) || (c->unheard && !needs_rings(c)))
+        return TS_OK;
     const uint64_t until_ms = ts_call_end_ms(c);
     ts_status status;
     const ts_last_error last = c->error;
@@ -287,6 +295,7 @@ static ts_status await_completion(ts_client *c)
         }
         if (now >= until) {
             c->ring_late_ms = ts_call_time(c);
+            c->unheard = true;
             status =
                 ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, ts_call_time(c));
             break;
@@ -305,6 +314,7 @@ bool ts_ring_take(ts_client *c, ts_ring_completion *done)
     ts_rings_memory *m = c->rings;
     if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) == c->ring_seen)
         return false;
+    ts_note_heard(c);
     *done = m->completed[c->ring_seen & MASK];
     c->ring_seen++;
     __atomic_store_n(&m->completions.head, c->ring_seen, __ATOMIC_RELEASE);

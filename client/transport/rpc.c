@@ -69,13 +69,16 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
         left_ms = now_ms < until_ms ? (uint32_t)(until_ms - now_ms) : 0;
     } while (error == NNG_ETIMEDOUT && left_ms > 1);
     c->unanswered_message = error == NNG_ETIMEDOUT;
-    if (error == 0)
+    if (error == 0) {
+        ts_note_heard(c);
         return TS_OK;
+    }
     if (error == NO_MEMORY)
         return ts_fail(c, TS_ENOMEM, "no memory for a request of %zu bytes", bytes);
     if (atomic_load(&c->broken))
         return ts_gone(c);
     c->late = c->unanswered_message;
+    c->unheard = c->unheard || c->late;
     if (c->late)
         return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, time_ms);
     return ts_fail(c, TS_ECONN, "%s: %s", c->path, nng_strerror(error));
@@ -85,7 +88,7 @@ static ts_status exchange_messages(ts_client *c, const Tspb__Request *request, n
 static ts_status ask(ts_client *c, const Tspb__Request *request, nng_msg **message)
 {
     ts_status status = TS_ETIMEOUT;
-    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= (c->brief ? 0 : c->retries); i++)
+    for (uint32_t i = 0; status == TS_ETIMEOUT && i <= (ts_is_brief(c) ? 0 : c->retries); i++)
         status = exchange_messages(c, request, message);
     return status;
 }
@@ -145,6 +148,7 @@ ts_status ts_call_briefly(ts_client *c, Tspb__Request *request)
     c->brief = true;
     const ts_status status = ts_call_plain(c, request);
     c->brief = false;
+    ts_note_end(c, status);
     c->error = before;
     return status;
 }
