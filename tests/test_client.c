@@ -207,6 +207,30 @@ static void a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest(void **state
     daemon_stop(&d);
 }
 
+/* The client knows how many blocks the pool had when it was opened. */
+static void a_step_that_only_a_pool_that_has_grown_has_room_for_begins(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=4");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seq;
+    ts_step *step;
+    uint32_t tokens = 40, length;
+    OK(ts_seq_create(p, 1, &seq));
+    p->num_blocks = 2;
+    OK(ts_step_begin(p, &seq, &tokens, 1, NULL, &step));
+    for (uint32_t layer = 0; layer < ts_pool_geometry(p, 0)->layers; layer++)
+        OK(ts_step_run(step, layer));
+    OK(ts_step_commit(step, NULL));
+    OK(ts_seq_lengths(p, &seq, 1, &length));
+    assert_int_equal(length, tokens);
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 static void refusals_name_the_value_and_the_limit(void **state)
 {
     (void)state;
@@ -228,6 +252,7 @@ static void refusals_name_the_value_and_the_limit(void **state)
     OK(ts_seq_create(p, 1, &seq));
     assert_int_equal(ts_step_begin(p, &seq, &tokens, 1, NULL, &step), TS_ENOSPC);
     assert_null(step);
+    assert_int_equal(c->exchange_bytes, 0); /* nothing was taken for it */
     char expected[128];
     snprintf(expected, sizeof expected,
              "5 blocks are needed, but pool 'tiny' has 4 free for uid %u (of 4)", getuid());
@@ -632,6 +657,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(the_prototypes_rows_are_where_their_slots_say_and_the_others_are_zero),
         cmocka_unit_test(a_step_attends_over_all_earlier_tokens_as_the_reference_does),
         cmocka_unit_test(a_fork_has_its_own_copy_of_the_tail_and_shares_the_rest),
+        cmocka_unit_test(a_step_that_only_a_pool_that_has_grown_has_room_for_begins),
         cmocka_unit_test(refusals_name_the_value_and_the_limit),
         cmocka_unit_test(a_step_whose_begin_went_unanswered_is_dropped),
         cmocka_unit_test(forks_of_a_selection_that_went_unanswered_are_freed),

@@ -316,6 +316,17 @@ size_t ts_step_lay_out(const ts_geometry *g, uint32_t heads, ts_dtype io_dtype, 
     return end - start;
 }
 
+/* Asks for a step that has more tokens than the pool has slots before any memory is taken for them:
+ * the daemon refuses it, unless the pool has grown; then nothing has happened. */
+static ts_status ask_first(ts_step *s, const ts_seq *seqs, const ts_step_options *o)
+{
+    ts_client *c = s->pool->client;
+    c->wait_ms = o->wait_ms;
+    const ts_status status = begin_by_message(s, seqs, o, false);
+    c->wait_ms = 0;
+    return status == TS_OK ? call_abort(s) : status;
+}
+
 ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         const ts_step_options *options, ts_step **out)
 {
@@ -338,7 +349,13 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     ts_step *s = ts_step_new(p, new_tokens, count, tokens);
     if (s == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
-    if (!o.no_run) {
+    s->heads = o.heads;
+    s->io_dtype = o.io_dtype;
+    s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
+    s->writes_itself = o.no_run && p->on_gpu;
+    if (!o.no_run && tokens > (uint64_t)p->num_blocks * g->block_tokens)
+        status = ask_first(s, seqs, &o);
+    if (status == TS_OK && !o.no_run) {
         s->region.bytes = ts_step_lay_out(g, o.heads, o.io_dtype, tokens, 0, &s->at);
         status = ts_exchange_take(p->client, &s->region);
     }
@@ -347,10 +364,6 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
         return status;
     }
     (void)ts_step_lay_out(g, o.heads, o.io_dtype, tokens, s->region.offset, &s->at);
-    s->heads = o.heads;
-    s->io_dtype = o.io_dtype;
-    s->scale = o.scale > 0 ? o.scale : 1.0f / sqrtf((float)g->head_dim);
-    s->writes_itself = o.no_run && p->on_gpu;
     status = ts_step_call_begin(s, seqs, &o, false);
     if (status != TS_OK) {
         ts_exchange_give(p->client, &s->region);
