@@ -327,13 +327,15 @@ static void local_execution_waits_for_an_answer_that_is_late(void **state)
         &(ts_options){
             .size = sizeof(ts_options), .url = d.url, .timeout_ms = 1000, .exec = TS_EXEC_LOCAL},
         &c));
-    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE);
+    ts_pool *p = open_pool(c, "tiny", TS_POOL_WRITABLE), *other;
     OK(ts_seq_create(p, 1, &seq));
     plain_step(p, seq, 1); /* after this the exchange is there */
-    for (int turn = 0; turn < 2; turn++) {
+    for (int turn = 0; turn < 3; turn++) {
         daemon_pause(&d);
         if (turn == 0)
             assert_int_equal(ts_seq_fork(p, seq, 1, &none), TS_ETIMEOUT);
+        else if (turn == 1) /* a message, after which nothing but a begin is asked for */
+            assert_int_equal(ts_pool_open(c, "tiny", 0, &other), TS_ETIMEOUT);
         else
             assert_int_equal(ts_seq_truncate(p, &seq, &(uint32_t){0}, 1), TS_ETIMEOUT);
         assert_int_equal(ts_step_begin(p, &seq, &(uint32_t){1}, 1, NULL, &s), TS_EBUSY);

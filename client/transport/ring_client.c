@@ -188,6 +188,17 @@ static bool needs_rings(const ts_client *c)
     return c->transport == TS_TRANSPORT_RING || c->exec == TS_EXEC_LOCAL;
 }
 
+/* Sends one message more behind the one that wasn't answered, for whoever sends none otherwise: its
+ * answer says that rings may go on. */
+static void follow_unanswered(ts_client *c)
+{
+    Tspb__Status body = TSPB__STATUS__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_STATUS;
+    request.status = &body;
+    (void)ts_call_briefly(c, &request); /* no answer: the caller is told so */
+}
+
 ts_status ts_rings_use(ts_client *c, bool *use)
 {
     *use = false;
@@ -196,6 +207,9 @@ ts_status ts_rings_use(ts_client *c, bool *use)
     ts_status looked = look_for_late(c);
     if (looked == TS_OK && c->posted.op != 0 && c->ring_late_ms == 0)
         looked = await_posted(c);
+    if (looked == TS_OK && c->ring_late_ms == 0 && !c->rings_lost && c->unanswered_message &&
+        c->exec == TS_EXEC_LOCAL && !ts_is_brief(c))
+        follow_unanswered(c);
     if (looked != TS_OK || c->ring_late_ms != 0 || c->rings_lost || c->unanswered_message)
         return looked; /* what comes behind a message that is yet to be answered is one, too */
     if (fit_pools(c)) {
