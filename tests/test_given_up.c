@@ -5,6 +5,8 @@
 #define _GNU_SOURCE
 #include "restart_steps.h"
 
+#include "clock.h"
+
 #include <pthread.h>
 
 #define PARTED_MS 300      /* between the ends of a daemon's sockets */
@@ -86,6 +88,30 @@ static void an_exchange_whose_offer_was_given_up_is_made_anew(void **state)
     step_of_k(c, p, seqs[1], 5, 9);
     assert_true(k_of(c, p, seqs[0], 0) == 7);
     assert_true(k_of(c, p, seqs[1], 0) == 9);
+    finish(&d, c, p);
+}
+
+/* A call by ring is waited for as long as a message is sent again. */
+static void retries_are_those_of_any_call(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_seq seq;
+    start(&d, POOL, NULL);
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    ts_pool *p = open_pool(c, "p", 0);
+    DO(ts_seq_create(p, 1, &seq));
+    const pid_t daemon = daemon_of(&d);
+    assert_int_equal(kill(daemon, SIGSTOP), 0);
+    assert_int_equal(await_stopped(&d), daemon);
+    c->retries = 3;
+    const uint64_t began_ms = ts_now_ms();
+    assert_int_equal(WITHIN(UNANSWERED_MS, c, ts_seq_truncate(p, &seq, &(uint32_t){0}, 1)),
+                     TS_ETIMEOUT);
+    assert_true(ts_now_ms() - began_ms >= 4ull * UNANSWERED_MS);
+    assert_non_null(strstr(ts_error(c), "within 400 ms"));
+    c->retries = 0;
+    assert_int_equal(kill(daemon, SIGCONT), 0);
     finish(&d, c, p);
 }
 
@@ -358,6 +384,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_step_whose_begin_was_given_up_is_aborted),
+        cmocka_unit_test(retries_are_those_of_any_call),
         cmocka_unit_test(what_follows_a_late_message_is_none_by_ring),
         cmocka_unit_test(an_exchange_whose_offer_was_given_up_is_made_anew),
         cmocka_unit_test(sequences_whose_making_was_given_up_are_freed),

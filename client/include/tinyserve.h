@@ -9,9 +9,9 @@
  *
  * Errors: functions return TS_OK (0) or what went wrong; ts_error() has the sentence. A call that
  * failed has changed nothing. Two statuses are exceptions. After TS_ETIMEOUT it is unknown whether
- * the call took effect; a step whose begin timed out is dropped by a later call, and new sequences
- * whose making did are freed. TS_ECONN ends the session: disconnect and connect again; kept
- * sequences are still there if the daemon is.
+ * the call took effect, or will before the next one; a step whose begin timed out is dropped by a
+ * later call, and new sequences whose making did are freed. TS_ECONN ends the session: disconnect
+ * and connect again; kept sequences are still there if the daemon is.
  *
  * Threads: one thread at a time may use a client and what was opened from it. For more threads,
  * open more clients. A call while another thread is inside one returns TS_EBUSY and does nothing;
@@ -351,9 +351,7 @@ TS_WARN_UNUSED ts_status ts_step_run_with(ts_step *step, uint32_t layer,
  * the step, if it returns TS_OK. TS_EINVAL: some layers were run and others not. */
 TS_WARN_UNUSED ts_status ts_step_commit(ts_step *step, const uint32_t *accepted);
 
-/* Drops the step: its sequences are as they were. The step is freed whatever this returns. After
- * TS_ETIMEOUT or TS_ECONN the daemon drops it when it goes on, and the next aborts don't wait for
- * their answer, until the daemon has answered something. */
+/* Drops and frees the step, whatever this returns: its sequences are as they were. */
 ts_status ts_step_abort(ts_step *step);
 
 /* ---- frames: CUDA graphs that serve many steps ---- */

@@ -47,9 +47,9 @@ static ts_status lacks_rings(ts_client *c)
             c->path);
     return ts_fail(c, TS_EBUSY,
                    "local execution needs the rings, by which the block tables come; they wait for "
-                   "the answer to a call that had none within %u ms: begin again when the daemon "
-                   "has answered",
-                   c->ring_late_ms != 0 ? c->ring_late_ms : c->timeout_ms);
+                   "the answer to a call that had none within %llu ms: begin again when the "
+                   "daemon has answered",
+                   (unsigned long long)(c->ring_late_ms != 0 ? c->ring_late_ms : c->timeout_ms));
 }
 
 static ts_status can_attend(ts_client *c, const ts_pool *p, bool rings)

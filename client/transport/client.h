@@ -117,7 +117,7 @@ struct ts_client {
     bool rings_lost; /* they can't be used, or not any more */
     /* For so long the last entry's completion was waited for, and it is yet to come: over what
      * would be asked next. Messages go instead until then. 0: it has come. */
-    uint32_t ring_late_ms;
+    uint64_t ring_late_ms;
     ts_ring_entry posted;  /* the run that was posted last and is unanswered; op 0: none is */
     uint64_t refused_step; /* of a posted run that was refused, of which the caller hasn't heard */
     ts_ring_completion refusal;

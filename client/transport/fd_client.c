@@ -40,7 +40,8 @@ void ts_handles_close(ts_client *c)
 static ts_status connect_handles(ts_client *c)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    uint64_t deadline_ms = ts_now_ms() + c->timeout_ms;
+    const uint64_t patience_ms = c->timeout_ms * (1ull + c->retries);
+    const uint64_t deadline_ms = ts_now_ms() + patience_ms;
     snprintf(address.sun_path, sizeof address.sun_path, "%s" TS_HANDLE_SUFFIX, c->path);
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
@@ -58,8 +59,8 @@ static ts_status connect_handles(ts_client *c)
     }
     close(fd);
     if (error == EAGAIN)
-        return ts_fail(c, TS_ETIMEOUT, "%s takes no connection within %u ms", address.sun_path,
-                       c->timeout_ms);
+        return ts_fail(c, TS_ETIMEOUT, "%s takes no connection within %llu ms", address.sun_path,
+                       (unsigned long long)patience_ms);
     return ts_fail(c, TS_ECONN, "cannot reach %s: %s", address.sun_path, strerror(error));
 }
 
@@ -105,7 +106,8 @@ static ts_status ended(ts_client *c)
  * reply is all 0, unless this request has one. */
 static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply *reply, int *fd)
 {
-    uint64_t deadline_ms = ts_now_ms() + c->timeout_ms;
+    const uint64_t patience_ms = c->timeout_ms * (1ull + c->retries);
+    const uint64_t deadline_ms = ts_now_ms() + patience_ms;
     ssize_t sent;
     bool cut;
     *fd = -1;
@@ -126,13 +128,14 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
     while (sent < 0 && (errno == EINTR || ((errno == EAGAIN || errno == EWOULDBLOCK) &&
                                            await(c->handle_fd, POLLOUT, deadline_ms))));
     if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-        return ts_fail(c, TS_ETIMEOUT, "%s takes no request within %u ms", c->path, c->timeout_ms);
+        return ts_fail(c, TS_ETIMEOUT, "%s takes no request within %llu ms", c->path,
+                       (unsigned long long)patience_ms);
     /* A connection that was ended may have said why. */
     for (;;) {
         if (!await(c->handle_fd, POLLIN, deadline_ms)) {
             c->unheard = true;
-            return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path,
-                           c->timeout_ms);
+            return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %llu ms", c->path,
+                           (unsigned long long)patience_ms);
         }
         if (!receive(c, reply, fd, &cut))
             return ended(c);

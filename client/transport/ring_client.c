@@ -285,7 +285,8 @@ static ts_status await_completion(ts_client *c)
 {
     ts_rings_memory *m = c->rings;
     uint32_t seen = c->ring_seen;
-    uint64_t start = ts_now_ns(), until = start + ts_call_time(c) * 1000000ull;
+    const uint64_t patience_ms = ts_call_patience(c);
+    uint64_t start = ts_now_ns(), until = start + patience_ms * 1000000ull;
     if (__atomic_load_n(&m->completions.tail, __ATOMIC_ACQUIRE) != seen)
         return TS_OK;
     if (polls(c)) {
@@ -308,10 +309,10 @@ static ts_status await_completion(ts_client *c)
             break;
         }
         if (now >= until) {
-            c->ring_late_ms = ts_call_time(c);
+            c->ring_late_ms = patience_ms;
             c->unheard = true;
-            status =
-                ts_fail(c, TS_ETIMEOUT, "no answer from %s within %u ms", c->path, ts_call_time(c));
+            status = ts_fail(c, TS_ETIMEOUT, "no answer from %s within %llu ms", c->path,
+                             (unsigned long long)patience_ms);
             break;
         }
         struct timespec slice = {.tv_nsec = SLICE_MS * 1000000};
@@ -450,8 +451,8 @@ static ts_status await_posted(ts_client *c)
     if (status == TS_OK)
         note_posted(c, &done);
     else if (status == TS_ETIMEOUT)
-        return ts_fail(c, TS_ETIMEOUT, "no answer from %s to run %u within %u ms", c->path,
-                       c->posted.run.number, ts_call_time(c));
+        return ts_fail(c, TS_ETIMEOUT, "no answer from %s to run %u within %llu ms", c->path,
+                       c->posted.run.number, (unsigned long long)c->ring_late_ms);
     else if (c->rings_lost)
         c->posted.op = 0;
     return status == TS_ECONN && c->rings_lost && !atomic_load(&c->broken) ? TS_OK : status;

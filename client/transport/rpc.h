@@ -36,6 +36,12 @@ static inline uint32_t ts_call_time(const ts_client *client)
     return (uint32_t)ts_int_ms((uint64_t)client->timeout_ms + client->wait_ms);
 }
 
+/* The same with all its retries: a message is sent again after each, a ring is waited for. */
+static inline uint64_t ts_call_patience(const ts_client *client)
+{
+    return ts_call_time(client) * (1 + (ts_is_brief(client) ? 0 : (uint64_t)client->retries));
+}
+
 /* How the telling of an end came out. */
 static inline void ts_note_end(ts_client *client, ts_status status)
 {
