@@ -87,6 +87,7 @@ struct ts_client {
     pthread_mutex_t live_lock;   /* for NNG's thread, which tells of a connection's end */
     int handle_fd;               /* the connection to the handle socket; -1: there is none */
     uint32_t handle_tag;
+    bool handle_late; /* an answer by it didn't come in time, and may come yet */
     unsigned char *exchange;
     size_t exchange_bytes, exchange_bytes_max;
     size_t exchange_least;      /* of the next one, where the daemon may have one that is larger */

@@ -55,6 +55,7 @@ static ts_status connect_handles(ts_client *c)
     } while (error == EINTR || (error == EAGAIN && ts_now_ms() < deadline_ms));
     if (error == 0) {
         c->handle_fd = fd;
+        c->handle_late = false;
         return TS_OK;
     }
     close(fd);
@@ -96,9 +97,18 @@ static bool receive(ts_client *c, ts_handle_reply *reply, int *fd, bool *cut)
     return false;
 }
 
+/* The daemon ends a connection whose answers nobody reads. That isn't the session's end: the next
+ * call makes another. */
 static ts_status ended(ts_client *c)
 {
+    const bool late = c->handle_late && !atomic_load(&c->broken);
     ts_handles_close(c);
+    if (late)
+        return ts_fail(
+            c, TS_ETIMEOUT,
+            "the daemon at %s has ended the handle connection, by which answers had come "
+            "too late",
+            c->path);
     return ts_fail(c, TS_ECONN, "the daemon at %s has ended the handle connection", c->path);
 }
 
@@ -133,7 +143,7 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
     /* A connection that was ended may have said why. */
     for (;;) {
         if (!await(c->handle_fd, POLLIN, deadline_ms)) {
-            c->unheard = true;
+            c->unheard = c->handle_late = true;
             return ts_fail(c, TS_ETIMEOUT, "no answer from %s within %llu ms", c->path,
                            (unsigned long long)patience_ms);
         }
@@ -144,8 +154,10 @@ static ts_status call(ts_client *c, ts_handle_request *request, ts_handle_reply 
             return ts_fail(c, (ts_status)reply->status, "%s", reply->message);
         }
         ts_note_heard(c);
-        if (reply->tag == request->tag)
+        if (reply->tag == request->tag) {
+            c->handle_late = false;
             break;
+        }
         *reply = (ts_handle_reply){0}; /* of a call that had run out of time */
         if (*fd >= 0)
             close(*fd);

@@ -153,7 +153,8 @@ static ts_status find_rings(ts_client *c)
     bool enough = c->rings != NULL && blocks <= c->ring_blocks && slabs <= c->ring_slabs &&
                   c->ids_wanted <= c->ring_ids;
     ts_status status = enough ? TS_OK : open_rings(c, blocks, slabs, c->ids_wanted);
-    if (status != TS_OK && status != TS_ECONN && c->rings != NULL && !has_ended(c->rings))
+    if (status != TS_OK && status != TS_ECONN && status != TS_ETIMEOUT && c->rings != NULL &&
+        !has_ended(c->rings))
         status = TS_OK; /* larger ones can't be had: what doesn't fit goes as a message */
     c->pools_are_new = status != TS_OK;
     return status;
