@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
 from . import arguments as check
 from ._lib import CRunOptions, CStepOptions, lib
-from .errors import DisconnectedError
+from .errors import DisconnectedError, NotFoundError, TimedOutError
 from .opened import Memory, OfOneProcess, Opened
 from .records import DTYPE_NAMES
 from .view import View
@@ -241,13 +241,17 @@ class Step(OfOneProcess):
     def __enter__(self) -> "Step":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if self._opened.handle is None:
             return
         try:
             self.abort()
         except DisconnectedError:
             pass  # the step went with the session
+        except NotFoundError:
+            if not isinstance(error, TimedOutError):
+                raise
+            # the commit that wasn't answered in time has ended it
 
 
 class Frame(OfOneProcess):
