@@ -65,11 +65,13 @@ class Inputs:
         return next(k for k in range(run, 0, -1) if self.rows % k == 0 and self.same(k))
 
     def _equal(self, a: int, b: int) -> bool:
-        return self.pads[a] == self.pads[b] and self.ids[a] == self.ids[b]
+        # Where positions were given, equal ids may stand for different rows.
+        return self.known and self.pads[a] == self.pads[b] and self.ids[a] == self.ids[b]
 
     def same(self, copies: int) -> bool:
         """Whether each group of `copies` rows is one row repeated."""
-        return bool(self.ids) and all(self._equal(i, i - i % copies) for i in range(self.rows))
+        return bool(self.ids) and all(self._equal(i, i - i % copies) for i in range(self.rows)
+                                      if i % copies != 0)
 
     def every(self, copies: int) -> "Inputs":
         """The first row of each group."""
