@@ -283,6 +283,18 @@ def test_what_one_engine_stores_another_loads_into_other_pages(daemon, make_stor
             assert not found[count:].any()
 
 
+def test_what_is_longer_than_a_sequence_may_be_is_left_out(start_daemon):
+    pages, _ = host_pages("vec", 32)
+    store = Store(Side(start_daemon(POOL + ",sequence_tokens=64").url), pages)
+    until(store._pool)
+    fill(pages, 1, [0, 1, 2])
+    saves = [plan.Save(name, SPACE, np.array(IDS[:count], np.uint32), [0, 1, 2])
+             for name, count in (("long", 96), ("whole", 64), ("short", 32))]
+    store.save(plan.StepPlan(saves=saves))
+    store.close()
+    assert store.stats.stored == 32 and store.stats.dropped_saves == 2
+
+
 def test_what_is_stored_already_is_not_stored_again(make_store, daemon):
     store, pages = make_store()
     fill(pages, 1, [0, 1, 2])

@@ -142,9 +142,18 @@ class Store:
         except SESSION_ENDS as error:
             self._lost(error)
             self.stats.dropped_saves += len(plan.saves)
+        except Error as error:  # nothing that the engine could do about it
+            self.stats.dropped_saves += len(plan.saves)
+            log.warning("TinyServe: %d requests' tokens weren't stored: %s", len(plan.saves), error)
 
     def _save_some(self, pool: Pool, namespace: bytes, saves: list[Save]) -> None:
         import numpy as np
+        longest = pool.sequence_max - 1  # one more token is asked for
+        if any(len(save.ids) > longest for save in saves):
+            self.stats.dropped_saves += sum(len(save.ids) > longest for save in saves)
+            saves = [save for save in saves if len(save.ids) <= longest]
+            if not saves:
+                return
         prompts = [np.append(save.ids, np.uint32(_ANY_ID)) for save in saves]
         try:
             matched = pool.match_many(prompts, namespace)
