@@ -49,7 +49,7 @@ static void a_pools_memory_becomes_blocks_and_slabs(void **state)
 }
 
 /* Of a slab that is mapped for it, which a small container must have room for. */
-static void a_slab_is_no_larger_than_a_pool_that_cant_grow(void **state)
+static void a_slab_is_no_larger_than_what_its_pool_may_grow_to(void **state)
 {
     (void)state;
     const ts_pool_config *p = &c.pools[0].pool;
@@ -58,6 +58,10 @@ static void a_slab_is_no_larger_than_a_pool_that_cant_grow(void **state)
     assert_int_equal(p->slab_blocks, 64);
     assert_int_equal(read_text(POOL "memory = 1M\nmemory_max = 256M\ndevice = host\n"), TS_OK);
     assert_int_equal(p->slab_blocks, 4096); /* 64M */
+    assert_int_equal(read_text(POOL "memory = 1M\nmemory_max = 256M\nslab = 8192T\n"
+                                    "device = host\n"),
+                     TS_OK);
+    assert_int_equal(p->slab_blocks, 16384);
     assert_int_equal(read_text(POOL "memory = 1M\ndevice = cuda:0\n"), TS_OK);
     assert_int_equal(p->slab_blocks, 64);
     /* Blocks of 1.5 KiB: 8 are whole pages. */
@@ -343,7 +347,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pools_memory_becomes_blocks_and_slabs),
-        cmocka_unit_test(a_slab_is_no_larger_than_a_pool_that_cant_grow),
+        cmocka_unit_test(a_slab_is_no_larger_than_what_its_pool_may_grow_to),
         cmocka_unit_test(a_sequences_tokens_are_as_many_as_its_blocks_hold),
         cmocka_unit_test(pools_are_finished_without_the_daemons_keys),
         cmocka_unit_test(a_byte_order_mark_is_no_part_of_the_first_section),

@@ -51,6 +51,10 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
          "pool create b layers=1 kv_heads=1 head_dim=32");
     SAYS(1, "pool 'b': memory_max is less than its memory",
          "pool create b layers=1 kv_heads=1 head_dim=32 memory=2M memory_max=1M");
+    SAYS(1, "pool 'b': tenant_pinned = 100 bytes is less than a block, which has 4096",
+         "pool create b layers=1 kv_heads=1 head_dim=32 dtype=fp32 memory=2M tenant_pinned=100");
+    SAYS(1, "pool 'b': tenant_memory = 4095 bytes is less than a block, which has 4096",
+         "pool create b layers=1 kv_heads=1 head_dim=32 dtype=fp32 memory=2M tenant_memory=4095");
     assert_int_equal(ts_pool_open(c, "b", 0, &none), TS_ENOENT);
     assert_string_equal(ts_error(c), "there is no pool 'b'; there is 'tiny'");
 

@@ -450,15 +450,18 @@ static void check_place(ts_config *c, const ts_config_pool *p)
                            name, ts_kernel_name(p->pool.kernel));
 }
 
-/* Blocks of a slab. It is no larger than a pool that can't grow. */
+/* Blocks of a slab. It is no larger than what the pool may grow to. */
 static uint32_t slab_blocks_of(const ts_config_pool *p, uint32_t blocks, bool host)
 {
     const size_t granule = host ? HOST_GRANULE : DEVICE_GRANULE;
     const uint32_t wanted = ts_geometry_slab_blocks(&p->pool.geometry, p->slab, granule);
     const uint32_t least = ts_geometry_slab_blocks(&p->pool.geometry, 1, granule);
-    /* One slab of a GPU need not be whole granules; one of host memory has whole pages. */
-    const uint64_t all = host ? ((uint64_t)blocks + least - 1) / least * least : blocks;
-    return p->memory_max == 0 && wanted > all ? (uint32_t)all : wanted;
+    const uint64_t max = p->memory_max / ts_geometry_block_bytes(&p->pool.geometry);
+    const uint64_t most = max > blocks ? max : blocks;
+    /* The one slab of a GPU's pool that can't grow need not be whole granules; others are, and in
+     * host memory have whole pages. */
+    const uint64_t all = host || max > 0 ? (most + least - 1) / least * least : most;
+    return wanted > all ? (uint32_t)all : wanted;
 }
 
 /* Blocks, slabs and what the pool may grow to. False: they can't be. */
@@ -497,9 +500,19 @@ static bool finish_memory(ts_config *c, ts_config_pool *p)
 }
 
 /* What tenants may have of it. */
-static void finish_quotas(ts_config_pool *p)
+static void finish_quotas(ts_config *c, ts_config_pool *p)
 {
     const size_t block_bytes = ts_geometry_block_bytes(&p->pool.geometry);
+    const struct {
+        const char *key;
+        uint64_t bytes;
+    } quotas[] = {{"tenant_memory", p->tenant_memory}, {"tenant_pinned", p->tenant_pinned}};
+    for (size_t i = 0; i < sizeof quotas / sizeof *quotas; i++)
+        if (quotas[i].bytes != 0 && quotas[i].bytes < block_bytes)
+            ts_config_complain(c, ts_config_pool_line(p, quotas[i].key),
+                               "pool '%s': %s = %llu bytes is less than a block, which has %zu",
+                               p->pool.name, quotas[i].key, (unsigned long long)quotas[i].bytes,
+                               block_bytes);
     p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
     p->pool.tenant_pinned_max = p->tenant_pinned / block_bytes;
     if (p->tenant_pinned == 0)
@@ -520,7 +533,7 @@ static void finish_pool(ts_config *c, ts_config_pool *p)
     check_place(c, p);
     if (!finish_memory(c, p))
         return;
-    finish_quotas(p);
+    finish_quotas(c, p);
     finish_sequence_tokens(c, p);
 }
 

@@ -17,7 +17,8 @@ uint32_t ts_geometry_slab_blocks(const ts_geometry *g, size_t slab_bytes, size_t
     size_t block = ts_geometry_block_bytes(g);
     size_t unit = granule / gcd(block, granule); /* fewest blocks that fill whole granules */
     /* NOLINTNEXTLINE(clang-analyzer-core.DivideZero): a block and a granule have bytes */
-    size_t units = slab_bytes / (unit * block);
+    size_t units = slab_bytes / (unit * block), most = UINT32_MAX / unit;
+    units = units > most ? most : units;
     return (uint32_t)(unit * (units > 0 ? units : 1));
 }
 
