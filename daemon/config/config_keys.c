@@ -318,7 +318,8 @@ static const ts_config_key daemon_keys[] = {
     {DAEMON("batch", read_u32, limits.batch), .least = 1, .most = 1u << 20, .preset = "65536",
      .reloads = true, .help = "Sequences in one request."},
     {DAEMON("step_tokens", read_u32, limits.step_tokens), .least = 1, .most = 1u << 24,
-     .preset = "1048576", .reloads = true, .help = "New tokens in one step."},
+     .preset = "1048576", .reloads = true,
+     .help = "New tokens in one step, and tokens of the prompts in one match."},
 };
 
 static const ts_config_key pool_keys[] = {
