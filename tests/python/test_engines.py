@@ -13,7 +13,46 @@ import pytest
 import tinyserve
 from tinyserve.engines import identity
 from tinyserve.engines.geometry import Unsupported, needs_of, share_limit
+from tinyserve.engines.pools import find_or_make
 from tinyserve.engines.rows import Rows, match_columns
+
+
+# ---- pools ----
+
+class Pools:
+    """A client whose pools are names; `made` are those that were asked for."""
+
+    def __init__(self, *names):
+        self.names, self.made = list(names), []
+
+    def pools(self):
+        return [SimpleNamespace(name=name, geometry=SimpleNamespace(dtype="bf16", block_tokens=16),
+                                device="host", blocks=10 * (1 + i))
+                for i, name in enumerate(self.names)]
+
+    def create_pool(self, text):
+        self.made.append(text)
+        self.names.append(text)
+
+    def pool(self, name, writable):
+        if name not in self.names:
+            raise tinyserve.NotFoundError(f"there is no pool {name!r}")
+        return name
+
+
+def test_the_pool_that_was_opened_last_is_opened_again_or_made_again():
+    needs = SimpleNamespace(pool_name="model", dtype="bf16", misfit=lambda geometry: None,
+                            stanza=lambda *_: "[pool]", create_text=lambda name, *_: name)
+
+    def find(client, name=None, last=None):
+        return find_or_make(client, needs, name, "host", 100, True, last=last)
+
+    assert find(Pools("a", "b")) == "b"  # the largest
+    assert find(Pools("a", "b"), last="a") == "a"
+    empty = Pools()
+    assert find(empty, last="a") == "model" and empty.made == ["model"]
+    with pytest.raises(tinyserve.NotFoundError):
+        find(Pools("a"), name="b", last="b")  # one that was named is nobody else's to make
 
 
 # ---- rows ----

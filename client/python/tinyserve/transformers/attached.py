@@ -119,9 +119,9 @@ class Attached:
         client = connect(how.url, execution=execution, timeout=how.timeout, threads=how.threads,
                          program="transformers", wait=_RESTART)
         try:
-            pool = find_or_make(client, self.needs, self.pool_name or how.pool,
+            pool = find_or_make(client, self.needs, how.pool,
                                 "host" if not self.on_gpu else f"cuda:{self.device.index or 0}",
-                                how.tokens, execution != "daemon")
+                                how.tokens, execution != "daemon", last=self.pool_name)
             if self.on_gpu:
                 client.exchange(pool, _EXCHANGE_BYTES)
         except BaseException:

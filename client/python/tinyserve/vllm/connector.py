@@ -48,7 +48,7 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._config = vllm_config
         self._engine = _engine_of(vllm_config, kv_cache_config)
         self._needs: Needs = self._engine.needs()
-        self._pool_name = self._settings.pool
+        self._pool_name: str | None = None  # that was opened last
         self._loads, self._saves = transfer.is_kv_consumer, transfer.is_kv_producer
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(transfer)
@@ -58,8 +58,8 @@ class TinyServeConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _open(self, program: str, timeout: float) -> tuple[Client, Pool]:
         client = connect(self._settings.url, program=program, timeout=timeout)
         try:
-            pool = find_or_make(client, self._needs, self._pool_name, "host",
-                                self._settings.tokens, True)
+            pool = find_or_make(client, self._needs, self._settings.pool, "host",
+                                self._settings.tokens, True, last=self._pool_name)
             if pool.geometry.dtype != self._needs.dtype:
                 raise InvalidError(
                     f"pool {pool.name!r} has dtype = {pool.geometry.dtype}, and the engine's is "
