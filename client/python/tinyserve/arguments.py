@@ -105,8 +105,9 @@ def integers(name: str, ctype: type[ctypes.c_uint32] | type[ctypes.c_uint64],
         raise OverflowError(f"{name}: {wrong} doesn't fit into {8 * size} bits without sign") \
             from None
     except TypeError:
-        wrong = next(v for v in listed if not hasattr(v, "__index__") or getattr(v, "ndim", 0) > 0)
-        raise TypeError(f"{name}: {wrong!r:.60} isn't an integer") from None
+        odd: list[Any] = [v for v in listed
+                          if not hasattr(v, "__index__") or getattr(v, "ndim", 0) > 0]
+        raise TypeError(f"{name}: {(odd or listed)[0]!r:.60} isn't an integer") from None
     return (ctype * len(packed)).from_buffer(packed), len(packed)
 
 

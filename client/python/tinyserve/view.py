@@ -196,9 +196,12 @@ class View(OfOneProcess):
     def __dlpack_device__(self) -> tuple[int, int]:
         return (_CPU, 0) if self.device is None else (_CUDA, self.device)
 
-    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        """A DLPack capsule. Nothing is synchronised: order the streams yourself."""
+    def __dlpack__(self, *, stream: Any = None, copy: bool | None = None, **_: Any) -> Any:
+        """A DLPack capsule. Nothing is synchronised: order the streams yourself. BufferError: a
+        copy is asked for."""
         self._opened.check()
+        if copy:
+            raise BufferError("a view is shared memory: copy what it gives")
         forget_untaken()
         size, code, _name = DTYPES[self.dtype]
         n = len(self.shape)
