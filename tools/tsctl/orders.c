@@ -201,7 +201,8 @@ int do_pool_resize(ts_client *c, const options *o, ts_status *ts)
 #define LOOK_NS 10000000 /* between looks for it */
 
 /* The pid of the daemon there is, which waits for one to come, and its sequences. */
-static ts_status look_at_daemon(const options *o, uint64_t *pid, uint64_t *sequences)
+static ts_status look_at_daemon(const options *o, uint64_t *pid, uint64_t *sequences, char *why,
+                                size_t why_bytes)
 {
     Tspb__Status body = TSPB__STATUS__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
@@ -214,6 +215,8 @@ static ts_status look_at_daemon(const options *o, uint64_t *pid, uint64_t *seque
     ts_status status = ts_connect(&connection, &c);
     if (status == TS_OK)
         status = tsctl_ask(c, &request, TSPB__REPLY__BODY_STATUS_REPLY, &reply);
+    if (status != TS_OK)
+        snprintf(why, why_bytes, "%s", ts_error(c));
     if (status == TS_OK) {
         const Tspb__StatusReply *r = reply->status_reply;
         *pid = r->pid;
@@ -230,11 +233,12 @@ static ts_status look_at_daemon(const options *o, uint64_t *pid, uint64_t *seque
 static int await_next(const options *o, uint64_t before)
 {
     uint64_t pid = before, sequences = 0;
+    char why[256];
     const struct timespec pause = {.tv_nsec = LOOK_NS};
     ts_status status = TS_OK;
     for (uint64_t end = ts_now_ms() + AGAIN_MS; pid == before && ts_now_ms() < end;) {
         nanosleep(&pause, NULL);
-        status = look_at_daemon(o, &pid, &sequences);
+        status = look_at_daemon(o, &pid, &sequences, why, sizeof why);
     }
     if (pid == before) {
         fprintf(stderr, "tsctl: the daemon (pid %llu) was told to end, and %s within %u s\n",
@@ -256,9 +260,11 @@ int do_restart(ts_client *c, const options *o, ts_status *ts)
     if (!tsctl_sure(o, o->empty ? "Restart the daemon, and lose all that is stored?"
                                 : "Restart the daemon? Workers wait, and go on with the next one."))
         return EXIT_USAGE;
-    *ts = look_at_daemon(o, &body.pid, &sequences);
-    if (*ts != TS_OK)
+    char why[256];
+    if (look_at_daemon(o, &body.pid, &sequences, why, sizeof why) != TS_OK) {
+        fprintf(stderr, "tsctl: %s\n", why);
         return EXIT_REFUSED;
+    }
     body.empty = o->empty;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_RESTART;
     request.admin_restart = &body;
