@@ -12,8 +12,9 @@ from ..records import PoolInfo
 def find_or_make(client: Client, needs: Needs, name: str | None, device: str, tokens: int,
                  writable: bool, last: str | None = None) -> Pool:
     """Opens the pool of this name; or the one that was opened last, if it is there; or one that
-    fits, if there is one on the device ("host", or "cuda"); or one that is made. InvalidError: the named one doesn't fit, and what would.
-    NotFoundError: none fits, and none may be made. DeniedError: it may not be written."""
+    fits, if there is one on the device ("host", or "cuda"); or one that is made. InvalidError: the
+    named one doesn't fit, and what would. NotFoundError: none fits, and none may be made.
+    DeniedError: it may not be written."""
     pools = client.pools()
     if name is None and any(p.name == last for p in pools):
         name = last
