@@ -231,4 +231,11 @@ static inline pid_t await_stopped(const daemon_process *d)
     return pid;
 }
 
+/* Stops the daemon itself, not its supervisor, until somebody has it go on; its pid. */
+static inline pid_t stop_serving(const daemon_process *d)
+{
+    assert_int_equal(kill(daemon_of(d), SIGSTOP), 0);
+    return await_stopped(d);
+}
+
 #endif

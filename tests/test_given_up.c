@@ -101,9 +101,7 @@ static void retries_are_those_of_any_call(void **state)
     ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
     ts_pool *p = open_pool(c, "p", 0);
     DO(ts_seq_create(p, 1, &seq));
-    const pid_t daemon = daemon_of(&d);
-    assert_int_equal(kill(daemon, SIGSTOP), 0);
-    assert_int_equal(await_stopped(&d), daemon);
+    const pid_t daemon = stop_serving(&d);
     c->retries = 3;
     const uint64_t began_ms = ts_now_ms();
     assert_int_equal(WITHIN(UNANSWERED_MS, c, ts_seq_truncate(p, &seq, &(uint32_t){0}, 1)),
@@ -129,9 +127,7 @@ static void what_follows_a_late_message_is_none_by_ring(void **state)
     DO(ts_seq_create(p, 1, &seq));
     step_of_k(c, p, seq, 5, 7);
     const uint32_t submitted = c->ring_submitted;
-    const pid_t daemon = daemon_of(&d);
-    assert_int_equal(kill(daemon, SIGSTOP), 0);
-    assert_int_equal(await_stopped(&d), daemon);
+    const pid_t daemon = stop_serving(&d);
     assert_int_equal(WITHIN(UNANSWERED_MS, c, ts_seq_append(p, &seq, &(uint32_t){4}, 1, NULL)),
                      TS_ETIMEOUT);
     assert_int_equal(WITHIN(UNANSWERED_MS, c, ts_seq_truncate(p, &seq, &(uint32_t){3}, 1)),

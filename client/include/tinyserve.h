@@ -9,8 +9,8 @@
  *
  * Errors: functions return TS_OK (0) or what went wrong; ts_error() has the sentence. A call that
  * failed has changed nothing. Two statuses are exceptions. After TS_ETIMEOUT it is unknown whether
- * the call took effect, or will before the next one; a step whose begin timed out is dropped by a
- * later call, and new sequences whose making did are freed. TS_ECONN ends the session: disconnect
+ * the call took effect or will (README.md); a step whose begin timed out is dropped by a later
+ * call, and new sequences whose making did are freed. TS_ECONN ends the session: disconnect
  * and connect again; kept sequences are still there if the daemon is.
  *
  * Threads: one thread at a time may use a client and what was opened from it. For more threads,
