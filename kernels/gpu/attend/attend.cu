@@ -282,13 +282,25 @@ bool any_is_varied(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
     return varied;
 }
 
+/* Whether it is a plain_call, where the plan has a kernel for those. */
+bool is_plain(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
+{
+    bool plain = !takes_fp32(c) && !turns_rows(c) && c.window == 0;
+    for (uint32_t i = 0; i < num_runs; i++)
+        plain = plain && !is_varied(c, runs[i].alibi);
+    return plain;
+}
+
 /* v5's kernel for few rows that a launch of the runs takes. */
 const ts_gpu_kernel &narrow_kernel(const gpu_call &c, const ts_gpu_run *runs, uint32_t num_runs)
 {
     const ts_gpu_plan *p = runs[0].plan;
     uint32_t shortest = UINT32_MAX, longest = 0;
+    const bool plain = p->plain_kernel.function != NULL && is_plain(c, runs, num_runs);
     if (has_teams(runs, num_runs))
-        return p->team_kernel;
+        return plain ? p->plain_team_kernel : p->team_kernel;
+    if (!plain)
+        return p->kernels[LIST_NARROW];
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_plan *its = runs[i].plan;
         shortest = its->shortest_piece < shortest ? its->shortest_piece : shortest;
@@ -298,7 +310,7 @@ const ts_gpu_kernel &narrow_kernel(const gpu_call &c, const ts_gpu_run *runs, ui
                    is_close_faster((uint64_t)c.num_items * c.kv_heads, p->gpu->info.processors,
                                    shortest, longest)
                ? p->close_kernel
-               : p->kernels[LIST_NARROW];
+               : p->plain_kernel;
 }
 
 cudaError_t launch_list(const gpu_call &c, ts_gpu_list list, const ts_gpu_plan *p,

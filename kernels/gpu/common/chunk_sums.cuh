@@ -41,8 +41,8 @@ template <bool ALL> __device__ inline void sync_first(uint32_t threads)
 }
 
 /* Four of a row's sums, from dimension d on, become output. */
-template <typename T>
-__device__ inline void store_sums(const gpu_call &c, const job &j, uint32_t place, uint32_t d,
+template <typename T, typename C>
+__device__ inline void store_sums(const C &c, const job &j, uint32_t place, uint32_t d,
                                   const row_state &row, float *x)
 {
     float factor =
@@ -92,9 +92,9 @@ __device__ inline float *records_of(const gpu_run &run, const plan_seq &p, uint3
  * Adds up all chunks of a tile's rows, in order, and writes the output; by a block of `threads`
  * threads that share scratch, places and total: see `finish`. ALL, RUNNING: likewise.
  */
-template <typename T, int DIM, int ROWS, bool ALL, bool RUNNING>
-__device__ inline void merge(const gpu_call &c, const job &j, uint32_t threads,
-                             const uint32_t *places, float *scratch, row_state *total)
+template <typename T, int DIM, int ROWS, bool ALL, bool RUNNING, typename C>
+__device__ inline void merge(const C &c, const job &j, uint32_t threads, const uint32_t *places,
+                             float *scratch, row_state *total)
 {
     const uint32_t QUADS = DIM / 4, record = c.head_dim + 4, num_chunks = j.p.num_chunks;
     uint32_t all = j.s.q_tokens * c.heads; /* records of a chunk */
@@ -241,10 +241,10 @@ __device__ inline void store_record(const gpu_call &c, float *to, uint32_t d, co
  * all of the block's threads; else the first of them. RUNNING: chunks are added up by `fold`; else
  * each is multiplied by a factor that comes from the highest maximum of all.
  */
-template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true, bool RUNNING = false>
-__device__ void finish(const gpu_call &c, const job &j, uint32_t threads,
-                       const row_state (*states)[ROWS], const float *sums, uint32_t pitch,
-                       float *scratch, row_state *total)
+template <typename T, int DIM, int ROWS, int PARTS, bool ALL = true, bool RUNNING = false,
+          typename C>
+__device__ void finish(const C &c, const job &j, uint32_t threads, const row_state (*states)[ROWS],
+                       const float *sums, uint32_t pitch, float *scratch, row_state *total)
 {
     __shared__ bool last;
     __shared__ uint32_t places[ROWS];

@@ -166,7 +166,8 @@ static_assert(GPU_RUNS <= 32, "a warp has a lane for each");
 
 /* Works off a launch's pieces, one for each block of threads; those of a persistent plan, and has
  * others when the launch is repeated, in turn. */
-template <typename K> __device__ inline void run_blocks(const gpu_call &c, unsigned char *shared)
+template <typename K, typename C>
+__device__ inline void run_blocks(const C &c, unsigned char *shared)
 {
     const bool tells = c.arrived != NULL; /* such a launch is of no persistent plan */
     for (uint32_t block = blockIdx.x; c.items_there == NULL || block < *c.items_there * c.kv_heads;
@@ -185,7 +186,7 @@ template <typename K> __device__ inline void run_blocks(const gpu_call &c, unsig
 
 /* Writes the new tokens' K and V that lie in this piece's chunks. Every tile of rows does: the same
  * bytes, and each reads only what it wrote itself. */
-template <typename T> __device__ void append(const gpu_call &c, const job &j, uint32_t threads)
+template <typename T, typename C> __device__ void append(const C &c, const job &j, uint32_t threads)
 {
     uint32_t from = max(j.chunk * j.p.chunk_tokens, j.past);
     uint32_t to = min((j.chunk + j.chunks) * j.p.chunk_tokens, j.s.kv_tokens);
@@ -231,17 +232,17 @@ template <int PITCH, int TOKENS, bool EARLY = false> struct loader {
         return token * PITCH + (piece ^ (token & 7)) * 16;
     }
 
-    __device__ void start(const gpu_call &c, const job &j)
+    template <typename C> __device__ void start(const C &c, const job &j)
     {
         uint32_t lane = threadIdx.x % 32;
         pieces = c.head_dim * c.cache_bytes / 16;
         base = c.base + j.s.layer * 2 * c.plane_bytes + j.kv_head * c.head_stride;
-        in_block = IN_BLOCKS && c.block_tokens.d % TOKENS == 0;
+        in_block = C::PLAIN || (IN_BLOCKS && c.block_tokens.d % TOKENS == 0);
         place_of_lane = place(lane / PIECES, lane % PIECES);
     }
 
     /* Behind `base`: this lane's first copy of what was looked up. */
-    __device__ size_t row(const gpu_call &c) const
+    template <typename C> __device__ size_t row(const C &c) const
     {
         size_t at = block * c.block_bytes + offset * c.token_stride;
         return in_block ? at + threadIdx.x % 32 % PIECES * 16 : at;
@@ -250,7 +251,8 @@ template <int PITCH, int TOKENS, bool EARLY = false> struct loader {
     /* Finds the rows of the TOKENS tokens from `token` on, a multiple of TOKENS; `end` is past the
      * last that is wanted. The block's number is used when they are copied, so nobody waits for it
      * here; EARLY: it is used at once. */
-    __device__ void look_up(const gpu_call &c, const job &j, uint32_t token, uint32_t end)
+    template <typename C>
+    __device__ void look_up(const C &c, const job &j, uint32_t token, uint32_t end)
     {
         uint32_t lane = threadIdx.x % 32;
         uint32_t t = in_block ? token : min(token + lane % TOKENS, end - 1); /* the last again */
@@ -283,8 +285,8 @@ template <int PITCH, int TOKENS, bool EARLY = false> struct loader {
     /* Copies what was looked up to `to`, and V `plane` bytes further; or K alone, or V. What of a
      * block lies past the end comes along. HINTS: the second-level cache may be told that it is
      * read once; only where that is worth the registers. */
-    template <bool HINTS, bool K = true, bool V = true>
-    __device__ void issue(const gpu_call &c, const job &j, uint32_t to, uint32_t plane) const
+    template <bool HINTS, bool K = true, bool V = true, typename C>
+    __device__ void issue(const C &c, const job &j, uint32_t to, uint32_t plane) const
     {
         uint32_t lane = threadIdx.x % 32;
         const size_t row = EARLY ? found : this->row(c);
@@ -351,7 +353,7 @@ template <int PITCH, int TOKENS, int STAGES, bool HINTS = true, bool EARLY = fal
         return at == last ? first : at + TILE;
     }
 
-    __device__ void issue(const gpu_call &c, const job &j)
+    template <typename C> __device__ void issue(const C &c, const job &j)
     {
         if (next < end) {
             r.template issue<HINTS>(c, j, to, PLANE);
@@ -363,7 +365,7 @@ template <int PITCH, int TOKENS, int STAGES, bool HINTS = true, bool EARLY = fal
         commit_copies();
     }
 
-    __device__ void start(const gpu_call &c, const job &j, unsigned char *shared)
+    template <typename C> __device__ void start(const C &c, const job &j, unsigned char *shared)
     {
         uint32_t warp = threadIdx.x / 32;
         r.start(c, j);
@@ -380,7 +382,7 @@ template <int PITCH, int TOKENS, int STAGES, bool HINTS = true, bool EARLY = fal
     }
 
     /* Waits for the next tile, whose K lies at the returned address, and asks for one more. */
-    __device__ uint32_t take_k(const gpu_call &c, const job &j)
+    template <typename C> __device__ uint32_t take_k(const C &c, const job &j)
     {
         await_copies<STAGES - 2>();
         __syncwarp(); /* all lanes' copies are there, and nobody reads the tile before this one */
@@ -391,7 +393,7 @@ template <int PITCH, int TOKENS, int STAGES, bool HINTS = true, bool EARLY = fal
     }
 
     /* Where the V is of the tile whose K is at `k`. */
-    __device__ uint32_t take_v(const gpu_call &, const job &, uint32_t k) const
+    template <typename C> __device__ uint32_t take_v(const C &, const job &, uint32_t k) const
     {
         return k + PLANE;
     }
@@ -413,7 +415,7 @@ template <int PITCH, int TOKENS> struct plane_ring {
         return at == last ? first : at + PLANE;
     }
 
-    __device__ void issue_k(const gpu_call &c, const job &j)
+    template <typename C> __device__ void issue_k(const C &c, const job &j)
     {
         if (next < end) {
             r.template issue<true, true, false>(c, j, to, 0);
@@ -422,7 +424,7 @@ template <int PITCH, int TOKENS> struct plane_ring {
         commit_copies();
     }
 
-    __device__ void issue_v(const gpu_call &c, const job &j)
+    template <typename C> __device__ void issue_v(const C &c, const job &j)
     {
         if (next < end) {
             r.template issue<true, false, true>(c, j, to, 0);
@@ -434,7 +436,7 @@ template <int PITCH, int TOKENS> struct plane_ring {
         commit_copies();
     }
 
-    __device__ void start(const gpu_call &c, const job &j, unsigned char *shared)
+    template <typename C> __device__ void start(const C &c, const job &j, unsigned char *shared)
     {
         uint32_t warp = threadIdx.x / 32;
         r.start(c, j);
@@ -452,7 +454,7 @@ template <int PITCH, int TOKENS> struct plane_ring {
 
     /* Wait for the next tile's K, which lies at the returned address, or its V, and ask for the
      * one behind it. */
-    __device__ uint32_t take_k(const gpu_call &c, const job &j)
+    template <typename C> __device__ uint32_t take_k(const C &c, const job &j)
     {
         await_copies<1>();
         __syncwarp();
@@ -461,7 +463,7 @@ template <int PITCH, int TOKENS> struct plane_ring {
         from = after(from);
         return at;
     }
-    __device__ uint32_t take_v(const gpu_call &c, const job &j, uint32_t)
+    template <typename C> __device__ uint32_t take_v(const C &c, const job &j, uint32_t)
     {
         await_copies<1>();
         __syncwarp();

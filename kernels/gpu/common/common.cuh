@@ -74,7 +74,8 @@ struct divisor {
 };
 
 struct gpu_call {
-    unsigned char *base; /* of block 0 */
+    static constexpr bool PLAIN = false; /* see plain_call */
+    unsigned char *base;                 /* of block 0 */
     size_t block_bytes, plane_bytes, token_stride, head_stride;
     uint32_t num_items;
     const uint32_t *items_there; /* of a persistent plan: how many it has now; NULL: num_items */
@@ -99,6 +100,27 @@ struct gpu_call {
     gpu_run runs[GPU_RUNS];
 };
 static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");
+
+/*
+ * A call that has nothing beside what most have: q, k, v and out are of 16 bits, scores are only
+ * scaled, nothing is turned, there is no window, and each tile lies in one block. Its kernels have
+ * no code for the rest, and their loop a fifth of the code: where several processes share a
+ * processor, its cache of instructions has a copy for each (doc/notebook.md).
+ */
+struct plain_call : gpu_call {
+    static constexpr bool PLAIN = true;
+};
+static_assert(sizeof(plain_call) == sizeof(gpu_call), "a launch passes either");
+
+/* Whether q, k, v and out are fp32, and whether new rows are turned. */
+template <typename C> __host__ __device__ inline bool takes_fp32(const C &c)
+{
+    return !C::PLAIN && c.io == TS_DTYPE_FP32;
+}
+template <typename C> __host__ __device__ inline bool turns_rows(const C &c)
+{
+    return !C::PLAIN && c.rope.theta != 0;
+}
 
 /* The run that has this item; *index becomes the item's among the run's. */
 __device__ inline const gpu_run &run_of(const gpu_call &c, uint32_t *index)
@@ -161,18 +183,21 @@ __device__ inline float slope_of(const gpu_seq &s, uint32_t head)
  * code comes out differently. */
 #define IS_VARIED(c, alibi) ((c).cap_log2 > 0 || (alibi) != NULL)
 
-__host__ __device__ inline bool is_varied(const gpu_call &c, const float *const &alibi)
+template <typename C>
+__host__ __device__ inline bool is_varied(const C &c, const float *const &alibi)
 {
-    return IS_VARIED(c, alibi);
+    return !C::PLAIN && IS_VARIED(c, alibi);
 }
 
 /* What becomes of a scaled score (attention.h: ts_attention_variant), hiding aside. CAPPED false:
  * there is no soft cap, for a kernel that waits for each load: none is started ahead of a branch.
  */
-template <bool CAPPED = true>
-__device__ inline float modify_score(const gpu_call &c, float score, float slope, uint32_t key,
+template <bool CAPPED = true, typename C>
+__device__ inline float modify_score(const C &c, float score, float slope, uint32_t key,
                                      uint32_t position)
 {
+    if (C::PLAIN)
+        return score;
     if (CAPPED && c.cap_log2 > 0)
         score = __fmul_rn(c.cap_log2, tanhf(score / c.cap_log2));
     return __fmaf_rn(slope, (float)(int32_t)(key - position), score);
@@ -287,9 +312,10 @@ template <typename T> __device__ inline T to_cache(float x, float scale)
 
 /* Element i of q, k, v or out, which are fp32, of the cache's type T, or beside fp8 of a 16-bit
  * type. */
-template <typename T> __device__ inline float io_load(const gpu_call &c, const void *p, size_t i)
+template <typename T, typename C>
+__device__ inline float io_load(const C &c, const void *p, size_t i)
 {
-    if (c.io == TS_DTYPE_FP32)
+    if (takes_fp32(c))
         return ((const float *)p)[i];
     if (!scaled<T>::value)
         return to_float(((const T *)p)[i]);
@@ -318,11 +344,10 @@ template <typename H> __device__ inline void store_four_halves(H *to, const floa
                                     *(const unsigned short *)&e, *(const unsigned short *)&f),
                        keep);
 }
-template <typename T>
-__device__ inline void io_store_four(const gpu_call &c, void *to, size_t i, const float *x,
-                                     bool keep)
+template <typename T, typename C>
+__device__ inline void io_store_four(const C &c, void *to, size_t i, const float *x, bool keep)
 {
-    if (c.io == TS_DTYPE_FP32 || sizeof(T) == sizeof(float))
+    if (takes_fp32(c) || sizeof(T) == sizeof(float))
         cache_hints::store((float *)to + i, make_float4(x[0], x[1], x[2], x[3]), keep);
     else if (sizeof(T) == 2)
         store_four_halves((T *)to + i, x, keep);
@@ -355,14 +380,14 @@ __device__ __noinline__ float turn_element(const gpu_call &c, const void *p, siz
 
 /* The N elements from d on of a row of q or k that starts at element `row`, turned if the run asks
  * for it. */
-template <typename T, int N>
-__device__ inline void load_turned(const gpu_call &c, const void *p, size_t row, uint32_t d,
+template <typename T, int N, typename C>
+__device__ inline void load_turned(const C &c, const void *p, size_t row, uint32_t d,
                                    uint32_t position, float *x)
 {
 #pragma unroll
     for (int e = 0; e < N; e++)
         x[e] = io_load<T>(c, p, row + d + e);
-    if (c.rope.theta == 0)
+    if (!turns_rows(c))
         return;
 #pragma unroll
     for (int e = 0; e < N; e++)
@@ -370,9 +395,8 @@ __device__ inline void load_turned(const gpu_call &c, const void *p, size_t row,
 }
 
 /* Element d alone. */
-template <typename T>
-__device__ inline float turned(const gpu_call &c, const void *p, size_t row, uint32_t d,
-                               uint32_t position)
+template <typename T, typename C>
+__device__ inline float turned(const C &c, const void *p, size_t row, uint32_t d, uint32_t position)
 {
     float x;
     load_turned<T, 1>(c, p, row, d, position, &x);

@@ -164,36 +164,44 @@ template <typename T> __host__ __device__ inline uint32_t q_source(uint32_t piec
     return !scaled<T>::value ? piece * 8 + e : piece / 2 * 16 + piece % 2 * 2 + e / 2 * 4 + e % 2;
 }
 
+/* load_q where q is as the cache has it. */
+template <typename T, typename rows, uint32_t PIECES, int ROWS, int THREADS, typename C>
+__device__ inline void copy_q(const C &c, const chunks::job &j, unsigned char *q)
+{
+    const uint32_t ALL = ROWS * PIECES;
+    const uint32_t ABREAST = ALL / THREADS < 1 ? 1 : ALL / THREADS < 8 ? ALL / THREADS : 8;
+    for (uint32_t i = threadIdx.x; i < ALL; i += THREADS * ABREAST) {
+        uint4 x[ABREAST];
+#pragma unroll
+        for (uint32_t a = 0; a < ABREAST; a++) {
+            uint32_t r = (i + a * THREADS) / PIECES, piece = (i + a * THREADS) % PIECES;
+            x[a] = make_uint4(0, 0, 0, 0);
+            if (r >= j.rows || piece * 8 >= c.head_dim)
+                continue;
+            size_t at = chunks::place_of(c, j, r) * (size_t)c.head_dim + piece * 8;
+            x[a] = *(const uint4 *)((const T *)j.s.q + at);
+        }
+#pragma unroll
+        for (uint32_t a = 0; a < ABREAST; a++) {
+            uint32_t r = (i + a * THREADS) / PIECES, piece = (i + a * THREADS) % PIECES;
+            *(uint4 *)(q + rows::place(r, piece)) = x[a];
+        }
+    }
+}
+
 /* q of a tile of ROWS rows, of PIECES 16-byte pieces each, into `planes` planes of shared memory:
  * rounded, what that leaves, what rounding that leaves. Rows past the last are 0. Laid out as
  * `rows` says; by the block's first THREADS threads. SORTED: elements in q_source's order.
  */
 template <typename T, typename rows, uint32_t PIECES, int ROWS, int THREADS,
-          bool SORTED = scaled<T>::value>
-__device__ void load_q(const gpu_call &c, const chunks::job &j, uint32_t planes, unsigned char *q)
+          bool SORTED = scaled<T>::value, typename C>
+__device__ void load_q(const C &c, const chunks::job &j, uint32_t planes, unsigned char *q)
 {
     typedef typename multiplied<T>::type M;
     const int TOGETHER = SORTED ? 2 : 8; /* elements that lie together in q */
     const uint32_t ALL = ROWS * PIECES;
-    const uint32_t ABREAST = ALL / THREADS < 1 ? 1 : ALL / THREADS < 8 ? ALL / THREADS : 8;
-    if (!scaled<T>::value && c.io != TS_DTYPE_FP32 && c.rope.theta == 0) { /* as it is: one plane */
-        for (uint32_t i = threadIdx.x; i < ALL; i += THREADS * ABREAST) {
-            uint4 x[ABREAST];
-#pragma unroll
-            for (uint32_t a = 0; a < ABREAST; a++) {
-                uint32_t r = (i + a * THREADS) / PIECES, piece = (i + a * THREADS) % PIECES;
-                x[a] = make_uint4(0, 0, 0, 0);
-                if (r >= j.rows || piece * 8 >= c.head_dim)
-                    continue;
-                size_t at = chunks::place_of(c, j, r) * (size_t)c.head_dim + piece * 8;
-                x[a] = *(const uint4 *)((const T *)j.s.q + at);
-            }
-#pragma unroll
-            for (uint32_t a = 0; a < ABREAST; a++) {
-                uint32_t r = (i + a * THREADS) / PIECES, piece = (i + a * THREADS) % PIECES;
-                *(uint4 *)(q + rows::place(r, piece)) = x[a];
-            }
-        }
+    if (!scaled<T>::value && !takes_fp32(c) && !turns_rows(c)) { /* one plane */
+        copy_q<T, rows, PIECES, ROWS, THREADS>(c, j, q);
         return;
     }
     for (uint32_t i = threadIdx.x; i < ALL; i += THREADS) {

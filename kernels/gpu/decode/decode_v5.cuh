@@ -44,6 +44,11 @@ template <typename T, int DIM, int MORE = 0, bool CLOSE = false> struct narrow_k
         return q_planes<T>(io) * Q_BYTES + RING_BYTES;
     }
 
+    template <typename C> __device__ static uint32_t planes_of(const C &c)
+    {
+        return C::PLAIN ? 1 : q_planes<T>(c.io);
+    }
+
     /* q as the multiplications take it: of each 16 dimensions. */
     __device__ static void fetch_q(uint32_t at, uint32_t (*b)[2])
     {
@@ -234,119 +239,141 @@ template <typename T, int DIM, int MORE = 0, bool CLOSE = false> struct narrow_k
         }
     }
 
-    __device__ static void work(const gpu_call &c, const job &j, unsigned char *shared)
+    /* What a warp's tiles have in common: where a lane's loads start, and what becomes of its
+     * scores. A lane has tokens lane / 4 and 8 more of a tile, and two rows. */
+    struct lane_view {
+        uint32_t to_k, to_v, to_q, q_at;
+        float scale, slope[2];
+        uint32_t position[2], from[2];
+        bool varied;
+
+        template <typename C> __device__ lane_view(const C &c, const job &j, uint32_t q)
+        {
+            uint32_t lane = threadIdx.x % 32;
+            to_k = k_place();
+            to_v = v_place();
+            to_q = q + q_rows::place(lane % 8, lane / 8);
+            q_at = q;
+            scale = score_scale<T>(c, j);
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                uint32_t row = j.first + min(lane % 4 * 2 + e, j.rows - 1);
+                slope[e] = slope_of(j.s, head_of(c, j, row));
+                position[e] = j.past + query_of(c, row);
+                from[e] = first_key(c, position[e]);
+            }
+            varied = is_varied(c, j.s.alibi);
+        }
+    };
+
+    /* The next tile. HIDES: some rows may not see all of its tokens. */
+    template <bool HIDES, typename C>
+    __device__ static void add_tile(const C &c, const job &j, tiles &ring, const lane_view &w,
+                                    uint32_t (*q)[2], uint32_t tile, lane_sums &l)
+    {
+        uint32_t lane = threadIdx.x % 32, k = ring.take_k(c, j);
+        float s[4] = {}, odd[4] = {};
+        if (CLOSE)
+            score_there(k + w.to_k, w.to_q, s, odd);
+        else
+            score(k + w.to_k, q, s, odd);
+        if (takes_fp32(c))
+            for (uint32_t plane = 1; plane < planes_of(c); plane++) {
+                uint32_t rest[STEPS][2];
+                fetch_q(w.q_at + plane * Q_BYTES, rest);
+                score(k + w.to_k, rest, s, odd);
+            }
+        bool clear = !HIDES || (tile >= j.clear_begin && tile + TOKENS <= j.clear_end);
+        bool passes = false;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s[e] = __fmul_rn(s[e] + odd[e], w.scale);
+        if (w.varied || !clear) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                uint32_t t = tile + lane / 4 + e / 2 * 8;
+                s[e] = t > w.position[e % 2] || t < w.from[e % 2]
+                           ? -CUDART_INF_F
+                           : modify_score(c, s[e], w.slope[e % 2], t, w.position[e % 2]);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            passes |= !(s[e] <= l.max[e % 2] + SLACK); /* NaN too */
+        if (__any_sync(~0u, passes)) {                 /* seldom: the first tile, as a rule */
+            /* An infinite element of K times the parts of q may be NaN: the first part decides, if
+             * it is infinite. */
+            bool nan = s[0] != s[0] || s[1] != s[1] || s[2] != s[2] || s[3] != s[3];
+            float first[4] = {};
+            if (planes_of(c) > 1 && !scaled<T>::value && __any_sync(~0u, nan) &&
+                score_first(k + w.to_k, q, first))
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (s[e] != s[e] && isinf(first[e]))
+                        s[e] = modify_score(c, first[e] * w.scale, w.slope[e % 2],
+                                            tile + lane / 4 + e / 2 * 8, w.position[e % 2]);
+            l.raise(s);
+        }
+        uint32_t p[4];
+        l.weigh(s, p);
+        uint32_t v = ring.take_v(c, j, k);
+        if (HIDES && tile + TOKENS > j.end) { /* the last */
+            rows::clear_rows(v, j.end - tile, TOKENS, lane, 32);
+            __syncwarp();
+        }
+        bool nonfinite = false;
+        if (!clear) {
+#pragma unroll
+            for (int pair = 0; pair < STEPS / 2; pair++) {
+                uint32_t a[2][4];
+                operands<T>::template load<true>(a, v + w.to_v, pair, false);
+                nonfinite = nonfinite || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
+            }
+            nonfinite = __any_sync(~0u, nonfinite);
+        }
+        if (nonfinite) {
+#pragma unroll
+            for (int pair = 0; pair < STEPS / 2; pair++) {
+                uint32_t a[2][4];
+                operands<T>::template load<true>(a, v + w.to_v, pair, false);
+                add_apart(c, j, tile, a[0], p, l.acc[pair * 2]);
+                add_apart(c, j, tile, a[1], p, l.acc[pair * 2 + 1]);
+            }
+            return;
+        }
+#pragma unroll
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4];
+            operands<T>::template load<true>(a, v + w.to_v, pair, false);
+            l.add(pair, a, p);
+        }
+    }
+
+    template <typename C>
+    __device__ static void work(const C &c, const job &j, unsigned char *shared)
     {
         append<T>(c, j, THREADS);
         __shared__ row_state states[WARPS][ROWS], total[ROWS];
-        uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        uint32_t planes = q_planes<T>(c.io);
+        uint32_t warp = threadIdx.x / 32;
+        uint32_t planes = planes_of(c);
         unsigned char *rings = shared + planes * Q_BYTES;
         tiles ring;
         ring.start(c, j, rings);
         load_q<T, q_rows, DIM / 8, ROWS, THREADS>(c, j, planes, shared);
         __syncthreads();
-        uint32_t q_at = shared_address(shared), to_q = q_at + q_rows::place(lane % 8, lane / 8);
+        uint32_t q_at = shared_address(shared);
         uint32_t q[STEPS][2]; /* CLOSE: it has no registers for it */
         if (!CLOSE)
             fetch_q(q_at, q);
-
-        /* A lane has tokens lane / 4 and 8 more of a tile, and two rows. */
         lane_sums l;
         l.begin();
-        float slope[2];
-        uint32_t position[2], from[2];
-#pragma unroll
-        for (uint32_t e = 0; e < 2; e++) {
-            uint32_t row = j.first + min(lane % 4 * 2 + e, j.rows - 1);
-            slope[e] = slope_of(j.s, head_of(c, j, row));
-            position[e] = j.past + query_of(c, row);
-            from[e] = first_key(c, position[e]);
-        }
-        bool varied = is_varied(c, j.s.alibi);
-        float scale = score_scale<T>(c, j);
-        uint32_t to_k = k_place(), to_v = v_place();
-
-        for (uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS; tile < j.end;
-             tile += WARPS * TOKENS) {
-            uint32_t k = ring.take_k(c, j);
-            float s[4] = {}, odd[4] = {};
-            if (CLOSE)
-                score_there(k + to_k, to_q, s, odd);
-            else
-                score(k + to_k, q, s, odd);
-            if (c.io == TS_DTYPE_FP32)
-                for (uint32_t plane = 1; plane < planes; plane++) {
-                    uint32_t rest[STEPS][2];
-                    fetch_q(q_at + plane * Q_BYTES, rest);
-                    score(k + to_k, rest, s, odd);
-                }
-            bool clear = tile >= j.clear_begin && tile + TOKENS <= j.clear_end;
-            bool passes = false;
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                s[e] = __fmul_rn(s[e] + odd[e], scale);
-            if (varied || !clear) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    uint32_t t = tile + lane / 4 + e / 2 * 8;
-                    s[e] = t > position[e % 2] || t < from[e % 2]
-                               ? -CUDART_INF_F
-                               : modify_score(c, s[e], slope[e % 2], t, position[e % 2]);
-                }
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                passes |= !(s[e] <= l.max[e % 2] + SLACK); /* NaN too */
-            if (__any_sync(~0u, passes)) {                 /* seldom: the first tile, as a rule */
-                /* An infinite element of K times the parts of q may be NaN: the first part decides,
-                 * if it is infinite. */
-                bool nan = s[0] != s[0] || s[1] != s[1] || s[2] != s[2] || s[3] != s[3];
-                float first[4] = {};
-                if (CLOSE)
-                    fetch_q(q_at, q);
-                if (planes > 1 && !scaled<T>::value && __any_sync(~0u, nan) &&
-                    score_first(k + to_k, q, first))
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (s[e] != s[e] && isinf(first[e]))
-                            s[e] = modify_score(c, first[e] * scale, slope[e % 2],
-                                                tile + lane / 4 + e / 2 * 8, position[e % 2]);
-                l.raise(s);
-            }
-            uint32_t p[4];
-            l.weigh(s, p);
-            uint32_t v = ring.take_v(c, j, k);
-            if (tile + TOKENS > j.end) { /* the last */
-                rows::clear_rows(v, j.end - tile, TOKENS, lane, 32);
-                __syncwarp();
-            }
-            bool nonfinite = false;
-            if (!clear) {
-#pragma unroll
-                for (int pair = 0; pair < STEPS / 2; pair++) {
-                    uint32_t a[2][4];
-                    operands<T>::template load<true>(a, v + to_v, pair, false);
-                    nonfinite = nonfinite || any_not_finite<M>(a[0]) || any_not_finite<M>(a[1]);
-                }
-                nonfinite = __any_sync(~0u, nonfinite);
-            }
-            if (nonfinite) {
-#pragma unroll
-                for (int pair = 0; pair < STEPS / 2; pair++) {
-                    uint32_t a[2][4];
-                    operands<T>::template load<true>(a, v + to_v, pair, false);
-                    add_apart(c, j, tile, a[0], p, l.acc[pair * 2]);
-                    add_apart(c, j, tile, a[1], p, l.acc[pair * 2 + 1]);
-                }
-                continue;
-            }
-#pragma unroll
-            for (int pair = 0; pair < STEPS / 2; pair++) {
-                uint32_t a[2][4];
-                operands<T>::template load<true>(a, v + to_v, pair, false);
-                l.add(pair, a, p);
-            }
-        }
+        const lane_view view(c, j, q_at);
+        uint32_t tile = j.begin / TOKENS * TOKENS + warp * TOKENS;
+        if (C::PLAIN) /* by far the most, in a loop with little code */
+            for (; tile + TOKENS <= min(j.end, j.clear_end); tile += WARPS * TOKENS)
+                add_tile<false>(c, j, ring, view, q, tile, l);
+        for (; tile < j.end; tile += WARPS * TOKENS)
+            add_tile<true>(c, j, ring, view, q, tile, l);
         await_copies<0>();
         __syncthreads(); /* the rings are used up */
         float *sums = (float *)rings;
@@ -355,7 +382,8 @@ template <typename T, int DIM, int MORE = 0, bool CLOSE = false> struct narrow_k
         finish<T, DIM, ROWS, WARPS>(c, j, THREADS, states, sums, SUM_PITCH, sums, total);
     }
 
-    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
+    template <typename C>
+    __device__ static void run(const C &c, uint32_t block, unsigned char *shared)
     {
         job j;
         find_job(c, block, ROWS, j);
@@ -370,34 +398,46 @@ template <typename T, int DIM> struct abreast {
     static const int BLOCKS = DIM > 128 ? 1 : scaled<T>::value || DIM <= 64 ? 4 : V5_BLOCKS;
 };
 
-template <typename T, int DIM>
+template <typename T, int DIM, typename C>
 __global__ void __launch_bounds__(THREADS, abreast<T, DIM>::BLOCKS)
-    decode_v5(const __grid_constant__ gpu_call c)
+    decode_v5(const __grid_constant__ C c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     run_blocks<narrow_kernel<T, DIM>>(c, shared);
 }
 
-template <typename T, int DIM> ts_gpu_kernel kernel_dim(ts_dtype io)
+/* The least of the lengths of rows that kernels are compiled for. Those of an fp8 cache are laid
+ * out as rows of 128 dimensions at least: a row has 8 pieces then. */
+template <typename T> struct least {
+    static const int DIM = scaled<T>::value ? 128 : 64;
+};
+
+template <typename T, int DIM, typename C> ts_gpu_kernel kernel_dim(ts_dtype io)
 {
-    return ts_gpu_kernel{(const void *)decode_v5<T, DIM>, THREADS, narrow_kernel<T, DIM>::bytes(io),
-                         0};
+    return ts_gpu_kernel{(const void *)decode_v5<T, DIM, C>, THREADS,
+                         narrow_kernel<T, DIM>::bytes(io), 0};
 }
 
-/* Rows of an fp8 cache are laid out as those of 128 dimensions at least: a row has 8 pieces then.
- */
 template <typename T> ts_gpu_kernel kernel_of(uint32_t head_dim, ts_dtype io)
 {
-    return head_dim <= 64 && !scaled<T>::value ? kernel_dim < T, scaled<T>::value ? 128 : 64 > (io)
-       : head_dim <= 128 ? kernel_dim<T, 128>(io)
-                                               : kernel_dim<T, 256>(io);
+    return head_dim <= least<T>::DIM ? kernel_dim<T, least<T>::DIM, gpu_call>(io)
+           : head_dim <= 128         ? kernel_dim<T, 128, gpu_call>(io)
+                                     : kernel_dim<T, 256, gpu_call>(io);
 }
 
-/* Blocks that take less of a processor, so that V5_CLOSE_BLOCKS share it: a little slower, but not
- * where they spare a launch its last wave. The bits are the same. */
+/* For plain calls alone, with the same bits. */
+template <typename T> ts_gpu_kernel plain_of(uint32_t head_dim, ts_dtype io)
+{
+    return io == TS_DTYPE_FP32 || head_dim > 128 ? ts_gpu_kernel{}
+           : head_dim <= least<T>::DIM           ? kernel_dim<T, least<T>::DIM, plain_call>(io)
+                                                 : kernel_dim<T, 128, plain_call>(io);
+}
+
+/* For plain calls too, and in less of a processor, so that V5_CLOSE_BLOCKS share it: a little
+ * slower, but not where they spare a launch its last wave. The bits are the same. */
 template <typename T, int DIM>
 __global__ void __launch_bounds__(THREADS, V5_CLOSE_BLOCKS)
-    decode_v5_close(const __grid_constant__ gpu_call c)
+    decode_v5_close(const __grid_constant__ plain_call c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     run_blocks<narrow_kernel<T, DIM, 0, true>>(c, shared);

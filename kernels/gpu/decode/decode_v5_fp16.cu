@@ -6,9 +6,20 @@
 
 ts_gpu_kernel v5_fp16(uint32_t head_dim, ts_dtype io, uint32_t kind)
 {
-    return kind == 0          ? v5::kernel_of<__half>(head_dim, io)
-           : kind == 1        ? mma::medium<__half>(head_dim, io)
-           : kind == 2        ? mma::wide<__half>(head_dim, io)
-           : kind == V5_CLOSE ? v5::close_of<__half>(head_dim, io)
-                              : v5::shared_of<__half>(head_dim, io);
+    switch (kind) {
+    case 0:
+        return v5::kernel_of<__half>(head_dim, io);
+    case 1:
+        return mma::medium<__half>(head_dim, io);
+    case 2:
+        return mma::wide<__half>(head_dim, io);
+    case V5_TEAMS:
+        return v5::shared_of<__half, gpu_call>(head_dim, io);
+    case V5_PLAIN:
+        return v5::plain_of<__half>(head_dim, io);
+    case V5_PLAIN_TEAMS:
+        return v5::shared_of<__half, plain_call>(head_dim, io);
+    default:
+        return v5::close_of<__half>(head_dim, io);
+    }
 }

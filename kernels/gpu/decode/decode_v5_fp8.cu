@@ -6,9 +6,20 @@
 
 ts_gpu_kernel v5_fp8(uint32_t head_dim, ts_dtype io, uint32_t kind)
 {
-    return kind == 0          ? v5::kernel_of<__nv_fp8_e4m3>(head_dim, io)
-           : kind == 1        ? mma::medium<__nv_fp8_e4m3>(head_dim, io)
-           : kind == 2        ? mma::wide<__nv_fp8_e4m3>(head_dim, io)
-           : kind == V5_CLOSE ? ts_gpu_kernel{}
-                              : v5::shared_of<__nv_fp8_e4m3>(head_dim, io);
+    switch (kind) {
+    case 0:
+        return v5::kernel_of<__nv_fp8_e4m3>(head_dim, io);
+    case 1:
+        return mma::medium<__nv_fp8_e4m3>(head_dim, io);
+    case 2:
+        return mma::wide<__nv_fp8_e4m3>(head_dim, io);
+    case V5_TEAMS:
+        return v5::shared_of<__nv_fp8_e4m3, gpu_call>(head_dim, io);
+    case V5_PLAIN:
+        return v5::plain_of<__nv_fp8_e4m3>(head_dim, io);
+    case V5_PLAIN_TEAMS:
+        return v5::shared_of<__nv_fp8_e4m3, plain_call>(head_dim, io);
+    default:
+        return ts_gpu_kernel{};
+    }
 }

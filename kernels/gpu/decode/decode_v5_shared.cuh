@@ -51,7 +51,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     };
 
     /* Row r's place among its sequence's; also the sequence. */
-    __device__ static const plan_seq &place_of_row(const gpu_call &c, const job &j, const team &t,
+    template <typename C>
+    __device__ static const plan_seq &place_of_row(const C &c, const job &j, const team &t,
                                                    uint32_t r, uint32_t *place, uint32_t *query)
     {
         const plan_seq &seq = t.seq_of_row(r);
@@ -68,8 +69,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         float factors[WARPS];
     };
 
-    __device__ static void find_row(const gpu_call &c, const job &j, const team &t, uint32_t r,
-                                    row *to)
+    template <typename C>
+    __device__ static void find_row(const C &c, const job &j, const team &t, uint32_t r, row *to)
     {
         const uint32_t record = c.head_dim + 4;
         uint32_t place, query;
@@ -80,12 +81,13 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* All rows of q, turned if the run asks for it; those past the last are 0. As load_q has it. */
-    __device__ static void load_rows(const gpu_call &c, const job &j, const team &t,
-                                     const row *rows, unsigned char *q)
+    template <typename C>
+    __device__ static void load_rows(const C &c, const job &j, const team &t, const row *rows,
+                                     unsigned char *q)
     {
         const int TOGETHER = scaled<T>::value ? 2 : 8;
         const uint32_t ABREAST = ROWS * PIECES / THREADS;
-        if (!scaled<T>::value && c.rope.theta == 0) { /* as it is: all are asked for at once */
+        if (!scaled<T>::value && !turns_rows(c)) { /* as it is: all are asked for at once */
             uint4 x[ABREAST];
 #pragma unroll
             for (uint32_t a = 0; a < ABREAST; a++) {
@@ -139,7 +141,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* What happens to scores beside scaling. */
-    __device__ static void vary(const gpu_call &c, const job &j, const team &t, uint32_t tile,
+    template <typename C>
+    __device__ static void vary(const C &c, const job &j, const team &t, uint32_t tile,
                                 float (*s)[4])
     {
         uint32_t lane = threadIdx.x % 32;
@@ -156,7 +159,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* A warp's tiles of the chunk. */
-    __device__ static void add_tiles(const gpu_call &c, const job &j, const team &t, tiles &ring,
+    template <typename C>
+    __device__ static void add_tiles(const C &c, const job &j, const team &t, tiles &ring,
                                      uint32_t q, lane_sums *l)
     {
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -196,7 +200,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* Writes the rows' records of this chunk. */
-    __device__ static void store_records(const gpu_call &c, const team &t, row *rows,
+    template <typename C>
+    __device__ static void store_records(const C &c, const team &t, row *rows,
                                          const row_state (*states)[ROWS], const float *sums)
     {
         const uint32_t QUADS = DIM / 4, r = threadIdx.x;
@@ -215,7 +220,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* Counts the chunk for each member, and merges those of which it was the last. */
-    __device__ static void end(const gpu_call &c, const job &j, const team &t, float *scratch)
+    template <typename C>
+    __device__ static void end(const C &c, const job &j, const team &t, float *scratch)
     {
         __shared__ bool last[ROWS];
         __shared__ uint32_t places[EACH];
@@ -244,8 +250,9 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
     }
 
     /* members: their numbers among the run's sequences. */
-    __device__ static void work(const gpu_call &c, const job &j, const uint32_t *members,
-                                uint32_t count, unsigned char *shared)
+    template <typename C>
+    __device__ static void work(const C &c, const job &j, const uint32_t *members, uint32_t count,
+                                unsigned char *shared)
     {
         __shared__ plan_seq seqs[ROWS];
         __shared__ row rows[ROWS];
@@ -288,7 +295,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
 
     /* Runs' pieces are taken by turns, as far as all of them have some: so runs that share a prefix
      * read the same blocks at about the same time. */
-    __device__ static const gpu_run &find_piece_by_turns(const gpu_call &c, uint32_t block,
+    template <typename C>
+    __device__ static const gpu_run &find_piece_by_turns(const C &c, uint32_t block,
                                                          plan_piece &piece)
     {
         uint32_t index = block / c.kv_heads, r = 0;
@@ -308,7 +316,8 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
         return c.runs[r];
     }
 
-    __device__ static void run(const gpu_call &c, uint32_t block, unsigned char *shared)
+    template <typename C>
+    __device__ static void run(const C &c, uint32_t block, unsigned char *shared)
     {
         plan_piece piece;
         const gpu_run &run = find_piece_by_turns(c, block, piece);
@@ -320,7 +329,7 @@ template <typename T, int DIM, int GROUPS, int MORE> struct team_kernel {
             count = TEAM_SIZE(piece.tile);
             piece.tile = 0;
             make_job(c, run, piece, block % c.kv_heads, EACH, j);
-            if (c.window == 0) {
+            if (C::PLAIN || c.window == 0) {
                 work(c, j, members, count, shared);
                 return;
             }
@@ -343,27 +352,26 @@ template <typename T> struct team_size {
 
 template <typename T, int DIM> using team_kernel_of = team_kernel<T, DIM, team_size<T>::GROUPS, 1>;
 
-template <typename T, int DIM>
+template <typename T, int DIM, typename C>
 __global__ void __launch_bounds__(THREADS, team_size<T>::BLOCKS)
-    decode_v5_shared(const __grid_constant__ gpu_call c)
+    decode_v5_shared(const __grid_constant__ C c)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     run_blocks<team_kernel_of<T, DIM>>(c, shared);
 }
 
-template <typename T, int DIM> ts_gpu_kernel team_kernel_dim()
+template <typename T, int DIM, typename C> ts_gpu_kernel team_kernel_dim()
 {
-    return ts_gpu_kernel{(const void *)decode_v5_shared<T, DIM>, THREADS,
+    return ts_gpu_kernel{(const void *)decode_v5_shared<T, DIM, C>, THREADS,
                          team_kernel_of<T, DIM>::BYTES, 0};
 }
 
 /* For q of 16 bits and rows of up to 128 dimensions. */
-template <typename T> ts_gpu_kernel shared_of(uint32_t head_dim, ts_dtype io)
+template <typename T, typename C> ts_gpu_kernel shared_of(uint32_t head_dim, ts_dtype io)
 {
-    const int LEAST = scaled<T>::value ? 128 : 64; /* see kernel_of */
     return head_dim > 128 || io == TS_DTYPE_FP32 ? ts_gpu_kernel{}
-           : head_dim <= LEAST                   ? team_kernel_dim<T, LEAST>()
-                                                 : team_kernel_dim<T, 128>();
+           : head_dim <= least<T>::DIM           ? team_kernel_dim<T, least<T>::DIM, C>()
+                                                 : team_kernel_dim<T, 128, C>();
 }
 
 } // namespace v5

@@ -73,6 +73,16 @@ ts_status find_narrow(const ts_gpu_plan *p, uint32_t kind, uint32_t blocks, ts_g
     return status;
 }
 
+ts_status find_plain(ts_gpu_plan *p, char *why, size_t why_bytes)
+{
+    ts_status status = find_narrow(p, V5_PLAIN, 1, &p->plain_kernel, why, why_bytes);
+    if (status == TS_OK)
+        status = find_narrow(p, V5_PLAIN_TEAMS, 1, &p->plain_team_kernel, why, why_bytes);
+    if (status == TS_OK)
+        status = find_narrow(p, V5_CLOSE, V5_CLOSE_BLOCKS, &p->close_kernel, why, why_bytes);
+    return status;
+}
+
 /* Finds the kernels that the device can launch. TS_EINVAL: the one that was asked for isn't among
  * them. */
 ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
@@ -117,8 +127,8 @@ ts_status find_kernels(ts_gpu_plan *p, char *why, size_t why_bytes)
     }
     if (p->kernels[LIST_NARROW].function != NULL) {
         ts_status status = find_narrow(p, V5_TEAMS, 1, &p->team_kernel, why, why_bytes);
-        if (status == TS_OK)
-            status = find_narrow(p, V5_CLOSE, V5_CLOSE_BLOCKS, &p->close_kernel, why, why_bytes);
+        if (status == TS_OK && holds_whole_tiles(&p->geometry))
+            status = find_plain(p, why, why_bytes);
         if (status != TS_OK)
             return status;
     }
@@ -440,7 +450,7 @@ extern "C" ts_status ts_gpu_plan_new_persistent(ts_gpu *gpu, const ts_geometry *
     p->limits = *limits;
     /* Its launches are repeated for whatever comes, and without teams theirs is the slower kernel.
      */
-    p->team_kernel = p->close_kernel = ts_gpu_kernel{};
+    p->team_kernel = p->plain_team_kernel = p->close_kernel = ts_gpu_kernel{};
     status = make_room(p, &entries, why, why_bytes);
     if (limits->base != NULL && p->room[LIST_WGMMA] + p->room[LIST_FEW] > 0)
         p->boxes = ts_gpu_box_map_of(gpu, geometry, limits->base, block_range{0, 0});

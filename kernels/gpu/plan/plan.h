@@ -37,9 +37,11 @@ struct ts_gpu_plan {
     ts_gpu_kernel kernels[LIST_COUNT]; /* of LIST_TILE and later ones; function NULL: the device has
                                           too little shared memory for it */
     ts_gpu_kernel varied_wgmma;        /* wgmma's lists' where scores are capped or sloped */
-    ts_gpu_kernel team_kernel;  /* LIST_NARROW's where pieces may be teams'; function NULL: none are
-                                   made */
-    ts_gpu_kernel close_kernel; /* LIST_NARROW's, where waves.h says so; function NULL: none */
+    /* LIST_NARROW's where pieces may be teams'; function NULL: none are made. */
+    ts_gpu_kernel team_kernel;
+    /* LIST_NARROW's for plain calls: as a rule, where pieces may be teams', and where waves.h says
+     * so; function NULL: none. */
+    ts_gpu_kernel plain_kernel, plain_team_kernel, close_kernel;
     ts_gpu_buffer *buffer;
     uint32_t num_seqs;
     uint32_t count[LIST_COUNT];
