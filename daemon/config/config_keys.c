@@ -203,7 +203,7 @@ static ts_status read_model(const ts_config_key *key, void *field, const char *v
 
 /* ---- the keys ---- */
 
-static const char *const isas[] = {"auto", "portable", "avx2", "avx512", "amx", NULL};
+static const char *const isas[] = {"auto", "portable", "avx2", "avx512", "amx", "neon", NULL};
 static const char *const levels[] = {"error", "warning", "info", "debug", NULL};
 static const char *const verifies[] = {"off", "restart", NULL};
 static const char *const shows[] = {"totals", "all", NULL};

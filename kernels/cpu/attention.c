@@ -51,6 +51,8 @@ const char *ts_isa_name(ts_isa isa)
         return "avx512";
     case TS_ISA_AMX:
         return "amx";
+    case TS_ISA_NEON:
+        return "neon";
     }
     return "unknown";
 }
@@ -69,6 +71,9 @@ ts_isa ts_isa_resolve(ts_isa isa)
         return TS_ISA_AVX512;
     if (avx2 && isa != TS_ISA_PORTABLE)
         return TS_ISA_AVX2;
+#elif defined(__aarch64__) /* every one has it */
+    if (isa != TS_ISA_PORTABLE)
+        return TS_ISA_NEON;
 #else
     (void)isa;
 #endif
@@ -86,6 +91,9 @@ static const ts_attention_isa_ops *isa_ops(ts_isa isa)
         return &ts_attention_avx512;
     if (isa == TS_ISA_AVX2)
         return &ts_attention_avx2;
+#elif defined(__aarch64__)
+    if (isa == TS_ISA_NEON)
+        return &ts_attention_neon;
 #else
     (void)isa;
 #endif

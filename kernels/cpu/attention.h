@@ -21,7 +21,8 @@ typedef enum ts_isa {
     TS_ISA_PORTABLE,
     TS_ISA_AVX2,
     TS_ISA_AVX512,
-    TS_ISA_AMX
+    TS_ISA_AMX,
+    TS_ISA_NEON
 } ts_isa;
 
 const char *ts_isa_name(ts_isa isa);

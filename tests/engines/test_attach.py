@@ -118,6 +118,29 @@ def test_weights_that_change_while_attached(attach):
     assert kv.namespace not in spaces
 
 
+def test_weights_that_change_beside_an_open_cache(attach):
+    """What they come to isn't found by those who have the weights of before."""
+    model, inputs = llama(), prompts(40)
+    kv = attach(model)
+    cache, weight = kv.cache(), model.model.layers[0].self_attn.k_proj.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+        generate(model, inputs, cache)
+        weight[0, 0] -= 1
+    assert not cache.known and kv.cache(**inputs).found == 0
+
+    cache, tokens = kv.cache(), inputs["input_ids"]
+    with torch.no_grad():
+        model(input_ids=tokens[:, :32], past_key_values=cache)
+        model(input_ids=tokens[:, 32:33], past_key_values=cache)
+        assert cache.known
+        weight[0, 0] += 1
+        for i in range(33, 40):
+            model(input_ids=tokens[:, i:i + 1], past_key_values=cache)
+        weight[0, 0] -= 1
+    assert not cache.known and kv.cache(**inputs).found == 32
+
+
 def test_weights_are_read_once(attach, monkeypatch):
     """Also of models that write frequencies of their rotary embeddings in each pass."""
     reads, digest = [], ts.attached.weights.digest
@@ -311,11 +334,13 @@ def test_a_daemon_that_was_replaced(attach, start_daemon):
     daemon, model, inputs = start_daemon(POOL), llama(), prompts(30)
     want = reference(model, inputs)
     kv = attach(model, url=daemon.url)
-    cache = kv.cache(**inputs)
+    cache, empty = kv.cache(**inputs), kv.cache()
+    generate(model, inputs, kv.cache(), max_new_tokens=1)
     daemon.stop()
     with pytest.raises(tinyserve.Error):
         generate(model, inputs, cache)
     daemon.start()
+    assert torch.equal(generate(model, inputs, empty), want)
     assert torch.equal(generate(model, inputs, kv.cache(**inputs)), want)
     with pytest.raises(tinyserve.DisconnectedError):
         generate(model, inputs, cache)

@@ -148,6 +148,8 @@ def test_token_ids_need_a_namespace_and_one_for_each_token(connect):
         kv.match([-2], b"m")
     with pytest.raises(OverflowError, match="-5 is no token id"):
         kv.match(np.array([1, -5]), b"m")
+    with pytest.raises(OverflowError, match="-5 is no token id"):
+        kv.match(np.array([1, -5], np.int32), b"m")
     with pytest.raises(tinyserve.InvalidError, match="prompt 1 has 0 tokens; the limits are 1"):
         kv.match_many([[1], []], b"m")
     with kv.step([seq], [2], heads=HEADS, tokens=[-1, 7]):  # none is known from the first on

@@ -118,10 +118,10 @@ def token_ids(name: str, values: Iterable[int], wanted: int | None = None) -> tu
     if interface is not None and interface["typestr"] in ("<i4", "<i8") and \
             len(interface["shape"]) == 1:
         array_: Any = values
+        wrong = array_[(array_ < -1) | (array_ > U32)]
+        if len(wrong) > 0:
+            raise OverflowError(f"{name}: {wrong[0]} is no token id")
         if interface["typestr"] == "<i8":
-            wrong = array_[(array_ < -1) | (array_ > U32)]
-            if len(wrong) > 0:
-                raise OverflowError(f"{name}: {wrong[0]} is no token id")
             values = array_.astype("uint32")
         elif interface.get("strides") is None:
             values = array_.view("uint32")

@@ -71,6 +71,8 @@ extern const ts_attention_isa_ops ts_attention_avx2;
 extern const ts_attention_isa_ops ts_attention_avx512;
 extern const ts_attention_isa_ops ts_attention_vbmi; /* avx512, fp8 by look-ups: the same bits */
 extern const ts_attention_isa_ops ts_attention_amx;
+#elif defined(__aarch64__)
+extern const ts_attention_isa_ops ts_attention_neon;
 #endif
 
 #endif

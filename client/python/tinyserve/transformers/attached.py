@@ -70,6 +70,8 @@ class Attached:
         self.crop_to_length, self.wait = how.crop_to_length, how.wait
         self.pool_name = ""
         self._namespaces: list[tuple[weights.Fingerprint, bytes]] = []
+        self._parameters = [m._parameters for m in self._model.modules() if m._parameters]
+        self._glance: tuple[bytes, list[tuple[int, int]]] | None = None
         self._as_loaded = True  # for all that is known: no namespace was made yet
         self._stats, self._lock = Stats(), threading.Lock()
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -160,7 +162,29 @@ class Attached:
         """What K and V depend on beside token ids: the weights and the configuration."""
         return self._find_namespace()
 
+    def has_namespace(self, namespace: bytes, glances: bool) -> bool:
+        """Whether the weights are those of a namespace that was made. glances: a parameter that was
+        written or replaced since the last look is seen, which takes a fraction of a millisecond;
+        modules that were added or switched are not."""
+        if isinstance(self._how.identity, bytes):
+            return True  # whatever they are
+        glance = namespace, [(id(p), p._version) for of_module in self._parameters
+                             for p in of_module.values() if p is not None]
+        if glances and glance == self._glance:
+            return True
+        seen = weights.Fingerprint(self._model)
+        with self._lock:
+            if (seen, namespace) not in self._namespaces:
+                return False
+            self._glance = glance
+        return True
+
     # ---- caches ----
+
+    def other_session(self, session: Session) -> Session:
+        """This thread's session, in place of one that has ended."""
+        self._sessions.lost(session)
+        return self._sessions.mine()
 
     def cache(self, input_ids: Any = None, attention_mask: Any = None, *, wait: float | None = None,
               **inputs: Any) -> PooledCache:

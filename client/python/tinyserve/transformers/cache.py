@@ -182,15 +182,24 @@ class PooledCache(Cache):
         """Opens the step of a forward pass with these arguments, and the session until end().
         Nothing has changed if it raises."""
         self._check_open()
-        self.session.lock.acquire()
         try:
-            inputs = Inputs.of(given, self.rows.columns, self.rows.pads)
-            forward = self._begin(inputs)
-        except BaseException:
-            self.session.lock.release()
-            raise
+            forward = self._begin_in_session(given)
+        except DisconnectedError:
+            if self.seqs:  # they went with the session
+                raise
+            self.session = self.kv.other_session(self.session)
+            forward = self._begin_in_session(given)
         forward.before = attention.enter(forward)
         return forward
+
+    def _begin_in_session(self, given: dict[str, Any]) -> Forward:
+        session = self.session
+        session.lock.acquire()
+        try:
+            return self._begin(Inputs.of(given, self.rows.columns, self.rows.pads))
+        except BaseException:
+            session.lock.release()
+            raise
 
     def _begin(self, inputs: Inputs) -> Forward:
         self.session.sweep()
@@ -240,6 +249,8 @@ class PooledCache(Cache):
         return 1
 
     def _check_positions(self, inputs: Inputs, rows: Rows) -> None:
+        if self.known and not self.kv.has_namespace(self.namespace, inputs.columns == 1):
+            self.known = False  # K and V come of other weights from now on
         if self.known and not inputs.known:
             if self.found > 0:
                 raise Unsupported(
