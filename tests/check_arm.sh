@@ -44,7 +44,7 @@ if [ ! -d "$TS_SYSROOT" ]; then
     }
 fi
 export PKG_CONFIG_SYSROOT_DIR=$TS_SYSROOT
-export PKG_CONFIG_LIBDIR=$TS_SYSROOT/usr/lib/aarch64-linux-gnu/pkgconfig:$TS_SYSROOT/usr/share/pkgconfig
+export PKG_CONFIG_LIBDIR=$TS_SYSROOT/usr/lib/aarch64-linux-gnu/pkgconfig
 build_target="tinyserved tsctl tsbench tinyserve test_attention"
 [ "${1:-}" = suite ] && build_target=
 configure_and_build "$folder" -DCMAKE_TOOLCHAIN_FILE="$PWD/tests/aarch64.cmake" \
