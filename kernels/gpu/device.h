@@ -123,7 +123,7 @@ typedef struct ts_gpu_deferred_free {
 #define TS_GPU_TEAM_TOKENS 2816u
 #define TS_GPU_TEAM_PART 32u
 
-#define TS_GPU_FUNCTIONS 128u /* more than there are kernels times their sizes */
+#define TS_GPU_FUNCTIONS 192u /* more than there are kernels times their sizes: 119 */
 
 struct ts_gpu {
     ts_gpu_info info;
