@@ -346,8 +346,10 @@ static void the_prototypes_scenario_of_two_sequences_and_32_heads_matches(void *
 
 static bool has_tile_unit(void)
 {
-    const bool asked = isas[sizeof isas / sizeof *isas - 1] == TS_ISA_AMX; /* the last, if at all */
-    return asked && ts_isa_resolve(TS_ISA_AMX) == TS_ISA_AMX;
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+        if (isas[i] == TS_ISA_AMX)
+            return ts_isa_resolve(TS_ISA_AMX) == TS_ISA_AMX;
+    return false;
 }
 
 /* How many tokens the tile unit takes at once depends on how many KV heads there are. */

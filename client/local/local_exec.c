@@ -18,7 +18,7 @@ static ts_status open_kernels(ts_client *c)
     if (c->attention != NULL)
         return TS_OK;
     ts_isa isa = (ts_isa)c->rings->isa;
-    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_AMX)
+    if (isa < TS_ISA_PORTABLE || isa > TS_ISA_LAST)
         return ts_fail(c, TS_EPROTO,
                        "the daemon's kernels are of kind %d, which this library has not", (int)isa);
     if (ts_isa_resolve(isa) != isa)

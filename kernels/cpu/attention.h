@@ -24,6 +24,7 @@ typedef enum ts_isa {
     TS_ISA_AMX,
     TS_ISA_NEON
 } ts_isa;
+#define TS_ISA_LAST TS_ISA_NEON
 
 const char *ts_isa_name(ts_isa isa);
 

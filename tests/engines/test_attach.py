@@ -140,6 +140,15 @@ def test_weights_that_change_beside_an_open_cache(attach):
         weight[0, 0] -= 1
     assert not cache.known and kv.cache(**inputs).found == 32
 
+    cache = kv.cache()
+    with torch.no_grad():
+        model(input_ids=tokens[:, :34], past_key_values=cache)
+        model(input_ids=tokens[:, 34:35], past_key_values=cache)
+        weight.data[0, 0] += 1
+        kv.reread()
+        model(input_ids=tokens[:, 35:36], past_key_values=cache)
+    assert not cache.known
+
 
 def test_weights_are_read_once(attach, monkeypatch):
     """Also of models that write frequencies of their rotary embeddings in each pass."""

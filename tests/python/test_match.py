@@ -150,6 +150,9 @@ def test_token_ids_need_a_namespace_and_one_for_each_token(connect):
         kv.match(np.array([1, -5]), b"m")
     with pytest.raises(OverflowError, match="-5 is no token id"):
         kv.match(np.array([1, -5], np.int32), b"m")
+    ids = np.array([-1, 0, 7, 0], np.int32)[::2]  # likewise below, from an array with gaps
+    with kv.step([seq], [2], heads=HEADS, tokens=ids):
+        pass
     with pytest.raises(tinyserve.InvalidError, match="prompt 1 has 0 tokens; the limits are 1"):
         kv.match_many([[1], []], b"m")
     with kv.step([seq], [2], heads=HEADS, tokens=[-1, 7]):  # none is known from the first on

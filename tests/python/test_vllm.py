@@ -480,6 +480,18 @@ def test_a_pass_waits_its_allowance_and_no_longer(daemon, start_finder, monkeypa
     finder.begin_pass()
     assert finder.ask("a", IDS, SPACE, 0) == 0  # its patience is over
     assert clock.waited[4:] == [0.25, 0.25] and finder.stats.missed_late == 1
+    up(finder)  # the thread had answered already: nothing else would say so
+
+
+def test_an_error_of_the_finders_own_is_a_miss(daemon, start_finder, monkeypatch, caplog):
+    finder = start_finder(daemon.url)
+    up(finder)
+    with monkeypatch.context() as patched:
+        patched.setattr(Finder, "_match", lambda *_: 1 // 0)
+        assert answer(finder, "a", IDS) == 0
+        until(lambda: "ZeroDivisionError" in caplog.text)
+    assert answer(finder, "b", IDS) == 0 and finder._thread.is_alive()
+    assert finder.stats.missed_late == 0
 
 
 def test_a_paused_daemon_is_a_miss(daemon, start_finder):

@@ -121,10 +121,10 @@ def token_ids(name: str, values: Iterable[int], wanted: int | None = None) -> tu
         wrong = array_[(array_ < -1) | (array_ > U32)]
         if len(wrong) > 0:
             raise OverflowError(f"{name}: {wrong[0]} is no token id")
-        if interface["typestr"] == "<i8":
-            values = array_.astype("uint32")
-        elif interface.get("strides") is None:
+        if interface["typestr"] == "<i4" and interface.get("strides") is None:
             values = array_.view("uint32")
+        else:
+            values = array_.astype("uint32")
     elif interface is None:
         values = [U32 if v == -1 else v for v in _iterate(name, values)]
     packed, n = integers(name, ctypes.c_uint32, values)

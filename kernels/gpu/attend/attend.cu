@@ -296,10 +296,11 @@ const ts_gpu_kernel &narrow_kernel(const gpu_call &c, const ts_gpu_run *runs, ui
 {
     const ts_gpu_plan *p = runs[0].plan;
     uint32_t shortest = UINT32_MAX, longest = 0;
-    const bool plain = p->plain_kernel.function != NULL && is_plain(c, runs, num_runs);
+    const bool plain = is_plain(c, runs, num_runs);
     if (has_teams(runs, num_runs))
-        return plain ? p->plain_team_kernel : p->team_kernel;
-    if (!plain)
+        return plain && p->plain_team_kernel.function != NULL ? p->plain_team_kernel
+                                                              : p->team_kernel;
+    if (!plain || p->plain_kernel.function == NULL)
         return p->kernels[LIST_NARROW];
     for (uint32_t i = 0; i < num_runs; i++) {
         const ts_gpu_plan *its = runs[i].plan;

@@ -16,10 +16,12 @@ static inline uint32_t v5_rows(const ts_geometry *g, uint32_t kind)
     return rows[g->dtype == TS_DTYPE_FP32][kind];
 }
 
-/* Whether a tile of v5's kernel for few rows always lies in one block. */
+#define WHOLE_TILE 16u /* tokens of a tile of v5's kernels for few rows */
+
+/* Whether such a tile always lies in one block. */
 static inline bool holds_whole_tiles(const ts_geometry *g)
 {
-    return g->block_tokens % 16 == 0;
+    return g->block_tokens % WHOLE_TILE == 0;
 }
 
 /* Rows of all members of a team. fp8's kernels need more warps, so have fewer registers. */

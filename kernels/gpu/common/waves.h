@@ -1,5 +1,5 @@
-/* Inside kernels/gpu: how many blocks of v5's kernel for few rows share a processor, and which of
- * its two kernels a launch takes for that. */
+/* Inside kernels/gpu: how many blocks of v5's kernels for few rows share a processor, and which of
+ * the two for plain calls a launch takes for that. */
 #ifndef TS_GPU_WAVES_H
 #define TS_GPU_WAVES_H
 

@@ -36,6 +36,7 @@ template <typename T, int DIM, int MORE = 0, bool CLOSE = false> struct narrow_k
     typedef loader<DIM * 2, TOKENS> q_rows;
     static const uint32_t Q_BYTES = ROWS * DIM * 2, RING_BYTES = WARPS * tiles::BYTES;
     static const uint32_t SUM_PITCH = DIM + 4; /* floats */
+    static_assert(TOKENS == WHOLE_TILE, "in_block, of a plain call");
     static_assert(RING_BYTES >= WARPS * ROWS * SUM_PITCH * sizeof(float), "sums take its place");
     static_assert(RING_BYTES >= ROWS * V5_CHUNKS * sizeof(float), "so do the chunks' factors");
 

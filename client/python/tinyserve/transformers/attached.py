@@ -70,8 +70,7 @@ class Attached:
         self.crop_to_length, self.wait = how.crop_to_length, how.wait
         self.pool_name = ""
         self._namespaces: list[tuple[weights.Fingerprint, bytes]] = []
-        self._parameters = [m._parameters for m in self._model.modules() if m._parameters]
-        self._glance: tuple[bytes, list[tuple[int, int]]] | None = None
+        self._glance: weights.Glance | None = None
         self._as_loaded = True  # for all that is known: no namespace was made yet
         self._stats, self._lock = Stats(), threading.Lock()
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -155,7 +154,7 @@ class Attached:
     def reread(self) -> None:
         """Has all weights read again: call it after writing some by `.data`, which isn't seen."""
         with self._lock:
-            self._namespaces = []
+            self._namespaces, self._glance = [], None
 
     @property
     def namespace(self) -> bytes:
@@ -163,16 +162,14 @@ class Attached:
         return self._find_namespace()
 
     def has_namespace(self, namespace: bytes, glances: bool) -> bool:
-        """Whether the weights are those of a namespace that was made. glances: a parameter that was
-        written or replaced since the last look is seen, which takes a fraction of a millisecond;
-        modules that were added or switched are not."""
+        """Whether the weights are those of a namespace that was made. glances: looked at as a
+        weights.Glance does."""
         if isinstance(self._how.identity, bytes):
             return True  # whatever they are
-        glance = namespace, [(id(p), p._version) for of_module in self._parameters
-                             for p in of_module.values() if p is not None]
-        if glances and glance == self._glance:
+        before = self._glance
+        if glances and before is not None and before.is_as_it_was(namespace):
             return True
-        seen = weights.Fingerprint(self._model)
+        seen, glance = weights.Fingerprint(self._model), weights.Glance(self._model, namespace)
         with self._lock:
             if (seen, namespace) not in self._namespaces:
                 return False
@@ -182,9 +179,9 @@ class Attached:
     # ---- caches ----
 
     def other_session(self, session: Session) -> Session:
-        """This thread's session, in place of one that has ended."""
+        """A new session of this thread's, in place of one that has ended."""
         self._sessions.lost(session)
-        return self._sessions.mine()
+        return self._sessions.anew()
 
     def cache(self, input_ids: Any = None, attention_mask: Any = None, *, wait: float | None = None,
               **inputs: Any) -> PooledCache:
@@ -228,7 +225,7 @@ class Attached:
     def _match(self, prompts: list[list[int]], namespace: bytes,
                wait: float) -> tuple[Session, list[tuple[int, int]]]:
         for attempt in range(2):
-            session = self._sessions.mine()
+            session = self._sessions.mine() if attempt == 0 else self._sessions.anew()
             try:
                 with session.lock:
                     session.sweep()

@@ -99,9 +99,18 @@ class Sessions:
             session = self._idle.popleft()
             if session.usable:
                 return session
+        return self._open()
+
+    def _open(self) -> Session:
         session = Session(*self._connect())
         with self._lock:
             self._all.add(session)
+        return session
+
+    def anew(self) -> Session:
+        """Another session, which was opened just now, for this thread."""
+        session = self._open()
+        self._thread.lease = _Lease(self, session)
         return session
 
     def lost(self, session: Session) -> None:

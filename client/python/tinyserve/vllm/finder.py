@@ -116,7 +116,8 @@ class Finder:
                 self._asked.pop(key, None)
             return question.found
         if time.monotonic() - question.begun > self._patience:
-            self._up.clear()  # until the thread has an answer, or another session
+            self._up.clear()  # until the thread has an answer, or another session; or, where it
+            self._work.put(lambda pool: None)  # has just answered this one, right away
             self.stats.missed_late += 1
             self.drop(key)
             return 0
@@ -162,6 +163,9 @@ class Finder:
                 log.warning("TinyServe: %s; nothing is found until the daemon is there again",
                             error)
                 self._lose()
+            except Exception:  # of our own making: this prompt's alone
+                log.exception("TinyServe: a prompt wasn't matched")
+                self._up.set()
         self._lose()
 
     def _try_connect(self, backoff: Backoff) -> bool:
