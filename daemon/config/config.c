@@ -513,14 +513,31 @@ static void finish_quotas(ts_config *c, ts_config_pool *p)
                                "pool '%s': %s = %llu bytes is less than a block, which has %zu",
                                p->pool.name, quotas[i].key, (unsigned long long)quotas[i].bytes,
                                block_bytes);
-    p->pool.tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
-    p->pool.tenant_pinned_max = p->tenant_pinned / block_bytes;
-    if (p->tenant_pinned == 0)
-        p->pool.tenant_pinned_max = (p->pool.max_blocks + 1) / 2;
-    if (p->pool.tenant_sequences_max == 0)
-        p->pool.tenant_sequences_max = (p->pool.sequences_max + 3) / 4;
-    if (p->pool.tenant_entries_max == 0)
-        p->pool.tenant_entries_max = TS_ENTRIES_PER_BLOCK * (uint64_t)p->pool.max_blocks;
+    ts_config_set_quotas(p, &p->pool);
+}
+
+void ts_config_set_quotas(const ts_config_pool *p, ts_pool_config *to)
+{
+    const uint64_t block_bytes = ts_geometry_block_bytes(&to->geometry);
+    const uint32_t blocks = to->max_blocks > to->num_blocks ? to->max_blocks : to->num_blocks;
+    const uint64_t least = 1; /* none would shut everybody out */
+    to->tenant_blocks_max = p->tenant_memory == 0 ? UINT64_MAX : p->tenant_memory / block_bytes;
+    to->tenant_pinned_max =
+        p->tenant_pinned == 0 ? (blocks + 1) / 2 : p->tenant_pinned / block_bytes;
+    to->tenant_blocks_max = to->tenant_blocks_max > least ? to->tenant_blocks_max : least;
+    to->tenant_pinned_max = to->tenant_pinned_max > least ? to->tenant_pinned_max : least;
+    if (!has(p, "tenant_sequences") || to->tenant_sequences_max == 0)
+        to->tenant_sequences_max = (to->sequences_max + 3) / 4;
+    if (!has(p, "tenant_entries") || to->tenant_entries_max == 0)
+        to->tenant_entries_max = TS_ENTRIES_PER_BLOCK * (uint64_t)blocks;
+}
+
+void ts_config_set_sessions(const ts_config *c, ts_engine_limits *to)
+{
+    const ts_config_key *key = ts_config_find_key(&ts_config_daemon, "tenant_sessions");
+    const bool given = c->given.keys >> (key - ts_config_daemon.keys) & 1;
+    if (!given || to->tenant_sessions == 0)
+        to->tenant_sessions = (to->sessions + 3) / 4;
 }
 
 static void finish_pool(ts_config *c, ts_config_pool *p)
@@ -568,8 +585,7 @@ ts_status ts_config_finish(ts_config *c)
     if (c->num_pools == 0)
         ts_config_complain(c, 0, "no pool is configured: add a [pool NAME] section");
     (void)ts_config_finish_pools(c);
-    if (c->limits.tenant_sessions == 0)
-        c->limits.tenant_sessions = (c->limits.sessions + 3) / 4;
+    ts_config_set_sessions(c, &c->limits);
     return c->num_problems == 0 ? TS_OK : TS_EINVAL;
 }
 

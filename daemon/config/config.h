@@ -109,6 +109,11 @@ ts_status ts_config_set(ts_config *config, const char *key, const char *value);
 ts_status ts_config_finish(ts_config *config);
 ts_status ts_config_finish_pools(ts_config *config);
 
+/* Gives a pool, or the engine, the quotas that a configuration has. Those that depend on how large
+ * it is (as by default they do) are worked out from what `to` has, which is set but for them. */
+void ts_config_set_quotas(const ts_config_pool *given, ts_pool_config *to);
+void ts_config_set_sessions(const ts_config *given, ts_engine_limits *to);
+
 /* One more problem of a line, or of none. */
 void ts_config_complain(ts_config *config, uint32_t line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

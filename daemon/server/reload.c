@@ -79,14 +79,10 @@ static const struct daemon_change {
     {"tenant_exchange", take_tenant_exchange},
 };
 
-static void take_tenant_memory(ts_pool_config *config, const ts_config_pool *next)
+/* Of tenant_memory and tenant_pinned: by the blocks that the pool has. */
+static void take_quotas(ts_pool_config *config, const ts_config_pool *next)
 {
-    config->tenant_blocks_max = next->pool.tenant_blocks_max;
-}
-
-static void take_tenant_pinned(ts_pool_config *config, const ts_config_pool *next)
-{
-    config->tenant_pinned_max = next->pool.tenant_pinned_max;
+    ts_config_set_quotas(next, config);
 }
 
 static void take_cache(ts_pool_config *config, const ts_config_pool *next)
@@ -98,8 +94,8 @@ static const struct pool_change {
     const char *key;
     void (*take)(ts_pool_config *config, const ts_config_pool *next);
 } pool_changes[] = {
-    {"tenant_memory", take_tenant_memory},
-    {"tenant_pinned", take_tenant_pinned},
+    {"tenant_memory", take_quotas},
+    {"tenant_pinned", take_quotas},
     {"cache", take_cache},
 };
 
@@ -154,6 +150,7 @@ static void change_daemon(ts_service *s, ts_config *running, const ts_config *ne
             copy_field(key, offsetof(ts_config, limits), &limits, next);
         copy_field(key, 0, running, next);
     }
+    ts_config_set_sessions(next, &limits);
     ts_exec_apply(&s->exec, &(ts_command){.op = TS_OP_LIMITS, .limits.limits = &limits}, &answer);
 }
 
@@ -174,6 +171,7 @@ static void change_pool(ts_service *s, uint32_t pool, ts_config_pool *running,
         if (running != NULL)
             copy_field(key, 0, running, next);
     }
+    ts_config_set_quotas(next, &config);
     switch_cache(s, pool, config.cache);
     ts_exec_apply(
         &s->exec,

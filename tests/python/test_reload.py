@@ -74,6 +74,12 @@ def test_quotas_change_and_what_cannot_is_named(reloadable):
         assert log("tinyserved: the configuration was read again")
         assert "to change pool tiny, the" in log("tinyserved: warning: to change")
         kv.step([seq], [150]).abort()
+        # A quarter of the sequences that there are, not of those that the file would have.
+        write(tokens=200, pool="sequences = 4", more="sessions = 4")
+        hang_up()
+        assert log("tinyserved: the configuration was read again")
+        kv.free(kv.create(3))
+        tinyserve.connect(url).close()
 
 
 def test_a_file_that_is_wrong_changes_nothing(reloadable):
