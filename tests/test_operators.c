@@ -183,7 +183,8 @@ static void a_pool_grows_and_shrinks_under_its_workers(void **state)
     SAYS(1, "pool 'tiny' can't have 8 blocks: block 8 is in use, and blocks don't move",
          "pool resize tiny 768K");
     OK(ts_seq_free(p, seqs + 1, 1));
-    SAYS(0, "pool tiny has 8 blocks of 98304 bytes in 2 slabs", "pool resize tiny 768K");
+    SAYS(0, "\"pool\": \"tiny\",\n  \"blocks\": 8,\n  \"block_bytes\": 98304,\n  \"slabs\": 2\n}",
+         "-j pool resize tiny 768K");
     SAYS(0, "0 problems", "check");
     OK(ts_seq_create(p, 1, seqs + 1));
     assert_int_equal(ts_seq_append(p, seqs + 1, &one, 1, NULL), TS_ENOSPC);

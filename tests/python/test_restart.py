@@ -313,9 +313,10 @@ def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_s
         assert "ok       store        a supervisor holds the memory" in \
             tsctl(daemon.url, "doctor").stdout
 
-        done = tsctl(daemon.url, "restart", "--empty")
+        second = daemon.pid()
+        done = tsctl(daemon.url, "-j", "restart", "--empty")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith(", with 0 sequences\n")
+        assert json.loads(done.stdout) == {"pid": daemon.pid(), "before": second, "sequences": 0}
         with pytest.raises(tinyserve.DisconnectedError, match="the session is over"):
             kv.kept()
     told = restart_of(daemon.url)

@@ -190,7 +190,12 @@ int do_pool_resize(ts_client *c, const options *o, ts_status *ts)
     if (order(c, &request, ts) != EXIT_SUCCESS)
         return EXIT_REFUSED;
     const Tspb__PoolSummary *p = summary_of(c, o->words[2], &reply, ts);
-    if (p != NULL) /* what was asked for was made whole slabs */
+    /* What was asked for was made whole slabs. */
+    if (p != NULL && o->json)
+        tsctl_print_json(o, json_pack("{s:s, s:I, s:I, s:I}", "pool", p->name, "blocks",
+                                      (json_int_t)p->blocks, "block_bytes",
+                                      (json_int_t)p->block_bytes, "slabs", (json_int_t)p->slabs));
+    else if (p != NULL)
         printf("pool %s has %u blocks of %llu bytes in %u slabs\n", p->name, p->blocks,
                (unsigned long long)p->block_bytes, p->slabs);
     tspb__reply__free_unpacked(reply, NULL);
@@ -247,8 +252,12 @@ static int await_next(const options *o, uint64_t before)
                 AGAIN_MS / 1000);
         return EXIT_REFUSED;
     }
-    printf("pid %llu follows pid %llu, with %llu sequences\n", (unsigned long long)pid,
-           (unsigned long long)before, (unsigned long long)sequences);
+    if (o->json)
+        tsctl_print_json(o, json_pack("{s:I, s:I, s:I}", "pid", (json_int_t)pid, "before",
+                                      (json_int_t)before, "sequences", (json_int_t)sequences));
+    else
+        printf("pid %llu follows pid %llu, with %llu sequences\n", (unsigned long long)pid,
+               (unsigned long long)before, (unsigned long long)sequences);
     return EXIT_SUCCESS;
 }
 
