@@ -339,6 +339,17 @@ def test_closing(attach, daemon):
         assert torch.equal(generate(model, inputs, kv.cache(**inputs)), want)
 
 
+def test_a_first_pass_that_failed_leaves_the_cache_empty(attach, monkeypatch):
+    model, inputs = llama(), prompts(30)
+    want, cache = reference(model, inputs), attach(model).cache()
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.layers[1].mlp, "forward", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, prompts(20, 25, 30), cache)
+    assert cache.seqs == [] and cache.batch_size == -1
+    assert torch.equal(generate(model, inputs, cache), want)
+
+
 def test_a_daemon_that_was_replaced(attach, start_daemon):
     daemon, model, inputs = start_daemon(POOL), llama(), prompts(30)
     want = reference(model, inputs)

@@ -29,8 +29,8 @@ typedef struct view {
     size_t num_rows;
     double tokens, requests; /* a second */
     Tspb__Reply *status, *map;
-    uint64_t last_ms, last_tokens, last_requests; /* of the daemon's clock */
-    char sort;                                    /* r, b or s */
+    uint64_t last_ms, last_tokens, last_requests, last_pid; /* of the daemon, by its clock */
+    char sort;                                              /* r, b or s */
     bool paused, knows_rates;
 } view;
 
@@ -154,13 +154,15 @@ static ts_status fetch(view *v, uint32_t cells)
     if (status != TS_OK)
         return status;
     const Tspb__StatusReply *s = v->status->status_reply;
-    double seconds = v->last_ms == 0 ? 0 : (double)(s->uptime_ms - v->last_ms) / 1000;
+    const bool same = v->last_ms != 0 && v->last_pid == s->pid; /* the next daemon counts anew */
+    double seconds = same ? (double)(s->uptime_ms - v->last_ms) / 1000 : 0;
     v->knows_rates = seconds > 0;
     if (seconds > 0) {
         v->tokens = (double)(s->tokens - v->last_tokens) / seconds;
         v->requests = (double)(s->requests - v->last_requests) / seconds;
     }
     v->last_ms = s->uptime_ms;
+    v->last_pid = s->pid;
     v->last_tokens = s->tokens;
     v->last_requests = s->requests;
     show_pool(v, pool_index(v));

@@ -231,7 +231,7 @@ class PooledCache(Cache):
             if not self.seqs:
                 self.session.drop(seqs)
             raise
-        forward.new = leaders.pads, counts
+        forward.new, forward.first = (leaders.pads, counts), not self.seqs
         self.seqs, self.rows = seqs, rows
         return forward
 
@@ -289,13 +289,14 @@ class PooledCache(Cache):
         finally:
             self.session.lock.release()
 
-    @staticmethod
-    def _drop(forward: Forward) -> None:
+    def _drop(self, forward: Forward) -> None:
         if forward.step is not None and forward.step._opened.handle is not None:
             try:
                 forward.step.abort()
             except DisconnectedError:
                 pass  # the step went with the session
+        if forward.first:  # the next pass may have another batch
+            self.reset()
 
     # ---- the end ----
 
