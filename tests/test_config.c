@@ -202,6 +202,15 @@ static void a_comment_may_follow_a_value(void **state)
 static void the_command_line_changes_what_the_file_says(void **state)
 {
     (void)state;
+    assert_int_equal(
+        read_text("[daemon]\nmetrics_hosts = a\nsession_blocks = 7\n" POOL "memory = 8M\n"), TS_OK);
+    assert_int_equal(ts_config_set(&c, "session_blocks", "8"), TS_OK);
+    assert_int_equal(c.limits.session_blocks, 8);
+    assert_string_equal(c.metrics_hosts, "a");
+    assert_int_equal(ts_config_set(&c, "session_blocks", ""), TS_OK); /* none is a value, too */
+    assert_int_equal(ts_config_set(&c, "metrics_hosts", ""), TS_OK);
+    assert_int_equal(c.limits.session_blocks, 0);
+    assert_string_equal(c.metrics_hosts, "");
     ts_config_init(&c);
     assert_int_equal(ts_config_set(&c, "threads", "5"), TS_OK);
     assert_int_equal(c.threads, 5);

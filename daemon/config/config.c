@@ -92,8 +92,10 @@ static ts_status set_key(ts_config *c, const ts_config_section *section, void *o
     }
     given->keys |= 1u << index;
     given->lines[index] = line;
-    if (value[0] == '\0' && key->empty != NULL)
+    if (value[0] == '\0' && key->empty != NULL) { /* also of what the file gave */
+        memset((char *)object + key->offset, 0, key->bytes);
         return TS_OK;
+    }
     if (key->read(key, (char *)object + key->offset, value, why, sizeof why) == TS_OK)
         return TS_OK;
     ts_config_complain(c, line, "%s%s = %s: %s", whose, name,
