@@ -407,6 +407,29 @@ static void a_pool_may_be_made_anew_over_a_death(void **state)
     over_deaths(make_anew, "published");
 }
 
+/* Each block has 8 MiB, so that reading it for its checksum takes longer than what follows. */
+static void a_pool_may_go_while_its_blocks_are_read(void **state)
+{
+    (void)state;
+    daemon_process d;
+    ts_seq seq;
+    start_with(&d, POOL, NULL, "verify=restart");
+    ts_client *c = connect_by(&d, TS_TRANSPORT_RING);
+    for (uint32_t round = 0; round < 5; round++) {
+        DO(ts_pool_create(c, "q:layers=256,kv_heads=4,head_dim=64,dtype=fp32,block_tokens=16,"
+                             "blocks=3,device=host,client_write=all"));
+        ts_pool *q = open_pool(c, "q", TS_POOL_WRITABLE);
+        DO(ts_step_commit(begin_sequence(c, q, NULL, &seq), NULL));
+        DO(ts_seq_free(q, &seq, 1));
+        ts_pool_close(q);
+        DO(delete_pool(c, "q"));
+    }
+    check_daemon(c);
+    assert_int_equal(ts_client_restarts(c), 0);
+    ts_disconnect(c);
+    stop(&d, false);
+}
+
 /* Blocks that are filled, shared, cut and filled again, freed and taken again, appended to, and
  * found. All sequences must be as long as they should. */
 static uint64_t fill_and_cut(ts_client *c, int exchange, uint32_t *restarts)
@@ -466,6 +489,7 @@ int main(void)
         cmocka_unit_test(a_block_that_cannot_be_read_is_not_taken_for_wrong),
         cmocka_unit_test(a_pool_has_nothing_of_the_checksums_of_the_one_before_it),
         cmocka_unit_test(a_pool_may_be_made_anew_over_a_death),
+        cmocka_unit_test(a_pool_may_go_while_its_blocks_are_read),
         cmocka_unit_test(what_was_appended_may_be_written_late),
         cmocka_unit_test(what_is_right_is_never_taken_for_wrong),
     };

@@ -569,6 +569,8 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_caller *by, 
     for (uint32_t i = 0; i < slabs; i++)
         generations[i] = p->books.slabs[i].generation;
     ts_exec_apply(x, &command, answer);
+    if (answer->status == TS_OK)
+        ts_block_sums_remove(x->sums, pool); /* nobody reads a block any more */
     for (uint32_t i = 0; i < x->memory[pool]->num_slabs && answer->status == TS_OK; i++)
         ts_exec_slab_goes(x, pool, i);
     for (uint32_t i = 0; i < slabs && answer->status == TS_OK; i++) {
@@ -579,7 +581,6 @@ ts_status ts_pool_memory_remove(ts_exec *x, uint32_t pool, const ts_caller *by, 
     free(generations);
     if (answer->status != TS_OK)
         return answer->status;
-    ts_block_sums_remove(x->sums, pool);
     ts_memory_free(x->memory[pool]);
     x->memory[pool] = NULL;
     x->gpu_of[pool] = NULL;
