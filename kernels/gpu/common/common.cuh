@@ -103,8 +103,8 @@ static_assert(sizeof(gpu_call) <= 4096, "what a kernel's parameters may have");
 
 /*
  * A call that has nothing beside what most have: q, k, v and out are of 16 bits, scores are only
- * scaled, nothing is turned, there is no window, and each tile lies in one block. Its kernels have
- * no code for the rest, and their loop a fifth of the code: where several processes share a
+ * scaled, there is no rotary embedding and no window, and each tile lies in one block. Its kernels
+ * have no code for the rest, and a fifth of the code in their loop: where several processes share a
  * processor, its cache of instructions has a copy for each (doc/notebook.md).
  */
 struct plain_call : gpu_call {

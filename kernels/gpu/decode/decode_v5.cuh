@@ -447,10 +447,11 @@ __global__ void __launch_bounds__(THREADS, V5_CLOSE_BLOCKS)
 /* For 16-bit caches, and rows of which not as many blocks share a processor anyway. */
 template <typename T> ts_gpu_kernel close_of(uint32_t head_dim, ts_dtype io)
 {
-    if (head_dim <= 64 || head_dim > 128 || io == TS_DTYPE_FP32)
-        return ts_gpu_kernel{};
-    return ts_gpu_kernel{(const void *)decode_v5_close<T, 128>, THREADS,
-                         narrow_kernel<T, 128, 0, true>::bytes(io), 0};
+    if constexpr (!scaled<T>::value)
+        if (head_dim > 64 && head_dim <= 128 && io != TS_DTYPE_FP32)
+            return ts_gpu_kernel{(const void *)decode_v5_close<T, 128>, THREADS,
+                                 narrow_kernel<T, 128, 0, true>::bytes(io), 0};
+    return ts_gpu_kernel{};
 }
 
 } // namespace v5

@@ -116,8 +116,10 @@ class Finder:
                 self._asked.pop(key, None)
             return question.found
         if time.monotonic() - question.begun > self._patience:
-            self._up.clear()  # until the thread has an answer, or another session; or, where it
-            self._work.put(lambda pool: None)  # has just answered this one, right away
+            # Down until the thread has done something more. It may have answered just now, and
+            # have nothing more to do: so it gets something, after which it is up again.
+            self._up.clear()
+            self._work.put(lambda pool: None)
             self.stats.missed_late += 1
             self.drop(key)
             return 0
