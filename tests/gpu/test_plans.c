@@ -1,12 +1,10 @@
 /*
  * What a plan holds for kernels: every chunk of every sequence is one piece's, or goes through one
- * piece of its team, which have the same blocks there. Needs no GPU: what plans ask of a device
- * stands here.
+ * piece of its team, which have the same blocks there. Needs no GPU.
  */
-#include "test_util.h"
+#include "no_device.h"
 
 #include "pieces.h"
-#include "plan.h"
 #include "waves.h"
 
 #include <stdlib.h>
@@ -14,58 +12,6 @@
 
 #define SEQS 80u
 #define BLOCK 16u
-
-static char why[256];
-static ts_gpu gpu;
-static ts_gpu_buffer buffer;
-
-ts_status ts_gpu_enter(ts_gpu *g, char *w, size_t bytes)
-{
-    (void)g, (void)w, (void)bytes;
-    return TS_OK;
-}
-
-ts_status ts_gpu_fail(cudaError_t error, const char *what, size_t n, char *w, size_t bytes)
-{
-    (void)error, (void)what, (void)n, (void)w, (void)bytes;
-    return TS_EDEVICE;
-}
-
-ts_status ts_gpu_function_find(ts_gpu *g, const ts_gpu_kernel *kernel, size_t *shared, char *w,
-                               size_t bytes)
-{
-    (void)g, (void)w, (void)bytes;
-    *shared = kernel->bytes;
-    return TS_OK;
-}
-
-void ts_gpu_free_later(ts_gpu *g, void *device)
-{
-    (void)g, (void)device;
-}
-
-ts_status ts_gpu_buffer_take(ts_gpu *g, size_t n, ts_gpu_buffer **out, char *w, size_t bytes)
-{
-    (void)g, (void)w, (void)bytes;
-    const size_t align = _Alignof(plan_head);
-    buffer.host = aligned_alloc(align, (n + align - 1) / align * align); /* no more: a sanitizer
-                                                                            sees what is */
-    *out = &buffer;
-    return TS_OK;
-}
-
-ts_status ts_gpu_buffer_upload(ts_gpu *g, ts_gpu_buffer *b, size_t n, char *w, size_t bytes)
-{
-    (void)g, (void)b, (void)n, (void)w, (void)bytes;
-    return TS_OK;
-}
-
-void ts_gpu_buffer_give_back(ts_gpu *g, ts_gpu_buffer *b)
-{
-    (void)g;
-    if (b != NULL)
-        free(b->host);
-}
 
 typedef struct batch {
     ts_attention_seq seqs[SEQS];
@@ -467,16 +413,6 @@ static void few_sharers_among_many_are_no_team(void **state)
         assert_int_equal(plan->shared != NULL, b.count < LEAST);
         ts_gpu_plan_free(plan);
     }
-}
-
-static int make_gpu(void **state)
-{
-    (void)state;
-    gpu.info.shared_bytes = 227 << 10;
-    gpu.info.l2_bytes = 50 << 20;
-    gpu.info.processors = 132;
-    gpu.team_tokens = 0;
-    return 0;
 }
 
 int main(void)
