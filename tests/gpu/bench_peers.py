@@ -5,18 +5,23 @@ prefill where the package flashinfer-python is installed, and FlashAttention-3 o
 V where fa3-fwd is: the faster of its two calls, for caches and for whole prompts.
 
     python3 tests/gpu/bench_peers.py [--device cuda:0] [--only 'all new'] [--json peers.json]
+                                     [--peers fa3] [--turns 5]
 
 Times are medians, of the kernels alone; there are enough copies of K and V, used in turn, that no
-cache helps. Ours writes the new tokens' K and V too where a shape says so; no peer does. A
-peer's fp8 has q in fp8 as well, ours bf16. kernels/doc/plot.py draws the JSON.
+cache helps. `--turns N` measures each N times, one after the other, the card resting before each,
+and has the median of these medians and their range: long prompts take what the card's power allows,
+so who comes second in a row is slower. Ours writes the new tokens' K and V too where a shape says
+so; no peer does. A peer's fp8 has q in fp8 as well, ours bf16. kernels/doc/plot.py draws the JSON.
 """
 
 import dataclasses
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 from importlib import metadata
 
 import common
@@ -36,6 +41,7 @@ except ImportError:
     fa3 = None
 
 REPEATS, WARM = 60, 5
+REST_S = 1  # before each measurement, if there are several turns
 TURNS_BYTES = 512 << 20  # of copies in turn: well beyond the second-level cache
 BLOCK = 16
 
@@ -191,7 +197,9 @@ def flash_attention_3(shape):
     turns = turns_of(2 * batch * tokens * shape.kv_heads * shape.dim * (1 if shape.fp8 else 2))
 
     def random(*size):
-        return torch.rand(*size, device="cuda", dtype=torch.bfloat16).mul_(2).sub_(1).to(dtype)
+        # Rounded from fp32, as tsbench's: those of torch.rand in 16 bits have several bits that are
+        # always 0, which takes less power, and so less time where the card's power is the bound.
+        return torch.rand(*size, device="cuda").mul_(2).sub_(1).to(dtype)
 
     q = random(batch, shape.new, shape.heads, shape.dim)
     k = [random(batch, tokens, shape.kv_heads, shape.dim) for _ in range(turns)]
@@ -214,25 +222,62 @@ def ours(device, name, told):
     return json.loads(out)["rows"][0]
 
 
+#: name, and its median time for a shape, in µs
+PEERS = {
+    "sdpa flash": lambda shape: sdpa(shape, SDPBackend.FLASH_ATTENTION),
+    "sdpa cudnn": lambda shape: sdpa(shape, SDPBackend.CUDNN_ATTENTION),
+    "flashinfer": paged,
+    "fa3": flash_attention_3,
+}
+
+
+def measure(device, name, told, peers, turns):
+    """tsbench's row with the median time of all turns, and by name all times of ours and peers."""
+    shape, times, row = shape_of(name), {"ours": []}, None
+    for _ in range(turns):
+        time.sleep(REST_S if turns > 1 else 0)
+        row = ours(device, name, told)
+        times["ours"].append(row["us"])
+        for peer in peers:
+            time.sleep(REST_S if turns > 1 else 0)
+            us = PEERS[peer](shape)
+            torch.cuda.empty_cache()
+            times.setdefault(peer, []).extend([] if us is None else [us])
+    median = statistics.median(times["ours"])
+    for rate in "ratio", "GB_s", "TFLOP_s":
+        row[rate] *= row["us"] / median
+    row["us"] = median
+    return row, times
+
+
+def shown(times):
+    """The median, and from several the range."""
+    if not times:
+        return "-"
+    text = f"{statistics.median(times):.1f}"
+    return text if len(times) == 1 else f"{text} ({min(times):.0f}-{max(times):.0f})"
+
+
 def main():
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--only", default="", help="shapes whose name has this")
+    parser.add_argument("--peers", default=",".join(PEERS), help="which of them (default: all)")
+    parser.add_argument("--turns", type=int, default=1, help="measure each so often, by turns")
     options = parser.parse_args()
+    names = [name for name in options.peers.split(",") if name]
+    if not set(names) <= set(PEERS) or options.turns < 1:
+        parser.error(f"--peers is of {','.join(PEERS)}, and --turns 1 or more")
     torch.cuda.set_device(options.device)
     torch.manual_seed(1)
     rows, figures = [], []
     for name, told in ((n, t) for n, t in SHAPES if options.only in n):
-        row, shape = ours(options.device, name, told), shape_of(name)
+        row, times = measure(options.device, name, told, names, options.turns)
         name = " ".join([name, *told])
-        peers = {"sdpa flash": sdpa(shape, SDPBackend.FLASH_ATTENTION),
-                 "sdpa cudnn": sdpa(shape, SDPBackend.CUDNN_ATTENTION),
-                 "flashinfer": paged(shape), "fa3": flash_attention_3(shape)}
-        torch.cuda.empty_cache()
+        peers = {peer: statistics.median(times[peer]) if times[peer] else None for peer in names}
         known = [us for us in peers.values() if us is not None]
-        rows.append([name, f"{row['us']:.1f}",
-                     f"{row['ratio']:.2f}", f"{row['TFLOP_s']:.0f}",
-                     *("-" if us is None else f"{us:.1f}" for us in peers.values()),
+        rows.append([name, shown(times["ours"]), f"{row['ratio']:.2f}", f"{row['TFLOP_s']:.0f}",
+                     *(shown(times[peer]) for peer in names),
                      f"{min(known) / row['us']:.2f}" if known else "-"])
         figures.append({"shape": name, "us": row["us"], "ratio": row["ratio"],
                         "GB_s": row["GB_s"], "read_GB_s": row["read_GB_s"],
@@ -240,14 +285,15 @@ def main():
     print(f"{common.device_line()}, torch {torch.__version__}, flashinfer "
           f"{flashinfer.__version__ if flashinfer else 'not installed'}, fa3-fwd "
           f"{metadata.version('fa3-fwd') if fa3 else 'not installed'}; "
-          f"µs, medians of {REPEATS}\n")
-    common.table(["shape", "ours", "of read rate", "TFLOP/s", *peers, "best peer / ours"], rows)
+          f"µs, medians of {REPEATS}"
+          f"{f', and of {options.turns} turns' if options.turns > 1 else ''}\n")
+    common.table(["shape", "ours", "of read rate", "TFLOP/s", *names, "best peer / ours"], rows)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"device": common.device_line(), "torch": torch.__version__,
                        "flashinfer": flashinfer.__version__ if flashinfer else None,
                        "fa3": metadata.version("fa3-fwd") if fa3 else None,
-                       "shapes": figures}, file, indent=1)
+                       "turns": options.turns, "shapes": figures}, file, indent=1)
             file.write("\n")
 
 
