@@ -273,10 +273,16 @@ static int serve(const char *socket, const char *control)
     char lock_path[128], why[512], text[TS_STORE_MESSAGE_BYTES * 2];
     int lock;
     sigset_t signals;
+    if (getenv("TS_TEST_EARLY_SIGNAL") != NULL) /* before it is expected */
+        kill(getpid(), atoi(getenv("TS_TEST_EARLY_SIGNAL")));
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    sigset_t ending;
+    sigemptyset(&ending);
+    sigaddset(&ending, SIGINT);
+    pthread_sigmask(SIG_UNBLOCK, &ending, NULL); /* the supervisor leaves it blocked */
     if (ts_socket_path_lock(socket, "daemon", lock_path, sizeof lock_path, &lock, why,
                             sizeof why) != TS_OK)
         return 98; /* another one lives */

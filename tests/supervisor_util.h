@@ -43,6 +43,7 @@ typedef struct world {
 typedef struct ways {
     const char *stable_ms, *kill_after_ms, *adopt_ms;
     const char *notify; /* its own NOTIFY_SOCKET */
+    const char *early;  /* a signal that its daemons get as they begin */
     bool passed;        /* a listening socket comes with it */
 } ways;
 
@@ -86,6 +87,8 @@ static inline void become_supervisor(const world *w, const ways *how)
 {
     if (how->notify != NULL)
         setenv("NOTIFY_SOCKET", how->notify, 1);
+    if (how->early != NULL)
+        setenv("TS_TEST_EARLY_SIGNAL", how->early, 1);
     if (how->passed) {
         char pid[16], path[96];
         snprintf(pid, sizeof pid, "%d", (int)getpid());

@@ -136,6 +136,31 @@ static void told_to_end_it_ends_both_and_has_the_daemons_status(void **state)
     world_end(w);
 }
 
+/* Signals that a daemon gets before it is ready for them. */
+static void a_signal_that_comes_early_waits_for_the_daemon(void **state)
+{
+    const int signals[] = {SIGHUP, SIGTERM};
+    (void)state;
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        world world, *w = &world;
+        char number[8];
+        ways how = plain;
+        snprintf(number, sizeof number, "%d", signals[i]);
+        how.early = number;
+        world_make(w);
+        start_supervisor(w, &how);
+        meet(w);
+        assert_string_equal(hear(w), signals[i] == SIGHUP ? "hangup" : "terminate");
+        if (signals[i] == SIGHUP) {
+            ASK("deaths", "- -");
+            kill(w->supervisor, SIGTERM);
+            assert_string_equal(hear(w), "terminate");
+        }
+        assert_int_equal(await_end(w), 0);
+        world_end(w);
+    }
+}
+
 static void a_second_order_to_end_kills_a_daemon_that_does_not(void **state)
 {
     const ways at_once = {.stable_ms = "0", .kill_after_ms = "0", .adopt_ms = "60000"};
@@ -409,6 +434,7 @@ int main(void)
         cmocka_unit_test(what_a_daemon_sent_before_its_death_is_not_lost),
         cmocka_unit_test(descriptors_keep_their_names_whatever_their_numbers),
         cmocka_unit_test(told_to_end_it_ends_both_and_has_the_daemons_status),
+        cmocka_unit_test(a_signal_that_comes_early_waits_for_the_daemon),
         cmocka_unit_test(a_second_order_to_end_kills_a_daemon_that_does_not),
         cmocka_unit_test(what_the_daemon_tells_goes_upward_and_its_orders_do_not),
         cmocka_unit_test(garbage_and_strangers_change_nothing),

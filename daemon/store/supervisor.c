@@ -34,6 +34,9 @@
  * headers. Stored memory, which is shared, has prompts and tokens. */
 #define CORE_FILTER "0x31"
 
+/* What is sent to the supervisor and is the daemon's. */
+static const int for_the_daemon[] = {SIGTERM, SIGINT, SIGHUP};
+
 typedef struct supervisor {
     const ts_supervise_options *options;
     char notify_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
@@ -139,9 +142,9 @@ static bool set_up(supervisor *s)
     const char *upward = getenv("NOTIFY_SOCKET");
     s->signal_fd = s->notify = s->listener = s->pidfd = s->connection = -1;
     sigemptyset(&s->signals);
-    const int signals[] = {SIGTERM, SIGINT, SIGHUP, SIGCHLD};
-    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-        sigaddset(&s->signals, signals[i]);
+    for (size_t i = 0; i < sizeof for_the_daemon / sizeof *for_the_daemon; i++)
+        sigaddset(&s->signals, for_the_daemon[i]);
+    sigaddset(&s->signals, SIGCHLD);
     sigprocmask(SIG_BLOCK, &s->signals, &s->former);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* of the log, where that is a file */
@@ -220,7 +223,11 @@ static _Noreturn void become_daemon(supervisor *s)
 {
     signal(SIGPIPE, SIG_DFL);
     signal(SIGXFSZ, SIG_DFL);
-    sigprocmask(SIG_SETMASK, &s->former, NULL);
+    /* What ends a daemon, or has it reload, waits until it listens: so it stays blocked. */
+    sigset_t mask = s->former;
+    for (size_t i = 0; i < sizeof for_the_daemon / sizeof *for_the_daemon; i++)
+        sigaddset(&mask, for_the_daemon[i]);
+    sigprocmask(SIG_SETMASK, &mask, NULL);
     if (set_environment(s) && ts_held_fds_pass(&s->held))
         execv("/proc/self/exe", s->options->argv);
     ts_log(TS_LOG_ERROR, "the daemon can't be started: %s", strerror(errno));
