@@ -328,6 +328,7 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
                      0);
     assert_int_equal(sessions_of(url), 0);
     assert_int_equal(ts_step_begin(p, &mine, &n, 1, NULL, &step), TS_ECONN);
+    assert_has(ts_error(c), "was ended by an operator");
     assert_int_equal(ts_seq_create(p, 1, &mine), TS_ECONN);
     assert_has(ts_error(c), "was ended by an operator");
     run(text, sizeof text, TS_CTL " frag %s", url);

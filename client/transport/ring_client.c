@@ -392,6 +392,22 @@ static ts_status fail_as(ts_client *c, const ts_ring_completion *done)
                            done->message);
 }
 
+/* The rings have ended. Why, a message is told, if the session has, too: one that changes nothing,
+ * since no call of the session's waits now. */
+static ts_status say_why(ts_client *c)
+{
+    Tspb__WaitEnd body = TSPB__WAIT_END__INIT;
+    Tspb__Request request = TSPB__REQUEST__INIT;
+    request.body_case = TSPB__REQUEST__BODY_WAIT_END;
+    request.wait_end = &body;
+    const bool brief = c->brief;
+    c->brief = true;
+    const ts_status status = ts_call_plain(c, &request);
+    c->brief = brief;
+    return status == TS_ECONN ? status
+                              : ts_fail(c, TS_ECONN, "the daemon has ended the session's rings");
+}
+
 ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *done)
 {
     const uint64_t until_ms = ts_call_end_ms(c);
@@ -403,6 +419,8 @@ ts_status ts_ring_call(ts_client *c, ts_ring_entry *entry, ts_ring_completion *d
         status = submit(c, entry, done);
     while (ts_goes_on(c, status, until_ms) && !c->rings_lost); /* the same call: see rpc.c */
     ts_give_up(c, status, c->ring_call);
+    if (status == TS_ECONN && c->rings_lost && !atomic_load(&c->broken))
+        return say_why(c);
     if (status == TS_OK && done->status != TS_OK)
         status = fail_as(c, done);
     return status;
