@@ -212,21 +212,67 @@ static void note_pool(list *l, const ts_config_pool *p)
     note(l, what);
 }
 
+/* ---- pools that were taken over ---- */
+
+/* Says which keys of the configuration the pool was made with another value of. */
+static void compare_pool(const ts_pool_config *has, const ts_config_pool *wanted)
+{
+    const ts_config_pool made = {.pool = *has};
+    list differ = {""};
+    if (has->num_blocks != wanted->pool.num_blocks)
+        note(&differ, "memory");
+    if (has->max_blocks != wanted->pool.max_blocks)
+        note(&differ, "memory_max");
+    for (uint32_t i = 0; i < ts_config_pools.num_keys; i++) {
+        const ts_config_key *key = &ts_config_pools.keys[i];
+        const bool any = key->offset == offsetof(ts_config_pool, pool.device) &&
+                         strcmp(wanted->pool.device, "auto") == 0;
+        if (!key->reloads && !any &&
+            lies_in(key, offsetof(ts_config_pool, pool), sizeof(ts_pool_config)) &&
+            ts_config_key_differs(key, &made, wanted))
+            note(&differ, key->name);
+    }
+    if (differ.text[0] != '\0')
+        ts_log_on(TS_LOG_WARNING, &(ts_log_about){.pool = has->name},
+                  "pool '%s' was taken over as it was made: the configuration has another %s; "
+                  "tsctl pool delete, and then tsctl restart, makes it anew",
+                  has->name, differ.text);
+}
+
+static void apply_taken_over(ts_work *work, void *service)
+{
+    const change *ch = (const change *)work;
+    const ts_engine *e = ((ts_service *)service)->exec.engine;
+    apply(work, service);
+    for (uint32_t i = 0; i < e->num_pools; i++) {
+        const ts_pool_config *has = &e->pools[i].config;
+        const ts_config_pool *wanted = find(ch->next, has->name);
+        if (ts_engine_has_pool(e, i) && wanted != NULL)
+            compare_pool(has, wanted);
+        else if (ts_engine_has_pool(e, i))
+            ts_log_on(TS_LOG_INFO, &(ts_log_about){.pool = has->name},
+                      "pool '%s' was taken over; the configuration doesn't have it", has->name);
+    }
+}
+
 void ts_reload_taken_over(ts_service *s, ts_config *running)
 {
-    change ch = {.work.run = apply, .running = running, .next = running};
+    change ch = {.work.run = apply_taken_over, .running = running, .next = running};
     ts_queue_put(&s->exec.queue, &ch.work);
     ts_queue_flush(&s->exec.queue);
 }
 
+/* ---- a file that is read again ---- */
+
 void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
 {
-    list fixed = {""};
+    list fixed = {""}, stay = {""};
+    const bool outlive = s->exec.books != NULL;
     ts_config_compare(running, next, note, &fixed);
     for (uint32_t i = 0; i < running->num_pools; i++) {
         const ts_config_pool *was = &running->pools[i], *is = find(next, was->pool.name);
         if (is == NULL || ts_config_pools_differ(was, is))
-            note_pool(&fixed, was);
+            note_pool(outlive ? &stay : &fixed, was);
     }
     for (uint32_t i = 0; i < next->num_pools; i++)
         if (find(running, next->pools[i].pool.name) == NULL)
@@ -236,7 +282,12 @@ void ts_reload(ts_service *s, ts_config *running, const ts_config *next)
     ts_queue_put(&s->exec.queue, &ch.work);
     ts_queue_flush(&s->exec.queue);
     ts_log(TS_LOG_INFO,
-           "the configuration was read again: log_level, quotas and caches are as it says");
+           "the configuration was read again: what a running daemon can change is as it says");
     if (fixed.text[0] != '\0')
         ts_log(TS_LOG_WARNING, "to change %s, the daemon must be started again", fixed.text);
+    if (stay.text[0] != '\0')
+        ts_log(TS_LOG_WARNING,
+               "a restart keeps pools as they are: to change %s, tsctl pool delete it, and then "
+               "tsctl restart",
+               stay.text);
 }

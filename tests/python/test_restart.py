@@ -327,6 +327,34 @@ def test_an_operator_restarts_the_daemon_with_all_it_has_or_with_nothing(start_s
         assert [p.name for p in client.pools()] == ["tiny"]
 
 
+def test_pools_that_differ_from_the_configuration_are_named(start_supervised, tmp_path):
+    config = tmp_path / "conf"
+    pool = "[pool {}]\nlayers = 1\nkv_heads = 1\nhead_dim = 32\nblocks = {}\ndevice = host\n"
+    config.write_text(pool.format("small", 4) + pool.format("gone", 4) + "cache = off\n")
+    daemon = start_supervised(config=config)
+    assert tsctl(daemon.url, "restart").returncode == 0
+    assert "taken over as it was made" not in daemon.log.read_text()
+    config.write_text("[daemon]\nthreads = 1\n" + pool.format("small", 8) + "sequences = 7\n" +
+                      pool.format("more", 4))
+    os.kill(daemon.pid(), signal.SIGHUP)
+    while "a restart keeps pools" not in daemon.log.read_text():
+        os.sched_yield()
+    assert ("tinyserved: warning: to change threads, pool more, the daemon must be started again\n"
+            "tinyserved: warning: a restart keeps pools as they are: to change pool small, pool "
+            "gone, tsctl pool delete it, and then tsctl restart\n") in daemon.log.read_text()
+    assert tsctl(daemon.url, "restart").returncode == 0
+    assert ("warning: pool 'small' was taken over as it was made: the configuration has another "
+            "memory, memory_max, sequences; tsctl pool delete, and then tsctl restart, makes it "
+            "anew\n") in daemon.log.read_text()
+    assert "pool 'gone' was taken over; the configuration doesn't have it\n" in \
+        daemon.log.read_text()
+    with tinyserve.connect(daemon.url) as client:
+        assert [p.name for p in client.pools()] == ["small", "gone", "tiny", "more"]
+    for words in (["--yes", "pool", "delete", "small"], ["restart"]):
+        assert tsctl(daemon.url, *words).returncode == 0
+    assert daemon.log.read_text().count("taken over as it was made") == 1
+
+
 def test_a_dead_supervisor_is_told_of_and_a_restart_refused(start_supervised):
     daemon = start_supervised()
     pid = daemon.pid()
