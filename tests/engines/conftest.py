@@ -37,8 +37,18 @@ class Daemon:
         self.process = subprocess.Popen(self.arguments)
         tinyserve.connect(self.url, wait=60).close()
 
+    def pause(self):
+        """Stops all of its threads, until resume(); returns when they stand still."""
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def resume(self):
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self):
         self.process.terminate()
+        self.resume()  # a test that fails may leave it paused
         assert self.process.wait() == 0
 
 

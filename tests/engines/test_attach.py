@@ -150,6 +150,60 @@ def test_weights_that_change_beside_an_open_cache(attach):
     assert not cache.known
 
 
+def other_data(attention):
+    attention.k_proj.weight.data = attention.k_proj.weight.data + 1
+
+
+def other_module(attention):
+    old = attention.k_proj
+    attention.k_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+
+
+def other_adapter(attention):
+    attention.k_proj.active_adapters = ["another"]
+
+
+@pytest.mark.parametrize("change", [other_data, other_module, other_adapter])
+def test_what_is_replaced_beside_an_open_cache(attach, change):
+    """Between two passes of one token each, before which weights are only glanced at."""
+    model, inputs = llama(), prompts(40)
+    model.model.layers[0].self_attn.k_proj.active_adapters = ["default"]
+    kv, tokens = attach(model), inputs["input_ids"]
+    first, cache = kv.namespace, kv.cache()
+    with torch.no_grad():
+        for i in range(34):
+            model(input_ids=tokens[:, i:i + 1], past_key_values=cache)
+        assert cache.known
+        change(model.model.layers[0].self_attn)
+        model(input_ids=tokens[:, 34:35], past_key_values=cache)
+    assert not cache.known and kv.namespace != first
+
+
+def test_a_model_that_was_made_in_inference_mode(attach):
+    with torch.inference_mode():
+        model = llama()
+        inputs = prompts(40)
+        kv = attach(model)
+        want = reference(model, inputs)
+        assert torch.equal(generate(model, inputs, kv.cache(**inputs)), want)
+        assert kv.cache(**inputs).found == 39
+
+
+def test_an_emptied_cache_takes_embeddings(attach):
+    model, inputs = llama(), prompts(40)
+    kv = attach(model)
+    generate(model, inputs, kv.cache(**inputs))
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        want = model(inputs_embeds=embeds).logits
+        for empty in (lambda c: c.reset(), lambda c: c.crop(-c.get_seq_length())):
+            cache = kv.cache(**inputs)
+            assert cache.found == 39
+            empty(cache)
+            got = model(inputs_embeds=embeds, past_key_values=cache).logits
+            assert (got - want).abs().max() <= 1e-4 and not cache.known
+
+
 def test_weights_are_read_once(attach, monkeypatch):
     """Also of models that write frequencies of their rotary embeddings in each pass."""
     reads, digest = [], ts.attached.weights.digest

@@ -197,12 +197,13 @@ class Step(OfOneProcess):
             if n != self._count:
                 raise ValueError(f"{n} accepted counts for a step of {self._count} sequences")
         with self._opened as handle:
-            self._opened.take()  # which is gone if this succeeds: nobody looks at it
-            status = -1  # Ctrl-C, and it isn't known which
+            status, called = -1, False  # Ctrl-C in the call, and it isn't known which
             try:
+                self._opened.take()  # which is gone if this succeeds: nobody looks at it
+                called = True
                 status = lib.ts_step_commit(handle, numbers)
             finally:
-                if status > 0:
+                if status > 0 or not called:
                     self._opened.handle = handle
                 else:
                     self.pool._steps.discard(self._opened)

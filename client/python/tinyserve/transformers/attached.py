@@ -169,6 +169,7 @@ class Attached:
         before = self._glance
         if glances and before is not None and before.is_as_it_was(namespace):
             return True
+        self._glance = None
         seen, glance = weights.Fingerprint(self._model), weights.Glance(self._model, namespace)
         with self._lock:
             if (seen, namespace) not in self._namespaces:
@@ -303,14 +304,25 @@ class _PooledForward:
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._cache_of(args, kwargs)
-        pass_ = self._begin(cache, args, kwargs)
-        complete = False
-        try:
-            result = self._forward(*args, **kwargs)
-            complete = True
-        finally:
-            self._end(cache, pass_, complete)
-        return result
+        if not isinstance(cache, PooledCache):
+            outer = attention.current()
+            try:
+                self._enter(None)
+                return self._forward(*args, **kwargs)
+            finally:
+                self._enter(outer)
+        for last in (False, True):
+            with cache.session.lock:  # Ctrl-C comes before it or behind it, not in between
+                outer = cache.forward
+                try:
+                    if self._begin(cache, args, kwargs, last):
+                        result = self._forward(*args, **kwargs)
+                        self._complete(cache)
+                        return result
+                finally:
+                    if cache.forward is not outer:
+                        self._end(cache)
+        raise AssertionError
 
     def _cache_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for name in ("cache", "past_key_values"):
@@ -319,9 +331,8 @@ class _PooledForward:
         return next((a for a in args if isinstance(a, Cache)), None)
 
     @torch.compiler.disable
-    def _begin(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(cache, PooledCache):
-            return attention.enter(None)
+    def _begin(self, cache: PooledCache, args: tuple[Any, ...], kwargs: dict[str, Any],
+               last: bool) -> bool:
         if cache.kv is not self._kv:
             raise ValueError(f"{cache!r} was made for another model")
         if self._kv.on_gpu and torch.cuda.is_current_stream_capturing():
@@ -331,14 +342,19 @@ class _PooledForward:
         if given.get("output_attentions") is None and \
                 getattr(self._kv.config, "output_attentions", False):
             given = dict(given, output_attentions=True)
-        return cache.begin(given)
+        return cache.begin(given, last)
 
     @torch.compiler.disable
-    def _end(self, cache: Any, pass_: Any, complete: bool) -> None:
-        if isinstance(cache, PooledCache):
-            cache.end(pass_, complete)
-        else:
-            attention.enter(pass_)
+    def _enter(self, forward: Any) -> None:
+        attention.enter(forward)
+
+    @torch.compiler.disable
+    def _complete(self, cache: PooledCache) -> None:
+        cache.complete()
+
+    @torch.compiler.disable
+    def _end(self, cache: PooledCache) -> None:
+        cache.end()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise Unsupported("a copy of an attached model: close() what attach() gave, copy, and "

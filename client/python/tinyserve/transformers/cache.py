@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..engines.geometry import Unsupported
 from ..engines.rows import Rows
-from ..errors import DisconnectedError
+from ..errors import BusyError, DisconnectedError, Error, TimedOutError
 from . import attention
 from .forward import Forward
 from .inputs import Inputs
@@ -59,12 +59,24 @@ class PooledCache(Cache):
         self.known = known  # whether ids and positions say all that K and V depend on
         self.found = found  #: tokens that the pool had when the cache was made
         self.closed = False
+        self.forward: Forward | None = None  #: the pass that it is in
+        # Rows that the sequences have if a change was carried out that had no answer (Ctrl-C, or
+        # the daemon stood still); None: there was none such.
+        self._doubt: Rows | None = None
+        self._lost = False  # the same of a change of which rows there are: nobody knows their ids
         super().__init__(layers=[_Layer(self) for _ in range(kv.needs.layers)])
 
     # ---- what Transformers asks ----
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    @property
+    def _columns(self) -> int:
+        if self._doubt is not None:
+            with self.session.lock:
+                self._ready()
         return self.rows.columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -72,10 +84,10 @@ class PooledCache(Cache):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.rows.columns + int(query_length), 0
+        return self._columns + int(query_length), 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.rows.columns
+        return self._columns
 
     def __len__(self) -> int:
         return self.kv.needs.layers
@@ -99,7 +111,7 @@ class PooledCache(Cache):
 
     def has_previous_state(self, layer_idx: int | None = None,
                            state_idx: int | None = None) -> bool:
-        return self.rows.columns > 0
+        return self._columns > 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int,
                *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,19 +130,19 @@ class PooledCache(Cache):
         """Drops the last -tokens_to_remove columns of every row. Where Transformers still allows
         it (5.17), a positive number is the number of columns to keep."""
         count = -int(tokens_to_remove)
-        if count < 0:
-            if not self.kv.crop_to_length:
-                raise ValueError(f"crop({tokens_to_remove}): give a negative number, of columns to "
-                                 "remove")
-            count = max(0, self.rows.columns - int(tokens_to_remove))
-        if count == 0:
-            return
-        rows = self.rows.copy()
-        lengths = rows.cut(count)
-        with self._using() as pool:
-            if self.seqs:
+        if count < 0 and not self.kv.crop_to_length:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of columns to "
+                             "remove")
+        with self.session.lock:
+            pool = self._ready()
+            if count < 0:
+                count = max(0, self.rows.columns - int(tokens_to_remove))
+            rows = self.rows.copy()
+            lengths = rows.cut(count)
+            if self.seqs and count > 0:
+                self._doubt = rows
                 pool.truncate(self.seqs, lengths)
-        self.rows = rows
+            self.rows, self._doubt = rows, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Goes on with these rows: beams that are continued twice are forks."""
@@ -146,24 +158,36 @@ class PooledCache(Cache):
         self._pick([row for row in range(len(self.rows)) for _ in range(repeats)])
 
     def _pick(self, picks: list[int]) -> None:
-        if not self.seqs or picks == list(range(len(self.seqs))):
-            return
-        with self._using() as pool:
-            self.seqs = pool.select(self.seqs, picks)
-        self.rows.pick(picks)
+        with self.session.lock:
+            self._ready()
+            if not self.seqs or picks == list(range(len(self.seqs))):
+                return
+            rows = self.rows.copy()
+            rows.pick(picks)
+            self.seqs, self.rows = self._select(picks), rows
+
+    def _select(self, picks: list[int]) -> list[int]:
+        """The sequences of these rows. In the session's lock."""
+        try:
+            return list(self.session.pool.select(self.seqs, picks))
+        except BaseException as error:
+            self._lost = isinstance(error, TimedOutError) or not isinstance(error, Error)
+            raise
 
     def reset(self) -> None:
         """Empties it: the next forward pass begins anew, with any batch."""
         seqs, self.seqs = self.seqs, []
-        self.rows, self.known = Rows(), True
+        self.rows, self.known, self.found = Rows(), True, 0
+        self._doubt, self._lost = None, False
         self.session.drop(seqs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PooledCache":
         """A cache that shares what there is: each goes on by itself, and nothing is copied."""
-        n = len(self.seqs)
-        with self._using() as pool:
+        with self.session.lock:
+            self._ready()
+            n = len(self.seqs)
             # One call: the first n that go on are the sequences themselves, the others forks.
-            seqs = pool.select(self.seqs, [*range(n), *range(n)])[n:] if n else []
+            seqs = self._select([*range(n), *range(n)])[n:] if n else []
         copy = PooledCache(self.kv, self.session, self.namespace, seqs, self.rows.copy(),
                            known=self.known, found=self.found)
         memo[id(self)] = copy
@@ -178,44 +202,40 @@ class PooledCache(Cache):
 
     # ---- a forward pass ----
 
-    def begin(self, given: dict[str, Any]) -> Forward:
-        """Opens the step of a forward pass with these arguments, and the session until end().
-        Nothing has changed if it raises."""
+    def begin(self, given: dict[str, Any], last: bool) -> bool:
+        """Opens the step of a forward pass with these arguments; complete() ends it, or else end().
+        The caller has the session's lock until then. If it raises, nothing has changed once end()
+        was called. False: the session had ended, and there is another, with which it can be tried
+        once more; not if this is the last time."""
         self._check_open()
+        if self.forward is not None:
+            raise BusyError("the cache is in a forward pass", 6, "TS_EBUSY")
         try:
-            forward = self._begin_in_session(given)
+            self._settle()
+            self._begin(Inputs.of(given, self.rows.columns, self.rows.pads))
         except DisconnectedError:
-            if self.seqs:  # they went with the session
+            if self.seqs or last:  # they went with the session
                 raise
             self.session = self.kv.other_session(self.session)
-            forward = self._begin_in_session(given)
-        forward.before = attention.enter(forward)
-        return forward
+            return False
+        return True
 
-    def _begin_in_session(self, given: dict[str, Any]) -> Forward:
-        session = self.session
-        session.lock.acquire()
-        try:
-            return self._begin(Inputs.of(given, self.rows.columns, self.rows.pads))
-        except BaseException:
-            session.lock.release()
-            raise
-
-    def _begin(self, inputs: Inputs) -> Forward:
+    def _begin(self, inputs: Inputs) -> None:
         self.session.sweep()
-        copies = self._copies(inputs)
-        leaders = inputs.every(copies)
-        seqs, rows = self.seqs, self.rows
-        if not seqs:
-            rows = Rows(0, [0] * leaders.rows)
-        rows.check_pads(leaders.pads)
-        self._check_positions(leaders, rows)
-        counts = rows.new_tokens(leaders.pads, inputs.columns)
-        pool = self.session.pool
-        if not self.seqs:
-            seqs = pool.create(leaders.rows, self.namespace)
-        step = None
+        had = len(self.seqs)
+        seqs, step = self.seqs, None
         try:
+            copies = self._copies(inputs)
+            leaders = inputs.every(copies)
+            seqs, rows = self.seqs, self.rows
+            if not seqs:
+                rows = Rows(0, [0] * leaders.rows)
+            rows.check_pads(leaders.pads)
+            self._check_positions(leaders, rows)
+            counts = rows.new_tokens(leaders.pads, inputs.columns)
+            pool = self.session.pool
+            if not self.seqs:
+                seqs = pool.create(leaders.rows, self.namespace)
             index = None
             total = sum(counts)
             if total > 0:
@@ -225,15 +245,17 @@ class PooledCache(Cache):
                 if total < leaders.rows * inputs.columns:
                     index = leaders.index(counts)
             forward = Forward(self, inputs.rows, inputs.columns, step, index, copies)
+            forward.new, forward.had, forward.before = (leaders.pads, counts), had, \
+                attention.current()
+            self.seqs, self.rows, self.forward = seqs, rows, forward
         except BaseException:
             if step is not None:
                 step.abort()
             if not self.seqs:
                 self.session.drop(seqs)
+            self._repeat_less(had)
             raise
-        forward.new, forward.first = (leaders.pads, counts), not self.seqs
-        self.seqs, self.rows = seqs, rows
-        return forward
+        attention.enter(forward)
 
     def _copies(self, inputs: Inputs) -> int:
         """How many equal rows of the batch each sequence stands for until this pass is over: beams
@@ -252,7 +274,7 @@ class PooledCache(Cache):
         if self.known and not self.kv.has_namespace(self.namespace, inputs.columns == 1):
             self.known = False  # K and V come of other weights from now on
         if self.known and not inputs.known:
-            if self.found > 0:
+            if self.found > 0 and rows.columns > 0:
                 raise Unsupported(
                     "position_ids, or inputs_embeds: the cache has tokens that the pool had, whose "
                     "positions count from the first token that isn't padding; pass such inputs "
@@ -262,51 +284,93 @@ class PooledCache(Cache):
         if limit is not None and rows.columns + inputs.columns - min(inputs.pads) > limit:
             self.known = False
 
-    def end(self, forward: Forward, complete: bool) -> None:
-        """Commits the step, if the pass is complete and all layers took part; else drops it."""
+    def complete(self) -> None:
+        """Commits the step, if all layers took part: the pass has ended."""
+        forward = self.forward
+        assert forward is not None
+        layers = self.kv.needs.layers
+        if forward.ran != (1 << layers) - 1:
+            missing = [i for i in range(layers) if not forward.ran >> i & 1]
+            raise Unsupported(f"layers {missing} didn't attend through the attention interface: "
+                              "the model has an attention of its own")
+        attention.enter(forward.before)
+        pads, counts = forward.new
+        seqs, rows = self.seqs, self.rows.copy()
+        rows.add(pads, forward.shape[1])
+        if forward.step is not None:
+            self._doubt = rows.copy()
+            forward.step.commit()
+        if forward.copies > 1:
+            picks = [row for row in range(len(rows)) for _ in range(forward.copies)]
+            rows.pick(picks)
+            seqs = self._select(picks)
+        self.seqs, self.rows, self._doubt, self.forward = seqs, rows, None, None
+        self.kv.count(computed=sum(counts))
+
+    def end(self) -> None:
+        """Drops the pass that complete() didn't end, if there is one: the cache is as it was."""
+        forward = self.forward
+        if forward is None:
+            return
         attention.enter(forward.before)
         try:
-            if not complete:
-                self._drop(forward)
-                return
-            layers = self.kv.needs.layers
-            if forward.ran != (1 << layers) - 1:
-                missing = [i for i in range(layers) if not forward.ran >> i & 1]
-                self._drop(forward)
-                raise Unsupported(f"layers {missing} didn't attend through the attention "
-                                  "interface: the model has an attention of its own")
-            pads, counts = forward.new
-            if forward.step is not None:
-                try:
-                    forward.step.commit()
-                except BaseException:
-                    self._drop(forward)
-                    raise
-            self.rows.add(pads, forward.shape[1])
-            self.kv.count(computed=sum(counts))
-            if forward.copies > 1:
-                self.batch_repeat_interleave(forward.copies)
-        finally:
-            self.session.lock.release()
-
-    def _drop(self, forward: Forward) -> None:
-        if forward.step is not None and forward.step._opened.handle is not None:
-            try:
+            if forward.step is not None and forward.step._opened.handle is not None:
                 forward.step.abort()
-            except DisconnectedError:
-                pass  # the step went with the session
-        if forward.first:  # the next pass may have another batch
+        except Error:
+            pass  # it went with the session, its commit has ended it, or the daemon is told later
+        finally:
+            self.forward = None
+            self._undo(forward.had)
+
+    def _undo(self, had: int) -> None:
+        if had == 0:  # the next pass may have another batch
             self.reset()
+            return
+        try:
+            self._settle()
+        except Error:
+            pass  # the next use does
+        self._repeat_less(had)
+
+    def _repeat_less(self, had: int) -> None:
+        """Goes on with as many rows as it had before each was repeated."""
+        if 0 < had < len(self.seqs) and not self._lost:
+            try:
+                self._pick(list(range(0, len(self.seqs), len(self.seqs) // had)))
+            except Error:
+                pass  # then it has them all
+
+    def _settle(self) -> None:
+        """Finds out what became of a change that had no answer: a pass is undone, a crop is
+        done. In the session's lock."""
+        rows = self._doubt
+        if rows is None or self._lost:
+            return
+        has = self.session.pool.lengths(self.seqs)
+        if has == rows.lengths() and has != self.rows.lengths():
+            if rows.columns > self.rows.columns:
+                self.session.pool.truncate(self.seqs, self.rows.lengths())
+            else:
+                self.rows = rows
+        self._doubt = None
 
     # ---- the end ----
 
     def _check_open(self) -> None:
         if self.closed:
             raise DisconnectedError("the cache was closed", 11, "TS_ECONN")
+        if self._lost:
+            raise DisconnectedError("which rows the cache has isn't known, since a call that picks "
+                                    "some had no answer: reset() it, or make another", 11,
+                                    "TS_ECONN")
 
-    def _using(self) -> "_Using":
+    def _ready(self) -> Any:
+        """The pool. What others dropped is freed, and what is in doubt is settled. In the session's
+        lock."""
         self._check_open()
-        return _Using(self.session)
+        self.session.sweep()
+        self._settle()
+        return self.session.pool
 
     def close(self) -> None:
         """Frees its sequences; what they hold may be found again. Safe to call twice."""
@@ -328,23 +392,3 @@ class PooledCache(Cache):
         state = ", closed" if self.closed else ""
         return (f"<tinyserve cache of {len(self.seqs)} sequences, {self.rows.columns} columns "
                 f"in {self.kv.pool_name!r}{state}>")
-
-
-class _Using:
-    """The session's lock, and what others dropped is freed."""
-
-    def __init__(self, session: "Session") -> None:
-        self._session = session
-
-    def __enter__(self) -> Any:
-        self._session.lock.acquire()
-        try:
-            self._session.sweep()
-        except BaseException:
-            self._session.lock.release()
-            raise
-        return self._session.pool
-
-    def __exit__(self, *_: object) -> None:
-        self._session.lock.release()
-

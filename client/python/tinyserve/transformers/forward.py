@@ -44,7 +44,7 @@ class Forward:
         self.ran = 0  # layers, a bit each
         self.before: Forward | None = None  # that this thread was in
         self.new: tuple[list[int], list[int]] = [], []  # the step's rows: padding, new tokens
-        self.first = False  # of the cache's: its sequences were made for this pass
+        self.had = 0  # sequences of the cache before; 0: they were made for this pass
         self._dtype = _DTYPES[needs.dtype]
         self._index = index
         self._kv_heads = needs.kv_heads

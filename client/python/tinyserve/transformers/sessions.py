@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any, Callable, Iterable
 
 from ..client import Client
-from ..errors import DisconnectedError, Error
+from ..errors import BusyError, DisconnectedError, Error, NotFoundError, TimedOutError
 from ..pool import Pool
 
 
@@ -35,15 +35,31 @@ class Session:
                 self.lock.release()
 
     def sweep(self) -> None:
-        """Frees what was dropped."""
-        seqs = []
-        while self._dropped:
-            seqs.append(self._dropped.popleft())
-        if seqs and self.usable:
-            try:
-                self.pool.free(seqs)
-            except DisconnectedError:
-                pass  # they went with the session
+        """Frees what was dropped. What can't be freed now stays for whoever comes next: a finalizer
+        may run in the midst of another call."""
+        seqs: list[int] = []
+        try:
+            while self._dropped:
+                seqs.append(self._dropped.popleft())
+            if seqs and self.usable:
+                self._free(seqs)
+        except DisconnectedError:
+            pass  # they went with the session
+        except (BusyError, TimedOutError):
+            self._dropped.extend(seqs)
+        except BaseException:
+            self._dropped.extend(seqs)
+            raise
+
+    def _free(self, seqs: list[int]) -> None:
+        try:
+            self.pool.free(seqs)  # all or none
+        except NotFoundError:  # an operator has freed some, or an answer came late
+            for seq in seqs:
+                try:
+                    self.pool.free([seq])
+                except NotFoundError:
+                    pass
 
     def tensor(self, name: str, view: Any) -> Any:
         """The view as a torch tensor; steps of one shape in one place get the same one."""

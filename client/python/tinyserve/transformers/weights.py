@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import pathlib
 import threading
-import weakref
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -69,22 +69,31 @@ def _samples(model: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{label} {at:016x}", _bytes_of(flat[at:at + _SAMPLE_BYTES])
 
 
+def _is_adapter(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "active_adapters", None), (list, tuple))
+
+
+def _adapter_states(modules: Iterable[tuple[str, torch.nn.Module]]) -> list[Any]:
+    """Of each layer with adapters (PEFT's): which are active, and how strongly; none of that is a
+    parameter."""
+    return [[name, list(m.active_adapters),
+             dict(getattr(m, "scaling", None) or {}), bool(getattr(m, "disable_adapters", False)),
+             list(getattr(m, "merged_adapters", None) or ())] for name, m in modules]
+
+
 def _adapters(model: torch.nn.Module) -> list[Any]:
-    """Of each layer with adapters (PEFT's): which are there, which are active, and how strongly;
-    none of that is a parameter."""
-    state = []
-    for name, module in model.named_modules():
-        active = getattr(module, "active_adapters", None)
-        if isinstance(active, (list, tuple)):
-            state.append([name, list(active), dict(getattr(module, "scaling", None) or {}),
-                          bool(getattr(module, "disable_adapters", False)),
-                          list(getattr(module, "merged_adapters", None) or ())])
-    return state
+    return _adapter_states((name, m) for name, m in model.named_modules() if _is_adapter(m))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written. Of one that was made in inference mode torch doesn't count that."""
+    return -1 if tensor.is_inference() else int(tensor._version)
 
 
 class Fingerprint:
     """What changes when somebody writes weights by torch's operations, replaces one, or switches an
-    adapter. It takes no look at the weights, so that writing by `.data`, or past torch, isn't seen.
+    adapter. It takes no look at the weights, so that writing by `.data`, past torch, or those that
+    were made in inference mode, isn't seen.
 
     It holds the tensors' storages weakly: their memory may go, and no later one is taken for
     them."""
@@ -92,7 +101,7 @@ class Fingerprint:
     def __init__(self, model: torch.nn.Module) -> None:
         tensors = [t for _, t in _tensors(model)]
         self._storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-        self._said = ([(s.cdata, t.storage_offset(), t._version)
+        self._said = ([(s.cdata, t.storage_offset(), _version(t))
                        for s, t in zip(self._storages, tensors)], _adapters(model))
 
     def __eq__(self, other: object) -> bool:
@@ -101,20 +110,32 @@ class Fingerprint:
 
 class Glance:
     """The parameters, for a namespace: a tenth of a millisecond tells whether one was written or
-    replaced. Modules and adapters that were added or switched, and buffers, aren't looked at."""
+    replaced, a module was added or replaced, or an adapter switched. Buffers aren't looked at. It
+    keeps what it has seen alive."""
 
     def __init__(self, model: torch.nn.Module, namespace: bytes) -> None:
-        self._of_modules = [m._parameters for m in model.modules() if m._parameters]
-        self._seen = [(weakref.ref(p), p._version) for p in self._now()]
-        self._namespace = namespace
+        modules = list(model.modules())
+        self._of_modules = [m._parameters for m in modules if m._parameters]
+        self._parents = [m._modules for m in modules if m._modules]
+        self._adapters = [(name, m) for name, m in model.named_modules() if _is_adapter(m)]
+        self._namespace, self._children = namespace, self._modules()
+        self._parameters = [p for of_one in self._of_modules for p in of_one.values()]
+        self._there = [p for p in self._parameters if p is not None]
+        self._counted = [p for p in self._there if not p.is_inference()]
+        self._said = self._say()
 
-    def _now(self) -> Iterator[torch.nn.Parameter]:
-        return (p for of_one in self._of_modules for p in of_one.values() if p is not None)
+    def _modules(self) -> list[torch.nn.Module | None]:
+        return [m for children in self._parents for m in children.values()]
+
+    def _say(self) -> tuple[list[int], list[int], list[Any]]:
+        return ([p.data_ptr() for p in self._there], [p._version for p in self._counted],
+                _adapter_states(self._adapters))
 
     def is_as_it_was(self, namespace: bytes) -> bool:
-        now = list(self._now())
-        return namespace == self._namespace and len(now) == len(self._seen) and all(
-            p is was() and p._version == version for p, (was, version) in zip(now, self._seen))
+        now = [p for of_one in self._of_modules for p in of_one.values()]
+        return namespace == self._namespace and len(now) == len(self._parameters) and \
+            all(map(operator.is_, now, self._parameters)) and \
+            self._modules() == self._children and self._say() == self._said
 
 
 def _said(model: torch.nn.Module, config: Any) -> dict[str, Any]:
@@ -126,7 +147,8 @@ def _said(model: torch.nn.Module, config: Any) -> dict[str, Any]:
 
 
 def digest(model: torch.nn.Module, config: Any, threads: int | None = None) -> bytes:
-    """16 bytes of the configuration, all parameters and buffers, and the adapters' state."""
+    """16 bytes of the configuration, all parameters, buffers that are saved with them, and the
+    adapters' state."""
     return digest_of(_pieces(model), _said(model, config), threads)
 
 
