@@ -4,6 +4,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <xxhash.h>
 
 bool ts_engine_has_pool(const ts_engine *e, uint32_t pool)
 {
@@ -58,6 +59,15 @@ static ts_status make_books(const ts_engine *e, const ts_pool_config *config, ts
     return status;
 }
 
+/* Of the ids of a new pool's sequences (less than 2^31): each pool has others, also one that is
+ * made in the place, and under the name, of one that was deleted. */
+static uint32_t first_generation(const ts_engine *e)
+{
+    const uint64_t now[] = {e->now_ms, e->tokens_committed};
+    const uint64_t seed = e->limits.hash_seed + e->limits.first_generation;
+    return (uint32_t)(XXH3_64bits_withSeed(now, sizeof now, seed) >> 33);
+}
+
 void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_answer *answer)
 {
     const ts_pool_config *config = c->pool_add.config;
@@ -76,7 +86,7 @@ void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_
     pool->config = *config;
     pool->room = (ts_wait_list){TS_NONE, TS_NONE};
     ts_sequences_init(&pool->seqs, config->sequences_max, config->geometry.block_tokens,
-                      e->limits.first_generation);
+                      first_generation(e));
     pool->seqs.order.seed = e->limits.hash_seed;
     e->num_pools += place == e->num_pools;
     e->live_pools++;

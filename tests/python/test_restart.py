@@ -355,6 +355,25 @@ def test_pools_that_differ_from_the_configuration_are_named(start_supervised, tm
     assert daemon.log.read_text().count("taken over as it was made") == 1
 
 
+def test_ids_of_a_pool_that_was_deleted_name_nothing(start_supervised):
+    """Neither in another one of its name, nor after a restart."""
+    daemon, ids = start_supervised(), set()
+    with tinyserve.connect(daemon.url) as client:
+        for turn in range(4):
+            client.create_pool("more:layers=1,kv_heads=1,head_dim=32,blocks=4,device=host")
+            if turn % 2:
+                assert tsctl(daemon.url, "restart").returncode == 0
+            with client.pool("more") as kv:
+                for old in ids:
+                    with pytest.raises(tinyserve.NotFoundError):
+                        kv.lengths([old])
+                new = kv.create(2)
+                ids.update(new)
+                kv.free(new)
+            assert tsctl(daemon.url, "--yes", "pool", "delete", "more").returncode == 0
+    assert len(ids) == 8
+
+
 def test_a_dead_supervisor_is_told_of_and_a_restart_refused(start_supervised):
     daemon = start_supervised()
     pid = daemon.pid()
