@@ -149,6 +149,33 @@ static void a_repeated_request_gets_the_first_answer_and_is_applied_once(void **
     daemon_stop(&d);
 }
 
+/* An id is taken before its request is sent: another thread may end many waits in between. */
+static void ends_of_waits_make_no_call_a_repeated_one(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=16");
+    nng_socket s = raw_open(&d);
+    Tspb__SeqCreate create;
+    Tspb__WaitEnd end = TSPB__WAIT_END__INIT;
+    raw_session(s);
+    for (uint64_t id = 100; id < 300; id++) {
+        Tspb__Request request = TSPB__REQUEST__INIT;
+        request.request_id = id;
+        request.body_case = TSPB__REQUEST__BODY_WAIT_END;
+        request.wait_end = &end;
+        Tspb__Reply *ended = raw_call(s, &request);
+        assert_int_equal(ended->status, TS_OK);
+        tspb__reply__free_unpacked(ended, NULL);
+    }
+    Tspb__Request request = create_request(&create, 99);
+    Tspb__Reply *made = raw_call(s, &request);
+    assert_int_equal(made->status, TS_OK);
+    tspb__reply__free_unpacked(made, NULL);
+    nng_close(s);
+    daemon_stop(&d);
+}
+
 static void garbage_is_answered_with_a_refusal(void **state)
 {
     (void)state;
@@ -337,6 +364,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_repeated_request_gets_the_first_answer_and_is_applied_once),
+        cmocka_unit_test(ends_of_waits_make_no_call_a_repeated_one),
         cmocka_unit_test(a_resume_of_too_much_is_refused),
         cmocka_unit_test(garbage_is_answered_with_a_refusal),
         cmocka_unit_test(as_many_token_ids_as_the_limits_allow_fit_into_a_message),

@@ -5,8 +5,8 @@
  * (see step.h).
  *
  * An id is generation << 32 | index: the id of a freed sequence never comes back. Generations begin
- * somewhere else in each daemon and each pool, so an id from before a restart that lost all, or of a
- * pool that was deleted, names nothing.
+ * somewhere else in each daemon and each pool, so an id from before a restart that lost all, or of
+ * a pool that was deleted, names nothing.
  *
  * Cost: 88 bytes a sequence, and a block table of 4 bytes an entry (a power of two of them, from
  * 4). One whose time ends costs 32 bytes more, one that is kept or on a ticket about 100 more.

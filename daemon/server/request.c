@@ -317,6 +317,29 @@ static uint32_t wait_of(const Tspb__Request *m)
 static void go_on(ts_parked *parked);
 static void drop(ts_parked *parked);
 
+/* Refuses what comes when the daemon, or the connection's session, has been ended. */
+static bool is_over(const ts_service *s, const ts_connection *c, ts_answer *answer)
+{
+    if (s->ending)
+        ts_refuse(answer, TS_ECONN, "the daemon ends");
+    else if (c->kicked != 0)
+        ts_refuse(answer, TS_ECONN, "session %llx was ended%s", (unsigned long long)c->kicked,
+                  c->kept_slabs    ? ": it did not give back GPU memory that is others' now"
+                  : c->freed_pages ? ": it has freed pages of its exchange"
+                                   : " by an operator");
+    return answer->status != TS_OK;
+}
+
+/* Gives the answer, and keeps it. */
+static void conclude(ts_service *s, ts_connection *c, ts_request *request, ts_answer *answer,
+                     Tspb__Reply *reply)
+{
+    ts_encode_status(answer, reply);
+    ts_refused(s, request->message, answer->status);
+    size_t size = finish(s, reply);
+    deliver(c, request, request->message->request_id, s->packed, size);
+}
+
 /* Answers a request whose place among the kept replies is taken. */
 static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
                            ts_kept_reply *kept)
@@ -332,14 +355,9 @@ static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
     bool waits = false;
     if (c->ring != NULL && s->take_ring != NULL) /* its client has submitted that before */
         s->take_ring(c->ring);
-    if (s->ending) {
-        ts_refuse(&answer, TS_ECONN, "the daemon ends");
-    } else if (c->kicked != 0) {
-        ts_refuse(&answer, TS_ECONN, "session %llx was ended%s", (unsigned long long)c->kicked,
-                  c->kept_slabs    ? ": it did not give back GPU memory that is others' now"
-                  : c->freed_pages ? ": it has freed pages of its exchange"
-                                   : " by an operator");
-    } else if (ts_admin(s, c, message, &answer, &reply, &admin)) {
+    if (is_over(s, c, &answer))
+        return conclude(s, c, request, &answer, &reply);
+    if (ts_admin(s, c, message, &answer, &reply, &admin)) {
         if (answer.status == TS_NEED_SWEEP)
             return wait_on(s, request, kept);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_OPEN) {
@@ -350,8 +368,6 @@ static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
             encode_opened(s, c, &reply, &opened);
     } else if (message->body_case == TSPB__REQUEST__BODY_SESSION_CLOSE) {
         ts_service_end_session(s, c, NULL);
-    } else if (message->body_case == TSPB__REQUEST__BODY_WAIT_END) {
-        (void)ts_service_go_on(s, c, true);
     } else if (ts_decode(message, c->session, &command, &answer) &&
                ts_parked_prepare(s, c, &request->wait, wait_of(message), &command, &answer)) {
         if (ts_stream_run_comes_before(&s->exec, &c->memory, &command) || /* by rings, now lost */
@@ -373,10 +389,7 @@ static void answer_request(ts_service *s, ts_connection *c, ts_request *request,
         kept->pending = true;
         return;
     }
-    ts_encode_status(&answer, &reply);
-    ts_refused(s, message, answer.status);
-    size_t size = finish(s, &reply);
-    deliver(c, request, message->request_id, s->packed, size);
+    conclude(s, c, request, &answer, &reply);
 }
 
 static ts_request *request_of(ts_parked *parked)
@@ -476,6 +489,23 @@ static bool answer_report(ts_service *s, ts_connection *c, ts_request *request)
     return true;
 }
 
+/* Ends the session's waits. It may be done again, so that the answer isn't kept: many of them don't
+ * make the daemon forget the answer to the call that waits, or one that another thread sends. */
+static void end_waits(ts_service *s, ts_connection *c, ts_request *request)
+{
+    ts_answer answer = {0};
+    Tspb__Reply reply = TSPB__REPLY__INIT;
+    reply.request_id = request->message->request_id;
+    if (c->ring != NULL && s->take_ring != NULL) /* its client has submitted that before */
+        s->take_ring(c->ring);
+    if (!is_over(s, c, &answer))
+        (void)ts_service_go_on(s, c, true);
+    ts_encode_status(&answer, &reply);
+    ts_refused(s, request->message, answer.status);
+    size_t size = finish(s, &reply);
+    request->send(request, s->packed, size);
+}
+
 void ts_service_request(ts_work *work, void *service)
 {
     ts_service *s = service;
@@ -502,6 +532,8 @@ void ts_service_request(ts_work *work, void *service)
 
     if (answer_report(s, c, request))
         return;
+    if (message->body_case == TSPB__REQUEST__BODY_WAIT_END)
+        return end_waits(s, c, request);
     ts_kept_reply *kept = reply_slot(s, c, request);
     if (kept != NULL)
         answer_request(s, c, request, kept);
