@@ -244,7 +244,8 @@ static const ts_config_key daemon_keys[] = {
     {DAEMON("tenant_connections", read_u32, tenant_connections), .least = 1, .most = 65536,
      .preset = "1024",
      .help = "Connections of one user at each of the two sockets. Operators have no such limit.",
-     .more = "The last 8 connections that the daemon's descriptors allow are theirs."},
+     .more = "The last 8 connections that the daemon's descriptors allow are theirs; a user has "
+             "three quarters of all at most."},
     {DAEMON("idle_seconds", read_seconds, idle_ms), .least = 1, .most = 3600, .preset = "10",
      .help = "Seconds that a connection has to greet, to send a message, to read an answer, and to "
              "open a session.",

@@ -28,6 +28,13 @@ static ts_crowd_uid **find(ts_crowd *c, uint32_t uid)
     return at;
 }
 
+/* One uid leaves a quarter to the others, however few connections the process may have. */
+static uint32_t tenant_max(const ts_crowd *c)
+{
+    const uint32_t share = c->max - c->max / 4;
+    return c->tenant_max < share ? c->tenant_max : share;
+}
+
 bool ts_crowd_enter(ts_crowd *c, const ts_guest *guest, char *why, size_t why_bytes)
 {
     ts_crowd_uid **at = find(c, guest->uid), *u = *at;
@@ -41,9 +48,12 @@ bool ts_crowd_enter(ts_crowd *c, const ts_guest *guest, char *why, size_t why_by
                  c->count, TS_OPERATOR_CONNECTIONS);
         return false;
     }
-    if (!guest->is_operator && same >= c->tenant_max) {
-        snprintf(why, why_bytes, "uid %u has %u connections; the limit is %u (tenant_connections)",
-                 guest->uid, same, c->tenant_max);
+    const uint32_t most = tenant_max(c);
+    if (!guest->is_operator && same >= most) {
+        snprintf(why, why_bytes, "uid %u has %u connections; the limit is %u (%s)", guest->uid,
+                 same, most,
+                 most == c->tenant_max ? "tenant_connections"
+                                       : "three quarters of what the daemon's descriptors allow");
         return false;
     }
     if (u == NULL && (*at = u = calloc(1, sizeof *u)) == NULL) {
