@@ -179,6 +179,11 @@ static void a_checked_configuration_says_what_each_pool_holds(void **state)
                      0);
     assert_has(text, "682 blocks of 96.0 KiB (63.9 MiB) in slabs of 63.9 MiB: up to 10912 tokens, "
                      "and 17056 when it has grown");
+    assert_int_equal(run(text, sizeof text,
+                         TS_DAEMON " --check-config --pool " POOL_TINY ",device=host,blocks=64"),
+                     0);
+    assert_has(text, "64 blocks of 96.0 KiB (6.0 MiB) in one slab of 6.0 MiB, so for one user at a "
+                     "time: up to 1024 tokens");
     assert_int_equal(run(text, sizeof text, TS_DAEMON " --frob"), 2);
     assert_int_equal(run(text, sizeof text, TS_DAEMON " word"), 2);
 }

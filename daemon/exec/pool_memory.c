@@ -17,17 +17,20 @@ void ts_pool_memory_describe(const ts_pool_config *p, char *text, size_t bytes)
 {
     const ts_geometry *g = &p->geometry;
     const uint64_t block_bytes = ts_geometry_block_bytes(g);
+    const bool one = p->max_blocks <= p->slab_blocks;
     char block[32], all[32], slab[32], grown[64] = "";
     if (p->max_blocks > p->num_blocks)
         snprintf(grown, sizeof grown, ", and %llu when it has grown",
                  (unsigned long long)p->max_blocks * g->block_tokens);
     snprintf(text, bytes,
              "pool '%s' on %s: %s, %u layers, %u KV heads of %u, %u tokens a block, %u blocks of "
-             "%s (%s) in slabs of %s: up to %llu tokens%s",
+             "%s (%s) in %s of %s%s: up to %llu tokens%s",
              p->name, p->device, ts_dtype_name(g->dtype), g->layers, g->kv_heads, g->head_dim,
              g->block_tokens, p->num_blocks, ts_text_bytes(block_bytes, block, sizeof block),
              ts_text_bytes(block_bytes * p->num_blocks, all, sizeof all),
+             one ? "one slab" : "slabs",
              ts_text_bytes(block_bytes * p->slab_blocks, slab, sizeof slab),
+             one ? ", so for one user at a time" : "",
              (unsigned long long)p->num_blocks * g->block_tokens, grown);
 }
 

@@ -1,9 +1,10 @@
 /*
  * Who is connected to a socket: how many connections each uid has, and whether one more may come
- * in. A uid may have `tenant_max`, and no more than three quarters of `max`, which all together
- * may have, and of which the last TS_OPERATOR_CONNECTIONS are for operators. An operator's uid is bound by `max` alone. Whoever
- * turns one away first lets those leave that have closed: a client that has as many as it may, and
- * closes one, may make another at once, as connecting with NNG does (client/transport/dial.c).
+ * in. A uid may have `tenant_max`, and no more than three quarters of `max`, which all together may
+ * have, and of which the last TS_OPERATOR_CONNECTIONS are for operators. An operator's uid is bound
+ * by `max` alone. Whoever turns one away first lets those leave that have closed: a client that has
+ * as many as it may, and closes one, may make another at once, as connecting with NNG does
+ * (client/transport/dial.c).
  *
  * Locking: the caller's.
  */
