@@ -87,7 +87,14 @@ def test_who_may_not_connect_is_told_which_group_it_takes(start_daemon, tmp_path
     os.chmod(daemon.url, 0o660)
     fault = json.loads(ask().stdout)[0]
     assert fault["text"] == (f"nobody may not connect: {daemon.url} has mode 660 and group root")
-    assert fault["advice"] == "as root: usermod -aG root nobody; then log in again"
+    assert fault["advice"] == (  # membership of root's own group is no advice
+        f"let the daemon run under group tinyserve; or as root: chgrp tinyserve {daemon.url} and "
+        "usermod -aG tinyserve nobody; then log in again")
+    os.chown(daemon.url, -1, 1)
+    fault = json.loads(ask().stdout)[0]
+    assert fault["text"].endswith("has mode 660 and group daemon")
+    assert fault["advice"] == "as root: usermod -aG daemon nobody; then log in again"
+    os.chown(daemon.url, -1, 0)
     os.chmod(daemon.url, 0o666)
     assert json.loads(ask().stdout)[0]["level"] == "warning"  # open to everybody
     os.chmod(daemon.url, 0o660)
@@ -95,3 +102,4 @@ def test_who_may_not_connect_is_told_which_group_it_takes(start_daemon, tmp_path
     daemon.url = str(tmp_path / "shut" / "s")
     fault = json.loads(ask().stdout)[0]
     assert fault["text"].startswith(f"nobody may not connect: {tmp_path / 'shut'} has mode 700")
+    assert fault["advice"].startswith("let the daemon's socket lie in a folder that is open to ")

@@ -94,7 +94,16 @@ static void may_not(findings *f, const char *at, const struct stat *about)
     (void)group_name(about->st_gid, group, sizeof group);
     doctor_found(f, FINDING_FAULT, "socket", "%s may not connect: %s has mode %03o and group %s",
                  user, at, (unsigned)about->st_mode & 0777, group);
-    if (listed_in(about->st_gid, user))
+    if (about->st_gid == 0 && S_ISDIR(about->st_mode) && (about->st_mode & S_IXGRP) == 0)
+        doctor_advise(f, "let the daemon's socket lie in a folder that is open to group tinyserve, "
+                         "as /run/tinyserve, and not in a private one of root");
+    else if (about->st_gid == 0) /* nobody joins root's own group for a socket */
+        doctor_advise(
+            f,
+            "let the daemon run under group tinyserve; or as root: chgrp tinyserve %.160s "
+            "and usermod -aG tinyserve %s; then log in again",
+            at, user);
+    else if (listed_in(about->st_gid, user))
         doctor_advise(f,
                       "%s is listed in group %s, and this shell is older than that: log in "
                       "again, or newgrp %s",
