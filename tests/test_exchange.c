@@ -66,6 +66,34 @@ static void the_exchange_grows_with_what_steps_need(void **state)
     daemon_stop(&d);
 }
 
+/* A forgotten commit is named as such: a larger exchange would be of no use. */
+static void a_sequence_of_an_open_step_is_named_where_the_exchange_has_no_room(void **state)
+{
+    (void)state;
+    daemon_process d;
+    daemon_start(&d, POOL_TINY ",blocks=64");
+    ts_client *c = connect_to(&d);
+    ts_pool *p = open_pool(c, "tiny", 0);
+    ts_seq seqs[2];
+    ts_step *open, *next;
+    char says[128];
+    OK(ts_seq_create(p, 2, seqs));
+    OK(ts_step_begin(p, &seqs[0], &(uint32_t){8}, 1, NULL, &open)); /* fills the exchange */
+    assert_int_equal(ts_step_begin(p, &seqs[1], &(uint32_t){8}, 1, NULL, &next), TS_EBUSY);
+    assert_non_null(strstr(ts_error(c), "exchange_bytes of at least "));
+    assert_int_equal(ts_step_begin(p, seqs, (uint32_t[]){8, 8}, 2, NULL, &next), TS_EBUSY);
+    snprintf(says, sizeof says, "sequence %llx is in open step ", (unsigned long long)seqs[0]);
+    assert_memory_equal(ts_error(c), says, strlen(says));
+    assert_null(strstr(ts_error(c), "exchange"));
+    assert_non_null(strstr(ts_error(c), "commit or abort that first"));
+    OK(ts_step_abort(open));
+    OK(ts_step_begin(p, seqs, (uint32_t[]){8, 8}, 2, NULL, &next));
+    OK(ts_step_abort(next));
+    ts_pool_close(p);
+    ts_disconnect(c);
+    daemon_stop(&d);
+}
+
 /* A limit that isn't a whole number of pages allows the whole pages in it. */
 static void the_limit_of_an_exchange_counts_pages(void **state)
 {
@@ -176,6 +204,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_exchange_grows_with_what_steps_need),
+        cmocka_unit_test(a_sequence_of_an_open_step_is_named_where_the_exchange_has_no_room),
         cmocka_unit_test(the_limit_of_an_exchange_counts_pages),
         cmocka_unit_test(held_memory_stays_mapped_when_all_is_closed),
         cmocka_unit_test(host_memory_lies_on_all_nodes_in_turn),

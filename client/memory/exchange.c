@@ -268,8 +268,8 @@ ts_status ts_exchange_take(ts_client *c, ts_region *region)
         if (c->regions != NULL)
             return ts_fail(c, TS_EBUSY,
                            "a step or frame is open, and the exchange of %zu bytes has no %zu free "
-                           "beside it and grows only while none is: end it, or connect with "
-                           "exchange_bytes of at least %zu",
+                           "beside it and grows only while none is: commit or abort it, or, for "
+                           "both at once, connect with exchange_bytes of at least %zu",
                            c->exchange_bytes, region->bytes, offset + region->bytes);
         ts_status status = grow(c, region->bytes);
         if (status != TS_OK)

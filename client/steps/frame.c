@@ -176,7 +176,7 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count,
                               "a step of %u sequences; the frame's limits are 1..%u", count,
                               f->options.seqs);
     uint32_t tokens = count * f->options.new_tokens;
-    ts_step *s = ts_step_new(f->pool, f->new_tokens, count, tokens);
+    ts_step *s = ts_step_new(f->pool, seqs, f->new_tokens, count, tokens);
     if (s == NULL)
         return ts_fail(c, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
     s->frame = f;
@@ -191,6 +191,7 @@ ts_status ts_frame_begin(ts_frame *f, const ts_seq *seqs, uint32_t count,
         return status;
     }
     f->in_use = true;
+    f->region.step = s;
     c->last_exec = s->exec; /* a graph may be all that runs */
     *out = s;
     return TS_OK;

@@ -21,6 +21,7 @@ void ts_step_free(ts_step *s)
 {
     if (s == NULL)
         return;
+    free(s->seqs);
     free(s->starts);
     free(s->new_tokens);
     free(s->slots);
@@ -29,7 +30,8 @@ void ts_step_free(ts_step *s)
     free(s);
 }
 
-ts_step *ts_step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uint32_t tokens)
+ts_step *ts_step_new(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
+                     uint32_t tokens)
 {
     ts_step *s = calloc(1, sizeof *s);
     if (s == NULL)
@@ -37,13 +39,15 @@ ts_step *ts_step_new(ts_pool *p, const uint32_t *new_tokens, uint32_t count, uin
     s->pool = p;
     s->count = count;
     s->tokens = tokens;
+    s->seqs = malloc(count * sizeof *s->seqs);
     s->starts = malloc(count * sizeof *s->starts);
     s->new_tokens = malloc(count * sizeof *s->new_tokens);
     s->slots = malloc(tokens * sizeof *s->slots);
-    if (s->starts == NULL || s->new_tokens == NULL || s->slots == NULL) {
+    if (s->seqs == NULL || s->starts == NULL || s->new_tokens == NULL || s->slots == NULL) {
         ts_step_free(s);
         return NULL;
     }
+    memcpy(s->seqs, seqs, count * sizeof *seqs);
     memcpy(s->new_tokens, new_tokens, count * sizeof *new_tokens);
     return s;
 }
@@ -327,6 +331,30 @@ static ts_status ask_first(ts_step *s, const ts_seq *seqs, const ts_step_options
     return status == TS_OK ? call_abort(s) : status;
 }
 
+static bool has_sequence(const ts_step *s, ts_seq seq)
+{
+    for (uint32_t i = 0; i < s->count; i++)
+        if (s->seqs[i] == seq)
+            return true;
+    return false;
+}
+
+/* The exchange has no room beside the steps that are open. One of them may have a sequence of this
+ * one, as when its commit was forgotten: more room would be of no use then. */
+static ts_status no_room(const ts_step *s)
+{
+    ts_client *c = s->pool->client;
+    for (const ts_region *r = c->regions; r != NULL; r = r->next)
+        for (uint32_t i = 0;
+             r->step != NULL && r->step->pool->index == s->pool->index && i < s->count; i++)
+            if (has_sequence(r->step, s->seqs[i]))
+                return ts_fail(c, TS_EBUSY,
+                               "sequence %llx is in open step %llx of this client: commit or abort "
+                               "that first",
+                               (unsigned long long)s->seqs[i], (unsigned long long)r->step->id);
+    return TS_EBUSY;
+}
+
 ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
                         const ts_step_options *options, ts_step **out)
 {
@@ -346,7 +374,7 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     status = add_tokens(p, seqs, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
-    ts_step *s = ts_step_new(p, new_tokens, count, tokens);
+    ts_step *s = ts_step_new(p, seqs, new_tokens, count, tokens);
     if (s == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for a step of %u tokens", tokens);
     s->heads = o.heads;
@@ -358,6 +386,9 @@ ts_status ts_step_begin(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     if (status == TS_OK && !o.no_run) {
         s->region.bytes = ts_step_lay_out(g, o.heads, o.io_dtype, tokens, 0, &s->at);
         status = ts_exchange_take(p->client, &s->region);
+        if (status == TS_EBUSY)
+            status = no_room(s);
+        s->region.step = s;
     }
     if (status != TS_OK) {
         ts_step_free(s);
@@ -383,7 +414,7 @@ ts_status ts_seq_append(ts_pool *p, const ts_seq *seqs, const uint32_t *new_toke
     ts_status status = add_tokens(p, seqs, new_tokens, count, &tokens);
     if (status != TS_OK)
         return status;
-    ts_step *s = ts_step_new(p, new_tokens, count, tokens);
+    ts_step *s = ts_step_new(p, seqs, new_tokens, count, tokens);
     if (s == NULL)
         return ts_fail(p->client, TS_ENOMEM, "no memory for an append of %u tokens", tokens);
     status = ts_step_call_begin(s, seqs, &none, true);
@@ -459,6 +490,7 @@ static void leave_frame(ts_frame *f)
 {
     ts_local_gpu_persistent_clear(f->pool->client, f->plan);
     f->in_use = false;
+    f->region.step = NULL;
 }
 
 static void step_end(ts_step *s)

@@ -14,6 +14,7 @@ struct ts_step {
     ts_pool *pool;
     uint64_t id;
     uint32_t count, tokens;
+    ts_seq *seqs;
     uint32_t *starts, *new_tokens; /* per sequence */
     uint64_t *slots;               /* per new token */
     ts_region region;              /* of the exchange; a frame's step has none of its own */
@@ -48,7 +49,8 @@ struct ts_frame {
 };
 
 /* A step that isn't begun; NULL: no memory. */
-ts_step *ts_step_new(ts_pool *pool, const uint32_t *new_tokens, uint32_t count, uint32_t tokens);
+ts_step *ts_step_new(ts_pool *pool, const ts_seq *seqs, const uint32_t *new_tokens, uint32_t count,
+                     uint32_t tokens);
 void ts_step_free(ts_step *step);
 
 /* Lays out `tokens` tokens' data from offset `start` on, and returns the bytes. */

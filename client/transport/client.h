@@ -31,6 +31,7 @@ typedef struct ts_cuda ts_cuda; /* gpu_context.h */
 typedef struct ts_region {
     struct ts_region *next;
     size_t offset, bytes;
+    const ts_step *step; /* NULL: a frame's that has none */
 } ts_region;
 
 /* A begin, or what makes sequences, that was sent again, as its answer didn't come in time:
