@@ -427,6 +427,14 @@ static void a_runtime_folder_of_too_long_a_path_is_named(void **state)
              "; the user's own, by XDG_RUNTIME_DIR, has a path of %zu bytes; the limit is 99.",
              bytes);
     client_says(u->uid, far, sentence);
+    const char *const doctor[] = {"tsctl", "--json", "doctor", NULL};
+    int out;
+    pid_t pid = start(ctl_file, u->uid, far, &out, doctor);
+    snprintf(sentence, sizeof sentence,
+             "the user's own socket, by XDG_RUNTIME_DIR, has a path of %zu bytes; the limit is 99,",
+             bytes);
+    await_text(out, sentence);
+    ends_with(pid, out, 3);
 }
 
 int main(int argc, char **argv)

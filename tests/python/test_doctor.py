@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -42,6 +43,18 @@ def test_no_daemon_is_told_once_and_has_its_own_status(tmp_path):
     faults = [f for f in json.loads(result.stdout) if f["level"] == "fault"]
     assert [f["text"] for f in faults] == [f"there is no {tmp_path / 'none'}"]
     assert "tinyserved --pool" in faults[0]["advice"]
+
+
+def test_a_socket_that_a_killed_daemon_left_is_told_with_what_to_do(tmp_path):
+    url = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(url)  # the file stays, and nobody listens
+    result = doctor(url, "--json")
+    assert result.returncode == 3
+    assert json.loads(result.stdout)[0]["level"] == "ok"  # the file is there
+    fault, = (f for f in json.loads(result.stdout) if f["level"] == "fault")
+    assert fault["text"].startswith(f"cannot reach {url}: ")
+    assert "start the daemon again" in fault["advice"]
 
 
 def test_a_daemon_that_is_stopped_is_found(start_daemon):

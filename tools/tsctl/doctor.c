@@ -153,7 +153,15 @@ void doctor_socket(findings *f, const char *url)
     if (named != NULL)
         return rights(f, strncmp(named, "ipc://", 6) == 0 ? named + 6 : named);
     const size_t length = ts_own_socket(own, sizeof own);
-    if (length > 0 && length < sizeof own) {
+    const size_t most = sizeof(((ts_client *)NULL)->path) - 1;
+    if (length > most) {
+        doctor_found(f, FINDING_WARNING, "socket",
+                     "the user's own socket, by XDG_RUNTIME_DIR, has a path of %zu bytes; the "
+                     "limit is %zu, so the system's is looked for",
+                     length, most);
+        doctor_advise(f, "set XDG_RUNTIME_DIR to a folder with a shorter path, or name the "
+                         "daemon's socket by TINYSERVE_URL");
+    } else if (length > 0) {
         const ts_status status = ts_own_folder_check(own, why, sizeof why);
         if (status == TS_OK && access(own, F_OK) == 0)
             return rights(f, own);
@@ -315,6 +323,10 @@ static bool ask_daemon(findings *f, const options *o, doctor_facts *facts, bool 
             doctor_advise(f, "the daemon's process is stopped or doesn't get to run: look at its "
                              "STAT in `ps -C tinyserved u` (T: kill -CONT PID) and at `systemctl "
                              "status tinyserved`");
+        else if (status == TS_ECONN)
+            doctor_advise(f, "the socket is there and nobody listens at it, as after a daemon that "
+                             "was killed: start the daemon again (systemctl start tinyserved, or "
+                             "tinyserved --pool ...), which takes the socket over");
         else if (status == TS_EPROTO)
             doctor_advise(f, "install daemon, library and tools of one version; restart both "
                              "sides after an upgrade");
