@@ -75,7 +75,7 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     SAYS(0, "0 problems", "check");
     SAYS(1, "pool 'b' is open in 1 session (", "--yes pool delete b");
     SAYS(2, "Delete pool b and its 1 kept sequences? Add --yes", "pool delete b");
-    SAYS(1, "there is no pool 'c'", "--yes pool delete c");
+    SAYS(1, "there is no pool 'c'; there are 'tiny', 'b'", "--yes pool delete c");
     OK(ts_seq_lengths(p, &seq, 1, &n));
     ts_pool_close(p);
     ts_pool_close(q);
@@ -171,6 +171,9 @@ static void a_pool_grows_and_shrinks_under_its_workers(void **state)
     SAYS(1, "memory = much: not a size", "pool resize tiny much");
     SAYS(1, "there is no pool 'other'", "pool resize other 1M");
     SAYS(0, "pool tiny has 12 blocks of 98304 bytes in 3 slabs", "pool resize tiny 900K");
+    SAYS(0,
+         "pool tiny still has 12 blocks of 98304 bytes in 3 slabs: it has whole slabs of 4 blocks",
+         "pool resize tiny 1000K");
     OK(ts_seq_append(p, seqs + 1, &one, 1, NULL));
     touch(p, seqs[1], 0);
     SAYS(0, "pool tiny has 21 blocks of 98304 bytes in 6 slabs", "pool resize tiny 2016K");

@@ -420,7 +420,7 @@ static void errors_say_what_to_do_and_have_their_own_exit_status(void **state)
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         assert_int_equal(run(text, sizeof text, TS_CTL " %s tiny -s %s", commands[i], d.url), 0);
         assert_int_equal(run(text, sizeof text, TS_CTL " %s x -s %s", commands[i], d.url), 1);
-        assert_has(text, "there is no pool 'x'");
+        assert_string_equal(text, "tsctl: there is no pool 'x'; there is 'tiny'\n");
         assert_int_equal(run(text, sizeof text, TS_CTL " %s tiny -P x -s %s", commands[i], d.url),
                          2);
         assert_string_equal(text, "tsctl: which pool: 'x' or 'tiny'?\n");
@@ -452,6 +452,15 @@ static void options_that_a_command_makes_no_use_of_are_refused(void **state)
     }
     assert_int_equal(run(text, sizeof text, TS_CTL " -c 8 -s /nowhere/s frag"), 2);
     assert_string_equal(text, "tsctl: --cells is for map\n");
+    static const char *const of_no_pool[] = {"status", "sessions",       "check",
+                                             "drain",  "restart",        "doctor",
+                                             "plan",   "session kick 1", "pool delete p"};
+    for (size_t i = 0; i < sizeof of_no_pool / sizeof *of_no_pool; i++) {
+        assert_int_equal(run(text, sizeof text, TS_CTL " -y -P p -s /nowhere/s %s", of_no_pool[i]),
+                         2);
+        assert_string_equal(text, "tsctl: --pool is for pools, seqs, frag, map, cache, cache drop, "
+                                  "top and seq free\n");
+    }
     assert_int_equal(run(text, sizeof text, TS_CTL " -s tcp://x status"), 2);
     assert_has(text, "tsctl: the address tcp://x: the daemon is reached by ipc:///PATH alone");
 }

@@ -174,17 +174,22 @@ ts_status tsctl_ask(ts_client *c, Tspb__Request *request, Tspb__Reply__BodyCase 
     return status;
 }
 
-/* Leaves the pool of this name alone, if there is a name; false: there is none. */
+/* Moves the pool of this name to the front and frees the others, if there is a name; false: there
+ * is none of it. */
 static bool keep_pool(Tspb__StatusReply *r, const char *name)
 {
-    size_t kept = 0;
+    if (name[0] == '\0')
+        return true;
     for (size_t i = 0; i < r->n_pools; i++)
-        if (name[0] == '\0' || strcmp(r->pools[i]->name, name) == 0)
-            r->pools[kept++] = r->pools[i];
-        else
-            tspb__pool_summary__free_unpacked(r->pools[i], NULL);
-    r->n_pools = kept;
-    return kept > 0 || name[0] == '\0';
+        if (strcmp(r->pools[i]->name, name) == 0) {
+            Tspb__PoolSummary *it = r->pools[i];
+            r->pools[i] = r->pools[0];
+            r->pools[0] = it;
+            while (r->n_pools > 1)
+                tspb__pool_summary__free_unpacked(r->pools[--r->n_pools], NULL);
+            return true;
+        }
+    return false;
 }
 
 static int do_status(ts_client *c, const options *o, ts_status *ts)
@@ -199,7 +204,7 @@ static int do_status(ts_client *c, const options *o, ts_status *ts)
         return EXIT_REFUSED;
     bool pools = strcmp(o->words[0], "pools") == 0;
     if (pools && !keep_pool(reply->status_reply, o->pool)) {
-        *ts = ts_fail(c, TS_ENOENT, "there is no pool '%s'", o->pool);
+        *ts = tsctl_no_pool(c, reply->status_reply, o->pool);
         tspb__reply__free_unpacked(reply, NULL);
         return EXIT_REFUSED;
     }
@@ -493,6 +498,8 @@ static const char *misplaced_option(const command *c, const options *o)
                "--block-tokens are for plan";
     if (!c->shows && o->watch)
         return "--watch is for status, pools, sessions, seqs, frag, map, cache, check and top";
+    if (!c->takes_pool && o->pool[0] != '\0')
+        return "--pool is for pools, seqs, frag, map, cache, cache drop, top and seq free";
     if (c->run != do_map && o->has_cells)
         return "--cells is for map";
     return NULL;

@@ -37,6 +37,9 @@ bool tsctl_sure(const options *o, const char *question);
 
 int do_cache(ts_client *client, const options *o, ts_status *ts);
 int do_cache_drop(ts_client *client, const options *o, ts_status *ts);
+/* Refuses, and names the pools that there are. */
+ts_status tsctl_no_pool(ts_client *client, const Tspb__StatusReply *status, const char *name);
+
 int do_kick(ts_client *client, const options *o, ts_status *ts);
 int do_free(ts_client *client, const options *o, ts_status *ts);
 int do_pool_create(ts_client *client, const options *o, ts_status *ts);

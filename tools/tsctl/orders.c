@@ -1,5 +1,6 @@
 /* What operators order: each asks before it destroys or refuses something. */
 #include "clock.h"
+#include "error.h"
 #include "mps.h"
 #include "options.h"
 #include "unconst.h"
@@ -136,6 +137,24 @@ int do_pool_create(ts_client *c, const options *o, ts_status *ts)
     return code;
 }
 
+ts_status tsctl_no_pool(ts_client *c, const Tspb__StatusReply *r, const char *name)
+{
+    static const char more[] = ", ...";
+    char known[160] = "no pools";
+    size_t used = 0;
+    for (size_t i = 0; i < r->n_pools; i++) {
+        const char *one = r->pools[i]->name;
+        if (used + strlen(one) + 4 + sizeof more > sizeof known) {
+            snprintf(known + used, sizeof known - used, "%s", used == 0 ? "..." : more);
+            break;
+        }
+        used += (size_t)snprintf(known + used, sizeof known - used, "%s'%s'", used == 0 ? "" : ", ",
+                                 one);
+    }
+    return ts_fail(c, TS_ENOENT, "there is no pool '%.64s'; there %s %s", name,
+                   r->n_pools == 1 ? "is" : "are", known);
+}
+
 /* The pool's summary from the daemon; NULL and *ts if it can't be had. The reply is the caller's.
  */
 static const Tspb__PoolSummary *summary_of(ts_client *c, const char *pool, Tspb__Reply **reply,
@@ -151,7 +170,7 @@ static const Tspb__PoolSummary *summary_of(ts_client *c, const char *pool, Tspb_
     for (size_t i = 0; i < (*reply)->status_reply->n_pools; i++)
         if (strcmp((*reply)->status_reply->pools[i]->name, pool) == 0)
             return (*reply)->status_reply->pools[i];
-    fprintf(stderr, "tsctl: there is no pool '%s'\n", pool);
+    *ts = tsctl_no_pool(c, (*reply)->status_reply, pool);
     return NULL;
 }
 
@@ -183,18 +202,27 @@ int do_pool_resize(ts_client *c, const options *o, ts_status *ts)
     Tspb__AdminPoolResize body = TSPB__ADMIN_POOL_RESIZE__INIT;
     Tspb__Request request = TSPB__REQUEST__INIT;
     Tspb__Reply *reply = NULL;
+    const Tspb__PoolSummary *p = summary_of(c, o->words[2], &reply, ts);
+    const uint32_t before = p == NULL ? 0 : p->blocks;
     body.pool = o->words[2];
     body.memory = o->words[3];
     request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_RESIZE;
     request.admin_pool_resize = &body;
-    if (order(c, &request, ts) != EXIT_SUCCESS)
+    if (p == NULL || order(c, &request, ts) != EXIT_SUCCESS) {
+        tspb__reply__free_unpacked(reply, NULL);
         return EXIT_REFUSED;
-    const Tspb__PoolSummary *p = summary_of(c, o->words[2], &reply, ts);
+    }
+    tspb__reply__free_unpacked(reply, NULL);
+    p = summary_of(c, o->words[2], &reply, ts);
     /* What was asked for was made whole slabs. */
     if (p != NULL && o->json)
         tsctl_print_json(o, json_pack("{s:s, s:I, s:I, s:I}", "pool", p->name, "blocks",
                                       (json_int_t)p->blocks, "block_bytes",
                                       (json_int_t)p->block_bytes, "slabs", (json_int_t)p->slabs));
+    else if (p != NULL && p->blocks == before)
+        printf("pool %s still has %u blocks of %llu bytes in %u slabs: it has whole slabs of %u "
+               "blocks\n",
+               p->name, p->blocks, (unsigned long long)p->block_bytes, p->slabs, p->slab_blocks);
     else if (p != NULL)
         printf("pool %s has %u blocks of %llu bytes in %u slabs\n", p->name, p->blocks,
                (unsigned long long)p->block_bytes, p->slabs);
