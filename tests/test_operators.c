@@ -114,7 +114,8 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     ts_pool_close(p);
     SAYS(0, "0 problems", "check");
     assert_int_equal(ts_pool_open(c, "b", 0, &none), TS_ENOENT);
-    SAYS(0, "", "pool create c layers=1 kv_heads=2 head_dim=64 dtype=fp32 blocks=4");
+    SAYS(0, "{\n  \"created_pool\": \"c\"\n}\n",
+         "--json pool create c layers=1 kv_heads=2 head_dim=64 dtype=fp32 blocks=4");
     OK(ts_pool_open(c, "c", 0, &p));
     assert_int_equal(ts_pool_geometry(p, 0)->kv_heads, 2);
     assert_int_equal(ts_pool_geometry(q, 0)->layers, 6);
@@ -125,7 +126,8 @@ static void a_pool_is_made_and_deleted_while_the_daemon_runs(void **state)
     ts_pool_close(q);
     ts_disconnect(c);
     SAYS(0, "", "--yes pool delete tiny");
-    SAYS(0, "", "--yes pool delete c");
+    assert_string_equal(text, ""); /* for people: it is done */
+    SAYS(0, "{\n  \"deleted_pool\": \"c\"\n}\n", "--json --yes pool delete c");
     SAYS(0, "0 problems", "check");
     SAYS(0, "[]", "--json pools");
     daemon_stop(&d);

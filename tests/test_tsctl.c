@@ -246,7 +246,7 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
 {
     (void)state;
     daemon_process d;
-    char text[4096], url[128];
+    char text[4096], url[128], says[128];
     static const char *const more[] = {"--set", "socket_mode=0666", NULL};
     daemon_start_with(&d, POOL_TINY ",blocks=64,client_write=all", more);
     snprintf(url, sizeof url, "--socket=%s", d.url);
@@ -290,7 +290,9 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     assert_int_equal(
         run(text, sizeof text, TS_CTL " %s -y seq free %llx", url, (unsigned long long)kept), 0);
     assert_int_equal(
-        run(text, sizeof text, TS_CTL " %s -y seq free %llx", url, (unsigned long long)mine), 0);
+        run(text, sizeof text, TS_CTL " %s -j -y seq free %llx", url, (unsigned long long)mine), 0);
+    snprintf(says, sizeof says, "{\n  \"freed_seq\": \"%llx\"\n}\n", (unsigned long long)mine);
+    assert_string_equal(text, says); /* one object for each order */
     assert_int_equal(ts_seq_attach(p, "system-prompt", &kept, &tokens), TS_ENOENT);
     assert_int_equal(ts_seq_lengths(p, &mine, 1, &tokens), TS_ENOENT);
     run(text, sizeof text, TS_CTL " check %s", url);
@@ -299,7 +301,8 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     /* Draining: who is there goes on, nobody comes but operators. */
     assert_int_equal(run(text, sizeof text, TS_CTL " %s drain maybe", url), 2);
     assert_int_equal(run(text, sizeof text, TS_CTL " %s drain </dev/null", url), 2);
-    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain --yes", url), 0);
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain --yes --json", url), 0);
+    assert_string_equal(text, "{\n  \"draining\": true\n}\n");
     run(text, sizeof text, TS_CTL " status %s", url);
     assert_has(text, "draining: no new sessions are taken, but operators'");
     OK(ts_seq_create(p, 1, &mine));
@@ -308,7 +311,8 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
             run(text, sizeof text, "%s status %s", ctl_of_others(&d, "--reuid 65534"), url), 1);
         assert_has(text, "the daemon is being drained: it takes no new sessions");
     }
-    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain off", url), 0);
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s drain off -j", url), 0);
+    assert_string_equal(text, "{\n  \"draining\": false\n}\n");
     if (getuid() == 0) {
         assert_int_equal(run(text, sizeof text, "%s %s --yes session kick %llx",
                              ctl_of_others(&d, "--reuid 65534"), url,
@@ -323,9 +327,12 @@ static void operators_end_sessions_free_sequences_and_drain(void **state)
     /* A session is ended: its client is told at once, by ring and by message, and its blocks are
      * free. */
     assert_int_equal(sessions_of(url), 1);
-    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes session kick %llx", url,
+    assert_int_equal(run(text, sizeof text, TS_CTL " %s --yes -j session kick %llx", url,
                          (unsigned long long)ts_session_id(c)),
                      0);
+    snprintf(says, sizeof says, "{\n  \"ended_session\": \"%llx\"\n}\n",
+             (unsigned long long)ts_session_id(c));
+    assert_string_equal(text, says);
     assert_int_equal(sessions_of(url), 0);
     assert_int_equal(ts_step_begin(p, &mine, &n, 1, NULL, &step), TS_ECONN);
     assert_has(ts_error(c), "was ended by an operator");

@@ -45,6 +45,21 @@ static int order(ts_client *c, Tspb__Request *request, ts_status *ts)
     return *ts == TS_OK ? EXIT_SUCCESS : EXIT_REFUSED;
 }
 
+/* What was done, which JSON alone tells: "what" is `done`. Takes `done`. */
+static int told(const options *o, int code, const char *what, json_t *done)
+{
+    if (code == EXIT_SUCCESS && o->json)
+        tsctl_print_json(o, json_pack("{s:o}", what, done));
+    else
+        json_decref(done);
+    return code;
+}
+
+static json_t *json_id(uint64_t id)
+{
+    return json_sprintf("%llx", (unsigned long long)id);
+}
+
 /* The session's process, 0 if there is no such session. */
 static ts_status pid_of(ts_client *c, uint64_t session, uint32_t *pid)
 {
@@ -97,7 +112,7 @@ int do_kick(ts_client *c, const options *o, ts_status *ts)
     }
     request.body_case = TSPB__REQUEST__BODY_ADMIN_KICK;
     request.admin_kick = &body;
-    return order(c, &request, ts);
+    return told(o, order(c, &request, ts), "ended_session", json_id(body.session));
 }
 
 int do_free(ts_client *c, const options *o, ts_status *ts)
@@ -112,7 +127,7 @@ int do_free(ts_client *c, const options *o, ts_status *ts)
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_FREE;
     request.admin_free = &body;
-    return order(c, &request, ts);
+    return told(o, order(c, &request, ts), "freed_seq", json_id(body.seq));
 }
 
 int do_pool_create(ts_client *c, const options *o, ts_status *ts)
@@ -134,7 +149,7 @@ int do_pool_create(ts_client *c, const options *o, ts_status *ts)
     request.admin_pool_create = &body;
     int code = order(c, &request, ts);
     free(text);
-    return code;
+    return told(o, code, "created_pool", json_string(o->words[2]));
 }
 
 ts_status tsctl_no_pool(ts_client *c, const Tspb__StatusReply *r, const char *name)
@@ -193,7 +208,7 @@ int do_pool_delete(ts_client *c, const options *o, ts_status *ts)
     body.pool = o->words[2];
     request.body_case = TSPB__REQUEST__BODY_ADMIN_POOL_DELETE;
     request.admin_pool_delete = &body;
-    return order(c, &request, ts);
+    return told(o, order(c, &request, ts), "deleted_pool", json_string(o->words[2]));
 }
 
 /* Nothing that is in use goes away: no question. */
@@ -327,5 +342,5 @@ int do_drain(ts_client *c, const options *o, ts_status *ts)
         return EXIT_USAGE;
     request.body_case = TSPB__REQUEST__BODY_ADMIN_DRAIN;
     request.admin_drain = &body;
-    return order(c, &request, ts);
+    return told(o, order(c, &request, ts), "draining", json_boolean(!body.off));
 }
