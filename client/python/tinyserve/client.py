@@ -30,7 +30,8 @@ _T = TypeVar("_T")
 class Client(OfOneProcess):
     """A session with the daemon. Used by one thread at a time; connect after fork(), not before.
 
-    Leaving its `with` block ends the session: its sequences, except kept ones, are freed.
+    Leaving its `with` block ends the session: its sequences, except kept ones and those
+    on tickets, are freed.
     """
 
     _instead = "connect() in the other process, or once more in this one"
