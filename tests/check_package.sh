@@ -9,6 +9,10 @@ trap 'rm -rf "$folder"' EXIT
     cat "$folder/log"
     exit 1
 }
+says_nothing_is_wrong() {
+    ! grep -A 8 "^CMake .*Warning" "$folder/log"
+}
+says_nothing_is_wrong
 # Workers map it: without debug information it stays small.
 strip -o "$folder/stripped" "$folder/there/$3/libtinyserve.so"
 bytes=$(stat -c %s "$folder/stripped")
@@ -97,6 +101,7 @@ install_to_usr() {
         cat "$folder/log"
         exit 1
     }
+    says_nothing_is_wrong
 }
 [ -f "$folder/there/etc/tinyserve/tinyserved.conf" ]
 install_to_usr "$1" "$2"

@@ -3,20 +3,21 @@
 # installs them.
 
 # Below the prefix /usr it goes to /etc, as GNUInstallDirs has it; `cmake --install` alone knows the
-# prefix. A file that is in /etc stays: it is the machine's own.
+# prefix. A file that is in /etc stays: it is the machine's own. No variable is called as a string
+# is that is compared here: CMake would warn of it (CMP0054).
 set(conf ${PROJECT_SOURCE_DIR}/systemd/tinyserved.conf)
 install(
   CODE "
-  set(etc \"${CMAKE_INSTALL_SYSCONFDIR}\")
-  if(CMAKE_INSTALL_PREFIX MATCHES \"^/usr/?$\" AND etc STREQUAL \"etc\")
-    set(etc /etc)
-  elseif(NOT IS_ABSOLUTE \"\${etc}\")
-    set(etc \"\${CMAKE_INSTALL_PREFIX}/\${etc}\")
+  set(conf_root \"${CMAKE_INSTALL_SYSCONFDIR}\")
+  if(CMAKE_INSTALL_PREFIX MATCHES \"^/usr/?$\" AND conf_root STREQUAL \"etc\")
+    set(conf_root /etc)
+  elseif(NOT IS_ABSOLUTE \"\${conf_root}\")
+    set(conf_root \"\${CMAKE_INSTALL_PREFIX}/\${conf_root}\")
   endif()
-  if(etc STREQUAL \"/etc\" AND EXISTS \"\$ENV{DESTDIR}/etc/tinyserve/tinyserved.conf\")
+  if(conf_root STREQUAL \"/etc\" AND EXISTS \"\$ENV{DESTDIR}/etc/tinyserve/tinyserved.conf\")
     message(STATUS \"Kept: \$ENV{DESTDIR}/etc/tinyserve/tinyserved.conf\")
   else()
-    file(INSTALL DESTINATION \"\${etc}/tinyserve\" TYPE FILE FILES \"${conf}\")
+    file(INSTALL DESTINATION \"\${conf_root}/tinyserve\" TYPE FILE FILES \"${conf}\")
   endif()"
   COMPONENT daemon)
 
