@@ -29,11 +29,15 @@ build_packages() {
 }
 
 # configure_and_build FOLDER [CMake options]: quiet unless it fails. Builds $build_target, or all. A
-# developer's folder keeps its compilers' launcher: with another one all would be built anew.
+# developer's folder keeps its compilers' launcher: with another one all would be built anew. Every
+# folder keeps its generator, since CMake refuses another one.
 configure_and_build() (
     folder=$1
     keeping=()
+    generator=()
     shift
+    [ -e "$folder/CMakeCache.txt" ] || generator=(-G Ninja)
+    export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}" # for make
     log=$(mktemp)
     trap 'rm -f "$log"' EXIT # however it ends
     trap 'exit 130' INT TERM HUP
@@ -42,7 +46,7 @@ configure_and_build() (
     fi
     # shellcheck disable=SC2086 # targets are words
     if ! {
-        "${keeping[@]}" cmake -S . -B "$folder" -G Ninja "$@" &&
+        "${keeping[@]}" cmake -S . -B "$folder" "${generator[@]}" "$@" &&
             cmake --build "$folder" --target ${build_target:-all}
     } >"$log" 2>&1; then
         cat "$log"
