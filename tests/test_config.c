@@ -48,6 +48,29 @@ static void a_pools_memory_becomes_blocks_and_slabs(void **state)
     assert_int_equal(p->max_blocks, 512);
 }
 
+static void a_pools_name_has_no_blank_at_either_end(void **state)
+{
+    (void)state;
+    static const char *const wrong[] = {" y", "x ", " "};
+    char text[256], told[128];
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        snprintf(told, sizeof told, "a pool's name neither begins nor ends with a blank: '%s'",
+                 wrong[i]);
+        snprintf(text, sizeof text, "[pool %s]\nlayers = 2\nkv_heads = 2\nhead_dim = 64\n",
+                 wrong[i]);
+        assert_int_equal(read_text(text), TS_EINVAL);
+        assert_non_null(strstr(c.problems[0].text, told));
+        ts_config_init(&c);
+        snprintf(text, sizeof text, "%s:layers=2,kv_heads=2,head_dim=64,memory=8M", wrong[i]);
+        assert_int_equal(ts_config_add_pool(&c, text), TS_EINVAL);
+        assert_non_null(strstr(c.problems[0].text, told));
+    }
+    ts_config_init(&c);
+    assert_int_equal(
+        ts_config_add_pool(&c, "a b:layers=2,kv_heads=2,head_dim=64,memory=8M,device=host"), TS_OK);
+    assert_string_equal(c.pools[0].pool.name, "a b");
+}
+
 /* Of a slab that is mapped for it, which a small container must have room for. */
 static void a_slab_is_no_larger_than_what_its_pool_may_grow_to(void **state)
 {
@@ -356,6 +379,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pools_memory_becomes_blocks_and_slabs),
+        cmocka_unit_test(a_pools_name_has_no_blank_at_either_end),
         cmocka_unit_test(a_slab_is_no_larger_than_what_its_pool_may_grow_to),
         cmocka_unit_test(a_sequences_tokens_are_as_many_as_its_blocks_hold),
         cmocka_unit_test(pools_are_finished_without_the_daemons_keys),

@@ -206,9 +206,11 @@ typedef struct ts_pool_info {
 TS_WARN_UNUSED ts_status ts_pool_list(ts_client *client, ts_pool_info *out, size_t info_bytes,
                                       uint32_t room, uint32_t *count);
 
-/* Makes a pool, as the daemon's --pool does: "NAME:key=value,key=value". A restart that loses
- * nothing keeps it. TS_EPERM: the caller isn't an operator. TS_EEXIST: there is one of this name.
- * TS_EDEVICE: the daemon can't use the device: without CUDA it has no GPU. TS_EINVAL, TS_ENOMEM. */
+/* Makes a pool, as the daemon's --pool does: "NAME:key=value,key=value". NAME has 1 to 63 bytes of
+ * UTF-8, with no colon or control character, and no blank at either end. A restart that loses
+ * nothing keeps the pool. TS_EPERM: the caller isn't an operator. TS_EEXIST: there is one of this
+ * name. TS_EDEVICE: the daemon can't use the device: without CUDA it has no GPU. TS_EINVAL,
+ * TS_ENOMEM. */
 TS_WARN_UNUSED ts_status ts_pool_create(ts_client *client, const char *text);
 
 /* The pool's device as the daemon counts them ("host", "cuda:0"), and its kind of memory ("host",

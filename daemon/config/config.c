@@ -128,6 +128,11 @@ static ts_config_pool *new_pool(ts_config *c, uint32_t line, const char *name)
                            ts_text_escape(name, shown, sizeof shown));
         return NULL;
     }
+    if (name[0] == ' ' || name[strlen(name) - 1] == ' ') {
+        ts_config_complain(c, line, "a pool's name neither begins nor ends with a blank: '%s'",
+                           name);
+        return NULL;
+    }
     if (c->num_pools == TS_POOLS_MAX) {
         ts_config_complain(c, line, "pool '%s' would be number %u; the limit is %u", name,
                            c->num_pools + 1, TS_POOLS_MAX);
