@@ -156,8 +156,8 @@ const char *ts_daemon_version(const ts_client *client);
  * client_write = all in the daemon's configuration. */
 enum { TS_POOL_WRITABLE = 1 };
 
-/* Opens the pool of this name; "": the only one. TS_ENOENT: there is none. TS_EINVAL: the name is
- * "" and there are several. TS_EPERM: the configuration doesn't allow the flags. */
+/* Opens the pool of this name; "" or NULL: the only one. TS_ENOENT: there is none. TS_EINVAL: there
+ * is no name, and there are several pools. TS_EPERM: the configuration doesn't allow the flags. */
 TS_WARN_UNUSED ts_status ts_pool_open(ts_client *client, const char *name, unsigned flags,
                                       ts_pool **out);
 
