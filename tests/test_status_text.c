@@ -105,11 +105,14 @@ static void what_outlives_the_daemon_is_told(void **state)
               "           34 commands done again, 2 sessions yet to come back\nPOOL "));
     free(text);
 
-    static const char *const causes[][2] = {{"status 3", "(status 3, a GPU failed)"},
-                                            {"status 4", "(status 4, tsctl restart)"},
-                                            {"unknown", "(unknown)"},
-                                            {"", "(cause unknown)"},
-                                            {"signal 999", "(signal 999)"}};
+    static const char *const causes[][2] = {
+        {"status 3", "(status 3, a GPU failed)"},
+        {"status 4", "(status 4, tsctl restart)"},
+        {"unknown", "(unknown)"},
+        {"", "(cause unknown)"},
+        {"signal 9, then status 2", "(signal 9, SIGKILL, then status 2)"},
+        {"status 3, then unknown", "(status 3, a GPU failed, then unknown)"},
+        {"signal 999", "(signal 999)"}};
     restart.holder = TSPB__RESTART_STATUS__HOLDER__SUPERVISOR;
     for (size_t i = 0; i < sizeof causes / sizeof *causes; i++) {
         restart.cause = ts_unconst(causes[i][0]);

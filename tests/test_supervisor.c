@@ -19,6 +19,7 @@ static void a_daemon_that_dies_in_any_way_is_followed_by_one_that_finds_all(void
     ASK("remove c", "TS_OK");
     for (size_t i = 0; i < 3; i++) {
         ASK("barrier", "done");
+        ASK("notify READY=1", "sent");
         say(w, ways_to_die[i][0]);
         meet(w);
         ASK("deaths", ways_to_die[i][1]);
@@ -38,6 +39,32 @@ static void a_daemon_that_dies_in_any_way_is_followed_by_one_that_finds_all(void
     meet(w);
     ASK("names", "2 pool.1.2 a");
     ASK("read a", "again");
+    say(w, "exit 0");
+    assert_int_equal(await_end(w), 0);
+    world_end(w);
+}
+
+static void ends_before_a_daemon_serves_do_not_hide_the_end_of_the_one_that_did(void **state)
+{
+    world world, *w = &world;
+    (void)state;
+    world_make(w);
+    start_supervisor(w, &plain);
+    meet(w);
+    ASK("notify READY=1", "sent");
+    say(w, "die 9");
+    meet(w);
+    ASK("deaths", "1 signal 9");
+    say(w, "exit 2");
+    meet(w);
+    ASK("deaths", "2 signal 9, then status 2");
+    say(w, "exit 3");
+    meet(w);
+    ASK("deaths", "3 signal 9, then status 3");
+    ASK("notify READY=1", "sent");
+    say(w, "die 11");
+    meet(w);
+    ASK("deaths", "4 signal 11");
     say(w, "exit 0");
     assert_int_equal(await_end(w), 0);
     world_end(w);
@@ -354,7 +381,7 @@ static void a_daemon_that_dies_young_waits_longer_each_time(void **state)
     say(w, "exit 4"); /* it wants to be started again: no failure */
     await_line(w, ") ended: status 4. It is started again in 0 ms");
     meet(w);
-    ASK("deaths", "4 status 4");
+    ASK("deaths", "4 status 1, then status 4");
     say(w, "exit 1");
     await_line(w, ") died: status 1. It is started again in 10 ms");
     meet(w);
@@ -431,6 +458,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_daemon_that_dies_in_any_way_is_followed_by_one_that_finds_all),
+        cmocka_unit_test(ends_before_a_daemon_serves_do_not_hide_the_end_of_the_one_that_did),
         cmocka_unit_test(what_a_daemon_sent_before_its_death_is_not_lost),
         cmocka_unit_test(descriptors_keep_their_names_whatever_their_numbers),
         cmocka_unit_test(told_to_end_it_ends_both_and_has_the_daemons_status),

@@ -236,7 +236,7 @@ static void lose_gpu(uint32_t deaths, uint32_t at)
     while (ts_client_restarts(c) == 0); /* until it has seen that its device is lost */
     Tspb__Reply *reply = get_status(c);
     const Tspb__RestartStatus *told = reply->status_reply->restart;
-    assert_string_equal(told->cause, deaths > 0 ? "status 1" : "status 3");
+    assert_string_equal(told->cause, deaths > 0 ? "signal 9, then status 1" : "status 3");
     assert_int_equal(told->checked_blocks, deaths > 0 ? 6 : at - 1); /* it was read up to there */
     assert_int_equal(told->wrong_blocks, 0);
     tspb__reply__free_unpacked(reply, NULL);

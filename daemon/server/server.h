@@ -47,7 +47,9 @@ typedef struct ts_refusals ts_refusals; /* refusals.h */
 typedef struct ts_taken_over {
     uint64_t began_ns, sequences;
     double seconds; /* until books, pools and sessions were there */
-    char cause[32]; /* how the last daemon ended, if the holder says so: "signal 9" */
+    /* How the last daemon ended, if the holder says so: "signal 9"; "signal 9, then status 2": the
+     * last one that served, and the last of those that followed and didn't. */
+    char cause[48];
 } ts_taken_over;
 
 #define TS_CONNECTION_BUCKETS 4096u

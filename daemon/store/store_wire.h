@@ -39,7 +39,7 @@
 #define TS_ENV_FDSTORE_OF_UNIT "TINYSERVE_FDSTORE"
 #define TS_ENV_SUPERVISOR "TINYSERVE_SUPERVISOR"
 #define TS_ENV_DEATHS "TINYSERVE_DEATHS"         /* how many daemons have died before this one */
-#define TS_ENV_LAST_DEATH "TINYSERVE_LAST_DEATH" /* "signal 9", "status 3" or "unknown" */
+#define TS_ENV_LAST_DEATH "TINYSERVE_LAST_DEATH" /* "signal 9", "status 3", "unknown" */
 
 /* The exit status of a daemon that wants to be started again: nothing has failed. */
 #define TS_EXIT_AGAIN 4

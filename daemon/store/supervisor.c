@@ -62,7 +62,10 @@ typedef struct supervisor {
 
     uint32_t deaths, short_lives;
     bool was_ready; /* the daemon served */
-    char last_death[32];
+    char last_death[16];
+    /* What the next daemon is told: how the last one that served ended, and the last one, if that
+     * didn't serve. */
+    char cause[48];
     bool told_to_end;
     uint64_t told_ms;
     int exit_status; /* of the last daemon */
@@ -209,7 +212,7 @@ static bool set_environment(const supervisor *s)
     if (s->deaths > 0) {
         snprintf(number, sizeof number, "%u", s->deaths);
         set = set && setenv(TS_ENV_DEATHS, number, 1) == 0 &&
-              setenv(TS_ENV_LAST_DEATH, s->last_death, 1) == 0;
+              setenv(TS_ENV_LAST_DEATH, s->cause, 1) == 0;
     }
     if (usec !=
         NULL) { /* our own holder waits for WATCHDOG=1, which the daemon sends and we pass */
@@ -361,6 +364,7 @@ static void adopt(supervisor *s)
         ts_log(TS_LOG_INFO, "takes over the live daemon, pid %d", (int)peer.pid);
         s->started_ms = ts_now_ms();
         s->ended = s->stops = s->child = s->adopting = false;
+        s->was_ready = true;
     }
     ts_held_fds_clear(&s->held);
     s->pid = peer.pid;
@@ -386,6 +390,17 @@ static void describe_end(supervisor *s)
         s->exit_status = 128 + WTERMSIG(s->wait_status);
         snprintf(s->last_death, sizeof s->last_death, "signal %d", WTERMSIG(s->wait_status));
     }
+}
+
+static void note_cause(supervisor *s)
+{
+    const int first = (int)strcspn(s->cause, ",");
+    char served[sizeof s->last_death];
+    snprintf(served, sizeof served, "%.*s", first, s->cause);
+    if (s->was_ready || s->deaths == 0 || strcmp(served, s->last_death) == 0)
+        snprintf(s->cause, sizeof s->cause, "%s", s->last_death);
+    else
+        snprintf(s->cause, sizeof s->cause, "%s, then %s", served, s->last_death);
 }
 
 static uint32_t restart_delay(supervisor *s)
@@ -421,6 +436,7 @@ static bool bury(supervisor *s)
     if (s->told_to_end || s->exit_status == 0)
         return false;
     const uint32_t delay = restart_delay(s);
+    note_cause(s);
     s->was_ready = false;
     s->deaths++;
     s->until_ms = ts_now_ms() + delay;

@@ -107,16 +107,19 @@ static void print_without_mps(const Tspb__StatusReply *r)
     }
 }
 
-/* "signal 9 (Killed)", of what the holder says of the last daemon's end. */
+/* "signal 9, SIGKILL", of what the holder says of the last daemon's end. What follows a comma, the
+ * end of one that never served, stays behind that. */
 static const char *cause_text(const char *cause, char *buffer, size_t size)
 {
     int signal = 0;
+    const char *then = strchrnul(cause, ',');
+    const int first = (int)(then - cause);
     if (sscanf(cause, "signal %d", &signal) == 1 && signal > 0 && sigabbrev_np(signal) != NULL)
-        snprintf(buffer, size, "%s, SIG%s", cause, sigabbrev_np(signal));
-    else if (strcmp(cause, "status 3") == 0)
-        snprintf(buffer, size, "%s, a GPU failed", cause);
-    else if (strcmp(cause, "status 4") == 0)
-        snprintf(buffer, size, "%s, tsctl restart", cause);
+        snprintf(buffer, size, "%.*s, SIG%s%s", first, cause, sigabbrev_np(signal), then);
+    else if (first == 8 && strncmp(cause, "status 3", 8) == 0)
+        snprintf(buffer, size, "%.*s, a GPU failed%s", first, cause, then);
+    else if (first == 8 && strncmp(cause, "status 4", 8) == 0)
+        snprintf(buffer, size, "%.*s, tsctl restart%s", first, cause, then);
     else
         snprintf(buffer, size, "%s", cause[0] != '\0' ? cause : "cause unknown");
     return buffer;
