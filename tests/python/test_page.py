@@ -153,9 +153,9 @@ def test_an_id_is_the_same_text_everywhere(populated):
     assert [line.split()[5] for line in table] == [s["session"] or "-" for s in seqs]
     assert all(re.fullmatch("[0-9a-f]+", s["session"]) for s in sessions)
     kept = next(s["seq"] for s in seqs if s["session"] is None)
-    for words in (["seq", "free", kept], ["session", "kick", sessions[0]["session"]]):
-        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "-P", "tiny", "--yes",
-                        *words], check=True)
+    for words in (["seq", "free", kept, "tiny"], ["session", "kick", sessions[0]["session"]]):
+        subprocess.run([os.environ["TS_TEST_TSCTL"], "-s", daemon.url, "--yes", *words],
+                       check=True)
     assert kept not in [s["seq"] for s in tsctl(daemon, "seqs", "tiny")]
     left = [s["session"] for s in tsctl(daemon, "sessions")]
     assert sessions[0]["session"] not in left and sessions[1]["session"] in left
