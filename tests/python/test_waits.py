@@ -127,8 +127,9 @@ sys.stdin.read()
     worker.kill()
     worker.wait()
     until_waiting(daemon, 1)
+    while all(call.is_alive() for call in calls):  # its thread may not have got there yet
+        os.sched_yield()
     first = 0 if not calls[0].is_alive() else 1
-    calls[first].join(LONG)
     seq, matched = calls[first].result()
     assert matched == 20
     compute(pools[first], seq, prompt[20:])
