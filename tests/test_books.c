@@ -192,7 +192,7 @@ static void a_full_journal_makes_commands_wait(void **state)
 }
 
 /* Where a command has no room in the journal: has the follower make room before anybody waits. */
-static ts_books *drained;
+static _Atomic(ts_books *) drained;
 /* Has the follower do nothing before that. */
 static atomic_bool follower_waits;
 static sem_t no_room;
@@ -200,8 +200,9 @@ static sem_t no_room;
 void ts_test_point(const char *name, unsigned what)
 {
     (void)what;
-    if (drained != NULL && strcmp(name, "no room") == 0)
-        ts_books_settle(drained, NULL, 60000);
+    ts_books *books = drained;
+    if (books != NULL && strcmp(name, "no room") == 0)
+        ts_books_settle(books, NULL, 60000);
     if (follower_waits && strcmp(name, "follows") == 0)
         while (sem_wait(&no_room) != 0)
             ;
