@@ -1,6 +1,7 @@
 """What is left of passes and changes that end by Ctrl-C, that the daemon doesn't answer in time, or
 that it refuses half way: the cache is as it was before, or says that it isn't."""
 
+import contextlib
 import threading
 
 import pytest
@@ -192,28 +193,82 @@ def test_a_sequence_that_an_operator_freed_keeps_no_other(model, attach, start_d
     assert in_use(daemon.url) == 0
 
 
+@contextlib.contextmanager
+def in_use_by_another_thread(lock):
+    inside, over = threading.Event(), threading.Event()
+
+    def use():
+        with lock:
+            inside.set()
+            over.wait()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    inside.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_what_is_dropped_during_a_call_is_freed_later(model, attach, start_daemon):
     """As by a finalizer that runs in the midst of one."""
     daemon, ids = start_daemon(POOL), prompts(40)["input_ids"]
     kv = attach(model, url=daemon.url)
     cache, other = kv.cache(), kv.cache()
     logits(model, ids, cache)
-    inside, over = threading.Event(), threading.Event()
-
-    def call():
-        with cache.session.client._opened:
-            inside.set()
-            over.wait()
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    inside.wait()
-    try:
+    with in_use_by_another_thread(cache.session.client._opened):
         cache.close()
-    finally:
-        over.set()
-        thread.join()
     assert in_use(daemon.url) == 1
+    logits(model, ids, other)
+    other.close()
+    assert in_use(daemon.url) == 0
+
+
+def test_what_cannot_be_freed_at_once_is_freed_one_by_one(model, attach, start_daemon):
+    """More than a batch may have, and what was dropped twice."""
+    daemon = start_daemon(POOL, settings=("batch=4",))
+    ids = prompts(40, 40, 40)["input_ids"]
+    kv = attach(model, url=daemon.url)
+    caches = [kv.cache(), kv.cache()]
+    for cache in caches:
+        logits(model, ids, cache)
+    with in_use_by_another_thread(caches[0].session.lock):
+        for cache in caches:
+            seqs = cache.seqs
+            cache.close()
+            cache.session.drop(seqs[:1])
+            cache.reset()
+    assert in_use(daemon.url) == 6
+    logits(model, ids[:1], kv.cache())
+    assert in_use(daemon.url) <= 1  # the last one's, until it is collected
+
+
+def test_rows_that_there_are_not_change_nothing(model, attach, start_daemon):
+    daemon, ids = start_daemon(POOL), prompts(40, 40)["input_ids"]
+    kv = attach(model, url=daemon.url)
+    cache, want = kv.cache(), logits(model, ids)
+    logits(model, ids[:, :32], cache)
+    for picks in ([0, -1], [0, 2]):
+        with pytest.raises((ValueError, OverflowError, IndexError)):
+            cache.reorder_cache(torch.tensor(picks))
+    assert (logits(model, ids, cache) - want).abs().max() <= 1e-4
+
+
+def test_a_cache_that_is_closed_in_its_pass(model, attach, start_daemon):
+    daemon, ids = start_daemon(POOL), prompts(40)["input_ids"]
+    kv = attach(model, url=daemon.url)
+    cache, other = kv.cache(), kv.cache()
+
+    def fail(*_):
+        cache.close()
+        raise RuntimeError("half way")
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        logits(model, ids, cache)
+    hook.remove()
     logits(model, ids, other)
     other.close()
     assert in_use(daemon.url) == 0

@@ -171,7 +171,7 @@ class PooledCache(Cache):
         try:
             return list(self.session.pool.select(self.seqs, picks))
         except BaseException as error:
-            self._lost = isinstance(error, TimedOutError) or not isinstance(error, Error)
+            self._lost = isinstance(error, TimedOutError) or not isinstance(error, Exception)
             raise
 
     def reset(self) -> None:
@@ -376,7 +376,8 @@ class PooledCache(Cache):
         """Frees its sequences; what they hold may be found again. Safe to call twice."""
         if not self.closed:
             self.closed = True
-            self.session.drop(self.seqs)
+            seqs, self.seqs = self.seqs, []
+            self.session.drop(seqs)
 
     def __enter__(self) -> "PooledCache":
         return self

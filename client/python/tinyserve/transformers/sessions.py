@@ -45,7 +45,7 @@ class Session:
                 self._free(seqs)
         except DisconnectedError:
             pass  # they went with the session
-        except (BusyError, TimedOutError):
+        except TimedOutError:
             self._dropped.extend(seqs)
         except BaseException:
             self._dropped.extend(seqs)
@@ -54,12 +54,16 @@ class Session:
     def _free(self, seqs: list[int]) -> None:
         try:
             self.pool.free(seqs)  # all or none
-        except NotFoundError:  # an operator has freed some, or an answer came late
-            for seq in seqs:
+        except (DisconnectedError, TimedOutError):
+            raise
+        except Error:  # an operator has freed some, or they are too many at once: one by one
+            for seq in dict.fromkeys(seqs):
                 try:
                     self.pool.free([seq])
                 except NotFoundError:
                     pass
+                except BusyError:
+                    self._dropped.append(seq)
 
     def tensor(self, name: str, view: Any) -> Any:
         """The view as a torch tensor; steps of one shape in one place get the same one."""
